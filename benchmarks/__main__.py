@@ -15,6 +15,8 @@ NAMES = (
     "operators",
     "autotune",
     "calls",
+    "products",
+    "ddp",
     "muon",
     "optimizers",
     "train",

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Time the call of a small custom operator, by each way to make one: ``python -m benchmarks run calls``.
+"""Time calls of small operators, by each way to make one: ``python -m benchmarks run calls``.
 
-The operator is the sigmoid of a vector, computed in place in a copy. The reference is a bare
-`torch.autograd.Function`, which no part of PyTorch but autograd supports.
+First the sigmoid of a vector, computed in place in a copy. Its reference is a bare `torch.autograd.Function`,
+which no part of PyTorch but autograd supports. Then torchpar's operators at 64 × 64, beside the calls of ATen
+that compute the same: what a call takes more.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,12 +15,26 @@ from torch import Tensor
 
 import torchpar.library
 from benchmarks.command import Command, run
-from benchmarks.results import Table, print_results
-from benchmarks.timing import CPU, Rejected, take_turns, time_calls
+from benchmarks.operators import NATIVE, OURS
+from benchmarks.results import Result, Table, print_bounds, print_results
+from benchmarks.timing import CPU, Rejected, Times, take_turns, time_calls
+from torchpar.ops.exact_digits import product_of_exponents, row_exponents
+from torchpar.ops.symmetric_cpu import mirror_
 
-REFERENCE = "torch.autograd.Function"
+REFERENCE, OWN, TORCH = "torch.autograd.Function", "torchpar.library", "torch.library"
 ROUNDS = 200
 CALLS = 50
+MODES = ("no gradient", "forward", "full")  # "full" is forward and backward
+# Of what ours may take more than ATen's calls, in µs; the backward passes differ in what they compute.
+BOUNDS = {"no gradient": 6.0, "forward": 10.0}
+ATEN: dict[str, Callable[..., Tensor]] = {
+    **{name: NATIVE[name] for name in ("maximum", "linear_sigmoid")},
+    "matmul_t": lambda x: mirror_(x @ x.mT),
+    "symmetric_matmul": lambda a, b: mirror_(a @ b.mT),
+    # ATen has none: the function that computes it.
+    "exact_matmul": lambda a, b: product_of_exponents(a, b, row_exponents(a), row_exponents(b)),
+}
+OPERATORS = {**OURS, "symmetric_matmul": torchpar.symmetric_matmul}
 
 
 def compute(x: Tensor) -> Tensor:
@@ -53,36 +68,90 @@ def registered(decorator: Callable[..., Any], name: str) -> Callable[..., Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    command = Command("calls", "Time the call of a small custom operator, by each way to make one.")
+    command = Command("calls", "Time calls of small operators, by each way to make one.")
     options = command.parse(arguments)
     torch.set_num_threads(1)
+    rounds = 2 if options.quick else ROUNDS
+    table = Table(command.csv(options), CPU)
+    table.add(time_registrations(rounds))
+    for name in ATEN:
+        for rows in (64, 128) if name == "matmul_t" else (64,):
+            table.add(time_operator(name, rows, rounds))
+    first = len(MODES[1:]) * 4
+    print_results("a call of a small operator", table.results[:first])
+    columns = ["operator", "mode", "rows", "contestant", "p20_ms", "p50_ms", "over_us", "bound_us", "ok"]
+    print_results("a call of an operator, and its µs more than ATen's", table.results[first:], columns)
+    return max(table.status, 0 if options.quick else print_bounds(table))
+
+
+def time_registrations(rounds: int) -> list[Result]:
+    """The small operator by each way; ``ratio`` of ours is over torch.library's."""
     contestants: dict[str, Callable[..., Any]] = {
         REFERENCE: Function.apply,
         "PyTorch's own sigmoid": torch.sigmoid,
-        "torchpar.library": registered(torchpar.library.custom_op, "moved"),
-        "torch.library": registered(torch.library.custom_op, "own"),
+        OWN: registered(torchpar.library.custom_op, "moved"),
+        TORCH: registered(torch.library.custom_op, "own"),
     }
     x = torch.linspace(-3, 3, 16, requires_grad=True)
     g = torch.linspace(1, 2, 16)
+    expected = {"forward": x.sigmoid(), "full": torch.ops.aten.sigmoid_backward(g, x.sigmoid())}
+    results = []
+    for mode in MODES[1:]:
+        times = time_contestants(contestants, [x], g, mode, expected[mode], rounds)
+        for name, one in times.items():
+            bound = {"ratio": one.ratio_over(times[TORCH]), "bound": 1.0} if name == OWN else {}
+            results.append(one.result({"mode": mode}, name, times[REFERENCE], **bound))
+    return results
+
+
+def time_operator(name: str, rows: int, rounds: int) -> list[Result]:
+    """An operator beside ATen; ``over_us`` is what its call takes more, by lower quartiles."""
+    generator = torch.Generator().manual_seed(0)
+    count = {"matmul_t": 1, "linear_sigmoid": 3}.get(name, 2)
+    shapes = [(rows, rows), (rows, rows), (rows,)][:count]
+    operands = [torch.randn(shape, generator=generator) for shape in shapes]
+    if name == "symmetric_matmul":
+        operands[1] = operands[0].clone()
+    contestants = {"ATen": ATEN[name], "torchpar": OPERATORS[name]}
+    expected = ATEN[name](*operands)
+    g = torch.ones_like(expected)
+    results = []
+    for mode in MODES:
+        if name == "exact_matmul" and mode != MODES[0]:  # ATen's has no gradient
+            continue
+        inputs = operands if mode == MODES[0] else [t.clone().requires_grad_() for t in operands]
+        wanted = expected if mode != "full" else None
+        times = time_contestants(contestants, inputs, g, mode, wanted, rounds)
+        over = 1e6 * (times["torchpar"].lower_quartile - times["ATen"].lower_quartile)
+        for contestant, one in times.items():
+            columns = {"over_us": over, "bound_us": BOUNDS.get(mode)} if contestant == "torchpar" else {}
+            case = {"operator": name, "mode": mode, "rows": rows}
+            results.append(one.result(case, contestant, times["ATen"], **columns))
+    return results
+
+
+def time_contestants(
+    contestants: dict[str, Callable[..., Any]],
+    inputs: Sequence[Tensor],
+    g: Tensor,
+    mode: str,
+    expected: Tensor | None,
+    rounds: int,
+) -> dict[str, Times]:
+    """Time calls in turn, and compare the result, or the gradients' dtype and shape, with ``expected``."""
 
     def forward_and_backward(op: Callable[..., Any]) -> Tensor:
-        return torch.autograd.grad(op(x), x, g)[0]
+        return torch.autograd.grad(op(*inputs), inputs, g)[0]
 
-    def turn(op: Callable[..., Any], mode: str, index: int) -> list[float]:
-        call = partial(op, x) if mode == "forward" else partial(forward_and_backward, op)
+    def turn(op: Callable[..., Any], index: int) -> list[float]:
+        call = partial(forward_and_backward, op) if mode == "full" else partial(op, *inputs)
         timed = time_calls(call, calls=CALLS if index else 1)
-        expected = x.sigmoid() if mode == "forward" else torch.ops.aten.sigmoid_backward(g, x.sigmoid())
-        if not torch.equal(timed.result, expected):
-            raise Rejected("another result than PyTorch's")
+        if expected is not None and not torch.allclose(timed.result, expected):
+            raise Rejected("another result than ATen's")
         return [timed.seconds()]
 
-    table = Table(command.csv(options), CPU)
-    for mode in ("forward", "full"):
-        turns = {name: partial(turn, op, mode) for name, op in contestants.items()}
-        times = take_turns(turns, 2 if options.quick else ROUNDS, label=mode)
-        table.add(one.result({"mode": mode}, name, times[REFERENCE]) for name, one in times.items())
-    print_results("a call of a small operator", table.results)
-    return table.status
+    turns = {name: partial(turn, op) for name, op in contestants.items()}
+    return take_turns(turns, rounds, label=mode)
 
 
 if __name__ == "__main__":

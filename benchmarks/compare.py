@@ -79,6 +79,7 @@ def compare(
     *,
     reference: str,
     libraries: Collection[str] = (),
+    rivals: Collection[str] = (),
     finish: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType({}),
     mode: Mode = "forward",
     rounds: int = 20,
@@ -91,6 +92,7 @@ def compare(
         reference: the contestant whose times, and errors, the others' are compared with.
         libraries: contestants whose errors are as they are. They must only be near the oracle, as the
             reference must.
+        rivals: contestants whose lower quartile over each one's is a column, as the reference's is.
         finish: for contestants that do a part of the operator, the rest of it, done before the result is
             checked and outside of the time.
         mode: "forward" (without a graph), "backward" (gradients of all arguments), or "full" (both). Of
@@ -145,6 +147,7 @@ def compare(
         columns: dict[str, Any] = {"host_ms": one.host_ms}
         if p50 := result.p50_ms:
             columns |= {"gb_per_s": work.bytes / p50 * 1e-6, "gflop_per_s": work.flops / p50 * 1e-6}
+        columns |= {f"over {other}": times[name].ratio_over(times[other]) for other in (reference, *rivals)}
         columns |= {"max_error": one.errors.max().item() if len(one.errors) else None}
         columns |= {"peak_memory_mb": one.peak_memory_mb, **settings}
         results.append(replace(result, columns=columns))

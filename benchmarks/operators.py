@@ -21,7 +21,7 @@ from benchmarks.command import Command, run
 from benchmarks.compare import MODES, Implementation, OperatorCase, Work, compare
 from benchmarks.results import Result, Table, print_results
 from torchpar.errors import ConfigError
-from torchpar.ops.matrix import mirrored  # by `torch.where`
+from torchpar.ops.symmetric_cpu import mirror_
 
 ROUNDS = 20
 SECONDS = {"cpu": 0.25, "cuda": 2.0}  # of a contestant's turns in one mode
@@ -208,7 +208,7 @@ def contestants(case: OperatorCase, quick: bool) -> dict[str, Implementation]:
     if case.operator == "matmul_t" and on_cpu and is_matrix and case.dtype.itemsize >= 4:
         compared["numpy"] = lambda x: torch.from_numpy(np.dot(array := x.detach().numpy(), array.T))
     if case.operator == "matmul_t" and on_cpu and is_matrix:
-        compared[MIRRORED] = lambda x: mirrored(x @ x.mT)
+        compared[MIRRORED] = lambda x: mirror_(x @ x.mT)
     if case.operator == "linear_sigmoid":
         compared["addmm"] = linear
     return compared

@@ -23,6 +23,7 @@ from torchpar.ops.processor import cpuinfo
 
 T = TypeVar("T")
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+KIND = {"family": "cpu family", "model": "model"}  # their names in /proc/cpuinfo
 WIDTH = 170  # columns of a table that is not printed to a terminal
 # The flags in /proc/cpuinfo that stand for each instruction set.
 INSTRUCTION_SETS = {
@@ -149,6 +150,26 @@ def print_results(title: str, results: Sequence[Result], columns: Sequence[str] 
     print_failures(results)
 
 
+def print_bounds(table: Table) -> int:
+    """Say which ratios are below their bounds, and which microseconds above; return 1 if any is."""
+    load = f"load average {os.getloadavg()[0]:.2f}"
+    bounded = [(one, one.columns) for one in table.results if one.columns.get("bound") is not None]
+    missed = []
+    for one, columns in bounded:
+        value, bound = columns["ratio"], columns["bound"]
+        if value is not None and value < bound:
+            missed.append((one, f"{value:.3f}, expected at least {bound}"))
+    over = [(one, one.columns) for one in table.results if one.columns.get("bound_us") is not None]
+    for one, columns in over:
+        value, bound = columns["over_us"], columns["bound_us"]
+        if value is not None and value > bound:
+            missed.append((one, f"{value:.2f} µs more, expected at most {bound}"))
+    for one, text in missed:
+        print("missed:", one.contestant, *one.case.values(), text)
+    print(f"{len(missed)} of {len(bounded) + len(over)} bounds are missed ({load})")
+    return 1 if missed else 0
+
+
 def print_failures(results: Sequence[Result]) -> None:
     """Say why results are not ok."""
     for result in results:
@@ -213,6 +234,12 @@ def instruction_sets() -> list[str]:
     return [name for name, either in INSTRUCTION_SETS.items() if flags & either]
 
 
+def processor() -> str:
+    """Its name, family and model: one name, such as AMD EPYC, stands for several kinds."""
+    kind = [f"{name} {number}" for name in ("family", "model") if (number := cpuinfo(KIND[name]))]
+    return ", ".join([cpuinfo("model name") or platform.machine(), *kind])
+
+
 @cache
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions, device, the processor with its instruction sets, and commit.
@@ -225,14 +252,13 @@ def environment(device: torch.device) -> dict[str, Any]:
         triton = ""
     describe = "git describe --always --dirty --abbrev=40 --exclude=*"
     commit = os.environ.get("TORCHPAR_COMMIT") or _output(describe, cwd=Path(__file__).parent)
-    processor = cpuinfo("model name") or platform.machine()
     return {
         "torch": torch.__version__,
         "triton": triton,
         "numpy": np.__version__,
         "python": platform.python_version(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor,
-        "processor": processor,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
+        "processor": processor(),
         "instruction_sets": ",".join(instruction_sets()),
         "commit": commit.removesuffix("-dirty"),
         "dirty": commit.endswith("-dirty") if commit else None,
@@ -240,11 +266,9 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def machine(device: torch.device) -> str:
-    """The folder of this machine's results, such as cpu-2-cores-avx512, cpu-2-cores-amx or nvidia-h100."""
-    if device.type == "cuda":
-        return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower())
-    widest = [name for name in instruction_sets() if name != "VNNI"][-1:] or [platform.machine()]
-    return f"cpu-{CORES}-cores-{widest[0].replace('-', '').lower()}"
+    """The folder of this machine's results, such as cpu-2-cores-amd-epyc-family-26-model-2 or nvidia-h100."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {CORES} cores {processor()}"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def provenance(device: torch.device) -> dict[str, Any]:

@@ -73,6 +73,16 @@ class Times:
         ratios = [median(theirs) / median(mine) for theirs, mine in pairs]
         return median(ratios) if ratios and not (self.reason or other.reason) else None
 
+    @property
+    def lower_quartile(self) -> float:
+        """Of all calls' seconds; nan if there are none, or they are not believed."""
+        return float(np.percentile(self.all, 25)) if self.rounds and not self.reason else math.nan
+
+    def ratio_over(self, other: "Times") -> float | None:
+        """The other's lower quartile over this one's."""
+        ratio = other.lower_quartile / self.lower_quartile
+        return None if math.isnan(ratio) else ratio
+
     def result(
         self, case: Mapping[str, Any], contestant: str, reference: "Times | None" = None, **columns: Any
     ) -> Result:

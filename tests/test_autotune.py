@@ -24,7 +24,7 @@ from benchmarks.host import idle_driver
 from benchmarks.results import Table
 from torchpar.kernels import autotune, launch, linear_sigmoid, matmul_t, tiles
 from torchpar.kernels.tiles import Tiles
-from torchpar.ops.matrix import mirrored
+from torchpar.ops.symmetric_cpu import mirror_
 
 SMALL = Tiles(16, 16, 32, 1, 2), Tiles(32, 32, 32, 1, 2)  # quick to compile
 SPLIT = Tiles(16, 16, 32, 1, 2, "split_k")
@@ -195,7 +195,7 @@ def small_sizes(monkeypatch) -> None:
     monkeypatch.setattr(benchmark, "DEVICE", "cpu")
     monkeypatch.setattr(benchmark, "BORDERS", {"linear_sigmoid": [{"m": 8, "k": 9, "n": 5}]})
     monkeypatch.setattr(benchmark, "do_bench", lambda call, quantiles: [call() is None or 2.0, 1.0, 4.0])
-    monkeypatch.setattr(benchmark, "mirror", lambda c, wrap: mirrored(c))
+    monkeypatch.setattr(benchmark, "mirror", lambda c, wrap: mirror_(c.clone()))
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
     for name, report in benchmark.REPORTS.items():
         report.fn.cache_clear()
@@ -203,7 +203,7 @@ def small_sizes(monkeypatch) -> None:
         kernel = benchmark.OPERATORS[name].kernel
         monkeypatch.setattr(kernel, "best_config", kernel.configs[0], raising=False)
     monkeypatch.setattr(benchmark, "maximum", torch.maximum)
-    monkeypatch.setattr(benchmark, "matmul_t", lambda x: mirrored(x @ x.T))
+    monkeypatch.setattr(benchmark, "matmul_t", lambda x: mirror_(x @ x.T))
     monkeypatch.setattr(benchmark, "linear_sigmoid", benchmark.layer)
 
 

@@ -11,12 +11,14 @@ pytest.importorskip("rich", reason="rich prints the tables")
 from benchmarks import muon, train
 from benchmarks.__main__ import NAMES, main
 from benchmarks.ladder_case import LABELS
+from benchmarks.results import Result, Table, print_bounds
 
 # Columns that each CSV has, and some of its own.
 COLUMNS = "contestant p20_ms p50_ms p80_ms samples ok reason torch device processor commit clocks load date"
 QUICK = {
     "operators": "mode dtype speedup rounds calls threads gb_per_s gflop_per_s",
-    "calls": "mode speedup",
+    "calls": "mode speedup over_us",
+    "products": "operator mode shape dtype threads ratio",
     "muon": "weight distance epoch",
     "host": "operator n",
     "autotune": "GPU registers spilled_bytes shared_kb blocks blocks_per_multiprocessor waves estimate_ms",
@@ -24,6 +26,7 @@ QUICK = {
 SLOW = {
     "optimizers": "library version promises situation verdict rounding",
     "train": "network batch samples_per_s",
+    "ddp": "network batch ranks ratio",
     "speedrun": "seed seconds accuracy",
     "scaling": "kind batch dp tp threads nbytes",
     "ladder": "workload note threads left_out over_pure_python than faster switches intensity load_before",
@@ -61,6 +64,21 @@ def test_a_benchmark_runs_and_its_csv_has_the_columns(tmp_path, monkeypatch, cap
         assert any(row[column] for row in rows), f"nothing in {column}"
     assert {path.name for path in tmp_path.iterdir()} == {f"{name}.csv", *OTHERS.get(name, [])}
     assert ("an all-reduce between 2 ranks" in capsys.readouterr().out) == (name == "scaling")
+
+
+def test_what_misses_its_bound_is_named(capsys):
+    table = Table(None, torch.device("cpu"))
+    columns = (
+        {"ratio": 0.96, "bound": 0.97},
+        {"ratio": 0.98, "bound": 0.97},
+        {"over_us": 7.0, "bound_us": 6},
+    )
+    table.add(Result(case={"shape": i}, contestant="ours", columns=one) for i, one in enumerate(columns))
+    assert print_bounds(table) == 1
+    printed = capsys.readouterr().out
+    assert "missed: ours 0 0.960, expected at least 0.97" in printed
+    assert "missed: ours 2 7.00 µs more, expected at most 6" in printed
+    assert "2 of 3 bounds are missed (load average" in printed
 
 
 def test_another_optimizer_goes_elsewhere(monkeypatch, capsys):

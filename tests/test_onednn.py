@@ -41,7 +41,7 @@ def on_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     """A processor whose oneDNN is faster than its BLAS library, with bfloat16."""
     if not torch.backends.mkldnn.is_available():
         pytest.skip("oneDNN is not in this build of PyTorch")
-    monkeypatch.setattr(processor, "has_onednn", lambda: True)
+    monkeypatch.setattr(processor, "prefers_onednn", lambda: True)
     monkeypatch.setattr(sys.modules["torchpar.ops.linear_sigmoid"], "has_bfloat16", lambda: True)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
 
@@ -57,6 +57,7 @@ def onednn(monkeypatch: pytest.MonkeyPatch, on_onednn: None) -> list[list[int]]:
         return in_chains(terms, *bias)
 
     monkeypatch.setattr(linear_cpu, "_MIN_PRODUCT", 1)
+    monkeypatch.setattr(linear_cpu, "_LEAST_ROWS", 1)
     for module in (linear_cpu, symmetric_cpu):
         monkeypatch.setattr(module, "in_chains", recorded)
     return products
@@ -177,24 +178,33 @@ def names(x: Tensor, out: int = 128) -> tuple[str, ...]:
 def test_only_large_float32_layers_have_an_autograd_of_their_own(monkeypatch: Any, on_onednn: None) -> None:
     native = ("AddmmBackward0", "SigmoidBackward0")
     large = torch.ones(128, 784)
-    assert names(large, 75) == ("LinearFunctionBackward", "SigmoidBackward0")  # 7.53 million multiplications
-    assert names(large, 74) == native  # 7.43 million, less than three times `_MIN_PRODUCT`
+    assert names(large, 25) == ("LinearFunctionBackward", "SigmoidBackward0")  # 2.51 million multiplications
+    assert names(large, 24) == native  # 2.41 million, less than `_MIN_PRODUCT`
     assert names(large.double()) == names(large.bfloat16()) == native
     with torch.backends.mkldnn.flags(enabled=False):
         assert names(large) == native
-    for module, reason, value in ((processor, "has_onednn", False), (torch, "get_num_threads", 3)):
+    for module, reason, value in ((processor, "prefers_onednn", False), (torch, "get_num_threads", 6)):
         with monkeypatch.context() as patch:
             patch.setattr(module, reason, lambda value=value: value)
             assert names(large) == native
 
 
-def test_onednn_is_for_amd_processors_with_avx512(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onednn_is_for_amd_processors_from_zen_5_on(monkeypatch: pytest.MonkeyPatch) -> None:
     for library in (torch.backends.mkldnn, torch.backends.mkl):
         monkeypatch.setattr(library, "is_available", lambda: True)
-    for vendor, capability in itertools.product(("AuthenticAMD", "GenuineIntel", ""), ("AVX512", "AVX2")):
-        monkeypatch.setattr(Path, "read_text", lambda path, vendor=vendor: f"vendor_id : {vendor}")
+    vendors, families = ("AuthenticAMD", "GenuineIntel", ""), ("25", "26", "27", "")
+    for vendor, family, capability in itertools.product(vendors, families, ("AVX512", "AVX2")):
+        text = f"vendor_id : {vendor}\ncpu family : {family}"
+        monkeypatch.setattr(Path, "read_text", lambda path, text=text: text)
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda found=capability: found)
-        assert processor.has_onednn.__wrapped__() == ((vendor, capability) == ("AuthenticAMD", "AVX512"))
+        expected = vendor == "AuthenticAMD" and family in ("26", "27") and capability == "AVX512"
+        assert processor.prefers_onednn.__wrapped__() == expected
+
+
+def test_large_products_are_computed_in_blocks_of_rows(onednn: list[list[int]], monkeypatch: Any) -> None:
+    monkeypatch.setattr(linear_cpu, "_BLOCK", 50)
+    compare("linear", operands(*AWKWARD))
+    assert len(onednn) == 3 + 1 + 1  # blocks of the 129 rows of y; dL/dX and dL/dW have one chain
 
 
 # Symmetric products
@@ -211,12 +221,12 @@ def test_either_library_of_the_cpu_is_right(shape: tuple[int, ...], onednn: list
             contract(a, a, c, alpha=-2.5, beta=1 / 3)
             in_place = torchpar.symmetric_matmul(a, a, c, alpha=-2.5, beta=1 / 3, out=torch.empty_like(c))
             assert torch.equal(in_place, torchpar.symmetric_matmul(a, a, c, alpha=-2.5, beta=1 / 3))
-            assert max(itertools.chain(*onednn), default=0) <= 128
+            assert max(itertools.chain(*onednn), default=0) <= linear_cpu.CHAIN
             actual = torch.ops.torchpar.matmul_t_backward(c.tril(), a)
         total = c.tril() + c.tril().mT
         assert_accurate(actual, total @ a, to_numpy(total) @ to_numpy(a), roundings=3)
         assert any(onednn) == enabled
-        assert max(itertools.chain(*onednn), default=0) <= 264
+        assert max(itertools.chain(*onednn), default=0) <= linear_cpu.CHAIN
         onednn.clear()
 
 
@@ -229,8 +239,8 @@ def test_only_large_float32_matrices_go_to_onednn(onednn: list[list[int]]) -> No
 
 
 @pytest.mark.skipif(
-    not processor.has_onednn(),
-    reason="float32 goes to oneDNN on AMD processors with AVX-512, for which chains were cut",
+    not processor.prefers_onednn(),
+    reason="float32 goes to oneDNN on AMD processors from Zen 5 on, for which chains were cut",
 )
 def test_chains_keep_pytorchs_accuracy_and_one_chain_would_lose_it(
     onednn: list[list[int]], monkeypatch
@@ -240,5 +250,5 @@ def test_chains_keep_pytorchs_accuracy_and_one_chain_would_lose_it(
     in_chains = error(torchpar.symmetric_matmul(x, x), expected)
     assert_accurate(torchpar.symmetric_matmul(x, x), x @ x.mT, expected)
     # Beside chains, not beside PyTorch: how MKL sums depends on the processor.
-    monkeypatch.setattr(symmetric_cpu, "_CHAIN", 2000)
+    monkeypatch.setattr(symmetric_cpu, "CHAIN", 2000)
     assert error(torchpar.symmetric_matmul(x, x), expected) > 1.5 * in_chains

@@ -16,7 +16,7 @@ All private names of PyTorch that operators need are used here. tests/test_libra
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from inspect import getmodule, signature
 from itertools import chain, islice
@@ -25,7 +25,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _after_ADInplaceOrView_keyset, _AutoDispatchBelowAutograd
+from torch._C import (
+    _after_ADInplaceOrView_keyset,
+    _any_output_is_alias_to_input_or_output,
+    _AutoDispatchBelowAutograd,
+)
 from torch._C._functorch import peek_interpreter_stack
 from torch._functorch.autograd_function import custom_function_call_vmap_helper
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
@@ -120,7 +124,10 @@ def triton_op(
         traced = partial(fn, wrap=torch.library.wrap_triton) if takes_wrap else fn
 
         def launch(*args: Any, **kwargs: Any) -> Any:
-            with _device_of(args):
+            gpu = _gpu_of(args)
+            if gpu is None and takes_wrap:  # a context would take longer than all else here
+                return fn(*args, **kwargs, wrap=None)
+            with nullcontext() if gpu is None else torch.cuda.device(gpu):
                 if takes_wrap:
                     return fn(*args, **kwargs, wrap=None)
                 with set_wrap_triton_enabled(False):
@@ -138,7 +145,8 @@ def triton_op(
                 or opaque(*args, **kwargs)
             ):
                 return mode.__torch_dispatch__(overload, types, args, kwargs)
-            with mode, _device_of(args):
+            gpu = _gpu_of(args)
+            with mode, nullcontext() if gpu is None else torch.cuda.device(gpu):
                 return traced(*args, **kwargs)
 
         launch.__module__ = fn.__module__  # which messages show
@@ -206,6 +214,10 @@ class CustomOpDef(custom_ops.CustomOpDef):
         self._defaults = tuple(one.default_value for one in self._positional)
         self._keywords = [one for one in arguments if one.kwarg_only]
         self._are_lists = ["List" in (kind := str(one.type)) and "Tensor" in kind for one in self._positional]
+        self._has_lists = any(self._are_lists)
+        # From torch 2.14 on: arguments are not converted for C++, unless there are keyword-only ones.
+        if hasattr(self._opoverload, "_enable_pyobj_dispatch") and not self._keywords:
+            self._opoverload._enable_pyobj_dispatch(True)
         # Errors and `grad_fn` show its name, as PyTorch's do.
         generated = f"GeneratedBackwardFor_{namespace}_{base}_{overload or 'default'}"
         self._function: Any = new_class(generated, (Differentiable,))
@@ -229,6 +241,9 @@ class CustomOpDef(custom_ops.CustomOpDef):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         _register_sharding_rules()  # in inference mode the Autograd key is passed over
+        if not torch.compiler.is_compiling() and torch._C._autograd._profiler_enabled():
+            # PyTorch's dispatch in Python (2.14) records no event.
+            return getattr(self._opoverload, "_cpp_dispatch_handle", self._opoverload)(*args, **kwargs)
         return self._opoverload(*args, **kwargs)
 
     def register_kernel(
@@ -270,16 +285,23 @@ class CustomOpDef(custom_ops.CustomOpDef):
         )
 
     def _run(self, device: str | None, /, *args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad() if torch.is_grad_enabled() else nullcontext():  # which takes a microsecond
-            try:
-                result = self._kernels[device](*args, **kwargs)
-            except Exception as e:
-                tensors = [t for t in tree_flatten(args)[0] if isinstance(t, Tensor)]
-                if any(isinstance(t, FakeTensor) or t.is_meta for t in tensors):
-                    e.add_note(f"{self._qualname} has no fake; register one by register_fake")
-                raise
-        module = partial(getmodule, self._kernels[device])
-        _c_check_aliasing_constraint(self._qualname, args, kwargs, result, module)
+        kernel = self._kernels[device]
+        records = torch.is_grad_enabled()
+        if records:  # `torch.no_grad` would take a microsecond
+            torch._C._set_grad_enabled(False)
+        try:
+            result = kernel(*args, **kwargs)
+        except Exception as e:
+            tensors = [t for t in tree_flatten(args)[0] if isinstance(t, Tensor)]
+            if any(isinstance(t, FakeTensor) or t.is_meta for t in tensors):
+                e.add_note(f"{self._qualname} has no fake; register one by register_fake")
+            raise
+        finally:
+            if records:
+                torch._C._set_grad_enabled(True)
+        results = result if isinstance(result, tuple) else (result,)
+        if _any_output_is_alias_to_input_or_output(args, kwargs, results):
+            _c_check_aliasing_constraint(self._qualname, args, kwargs, result, partial(getmodule, kernel))
         return result
 
     def set_kernel_enabled(self, device_type: str, enabled: bool = True) -> Any:
@@ -442,11 +464,15 @@ class CustomOpDef(custom_ops.CustomOpDef):
         transformed = is_transformed(args) and not self._mutated
         if self._formula and (transformed or (self._decompose and self._decompose(*args, **kwargs))):
             return self._formula(*args, **kwargs)
-        # A list with None among its tensors is no list of tensors to PyTorch.
-        leaves, _ = _flattened(args, self._are_lists)
-        if transformed or (torch.is_grad_enabled() and torch._C._any_requires_grad(*leaves)):
+        if transformed:
             call = _Call(self, kwargs, transformed)
-            with enable_single_level_autograd_function() if transformed else nullcontext():
+            with enable_single_level_autograd_function():
+                return call.result(self._function.apply(*call.flat(args), call))
+        if torch.is_grad_enabled():
+            # A list with None among its tensors is no list of tensors to PyTorch.
+            leaves = _flattened(args, self._are_lists)[0] if self._has_lists else args
+            if torch._C._any_requires_grad(*leaves):
+                call = _Call(self, kwargs, transformed)
                 return call.result(self._function.apply(*call.flat(args), call))
         return self._below(*args, **kwargs)
 
@@ -493,13 +519,16 @@ class _Call:
     """A call on its way through `Differentiable`, of flat tensors; it keeps none of the arguments."""
 
     def __init__(self, op: CustomOpDef, kwargs: dict[str, Any], transformed: bool):
-        self.op, self.kwargs, self.transformed, self.materializes = op, kwargs, transformed, True
+        self.op, self.kwargs, self.transformed = op, kwargs, transformed
 
     def flat(self, args: tuple[Any, ...]) -> Sequence[Any]:
         """The leaves of all positional arguments."""
         self.given = len(args)
         if len(args) < len(self.op._defaults):
             args += self.op._defaults[len(args) :]
+        if not self.op._has_lists:
+            self.sizes = None
+            return args
         leaves, self.sizes = _flattened(args, self.op._are_lists)
         return leaves
 
@@ -515,22 +544,26 @@ class _Call:
 
     def set_up(self, ctx: Any, leaves: Sequence[Any], output: tuple[Any, ...]) -> None:
         ctx._torchpar_call, self.count = self, len(leaves)
-        self.results: list[Any] = [  # None for a number
-            {"size": t.shape, "dtype": t.dtype, "device": t.device} if isinstance(t, Tensor) else None
-            for t in output
-        ]
-        if len(output) > 1:  # the zeros that autograd makes are no DTensors (pytorch#173123)
+        self.materializes = len(output) > 1  # of one result autograd does
+        if self.transformed or self.materializes:
+            self.results: list[Any] = [  # None for a number
+                {"size": t.shape, "dtype": t.dtype, "device": t.device} if isinstance(t, Tensor) else None
+                for t in output
+            ]
+        if self.materializes:  # the zeros that autograd makes are no DTensors (pytorch#173123)
             ctx.set_materialize_grads(False)
         ctx.needs_input_grad = _nested(ctx.needs_input_grad[:-1], self.sizes)[: self.given]
         if self.op._setup_context:
-            ctx.set_materialize_grads = self._set_materializes
-            given = self.op._keyword_only(self.kwargs)
-            keywords = {"keyword_only_inputs": given} if given else {}
+            keywords = {}
+            if self.op._keywords:
+                keywords["keyword_only_inputs"] = self.op._keyword_only(self.kwargs)
+            is_shadowed = self.materializes
+            if is_shadowed:
+                ctx.set_materialize_grads = self._set_materializes
             inputs = _nested(leaves, self.sizes)
             self.op._setup_context(ctx=ctx, inputs=inputs, output=self.result(output), **keywords)
-            del ctx.set_materialize_grads
-            if not self.materializes:
-                ctx.set_materialize_grads(False)
+            if is_shadowed:
+                del ctx.set_materialize_grads
 
     def _set_materializes(self, value: bool) -> None:
         self.materializes = value
@@ -694,11 +727,12 @@ def supports_tma(wrap: Wrap) -> bool:
     return isinstance(V.fake_mode, FakeTensorMode) and not (config.fx_wrapper or config.cpp_wrapper)
 
 
-def _device_of(args: tuple[Any, ...]) -> AbstractContextManager[None]:
-    """Make the tensors' GPU current: Triton launches on the current one, and tiles are chosen for it."""
-    device = next((arg.device for arg in args if isinstance(arg, Tensor) and arg.is_cuda), None)
-    is_real = device is not None and torch.cuda.is_available()  # a fake one may be on a machine without
-    return torch.cuda.device(device) if is_real else nullcontext()
+def _gpu_of(args: tuple[Any, ...]) -> torch.device | None:
+    """The tensors' GPU, to be made current: Triton launches on the current one, and chooses tiles for it."""
+    for arg in args:
+        if isinstance(arg, Tensor) and arg.is_cuda and torch.cuda.is_available():  # a fake one is anywhere
+            return arg.device
+    return None
 
 
 def batch_first(t: Tensor, dim: int | None, batch_size: int) -> Tensor:

@@ -63,7 +63,7 @@ def make_optimizer(flags: TrainFlags, model: torch.nn.Module, mesh: DeviceMesh |
     """
     if flags.optimizer == "sgd":
         options = flags.optimizer_options(flags.SGD)
-        return training.sgd(model, **options, decay_biases=flags.decay_biases)
+        return training.sgd(model, **options, decay_biases=flags.decay_biases, fused=True)
     return training.muon(model, **flags.optimizer_options(flags.MUON), mesh=mesh)
 
 

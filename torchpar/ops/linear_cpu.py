@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""float32 products on the CPU by oneDNN, on processors where it is faster than PyTorch's BLAS library.
+"""float32 products on the CPU: PyTorch's own, or oneDNN's where `processor.prefers_onednn`.
 
-PyTorch gives float32 products to its BLAS library. Where that is MKL, it uses only AVX2 on AMD processors:
-two cores of an AMD EPYC reach 205 GFLOP/s with MKL and 440 with oneDNN. `torch.ops.mkldnn._linear_pointwise`,
-a private name that Inductor uses too, is oneDNN's product. It sums all terms in one chain, and the error
-grows with the chain's length. Therefore long sums are cut into chains of at most `CHAIN` terms: the error is
-then less than twice MKL's.
+`torch.ops.mkldnn._linear_pointwise`, a private name that Inductor uses too, is oneDNN's product. It sums all
+terms in one chain, and the error grows with the chain's length: 784 terms have 1.5 times the error of
+PyTorch's product, and 2048 have 2.1 times. Therefore sums are cut into chains of at most `CHAIN` terms.
 """
 
 from typing import Any
@@ -19,31 +17,30 @@ from torchpar.ops import processor
 from torchpar.ops.matrix import pad_to_even, rows
 
 CHAIN = 264
-# Multiplications per chain and thread from which oneDNN is faster, although its call takes longer than MKL's.
+# Multiplications per chain and thread from which oneDNN is faster, although its call takes longer.
 _MIN_PRODUCT = 2_500_000
+_LEAST_ROWS = 512  # from which chains gain more than it costs to copy the other matrix
+_BLOCK = 512  # rows; what a chain adds to stays in the cache
 _is_tracing = torch._C._is_tracing
 _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
 
-def prefers_onednn(t: Tensor) -> bool:
-    """Return True if products of ``t`` go to oneDNN where they are large enough."""
-    fits = t.is_cpu and t.dtype == torch.float32 and t.layout == torch.strided
-    return fits and processor.has_onednn() and bool(torch.backends.mkldnn.enabled)
-
-
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear`, differentiable."""
-    fits = weight.dim() == 2 and (bias is None or bias.shape == weight.shape[:1])  # PyTorch takes others, too
-    if fits and _chain_length(weight.shape, x, weight, bias):
+    if not _is_for_onednn(weight, x, bias) or (bias is not None and bias.shape != weight.shape[:1]):
+        return F.linear(x, weight, bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         return LinearFunction.apply(x, weight, bias)  # type: ignore[no-any-return]
-    return F.linear(x, weight, bias)
+    return linear_forward(x, weight, bias)
 
 
 class LinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return linear_forward(x, weight, bias)
+        y = linear_forward(x, weight, bias)
+        # Autograd refuses to change a view that a Function returns.
+        return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -56,42 +53,62 @@ class LinearFunction(torch.autograd.Function):
 
 def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x @ weight.T + bias`` for ``x (*, in)``, ``weight (out, in)``; not differentiable."""
-    length = _chain_length(weight.shape, x, weight, bias)
-    if length == 0:
-        return F.linear(*pad_to_even(x, weight), bias)
-    if bias is not None:
-        bias = bias.contiguous()  # oneDNN reads it as if it were
-    y = in_chains(cut(rows(x), weight, length), bias)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], len(weight))
+    if chains := _chains(weight, x, bias):
+        bias = None if bias is None else bias.contiguous()  # oneDNN reads it as if it were
+        return _product(rows(x), weight, chains, bias).view(*x.shape[:-1], len(weight))
+    return F.linear(*pad_to_even(x, weight), bias)
 
 
 def mm(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` for matrices, differentiable."""
-    length = 0 if torch.is_grad_enabled() else _chain_length(b.shape[::-1], a, b)
-    return in_chains(cut(a, b.T, length)) if length else a.mm(b)
+    chains = 0 if torch.is_grad_enabled() else _chains(b.mT, a)
+    return _product(a, b.T, chains) if chains else a.mm(b)
 
 
-def _chain_length(shape: torch.Size, a: Tensor, *others: Tensor | None) -> int:
-    """The terms of a chain for ``a (*, k)`` and a matrix of ``shape (n, k)``; 0 where PyTorch multiplies."""
-    if not is_eager(a, *others):
+def _product(a: Tensor, b: Tensor, chains: int, bias: Tensor | None = None) -> Tensor:
+    terms = cut(a, b, chains)
+    if chains == 1 or len(a) <= _BLOCK:
+        return in_chains(terms, bias)
+    y = a.new_empty(len(a), len(b))
+    for lo in range(0, len(a), _BLOCK):
+        block = slice(lo, lo + _BLOCK)
+        y[block] = in_chains([(s[block], t) for s, t in terms], bias)
+    return y
+
+
+def _is_for_onednn(b: Tensor, a: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether oneDNN is preferred, and takes ``a (*, k)`` and ``b (n, k)``, which are large enough."""
+    if torch.compiler.is_compiling() or not (processor.prefers_onednn() and is_eager(b, a, bias)):
+        return False  # a compiler would refuse the cached function
+    is_large = b.dim() == 2 and a.numel() * len(b) >= _MIN_PRODUCT * torch.get_num_threads()
+    return is_large and a.shape[-1] == b.shape[1] and all(t is None or takes_onednn(t) for t in (b, a, bias))
+
+
+def _chains(b: Tensor, a: Tensor, bias: Tensor | None = None) -> int:
+    """The number of chains for ``a (*, k)`` and ``b (n, k)``; 0 where PyTorch multiplies."""
+    if not _is_for_onednn(b, a, bias):
         return 0
-    n, k = shape
-    count = -(-k // CHAIN)
-    by_onednn = (
-        a.numel() * n >= _MIN_PRODUCT * max(count * torch.get_num_threads(), 1)
-        and all(t is None or prefers_onednn(t) for t in (a, *others))
-        and a.shape[-1] == k
-    )
-    return -(-k // count) if by_onednn else 0
+    n, k = b.shape
+    chains = -(-k // CHAIN)
+    is_large = a.numel() * n >= _MIN_PRODUCT * chains * torch.get_num_threads()
+    if chains > 1 and b.stride(0) != 1:  # parts of its rows are copied
+        is_large = is_large and a.numel() >= k * _LEAST_ROWS
+    return chains if is_large else 0
 
 
-def cut(a: Tensor, b: Tensor, length: int) -> list[tuple[Tensor, Tensor]]:
-    """Matrices ``a`` and ``b`` cut into ``length`` columns each, as `in_chains` takes them.
+def takes_onednn(t: Tensor) -> bool:
+    """Whether oneDNN is preferred, and takes ``t``."""
+    fits = t.is_cpu and t.dtype == torch.float32 and t.layout == torch.strided
+    return fits and processor.prefers_onednn() and bool(torch.backends.mkldnn.enabled)
+
+
+def cut(a: Tensor, b: Tensor, chains: int) -> list[tuple[Tensor, Tensor]]:
+    """Matrices ``a`` and ``b`` cut into ``chains`` parts of their columns, as `in_chains` takes them.
 
     Each part of ``b`` or its transpose is contiguous. With another one oneDNN takes a thousand times as long.
     """
-    parts = [t if t.is_contiguous() or t.mT.is_contiguous() else t.contiguous() for t in b.split(length, 1)]
-    return list(zip(parts if a is b else a.split(length, 1), parts, strict=True))
+    parts = [t if t.is_contiguous() or t.mT.is_contiguous() else t.contiguous() for t in b.chunk(chains, 1)]
+    return list(zip(parts if a is b else a.chunk(chains, 1), parts, strict=True))
 
 
 def in_chains(terms: list[tuple[Tensor, Tensor]], bias: Tensor | None = None) -> Tensor:
@@ -104,7 +121,7 @@ def in_chains(terms: list[tuple[Tensor, Tensor]], bias: Tensor | None = None) ->
 
 
 def is_eager(*tensors: Tensor | None) -> bool:
-    """Return True if no compiler, transform, tensor subclass or autocast must intercept the calls."""
+    """Whether no compiler, transform, tensor subclass or autocast must intercept the calls."""
     if torch.compiler.is_compiling() or not _PLAIN.issuperset(map(type, tensors)):
         return False
     return not (_is_tracing() or is_transformed(tensors) or torch.is_autocast_enabled("cpu"))

@@ -67,8 +67,10 @@ def _is_native(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """
     if not (x.is_cpu and is_eager(x, weight, bias)):
         return False
+    if not is_paired(x):
+        return True
     is_even = not any(size % 2 for size in (*weight.shape, math.prod(x.shape[:-1])))
-    return not is_paired(x) or (is_even and not _is_slow(x))
+    return is_even and not _is_slow(x)
 
 
 def _is_slow(t: Tensor) -> bool:
@@ -78,7 +80,7 @@ def _is_slow(t: Tensor) -> bool:
 
 def _formula(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     _check(x, weight, bias)
-    return linear(*pad_to_even(x, weight), bias).sigmoid()
+    return linear(*pad_to_even(x, weight), bias).sigmoid_()
 
 
 @operator("linear_sigmoid(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor", kernels="linear_sigmoid")

@@ -2,14 +2,13 @@
 """Checks, products and masks shared by the matrix operators."""
 
 import math
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from torchpar.library import is_dtensor
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 
 
 def check_dtype(operator: str, name: str, x: Tensor) -> None:
@@ -23,9 +22,9 @@ def check_dtype(operator: str, name: str, x: Tensor) -> None:
 
 def check_like(operator: str, name: str, t: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
     """Raise a RuntimeError unless ``t`` has ``shape``, and ``like``'s dtype and device."""
-    actual = (tuple(t.shape), t.dtype, t.device)
-    expected = (tuple(shape), like.dtype, like.device)
-    if actual != expected:
+    if t.shape != shape or t.dtype != like.dtype or t.device != like.device:
+        actual = (tuple(t.shape), t.dtype, t.device)
+        expected = (tuple(shape), like.dtype, like.device)
         raise RuntimeError(f"torchpar::{operator}: {name} is {actual}, expected {expected}")
 
 
@@ -85,14 +84,14 @@ def product(
     if c is not None and beta == 0:
         c = None
     a, b = pad_to_even(a, b)
+    if c is None and alpha == 1:
+        # `matmul` takes a microsecond longer.
+        return torch.mm(a, b.mT, out=out) if a.dim() == b.dim() == 2 else torch.matmul(a, b.mT, out=out)
     if alpha == 0 or not abs(alpha) < math.inf:
         # At some sizes PyTorch's libraries return NaN for alpha 0, and finite numbers for an infinite alpha.
         result = alpha * (a @ b.mT) if alpha else a.new_zeros(*a.shape[:-1], b.shape[-2])
         result = result if c is None else result + beta * c
         return result.contiguous() if out is None else out.copy_(result)
-    if c is None and alpha == 1:
-        # `matmul` takes a microsecond longer.
-        return torch.mm(a, b.mT, out=out) if a.dim() == b.dim() == 2 else torch.matmul(a, b.mT, out=out)
     beta = 0.0 if c is None else beta
     if a.dim() == 2:
         c = a.new_zeros(()) if c is None else c  # vmap reads it: 0·NaN is NaN
@@ -106,17 +105,3 @@ def half_sum(g: Tensor) -> Tensor:
     """``(g + g.mT) / 2`` for ``g (*, n, n)``; unlike ``g + g.mT``, it cannot overflow."""
     half = g * 0.5
     return half + half.mT
-
-
-def mirrored(c: Tensor) -> Tensor:
-    """A symmetric matrix from the lower triangle of ``c``, for ``c (*, n, n)``."""
-    if c.numel() == 0:  # for an empty batch `torch.where` returns other strides
-        return c.new_empty(c.shape)
-    # A tracer's mask is not cached, nor a GPU's: another stream could read it before it is written.
-    make_mask = _lower_mask if type(c) is Tensor and c.is_cpu else _lower_mask.__wrapped__
-    return torch.where(make_mask(c.shape[-1], c.device), c, c.mT)
-
-
-@lru_cache(maxsize=8)
-def _lower_mask(n: int, device: torch.device) -> Tensor:
-    return torch.ones(n, n, dtype=torch.bool, device=device).tril()

@@ -23,7 +23,7 @@ from torchpar.library import Wrap, empty_elementwise, needs_formula, sample
 from torchpar.ops._operator import operator, save_operands
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
-_DTYPES = (*_INTEGERS, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_DTYPES = frozenset((*_INTEGERS, torch.float16, torch.bfloat16, torch.float32, torch.float64))
 
 
 def maximum(a: Tensor, b: Tensor) -> Tensor:
@@ -106,12 +106,12 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
     if g.is_cuda and not needs_formula(g, a, b):  # one launch for both costs less than ATen's for one
         da, db = _backward_op(g, a.detach(), b.detach())  # the gradients depend on g alone
     else:
-        da, db = _share(g, a, b) if need_a else None, _share(g, b, a) if need_b else None
+        share = torch.where(a == b, g / 2, g)
+        da, db = (
+            share.masked_fill(a < b, 0) if need_a else None,
+            share.masked_fill(b < a, 0) if need_b else None,
+        )
     return _reduced(da, a) if need_a else None, _reduced(db, b) if need_b else None
-
-
-def _share(g: Tensor, mine: Tensor, other: Tensor) -> Tensor:
-    return torch.where(mine == other, g / 2, g).masked_fill(mine < other, 0)
 
 
 def _reduced(share: Tensor, t: Tensor) -> Tensor:

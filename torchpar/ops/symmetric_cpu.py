@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Symmetric matrix products on the CPU, at half the arithmetic.
+"""Symmetric matrix products on the CPU: blocks of rows up to the diagonal, and their mirror image.
 
-Where oneDNN is faster (`torchpar.ops.linear_cpu`), float32 goes there, in chains of `_CHAIN` terms: the
-error is then MKL's.
+A block is PyTorch's product, straight into the result, or oneDNN's (`torchpar.ops.linear_cpu`).
 """
 
 import itertools
@@ -10,25 +9,24 @@ import itertools
 import torch
 from torch import Tensor
 
-from torchpar.ops.linear_cpu import cut, in_chains, mm, prefers_onednn
-from torchpar.ops.matrix import half_sum, mirrored, pad_to_even, product
+from torchpar.ops.linear_cpu import CHAIN, cut, in_chains, mm, takes_onednn
+from torchpar.ops.matrix import half_sum, pad_to_even, product
 from torchpar.ops.processor import has_amx, has_bfloat16
 
-# Rows from which half of a product is faster than all of it, by MKL with AVX2 and by oneDNN with AVX-512.
+# Rows from which half of a product is faster than all of it and a mirror image of half, with two threads.
 _HALVED_FROM, _HALVED_FROM_BFLOAT16 = 384, 768
 _BLOCK, _BLOCK_BY_ONEDNN = 128, 256  # rows
-_CHAIN = 128
 _CACHE_LINE = 64  # bytes
 _STRIPED_FROM, _STRIPE = 256, 128  # rows from which, and of which, stripes are mirrored; others all at once
 
 
 def is_halved(x: Tensor) -> bool:
     """Whether X·Xᵀ is computed in blocks up to the diagonal, which compilers should leave alone."""
-    if x.is_cuda:
+    if x.shape[-2] < _HALVED_FROM or x.is_cuda:
         return False
     if computed_in(x.dtype) == torch.bfloat16:  # AMX multiplies all as fast as half of it in blocks
         return x.shape[-2] >= _HALVED_FROM_BFLOAT16 and not has_amx()
-    return x.shape[-2] >= _HALVED_FROM
+    return True
 
 
 def computed_in(dtype: torch.dtype) -> torch.dtype:
@@ -59,7 +57,7 @@ def symmetric_product(
         found = symmetric_product(wide, b, None if c is None else c.to(dtype), alpha, beta)
         return found.to(a.dtype) if out is None else out.copy_(found)
     if not is_halved(a):
-        found = mirrored(product(a, b, c, alpha, beta))
+        found = _mirror(product(a, b, c, alpha, beta))  # without stripes, for which compilers would ask n
         return found if out is None else out.copy_(found)
     out = a.new_empty(*a.shape[:-1], a.shape[-2]) if out is None else out
     for index in itertools.product(*map(range, a.shape[:-2])):
@@ -71,20 +69,20 @@ def symmetric_product(
 
 def _halved(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float, out: Tensor) -> None:
     """Compute blocks of rows up to the diagonal, and mirror them."""
-    n = len(a)
     a, b = pad_to_even(a, b)
-    chains, rows = None, _BLOCK
-    if alpha != 0 and a.numel() and prefers_onednn(a):
+    n = len(a)
+    terms: list[tuple[Tensor, Tensor]] = []
+    if alpha != 0 and a.numel() and takes_onednn(a):
         dense = a.contiguous()  # of what oneDNN takes, blocks of rows are to be dense
-        chains, rows = cut(dense, dense if b is a else b.contiguous(), _CHAIN), _BLOCK_BY_ONEDNN
-    blocks = max(round(n / rows), 1)
+        terms = cut(dense, dense if b is a else b.contiguous(), -(-a.shape[1] // CHAIN))
+    blocks = max(round(n / (_BLOCK_BY_ONEDNN if terms else _BLOCK)), 1)
     for block in range(blocks):
         lo, hi = n * block // blocks, n * (block + 1) // blocks
         own, c_own = out[lo:hi, :hi], None if c is None else c[lo:hi, :hi]
-        if not chains:
+        if not terms:
             product(a[lo:hi], b[:hi], c_own, alpha, beta, out=own)
             continue
-        found = in_chains([(s[lo:hi], t[:hi]) for s, t in chains])
+        found = in_chains([(s[lo:hi], t[:hi]) for s, t in terms])
         if c_own is None:
             torch.mul(found, alpha, out=own)
         else:
@@ -92,28 +90,28 @@ def _halved(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float, o
     mirror_(out)
 
 
-def mirror_(h: Tensor) -> None:
-    """Copy the lower triangle of ``h (*, n, n)`` to the upper one."""
-    if h.is_cpu and h.shape[-1] >= _STRIPED_FROM and h.stride(-1) == 1:
-        for index in itertools.product(*map(range, h.shape[:-2])):
-            _mirror_stripes(h[index])
-    else:
-        h.copy_(mirrored(h))
-
-
-def _mirror_stripes(h: Tensor) -> None:
-    """Mirror a matrix stripe by stripe, so that what is transposed fits in the cache."""
-    n = len(h)
+def mirror_(h: Tensor) -> Tensor:
+    """Copy the lower triangle of ``h (*, n, n)`` to the upper one; return ``h``."""
+    n = h.shape[-1]
+    if n < _STRIPED_FROM or not h.is_cpu or h.stride(-1) != 1:
+        return _mirror(h)
     # Rows lie an odd number of cache lines apart: with a large power of two between rows, the elements of a
     # column share one cache set, and a transposed copy takes up to four times as long.
     lines = -(-n * h.itemsize // _CACHE_LINE) | 1
     space = h.new_empty(_STRIPE, lines * _CACHE_LINE // h.itemsize)
-    for lo in range(0, n, _STRIPE):
-        stripe = slice(lo, lo + _STRIPE)
-        square = h[stripe, stripe]
-        square.copy_(mirrored(square))
-        before = space[: n - lo, :lo].copy_(h[stripe, :lo])
-        h[:lo, stripe] = before.T
+    for index in itertools.product(*map(range, h.shape[:-2])):
+        one = h[index]
+        for lo in range(0, n, _STRIPE):
+            stripe = slice(lo, lo + _STRIPE)
+            _mirror(one[stripe, stripe])
+            before = space[: n - lo, :lo].copy_(one[stripe, :lo])
+            one[:lo, stripe] = before.T
+    return h
+
+
+def _mirror(h: Tensor) -> Tensor:
+    upper = h.mT.triu(1)
+    return h.tril_().add_(upper)
 
 
 def symmetrized_product(g: Tensor, x: Tensor) -> Tensor:
@@ -121,6 +119,6 @@ def symmetrized_product(g: Tensor, x: Tensor) -> Tensor:
     if computed_in(x.dtype) != x.dtype:  # with loss scaling, G + Gᵀ would also overflow float16
         return symmetrized_product(g.float(), x.float()).to(x.dtype)
     half = half_sum(g)
-    if x.dim() == 2 and prefers_onednn(x):
+    if x.dim() == 2 and takes_onednn(x):
         return mm(half, x).mul_(2)
     return product(half, x.mT).mul_(2)

@@ -68,6 +68,8 @@ def symmetric_matmul(
         # The shards of a DTensor need not be symmetric.
         whole: list[Any] = [a, b, c if beta else None]
         _check_symmetry(*(t if t is None or not is_dtensor(t) else t.full_tensor() for t in whole))
+    if out is None and c is None and beta is None and alpha == 1:  # keywords take microseconds
+        return _op(a, b)  # type: ignore[no-any-return]
     if out is None:
         return _op(a, b, c, alpha=alpha, beta=beta)  # type: ignore[no-any-return]
     _check(a, b, c, beta, out)
@@ -87,6 +89,8 @@ def _check(a: Tensor, b: Tensor, c: Tensor | None, beta: float | None, out: Tens
     if a.dim() < 2:
         raise RuntimeError(f"torchpar::symmetric_matmul: a has shape {tuple(a.shape)}, expected (*, n, k)")
     check_like("symmetric_matmul", "b", b, a.shape, a)
+    if c is None and out is None and not beta:  # the rest takes longer than a small product
+        return
     shape = (*a.shape[:-1], a.shape[-2])
     if out is not None:
         dtypes = [a.dtype, torch.float32] if a.dtype.itemsize == 2 else [a.dtype]

@@ -19,20 +19,26 @@ LRSchedule = Literal["linear", "cosine", "constant"]
 
 
 def sgd(
-    model: torch.nn.Module, lr: float, momentum: float, weight_decay: float, decay_biases: bool = False
+    model: torch.nn.Module,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    decay_biases: bool = False,
+    fused: bool | None = None,
 ) -> torch.optim.SGD:
     """Return SGD with Nesterov momentum and an L2 penalty ``λ/2·‖p‖²`` of the weights.
 
     Args:
         weight_decay: λ.
         decay_biases: count the biases in the penalty, too.
+        fused: as for `torch.optim.SGD`; True updates a parameter in one pass over its memory.
     """
     groups = [{"params": list(model.parameters()), "weight_decay": weight_decay}]
     if weight_decay and not decay_biases:
         weights = [p for p in model.parameters() if p.dim() > 1]
         others = [p for p in model.parameters() if p.dim() <= 1]
         groups = [{"params": weights, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
+    return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=fused)
 
 
 def muon(
