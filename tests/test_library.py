@@ -335,3 +335,12 @@ def test_compute_elementwise_output_strides_is_atens() -> None:
         shape = torch.broadcast_shapes(a_shape, b_shape)
         strides = compute_elementwise_output_strides(a.expand(shape), b.expand(shape))
         assert strides == torch.maximum(a, b).stride()
+
+
+@pytest.mark.parametrize("by", ["the operator", "its packet"])
+def test_a_profiler_records_a_call(by: str) -> None:
+    op = make()
+    call = op if by == "the operator" else getattr(torch.ops.library_tests, op._name)
+    with torch.profiler.profile() as profiled:
+        call(X)
+    assert op._qualname in {event.name for event in profiled.events()}

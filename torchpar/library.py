@@ -474,7 +474,8 @@ class CustomOpDef(custom_ops.CustomOpDef):
             if torch._C._any_requires_grad(*leaves):
                 call = _Call(self, kwargs, transformed)
                 return call.result(self._function.apply(*call.flat(args), call))
-        return self._below(*args, **kwargs)
+        with _AutoDispatchBelowAutograd():  # `_below`, without the time of its call
+            return self._opoverload(*args, **kwargs)
 
     def _below(self, *args: Any, **kwargs: Any) -> Any:
         with _AutoDispatchBelowAutograd():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Checks, products and masks shared by the matrix operators."""
+"""Checks and products shared by the matrix operators."""
 
 import math
 
@@ -52,9 +52,9 @@ def pad_to_even(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
     A graph with a symbolic k appends two or three, also to an even k. DTensors are left as they are.
     """
-    k = a.shape[-1]
     if not is_paired(a) or is_dtensor(a) or is_dtensor(b):
         return a, b
+    k = a.shape[-1]
     if isinstance(k, torch.SymInt):
         columns = 2 + k % 2  # `if k % 2` would specialize the graph on k, and so would 0 columns
     elif k % 2:

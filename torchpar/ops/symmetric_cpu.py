@@ -17,7 +17,7 @@ from torchpar.ops.processor import has_amx, has_bfloat16
 _HALVED_FROM, _HALVED_FROM_BFLOAT16 = 384, 768
 _BLOCK, _BLOCK_BY_ONEDNN = 128, 256  # rows
 _CACHE_LINE = 64  # bytes
-_STRIPED_FROM, _STRIPE = 256, 128  # rows from which, and of which, stripes are mirrored; others all at once
+_STRIPED_FROM, _STRIPE = 512, 128  # rows from which, and of which, stripes are mirrored; others all at once
 
 
 def is_halved(x: Tensor) -> bool:
@@ -57,7 +57,7 @@ def symmetric_product(
         found = symmetric_product(wide, b, None if c is None else c.to(dtype), alpha, beta)
         return found.to(a.dtype) if out is None else out.copy_(found)
     if not is_halved(a):
-        found = _mirror(product(a, b, c, alpha, beta))  # without stripes, for which compilers would ask n
+        found = mirror_(product(a, b, c, alpha, beta))
         return found if out is None else out.copy_(found)
     out = a.new_empty(*a.shape[:-1], a.shape[-2]) if out is None else out
     for index in itertools.product(*map(range, a.shape[:-2])):
@@ -93,8 +93,8 @@ def _halved(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float, o
 def mirror_(h: Tensor) -> Tensor:
     """Copy the lower triangle of ``h (*, n, n)`` to the upper one; return ``h``."""
     n = h.shape[-1]
-    if n < _STRIPED_FROM or not h.is_cpu or h.stride(-1) != 1:
-        return _mirror(h)
+    if type(h) is not Tensor or n < _STRIPED_FROM or not h.is_cpu or h.stride(-1) != 1:
+        return _mirror(h)  # compilers, too: the stripes would fix n
     # Rows lie an odd number of cache lines apart: with a large power of two between rows, the elements of a
     # column share one cache set, and a transposed copy takes up to four times as long.
     lines = -(-n * h.itemsize // _CACHE_LINE) | 1
