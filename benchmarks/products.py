@@ -20,7 +20,7 @@ from benchmarks.timing import CPU
 
 ROUNDS = 20
 SECONDS = 1.0  # of a contestant's turns
-SAMPLE = 2**28  # operations of a sample: as many calls as make so many, at least one
+SAMPLE = 2**31  # operations of a sample: as many calls as make so many, at least one
 BOUND = 0.97
 BOUNDED_FROM = 384  # rows of matmul_t; below, its call takes longer than it saves
 ROWS = (64, 128, 256, 384, 512, 768, 1000, 1024, 2048)

@@ -80,7 +80,8 @@ def _is_slow(t: Tensor) -> bool:
 
 def _formula(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     _check(x, weight, bias)
-    return linear(*pad_to_even(x, weight), bias).sigmoid_()
+    z = linear(*pad_to_even(x, weight), bias)
+    return z.sigmoid_() if x.dim() == 2 else z.sigmoid()  # which may be a view, and costs autograd more
 
 
 @operator("linear_sigmoid(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor", kernels="linear_sigmoid")

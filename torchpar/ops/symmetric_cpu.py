@@ -22,7 +22,7 @@ _STRIPED_FROM, _STRIPE = 512, 128  # rows from which, and of which, stripes are 
 
 def is_halved(x: Tensor) -> bool:
     """Whether X·Xᵀ is computed in blocks up to the diagonal, which compilers should leave alone."""
-    if x.shape[-2] < _HALVED_FROM or x.is_cuda:
+    if x.is_cuda or x.shape[-2] < _HALVED_FROM:
         return False
     if computed_in(x.dtype) == torch.bfloat16:  # AMX multiplies all as fast as half of it in blocks
         return x.shape[-2] >= _HALVED_FROM_BFLOAT16 and not has_amx()
