@@ -400,8 +400,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flag("--recipe", action="append", metavar="NAME", help=chooses)
     flag("--ranks", type=int, choices=(1, 2), default=1, help="processes; one has two threads, two have one")
     flag("--validate", action="store_true", help="train on 50,000 training images and score the other 10,000")
+    flag(
+        "--seeds",
+        type=int,
+        default=SEEDS,
+        help=f"trainings of each recipe; by default {SEEDS}, as a score has",
+    )
     options = command.parse(arguments)
-    seeds = 1 if options.quick else SEEDS
+    if options.seeds < 1:
+        raise ConfigError(f"--seeds is {options.seeds}, expected at least 1")
+    seeds = 1 if options.quick else options.seeds
     chosen: dict[str, str] = {}  # the recipe's name, and the one that finds it
     for given in options.recipe or ["records"]:
         for name in [recipe.name for recipe in GROUPS[given]] if given in GROUPS else [given]:

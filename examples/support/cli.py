@@ -4,6 +4,7 @@
 It imports no torch, so that the examples in NumPy run where PyTorch is not installed.
 """
 
+import gc
 import importlib.util
 import io
 import math
@@ -225,7 +226,9 @@ def main(run: Callable[[F], None], flags: type[F]) -> None:
     try:
         info = find_rank_info()
         rank = info.rank if info else 0
-        run(_parse(flags, rank))
+        parsed = _parse(flags, rank)
+        gc.freeze()  # Python's collector would look through all imported modules again and again
+        run(parsed)
     except (TorchparError, OSError) as e:
         _end(str(e), wait=rank > 0 and 0 not in getattr(e, "missing", ()))
     except MemoryError as e:  # of Python and of NumPy

@@ -112,6 +112,9 @@ class Log(training.RunLog):
 
     def steps(self, batches: Iterator[B]) -> Iterator[B]:
         counted = self.flags.phases or self.flags.collectives
+        return self._watched(batches, counted) if counted or self.profiler else batches
+
+    def _watched(self, batches: Iterator[B], counted: bool) -> Iterator[B]:
         for batch in batches:
             with Collectives(self.world) if counted else nullcontext() as collectives:
                 yield batch
