@@ -19,9 +19,10 @@ from torchpar.ops.matrix import pad_to_even, rows
 CHAIN = 264
 # Multiplications per chain and thread from which oneDNN is faster, although its call takes longer.
 _MIN_PRODUCT = 2_500_000
-_LEAST_ROWS = 512  # from which chains gain more than it costs to copy the other matrix
+_LEAST_ROWS = 128  # for each thread: from which chains gain more than it costs to copy the other matrix
 _BLOCK = 512  # rows; what a chain adds to stays in the cache
 _is_tracing = torch._C._is_tracing
+_onednn_is_enabled = torch._C._get_mkldnn_enabled  # by `torch.backends.mkldnn.flags`
 _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
 
@@ -31,14 +32,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         return LinearFunction.apply(x, weight, bias)  # type: ignore[no-any-return]
-    return linear_forward(x, weight, bias)
+    return _linear(x, weight, bias)
 
 
 class LinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        y = linear_forward(x, weight, bias)
+        y = _linear(x, weight, bias)
         # Autograd refuses to change a view that a Function returns.
         return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
@@ -53,19 +54,54 @@ class LinearFunction(torch.autograd.Function):
 
 def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x @ weight.T + bias`` for ``x (*, in)``, ``weight (out, in)``; not differentiable."""
-    if chains := _chains(weight, x, bias):
-        bias = None if bias is None else bias.contiguous()  # oneDNN reads it as if it were
-        return _product(rows(x), weight, chains, bias).view(*x.shape[:-1], len(weight))
+    if _is_for_onednn(weight, x, bias):
+        return _linear(x, weight, bias)
     return F.linear(*pad_to_even(x, weight), bias)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The same, of what is for oneDNN."""
+    chains = _chains(weight, x)
+    if not chains:
+        return F.linear(x, weight, bias)
+    bias = None if bias is None else bias.contiguous()  # oneDNN reads it as if it were
+    return _product(rows(x), weight, chains, bias).view(*x.shape[:-1], len(weight))
 
 
 def mm(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` for matrices, differentiable."""
-    chains = 0 if torch.is_grad_enabled() else _chains(b.mT, a)
-    return _product(a, b.T, chains) if chains else a.mm(b)
+    chains = _chains(b.mT, a) if not torch.is_grad_enabled() and _is_for_onednn(b.mT, a) else 0
+    return _product(a, b.mT, chains) if chains else a.mm(b)
+
+
+def _is_for_onednn(b: Tensor, a: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether oneDNN is preferred for ``a (*, k)``, ``b (n, k)`` and ``bias``, which are large enough."""
+    if torch.compiler.is_compiling() or not (processor.prefers_onednn() and is_eager(b, a, bias)):
+        return False  # a compiler would refuse the cached function
+    if b.dim() != 2 or a.numel() * len(b) < _MIN_PRODUCT * torch.get_num_threads():
+        return False
+    fits = a.shape[-1] == b.shape[1] and takes_onednn(a) and takes_onednn(b)
+    return fits and (bias is None or takes_onednn(bias))
+
+
+def takes_onednn(t: Tensor) -> bool:
+    """Whether oneDNN is preferred, and takes ``t``."""
+    fits = t.dtype == torch.float32 and t.is_cpu and t.layout == torch.strided
+    return fits and processor.prefers_onednn() and _onednn_is_enabled()
+
+
+def _chains(b: Tensor, a: Tensor) -> int:
+    """The number of chains for ``a (*, k)`` and ``b (n, k)``; 0 where so many would be slower."""
+    n, k = b.shape
+    chains, threads = -(-k // CHAIN), torch.get_num_threads()
+    is_large = a.numel() * n >= _MIN_PRODUCT * chains * threads
+    if chains > 1 and b.stride(0) != 1:  # parts of its rows are copied
+        is_large = is_large and a.numel() >= k * _LEAST_ROWS * threads
+    return chains if is_large else 0
 
 
 def _product(a: Tensor, b: Tensor, chains: int, bias: Tensor | None = None) -> Tensor:
+    """``a @ b.T + bias``."""
     terms = cut(a, b, chains)
     if chains == 1 or len(a) <= _BLOCK:
         return in_chains(terms, bias)
@@ -74,32 +110,6 @@ def _product(a: Tensor, b: Tensor, chains: int, bias: Tensor | None = None) -> T
         block = slice(lo, lo + _BLOCK)
         y[block] = in_chains([(s[block], t) for s, t in terms], bias)
     return y
-
-
-def _is_for_onednn(b: Tensor, a: Tensor, bias: Tensor | None = None) -> bool:
-    """Whether oneDNN is preferred, and takes ``a (*, k)`` and ``b (n, k)``, which are large enough."""
-    if torch.compiler.is_compiling() or not (processor.prefers_onednn() and is_eager(b, a, bias)):
-        return False  # a compiler would refuse the cached function
-    is_large = b.dim() == 2 and a.numel() * len(b) >= _MIN_PRODUCT * torch.get_num_threads()
-    return is_large and a.shape[-1] == b.shape[1] and all(t is None or takes_onednn(t) for t in (b, a, bias))
-
-
-def _chains(b: Tensor, a: Tensor, bias: Tensor | None = None) -> int:
-    """The number of chains for ``a (*, k)`` and ``b (n, k)``; 0 where PyTorch multiplies."""
-    if not _is_for_onednn(b, a, bias):
-        return 0
-    n, k = b.shape
-    chains = -(-k // CHAIN)
-    is_large = a.numel() * n >= _MIN_PRODUCT * chains * torch.get_num_threads()
-    if chains > 1 and b.stride(0) != 1:  # parts of its rows are copied
-        is_large = is_large and a.numel() >= k * _LEAST_ROWS
-    return chains if is_large else 0
-
-
-def takes_onednn(t: Tensor) -> bool:
-    """Whether oneDNN is preferred, and takes ``t``."""
-    fits = t.is_cpu and t.dtype == torch.float32 and t.layout == torch.strided
-    return fits and processor.prefers_onednn() and bool(torch.backends.mkldnn.enabled)
 
 
 def cut(a: Tensor, b: Tensor, chains: int) -> list[tuple[Tensor, Tensor]]:
