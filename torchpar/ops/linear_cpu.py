@@ -17,8 +17,8 @@ from torchpar.ops import processor
 from torchpar.ops.matrix import pad_to_even, rows
 
 CHAIN = 264
-# Multiplications per chain and thread from which oneDNN is faster, although its call takes longer.
-_MIN_PRODUCT = 2_500_000
+# Multiplications per chain and thread from which oneDNN gains more than its call, and a Function's, costs.
+_MIN_PRODUCT = 4_000_000
 _LEAST_ROWS = 128  # for each thread: from which chains gain more than it costs to copy the other matrix
 _BLOCK = 512  # rows; what a chain adds to stays in the cache
 _is_tracing = torch._C._is_tracing
@@ -68,9 +68,9 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _product(rows(x), weight, chains, bias).view(*x.shape[:-1], len(weight))
 
 
-def mm(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` for matrices, differentiable."""
-    chains = _chains(b.mT, a) if not torch.is_grad_enabled() and _is_for_onednn(b.mT, a) else 0
+def mm(a: Tensor, b: Tensor, most: int = CHAIN) -> Tensor:
+    """``a @ b`` for matrices, differentiable, in chains of ``most`` terms where oneDNN multiplies."""
+    chains = _chains(b.mT, a, most) if not torch.is_grad_enabled() and _is_for_onednn(b.mT, a) else 0
     return _product(a, b.mT, chains) if chains else a.mm(b)
 
 
@@ -90,10 +90,10 @@ def takes_onednn(t: Tensor) -> bool:
     return fits and processor.prefers_onednn() and _onednn_is_enabled()
 
 
-def _chains(b: Tensor, a: Tensor) -> int:
+def _chains(b: Tensor, a: Tensor, most: int = CHAIN) -> int:
     """The number of chains for ``a (*, k)`` and ``b (n, k)``; 0 where so many would be slower."""
     n, k = b.shape
-    chains, threads = -(-k // CHAIN), torch.get_num_threads()
+    chains, threads = -(-k // most), torch.get_num_threads()
     is_large = a.numel() * n >= _MIN_PRODUCT * chains * threads
     if chains > 1 and b.stride(0) != 1:  # parts of its rows are copied
         is_large = is_large and a.numel() >= k * _LEAST_ROWS * threads
