@@ -341,6 +341,6 @@ def test_compute_elementwise_output_strides_is_atens() -> None:
 def test_a_profiler_records_a_call(by: str) -> None:
     op = make()
     call = op if by == "the operator" else getattr(torch.ops.library_tests, op._name)
-    with torch.profiler.profile() as profiled:
+    with torch.profiler.profile(acc_events=True) as profiled:
         call(X)
     assert op._qualname in {event.name for event in profiled.events()}
