@@ -114,6 +114,14 @@ def test_derivatives_that_save_nothing_or_none(saved: Any) -> None:
     assert_close(torch.func.grad(lambda x: op(x).sum())(X), torch.full_like(X, 2))
 
 
+def test_results_may_be_changed_in_place() -> None:
+    op = make(lambda x: (2 * x).view(2, 2), schema="(Tensor x) -> Tensor")
+    op.register_autograd(lambda ctx, g: 2 * g.flatten())
+    x = X.clone().requires_grad_()
+    op(x).mul_(3).sum().backward()
+    assert_close(x.grad, torch.full_like(X, 6))
+
+
 def test_results_without_a_derivative() -> None:
     results = "(Tensor, Tensor, Tensor, SymInt)"
     op = make(lambda x: (2 * x, x.sign(), x.argsort(), len(x)), schema=f"(Tensor x) -> {results}")

@@ -536,8 +536,14 @@ class _Call:
     def compute(self, leaves: Sequence[Any]) -> tuple[Any, ...]:
         output = self.op._below(*_nested(leaves, self.sizes), **self.kwargs)
         self.is_tuple = isinstance(output, tuple)
-        leaves, self.output_sizes = _flattened(output if self.is_tuple else (output,))
-        return tuple(leaves)
+        results, self.output_sizes = _flattened(output if self.is_tuple else (output,))
+        # Autograd refuses to change a view that a Function returns, although here nobody has its base.
+        return tuple(
+            [
+                torch.ops.aten._unsafe_view(t, t.shape) if isinstance(t, Tensor) and t._is_view() else t
+                for t in results
+            ]
+        )
 
     def result(self, leaves: tuple[Any, ...]) -> Any:
         result = _nested(leaves, self.output_sizes)

@@ -19,7 +19,7 @@ from torchpar.ops.matrix import pad_to_even, rows
 CHAIN = 264
 # Multiplications per chain and thread from which oneDNN gains more than its call, and a Function's, costs.
 _MIN_PRODUCT = 4_000_000
-_LEAST_ROWS = 128  # for each thread: from which chains gain more than it costs to copy the other matrix
+_LEAST_ROWS = 64  # from which chains gain more than it costs to copy the other matrix
 _BLOCK = 512  # rows; what a chain adds to stays in the cache
 _is_tracing = torch._C._is_tracing
 _onednn_is_enabled = torch._C._get_mkldnn_enabled  # by `torch.backends.mkldnn.flags`
@@ -96,7 +96,7 @@ def _chains(b: Tensor, a: Tensor, most: int = CHAIN) -> int:
     chains, threads = -(-k // most), torch.get_num_threads()
     is_large = a.numel() * n >= _MIN_PRODUCT * chains * threads
     if chains > 1 and b.stride(0) != 1:  # parts of its rows are copied
-        is_large = is_large and a.numel() >= k * _LEAST_ROWS * threads
+        is_large = is_large and a.numel() >= k * _LEAST_ROWS
     return chains if is_large else 0
 
 

@@ -58,8 +58,6 @@ def symmetric_product(
         return found.to(a.dtype) if out is None else out.copy_(found)
     if not is_halved(a):
         found = product(a, b, c, alpha, beta)
-        if found.dim() > 2:  # it may be a view, and autograd would refuse to change the result in place
-            found = torch.ops.aten._unsafe_view(found, found.shape)
         mirror_(found)
         return found if out is None else out.copy_(found)
     out = a.new_empty(*a.shape[:-1], a.shape[-2]) if out is None else out
