@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.distributed.elastic.utils.distributed import get_free_port
@@ -17,6 +18,9 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 from torchpar.parallel.launch.local import Ranks
 from torchpar.parallel.launch.world import World, join_world
 
+# Rounds for which an idle thread of OpenMP spins in a plain program. The pool's threads would sleep at once,
+# and a training on one rank with two threads took twice as long.
+SPINS = {"GOMP_SPINCOUNT": "300000"}
 _joined = ExitStack()
 _world: World | None = None
 
@@ -42,8 +46,10 @@ def start_ranks(ranks: int, threads: int = 1, device: str = "cpu") -> Iterator[G
         device: as for `join_world`.
     """
     port = get_free_port()
-    with Group(preload=()) as started:
-        started.start(ranks)
+    with ExitStack() as stack:
+        with patch.dict(os.environ, {**SPINS, **os.environ}):  # processes have it from their start
+            started = stack.enter_context(Group(preload=()))
+            started.start(ranks)
         joining = [
             worker.submit(_join, rank, ranks, threads, port, device)
             for rank, worker in enumerate(started.workers)
