@@ -30,7 +30,6 @@ PAGES = {
 }
 README = PAGES["README.md"]
 RESULTS = ROOT / "benchmarks" / "results" / "cpu-2-cores-amd-epyc-family-26-model-2"
-SPEEDRUNS = RESULTS.with_name("cpu-2-cores-avx512")
 SUITE = "".join(path.read_text() for path in sorted((ROOT / "tests").glob("*.py")))
 FIGURES = ("p50_ms", "speedup", "seconds", "accuracy")
 OTHERS_FLAGS = {  # of the launchers, pip, pytest and Lightning
@@ -172,8 +171,8 @@ def test_the_pages_install_extras_that_there_are():
             assert set(names.split(",")) <= set(extras)
 
 
-def results(name: str, folder: Path = RESULTS) -> Iterator[Result]:
-    with (folder / f"{name}.csv").open() as file:
+def results(name: str) -> Iterator[Result]:
+    with (RESULTS / f"{name}.csv").open() as file:
         for row in csv.DictReader(file):
             row |= {key: float(row[key]) for key in FIGURES if row.get(key)}
             named = {name: row[name] for name in ("contestant", "p50_ms", "speedup")}
@@ -212,7 +211,7 @@ def test_the_readme_shows_the_ladder():
 )
 def test_the_pages_show_the_measured_recipes(name, page):
     changes = {recipe.name: recipe.change for group in speedrun.GROUPS.values() for recipe in group}
-    lines = speedrun.summary(list(results(name, SPEEDRUNS)), changes)
+    lines = speedrun.summary(list(results(name)), changes)
     table = markdown([list(lines[0]), *(list(line.values()) for line in lines)])
     assert f"\n\n{table}\n" in PAGES[f"docs/{page}.md"]
 
