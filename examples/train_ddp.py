@@ -7,7 +7,7 @@ All ranks draw the same weights, because they start from the same seed. In every
 gradient of its own samples. The ranks exchange their gradients, and DistributedDataParallel averages them
 during the backward pass, so all ranks take the same step. `torchpar.reference.average_gradients` shows the
 average in a few lines. Two ranks compute the same as one, up to rounding. In large batches of 784-512-10
-they take about six tenths of the time of one rank with one thread, and eight tenths of that with two threads
+they take six tenths of the time of one rank with one thread, and nine tenths of that with two threads
 (docs/measurements.md). `train_fast.py` makes the same steps faster.
 
 The model is an MLP. Its inputs are averages of 2 × 2 pixels. Its hidden layer calls
