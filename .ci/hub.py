@@ -3,9 +3,9 @@
 
     python .ci/hub.py DIR
 
-The library loads ``DIR/build/torch-universal/torchpar`` from outside the import path, beside other versions
-and an installed torchpar. So the package imports its own files by relative names only, and registers its
-operators in a namespace with a hash of its files, which is also its ``id``.
+The library loads ``DIR/build/torch-universal/torchpar`` from outside the import path, beside other
+versions and an installed torchpar. So the package imports its own files by relative names only, and
+registers its operators in a namespace with a hash of its files, which is also its ``id``.
 """
 
 import argparse
@@ -47,8 +47,8 @@ tags:
 ---
 # torchpar
 
-Triton operators for NVIDIA GPUs, which run on CPUs too. They support autograd, torch.func, torch.compile,
-autocast and DTensor. They need Python 3.11 and torch 2.11, or newer versions.
+Triton operators for NVIDIA GPUs, which run on CPUs too. They support autograd, torch.func,
+torch.compile, autocast and DTensor. They need Python 3.11 and torch 2.11, or newer versions.
 
 | operator | result |
 |---|---|
@@ -65,12 +65,14 @@ x = torch.randn(512, 256, requires_grad=True)
 torchpar.matmul_t(x).sum().backward()
 ```
 
-A copy on the Hub is loaded by `get_kernel("OWNER/torchpar", version={major}, trust_remote_code=True)`.
+A copy on the Hub is loaded by
+`get_kernel("OWNER/torchpar", version={major}, trust_remote_code=True)`.
 """
 
 
 def relative(source: str, name: str) -> str:
-    """The source of the file ``name`` with relative imports; a ValueError says what could not be changed."""
+    """The source of the file ``name`` with relative imports; a ValueError says what could not be
+    changed."""
     dots = "." * len(Path(name).parts)
     source = re.sub(r"^(\s*from )torchpar\.", rf"\1{dots}", source, flags=re.MULTILINE)
     for node in ast.walk(ast.parse(source)):
@@ -87,17 +89,24 @@ def relative(source: str, name: str) -> str:
                 continue
         for module in used:
             if module.partition(".")[0] not in ALLOWED:
-                expected = "torch, triton, the standard library, `from torchpar.a import b` or `ops`"
-                raise ValueError(f"torchpar/{name}, line {node.lineno}: uses {module}, expected {expected}")
+                expected = (
+                    "torch, triton, the standard library, `from torchpar.a import b` or `ops`"
+                )
+                raise ValueError(
+                    f"torchpar/{name}, line {node.lineno}: uses {module}, expected {expected}"
+                )
     return source
 
 
 def imported(source: str, folder: tuple[str, ...]) -> set[str]:
-    """What a file in ``folder`` imports by relative names, at any depth: modules, and names in them."""
+    """What a file in ``folder`` imports by relative names, at any depth: modules, and names in
+    them."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and node.level:
-            module = ".".join([*folder[: len(folder) + 1 - node.level], *filter(None, [node.module])])
+            module = ".".join(
+                [*folder[: len(folder) + 1 - node.level], *filter(None, [node.module])]
+            )
             found |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
     return found
 
@@ -119,7 +128,9 @@ def sources() -> dict[str, str]:
 
 def summary(source: str, function: str) -> str:
     """The first line of a function's docstring."""
-    (found,) = (n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name == function)
+    (found,) = (
+        n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name == function
+    )
     return (ast.get_docstring(found) or "").partition("\n")[0]
 
 
@@ -127,7 +138,9 @@ def package() -> tuple[str, dict[str, str]]:
     """The package's ``id``, and its files by name."""
     files = sources()
     exports = ast.walk(ast.parse(files["ops/__init__.py"]))
-    names = sorted(alias.name for node in exports if isinstance(node, ast.ImportFrom) for alias in node.names)
+    names = sorted(
+        alias.name for node in exports if isinstance(node, ast.ImportFrom) for alias in node.names
+    )
     init = (ROOT / "torchpar" / "__init__.py").read_text()
     version = re.findall(r'^__version__ = "(.+)"$', init, re.MULTILINE)[0]
     files["__init__.py"] = HEADER + INIT.format(names=", ".join(names), version=version, all=names)
@@ -141,7 +154,9 @@ def package() -> tuple[str, dict[str, str]]:
     files["_ops.py"] = HEADER + OPS.format(id=identifier)
 
     major = int(version.partition(".")[0])  # the Hub's 0 too means that the interface may change
-    digests = {f"torchpar/{name}": hashlib.sha256(text.encode()).digest() for name, text in files.items()}
+    digests = {
+        f"torchpar/{name}": hashlib.sha256(text.encode()).digest() for name, text in files.items()
+    }
     metadata = {
         "id": identifier,
         "name": "torchpar",
@@ -167,11 +182,15 @@ def package() -> tuple[str, dict[str, str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write the operators as a package for the Hugging Face Hub.")
+    parser = argparse.ArgumentParser(
+        description="Write the operators as a package for the Hugging Face Hub."
+    )
     parser.add_argument("dir", type=Path, help="a folder that is empty or does not exist")
     folder = parser.parse_args().dir
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        parser.exit(2, f"{folder} is not an empty folder, give one that is empty or does not exist\n")
+        parser.exit(
+            2, f"{folder} is not an empty folder, give one that is empty or does not exist\n"
+        )
     try:
         identifier, files = package()
     except ValueError as error:

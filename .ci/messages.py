@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Print all messages of the package, the kernels, the examples and the benchmarks, to be read as one text.
+"""Print all messages of the package, the kernels, the examples and the benchmarks, to be read as
+one text.
 
 ``python .ci/messages.py`` prints each error, warning and printed line once, sorted by its words. An
 expression in a message is shown as its source in braces.

@@ -1,2 +1,3 @@
 # SPDX-License-Identifier: MIT
-"""Measurements: one timer (`timing`), one result and one table (`results`), one file per benchmark."""
+"""Measurements: one timer (`timing`), one result and one table (`results`), one file per
+benchmark."""

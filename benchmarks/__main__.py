@@ -25,9 +25,10 @@ NAMES = (
     "ladder",
     "host",
 )
-# In these benchmarks libraries with threads of their own take turns, and idle threads of OpenMP and OpenBLAS
-# sleep soon. By default they spin for milliseconds on the core that the next call needs; after a product in
-# NumPy, PyTorch's took three times as long. Without any spinning a step of PyTorch takes four times as long.
+# In these benchmarks libraries with threads of their own take turns, and idle threads of OpenMP and
+# OpenBLAS sleep soon. By default they spin for milliseconds on the core that the next call needs;
+# after a product in NumPy, PyTorch's took three times as long. Without any spinning a step of
+# PyTorch takes four times as long.
 MIXED = {"operators", "train", "ladder", "scaling"}
 SHORT_SPINS = {"GOMP_SPINCOUNT": "10000", "OPENBLAS_THREAD_TIMEOUT": "16"}  # 2¹⁶ cycles
 
@@ -56,7 +57,9 @@ def list_benchmarks() -> int:
 def run(names: Sequence[str], flags: Sequence[str]) -> int:
     """Run the benchmarks, each in a process, with ``flags``."""
     commands = {name: [sys.executable, "-m", f"benchmarks.{name}", *flags] for name in names}
-    environments = {name: {**(SHORT_SPINS if name in MIXED else {}), **os.environ} for name in names}
+    environments = {
+        name: {**(SHORT_SPINS if name in MIXED else {}), **os.environ} for name in names
+    }
     if len(names) == 1:
         os.execve(sys.executable, commands[names[0]], environments[names[0]])
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

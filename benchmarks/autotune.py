@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: MIT
 """Autotune the kernels and time them beside PyTorch's own: ``python -m benchmarks run autotune``.
 
-As in Triton's tutorials: three kernels under `triton.autotune`, and a `triton.testing.perf_report` of each.
-Triton keeps the autotuner's times on disk. Each result is compared with float64 before and after it is timed.
+As in Triton's tutorials: three kernels under `triton.autotune`, and a `triton.testing.perf_report`
+of each. Triton keeps the autotuner's times on disk. Each result is compared with float64 before and
+after it is timed.
 
-Without a GPU each configuration is compiled for GPUs that are not there; see `benchmarks.resources`.
+Without a GPU each configuration is compiled for GPUs that are not there; see
+`benchmarks.resources`.
 """
 
 import argparse
@@ -61,8 +63,9 @@ PRINTED = [
 ]
 SHORT = 0.03  # ms; the host takes as long to launch, which CUDA graphs leave out
 IN, OUT = 1024, 4096  # features of the layer
-# Further layers, where the rule of docs/tuning.md changes: at the kernel's longest sums and beyond them, and
-# the lesson's hidden layer on two ranks and on one. They are timed, and are not in the plot over m.
+# Further layers, where the rule of docs/tuning.md changes: at the kernel's longest sums and beyond
+# them, and the lesson's hidden layer on two ranks and on one. They are timed, and are not in the
+# plot over m.
 BORDERS = {
     "linear_sigmoid": [
         {"m": 8192, "k": 2048, "n": 4096},
@@ -83,16 +86,21 @@ COLUMNS = {  # of a tile along k, by the dtype
 
 
 def that_fit(configs: list[Any], arguments: dict[str, Any], **constants: Any) -> list[Any]:
-    """The configurations whose stages fit into shared memory; by TMA where it is, in 16 bits and in TF32.
+    """The configurations whose stages fit into shared memory; by TMA where it is, in 16 bits and in
+    TF32.
 
     Rows of k numbers that do not begin at multiples of 16 bytes have no TMA.
     """
     x = arguments["x_ptr"]
     capability = device(x).capability
-    tma = capability in (90, 100, 103) and (x.element_size() == 2 or constants["PRECISION"] == "tf32")
+    tma = capability in (90, 100, 103) and (
+        x.element_size() == 2 or constants["PRECISION"] == "tf32"
+    )
     tma = tma and arguments["k"] * x.element_size() % 16 == 0
     room = BLOCK_SHARED.get(capability, 101376) // ROW_BYTES  # rows of all stages
-    rows = {one: one.num_stages * (one.kwargs["BLOCK_M"] + one.kwargs["BLOCK_N"]) for one in configs}
+    rows = {
+        one: one.num_stages * (one.kwargs["BLOCK_M"] + one.kwargs["BLOCK_N"]) for one in configs
+    }
     return [one for one in configs if rows[one] <= room and (tma or not one.kwargs["TMA"])]
 
 
@@ -227,7 +235,9 @@ def matmul_t(x: Tensor, kernel: Any = matmul_t_kernel) -> Tensor:
 def linear_sigmoid(x: Tensor, weight: Tensor, bias: Tensor, kernel: Any = layer_kernel) -> Tensor:
     (m, k), n = x.shape, len(weight)
     out = x.new_empty(m, n)
-    kernel[partial(programs, x, m, n, False)](x, weight, bias, out, m, n, k, PRECISION=fp32_precision())
+    kernel[partial(programs, x, m, n, False)](
+        x, weight, bias, out, m, n, k, PRECISION=fp32_precision()
+    )
     return out
 
 
@@ -236,7 +246,8 @@ def blocks(numel: int, given: dict[str, Any]) -> tuple[int]:
 
 
 def programs(x: Tensor, m: int, n: int, symmetric: bool, given: dict[str, Any]) -> tuple[int]:
-    """By TMA, programs are persistent. Two with tiles of 64 rows run at a time on a multiprocessor."""
+    """By TMA, programs are persistent. Two with tiles of 64 rows run at a time on a
+    multiprocessor."""
     resident = device(x).multiprocessors * (2 if given["BLOCK_M"] == 64 else 1)
     count = tiles(m, n, symmetric, given)
     return (min(count, resident) if given["TMA"] else count,)
@@ -353,7 +364,10 @@ results: list[Result] = []
 
 def draw(*shapes: tuple[int, ...]) -> list[Tensor]:
     generator = torch.Generator(DEVICE).manual_seed(0)
-    return [torch.randn(shape, device=DEVICE, generator=generator).to(KINDS[kind].dtype) for shape in shapes]
+    return [
+        torch.randn(shape, device=DEVICE, generator=generator).to(KINDS[kind].dtype)
+        for shape in shapes
+    ]
 
 
 def measure(
@@ -370,7 +384,9 @@ def measure(
     times, columns, reason = [math.nan] * 3, {}, ""
     try:
         exact = oracle()
-        allowed = 2 * error_of(first, exact) + exact.abs().max().item() * torch.finfo(exact.dtype).eps
+        allowed = (
+            2 * error_of(first, exact) + exact.abs().max().item() * torch.finfo(exact.dtype).eps
+        )
         check(whole, exact, allowed, symmetric)
         timer = do_bench_cudagraph if do_bench(first, quantiles=QUANTILES)[0] < SHORT else do_bench
         before = timer(first, quantiles=QUANTILES)[0]
@@ -387,10 +403,19 @@ def measure(
     except Exception as failure:  # of one provider; the others go on
         reason = f"{type(failure).__name__}: {failure}".partition("\n")[0]
     p50, p20, p80 = times
-    measured = {} if reason else {"p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "speedup": before / p50}
+    measured = (
+        {} if reason else {"p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "speedup": before / p50}
+    )
     case = {"operator": operator, "shape": shape, "dtype": kind}
     results.append(
-        Result(case=case, contestant=provider, columns=columns, ok=not reason, reason=reason, **measured)
+        Result(
+            case=case,
+            contestant=provider,
+            columns=columns,
+            ok=not reason,
+            reason=reason,
+            **measured,
+        )
     )
     speed = work.flops * 1e-9 or work.bytes * 1e-6
     return speed / p50, speed / p80, speed / p20
@@ -415,7 +440,11 @@ def error_of(call: Call, exact: Tensor, symmetric: bool = False) -> float:
     return error
 
 
-REPORTS = {"maximum": report_maximum, "matmul_t": report_matmul_t, "linear_sigmoid": report_linear_sigmoid}
+REPORTS = {
+    "maximum": report_maximum,
+    "matmul_t": report_matmul_t,
+    "linear_sigmoid": report_linear_sigmoid,
+}
 # Of each operator the sizes that are compiled where there is no GPU.
 LAYER = (4096, IN), (OUT, IN), (OUT,)
 OPERATORS = {
@@ -458,7 +487,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     kind = options.dtype
     if not torch.cuda.is_available():
         return compile_all(options.operators, kind, options.quick, command.csv(options))
-    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=DEVICE))
+    triton.set_allocator(
+        lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=DEVICE)
+    )
     table = Table(command.csv(options), torch.device(DEVICE))
     if options.output and (missing := missing_to_draw()):
         print(f"{' and '.join(missing)}: not installed, so that no plot is drawn")
@@ -481,7 +512,9 @@ def time_operator(operator: str, table: Table, options: argparse.Namespace) -> N
         benchmark.x_vals = benchmark.x_vals[:1]
     results.clear()
     (name,) = benchmark.x_names
-    sizes = [{name: size} for size in benchmark.x_vals] + ([] if options.quick else BORDERS.get(operator, []))
+    sizes = [{name: size} for size in benchmark.x_vals] + (
+        [] if options.quick else BORDERS.get(operator, [])
+    )
     for size, provider in track(list(product(sizes, benchmark.line_vals)), operator):
         report.fn(**size, provider=provider)
         table.add(results[-1:])
@@ -491,7 +524,9 @@ def time_operator(operator: str, table: Table, options: argparse.Namespace) -> N
             report.run(
                 save_path=folder
             )  # which calls ``report.fn`` by the same keywords: the times are cached
-            shutil.copy(Path(folder, f"{operator}.png"), options.output / f"autotune-{operator}.png")
+            shutil.copy(
+                Path(folder, f"{operator}.png"), options.output / f"autotune-{operator}.png"
+            )
 
 
 if __name__ == "__main__":

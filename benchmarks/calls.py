@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Time calls of small operators, by each way to make one: ``python -m benchmarks run calls``.
 
-First the sigmoid of a vector, computed in place in a copy. Its reference is a bare `torch.autograd.Function`,
-which no part of PyTorch but autograd supports. Then torchpar's operators at 64 × 64, beside the calls of ATen
-that compute the same: what a call takes more.
+First the sigmoid of a vector, computed in place in a copy. Its reference is a bare
+`torch.autograd.Function`, which no part of PyTorch but autograd supports. Then torchpar's operators
+at 64 × 64, beside the calls of ATen that compute the same: what a call takes more.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +25,8 @@ REFERENCE, OWN, TORCH = "torch.autograd.Function", "torchpar.library", "torch.li
 ROUNDS = 200
 CALLS = 50
 MODES = ("no gradient", "forward", "full")  # "full" is forward and backward
-# Of what ours may take more than ATen's calls, in µs; the backward passes differ in what they compute.
+# Of what ours may take more than ATen's calls, in µs; the backward passes differ in what they
+# compute.
 BOUNDS = {"no gradient": 6.0, "forward": 10.0}
 ATEN: dict[str, Callable[..., Tensor]] = {
     **{name: NATIVE[name] for name in ("maximum", "linear_sigmoid")},
@@ -79,8 +80,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             table.add(time_operator(name, rows, rounds))
     first = len(MODES[1:]) * 4
     print_results("a call of a small operator", table.results[:first])
-    columns = ["operator", "mode", "rows", "contestant", "p20_ms", "p50_ms", "over_us", "bound_us", "ok"]
-    print_results("a call of an operator, and its µs more than ATen's", table.results[first:], columns)
+    columns = [
+        "operator",
+        "mode",
+        "rows",
+        "contestant",
+        "p20_ms",
+        "p50_ms",
+        "over_us",
+        "bound_us",
+        "ok",
+    ]
+    print_results(
+        "a call of an operator, and its µs more than ATen's", table.results[first:], columns
+    )
     return max(table.status, 0 if options.quick else print_bounds(table))
 
 
@@ -124,7 +137,9 @@ def time_operator(name: str, rows: int, rounds: int) -> list[Result]:
         times = time_contestants(contestants, inputs, g, mode, wanted, rounds)
         over = 1e6 * (times["torchpar"].lower_quartile - times["ATen"].lower_quartile)
         for contestant, one in times.items():
-            columns = {"over_us": over, "bound_us": BOUNDS.get(mode)} if contestant == "torchpar" else {}
+            columns = (
+                {"over_us": over, "bound_us": BOUNDS.get(mode)} if contestant == "torchpar" else {}
+            )
             case = {"operator": name, "mode": mode, "rows": rows}
             results.append(one.result(case, contestant, times["ATen"], **columns))
     return results
@@ -138,7 +153,8 @@ def time_contestants(
     expected: Tensor | None,
     rounds: int,
 ) -> dict[str, Times]:
-    """Time calls in turn, and compare the result, or the gradients' dtype and shape, with ``expected``."""
+    """Time calls in turn, and compare the result, or the gradients' dtype and shape, with
+    ``expected``."""
 
     def forward_and_backward(op: Callable[..., Any]) -> Tensor:
         return torch.autograd.grad(op(*inputs), inputs, g)[0]

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The flags of all benchmarks, and their ends: ``python -m benchmarks run NAME [--quick] [--output DIR]``."""
+"""The flags of all benchmarks, and their ends:
+``python -m benchmarks run NAME [--quick] [--output DIR]``."""
 
 import argparse
 import importlib.util
@@ -23,12 +24,17 @@ class Command:
 
     def __init__(self, name: str, description: str, needs: Sequence[str] = ()):
         self.name, self.needs = name, ("rich", *needs)
-        self.parser = argparse.ArgumentParser(f"python -m benchmarks run {name}", description=description)
+        self.parser = argparse.ArgumentParser(
+            f"python -m benchmarks run {name}", description=description
+        )
         self.parser.add_argument("--quick", action="store_true", help="small sizes: does it run?")
-        self.parser.add_argument("--output", type=Path, metavar="DIR", help="for the CSV and other files")
+        self.parser.add_argument(
+            "--output", type=Path, metavar="DIR", help="for the CSV and other files"
+        )
 
     def parse(self, arguments: Sequence[str] | None) -> argparse.Namespace:
-        """The flags; ``output``, if given, is a folder that can be written. Warns if the machine is busy.
+        """The flags; ``output``, if given, is a folder that can be written. Warns if the machine is
+        busy.
 
         Raises:
             ConfigError: a package is not installed, or the folder cannot be made or written.
@@ -42,7 +48,8 @@ class Command:
                     pass
             except OSError as e:
                 raise ConfigError(
-                    f"--output {options.output} is no folder that can be written ({e}); name another"
+                    f"--output {options.output} is no folder that can be written ({e}); name "
+                    "another"
                 ) from e
         if (load := os.getloadavg()[0]) > 0.5:
             print(f"The load average is {load:.1f}: other programs may disturb the timings.")
@@ -56,16 +63,20 @@ class Command:
 def require(*packages: str) -> None:
     """Raise a ConfigError if a package is not installed."""
     if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
-        raise ConfigError(f"this benchmark needs {' and '.join(missing)}; pip install {' '.join(missing)}")
+        raise ConfigError(
+            f"this benchmark needs {' and '.join(missing)}; pip install {' '.join(missing)}"
+        )
 
 
 def run(main: Callable[[], int | None], command: str = "") -> None:
-    """Call ``main`` and end with its status. A `TorchparError` and Ctrl-C are one line, statuses 2 and 130.
+    """Call ``main`` and end with its status. A `TorchparError` and Ctrl-C are one line, statuses 2
+    and 130.
 
     SIGTERM ends it with 143, as an exception does, so that the ranks that it has started end too.
 
     Args:
-        command: as it is typed behind ``python -m benchmarks``; by default that of the script that runs.
+        command: as it is typed behind ``python -m benchmarks``; by default that of the script that
+            runs.
     """
     command = command or f"run {Path(sys.argv[0]).stem}"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: MIT
 """Compare contestants of one operator: every call is checked and timed, in turn.
 
-The result of each timed call is compared with an oracle in float64. A contestant's largest error may be twice
-the reference's, in the same dtype on the same inputs. These measures reject a result that the call itself did
-not compute:
+The result of each timed call is compared with an oracle in float64. A contestant's largest error
+may be twice the reference's, in the same dtype on the same inputs. These measures reject a result
+that the call itself did not compute:
 
 - Inputs are new in every round, so that a result kept from an earlier call is wrong.
 - The inputs are NaN until shortly before the call, so that what a contestant computes early is NaN.
-- Memory freed before the call holds NaN, and so does every earlier result, so that what a contestant leaves
-  unwritten is NaN. For integers, the dtype's largest value stands for NaN.
-- The result is copied right behind the call, in stream order, so that what is unfinished when the clock
-  stops is unfinished in the copy.
+- Memory freed before the call holds NaN, and so does every earlier result, so that what a
+  contestant leaves unwritten is NaN. For integers, the dtype's largest value stands for NaN.
+- The result is copied right behind the call, in stream order, so that what is unfinished when the
+  clock stops is unfinished in the copy.
 - Inputs must come out as they went in, and share no memory with the result.
 
 Caches are flushed before each sample.
@@ -50,9 +50,9 @@ class OperatorCase:
     Attributes:
         operator: its name.
         shape: of the arguments, in words.
-        inputs: ``inputs(seed)`` returns the operator's arguments and then the gradient of its result: new,
-            dense, of ``dtype`` and on ``device``. Integers must be exact in float64 and below the dtype's
-            largest value; they have no gradients.
+        inputs: ``inputs(seed)`` returns the operator's arguments and then the gradient of its
+            result: new, dense, of ``dtype`` and on ``device``. Integers must be exact in float64
+            and below the dtype's largest value; they have no gradients.
         oracle: computes the operator in float64.
         forward, backward: the work of either pass.
         modes: those that it has.
@@ -69,7 +69,9 @@ class OperatorCase:
     modes: Sequence[Mode] = MODES
 
     def work(self, mode: Mode) -> Work:
-        full = Work(self.forward.bytes + self.backward.bytes, self.forward.flops + self.backward.flops)
+        full = Work(
+            self.forward.bytes + self.backward.bytes, self.forward.flops + self.backward.flops
+        )
         return {"forward": self.forward, "backward": self.backward, "full": full}[mode]
 
 
@@ -86,17 +88,18 @@ def compare(
     seconds: float = math.inf,
     calls: int = 1,
 ) -> list[Result]:
-    """Check and time each of ``contestants``: a result for each. One that is not ok has a reason, no times.
+    """Check and time each of ``contestants``: a result for each. One that is not ok has a reason,
+    no times.
 
     Args:
         reference: the contestant whose times, and errors, the others' are compared with.
-        libraries: contestants whose errors are as they are. They must only be near the oracle, as the
-            reference must.
+        libraries: contestants whose errors are as they are. They must only be near the oracle, as
+            the reference must.
         rivals: contestants whose lower quartile over each one's is a column, as the reference's is.
-        finish: for contestants that do a part of the operator, the rest of it, done before the result is
-            checked and outside of the time.
-        mode: "forward" (without a graph), "backward" (gradients of all arguments), or "full" (both). Of
-            integers, "forward".
+        finish: for contestants that do a part of the operator, the rest of it, done before the
+            result is checked and outside of the time.
+        mode: "forward" (without a graph), "backward" (gradients of all arguments), or "full"
+            (both). Of integers, "forward".
         rounds: samples of each contestant; one more comes first, checked and not timed.
         seconds: a contestant whose turns took so long has no further one, once it had `MIN_ROUNDS`.
         calls: calls of a sample; more than one is for the cost of small calls. Not for "backward".
@@ -125,7 +128,8 @@ def compare(
             continue
         if times[reference].reason:
             times[name].reason = f"nothing to compare with: {reference} failed"
-        # The reference may be off by the oracle's error more than it seems to, and the contestant by less.
+        # The reference may be off by the oracle's error more than it seems to, and the contestant
+        # by less.
         elif not (errors <= 2 * (allowed + inputs.error) + inputs.error).all():
             times[name].reason = f"errors {errors.tolist()}, {reference}'s are {allowed.tolist()}"
     settings: dict[str, Any] = {
@@ -147,7 +151,9 @@ def compare(
         columns: dict[str, Any] = {"host_ms": one.host_ms}
         if p50 := result.p50_ms:
             columns |= {"gb_per_s": work.bytes / p50 * 1e-6, "gflop_per_s": work.flops / p50 * 1e-6}
-        columns |= {f"over {other}": times[name].ratio_over(times[other]) for other in (reference, *rivals)}
+        columns |= {
+            f"over {other}": times[name].ratio_over(times[other]) for other in (reference, *rivals)
+        }
         columns |= {"max_error": one.errors.max().item() if len(one.errors) else None}
         columns |= {"peak_memory_mb": one.peak_memory_mb, **settings}
         results.append(replace(result, columns=columns))
@@ -167,11 +173,14 @@ class _Inputs:
 
     def draw(self, seed: int) -> None:
         *arguments, gradient = self.case.inputs(seed)
-        self.drawn = [*(t.detach().requires_grad_(t.is_floating_point()) for t in arguments), gradient]
+        self.drawn = [
+            *(t.detach().requires_grad_(t.is_floating_point()) for t in arguments),
+            gradient,
+        ]
         wide = [t.detach().double().requires_grad_() for t in self.drawn]
         self.expected = [t.detach() for t in prepare(self.case.oracle, wide, self.mode)()]
-        # Float64 is off by a rounding per operation on an element, of random signs. That counts in float64
-        # alone, where a reference may round exactly as the oracle does.
+        # Float64 is off by a rounding per operation on an element, of random signs. That counts in
+        # float64 alone, where a reference may round exactly as the oracle does.
         roundings = self.case.work(self.mode).flops / sum(t.numel() for t in self.expected)
         off = _largest(self.expected) * (math.sqrt(roundings) * torch.finfo(torch.float64).eps / 2)
         self.error = off.maximum(self.error)
@@ -197,17 +206,20 @@ class _Checked:
         return torch.tensor(self.hosts).median().item() * 1e3 if self.hosts else None
 
     def turn(self, inputs: _Inputs, index: int) -> list[float]:
-        """Time the calls on live inputs, which hold ``inputs.drawn`` meanwhile, and check the result."""
+        """Time the calls on live inputs, which hold ``inputs.drawn`` meanwhile, and check the
+        result."""
         device, live, expected = self.case.device, inputs.live, inputs.expected
         on_gpu = device.type == "cuda"
         if on_gpu:
-            flush(device)  # what does not wait for the current stream will find the inputs still NaN
+            # What does not wait for the current stream will find the inputs still NaN.
+            flush(device)
         with torch.no_grad():
             for t, value in zip(live, inputs.drawn, strict=True):
                 t.copy_(value)
         call = prepare(self.contestant, live, self.mode)
         freed = [
-            torch.full_like(t, poison(self.case.dtype), dtype=self.case.dtype) for t in (*expected, *live)
+            torch.full_like(t, poison(self.case.dtype), dtype=self.case.dtype)
+            for t in (*expected, *live)
         ]
         del freed
         flush(device)
@@ -242,7 +254,8 @@ def poison(dtype: torch.dtype) -> float:
 def prepare(
     contestant: Implementation, inputs: Sequence[Tensor], mode: Mode
 ) -> Callable[[], Sequence[Tensor]]:
-    """The call to time on ``inputs``: arguments, then a gradient. What comes before it is done here."""
+    """The call to time on ``inputs``: arguments, then a gradient. What comes before it is done
+    here."""
     *arguments, gradient = inputs
     if mode == "forward":
         arguments = [t.detach() for t in arguments]
@@ -254,7 +267,10 @@ def prepare(
 
 
 def _check_memory(
-    results: Sequence[Tensor], live: Sequence[Tensor], drawn: Sequence[Tensor], expected: Sequence[Tensor]
+    results: Sequence[Tensor],
+    live: Sequence[Tensor],
+    drawn: Sequence[Tensor],
+    expected: Sequence[Tensor],
 ) -> None:
     inputs = {t.untyped_storage().data_ptr() for t in live}
     for result, t in zip(results, expected, strict=True):

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Time the lessons' steps beside a plain script with DDP: ``python -m benchmarks run ddp``.
 
-The plain script is `benchmarks.ddp_plain`. It and the lessons train the same model from the same first
-weights, by the same optimizer and on the same batches, so that their mean losses are equal up to rounding.
-Each run is a process, or two by torchrun of one thread each. Runs take turns. The first epoch of a run warms
-up.
+The plain script is `benchmarks.ddp_plain`. It and the lessons train the same model from the same
+first weights, by the same optimizer and on the same batches, so that their mean losses are equal up
+to rounding. Each run is a process, or two by torchrun of one thread each. Runs take turns. The
+first epoch of a run warms up.
 """
 
 import itertools
@@ -25,13 +25,17 @@ from benchmarks.timing import CPU, Rejected, take_turns
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 PLAIN = "plain script"
-SCRIPTS = {PLAIN: "", "train_ddp.py": EXAMPLES / "train_ddp.py", "train_fast.py": EXAMPLES / "train_fast.py"}
+SCRIPTS = {
+    PLAIN: "",
+    "train_ddp.py": EXAMPLES / "train_ddp.py",
+    "train_fast.py": EXAMPLES / "train_fast.py",
+}
 SAMPLES = 60_000
 ROUNDS, EPOCHS = 3, 4
 # Of the plain script's time over the lesson's, with one rank and with two.
 BOUNDS = {("train_ddp.py", 1): 0.97, ("train_ddp.py", 2): 1.0}
-# The relative error that is allowed of an epoch's mean loss. Rounding moves it by up to 2e-6; a learning rate
-# that is 1% off, or another order of the samples, moves it by 1e-4 and more.
+# The relative error that is allowed of an epoch's mean loss. Rounding moves it by up to 2e-6; a
+# learning rate that is 1% off, or another order of the samples, moves it by 1e-4 and more.
 LOSS_ERROR = 2e-5
 
 Losses = dict[str, list[float]]  # of each epoch, by contestant
@@ -59,7 +63,12 @@ def train(contestant: str, network: Network, ranks: int, epochs: int) -> list[tu
     """Train in processes of their own; the seconds and the mean loss of each epoch."""
     launcher = [sys.executable]
     if ranks > 1:
-        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--log-dir=/dev/null"]
+        launcher += [
+            "-m",
+            "torch.distributed.run",
+            f"--nproc_per_node={ranks}",
+            "--log-dir=/dev/null",
+        ]
     flags = ["--hidden", *map(str, network.hidden), "--batch-size", str(network.batch_size)]
     flags += ["--epochs", str(epochs), "--data", str(DATA)]
     with TemporaryDirectory() as folder:
@@ -71,7 +80,12 @@ def train(contestant: str, network: Network, ranks: int, epochs: int) -> list[tu
             command = [*launcher, str(SCRIPTS[contestant]), *flags, *sizes]
         environment = {**os.environ, "OMP_NUM_THREADS": str(max(CORES // ranks, 1))}
         done = subprocess.run(
-            command, env=environment, cwd=EXAMPLES.parent, capture_output=True, text=True, check=False
+            command,
+            env=environment,
+            cwd=EXAMPLES.parent,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if done.returncode:
             raise Rejected(f"status {done.returncode}: {(done.stderr.splitlines() or [''])[-1]}")
@@ -85,7 +99,8 @@ def train(contestant: str, network: Network, ranks: int, epochs: int) -> list[tu
 def turn(
     contestant: str, network: Network, ranks: int, epochs: int, losses: Losses, index: int
 ) -> list[float]:
-    """Seconds of a step in each epoch but the first, of a run whose losses are the plain script's."""
+    """Seconds of a step in each epoch but the first, of a run whose losses are the plain
+    script's."""
     if index == 0:  # each run warms up by itself
         return []
     trained = train(contestant, network, ranks, epochs)
@@ -98,19 +113,25 @@ def turn(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    command = Command("ddp", "Time the lessons' steps beside a plain script with DDP.", needs=("tyro",))
+    command = Command(
+        "ddp", "Time the lessons' steps beside a plain script with DDP.", needs=("tyro",)
+    )
     options = command.parse(arguments)
     rounds, epochs = (1, 2) if options.quick else (ROUNDS, EPOCHS)
     table = Table(command.csv(options), CPU, cores=CORES)
     for network, ranks in itertools.product(QUICK if options.quick else NETWORKS, (1, 2)):
         losses: Losses = {}
         turns = {name: partial(turn, name, network, ranks, epochs, losses) for name in SCRIPTS}
-        times = take_turns(turns, rounds, label=f"{network}, batches of {network.batch_size}, {ranks} ranks")
+        times = take_turns(
+            turns, rounds, label=f"{network}, batches of {network.batch_size}, {ranks} ranks"
+        )
         case = {"network": str(network), "batch": network.batch_size, "ranks": ranks}
         for name, one in times.items():
             columns = {"ratio": one.ratio_over(times[PLAIN]), "bound": BOUNDS.get((name, ranks))}
             table.add([one.result(case, name, times[PLAIN], **columns)])
-    print_results("a step; ratio: the plain script's time over this one's, by lower quartiles", table.results)
+    print_results(
+        "a step; ratio: the plain script's time over this one's, by lower quartiles", table.results
+    )
     return max(table.status, 0 if options.quick else print_bounds(table))
 
 

@@ -3,9 +3,9 @@
 
     torchrun --nproc_per_node=2 -m benchmarks.ddp_plain --hidden 512 --batch-size 1024
 
-The model, the first weights, the optimizer, the schedule and the batches are those of the example with
-``--optimizer sgd``. Everything else is PyTorch's own, without checks, log and checkpoints. It prints each
-epoch's seconds and mean loss as JSON.
+The model, the first weights, the optimizer, the schedule and the batches are those of the example
+with ``--optimizer sgd``. Everything else is PyTorch's own, without checks, log and checkpoints. It
+prints each epoch's seconds and mean loss as JSON.
 """
 
 import argparse
@@ -73,7 +73,11 @@ def main() -> None:
             optimizer.zero_grad()
             total += loss.detach() * len(mine)
         dist.all_reduce(total)
-        result = {"epoch": epoch, "seconds": time.perf_counter() - start, "loss": total.item() / len(labels)}
+        result = {
+            "epoch": epoch,
+            "seconds": time.perf_counter() - start,
+            "loss": total.item() / len(labels),
+        }
         if rank == 0:
             print(json.dumps(result), flush=True)
     dist.destroy_process_group()

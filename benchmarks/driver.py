@@ -13,7 +13,8 @@ Wrap = Callable[[Any], Any]  # of a kernel, as the launchers take it
 
 
 class Driver:
-    """A stand-in for a GPU's driver. Kernels are compiled for its architecture and cannot be launched.
+    """A stand-in for a GPU's driver. Kernels are compiled for its architecture and cannot be
+    launched.
 
     Args:
         architecture: a compute capability, such as 90 for sm_90, or the name of one of AMD's.
@@ -29,7 +30,8 @@ class Driver:
         return GPUTarget("cuda" if nvidia else "hip", self.architecture, 32 if nvidia else 64)
 
     def get_current_device(self) -> int:
-        return int(str(self.architecture).removeprefix("gfx"))  # Triton caches compiled kernels by device
+        # Triton caches compiled kernels by device.
+        return int(str(self.architecture).removeprefix("gfx"))
 
     def get_current_stream(self, device: int) -> int:
         return 0

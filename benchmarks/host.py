@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Time what the host does in a launch of X·Xᵀ, up to the driver: ``python -m benchmarks run host``.
 
-A small kernel ends before the host has issued the next one; then only the host's time counts. A launcher
-keeps what it decides for tensors of one layout, and "without a plan" it decides anew. A stand-in for the
-driver does nothing, and tensors have no memory, so that no GPU is needed. Triton's own launcher is left out.
+A small kernel ends before the host has issued the next one; then only the host's time counts. A
+launcher keeps what it decides for tensors of one layout, and "without a plan" it decides anew. A
+stand-in for the driver does nothing, and tensors have no memory, so that no GPU is needed. Triton's
+own launcher is left out.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +32,8 @@ def idle_driver(launched: Callable[..., object] = lambda *args: None) -> Iterato
 
     class Idle(driver.Driver):
         utils = SimpleNamespace(
-            load_binary=lambda *args: (1, 1, 0, 0, 1024),  # module, function, registers, spills, threads
+            # Module, function, registers, spills, threads.
+            load_binary=lambda *args: (1, 1, 0, 0, 1024),
             get_device_properties=lambda device: {"max_shared_mem": 232448},
             unload_module=lambda module: None,
         )

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Compute operators in many ways, from pure Python to processes: ``python -m benchmarks run ladder``.
+"""Compute operators in many ways, from pure Python to processes:
+``python -m benchmarks run ladder``.
 
-Four cases: elementwise maximum, X·Xᵀ, A·Bᵀ and linear+sigmoid; `benchmarks.train` trains whole networks. The
-result of every call that is timed is checked against float64 (whole numbers: exactly). Contestants take
-turns, and medians are quoted. Caches are flushed before all but linear+sigmoid, whose arguments stay in them,
-as in training. ``--with my.py`` adds the functions of a student's file (`benchmarks.student`).
+Four cases: elementwise maximum, X·Xᵀ, A·Bᵀ and linear+sigmoid; `benchmarks.train` trains whole
+networks. The result of every call that is timed is checked against float64 (whole numbers:
+exactly). Contestants take turns, and medians are quoted. Caches are flushed before all but
+linear+sigmoid, whose arguments stay in them, as in training. ``--with my.py`` adds the functions of
+a student's file (`benchmarks.student`).
 """
 
 import os
@@ -45,9 +47,10 @@ ROUNDS = 20
 SECONDS = 2.0  # of a rung's turns, after which it has no more
 WARM_CALLS = 100  # in another process
 PRODUCTS = 10_000_000  # about a second of pure Python
-# Numba's loops of each case: their function, and needed operations for each byte that they load into
-# registers. A multiply-add is two operations and loads two numbers of 4 bytes; a tile of t × t sums loads 2t
-# numbers for t² multiply-adds. Of a multiply-add of X·Xᵀ, one operation is needed: the result is symmetric.
+# Numba's loops of each case: their function, and needed operations for each byte that they load
+# into registers. A multiply-add is two operations and loads two numbers of 4 bytes; a tile of t × t
+# sums loads 2t numbers for t² multiply-adds. Of a multiply-add of X·Xᵀ, one operation is needed:
+# the result is symmetric.
 TILE = 4  # as in `numba_njit`, which can be imported only where Numba is
 LOOPS: dict[str, dict[str, tuple[str, float | None]]] = {
     "maximum": {"njit": ("maximum", None)},
@@ -64,8 +67,10 @@ LOOPS: dict[str, dict[str, tuple[str, float | None]]] = {
     },
     "linear_sigmoid": {"njit": ("linear_sigmoid", None)},
 }
-BEST = {"matmul_t": "njit, triangular", "matmul": "njit, in registers"}  # in threads beside the plain loops
-# The first kernels of a course, in `torchpar.baselines.triton_kernels`, and small sizes for the interpreter.
+# In threads beside the plain loops.
+BEST = {"matmul_t": "njit, triangular", "matmul": "njit, in registers"}
+# The first kernels of a course, in `torchpar.baselines.triton_kernels`, and small sizes for the
+# interpreter.
 TAUGHT = {
     "maximum": {"Triton, a program for each row": "maximum_by_rows"},
     "matmul_t": {"Triton, one program in all": "matmul_t_by_one_program"},
@@ -87,7 +92,8 @@ class Rung:
         intensity: needed operations for each byte that it loads.
         left_out: why it is not measured, or "".
         switches: context switches of each call, if they are counted.
-        whole: whether it ends with the whole result in one place; without it its time is no speed-up.
+        whole: whether it ends with the whole result in one place; without it its time is no
+            speed-up.
     """
 
     name: str
@@ -143,7 +149,8 @@ def ignore_interrupts() -> None:
 
 
 def thread_counts(quick: bool) -> list[int]:
-    """The counts up to the cores, and the first one above, which shows what too many threads cost."""
+    """The counts up to the cores, and the first one above, which shows what too many threads
+    cost."""
     if quick:
         return [1]
     above = [count for count in THREADS if count > CORES]
@@ -151,7 +158,8 @@ def thread_counts(quick: bool) -> list[int]:
 
 
 def rungs(case: LadderCase, helpers: Helpers, quick: bool) -> Iterator[Rung]:
-    """All rungs, first pure Python, and those left out. The seconds of a turn are of the whole case."""
+    """All rungs, first pure Python, and those left out. The seconds of a turn are of the whole
+    case."""
     operator, arrays = case.operator, case.arguments
     ours, threads = OURS.get(operator), torch.get_num_threads()
     native = NATIVE["exact_matmul" if operator == "matmul" else operator]
@@ -159,7 +167,9 @@ def rungs(case: LadderCase, helpers: Helpers, quick: bool) -> Iterator[Rung]:
     def by(name: str, function: Callable[..., Any], *arguments: Any, **shown: Any) -> Rung:
         device = next((t.device for t in arguments if isinstance(t, Tensor)), CPU)
         shown |= {"threads": None} if device.type == "cuda" else {}
-        return Rung(name=name, turn=timed_turn(case, partial(function, *arguments), device=device), **shown)
+        return Rung(
+            name=name, turn=timed_turn(case, partial(function, *arguments), device=device), **shown
+        )
 
     yield by_pure_python(case)
     yield from by_njit(case, helpers, quick)
@@ -190,7 +200,9 @@ def by_pure_python(case: LadderCase) -> Rung:
     total = len(case.expected)  # some rows take long enough
     rows = max(1, min(total, PRODUCTS * total // (case.expected.size * case.arguments[0].shape[1])))
     note = "" if rows == total else f"from {rows} of {total} rows"
-    return Rung(name="pure Python", turn=timed_turn(case, partial(function, *lists, rows), rows), note=note)
+    return Rung(
+        name="pure Python", turn=timed_turn(case, partial(function, *lists, rows), rows), note=note
+    )
 
 
 def threads_note(count: int) -> str:
@@ -256,8 +268,11 @@ def arguments_of(case: LadderCase, loop: str) -> tuple[Array, ...]:
 
 
 def by_ranks(case: LadderCase, ranks: Group) -> Iterator[Rung]:
-    """One process of one thread, and two: each computes half of the rows, and then one has all of them."""
-    one, halves, joined = (partial(ranks_turn, case, ranks, way) for way in ("whole", "halves", "joined"))
+    """One process of one thread, and two: each computes half of the rows, and then one has all of
+    them."""
+    one, halves, joined = (
+        partial(ranks_turn, case, ranks, way) for way in ("whole", "halves", "joined")
+    )
     all_cores = "torchpar CPU" if case.operator not in ("matmul", "matmul_t") else "torch eager"
     yield Rung(name="1 rank", turn=one, note="1 thread", than=all_cores)
     note = "no speed-up of the whole"
@@ -295,7 +310,9 @@ def on_gpu(case: LadderCase, helpers: Helpers) -> Iterator[Rung]:
         from torchpar.baselines import triton_kernels
 
         for name, launcher in TAUGHT[operator].items():
-            turn = timed_turn(case, partial(getattr(triton_kernels, launcher), *tensors), device=device)
+            turn = timed_turn(
+                case, partial(getattr(triton_kernels, launcher), *tensors), device=device
+            )
             yield Rung(name=name, turn=turn, threads=None, than=best, compiles=True)
 
 
@@ -306,7 +323,9 @@ def without_gpu(interpreter: ProcessPoolExecutor, operator: str, name: str, func
     shape = INTERPRETED[operator]
     size = "×".join(map(str, shape))
     try:
-        make_case(operator, shape).check(interpreter.submit(interpret, operator, shape, function).result())
+        make_case(operator, shape).check(
+            interpreter.submit(interpret, operator, shape, function).result()
+        )
     except Exception as e:
         reason = f"{type(e).__name__} in Triton's interpreter, {size}: {e}".partition("\n")[0]
         return Rung(name=name, threads=None, turn=partial(reject, reason))
@@ -337,7 +356,8 @@ def timed_turn(
 ) -> Turn:
     """Turns of a call that computes the first ``rows``.
 
-    A cold turn is one call, after the caches were flushed; a warm one has as many as take `WARM_SECONDS`.
+    A cold turn is one call, after the caches were flushed; a warm one has as many as take
+    `WARM_SECONDS`.
     """
     calls = 1
     part = 1.0 if rows is None else rows / len(case.expected)
@@ -413,8 +433,8 @@ def compute_on_rank(operator: str, shape: tuple[int, ...], way: str) -> tuple[fl
     """Seconds of a call, and the rows of the result that this rank then has.
 
     Args:
-        way: "whole": rank 0 computes all. "halves": each rank computes half of the rows and keeps them.
-            "joined": rank 1 sends its half to rank 0, whose time counts.
+        way: "whole": rank 0 computes all. "halves": each rank computes half of the rows and keeps
+            them. "joined": rank 1 sends its half to rank 0, whose time counts.
     """
     case = known_case(operator, shape)
     rank = current_world().rank
@@ -466,8 +486,16 @@ def measure(case: LadderCase, rungs: Sequence[Rung], rounds: int = ROUNDS) -> li
     results: list[Result] = []
     for one in rungs:
         named = {"workload": case.label}
-        result = times[one].result(named, one.name) if one.turn else Result(case=named, contestant=one.name)
-        columns: dict[str, Any] = {"note": one.note, "threads": one.threads, "left_out": one.left_out}
+        result = (
+            times[one].result(named, one.name)
+            if one.turn
+            else Result(case=named, contestant=one.name)
+        )
+        columns: dict[str, Any] = {
+            "note": one.note,
+            "threads": one.threads,
+            "left_out": one.left_out,
+        }
         columns |= {"than": one.than, "intensity": one.intensity}
         columns["first_s"] = times[one].first if one.compiles and one.turn else None
         columns["switches"] = mean(one.switches) if one.switches else None
@@ -490,8 +518,8 @@ def measure(case: LadderCase, rungs: Sequence[Rung], rounds: int = ROUNDS) -> li
 def limits(quick: bool) -> list[Result]:
     """Measure what bounds all rungs on the CPU, each by its median time.
 
-    These are copies in memory, loads from a core's nearest cache, and the flop/s of large products. The loads
-    are those of the plain loop on 8 rows of 4 KB.
+    These are copies in memory, loads from a core's nearest cache, and the flop/s of large products.
+    The loads are those of the plain loop on 8 rows of 4 KB.
     """
     size, n = (2**20, 64) if quick else (2**27, 1024)
     source, target = (torch.ones(size, dtype=torch.int8) for _ in range(2))
@@ -517,7 +545,12 @@ def limits(quick: bool) -> list[Result]:
         from torchpar.baselines import numba_njit
 
         loaded = 2 * len(rows) * rows.nbytes
-        add("loads from the nearest cache", 1, partial(numba_njit.SERIAL.matmul_t, rows), gb_per_s=loaded)
+        add(
+            "loads from the nearest cache",
+            1,
+            partial(numba_njit.SERIAL.matmul_t, rows),
+            gb_per_s=loaded,
+        )
     flops = 2 * n**3
     for count in counts:
         add("torch.mm", count, partial(torch.mm, square, square), gflop_per_s=flops)
@@ -544,7 +577,9 @@ def students_entries(
             entries[operator].append(Rung(name=shown, threads=None, left_out="no GPU"))
             continue
         entry = student.enter(path, name, function, cases[operator])
-        entries[operator].append(Rung(name=shown, turn=entry.turn, than=than, note=entry.note, threads=None))
+        entries[operator].append(
+            Rung(name=shown, turn=entry.turn, than=than, note=entry.note, threads=None)
+        )
     return entries
 
 
@@ -560,11 +595,15 @@ def show(measured: Mapping[str, Sequence[Result]]) -> None:
 
 def readme_table(measured: Mapping[str, Sequence[Result]]) -> str:
     """The README's table, if its two cases were measured."""
-    labels = [next((one for one in measured if one.startswith(text)), "") for text in ("maximum", "X·Xᵀ")]
+    labels = [
+        next((one for one in measured if one.startswith(text)), "") for text in ("maximum", "X·Xᵀ")
+    ]
     return ladder_page.summary(measured, labels) if all(labels) else ""
 
 
-def write(folder: Path, measured: Mapping[str, Sequence[Result]], cases: Mapping[str, LadderCase]) -> None:
+def write(
+    folder: Path, measured: Mapping[str, Sequence[Result]], cases: Mapping[str, LadderCase]
+) -> None:
     """Write the tables in Markdown, and a picture of each case if matplotlib is installed."""
     load = ladder_page.load_note(next(iter(measured.values())))
     tables = [ladder_page.as_markdown(results) for results in measured.values()]
@@ -575,14 +614,28 @@ def write(folder: Path, measured: Mapping[str, Sequence[Result]], cases: Mapping
         return
     for operator, case in cases.items():
         if any(one.p50_ms for one in measured[case.label]):
-            ladder_page.draw(folder / f"ladder-{operator}.png", measured[case.label], measured[LIMITS])
+            ladder_page.draw(
+                folder / f"ladder-{operator}.png", measured[case.label], measured[LIMITS]
+            )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     command = Command("ladder", "Compute the same in every way.")
     add = command.parser.add_argument
-    add("--with", dest="path", type=Path, metavar="FILE.py", help=f"also functions of yours: {student.NAMES}")
-    add("--cases", nargs="+", choices=LABELS, metavar="CASE", help=f"only these of {', '.join(LABELS)}")
+    add(
+        "--with",
+        dest="path",
+        type=Path,
+        metavar="FILE.py",
+        help=f"also functions of yours: {student.NAMES}",
+    )
+    add(
+        "--cases",
+        nargs="+",
+        choices=LABELS,
+        metavar="CASE",
+        help=f"only these of {', '.join(LABELS)}",
+    )
     load = os.getloadavg()[0]
     options = command.parse(arguments)
     shapes, rounds = (QUICK_SHAPES, 2) if options.quick else (SHAPES, ROUNDS)
@@ -595,7 +648,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{error}\nThe functions above that line are tried.")
             status = 1
         if not options.cases:
-            names = [name for name in LABELS if name in {student.OPERATORS[own][0] for own in functions}]
+            names = [
+                name for name in LABELS if name in {student.OPERATORS[own][0] for own in functions}
+            ]
     cases = {operator: make_case(operator, shapes[operator]) for operator in names}
     entries = students_entries(options.path, functions, cases)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""

@@ -69,13 +69,14 @@ class LadderCase:
 def make_case(operator: str, shape: Sequence[int]) -> LadderCase:
     """The case of an operator of `SHAPES`. Of maximum the numbers are integers from 0 to 255.
 
-    A sum of k products in float32, in whatever order, is off by at most γ(k)·Σ|a·b| with γ(k) = ku/(1 − ku)
-    and u = 2⁻²⁴ (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 3.1). The sigmoid's
-    slope is at most 1/4; 8u allow for its own few roundings.
+    A sum of k products in float32, in whatever order, is off by at most γ(k)·Σ|a·b| with γ(k) =
+    ku/(1 − ku) and u = 2⁻²⁴ (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section
+    3.1). The sigmoid's slope is at most 1/4; 8u allow for its own few roundings.
     """
     integers = operator == "maximum"
     shapes = (shape, shape) if integers else tuple(shape)
-    name = "exact_matmul" if operator == "matmul" else operator  # the general product among the operators
+    # The general product among the operators.
+    name = "exact_matmul" if operator == "matmul" else operator
     case = operators.make_case(name, shapes, torch.int32 if integers else torch.float32, CPU)
     arguments = tuple(t.numpy() for t in case.inputs(0)[:-1])
     expected = case.oracle(*(torch.from_numpy(t.astype(np.float64)) for t in arguments)).numpy()

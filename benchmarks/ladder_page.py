@@ -141,7 +141,9 @@ def as_markdown(results: Sequence[Result]) -> str:
     rows = list(lines(results, results[0].case["workload"]))
     headers = dict.fromkeys(header for row in rows for header in row)
     headers = dict.fromkeys(header for header in headers if any(row.get(header) for row in rows))
-    table = markdown([list(headers), *([row.get(header, "") for header in headers] for row in rows)])
+    table = markdown(
+        [list(headers), *([row.get(header, "") for header in headers] for row in rows)]
+    )
     return "\n".join([table, *(f"{note}\n" for note in notes(results))])
 
 
@@ -156,10 +158,14 @@ def summary(measured: Mapping[str, Sequence[Result]], cases: Sequence[str]) -> s
     rows = [head]
     for contestant, text in SUMMARY.items():
         found = [chosen(measured[case], contestant) for case in cases]
-        threads = next((int(one.columns["threads"]) for one in found if one and one.columns["threads"]), 1)
+        threads = next(
+            (int(one.columns["threads"]) for one in found if one and one.columns["threads"]), 1
+        )
         cells = [text.format(threads=threads)]
         for one in found:
-            cells += [seconds(one.p50_ms), number(one.columns["over_pure_python"])] if one else ["", ""]
+            cells += (
+                [seconds(one.p50_ms), number(one.columns["over_pure_python"])] if one else ["", ""]
+            )
         if any(found):
             rows.append(cells)
     return markdown(rows)
@@ -199,7 +205,8 @@ def draw(path: Path, results: Sequence[Result], limits: Sequence[Result]) -> Non
 
 
 def draw_bars(axes: Any, rows: Sequence[Result]) -> None:
-    """Draw the median of each row, from the 20% to the 80% quantile a black line, coloured by threads."""
+    """Draw the median of each row, from the 20% to the 80% quantile a black line, coloured by
+    threads."""
     shown = set()
     for place, one in enumerate(rows):
         assert one.p20_ms is not None
@@ -212,7 +219,9 @@ def draw_bars(axes: Any, rows: Sequence[Result]) -> None:
         shown.add(kind)
         axes.barh(place, one.p50_ms, color=COLORS.get(kind, "tab:gray"), label=bar_label)
         axes.plot([one.p20_ms, one.p80_ms], [place, place], color="black", lw=1.5)
-        axes.text(max(one.p50_ms, one.p80_ms) * 1.15, place, seconds(one.p50_ms), va="center", fontsize=8)
+        axes.text(
+            max(one.p50_ms, one.p80_ms) * 1.15, place, seconds(one.p50_ms), va="center", fontsize=8
+        )
     axes.set_yticks(range(len(rows)), [label(one) for one in rows], fontsize=8)
     axes.invert_yaxis()
     least, most = (end(one.p50_ms or 1.0 for one in rows) for end in (min, max))
@@ -238,7 +247,12 @@ def draw_roofline(axes: Any, points: Sequence[Result], limits: Sequence[Result])
             reach = [left, top / bandwidth, right]
             text = f"{label(limit)}: {bandwidth:.0f} GB/s"
             axes.plot(
-                reach, [min(x * bandwidth, top) for x in reach], style, color="tab:gray", lw=1, label=text
+                reach,
+                [min(x * bandwidth, top) for x in reach],
+                style,
+                color="tab:gray",
+                lw=1,
+                label=text,
             )
     axes.plot([left, right], [top, top], "k:", lw=1, label=f"{label(fastest)}: {top:.0f} GFLOP/s")
     for name in dict.fromkeys(one.contestant for one in points):
@@ -248,7 +262,11 @@ def draw_roofline(axes: Any, points: Sequence[Result], limits: Sequence[Result])
         threaded = "parallel" in name  # to the left of the point; one thread to the right
         axes.plot(*point, "o", color=COLORS.get(f"{one.columns['threads']:.0f}", "tab:gray"), ms=5)
         place: dict[str, Any] = {"xytext": (-7, 4) if threaded else (7, -8)}
-        place |= {"ha": "right" if threaded else "left", "textcoords": "offset points", "fontsize": 8}
+        place |= {
+            "ha": "right" if threaded else "left",
+            "textcoords": "offset points",
+            "fontsize": 8,
+        }
         axes.annotate(label(one).replace(", parallel", ""), point, **place)
     axes.set(xscale="log", yscale="log", xlim=(left, right))
     ticks = [2.0**power for power in range(-6, 7) if left < 2.0**power < right]
@@ -258,5 +276,8 @@ def draw_roofline(axes: Any, points: Sequence[Result], limits: Sequence[Result])
     axes.yaxis.set_major_formatter(lambda value, _: number(value))
     axes.minorticks_off()
     axes.set_title("roofline: what loads and arithmetic allow", loc="left")
-    axes.set(xlabel="needed operations per byte loaded into registers", ylabel="GFLOP/s of needed operations")
+    axes.set(
+        xlabel="needed operations per byte loaded into registers",
+        ylabel="GFLOP/s of needed operations",
+    )
     axes.legend(fontsize=8, loc="lower right")

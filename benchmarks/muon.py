@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Compare `torchpar.optim.Muon` with torch's Muon, and with SGD on MNIST: ``python -m benchmarks run muon``.
+"""Compare `torchpar.optim.Muon` with torch's Muon, and with SGD on MNIST:
+``python -m benchmarks run muon``.
 
-The first table is the time of a step of one weight, or of many small ones; all optimizers get the same
-gradients. After the steps the weights must agree, as far as orthogonalising in bfloat16 lets them; the status
-is 1 if some do not. The second table has the test error and the training loss of a network 784-512-10 with
-sigmoid layers, in batches of 32, with SGD and with Muon, each at its best rate.
+The first table is the time of a step of one weight, or of many small ones; all optimizers get the
+same gradients. After the steps the weights must agree, as far as orthogonalising in bfloat16 lets
+them; the status is 1 if some do not. The second table has the test error and the training loss of a
+network 784-512-10 with sigmoid layers, in batches of 32, with SGD and with Muon, each at its best
+rate.
 """
 
 import importlib
@@ -38,7 +40,8 @@ WEIGHTS: dict[str, Shapes] = {
     "126 unequal": [(16 + 5 * i % 113, 16 + i) for i in range(126)],
 }
 QUICK: dict[str, Shapes] = {"24x64": [(24, 64)], "3 of 64x24": [(64, 24)] * 3}
-DISTANCE = 0.03  # of the way: bfloat16's roundings of directions, an order less for momenta that are noise
+# Of the way: bfloat16's roundings of directions, an order less for momenta that are noise.
+DISTANCE = 0.03
 ROUNDS = 15  # steps of each optimizer and weight that are timed
 SIZES = (784, 512, 10)
 EPOCHS = 8
@@ -87,7 +90,8 @@ def compare_steps(label: str, shapes: Shapes, rounds: int, device: torch.device)
         for weight, gradient in zip(weights[name], gradients, strict=True):
             weight.grad = gradient.clone()
         if device.type == "cuda":
-            torch.cuda._sleep(10_000_000)  # the queue fills meanwhile, so that no launch is in the time
+            # The queue fills meanwhile, so that no launch is in the time.
+            torch.cuda._sleep(10_000_000)
         return [time_calls(optimizers[name].step, device).seconds()]
 
     turns = {name: partial(turn, name) for name in OPTIMIZERS}
@@ -120,7 +124,9 @@ def train(epochs: int, samples: int | None = None) -> list[Result]:
             optimizer = make(model)
             schedule = lr_scheduler(optimizer, "linear", steps)
             sets = (train_set, test_set)
-            with Run(model, optimizer, schedule, world, *sets, epochs=epochs, batch_size=BATCH_SIZE) as run:
+            with Run(
+                model, optimizer, schedule, world, *sets, epochs=epochs, batch_size=BATCH_SIZE
+            ) as run:
                 for epoch in track(run.epochs(), f"{name}, epochs", epochs):
                     for x, labels, size in run.batches(epoch):
                         loss = cross_entropy(model(x), labels, reduction="sum")
@@ -132,7 +138,11 @@ def train(epochs: int, samples: int | None = None) -> list[Result]:
             case = {"weight": "-".join(map(str, SIZES))}
             for score in run.results:
                 error = 100 * (1 - score.test_accuracy)
-                columns = {"epoch": score.epoch, "train_loss": score.train_loss, "error_percent": error}
+                columns = {
+                    "epoch": score.epoch,
+                    "train_loss": score.train_loss,
+                    "error_percent": error,
+                }
                 results.append(Result(case=case, contestant=name, columns=columns))
     return results
 

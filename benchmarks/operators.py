@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Compare the operators with PyTorch's own, eager and compiled: ``python -m benchmarks run operators``.
+"""Compare the operators with PyTorch's own, eager and compiled:
+``python -m benchmarks run operators``.
 
 The work of a case is what the operator needs, whoever computes it: a symmetric product is n(n + 1)k
-operations, so that a contestant which computes all of it reaches half of a processor's GFLOP/s at most.
+operations, so that a contestant which computes all of it reaches half of a processor's GFLOP/s at
+most.
 """
 
 import argparse
@@ -56,8 +58,8 @@ OURS: dict[str, Implementation] = {
     "exact_matmul": torchpar.exact_matmul,
     "exact_matmul_t": torchpar.exact_matmul_t,
 }
-# The operators are held to eager PyTorch's errors, and libraries to none: Inductor, for one, sums long
-# columns on a CPU with eight times eager's error.
+# The operators are held to eager PyTorch's errors, and libraries to none: Inductor, for one, sums
+# long columns on a CPU with eight times eager's error.
 LIBRARIES = ("torch.compile", "torchpar + torch.compile", "numpy")
 FINISH = {"addmm": torch.sigmoid}  # of linear_sigmoid, the product and the bias alone
 MIRRORED = "eager, mirrored"
@@ -65,8 +67,8 @@ FORWARD_ONLY = ("numpy", "addmm", MIRRORED)
 DTYPES = ("float32", "bfloat16", "float64", "int8")
 TICKS = (64, 128, 256, 512, 1024, 2048, 4096)  # of the picture
 
-# Of maximum both shapes; of products (*, n, k); of linear_sigmoid rows, in_features and out_features, and of
-# its backward rows and out_features; of exact_matmul m, k and n.
+# Of maximum both shapes; of products (*, n, k); of linear_sigmoid rows, in_features and
+# out_features, and of its backward rows and out_features; of exact_matmul m, k and n.
 Shapes = dict[str, Sequence[tuple[Any, ...]]]
 QUICK: Shapes = {
     "maximum": [((16, 256), (256,))],
@@ -80,7 +82,15 @@ QUICK: Shapes = {
 CPU: Shapes = {
     "maximum": [((2**21,), (2**21,)), ((1024, 2048), (2048,)), ((1024, 2048), (1024, 1))],
     "matmul_t": [(n, n) for n in (64, 128, 192, 256, 384, 512, 768, 1000, 1024, 1500, 2048, 4096)]
-    + [(256, 4096), (300, 5000), (1024, 4096), (2048, 256), (2048, 64), (64, 64, 256), (8, 512, 512)],
+    + [
+        (256, 4096),
+        (300, 5000),
+        (1024, 4096),
+        (2048, 256),
+        (2048, 64),
+        (64, 64, 256),
+        (8, 512, 512),
+    ],
     "symmetric_matmul": [(256, 256), (1024, 1024)],
     "linear_sigmoid": [(64, 128, 10), (64, 784, 128), (256, 768, 1024)],
     "exact_matmul": [(n, n, n) for n in (256, 1024, 2048)],
@@ -93,7 +103,8 @@ GPU: Shapes = {
     + [(64, 16384), (1024, 4096), (4096, 1024), (16384, 64)]
     + [(64, 128, 128), (256, 256, 256), (32, 1024, 1024)],
     "symmetric_matmul": [(n, n) for n in (256, 512, 1024, 2048, 4096, 8192)],
-    "linear_sigmoid": [(m, 784, n) for m in (64, 512) for n in (128, 512)]  # the first layer of an MLP
+    # The first layer of an MLP.
+    "linear_sigmoid": [(m, 784, n) for m in (64, 512) for n in (128, 512)]
     + [(128, 784, 1000), (256, 784, 1001), (256, 784, 2056), (512, 784, 4096)]
     + [(64, 8192, 1024), (512, 3072, 12288), (8192, 4096, 4096)],
     "linear_sigmoid_backward": [(64, 4096), (512, 12288), (8192, 4096)],
@@ -115,19 +126,27 @@ COMPILED = (  # which takes seconds
 )
 
 
-def draw(seed: int, dtype: torch.dtype, device: torch.device, *shapes: Sequence[int]) -> list[Tensor]:
+def draw(
+    seed: int, dtype: torch.dtype, device: torch.device, *shapes: Sequence[int]
+) -> list[Tensor]:
     """Normally distributed; integers are uniform in [0, 255], those of 8 bits in [0, 126]."""
     generator = torch.Generator(device).manual_seed(seed)
     if dtype.is_floating_point:
-        return [torch.randn(shape, dtype=dtype, device=device, generator=generator) for shape in shapes]
+        return [
+            torch.randn(shape, dtype=dtype, device=device, generator=generator) for shape in shapes
+        ]
     high = 127 if dtype.itemsize == 1 else 256
-    return [torch.randint(high, shape, dtype=dtype, device=device, generator=generator) for shape in shapes]
+    return [
+        torch.randint(high, shape, dtype=dtype, device=device, generator=generator)
+        for shape in shapes
+    ]
 
 
 def make_case(
     operator: str, shape: tuple[Any, ...], dtype: torch.dtype, device: torch.device
 ) -> OperatorCase:
-    """The case of an operator. ``forward`` and ``backward`` are numbers through memory, and operations."""
+    """The case of an operator. ``forward`` and ``backward`` are numbers through memory, and
+    operations."""
     text = "x".join(map(str, shape))
     if operator == "maximum":
         text = " ".join("x".join(map(str, one)) for one in shape)
@@ -143,7 +162,10 @@ def make_case(
     elif operator == "symmetric_matmul":
         n, k = shape
         shapes = [(n, k), (n, n), (n, n)]
-        forward, backward = (2 * n * k + 2 * n * n, n * (n + 1) * k), (2 * n * n + 4 * n * k, 4 * n * n * k)
+        forward, backward = (
+            (2 * n * k + 2 * n * n, n * (n + 1) * k),
+            (2 * n * n + 4 * n * k, 4 * n * n * k),
+        )
     elif operator == "linear_sigmoid_backward":
         m, n = shape
         shapes = [shape] * 3
@@ -217,9 +239,13 @@ def contestants(case: OperatorCase, quick: bool) -> dict[str, Implementation]:
 def main(arguments: Sequence[str] | None = None) -> int:
     command = Command("operators", "Compare the operators with PyTorch's own.")
     parser = command.parser
-    parser.add_argument("--operators", nargs="+", choices=NATIVE, default=list(NATIVE), help="by default all")
+    parser.add_argument(
+        "--operators", nargs="+", choices=NATIVE, default=list(NATIVE), help="by default all"
+    )
     parser.add_argument("--shapes", nargs="+", help="as in the tables; by default all")
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES, help="by default all")
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=DTYPES, default=DTYPES, help="by default all"
+    )
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="a GPU if there is one"
     )
@@ -237,7 +263,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = [case for case in cases(device, options.quick) if case.operator in options.operators]
     shapes = list(dict.fromkeys(case.shape for case in asked))
     if unknown := [shape for shape in options.shapes or () if shape not in shapes]:
-        raise ConfigError(f"--shapes has {unknown[0]!r}, expected of {', '.join(map(repr, shapes))}")
+        raise ConfigError(
+            f"--shapes has {unknown[0]!r}, expected of {', '.join(map(repr, shapes))}"
+        )
     listed = [
         case
         for case in asked
@@ -253,7 +281,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not table.results:
         raise ConfigError("no case has these --operators and --modes on this device; name others")
     for operator in options.operators:
-        print_results(operator, [result for result in table.results if result.case["operator"] == operator])
+        print_results(
+            operator, [result for result in table.results if result.case["operator"] == operator]
+        )
     if options.output and not on_gpu and "matmul_t" in options.operators:
         draw_crossover(options.output / "crossover.png", table.results)
     return table.status
@@ -284,15 +314,23 @@ def measure(listed: Sequence[OperatorCase], table: Table, options: argparse.Name
 
 
 def draw_crossover(path: Path, results: Sequence[Result]) -> None:
-    """Draw the speed-up of matmul_t of square matrices over torch.mm with a mirror, and alone, by rows."""
+    """Draw the speed-up of matmul_t of square matrices over torch.mm with a mirror, and alone, by
+    rows."""
     from matplotlib.figure import Figure
 
     curves: dict[tuple[int, str], dict[int, tuple[float, float]]] = {}
     speedups = {(*one.case.values(), one.contestant): one.speedup for one in results}
     for one in results:
-        n, *rest = map(int, one.case["shape"].split("x")) if one.case["operator"] == "matmul_t" else [0, 0]
+        n, *rest = (
+            map(int, one.case["shape"].split("x")) if one.case["operator"] == "matmul_t" else [0, 0]
+        )
         mirrored = speedups.get((*one.case.values(), MIRRORED))
-        if one.contestant == "torchpar" and one.case["mode"] == "forward" and rest == [n] and mirrored:
+        if (
+            one.contestant == "torchpar"
+            and one.case["mode"] == "forward"
+            and rest == [n]
+            and mirrored
+        ):
             key = one.case["threads"], one.case["dtype"]
             if one.speedup:
                 curves.setdefault(key, {})[n] = one.speedup / mirrored, one.speedup
@@ -300,7 +338,9 @@ def draw_crossover(path: Path, results: Sequence[Result]) -> None:
     figure = Figure(figsize=(4.2 * max(len(counts), 1), 3.8), layout="constrained")
     for place, count in enumerate(counts, 1):
         axes = figure.add_subplot(1, len(counts), place, title=f"threads: {count}")
-        for color, dtype in enumerate(sorted(dtype for threads, dtype in curves if threads == count)):
+        for color, dtype in enumerate(
+            sorted(dtype for threads, dtype in curves if threads == count)
+        ):
             rows = sorted(curves[count, dtype].items())
             ns = [n for n, _ in rows]
             axes.plot(ns, [by for _, (by, _) in rows], f"C{color}-", label=dtype)

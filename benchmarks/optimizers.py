@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Run the conformance kit on every installed Muon: ``python -m benchmarks run optimizers``.
 
-Each optimizer is compared with its own step on whole matrices, in all situations of `torchpar.testing`. What
-others get wrong is a finding; the status is 1 only if torchpar's own Muon has a fault. All have their own
-defaults, except for the learning rate and the weight decay.
+Each optimizer is compared with its own step on whole matrices, in all situations of
+`torchpar.testing`. What others get wrong is a finding; the status is 1 only if torchpar's own Muon
+has a fault. All have their own defaults, except for the learning rate and the weight decay.
 """
 
 import importlib
@@ -31,7 +31,8 @@ LR, WEIGHT_DECAY = 0.02, 0.0
 TIMEOUT = 60.0  # seconds for a situation
 QUICK = ("whole", "Shard(0)")
 FAULTS = ("wrong", "hangs", "crashes")
-# Their weights are plain tensors, of which an optimizer other than ours cannot know that they are slices.
+# Their weights are plain tensors, of which an optimizer other than ours cannot know that they are
+# slices.
 OUR_LAYERS = ("ColumnParallelLinear", "RowParallelLinear")
 
 
@@ -62,7 +63,9 @@ def make(model: nn.Module, name: str, **options: Any) -> torch.optim.Optimizer:
     options |= {"lr": LR, library.decay: WEIGHT_DECAY, **library.options}
     if name == "automuon":  # which makes torch.optim.Muon, and AdamW for other parameters
         return maker(model.parameters(), options)[0]  # type: ignore[no-any-return]
-    params: Any = list(model.named_parameters() if library.package == "torchpar" else model.parameters())
+    params: Any = list(
+        model.named_parameters() if library.package == "torchpar" else model.parameters()
+    )
     if library.in_group:
         params, options = [{"params": params, "use_muon": True, **options}], {}
     return maker(params, **options)  # type: ignore[no-any-return]
@@ -76,7 +79,8 @@ def make_ours(
     model: nn.Module, name: str, nesterov: bool = True, views: Any = None, process_group: Any = None
 ) -> torch.optim.Optimizer:
     convolutions = [key for key, p in model.named_parameters() if p.dim() == 4]
-    views = views or dict.fromkeys(convolutions, partial(torch.flatten, start_dim=1))  # as for_model has it
+    # As for_model has it.
+    views = views or dict.fromkeys(convolutions, partial(torch.flatten, start_dim=1))
     return make(model, name, nesterov=nesterov, views=views, process_group=process_group)
 
 
@@ -109,7 +113,8 @@ def work(connection: Any, name: str, situations: Sequence[str]) -> None:
 
 
 def check_in_own_group(name: str, situations: Sequence[str]) -> list[Result]:
-    """The results of a library, in a process group that ends with all that the library has started."""
+    """The results of a library, in a process group that ends with all that the library has
+    started."""
     context = get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=work, args=(sender, name, situations))
@@ -129,7 +134,9 @@ def check_in_own_group(name: str, situations: Sequence[str]) -> list[Result]:
         reason = row["detail"] if library.package == "torchpar" and row["verdict"] in FAULTS else ""
         columns = about | row
         results.append(
-            Result(case=case, contestant=library.path, columns=columns, ok=not reason, reason=reason)
+            Result(
+                case=case, contestant=library.path, columns=columns, ok=not reason, reason=reason
+            )
         )
     return results
 
@@ -153,7 +160,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     table = Table(command.csv(options), torch.device("cpu"))
     for name in track(names, "libraries"):
         table.add(check_in_own_group(name, QUICK if options.quick else list(SITUATIONS)))
-    print_results("who is right where", table.results, ["library", "situation", "verdict", "update_error"])
+    print_results(
+        "who is right where", table.results, ["library", "situation", "verdict", "update_error"]
+    )
     return table.status
 
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Time the CPU's products beside the plain calls, with bounds: ``python -m benchmarks run products``.
+"""Time the CPU's products beside the plain calls, with bounds:
+``python -m benchmarks run products``.
 
 `torchpar.matmul_t` is timed beside ``x @ x.T`` alone and followed by a mirror image, and
-`torchpar.linear_sigmoid` beside ``linear(x, w, b).sigmoid()``. Small products are called many times in a row,
-so that operands lie in the cache.
+`torchpar.linear_sigmoid` beside ``linear(x, w, b).sigmoid()``. Small products are called many times
+in a row, so that operands lie in the cache.
 """
 
 from collections.abc import Iterator, Sequence
@@ -40,7 +41,8 @@ def cases(quick: bool) -> Iterator[tuple[OperatorCase, Mode]]:
 
 
 def measure(case: OperatorCase, mode: Mode, rounds: int) -> list[Result]:
-    """Time one case; ``ratio`` is the time of the plain calls, with a mirror of a product, over ours."""
+    """Time one case; ``ratio`` is the time of the plain calls, with a mirror of a product, over
+    ours."""
     contestants = operators.contestants(case, quick=True)
     plain = MIRRORED if case.operator == "matmul_t" else "eager"
     results = compare(

@@ -18,8 +18,8 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 from torchpar.parallel.launch.local import Ranks
 from torchpar.parallel.launch.world import World, join_world
 
-# Rounds for which an idle thread of OpenMP spins in a plain program. The pool's threads would sleep at once,
-# and a training on one rank with two threads took twice as long.
+# Rounds for which an idle thread of OpenMP spins in a plain program. The pool's threads would sleep
+# at once, and a training on one rank with two threads took twice as long.
 SPINS = {"GOMP_SPINCOUNT": "300000"}
 _joined = ExitStack()
 _world: World | None = None
@@ -40,7 +40,8 @@ class Group(Ranks):
 
 @contextmanager
 def start_ranks(ranks: int, threads: int = 1, device: str = "cpu") -> Iterator[Group]:
-    """Start ``ranks`` processes of ``threads`` threads each, which form a world; at the end they leave.
+    """Start ``ranks`` processes of ``threads`` threads each, which form a world; at the end they
+    leave.
 
     Args:
         device: as for `join_world`.
@@ -77,7 +78,9 @@ def _join(rank: int, ranks: int, threads: int, port: int, device: str) -> None:
     global _world
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # at Ctrl-C `start_ranks` ends the ranks
     torch.set_num_threads(threads)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
     _world = _joined.enter_context(join_world(device, timeout=300.0))
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """One HTML page of all committed results: ``python -m benchmarks report [--output FILE]``.
 
-The page needs no network: charts, tables and scripts are inside. It begins with a panel for each benchmark,
-its headline and its chart. Tables show the machines side by side.
+The page needs no network: charts, tables and scripts are inside. It begins with a panel for each
+benchmark, its headline and its chart. Tables show the machines side by side.
 """
 
 import argparse
@@ -23,7 +23,8 @@ from torchpar.errors import ConfigError
 RESULTS = Path(__file__).parent / "results"
 TEMPLATE = Path(__file__).parent / "report.html"
 PANELS = tomllib.loads((Path(__file__).parent / "panels.toml").read_text("utf-8"))
-COLORS = ("#3f87c9", "#dd7733", "#46a36b", "#ad6cc2", "#b99316", "#7f8c8d")  # of machines, in light and dark
+# Of machines, in light and dark.
+COLORS = ("#3f87c9", "#dd7733", "#46a36b", "#ad6cc2", "#b99316", "#7f8c8d")
 CASE = ("note", "epoch", "nbytes", "validate")  # columns of the case, besides those left of p20_ms
 TIMES = ["p20_ms", "p50_ms", "p80_ms", "speedup"]
 SHOWN = {"p50_ms": "ms", "speedup": "speed-up", "accuracy": "accuracy", "wrong": "result"}
@@ -35,8 +36,8 @@ ORIGIN = ("device", "processor", "instruction_sets", "cores", "gpu", *VERSIONS, 
 def read_csv(text: str) -> Any:
     """Return the rows of a benchmark's CSV by their case, as a table of pandas.
 
-    Rows that differ only by seed become one, whose speed-up is over the first contestant: the median of the
-    seeds' ratios.
+    Rows that differ only by seed become one, whose speed-up is over the first contestant: the
+    median of the seeds' ratios.
 
     Raises:
         ValueError: it is no CSV of a benchmark.
@@ -80,7 +81,9 @@ def load(path: Path) -> Any:
         return read_csv(path.read_text("utf-8"))
     except (OSError, ValueError) as e:
         reason = str(e).partition("\n")[0]
-        raise ConfigError(f"{path} is no CSV of a benchmark ({reason}); measure again, or remove it") from e
+        raise ConfigError(
+            f"{path} is no CSV of a benchmark ({reason}); measure again, or remove it"
+        ) from e
 
 
 def origin(frame: Any) -> str:
@@ -104,14 +107,22 @@ def side_by_side(frames: Mapping[str, Any]) -> Any:
     case = list(dict.fromkeys(name for frame in frames.values() for name in frame.index.names))
     parts = []
     for machine, frame in frames.items():
-        names = [name for name in SHOWN if name in frame and frame[name].replace("", None).notna().any()]
+        names = [
+            name for name in SHOWN if name in frame and frame[name].replace("", None).notna().any()
+        ]
         if "p50_ms" not in names:  # something other than time was counted
             hidden = (*TIMES, *HIDDEN, *ORIGIN, "failed")
             names = [
-                name for name in frame if name not in hidden and frame[name].replace("", None).notna().any()
+                name
+                for name in frame
+                if name not in hidden and frame[name].replace("", None).notna().any()
             ]
-        part = frame[names].rename(columns={name: f"{machine}: {SHOWN.get(name, name)}" for name in names})
-        parts.append(part.reset_index().assign(**dict.fromkeys(set(case) - set(frame.index.names), "")))
+        part = frame[names].rename(
+            columns={name: f"{machine}: {SHOWN.get(name, name)}" for name in names}
+        )
+        parts.append(
+            part.reset_index().assign(**dict.fromkeys(set(case) - set(frame.index.names), ""))
+        )
     table = pandas.concat([part[case] for part in parts]).drop_duplicates()
     for part in parts:
         table = table.merge(part, how="left", on=case)
@@ -135,7 +146,9 @@ def as_html(table: Any) -> str:
     )
 
 
-def panel(spec: Mapping[str, Any], frames: Mapping[str, Any], colors: Mapping[str, str]) -> dict[str, Any]:
+def panel(
+    spec: Mapping[str, Any], frames: Mapping[str, Any], colors: Mapping[str, str]
+) -> dict[str, Any]:
     """Return the headline, the chart and the machines of a panel; nothing without its best row."""
     spec = {"over": "", "value": "speedup", **spec}
     bars: dict[str, dict[str, float]] = {}
@@ -156,7 +169,12 @@ def panel(spec: Mapping[str, Any], frames: Mapping[str, Any], colors: Mapping[st
     ends = dict.fromkeys(amount(value, spec) for value in (low, high))
     over = f" times {spec['over']}" if spec["over"] else ""
     headline = f"{text}: {' to '.join(ends)}{over}"
-    return {"headline": headline, "machines": list(bars), "chart": chart(bars, spec, colors), **spec}
+    return {
+        "headline": headline,
+        "machines": list(bars),
+        "chart": chart(bars, spec, colors),
+        **spec,
+    }
 
 
 def amount(value: float, spec: Mapping[str, str]) -> str:
@@ -170,7 +188,8 @@ def amount(value: float, spec: Mapping[str, str]) -> str:
 def chart(
     bars: Mapping[str, Mapping[str, float]], spec: Mapping[str, str], colors: Mapping[str, str]
 ) -> list[tuple[str, list[dict[str, Any]]]]:
-    """Return the bars of each name on a logarithmic axis, from 1 on if the values are relative, in percent.
+    """Return the bars of each name on a logarithmic axis, from 1 on if the values are relative, in
+    percent.
 
     Args:
         bars: the values by machine and name.
@@ -189,7 +208,8 @@ def chart(
 
 
 def content(results: Path) -> dict[str, Any]:
-    """Return the parts of the page, one for each kind of CSV, and the machines with their colors."""
+    """Return the parts of the page, one for each kind of CSV, and the machines with their
+    colors."""
 
     def benchmark(stem: str) -> str:
         """Return the benchmark that wrote a CSV, such as "train" of "train-2-threads", or ""."""
@@ -199,7 +219,9 @@ def content(results: Path) -> dict[str, Any]:
     paths: dict[str, dict[str, Path]] = {}
     for path in sorted(results.glob("*/*.csv")):
         paths.setdefault(path.stem, {})[path.parent.name] = path
-    colors = dict(zip(sorted({name for of in paths.values() for name in of}), cycle(COLORS), strict=False))
+    colors = dict(
+        zip(sorted({name for of in paths.values() for name in of}), cycle(COLORS), strict=False)
+    )
     order = [*dict.fromkeys(map(benchmark, PANELS)), *NAMES, ""]
     processors: dict[str, dict[str, None]] = {}
     sections: list[dict[str, Any]] = []
@@ -216,7 +238,9 @@ def content(results: Path) -> dict[str, Any]:
                 "table": as_html(side_by_side(frames)),
                 "failed": sum(int(frame["failed"].sum()) for frame in frames.values()),
                 "origins": {name: origin(frame) for name, frame in frames.items()},
-                "panels": list(filter(None, (panel(spec, frames, colors) for spec in PANELS.get(stem, ())))),
+                "panels": list(
+                    filter(None, (panel(spec, frames, colors) for spec in PANELS.get(stem, ())))
+                ),
             }
         )
     machines = {name: ", ".join(",".join(texts).split(",")) for name, texts in processors.items()}
@@ -246,11 +270,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "python -m benchmarks report", description="Write all committed results as one page."
     )
     default = Path(tempfile.gettempdir()) / "torchpar-report.html"
-    parser.add_argument("--output", type=Path, metavar="FILE", default=default, help=f"by default {default}")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", default=default, help=f"by default {default}"
+    )
     options = parser.parse_args(arguments)
     needs = ("itables", "pandas", "jinja2")
     if missing := [name for name in needs if importlib.util.find_spec(name) is None]:
-        raise ConfigError(f"the report needs {' and '.join(missing)}; pip install 'torchpar[report]'")
+        raise ConfigError(
+            f"the report needs {' and '.join(missing)}; pip install 'torchpar[report]'"
+        )
     try:
         write(options.output)
     except OSError as e:

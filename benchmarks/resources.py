@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Compile kernels for GPUs that are not here: registers, spills, shared memory, blocks and waves.
 
-They come from the machine code and the makers' documents. The estimate is of the products and their loads, in
-full waves at the processor's peak, or of the operands and the result, at the memory's bandwidth.
+They come from the machine code and the makers' documents. The estimate is of the products and their
+loads, in full waves at the processor's peak, or of the operands and the result, at the memory's
+bandwidth.
 """
 
 import re
@@ -27,7 +28,8 @@ from torchpar.kernels.tiles import KINDS
 from torchpar.processes import end_with_parent
 
 BLOCK_SHARED = {80: 166912, 90: 232448, 100: 232448, 103: 232448}  # bytes that a block may have
-REGISTERS, WARPS, BLOCKS, TENSOR_COLUMNS = 65536, 64, 32, 512  # of a multiprocessor of each of these
+# Of a multiprocessor of each of these.
+REGISTERS, WARPS, BLOCKS, TENSOR_COLUMNS = 65536, 64, 32, 512
 PRINTED = [
     "contestant",
     "registers",
@@ -41,7 +43,8 @@ RESERVED_SHARED = 1024  # bytes of each block, for the system
 
 
 class Architecture(NamedTuple):
-    """A GPU by its data sheet; ``shared`` bytes are a multiprocessor's, ``flops`` those without sparsity."""
+    """A GPU by its data sheet; ``shared`` bytes are a multiprocessor's, ``flops`` those without
+    sparsity."""
 
     name: str
     multiprocessors: int
@@ -53,7 +56,13 @@ class Architecture(NamedTuple):
 ARCHITECTURES = {
     80: Architecture(
         *("A100 SXM (sm_80)", 108, 167936, 2.04e12),
-        {"bfloat16": 312e12, "float16": 312e12, "tf32": 156e12, "float32": 19.5e12, "float64": 19.5e12},
+        {
+            "bfloat16": 312e12,
+            "float16": 312e12,
+            "tf32": 156e12,
+            "float32": 19.5e12,
+            "float64": 19.5e12,
+        },
     ),
     90: Architecture(
         *("H100 SXM (sm_90)", 132, 233472, 3.35e12),
@@ -61,7 +70,13 @@ ARCHITECTURES = {
     ),
     100: Architecture(
         *("B200 (sm_100)", 148, 233472, 8.0e12),
-        {"bfloat16": 2250e12, "float16": 2250e12, "tf32": 1120e12, "float32": 75e12, "float64": 37e12},
+        {
+            "bfloat16": 2250e12,
+            "float16": 2250e12,
+            "tf32": 1120e12,
+            "float32": 75e12,
+            "float64": 37e12,
+        },
     ),
 }
 
@@ -96,11 +111,13 @@ class Job(NamedTuple):
 
 
 def compile_all(names: Sequence[str], kind: str, quick: bool, path: Path | None) -> int:
-    """Compile all configurations for all architectures (``quick``: one for sm_90); print what they take."""
+    """Compile all configurations for all architectures (``quick``: one for sm_90); print what they
+    take."""
     from benchmarks.autotune import OPERATORS
 
     print(
-        "No GPU ran, for PyTorch finds none: kernels are compiled for GPUs that are not here, and not timed."
+        "No GPU ran, for PyTorch finds none: kernels are compiled for GPUs that are not here, and "
+        "not timed."
     )
     jobs = [
         Job(name, index, capability, kind)
@@ -117,10 +134,14 @@ def compile_all(names: Sequence[str], kind: str, quick: bool, path: Path | None)
         shapes = " ".join("x".join(map(str, shape)) for shape in OPERATORS[name].shapes)
         for gpu in ARCHITECTURES.values():
             own = [
-                one for one in table.results if (one.case["operator"], one.case["GPU"]) == (name, gpu.name)
+                one
+                for one in table.results
+                if (one.case["operator"], one.case["GPU"]) == (name, gpu.name)
             ]
             print_results(f"{name} of {shapes} in {kind}, for {gpu.name}; no GPU ran", own, PRINTED)
-    print("w: warps. s: stages. KB: of shared memory. per SM: blocks of a multiprocessor at a time.")
+    print(
+        "w: warps. s: stages. KB: of shared memory. per SM: blocks of a multiprocessor at a time."
+    )
     print("The estimate is the rule's, at the data sheets' peaks. It ranks tiles, and is no time.")
     return table.status
 
@@ -148,9 +169,14 @@ def examine(job: Job) -> Result:
     case, contestant = {"operator": job.operator, "GPU": gpu.name}, describe(config)
     every, operator.kernel.configs = operator.kernel.configs, [config]
     try:
-        with driver.target(job.capability), torch.backends.flags(fp32_precision=KINDS[job.kind].precision):
+        with (
+            driver.target(job.capability),
+            torch.backends.flags(fp32_precision=KINDS[job.kind].precision),
+        ):
             given = operands(operator, job.kind)
-            (launched,) = driver.compile_launches(lambda wrap: operator.launch(*given, wrap(operator.kernel)))
+            (launched,) = driver.compile_launches(
+                lambda wrap: operator.launch(*given, wrap(operator.kernel))
+            )
         (compiled,) = launched.kernel  # one for each configuration
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
@@ -158,7 +184,9 @@ def examine(job: Job) -> Result:
     finally:
         operator.kernel.configs = every
     used, shared = resources(compiled), compiled.metadata.shared
-    at_a_time = resident_blocks(gpu, used["REG"], config.num_warps, shared, compiled.metadata.tmem_size or 0)
+    at_a_time = resident_blocks(
+        gpu, used["REG"], config.num_warps, shared, compiled.metadata.tmem_size or 0
+    )
     blocks = operator.blocks(config.kwargs)
     waves = blocks / (at_a_time * gpu.multiprocessors) if at_a_time else None
     columns = {
@@ -179,15 +207,20 @@ def examine(job: Job) -> Result:
 
 def describe(config: Any) -> str:
     """The block, how it is loaded, warps and stages: 128x256 tma w8 s4; without a loop 512 w4."""
-    sizes = "x".join(str(value) for name, value in config.kwargs.items() if name.startswith("BLOCK"))
+    sizes = "x".join(
+        str(value) for name, value in config.kwargs.items() if name.startswith("BLOCK")
+    )
     if "TMA" not in config.kwargs:
         return f"{sizes} w{config.num_warps}"
     variant = "tma" if config.kwargs["TMA"] else "ptr"
     return f"{sizes} {variant} w{config.num_warps} s{config.num_stages}"
 
 
-def resident_blocks(gpu: Architecture, registers: int, warps: int, shared: int, tensor_columns: int) -> int:
-    """The blocks that a multiprocessor runs at a time, by registers, warps, shared and tensor memory."""
+def resident_blocks(
+    gpu: Architecture, registers: int, warps: int, shared: int, tensor_columns: int
+) -> int:
+    """The blocks that a multiprocessor runs at a time, by registers, warps, shared and tensor
+    memory."""
     limits = [
         BLOCKS,
         WARPS // warps,
@@ -198,10 +231,13 @@ def resident_blocks(gpu: Architecture, registers: int, warps: int, shared: int, 
 
 
 def resources(compiled: Any) -> dict[str, int]:
-    """Of a compiled kernel's thread REG, its registers; STACK and LOCAL, bytes that did not fit into them."""
+    """Of a compiled kernel's thread REG, its registers; STACK and LOCAL, bytes that did not fit
+    into them."""
     tool = Path(str(triton.__file__)).parent / "backends/nvidia/bin/cuobjdump"
     with NamedTemporaryFile(suffix=".cubin") as cubin:
         Path(cubin.name).write_bytes(compiled.asm["cubin"])
         command = [str(tool), "-res-usage", cubin.name]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", done.stdout)}
+    return {
+        name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", done.stdout)
+    }

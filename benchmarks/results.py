@@ -36,7 +36,8 @@ INSTRUCTION_SETS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """A measurement, a row of the table. None stands for a value that was not measured, or is not believed.
+    """A measurement, a row of the table. None stands for a value that was not measured, or is not
+    believed.
 
     Attributes:
         case: what is done, by column, such as operator, shape and dtype.
@@ -117,7 +118,10 @@ FORMATS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "gb_per_s": ("GB/s", lambda x: number(x)),
     "gflop_per_s": ("GFLOP/s", lambda x: number(x)),
     "samples_per_s": ("samples/s", "{:,.0f}".format),
-    **{name: (name.replace("_", " "), "{:.1e}".format) for name in ("max_error", "error", "distance")},
+    **{
+        name: (name.replace("_", " "), "{:.1e}".format)
+        for name in ("max_error", "error", "distance")
+    },
     "peak_memory_mb": ("MB", "{:,.1f}".format),
     "spilled_bytes": ("spilled", "{}".format),
     "shared_kb": ("KB", "{:.0f}".format),
@@ -132,17 +136,22 @@ def print_results(title: str, results: Sequence[Result], columns: Sequence[str] 
     """Print results under a title, then why some are not ok.
 
     Args:
-        columns: the ones to print; by default all that were measured, and those of the case that differ.
+        columns: the ones to print; by default all that were measured, and those of the case that
+            differ.
     """
     cases = [result.case for result in results]
-    shared = {name for case in cases for name in case if len({str(one.get(name)) for one in cases}) == 1}
+    shared = {
+        name for case in cases for name in case if len({str(one.get(name)) for one in cases}) == 1
+    }
     lines = []
     for result in results:
         cells = result.row()
         names = columns or [name for name in cells if name not in UNPRINTED and name not in shared]
         line = {}
         for name in names:
-            header, text = FORMATS.get(name, (name, lambda x: number(x) if isinstance(x, float) else str(x)))
+            header, text = FORMATS.get(
+                name, (name, lambda x: number(x) if isinstance(x, float) else str(x))
+            )
             value = cells.get(name)
             line[header] = "" if value is None else text(value)
         lines.append(line)
@@ -185,7 +194,9 @@ def print_cells(title: str, lines: Sequence[Mapping[str, str]]) -> None:
     from rich.console import Console
 
     table = rich.table.Table()
-    headers = [h for h in dict.fromkeys(h for line in lines for h in line) if any(x.get(h) for x in lines)]
+    headers = [
+        h for h in dict.fromkeys(h for line in lines for h in line) if any(x.get(h) for x in lines)
+    ]
     for header in headers:
         cells = [line[header] for line in lines if line.get(header)]
         # A number with its unit; other cells are text, which a narrow terminal wraps.
@@ -244,7 +255,8 @@ def processor() -> str:
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions, device, the processor with its instruction sets, and commit.
 
-    ``TORCHPAR_COMMIT`` names the commit where there is no repository; ``-dirty`` at its end marks changes.
+    ``TORCHPAR_COMMIT`` names the commit where there is no repository; ``-dirty`` at its end marks
+    changes.
     """
     try:
         triton = version("triton")
@@ -266,13 +278,19 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def machine(device: torch.device) -> str:
-    """The folder of this machine's results, such as cpu-2-cores-amd-epyc-family-26-model-2 or nvidia-h100."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {CORES} cores {processor()}"
+    """The folder of this machine's results, such as cpu-2-cores-amd-epyc-family-26-model-2 or
+    nvidia-h100."""
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"cpu {CORES} cores {processor()}"
+    )
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    """The `environment`, the clocks, the load average of the last minute and the date at this moment."""
+    """The `environment`, the clocks, the load average of the last minute and the date at this
+    moment."""
     clocks = f"{cpuinfo('cpu MHz') or '?'} MHz"
     if device.type == "cuda":
         uuid = torch.cuda.get_device_properties(device).uuid

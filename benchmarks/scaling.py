@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Measure the speed-up of a training step on more ranks: ``python -m benchmarks run scaling``.
 
-A step is forward, backward, exchange of gradients and SGD, on CPUs: data parallelism averages through
-shared memory, tensor parallelism by gloo. Speed-ups are over one process with two threads, which is what
-somebody with one process would run. Before a step is timed, its gradients and its loss are checked with a
-float64 oracle. All ranks live throughout; steps take turns within a round, a few each. Medians are quoted,
-and means, in which alone gloo's stalls show.
+A step is forward, backward, exchange of gradients and SGD, on CPUs: data parallelism averages
+through shared memory, tensor parallelism by gloo. Speed-ups are over one process with two threads,
+which is what somebody with one process would run. Before a step is timed, its gradients and its
+loss are checked with a float64 oracle. All ranks live throughout; steps take turns within a round,
+a few each. Medians are quoted, and means, in which alone gloo's stalls show.
 """
 
 import math
@@ -28,7 +28,11 @@ from benchmarks.timing import CPU, Rejected, Times, take_turns, time_calls
 from torchpar.nn import MLP
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.split.mlp import parallel_mlp
-from torchpar.parallel.split.shared_memory import SUPPORTED, make_shared_sum, register_shared_memory_hook
+from torchpar.parallel.split.shared_memory import (
+    SUPPORTED,
+    make_shared_sum,
+    register_shared_memory_hook,
+)
 from torchpar.parts import part_of
 from torchpar.profile.collectives import Collectives
 from torchpar.training.losses import cross_entropy_sum
@@ -68,7 +72,19 @@ class Plan(NamedTuple):
     widths: Sequence[int] = (512, 1024, 2048, 4096)
     width_batch: int = 512
     most: int = 4  # ranks
-    all_reduces: Sequence[int] = (2**2, 2**6, 2**10, 2**12, 2**14, 2**16, 2**18, 2**20, 2**22, 2**24)  # bytes
+    # Bytes.
+    all_reduces: Sequence[int] = (
+        2**2,
+        2**6,
+        2**10,
+        2**12,
+        2**14,
+        2**16,
+        2**18,
+        2**20,
+        2**22,
+        2**24,
+    )
     rounds: int = 12
 
     def cases(self) -> Iterator[StepCase]:
@@ -98,7 +114,9 @@ class Step:
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3)
         if case.dp > 1:
             group = self.world.mesh["dp"].get_group()
-            replica = DistributedDataParallel(self.model, process_group=group, gradient_as_bucket_view=True)
+            replica = DistributedDataParallel(
+                self.model, process_group=group, gradient_as_bucket_view=True
+            )
             register_shared_memory_hook(replica, self.world)
             self.wrapped = replica
         self.x, self.labels = self.world.share(x).clone(), self.world.share(labels).clone()
@@ -106,7 +124,8 @@ class Step:
     def gradients(self) -> Tensor:
         """Set the gradients; return this rank's part of the sum of the losses."""
         loss = cross_entropy_sum(self.wrapped(self.x), self.labels)
-        (loss * (self.case.dp / self.case.batch)).backward()  # DistributedDataParallel averages over dp
+        # DistributedDataParallel averages over dp.
+        (loss * (self.case.dp / self.case.batch)).backward()
         return loss.detach()
 
     def run(self) -> None:
@@ -159,7 +178,9 @@ def check(case: StepCase) -> dict[str, Any]:
     with Collectives(step.world) as recorded:
         step.run()
     # Only now may a rank be alone with an error.
-    error = compare_with_one_rank(grad, (grads[0], grads[1]), total, (losses[0], losses[1]), case.batch)
+    error = compare_with_one_rank(
+        grad, (grads[0], grads[1]), total, (losses[0], losses[1]), case.batch
+    )
     sent = [call.bytes for call in recorded.calls if call.operation != "recv"]
     return {"calls": len(sent), "call_bytes": sum(sent), "error": error}
 
@@ -173,9 +194,10 @@ def compare_with_one_rank(
 ) -> float:
     """Return a gradient's error, over the norm of the exact one.
 
-    The gradient may be off from float64's by twice what one rank's float32 one is, in the norm over all of
-    a rank's parameters, whose hundreds of roundings a parameter make it steady. The loss, a single number,
-    may be off by as much and by a rounding, of random sign, for each sample that is added.
+    The gradient may be off from float64's by twice what one rank's float32 one is, in the norm over
+    all of a rank's parameters, whose hundreds of roundings a parameter make it steady. The loss, a
+    single number, may be off by as much and by a rounding, of random sign, for each sample that is
+    added.
 
     Args:
         grads, losses: those of one rank, in float32 and in float64.
@@ -190,7 +212,9 @@ def compare_with_one_rank(
     if not error <= allowed:
         raise Rejected(f"the gradient is off by {error:.1e} of its norm, {allowed:.1e} are allowed")
     off = abs(loss - loss64)
-    may = 2 * abs(loss32 - loss64) + math.sqrt(batch) * torch.finfo(torch.float32).eps / 2 * abs(loss64)
+    may = 2 * abs(loss32 - loss64) + math.sqrt(batch) * torch.finfo(torch.float32).eps / 2 * abs(
+        loss64
+    )
     if not off <= may:
         raise Rejected(f"the loss is off by {off:.1e}, {may:.1e} are allowed")
     return error
@@ -225,7 +249,8 @@ def time_all_reduces(shared: bool, nbytes: int, count: int) -> list[float]:
 
 
 def use_default_polling() -> None:
-    """Schedule gloo's polling thread as gloo leaves it; `join_world` has put it under SCHED_BATCH."""
+    """Schedule gloo's polling thread as gloo leaves it; `join_world` has put it under
+    SCHED_BATCH."""
     for task in Path("/proc/self/task").glob("*"):
         with suppress(OSError):
             if (task / "comm").read_text().strip() == "gloo_tcp_loop":
@@ -262,7 +287,8 @@ class StepTurn:
         return slowest(self.ranks.run(time_steps, self.case, self.count))
 
     def result(self, times: Times, alone: Times) -> Result:
-        """Return the result of this case, with its speed-up over ``alone``, the times of one rank."""
+        """Return the result of this case, with its speed-up over ``alone``, the times of one
+        rank."""
         case: dict[str, Any] = {"kind": "step"} | asdict(self.case)
         case["sizes"] = "-".join(map(str, self.case.sizes))
         over = self.case.ranks * self.case.threads > CORES
@@ -321,7 +347,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     figures = ("p50_ms", "samples", "speedup", "oversubscribed")
     print_results(title, steps, ("sizes", "batch", "contestant", *figures))
     columns = ("nbytes", "contestant", "p50_ms", "mean_ms", "samples", "speedup")
-    print_results("an all-reduce between 2 ranks", [one for one in results if one not in steps], columns)
+    print_results(
+        "an all-reduce between 2 ranks", [one for one in results if one not in steps], columns
+    )
     return table.status
 
 

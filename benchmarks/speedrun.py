@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Train an MLP on MNIST in as few seconds as possible: ``python -m benchmarks run speedrun``.
 
-Prints the seconds and the accuracies of the records, or of other recipes, over 20 seeds. docs/speedrun.md has
-the rules, and the way to enter a recipe. Recipes take turns, seed by seed; the first turn, with seed 0, warms
-up. The clock runs while a network is trained. The images are in memory as uint8 when it starts.
+Prints the seconds and the accuracies of the records, or of other recipes, over 20 seeds.
+docs/speedrun.md has the rules, and the way to enter a recipe. Recipes take turns, seed by seed; the
+first turn, with seed 0, warms up. The clock runs while a network is trained. The images are in
+memory as uint8 when it starts.
 """
 
 import runpy
@@ -42,12 +43,14 @@ THREADS = 2  # of all ranks
 SEEDS = 20
 VALIDATION = 50_000  # the training images from here on score what is being chosen
 QUICK = 2_000  # images
-# Pixels by which the part that is kept moves: not at all in the last epoch, to the right in the one before.
+# Pixels by which the part that is kept moves: not at all in the last epoch, to the right in the one
+# before.
 SHIFTS = [(0, 0), (0, 1), (0, -1), (1, 0), (-1, 0), (1, 1), (-1, -1), (1, -1), (-1, 1)]
 
 
 def has_fast_bfloat16() -> bool:
-    """Return True if this CPU has instructions for bfloat16, whose products are faster than float32's."""
+    """Return True if this CPU has instructions for bfloat16, whose products are faster than
+    float32's."""
     return has_bfloat16() and bool(torch.cpu._is_avx512_bf16_supported())
 
 
@@ -55,8 +58,8 @@ def has_fast_bfloat16() -> bool:
 class Recipe:
     """The settings of a training of a `torchpar.nn.MLP`, and the loop that follows them.
 
-    A recipe of another kind is any object with ``name``, ``change``, ``prepare``, ``train`` and ``outputs``.
-    Each network takes the memory of the one before.
+    A recipe of another kind is any object with ``name``, ``change``, ``prepare``, ``train`` and
+    ``outputs``. Each network takes the memory of the one before.
     """
 
     name: str  # in tables
@@ -79,17 +82,19 @@ class Recipe:
     pool: int = 1  # side of the squares of pixels that are averaged to one
     shift: bool = False  # move the images in each epoch, as `SHIFTS` says; needs a ``crop``
     label_smoothing: float = 0.0
-    average: float = 0.0  # decay of a moving average of the parameters, which is then scored; 0 for none
+    # Decay of a moving average of the parameters, which is then scored; 0 for none.
+    average: float = 0.0
 
     def prepare(self, samples: Samples, world: World) -> None:
-        """Compile and allocate; compute nothing from ``samples``, the training images. No clock runs.
+        """Compile and allocate; compute nothing from ``samples``, the training images. No clock
+        runs.
 
         ``world``'s ranks share each batch.
         """
         if not self.fused and (world.world_size > 1 or self.dtype != torch.float32):
             raise ConfigError(
-                f"{self.name} computes gradients by autograd, here on one rank and in float32 alone; "
-                "set fused, or take --ranks 1 and float32"
+                f"{self.name} computes gradients by autograd, here on one rank and in float32 "
+                "alone; set fused, or take --ranks 1 and float32"
             )
         if self.dtype == torch.bfloat16 and world.device.type == "cpu" and not has_fast_bfloat16():
             self.dtype = torch.float32
@@ -107,7 +112,9 @@ class Recipe:
             self.update = torch.optim.Adam(self.model.parameters(), self.lr)
         else:
             steps = self.ns_steps
-            self.update = training.muon(self.model, self.lr, self.momentum, weight_decay=0, ns_steps=steps)
+            self.update = training.muon(
+                self.model, self.lr, self.momentum, weight_decay=0, ns_steps=steps
+            )
         self.lrs = [group["lr"] for group in self.update.param_groups]
 
     def train(self, seed: int) -> None:
@@ -119,7 +126,9 @@ class Recipe:
             for value in state.values():
                 value.zero_()
         if self.average:
-            self.scored = average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(self.average))
+            self.scored = average = AveragedModel(
+                self.model, multi_avg_fn=get_ema_multi_avg_fn(self.average)
+            )
         steps, step = self.epochs * -(-len(self.raw) // self.batch_size), count()
         for epoch in range(1, self.epochs + 1):
             if epoch == 1 or self.shift:
@@ -161,7 +170,8 @@ class Recipe:
 
 
 class Tutorial:
-    """The script that most tutorials teach: a DataLoader with transforms, layers of torch.nn, and Adam."""
+    """The script that most tutorials teach: a DataLoader with transforms, layers of torch.nn, and
+    Adam."""
 
     name, change = "tutorial", "DataLoader, ToTensor, torch.nn, Adam"
 
@@ -187,7 +197,8 @@ class Tutorial:
         return self.model(samples.features.cpu() / 255)  # type: ignore[no-any-return]
 
 
-# They were chosen by the last 10,000 training images, on which none of them was trained (``--validate``).
+# They were chosen by the last 10,000 training images, on which none of them was trained
+# (``--validate``).
 change = "one tensor of images, `torchpar.nn.MLP`; 8 epochs, not 10"
 LADDER: list[Any] = [Tutorial(), Recipe(name="in-memory", change=change, epochs=8)]
 
@@ -228,7 +239,8 @@ TRIED = [  # the 98.0% record with another choice
         ("shifted", "the images are moved in the first epoch", {"shift": True}),
     )
 ]
-# The first training of README, whose loop is examples/train_ddp.py: here by formulas, in a step of less time.
+# The first training of README, whose loop is examples/train_ddp.py: here by formulas, in a step of
+# less time.
 LESSON = Recipe(
     name="train_ddp",
     change="the defaults of examples/train_ddp.py",
@@ -250,7 +262,11 @@ LESSON_TRIED = [  # the same with another choice
     for name, change, settings in (
         ("relu", "ReLU layers, a rate of 0.2", {"activation": "relu", "lr": 0.2}),
         ("tanh", "tanh layers, a rate of 0.2", {"activation": "tanh", "lr": 0.2}),
-        ("maxout", "maxout layers, a rate of 0.2", {"activation": "maxout", "lr": 0.2, "fused": False}),
+        (
+            "maxout",
+            "maxout layers, a rate of 0.2",
+            {"activation": "maxout", "lr": 0.2, "fused": False},
+        ),
         ("320", "320 units", {"hidden": (320,)}),
         ("1024", "1024 units", {"hidden": (1024,)}),
         ("two-layers", "two hidden layers of 256", {"hidden": (256, 256)}),
@@ -295,7 +311,9 @@ def find(name: str) -> Any:
         raise ConfigError(f"{name} cannot be read ({type(e).__name__}: {e})") from e
     needs = ("name", "change", "prepare", "train", "outputs")
     if missing := [part for part in needs if not hasattr(recipe, part)]:
-        raise ConfigError(f"{name} defines no recipe with {', '.join(missing)}; see docs/speedrun.md")
+        raise ConfigError(
+            f"{name} defines no recipe with {', '.join(missing)}; see docs/speedrun.md"
+        )
     return recipe
 
 
@@ -336,7 +354,9 @@ def score(name: str, validate: bool, quick: bool, seed: int) -> tuple[float, flo
     return seconds, (outputs.argmax(1) == test.labels.cpu()).double().mean().item()
 
 
-def measure(names: Sequence[str], seeds: int, ranks: int, validate: bool, quick: bool) -> list[Result]:
+def measure(
+    names: Sequence[str], seeds: int, ranks: int, validate: bool, quick: bool
+) -> list[Result]:
     """Train each recipe in processes of their own: a result for each recipe and seed."""
     accuracies: dict[str, list[float]] = {name: [] for name in names}
     device = "cpu" if ranks > 1 else "auto"
@@ -357,7 +377,9 @@ def measure(names: Sequence[str], seeds: int, ranks: int, validate: bool, quick:
         if one.reason:
             results.append(Result(case={}, contestant=contestant, ok=False, reason=one.reason))
         else:  # the first accuracy is that of the warm-up
-            for seed, (seconds, accuracy) in enumerate(zip(one.all, accuracies[name][1:], strict=True), 1):
+            for seed, (seconds, accuracy) in enumerate(
+                zip(one.all, accuracies[name][1:], strict=True), 1
+            ):
                 columns = {"seed": seed, "seconds": seconds, "accuracy": accuracy}
                 results.append(Result(case={}, contestant=contestant, columns=columns))
     return results
@@ -394,12 +416,24 @@ def summary(results: Sequence[Result], changes: dict[str, str]) -> list[dict[str
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    command = Command("speedrun", "Train an MLP on MNIST in as few seconds as possible.", ["torchvision"])
+    command = Command(
+        "speedrun", "Train an MLP on MNIST in as few seconds as possible.", ["torchvision"]
+    )
     flag = command.parser.add_argument
     chooses = f"a recipe, a .py file, or {', '.join(GROUPS)}; by default records"
     flag("--recipe", action="append", metavar="NAME", help=chooses)
-    flag("--ranks", type=int, choices=(1, 2), default=1, help="processes; one has two threads, two have one")
-    flag("--validate", action="store_true", help="train on 50,000 training images and score the other 10,000")
+    flag(
+        "--ranks",
+        type=int,
+        choices=(1, 2),
+        default=1,
+        help="processes; one has two threads, two have one",
+    )
+    flag(
+        "--validate",
+        action="store_true",
+        help="train on 50,000 training images and score the other 10,000",
+    )
     flag(
         "--seeds",
         type=int,
@@ -414,15 +448,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for given in options.recipe or ["records"]:
         for name in [recipe.name for recipe in GROUPS[given]] if given in GROUPS else [given]:
             if chosen.setdefault(find(name).name, name) != name:
-                raise ConfigError(f"two recipes are called {find(name).name}; give them other names")
+                raise ConfigError(
+                    f"two recipes are called {find(name).name}; give them other names"
+                )
     groups = [name for name in options.recipe or () if name in GROUPS]
     suffixes = ["2-ranks"] * (options.ranks == 2) + ["validated"] * options.validate
     name = "-".join(["speedrun", *groups, *suffixes])
     device = torch.device("cuda") if torch.cuda.is_available() and options.ranks == 1 else CPU
     threads = THREADS // options.ranks
-    columns = {"cores": CORES, "ranks": options.ranks, "threads": threads, "validate": options.validate}
+    columns = {
+        "cores": CORES,
+        "ranks": options.ranks,
+        "threads": threads,
+        "validate": options.validate,
+    }
     table = Table(command.csv(options, name), device, **columns)
-    results = table.add(measure(list(chosen.values()), seeds, options.ranks, options.validate, options.quick))
+    results = table.add(
+        measure(list(chosen.values()), seeds, options.ranks, options.validate, options.quick)
+    )
     scored = "images of the training set left out" if options.validate else "test images"
     processes = "1 rank of 2 threads" if options.ranks == 1 else "2 ranks of 1 thread"
     lines = summary(results, {name: find(file).change for name, file in chosen.items()})

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Functions of a student's file, checked and timed in the ladder: ``run ladder --with my.py``.
 
-A function gets copies of the arguments, as NumPy arrays. It returns an array, nested lists, or a tensor or
-array on a GPU, which is copied back within the time. Caches are flushed, or warm, as for the other rows. The
-file is executed once, in this process alone. Modules beside it can be imported.
+A function gets copies of the arguments, as NumPy arrays. It returns an array, nested lists, or a
+tensor or array on a GPU, which is copied back within the time. Caches are flushed, or warm, as for
+the other rows. The file is executed once, in this process alone. Modules beside it can be imported.
 """
 
 import importlib.util
@@ -61,14 +61,16 @@ class Student(NamedTuple):
 def load(path: Path) -> Student:
     """Execute a file, and return those of its functions that the ladder knows.
 
-    If a line fails, the functions above it are there. Code behind ``if __name__ == "__main__"`` does not run.
-    What the file only imports is not its own.
+    If a line fails, the functions above it are there. Code behind ``if __name__ == "__main__"``
+    does not run. What the file only imports is not its own.
 
     Raises:
         ConfigError: there is no such file, or it defines none of the functions.
     """
     if not path.is_file():
-        raise ConfigError(f"--with {path} is no file; name a Python file that defines any of {NAMES}")
+        raise ConfigError(
+            f"--with {path} is no file; name a Python file that defines any of {NAMES}"
+        )
     file = str(path.resolve())
     name = f"with_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, file, loader=SourceFileLoader(name, file))
@@ -78,7 +80,8 @@ def load(path: Path) -> Student:
     sys.modules[name] = module  # Numba and pickle look there
     error = ""
     try:
-        with patch.object(sys, "argv", [file]), modules_beside(file):  # the file may have flags of its own
+        # The file may have flags of its own.
+        with patch.object(sys, "argv", [file]), modules_beside(file):
             spec.loader.exec_module(module)
     except (Exception, SystemExit) as e:
         error = describe(e, file)
@@ -110,7 +113,11 @@ def modules_beside(file: str) -> Iterator[None]:
 
 def describe(error: BaseException, file: str, function: Callable[..., Any] | None = None) -> str:
     """The error in one line, with the file's name and the line where it happened."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    lines = [
+        frame.lineno
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename == file
+    ]
     name = Path(file).name
     if isinstance(error, SyntaxError) and error.lineno:
         lines.append(error.lineno)
@@ -127,7 +134,8 @@ def describe(error: BaseException, file: str, function: Callable[..., Any] | Non
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise `TooSlow` in the block after ``seconds``; compiled code ends first. Without effect on Windows."""
+    """Raise `TooSlow` in the block after ``seconds``; compiled code ends first. Without effect on
+    Windows."""
     if not hasattr(signal, "setitimer"):
         yield
         return
@@ -193,11 +201,12 @@ class Entry:
         return self.whole(seconds)
 
     def turn(self, index: int) -> list[float]:
-        """Time a turn, as `ladder.timed_turn`, and check its result. The seconds are those of the whole case.
+        """Time a turn, as `ladder.timed_turn`, and check its result. The seconds are those of the
+        whole case.
 
         Raises:
-            Rejected: a call that takes longer than `LIMIT`; an error of the function, with its line; a wrong
-                result; or a changed argument.
+            Rejected: a call that takes longer than `LIMIT`; an error of the function, with its
+                line; a wrong result; or a changed argument.
         """
         seconds = self.limited_call(self.calls)
         if index == 0 and not self.case.cold:  # the first call may have compiled
@@ -215,7 +224,8 @@ class Entry:
         self.tried = make_case(operator, small)
         self.limited_call()  # which may compile
         factor = max(
-            1.0, (SECONDS / self.limited_call()) ** (1 / (3 if "matmul" in operator else len(shape)))
+            1.0,
+            (SECONDS / self.limited_call()) ** (1 / (3 if "matmul" in operator else len(shape))),
         )
         sizes = zip(small, shape, strict=True)
         larger = tuple(min(most, int(size * factor)) for size, most in sizes)
@@ -229,7 +239,8 @@ class Entry:
             raise Rejected(f"it takes more than {LIMIT:.0f} s for {self.size}") from None
 
     def call(self, calls: int = 1) -> float:
-        """Call the function ``calls`` times, check its last result, and return the seconds of a call."""
+        """Call the function ``calls`` times, check its last result, and return the seconds of a
+        call."""
         arguments = [t.copy() for t in self.tried.arguments]
         if self.case.cold:
             flush(CPU)
@@ -255,7 +266,10 @@ def enter(path: Path, name: str, function: Callable[..., Any], case: LadderCase)
     try:
         seconds = entry.begin()
         extrapolated = f"{entry.note}, " * bool(entry.note)
-        print(f"{path.name}: {name} is right ({extrapolated}first call {duration(seconds)})", flush=True)
+        print(
+            f"{path.name}: {name} is right ({extrapolated}first call {duration(seconds)})",
+            flush=True,
+        )
     except Rejected as e:
         print(f"{path.name}: {name} is not right: {e}", flush=True)
     return entry

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
 """The timer of all benchmarks: contestants take turns, round after round.
 
-Turns are interleaved, so that whatever disturbs the machine disturbs all contestants alike. The first round
-warms up and is not timed. A contestant that raises is out and has no times.
+Turns are interleaved, so that whatever disturbs the machine disturbs all contestants alike. The
+first round warms up and is not timed. A contestant that raises is out and has no times.
 
-On a GPU the time lies between two CUDA events in a queue that does not run dry: it contains no launch
-overhead. The host's time to issue the call is a number of its own.
+On a GPU the time lies between two CUDA events in a queue that does not run dry: it contains no
+launch overhead. The host's time to issue the call is a number of its own.
 """
 
 import math
@@ -84,7 +84,11 @@ class Times:
         return None if math.isnan(ratio) else ratio
 
     def result(
-        self, case: Mapping[str, Any], contestant: str, reference: "Times | None" = None, **columns: Any
+        self,
+        case: Mapping[str, Any],
+        contestant: str,
+        reference: "Times | None" = None,
+        **columns: Any,
     ) -> Result:
         """The result of this measurement; without times if there is a ``reason``.
 

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Train MLPs on MNIST in many ways, side by side: ``python -m benchmarks run train``.
 
-Every contestant trains by plain SGD from the same first weights, and all but MPI's on the same batches. The
-loss of each batch is checked with float64; of MPI and Lightning, which are whole programs, the mean loss.
-They take turns of an epoch each. A time is the median over the turns, and a speed-up the median of the
-ratios. One thread, unless ``--threads`` says otherwise; two ranks have one each.
+Every contestant trains by plain SGD from the same first weights, and all but MPI's on the same
+batches. The loss of each batch is checked with float64; of MPI and Lightning, which are whole
+programs, the mean loss. They take turns of an epoch each. A time is the median over the turns, and
+a speed-up the median of the ratios. One thread, unless ``--threads`` says otherwise; two ranks have
+one each.
 """
 
 import argparse
@@ -62,13 +63,16 @@ LR = 0.1
 ROUNDS = 4  # epochs
 SECONDS = 20.0  # of a contestant's epochs
 SLOW = {"pure Python": 200, "tutorial script": 2000}  # digits, of which an epoch is extrapolated
-# The error that is allowed, of the mean loss of any batch. Rounding moves it by less than 1e-5 within an
-# epoch; a learning rate that is 1% off, or another order of the samples, moves that of some batch by 1e-2.
+# The error that is allowed, of the mean loss of any batch. Rounding moves it by less than 1e-5
+# within an epoch; a learning rate that is 1% off, or another order of the samples, moves that of
+# some batch by 1e-2.
 LOSS_ERROR = 1e-3
-# The same of the mean loss of an epoch. Rounding moves it by less than 1e-7; a learning rate that is 1% off
-# by 7e-4 and more, another order of the samples by 6e-5 and more.
+# The same of the mean loss of an epoch. Rounding moves it by less than 1e-7; a learning rate that
+# is 1% off by 7e-4 and more, another order of the samples by 6e-5 and more.
 MEAN_LOSS_ERROR = 1e-5
-MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH')}")
+MPIRUN = shutil.which(
+    "mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH')}"
+)
 INSTALLED = {"MPI": MPIRUN and find_spec("mpi4py"), "Lightning": find_spec("lightning")}
 TIMEOUT = 120  # seconds of an epoch by MPI
 PLAIN, FUSED = "plain eager", "torchpar"
@@ -97,7 +101,8 @@ QUICK = [Training((784, 30, 10), 10, samples=105)]
 
 
 class Inputs:
-    """An epoch of SGD at rate `LR` for all contestants: the same samples, batches and first weights."""
+    """An epoch of SGD at rate `LR` for all contestants: the same samples, batches and first
+    weights."""
 
     def __init__(self, training: Training):
         train, self.test = data.load("mnist", DATA)
@@ -105,10 +110,12 @@ class Inputs:
         self.training = training
         self.x: Array = self.train.inputs(slice(None)).numpy()  # (n, 784) float32 in [0, 1]
         self.labels: Array = self.train.labels.numpy()
-        numbers = torch.arange(len(self.train))  # in the place of the labels: each sample is its own class
+        # In the place of the labels: each sample is its own class.
+        numbers = torch.arange(len(self.train))
         numbered = data.Samples(self.train.features, numbers, tuple(map(str, numbers.tolist())))
         batches = data.batches(numbered, training.batch_size, seed=0, epoch=1)
-        self.order = [batch.labels.numpy() for batch in batches]  # as `torchpar.training.Run` has it
+        # As `torchpar.training.Run` has it.
+        self.order = [batch.labels.numpy() for batch in batches]
         self.start = numpy_mlp.MLP(training.sizes, seed=0)
 
     @cached_property
@@ -122,7 +129,9 @@ class Inputs:
         model.parameters[:] = self.start.parameters
         optimizer, losses = numpy_mlp.SGD(model, LR), []
         for indices in order:
-            loss, gradient = model.gradients(self.x[indices].astype(np.float64), self.labels[indices])
+            loss, gradient = model.gradients(
+                self.x[indices].astype(np.float64), self.labels[indices]
+            )
             optimizer.step(gradient / len(indices))
             losses.append(loss / len(indices))
         return np.array(losses)
@@ -134,7 +143,9 @@ class Inputs:
             raise Rejected(f"{len(losses)} losses of {count} batches")
         off = np.abs(losses - expected).max() / expected.mean()
         if not off <= LOSS_ERROR:
-            raise Rejected(f"a loss is off by {off:.0e} of their mean, {LOSS_ERROR:.0e} are allowed")
+            raise Rejected(
+                f"a loss is off by {off:.0e} of their mean, {LOSS_ERROR:.0e} are allowed"
+            )
 
 
 # Contestants on one rank
@@ -159,7 +170,9 @@ def by_pure_python(inputs: Inputs, order: Order) -> Iterator[float | None]:
 def by_numpy(
     inputs: Inputs,
     order: Order,
-    gradients: Callable[[numpy_mlp.MLP, Array, Array], tuple[float, Array]] = numpy_mlp.MLP.gradients,
+    gradients: Callable[
+        [numpy_mlp.MLP, Array, Array], tuple[float, Array]
+    ] = numpy_mlp.MLP.gradients,
 ) -> Iterator[float | None]:
     model = numpy_mlp.MLP(inputs.training.sizes)
     model.parameters[:] = inputs.start.parameters
@@ -181,7 +194,9 @@ def by_njit(inputs: Inputs, order: Order, threads: int | None) -> Iterator[float
         loops = numba_njit.PARALLEL if threads else numba_njit.SERIAL
         numba.set_num_threads(threads or 1)
         loss, *layers = numba_njit.gradients(loops, model.weights, model.biases, x, labels)
-        return loss, np.concatenate([t.ravel() for layer in zip(*layers, strict=True) for t in layer])
+        return loss, np.concatenate(
+            [t.ravel() for layer in zip(*layers, strict=True) for t in layer]
+        )
 
     return by_numpy(inputs, order, gradients)
 
@@ -256,7 +271,11 @@ def by_lesson(world: World, fused: bool) -> Train:
 
 # Contestants on two ranks
 
-ON_RANKS = "DistributedDataParallel", "DistributedDataParallel, shared memory", "gradients by formulas"
+ON_RANKS = (
+    "DistributedDataParallel",
+    "DistributedDataParallel, shared memory",
+    "gradients by formulas",
+)
 inputs_on_rank = lru_cache(maxsize=1)(Inputs)
 
 
@@ -300,7 +319,8 @@ def lightning_epoch(inputs: Inputs) -> tuple[float, float]:
     from lightning.pytorch import LightningModule, Trainer
     from lightning.pytorch.callbacks import Timer
 
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # what hardware it has not found
+    # What hardware it has not found.
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
     class Network(LightningModule):
         """The network of the other contestants."""
@@ -337,15 +357,22 @@ def mpi_epoch(inputs: Inputs) -> tuple[float, float]:
     flags += f" --samples {len(inputs.x)} --hidden {' '.join(map(str, sizes[1:-1]))}"
     with TemporaryDirectory() as folder:
         metrics = Path(folder, "metrics")
-        command = [str(MPIRUN), "-n", "2", sys.executable, str(DATA.parent / "train_mpi.py"), *flags.split()]
+        command = [
+            str(MPIRUN),
+            "-n",
+            "2",
+            sys.executable,
+            str(DATA.parent / "train_mpi.py"),
+            *flags.split(),
+        ]
         done = subprocess.run(
             [*command, f"--metrics={metrics}"], capture_output=True, text=True, timeout=TIMEOUT
         )
         if done.returncode:
             raise Rejected(f"mpirun ended with {done.returncode}: {done.stderr.strip()[-200:]}")
         epoch = json.loads(metrics.read_text())
-    # Give torch's threads work for a second: after they slept while other processes had the cores, the next
-    # contestant's steps took ten times as long.
+    # Give torch's threads work for a second: after they slept while other processes had the cores,
+    # the next contestant's steps took ten times as long.
     x, start = torch.ones(300, 300), time.perf_counter()
     while time.perf_counter() - start < 1:
         torch.mm(x, x)
@@ -355,15 +382,22 @@ def mpi_epoch(inputs: Inputs) -> tuple[float, float]:
 # Contestants and their turns
 
 
-def contestants(inputs: Inputs, world: World, ranks: Group, compiled: bool = True) -> Iterator[Contestant]:
-    """Yield all contestants; without ``compiled`` less torch.compile. A turn trains on a part of an epoch."""
+def contestants(
+    inputs: Inputs, world: World, ranks: Group, compiled: bool = True
+) -> Iterator[Contestant]:
+    """Yield all contestants; without ``compiled`` less torch.compile. A turn trains on a part of an
+    epoch."""
     sizes, batch_size, _ = inputs.training
     threads = torch.get_num_threads()
 
     def by(train: Train, name: str, note: str = "", **options: Any) -> Contestant:
         end = -(-SLOW.get(name, len(inputs.x)) // batch_size)
         order = inputs.order[:end]
-        note = f"from {end * batch_size:,} of {len(inputs.x):,} digits" if end < len(inputs.order) else note
+        note = (
+            f"from {end * batch_size:,} of {len(inputs.x):,} digits"
+            if end < len(inputs.order)
+            else note
+        )
         turn = epoch_turn(inputs, order, lambda order: timed_epoch(train(inputs, order), threads))
         return Contestant(name, turn, note, **options)
 
@@ -379,7 +413,9 @@ def contestants(inputs: Inputs, world: World, ranks: Group, compiled: bool = Tru
         turn = program_turn(inputs, order, partial(mpi_epoch, inputs))
         yield Contestant("NumPy, 2 processes", turn, "by MPI")
     if INSTALLED["Lightning"]:
-        yield Contestant("Lightning", program_turn(inputs, inputs.order, partial(lightning_epoch, inputs)))
+        yield Contestant(
+            "Lightning", program_turn(inputs, inputs.order, partial(lightning_epoch, inputs))
+        )
     yield by(by_torch(native(sizes)), PLAIN, "nn.Sequential, SGD")
     if compiled:
         fast = native(sizes)
@@ -423,7 +459,8 @@ def timed_epoch(losses: Iterator[Any], threads: int = 1) -> tuple[float, Array]:
 
 
 def on_ranks(ranks: Group, inputs: Inputs, contestant: str, order: Order) -> tuple[float, Array]:
-    """Train by data parallelism, in the order of `torchpar.training.Run`; the ranks' losses add up."""
+    """Train by data parallelism, in the order of `torchpar.training.Run`; the ranks' losses add
+    up."""
     seconds, losses = zip(*ranks.run(epoch_on_rank, inputs.training, contestant), strict=True)
     return max(seconds), sum(losses)
 
@@ -437,7 +474,9 @@ def program_turn(inputs: Inputs, order: Order, epoch: Callable[[], tuple[float, 
 
     @cache
     def expected() -> float:
-        return float(np.average(inputs.losses_of(order), weights=[len(indices) for indices in order]))
+        return float(
+            np.average(inputs.losses_of(order), weights=[len(indices) for indices in order])
+        )
 
     def turn(index: int) -> list[float]:
         if index == 0:
@@ -468,13 +507,18 @@ def measure(inputs: Inputs, contestants: Sequence[Contestant]) -> list[Result]:
 
 
 def summary(tables: Sequence[Sequence[Result]], threads: int) -> str:
-    """Return milliseconds a step in Markdown, a column for each network, and speed-ups over plain eager."""
+    """Return milliseconds a step in Markdown, a column for each network, and speed-ups over plain
+    eager."""
 
     def name(result: Result) -> str:
         """Without how much was extrapolated."""
-        return ", ".join(filter(None, (result.contestant, result.columns["note"].partition("from ")[0])))
+        return ", ".join(
+            filter(None, (result.contestant, result.columns["note"].partition("from ")[0]))
+        )
 
-    heads = [f"{results[0].case['network']}, batch {results[0].case['batch']}" for results in tables]
+    heads = [
+        f"{results[0].case['network']}, batch {results[0].case['batch']}" for results in tables
+    ]
     lines = [[f"ms a step, {threads} thread{'s' * (threads > 1)}", *heads]]
     columns = [{name(result): result for result in results} for results in tables]
     for one in dict.fromkeys(one for by_name in columns for one in by_name):
@@ -496,7 +540,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flag("--threads", type=int, default=1, help="of each process; ranks have one; by default 1")
     options = command.parse(arguments)
     if (threads := options.threads) > CORES:
-        raise ConfigError(f"--threads is {threads}, expected at most {CORES}, the cores of this machine")
+        raise ConfigError(
+            f"--threads is {threads}, expected at most {CORES}, the cores of this machine"
+        )
     before = torch.get_num_threads()
     name = "train" if threads == 1 else f"train-{threads}-threads"
     table = Table(command.csv(options, name), CPU, cores=CORES, threads=threads)

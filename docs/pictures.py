@@ -25,9 +25,18 @@ def canvas(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def box(
-    axes: Axes, x: float, y: float, width: float, height: float, color: str, text: str, alpha: float = 0.75
+    axes: Axes,
+    x: float,
+    y: float,
+    width: float,
+    height: float,
+    color: str,
+    text: str,
+    alpha: float = 0.75,
 ) -> None:
-    axes.add_patch(Rectangle((x, y), width, height, facecolor=color, edgecolor="black", alpha=alpha))
+    axes.add_patch(
+        Rectangle((x, y), width, height, facecolor=color, edgecolor="black", alpha=alpha)
+    )
     label(axes, x + width / 2, y + height / 2, text)
 
 
@@ -64,7 +73,9 @@ def tensor() -> Figure:
     box(axes, 0.2, 1.6, 1.4, 1.6, WHOLE, "x\n(n, in)")
     for rank in range(2):
         y = 2.6 * (1 - rank) + 0.2
-        box(axes, 2.8, y, 2.4, 1.8, COLORS[rank], f"column layer\nrank {rank}: (h/2, in)\n+ bias, σ")
+        box(
+            axes, 2.8, y, 2.4, 1.8, COLORS[rank], f"column layer\nrank {rank}: (h/2, in)\n+ bias, σ"
+        )
         box(axes, 6.4, y + 0.4, 1.5, 1, COLORS[rank], "(n, h/2)")
         box(axes, 9.1, y, 2.4, 1.8, COLORS[rank], f"row layer\nrank {rank}: (out, h/2)")
         arrow(axes, (1.6, 2.4), (2.8, y + 0.9))
@@ -91,7 +102,9 @@ def pipeline() -> Figure:
         for stage, passes in enumerate(stages):
             y = top - 1.3 - stage
             label(axes, 1.6, y + 0.45, f"rank {stage}", "right")
-            axes.add_patch(Rectangle((1.8, y), 10, 0.9, facecolor="none", edgecolor="0.8", hatch="//"))
+            axes.add_patch(
+                Rectangle((1.8, y), 10, 0.9, facecolor="none", edgecolor="0.8", hatch="//")
+            )
             for start, name in enumerate(passes.split()):
                 if name != "-":
                     color, alpha = COLORS[int(name[1])], 0.85 if name[0] == "F" else 0.4
@@ -100,7 +113,11 @@ def pipeline() -> Figure:
     arrow(axes, (1.8, 1.2), (11.8, 1.2))
     label(axes, 6.8, 0.9, "time")
     label(
-        axes, 1.8, 0.4, "F0: forward pass of micro-batch 0.  B0: its backward pass.  Hatched: idle.", "left"
+        axes,
+        1.8,
+        0.4,
+        "F0: forward pass of micro-batch 0.  B0: its backward pass.  Hatched: idle.",
+        "left",
     )
     return figure
 
@@ -112,7 +129,15 @@ def mesh() -> Figure:
     for rank in range(8):
         stage, replica, part = rank // 4, rank // 2 % 2, rank % 2
         x, y = 0.3 + 3.2 * stage + 7.2 * replica, 2.4 * (1 - part) + 1.6
-        box(axes, x, y, 2, 1.3, COLORS[part + 2 * stage], f"rank {rank}\nstage {stage}\nslice {part}")
+        box(
+            axes,
+            x,
+            y,
+            2,
+            1.3,
+            COLORS[part + 2 * stage],
+            f"rank {rank}\nstage {stage}\nslice {part}",
+        )
         if part == 0:
             arrow(axes, (x + 1, y), (x + 1, y - 1.1), "<|-|>", tp)
         if stage == 0:
@@ -136,7 +161,11 @@ def mesh() -> Figure:
 def digits() -> Figure:
     """A row of numbers, scaled by one power of two, rounded, and cut into four digits."""
     figure, axes = canvas(15.6, 5.6)
-    numbers = (("0.8125", (104, 0, 0, 0)), ("-0.3", (-38, -102, -102, -128)), ("0.000001", (0, 0, 8, 99)))
+    numbers = (
+        ("0.8125", (104, 0, 0, 0)),
+        ("-0.3", (-38, -102, -102, -128)),
+        ("0.000001", (0, 0, 8, 99)),
+    )
     label(axes, 1.6, 5.2, "a row of float32")
     label(axes, 9.2, 5.2, "times $2^{31-e}$ and rounded, in digits from -128 to 127")
     for row, (number, cut) in enumerate(numbers):
@@ -147,7 +176,12 @@ def digits() -> Figure:
             box(axes, 4.2 + 2.5 * p, y, 2.5, 1, COLORS[p], str(digit))
     for p in range(4):
         label(axes, 5.45 + 2.5 * p, 0.75, f"$d_{p}$, times $2^{{{24 - 8 * p}}}$")
-    label(axes, 7.8, 0.25, "The row's exponent e is 0: all its numbers are below 1. A digit is one byte.")
+    label(
+        axes,
+        7.8,
+        0.25,
+        "The row's exponent e is 0: all its numbers are below 1. A digit is one byte.",
+    )
     return figure
 
 
@@ -194,8 +228,11 @@ def ranks() -> Figure:
     return figure
 
 
-def tiles(axes: Axes, x: float, y: float, rows: int, columns: int, colors: dict[Point, str]) -> None:
-    """Draw a matrix of square tiles whose lower left corner is ``(x, y)``; ``colors`` by row and column."""
+def tiles(
+    axes: Axes, x: float, y: float, rows: int, columns: int, colors: dict[Point, str]
+) -> None:
+    """Draw a matrix of square tiles whose lower left corner is ``(x, y)``; ``colors`` by row and
+    column."""
     for i in range(rows):
         for j in range(columns):
             color = colors.get((i, j), "white")
@@ -216,7 +253,14 @@ def maximum() -> Figure:
 def matmul_t() -> Figure:
     """X·Xᵀ: the tiles below the diagonal are computed, and stored twice."""
     figure, axes = canvas(14.4, 5.2)
-    tiles(axes, 0.3, 1, 4, 3, {(3, k): COLORS[0] for k in range(3)} | {(1, k): COLORS[1] for k in range(3)})
+    tiles(
+        axes,
+        0.3,
+        1,
+        4,
+        3,
+        {(3, k): COLORS[0] for k in range(3)} | {(1, k): COLORS[1] for k in range(3)},
+    )
     tiles(axes, 4.2, 1.45, 3, 4, {(k, 1): COLORS[1] for k in range(3)})
     computed = {(i, j): WHOLE for i in range(4) for j in range(i + 1)}
     tiles(axes, 9.6, 1, 4, 4, computed | {(3, 1): COLORS[0], (1, 3): COLORS[1]})
@@ -226,7 +270,10 @@ def matmul_t() -> Figure:
         label(axes, x, 2.8, text)
     arrow(axes, (11.1, 1.6), (12.6, 3.1))
     label(
-        axes, 7.2, 0.15, "Grey and blue tiles are computed. The orange one is the transpose of the blue one."
+        axes,
+        7.2,
+        0.15,
+        "Grey and blue tiles are computed. The orange one is the transpose of the blue one.",
     )
     return figure
 

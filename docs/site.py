@@ -19,7 +19,11 @@ def is_copied(path: str) -> bool:
 
 def on_files(files: Files, config: Any) -> Files:
     """Add the files to which pages link."""
-    paths = {path for page in files.documentation_pages() for _, path in LINK.findall(page.content_string)}
+    paths = {
+        path
+        for page in files.documentation_pages()
+        for _, path in LINK.findall(page.content_string)
+    }
     for path in sorted(filter(is_copied, paths)):
         files.append(File.generated(config, f"{FOLDER}/{path}", content=(ROOT / path).read_bytes()))
     return files

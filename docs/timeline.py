@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Draw one tile of `matmul_t` as a timeline: ``PYTHONPATH=.:tests python docs/timeline.py``.
 
-Time is the number of instructions that a warp has executed. An asynchronous operation lasts from its issue
-until a warp has waited for it; on a GPU it may be complete earlier.
+Time is the number of instructions that a warp has executed. An asynchronous operation lasts from
+its issue until a warp has waited for it; on a GPU it may be complete earlier.
 """
 
 from pathlib import Path
@@ -56,12 +56,19 @@ def draw(path: Path) -> None:
         # Two loads, of A and of B, make a step.
         for step, (_, begin, end) in enumerate(found["load"][::2]):
             bar(f"load, stage {step % TILES.num_stages}", begin, end, "tab:blue", str(step))
-        # All warps multiply at the same time. The next products begin before the last ones have ended.
+        # All warps multiply at the same time. The next products begin before the last ones have
+        # ended.
         products = [(begin, end) for warp, begin, end in found["multiply"] if warp == 0]
         of_a_step = len(products) // STEPS
         for step in range(STEPS):
             (begin, _), (_, end) = products[step * of_a_step], products[(step + 1) * of_a_step - 1]
-            bar("wgmma, odd steps" if step % 2 else "wgmma, even steps", begin, end, "tab:orange", str(step))
+            bar(
+                "wgmma, odd steps" if step % 2 else "wgmma, even steps",
+                begin,
+                end,
+                "tab:orange",
+                str(step),
+            )
         # Two halves of the tile, and their transposes. Some are waited for at once.
         for number, (begin, end) in enumerate(sorted({span[1:] for span in found["store"]})):
             row = "store, mirror" if number % 2 else "store"

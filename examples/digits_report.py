@@ -3,15 +3,15 @@
 
     python examples/digits_report.py --plots pictures
 
-The last sixth of the training file is the validation set. First, width, batch size B and learning rate are
-chosen. An epoch of n samples is n/B steps. With large batches an epoch takes less time, because the processor
-is used better. But fewer steps make less progress: the mean of many gradients is less noisy than the mean of
-few, and not larger.
+The last sixth of the training file is the validation set. First, width, batch size B and learning
+rate are chosen. An epoch of n samples is n/B steps. With large batches an epoch takes less time,
+because the processor is used better. But fewer steps make less progress: the mean of many gradients
+is less noisy than the mean of few, and not larger.
 
-Then the best network is trained for more epochs with each λ of the loss −log softmax(y)[label] + λ/2·‖W‖².
-With ``--decay-biases`` the biases count in ‖W‖², too. A training loss below a quarter of the validation loss
-means over-fitting: more λ. A training loss above the validation loss of a smaller λ means that both are high:
-less λ. The test set is used once, for the best one.
+Then the best network is trained for more epochs with each λ of the loss −log softmax(y)[label] +
+λ/2·‖W‖². With ``--decay-biases`` the biases count in ‖W‖², too. A training loss below a quarter of
+the validation loss means over-fitting: more λ. A training loss above the validation loss of a
+smaller λ means that both are high: less λ. The test set is used once, for the best one.
 """
 
 import time
@@ -48,7 +48,8 @@ class Flags(cli.DataFlags):
     depth: int = 1  # Hidden layers, all of one width.
     batch_size: tuple[int, ...] = (32, 128, 512)  # Samples per step to choose from.
     lr: tuple[float, ...] = (0.05, 0.2, 0.8)  # Learning rates at the start to choose from.
-    weight_decay: tuple[float, ...] = (0.0, 3e-5, 3e-4)  # λ to choose from; the sweep takes the first.
+    # Λ to choose from; the sweep takes the first.
+    weight_decay: tuple[float, ...] = (0.0, 3e-5, 3e-4)
     decay_biases: bool = False  # Count the biases in the penalty λ/2·‖p‖², too.
     sweep_epochs: int = 2  # Epochs to choose width, batch size and rate by.
     epochs: int = 10  # Epochs to choose λ by.
@@ -57,7 +58,9 @@ class Flags(cli.DataFlags):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not all(getattr(self, name) for name in CHOICE):
-            raise ConfigError("--hidden, --batch-size, --lr and --weight-decay take one value or more each")
+            raise ConfigError(
+                "--hidden, --batch-size, --lr and --weight-decay take one value or more each"
+            )
 
 
 def train(
@@ -86,13 +89,18 @@ def train(
 
 
 def sweep(flags: Flags, study: partial[Any]) -> list[Row]:
-    """Train with each width, batch size and learning rate, and print the effect of the batch size."""
+    """Train with each width, batch size and learning rate, and print the effect of the batch
+    size."""
     grid = product(flags.hidden, sorted(flags.batch_size), sorted(flags.lr), flags.weight_decay[:1])
     choices = [dict(zip(CHOICE, values, strict=True)) for values in grid]
     study(choices[0], 1)  # not counted: the first run of a process is slow
-    swept = [study(choice, flags.sweep_epochs)[1][-1] for choice in console.progress(choices, "sweep")]
+    swept = [
+        study(choice, flags.sweep_epochs)[1][-1] for choice in console.progress(choices, "sweep")
+    ]
     top = [best(rows) for _, rows in groupby(swept, itemgetter("hidden", "batch_size"))]
-    console.print_rows(top, (*CHOICE[:3], "validation_accuracy", "steps", "ms_per_step", "s_per_epoch"))
+    console.print_rows(
+        top, (*CHOICE[:3], "validation_accuracy", "steps", "ms_per_step", "s_per_epoch")
+    )
     rows = [row for row in top if row["hidden"] == best(swept)["hidden"]]
     ratio = rows[-1]["s_per_epoch"] / rows[0]["s_per_epoch"]
     gain = rows[-1]["validation_accuracy"] - rows[0]["validation_accuracy"]
@@ -107,8 +115,12 @@ def penalties(flags: Flags, study: partial[Any], chosen: Row) -> list[tuple[MLP,
     lasts = [rows[-1] for _, rows in runs]
     for row in lasts:
         loss, λ = row["train_loss"], row["weight_decay"]
-        high = loss > min((r["validation_loss"] for r in lasts if r["weight_decay"] < λ), default=inf)
-        row["asks_for"] = "more λ" if loss < row["validation_loss"] / 4 else "less λ" if high else "this λ"
+        high = loss > min(
+            (r["validation_loss"] for r in lasts if r["weight_decay"] < λ), default=inf
+        )
+        row["asks_for"] = (
+            "more λ" if loss < row["validation_loss"] / 4 else "less λ" if high else "this λ"
+        )
     console.print_rows(lasts, ("weight_decay", *CURVES, "asks_for"))
     return runs
 
@@ -117,7 +129,9 @@ def draw(path: Path, swept: list[Row], epochs: list[Row]) -> None:
     one_rate = [row for row in swept if row["lr"] == swept[0]["lr"]]
     by_rate = plots.Panel(swept, "lr", ["validation_accuracy"], ["hidden", "batch_size"], log=True)
     by_size = plots.Panel(one_rate, "batch_size", ["s_per_epoch"], ["hidden"], log=True)
-    by_epoch = [plots.Panel(epochs, "epoch", ys, ["weight_decay"]) for ys in (CURVES[:2], CURVES[2:])]
+    by_epoch = [
+        plots.Panel(epochs, "epoch", ys, ["weight_decay"]) for ys in (CURVES[:2], CURVES[2:])
+    ]
     plots.save_panels(path, [by_rate, by_size, *by_epoch])
 
 
@@ -126,7 +140,9 @@ def main(flags: Flags) -> None:
     with join_world(flags.device, alone=True) as world:
         file, test_set = load(flags.dataset, flags.data, world.device)
         rest = len(file) - len(file) // 6
-        study = partial(train, flags=flags, sets=(file[:rest][: flags.samples], file[rest:]), world=world)
+        study = partial(
+            train, flags=flags, sets=(file[:rest][: flags.samples], file[rest:]), world=world
+        )
         swept = sweep(flags, study)
         runs = penalties(flags, study, chosen=best(swept))
         model, rows = max(runs, key=lambda run: run[1][-1]["validation_accuracy"])

@@ -11,23 +11,24 @@ cross-entropy of each class, summed over the classes and averaged over the sampl
 
     C = −1/n · Σ_samples Σ_classes [t·log p + (1 − t)·log(1 − p)]
 
-Every iteration takes the gradient over all samples. The first run has the settings of a university project:
-60 iterations at rate 0.1, without momentum. The project ended at a cost of 3.2 and a precision of 0.36, since
-the network has hardly begun to learn: a network that gives each of ten classes the probability 0.1, whatever
-the image, has the cost −10·(0.1·log 0.1 + 0.9·log 0.9) = 3.25. The second run trains on: 800 iterations with
-momentum 0.9.
+Every iteration takes the gradient over all samples. The first run has the settings of a university
+project: 60 iterations at rate 0.1, without momentum. The project ended at a cost of 3.2 and a
+precision of 0.36, since the network has hardly begun to learn: a network that gives each of ten
+classes the probability 0.1, whatever the image, has the cost −10·(0.1·log 0.1 + 0.9·log 0.9) =
+3.25. The second run trains on: 800 iterations with momentum 0.9.
 
-Process 0 reads the images. Scatter sends each process its share of inputs and labels. Then there are two ways
-to exchange 10 286 numbers in an iteration, the gradient and the cost, as many for any number of samples:
+Process 0 reads the images. Scatter sends each process its share of inputs and labels. Then there
+are two ways to exchange 10 286 numbers in an iteration, the gradient and the cost, as many for any
+number of samples:
 
-``--exchange allreduce``: Bcast sends the first weights, once. Allreduce adds up the gradients of the shares
-and gives all processes the sum, so all take the same step.
-``--exchange gather``, the project's: Bcast sends the weights in each iteration. Gather brings the gradients
-of the shares to process 0, which adds them up and takes the step.
+``--exchange allreduce``: Bcast sends the first weights, once. Allreduce adds up the gradients of
+the shares and gives all processes the sum, so all take the same step. ``--exchange gather``, the
+project's: Bcast sends the weights in each iteration. Gather brings the gradients of the shares to
+process 0, which adds them up and takes the step.
 
-Under mpirun process 0 first trains alone, while the others wait: with one thread, and in a process of its own
-with all threads. A table sets the times by phase side by side. ``--library torch`` needs PyTorch, by which
-``--device cuda`` takes a GPU. NumPy alone needs a checkout, and
+Under mpirun process 0 first trains alone, while the others wait: with one thread, and in a process
+of its own with all threads. A table sets the times by phase side by side. ``--library torch`` needs
+PyTorch, by which ``--device cuda`` takes a GPU. NumPy alone needs a checkout, and
 
     pip install --no-deps -e . && pip install numpy mpi4py mpich rich tyro
 """
@@ -40,8 +41,8 @@ from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-# NumPy reads it when it is imported. With a process per core each process needs one thread. One process alone
-# takes all threads.
+# NumPy reads it when it is imported. With a process per core each process needs one thread. One
+# process alone takes all threads.
 if any(os.environ.get(size, "1") != "1" for size in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")):
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -62,7 +63,8 @@ SIDE = 20  # of the pooled images
 DIGITS = tuple("0123456789")
 FORWARD = ("hidden layer", "output layer", "cost")
 LOOP = (*FORWARD, "backward", "exchange", "descent")  # phases of every iteration
-SHOWN = {1, 2, 5, 10, 20, 30, 60, 100, 200, 400, 800, 1600}  # iterations that print a line, and the last
+# Iterations that print a line, and the last.
+SHOWN = {1, 2, 5, 10, 20, 30, 60, 100, 200, 400, 800, 1600}
 Exchange = Literal["allreduce", "gather"]
 
 
@@ -106,14 +108,16 @@ class Result(NamedTuple):
 
     costs: list[float]  # of each iteration, before its step; after Gather on process 0 alone
     times: list[float]  # seconds of each iteration
-    ends: Sequence[Sequence[float]]  # mean cost and accuracy at the end, on training and on test samples
+    # Mean cost and accuracy at the end, on training and on test samples.
+    ends: Sequence[Sequence[float]]
     weights: Array  # of the first layer, (400, 25)
 
 
 def averages(side: int, pooled: int) -> Array:
     """Return the matrix ``(pooled, side)`` whose product with an image's columns pools them.
 
-    Row i averages the pixels ⌊i·side/pooled⌋ to ⌈(i + 1)·side/pooled⌉, as PyTorch's adaptive average pooling.
+    Row i averages the pixels ⌊i·side/pooled⌋ to ⌈(i + 1)·side/pooled⌉, as PyTorch's adaptive
+    average pooling.
     """
     i = np.arange(pooled)[:, None]
     first, end = i * side // pooled, -(-(i + 1) * side // pooled)
@@ -152,16 +156,21 @@ def load(flags: Flags, speaks: bool = True) -> tuple[Pixels, Pixels]:
 def train_numpy(
     world: Any, splits: Sequence[Pixels] | None, plan: Plan, exchange: Exchange = "allreduce"
 ) -> Result:
-    """Train on the processes of an MPI communicator. Process 0 has the samples; the others pass None."""
+    """Train on the processes of an MPI communicator. Process 0 has the samples; the others pass
+    None."""
     with phase("scatter"):
         pairs: Sequence[Sequence[Array | None]] = splits or [(None, None)] * 2
         shares = [[mpi.scatter(world, array) for array in pair] for pair in pairs]
     counts = world.bcast([len(labels) for _, labels in splits] if splits else None)
     (x, labels), count = shares[0], counts[0]
-    # Process 0 draws the weights. One vector has both matrices and both biases, so one message carries them.
-    model = numpy_mlp.MLP(SIZES, loss="bce", init="zero" if world.rank else "xavier", seed=plan.seed)
+    # Process 0 draws the weights. One vector has both matrices and both biases, so one message
+    # carries them.
+    model = numpy_mlp.MLP(
+        SIZES, loss="bce", init="zero" if world.rank else "xavier", seed=plan.seed
+    )
     optimizer = numpy_mlp.SGD(model, plan.lr, plan.momentum)
-    own = np.empty(model.parameters.size + 1, model.parameters.dtype)  # gradient and cost of this share
+    # Gradient and cost of this share.
+    own = np.empty(model.parameters.size + 1, model.parameters.dtype)
     total = np.empty_like(own)
     rows = np.empty((world.size, own.size), own.dtype) if world.rank == 0 else None
     costs, times = [], []
@@ -201,7 +210,8 @@ def train_numpy(
 def train_plans(
     world: Any, splits: Sequence[Pixels] | None, plans: Sequence[Plan], exchange: Exchange
 ) -> tuple[Phases, dict[Plan, Result]]:
-    """Train by each of the ``plans``, and return the phases of all of them, and each one's result."""
+    """Train by each of the ``plans``, and return the phases of all of them, and each one's
+    result."""
     with Phases(names=("scatter", "broadcast", *LOOP)) as phases:
         return phases, {plan: train_numpy(world, splits, plan, exchange) for plan in plans}
 
@@ -217,7 +227,8 @@ def train_torch(world: "World", splits: Sequence[Pixels], plan: Plan) -> Result:
     from torchpar.training import evaluate
 
     def cost_sum(p: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return the binary cross-entropy of the probabilities ``p (b, classes)``, summed over both.
+        """Return the binary cross-entropy of the probabilities ``p (b, classes)``, summed over
+        both.
 
         `binary_cross_entropy` would cut each term at 100, and hide a divergence.
         """
@@ -269,7 +280,8 @@ def iteration_rows(runs: dict[Plan, Result], **labels: Any) -> Iterator[dict[str
 
 
 def print_phases(exchange: Exchange, columns: dict[str, tuple[Phases, dict[Plan, Result]]]) -> None:
-    """Print a table of the milliseconds of an iteration by phase, and of what is done once in a run."""
+    """Print a table of the milliseconds of an iteration by phase, and of what is done once in a
+    run."""
     once = ["scatter"] + ["broadcast"] * (exchange == "allreduce")
     each = ["broadcast"] * (exchange == "gather") + [*LOOP]
     rows: list[dict[str, str]] = [{"phase": f"{name}, once"} for name in once]
@@ -289,18 +301,30 @@ def print_phases(exchange: Exchange, columns: dict[str, tuple[Phases, dict[Plan,
     console.print_rows(rows, list(rows[0]), "milliseconds by phase, process 0")
 
 
-def report(flags: Flags, device: str, ranks: int, runs: dict[Plan, Result], metrics: Sequence[Any]) -> None:
+def report(
+    flags: Flags, device: str, ranks: int, runs: dict[Plan, Result], metrics: Sequence[Any]
+) -> None:
     """Print the figures of the runs, and write the metrics and plots that the flags ask for."""
     rows: list[dict[str, Any]] = []
     for plan, (costs, times, (train, test), _) in runs.items():
         figures = {"first_cost": costs[0], "last_cost": costs[-1], "train_accuracy": train[1]}
         figures |= {"test_loss": test[0], "test_accuracy": test[1], "seconds": sum(times)}
         rows.append(plan._asdict() | figures | {"library": flags.library, "ranks": ranks})
-    columns = ("iterations", "lr", "momentum", "first_cost", "last_cost", "train_accuracy", "test_accuracy")
+    columns = (
+        "iterations",
+        "lr",
+        "momentum",
+        "first_cost",
+        "last_cost",
+        "train_accuracy",
+        "test_accuracy",
+    )
     console.print_rows(rows, columns)
     console.write_metrics(flags.metrics, [*metrics, *iteration_rows(runs, ranks=ranks), *rows])
     if flags.plots:
-        curves = {f"rate {plan.lr:g}, momentum {plan.momentum:g}": run.costs for plan, run in runs.items()}
+        curves = {
+            f"rate {plan.lr:g}, momentum {plan.momentum:g}": run.costs for plan, run in runs.items()
+        }
         plots.save_curves(flags.plots / "costs.png", curves, "iteration", "cost")
         neurons = runs[plan].weights.T.reshape(-1, SIDE, SIDE)
         plots.save_matrices(flags.plots / "neurons.png", neurons, "Weights of each hidden neuron")
@@ -362,10 +386,15 @@ def main(flags: Flags) -> None:
     if flags.library == "numpy" and flags.device == "cuda":
         raise ConfigError("--device cuda: NumPy computes on the CPU; --library torch takes a GPU")
     if flags.library == "torch" and flags.exchange == "gather":
-        raise ConfigError("--exchange gather is MPI's, and --library torch has its own; drop one of them")
+        raise ConfigError(
+            "--exchange gather is MPI's, and --library torch has its own; drop one of them"
+        )
     if flags.library == "torch" and find_spec("torch") is None:
         raise ConfigError("--library torch needs PyTorch; pip install torch")
-    plans = Plan(60, 0.1, 0.0, flags.seed), Plan(flags.iterations, flags.lr, flags.momentum, flags.seed)
+    plans = (
+        Plan(60, 0.1, 0.0, flags.seed),
+        Plan(flags.iterations, flags.lr, flags.momentum, flags.seed),
+    )
     (run_torch if flags.library == "torch" else run_numpy)(flags, plans)
 
 

@@ -3,17 +3,17 @@
 
     python examples/matmul_attention.py --plots pictures
 
-Attention is softmax(q·kᵀ/√d)·v: each output is a mean of the rows of v, and its weights say how well the
-output's query fits the rows' keys.
+Attention is softmax(q·kᵀ/√d)·v: each output is a mean of the rows of v, and its weights say how
+well the output's query fits the rows' keys.
 
-In a transformer queries, keys and values are three products of x and matrices that are learned, and a causal
-mask hides from each row those after it: their scores become −∞, and their weights 0. Here the sequence is the
-28 rows of an image, and the three matrices are random.
+In a transformer queries, keys and values are three products of x and matrices that are learned, and
+a causal mask hides from each row those after it: their scores become −∞, and their weights 0. Here
+the sequence is the 28 rows of an image, and the three matrices are random.
 
-If queries, keys and values are the same ``x (n, d)``, the entries of x·xᵀ say how similar the rows are, and
-similar rows count most. x·xᵀ is symmetric, and `torchpar.matmul_t` computes half of it. The samples are 100
-digits, sorted by class. Nothing is trained, and yet most of the weight that a digit gives to other digits
-goes to its own class.
+If queries, keys and values are the same ``x (n, d)``, the entries of x·xᵀ say how similar the rows
+are, and similar rows count most. x·xᵀ is symmetric, and `torchpar.matmul_t` computes half of it.
+The samples are 100 digits, sorted by class. Nothing is trained, and yet most of the weight that a
+digit gives to other digits goes to its own class.
 """
 
 from dataclasses import dataclass
@@ -37,7 +37,8 @@ class Flags(cli.DataFlags):
 
 
 def attention_weights(x: Tensor) -> Tensor:
-    """Return softmax(x·xᵀ/√d) ``(*, n, n)`` for x ``(*, n, d)``: the weight of each row for each row."""
+    """Return softmax(x·xᵀ/√d) ``(*, n, n)`` for x ``(*, n, d)``: the weight of each row for each
+    row."""
     return (matmul_t(x) / x.shape[-1] ** 0.5).softmax(-1)  # type: ignore[no-any-return]
 
 
@@ -47,7 +48,8 @@ def attention(x: Tensor) -> Tensor:
 
 
 def causal_weights(q: Tensor, k: Tensor) -> Tensor:
-    """Return softmax(q·kᵀ/√d) ``(*, n, n)`` for q and k ``(*, n, d)``, with 0 for the rows after each row."""
+    """Return softmax(q·kᵀ/√d) ``(*, n, n)`` for q and k ``(*, n, d)``, with 0 for the rows after
+    each row."""
     n, d = q.shape[-2:]
     later = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
     scores: Tensor = q @ k.mT / d**0.5
@@ -55,13 +57,15 @@ def causal_weights(q: Tensor, k: Tensor) -> Tensor:
 
 
 def causal_attention(x: Tensor, wq: Tensor, wk: Tensor, wv: Tensor) -> Tensor:
-    """Return the attention ``(*, n, d)`` of x ``(*, n, features)``, for three matrices ``(d, features)``."""
+    """Return the attention ``(*, n, d)`` of x ``(*, n, features)``, for three matrices
+    ``(d, features)``."""
     q, k, v = (x @ w.mT for w in (wq, wk, wv))
     return causal_weights(q, k) @ v
 
 
 def compare_causal(images: Tensor) -> tuple[list[dict[str, Any]], Tensor]:
-    """Compare causal attention and its gradients with PyTorch's, and return the errors and the weights."""
+    """Compare causal attention and its gradients with PyTorch's, and return the errors and the
+    weights."""
     x = layer_norm(images, (28,))
     projections = {name: torch.randn(16, 28).to(x) / 28**0.5 for name in ("wq", "wk", "wv")}
 
@@ -87,7 +91,11 @@ def main(flags: Flags) -> None:
         causal, weights = compare_causal(test.inputs(order).unflatten(1, (28, 28)))
         x = layer_norm(test.inputs(order), (784,))
         row = checks.compare(
-            "attention", attention(x), lambda x: scaled_dot_product_attention(x, x, x), x, terms=x.shape[1]
+            "attention",
+            attention(x),
+            lambda x: scaled_dot_product_attention(x, x, x),
+            x,
+            terms=x.shape[1],
         )
         to_others = normalize(attention_weights(x).fill_diagonal_(0), p=1)
         to_class = to_others[labels == labels[:, None]].sum().item() / len(labels)
@@ -97,7 +105,9 @@ def main(flags: Flags) -> None:
         title = "Weights of images, sorted by class, for each other"
         plots.save_matrices(flags.plots / "attention.png", to_others[None].sqrt(), title)
         title = "Causal weights of the rows of four images"
-        plots.save_matrices(flags.plots / "causal.png", weights[:: max(len(weights) // 4, 1)][:4], title)
+        plots.save_matrices(
+            flags.plots / "causal.png", weights[:: max(len(weights) // 4, 1)][:4], title
+        )
 
 
 if __name__ == "__main__":

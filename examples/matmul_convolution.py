@@ -3,10 +3,11 @@
 
     python examples/matmul_convolution.py --plots pictures
 
-An output of a convolution is the dot product of a kernel and a window of the input. Write each window as a
-row: then the convolution is the product of the rows and the kernels, a linear layer. The price is memory. An
-element of the input is written once for every window that contains it. A table shows what that costs beside
-`torch.nn.functional.conv2d`: the median time of calls in turn, and the most bytes that a call allocates.
+An output of a convolution is the dot product of a kernel and a window of the input. Write each
+window as a row: then the convolution is the product of the rows and the kernels, a linear layer.
+The price is memory. An element of the input is written once for every window that contains it. A
+table shows what that costs beside `torch.nn.functional.conv2d`: the median time of calls in turn,
+and the most bytes that a call allocates.
 """
 
 from dataclasses import asdict, dataclass
@@ -40,13 +41,15 @@ def windows(x: Tensor, size: int, stride: int) -> Tensor:
 
 
 def convolution(x: Tensor, kernels: Tensor) -> Tensor:
-    """Return the convolution of x ``(b, in, h, w)`` and ``kernels (out, in, 5, 5)``, ``(b, out, h', w')``."""
+    """Return the convolution of x ``(b, in, h, w)`` and ``kernels (out, in, 5, 5)``,
+    ``(b, out, h', w')``."""
     rows = windows(x.movedim(1, 3), size=5, stride=2)
     return linear(rows, kernels.flatten(1)).movedim(3, 1)
 
 
 def compare_with_conv2d(device: torch.device) -> list[dict[str, Any]]:
-    """Compare a linear layer of windows and its gradients with PyTorch's convolution; return the errors."""
+    """Compare a linear layer of windows and its gradients with PyTorch's convolution; return the
+    errors."""
     x = torch.rand(8, 16, 12, 12).to(device)
     layer = LinearSigmoid(16 * 5**2, 32).to(device)
     rows = windows(x.movedim(1, 3), size=5, stride=2)
@@ -57,18 +60,24 @@ def compare_with_conv2d(device: torch.device) -> list[dict[str, Any]]:
         "convolution", y, lambda x: reference(x, kernels.to(x)).sigmoid(), x, terms=rows.shape[-1]
     )
     inputs = {"x": x, "kernels": kernels}
-    gradients = checks.compare_gradients("convolution", convolution, reference, inputs, terms=len(rows) * 32)
+    gradients = checks.compare_gradients(
+        "convolution", convolution, reference, inputs, terms=len(rows) * 32
+    )
     print(f"the rows take {rows.nbytes / x.nbytes:.1f} times the {x.nbytes:,} bytes of the input")
     return [row | {"duplication": rows.nbytes / x.nbytes}, *gradients]
 
 
 def compare_costs(device: torch.device, batch_size: int = 64) -> list[dict[str, Any]]:
-    """Print the time and the memory of each layer of `ConvNet` by windows and by conv2d, without gradient."""
+    """Print the time and the memory of each layer of `ConvNet` by windows and by conv2d, without
+    gradient."""
     rows: list[dict[str, Any]] = []
     for layer, channels, side, out in (("first", 1, 28, 16), ("second", 16, 12, 32)):
         x = torch.ones(batch_size, channels, side, side, device=device)
         kernels = torch.ones(out, channels, 5, 5, device=device)
-        ways = {"windows": partial(convolution, x, kernels), "conv2d": partial(conv2d, x, kernels, stride=2)}
+        ways = {
+            "windows": partial(convolution, x, kernels),
+            "conv2d": partial(conv2d, x, kernels, stride=2),
+        }
         ms = measure.interleaved_ms(ways, device)
         for way, function in ways.items():
             row = {"layer": layer, "way": way, "ms": ms[way], "input_bytes": x.nbytes}

@@ -7,17 +7,17 @@ The model of one sample is a = w·x + b, its cost against the target y is C = (a
 
     ∂C/∂w = 2x·(a − y)        ∂C/∂b = 2(a − y)
 
-A bias is the weight of an input that is always 1. So n samples are a matrix ``x (n, d)`` whose last column is
-1, with weights ``w (d)`` and targets ``y (n)``. The cost is the mean over the samples:
+A bias is the weight of an input that is always 1. So n samples are a matrix ``x (n, d)`` whose last
+column is 1, with weights ``w (d)`` and targets ``y (n)``. The cost is the mean over the samples:
 
     a = x·w        C = 1/n · Σ (a − y)²        ∂C/∂a = 2(a − y)/n        ∂C/∂w = xᵀ·∂C/∂a
 
-Both the forward and the backward pass are matrix products. A batch is one product, which gives what the
-products of the single samples give.
+Both the forward and the backward pass are matrix products. A batch is one product, which gives what
+the products of the single samples give.
 
-The gradient of a small batch is a mean as well: it is noisier than that of all samples, but not smaller. So
-in one pass over the samples small batches make more steps, and the cost falls further. The pictures show the
-cost by step, and the path of (w, b) for a line y = w·x + b.
+The gradient of a small batch is a mean as well: it is noisier than that of all samples, but not
+smaller. So in one pass over the samples small batches make more steps, and the cost falls further.
+The pictures show the cost by step, and the path of (w, b) for a line y = w·x + b.
 """
 
 from dataclasses import dataclass
@@ -86,7 +86,8 @@ def make_samples(weights: Tensor, n: int = SAMPLES) -> tuple[Tensor, Tensor]:
 
 
 def compare_formulas(x: Tensor, y: Tensor) -> list[dict[str, Any]]:
-    """Compare the formulas with PyTorch's, for some of the samples: another number than the batches have."""
+    """Compare the formulas with PyTorch's, for some of the samples: another number than the batches
+    have."""
     x, y, w = x[:999], y[:999], torch.randn(x.shape[1]).to(x)
     d = len(w)
     single = torch.stack([predict(sample, w) for sample in x])
@@ -99,13 +100,16 @@ def compare_formulas(x: Tensor, y: Tensor) -> list[dict[str, Any]]:
 
 
 def compare_norms(x: Tensor, y: Tensor, batch_sizes: tuple[int, ...]) -> list[dict[str, Any]]:
-    """Print the norms of the batches' gradients at w = 0: their mean, and their standard deviation."""
+    """Print the norms of the batches' gradients at w = 0: their mean, and their standard
+    deviation."""
     rows = []
     for batch_size in batch_sizes:
         parts = zip(x.split(batch_size), y.split(batch_size), strict=True)
         norms = torch.stack([mse_gradient(*part, x.new_zeros(x.shape[1])).norm() for part in parts])
         row = {"batch_size": batch_size, "steps_of_a_pass": len(norms)}
-        rows.append(row | {"mean_norm": norms.mean().item(), "spread": norms.std(correction=0).item()})
+        rows.append(
+            row | {"mean_norm": norms.mean().item(), "spread": norms.std(correction=0).item()}
+        )
     console.print_rows(rows, list(rows[0]), "norm of the gradient at the start")
     return rows
 
@@ -131,7 +135,9 @@ def main(flags: Flags) -> None:
         choices = product(flags.batch_size, flags.lr)
         curves = {f"batch {n}, learning rate {lr:g}": descend(x, y, n, lr)[0] for n, lr in choices}
         if flags.plots:
-            save_paths(flags.plots / "regression-path.png", flags.batch_size, flags.lr[0], world.device)
+            save_paths(
+                flags.plots / "regression-path.png", flags.batch_size, flags.lr[0], world.device
+            )
     for name, costs in curves.items():
         print(f"{name}: cost {costs[-1]:.4f} after {len(costs) - 1} steps")
     console.write_metrics(flags.metrics, [*errors, *norms, {"costs": curves}])

@@ -4,23 +4,24 @@
     python examples/quadrants.py            learn the quadrants; then a report by Amdahl's law
     python examples/quadrants.py --noise    over-fitting and its cures
 
-Points in quadrants I and III have label 0, points in II and IV label 1. No line separates them. Four ReLUs
-do: |x + y| − |x − y| has the sign of x·y. With --plots a picture shows the points and the network's
-probability of label 1; its decision boundary is where that is 1/2.
+Points in quadrants I and III have label 0, points in II and IV label 1. No line separates them.
+Four ReLUs do: |x + y| − |x − y| has the sign of x·y. With --plots a picture shows the points and
+the network's probability of label 1; its decision boundary is where that is 1/2.
 
-With --noise the networks learn few points, and a tenth of the labels is wrong. A narrow network or a large
-penalty λ leaves both losses high. A wide network learns the noise, so its validation loss is far above its
-training loss. A larger λ cures that.
+With --noise the networks learn few points, and a tenth of the labels is wrong. A narrow network or
+a large penalty λ leaves both losses high. A wide network learns the noise, so its validation loss
+is far above its training loss. A larger λ cures that.
 
-The report trains a larger network of layers by hand (train_by_hand.py), in large and in small batches. First
-it times each layer's forward and backward pass in a serial epoch. The layers' share p of the time is divided
-among N processes, or N threads, and 1 − p is not. By Amdahl's law
+The report trains a larger network of layers by hand (train_by_hand.py), in large and in small
+batches. First it times each layer's forward and backward pass in a serial epoch. The layers' share
+p of the time is divided among N processes, or N threads, and 1 − p is not. By Amdahl's law
 
     T(N) = T(1)·((1 − p) + p/N)        S(N) = T(1)/T(N) = 1/((1 − p) + p/N)        S(∞) = 1/(1 − p)
 
-(G. M. Amdahl, "Validity of the single processor approach to achieving large scale computing capabilities",
-AFIPS 1967.) The predicted S(N) stands beside the measured one, and beside p is the p that fits the measured
-times. The law has no term for communication, so the fitted p counts it as work that is not divided.
+(G. M. Amdahl, "Validity of the single processor approach to achieving large scale computing
+capabilities", AFIPS 1967.) The predicted S(N) stands beside the measured one, and beside p is the p
+that fits the measured times. The law has no term for communication, so the fitted p counts it as
+work that is not divided.
 """
 
 import os
@@ -59,7 +60,8 @@ PASSES = ("forward", "backward")
 
 
 def process_counts(cores: int) -> tuple[int, ...]:
-    """Return the powers of two up to the number of cores; at least 1 and 2, and at most 8, as in courses."""
+    """Return the powers of two up to the number of cores; at least 1 and 2, and at most 8, as in
+    courses."""
     return tuple(n for n in (1, 2, 4, 8) if n <= max(cores, 2))
 
 
@@ -74,7 +76,8 @@ class Way(NamedTuple):
 
 @dataclass
 class Epoch:
-    """Seconds of an epoch, the mean loss over all points after it, and seconds by layer and pass."""
+    """Seconds of an epoch, the mean loss over all points after it, and seconds by layer and
+    pass."""
 
     seconds: float
     loss: float
@@ -89,7 +92,8 @@ class Flags(cli.ExampleFlags):
     """Learn the quadrants that points lie in, and report the gain of parallel training."""
 
     noise: bool = False  # Learn few noisy points by networks of several widths and λ; no report.
-    epochs: int = 60  # Passes over the points; three times as many with --noise, where the points are few.
+    # Passes over the points; three times as many with --noise, where the points are few.
+    epochs: int = 60
     # Processes in the report, and threads of one process: 1, then multiples of the last.
     processes: tuple[int, ...] = process_counts(CORES)
     sizes: tuple[int, ...] = (512, 4096, 32768)  # Batch sizes of the report, over all processes.
@@ -99,9 +103,13 @@ class Flags(cli.ExampleFlags):
         super().__post_init__()
         n, sizes = self.processes, self.sizes
         if len(n) < 2 or n[0] != 1 or any(b <= a or b % a for a, b in pairwise(n)):
-            raise ConfigError(f"--processes is {n}, expected 1 and then multiples of the last, as 1 2 4")
+            raise ConfigError(
+                f"--processes is {n}, expected 1 and then multiples of the last, as 1 2 4"
+            )
         if min(sizes, default=0) < n[-1]:
-            raise ConfigError(f"--sizes is {sizes}, expected at least {n[-1]}, one sample a process")
+            raise ConfigError(
+                f"--sizes is {sizes}, expected at least {n[-1]}, one sample a process"
+            )
 
 
 @dataclass
@@ -132,7 +140,9 @@ def loss_sum(p: Tensor, labels: Tensor) -> Tensor:
     return binary_cross_entropy(p.squeeze(1), labels.to(p), reduction="sum")
 
 
-def train(model: MLP, optimizer: Optimizer, points: Samples, epochs: int, batch_size: int, seed: int) -> None:
+def train(
+    model: MLP, optimizer: Optimizer, points: Samples, epochs: int, batch_size: int, seed: int
+) -> None:
     scheduler = lr_scheduler(optimizer, "linear", steps=epochs * -(-len(points) // batch_size))
     for epoch in range(1, epochs + 1):
         for x, labels, _ in batches(points, batch_size, seed=seed, epoch=epoch):
@@ -154,7 +164,9 @@ def evaluate(model: MLP, points: Samples) -> tuple[float, float]:
 def compare(flags: Flags, device: torch.device) -> list[Trained]:
     """Train networks, one without --noise, and return them, the best by validation loss last."""
     n, wrong, epochs, batch_size = (50, 0.1, 3, 10) if flags.noise else (4000, 0.0, 1, 100)
-    points, validation = (draw(k, 3 * flags.seed + i, wrong, device) for i, k in enumerate((n, 1000)))
+    points, validation = (
+        draw(k, 3 * flags.seed + i, wrong, device) for i, k in enumerate((n, 1000))
+    )
     test = draw(2500, 3 * flags.seed + 2, device=device)  # without wrong labels
     choices = list(product(WIDTHS, PENALTIES) if flags.noise else [(30, 0.0)])
     networks = []
@@ -189,7 +201,9 @@ def time_epoch(
             setattr(part, name, timed(getattr(part, name), parts, (type(part).__name__, name)))
     with join_world(device) as world:
         start = now(device)
-        for x, labels, global_size in batches(samples, way.size, seed=seed, epoch=1, share=world.share):
+        for x, labels, global_size in batches(
+            samples, way.size, seed=seed, epoch=1, share=world.share
+        ):
             loss.forward(network.forward(x), labels)
             # The loss is a mean over this rank's share of the batch.
             network.backward(loss.backward() * (len(x) / global_size))
@@ -198,7 +212,9 @@ def time_epoch(
                 vector_to_parameters(world.sum(parameters_to_vector(gradients)), gradients)
             network.step(lr=0.2)
         seconds, parts = now(device) - start, {**parts}  # without those of the evaluation
-    return Epoch(seconds, loss.forward(network.forward(samples.features), samples.labels).item(), parts)
+    return Epoch(
+        seconds, loss.forward(network.forward(samples.features), samples.labels).item(), parts
+    )
 
 
 def now(device: str) -> float:
@@ -208,7 +224,9 @@ def now(device: str) -> float:
     return time.perf_counter()
 
 
-def timed(function: Callable[..., Tensor], seconds: dict[Any, float], part: Any) -> Callable[..., Tensor]:
+def timed(
+    function: Callable[..., Tensor], seconds: dict[Any, float], part: Any
+) -> Callable[..., Tensor]:
     """Return ``function``, which then adds its seconds to those of ``part``."""
 
     def call(*args: Tensor) -> Tensor:
@@ -223,13 +241,20 @@ def timed(function: Callable[..., Tensor], seconds: dict[Any, float], part: Any)
 def measure(flags: Flags) -> Rounds:
     """Time epochs of data-parallel training on the CPU, and return those of rank 0.
 
-    Each round times all ways in turn, so that whatever disturbs the machine disturbs all alike. The first
-    round computes in float64, as rounding can turn a ReLU of float32 on.
+    Each round times all ways in turn, so that whatever disturbs the machine disturbs all alike. The
+    first round computes in float64, as rounding can turn a ReLU of float32 on.
     """
     rounds: Rounds = {}
     for size, n in product(flags.sizes, flags.processes):
-        rounds |= {Way(size, processes=n): [], Way(size, threads=n): [], Way(size, profiled=True): []}
-    with Console().status(f"timing epochs on {flags.processes} processes and threads"), ExitStack() as stack:
+        rounds |= {
+            Way(size, processes=n): [],
+            Way(size, threads=n): [],
+            Way(size, profiled=True): [],
+        }
+    with (
+        Console().status(f"timing epochs on {flags.processes} processes and threads"),
+        ExitStack() as stack,
+    ):
         # A process that has had a second thread keeps it.
         kinds = {(way.processes, way.threads) for way in rounds}
         groups = {kind: stack.enter_context(Ranks()) for kind in kinds}
@@ -251,32 +276,40 @@ def amdahl(p: float, n: int) -> float:
 
 
 def limit(p: float) -> float | None:
-    """Return the speed-up on as many processes as you like; None, as JSON has no infinity, if p is 1."""
+    """Return the speed-up on as many processes as you like; None, as JSON has no infinity, if p is
+    1."""
     return 1 / (1 - p) if p < 1 else None
 
 
 def fit(speedups: Mapping[int, float]) -> float:
     """Return the p in [0, 1] that fits measured speed-ups best, by least squares.
 
-    In ``1/S = 1 − p·(1 − 1/N)`` the law is linear, and the sum of squared residuals of 1/S = T(N)/T(1) is
-    least at ``p = Σ (1 − 1/N)·(1 − 1/S) / Σ (1 − 1/N)²``; where that lies outside [0, 1], at the nearer end.
+    In ``1/S = 1 − p·(1 − 1/N)`` the law is linear, and the sum of squared residuals of 1/S =
+    T(N)/T(1) is least at ``p = Σ (1 − 1/N)·(1 − 1/S) / Σ (1 − 1/N)²``; where that lies outside
+    [0, 1], at the nearer end.
 
     Args:
-        speedups: S for each N. N = 1 does not affect the fit. With a single N > 1 it is exact if 1 ≤ S ≤ N.
+        speedups: S for each N. N = 1 does not affect the fit. With a single N > 1 it is exact if 1
+            ≤ S ≤ N.
     """
     p = sum((1 - 1 / n) * (1 - 1 / s) for n, s in speedups.items())
     return min(max(p / sum((1 - 1 / n) ** 2 for n in speedups), 0.0), 1.0)
 
 
 def report(flags: Flags) -> list[dict[str, Any]]:
-    """Print the profile, what Amdahl's law predicts from it, and what was measured; return these rows.
+    """Print the profile, what Amdahl's law predicts from it, and what was measured; return these
+    rows.
 
     The times are medians of all rounds but the first, which gives the losses.
     """
     rounds = measure(flags)
-    off = max(abs(first.loss / rounds[Way(way.size)][0].loss - 1) for way, (first, *_) in rounds.items())
+    off = max(
+        abs(first.loss / rounds[Way(way.size)][0].loss - 1) for way, (first, *_) in rounds.items()
+    )
     if not off <= LOSS_ERROR:
-        raise ConfigError(f"the loss on several processes is off by {off:.0e} of that on one; report this")
+        raise ConfigError(
+            f"the loss on several processes is off by {off:.0e} of that on one; report this"
+        )
     ms = {way: 1000 * median(e.seconds for e in epochs[1:]) for way, epochs in rounds.items()}
     shares = {size: profile(rounds[Way(size, profiled=True)][1:]) for size in flags.sizes}
     print_profile(shares[flags.sizes[-1]], flags.sizes[-1])
@@ -289,16 +322,30 @@ def report(flags: Flags) -> list[dict[str, Any]]:
         for n in flags.processes[1:]:
             row = {"batch_size": size, "ms_on_1": ms[Way(size)], "N": n, "predicted": amdahl(p, n)}
             speedups.append(row | {"N_processes": of_processes[n], "N_threads": of_threads[n]})
-        for by, share in ("profile", p), ("processes", fit(of_processes)), ("threads", fit(of_threads)):
+        for by, share in (
+            ("profile", p),
+            ("processes", fit(of_processes)),
+            ("threads", fit(of_threads)),
+        ):
             fits.append({"batch_size": size, "by": by, "p": share, "limit": limit(share)})
-    console.print_rows(speedups, list(speedups[0]), "speed-up, predicted by the profile and measured")
+    console.print_rows(
+        speedups, list(speedups[0]), "speed-up, predicted by the profile and measured"
+    )
     console.print_rows(fits, list(fits[0]), "p, and the limit 1/(1 − p)")
-    print(f"all numbers of processes and threads reach the same loss (largest difference {off:.0e})")
+    print(
+        f"all numbers of processes and threads reach the same loss (largest difference {off:.0e})"
+    )
     most = flags.processes[-1]
     if len(flags.processes) == 2:
-        print(f"p is fitted to N = {most} alone: whether the law holds, only more processes would tell")
+        print(
+            f"p is fitted to N = {most} alone: whether the law holds, only more processes would "
+            "tell"
+        )
     if most > CORES:
-        print(f"{most} processes on {CORES} cores are oversubscribed: the machine limits them, not the law")
+        print(
+            f"{most} processes on {CORES} cores are oversubscribed: the machine limits them, not "
+            "the law"
+        )
     return [*speedups, *fits, *compare_devices(flags, ms)]
 
 
@@ -317,14 +364,17 @@ def print_profile(shares: Mapping[tuple[str, str], float], size: int) -> None:
 
 
 def compare_devices(flags: Flags, ms: Mapping[Way, float]) -> list[dict[str, Any]]:
-    """Print the speed-up of a GPU over one thread of the CPU, or why there is none; return a row per size."""
+    """Print the speed-up of a GPU over one thread of the CPU, or why there is none; return a row
+    per size."""
     if flags.device == "cpu" or not torch.cuda.is_available():
         reason = "--device is cpu" if flags.device == "cpu" else "PyTorch finds no GPU"
         print(f"left out: the speed-up from CPU to GPU, as {reason}")
         return []
     rows = []
     for size in flags.sizes:
-        epochs = [time_epoch(flags.seed, Way(size), seed, device="cuda") for seed in range(1 + ROUNDS)]
+        epochs = [
+            time_epoch(flags.seed, Way(size), seed, device="cuda") for seed in range(1 + ROUNDS)
+        ]
         row = {"batch_size": size, "ms_on_1": ms[Way(size)]}
         row["ms_on_GPU"] = 1000 * median(epoch.seconds for epoch in epochs[1:])
         rows.append(row | {"speedup": row["ms_on_1"] / row["ms_on_GPU"]})
@@ -340,17 +390,24 @@ def main(flags: Flags) -> None:
     rows: list[dict[str, Any]] = [network.row for network in networks]
     shown = {"the quadrants": best}
     if flags.noise:
-        worst = max(networks, key=lambda network: network.row["validation_loss"] - network.row["train_loss"])
+        worst = max(
+            networks, key=lambda network: network.row["validation_loss"] - network.row["train_loss"]
+        )
         shown = {"furthest above its training loss": worst, "lowest validation loss": best}
         for what, network in reversed(shown.items()):
             row = network.row
-            losses = f"{row['train_loss']:.3f} in training, {row['validation_loss']:.3f} in validation"
+            losses = (
+                f"{row['train_loss']:.3f} in training, {row['validation_loss']:.3f} in validation"
+            )
             print(f"{what}: width {row['width']}, λ {row['penalty']:g} ({losses})")
     else:
         rows = [*report(flags), best.row]
     if flags.plots:
         panels = {
-            f"{what}:\nwidth {one.row['width']}, λ {one.row['penalty']:g}": (one.points, one.probability)
+            f"{what}:\nwidth {one.row['width']}, λ {one.row['penalty']:g}": (
+                one.points,
+                one.probability,
+            )
             for what, one in shown.items()
         }
         name = "quadrants-noise.png" if flags.noise else "quadrants-boundary.png"

@@ -4,11 +4,12 @@
     python examples/train_by_hand.py                      learn the quadrants of the plane
     python examples/train_by_hand.py --dataset mnist      learn digits
 
-A forward pass keeps what the backward pass needs. A backward pass takes G = ∂L/∂Y, the gradient of the loss L
-with respect to the layer's output Y, and returns ∂L/∂X, which is the G of the layer before.
+A forward pass keeps what the backward pass needs. A backward pass takes G = ∂L/∂Y, the gradient of
+the loss L with respect to the layer's output Y, and returns ∂L/∂X, which is the G of the layer
+before.
 
     layer           forward                   backward
-    Linear          Y = X·Wᵀ + b              ∂L/∂X = G·W     ∂L/∂W = Gᵀ·X     ∂L/∂b = Σ G over the rows
+    Linear          Y = X·Wᵀ + b              ∂L/∂X = G·W,  ∂L/∂W = Gᵀ·X,  ∂L/∂b = Σ G over rows
     ReLU            Y = max(X, 0)             ∂L/∂X = G where Y > 0, else 0
     Sigmoid         Y = σ(X) = 1/(1 + e⁻ˣ)    ∂L/∂X = G ⊙ Y ⊙ (1 − Y)
     Tanh            Y = tanh(X)               ∂L/∂X = G ⊙ (1 − Y ⊙ Y)
@@ -16,11 +17,12 @@ with respect to the layer's output Y, and returns ∂L/∂X, which is the G of t
 
 A loss ends the network. It is a mean over n samples with targets t:
 
-    BinaryCrossEntropy     L = −1/n · Σ (t·ln p + (1 − t)·ln(1 − p))     ∂L/∂p = (p − t) / (p·(1 − p)) / n
-    SoftmaxCrossEntropy    L = −1/n · Σ t·ln softmax(z)                  ∂L/∂z = (softmax(z) − t) / n
+    BinaryCrossEntropy   L = −1/n · Σ (t·ln p + (1 − t)·ln(1 − p))   ∂L/∂p = (p − t)/(p·(1 − p))/n
+    SoftmaxCrossEntropy  L = −1/n · Σ t·ln softmax(z)                ∂L/∂z = (softmax(z) − t)/n
 
-Before it trains, the script compares each layer's gradients with (L(x + h) − L(x − h)) / 2h, in float64. So
-it checks a formula that you have changed, and a layer that you have added to `ACTIVATIONS`.
+Before it trains, the script compares each layer's gradients with (L(x + h) − L(x − h)) / 2h, in
+float64. So it checks a formula that you have changed, and a layer that you have added to
+`ACTIVATIONS`.
 """
 
 import time
@@ -44,9 +46,11 @@ from torchpar.parallel.launch.world import join_world
 from torchpar.training import EpochResult
 
 Errors = dict[str, float]  # by the name of a tensor: "input", "weight", "bias"
-# The best h in float64: its error h² and its roundoff eps/h are alike, some 1e-11 (docs/numerics.md).
+# The best h in float64: its error h² and its roundoff eps/h are alike, some 1e-11
+# (docs/numerics.md).
 H = torch.finfo(torch.float64).eps ** (1 / 3)
-LARGEST_ERROR = 1e-7  # of a gradient, relative to its largest element; a wrong factor gives 0.1 or more
+# Of a gradient, relative to its largest element; a wrong factor gives 0.1 or more.
+LARGEST_ERROR = 1e-7
 
 
 class Layer(ABC):
@@ -80,7 +84,8 @@ class Linear(Layer):
         dtype: torch.dtype = torch.float32,
     ):
         bound = (6 / (in_features + out_features)) ** 0.5
-        weight = torch.empty(out_features, in_features).uniform_(-bound, bound)  # drawn on the CPU always
+        # Drawn on the CPU always.
+        weight = torch.empty(out_features, in_features).uniform_(-bound, bound)
         self.weight = weight.to(device, dtype)
         self.bias = self.weight.new_zeros(out_features)
 
@@ -130,7 +135,8 @@ class Tanh(Layer):
 
 
 class LinearSigmoid(Linear):
-    """`Linear` and `Sigmoid` in one: `torchpar.linear_sigmoid` stores no Z on a GPU, only Y = σ(Z)."""
+    """`Linear` and `Sigmoid` in one: `torchpar.linear_sigmoid` stores no Z on a GPU, only Y =
+    σ(Z)."""
 
     def forward(self, x: Tensor) -> Tensor:
         self.x = x
@@ -192,12 +198,16 @@ class Network(Layer):
 
     def parameters(self) -> dict[str, Tensor]:
         return {
-            f"{i}.{name}": p for i, layer in enumerate(self.layers) for name, p in layer.parameters().items()
+            f"{i}.{name}": p
+            for i, layer in enumerate(self.layers)
+            for name, p in layer.parameters().items()
         }
 
     def gradients(self) -> dict[str, Tensor]:
         return {
-            f"{i}.{name}": g for i, layer in enumerate(self.layers) for name, g in layer.gradients().items()
+            f"{i}.{name}": g
+            for i, layer in enumerate(self.layers)
+            for name, g in layer.gradients().items()
         }
 
     def step(self, lr: float) -> None:
@@ -216,13 +226,18 @@ class Flags(cli.ExampleFlags):
 
     dataset: Dataset | Literal["quadrants"] = "quadrants"  # Points of the plane, or images.
     data: Path = cli.DataFlags.data  # Folder of the data sets, as torchvision's root.
-    samples: int | None = None  # Train on the first ones only; by default on 4000 points, or on all images.
-    hidden: tuple[int, ...] | None = None  # Widths of the hidden layers; by default 30, for images 128.
-    activation: str = "relu"  # Function between the layers: relu, sigmoid, tanh, or one of your own.
+    # Train on the first ones only; by default on 4000 points, or on all images.
+    samples: int | None = None
+    # Widths of the hidden layers; by default 30, for images 128.
+    hidden: tuple[int, ...] | None = None
+    # Function between the layers: relu, sigmoid, tanh, or one of your own.
+    activation: str = "relu"
     fused: bool = False  # Compute a linear layer and its sigmoid by torchpar.linear_sigmoid.
-    epochs: int | None = None  # Passes over the training samples; by default 60 over points, 5 over images.
+    # Passes over the training samples; by default 60 over points, 5 over images.
+    epochs: int | None = None
     batch_size: int = 64  # Samples per step.
-    lr: float | None = None  # Learning rate at the start; it falls linearly. By default 1, for images 0.4.
+    # Learning rate at the start; it falls linearly. By default 1, for images 0.4.
+    lr: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -231,11 +246,17 @@ class Flags(cli.ExampleFlags):
             found = f"--activation is {self.activation!r}, expected one of {known}"
             raise ConfigError(f"{found}; take one, or add yours to ACTIVATIONS")
         if self.fused and self.activation != "sigmoid" and self.dataset != "quadrants":
-            raise ConfigError("--fused has no sigmoid to fuse, expected --activation sigmoid; add it")
+            raise ConfigError(
+                "--fused has no sigmoid to fuse, expected --activation sigmoid; add it"
+            )
 
 
 def build_network(
-    sizes: Sequence[int], activation: str = "relu", output: str = "", fused: bool = False, **options: Any
+    sizes: Sequence[int],
+    activation: str = "relu",
+    output: str = "",
+    fused: bool = False,
+    **options: Any,
 ) -> Network:
     """Return linear layers of these ``sizes``, with an activation after each.
 
@@ -271,7 +292,9 @@ def difference_quotient(loss: Callable[[], Tensor], t: Tensor) -> Tensor:
     return quotients
 
 
-def compare_gradients(loss: Callable[[], Tensor], gradients: Sequence[tuple[str, Tensor, Tensor]]) -> Errors:
+def compare_gradients(
+    loss: Callable[[], Tensor], gradients: Sequence[tuple[str, Tensor, Tensor]]
+) -> Errors:
     """Return the error of each gradient, relative to its largest element, by name.
 
     Args:
@@ -291,7 +314,9 @@ def check_layer(layer: Layer, x: Tensor) -> Errors:
     """Compare a layer's gradients, for the loss Σ G ⊙ Y with a random G."""
     g = torch.randn_like(layer.forward(x))
     gradients = [("input", x, layer.backward(g))]
-    for (name, p), gradient in zip(layer.parameters().items(), layer.gradients().values(), strict=True):
+    for (name, p), gradient in zip(
+        layer.parameters().items(), layer.gradients().values(), strict=True
+    ):
         gradients.append((name.rpartition(".")[2], p, gradient))
     return compare_gradients(lambda: (g * layer.forward(x)).sum(), gradients)
 
@@ -338,7 +363,9 @@ def check_gradients(device: torch.device) -> dict[str, Errors]:
 def load_samples(flags: Flags, device: torch.device) -> tuple[Samples, Samples]:
     """Return the training and test samples."""
     if flags.dataset == "quadrants":
-        train, test = (points.draw(n, 2 * flags.seed + i, device=device) for i, n in enumerate((4000, 2500)))
+        train, test = (
+            points.draw(n, 2 * flags.seed + i, device=device) for i, n in enumerate((4000, 2500))
+        )
     else:
         train, test = load(flags.dataset, flags.data, device)
     return train[: flags.samples], test
@@ -348,10 +375,14 @@ def evaluate(network: Network, loss: Loss, test: Samples) -> tuple[float, float]
     """Return the mean loss and the accuracy."""
     outputs = network.forward(test.inputs(slice(None)))
     predicted = outputs.argmax(1) if outputs.shape[1] > 1 else (outputs[:, 0] > 0.5).long()
-    return loss.forward(outputs, test.labels).item(), (predicted == test.labels).double().mean().item()
+    return loss.forward(outputs, test.labels).item(), (
+        predicted == test.labels
+    ).double().mean().item()
 
 
-def train(network: Network, loss: Loss, flags: Flags, samples: Samples, test: Samples) -> list[EpochResult]:
+def train(
+    network: Network, loss: Loss, flags: Flags, samples: Samples, test: Samples
+) -> list[EpochResult]:
     """Train by gradient descent, and return the figures of each epoch.
 
     Raises:
@@ -375,7 +406,9 @@ def train(network: Network, loss: Loss, flags: Flags, samples: Samples, test: Sa
         figures = evaluate(network, loss, test)
         check_finite(f"the test loss after epoch {epoch}", figures[0])
         seconds = time.perf_counter() - start
-        results.append(EpochResult(epoch, train_loss, *figures, speed, seconds, 1, total.device.type))
+        results.append(
+            EpochResult(epoch, train_loss, *figures, speed, seconds, 1, total.device.type)
+        )
         if epoch % -(-epochs // 10) == 0:
             print(console.epoch_line(results[-1], epochs))
     return results
@@ -388,7 +421,11 @@ def main(flags: Flags) -> None:
         samples, test = load_samples(flags, world.device)
         of_points = flags.dataset == "quadrants"
         hidden = ((30,) if of_points else (128,)) if flags.hidden is None else flags.hidden
-        sizes = [samples.inputs(slice(0, 1)).shape[1], *hidden, 1 if of_points else len(test.classes)]
+        sizes = [
+            samples.inputs(slice(0, 1)).shape[1],
+            *hidden,
+            1 if of_points else len(test.classes),
+        ]
         cli.check_memory(sizes)
         output = "sigmoid" if of_points else ""
         network = build_network(sizes, flags.activation, output, flags.fused, device=world.device)

@@ -3,16 +3,17 @@
 
     torchrun --nproc_per_node=2 examples/train_ddp.py
 
-All ranks draw the same weights, because they start from the same seed. In every step a rank computes the
-gradient of its own samples. The ranks exchange their gradients, and DistributedDataParallel averages them
-during the backward pass, so all ranks take the same step. `torchpar.reference.average_gradients` shows the
-average in a few lines. Two ranks compute the same as one, up to rounding. In large batches of 784-512-10
-they take six tenths of the time of one rank with one thread, and nine tenths of that with two threads
-(docs/measurements.md). `train_fast.py` makes the same steps faster.
+All ranks draw the same weights, because they start from the same seed. In every step a rank
+computes the gradient of its own samples. The ranks exchange their gradients, and
+DistributedDataParallel averages them during the backward pass, so all ranks take the same step.
+`torchpar.reference.average_gradients` shows the average in a few lines. Two ranks compute the same
+as one, up to rounding. In large batches of 784-512-10 they take six tenths of the time of one rank
+with one thread, and nine tenths of that with two threads (docs/measurements.md). `train_fast.py`
+makes the same steps faster.
 
 The model is an MLP. Its inputs are averages of 2 × 2 pixels. Its hidden layer calls
-`torchpar.linear_sigmoid`. With ``--activation maxout`` it calls `torchpar.maximum`, for the larger of two
-linear functions.
+`torchpar.linear_sigmoid`. With ``--activation maxout`` it calls `torchpar.maximum`, for the larger
+of two linear functions.
 
 Without torchrun, ``python examples/train_ddp.py`` is one process with all threads.
 """
@@ -67,7 +68,8 @@ def main(flags: Flags) -> None:
         register_shared_memory_hook(ddp, world)  # faster than gloo between the CPUs of one machine
         if flags.compile:
             ddp.compile()
-        # Muon for the weight matrices and SGD for the biases, at a rate that falls to 0 linearly, unless
+        # Muon for the weight matrices and SGD for the biases, at a rate that falls to 0 linearly,
+        # unless
         # --optimizer, --lr and --schedule say otherwise.
         optimizer = session.make_optimizer(flags, model)
         lr_scheduler = training.lr_scheduler(optimizer, flags.schedule, flags.total_steps(train))
@@ -80,8 +82,8 @@ def main(flags: Flags) -> None:
                     loss = cross_entropy(
                         outputs, labels, reduction="sum", label_smoothing=flags.label_smoothing
                     )
-                    # The mean over the global batch: DDP divides by the number of ranks, whose shares of the
-                    # batch may differ in size.
+                    # The mean over the global batch: DDP divides by the number of ranks, whose
+                    # shares of the batch may differ in size.
                     (loss * (world.dp_size / global_size)).backward()
                     session.adjust_gradients(flags, model, world)  # --clip and --orthogonality
                     optimizer.step()

@@ -3,14 +3,16 @@
 
     torchrun --nproc_per_node=2 examples/train_fast.py
 
-Most of a small network's step is not arithmetic. The script times these ways side by side, from the same
-first weights and on the same batches, checks that their gradients agree, and trains by the last one:
+Most of a small network's step is not arithmetic. The script times these ways side by side, from the
+same first weights and on the same batches, checks that their gradients agree, and trains by the
+last one:
 
 - "DistributedDataParallel", as in ``train_ddp.py``, but with gloo's messages.
-- "shared memory": ranks on the CPUs of one machine add their gradients there, instead of sending each other
-  messages (`torchpar.parallel.split.shared_memory`).
-- "formulas": the gradients of an MLP follow from its activations by a few products. Without autograd nothing
-  is recorded, and all gradients are added over the ranks at once (`torchpar.training.fused`).
+- "shared memory": ranks on the CPUs of one machine add their gradients there, instead of sending
+  each other messages (`torchpar.parallel.split.shared_memory`).
+- "formulas": the gradients of an MLP follow from its activations by a few products. Without
+  autograd nothing is recorded, and all gradients are added over the ranks at once
+  (`torchpar.training.fused`).
 """
 
 from dataclasses import dataclass
@@ -71,7 +73,8 @@ class Trainer:
         self.flags, self.world = flags, world
         torch.manual_seed(flags.seed)  # the same weights on every rank, and in every way
         self.model = MLP(flags.layer_sizes(train), flags.activation).to(world.device)
-        self.optimizer = session.make_optimizer(flags, self.model)  # Muon for weights, SGD for biases
+        # Muon for weights, SGD for biases.
+        self.optimizer = session.make_optimizer(flags, self.model)
         self.fused = None
         if way == "formulas":
             self.fused = FusedGradients(self.model, world, flags.label_smoothing)
@@ -83,7 +86,8 @@ class Trainer:
             self.replica.compile()
 
     def gradients(self, x: Tensor, labels: Tensor, global_size: int) -> Tensor:
-        """Leave the gradients of a batch in ``p.grad``, and return the sum of this rank's losses."""
+        """Leave the gradients of a batch in ``p.grad``, and return the sum of this rank's
+        losses."""
         if self.fused is not None:
             return self.fused(x, labels, global_size)
         smoothing = self.flags.label_smoothing
@@ -108,12 +112,15 @@ def compare(flags: Flags, world: World, train: Samples, ways: list[str]) -> list
     Raises:
         TorchparError: the gradients of two ways differ by more than rounding.
     """
-    batches = partial(data.batches, train, flags.batch_size, seed=flags.seed, epoch=1, share=world.share)
+    batches = partial(
+        data.batches, train, flags.batch_size, seed=flags.seed, epoch=1, share=world.share
+    )
     trainers = {way: Trainer(flags, world, train, way) for way in ways}
     check_gradients(trainers, next(batches()))
     shares = {way: cycle(batches()) for way in ways}
     times: dict[str, list[float]] = {way: [] for way in ways}
-    for number in range(ROUNDS + 1):  # in the first, kernels are compiled, and the wrapper sets itself up
+    # In the first, kernels are compiled, and the wrapper sets itself up.
+    for number in range(ROUNDS + 1):
         for way, trainer in trainers.items():
             start = now(world.device)
             for batch in islice(shares[way], STEPS):
@@ -132,12 +139,16 @@ def check_gradients(trainers: dict[str, Trainer], batch: Batch) -> None:
     first: Tensor | None = None
     for way, trainer in trainers.items():
         trainer.gradients(*batch)
-        mine = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+        mine = torch.cat(
+            [p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]
+        )
         trainer.optimizer.zero_grad()
         first = mine if first is None else first
         off = ((mine - first).norm() / first.norm()).item()
         if not off <= (batch.global_size + max(trainer.model.sizes)) * torch.finfo(mine.dtype).eps:
-            raise TorchparError(f"the gradient by {way} is off by {off:.1e} of its norm; report this")
+            raise TorchparError(
+                f"the gradient by {way} is off by {off:.1e} of its norm; report this"
+            )
 
 
 def main(flags: Flags) -> None:
@@ -149,7 +160,9 @@ def main(flags: Flags) -> None:
             console.print_rows(rows, ["way", "ms", "speed_up"])
             print(f"training by {ways[-1]}")
         trainer = Trainer(flags, world, train, ways[-1])
-        lr_scheduler = training.lr_scheduler(trainer.optimizer, flags.schedule, flags.total_steps(train))
+        lr_scheduler = training.lr_scheduler(
+            trainer.optimizer, flags.schedule, flags.total_steps(train)
+        )
 
         parts = (trainer.model, trainer.optimizer, lr_scheduler, world, train, test)
         with Run(*parts, log=session.Log(flags, world), **flags.run_options()) as run:

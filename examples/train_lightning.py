@@ -4,12 +4,13 @@
     python examples/train_lightning.py fit
     python examples/train_lightning.py fit --trainer.accelerator cpu --trainer.devices 2
     python examples/train_lightning.py fit --config examples/lightning.yaml
-    python examples/train_lightning.py fit --config examples/lightning.yaml --ckpt_path PATH  # resumes
+    python examples/train_lightning.py fit --config examples/lightning.yaml --ckpt_path PATH
     python examples/train_lightning.py test --ckpt_path /tmp/torchpar/lightning_logs/…/last.ckpt
 
-The other lessons write the loop out. The weights are the same, to the bit; the Trainer's hooks cost some
-tenths of a millisecond per step. LightningCLI makes a flag of each argument. ``fit`` ends with a test, of the
-best weights where checkpoints are kept: lightning.yaml turns on a logger, checkpoints and early stopping.
+The other lessons write the loop out. The weights are the same, to the bit; the Trainer's hooks cost
+some tenths of a millisecond per step. LightningCLI makes a flag of each argument. ``fit`` ends with
+a test, of the best weights where checkpoints are kept: lightning.yaml turns on a logger,
+checkpoints and early stopping.
 """
 
 import logging
@@ -68,12 +69,15 @@ class LitMLP(LightningModule):
     def _loss(self, batch: Batch, stage: str) -> Tensor:
         """Return the mean loss of the global batch; log it and the accuracy."""
         outputs = self.mlp(batch.x)
-        # Lightning averages gradients and figures over ranks, whose shares of the batch may differ in size.
+        # Lightning averages gradients and figures over ranks, whose shares of the batch may differ
+        # in size.
         scale = self.trainer.world_size / batch.global_size
         loss = cross_entropy(outputs, batch.labels, reduction="sum") * scale
         accuracy = (outputs.argmax(1) == batch.labels).sum() * scale
         figures, weight = {f"{stage}_loss": loss, f"{stage}_accuracy": accuracy}, batch.global_size
-        self.log_dict(figures, prog_bar=True, on_step=False, on_epoch=True, sync_dist=True, batch_size=weight)
+        self.log_dict(
+            figures, prog_bar=True, on_step=False, on_epoch=True, sync_dist=True, batch_size=weight
+        )
         return loss
 
     def on_train_epoch_end(self) -> None:
@@ -85,8 +89,13 @@ class LitMLP(LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         hp = self.hparams
         optimizer = sgd(self, hp["lr"], momentum=0.9, weight_decay=hp["weight_decay"])
-        scheduler = lr_scheduler(optimizer, hp["schedule"], int(self.trainer.estimated_stepping_batches))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        scheduler = lr_scheduler(
+            optimizer, hp["schedule"], int(self.trainer.estimated_stepping_batches)
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
 
 
 class Epochs:
@@ -105,9 +114,12 @@ class Epochs:
         return indices.tensor_split(self.trainer.world_size)[self.trainer.global_rank]
 
     def __iter__(self) -> Iterator[Batch]:
-        # A generator, which reads the epoch at the first batch: a resumed trainer has restored it by then.
+        # A generator, which reads the epoch at the first batch: a resumed trainer has restored it
+        # by then.
         epoch = self.trainer.current_epoch + 1
-        yield from batches(self.samples, self.batch_size, seed=self.seed, epoch=epoch, share=self.share)
+        yield from batches(
+            self.samples, self.batch_size, seed=self.seed, epoch=epoch, share=self.share
+        )
 
 
 class MNIST(LightningDataModule):
@@ -118,7 +130,8 @@ class MNIST(LightningDataModule):
         dataset: see `torchpar.data.load`.
         batch_size: samples per step, over all ranks.
         seed: of the samples' order.
-        validation: number of training samples, the last ones, to keep for validation; 0 does not validate.
+        validation: number of training samples, the last ones, to keep for validation; 0 does not
+            validate.
     """
 
     def __init__(
@@ -137,7 +150,9 @@ class MNIST(LightningDataModule):
         assert self.trainer is not None
         train, self.test = load(self.dataset, self.root, self.trainer.strategy.root_device)
         if not 0 <= self.validation < len(train):
-            raise ConfigError(f"validation is {self.validation}, expected 0 to {len(train) - 1} samples")
+            raise ConfigError(
+                f"validation is {self.validation}, expected 0 to {len(train) - 1} samples"
+            )
         split = len(train) - self.validation
         self.train, self.val = train[:split], train[split:]
         self.epochs = partial(Epochs, seed=self.seed, trainer=self.trainer)
@@ -156,8 +171,10 @@ def main() -> None:
     """Run ``fit`` or ``test``; both end with the last line of the other lessons."""
     for name in ("lightning.pytorch", "lightning.fabric"):  # they list the hardware that is absent
         logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")  # no validation
-    warnings.filterwarnings("ignore", category=FutureWarning, module="lightning")  # torch's, of Lightning
+    # No validation.
+    warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")
+    # Torch's, of Lightning.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="lightning")
     timer = Timer()
     silent = dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary"), False)
     shown = {"max_epochs": 10, "enable_progress_bar": sys.stdout.isatty(), "callbacks": timer}
@@ -174,11 +191,14 @@ def main() -> None:
         print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr)
         sys.exit(2)
     if trainer.is_global_zero:
-        accuracy, loss = (trainer.callback_metrics[f"test_{name}"].item() for name in ("accuracy", "loss"))
+        accuracy, loss = (
+            trainer.callback_metrics[f"test_{name}"].item() for name in ("accuracy", "loss")
+        )
         seconds = timer.time_elapsed("train") + timer.time_elapsed("test")
         device = trainer.strategy.root_device.type
         print(console.last_line(accuracy, loss, seconds, trainer.world_size, device))
-    if dist.is_initialized():  # until the interpreter's end the group's threads could abort the process
+    # Until the interpreter's end the group's threads could abort the process.
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 

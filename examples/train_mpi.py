@@ -1,21 +1,24 @@
 # SPDX-License-Identifier: MIT
-"""Data and model parallelism without PyTorch: a NumPy network on processes that exchange arrays by MPI.
+"""Data and model parallelism without PyTorch: a NumPy network on processes that exchange arrays by
+MPI.
 
     mpirun -n 2 python examples/train_mpi.py
     mpirun -n 2 python examples/train_mpi.py --batch-size 10 --hidden 30 --lr 0.1 --momentum 0.5
     mpirun -n 2 python examples/train_mpi.py --compare
 
-Each process draws the same weights and the same batches. The work of a step is divided in one of two ways:
+Each process draws the same weights and the same batches. The work of a step is divided in one of
+two ways:
 
-``--split data``: a process computes the gradient of its share of the batch. Allreduce adds up the gradients.
-``--split model``: a process has its share of the hidden units, and takes the whole batch. Allreduce adds up
-their contributions to the outputs z. The backward pass sends no message.
+``--split data``: a process computes the gradient of its share of the batch. Allreduce adds up the
+gradients. ``--split model``: a process has its share of the hidden units, and takes the whole
+batch. Allreduce adds up their contributions to the outputs z. The backward pass sends no message.
 
-Either way all processes take the steps that one process would, so the losses are the same. A table at the end
-shows the time of each phase, and the bytes of a step's message. A process waits for Allreduce, where
-DistributedDataParallel computes on. With batches of 10, as in the second command, the messages cost more time
-than two processes save. The third trains on one process with one thread, on one with all threads, and by both
-splits. It sets them side by side, and checks that all losses are the same.
+Either way all processes take the steps that one process would, so the losses are the same. A table
+at the end shows the time of each phase, and the bytes of a step's message. A process waits for
+Allreduce, where DistributedDataParallel computes on. With batches of 10, as in the second command,
+the messages cost more time than two processes save. The third trains on one process with one
+thread, on one with all threads, and by both splits. It sets them side by side, and checks that all
+losses are the same.
 
 PyTorch is needed for --log-dir alone. Without it a checkout needs
 
@@ -30,8 +33,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-# NumPy reads it when it is imported. With a process per core each process needs one thread. One process alone
-# takes all threads.
+# NumPy reads it when it is imported. With a process per core each process needs one thread. One
+# process alone takes all threads.
 if any(os.environ.get(size, "1") != "1" for size in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")):
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -53,8 +56,10 @@ PHASES = ("data", "forward", "backward", "collectives", "optimizer")
 class Flags(cli.DataFlags):
     """Train a digit classifier in NumPy, by data or model parallelism over MPI."""
 
-    split: Split = "data"  # The processes share the samples of a batch, or the units of the hidden layer.
-    # Train on one process with one thread and with all, then by both splits; print their times side by side.
+    # The processes share the samples of a batch, or the units of the hidden layer.
+    split: Split = "data"
+    # Train on one process with one thread and with all, then by both splits; print their times side
+    # by side.
     compare: bool = False
     epochs: int = 10  # Passes over the training samples.
     batch_size: int = 512  # Samples per step, over all processes.
@@ -70,7 +75,8 @@ class Flags(cli.DataFlags):
 
 
 class Messages:
-    """A communicator that counts the calls of Allreduce, and the bytes that this process gives to them."""
+    """A communicator that counts the calls of Allreduce, and the bytes that this process gives to
+    them."""
 
     def __init__(self, world: Any):
         self.world = world
@@ -166,10 +172,13 @@ def train(flags: Flags, split: Split, world: Any, data: tuple[Images, Images]) -
     test_x = test.inputs()
     sizes = [x.shape[1], *flags.hidden, len(test.classes)]
     cli.check_memory(sizes)
-    model = MLP(sizes, hidden=flags.activation, init=flags.init, seed=flags.seed)  # the same everywhere
+    # The same everywhere.
+    model = MLP(sizes, hidden=flags.activation, init=flags.init, seed=flags.seed)
     messages = Messages(world)
     parallel = DataParallel(model, messages) if split == "data" else ModelParallel(model, messages)
-    optimizer = SGD(parallel.model, flags.lr, flags.momentum, flags.weight_decay, flags.decay_biases)
+    optimizer = SGD(
+        parallel.model, flags.lr, flags.momentum, flags.weight_decay, flags.decay_biases
+    )
     order = np.random.default_rng(flags.seed)  # the same everywhere
     phases, results = Phases(names=PHASES), list[EpochResult]()
     steps, sent = 0, (0, 0)
@@ -180,7 +189,8 @@ def train(flags: Flags, split: Split, world: Any, data: tuple[Images, Images]) -
             own = parallel.share(batch)
             yield x[own], labels[own], len(batch)
 
-    for epoch in console.progress(range(1, flags.epochs + 1), "epochs"):  # of a process with a terminal
+    # Of a process with a terminal.
+    for epoch in console.progress(range(1, flags.epochs + 1), "epochs"):
         start, train_loss = time.perf_counter(), 0.0
         with phases:
             for own_x, own_labels, size in phases.steps(draw()):
@@ -213,23 +223,31 @@ def compare(flags: Flags, world: Any, data: tuple[Images, Images]) -> dict[str, 
         losses = {name: [epoch.train_loss for epoch in run.results] for name, run in splits.items()}
         one, *_ = alone.values()
         if flags.init == "zero":
-            agreement = "the losses are not compared: from zero roundings tell the hidden units apart"
+            agreement = (
+                "the losses are not compared: from zero roundings tell the hidden units apart"
+            )
         else:
-            agreement = one_process.compare_losses([epoch.train_loss for epoch in one.results], losses)
+            agreement = one_process.compare_losses(
+                [epoch.train_loss for epoch in one.results], losses
+            )
         print_comparison(flags, world.size, alone | splits, base=[*alone][-1])
         print(agreement)
     return alone | splits
 
 
 def print_comparison(flags: Flags, processes: int, runs: dict[str, Training], base: str) -> None:
-    """Print the phases and the messages of the runs side by side; speed-ups are over the run ``base``."""
+    """Print the phases and the messages of the runs side by side; speed-ups are over the run
+    ``base``."""
     rows: list[dict[str, str]] = []
     columns = [run.replace(", ", ",\n") for run in runs]
 
     def add(row: str, values: Iterable[str]) -> None:
         rows.append({"": row} | dict(zip(columns, values, strict=True)))
 
-    ms = [{name: 1000 * s / run.steps for name, s in run.phases.seconds.items()} for run in runs.values()]
+    ms = [
+        {name: 1000 * s / run.steps for name, s in run.phases.seconds.items()}
+        for run in runs.values()
+    ]
     steps = {name: sum(of_run.values()) for name, of_run in zip(runs, ms, strict=True)}
     for name in PHASES:
         add(f"{name}, ms", (f"{of_run[name]:.3f}" for of_run in ms))
@@ -247,7 +265,9 @@ def main(flags: Flags) -> None:
         if flags.device == "cuda":
             raise ConfigError("--device cuda: NumPy computes on the CPU; train_ddp.py takes a GPU")
         if flags.compare and world.size == 1:
-            raise ConfigError("--compare needs several processes; mpirun -n 2 python examples/train_mpi.py")
+            raise ConfigError(
+                "--compare needs several processes; mpirun -n 2 python examples/train_mpi.py"
+            )
         if len(flags.hidden) != 1 and (flags.compare or flags.split == "model"):
             widths = " ".join(map(str, flags.hidden))
             raise ConfigError(
@@ -260,7 +280,9 @@ def main(flags: Flags) -> None:
             runs = {f"--split {flags.split}": train(flags, flags.split, world, data)}
         if world.rank > 0:
             return
-        rows = [asdict(result) | {"run": name} for name, run in runs.items() for result in run.results]
+        rows = [
+            asdict(result) | {"run": name} for name, run in runs.items() for result in run.results
+        ]
         *_, run = runs.values()
         console.write_metrics(flags.metrics, rows)
         console.write_log(flags.log_dir, rows[-flags.epochs :], "epoch")

@@ -3,13 +3,14 @@
 
     torchrun --nproc_per_node=4 examples/train_parallel.py --dp 2 --tp 2
 
-Tensor parallelism splits each layer. Pipeline parallelism cuts the layers into stages. Data parallelism
-copies the result dp times. So each rank holds one slice of one stage of one replica. Each message stays
-within one mesh dimension: sums of activations in tp, activations and their gradients between stages in pp,
-gradients of parameters in dp.
+Tensor parallelism splits each layer. Pipeline parallelism cuts the layers into stages. Data
+parallelism copies the result dp times. So each rank holds one slice of one stage of one replica.
+Each message stays within one mesh dimension: sums of activations in tp, activations and their
+gradients between stages in pp, gradients of parameters in dp.
 
-With --memory a table shows the bytes of each rank. Data parallelism divides activations alone, because each
-rank has the whole model. Tensor and pipeline parallelism divide weights, gradients and the optimizer's state.
+With --memory a table shows the bytes of each rank. Data parallelism divides activations alone,
+because each rank has the whole model. Tensor and pipeline parallelism divide weights, gradients and
+the optimizer's state.
 """
 
 from contextlib import nullcontext
@@ -40,12 +41,15 @@ class Flags(cli.TrainFlags):
     pp: int = 1  # Stages of a pipeline.
     pipeline: PipelineSchedule = "1f1b"  # Order of a pipeline's forward and backward passes.
     micro_batches: int = 4  # Parts into which a pipeline cuts a replica's share of a batch.
-    memory: bool = False  # Measure the bytes of weights, gradients, optimizer state and activations.
+    # Measure the bytes of weights, gradients, optimizer state and activations.
+    memory: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.memory and self.compile:
-            raise ConfigError("--memory sees no activations of compiled code; drop --compile or --memory")
+            raise ConfigError(
+                "--memory sees no activations of compiled code; drop --compile or --memory"
+            )
 
 
 def main(flags: Flags) -> None:
@@ -54,7 +58,8 @@ def main(flags: Flags) -> None:
         world = world.with_mesh(dp=dp, tp=flags.tp, pp=flags.pp)
         train, test = session.load(flags, world)
         torch.manual_seed(flags.seed)
-        # This rank's slice of its stage: the tp dimension splits each layer, the pp dimension the layers.
+        # This rank's slice of its stage: the tp dimension splits each layer, the pp dimension the
+        # layers.
         whole = MLP(flags.layer_sizes(train)).to(world.device)
         model = stage_mlp(parallel_mlp(whole, world.mesh["tp"]), world.mesh["pp"])
         loss_sum = partial(cross_entropy, reduction="sum")
@@ -66,7 +71,9 @@ def main(flags: Flags) -> None:
             pipeline = Pipeline(model, world, flags.pipeline, flags.micro_batches)
         elif world.dp_size > 1:
             group = world.mesh["dp"].get_group()
-            replica = ddp = DistributedDataParallel(model, process_group=group, gradient_as_bucket_view=True)
+            replica = ddp = DistributedDataParallel(
+                model, process_group=group, gradient_as_bucket_view=True
+            )
             register_shared_memory_hook(ddp, world)  # on CPUs
         # Ranks of one stage share the work of Muon.
         optimizer = session.make_optimizer(flags, model, world.mesh["dp", "tp"])
@@ -74,7 +81,8 @@ def main(flags: Flags) -> None:
 
         def gradients(x: Tensor, labels: Tensor, global_size: int) -> Tensor:
             if pipeline is not None:
-                # Forward and backward passes of all micro-batches, and the average over the replicas.
+                # Forward and backward passes of all micro-batches, and the average over the
+                # replicas.
                 return pipeline.step(x, labels, global_size, loss_sum)
             loss = loss_sum(replica(x), labels)
             (loss * (world.dp_size / global_size)).backward()
@@ -83,7 +91,9 @@ def main(flags: Flags) -> None:
         parts = (model, optimizer, lr_scheduler, world, train, test)
         predict = pipeline.predict if pipeline else model
         memory = Memory(model, optimizer)
-        with Run(*parts, predict=predict, log=session.Log(flags, world), **flags.run_options()) as run:
+        with Run(
+            *parts, predict=predict, log=session.Log(flags, world), **flags.run_options()
+        ) as run:
             for epoch in run.epochs():
                 for x, labels, global_size in run.batches(epoch):
                     with memory.measure() if flags.memory else nullcontext():

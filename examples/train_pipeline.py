@@ -3,9 +3,9 @@
 
     torchrun --nproc_per_node=2 examples/train_pipeline.py --draw
 
-The batch is cut into micro-batches. While the second stage works on the first micro-batch, the first stage
-works on the second one. Backward passes flow the other way. With p stages and m micro-batches each rank is
-idle for a share (p − 1)/(m + p − 1) of a step, shown as dots:
+The batch is cut into micro-batches. While the second stage works on the first micro-batch, the
+first stage works on the second one. Backward passes flow the other way. With p stages and m
+micro-batches each rank is idle for a share (p − 1)/(m + p − 1) of a step, shown as dots:
 
     rank 0   F0 F1 F2 F3 ·  ·  B0 B1 B2 B3
     rank 1   ·  F0 F1 F2 F3 B0 B1 B2 B3 ·        gpipe: all forward passes, then all backward passes
@@ -13,15 +13,16 @@ idle for a share (p − 1)/(m + p − 1) of a step, shown as dots:
     rank 0   F0 F1 ·  B0 F2 B1 F3 B2 ·  B3
     rank 1   ·  F0 B0 F1 B1 F2 B2 F3 B3 ·        1f1b: each backward pass as soon as possible
 
-Both take the same time. 1f1b keeps the activations of at most p micro-batches, gpipe those of m. Only
-neighbours communicate, twice for each micro-batch i:
+Both take the same time. 1f1b keeps the activations of at most p micro-batches, gpipe those of m.
+Only neighbours communicate, twice for each micro-batch i:
 
     after F_i   rank r sends its outputs to rank r + 1, which needs them for F_i
     after B_i   rank r sends the gradient of its inputs to rank r − 1, which needs it for B_i
 
-Both messages have the shape (rows of the micro-batch, width of the layer between the stages). The schedules
-are `torchpar.reference.gpipe` and `one_forward_one_backward`, loops over these passes and messages. The
-gradients equal, bit for bit, those of one process that adds up the gradients of the micro-batches.
+Both messages have the shape (rows of the micro-batch, width of the layer between the stages). The
+schedules are `torchpar.reference.gpipe` and `one_forward_one_backward`, loops over these passes and
+messages. The gradients equal, bit for bit, those of one process that adds up the gradients of the
+micro-batches.
 
 ``--draw`` prints the timeline as it was measured.
 """
@@ -53,20 +54,27 @@ class Flags(cli.TrainFlags):
 
     pipeline: PipelineSchedule = "1f1b"  # Order of the forward and backward passes.
     micro_batches: int = 4  # Parts into which a batch is cut.
-    draw: bool = False  # Print the measured timeline of a step, a line per rank; for ranks of one machine.
+    # Print the measured timeline of a step, a line per rank; for ranks of one machine.
+    draw: bool = False
 
 
-def by_hand(flags: Flags, world: World, stage: MLP, timeline: Timeline | None) -> tuple[Gradients, Predict]:
+def by_hand(
+    flags: Flags, world: World, stage: MLP, timeline: Timeline | None
+) -> tuple[Gradients, Predict]:
     """Return the functions that compute the gradients of a batch, and the outputs of a batch."""
     check_one_rank_per_gpu(world)
     schedule = gpipe if flags.pipeline == "gpipe" else one_forward_one_backward
-    run_schedule = phase("pipeline")(schedule)  # messages, and the time in which this rank waits for them
+    # Messages, and the time in which this rank waits for them.
+    run_schedule = phase("pipeline")(schedule)
     p2p = P2PCommunicator(world.mesh.get_group("pp"), world.device)
     width = next(stage.parameters()).shape[1]  # of the activations that the previous stage sends
 
     def gradients(x: Tensor, labels: Tensor, global_size: int) -> Tensor:
         # Every rank has the batch. Only the first stage reads x, and only the last one labels.
-        parts, targets = x.tensor_split(flags.micro_batches), labels.tensor_split(flags.micro_batches)
+        parts, targets = (
+            x.tensor_split(flags.micro_batches),
+            labels.tensor_split(flags.micro_batches),
+        )
         losses = []
 
         @phase("forward")
@@ -79,14 +87,14 @@ def by_hand(flags: Flags, world: World, stage: MLP, timeline: Timeline | None) -
             return loss / global_size
 
         def backward(outputs: Tensor, gradient: Tensor | None) -> None:
-            # Adds this micro-batch's part to the gradients of the parameters. The schedule sends the gradient
-            # of the activations to the previous stage.
+            # Adds this micro-batch's part to the gradients of the parameters. The schedule sends
+            # the gradient of the activations to the previous stage.
             outputs.backward(gradient)
 
         passes = timeline.step(forward, backward) if timeline else (forward, backward)
-        # For each micro-batch: receive the input, forward, send the output; receive the gradient of the
-        # output, backward, send the gradient of the input. No two ranks have the same layer, so that there
-        # is nothing to average.
+        # For each micro-batch: receive the input, forward, send the output; receive the gradient of
+        # the output, backward, send the gradient of the input. No two ranks have the same layer, so
+        # that there is nothing to average.
         run_schedule(*passes, [(len(part), width) for part in parts], p2p)
         return torch.stack(losses).sum() if losses else x.new_zeros(())
 
@@ -115,7 +123,9 @@ def main(flags: Flags) -> None:
         lr_scheduler = training.lr_scheduler(optimizer, flags.schedule, flags.total_steps(train))
 
         parts = (stage, optimizer, lr_scheduler, world, train, test)
-        with Run(*parts, predict=predict, log=session.Log(flags, world), **flags.run_options()) as run:
+        with Run(
+            *parts, predict=predict, log=session.Log(flags, world), **flags.run_options()
+        ) as run:
             for epoch in run.epochs():
                 for x, labels, global_size in run.batches(epoch):
                     loss = gradients(x, labels, global_size)  # of all micro-batches

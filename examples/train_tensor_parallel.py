@@ -3,20 +3,20 @@
 
     torchrun --nproc_per_node=2 examples/train_tensor_parallel.py
 
-Two layers form a pair. The first layer is split by columns, that is by its outputs: rank r computes its share
-of the hidden neurons from the whole input, activation included, without communication. The second layer is
-split by rows, that is by its inputs: rank r multiplies its own neurons by its own slice of the weights, which
-gives a part of every output. One all-reduce adds the parts up. The bias is added after it, because before it
-every rank would add the bias once.
+Two layers form a pair. The first layer is split by columns, that is by its outputs: rank r computes
+its share of the hidden neurons from the whole input, activation included, without communication.
+The second layer is split by rows, that is by its inputs: rank r multiplies its own neurons by its
+own slice of the weights, which gives a part of every output. One all-reduce adds the parts up. The
+bias is added after it, because before it every rank would add the bias once.
 
     x ──┬─ W₀⁽⁰⁾ ─ σ ─ W₁⁽⁰⁾ ─┐
         │                     Σ ─ + b₁ ─ y        rank 0 above, rank 1 below
         └─ W₀⁽¹⁾ ─ σ ─ W₁⁽¹⁾ ─┘
 
-In the backward pass each rank computes the gradient of its own slices. Only the gradient of x is a sum over
-ranks, and the first pair does not need it. So a step of 784-128-10 sends one message, in the forward pass, of
-batch × 10 numbers, for any width of the hidden layer. Data parallelism would send all 101 770 gradients.
-Tensor parallelism pays where the model is large and the batch is small.
+In the backward pass each rank computes the gradient of its own slices. Only the gradient of x is a
+sum over ranks, and the first pair does not need it. So a step of 784-128-10 sends one message, in
+the forward pass, of batch × 10 numbers, for any width of the hidden layer. Data parallelism would
+send all 101 770 gradients. Tensor parallelism pays where the model is large and the batch is small.
 
 The model has one hidden layer: a pair is two layers.
 """
@@ -48,7 +48,8 @@ class SplitMLP(torch.nn.Module):
     def __init__(self, sizes: list[int], mesh: DeviceMesh):
         super().__init__()
         features, neurons, classes = sizes
-        # weight (neurons / p, features): x (b, features) → σ(x·Wᵀ + b) (b, neurons / p), by the fused kernel
+        # weight (neurons / p, features): x (b, features) → σ(x·Wᵀ + b) (b, neurons / p), by the
+        # fused kernel
         self.column = ColumnParallelLinear(features, neurons, mesh=mesh, activation="sigmoid")
         # weight (classes, neurons / p): (b, neurons / p) → Σ over ranks → + b (b, classes)
         self.row = RowParallelLinear(neurons, classes, mesh=mesh)
@@ -59,7 +60,9 @@ class SplitMLP(torch.nn.Module):
 
 def main(flags: Flags) -> None:
     if len(flags.hidden) != 1:
-        raise ConfigError(f"--hidden is {flags.hidden}, expected one width; train_parallel.py splits any MLP")
+        raise ConfigError(
+            f"--hidden is {flags.hidden}, expected one width; train_parallel.py splits any MLP"
+        )
     with join_world(flags.device, flags.timeout) as world:
         world = world.with_mesh(tp=world.world_size)
         train, test = session.load(flags, world)
@@ -75,7 +78,8 @@ def main(flags: Flags) -> None:
         with Run(*parts, log=session.Log(flags, world), **flags.run_options()) as run:
             for epoch in run.epochs():
                 for x, labels, global_size in run.batches(epoch):
-                    # Every rank has the whole batch, and so the whole gradient of its slices: no average.
+                    # Every rank has the whole batch, and so the whole gradient of its slices: no
+                    # average.
                     loss = cross_entropy(model(x), labels, reduction="sum")
                     (loss / global_size).backward()
                     session.adjust_gradients(flags, model, world)  # --clip and --orthogonality

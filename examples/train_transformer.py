@@ -5,13 +5,13 @@
     torchrun --nproc_per_node=2 examples/train_transformer.py
     torchrun --nproc_per_node=2 examples/train_transformer.py --arithmetic exact --steps 20
 
-It reads characters of "Alice's Adventures in Wonderland" and predicts the next one. The last tenth of the
-book is the validation text, which it is not trained on. Both optimizers start from the same weights and see
-the same windows of the training text. `Muon.for_model` gives the hidden matrices to Muon and the other
-parameters to AdamW, and prints a table of them. On several ranks each one takes a share of the windows and of
-Muon's matrices. With ``--arithmetic exact`` AdamW alone trains, and ends with the same bits on any processor
-and any number of ranks: four windows are a unit, which is computed by itself, and the gradients of units are
-added as integers.
+It reads characters of "Alice's Adventures in Wonderland" and predicts the next one. The last tenth
+of the book is the validation text, which it is not trained on. Both optimizers start from the same
+weights and see the same windows of the training text. `Muon.for_model` gives the hidden matrices to
+Muon and the other parameters to AdamW, and prints a table of them. On several ranks each one takes
+a share of the windows and of Muon's matrices. With ``--arithmetic exact`` AdamW alone trains, and
+ends with the same bits on any processor and any number of ranks: four windows are a unit, which is
+computed by itself, and the gradients of units are added as integers.
 """
 
 import time
@@ -37,7 +37,8 @@ from torchpar.parallel.launch.world import World
 from torchpar.training import lr_scheduler
 
 BOOK = Path(__file__).parent / "data" / "alice.txt"
-CONTEXT, WIDTH, HEADS, BLOCKS = 64, 128, 4, 2  # characters of a window, their features; of the model
+# Characters of a window, their features; of the model.
+CONTEXT, WIDTH, HEADS, BLOCKS = 64, 128, 4, 2
 UNIT = 4  # windows whose gradient is rounded once in exact arithmetic, whatever ranks there are
 
 
@@ -51,17 +52,20 @@ class Flags(cli.ExampleFlags):
     adamw_lr: float = 6e-3  # Learning rate of AdamW, likewise.
     log_dir: Path | None = None  # Folder for TensorBoard: losses.
     plots: Path | None = None  # Folder for pictures.
-    arithmetic: Literal["fast", "exact"] = "fast"  # Exact: the same bits everywhere, many times slower.
+    # Exact: the same bits everywhere, many times slower.
+    arithmetic: Literal["fast", "exact"] = "fast"
 
 
 def load_book(device: torch.device) -> tuple[Sequence[Tensor], int]:
-    """Return the training text and the validation text, and how many different characters they have."""
+    """Return the training text and the validation text, and how many different characters they
+    have."""
     text, characters = read_text(BOOK, least=10 * (CONTEXT + 1))  # a window in the last tenth, too
     return text.to(device).tensor_split([len(text) * 9 // 10]), characters
 
 
 class Transformer(nn.Module):
-    """The logits ``(b, CONTEXT, characters)`` of the next characters, for windows ``(b, CONTEXT)``."""
+    """The logits ``(b, CONTEXT, characters)`` of the next characters, for windows
+    ``(b, CONTEXT)``."""
 
     def __init__(self, characters: int):
         super().__init__()
@@ -82,7 +86,8 @@ class Transformer(nn.Module):
 
 
 def loss_of(model: nn.Module, text: Tensor, starts: Tensor, reduction: str = "mean") -> Tensor:
-    """Return the cross-entropy of each next character in the windows of ``text`` that begin at ``starts``."""
+    """Return the cross-entropy of each next character in the windows of ``text`` that begin at
+    ``starts``."""
     window = text[(starts[:, None] + torch.arange(CONTEXT + 1)).to(text.device)]
     logits = model(window[:, :-1])
     return cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten(), reduction=reduction)
@@ -99,7 +104,8 @@ def evaluate(model: nn.Module, text: Tensor, world: World) -> float:
 def train(name: str, flags: Flags, world: World) -> list[dict[str, Any]]:
     """Train by Muon or by AdamW; return the losses and seconds, about ten times.
 
-    ``train_loss`` is the mean over the steps since the last row. ``seconds`` are without evaluation.
+    ``train_loss`` is the mean over the steps since the last row. ``seconds`` are without
+    evaluation.
     """
     (text, validation), characters = load_book(world.device)
     is_exact = flags.arithmetic == "exact"
@@ -154,15 +160,17 @@ def train(name: str, flags: Flags, world: World) -> list[dict[str, Any]]:
 def main(flags: Flags) -> None:
     with join_world(flags.device) as world:
         if flags.arithmetic == "fast" and flags.batch_size % world.world_size:
-            raise ConfigError(f"--batch-size is {flags.batch_size}, expected a multiple of the ranks")
+            raise ConfigError(
+                f"--batch-size is {flags.batch_size}, expected a multiple of the ranks"
+            )
         names = ["adamw"] if flags.arithmetic == "exact" else ["muon", "adamw"]
         runs = [train(name, flags, world) for name in names]
         if world.rank > 0:
             return
         for run in runs:
             print(
-                "{optimizer}: training loss {train_loss:.3f}, validation loss {validation_loss:.3f} "
-                "after {step} steps, {seconds:.1f} s".format(**run[-1])
+                "{optimizer}: training loss {train_loss:.3f}, validation loss "
+                "{validation_loss:.3f} after {step} steps, {seconds:.1f} s".format(**run[-1])
             )
             console.write_log(flags.log_dir and flags.log_dir / run[0]["optimizer"], run, "step")
         rows = [row for run in runs for row in run]

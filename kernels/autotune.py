@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""Choose a launch: the library (no plan), the rule's tiles, or tiles that Triton's autotuner measures.
+"""Choose a launch: the library (no plan), the rule's tiles, or tiles that Triton's autotuner
+measures.
 
-``TORCHPAR_AUTOTUNE=1`` turns the autotuner on. At the first launch for a layout of tensors it times the
-kernel with each configuration that suits. Triton keeps the times on disk, in $TRITON_CACHE_DIR. Later
-launches cost what others cost.
+``TORCHPAR_AUTOTUNE=1`` turns the autotuner on. At the first launch for a layout of tensors it times
+the kernel with each configuration that suits. Triton keeps the times on disk, in $TRITON_CACHE_DIR.
+Later launches cost what others cost.
 
-Other tiles sum in another order, so that times decide the last bits of a result. A launch in a compiled graph
-has no tensors to time, and takes the rule's tiles. Launches that split k, and launches in Triton's
-interpreter, take the rule's tiles, too.
+Other tiles sum in another order, so that times decide the last bits of a result. A launch in a
+compiled graph has no tensors to time, and takes the rule's tiles. Launches that split k, and
+launches in Triton's interpreter, take the rule's tiles, too.
 """
 
 import os
@@ -24,7 +25,8 @@ ENABLED = os.environ.get("TORCHPAR_AUTOTUNE") == "1"  # read when the kernels ar
 
 
 class Choice(NamedTuple):
-    """The arguments of a launcher on which its choice depends; ``traced``: by a compiler, without tensors."""
+    """The arguments of a launcher on which its choice depends; ``traced``: by a compiler, without
+    tensors."""
 
     precision: str
     tiles: Tiles | None
@@ -63,7 +65,8 @@ def choose_plan(
 
 
 class AutotunedPlan(Plan):
-    """The fastest of several plans of one kernel, as Triton's autotuner finds it at the first launch.
+    """The fastest of several plans of one kernel, as Triton's autotuner finds it at the first
+    launch.
 
     Args:
         plans: for the same tensors; no two with the same constants.
@@ -75,7 +78,8 @@ class AutotunedPlan(Plan):
         first_constant = one.kernel.arg_names.index(next(iter(one.constants)))
         tuner = triton.autotune(
             configs=[triton.Config(dict(plan.constants), **plan.options) for plan in plans],
-            key=one.kernel.arg_names[first_constant - len(one.arguments) : first_constant],  # all integers
+            # All integers.
+            key=one.kernel.arg_names[first_constant - len(one.arguments) : first_constant],
             restore_value=list(restore),
             cache_results=True,
         )(one.kernel)
@@ -85,7 +89,9 @@ class AutotunedPlan(Plan):
     def _compile(self, wrap: Wrap, *arguments: Any) -> None:
         assert wrap is None, "a tracer has no tensors to time"
         names = list(self.kernel.configs[0].kwargs)
-        compiled = self.kernel[lambda given: self._grids[tuple(given[name] for name in names)]](*arguments)
+        compiled = self.kernel[lambda given: self._grids[tuple(given[name] for name in names)]](
+            *arguments
+        )
         self.constants = self.kernel.best_config.kwargs
         self.grid = self._grids[tuple(self.constants.values())]
         self._keep(compiled)

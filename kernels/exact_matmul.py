@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: MIT
-"""Exact sums of products: float32 rows become integers, whose 8-bit digits the tensor cores multiply.
+"""Exact sums of products: float32 rows become integers, whose 8-bit digits the tensor cores
+multiply.
 
-A row is scaled by a power of two and rounded to integers X, |X| ≤ 2³¹ − 2²⁴, which are cut into four signed
-digits, X = d₀·2²⁴ + d₁·2¹⁶ + d₂·2⁸ + d₃. For rows i of A, with exponents e, and rows j of B, with digits c
-and exponents f, the kernel sums the products of each order s = p + q ≤ 3 in int32:
+A row is scaled by a power of two and rounded to integers X, |X| ≤ 2³¹ − 2²⁴, which are cut into
+four signed digits, X = d₀·2²⁴ + d₁·2¹⁶ + d₂·2⁸ + d₃. For rows i of A, with exponents e, and rows j
+of B, with digits c and exponents f, the kernel sums the products of each order s = p + q ≤ 3 in
+int32:
 
     S_s = Σ_k Σ_{p + q = s} d_p·c_q
     T_ij = ((S₀·2⁸ + S₁)·2⁸ + S₂)·2⁸ + S₃
     (A·Bᵀ)_ij ≈ T_ij · 2^(e_i + f_j − 38)
 
-T is an integer, so that neither the tiles nor the order of the sums change its bits. Where int8 is slow,
-digits are float16, which has all of them, and S_s is float32, of so few terms that it is not rounded.
+T is an integer, so that neither the tiles nor the order of the sums change its bits. Where int8 is
+slow, digits are float16, which has all of them, and S_s is float32, of so few terms that it is not
+rounded.
 """
 
 import triton
@@ -21,18 +24,19 @@ from .gemm import GROUP, grouped_tile, triangle_tile
 from .launch import Plan, Wrap, cached_plan
 from .tiles import Tiles, aligned, count_tiles, device
 
-CHAIN = 2**14  # terms: with more, the four products of order 3, of up to 2¹⁴ each, could overflow int32
+# Terms: with more, the four products of order 3, of up to 2¹⁴ each, could overflow int32.
+CHAIN = 2**14
 FLOAT_CHAIN = 2**8  # terms: with more, they could exceed 2²⁴, above which float32 rounds integers
-# The capability of a B300. It multiplies int8 at 0.15 POPS, dense, and a B200 at 4.5 (NVIDIA's data sheets);
-# float16 is as fast on both.
+# The capability of a B300. It multiplies int8 at 0.15 POPS, dense, and a B200 at 4.5 (NVIDIA's data
+# sheets); float16 is as fast on both.
 SLOW_INT8 = 103
 LONGEST = 2**23  # terms, for which T fits in an int64
 
 LIMIT_K = tl.constexpr(16)  # columns of signs at a time; tensor cores need at least 16
 MAX_EXPONENT = tl.constexpr(129)  # A greater exponent marks a row that has a NaN or an infinity.
 WEIGHT = tl.constexpr(38)  # T counts units of 2^(e + f − WEIGHT).
-# Added to |x| < 2²², it leaves no bits for a fraction: the sum is rounded to an integer, ties to even, whose
-# bits are ROUND_BITS plus the rounded x.
+# Added to |x| < 2²², it leaves no bits for a fraction: the sum is rounded to an integer, ties to
+# even, whose bits are ROUND_BITS plus the rounded x.
 ROUND = tl.constexpr(12582912.0)  # 1.5·2²³
 ROUND_BITS = tl.constexpr(0x4B400000)
 HALVES = tl.constexpr(0x00808080)  # half of each digit but the first
@@ -58,13 +62,15 @@ def power(exponents):
 def digits(x, first, second, FLOAT: tl.constexpr):
     """The four digits of ``X = round(x·first·second·2⁹)`` for ``|x·first·second| < 2²²``.
 
-    X = 2⁹·h + l, where h is the integer next to the scaled x and l rounds what is left, which is exact.
-    A compiler may fuse these products and sums: all products are exact, or so small that X is 0.
+    X = 2⁹·h + l, where h is the integer next to the scaled x and l rounds what is left, which is
+    exact. A compiler may fuse these products and sums: all products are exact, or so small that X
+    is 0.
     """
     x = x * first * second
     h = x + ROUND
     l = (x - (h - ROUND)) * 512.0 + ROUND  # noqa: E741
-    # Adding the halves, and flipping the sign bit of each byte, makes digits from −128 to 127 of the bytes.
+    # Adding the halves, and flipping the sign bit of each byte, makes digits from −128 to 127 of
+    # the bytes.
     offset: tl.constexpr = (HALVES - ROUND_BITS - (ROUND_BITS << 9)) % 2**32
     x = (h.to(tl.int32, bitcast=True) << 9) + l.to(tl.int32, bitcast=True)
     x = (x + offset) ^ HALVES
@@ -74,7 +80,8 @@ def digits(x, first, second, FLOAT: tl.constexpr):
 @triton.jit
 def digit(x, FLOAT: tl.constexpr):
     """The lowest byte of x as a signed number, float16 or int8."""
-    if FLOAT:  # The bits of 1024 + u are 0x6400 + u; u is the number + 128. A conversion takes longer.
+    # The bits of 1024 + u are 0x6400 + u; u is the number + 128. A conversion takes longer.
+    if FLOAT:
         return ((x & 0xFF) ^ 0x6480).to(tl.int16).to(tl.float16, bitcast=True) - 1152.0
     else:
         return x.to(tl.int8)
@@ -82,9 +89,20 @@ def digit(x, FLOAT: tl.constexpr):
 
 @triton.jit
 def chain(
-    a_tile, b_tile, a_inside, b_inside, e, f, k, a_col, b_col, EVEN_K: tl.constexpr, FLOAT: tl.constexpr
+    a_tile,
+    b_tile,
+    a_inside,
+    b_inside,
+    e,
+    f,
+    k,
+    a_col,
+    b_col,
+    EVEN_K: tl.constexpr,
+    FLOAT: tl.constexpr,
 ):
-    """T of at most CHAIN terms, int64; rows where ``a_inside`` or ``b_inside`` is false count as 0."""
+    """T of at most CHAIN terms, int64; rows where ``a_inside`` or ``b_inside`` is false count as
+    0."""
     a_first, a_second = powers(22 - e)
     b_first, b_second = powers(22 - f)
     BLOCK_K: tl.constexpr = a_tile.shape[1]
@@ -129,8 +147,11 @@ def sign(x):
 
 
 @triton.jit
-def products_of_signs(a_ptr, b_ptr, i, j, m, n, k, a_row, a_col, b_row, b_col, BLOCK_K: tl.constexpr):
-    """The entries of the product that are NaN or infinite. Of finite values only the signs matter to them."""
+def products_of_signs(
+    a_ptr, b_ptr, i, j, m, n, k, a_row, a_col, b_row, b_col, BLOCK_K: tl.constexpr
+):
+    """The entries of the product that are NaN or infinite. Of finite values only the signs matter
+    to them."""
     cols = tl.arange(0, BLOCK_K)
     wide = cols.to(tl.int64)
     step = tl.full((), BLOCK_K, tl.int64)
@@ -173,10 +194,12 @@ def exact_product_kernel(
 ):
     """A tile of T, int64, or of the product rounded to float32.
 
-    SYMMETRIC, where B is A: the tile is on or below the diagonal, and its transpose is stored with it. T is
-    symmetric by itself, and so is what is made of it, since products by powers of two are exact.
+    SYMMETRIC, where B is A: the tile is on or below the diagonal, and its transpose is stored with
+    it. T is symmetric by itself, and so is what is made of it, since products by powers of two are
+    exact.
     """
-    tiles_m, tiles_n = (m - 1) // BLOCK_M + 1, (n - 1) // BLOCK_N + 1  # tl.cdiv overflows just below 2³¹
+    # tl.cdiv overflows just below 2³¹.
+    tiles_m, tiles_n = (m - 1) // BLOCK_M + 1, (n - 1) // BLOCK_N + 1
     if SYMMETRIC:
         tiles = tiles_m * (tiles_m + 1) // 2
         tile_m, tile_n = triangle_tile(tl.program_id(0) % tiles, tiles_m, GROUP)
@@ -203,7 +226,9 @@ def exact_product_kernel(
         step = tl.full((), CHAIN, tl.int64)
         for start in range(0, k, CHAIN):
             terms = tl.minimum(k - start, CHAIN)
-            total += chain(a_tile, b_tile, a_inside, b_inside, e, f, terms, a_col, b_col, EVEN_K, FLOAT)
+            total += chain(
+                a_tile, b_tile, a_inside, b_inside, e, f, terms, a_col, b_col, EVEN_K, FLOAT
+            )
             a_tile += step * a_col
             b_tile += step * b_col
     if out_ptr.dtype.element_ty == tl.int64:
@@ -211,7 +236,9 @@ def exact_product_kernel(
     else:
         out = (total.to(tl.float64) * power(e)[:, None] * power(f - WEIGHT)[None, :]).to(tl.float32)
         if tl.min(e_finite.to(tl.int32)) + tl.min(f_finite.to(tl.int32)) < 2:
-            limit = products_of_signs(a_ptr, b_ptr, i, j, m, n, k, a_row, a_col, b_row, b_col, LIMIT_K)
+            limit = products_of_signs(
+                a_ptr, b_ptr, i, j, m, n, k, a_row, a_col, b_row, b_col, LIMIT_K
+            )
             out = tl.where(e_finite[:, None] & f_finite[None, :], out, limit)
     out_ptr += batch * m * n
     tl.store(out_ptr + (i[:, None] * n + j[None, :]), out, mask=(i < m)[:, None] & (j < n)[None, :])
@@ -222,13 +249,14 @@ def exact_product_kernel(
 
 
 def exact_product(a: Tensor, b: Tensor, e: Tensor, f: Tensor, wrap: Wrap, *, out: Tensor) -> Tensor:
-    """``a @ b.mT`` of float32 ``a (*, m, k)`` and ``b (*, n, k)`` by exact sums; of ``b is a``, half.
+    """``a @ b.mT`` of float32 ``a (*, m, k)`` and ``b (*, n, k)`` by exact sums; of ``b is a``,
+    half.
 
     Args:
-        e, f: int32 exponents ``(*, m)`` and ``(*, n)`` of the rows, contiguous: |x| < (1 − 2⁻⁷)·2^e, and from
-            −149 to 129. A greater one marks a row that has a NaN or an infinity.
-        out: ``(*, m, n)``, contiguous. In int64 it becomes T, which says nothing of marked rows and columns;
-            in float32 the product, which is NaN or infinite there.
+        e, f: int32 exponents ``(*, m)`` and ``(*, n)`` of the rows, contiguous: |x| < (1 −
+            2⁻⁷)·2^e, and from −149 to 129. A greater one marks a row that has a NaN or an infinity.
+        out: ``(*, m, n)``, contiguous. In int64 it becomes T, which says nothing of marked rows and
+            columns; in float32 the product, which is NaN or infinite there.
 
     Returns:
         ``out``; exactly symmetric if ``b is a``.
@@ -238,7 +266,8 @@ def exact_product(a: Tensor, b: Tensor, e: Tensor, f: Tensor, wrap: Wrap, *, out
     """
     if a.shape[-1] > LONGEST:
         raise ValueError(
-            f"exact_product sums at most {LONGEST} terms in int64, got k = {a.shape[-1]}; split k, add int64"
+            f"exact_product sums at most {LONGEST} terms in int64, got k = {a.shape[-1]}; split k, "
+            "add int64"
         )
     if a.shape[-1] == 0:
         return out.zero_()
@@ -270,26 +299,31 @@ def _plan(a: Tensor, b: Tensor | None, e: Tensor, f: Tensor) -> Plan:
     }
     options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
     programs = batch * count_tiles(tiles, m, n, symmetric)
-    return Plan(exact_product_kernel, programs, (m, n, k, *a.stride(), *b.stride()), constants, options)
+    return Plan(
+        exact_product_kernel, programs, (m, n, k, *a.stride(), *b.stride()), constants, options
+    )
 
 
 def _tiles(a: Tensor, b: Tensor, symmetric: bool) -> Tiles:
-    """The largest tiles whose loop keeps its four sums in registers, since each tile cuts all its elements.
+    """The largest tiles whose loop keeps its four sums in registers, since each tile cuts all its
+    elements.
 
-    Small tiles have registers for an address per element, and for T beside the sums of a chain. They also
-    fill more of the processor where there are few large ones.
+    Small tiles have registers for an address per element, and for T beside the sums of a chain.
+    They also fill more of the processor where there are few large ones.
     """
     (batch, m, k), n = a.shape, b.shape[1]
     present = device(a)
     if present.capability == SLOW_INT8:
         return Tiles(64, 64, 32, 8, 3)  # larger ones spill, since T stands beside the four sums
     by_rows = a.stride(-1) == b.stride(-1) == 1
-    # On other devices tensor cores read int8 from registers, and several warps cut the same elements.
+    # On other devices tensor cores read int8 from registers, and several warps cut the same
+    # elements.
     shared = present.capability in (90, 100)
     if symmetric:
         large, small = Tiles(64, 64, 32, 4 if by_rows and shared else 8, 3), Tiles(32, 32, 32, 4, 3)
     else:
-        # The products of 128 × 64 would take all of an sm_100's tensor memory, and with some compilers more.
+        # The products of 128 × 64 would take all of an sm_100's tensor memory, and with some
+        # compilers more.
         rows = 64 if present.capability == 100 else 128
         large, small = Tiles(rows, 64, 32, 8, 3), Tiles(64, 32, 32, 8, 3)
     fits = k <= CHAIN and aligned(a, 16) and aligned(b, 16)

@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: MIT
-"""Building blocks of the matrix kernels: the order of tiles, and the loop over k, by pointers or by TMA."""
+"""Building blocks of the matrix kernels: the order of tiles, and the loop over k, by pointers or by
+TMA."""
 
 import triton
 import triton.language as tl
 
-GROUP = tl.constexpr(8)  # tile rows that are computed together, so that their operands stay in the L2 cache
+# Tile rows that are computed together, so that their operands stay in the L2 cache.
+GROUP = tl.constexpr(8)
 
 
 @triton.jit
 def grouped_tile(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
-    """Row and column of a tile, in the order of groups of GROUP tile rows, each column by column."""
+    """Row and column of a tile, in the order of groups of GROUP tile rows, each column by
+    column."""
     in_group = GROUP * tiles_n
     first_row = tile // in_group * GROUP
     group_rows = min(tiles_m - first_row, GROUP)
@@ -18,8 +21,10 @@ def grouped_tile(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 @triton.jit
 def triangle_by_rows(tile):
-    """Row r and column c of a tile of the lower triangle, numbered along its rows: r(r + 1)/2 + c = tile."""
-    row = ((tl.sqrt(8.0 * tile + 1.0) - 1.0) * 0.5).to(tl.int64)  # row * row overflows int32 from 46341 on
+    """Row r and column c of a tile of the lower triangle, numbered along its rows: r(r + 1)/2 + c =
+    tile."""
+    # Row * row overflows int32 from 46341 on.
+    row = ((tl.sqrt(8.0 * tile + 1.0) - 1.0) * 0.5).to(tl.int64)
     # The float square root may be off by one in either direction.
     row = tl.where(row * (row + 1) // 2 > tile, row - 1, row)
     row = tl.where((row + 1) * (row + 2) // 2 <= tile, row + 1, row)
@@ -30,7 +35,8 @@ def triangle_by_rows(tile):
 def triangle_tile(tile, tile_rows, GROUP: tl.constexpr):
     """Row and column of a tile of the lower triangle, in the order of groups of GROUP tile rows.
 
-    A group is a rectangle, numbered column by column, and then a small triangle, numbered row by row.
+    A group is a rectangle, numbered column by column, and then a small triangle, numbered row by
+    row.
     """
     first_row = triangle_by_rows(tile)[0] // GROUP * GROUP
     in_group = tile - first_row * (first_row + 1) // 2
@@ -44,7 +50,8 @@ def triangle_tile(tile, tile_rows, GROUP: tl.constexpr):
 
 @triton.jit
 def triangle_of_batch(n, BLOCK: tl.constexpr):
-    """This program's matrix of a batch, int64, and row and column of its tile of the lower triangle."""
+    """This program's matrix of a batch, int64, and row and column of its tile of the lower
+    triangle."""
     tile_rows = tl.cdiv(n, BLOCK)
     tiles = tile_rows * (tile_rows + 1) // 2
     batch = (tl.program_id(0) // tiles).to(tl.int64)
@@ -54,12 +61,22 @@ def triangle_of_batch(n, BLOCK: tl.constexpr):
 
 @triton.jit
 def dot_rows(
-    a, b, a_rows, b_rows, m, n, k, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr
+    a,
+    b,
+    a_rows,
+    b_rows,
+    m,
+    n,
+    k,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """The tile ``A[a_rows] · B[b_rows]ᵀ`` of ``A (m, k)`` and ``B (n, k)``; rows past the end are 0.
+    """The tile ``A[a_rows] · B[b_rows]ᵀ`` of ``A (m, k)`` and ``B (n, k)``; rows past the end are
+    0.
 
-    ``a`` and ``b`` hold a pointer and the strides of rows and columns. Offsets are int64 before strides
-    multiply: operands may exceed 2³¹ elements.
+    ``a`` and ``b`` hold a pointer and the strides of rows and columns. Offsets are int64 before
+    strides multiply: operands may exceed 2³¹ elements.
     """
     a_ptr, a_row, a_col = a
     b_ptr, b_row, b_col = b
@@ -92,7 +109,9 @@ def dot_rows(
 
 
 @triton.jit
-def make_descriptor(t, batches, rows, cols, ROWS: tl.constexpr, COLS: tl.constexpr, LAYOUT: tl.constexpr):
+def make_descriptor(
+    t, batches, rows, cols, ROWS: tl.constexpr, COLS: tl.constexpr, LAYOUT: tl.constexpr
+):
     """A TMA descriptor of matrices whose rows (LAYOUT "N") or columns ("T") are contiguous.
 
     Its tiles are ROWS × COLS. ``t`` holds a pointer and the strides of batch, rows and columns.
@@ -133,7 +152,8 @@ def dot_tiles(
     B_LAYOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The tile ``A[row:] · B[col:]ᵀ``; TMA loads 0 past the ends. SAME if both operands are the same tile."""
+    """The tile ``A[row:] · B[col:]ᵀ``; TMA loads 0 past the ends. SAME if both operands are the
+    same tile."""
     ROWS: tl.constexpr = a_tiles.block_shape[2 if A_LAYOUT == "T" else 1]
     COLS: tl.constexpr = b_tiles.block_shape[2 if B_LAYOUT == "T" else 1]
     BLOCK_K: tl.constexpr = a_tiles.block_shape[1 if A_LAYOUT == "T" else 2]

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Launch plans: the kernel, grid and constants for tensors of one layout, cached for the next call.
 
-Choosing tiles, and letting Triton specialise a kernel, takes longer than launching it. Both depend on the
-layouts of the tensors alone: shapes, strides, dtype, device, and where their memory begins within 16 bytes.
+Choosing tiles, and letting Triton specialise a kernel, takes longer than launching it. Both depend
+on the layouts of the tensors alone: shapes, strides, dtype, device, and where their memory begins
+within 16 bytes.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,7 +26,8 @@ class Plan:
     """A kernel, its grid, and the arguments of its launch that come after tensors and factors.
 
     Args:
-        programs: number of programs. All are on the first grid axis: the others are limited to 65535.
+        programs: number of programs. All are on the first grid axis: the others are limited to
+            65535.
         arguments: the integers that come after tensors and factors.
         constants: the constants, in the order of the kernel's signature.
         options: ``num_warps`` and ``num_stages``.
@@ -53,14 +55,15 @@ class Plan:
     def launch(self, wrap: Wrap, *varying: Any) -> None:
         """Launch with the ``varying`` arguments: tensors of the plan's layouts, and factors.
 
-        The first real launch compiles the kernel. Later ones skip Triton's inspection of the arguments, its
-        hooks before a run, and changes of its knobs, until `forget_plans`.
+        The first real launch compiles the kernel. Later ones skip Triton's inspection of the
+        arguments, its hooks before a run, and changes of its knobs, until `forget_plans`.
         """
         launch = self._launch_compiled
         if wrap is not None or launch is None:
             launch = partial(self._compile, wrap)
         if self.descriptors:
-            # Triton's allocator is a context variable: set in a copy, it does not replace the user's.
+            # Triton's allocator is a context variable: set in a copy, it does not replace the
+            # user's.
             copy_context().run(_launch_with_scratch, launch, varying + self._rest)
         else:
             launch(*varying, *self._rest)

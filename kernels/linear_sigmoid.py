@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
 """σ(X·Wᵀ + b): the bias is added and the sigmoid taken before the result is stored.
 
-`linear_sigmoid_kernel` runs on every GPU. `linear_sigmoid_tma_kernel` is persistent and loads tiles by TMA.
-If the result has few tiles and k is large, several programs each sum a part of k (split-K), and
-`reduce_split_k_kernel` adds the parts in a fixed order, so that the bits are the same on every run.
+`linear_sigmoid_kernel` runs on every GPU. `linear_sigmoid_tma_kernel` is persistent and loads tiles
+by TMA. If the result has few tiles and k is large, several programs each sum a part of k (split-K),
+and `reduce_split_k_kernel` adds the parts in a fixed order, so that the bits are the same on every
+run.
 """
 
 from functools import partial
@@ -28,11 +29,12 @@ LN_2 = tl.constexpr(0.693147180559945)
 
 @triton.jit
 def sigmoid(z, DTYPE: tl.constexpr):
-    """``1/(1 + exp(-z))`` in DTYPE; in float32 without the error of `tl.exp` where z is far below 0.
+    """``1/(1 + exp(-z))`` in DTYPE; in float32 without the error of `tl.exp` where z is far below
+    0.
 
-    There exp(-z) = 2^t with a large t = -z·log2(e). The rounding error r of t is a relative error of r·ln(2)
-    in the result. `tl.exp` ignores it; here it is computed and corrected. A 16-bit result needs no
-    correction: the error is far below its last bit.
+    There exp(-z) = 2^t with a large t = -z·log2(e). The rounding error r of t is a relative error
+    of r·ln(2) in the result. `tl.exp` ignores it; here it is computed and corrected. A 16-bit
+    result needs no correction: the error is far below its last bit.
     """
     if z.dtype == tl.float64:
         y = 1.0 / (1.0 + tl.exp(-z))
@@ -41,7 +43,8 @@ def sigmoid(z, DTYPE: tl.constexpr):
     else:
         t = -z * LOG2_E_HIGH
         r = tl.fma(-z, LOG2_E_HIGH, -t) - z * LOG2_E_LOW
-        e = tl.exp2(t) * (1.0 + tl.where(tl.abs(t) < 256, r, 0.0) * LN_2)  # beyond, 2^t is 0 or infinite
+        # Beyond, 2^t is 0 or infinite.
+        e = tl.exp2(t) * (1.0 + tl.where(tl.abs(t) < 256, r, 0.0) * LN_2)
         d = 1.0 + e
         y = 1.0 / d  # off by up to 2 ulp; one Newton step corrects it
         y = tl.where(d < 1e38, y + y * tl.fma(-d, y, 1.0), y)
@@ -89,7 +92,8 @@ def linear_sigmoid_kernel(
 
     If SPLIT_K > 1, it is the product over ``k_per_split`` columns of x, without bias and sigmoid.
     """
-    tiles_m, tiles_n = (m - 1) // BLOCK_M + 1, (n - 1) // BLOCK_N + 1  # tl.cdiv overflows just below 2³¹
+    # tl.cdiv overflows just below 2³¹.
+    tiles_m, tiles_n = (m - 1) // BLOCK_M + 1, (n - 1) // BLOCK_N + 1
     tile = tl.program_id(0)
     if SPLIT_K > 1:
         split = (tile // (tiles_m * tiles_n)).to(tl.int64)
@@ -158,11 +162,12 @@ def linear_sigmoid_tma_kernel(
     FLATTEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """As `linear_sigmoid_kernel`, by persistent programs; the layouts are those of `make_descriptor`.
+    """As `linear_sigmoid_kernel`, by persistent programs; the layouts are those of
+    `make_descriptor`.
 
-    STORE: rows of the result begin at multiples of 16 bytes, so that TMA can store them. A tile is stored in
-    two halves, which take fewer registers and less shared memory. FLATTEN merges the loops over tiles and
-    over k, so that the next tile is loaded while the last one is stored.
+    STORE: rows of the result begin at multiples of 16 bytes, so that TMA can store them. A tile is
+    stored in two halves, which take fewer registers and less shared memory. FLATTEN merges the
+    loops over tiles and over k, so that the next tile is loaded while the last one is stored.
     """
     tl.assume(k > 0)  # without it Triton 3.6 waits for each product before it begins the next
     HALF: tl.constexpr = BLOCK_N // 2
@@ -176,7 +181,9 @@ def linear_sigmoid_tma_kernel(
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
         tile_m, tile_n = grouped_tile(tile, tiles_m, tiles_n, GROUP)
         row, col = tile_m * BLOCK_M, tile_n * BLOCK_N
-        z = dot_tiles(x_tiles, weight_tiles, 0, row, col, k, False, X_LAYOUT, WEIGHT_LAYOUT, PRECISION)
+        z = dot_tiles(
+            x_tiles, weight_tiles, 0, row, col, k, False, X_LAYOUT, WEIGHT_LAYOUT, PRECISION
+        )
         if STORE:
             left, right = tl.split(tl.permute(tl.reshape(z, (BLOCK_M, 2, HALF)), (0, 2, 1)))
             j = col + tl.arange(0, HALF)
@@ -203,7 +210,8 @@ def linear_sigmoid(
     tma: bool = True,
     only_if_faster: bool = False,
 ) -> Tensor | None:
-    """``sigmoid(x @ weight.T + bias)`` for ``x (m, k)``, ``weight (n, k)``, ``bias (n)``; k is at least 1.
+    """``sigmoid(x @ weight.T + bias)`` for ``x (m, k)``, ``weight (n, k)``, ``bias (n)``; k is at
+    least 1.
 
     Args:
         precision: "ieee" or "tf32"; it applies to float32 only.
@@ -218,7 +226,8 @@ def linear_sigmoid(
     Raises:
         ValueError: ``tiles`` of a variant that cannot take these operands.
     """
-    choice = precision, tiles, tma, only_if_faster, wrap is not None  # a `Choice` takes longer to make
+    # A `Choice` takes longer to make.
+    choice = precision, tiles, tma, only_if_faster, wrap is not None
     plan = cached_plan(_plan, wrap, (x, weight, bias), *choice, out=out)
     if plan is None:
         return None
@@ -226,7 +235,8 @@ def linear_sigmoid(
         out = x.new_empty(x.shape[0], weight.shape[0])
     if out.numel() == 0:
         return out
-    given = weight if bias is None else bias  # the kernels take a pointer even where they read no bias
+    # The kernels take a pointer even where they read no bias.
+    given = weight if bias is None else bias
     count = plan.constants.get("SPLIT_K", 1)  # by TMA nothing is split
     if count == 1:
         plan.launch(wrap, x, weight, given, out)
@@ -247,7 +257,9 @@ def _plan(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Plan
     return choose_plan(make, "linear_sigmoid", sizes, [x, weight], choice)
 
 
-def _plan_tiles(x: Tensor, weight: Tensor, bias: Tensor | None, precision: str, tiles: Tiles) -> Plan:
+def _plan_tiles(
+    x: Tensor, weight: Tensor, bias: Tensor | None, precision: str, tiles: Tiles
+) -> Plan:
     (m, k), n = x.shape, weight.shape[0]
     check_variant(tiles, "linear_sigmoid", n, x, weight)
     programs = count_tiles(tiles, m, n, symmetric=False)
@@ -265,7 +277,8 @@ def _plan_tiles(x: Tensor, weight: Tensor, bias: Tensor | None, precision: str, 
             "X_LAYOUT": "N" if x.stride(1) == 1 else "T",
             "WEIGHT_LAYOUT": "N" if weight.stride(1) == 1 else "T",
             "STORE": stores,
-            # Programs of 4 warps run in pairs on a multiprocessor: one multiplies while the other stores.
+            # Programs of 4 warps run in pairs on a multiprocessor: one multiplies while the other
+            # stores.
             "FLATTEN": stores and tiles.num_warps == 8,
             "PRECISION": precision,
         }
@@ -278,7 +291,13 @@ def _plan_tiles(x: Tensor, weight: Tensor, bias: Tensor | None, precision: str, 
         "PRECISION": precision,
         "SPLIT_K": count,
     }
-    return Plan(linear_sigmoid_kernel, count * programs, (m, n, k, k_per_split, *strides), constants, options)
+    return Plan(
+        linear_sigmoid_kernel,
+        count * programs,
+        (m, n, k, k_per_split, *strides),
+        constants,
+        options,
+    )
 
 
 def _plan_reduce(parts: Tensor, bias: Tensor | None) -> Plan:
@@ -290,4 +309,10 @@ def _plan_reduce(parts: Tensor, bias: Tensor | None) -> Plan:
         "SPLIT_K": count,
     }
     programs = triton.cdiv(m, REDUCE_TILE[0]) * triton.cdiv(n, REDUCE_TILE[1])
-    return Plan(reduce_split_k_kernel, programs, (m, n, 0 if bias is None else bias.stride(0)), constants, {})
+    return Plan(
+        reduce_split_k_kernel,
+        programs,
+        (m, n, 0 if bias is None else bias.stride(0)),
+        constants,
+        {},
+    )

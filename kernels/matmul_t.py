@@ -47,7 +47,8 @@ def symmetric_product_kernel(
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Compute a tile of the lower triangle of ``alpha·A·Bᵀ + beta·C``; store it and its transpose."""
+    """Compute a tile of the lower triangle of ``alpha·A·Bᵀ + beta·C``; store it and its
+    transpose."""
     batch, tile_row, tile_col = triangle_of_batch(n, BLOCK)
     i, j = tile_row * BLOCK + tl.arange(0, BLOCK), tile_col * BLOCK + tl.arange(0, BLOCK)
     a_ptr += batch * a_batch
@@ -60,7 +61,9 @@ def symmetric_product_kernel(
     if HAS_C:
         c_ptr += batch * c_batch
         c = tl.load(c_ptr + ((i * c_row)[:, None] + (j * c_col)[None, :]), mask=mask, other=0.0)
-        acc += tl.full((), beta_bits, tl.int64).to(tl.float64, bitcast=True).to(acc.dtype) * c.to(acc.dtype)
+        acc += tl.full((), beta_bits, tl.int64).to(tl.float64, bitcast=True).to(acc.dtype) * c.to(
+            acc.dtype
+        )
     out = acc.to(out_ptr.dtype.element_ty)
     # A diagonal tile is made symmetric and stored once. In all other tiles i > j.
     diagonal = tile_row == tile_col
@@ -74,8 +77,11 @@ def symmetric_product_kernel(
 
 
 @triton.jit
-def symmetric_sum_kernel(g_ptr, out_ptr, n, g_batch, g_row, g_col, MIRROR: tl.constexpr, BLOCK: tl.constexpr):
-    """``(G + Gᵀ)/2``; with MIRROR write the lower triangle of G, transposed, to the upper one of ``out``."""
+def symmetric_sum_kernel(
+    g_ptr, out_ptr, n, g_batch, g_row, g_col, MIRROR: tl.constexpr, BLOCK: tl.constexpr
+):
+    """``(G + Gᵀ)/2``; with MIRROR write the lower triangle of G, transposed, to the upper one of
+    ``out``."""
     batch, tile_row, tile_col = triangle_of_batch(n, BLOCK)
     i = tile_row.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     j = tile_col.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -90,7 +96,9 @@ def symmetric_sum_kernel(g_ptr, out_ptr, n, g_batch, g_row, g_col, MIRROR: tl.co
     else:
         upper = tl.load(g_ptr + ((j * g_row)[:, None] + (i * g_col)[None, :]), mask=mirror_mask)
         dtype: tl.constexpr = tl.float64 if g_ptr.dtype.element_ty == tl.float64 else tl.float32
-        total = (0.5 * total.to(dtype) + 0.5 * tl.trans(upper).to(dtype)).to(out_ptr.dtype.element_ty)
+        total = (0.5 * total.to(dtype) + 0.5 * tl.trans(upper).to(dtype)).to(
+            out_ptr.dtype.element_ty
+        )
         tl.store(out_ptr + (i[:, None] * n + j[None, :]), total, mask=mask)
     tl.store(out_ptr + (j[:, None] * n + i[None, :]), tl.trans(total), mask=mirror_mask)
 
@@ -109,9 +117,11 @@ def symmetric_product(
     tma: bool = True,
     only_if_faster: bool = False,
 ) -> Tensor | None:
-    """``alpha·a @ b.mT + beta·c`` for ``a, b (*, n, k)`` whose product is symmetric; half is computed.
+    """``alpha·a @ b.mT + beta·c`` for ``a, b (*, n, k)`` whose product is symmetric; half is
+    computed.
 
-    Of the symmetric ``c (*, n, n)`` the lower triangle is read, unless ``beta`` is 0. ``k`` is at least 1.
+    Of the symmetric ``c (*, n, n)`` the lower triangle is read, unless ``beta`` is 0. ``k`` is at
+    least 1.
 
     Args:
         precision: "ieee" or "tf32"; it applies to float32 only.
@@ -131,7 +141,8 @@ def symmetric_product(
         None if b is a else _few_dims(b),
         None if c is None or beta == 0 else _few_dims(c),
     )
-    choice = precision, tiles, tma, only_if_faster, wrap is not None  # a `Choice` takes longer to make
+    # A `Choice` takes longer to make.
+    choice = precision, tiles, tma, only_if_faster, wrap is not None
     plan = cached_plan(_plan_product, wrap, operands, *choice, out=out)
     if plan is None:
         return None
@@ -142,7 +153,12 @@ def symmetric_product(
         first, second, third = operands
         # The kernel takes a tensor for each operand, even if it does not read it.
         plan.launch(
-            wrap, first, first if second is None else second, first if third is None else third, out, *factors
+            wrap,
+            first,
+            first if second is None else second,
+            first if third is None else third,
+            out,
+            *factors,
         )
     return out
 
@@ -157,7 +173,9 @@ def _plan_product(a: Tensor, b: Tensor | None, c: Tensor | None, *options: Any) 
     return choose_plan(make, "symmetric_product", sizes, operands, choice, restore)
 
 
-def _plan_tiles(a: Tensor, b: Tensor | None, c: Tensor | None, precision: str, tiles: Tiles) -> Plan:
+def _plan_tiles(
+    a: Tensor, b: Tensor | None, c: Tensor | None, precision: str, tiles: Tiles
+) -> Plan:
     same = b is None
     b = a if b is None else b
     *_, n, k = a.shape
@@ -187,16 +205,20 @@ def _plan_tiles(a: Tensor, b: Tensor | None, c: Tensor | None, precision: str, t
     }
     resident = torch.sym_min(programs, device(a).multiprocessors * resident_programs(tiles))
     arguments = batch, n, k, *strides
-    return Plan(symmetric_product_tma_kernel, resident, arguments, constants, options, descriptors=True)
+    return Plan(
+        symmetric_product_tma_kernel, resident, arguments, constants, options, descriptors=True
+    )
 
 
 def half_sum(g: Tensor, wrap: Wrap, *, out: Tensor | None = None) -> Tensor:
-    """``(g + g.mT) / 2`` for ``g (*, n, n)``, contiguous. Unlike ``g + g.mT``, it cannot overflow."""
+    """``(g + g.mT) / 2`` for ``g (*, n, n)``, contiguous. Unlike ``g + g.mT``, it cannot
+    overflow."""
     return _symmetric_sum(g, g.new_empty(g.shape) if out is None else out, False, wrap)
 
 
 def mirror(c: Tensor, wrap: Wrap) -> Tensor:
-    """Write the lower triangle of the contiguous ``c (*, n, n)`` to the upper one; returns ``c``."""
+    """Write the lower triangle of the contiguous ``c (*, n, n)`` to the upper one; returns
+    ``c``."""
     return _symmetric_sum(c, c, True, wrap)
 
 
@@ -223,7 +245,8 @@ def _few_dims(t: Tensor) -> Tensor:
 
 
 def _strides(t: Tensor) -> tuple[int, ...]:
-    """Strides of batch, rows and columns. A batch of one gets a stride that suits TMA if the others do."""
+    """Strides of batch, rows and columns. A batch of one gets a stride that suits TMA if the others
+    do."""
     *batch, row, col = t.stride()
     return (batch[0] if batch and t.shape[0] != 1 else t.shape[-2] * row), row, col
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Kernels of symmetric products for GPUs with TMA (sm_90 and later): persistent, each tile in two stores.
+"""Kernels of symmetric products for GPUs with TMA (sm_90 and later): persistent, each tile in two
+stores.
 
-Below the diagonal a tile has BLOCK rows and WIDE columns. With WIDE = 2·BLOCK the tile rows 2p and 2p + 1
-have 2p + 1 such tiles, which makes p² for p pairs. The p tiles of BLOCK × BLOCK that are left on the diagonal
-are computed two at a time. Wide tiles read less for each product.
+Below the diagonal a tile has BLOCK rows and WIDE columns. With WIDE = 2·BLOCK the tile rows 2p and
+2p + 1 have 2p + 1 such tiles, which makes p² for p pairs. The p tiles of BLOCK × BLOCK that are
+left on the diagonal are computed two at a time. Wide tiles read less for each product.
 """
 
 import triton
@@ -14,9 +15,19 @@ from .gemm import GROUP, dot_tiles, load_tile, make_descriptor, triangle_tile
 
 @triton.jit
 def store_twice(
-    acc, c_tiles, out_tiles, batch, row, col, n, beta, C_LAYOUT: tl.constexpr, BELOW: tl.constexpr = False
+    acc,
+    c_tiles,
+    out_tiles,
+    batch,
+    row,
+    col,
+    n,
+    beta,
+    C_LAYOUT: tl.constexpr,
+    BELOW: tl.constexpr = False,
 ):
-    """Add ``beta·C`` to a square tile; store it and its transpose. BELOW if it is off the diagonal."""
+    """Add ``beta·C`` to a square tile; store it and its transpose. BELOW if it is off the
+    diagonal."""
     BLOCK: tl.constexpr = out_tiles.block_shape[1]
     if C_LAYOUT != "":
         acc += beta * load_tile(c_tiles, batch, row, col, C_LAYOUT).to(acc.dtype)
@@ -26,7 +37,8 @@ def store_twice(
             i = tl.arange(0, BLOCK)
             out = tl.where(i[:, None] >= i[None, :], out, out.T)
     out_tiles.store([batch, row, col], out.reshape(1, BLOCK, BLOCK))
-    # The mirror of a diagonal tile goes past the last row: a branch around a TMA store crashes the compiler.
+    # The mirror of a diagonal tile goes past the last row: a branch around a TMA store crashes the
+    # compiler.
     out_tiles.store([batch, tl.where(row == col, n, col), row], out.T.reshape(1, BLOCK, BLOCK))
 
 
@@ -59,7 +71,8 @@ def symmetric_product_tma_kernel(
     C_LAYOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``alpha·A·Bᵀ + beta·C``; the layouts are those of `make_descriptor`, and C_LAYOUT is empty without a C.
+    """``alpha·A·Bᵀ + beta·C``; the layouts are those of `make_descriptor`, and C_LAYOUT is empty
+    without a C.
 
     SAME says that A is B, so that a tile on the diagonal is loaded once.
     """
@@ -67,12 +80,18 @@ def symmetric_product_tma_kernel(
     alpha = tl.full((), alpha_bits, tl.int64).to(tl.float64, bitcast=True).to(tl.float32)
     beta = tl.full((), beta_bits, tl.int64).to(tl.float64, bitcast=True).to(tl.float32)
     b = b_ptr, b_batch, b_row, b_col
-    a_tiles = make_descriptor((a_ptr, a_batch, a_row, a_col), batches, n, k, BLOCK, BLOCK_K, A_LAYOUT)
+    a_tiles = make_descriptor(
+        (a_ptr, a_batch, a_row, a_col), batches, n, k, BLOCK, BLOCK_K, A_LAYOUT
+    )
     b_tiles = a_tiles if SAME else make_descriptor(b, batches, n, k, BLOCK, BLOCK_K, B_LAYOUT)
-    wide_tiles = b_tiles if WIDE == BLOCK else make_descriptor(b, batches, n, k, WIDE, BLOCK_K, B_LAYOUT)
+    wide_tiles = (
+        b_tiles if WIDE == BLOCK else make_descriptor(b, batches, n, k, WIDE, BLOCK_K, B_LAYOUT)
+    )
     c_tiles = a_tiles
     if C_LAYOUT != "":
-        c_tiles = make_descriptor((c_ptr, c_batch, c_row, c_col), batches, n, n, BLOCK, BLOCK, C_LAYOUT)
+        c_tiles = make_descriptor(
+            (c_ptr, c_batch, c_row, c_col), batches, n, n, BLOCK, BLOCK, C_LAYOUT
+        )
     out_tiles = tl.make_tensor_descriptor(
         out_ptr, [batches, n, n], [n.to(tl.int64) * n, n, 1], [1, BLOCK, BLOCK]
     )
@@ -89,10 +108,13 @@ def symmetric_product_tma_kernel(
         if WIDE == BLOCK:
             tile_row, tile_col = triangle_tile(unit, pairs, GROUP)
             row, col = tile_row * BLOCK, tile_col * BLOCK
-            acc = dot_tiles(a_tiles, b_tiles, batch, row, col, k, False, A_LAYOUT, B_LAYOUT, PRECISION)
+            acc = dot_tiles(
+                a_tiles, b_tiles, batch, row, col, k, False, A_LAYOUT, B_LAYOUT, PRECISION
+            )
             store_twice(acc * alpha, c_tiles, out_tiles, batch, row, col, n, beta, C_LAYOUT)
         elif unit < full:
-            # First two tiles for each place below the diagonal of pairs, then one for each place on it.
+            # First two tiles for each place below the diagonal of pairs, then one for each place on
+            # it.
             below = unit < full - pairs
             pair_rows = tl.maximum(pairs - 1, 1)  # a triangle of no rows would be divided by 0
             pair_row, pair_col = triangle_tile(tl.where(below, unit // 2, 0), pair_rows, GROUP)
@@ -100,7 +122,9 @@ def symmetric_product_tma_kernel(
             pair_col = tl.where(below, pair_col, pair_row)
             row = (2 * pair_row + tl.where(below, unit % 2, 1)) * BLOCK
             col = pair_col * WIDE
-            acc = dot_tiles(a_tiles, wide_tiles, batch, row, col, k, False, A_LAYOUT, B_LAYOUT, PRECISION)
+            acc = dot_tiles(
+                a_tiles, wide_tiles, batch, row, col, k, False, A_LAYOUT, B_LAYOUT, PRECISION
+            )
             acc *= alpha
             if C_LAYOUT == "":
                 acc = acc.to(out_tiles.dtype)  # half the registers
@@ -110,5 +134,7 @@ def symmetric_product_tma_kernel(
         else:
             for half in range(2):
                 row = ((unit - full) * 2 + half) * WIDE
-                acc = dot_tiles(a_tiles, b_tiles, batch, row, row, k, SAME, A_LAYOUT, B_LAYOUT, PRECISION)
+                acc = dot_tiles(
+                    a_tiles, b_tiles, batch, row, row, k, SAME, A_LAYOUT, B_LAYOUT, PRECISION
+                )
                 store_twice(acc * alpha, c_tiles, out_tiles, batch, row, row, n, beta, C_LAYOUT)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Kernels of the elementwise maximum and of its backward.
 
-Each array passes through memory once, 16 bytes per access. An operand that repeats along the rows or the
-columns of a tile is read once for all of them.
+Each array passes through memory once, 16 bytes per access. An operand that repeats along the rows
+or the columns of a tile is read once for all of them.
 """
 
 from typing import Any
@@ -15,9 +15,11 @@ from torch import Tensor
 from .launch import Plan, Wrap, cached_plan
 
 FLAT_BYTES = 4096  # of a result per program: 2 accesses of 16 bytes for each of 128 threads
-STRIDED_BYTES = 8192  # of a result per program, at most: 4 rows, which share what repeats along them
+# Of a result per program, at most: 4 rows, which share what repeats along them.
+STRIDED_BYTES = 8192
 STRIDED_ROW_BYTES = 2048  # one access for each of 128 threads
-STRIDED_ELEMENTS = {1: 2048, 2: 1024}  # per program, by number of results: with more, Triton 3.6 spills
+# Per program, by number of results: with more, Triton 3.6 spills.
+STRIDED_ELEMENTS = {1: 2048, 2: 1024}
 STRIDED_DIMS = 4
 
 
@@ -28,7 +30,8 @@ def larger(a, b, dtype: tl.constexpr):
 
 @triton.jit
 def shares(g, a, b):
-    """The gradients of ``a`` and ``b``. Comparisons with NaN are false, so that it gives ``g`` to both."""
+    """The gradients of ``a`` and ``b``. Comparisons with NaN are false, so that it gives ``g`` to
+    both."""
     a = a.to(g.dtype)
     b = b.to(g.dtype)
     share = tl.where(a == b, g * 0.5, g)
@@ -45,7 +48,13 @@ def load_flat(ptr, start, offsets, mask, REPEATS: tl.constexpr):
 
 @triton.jit
 def maximum_flat_kernel(
-    a_ptr, b_ptr, out_ptr, numel, A_REPEATS: tl.constexpr, B_REPEATS: tl.constexpr, BLOCK: tl.constexpr
+    a_ptr,
+    b_ptr,
+    out_ptr,
+    numel,
+    A_REPEATS: tl.constexpr,
+    B_REPEATS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     start = tl.program_id(0).to(tl.int64) * BLOCK
     offsets = tl.arange(0, BLOCK)
@@ -61,13 +70,19 @@ def maximum_flat_kernel(
         tl.store(out_ptr + start + offsets, larger(a, b, dtype), mask=mask)
 
 
-# fmt: off
 @triton.jit
 def maximum_backward_flat_kernel(
-    g_ptr, a_ptr, b_ptr, da_ptr, db_ptr, numel,
-    G_REPEATS: tl.constexpr, A_REPEATS: tl.constexpr, B_REPEATS: tl.constexpr, BLOCK: tl.constexpr,
+    g_ptr,
+    a_ptr,
+    b_ptr,
+    da_ptr,
+    db_ptr,
+    numel,
+    G_REPEATS: tl.constexpr,
+    A_REPEATS: tl.constexpr,
+    B_REPEATS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    # fmt: on
     start = tl.program_id(0).to(tl.int64) * BLOCK
     offsets = tl.arange(0, BLOCK)
     if start + BLOCK <= numel:
@@ -98,10 +113,24 @@ def rows_and_columns(col_blocks, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.conste
 
 @triton.jit
 def load_strided(
-    ptr, row, col, rows, size1, size2, size3, stride0, stride1, stride2, stride3, REPEATS: tl.constexpr
+    ptr,
+    row,
+    col,
+    rows,
+    size1,
+    size2,
+    size3,
+    stride0,
+    stride1,
+    stride2,
+    stride3,
+    REPEATS: tl.constexpr,
 ):
-    """Rows are the elements of dimensions of sizes (size0, size1, size2); divisions by 1 cost nothing."""
-    at_row = row // size2 // size1 * stride0 + row // size2 % size1 * stride1 + row % size2 * stride2
+    """Rows are the elements of dimensions of sizes (size0, size1, size2); divisions by 1 cost
+    nothing."""
+    at_row = (
+        row // size2 // size1 * stride0 + row // size2 % size1 * stride1 + row % size2 * stride2
+    )
     if REPEATS == "columns":
         return tl.load(ptr + at_row[:, None], mask=(row < rows)[:, None])
     elif REPEATS == "rows":
@@ -111,44 +140,135 @@ def load_strided(
         return tl.load(ptr + (at_row[:, None] + (col * stride3)[None, :]), mask=mask)
 
 
-# fmt: off
 @triton.jit
 def maximum_strided_kernel(
-    a_ptr, b_ptr, out_ptr, col_blocks, rows, size1, size2, size3,
-    a_stride0, a_stride1, a_stride2, a_stride3, b_stride0, b_stride1, b_stride2, b_stride3,
-    A_REPEATS: tl.constexpr, B_REPEATS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+    a_ptr,
+    b_ptr,
+    out_ptr,
+    col_blocks,
+    rows,
+    size1,
+    size2,
+    size3,
+    a_stride0,
+    a_stride1,
+    a_stride2,
+    a_stride3,
+    b_stride0,
+    b_stride1,
+    b_stride2,
+    b_stride3,
+    A_REPEATS: tl.constexpr,
+    B_REPEATS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
 ):
-    # fmt: on
     row, col = rows_and_columns(col_blocks, BLOCK_ROWS, BLOCK_COLS)
     a = load_strided(
-        a_ptr, row, col, rows, size1, size2, size3, a_stride0, a_stride1, a_stride2, a_stride3, A_REPEATS
+        a_ptr,
+        row,
+        col,
+        rows,
+        size1,
+        size2,
+        size3,
+        a_stride0,
+        a_stride1,
+        a_stride2,
+        a_stride3,
+        A_REPEATS,
     )
     b = load_strided(
-        b_ptr, row, col, rows, size1, size2, size3, b_stride0, b_stride1, b_stride2, b_stride3, B_REPEATS
+        b_ptr,
+        row,
+        col,
+        rows,
+        size1,
+        size2,
+        size3,
+        b_stride0,
+        b_stride1,
+        b_stride2,
+        b_stride3,
+        B_REPEATS,
     )
     mask = (row < rows)[:, None] & (col < size3)[None, :]
     out = out_ptr + ((row * size3)[:, None] + col[None, :])
     tl.store(out, larger(a, b, out_ptr.dtype.element_ty), mask=mask)
 
 
-# fmt: off
 @triton.jit
 def maximum_backward_strided_kernel(
-    g_ptr, a_ptr, b_ptr, da_ptr, db_ptr, col_blocks, rows, size1, size2, size3,
-    g_stride0, g_stride1, g_stride2, g_stride3, a_stride0, a_stride1, a_stride2, a_stride3,
-    b_stride0, b_stride1, b_stride2, b_stride3, G_REPEATS: tl.constexpr, A_REPEATS: tl.constexpr,
-    B_REPEATS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+    g_ptr,
+    a_ptr,
+    b_ptr,
+    da_ptr,
+    db_ptr,
+    col_blocks,
+    rows,
+    size1,
+    size2,
+    size3,
+    g_stride0,
+    g_stride1,
+    g_stride2,
+    g_stride3,
+    a_stride0,
+    a_stride1,
+    a_stride2,
+    a_stride3,
+    b_stride0,
+    b_stride1,
+    b_stride2,
+    b_stride3,
+    G_REPEATS: tl.constexpr,
+    A_REPEATS: tl.constexpr,
+    B_REPEATS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
 ):
-    # fmt: on
     row, col = rows_and_columns(col_blocks, BLOCK_ROWS, BLOCK_COLS)
     g = load_strided(
-        g_ptr, row, col, rows, size1, size2, size3, g_stride0, g_stride1, g_stride2, g_stride3, G_REPEATS
+        g_ptr,
+        row,
+        col,
+        rows,
+        size1,
+        size2,
+        size3,
+        g_stride0,
+        g_stride1,
+        g_stride2,
+        g_stride3,
+        G_REPEATS,
     )
     a = load_strided(
-        a_ptr, row, col, rows, size1, size2, size3, a_stride0, a_stride1, a_stride2, a_stride3, A_REPEATS
+        a_ptr,
+        row,
+        col,
+        rows,
+        size1,
+        size2,
+        size3,
+        a_stride0,
+        a_stride1,
+        a_stride2,
+        a_stride3,
+        A_REPEATS,
     )
     b = load_strided(
-        b_ptr, row, col, rows, size1, size2, size3, b_stride0, b_stride1, b_stride2, b_stride3, B_REPEATS
+        b_ptr,
+        row,
+        col,
+        rows,
+        size1,
+        size2,
+        size3,
+        b_stride0,
+        b_stride1,
+        b_stride2,
+        b_stride3,
+        B_REPEATS,
     )
     da, db = shares(g, a, b)
     mask = (row < rows)[:, None] & (col < size3)[None, :]
@@ -165,7 +285,8 @@ def maximum(a: Tensor, b: Tensor, out: Tensor, wrap: Wrap) -> None:
 
 
 def maximum_backward(g: Tensor, a: Tensor, b: Tensor, da: Tensor, db: Tensor, wrap: Wrap) -> None:
-    """Write the gradients ``da`` and ``db``, dense and with the same strides; the others of their shape."""
+    """Write the gradients ``da`` and ``db``, dense and with the same strides; the others of their
+    shape."""
     _launch(_plan_backward, wrap, g, a, b, da, db)
 
 
@@ -206,7 +327,8 @@ def _plan(flat: Any, strided: Any, operands: dict[str, Tensor], out: Tensor) -> 
     missing = STRIDED_DIMS - len(sizes)
     if missing < 0:
         return None
-    # Dimensions of size 1 are the inner ones of the rows: there they make all divisions divisions by 1.
+    # Dimensions of size 1 are the inner ones of the rows: there they make all divisions divisions
+    # by 1.
     size0, size1, size2, size3 = sizes[:-1] + [1] * missing + sizes[-1:]
     padded = [steps[:-1] + [0] * missing + steps[-1:] for steps in strides]
     rows = size0 * size1 * size2
@@ -234,7 +356,8 @@ def _repeats(strides: list[int]) -> str:
 
 
 def _collapse(operands: list[Tensor], out: Tensor) -> tuple[list[int], list[list[int]]]:
-    """Sizes, and strides of each operand, along ``out``'s memory in as few dimensions as possible."""
+    """Sizes, and strides of each operand, along ``out``'s memory in as few dimensions as
+    possible."""
     if all(t.stride() == out.stride() for t in operands):
         return [out.numel()], [[1]] * len(operands)
     dims = [d for d in range(out.dim()) if out.shape[d] != 1]
@@ -243,7 +366,9 @@ def _collapse(operands: list[Tensor], out: Tensor) -> tuple[list[int], list[list
     strides: list[list[int]] = [[] for _ in operands]
     for d in dims:
         steps = [t.stride(d) for t in operands]
-        if sizes and all(s[-1] == step * out.shape[d] for s, step in zip(strides, steps, strict=True)):
+        if sizes and all(
+            s[-1] == step * out.shape[d] for s, step in zip(strides, steps, strict=True)
+        ):
             sizes[-1] *= out.shape[d]
             for s, step in zip(strides, steps, strict=True):
                 s[-1] = step

@@ -33,7 +33,8 @@ def sigmoid_backward_kernel(
     col_blocks = (n - 1) // BLOCK_N + 1  # tl.cdiv overflows just below 2³¹
     chunk = (tl.program_id(0) // col_blocks).to(tl.int64)
     col = (tl.program_id(0) % col_blocks * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=acc_dtype)  # to sum over rows takes barriers: it is done once
+    # To sum over rows takes barriers: it is done once.
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=acc_dtype)
     for start in range(0, tl.minimum(m - chunk * ROWS, ROWS).to(tl.int32), BLOCK_M):
         row = chunk * ROWS + start + tl.arange(0, BLOCK_M)
         mask = (row < m)[:, None] & (col < n)[None, :]
@@ -41,17 +42,20 @@ def sigmoid_backward_kernel(
         y = tl.load(y_ptr + ((row * y_row)[:, None] + (col * y_col)[None, :]), mask=mask, other=0.0)
         y = y.to(acc_dtype)
         dz = g.to(acc_dtype) * y * (1.0 - y)
-        tl.store(dz_ptr + ((row * n)[:, None] + col[None, :]), dz.to(dz_ptr.dtype.element_ty), mask=mask)
+        tl.store(
+            dz_ptr + ((row * n)[:, None] + col[None, :]), dz.to(dz_ptr.dtype.element_ty), mask=mask
+        )
         total += dz
     row_sums = tl.sum(total, axis=0).to(partial_ptr.dtype.element_ty)
     tl.store(partial_ptr + (chunk * n + col), row_sums, mask=col < n)
 
 
 def sigmoid_backward(g: Tensor, y: Tensor, dz: Tensor, wrap: Wrap) -> Tensor:
-    """Write ``g·y·(1 - y)`` for ``g, y (m, n)`` to the contiguous ``dz``; return its sum over rows, ``(n)``.
+    """Write ``g·y·(1 - y)`` for ``g, y (m, n)`` to the contiguous ``dz``; return its sum over rows,
+    ``(n)``.
 
-    The sum has a fixed order, so that its bits are the same on every run. Up to
-    `PROGRAM_ROWS` rows are summed by one program, which writes the result. Of more rows, each program sums
+    The sum has a fixed order, so that its bits are the same on every run. Up to `PROGRAM_ROWS` rows
+    are summed by one program, which writes the result. Of more rows, each program sums
     `PROGRAM_ROWS`, and PyTorch adds the sums.
     """
     m, n = y.shape

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Tiles of the matrix kernels, the rule that chooses, and the rule for where PyTorch's library computes.
+"""Tiles of the matrix kernels, the rule that chooses, and the rule for where PyTorch's library
+computes.
 
-The rule takes the tiles with the least estimated time. Its numbers come from machine code and data sheets; no
-GPU has measured them. `autotune` measures.
+The rule takes the tiles with the least estimated time. Its numbers come from machine code and data
+sheets; no GPU has measured them. `autotune` measures.
 """
 
 from collections.abc import Sequence
@@ -14,12 +15,14 @@ import triton
 from torch import Tensor
 
 _WITH_TMA = (90, 100, 103)  # sm_120 has too little shared memory for tiles that gain by it
-# With fewer, a matrix has few tiles for the multiprocessors; of 4 × 4 tiles it skips only 6. The best known
-# kernel of this kind, quack's, has 0.31 times cuBLAS's speed at 512 rows, 0.78 at 1024, 1.02 at 2048. A batch
-# has more tiles. It follows the same rule, since no such kernel has been timed with one.
+# With fewer, a matrix has few tiles for the multiprocessors; of 4 × 4 tiles it skips only 6. The
+# best known kernel of this kind, quack's, has 0.31 times cuBLAS's speed at 512 rows, 0.78 at 1024,
+# 1.02 at 2048. A batch has more tiles. It follows the same rule, since no such kernel has been
+# timed with one.
 FEWEST_ROWS = 1024
-# Products that an H100's multiprocessor makes, 2048 a cycle, while the L2 cache sends it a number of 16 bits,
-# at 64 bytes a cycle. By this, a tile of 128 × 256 takes seven eighths of the time of two of 128 × 128.
+# Products that an H100's multiprocessor makes, 2048 a cycle, while the L2 cache sends it a number
+# of 16 bits, at 64 bytes a cycle. By this, a tile of 128 × 256 takes seven eighths of the time of
+# two of 128 × 128.
 LOAD = 64
 
 
@@ -43,7 +46,8 @@ class Tiles(NamedTuple):
 
 
 class Device(NamedTuple):
-    """The properties of a device on which tiles depend; capability 90 is sm_90, and 0 is no NVIDIA GPU."""
+    """The properties of a device on which tiles depend; capability 90 is sm_90, and 0 is no NVIDIA
+    GPU."""
 
     name: str
     capability: int
@@ -53,13 +57,13 @@ class Device(NamedTuple):
 class Kind(NamedTuple):
     """A kind of operands, and the tiles for it.
 
-    ``launch``: columns of a 64 × 64 tile that take as long as a launch, such as the one that adds the parts
-    of a split sum: 4 µs, an estimate, at the speed of an H200 by NVIDIA's data sheet.
+    ``launch``: columns of a 64 × 64 tile that take as long as a launch, such as the one that adds
+    the parts of a split sum: 4 µs, an estimate, at the speed of an H200 by NVIDIA's data sheet.
 
-    ``most_k``: the longest sums for which `linear_sigmoid` is expected to win. Its products take some 17%
-    longer than cuBLAS's, an estimate from the machine code, and it saves the sigmoid's pass through memory.
-    The two are equal at k = 2155 in 16 bits and TF32, and at 656 in float64, on an H200 with 788, 394 and 60
-    TFLOP/s and 4.3 TB/s. The number is a power of 2 below that.
+    ``most_k``: the longest sums for which `linear_sigmoid` is expected to win. Its products take
+    some 17% longer than cuBLAS's, an estimate from the machine code, and it saves the sigmoid's
+    pass through memory. The two are equal at k = 2155 in 16 bits and TF32, and at 656 in float64,
+    on an H200 with 788, 394 and 60 TFLOP/s and 4.3 TB/s. The number is a power of 2 below that.
     """
 
     dtype: torch.dtype
@@ -73,18 +77,22 @@ class Kind(NamedTuple):
 # Of tiles with the same estimate the first are taken.
 _16_BIT = (
     Tiles(128, 256, 64, 8, 4, "tma"),  # the largest that do not spill: 182 registers, 224 of 227 KB
-    Tiles(64, 128, 64, 4, 4, "tma"),  # two programs a multiprocessor: one multiplies while the other stores
-    Tiles(128, 128, 64, 8, 4, "tma"),  # where the last wave of 128 × 256 would be almost empty; sm_100
+    # Two programs a multiprocessor: one multiplies while the other stores.
+    Tiles(64, 128, 64, 4, 4, "tma"),
+    # Where the last wave of 128 × 256 would be almost empty; sm_100.
+    Tiles(128, 128, 64, 8, 4, "tma"),
     Tiles(128, 128, 64, 8, 3),  # 96 KB, so that two run on an H100's multiprocessor
     Tiles(64, 128, 64, 4, 3),  # where those leave the last wave almost empty
     Tiles(64, 64, 64, 4, 3),  # small products do not repay the making of descriptors
-    Tiles(64, 64, 128, 4, 3, "tma"),  # where pointers would load single elements, and few rows are long
+    # Where pointers would load single elements, and few rows are long.
+    Tiles(64, 64, 128, 4, 3, "tma"),
     Tiles(64, 64, 64, 4, 4, "split_k"),  # few tiles: several programs share one
 )
-# Elements of twice the size: half the columns fill as many bytes of shared memory. With a fourth stage,
-# transposed operands and a matrix C would not fit into sm_100's shared memory.
+# Elements of twice the size: half the columns fill as many bytes of shared memory. With a fourth
+# stage, transposed operands and a matrix C would not fit into sm_100's shared memory.
 _TF32 = tuple(tiles._replace(block_k=tiles.block_k // 2, num_stages=3) for tiles in _16_BIT)
-_FLOAT32 = (  # On FMA units. With 32 columns a tile of 128 × 128 would take all 255 registers of a thread.
+# On FMA units. With 32 columns a tile of 128 × 128 would take all 255 registers of a thread.
+_FLOAT32 = (
     Tiles(128, 128, 16, 8, 3),
     Tiles(64, 128, 16, 8, 2),
     Tiles(64, 64, 16, 8, 2),
@@ -107,7 +115,11 @@ KINDS = {
 
 
 def kind_of(dtype: torch.dtype, precision: str) -> str:
-    return "tf32" if (dtype, precision) == (torch.float32, "tf32") else str(dtype).removeprefix("torch.")
+    return (
+        "tf32"
+        if (dtype, precision) == (torch.float32, "tf32")
+        else str(dtype).removeprefix("torch.")
+    )
 
 
 def device(t: Tensor) -> Device:
@@ -143,7 +155,8 @@ def count_tiles(tiles: Tiles, m: int, n: int, symmetric: bool) -> int:
         return rows * columns
     if tiles.block_m == tiles.block_n:
         return rows * (rows + 1) // 2
-    return columns * columns + (columns + 1) // 2  # wide tiles, and pairs of square ones on the diagonal
+    # Wide tiles, and pairs of square ones on the diagonal.
+    return columns * columns + (columns + 1) // 2
 
 
 def resident_programs(tiles: Tiles) -> int:
@@ -154,7 +167,8 @@ def resident_programs(tiles: Tiles) -> int:
 def split_k(tiles: Tiles, present: Device, m: int, n: int, k: int) -> tuple[int, int]:
     """The number of programs that share a tile, and the columns of x that each takes.
 
-    The number is 1 for other variants, and for symbolic sizes, where another number would be a guard.
+    The number is 1 for other variants, and for symbolic sizes, where another number would be a
+    guard.
     """
     if tiles.variant != "split_k" or any(isinstance(size, torch.SymInt) for size in (m, n, k)):
         return 1, k
@@ -166,22 +180,30 @@ def split_k(tiles: Tiles, present: Device, m: int, n: int, k: int) -> tuple[int,
 
 
 def aligned(t: Tensor, unit: int) -> bool:
-    """Whether ``t`` begins on 16 bytes, and its contiguous rows or columns on multiples of ``unit`` elements.
+    """Whether ``t`` begins on 16 bytes, and its contiguous rows or columns on multiples of ``unit``
+    elements.
 
-    By pointers Triton loads 16 bytes at a time where ``unit`` is 16, for it asks for no other divisor.
+    By pointers Triton loads 16 bytes at a time where ``unit`` is 16, for it asks for no other
+    divisor.
     """
-    steps = [size if stride == 1 else stride for size, stride in zip(t.shape, t.stride(), strict=True)]
+    steps = [
+        size if stride == 1 else stride for size, stride in zip(t.shape, t.stride(), strict=True)
+    ]
     return 1 in t.stride() and all(step % unit == 0 for step in steps) and _begins_on_16_bytes(t)
 
 
 def loads_by_tma(t: Tensor) -> bool:
-    """Whether a TMA descriptor can describe the matrices of ``t (*, rows, cols)`` or their transposes."""
+    """Whether a TMA descriptor can describe the matrices of ``t (*, rows, cols)`` or their
+    transposes."""
     *batch, row, col = t.stride()
     if any(isinstance(size, int) and not 1 < size < 2**31 for size in t.shape[-2:]):
-        return False  # Triton makes a size of 1 a constant, and takes no larger ones in a descriptor
+        # Triton makes a size of 1 a constant, and takes no larger ones in a descriptor.
+        return False
     unit = 16 // t.element_size()
     steps = (row if col == 1 else col, *(s for s, n in zip(batch, t.shape, strict=False) if n != 1))
-    return 1 in (row, col) and all(s > 0 and s % unit == 0 for s in steps) and _begins_on_16_bytes(t)
+    return (
+        1 in (row, col) and all(s > 0 and s % unit == 0 for s in steps) and _begins_on_16_bytes(t)
+    )
 
 
 def _begins_on_16_bytes(t: Tensor) -> bool:
@@ -192,7 +214,8 @@ def _begins_on_16_bytes(t: Tensor) -> bool:
 
 
 def allows_tma(kernel: str, n: int, *operands: Tensor) -> bool:
-    """Whether a kernel by TMA takes the operands; a symmetric product also stores ``n`` columns by TMA."""
+    """Whether a kernel by TMA takes the operands; a symmetric product also stores ``n`` columns by
+    TMA."""
     stores = kernel == "linear_sigmoid" or n * operands[0].element_size() % 16 == 0
     return stores and operands[0].dtype != torch.float64 and all(map(loads_by_tma, operands))
 
@@ -215,16 +238,22 @@ def suits(tiles: Tiles, kernel: str, n: int, *operands: Tensor, tma: bool = True
 def check_variant(tiles: Tiles, kernel: str, n: int, *operands: Tensor) -> None:
     """Raise a ValueError if ``tiles`` are of a variant that cannot take the operands."""
     if tiles.variant == "tma" and not allows_tma(kernel, n, *operands):
-        raise ValueError(f"{kernel} cannot take these operands by {tiles}, expected the variant pointers")
+        raise ValueError(
+            f"{kernel} cannot take these operands by {tiles}, expected the variant pointers"
+        )
 
 
 def tile_cost(rows: int, columns: int) -> int:
-    """The cost of a tile for each column of x, in products: its own, and `LOAD` for each number loaded."""
+    """The cost of a tile for each column of x, in products: its own, and `LOAD` for each number
+    loaded."""
     return rows * columns + LOAD * (rows + columns)
 
 
-def suitable(kernel: str, precision: str, n: int, *operands: Tensor, tma: bool = True) -> list[Tiles]:
-    """The configurations of the operands' device that suit the operands, and ``n`` columns of a result."""
+def suitable(
+    kernel: str, precision: str, n: int, *operands: Tensor, tma: bool = True
+) -> list[Tiles]:
+    """The configurations of the operands' device that suit the operands, and ``n`` columns of a
+    result."""
     possible = configurations(kernel, operands[0].dtype, precision, device(operands[0]).capability)
     return [tiles for tiles in possible if suits(tiles, kernel, n, *operands, tma=tma)]
 
@@ -234,7 +263,8 @@ def choose_tiles(
 ) -> Tiles:
     """The tiles with the least estimated time for products of ``sizes`` (m, n, k and batch).
 
-    A compiled graph keeps the tiles of the sizes that it was traced with; only their alignment is guarded.
+    A compiled graph keeps the tiles of the sizes that it was traced with; only their alignment is
+    guarded.
     """
     present, kind = device(operands[0]), KINDS[kind_of(operands[0].dtype, precision)]
     possible = suitable(kernel, precision, sizes[1], *operands, tma=tma)
@@ -261,10 +291,13 @@ def estimate(tiles: Tiles, kernel: str, kind: Kind, present: Device, sizes: Sequ
 def library_is_faster(
     kernel: str, precision: str, sizes: Sequence[int], *operands: Tensor, tma: bool = True
 ) -> bool:
-    """Whether PyTorch's library computes, since the kernel is not expected to win (docs/tuning.md)."""
+    """Whether PyTorch's library computes, since the kernel is not expected to win
+    (docs/tuning.md)."""
     m, _, k, _ = map(_hint, sizes)
     name = kind_of(operands[0].dtype, precision)
-    if kernel == "linear_sigmoid" and _saves_a_launch(KINDS[name], precision, sizes, *operands, tma=tma):
+    if kernel == "linear_sigmoid" and _saves_a_launch(
+        KINDS[name], precision, sizes, *operands, tma=tma
+    ):
         return False
     if name == "float32":  # the kernels' loop over k has bank conflicts in shared memory
         return True
@@ -277,11 +310,12 @@ def library_is_faster(
 def _saves_a_launch(
     kind: Kind, precision: str, sizes: Sequence[int], *operands: Tensor, tma: bool = True
 ) -> bool:
-    """Whether one launch of `linear_sigmoid` is expected to beat the library's two, of addmm and the sigmoid.
+    """Whether one launch of `linear_sigmoid` is expected to beat the library's two, of addmm and
+    the sigmoid.
 
-    A kernel that takes twice as long as addmm wins up to a time T of two launches, where T = T/2 + a launch.
-    The estimate has room for the bank conflicts of IEEE float32: with the `LOAD` of tensor cores, it is three
-    times the arithmetic of FMA units.
+    A kernel that takes twice as long as addmm wins up to a time T of two launches, where T = T/2 +
+    a launch. The estimate has room for the bank conflicts of IEEE float32: with the `LOAD` of
+    tensor cores, it is three times the arithmetic of FMA units.
     """
     tiles = choose_tiles("linear_sigmoid", precision, sizes, *operands, tma=tma)
     if tiles.variant == "split_k":  # it launches twice, too

@@ -17,29 +17,38 @@ from unittest.mock import patch
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LAST_LINE = r"test accuracy [01]\.\d{4} \| loss \d+\.\d{4} \| \d+\.\d s \| (\d) ranks? \| (cpu|cuda)"
+LAST_LINE = (
+    r"test accuracy [01]\.\d{4} \| loss \d+\.\d{4} \| \d+\.\d s \| (\d) ranks? \| (cpu|cuda)"
+)
 # The wheels of MPICH and Open MPI put theirs beside Python.
-MPIRUN = shutil.which("mpirun", path=os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])))
+MPIRUN = shutil.which(
+    "mpirun", path=os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+)
 needs_mpirun = pytest.mark.skipif(MPIRUN is None, reason="no mpirun; pip install mpich")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
 
 
 def import_path(*folders: Path) -> str:
-    """A PYTHONPATH of ``folders`` and of what it has already: some machines carry their packages there."""
+    """A PYTHONPATH of ``folders`` and of what it has already: some machines carry their packages
+    there."""
     return os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def run(*command: str, cwd: Path | str = "/") -> tuple[int, str, str]:
     """The exit status of a command, and its two streams."""
     environment = os.environ | {"PYTHONPATH": import_path(ROOT), "COLUMNS": "80"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=240)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=240
+    )
     return done.returncode, done.stdout, done.stderr
 
 
 def lesson(name: str, *flags: str) -> tuple[int, str, str]:
-    """The exit status of a lesson such as "train_ddp", and its two streams, run within this process.
+    """The exit status of a lesson such as "train_ddp", and its two streams, run within this
+    process.
 
-    On the ranks of a pool it trains on all of them. A rank does not wait for rank 0 to print an error first.
+    On the ranks of a pool it trains on all of them. A rank does not wait for rank 0 to print an
+    error first.
     """
     from support import cli
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Fixtures: the devices there are, Triton's interpreter in a process of its own, and a set of ranks."""
+"""Fixtures: the devices there are, Triton's interpreter in a process of its own, and a set of
+ranks."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -11,7 +12,8 @@ from unittest.mock import patch
 
 import pytest
 
-# Before torch is imported: workers with two OpenMP threads each take several times as long on two cores.
+# Before torch is imported: workers with two OpenMP threads each take several times as long on two
+# cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from commands import ROOT, import_path
@@ -27,7 +29,8 @@ LONGEST = """
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Run all tests of a file on one worker of pytest-xdist, because they share processes and models."""
+    """Run all tests of a file on one worker of pytest-xdist, because they share processes and
+    models."""
     if config.getoption("dist", "no") == "load":  # which -n alone chooses
         config.option.dist = "loadfile"
         config.option.loadscopereorder = False  # by the number of tests
@@ -40,14 +43,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def threads() -> Iterator[None]:
-    """Restore PyTorch's number of threads after each test, because Numba's first parallel loop changes it."""
+    """Restore PyTorch's number of threads after each test, because Numba's first parallel loop
+    changes it."""
     yield
     torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(autouse=True, scope="session")
 def kernels_always() -> Iterator[None]:
-    """Launch the kernels on a GPU, at any size: tests have small ones, of which the library computes most."""
+    """Launch the kernels on a GPU, at any size: tests have small ones, of which the library
+    computes most."""
     if not (torch.cuda.is_available() and find_spec("triton")):
         yield
         return
@@ -62,9 +67,11 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def interpreter() -> Iterator[Callable[..., Any]]:
-    """``interpreter(function, *args)`` runs a module-level function where Triton interprets its kernels.
+    """``interpreter(function, *args)`` runs a module-level function where Triton interprets its
+    kernels.
 
-    The variable must be set before Triton is imported, so ``function`` imports `torchpar.kernels` itself.
+    The variable must be set before Triton is imported, so ``function`` imports `torchpar.kernels`
+    itself.
     """
     with ProcessPoolExecutor(1, get_context("spawn"), initializer=_interpret) as worker:
         yield lambda function, *args: worker.submit(function, *args).result()
@@ -81,9 +88,11 @@ def world() -> Iterator[Any]:
 
 @pytest.fixture(scope="session")
 def fork_server() -> None:
-    """The server that processes of the tests are forked from: it has imported the examples' modules, too."""
+    """The server that processes of the tests are forked from: it has imported the examples'
+    modules, too."""
     modules = ["torchpar.parallel.split.pipeline", "torchpar.training", "torchvision.datasets"]
-    if find_spec("rich") and find_spec("tyro"):  # without its own packages, ``support`` would end the server
+    # Without its own packages, ``support`` would end the server.
+    if find_spec("rich") and find_spec("tyro"):
         modules += ["rich.progress", "tyro", "support.session"]
     # Until Python 3.14 the server ignores the parent's sys.path.
     paths = import_path(*(ROOT / folder for folder in (".", "examples", "tests")))
@@ -93,7 +102,8 @@ def fork_server() -> None:
 
 @pytest.fixture(scope="session")
 def ranks(fork_server) -> Iterator[Ranks]:
-    """``ranks(world_size, function, *args)``: the results of a module-level function on each gloo rank."""
+    """``ranks(world_size, function, *args)``: the results of a module-level function on each gloo
+    rank."""
     with Ranks() as started:
         yield started
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Recorded hashes of exact products, the mode, and a training. As a script: those by 1 and 2 threads."""
+"""Recorded hashes of exact products, the mode, and a training. As a script: those by 1 and 2
+threads."""
 
 import hashlib
 import json
@@ -29,7 +30,9 @@ RECORDED = {
 def made_of_integers(*shape: int, seed: int) -> Tensor:
     """Floats of 24 random bits and of magnitudes that differ by up to 2⁴⁰, the same everywhere."""
     i = torch.arange(seed, seed + torch.Size(shape).numel())
-    return torch.ldexp((i * 2654435761 % 2**24 - 2**23).float(), -(i * 40503 % 65521 % 40)).view(shape)
+    return torch.ldexp((i * 2654435761 % 2**24 - 2**23).float(), -(i * 40503 % 65521 % 40)).view(
+        shape
+    )
 
 
 def products(device: str = "cpu") -> dict[str, str]:
@@ -51,12 +54,31 @@ def products(device: str = "cpu") -> dict[str, str]:
 def rules(device: str = "cpu") -> dict[str, str]:
     """Of what the mode computes by its own functions and sums."""
     x = (made_of_integers(40, 1009, seed=3) * 2.0**-20).to(device).requires_grad_()
-    functions = (torch.exp, torch.log1p, torch.sigmoid, torch.tanh, torch.sin, torch.erf, F.gelu, F.softplus)
+    functions = (
+        torch.exp,
+        torch.log1p,
+        torch.sigmoid,
+        torch.tanh,
+        torch.sin,
+        torch.erf,
+        F.gelu,
+        F.softplus,
+    )
     with exact.mode():
         torch.manual_seed(0)
-        drawn = torch.randn(10**4), F.dropout(torch.ones(10**4), 0.3), torch.empty(10**4).uniform_(-0.3, 0.7)
+        drawn = (
+            torch.randn(10**4),
+            F.dropout(torch.ones(10**4), 0.3),
+            torch.empty(10**4).uniform_(-0.3, 0.7),
+        )
         of_elements = torch.stack([function(x.abs() - 0.5) for function in functions])
-        rows = [x.softmax(1), x.log_softmax(1), F.layer_norm(x, (1009,)), x.logsumexp(1, True), x.norm(dim=1)]
+        rows = [
+            x.softmax(1),
+            x.log_softmax(1),
+            F.layer_norm(x, (1009,)),
+            x.logsumexp(1, True),
+            x.norm(dim=1),
+        ]
         rows += [F.scaled_dot_product_attention(x[:, :8], x[:, 8:16], x[:, 16:24], is_causal=True)]
         loss = F.cross_entropy(x, torch.arange(40, device=device)) + of_elements[2:].sum()
         for y in rows[:3]:
@@ -82,7 +104,9 @@ class Layers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embedding = nn.Embedding(7, 12, padding_idx=0)
-        self.conv = nn.Conv2d(3, 4, (2, 3), stride=(2, 1), padding=(0, 1), dilation=(1, 2), groups=1)
+        self.conv = nn.Conv2d(
+            3, 4, (2, 3), stride=(2, 1), padding=(0, 1), dilation=(1, 2), groups=1
+        )
         self.groups = nn.GroupNorm(2, 4)
         self.grouped = nn.Conv1d(4, 6, 3, padding=1, groups=2)
         self.norm = nn.LayerNorm(12)

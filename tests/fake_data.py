@@ -7,7 +7,8 @@ import numpy as np
 
 
 def fashion_mnist(root: Path, train: int = 20, test: int = 10) -> Path:
-    """Write files as torchvision extracts them in ``root``: noise around one pattern per class; return it."""
+    """Write files as torchvision extracts them in ``root``: noise around one pattern per class;
+    return it."""
     raw = root / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
     generator = np.random.default_rng(0)

@@ -29,7 +29,9 @@ def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
     return g @ b.conj(), g.mT @ a.conj()
 
 
-def batch(op: Any, size: int, in_dims: Sequence[int | None], *operands: Tensor) -> tuple[Tensor, int]:
+def batch(
+    op: Any, size: int, in_dims: Sequence[int | None], *operands: Tensor
+) -> tuple[Tensor, int]:
     return op(*(batch_first(t, dim, size) for t, dim in zip(operands, in_dims, strict=True))), 0
 
 
@@ -55,7 +57,9 @@ def make(name: str, **replaced: Callable[..., Any]) -> Any:
     part = RIGHT | replaced
     op = custom_op(f"torchpar_faulty::{name}", part["kernel"], mutates_args=(), schema=SCHEMA)
     op.register_fake(part["fake"])
-    op.register_autograd(part["backward"], setup_context=part["setup_context"], formula=part["formula"])
+    op.register_autograd(
+        part["backward"], setup_context=part["setup_context"], formula=part["formula"]
+    )
     op.register_vmap(lambda info, dims, *args: part["batch"](op, info.batch_size, dims, *args))
     part["autocast"](op)
     op.register_sharding(part["sharding"])
@@ -124,8 +128,14 @@ def fake_of_numbers(a: Tensor, b: Tensor) -> Tensor:
 
 
 def kernel_in_channels_last(a: Tensor, b: Tensor) -> Tensor:
-    is_last = a.dim() == 4 and not a.is_contiguous() and a.is_contiguous(memory_format=torch.channels_last)
-    return kernel(a, b).contiguous(memory_format=torch.channels_last if is_last else torch.contiguous_format)
+    is_last = (
+        a.dim() == 4
+        and not a.is_contiguous()
+        and a.is_contiguous(memory_format=torch.channels_last)
+    )
+    return kernel(a, b).contiguous(
+        memory_format=torch.channels_last if is_last else torch.contiguous_format
+    )
 
 
 def squeezing_batch(
@@ -196,7 +206,11 @@ FAULTS: dict[str, tuple[dict[str, Callable[..., Any]], str, str]] = {
     "strides_of_the_fake": ({"fake": lambda a, b: fake(b, a).mT}, "fake tensors", "strides"),
     "dtype_of_the_fake": ({"fake": lambda a, b: fake(a.double(), b)}, "low precision", "fake"),
     "missing_gradient": ({"backward": backward_without_b}, "gradcheck", "Jacobian"),
-    "undeclared_in_backward": ({"backward": backward_that_writes}, GRADIENTS, "writes to its incoming"),
+    "undeclared_in_backward": (
+        {"backward": backward_that_writes},
+        GRADIENTS,
+        "writes to its incoming",
+    ),
     "strides_of_the_gradient": ({"backward": backward_of_contiguous}, GRADIENTS, "transposed"),
     "second_derivative": ({"backward": backward_of_constants}, "gradgradcheck", "Jacobian"),
     "undeclared": ({"kernel": kernel_that_writes}, "schema", "was mutated"),
@@ -219,7 +233,11 @@ FAULTS: dict[str, tuple[dict[str, Callable[..., Any]], str, str]] = {
         "changes after the call",
         "of operands",
     ),
-    "overflow": ({"kernel": lambda a, b: (1e4 * a) @ (1e4 * b).mT / 1e8}, "low precision", "torch.float16"),
+    "overflow": (
+        {"kernel": lambda a, b: (1e4 * a) @ (1e4 * b).mT / 1e8},
+        "low precision",
+        "torch.float16",
+    ),
     "formula": ({"formula": lambda a, b: -(a @ b.mT)}, "torch.func: vjp", "the sign is flipped"),
     "complex_gradient": ({"backward": backward_of_real}, "gradcheck", "Jacobian"),
     "complex_gradient_0": ({"backward": zero_for_complex}, GRADIENTS, "0, of"),
@@ -241,14 +259,21 @@ FAULTS: dict[str, tuple[dict[str, Callable[..., Any]], str, str]] = {
         "deterministic algorithms: off by",
     ),
     "threads": ({"kernel": kernel_of_threads}, "global settings", "threads"),
-    "ties": (MAXIMUM | {"backward": backward_that_takes_the_first}, "ties and zeros", "the same numbers"),
+    "ties": (
+        MAXIMUM | {"backward": backward_that_takes_the_first},
+        "ties and zeros",
+        "the same numbers",
+    ),
     "one_dtype": (
         MAXIMUM | {"kernel": lambda a, b: torch.maximum(a, b.to(a.dtype))},
         "autocast",
         "dtype torch.bfloat16, expected torch.float32",
     ),
 }
-COMPLEX = (normal(5, 4) + 1j * normal(5, 4, seed=2), normal(6, 4, seed=1) + 1j * normal(6, 4, seed=3))
+COMPLEX = (
+    normal(5, 4) + 1j * normal(5, 4, seed=2),
+    normal(6, 4, seed=1) + 1j * normal(6, 4, seed=3),
+)
 # By name: the samples of faults that matrices do not show.
 SAMPLES: dict[str, tuple[Tensor, ...]] = {
     **dict.fromkeys(["complex_gradient", "complex_gradient_0", "conjugate_bit"], COMPLEX),

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""A plain Muon that is right on every placement of PyTorch's, a plain AdamW, and faulty classes of both.
+"""A plain Muon that is right on every placement of PyTorch's, a plain AdamW, and faulty classes of
+both.
 
-Each faulty class changes one or two methods. Those of `PlainMuon` are known faults of published libraries,
-and their docstrings name the public report. `make` and `make_adamw` are what
+Each faulty class changes one or two methods. Those of `PlainMuon` are known faults of published
+libraries, and their docstrings name the public report. `make` and `make_adamw` are what
 `torchpar.testing.check_optimizer` calls, with one of the classes.
 """
 
@@ -23,11 +24,14 @@ def whole(t: Tensor) -> Tensor:
 
 
 class PlainMuon(torch.optim.Optimizer):
-    """Gathers each DTensor's momentum on every rank; it refuses nothing, and takes any tensor for whole."""
+    """Gathers each DTensor's momentum on every rank; it refuses nothing, and takes any tensor for
+    whole."""
 
     def __init__(self, params: Any, views: Mapping[str, View] | None = None, **own: Any):
         self.views = views or {}
-        super().__init__(params, {"lr": 0.02, "momentum": 0.95, "nesterov": True, "weight_decay": 0.0} | own)
+        super().__init__(
+            params, {"lr": 0.02, "momentum": 0.95, "nesterov": True, "weight_decay": 0.0} | own
+        )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -39,7 +43,9 @@ class PlainMuon(torch.optim.Optimizer):
         return loss
 
     def update(self, name: str, p: Tensor, group: dict[str, Any]) -> None:
-        gradient = p.grad.redistribute(placements=p.placements) if isinstance(p, DTensor) else p.grad
+        gradient = (
+            p.grad.redistribute(placements=p.placements) if isinstance(p, DTensor) else p.grad
+        )
         momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
         momentum.lerp_(gradient, 1 - group["momentum"])
         ahead = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
@@ -62,12 +68,15 @@ class PlainMuon(torch.optim.Optimizer):
         return max(matrix.shape[-2:]) ** 0.5
 
 
-def make(model: nn.Module, kind: Any = PlainMuon, nesterov: bool = True, views: Any = None) -> PlainMuon:
+def make(
+    model: nn.Module, kind: Any = PlainMuon, nesterov: bool = True, views: Any = None
+) -> PlainMuon:
     return kind(model.named_parameters(), nesterov=nesterov, views=views)
 
 
 class OrthogonalisesShards(PlainMuon):
-    """Each rank orthogonalises its rows, so updates depend on the number of ranks (Megatron-LM#6380)."""
+    """Each rank orthogonalises its rows, so updates depend on the number of ranks
+    (Megatron-LM#6380)."""
 
     def direction(self, name: str, p: Tensor, ahead: Tensor) -> Tensor:
         if not isinstance(ahead, DTensor):
@@ -140,7 +149,8 @@ def make_by_layer(model: nn.Module) -> PlainMuon:
 
 
 class PlainAdamW(torch.optim.Optimizer):
-    """AdamW with its settings as `torch.optim.AdamW` names them. Faulty classes change one method."""
+    """AdamW with its settings as `torch.optim.AdamW` names them. Faulty classes change one
+    method."""
 
     def __init__(self, params: Any, **own: Any):
         defaults = {"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
@@ -168,7 +178,9 @@ class PlainAdamW(torch.optim.Optimizer):
         """The factor of the weight that its decay leaves."""
         return 1 - group["lr"] * group["weight_decay"]
 
-    def divide(self, mean: Tensor, square: Tensor, eps: float, first: float, second: float) -> Tensor:
+    def divide(
+        self, mean: Tensor, square: Tensor, eps: float, first: float, second: float
+    ) -> Tensor:
         return mean / first / ((square / second).sqrt() + eps)
 
 
@@ -367,14 +379,18 @@ class LeavesGradients(PlainAdamW):
 class WithoutCorrection(PlainAdamW):
     """The second moment has no bias correction."""
 
-    def divide(self, mean: Tensor, square: Tensor, eps: float, first: float, second: float) -> Tensor:
+    def divide(
+        self, mean: Tensor, square: Tensor, eps: float, first: float, second: float
+    ) -> Tensor:
         return super().divide(mean, square, eps, first, 1.0)
 
 
 class EpsInRoot(PlainAdamW):
     """ε is added within the root."""
 
-    def divide(self, mean: Tensor, square: Tensor, eps: float, first: float, second: float) -> Tensor:
+    def divide(
+        self, mean: Tensor, square: Tensor, eps: float, first: float, second: float
+    ) -> Tensor:
         return mean / first / (square / second + eps).sqrt()
 
 
@@ -386,7 +402,8 @@ class OtherBeta(PlainAdamW):
 
 
 def make_early_adamw(model: nn.Module) -> torch.optim.AdamW:
-    """PyTorch's own class, whose steps are counted from 0 again each time: a wrong bias correction."""
+    """PyTorch's own class, whose steps are counted from 0 again each time: a wrong bias
+    correction."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     optimizer.register_step_pre_hook(_count_from_zero)
     return optimizer

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Record of the operators: kernels, shapes and contract of each. All tests iterate over it.
 
-An entry has tensors of the shapes of an operator's arguments, with any values. `Operator.operands` makes
-operands of them that the operator takes: for `symmetric_matmul`, operands whose product is symmetric.
+An entry has tensors of the shapes of an operator's arguments, with any values. `Operator.operands`
+makes operands of them that the operator takes: for `symmetric_matmul`, operands whose product is
+symmetric.
 """
 
 from collections.abc import Callable, Mapping
@@ -85,7 +86,8 @@ def _numpy_linear_sigmoid(x: Any, weight: Any, bias: Any = 0) -> Any:
 
 
 def symmetric_operands(a: Tensor, b: Tensor, c: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Operands of a symmetric product: A, A·D for a diagonal D of powers of two, and a symmetric C."""
+    """Operands of a symmetric product: A, A·D for a diagonal D of powers of two, and a symmetric
+    C."""
     a = a + b
     b = a * (2.0 ** torch.arange(a.shape[-1], device=a.device).remainder(3)).to(a.dtype)
     return (a, b) if c is None else (a, b, c.tril() + c.tril(-1).mT)
@@ -101,7 +103,9 @@ def _symmetric_matmul(
     return torch.baddbmm(c3, a3, b3.mT, alpha=alpha, beta=beta).reshape(*a.shape[:-1], a.shape[-2])
 
 
-def _numpy_symmetric_matmul(a: Any, b: Any, c: Any = 0, *, alpha: float = 1.0, beta: float = 0.0) -> Any:
+def _numpy_symmetric_matmul(
+    a: Any, b: Any, c: Any = 0, *, alpha: float = 1.0, beta: float = 0.0
+) -> Any:
     product = alpha * (a @ np.swapaxes(b, -1, -2)) + (beta * c if beta else 0)
     return np.tril(product) + np.swapaxes(np.tril(product, -1), -1, -2)
 
@@ -111,7 +115,10 @@ FLOATING = "expected float16, bfloat16, float32 or float64"
 
 
 def _unlike(name: str, actual: Any, expected: Any, dtype: torch.dtype = torch.float32) -> str:
-    return f"{name} is ({actual}, {dtype}, {{device}}), expected ({expected}, torch.float32, {{device}})"
+    return (
+        f"{name} is ({actual}, {dtype}, {{device}}), expected ({expected}, torch.float32, "
+        f"{{device}})"
+    )
 
 
 MAXIMUM = Operator(
@@ -133,7 +140,9 @@ MAXIMUM = Operator(
     refused=[
         Refused((ones(3) + 0j, ones(3)), "a has dtype torch.complex64, expected a real"),
         Refused((ones(3), ones(3).to(torch.uint16)), "b has dtype torch.uint16, expected a real"),
-        Refused((ones(2, 3), ones(2, 0)), "b has shape (2, 0), which does not broadcast with a's (2, 3)"),
+        Refused(
+            (ones(2, 3), ones(2, 0)), "b has shape (2, 0), which does not broadcast with a's (2, 3)"
+        ),
     ],
 )
 
@@ -188,7 +197,9 @@ SYMMETRIC_MATMUL = Operator(
         Refused((ones(3, 2), ones(3, 2).half()), _unlike("b", (3, 2), (3, 2), torch.float16)),
         Refused((ones(3, 2), ones(3, 2), ones(3, 2)), _unlike("c", (3, 2), (3, 3))),
         Refused((ones(3, 2), ones(3, 2), ones(3, 3)), "c is given without beta, pass both"),
-        Refused((ones(3, 2),) * 2, "beta is 1.0 and c is None, pass both or neither", {"beta": 1.0}),
+        Refused(
+            (ones(3, 2),) * 2, "beta is 1.0 and c is None, pass both or neither", {"beta": 1.0}
+        ),
     ],
 )
 
@@ -214,7 +225,9 @@ LINEAR_SIGMOID = Operator(
     refused=[
         Refused((ones(()), ones(4, 3)), "x has shape (), expected (*, in_features)"),
         Refused((ones(3).int(), ones(4, 3).int()), f"x has dtype torch.int32, {FLOATING}"),
-        Refused((ones(2, 3), ones(1, 4, 3)), "weight has shape (1, 4, 3), expected (out_features, 3)"),
+        Refused(
+            (ones(2, 3), ones(1, 4, 3)), "weight has shape (1, 4, 3), expected (out_features, 3)"
+        ),
         Refused((ones(2, 3), ones(4, 3), ones(2, 4)), _unlike("bias", (2, 4), (4,))),
         Refused((ones(2, 3), ones(4, 3).half()), _unlike("weight", (4, 3), (4, 3), torch.float16)),
     ],
@@ -237,14 +250,20 @@ EXACT_MATMUL = Operator(
     small=[((4, 3), (5, 3)), ((2, 3, 2), (2, 4, 2))],
     local=3,
     refused=[
-        Refused((ones(3, 2).double(), ones(3, 2)), "a has dtype torch.float64, expected torch.float32"),
+        Refused(
+            (ones(3, 2).double(), ones(3, 2)), "a has dtype torch.float64, expected torch.float32"
+        ),
         Refused((ones(3), ones(3)), "a has shape (3,), expected (*, m, k)"),
         Refused((ones(3, 2), ones(2, 3)), "b is (2, 3) on {where}, expected (n, 2) on {where}"),
-        Refused((ones(4, 3, 2), ones(3, 2)), "b is (3, 2) on {where}, expected (4, n, 2) on {where}"),
+        Refused(
+            (ones(4, 3, 2), ones(3, 2)), "b is (3, 2) on {where}, expected (4, n, 2) on {where}"
+        ),
     ],
 )
 
-OPERATORS = {op.name: op for op in (MAXIMUM, MATMUL_T, SYMMETRIC_MATMUL, LINEAR_SIGMOID, EXACT_MATMUL)}
+OPERATORS = {
+    op.name: op for op in (MAXIMUM, MATMUL_T, SYMMETRIC_MATMUL, LINEAR_SIGMOID, EXACT_MATMUL)
+}
 # The Triton kernels of all operators, by name; some are of a backward pass.
 KERNELS = {name: op.kernels for name, op in OPERATORS.items()} | {
     "maximum_backward": {"maximum_backward_flat_kernel", "maximum_backward_strided_kernel"},

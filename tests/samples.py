@@ -14,16 +14,22 @@ from torch.testing import assert_close
 from torchpar.testing import case
 
 
-def normal(*shape: int, dtype: torch.dtype = torch.float64, device: str = "cpu", seed: int = 0) -> Tensor:
-    """Normally distributed, the same on every device; for integers and bool, numbers of all their range."""
+def normal(
+    *shape: int, dtype: torch.dtype = torch.float64, device: str = "cpu", seed: int = 0
+) -> Tensor:
+    """Normally distributed, the same on every device; for integers and bool, numbers of all their
+    range."""
     generator = torch.Generator().manual_seed(seed)
     if dtype.is_floating_point:
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
     return torch.randint(-(2**40), 2**40, shape, generator=generator).to(dtype).to(device)
 
 
-def halves(*shape: int, dtype: torch.dtype = torch.float64, device: str = "cpu", seed: int = 0) -> Tensor:
-    """-1, -½, 0, ½ and 1: sums of products are exact, so that where results are few no error is chance."""
+def halves(
+    *shape: int, dtype: torch.dtype = torch.float64, device: str = "cpu", seed: int = 0
+) -> Tensor:
+    """-1, -½, 0, ½ and 1: sums of products are exact, so that where results are few no error is
+    chance."""
     generator = torch.Generator().manual_seed(seed)
     return (torch.randint(-2, 3, shape, generator=generator) / 2).to(device, dtype)
 
@@ -36,7 +42,9 @@ def arguments(
     make: Callable[..., Tensor] = normal,
     requires_grad: bool = False,
 ) -> tuple[Tensor, ...]:
-    args = (make(*shape, dtype=dtype, device=device, seed=seed) for seed, shape in enumerate(shapes))
+    args = (
+        make(*shape, dtype=dtype, device=device, seed=seed) for seed, shape in enumerate(shapes)
+    )
     return tuple(arg.requires_grad_(requires_grad) for arg in args)
 
 
@@ -59,7 +67,9 @@ def to_numpy(t: Tensor) -> Any:
 def oracle(name: str, args: tuple[Tensor | None, ...], **factors: float) -> Any:
     """The operator in fp64; for fp64 itself in NumPy's long double, which has 11 bits more."""
     wide = np.longdouble if args[0].dtype == torch.float64 else np.float64
-    return OPERATORS[name].formula(*(to_numpy(t).astype(wide) for t in args if t is not None), **factors)
+    return OPERATORS[name].formula(
+        *(to_numpy(t).astype(wide) for t in args if t is not None), **factors
+    )
 
 
 def error(actual: Tensor, expected: Any) -> float:
@@ -71,14 +81,16 @@ def assert_accurate(
 ) -> None:
     """An error of at most twice PyTorch's own, both against the oracle.
 
-    PyTorch may be exact by accident (a single element, say). So half an ulp of the largest result is granted
-    on top for each rounded step: the last one stores the result, those before it compute in at least fp32.
-    ``of_operands`` is what the rounding of stored intermediate results changes.
+    PyTorch may be exact by accident (a single element, say). So half an ulp of the largest result
+    is granted on top for each rounded step: the last one stores the result, those before it compute
+    in at least fp32. ``of_operands`` is what the rounding of stored intermediate results changes.
     """
     stored = torch.finfo(actual.dtype).eps
     computed = torch.finfo(torch.promote_types(actual.dtype, torch.float32)).eps
     ulps = (stored + (roundings - 1) * computed) / 2
-    limit = 2 * error(native, expected) + ulps * float(np.abs(expected).max(initial=0)) + of_operands
+    limit = (
+        2 * error(native, expected) + ulps * float(np.abs(expected).max(initial=0)) + of_operands
+    )
     assert error(actual, expected) <= limit
 
 
@@ -127,7 +139,9 @@ def assert_contract(name: str, args: tuple[Tensor | None, ...], **factors: float
         assert native.numel() == 0 or metadata(actual) == metadata(native)
     else:
         native = lower_twice(native) if operator.symmetric else native
-        assert_accurate(actual, native, oracle(name, args, **factors), operator.roundings + 2 * bool(factors))
+        assert_accurate(
+            actual, native, oracle(name, args, **factors), operator.roundings + 2 * bool(factors)
+        )
         assert actual.is_contiguous()
     if operator.symmetric:
         assert_symmetric(actual)

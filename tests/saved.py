@@ -22,7 +22,8 @@ def steps(folder: Path) -> list[str]:
 
 
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Read the full tensors of a checkpoint by PyTorch's own reader, but of random states rank 0's only."""
+    """Read the full tensors of a checkpoint by PyTorch's own reader, but of random states rank 0's
+    only."""
     with tempfile.NamedTemporaryFile() as file:
         dcp_to_torch_save(checkpoint, file.name)
         found = torch.load(file.name)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Muon.for_model on real architectures: which parameters are hidden matrices, and how they are seen."""
+"""Muon.for_model on real architectures: which parameters are hidden matrices, and how they are
+seen."""
 
 import copy
 import doctest
@@ -99,7 +100,8 @@ def shapes(one: Assignment) -> str:
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_architectures(name):
-    """The table is as expected, and a step after a backward pass changes each parameter with a gradient."""
+    """The table is as expected, and a step after a backward pass changes each parameter with a
+    gradient."""
     torch.manual_seed(0)
     model = make_model(name)
     words = {key: set(names.split()) for key, names in table(model).items()}
@@ -152,7 +154,9 @@ def test_both_pieces_of_maxout_are_updated_as_two_layers_are():
         Muon.for_model(model, 0.1, overrides={pattern: "muon"})
         for model, pattern in ((fused, "layers.*.weight"), (alone, "weight"), (pieces, "*.weight"))
     ]
-    assert [shapes(one) for one in optimizers[0].assignments if one.name == "layers.0.weight"] == ["5×6 5×6"]
+    assert [shapes(one) for one in optimizers[0].assignments if one.name == "layers.0.weight"] == [
+        "5×6 5×6"
+    ]
     before = alone.weight.detach().clone()
     for optimizer in optimizers:
         optimizer.step()
@@ -167,7 +171,8 @@ def test_both_pieces_of_maxout_are_updated_as_two_layers_are():
 
 
 class Experts(nn.Module):
-    """Experts stored as GPT-OSS does: ``(experts, in, out)``; gate and up are interleaved and need a view."""
+    """Experts stored as GPT-OSS does: ``(experts, in, out)``; gate and up are interleaved and need
+    a view."""
 
     is_transposed, is_concatenated = True, False
 
@@ -179,7 +184,8 @@ class Experts(nn.Module):
 
 
 def test_a_matrix_stored_transposed_is_updated_like_its_transpose():
-    """The learning rate's factor is that of ``(out, in)``: 2 for 4 times as many outputs as inputs."""
+    """The learning rate's factor is that of ``(out, in)``: 2 for 4 times as many outputs as
+    inputs."""
     of_gpt2 = pytest.importorskip("transformers.pytorch_utils", reason="transformers has the layer")
     torch.manual_seed(0)
     layer, linear = of_gpt2.Conv1D(24, 6), nn.Linear(6, 24, bias=False)
@@ -188,7 +194,8 @@ def test_a_matrix_stored_transposed_is_updated_like_its_transpose():
     layer.weight.grad = linear.weight.grad.mT.contiguous()
     Muon.for_model(nn.ModuleList([layer]), 0.1, ns="standard").step()
     Muon([linear.weight], 0.1, ns="standard").step()
-    # Products of the transposed layout may add in another order: an update of 2·1.2 times 0.1, in bfloat16.
+    # Products of the transposed layout may add in another order: an update of 2·1.2 times 0.1, in
+    # bfloat16.
     assert_close(layer.weight.mT, linear.weight, rtol=0, atol=0.1 * 2 * 1.2 * 2**-7)
 
 
@@ -215,7 +222,8 @@ LSTM = {"4×6 4×6 4×6 4×6": "weight_ih_l0", "4×3 4×3 4×3 4×3": "weight_hh
         (lambda: nn.utils.weight_norm(nn.Linear(4, 5)), {"others": "weight_g", "5×4": "weight_v"}),
         (lambda: nn.ModuleDict({"qkv": nn.Linear(4, 12)}), {"4×4 4×4 4×4": "qkv"}),
         (lambda: nn.ModuleDict({"qkv": nn.Linear(6, 9)}), {"9×6": "qkv"}),  # of unknown sizes
-        (lambda: nn.ModuleDict({"c_attn": nn.Linear(4, 8)}), {"4×4 4×4": "c_attn"}),  # of cross-attention
+        # Of cross-attention.
+        (lambda: nn.ModuleDict({"c_attn": nn.Linear(4, 8)}), {"4×4 4×4": "c_attn"}),
         (Experts, {"others": "gate_up_proj gate_up_proj_bias", "3×8×5": "down_proj"}),
         (lambda: nn.ModuleDict({"gate_up_proj": nn.Linear(4, 7)}), {"7×4": "gate_up_proj"}),
     ],
@@ -233,7 +241,9 @@ def test_layers(make, expected):
 @pytest.mark.parametrize("name", ["weight_norm", "orthogonal", "spectral_norm"])
 def test_a_parametrized_head_is_a_head(name):
     model = nn.Sequential(nn.Linear(4, 5), getattr(parametrizations, name)(nn.Linear(5, 6)))
-    assert [one.name for one in Muon.for_model(model).assignments if one.choice == "muon"] == ["0.weight"]
+    assert [one.name for one in Muon.for_model(model).assignments if one.choice == "muon"] == [
+        "0.weight"
+    ]
 
 
 def test_heads_are_siblings_of_one_name():
@@ -246,7 +256,9 @@ def test_heads_are_siblings_of_one_name():
 def make(tied: bool = False) -> nn.Module:
     """A table, two blocks, a head that may share the table, and a parameter of no layer."""
     layer = partial(nn.TransformerEncoderLayer, 16, nhead=4, dim_feedforward=32)
-    model = nn.ModuleDict({"tokens": nn.Embedding(50, 16), "blocks": nn.ModuleList([layer(), layer()])})
+    model = nn.ModuleDict(
+        {"tokens": nn.Embedding(50, 16), "blocks": nn.ModuleList([layer(), layer()])}
+    )
     model.stack = nn.Parameter(torch.randn(4, 16, 8))
     model["head"] = nn.Linear(16, 50)
     if tied:
@@ -260,7 +272,12 @@ def test_muon_gets_the_hidden_matrices_alone():
         return sorted(one.name for one in assignments if one.choice == "muon")
 
     model, tied = make(), make(tied=True)
-    layers = ("linear1.weight", "linear2.weight", "self_attn.in_proj_weight", "self_attn.out_proj.weight")
+    layers = (
+        "linear1.weight",
+        "linear2.weight",
+        "self_attn.in_proj_weight",
+        "self_attn.out_proj.weight",
+    )
     hidden = [f"blocks.{i}.{name}" for i in range(2) for name in layers]
     assert by_muon(model) == by_muon(tied) == hidden
     overrides = {"blocks.*": "others", "blocks.1.linear1.weight": "muon", "head.weight": "muon"}
@@ -272,7 +289,9 @@ def test_muon_gets_the_hidden_matrices_alone():
     assert not any(one.view for one in Muon.for_model(apart).assignments)
     del model["head"]
     assert by_muon(model) == hidden  # the last linear layer is of one of several blocks
-    chain = Muon.for_model(make(), lr=0.02, others=partial(torch.optim.SGD, lr=0.5, weight_decay=0.1))
+    chain = Muon.for_model(
+        make(), lr=0.02, others=partial(torch.optim.SGD, lr=0.5, weight_decay=0.1)
+    )
     own, others = chain.optimizers
     assert (own.defaults["lr"], type(others)) == (0.02, torch.optim.SGD)
     assert [group["weight_decay"] for group in others.param_groups] == [0.1, 0.0]
@@ -301,5 +320,7 @@ def test_a_parameter_that_the_model_has_replaced_is_named():
     model = make()
     optimizer = Muon.for_model(model)
     model["head"].bias = nn.Parameter(torch.zeros(50))
-    with pytest.raises(ValueError, match=r"head\.bias is no longer a parameter of the model; reshard"):
+    with pytest.raises(
+        ValueError, match=r"head\.bias is no longer a parameter of the model; reshard"
+    ):
         optimizer.step()

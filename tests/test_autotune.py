@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Triton's autotuner without a GPU: at run time, with times that are made up, and in the benchmark."""
+"""Triton's autotuner without a GPU: at run time, with times that are made up, and in the
+benchmark."""
 
 import sys
 from argparse import Namespace
@@ -30,14 +31,15 @@ SMALL = Tiles(16, 16, 32, 1, 2), Tiles(32, 32, 32, 1, 2)  # quick to compile
 SPLIT = Tiles(16, 16, 32, 1, 2, "split_k")
 
 
-# The grids and the arguments of launches. Triton keeps a compiled kernel with the launcher that it had first:
-# all tests share one.
+# The grids and the arguments of launches. Triton keeps a compiled kernel with the launcher that it
+# had first: all tests share one.
 LAUNCHED: list[Any] = []
 
 
 @pytest.fixture
 def tuner(tmp_path, monkeypatch) -> Iterator[Any]:
-    """The autotuner is on. ``times`` are those of the next configurations, ``timed`` counts them."""
+    """The autotuner is on. ``times`` are those of the next configurations, ``timed`` counts
+    them."""
     state = SimpleNamespace(times=[], timed=0)
     LAUNCHED.clear()
 
@@ -47,7 +49,9 @@ def tuner(tmp_path, monkeypatch) -> Iterator[Any]:
         return [state.times.pop(0)] * 3
 
     kind = tiles.KINDS["bfloat16"]
-    monkeypatch.setitem(tiles.KINDS, "bfloat16", kind._replace(unaligned=SMALL[0], tiles=(*SMALL, SPLIT)))
+    monkeypatch.setitem(
+        tiles.KINDS, "bfloat16", kind._replace(unaligned=SMALL[0], tiles=(*SMALL, SPLIT))
+    )
     monkeypatch.setattr(autotune, "ENABLED", True)
     monkeypatch.setattr(driver.Driver, "get_benchmarker", lambda self: bench, raising=False)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
@@ -130,7 +134,8 @@ def test_without_triton_the_command_ends_with_one_line():
     status, _, error = run(sys.executable, "-c", blocked + module)
     assert (status, error) == (
         2,
-        "python -m benchmarks run autotune: error: this benchmark needs triton; pip install triton\n",
+        "python -m benchmarks run autotune: error: this benchmark needs triton; "
+        "pip install triton\n",
     )
 
 
@@ -191,10 +196,13 @@ def test_the_benchmarks_kernels_compute_what_the_operators_do(tma):
 
 @pytest.fixture
 def small_sizes(monkeypatch) -> None:
-    """The reports, of one small size on the CPU, where the autotuned kernels are PyTorch's formulas."""
+    """The reports, of one small size on the CPU, where the autotuned kernels are PyTorch's
+    formulas."""
     monkeypatch.setattr(benchmark, "DEVICE", "cpu")
     monkeypatch.setattr(benchmark, "BORDERS", {"linear_sigmoid": [{"m": 8, "k": 9, "n": 5}]})
-    monkeypatch.setattr(benchmark, "do_bench", lambda call, quantiles: [call() is None or 2.0, 1.0, 4.0])
+    monkeypatch.setattr(
+        benchmark, "do_bench", lambda call, quantiles: [call() is None or 2.0, 1.0, 4.0]
+    )
     monkeypatch.setattr(benchmark, "mirror", lambda c, wrap: mirror_(c.clone()))
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
     for name, report in benchmark.REPORTS.items():
@@ -217,9 +225,15 @@ def test_a_report_checks_times_and_draws_each_provider(small_sizes, tmp_path, op
     layers = 2 if operator == "linear_sigmoid" else 1
     assert [one.contestant for one in table.results] == providers * layers
     assert len(benchmark.results) == len(table.results), "drawing measures nothing again"
-    assert all((one.ok, one.p20_ms, one.p50_ms, one.p80_ms) == (True, 1.0, 2.0, 4.0) for one in table.results)
+    assert all(
+        (one.ok, one.p20_ms, one.p50_ms, one.p80_ms) == (True, 1.0, 2.0, 4.0)
+        for one in table.results
+    )
     assert [bool(one.columns["config"]) for one in table.results][-2:] == [False, True]
-    assert {path.name for path in tmp_path.iterdir()} == {"autotune.csv", f"autotune-{operator}.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "autotune.csv",
+        f"autotune-{operator}.png",
+    }
 
 
 def test_a_report_rejects_a_wrong_result_and_goes_on(small_sizes, monkeypatch):
@@ -227,7 +241,9 @@ def test_a_report_rejects_a_wrong_result_and_goes_on(small_sizes, monkeypatch):
     off[0, 1] = 0.25  # within the error, but not symmetric
     wrong = {
         "Rejected: an error of 7": lambda x: (x @ x.T) * 2,
-        "Rejected: the result is not symmetric": lambda x: (x.float() @ x.float().T + off).bfloat16(),
+        "Rejected: the result is not symmetric": lambda x: (
+            x.float() @ x.float().T + off
+        ).bfloat16(),
         "Rejected: an error of nan": lambda x: (x @ x.T).fill_diagonal_(torch.nan),
         "RuntimeError": lambda x: x.view(-1, 7),
     }
@@ -263,9 +279,12 @@ def test_the_benchmarks_autotuner_keeps_precisions_apart():
 
 def test_the_rules_tiles_are_among_the_benchmarks_configurations():
     """Those with rows of 128 bytes, and without a split."""
-    for name, kernel in zip(tiles.KERNELS, (benchmark.matmul_t_kernel, benchmark.layer_kernel), strict=True):
+    for name, kernel in zip(
+        tiles.KERNELS, (benchmark.matmul_t_kernel, benchmark.layer_kernel), strict=True
+    ):
         listed = [
-            (*list(one.kwargs.values())[:2], one.num_warps, one.kwargs["TMA"]) for one in kernel.configs
+            (*list(one.kwargs.values())[:2], one.num_warps, one.kwargs["TMA"])
+            for one in kernel.configs
         ]
         for one in tiles.configurations(name, torch.bfloat16, "ieee", 90):
             if one.block_k == 64 and one.variant != "split_k":
@@ -279,7 +298,9 @@ def test_the_rules_tiles_are_among_the_benchmarks_configurations():
                 left = benchmark.that_fit(fitting, {"x_ptr": other, "k": k}, PRECISION="ieee")
                 assert left
                 assert not any(one.kwargs["TMA"] for one in left)
-        assert all(128 * one.num_stages * sum(list(one.kwargs.values())[:2]) <= most for one in fitting)
+        assert all(
+            128 * one.num_stages * sum(list(one.kwargs.values())[:2]) <= most for one in fitting
+        )
 
 
 @pytest.mark.parametrize(

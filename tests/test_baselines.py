@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Tests that all baselines compute the same: integers exactly, other numbers as accurately as PyTorch."""
+"""Tests that all baselines compute the same: integers exactly, other numbers as accurately as
+PyTorch."""
 
 import numpy as np
 import pytest
@@ -20,7 +21,9 @@ from torchpar.baselines.numpy_mlp import MLP, SGD
 def levels(name: str) -> dict:
     """Return all ways to compute an operator on the CPU, arrays in and out."""
     by_python = getattr(pure_python, name)
-    found = {"pure Python": lambda *arrays: np.asarray(by_python(*(array.tolist() for array in arrays)))}
+    found = {
+        "pure Python": lambda *arrays: np.asarray(by_python(*(array.tolist() for array in arrays)))
+    }
     found["NumPy"] = getattr(numpy_mlp, name)
     for kind, loops in (("serial", numba_njit.SERIAL), ("parallel", numba_njit.PARALLEL)):
         found[f"njit, {kind}"] = getattr(loops, name)
@@ -37,7 +40,8 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def inputs(name: str, seed: int) -> list[tuple[np.ndarray, ...]]:
-    """Arguments of an operator. With numbers of its own no level finds another's result in fresh memory."""
+    """Arguments of an operator. With numbers of its own no level finds another's result in fresh
+    memory."""
     if name == "matmul_t":
         return [(normal(n, k, seed=seed),) for n, k in ((1, 1), (5, 7), (129, 33), (3, 0))]
     if name == "matmul":
@@ -45,15 +49,22 @@ def inputs(name: str, seed: int) -> list[tuple[np.ndarray, ...]]:
         return [(normal(m, k, seed=seed), normal(n, k, seed=seed + 1)) for m, k, n in shapes]
     if name == "linear_sigmoid":
         shapes = ((1, 1, 1), (5, 0, 3), (7, 33, 5))
-        return [(normal(m, k, seed=seed), normal(n, k, seed=1), normal(n, seed=2)) for m, k, n in shapes]
+        return [
+            (normal(m, k, seed=seed), normal(n, k, seed=1), normal(n, seed=2)) for m, k, n in shapes
+        ]
     limits = np.iinfo(np.int32)
-    values = np.array([limits.min, -7, -1, 0, 1, 255, limits.max], np.int32)  # few of them: many ties
-    pairs = [values[np.random.default_rng(seed).integers(0, 7, (2, *shape))] for shape in ((0, 3), (67, 70))]
+    # Few of them: many ties.
+    values = np.array([limits.min, -7, -1, 0, 1, 255, limits.max], np.int32)
+    pairs = [
+        values[np.random.default_rng(seed).integers(0, 7, (2, *shape))]
+        for shape in ((0, 3), (67, 70))
+    ]
     return [tuple(pair) for pair in pairs]
 
 
 def assert_right(name: str, result: np.ndarray, *arrays: np.ndarray) -> None:
-    """Judge a result of sums of k products, each a multiplication and an addition; a maximum is exact."""
+    """Judge a result of sums of k products, each a multiplication and an addition; a maximum is
+    exact."""
     args = tuple(map(torch.from_numpy, arrays))
     native = args[0] @ args[1].mT if name == "matmul" else OPERATORS[name].native(*args)
     actual = torch.from_numpy(result).to(native.dtype).view(native.shape)
@@ -134,13 +145,19 @@ def assert_as_accurate(found: tuple, model: MLP, x, labels, dtype: torch.dtype) 
     Each number ends a chain of sums, over each layer's inputs and over the samples.
     """
     exact = by_autograd(model, x, labels, torch.float64)
-    for actual, native, expected in zip(found, by_autograd(model, x, labels, dtype), exact, strict=True):
+    for actual, native, expected in zip(
+        found, by_autograd(model, x, labels, dtype), exact, strict=True
+    ):
         roundings = 2 * (sum(model.sizes) + len(x))
-        assert_accurate(*(torch.as_tensor(t, dtype=dtype) for t in (actual, native)), expected, roundings)
+        assert_accurate(
+            *(torch.as_tensor(t, dtype=dtype) for t in (actual, native)), expected, roundings
+        )
 
 
 def joined(loss, weights, biases) -> tuple:
-    return loss, np.concatenate([np.ravel(t) for layer in zip(weights, biases, strict=True) for t in layer])
+    return loss, np.concatenate(
+        [np.ravel(t) for layer in zip(weights, biases, strict=True) for t in layer]
+    )
 
 
 def in_numpy(model: MLP, x, labels) -> tuple:
@@ -163,7 +180,10 @@ def by_numba(model: MLP, x, labels) -> tuple:
 @pytest.mark.parametrize(
     "level, sizes, batch, loss, hidden",
     [
-        *[(f, (33, 9, 6, 10), 7, "cross-entropy", "sigmoid") for f in (in_numpy, in_python, by_numba)],
+        *[
+            (f, (33, 9, 6, 10), 7, "cross-entropy", "sigmoid")
+            for f in (in_numpy, in_python, by_numba)
+        ],
         (in_numpy, (33, 9, 6, 10), 7, "cross-entropy", "tanh"),
         (MLP.gradients, (20, 8, 6, 10), 7, "bce", "sigmoid"),
         (MLP.gradients, (20, 8, 6, 10), 7, "bce", "tanh"),
@@ -195,7 +215,8 @@ def test_derivatives_are_known_from_the_activations():
 def test_lists_are_added_element_by_element():
     assert pure_python.add_elementwise([1, 2.5], [3, 4]) == [4, 6.5]
     whole = MLP((4, 3, 2), dtype=np.float64)
-    found = pure_python.add_elementwise(whole.weights, whole.biases)  # lists of arrays, which broadcast
+    # Lists of arrays, which broadcast.
+    found = pure_python.add_elementwise(whole.weights, whole.biases)
     assert [t.shape for t in found] == [(4, 3), (3, 2)]
     np.testing.assert_array_equal(found[0], whole.weights[0])
     with pytest.raises(ValueError, match="argument 2 is longer"):
@@ -206,7 +227,9 @@ def test_gradients_of_shares_add_up():
     model, x, labels = problem()
     parts = [in_python(model, x[own], labels[own])[1] for own in (slice(3), slice(3, None))]
     whole = in_python(model, x, labels)[1]
-    np.testing.assert_allclose(pure_python.add_elementwise(*map(list, parts)), whole, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(
+        pure_python.add_elementwise(*map(list, parts)), whole, rtol=0, atol=1e-12
+    )
 
 
 # The network and how it descends
@@ -214,7 +237,8 @@ def test_gradients_of_shares_add_up():
 
 @pytest.mark.parametrize("loss, expected", [("cross-entropy", np.log(3)), ("bce", 5 * np.log(2))])
 def test_losses_of_large_outputs(loss, expected):
-    """Right labels of probability 1 have the loss 0; outputs of 0 have that of equal probabilities."""
+    """Right labels of probability 1 have the loss 0; outputs of 0 have that of equal
+    probabilities."""
     z = np.array([[1e4, -1e4, -1e4], [-1e30, 1e30, -1e30], [0, 0, 0]], np.float32)
     if loss == "bce":
         z[0, 1:] = 0

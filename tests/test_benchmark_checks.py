@@ -27,7 +27,13 @@ def test_a_wrong_result_is_rejected(operator):
     case.check(result[:2], slice(2))
     off = np.zeros_like(result)
     off[-1, -1] = 1 if operator == "maximum" else 1e-4
-    wrong = [result + off, result - off, result * np.where(off, np.nan, 1), result[::-1], result[:2]]
+    wrong = [
+        result + off,
+        result - off,
+        result * np.where(off, np.nan, 1),
+        result[::-1],
+        result[:2],
+    ]
     for i in range(len(case.arguments)):
         changed = [t.copy() for t in case.arguments]
         changed[i].flat[-1] += 300

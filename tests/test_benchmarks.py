@@ -14,14 +14,19 @@ from benchmarks.ladder_case import LABELS
 from benchmarks.results import Result, Table, print_bounds
 
 # Columns that each CSV has, and some of its own.
-COLUMNS = "contestant p20_ms p50_ms p80_ms samples ok reason torch device processor commit clocks load date"
+COLUMNS = (
+    "contestant p20_ms p50_ms p80_ms samples ok reason torch device processor commit clocks load "
+    "date"
+)
 QUICK = {
     "operators": "mode dtype speedup rounds calls threads gb_per_s gflop_per_s",
     "calls": "mode speedup over_us",
     "products": "operator mode shape dtype threads ratio",
     "muon": "weight distance epoch",
     "host": "operator n",
-    "autotune": "GPU registers spilled_bytes shared_kb blocks blocks_per_multiprocessor waves estimate_ms",
+    "autotune": (
+        "GPU registers spilled_bytes shared_kb blocks blocks_per_multiprocessor waves estimate_ms"
+    ),
 }
 SLOW = {
     "optimizers": "library version promises situation verdict rounding",
@@ -29,7 +34,9 @@ SLOW = {
     "ddp": "network batch ranks ratio",
     "speedrun": "seed seconds accuracy",
     "scaling": "kind batch dp tp threads nbytes",
-    "ladder": "workload note threads left_out over_pure_python than faster switches intensity load_before",
+    "ladder": (
+        "workload note threads left_out over_pure_python than faster switches intensity load_before"
+    ),
 }
 OTHERS = {
     "operators": ["crossover.png"],
@@ -48,7 +55,9 @@ def test_all_benchmarks_are_listed(capsys):
     assert "benchmarks/results/cpu-" in lines[-1] or torch.cuda.is_available()
 
 
-@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+@pytest.mark.parametrize(
+    "name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+)
 def test_a_benchmark_runs_and_its_csv_has_the_columns(tmp_path, monkeypatch, capsys, name):
     # Enough to see that each contestant is right.
     monkeypatch.setattr(train, "ROUNDS", 1)
@@ -73,7 +82,9 @@ def test_what_misses_its_bound_is_named(capsys):
         {"ratio": 0.98, "bound": 0.97},
         {"over_us": 7.0, "bound_us": 6},
     )
-    table.add(Result(case={"shape": i}, contestant="ours", columns=one) for i, one in enumerate(columns))
+    table.add(
+        Result(case={"shape": i}, contestant="ours", columns=one) for i, one in enumerate(columns)
+    )
     assert print_bounds(table) == 1
     printed = capsys.readouterr().out
     assert "missed: ours 0 0.960, expected at least 0.97" in printed
@@ -82,7 +93,9 @@ def test_what_misses_its_bound_is_named(capsys):
 
 
 def test_another_optimizer_goes_elsewhere(monkeypatch, capsys):
-    monkeypatch.setitem(muon.OPTIMIZERS, "torchpar", lambda params: torch.optim.SGD(params, lr=1e-3))
+    monkeypatch.setitem(
+        muon.OPTIMIZERS, "torchpar", lambda params: torch.optim.SGD(params, lr=1e-3)
+    )
     monkeypatch.setattr(muon, "train", lambda epochs, samples: [])
     assert muon.main(["--quick"]) == 1
     assert "not ok: torchpar 24x64 the weights ended" in capsys.readouterr().out

@@ -43,16 +43,27 @@ def right() -> Any:
 def test_a_fault_is_found(name: str) -> None:
     parts, rule, detail = faulty.FAULTS[name]
     samples = [faulty.SAMPLES.get(name, SAMPLES[0])]
-    reference = parts.get("formula", faulty.kernel) if name in ("ties", "one_dtype") else faulty.kernel
+    reference = (
+        parts.get("formula", faulty.kernel) if name in ("ties", "one_dtype") else faulty.kernel
+    )
     table = check_operator(faulty.make(name, **parts), samples, reference=reference, rules=rule)
     assert (table[rule].outcome, detail in table[rule].detail) == ("wrong", True), str(table)
 
 
-BY_FORMULA = ["forward mode", "vmap and gradients", *(one for one in RULES if one.startswith("torch.func"))]
+BY_FORMULA = [
+    "forward mode",
+    "vmap and gradients",
+    *(one for one in RULES if one.startswith("torch.func")),
+]
 EVERYWHERE = {  # the rules that one fault concerns
     "missing_gradient": [
         *("any of the gradients", "changes after the call", "batched gradients", "checkpoint"),
-        *("tensor subclass", "torch.compile", "torch.compile, dynamic", "torch.compile by Inductor"),
+        *(
+            "tensor subclass",
+            "torch.compile",
+            "torch.compile, dynamic",
+            "torch.compile by Inductor",
+        ),
     ],
     "formula": BY_FORMULA,
     "doubling_vmap": ["vmap over all operands", "vmap of vmap", "autocast"],
@@ -92,7 +103,9 @@ def test_nothing_is_found_in_a_right_operator(right: Any) -> None:
 @pytest.mark.parametrize("name", ["complex_gradient", "channels_last"])
 def test_nothing_is_found_in_a_right_operator_of(name: str, right: Any) -> None:
     """Complex operands, and those of four dimensions."""
-    rules = [one for one in RULES if one not in ("torch.compile by Inductor", "CUDA graph", "DTensor")]
+    rules = [
+        one for one in RULES if one not in ("torch.compile by Inductor", "CUDA graph", "DTensor")
+    ]
     table = check_operator(right, [faulty.SAMPLES[name]], reference=faulty.kernel, rules=rules)
     assert set(outcomes(table).values()) <= {"works", "falls back", "not run"}, str(table)
     skipped = {row.rule for row in table.rows if row.outcome == "not run"}
@@ -101,7 +114,14 @@ def test_nothing_is_found_in_a_right_operator_of(name: str, right: Any) -> None:
 
 
 DERIVATIVES = [
-    *("values", "layouts and sizes", GRADIENTS, "forward mode", "torch.func: vjp", "torch.func: jvp"),
+    *(
+        "values",
+        "layouts and sizes",
+        GRADIENTS,
+        "forward mode",
+        "torch.func: vjp",
+        "torch.func: jvp",
+    ),
     *("torch.func: jvp of jvp", "vmap over all operands", "vmap of vmap"),
 ]
 
@@ -112,7 +132,9 @@ def test_a_tolerance_follows_the_length_of_sums() -> None:
     exact = torch.ops.torchpar.exact_matmul.default
     table = check_operator(exact, [operands], reference=faulty.kernel, rules=DERIVATIVES)
     assert set(outcomes(table).values()) == {"works"}, str(table)
-    (row,) = check_operator(exact, [operands], reference=faulty.kernel, rules="torch.func: hessian").rows
+    (row,) = check_operator(
+        exact, [operands], reference=faulty.kernel, rules="torch.func: hessian"
+    ).rows
     assert row.detail == "14000² derivatives, expected at most 2²⁴ numbers; take a smaller sample"
 
     def inexact(a: Tensor, b: Tensor) -> Any:
@@ -123,7 +145,8 @@ def test_a_tolerance_follows_the_length_of_sums() -> None:
 
 
 def test_a_sum_in_another_order_is_right() -> None:
-    """Where all terms are equal, PyTorch's own sum has no error; and there is nothing wider than float64."""
+    """Where all terms are equal, PyTorch's own sum has no error; and there is nothing wider than
+    float64."""
 
     def blocks(a: Tensor, b: Tensor) -> Tensor:
         pairs = zip(a.split(500, -1), b.split(500, -1), strict=True)
@@ -131,7 +154,9 @@ def test_a_sum_in_another_order_is_right() -> None:
 
     for seed in range(3):
         operands = (normal(4, 2000, seed=seed).float(), normal(3, 2000, seed=9 + seed).float())
-        table = check_operator(blocks, [operands], reference=faulty.kernel, rules="layouts and sizes")
+        table = check_operator(
+            blocks, [operands], reference=faulty.kernel, rules="layouts and sizes"
+        )
         assert table.ok, str(table)
     wide = (normal(4, 2000), normal(3, 2000, seed=1))
     table = check_operator(blocks, [wide], reference=faulty.kernel, rules="autocast")
@@ -171,10 +196,14 @@ def test_a_fake_may_ask_for_a_size() -> None:
 def test_complex_products_are_right_in_a_subclass() -> None:
     """PyTorch's subclass of two tensors forgets that a tensor is conjugated."""
     operands = tuple(t.conj() for t in faulty.COMPLEX[:1] * 2)
-    (row,) = check_operator(torch.mul, [operands], reference=torch.mul, rules="tensor subclass").rows
+    (row,) = check_operator(
+        torch.mul, [operands], reference=torch.mul, rules="tensor subclass"
+    ).rows
     assert row.outcome in ("works", "not run"), row
     wrong = lambda a, b: 2 * getattr(a, "a", a) * b  # noqa: E731
-    (row,) = check_operator(wrong, SAMPLES_OF_ONE_SHAPE, reference=torch.mul, rules="tensor subclass").rows
+    (row,) = check_operator(
+        wrong, SAMPLES_OF_ONE_SHAPE, reference=torch.mul, rules="tensor subclass"
+    ).rows
     assert row.outcome != "works", row
 
 
@@ -183,7 +212,9 @@ SAMPLES_OF_ONE_SHAPE = [(normal(3), normal(3, seed=1))]
 
 def test_gaps_of_pytorch_are_no_faults_of_an_operator() -> None:
     """Its hessian of no numbers."""
-    table = check_operator(torch.add, [(normal(0, 3), normal(0, 3))], reference=torch.add, rules=BY_FORMULA)
+    table = check_operator(
+        torch.add, [(normal(0, 3), normal(0, 3))], reference=torch.add, rules=BY_FORMULA
+    )
     assert set(outcomes(table).values()) <= {"works", "not run"}, str(table)
 
 
@@ -207,11 +238,15 @@ class DoublingSquare(torch.autograd.Function):
 
 def test_finite_differences_judge_where_the_derivative_of_the_reference_is_wrong() -> None:
     reference = DoublingSquare.apply
-    (row,) = check_operator(torch.square, [(normal(3),)], reference=reference, rules="torch.func: jvp").rows
+    (row,) = check_operator(
+        torch.square, [(normal(3),)], reference=reference, rules="torch.func: jvp"
+    ).rows
     assert row.outcome == "works", row
     wrong = lambda x: x * x.detach()  # noqa: E731
     for x in (normal(3), normal(3).float()):
-        (row,) = check_operator(torch.square, [(x,)], reference=reference, rules="torch.func: jvp").rows
+        (row,) = check_operator(
+            torch.square, [(x,)], reference=reference, rules="torch.func: jvp"
+        ).rows
         assert row.outcome == "works", row
         (row,) = check_operator(wrong, [(x,)], reference=reference, rules="torch.func: jvp").rows
         assert row.outcome == "wrong", row
@@ -244,7 +279,10 @@ def test_the_command(capsys: Any) -> None:
     assert (found["ok"], found["notes"]) == (False, [])
     assert [row["outcome"] for row in found["rows"]] == ["works", "wrong"]
     arguments = ["torchpar", "--samples", f"{here}SAMPLES"]
-    with pytest.raises(SystemExit) as ended, patch.object(sys, "argv", ["torchpar", "check", *arguments]):
+    with (
+        pytest.raises(SystemExit) as ended,
+        patch.object(sys, "argv", ["torchpar", "check", *arguments]),
+    ):
         runpy.run_module("torchpar", run_name="__main__")
     assert ended.value.code == 2
 
@@ -256,14 +294,23 @@ def test_the_command(capsys: Any) -> None:
             ["none.ops:op", "--samples", "{here}:samples"],
             "none.ops:op: ModuleNotFoundError: No module named 'none'",
         ),
-        (["torch:none", "--samples", "{here}:samples"], "torch:none: AttributeError: module 'torch' has no"),
+        (
+            ["torch:none", "--samples", "{here}:samples"],
+            "torch:none: AttributeError: module 'torch' has no",
+        ),
         (
             ["torch", "--samples", "{here}:samples"],
             "'torch', expected MODULE:ATTRIBUTE, such as mylib.ops:op",
         ),
         (["torch:add"], "the following arguments are required: --samples"),
-        (["torch:add", "--samples", "builtins:list"], "expected samples: objects of torchpar.testing.Sample"),
-        (["torch:add", "--samples", "math:pi"], "the samples are an object of type float, expected a list"),
+        (
+            ["torch:add", "--samples", "builtins:list"],
+            "expected samples: objects of torchpar.testing.Sample",
+        ),
+        (
+            ["torch:add", "--samples", "math:pi"],
+            "the samples are an object of type float, expected a list",
+        ),
         (["torch:add", "--samples", "{here}:fail"], "fail: OSError: no data"),
         (["torch:add", "--samples", "{here}:leave"], "leave: it calls sys.exit(0)"),
         (["torch:pi", "--samples", "{here}:samples"], "the operator is an object of type float"),
@@ -271,10 +318,15 @@ def test_the_command(capsys: Any) -> None:
             ["torch:add", "--samples", "{here}:samples", "--reference", "torch:pi"],
             "the reference is an object of type float, expected a callable",
         ),
-        (["torch:add", "--samples", "{here}:samples", "--rules", "value"], "rule 'value', expected one of"),
+        (
+            ["torch:add", "--samples", "{here}:samples", "--rules", "value"],
+            "rule 'value', expected one of",
+        ),
     ],
 )
-def test_an_error_of_the_command_is_one_line(arguments: list[str], message: str, capsys: Any) -> None:
+def test_an_error_of_the_command_is_one_line(
+    arguments: list[str], message: str, capsys: Any
+) -> None:
     with pytest.raises(SystemExit) as ended:
         command.main([argument.format(here=__name__) for argument in arguments])
     assert ended.value.code == 2
@@ -298,7 +350,9 @@ def test_a_table_says_that_no_kernel_for_a_gpu_has_run() -> None:
 
 def test_an_internal_error_of_pytorch_is_a_crash() -> None:
     def fail(*args: Any) -> None:
-        raise RuntimeError('false INTERNAL ASSERT FAILED at "a.cpp":1, please report a bug to PyTorch.')
+        raise RuntimeError(
+            'false INTERNAL ASSERT FAILED at "a.cpp":1, please report a bug to PyTorch.'
+        )
 
     table = check_operator(faulty.make("internal", batch=fail), SAMPLES, rules="vmap of vmap")
     assert (table["vmap of vmap"].outcome, table.ok) == ("crashes", False), str(table)
@@ -362,28 +416,44 @@ KEYWORD = Sample([normal(3, 4), torch.arange(4)], {"alpha": 2})
         ),
     ],
 )
-def test_lists_integers_keywords_and_several_results(op: Any, sample: Sample, reference: Any) -> None:
-    rules = ["values", "schema", "fake tensors", "gradcheck", "gradgradcheck", "any of the gradients"]
+def test_lists_integers_keywords_and_several_results(
+    op: Any, sample: Sample, reference: Any
+) -> None:
+    rules = [
+        "values",
+        "schema",
+        "fake tensors",
+        "gradcheck",
+        "gradgradcheck",
+        "any of the gradients",
+    ]
     table = check_operator(op, [sample], reference=reference, rules=rules)
     assert table.name == str(op)
     assert outcomes(table) == dict.fromkeys(rules, "works"), str(table)
 
 
 def test_two_results() -> None:
-    """Fakes that share memory are found. One result of DTensors may be unused (refused: pytorch#173123)."""
+    """Fakes that share memory are found. One result of DTensors may be unused (refused:
+    pytorch#173123)."""
     schema = "(Tensor x) -> (Tensor, Tensor)"
     reference = lambda x: (2 * x, x + 1)  # noqa: E731
     op = library.custom_op("torchpar_tests::two", reference, mutates_args=(), schema=schema)
     op.register_fake(lambda x: (x.new_empty(x.shape),) * 2)
     op.register_autograd(lambda ctx, g, h: 2 * g + h)
     op.register_sharding(lambda x: [([Replicate()] * 2, [Replicate()])])
-    table = check_operator(op, [(normal(3),)], reference=reference, rules=["fake tensors", "DTensor"])
+    table = check_operator(
+        op, [(normal(3),)], reference=reference, rules=["fake tensors", "DTensor"]
+    )
     assert outcomes(table) == {"fake tensors": "wrong", "DTensor": "works"}, str(table)
     assert "share memory" in str(table)
-    wrong = library.custom_op("torchpar_tests::misplaced", reference, mutates_args=(), schema=schema)
+    wrong = library.custom_op(
+        "torchpar_tests::misplaced", reference, mutates_args=(), schema=schema
+    )
     wrong.register_sharding(lambda x: [([Replicate()] * 2, [Replicate()] * 2)])
     row = check_operator(wrong, [(normal(3),)], reference=reference, rules="DTensor")["DTensor"]
-    assert "expected two lists, the placements of 2 results and of 1 tensors" in row.detail, str(row)
+    assert "expected two lists, the placements of 2 results and of 1 tensors" in row.detail, str(
+        row
+    )
 
 
 def test_reasons_for_which_a_rule_is_not_run(right: Any) -> None:

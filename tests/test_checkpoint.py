@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Checkpoints: every bit back, kills during saves, damage, forgery, full disks, and other meshes."""
+"""Checkpoints: every bit back, kills during saves, damage, forgery, full disks, and other
+meshes."""
 
 import json
 import os
@@ -33,7 +34,12 @@ FILES = [".metadata", "__0_0.distcp", MANIFEST]
 def content(step: int) -> dict[str, torch.Tensor]:
     """Tensors that all differ from step to step."""
     odd = torch.tensor([float(step), -0.0, float("nan"), float("inf"), 1e-45])
-    return {"odd": odd, "bf16": odd.bfloat16(), "f64": odd.double(), "count": torch.tensor(step)} | {
+    return {
+        "odd": odd,
+        "bf16": odd.bfloat16(),
+        "f64": odd.double(),
+        "count": torch.tensor(step),
+    } | {
         "whole": torch.full((129, 7), step, dtype=torch.uint8),
         "empty": torch.zeros(0, 5),
         "int16": torch.tensor([step, -step], dtype=torch.int16),
@@ -50,7 +56,9 @@ def holds(saved: Checkpoint, step: int) -> bool:
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_gives_back_every_bit(world, tmp_path, asynchronous):
-    checkpoints = Checkpoints(CheckpointConfig(tmp_path / "new" / "folder", asynchronous=asynchronous), world)
+    checkpoints = Checkpoints(
+        CheckpointConfig(tmp_path / "new" / "folder", asynchronous=asynchronous), world
+    )
     assert checkpoints.load() is None
     checkpoints.save(2, content(2), {})
     saved = content(3)
@@ -96,7 +104,9 @@ def two(world, tmp_path) -> Checkpoints:
     checkpoints = Checkpoints(CheckpointConfig(tmp_path), world)
     for step in (1, 2):
         # Of one float in three, two texts of 17 digits have the same value.
-        checkpoints.save(step, content(step), {"step": step, "loss": 0.1 + 0.2, "results": [8.1 * 1.1]})
+        checkpoints.save(
+            step, content(step), {"step": step, "loss": 0.1 + 0.2, "results": [8.1 * 1.1]}
+        )
     assert sorted(os.listdir(tmp_path / "step-2")) == sorted(FILES)
     return checkpoints
 
@@ -145,12 +155,15 @@ def test_unfinished_and_damaged_later_checkpoints_replace_no_whole_one(two, caps
     assert steps(two.folder) == ["step-4", "step-9"]
     assert two.load().state == {"step": 4}
     os.truncate(two.folder / "step-4" / "__0_0.distcp", 5)
-    with pytest.raises(ConfigError, match=r"step-9/manifest.json is damaged .* remove them to start afresh"):
+    with pytest.raises(
+        ConfigError, match=r"step-9/manifest.json is damaged .* remove them to start afresh"
+    ):
         two.load()
 
 
 def killed(folder: Path, function: Callable[[], object]) -> list[Path]:
-    """Copies of ``folder`` before each access to the disk of ``function``, as a kill would leave it."""
+    """Copies of ``folder`` before each access to the disk of ``function``, as a kill would leave
+    it."""
     copies: list[Path] = []
     copying = False
 
@@ -178,8 +191,13 @@ def test_killed_at_any_access_to_the_disk_a_save_is_whole_or_absent(world, tmp_p
         checkpoints.wait()
 
     save(1)
-    found = [Checkpoints(CheckpointConfig(copy), world).load() for copy in killed(folder, partial(save, 2))]
-    assert [saved.state["step"] for saved in found] == sorted(int(saved.path.name[5:]) for saved in found)
+    found = [
+        Checkpoints(CheckpointConfig(copy), world).load()
+        for copy in killed(folder, partial(save, 2))
+    ]
+    assert [saved.state["step"] for saved in found] == sorted(
+        int(saved.path.name[5:]) for saved in found
+    )
     assert all(holds(saved, saved.state["step"]) for saved in found)
     assert {saved.state["step"] for saved in found} == {1, 2}
 
@@ -204,7 +222,8 @@ def sign(path: Path) -> None:
 def forge(path: Path, payload: Payload, how: str) -> None:
     """Hide the payload within the metadata, or in the place of the tensors.
 
-    PyTorch's planner unpickles objects without an allow-list, so the last way declares the tensors objects.
+    PyTorch's planner unpickles objects without an allow-list, so the last way declares the tensors
+    objects.
     """
     metadata: Metadata = pickle.loads((path / ".metadata").read_bytes())
     if how == "in the metadata":
@@ -294,8 +313,11 @@ def make_run(model: torch.nn.Module, optimizer: torch.optim.Optimizer, world: An
     return Run(model, optimizer, scheduler, world, samples, samples, epochs=1, batch_size=1)
 
 
-def pass_on(source: Path | None, target: Path, sizes: list[int], optimizer: str, **mesh: int) -> float:
-    """Load another mesh's checkpoint on this mesh, if any, and save it; return the sum of the losses."""
+def pass_on(
+    source: Path | None, target: Path, sizes: list[int], optimizer: str, **mesh: int
+) -> float:
+    """Load another mesh's checkpoint on this mesh, if any, and save it; return the sum of the
+    losses."""
     with join_world("cpu") as world:
         torch.manual_seed(7 if source else 1)
         world = world.with_mesh(**mesh)
@@ -320,7 +342,8 @@ MESHES = [(1, {"dp": 1}), (4, {"dp": 2, "tp": 2}), (3, {"pp": 3}), (3, {"tp": 3}
 
 @pytest.mark.parametrize("optimizer", ["muon", pytest.param("sgd", marks=pytest.mark.slow)])
 def test_a_checkpoint_goes_from_mesh_to_mesh_with_every_bit(ranks, tmp_path, optimizer):
-    """No number of ranks divides the layers' 33 and 7. Each mesh reads the checkpoint of the one before."""
+    """No number of ranks divides the layers' 33 and 7. Each mesh reads the checkpoint of the one
+    before."""
     sizes = [9, 33, 7, 10]
     ranks(4, partial(pass_on, None, tmp_path / "0", sizes, optimizer, pp=2, tp=2))
     first = tensors(tmp_path / "0" / "step-5")
@@ -362,11 +385,15 @@ def test_a_state_that_cannot_be_split_is_refused(world, tmp_path):
     optimizer.state[weight] = {"row": torch.zeros(3, 4), "number": torch.zeros(())}
     state.save(run, checkpoints)
     optimizer.state[weight] = {"row": torch.zeros(3)}
-    with pytest.raises(ConfigError, match=r"row of layers\.0\.weight has shape \(3,\), expected \(3, 4\)"):
+    with pytest.raises(
+        ConfigError, match=r"row of layers\.0\.weight has shape \(3,\), expected \(3, 4\)"
+    ):
         state.save(run, checkpoints)
     assert steps(tmp_path) == ["step-0"]
     optimizer.state[weight] = {"history": [torch.zeros(3, 4)]}
-    with pytest.raises(ConfigError, match=r"history of layers\.0\.weight is a list, expected a tensor;"):
+    with pytest.raises(
+        ConfigError, match=r"history of layers\.0\.weight is a list, expected a tensor;"
+    ):
         state.save(run, checkpoints)
 
 

@@ -17,10 +17,14 @@ ROUNDS = 5
 def sigmoid_case(device: str, dtype: torch.dtype = torch.float32) -> OperatorCase:
     def inputs(seed: int) -> list[Tensor]:
         generator = torch.Generator(device).manual_seed(seed)
-        return [torch.randn(129, 65, device=device, dtype=dtype, generator=generator) for _ in range(2)]
+        return [
+            torch.randn(129, 65, device=device, dtype=dtype, generator=generator) for _ in range(2)
+        ]
 
     work = Work(2 * 129 * 65 * dtype.itemsize, 4 * 129 * 65)
-    return OperatorCase("sigmoid", "129x65", dtype, torch.device(device), inputs, torch.sigmoid, work, work)
+    return OperatorCase(
+        "sigmoid", "129x65", dtype, torch.device(device), inputs, torch.sigmoid, work, work
+    )
 
 
 def measured(
@@ -53,11 +57,15 @@ def test_a_right_contestant_is_believed(device, mode, dtype):
 def test_integers_are_exact(device):
     def inputs(seed: int) -> list[Tensor]:
         generator = torch.Generator(device).manual_seed(seed)
-        return [*torch.randint(-9, 9, (3, 129, 65), device=device, generator=generator).to(torch.int8)]
+        return [
+            *torch.randint(-9, 9, (3, 129, 65), device=device, generator=generator).to(torch.int8)
+        ]
 
     contestants: dict[str, Implementation] = {
         "eager": torch.maximum,
-        "one too much": lambda a, b: torch.maximum(a, b) + (torch.arange(65, device=device) == 64).to(a),
+        "one too much": lambda a, b: (
+            torch.maximum(a, b) + (torch.arange(65, device=device) == 64).to(a)
+        ),
         "unwritten": lambda a, b: torch.empty_like(a),
     }
     case = replace(sigmoid_case(device, torch.int8), inputs=inputs, oracle=torch.maximum)
@@ -89,7 +97,10 @@ WRONG: dict[str, tuple[Implementation, str]] = {
     "in bfloat16": (lambda x: torch.sigmoid(x.bfloat16()).float(), "eager's are"),
     "mutating": (lambda x: torch.sigmoid(x.detach().add_(1)), "Rejected: an input was changed"),
     "in place": (lambda x: x.detach().sigmoid_(), "Rejected: a result shares memory with an input"),
-    "in float64": (lambda x: torch.sigmoid(x.double()), "Rejected: a result is torch.float64 (129, 65) on"),
+    "in float64": (
+        lambda x: torch.sigmoid(x.double()),
+        "Rejected: a result is torch.float64 (129, 65) on",
+    ),
     "failing": (lambda x: 1 // 0, "ZeroDivisionError: integer division"),
 }
 
@@ -111,7 +122,10 @@ def test_a_wrong_gradient_is_rejected(device, mode):
 def test_nothing_is_believed_beside_a_stale_reference(device):
     contestants = {"stale": Stale(), "right": torch.sigmoid}
     stale, right = compare(sigmoid_case(device), contestants, reference="stale", rounds=ROUNDS)
-    assert (stale.ok, stale.reason) == (False, "Rejected: the result is not what the oracle computes")
+    assert (stale.ok, stale.reason) == (
+        False,
+        "Rejected: the result is not what the oracle computes",
+    )
     assert (right.ok, right.reason) == (False, "nothing to compare with: stale failed")
 
 

@@ -55,9 +55,13 @@ def test_labels_that_do_not_fit_are_refused():
 def test_batch_sizes_that_are_refused():
     """Before the first batch is drawn. One larger than all samples takes all."""
     for size in (0, -1, 2.5, float("nan"), "7"):
-        with pytest.raises(ConfigError, match=rf"batch_size is {size!r}, expected an integer of at least 1"):
+        with pytest.raises(
+            ConfigError, match=rf"batch_size is {size!r}, expected an integer of at least 1"
+        ):
             data.batches(samples_of(5), size, seed=0, epoch=1)
-    with pytest.raises(ConfigError, match="start is -1, expected at least 0, the number of a batch"):
+    with pytest.raises(
+        ConfigError, match="start is -1, expected at least 0, the number of a batch"
+    ):
         data.batches(samples_of(5), 2, seed=0, epoch=1, start=-1)
     (batch,) = data.batches(samples_of(5), 2**63, seed=0, epoch=1)
     assert batch.global_size == 5
@@ -73,7 +77,8 @@ def test_batch_sizes_that_are_refused():
 
 @pytest.mark.parametrize("batch_size", [1, 7, 256, 257, 1000, 2000])
 def test_ranks_share_the_batches_of_one_order(batch_size):
-    """From any batch on; the last batch is the remainder, and some ranks' share of it may be empty."""
+    """From any batch on; the last batch is the remainder, and some ranks' share of it may be
+    empty."""
     samples = samples_of(1030)
     (whole,) = data.batches(samples, 1030, seed=5, epoch=2)
     order = whole.labels
@@ -84,7 +89,8 @@ def test_ranks_share_the_batches_of_one_order(batch_size):
             share = partial(World.share, SimpleNamespace(dp_size=world_size, dp_rank=rank))
             batches = partial(data.batches, samples, batch_size, seed=5, epoch=2, share=share)
             found, uncut = list(batches(start=start)), list(batches())[start:]
-            # Products of a resumed run have the same bits where its batches lie at the same addresses.
+            # Products of a resumed run have the same bits where its batches lie at the same
+            # addresses.
             assert [b.x.storage_offset() for b in found] == [b.x.storage_offset() for b in uncut]
             for batch, indices in zip(found, expected, strict=True):
                 mine = indices.tensor_split(world_size)[rank]
@@ -106,7 +112,8 @@ def test_order_depends_on_seed_and_epoch_alone():
 
 
 def test_only_pixels_are_divided():
-    """uint8 features become float32 in [0, 1]; others are returned as they are, whatever their range."""
+    """uint8 features become float32 in [0, 1]; others are returned as they are, whatever their
+    range."""
     features = torch.tensor([[[0, 1], [255, 7]]])
     for dtype, expected in ((torch.uint8, features / 255), (torch.int64, features)):
         samples = data.Samples(features.to(dtype), torch.zeros(1, dtype=torch.int64), ("a",))
@@ -147,12 +154,15 @@ def test_classes_are_torchvisions():
         (LABELS, lambda old: b"P5 28 28", r"\(it does not begin .* IDX format\)"),
     ],
 )
-def test_a_damaged_file_is_named_with_the_repair_and_nothing_is_written(tmp_path, name, change, message):
+def test_a_damaged_file_is_named_with_the_repair_and_nothing_is_written(
+    tmp_path, name, change, message
+):
     raw = fashion_mnist(tmp_path) / "FashionMNIST" / "raw"
     (raw / name).write_bytes(change((raw / LABELS).read_bytes()))
     before = {path: path.stat().st_mtime_ns for path in (raw, *raw.iterdir())}
     repair = "name the folder .* download it: python -c .*download=True"
-    with pytest.raises(ConfigError, match=rf"^.*/{name} cannot be read {message}; {repair}.*$"):  # one line
+    # One line.
+    with pytest.raises(ConfigError, match=rf"^.*/{name} cannot be read {message}; {repair}.*$"):
         data.load("fashion-mnist", tmp_path)
     assert {path: path.stat().st_mtime_ns for path in (raw, *raw.iterdir())} == before
 
@@ -162,7 +172,11 @@ IMAGES = "t10k-images-idx3-ubyte"
 
 def idx(*shape: int, content: bytes | None = None) -> bytes:
     sizes = b"".join(struct.pack(">i", size) for size in shape)
-    return bytes([0, 0, 8, len(shape)]) + sizes + (bytes(math.prod(shape)) if content is None else content)
+    return (
+        bytes([0, 0, 8, len(shape)])
+        + sizes
+        + (bytes(math.prod(shape)) if content is None else content)
+    )
 
 
 @pytest.mark.parametrize(
@@ -176,7 +190,11 @@ def idx(*shape: int, content: bytes | None = None) -> bytes:
         (LABELS, idx(-1, content=bytes(10)), r"its dimensions are \[-1\]"),
         (LABELS, idx(2**31 - 1, content=b""), "cannot be read"),
         (IMAGES, idx(10), r"holds an array of \(10,\), expected images \(n, 28, 28\)"),
-        (IMAGES, idx(10, 20, 20), r"holds an array of \(10, 20, 20\), expected images \(n, 28, 28\)"),
+        (
+            IMAGES,
+            idx(10, 20, 20),
+            r"holds an array of \(10, 20, 20\), expected images \(n, 28, 28\)",
+        ),
         (IMAGES, idx(10, 28, 28)[:-1], "cannot be read"),
         (IMAGES, idx(0, 28, 28), "holds 0 images and .* 10 labels"),
     ],
@@ -201,7 +219,9 @@ def test_images_and_labels_that_are_swapped_are_refused(tmp_path):
 # Images of fewer pixels
 
 
-@pytest.mark.parametrize("n, crop, pool", [(1001, 3, 2), (0, 0, 1), (1, 1, 26), (7, 2, 3), (7, 5, 7)])
+@pytest.mark.parametrize(
+    "n, crop, pool", [(1001, 3, 2), (0, 0, 1), (1, 1, 26), (7, 2, 3), (7, 5, 7)]
+)
 def test_pooled_images_are_pytorchs_average_pool(mnist, n, crop, pool):
     samples = mnist[0][:n]
     pooled = samples.pooled(crop, pool)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""README, CONTRIBUTING and docs: what they name exists, their code runs, and their tables are true."""
+"""README, CONTRIBUTING and docs: what they name exists, their code runs, and their tables are
+true."""
 
 import csv
 import re
@@ -26,14 +27,26 @@ from torchpar.testing.operators import RULES
 
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text()
-    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+    for path in (
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *sorted((ROOT / "docs").glob("*.md")),
+    )
 }
 README = PAGES["README.md"]
 RESULTS = ROOT / "benchmarks" / "results" / "cpu-2-cores-amd-epyc-family-26-model-2"
 SUITE = "".join(path.read_text() for path in sorted((ROOT / "tests").glob("*.py")))
 FIGURES = ("p50_ms", "speedup", "seconds", "accuracy")
 OTHERS_FLAGS = {  # of the launchers, pip, pytest and Lightning
-    *("nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "max_restarts", "ntasks", "num_processes"),
+    *(
+        "nproc_per_node",
+        "nnodes",
+        "rdzv_backend",
+        "rdzv_endpoint",
+        "max_restarts",
+        "ntasks",
+        "num_processes",
+    ),
     *("maxprocesses", "config", "help", "strict", "tyro_print_completion", "logdir"),
 }
 
@@ -41,17 +54,23 @@ OTHERS_FLAGS = {  # of the launchers, pip, pytest and Lightning
 def our_flags() -> set[str]:
     """Return the fields of the examples' flags, and the arguments of parsers."""
     paths = [
-        path for folder in ("benchmarks", "torchpar", "tests/fuzz") for path in (ROOT / folder).rglob("*.py")
+        path
+        for folder in ("benchmarks", "torchpar", "tests/fuzz")
+        for path in (ROOT / folder).rglob("*.py")
     ]
     parsers = "".join(path.read_text() for path in paths)
     examples = "".join(path.read_text() for path in (ROOT / "examples").rglob("*.py"))
-    flags = re.findall(r'"--([a-z][\w-]+)"', parsers) + re.findall(r"^    (\w+): ", examples, re.MULTILINE)
+    flags = re.findall(r'"--([a-z][\w-]+)"', parsers) + re.findall(
+        r"^    (\w+): ", examples, re.MULTILINE
+    )
     return {flag.replace("-", "_") for flag in flags}
 
 
 def missing(text: str, folder: Path, flags: set[str]) -> list[str]:
     """Return the links, paths, modules, tests and flags in ``text`` that do not exist."""
-    links = [link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    links = [
+        link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link
+    ]
     paths = re.findall(
         r"\b(?:examples|benchmarks|tests|docs|torchpar)/[\w/.-]*\.(?:py|sh|yaml|sbatch|md)\b", text
     )
@@ -71,7 +90,10 @@ def test_pages_name_only_what_exists():
     flags = our_flags()
     for page, text in PAGES.items():
         assert missing(text, (ROOT / page).parent, flags) == [], page
-    wrong = "[a](none.md) tests/none.py -m benchmarks.none -m benchmarks run none `test_none` --no-such-flag"
+    wrong = (
+        "[a](none.md) tests/none.py -m benchmarks.none -m benchmarks run none `test_none` "
+        "--no-such-flag"
+    )
     assert len(missing(wrong, ROOT, flags)) == 6
 
 
@@ -95,13 +117,18 @@ def test_no_page_has_a_placeholder(page):
 def undefined(page: str) -> tuple[list[str], int]:
     """Return the names in "your code" that their file does not define, and the number of all names.
 
-    A cell's files are those that it names. If it names none, they are the row's script and the last file that
-    is linked above in the table, or "my.py", a student's file, which defines what the ladder knows.
+    A cell's files are those that it names. If it names none, they are the row's script and the last
+    file that is linked above in the table, or "my.py", a student's file, which defines what the
+    ladder knows.
     """
-    paths = {Path(link).name: ROOT / "docs" / link for link in re.findall(r"\]\(([^)#\s]+\.py)\)", page)}
+    paths = {
+        Path(link).name: ROOT / "docs" / link for link in re.findall(r"\]\(([^)#\s]+\.py)\)", page)
+    }
     wrong, count, linked, column = [], 0, [], None
     for line in page.splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else []
+        cells = (
+            [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else []
+        )
         if not cells:
             column = None
         elif column is None:
@@ -141,9 +168,22 @@ def test_the_exercises_name_functions_that_there_are():
 
 
 def public_names() -> set[str]:
-    """The names in ``__all__`` of each public package, and those that a module without one defines."""
-    names = {f"torchpar.{name}" for name in torchpar.__all__ if not ismodule(getattr(torchpar, name))}
-    for part in ("library", "testing", "nn", "optim", "parallel", "exact", "training", "errors", "data"):
+    """The names in ``__all__`` of each public package, and those that a module without one
+    defines."""
+    names = {
+        f"torchpar.{name}" for name in torchpar.__all__ if not ismodule(getattr(torchpar, name))
+    }
+    for part in (
+        "library",
+        "testing",
+        "nn",
+        "optim",
+        "parallel",
+        "exact",
+        "training",
+        "errors",
+        "data",
+    ):
         module = import_module(f"torchpar.{part}")
         defined = [
             name
@@ -165,7 +205,9 @@ def test_the_reference_has_all_public_names_and_no_other():
 
 
 def test_the_pages_install_extras_that_there_are():
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
     for text in PAGES.values():
         for names in re.findall(r"(?:\.|torchpar)\[([\w,]+)\]'", text):
             assert set(names.split(",")) <= set(extras)
@@ -226,12 +268,19 @@ def is_cast(operator: Operator) -> bool:
 
 
 def test_the_readmes_table_is_what_the_record_of_operators_says():
-    lines = re.search(r"^\| \| `maximum`.*\n((?:\|.*\n)+)", README, re.MULTILINE).group(0).splitlines()
-    (_, *names), _, *rows = ([cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines)
-    assert set(names) == set(OPERATORS) == set(re.findall(r"`torch\.ops\.torchpar\.(\w+)\(", README))
+    lines = (
+        re.search(r"^\| \| `maximum`.*\n((?:\|.*\n)+)", README, re.MULTILINE).group(0).splitlines()
+    )
+    (_, *names), _, *rows = (
+        [cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines
+    )
+    assert (
+        set(names) == set(OPERATORS) == set(re.findall(r"`torch\.ops\.torchpar\.(\w+)\(", README))
+    )
     for row, *cells in rows:
         dtypes = [
-            getattr(torch, name) for name in re.findall(r"\b(?:(?:b?float|u?int|complex)\d+|bool)\b", row)
+            getattr(torch, name)
+            for name in re.findall(r"\b(?:(?:b?float|u?int|complex)\d+|bool)\b", row)
         ]
         for name, cell in zip(names, cells, strict=True):
             if dtypes:
@@ -254,7 +303,8 @@ def test_the_published_hash_is_the_one_that_is_checked():
 ELSEWHERE = ("docs/own_model.md", "docs/trainers.md")  # below, and in tests/test_trainers.py
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # in opcheck
+# In opcheck.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page) and page not in ELSEWHERE])
 def test_code_of_pages_runs(page, monkeypatch, tmp_path, request):
     monkeypatch.chdir(tmp_path)

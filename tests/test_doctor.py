@@ -50,7 +50,8 @@ def test_a_problem_is_marked_and_makes_the_status_1(monkeypatch, capsys):
          lambda name: None if name == "triton" else SPEC(name),
          (WITHOUT_TRITON, "missing; the operators have no GPU kernels", "pip install triton")),
         ("versions", "torch", "torch.__version__", "2.99.0+cu132",
-         ("note", "2.99.0+cu132, not tested", "if something fails, take a version from 2.11 to 2.15")),
+         ("note", "2.99.0+cu132, not tested",
+          "if something fails, take a version from 2.11 to 2.15")),
         ("processor", "threads", "torch.get_num_threads", lambda: 1000,
          ("problem", "1000, on ", "export OMP_NUM_THREADS=")),
     ],
@@ -68,7 +69,9 @@ def test_situations(area, name, replaced, by, finding):
     "enabled, value", [(False, "by estimates; TORCHPAR_AUTOTUNE=1"), (True, "measured by Triton")]
 )
 def test_a_gpu_and_the_choice_of_its_tiles(monkeypatch, enabled, value):
-    autotune = pytest.importorskip("torchpar.kernels.autotune", reason="Triton compiles the kernels")
+    autotune = pytest.importorskip(
+        "torchpar.kernels.autotune", reason="Triton compiles the kernels"
+    )
     monkeypatch.setattr(autotune, "ENABLED", enabled)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -104,4 +107,6 @@ def test_an_examination_that_fails_is_a_problem():
         raise OSError("no home\nin sight")
 
     remedy = "please report it, with this output"
-    assert list(doctor.examine(fail)) == [Finding("examination", "OSError: no home", "problem", remedy)]
+    assert list(doctor.examine(fail)) == [
+        Finding("examination", "OSError: no home", "problem", remedy)
+    ]

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Gradients of units that are added as integers, in any order, and models that are split over ranks."""
+"""Gradients of units that are added as integers, in any order, and models that are split over
+ranks."""
 
 import math
 from itertools import permutations
@@ -42,7 +43,9 @@ def test_sums_do_not_depend_on_the_order_or_the_ranks():
             assert torch.equal(binned([shuffled[:cut], shuffled[cut:]]), expected)
     sums = {tuple(sum(x[i] for i in order).tolist()) for order in permutations(range(len(x)))}
     assert len(sums) > 1  # those of float32 do
-    ideal = torch.tensor([math.fsum(values) for values in zip(*(t.tolist() for t in x), strict=True)])
+    ideal = torch.tensor(
+        [math.fsum(values) for values in zip(*(t.tolist() for t in x), strict=True)]
+    )
     # The cut leaves out 2⁻³⁰ of the largest term for each term; the result is rounded once.
     bound = len(x) * 2.0**-30 * max(t.abs().max() for t in x) + 2.0**-24 * ideal.abs()
     assert ((expected.double() - ideal).abs() <= bound).all()
@@ -65,14 +68,18 @@ def messages() -> None:
         torch.distributed.broadcast(x, src=1)
         assert x.tolist() == [1, 1]
         torch.distributed.all_reduce(x.long())
-        with pytest.raises(ConfigError, match=r"no exact version of c10d\.allreduce_.*; add gradients by"):
+        with pytest.raises(
+            ConfigError, match=r"no exact version of c10d\.allreduce_.*; add gradients by"
+        ):
             torch.distributed.all_reduce(x)
         with pytest.raises(ConfigError, match="no group was given on 2 ranks"):
             exact.DataParallel(torch.nn.Linear(3, 2))
         torch.manual_seed(world.rank)
         parallel = exact.DataParallel(torch.nn.Linear(3, 2), torch.distributed.group.WORLD)
         parallel.backward(parallel.model(x.new_ones(1, 3)).sum())
-        with pytest.raises(ConfigError, match=r"weight differs between .*; start with the same weights"):
+        with pytest.raises(
+            ConfigError, match=r"weight differs between .*; start with the same weights"
+        ):
             parallel.all_reduce()
 
 
@@ -83,23 +90,31 @@ def test_messages_pass_unless_they_add(ranks):
 def test_what_cannot_be_added_is_refused():
     model, x = torch.nn.Linear(3, 2), torch.ones(4, 3)
     parallel = exact.DataParallel(model)
-    with pytest.raises(ConfigError, match=r"called outside of torchpar\.exact\.mode\(\), expected within it"):
+    with pytest.raises(
+        ConfigError, match=r"called outside of torchpar\.exact\.mode\(\), expected within it"
+    ):
         parallel.backward(model(x).sum())
     with exact.mode():
         with pytest.raises(ConfigError, match=r"the loss has shape \(4, 2\), expected one number"):
             parallel.backward(model(x))
         parallel.backward(model(x).sum().view(1))
         assert parallel.all_reduce() == model(x).sum()
-        with pytest.raises(ConfigError, match="no rank has called backward since the last all_reduce"):
+        with pytest.raises(
+            ConfigError, match="no rank has called backward since the last all_reduce"
+        ):
             parallel.all_reduce()
         model.bias.grad = torch.ones(2)
-        with pytest.raises(ConfigError, match=r"a parameter has a gradient before the backward pass; call"):
+        with pytest.raises(
+            ConfigError, match=r"a parameter has a gradient before the backward pass; call"
+        ):
             parallel.backward(model(x).sum())
         model.zero_grad()
         model.bias.requires_grad_(False)
         with pytest.raises(ConfigError, match="frozen or unfrozen after DataParallel was made"):
             parallel.backward(model(x).sum())
-        with pytest.raises(ConfigError, match=r"weight is torch\.bfloat16, expected a parameter of float32"):
+        with pytest.raises(
+            ConfigError, match=r"weight is torch\.bfloat16, expected a parameter of float32"
+        ):
             exact.DataParallel(torch.nn.Linear(3, 2, dtype=torch.bfloat16))
 
 
@@ -109,7 +124,8 @@ def test_what_cannot_be_added_is_refused():
 def split_layers_have_the_bits_of_the_whole() -> None:
     with join_world("cpu") as world:
         mesh = world.with_mesh(tp=world.world_size).mesh["tp"]
-        for inputs, hidden, outputs in ((12, 33, 5), (7, 3, 1), (1, 1, 3)):  # some ranks have no features
+        # Some ranks have no features.
+        for inputs, hidden, outputs in ((12, 33, 5), (7, 3, 1), (1, 1, 3)):
             torch.manual_seed(0)
             sizes = (2, 9, inputs), (hidden, inputs), (outputs, hidden), (2, 9, outputs)
             x, up, down, g = (torch.randn(*size).requires_grad_() for size in sizes)
@@ -143,7 +159,8 @@ Mesh = tuple[int, int, int]  # dp, tp and pp
 
 
 def short(model: str, mesh: Mesh, threads: int = 1, rounded: bool = False) -> str:
-    """The hash after few steps. If ``rounded``, the ranks of "tp" add float32 instead of integers."""
+    """The hash after few steps. If ``rounded``, the ranks of "tp" add float32 instead of
+    integers."""
     add = tensor_parallel.all_reduce
 
     def add_rounded(t: Tensor, *args: Any) -> Tensor:
@@ -170,7 +187,8 @@ RECORDED = "ae0e5ac1396ff91bc277b5dfa140a52c4d2a34c383828657cbf9ee05d93621d0"  #
     [
         ("mlp", [(2, 1, 1), (1, 3, 1), (1, 1, 3), (2, 1, 2), (1, 2, 2)]),
         pytest.param("gpt", [(2, 1, 1), (1, 2, 1)], marks=pytest.mark.slow),
-        pytest.param("mlp", [(2, 2, 2), (4, 1, 1)], marks=pytest.mark.slow),  # a rank without a unit
+        # A rank without a unit.
+        pytest.param("mlp", [(2, 2, 2), (4, 1, 1)], marks=pytest.mark.slow),
         pytest.param("gpt", [(2, 2, 1)], marks=pytest.mark.slow),
     ],
 )

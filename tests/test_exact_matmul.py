@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Exact products: the bits of the plain reference, whatever computes them, and errors against float64."""
+"""Exact products: the bits of the plain reference, whatever computes them, and errors against
+float64."""
 
 import json
 import math
@@ -26,7 +27,9 @@ LARGEST = torch.finfo(torch.float32).max
 LEAST = 2.0**-149  # subnormal
 # The largest numbers of an exponent and their neighbours, normal and subnormal
 LIMITS = [
-    math.ldexp((1 - 2.0**-7) * (1 + i * 2.0**-23), e) for e in (-140, -126, -1, 0, 127) for i in (-1, 0, 1)
+    math.ldexp((1 - 2.0**-7) * (1 + i * 2.0**-23), e)
+    for e in (-140, -126, -1, 0, 127)
+    for i in (-1, 0, 1)
 ]
 
 
@@ -43,7 +46,8 @@ def wide(*shape: int, device: str = "cpu", seed: int = 0) -> Tensor:
 
 
 def cancelling(k: int) -> tuple[Tensor, Tensor]:
-    """Rows whose product is 0, but whose digits but the first are −128 or −127: what is left out adds up."""
+    """Rows whose product is 0, but whose digits but the first are −128 or −127: what is left out
+    adds up."""
     x = torch.full((1, k), -(65 * 2.0**24 - 2.0**23 - 2.0**15 - 2.0**7) / 2.0**31)
     return x, x * torch.tensor([1.0, -1.0]).repeat(k // 2)
 
@@ -56,7 +60,10 @@ HARD = {
         torch.tensor([[LARGEST, LEAST, 1.0], [-LEAST, LARGEST * 2.0**-40, 3.0]]),
     ),
     "subnormal": (random(9, 64) * 2.0**-140, random(8, 64, seed=1) * 2.0**100),
-    "the least number": (torch.full((1, 1), LEAST), torch.full((1, 1), (0.5 + 2.0**-17) * 2.0**100)),
+    "the least number": (
+        torch.full((1, 1), LEAST),
+        torch.full((1, 1), (0.5 + 2.0**-17) * 2.0**100),
+    ),
     # Half of the least number; rounded to float32 before, the sum would lose what lies above it.
     "a subnormal sum": (torch.tensor([[2.0**-75, 2.0**-105]]), torch.full((1, 2), 2.0**-75)),
     "infinite results": (random(5, 9) * 2.0**65, random(4, 9, seed=1) * 2.0**65),
@@ -64,10 +71,17 @@ HARD = {
         torch.tensor([[LARGEST, LARGEST, -LARGEST, -LARGEST], [LARGEST] * 4, [-LARGEST] * 4]),
         torch.tensor([[1.0, 1, 1, 1], [1, 1, 1, 0], [LARGEST] * 4]),
     ),
-    # Of X, whose unit is 2⁻³⁰ in a row whose largest is 1; of the sum, whose last bit is worth 2⁻²³.
-    "ties of X": (torch.tensor([[1.0, n * 2.0**-31] for n in range(-5, 6)]), torch.tensor([[0.0, 1.0]])),
+    # Of X, whose unit is 2⁻³⁰ in a row whose largest is 1; of the sum, whose last bit is worth
+    # 2⁻²³.
+    "ties of X": (
+        torch.tensor([[1.0, n * 2.0**-31] for n in range(-5, 6)]),
+        torch.tensor([[0.0, 1.0]]),
+    ),
     "ties of sums": (torch.tensor([[1.0, n * 2.0**-24] for n in range(6)]), torch.ones(1, 2)),
-    "limits of exponents": (torch.tensor([[x, -x] for x in LIMITS]), torch.tensor([[1.0, 0.0], [1.0, 1.0]])),
+    "limits of exponents": (
+        torch.tensor([[x, -x] for x in LIMITS]),
+        torch.tensor([[1.0, 0.0], [1.0, 1.0]]),
+    ),
     "zeros": (torch.zeros(40, 1), torch.tensor([[-1.0], [0.0]])),  # none is −0
 }
 
@@ -81,7 +95,9 @@ def test_hard_products(name: str, device: str) -> None:
     assert_same_bits(exact_matmul_t(a), reference.exact_matmul(a, a))
     a, b, found = a.cpu().double(), b.cpu().double(), found.cpu().double()
     exact = [[math.fsum(products) for products in row] for row in (a[:, None] * b).tolist()]
-    exact, found = (t.clamp(-(2.0**128), 2.0**128) for t in (torch.tensor(exact, dtype=torch.float64), found))
+    exact, found = (
+        t.clamp(-(2.0**128), 2.0**128) for t in (torch.tensor(exact, dtype=torch.float64), found)
+    )
     larger = torch.maximum(found.abs(), exact.abs()).clamp(min=2.0**-126)
     half_ulp = 2 ** (larger.frexp().exponent.double() - 25)
     largest = a.abs().amax(1, keepdim=True) * b.abs().amax(1)
@@ -94,7 +110,9 @@ def test_hard_products(name: str, device: str) -> None:
 @pytest.mark.parametrize(
     "aten, onednn", [("default", "SSE41"), pytest.param("avx2", "AVX2", marks=pytest.mark.slow)]
 )
-def test_bits_are_the_recorded_ones_on_other_processors_and_any_threads(aten: str, onednn: str) -> None:
+def test_bits_are_the_recorded_ones_on_other_processors_and_any_threads(
+    aten: str, onednn: str
+) -> None:
     with patch.dict(os.environ, ATEN_CPU_CAPABILITY=aten, ONEDNN_MAX_CPU_ISA=onednn):
         status, out, err = run(sys.executable, str(ROOT / "tests" / "exact_bits.py"))
     assert status == 0, err
@@ -129,7 +147,9 @@ CONSTANTS = [
 
 
 @pytest.mark.parametrize("constants", CONSTANTS, ids=str)
-def test_blocks_and_chains_do_not_matter(constants: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_and_chains_do_not_matter(
+    constants: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = [(exact_matmul(a, b), exact_matmul(a, a.clone())) for a, b in PAIRS]
     assert_same_bits(expected[0][0], reference.exact_matmul(*PAIRS[0]))
     for name, value in constants.items():
@@ -148,7 +168,8 @@ def test_blocks_and_chains_do_not_matter(constants: dict[str, int], monkeypatch:
 @pytest.mark.parametrize("k", [exact_digits.CHAIN, exact_digits.CHAIN + 1])
 def test_the_longest_chains_of_the_least_digits(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.full((1, 8 * k), -(127 * 2.0**24 - 2.0**23 + 2.0**15 + 2.0**7) / 2.0**31)
-    x += torch.arange(8 * k) % 9 * (2.0**16 + 2.0**8) / 2.0**31  # so that sums of two products are odd
+    # So that sums of two products are odd.
+    x += torch.arange(8 * k) % 9 * (2.0**16 + 2.0**8) / 2.0**31
     x[:, -1] = (2.0**24 + 2) / 2.0**31  # so that T has 54 significant bits
     a, b = torch.cat([x, wide(1, 8 * k)]), x.clone()
     expected = reference.exact_matmul(a[:, :k], b[:, :k])
@@ -194,7 +215,9 @@ def test_derivatives_are_exact_products(device: str) -> None:
         for seed, shape in enumerate([(6, 5), (4, 5), (6, 4), (7, 5), (7, 7), (6, 5), (4, 5)])
     )
     for found, expected in zip(
-        vjp(exact_matmul, a, b)[1](g), (exact_matmul(g, b.mT), exact_matmul(g.mT, a.mT)), strict=True
+        vjp(exact_matmul, a, b)[1](g),
+        (exact_matmul(g, b.mT), exact_matmul(g.mT, a.mT)),
+        strict=True,
     ):
         assert_same_bits(found, expected)
     (by_x,) = vjp(exact_matmul_t, x)[1](h)

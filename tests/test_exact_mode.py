@@ -21,14 +21,18 @@ from torchpar.exact.random import philox
 
 
 def ulps(found: Tensor, expected: Tensor) -> float:
-    """The largest distance in units of float32's last place, where the result is a normal number."""
+    """The largest distance in units of float32's last place, where the result is a normal
+    number."""
     unit = torch.exp2(expected.abs().clamp(min=2.0**-126).log2().floor() - 23)
     return ((found.double() - expected).abs() / unit).max().item()
 
 
-X = torch.cat([torch.linspace(-9, 9, 20001), torch.logspace(-30, 1, 999), -torch.logspace(-30, 1, 999)])
+X = torch.cat(
+    [torch.linspace(-9, 9, 20001), torch.logspace(-30, 1, 999), -torch.logspace(-30, 1, 999)]
+)
 UNIT = torch.linspace(-0.999, 0.999, 4001)
-LONG = (torch.arange(3 * 2**22) % 3 + 5) / 7.5  # 64 bits cannot hold its sum, nor that of the squares
+# 64 bits cannot hold its sum, nor that of the squares.
+LONG = (torch.arange(3 * 2**22) % 3 + 5) / 7.5
 # Rounding once is half a unit; GELU's tail multiplies by a number with an absolute error.
 FUNCTIONS: dict[str, tuple[Any, Tensor, float]] = {
     "exp": (torch.exp, X, 0.51),
@@ -51,7 +55,11 @@ FUNCTIONS: dict[str, tuple[Any, Tensor, float]] = {
     "norm": (lambda x: x.view(-1, 1999).norm(dim=1), X[: 11 * 1999] * 1e-19, 0.51),
     "norm of subnormal numbers": (lambda x: x.norm(dim=0, keepdim=True), X[:999] * 1e-42, 0.51),
     "norm of 12 million": (lambda x: x.norm(dim=0, keepdim=True), LONG, 0.51),
-    "sum to one place": (lambda x: x.new_zeros(1).index_add(0, torch.zeros_like(x).int(), x), LONG, 0.51),
+    "sum to one place": (
+        lambda x: x.new_zeros(1).index_add(0, torch.zeros_like(x).int(), x),
+        LONG,
+        0.51,
+    ),
     "power": (lambda x: x**3, X.abs().clamp(min=2.0**-40), 0.51),
     # These round twice.
     "std": (lambda x: x.view(-1, 1999).std(1), X[: 11 * 1999], 1.01),
@@ -75,7 +83,9 @@ def test_functions_of_unusual_numbers():
         with exact.mode():
             found = getattr(torch, name)(x)
         expected = getattr(torch, name)(x)
-        torch.testing.assert_close(found, expected, equal_nan=True, rtol=1e-6, atol=0, msg=f"{name}: {found}")
+        torch.testing.assert_close(
+            found, expected, equal_nan=True, rtol=1e-6, atol=0, msg=f"{name}: {found}"
+        )
     with exact.mode():
         assert [t.norm().item() for t in (x[1:], x[3:5])] == [math.inf, 0]
     with exact.mode(), pytest.raises(ConfigError, match="take angles below"):
@@ -104,7 +114,9 @@ def gradients(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     image = IMAGE.to(dtype, copy=True).requires_grad_()
     model.zero_grad()
     output = model(TEXT, image)
-    loss = F.nll_loss(output.flatten(0, 1), torch.arange(24) % 5, ignore_index=3) + output.exp().std()
+    loss = (
+        F.nll_loss(output.flatten(0, 1), torch.arange(24) % 5, ignore_index=3) + output.exp().std()
+    )
     loss.backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters()}
     return found | {"output": output.detach(), "loss": loss.detach(), "image": image.grad}
@@ -125,13 +137,15 @@ def test_layers_are_as_near_as_torchs():
 
 
 def test_random_numbers():
-    """Philox has the words of its authors' known answers; draws have their distributions' moments."""
+    """Philox has the words of its authors' known answers; draws have their distributions'
+    moments."""
     words = philox(torch.tensor([0]), (0, 0))[:, 0].tolist()
     assert words == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
     with exact.mode():
         torch.manual_seed(0)
         x = torch.randn(10**5)
-        masks = {p: F.dropout(torch.ones(10**5), p) for p in (0.3, 0.5, 1.0)}  # the dispatcher omits 0.5
+        # The dispatcher omits 0.5.
+        masks = {p: F.dropout(torch.ones(10**5), p) for p in (0.3, 0.5, 1.0)}
     # Five standard deviations of the mean, of the variance and of the number of ones.
     assert x.mean().abs() < 5 / math.sqrt(1e5)
     assert abs(x.var() - 1) < 5 * math.sqrt(2 / 1e5)
@@ -145,7 +159,8 @@ def test_random_numbers():
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
 def test_steps_of_parts_have_the_bits_of_the_whole(kind):
-    """A product and a sum are nowhere fused, which would depend on an element's place in the tensor."""
+    """A product and a sum are nowhere fused, which would depend on an element's place in the
+    tensor."""
     options = {"momentum": 0.9, "nesterov": True} if kind is torch.optim.SGD else {}
     whole, gradients = torch.randn(37, 41), torch.randn(4, 37, 41)
 
@@ -162,7 +177,9 @@ def test_steps_of_parts_have_the_bits_of_the_whole(kind):
         for part in (lambda t: t[3:4, 5:6], lambda t: t.T, lambda t: t.flatten()[1:]):
             assert torch.equal(stepped(part), part(expected))
     rounding = 4 * 10 * 2.0**-23  # of ten numbers below 4 in each step
-    torch.testing.assert_close(expected.double(), stepped(lambda t: t, torch.float64), rtol=0, atol=rounding)
+    torch.testing.assert_close(
+        expected.double(), stepped(lambda t: t, torch.float64), rtol=0, atol=rounding
+    )
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
@@ -175,7 +192,8 @@ def test_decoding_equals_one_pass(name):
             p.mul_(3)
         text = torch.randint(3, 96, (1, 8))
         whole = model(input_ids=text).logits
-        parameters = inspect.signature(model.forward).parameters  # transformers 5.24 renames the argument
+        # Transformers 5.24 renames the argument.
+        parameters = inspect.signature(model.forward).parameters
         argument = "cache" if "cache" in parameters else "past_key_values"
         cache, tokens = None, []
         for i in range(8):
@@ -218,18 +236,24 @@ REFUSED: dict[str, Any] = {
     r"no exact version of aten\.cumsum\.default for these": lambda: (torch.ones(3) / 3).cumsum(0),
     r"no exact version of aten\.cumsum\.default; make": lambda: TEXT.cumsum(0, dtype=torch.float32),
     r"takes float32, an operand is torch\.bfloat16": lambda: HALF.bfloat16() @ HALF.bfloat16(),
-    r"takes float32, .* torch\.float16": lambda: F.scaled_dot_product_attention(*3 * [IMAGE.half()]),
+    r"takes float32, .* torch\.float16": lambda: F.scaled_dot_product_attention(
+        *3 * [IMAGE.half()]
+    ),
     r"takes float32, an operand is torch\.float64": lambda: torch.ones(3).double().sum(),
     r"takes float32, an operand is torch\.float16": lambda: HALF.scatter_add(0, HALF.long(), HALF),
     "foreach.*; give foreach=False.*; take no Muon": lambda: step(foreach=True),
     "fused.*, no fused=True": lambda: step(fused=True),
     r"no exact version of aten\.sum\.default": lambda: COMPLEX.sum(),
     r"no exact version of aten\.mm\.default": lambda: SPARSE @ torch.ones(3, 3),
-    r"no exact version of aten\.put_": lambda: torch.arange(3).put_(torch.tensor([0, 0]), torch.arange(2)),
+    r"no exact version of aten\.put_": lambda: torch.arange(3).put_(
+        torch.tensor([0, 0]), torch.arange(2)
+    ),
     "aten.normal.Tensor_float": lambda: torch.normal(torch.ones(4), 1.0),
     r"prims\.sin\.default; make it of other": lambda: torch.ops.prims.sin(torch.ones(3)),
     "scatter.reduce": lambda: IMAGE.scatter(0, torch.zeros_like(IMAGE).long(), IMAGE, reduce="add"),
-    "index -1 is out of bounds": lambda: torch.ones(3).scatter_add(0, torch.tensor([-1]), torch.ones(1)),
+    "index -1 is out of bounds": lambda: torch.ones(3).scatter_add(
+        0, torch.tensor([-1]), torch.ones(1)
+    ),
     "index out of range": lambda: torch.ones(3).index_add(0, torch.tensor([-1]), torch.ones(1)),
 }
 
@@ -246,15 +270,24 @@ def test_special_forms():
         assert ones.cumsum(0).tolist() == [1, 2, 3]
         assert ones[None].index_add(1, torch.tensor([2, 2, 0]), ones[None]).tolist() == [[2, 1, 3]]
         assert (3 ** torch.arange(5)).tolist() == [1, 3, 9, 27, 81]
-        assert torch.tensor([2**24, 1, 1]).sum(dtype=torch.float32) == 2**24 + 2  # added as integers
-        assert torch.ops.aten._safe_softmax(torch.full((2, 3), -math.inf), -1).tolist() == [[0.0] * 3] * 2
+        # Added as integers.
+        assert torch.tensor([2**24, 1, 1]).sum(dtype=torch.float32) == 2**24 + 2
+        assert (
+            torch.ops.aten._safe_softmax(torch.full((2, 3), -math.inf), -1).tolist()
+            == [[0.0] * 3] * 2
+        )
         powers = (torch.arange(4.0) - 2) ** 101
         assert F.group_norm(torch.ones(0, 4, 5), 2).shape == (0, 4, 5)
         kernel = torch.randn(2, 4, 2, 3, 2)
         volume = F.conv3d(IMAGE[None], kernel, stride=2, padding=1)
-        by_kernel = torch.func.grad(lambda k: F.conv3d(IMAGE[None], k, padding="valid").sum())(kernel)
+        by_kernel = torch.func.grad(lambda k: F.conv3d(IMAGE[None], k, padding="valid").sum())(
+            kernel
+        )
         scores = torch.randn(4, 6, 7)
-        losses = F.cross_entropy(scores.mT, TEXT), F.cross_entropy(scores.flatten(0, 1), TEXT.flatten())
+        losses = (
+            F.cross_entropy(scores.mT, TEXT),
+            F.cross_entropy(scores.flatten(0, 1), TEXT.flatten()),
+        )
         mask = torch.randn(6, 6).requires_grad_()
         attended = F.scaled_dot_product_attention(scores, scores, scores, mask)
         slopes = [torch.autograd.grad(attended.square().sum(), mask)[0]]
@@ -277,7 +310,9 @@ def test_special_forms():
 def test_largest_and_smallest_zeros_are_positive():
     zeros = torch.tensor([0.0, -0.0]).repeat(5, 20)
     with exact.mode():
-        found = [f(zeros, -zeros) for f in (torch.maximum, torchpar.maximum, torch.minimum, torch.clamp)]
+        found = [
+            f(zeros, -zeros) for f in (torch.maximum, torchpar.maximum, torch.minimum, torch.clamp)
+        ]
         found += [zeros.amax(0), zeros.mT.amin(0), zeros.max(), (-zeros).clamp_(max=zeros)]
         assert torch.tensor([True, False]).maximum(torch.tensor(False)).tolist() == [True, False]
     assert all((t == 0).all() and not t.signbit().any() for t in found)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Every rule of the exact mode: rows alone and in a batch, default dtypes, overloads, PyTorch's checks."""
+"""Every rule of the exact mode: rows alone and in a batch, default dtypes, overloads, PyTorch's
+checks."""
 
 import math
 from collections.abc import Callable
@@ -61,9 +62,9 @@ def of_attention(x: Tensor) -> Tensor:
 
 def of_layer_norm(x: Tensor) -> Tensor:
     _, mean, rstd = aten.native_layer_norm(x, [COLUMNS], WEIGHT[0], None, 1e-5)
-    return aten.native_layer_norm_backward(x, x, [COLUMNS], mean, rstd, WEIGHT[0], None, [True, True, False])[
-        0
-    ]
+    return aten.native_layer_norm_backward(
+        x, x, [COLUMNS], mean, rstd, WEIGHT[0], None, [True, True, False]
+    )[0]
 
 
 def group_norm(x: Tensor) -> tuple[Tensor, ...]:
@@ -87,7 +88,9 @@ ROW_CASES: dict[str, Callable[[Tensor], Any]] = {
     **each("exp expm1 sigmoid tanh erf silu gelu", lambda f, x: f(x)),
     **each("log log2 log1p rsqrt sqrt", lambda f, x: f(x.abs())),
     **each("sin cos erfinv", lambda f, x: f(x.tanh())),
-    **each("sigmoid_backward tanh_backward silu_backward gelu_backward", lambda f, x: f(x, x.flip(1))),
+    **each(
+        "sigmoid_backward tanh_backward silu_backward gelu_backward", lambda f, x: f(x, x.flip(1))
+    ),
     "softplus": lambda x: aten.softplus(x, 2.0, 3.0),
     "softplus_backward": lambda x: aten.softplus_backward(x, x.flip(1), 2.0, 3.0),
     "add": lambda x: aten.add(x, x.flip(1), alpha=0.3),
@@ -100,7 +103,9 @@ ROW_CASES: dict[str, Callable[[Tensor], Any]] = {
     "_softmax": lambda x: aten._softmax(x, 1, False),
     "_log_softmax": lambda x: aten._log_softmax(x, 1, False),
     "_softmax_backward_data": lambda x: aten._softmax_backward_data(x, x.tanh(), 1, x.dtype),
-    "_log_softmax_backward_data": lambda x: aten._log_softmax_backward_data(x, x.tanh(), 1, x.dtype),
+    "_log_softmax_backward_data": lambda x: aten._log_softmax_backward_data(
+        x, x.tanh(), 1, x.dtype
+    ),
     "logsumexp": lambda x: x.logsumexp(1),
     "sum": lambda x: x.sum(1),
     "mean": lambda x: x.mean(1),
@@ -146,7 +151,15 @@ ROW_CASES: dict[str, Callable[[Tensor], Any]] = {
     "_scaled_dot_product_flash_attention_for_cpu_backward": of_attention,
 }
 # Draws, which depend on the number of elements, and constants.
-WITHOUT_ROWS = {"normal_", "uniform_", "bernoulli_", "native_dropout", "arange", "linspace", "logspace"}
+WITHOUT_ROWS = {
+    "normal_",
+    "uniform_",
+    "bernoulli_",
+    "native_dropout",
+    "arange",
+    "linspace",
+    "logspace",
+}
 HOSTILE = [1e13, 1e-13, 3e38, 1e-42, math.nan, math.inf, -math.inf, 0.0]
 
 
@@ -164,8 +177,8 @@ def test_a_row_does_not_depend_on_the_others(name):
     x = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(1))
     with exact.mode():
         alone = [bits(ROW_CASES[name](x[i : i + 1].clone())) for i in range(ROWS)]
-        batches = [bits(ROW_CASES[name](torch.cat([x, x[:1] * scale, x.new_full((1, COLUMNS), scale)])))
-                   for scale in HOSTILE]  # fmt: skip
+        wide = [[x, x[:1] * scale, x.new_full((1, COLUMNS), scale)] for scale in HOSTILE]
+        batches = [bits(ROW_CASES[name](torch.cat(rows))) for rows in wide]
     for of_batch in batches:
         for i, of_row in enumerate(alone):
             assert all(torch.equal(a[0], b[i]) for a, b in zip(of_row, of_batch, strict=True))
@@ -184,10 +197,14 @@ def test_indexed_sums_have_a_unit_for_each_target():
             torch.zeros(6).index_put((places,), values, accumulate=True),
             torch.autograd.grad(F.embedding(places, table), table, values[:, None])[0].flatten(),
             torch.autograd.grad(table[places], table, values[:, None])[0].flatten(),
-            torch.autograd.grad(table.gather(0, places[:, None]), table, values[:, None])[0].flatten(),
+            torch.autograd.grad(table.gather(0, places[:, None]), table, values[:, None])[
+                0
+            ].flatten(),
             torch.autograd.grad(table.index_select(0, places), table, values[:, None])[0].flatten(),
         ]
-        opposed = torch.zeros(100).index_add(0, torch.tensor([99, 99]), torch.tensor([math.inf, -math.inf]))
+        opposed = torch.zeros(100).index_add(
+            0, torch.tensor([99, 99]), torch.tensor([math.inf, -math.inf])
+        )
     for found in sums:
         torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
     assert opposed[99].isnan()
@@ -238,13 +255,33 @@ X = torch.tensor([1.0, 2.0, 4.0, 9.0])
 M = torch.eye(4) * X
 # Arguments by the names that schemas have for them; others are those of X.
 ARGUMENTS: dict[str, Any] = {
-    **dict.fromkeys(("mat1", "mat2", "batch1", "batch2"), M), "vec": X, "tensor": X, "dim": 0, "dims": [0],
-    "unbiased": False, "keepdim": True, "correction": 0, "ord": 2, "p": 2, "alpha": 3, "beta": 2, "value": 2,
-    "exponent": 2, "weight": 0.75, "end": X + 1, "half_to_float": False, "threshold": 3.0, "min": 2.0,
-    "max": 4.0, "dtype": torch.float32, "approximate": "tanh", "input_dtype": torch.float32,
-}  # fmt: skip
+    **dict.fromkeys(("mat1", "mat2", "batch1", "batch2"), M),
+    "vec": X,
+    "tensor": X,
+    "dim": 0,
+    "dims": [0],
+    "unbiased": False,
+    "keepdim": True,
+    "correction": 0,
+    "ord": 2,
+    "p": 2,
+    "alpha": 3,
+    "beta": 2,
+    "value": 2,
+    "exponent": 2,
+    "weight": 0.75,
+    "end": X + 1,
+    "half_to_float": False,
+    "threshold": 3.0,
+    "min": 2.0,
+    "max": 4.0,
+    "dtype": torch.float32,
+    "approximate": "tanh",
+    "input_dtype": torch.float32,
+}
 OVERLOADED = """
-    add sub rsub pow sum mean var norm linalg_vector_norm logsumexp lerp amax amin max min clamp clamp_min
+    add sub rsub pow sum mean var norm linalg_vector_norm logsumexp lerp amax amin max min clamp
+    clamp_min
     clamp_max gelu softplus mm addmm addcmul addcdiv _softmax _log_softmax cumsum exp silu
 """
 
@@ -256,7 +293,9 @@ def call(func: Any) -> Any:
     for argument in func._schema.arguments:
         kind = str(argument.type)
         if argument.is_out:
-            kwargs[argument.name] = torch.empty(0, dtype=torch.int64 if argument.name.endswith("s") else None)
+            kwargs[argument.name] = torch.empty(
+                0, dtype=torch.int64 if argument.name.endswith("s") else None
+            )
             continue
         value = ARGUMENTS.get(argument.name, x)
         if argument.name == "dim":
@@ -301,13 +340,22 @@ BYTES = torch.full((64, 64), 127, dtype=torch.int8)
 IMAGE = torch.ones(2, 5, 3)
 # Calls that PyTorch refuses, and operators that differ between processors.
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
-    "a product of bytes": (lambda: torch._int_mm(BYTES, BYTES), "no exact version of aten._int_mm.default"),
-    "integers to which a fraction is added": (lambda: torch.tensor([1, 2]).add_(0.5), "can't be cast"),
+    "a product of bytes": (
+        lambda: torch._int_mm(BYTES, BYTES),
+        "no exact version of aten._int_mm.default",
+    ),
+    "integers to which a fraction is added": (
+        lambda: torch.tensor([1, 2]).add_(0.5),
+        "can't be cast",
+    ),
     "groups": (lambda: F.group_norm(IMAGE, 2), "divisible by num_groups"),
     "a weight of one group": (lambda: F.group_norm(IMAGE, 5, torch.ones(1)), "Expected weight"),
     "mm of 3-D": (lambda: torch.ops.aten.mm(IMAGE, IMAGE.mT), "must be a matrix"),
     "dot of 2-D": (lambda: torch.dot(M, M), "1D tensors expected"),
-    "a bias of size 1": (lambda: F.conv1d(IMAGE, torch.ones(4, 5, 2), torch.ones(1)), "with 4 elements"),
+    "a bias of size 1": (
+        lambda: F.conv1d(IMAGE, torch.ones(4, 5, 2), torch.ones(1)),
+        "with 4 elements",
+    ),
     "a layer's bias of size 1": (lambda: F.layer_norm(M, (4,), torch.ones(1)), "Expected weight"),
     "a dimension twice": (lambda: M.sum((0, 0)), "multiple times"),
     "a dimension that is not there": (lambda: M.softmax(2), "out of range"),
@@ -315,16 +363,25 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "a deviation": (lambda: M.clone().normal_(0, -1), "std >= 0"),
     "a probability": (lambda: M.clone().bernoulli_(2.0), "expects p to be in"),
     "probabilities": (lambda: torch.bernoulli(M), "probabilities from 0 to 1"),
-    "two masks": (lambda: F.scaled_dot_product_attention(M, M, M, M, is_causal=True), "should not be set"),
-    "heads": (lambda: F.scaled_dot_product_attention(M, M[:, :2], M), "mat1 and mat2|Expected size|inner"),
+    "two masks": (
+        lambda: F.scaled_dot_product_attention(M, M, M, M, is_causal=True),
+        "should not be set",
+    ),
+    "heads": (
+        lambda: F.scaled_dot_product_attention(M, M[:, :2], M),
+        "mat1 and mat2|Expected size|inner",
+    ),
     "a negative power of integers": (lambda: torch.arange(3) ** -1, "negative integer powers"),
     "a largest element of none": (lambda: torch.ones(0, 3).amax(0), "non-zero size"),
-    "a float sum of integers": (lambda: BYTES.cumsum(0, dtype=torch.float32), "no exact .* aten.cumsum"),
+    "a float sum of integers": (
+        lambda: BYTES.cumsum(0, dtype=torch.float32),
+        "no exact .* aten.cumsum",
+    ),
     "interpolated bytes": (
         lambda: F.interpolate(BYTES.to(torch.uint8)[None, None], scale_factor=2, mode="bilinear"),
         "no exact version of aten.*upsample_bilinear2d",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -341,12 +398,15 @@ def test_foreign_operands_are_named():
     with exact.mode():
         for operand, kind in ((quantized, "quantized"), (sparse, "sparse"), (turned, "complex")):
             for function in (torch.clone, lambda t: torch.cat([t, t])):
-                with pytest.raises(ConfigError, match=f"no exact version of .* for {kind} operands"):
+                with pytest.raises(
+                    ConfigError, match=f"no exact version of .* for {kind} operands"
+                ):
                     function(operand)
 
 
 def test_checks_draw_no_random_numbers():
-    """The native operator runs once for a new shape, on zeros, and must leave the generator as it is."""
+    """The native operator runs once for a new shape, on zeros, and must leave the generator as it
+    is."""
 
     def draw(n: int) -> Tensor:
         torch.manual_seed(0)
@@ -358,7 +418,8 @@ def test_checks_draw_no_random_numbers():
 
 
 def test_equal_elements_keep_their_order():
-    """Elsewhere their order depends on the processor: PyTorch sorts in vectors, which is not stable."""
+    """Elsewhere their order depends on the processor: PyTorch sorts in vectors, which is not
+    stable."""
     x = torch.arange(4000) % 7
     signs = torch.where(x % 2 == 0, 0.0, -0.0)
     with exact.mode():
@@ -397,7 +458,9 @@ def test_numbers_and_empty_tensors():
             lambda x: x.max(0)[0],
         ):
             assert torch.autograd.grad(function(number).sum(), number)[0] == 1
-        nothing = torch.autograd.grad(number.gather(0, torch.zeros(0, dtype=torch.uint8)).sum(), number)
+        nothing = torch.autograd.grad(
+            number.gather(0, torch.zeros(0, dtype=torch.uint8)).sum(), number
+        )
         assert nothing[0] == 0
         assert empty.softmax(0).shape == (0, 3)
         assert empty.logsumexp(0).tolist() == [-math.inf] * 3
@@ -414,9 +477,34 @@ def test_numbers_and_empty_tensors():
 
 
 POINTS = torch.tensor(
-    [0.0, -0.0, 1.0, -1.0, 0.5, -0.5, 2.0, -2.0, math.inf, -math.inf, math.nan, 1e-45, -1e-45, 1e-39, 3e38,
-     -3e38, 89.0, -104.0, 1 - 2**-24, 2**-24 - 1, 5.0, 3.0, -3.0, 2.0**24, 1 - 2**24]
-)  # fmt: skip
+    [
+        0.0,
+        -0.0,
+        1.0,
+        -1.0,
+        0.5,
+        -0.5,
+        2.0,
+        -2.0,
+        math.inf,
+        -math.inf,
+        math.nan,
+        1e-45,
+        -1e-45,
+        1e-39,
+        3e38,
+        -3e38,
+        89.0,
+        -104.0,
+        1 - 2**-24,
+        2**-24 - 1,
+        5.0,
+        3.0,
+        -3.0,
+        2.0**24,
+        1 - 2**24,
+    ]
+)
 WHOLE = (0.0, 1.0, 2.0, 3.0, -1.0, -3.0, math.inf, -math.inf, math.nan, 101.0, -100.0, 1e10)
 EXPONENTS = (*WHOLE, 0.5, -0.5, 1.3, -1.3)
 SPECIAL: dict[str, Callable[[Tensor], Tensor]] = {
@@ -457,7 +545,8 @@ def test_the_mean_of_a_layer_norm_is_pytorchs_where_it_is_infinite():
     with exact.mode():
         found = torch.native_layer_norm(x, [2], None, None, 1e-5)
     assert all(
-        torch.equal(*pair) for pair in zip(map(torch.isnan, found), map(torch.isnan, native), strict=True)
+        torch.equal(*pair)
+        for pair in zip(map(torch.isnan, found), map(torch.isnan, native), strict=True)
     )
     assert found[1][2] == 4
 
@@ -486,7 +575,18 @@ def test_erfinv_near_one():
 def test_sqrt_is_rounded_as_ieee_754_says(dtype):
     """By `math.sqrt` and NumPy, which take the processor's; MKL's is off by one unit at places."""
     tiny, huge = torch.finfo(dtype).smallest_normal, torch.finfo(dtype).max
-    special = [0.0, -0.0, math.inf, tiny, tiny / 8, huge, 4.0, 1 + torch.finfo(dtype).eps, 1 / 3, 2**-200 / 3]
+    special = [
+        0.0,
+        -0.0,
+        math.inf,
+        tiny,
+        tiny / 8,
+        huge,
+        4.0,
+        1 + torch.finfo(dtype).eps,
+        1 / 3,
+        2**-200 / 3,
+    ]
     drawn = torch.rand(50_000, generator=torch.Generator().manual_seed(0), dtype=dtype)
     x = torch.cat([torch.tensor(special, dtype=dtype), drawn * 10, drawn * tiny])
     with exact.mode():
@@ -561,7 +661,9 @@ def test_an_index_without_dimensions():
     with exact.mode():
         added = torch.zeros(3, 4).index_add(0, torch.tensor(1), torch.ones(1, 4))
         for shape in ((3, 4), (3,)):
-            slope = torch.func.grad(lambda x: x.index_select(0, torch.tensor(1)).sum())(torch.zeros(shape))
+            slope = torch.func.grad(lambda x: x.index_select(0, torch.tensor(1)).sum())(
+                torch.zeros(shape)
+            )
             assert torch.equal(slope, torch.zeros(shape).index_fill(0, torch.tensor([1]), 1.0))
     assert added.tolist() == [[0.0] * 4, [1.0] * 4, [0.0] * 4]
 
@@ -593,7 +695,9 @@ def test_more_empty_operands():
     with exact.mode():
         assert torch.func.grad(lambda x: F.mse_loss(x, x * 0).nan_to_num())(empty(0)).shape == (0,)
         attend = F.scaled_dot_product_attention
-        assert torch.equal(attend(empty(1, 3, 0), empty(1, 5, 0), torch.ones(1, 5, 4)), torch.ones(1, 3, 4))
+        assert torch.equal(
+            attend(empty(1, 3, 0), empty(1, 5, 0), torch.ones(1, 5, 4)), torch.ones(1, 3, 4)
+        )
         nothing = empty(1, 0, 4)
         slope = torch.func.grad(lambda q: attend(q, nothing, nothing).sum())(torch.ones(1, 3, 4))
         assert torch.equal(slope, empty(1, 3, 4))
@@ -604,7 +708,10 @@ def test_more_empty_operands():
 
 
 def test_out_of_another_dtype_is_refused():
-    with exact.mode(), pytest.raises(ConfigError, match=r"out is torch\.float64, expected torch\.float32"):
+    with (
+        exact.mode(),
+        pytest.raises(ConfigError, match=r"out is torch\.float64, expected torch\.float32"),
+    ):
         torch.exp(X, out=torch.empty(0, dtype=torch.float64))
 
 
@@ -619,7 +726,9 @@ def test_a_nan_reaches_no_key_that_nobody_may_attend_to():
     k = torch.rand(1, 6, 4).index_fill(1, torch.tensor(1), math.inf)
     v = torch.rand(1, 6, 4)
     with exact.mode():
-        slope = torch.func.grad(lambda v: F.scaled_dot_product_attention(q, k, v, is_causal=True).sum())(v)
+        slope = torch.func.grad(
+            lambda v: F.scaled_dot_product_attention(q, k, v, is_causal=True).sum()
+        )(v)
     assert slope[0, :3].isnan().any()
     assert torch.equal(slope[0, 3:], torch.zeros(3, 4))
 

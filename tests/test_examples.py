@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""All lessons by their command lines: each runs, learns, prints its last line, and refuses wrong flags.
+"""All lessons by their command lines: each runs, learns, prints its last line, and refuses wrong
+flags.
 
 The Lightning lesson, and what is peculiar to an exercise, have files of their own.
 """
@@ -62,7 +63,8 @@ RUNS = {  # lesson: flags, pictures
     "matmul_attention": ("", "attention causal"),
 }
 LAST_LINES = {
-    "train_by_hand": r"test accuracy 1\.0000 \| loss 0\.0\d\d\d .*",  # the report reaches 1 and 0.106
+    # The report reaches 1 and 0.106.
+    "train_by_hand": r"test accuracy 1\.0000 \| loss 0\.0\d\d\d .*",
     "quadrants": r"test accuracy 1\.0000 \| loss 0\.(0\d|10)\d\d .*",  # below 0.11
     "matmul_regression": r"batch 4, learning rate 0\.1: cost 0\.\d{4} after 256 steps",
     "matmul_attention": r"([5-9]\d|100)% of the weight that an image .*",  # by chance 10%
@@ -125,7 +127,9 @@ SPLITS = [
     ("train_parallel", 4, f"{MUON} --dp 2 --tp 2", "dp tp"),
     # Rank 0 has one layer, which adds nothing over "tp".
     ("train_parallel", 4, "--tp 2 --pp 2 --micro-batches 3", "pp"),
-    pytest.param("train_parallel", 8, f"{MUON} --dp 2 --tp 2 --pp 2", "dp pp", marks=pytest.mark.slow),
+    pytest.param(
+        "train_parallel", 8, f"{MUON} --dp 2 --tp 2 --pp 2", "dp pp", marks=pytest.mark.slow
+    ),
 ]
 
 
@@ -136,7 +140,9 @@ def alone(data, tmp_path_factory) -> Callable[[str], list[dict[str, Any]]]:
     @cache
     def train(flags: str) -> list[dict[str, Any]]:
         metrics = tmp_path_factory.mktemp("alone") / "metrics"
-        code, _, err = lesson("train_ddp", *data, *TWO_EPOCHS, *flags.split(), "--metrics", str(metrics))
+        code, _, err = lesson(
+            "train_ddp", *data, *TWO_EPOCHS, *flags.split(), "--metrics", str(metrics)
+        )
         assert code == 0, err
         return rows_of(metrics)
 
@@ -144,12 +150,17 @@ def alone(data, tmp_path_factory) -> Callable[[str], list[dict[str, Any]]]:
 
 
 @pytest.mark.parametrize("name, world_size, flags, dimensions", SPLITS)
-def test_every_split_learns_the_same(ranks, data, alone, tmp_path, name, world_size, flags, dimensions):
-    """The same flags, the same last line, the same losses but for rounding, and its dimensions' messages."""
+def test_every_split_learns_the_same(
+    ranks, data, alone, tmp_path, name, world_size, flags, dimensions
+):
+    """The same flags, the same last line, the same losses but for rounding, and its dimensions'
+    messages."""
     metrics = tmp_path / "metrics"
     shown = ["--metrics", str(metrics), "--collectives", "--phases"]
     shown += ["--memory"] * (name == "train_parallel")
-    (code, out, err), *others = ranks(world_size, lesson, name, *data, *TWO_EPOCHS, *flags.split(), *shown)
+    (code, out, err), *others = ranks(
+        world_size, lesson, name, *data, *TWO_EPOCHS, *flags.split(), *shown
+    )
     assert code == 0, err
     assert others == [(0, "", "")] * (world_size - 1)
     assert re.fullmatch(LAST_LINE, out.splitlines()[-1]).groups() == (str(world_size), "cpu")
@@ -164,11 +175,15 @@ def test_every_split_learns_the_same(ranks, data, alone, tmp_path, name, world_s
         assert f"\ntraining by {way}\n" in out
         assert ("no formulas: --fused is off\n" in out) == ("--fused off" in flags)
         assert re.search(
-            rf"│ DistributedDataParallel +│ [\d.]+ +│ 1 +│\n.*│ {way} +│ [\d.]+ +│ [\d.]+", out, re.S
+            rf"│ DistributedDataParallel +│ [\d.]+ +│ 1 +│\n.*│ {way} +│ [\d.]+ +│ [\d.]+",
+            out,
+            re.S,
         )
     counted = re.findall(r"│ ([a-z]+) +│ ([a-z]\w+) +│ [1-9]\d* +│ [1-9][\d,]* +│", out)
     of_dimension = {"dp": ["all_reduce"], "tp": ["all_reduce"], "pp": ["send", "recv"]}
-    expected = {(name, operation) for name in dimensions.split() for operation in of_dimension[name]}
+    expected = {
+        (name, operation) for name in dimensions.split() for operation in of_dimension[name]
+    }
     assert {row for row in counted if row[1] != "all_to_all"} == expected, out
     assert ("all_to_all" in out) == (MUON in flags)
     if "--draw" in flags:
@@ -180,7 +195,9 @@ def test_every_split_learns_the_same(ranks, data, alone, tmp_path, name, world_s
     assert re.search(r"│ optimizer +│ +\d", out)
     if name == "train_parallel":
         whole = 4 * (784 * 16 + 16 + 16 * 10 + 10)  # bytes of the weights
-        memory = re.findall(r"│ (\d): \d \d \d +│ ([\d,]+) +│ ([\d,]+) +│ ([\d,]+) +│ ([\d,]+) +│", out)
+        memory = re.findall(
+            r"│ (\d): \d \d \d +│ ([\d,]+) +│ ([\d,]+) +│ ([\d,]+) +│ ([\d,]+) +│", out
+        )
         assert [int(rank) for rank, *_ in memory] == list(range(world_size))
         weights, gradients, state, activations = zip(
             *([int(n.replace(",", "")) for n in row[1:]] for row in memory), strict=True
@@ -222,7 +239,18 @@ def operators_of_each_step(*flags: str) -> list[Counter[str]]:
 )
 def test_the_hidden_layers_of_each_step_are_operators(ranks, small, flags, expected):
     """torch.profiler sees one for each hidden layer, on every rank."""
-    given = [*small, "--device", "cpu", "--hidden", "16", "8", "--epochs", "1", "--batch-size", "100"]
+    given = [
+        *small,
+        "--device",
+        "cpu",
+        "--hidden",
+        "16",
+        "8",
+        "--epochs",
+        "1",
+        "--batch-size",
+        "100",
+    ]
     assert ranks(2, operators_of_each_step, *given, *flags.split()) == [[expected] * 6] * 2
 
 
@@ -253,7 +281,8 @@ def test_maxout_learns_and_resumes_on_another_number_of_ranks(ranks, data, tmp_p
     ],
 )
 def test_lambda_counts_the_biases_if_asked(small, tmp_path, name, flags):
-    """A λ of 0 leaves the losses as they are; another one changes them, and with the biases once more."""
+    """A λ of 0 leaves the losses as they are; another one changes them, and with the biases once
+    more."""
     losses = []
     for λ, flag in (("0", ""), ("0", "--decay-biases"), ("0.1", ""), ("0.1", "--decay-biases")):
         metrics = tmp_path / f"{len(losses)}"
@@ -279,7 +308,10 @@ def test_a_flag_reaches_the_training(data, alone, tmp_path, flag):
     [
         "train_ddp",
         "train_parallel",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("train_tensor_parallel", "train_pipeline")),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("train_tensor_parallel", "train_pipeline")
+        ),
     ],
 )
 def test_compiling_reaches_what_runs(data, monkeypatch, name):
@@ -292,7 +324,9 @@ def test_compiling_reaches_what_runs(data, monkeypatch, name):
             raise errors[0]
         return graph.forward
 
-    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend=backend))
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend=backend)
+    )
     flags = [*data, *(THEIRS.split() if name == "train_ddp" else []), "--dry-run"]
     code, out, err = lesson(name, *flags)
     assert (code, graphs) == (0, []), err
@@ -338,13 +372,18 @@ def test_two_ranks_train_a_transformer_as_one_does(ranks, tmp_path, flags, rel, 
     """The validation loss is not computed in exact arithmetic."""
     found = []
     for world_size in (1, 2):
-        files = [f"--{name}={tmp_path / name}-{world_size}" for name in ("metrics", "log-dir", "plots")]
+        files = [
+            f"--{name}={tmp_path / name}-{world_size}" for name in ("metrics", "log-dir", "plots")
+        ]
         (code, out, err), *_ = ranks(
             world_size, lesson_of_a_short_validation_text, *flags.split(), "--device=cpu", *files
         )
         assert code == 0, err
         found.append(rows_of(tmp_path / f"metrics-{world_size}"))
-        last = r"adamw: training loss \d\.\d{3}, validation loss (\d\.\d{3}) after \d+ steps, \d+\.\d s"
+        last = (
+            r"adamw: training loss \d\.\d{3}, validation loss (\d\.\d{3}) after \d+ steps, \d+\.\d "
+            r"s"
+        )
         printed = re.fullmatch(last, out.splitlines()[-1]).group(1)
         assert printed == f"{found[-1][-1]['validation_loss']:.3f}"
         picture = tmp_path / f"plots-{world_size}" / "transformer.png"
@@ -356,7 +395,9 @@ def test_two_ranks_train_a_transformer_as_one_does(ranks, tmp_path, flags, rel, 
         assert rows[0]["train_loss"] == found[0][0]["train_loss"]  # the same weights and windows
         for loss in ("train_loss", "validation_loss"):
             assert rows[-1][loss] < rows[0][loss] - fall
-            assert [(row["step"], row[loss]) for row in rows] == scalars(tmp_path / "log-dir-1" / name, loss)
+            assert [(row["step"], row[loss]) for row in rows] == scalars(
+                tmp_path / "log-dir-1" / name, loss
+            )
     for one, two in zip(*found, strict=True):
         assert two["train_loss"] == pytest.approx(one["train_loss"], rel=rel, abs=0)
         assert two["validation_loss"] == pytest.approx(one["validation_loss"], rel=2**-8)
@@ -378,7 +419,9 @@ def test_the_validation_loss_is_that_of_each_character():
     with join_world("cpu") as world:
         loss = train_transformer.evaluate(model, text, world)
     log_p = model.double()(text[: 3 * 64].view(3, 64)).detach().log_softmax(-1).flatten(0, 1)
-    expected = -sum(float(row[i]) for row, i in zip(log_p, text[1 : 3 * 64 + 1], strict=True)) / (3 * 64)
+    expected = -sum(float(row[i]) for row, i in zip(log_p, text[1 : 3 * 64 + 1], strict=True)) / (
+        3 * 64
+    )
     assert loss == pytest.approx(expected, rel=1e-6)
 
 
@@ -399,7 +442,11 @@ ERRORS = [
     ("train_ddp", "--metrics /dev/null/m.jsonl", "cannot be written.*/dev/null"),
     ("train_mpi", "--device cuda", "--device cuda: NumPy computes on the CPU"),
     ("fashion_pooled", "--device cuda", "--device cuda: NumPy computes on the CPU"),
-    ("train_mpi", "--split model --hidden 8 4", "--hidden 8 4 with --split model, expected one hidden layer"),
+    (
+        "train_mpi",
+        "--split model --hidden 8 4",
+        "--hidden 8 4 with --split model, expected one hidden layer",
+    ),
     ("train_mpi", "--compare", "--compare needs several processes; mpirun -n 2"),
     ("fashion_pooled", "--exchange gather --library torch", "--exchange gather is MPI's"),
     ("quadrants", "--processes 2 4", "expected 1 and then multiples of the last"),
@@ -409,11 +456,23 @@ ERRORS = [
         "--activation gelu",
         "'gelu', expected one of relu, sigmoid, tanh; take one, or add yours",
     ),
-    ("train_by_hand", "--fused", "--fused has no sigmoid to fuse, expected --activation sigmoid; add it"),
-    ("train_parallel", "--memory --compile", "--memory sees no activations of compiled code; drop --compile"),
+    (
+        "train_by_hand",
+        "--fused",
+        "--fused has no sigmoid to fuse, expected --activation sigmoid; add it",
+    ),
+    (
+        "train_parallel",
+        "--memory --compile",
+        "--memory sees no activations of compiled code; drop --compile",
+    ),
     ("digits_report", "--hidden", "take one value or more each"),
     ("digits_report", "--lr 0.1 nan", r"--lr is \(0\.1, nan\), expected at least 0"),
-    ("digits_report", "--lr 1e37 --hidden 8", "loss of epoch 1 is (nan|inf); take a smaller learning rate"),
+    (
+        "digits_report",
+        "--lr 1e37 --hidden 8",
+        "loss of epoch 1 is (nan|inf); take a smaller learning rate",
+    ),
     (
         "fashion_pooled",
         "--library torch --lr 1e37 --iterations 9 --samples 60",
@@ -421,7 +480,9 @@ ERRORS = [
     ),
 ]
 if not torch.cuda.is_available():
-    ERRORS.append(("train_ddp", "--device cuda", "device is cuda, but PyTorch finds no GPU; take cpu"))
+    ERRORS.append(
+        ("train_ddp", "--device cuda", "device is cuda, but PyTorch finds no GPU; take cpu")
+    )
 
 
 def line_of(err: str) -> str:
@@ -463,10 +524,13 @@ def test_a_full_disk_is_named_in_one_line(small, tmp_path, monkeypatch, flag):
             )
             full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             monkeypatch.setattr(writer.RecordWriter, "write", Mock(side_effect=full))
-    code, _, err = lesson("train_ddp", *small, "--device", "cpu", "--epochs", "1", flag, str(target))
+    code, _, err = lesson(
+        "train_ddp", *small, "--device", "cpu", "--epochs", "1", flag, str(target)
+    )
     assert code == 2
     line = (
-        rf"train_ddp\.py: error: {target}.* cannot be written \(No space left on device\); make room there, "
+        rf"train_ddp\.py: error: {target}.* cannot be written \(No space left on device\); make "
+        rf"room there, "
     )
     assert re.fullmatch(rf"{line}or name another place by {flag}\n", err), err
 
@@ -475,7 +539,11 @@ def test_a_full_disk_is_named_in_one_line(small, tmp_path, monkeypatch, flag):
     "name, flags, message",
     [
         ("train_ddp", "--no-such-flag", "Unrecognized options: --no-such-flag"),
-        ("train_transformer", "--batch-size 33", "--batch-size is 33, expected a multiple of the ranks"),
+        (
+            "train_transformer",
+            "--batch-size 33",
+            "--batch-size is 33, expected a multiple of the ranks",
+        ),
         ("quadrants", "", "2 processes were started, expected 1"),
     ],
 )
@@ -489,7 +557,10 @@ def test_an_error_ends_every_rank(ranks, name, flags, message):
 @pytest.mark.slow
 def test_under_torchrun_rank_0_alone_prints_an_error(tmp_path):
     script = tmp_path / "script.py"
-    path = f"import runpy, sys; sys.path.insert(0, {str(ROOT / 'examples')!r}); from support import cli"
+    path = (
+        f"import runpy, sys; sys.path.insert(0, {str(ROOT / 'examples')!r}); from support import "
+        f"cli"
+    )
     script.write_text(f"{path}; cli.GRACE = 60; runpy.run_path({TRAIN_DDP!r}, run_name='__main__')")
     code, out, err = run(*TORCHRUN, str(script), "--data", "/nonexistent")
     assert (code, out, err.count("train_ddp.py: error: ")) == (1, "", 1)
@@ -501,11 +572,21 @@ def test_under_torchrun_rank_0_alone_prints_an_error(tmp_path):
 def test_a_run_says_where_it_resumes_and_that_it_is_complete(data, tmp_path):
     """Epochs trained before are not printed again; the metrics file has all."""
     metrics = tmp_path / "metrics"
-    flags = [*data, "--batch-size", "50", "--checkpoint", str(tmp_path / "saved"), "--metrics", str(metrics)]
+    flags = [
+        *data,
+        "--batch-size",
+        "50",
+        "--checkpoint",
+        str(tmp_path / "saved"),
+        "--metrics",
+        str(metrics),
+    ]
     found = []
     for epochs in (1, 3, 3):
         metrics.unlink(missing_ok=True)
-        code, out, err = lesson("train_ddp", *flags, "--schedule", "constant", "--epochs", str(epochs))
+        code, out, err = lesson(
+            "train_ddp", *flags, "--schedule", "constant", "--epochs", str(epochs)
+        )
         assert code == 0, err
         found.append(out)
         assert [row["epoch"] for row in rows_of(metrics)] == [*range(1, epochs + 1)]

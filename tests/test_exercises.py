@@ -42,7 +42,12 @@ from torchpar.errors import ConfigError
 def test_labels_are_those_of_the_quadrants():
     points = quadrants.draw(4000, 0)
     x, y = points.features.T
-    for right, up, label in ((True, True, 0), (False, True, 1), (False, False, 0), (True, False, 1)):
+    for right, up, label in (
+        (True, True, 0),
+        (False, True, 1),
+        (False, False, 0),
+        (True, False, 1),
+    ):
         quadrant = ((x > 0) == right) & ((y > 0) == up)
         assert 900 < quadrant.sum() < 1100  # 1000 ± 4 standard deviations
         assert points.labels[quadrant].eq(label).all()
@@ -69,7 +74,10 @@ def test_noise_is_learnt_by_wide_networks_and_not_under_a_penalty(monkeypatch, t
     assert of[32, 0.1]["train_loss"] > 2 * of[32, 0.0]["train_loss"]  # too large a λ
     assert rows[-1]["validation_loss"] == min(row["validation_loss"] for row in rows)
     width, penalty = max(gap, key=gap.__getitem__)
-    assert f"furthest above its training loss: width {width}, λ {penalty:g} (" in capsys.readouterr().out
+    assert (
+        f"furthest above its training loss: width {width}, λ {penalty:g} ("
+        in capsys.readouterr().out
+    )
 
 
 # Layers by hand
@@ -90,7 +98,9 @@ def test_layers_by_hand_compute_what_autograd_computes():
             y = linear(y, weight, bias)
             function = hidden if i < 2 else output
             y = getattr(torch, function)(y) if function else y
-        expected = binary_cross_entropy(y[:, 0], labels.to(y)) if output else cross_entropy(y, labels)
+        expected = (
+            binary_cross_entropy(y[:, 0], labels.to(y)) if output else cross_entropy(y, labels)
+        )
         gradients = torch.autograd.grad(expected, leaves)
         torch.testing.assert_close([found, *network.gradients().values()], [expected, *gradients])
 
@@ -122,7 +132,8 @@ def test_a_wrong_layer_is_found_by_differences(monkeypatch, layer, part, method,
     monkeypatch.setattr(getattr(train_by_hand, layer), method, wrong)
     code, out, err = lesson("train_by_hand", "--device", "cpu")
     message = (
-        rf"{layer}: the gradient of its {part} is off by \S+, expected 1e-07 at most; mend its forward .*"
+        rf"{layer}: the gradient of its {part} is off by \S+, expected 1e-07 at most; mend its "
+        rf"forward .*"
     )
     assert code == 2
     assert re.fullmatch(rf"train_by_hand\.py: error: {message}\n", err)
@@ -159,7 +170,10 @@ def test_a_layer_that_a_reader_adds_is_checked_and_trained(monkeypatch):
     "flags", ["--lr 0.05", "--lr 0.05 --activation tanh", "--activation sigmoid --fused"]
 )
 def test_layers_by_hand_learn_images(tmp_path, flags):
-    given = f"--dataset fashion-mnist --data {fashion_mnist(tmp_path, train=600, test=100)} --device cpu"
+    given = (
+        f"--dataset fashion-mnist --data {fashion_mnist(tmp_path, train=600, test=100)} --device "
+        f"cpu"
+    )
     code, out, err = lesson("train_by_hand", *given.split(), "--batch-size", "20", *flags.split())
     assert code == 0, err
     last = "LinearSigmoid → Linear" if "fused" in flags else "Linear → (ReLU|Tanh) → Linear"
@@ -192,9 +206,15 @@ def test_the_choice_is_the_best_on_the_validation_set_and_not_by_the_test_set(tm
     swept, epochs, final = rows[:8], rows[8:-1], rows[-1]
     assert len({tuple(row[name] for name in CHOICE) for row in swept}) == 8
     assert {row["weight_decay"] for row in swept} == {0.0}
-    assert [(row["weight_decay"], row["epoch"]) for row in epochs] == [(0, 1), (0, 2), (0.03, 1), (0.03, 2)]
+    assert [(row["weight_decay"], row["epoch"]) for row in epochs] == [
+        (0, 1),
+        (0, 2),
+        (0.03, 1),
+        (0.03, 2),
+    ]
     assert len({row["validation_accuracy"] for row in swept}) > 2  # there is something to choose
-    assert {row["steps"] for row in swept if row["batch_size"] == 64} == {8}  # 500 samples: 7 and a rest
+    # 500 samples: 7 and a rest.
+    assert {row["steps"] for row in swept if row["batch_size"] == 64} == {8}
     assert all(row[name] == best(swept)[name] for name in CHOICE for row in epochs)
     assert epochs[3]["train_loss"] > epochs[1]["train_loss"]  # under a penalty
     chosen = best([row for row in epochs if row["epoch"] == 2])
@@ -213,13 +233,20 @@ def test_the_choice_is_the_best_on_the_validation_set_and_not_by_the_test_set(tm
 
 
 def test_small_batches_and_a_larger_rate_reach_a_lower_cost(tmp_path):
-    matmul_regression.main(matmul_regression.Flags(device="cpu", seed=1, metrics=tmp_path / "metrics"))
+    matmul_regression.main(
+        matmul_regression.Flags(device="cpu", seed=1, metrics=tmp_path / "metrics")
+    )
     *checks, whole, middle, small, last = rows_of(tmp_path / "metrics")
-    assert [row["part"] for row in checks] == ["forward of a batch", "forward of each sample", "gradient"]
+    assert [row["part"] for row in checks] == [
+        "forward of a batch",
+        "forward of each sample",
+        "gradient",
+    ]
     assert all(0 <= row["error"] < 1e-3 for row in checks)
     assert [row["steps_of_a_pass"] for row in (whole, middle, small)] == [1, 16, 256]
     assert whole["spread"] == 0 < middle["spread"] < small["spread"]
-    assert whole["mean_norm"] <= middle["mean_norm"] <= small["mean_norm"]  # noisier, but not smaller
+    # Noisier, but not smaller.
+    assert whole["mean_norm"] <= middle["mean_norm"] <= small["mean_norm"]
     ends = {name: costs[-1] for name, costs in last["costs"].items()}
     assert ends["batch 4, learning rate 0.01"] < 0.1 < ends["batch 64, learning rate 0.01"]
     assert ends["batch 64, learning rate 0.1"] < ends["batch 64, learning rate 0.01"]
@@ -245,7 +272,8 @@ def test_the_path_of_a_line_ends_at_its_weights():
     torch.testing.assert_close(path[-1], torch.tensor(matmul_regression.LINE), rtol=0, atol=0.05)
     w, b = path[0]
     off = w * x[:4, 0] + b - y[:4]
-    step = torch.stack([(2 * x[:4, 0] * off).mean(), (2 * off).mean()])  # ∂C/∂w = 2x(a − y), ∂C/∂b = 2(a − y)
+    # ∂C/∂w = 2x(a − y), ∂C/∂b = 2(a − y).
+    step = torch.stack([(2 * x[:4, 0] * off).mean(), (2 * off).mean()])
     torch.testing.assert_close(path[1], path[0] - 0.05 * step)
     assert costs[-1] < 0.02 < costs[0]
 
@@ -304,7 +332,12 @@ CAUSAL = matmul_attention.causal_weights
             lambda x, w: x @ (2 * w - w.detach()).T,
         ),
         (matmul_attention, "causal attention", "causal_weights", lambda q, k: CAUSAL(k, q)),
-        (matmul_attention, "causal attention", "causal_weights", lambda q, k: (q @ k.mT / 4).softmax(-1)),
+        (
+            matmul_attention,
+            "causal attention",
+            "causal_weights",
+            lambda q, k: (q @ k.mT / 4).softmax(-1),
+        ),
         (
             matmul_attention,
             "causal attention, gradient of x",
@@ -320,7 +353,8 @@ def test_a_lesson_stops_at_a_wrong_formula(monkeypatch, module, part, name, wron
     monkeypatch.setattr(module, name, wrong)
     code, _, err = lesson(module.__name__, "--device", "cpu")
     message = (
-        rf"{part} is off by \S+, expected \S+ at most; mend its formula, which leaves its inputs as they are"
+        rf"{part} is off by \S+, expected \S+ at most; mend its formula, which leaves its inputs "
+        rf"as they are"
     )
     assert code == 2
     assert re.fullmatch(rf"{module.__name__}\.py: error: {message}\n", err)
@@ -338,7 +372,9 @@ def test_fit_is_the_least_squares_of_relative_times():
     assert quadrants.fit({2: 2.5}) == 1
 
 
-@pytest.mark.parametrize("cores, counts", [(1, (1, 2)), (2, (1, 2)), (6, (1, 2, 4)), (64, (1, 2, 4, 8))])
+@pytest.mark.parametrize(
+    "cores, counts", [(1, (1, 2)), (2, (1, 2)), (6, (1, 2, 4)), (64, (1, 2, 4, 8))]
+)
 def test_the_report_takes_at_most_eight_processes(cores, counts):
     assert quadrants.process_counts(cores) == counts
 
@@ -362,7 +398,12 @@ def test_the_report_fits_the_medians_of_all_rounds_but_the_first(monkeypatch, ca
     report = partial(quadrants.report, quadrants.Flags(processes=(1, 2), sizes=(64,), device="cpu"))
     gain, *fitted = report()
     # p = (0.2 + 0.4 + 1 + 2) / 4
-    times = {"ms_on_1": 2000.0, "predicted": 1 / (0.1 + 0.9 / 2), "N_processes": 1.6, "N_threads": 1.0}
+    times = {
+        "ms_on_1": 2000.0,
+        "predicted": 1 / (0.1 + 0.9 / 2),
+        "N_processes": 1.6,
+        "N_threads": 1.0,
+    }
     assert gain == pytest.approx({"batch_size": 64, "N": 2} | times)
     for row, by, p in zip(fitted, ("profile", "processes", "threads"), (0.9, 0.75, 0), strict=True):
         assert (row["batch_size"], row["by"]) == (64, by)
@@ -415,4 +456,6 @@ def test_an_epoch_of_the_report_is_the_same_on_two_ranks_and_its_layers_take_mos
     assert [shares for shares, _ in pair] == [[4096] * 4] * 2
     assert {loss for _, loss in pair} == {pair[0][1]}
     assert pair[0][1] == pytest.approx(alone.loss, rel=1e-12)
-    assert quadrants.time_epoch(0, Way(4096), 1, torch.float64).loss != pytest.approx(alone.loss, rel=1e-3)
+    assert quadrants.time_epoch(0, Way(4096), 1, torch.float64).loss != pytest.approx(
+        alone.loss, rel=1e-3
+    )

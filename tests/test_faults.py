@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Training under faults: killed, hanging and stopped ranks, and wrong flags.
 
-Each kind of fault has a row in the default run. The others of its kind are marked slow. `test_checkpoint` has
-full disks and damaged checkpoints.
+Each kind of fault has a row in the default run. The others of its kind are marked slow.
+`test_checkpoint` has full disks and damaged checkpoints.
 """
 
 import math
@@ -38,12 +38,15 @@ slow = pytest.mark.slow
 def data(tmp_path_factory) -> list[str]:
     """Flags of a short run. The numbers of ranks divide neither its batches nor its layers."""
     root = fashion_mnist(tmp_path_factory.mktemp("data"), train=600, test=101)
-    flags = "--dataset fashion-mnist --device cpu --hidden 33 7 --epochs 4 --batch-size 51 --timeout 60"
+    flags = (
+        "--dataset fashion-mnist --device cpu --hidden 33 7 --epochs 4 --batch-size 51 --timeout 60"
+    )
     return [*flags.split(), "--data", str(root)]
 
 
 def train_alone(rank: int, world_size: int, port: int, *flags: str) -> tuple[int, str, str]:
-    """Train as a rank of train_parallel.py, without a launcher; return its exit status and its streams."""
+    """Train as a rank of train_parallel.py, without a launcher; return its exit status and its
+    streams."""
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ.update(address, RANK=str(rank), WORLD_SIZE=str(world_size))
     signal.signal(signal.SIGINT, signal.default_int_handler)  # background shells ignore it
@@ -51,7 +54,8 @@ def train_alone(rank: int, world_size: int, port: int, *flags: str) -> tuple[int
 
 
 def train(*flags: str) -> str:
-    """Run train_parallel.py in this process, one of the fixture's ranks; return its error, or ""."""
+    """Run train_parallel.py in this process, one of the fixture's ranks; return its error, or
+    ""."""
     status, _, err = lesson("train_parallel", *flags)
     return err if status else ""
 
@@ -77,7 +81,9 @@ def wait_for(condition: Callable[[], Any]) -> None:
 def losses(metrics: Path) -> list[tuple[float, ...]]:
     """Return the losses and the accuracy of each epoch, bit for bit, from the metrics file."""
     rows = rows_of(metrics)
-    return [(row["epoch"], row["train_loss"], row["test_loss"], row["test_accuracy"]) for row in rows]
+    return [
+        (row["epoch"], row["train_loss"], row["test_loss"], row["test_accuracy"]) for row in rows
+    ]
 
 
 def saving(folder: Path, every: int = 1) -> list[str]:
@@ -111,18 +117,23 @@ def is_undisturbed(folder: Path, undisturbed: Path) -> None:
     of_epochs = losses(Path(f"{folder}.jsonl"))
     assert of_epochs == losses(Path(f"{undisturbed}.jsonl"))
     assert [epoch for epoch, *_ in of_epochs] == [*range(1, len(of_epochs) + 1)]
-    assert {p.name for p in folder.glob("[!.]*")} == {"latest", *steps(folder)}  # nothing unfinished
+    # Nothing unfinished.
+    assert {p.name for p in folder.glob("[!.]*")} == {"latest", *steps(folder)}
 
 
 FAULTS = [  # flags, fault of one rank, exit status of the others, the line about it
     ("--dp 2 --async-save", 1, signal.SIGKILL, 2, "rank 1 does not answer"),
-    pytest.param("--dp 2 --tp 2 --timeout 3", 0, signal.SIGSTOP, 2, "rank 0 does not answer", marks=slow),
+    pytest.param(
+        "--dp 2 --tp 2 --timeout 3", 0, signal.SIGSTOP, 2, "rank 0 does not answer", marks=slow
+    ),
     pytest.param(
         "--pp 3 --micro-batches 5 --async-save",
         *(2, signal.SIGTERM, 0, "stopped by SIGTERM; the state is saved"),
         marks=slow,
     ),
-    pytest.param("--tp 3", 0, signal.SIGINT, 130, "stopped by SIGINT; the state is saved", marks=slow),
+    pytest.param(
+        "--tp 3", 0, signal.SIGINT, 130, "stopped by SIGINT; the state is saved", marks=slow
+    ),
     pytest.param("--dp 2", 0, signal.SIGKILL, 2, "rank 0 does not answer", marks=slow),
 ]
 
@@ -161,14 +172,17 @@ def test_a_fault_is_named_and_a_later_run_goes_on(
         assert set(errs) == {""}
         assert "".join(outs).count(line) == 1
         assert "test accuracy" not in outs[0].splitlines()[-1]
-        assert latest(folder) == steps(folder)[-1]  # all have ended by themselves: nothing is unfinished
+        # All have ended by themselves: nothing is unfinished.
+        assert latest(folder) == steps(folder)[-1]
     assert set(ranks(ranks_of(mesh), train, *data, *saving(folder, every=7), *mesh.split())) == {""}
     is_undisturbed(folder, undisturbed(mesh))
 
 
 @slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_torchrun_is_stopped_and_the_same_command_goes_on(ranks, data, undisturbed, tmp_path, number):
+def test_torchrun_is_stopped_and_the_same_command_goes_on(
+    ranks, data, undisturbed, tmp_path, number
+):
     """A terminal sends Ctrl-C to the launcher's process group."""
     folder = tmp_path / "saved"
     command = [*data, *saving(folder, every=5)]
@@ -209,8 +223,11 @@ def living_ranks(launcher: int) -> list[int]:
 
 
 @slow
-def test_ranks_killed_at_random_moments_start_again_and_end_with_the_same_bits(ranks, data, tmp_path):
-    """A third of the kills fall on a step, a third on a save, and a third on the start of the processes."""
+def test_ranks_killed_at_random_moments_start_again_and_end_with_the_same_bits(
+    ranks, data, tmp_path
+):
+    """A third of the kills fall on a step, a third on a save, and a third on the start of the
+    processes."""
     epochs = 3 + 2 * KILLS  # of 12 steps; a life of the ranks takes 1 to 10
     undisturbed, folder = tmp_path / "undisturbed", tmp_path / "disturbed"
     flags = [*data, "--epochs", str(epochs), "--async-save"]
@@ -249,8 +266,14 @@ REFUSED = [  # the flags of both ranks, those of rank 0 and of rank 1
 
 
 @pytest.mark.parametrize("of_both, of_first, of_second", REFUSED)
-def test_wrong_flags_are_the_same_error_on_both_ranks(ranks, data, tmp_path, of_both, of_first, of_second):
-    flags, *each = (text.format(tmp_path / "saved").split() for text in (of_both, of_first, of_second))
-    first, second = ranks(2, train_differing, [*data, "--epochs", "1", "--timeout", "5", *flags], each)
+def test_wrong_flags_are_the_same_error_on_both_ranks(
+    ranks, data, tmp_path, of_both, of_first, of_second
+):
+    flags, *each = (
+        text.format(tmp_path / "saved").split() for text in (of_both, of_first, of_second)
+    )
+    first, second = ranks(
+        2, train_differing, [*data, "--epochs", "1", "--timeout", "5", *flags], each
+    )
     assert first == second
     assert re.fullmatch(r"train_parallel\.py: error: .* on rank 0 and .* on rank 1.*\n", first)

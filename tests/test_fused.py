@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Gradients of an MLP by formulas: equal to autograd's, in every dtype, and reasons where they cannot be.
+"""Gradients of an MLP by formulas: equal to autograd's, in every dtype, and reasons where they
+cannot be.
 
 `test_training` compares whole runs, on one and on several ranks.
 """
@@ -17,7 +18,9 @@ from torchpar.nn import MLP, Linear, LinearSigmoid
 from torchpar.training.fused import FusedGradients, why_not_fused
 
 
-def make(sizes: tuple[int, ...], dtype: torch.dtype = torch.float32, hidden: Any = "sigmoid") -> MLP:
+def make(
+    sizes: tuple[int, ...], dtype: torch.dtype = torch.float32, hidden: Any = "sigmoid"
+) -> MLP:
     torch.manual_seed(0)
     model = MLP(sizes, hidden, dtype=dtype)
     for layer in model.layers:  # biases begin at 0, with which a lost one would not be seen
@@ -25,12 +28,16 @@ def make(sizes: tuple[int, ...], dtype: torch.dtype = torch.float32, hidden: Any
     return model
 
 
-def batch(b: int, sizes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+def batch(
+    b: int, sizes: tuple[int, ...], dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     return normal(b, sizes[0], dtype=dtype), torch.randint(sizes[-1], (b,), generator=generator)
 
 
-def by_autograd(model: MLP, x: Tensor, labels: Tensor, global_size: int, smoothing: float = 0.0) -> Tensor:
+def by_autograd(
+    model: MLP, x: Tensor, labels: Tensor, global_size: int, smoothing: float = 0.0
+) -> Tensor:
     outputs = model(x)
     outputs = outputs.float() if outputs.dtype.itemsize == 2 else outputs  # as under autocast
     loss = cross_entropy(outputs, labels, reduction="sum", label_smoothing=smoothing)
@@ -38,8 +45,11 @@ def by_autograd(model: MLP, x: Tensor, labels: Tensor, global_size: int, smoothi
     return loss.detach()
 
 
-def by_rounded_logits(model: MLP, x: Tensor, labels: Tensor, smoothing: float, dtype: torch.dtype) -> float:
-    """The most by which the sum of losses changes if the logits are stored in ``dtype``, to first order."""
+def by_rounded_logits(
+    model: MLP, x: Tensor, labels: Tensor, smoothing: float, dtype: torch.dtype
+) -> float:
+    """The most by which the sum of losses changes if the logits are stored in ``dtype``, to first
+    order."""
     logits = model(x).detach().requires_grad_()
     loss = cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
     (gradient,) = torch.autograd.grad(loss, logits)
@@ -69,7 +79,8 @@ def gradients(model: MLP) -> list[Tensor]:
     ids=str,
 )
 def test_gradients_are_as_accurate_as_autograds(sizes, b, smoothing, dtype, hidden):
-    """Loss and accumulated gradients have at most twice the error of autograd's, both against float64."""
+    """Loss and accumulated gradients have at most twice the error of autograd's, both against
+    float64."""
     fused, plain, exact = (make(sizes, dtype, hidden) for _ in range(3))
     exact.double()
     x, labels = batch(b, sizes, dtype)
@@ -78,11 +89,16 @@ def test_gradients_are_as_accurate_as_autograds(sizes, b, smoothing, dtype, hidd
         loss = compute(x, labels, global_size)
         expected = by_autograd(plain, x, labels, global_size, smoothing)
         ideal = by_autograd(exact, x.double(), labels, global_size, smoothing)
-    # z + b, the sigmoid's or tanh's 3, the derivative's 3 for each hidden layer. The softmax: z + b, z - max,
-    # exp, sum, log, their difference, exp; minus targets, over N. Two sums over the calls.
+    # z + b, the sigmoid's or tanh's 3, the derivative's 3 for each hidden layer. The softmax: z +
+    # b, z - max, exp, sum, log, their difference, exp; minus targets, over N. Two sums over the
+    # calls.
     roundings = 11 + 7 * (len(sizes) - 2)
     # The loss is a float32 number of logits that may be stored in 16 bits.
-    stored = by_rounded_logits(exact, x.double(), labels, smoothing, dtype) if dtype.itemsize == 2 else 0.0
+    stored = (
+        by_rounded_logits(exact, x.double(), labels, smoothing, dtype)
+        if dtype.itemsize == 2
+        else 0.0
+    )
     assert_accurate(loss, expected, to_numpy(ideal), roundings, stored)
     for a, n, e in zip(gradients(fused), gradients(plain), gradients(exact), strict=True):
         assert_accurate(a, n, to_numpy(e), roundings)
@@ -124,7 +140,8 @@ def test_parameters_that_are_shared_or_replaced_afterwards_are_trained(change: A
 @pytest.mark.parametrize("hidden", ["sigmoid", "tanh", "relu"])
 @pytest.mark.parametrize("stored, products", [("float32", "bfloat16"), ("bfloat16", "float32")])
 def test_products_of_another_dtype(stored: str, products: str, hidden: str) -> None:
-    """The gradients have the bits of a model of that dtype, under autocast too, and the parameters' dtype."""
+    """The gradients have the bits of a model of that dtype, under autocast too, and the parameters'
+    dtype."""
     sizes, computed = (33, 17, 10), getattr(torch, products)
     mixed, other = (make(sizes, getattr(torch, stored), hidden) for _ in range(2))
     x, labels = batch(20, sizes)
@@ -145,7 +162,9 @@ def test_logits_that_are_not_finite_or_huge(value: float, smoothing: float) -> N
         model.layers[0].bias.data[1] = value
     loss = FusedGradients(fused, label_smoothing=smoothing)(x, labels, 5)
     expected = by_autograd(plain, x, labels, 5, smoothing)
-    torch.testing.assert_close([loss, *gradients(fused)], [expected, *gradients(plain)], equal_nan=True)
+    torch.testing.assert_close(
+        [loss, *gradients(fused)], [expected, *gradients(plain)], equal_nan=True
+    )
 
 
 NOT_ORDINARY = "a weight or a bias is not an ordinary parameter, or needs no gradient"
@@ -154,24 +173,39 @@ REPLACED = "the model's forward has been replaced or compiled"
 CHANGES = [
     (lambda model: model.layers[0].register_forward_hook(print), "the model has hooks"),
     (lambda model: model.register_full_backward_hook(print), "the model has hooks"),
-    (lambda model: model.layers[0].bias.register_post_accumulate_grad_hook(print), "the model has hooks"),
+    (
+        lambda model: model.layers[0].bias.register_post_accumulate_grad_hook(print),
+        "the model has hooks",
+    ),
     (lambda model: model.layers[1].bias.requires_grad_(False), NOT_ORDINARY),
     (lambda model: setattr(model.layers[0], "bias", None), NOT_ORDINARY),
     (lambda model: setattr(model.layers[0], "forward", print), REPLACED),
     (lambda model: model.compile(), REPLACED),
-    (lambda model: model.layers.__setitem__(0, Linear(4, 3)), "a layer of the model has been replaced"),
-    (lambda model: model.layers.__setitem__(1, Linear(3, 5)), "a layer of the model has been replaced"),
+    (
+        lambda model: model.layers.__setitem__(0, Linear(4, 3)),
+        "a layer of the model has been replaced",
+    ),
+    (
+        lambda model: model.layers.__setitem__(1, Linear(3, 5)),
+        "a layer of the model has been replaced",
+    ),
     (lambda model: model.layers.append(torch.nn.ReLU()), "a layer of the model has been replaced"),
     (
         lambda model: setattr(model.layers[0], "__class__", SAME_NAME),
         "a layer of the model has been replaced",
     ),
-    (lambda model: setattr(model, "__class__", type("Subclass", (MLP,), {})), "the model is a Subclass"),
+    (
+        lambda model: setattr(model, "__class__", type("Subclass", (MLP,), {})),
+        "the model is a Subclass",
+    ),
     (lambda model: torch.nn.Linear(4, 3), "the model is a Linear, not a torchpar.nn.MLP"),
     (lambda model: MLP((4, 0)), "the model has 0 classes, not 1 to 1000"),
     (lambda model: MLP((4, 1001)), "the model has 1001 classes, not 1 to 1000"),
     (lambda model: MLP((4, 3, 2), output="sigmoid"), "the model has sigmoid outputs, not logits"),
-    (lambda model: MLP((4, 3, 2), "maxout"), "the model has maxout layers, not one of sigmoid, tanh, relu"),
+    (
+        lambda model: MLP((4, 3, 2), "maxout"),
+        "the model has maxout layers, not one of sigmoid, tanh, relu",
+    ),
 ]
 
 
@@ -182,7 +216,9 @@ def test_other_models_are_refused(change: Any, reason: str) -> None:
     made = change(model)
     model = made if isinstance(made, MLP | torch.nn.Linear) else model
     assert reason in why_not_fused(model)
-    with pytest.raises(ConfigError, match=rf"gradients cannot be fused: .*{reason}.*; take autograd"):
+    with pytest.raises(
+        ConfigError, match=rf"gradients cannot be fused: .*{reason}.*; take autograd"
+    ):
         FusedGradients(model)
 
 

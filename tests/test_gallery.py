@@ -12,7 +12,13 @@ from torchpar.testing import OperatorTable, Row, check_operator
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 RIGHT = ("works", "not run", "falls back")
-GAPS = ("forward mode", "torch.func: vjp", "torch.func: jvp", "torch.func: hessian", "vmap and gradients")
+GAPS = (
+    "forward mode",
+    "torch.func: vjp",
+    "torch.func: jvp",
+    "torch.func: hessian",
+    "vmap and gradients",
+)
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -20,7 +26,10 @@ def test_what_pytorchs_decorators_lack_works(name):
     before, after = check(name, ["values", *GAPS])
     assert after["values"].outcome == "works"
     for rule in GAPS:
-        assert (before[rule].outcome in ("wrong", "refuses"), after[rule].outcome) == (True, "works")
+        assert (before[rule].outcome in ("wrong", "refuses"), after[rule].outcome) == (
+            True,
+            "works",
+        )
 
 
 @cache
@@ -49,7 +58,9 @@ def check_interpreted() -> list[Row]:
 
     assert isinstance(softmax.softmax_kernel, InterpretedFunction)
     rules = ["values", "same bits twice", "layouts and sizes", "gradcheck", "torch.func: jvp"]
-    return check_operator(softmax.after, softmax.samples(), reference=softmax.reference, rules=rules).rows
+    return check_operator(
+        softmax.after, softmax.samples(), reference=softmax.reference, rules=rules
+    ).rows
 
 
 def test_the_kernel_computes_the_same(interpreter):

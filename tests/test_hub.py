@@ -29,7 +29,8 @@ def module_of(name: str, path: Path) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A package as the Hub's cache holds it: each file is a link to one with another name and folder."""
+    """A package as the Hub's cache holds it: each file is a link to one with another name and
+    folder."""
     written, folder = (tmp_path_factory.mktemp(name) for name in ("written", "snapshot"))
     status, _, err = run(sys.executable, str(ROOT / ".ci" / "hub.py"), str(written))
     assert status == 0, err
@@ -41,7 +42,9 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_package_loads_and_its_operators_give_the_values(package: Path) -> None:
-    path = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part != str(ROOT)]
+    path = [
+        part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part != str(ROOT)
+    ]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-B", __file__]
     result = subprocess.run(
@@ -50,7 +53,8 @@ def test_the_package_loads_and_its_operators_give_the_values(package: Path) -> N
     assert (result.returncode, result.stdout) == (0, "right\n"), result.stderr
 
 
-# In a process whose path does not have this repository, with the package's folder as the current one.
+# In a process whose path does not have this repository, with the package's folder as the current
+# one.
 
 
 def load() -> ModuleType:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The machine code of the kernels for GPUs that are not there: spills, loops that load while they multiply.
+"""The machine code of the kernels for GPUs that are not there: spills, loops that load while they
+multiply.
 
-A stand-in for the driver names an architecture, so that the launchers themselves choose the configuration
-and Triton specialises it as in a launch; the tensors are on the meta device.
+A stand-in for the driver names an architecture, so that the launchers themselves choose the
+configuration and Triton specialises it as in a launch; the tensors are on the meta device.
 """
 
 import re
@@ -29,11 +30,15 @@ TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 ODD = 509  # no stride is divisible by 16
 
 newest = pytest.mark.skipif(TRITON < (3, 9), reason="earlier compilers spill more on these GPUs")
-not_3_8 = pytest.mark.skipif(TRITON == (3, 8), reason="Triton 3.8 spills, and keeps the digits of A twice")
+not_3_8 = pytest.mark.skipif(
+    TRITON == (3, 8), reason="Triton 3.8 spills, and keeps the digits of A twice"
+)
 
 # Machine code: instructions and loops
 
-_LINE = re.compile(r"\s*(?:(\.L_\w+):|/\*[0-9a-f]{4,}\*/\s+(?:@(!?\w+)\s+)?(\w[\w.]*)\s*([^;]*?)\s*;)")
+_LINE = re.compile(
+    r"\s*(?:(\.L_\w+):|/\*[0-9a-f]{4,}\*/\s+(?:@(!?\w+)\s+)?(\w[\w.]*)\s*([^;]*?)\s*;)"
+)
 
 
 class Instruction(NamedTuple):
@@ -47,7 +52,8 @@ class Instruction(NamedTuple):
 def read(text: str) -> tuple[list[Instruction], list[range]]:
     """The instructions of one kernel, as `nvdisasm -c` prints them, and the positions of its loops.
 
-    A wait that is seldom long is put behind the end, and branches back from there: no loop has an end.
+    A wait that is seldom long is put behind the end, and branches back from there: no loop has an
+    end.
     """
     labels: dict[str, int] = {}
     found: list[Instruction] = []
@@ -69,7 +75,8 @@ def read(text: str) -> tuple[list[Instruction], list[range]]:
 class MachineCode:
     """The machine code of a kernel, and the constants of its launch.
 
-    ``resources`` of a thread: REG, its registers; STACK and LOCAL, bytes that did not fit into them.
+    ``resources`` of a thread: REG, its registers; STACK and LOCAL, bytes that did not fit into
+    them.
     """
 
     def __init__(self, compiled: Compiled):
@@ -87,7 +94,9 @@ class MachineCode:
 
     def innermost_loops(self, pattern: str) -> list[list[Instruction]]:
         """The loops in which an opcode matches ``pattern``, without those around such a loop."""
-        found = [loop for loop in self.loops if count(self.instructions[loop.start : loop.stop], pattern)]
+        found = [
+            loop for loop in self.loops if count(self.instructions[loop.start : loop.stop], pattern)
+        ]
         inner = [loop for loop in found if not any(set(other) < set(loop) for other in found)]
         return [self.instructions[loop.start : loop.stop] for loop in inner]
 
@@ -139,7 +148,11 @@ def assert_pipelined(code: MachineCode) -> None:
     assert all(loads), "a loop loads nothing asynchronously"
     assert code.count(load) > sum(loads), "nothing is loaded before the loop"
     for loop in loops:
-        waits = [one for one in loop if one.opcode == "WARPGROUP.DEPBAR.LE" and one.operands == "gsb0, 0x0"]
+        waits = [
+            one
+            for one in loop
+            if one.opcode == "WARPGROUP.DEPBAR.LE" and one.operands == "gsb0, 0x0"
+        ]
         assert len(waits) <= 1, f"wgmmas are serialised: {len(waits)} waits for all of them"
 
 
@@ -157,7 +170,9 @@ def check_default_tiles(kernel: str, kind: str, n: int, capability: int) -> None
     (code,) = matrix_kernel(kernel, kind, (n, n, n))
     assert_fits(code, capability)
     if kind == "float32":
-        assert not code.count(r"\w*MMA\b.*"), "a tensor core rounds its float32 operands to fewer bits"
+        assert not code.count(r"\w*MMA\b.*"), (
+            "a tensor core rounds its float32 operands to fewer bits"
+        )
     else:
         assert code.count(tensor_core(capability, kind))
     if n != ODD:
@@ -199,7 +214,8 @@ def check_tiles_of_most_registers(kernel: str, kind: str, capability: int) -> No
 
 
 def assert_exact(code: MachineCode, capability: int, once: bool) -> None:
-    """One loop multiplies digits on the tensor cores. What it multiplies is loaded and cut in registers.
+    """One loop multiplies digits on the tensor cores. What it multiplies is loaded and cut in
+    registers.
 
     ``once``: each element is cut by one thread, by three fused products and sums.
     """
@@ -214,7 +230,8 @@ def assert_exact(code: MachineCode, capability: int, once: bool) -> None:
     threads = 32 * code.options["num_warps"]
     cut = 3 * (block_m + block_n) * block_k // threads
     found, everywhere = (
-        count(some, r"FFMA\b.*") + 2 * count(some, r"FFMA2\b.*") for some in (loop, code.instructions)
+        count(some, r"FFMA\b.*") + 2 * count(some, r"FFMA2\b.*")
+        for some in (loop, code.instructions)
     )
     assert found == cut or (found > cut and not once), f"an element is cut {found / cut} times"
     # NaN and infinities have a product of their own, of float16.
@@ -228,7 +245,9 @@ def check_exact(shape: Any, symmetric: bool, dtype: Any, floats: bool, capabilit
     by_rows = shape == SQUARE
     layouts = ["contiguous" if by_rows else "transposed"] * 2
     shapes = [shape] if symmetric else [shape, shape]
-    case = cases.exact(*shapes, dtypes=[dtype], layouts=layouts, floats=floats, capability=capability)
+    case = cases.exact(
+        *shapes, dtypes=[dtype], layouts=layouts, floats=floats, capability=capability
+    )
     (code,) = machine_codes_of(case)
     assert_exact(code, capability, once=by_rows and capability >= 90)
     if floats:
@@ -262,7 +281,8 @@ def check_vectorised(dtype: torch.dtype, capability: int) -> None:
 
 
 def check_maximum(strides: tuple[int, ...], dtype: torch.dtype, capability: int) -> None:
-    """With b of other ``strides``; or flat, of an odd number: whatever has a mask cannot be vectorised."""
+    """With b of other ``strides``; or flat, of an odd number: whatever has a mask cannot be
+    vectorised."""
     if flat := not strides:
         a = b = meta(2**24 + 1, dtype=dtype)
     else:
@@ -297,12 +317,15 @@ def check_maximum(strides: tuple[int, ...], dtype: torch.dtype, capability: int)
 def rows(
     check: Any, *choices: Any, at: Any = (90, 80, 100), slow: bool = False, marks: Any = ()
 ) -> Iterator[Any]:
-    """A check for all combinations and capabilities; unless ``slow``, the first one is not slow on sm_90."""
+    """A check for all combinations and capabilities; unless ``slow``, the first one is not slow on
+    sm_90."""
     for number, args in enumerate(product(*choices)):
         for capability in at:
             own = [pytest.mark.slow] if slow or number or capability != 90 else []
             own += [newest] if capability != 90 else []
-            name = "-".join(str(getattr(one, "__name__", one)) for one in (check, *args, capability))
+            name = "-".join(
+                str(getattr(one, "__name__", one)) for one in (check, *args, capability)
+            )
             yield pytest.param(partial(check, *args), capability, marks=[*own, *marks], id=name)
 
 
@@ -315,7 +338,9 @@ TABLE = [
     *rows(check_default_tiles, ["linear_sigmoid"], ["float32"], [4096], slow=True),
     # float16 has bfloat16's tiles
     *rows(check_tiles_of_most_registers, KERNELS, ["bfloat16"], slow=True),
-    *rows(check_tiles_of_most_registers, KERNELS, ["tf32", "float32", "float64"], at=[90], slow=True),
+    *rows(
+        check_tiles_of_most_registers, KERNELS, ["tf32", "float32", "float64"], at=[90], slow=True
+    ),
     *rows(check_exact, [SQUARE], [True], [F32], [False], at=[90], marks=[not_3_8]),
     *rows(check_exact, [LONG], [True], [F32], [False], marks=[not_3_8]),
     *rows(check_exact, [SQUARE], [False], [F32], [False], slow=True, marks=[newest]),
@@ -346,7 +371,8 @@ def test_check_rejects_one_stage():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "tiles, message", [(Tiles(128, 128, 32, 8, 3), "spill"), (Tiles(64, 64, 32, 4, 1), "asynchronously")]
+    "tiles, message",
+    [(Tiles(128, 128, 32, 8, 3), "spill"), (Tiles(64, 64, 32, 4, 1), "asynchronously")],
 )
 def test_check_rejects_other_tiles_of_the_exact_product(tiles, message):
     with target(90):

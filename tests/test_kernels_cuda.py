@@ -24,7 +24,9 @@ from ptx import cases
 from torchpar.kernels import exact_matmul, launch
 from torchpar.kernels.tiles import KINDS, Tiles, library_is_faster
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels take a GPU; there is none")
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="the kernels take a GPU; there is none"
+)
 
 
 @pytest.fixture
@@ -46,7 +48,8 @@ def check(case: cases.Case, device: str = "cuda") -> None:
 
 
 def fitting(kind: str, tiles: Tiles) -> tuple[torch.dtype, str, Tiles]:
-    """The dtype, the precision of its products, and tiles that fit; skip if this GPU lacks their variant."""
+    """The dtype, the precision of its products, and tiles that fit; skip if this GPU lacks their
+    variant."""
     if tiles.variant == "tma" and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("the GPU has no TMA")
     tiles = tiles._replace(block_k=tiles.block_k // 2, num_stages=3) if kind == "tf32" else tiles
@@ -58,7 +61,9 @@ SMALL, SPLIT = Tiles(64, 128, 64, 4, 4, "tma"), Tiles(64, 64, 64, 4, 4, "split_k
 
 
 # Partial tiles everywhere, whose rows begin on 16 bytes
-@pytest.mark.parametrize("tiles", [POINTERS, Tiles(128, 128, 64, 8, 4, "tma"), WIDE, SMALL], ids=str)
+@pytest.mark.parametrize(
+    "tiles", [POINTERS, Tiles(128, 128, 64, 8, 4, "tma"), WIDE, SMALL], ids=str
+)
 @pytest.mark.parametrize("transposed", ["", "ab", "bc"])
 @pytest.mark.parametrize("kind", ["bfloat16", "float16", "tf32"])
 def test_symmetric_product(poison: None, kind: str, transposed: str, tiles: Tiles) -> None:
@@ -78,12 +83,17 @@ def test_linear_sigmoid(
     check(cases.sigmoid(m, n, k, *fitting(kind, tiles), transposed=transposed))
 
 
-@pytest.mark.parametrize("layouts", [("contiguous",) * 2, ("transposed", "contiguous"), ("transposed",) * 2])
+@pytest.mark.parametrize(
+    "layouts", [("contiguous",) * 2, ("transposed", "contiguous"), ("transposed",) * 2]
+)
 @pytest.mark.parametrize("special", [False, True])
 @pytest.mark.parametrize(
-    "m, n, k", [(2064, 1040, 272), (129, 127, 129), (2064, 1001, 272), (65, 33, exact_matmul.CHAIN + 17)]
+    "m, n, k",
+    [(2064, 1040, 272), (129, 127, 129), (2064, 1001, 272), (65, 33, exact_matmul.CHAIN + 17)],
 )
-def test_exact_product(poison: None, m: int, n: int, k: int, special: bool, layouts: tuple[str, str]) -> None:
+def test_exact_product(
+    poison: None, m: int, n: int, k: int, special: bool, layouts: tuple[str, str]
+) -> None:
     """The CPU's bits, by large tiles and by small ones; of A·Bᵀ and A·Aᵀ, finite or not."""
     dtypes = [torch.float32] if special else [torch.int64, torch.float32]
     for shapes in (((m, k), (n, k)), ((m, k),)):
@@ -92,7 +102,8 @@ def test_exact_product(poison: None, m: int, n: int, k: int, special: bool, layo
 
 @pytest.fixture
 def rule(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let the rule say who computes. The other tests launch the kernels at any size (`conftest`)."""
+    """Let the rule say who computes. The other tests launch the kernels at any size
+    (`conftest`)."""
     monkeypatch.setattr("torchpar.kernels.autotune.library_is_faster", library_is_faster)
     launch.forget_plans()
     yield

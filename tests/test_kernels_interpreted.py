@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Launches by Triton's interpreter, of sizes that take too long or too much memory to execute as PTX.
+"""Launches by Triton's interpreter, of sizes that take too long or too much memory to execute as
+PTX.
 
-Each check poisons the output, so that an element which no program writes fails. bfloat16 needs a GPU: the
-interpreter computes it wrongly.
+Each check poisons the output, so that an element which no program writes fails. bfloat16 needs a
+GPU: the interpreter computes it wrongly.
 """
 
 import numpy as np
@@ -22,7 +23,8 @@ pytestmark = pytest.mark.skipif(
 
 
 def check_far_apart() -> None:
-    """Rows 2³⁰ elements apart, of which an int32 counts two. Memory that is not touched costs nothing."""
+    """Rows 2³⁰ elements apart, of which an int32 counts two. Memory that is not touched costs
+    nothing."""
     step = 2**30
     torch.manual_seed(0)
     far = torch.empty(2 * step + 8, dtype=torch.float16).as_strided((3, 8), (step, 1))
@@ -49,7 +51,9 @@ def check_far_apart() -> None:
 
 
 @triton.jit
-def triangle_tile_kernel(tile_ptr, row_ptr, col_ptr, tile_rows, BLOCK: tl.constexpr, GROUP: tl.constexpr):
+def triangle_tile_kernel(
+    tile_ptr, row_ptr, col_ptr, tile_rows, BLOCK: tl.constexpr, GROUP: tl.constexpr
+):
     offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row, col = triangle_tile(tl.load(tile_ptr + offsets), tile_rows, GROUP)
     tl.store(row_ptr + offsets, row)
@@ -57,7 +61,8 @@ def triangle_tile_kernel(tile_ptr, row_ptr, col_ptr, tile_rows, BLOCK: tl.conste
 
 
 def check_ends_of_rows() -> None:
-    """The first and the last tile of each row that an int32 counts to its end, in groups of one row.
+    """The first and the last tile of each row that an int32 counts to its end, in groups of one
+    row.
 
     The float estimate of the row rises with the tile, so a row is right throughout if its ends are.
     """

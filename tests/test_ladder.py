@@ -42,15 +42,21 @@ def helpers(interpreter: Callable[..., Any]) -> Any:
 
 
 @pytest.mark.parametrize("operator", SHAPES)
-def test_each_row_is_compared_with_a_row_above_and_what_is_left_out_has_a_reason(operator, interpreter):
+def test_each_row_is_compared_with_a_row_above_and_what_is_left_out_has_a_reason(
+    operator, interpreter
+):
     pytest.importorskip("numba", reason="Numba compiles the loops")
     with patch.object(ladder, "CORES", 2), patch.object(torch.cuda, "is_available", lambda: False):
-        rows = list(ladder.rungs(make_case(operator, QUICK_SHAPES[operator]), helpers(interpreter), False))
+        rows = list(
+            ladder.rungs(make_case(operator, QUICK_SHAPES[operator]), helpers(interpreter), False)
+        )
     names: set[str] = set()
     for one in rows:
         label = f"{one.name}, {one.note}" if one.note else one.name
         assert label not in names
-        assert one.than in names or one.name == "pure Python" or one.left_out or not one.whole, label
+        assert one.than in names or one.name == "pure Python" or one.left_out or not one.whole, (
+            label
+        )
         assert (one.turn is None) == bool(one.left_out)
         names |= {one.name, label} if one.turn else set()
     reasons = {f"{one.name}, {one.note}".rstrip(", "): one.left_out for one in rows if one.left_out}
@@ -62,7 +68,9 @@ def test_each_row_is_compared_with_a_row_above_and_what_is_left_out_has_a_reason
     assert all("right in Triton's interpreter at" in reason for reason in taught)
 
 
-@pytest.mark.parametrize("cores, counts", [(1, [1, 2]), (2, [1, 2, 4]), (4, [1, 2, 4, 8]), (8, [1, 2, 4, 8])])
+@pytest.mark.parametrize(
+    "cores, counts", [(1, [1, 2]), (2, [1, 2, 4]), (4, [1, 2, 4, 8]), (8, [1, 2, 4, 8])]
+)
 def test_threads_go_up_to_the_cores_and_once_above(cores, counts):
     with patch.object(ladder, "CORES", cores):
         assert ladder.thread_counts(quick=False) == counts
@@ -85,7 +93,8 @@ def test_a_wrong_kernel_of_the_course_is_a_row_that_is_not_right():
         raise ValueError("no such kernel\nand more")
 
     reasons = {
-        wrong: r"Rejected: Rejected in Triton's interpreter, 20×30: result\[0, 0\] is \d+, expected \d+; 600",
+        wrong: r"Rejected: Rejected in Triton's interpreter, 20×30: result\[0, 0\] is \d+, "
+        r"expected \d+; 600",
         failing: "Rejected: ValueError in Triton's interpreter, 20×30: no such kernel$",
     }
     case = make_case("maximum", QUICK_SHAPES["maximum"])
@@ -100,7 +109,9 @@ def test_a_wrong_kernel_of_the_course_is_a_row_that_is_not_right():
 def test_halves_left_apart_have_no_speed_up():
     """Nobody has the whole result."""
     case = make_case("maximum", QUICK_SHAPES["maximum"])
-    one, apart, joined = (replace(rung, turn=lambda index: [1.0]) for rung in ladder.by_ranks(case, None))
+    one, apart, joined = (
+        replace(rung, turn=lambda index: [1.0]) for rung in ladder.by_ranks(case, None)
+    )
     alone = replace(one, name="pure Python")
     results = ladder.measure(case, [alone, one, apart, joined], rounds=1)
     compared = [(x.columns["over_pure_python"], x.columns["faster"]) for x in results[1:]]
@@ -209,7 +220,11 @@ def check_gpu_rows() -> None:
         patch.object(torch.Tensor, "cuda", torch.Tensor.clone),
     ):
         for operator in SHAPES:
-            rows = list(ladder.on_gpu(make_case(operator, ladder.INTERPRETED.get(operator, (5, 7, 3))), None))
+            rows = list(
+                ladder.on_gpu(
+                    make_case(operator, ladder.INTERPRETED.get(operator, (5, 7, 3))), None
+                )
+            )
             counts[operator] = len(rows)
             assert sum("with copies" in one.name for one in rows) == 1
             for one in rows:
@@ -285,7 +300,8 @@ REASONS = {
     "max_numba": "my.py, line 11: IndexError: list index out of range",
     "maximum": "it changed its argument 1; write to a new array",
     "matmul_t": "it returns None, expected an array",
-    "matmul_transpose_numba": r"my.py, line 20: TypeError: matmul_transpose_numba\(\) takes 0 positional",
+    "matmul_transpose_numba": r"my.py, line 20: TypeError: matmul_transpose_numba\(\) takes 0 "
+    "positional",
     "matmul_transpose_trivial": "my.py, line 24: SystemExit: bye",
     "linear_sigmoid": r"the result has dtype <U4, expected numbers",
 }
@@ -311,8 +327,12 @@ matmul = Product()
 """
 
 
-def entry(name: str, function: Callable[..., Any], file: str = "my.py", **shape: Any) -> student.Entry:
-    case = make_case(student.OPERATORS[name][0], shape.get("shape", QUICK_SHAPES[student.OPERATORS[name][0]]))
+def entry(
+    name: str, function: Callable[..., Any], file: str = "my.py", **shape: Any
+) -> student.Entry:
+    case = make_case(
+        student.OPERATORS[name][0], shape.get("shape", QUICK_SHAPES[student.OPERATORS[name][0]])
+    )
     return student.Entry(file, name, function, case, case)
 
 
@@ -343,7 +363,9 @@ def test_a_slow_function_gets_smaller_arguments_and_an_endless_one_is_stopped():
         while True:
             pass
 
-    slow = entry("matmul_transpose_trivial", lambda x: pure_python.matmul_t(x.tolist()), shape=(300, 300))
+    slow = entry(
+        "matmul_transpose_trivial", lambda x: pure_python.matmul_t(x.tolist()), shape=(300, 300)
+    )
     with patch.object(student, "LIMIT", 0.2), patch.object(student, "SECONDS", 0.02):
         seconds = slow.begin()
         assert 32 <= slow.tried.shape[0] < 300
@@ -362,8 +384,13 @@ def test_a_function_that_is_endless_above_some_size_is_rejected(tmp_path, capsys
     case = make_case("matmul_t", (40, 40))
     with patch.object(student, "LIMIT", 0.1):
         slow = student.enter(tmp_path / "my.py", "matmul_t", endless_above, case)
-        assert "my.py: matmul_t is not right: it takes more than 0 s for 40×40" in capsys.readouterr().out
-        (result,) = ladder.measure(case, [ladder.Rung(name="my.py: matmul_t", turn=slow.turn)], rounds=1)
+        assert (
+            "my.py: matmul_t is not right: it takes more than 0 s for 40×40"
+            in capsys.readouterr().out
+        )
+        (result,) = ladder.measure(
+            case, [ladder.Rung(name="my.py: matmul_t", turn=slow.turn)], rounds=1
+        )
     assert result.reason == "Rejected: it takes more than 0 s for 40×40"
 
 
@@ -458,7 +485,11 @@ def test_a_file_without_functions_is_refused_in_one_line(tmp_path, text, reason)
 
 def test_a_gpus_function_without_a_gpu_is_left_out(tmp_path, capsys):
     cases = {"maximum": make_case("maximum", (3, 5))}
-    functions = {"max_gpu": numpy_mlp.maximum, "max_cpu": numpy_mlp.maximum, "matmul_t": numpy_mlp.matmul_t}
+    functions = {
+        "max_gpu": numpy_mlp.maximum,
+        "max_cpu": numpy_mlp.maximum,
+        "matmul_t": numpy_mlp.matmul_t,
+    }
     with patch.object(torch.cuda, "is_available", lambda: False):
         entries = ladder.students_entries(tmp_path / "my.py", functions, cases)
     assert [one.left_out for one in entries["maximum"]] == ["no GPU", ""]

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Launches without a GPU: plans, which are kept by layout, what they pass to the driver, and traced graphs.
+"""Launches without a GPU: plans, which are kept by layout, what they pass to the driver, and traced
+graphs.
 
-A stand-in for the driver takes the launches. Tensors are on "meta", and in graphs fake ones on "cuda". The
-autograd engine asks CUDA for a context even where tensors are fake, so the operators of the backward are
-traced by themselves.
+A stand-in for the driver takes the launches. Tensors are on "meta", and in graphs fake ones on
+"cuda". The autograd engine asks CUDA for a context even where tensors are fake, so the operators of
+the backward are traced by themselves.
 """
 
 import inspect
@@ -44,12 +45,13 @@ ops = torch.ops.torchpar
 N, K = 96, 64
 TMA = Tiles(64, 128, 64, 4, 4, "tma")
 SPLIT = Tiles(64, 64, 16, 4, 4, "split_k")
-PRODUCTS = ((matmul_t.symmetric_product, ()), (linear_sigmoid.linear_sigmoid, (None,)))  # and their bias
+# And their bias.
+PRODUCTS = ((matmul_t.symmetric_product, ()), (linear_sigmoid.linear_sigmoid, (None,)))
 FIRST = 9  # of the launcher's arguments, the kernel's; before it are the grid, the stream and hooks
 
 
-# The plans whose kernels Triton specialised; the grid and the arguments of each launch. Triton keeps a
-# compiled kernel with the launcher that it had first: all tests share one.
+# The plans whose kernels Triton specialised; the grid and the arguments of each launch. Triton
+# keeps a compiled kernel with the launcher that it had first: all tests share one.
 LOG = SimpleNamespace(compiled=[], launched=[])
 
 
@@ -89,7 +91,8 @@ def test_a_kept_plan_passes_what_triton_passed(log, tiles):
 
 
 def test_another_layout_or_address_off_16_bytes_has_a_plan_of_its_own(log):
-    """Triton assumes the alignment that the first call's tensors had, and the result that it was given."""
+    """Triton assumes the alignment that the first call's tensors had, and the result that it was
+    given."""
     room = torch.empty(N * N + 8, dtype=torch.bfloat16)
     aligned, off = room[: N * N].view(N, N), room[1 : 1 + N * N].view(N, N)
     assert aligned.data_ptr() % 16 == 0
@@ -104,7 +107,8 @@ def test_another_layout_or_address_off_16_bytes_has_a_plan_of_its_own(log):
 
 
 def test_operands_of_one_layout(log):
-    """A plan for X·Xᵀ would not look at a copy of X. The stride of a batch of one does not matter to TMA."""
+    """A plan for X·Xᵀ would not look at a copy of X. The stride of a batch of one does not matter
+    to TMA."""
     x, context = meta(N, K), dict(copy_context())
     for a, b in ((x, x), (x, meta(N, K)), [meta(N, K).expand(3, N, K)[:1]] * 2):
         matmul_t.symmetric_product(a, b, "ieee", None, tiles=TMA)
@@ -148,7 +152,8 @@ def programs_and_options(launcher, *args: Any, **options: Any) -> tuple[int, dic
 
 @pytest.mark.parametrize("launcher, bias", PRODUCTS)
 def test_by_tma_as_many_programs_as_run_at_a_time(launcher, bias):
-    """Two of 4 warps, or one of 8, on each of 132 multiprocessors. `ptx` rejects those that do nothing."""
+    """Two of 4 warps, or one of 8, on each of 132 multiprocessors. `ptx` rejects those that do
+    nothing."""
     x = meta(4096, 64)
     for tiles, programs in ((TMA, 264), (Tiles(128, 128, 64, 8, 3, "tma"), 132)):
         assert programs_and_options(launcher, x, x, *bias, "ieee", tiles=tiles)[0] == programs
@@ -184,7 +189,9 @@ def test_launchers_refuse_what_their_kernels_cannot_take(log):
     with pytest.raises(ValueError, match="at most 8388608 terms"):
         exact_matmul.exact_product(long, long, e, e, None, out=meta(1, 1, dtype=torch.float32))
     # Without terms nothing is launched. The other operators do not call their launchers.
-    exact_matmul.exact_product(long[:, :0], long[:, :0], e, e, None, out=meta(1, 1, dtype=torch.float32))
+    exact_matmul.exact_product(
+        long[:, :0], long[:, :0], e, e, None, out=meta(1, 1, dtype=torch.float32)
+    )
     assert not log.launched
 
 
@@ -196,7 +203,8 @@ def trace(
 ) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
     """The graph of ``op`` on fake tensors with symbolic sizes, and what its fake returns.
 
-    A tensor on "cuda" has a dimension for each letter of its shape; one without letters is on the CPU.
+    A tensor on "cuda" has a dimension for each letter of its shape; one without letters is on the
+    CPU.
     """
     env = ShapeEnv()
     sizes: dict[str, int | torch.SymInt] = {"z": 0}
@@ -211,7 +219,9 @@ def trace(
 
     with FakeTensorMode(shape_env=env):
         args = [
-            torch.empty([sizes[letter] for letter in shape], dtype=dtype, device="cuda" if shape else "cpu")
+            torch.empty(
+                [sizes[letter] for letter in shape], dtype=dtype, device="cuda" if shape else "cpu"
+            )
             for shape in shapes
         ]
         return aot_export_joint_simple(results, args, trace_joint=False), results(*args)
@@ -230,12 +240,27 @@ def launches(graph: fx.GraphModule) -> tuple[list[str], list[Any]]:
     [
         (ops.maximum, ("mk", ""), "maximum_flat_kernel", ["out_ptr"]),
         (ops.maximum, ("mk", "k"), "maximum_strided_kernel", ["out_ptr"]),
-        (ops.maximum_backward, ("mk", "mk", ""), "maximum_backward_flat_kernel", ["da_ptr", "db_ptr"]),
-        (ops.maximum_backward, ("bmk", "bmk", "k"), "maximum_backward_strided_kernel", ["da_ptr", "db_ptr"]),
+        (
+            ops.maximum_backward,
+            ("mk", "mk", ""),
+            "maximum_backward_flat_kernel",
+            ["da_ptr", "db_ptr"],
+        ),
+        (
+            ops.maximum_backward,
+            ("bmk", "bmk", "k"),
+            "maximum_backward_strided_kernel",
+            ["da_ptr", "db_ptr"],
+        ),
         (ops.matmul_t, ("bmk",), "symmetric_product_kernel", ["out_ptr"]),
         (ops.matmul_t_backward, ("bmm", "bmk"), "symmetric_sum_kernel", ["out_ptr"]),
         (ops.linear_sigmoid, ("bmk", "nk", "n"), "linear_sigmoid_kernel", ["out_ptr"]),
-        (ops.linear_sigmoid_backward, ("bmn", "bmn"), "sigmoid_backward_kernel", ["dz_ptr", "partial_ptr"]),
+        (
+            ops.linear_sigmoid_backward,
+            ("bmn", "bmn"),
+            "sigmoid_backward_kernel",
+            ["dz_ptr", "partial_ptr"],
+        ),
     ],
 )
 def test_tracers_see_the_kernel_and_what_it_writes(op, shapes, kernel, written, monkeypatch):
@@ -243,7 +268,9 @@ def test_tracers_see_the_kernel_and_what_it_writes(op, shapes, kernel, written, 
     graph, fakes = trace(op, shapes)
     names, (arguments,) = launches(graph)
     assert (names, arguments["tensors_to_clone"]) == ([kernel], written)
-    assert isinstance(arguments["grid"][0][0], fx.Node), "the grid is fixed at the sizes it was traced with"
+    assert isinstance(arguments["grid"][0][0], fx.Node), (
+        "the grid is fixed at the sizes it was traced with"
+    )
     (outputs,) = graph.graph.find_nodes(op="output")[0].args
     for output, promised in zip(outputs, fakes, strict=True):
         assert metadata(output.meta["val"]) == metadata(promised)
@@ -252,7 +279,9 @@ def test_tracers_see_the_kernel_and_what_it_writes(op, shapes, kernel, written, 
 def aten(graph: fx.GraphModule) -> list[str]:
     """The names of ATen's operators in a graph."""
     return [
-        node.target.__name__.partition(".")[0] for node in graph.graph.nodes if "aten" in str(node.target)
+        node.target.__name__.partition(".")[0]
+        for node in graph.graph.nodes
+        if "aten" in str(node.target)
     ]
 
 
@@ -281,7 +310,8 @@ def test_a_large_float32_layer_is_the_librarys():
 
 
 def test_in_place_the_library_adds_and_mirrors(log, monkeypatch):
-    """A float32 result of 16-bit operands is the kernel's at any size: PyTorch's products have one dtype."""
+    """A float32 result of 16-bit operands is the kernel's at any size: PyTorch's products have one
+    dtype."""
     from torchpar.ops.symmetric_matmul import _addmm_by_kernel
 
     for dtype in (torch.bfloat16, torch.float32):
@@ -295,7 +325,12 @@ def test_in_place_the_library_adds_and_mirrors(log, monkeypatch):
     "op, shapes, kernel, others",
     [
         ("linear_sigmoid", ((256, 32), (48, 32), (256, 48)), "sigmoid_backward", "mm mm"),
-        ("linear_sigmoid", ((257, 32), (48, 32), (257, 48)), "sigmoid_backward", "_to_copy mm mm sum"),
+        (
+            "linear_sigmoid",
+            ((257, 32), (48, 32), (257, 48)),
+            "sigmoid_backward",
+            "_to_copy mm mm sum",
+        ),
         ("maximum", ((64, 48), (64, 48)), "maximum_backward_flat", ""),
         ("maximum", ((48,), (64, 48)), "maximum_backward_strided", "sum"),
     ],
@@ -347,5 +382,7 @@ def test_inductor_takes_tma_where_its_wrapper_allocates_for_it(cpp_wrapper, expe
     with FakeTensorMode():
         x = torch.empty(4096, 4096, dtype=torch.bfloat16, device="cuda")
     with pytest.raises(InterruptedError):
-        compile_fx(fx.symbolic_trace(lambda x: (ops.matmul_t(x),)), [x], stop, {"cpp_wrapper": cpp_wrapper})
+        compile_fx(
+            fx.symbolic_trace(lambda x: (ops.matmul_t(x),)), [x], stop, {"cpp_wrapper": cpp_wrapper}
+        )
     assert launches(graphs[0])[0] == [expected]

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""`torchpar.library` in place of `torch.library`: its calls, its errors, and PyTorch's private names.
+"""`torchpar.library` in place of `torch.library`: its calls, its errors, and PyTorch's private
+names.
 
-A failure after an upgrade of PyTorch says which assumption of torchpar/library.py no longer holds. That
-`torch.library` still has the gaps for which it is there, docs/citizen.md says, whose code tests/test_docs.py
-runs. When that fails, let `register_autograd` call PyTorch's, and drop `formula`.
+A failure after an upgrade of PyTorch says which assumption of torchpar/library.py no longer holds.
+That `torch.library` still has the gaps for which it is there, docs/citizen.md says, whose code
+tests/test_docs.py runs. When that fails, let `register_autograd` call PyTorch's, and drop
+`formula`.
 """
 
 import inspect
@@ -49,7 +51,10 @@ X, Y = (torch.linspace(start, start + 1, 4, dtype=torch.float64) for start in (0
 
 
 def test_everything_takes_what_pytorchs_takes() -> None:
-    pairs = [(getattr(torchpar.library, f), getattr(torch.library, f)) for f in ("custom_op", "triton_op")]
+    pairs = [
+        (getattr(torchpar.library, f), getattr(torch.library, f))
+        for f in ("custom_op", "triton_op")
+    ]
     methods = inspect.getmembers(torch.library.CustomOpDef, inspect.isfunction)
     pairs += [(getattr(CustomOpDef, name), f) for name, f in methods if not name.startswith("_")]
     assert len(pairs) > 9
@@ -58,12 +63,15 @@ def test_everything_takes_what_pytorchs_takes() -> None:
         for select in (lambda p: p.kind is p.KEYWORD_ONLY, lambda p: p.kind is not p.KEYWORD_ONLY):
             mine, wanted = (list(filter(select, parameters)) for parameters in (own, expected))
             assert len(mine) >= len(wanted), theirs
-            assert sum(p.default is p.empty for p in mine) <= sum(p.default is p.empty for p in wanted)
+            assert sum(p.default is p.empty for p in mine) <= sum(
+                p.default is p.empty for p in wanted
+            )
         keywords = [{p.name for p in ps if p.kind is p.KEYWORD_ONLY} for ps in (expected, own)]
         assert keywords[0] <= keywords[1], theirs
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # in opcheck
+# In opcheck.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_functions_of_torch_library_take_the_object() -> None:
     op = make(tags=torch.Tag.core)
     assert torch.Tag.core in op._opoverload.tags
@@ -71,7 +79,9 @@ def test_functions_of_torch_library_take_the_object() -> None:
     torch.library.register_autograd(op, lambda ctx, g: 2 * g)
     torch.library.register_vmap(op, lambda info, in_dims, x: (op(x), in_dims[0]))
     torch.library.register_autocast(op, "cpu", torch.float16)
-    with pytest.raises(ValueError, match=r"the device type is torch\.float16, expected 'cpu', .* second"):
+    with pytest.raises(
+        ValueError, match=r"the device type is torch\.float16, expected 'cpu', .* second"
+    ):
         op.register_autocast(torch.float16)
     torch.library.opcheck(op, (X.clone().requires_grad_(),))
     with torch.autocast("cpu"):
@@ -98,17 +108,23 @@ def test_gradients_of_calls_by_position_and_by_name() -> None:
             assert_close(y, expected)
             assert_close(*(torch.autograd.grad(t.sum(), x) for t in (y, expected)))
     broadcast = X, Y[:1]  # whose gradient of y is not reduced
-    assert_close(torch.func.jvp(op, broadcast, broadcast), torch.func.jvp(axpy, broadcast, broadcast))
+    assert_close(
+        torch.func.jvp(op, broadcast, broadcast), torch.func.jvp(axpy, broadcast, broadcast)
+    )
     op.register_vmap(lambda info, in_dims, x, y, *, scale: (op(x, y, scale=scale), in_dims[0]))
     assert_close(torch.func.vmap(op)(X, Y), axpy(X, Y))
     op.register_sharding(lambda x, y, *, scale: [([Replicate()], [Replicate(), Replicate()])])
-    assert check_operator(op, [(X, Y)], reference=axpy, rules="DTensor")["DTensor"].outcome == "works"
+    assert (
+        check_operator(op, [(X, Y)], reference=axpy, rules="DTensor")["DTensor"].outcome == "works"
+    )
 
 
 @pytest.mark.parametrize("saved", [None, (), (None, X)])
 def test_derivatives_that_save_nothing_or_none(saved: Any) -> None:
     op = make()
-    setup_context = None if saved is None else lambda ctx, inputs, output: ctx.save_for_backward(*saved)
+    setup_context = (
+        None if saved is None else lambda ctx, inputs, output: ctx.save_for_backward(*saved)
+    )
     op.register_autograd(lambda ctx, g: 2 * g, setup_context=setup_context)
     assert_close(torch.func.jvp(op, (X,), (Y,)), (2 * X, 2 * Y))
     assert_close(torch.func.grad(lambda x: op(x).sum())(X), torch.full_like(X, 2))
@@ -160,12 +176,16 @@ def test_an_operator_that_writes() -> None:
     assert all(t._version > version for t, version in zip(tensors, versions, strict=True))
     with pytest.raises(ValueError, match="writes to an argument and cannot have a gradient"):
         op.register_autograd(lambda ctx: None)
-    copy = make(lambda out, x: (out.copy_(x), None)[1], {"out"}, schema="(Tensor(a!) out, Tensor x) -> ()")
+    copy = make(
+        lambda out, x: (out.copy_(x), None)[1], {"out"}, schema="(Tensor(a!) out, Tensor x) -> ()"
+    )
     out, x = torch.zeros_like(X), X.clone().requires_grad_()
     copy(out, x)  # it may read what requires a gradient
     assert torch.equal(out, X)
     for write in (lambda: copy(x, out), lambda: op([x])):
-        with pytest.raises(RuntimeError, match="has no gradient, and an argument that it writes to requires"):
+        with pytest.raises(
+            RuntimeError, match="has no gradient, and an argument that it writes to requires"
+        ):
             write()
 
 
@@ -203,7 +223,8 @@ def test_errors() -> None:
     for schema, message in wrong.items():
         with pytest.raises((RuntimeError, ValueError), match=message):
             torchpar.library.custom_op(op._qualname, double, mutates_args=(), schema=schema)
-    assert torch.equal(op._opoverload(X), 2 * X)  # a refused definition leaves the operator before it
+    # A refused definition leaves the operator before it.
+    assert torch.equal(op._opoverload(X), 2 * X)
     with pytest.raises(ValueError, match="there is none"):
         make(double, schema="(Tensor x) -> ()").register_sharding(double)
 
@@ -232,12 +253,14 @@ def test_defaults_are_left_out() -> None:
 
 
 def test_the_record_has_all_operators() -> None:
-    assert set(torchpar.ops.__all__) - {"exact_matmul_t"} == set(OPERATORS)  # which is exact_matmul(x, x)
+    # Which is exact_matmul(x, x).
+    assert set(torchpar.ops.__all__) - {"exact_matmul_t"} == set(OPERATORS)
 
 
 IMPORT = """
 import json, sys, torch
-sys.modules.update(rich=None, triton=None, torchvision=None, lightning=None)  # importing one of them fails
+sys.modules.update(rich=None, triton=None, torchvision=None,
+lightning=None)  # importing one of them fails
 before = set(sys.modules)
 import torchpar
 added = sorted(set(sys.modules) - before)
@@ -255,9 +278,11 @@ print(json.dumps([added, waiting, len(_sharding_rules)]))
 
 
 def test_import_adds_only_what_is_ours_and_the_cpu_paths_need_no_triton() -> None:
-    # Modules are counted, not milliseconds: the import would be slow because of Triton and of PyTorch's own
-    # modules that are not loaded yet.
-    result = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True)
+    # Modules are counted, not milliseconds: the import would be slow because of Triton and of
+    # PyTorch's own modules that are not loaded yet.
+    result = subprocess.run(
+        [sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True
+    )
     imported, waiting, left = json.loads(result.stdout)
     assert waiting > left == 0, "sharding rules wait for DTensor"
     assert "torchpar.ops.matmul_t" in imported
@@ -267,8 +292,11 @@ def test_import_adds_only_what_is_ours_and_the_cpu_paths_need_no_triton() -> Non
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_compilers_find_the_kernels_source(name: str) -> None:
-    # AOTAutograd's cache key holds this source; without it an edited kernel would run as it was before.
-    from torch._inductor.codegen.wrapper import user_defined_triton_kernel_transitive_closure_source_code
+    # AOTAutograd's cache key holds this source; without it an edited kernel would run as it was
+    # before.
+    from torch._inductor.codegen.wrapper import (
+        user_defined_triton_kernel_transitive_closure_source_code,
+    )
     from triton import JITFunction
 
     assert torch.Tag.pt2_compliant_tag in getattr(torch.ops.torchpar, name).default.tags
@@ -277,8 +305,9 @@ def test_compilers_find_the_kernels_source(name: str) -> None:
     assert all(isinstance(kernel, JITFunction) for kernel in kernels)
     assert {kernel.fn.__name__ for kernel in kernels} >= KERNELS[name]
     for kernel in kernels:
-        assert f"def {kernel.fn.__name__}" in user_defined_triton_kernel_transitive_closure_source_code(
-            kernel
+        assert (
+            f"def {kernel.fn.__name__}"
+            in user_defined_triton_kernel_transitive_closure_source_code(kernel)
         )
 
 
@@ -296,8 +325,12 @@ def _compile(options: dict[str, Any]) -> Callable[..., Any]:
         pytest.param(_compile({"cpp_wrapper": True}), False, id="Inductor's C++ wrapper"),
         pytest.param(_compile({"fx_wrapper": True}), False, id="Inductor's FX wrapper"),
         pytest.param(lambda e, x: compile_fx_aot(e.module(), [x], STOP), False, id="AOTInductor"),
-        pytest.param(lambda e, x: e.run_decompositions(decompose_custom_triton_ops=True), False, id="export"),
-        pytest.param(lambda e, x: torch.compile(e.module(), backend="aot_eager")(x), False, id="aot_eager"),
+        pytest.param(
+            lambda e, x: e.run_decompositions(decompose_custom_triton_ops=True), False, id="export"
+        ),
+        pytest.param(
+            lambda e, x: torch.compile(e.module(), backend="aot_eager")(x), False, id="aot_eager"
+        ),
     ],
 )
 def test_supports_tma_where_a_compiler_allocates_for_descriptors(

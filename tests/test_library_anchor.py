@@ -19,7 +19,9 @@ import torchpar
 
 NAMES = (f"library_anchor::op{i}" for i in itertools.count())
 
-both = pytest.mark.parametrize("library", [torch.library, torchpar.library], ids=["torch", "torchpar"])
+both = pytest.mark.parametrize(
+    "library", [torch.library, torchpar.library], ids=["torch", "torchpar"]
+)
 
 
 def double(x: Tensor) -> Tensor:
@@ -100,7 +102,9 @@ def test_an_operator_that_writes_needs_no_fake(library: Any) -> None:
 
 
 @both
-@pytest.mark.parametrize("schema, mutates", [("(Tensor x) -> ()", {"x"}), ("(Tensor(a!) x) -> ()", ())])
+@pytest.mark.parametrize(
+    "schema, mutates", [("(Tensor x) -> ()", {"x"}), ("(Tensor(a!) x) -> ()", ())]
+)
 def test_a_schema_that_contradicts_mutates_args(library: Any, schema: str, mutates: Any) -> None:
     with pytest.raises(ValueError, match="the op mutates"):
         make(library, lambda x: None, mutates, schema=schema)
@@ -225,7 +229,9 @@ def test_the_context_is_the_users(library: Any) -> None:
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.call, ctx.are_smooth, ctx.results = inputs[0].shape, 1, 2
 
-    op.register_autograd(lambda ctx, g: g * 2 * ctx.results * len(ctx.call), setup_context=setup_context)
+    op.register_autograd(
+        lambda ctx, g: g * 2 * ctx.results * len(ctx.call), setup_context=setup_context
+    )
     op(x).sum().backward()
     assert x.grad is not None
     assert x.grad.tolist() == [4, 4]
@@ -234,7 +240,9 @@ def test_the_context_is_the_users(library: Any) -> None:
 @both
 def test_setup_context_is_called_where_a_gradient_is_needed(library: Any) -> None:
     op, calls = make(library), []
-    op.register_autograd(lambda ctx, g: 2 * g, setup_context=lambda ctx, inputs, output: calls.append(1))
+    op.register_autograd(
+        lambda ctx, g: 2 * g, setup_context=lambda ctx, inputs, output: calls.append(1)
+    )
     x = torch.ones(2, requires_grad=True)
     op(x.detach())
     with torch.no_grad():
@@ -312,10 +320,15 @@ def test_needs_input_grad_of_lists(library: Any) -> None:
 
 @both
 def test_a_list_of_gradients_has_one_for_each_tensor(library: Any) -> None:
-    op = make(library, lambda a, b, c: a[0] + b[0] + c, schema="(Tensor[] a, Tensor[] b, Tensor c) -> Tensor")
+    op = make(
+        library,
+        lambda a, b, c: a[0] + b[0] + c,
+        schema="(Tensor[] a, Tensor[] b, Tensor c) -> Tensor",
+    )
     x, y, z, w = (torch.ones(2, requires_grad=True) for _ in range(4))
     for gradients, message in (
-        (lambda g: ([g], [g, g], g), "1 gradients for a, expected a list of 2"),  # four, as there are tensors
+        # Four, as there are tensors.
+        (lambda g: ([g], [g, g], g), "1 gradients for a, expected a list of 2"),
         (lambda g: (g, [g], g), "one gradient for a, expected a list of 2"),
         (lambda g: ([g, g], [g], [g]), "1 gradients for c, expected one"),
         (lambda g: ([g, g], [g], (g,)), "1 gradients for c, expected one"),
@@ -350,9 +363,9 @@ def test_overloads_of_a_name(library: Any) -> None:
         f"{name}.two", lambda x, y: x + y, mutates_args=(), schema="(Tensor x, Tensor y) -> Tensor"
     )
     x, packet = torch.ones(2), getattr(torch.ops.library_anchor, name.partition("::")[2])
-    assert [f(*a).tolist() for f, a in ((one, (x,)), (two, (x, x)), (packet, (x,)), (packet, (x, x)))] == [
-        [2, 2]
-    ] * 4
+    assert [
+        f(*a).tolist() for f, a in ((one, (x,)), (two, (x, x)), (packet, (x,)), (packet, (x, x)))
+    ] == [[2, 2]] * 4
 
 
 @both
@@ -369,11 +382,19 @@ def test_factories(library: Any) -> None:
 
 
 def test_a_factory_with_a_default_device_runs_its_kernel() -> None:
-    """PyTorch passes no argument on that equals its default, and its own rule has an IndexError there."""
+    """PyTorch passes no argument on that equals its default, and its own rule has an IndexError
+    there."""
     schema = '(int n, Device? device="cuda") -> Tensor'
-    op = make(torchpar.library, lambda n, device=None: torch.ones(n), device_types="cpu", schema=schema)
+    op = make(
+        torchpar.library, lambda n, device=None: torch.ones(n), device_types="cpu", schema=schema
+    )
     op.register_kernel("cuda")(lambda n, device=None: torch.full((n,), 2.0))
-    assert [op(1).item(), op(1, "cuda").item(), op(1, "cpu").item(), op(1, None).item()] == [2, 2, 1, 1]
+    assert [op(1).item(), op(1, "cuda").item(), op(1, "cpu").item(), op(1, None).item()] == [
+        2,
+        2,
+        1,
+        1,
+    ]
 
 
 @both
@@ -387,7 +408,9 @@ def test_results_that_alias_arguments_are_refused_at_the_definition() -> None:
     def definitions() -> Any:
         yield {"schema": "(Tensor(a) x) -> Tensor(a)"}
         yield {"schema": "(Tensor(a!) x) -> Tensor(a!)", "mutates_args": {"x"}}
-        yield from ({"tags": getattr(torch.Tag, n)} for n in ("inplace", "out") if hasattr(torch.Tag, n))
+        yield from (
+            {"tags": getattr(torch.Tag, n)} for n in ("inplace", "out") if hasattr(torch.Tag, n)
+        )
 
     for how in definitions():
         with pytest.raises(NotImplementedError, match="a result is an argument or a view of one"):
@@ -397,7 +420,8 @@ def test_results_that_alias_arguments_are_refused_at_the_definition() -> None:
 @both
 def test_an_error_about_aliasing_names_the_operator_and_the_module(library: Any) -> None:
     op = make(library, lambda x: x, schema="(Tensor x) -> Tensor")
-    module = __name__ if library is torchpar.library else "custom_ops"  # that of PyTorch's own wrapper
+    # That of PyTorch's own wrapper.
+    module = __name__ if library is torchpar.library else "custom_ops"
     with pytest.raises(RuntimeError, match=rf"{op._name} .*{module}.* may not alias"):
         op(torch.ones(2))
 
@@ -431,12 +455,16 @@ def test_defaults_of_every_type(library: Any) -> None:
 @both
 def test_rules_are_replaced(library: Any) -> None:
     class Mode(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             return func(*args, **(kwargs or {}))
 
     op, x = make(library), torch.ones(2)
     for factor in (3.0, 4.0):
-        op.register_torch_dispatch(Mode, lambda mode, func, types, args, kwargs, f=factor: args[0] * f)
+        op.register_torch_dispatch(
+            Mode, lambda mode, func, types, args, kwargs, f=factor: args[0] * f
+        )
         op.register_fake(lambda x, n=int(factor): x.new_empty(n))
         op.register_vmap(lambda info, in_dims, x, f=factor: (x * f, in_dims[0]))
         with Mode():
@@ -531,7 +559,10 @@ def test_a_triton_op_that_writes(library: Any) -> None:
 
 @both
 def test_derivatives_of_a_triton_op(library: Any) -> None:
-    op, x = library.triton_op(next(NAMES), scaled, mutates_args=()), torch.ones(3, requires_grad=True)
+    op, x = (
+        library.triton_op(next(NAMES), scaled, mutates_args=()),
+        torch.ones(3, requires_grad=True),
+    )
     with pytest.raises(RuntimeError, match="Trying to backward through"):
         op(x).sum().backward()
 
@@ -539,7 +570,10 @@ def test_derivatives_of_a_triton_op(library: Any) -> None:
         ctx.by = inputs[1]
 
     op.register_autograd(lambda ctx, g: (g * ctx.by, None), setup_context=setup_context)
-    for function in op, torch.compile(lambda x, by=2.0: op(x, by), backend="aot_eager", fullgraph=True):
+    for function in (
+        op,
+        torch.compile(lambda x, by=2.0: op(x, by), backend="aot_eager", fullgraph=True),
+    ):
         for by in (2.0, 5.0):
             assert torch.autograd.grad(function(x, by).sum(), x)[0].tolist() == [by] * 3
     op.register_autograd(lambda ctx, g: (g, None, None), setup_context=setup_context)

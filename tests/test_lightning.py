@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The Lightning lesson takes the steps of the plain loop, on ranks too, resumes, validates and stops."""
+"""The Lightning lesson takes the steps of the plain loop, on ranks too, resumes, validates and
+stops."""
 
 import re
 import sys
@@ -29,7 +30,8 @@ ADVICE = (
     "The dirpath has changed",  # a resumed run's is another version_N
 )
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{text}") for text in ADVICE]
-TRAIN, TEST, BATCH = 201, 101, 50  # the last of the 5 batches holds one sample, and rank 1 has none of it
+# The last of the 5 batches holds one sample, and rank 1 has none of it.
+TRAIN, TEST, BATCH = 201, 101, 50
 SIZES = [784, 20, 10]
 
 
@@ -47,7 +49,9 @@ def by_lightning(data: Path, seed: int = 0, **options: Any) -> Any:
     model = LitMLP(SIZES, lr=0.3, weight_decay=1e-4)
     fed = MNIST(data, "fashion-mnist", BATCH, seed)
     silent = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = Trainer(**silent, accelerator="cpu", max_epochs=2, enable_model_summary=False, **options)
+    trainer = Trainer(
+        **silent, accelerator="cpu", max_epochs=2, enable_model_summary=False, **options
+    )
     trainer.fit(model, fed)
     logged = {name: value.item() for name, value in trainer.callback_metrics.items()}
     (tested,) = trainer.test(model, fed, verbose=False)
@@ -61,7 +65,9 @@ def by_the_plain_loop(data: Path) -> Any:
         optimizer = training.sgd(model, lr=0.3, momentum=0.9, weight_decay=1e-4)
         replica = DistributedDataParallel(model) if world.world_size > 1 else model
         sets = load("fashion-mnist", data)
-        run = plain_loop.train(model, optimizer, world, *sets, replica=replica, epochs=2, batch_size=BATCH)
+        run = plain_loop.train(
+            model, optimizer, world, *sets, replica=replica, epochs=2, batch_size=BATCH
+        )
     return [p.detach().numpy() for p in model.parameters()], run.results[-1]
 
 
@@ -74,19 +80,26 @@ def test_two_ranks_learn_what_two_ranks_of_the_plain_loop_do(data, ranks):
     for (plain, last), (mine, logged), (other, _) in ranks(2, on_two_ranks, data):
         assert all((a == b).all() for a, b in zip(mine, plain, strict=True))
         assert not any((a == b).all() for a, b in zip(other, plain, strict=True))
-        for name in ("train_loss", "test_loss", "test_accuracy"):  # Lightning adds 201 numbers of float32
+        # Lightning adds 201 numbers of float32.
+        for name in ("train_loss", "test_loss", "test_accuracy"):
             assert logged[name] == pytest.approx(getattr(last, name), rel=TRAIN * 2**-24)
 
 
 @pytest.fixture
 def example(data, monkeypatch, tmp_path, capsys):
-    """``example(command, *flags)``: the last line that the example prints, run in an empty folder."""
+    """``example(command, *flags)``: the last line that the example prints, run in an empty
+    folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning 2.6 on jsonargparse 4.53
+    # Lightning 2.6 on jsonargparse 4.53.
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     import train_lightning
 
     def call(command: str, *flags: str) -> str:
-        where = [f"--data.root={data}", "--data.dataset=fashion-mnist", f"--data.batch_size={BATCH}"]
+        where = [
+            f"--data.root={data}",
+            "--data.dataset=fashion-mnist",
+            f"--data.batch_size={BATCH}",
+        ]
         own = [*where, "--model.sizes=[784,20,10]", "--trainer.accelerator=cpu", *flags]
         monkeypatch.setattr(sys, "argv", ["train_lightning.py", command, *own])
         train_lightning.main()
@@ -96,7 +109,9 @@ def example(data, monkeypatch, tmp_path, capsys):
     return call
 
 
-def test_the_configuration_saves_the_best_and_a_resumed_run_ends_as_the_whole_one(example, tmp_path_factory):
+def test_the_configuration_saves_the_best_and_a_resumed_run_ends_as_the_whole_one(
+    example, tmp_path_factory
+):
     root, config = tmp_path_factory.mktemp("root"), ROOT / "examples" / "lightning.yaml"
     (default,) = re.findall(r"default_root_dir: (\S+)", config.read_text())
     assert Path(default).is_absolute()
@@ -115,7 +130,10 @@ def test_the_configuration_saves_the_best_and_a_resumed_run_ends_as_the_whole_on
     assert tested.split(" | ")[:2] == fitted.split(" | ")[:2]
     _, part = fit(2)
     _, resumed = fit(3, f"--ckpt_path={part / 'checkpoints' / 'last.ckpt'}")
-    weights = [torch.load(run / "checkpoints" / "last.ckpt")["state_dict"] for run in (whole, part, resumed)]
+    weights = [
+        torch.load(run / "checkpoints" / "last.ckpt")["state_dict"]
+        for run in (whole, part, resumed)
+    ]
     assert all(torch.equal(weights[0][name], weights[2][name]) for name in weights[0])
     assert not any(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 

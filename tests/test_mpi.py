@@ -42,7 +42,9 @@ class Others:
 sys.meta_path[sys.meta_path.index(PathFinder)] = Others
 sys.path.insert(0, {str(ROOT / "examples")!r})
 """
-AS_COMMAND = "import runpy; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+AS_COMMAND = (
+    "import runpy; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+)
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +55,16 @@ def data(tmp_path_factory) -> Path:
 
 def without_torch(ranks: int, program: str, *arguments: str) -> str:
     """Run a Python program on processes that find no torch, and return what it prints."""
-    code, out, err = run(MPIRUN, "-n", str(ranks), sys.executable, "-c", WITHOUT_TORCH + program, *arguments)
+    code, out, err = run(
+        MPIRUN, "-n", str(ranks), sys.executable, "-c", WITHOUT_TORCH + program, *arguments
+    )
     assert code == 0, err
     return out
 
 
 def by_command(ranks: int, name: str, *flags: str) -> str:
-    """Run an exercise by its command line on processes that find no torch, and return what it prints."""
+    """Run an exercise by its command line on processes that find no torch, and return what it
+    prints."""
     script = str(ROOT / "examples" / f"{name}.py")
     return without_torch(ranks, AS_COMMAND, script, *flags)
 
@@ -70,10 +75,16 @@ def test_the_package_without_torch_has_the_baselines_alone():
     names = sorted(torchpar.__all__)
     assert {"maximum", "nn", "optim", "exact", "parallel", "testing"} <= set(names)
     program += f"for name in {names}:\n"
-    program += "    try:\n        getattr(torchpar, name)\n    except ImportError as e:\n        print(e)\n"
+    program += (
+        "    try:\n        getattr(torchpar, name)\n    except ImportError as e:\n        "
+        "print(e)\n"
+    )
     code, out, err = run(sys.executable, "-c", WITHOUT_TORCH + program)
     assert code == 0, err
-    assert out.splitlines() == ["8", *(f"torchpar.{name} needs PyTorch; pip install torch" for name in names)]
+    assert out.splitlines() == [
+        "8",
+        *(f"torchpar.{name} needs PyTorch; pip install torch" for name in names),
+    ]
 
 
 @pytest.mark.slow
@@ -83,7 +94,11 @@ def test_pictures_need_no_torch(data, tmp_path):
     script = str(ROOT / "examples" / "train_mpi.py")
     code, _, err = run(sys.executable, "-c", WITHOUT_TORCH + AS_COMMAND, script, *flags)
     assert code == 0, err
-    assert {path.name for path in tmp_path.iterdir()} == {"curves.png", "confusion.png", "worst.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "curves.png",
+        "confusion.png",
+        "worst.png",
+    }
     code, _, err = run(
         sys.executable, "-c", WITHOUT_TORCH + AS_COMMAND, script, *flags, f"--log-dir={tmp_path}"
     )
@@ -116,7 +131,10 @@ def pooled_runs(world, folder: Path, exchange: str) -> list[Result]:
 def numbers(run) -> dict[str, np.ndarray]:
     """Losses and weights of a training."""
     if isinstance(run, Result):
-        return {"losses": np.array([*run.costs, *run.ends[0], *run.ends[1]]), "weights": run.weights}
+        return {
+            "losses": np.array([*run.costs, *run.ends[0], *run.ends[1]]),
+            "weights": run.weights,
+        }
     losses = [(result.train_loss, result.test_loss, result.test_accuracy) for result in run.results]
     return {"losses": np.array(losses), "weights": run.model.parameters}
 
@@ -142,21 +160,24 @@ with mpi.join() as world:
     for case in CASES:
         for split in ("data", "model"):
             run = trained(world, folder, case, split)
-            runs[f"{{case}} {{split}}"] = numbers(run) | {{"sent": np.array([run.calls, run.bytes])}}
+            runs[f"{{case}} {{split}}"] = numbers(run) | {{"sent": np.array([run.calls,
+            run.bytes])}}
     for exchange in ("allreduce", "gather"):
         for i, run in enumerate(pooled_runs(world, folder, exchange)):
             runs[f"{{exchange}} {{i}}"] = numbers(run)
             # After Gather process 0 alone has the sums.
             assert bool(run.costs) == (exchange == "allreduce" or world.rank == 0)
     if world.rank == 0:
-        np.savez(out, **{{f"{{run}}/{{key}}": t for run, of in runs.items() for key, t in of.items()}})
+        np.savez(out, **{{f"{{run}}/{{key}}": t for run, of in runs.items() for key,
+        t in of.items()}})
 """
 
 
 @needs_mpirun
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_processes_train_as_one(data, tmp_path, ranks):
-    """By both splits and both exchanges. The last batch is of one sample, which leaves a process none."""
+    """By both splits and both exchanges. The last batch is of one sample, which leaves a process
+    none."""
     from inspect import getsource
 
     functions = "\n".join(getsource(globals()[name]) for name in SHARED)
@@ -180,7 +201,9 @@ def test_processes_train_as_one(data, tmp_path, ranks):
 
 
 def test_one_process_trains_by_both_splits(data):
-    one, other = (numbers(trained(mpi.OneProcess(), data, "odd", split)) for split in ("data", "model"))
+    one, other = (
+        numbers(trained(mpi.OneProcess(), data, "odd", split)) for split in ("data", "model")
+    )
     assert_same(other, one)
     losses = one["losses"][:, 0]
     assert losses[1] < losses[0] - 0.05
@@ -202,7 +225,14 @@ def test_from_zero_all_hidden_units_stay_alike(data):
     drawn = train_mpi.MLP((784, 5, 10)).weights[0].T
     assert np.abs(drawn - drawn[0]).max() > 0.01
     code, out, _ = lesson(
-        *("train_mpi", "--dataset=fashion-mnist", f"--data={data}", "--init=zero", "--epochs=1", "--hidden=5")
+        *(
+            "train_mpi",
+            "--dataset=fashion-mnist",
+            f"--data={data}",
+            "--init=zero",
+            "--epochs=1",
+            "--hidden=5",
+        )
     )
     assert code == 0
     assert re.search(r"hidden units: weights up to \S+, which differ by \S+ at most\n", out)
@@ -218,7 +248,13 @@ def test_shares_are_those_of_array_split(count, size):
 @needs_mpirun
 @pytest.mark.slow
 def test_a_comparison_sets_one_process_beside_both_splits(data, tmp_path):
-    flags = ["--dataset=fashion-mnist", f"--data={data}", "--epochs=2", "--hidden=12", "--batch-size=20"]
+    flags = [
+        "--dataset=fashion-mnist",
+        f"--data={data}",
+        "--epochs=2",
+        "--hidden=12",
+        "--batch-size=20",
+    ]
     out = by_command(2, "train_mpi", *flags, "--compare", f"--metrics={tmp_path / 'metrics'}")
     alone = names_of_one_process()
     runs = [*alone, "--split data", "--split model"]
@@ -269,24 +305,33 @@ def test_one_process_trains_with_all_threads_outside_mpi(monkeypatch):
         assert (world_size, threads) == (1, len(cores))
         assert not {"OMP_NUM_THREADS", "PMI_SIZE", "PMI_RANK"} & environment.keys()
     assert (one_process.own_cores(), dict(os.environ)) == (cores, before)
-    assert one_process.train_on_one(SimpleNamespace(rank=1, allgather=lambda own: parts), None) == {}
-    assert list(one_process.train_on_one(mpi.OneProcess(), environment_of_numpy)) == ["1 process, 1 thread"]
+    assert (
+        one_process.train_on_one(SimpleNamespace(rank=1, allgather=lambda own: parts), None) == {}
+    )
+    assert list(one_process.train_on_one(mpi.OneProcess(), environment_of_numpy)) == [
+        "1 process, 1 thread"
+    ]
 
 
 def test_losses_of_a_wrong_split_are_refused(data, monkeypatch):
     expected = [
-        float(loss) for loss in numbers(trained(mpi.OneProcess(), data, "odd", "data"))["losses"][:, 0]
+        float(loss)
+        for loss in numbers(trained(mpi.OneProcess(), data, "odd", "data"))["losses"][:, 0]
     ]
     right = [loss * (1 + ROUNDING) for loss in expected]
     assert (
-        one_process.compare_losses(expected, {"a": expected}) == "the losses are exactly those of 1 process"
+        one_process.compare_losses(expected, {"a": expected})
+        == "the losses are exactly those of 1 process"
     )
     agreement = one_process.compare_losses(expected, {"a": expected, "b": right})
     assert agreement == "the losses agree with those of 1 process to 1e-05"
-    monkeypatch.setattr(mpi.HiddenSplitMLP, "output_layer", lambda model, a: a @ model.weights[1])  # no bias
+    # No bias.
+    monkeypatch.setattr(mpi.HiddenSplitMLP, "output_layer", lambda model, a: a @ model.weights[1])
     run = trained(mpi.OneProcess(), data, "odd", "model")
     wrong = {"--split data": right, "--split model": [epoch.train_loss for epoch in run.results]}
-    message = r"--split model: losses are off by \S+, expected those of 1 process; mend its gradients"
+    message = (
+        r"--split model: losses are off by \S+, expected those of 1 process; mend its gradients"
+    )
     with pytest.raises(ConfigError, match=message):
         one_process.compare_losses(expected, wrong)
     with pytest.raises(ConfigError, match="a: losses are off by nan"):
@@ -298,7 +343,9 @@ def test_losses_of_a_wrong_split_are_refused(data, monkeypatch):
 @pytest.mark.parametrize("script", ["train_mpi", "fashion_pooled"])
 @needs_mpirun
 def test_several_processes_have_a_thread_each_and_one_has_all(script):
-    program = f"import {script}\nfrom support import one_process\nprint(one_process.own_threads())\n"
+    program = (
+        f"import {script}\nfrom support import one_process\nprint(one_process.own_threads())\n"
+    )
     program = f"import os\nos.environ.pop('OMP_NUM_THREADS', None)\n{program}"
     assert without_torch(1, program).split() == [str(len(one_process.own_cores()))]
     assert without_torch(2, program).split() == ["1", "1"]
@@ -336,7 +383,9 @@ def test_an_mpi_that_does_not_connect_the_processes_is_refused(monkeypatch):
     for script in ("train_mpi", "fashion_pooled"):
         code, out, err = lesson(script)
         assert (code, out) == (2, "")
-        expected = "MPI connects 1 process, the launcher started 2; start by the mpirun of mpi4py's MPI: "
+        expected = (
+            "MPI connects 1 process, the launcher started 2; start by the mpirun of mpi4py's MPI: "
+        )
         assert err == f"{script}.py: error: {expected}mpirun -n 2 python …\n"
 
 
@@ -347,7 +396,9 @@ def test_torchrun_is_refused_and_a_list_of_missing_libraries_is_one_line(monkeyp
 
     class Missing:
         def __getattr__(self, name: str) -> object:
-            raise RuntimeError("cannot load MPI library\nlibmpi.so: no such file\nlibmpi.so.12: no such file")
+            raise RuntimeError(
+                "cannot load MPI library\nlibmpi.so: no such file\nlibmpi.so.12: no such file"
+            )
 
     monkeypatch.setitem(sys.modules, "mpi4py", Missing())
     for script in ("train_mpi", "fashion_pooled"):
@@ -360,7 +411,8 @@ def test_torchrun_is_refused_and_a_list_of_missing_libraries_is_one_line(monkeyp
         code, out, err = lesson(script)
         assert (code, out) == (2, "")
         expected = (
-            "torchrun started 2 of these processes, which exchange arrays by MPI; start them by mpirun -n 2"
+            "torchrun started 2 of these processes, which exchange arrays by MPI; start them by "
+            "mpirun -n 2"
         )
         assert err == f"{script}.py: error: {expected} python …, or one process by python …\n"
 
@@ -383,8 +435,11 @@ def test_pooled_pixels_are_pytorchs(data):
 
 @pytest.mark.slow
 def test_both_libraries_have_the_same_costs(data, ranks):
-    """The first is −1/n · Σ_samples Σ_classes t·log p + (1 − t)·log(1 − p), at the first weights."""
-    splits = fashion_pooled.load(fashion_pooled.Flags(data=data, dataset="fashion-mnist", samples=50))
+    """The first is −1/n · Σ_samples Σ_classes t·log p + (1 − t)·log(1 − p), at the first
+    weights."""
+    splits = fashion_pooled.load(
+        fashion_pooled.Flags(data=data, dataset="fashion-mnist", samples=50)
+    )
     in_numpy = partial(fashion_pooled.train_numpy, mpi.OneProcess(), splits)
     x, labels = splits[0]
     p = numpy_mlp.sigmoid(MLP(SIZES, loss="bce").forward(x)[1].astype(np.float64))
@@ -408,7 +463,15 @@ def test_one_command_sets_one_process_beside_several(data, tmp_path, exchange):
     out = by_command(2, "fashion_pooled", *flags, f"--metrics={tmp_path / 'metrics'}")
     once = ["scatter, once"] + ["broadcast, once"] * (exchange == "allreduce")
     each = ["broadcast"] * (exchange == "gather")
-    each += ["hidden layer", "output layer", "cost", "forward: these three", "backward", exchange, "descent"]
+    each += [
+        "hidden layer",
+        "output layer",
+        "cost",
+        "forward: these three",
+        "backward",
+        exchange,
+        "descent",
+    ]
     alone = names_of_one_process()
     for phase in (*once, *each, "iteration"):
         columns = rf"(│ \d+\.\d{{3}} +){{{len(alone) + 1}}}"
@@ -419,9 +482,13 @@ def test_one_command_sets_one_process_beside_several(data, tmp_path, exchange):
     assert float(apart) < ROUNDING
     rows = rows_of(tmp_path / "metrics")
     iterations, runs = rows[:-2], rows[-2:]
-    kinds = [(row.get("run"), row["ranks"], row["iterations"], row["iteration"]) for row in iterations]
+    kinds = [
+        (row.get("run"), row["ranks"], row["iterations"], row["iteration"]) for row in iterations
+    ]
     ways = [*((name, 1) for name in alone), (None, 2)]
-    assert kinds == [(*way, plan, i) for way in ways for plan in (60, 30) for i in range(1, plan + 1)]
+    assert kinds == [
+        (*way, plan, i) for way in ways for plan in (60, 30) for i in range(1, plan + 1)
+    ]
     assert min(row["seconds"] for row in iterations) > 0
     assert [row["last_cost"] for row in runs] == [iterations[-31]["cost"], iterations[-1]["cost"]]
 
@@ -432,6 +499,9 @@ def test_mnist_stands_in_for_fashion_mnist(data, tmp_path):
     flags.data = tmp_path
     name, line = fashion_pooled.find_dataset(flags)
     assert name == "mnist"
-    assert line == f"MNIST stands in for Fashion-MNIST, of which {tmp_path}/FashionMNIST/raw holds no files"
+    assert (
+        line
+        == f"MNIST stands in for Fashion-MNIST, of which {tmp_path}/FashionMNIST/raw holds no files"
+    )
     flags.dataset = "kmnist"
     assert fashion_pooled.find_dataset(flags) == ("kmnist", "")

@@ -10,7 +10,11 @@ import torch
 from torchpar.baselines import numpy_mlp
 from torchpar.nn import MLP, Linear, LinearMaxout, LinearSigmoid
 
-ACTIVATIONS = [("sigmoid", torch.nn.Sigmoid()), ("relu", torch.nn.ReLU()), ("tanh", torch.nn.Tanh())]
+ACTIVATIONS = [
+    ("sigmoid", torch.nn.Sigmoid()),
+    ("relu", torch.nn.ReLU()),
+    ("tanh", torch.nn.Tanh()),
+]
 
 
 @pytest.mark.parametrize("hidden, activation", ACTIVATIONS)
@@ -21,7 +25,9 @@ def test_mlp_equals_the_network_of_torchs_modules(hidden, activation, output, de
         mlp = MLP(sizes, hidden, output, device=device, dtype=torch.float64)
         other = torch.nn.Sequential()
         for layer in mlp.layers:
-            own = torch.nn.Linear(layer.in_features, layer.out_features, device=device, dtype=torch.float64)
+            own = torch.nn.Linear(
+                layer.in_features, layer.out_features, device=device, dtype=torch.float64
+            )
             own.load_state_dict(layer.state_dict())
             other.extend([own, activation])
         other[-1] = torch.nn.Sigmoid() if output == "sigmoid" else torch.nn.Identity()
@@ -35,11 +41,14 @@ def test_mlp_equals_the_network_of_torchs_modules(hidden, activation, output, de
 
 
 def maxout_of_torchs_modules(mlp: MLP, x: torch.Tensor) -> torch.Tensor:
-    """The output of a maxout MLP by two products a layer; the weight's first rows are the first piece's."""
+    """The output of a maxout MLP by two products a layer; the weight's first rows are the first
+    piece's."""
     *hidden, last = mlp.layers
     for layer in hidden:
         (w1, w2), (b1, b2) = layer.weight.chunk(2), layer.bias.chunk(2)
-        x = torch.maximum(torch.nn.functional.linear(x, w1, b1), torch.nn.functional.linear(x, w2, b2))
+        x = torch.maximum(
+            torch.nn.functional.linear(x, w1, b1), torch.nn.functional.linear(x, w2, b2)
+        )
     return torch.nn.functional.linear(x, last.weight, last.bias)
 
 
@@ -52,12 +61,17 @@ def test_maxout_equals_the_maximum_of_two_layers(device):
             rows = after if i == len(sizes) - 2 else 2 * after
             state |= {f"layers.{i}.weight": (rows, before), f"layers.{i}.bias": (rows,)}
         assert {name: tuple(t.shape) for name, t in mlp.state_dict().items()} == state
-        xs = [torch.randn(*shape, sizes[0], device=device).double() for shape in ((0,), (6,), (2, 3), ())]
-        for x in [*xs, torch.zeros_like(xs[1])]:  # both pieces of 0 are equal, and share the gradient
+        xs = [
+            torch.randn(*shape, sizes[0], device=device).double()
+            for shape in ((0,), (6,), (2, 3), ())
+        ]
+        # Both pieces of 0 are equal, and share the gradient.
+        for x in [*xs, torch.zeros_like(xs[1])]:
             y, expected = mlp(x), maxout_of_torchs_modules(mlp, x)
             torch.testing.assert_close(y, expected)
             grads = (
-                torch.autograd.grad(t.square().sum() + t.sum(), list(mlp.parameters())) for t in (y, expected)
+                torch.autograd.grad(t.square().sum() + t.sum(), list(mlp.parameters()))
+                for t in (y, expected)
             )
             torch.testing.assert_close(*grads)
 
@@ -97,11 +111,16 @@ def test_maxout_is_compiled_as_one_graph(device):
 
 def test_xavier_variance():
     torch.manual_seed(0)
-    uniform, normal = LinearSigmoid(300, 500).weight.detach(), numpy_mlp.MLP((300, 500), seed=1).weights[0]
-    pieces = LinearMaxout(300, 500).weight.detach().numpy()  # of a maxout layer, each is drawn as a layer is
+    uniform, normal = (
+        LinearSigmoid(300, 500).weight.detach(),
+        numpy_mlp.MLP((300, 500), seed=1).weights[0],
+    )
+    # Of a maxout layer, each is drawn as a layer is.
+    pieces = LinearMaxout(300, 500).weight.detach().numpy()
     variance = 2 / (300 + 500)
     for weight in (uniform.numpy(), normal, *np.split(pieces, 2)):
-        # The mean of n draws deviates by σ/√n, and of normal ones the variance by σ²·√(2/n); five of each.
+        # The mean of n draws deviates by σ/√n, and of normal ones the variance by σ²·√(2/n); five
+        # of each.
         assert abs(weight.mean()) < 5 * (variance / weight.size) ** 0.5
         assert abs(weight.var() / variance - 1) < 5 * (2 / weight.size) ** 0.5
     assert uniform.abs().max() <= (3 * variance) ** 0.5
@@ -121,7 +140,10 @@ def test_biases_begin_at_0_or_are_left_out():
     "arguments, message",
     [
         (([3],), r"sizes is \[3\], expected at least"),
-        (([3, 2], "gelu"), "hidden is 'gelu', expected one of .'maxout', 'relu', 'sigmoid', 'tanh'.$"),
+        (
+            ([3, 2], "gelu"),
+            "hidden is 'gelu', expected one of .'maxout', 'relu', 'sigmoid', 'tanh'.$",
+        ),
         (([3, 2], "relu", "softmax"), "output is 'softmax', expected one of"),
     ],
 )

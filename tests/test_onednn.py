@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""float32 layers and symmetric products by oneDNN: values, gradients, and what stays with PyTorch."""
+"""float32 layers and symmetric products by oneDNN: values, gradients, and what stays with
+PyTorch."""
 
 import itertools
 import sys
@@ -27,11 +28,13 @@ LINEAR_SIGMOID = OPERATORS["linear_sigmoid"]
 
 
 LAYERS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], int]] = {
-    # ours, PyTorch's, and roundings of a result: linear's sum and bias, linear_sigmoid's as in its record
+    # ours, PyTorch's, and roundings of a result: linear's sum and bias, linear_sigmoid's as in its
+    # record
     "linear": (linear, F.linear, 2),
     "linear_sigmoid": (torchpar.linear_sigmoid, LINEAR_SIGMOID.native, LINEAR_SIGMOID.roundings),
 }
-# A second derivative multiplies up to five factors that are rounded like the first, and adds two terms.
+# A second derivative multiplies up to five factors that are rounded like the first, and adds two
+# terms.
 SECOND = 12
 AWKWARD = (129, 265, 127)  # two chains, of 133 and of 132 terms
 
@@ -48,7 +51,8 @@ def on_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def onednn(monkeypatch: pytest.MonkeyPatch, on_onednn: None) -> list[list[int]]:
-    """The lengths of the chains of oneDNN's products, which takes small float32 layers on a CPU, too."""
+    """The lengths of the chains of oneDNN's products, which takes small float32 layers on a CPU,
+    too."""
     products: list[list[int]] = []
     in_chains = linear_cpu.in_chains
 
@@ -69,7 +73,8 @@ def layer(request: pytest.FixtureRequest) -> str:
 
 
 def operands(m: int | tuple[int, ...], k: int, n: int, bias: bool = True) -> tuple[Tensor, ...]:
-    """float32 x, weight and bias. Where results are few, sums are exact: an error of one sum is chance."""
+    """float32 x, weight and bias. Where results are few, sums are exact: an error of one sum is
+    chance."""
     lead = m if isinstance(m, tuple) else (m,)
     make = normal if torch.Size(lead).numel() * n >= 1000 else halves
     shapes = [(*lead, k), (n, k), (n,)][: 2 + bias]
@@ -96,7 +101,9 @@ def second(op: Callable[..., Tensor], args: tuple[Tensor, ...]) -> tuple[Tensor,
     return *again, *torch.autograd.grad(y, leaves, batch.detach(), is_grads_batched=True)
 
 
-def compare(name: str, args: tuple[Tensor, ...], results: Any = first, roundings: int | None = None) -> None:
+def compare(
+    name: str, args: tuple[Tensor, ...], results: Any = first, roundings: int | None = None
+) -> None:
     """``results`` of the layer have at most twice the error of those of PyTorch's operators."""
     ours, native, own = LAYERS[name]
     exact = results(native, tuple(arg.double() for arg in args))
@@ -105,12 +112,17 @@ def compare(name: str, args: tuple[Tensor, ...], results: Any = first, roundings
         assert_accurate(a, n, to_numpy(e), roundings or own)
 
 
-@pytest.mark.parametrize("sizes", [(1, 264, 129), AWKWARD, ((), 265, 127), ((3, 43), 529, 127)], ids=str)
-def test_a_layer_is_as_accurate_as_pytorchs(layer: str, sizes: Any, onednn: list[list[int]]) -> None:
+@pytest.mark.parametrize(
+    "sizes", [(1, 264, 129), AWKWARD, ((), 265, 127), ((3, 43), 529, 127)], ids=str
+)
+def test_a_layer_is_as_accurate_as_pytorchs(
+    layer: str, sizes: Any, onednn: list[list[int]]
+) -> None:
     for args in (operands(*sizes), operands(*sizes, bias=False)):
         onednn.clear()
         compare(layer, args)
-        terms = (sizes[1], sizes[2], torch.Size(args[0].shape[:-1]).numel())  # of y, dL/dx and dL/dW
+        # Of y, dL/dx and dL/dW.
+        terms = (sizes[1], sizes[2], torch.Size(args[0].shape[:-1]).numel())
         assert [len(chains) for chains in onednn] == [-(-k // linear_cpu.CHAIN) for k in terms]
         with torch.no_grad():
             again = LAYERS[layer][0](*args)
@@ -123,7 +135,12 @@ def test_second_derivatives_and_batches(layer: str, onednn: list[list[int]]) -> 
 
 
 RULES = (
-    *("layouts and sizes", "low precision", "incoming gradients of any layout", "batched gradients"),
+    *(
+        "layouts and sizes",
+        "low precision",
+        "incoming gradients of any layout",
+        "batched gradients",
+    ),
     *("forward mode", "vmap over all operands", "tensor subclass", "torch.compile"),
 )
 
@@ -140,7 +157,9 @@ def test_every_part_of_pytorch_takes_a_layer(layer: str, onednn: list[list[int]]
 def test_compilers_and_autocast_are_pytorchs(layer: str, onednn: list[list[int]]) -> None:
     ours, native, _ = LAYERS[layer]
     args = operands(*AWKWARD)
-    assert torch.equal(torch.compile(ours, backend="aot_eager", fullgraph=True)(*args), native(*args))
+    assert torch.equal(
+        torch.compile(ours, backend="aot_eager", fullgraph=True)(*args), native(*args)
+    )
     with torch.autocast("cpu", torch.bfloat16):
         found, expected = ours(*args), native(*args)
     assert found.dtype == torch.bfloat16
@@ -175,15 +194,21 @@ def names(x: Tensor, out: int = 128) -> tuple[str, ...]:
 
 # Of PyTorch's own flags (2.15).
 @pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")
-def test_only_large_float32_layers_have_an_autograd_of_their_own(monkeypatch: Any, on_onednn: None) -> None:
+def test_only_large_float32_layers_have_an_autograd_of_their_own(
+    monkeypatch: Any, on_onednn: None
+) -> None:
     native = ("AddmmBackward0", "SigmoidBackward0")
     large = torch.ones(128, 784)
-    assert names(large, 40) == ("LinearFunctionBackward", "SigmoidBackward0")  # 4.01 million multiplications
+    # 4.01 million multiplications.
+    assert names(large, 40) == ("LinearFunctionBackward", "SigmoidBackward0")
     assert names(large, 39) == native  # 3.91 million, less than `_MIN_PRODUCT`
     assert names(large.double()) == names(large.bfloat16()) == native
     with torch.backends.mkldnn.flags(enabled=False):
         assert names(large) == native
-    for module, reason, value in ((processor, "prefers_onednn", False), (torch, "get_num_threads", 6)):
+    for module, reason, value in (
+        (processor, "prefers_onednn", False),
+        (torch, "get_num_threads", 6),
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(module, reason, lambda value=value: value)
             assert names(large) == native
@@ -196,12 +221,16 @@ def test_onednn_is_for_amd_processors_from_zen_5_on(monkeypatch: pytest.MonkeyPa
     for vendor, family, capability in itertools.product(vendors, families, ("AVX512", "AVX2")):
         text = f"vendor_id : {vendor}\ncpu family : {family}"
         monkeypatch.setattr(Path, "read_text", lambda path, text=text: text)
-        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda found=capability: found)
+        monkeypatch.setattr(
+            torch.backends.cpu, "get_cpu_capability", lambda found=capability: found
+        )
         expected = vendor == "AuthenticAMD" and family in ("26", "27") and capability == "AVX512"
         assert processor.prefers_onednn.__wrapped__() == expected
 
 
-def test_large_products_are_computed_in_blocks_of_rows(onednn: list[list[int]], monkeypatch: Any) -> None:
+def test_large_products_are_computed_in_blocks_of_rows(
+    onednn: list[list[int]], monkeypatch: Any
+) -> None:
     monkeypatch.setattr(linear_cpu, "_BLOCK", 50)
     compare("linear", operands(*AWKWARD))
     assert len(onednn) == 3 + 1 + 1  # blocks of the 129 rows of y; dL/dX and dL/dW have one chain
@@ -213,13 +242,17 @@ def test_large_products_are_computed_in_blocks_of_rows(onednn: list[list[int]], 
 # PyTorch's own context manager warns of a flag that it does not change (2.15).
 @pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")
 @pytest.mark.parametrize("shape", [(513, 1), (600, 300)], ids=str)
-def test_either_library_of_the_cpu_is_right(shape: tuple[int, ...], onednn: list[list[int]]) -> None:
+def test_either_library_of_the_cpu_is_right(
+    shape: tuple[int, ...], onednn: list[list[int]]
+) -> None:
     a, b, c = symmetric(*shape, make=normal, dtype=torch.float32)
     for enabled in (True, False):
         with torch.backends.mkldnn.flags(enabled=enabled):
             contract(a, b)
             contract(a, a, c, alpha=-2.5, beta=1 / 3)
-            in_place = torchpar.symmetric_matmul(a, a, c, alpha=-2.5, beta=1 / 3, out=torch.empty_like(c))
+            in_place = torchpar.symmetric_matmul(
+                a, a, c, alpha=-2.5, beta=1 / 3, out=torch.empty_like(c)
+            )
             assert torch.equal(in_place, torchpar.symmetric_matmul(a, a, c, alpha=-2.5, beta=1 / 3))
             assert max(itertools.chain(*onednn), default=0) <= linear_cpu.CHAIN
             actual = torch.ops.torchpar.matmul_t_backward(c.tril(), a)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""First and second derivatives: their values for any incoming gradient, and no more of them than needed."""
+"""First and second derivatives: their values for any incoming gradient, and no more of them than
+needed."""
 
 import itertools
 import math
@@ -37,7 +38,9 @@ def test_gradients_are_as_accurate_as_pytorchs(name: str, shapes: Shapes, device
                 assert_accurate(a, n, to_numpy(e), roundings)
             else:  # of a few results, PyTorch's error is chance
                 few = 4 * torch.finfo(dtype).eps
-                assert_close(a.double(), e, rtol=few, atol=few * float(e.abs().max()) if e.numel() else few)
+                assert_close(
+                    a.double(), e, rtol=few, atol=few * float(e.abs().max()) if e.numel() else few
+                )
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -67,7 +70,9 @@ def test_float16_gradients_on_a_cpu_under_loss_scaling(shape: tuple[int, int]) -
 def test_a_layer_computes_only_the_gradients_that_are_needed(device: str) -> None:
     for required in [*itertools.product([False, True], repeat=3)][1:]:
         args = arguments(((3, 4), (5, 4), (5,)), device=device)
-        y = torchpar.linear_sigmoid(*(t.requires_grad_(r) for t, r in zip(args, required, strict=True)))
+        y = torchpar.linear_sigmoid(
+            *(t.requires_grad_(r) for t, r in zip(args, required, strict=True))
+        )
         with profile(acc_events=True) as profiled:  # without it torch 2.12 warns
             y.backward(torch.ones_like(y))
         found = Counter(event.name.partition("::")[2] for event in profiled.events())
@@ -86,10 +91,16 @@ def test_linear_sigmoid_keeps_its_inputs_and_output_only(device: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_ties_share_the_gradient_of_maximum_and_nan_does_not_stop_it(dtype: torch.dtype, device: str) -> None:
+def test_ties_share_the_gradient_of_maximum_and_nan_does_not_stop_it(
+    dtype: torch.dtype, device: str
+) -> None:
     nan = math.nan
-    a = torch.tensor([1.0, 2.0, 3.0, 0.0, nan, nan, 1.0], dtype=dtype, device=device, requires_grad=True)
-    b = torch.tensor([1.0, 3.0, 2.0, -0.0, nan, 1.0, nan], dtype=dtype, device=device, requires_grad=True)
+    a = torch.tensor(
+        [1.0, 2.0, 3.0, 0.0, nan, nan, 1.0], dtype=dtype, device=device, requires_grad=True
+    )
+    b = torch.tensor(
+        [1.0, 3.0, 2.0, -0.0, nan, 1.0, nan], dtype=dtype, device=device, requires_grad=True
+    )
     g = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0], dtype=dtype, device=device)
     actual = gradients(torchpar.maximum, (a, b), g)
     assert_close(actual, gradients(torch.maximum, (a, b), g), rtol=0, atol=0)

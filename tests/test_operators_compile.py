@@ -31,7 +31,8 @@ def _fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     # pytest would keep all log records of the compiler, which takes as long as compiling.
     monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)
     torch._dynamo.reset()
-    with torch._inductor.config.patch(compile_threads=1):  # no pool of processes for three small kernels
+    # No pool of processes for three small kernels.
+    with torch._inductor.config.patch(compile_threads=1):
         yield
     torch._dynamo.reset()
 
@@ -39,7 +40,9 @@ def _fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize(
     "name",
     [
-        name if name in ("matmul_t", "linear_sigmoid") else pytest.param(name, marks=pytest.mark.slow)
+        name
+        if name in ("matmul_t", "linear_sigmoid")
+        else pytest.param(name, marks=pytest.mark.slow)
         for name in OPERATORS
     ],
 )
@@ -61,7 +64,8 @@ def test_compiled_once_for_all_sizes(name: str, device: str) -> None:
             assert_symmetric(actual)
         incoming = LAYOUTS["permuted"](normal(*actual.shape, device=device, seed=9).to(actual))
         assert_close(*(torch.autograd.grad(y, args, incoming) for y in (actual, expected)))
-    # PyTorch compiles again for a float constant, and for symmetric products in blocks, from 384 rows on.
+    # PyTorch compiles again for a float constant, and for symmetric products in blocks, from 384
+    # rows on.
     again = bool(operator.factors(3)) + (name in ("matmul_t", "symmetric_matmul"))
     assert counter.frame_count <= 1 + again
 
@@ -76,7 +80,9 @@ COMPILED_TRANSFORMS = {
 @pytest.mark.parametrize("name", OPERATORS)
 def test_compiled_transforms(name: str, transform: str, device: str) -> None:
     operator, transformed = OPERATORS[name], COMPILED_TRANSFORMS[transform]
-    shapes = tuple((2, *shape) if transform == "vmap(grad)" else shape for shape in operator.small[0])
+    shapes = tuple(
+        (2, *shape) if transform == "vmap(grad)" else shape for shape in operator.small[0]
+    )
     args = widest_arguments(name, shapes, device)
     compiled = torch.compile(transformed(operator.op), fullgraph=True, backend="aot_eager")
     assert_close(compiled(*args), transformed(operator.plain)(*args))

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The operators on DTensors of several processes; `test_our_operators.py` tries every placement in one."""
+"""The operators on DTensors of several processes; `test_our_operators.py` tries every placement in
+one."""
 
 import itertools
 from typing import Any
@@ -28,7 +29,8 @@ def operands(name: str, shapes: Shapes) -> list[torch.Tensor]:
 def compare_compiled() -> None:
     """The compiled operators beside the eager ones, with split operands, in one graph."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    cases = list(itertools.product(OPERATORS.values(), (0, -1)))  # split along rows, and along columns
+    # Split along rows, and along columns.
+    cases = list(itertools.product(OPERATORS.values(), (0, -1)))
 
     def compute(operands_of: list[list[Any]]) -> list[Any]:
         pairs = zip(cases, operands_of, strict=True)
@@ -44,13 +46,16 @@ def compare_compiled() -> None:
     actual, expected = [t.full_tensor() for t in compiled(placed)], compute(whole)
     torch.testing.assert_close(actual, [t.detach() for t in expected])
     found = torch.autograd.grad(sum(t.cos().sum() for t in actual), list(itertools.chain(*placed)))
-    gradients = torch.autograd.grad(sum(t.cos().sum() for t in expected), list(itertools.chain(*whole)))
+    gradients = torch.autograd.grad(
+        sum(t.cos().sum() for t in expected), list(itertools.chain(*whole))
+    )
     torch.testing.assert_close([g.full_tensor() for g in found], list(gradients))
 
 
 @pytest.mark.slow
 def test_compiled(fork_server):
-    # In processes of its own: PyTorch's compiler (2.15) fails after other tests have used DTensors eagerly.
+    # In processes of its own: PyTorch's compiler (2.15) fails after other tests have used DTensors
+    # eagerly.
     with Ranks() as ranks:
         ranks(2, compare_compiled)
 
@@ -76,7 +81,8 @@ def test_the_check_is_of_the_whole_and_not_of_its_parts(ranks):
 
 
 def rows_of_a_product(shape: tuple[int, ...]) -> tuple[int, str]:
-    """matmul_t of a matrix split by rows: the number of collectives, and the placement of the result."""
+    """matmul_t of a matrix split by rows: the number of collectives, and the placement of the
+    result."""
     (whole,) = operands("matmul_t", (shape,))
     mesh = init_device_mesh("cpu", (2,))
     x = distribute_tensor(whole.detach(), mesh, [Shard(len(shape) - 2)]).requires_grad_()
@@ -84,7 +90,9 @@ def rows_of_a_product(shape: tuple[int, ...]) -> tuple[int, str]:
         y = torchpar.matmul_t(x)
     expected = torchpar.matmul_t(whole)
     torch.testing.assert_close(y.full_tensor(), expected.detach())
-    gradients = [torch.autograd.grad(one.cos().sum(), t)[0] for one, t in ((y, x), (expected, whole))]
+    gradients = [
+        torch.autograd.grad(one.cos().sum(), t)[0] for one, t in ((y, x), (expected, whole))
+    ]
     torch.testing.assert_close(gradients[0].full_tensor(), gradients[1])
     return communication.get_total_counts(), str(*y.placements)
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Arguments that an operator refuses: the error names the operator, the argument and what is expected.
+"""Arguments that an operator refuses: the error names the operator, the argument and what is
+expected.
 
 The errors are the same in eager mode, under torch.func and in a trace.
 """
@@ -29,7 +30,9 @@ def in_fake_mode(op: Callable[..., Any], args: tuple[Tensor, ...]) -> None:
 
 def in_vmap_of_the_first(op: Callable[..., Any], args: tuple[Tensor, ...]) -> None:
     first, *others = args
-    vmap(op, in_dims=(-1, *[None] * len(others)))(first.unsqueeze(-1).expand(*first.shape, 5), *others)
+    vmap(op, in_dims=(-1, *[None] * len(others)))(
+        first.unsqueeze(-1).expand(*first.shape, 5), *others
+    )
 
 
 CALLS: dict[str, Callable[[Callable[..., Any], tuple[Tensor, ...]], Any]] = {
@@ -43,11 +46,15 @@ CALLS: dict[str, Callable[[Callable[..., Any], tuple[Tensor, ...]], Any]] = {
 
 
 @pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("name, refused", REFUSED, ids=lambda v: v.message if isinstance(v, Refused) else v)
+@pytest.mark.parametrize(
+    "name, refused", REFUSED, ids=lambda v: v.message if isinstance(v, Refused) else v
+)
 def test_errors(name: str, refused: Refused, call: str, device: str) -> None:
     args = tuple(arg.detach().to(device) for arg in refused.args)
     device_of = args[0].device
-    message = refused.message.replace("{device}", repr(device_of)).replace("{where}", str(device_of))
+    message = refused.message.replace("{device}", repr(device_of)).replace(
+        "{where}", str(device_of)
+    )
     expected = f"torchpar::{name}: {message}"
     with pytest.raises(RuntimeError, match=re.escape(expected)) as caught:
         CALLS[call](partial(OPERATORS[name].function, **refused.kwargs), args)
@@ -61,7 +68,9 @@ def test_every_argument_on_another_device_is_refused(name: str, call: str, devic
     op = partial(operator.function, **operator.factors(len(shapes)))
     arguments = operator.overload._schema.arguments
     for moved in range(1, len(shapes)):
-        args = tuple(ones(shape, device="meta" if i == moved else device) for i, shape in enumerate(shapes))
+        args = tuple(
+            ones(shape, device="meta" if i == moved else device) for i, shape in enumerate(shapes)
+        )
         message = rf"torchpar::{name}: {arguments[moved].name} is .*meta.*, expected .*{device}"
         with pytest.raises(RuntimeError, match=message):
             CALLS[call](op, args)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """More than 2³¹ elements: offsets that no longer fit in 32 bits, of arguments and of results.
 
-The values are exact in bfloat16 and int8, so every comparison is for equality. Strides that large are tested
-in the interpreter.
+The values are exact in bfloat16 and int8, so every comparison is for equality. Strides that large
+are tested in the interpreter.
 """
 
 from functools import partial

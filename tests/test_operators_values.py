@@ -55,7 +55,9 @@ def test_rounding_errors(name: str, shapes: Shapes, dtype: torch.dtype, device: 
     x, *others = arguments(shapes, dtype, device)
     args = OPERATORS[name].operands(x / x.shape[-1] ** 0.5, *others)  # σ is saturated nowhere
     for layout in ("contiguous", "transposed", "stepped"):
-        assert_contract(name, tuple(map(LAYOUTS[layout], args)), **OPERATORS[name].factors(len(args)))
+        assert_contract(
+            name, tuple(map(LAYOUTS[layout], args)), **OPERATORS[name].factors(len(args))
+        )
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -69,14 +71,18 @@ def test_both_tails_of_sigmoid_keep_their_precision(dtype: torch.dtype, device: 
         assert_accurate(operator.op(*args), operator.plain(*args), expected, operator.roundings)
 
 
-@pytest.mark.parametrize("name, dtype", [case for case in BY_DTYPE if case[0] != "maximum"], ids=str)
+@pytest.mark.parametrize(
+    "name, dtype", [case for case in BY_DTYPE if case[0] != "maximum"], ids=str
+)
 def test_results_and_gradients_that_are_not_finite_are_those_of_float64(
     name: str, dtype: torch.dtype, device: str
 ) -> None:
     """All sizes are odd: the pairs that processors multiply in 16 bits have to be completed."""
     operator = OPERATORS[name]
 
-    def results(op: Callable[..., Tensor], tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    def results(
+        op: Callable[..., Tensor], tensors: list[Tensor], dtype: torch.dtype
+    ) -> list[Tensor]:
         *args, incoming = (t.detach().to(dtype) for t in tensors)
         args = [arg.requires_grad_() for arg in args]
         y = op(*args, **operator.factors(len(args)))
@@ -97,7 +103,9 @@ def test_results_and_gradients_that_are_not_finite_are_those_of_float64(
                 expected[0] = lower_twice(expected[0])
             found = results(operator.function, wrong, dtype)
             batch = [t[None] for t in wrong[:-1]]
-            found.append(vmap(partial(operator.function, **operator.factors(len(batch))))(*batch)[0])
+            found.append(
+                vmap(partial(operator.function, **operator.factors(len(batch))))(*batch)[0]
+            )
             for actual, wide in zip(found, [*expected, expected[0]], strict=True):
                 for kind in (torch.isnan, torch.isposinf, torch.isneginf):
                     assert torch.equal(kind(actual), kind(wide)), (n, spoiled)
@@ -105,7 +113,9 @@ def test_results_and_gradients_that_are_not_finite_are_those_of_float64(
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_maximum_propagates_nan_and_keeps_infinities(dtype: torch.dtype, device: str) -> None:
-    values = torch.tensor([math.nan, -math.nan, math.inf, -math.inf, 1.0], dtype=dtype, device=device)
+    values = torch.tensor(
+        [math.nan, -math.nan, math.inf, -math.inf, 1.0], dtype=dtype, device=device
+    )
     for a, b in ((values[:, None], values), (values, values.roll(1)), (values, values[0])):
         assert_contract("maximum", (a, b))
 
@@ -122,7 +132,10 @@ def test_maximum_of_signed_zeros_is_pytorchs(dtype: torch.dtype, device: str) ->
 def test_maximum_and_its_gradients_promote_as_pytorchs(a_dtype: torch.dtype, device: str) -> None:
     shapes_of_case = (((3, 4), (3, 4)), ((3, 4), (4,)), ((3, 4), ()), ((), (4,)))
     for b_dtype, shapes in itertools.product(INTEGERS + FLOATS, shapes_of_case):
-        a, b = (normal(*s, dtype=t, device=device) for s, t in zip(shapes, (a_dtype, b_dtype), strict=True))
+        a, b = (
+            normal(*s, dtype=t, device=device)
+            for s, t in zip(shapes, (a_dtype, b_dtype), strict=True)
+        )
         actual, expected = torchpar.maximum(a, b), torch.maximum(a, b)
         assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
         assert metadata(actual) == metadata(expected)
@@ -130,7 +143,9 @@ def test_maximum_and_its_gradients_promote_as_pytorchs(a_dtype: torch.dtype, dev
         leaves = [t.requires_grad_() for t in (a, b) if t.is_floating_point()]
         if leaves:
             g = halves(*expected.shape, dtype=expected.dtype, device=device)
-            found = (torch.autograd.grad(op(a, b), leaves, g) for op in (torchpar.maximum, torch.maximum))
+            found = (
+                torch.autograd.grad(op(a, b), leaves, g) for op in (torchpar.maximum, torch.maximum)
+            )
             assert_close(*found)
         else:
             assert not torchpar.maximum(a, b).requires_grad
@@ -148,7 +163,10 @@ def test_maximum_takes_a_cpu_scalar_with_any_device(device: str) -> None:
 def test_vmap_of_maximum_promotes_as_each_sample_would(device: str) -> None:
     dtypes = (torch.bool, torch.int64, torch.bfloat16, torch.float64)
     for a_dtype, b_dtype in itertools.product(dtypes, dtypes):
-        a, b = normal(5, 3, dtype=a_dtype, device=device), normal(5, dtype=b_dtype, device=device, seed=1)
+        a, b = (
+            normal(5, 3, dtype=a_dtype, device=device),
+            normal(5, dtype=b_dtype, device=device, seed=1),
+        )
         for args in ((a, b), (b, a)):
             samples = torch.stack([torch.maximum(*sample) for sample in zip(*args, strict=True)])
             assert_close(vmap(torchpar.maximum)(*args), samples, rtol=0, atol=0)
@@ -162,7 +180,9 @@ def test_each_judge_rejects_a_wrong_result() -> None:
     wrongs = (c.bfloat16().float(), c.mul(math.nan), c.triu())
     checks = [partial(assert_accurate, wrong, x @ x.mT, expected) for wrong in wrongs]
     checks += [partial(assert_symmetric, unsymmetric), partial(assert_fresh, x.mT, args)]
-    checks += [partial(assert_fakes_agree, torchpar.matmul_t, args, w) for w in (c.mT, c.double(), c[1:])]
+    checks += [
+        partial(assert_fakes_agree, torchpar.matmul_t, args, w) for w in (c.mT, c.double(), c[1:])
+    ]
     for check in checks:
         with pytest.raises(AssertionError):
             check()

@@ -56,7 +56,8 @@ def test_the_reference_applies_its_polynomial_to_the_singular_values(shape):
 
 
 def matrices(n: int, m: int) -> Iterator[tuple[Tensor, float]]:
-    """Random ones, of many decades, and of low rank, each with the error allowed as a multiple of torch's."""
+    """Random ones, of many decades, and of low rank, each with the error allowed as a multiple of
+    torch's."""
     torch.manual_seed(0)
     yield torch.randn(n, m), 2
     u, v = torch.linalg.qr(torch.randn(n, n))[0], torch.linalg.qr(torch.randn(m, n))[0]
@@ -65,7 +66,8 @@ def matrices(n: int, m: int) -> Iterator[tuple[Tensor, float]]:
 
 
 def hard_matrices(n: int, m: int) -> Iterator[tuple[Tensor, float]]:
-    """Spectra for which Gram iterations lose accuracy, each with the factor that newton_schulz.py states."""
+    """Spectra for which Gram iterations lose accuracy, each with the factor that newton_schulz.py
+    states."""
     torch.manual_seed(0)
     u, v = torch.linalg.qr(torch.randn(n, n))[0], torch.linalg.qr(torch.randn(m, n))[0]
     for decades, factor in ((1, 1.8), (2, 6), (3, 6)):
@@ -74,8 +76,11 @@ def hard_matrices(n: int, m: int) -> Iterator[tuple[Tensor, float]]:
         yield torch.randn(n // times, m).repeat(times, 1), 11
 
 
-def compare_orthogonality(make: Any, n: int, m: int, steps: int, ns: Any, triple: Any = COEFFICIENTS) -> None:
-    """Singular values are at most twice as far as torch's from 1 and from each other, and so is the result.
+def compare_orthogonality(
+    make: Any, n: int, m: int, steps: int, ns: Any, triple: Any = COEFFICIENTS
+) -> None:
+    """Singular values are at most twice as far as torch's from 1 and from each other, and so is the
+    result.
 
     This holds for all of them, and for those of directions in which x is not near 0.
     """
@@ -146,7 +151,9 @@ def test_any_layout(ns):
     assert torch.equal(x, before)
     for shape in [(0, 5), (5, 0), (3, 0, 4), (0, 3, 4)]:
         assert orthogonalize(torch.ones(shape), ns=ns).shape == shape
-    assert torch.equal(orthogonalize(torch.zeros(64, 200), ns=ns), torch.zeros(64, 200, dtype=torch.bfloat16))
+    assert torch.equal(
+        orthogonalize(torch.zeros(64, 200), ns=ns), torch.zeros(64, 200, dtype=torch.bfloat16)
+    )
     x = torch.randn(3, 7).bfloat16()
     assert torch.equal(orthogonalize(x, steps=0, ns=ns), x / x.norm())
 
@@ -200,10 +207,14 @@ class NoReading(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def run(*kinds: Callable[..., TORCH], dtype: torch.dtype = torch.float32, **arguments: Any) -> list[Tensor]:
-    """The parameters after three steps of each kind of optimizer, which loads the state of the one before.
+def run(
+    *kinds: Callable[..., TORCH], dtype: torch.dtype = torch.float32, **arguments: Any
+) -> list[Tensor]:
+    """The parameters after three steps of each kind of optimizer, which loads the state of the one
+    before.
 
-    The gradients do not depend on the parameters, so that every run orthogonalises the same matrices.
+    The gradients do not depend on the parameters, so that every run orthogonalises the same
+    matrices.
     """
     torch.manual_seed(0)
     params = [torch.randn(shape, dtype=dtype).requires_grad_() for shape in SHAPES]
@@ -221,7 +232,8 @@ def run(*kinds: Callable[..., TORCH], dtype: torch.dtype = torch.float32, **argu
 
 
 def compare_runs(*kinds: Callable[..., TORCH], **arguments: Any) -> None:
-    """Parameters are at most twice as far as torch's from those of an orthogonalisation in float64."""
+    """Parameters are at most twice as far as torch's from those of an orthogonalisation in
+    float64."""
     found = run(*kinds, **arguments)
     expected = run(*[TORCH] * len(kinds), **arguments)
     with patch(ITERATION, lambda x, coefficients, steps, eps: exact(x, steps).to(x.dtype)):
@@ -297,7 +309,8 @@ def test_the_parameters_are_torchs():
 
 
 def test_views_stay_with_their_parameters():
-    """In a copy, after a state dict of other names was loaded, and where a view would copy other strides."""
+    """In a copy, after a state dict of other names was loaded, and where a view would copy other
+    strides."""
     torch.manual_seed(0)
     conv = torch.nn.Conv2d(3, 30, (1, 2), bias=False).to(memory_format=torch.channels_last)
     arguments: Any = {"lr": 0.1, "weight_decay": 0.0, "ns": "standard"}
@@ -317,7 +330,8 @@ def test_views_stay_with_their_parameters():
     for each in (optimizer, Muon(alone, **arguments)):
         each.step()
     for found, expected in zip(view(conv.weight), alone, strict=True):
-        # Rounded to bfloat16; a ratio of rates rounds once more, and products may add in another order.
+        # Rounded to bfloat16; a ratio of rates rounds once more, and products may add in another
+        # order.
         assert_close(found, expected, rtol=0, atol=0.1 * 1.5 * 4 * 2**-8)
 
 
@@ -350,9 +364,11 @@ def test_a_group_that_would_be_left_out_is_named():
 
 
 def by_both(change: Callable[[Any, list[Tensor]], Any]) -> list[list[Tensor]]:
-    """Weights after steps, a change of the optimizer, and more steps, by Muon and by `torch.optim.Muon`.
+    """Weights after steps, a change of the optimizer, and more steps, by Muon and by
+    `torch.optim.Muon`.
 
-    Both only divide by the norm instead of iterating, so that a weight which moves wrongly stands out.
+    Both only divide by the norm instead of iterating, so that a weight which moves wrongly stands
+    out.
     """
     weights = []
     for kind in (Muon, TORCH):
@@ -360,7 +376,9 @@ def by_both(change: Callable[[Any, list[Tensor]], Any]) -> list[list[Tensor]]:
         params = [torch.randn(5, 7).requires_grad_() for _ in range(4)]
         optimizer = kind([{"params": params[:2]}, {"params": params[2:3], "lr": 2.0}], lr=1.0)
         with (
-            patch.object(batches, "orthogonalize", lambda x, *_: x / x.norm(dim=(-2, -1), keepdim=True)),
+            patch.object(
+                batches, "orthogonalize", lambda x, *_: x / x.norm(dim=(-2, -1), keepdim=True)
+            ),
             patch(ITERATION, lambda x, *_: x / x.norm()),
         ):
             for now in (lambda *_: None, change):
@@ -389,7 +407,9 @@ def swap_data(optimizer: Any, params: list[Tensor]) -> None:
         lambda optimizer, params: optimizer.param_groups[0]["params"].pop(0),
         lambda optimizer, params: optimizer.param_groups[0]["params"].append(params[3]),
         lambda optimizer, params: optimizer.param_groups[0]["params"].insert(0, params[3]),
-        lambda optimizer, params: operator.setitem(optimizer.param_groups[0]["params"], 0, params[3]),
+        lambda optimizer, params: operator.setitem(
+            optimizer.param_groups[0]["params"], 0, params[3]
+        ),
         reverse,
         lambda optimizer, params: optimizer.param_groups.append(
             {**optimizer.param_groups[0], "params": [params[3]], "lr": 3.0}
@@ -400,7 +420,9 @@ def swap_data(optimizer: Any, params: list[Tensor]) -> None:
 )
 def test_changed_groups_step_as_torchs(change):
     found, expected = by_both(change)
-    assert any(not torch.equal(p, q) for p, q in zip(found, by_both(lambda *_: None)[0], strict=True))
+    assert any(
+        not torch.equal(p, q) for p, q in zip(found, by_both(lambda *_: None)[0], strict=True)
+    )
     for p, q in zip(found, expected, strict=True):
         # Of numbers up to 1 times a rate, two roundings to bfloat16 in each of four steps.
         assert_close(p, q, rtol=0, atol=4 * 3 * 2**-8)
@@ -416,7 +438,9 @@ def test_a_parameter_that_is_put_in_later_is_checked():
         optimizer.step()
     optimizer.param_groups[0]["params"].pop()
     p.data, p.grad = torch.randn(4, 5, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"w is torch.float64 on cpu, and its momentum torch.float32"):
+    with pytest.raises(
+        ValueError, match=r"w is torch.float64 on cpu, and its momentum torch.float32"
+    ):
         optimizer.step()
     optimizer.load_state_dict(optimizer.state_dict())  # as the message says
     optimizer.step()
@@ -432,11 +456,18 @@ def test_a_copy_of_changed_groups_steps_as_they_do():
     fill_gradients(params)
     optimizer.step()
     del optimizer.param_groups[0]
-    for twins, twin in (copy.deepcopy((params, optimizer)), pickle.loads(pickle.dumps((params, optimizer)))):
+    for twins, twin in (
+        copy.deepcopy((params, optimizer)),
+        pickle.loads(pickle.dumps((params, optimizer))),
+    ):
         for p, q in zip(params, twins, strict=True):
             q.grad = p.grad
         twin.step()
-        assert [torch.equal(p, q) for p, q in zip(params, twins, strict=True)] == [True, False, False]
+        assert [torch.equal(p, q) for p, q in zip(params, twins, strict=True)] == [
+            True,
+            False,
+            False,
+        ]
 
 
 # Chains of optimizers
@@ -481,9 +512,13 @@ def test_a_scheduler_cycles_the_momentum_of_a_chain():
 def test_a_chain_of_chains_saves_the_state_of_all_and_takes_a_new_rate():
     """It is saved and loaded, and a copy of it is one, too."""
 
-    def train(steps: int, saved: Any = None, first: Sequence[Tensor] = ()) -> tuple[Any, list[Tensor]]:
+    def train(
+        steps: int, saved: Any = None, first: Sequence[Tensor] = ()
+    ) -> tuple[Any, list[Tensor]]:
         torch.manual_seed(0)
-        models = [torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Linear(5, 3)) for _ in range(2)]
+        models = [
+            torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Linear(5, 3)) for _ in range(2)
+        ]
         params = [p for model in models for p in model.parameters()]
         chain = ChainedOptimizer(*(Muon.for_model(model) for model in models))
         if saved:
@@ -522,12 +557,16 @@ def test_a_chain_whose_groups_have_changed_is_refused():
         lambda chain: chain.param_groups.pop(),
         lambda chain: chain.param_groups.append({**chain.param_groups[0]}),
         lambda chain: operator.setitem(chain.param_groups, 0, {**chain.param_groups[0]}),
-        lambda chain: chain.optimizers[0].add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]}),
+        lambda chain: chain.optimizers[0].add_param_group(
+            {"params": [torch.nn.Parameter(torch.ones(2))]}
+        ),
     ):
         chain = ChainedOptimizer(torch.optim.SGD([p], lr=0.1), torch.optim.SGD([q], lr=0.2))
         chain.step()
         change(chain)
-        with pytest.raises(RuntimeError, match="was added to, removed from or replaced in the chain"):
+        with pytest.raises(
+            RuntimeError, match="was added to, removed from or replaced in the chain"
+        ):
             chain.step()
 
 
@@ -541,7 +580,10 @@ def view(function: Callable[[Tensor], Any]) -> Muon:
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: orthogonalize(X, ns="gramm"), "ns is 'gramm', expected 'auto', 'standard' or 'gram'"),
+        (
+            lambda: orthogonalize(X, ns="gramm"),
+            "ns is 'gramm', expected 'auto', 'standard' or 'gram'",
+        ),
         (lambda: orthogonalize(X[0]), r"x is \(4,\) torch.float32, expected floating \(\*, n, m\)"),
         (lambda: orthogonalize(X, [COEFFICIENTS, (1.0, 2.0)]), r"\(1.0, 2.0\)\], expected 3"),
         (lambda: orthogonalize(X, "polar"), "coefficients is 'polar', expected 3"),
@@ -550,9 +592,18 @@ def view(function: Callable[[Tensor], Any]) -> Muon:
         (lambda: Muon([X], adjust_lr_fn="no"), "Adjust learning rate function no is not supported"),
         (lambda: Muon([X[0]]), r"parameter 0 of group 0 has shape \(4,\), expected 2D, a matrix"),
         (lambda: Muon([X.long()]), "is torch.int64, expected floating"),
-        (lambda: Muon([{"params": [X], "ns": "gram"}]), "ns applies to the whole optimizer, not to a group"),
-        (lambda: Muon([("w", X)], views={"v": lambda p: p}), "views has v, expected names of parameters"),
-        (lambda: view(lambda p: p[:5]), r"the view of w returns \[\(5, 4\)\], expected views \(\*, n, m\)"),
+        (
+            lambda: Muon([{"params": [X], "ns": "gram"}]),
+            "ns applies to the whole optimizer, not to a group",
+        ),
+        (
+            lambda: Muon([("w", X)], views={"v": lambda p: p}),
+            "views has v, expected names of parameters",
+        ),
+        (
+            lambda: view(lambda p: p[:5]),
+            r"the view of w returns \[\(5, 4\)\], expected views \(\*, n, m\)",
+        ),
         (lambda: view(lambda p: p.view(5, -1)), r"the view of w, of shape \(6, 4\), fails: shape"),
     ],
 )

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Muon on several ranks: the number of messages, and what is refused; the kit compares the values."""
+"""Muon on several ranks: the number of messages, and what is refused; the kit compares the
+values."""
 
 import copy
 from functools import partial
@@ -56,11 +57,15 @@ def split_layers() -> None:
         linears = [Linear(*sizes, bias=False) for sizes in ((33, 20), (7, 9), (2, 1))]
         split = [RowParallelLinear.from_linear(linear, mesh=world.mesh["tp"]) for linear in linears]
         split[0] = copy.deepcopy(split[0])  # a copy has its own marks
-        check_messages(Muon([layer.weight for layer in split], process_group=world.mesh["dp", "tp"]), 2)
+        check_messages(
+            Muon([layer.weight for layer in split], process_group=world.mesh["dp", "tp"]), 2
+        )
 
 
 def replicas() -> None:
-    ours = Muon([torch.ones(shape).requires_grad_() for shape in SHAPES], process_group=dist.group.WORLD)
+    ours = Muon(
+        [torch.ones(shape).requires_grad_() for shape in SHAPES], process_group=dist.group.WORLD
+    )
     check_messages(ours, 1)
     (exchange,) = ours._exchanges()
     work = [None] * dist.get_world_size()
@@ -91,7 +96,9 @@ def refusals() -> None:
     rank, mesh = dist.get_rank(), init_device_mesh("cpu", (2,))
     alone = [dist.new_group([rank]) for rank in range(2)][rank]
     ones = torch.ones(4, 6)
-    rows, columns, copies = (distribute_tensor(ones, mesh, [to]) for to in (Shard(0), Shard(1), Replicate()))
+    rows, columns, copies = (
+        distribute_tensor(ones, mesh, [to]) for to in (Shard(0), Shard(1), Replicate())
+    )
     sums = DTensor.from_local(ones, mesh, [Partial()])
     shared = {"process_group": dist.group.WORLD}
 
@@ -105,16 +112,18 @@ def refusals() -> None:
         return optimizer
 
     with refused(
-        "gradient 1, of second, is torch.strided on rank 0 and None on rank 1, expected the same on all"
+        "gradient 1, of second, is torch.strided on rank 0 and None on rank 1, expected the same "
+        "on all"
     ):
         step([("first", ones), ("second", ones)], ones, None if rank else ones, **shared)
     with refused(
-        r"parameter 0 is p \(2, 6\) \(torch.float32, matrices \[\(2, 6\)\], group 0\) on rank 0 and "
-        r"p \(3, 6\) \(torch.float64, .*\) on rank 1, expected the same on all"
+        r"parameter 0 is p \(2, 6\) \(torch.float32, matrices \[\(2, 6\)\], group 0\) on rank 0 "
+        r"and p \(3, 6\) \(torch.float64, .*\) on rank 1, expected the same on all"
     ):
         step([("p", ones[: 2 + rank].to([torch.float32, torch.float64][rank]))], **shared)
     with refused(
-        r"the ranks have 12 elements of split, which has shape \(4, 6\); expected a process_group of all"
+        r"the ranks have 12 elements of split, which has shape \(4, 6\); expected a process_group "
+        "of all"
     ):
         step([("split", rows)], process_group=alone)
     with refused(r"partial: its placements are \(Partial\(sum\),\), expected Shard or Replicate"):
@@ -125,14 +134,25 @@ def refusals() -> None:
     ):
         step([("copies", copies)], sums)
     optimizer = step([("rows", rows)])
-    with refused(r"a group \(late, …\) is added after the first step of several ranks; make a new Muon"):
+    with refused(
+        r"a group \(late, …\) is added after the first step of several ranks; make a new Muon"
+    ):
         optimizer.add_param_group({"params": [("late", columns)]})
     optimizer.param_groups[0]["lr"] = 0.3 if rank else 0.001
-    with refused(r"lr of group 0 \(rows, …\) is 0.001 on rank 0 and 0.3 on rank 1, expected the same"):
+    with refused(
+        r"lr of group 0 \(rows, …\) is 0.001 on rank 0 and 0.3 on rank 1, expected the same"
+    ):
         optimizer.step()
     for changed, message in (
-        ({0}, "the list of parameters is another one on rank 0 and that of the first step on rank 1"),
-        ({0, 1}, "parameters were added, removed or replaced after the first step of several ranks; make a"),
+        (
+            {0},
+            "the list of parameters is another one on rank 0 and that of the first step on rank 1",
+        ),
+        (
+            {0, 1},
+            "parameters were added, removed or replaced after the first step of several ranks; "
+            "make a",
+        ),
     ):
         for params, arguments in (([("rows", rows)], {}), ([("copies", ones)], shared)):
             optimizer = step(params, **arguments)
@@ -144,7 +164,8 @@ def refusals() -> None:
     saved, optimizer = (step([("weight", t)]) for t in (columns, rows))
     optimizer.load_state_dict(saved.state_dict())
     with refused(
-        r"weight is \(4, 6\) torch.strided \(Shard\(dim=0\),\), and its momentum \(4, 6\) .*dim=1\),\); "
+        r"weight is \(4, 6\) torch.strided \(Shard\(dim=0\),\), and its momentum \(4, 6\) "
+        r".*dim=1\),\); "
         "load a state dict of other placements by torch.distributed.checkpoint"
     ):
         optimizer.step()
@@ -156,7 +177,8 @@ def refusals() -> None:
         ):
             copy.deepcopy(Muon(layer.named_parameters()))
         with refused(
-            "Muon.for_model: weight is a DTensor of a ColumnParallelLinear or RowParallelLinear; under"
+            "Muon.for_model: weight is a DTensor of a ColumnParallelLinear or RowParallelLinear; "
+            "under"
         ):
             Muon.for_model(fully_shard(layer, mesh=mesh))
 

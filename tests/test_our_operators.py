@@ -30,7 +30,8 @@ REFUSED = {("exact_matmul", "changes after the call")}
 
 
 def of_symmetric(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A function of any A and C, because `symmetric_matmul` is one of operands with a symmetric product."""
+    """A function of any A and C, because `symmetric_matmul` is one of operands with a symmetric
+    product."""
 
     def product(a: Tensor, c: Tensor) -> Any:
         return function(a, a * 2, c + c.mT, alpha=-2.5, beta=1 / 3)
@@ -54,7 +55,8 @@ def test_nothing_is_wrong(name: str, chosen: slice, device: str) -> None:
     if name == "symmetric_matmul":
         op, reference = of_symmetric(op), of_symmetric(reference)
         samples = [
-            widest_arguments(name, shapes, device) for shapes in (((4, 3), (4, 4)), ((2, 3, 5), (2, 3, 3)))
+            widest_arguments(name, shapes, device)
+            for shapes in (((4, 3), (4, 4)), ((2, 3, 5), (2, 3, 3)))
         ]
     table = check_operator(op, samples[chosen], reference=reference, rules=WITHOUT_RANKS)
     assert table.ok, str(table)
@@ -79,7 +81,9 @@ def test_nothing_is_wrong(name: str, chosen: slice, device: str) -> None:
 )
 def test_every_placement(name: str, shapes: Shapes) -> None:
     operator = OPERATORS[name]
-    op, native = (partial(f, **operator.factors(len(shapes))) for f in (operator.overload, operator.native))
+    op, native = (
+        partial(f, **operator.factors(len(shapes))) for f in (operator.overload, operator.native)
+    )
     operands = operator.operands(*widest_arguments(name, shapes))
     (row,) = check_operator(op, [operands], reference=native, rules="DTensor").rows
     assert row.outcome == readme(name)["DTensor"] == "works", row

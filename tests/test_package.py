@@ -22,7 +22,12 @@ import torchpar
 
 def run(*command: str, cwd: Path, **environment: str) -> str:
     return subprocess.run(
-        command, cwd=cwd, env=os.environ | environment, check=True, text=True, stdout=subprocess.PIPE
+        command,
+        cwd=cwd,
+        env=os.environ | environment,
+        check=True,
+        text=True,
+        stdout=subprocess.PIPE,
     ).stdout
 
 
@@ -40,10 +45,15 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
             shutil.copy2(ROOT / name, source / name, follow_symlinks=False)
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", "dist", cwd=source)
     version = torchpar.__version__
-    return source / f"dist/torchpar-{version}.tar.gz", source / f"dist/torchpar-{version}-py3-none-any.whl"
+    return (
+        source / f"dist/torchpar-{version}.tar.gz",
+        source / f"dist/torchpar-{version}-py3-none-any.whl",
+    )
 
 
-def test_the_wheel_and_the_sdist_hold_the_package_and_nothing_else(built: tuple[Path, Path]) -> None:
+def test_the_wheel_and_the_sdist_hold_the_package_and_nothing_else(
+    built: tuple[Path, Path],
+) -> None:
     sdist, wheel = built
     info = f"torchpar-{torchpar.__version__}.dist-info"
     with ZipFile(wheel) as archive:
@@ -65,14 +75,20 @@ def test_the_wheel_and_the_sdist_hold_the_package_and_nothing_else(built: tuple[
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert package.keys() | {"pyproject.toml", "README.md", "LICENSE"} <= names
     # No top-level kernels, no examples, no tests.
-    assert {name.partition("/")[0] for name in names if "/" in name} == {"torchpar", "torchpar.egg-info"}
+    assert {name.partition("/")[0] for name in names if "/" in name} == {
+        "torchpar",
+        "torchpar.egg-info",
+    }
 
 
 def test_what_names_the_version_agrees() -> None:
     yaml = pytest.importorskip("yaml", reason="PyYAML reads CITATION.cff")
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == torchpar.__version__
-    assert f"## {torchpar.__version__}, {citation['date-released']}\n" in (ROOT / "CHANGELOG.md").read_text()
+    assert (
+        f"## {torchpar.__version__}, {citation['date-released']}\n"
+        in (ROOT / "CHANGELOG.md").read_text()
+    )
 
 
 # Rules of CONTRIBUTING that a reader would otherwise have to check
@@ -83,7 +99,9 @@ FILES = {
     for path in sorted((ROOT / folder).rglob("*.py"))
     if not path.is_relative_to(ROOT / "torchpar" / "kernels")
 }
-FIRST_LINES = r'# SPDX-License-Identifier: MIT\n("""(?!(What|Who|That|Where|Whether|How)\b)|(?!"""))'
+FIRST_LINES = (
+    r'# SPDX-License-Identifier: MIT\n("""(?!(What|Who|That|Where|Whether|How)\b)|(?!"""))'
+)
 FORBIDDEN = {  # folder: what its files do not import
     "kernels": "torchpar|benchmarks|support",
     "torchpar": "benchmarks|support|kernels",
@@ -102,16 +120,23 @@ def test_arrows_go_one_way():
 
 
 def private_names(text: str, own: list[str]) -> list[str]:
-    """Private names of torchpar's other packages than ``own`` that a file imports, or takes from a module."""
+    """Private names of torchpar's other packages than ``own`` that a file imports, or takes from a
+    module."""
     found = {}
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.ImportFrom):
-            found |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {
+                alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names
+            }
         elif isinstance(node, ast.Import):
-            found |= {first: first for first in (alias.name.partition(".")[0] for alias in node.names)}
+            found |= {
+                first: first for first in (alias.name.partition(".")[0] for alias in node.names)
+            }
     taken = re.findall(r"(?<![.\w])(\w+)((?:\.\w+)+)", text)
     names = [*found.values(), *(found[first] + rest for first, rest in taken if first in found)]
-    foreign = [name for name in names if re.match(r"torchpar\.", name) and name.split(".")[:2] != own]
+    foreign = [
+        name for name in names if re.match(r"torchpar\.", name) and name.split(".")[:2] != own
+    ]
     return [name for name in foreign if re.search(r"\._[a-z]", name)]
 
 
@@ -120,7 +145,10 @@ def test_no_package_takes_a_private_name_of_another():
         if name.startswith(("torchpar", "examples", "benchmarks")):
             own = name.removesuffix(".py").split("/")[:2]
             assert not private_names(text, own), name
-    wrong = "import torchpar.a\nfrom torchpar import b\nfrom torchpar.c import _d\nfrom torchpar.e import f\n"
+    wrong = (
+        "import torchpar.a\nfrom torchpar import b\nfrom torchpar.c import _d\nfrom torchpar.e "
+        "import f\n"
+    )
     wrong += "b._g, f.h._i, torchpar.a._j"
     expected = ["torchpar.c._d", "torchpar.b._g", "torchpar.e.f.h._i", "torchpar.a._j"]
     assert private_names(wrong, ["torchpar", "b"]) == [expected[0], *expected[2:]]
@@ -128,6 +156,7 @@ def test_no_package_takes_a_private_name_of_another():
 
 
 def test_only_tests_change_the_import_path():
-    """But for the ladder, while it runs a student's file: its folder is there, as under ``python my.py``."""
+    """But for the ladder, while it runs a student's file: its folder is there, as under
+    ``python my.py``."""
     changing = {name for name, text in FILES.items() if "sys.path" in text}
     assert {name for name in changing if not name.startswith("tests/")} == {"benchmarks/student.py"}

@@ -51,7 +51,8 @@ def mine(t: Tensor, axis: int | None) -> Tensor:
 
 
 def results(model: Any, x: Tensor, g: Tensor | None, *of: str) -> dict[str, Tensor]:
-    """The output, and the gradients ``of`` some tensors, by default all; without ``g`` those of the sum."""
+    """The output, and the gradients ``of`` some tensors, by default all; without ``g`` those of the
+    sum."""
     leaves = {"x": x.detach().requires_grad_(), **dict(model.named_parameters())}
     leaves = {name: t for name, t in leaves.items() if not of or name in of}
     y = model(leaves.get("x", x.detach()))
@@ -163,7 +164,9 @@ def errors_under_autocast_are_those_of_the_whole_model() -> None:
 def the_plain_references_are_right() -> None:
     """column → sigmoid → row, and the average that DistributedDataParallel computes."""
     torch.manual_seed(0)
-    whole = torch.nn.Sequential(torch.nn.Linear(6, 7), torch.nn.Sigmoid(), torch.nn.Linear(7, 3)).double()
+    whole = torch.nn.Sequential(
+        torch.nn.Linear(6, 7), torch.nn.Sigmoid(), torch.nn.Linear(7, 3)
+    ).double()
     column, row = reference.ColumnParallelLinear(whole[0]), reference.RowParallelLinear(whole[2])
     x, g = torch.randn(5, 6, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
     compare(torch.nn.Sequential(column, whole[1], row), whole, x, g)
@@ -190,13 +193,19 @@ def bad_arguments_are_named() -> None:
     mesh = tp_mesh()
     torch.manual_seed(0)
     column = partial(COLUMN, 3, 4, mesh=mesh)
-    refused("activation is 'gelu', expected None, 'sigmoid', 'relu' or 'tanh'", column, activation="gelu")
+    refused(
+        "activation is 'gelu', expected None, 'sigmoid', 'relu' or 'tanh'",
+        column,
+        activation="gelu",
+    )
 
     class OwnLinear(Linear):
         """A layer that may compute something else."""
 
     convert, linear = COLUMN.from_linear, torch.nn.Linear(3, 3)
-    known = "expected torch.nn.Linear or torchpar.nn.Linear, LinearSigmoid, LinearReLU or LinearTanh"
+    known = (
+        "expected torch.nn.Linear or torchpar.nn.Linear, LinearSigmoid, LinearReLU or LinearTanh"
+    )
     refused(f"cannot split a OwnLinear, {known}", convert, OwnLinear(3, 4), mesh=mesh)
     twice = "activation is 'relu', but LinearSigmoid has 'sigmoid' already"
     refused(twice, convert, LinearSigmoid(3, 4), mesh=mesh, activation="relu")
@@ -233,9 +242,13 @@ def different_layers_are_refused() -> None:
         (COLUMN, "activation", "tanh", None),
         (COLUMN, "dtype", torch.float64, torch.float32),
     ):
-        message = f"a layer's ranks: {name} is {values[0]} on rank 0 and {values[1]} on rank 1, expected"
+        message = (
+            f"a layer's ranks: {name} is {values[0]} on rank 0 and {values[1]} on rank 1, expected"
+        )
         refused(message, kind, **layer | {name: values[rank]})
-    refused("a layer's ranks: layer is ColumnParallelLinear on rank 0", (COLUMN, ROW)[rank], **layer)
+    refused(
+        "a layer's ranks: layer is ColumnParallelLinear on rank 0", (COLUMN, ROW)[rank], **layer
+    )
     COLUMN(**layer)
     refused("the ranks' models: layers is ", parallel_mlp, MLP([5, 7 + rank, 5]), mesh)
     odd = torch.nn.Sequential(torch.nn.Linear(4, 4), [torch.nn.ReLU(), torch.nn.Dropout()][rank])
@@ -248,12 +261,17 @@ def different_weights_are_refused() -> None:
     mesh, rank = tp_mesh(), dist.get_rank()
     for kind in (COLUMN, ROW):
         torch.manual_seed(rank)
-        refused(f"the weight of a {kind.__name__} of 4 to 6 features differs", kind, 4, 6, mesh=mesh)
+        refused(
+            f"the weight of a {kind.__name__} of 4 to 6 features differs", kind, 4, 6, mesh=mesh
+        )
         torch.manual_seed(0)
         linear = torch.nn.Linear(4, 6)
         linear.bias.data[3] += 1e-3 * rank
         refused(
-            f"the bias of a {kind.__name__} of 4 to 6 features differs", kind.from_linear, linear, mesh=mesh
+            f"the bias of a {kind.__name__} of 4 to 6 features differs",
+            kind.from_linear,
+            linear,
+            mesh=mesh,
         )
     mlp = MLP([5, 7, 5, 3])
     mlp.layers[-1].weight.data[2, 3] += 1e-6 * rank
@@ -266,8 +284,13 @@ def different_shapes_are_refused_before_they_are_sent() -> None:
     mesh, rank = tp_mesh(), dist.get_rank()
     pair = torch.nn.Sequential(COLUMN(4, 6, mesh=mesh), ROW(6, 3, mesh=mesh))
     for rows in ((1, 2), (7, 8), (1, 2)):  # what was refused is refused again
-        message = f"({rows[rank]}, 3) torch.float32 on rank {rank}, ({rows[1 - rank]}, 3) torch.float32 on"
-        refused(f"ranks of a group send different shapes: {message}", pair, torch.ones(rows[rank], 4))
+        message = (
+            f"({rows[rank]}, 3) torch.float32 on rank {rank}, ({rows[1 - rank]}, 3) torch.float32 "
+            f"on"
+        )
+        refused(
+            f"ranks of a group send different shapes: {message}", pair, torch.ones(rows[rank], 4)
+        )
         assert len(pair(torch.ones(5, 4))) == 5
 
 
@@ -289,7 +312,8 @@ def test_on_every_rank(ranks, function, world_size):
 
 
 def order_of_calls() -> list[str]:
-    """Calls of a column layer's backward pass: both ends of the all-reduce, and the factors of dW."""
+    """Calls of a column layer's backward pass: both ends of the all-reduce, and the factors of
+    dW."""
     y = COLUMN(5, 8, mesh=tp_mesh(), activation="sigmoid")(torch.randn(3, 5, requires_grad=True))
     calls = Mock()
     with (

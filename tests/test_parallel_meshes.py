@@ -29,8 +29,8 @@ from torchpar.training.fused import FusedGradients
 from torchpar.training.losses import add_orthogonality_gradient
 
 SIZES = (25, 33, 7, 5, 10)
-# Sums of at most 33 terms in two orders differ by 33·eps. In five steps at a rate of 0.3 and a momentum of
-# 0.9 the difference grows less than 1000-fold.
+# Sums of at most 33 terms in two orders differ by 33·eps. In five steps at a rate of 0.3 and a
+# momentum of 0.9 the difference grows less than 1000-fold.
 TOLERANCE = {"rtol": 0.0, "atol": 3 * 33 * torch.finfo(torch.float64).eps * 1000}
 EQUAL = {"rtol": 0.0, "atol": 0.0}
 
@@ -40,7 +40,8 @@ sum_of_losses = partial(cross_entropy, reduction="sum")
 def split(
     mlp: MLP, world: World, schedule: Any, micro_batches: int, fused: bool = False
 ) -> tuple[MLP, Callable[..., Tensor], Callable[[Tensor], Tensor | None]]:
-    """This rank's part of ``mlp``, and its `Pipeline.step` and `predict` or what stands for them here."""
+    """This rank's part of ``mlp``, and its `Pipeline.step` and `predict` or what stands for them
+    here."""
     if fused:
         model = copy.deepcopy(mlp)
         gradients = FusedGradients(model, world)
@@ -56,7 +57,9 @@ def split(
         replica = ddp = DistributedDataParallel(model, process_group=world.mesh["dp"].get_group())
         register_shared_memory_hook(ddp, world)
 
-    def step(x: Tensor, labels: Tensor, global_size: int, loss_sum: Callable[..., Tensor]) -> Tensor:
+    def step(
+        x: Tensor, labels: Tensor, global_size: int, loss_sum: Callable[..., Tensor]
+    ) -> Tensor:
         loss = loss_sum(replica(x), labels)
         (loss * (world.dp_size / global_size)).backward()
         return loss.detach()
@@ -69,8 +72,8 @@ class Training(NamedTuple):
 
     Attributes:
         batches: the sizes of the global batches; of the last one there are three.
-        max_norm: the norm at which gradients are clipped. At 1000 none are, and a pipeline has the bits of
-            one process that adds up the gradients of the micro-batches.
+        max_norm: the norm at which gradients are clipped. At 1000 none are, and a pipeline has the
+            bits of one process that adds up the gradients of the micro-batches.
         fused: whether gradients come from `FusedGradients`.
         shared: whether ranks may add them through shared memory.
     """
@@ -106,7 +109,8 @@ TRAININGS = [
     Training(1, 4, 1, sizes=(7, 3, 5, 1, 2), batches=(1, 13)),  # ranks without some features
     Training(1, 1, 2, batches=(23, 3, 1), max_norm=1e3),  # with an empty micro-batch
     Training(1, 1, 2, "gpipe", batches=(12, 7), max_norm=1e3),
-    Training(1, 1, 2, micro_batches=2, batches=(8,), max_norm=1e3),  # as many micro-batches as stages
+    # As many micro-batches as stages.
+    Training(1, 1, 2, micro_batches=2, batches=(8,), max_norm=1e3),
     Training(1, 1, 3, micro_batches=5, batches=(15,), max_norm=1e3),
     Training(1, 1, 3, hidden="maxout", max_norm=1e3),
     Training(1, 1, 3, micro_batches=2, batches=(5, 6), max_norm=1e3),
@@ -121,20 +125,25 @@ TRAININGS = [
 def train_beside_one_process(training: Training, wrong: str = "") -> None:
     """Compare losses, gradients and weights of each step with those of the whole model.
 
-    Unless this goes ``wrong``: "a mean of means", of the ranks' unequal shares; "another norm", 1% larger.
+    Unless this goes ``wrong``: "a mean of means", of the ranks' unequal shares; "another norm", 1%
+    larger.
     """
     torch.manual_seed(0)
     whole = MLP(training.sizes, training.hidden, dtype=torch.float64)
     supported = shared_memory.SUPPORTED and training.shared
     with join_world("cpu") as world, patch.object(shared_memory, "SUPPORTED", supported):
         world = world.with_mesh(dp=training.dp, tp=training.tp, pp=training.pp)
-        model, step, predict = split(whole, world, training.schedule, training.micro_batches, training.fused)
+        model, step, predict = split(
+            whole, world, training.schedule, training.micro_batches, training.fused
+        )
         optimizers = [
-            torch.optim.SGD(m.parameters(), lr=0.3, momentum=0.9, weight_decay=1e-3) for m in (model, whole)
+            torch.optim.SGD(m.parameters(), lr=0.3, momentum=0.9, weight_decay=1e-3)
+            for m in (model, whole)
         ]
 
         *batches, last = training.batches
-        batches += [last] * 3  # a pipeline is set up for each size, DistributedDataParallel in two steps
+        # A pipeline is set up for each size, DistributedDataParallel in two steps.
+        batches += [last] * 3
         for n in batches:
             x = torch.randn(n, training.sizes[0], dtype=torch.float64)
             labels = torch.randint(training.sizes[-1], (n,))
@@ -143,7 +152,9 @@ def train_beside_one_process(training: Training, wrong: str = "") -> None:
             loss = step(mine, world.share(labels), size, sum_of_losses)
             outputs, expected_outputs = predict(mine), whole(x)
             cuts = training.micro_batches if training.has_the_same_bits else 1
-            losses = list(map(sum_of_losses, map(whole, x.tensor_split(cuts)), labels.tensor_split(cuts)))
+            losses = list(
+                map(sum_of_losses, map(whole, x.tensor_split(cuts)), labels.tensor_split(cuts))
+            )
             for one in losses:
                 (one / n).backward()
             for m in (model, whole):
@@ -187,7 +198,9 @@ def pipeline_under_autocast(frozen: bool) -> None:
     with join_world("cpu") as world, torch.autocast("cpu", torch.bfloat16):
         world = world.with_mesh(dp=2, pp=2)
         stage = stage_mlp(copy.deepcopy(whole), world.mesh["pp"])
-        Pipeline(stage, world, micro_batches=1).step(world.share(x), world.share(labels), 8, sum_of_losses)
+        Pipeline(stage, world, micro_batches=1).step(
+            world.share(x), world.share(labels), 8, sum_of_losses
+        )
         for mine, targets in zip(x.chunk(2), labels.chunk(2), strict=True):
             (sum_of_losses(whole(mine), targets) / 8).backward()
     expected = {name: p.grad for name, p in whole.named_parameters()}
@@ -201,7 +214,8 @@ def test_a_pipeline_under_autocast_has_the_bits_of_one_process(ranks, frozen):
 
 
 def clip(axes: dict[str, int]) -> tuple[float, int, list[tuple[str, int]]]:
-    """The norm of gradients with a NaN on rank 1, how many finite ones clipping leaves, and its messages."""
+    """The norm of gradients with a NaN on rank 1, how many finite ones clipping leaves, and its
+    messages."""
     with join_world("cpu") as world:
         world = world.with_mesh(**axes)
         model = parallel_mlp(MLP(SIZES[:3]), world.mesh["tp"])
@@ -230,9 +244,15 @@ def refusals() -> None:
         advice = "2 were started; start as many, or choose other factors"
         for message, build in (
             (f"dp 2 × tp 0 × pp 1 is 0 ranks, but {advice}", partial(world.with_mesh, dp=2, tp=0)),
-            ("pp 2 makes more stages than the model has layers, 1", partial(stage_mlp, one, pp.mesh["pp"])),
+            (
+                "pp 2 makes more stages than the model has layers, 1",
+                partial(stage_mlp, one, pp.mesh["pp"]),
+            ),
             ("a pipeline on GPUs needs one rank per GPU", partial(check_one_rank_per_gpu, shared)),
-            ("schedule is 'zigzag', expected one of ['1f1b', 'gpipe']", partial(Pipeline, one, pp, "zigzag")),
+            (
+                "schedule is 'zigzag', expected one of ['1f1b', 'gpipe']",
+                partial(Pipeline, one, pp, "zigzag"),
+            ),
         ):
             with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
                 build()
@@ -248,8 +268,16 @@ def stages_that_differ() -> None:
         torch.manual_seed(0)
         stage = stage_mlp(MLP([5, 4, 3]), world.mesh["pp"])
         for schedule, parts, message in (
-            (("gpipe", "1f1b")[world.rank], 2, "the stages' pipelines: schedule is gpipe on rank 0"),
-            ("1f1b", 2 + world.rank, "the stages' pipelines: micro_batches is 2 on rank 0 and 3 on rank 1"),
+            (
+                ("gpipe", "1f1b")[world.rank],
+                2,
+                "the stages' pipelines: schedule is gpipe on rank 0",
+            ),
+            (
+                "1f1b",
+                2 + world.rank,
+                "the stages' pipelines: micro_batches is 2 on rank 0 and 3 on rank 1",
+            ),
             ("1f1b", 0, "micro_batches is 0, expected an integer of at least 1"),
         ):
             with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
@@ -258,14 +286,24 @@ def stages_that_differ() -> None:
         loss = partial(torch.nn.functional.cross_entropy, reduction="sum")
         samples, labels = torch.ones(9, 5), torch.zeros(9).long()
         what = "the stages of a pipeline have different samples, expected the same batch on all: "
-        for both in ((8, 6), (6, 5), (8, 8), (6, 6), (8, 6), (8, 5)):  # also numbers that both have had
+        # Also numbers that both have had.
+        for both in ((8, 6), (6, 5), (8, 8), (6, 6), (8, 6), (8, 5)):
             n = both[world.rank]
-            message = f"^{what}{n} samples.* on rank {world.rank}, {both[1 - world.rank]} samples.* on"
+            message = (
+                f"^{what}{n} samples.* on rank {world.rank}, {both[1 - world.rank]} samples.* on"
+            )
             for call in (pipeline.predict, lambda x: pipeline.step(x, labels[: len(x)], 9, loss)):
-                with nullcontext() if both[0] == both[1] else pytest.raises(ConfigError, match=message):
+                with (
+                    nullcontext()
+                    if both[0] == both[1]
+                    else pytest.raises(ConfigError, match=message)
+                ):
                     call(samples[:n])
         pipeline.step(samples, labels, 9, loss)
-        for there, message in ((8, "9 samples and 8 labels, expected as many"), (9 - world.rank, what)):
+        for there, message in (
+            (8, "9 samples and 8 labels, expected as many"),
+            (9 - world.rank, what),
+        ):
             with pytest.raises(ConfigError, match=f"^{message}"):
                 pipeline.step(samples, labels[:there], 9, loss)
 

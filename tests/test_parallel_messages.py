@@ -77,16 +77,25 @@ def neighbour(*nbytes: int) -> Counter[tuple[str, str, int]]:
         ({"tp": 2}, SIZES[:4], sums("tp", 4 * 12 * 4)),  # the last layer is whole
         ({"dp": 2, "tp": 2}, SIZES, sums("tp", 96, 48, 96) + sums("dp", 4 * (28 + 20 + 25 + 12))),
         # Micro-batches of 2, 2, 1 and 1 samples.
-        ({"dp": 2, "pp": 2}, SIZES, [neighbour(32, 32, 16, 16) + sums("dp", 4 * n) for n in (92, 72)]),
+        (
+            {"dp": 2, "pp": 2},
+            SIZES,
+            [neighbour(32, 32, 16, 16) + sums("dp", 4 * n) for n in (92, 72)],
+        ),
         # A border within a pair, of half its width.
-        ({"tp": 2, "pp": 2}, SIZES[:3], [neighbour(*[48] * 4) + sums("tp", *[48] * n) for n in (0, 4)]),
+        (
+            {"tp": 2, "pp": 2},
+            SIZES[:3],
+            [neighbour(*[48] * 4) + sums("tp", *[48] * n) for n in (0, 4)],
+        ),
     ],
 )
 def test_messages_of_a_mesh(ranks, axes, sizes, expected):
     expected = expected if isinstance(expected, list) else [expected]
     world_size = math.prod(axes.values())
     for rank, calls in enumerate(ranks(world_size, count, axes, sizes)):
-        assert calls == expected[rank * len(expected) // world_size]  # the ranks of a stage are neighbours
+        # The ranks of a stage are neighbours.
+        assert calls == expected[rank * len(expected) // world_size]
 
 
 @pytest.mark.parametrize("frozen, backward", [(2, []), (4, [4 * 12 * 6, 4 * 12 * 4])])
@@ -117,5 +126,7 @@ CHECKSUM = 4
 )
 def test_muon_takes_at_most_two_all_to_alls(ranks, axes, received):
     for calls in ranks(math.prod(axes.values()), count, axes, SQUARE, "muon"):
-        muons = sorted(nbytes for _, operation, nbytes in calls.elements() if operation == "all_to_all")
+        muons = sorted(
+            nbytes for _, operation, nbytes in calls.elements() if operation == "all_to_all"
+        )
         assert muons == sorted(2 * n for n in received)

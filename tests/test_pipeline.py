@@ -48,8 +48,11 @@ def test_the_order_and_the_times_of_the_passes(ranks, schedule, micro_batches, e
     """1F1B keeps the activations of at most p − s micro-batches on stage s."""
     found = ranks(len(expected), order, schedule, micro_batches)
     assert [" ".join(passes) for passes, _ in found] == expected
-    assert [weight.item() for _, weight in found] == [2**22 * sum(range(micro_batches))] * len(expected)
-    for (first, _), (second, _) in pairwise(found):  # activations go to the next stage, and gradients back
+    assert [weight.item() for _, weight in found] == [2**22 * sum(range(micro_batches))] * len(
+        expected
+    )
+    # Activations go to the next stage, and gradients back.
+    for (first, _), (second, _) in pairwise(found):
         for name in first:
             earlier, later = (first, second) if name[0] == "F" else (second, first)
             assert earlier[name][0] < earlier[name][1] <= later[name][0]
@@ -61,7 +64,9 @@ def test_the_order_and_the_times_of_the_passes(ranks, schedule, micro_batches, e
 def step(*times: float, zero: float = 0.0) -> Passes:
     """F0, F1, B0 and B1 at these starts and ends."""
     pairs = zip(times[::2], times[1::2], strict=True)
-    return {n: (zero + a, zero + b) for n, (a, b) in zip(("F0", "F1", "B0", "B1"), pairs, strict=True)}
+    return {
+        n: (zero + a, zero + b) for n, (a, b) in zip(("F0", "F1", "B0", "B1"), pairs, strict=True)
+    }
 
 
 def test_a_timeline_draws_each_pass_from_its_median_start_to_its_median_end(monkeypatch):

@@ -26,7 +26,10 @@ def data(tmp_path_factory) -> list[str]:
     """
     pytest.importorskip("tyro", reason="tyro reads the flags")
     root = fashion_mnist(tmp_path_factory.mktemp("data"), train=600, test=100)
-    flags = "--dataset fashion-mnist --hidden 64 --device cpu --epochs 2 --batch-size 50 --schedule constant"
+    flags = (
+        "--dataset fashion-mnist --hidden 64 --device cpu --epochs 2 --batch-size 50 --schedule "
+        "constant"
+    )
     return [*flags.split(), "--data", str(root)]
 
 
@@ -42,7 +45,9 @@ def test_a_profiled_run_has_the_same_bits(ranks, data, tmp_path):
         (code, out, err), _ = ranks(2, lesson, "train_ddp", *flags)
         assert code == 0, err
         assert ("costliest operators of rank 0\n" in out) == bool(added)
-        losses.append([(row["train_loss"], row["test_loss"]) for row in rows_of(tmp_path / "metrics")])
+        losses.append(
+            [(row["train_loss"], row["test_loss"]) for row in rows_of(tmp_path / "metrics")]
+        )
     assert losses[0] == losses[1]
     for rank in range(2):
         names = names_in(profiles / f"rank-{rank}.json.gz")
@@ -78,13 +83,19 @@ def test_a_step_is_divided_at_its_backward_pass(monkeypatch):
 
 
 def test_memory_counts_each_tensor_once_and_until_autograd_lets_go_of_it():
-    """Sigmoids keep their outputs, linear layers their inputs; float64, and momentum of the weights' size."""
+    """Sigmoids keep their outputs, linear layers their inputs; float64, and momentum of the
+    weights' size."""
     layers = torch.nn.Linear(5, 4), torch.nn.Sigmoid(), torch.nn.Linear(4, 3)
     model = torch.nn.Sequential(*layers).double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     memory = Memory(model, optimizer)
     weights = 8 * (5 * 4 + 4 + 4 * 3 + 3)
-    assert memory.measured() == {"weights": weights, "gradients": 0, "optimizer": 0, "activations": 0}
+    assert memory.measured() == {
+        "weights": weights,
+        "gradients": 0,
+        "optimizer": 0,
+        "activations": 0,
+    }
     batch = torch.randn(8, 5, dtype=torch.float64)
     for _ in range(3):  # the same in each step
         with memory.measure():

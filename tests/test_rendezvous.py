@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Variables of each launcher, and connecting: again after a restart, and at a port that is taken."""
+"""Variables of each launcher, and connecting: again after a restart, and at a port that is
+taken."""
 
 import os
 import signal
@@ -27,7 +28,11 @@ from torchpar.rank_info import RankInfo, find_rank_info
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
 TORCHRUN |= {"MASTER_ADDR": "a", "MASTER_PORT": "29400", "TORCHELASTIC_USE_AGENT_STORE": "True"}
-OPENMPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+OPENMPI = {
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+}
 OPENMPI |= {"OMPI_COMM_WORLD_LOCAL_SIZE": "2", "PMIX_NAMESPACE": "prterun-host-7@1"}
 MPICH = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
 SLURM = {"SLURM_PROCID": "4", "SLURM_STEP_NUM_TASKS": "7", "SLURM_STEP_ID": "0"}
@@ -41,7 +46,8 @@ MASTER = {"MASTER_ADDR": "m", "MASTER_PORT": "1234"}
         (TORCHRUN | {"TORCHELASTIC_USE_AGENT_STORE": "False"}, (3, 1, 4, 2, "a", 29400, "env")),
         (TORCHRUN | OPENMPI | SLURM, (3, 1, 4, 2, "a", 29400, "torchrun")),
         ({"RANK": "0", "WORLD_SIZE": "1"} | MASTER, (0, 0, 1, 1, "m", 1234, "env")),
-        (OPENMPI | SLURM, (1, 1, 2, 2, "127.0.0.1", None, "openmpi")),  # SLURM's rank is the daemon's
+        # SLURM's rank is the daemon's.
+        (OPENMPI | SLURM, (1, 1, 2, 2, "127.0.0.1", None, "openmpi")),
         (MPICH | SLURM, (1, 1, 2, 2, "127.0.0.1", None, "mpich")),
         (MPICH | MASTER | {"PMI_SIZE": "4"}, (1, 1, 4, 2, "m", 1234, "mpich")),
         ({"SLURM_PROCID": "0"}, None),  # a shell in an allocation
@@ -100,7 +106,9 @@ def agent() -> dist.TCPStore:
     return dist.TCPStore("127.0.0.1", 0, is_master=True)
 
 
-def meet(agent: dist.TCPStore, *ranks: int, world_size: int = 3, timeout: float = 20.0) -> list[dist.Store]:
+def meet(
+    agent: dist.TCPStore, *ranks: int, world_size: int = 3, timeout: float = 20.0
+) -> list[dist.Store]:
     def at(rank: int) -> dist.Store:
         info = RankInfo(rank, rank, world_size, world_size, "127.0.0.1", agent.port, "torchrun")
         return connect(info, timedelta(seconds=timeout))
@@ -115,7 +123,8 @@ def test_each_start_meets_at_an_empty_store(agent):
     assert [store.get("address") for store in first] == [b"stale"] * 3
     second = meet(agent, 0, 1, 2)
     assert not any(store.check(["address"]) for store in second)
-    assert first[1].check(["address"])  # the server still has it: the second start must not look there
+    # The server still has it: the second start must not look there.
+    assert first[1].check(["address"])
     second[0].set("address", "new")
     assert [store.get("address") for store in second] == [b"new"] * 3
 
@@ -123,7 +132,9 @@ def test_each_start_meets_at_an_empty_store(agent):
 @pytest.mark.parametrize(
     "joined, missing", [((0,), "1, 2"), ((0, 2), "1"), ((0, 1), "2"), ((1,), "0"), ((1, 2), "0")]
 )
-def test_a_start_that_not_all_reached_names_the_others_and_does_not_disturb_the_next(agent, joined, missing):
+def test_a_start_that_not_all_reached_names_the_others_and_does_not_disturb_the_next(
+    agent, joined, missing
+):
     with ThreadPoolExecutor(len(joined)) as pool:
         errors = [pool.submit(meet, agent, rank, timeout=0.3).exception for rank in joined]
     for error in errors:
@@ -159,7 +170,9 @@ def test_ranks_that_do_not_ask_are_missing(agent, asking):
     assert found == [sorted({0, 1, 2} - set(asking))] * len(asking)
 
 
-@pytest.mark.parametrize("rank, of_agent, missing", [(1, "False", [0]), (0, "False", [1]), (1, "True", [])])
+@pytest.mark.parametrize(
+    "rank, of_agent, missing", [(1, "False", [0]), (0, "False", [1]), (1, "True", [])]
+)
 def test_a_store_that_does_not_answer_is_that_of_rank_0(monkeypatch, rank, of_agent, missing):
     """Unless torchrun's agent hosts it. Requests to the store of a host that was stopped block."""
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", of_agent)
@@ -176,7 +189,9 @@ def test_every_rank_notices_that_another_program_has_the_port():
             (store_of_another_job.port, RankLostError, "rank 0 did not join"),
         ):
             infos = [RankInfo(rank, rank, 2, 2, "127.0.0.1", port, "mpich") for rank in range(2)]
-            with pytest.raises(ConfigError, match=r"rank 0 did not meet the others at .*EADDRINUSE"):
+            with pytest.raises(
+                ConfigError, match=r"rank 0 did not meet the others at .*EADDRINUSE"
+            ):
                 connect(infos[0], timedelta(seconds=60))
             with pytest.raises(error, match=reason):
                 connect(infos[1], timedelta(seconds=0.5))
@@ -224,7 +239,9 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_killed_program_leaves_no_ranks_behind(tmp_path, number):
     """Neither the server that ranks are forked from, nor files."""
     script, mark = tmp_path / "script.py", f"ORPHANS_OF={os.getpid()}-{number}"

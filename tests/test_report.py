@@ -14,8 +14,11 @@ from torchpar.errors import ConfigError
 
 
 def csv(milliseconds: float, right: str = "True") -> str:
-    """Return a CSV of two contestants; the reference takes 10 ms and is compared with ``milliseconds``."""
-    lines = ["operator,mode,dtype,shape,contestant,p20_ms,p50_ms,p80_ms,speedup,ok,device,instruction_sets"]
+    """Return a CSV of two contestants; the reference takes 10 ms and is compared with
+    ``milliseconds``."""
+    lines = [
+        "operator,mode,dtype,shape,contestant,p20_ms,p50_ms,p80_ms,speedup,ok,device,instruction_sets"
+    ]
     for name, ms in (("torch.mm", 10.0), ("torchpar", milliseconds)):
         times = f"{0.9 * ms},{ms},{1.1 * ms},{10 / ms},{right}"
         lines.append(f'matmul_t,forward,float32,2048x2048,{name},{times},<b>EPYC</b>,"AVX2,AMX"')
@@ -35,19 +38,25 @@ def test_the_page_has_the_machines_side_by_side_and_needs_no_network(tmp_path, m
     assert re.findall(r'(?:src|href)="(?!#|data:)[^"]*"', page) == []
     assert "<h2>X·Xᵀ of 2048 rows: 0.01 to 1.2 times torch.mm</h2>" in page
     assert re.findall(r"<span>(\S+×)</span>", page) == ["1.2×", "0.01×"]  # the charts' texts
-    assert all(text in page for text in ("&lt;b&gt;EPYC&lt;/b&gt;", "AVX2, AMX", '<h2 id="&lt;i&gt; b">'))
+    assert all(
+        text in page for text in ("&lt;b&gt;EPYC&lt;/b&gt;", "AVX2, AMX", '<h2 id="&lt;i&gt; b">')
+    )
     assert all(f"cpu-avx2: {head}" in page for head in ("ms", "speed-up", "result"))
     assert "Rows with wrong results: 2." in page
     assert "1,250" in page
     other = results / "cpu-amx" / "muon.csv"
     other.write_text("operator,contestant\nmatmul_t,torchpar")
-    with pytest.raises(ConfigError, match=rf"{other} is no CSV of a benchmark \(.*\); measure again, or"):
+    with pytest.raises(
+        ConfigError, match=rf"{other} is no CSV of a benchmark \(.*\); measure again, or"
+    ):
         report.write(tmp_path / "page", results)
 
 
 def test_the_committed_results_have_panels_benchmarks_and_instruction_sets():
     content = report.content(report.RESULTS)
-    panels = {part["name"]: len(part["panels"]) for part in content["sections"] if part.get("panels")}
+    panels = {
+        part["name"]: len(part["panels"]) for part in content["sections"] if part.get("panels")
+    }
     assert panels == {stem: len(specs) for stem, specs in report.PANELS.items()}
     assert all(", AVX2" in processor for processor in content["machines"].values())
     for path in report.RESULTS.glob("*/*.csv"):

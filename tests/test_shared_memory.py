@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Sums through shared memory: every bit, on ranks that come late, end or hang, and without such memory."""
+"""Sums through shared memory: every bit, on ranks that come late, end or hang, and without such
+memory."""
 
 import os
 import time
@@ -18,7 +19,9 @@ from torchpar.parallel.split import shared_memory
 
 SHAPES = [(), (33, 15), (0, 2), (504,)]
 STEPS = 100
-pytestmark = pytest.mark.skipif(not shared_memory.SUPPORTED, reason="ranks share memory on x86 under Linux")
+pytestmark = pytest.mark.skipif(
+    not shared_memory.SUPPORTED, reason="ranks share memory on x86 under Linux"
+)
 
 
 def shared(world: World, dtype: torch.dtype = torch.float32) -> Any:
@@ -35,7 +38,8 @@ def terms(rank: int, step: int, dtype: torch.dtype) -> list[Tensor]:
 
 
 def sums(dtype: torch.dtype, wait: bool = True) -> bool:
-    """Whether many sums, to which ranks come late, have the bits of adding in the order of the ranks."""
+    """Whether many sums, to which ranks come late, have the bits of adding in the order of the
+    ranks."""
     equal = True
     with join_world("cpu") as world, pytest.MonkeyPatch.context() as patch:
         if not wait:
@@ -53,7 +57,8 @@ def sums(dtype: torch.dtype, wait: bool = True) -> bool:
 
 
 @pytest.mark.parametrize(
-    "world_size, dtype", [(2, torch.float32), (3, torch.float64), (4, torch.bfloat16), (3, torch.int64)]
+    "world_size, dtype",
+    [(2, torch.float32), (3, torch.float64), (4, torch.bfloat16), (3, torch.int64)],
 )
 def test_sums_have_the_bits_of_the_ranks_order(ranks, world_size, dtype):
     assert ranks(world_size, sums, dtype) == [True] * world_size
@@ -99,7 +104,9 @@ def averages_are_gloos() -> bool:
     made: list[Any] = []
     make = shared_memory.make_shared_sum
     with join_world("cpu") as world, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shared_memory, "make_shared_sum", lambda *args: made.append(make(*args)) or made[-1])
+        patch.setattr(
+            shared_memory, "make_shared_sum", lambda *args: made.append(make(*args)) or made[-1]
+        )
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(600, 500), torch.nn.Linear(500, 600))
         ours, gloos = (DistributedDataParallel(deepcopy(model)) for _ in range(2))

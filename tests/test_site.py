@@ -22,7 +22,15 @@ def tab(tmp_path_factory):
     if chromium is None:
         pytest.skip("there is no Chromium; apt-get install chromium")
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--no-directory-urls"]
+    command = [
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "--quiet",
+        "--strict",
+        "--no-directory-urls",
+    ]
     quiet = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     subprocess.run([*command, "--site-dir", folder], cwd=ROOT, env=quiet, check=True)
     with (
@@ -47,5 +55,8 @@ def test_pages_are_legible_on_a_phone_in_dark_mode(tab, page):
     for picture in pictures:
         assert picture.evaluate("one => one.naturalWidth") > 0
         assert picture.evaluate("one => one.clientWidth") == 640  # letters of 10 pixels
-        assert picture.evaluate("one => one.parentElement.clientWidth") < PHONE["width"]  # it scrolls
-        assert picture.evaluate("one => getComputedStyle(one).backgroundColor") == "rgb(255, 255, 255)"
+        # It scrolls.
+        assert picture.evaluate("one => one.parentElement.clientWidth") < PHONE["width"]
+        assert (
+            picture.evaluate("one => getComputedStyle(one).backgroundColor") == "rgb(255, 255, 255)"
+        )

@@ -24,11 +24,24 @@ SMALL_MUON = replace(RECORD_98_7, name="small", epochs=3, batch_size=64, hidden=
 def test_the_lessons_recipe_has_the_defaults_of_train_ddp():
     """So that docs/training.md compares the network that README trains with others."""
     flags, recipe = train_ddp.Flags(), speedrun.LESSON
-    names = ("epochs", "batch_size", "hidden", "activation", "optimizer", "crop", "pool", "label_smoothing")
-    assert {name: getattr(recipe, name) for name in names} == {name: getattr(flags, name) for name in names}
+    names = (
+        "epochs",
+        "batch_size",
+        "hidden",
+        "activation",
+        "optimizer",
+        "crop",
+        "pool",
+        "label_smoothing",
+    )
+    assert {name: getattr(recipe, name) for name in names} == {
+        name: getattr(flags, name) for name in names
+    }
     rates = {"lr": recipe.lr, "momentum": recipe.momentum, "weight_decay": 0.0}
     tried = {one.activation: one.lr for one in speedrun.LESSON_TRIED if one.activation != "sigmoid"}
-    assert {name: train_ddp.Flags(activation=name).lr for name in ("relu", "tanh", "maxout")} == tried
+    assert {
+        name: train_ddp.Flags(activation=name).lr for name in ("relu", "tanh", "maxout")
+    } == tried
     assert flags.optimizer_options(flags.MUON) == rates
     assert (flags.schedule, recipe.decay, recipe.warmup) == ("linear", True, 0.0)
     assert (recipe.dtype, recipe.ns_steps) == (torch.float32, 5)
@@ -88,10 +101,14 @@ def test_files_enter_and_the_clock_runs_while_a_network_is_trained(tmp_path, wor
 
     train, test = speedrun.images("cpu", True, False)
     assert (len(train), len(test)) == (50_000, 10_000)  # training images that were left out
-    assert torch.equal(torch.cat([train.labels, test.labels]), data.load("mnist", speedrun.DATA)[0].labels)
+    assert torch.equal(
+        torch.cat([train.labels, test.labels]), data.load("mnist", speedrun.DATA)[0].labels
+    )
     sevens = (test.labels[: speedrun.QUICK] == 7).double().mean()
     assert score("torch.eye(10)[7].expand(len(samples), 10)") == (2.0, sevens)
     with pytest.raises(ConfigError, match=r"outputs are \(3, 10\), expected \(2000, 10\)"):
         score("torch.zeros(3, 10)")
-    with pytest.raises(DivergedError, match="an output is not finite; take a smaller learning rate"):
+    with pytest.raises(
+        DivergedError, match="an output is not finite; take a smaller learning rate"
+    ):
         score("torch.full((2000, 10), torch.nan)")

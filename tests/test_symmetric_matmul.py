@@ -39,9 +39,13 @@ op = torch.ops.torchpar.symmetric_matmul.default
 by_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=str)
 
 
-def operands(*shape: int, make: Callable[..., Tensor] = halves, **kwargs: Any) -> tuple[Tensor, ...]:
+def operands(
+    *shape: int, make: Callable[..., Tensor] = halves, **kwargs: Any
+) -> tuple[Tensor, ...]:
     """a (*shape), b = a·D and a symmetric c."""
-    return symmetric_operands(*arguments((shape, shape, (*shape[:-1], shape[-2])), make=make, **kwargs))
+    return symmetric_operands(
+        *arguments((shape, shape, (*shape[:-1], shape[-2])), make=make, **kwargs)
+    )
 
 
 def contract(*args: Tensor | None, **factors: float) -> None:
@@ -84,20 +88,31 @@ def test_any_factors(shape: tuple[int, ...], dtype: torch.dtype, device: str) ->
         contract(a, b, LAYOUTS["stepped"](c), alpha=alpha, beta=beta)
 
 
-# PyTorch's own addmm gives NaN in bfloat16 for alpha = 0, and in float32, from 40 rows on, numbers for NaN.
+# PyTorch's own addmm gives NaN in bfloat16 for alpha = 0, and in float32, from 40 rows on, numbers
+# for NaN.
 @by_dtype
 @pytest.mark.parametrize("shape", [(5, 3), (2, 40, 16), (400, 3)], ids=str)
-def test_factors_that_are_0_or_not_finite(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
+def test_factors_that_are_0_or_not_finite(
+    shape: tuple[int, ...], dtype: torch.dtype, device: str
+) -> None:
     x = torch.ones(shape, dtype=dtype, device=device)
     c = torch.eye(shape[-2], dtype=dtype, device=device).expand(*shape[:-1], -1)
     for bad in (math.inf, math.nan):
         assert torch.equal(op(bad * x, x, c, alpha=0, beta=2), 2 * c)
         assert not op(bad * x, x, alpha=0).any()
         assert torch.equal(op(x, x, bad * c, beta=0), op(x, x))
-        for function in (op, vmap(op), lambda *t, **kw: vmap(vmap(op))(*(s[None] for s in t), **kw)[0]):
+        for function in (
+            op,
+            vmap(op),
+            lambda *t, **kw: vmap(vmap(op))(*(s[None] for s in t), **kw)[0],
+        ):
             args = (x, x, c) if function is op else (x[None], x[None], c[None])
-            assert_close(function(*args[:2], alpha=bad), torch.full_like(args[2], bad), equal_nan=True)
-            assert_close(function(*args, alpha=bad, beta=1), torch.full_like(args[2], bad), equal_nan=True)
+            assert_close(
+                function(*args[:2], alpha=bad), torch.full_like(args[2], bad), equal_nan=True
+            )
+            assert_close(
+                function(*args, alpha=bad, beta=1), torch.full_like(args[2], bad), equal_nan=True
+            )
         assert torch.equal(op(x, x, c, beta=math.nan).isnan(), torch.ones_like(c).bool())
 
 
@@ -125,7 +140,9 @@ def test_vmap_of_the_formula_reads_no_uninitialised_memory(device: str) -> None:
 
 
 @by_dtype
-def test_the_check_accepts_polynomials_after_several_roundings(dtype: torch.dtype, device: str) -> None:
+def test_the_check_accepts_polynomials_after_several_roundings(
+    dtype: torch.dtype, device: str
+) -> None:
     s = normal(64, 64, device=device)
     s = (s + s.mT) / (s + s.mT).abs().sum(0).max()  # eigenvalues in [-1, 1]
     # Polynomials of Newton–Schulz, rounded once each.
@@ -138,11 +155,15 @@ def test_the_check_accepts_polynomials_after_several_roundings(dtype: torch.dtyp
 
 @by_dtype
 @pytest.mark.parametrize("k", [1, 4096])
-def test_the_check_rejects_a_product_that_is_not_symmetric(k: int, dtype: torch.dtype, device: str) -> None:
+def test_the_check_rejects_a_product_that_is_not_symmetric(
+    k: int, dtype: torch.dtype, device: str
+) -> None:
     a, b = (normal(64, k, dtype=dtype, device=device, seed=seed) for seed in (0, 1))
     c = torch.eye(64).to(a)
     for out in (None, torch.empty_like(c)):
-        with pytest.raises(RuntimeError, match=r"symmetric_matmul: a @ b\.mT is not symmetric") as caught:
+        with pytest.raises(
+            RuntimeError, match=r"symmetric_matmul: a @ b\.mT is not symmetric"
+        ) as caught:
             symmetric_matmul(a, b, check=True, out=out)
     assert "\n" not in str(caught.value)
     assert_symmetric(op(a, b))  # without the check, the caller is trusted
@@ -154,7 +175,9 @@ def test_the_check_rejects_a_product_that_is_not_symmetric(k: int, dtype: torch.
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0, 2), (5, 3), (300, 3)], ids=str)
-def test_the_check_of_a_compiled_call_and_of_empty_operands(shape: tuple[int, ...], device: str) -> None:
+def test_the_check_of_a_compiled_call_and_of_empty_operands(
+    shape: tuple[int, ...], device: str
+) -> None:
     def checked(a: Tensor, b: Tensor) -> Tensor:
         return symmetric_matmul(a, b, check=True)
 
@@ -205,7 +228,9 @@ def test_an_out_of_any_layout_that_is_not_c(device):
         assert_close(out, expected)
         symmetric_matmul(a, b, alpha=3.0, out=out.fill_(torch.nan))
         assert_close(out, expected - 2 * c)
-        symmetric_matmul(a, b, out.copy_(c + c.new_full(c.shape, 1e9).triu(1)), alpha=3.0, beta=2.0, out=out)
+        symmetric_matmul(
+            a, b, out.copy_(c + c.new_full(c.shape, 1e9).triu(1)), alpha=3.0, beta=2.0, out=out
+        )
         assert_close(out, expected)
     assert not wide[:, 1::2].any()
 
@@ -226,14 +251,17 @@ def test_no_matrix_of_the_results_size_is_made(dtype):
 
 
 def test_small_products_are_whole_on_a_cpu() -> None:
-    with patch.multiple(symmetric_cpu, _halved=None, has_bfloat16=lambda: True):  # the first is not called
+    # The first is not called.
+    with patch.multiple(symmetric_cpu, _halved=None, has_bfloat16=lambda: True):
         torchpar.matmul_t(torch.ones(383, 2))
         torchpar.matmul_t(torch.ones(767, 2).bfloat16())
         with pytest.raises(TypeError):
             torchpar.matmul_t(torch.ones(384, 2))
 
 
-def test_products_of_bfloat16_are_of_float32_where_those_are_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_of_bfloat16_are_of_float32_where_those_are_slow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     x, weight = torch.randn(130, 40).bfloat16(), torch.randn(30, 40).bfloat16().requires_grad_()
     bias = torch.randn(30).bfloat16()
     for name in ("symmetric_cpu", "linear_sigmoid"):
@@ -241,7 +269,9 @@ def test_products_of_bfloat16_are_of_float32_where_those_are_slow(monkeypatch: p
     wide = x.float()
     assert torch.equal(torchpar.matmul_t(x), symmetric_cpu.symmetric_product(wide, wide).bfloat16())
     y = torchpar.linear_sigmoid(x, weight, bias)
-    assert torch.equal(y, torch.nn.functional.linear(wide, weight.float(), bias.float()).sigmoid().bfloat16())
+    assert torch.equal(
+        y, torch.nn.functional.linear(wide, weight.float(), bias.float()).sigmoid().bfloat16()
+    )
     (gradient,) = torch.autograd.grad(y.sum(), weight)
     dz = torch.ops.aten.sigmoid_backward(torch.ones_like(y), y.detach())
     assert torch.equal(gradient, (dz.float().T @ wide).bfloat16())
@@ -250,7 +280,9 @@ def test_products_of_bfloat16_are_of_float32_where_those_are_slow(monkeypatch: p
 def test_gradients_are_refused(device):
     x, h = into((4, 3), torch.float32, torch.float32, device)
     for a, out in ((x.clone().requires_grad_(), h), (x, h.clone().requires_grad_())):
-        with pytest.raises(RuntimeError, match="don't support automatic differentiation, but one of the arg"):
+        with pytest.raises(
+            RuntimeError, match="don't support automatic differentiation, but one of the arg"
+        ):
             symmetric_matmul(a, a, out, beta=1.0, out=out)
         with torch.no_grad():
             symmetric_matmul(a, a, out, beta=1.0, out=out)
@@ -270,7 +302,11 @@ def test_an_out_that_does_not_fit_is_refused():
     x, out, square = torch.ones(4, 3, dtype=torch.bfloat16), torch.zeros(4, 4), torch.zeros(4, 4)
     for a, wrong, text in (
         (x, out.double(), r"out is \(4, 4\), torch\.float64 on cpu, expected \(4, 4\)"),
-        (x, out[:3, :3], r"out is \(3, 3\), torch\.float32 on cpu, expected \(4, 4\), torch\.bfloat16 or"),
+        (
+            x,
+            out[:3, :3],
+            r"out is \(3, 3\), torch\.float32 on cpu, expected \(4, 4\), torch\.bfloat16 or",
+        ),
         (x, torch.zeros(1, 4).expand(4, 4), "elements of out share memory"),
         (square, square, "out shares its storage with a or b"),
     ):

@@ -23,9 +23,15 @@ from torchpar.testing import SITUATIONS, Conformance, Formula, Row, check_optimi
 
 
 def make_muon(
-    model: nn.Module, nesterov: bool = True, views: Any = None, process_group: Any = None, **own: Any
+    model: nn.Module,
+    nesterov: bool = True,
+    views: Any = None,
+    process_group: Any = None,
+    **own: Any,
 ):
-    convolutions = {name: lambda w: w.flatten(1) for name, p in model.named_parameters() if p.dim() == 4}
+    convolutions = {
+        name: lambda w: w.flatten(1) for name, p in model.named_parameters() if p.dim() == 4
+    }
     own = {"lr": 0.05, "views": views or convolutions, "process_group": process_group} | own
     return Muon(model.named_parameters(), nesterov=nesterov, **own)
 
@@ -48,7 +54,9 @@ CHOSEN = [SOME, pytest.param([*SITUATIONS], marks=pytest.mark.slow)]
 @pytest.mark.parametrize("names", CHOSEN, ids=["some", "all"])
 def test_muon_conforms(ranks, names):
     found = check_optimizer(partial(make_muon, ns="standard"), names, ranks=ranks)
-    assert {row.situation: row.verdict for row in found} == {name: EXPECTED[name] for name in names}, found
+    assert {row.situation: row.verdict for row in found} == {
+        name: EXPECTED[name] for name in names
+    }, found
 
 
 def test_muon_conforms_on_gram_matrices(ranks):
@@ -97,13 +105,18 @@ def of(kind: Any, **arguments: Any) -> Any:
 
 
 RECONSTRUCTED = [  # faults of published libraries, where they belong
-    (faulty.make, "ColumnParallelLinear", "update off by"),  # takes the slice for a matrix (DeepSpeed#8437)
+    # Takes the slice for a matrix (DeepSpeed#8437).
+    (faulty.make, "ColumnParallelLinear", "update off by"),
     (of(faulty.OrthogonalisesShards), "Shard(0)", "update off by"),
     (of(faulty.AppliesMomentum), "polar factor", "cosine 0."),
     (of(faulty.MomentumOfMicroBatches), "accumulation", "update off by"),
     (of(faulty.ViewsShards), "fully_shard, heads", "update off by"),
     (of(faulty.ScalesByPaddedShape), "fully_shard, padded rows", "its norm by"),
-    (of(faulty.NormalisesMomentum), "scale of gradients, bfloat16 without Nesterov", "update off by"),
+    (
+        of(faulty.NormalisesMomentum),
+        "scale of gradients, bfloat16 without Nesterov",
+        "update off by",
+    ),
     (faulty.make, "Shard(0), two learning rates", "update off by"),  # does not compare the ranks
     (faulty.make_by_layer, "tied weights", "update off by"),
 ]
@@ -117,23 +130,51 @@ RECONSTRUCTED = [  # faults of published libraries, where they belong
         (of(NotANumber), "DDP", "wrong", "update off by inf"),
         (partial(make_muon, lr=0.0), "whole", "wrong", "no weight moves"),
         (of(Failing, instead=partial(time.sleep, 1000)), "Replicate", "hangs", "no answer in time"),
-        (of(Failing, instead=partial(os._exit, 1)), "Replicate", "crashes", "rank 1: BrokenProcessPool"),
-        (of(Failing, instead=refuse), "Replicate", "hangs", "refuses on rank 1, and not on all: Runtime"),
-        (of(Failing, instead=partial(torch.ones, -1)), "Replicate", "crashes", "rank 1: RuntimeError: "),
+        (
+            of(Failing, instead=partial(os._exit, 1)),
+            "Replicate",
+            "crashes",
+            "rank 1: BrokenProcessPool",
+        ),
+        (
+            of(Failing, instead=refuse),
+            "Replicate",
+            "hangs",
+            "refuses on rank 1, and not on all: Runtime",
+        ),
+        (
+            of(Failing, instead=partial(torch.ones, -1)),
+            "Replicate",
+            "crashes",
+            "rank 1: RuntimeError: ",
+        ),
         (refuse, "whole", "refuses", "RuntimeError: nothing is supported"),
-        (partial(refuse, kind=AssertionError), "whole", "crashes", "AssertionError: nothing is supported"),
-        (partial(torch.optim.AdamW, lr=0.1), "whole", "crashes", "give its optimizer model.parameters()"),
+        (
+            partial(refuse, kind=AssertionError),
+            "whole",
+            "crashes",
+            "AssertionError: nothing is supported",
+        ),
+        (
+            partial(torch.optim.AdamW, lr=0.1),
+            "whole",
+            "crashes",
+            "give its optimizer model.parameters()",
+        ),
         (refuse, "fully_shard, heads", "not applicable", "make has no argument views"),
     ],
 )
 def test_faults_are_found(ranks, monkeypatch, make, situation, verdict, detail):
     monkeypatch.setattr(optimizers, "GRACE", 0.5)
-    (row,) = check_optimizer(make, [situation], timeout=1 if "no answer" in detail else 60, ranks=ranks)
+    (row,) = check_optimizer(
+        make, [situation], timeout=1 if "no answer" in detail else 60, ranks=ranks
+    )
     assert row.verdict == verdict, row
     assert detail in row.detail
 
 
-# Faults that the first three steps of small weights, with one group and one learning rate, do not show.
+# Faults that the first three steps of small weights, with one group and one learning rate, do not
+# show.
 SILENT = [
     (faulty.DropsDecay, "fully_shard on 2 ranks", "large weights: update off by"),
     (faulty.DoublesDecay, "Shard(1)", "large weights: update off by"),
@@ -145,7 +186,11 @@ SILENT = [
     (faulty.ReturnsOtherLoss, "closure", "step(closure) returns 0, expected the closure's loss"),
     (faulty.RoundsLoadedState, "state dict", "expected the same bits"),
     (faulty.KeepsRate, "state dict", "update off by"),
-    (faulty.ReadsRateOnce, "learning rate schedule", "a change of group['lr'] changes nothing for square"),
+    (
+        faulty.ReadsRateOnce,
+        "learning rate schedule",
+        "a change of group['lr'] changes nothing for square",
+    ),
     (faulty.ReadsRateOnce, "two groups", "a change of group['lr'] changes nothing for"),
     (faulty.ReadsRateOnceOnDTensors, "fully_shard, two groups and a schedule", "update off by"),
     (faulty.MergesGroups, "two groups", "update off by"),
@@ -192,7 +237,9 @@ def of_torch(model: nn.Module, kind: Any, **own: Any) -> torch.optim.Optimizer:
 
 
 RIGHT = [
-    partial(of_torch, kind=torch.optim.SGD, lr=0.01, momentum=0.9, nesterov=True, weight_decay=0.01),
+    partial(
+        of_torch, kind=torch.optim.SGD, lr=0.01, momentum=0.9, nesterov=True, weight_decay=0.01
+    ),
     partial(of_torch, kind=torch.optim.SGD, lr=0.01, momentum=0.9, dampening=0.1, maximize=True),
     partial(of_torch, kind=torch.optim.Adam, weight_decay=0.01, amsgrad=True),
     partial(of_torch, kind=torch.optim.AdamW, foreach=True, maximize=True),
@@ -202,17 +249,22 @@ RIGHT = [
 ]
 OF_VIEWS = ["fused query, key and value"]  # which make has no argument for
 ONE_PROCESS = [
-    name for name, one in SITUATIONS.items() if one.ranks == 1 and not one.orthogonal and name not in OF_VIEWS
+    name
+    for name, one in SITUATIONS.items()
+    if one.ranks == 1 and not one.orthogonal and name not in OF_VIEWS
 ]
 
 
 @pytest.mark.parametrize("make", RIGHT, ids=lambda make: "-".join(map(str, make.keywords.values())))
 @pytest.mark.parametrize(
-    "names", [["whole", "two groups"], pytest.param(ONE_PROCESS, marks=pytest.mark.slow)], ids=["some", "all"]
+    "names",
+    [["whole", "two groups"], pytest.param(ONE_PROCESS, marks=pytest.mark.slow)],
+    ids=["some", "all"],
 )
 def test_the_optimizers_of_pytorch_follow_their_formulas(ranks, make, names):
     rows = check_optimizer(make, names, ranks=ranks)
-    # PyTorch's fused steps do not count versions: a later backward pass takes the new weights for the old.
+    # PyTorch's fused steps do not count versions: a later backward pass takes the new weights for
+    # the old.
     wrong = ["version counters"] if "fused" in make.keywords and "version counters" in names else []
     assert [row.situation for row in rows if row.verdict not in optimizers.RIGHT] == wrong, rows
     assert rows[0].compared_with == f"own step, {make.keywords['kind'].__name__} in float64"
@@ -261,8 +313,14 @@ def test_no_fault_is_found_on_whole_matrices(ranks, make):
 @pytest.mark.slow
 def test_a_plain_muon_conforms(ranks):
     """It gathers whole matrices, so that updates have the same bits wherever gradients have."""
-    own = {"ColumnParallelLinear", "RowParallelLinear", *(n for n in EXPECTED if EXPECTED[n] == "refuses")}
-    table = check_optimizer(faulty.make, [name for name in SITUATIONS if name not in own], ranks=ranks)
+    own = {
+        "ColumnParallelLinear",
+        "RowParallelLinear",
+        *(n for n in EXPECTED if EXPECTED[n] == "refuses"),
+    }
+    table = check_optimizer(
+        faulty.make, [name for name in SITUATIONS if name not in own], ranks=ranks
+    )
     table.assert_conforms()
     others = [row.situation for row in table if row.verdict not in optimizers.RIGHT]
     assert others == ["DDP, sharing the work"]  # make has no process_group
@@ -280,7 +338,9 @@ def test_the_table():
     assert table.rows[1]["verdict"] == "refuses"
     table.assert_conforms()
     faulty = Conformance([*table, Row("Replicate", "hangs")])
-    with pytest.raises(AssertionError, match=r"1 of 3 situations are faulty\nsituation .*\nReplicate +hangs"):
+    with pytest.raises(
+        AssertionError, match=r"1 of 3 situations are faulty\nsituation .*\nReplicate +hangs"
+    ):
         faulty.assert_conforms()
     message = r"none of 1 situations was compared\nsituation .*\nDDP +refuses"
     with pytest.raises(AssertionError, match=message):
@@ -288,13 +348,22 @@ def test_the_table():
 
 
 def test_what_cannot_be_run_is_refused():
-    with pytest.raises(ConfigError, match="situation 'none', expected one of 'whole', 'polar factor', "):
+    with pytest.raises(
+        ConfigError, match="situation 'none', expected one of 'whole', 'polar factor', "
+    ):
         check_optimizer(make_muon, ["none"])
-    with pytest.raises(ConfigError, match=r"cannot import make .*expected a module-level function or class"):
+    with pytest.raises(
+        ConfigError, match=r"cannot import make .*expected a module-level function or class"
+    ):
         check_optimizer(lambda model: make_muon(model), "whole")
-    with pytest.raises(ConfigError, match=r"reference is <class 'int'>, expected .* torch.optim.sgd.SGD, "):
+    with pytest.raises(
+        ConfigError, match=r"reference is <class 'int'>, expected .* torch.optim.sgd.SGD, "
+    ):
         check_optimizer(make_muon, "whole", reference=int)
-    for make, message in (make_muon, "no situation"), (torch.optim.SGD([torch.zeros(1)]), "is of type SGD"):
+    for make, message in (
+        (make_muon, "no situation"),
+        (torch.optim.SGD([torch.zeros(1)]), "is of type SGD"),
+    ):
         with pytest.raises(ConfigError, match=message):
             check_optimizer(make, ["polar factor"], orthogonal=False)
 

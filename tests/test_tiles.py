@@ -37,9 +37,12 @@ def test_configurations_are_those_that_a_device_can_run(kernel, dtype, precision
         assert all(size.bit_count() == 1 for size in one[:4]), "a power of 2, as Triton takes them"
         elements = (one.num_stages - (capability == 0)) * (one.block_m + one.block_n) * one.block_k
         if one.variant == "tma":  # which stores from shared memory
-            elements += one.block_m**2 if kernel == "symmetric_product" else one.block_m * one.block_n // 2
+            elements += (
+                one.block_m**2 if kernel == "symmetric_product" else one.block_m * one.block_n // 2
+            )
         shared = tiles.resident_programs(one) * elements if one.variant == "tma" else elements
-        limit = {0: 65536, 80: 166912, 120: 101376}.get(capability, 232448)  # by the makers' documents
+        # By the makers' documents.
+        limit = {0: 65536, 80: 166912, 120: 101376}.get(capability, 232448)
         assert shared * dtype.itemsize <= limit
         assert kernel == "linear_sigmoid" or one.block_n == one.block_m or one.variant == "tma"
     similar = {80: 87, 100: 103}.get(capability, capability)
@@ -53,18 +56,22 @@ def test_configurations_are_those_that_a_device_can_run(kernel, dtype, precision
 @pytest.mark.parametrize(
     "kernel, sizes, expected",
     [  # waves · cost of a tile, on 132 multiprocessors
-        ("symmetric_product", (4096, 4096, 4096, 1), WIDE),  # 264 units: 2 · 57344, squares 4 · 32768
-        ("symmetric_product", (4224, 4224, 4224, 1), LARGE),  # 561 units: 5 · 32768 beside 3 · 57344
+        # 264 units: 2 · 57344, squares 4 · 32768.
+        ("symmetric_product", (4096, 4096, 4096, 1), WIDE),
+        # 561 units: 5 · 32768 beside 3 · 57344.
+        ("symmetric_product", (4224, 4224, 4224, 1), LARGE),
         ("symmetric_product", (2048, 2048, 2048, 1), NARROW),  # 264 units: 2 · 20480
         ("symmetric_product", (512, 512, 512, 1), SMALL),  # 36 units: 12288
         ("symmetric_product", (512, 512, 512, 64), LARGE),  # 640 units: 5 · 32768 beside 3 · 57344
         ("linear_sigmoid", (8192, 4096, 4096, 1), WIDE),  # 8 · 57344 beside 16 · 32768
         ("linear_sigmoid", (512, 4096, 4096, 1), LARGE),  # 32768 beside 57344, 2 · 20480, 4 · 12288
         # Neither few rows nor an unaligned result take the tiles for unaligned operands.
-        ("linear_sigmoid", (64, 1001, 784, 1), SMALL),  # a second launch would delay few columns of x
+        # A second launch would delay few columns of x.
+        ("linear_sigmoid", (64, 1001, 784, 1), SMALL),
         ("linear_sigmoid", (64, 1024, 8192, 1), SPLIT),
         ("linear_sigmoid", (8192, 1001, 784, 1), NARROW),  # wider ones would spill
-        ("linear_sigmoid", (64, 1024, 1000, 1), Tiles(64, 64, 128, 4, 3, "tma")),  # single loads by pointers
+        # Single loads by pointers.
+        ("linear_sigmoid", (64, 1024, 1000, 1), Tiles(64, 64, 128, 4, 3, "tma")),
     ],
 )
 def test_the_rule_takes_the_least_estimate(monkeypatch, kernel, sizes, expected):
@@ -124,12 +131,15 @@ BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float6
         ("linear_sigmoid", BF16, "ieee", (8192, 4096, 2048), False),
         ("linear_sigmoid", BF16, "ieee", (8192, 4096, 2064), True),
         ("linear_sigmoid", F32, "tf32", (8192, 4096, 2048), False),
-        ("linear_sigmoid", F32, "ieee", (512, 512, 121), False),  # the main job's layer, on two ranks
-        ("linear_sigmoid", F32, "ieee", (1024, 512, 121), False),  # and on one: 128 of 132 multiprocessors
+        # The main job's layer, on two ranks.
+        ("linear_sigmoid", F32, "ieee", (512, 512, 121), False),
+        # And on one: 128 of 132 multiprocessors.
+        ("linear_sigmoid", F32, "ieee", (1024, 512, 121), False),
         ("linear_sigmoid", F32, "ieee", (1088, 512, 121), True),  # two waves of tiles
         ("linear_sigmoid", F32, "ieee", (512, 512, 160), False),  # the time of two launches
         ("linear_sigmoid", F32, "ieee", (512, 512, 161), True),
-        ("linear_sigmoid", F32, "ieee", (64, 64, 10000), True),  # one tile: few multiprocessors work
+        # One tile: few multiprocessors work.
+        ("linear_sigmoid", F32, "ieee", (64, 64, 10000), True),
         ("linear_sigmoid", F32, "ieee", (8192, 512, 784), True),
         ("linear_sigmoid", F64, "ieee", (8192, 512, 512), False),
         ("linear_sigmoid", F64, "ieee", (8192, 512, 784), True),
@@ -153,7 +163,9 @@ def test_choice_by_a_symbolic_size_adds_no_guard():
     choice = "symmetric_product", "ieee", (n, n, n, 1), x
     assert tiles.choose_tiles(*choice) == NARROW
     assert not tiles.library_is_faster(*choice)
-    assert tiles.split_k(SPLIT, DEVICE, 64, 64, n) == (1, n), "the number of programs would be a guard"
+    assert tiles.split_k(SPLIT, DEVICE, 64, 64, n) == (1, n), (
+        "the number of programs would be a guard"
+    )
     assert tiles._hint(env.create_unbacked_symint()) == 1024
     assert all("Mod" in str(guard.expr) for guard in env.guards), "not of alignment"
     assert n > 1000

@@ -14,16 +14,20 @@ from commands import blocks, execute
 
 from torchpar.reference import average_gradients
 
-pytest.importorskip("transformers", reason="transformers, whose Trainer takes Muon, is not installed")
+pytest.importorskip(
+    "transformers", reason="transformers, whose Trainer takes Muon, is not installed"
+)
 
 pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="the trainers would choose the GPU, with other bits than the plain loop"
+    torch.cuda.is_available(),
+    reason="the trainers would choose the GPU, with other bits than the plain loop",
 )
 SETUP, TRAINER, ACCELERATE, LIGHTNING = blocks("docs/trainers.md")
 
 
 def train(rank: int = 0, world_size: int = 1) -> dict[str, Any]:
-    """The weights after 8 steps of a plain loop over the page's tokens, which averages gradients."""
+    """The weights after 8 steps of a plain loop over the page's tokens, which averages
+    gradients."""
     names = execute(SETUP)
     model = names["make_model"]()
     adamw = partial(torch.optim.AdamW, lr=3e-4)

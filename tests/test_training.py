@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Training: a run evaluates, saves, resumes and stops; ranks that do not learn together are refused."""
+"""Training: a run evaluates, saves, resumes and stops; ranks that do not learn together are
+refused."""
 
 import contextlib
 import dataclasses
@@ -84,7 +85,8 @@ def test_learns_and_resumes_bit_for_bit(world, tmp_path, optimizer, lr, schedule
     model, results = run(4)
     assert results[-1].test_accuracy == 1.0
     assert results[-1].train_loss < results[0].train_loss / 2
-    assert all(result.samples_per_s * result.seconds > 200 for result in results)  # evaluation takes time too
+    # Evaluation takes time too.
+    assert all(result.samples_per_s * result.seconds > 200 for result in results)
     run(1, tmp_path)
     run(3, tmp_path)
     resumed, all_results = run(4, tmp_path)
@@ -100,7 +102,10 @@ def test_learns_and_resumes_bit_for_bit(world, tmp_path, optimizer, lr, schedule
 def test_runs_that_are_refused(world, tmp_path):
     run_alone(2, tmp_path, config={"hidden": (20,), "clip": 1})
     others = [
-        ({"config": {"hidden": (30,)}}, f"{tmp_path} holds a run with hidden [20], this one has hidden [30]"),
+        (
+            {"config": {"hidden": (30,)}},
+            f"{tmp_path} holds a run with hidden [20], this one has hidden [30]",
+        ),
         ({"epochs": 1}, "2 epochs, more than the 1 asked for"),
         ({"batch_size": 8}, "a run with batch_size 32, this one has batch_size 8"),
         ({"seed": 5}, "a run with seed 0, this one has seed 5"),
@@ -138,12 +143,17 @@ def test_runs_that_are_refused(world, tmp_path):
 
 def test_optimizers_get_their_parameters():
     model = MLP(SIZES)
-    weights, biases = ([getattr(layer, name) for layer in model.layers] for name in ("weight", "bias"))
+    weights, biases = (
+        [getattr(layer, name) for layer in model.layers] for name in ("weight", "bias")
+    )
 
     def check(optimizer: torch.optim.Optimizer, *groups: tuple[list[Any], float]) -> None:
         for group, (parameters, decay) in zip(optimizer.param_groups, groups, strict=True):
             assert [id(p) for p in group["params"]] == [id(p) for p in parameters]
-            assert group | {"lr": 0.02, "momentum": 0.8, "nesterov": True, "weight_decay": decay} == group
+            assert (
+                group | {"lr": 0.02, "momentum": 0.8, "nesterov": True, "weight_decay": decay}
+                == group
+            )
 
     check(training.sgd(model, 0.02, 0.8, 0.1), (weights, 0.1), (biases, 0.0))
     check(training.sgd(model, 0.02, 0.8, 0.0), (list(model.parameters()), 0.0))
@@ -179,7 +189,9 @@ def test_schedules():
 
     assert course("linear") == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
     assert course("constant") == [1.0] * 6
-    assert course("cosine") == pytest.approx([(1 + math.cos(math.pi * i / 4)) / 2 for i in (*range(5), 4)])
+    assert course("cosine") == pytest.approx(
+        [(1 + math.cos(math.pi * i / 4)) / 2 for i in (*range(5), 4)]
+    )
     with pytest.raises(ConfigError, match="schedule is 'cosin', expected one of"):
         course("cosin")
 
@@ -220,8 +232,8 @@ def test_signals_are_ignored_only_while_the_process_leaves(world):
 def error_of_training(averaged: bool, changed_in: int, optimizer: str = "sgd") -> str:
     """The error of a run of three steps on two ranks, if any.
 
-    In one of the steps rank 1 exchanges two elements of a parameter, which leaves their sum as it was. With
-    ``changed_in=-1`` it has other samples.
+    In one of the steps rank 1 exchanges two elements of a parameter, which leaves their sum as it
+    was. With ``changed_in=-1`` it has other samples.
     """
     torch.manual_seed(0)
     passes = itertools.count(1)
@@ -257,7 +269,10 @@ DIFFERS = r"{} differs between the ranks that share a batch; .*average .* by Dis
         ((False, 0), DIFFERS.format("the gradient of layers.0.weight")),
         # All ranks apply the same updates, each made from the gradient of one rank.
         ((False, 0, "muon"), DIFFERS.format("the gradient of layers.0.weight")),
-        ((True, -1), "train.features differs between the ranks that share a batch; make the same samples"),
+        (
+            (True, -1),
+            "train.features differs between the ranks that share a batch; make the same samples",
+        ),
         ((True, 1), DIFFERS.format("frozen")),
         ((True, 3), DIFFERS.format("frozen")),  # at the end of the epoch
     ],
@@ -270,7 +285,8 @@ def test_ranks_that_do_not_learn_together_are_refused_on_every_rank(ranks, run, 
 
 
 def run_with_norms_and_dropout(folder: Path | None, seed: int, stop_in: int = 0) -> str | list[Any]:
-    """Train on ranks that draw different masks, have different statistics and add gradients in their order.
+    """Train on ranks that draw different masks, have different statistics and add gradients in
+    their order.
 
     Args:
         stop_in: the step in which rank 0 receives SIGTERM.
@@ -281,7 +297,8 @@ def run_with_norms_and_dropout(folder: Path | None, seed: int, stop_in: int = 0)
     torch.manual_seed(0)
     norm, last = torch.nn.BatchNorm1d(784), torch.nn.BatchNorm1d(10, affine=False)
     model = torch.nn.Sequential(norm, torch.nn.Dropout(0.3), torch.nn.Linear(784, 10), last.eval())
-    test = samples(EVALUATION_BATCH + 1, 2)  # in two chunks: a rank of three has none, and one is small
+    # In two chunks: a rank of three has none, and one is small.
+    test = samples(EVALUATION_BATCH + 1, 2)
     passes = itertools.count(1)
     with join_world("cpu") as world:
         torch.manual_seed(seed + world.rank)
@@ -305,16 +322,21 @@ def run_with_norms_and_dropout(folder: Path | None, seed: int, stop_in: int = 0)
             return str(e)
         loss, outputs = run.evaluate()
     assert [module.training for module in model] == [True, True, True, False]
-    assert (norm.num_batches_tracked, last.num_batches_tracked) == (5 * 2, 0)  # none of the evaluation
+    # None of the evaluation.
+    assert (norm.num_batches_tracked, last.num_batches_tracked) == (5 * 2, 0)
     chunks = test.inputs(slice(None)).split(EVALUATION_BATCH)
-    assert torch.equal(outputs, torch.cat([*map(model.eval(), chunks)]))  # with the bits of one process
+    # With the bits of one process.
+    assert torch.equal(outputs, torch.cat([*map(model.eval(), chunks)]))
     assert run.results[-1].test_loss == loss
     assert loss == torch.nn.functional.cross_entropy(outputs.double(), test.labels)
     return [t.detach().numpy() for t in model.state_dict().values()]
 
 
-def test_a_run_of_three_ranks_that_was_stopped_ends_with_every_bit_of_the_whole_one(ranks, tmp_path):
-    """Each rank draws its own masks, and has the statistics of its own last batch; the model has rank 0's."""
+def test_a_run_of_three_ranks_that_was_stopped_ends_with_every_bit_of_the_whole_one(
+    ranks, tmp_path
+):
+    """Each rank draws its own masks, and has the statistics of its own last batch; the model has
+    rank 0's."""
 
     def same(a: list[Any], b: list[Any]) -> bool:
         return all((x == y).all() for x, y in zip(a, b, strict=True))
@@ -337,13 +359,17 @@ def test_runs_that_are_used_wrongly(world, tmp_path):
                 next(batches, None)
             for _ in range(logged):
                 run.log(torch.zeros(()))
-            with pytest.raises(RuntimeError, match=f"{taken} of 3 batches .* and {logged} losses logged"):
+            with pytest.raises(
+                RuntimeError, match=f"{taken} of 3 batches .* and {logged} losses logged"
+            ):
                 next(epochs)
         assert run.results == []
     run = training.Run(*parts, epochs=1, batch_size=50, checkpoint=CheckpointConfig(tmp_path))
     with pytest.raises(RuntimeError, match="with Run"):
         next(run.epochs())
-    with pytest.raises(ConfigError, match=r"outputs have shape \(50, 1\), expected \(50, 10\), one for each"):
+    with pytest.raises(
+        ConfigError, match=r"outputs have shape \(50, 1\), expected \(50, 10\), one for each"
+    ):
         training.evaluate(lambda x: x[:, :1], samples(50, 2), world)
 
 
@@ -353,7 +379,8 @@ def parts_of(model: torch.nn.Module, world: Any, lr: float = 0.3, n: int = 150) 
 
 
 def take_steps(run: training.Run, accumulated: int = 1, stop_after: int = 0) -> None:
-    """A loop that steps after every ``accumulated`` batches, and receives SIGTERM in batch ``stop_after``."""
+    """A loop that steps after every ``accumulated`` batches, and receives SIGTERM in batch
+    ``stop_after``."""
     taken = itertools.count(1)
     for epoch in run.epochs():
         for x, labels, global_size in run.batches(epoch):
@@ -373,7 +400,9 @@ def test_a_run_stops_and_saves_after_a_step_of_accumulated_gradients(world, tmp_
         torch.manual_seed(0)
         model = MLP(SIZES)
         checkpoint = CheckpointConfig(folder, every=1) if folder else None
-        with training.Run(*parts_of(model, world), epochs=4, batch_size=50, checkpoint=checkpoint) as one:
+        with training.Run(
+            *parts_of(model, world), epochs=4, batch_size=50, checkpoint=checkpoint
+        ) as one:
             take_steps(one, accumulated=2, stop_after=stop_after)
         return model
 
@@ -388,9 +417,13 @@ def test_a_run_stops_and_saves_after_a_step_of_accumulated_gradients(world, tmp_
 def test_an_optimizer_that_has_no_frozen_parameter_is_saved(world, tmp_path):
     model = MLP(SIZES)
     model.layers[0].weight.requires_grad_(False)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+    optimizer = torch.optim.SGD(
+        [p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9
+    )
     parts = model, optimizer, None, world, samples(150, 1), samples(50, 2)
-    with training.Run(*parts, epochs=1, batch_size=50, checkpoint=CheckpointConfig(tmp_path)) as run:
+    with training.Run(
+        *parts, epochs=1, batch_size=50, checkpoint=CheckpointConfig(tmp_path)
+    ) as run:
         take_steps(run)
     assert len(optimizer.state_dict()["state"]) == 3
     assert model.layers[0].weight not in optimizer.state
@@ -431,7 +464,9 @@ def test_extra_states_are_saved_or_refused(world, tmp_path):
 
 
 def test_checkpoints_that_would_lose_something_are_refused(world, tmp_path):
-    def run(model: torch.nn.Module, optimizer: Any, epochs: int = 1, folder: Path = tmp_path) -> None:
+    def run(
+        model: torch.nn.Module, optimizer: Any, epochs: int = 1, folder: Path = tmp_path
+    ) -> None:
         parts = model, optimizer, None, world, samples(150, 1), samples(50, 2)
         checkpoint = CheckpointConfig(folder)
         with training.Run(*parts, epochs=epochs, batch_size=50, checkpoint=checkpoint) as one:
@@ -440,28 +475,40 @@ def test_checkpoints_that_would_lose_something_are_refused(world, tmp_path):
     model = MLP(SIZES)
     temperature = torch.nn.Parameter(torch.ones(7))
     optimizer = torch.optim.SGD([{"params": model.parameters()}, {"params": [temperature]}], lr=0.1)
-    with pytest.raises(ConfigError, match=r"group 1 has a parameter of shape \(7,\) that is not the model's"):
+    with pytest.raises(
+        ConfigError, match=r"group 1 has a parameter of shape \(7,\) that is not the model's"
+    ):
         run(model, optimizer)
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     zero = ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, lr=0.1)
-    with pytest.raises(ConfigError, match="ZeroRedundancyOptimizer keeps parts of its state on each rank"):
+    with pytest.raises(
+        ConfigError, match="ZeroRedundancyOptimizer keeps parts of its state on each rank"
+    ):
         run(model, zero)
     run(model, torch.optim.AdamW(model.parameters(), lr=1e-3))
-    with pytest.raises(ConfigError, match=r"holds the state of AdamW, this run has SGD; use another folder"):
+    with pytest.raises(
+        ConfigError, match=r"holds the state of AdamW, this run has SGD; use another folder"
+    ):
         run(model, torch.optim.SGD(model.parameters(), lr=0.1), 2)
-    with pytest.raises(ConfigError, match=r"holds step of layers.0.weight, which the optimizer does not"):
+    with pytest.raises(
+        ConfigError, match=r"holds step of layers.0.weight, which the optimizer does not"
+    ):
         run(model, torch.optim.AdamW([*model.parameters()][1:], lr=1e-3), 2)
     wider = MLP(SIZES)
     wider.more = torch.nn.Linear(2, 2)
-    with pytest.raises(ConfigError, match=r"does not hold more.bias of the model; use another folder"):
+    with pytest.raises(
+        ConfigError, match=r"does not hold more.bias of the model; use another folder"
+    ):
         run(wider, torch.optim.AdamW(wider.parameters(), lr=1e-3), 2)
     narrower = torch.nn.Sequential(torch.nn.Linear(784, 10))
     with pytest.raises(ConfigError, match=r"does not hold 0.bias of the model"):
         run(narrower, torch.optim.AdamW(narrower.parameters(), lr=1e-3), 2)
     wide = tmp_path / "wide"
     run(wider, torch.optim.AdamW(wider.parameters(), lr=1e-3), 1, wide)
-    with pytest.raises(ConfigError, match=r"holds more.bias, which the model lacks; use another folder"):
+    with pytest.raises(
+        ConfigError, match=r"holds more.bias, which the model lacks; use another folder"
+    ):
         run(model, torch.optim.AdamW(model.parameters(), lr=1e-3), 2, wide)
 
 
@@ -478,7 +525,14 @@ def test_states_of_other_groups_and_schedules_are_refused(world, tmp_path):
 
     def run(groups: Any, schedule: Any, epochs: int, folder: str = "") -> None:
         optimizer = torch.optim.SGD(groups, lr=0.1)
-        parts = model, optimizer, schedule and schedule(optimizer), world, samples(150, 1), samples(50, 2)
+        parts = (
+            model,
+            optimizer,
+            schedule and schedule(optimizer),
+            world,
+            samples(150, 1),
+            samples(50, 2),
+        )
         checkpoint = CheckpointConfig(tmp_path / folder)
         with training.Run(*parts, epochs=epochs, batch_size=50, checkpoint=checkpoint) as one:
             take_steps(one)
@@ -490,7 +544,9 @@ def test_states_of_other_groups_and_schedules_are_refused(world, tmp_path):
         ConfigError, match=r"has layers.0.bias in group 1 of the optimizer, this run in group"
     ):
         run(groups[::-1], rates.LinearLR, 2)
-    with pytest.raises(ConfigError, match="holds 2 parameter groups, this run has 1; use another folder"):
+    with pytest.raises(
+        ConfigError, match="holds 2 parameter groups, this run has 1; use another folder"
+    ):
         run([first, *others], rates.LinearLR, 2)
     for schedule, now in ((None, "no schedule"), (rates.ConstantLR, "ConstantLR")):
         with pytest.raises(
@@ -500,12 +556,16 @@ def test_states_of_other_groups_and_schedules_are_refused(world, tmp_path):
     run(groups, rates.LinearLR, 2)
     in_turn = partial(chained_schedules, kinds=(rates.LinearLR, rates.ConstantLR))
     run(groups, in_turn, 1, "in turn")
-    with pytest.raises(ConfigError, match="of SequentialLR with LinearLR with ConstantLR, this run has Sequ"):
+    with pytest.raises(
+        ConfigError, match="of SequentialLR with LinearLR with ConstantLR, this run has Sequ"
+    ):
         run(groups, partial(in_turn, kinds=(rates.ConstantLR, rates.LinearLR)), 2, "in turn")
 
 
 def chained_schedules(optimizer: Any, kinds: Any) -> Any:
-    return torch.optim.lr_scheduler.SequentialLR(optimizer, [kind(optimizer) for kind in kinds], [2])
+    return torch.optim.lr_scheduler.SequentialLR(
+        optimizer, [kind(optimizer) for kind in kinds], [2]
+    )
 
 
 def test_values_that_would_not_be_saved_are_refused_by_name(world, tmp_path):
@@ -518,14 +578,20 @@ def test_values_that_would_not_be_saved_are_refused_by_name(world, tmp_path):
         with training.Run(*parts, epochs=1, batch_size=50, checkpoint=checkpoint) as one:
             take_steps(one)
 
-    with pytest.raises(ConfigError, match=r"^links is torch.sparse_coo, and would not be saved; make it den"):
+    with pytest.raises(
+        ConfigError, match=r"^links is torch.sparse_coo, and would not be saved; make it den"
+    ):
         run(torch.optim.SGD(model.parameters(), lr=0.1))
     del model.links
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     optimizer.param_groups[0]["mine"] = {1, 2}
-    with pytest.raises(ConfigError, match=r"group 0 has mine = \{1, 2\}, which would not be saved; expected"):
+    with pytest.raises(
+        ConfigError, match=r"group 0 has mine = \{1, 2\}, which would not be saved; expected"
+    ):
         run(optimizer)
-    with pytest.raises(ConfigError, match="state has 'all', which is no parameter and would not be saved"):
+    with pytest.raises(
+        ConfigError, match="state has 'all', which is no parameter and would not be saved"
+    ):
         run(CountsSteps(model.parameters(), lr=0.1))
     assert not [*tmp_path.iterdir()]
 
@@ -545,7 +611,8 @@ def error_on_one_rank(changed: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize(
-    "changed, name", [({"epochs": 0}, "epochs"), ({"n": 0}, "test"), ({"batch_size": -1}, "batch_size")]
+    "changed, name",
+    [({"epochs": 0}, "epochs"), ({"n": 0}, "test"), ({"batch_size": -1}, "batch_size")],
 )
 def test_what_is_wrong_on_one_rank_is_refused_on_all(ranks, changed, name):
     errors = ranks(2, error_on_one_rank, changed)
@@ -566,9 +633,19 @@ def test_what_is_not_finite_is_not_saved(world, tmp_path, what):
         is_late = what == "test" and len(runs[0].results) == 1
         return (outputs.sum() * math.inf if is_late else outputs.sum() * 0) + len(labels)
 
-    options = {"epochs": 3, "batch_size": 50, "checkpoint": CheckpointConfig(tmp_path, every=2), "loss": loss}
-    messages = {"train": "weight or a loss is not finite after step 4", "test": "test loss after epoch 2 is"}
-    message = messages | {"weight": "a weight or a loss is not finite after step 4, which is not saved"}
+    options = {
+        "epochs": 3,
+        "batch_size": 50,
+        "checkpoint": CheckpointConfig(tmp_path, every=2),
+        "loss": loss,
+    }
+    messages = {
+        "train": "weight or a loss is not finite after step 4",
+        "test": "test loss after epoch 2 is",
+    }
+    message = messages | {
+        "weight": "a weight or a loss is not finite after step 4, which is not saved"
+    }
 
     def train() -> None:
         with training.Run(*data, **options) as run:
@@ -589,12 +666,20 @@ def test_what_is_not_finite_is_not_saved(world, tmp_path, what):
 def test_loops_that_are_left(world, tmp_path):
     """Before an epoch's first batch that ends the run early; afterwards it is an error."""
     torch.manual_seed(0)
-    for leave, message in ((0, ""), (1, "in epoch 2, after 1 of 3 batches"), (3, "in epoch 2, after 3 of 3")):
+    for leave, message in (
+        (0, ""),
+        (1, "in epoch 2, after 1 of 3 batches"),
+        (3, "in epoch 2, after 3 of 3"),
+    ):
         ended = []
         log = type(
-            "Ended", (training.RunLog,), {"on_end": lambda self, run, ended=ended: ended.append(run)}
+            "Ended",
+            (training.RunLog,),
+            {"on_end": lambda self, run, ended=ended: ended.append(run)},
         )()
-        expected = pytest.raises(RuntimeError, match=message) if message else contextlib.nullcontext()
+        expected = (
+            pytest.raises(RuntimeError, match=message) if message else contextlib.nullcontext()
+        )
         parts = parts_of(MLP(SIZES), world)
         with expected, training.Run(*parts, epochs=3, batch_size=50, log=log) as run:
             for epoch in run.epochs():
@@ -615,7 +700,9 @@ def test_the_body_of_a_resumed_epoch_does_not_change_what_is_drawn(world, tmp_pa
         torch.manual_seed(0)
         drawn, model = [], MLP(SIZES)
         checkpoint = CheckpointConfig(folder) if folder else None
-        with training.Run(*parts_of(model, world), epochs=3, batch_size=50, checkpoint=checkpoint) as one:
+        with training.Run(
+            *parts_of(model, world), epochs=3, batch_size=50, checkpoint=checkpoint
+        ) as one:
             for epoch in one.epochs():
                 torch.rand(5)  # which a resumed epoch does again
                 for x, _, _ in one.batches(epoch):

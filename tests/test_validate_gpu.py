@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Rehearsals of benchmarks/validate_gpu.sh on a GPU in name only.
 
-Each stage runs to where it first reaches for the GPU; of tests, all are collected. The interpreter is the one
-that runs this, and so are the versions.
+Each stage runs to where it first reaches for the GPU; of tests, all are collected. The interpreter
+is the one that runs this, and so are the versions.
 """
 
 import os
@@ -18,7 +18,15 @@ from commands import ROOT, import_path
 SCRIPT = ROOT / "benchmarks" / "validate_gpu.sh"
 # Each stage, and how many tests it collects at least.
 BENCHMARKS = (
-    *("operators", "matmul_t", "linear_sigmoid", "autotune", "autotune_float32", "ladder", "verify"),
+    *(
+        "operators",
+        "matmul_t",
+        "linear_sigmoid",
+        "autotune",
+        "autotune_float32",
+        "ladder",
+        "verify",
+    ),
 )
 STAGES = {"values": 500, **dict.fromkeys(BENCHMARKS, 0), "huge": 4}
 
@@ -89,7 +97,10 @@ def test_a_stage_needs_nothing_of_another(tmp_path, stage):
     first, last = printed.splitlines()
     assert last == (f"failed: {stage} (status 2)" if in_a_rank else f"passed: {stage}")
     if in_a_rank:
-        assert "the rehearsal ends at the GPU\npython -m torchpar verify: error: a rank was killed" in log
+        assert (
+            "the rehearsal ends at the GPU\npython -m torchpar verify: error: a rank was killed"
+            in log
+        )
     elif not STAGES[stage]:
         assert "the rehearsal ends at the GPU" in first
     else:

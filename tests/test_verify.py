@@ -22,7 +22,9 @@ def test_the_status_says_if_the_hash_is_published(capsys, status):
     first, second, third = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"dp 2 × tp 2 × pp 1 on cpu, .*, torch \S+: \d+ s", first)
     assert second == f"SHA-256 of the weights: {found}"
-    assert third == (f"The published hash is {published}." if status else "This is the published hash.")
+    assert third == (
+        f"The published hash is {published}." if status else "This is the published hash."
+    )
 
 
 @pytest.mark.parametrize(
@@ -32,11 +34,17 @@ def test_the_status_says_if_the_hash_is_published(capsys, status):
         ("--tp -2 --pp -2", "--tp is -2, expected at least 1"),
         ("--tp 0", "--tp is 0, expected at least 1"),
         ("--ranks 100000", "--ranks is 100000, expected at most 64, on this one machine"),
-        ("--threads 9223372036854775808", "--threads is 9223372036854775808, expected at most 64, on"),
+        (
+            "--threads 9223372036854775808",
+            "--threads is 9223372036854775808, expected at most 64, on",
+        ),
         ("--pp 4", "--pp is 4, expected at most 3, one stage for each layer"),
         ("--model gpt --pp 2", "--pp is 2, expected 1 for the GPT, which has no pipeline"),
         ("--model gpt --tp 3", "--tp is 3, expected a divisor of the GPT's 4 heads"),
-        ("--model gpt --tp 2 --data /missing", "/missing/alice.txt does not exist, expected the book"),
+        (
+            "--model gpt --tp 2 --data /missing",
+            "/missing/alice.txt does not exist, expected the book",
+        ),
     ],
 )
 def test_wrong_flags_are_an_error_in_one_line(fork_server, capsys, flags, message):
@@ -78,8 +86,16 @@ def test_a_damaged_book_is_one_line(tmp_path, content, message):
 @pytest.mark.parametrize(
     "error, status, message",
     [
-        (BrokenProcessPool(), 2, "error: a rank was killed, or has ended in an error; run it again"),
-        (RuntimeError("Connection closed by peer"), 2, "error: a rank was killed, or has ended in an error"),
+        (
+            BrokenProcessPool(),
+            2,
+            "error: a rank was killed, or has ended in an error; run it again",
+        ),
+        (
+            RuntimeError("Connection closed by peer"),
+            2,
+            "error: a rank was killed, or has ended in an error",
+        ),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
     ids=lambda value: type(value).__name__,
@@ -91,5 +107,8 @@ def test_lost_ranks_and_ctrl_c_are_one_line(capsys, error, status, message):
     assert out == ""
     assert err.startswith(f"python -m torchpar verify: {message}")
     assert err.count("\n") == 1
-    with patch.object(verify, "Ranks", side_effect=RuntimeError("a bug")), pytest.raises(RuntimeError):
+    with (
+        patch.object(verify, "Ranks", side_effect=RuntimeError("a bug")),
+        pytest.raises(RuntimeError),
+    ):
         verify.main([])

@@ -2,9 +2,9 @@
 """Triton operators that work with all of PyTorch, and parallel training on them.
 
 Importing this package registers ``torch.ops.torchpar.*``. Triton is imported on the first call that
-needs a kernel, and `torchpar.optim`, `torchpar.parallel` and others on first use: so ``import torchpar`` is
-cheap, and works where Triton is not installed. Where PyTorch is not installed, `torchpar.baselines` and
-`torchpar.datasets` still work.
+needs a kernel, and `torchpar.optim`, `torchpar.parallel` and others on first use: so
+``import torchpar`` is cheap, and works where Triton is not installed. Where PyTorch is not
+installed, `torchpar.baselines` and `torchpar.datasets` still work.
 """
 
 import importlib

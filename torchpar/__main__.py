@@ -9,7 +9,10 @@ import importlib
 import sys
 
 COMMANDS = {
-    "verify": ("torchpar.exact.verify", "train on any mesh of ranks, and compare the weights' hash"),
+    "verify": (
+        "torchpar.exact.verify",
+        "train on any mesh of ranks, and compare the weights' hash",
+    ),
     "check": ("torchpar.testing.command", "try an operator of yours with every part of PyTorch"),
     "doctor": ("torchpar.doctor", "say what works on this machine, and how to mend what does not"),
 }

@@ -15,7 +15,8 @@ from torchpar.datasets import Dataset, read
 from torchpar.errors import ConfigError
 
 _READ_CHUNK = 256  # samples; as float32 they fit in a core's cache
-_POOL_CHUNK = 1000  # images; each chunk reuses the memory of the one before, which saves page faults
+# Images; each chunk reuses the memory of the one before, which saves page faults.
+_POOL_CHUNK = 1000
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ class Samples:
         classes: the name of each label.
 
     Raises:
-        ConfigError: numbers of features and labels that differ, labels of another dtype or of several
-            dimensions, or labels that are no number of a class.
+        ConfigError: numbers of features and labels that differ, labels of another dtype or of
+            several dimensions, or labels that are no number of a class.
     """
 
     features: Tensor
@@ -42,11 +43,16 @@ class Samples:
                 f"{len(self.features)} features and {len(self.labels)} labels, expected as many"
             )
         if self.labels.dim() != 1:
-            raise ConfigError(f"the labels have shape {tuple(self.labels.shape)}, expected one dimension")
+            raise ConfigError(
+                f"the labels have shape {tuple(self.labels.shape)}, expected one dimension"
+            )
         if self.labels.dtype != torch.int64:
-            raise ConfigError(f"the labels are {self.labels.dtype}, expected torch.int64, numbers of classes")
+            raise ConfigError(
+                f"the labels are {self.labels.dtype}, expected torch.int64, numbers of classes"
+            )
         if len(self.labels):
-            # PyTorch's losses leave out samples of some negative labels, and larger ones end in a traceback.
+            # PyTorch's losses leave out samples of some negative labels, and larger ones end in a
+            # traceback.
             least, most = (int(label) for label in self.labels.aminmax())
             if least < 0 or most >= len(self.classes):
                 wrong = least if least < 0 else most
@@ -83,10 +89,11 @@ class Samples:
         shift: tuple[int, int] = (0, 0),
         dtype: torch.dtype = torch.float32,
     ) -> "Samples":
-        """Return the images cropped, with each square of ``pool`` × ``pool`` pixels replaced by its average.
+        """Return the images cropped, with each square of ``pool`` × ``pool`` pixels replaced by its
+        average.
 
-        Images ``(n, h, w)`` of uint8 become ``(n, (h − 2·crop) // pool, (w − 2·crop) // pool)`` in [0, 1].
-        Pixels at the bottom and at the right that fill no square are left out.
+        Images ``(n, h, w)`` of uint8 become ``(n, (h − 2·crop) // pool, (w − 2·crop) // pool)`` in
+        [0, 1]. Pixels at the bottom and at the right that fill no square are left out.
 
         Args:
             crop: pixels to leave out on each side.
@@ -94,12 +101,14 @@ class Samples:
             dtype: of the new images, a floating one.
 
         Raises:
-            ConfigError: features that are no images; a ``pool`` below 1 or a ``crop`` below 0; nothing is
-                left of the images; a ``shift`` of more than ``crop``.
+            ConfigError: features that are no images; a ``pool`` below 1 or a ``crop`` below 0;
+                nothing is left of the images; a ``shift`` of more than ``crop``.
         """
         images, (down, right) = self.features, shift
         if images.dim() != 3:
-            raise ConfigError(f"the features have shape {tuple(images.shape)}, expected images (n, h, w)")
+            raise ConfigError(
+                f"the features have shape {tuple(images.shape)}, expected images (n, h, w)"
+            )
         if pool < 1 or crop < 0:
             raise ConfigError(f"crop is {crop} and pool {pool}, expected at least 0 and 1")
         height, width = ((side - 2 * crop) // pool for side in images.shape[1:])
@@ -122,7 +131,8 @@ class Samples:
 
 
 def _divisor(value: int, t: Tensor) -> int | Tensor:
-    """``value``; on a GPU as a tensor, since PyTorch divides by a number by multiplying by its reciprocal."""
+    """``value``; on a GPU as a tensor, since PyTorch divides by a number by multiplying by its
+    reciprocal."""
     return t.new_full((), value, dtype=torch.float32) if t.is_cuda else value
 
 
@@ -145,13 +155,14 @@ def batches(
 ) -> Iterator[Batch]:
     """Yield this rank's share of each global batch of one epoch.
 
-    The order of the samples depends on ``(seed, epoch)`` alone. The ranks' shares are disjoint and make up
-    the batch that one process would see; their sizes differ by at most 1. The last batch is the
-    remainder, and some ranks' share of it may be empty.
+    The order of the samples depends on ``(seed, epoch)`` alone. The ranks' shares are disjoint and
+    make up the batch that one process would see; their sizes differ by at most 1. The last batch is
+    the remainder, and some ranks' share of it may be empty.
 
     Args:
         batch_size: samples of the global batch, over all ranks.
-        share: returns this rank's share of a batch's indices, such as `World.share`; by default all.
+        share: returns this rank's share of a batch's indices, such as `World.share`; by default
+            all.
         start: number of the first batch, to continue within an epoch.
 
     Raises:
@@ -185,24 +196,29 @@ def _batches(
         indices, sizes = torch.cat(mine), [len(part) for part in mine]
         x, labels = samples.inputs(indices), samples.labels.index_select(0, indices)
         own = map(Batch, x.split(sizes), labels.split(sizes), map(len, whole))
-        # Where a batch lies in memory may change the bits of its products, so it lies where it did at first.
+        # Where a batch lies in memory may change the bits of its products, so it lies where it did
+        # at first.
         yield from islice(own, max(skipped - first, 0) // batch_size, None)
 
 
-def load(dataset: Dataset, root: Path, device: torch.device | str = "cpu") -> tuple[Samples, Samples]:
+def load(
+    dataset: Dataset, root: Path, device: torch.device | str = "cpu"
+) -> tuple[Samples, Samples]:
     """Return the training and test samples of a data set.
 
     Args:
         dataset: "mnist", "fashion-mnist" or "kmnist".
-        root: the folder that torchvision calls root. The archives lie in ``root/MNIST/raw`` and so on, or
-            the files that torchvision has extracted from them. Nothing is written there.
+        root: the folder that torchvision calls root. The archives lie in ``root/MNIST/raw`` and so
+            on, or the files that torchvision has extracted from them. Nothing is written there.
         device: where to put the samples.
 
     Raises:
         ConfigError: a file is missing or damaged.
     """
     train, test = (
-        Samples(torch.from_numpy(images.features), torch.from_numpy(images.labels), images.classes).to(device)
+        Samples(
+            torch.from_numpy(images.features), torch.from_numpy(images.labels), images.classes
+        ).to(device)
         for images in read(dataset, root)
     )
     return train, test

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Files of MNIST and its relatives, read into NumPy arrays.
 
-`torchpar.data` makes tensors of them. The format is IDX: two zero bytes, the code of the dtype (8 is uint8),
-the number of dimensions, each dimension as a big-endian int32, and the elements.
+`torchpar.data` makes tensors of them. The format is IDX: two zero bytes, the code of the dtype (8
+is uint8), the number of dimensions, each dimension as a big-endian int32, and the elements.
 """
 
 import gzip
@@ -18,7 +18,11 @@ from torchpar.errors import ConfigError
 Array = NDArray[Any]
 Dataset = Literal["mnist", "fashion-mnist", "kmnist"]
 
-FOLDERS: dict[Dataset, str] = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
+FOLDERS: dict[Dataset, str] = {
+    "mnist": "MNIST",
+    "fashion-mnist": "FashionMNIST",
+    "kmnist": "KMNIST",
+}
 CLASSES: dict[Dataset, tuple[str, ...]] = {  # torchvision's names
     "mnist": (
         *("0 - zero", "1 - one", "2 - two", "3 - three", "4 - four"),
@@ -54,7 +58,8 @@ class Images(NamedTuple):
 
 
 def read(dataset: Dataset, root: Path) -> tuple[Images, Images]:
-    """Return the training and test images of a data set. Arguments are those of `torchpar.data.load`.
+    """Return the training and test images of a data set. Arguments are those of
+    `torchpar.data.load`.
 
     Raises:
         ConfigError: a file is missing or damaged.
@@ -64,7 +69,8 @@ def read(dataset: Dataset, root: Path) -> tuple[Images, Images]:
     folder = FOLDERS[dataset]
     try:
         train, test = (
-            _read_pair(root / folder / "raw", prefix, CLASSES[dataset]) for prefix in ("train", "t10k")
+            _read_pair(root / folder / "raw", prefix, CLASSES[dataset])
+            for prefix in ("train", "t10k")
         )
     except ValueError as e:
         fetch = f"from torchvision.datasets import {folder} as D; D({str(root)!r}, download=True)"
@@ -81,7 +87,9 @@ def _read_pair(raw: Path, prefix: str, classes: tuple[str, ...]) -> Images:
     Raises:
         ValueError: a file is missing or damaged, or the two do not fit each other.
     """
-    of_images, of_labels = (raw / f"{prefix}-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1"))
+    of_images, of_labels = (
+        raw / f"{prefix}-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1")
+    )
     features, labels = read_idx(of_images), read_idx(of_labels).astype(np.int64)
     if features.ndim != 3 or features.shape[1:] != (SIDE, SIDE):
         raise ValueError(
@@ -91,11 +99,13 @@ def _read_pair(raw: Path, prefix: str, classes: tuple[str, ...]) -> Images:
         raise ValueError(f"{of_labels} holds an array of {labels.shape}, expected labels (n)")
     if not 0 < len(features) == len(labels):
         raise ValueError(
-            f"{of_images} holds {len(features)} images and {of_labels.name} {len(labels)} labels, expected "
-            "as many, and at least one"
+            f"{of_images} holds {len(features)} images and {of_labels.name} {len(labels)} labels, "
+            "expected as many, and at least one"
         )
     if labels.max() >= len(classes):
-        raise ValueError(f"{of_labels} has a label {labels.max()}, expected 0 to {len(classes) - 1}")
+        raise ValueError(
+            f"{of_labels} has a label {labels.max()}, expected 0 to {len(classes) - 1}"
+        )
     return Images(features, labels, classes)
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Examination of this machine: ``python -m torchpar doctor``.
 
-It looks at versions, processor, GPUs and communication. It computes each operator once beside PyTorch and
-float64. Each finding that needs attention has a remedy.
+It looks at versions, processor, GPUs and communication. It computes each operator once beside
+PyTorch and float64. Each finding that needs attention has a remedy.
 """
 
 import argparse
@@ -51,13 +51,16 @@ class Finding(NamedTuple):
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser("python -m torchpar doctor", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        "python -m torchpar doctor", description=__doc__.partition("\n")[0]
+    )
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     areas = (versions, processor, gpus, communication, operators)
     if parser.parse_args(arguments).json:
         return _print_json({area.__name__: list(examine(area)) for area in areas})
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # terminals that have only ASCII print ? for an arrow
+        # Terminals that have only ASCII print ? for an arrow.
+        sys.stdout.reconfigure(errors="replace")
     states: list[State] = []
     for area in areas:
         print(f"\n{area.__name__}")
@@ -91,11 +94,14 @@ def versions() -> Iterator[Finding]:
     for name, (oldest, newest) in TESTED.items():
         if name == "python":
             text = platform.python_version()
-        elif importlib.util.find_spec(name) is not None:  # also under another name of its distribution
+        # Also under another name of its distribution.
+        elif importlib.util.find_spec(name) is not None:
             text = str(importlib.import_module(name).__version__)
         else:
             state: State = "problem" if torch.cuda.is_available() else "note"
-            yield Finding(name, "missing; the operators have no GPU kernels", state, f"pip install {name}")
+            yield Finding(
+                name, "missing; the operators have no GPU kernels", state, f"pip install {name}"
+            )
             continue
         if _numbers(oldest) <= _numbers(text) <= _numbers(newest):
             yield Finding(name, text)
@@ -107,7 +113,9 @@ def versions() -> Iterator[Finding]:
 def processor() -> Iterator[Finding]:
     model = cpuinfo("model name") or platform.processor() or platform.machine()
     yield Finding("model", f"{model}; ATen uses {torch.backends.cpu.get_cpu_capability()}")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     threads = torch.get_num_threads()
     remedy = f"export OMP_NUM_THREADS={cores}" if threads > cores else ""
     yield Finding("threads", f"{threads}, on {cores} cores", "problem" if remedy else "ok", remedy)
@@ -116,14 +124,21 @@ def processor() -> Iterator[Finding]:
 def gpus() -> Iterator[Finding]:
     """Each GPU, and how tiles of the matrix kernels are chosen."""
     if not torch.cuda.is_available():
-        remedy = "if there is one, look at the driver, such as by nvidia-smi, and at CUDA_VISIBLE_DEVICES"
+        remedy = (
+            "if there is one, look at the driver, such as by nvidia-smi, and at "
+            "CUDA_VISIBLE_DEVICES"
+        )
         if torch.version.cuda is None and torch.version.hip is None:
             remedy = "this torch is built for CPUs; for a GPU install another build"
-        yield Finding("CUDA or ROCm", "PyTorch finds no GPU; the operators run on the CPU", "note", remedy)
+        yield Finding(
+            "CUDA or ROCm", "PyTorch finds no GPU; the operators run on the CPU", "note", remedy
+        )
         return
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        yield Finding(f"cuda:{index}", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB")
+        yield Finding(
+            f"cuda:{index}", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+        )
     if importlib.util.find_spec("triton") is None:
         return  # as "versions" says
     from torchpar.kernels import autotune
@@ -148,7 +163,9 @@ def communication() -> Iterator[Finding]:
 def operators() -> Iterator[Finding]:
     for device in ("cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))):
         sizes = enumerate((400, 400, 72))  # rows; several blocks on a CPU
-        a, b, weight = (normal_like(torch.empty(rows, 80, device=device), seed) for seed, rows in sizes)
+        a, b, weight = (
+            normal_like(torch.empty(rows, 80, device=device), seed) for seed, rows in sizes
+        )
         calls: dict[str, tuple[Any, ...]] = {
             "maximum": (torch.maximum, a, b),
             "matmul_t": (lambda x: x @ x.T, a),

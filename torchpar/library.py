@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Custom operators that all of PyTorch supports: in place of `torch.library.custom_op` and `triton_op`.
+"""Custom operators that all of PyTorch supports: in place of `torch.library.custom_op` and
+`triton_op`.
 
     @torchpar.library.custom_op("mylib::gram", mutates_args=())
     def gram(x: Tensor) -> Tensor: ...
@@ -7,9 +8,9 @@
     gram.register_fake(...)
     gram.register_autograd(backward, setup_context=setup_context)
 
-The decorators and the methods take what PyTorch's take, so that a changed import moves an operator. It then
-also has derivatives under torch.func and in forward mode (pytorch#168393, #170834, #179652), and sharding
-rules that wait for DTensor. docs/citizen.md shows each rule.
+The decorators and the methods take what PyTorch's take, so that a changed import moves an operator.
+It then also has derivatives under torch.func and in forward mode (pytorch#168393, #170834,
+#179652), and sharding rules that wait for DTensor. docs/citizen.md shows each rule.
 
 All private names of PyTorch that operators need are used here. tests/test_library.py guards each.
 """
@@ -35,7 +36,11 @@ from torch._functorch.autograd_function import custom_function_call_vmap_helper
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch._library import custom_ops
-from torch._library.triton import get_inner_triton_kernels, set_wrap_triton_enabled, triton_ops_to_kernels
+from torch._library.triton import (
+    get_inner_triton_kernels,
+    set_wrap_triton_enabled,
+    triton_ops_to_kernels,
+)
 from torch._library.utils import _c_check_aliasing_constraint
 from torch._prims_common import compute_elementwise_output_strides
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -48,7 +53,8 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 __all__ = ["CustomOpDef", "batch_first", "custom_op", "sample", "triton_op"]
 
 Wrap = Callable[[Any], Any] | None
-"""A function that a launcher applies to a Triton kernel before launching it; None for a real launch."""
+"""A function that a launcher applies to a Triton kernel before launching it; None for a real
+launch."""
 
 
 def custom_op(
@@ -66,8 +72,8 @@ def custom_op(
     Args:
         name: ``"namespace::name"``.
         fn: the function; without it, a decorator is returned.
-        mutates_args: the names of the tensors that the function writes to, or "unknown". Such an operator
-            has no gradient.
+        mutates_args: the names of the tensors that the function writes to, or "unknown". Such an
+            operator has no gradient.
         device_types: "cpu", "cuda" or others that the function serves; by default all.
         schema: ``"(Tensor x) -> Tensor"``; by default that of the function's annotations.
         tags: of the operator.
@@ -76,10 +82,12 @@ def custom_op(
         A `CustomOpDef`, or a decorator that makes one.
 
     Raises:
-        ValueError: a name or a schema that PyTorch does not take; a schema that contradicts ``mutates_args``;
-            ``device_types`` of a function that has neither a tensor nor a device among its arguments.
-        NotImplementedError: a keyword-only tensor, which has no gradient and no placement (pytorch#167977);
-            a schema whose results alias arguments, and the tags for them, inplace and out.
+        ValueError: a name or a schema that PyTorch does not take; a schema that contradicts
+            ``mutates_args``; ``device_types`` of a function that has neither a tensor nor a device
+            among its arguments.
+        NotImplementedError: a keyword-only tensor, which has no gradient and no placement
+            (pytorch#167977); a schema whose results alias arguments, and the tags for them, inplace
+            and out.
     """
 
     def make(fn: Callable[..., Any]) -> CustomOpDef:
@@ -100,19 +108,21 @@ def triton_op(
 ) -> Any:
     """Make an operator of a function that launches Triton kernels: `torch.library.triton_op`.
 
-    Compilers look into it, as into triton_op: `torch.compile` and AOTInductor trace the kernels, and the ATen
-    operators beside them. It stays whole in `torch.export`; for DTensors, whose sharding rules are the
-    operator's; and for data-dependent sizes, for which no tiles can be chosen. Triton is imported when a
-    compiler asks for the kernels, and not before.
+    Compilers look into it, as into triton_op: `torch.compile` and AOTInductor trace the kernels,
+    and the ATen operators beside them. It stays whole in `torch.export`; for DTensors, whose
+    sharding rules are the operator's; and for data-dependent sizes, for which no tiles can be
+    chosen. Triton is imported when a compiler asks for the kernels, and not before.
 
-    The function wraps its kernels in `torch.library.wrap_triton`. Or it takes a keyword argument ``wrap``, of
-    which the schema says nothing: None for a real launch, else a function to apply to a kernel.
+    The function wraps its kernels in `torch.library.wrap_triton`. Or it takes a keyword argument
+    ``wrap``, of which the schema says nothing: None for a real launch, else a function to apply to
+    a kernel.
 
     Args:
         name, fn, mutates_args, schema: as for `custom_op`.
-        kernels: returns the kernels, whose source belongs in a compiler's cache key; by default those that
-            the function wraps.
-        opaque: a function of the arguments; where it is true, compilers do not look into the operator.
+        kernels: returns the kernels, whose source belongs in a compiler's cache key; by default
+            those that the function wraps.
+        opaque: a function of the arguments; where it is true, compilers do not look into the
+            operator.
 
     Returns:
         A `CustomOpDef`, or a decorator that makes one.
@@ -162,8 +172,11 @@ def triton_op(
     return make if fn is None else make(fn)
 
 
-def _schema(name: str, fn: Callable[..., Any], mutates_args: str | Iterable[str], schema: str | None) -> str:
-    """The schema of the annotations, or the one that is given, if it agrees with ``mutates_args``."""
+def _schema(
+    name: str, fn: Callable[..., Any], mutates_args: str | Iterable[str], schema: str | None
+) -> str:
+    """The schema of the annotations, or the one that is given, if it agrees with
+    ``mutates_args``."""
     if schema is None:
         return torch.library.infer_schema(fn, mutates_args=mutates_args)
     arguments = torch._C.parse_schema("f" + schema).arguments
@@ -179,9 +192,11 @@ def _schema(name: str, fn: Callable[..., Any], mutates_args: str | Iterable[str]
 
 
 class CustomOpDef(custom_ops.CustomOpDef):
-    """An operator, ``torch.ops.<namespace>.<name>``, and its rules; `custom_op` and `triton_op` make it.
+    """An operator, ``torch.ops.<namespace>.<name>``, and its rules; `custom_op` and `triton_op`
+    make it.
 
-    The base class lets `opcheck` and the functions of `torch.library` take it; each method is replaced.
+    The base class lets `opcheck` and the functions of `torch.library` take it; each method is
+    replaced.
     """
 
     def __init__(
@@ -194,28 +209,41 @@ class CustomOpDef(custom_ops.CustomOpDef):
     ):
         namespace, _, own = name.partition("::")
         base, dot, overload = own.partition(".")
-        if not (namespace.isidentifier() and base.isidentifier() and (overload.isidentifier() or not dot)):
-            raise ValueError(f"the operator's name is {name!r}, expected 'namespace::name' of identifiers")
+        if not (
+            namespace.isidentifier()
+            and base.isidentifier()
+            and (overload.isidentifier() or not dot)
+        ):
+            raise ValueError(
+                f"the operator's name is {name!r}, expected 'namespace::name' of identifiers"
+            )
         tags = [tags] if isinstance(tags, torch.Tag) else tags or ()
         parsed = torch._C.parse_schema(own + schema)  # before an earlier operator is replaced
         arguments = parsed.arguments
         _refuse(name, parsed, tags)
         writes = [bool(one.alias_info and one.alias_info.is_write) for one in arguments]
         self._written_at = [i for i, is_written in enumerate(writes) if is_written]
-        self._needs_device = not any("Tensor" in str(one.type) for one in arguments)  # as an argument
+        # As an argument.
+        self._needs_device = not any("Tensor" in str(one.type) for one in arguments)
         self._has_device = any(one.name == "device" for one in arguments)
         self._check_device(name, device_types)
         self._namespace, self._name = namespace, own
         self.__name__, self.__doc__ = base, function.__doc__
-        self._lib = custom_ops.get_library_allowing_overwrite(namespace, own)  # a notebook defines it again
+        # A notebook defines it again.
+        self._lib = custom_ops.get_library_allowing_overwrite(namespace, own)
         self._lib.define(own + schema, tags={torch.Tag.pt2_compliant_tag, *tags})
-        self._opoverload = getattr(getattr(getattr(torch.ops, namespace), base), overload or "default")
+        self._opoverload = getattr(
+            getattr(getattr(torch.ops, namespace), base), overload or "default"
+        )
         self._positional = [one for one in arguments if not one.kwarg_only]
         self._defaults = tuple(one.default_value for one in self._positional)
         self._keywords = [one for one in arguments if one.kwarg_only]
-        self._are_lists = ["List" in (kind := str(one.type)) and "Tensor" in kind for one in self._positional]
+        self._are_lists = [
+            "List" in (kind := str(one.type)) and "Tensor" in kind for one in self._positional
+        ]
         self._has_lists = any(self._are_lists)
-        # From torch 2.14 on: arguments are not converted for C++, unless there are keyword-only ones.
+        # From torch 2.14 on: arguments are not converted for C++, unless there are keyword-only
+        # ones.
         if hasattr(self._opoverload, "_enable_pyobj_dispatch") and not self._keywords:
             self._opoverload._enable_pyobj_dispatch(True)
         # Errors and `grad_fn` show its name, as PyTorch's do.
@@ -224,7 +252,8 @@ class CustomOpDef(custom_ops.CustomOpDef):
         self._mutated = any(writes)
         self._kernels: dict[str | None, Callable[..., Any]] = {}  # by device; None for all others
         self._dispatch_rules: dict[Any, Callable[..., Any]] = {}  # by tensor subclass or mode
-        self._abstract_fn: Callable[..., Any] | None = None  # PyTorch's tools ask for it by this name
+        # PyTorch's tools ask for it by this name.
+        self._abstract_fn: Callable[..., Any] | None = None
         self._vmap: Callable[..., Any] | None = None
         self._backward: Callable[..., Any] | None = None
         self._setup_context: Callable[..., Any] | None = None
@@ -243,7 +272,9 @@ class CustomOpDef(custom_ops.CustomOpDef):
         _register_sharding_rules()  # in inference mode the Autograd key is passed over
         if not torch.compiler.is_compiling() and torch._C._autograd._profiler_enabled():
             # PyTorch's dispatch in Python (2.14) records no event.
-            return getattr(self._opoverload, "_cpp_dispatch_handle", self._opoverload)(*args, **kwargs)
+            return getattr(self._opoverload, "_cpp_dispatch_handle", self._opoverload)(
+                *args, **kwargs
+            )
         return self._opoverload(*args, **kwargs)
 
     def register_kernel(
@@ -258,7 +289,11 @@ class CustomOpDef(custom_ops.CustomOpDef):
             self._lib.impl(self._name, self._select_device, "BackendSelect")
         for device in devices:
             if device not in self._kernels:
-                key = torch._C._dispatch_key_for_device(device) if device else "CompositeExplicitAutograd"
+                key = (
+                    torch._C._dispatch_key_for_device(device)
+                    if device
+                    else "CompositeExplicitAutograd"
+                )
                 self._lib.impl(self._name, partial(self._run, device), key)
             self._kernels[device] = fn
         return fn
@@ -272,7 +307,8 @@ class CustomOpDef(custom_ops.CustomOpDef):
 
     def _select_device(self, *args: Any, **kwargs: Any) -> Any:
         """Call the kernel of a function without tensors, for the device among its arguments."""
-        given = {one.name: one.default_value for one in self._opoverload._schema.arguments}  # not passed on
+        # Not passed on.
+        given = {one.name: one.default_value for one in self._opoverload._schema.arguments}
         given |= dict(zip(given, args, strict=False)) | kwargs
         device = torch.device(given["device"] or "cpu").type
         chosen = device if device in self._kernels else None
@@ -301,16 +337,22 @@ class CustomOpDef(custom_ops.CustomOpDef):
                 torch._C._set_grad_enabled(True)
         results = result if isinstance(result, tuple) else (result,)
         if _any_output_is_alias_to_input_or_output(args, kwargs, results):
-            _c_check_aliasing_constraint(self._qualname, args, kwargs, result, partial(getmodule, kernel))
+            _c_check_aliasing_constraint(
+                self._qualname, args, kwargs, result, partial(getmodule, kernel)
+            )
         return result
 
     def set_kernel_enabled(self, device_type: str, enabled: bool = True) -> Any:
         """Refuse to switch kernels; `register_kernel` replaces one."""
-        raise NotImplementedError(f"{self._qualname}: kernels cannot be switched, register another instead")
+        raise NotImplementedError(
+            f"{self._qualname}: kernels cannot be switched, register another instead"
+        )
 
     def register_fake(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """Register a function that allocates the result, with its shape, strides, dtype and device."""
-        if self._abstract_fn is None:  # until then, kernels made of PyTorch's operators run on fake tensors
+        """Register a function that allocates the result, with its shape, strides, dtype and
+        device."""
+        # Until then, kernels made of PyTorch's operators run on fake tensors.
+        if self._abstract_fn is None:
             self._lib._register_fake(self._name, self._run_fake, _stacklevel=2)
         self._abstract_fn = fn
         return fn
@@ -333,10 +375,14 @@ class CustomOpDef(custom_ops.CustomOpDef):
         def with_defaults(info: Any, in_dims: tuple[Any, ...], *args: Any, **kwargs: Any) -> Any:
             assert self._vmap is not None
             rest = self._defaults[len(args) :]
-            return self._vmap(info, in_dims + (None,) * len(rest), *args, *rest, **self._keyword_only(kwargs))
+            return self._vmap(
+                info, in_dims + (None,) * len(rest), *args, *rest, **self._keyword_only(kwargs)
+            )
 
         interpreter: Any = retrieve_current_functorch_interpreter()
-        return custom_function_call_vmap_helper(interpreter, with_defaults, self._opoverload, *args, **kwargs)
+        return custom_function_call_vmap_helper(
+            interpreter, with_defaults, self._opoverload, *args, **kwargs
+        )
 
     def register_torch_dispatch(self, cls: Any, fn: Callable[..., Any] | None = None) -> Any:
         """Register what the operator does for a tensor subclass, or in a mode."""
@@ -361,40 +407,52 @@ class CustomOpDef(custom_ops.CustomOpDef):
         jvp: Callable[..., Any] | None = None,
         decompose: Callable[..., bool] | None = None,
     ) -> None:
-        """Register derivatives: `torch.library.register_autograd`, and more for torch.func and forward mode.
+        """Register derivatives: `torch.library.register_autograd`, and more for torch.func and
+        forward mode.
 
-        Under transforms and in forward mode ``formula`` is called in the operator's place, if it is given.
-        Otherwise the operator is called, and has the derivatives ``backward`` and ``jvp``.
+        Under transforms and in forward mode ``formula`` is called in the operator's place, if it is
+        given. Otherwise the operator is called, and has the derivatives ``backward`` and ``jvp``.
 
         Args:
-            backward: ``backward(ctx, *grads)`` returns the gradient, or None, of each positional argument.
-            setup_context: ``setup_context(ctx, inputs, output)`` saves what the derivatives need. If the
-                operator has keyword-only arguments, it also gets ``keyword_only_inputs``.
+            backward: ``backward(ctx, *grads)`` returns the gradient, or None, of each positional
+                argument.
+            setup_context: ``setup_context(ctx, inputs, output)`` saves what the derivatives need.
+                If the operator has keyword-only arguments, it also gets ``keyword_only_inputs``.
             formula: the same function, made of differentiable operators of PyTorch.
-            jvp: ``jvp(ctx, *tangents)`` returns the tangent of the result; a tangent that is 0 may be None.
-                By default it is computed by differentiating ``backward``, which is linear in ``grads``.
-            decompose: a function of the arguments; where it is true, ``formula`` is called in any case.
+            jvp: ``jvp(ctx, *tangents)`` returns the tangent of the result; a tangent that is 0 may
+                be None. By default it is computed by differentiating ``backward``, which is linear
+                in ``grads``.
+            decompose: a function of the arguments; where it is true, ``formula`` is called in any
+                case.
 
         Raises:
-            ValueError: the operator writes to an argument; ``formula`` and ``jvp``; ``decompose`` alone.
+            ValueError: the operator writes to an argument; ``formula`` and ``jvp``; ``decompose``
+                alone.
         """
         if self._mutated:
             raise ValueError(f"{self._qualname} writes to an argument and cannot have a gradient")
         if formula and jvp:
-            raise ValueError(f"{self._qualname}: formula and jvp are given, expected at most one of them")
+            raise ValueError(
+                f"{self._qualname}: formula and jvp are given, expected at most one of them"
+            )
         if decompose and not formula:
             raise ValueError(f"{self._qualname}: decompose is given without formula, pass both")
         self._backward, self._setup_context, self._jvp = backward, setup_context, jvp
         self._formula, self._decompose = formula, decompose
 
     def register_autocast(
-        self, device_type: str | None = None, cast_inputs: torch.dtype | None = None, *, cast: bool = True
+        self,
+        device_type: str | None = None,
+        cast_inputs: torch.dtype | None = None,
+        *,
+        cast: bool = True,
     ) -> None:
-        """Run the operator in ``cast_inputs`` under autocast, by default in the dtype that autocast has.
+        """Run the operator in ``cast_inputs`` under autocast, by default in the dtype that autocast
+        has.
 
         `torch.library.register_autocast` fixes the dtype; by default this rule follows
-        ``torch.autocast(dtype=…)``. Tensors of float64 and of integers are left as they are. Without a rule,
-        autocast would act on the operators inside.
+        ``torch.autocast(dtype=…)``. Tensors of float64 and of integers are left as they are.
+        Without a rule, autocast would act on the operators inside.
 
         Args:
             device_type: "cpu" or "cuda"; by default both.
@@ -405,7 +463,9 @@ class CustomOpDef(custom_ops.CustomOpDef):
         """
         if not isinstance(device_type, str | None):
             given = f"{self._qualname}: the device type is {device_type!r}"
-            raise ValueError(f"{given}, expected 'cpu', 'cuda' or None; the dtype is the second argument")
+            raise ValueError(
+                f"{given}, expected 'cpu', 'cuda' or None; the dtype is the second argument"
+            )
         for device in ("cpu", "cuda") if device_type is None else (device_type,):
             rule = partial(self._autocast, device, cast_inputs, cast)
             self._lib.impl(self._name, rule, f"Autocast{torch._C._dispatch_key_for_device(device)}")
@@ -424,35 +484,51 @@ class CustomOpDef(custom_ops.CustomOpDef):
             return self._opoverload(*args, **kwargs)
 
     def register_sharding(self, rule: Callable[..., Any]) -> Callable[..., Any]:
-        """Register a rule for DTensors, as `torch.distributed.tensor.experimental.register_sharding` does.
+        """Register a rule for DTensors, as
+        `torch.distributed.tensor.experimental.register_sharding` does.
 
-        Importing DTensor would slow the import of a package. The first call after DTensor was imported
-        registers the rule, in time: the operator's Autograd key comes before DTensor's dispatch.
+        Importing DTensor would slow the import of a package. The first call after DTensor was
+        imported registers the rule, in time: the operator's Autograd key comes before DTensor's
+        dispatch.
 
         Raises:
             ValueError: the operator has no result (pytorch#167219).
         """
         schema = self._opoverload._schema
         if not schema.returns:
-            raise ValueError(f"{self._qualname}: DTensor shards results, and there is none; return a tensor")
+            raise ValueError(
+                f"{self._qualname}: DTensor shards results, and there is none; return a tensor"
+            )
 
         def with_defaults(*args: Any, **kwargs: Any) -> Any:
             found = rule(*args, *self._defaults[len(args) :], **self._keyword_only(kwargs))
             # The tensors are specs, and in a list that has None, too, strategies.
-            is_tensor = [hasattr(t, "placements") or hasattr(t, "strategies") for t in tree_flatten(args)[0]]
+            is_tensor = [
+                hasattr(t, "placements") or hasattr(t, "strategies") for t in tree_flatten(args)[0]
+            ]
             sizes = [len(schema.returns), sum(is_tensor)]
             for pair in found if isinstance(found, list | tuple) else [found]:
-                lists = isinstance(pair, list | tuple) and [isinstance(one, list | tuple) for one in pair]
-                if lists != [True, True] or [len(pair[0]), sum(p is not None for p in pair[1])] != sizes:
-                    expected = "two lists, the placements of {} results and of {} tensors".format(*sizes)
-                    raise ValueError(f"{self._qualname}: the sharding rule has {pair}, expected {expected}")
+                lists = isinstance(pair, list | tuple) and [
+                    isinstance(one, list | tuple) for one in pair
+                ]
+                if (
+                    lists != [True, True]
+                    or [len(pair[0]), sum(p is not None for p in pair[1])] != sizes
+                ):
+                    expected = "two lists, the placements of {} results and of {} tensors".format(
+                        *sizes
+                    )
+                    raise ValueError(
+                        f"{self._qualname}: the sharding rule has {pair}, expected {expected}"
+                    )
             return found
 
         _sharding_rules[self._opoverload] = with_defaults
         return rule
 
     def _keyword_only(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """All keyword-only arguments, of which PyTorch leaves out those that equal their defaults."""
+        """All keyword-only arguments, of which PyTorch leaves out those that equal their
+        defaults."""
         return {one.name: one.default_value for one in self._keywords} | kwargs
 
     def _autograd(self, *args: Any, **kwargs: Any) -> Any:
@@ -462,7 +538,9 @@ class CustomOpDef(custom_ops.CustomOpDef):
             if not self._opoverload._schema.returns:
                 return self._below(*args, **kwargs)
         transformed = is_transformed(args) and not self._mutated
-        if self._formula and (transformed or (self._decompose and self._decompose(*args, **kwargs))):
+        if self._formula and (
+            transformed or (self._decompose and self._decompose(*args, **kwargs))
+        ):
             return self._formula(*args, **kwargs)
         if transformed:
             call = _Call(self, kwargs, transformed)
@@ -484,15 +562,18 @@ class CustomOpDef(custom_ops.CustomOpDef):
     def _check_write(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Refuse a call that would write to a tensor and leave its derivative as it was."""
         if is_transformed((args, kwargs)):
-            raise RuntimeError(f"{self._qualname} writes to an argument: no torch.func, no forward mode")
+            raise RuntimeError(
+                f"{self._qualname} writes to an argument: no torch.func, no forward mode"
+            )
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*self._written(args)):
             raise RuntimeError(
-                f"{self._qualname} has no gradient, and an argument that it writes to requires one; detach "
-                "it, or call the operator under torch.no_grad()"
+                f"{self._qualname} has no gradient, and an argument that it writes to requires "
+                "one; detach it, or call the operator under torch.no_grad()"
             )
 
     def _written(self, args: tuple[Any, ...]) -> list[Tensor]:
-        found = [args[i] for i in self._written_at if i < len(args)]  # no keyword-only argument is a tensor
+        # No keyword-only argument is a tensor.
+        found = [args[i] for i in self._written_at if i < len(args)]
         if not all(isinstance(t, Tensor) for t in found):
             found = [t for t in tree_flatten(found)[0] if t is not None]
         return found
@@ -506,18 +587,21 @@ def _refuse(name: str, schema: Any, tags: Sequence[torch.Tag]) -> None:
     """Refuse the schemas that the rules here do not support."""
     tensors = [one.name for one in schema.arguments if one.kwarg_only and "Tensor" in str(one.type)]
     if tensors:
-        raise NotImplementedError(f"{name}: {tensors[0]} is a keyword-only tensor; make it positional")
+        raise NotImplementedError(
+            f"{name}: {tensors[0]} is a keyword-only tensor; make it positional"
+        )
     aliasing = [tag.name for tag in tags if tag.name in ("inplace", "out")]
     if aliasing or any(one.alias_info for one in schema.returns):
         tag = f"the tag {aliasing[0]} says" if aliasing else "the schema says"
         raise NotImplementedError(
-            f"{name}: {tag} that a result is an argument or a view of one; return new memory, or None from "
-            "an operator that writes to its argument"
+            f"{name}: {tag} that a result is an argument or a view of one; return new memory, or "
+            "None from an operator that writes to its argument"
         )
 
 
 class _Call:
-    """A call on its way through `Differentiable`, of flat tensors; it keeps none of the arguments."""
+    """A call on its way through `Differentiable`, of flat tensors; it keeps none of the
+    arguments."""
 
     def __init__(self, op: CustomOpDef, kwargs: dict[str, Any], transformed: bool):
         self.op, self.kwargs, self.transformed = op, kwargs, transformed
@@ -537,10 +621,13 @@ class _Call:
         output = self.op._below(*_nested(leaves, self.sizes), **self.kwargs)
         self.is_tuple = isinstance(output, tuple)
         results, self.output_sizes = _flattened(output if self.is_tuple else (output,))
-        # Autograd refuses to change a view that a Function returns, although here nobody has its base.
+        # Autograd refuses to change a view that a Function returns, although here nobody has its
+        # base.
         return tuple(
             [
-                torch.ops.aten._unsafe_view(t, t.shape) if isinstance(t, Tensor) and t._is_view() else t
+                torch.ops.aten._unsafe_view(t, t.shape)
+                if isinstance(t, Tensor) and t._is_view()
+                else t
                 for t in results
             ]
         )
@@ -554,7 +641,9 @@ class _Call:
         self.materializes = len(output) > 1  # of one result autograd does
         if self.transformed or self.materializes:
             self.results: list[Any] = [  # None for a number
-                {"size": t.shape, "dtype": t.dtype, "device": t.device} if isinstance(t, Tensor) else None
+                {"size": t.shape, "dtype": t.dtype, "device": t.device}
+                if isinstance(t, Tensor)
+                else None
                 for t in output
             ]
         if self.materializes:  # the zeros that autograd makes are no DTensors (pytorch#173123)
@@ -613,7 +702,8 @@ class _Call:
                 given = f"{len(gradient)} gradients" if is_list else "one gradient"
                 expected = "one" if size is None else f"a list of {size}, one for each tensor"
                 raise RuntimeError(
-                    f"{self.op._qualname}: backward returns {given} for {argument.name}, expected {expected}"
+                    f"{self.op._qualname}: backward returns {given} for {argument.name}, expected "
+                    f"{expected}"
                 )
         return tuple(leaves)
 
@@ -621,7 +711,8 @@ class _Call:
 def _flattened(
     values: tuple[Any, ...], are_lists: Sequence[bool] | None = None
 ) -> tuple[Sequence[Any], list[int | None] | None]:
-    """The values and the tensors of those that are lists, and the lists' lengths; None without lists.
+    """The values and the tensors of those that are lists, and the lists' lengths; None without
+    lists.
 
     ``are_lists`` tells which values are lists of tensors; without it, their elements do.
     """
@@ -654,18 +745,24 @@ class Differentiable(_SingleLevelFunction):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Any:
-        *leaves, call = args  # in this order PyTorch's messages count the arguments as the operator does
+        # In this order PyTorch's messages count the arguments as the operator does.
+        *leaves, call = args
         if not call.transformed:
             output = call.compute(leaves)
             call.set_up(ctx, leaves, output)
             return output
-        with torch.enable_grad(), _set_fwd_grad_enabled(True):  # the transforms below differentiate too
+        # The transforms below differentiate too.
+        with torch.enable_grad(), _set_fwd_grad_enabled(True):
             output = call.compute(leaves)
         call.set_up(ctx, leaves, output)
         ctx.save_for_forward(*(ctx.to_save or ()))
         constant = set(map(id, ctx.non_differentiable or ()))
-        floats = [isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex()) for t in output]
-        call.are_smooth = [yes and id(t) not in constant for yes, t in zip(floats, output, strict=True)]
+        floats = [
+            isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex()) for t in output
+        ]
+        call.are_smooth = [
+            yes and id(t) not in constant for yes, t in zip(floats, output, strict=True)
+        ]
         return output
 
     @staticmethod
@@ -675,11 +772,14 @@ class Differentiable(_SingleLevelFunction):
     @staticmethod
     def jvp(ctx: Any, *args: Tensor | None) -> Any:
         tangents = args[:-1]
-        saved = [t if t is None else forward_ad.unpack_dual(t, level=0).primal for t in ctx.saved_tensors]
+        saved = [
+            t if t is None else forward_ad.unpack_dual(t, level=0).primal for t in ctx.saved_tensors
+        ]
         call = ctx._torchpar_call
         needs = _nested([t is not None for t in tangents], call.sizes)[: call.given]
         own = SimpleNamespace(**vars(ctx), saved_tensors=saved, needs_input_grad=needs)
-        # PyTorch turns forward mode off here, so that the tangents of the transforms below would be 0.
+        # PyTorch turns forward mode off here, so that the tangents of the transforms below would be
+        # 0.
         with _set_fwd_grad_enabled(True):
             if call.op._jvp:
                 return call.op._jvp(own, *_nested(tangents, call.sizes))
@@ -687,7 +787,8 @@ class Differentiable(_SingleLevelFunction):
 
 
 def _transposed_backward(ctx: Any, tangents: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """The tangents of the results: ``backward`` is linear in ``grads``, and this is its transpose."""
+    """The tangents of the results: ``backward`` is linear in ``grads``, and this is its
+    transpose."""
     call = ctx._torchpar_call
     with torch.enable_grad():
         zeros = [
@@ -697,15 +798,21 @@ def _transposed_backward(ctx: Any, tangents: Sequence[Tensor | None]) -> tuple[T
         smooth = [t for t in zeros if t is not None and t.requires_grad]
         found: Sequence[Any] = [t.detach() for t in smooth]
         gradients = call.backward(ctx, zeros) if smooth else ()
-        pairs = [(g, t) for g, t in zip(gradients, tangents, strict=False) if g is not None and t is not None]
+        pairs = [
+            (g, t)
+            for g, t in zip(gradients, tangents, strict=False)
+            if g is not None and t is not None
+        ]
         if any(not g.requires_grad for g, _ in pairs):  # a 0 of its own, or made by another library
             raise RuntimeError(
-                f"{call.op._qualname}: backward returns a gradient that PyTorch cannot differentiate; "
-                "return None for 0, or register jvp or formula"
+                f"{call.op._qualname}: backward returns a gradient that PyTorch cannot "
+                "differentiate; return None for 0, or register jvp or formula"
             )
         if pairs:
             outputs, incoming = zip(*((g.sum_to_size(t.shape), t) for g, t in pairs), strict=True)
-            found = torch.autograd.grad(outputs, smooth, incoming, create_graph=True, materialize_grads=True)
+            found = torch.autograd.grad(
+                outputs, smooth, incoming, create_graph=True, materialize_grads=True
+            )
     rest = iter(found)
     return tuple(next(rest) if is_smooth else None for is_smooth in call.are_smooth)
 
@@ -721,10 +828,11 @@ class _Kernels:
 
 
 def supports_tma(wrap: Wrap) -> bool:
-    """Whether a kernel that ``wrap`` launches may make TMA descriptors, which need memory at the launch.
+    """Whether a kernel that ``wrap`` launches may make TMA descriptors, which need memory at the
+    launch.
 
-    Inductor's Python wrapper allocates that memory. Its C++ wrapper, and so AOTInductor, allocates enough for
-    one program in torch 2.11. Other compilers, and uncompiled graphs, allocate nothing.
+    Inductor's Python wrapper allocates that memory. Its C++ wrapper, and so AOTInductor, allocates
+    enough for one program in torch 2.11. Other compilers, and uncompiled graphs, allocate nothing.
     """
     if wrap is None:
         return True
@@ -735,21 +843,28 @@ def supports_tma(wrap: Wrap) -> bool:
 
 
 def _gpu_of(args: tuple[Any, ...]) -> torch.device | None:
-    """The tensors' GPU, to be made current: Triton launches on the current one, and chooses tiles for it."""
+    """The tensors' GPU, to be made current: Triton launches on the current one, and chooses tiles
+    for it."""
     for arg in args:
-        if isinstance(arg, Tensor) and arg.is_cuda and torch.cuda.is_available():  # a fake one is anywhere
+        # A fake one is anywhere.
+        if isinstance(arg, Tensor) and arg.is_cuda and torch.cuda.is_available():
             return arg.device
     return None
 
 
 def batch_first(t: Tensor, dim: int | None, batch_size: int) -> Tensor:
-    """For rules of vmap: ``t`` with its batch dimension first, or expanded to a batch if ``dim`` is None."""
+    """For rules of vmap: ``t`` with its batch dimension first, or expanded to a batch if ``dim`` is
+    None."""
     return t.expand(batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
 
 
 def sample(t: Tensor, dim: int | None) -> Tensor:
     """For rules of vmap: a tensor like one sample of ``t``, whose values are undefined."""
-    return t if dim is None else t.new_empty(()).expand([size for d, size in enumerate(t.shape) if d != dim])
+    return (
+        t
+        if dim is None
+        else t.new_empty(()).expand([size for d, size in enumerate(t.shape) if d != dim])
+    )
 
 
 def is_dtensor(t: Tensor) -> bool:
@@ -770,7 +885,8 @@ def is_transformed(values: Any) -> bool:
 
 
 def needs_formula(*tensors: Tensor) -> bool:
-    """Whether a backward pass of these must consist of operators with derivatives and sharding rules."""
+    """Whether a backward pass of these must consist of operators with derivatives and sharding
+    rules."""
     return torch.is_grad_enabled() or is_transformed(tensors) or any(map(is_dtensor, tensors))
 
 
@@ -788,14 +904,18 @@ def _register_sharding_rules() -> None:
 
 
 # `torch.compile` calls it while it traces. It would trace PyTorch's registration, and fail.
-# `torch.compiler.assume_constant_result` sets this mark and imports the compiler, which takes a second.
+# `torch.compiler.assume_constant_result` sets this mark and imports the compiler, which takes a
+# second.
 _register_sharding_rules._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def empty_elementwise(operands: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
+def empty_elementwise(
+    operands: Sequence[Tensor], dtype: torch.dtype, device: torch.device
+) -> Tensor:
     """An uninitialised tensor of the broadcast shape of ``operands``, with ATen's strides."""
     shape = operands[0].shape
-    if all(t.shape == shape and t.is_contiguous() for t in operands):  # the general rule takes 40 µs
+    # The general rule takes 40 µs.
+    if all(t.shape == shape and t.is_contiguous() for t in operands):
         return torch.empty(shape, dtype=dtype, device=device)
     shape = torch.broadcast_shapes(*(t.shape for t in operands))
     strides = compute_elementwise_output_strides(*(t.expand(shape) for t in operands))

@@ -17,16 +17,21 @@ class Linear(torch.nn.Linear):
     """`torch.nn.Linear` with Xavier's uniform initialisation, ``y = x @ weight.T + bias``.
 
     ``x (*, in_features)`` → ``y (*, out_features)``. The state dict holds ``weight``
-    ``(out_features, in_features)`` and ``bias`` ``(out_features)``. The variance of the initial weight is
-    2/(in_features + out_features) (Glorot and Bengio, 2010), and the initial bias is 0.
+    ``(out_features, in_features)`` and ``bias`` ``(out_features)``. The variance of the initial
+    weight is 2/(in_features + out_features) (Glorot and Bengio, 2010), and the initial bias is 0.
     """
 
     weight: torch.nn.Parameter
 
     def reset_parameters(self) -> None:
-        # `torch.nn.init.xavier_uniform_` makes x·(b − a) + a, which some processors round only once.
+        # `torch.nn.init.xavier_uniform_` makes x·(b − a) + a, which some processors round only
+        # once.
         with torch.no_grad():
-            bound = math.sqrt(6 / (self.in_features + self.out_features)) if self.weight.numel() else 0.0
+            bound = (
+                math.sqrt(6 / (self.in_features + self.out_features))
+                if self.weight.numel()
+                else 0.0
+            )
             self.weight.uniform_().mul_(2 * bound).sub_(bound)
         if self.bias is not None:
             torch.nn.init.zeros_(self.bias)
@@ -61,7 +66,8 @@ class LinearTanh(Linear):
     Arguments, shapes and state dict are those of `Linear`.
     """
 
-    # 2·linear_sigmoid(x, 2·weight, 2·bias) − 1 would be the same, but its error is that of a number near 1.
+    # 2·linear_sigmoid(x, 2·weight, 2·bias) − 1 would be the same, but its error is that of a number
+    # near 1.
     def forward(self, x: Tensor) -> Tensor:
         return torch.tanh(super().forward(x))
 
@@ -70,12 +76,14 @@ class LinearMaxout(Linear):
     """The elementwise maximum of two linear layers, ``y = max(x @ w1.T + b1, x @ w2.T + b2)``.
 
     ``x (*, in_features)`` → ``y (*, out_features)``. The state dict holds ``weight``
-    ``(2·out_features, in_features)``, with w1 above w2, and ``bias`` ``(2·out_features)``, with b1 before b2.
-    So one product computes both pieces. `torchpar.maximum` takes their maximum, and gives its gradient: each
-    unit's goes to its larger piece. The variance of the initial weight is 2/(in_features + out_features),
-    that of a `Linear` of one piece. `torchpar.optim.Muon.for_model` takes w1 and w2 as two matrices.
+    ``(2·out_features, in_features)``, with w1 above w2, and ``bias`` ``(2·out_features)``, with b1
+    before b2. So one product computes both pieces. `torchpar.maximum` takes their maximum, and
+    gives its gradient: each unit's goes to its larger piece. The variance of the initial weight is
+    2/(in_features + out_features), that of a `Linear` of one piece. `torchpar.optim.Muon.for_model`
+    takes w1 and w2 as two matrices.
 
-    Source: Goodfellow, Warde-Farley, Mirza, Courville and Bengio, "Maxout Networks", ICML 2013, with k = 2.
+    Source: Goodfellow, Warde-Farley, Mirza, Courville and Bengio, "Maxout Networks", ICML 2013,
+    with k = 2.
 
     Args:
         in_features, out_features, bias, device, dtype: as in `torch.nn.Linear`.
@@ -94,7 +102,9 @@ class LinearMaxout(Linear):
             torch.empty(2 * out_features, in_features, device=device, dtype=dtype)
         )
         if bias:
-            self.bias = torch.nn.Parameter(torch.empty(2 * out_features, device=device, dtype=dtype))
+            self.bias = torch.nn.Parameter(
+                torch.empty(2 * out_features, device=device, dtype=dtype)
+            )
         self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -116,13 +126,13 @@ class MLP(torch.nn.Module):
     """A multilayer perceptron: linear layers with an activation between them.
 
     ``x (*, sizes[0])`` → ``y (*, sizes[-1])``. The state dict's keys are ``layers.<i>.weight``
-    ``(sizes[i + 1], sizes[i])`` and ``layers.<i>.bias`` ``(sizes[i + 1])`` for i = 0, 1, …. Hidden layers of
-    "maxout" have twice as many rows, see `LinearMaxout`.
+    ``(sizes[i + 1], sizes[i])`` and ``layers.<i>.bias`` ``(sizes[i + 1])`` for i = 0, 1, …. Hidden
+    layers of "maxout" have twice as many rows, see `LinearMaxout`.
 
     Args:
         sizes: at least two widths, from the input to the output.
-        hidden: the hidden layers: "sigmoid" for `LinearSigmoid`, "relu" for `LinearReLU`, "tanh" for
-            `LinearTanh`, or "maxout" for `LinearMaxout`.
+        hidden: the hidden layers: "sigmoid" for `LinearSigmoid`, "relu" for `LinearReLU`, "tanh"
+            for `LinearTanh`, or "maxout" for `LinearMaxout`.
         output: "logits" for no activation after the last layer, or "sigmoid".
 
     Raises:
@@ -141,7 +151,9 @@ class MLP(torch.nn.Module):
         super().__init__()
         output_layers = {"logits": Linear, "sigmoid": LinearSigmoid}
         if len(sizes) < 2:
-            raise ValueError(f"sizes is {list(sizes)}, expected at least an input and an output size")
+            raise ValueError(
+                f"sizes is {list(sizes)}, expected at least an input and an output size"
+            )
         if hidden not in HIDDEN_LAYERS:
             raise ValueError(f"hidden is {hidden!r}, expected one of {sorted(HIDDEN_LAYERS)}")
         if output not in output_layers:

@@ -14,8 +14,8 @@ class EpochResult:
         train_loss: mean over the epoch's training samples, each at the step that trained on it.
         test_loss: mean over all test samples, after the epoch.
         test_accuracy: in [0, 1].
-        samples_per_s: training samples per second over all ranks, without evaluation. In a resumed epoch,
-            those since it was resumed.
+        samples_per_s: training samples per second over all ranks, without evaluation. In a resumed
+            epoch, those since it was resumed.
         seconds: of training and evaluation. In a resumed epoch, those since it was resumed.
         ranks: number of processes.
         device: "cpu" or "cuda".

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""This rank's part of a parameter: all of it, a DTensor's shard, or a slice that a split layer holds.
+"""This rank's part of a parameter: all of it, a DTensor's shard, or a slice that a split layer
+holds.
 
 Optimizer, clipping and checkpoints all read `part_of`.
 """
@@ -59,7 +60,9 @@ def as_dtensor(t: Tensor, part: Part) -> Tensor:
     assert part.axis is not None
     whole = torch.empty(part.whole, device="meta")
     cut = [Shard(part.axis)]
-    return DTensor.from_local(t, part.mesh, cut, run_check=False, shape=whole.shape, stride=whole.stride())
+    return DTensor.from_local(
+        t, part.mesh, cut, run_check=False, shape=whole.shape, stride=whole.stride()
+    )
 
 
 def is_marked(p: Tensor) -> bool:

@@ -9,10 +9,11 @@ from pathlib import Path
 
 
 def end_with_parent(folder: Path | None = None) -> None:
-    """Let this process, one of `multiprocessing`, end at once when its parent has ended, even by SIGKILL.
+    """Let this process, one of `multiprocessing`, end at once when its parent has ended, even by
+    SIGKILL.
 
-    Give it to a pool as ``initializer``. A worker of a pool would otherwise wait for its next task for ever,
-    because it holds both ends of the queue itself.
+    Give it to a pool as ``initializer``. A worker of a pool would otherwise wait for its next task
+    for ever, because it holds both ends of the queue itself.
 
     Args:
         folder: to remove then, for the parent could not.

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Rank, number of ranks and address from the launcher's environment: torchrun, Open MPI or MPICH."""
+"""Rank, number of ranks and address from the launcher's environment: torchrun, Open MPI or
+MPICH."""
 
 import os
 import zlib
@@ -20,8 +21,8 @@ class RankInfo:
         local_world_size: number of ranks on this machine.
         address: host of the store.
         port: port of the store.
-        launcher: "torchrun", whose agent hosts the store. Rank 0 hosts it under "openmpi", "mpich" and "env"
-            (RANK and the other variables were set by something else).
+        launcher: "torchrun", whose agent hosts the store. Rank 0 hosts it under "openmpi", "mpich"
+            and "env" (RANK and the other variables were set by something else).
     """
 
     rank: int
@@ -36,7 +37,9 @@ class RankInfo:
 # Rank, world size, local rank, and local world size under each launcher.
 _VARIABLES = {
     "env": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
-    "openmpi": tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
+    "openmpi": tuple(
+        f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
+    ),
     "mpich": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
 }
 
@@ -44,18 +47,19 @@ _VARIABLES = {
 def find_rank_info(env: Mapping[str, str] = os.environ) -> RankInfo | None:
     """Read the variables of torchrun, or of mpirun (Open MPI and MPICH).
 
-    MASTER_ADDR and MASTER_PORT are read under each launcher. Without them the address is 127.0.0.1 on one
-    machine, and the port is derived from the job's name, which MPICH does not tell: its second job on a
-    machine needs a MASTER_PORT.
+    MASTER_ADDR and MASTER_PORT are read under each launcher. Without them the address is 127.0.0.1
+    on one machine, and the port is derived from the job's name, which MPICH does not tell: its
+    second job on a machine needs a MASTER_PORT.
 
     Returns:
         None without a launcher, and for the only process of an mpirun.
 
     Raises:
-        ConfigError: a variable is missing or out of range, the ranks span machines without MASTER_ADDR and
-            MASTER_PORT, or srun started several tasks without torchrun.
+        ConfigError: a variable is missing or out of range, the ranks span machines without
+            MASTER_ADDR and MASTER_PORT, or srun started several tasks without torchrun.
     """
-    # mpirun comes before SLURM: in an allocation its ranks inherit the SLURM variables of its daemons.
+    # mpirun comes before SLURM: in an allocation its ranks inherit the SLURM variables of its
+    # daemons.
     job = None
     if "RANK" in env:
         launcher = "env"
@@ -65,16 +69,21 @@ def find_rank_info(env: Mapping[str, str] = os.environ) -> RankInfo | None:
     elif "PMI_RANK" in env and ("MPI_LOCALRANKID" in env or "SLURM_STEP_ID" not in env):
         launcher = "mpich"  # which names no job; srun --mpi=pmi2 sets PMI_RANK, too
     elif env.get("SLURM_STEP_NUM_TASKS", "1") != "1":
-        raise ConfigError("srun started several tasks, expected one torchrun per node: examples/cluster")
+        raise ConfigError(
+            "srun started several tasks, expected one torchrun per node: examples/cluster"
+        )
     else:
         return None
-    rank, world_size, local_rank, local_world_size = (_number(env, name) for name in _VARIABLES[launcher])
+    rank, world_size, local_rank, local_world_size = (
+        _number(env, name) for name in _VARIABLES[launcher]
+    )
     if world_size == 1 and launcher != "env":
         return None
     if not (rank < world_size and local_rank < local_world_size <= world_size):
         raise ConfigError(
-            f"{launcher} sets rank {rank} of {world_size} and local rank {local_rank} of {local_world_size}, "
-            "expected ranks below their number, and no more local ranks than ranks"
+            f"{launcher} sets rank {rank} of {world_size} and local rank {local_rank} of "
+            f"{local_world_size}, expected ranks below their number, and no more local ranks than "
+            "ranks"
         )
 
     address, on_one_machine = env.get("MASTER_ADDR"), local_world_size == world_size
@@ -90,7 +99,9 @@ def find_rank_info(env: Mapping[str, str] = os.environ) -> RankInfo | None:
         raise ConfigError(f"MASTER_PORT is {port}, expected 1 to 65535")
     if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and launcher == "env":
         launcher = "torchrun"
-    return RankInfo(rank, local_rank, world_size, local_world_size, address or "127.0.0.1", port, launcher)
+    return RankInfo(
+        rank, local_rank, world_size, local_world_size, address or "127.0.0.1", port, launcher
+    )
 
 
 def _number(env: Mapping[str, str], name: str) -> int:

@@ -17,7 +17,8 @@ Backward = Callable[[Tensor, Tensor | None], None]
 
 
 def matmul_t(x: Tensor, block: int = 64) -> Tensor:
-    """``x @ x.mT`` for ``x (n, k)``, in tiles of ``block`` rows. The fast version is `torchpar.matmul_t`.
+    """``x @ x.mT`` for ``x (n, k)``, in tiles of ``block`` rows. The fast version is
+    `torchpar.matmul_t`.
 
     Only tiles on and below the diagonal are computed; each one above is the transpose of one below.
     """
@@ -36,8 +37,8 @@ def matmul_t(x: Tensor, block: int = 64) -> Tensor:
 def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b.T`` for float32 ``a (m, k)`` and ``b (n, k)``, finite, by sums of Python's integers.
 
-    The fast version is `torchpar.exact_matmul`, with the same bits. `torchpar.ops.exact_digits` has the
-    formula.
+    The fast version is `torchpar.exact_matmul`, with the same bits. `torchpar.ops.exact_digits` has
+    the formula.
     """
 
     def cut(row: list[float]) -> tuple[int, list[list[int]]]:
@@ -71,8 +72,9 @@ def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
 class ColumnParallelLinear(torch.nn.Module):
     """The rows of a layer's weight, split over the ranks: ``y_r = x @ weight_r.T + bias_r``.
 
-    x ``(*, in_features)``, the same on every rank → y_r ``(*, out_r)``, this rank's part of the outputs.
-    `torchpar.parallel.ColumnParallelLinear` sums the input's gradient while it computes the weight's.
+    x ``(*, in_features)``, the same on every rank → y_r ``(*, out_r)``, this rank's part of the
+    outputs. `torchpar.parallel.ColumnParallelLinear` sums the input's gradient while it computes
+    the weight's.
     """
 
     def __init__(self, whole: torch.nn.Linear, group: dist.ProcessGroup | None = None):
@@ -92,8 +94,8 @@ class ColumnParallelLinear(torch.nn.Module):
 class RowParallelLinear(torch.nn.Module):
     """The columns of a layer's weight, split over the ranks: ``y = Σ_r x_r @ weight_r.T + bias``.
 
-    x_r ``(*, in_r)``, as `ColumnParallelLinear` gives it → y ``(*, out_features)``, the same on every rank.
-    `torchpar.parallel.RowParallelLinear` is the library's.
+    x_r ``(*, in_r)``, as `ColumnParallelLinear` gives it → y ``(*, out_features)``, the same on
+    every rank. `torchpar.parallel.RowParallelLinear` is the library's.
     """
 
     def __init__(self, whole: torch.nn.Linear, group: dist.ProcessGroup | None = None):
@@ -138,18 +140,22 @@ def average_gradients(model: torch.nn.Module) -> None:
 
 
 class P2PCommunicator:
-    """Messages between neighbouring stages of a pipeline; the ranks of ``group`` are the stages, in order.
+    """Messages between neighbouring stages of a pipeline; the ranks of ``group`` are the stages, in
+    order.
 
-    A stage sends its activations y to the next stage. It sends the gradient of x, the activations that it
-    received, to the previous stage. A gradient has the shape of the activations. The first stage has no
-    previous one, and the last stage no next one: there nothing is sent, and None is received.
+    A stage sends its activations y to the next stage. It sends the gradient of x, the activations
+    that it received, to the previous stage. A gradient has the shape of the activations. The first
+    stage has no previous one, and the last stage no next one: there nothing is sent, and None is
+    received.
 
-    ``send_*`` only queues a message. The next ``recv_*`` sends it, or `flush`. Both return when all messages
-    have been sent and received. After the last ``send_*`` call `flush`. Both directions start together:
-    neighbours that send to each other, and receive only then, would wait for each other.
+    ``send_*`` only queues a message. The next ``recv_*`` sends it, or `flush`. Both return when all
+    messages have been sent and received. After the last ``send_*`` call `flush`. Both directions
+    start together: neighbours that send to each other, and receive only then, would wait for each
+    other.
 
     Args:
-        group: with NCCL, a group that has run a collective, as `torch.distributed.batch_isend_irecv` asks.
+        group: with NCCL, a group that has run a collective, as
+            `torch.distributed.batch_isend_irecv` asks.
         device, dtype: of the activations.
     """
 
@@ -191,12 +197,16 @@ class P2PCommunicator:
         received = None
         if 0 <= stage < self.stages:
             received = torch.empty(shape, dtype=self.dtype, device=self.device)
-            self._messages.append(dist.P2POp(dist.irecv, received, group=self.group, group_peer=stage))
+            self._messages.append(
+                dist.P2POp(dist.irecv, received, group=self.group, group_peer=stage)
+            )
         self.flush()
         return received
 
 
-def gpipe(forward: Forward, backward: Backward, shapes: Sequence[Shape], p2p: P2PCommunicator) -> None:
+def gpipe(
+    forward: Forward, backward: Backward, shapes: Sequence[Shape], p2p: P2PCommunicator
+) -> None:
     """Run the forward passes of all micro-batches, then their backward passes.
 
         p2p = P2PCommunicator()
@@ -208,16 +218,17 @@ def gpipe(forward: Forward, backward: Backward, shapes: Sequence[Shape], p2p: P2
 
         gpipe(forward, torch.Tensor.backward, [(len(part), in_features) for part in parts], p2p)
 
-    With p stages of equal work and m micro-batches, a stage is idle for ``(p − 1) / (m + p − 1)`` of a step.
-    It keeps the activations of m micro-batches. The gradients of the parameters are added up in the order of
-    the micro-batches. `torchpar.parallel.Pipeline` runs these schedules.
+    With p stages of equal work and m micro-batches, a stage is idle for ``(p − 1) / (m + p − 1)``
+    of a step. It keeps the activations of m micro-batches. The gradients of the parameters are
+    added up in the order of the micro-batches. `torchpar.parallel.Pipeline` runs these schedules.
 
     Args:
-        forward: the number of a micro-batch, and the activations from the previous stage, None on the first
-            → the activations for the next stage; on the last one the micro-batch's part of the loss.
+        forward: the number of a micro-batch, and the activations from the previous stage, None on
+            the first → the activations for the next stage; on the last one the micro-batch's part
+            of the loss.
         backward: what ``forward`` returned, and its gradient, None on the last stage.
-        shapes: of the activations that this stage receives for each micro-batch. On the first stage only
-            their number counts.
+        shapes: of the activations that this stage receives for each micro-batch. On the first stage
+            only their number counts.
 
     Source: Huang et al., GPipe, 2019, https://arxiv.org/abs/1811.06965.
     """
@@ -229,9 +240,9 @@ def one_forward_one_backward(
 ) -> None:
     """Run the backward pass of each micro-batch as early as possible (1F1B).
 
-    Stage s of p runs p − 1 − s forward passes, so that the later stages have work. Then it runs a forward
-    and a backward pass in turn, and at the end the backward passes that are left. It keeps the activations of
-    at most p − s micro-batches. All else is as in `gpipe`.
+    Stage s of p runs p − 1 − s forward passes, so that the later stages have work. Then it runs a
+    forward and a backward pass in turn, and at the end the backward passes that are left. It keeps
+    the activations of at most p − s micro-batches. All else is as in `gpipe`.
 
     Source: Narayanan et al., PipeDream, 2019, https://doi.org/10.1145/3341301.3359646.
     """

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Check the operators of this folder, and write docs/gallery.md: ``python examples/operators/gallery.py``."""
+"""Check the operators of this folder, and write docs/gallery.md.
+
+python examples/operators/gallery.py
+"""
 
 from collections.abc import Iterable
 from importlib import import_module
@@ -16,21 +19,24 @@ RULES = [rule for rule in ALL_RULES if rule not in SKIPPED]
 PAGE = Path(__file__).parents[2] / "docs" / "gallery.md"
 TEXT = """# A gallery of operators
 
-Each file of [examples/operators](../examples/operators) takes a function, in Triton, Numba, torchvision
-or PyTorch. The same lines make two operators of it: one by `torch.library`, and one by `torchpar.library`.
-[From a function to an operator](citizen.md) explains each rule. `torchpar.testing.check_operator` finds,
-before → after:
+Each file of [examples/operators](../examples/operators) takes a function, in Triton, Numba,
+torchvision or PyTorch. The same lines make two operators of it: one by `torch.library`, and one by
+`torchpar.library`. [From a function to an operator](citizen.md) explains each rule.
+`torchpar.testing.check_operator` finds, before → after:
 
 {table}
 
-All other rules that were tried work before and after; Inductor and CUDA graphs are left out. Before, a
-derivative in forward mode is 0 or missing, without an error. On a CPU `softmax` computes by PyTorch; the
-tests also run its kernel in Triton's interpreter.
+All other rules that were tried work before and after; Inductor and CUDA graphs are left out.
+Before, a derivative in forward mode is 0 or missing, without an error. On a CPU `softmax` computes
+by PyTorch; the tests also run its kernel in Triton's interpreter.
 
-- DTensor refuses `roi_align`: no rule is registered. Its backward, an operator too, would need another.
-- An operator that writes to an argument has no gradient, by `torch.library` and by `torchpar.library`.
+- DTensor refuses `roi_align`: no rule is registered. Its backward, an operator too, would need
+  another.
+- An operator that writes to an argument has no gradient, by `torch.library` and by
+  `torchpar.library`.
 
-`python examples/operators/gallery.py` writes this page. It needs `pip install -e '.[examples,test]'`.
+`python examples/operators/gallery.py` writes this page. It needs
+`pip install -e '.[examples,test]'`.
 """
 
 

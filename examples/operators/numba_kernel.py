@@ -27,7 +27,9 @@ def scan(a: Any, x: Any, y: Any) -> None:
 
 def recurrence(a: Tensor, x: Tensor) -> Tensor:
     if a.shape != x.shape or x.dim() == 0:
-        raise ValueError(f"shapes {tuple(a.shape)} and {tuple(x.shape)}, expected the same (*, steps)")
+        raise ValueError(
+            f"shapes {tuple(a.shape)} and {tuple(x.shape)}, expected the same (*, steps)"
+        )
     y = torch.empty(x.shape, dtype=torch.float64)
     scan(*(t.double().numpy(force=True) for t in (a, x)), y.numpy())
     return y.to(x.device, torch.promote_types(a.dtype, x.dtype))

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """RoIAlign of torchvision, which has neither forward mode nor second derivatives.
 
-It is linear in the image. So is its backward in the gradient, and the derivative of the backward is RoIAlign.
+It is linear in the image. So is its backward in the gradient, and the derivative of the backward is
+RoIAlign.
 """
 
 from collections.abc import Sequence
@@ -17,10 +18,13 @@ import torchpar
 
 
 def roi_align(image: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Average the bins of boxes (x1, y1, x2, y2), int64, of an image (C, H, W): (boxes, C, size, size)."""
-    if image.dim() != 3 or image.numel() == 0:  # where torchvision reads memory that is not the image's
+    """Average the bins of boxes (x1, y1, x2, y2), int64, of an image (C, H, W): (boxes, C, size,
+    size)."""
+    # Where torchvision reads memory that is not the image's.
+    if image.dim() != 3 or image.numel() == 0:
         raise ValueError(f"the image has shape {tuple(image.shape)}, expected (C, H, W), not empty")
-    x = image.to(torch.promote_types(image.dtype, torch.float32))  # torchvision has no bfloat16 on CPUs
+    # Torchvision has no bfloat16 on CPUs.
+    x = image.to(torch.promote_types(image.dtype, torch.float32))
     rois = pad(boxes.to(x), (1, 0))
     return torch.ops.torchvision.roi_align(x[None], rois, 1.0, size, size, 2, True).to(image)  # type: ignore[no-any-return]
 
@@ -71,4 +75,5 @@ def reference(image: Tensor, boxes: Tensor, size: int) -> Tensor:
     pixels = torch.eye(image[0].numel(), dtype=image.dtype).view(-1, *image.shape[1:])
     weights = roi_align(pixels, boxes, size).movedim(1, -1)  # (boxes, size, size, pixels)
     parts = weights[:, None] * image.flatten(1)[:, None, None]
-    return parts.where(weights[:, None] != 0, 0).sum(-1)  # a pixel that is NaN counts in its bins alone
+    # A pixel that is NaN counts in its bins alone.
+    return parts.where(weights[:, None] != 0, 0).sum(-1)

@@ -15,8 +15,8 @@ def compare(
 ) -> dict[str, Any]:
     """Print the errors of ``result`` and of PyTorch's ``reference(*inputs)``, and return them.
 
-    An error is the largest distance from ``reference`` in float64. Sums of ``terms`` numbers in another order
-    may differ by √terms roundings of the largest result.
+    An error is the largest distance from ``reference`` in float64. Sums of ``terms`` numbers in
+    another order may differ by √terms roundings of the largest result.
 
     Raises:
         ConfigError: another shape, or an error above those roundings and twice PyTorch's error.
@@ -24,7 +24,9 @@ def compare(
     exact = reference(*(t.double() for t in inputs))
     found = tuple(result.shape) if isinstance(result, torch.Tensor) else type(result).__name__
     if found != tuple(exact.shape):
-        raise ConfigError(f"{part} is {found}, expected the shape {tuple(exact.shape)}; mend its formula")
+        raise ConfigError(
+            f"{part} is {found}, expected the shape {tuple(exact.shape)}; mend its formula"
+        )
     error, native = ((t - exact).abs().max().item() for t in (result, reference(*inputs)))
     most = 2 * native + terms**0.5 * torch.finfo(result.dtype).eps * exact.abs().max().item()
     print(f"{part}: error {error:.1e} against float64, PyTorch's {native:.1e}")
@@ -54,7 +56,9 @@ def compare_gradients(
         leaves = [t.detach().requires_grad_() for t in values]
         y = f(*leaves)
         if not y.requires_grad:
-            raise ConfigError(f"{part} has no gradient, expected one; compute it by PyTorch's operators")
+            raise ConfigError(
+                f"{part} has no gradient, expected one; compute it by PyTorch's operators"
+            )
         g = torch.linspace(-1, 2, y.numel(), device=y.device).to(y).view(y.shape)
         return torch.autograd.grad(y, leaves, g, materialize_grads=True)
 

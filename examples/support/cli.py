@@ -43,7 +43,9 @@ MAY_DIFFER_ON_RESUME = {
 }
 
 BOUNDS: dict[str, tuple[float, float]] = {  # flag: least value, first value that is too large
-    **dict.fromkeys(("epochs", "sweep_epochs", "iterations", "steps", "save_every", "keep"), (1, 2**63)),
+    **dict.fromkeys(
+        ("epochs", "sweep_epochs", "iterations", "steps", "save_every", "keep"), (1, 2**63)
+    ),
     **dict.fromkeys(("samples", "batch_size"), (1, 2**63)),
     "micro_batches": (1, 2**16),  # each is a view and two messages, even one without samples
     **dict.fromkeys(("hidden", "depth", "dp", "tp", "pp", "pool"), (1, 2**31)),
@@ -84,7 +86,11 @@ class ExampleFlags:
                 raise ConfigError(f"{flag} is {value}, expected at least {least}")
             if not all(one < end for one in values):
                 raise ConfigError(f"{flag} is {value}, expected less than {end}")
-        for name, package in (("plots", "matplotlib"), ("log_dir", "torch"), ("log_dir", "tensorboard")):
+        for name, package in (
+            ("plots", "matplotlib"),
+            ("log_dir", "torch"),
+            ("log_dir", "tensorboard"),
+        ):
             if getattr(self, name, None) and importlib.util.find_spec(package) is None:
                 flag = f"--{name.replace('_', '-')}"
                 raise ConfigError(f"{flag} needs {package}; pip install {package}")
@@ -97,14 +103,17 @@ class ExampleFlags:
                 self.metrics.parent.mkdir(parents=True, exist_ok=True)
                 self.metrics.open("a").close()
         except OSError as e:
-            raise ConfigError(f"a run's outputs cannot be written ({e}); name another folder") from e
+            raise ConfigError(
+                f"a run's outputs cannot be written ({e}); name another folder"
+            ) from e
 
 
 @dataclass(kw_only=True)
 class DataFlags(ExampleFlags):
     """Flags of every example that reads images."""
 
-    data: Path = Path(__file__).parent.parent / "data"  # Folder of the data sets, as torchvision's root.
+    # Folder of the data sets, as torchvision's root.
+    data: Path = Path(__file__).parent.parent / "data"
     dataset: Dataset = "mnist"  # Data set.
     plots: Path | None = None  # Folder for pictures.
 
@@ -128,7 +137,8 @@ class TrainFlags(DataFlags):
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     # λ of the weights: for muon decoupled decay, for sgd an L2 penalty λ/2·‖W‖² in the loss.
     weight_decay: float | None = None
-    # Count the biases in the L2 penalty of sgd, too. Muon's decay is no part of the loss, so it refuses this.
+    # Count the biases in the L2 penalty of sgd, too. Muon's decay is no part of the loss, so it
+    # refuses this.
     decay_biases: bool = False
     orthogonality: float = 0.0  # Factor of the penalty Σ‖W·Wᵀ − I‖² in the loss.
     hidden: tuple[int, ...] = (128, 64)  # Widths of the hidden layers.
@@ -141,7 +151,8 @@ class TrainFlags(DataFlags):
     phases: bool = False
     collectives: bool = False  # Count and time the collectives of a step.
     log_dir: Path | None = None  # Folder for TensorBoard: losses, accuracy and speed.
-    profile: Path | None = None  # Folder for torch.profiler's trace of some steps, one file per rank.
+    # Folder for torch.profiler's trace of some steps, one file per rank.
+    profile: Path | None = None
     # Folder of checkpoints, to save to and to resume from, on a file system of all ranks.
     checkpoint: Path | None = None
     save_every: int | None = None  # Steps between two saves; by default one save per epoch.
@@ -156,12 +167,14 @@ class TrainFlags(DataFlags):
             self.metrics = self.log_dir = self.plots = self.profile = self.checkpoint = None
         if self.decay_biases and self.optimizer == "muon":
             raise ConfigError(
-                "--decay-biases changes sgd's L2 penalty, and the optimizer is muon; take --optimizer sgd"
+                "--decay-biases changes sgd's L2 penalty, and the optimizer is muon; take "
+                "--optimizer sgd"
             )
         super().__post_init__()
 
     def optimizer_options(self, defaults: Mapping[str, float]) -> dict[str, Any]:
-        """Return an optimizer's arguments: the flags that are given, and ``defaults`` for the others."""
+        """Return an optimizer's arguments: the flags that are given, and ``defaults`` for the
+        others."""
         given = {name: getattr(self, name) for name in defaults}
         return {name: defaults[name] if value is None else value for name, value in given.items()}
 
@@ -174,7 +187,9 @@ class TrainFlags(DataFlags):
 
         saving = self.save_every, self.keep, self.async_save
         checkpoint = CheckpointConfig(self.checkpoint, *saving) if self.checkpoint else None
-        config = {name: value for name, value in asdict(self).items() if name not in MAY_DIFFER_ON_RESUME}
+        config = {
+            name: value for name, value in asdict(self).items() if name not in MAY_DIFFER_ON_RESUME
+        }
         if self.schedule != "constant":
             config["epochs"] = self.epochs  # the schedule depends on them
         sizes = {"epochs": self.epochs, "batch_size": self.batch_size, "seed": self.seed}
@@ -196,7 +211,8 @@ class TrainFlags(DataFlags):
 
 
 def check_memory(sizes: Sequence[int]) -> None:
-    """Raise ConfigError if the float32 weights of an MLP of these widths do not fit into the memory.
+    """Raise ConfigError if the float32 weights of an MLP of these widths do not fit into the
+    memory.
 
     Where the system promises more memory than there is, it would kill the process instead.
     """
@@ -206,18 +222,18 @@ def check_memory(sizes: Sequence[int]) -> None:
         if needed > there:
             widths = " ".join(map(str, sizes[1:-1]))
             raise ConfigError(
-                f"--hidden {widths} makes weights of {needed / 2**30:,.0f} GiB, and this machine has "
-                f"{there / 2**30:,.0f} GiB of memory; take fewer units"
+                f"--hidden {widths} makes weights of {needed / 2**30:,.0f} GiB, and this machine "
+                f"has {there / 2**30:,.0f} GiB of memory; take fewer units"
             )
 
 
 def main(run: Callable[[F], None], flags: type[F]) -> None:
     """Parse ``flags`` from the command line and call ``run`` with them.
 
-    A `TorchparError`, a file that cannot be read or written, too little memory, or a model that cannot be
-    compiled ends every rank with status 2. Rank 0 prints it as one line. Another rank waits `GRACE` seconds
-    before it prints: if rank 0 has failed too, the launcher has ended this rank by then. It does not wait for
-    a rank 0 that does not answer. SIGINT ends with status 130.
+    A `TorchparError`, a file that cannot be read or written, too little memory, or a model that
+    cannot be compiled ends every rank with status 2. Rank 0 prints it as one line. Another rank
+    waits `GRACE` seconds before it prints: if rank 0 has failed too, the launcher has ended this
+    rank by then. It does not wait for a rank 0 that does not answer. SIGINT ends with status 130.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

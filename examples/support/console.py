@@ -38,7 +38,8 @@ def epoch_line(result: EpochResult, epochs: int) -> str:
 
 @contextmanager
 def writing(path: Path, flag: str) -> Iterator[None]:
-    """Name ``path`` and what to do in the error of a file that cannot be written, such as on a full disk.
+    """Name ``path`` and what to do in the error of a file that cannot be written, such as on a full
+    disk.
 
     Raises:
         ConfigError: instead of an OSError.
@@ -88,12 +89,15 @@ def print_rows(rows: Iterable[Mapping[str, Any]], columns: Sequence[str], title:
     table = Table(*(column.replace("_", " ") for column in columns), title=title or None)
     for row in rows:
         values = (row[column] for column in columns)
-        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in values))
+        table.add_row(
+            *(f"{value:.4g}" if isinstance(value, float) else str(value) for value in values)
+        )
     Console().print(table)
 
 
 def summary(results: list[EpochResult]) -> str:
-    """Return the run's last line: the last epoch's accuracy and loss, and the seconds of all epochs."""
+    """Return the run's last line: the last epoch's accuracy and loss, and the seconds of all
+    epochs."""
     last = results[-1]
     seconds = sum(result.seconds for result in results)
     return last_line(last.test_accuracy, last.test_loss, seconds, last.ranks, last.device)
@@ -102,7 +106,9 @@ def summary(results: list[EpochResult]) -> str:
 def last_line(accuracy: float, loss: float, seconds: float, ranks: int, device: str) -> str:
     """Return the last line of every training script."""
     processes = f"{ranks} rank{'s' if ranks > 1 else ''}"
-    return f"test accuracy {accuracy:.4f} | loss {loss:.4f} | {seconds:.1f} s | {processes} | {device}"
+    return (
+        f"test accuracy {accuracy:.4f} | loss {loss:.4f} | {seconds:.1f} s | {processes} | {device}"
+    )
 
 
 def print_phases(phases: Phases) -> None:
@@ -111,5 +117,7 @@ def print_phases(phases: Phases) -> None:
     if not total:  # the run was complete already
         return
     seconds = {phase: s for phase, s in phases.seconds.items() if s}
-    rows = [{"phase": p, "seconds": f"{s:.2f}", "share": f"{s / total:.1%}"} for p, s in seconds.items()]
+    rows = [
+        {"phase": p, "seconds": f"{s:.2f}", "share": f"{s / total:.1%}"} for p, s in seconds.items()
+    ]
     print_rows(rows, ("phase", "seconds", "share"), "time by phase, rank 0")

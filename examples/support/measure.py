@@ -19,7 +19,8 @@ Function = Callable[[], Any]
 def interleaved_ms(
     functions: Mapping[str, Function], device: torch.device, rounds: int = 30
 ) -> dict[str, float]:
-    """Return the median milliseconds of each function; they are called in turn, first without counting."""
+    """Return the median milliseconds of each function; they are called in turn, first without
+    counting."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(1 + rounds):
         for name, function in functions.items():
@@ -30,10 +31,11 @@ def interleaved_ms(
 
 
 def peak_bytes(function: Function, device: torch.device) -> int:
-    """Return the most bytes that a call of ``function`` has allocated at a time, its result included.
+    """Return the most bytes that a call of ``function`` has allocated at a time, its result
+    included.
 
-    PyTorch's allocators count them: on a CPU in the trace of its profiler. What a library such as oneDNN
-    allocates by itself is not counted.
+    PyTorch's allocators count them: on a CPU in the trace of its profiler. What a library such as
+    oneDNN allocates by itself is not counted.
     """
     function()  # what the first call alone allocates is not counted
     if device.type == "cuda":
@@ -42,14 +44,17 @@ def peak_bytes(function: Function, device: torch.device) -> int:
         result = function()
         del result
         return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise it logs each start and end to stderr
+    # Otherwise it logs each start and end to stderr.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         result = function()
     del result
     with TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         recorded.export_chrome_trace(str(trace))
-        events = [e for e in json.loads(trace.read_text())["traceEvents"] if e.get("name") == "[memory]"]
+        events = [
+            e for e in json.loads(trace.read_text())["traceEvents"] if e.get("name") == "[memory]"
+        ]
     current = peak = 0
     for event in sorted(events, key=lambda event: event["ts"]):
         current += event["args"]["Bytes"]

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""One process beside several of MPI: the same training there, with all threads, too; and the same losses."""
+"""One process beside several of MPI: the same training there, with all threads, too; and the same
+losses."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,24 +16,28 @@ from torchpar.errors import ConfigError, DivergedError
 from torchpar.processes import end_with_parent
 
 T = TypeVar("T")
-# Of the largest loss. Roundings of 6e-8 leave some 1e-7 of a mean over an epoch, 1e-5 at most in the tests.
-# Without a bias, or with a gradient that lacks a process's share, the losses are off by 1e-3 or more.
+# Of the largest loss. Roundings of 6e-8 leave some 1e-7 of a mean over an epoch, 1e-5 at most in
+# the tests. Without a bias, or with a gradient that lacks a process's share, the losses are off by
+# 1e-3 or more.
 LOSS_ERROR = 1e-4
-LAUNCHERS = ("PMI_", "PMIX_", "OMPI_", "MPI_", "HYDRA_", "PRTE_", "OMP_NUM_THREADS")  # their variables
+# Their variables.
+LAUNCHERS = ("PMI_", "PMIX_", "OMPI_", "MPI_", "HYDRA_", "PRTE_", "OMP_NUM_THREADS")
 
 
 def train_on_one(world: Any, train: Callable[[Any], T]) -> dict[str, T]:
     """Train on one process, and again on one that has all threads.
 
-    NumPy reads the number of its threads when it is imported. So the second one is a process of its own,
-    without MPI. It has the cores of all processes, as a launcher may bind each to one core. All processes of
-    ``world`` call this, and wait.
+    NumPy reads the number of its threads when it is imported. So the second one is a process of its
+    own, without MPI. It has the cores of all processes, as a launcher may bind each to one core.
+    All processes of ``world`` call this, and wait.
 
     Args:
-        train: of a communicator; a function or a `functools.partial` that another process can import.
+        train: of a communicator; a function or a `functools.partial` that another process can
+            import.
 
     Returns:
-        On process 0 the result of each, by a name such as "1 process, 2 threads"; on the others nothing.
+        On process 0 the result of each, by a name such as "1 process, 2 threads"; on the others
+            nothing.
     """
     cores = set[int]().union(*world.allgather(own_cores()))
     threads = own_threads()
@@ -58,7 +63,8 @@ def own_cores() -> set[int]:
 
 
 def own_threads() -> int:
-    """Return the number of threads that this process's NumPy takes: OMP_NUM_THREADS, or one for each core."""
+    """Return the number of threads that this process's NumPy takes: OMP_NUM_THREADS, or one for
+    each core."""
     given = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
     return int(given) if given.isdecimal() else len(own_cores())
 
@@ -80,7 +86,8 @@ def outside_mpi(cores: set[int]) -> Iterator[None]:
 
 
 def compare_losses(expected: Sequence[float], ways: Mapping[str, Sequence[float]]) -> str:
-    """Return a line that says how well the losses of ``ways`` agree with the ``expected`` ones of 1 process.
+    """Return a line that says how well the losses of ``ways`` agree with the ``expected`` ones of 1
+    process.
 
     Raises:
         ConfigError: a way's losses are off by more than `LOSS_ERROR` of the largest.
@@ -94,7 +101,8 @@ def compare_losses(expected: Sequence[float], ways: Mapping[str, Sequence[float]
         off = float(np.abs(np.array(losses) - one).max() / one.max())
         if not off <= LOSS_ERROR:
             raise ConfigError(
-                f"{way}: losses are off by {off:.0e}, expected those of 1 process; mend its gradients"
+                f"{way}: losses are off by {off:.0e}, expected those of 1 process; mend its "
+                "gradients"
             )
         apart = max(apart, off)
     if not apart:

@@ -65,9 +65,11 @@ def _subplots(rows: int, columns: int, size: tuple[float, float]) -> "tuple[Figu
 
 
 class Panel(NamedTuple):
-    """Lines of ``ys`` over ``x``, one for each value of ``by``. ``rows`` with the same value are adjacent.
+    """Lines of ``ys`` over ``x``, one for each value of ``by``. ``rows`` with the same value are
+    adjacent.
 
-    With ``log`` the x axis is logarithmic with a tick at each value. Otherwise its ticks are integers.
+    With ``log`` the x axis is logarithmic with a tick at each value. Otherwise its ticks are
+    integers.
     """
 
     rows: Sequence[Mapping[str, Any]]
@@ -88,7 +90,8 @@ def _write(figure: "Figure", path: Path) -> None:
 
 
 def save_panels(path: Path, panels: Sequence[Panel]) -> None:
-    """Draw ``panels``, two in a row. Each y has its own style, and each value of ``by`` its own color."""
+    """Draw ``panels``, two in a row. Each y has its own style, and each value of ``by`` its own
+    color."""
     height = math.ceil(len(panels) / 2)
     figure, grid = _subplots(height, 2, (12, 4.5 * height))
     for axes, panel in zip(grid, panels, strict=False):
@@ -128,7 +131,8 @@ def save_curves(path: Path, curves: Mapping[str, Sequence[float]], x: str, y: st
 def save_paths(
     path: Path, paths: "Mapping[str, Tensor]", cost: "Callable[[Tensor], Tensor]", title: str
 ) -> None:
-    """Draw paths ``(steps, 2)`` by name over lines of equal ``cost``, a function ``(n, 2)`` → ``(n)``."""
+    """Draw paths ``(steps, 2)`` by name over lines of equal ``cost``, a function ``(n, 2)`` →
+    ``(n)``."""
     import torch
 
     figure, (axes,) = _subplots(1, 1, (4.3, 4.3))
@@ -146,7 +150,9 @@ def save_paths(
     _write(figure, path)
 
 
-def save_matrices(path: Path, matrices: "Tensor | Array", title: str, texts: Sequence[str] = ()) -> None:
+def save_matrices(
+    path: Path, matrices: "Tensor | Array", title: str, texts: Sequence[str] = ()
+) -> None:
     """Draw ``matrices (n, rows, columns)`` side by side, each in its own range. Dark is large.
 
     Args:
@@ -168,7 +174,8 @@ def save_matrices(path: Path, matrices: "Tensor | Array", title: str, texts: Seq
 def save_boundaries(
     path: Path, panels: "Mapping[str, tuple[Samples, Callable[[Tensor], Tensor]]]", shown: int = 500
 ) -> None:
-    """Draw points of [−1, 1]² by label, the probability of label 1, and the decision boundary, where it is ½.
+    """Draw points of [−1, 1]² by label, the probability of label 1, and the decision boundary,
+    where it is ½.
 
     Args:
         panels: by title, the points, of which the first ``shown`` are drawn, and a function
@@ -184,10 +191,21 @@ def save_boundaries(
         levels = torch.linspace(0, 1, 11).tolist()
         axes.contourf(x.numpy(), y.numpy(), p, levels=levels, cmap="RdBu_r", vmin=-0.6, vmax=1.6)
         axes.contour(x.numpy(), y.numpy(), p, levels=[0.5], colors="black")
-        for label, (name, color) in enumerate(zip(points.classes, ("tab:blue", "tab:red"), strict=True)):
+        for label, (name, color) in enumerate(
+            zip(points.classes, ("tab:blue", "tab:red"), strict=True)
+        ):
             mine = points.features[:shown][points.labels[:shown] == label].cpu()
-            axes.plot(*mine.T.numpy(), ".", markersize=5, color=color, label=f"label {label}: {name}")
-        axes.set(title=title, xlabel="x", ylabel="y", xticks=(-1, 0, 1), yticks=(-1, 0, 1), aspect="equal")
+            axes.plot(
+                *mine.T.numpy(), ".", markersize=5, color=color, label=f"label {label}: {name}"
+            )
+        axes.set(
+            title=title,
+            xlabel="x",
+            ylabel="y",
+            xticks=(-1, 0, 1),
+            yticks=(-1, 0, 1),
+            aspect="equal",
+        )
     figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     _write(figure, path)
 

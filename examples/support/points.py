@@ -9,10 +9,11 @@ MARGIN = 0.02  # of a square of side 2
 
 
 def draw(n: int, seed: int, wrong: float = 0.0, device: torch.device | str = "cpu") -> Samples:
-    """Return points of [−1, 1]² with the label x·y < 0, which is inverted for a share ``wrong`` of them.
+    """Return points of [−1, 1]² with the label x·y < 0, which is inverted for a share ``wrong`` of
+    them.
 
-    All points keep the distance `MARGIN` from the axes: labels of nearer points cannot be learned from a
-    finite set.
+    All points keep the distance `MARGIN` from the axes: labels of nearer points cannot be learned
+    from a finite set.
     """
     generator = torch.Generator().manual_seed(seed % 2**64)
     signs = torch.randint(0, 2, (n, 2), generator=generator) * 2 - 1

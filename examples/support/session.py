@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Parts that the training lessons share: data, optimizers, adjusted gradients, and the log of a run."""
+"""Parts that the training lessons share: data, optimizers, adjusted gradients, and the log of a
+run."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -29,7 +30,8 @@ from torchpar.profile.phases import Phases
 from torchpar.training import EpochResult, Run
 
 B = TypeVar("B")
-SKIP = 3  # steps that are not traced: two in which DistributedDataParallel sets itself up, one warms up
+# Steps that are not traced: two in which DistributedDataParallel sets itself up, one warms up.
+SKIP = 3
 
 
 def load(flags: TrainFlags, world: World) -> tuple[Samples, Samples]:
@@ -40,7 +42,9 @@ def load(flags: TrainFlags, world: World) -> tuple[Samples, Samples]:
     Raises:
         ConfigError: different flags, or no data; on every rank.
     """
-    shared = {name: value for name, value in asdict(flags).items() if name not in ("data", "device")}
+    shared = {
+        name: value for name, value in asdict(flags).items() if name not in ("data", "device")
+    }
     check_same_on_all_ranks(None, "the ranks' flags", shared)
     loaded: list[Samples] = []
 
@@ -55,7 +59,9 @@ def load(flags: TrainFlags, world: World) -> tuple[Samples, Samples]:
     return train[: 10 * flags.batch_size] if flags.dry_run else train, test
 
 
-def make_optimizer(flags: TrainFlags, model: torch.nn.Module, mesh: DeviceMesh | None = None) -> Optimizer:
+def make_optimizer(
+    flags: TrainFlags, model: torch.nn.Module, mesh: DeviceMesh | None = None
+) -> Optimizer:
     """Return SGD, or Muon for the weights and SGD for the biases.
 
     Args:
@@ -68,7 +74,8 @@ def make_optimizer(flags: TrainFlags, model: torch.nn.Module, mesh: DeviceMesh |
 
 
 def adjust_gradients(flags: TrainFlags, model: torch.nn.Module, world: World) -> None:
-    """Add the orthogonality penalty's gradient and clip the gradient's norm, if ``flags`` ask for it."""
+    """Add the orthogonality penalty's gradient and clip the gradient's norm, if ``flags`` ask for
+    it."""
     if flags.orthogonality:
         training.add_orthogonality_gradient(model, flags.orthogonality)
     if flags.clip is not None:
@@ -76,7 +83,8 @@ def adjust_gradients(flags: TrainFlags, model: torch.nn.Module, world: World) ->
 
 
 class Log(training.RunLog):
-    """Progress, a line for each epoch, metrics, plots, tables of times and messages, and the last line."""
+    """Progress, a line for each epoch, metrics, plots, tables of times and messages, and the last
+    line."""
 
     def __init__(self, flags: TrainFlags, world: World):
         self.flags = flags
@@ -86,7 +94,8 @@ class Log(training.RunLog):
         self.calls: list[list[Call]] = []  # of each step
         self.profiler: profile | None = None
         if flags.profile:
-            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise it logs each start and end to stderr
+            # Otherwise it logs each start and end to stderr.
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")
             self.profiler = profile(schedule=schedule(wait=SKIP - 1, warmup=1, active=10, repeat=1))
         terminal = Console()
         hidden = not (self.speaks and terminal.is_terminal)
@@ -101,9 +110,13 @@ class Log(training.RunLog):
     def on_resume(self, run: Run) -> None:
         complete = len(run.results) == run.num_epochs
         steps = run.total_steps
-        self._print(f"complete already, at step {steps}" if complete else f"resumed from step {steps}")
+        self._print(
+            f"complete already, at step {steps}" if complete else f"resumed from step {steps}"
+        )
         if self.world.dp_size > 2 and not can_share_memory(self.world.dp_size):
-            self._print("the weights may differ in the last bits from those of a run that was not stopped")
+            self._print(
+                "the weights may differ in the last bits from those of a run that was not stopped"
+            )
         self._write(run, first=0)
 
     def _print(self, line: str) -> None:
@@ -147,19 +160,23 @@ class Log(training.RunLog):
         if not self.speaks:
             return
         if flags.collectives:
-            _print_collectives(self.calls[2:])  # DistributedDataParallel sets itself up in two steps
+            # DistributedDataParallel sets itself up in two steps.
+            _print_collectives(self.calls[2:])
         if self.phases:
             console.print_phases(self.phases)
         print(profiled[0], end="")
         print(console.summary(run.results))
 
     def _save_trace(self) -> str:
-        """Write this rank's trace, and return a table of its costliest operators, both by torch.profiler."""
+        """Write this rank's trace, and return a table of its costliest operators, both by
+        torch.profiler."""
         assert self.profiler is not None
         assert self.flags.profile is not None
         if self.profiler.step_num <= SKIP:  # complete already, or a short run
             return f"profile: nothing was recorded, no more than {SKIP} steps were trained\n"
-        self.profiler.export_chrome_trace(str(self.flags.profile / f"rank-{self.world.rank}.json.gz"))
+        self.profiler.export_chrome_trace(
+            str(self.flags.profile / f"rank-{self.world.rank}.json.gz")
+        )
         by = "self_device_time_total" if self.world.device.type == "cuda" else "self_cpu_time_total"
         table = self.profiler.key_averages().table(by, row_limit=10, max_name_column_width=40)
         return f"costliest operators of rank {self.world.rank}\n{table}"
@@ -191,4 +208,7 @@ def _print_collectives(calls: Sequence[Sequence[Call]]) -> None:
     if rows:
         console.print_rows(rows, list(rows[0]), "collectives of a step, rank 0")
     else:
-        print("collectives per step: none was recorded, as there is one rank, or no more than two steps")
+        print(
+            "collectives per step: none was recorded, as there is one rank, or no more than two "
+            "steps"
+        )

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Timeline of a step of a pipeline as text: when each forward and backward pass ran on each rank."""
+"""Timeline of a step of a pipeline as text: when each forward and backward pass ran on each
+rank."""
 
 import time
 from collections import deque
@@ -16,7 +17,8 @@ from torchpar.parallel.launch.world import World
 from torchpar.reference import Backward, Forward
 
 STEPS = 100  # number of the latest steps to keep
-Passes = Mapping[str, tuple[float, float]]  # F0, B0 and so on, by micro-batch: start and end in seconds
+# F0, B0 and so on, by micro-batch: start and end in seconds.
+Passes = Mapping[str, tuple[float, float]]
 
 
 class Timeline:
@@ -67,9 +69,9 @@ def now(device: torch.device) -> float:
 def draw(ranks: Sequence[Sequence[Passes]]) -> list[str]:
     """Return a line per rank, with dots where it is idle, from the passes of each rank's steps.
 
-    Each pass is drawn from its median start to its median end, counted from the first pass of rank 0. Medians
-    keep every order that all steps have. The lines are as wide as the terminal. A pass that is too short for
-    its name there moves the next ones to the right.
+    Each pass is drawn from its median start to its median end, counted from the first pass of rank
+    0. Medians keep every order that all steps have. The lines are as wide as the terminal. A pass
+    that is too short for its name there moves the next ones to the right.
     """
     steps = len(ranks[0])
     if not steps:

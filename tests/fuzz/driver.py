@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Run random trials for a time, and print what reproduces each one that fails.
 
-A trial is a function of a `random.Random`, which is seeded with the seed and the trial's number. It returns
-where all is right, and raises `Refused` where the library refuses as it documents. Any other error is a
-failure.
+A trial is a function of a `random.Random`, which is seeded with the seed and the trial's number. It
+returns where all is right, and raises `Refused` where the library refuses as it documents. Any
+other error is a failure.
 """
 
 import argparse
@@ -21,7 +21,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PATHS = [str(ROOT / folder) for folder in (".", "examples", "tests", "tests/fuzz")]
-# The scripts run without pytest, which sets these; processes that they start find them in the environment.
+# The scripts run without pytest, which sets these; processes that they start find them in the
+# environment.
 sys.path[:0] = PATHS
 os.environ["PYTHONPATH"] = os.pathsep.join([*PATHS, *filter(None, [os.environ.get("PYTHONPATH")])])
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -43,17 +44,21 @@ class Found(AssertionError):
 def run(trial: Trial, faults: Mapping[str, Callable[[], None]], limit: float = 120) -> None:
     """Parse the command line, run trials, and exit with status 1 if one fails.
 
-    ``faults`` are named faults of the library, which ``--fault`` plants to show that the trials notice them.
-    A trial that takes longer than ``limit`` seconds ends the process with a traceback.
+    ``faults`` are named faults of the library, which ``--fault`` plants to show that the trials
+    notice them. A trial that takes longer than ``limit`` seconds ends the process with a traceback.
     """
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--seconds", type=float, help="in place of --minutes")
-    parser.add_argument("--trials", type=int, help="stop after this number, if the time has not ended before")
+    parser.add_argument(
+        "--trials", type=int, help="stop after this number, if the time has not ended before"
+    )
     parser.add_argument("--trial", type=int, help="run this one alone, with its traceback")
     parser.add_argument("--until-failure", action="store_true", help="stop after the first failure")
-    parser.add_argument("--fault", choices=sorted(faults), help="plant a fault, which the trials must find")
+    parser.add_argument(
+        "--fault", choices=sorted(faults), help="plant a fault, which the trials must find"
+    )
     flags = parser.parse_args()
     for name, least in (("minutes", 0), ("seconds", 0), ("trials", 1), ("trial", 0)):
         value = getattr(flags, name)
@@ -62,7 +67,12 @@ def run(trial: Trial, faults: Mapping[str, Callable[[], None]], limit: float = 1
     if flags.fault:
         faults[flags.fault]()
     seconds = 60 * flags.minutes if flags.seconds is None else flags.seconds
-    end, number, counts, digest = time.monotonic() + seconds, flags.trial or 0, Counter(), hashlib.sha256()
+    end, number, counts, digest = (
+        time.monotonic() + seconds,
+        flags.trial or 0,
+        Counter(),
+        hashlib.sha256(),
+    )
     while True:
         if sys.stderr.isatty():  # a process that dies has named the trial
             print(f"\rtrial {number} ", end="", file=sys.stderr, flush=True)
@@ -96,7 +106,8 @@ def attempt(trial: Trial, seed: int, number: int, limit: float, *, verbose: bool
     except Exception as error:
         line = f"{type(error).__name__}: {error}".partition("\n")[0][:300]
         print(
-            f"\rtrial {number} failed, to repeat it: --seed {seed} --trial {number}\n    {line}", flush=True
+            f"\rtrial {number} failed, to repeat it: --seed {seed} --trial {number}\n    {line}",
+            flush=True,
         )
         if verbose:
             traceback.print_exc()

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: MIT
 """Samples of PyTorch's own operator tests (OpInfo), in `torchpar.exact.mode` and in plain PyTorch.
 
-A trial takes one operator, one sample, and the results or the gradients. A `ConfigError` is the documented
-refusal. Where PyTorch refuses, the mode must refuse, too. Otherwise:
+A trial takes one operator, one sample, and the results or the gradients. A `ConfigError` is the
+documented refusal. Where PyTorch refuses, the mode must refuse, too. Otherwise:
 
-- shapes and dtypes are PyTorch's, integers are equal, NaN and infinity stand where they do in PyTorch or
-  float64;
+- shapes and dtypes are PyTorch's, integers are equal, NaN and infinity stand where they do in
+  PyTorch or float64;
 - an error against float64 is at most twice PyTorch's plus `ROUNDINGS` units of the last place;
 - bits do not depend on threads, the default dtype, inference mode, or the other rows of the batch.
 
-The last line's digest is of all bits. With `ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2` it must be
-the same, for the same seed and `--trials`.
+The last line's digest is of all bits. With `ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2` it
+must be the same, for the same seed and `--trials`.
 """
 
 import hashlib
@@ -34,17 +34,27 @@ from torchpar import exact
 from torchpar.errors import ConfigError
 
 ROUNDINGS = 4  # of an element's function that is composed of several which round once
-LAPACK = ("eig", "lstsq", "svd", "qr", "solve", "inv", "lu_", "cholesky", "rank")  # NaN crashes some of MKL's
+# NaN crashes some of MKL's.
+LAPACK = ("eig", "lstsq", "svd", "qr", "solve", "inv", "lu_", "cholesky", "rank")
 WEIGHT = 2.5  # the largest of the weights of a sum whose gradients are taken
 SAMPLES = 24  # that are drawn from for one operator
 SPECIAL = (math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0, -1.0, 1e-40, 1e30, 0.5)
 # Their results are memory that nobody wrote.
-UNINITIALISED = {"empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided"}
+UNINITIALISED = {
+    "empty",
+    "empty_like",
+    "empty_permuted",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+}
 # Each of their rows is computed from all rows, though its number may be the same as without them.
 MIXING = {"corrcoef", "cov"}
 # docs/exact.md says that its second result is another one.
 DIFFERENT = {"torch.ops.aten._scaled_dot_product_flash_attention_for_cpu"}
-OPERATORS = [op for op in op_db if op.supports_dtype(torch.float32, "cpu") and op.name not in DIFFERENT]
+OPERATORS = [
+    op for op in op_db if op.supports_dtype(torch.float32, "cpu") and op.name not in DIFFERENT
+]
 # Their errors are at most k·2⁻²⁷·max|a|·max|b| and half a unit, as docs/exact.md says.
 PRODUCTS = [
     "mm",
@@ -87,11 +97,17 @@ class Sample:
     """A call of an operator: its arguments, and what is computed of its result."""
 
     def __init__(
-        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], slopes: bool
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        slopes: bool,
     ):
         self.function, self.args, self.kwargs, self.slopes = function, args, kwargs, slopes
 
-    def __call__(self, args: tuple[Any, ...] | None = None, dtype: torch.dtype | None = None) -> list[Tensor]:
+    def __call__(
+        self, args: tuple[Any, ...] | None = None, dtype: torch.dtype | None = None
+    ) -> list[Tensor]:
         """The result's tensors, or the gradients of Σ w·result for weights w that alternate."""
         torch.manual_seed(0)
         args, kwargs = detached((self.args if args is None else args, self.kwargs), dtype)
@@ -109,7 +125,8 @@ class Sample:
 
     @staticmethod
     def weights(result: Tensor) -> Tensor:
-        # Of the place in a row alone, so that gradients of rows do not depend on the number of rows.
+        # Of the place in a row alone, so that gradients of rows do not depend on the number of
+        # rows.
         row = result.shape[1:].numel() if result.dim() else 1
         places = torch.arange(result.numel()).remainder(max(row, 1)).remainder(5)
         return (places - 4 + WEIGHT).to(result.dtype).view(result.shape)
@@ -134,7 +151,11 @@ def draw(rng: random.Random) -> tuple[OpInfo, Sample | None, Call | None]:
         raise Refused("no samples")
     chosen = rng.choice(samples)
     args = detached((chosen.input, *chosen.args))
-    if dtype == torch.float32 and rng.random() < 0.25 and not any(name in op.name for name in LAPACK):
+    if (
+        dtype == torch.float32
+        and rng.random() < 0.25
+        and not any(name in op.name for name in LAPACK)
+    ):
         spread(args, rng)
     slopes = op.supports_autograd and dtype == torch.float32 and rng.random() < 0.3
     return op, Sample(op.op, args, detached(chosen.kwargs), slopes), None
@@ -170,7 +191,9 @@ def trial(rng: random.Random) -> str:
         try:
             return refuses(error) if sample is None else compare(op, sample, rng)
         except Found as found:
-            raise Found(f"{name}{', gradient' if sample and sample.slopes else ''}: {found}") from None
+            raise Found(
+                f"{name}{', gradient' if sample and sample.slopes else ''}: {found}"
+            ) from None
 
 
 def refuses(call: Call) -> str:
@@ -185,7 +208,9 @@ def compare(op: OpInfo, sample: Sample, rng: random.Random) -> str:
     plain, found = result_of(sample, nullcontext()), result_of(sample)
     if isinstance(plain, Exception):
         if not isinstance(found, Exception):
-            raise Found(f"PyTorch refuses ({type(plain).__name__}: {plain}), the mode returns {found}")
+            raise Found(
+                f"PyTorch refuses ({type(plain).__name__}: {plain}), the mode returns {found}"
+            )
         return "an error"
     if isinstance(found, ConfigError):
         raise Refused(str(found))
@@ -244,7 +269,9 @@ def values(op: OpInfo, sample: Sample, plain: list[Tensor], found: list[Tensor])
         ideal = plain
     elementwise = isinstance(op, (UnaryUfuncInfo, BinaryUfuncInfo)) and not sample.slopes
     operands = [
-        t.abs().nan_to_num(0, 0, 0).max().item() for t in floats((sample.args, sample.kwargs)) if t.numel()
+        t.abs().nan_to_num(0, 0, 0).max().item()
+        for t in floats((sample.args, sample.kwargs))
+        if t.numel()
     ]
     for at, (one, native, wide) in enumerate(zip(found, plain, ideal, strict=True)):
         if not one.is_floating_point():
@@ -258,21 +285,32 @@ def values(op: OpInfo, sample: Sample, plain: list[Tensor], found: list[Tensor])
         agree = torch.isclose(one, native, rtol=0, atol=0, equal_nan=True)
         agree |= torch.isclose(one, rounded, rtol=0, atol=0, equal_nan=True)
         finite = one.isfinite() & (native.isfinite() | rounded.isfinite())
-        special = ~one.isfinite() & ~rounded.isfinite()  # in a gradient, which of them depends on the order
-        if "attention" in op.name:  # a value that is not finite makes all of the output NaN, or none of it
+        # In a gradient, which of them depends on the order.
+        special = ~one.isfinite() & ~rounded.isfinite()
+        # A value that is not finite makes all of the output NaN, or none of it.
+        if "attention" in op.name:
             special |= one.isfinite() & rounded.isnan()
-            special |= (one.isnan() & ~rounded.isfinite().all(-1, keepdim=True)) if one.dim() else one.isnan()
+            special |= (
+                (one.isnan() & ~rounded.isfinite().all(-1, keepdim=True))
+                if one.dim()
+                else one.isnan()
+            )
         elif "conv" in op.name:  # a weight that is not finite times the zeros of the padding is NaN
             special |= one.isnan() & (not all(t.isfinite().all() for t in floats(sample.args)))
         elif not sample.slopes:
             special = torch.zeros_like(special)
         if not (agree | finite | special).all():
-            raise Found(f"special values: {brief(one)}, PyTorch has {brief(native)}, float64 {brief(wide)}")
+            raise Found(
+                f"special values: {brief(one)}, PyTorch has {brief(native)}, float64 {brief(wide)}"
+            )
         judged = finite & wide.isfinite() & ~agree
         if not judged.any():
             continue
         wide = wide.double()
-        error, torchs = (one.double() - wide).abs(), (native.double() - wide).abs().nan_to_num(0, 0, 0)
+        error, torchs = (
+            (one.double() - wide).abs(),
+            (native.double() - wide).abs().nan_to_num(0, 0, 0),
+        )
         size = wide.abs().clamp(min=2.0**-126).nan_to_num(0, 0, 0)
         if not elementwise:
             torchs, size = torchs.max(), size.max()
@@ -288,12 +326,14 @@ def values(op: OpInfo, sample: Sample, plain: list[Tensor], found: list[Tensor])
             units = (error / size)[wrong].max() * 2**23
             numbers = [brief(t[wrong]) for t in (one, native, wide)]
             raise Found(
-                f"an error of {units:.3g} units: {numbers[0]}, PyTorch {numbers[1]}, float64 {numbers[2]}"
+                f"an error of {units:.3g} units: {numbers[0]}, PyTorch {numbers[1]}, float64 "
+                f"{numbers[2]}"
             )
 
 
 def is_large(slopes: Tensor) -> bool:
-    """Whether gradients are more than what is left of terms of the weights' size that cancel each other."""
+    """Whether gradients are more than what is left of terms of the weights' size that cancel each
+    other."""
     return bool((slopes.abs() > 2.0**-24 * WEIGHT).any())
 
 
@@ -307,16 +347,23 @@ def sensitivity(sample: Sample, at: int) -> Tensor:
         return t.double() * (1 + 2.0**-23 * (torch.rand(t.shape, generator=generator) - 0.5))
 
     ideal = sample(dtype=torch.float64)[at]
-    draws = [sample(tree_map_only(Tensor, rounded, sample.args), torch.float64)[at] for _ in range(4)]
+    draws = [
+        sample(tree_map_only(Tensor, rounded, sample.args), torch.float64)[at] for _ in range(4)
+    ]
     return torch.stack([(draw - ideal).abs().nan_to_num(0, 0, 0) for draw in draws]).amax()
 
 
 def errors_nearby(sample: Sample, at: int) -> Tensor:
-    """PyTorch's largest error with operands near these: in one result its roundings may cancel by chance."""
+    """PyTorch's largest error with operands near these: in one result its roundings may cancel by
+    chance."""
     generator = torch.Generator().manual_seed(0)
 
     def moved(t: Tensor) -> Tensor:
-        return t * (1 + 2.0**-10 * (torch.rand(t.shape, generator=generator) - 0.5)) if is_float32(t) else t
+        return (
+            t * (1 + 2.0**-10 * (torch.rand(t.shape, generator=generator) - 0.5))
+            if is_float32(t)
+            else t
+        )
 
     errors = []
     for _ in range(8):
@@ -331,7 +378,8 @@ def is_float32(t: Tensor) -> bool:
 
 
 def picked(op: OpInfo, sample: Sample, *indices: Tensor) -> tuple[Tensor, ...]:
-    """The elements that indices of a sort name in place of these: PyTorch leaves equal elements anywhere."""
+    """The elements that indices of a sort name in place of these: PyTorch leaves equal elements
+    anywhere."""
     at = {"sort": 1, "argsort": 1, "topk": 2}.get(op.name)
     operand = sample.args[0]
     if at is None or not operand.dim() or any(t.dtype != torch.int64 for t in indices):
@@ -412,7 +460,8 @@ def rows(op: OpInfo, sample: Sample, found: list[Tensor], rng: random.Random) ->
     ):
         return
     kept = rng.randrange(size)
-    everywhere = rng.random() < 0.5  # whether all operands of this length are batches, or the first one is
+    # Whether all operands of this length are batches, or the first one is.
+    everywhere = rng.random() < 0.5
     first = next(t for t in floats(sample.args) if t.dim() and len(t) == size)
 
     def changed(change: Callable[[Tensor], Tensor]) -> Any:
@@ -427,7 +476,8 @@ def rows(op: OpInfo, sample: Sample, found: list[Tensor], rng: random.Random) ->
         if t.is_floating_point():
             row = t[kept].clone()
             t *= 2.0**20 * (
-                1 + torch.rand(t.shape, generator=torch.Generator().manual_seed(0)).round(decimals=1)
+                1
+                + torch.rand(t.shape, generator=torch.Generator().manual_seed(0)).round(decimals=1)
             )
             t[kept] = row
         return t
@@ -457,7 +507,9 @@ def rows(op: OpInfo, sample: Sample, found: list[Tensor], rng: random.Random) ->
             raise Found(f"row {kept} {name}: {other!r}")
         mine, theirs = [t[kept : kept + 1] for t in found], [t[place] for t in other]
         if not same(mine, theirs):
-            raise Found(f"row {kept} {name} has {brief_all(theirs)}, in the batch {brief_all(mine)}")
+            raise Found(
+                f"row {kept} {name} has {brief_all(theirs)}, in the batch {brief_all(mine)}"
+            )
 
 
 def unfaithful_exp() -> None:

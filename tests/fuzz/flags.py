@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Random flags with random values for the examples.
 
-A run ends with status 0, and its figures are finite, or with another status and one line that says what is
-wrong. A traceback, a hang, a warning's source line and a success with a loss that is not finite are
-failures. Values that only ask for much time or memory, within the documented bounds, are not drawn.
+A run ends with status 0, and its figures are finite, or with another status and one line that says
+what is wrong. A traceback, a hang, a warning's source line and a success with a loss that is not
+finite are failures. Values that only ask for much time or memory, within the documented bounds, are
+not drawn.
 """
 
 import importlib
@@ -57,9 +58,12 @@ FEW = [
     "1.5",
 ]  # numbers of ranks and of steps that a success would not take long over
 FLAGS: dict[str, list[str]] = {
-    **dict.fromkeys(("--lr", "--momentum", "--weight-decay", "--clip", "--orthogonality", "--seed"), NUMBERS),
     **dict.fromkeys(
-        ("--batch-size", "--samples", "--label-smoothing", "--timeout", "--keep", "--save-every"), NUMBERS
+        ("--lr", "--momentum", "--weight-decay", "--clip", "--orthogonality", "--seed"), NUMBERS
+    ),
+    **dict.fromkeys(
+        ("--batch-size", "--samples", "--label-smoothing", "--timeout", "--keep", "--save-every"),
+        NUMBERS,
     ),
     **dict.fromkeys(("--epochs", "--dp", "--tp", "--pp", "--micro-batches"), FEW),
     **{key: [*FEW, "14", "28", "9" * 30] for key in ("--crop", "--pool")},
@@ -85,7 +89,17 @@ def trial(rng: random.Random) -> str:
 
     name, own = rng.choice(LESSONS), uuid.UUID(int=rng.getrandbits(128)).hex
     taken = {field.name for field in fields(importlib.import_module(name).Flags)}
-    flags = ["--dataset", "fashion-mnist", "--device", "cpu", "--epochs", "1", "--batch-size", "51", "--data"]
+    flags = [
+        "--dataset",
+        "fashion-mnist",
+        "--device",
+        "cpu",
+        "--epochs",
+        "1",
+        "--batch-size",
+        "51",
+        "--data",
+    ]
     metrics = work() / f"{own}.jsonl"
     flags += [str(work()), "--metrics", str(metrics)]
     if "timeout" in taken:

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Random operators made by `torchpar.library.custom_op`, beside the same ones by `torch.library.custom_op`.
+"""Random operators made by `torchpar.library.custom_op`, beside the same ones by
+`torch.library.custom_op`.
 
-Arguments are tensors, optional tensors, lists of tensors, numbers with defaults, and keyword-only numbers;
-results are one tensor, several, a list or none; some operators write to an argument. Each is called plainly,
-under `no_grad` and `inference_mode`, on meta tensors, by `torch.autograd.grad`, `vmap`, `torch.compile` and
-`opcheck`. Both answer alike, with the same versions of written tensors, or both refuse. The documented
-refusals are those that `REFUSALS` names; an operator by torchpar.library may answer where PyTorch's refuses,
-with a right gradient.
+Arguments are tensors, optional tensors, lists of tensors, numbers with defaults, and keyword-only
+numbers; results are one tensor, several, a list or none; some operators write to an argument. Each
+is called plainly, under `no_grad` and `inference_mode`, on meta tensors, by `torch.autograd.grad`,
+`vmap`, `torch.compile` and `opcheck`. Both answer alike, with the same versions of written tensors,
+or both refuse. The documented refusals are those that `REFUSALS` names; an operator by
+torchpar.library may answer where PyTorch's refuses, with a right gradient.
 """
 
 import itertools
@@ -35,8 +36,13 @@ class Made:
         self.mutates = rng.random() < 0.3
         self.takes_list, self.optional = rng.random() < 0.4, rng.random() < 0.3
         self.factor, self.keyword = rng.choice([None, 2.0, -0.5]), rng.choice([None, 3])
-        self.returns = "none" if self.mutates and rng.random() < 0.6 else rng.choice(["one", "two", "list"])
-        self.has_fake, self.has_backward = rng.random() < 0.9, not self.mutates and rng.random() < 0.7
+        self.returns = (
+            "none" if self.mutates and rng.random() < 0.6 else rng.choice(["one", "two", "list"])
+        )
+        self.has_fake, self.has_backward = (
+            rng.random() < 0.9,
+            not self.mutates and rng.random() < 0.7,
+        )
         self.has_vmap = not self.mutates and rng.random() < 0.3
         number = next(counter)
         self.theirs = self.make(torch.library.custom_op, f"fuzz_torch::f{number}")
@@ -47,7 +53,12 @@ class Made:
         args += ["ys: list[Tensor]"] * self.takes_list + ["z: Tensor | None"] * self.optional
         args += [f"factor: float = {self.factor}"] * (self.factor is not None)
         args += ["*", f"keyword: int = {self.keyword}"] if self.keyword is not None else []
-        result = {"none": "None", "one": "Tensor", "two": "tuple[Tensor, Tensor]", "list": "list[Tensor]"}
+        result = {
+            "none": "None",
+            "one": "Tensor",
+            "two": "tuple[Tensor, Tensor]",
+            "list": "list[Tensor]",
+        }
         return f"def f({', '.join(args)}) -> {result[self.returns]}: return body({self.names()})"
 
     def names(self) -> str:
@@ -93,15 +104,21 @@ class Made:
         }
         return empty[self.returns]
 
-    def setup_context(self, ctx: Any, inputs: Any, output: Any, keyword_only_inputs: Any = None) -> None:
+    def setup_context(
+        self, ctx: Any, inputs: Any, output: Any, keyword_only_inputs: Any = None
+    ) -> None:
         rest = list(inputs[1:])
         ctx.count = len(rest.pop(0)) if self.takes_list else None
         z = rest.pop(0) if self.optional else None
         ctx.factor = rest.pop(0) if self.factor is not None else 1.0
         ctx.optional = z is not None
-        keyword = (keyword_only_inputs or {}).get("keyword", self.keyword if self.keyword is not None else 1)
+        keyword = (keyword_only_inputs or {}).get(
+            "keyword", self.keyword if self.keyword is not None else 1
+        )
         ctx.keyword, ctx.dtype = keyword, inputs[0].dtype
-        ctx.save_for_backward(*(() if z is None else (z, inputs[0])), *(inputs[1] if self.takes_list else ()))
+        ctx.save_for_backward(
+            *(() if z is None else (z, inputs[0])), *(inputs[1] if self.takes_list else ())
+        )
 
     def backward(self, ctx: Any, *grads: Any) -> Any:
         saved = list(ctx.saved_tensors)
@@ -151,7 +168,9 @@ class Made:
             args.append(torch.randn(shape, dtype=torch.float64) if rng.random() < 0.6 else None)
         if self.factor is not None and rng.random() < 0.5:
             args.append(rng.choice([1.5, -3.0]))
-        return tuple(args), {"keyword": 7} if self.keyword is not None and rng.random() < 0.5 else {}
+        return tuple(args), {
+            "keyword": 7
+        } if self.keyword is not None and rng.random() < 0.5 else {}
 
 
 def copied(value: Any, grad: bool = False) -> Any:
@@ -201,18 +220,23 @@ def saved_and_written(op: Any, args: Any, kwargs: Any) -> Any:
 def batched(op: Any, args: Any, kwargs: Any) -> Any:
     stacked = tree_map_only(Tensor, lambda t: torch.stack([t, 2 * t, -t]), args)
     dims = tuple(
-        tree_map_only(Tensor, lambda t: 0, a) if isinstance(a, (Tensor, list)) else None for a in args
+        tree_map_only(Tensor, lambda t: 0, a) if isinstance(a, (Tensor, list)) else None
+        for a in args
     )
     return torch.vmap(lambda *a: op(*a, **kwargs), dims)(*stacked)
 
 
 def compiled(op: Any, args: Any, kwargs: Any) -> Any:
     torch.compiler.reset()
-    return torch.compile(lambda *a: op(*a, **kwargs), backend="aot_eager", fullgraph=True)(*args), args[0]
+    return torch.compile(lambda *a: op(*a, **kwargs), backend="aot_eager", fullgraph=True)(
+        *args
+    ), args[0]
 
 
 def checked(op: Any, args: Any, kwargs: Any) -> Any:
-    return sorted(torch.library.opcheck(op, args, kwargs, test_utils=["test_schema", "test_faketensor"]))
+    return sorted(
+        torch.library.opcheck(op, args, kwargs, test_utils=["test_schema", "test_faketensor"])
+    )
 
 
 WAYS = [
@@ -251,14 +275,20 @@ def trial(rng: random.Random) -> str:
             raise Refused(str(mine))
         raise Found(f"{what}: {type(mine).__name__} {mine}; torch.library answers")
     if isinstance(torchs, Exception):
-        # docs/citizen.md: without a fake, compilers look into a kernel that is made of PyTorch's operators.
+        # docs/citizen.md: without a fake, compilers look into a kernel that is made of PyTorch's
+        # operators.
         looked_into = not made.has_fake and way in (on_meta, compiled, checked)
-        # Derivatives that torch.library lacks are what torchpar.library is for; a write is never among them.
+        # Derivatives that torch.library lacks are what torchpar.library is for; a write is never
+        # among them.
         if not looked_into and (made.mutates or way in (plain, without_grad, in_inference)):
-            raise Found(f"{what}: torch.library refuses ({torchs}), torchpar.library answers {mine}")
+            raise Found(
+                f"{what}: torch.library refuses ({torchs}), torchpar.library answers {mine}"
+            )
         return "torchpar alone answers"
     pairs = list(zip(tree_leaves(mine), tree_leaves(torchs), strict=False))
-    if len(tree_leaves(mine)) != len(tree_leaves(torchs)) or not all(alike(*pair) for pair in pairs):
+    if len(tree_leaves(mine)) != len(tree_leaves(torchs)) or not all(
+        alike(*pair) for pair in pairs
+    ):
         raise Found(f"{what}: {mine}, torch.library {torchs}")
     return way.__name__
 
@@ -266,7 +296,11 @@ def trial(rng: random.Random) -> str:
 def alike(a: Any, b: Any) -> bool:
     if not isinstance(a, Tensor):
         return bool(a == b)
-    return isinstance(b, Tensor) and a.shape == b.shape and torch.allclose(a, b, rtol=1e-12, equal_nan=True)
+    return (
+        isinstance(b, Tensor)
+        and a.shape == b.shape
+        and torch.allclose(a, b, rtol=1e-12, equal_nan=True)
+    )
 
 
 def ignored_defaults() -> None:

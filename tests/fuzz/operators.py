@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Random calls of torchpar's operators, beside PyTorch's own.
 
-Shapes, dtypes, layouts, broadcasting and unusual numbers; gradients, forward mode, vmap, meta tensors and,
-now and then, torch.compile. An error against float64 is at most twice PyTorch's and some roundings. Where
-PyTorch refuses, the operator must, too. Where the operator alone refuses, its one line must begin with its
-name, which is the documented refusal: no operator but `maximum` promotes dtypes or broadcasts.
+Shapes, dtypes, layouts, broadcasting and unusual numbers; gradients, forward mode, vmap, meta
+tensors and, now and then, torch.compile. An error against float64 is at most twice PyTorch's and
+some roundings. Where PyTorch refuses, the operator must, too. Where the operator alone refuses, its
+one line must begin with its name, which is the documented refusal: no operator but `maximum`
+promotes dtypes or broadcasts.
 """
 
 import random
@@ -25,7 +26,9 @@ ROUNDINGS = 8  # units of the largest result: bias, exp, +, 1/, alpha, beta, and
 REFUSALS = (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError)
 
 
-def symmetric_matmul(a: Tensor, b: Tensor, c: Any = None, *, alpha: float = 1.0, beta: float = 0.0) -> Tensor:
+def symmetric_matmul(
+    a: Tensor, b: Tensor, c: Any = None, *, alpha: float = 1.0, beta: float = 0.0
+) -> Tensor:
     product = alpha * (a @ b.mT)
     return product if c is None else product + beta * c
 
@@ -75,9 +78,15 @@ def operands(name: str, rng: random.Random) -> list[Tensor]:
         if rng.random() < (0.3 if name == "maximum" else 0.04):  # broadcasting, or a wrong shape
             at = rng.randrange(len(shape))
             shape = (
-                shape[at + 1 :] if rng.random() < 0.5 else [*shape[:at], rng.choice((1, 4)), *shape[at + 1 :]]
+                shape[at + 1 :]
+                if rng.random() < 0.5
+                else [*shape[:at], rng.choice((1, 4)), *shape[at + 1 :]]
             )
-        own = rng.choice(FLOATS + OTHERS) if rng.random() < (0.3 if name == "maximum" else 0.03) else dtype
+        own = (
+            rng.choice(FLOATS + OTHERS)
+            if rng.random() < (0.3 if name == "maximum" else 0.03)
+            else dtype
+        )
         t = torch.randn(shape, dtype=torch.float64) * 2.0 ** rng.randint(-3, 3)
         t = (4 * t).to(own) if not own.is_floating_point else t.to(own)
         if own.is_floating_point and t.numel() and rng.random() < 0.1:
@@ -86,7 +95,12 @@ def operands(name: str, rng: random.Random) -> list[Tensor]:
     if name == "symmetric_matmul" and tensors[0].shape == tensors[1].shape:
         tensors[1] = tensors[0].clone()  # whose product is symmetric, as the operator requires
         c = tensors[-1]
-        if len(tensors) == 3 and c.is_floating_point() and c.dim() > 1 and c.shape[-1] == c.shape[-2]:
+        if (
+            len(tensors) == 3
+            and c.is_floating_point()
+            and c.dim() > 1
+            and c.shape[-1] == c.shape[-2]
+        ):
             tensors[2] = torch.maximum(c, c.mT)
     return [layout(t, rng, expanded=name != "symmetric_matmul") for t in tensors]
 
@@ -130,12 +144,22 @@ def trial(rng: random.Random) -> str:
     if not equal_bits(found, ours(*args, **options)):
         raise Found(f"{what}: other bits in a second call")
     meta = ours(
-        *(torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in args), **options
+        *(torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in args),
+        **options,
     )
     if (meta.shape, meta.dtype, strides(meta)) != (found.shape, found.dtype, strides(found)):
-        raise Found(f"{what}: meta {meta.shape} {meta.stride()}, result {found.shape} {found.stride()}")
+        raise Found(
+            f"{what}: meta {meta.shape} {meta.stride()}, result {found.shape} {found.stride()}"
+        )
     kind = rng.choice(
-        ["value", "gradient", "forward", "vmap", "vmap", "compile" if rng.random() < 0.05 else "value"]
+        [
+            "value",
+            "gradient",
+            "forward",
+            "vmap",
+            "vmap",
+            "compile" if rng.random() < 0.05 else "value",
+        ]
     )
     if kind != "value" and all(t.is_floating_point() for t in args):
         CHECKS[kind](f"{what}, {kind}", name, args, options, rng)
@@ -152,8 +176,11 @@ def equal_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def strides(t: Tensor) -> list[int]:
-    """The strides that say where elements are: not those of an empty tensor, nor of axes of length 1."""
-    return [stride for size, stride in zip(t.shape, t.stride(), strict=True) if size > 1 and t.numel()]
+    """The strides that say where elements are: not those of an empty tensor, nor of axes of length
+    1."""
+    return [
+        stride for size, stride in zip(t.shape, t.stride(), strict=True) if size > 1 and t.numel()
+    ]
 
 
 def judge(
@@ -167,14 +194,16 @@ def judge(
 ) -> None:
     """Compare a result with PyTorch's and with that in float64.
 
-    ``others`` are PyTorch's by other orders of the sums. Where the result is float64 itself, PyTorch's error
-    is not known, and ``rounding`` bounds it.
+    ``others`` are PyTorch's by other orders of the sums. Where the result is float64 itself,
+    PyTorch's error is not known, and ``rounding`` bounds it.
     """
     if (found.shape, found.dtype) != (plain.shape, plain.dtype):
         raise Found(f"{what}: {found.shape} {found.dtype}, PyTorch {plain.shape} {plain.dtype}")
     if exact or not found.is_floating_point():
         if not equal_bits(found, plain):
-            raise Found(f"{what}: {found.flatten()[:5].tolist()}, PyTorch {plain.flatten()[:5].tolist()}")
+            raise Found(
+                f"{what}: {found.flatten()[:5].tolist()}, PyTorch {plain.flatten()[:5].tolist()}"
+            )
         return
     finite = found.isfinite() & plain.isfinite() & ideal.isfinite()
     # The exact product of a row with an infinity is NaN; other rows have theirs.
@@ -194,18 +223,23 @@ def judge(
     if found.dtype == torch.float64:
         largest = largest + rounding
     if error > 2 * largest + ROUNDINGS * stored:
-        raise Found(f"{what}: an error of {error:.3g}, PyTorch's is {largest:.3g}, a unit {stored:.3g}")
+        raise Found(
+            f"{what}: an error of {error:.3g}, PyTorch's is {largest:.3g}, a unit {stored:.3g}"
+        )
 
 
 def judge_exact(what: str, found: Tensor, ideal: Tensor, a: Tensor, b: Tensor) -> None:
-    """The result is rounded once; operands are rounded to 2⁻³¹ of the largest of their row, or less."""
+    """The result is rounded once; operands are rounded to 2⁻³¹ of the largest of their row, or
+    less."""
     if not found.numel() or not a.shape[-1]:
         return
     largest = a.abs().amax(-1, True) * b.abs().amax(-1, True).mT
     bound = 2.0**-24 * ideal.abs() + a.shape[-1] * 2.0**-29 * largest + 2.0**-149
     error = (found.double() - ideal).abs()
     if (wrong := (error > bound) & found.isfinite() & ideal.isfinite()).any():
-        raise Found(f"{what}: an error of {error[wrong][0]:.3g}, expected at most {bound[wrong][0]:.3g}")
+        raise Found(
+            f"{what}: an error of {error[wrong][0]:.3g}, expected at most {bound[wrong][0]:.3g}"
+        )
 
 
 def flipped(name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -217,14 +251,20 @@ def flipped(name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
 def rounding_of(tensors: Sequence[Tensor]) -> float:
     """A bound of the rounding of products of these operands in float64."""
     terms = max((t.shape[-1] for t in tensors if t.dim()), default=1)
-    largest = max((t.abs().nan_to_num(0, 0, 0).max().item() for t in tensors if t.numel()), default=0.0)
+    largest = max(
+        (t.abs().nan_to_num(0, 0, 0).max().item() for t in tensors if t.numel()), default=0.0
+    )
     return torch.finfo(torch.float64).eps * (terms * largest) ** 2
 
 
-def slopes(function: Callable[..., Any], args: list[Tensor], options: Any, seed: int) -> tuple[Tensor, ...]:
+def slopes(
+    function: Callable[..., Any], args: list[Tensor], options: Any, seed: int
+) -> tuple[Tensor, ...]:
     leaves = [t.detach().requires_grad_() for t in args]
     result = function(*leaves, **options)
-    weights = torch.randn(result.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    weights = torch.randn(
+        result.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     if weights.dim() > 1 and weights.shape[-1] == weights.shape[-2]:
         weights = weights + weights.mT
     return torch.autograd.grad(result, leaves, weights.to(result.dtype))
@@ -233,7 +273,8 @@ def slopes(function: Callable[..., Any], args: list[Tensor], options: Any, seed:
 def gradient(what: str, name: str, args: list[Tensor], options: Any, rng: random.Random) -> None:
     ours, torchs, _ = OPERATORS[name]
     if name == "symmetric_matmul":
-        return  # its gradient is that of the lower half, which tests/test_symmetric_matmul.py defines
+        # Its gradient is that of the lower half, which tests/test_symmetric_matmul.py defines.
+        return
     seed = rng.randrange(99)
     results = [slopes(ours, args, options, seed), slopes(torchs, args, options, seed)]
     ideal = slopes(torchs, [t.double() for t in args], options, seed)
@@ -273,7 +314,8 @@ def vmap(what: str, name: str, args: list[Tensor], options: Any, rng: random.Ran
 
     def samples(tensors: Sequence[Tensor]) -> list[Tensor]:
         return [
-            t if d is None else torch.stack([t, 2 * t, -t], d) for t, d in zip(tensors, dims, strict=True)
+            t if d is None else torch.stack([t, 2 * t, -t], d)
+            for t, d in zip(tensors, dims, strict=True)
         ]
 
     def mapped(function: Callable[..., Any], batched: list[Tensor]) -> Tensor:
@@ -292,7 +334,11 @@ def compiled(what: str, name: str, args: list[Tensor], options: Any, rng: random
     backend = rng.choice(["eager", "aot_eager"])
     one = torch.compile(lambda *a: ours(*a, **options), backend=backend, fullgraph=True)(*args)
     judge(
-        what, one, torchs(*args, **options), torchs(*(t.double() for t in args), **options), name == "maximum"
+        what,
+        one,
+        torchs(*args, **options),
+        torchs(*(t.double() for t in args), **options),
+        name == "maximum",
     )
 
 
@@ -305,7 +351,9 @@ def transposed_vmap() -> None:
     right = OPERATORS["matmul_t"][0]
 
     def wrong(x: Tensor) -> Any:
-        return right(x.mT.contiguous()) if x.dim() > 1 and x.shape[-1] == x.shape[-2] > 2 else right(x)
+        return (
+            right(x.mT.contiguous()) if x.dim() > 1 and x.shape[-1] == x.shape[-2] > 2 else right(x)
+        )
 
     OPERATORS["matmul_t"] = (wrong, torchs, shapes)
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Random programs of `Muon`, `Muon.for_model` and `ChainedOptimizer`, beside PyTorch's own optimizers.
+"""Random programs of `Muon`, `Muon.for_model` and `ChainedOptimizer`, beside PyTorch's own
+optimizers.
 
-A program steps, changes settings, edits groups, drops gradients, and saves and loads the state. Both
-optimizers do the same. A `ConfigError`, or the RuntimeError and NotImplementedError that docstrings name, is
-the documented refusal.
+A program steps, changes settings, edits groups, drops gradients, and saves and loads the state.
+Both optimizers do the same. A `ConfigError`, or the RuntimeError and NotImplementedError that
+docstrings name, is the documented refusal.
 """
 
 import copy
@@ -29,7 +30,8 @@ UNITS = 16
 
 
 def exactly(matrix: Tensor, coefficients: Any, steps: int, eps: float) -> Tensor:
-    """The Newton–Schulz iteration in float64, from and to bfloat16, in which Muon exchanges matrices."""
+    """The Newton–Schulz iteration in float64, from and to bfloat16, in which Muon exchanges
+    matrices."""
     x = matrix.bfloat16().double()
     wide = x.shape[0] > x.shape[1]
     x = x.T if wide else x
@@ -46,8 +48,8 @@ def ours_exactly(matrices: Any, coefficients: Any, steps: int, eps: float, ns: s
         matrix.copy_(exactly(matrix, coefficients, steps, eps))
 
 
-# Rounding can change the update of an ill-conditioned matrix by much; tests/test_optim.py judges it. Here
-# both sides orthogonalise in float64, and the rest of the optimizers is compared.
+# Rounding can change the update of an ill-conditioned matrix by much; tests/test_optim.py judges
+# it. Here both sides orthogonalise in float64, and the rest of the optimizers is compared.
 torch.optim._muon._zeropower_via_newtonschulz = exactly
 muon_module.orthogonalize_in_place = ours_exactly
 
@@ -91,7 +93,8 @@ class Both:
             parts = [slice(0, cut), slice(cut, None)] if 0 < cut < len(a) else [slice(None)]
             rates = [self.rng.choice([0.1, 0.02]) for _ in parts]
             groups = [
-                [{"params": p[s], "lr": lr} for s, lr in zip(parts, rates, strict=True)] for p in (a, b)
+                [{"params": p[s], "lr": lr} for s, lr in zip(parts, rates, strict=True)]
+                for p in (a, b)
             ]
             return muon(groups[0]), [theirs(groups[1])]
         if self.kind == "model":
@@ -102,7 +105,10 @@ class Both:
             for optimizer in one.optimizers:
                 is_muon = isinstance(optimizer, Muon)
                 groups = [
-                    {"params": [pairs[id(p)] for p in g["params"]], "weight_decay": g["weight_decay"]}
+                    {
+                        "params": [pairs[id(p)] for p in g["params"]],
+                        "weight_decay": g["weight_decay"],
+                    }
                     for g in optimizer.param_groups
                 ]
                 made.append((theirs if is_muon else adamw)(groups))
@@ -137,7 +143,9 @@ class Both:
             size = update + b.norm().item() + old.norm().item()
             if not difference <= UNITS * 2.0**-24 * size:
                 who = f"parameter {i} of {self.kind} {tuple(a.shape)}"
-                raise Found(f"{who} differs by {difference:.2g}, its update is {update:.2g}; {self.done}")
+                raise Found(
+                    f"{who} differs by {difference:.2g}, its update is {update:.2g}; {self.done}"
+                )
             with torch.no_grad():
                 a.copy_(b)  # so that differences do not add up
 
@@ -155,7 +163,9 @@ class Both:
             p.grad = torch.ones_like(p)
         loss = self.one.step(closure)
         if loss != 2.5 or calls != [1]:
-            raise Found(f"step(closure) returns {loss} after {calls[0]} calls of the closure; {self.done}")
+            raise Found(
+                f"step(closure) returns {loss} after {calls[0]} calls of the closure; {self.done}"
+            )
 
     def forget(self, a: nn.Parameter, b: nn.Parameter) -> None:
         """Leave a parameter without a gradient; both optimizers skip it."""

@@ -4,10 +4,10 @@
 A trial is one of three kinds:
 
 - mesh: random layers on a random mesh of dp × tp × pp ranks have the losses of one process;
-- kill: a run on one or two ranks is ended by SIGTERM or SIGKILL, some times, and resumed to its end: the
-  same bits as an undisturbed one, and no process and no shared memory is left behind;
-- damage: bytes of its checkpoints are changed, cut off or removed: an older one is resumed from, with the
-  same bits at the end, or one line names what is wrong.
+- kill: a run on one or two ranks is ended by SIGTERM or SIGKILL, some times, and resumed to its
+  end: the same bits as an undisturbed one, and no process and no shared memory is left behind;
+- damage: bytes of its checkpoints are changed, cut off or removed: an older one is resumed from,
+  with the same bits at the end, or one line names what is wrong.
 """
 
 import atexit
@@ -33,9 +33,14 @@ from saved import latest, same, steps, tensors
 from torchpar.parallel.launch.local import PRELOAD, Ranks, fork_context
 
 TRAIN = str(ROOT / "examples" / "train_parallel.py")
-MODULES = ["torchpar.training", "torchpar.parallel.split.pipeline", "torchvision.datasets", "support.session"]
-# Two orders of float32 sums of at most 784 terms typically differ by √784·2⁻²⁴, in each of at most 5 layers
-# and 16 steps; the learning rates below do not let a difference grow.
+MODULES = [
+    "torchpar.training",
+    "torchpar.parallel.split.pipeline",
+    "torchvision.datasets",
+    "support.session",
+]
+# Two orders of float32 sums of at most 784 terms typically differ by √784·2⁻²⁴, in each of at most
+# 5 layers and 16 steps; the learning rates below do not let a difference grow.
 TOLERANCE = 16 * 5 * math.sqrt(784) * 2.0**-24
 
 
@@ -98,7 +103,12 @@ def mesh(rng: random.Random) -> str:
     if rng.random() < 0.3:
         flags += ["--clip", str(rng.choice([0.1, 1.0]))]
     if pp > 1:
-        flags += ["--pipeline", rng.choice(["gpipe", "1f1b"]), "--micro-batches", str(rng.choice([1, 2, 5]))]
+        flags += [
+            "--pipeline",
+            rng.choice(["gpipe", "1f1b"]),
+            "--micro-batches",
+            str(rng.choice([1, 2, 5])),
+        ]
     name = work() / uuid.UUID(int=rng.getrandbits(128)).hex
     of_one, of_many = Path(f"{name}-1.jsonl"), Path(f"{name}-n.jsonl")
     status, said = on_ranks(
@@ -117,7 +127,9 @@ def mesh(rng: random.Random) -> str:
     ):
         for key in ("train_loss", "test_loss"):
             if key in one and not math.isclose(one[key], many[key], rel_tol=TOLERANCE):
-                raise Found(f"{key} {many[key]} on {dp} × {tp} × {pp}, {one[key]} alone; {' '.join(flags)}")
+                raise Found(
+                    f"{key} {many[key]} on {dp} × {tp} × {pp}, {one[key]} alone; {' '.join(flags)}"
+                )
     return "mesh"
 
 
@@ -134,16 +146,30 @@ def command(count: int, folder: Path) -> list[str]:
     launcher = [sys.executable]
     if count > 1:
         launcher += (
-            f"-m torch.distributed.run --nproc_per_node={count} --standalone --monitor_interval=0.1".split()
-        )
-    flags = ["--hidden", "33", "7", "--epochs", "4", "--batch-size", "51", "--save-every", "1", "--keep", "3"]
+            f"-m torch.distributed.run --nproc_per_node={count} --standalone --monitor_interval=0.1"
+        ).split()
+    flags = [
+        "--hidden",
+        "33",
+        "7",
+        "--epochs",
+        "4",
+        "--batch-size",
+        "51",
+        "--save-every",
+        "1",
+        "--keep",
+        "3",
+    ]
     return [*launcher, TRAIN, *base(), *flags, "--checkpoint", str(folder)]
 
 
 @cache
 def undisturbed(count: int) -> Path:
     folder = work() / f"undisturbed-{count}"
-    status, said = on_ranks(count, command(count, folder)[command(count, folder).index(TRAIN) + 1 :])
+    status, said = on_ranks(
+        count, command(count, folder)[command(count, folder).index(TRAIN) + 1 :]
+    )
     if status:
         raise Found(f"an undisturbed run ends with {status}: {said}")
     return folder
@@ -169,7 +195,11 @@ def kill(rng: random.Random) -> str:
     for life in range(kills + 1):
         with tempfile.TemporaryFile("w+") as err:
             process = subprocess.Popen(
-                command(count, folder), stdout=err, stderr=err, env=environment, start_new_session=True
+                command(count, folder),
+                stdout=err,
+                stderr=err,
+                env=environment,
+                start_new_session=True,
             )
             try:
                 sent = end_at_some_moment(process, folder, rng, mark) if life < kills else None
@@ -209,7 +239,8 @@ def end_at_some_moment(
             break
         time.sleep(0.001)
     time.sleep(delay)
-    # SIGKILL of torchrun alone would leave ranks that look for its store for a minute; they get it, too.
+    # SIGKILL of torchrun alone would leave ranks that look for its store for a minute; they get it,
+    # too.
     for number in left_behind(mark) if sent == signal.SIGKILL else [process.pid]:
         with suppress(ProcessLookupError):
             os.kill(number, sent)
@@ -217,7 +248,8 @@ def end_at_some_moment(
 
 
 def newest(folder: Path) -> Path:
-    """The newest checkpoint. The file ``latest`` is for people: a run that has ended does not mend it."""
+    """The newest checkpoint. The file ``latest`` is for people: a run that has ended does not mend
+    it."""
     return folder / [name for name in steps(folder) if not name.endswith(".tmp")][-1]
 
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Arithmetic, comparisons, conversions, moves, and what the threads of a warp exchange.
 
-Sections 9.7.1 to 9.7.8 (arithmetic, comparison, logic, shifts) and 9.7.9 (moves, conversions, shuffles).
-Results of approximate instructions differ from the exact ones by most of what their sections allow, so that
-nothing relies on their bits. The deviation depends on the operands alone: all schedules give the same.
+Sections 9.7.1 to 9.7.8 (arithmetic, comparison, logic, shifts) and 9.7.9 (moves, conversions,
+shuffles). Results of approximate instructions differ from the exact ones by most of what their
+sections allow, so that nothing relies on their bits. The deviation depends on the operands alone:
+all schedules give the same.
 """
 
 from collections.abc import Callable
@@ -16,12 +17,14 @@ from .registers import DTYPES, FLOATS, HALVES, LANES, PAIRS, Values, writer
 
 
 def quotient(a: Values, b: Values) -> Values:
-    """The integer quotient, rounded toward zero; 0 for a division by zero, which PTX leaves open."""
+    """The integer quotient, rounded toward zero; 0 for a division by zero, which PTX leaves
+    open."""
     return (a - np.fmod(a, b)) // np.where(b == 0, 1, b)
 
 
 def fused(a: Values, b: Values, c: Values) -> Values:
-    """a·b + c by a sum of 64 bits, so that it is rounded once; a float64 is not always the nearest."""
+    """a·b + c by a sum of 64 bits, so that it is rounded once; a float64 is not always the
+    nearest."""
     return (a.astype(np.longdouble) * b + c).astype(a.dtype)
 
 
@@ -40,14 +43,18 @@ def flush(x: Values) -> Values:
 
 
 def approximate(function: Callable[..., Values], bound: float) -> Callable[..., Values]:
-    """``function`` with most of the relative error ``bound``; the rounding to float32 takes a part of it.
+    """``function`` with most of the relative error ``bound``; the rounding to float32 takes a part
+    of it.
 
-    The deviation is a number between −1 and 1 that depends on the bits of x alone. Powers of two are exact.
+    The deviation is a number between −1 and 1 that depends on the bits of x alone. Powers of two
+    are exact.
     """
 
     def run(x: Values, *others: Values) -> Values:
         exact = function(*(one.astype(np.float64) for one in (x, *others)))
-        deviation = ((x.view(np.uint32) * np.uint32(2654435761)) >> 8).astype(np.float64) / 2**23 - 1
+        deviation = ((x.view(np.uint32) * np.uint32(2654435761)) >> 8).astype(
+            np.float64
+        ) / 2**23 - 1
         error = np.where(np.frexp(exact)[0] == 0.5, 0, 0.9 * (bound - 2**-24) * deviation)
         return (exact * (1 + error)).astype(np.float32)
 
@@ -79,7 +86,8 @@ OF_FLOAT32 = {  # with their bounds by 9.7.3
     "sqrt.approx": approximate(np.sqrt, 2**-23),
     "div.full": approximate(np.divide, 2**-22),
 }
-# Of float32, which is rounded once more. That makes no difference: it has more than twice the bits of a half.
+# Of float32, which is rounded once more. That makes no difference: it has more than twice the bits
+# of a half.
 OF_HALVES = {"add": np.add, "mul": np.multiply, "max.NaN": larger_or_nan}
 
 
@@ -108,7 +116,9 @@ def _wide(i: Instruction) -> Run:
     kind = i.parts[-1]
     wide = f"{kind[0]}{2 * int(kind[1:])}"
     added = [wide] * (i.parts[0] == "mad")
-    return elementwise(i, lambda a, b, c=0: a.astype(DTYPES[wide]) * b + c, wide, kind, kind, *added)
+    return elementwise(
+        i, lambda a, b, c=0: a.astype(DTYPES[wide]) * b + c, wide, kind, kind, *added
+    )
 
 
 @instruction("shl", "shr")
@@ -162,7 +172,8 @@ COMPARE = {
 
 @instruction("setp")
 def _compare(i: Instruction) -> Run:
-    """Of floats the comparisons ending in "u" hold for NaN, and the others do not, "ne" included."""
+    """Of floats the comparisons ending in "u" hold for NaN, and the others do not, "ne"
+    included."""
     _, name, kind = i.parts
     if kind not in FLOATS:
         return elementwise(i, COMPARE[name], "pred", kind, kind)
@@ -206,7 +217,8 @@ def _convert(i: Instruction) -> Run:
             return np.clip(whole, limits.min, limits.max).astype(DTYPES[to])
 
         return elementwise(i, truncate, to, source)
-    if to in ("f16", "f32") and source[0] in "su":  # through a wider format, so that it is rounded once
+    # Through a wider format, so that it is rounded once.
+    if to in ("f16", "f32") and source[0] in "su":
         return elementwise(i, lambda x: x.astype(np.longdouble), to, source)
     return elementwise(i, lambda x: x, to, source)
 
@@ -235,12 +247,15 @@ def _reduce(i: Instruction) -> Run:
 
 @instruction("elect.sync", results=2, whole=True)
 def _elect(i: Instruction) -> Run:
-    """One thread is chosen, the same one each time. Which one is left open: it depends on the schedule."""
+    """One thread is chosen, the same one each time. Which one is left open: it depends on the
+    schedule."""
     put_lane, put = writer(i.operands[0], "u32"), writer(i.operands[1], "pred")
     assert i.operands[2] == Constant(-1)
 
     def run(warp: Warp) -> None:
-        chosen = {"early": 0, "late": 31}.get(warp.block.gpu.schedule.completion, 7 * warp.index % 32)
+        chosen = {"early": 0, "late": 31}.get(
+            warp.block.gpu.schedule.completion, 7 * warp.index % 32
+        )
         put_lane(warp, np.full(32, chosen, np.uint32))
         put(warp, chosen == LANES)
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Launches of each kernel, with operands whose results are known exactly.
 
-Operands of products are small integers, so that all sums are exact in any order. Sigmoids are compared within
-a bound.
+Operands of products are small integers, so that all sums are exact in any order. Sigmoids are
+compared within a bound.
 """
 
 import math
@@ -26,15 +26,17 @@ from torchpar.ops import exact_digits
 from .launch import Gpu
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-# The relative error of a sigmoid for |z| up to 32. Float32: of ex2 and of div 2⁻²² each, and of one rounding;
-# the kernel corrects the product z·log2(e). 16 bits: of the result's rounding, and of that product. Float64:
-# of exp and of div one ulp each, of a sum, and as much again for the executor's fma, which rounds twice.
+# The relative error of a sigmoid for |z| up to 32. Float32: of ex2 and of div 2⁻²² each, and of one
+# rounding; the kernel corrects the product z·log2(e). 16 bits: of the result's rounding, and of
+# that product. Float64: of exp and of div one ulp each, of a sum, and as much again for the
+# executor's fma, which rounds twice.
 SIGMOID = {BF16: 2**-8 + 2**-17, F16: 2**-11 + 2**-17, F32: 9 * 2**-24, F64: 8 * 2**-53}
 
 
 @dataclass
 class Case:
-    """A launch: ``run(wrap, *operands)`` returns the tensors that should equal ``results(*operands)``.
+    """A launch: ``run(wrap, *operands)`` returns the tensors that should equal
+    ``results(*operands)``.
 
     Args:
         multiprocessors: of the GPU; persistent kernels begin as many programs, or twice as many.
@@ -74,7 +76,8 @@ class Case:
         if not self.bound:
             return same_bits(found, expected)
         for a, b in zip(found, expected, strict=True):
-            smallest = torch.finfo(a.dtype).smallest_normal * torch.finfo(a.dtype).eps  # a subnormal number
+            # A subnormal number.
+            smallest = torch.finfo(a.dtype).smallest_normal * torch.finfo(a.dtype).eps
             if not ((a.double() - b).abs() <= self.bound * b.abs() + smallest / 2).all():
                 return False
         return True
@@ -93,7 +96,9 @@ def same_bits(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
     return True
 
 
-def integers(*shape: int, dtype: torch.dtype = BF16, largest: int = 3, transposed: bool = False) -> Tensor:
+def integers(
+    *shape: int, dtype: torch.dtype = BF16, largest: int = 3, transposed: bool = False
+) -> Tensor:
     t = torch.randint(-largest, largest + 1, shape).to(dtype)
     return LAYOUTS["transposed"](t) if transposed else t
 
@@ -113,7 +118,8 @@ def symmetric(
     in_place: bool = False,
     **options: Any,
 ) -> Case:
-    """``A·Aᵀ``, with ``other`` ``A·Bᵀ``, and with ``c`` ``2·A·Aᵀ − C/2``, or that of other ``factors``.
+    """``A·Aᵀ``, with ``other`` ``A·Bᵀ``, and with ``c`` ``2·A·Aᵀ − C/2``, or that of other
+    ``factors``.
 
     ``A·Bᵀ`` should be symmetric. Here it is not: the result must be its lower triangle, mirrored.
     ``in_place`` it is written to C, which is float32.
@@ -149,7 +155,11 @@ def symmetric(
 
 
 def half_sum(
-    n: int, dtype: torch.dtype = BF16, batch: tuple[int, ...] = (2,), unit: float = 1.0, **options: Any
+    n: int,
+    dtype: torch.dtype = BF16,
+    batch: tuple[int, ...] = (2,),
+    unit: float = 1.0,
+    **options: Any,
 ) -> Case:
     return Case(
         lambda: [integers(*batch, n, n, dtype=dtype) * unit],
@@ -208,7 +218,8 @@ def sigmoid_of(values: Tensor, bound: float = 0.0) -> Case:
 
 
 def sigmoid_gradient(m: int, n: int, dtype: torch.dtype = BF16, **options: Any) -> Case:
-    """y is a multiple of 1/16, so that sums are exact. More than 256 rows, in float32, have partial sums."""
+    """y is a multiple of 1/16, so that sums are exact. More than 256 rows, in float32, have partial
+    sums."""
 
     def run(wrap: Any, g: Tensor, y: Tensor) -> Any:
         dz = torch.empty_like(y)
@@ -240,7 +251,8 @@ def few_values(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
 
 
 def incoming(g: Tensor) -> Iterator[Tensor]:
-    """Gradients of the layouts that follow an operation, a sum, and a sum over rows; and of others."""
+    """Gradients of the layouts that follow an operation, a sum, and a sum over rows; and of
+    others."""
     yield g
     if g.numel() > 0:
         yield g.flatten()[:1].view(()).expand_as(g)
@@ -251,7 +263,9 @@ def incoming(g: Tensor) -> Iterator[Tensor]:
         yield g.T.contiguous().T
 
 
-def larger(draw: Callable[[Any], tuple[Tensor, Tensor]], *dtypes: torch.dtype, **options: Any) -> Case:
+def larger(
+    draw: Callable[[Any], tuple[Tensor, Tensor]], *dtypes: torch.dtype, **options: Any
+) -> Case:
     """The maximum of two operands, and of floats its gradients.
 
     ``draw(d)`` draws the operands by ``d(*shape)``, of one dtype or of two.
@@ -318,7 +332,8 @@ def exact(
     capability: int = 90,
     **options: Any,
 ) -> Case:
-    """The exact product of two matrices, or of one with itself: the CPU's bits in float32, T in int64.
+    """The exact product of two matrices, or of one with itself: the CPU's bits in float32, T in
+    int64.
 
     Args:
         matrices: shapes of `random_rows`, or tensors.
@@ -332,7 +347,10 @@ def exact(
     changed |= {"FLOAT_CHAIN" if floats else "CHAIN": terms} if terms else {}
 
     def operands() -> list[Tensor]:
-        drawn = [one if isinstance(one, Tensor) else random_rows(*one, special=special) for one in matrices]
+        drawn = [
+            one if isinstance(one, Tensor) else random_rows(*one, special=special)
+            for one in matrices
+        ]
         drawn = [LAYOUTS[layout](t) for layout, t in zip(layouts, drawn, strict=False)]
         return [*drawn, *(exact_digits.row_exponents(t)[..., 0] for t in drawn)]
 

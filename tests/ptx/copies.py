@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Loads, stores, asynchronous copies, and the groups of asynchronous operations: 9.7.9 of the PTX ISA."""
+"""Loads, stores, asynchronous copies, and the groups of asynchronous operations: 9.7.9 of the PTX
+ISA."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,8 +13,8 @@ from .memory import Space
 from .parse import Instruction, PtxError, flat
 from .registers import DTYPES, reader, writer
 
-# Triton 3.6 makes no proxy fence between cp.async and a wgmma that reads what was copied, where a tile has no
-# mask. 9.7.15.4 demands it, and Triton 3.8 makes it (triton-lang/triton#9610, #10537).
+# Triton 3.6 makes no proxy fence between cp.async and a wgmma that reads what was copied, where a
+# tile has no mask. 9.7.15.4 demands it, and Triton 3.8 makes it (triton-lang/triton#9610, #10537).
 COPIES_NEED_FENCE = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
 
 
@@ -64,9 +65,11 @@ def _store(i: Instruction) -> Run:
 
 
 class Places(NamedTuple):
-    """What a copy connects: elements of global memory and units of shared memory, both of so many bytes.
+    """What a copy connects: elements of global memory and units of shared memory, both of so many
+    bytes.
 
-    Elements that are not ``inside`` become zeros in shared memory, and are not stored in global memory.
+    Elements that are not ``inside`` become zeros in shared memory, and are not stored in global
+    memory.
     """
 
     elements: Any
@@ -80,7 +83,13 @@ class Copy(Operation):
     """An asynchronous copy. A ``barrier`` counts the bytes that have been copied."""
 
     def __init__(
-        self, warp: Warp, line: int, what: str, places: Places, to_shared: bool = True, barrier: Any = None
+        self,
+        warp: Warp,
+        line: int,
+        what: str,
+        places: Places,
+        to_shared: bool = True,
+        barrier: Any = None,
     ):
         super().__init__(warp, line, what, what == "a copy" and COPIES_NEED_FENCE)
         self.block, self.line, self.to_shared, self.barrier = warp.block, line, to_shared, barrier
@@ -98,7 +107,9 @@ class Copy(Operation):
             self.values = np.zeros((len(self.inside), self.width), np.uint8)
             self.values[self.inside] = self.block.space.peek(self.elements, self.width, self.line)
         else:
-            self.values = self.block.shared.peek(self.units, self.unit, self.line).reshape(-1, self.width)
+            self.values = self.block.shared.peek(self.units, self.unit, self.line).reshape(
+                -1, self.width
+            )
 
     def store(self) -> None:
         if self.to_shared:
@@ -129,13 +140,18 @@ def _copy(i: Instruction) -> Run:
     return run
 
 
-# Groups: of cp.async and wgmma those of a warp, whose threads issue them together; of bulk copies a thread's
+# Groups: of cp.async and wgmma those of a warp, whose threads issue them together; of bulk copies a
+# thread's
 
 
 def groups_of(warp: Warp, i: Instruction) -> list[list[list[Operation]]]:
     family = i.opcode.partition(".commit_group")[0].partition(".wait_group")[0]
     bulk = family == "cp.async.bulk"
-    return [warp.groups[family, lane] for lane in warp.lanes().tolist()] if bulk else [warp.groups[family]]
+    return (
+        [warp.groups[family, lane] for lane in warp.lanes().tolist()]
+        if bulk
+        else [warp.groups[family]]
+    )
 
 
 @action("cp.async.bulk.commit_group")
@@ -148,7 +164,8 @@ def _commit(warp: Warp, i: Instruction) -> None:
 @action("cp.async.bulk.wait_group")
 @action("cp.async.wait_group", "wgmma.wait_group.sync.aligned", whole=True)
 def _wait(warp: Warp, i: Instruction, count: Any) -> None:
-    """Wait for all groups but the last ``count``; with `read` only until shared memory has been read."""
+    """Wait for all groups but the last ``count``; with `read` only until shared memory has been
+    read."""
     left = int("read" in i.parts)
     for groups in groups_of(warp, i):
         done = max(0, len(groups) - 1 - int(count[0]))

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """A stand-in for a GPU: it compiles what the launchers launch, and executes its PTX.
 
-The launchers are given tensors on the meta device, so that they choose as for a GPU. For each of them there
-is memory with the content of a CPU tensor. What launchers allocate has not been written yet.
+The launchers are given tensors on the meta device, so that they choose as for a GPU. For each of
+them there is memory with the content of a CPU tensor. What launchers allocate has not been written
+yet.
 """
 
 import os
@@ -47,7 +48,8 @@ class Gpu:
         self.next = FIRST_ADDRESS
         self.places: dict[int, Allocation] = {}  # by the storage of the meta tensor
         self.kept: list[Tensor] = []
-        self.launches: list[tuple[Kernel, set[int]]] = []  # and the positions of instructions executed
+        # And the positions of instructions executed.
+        self.launches: list[tuple[Kernel, set[int]]] = []
 
     def allocate(self, name: str, size: int) -> Allocation:
         allocation = self.space.add(Allocation(name, self.next, size))
@@ -55,7 +57,8 @@ class Gpu:
         return allocation
 
     def tensor(self, t: Tensor) -> Tensor:
-        """A tensor on the meta device with the strides and offset of ``t``, and its content in memory."""
+        """A tensor on the meta device with the strides and offset of ``t``, and its content in
+        memory."""
         storage = t.untyped_storage()
         meta = torch.empty(storage.nbytes() // t.element_size(), dtype=t.dtype, device="meta")
         meta = meta.as_strided(t.shape, t.stride(), t.storage_offset())
@@ -72,7 +75,9 @@ class Gpu:
         storage = meta.untyped_storage()
         if storage._cdata not in self.places:
             self.kept.append(meta)  # so that no other storage takes its identity
-            self.places[storage._cdata] = self.allocate(f"{meta.dtype} {tuple(meta.shape)}", storage.nbytes())
+            self.places[storage._cdata] = self.allocate(
+                f"{meta.dtype} {tuple(meta.shape)}", storage.nbytes()
+            )
         return self.places[storage._cdata]
 
     def read(self, meta: Tensor) -> Tensor:
@@ -107,15 +112,19 @@ class Gpu:
         names = source.fn.arg_names
         given = dict(zip(names, compiled.arguments, strict=False)) | compiled.options
         values = [given[name] for name in names if source.signature[name] != "constexpr"]
-        # Two hidden parameters: memory in which each program makes its tensormaps, and one for profiles.
+        # Two hidden parameters: memory in which each program makes its tensormaps, and one for
+        # profiles.
         size = metadata.global_scratch_size * int(np.prod(compiled.grid))
         scratch = self.allocate("scratch memory", size).base if size else 0
-        self.launch(compiled.kernel.asm["ptx"], [*values, scratch, 0], compiled.grid, metadata.shared)
+        self.launch(
+            compiled.kernel.asm["ptx"], [*values, scratch, 0], compiled.grid, metadata.shared
+        )
 
     def launch(
         self, text: str, values: list[Any], grid: tuple[int, int, int] = (1, 1, 1), shared: int = 0
     ) -> None:
-        """Execute the kernel of ``text`` with a value, or a tensor on the meta device, for each parameter."""
+        """Execute the kernel of ``text`` with a value, or a tensor on the meta device, for each
+        parameter."""
         self.kernel, self.grid, self.shared_bytes = _decoded(self.change(text)), grid, shared
         self.parameters = dict(zip(self.kernel.parameters, map(self.value, values), strict=True))
         self.random, self.executed = Random(self.schedule.seed), set[int]()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """A block of threads: warps with program counters of their own, run in the order of a schedule.
 
-Where the 32 threads of a warp diverge, those with the smallest program counter run first, so that they meet
-again behind the branch.
+Where the 32 threads of a warp diverge, those with the smallest program counter run first, so that
+they meet again behind the branch.
 """
 
 from collections import defaultdict
@@ -22,14 +22,19 @@ ALL_BYTES, NO_BYTES = ALL.tobytes(), bytes(32)
 
 @dataclass(frozen=True)
 class Schedule:
-    """When asynchronous operations complete ("early", "late", "random"), and the order in which warps run."""
+    """When asynchronous operations complete ("early", "late", "random"), and the order in which
+    warps run."""
 
     completion: str
     order: str
     seed: int = 0
 
 
-SCHEDULES = (Schedule("early", "forward"), Schedule("late", "reverse"), Schedule("random", "random", 1))
+SCHEDULES = (
+    Schedule("early", "forward"),
+    Schedule("late", "reverse"),
+    Schedule("random", "random", 1),
+)
 
 Run = Callable[["Warp"], Any]  # It returns True where another warp may run first.
 BUILDERS: dict[str, tuple[Callable[[Instruction], Run], int, bool]] = {}
@@ -54,16 +59,19 @@ def instruction(*opcodes: str, results: int = 1, whole: bool = False) -> Callabl
 
 
 def elementwise(i: Instruction, function: Callable[..., Any], result: str, *sources: str) -> Run:
-    """Apply ``function`` to the operands but the first, which it gives its result; by their kinds."""
+    """Apply ``function`` to the operands but the first, which it gives its result; by their
+    kinds."""
     put = writer(i.operands[0], result)
     reads = [reader(operand, kind) for operand, kind in zip(i.operands[1:], sources, strict=True)]
     return lambda warp: put(warp, function(*[read(warp) for read in reads]))
 
 
 def action(*opcodes: str, whole: bool = False, single: bool = False) -> Callable[[Any], Any]:
-    """Register a function of a warp, an instruction, and its operands' values in the threads that execute it.
+    """Register a function of a warp, an instruction, and its operands' values in the threads that
+    execute it.
 
-    An address is followed by its coordinates. ``single``: one thread alone may execute the instruction.
+    An address is followed by its coordinates. ``single``: one thread alone may execute the
+    instruction.
     """
 
     def register(function: Any) -> Any:
@@ -72,12 +80,17 @@ def action(*opcodes: str, whole: bool = False, single: bool = False) -> Callable
             reads = []
             for operand in i.operands:
                 if operand != Symbol("_"):
-                    reads += [reader(operand), *(reader(one) for one in getattr(operand, "coordinates", []))]
+                    reads += [
+                        reader(operand),
+                        *(reader(one) for one in getattr(operand, "coordinates", [])),
+                    ]
 
             def run(warp: Warp) -> Any:
                 lanes = warp.lanes()
                 if single and len(lanes) != 1:
-                    raise PtxError(i.line, f"{len(lanes)} threads of warp {warp.index} execute {i.opcode}")
+                    raise PtxError(
+                        i.line, f"{len(lanes)} threads of warp {warp.index} execute {i.opcode}"
+                    )
                 return function(warp, i, *[read(warp)[lanes] for read in reads])
 
             return run
@@ -92,7 +105,9 @@ def decode(kernel: Kernel) -> Kernel:
     for i in kernel.instructions:
         prefixes = (".".join(i.parts[:n]) for n in range(len(i.parts), 0, -1))
         try:
-            build, results, i.whole = next(BUILDERS[prefix] for prefix in prefixes if prefix in BUILDERS)
+            build, results, i.whole = next(
+                BUILDERS[prefix] for prefix in prefixes if prefix in BUILDERS
+            )
             i.run = build(i)
         except (LookupError, ValueError, AssertionError, StopIteration) as e:
             raise PtxError(i.line, f"unknown instruction {i.opcode}") from e
@@ -104,15 +119,17 @@ def decode(kernel: Kernel) -> Kernel:
 class Operation:
     """An asynchronous operation of a warp: `cp.async`, a bulk copy or `wgmma`. It has two events.
 
-    It reads its sources and later writes its targets, at times that a schedule chooses. Who knows `read` may
-    write its sources, and who knows `written` may read its targets.
+    It reads its sources and later writes its targets, at times that a schedule chooses. Who knows
+    `read` may write its sources, and who knows `written` may read its targets.
 
     Args:
         generic: its accesses are not of the asynchronous proxy.
         after: an operation that completes before this one.
     """
 
-    def __init__(self, warp: "Warp", line: int, what: str, generic: bool = False, after: Any = None):
+    def __init__(
+        self, warp: "Warp", line: int, what: str, generic: bool = False, after: Any = None
+    ):
         self.what, self.after = what, after
         name = f"{what} of warp {warp.index}"
         self.read, self.written = (
@@ -128,7 +145,8 @@ class Operation:
         """Write the targets."""
 
     def start(self, block: "Block") -> None:
-        """Issue it. Its two steps are done at once, or when something waits for them, or at random."""
+        """Issue it. Its two steps are done at once, or when something waits for them, or at
+        random."""
         self.steps = [self.fetch, self.store]
         block.flying.append(self)
         if block.gpu.schedule.completion == "early":
@@ -143,7 +161,8 @@ class Operation:
             self.steps.pop(0)()
 
     def wait(self, warp: "Warp", left: int = 0) -> None:
-        """From now on the warp knows that the operation has read, or, with no step ``left``, is done."""
+        """From now on the warp knows that the operation has read, or, with no step ``left``, is
+        done."""
         self.advance(left)
         warp.seen[self.read.number] = True
         if left == 0:
@@ -165,7 +184,8 @@ class Warp:
         self.waiting: Callable[[], bool] | None = None  # until it returns True
         self.count = 0  # instructions executed
         self.waited = 0  # the instructions that others executed while it waited at barriers
-        # Of each kind the groups of operations that were not waited for; the last one is not committed.
+        # Of each kind the groups of operations that were not waited for; the last one is not
+        # committed.
         self.groups: defaultdict[Any, list[list[Operation]]] = defaultdict(lambda: [[]])
         self.last_product: Operation | None = None
         self.fence: list[Any] = []  # the registers at the last wgmma.fence
@@ -201,12 +221,15 @@ class Warp:
         """An operation begins, or has been waited for; `timeline` notes when."""
 
     def fill(self, registers: list[int]) -> None:
-        """Give garbage to registers that were not written, for the threads that do not write them now."""
+        """Give garbage to registers that were not written, for the threads that do not write them
+        now."""
         for index in registers:
             if self.registers[index] is UNWRITTEN:
                 raw = np.frombuffer(self.block.gpu.random.randbytes(256), np.uint8)
                 dtype = DTYPES[self.block.gpu.kernel.registers[index]]
-                self.registers[index] = raw[:32] > 127 if dtype == np.bool_ else raw.view(dtype)[:32]
+                self.registers[index] = (
+                    raw[:32] > 127 if dtype == np.bool_ else raw.view(dtype)[:32]
+                )
 
     def advance(self, budget: int) -> None:
         """Run until the warp waits, ends, or has executed ``budget`` instructions."""
@@ -288,7 +311,11 @@ class Block:
 
     def run(self) -> None:
         schedule, rng = self.gpu.schedule, self.gpu.random
-        choose = {"forward": lambda ready: ready[0], "reverse": lambda ready: ready[-1], "random": rng.choice}
+        choose = {
+            "forward": lambda ready: ready[0],
+            "reverse": lambda ready: ready[-1],
+            "random": rng.choice,
+        }
         while running := [warp for warp in self.warps if not warp.done]:
             self.flying = [one for one in self.flying if one.steps]
             if schedule.completion == "random":
@@ -302,14 +329,17 @@ class Block:
             elif self.flying:
                 self.flying.pop().advance()
             else:
-                lines = {warp.index: self.gpu.kernel.instructions[warp.pc - 1].line for warp in running}
+                lines = {
+                    warp.index: self.gpu.kernel.instructions[warp.pc - 1].line for warp in running
+                }
                 raise PtxError(min(lines.values()), f"deadlock: the warps wait at lines {lines}")
         self.end()
 
     def end(self) -> None:
         """Complete the asynchronous stores to global memory, and forget the events.
 
-        A block that writes nothing, not even its tensormaps, is one too many. No values would show it.
+        A block that writes nothing, not even its tensormaps, is one too many. No values would show
+        it.
         """
         for address, barrier in self.memory.barriers.items():
             if barrier.transactions:
@@ -319,7 +349,9 @@ class Block:
                 raise PtxError(one.read.line, "its block ends before it has read shared memory")
             one.advance()
         if not any([allocation.end_block() for allocation in self.space.allocations]):
-            raise PtxError(self.gpu.kernel.instructions[-1].line, f"block {self.position} writes nothing")
+            raise PtxError(
+                self.gpu.kernel.instructions[-1].line, f"block {self.position} writes nothing"
+            )
 
 
 @action("ret", whole=True)

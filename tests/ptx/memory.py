@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: MIT
 """Memory that knows, for each byte, who wrote it and who has read it, and that reports races.
 
-Each access of a warp or of an asynchronous operation is an event with a number. A warp knows its own events.
-It learns those of other warps at a barrier, and those of asynchronous operations when it waits for them.
-There are two rules for each byte:
+Each access of a warp or of an asynchronous operation is an event with a number. A warp knows its
+own events. It learns those of other warps at a barrier, and those of asynchronous operations when
+it waits for them. There are two rules for each byte:
 
 - Who reads or writes it must know its last write.
 - Who writes it must know all reads since.
 
-So a missing barrier or wait is noticed in whatever order the warps run. Race detectors for threads work in
-this way, with clocks in the place of sets (Flanagan and Freund, "FastTrack", PLDI 2009).
+So a missing barrier or wait is noticed in whatever order the warps run. Race detectors for threads
+work in this way, with clocks in the place of sets (Flanagan and Freund, "FastTrack", PLDI 2009).
 """
 
 from dataclasses import dataclass
@@ -47,8 +47,8 @@ class Event:
 class Events:
     """The events of a block of threads, and what its warps know of them.
 
-    ``seen`` has the events that each warp knows, and ``fenced`` those of them before its last proxy fence;
-    by their numbers.
+    ``seen`` has the events that each warp knows, and ``fenced`` those of them before its last proxy
+    fence; by their numbers.
     """
 
     def __init__(self, warps: int) -> None:
@@ -62,7 +62,9 @@ class Events:
         event.number = len(self.all)
         self.all.append(event)
         if event.number == self.seen.shape[1]:
-            self.seen, self.fenced = (np.hstack([a, np.zeros_like(a)]) for a in (self.seen, self.fenced))
+            self.seen, self.fenced = (
+                np.hstack([a, np.zeros_like(a)]) for a in (self.seen, self.fenced)
+            )
         self.fenced[:, event.number] = not event.generic
         return event
 
@@ -90,7 +92,8 @@ class Allocation:
         self.acquired: dict[int, Event] = {}  # the last fence for each of these
 
     def end_block(self) -> bool:
-        """To the next block, the events of this one are another block's. Return whether it wrote."""
+        """To the next block, the events of this one are another block's. Return whether it
+        wrote."""
         written = self.writes > UNWRITTEN
         self.writes[written] = FOREIGN
         for read in self.reads.values():
@@ -105,7 +108,8 @@ class Allocation:
 
 
 class Space:
-    """An address space: its allocations, and accesses of ``width`` bytes at each of several addresses."""
+    """An address space: its allocations, and accesses of ``width`` bytes at each of several
+    addresses."""
 
     def __init__(self, name: str):
         self.name = name
@@ -122,7 +126,9 @@ class Space:
             return self.allocations[0], addresses
         first = int(addresses.flat[0])
         if self.last is None or not self.last.base <= first < self.last.base + self.last.size:
-            self.last = next((a for a in self.allocations if a.base <= first < a.base + a.size), None)
+            self.last = next(
+                (a for a in self.allocations if a.base <= first < a.base + a.size), None
+            )
         if self.last is None:
             raise PtxError(line, f"address {first:#x} is outside each allocation of {self.name}")
         offsets = (addresses - self.last.base).view(np.uint64)
@@ -145,7 +151,9 @@ class Space:
         self.write(warp, addresses, values.shape[1], event, values)
         self.poke(addresses, values, line)
         if not all_true(self.peek(addresses, values.shape[1], line) == values):
-            raise PtxError(line, f"threads of warp {warp.index} store different values to the same bytes")
+            raise PtxError(
+                line, f"threads of warp {warp.index} store different values to the same bytes"
+            )
 
     def peek(self, addresses: Any, width: int, line: int) -> Any:
         place, rows = self.locate(addresses, width, line)
@@ -157,7 +165,9 @@ class Space:
 
     # The rules, of the accesses of a warp and of its asynchronous operations: `event`
 
-    def read(self, warp: Any, addresses: Any, width: int, event: Event, fence: bool = False) -> None:
+    def read(
+        self, warp: Any, addresses: Any, width: int, event: Event, fence: bool = False
+    ) -> None:
         """An asynchronous operation reads at any time until it has been waited for."""
         place, rows = self.check_read(warp, addresses, width, event.line, fence)
         reader = warp.index, event.own
@@ -169,7 +179,8 @@ class Space:
     def check_read(
         self, warp: Any, addresses: Any, width: int, line: int, fence: bool = False
     ) -> tuple[Allocation, Rows]:
-        """``fence``: the bytes are read by the asynchronous proxy, for which generic writes need a fence."""
+        """``fence``: the bytes are read by the asynchronous proxy, for which generic writes need a
+        fence."""
         place, rows = self.locate(addresses, width, line)
         writers = place.writes.reshape(-1, width)[rows]
         if not all_true(warp.seen[writers]):
@@ -180,10 +191,14 @@ class Space:
             raise PtxError(line, f"{what}, which needs a fence between the proxies")
         return place, rows
 
-    def write(self, warp: Any, addresses: Any, width: int, event: Event, values: Any = None) -> None:
-        """Warps may store the same ``values`` unordered: Triton's layouts have copies in several warps.
+    def write(
+        self, warp: Any, addresses: Any, width: int, event: Event, values: Any = None
+    ) -> None:
+        """Warps may store the same ``values`` unordered: Triton's layouts have copies in several
+        warps.
 
-        An asynchronous operation has no ``values`` yet, and writes at any time until it has been waited for.
+        An asynchronous operation has no ``values`` yet, and writes at any time until it has been
+        waited for.
         """
         place, rows = self.locate(addresses, width, event.line)
         seen, line = warp.seen, event.line
@@ -209,7 +224,14 @@ class Space:
             place.data.reshape(-1, width)[rows] = POISON
 
     def conflict(
-        self, warp: Any, place: Allocation, rows: Rows, events: Any, line: int, what: str, other: str
+        self,
+        warp: Any,
+        place: Allocation,
+        rows: Rows,
+        events: Any,
+        line: int,
+        what: str,
+        other: str,
     ) -> PtxError:
         """The error of an access that does not know one of the ``events``."""
         events = events.reshape(-1, events.shape[-1])
@@ -219,4 +241,6 @@ class Space:
         where = f"byte {address} of {place.name}, {what} by warp {warp.index},"
         if event.what == "nobody":
             return PtxError(line, f"{where} was not written before")
-        return PtxError(line, f"race: {where} is {other} by {event.what} (line {event.line}), not waited for")
+        return PtxError(
+            line, f"race: {where} is {other} by {event.what} (line {event.line}), not waited for"
+        )

@@ -20,7 +20,9 @@ TMA, WIDE = Tiles(64, 64, 64, 4, 3, "tma"), Tiles(64, 128, 64, 4, 4, "tma")
 SPLIT = Tiles(64, 64, 64, 4, 4, "split_k")
 CASES = {
     "matmul_t by TMA": cases.symmetric(72, 328, tiles=TMA, other=True, multiprocessors=1),
-    "matmul_t by pointers": cases.symmetric(72, 328, tiles=Tiles(64, 64, 64, 4, 3), other=True, c=True),
+    "matmul_t by pointers": cases.symmetric(
+        72, 328, tiles=Tiles(64, 64, 64, 4, 3), other=True, c=True
+    ),
     "linear_sigmoid by TMA": cases.sigmoid(72, 136, 328, tiles=WIDE, multiprocessors=1),
     "linear_sigmoid, split": cases.sigmoid(40, 40, 584, tiles=SPLIT, multiprocessors=2),
     "exact_matmul": cases.exact((72, 160), tiles=Tiles(64, 64, 32, 4, 3)),
@@ -31,7 +33,8 @@ CASES = {
 Lines = list[str]
 # A mutation changes one place of a kernel: it yields the copies that it can make.
 Mutation = Callable[[Lines], Iterator[tuple[int, Lines]]]
-MEMORY = re.compile(r"\b(ld|st)\.shared|cp\.async\.c|matrix|wgmma|tensormap")  # accesses to shared memory
+# Accesses to shared memory.
+MEMORY = re.compile(r"\b(ld|st)\.shared|cp\.async\.c|matrix|wgmma|tensormap")
 
 
 def replaced(lines: Lines, n: int, line: str) -> tuple[int, Lines]:
@@ -55,7 +58,8 @@ def removal(pattern: str) -> Mutation:
 
 
 def without_barrier(lines: Lines) -> Iterator[tuple[int, Lines]]:
-    """Remove a barrier, and those near it: if no warps access shared memory between, one does for all."""
+    """Remove a barrier, and those near it: if no warps access shared memory between, one does for
+    all."""
     at = [n for n, line in enumerate(lines) if "bar.sync" in line]
     groups: list[list[int]] = []
     for n in at:
@@ -79,9 +83,12 @@ def one_access_later(match: re.Match[str]) -> str:
 
 
 def other_phase(lines: Lines) -> Iterator[tuple[int, Lines]]:
-    """Wait for the other phase of an mbarrier: its parity no longer changes, or changes at another time."""
+    """Wait for the other phase of an mbarrier: its parity no longer changes, or changes at another
+    time."""
     parities = {
-        m[1] for line in lines if (m := re.search(r"try_wait\.parity\S*\s+\w+, \[\S+\], (%\w+);", line))
+        m[1]
+        for line in lines
+        if (m := re.search(r"try_wait\.parity\S*\s+\w+, \[\S+\], (%\w+);", line))
     }
     for n, line in enumerate(lines):
         match = re.match(r"\s*(xor|mov)\.b32\s+(%\w+),", line)
@@ -106,14 +113,18 @@ KINDS: dict[str, Mutation] = {
         one_access_later,
     ),
     "a product left out": removal(r"wgmma\.mma_async|mma\.sync"),
-    "another step": number(r"(add\.s(?:32|64)\s+(?:%\w+), %\w+, )(16|32|64|128)(;)", lambda n: 2 * n),
-    "another number of stages": number(r"(setp\.gt\.s32\s+%\w+, %\w+, )([1-4])(;)", lambda n: n + 1),
+    "another step": number(
+        r"(add\.s(?:32|64)\s+(?:%\w+), %\w+, )(16|32|64|128)(;)", lambda n: 2 * n
+    ),
+    "another number of stages": number(
+        r"(setp\.gt\.s32\s+%\w+, %\w+, )([1-4])(;)", lambda n: n + 1
+    ),
     "another phase": other_phase,
 }
 
 
-# Kinds that change the order of accesses. One warp alone makes the tensormaps, so that waits, groups and
-# barriers before the last one is published order nothing: none of these is drawn.
+# Kinds that change the order of accesses. One warp alone makes the tensormaps, so that waits,
+# groups and barriers before the last one is published order nothing: none of these is drawn.
 ORDER = ("a barrier removed", "a wait removed", "a wait too lax", "a group not committed")
 
 
@@ -137,7 +148,10 @@ class Mutant:
     def describe(self) -> str:
         before = self.original.splitlines()[self.line].strip()
         after = self.text.splitlines()[self.line].strip()
-        return f"{self.kernel}, line {self.line + 1}: {self.kind}: {before[:70]} → {after[:70] or 'nothing'}"
+        return (
+            f"{self.kernel}, line {self.line + 1}: {self.kind}: {before[:70]} → "
+            f"{after[:70] or 'nothing'}"
+        )
 
     def noticed(self) -> bool:
         case = CASES[self.kernel]
@@ -149,13 +163,16 @@ class Mutant:
 
 
 def draw() -> list[Mutant]:
-    """`OF_A_KIND` mutants of each kind, or as many as there are, at lines that some thread executes."""
+    """`OF_A_KIND` mutants of each kind, or as many as there are, at lines that some thread
+    executes."""
     originals: list[tuple[str, str, set[int]]] = []  # names, texts, and the lines that are executed
     for name, case in CASES.items():
         gpu = Gpu(SCHEDULES[0])
         case.execute(gpu)
         for kernel, executed in gpu.launches:
-            originals.append((name, kernel.text, {kernel.instructions[i].line - 1 for i in executed}))
+            originals.append(
+                (name, kernel.text, {kernel.instructions[i].line - 1 for i in executed})
+            )
     rng, drawn = random.Random(SEED), []
     for kind, mutation in KINDS.items():
         possible = [

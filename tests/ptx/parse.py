@@ -27,7 +27,8 @@ class Constant:
 
 @dataclass(frozen=True)
 class Symbol:
-    """A special register such as %tid.x, the shared memory `global_smem`, a parameter, or a label."""
+    """A special register such as %tid.x, the shared memory `global_smem`, a parameter, or a
+    label."""
 
     name: str
     offset: int = 0
@@ -56,7 +57,8 @@ class Instruction:
     guard: Any
     negated: bool
     target: int = -1  # of a branch
-    # What `machine.decode` adds: how a warp executes it, whether only as a whole, and the registers written
+    # What `machine.decode` adds: how a warp executes it, whether only as a whole, and the registers
+    # written
     run: Any = None
     whole: bool = False
     writes: list[int] = field(default_factory=list)
@@ -68,7 +70,9 @@ class Instruction:
     @property
     def registers(self) -> list[Register]:
         all_of_them = [self.guard, *(one for operand in self.operands for one in flat(operand))]
-        return [one for each in all_of_them if isinstance(one := getattr(each, "base", each), Register)]
+        return [
+            one for each in all_of_them if isinstance(one := getattr(each, "base", each), Register)
+        ]
 
 
 @dataclass
@@ -90,12 +94,15 @@ class PtxError(Exception):
 def parse(text: str) -> Kernel:
     """The one kernel of ``text``.
 
-    Registers and labels of inner blocks ``{ … }``, which inline assembly has, hide those of outer ones.
+    Registers and labels of inner blocks ``{ … }``, which inline assembly has, hide those of outer
+    ones.
     """
     head = re.search(r"\.entry\s+\w+\(([^)]*)\)\s*(?:\.\w+\s+[\d, ]+\s*)*", text)
     assert head is not None
     threads = re.search(r"\.reqntid\s+(\d+)", head[0])
-    kernel = Kernel(text, int(threads[1]) if threads else 0, re.findall(r"(\w+)\s*(?:,|$)", head[1]))
+    kernel = Kernel(
+        text, int(threads[1]) if threads else 0, re.findall(r"(\w+)\s*(?:,|$)", head[1])
+    )
     code = IGNORED.sub(lambda match: " " * len(match[0]), text)
     ends = [match.start() for match in re.finditer("\n", text)]
     scope: ChainMap[str, Any] = ChainMap()

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Registers of a warp, one NumPy vector each, and the kinds of numbers that instructions take from them."""
+"""Registers of a warp, one NumPy vector each, and the kinds of numbers that instructions take from
+them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -27,10 +28,11 @@ Read = Callable[[Any], Values]  # of a warp
 
 
 class Unready:
-    """The content of a register that was not written, or that an asynchronous ``operation`` will write.
+    """The content of a register that was not written, or that an asynchronous ``operation`` will
+    write.
 
-    A register may be packed of ``parts`` one of which was not written. Only the others can be taken from it:
-    LLVM packs a half that it needs with any other, and takes the half that it needs.
+    A register may be packed of ``parts`` one of which was not written. Only the others can be taken
+    from it: LLVM packs a half that it needs with any other, and takes the half that it needs.
     """
 
     def __init__(self, operation: Any = None, parts: Sequence[Any] = ()):
@@ -46,9 +48,12 @@ UNWRITTEN = Unready()
 
 
 def decode(kind: str, bits: Values) -> Values:
-    """The numbers that ``bits`` stand for. Halves become float32, and pairs two rows, the lower one first."""
+    """The numbers that ``bits`` stand for. Halves become float32, and pairs two rows, the lower one
+    first."""
     if kind in PAIRS:
-        return np.stack([decode(PAIRS[kind], (bits >> shift).astype(np.uint16)) for shift in (0, 16)])
+        return np.stack(
+            [decode(PAIRS[kind], (bits >> shift).astype(np.uint16)) for shift in (0, 16)]
+        )
     if kind == "bf16":
         return (bits.astype(np.uint32) << 16).view(np.float32)
     return bits.view(np.float16).astype(np.float32) if kind == "f16" else bits.view(DTYPES[kind])
@@ -63,11 +68,14 @@ def encode(kind: str, values: Values) -> Values:
         bits = values.view(np.uint32)
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
         return np.where(np.isnan(values), np.uint16(0x7FFF), rounded)
-    return values.astype(np.float16).view(np.uint16) if kind == "f16" else values.astype(DTYPES[kind])
+    return (
+        values.astype(np.float16).view(np.uint16) if kind == "f16" else values.astype(DTYPES[kind])
+    )
 
 
 def reader(operand: Any, kind: str = "u32") -> Read:
-    """A function that gives the operand's value in each thread of a warp; of an address that, int64."""
+    """A function that gives the operand's value in each thread of a warp; of an address that,
+    int64."""
     if isinstance(operand, Address):
         base = reader(operand.base, getattr(operand.base, "kind", "u32"))
         return lambda warp: base(warp).astype(np.int64) + operand.offset

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Products on tensor cores: `mma.sync` of a warp, `wgmma` of four warps, and the fragments that they take.
+"""Products on tensor cores: `mma.sync` of a warp, `wgmma` of four warps, and the fragments that
+they take.
 
-A fragment is the part of a matrix that a thread holds in registers. All of them are made of 8 rows, of which
-each thread holds some consecutive bytes: the (lane % 4)-th ones of row lane // 4. Section 9.7.14
-shows those of mma, ldmatrix and stmatrix, and 9.7.15.5 those of wgmma.
+A fragment is the part of a matrix that a thread holds in registers. All of them are made of 8 rows,
+of which each thread holds some consecutive bytes: the (lane % 4)-th ones of row lane // 4. Section
+9.7.14 shows those of mma, ldmatrix and stmatrix, and 9.7.15.5 those of wgmma.
 """
 
 from typing import Any
@@ -22,14 +23,16 @@ SUMS = {"f32": "f4", "s32": "i4", "f64": "f8"}
 
 
 def numbers(kind: str, raw: Any) -> Values:
-    """The numbers, in float64, that tensor cores take from operands; of tf32 they ignore the last 13 bits."""
+    """The numbers, in float64, that tensor cores take from operands; of tf32 they ignore the last
+    13 bits."""
     if kind == "tf32":
         return (raw & np.uint32(0xFFFFE000)).view(np.float32).astype(np.float64)
     return (decode_float(kind, raw) if kind in ("bf16", "f16") else raw).astype(np.float64)
 
 
 def gather(registers: list[Any], dtype: str, rows: int = 8, together: int = 1) -> Values:
-    """The matrix of which registers hold the fragments: blocks of 8 rows, the columns of blocks in turn.
+    """The matrix of which registers hold the fragments: blocks of 8 rows, the columns of blocks in
+    turn.
 
     Args:
         together: how many registers hold a thread's part of a block.
@@ -53,7 +56,8 @@ def add(product: Values, sums: Values, saturate: bool = False) -> Values:
     return (np.clip(exact, -(2**31), 2**31 - 1) if saturate else exact).astype(np.int32)
 
 
-# ldmatrix, stmatrix: 8 × 8 matrices of 16 bits; lane 8·i + r has the address of row r of the i-th matrix
+# ldmatrix, stmatrix: 8 × 8 matrices of 16 bits; lane 8·i + r has the address of row r of the i-th
+# matrix
 
 
 def _transposed(i: Instruction, count: int) -> bool:
@@ -103,7 +107,10 @@ def _multiply(i: Instruction) -> Run:
     assert n == 8
     raw = "b64" if a_kind == "f64" else "b32"
     a, b = ([reader(one, raw) for one in operand] for operand in i.operands[1:3])
-    c, puts = [reader(one, sums) for one in i.operands[3]], [writer(one, sums) for one in i.operands[0]]
+    c, puts = (
+        [reader(one, sums) for one in i.operands[3]],
+        [writer(one, sums) for one in i.operands[0]],
+    )
 
     def run(warp: Warp) -> None:
         left = numbers(a_kind, gather([read(warp) for read in a], OPERANDS[a_kind], m))
@@ -120,11 +127,12 @@ def _multiply(i: Instruction) -> Run:
 
 
 class Matrix:
-    """An operand of wgmma in shared memory, ``(rows, 32 bytes)``, as its descriptor says: 9.7.15.5.1.
+    """An operand of wgmma in shared memory, ``(rows, 32 bytes)``, as its descriptor says:
+    9.7.15.5.1.
 
-    Swizzled "K-major" operands lie in groups of 8 rows of as many bytes as the swizzle has; the stride is
-    that of groups. "MN-major" ones lie in 8 columns of so many bytes: the stride is that of 8 columns, and
-    the leading one that of further rows.
+    Swizzled "K-major" operands lie in groups of 8 rows of as many bytes as the swizzle has; the
+    stride is that of groups. "MN-major" ones lie in 8 columns of so many bytes: the stride is that
+    of 8 columns, and the leading one that of further rows.
 
     ``chunks`` are the addresses of its units of 16 bytes: of a row if ``by_rows``, or of a column.
     """
@@ -145,7 +153,13 @@ class Matrix:
         else:
             assert OPERANDS[kind] == "u2"
             byte, column = 2 * np.array(rows[::8])[:, None], np.arange(16)
-            chunks = start + byte // size * leading + byte % size + column // 8 * stride + column % 8 * size
+            chunks = (
+                start
+                + byte // size * leading
+                + byte % size
+                + column // 8 * stride
+                + column % 8 * size
+            )
         self.chunks = swizzle(chunks, size)
 
     def read(self, space: Any, line: int) -> Values:
@@ -161,13 +175,21 @@ def _fence(warp: Warp, i: Instruction) -> None:
 
 
 class Product(Operation):
-    """A wgmma of a warp. It reads A and B until it is waited for; then the registers of D have the sums.
+    """A wgmma of a warp. It reads A and B until it is waited for; then the registers of D have the
+    sums.
 
     ``left`` are the registers of A, or the matrix; ``sums`` are those of D, if it is added to.
     """
 
     def __init__(
-        self, warp: Warp, i: Instruction, kind: str, dtype: str, left: Any, right: Matrix, adds: bool
+        self,
+        warp: Warp,
+        i: Instruction,
+        kind: str,
+        dtype: str,
+        left: Any,
+        right: Matrix,
+        adds: bool,
     ):
         super().__init__(warp, i.line, "a product", after=warp.last_product)
         self.warp, self.line, self.kind, self.dtype = warp, i.line, kind, dtype
@@ -179,11 +201,15 @@ class Product(Operation):
         for matrix in (right, *([] if self.taken else [left])):
             warp.block.shared.read(warp, matrix.chunks, 16, self.read, fence=True)
         ready = [
-            n for n in (*self.taken, *(self.to if adds else [])) if not isinstance(registers[n], Unready)
+            n
+            for n in (*self.taken, *(self.to if adds else []))
+            if not isinstance(registers[n], Unready)
         ]
         if not all(warp.fence and registers[n] is warp.fence[n] for n in ready):
             raise PtxError(i.line, "takes a register that was written after the last wgmma.fence")
-        if any(isinstance(one, Unready) for one in self.taken.values()) or UNWRITTEN in (self.sums or []):
+        if any(isinstance(one, Unready) for one in self.taken.values()) or UNWRITTEN in (
+            self.sums or []
+        ):
             raise TypeError
         self.token = Unready(self)
         for index in self.to:
@@ -200,7 +226,8 @@ class Product(Operation):
         product = left @ self.right.read(self.warp.block.shared, self.line).T
         old: Any = np.zeros(product.shape, self.dtype)
         if self.sums is not None:
-            before = getattr(self.sums[0], "operation", None)  # another product, which has completed
+            # Another product, which has completed.
+            before = getattr(self.sums[0], "operation", None)
             old = before.result if before else gather(self.sums, self.dtype, 16, 2)
         self.result = add(product, old)
 
@@ -221,7 +248,8 @@ def _multiply_async(i: Instruction) -> Run:
     to, a, b, accumulate, *signs = i.operands
     from_registers = isinstance(a, list)
     assert [one.bits for one in signs[:2]] in ([1, 1], [])
-    by_rows = [not one.bits for one in signs[2:]] or [True]  # of A, if it is in shared memory, and of B
+    # Of A, if it is in shared memory, and of B.
+    by_rows = [not one.bits for one in signs[2:]] or [True]
     assert kind == b_kind
     assert (len(to), k * np.dtype(OPERANDS[kind]).itemsize) == (n // 2, 32)
     left, right = None if from_registers else reader(a, "u64"), reader(b, "u64")

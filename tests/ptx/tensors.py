@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Bulk copies of boxes of tensors (TMA), their tensormaps, and the mbarriers that count their bytes.
+"""Bulk copies of boxes of tensors (TMA), their tensormaps, and the mbarriers that count their
+bytes.
 
 Sections 9.7.9 of the PTX ISA (cp.async.bulk.tensor, tensormap.replace), 9.7.13 (mbarrier, fences,
 tensormap.cp_fenceproxy) and 5.5 (tensors, boxes and swizzling).
@@ -61,14 +62,19 @@ def _invalidate(warp: Warp, i: Instruction, address: Any) -> None:
     del warp.block.memory.barriers[int(address[0]) - SHARED_BASE]
 
 
-@action("mbarrier.arrive.expect_tx.shared::cta.b64", "mbarrier.arrive.expect_tx.shared.b64", single=True)
+@action(
+    "mbarrier.arrive.expect_tx.shared::cta.b64", "mbarrier.arrive.expect_tx.shared.b64", single=True
+)
 def _expect(warp: Warp, i: Instruction, address: Any, count: Any) -> None:
     barrier_at(warp, address, i.line).update(arrivals=1, transactions=int(count[0]))
 
 
-@instruction("mbarrier.try_wait.parity.shared::cta.b64", "mbarrier.try_wait.parity.shared.b64", whole=True)
+@instruction(
+    "mbarrier.try_wait.parity.shared::cta.b64", "mbarrier.try_wait.parity.shared.b64", whole=True
+)
 def _try_wait(i: Instruction) -> Run:
-    """It may give up before the phase has ended. Here it does, and the warp goes on when it has ended."""
+    """It may give up before the phase has ended. Here it does, and the warp goes on when it has
+    ended."""
     put, address = writer(i.operands[0], "pred"), reader(i.operands[1])
     parity = reader(i.operands[2], "u32")
 
@@ -91,7 +97,8 @@ def _try_wait(i: Instruction) -> Run:
 
 # Tensors in global memory, and boxes of them in shared memory
 
-# The fields of a tensormap, of 128 bytes. NVIDIA documents the fields and not their places: these are ours.
+# The fields of a tensormap, of 128 bytes. NVIDIA documents the fields and not their places: these
+# are ours.
 FIELDS = {
     "global_address": (0, "b64"),
     "rank": (8, "b32"),  # less one
@@ -108,7 +115,8 @@ ELEMENT_BYTES = {1: 2, 2: 4, 6: 2, 7: 4, 10: 2}  # by elemtype: u16, u32, f16, f
 
 
 def swizzle(addresses: Any, size: int) -> Any:
-    """5.5.6: bits 4, 5 and 6 of an address are changed by bits 7, 8 and 9, as many as ``size`` has."""
+    """5.5.6: bits 4, 5 and 6 of an address are changed by bits 7, 8 and 9, as many as ``size``
+    has."""
     return addresses ^ (addresses >> 3 & (size - 16))
 
 
@@ -123,17 +131,23 @@ def _replace(i: Instruction) -> Run:
     def run(warp: Warp) -> None:
         space, lanes = warp.block.shared, warp.lanes()
         at = address(warp)[lanes]
-        space.check_read(warp, at, 128, i.line)  # the fields that are not replaced must have been written
+        # The fields that are not replaced must have been written.
+        space.check_read(warp, at, 128, i.line)
         space.store(warp, at + start, value(warp)[lanes][:, None].view(np.uint8), i.line)
 
     return run
 
 
-@action("tensormap.cp_fenceproxy.global.shared::cta.tensormap::generic.release.gpu.sync.aligned", whole=True)
+@action(
+    "tensormap.cp_fenceproxy.global.shared::cta.tensormap::generic.release.gpu.sync.aligned",
+    whole=True,
+)
 def _publish(warp: Warp, i: Instruction, to: Any, source: Any, size: Any) -> None:
     """Copy a tensormap to global memory, for the tensormap proxy to acquire."""
     space = warp.block.space
-    space.store(warp, to[:1], warp.block.shared.load(warp, source[:1], int(size[0]), i.line), i.line)
+    space.store(
+        warp, to[:1], warp.block.shared.load(warp, source[:1], int(size[0]), i.line), i.line
+    )
     place, rows = space.locate(to[:1], 128, i.line)
     place.published.add(int(rows[0]))
     place.acquired.pop(int(rows[0]), None)
@@ -176,10 +190,18 @@ class Tensor:
         row = self.box[0] * self.bytes
         plain = field("element_stride", self.rank) + field("interleave_layout") + field("fill_mode")
         if plain != [1] * self.rank + [0, 0]:
-            raise PtxError(line, "element strides, interleaved layouts and NaN for a fill are not modelled")
+            raise PtxError(
+                line, "element strides, interleaved layouts and NaN for a fill are not modelled"
+            )
         if any(address % 16 for address in (self.base, *self.strides[1:])):
-            raise PtxError(line, "the address or a stride of the tensor is not a multiple of 16 bytes")
-        if row % 16 or not all(0 < n <= 256 for n in self.box) or (self.swizzle > 16 and row > self.swizzle):
+            raise PtxError(
+                line, "the address or a stride of the tensor is not a multiple of 16 bytes"
+            )
+        if (
+            row % 16
+            or not all(0 < n <= 256 for n in self.box)
+            or (self.swizzle > 16 and row > self.swizzle)
+        ):
             raise PtxError(line, f"a box {self.box} cannot have a swizzle of {self.swizzle} bytes")
 
     def places(self, corner: list[int], shared: int, line: int) -> Places:
@@ -196,7 +218,9 @@ class Tensor:
         return Places(at.reshape(-1), inside.reshape(-1), self.bytes, units, 16)
 
 
-def places_of(warp: Warp, i: Instruction, address: Any, corner: tuple[Any, ...], shared: Any) -> Places:
+def places_of(
+    warp: Warp, i: Instruction, address: Any, corner: tuple[Any, ...], shared: Any
+) -> Places:
     tensor = Tensor(warp, address, i.line)
     if i.parts[4] != f"{len(corner)}d" or tensor.rank != len(corner):
         raise PtxError(i.line, f"the tensor has {tensor.rank} dimensions")
@@ -207,9 +231,13 @@ TILES = [f"cp.async.bulk.tensor.{dimensions}d" for dimensions in (2, 3)]
 LOADED = "global.mbarrier::complete_tx::bytes"
 
 
-@action(*(f"{tile}.shared::{scope}.{LOADED}" for tile in TILES for scope in ("cta", "cluster")), single=True)
+@action(
+    *(f"{tile}.shared::{scope}.{LOADED}" for tile in TILES for scope in ("cta", "cluster")),
+    single=True,
+)
 def _load_box(warp: Warp, i: Instruction, shared: Any, address: Any, *others: Any) -> None:
-    """What is outside of the tensor becomes zero. The mbarrier counts the bytes of the whole box."""
+    """What is outside of the tensor becomes zero. The mbarrier counts the bytes of the whole
+    box."""
     *corner, counting = others
     barrier = barrier_at(warp, counting, i.line)
     places = places_of(warp, i, address, tuple(corner), shared)

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""A GPU in name only, for rehearsals without one. Python imports this at its start if it is on PYTHONPATH.
+"""A GPU in name only, for rehearsals without one. Python imports this at its start if it is on
+PYTHONPATH.
 
-The process ends where it first reaches for the GPU. The module $REHEARSAL_BLOCKED cannot be imported.
+The process ends where it first reaches for the GPU. The module $REHEARSAL_BLOCKED cannot be
+imported.
 """
 
 import os
@@ -26,7 +28,12 @@ def pretend_gpu() -> None:
             return end() if torch.device(device).type == "cuda" else torch._C.Generator(device)
 
     properties = SimpleNamespace(
-        name="NVIDIA Test", uuid="0", major=9, minor=0, multi_processor_count=132, total_memory=2**37
+        name="NVIDIA Test",
+        uuid="0",
+        major=9,
+        minor=0,
+        multi_processor_count=132,
+        total_memory=2**37,
     )
     for function, value in {
         "is_available": True,

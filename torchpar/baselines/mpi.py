@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Training by MPI: join the processes, scatter arrays, split a hidden layer, and add up figures of shares.
+"""Training by MPI: join the processes, scatter arrays, split a hidden layer, and add up figures of
+shares.
 
-``examples/train_mpi.py`` and ``examples/fashion_pooled.py`` hold the training loops. This module imports
-NumPy, and under mpirun mpi4py.
+``examples/train_mpi.py`` and ``examples/fashion_pooled.py`` hold the training loops. This module
+imports NumPy, and under mpirun mpi4py.
 """
 
 import time
@@ -23,12 +24,12 @@ POLL = 0.01  # seconds between two looks at a barrier
 def join() -> Iterator[Any]:
     """Yield the communicator of the processes that mpirun started; without mpirun, `OneProcess`.
 
-    An exception that leaves the block ends all processes when this interpreter exits. Otherwise they would
-    wait for this process forever.
+    An exception that leaves the block ends all processes when this interpreter exits. Otherwise
+    they would wait for this process forever.
 
     Raises:
-        ConfigError: mpi4py or an MPI library is missing, or connects other processes than were started, as
-            under torchrun.
+        ConfigError: mpi4py or an MPI library is missing, or connects other processes than were
+            started, as under torchrun.
     """
     info = find_rank_info()
     if not info:
@@ -36,19 +37,22 @@ def join() -> Iterator[Any]:
         return
     if info.launcher == "torchrun":
         raise ConfigError(
-            f"torchrun started {info.world_size} of these processes, which exchange arrays by MPI; start "
-            f"them by mpirun -n {info.world_size} python …, or one process by python …"
+            f"torchrun started {info.world_size} of these processes, which exchange arrays by MPI; "
+            f"start them by mpirun -n {info.world_size} python …, or one process by python …"
         )
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as e:  # mpi4py raises RuntimeError if it finds no library
         reason = str(e).partition("\n")[0]  # it lists the places where it looked
-        raise ConfigError(f"the processes need mpi4py and an MPI ({reason}); pip install mpi4py mpich") from e
+        raise ConfigError(
+            f"the processes need mpi4py and an MPI ({reason}); pip install mpi4py mpich"
+        ) from e
     world = MPI.COMM_WORLD
     if world.size != info.world_size:  # under torchrun, or the mpirun of another MPI
         raise ConfigError(
-            f"MPI connects {world.size} process{'es' if world.size > 1 else ''}, the launcher started "
-            f"{info.world_size}; start by the mpirun of mpi4py's MPI: mpirun -n {info.world_size} python …"
+            f"MPI connects {world.size} process{'es' if world.size > 1 else ''}, the launcher "
+            f"started {info.world_size}; start by the mpirun of mpi4py's MPI: mpirun -n "
+            f"{info.world_size} python …"
         )
     try:
         yield world
@@ -89,7 +93,8 @@ def shares(count: int, size: int) -> list[slice]:
 def scatter(world: Any, rows: Array | None) -> Array:
     """Return this process's share of the ``rows`` of process 0; the others pass None.
 
-    MPI counts elements, of which a row ``rows[i]`` has many. Shares of different sizes need Scatterv.
+    MPI counts elements, of which a row ``rows[i]`` has many. Shares of different sizes need
+    Scatterv.
     """
     if world.size == 1:
         assert rows is not None
@@ -104,7 +109,8 @@ def scatter(world: Any, rows: Array | None) -> Array:
 
 
 def wait(world: Any) -> None:
-    """Wait until all processes call this. Unlike Barrier it leaves the core to those that still compute."""
+    """Wait until all processes call this. Unlike Barrier it leaves the core to those that still
+    compute."""
     if world.size > 1:
         request = world.Ibarrier()
         while not request.Test():
@@ -112,7 +118,8 @@ def wait(world: Any) -> None:
 
 
 def evaluate(world: Any, model: MLP, share: Sequence[Array], size: int) -> tuple[float, float]:
-    """Return the mean loss and the accuracy over ``size`` samples; ``share`` is this process's x, labels."""
+    """Return the mean loss and the accuracy over ``size`` samples; ``share`` is this process's x,
+    labels."""
     own = np.array(model.evaluate(*share), np.float64)
     total = np.empty_like(own)
     world.Allreduce(own, total)
@@ -122,13 +129,14 @@ def evaluate(world: Any, model: MLP, share: Sequence[Array], size: int) -> tuple
 class HiddenSplitMLP(MLP):
     """Model parallelism: this process's units of a perceptron's only hidden layer.
 
-    Process r has the columns r of W⁰, their biases, and the rows r of W¹. Every process takes all samples.
+    Process r has the columns r of W⁰, their biases, and the rows r of W¹. Every process takes all
+    samples.
 
         aᵣ = f(x·W⁰[:, r] + b⁰[r])    z = Σᵣ aᵣ·W¹[r, :] + b¹
 
-    One Allreduce of ``(b, classes)`` adds up the products. Then every process knows z, and with it ∂L/∂z. The
-    gradients of its own weights need nothing else, so the backward pass sends no message. b¹ is on all
-    processes, and takes the same steps there.
+    One Allreduce of ``(b, classes)`` adds up the products. Then every process knows z, and with it
+    ∂L/∂z. The gradients of its own weights need nothing else, so the backward pass sends no
+    message. b¹ is on all processes, and takes the same steps there.
 
     Args:
         whole: the same on all processes; its weights are copied.
@@ -141,8 +149,8 @@ class HiddenSplitMLP(MLP):
     def __init__(self, whole: MLP, world: Any):
         if len(whole.sizes) != 3:
             raise ConfigError(
-                f"the sizes are {list(whole.sizes)}, expected one hidden layer, whose units are split; "
-                "take one width, or split the data"
+                f"the sizes are {list(whole.sizes)}, expected one hidden layer, whose units are "
+                "split; take one width, or split the data"
             )
         inputs, width, classes = whole.sizes
         own = shares(width, world.size)[world.rank]
@@ -173,7 +181,10 @@ class HiddenSplitMLP(MLP):
         """Return the perceptron with the units of all processes. Every process calls this."""
         parts = self.world.allgather((self.weights, self.biases))
         weights, biases = zip(*parts, strict=True)
-        hidden = [np.concatenate([w[0] for w in weights], 1), np.concatenate([b[0] for b in biases])]
+        hidden = [
+            np.concatenate([w[0] for w in weights], 1),
+            np.concatenate([b[0] for b in biases]),
+        ]
         model = MLP(
             (len(hidden[0]), len(hidden[1]), self.sizes[-1]),
             hidden=self.hidden,

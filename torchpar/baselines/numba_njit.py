@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Loops of `torchpar.baselines.pure_python` on arrays, compiled by Numba.
 
-Products have faster forms, too: blocked, in registers, and triangular. Each function is compiled twice.
-`SERIAL` runs in one thread. In `PARALLEL` several threads share the iterations of each ``prange``. The option
-``fastmath`` allows sums to be reordered, as in every BLAS. Without it the processor adds one number at a
-time.
+Products have faster forms, too: blocked, in registers, and triangular. Each function is compiled
+twice. `SERIAL` runs in one thread. In `PARALLEL` several threads share the iterations of each
+``prange``. The option ``fastmath`` allows sums to be reordered, as in every BLAS. Without it the
+processor adds one number at a time.
 """
 
 from collections.abc import Sequence
@@ -48,8 +48,8 @@ def matmul(a: Array, b: Array) -> Array:
 def matmul_blocked(a: Array, b: Array) -> Array:
     """Return ``a·bᵀ`` as `matmul`, ``BLOCK`` rows of ``b`` at a time.
 
-    They stay in the second-level cache while all rows of ``a`` pass by. Each multiply-add still loads two
-    numbers, but from a nearer cache.
+    They stay in the second-level cache while all rows of ``a`` pass by. Each multiply-add still
+    loads two numbers, but from a nearer cache.
     """
     m, n = len(a), len(b)
     result = np.empty((m, n), a.dtype)
@@ -64,7 +64,8 @@ def matmul_blocked(a: Array, b: Array) -> Array:
 
 
 def matmul_in_registers(a: Array, b: Array) -> Array:
-    """Return ``a·bᵀ`` as `matmul_blocked`, in tiles of ``TILE`` × ``TILE`` sums that stay in registers.
+    """Return ``a·bᵀ`` as `matmul_blocked`, in tiles of ``TILE`` × ``TILE`` sums that stay in
+    registers.
 
     In a tile of t × t sums, 2t loads serve t² multiply-adds.
     """
@@ -90,7 +91,8 @@ def matmul_t(x: Array) -> Array:
 
 
 def matmul_t_triangular(x: Array) -> Array:
-    """Return ``x·xᵀ``, ``(n, k) → (n, n)``: the tiles on and below the diagonal, and their mirror images."""
+    """Return ``x·xᵀ``, ``(n, k) → (n, n)``: the tiles on and below the diagonal, and their mirror
+    images."""
     n = len(x)
     result = np.empty((n, n), x.dtype)
     for block in prange((n + BLOCK - 1) // BLOCK):
@@ -126,9 +128,24 @@ def fill_tile(a: Array, b: Array, i: int, j: int, result: Array) -> None:
         s20, s21, s22, s23 = s20 + a2 * b0, s21 + a2 * b1, s22 + a2 * b2, s23 + a2 * b3
         s30, s31, s32, s33 = s30 + a3 * b0, s31 + a3 * b1, s32 + a3 * b2, s33 + a3 * b3
     result[i, j], result[i, j + 1], result[i, j + 2], result[i, j + 3] = s00, s01, s02, s03
-    result[i + 1, j], result[i + 1, j + 1], result[i + 1, j + 2], result[i + 1, j + 3] = s10, s11, s12, s13
-    result[i + 2, j], result[i + 2, j + 1], result[i + 2, j + 2], result[i + 2, j + 3] = s20, s21, s22, s23
-    result[i + 3, j], result[i + 3, j + 1], result[i + 3, j + 2], result[i + 3, j + 3] = s30, s31, s32, s33
+    result[i + 1, j], result[i + 1, j + 1], result[i + 1, j + 2], result[i + 1, j + 3] = (
+        s10,
+        s11,
+        s12,
+        s13,
+    )
+    result[i + 2, j], result[i + 2, j + 1], result[i + 2, j + 2], result[i + 2, j + 3] = (
+        s20,
+        s21,
+        s22,
+        s23,
+    )
+    result[i + 3, j], result[i + 3, j + 1], result[i + 3, j + 2], result[i + 3, j + 3] = (
+        s30,
+        s31,
+        s32,
+        s33,
+    )
 
 
 def linear_sigmoid(x: Array, weight: Array, bias: Array) -> Array:
@@ -219,7 +236,15 @@ def sigmoid_input_gradient(delta: Array, weight: Array, y: Array) -> Array:
 
 
 LOOPS = (
-    *(maximum, matmul, matmul_blocked, matmul_in_registers, matmul_t, matmul_t_triangular, linear_sigmoid),
+    *(
+        maximum,
+        matmul,
+        matmul_blocked,
+        matmul_in_registers,
+        matmul_t,
+        matmul_t_triangular,
+        linear_sigmoid,
+    ),
     *(layer, parameter_gradients, sigmoid_input_gradient),
 )
 
@@ -227,7 +252,15 @@ LOOPS = (
 def _compiled(parallel: bool) -> Any:
     """Return all loops; each is compiled when it is first called."""
     # Only prange runs in threads. NumPy's calls here are on a few numbers, too few to share.
-    implicit = ("comprehension", "reduction", "inplace_binop", "setitem", "numpy", "stencil", "fusion")
+    implicit = (
+        "comprehension",
+        "reduction",
+        "inplace_binop",
+        "setitem",
+        "numpy",
+        "stencil",
+        "fusion",
+    )
     options: Any = {"prange": True, **dict.fromkeys(implicit, False)} if parallel else False
     compiler = njit(fastmath=FASTMATH, parallel=options)
     return SimpleNamespace(**{loop.__name__: compiler(loop) for loop in LOOPS})
@@ -239,7 +272,8 @@ SERIAL, PARALLEL = _compiled(parallel=False), _compiled(parallel=True)
 def gradients(
     loops: Any, weights: Sequence[Array], biases: Sequence[Array], x: Array, labels: Array
 ) -> tuple[float, list[Array], list[Array]]:
-    """Compute `torchpar.baselines.pure_python.gradients`, layer by layer instead of sample by sample.
+    """Compute `torchpar.baselines.pure_python.gradients`, layer by layer instead of sample by
+    sample.
 
     Args:
         loops: `SERIAL` or `PARALLEL`.

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Operators in NumPy, and a multilayer perceptron with backpropagation by hand.
 
-Layer i computes zⁱ = aⁱ·Wⁱ + bⁱ, where a⁰ = x. Hidden layers continue with aⁱ⁺¹ = f(zⁱ), where f is the
-sigmoid σ or tanh. The loss L is the cross-entropy of softmax(z), or the binary cross-entropy of σ(z) summed
-over the classes. For both, ∂L/∂z = p − t at the output, with the probabilities p and the one-hot label t.
-Backpropagation takes δ = ∂L/∂zⁱ from the last layer to the first:
+Layer i computes zⁱ = aⁱ·Wⁱ + bⁱ, where a⁰ = x. Hidden layers continue with aⁱ⁺¹ = f(zⁱ), where f is
+the sigmoid σ or tanh. The loss L is the cross-entropy of softmax(z), or the binary cross-entropy of
+σ(z) summed over the classes. For both, ∂L/∂z = p − t at the output, with the probabilities p and
+the one-hot label t. Backpropagation takes δ = ∂L/∂zⁱ from the last layer to the first:
 
     ∂L/∂Wⁱ = aⁱᵀ·δ    ∂L/∂bⁱ = Σ δ over samples    ∂L/∂zⁱ⁻¹ = δ·Wⁱᵀ ⊙ f'(zⁱ⁻¹)
 
@@ -35,7 +35,8 @@ def maximum(a: Array, b: Array) -> Array:
 
 
 def matmul_t(x: Array) -> Array:
-    """Return ``x·xᵀ``, ``(n, k) → (n, n)``. NumPy sees the transpose and calls BLAS's syrk, half the work."""
+    """Return ``x·xᵀ``, ``(n, k) → (n, n)``. NumPy sees the transpose and calls BLAS's syrk, half
+    the work."""
     return x @ x.T
 
 
@@ -102,11 +103,11 @@ class MLP:
     Args:
         sizes: such as [784, 30, 10].
         hidden: activation of the hidden layers, "sigmoid" or "tanh".
-        loss: "cross-entropy" takes the softmax of the outputs; "bce", binary cross-entropy per class, takes
-            their sigmoids.
-        init: "xavier" draws the weights from a normal distribution of variance 2/(size_i + size_i+1) (Glorot
-            and Bengio, 2010). With "zero" all units of a layer have the same gradient. They stay
-            alike until roundings tell them apart. Biases are 0.
+        loss: "cross-entropy" takes the softmax of the outputs; "bce", binary cross-entropy per
+            class, takes their sigmoids.
+        init: "xavier" draws the weights from a normal distribution of variance 2/(size_i +
+            size_i+1) (Glorot and Bengio, 2010). With "zero" all units of a layer have the same
+            gradient. They stay alike until roundings tell them apart. Biases are 0.
         seed: of the weights.
     """
 
@@ -141,12 +142,14 @@ class MLP:
         return weights, biases
 
     def forward(self, x: Array) -> tuple[list[Array], Array]:
-        """Return the inputs of all layers and the outputs ``(b, classes)``, for ``x (b, size_0)``."""
+        """Return the inputs of all layers and the outputs ``(b, classes)``, for
+        ``x (b, size_0)``."""
         inputs = self.hidden_layers(x)
         return inputs, self.output_layer(inputs[-1])
 
     def hidden_layers(self, x: Array) -> list[Array]:
-        """Return the inputs of all layers: ``x (b, size_0)``, and the activations of each hidden layer."""
+        """Return the inputs of all layers: ``x (b, size_0)``, and the activations of each hidden
+        layer."""
         inputs = [x]
         for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
             inputs.append(ACTIVATIONS[self.hidden].function(inputs[-1] @ weight + bias))
@@ -166,7 +169,9 @@ class MLP:
             shifted = z - z.max(axis=1, keepdims=True)
             powers = np.exp(shifted)
             totals = powers.sum(axis=1, keepdims=True)
-            return float(np.log(totals).sum() - (shifted * targets).sum()), powers / totals - targets
+            return float(
+                np.log(totals).sum() - (shifted * targets).sum()
+            ), powers / totals - targets
         # −t·log σ(z) − (1 − t)·log(1 − σ(z)) = log(1 + eᶻ) − t·z
         return float((np.logaddexp(0, z) - targets * z).sum()), sigmoid(z) - targets
 
@@ -193,7 +198,8 @@ class MLP:
         return loss, self.backward(inputs, delta)
 
     def evaluate(self, x: Array, labels: Array) -> tuple[float, int]:
-        """Return the loss summed over samples, and the number of samples that are classified right."""
+        """Return the loss summed over samples, and the number of samples that are classified
+        right."""
         z = self.forward(x)[1]
         return self.loss_sum(z, labels)[0], int((z.argmax(axis=1) == labels).sum())
 
@@ -203,15 +209,17 @@ class MLP:
 
         layers = zip(self.weights, self.biases, strict=True)
         with torch.no_grad():
-            for p, value in zip(model.parameters(), (t for layer in layers for t in layer), strict=True):
+            for p, value in zip(
+                model.parameters(), (t for layer in layers for t in layer), strict=True
+            ):
                 p.copy_(torch.from_numpy(value.T))
 
 
 class SGD:
     """Gradient descent with momentum and an L2 penalty, as `torch.optim.SGD`.
 
-    ``v ← momentum·v + g + λ·W``, ``p ← p − lr·v``. The penalty is ``λ/2·‖W‖²`` of the weights, or with
-    ``decay_biases`` ``λ/2·‖p‖²`` of all parameters.
+    ``v ← momentum·v + g + λ·W``, ``p ← p − lr·v``. The penalty is ``λ/2·‖W‖²`` of the weights, or
+    with ``decay_biases`` ``λ/2·‖p‖²`` of all parameters.
     """
 
     def __init__(
@@ -236,13 +244,16 @@ class SGD:
         if self.weight_decay and self.decay_biases:
             self.velocity += self.weight_decay * self.model.parameters
         elif self.weight_decay:
-            for velocity, weight in zip(self.model.views(self.velocity)[0], self.model.weights, strict=True):
+            for velocity, weight in zip(
+                self.model.views(self.velocity)[0], self.model.weights, strict=True
+            ):
                 velocity += self.weight_decay * weight
         self.model.parameters -= self.lr * self.velocity
 
 
 def batches(samples: int, batch_size: int, generator: np.random.Generator) -> Iterator[Array]:
-    """Yield the indices of each batch of an epoch, in random order. The last batch is the remainder."""
+    """Yield the indices of each batch of an epoch, in random order. The last batch is the
+    remainder."""
     order = generator.permutation(samples)
     for start in range(0, samples, batch_size):
         yield order[start : start + batch_size]

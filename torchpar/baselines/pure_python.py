@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Operators and backpropagation as loops over lists: nothing is vectorised, every number is an object.
+"""Operators and backpropagation as loops over lists: nothing is vectorised, every number is an
+object.
 
 A matrix is a list of rows. Integers stay integers, so their results are exact.
 """
@@ -14,7 +15,9 @@ Matrix = list[Vector]
 
 def maximum(a: Matrix, b: Matrix) -> Matrix:
     """Return the elementwise maximum of two matrices of one shape, without NaN."""
-    return [[x if x > y else y for x, y in zip(*rows, strict=True)] for rows in zip(a, b, strict=True)]
+    return [
+        [x if x > y else y for x, y in zip(*rows, strict=True)] for rows in zip(a, b, strict=True)
+    ]
 
 
 def matmul(a: Matrix, b: Matrix, rows: int | None = None) -> Matrix:
@@ -70,14 +73,16 @@ def sigmoid_prime(a: float) -> float:
 
 
 def add_elementwise(a: list[Any], b: list[Any]) -> list[Any]:
-    """Return the sums of the elements of two lists: of numbers, or of NumPy arrays such as all gradients."""
+    """Return the sums of the elements of two lists: of numbers, or of NumPy arrays such as all
+    gradients."""
     return [x + y for x, y in zip(a, b, strict=True)]
 
 
 def gradients(
     weights: list[Matrix], biases: list[Vector], x: Matrix, labels: Sequence[int]
 ) -> tuple[float, list[Matrix], list[Vector]]:
-    """Return the cross-entropy of an MLP with sigmoid hidden layers, and its gradients, summed over a batch.
+    """Return the cross-entropy of an MLP with sigmoid hidden layers, and its gradients, summed over
+    a batch.
 
     `torchpar.baselines.numpy_mlp` derives the formulas. Here they are applied sample by sample.
 

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""The first kernels of a GPU course, in Triton: one program per row, one program in all, naive and tiled.
+"""The first kernels of a GPU course, in Triton: one program per row, one program in all, naive and
+tiled.
 
-They are launched as the courses launch them, not as a GPU likes it. `torchpar.kernels` holds the tuned ones;
-docs/ladder.md says what the difference teaches. Matrices are contiguous. Without a GPU they run in Triton's
-interpreter: set ``TRITON_INTERPRET=1`` before Triton is imported, and use small matrices.
+They are launched as the courses launch them, not as a GPU likes it. `torchpar.kernels` holds the
+tuned ones; docs/ladder.md says what the difference teaches. Matrices are contiguous. Without a GPU
+they run in Triton's interpreter: set ``TRITON_INTERPRET=1`` before Triton is imported, and use
+small matrices.
 """
 
 import torch
@@ -27,7 +29,9 @@ def maximum_row_kernel(a_ptr, b_ptr, out_ptr, columns, BLOCK: tl.constexpr):
 def maximum_by_rows(a: Tensor, b: Tensor) -> Tensor:
     """Return the elementwise maximum of two matrices of one shape, one program for each row."""
     out = torch.empty_like(a)
-    maximum_row_kernel[(len(a),)](a, b, out, a.shape[1], BLOCK=triton.next_power_of_2(a.shape[1]), **THREADS)
+    maximum_row_kernel[(len(a),)](
+        a, b, out, a.shape[1], BLOCK=triton.next_power_of_2(a.shape[1]), **THREADS
+    )
     return out
 
 
@@ -81,7 +85,9 @@ def matmul_naive(a: Tensor, b: Tensor) -> Tensor:
     """Return ``a·bᵀ`` in float32, ``a (m, k)``, ``b (n, k)``, by blocks of 32 × 32 threads."""
     (m, k), n = a.shape, len(b)
     out = a.new_empty(m, n)
-    matmul_naive_kernel[(triton.cdiv(m, 32), triton.cdiv(n, 32))](a, b, out, m, n, k, BLOCK=32, **THREADS)
+    matmul_naive_kernel[(triton.cdiv(m, 32), triton.cdiv(n, 32))](
+        a, b, out, m, n, k, BLOCK=32, **THREADS
+    )
     return out
 
 

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: MIT
 # mypy: disable-error-code="no-any-return"
-"""Scaled dot-product attention in exact arithmetic, whose rows depend on nothing but what they attend to.
+"""Scaled dot-product attention in exact arithmetic, whose rows depend on nothing but what they
+attend to.
 
     S = scale·Q·Kᵀ + mask        P = softmax(S)        O = P·V
 
-Each key has an exponent of its own in both products. So a query has the same bits whether the keys that it
-does not attend to are masked, come later, or are not there: decoding with a cache of keys and values equals
-one pass over the whole sequence. With dO = dL/dO,
+Each key has an exponent of its own in both products. So a query has the same bits whether the keys
+that it does not attend to are masked, come later, or are not there: decoding with a cache of keys
+and values equals one pass over the whole sequence. With dO = dL/dO,
 
     dV = Pᵀ·dO        dP = dO·Vᵀ        dS = P ⊙ (dP − Σ_k dP ⊙ P)
     dQ = scale·dS·K         dK = scale·dSᵀ·Q
@@ -23,13 +24,15 @@ from torchpar.exact.sums import exact_sum
 from torchpar.ops import exact_matmul
 from torchpar.ops.exact_digits import MAX_EXPONENT, product_of_exponents, row_exponents, scaled
 
-_SPARE = 4  # octaves below the power of two above a key, so that its product with a weight is finite
+# Octaves below the power of two above a key, so that its product with a weight is finite.
+_SPARE = 4
 
 
 def product_by_keys(p: Tensor, v: Tensor) -> Tensor:
     """``p @ v`` for ``p (*, m, k)`` and ``v (*, k, n)``, whose rows are scaled one by one.
 
-    A row of the result depends on the rows of ``v`` that it gives a weight other than 0, and on no others.
+    A row of the result depends on the rows of ``v`` that it gives a weight other than 0, and on no
+    others.
     """
     e = row_exponents(v)
     unusual = e > MAX_EXPONENT
@@ -48,10 +51,17 @@ def product_by_keys(p: Tensor, v: Tensor) -> Tensor:
 
 @rule("_scaled_dot_product_flash_attention_for_cpu", private=True)
 def _attention(
-    q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, causal: bool = False, *,
-    attn_mask: Tensor | None = None, scale: float | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """O and P, for ``q (*, m, d)``, ``k (*, n, d)``, and a mask of booleans or of numbers to add."""
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout: float = 0.0,
+    causal: bool = False,
+    *,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """O and P, for ``q (*, m, d)``, ``k (*, n, d)``, and a mask of booleans or of numbers to
+    add."""
     scores = exact_matmul(q, k) * _scale(q, scale)
     if not k.shape[-2]:
         return q.new_zeros(*q.shape[:-1], v.shape[-1]), scores
@@ -71,11 +81,24 @@ def _scale(q: Tensor, scale: float | None) -> float:
 
 @rule("_scaled_dot_product_flash_attention_for_cpu_backward", private=True)
 def _attention_backward(
-    g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, p: Tensor, dropout: float, causal: bool, *,
-    attn_mask: Tensor | None = None, scale: float | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    g: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    p: Tensor,
+    dropout: float,
+    causal: bool,
+    *,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     dp = exact_matmul(g, v)
-    ds = p * (dp - exact_sum(dp.double() * p.double(), [-1], keepdim=True).float()) * _scale(q, scale)
+    ds = (
+        p
+        * (dp - exact_sum(dp.double() * p.double(), [-1], keepdim=True).float())
+        * _scale(q, scale)
+    )
     return exact_matmul(ds, k.mT), exact_matmul(ds.mT, q.mT), exact_matmul(p.mT, g.mT)
 
 
@@ -89,15 +112,20 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """`torch.nn.functional.scaled_dot_product_attention` by the rules above, for any shapes and devices.
+    """`torch.nn.functional.scaled_dot_product_attention` by the rules above, for any shapes and
+    devices.
 
-    A row that attends to nothing is 0. With dropout, another dtype, or a mask that needs a gradient, it is
-    PyTorch's, of products and a softmax.
+    A row that attends to nothing is 0. With dropout, another dtype, or a mask that needs a
+    gradient, it is PyTorch's, of products and a softmax.
     """
     if enable_gqa:
         times = query.shape[-3] // key.shape[-3]
         key, value = (t.repeat_interleave(times, -3) for t in (key, value))
-    if dropout_p or query.dtype != torch.float32 or (attn_mask is not None and attn_mask.requires_grad):
+    if (
+        dropout_p
+        or query.dtype != torch.float32
+        or (attn_mask is not None and attn_mask.requires_grad)
+    ):
         attend = torch.nn.functional.scaled_dot_product_attention
         return attend(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
     batch = torch.broadcast_shapes(*(t.shape[:-2] for t in (query, key, value)))

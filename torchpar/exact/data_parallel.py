@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: MIT
 """Data parallelism whose bits depend neither on the ranks nor on how a batch is cut.
 
-A *unit* of work, such as a sequence, is computed by itself, and its gradient is rounded once. Gradients of
-units are added as integers. A number x is cut into bins of 30 bits:
+A *unit* of work, such as a sequence, is computed by itself, and its gradient is rounded once.
+Gradients of units are added as integers. A number x is cut into bins of 30 bits:
 
     d_b = trunc(x / 2^(30·b)) − 2³⁰·trunc(x / 2^(30·(b + 1)))
 
-A sum keeps two bins: that of its largest term so far, and the one below. The sums of the bins that are left
-at the end do not depend on the order of the terms. All ranks agree on the upper bin by a maximum, and add the
-integers. The cut leaves out less than 2⁻³⁰ of the largest term for each term.
+A sum keeps two bins: that of its largest term so far, and the one below. The sums of the bins that
+are left at the end do not depend on the order of the terms. All ranks agree on the upper bin by a
+maximum, and add the integers. The cut leaves out less than 2⁻³⁰ of the largest term for each term.
 
-Source: Demmel and Nguyen, "Parallel reproducible summation", 2015, whose bins are of floating-point numbers.
+Source: Demmel and Nguyen, "Parallel reproducible summation", 2015, whose bins are of floating-point
+numbers.
 """
 
 import torch
@@ -24,7 +25,8 @@ from torchpar.library import is_dtensor
 from torchpar.parallel.launch.agreement import check_same_bits
 
 _WIDTH = 30
-_NONE, _LOWEST, _UNUSUAL = -7, -6, 6  # bins: of no term, of the smallest number, and of what is not finite
+# Bins: of no term, of the smallest number, and of what is not finite.
+_NONE, _LOWEST, _UNUSUAL = -7, -6, 6
 
 
 class BinnedSum:
@@ -84,37 +86,54 @@ class DataParallel:
 
     def __init__(self, model: torch.nn.Module, group: dist.ProcessGroup | None = None):
         if group is None and dist.is_initialized() and (ranks := dist.get_world_size()) > 1:
-            raise ConfigError(f"no group was given on {ranks} ranks, expected the ranks that share the units")
+            raise ConfigError(
+                f"no group was given on {ranks} ranks, expected the ranks that share the units"
+            )
         self.model = model
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         for name, p in model.named_parameters():
             if p.requires_grad and (is_dtensor(p) or p.dtype != torch.float32):
                 kind = "a DTensor" if is_dtensor(p) else str(p.dtype)
-                raise ConfigError(f"{name} is {kind}, expected a parameter of float32 that no rank shares")
+                raise ConfigError(
+                    f"{name} is {kind}, expected a parameter of float32 that no rank shares"
+                )
         self.group = group
         self._is_checked = False
         self._restart()
 
     def _restart(self) -> None:
-        self._sums = [BinnedSum(t) for t in (*self.parameters, torch.zeros(()))]  # the last one of losses
+        # The last one of losses.
+        self._sums = [BinnedSum(t) for t in (*self.parameters, torch.zeros(()))]
 
     def backward(self, loss: Tensor, gradient: Tensor | None = None) -> None:
         """Compute the gradients of one unit's ``loss``, and add them and the loss.
 
-        On a stage of a pipeline, but the last one, give the unit's activations and their ``gradient``.
+        On a stage of a pipeline, but the last one, give the unit's activations and their
+        ``gradient``.
 
         Raises:
-            ConfigError: this is not called in `torchpar.exact.mode`; a parameter has a gradient already, or
-                was frozen or unfrozen after this object was made; or there are several losses.
+            ConfigError: this is not called in `torchpar.exact.mode`; a parameter has a gradient
+                already, or was frozen or unfrozen after this object was made; or there are several
+                losses.
         """
         if not is_active():
-            raise ConfigError("DataParallel was called outside of torchpar.exact.mode(), expected within it")
+            raise ConfigError(
+                "DataParallel was called outside of torchpar.exact.mode(), expected within it"
+            )
         if gradient is None and loss.numel() != 1:
-            raise ConfigError(f"the loss has shape {tuple(loss.shape)}, expected one number; take its mean")
-        if [id(p) for p in self.model.parameters() if p.requires_grad] != [*map(id, self.parameters)]:
-            raise ConfigError("parameters were frozen or unfrozen after DataParallel was made; make another")
+            raise ConfigError(
+                f"the loss has shape {tuple(loss.shape)}, expected one number; take its mean"
+            )
+        if [id(p) for p in self.model.parameters() if p.requires_grad] != [
+            *map(id, self.parameters)
+        ]:
+            raise ConfigError(
+                "parameters were frozen or unfrozen after DataParallel was made; make another"
+            )
         if any(p.grad is not None for p in self.parameters):
-            raise ConfigError("a parameter has a gradient before the backward pass; call zero_grad() before")
+            raise ConfigError(
+                "a parameter has a gradient before the backward pass; call zero_grad() before"
+            )
         loss.backward(gradient)
         self._add(loss if gradient is None else torch.zeros(()))
 
@@ -133,7 +152,8 @@ class DataParallel:
         On the stages of a pipeline that have no loss it is 0.
 
         Raises:
-            ConfigError: no loss on any rank; in the first call, parameters that differ between the ranks.
+            ConfigError: no loss on any rank; in the first call, parameters that differ between the
+                ranks.
         """
         if self.group is not None and dist.get_world_size(self.group) > 1:
             if not self._is_checked:

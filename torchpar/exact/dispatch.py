@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""A mode in which models and optimizers compute in exact arithmetic: the same bits on every processor."""
+"""A mode in which models and optimizers compute in exact arithmetic: the same bits on every
+processor."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -48,8 +49,8 @@ def mode() -> Iterator[None]:
             loss.backward()
             optimizer.step()
 
-    Make the model in the mode, too, so that its first weights are the same everywhere. Each row of a result
-    depends on its own row of the input alone, and not on the batch around it.
+    Make the model in the mode, too, so that its first weights are the same everywhere. Each row of
+    a result depends on its own row of the input alone, and not on the batch around it.
 
     Raises:
         ConfigError: an operator that has no exact version, or a dtype other than float32.
@@ -73,7 +74,8 @@ def ordinary() -> Iterator[None]:
 
 
 class _Functions(TorchFunctionMode):
-    """Replace whole functions: attention's parts do not tell which sums must not depend on other keys."""
+    """Replace whole functions: attention's parts do not tell which sums must not depend on other
+    keys."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, own = kwargs or {}, _FUNCTIONS.get(func)
@@ -96,10 +98,14 @@ class _Operators(TorchDispatchMode):
         elif kind == "rules":
             name = func._schema.name.partition("::")[2]
             if name.removesuffix("_") in _INDEXED:
-                func(*tree_map_only(Tensor, torch.clone, args), **tree_map_only(Tensor, torch.clone, kwargs))
+                func(
+                    *tree_map_only(Tensor, torch.clone, args),
+                    **tree_map_only(Tensor, torch.clone, kwargs),
+                )
             native = () if name in PRIVATE else check_native(func, args, kwargs)
             if own_rule is not None:
-                with torch._C.DisableTorchFunction():  # rules do not call attention, and their calls are many
+                # Rules do not call attention, and their calls are many.
+                with torch._C.DisableTorchFunction():
                     return _call(own_rule, func, args, kwargs, native)
         if not foreign and kind == known:
             with self:  # without autograd, operators that are made of others come whole
@@ -108,14 +114,18 @@ class _Operators(TorchDispatchMode):
                 return result
         remedy = "make it of other operators; torchpar.exact.coverage lists what is missing"
         if any(word in str(func) for word in ("_foreach_", "_fused_ad", "_fused_sgd")):
-            remedy = "give foreach=False to clip_grad_norm_ and the optimizer, no fused=True; take no Muon"
+            remedy = (
+                "give foreach=False to clip_grad_norm_ and the optimizer, no fused=True; take no "
+                "Muon"
+            )
         elif func.namespace in ("c10d", "fsdp"):
             remedy = "add gradients by torchpar.exact.DataParallel"
         raise ConfigError(f"no exact version of {func}{foreign}; {remedy}")
 
 
 def kind_of(func: Any, operands: list[Any]) -> tuple[Kind, str]:
-    """Whether an operator has a rule, passes, or is missing; and which operands are the reason for that."""
+    """Whether an operator has a rule, passes, or is missing; and which operands are the reason for
+    that."""
     leaves = tree_leaves(operands)
     if foreign := next(filter(None, map(_foreign, leaves)), ""):
         return "missing", f" for {foreign} operands"
@@ -126,7 +136,8 @@ def kind_of(func: Any, operands: list[Any]) -> tuple[Kind, str]:
 def _foreign(operand: Any) -> str:
     """The kind of an operand that processors may compute otherwise with, or "".
 
-    They fuse complex products, add sparse terms in any order, and saturate sums of quantized products.
+    They fuse complex products, add sparse terms in any order, and saturate sums of quantized
+    products.
     """
     if not isinstance(operand, Tensor):
         return "complex" if isinstance(operand, complex) else ""
@@ -139,9 +150,11 @@ def _foreign(operand: Any) -> str:
 
 @cache
 def _look_up(func: Any) -> tuple[Kind, Callable[..., Any] | None, bool]:
-    """The kind of an operator; its rule, if it has one of its own; whether it passes for integers alone."""
+    """The kind of an operator; its rule, if it has one of its own; whether it passes for integers
+    alone."""
     namespace, _, name = func._schema.name.partition("::")
-    adds = "reduce" in str(func)  # ranks, and scatters with a reduction, add in an order of their own
+    # Ranks, and scatters with a reduction, add in an order of their own.
+    adds = "reduce" in str(func)
     if namespace in ("c10d", "_c10d_functional"):
         return "missing" if adds else "passing", None, True
     arguments = (*func._schema.arguments, *func._schema.returns)
@@ -160,14 +173,16 @@ def _look_up(func: Any) -> tuple[Kind, Callable[..., Any] | None, bool]:
 
 
 def _is_implicit(func: Any) -> bool:
-    """Whether PyTorch makes the operator of others in any case; in inference mode it comes whole."""
+    """Whether PyTorch makes the operator of others in any case; in inference mode it comes
+    whole."""
     has_kernel = partial(torch._C._dispatch_has_kernel_for_dispatch_key, func.name())
     return has_kernel("CompositeImplicitAutograd") and not has_kernel("CPU")
 
 
 @cache
 def _composition(func: Any) -> Callable[..., Any]:
-    """A function that calls the operators that PyTorch makes ``func`` of, or returns NotImplemented."""
+    """A function that calls the operators that PyTorch makes ``func`` of, or returns
+    NotImplemented."""
     composition: Callable[..., Any] = func.decompose
     if _look_up(func)[0] == "rules":
         key = torch._C.DispatchKey.CompositeExplicitAutograd
@@ -184,7 +199,8 @@ def _call(
     kwargs: dict[str, Any],
     native: Sequence[Metadata | None],
 ) -> Any:
-    """Call the rule of an operator, which may write to its first operand, or to its ``out`` arguments."""
+    """Call the rule of an operator, which may write to its first operand, or to its ``out``
+    arguments."""
     outs = [kwargs.pop(one.name) for one in func._schema.arguments if one.is_out]
     result = own_rule(*args, **kwargs)
     if func._schema.name.endswith("_"):
@@ -194,7 +210,9 @@ def _call(
     results = result if isinstance(result, tuple) else (result,)
     for into, found in zip(outs, results, strict=True):
         if into.dtype != found.dtype:
-            raise ConfigError(f"out is {into.dtype}, expected {found.dtype}, in which {func} is exact")
+            raise ConfigError(
+                f"out is {into.dtype}, expected {found.dtype}, in which {func} is exact"
+            )
         if into.shape != found.shape:
             into.resize_(found.shape)
         into.copy_(found)
@@ -206,12 +224,14 @@ def _as_native(func: Any, result: Any, native: Sequence[Metadata | None]) -> Any
     if not native:
         return result
     results = []
-    for found, expected in zip(result if isinstance(result, tuple) else (result,), native, strict=True):
+    for found, expected in zip(
+        result if isinstance(result, tuple) else (result,), native, strict=True
+    ):
         if isinstance(found, Tensor) and expected is not None:
             if (found.shape, found.dtype) != (expected.shape, expected.dtype):
                 raise RuntimeError(
-                    f"the rule of {func} returns {found.dtype} of shape {tuple(found.shape)}, expected "
-                    f"{expected.dtype} of shape {tuple(expected.shape)}"
+                    f"the rule of {func} returns {found.dtype} of shape {tuple(found.shape)}, "
+                    f"expected {expected.dtype} of shape {tuple(expected.shape)}"
                 )
             found = like_native(found, expected.strides)
         results.append(found)
@@ -252,7 +272,9 @@ def coverage(function: Callable[..., Any], *inputs: Any, **options: Any) -> Cove
     found = Coverage()
 
     class _Recorder(_Operators):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             kwargs = kwargs or {}
             kind, _ = kind_of(func, [*args, *kwargs.values()])
             calls = found.passing if kind == "passing" else found.rules

@@ -2,10 +2,10 @@
 # mypy: disable-error-code="no-any-return"
 """Operators of elements: elementary functions of float32, and sums and products that nothing fuses.
 
-A function is computed in float64, of operations that IEEE 754 defines exactly and that PyTorch calls one by
-one: +, −, ×, ÷, √, and bit casts. The result is rounded to float32 once; its error is below 0.51 units
-in the last place, unless a docstring says otherwise. No function here has a gradient: `torchpar.exact.mode`
-calls them below autograd.
+A function is computed in float64, of operations that IEEE 754 defines exactly and that PyTorch
+calls one by one: +, −, ×, ÷, √, and bit casts. The result is rounded to float32 once; its error is
+below 0.51 units in the last place, unless a docstring says otherwise. No function here has a
+gradient: `torchpar.exact.mode` calls them below autograd.
 """
 
 import math
@@ -24,7 +24,8 @@ from torchpar.ops.exact_digits import power_of_two
 _LN2_HIGH, _LN2_LOW = float.fromhex("0x1.62e42feep-1"), float.fromhex("0x1.a39ef35793c76p-33")
 _SQRT_HALF_BITS = 0x3FE6A09E667F3BCD  # from which to √2 the exponent is 0
 _EXP_TERMS = 12  # of Taylor's series for |r| < 0.3466: the rest is below 3·10⁻¹⁶
-# erf(x)/x as a polynomial in u = x²/8 − 1, for |x| ≤ 4: interpolated at Chebyshev's points, error 4·10⁻¹⁰.
+# erf(x)/x as a polynomial in u = x²/8 − 1, for |x| ≤ 4: interpolated at Chebyshev's points, error
+# 4·10⁻¹⁰.
 _ERF_HEX = """
     0x1.6a040781a499cp-2 -0x1.69a0cd301b91ep-3 0x1.0dabaf245a337p-3 -0x1.b92e6d963dfaap-4
     0x1.717eee4e076f7p-4 -0x1.3218984cd195ap-4 0x1.ea99e1ae9780fp-5 -0x1.76bcc6dec6fadp-5
@@ -33,15 +34,19 @@ _ERF_HEX = """
     0x1.6b49f96c0d06fp-13 -0x1.026466e217773p-12 0x1.8a6caab470c6fp-14
 """
 _ERF = [*map(float.fromhex, _ERF_HEX.split())]
-# Quotients of polynomials for the quantiles of the normal distribution: the centre, the tails, the far tails.
+# Quotients of polynomials for the quantiles of the normal distribution: the centre, the tails, the
+# far tails.
 _CENTRE = (
     [
-        3.3871328727963666080e0, 1.3314166789178437745e2, 1.9715909503065514427e3, 1.3731693765509461125e4,
-        4.5921953931549871457e4, 6.7265770927008700853e4, 3.3430575583588128105e4, 2.5090809287301226727e3,
+        3.3871328727963666080e0, 1.3314166789178437745e2, 1.9715909503065514427e3,
+        1.3731693765509461125e4,
+        4.5921953931549871457e4, 6.7265770927008700853e4, 3.3430575583588128105e4,
+        2.5090809287301226727e3,
     ],
     [
         1.0, 4.2313330701600911252e1, 6.8718700749205790830e2, 5.3941960214247511077e3,
-        2.1213794301586595867e4, 3.9307895800092710610e4, 2.8729085735721942674e4, 5.2264952788528545610e3,
+        2.1213794301586595867e4, 3.9307895800092710610e4, 2.8729085735721942674e4,
+        5.2264952788528545610e3,
     ],
 )  # fmt: skip
 _TAIL = (
@@ -69,7 +74,10 @@ _FAR = (
     ],
 )  # fmt: skip
 # π/2 in two parts: products of the first, of 33 bits, with integers below 2²⁰ are exact.
-_HALF_PI_HIGH, _HALF_PI_LOW = float.fromhex("0x1.921fb5440p+0"), float.fromhex("0x1.0b4611a626331p-34")
+_HALF_PI_HIGH, _HALF_PI_LOW = (
+    float.fromhex("0x1.921fb5440p+0"),
+    float.fromhex("0x1.0b4611a626331p-34"),
+)
 _TANH = [1.0, -1 / 3, 2 / 15, -17 / 315, 62 / 2835, -1382 / 155925, 21844 / 6081075]  # Taylor's
 _MOST_PRODUCTS = 64  # of x, for a power: each rounds
 _PIECE = 2**14  # elements to a thread at a time, whose float64 scratch stays in a core's cache
@@ -87,7 +95,9 @@ def in_pieces(function: Callable[..., Tensor], *operands: Any, **options: Any) -
     out = torch.empty(shape, dtype=torch.float32, device=flat[0].device).view(-1)
     size = _PIECE * torch.get_num_threads() if out.is_cpu else max(len(out), 1)
     for into, *pieces in zip(out.split(size), *(x.split(size) for x in flat), strict=True):
-        into.copy_(function(*(piece.double() for piece in pieces), *operands[len(flat) :], **options))
+        into.copy_(
+            function(*(piece.double() for piece in pieces), *operands[len(flat) :], **options)
+        )
     return out.view(shape)
 
 
@@ -141,7 +151,8 @@ def sigmoid64(x: Tensor) -> Tensor:
 
 
 def tanh64(x: Tensor) -> Tensor:
-    """(e^2x − 1) / (e^2x + 1), and for |x| < 2⁻³ an odd polynomial, since the difference would cancel."""
+    """(e^2x − 1) / (e^2x + 1), and for |x| < 2⁻³ an odd polynomial, since the difference would
+    cancel."""
     square = x * x
     series = x * _polynomial(square, _TANH)
     power = exp64(2 * x.clamp(-20.0, 20.0))
@@ -155,15 +166,21 @@ def erf64(x: Tensor) -> Tensor:
 
 
 def sqrt64(x: Tensor) -> Tensor:
-    """√x in float64, rounded as IEEE 754 says: a library's root may be off by one unit in the last place.
+    """√x in float64, rounded as IEEE 754 says: a library's root may be off by one unit in the last
+    place.
 
-    With y from the library and its neighbours y + u and y − d, the nearest is y if −y·d < x − y² ≤ y·u. The
-    remainder is exact: y² has two parts, by Veltkamp's halves of y.
+    With y from the library and its neighbours y + u and y − d, the nearest is y if −y·d < x − y² ≤
+    y·u. The remainder is exact: y² has two parts, by Veltkamp's halves of y.
 
     Source: Dekker, "A floating-point technique for extending the available precision", 1971.
     """
-    scale = torch.ones_like(x).masked_fill_(x < 2.0**-500, 2.0**256).masked_fill_(x > 2.0**500, 2.0**-256)
-    x = x * scale * scale  # the remainder of smaller numbers would be rounded, and y² of larger ones infinite
+    scale = (
+        torch.ones_like(x)
+        .masked_fill_(x < 2.0**-500, 2.0**256)
+        .masked_fill_(x > 2.0**500, 2.0**-256)
+    )
+    # The remainder of smaller numbers would be rounded, and y² of larger ones infinite.
+    x = x * scale * scale
     y = x.sqrt()
     c = y * (2.0**27 + 1)
     high = c - (c - y)
@@ -178,10 +195,11 @@ def sqrt64(x: Tensor) -> Tensor:
 
 
 def erfinv64(x: Tensor) -> Tensor:
-    """The inverse of erf, by the normal distribution's quantiles; the relative error is below 10⁻¹⁵.
+    """The inverse of erf, by the normal distribution's quantiles; the relative error is below
+    10⁻¹⁵.
 
-    With q = x/2 it is q·A(0.425² − q²)/√2 for |q| ≤ 0.425. In the tails, with r² = −ln(½ − |q|), it is
-    ±C(r − 1.6)/√2, and ±E(r − 5)/√2 for r > 5. A, C and E are quotients of polynomials.
+    With q = x/2 it is q·A(0.425² − q²)/√2 for |q| ≤ 0.425. In the tails, with r² = −ln(½ − |q|), it
+    is ±C(r − 1.6)/√2, and ±E(r − 5)/√2 for r > 5. A, C and E are quotients of polynomials.
 
     Source: Wichura, "Algorithm AS 241: the percentage points of the normal distribution", 1988.
     """
@@ -201,12 +219,16 @@ def _quotient(x: Tensor, coefficients: tuple[list[float], list[float]]) -> Tenso
 def sin64(x: Tensor, quarters: int = 0) -> Tensor:
     """sin(x + quarters·π/2) for |x| < 2²⁰.
 
-    With n the integer nearest to x / (π/2), and r = x − n·π/2, it is ±sin r or ±cos r, by Taylor's series.
+    With n the integer nearest to x / (π/2), and r = x − n·π/2, it is ±sin r or ±cos r, by Taylor's
+    series.
     """
     finite = x.abs() < math.inf
     if (x.abs() >= 2.0**20).logical_and_(finite).any():
-        raise ConfigError(f"sin and cos in exact arithmetic take angles below 2²⁰, one is {x.abs().max():g}")
-    n = torch.where(finite, x * (2 / math.pi), 0.0).round() + 0.0  # no −0, which would make sin(−0) 0
+        raise ConfigError(
+            f"sin and cos in exact arithmetic take angles below 2²⁰, one is {x.abs().max():g}"
+        )
+    # No −0, which would make sin(−0) 0.
+    n = torch.where(finite, x * (2 / math.pi), 0.0).round() + 0.0
     r = torch.where(finite, x, math.nan) - n * _HALF_PI_HIGH - n * _HALF_PI_LOW
     square = r * r
     sine = r * _polynomial(square, [(-1) ** i / math.factorial(2 * i + 1) for i in range(8)])
@@ -220,7 +242,8 @@ cos64 = partial(sin64, quarters=1)
 
 
 def pow64(x: Tensor, exponent: Tensor) -> Tensor:
-    """x to a power, as IEEE 754 has it for negative, infinite and NaN operands: ±e^(exponent·ln |x|).
+    """x to a power, as IEEE 754 has it for negative, infinite and NaN operands: ±e^(exponent·ln
+    |x|).
 
     The relative error is below 10⁻¹³ where |exponent·ln |x|| < 88.
     """
@@ -336,7 +359,8 @@ RULES.update(
 
 @rule("sqrt", any_dtype=True)
 def _sqrt(x: Tensor) -> Tensor:
-    """A library's root in float64 rounds to the right float32: no exact one is near the middle of two."""
+    """A library's root in float64 rounds to the right float32: no exact one is near the middle of
+    two."""
     x = x if x.is_floating_point() else x.to(torch.get_default_dtype())
     if x.dtype == torch.float64:
         return sqrt64(x)
@@ -363,5 +387,7 @@ def _linspace(*bounds: Any, **options: Any) -> Tensor:
 @rule("arange", any_dtype=True)
 def _arange(*bounds: Any, **options: Any) -> Tensor:
     if any(bound != int(bound) for bound in bounds):
-        raise ConfigError(f"arange{bounds} in exact arithmetic expects whole numbers; scale their range")
+        raise ConfigError(
+            f"arange{bounds} in exact arithmetic expects whole numbers; scale their range"
+        )
     return torch.arange(*bounds, **options)

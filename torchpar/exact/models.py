@@ -27,7 +27,8 @@ SEQUENCES, GPT_STEPS, LR = 8, 20, 3e-3  # texts of a step; of its training
 
 
 class MLP(nn.Module):
-    """This rank's part of an MLP with sigmoids: of a stage's layers the slices of a rank of "tp"."""
+    """This rank's part of an MLP with sigmoids: of a stage's layers the slices of a rank of
+    "tp"."""
 
     def __init__(self, world: World):
         super().__init__()
@@ -48,7 +49,9 @@ def train_mlp(samples: Samples, world: World) -> MLP:
     """Train on the first samples by SGD."""
     torch.manual_seed(0)
     model = MLP(world).to(world.device)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9, weight_decay=3e-5, foreach=False)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=0.5, momentum=0.9, weight_decay=3e-5, foreach=False
+    )
     drawn = batches(samples[: MLP_STEPS * BATCH_SIZE], BATCH_SIZE, seed=0, epoch=1)
     steps = ([*zip(x.split(UNIT), labels.split(UNIT), strict=True)] for x, labels, _ in drawn)
     _train(model, optimizer, lr_scheduler(optimizer, "linear", MLP_STEPS), steps, world)
@@ -86,7 +89,8 @@ def _train(
 
 
 class Block(nn.Module):
-    """Causal attention and a hidden layer, each after a normalisation and with a residual connection."""
+    """Causal attention and a hidden layer, each after a normalisation and with a residual
+    connection."""
 
     def __init__(self, mesh: DeviceMesh):
         super().__init__()
@@ -136,14 +140,17 @@ def read_text(path: Path, least: int = CONTEXT + 1) -> tuple[Tensor, int]:
         ConfigError: the file is missing or damaged, or its text is too short.
     """
     if not path.exists():
-        raise ConfigError(f"{path} does not exist, expected the book in the examples' data; give --data")
+        raise ConfigError(
+            f"{path} does not exist, expected the book in the examples' data; give --data"
+        )
     try:
         written = path.read_text(encoding="ascii")
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"{path} cannot be read as ASCII ({e}); copy the book there again") from e
     if len(written) < least:
         raise ConfigError(
-            f"{path} has {len(written)} characters, expected at least {least}; copy the book there again"
+            f"{path} has {len(written)} characters, expected at least {least}; copy the book there "
+            "again"
         )
     alphabet = {character: i for i, character in enumerate(sorted(set(written)))}
     return torch.tensor([alphabet[character] for character in written]), len(alphabet)
@@ -151,7 +158,8 @@ def read_text(path: Path, least: int = CONTEXT + 1) -> tuple[Tensor, int]:
 
 @mode()
 def train_gpt(text: Tensor, characters: int, world: World) -> GPT:
-    """Train on ``text``, the numbers of its characters, by AdamW. Each text of a step is a unit of work."""
+    """Train on ``text``, the numbers of its characters, by AdamW. Each text of a step is a unit of
+    work."""
     torch.manual_seed(0)
     model = GPT(characters, world.mesh["tp"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, foreach=False)

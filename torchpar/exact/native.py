@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """The native operator's checks and the metadata of its results, for operators that a rule computes.
 
-The native operator is called on zeros of the same shapes and strides, once for each combination of them. So
-what PyTorch refuses, the exact mode refuses by PyTorch's error. On CPUs the zeros are real: meta tensors
-take biases of any size, any range of `uniform_` and any dimension of a softmax. Where an operator writes,
-operands of one memory get zeros of one memory.
+The native operator is called on zeros of the same shapes and strides, once for each combination of
+them. So what PyTorch refuses, the exact mode refuses by PyTorch's error. On CPUs the zeros are
+real: meta tensors take biases of any size, any range of `uniform_` and any dimension of a softmax.
+Where an operator writes, operands of one memory get zeros of one memory.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,7 +29,8 @@ class Metadata(NamedTuple):
 
 
 class _Memory(NamedTuple):
-    """The part of a memory that several operands share, in bytes; ``number`` tells it from others."""
+    """The part of a memory that several operands share, in bytes; ``number`` tells it from
+    others."""
 
     number: int
     start: int
@@ -84,15 +85,19 @@ def _shared(tensors: Iterable[Tensor]) -> dict[int, _Memory]:
     shared = {address: spans for address, spans in by_address.items() if len(spans) > 1}
     memories = {}
     for number, (address, spans) in enumerate(shared.items()):
-        start = min(first for first, _ in spans) // 16 * 16  # where an element of any dtype may begin
+        # Where an element of any dtype may begin.
+        start = min(first for first, _ in spans) // 16 * 16
         memories[address] = _Memory(number, start, max(last for _, last in spans) - start)
     return memories
 
 
 def _described(value: Any, memories: Mapping[int, _Memory], is_listed: bool = False) -> Any:
-    """A hashable description of an argument: of tensors their layouts, of numbers their types, too."""
+    """A hashable description of an argument: of tensors their layouts, of numbers their types,
+    too."""
     if isinstance(value, Tensor):
-        memory = memories.get(value.untyped_storage().data_ptr()) if memories and value.numel() else None
+        memory = (
+            memories.get(value.untyped_storage().data_ptr()) if memories and value.numel() else None
+        )
         if memory is None:
             place, strides = None, _dense(value)
         else:
@@ -108,7 +113,8 @@ def _described(value: Any, memories: Mapping[int, _Memory], is_listed: bool = Fa
 
 
 def _dense(t: Tensor) -> tuple[int, ...]:
-    """The strides of a tensor, without the gaps of a part of a larger one, which would be allocated."""
+    """The strides of a tensor, without the gaps of a part of a larger one, which would be
+    allocated."""
     strides = t.stride()
     first, last = _span(t)
     if not t.numel() or last - first <= t.numel() * t.itemsize:
@@ -135,7 +141,9 @@ def _zeros(described: Any, device: str, memories: dict[int, Tensor]) -> Any:
         return zeros
     if isinstance(described, tuple) and len(described) == 2 and isinstance(described[0], type):
         return described[1]
-    return None if described is None else tuple([_zeros(one, device, memories) for one in described])
+    return (
+        None if described is None else tuple([_zeros(one, device, memories) for one in described])
+    )
 
 
 @lru_cache(_REMEMBERED)
@@ -154,4 +162,6 @@ def _metadata(
     finally:
         torch.set_rng_state(state)
     results = results if isinstance(results, tuple | list) else (results,)
-    return tuple(Metadata(t.shape, t.dtype, t.stride()) if isinstance(t, Tensor) else None for t in results)
+    return tuple(
+        Metadata(t.shape, t.dtype, t.stride()) if isinstance(t, Tensor) else None for t in results
+    )

@@ -30,8 +30,11 @@ def _mv(a: Tensor, b: Tensor) -> Tensor:
     return _mm(a[None] if a.dim() == 1 else a, b[:, None]).view(a.shape[:-1])
 
 
-def _windows(x: Tensor, size: Sequence[int], stride: Any, padding: Any, dilation: Any, groups: int) -> Tensor:
-    """The windows of ``x (b, c, *positions)`` as ``(groups, b, *windows, c/groups · elements of one)``."""
+def _windows(
+    x: Tensor, size: Sequence[int], stride: Any, padding: Any, dilation: Any, groups: int
+) -> Tensor:
+    """The windows of ``x (b, c, *positions)`` as
+    ``(groups, b, *windows, c/groups · elements of one)``."""
     dims = len(size)
     x = F.pad(x, [p for p in reversed(padding) for _ in range(2)])
     for dim, (k, s, d) in enumerate(zip(size, stride, dilation, strict=True), 2):
@@ -42,13 +45,22 @@ def _windows(x: Tensor, size: Sequence[int], stride: Any, padding: Any, dilation
 
 @rule("convolution")
 def _convolution(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any,
-    transposed: bool, output_padding: Any, groups: int,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    output_padding: Any,
+    groups: int,
+) -> Tensor:
     if transposed:
         raise ConfigError("exact arithmetic has no transposed convolutions")
     if not weight.numel():
-        raise ConfigError(f"exact arithmetic has no convolutions with an empty weight {tuple(weight.shape)}")
+        raise ConfigError(
+            f"exact arithmetic has no convolutions with an empty weight {tuple(weight.shape)}"
+        )
     windows = _windows(x, weight.shape[2:], stride, padding, dilation, groups)
     y = exact_matmul(weight.unflatten(0, (groups, -1)).flatten(2), windows.flatten(1, -2))
     y = y.flatten(0, 1).unflatten(1, windows.shape[1:-1]).movedim(0, 1).contiguous()
@@ -57,9 +69,18 @@ def _convolution(
 
 @rule("convolution_backward")
 def _convolution_backward(
-    g: Tensor, x: Tensor, weight: Tensor, bias_sizes: Any, stride: Any, padding: Any, dilation: Any,
-    transposed: bool, output_padding: Any, groups: int, output_mask: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias_sizes: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    output_padding: Any,
+    groups: int,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     size = weight.shape[2:]
     dims = [*range(2, x.dim())]
     padding = [*padding] * (len(dims) // len(padding))  # "valid" comes as one 0
@@ -69,9 +90,12 @@ def _convolution_backward(
         of_outputs = g.unflatten(1, (groups, -1)).movedim(0, 2).flatten(2)
         dw = exact_matmul(of_outputs, windows.flatten(1, -2).mT).view(weight.shape)
     if output_mask[0]:
-        # The convolution of the spread gradient with the reversed kernels, inputs and outputs exchanged.
+        # The convolution of the spread gradient with the reversed kernels, inputs and outputs
+        # exchanged.
         lasts = [d * (k - 1) for d, k in zip(dilation, size, strict=True)]
-        places: Any = [slice(i, i + n * s, s) for i, n, s in zip(lasts, g.shape[2:], stride, strict=True)]
+        places: Any = [
+            slice(i, i + n * s, s) for i, n, s in zip(lasts, g.shape[2:], stride, strict=True)
+        ]
         lengths = [n + 2 * p + i for n, p, i in zip(x.shape[2:], padding, lasts, strict=True)]
         spread = g.new_zeros(*g.shape[:2], *lengths)
         spread[(..., *places)] = g

@@ -2,9 +2,10 @@
 # mypy: disable-error-code="no-any-return"
 """Random numbers by a counter-based generator in integers, the same on every processor.
 
-`torch.rand` has the same bits everywhere, too, but draws of normal numbers and of dropout masks use a
-processor's vectors. Philox with ten rounds makes four words of 32 bits from a counter and a key. The key is
-drawn from PyTorch's generator, so that `torch.manual_seed` and saved random states hold for it.
+`torch.rand` has the same bits everywhere, too, but draws of normal numbers and of dropout masks use
+a processor's vectors. Philox with ten rounds makes four words of 32 bits from a counter and a key.
+The key is drawn from PyTorch's generator, so that `torch.manual_seed` and saved random states hold
+for it.
 
 Source: Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", 2011.
 """

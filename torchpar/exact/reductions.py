@@ -38,8 +38,8 @@ def _cumsum(x: Tensor, dim: int, *, dtype: Any = None) -> Tensor:
     """Of numbers such as a mask's: whole ones below 2²⁴ add up to the same in any order."""
     if not (x == x.round()).all() or x.abs().double().sum() >= 2**24:
         raise ConfigError(
-            "no exact version of aten.cumsum.default for these numbers; it takes integers, and floats that "
-            "are whole numbers and add up to less than 2²⁴"
+            "no exact version of aten.cumsum.default for these numbers; it takes integers, and "
+            "floats that are whole numbers and add up to less than 2²⁴"
         )
     return torch.cumsum(x, dim).to(dtype or x.dtype)
 
@@ -69,11 +69,15 @@ def _var64(x: Tensor, dims: Any, correction: Any, keepdim: bool) -> Tensor:
 
 
 @rule("linalg_vector_norm", "norm")
-def _norm(x: Tensor, order: Any = 2, dims: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
+def _norm(
+    x: Tensor, order: Any = 2, dims: Any = None, keepdim: bool = False, *, dtype: Any = None
+) -> Tensor:
     if order == math.inf:
         return torch.linalg.vector_norm(x, order, dims, keepdim, dtype=dtype)
     if order not in (1, 2):
-        raise ConfigError(f"exact arithmetic has norms of the orders 1, 2 and infinity, not {order}")
+        raise ConfigError(
+            f"exact arithmetic has norms of the orders 1, 2 and infinity, not {order}"
+        )
     terms = x.double().square() if order == 2 else x.double().abs()
     total = exact_sum(terms, dims, keepdim)
     return (sqrt64(total) if order == 2 else total).to(dtype or x.dtype)
@@ -95,20 +99,30 @@ def _layer_norm(
 
 @rule("native_layer_norm_backward")
 def _layer_norm_backward(
-    g: Tensor, x: Tensor, shape: Sequence[int], mean: Tensor, rstd: Tensor, weight: Tensor | None,
-    bias: Tensor | None, output_mask: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    g: Tensor,
+    x: Tensor,
+    shape: Sequence[int],
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
     dims, batch = [*range(-len(shape), 0)], [*range(x.dim() - len(shape))]
     n = math.prod(shape)
     normal = (x.double() - mean.double()) * rstd.double()
     scaled = g.double() if weight is None else g.double() * weight.double()
     along = exact_sum(scaled * normal, dims, True) / n
     dx = (rstd.double() * (scaled - exact_sum(scaled, dims, True) / n - normal * along)).float()
-    dw, db = ((exact_sum(t, batch) if batch else t).float() for t in (g.double() * normal, g.double()))
+    dw, db = (
+        (exact_sum(t, batch) if batch else t).float() for t in (g.double() * normal, g.double())
+    )
     return dx, dw, db
 
 
-def group_norm(x: Tensor, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor:
+def group_norm(
+    x: Tensor, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5
+) -> Tensor:
     """`torch.nn.functional.group_norm` by a layer norm of each group."""
     n = math.prod(x.shape[1:]) // groups
     y = torch.layer_norm(x.reshape(len(x), groups, n), [n], eps=eps).view(x.shape)
@@ -140,9 +154,17 @@ def _group_norm(
 
 @rule("native_group_norm_backward")
 def _group_norm_backward(
-    g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, n: int, c: int, pixels: int,
-    groups: int, output_mask: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    g: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    n: int,
+    c: int,
+    pixels: int,
+    groups: int,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
     of_groups, of_channels = (n, groups, c // groups * pixels), (n, groups, c // groups, pixels)
     mean, rstd = mean.view(n, groups, 1), rstd.view(n, groups, 1)
     scaled = _affine(g, weight, None).reshape(of_groups)
@@ -151,7 +173,9 @@ def _group_norm_backward(
     )
     normal = (x.reshape(of_groups).double() - mean.double()) * rstd.double()
     terms = g.reshape(of_channels).double()
-    dw, db = (exact_sum(t, [0, 3]).view(c).float() for t in (terms * normal.view(of_channels), terms))
+    dw, db = (
+        exact_sum(t, [0, 3]).view(c).float() for t in (terms * normal.view(of_channels), terms)
+    )
     return dx.view(x.shape), dw, db
 
 
@@ -195,13 +219,19 @@ def _log_softmax_backward(g: Tensor, y: Tensor, dim: int, _: Any) -> Tensor:
 def _logsumexp(x: Tensor, dims: list[int], keepdim: bool = False) -> Tensor:
     largest, _, _, total = _parts(x, dims)
     result = torch.where(largest.isinf(), largest.double(), log64(total) + largest.double()).float()
-    return result if keepdim or not x.dim() else result.squeeze(tuple(dims) or tuple(range(x.dim())))
+    return (
+        result if keepdim or not x.dim() else result.squeeze(tuple(dims) or tuple(range(x.dim())))
+    )
 
 
 @rule("embedding_dense_backward")
-def _embedding_backward(g: Tensor, indices: Tensor, rows: int, padding: int, by_frequency: bool) -> Tensor:
+def _embedding_backward(
+    g: Tensor, indices: Tensor, rows: int, padding: int, by_frequency: bool
+) -> Tensor:
     if by_frequency:
-        raise ConfigError("exact arithmetic has no scale_grad_by_freq of an embedding; leave it out")
+        raise ConfigError(
+            "exact arithmetic has no scale_grad_by_freq of an embedding; leave it out"
+        )
     gradient = exact_index_sum(g.reshape(indices.numel(), g.shape[-1]), indices.flatten(), rows)
     if padding >= 0:
         gradient[padding] = 0
@@ -226,7 +256,9 @@ def _mse_loss_backward(g: Tensor, x: Tensor, target: Tensor, reduction: int) -> 
 
 
 @rule("_index_put_impl", any_dtype=True)
-def _index_put(x: Tensor, indices: Any, values: Tensor, accumulate: bool = False, *_: Any) -> Tensor:
+def _index_put(
+    x: Tensor, indices: Any, values: Tensor, accumulate: bool = False, *_: Any
+) -> Tensor:
     adds_floats = accumulate and x.is_floating_point()
     if not adds_floats and (accumulate or values.numel() < 2):
         return torch.ops.aten.index_put(x, indices, values, accumulate)
@@ -242,7 +274,9 @@ def _index_put(x: Tensor, indices: Any, values: Tensor, accumulate: bool = False
 
 
 @rule("scatter_add", any_dtype=True)
-def _scatter_add(x: Tensor, dim: int, index: Tensor, source: Any, accumulate: bool = True) -> Tensor:
+def _scatter_add(
+    x: Tensor, dim: int, index: Tensor, source: Any, accumulate: bool = True
+) -> Tensor:
     if not (x.dim() and index.dim()):  # a number is a tensor of one element
         source = source.reshape(-1) if isinstance(source, Tensor) else source
         return _scatter_add(x.reshape(-1), dim, index.reshape(-1), source, accumulate).view(x.shape)
@@ -251,7 +285,11 @@ def _scatter_add(x: Tensor, dim: int, index: Tensor, source: Any, accumulate: bo
     indices = [torch.arange(n, device=x.device) for n in index.shape]
     places = [*torch.meshgrid(*indices, indexing="ij")]
     places[dim] = index
-    values = source[tuple(map(slice, index.shape))] if isinstance(source, Tensor) else x.new_tensor(source)
+    values = (
+        source[tuple(map(slice, index.shape))]
+        if isinstance(source, Tensor)
+        else x.new_tensor(source)
+    )
     return _index_put(x, places, values, accumulate)
 
 
@@ -259,7 +297,8 @@ RULES["scatter"] = lambda *operands: _scatter_add(*operands, accumulate=False)
 
 
 def _plus_zero(name: str, *operands: Any, **options: Any) -> Any:
-    """The operator's results, with +0 for −0: which of the two it keeps depends on the instructions."""
+    """The operator's results, with +0 for −0: which of the two it keeps depends on the
+    instructions."""
     result = getattr(torch.ops.aten, name)(*operands, **options)
     if not isinstance(result, Tensor):
         return tuple(t + 0.0 if t.is_floating_point() else t for t in result)
@@ -271,13 +310,17 @@ RULES.update({name: partial(_plus_zero, name) for name in _CHOOSING})
 
 
 @rule("sort", any_dtype=True)
-def _sort(x: Tensor, dim: int = -1, descending: bool = False, *, stable: Any = None) -> tuple[Tensor, Tensor]:
+def _sort(
+    x: Tensor, dim: int = -1, descending: bool = False, *, stable: Any = None
+) -> tuple[Tensor, Tensor]:
     """By the stable order: where others leave equal elements depends on the width of vectors."""
     return tuple(torch.sort(x, dim=dim, descending=descending, stable=True))  # type: ignore[return-value]
 
 
 @rule("topk", any_dtype=True)
-def _topk(x: Tensor, k: int, dim: int = -1, largest: bool = True, _: bool = True) -> tuple[Tensor, Tensor]:
+def _topk(
+    x: Tensor, k: int, dim: int = -1, largest: bool = True, _: bool = True
+) -> tuple[Tensor, Tensor]:
     values, indices = _sort(x, dim, largest)
     if not x.dim():  # of a number, k is 0 or 1
         return (values, indices) if k else (values.new_empty(0), indices.new_empty(0))

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Registry of ATen operators in exact arithmetic: those that are the same everywhere, and rules for others.
+"""Registry of ATen operators in exact arithmetic: those that are the same everywhere, and rules for
+others.
 
-An operator *passes* if it moves data, compares, or rounds once for each element, as IEEE 754 defines it. More
-of them pass if all operands are integers. A *rule* computes it by exact products, exact sums and functions.
-*Composed* ones are made of those by PyTorch. `torchpar.exact.mode` refuses others.
+An operator *passes* if it moves data, compares, or rounds once for each element, as IEEE 754
+defines it. More of them pass if all operands are integers. A *rule* computes it by exact products,
+exact sums and functions. *Composed* ones are made of those by PyTorch. `torchpar.exact.mode`
+refuses others.
 """
 
 from collections.abc import Callable
@@ -18,17 +20,18 @@ Rule = Callable[..., Any]
 
 # In-place and out= variants count as their operators.
 _PASSING = """
-    alias as_strided broadcast_tensors cat clone constant_pad_nd contiguous copy detach diagonal expand flip
-    gather im2col index index_select lift_fresh masked_select narrow new_empty new_full new_ones new_zeros
-    permute pixel_shuffle repeat reshape roll select select_backward select_scatter set_ slice slice_backward
-    slice_scatter split split_with_sizes squeeze stack t take_along_dim transpose tril triu unbind unfold
-    unsafe_split unsqueeze view _unsafe_view _reshape_alias to _to_copy _pin_memory resize_
-    empty empty_like empty_strided full full_like ones ones_like scalar_tensor zeros zeros_like fill zero eye
-    masked_fill masked_scatter index_fill where nan_to_num leaky_relu leaky_relu_backward
-    abs neg sign sgn floor ceil round trunc relu threshold threshold_backward hardtanh hardtanh_backward
-    eq ne lt le gt ge isnan isinf isneginf isposinf logical_and logical_or logical_not logical_xor all any
-    equal argmax argmin mul div reciprocal max_pool2d_with_indices exact_matmul
-    new_empty_strided _local_scalar_dense item is_same_size is_pinned embedding random rand rand_like
+    alias as_strided broadcast_tensors cat clone constant_pad_nd contiguous copy detach diagonal
+    expand flip gather im2col index index_select lift_fresh masked_select narrow new_empty new_full
+    new_ones new_zeros permute pixel_shuffle repeat reshape roll select select_backward
+    select_scatter set_ slice slice_backward slice_scatter split split_with_sizes squeeze stack t
+    take_along_dim transpose tril triu unbind unfold unsafe_split unsqueeze view _unsafe_view
+    _reshape_alias to _to_copy _pin_memory resize_ empty empty_like empty_strided full full_like
+    ones ones_like scalar_tensor zeros zeros_like fill zero eye masked_fill masked_scatter
+    index_fill where nan_to_num leaky_relu leaky_relu_backward abs neg sign sgn floor ceil round
+    trunc relu threshold threshold_backward hardtanh hardtanh_backward eq ne lt le gt ge isnan isinf
+    isneginf isposinf logical_and logical_or logical_not logical_xor all any equal argmax argmin mul
+    div reciprocal max_pool2d_with_indices exact_matmul new_empty_strided _local_scalar_dense item
+    is_same_size is_pinned embedding random rand rand_like
 """
 PASSING = frozenset(_PASSING.split())
 # Operators that PyTorch makes of others; put is refused
@@ -37,35 +40,39 @@ _COMPOSED = """
     nll_loss2d_forward nll_loss2d_backward randn randn_like _safe_softmax uniform _unsafe_index_put
 """
 COMPOSED = frozenset(_COMPOSED.split())
-# Operators of integers and booleans alone that are the same everywhere, beside those above. Their sums and
-# products wrap around, in any order. `_int_mm` is not here: it saturates on processors without VNNI. Nor are
-# quantized products, interpolation of bytes, and `geometric`, which draws by a logarithm.
+# Operators of integers and booleans alone that are the same everywhere, beside those above. Their
+# sums and products wrap around, in any order. `_int_mm` is not here: it saturates on processors
+# without VNNI. Nor are quantized products, interpolation of bytes, and `geometric`, which draws by
+# a logarithm.
 _INTEGERS = """
     nansum trace prod cumsum cumprod cummax cummin count_nonzero addbmm addmv addr vdot linalg_cross
-    remainder fmod floor_divide gcd lcm fmax fmin aminmax heaviside signbit hash_tensor
-    bitwise_and bitwise_or bitwise_xor bitwise_not bitwise_left_shift bitwise_right_shift
-    __and__ __or__ __xor__ __iand__ __ior__ __ixor__ __lshift__ __rshift__ __ilshift__ __irshift__
-    bincount bucketize searchsorted isin nonzero nonzero_static is_nonzero kthvalue median nanmedian mode
-    _unique _unique2 unique_dim unique_consecutive unique_dim_consecutive
-    scatter_reduce index_reduce take _unsafe_index _unsafe_masked_index _unsafe_masked_index_put_accumulate
-    randint randint_like randperm random tril_indices triu_indices repeat_interleave empty_permuted
-    alias_copy as_strided_copy diagonal_copy expand_copy narrow_copy permute_copy split_with_sizes_copy
+    remainder fmod floor_divide gcd lcm fmax fmin aminmax heaviside signbit hash_tensor bitwise_and
+    bitwise_or bitwise_xor bitwise_not bitwise_left_shift bitwise_right_shift __and__ __or__ __xor__
+    __iand__ __ior__ __ixor__ __lshift__ __rshift__ __ilshift__ __irshift__ bincount bucketize
+    searchsorted isin nonzero nonzero_static is_nonzero kthvalue median nanmedian mode _unique
+    _unique2 unique_dim unique_consecutive unique_dim_consecutive scatter_reduce index_reduce take
+    _unsafe_index _unsafe_masked_index _unsafe_masked_index_put_accumulate randint randint_like
+    randperm random tril_indices triu_indices repeat_interleave empty_permuted alias_copy
+    as_strided_copy diagonal_copy expand_copy narrow_copy permute_copy split_with_sizes_copy
     squeeze_copy t_copy transpose_copy unbind_copy unfold_copy unsqueeze_copy view_copy
-    as_strided_scatter diagonal_scatter diag_embed block_diag _chunk_cat rot90 channel_shuffle pixel_unshuffle
-    reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d
-    upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d
-    _upsample_nearest_exact2d _upsample_nearest_exact3d max_pool3d_with_indices
-    resize_as copy_from _copy_from _assert_async _functional_assert_async _assert_scalar
+    as_strided_scatter diagonal_scatter diag_embed block_diag _chunk_cat rot90 channel_shuffle
+    pixel_unshuffle reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d
+    replication_pad2d replication_pad3d upsample_nearest1d upsample_nearest2d upsample_nearest3d
+    _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d
+    max_pool3d_with_indices resize_as copy_from _copy_from _assert_async _functional_assert_async
+    _assert_scalar
 """
 INTEGERS = frozenset(_INTEGERS.split())
 
 RULES: dict[str, Rule] = {}
 PRIVATE: set[str] = set()
-"""Rules for operators that only torchpar's functions call, with other shapes than the native ones take."""
+"""Rules for operators that only torchpar's functions call, with other shapes than the native ones
+take."""
 
 
 def rule(*names: str, any_dtype: bool = False, private: bool = False) -> Callable[[Rule], Rule]:
-    """Register a rule for the ATen operators of these names; it takes float32 unless ``any_dtype``."""
+    """Register a rule for the ATen operators of these names; it takes float32 unless
+    ``any_dtype``."""
     if private:
         PRIVATE.update(names)
 
@@ -84,7 +91,9 @@ def check_float32(first: Tensor, *others: Any) -> None:
     """Raise an error unless the first operand, and all other floats, are float32."""
     for t in first, *(t for t in others if isinstance(t, Tensor) and t.is_floating_point()):
         if t.dtype != torch.float32:
-            raise ConfigError(f"exact arithmetic takes float32, an operand is {t.dtype}; convert it")
+            raise ConfigError(
+                f"exact arithmetic takes float32, an operand is {t.dtype}; convert it"
+            )
 
 
 def times(t: Tensor, factor: Any) -> Tensor:

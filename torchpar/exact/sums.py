@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Sums whose bits do not depend on the order of their terms: numbers as integers in units of a power of two.
+"""Sums whose bits do not depend on the order of their terms: numbers as integers in units of a
+power of two.
 
-For a row with the largest |x| below 2^e, each term becomes the integer round(x·2^(40 − e)). Integers of 64
-bits hold the sum of 2²² of them, whatever the order, and two words that of 2³³. The sum of the integers is
-rounded to float64 once. The rounding of a term is at most 2⁻⁴¹ of the largest.
+For a row with the largest |x| below 2^e, each term becomes the integer round(x·2^(40 − e)).
+Integers of 64 bits hold the sum of 2²² of them, whatever the order, and two words that of 2³³. The
+sum of the integers is rounded to float64 once. The rounding of a term is at most 2⁻⁴¹ of the
+largest.
 """
 
 import math
@@ -22,7 +24,8 @@ _LONGEST = 2**22  # terms
 def exact_sum(x: Tensor, dims: list[int] | None = None, keepdim: bool = False) -> Tensor:
     """The sum of ``x``, float32 or float64, over ``dims`` (all by default), as float64.
 
-    A sum with a NaN or an infinity is NaN or infinite, as that of `torch.sum` is. It changes no other row.
+    A sum with a NaN or an infinity is NaN or infinite, as that of `torch.sum` is. It changes no
+    other row.
     """
     if x.dim() == 0:
         return x.double()
@@ -34,7 +37,9 @@ def exact_sum(x: Tensor, dims: list[int] | None = None, keepdim: bool = False) -
     total = _total(units, lambda t: t.sum(dims, True), math.prod(x.shape[dim] for dim in dims))
     total *= power_of_two(exponents - BITS, torch.float64)
     if unusual.any():  # of signs alone, in any order
-        total = torch.where(unusual, torch.where(x.isfinite(), 0.0, x).double().sum(dims, True), total)
+        total = torch.where(
+            unusual, torch.where(x.isfinite(), 0.0, x).double().sum(dims, True), total
+        )
     return total if keepdim else total.squeeze(dims)
 
 
@@ -46,7 +51,8 @@ def _total(units: Tensor, add: Callable[[Tensor], Tensor], terms: int) -> Tensor
 
 
 def exponents_of(largest: Tensor) -> tuple[Tensor, Tensor]:
-    """The exponents e of ``largest`` ≥ 0, float64, such that largest < 2^e; and where it is not finite."""
+    """The exponents e of ``largest`` ≥ 0, float64, such that largest < 2^e; and where it is not
+    finite."""
     unusual = ~(largest < math.inf)
     bits = torch.where(unusual, 1.0, largest).view(torch.int64)
     return ((bits >> 52) - 1022).clamp(min=-900).to(torch.int32), unusual
@@ -67,7 +73,9 @@ def exact_index_sum(values: Tensor, indices: Tensor, size: int) -> Tensor:
     largest = x.new_zeros(size, values.shape[1]).scatter_reduce_(0, to, x.abs(), "amax")
     exponents, _ = exponents_of(largest)
     units = (x * power_of_two(BITS - exponents, torch.float64).gather(0, to)).round_().long()
-    total = _total(units, lambda t: t.new_zeros(largest.shape).index_add_(0, indices, t), len(values))
+    total = _total(
+        units, lambda t: t.new_zeros(largest.shape).index_add_(0, indices, t), len(values)
+    )
     result = (total * power_of_two(exponents - BITS, torch.float64)).float()
     if not is_finite.all():  # of signs alone, in any order
         result.index_add_(0, indices, torch.where(is_finite, 0.0, values))

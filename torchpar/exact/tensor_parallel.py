@@ -7,8 +7,8 @@
 | dL/dx | outputs | rows |
 | dL/dweight | samples | no messages: each rank has its slice of the whole gradient |
 
-Each result has the bits of the unsplit product in `torchpar.exact.mode`, if it is finite. Where ranks add, a
-row that is not finite becomes NaN.
+Each result has the bits of the unsplit product in `torchpar.exact.mode`, if it is finite. Where
+ranks add, a row that is not finite becomes NaN.
 """
 
 from typing import Any
@@ -54,13 +54,19 @@ class _Linear(torch.autograd.Function):
 
 
 def linear(
-    x: Tensor, weight: Tensor, *, outputs: DeviceMesh | None = None, inputs: DeviceMesh | None = None
+    x: Tensor,
+    weight: Tensor,
+    *,
+    outputs: DeviceMesh | None = None,
+    inputs: DeviceMesh | None = None,
 ) -> Tensor:
     """``x @ weight.T`` for float32 ``x (*, in_r)`` and this rank's ``weight (out_r, in_r)``.
 
     Args:
-        outputs: the ranks that share the terms of the result, as their weights are split by columns.
-        inputs: the ranks that share the terms of the gradient of ``x``, as their weights are split by rows.
+        outputs: the ranks that share the terms of the result, as their weights are split by
+            columns.
+        inputs: the ranks that share the terms of the gradient of ``x``, as their weights are split
+            by rows.
     """
     return _Linear.apply(x, weight, outputs, inputs)  # type: ignore[no-any-return]
 
@@ -69,8 +75,8 @@ class Linear(torch.nn.Module):
     """A linear layer without bias, whose weight ``(out, in)`` the ranks of ``mesh`` share.
 
     Args:
-        axis: of the weight, along which it is cut: 0 by rows, for the features of the outputs; 1 by columns,
-            for those of the inputs. A layer by columns takes what one by rows returns.
+        axis: of the weight, along which it is cut: 0 by rows, for the features of the outputs; 1 by
+            columns, for those of the inputs. A layer by columns takes what one by rows returns.
     """
 
     def __init__(self, in_features: int, out_features: int, mesh: DeviceMesh, axis: int):

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Check that training has the published bits: ``python -m torchpar verify``.
 
-It trains a small MLP on MNIST, or a small GPT on a book, in `torchpar.exact.mode` on any mesh of ranks. It
-compares the SHA-256 of the weights with the one in `EXPECTED`, which README and docs print.
+It trains a small MLP on MNIST, or a small GPT on a book, in `torchpar.exact.mode` on any mesh of
+ranks. It compares the SHA-256 of the weights with the one in `EXPECTED`, which README and docs
+print.
 """
 
 import argparse
@@ -39,15 +40,22 @@ DATA = Path(__file__).parents[2] / "examples" / "data"  # of a checkout
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         "python -m torchpar verify",
-        description="Train in exact arithmetic, and compare the weights' hash with the published one.",
+        description="Train in exact arithmetic, and compare the weights' hash with the published "
+        "one.",
     )
-    parser.add_argument("--model", choices=EXPECTED, default="mlp", help="a network for digits, or for text")
-    parser.add_argument("--ranks", type=int, help="number of ranks to start; by default tp times pp")
+    parser.add_argument(
+        "--model", choices=EXPECTED, default="mlp", help="a network for digits, or for text"
+    )
+    parser.add_argument(
+        "--ranks", type=int, help="number of ranks to start; by default tp times pp"
+    )
     parser.add_argument("--tp", type=int, default=1, help="ranks that share each layer")
     parser.add_argument("--pp", type=int, default=1, help="stages of a pipeline")
     parser.add_argument("--threads", type=int, default=1, help="of each rank")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to train")
-    parser.add_argument("--data", type=Path, default=DATA, help="folder that holds MNIST/raw and alice.txt")
+    parser.add_argument(
+        "--data", type=Path, default=DATA, help="folder that holds MNIST/raw and alice.txt"
+    )
     options = parser.parse_args(arguments)
     try:
         return verify(**vars(options))
@@ -64,7 +72,9 @@ def main(arguments: Sequence[str]) -> int:
     return 2
 
 
-def verify(model: str, ranks: int | None, tp: int, pp: int, threads: int, device: str, data: Path) -> int:
+def verify(
+    model: str, ranks: int | None, tp: int, pp: int, threads: int, device: str, data: Path
+) -> int:
     """Train, print the SHA-256 of the weights, and return 0 if it is the expected one, else 1."""
     stages = tp * pp
     ranks = stages if ranks is None else ranks
@@ -78,16 +88,21 @@ def verify(model: str, ranks: int | None, tp: int, pp: int, threads: int, device
     if model == "gpt" and models.HEADS % tp:
         raise ConfigError(f"--tp is {tp}, expected a divisor of the GPT's {models.HEADS} heads")
     if pp > len(models.SIZES) - 1:
-        raise ConfigError(f"--pp is {pp}, expected at most {len(models.SIZES) - 1}, one stage for each layer")
+        raise ConfigError(
+            f"--pp is {pp}, expected at most {len(models.SIZES) - 1}, one stage for each layer"
+        )
     if ranks % stages:
         raise ConfigError(f"--ranks is {ranks}, expected a multiple of --tp {tp} times --pp {pp}")
     start = time.perf_counter()
     shared = ranks, threads, device, get_free_port(), model, ranks // stages, tp, pp, data
     with Ranks(preload=()) as pool:
         pool.start(ranks)
-        futures = [worker.submit(_on_rank, rank, *shared) for rank, worker in enumerate(pool.workers)]
+        futures = [
+            worker.submit(_on_rank, rank, *shared) for rank, worker in enumerate(pool.workers)
+        ]
         digest, *_ = [future.result() for future in futures]
-    where = f"dp {ranks // stages} × tp {tp} × pp {pp} on {device}, {torch.backends.cpu.get_cpu_capability()}"
+    capability = torch.backends.cpu.get_cpu_capability()
+    where = f"dp {ranks // stages} × tp {tp} × pp {pp} on {device}, {capability}"
     print(f"{where}, torch {torch.__version__}: {time.perf_counter() - start:.0f} s")
     print(f"SHA-256 of the weights: {digest}")
     same = digest == EXPECTED[model]
@@ -95,16 +110,21 @@ def verify(model: str, ranks: int | None, tp: int, pp: int, threads: int, device
     return 0 if same else 1
 
 
-def _on_rank(rank: int, ranks: int, threads: int, device: str, port: int, model: str, *args: Any) -> str:
+def _on_rank(
+    rank: int, ranks: int, threads: int, device: str, port: int, model: str, *args: Any
+) -> str:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # at Ctrl-C the pool ends the ranks
     torch.set_num_threads(threads)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
     with join_world(device, timeout=300.0) as world:
         return trained(world, model, *args)
 
 
 def trained(world: World, model: str, dp: int, tp: int, pp: int, folder: Path) -> str:
-    """Train on this rank of the mesh; return the SHA-256 of the whole model's parameters by name."""
+    """Train on this rank of the mesh; return the SHA-256 of the whole model's parameters by
+    name."""
     world = world.with_mesh(dp=dp, tp=tp, pp=pp)
     network: torch.nn.Module
     if model == "mlp":

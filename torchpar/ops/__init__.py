@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The operators: one file for each, with everything that PyTorch needs to know. Importing it registers it."""
+"""The operators: one file for each, with everything that PyTorch needs to know. Importing it
+registers it."""
 
 from torchpar.ops.exact_matmul import exact_matmul, exact_matmul_t
 from torchpar.ops.linear_sigmoid import linear_sigmoid
@@ -7,4 +8,11 @@ from torchpar.ops.matmul_t import matmul_t
 from torchpar.ops.maximum import maximum
 from torchpar.ops.symmetric_matmul import symmetric_matmul
 
-__all__ = ["exact_matmul", "exact_matmul_t", "linear_sigmoid", "matmul_t", "maximum", "symmetric_matmul"]
+__all__ = [
+    "exact_matmul",
+    "exact_matmul_t",
+    "linear_sigmoid",
+    "matmul_t",
+    "maximum",
+    "symmetric_matmul",
+]

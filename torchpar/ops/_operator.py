@@ -22,7 +22,8 @@ def operator(
     Args:
         schema: as in `torch.library.define`, without the namespace.
         kernels: the module in `torchpar.kernels` that has the operator's kernels.
-        opaque: a function of the arguments; where it is true, compilers do not look into the operator.
+        opaque: a function of the arguments; where it is true, compilers do not look into the
+            operator.
     """
     name, bracket, rest = schema.partition("(")
     mutated = {one.name for one in torch._C.parse_schema(schema).arguments if one.alias_info}

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Exact sums of products: float32 matrices as integers, whose sums do not depend on their order.
 
-A row of A ``(m, k)`` is scaled by a power of two, rounded to integers, and cut into four signed 8-bit digits:
+A row of A ``(m, k)`` is scaled by a power of two, rounded to integers, and cut into four signed
+8-bit digits:
 
-    X = round(a · 2^(31 − e))                          e: the row's exponent, such that |X| ≤ 2³¹ − 2²⁴
+    X = round(a · 2^(31 − e))                     e: the row's exponent, such that |X| ≤ 2³¹ − 2²⁴
     X = d₀·2²⁴ + d₁·2¹⁶ + d₂·2⁸ + d₃                   −128 ≤ d ≤ 127
 
 For rows i of A and j of B, with the digits c and the exponents f of B,
@@ -11,12 +12,12 @@ For rows i of A and j of B, with the digits c and the exponents f of B,
     T_ij = Σ_k Σ_{p + q ≤ 3} d_p·c_q · 2^(8·(3 − p − q))
     (A·Bᵀ)_ij ≈ T_ij · 2^(e_i + f_j − 38)
 
-T is an integer: its bits do not depend on the order of the sum, nor on how ranks, threads or a processor's
-instructions share it. The products with p + q > 3, of the orders 4 to 6, are left out.
+T is an integer: its bits do not depend on the order of the sum, nor on how ranks, threads or a
+processor's instructions share it. The products with p + q > 3, of the orders 4 to 6, are left out.
 
-Sources: Ozaki, Ogita, Oishi and Rump, "Error-free transformations of matrix multiplication by using fast
-routines of matrix multiplication and its applications", 2012; Ootomo, Ozaki and Yokota, "DGEMM on integer
-matrix multiplication unit", 2024.
+Sources: Ozaki, Ogita, Oishi and Rump, "Error-free transformations of matrix multiplication by using
+fast routines of matrix multiplication and its applications", 2012; Ootomo, Ozaki and Yokota, "DGEMM
+on integer matrix multiplication unit", 2024.
 """
 
 import functools
@@ -41,7 +42,8 @@ _SHIFTS = torch.arange(BITS * (DIGITS - 1), -1, -BITS, dtype=torch.int32, device
 CHAIN = 2**14  # terms, for which each order fits in an int32, and T in the 53 bits of a float64
 _FLOAT_CHAIN = 2**9  # terms, of two products of digits each, whose sum float32 holds
 LONGEST = 2**23  # terms, for which T fits in an int64
-_BLOCK = 2**16  # elements to a thread that are cut, or put together, at a time: they fit in a core's cache
+# Elements to a thread that are cut, or put together, at a time: they fit in a core's cache.
+_BLOCK = 2**16
 # The least rows of a block: each block rearranges or converts the whole other operand.
 _LEAST_ROWS, _LEAST_FLOAT_ROWS = 128, 512
 # Multiplications from which int8 is faster than floats, and half of X·Xᵀ faster than all of it.
@@ -50,7 +52,8 @@ _MIN_LARGE_PRODUCT = 2**20
 
 @functools.cache
 def has_int8() -> bool:
-    """Return True if PyTorch multiplies int8 matrices on this CPU by instructions that add to int32 exactly.
+    """Return True if PyTorch multiplies int8 matrices on this CPU by instructions that add to int32
+    exactly.
 
     Elsewhere `torch._int_mm` is a plain loop, or instructions of oneDNN may saturate at 16 bits.
     """
@@ -69,22 +72,24 @@ def power_of_two(exponents: Tensor, dtype: torch.dtype = torch.float32) -> Tenso
 
 
 def row_exponents(x: Tensor) -> Tensor:
-    """The exponents e ``(*, m, 1)`` int32 of the rows of ``x``, from `MIN_EXPONENT` to `MAX_EXPONENT`.
+    """The exponents e ``(*, m, 1)`` int32 of the rows of ``x``, from `MIN_EXPONENT` to
+    `MAX_EXPONENT`.
 
-    The largest |x| of a row is less than (1 − 2⁻⁷)·2^e, and at least (½ − 2⁻⁸)·2^e unless it is 0. A row
-    with a NaN or an infinity has an exponent above `MAX_EXPONENT`.
+    The largest |x| of a row is less than (1 − 2⁻⁷)·2^e, and at least (½ − 2⁻⁸)·2^e unless it is 0.
+    A row with a NaN or an infinity has an exponent above `MAX_EXPONENT`.
     """
     if x.shape[-1] == 0:
         return x.new_full((*x.shape[:-1], 1), MIN_EXPONENT, dtype=torch.int32)
-    # In float64 no such number is subnormal, and the upper bits of a positive one are its exponent. A NaN has
-    # any sign and fraction.
+    # In float64 no such number is subnormal, and the upper bits of a positive one are its exponent.
+    # A NaN has any sign and fraction.
     largest = x.abs().amax(-1, keepdim=True).double().nan_to_num_(math.inf, math.inf)
     bits = largest.view(torch.int64)
     return ((bits + 2**46) >> 52).sub_(1022).clamp_(MIN_EXPONENT, MAX_EXPONENT + 1).to(torch.int32)
 
 
 def digits(x: Tensor, e: Tensor) -> Tensor:
-    """The digits ``(*, m, 4, k)`` int8 of the rows of ``x (*, m, k)``, of exponents ``e (*, m, 1)``.
+    """The digits ``(*, m, 4, k)`` int8 of the rows of ``x (*, m, k)``, of exponents
+    ``e (*, m, 1)``.
 
     |x| < (1 − 2⁻⁷)·2^e holds for all elements. The digits of rows that are not finite mean nothing.
     """
@@ -92,7 +97,8 @@ def digits(x: Tensor, e: Tensor) -> Tensor:
     out = x.new_empty(*x.shape[:-1], DIGITS, x.shape[-1], dtype=torch.int8)
     for block in _blocks(len(x), x[:1].numel()):
         integers = scaled(x[block], SCALE - e[block]).round_().to(torch.int32)
-        # Flipping the sign bit of each byte but the first makes digits of them; int8 keeps the lowest 8 bits.
+        # Flipping the sign bit of each byte but the first makes digits of them; int8 keeps the
+        # lowest 8 bits.
         integers.add_(CARRY).bitwise_xor_(CARRY)
         out[block] = integers.unsqueeze(-2) >> _SHIFTS.to(x.device)[:, None]
     return out
@@ -111,7 +117,8 @@ def scaled(x: Tensor, exponents: Tensor) -> Tensor:
 
 
 def product_of_exponents(a: Tensor, b: Tensor, e: Tensor, f: Tensor, wrap: Wrap = None) -> Tensor:
-    """``a @ b.mT`` for ``a (*, m, k)`` and ``b (*, n, k)``, of exponents ``e (*, m, 1)`` and ``f (*, n, 1)``.
+    """``a @ b.mT`` for ``a (*, m, k)`` and ``b (*, n, k)``, of exponents ``e (*, m, 1)`` and
+    ``f (*, n, 1)``.
 
     If ``b is a``, half of it is computed.
     """
@@ -134,7 +141,12 @@ def sums(a: Tensor, b: Tensor, e: Tensor, f: Tensor) -> Tensor:
 
 
 def _by_kernel(
-    a: Tensor, b: Tensor, e: Tensor, f: Tensor, wrap: Wrap = None, dtype: torch.dtype = torch.float32
+    a: Tensor,
+    b: Tensor,
+    e: Tensor,
+    f: Tensor,
+    wrap: Wrap = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     from torchpar.kernels.exact_matmul import exact_product
 
@@ -176,7 +188,8 @@ def _chained(of_chain: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor)
 def _int8_sums(a: Tensor, b: Tensor) -> Tensor:
     """T ``(m, n)`` in float64, by products of int8."""
     (m, _, k), n = a.shape, len(b)
-    # Order s: Σ_p d_(s − p)·c_p is one product over the leading digits of A, reversed, and those of B.
+    # Order s: Σ_p d_(s − p)·c_p is one product over the leading digits of A, reversed, and those of
+    # B.
     left, right = a.flip(1).flatten(1), b.flatten(1)
     orders = a.new_empty(DIGITS, m, n, dtype=torch.int32)
     for s, order in enumerate(orders, 1):
@@ -190,7 +203,8 @@ def _int8_sums(a: Tensor, b: Tensor) -> Tensor:
 def _float_sums(a: Tensor, b: Tensor) -> Tensor:
     """T ``(*, m, n)`` in float64, by products of floats whose sums are exact.
 
-    T = Σ_k (d₀·2⁸ + d₁)·(c₀·2¹⁶ + c₁·2⁸ + c₂) + (d₂·2⁸ + d₃)·c₀ in float64, plus d₀·c₃ + d₂·c₁ in float32.
+    T = Σ_k (d₀·2⁸ + d₁)·(c₀·2¹⁶ + c₁·2⁸ + c₂) + (d₂·2⁸ + d₃)·c₀ in float64, plus d₀·c₃ + d₂·c₁ in
+    float32.
     """
     even, odd = slice(0, None, 2), slice(1, None, 2)
     left = torch.add(a[..., odd, :], a[..., even, :].double(), alpha=2**BITS)
@@ -204,7 +218,8 @@ def _float_sums(a: Tensor, b: Tensor) -> Tensor:
 
 
 def rounded(total: Tensor, e: Tensor, f: Tensor) -> Tensor:
-    """The product in float32 ``(*, m, n)``, from T and the exponents ``e (*, m, 1)`` and ``f (*, n, 1)``.
+    """The product in float32 ``(*, m, n)``, from T and the exponents ``e (*, m, 1)`` and
+    ``f (*, n, 1)``.
 
     T is rounded once; above 2⁵³, to float64 before. Rows that are not finite make results NaN.
     """

@@ -21,17 +21,18 @@ from torchpar.ops._operator import operator, save_operands
 
 
 def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """The product ``a @ b.mT`` in float32, with the same bits on every device and number of threads.
+    """The product ``a @ b.mT`` in float32, with the same bits on every device and number of
+    threads.
 
-    The rows of both operands are scaled by powers of two and rounded to integers of 32 bits, of which
-    `torchpar.ops.exact_digits` has the formula. The sums are exact, and are rounded once. The error is at
-    most
+    The rows of both operands are scaled by powers of two and rounded to integers of 32 bits, of
+    which `torchpar.ops.exact_digits` has the formula. The sums are exact, and are rounded once. The
+    error is at most
 
         k · 2⁻²⁷ · max|a_i| · max|b_j| + half an ulp
 
-    for rows a_i and b_j. An entry that is 2²⁰ times smaller than the largest of its row keeps at least 10
-    bits, and one that is 2³³ times smaller counts as 0. NaN and infinities propagate as in `torch.mm`, but
-    a sum overflows only if the result does. The gradients are exact products, too.
+    for rows a_i and b_j. An entry that is 2²⁰ times smaller than the largest of its row keeps at
+    least 10 bits, and one that is 2³³ times smaller counts as 0. NaN and infinities propagate as in
+    `torch.mm`, but a sum overflows only if the result does. The gradients are exact products, too.
 
     Args:
         a: ``(*, m, k)`` float32.
@@ -66,9 +67,13 @@ def exact_matmul_t(x: Tensor) -> Tensor:
 def _check(a: Tensor, b: Tensor) -> None:
     for name, t, shape in (("a", a, "(*, m, k)"), ("b", b, "(*, n, k)")):
         if t.dtype != torch.float32:
-            raise RuntimeError(f"torchpar::exact_matmul: {name} has dtype {t.dtype}, expected torch.float32")
+            raise RuntimeError(
+                f"torchpar::exact_matmul: {name} has dtype {t.dtype}, expected torch.float32"
+            )
         if t.dim() < 2:
-            raise RuntimeError(f"torchpar::exact_matmul: {name} has shape {tuple(t.shape)}, expected {shape}")
+            raise RuntimeError(
+                f"torchpar::exact_matmul: {name} has shape {tuple(t.shape)}, expected {shape}"
+            )
     if b.shape[:-2] != a.shape[:-2] or b.shape[-1] != a.shape[-1] or b.device != a.device:
         expected = ", ".join([*map(str, a.shape[:-2]), "n", str(a.shape[-1])])
         actual = f"b is {tuple(b.shape)} on {b.device}"
@@ -77,7 +82,9 @@ def _check(a: Tensor, b: Tensor) -> None:
 
 # The CPU path looks at the values; compilers keep it whole.
 @operator(
-    "exact_matmul(Tensor a, Tensor b) -> Tensor", kernels="exact_matmul", opaque=lambda a, b: not a.is_cuda
+    "exact_matmul(Tensor a, Tensor b) -> Tensor",
+    kernels="exact_matmul",
+    opaque=lambda a, b: not a.is_cuda,
 )
 def _op(a: Tensor, b: Tensor, *, wrap: Wrap) -> Tensor:
     _check(a, b)
@@ -109,7 +116,9 @@ _op.register_autograd(_backward, setup_context=save_operands, jvp=_jvp)
 
 
 @_op.register_vmap
-def _(info: Any, in_dims: tuple[int | None, int | None], a: Tensor, b: Tensor) -> tuple[Tensor, int]:
+def _(
+    info: Any, in_dims: tuple[int | None, int | None], a: Tensor, b: Tensor
+) -> tuple[Tensor, int]:
     _check(sample(a, in_dims[0]), sample(b, in_dims[1]))
     first = batch_first(a, in_dims[0], info.batch_size)
     return exact_matmul(first, first if b is a else batch_first(b, in_dims[1], info.batch_size)), 0

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
 """float32 products on the CPU: PyTorch's own, or oneDNN's where `processor.prefers_onednn`.
 
-`torch.ops.mkldnn._linear_pointwise`, a private name that Inductor uses too, is oneDNN's product. It sums all
-terms in one chain, and the error grows with the chain's length: 784 terms have 1.5 times the error of
-PyTorch's product, and 2048 have 2.1 times. Therefore sums are cut into chains of at most `CHAIN` terms.
+`torch.ops.mkldnn._linear_pointwise`, a private name that Inductor uses too, is oneDNN's product. It
+sums all terms in one chain, and the error grows with the chain's length: 784 terms have 1.5 times
+the error of PyTorch's product, and 2048 have 2.1 times. Therefore sums are cut into chains of at
+most `CHAIN` terms.
 """
 
 from typing import Any
@@ -17,7 +18,8 @@ from torchpar.ops import processor
 from torchpar.ops.matrix import pad_to_even, rows
 
 CHAIN = 264
-# Multiplications per chain and thread from which oneDNN gains more than its call, and a Function's, costs.
+# Multiplications per chain and thread from which oneDNN gains more than its call, and a Function's,
+# costs.
 _MIN_PRODUCT = 4_000_000
 _LEAST_ROWS = 64  # from which chains gain more than it costs to copy the other matrix
 _BLOCK = 512  # rows; what a chain adds to stays in the cache
@@ -30,7 +32,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear`, differentiable."""
     if not _is_for_onednn(weight, x, bias) or (bias is not None and bias.shape != weight.shape[:1]):
         return F.linear(x, weight, bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+    if torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, weight, bias)
+    ):
         return LinearFunction.apply(x, weight, bias)  # type: ignore[no-any-return]
     return _linear(x, weight, bias)
 
@@ -69,13 +73,17 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def mm(a: Tensor, b: Tensor, most: int = CHAIN) -> Tensor:
-    """``a @ b`` for matrices, differentiable, in chains of ``most`` terms where oneDNN multiplies."""
-    chains = _chains(b.mT, a, most) if not torch.is_grad_enabled() and _is_for_onednn(b.mT, a) else 0
+    """``a @ b`` for matrices, differentiable, in chains of ``most`` terms where oneDNN
+    multiplies."""
+    chains = (
+        _chains(b.mT, a, most) if not torch.is_grad_enabled() and _is_for_onednn(b.mT, a) else 0
+    )
     return _product(a, b.mT, chains) if chains else a.mm(b)
 
 
 def _is_for_onednn(b: Tensor, a: Tensor, bias: Tensor | None = None) -> bool:
-    """Whether oneDNN is preferred for ``a (*, k)``, ``b (n, k)`` and ``bias``, which are large enough."""
+    """Whether oneDNN is preferred for ``a (*, k)``, ``b (n, k)`` and ``bias``, which are large
+    enough."""
     if torch.compiler.is_compiling() or not (processor.prefers_onednn() and is_eager(b, a, bias)):
         return False  # a compiler would refuse the cached function
     if b.dim() != 2 or a.numel() * len(b) < _MIN_PRODUCT * torch.get_num_threads():
@@ -113,11 +121,16 @@ def _product(a: Tensor, b: Tensor, chains: int, bias: Tensor | None = None) -> T
 
 
 def cut(a: Tensor, b: Tensor, chains: int) -> list[tuple[Tensor, Tensor]]:
-    """Matrices ``a`` and ``b`` cut into ``chains`` parts of their columns, as `in_chains` takes them.
+    """Matrices ``a`` and ``b`` cut into ``chains`` parts of their columns, as `in_chains` takes
+    them.
 
-    Each part of ``b`` or its transpose is contiguous. With another one oneDNN takes a thousand times as long.
+    Each part of ``b`` or its transpose is contiguous. With another one oneDNN takes a thousand
+    times as long.
     """
-    parts = [t if t.is_contiguous() or t.mT.is_contiguous() else t.contiguous() for t in b.chunk(chains, 1)]
+    parts = [
+        t if t.is_contiguous() or t.mT.is_contiguous() else t.contiguous()
+        for t in b.chunk(chains, 1)
+    ]
     return list(zip(parts if a is b else a.chunk(chains, 1), parts, strict=True))
 
 

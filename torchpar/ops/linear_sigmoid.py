@@ -8,8 +8,8 @@ With G = dL/dY, and since σ' = σ·(1 − σ) depends on the output alone:
     dL/dZ = G·Y·(1 − Y)        dL/db = Σ dL/dZ over the rows
     dL/dX = dL/dZ · W          dL/dW = (dL/dZ)ᵀ · X
 
-A second operator computes dL/dZ and dL/db in one pass over G and Y on a GPU. It has no gradient: second
-derivatives are those of the formula.
+A second operator computes dL/dZ and dL/db in one pass over G and Y on a GPU. It has no gradient:
+second derivatives are those of the formula.
 """
 
 import math
@@ -22,7 +22,15 @@ from torch.nn import functional as F
 from torchpar.library import Wrap, batch_first, needs_formula, sample, supports_tma
 from torchpar.ops._operator import operator
 from torchpar.ops.linear_cpu import is_eager, linear, linear_forward
-from torchpar.ops.matrix import check_dtype, check_like, fp32_precision, is_paired, pad_to_even, product, rows
+from torchpar.ops.matrix import (
+    check_dtype,
+    check_like,
+    fp32_precision,
+    is_paired,
+    pad_to_even,
+    product,
+    rows,
+)
 from torchpar.ops.processor import has_bfloat16
 
 
@@ -52,8 +60,8 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise RuntimeError("torchpar::linear_sigmoid: x has shape (), expected (*, in_features)")
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
         raise RuntimeError(
-            f"torchpar::linear_sigmoid: weight has shape {tuple(weight.shape)}, expected (out_features, "
-            f"{x.shape[-1]}) for x of shape {tuple(x.shape)}"
+            f"torchpar::linear_sigmoid: weight has shape {tuple(weight.shape)}, expected "
+            f"(out_features, {x.shape[-1]}) for x of shape {tuple(x.shape)}"
         )
     check_like("linear_sigmoid", "weight", weight, weight.shape, x)
     if bias is not None:
@@ -61,7 +69,8 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def _is_native(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Return True if PyTorch's operators and their autograd are right, and faster than this operator.
+    """Return True if PyTorch's operators and their autograd are right, and faster than this
+    operator.
 
     They are on CPUs, for 16-bit floats if all sizes are even.
     """
@@ -81,10 +90,13 @@ def _is_slow(t: Tensor) -> bool:
 def _formula(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     _check(x, weight, bias)
     z = linear(*pad_to_even(x, weight), bias)
-    return z.sigmoid_() if x.dim() == 2 else z.sigmoid()  # which may be a view, and costs autograd more
+    # Which may be a view, and costs autograd more.
+    return z.sigmoid_() if x.dim() == 2 else z.sigmoid()
 
 
-@operator("linear_sigmoid(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor", kernels="linear_sigmoid")
+@operator(
+    "linear_sigmoid(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor", kernels="linear_sigmoid"
+)
 def _op(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, wrap: Wrap) -> Tensor:
     _check(x, weight, bias)
     if _is_slow(x):
@@ -118,7 +130,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def sigmoid_backward(g: Tensor, y: Tensor, need_bias: bool = True) -> tuple[Tensor, Any]:
-    """dL/dZ ``(*, out)``, and dL/db ``(out)`` if ``need_bias``, from g = dL/dY and y ``(*, out)``."""
+    """dL/dZ ``(*, out)``, and dL/db ``(out)`` if ``need_bias``, from g = dL/dY and y
+    ``(*, out)``."""
     if not need_bias:
         return _sigmoid_gradient(g, y), None
     # On a CPU nothing is fused, and two calls of ATen cost less than dispatching one operator.
@@ -127,32 +140,49 @@ def sigmoid_backward(g: Tensor, y: Tensor, need_bias: bool = True) -> tuple[Tens
 
 def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, y = ctx.saved_tensors
-    need_x, need_weight, *need_bias = ctx.needs_input_grad  # which has no entry for a bias that is not given
+    # Which has no entry for a bias that is not given.
+    need_x, need_weight, *need_bias = ctx.needs_input_grad
     dz, db = sigmoid_backward(g, y, any(need_bias))
     dtype = x.dtype
     if _is_slow(x):
         dz, x, weight = dz.float(), x.float(), weight.float()
     # PyTorch's product of a one-dimensional DTensor and a matrix has a wrong shape (2.15).
-    dx = product(rows(dz) if dz.dim() == 1 else dz, weight.mT).view(x.shape).to(dtype) if need_x else None
+    dx = (
+        product(rows(dz) if dz.dim() == 1 else dz, weight.mT).view(x.shape).to(dtype)
+        if need_x
+        else None
+    )
     dw = product(rows(dz).mT, rows(x).mT).to(dtype) if need_weight else None
     return dx, dw, db
 
 
-_op.register_autograd(_backward, setup_context=_setup_context, formula=_formula, decompose=_is_native)
+_op.register_autograd(
+    _backward, setup_context=_setup_context, formula=_formula, decompose=_is_native
+)
 
 
 @_op.register_vmap
 def _(
-    info: Any, in_dims: tuple[int | None, ...], x: Tensor, weight: Tensor, bias: Tensor | None = None
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, int]:
     x_dim, weight_dim, bias_dim = (*in_dims, None)[:3]
-    _check(sample(x, x_dim), sample(weight, weight_dim), None if bias is None else sample(bias, bias_dim))
+    _check(
+        sample(x, x_dim),
+        sample(weight, weight_dim),
+        None if bias is None else sample(bias, bias_dim),
+    )
     x = batch_first(x, x_dim, info.batch_size)
     if weight_dim is None and bias_dim is None:
         return linear_sigmoid(x, weight, bias), 0
     # A weight or a bias per sample is a batched product, which the kernel does not compute.
     weight = batch_first(weight, weight_dim, info.batch_size)
-    x2, weight = pad_to_even(x.reshape(info.batch_size, math.prod(x.shape[1:-1]), x.shape[-1]), weight)
+    x2, weight = pad_to_even(
+        x.reshape(info.batch_size, math.prod(x.shape[1:-1]), x.shape[-1]), weight
+    )
     if bias is None:
         z = torch.bmm(x2, weight.mT)
     else:
@@ -183,7 +213,9 @@ def _backward_formula(g: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return dz, rows(dz).sum(0)
 
 
-@operator("linear_sigmoid_backward(Tensor g, Tensor y) -> (Tensor, Tensor)", kernels="sigmoid_backward")
+@operator(
+    "linear_sigmoid_backward(Tensor g, Tensor y) -> (Tensor, Tensor)", kernels="sigmoid_backward"
+)
 def _backward_op(g: Tensor, y: Tensor, *, wrap: Wrap) -> tuple[Tensor, Tensor]:
     if not y.is_cuda:
         dz, db = _backward_formula(g, y)

@@ -7,8 +7,9 @@ With G = dL/dC:
 
     dL/dX = (G + Gᵀ)·X
 
-computed by a second operator: on a GPU one kernel makes (G + Gᵀ)/2, and PyTorch's library multiplies
-(float16 takes two products). It has no gradient: second derivatives are those of the formula.
+computed by a second operator: on a GPU one kernel makes (G + Gᵀ)/2, and PyTorch's library
+multiplies (float16 takes two products). It has no gradient: second derivatives are those of the
+formula.
 """
 
 from typing import Any
@@ -26,10 +27,11 @@ from torchpar.ops.symmetric_matmul import symmetric_product
 def matmul_t(x: Tensor) -> Tensor:
     """The product of a matrix and its own transpose, at half the arithmetic and exactly symmetric.
 
-    ``c = x @ x.mT``. Only tiles on and below the diagonal are computed, and each is stored twice, so
-    ``torch.equal(c, c.mT)`` holds. Under torch.func transforms the plain product is evaluated, which may not
-    be exactly symmetric. A DTensor split by rows is gathered once, and each rank computes its own rows
-    of the plain product. `torchpar.reference.matmul_t` is the same in plain PyTorch, to be read first.
+    ``c = x @ x.mT``. Only tiles on and below the diagonal are computed, and each is stored twice,
+    so ``torch.equal(c, c.mT)`` holds. Under torch.func transforms the plain product is evaluated,
+    which may not be exactly symmetric. A DTensor split by rows is gathered once, and each rank
+    computes its own rows of the plain product. `torchpar.reference.matmul_t` is the same in plain
+    PyTorch, to be read first.
 
     Args:
         x: ``(*, n, k)``; float16, bfloat16, float32 or float64. On CUDA, float32 follows
@@ -66,7 +68,8 @@ def _gathered(x: Any) -> Any:
     return x.redistribute(placements=[Replicate() if p.is_shard(rows) else p for p in x.placements])
 
 
-# Inductor would fuse the blocks of the CPU path into one slower kernel, and compile it for half a minute.
+# Inductor would fuse the blocks of the CPU path into one slower kernel, and compile it for half a
+# minute.
 @operator("matmul_t(Tensor x) -> Tensor", kernels="matmul_t", opaque=symmetric_cpu.is_halved)
 def _op(x: Tensor, *, wrap: Wrap) -> Tensor:
     _check(x)
@@ -84,7 +87,9 @@ def _backward(ctx: Any, g: Tensor) -> Tensor:
     return _backward_formula(g, x) if needs_formula(g, x) else _backward_op(g, x)
 
 
-_op.register_autograd(_backward, setup_context=save_operands, formula=_formula, decompose=_is_split_by_rows)
+_op.register_autograd(
+    _backward, setup_context=save_operands, formula=_formula, decompose=_is_split_by_rows
+)
 
 
 @_op.register_vmap
@@ -108,7 +113,8 @@ def _(x: Any) -> list[Any]:
 
 
 def _backward_formula(g: Tensor, x: Tensor) -> Tensor:
-    # G + Gᵀ can overflow where the result does not. Its half cannot, but would lose small float16 gradients.
+    # G + Gᵀ can overflow where the result does not. Its half cannot, but would lose small float16
+    # gradients.
     if x.dtype == torch.float16:
         return product(g, x.mT) + product(g.mT, x.mT)
     return product(half_sum(g), x.mT) * 2

@@ -12,11 +12,12 @@ DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_dtype(operator: str, name: str, x: Tensor) -> None:
-    """Raise a RuntimeError unless the argument ``x``, called ``name``, has a dtype of the kernels."""
+    """Raise a RuntimeError unless the argument ``x``, called ``name``, has a dtype of the
+    kernels."""
     if x.dtype not in DTYPES:
         raise RuntimeError(
-            f"torchpar::{operator}: {name} has dtype {x.dtype}, expected float16, bfloat16, float32 or "
-            "float64"
+            f"torchpar::{operator}: {name} has dtype {x.dtype}, expected float16, bfloat16, "
+            "float32 or float64"
         )
 
 
@@ -41,16 +42,18 @@ def rows(t: Tensor) -> Tensor:
 def is_paired(t: Tensor) -> bool:
     """Whether a product may read the elements of ``t`` in pairs, as AMX reads 16-bit floats.
 
-    Where rows have an odd length, oneDNN pairs the last element with one that lies beside it in memory, and
-    multiplies that one by 0. If it is not finite, the result is NaN.
+    Where rows have an odd length, oneDNN pairs the last element with one that lies beside it in
+    memory, and multiplies that one by 0. If it is not finite, the result is NaN.
     """
     return t.is_cpu and t.dtype.itemsize == 2
 
 
 def pad_to_even(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Append columns of zeros to ``a (*, n, k)`` and ``b (*, m, k)`` if they are `is_paired` and k is odd.
+    """Append columns of zeros to ``a (*, n, k)`` and ``b (*, m, k)`` if they are `is_paired` and k
+    is odd.
 
-    A graph with a symbolic k appends two or three, also to an even k. DTensors are left as they are.
+    A graph with a symbolic k appends two or three, also to an even k. DTensors are left as they
+    are.
     """
     if not is_paired(a) or is_dtensor(a) or is_dtensor(b):
         return a, b
@@ -86,9 +89,14 @@ def product(
     a, b = pad_to_even(a, b)
     if c is None and alpha == 1:
         # `matmul` takes a microsecond longer.
-        return torch.mm(a, b.mT, out=out) if a.dim() == b.dim() == 2 else torch.matmul(a, b.mT, out=out)
+        return (
+            torch.mm(a, b.mT, out=out)
+            if a.dim() == b.dim() == 2
+            else torch.matmul(a, b.mT, out=out)
+        )
     if alpha == 0 or not abs(alpha) < math.inf:
-        # At some sizes PyTorch's libraries return NaN for alpha 0, and finite numbers for an infinite alpha.
+        # At some sizes PyTorch's libraries return NaN for alpha 0, and finite numbers for an
+        # infinite alpha.
         result = alpha * (a @ b.mT) if alpha else a.new_zeros(*a.shape[:-1], b.shape[-2])
         result = result if c is None else result + beta * c
         return result.contiguous() if out is None else out.copy_(result)

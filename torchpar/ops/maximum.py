@@ -7,11 +7,11 @@ With g = dL/dy:
 
     dL/da = g where a > b, g/2 where a = b, 0 where a < b        (dL/db with a and b exchanged)
 
-Where a or b is NaN, both gradients are g, as in `torch.maximum`. Gradients are summed over broadcast
-dimensions.
+Where a or b is NaN, both gradients are g, as in `torch.maximum`. Gradients are summed over
+broadcast dimensions.
 
-A second operator, used on GPUs, computes both gradients in the shape of g. It has no gradient: second
-derivatives are those of the formula.
+A second operator, used on GPUs, computes both gradients in the shape of g. It has no gradient:
+second derivatives are those of the formula.
 """
 
 from typing import Any
@@ -36,8 +36,8 @@ def maximum(a: Tensor, b: Tensor) -> Tensor:
         b: a shape that broadcasts with ``a``'s; any of the same dtypes.
 
     Returns:
-        A new tensor of the broadcast shape, with the dtype of `torch.result_type` and the strides of
-        `torch.maximum`.
+        A new tensor of the broadcast shape, with the dtype of `torch.result_type` and the strides
+        of `torch.maximum`.
 
     Raises:
         RuntimeError: an unsupported dtype, shapes that do not broadcast, or two devices (a
@@ -51,16 +51,16 @@ def _device(a: Tensor, b: Tensor) -> torch.device:
     for name, t in (("a", a), ("b", b)):
         if t.dtype not in _DTYPES:
             raise RuntimeError(
-                f"torchpar::maximum: {name} has dtype {t.dtype}, expected a real integer dtype up to 64 "
-                "bits, bool, float16, bfloat16, float32 or float64"
+                f"torchpar::maximum: {name} has dtype {t.dtype}, expected a real integer dtype up "
+                "to 64 bits, bool, float16, bfloat16, float32 or float64"
             )
     if a.shape != b.shape:  # broadcast_shapes takes longer than the rest of a small call
         try:
             torch.broadcast_shapes(a.shape, b.shape)
         except RuntimeError:
             raise RuntimeError(
-                f"torchpar::maximum: b has shape {tuple(b.shape)}, which does not broadcast with a's "
-                f"{tuple(a.shape)}"
+                f"torchpar::maximum: b has shape {tuple(b.shape)}, which does not broadcast with "
+                f"a's {tuple(a.shape)}"
             ) from None
     if a.device == b.device or (b.dim() == 0 and b.is_cpu):
         return a.device
@@ -74,7 +74,8 @@ def _op(a: Tensor, b: Tensor, *, wrap: Wrap) -> Tensor:
     device = _device(a, b)
     if device.type != "cuda":
         out = torch.maximum(a, b)
-        return out if out.numel() else _empty(a, b, device)  # an empty result of ATen may have other strides
+        # An empty result of ATen may have other strides.
+        return out if out.numel() else _empty(a, b, device)
     from torchpar.kernels import maximum as kernels
 
     out = empty_elementwise((a, b), torch.result_type(a, b), device)
@@ -103,7 +104,8 @@ def _formula(a: Tensor, b: Tensor) -> Tensor:
 def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
     a, b = ctx.saved_tensors
     need_a, need_b = ctx.needs_input_grad
-    if g.is_cuda and not needs_formula(g, a, b):  # one launch for both costs less than ATen's for one
+    # One launch for both costs less than ATen's for one.
+    if g.is_cuda and not needs_formula(g, a, b):
         da, db = _backward_op(g, a.detach(), b.detach())  # the gradients depend on g alone
     else:
         share = torch.where(a == b, g / 2, g)
@@ -122,13 +124,17 @@ _op.register_autograd(_backward, setup_context=save_operands, formula=_formula)
 
 
 @_op.register_vmap
-def _(info: Any, in_dims: tuple[int | None, int | None], a: Tensor, b: Tensor) -> tuple[Tensor, int]:
+def _(
+    info: Any, in_dims: tuple[int | None, int | None], a: Tensor, b: Tensor
+) -> tuple[Tensor, int]:
     samples = [sample(t, dim) for t, dim in zip((a, b), in_dims, strict=True)]
     _device(*samples)
     # Inside the vmap, a zero-dimensional tensor does not take part in type promotion.
     dtype = torch.result_type(*samples)
     dims = max(t.dim() for t in samples)
-    return maximum(*(_aligned(t, dim, dims).to(dtype) for t, dim in zip((a, b), in_dims, strict=True))), 0
+    return maximum(
+        *(_aligned(t, dim, dims).to(dtype) for t, dim in zip((a, b), in_dims, strict=True))
+    ), 0
 
 
 def _aligned(t: Tensor, dim: int | None, dims: int) -> Tensor:
@@ -160,7 +166,9 @@ def _backward_op(g: Tensor, a: Tensor, b: Tensor, *, wrap: Wrap) -> tuple[Tensor
     da, db = _empty_backward(g, a, b)
     from torchpar.kernels import maximum as kernels
 
-    kernels.maximum_backward(g, a.to(g.device).expand(g.shape), b.to(g.device).expand(g.shape), da, db, wrap)
+    kernels.maximum_backward(
+        g, a.to(g.device).expand(g.shape), b.to(g.device).expand(g.shape), da, db, wrap
+    )
     return da, db
 
 

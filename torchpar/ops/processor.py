@@ -8,37 +8,51 @@ import torch
 
 
 def cpuinfo(key: str) -> str:
-    """A field of /proc/cpuinfo for the first processor, such as "model name"; "" if there is none."""
+    """A field of /proc/cpuinfo for the first processor, such as "model name"; "" if there is
+    none."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return ""
-    return next((line.partition(": ")[2] for line in lines if line.partition(":")[0].strip() == key), "")
+    return next(
+        (line.partition(": ")[2] for line in lines if line.partition(":")[0].strip() == key), ""
+    )
 
 
 @cache
 def prefers_onednn() -> bool:
     """Return True where oneDNN's float32 products are at least 1.3 times as fast as PyTorch's own.
 
-    PyTorch's are MKL's, which takes AVX2 on AMD's processors. oneDNN takes AVX-512, of which Zen 4 computes
-    half a vector in a clock, and Zen 5 a whole one. GFLOP/s of one thread at 1024³ (torch 2.14.1):
+    PyTorch's are MKL's, which takes AVX2 on AMD's processors. oneDNN takes AVX-512, of which Zen 4
+    computes half a vector in a clock, and Zen 5 a whole one. GFLOP/s of one thread at 1024³ (torch
+    2.14.1):
 
                                     MKL  oneDNN
-        Zen 4 (EPYC, family 25)      93     109     PyTorch's library: chains would lose what oneDNN gains
+        Zen 4 (EPYC, family 25)      93     109     PyTorch's: chains would lose what oneDNN gains
         Zen 5 (EPYC, family 26)     110     238     oneDNN
     """
-    is_zen_5 = cpuinfo("vendor_id") == "AuthenticAMD" and int(cpuinfo("cpu family") or 0) >= 26  # or later
+    # Or later.
+    is_zen_5 = cpuinfo("vendor_id") == "AuthenticAMD" and int(cpuinfo("cpu family") or 0) >= 26
     is_wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return is_zen_5 and is_wide and torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
+    return (
+        is_zen_5
+        and is_wide
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkl.is_available()
+    )
 
 
 @cache
 def has_bfloat16() -> bool:
-    """Return True if oneDNN multiplies bfloat16 on this CPU; elsewhere float32 is ten times as fast."""
-    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    """Return True if oneDNN multiplies bfloat16 on this CPU; elsewhere float32 is ten times as
+    fast."""
+    return torch.backends.mkldnn.is_available() and bool(
+        torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
 
 @cache
 def has_amx() -> bool:
-    """Return True if this CPU multiplies bfloat16 in tiles, so fast that half a product takes as long."""
+    """Return True if this CPU multiplies bfloat16 in tiles, so fast that half a product takes as
+    long."""
     return bool(torch.cpu._is_amx_tile_supported())

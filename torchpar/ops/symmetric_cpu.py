@@ -13,11 +13,13 @@ from torchpar.ops.linear_cpu import CHAIN, cut, in_chains, mm, takes_onednn
 from torchpar.ops.matrix import half_sum, pad_to_even, product
 from torchpar.ops.processor import has_amx, has_bfloat16
 
-# Rows from which half of a product is faster than all of it and a mirror image of half, with two threads.
+# Rows from which half of a product is faster than all of it and a mirror image of half, with two
+# threads.
 _HALVED_FROM, _HALVED_FROM_BFLOAT16 = 384, 768
 _BLOCK, _BLOCK_BY_ONEDNN = 128, 256  # rows
 _CACHE_LINE = 64  # bytes
-_STRIPED_FROM, _STRIPE = 512, 128  # rows from which, and of which, stripes are mirrored; others all at once
+# Rows from which, and of which, stripes are mirrored; others all at once.
+_STRIPED_FROM, _STRIPE = 512, 128
 
 
 def is_halved(x: Tensor) -> bool:
@@ -30,7 +32,8 @@ def is_halved(x: Tensor) -> bool:
 
 
 def computed_in(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of products: float32 where PyTorch's 16-bit ones take ten times as long, or more."""
+    """The dtype of products: float32 where PyTorch's 16-bit ones take ten times as long, or
+    more."""
     slow = dtype == torch.float16 or (dtype == torch.bfloat16 and not has_bfloat16())
     return torch.float32 if slow else dtype
 
@@ -43,9 +46,11 @@ def symmetric_product(
     beta: float = 0.0,
     out: Tensor | None = None,
 ) -> Tensor:
-    """``alpha * a @ b.mT + beta * c``, known to be symmetric, for ``a, b (*, n, k)`` and ``c (*, n, n)``.
+    """``alpha * a @ b.mT + beta * c``, known to be symmetric, for ``a, b (*, n, k)`` and
+    ``c (*, n, n)``.
 
-    The result equals its transpose bit for bit. ``out`` may be ``c``. Its dtype is that of ``a``, or float32.
+    The result equals its transpose bit for bit. ``out`` may be ``c``. Its dtype is that of ``a``,
+    or float32.
     """
     c = None if beta == 0 else c
     dtype = computed_in(a.dtype if out is None else out.dtype)
@@ -96,8 +101,9 @@ def mirror_(h: Tensor) -> Tensor:
     n = h.shape[-1]
     if type(h) is not Tensor or n < _STRIPED_FROM or not h.is_cpu or h.stride(-1) != 1:
         return _mirror(h)  # compilers, too: the stripes would fix n
-    # Rows lie an odd number of cache lines apart: with a large power of two between rows, the elements of a
-    # column share one cache set, and a transposed copy takes up to four times as long.
+    # Rows lie an odd number of cache lines apart: with a large power of two between rows, the
+    # elements of a column share one cache set, and a transposed copy takes up to four times as
+    # long.
     lines = -(-n * h.itemsize // _CACHE_LINE) | 1
     space = h.new_empty(_STRIPE, lines * _CACHE_LINE // h.itemsize)
     for index in itertools.product(*map(range, h.shape[:-2])):

@@ -3,13 +3,13 @@
 
     Y = α·A·Bᵀ + β·C
 
-An example is a pair of polynomials in one symmetric matrix, A = p(S) and B = q(S): they are symmetric, and
-they commute.
-With G = dL/dY:
+An example is a pair of polynomials in one symmetric matrix, A = p(S) and B = q(S): they are
+symmetric, and they commute. With G = dL/dY:
 
     dL/dA = α·G·B        dL/dB = α·Gᵀ·A        dL/dC = β·G
 
-These are the derivatives of the plain formula. They are right in every direction in which Y stays symmetric.
+These are the derivatives of the plain formula. They are right in every direction in which Y stays
+symmetric.
 
 A second operator, without a gradient, adds the product to a matrix in place: H ← β·H + α·A·Bᵀ.
 """
@@ -37,9 +37,9 @@ def symmetric_matmul(
 ) -> Tensor:
     """A product known to be symmetric, at half the arithmetic: ``alpha * a @ b.mT + beta * c``.
 
-    Only tiles on and below the diagonal are computed, and each is stored twice, so that the result equals
-    its transpose bit for bit, whatever ``a @ b.mT`` is. `torchpar.matmul_t` is the case b = a. As in BLAS, a
-    factor of 0 leaves its term out, whatever the operands hold.
+    Only tiles on and below the diagonal are computed, and each is stored twice, so that the result
+    equals its transpose bit for bit, whatever ``a @ b.mT`` is. `torchpar.matmul_t` is the case b =
+    a. As in BLAS, a factor of 0 leaves its term out, whatever the operands hold.
 
     Args:
         a: ``(*, n, k)``; float16, bfloat16, float32 or float64. On CUDA, float32 follows
@@ -48,20 +48,22 @@ def symmetric_matmul(
         c: ``(*, n, n)``, symmetric, of ``a``'s dtype and device, or None.
         alpha, beta: factors of the product and of ``c``.
             ``c`` needs ``beta``, and a ``beta`` other than 0 needs ``c``.
-        check: compute the whole product in float64, and raise if the product or ``c`` is not symmetric up to
-            the rounding of ``a``, ``b`` and ``c``. For debugging: it takes several times as long, and waits
-            for the device. Ignored in compiled graphs and under torch.func transforms.
-        out: where to put the result: ``(*, n, n)``, of ``a``'s dtype, or float32 for an ``a`` of float16 or
-            bfloat16. It may be ``c``, to which the product is then added in place: from 768 rows on no other
-            matrix of this size is made. Without gradients, torch.func and DTensors.
+        check: compute the whole product in float64, and raise if the product or ``c`` is not
+            symmetric up to the rounding of ``a``, ``b`` and ``c``. For debugging: it takes several
+            times as long, and waits for the device. Ignored in compiled graphs and under torch.func
+            transforms.
+        out: where to put the result: ``(*, n, n)``, of ``a``'s dtype, or float32 for an ``a`` of
+            float16 or bfloat16. It may be ``c``, to which the product is then added in place: from
+            768 rows on no other matrix of this size is made. Without gradients, torch.func and
+            DTensors.
 
     Returns:
         ``out``, or a new ``(*, n, n)``, contiguous, of ``a``'s dtype.
 
     Raises:
-        RuntimeError: an unsupported dtype, shapes that do not fit, mixed dtypes or devices, ``c`` without
-            ``beta`` or a ``beta`` other than 0 without ``c``; with ``check``, a product or a ``c`` that is
-            not symmetric; with ``out``, an argument that requires a gradient.
+        RuntimeError: an unsupported dtype, shapes that do not fit, mixed dtypes or devices, ``c``
+            without ``beta`` or a ``beta`` other than 0 without ``c``; with ``check``, a product or
+            a ``c`` that is not symmetric; with ``out``, an argument that requires a gradient.
     """
     if check and not (torch.compiler.is_compiling() or is_transformed((a, b, c))):
         _check(a, b, c, beta, out)
@@ -75,8 +77,8 @@ def symmetric_matmul(
     _check(a, b, c, beta, out)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (out, a, b, c)):
         raise RuntimeError(
-            "symmetric_matmul(): functions with out=... arguments don't support automatic differentiation, "
-            "but one of the arguments requires grad."
+            "symmetric_matmul(): functions with out=... arguments don't support automatic "
+            "differentiation, but one of the arguments requires grad."
         )
     if c is not None and c is not out and beta:
         out.copy_(c)
@@ -84,10 +86,14 @@ def symmetric_matmul(
     return out
 
 
-def _check(a: Tensor, b: Tensor, c: Tensor | None, beta: float | None, out: Tensor | None = None) -> None:
+def _check(
+    a: Tensor, b: Tensor, c: Tensor | None, beta: float | None, out: Tensor | None = None
+) -> None:
     check_dtype("symmetric_matmul", "a", a)
     if a.dim() < 2:
-        raise RuntimeError(f"torchpar::symmetric_matmul: a has shape {tuple(a.shape)}, expected (*, n, k)")
+        raise RuntimeError(
+            f"torchpar::symmetric_matmul: a has shape {tuple(a.shape)}, expected (*, n, k)"
+        )
     check_like("symmetric_matmul", "b", b, a.shape, a)
     if c is None and out is None and not beta:  # the rest takes longer than a small product
         return
@@ -103,15 +109,17 @@ def _check(a: Tensor, b: Tensor, c: Tensor | None, beta: float | None, out: Tens
         if beta is None:
             raise RuntimeError("torchpar::symmetric_matmul: c is given without beta, pass both")
     elif beta:
-        raise RuntimeError(f"torchpar::symmetric_matmul: beta is {beta} and c is None, pass both or neither")
+        raise RuntimeError(
+            f"torchpar::symmetric_matmul: beta is {beta} and c is None, pass both or neither"
+        )
 
 
 def _check_symmetry(a: Tensor, b: Tensor, c: Tensor | None) -> None:
     """Raise a RuntimeError where a @ b.mT, or c, is further from symmetric than rounding explains.
 
-    Operands that result from a few operations carry a few rounding errors each. Eight are allowed, which is
-    4·eps of ``|a| @ |b|.mT``, on either side of the diagonal. Operands much smaller than the terms that they
-    were summed from carry larger errors, and are refused.
+    Operands that result from a few operations carry a few rounding errors each. Eight are allowed,
+    which is 4·eps of ``|a| @ |b|.mT``, on either side of the diagonal. Operands much smaller than
+    the terms that they were summed from carry larger errors, and are refused.
     """
     wide_a, wide_b = a.double(), b.double()
     parts = {"a @ b.mT": (wide_a @ wide_b.mT, wide_a.abs() @ wide_b.abs().mT)}
@@ -125,8 +133,8 @@ def _check_symmetry(a: Tensor, b: Tensor, c: Tensor | None) -> None:
         worst = excess.amax().item() if excess.numel() else 0.0
         if worst > 1:
             raise RuntimeError(
-                f"torchpar::symmetric_matmul: {name} is not symmetric: it differs from its transpose by up to"
-                f" {worst:.3g} times what the rounding of its operands explains"
+                f"torchpar::symmetric_matmul: {name} is not symmetric: it differs from its "
+                f"transpose by up to {worst:.3g} times what the rounding of its operands explains"
             )
 
 
@@ -138,7 +146,8 @@ def _formula(
 
 
 @operator(
-    "symmetric_matmul(Tensor a, Tensor b, Tensor? c=None, *, float alpha=1.0, float? beta=None) -> Tensor",
+    "symmetric_matmul(Tensor a, Tensor b, Tensor? c=None, *, float alpha=1.0, float? beta=None) "
+    "-> Tensor",
     kernels="matmul_t",
     opaque=lambda a, *args, **kwargs: symmetric_cpu.is_halved(a),
 )
@@ -158,7 +167,8 @@ def _op(
 def symmetric_product(
     a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float, wrap: Wrap
 ) -> Tensor:
-    """The result of the operator, and of `torchpar.matmul_t`, for arguments that have been checked."""
+    """The result of the operator, and of `torchpar.matmul_t`, for arguments that have been
+    checked."""
     if not a.is_cuda:
         return symmetric_cpu.symmetric_product(a, b, c, alpha, beta)
     from torchpar.kernels import matmul_t as kernels
@@ -171,7 +181,9 @@ def symmetric_product(
 
 
 @_op.register_fake
-def _(a: Tensor, b: Tensor, c: Tensor | None = None, *, beta: float | None = None, **_: Any) -> Tensor:
+def _(
+    a: Tensor, b: Tensor, c: Tensor | None = None, *, beta: float | None = None, **_: Any
+) -> Tensor:
     _check(a, b, c, beta)
     return a.new_empty(*a.shape[:-1], a.shape[-2])
 
@@ -196,7 +208,12 @@ _op.register_autograd(_backward, setup_context=_setup_context, formula=_formula)
 
 @_op.register_vmap
 def _(
-    info: Any, in_dims: tuple[int | None, ...], a: Tensor, b: Tensor, c: Tensor | None = None, **kwargs: Any
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    a: Tensor,
+    b: Tensor,
+    c: Tensor | None = None,
+    **kwargs: Any,
 ) -> tuple[Tensor, int]:
     operands = list(zip((a, b, c), (*in_dims, None)[:3], strict=True))
     a1, b1, c1 = (t if t is None else sample(t, dim) for t, dim in operands)
@@ -229,10 +246,17 @@ def _(a: Any, b: Any, c: Any = None, **_: Any) -> list[Any]:
 )
 def _addmm_op(h: Tensor, a: Tensor, b: Tensor, *, alpha: float, beta: float, wrap: Wrap) -> None:
     _check(a, b, None, None, h)
-    if any(t.untyped_storage().data_ptr() == h.untyped_storage().data_ptr() for t in (a, b)) and h.numel():
-        raise RuntimeError("torchpar::symmetric_matmul: out shares its storage with a or b, expected its own")
+    if (
+        any(t.untyped_storage().data_ptr() == h.untyped_storage().data_ptr() for t in (a, b))
+        and h.numel()
+    ):
+        raise RuntimeError(
+            "torchpar::symmetric_matmul: out shares its storage with a or b, expected its own"
+        )
     if torch._debug_has_internal_overlap(h) == 1:
-        raise RuntimeError("torchpar::symmetric_matmul: elements of out share memory, expected each its own")
+        raise RuntimeError(
+            "torchpar::symmetric_matmul: elements of out share memory, expected each its own"
+        )
     if alpha == 0 or a.shape[-1] == 0 or h.numel() == 0:
         if beta == 0:
             h.zero_()
@@ -253,7 +277,8 @@ def _addmm_by_kernel(h: Tensor, a: Tensor, b: Tensor, alpha: float, beta: float)
     out = kernels.symmetric_product(
         *operands,
         out=h,
-        tma=False,  # it would store the operands' dtype, and might load tiles of H that others have stored
+        # It would store the operands' dtype, and might load tiles of H that others have stored.
+        tma=False,
         only_if_faster=h.dtype == a.dtype,  # PyTorch's products have one dtype
     )
     return kernels.mirror(h.copy_(product(a, b, h, alpha, beta)), None) if out is None else out

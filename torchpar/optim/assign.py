@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Muon for the hidden matrices of a model, and another optimizer for its other parameters.
 
-docs/muon.md names the sources of the rules. Layers of other libraries are known by names and attributes.
+docs/muon.md names the sources of the rules. Layers of other libraries are known by names and
+attributes.
 """
 
 import math
@@ -26,7 +27,8 @@ Choice = Literal["muon", "others"]
 
 
 class Assignment(NamedTuple):
-    """The optimizer that takes a parameter, and why; without the parameter, which sharding may replace."""
+    """The optimizer that takes a parameter, and why; without the parameter, which sharding may
+    replace."""
 
     name: str
     shape: torch.Size
@@ -50,7 +52,10 @@ class ModelOptimizer(ChainedOptimizer):
         return {**super().__getstate__(), "assignments": self.assignments}
 
     def __repr__(self) -> str:
-        names = {"muon": type(self.optimizers[0]).__name__, "others": type(self.optimizers[-1]).__name__}
+        names = {
+            "muon": type(self.optimizers[0]).__name__,
+            "others": type(self.optimizers[-1]).__name__,
+        }
         rows = [
             (one.name, "×".join(map(str, one.shape)), names[one.choice], one.reason)
             for one in self.assignments
@@ -74,13 +79,19 @@ def chain(
 ) -> ModelOptimizer:
     """Make both optimizers of `Muon.for_model`, which documents the arguments and the errors."""
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"Muon.for_model: model is of type {type(model).__name__}, expected a Module")
+        raise ConfigError(
+            f"Muon.for_model: model is of type {type(model).__name__}, expected a Module"
+        )
     if not callable(others):
-        raise ConfigError(f"Muon.for_model: others is of type {type(others).__name__}, expected a function")
+        raise ConfigError(
+            f"Muon.for_model: others is of type {type(others).__name__}, expected a function"
+        )
     for name, mapping in {"overrides": overrides, "views": views}.items():
         if not isinstance(mapping, Mapping):
             given = f"{name} is of type {type(mapping).__name__}"
-            raise ConfigError(f"Muon.for_model: {given}, expected a dictionary by names or patterns")
+            raise ConfigError(
+                f"Muon.for_model: {given}, expected a dictionary by names or patterns"
+            )
     uses = _uses_of(model)
     assignments = {p: Assignment(of[0].name, p.shape, *_decide(of)) for p, of in uses.items()}
 
@@ -94,16 +105,22 @@ def chain(
         change(pattern, choice="muon", reason="has a view", view=view)
     for pattern, choice in overrides.items():
         if choice not in ("muon", "others"):
-            raise ConfigError(f"Muon.for_model: {pattern} goes to {choice!r}, expected 'muon' or 'others'")
+            raise ConfigError(
+                f"Muon.for_model: {pattern} goes to {choice!r}, expected 'muon' or 'others'"
+            )
         change(pattern, choice=choice, reason="override")
     matrices = [(one.name, p) for p, one in assignments.items() if one.choice == "muon"]
     rest = [(one.name, p) for p, one in assignments.items() if one.choice == "others"]
     if not matrices:
         given = (
-            "after overrides no parameter is left for Muon" if overrides else "the model has no hidden matrix"
+            "after overrides no parameter is left for Muon"
+            if overrides
+            else "the model has no hidden matrix"
         )
         raise ConfigError(f"Muon.for_model: {given}; take another optimizer, or other overrides")
-    chosen = {one.name: one.view for one in assignments.values() if one.view and one.choice == "muon"}
+    chosen = {
+        one.name: one.view for one in assignments.values() if one.view and one.choice == "muon"
+    }
     optimizers = [make_muon(matrices, views=chosen)]
     # Only matrices decay: a norm's scale that shrank would be scaled up again by the next layer.
     decaying = {"params": [(name, p) for name, p in rest if p.dim() > 1]}
@@ -115,7 +132,8 @@ def chain(
             raise ConfigError(f"Muon.for_model: others returns a {returned}, expected an optimizer")
     optimizer = ModelOptimizer(list(assignments.values()), *optimizers)
 
-    unchecked = [model]  # until the first step; accelerate replaces parameters of optimizers before it
+    # Until the first step; accelerate replaces parameters of optimizers before it.
+    unchecked = [model]
 
     def check_once(stepping: Optimizer, *_: Any) -> None:
         while unchecked:
@@ -134,8 +152,9 @@ def _check_parameters(optimizer: Optimizer, model: nn.Module) -> None:
         lost = [name for name, p in zip(names, group["params"], strict=False) if p not in present]
         if lost:
             raise ConfigError(
-                f"Muon.for_model: {lost[0]} is no longer a parameter of the model; reshard the model, "
-                "and make the optimizer after the last fully_shard, which replaces parameters"
+                f"Muon.for_model: {lost[0]} is no longer a parameter of the model; reshard the "
+                "model, and make the optimizer after the last fully_shard, which replaces "
+                "parameters"
             )
 
 
@@ -146,7 +165,8 @@ class _Use(NamedTuple):
     """A parameter of a layer.
 
     Attributes:
-        role: "weight" if the layer multiplies by the parameter, up to a scaling; else the parameter's name.
+        role: "weight" if the layer multiplies by the parameter, up to a scaling; else the
+            parameter's name.
         place: the classes of the layer's parent and of the layer, the layer's path, and the role.
         head: the reason why the layer is an output head, or "".
     """
@@ -166,12 +186,14 @@ class _Use(NamedTuple):
 
     @property
     def is_stack(self) -> bool:
-        """Whether it is a stack of experts in transformers, whose modules say how they are stored."""
+        """Whether it is a stack of experts in transformers, whose modules say how they are
+        stored."""
         return self.p.dim() == 3 and hasattr(self.layer, "is_transposed")
 
     @property
     def is_transposed(self) -> bool:
-        """Whether a matrix is stored ``(in, out)``, as by transformers' Conv1D and by some experts."""
+        """Whether a matrix is stored ``(in, out)``, as by transformers' Conv1D and by some
+        experts."""
         return hasattr(self.layer, "nf") or getattr(self.layer, "is_transposed", False)
 
     def multiplies(self) -> bool:
@@ -182,7 +204,8 @@ class _Use(NamedTuple):
         return self.p.dim() == 2 and (fused or (known and self.role == "weight"))
 
 
-_SCALINGS = {"_WeightNorm", "_SpectralNorm"}  # parametrizations that scale rows, or the whole matrix
+# Parametrizations that scale rows, or the whole matrix.
+_SCALINGS = {"_WeightNorm", "_SpectralNorm"}
 
 
 def _uses_of(model: nn.Module) -> dict[Tensor, list[_Use]]:
@@ -191,18 +214,23 @@ def _uses_of(model: nn.Module) -> dict[Tensor, list[_Use]]:
     uses: dict[Tensor, list[_Use]] = {}
     for prefix, module in model.named_modules():
         for name, p in module.named_parameters(recurse=False):
-            # weight_v is of the former weight_norm, weight_orig of the former spectral_norm and of pruning.
+            # weight_v is of the former weight_norm, weight_orig of the former spectral_norm and of
+            # pruning.
             path, role = prefix, name.removesuffix("_v").removesuffix("_orig")
-            if isinstance(module, ParametrizationList):  # the parameter belongs to the parametrized layer
+            # The parameter belongs to the parametrized layer.
+            if isinstance(module, ParametrizationList):
                 path, _, role = f".{prefix}".rpartition(".parametrizations.")
                 path = path.removeprefix(".")
-                role = role if {type(one).__name__ for one in module} <= _SCALINGS else "parametrized"
+                role = (
+                    role if {type(one).__name__ for one in module} <= _SCALINGS else "parametrized"
+                )
             layer, parent = model.get_submodule(path), model.get_submodule(path.rpartition(".")[0])
             full_name = f"{prefix}.{name}".lstrip(".")
             if is_dtensor(p) and hasattr(layer, "split_axes"):
                 raise ConfigError(
                     f"Muon.for_model: {full_name} is a DTensor of a ColumnParallelLinear or "
-                    "RowParallelLinear; under fully_shard, split the layer by parallelize_module instead"
+                    "RowParallelLinear; under fully_shard, split the layer by parallelize_module "
+                    "instead"
                 )
             place = f"{type(parent).__name__}.{type(layer).__name__}.{path}.{role}"
             use = _Use(full_name, p, layer, parent, role, place, heads.get(path, ""))
@@ -211,7 +239,8 @@ def _uses_of(model: nn.Module) -> dict[Tensor, list[_Use]]:
 
 
 def _at(pattern: str) -> Callable[[_Use], bool]:
-    """Whether a layer multiplies by the parameter, at a place; `fully_shard` prefixes the classes."""
+    """Whether a layer multiplies by the parameter, at a place; `fully_shard` prefixes the
+    classes."""
     return lambda use: use.multiplies() and fnmatchcase(use.place, pattern)
 
 
@@ -224,15 +253,22 @@ def _query_key_value(use: _Use, rows: int, columns: int) -> list[int]:
 
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
-# When a rule applies; the reason, or the contents of a weight of several matrices below each other; and their
-# number if they are equal, or their rows, by the weight's rows n and columns m. None stands for the other
-# optimizer. The first rule counts, but one whose rows do not add up is passed over: its layout is another.
-_RULES: list[tuple[Callable[[_Use], Any], str, int | Callable[[_Use, int, int], list[int]] | None]] = [
+# When a rule applies; the reason, or the contents of a weight of several matrices below each other;
+# and their number if they are equal, or their rows, by the weight's rows n and columns m. None
+# stands for the other optimizer. The first rule counts, but one whose rows do not add up is passed
+# over: its layout is another.
+_RULES: list[
+    tuple[Callable[[_Use], Any], str, int | Callable[[_Use, int, int], list[int]] | None]
+] = [
     (lambda use: isinstance(use.layer, _EMBEDDINGS), "embedding", None),
     (lambda use: isinstance(use.layer, _NORMS), "normalization", None),
     (lambda use: sum(n != 1 for n in use.p.shape) < 2, "not a matrix", None),
     (lambda use: use.head, "output head, {head}", None),
-    (lambda use: isinstance(use.layer, _ConvTransposeNd), "transposed convolution; give a view", None),
+    (
+        lambda use: isinstance(use.layer, _ConvTransposeNd),
+        "transposed convolution; give a view",
+        None,
+    ),
     (lambda use: use.groups > 1 == use.p.shape[1], "depthwise convolution", None),
     (lambda use: use.groups and use.role == "weight", "convolution", 1),
     (lambda use: use.is_stack and use.role != "gate_up_proj", "experts", 1),
@@ -251,7 +287,8 @@ _RULES: list[tuple[Callable[[_Use], Any], str, int | Callable[[_Use, int, int], 
     # Of GPT-2 and nanoGPT; in cross-attention only key and value.
     (_at("*.c_attn.weight"), "query, key and value", lambda _, n, m: [m] * (n // m)),
     (_at("*.gate_up_proj.weight"), "gate and up", 2),
-    (_at("*LinearMaxout.*.weight"), "both pieces of maxout", 2),  # two functions of x, as gate and up are
+    # Two functions of x, as gate and up are.
+    (_at("*LinearMaxout.*.weight"), "both pieces of maxout", 2),
     (_at("*ModernBertMLP.*.Wi.weight"), "input and gate", 2),
     (_at("*MambaMixer.*.in_proj.weight"), "hidden states and gate", 2),
     (_Use.multiplies, "hidden matrix", 1),
@@ -302,7 +339,11 @@ def _heads(model: nn.Module) -> dict[str, str]:
 
     Beside a text_projection, say, a visual_projection is a head, too. Returns the reasons by path.
     """
-    linear = [path for path, one in model.named_modules() if path and _is_linear(one) and "lora_" not in path]
+    linear = [
+        path
+        for path, one in model.named_modules()
+        if path and _is_linear(one) and "lora_" not in path
+    ]
     if not linear:
         return {}
     parts = linear[-1].split(".")

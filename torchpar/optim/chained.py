@@ -8,8 +8,8 @@ import torch
 from torch.optim import Optimizer
 
 _CHANGED = (
-    "ChainedOptimizer: a group was added to, removed from or replaced in the chain or one of its optimizers; "
-    "make a new chain"
+    "ChainedOptimizer: a group was added to, removed from or replaced in the chain or one of its "
+    "optimizers; make a new chain"
 )
 
 
@@ -23,13 +23,16 @@ class ChainedOptimizer(Optimizer):
 
     Raises:
         NotImplementedError: from `add_param_group`.
-        RuntimeError: on a step, on loading or copying, if groups were added, removed or replaced afterwards,
-            in the chain or in one of the optimizers.
+        RuntimeError: on a step, on loading or copying, if groups were added, removed or replaced
+            afterwards, in the chain or in one of the optimizers.
     """
 
     def __init__(self, *optimizers: Optimizer):
-        super().__init__([group for optimizer in optimizers for group in optimizer.param_groups], {})
-        # Schedulers that cycle the momentum look here for "betas" or "momentum", and set it in all groups.
+        super().__init__(
+            [group for optimizer in optimizers for group in optimizer.param_groups], {}
+        )
+        # Schedulers that cycle the momentum look here for "betas" or "momentum", and set it in all
+        # groups.
         shared = set.intersection(*(set(optimizer.defaults) for optimizer in optimizers))
         cycled = "betas" if "betas" in shared else "momentum"
         for optimizer in optimizers:
@@ -42,7 +45,9 @@ class ChainedOptimizer(Optimizer):
 
     def _share_state(self) -> None:
         """Give each optimizer the chain's state, and its own of the chain's groups."""
-        if sum(len(optimizer.param_groups) for optimizer in self.optimizers) != len(self.param_groups):
+        if sum(len(optimizer.param_groups) for optimizer in self.optimizers) != len(
+            self.param_groups
+        ):
             raise RuntimeError(_CHANGED)
         groups = iter(self.param_groups)
         for optimizer in self.optimizers:
@@ -52,7 +57,8 @@ class ChainedOptimizer(Optimizer):
                 optimizer._share_state()
 
     def _check_groups(self) -> None:
-        """Raise unless the optimizers step the groups that this chain shows, saves and schedules."""
+        """Raise unless the optimizers step the groups that this chain shows, saves and
+        schedules."""
         own = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         if [*map(id, own)] != [*map(id, self.param_groups)]:
             raise RuntimeError(_CHANGED)
@@ -68,11 +74,14 @@ class ChainedOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if hasattr(self, "optimizers"):
-            raise NotImplementedError("ChainedOptimizer cannot add groups; make a new optimizer of the model")
+            raise NotImplementedError(
+                "ChainedOptimizer cannot add groups; make a new optimizer of the model"
+            )
         super().add_param_group(param_group)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Step each optimizer; returns the loss of ``closure``, which computes the gradients, or None."""
+        """Step each optimizer; returns the loss of ``closure``, which computes the gradients, or
+        None."""
         self._check_groups()
         loss = None if closure is None else torch.enable_grad()(closure)()
         for optimizer in self.optimizers:

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Messages of Muon on several ranks: the owner of each parameter gets it whole, and sends back the update.
+"""Messages of Muon on several ranks: the owner of each parameter gets it whole, and sends back the
+update.
 
-The ranks of a group share the work: each one owns some of the parameters. A step makes two all-to-alls in
-bfloat16. The first sends the parts of each momentum to its owner, and the second sends each rank its part of
-the owner's result. Where every rank has the whole parameters, only the second is needed. The first message of
-a step also has a checksum of its sender's arguments, and of the gradients that it has. So every rank notices
-a missing gradient, or a learning rate that differs.
+The ranks of a group share the work: each one owns some of the parameters. A step makes two
+all-to-alls in bfloat16. The first sends the parts of each momentum to its owner, and the second
+sends each rank its part of the owner's result. Where every rank has the whole parameters, only the
+second is needed. The first message of a step also has a checksum of its sender's arguments, and of
+the gradients that it has. So every rank notices a missing gradient, or a learning rate that
+differs.
 """
 
 import zlib
@@ -23,11 +25,13 @@ from torchpar.optim.matrices import ParamInfo
 from torchpar.parallel.launch.agreement import check_same_on_all_ranks
 from torchpar.parts import Part
 
-_CHECKSUM_PART = Part((4,), (0,), (4,))  # four bytes, each a bfloat16, which holds the integers up to 256
+# Four bytes, each a bfloat16, which holds the integers up to 256.
+_CHECKSUM_PART = Part((4,), (0,), (4,))
 
 
 class Message(NamedTuple):
-    """A part of ``param`` on its way between two ranks of a group; the checksum, if that is None."""
+    """A part of ``param`` on its way between two ranks of a group; the checksum, if that is
+    None."""
 
     source: int
     target: int
@@ -35,7 +39,8 @@ class Message(NamedTuple):
     part: Part
 
 
-_Route = tuple[list[list[Message]], list[list[Message]]]  # this rank's messages to each rank, and from each
+# This rank's messages to each rank, and from each.
+_Route = tuple[list[list[Message]], list[list[Message]]]
 
 
 class Exchange:
@@ -50,7 +55,8 @@ class Exchange:
         owned: the parameters that this rank owns.
 
     Raises:
-        ConfigError: the ranks have different parameters, or their parts do not make a whole; on every rank.
+        ConfigError: the ranks have different parameters, or their parts do not make a whole; on
+            every rank.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, params: list[ParamInfo]):
@@ -63,7 +69,9 @@ class Exchange:
             self.rank, by_rank = dist.get_rank(group), [own] * group.size()
             dist.all_gather_object(by_rank, own, group)
         owners = assign_owners([info.cost for info in params], len(by_rank))
-        self.owned = [info for info, owner in zip(params, owners, strict=True) if owner == self.rank]
+        self.owned = [
+            info for info, owner in zip(params, owners, strict=True) if owner == self.rank
+        ]
         to_owners, to_all = self._messages(list(zip(*by_rank, strict=True)), owners)
         pairs = permutations(range(len(by_rank)), 2)
         first = to_owners or to_all
@@ -73,7 +81,8 @@ class Exchange:
     def _messages(
         self, parts: Sequence[Sequence[Part]], owners: Sequence[int]
     ) -> tuple[list[Message], list[Message]]:
-        """The messages to the owners, and those back, by the parts that each rank has of each parameter."""
+        """The messages to the owners, and those back, by the parts that each rank has of each
+        parameter."""
         to_owners, to_all = [], []
         for i, (info, of_ranks, owner) in enumerate(zip(self.params, parts, owners, strict=True)):
             holders: dict[Part, list[int]] = {}  # the ranks that have each part
@@ -84,12 +93,15 @@ class Exchange:
             if elements != prod(info.part.whole):
                 raise ConfigError(
                     f"Muon: the ranks have {elements} elements of {info.name}, which has shape "
-                    f"{info.part.whole}; expected a process_group of all ranks that have parts of it"
+                    f"{info.part.whole}; expected a process_group of all ranks that have parts of "
+                    "it"
                 )
             for part, ranks in holders.items():
                 if owner not in ranks:
                     to_owners.append(Message(ranks[i % len(ranks)], owner, info, part))
-            to_all += [Message(owner, r, info, part) for r, part in enumerate(of_ranks) if r != owner]
+            to_all += [
+                Message(owner, r, info, part) for r, part in enumerate(of_ranks) if r != owner
+            ]
         return to_owners, to_all
 
     def _route(self, messages: list[Message]) -> _Route | None:
@@ -98,9 +110,13 @@ class Exchange:
             return None
         ranks = range(dist.get_world_size(self.group))
         sends = [[m for m in messages if (m.source, m.target) == (self.rank, r)] for r in ranks]
-        return sends, [[m for m in messages if (m.source, m.target) == (r, self.rank)] for r in ranks]
+        return sends, [
+            [m for m in messages if (m.source, m.target) == (r, self.rank)] for r in ranks
+        ]
 
-    def gather(self, parts: Mapping[ParamInfo, Tensor], facts: dict[str, Any]) -> dict[ParamInfo, Tensor]:
+    def gather(
+        self, parts: Mapping[ParamInfo, Tensor], facts: dict[str, Any]
+    ) -> dict[ParamInfo, Tensor]:
         """Return the whole momenta that this rank owns, in bfloat16.
 
         Args:
@@ -126,7 +142,8 @@ class Exchange:
         return whole
 
     def scatter(self, results: Mapping[ParamInfo, Tensor]) -> dict[ParamInfo, Tensor]:
-        """Return this rank's part of the result of each parameter of this step, given those that it owns.
+        """Return this rank's part of the result of each parameter of this step, given those that it
+        owns.
 
         Raises:
             ConfigError: as `gather`, if all ranks have the whole parameters.
@@ -146,23 +163,33 @@ class Exchange:
             return []
         sends, receives = route
         device = self.params[0].p.device
-        checksum = torch.tensor([*zlib.crc32(repr(self._facts).encode()).to_bytes(4)], dtype=torch.bfloat16)
+        checksum = torch.tensor(
+            [*zlib.crc32(repr(self._facts).encode()).to_bytes(4)], dtype=torch.bfloat16
+        )
         # gloo sends CUDA tensors in all-reduces and broadcasts only.
-        wire = checksum.new_empty(0, device="cpu" if dist.get_backend(self.group) == "gloo" else device)
+        wire = checksum.new_empty(
+            0, device="cpu" if dist.get_backend(self.group) == "gloo" else device
+        )
 
         def flat(message: Message) -> Tensor:
             t = checksum if message.param is None else tensors.get(message.param)
             if t is None:
                 return wire.new_zeros(prod(message.part.size))
-            return (message.part.narrow(t) if t.shape == message.part.whole else t).to(wire).flatten()
+            return (
+                (message.part.narrow(t) if t.shape == message.part.whole else t).to(wire).flatten()
+            )
 
         outgoing = torch.cat([wire, *(flat(m) for of_rank in sends for m in of_rank)])
-        sent, lengths = ([sum(prod(m.part.size) for m in of_rank) for of_rank in side] for side in route)
+        sent, lengths = (
+            [sum(prod(m.part.size) for m in of_rank) for of_rank in side] for side in route
+        )
         received = wire.new_empty(sum(lengths))
         dist.all_to_all_single(received, outgoing, lengths, sent, group=self.group)
         messages = [m for of_rank in receives for m in of_rank]
         parts = received.split([prod(m.part.size) for m in messages])
-        incoming = [(m, t.view(m.part.size).to(device)) for m, t in zip(messages, parts, strict=True)]
+        incoming = [
+            (m, t.view(m.part.size).to(device)) for m, t in zip(messages, parts, strict=True)
+        ]
         checksums = [t for m, t in incoming if m.param is None]
         if checksums and not torch.stack(checksums).cpu().eq(checksum).all():
             check_same_on_all_ranks(self.group, "Muon", self._facts)

@@ -15,10 +15,12 @@ from torchpar.optim.newton_schulz import Coefficients, NewtonSchulz, orthogonali
 from torchpar.parts import Part, local
 
 View = Callable[[Tensor], Tensor | Sequence[Tensor]]
-"""A function from a parameter to its matrices: views ``(*, n, m)`` that together hold each element once."""
+"""A function from a parameter to its matrices: views ``(*, n, m)`` that together hold each element
+once."""
 
 _PADDED_UP_TO, _PADDING = 256, 32  # columns or rows
-_BATCH_MULTIPLICATIONS = 2**31  # in X·Xᵀ of a batch: a GPU takes about as long for them as for a launch
+# In X·Xᵀ of a batch: a GPU takes about as long for them as for a launch.
+_BATCH_MULTIPLICATIONS = 2**31
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +41,9 @@ class ParamInfo:
         """The matrices of ``t``, which has the shape of the whole parameter; views of it."""
         views = t if self.view is None else self.view(t)
         views = [views] if isinstance(views, Tensor) else list(views)
-        return [matrix for one in views for matrix in ([one] if one.dim() <= 2 else one.flatten(0, -3))]
+        return [
+            matrix for one in views for matrix in ([one] if one.dim() <= 2 else one.flatten(0, -3))
+        ]
 
     @cached_property
     def shapes(self) -> list[tuple[int, ...]]:
@@ -62,14 +66,15 @@ class ParamInfo:
             raise ConfigError(f"Muon: {self.name} is {self.p.dtype}, expected floating")
         if tuple(local(self.p).shape) != tuple(self.part.size):
             raise ConfigError(
-                f"Muon: this rank's part of {self.name} has shape {tuple(local(self.p).shape)}, expected "
-                f"{tuple(self.part.size)}, as when its layer was split; split the layer again"
+                f"Muon: this rank's part of {self.name} has shape {tuple(local(self.p).shape)}, "
+                f"expected {tuple(self.part.size)}, as when its layer was split; split the layer "
+                "again"
             )
         if self.view is None:
             if len(shape) != 2:
                 raise ConfigError(
-                    f"Muon: {self.name} has shape {shape}, expected 2D, a matrix; name a view of it in "
-                    "views, or give it to another optimizer, as Muon.for_model does"
+                    f"Muon: {self.name} has shape {shape}, expected 2D, a matrix; name a view of "
+                    "it in views, or give it to another optimizer, as Muon.for_model does"
                 )
             return
         counted = torch.zeros(shape, dtype=torch.int8)
@@ -81,8 +86,8 @@ class ParamInfo:
             matrix.add_(1)
         if not counted.eq(1).all() or any(matrix.dim() != 2 for matrix in matrices):
             raise ConfigError(
-                f"Muon: the view of {self.name} returns {[tuple(m.shape) for m in matrices]}, expected views "
-                f"(*, n, m) that together hold each element of {shape} once"
+                f"Muon: the view of {self.name} returns {[tuple(m.shape) for m in matrices]}, "
+                f"expected views (*, n, m) that together hold each element of {shape} once"
             )
 
 
@@ -99,19 +104,23 @@ def orthogonalize_in_place(
             batch = same[first : first + size]
             updates = orthogonalize(_stacked(batch, shape), coefficients, steps, eps, ns)
             updates = updates.view(len(batch), *shape)
-            cut = [t[tuple(map(slice, matrix.shape))] for t, matrix in zip(updates, batch, strict=True)]
+            cut = [
+                t[tuple(map(slice, matrix.shape))] for t, matrix in zip(updates, batch, strict=True)
+            ]
             torch._foreach_copy_(batch, cut)
 
 
 def _padded(shape: Sequence[int]) -> tuple[int, ...]:
-    """The shape of a batch for matrices of this one. Small ones are padded, for few and larger batches."""
+    """The shape of a batch for matrices of this one. Small ones are padded, for few and larger
+    batches."""
     if max(shape) > _PADDED_UP_TO:
         return tuple(shape)
     return tuple(-(-size // _PADDING) * _PADDING for size in shape)
 
 
 def _stacked(matrices: list[Tensor], shape: tuple[int, ...]) -> Tensor:
-    """A batch of ``shape``; zeros are appended to smaller matrices, which change nothing and stay zeros."""
+    """A batch of ``shape``; zeros are appended to smaller matrices, which change nothing and stay
+    zeros."""
     if all(matrix.shape == shape for matrix in matrices):
         # On a CPU a product of a batch of one takes up to twice the time of a product of matrices.
         return torch.stack(matrices) if len(matrices) > 1 else matrices[0]

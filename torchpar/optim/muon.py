@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The Muon optimizer, computed by symmetric matrix products, for whole and for sharded parameters.
 
-Muon replaces the momentum M = U·Σ·Vᵀ of a weight by a matrix near U·Vᵀ, which `orthogonalize` computes.
+Muon replaces the momentum M = U·Σ·Vᵀ of a weight by a matrix near U·Vᵀ, which `orthogonalize`
+computes.
 """
 
 import math
@@ -36,39 +37,43 @@ _PARAMETERS = "the list of parameters"
 class Muon(Optimizer):
     """`torch.optim.Muon` on symmetric matrix products, with the same arguments and state dict.
 
-    ``B ← μ·B + (1−μ)·g``, ``W ← (1 − γ·λ)·W − γ'·orthogonalize(g + μ·(B − g))``, or ``orthogonalize(B)``
-    without Nesterov. γ is ``lr``, λ ``weight_decay``, μ ``momentum``, and γ' is γ adjusted to the shape of
-    W. With ``ns="standard"`` the updates are `torch.optim.Muon`'s up to bfloat16 rounding. The default "auto"
-    is less accurate for matrices with one side at least twice the other, see `orthogonalize`.
+    ``B ← μ·B + (1−μ)·g``, ``W ← (1 − γ·λ)·W − γ'·orthogonalize(g + μ·(B − g))``, or
+    ``orthogonalize(B)`` without Nesterov. γ is ``lr``, λ ``weight_decay``, μ ``momentum``, and γ'
+    is γ adjusted to the shape of W. With ``ns="standard"`` the updates are `torch.optim.Muon`'s up
+    to bfloat16 rounding. The default "auto" is less accurate for matrices with one side at least
+    twice the other, see `orthogonalize`.
 
-    Matrices of equal shapes are orthogonalised in batches that keep the device busy. On one rank a step never
-    waits for the device.
+    Matrices of equal shapes are orthogonalised in batches that keep the device busy. On one rank a
+    step never waits for the device.
 
-    **Several ranks.** A parameter may be whole, a DTensor of any placement, such as one of `fully_shard`, or
-    of one of torchpar's split layers. Each matrix is orthogonalised by one of the ranks that have it, and the
-    work is shared about evenly. A step makes two all-to-alls in bfloat16 for each mesh, and holds no more
-    than its share of the whole matrices (`torchpar.optim.exchange`). With ``ns="standard"`` parameters of
-    float32 have the bits of unsplit ones, on a CPU. Save and load the state as any optimizer's: a momentum is
-    sharded as its parameter is.
+    **Several ranks.** A parameter may be whole, a DTensor of any placement, such as one of
+    `fully_shard`, or of one of torchpar's split layers. Each matrix is orthogonalised by one of the
+    ranks that have it, and the work is shared about evenly. A step makes two all-to-alls in
+    bfloat16 for each mesh, and holds no more than its share of the whole matrices
+    (`torchpar.optim.exchange`). With ``ns="standard"`` parameters of float32 have the bits of
+    unsplit ones, on a CPU. Save and load the state as any optimizer's: a momentum is sharded as its
+    parameter is.
 
-    Give Muon the hidden weight matrices only. `for_model` finds them, and gives another optimizer the
-    embeddings, the output head, biases and norms.
+    Give Muon the hidden weight matrices only. `for_model` finds them, and gives another optimizer
+    the embeddings, the output head, biases and norms.
 
     Args:
-        params, lr, weight_decay, momentum, nesterov, eps, ns_steps, adjust_lr_fn: as in `torch.optim.Muon`.
-        ns_coefficients: as in `orthogonalize`: one triple, one for each iteration, or "polar_express".
+        params, lr, weight_decay, momentum, nesterov, eps, ns_steps, adjust_lr_fn: as in
+            `torch.optim.Muon`.
+        ns_coefficients: as in `orthogonalize`: one triple, one for each iteration, or
+            "polar_express".
         ns: the Newton–Schulz iteration, "auto", "standard" or "gram", see `orthogonalize`.
-        views: by the name of a parameter, a function that returns its matrices. For parameters that are not
-            one matrix. They need names: give ``model.named_parameters()``.
-        process_group: a group, or a mesh, of the ranks that share the work; together they hold every part of
-            each parameter. The default is a parameter's own mesh; whole parameters are not shared. Under
-            `torch.nn.parallel.DistributedDataParallel` name the ranks that hold the same parameters. A copy
-            of the optimizer has none.
+        views: by the name of a parameter, a function that returns its matrices. For parameters that
+            are not one matrix. They need names: give ``model.named_parameters()``.
+        process_group: a group, or a mesh, of the ranks that share the work; together they hold
+            every part of each parameter. The default is a parameter's own mesh; whole parameters
+            are not shared. Under `torch.nn.parallel.DistributedDataParallel` name the ranks that
+            hold the same parameters. A copy of the optimizer has none.
 
     Raises:
-        ConfigError: a parameter that is not a matrix and has no view; an invalid view; ``ns``, ``views`` or
-            ``process_group`` in a parameter group; ranks whose parameters differ. It is a ValueError, and
-            names the parameter.
+        ConfigError: a parameter that is not a matrix and has no view; an invalid view; ``ns``,
+            ``views`` or ``process_group`` in a parameter group; ranks whose parameters differ. It
+            is a ValueError, and names the parameter.
         ValueError: an argument that `torch.optim.Muon` or `orthogonalize` refuses.
     """
 
@@ -99,7 +104,15 @@ class Muon(Optimizer):
         orthogonalize(no_matrix, ns_coefficients, ns_steps, eps, ns)  # which checks them
         of_torch: Any = torch.optim.Muon  # which has narrower types
         theirs = of_torch(
-            [no_matrix], lr, weight_decay, momentum, nesterov, ns_coefficients, eps, ns_steps, adjust_lr_fn
+            [no_matrix],
+            lr,
+            weight_decay,
+            momentum,
+            nesterov,
+            ns_coefficients,
+            eps,
+            ns_steps,
+            adjust_lr_fn,
         )
         if not isinstance(process_group, dist.ProcessGroup | DeviceMesh | None):
             given = f"process_group is of type {type(process_group).__name__}"
@@ -125,11 +138,13 @@ class Muon(Optimizer):
         views: Mapping[str, View] | None = None,
         **arguments: Any,
     ) -> ModelOptimizer:
-        """Muon for the hidden matrices of ``model``, and another optimizer for its other parameters.
+        """Muon for the hidden matrices of ``model``, and another optimizer for its other
+        parameters.
 
         >>> from functools import partial
         >>> from torch import nn
-        >>> model = nn.Sequential(nn.Embedding(100, 32), nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 100))
+        >>> layers = nn.Embedding(100, 32), nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 100)
+        >>> model = nn.Sequential(*layers)
         >>> optimizer = Muon.for_model(model, lr=0.02, others=partial(torch.optim.AdamW, lr=3e-4))
         >>> print(optimizer)
         parameter  shape   optimizer  reason
@@ -140,14 +155,14 @@ class Muon(Optimizer):
         3.bias     100     AdamW      not a matrix
 
         Muon takes the weights of linear layers, of convolutions (their first axis as rows), and of
-        `torch.nn.MultiheadAttention` (query, key and value apart). The output head is the last linear layer
-        that is not in one of several equal blocks.
+        `torch.nn.MultiheadAttention` (query, key and value apart). The output head is the last
+        linear layer that is not in one of several equal blocks.
 
         Args:
-            others: makes the other optimizer from parameter groups. Vectors are in a group of their own,
-                whose weight decay is 0.
-            overrides: "muon" or "others" by the name of a parameter, or by a pattern such as ``"blocks.*"``.
-                Of several that fit, the last one decides.
+            others: makes the other optimizer from parameter groups. Vectors are in a group of their
+                own, whose weight decay is 0.
+            overrides: "muon" or "others" by the name of a parameter, or by a pattern such as
+                ``"blocks.*"``. Of several that fit, the last one decides.
             views: as for `Muon`, by names or patterns. These parameters go to Muon.
             arguments: the other ones of `Muon`.
 
@@ -155,8 +170,9 @@ class Muon(Optimizer):
             One optimizer, a `ChainedOptimizer`, which prints the table above.
 
         Raises:
-            ConfigError: a pattern that no parameter has, or no parameter for Muon; an argument of a wrong
-                type; in the first step, a parameter that the model has replaced, as `fully_shard` does.
+            ConfigError: a pattern that no parameter has, or no parameter for Muon; an argument of a
+                wrong type; in the first step, a parameter that the model has replaced, as
+                `fully_shard` does.
         """
         make = partial(cls, lr=lr, **arguments)
         return chain(make, model, others, overrides or {}, views or {})
@@ -165,16 +181,19 @@ class Muon(Optimizer):
         for info in self._param_infos():
             if is_marked(info.p):
                 raise ConfigError(
-                    f"Muon: {info.name} is of a split layer, and a copy of the optimizer would not know how "
-                    "it is split; copy the model, and make an optimizer for the copy"
+                    f"Muon: {info.name} is of a split layer, and a copy of the optimizer would not "
+                    "know how it is split; copy the model, and make an optimizer for the copy"
                 )
         own = {"ns": self.ns, "views": self.views, "_names": self._names}
         return {**super().__getstate__(), **own}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters. On several ranks that share parameters, do so before the first step."""
+        """Add a group of parameters. On several ranks that share parameters, do so before the first
+        step."""
         if own := {"ns", "views", "process_group"} & param_group.keys():
-            raise ConfigError(f"Muon: {sorted(own)[0]} applies to the whole optimizer, not to a group")
+            raise ConfigError(
+                f"Muon: {sorted(own)[0]} applies to the whole optimizer, not to a group"
+            )
         super().add_param_group(param_group)
         try:
             for info in self._param_infos(len(self.param_groups) - 1):
@@ -207,7 +226,8 @@ class Muon(Optimizer):
     def _exchanges(self) -> list[Exchange]:
         """The parameters that the same ranks share; last those of this rank alone.
 
-        They are found again if a parameter, or its place, shape, dtype or device, has changed since.
+        They are found again if a parameter, or its place, shape, dtype or device, has changed
+        since.
         """
         facts = [
             (id(p), index, p.shape, p.dtype, p.device, getattr(p, "placements", None))
@@ -222,23 +242,28 @@ class Muon(Optimizer):
             together: dict[Any, list[ParamInfo]] = {}
             for info in self._param_infos():
                 info.check()
-                together.setdefault((self.process_group or info.part.mesh, info.p.device), []).append(info)
+                together.setdefault(
+                    (self.process_group or info.part.mesh, info.p.device), []
+                ).append(info)
             plan = [Exchange(_group_of(ranks), params) for (ranks, _), params in together.items()]
             self._plan = sorted(plan, key=lambda exchange: exchange.group is None)
-            self._names = {info.p: info.name for info in self._param_infos()}  # without those removed
-            self._planned = facts  # the plan keeps the parameters, so that no other one gets their id
+            # Without those removed.
+            self._names = {info.p: info.name for info in self._param_infos()}
+            # The plan keeps the parameters, so that no other one gets their id.
+            self._planned = facts
         return self._plan
 
     def _refuse_change(self, plan: list[Exchange]) -> None:
-        """Raise a ConfigError on every rank: also on those whose parameters are as in the first step."""
+        """Raise a ConfigError on every rank: also on those whose parameters are as in the first
+        step."""
         facts = {_PARAMETERS: "another one"}
         for exchange in plan:
             exchange.gather({}, facts)
         for exchange in plan:
             exchange.scatter({})
         raise ConfigError(
-            "Muon: parameters were added, removed or replaced after the first step of several ranks; make a "
-            "new Muon of all parameters on every rank"
+            "Muon: parameters were added, removed or replaced after the first step of several "
+            "ranks; make a new Muon of all parameters on every rank"
         )
 
     @torch.no_grad()
@@ -246,11 +271,12 @@ class Muon(Optimizer):
         """Take one step; returns the loss of ``closure``, which computes the gradients, or None.
 
         Raises:
-            ConfigError: a gradient that is sparse, that only some ranks have, or that has other placements
-                than its parameter, and arguments that differ, on every rank that shares the work; a group
-                without any gradient while another has some; a first step without any gradient; a momentum
-                that was loaded from other placements, or is of another dtype or device; parameters that were
-                added, removed or replaced after the first step of several ranks.
+            ConfigError: a gradient that is sparse, that only some ranks have, or that has other
+                placements than its parameter, and arguments that differ, on every rank that shares
+                the work; a group without any gradient while another has some; a first step without
+                any gradient; a momentum that was loaded from other placements, or is of another
+                dtype or device; parameters that were added, removed or replaced after the first
+                step of several ranks.
         """
         loss = None if closure is None else torch.enable_grad()(closure)()
         exchanges = self._exchanges()
@@ -264,7 +290,9 @@ class Muon(Optimizer):
         # All exchanges in turn, so that ranks which own different parameters work at the same time.
         for group, own in self._by_group(tensors):
             self._orthogonalize(group, own)
-        tensors = {info: t for exchange in exchanges for info, t in exchange.scatter(tensors).items()}
+        tensors = {
+            info: t for exchange in exchanges for info, t in exchange.scatter(tensors).items()
+        }
         self._check_gradients(infos, set(grads))
         for group, own in self._by_group(tensors):
             self._apply(group, own)
@@ -278,7 +306,9 @@ class Muon(Optimizer):
             if own := {info: t for info, t in tensors.items() if info.group_index == index}:
                 yield group, own
 
-    def _directions(self, group: dict[str, Any], grads: dict[ParamInfo, Tensor]) -> dict[ParamInfo, Tensor]:
+    def _directions(
+        self, group: dict[str, Any], grads: dict[ParamInfo, Tensor]
+    ) -> dict[ParamInfo, Tensor]:
         """Update the momenta; return what is to be orthogonalised."""
         own = [grad.to(info.p.dtype) for info, grad in grads.items()]
         momenta = [self._momentum(info) for info in grads]
@@ -300,17 +330,21 @@ class Muon(Optimizer):
             )
         if (momentum.dtype, momentum.device) != (p.dtype, p.device):
             raise ConfigError(
-                f"Muon: {info.name} is {p.dtype} on {p.device}, and its momentum {momentum.dtype} on "
-                f"{momentum.device}; move it, too: optimizer.load_state_dict(optimizer.state_dict())"
+                f"Muon: {info.name} is {p.dtype} on {p.device}, and its momentum {momentum.dtype} "
+                f"on {momentum.device}; move it, too: "
+                "optimizer.load_state_dict(optimizer.state_dict())"
             )
         return local(momentum)
 
     def _facts(self, exchange: Exchange) -> dict[str, Any]:
-        """The arguments, and the gradients that there are: the same on all ranks that share parameters."""
+        """The arguments, and the gradients that there are: the same on all ranks that share
+        parameters."""
         if exchange.group is None:
             return {}
         facts: dict[str, Any] = {_PARAMETERS: "that of the first step", "ns": self.ns}
-        for index, name in {info.group_index: info.name for info in reversed(exchange.params)}.items():
+        for index, name in {
+            info.group_index: info.name for info in reversed(exchange.params)
+        }.items():
             group = self.param_groups[index]
             for argument in sorted(self.defaults.keys() & group.keys()):
                 value = group[argument]
@@ -326,7 +360,9 @@ class Muon(Optimizer):
         """Orthogonalise whole momenta in place."""
         matrices = [(info, matrix) for info, t in momenta.items() for matrix in info.matrices(t)]
         coefficients, steps, eps = (group[name] for name in ("ns_coefficients", "ns_steps", "eps"))
-        orthogonalize_in_place([matrix for _, matrix in matrices], coefficients, steps, eps, self.ns)
+        orthogonalize_in_place(
+            [matrix for _, matrix in matrices], coefficients, steps, eps, self.ns
+        )
         for info, matrix in matrices:
             ratio = _ratio(group, matrix.shape) / _ratio(group, info.shapes[0])
             if ratio != 1:
@@ -338,7 +374,8 @@ class Muon(Optimizer):
             if info.p.grad is not None and info not in valid:
                 raise ConfigError(
                     f"Muon: the gradient of {info.name} is {_layout(info.p.grad)}, expected "
-                    f"{_layout(info.p)}; before the step, make it dense, or redistribute it to p.placements"
+                    f"{_layout(info.p)}; before the step, make it dense, or redistribute it to "
+                    "p.placements"
                 )
         updated = {info.group_index for info in valid}
         for index, group in enumerate(self.param_groups):
@@ -346,10 +383,10 @@ class Muon(Optimizer):
             if trainable and index not in updated and (updated or not self._has_updated):
                 first = self._names[group["params"][0]]
                 raise ConfigError(
-                    f"Muon: no parameter of group {index} has a gradient ({first}, …); call backward "
-                    "before the step, let the loss depend on the group or freeze it by "
-                    "requires_grad_(False), and make the optimizer after fully_shard, which replaces "
-                    "the parameters"
+                    f"Muon: no parameter of group {index} has a gradient ({first}, …); call "
+                    "backward before the step, let the loss depend on the group or freeze it by "
+                    "requires_grad_(False), and make the optimizer after fully_shard, which "
+                    "replaces the parameters"
                 )
         self._has_updated |= bool(updated)
 

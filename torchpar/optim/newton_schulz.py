@@ -8,23 +8,26 @@ For M = U·Σ·Vᵀ the iterations return a matrix near U·Vᵀ. They need matri
 
     R = X·Xᵀ        Z = b·R + c·R²        X ← a·X + Z·X
 
-With (a, b, c) = (3.4445, −4.7750, 2.0315) the singular values end between 0.7 and 1.2. The large a raises
-small singular values quickly. The coefficients may differ between the iterations.
+With (a, b, c) = (3.4445, −4.7750, 2.0315) the singular values end between 0.7 and 1.2. The large a
+raises small singular values quickly. The coefficients may differ between the iterations.
 
 **Gram iteration.** An iteration multiplies X by a·I + Z, a polynomial in R. The product Q of k such
 polynomials needs R alone, so X is multiplied once for k iterations:
 
     R = X·Xᵀ    k times: Z = b·R + c·R²,  Q ← Q·(a·I + Z),  R ← (a·I + Z)·R·(a·I + Z)    X ← Q·X
 
-**Cost.** All products but Z·X and Q·X are symmetric, and half of each is computed. A standard iteration takes
-3n²m + n³ floating-point operations instead of 4n²m + 2n³. k Gram iterations take 3n²m + (4k − 3)·n³.
+**Cost.** All products but Z·X and Q·X are symmetric, and half of each is computed. A standard
+iteration takes 3n²m + n³ floating-point operations instead of 4n²m + 2n³. k Gram iterations take
+3n²m + (4k − 3)·n³.
 
-**Accuracy.** A rounding error of R grows by a² ≈ 12 in each later iteration on the same R. A singular value
-near 0 is lost in that error. A new X·Xᵀ removes it. Five iterations therefore run as 2 + 3, as published.
-More iterations run as 2 + 1 + … + 1 + 2. Nearly square matrices take 2 + 1 + … + 1.
+**Accuracy.** A rounding error of R grows by a² ≈ 12 in each later iteration on the same R. A
+singular value near 0 is lost in that error. A new X·Xᵀ removes it. Five iterations therefore run as
+2 + 3, as published. More iterations run as 2 + 1 + … + 1 + 2. Nearly square matrices take 2 + 1 + …
++ 1.
 
-The singular values lie at most 1.5 times as far from 1 as after the standard iteration. The table compares
-the distance to the result in float64 with the standard iteration's (measured with 200 to 512 rows):
+The singular values lie at most 1.5 times as far from 1 as after the standard iteration. The table
+compares the distance to the result in float64 with the standard iteration's (measured with 200 to
+512 rows):
 
     singular values within one decade       1.1 to 1.8 times as far
     within two or three decades             2 to 6
@@ -47,8 +50,9 @@ NewtonSchulz = Literal["auto", "standard", "gram"]
 Triple = tuple[float, float, float]
 Coefficients = Triple | Sequence[Triple] | Literal["polar_express"]
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan, 2024, https://kellerjordan.github.io/posts/muon
-# Amsel, Persson, Musco and Gower, "The Polar Express", 2025, https://arxiv.org/abs/2505.16932, algorithm 1.
-# Scaled for singular values up to 1.01, as rounding can raise them above 1; the last triple needs no margin.
+# Amsel, Persson, Musco and Gower, "The Polar Express", 2025, https://arxiv.org/abs/2505.16932,
+# algorithm 1. Scaled for singular values up to 1.01, as rounding can raise them above 1; the last
+# triple needs no margin.
 _POLAR_EXPRESS = (
     *(
         (a / 1.01, b / 1.01**3, c / 1.01**5)
@@ -76,10 +80,12 @@ def orthogonalize(
     eps: float = 1e-7,
     ns: NewtonSchulz = "auto",
 ) -> Tensor:
-    """The matrix of ``x``'s singular vectors with singular values near 1, by Newton–Schulz in bfloat16.
+    """The matrix of ``x``'s singular vectors with singular values near 1, by Newton–Schulz in
+    bfloat16.
 
-    ``f(f(…f(x / max(‖x‖, eps))))`` with ``f(x) = a·x + b·(x·xᵀ)·x + c·(x·xᵀ)²·x``. It has no gradient. On a
-    CPU without fast products of bfloat16 the products are of float32, and x and the result are rounded.
+    ``f(f(…f(x / max(‖x‖, eps))))`` with ``f(x) = a·x + b·(x·xᵀ)·x + c·(x·xᵀ)²·x``. It has no
+    gradient. On a CPU without fast products of bfloat16 the products are of float32, and x and the
+    result are rounded.
 
     Args:
         x: ``(*, n, m)``, floating; each matrix of a batch is orthogonalised.
@@ -87,9 +93,9 @@ def orthogonalize(
             repeated; or "polar_express", which ends nearest to singular values of 1.
         steps: the number of iterations, 0 to 99.
         eps: the least norm to divide by, so that 0 stays 0.
-        ns: the iteration. "standard" is as accurate as `torch.optim.Muon`. "gram" iterates on the Gram
-            matrix: it is less accurate, and faster where one side is at least twice the other. "auto" is
-            "gram" for such matrices if both sides are at least 256, else "standard".
+        ns: the iteration. "standard" is as accurate as `torch.optim.Muon`. "gram" iterates on the
+            Gram matrix: it is less accurate, and faster where one side is at least twice the other.
+            "auto" is "gram" for such matrices if both sides are at least 256, else "standard".
 
     Returns:
         ``(*, n, m)``, bfloat16.
@@ -101,7 +107,9 @@ def orthogonalize(
     https://dao-ailab.github.io/blog/2026/gram-newton-schulz/.
     """
     if x.dim() < 2 or not x.is_floating_point():
-        raise ValueError(f"orthogonalize: x is {tuple(x.shape)} {x.dtype}, expected floating (*, n, m)")
+        raise ValueError(
+            f"orthogonalize: x is {tuple(x.shape)} {x.dtype}, expected floating (*, n, m)"
+        )
     if ns not in get_args(NewtonSchulz):
         raise ValueError(f"orthogonalize: ns is {ns!r}, expected 'auto', 'standard' or 'gram'")
     triples = coefficients_per_step(coefficients, steps)
@@ -128,8 +136,8 @@ def coefficients_per_step(coefficients: Coefficients, steps: int) -> list[Triple
         triples = [triples]
     if not triples or any(len(triple) != 3 for triple in triples):
         raise ValueError(
-            f"orthogonalize: coefficients is {coefficients!r}, expected 3: (a, b, c), a list of such "
-            "triples, or 'polar_express'"
+            f"orthogonalize: coefficients is {coefficients!r}, expected 3: (a, b, c), a list of "
+            "such triples, or 'polar_express'"
         )
     return list(islice(chain(triples, repeat(triples[-1])), steps))
 
@@ -138,9 +146,9 @@ def _iterations_per_gram(n: int, m: int, steps: int, ns: NewtonSchulz) -> list[i
     """The number of iterations on each Gram matrix; their sum is ``steps``."""
     if ns == "standard" or (ns == "auto" and (n < _GRAM_ROWS or m < _GRAM_ASPECT * n)):
         return [1] * steps
-    # Three iterations on one Gram matrix leave singular values up to 1.45, and a further iteration diverges
-    # from there. After more than five iterations the standard one ends nearer to 1, so that the last part
-    # is two. Square matrices lose more.
+    # Three iterations on one Gram matrix leave singular values up to 1.45, and a further iteration
+    # diverges from there. After more than five iterations the standard one ends nearer to 1, so
+    # that the last part is two. Square matrices lose more.
     longest = 1 if m < _GRAM_ASPECT * n else 3 if steps <= 5 else 2
     last = min(steps - 2, longest)
     return [k for k in (min(steps, 2), *[1] * (steps - 2 - last), last) if k > 0]
@@ -149,9 +157,10 @@ def _iterations_per_gram(n: int, m: int, steps: int, ns: NewtonSchulz) -> list[i
 def _iterate(x: Tensor, triples: list[Triple], shifted: bool) -> Tensor:
     """``Q·x`` after an iteration for each triple on one Gram matrix, with ``Q = shift·I + p``.
 
-    While singular values are small, shift is much larger than p: in their sum the last bits of p would be
-    rounded away, so the two are kept apart (``shifted``). Later they are about as large, with opposite signs,
-    and apart they would cancel: then the shift is 0, and p is Q. One shifted iteration is the standard one.
+    While singular values are small, shift is much larger than p: in their sum the last bits of p
+    would be rounded away, so the two are kept apart (``shifted``). Later they are about as large,
+    with opposite signs, and apart they would cancel: then the shift is 0, and p is Q. One shifted
+    iteration is the standard one.
     """
     r = matmul_t(x) if _use_symmetric_products(x) else x @ x.mT
     p, shift = r, 0.0
@@ -176,12 +185,14 @@ def _iterate(x: Tensor, triples: list[Triple], shifted: bool) -> Tensor:
 
 
 def _use_symmetric_products(x: Tensor) -> bool:
-    # On a GPU the operators choose by size themselves. A whole product need not be made symmetric here.
+    # On a GPU the operators choose by size themselves. A whole product need not be made symmetric
+    # here.
     return x.is_cuda or is_halved(x)
 
 
 def _symmetric_addmm(a: Tensor, b: Tensor, c: Tensor, *, alpha: float = 1.0, beta: float) -> Tensor:
-    """``alpha·a·b + beta·c`` for polynomials in one symmetric matrix, whose product is symmetric."""
+    """``alpha·a·b + beta·c`` for polynomials in one symmetric matrix, whose product is
+    symmetric."""
     if _use_symmetric_products(a):
         return symmetric_matmul(a, b, c, alpha=alpha, beta=beta)
     return _addmm(c, a, b, alpha=alpha, beta=beta)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Training on several processes: launch connects them, split divides the model, save writes checkpoints."""
+"""Training on several processes: launch connects them, split divides the model, save writes
+checkpoints."""
 
 from torchpar.parallel.launch.world import World, join_world
 from torchpar.parallel.split.clip import clip_grad_norm_

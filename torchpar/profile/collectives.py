@@ -45,8 +45,8 @@ _OPERATIONS = {"allreduce": "all_reduce", "allgather": "all_gather", "alltoall_b
 class Collectives(TorchDispatchMode):
     """Record the collectives within the block, those of DistributedDataParallel included.
 
-    It waits for each all-reduce, all-gather and all-to-all at once, and not for a send or receive. Their
-    seconds count as phase "collectives".
+    It waits for each all-reduce, all-gather and all-to-all at once, and not for a send or receive.
+    Their seconds count as phase "collectives".
 
     Args:
         world: its mesh names the dimensions.
@@ -61,7 +61,8 @@ class Collectives(TorchDispatchMode):
         super().__init__()
         self.calls: list[Call] = []
         self._dimensions = {
-            world.mesh[name].get_group().group_name: name for name in world.mesh.mesh_dim_names or ()
+            world.mesh[name].get_group().group_name: name
+            for name in world.mesh.mesh_dim_names or ()
         }
         if world.dp_size == world.world_size:  # DistributedDataParallel takes the default group
             assert dist.group.WORLD is not None
@@ -86,7 +87,11 @@ class Collectives(TorchDispatchMode):
         self.calls.append(Call(dimension, operation, nbytes, seconds))
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         if func.namespace != "c10d":
             return func(*args, **(kwargs or {}))
@@ -109,7 +114,8 @@ class Collectives(TorchDispatchMode):
 
 
 def all_reduced(dimension: str, nbytes: int) -> AbstractContextManager[None]:
-    """Record the block as an all-reduce, for `Collectives` and `torch.profiler`: both see operators only."""
+    """Record the block as an all-reduce, for `Collectives` and `torch.profiler`: both see operators
+    only."""
     if Collectives.active is not None:
         return Collectives.active.record(dimension, "all_reduce", nbytes, SHARED)
     if torch.autograd._profiler_enabled():  # type: ignore[attr-defined]

@@ -42,10 +42,11 @@ class Memory:
         """Return the bytes by name.
 
         Returns:
-            ``weights``: of parameters and buffers. ``gradients``: after the last measured backward pass.
+            ``weights``: of parameters and buffers. ``gradients``: after the last measured backward
+                pass.
             ``optimizer``: of its tensors, such as momentum, which it makes in its first step.
-            ``activations``: the most at a time that autograd has kept for backward passes, without weights.
-            The first layer keeps the batch itself.
+            ``activations``: the most at a time that autograd has kept for backward passes, without
+            weights. The first layer keeps the batch itself.
         """
         state = [t for t in tree_leaves([*self._optimizer.state.values()]) if isinstance(t, Tensor)]
         return {

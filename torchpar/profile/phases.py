@@ -7,9 +7,9 @@
             optimizer.step()
     print(phases.seconds)
 
-A step is divided at its backward pass: what comes before it is "forward", what comes after it "optimizer".
-`torchpar.training.Run` divides its steps so, if a `Phases` is active. A program without PyTorch names its
-phases itself: ``Phases(names=["forward", "gather"])``.
+A step is divided at its backward pass: what comes before it is "forward", what comes after it
+"optimizer". `torchpar.training.Run` divides its steps so, if a `Phases` is active. A program
+without PyTorch names its phases itself: ``Phases(names=["forward", "gather"])``.
 """
 
 import time
@@ -45,15 +45,17 @@ def step() -> AbstractContextManager[None]:
 class Phases:
     """Seconds of each phase on this rank, counted while the context is active.
 
-    The device is synchronised at both ends of a phase, so the phases add up but no longer overlap. A phase
-    inside another one (a collective in the backward pass) is counted once, as the inner phase. The backward
-    pass is a call of `torch.Tensor.backward`; one by `torch.autograd.backward` is not noticed.
+    The device is synchronised at both ends of a phase, so the phases add up but no longer overlap.
+    A phase inside another one (a collective in the backward pass) is counted once, as the inner
+    phase. The backward pass is a call of `torch.Tensor.backward`; one by `torch.autograd.backward`
+    is not noticed.
 
     Attributes:
         seconds: of each phase.
 
     Args:
-        device: that computes; None for a program without PyTorch, whose backward pass is a `measure`.
+        device: that computes; None for a program without PyTorch, whose backward pass is a
+            `measure`.
         names: of the phases; those of `steps` and `step` are among them, if these are called.
     """
 
@@ -70,7 +72,8 @@ class Phases:
         if self.device is not None:
             import torch
 
-            # PyTorch has hooks around a forward pass and an optimizer's step, but none around a backward.
+            # PyTorch has hooks around a forward pass and an optimizer's step, but none around a
+            # backward.
             self._backward = torch.Tensor.backward
             torch.Tensor.backward = phase("backward")(self._backward)  # type: ignore[method-assign]
         return self
@@ -96,7 +99,8 @@ class Phases:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Count the block as "forward" until its backward pass or pipeline, and from there as "optimizer"."""
+        """Count the block as "forward" until its backward pass or pipeline, and from there as
+        "optimizer"."""
         self._current, self._since = "forward", self._now()
         yield
         self._change("")
@@ -115,7 +119,8 @@ class Phases:
         self._current, self._since = current, self._now()
 
     def _now(self) -> float:
-        """Return the seconds that no phase has counted: an outer phase lacks those of an inner one."""
+        """Return the seconds that no phase has counted: an outer phase lacks those of an inner
+        one."""
         if self.device is not None and self.device.type == "cuda":
             import torch
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""An operator with one sample of its arguments: its calls, layouts, right derivatives, and comparisons."""
+"""An operator with one sample of its arguments: its calls, layouts, right derivatives, and
+comparisons."""
 
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -56,7 +57,8 @@ class Calls(TorchDispatchMode):
         self.seen: dict[Any, tuple[Any, Any]] = {}  # the last arguments of each
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # On zeros without memory, which forward mode makes, some operators end the process within a mode.
+        # On zeros without memory, which forward mode makes, some operators end the process within a
+        # mode.
         args, kwargs = tree_map_only(Tensor, _with_memory, (args, kwargs or {}))
         self.seen[func] = args, kwargs
         return func(*args, **kwargs)
@@ -73,7 +75,9 @@ class Case:
         plain: the same of the reference; without one, of the operator.
     """
 
-    def __init__(self, op: Callable[..., Any], overload: Any, reference: Any, sample: Sample) -> None:
+    def __init__(
+        self, op: Callable[..., Any], overload: Any, reference: Any, sample: Sample
+    ) -> None:
         self._leaves, self._spec = tree_flatten((tuple(sample.args), dict(sample.kwargs)))
         self.callable, self.overload, self.reference = op, overload, reference
         self.operands: Tensors = tuple(t.detach() for t in self._leaves if isinstance(t, Tensor))
@@ -93,20 +97,24 @@ class Case:
 
         def bound(*tensors: Tensor) -> Tensors:
             args, kwargs = self.arguments(tensors)
-            return tuple(leaf for leaf in tree_leaves(function(*args, **kwargs)) if isinstance(leaf, Tensor))
+            return tuple(
+                leaf for leaf in tree_leaves(function(*args, **kwargs)) if isinstance(leaf, Tensor)
+            )
 
         return bound
 
     @cached_property
     def is_smooth(self) -> list[bool]:
-        """Which results are differentiable: the floating ones, but for those that are marked as constant."""
+        """Which results are differentiable: the floating ones, but for those that are marked as
+        constant."""
         leaves = iter(self.leaves())
         results = self.plain(*(next(leaves) if is_differentiable(t) else t for t in self.operands))
         marked = [is_differentiable(y) and y.requires_grad for y in results]
         return marked if any(marked) else list(map(is_differentiable, results))
 
     def smooth(self, function: Function) -> Function:
-        """A function of the floating operands to its differentiable results; other operands are constant."""
+        """A function of the floating operands to its differentiable results; other operands are
+        constant."""
         is_smooth = self.is_smooth
         if not any(is_smooth):
             raise Outcome("not run", "no differentiable result")
@@ -165,8 +173,8 @@ class Case:
     ) -> None:
         """Compare ``transform(f, case, **how)`` of the operator with that of the reference.
 
-        If they differ, and ``numerical``, the same by finite differences, tells that the reference is wrong,
-        the operator is compared with these.
+        If they differ, and ``numerical``, the same by finite differences, tells that the reference
+        is wrong, the operator is compared with these.
         """
         oracle = self.oracle
         try:
@@ -179,7 +187,10 @@ class Case:
         try:
             close(actual, expected, lambda: transform(self.wide.oracle, self.wide, **how))
         except Outcome:
-            if numerical is None or not {t.dtype for t in self.floating} <= {torch.float64, torch.float32}:
+            if numerical is None or not {t.dtype for t in self.floating} <= {
+                torch.float64,
+                torch.float32,
+            }:
                 raise
             wide = self.wide
             by_differences, rtol = numerical(wide.oracle, wide, **how)
@@ -187,7 +198,9 @@ class Case:
                 transform(wide.oracle, wide, **how),
                 cast(tuple(tree_leaves(actual)), torch.float64),
             )
-            if near(theirs, by_differences, rtol) or not near(mine, by_differences, max(rtol, ALIKE)):
+            if near(theirs, by_differences, rtol) or not near(
+                mine, by_differences, max(rtol, ALIKE)
+            ):
                 raise
         self.expect_call(lambda: transform(self.smooth(self.op), self, **how))
 
@@ -203,7 +216,8 @@ class Case:
             raise Outcome(FALLS_BACK, "")
 
     def resized(self, change: Callable[[Tensor, int], Tensor]) -> Iterator[tuple[str, Tensors]]:
-        """Operands in which all dimensions of one size have changed: ``change(t, dim)`` changes one.
+        """Operands in which all dimensions of one size have changed: ``change(t, dim)`` changes
+        one.
 
         Dimensions of equal size are taken for the same one, so that the changed operands still fit.
         """
@@ -217,17 +231,24 @@ class Case:
 
 
 def normal_like(t: Tensor, seed: int = 9) -> Tensor:
-    """Normally distributed numbers of the shape, dtype and device of a tensor, the same in each run."""
+    """Normally distributed numbers of the shape, dtype and device of a tensor, the same in each
+    run."""
     generator = torch.Generator().manual_seed(seed)
     # Numbers of float32, so that they are the same ones in float64.
-    found = torch.randn((*t.shape, 1 + t.is_complex()), generator=generator, dtype=torch.float64).float()
+    found = torch.randn(
+        (*t.shape, 1 + t.is_complex()), generator=generator, dtype=torch.float64
+    ).float()
     return (torch.view_as_complex(found) if t.is_complex() else found[..., 0]).to(t.device, t.dtype)
 
 
 def cast(operands: Tensors, dtype: torch.dtype) -> Tensors:
-    """Convert floating tensors to ``dtype``; complex ones to complex64, or complex128 for float64."""
+    """Convert floating tensors to ``dtype``; complex ones to complex64, or complex128 for
+    float64."""
     of_complex = torch.complex128 if dtype == torch.float64 else torch.complex64
-    dtypes = [dtype if t.is_floating_point() else of_complex if t.is_complex() else t.dtype for t in operands]
+    dtypes = [
+        dtype if t.is_floating_point() else of_complex if t.is_complex() else t.dtype
+        for t in operands
+    ]
     return tuple(t.to(to) for t, to in zip(operands, dtypes, strict=True))
 
 
@@ -241,10 +262,14 @@ def rolled(t: Tensor, by: int) -> Tensor:
     return t.flatten().roll(by).view(t.shape)
 
 
-def gradients(ys: Sequence[Tensor], xs: Sequence[Tensor], incoming: Sequence[Tensor], **how: Any) -> Tensors:
+def gradients(
+    ys: Sequence[Tensor], xs: Sequence[Tensor], incoming: Sequence[Tensor], **how: Any
+) -> Tensors:
     dependent = [i for i, y in enumerate(ys) if y.requires_grad] or range(len(ys))
     ys, incoming = [ys[i] for i in dependent], [incoming[i] for i in dependent]
-    found: Tensors = torch.autograd.grad(ys, xs, incoming, allow_unused=True, materialize_grads=True, **how)
+    found: Tensors = torch.autograd.grad(
+        ys, xs, incoming, allow_unused=True, materialize_grads=True, **how
+    )
     return found
 
 
@@ -259,10 +284,11 @@ def close(
 ) -> None:
     """Compare the tensors in two structures, by the tolerances of `torch.testing.assert_close`.
 
-    These know nothing of the length of sums. With ``exact``, which computes ``expected`` in float64, an error
-    of at most twice that of ``expected`` is accepted, too, and two roundings of the largest number. This may
-    be small by chance; ``others`` are results of like operands, and the same in float64, whose errors count,
-    too. For results of float64 there is nothing more exact.
+    These know nothing of the length of sums. With ``exact``, which computes ``expected`` in
+    float64, an error of at most twice that of ``expected`` is accepted, too, and two roundings of
+    the largest number. This may be small by chance; ``others`` are results of like operands, and
+    the same in float64, whose errors count, too. For results of float64 there is nothing more
+    exact.
     """
     for i, (a, e) in enumerate(_pairs(actual, expected)):
         try:
@@ -273,7 +299,9 @@ def close(
                 mine, limit = _errors(a, e, wide)
                 if mine <= limit < math.inf:
                     continue
-                limits = [_errors(*(tree_leaves(one)[i] for one in (n, n, w)))[1] for n, w in others()]
+                limits = [
+                    _errors(*(tree_leaves(one)[i] for one in (n, n, w)))[1] for n, w in others()
+                ]
                 if mine <= max(limits, default=0) < math.inf:
                     continue
             raise Outcome("wrong", _difference(a, e)) from error
@@ -290,13 +318,19 @@ def near(actual: Any, expected: Any, rtol: float) -> bool:
 
 
 def _is_like(actual: Tensor, native: Tensor) -> bool:
-    return (actual.shape, actual.dtype, actual.device) == (native.shape, native.dtype, native.device)
+    return (actual.shape, actual.dtype, actual.device) == (
+        native.shape,
+        native.dtype,
+        native.device,
+    )
 
 
 def _errors(actual: Tensor, native: Tensor, exact: Tensor) -> tuple[float, float]:
     """The error of ``actual``, and the largest that is accepted."""
     exactly = real(exact.detach()).double()
-    error, theirs = (float((real(t.detach()).double() - exactly).abs().max()) for t in (actual, native))
+    error, theirs = (
+        float((real(t.detach()).double() - exactly).abs().max()) for t in (actual, native)
+    )
     return error, 2 * theirs + 2 * torch.finfo(actual.dtype).eps * float(exactly.abs().max())
 
 
@@ -309,7 +343,11 @@ def _pairs(actual: Any, expected: Any) -> Iterator[tuple[Tensor, Tensor]]:
 
 def _difference(actual: Tensor, expected: Tensor) -> str:
     if actual.shape != expected.shape:
-        if actual.dim() > 1 and actual.mT.shape == expected.shape and near(actual.mT, expected, ALIKE):
+        if (
+            actual.dim() > 1
+            and actual.mT.shape == expected.shape
+            and near(actual.mT, expected, ALIKE)
+        ):
             return f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}; transposed"
         summed = _summed(actual, expected)
         if summed is not None and near(summed, expected, ALIKE):
@@ -321,7 +359,10 @@ def _difference(actual: Tensor, expected: Tensor) -> str:
             return f"{what} {getattr(actual, what)}, expected {getattr(expected, what)}"
     a, e = (real(t.detach()).double() for t in (actual, expected))
     if not torch.equal(a.isnan(), e.isnan()):
-        return f"NaN at {int(a.isnan().sum())} of {a.numel()} places, expected at {int(e.isnan().sum())}"
+        return (
+            f"NaN at {int(a.isnan().sum())} of {a.numel()} places, expected at "
+            f"{int(e.isnan().sum())}"
+        )
     a, e = a.nan_to_num(0), e.nan_to_num(0)  # infinities count as the largest numbers
     size = float(e.abs().max())
     if not a.any():
@@ -344,7 +385,8 @@ def _summed(t: Tensor, like: Tensor) -> Tensor | None:
 
 
 def likely_cause(a: Tensor, e: Tensor) -> str:
-    """The mistake that would turn the right numbers ``e`` into ``a``, if it is a frequent one, or ""."""
+    """The mistake that would turn the right numbers ``e`` into ``a``, if it is a frequent one, or
+    ""."""
     size = float(e.abs().max())
     if not 0 < size < math.inf:
         return ""
@@ -375,14 +417,16 @@ def same_metadata(actual: Tensors, expected: Tensors) -> None:
 def same_bits(actual: Tensors, expected: Tensors) -> None:
     for a, e in _pairs(actual, expected):
         bits = [
-            t.detach().resolve_conj().resolve_neg().contiguous().flatten().view(torch.uint8) for t in (a, e)
+            t.detach().resolve_conj().resolve_neg().contiguous().flatten().view(torch.uint8)
+            for t in (a, e)
         ]
         if not torch.equal(*bits):
             raise Outcome("wrong", f"other bits: {_difference(a, e)}")
 
 
 def accurate(actual: Tensors, native: Tensors, exact: Tensors) -> None:
-    """Accept an error of at most twice that of ``native``, and two roundings of the largest result."""
+    """Accept an error of at most twice that of ``native``, and two roundings of the largest
+    result."""
     for (a, n), wide in zip(_pairs(actual, native), exact, strict=True):
         if (a.shape, a.dtype) != (n.shape, n.dtype):
             raise Outcome("wrong", _difference(a, n))
@@ -414,7 +458,8 @@ def _channels_last(t: Tensor) -> Tensor:
     return t.clone(memory_format=formats.get(t.dim(), torch.contiguous_format))
 
 
-# Functions of a tensor to one of the same shape, and (but for the expanded ones) of the same values.
+# Functions of a tensor to one of the same shape, and (but for the expanded ones) of the same
+# values.
 LAYOUTS: dict[str, Layout] = {
     "transposed": lambda t: t.mT.contiguous().mT if t.dim() > 1 else t.clone(),
     "permuted": lambda t: _permuted(t, [*range(t.dim())][1:] + [*range(t.dim())][:1]),

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The command ``python -m torchpar check OPERATOR --samples SAMPLES``, which prints an operator's table."""
+"""The command ``python -m torchpar check OPERATOR --samples SAMPLES``, which prints an operator's
+table."""
 
 import argparse
 import importlib
@@ -35,11 +36,14 @@ def find(name: str) -> Any:
 
 
 def _reason(error: BaseException) -> str:
-    return f"it calls sys.exit({error.code!r})" if isinstance(error, SystemExit) else first_line(error)
+    return (
+        f"it calls sys.exit({error.code!r})" if isinstance(error, SystemExit) else first_line(error)
+    )
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print the table; the exit status is 1 if a row is wrong or crashes, and 2 for wrong arguments."""
+    """Print the table; the exit status is 1 if a row is wrong or crashes, and 2 for wrong
+    arguments."""
     parser = Parser(
         "python -m torchpar check",
         description="Try an operator with every part of PyTorch. "
@@ -52,7 +56,9 @@ def main(arguments: Sequence[str]) -> int:
         help="MODULE:ATTRIBUTE, tuples of arguments, or a function that returns them",
     )
     parser.add_argument("--reference", help="MODULE:ATTRIBUTE, the same by PyTorch's own operators")
-    parser.add_argument("--rules", nargs="+", metavar="RULE", help="rows of the table; default: all")
+    parser.add_argument(
+        "--rules", nargs="+", metavar="RULE", help="rows of the table; default: all"
+    )
     parser.add_argument("--json", action="store_true", help="print the table as JSON")
     flags = parser.parse_args(arguments)
     try:

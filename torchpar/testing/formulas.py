@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The formulas of PyTorch's optimizers in float64, one step of one matrix, to compare optimizers with."""
+"""The formulas of PyTorch's optimizers in float64, one step of one matrix, to compare optimizers
+with."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -20,11 +21,12 @@ class Formula(NamedTuple):
 
     Attributes:
         name: for the table.
-        step: ``step(weight, gradient, state, settings)`` returns the next weight. Both tensors are float64,
-            and stay as they are; ``state`` is a dictionary of the matrix, empty at first; ``settings`` are
-            those of its parameter group. ``settings["rounded"]`` is a function of a tensor, for numbers that
-            the optimizer rounds within its step and whose errors grow, as in an iteration: it returns them
-            as they are, and with random errors where the effect of rounding is measured.
+        step: ``step(weight, gradient, state, settings)`` returns the next weight. Both tensors are
+            float64, and stay as they are; ``state`` is a dictionary of the matrix, empty at first;
+            ``settings`` are those of its parameter group. ``settings["rounded"]`` is a function of
+            a tensor, for numbers that the optimizer rounds within its step and whose errors grow,
+            as in an iteration: it returns them as they are, and with random errors where the effect
+            of rounding is measured.
         dtype: in which the optimizer rounds most coarsely, if its parameters are float32.
     """
 
@@ -34,15 +36,19 @@ class Formula(NamedTuple):
 
 
 def sgd(weight: Tensor, gradient: Tensor, state: State, settings: Settings) -> Tensor:
-    """``g ← g + λ·W``, ``v ← μ·v + (1−τ)·g``, ``W ← W − γ·v``, and with Nesterov ``W ← W − γ·(g + μ·v)``.
+    """``g ← g + λ·W``, ``v ← μ·v + (1−τ)·g``, ``W ← W − γ·v``, and with Nesterov
+    ``W ← W − γ·(g + μ·v)``.
 
-    λ is the weight decay, μ the momentum, τ the dampening and γ the learning rate. The first v is g.
+    λ is the weight decay, μ the momentum, τ the dampening and γ the learning rate. The first v is
+    g.
     """
     momentum = settings["momentum"]
     update = _decayed(weight, gradient, settings)
     if momentum:
         earlier = state.get("velocity")
-        velocity = update if earlier is None else momentum * earlier + (1 - settings["dampening"]) * update
+        velocity = (
+            update if earlier is None else momentum * earlier + (1 - settings["dampening"]) * update
+        )
         state["velocity"] = velocity
         update = update + momentum * velocity if settings["nesterov"] else velocity
     following: Tensor = weight - float(settings["lr"]) * update
@@ -50,10 +56,11 @@ def sgd(weight: Tensor, gradient: Tensor, state: State, settings: Settings) -> T
 
 
 def adam(weight: Tensor, gradient: Tensor, state: State, settings: Settings) -> Tensor:
-    """``m ← β₁·m + (1−β₁)·g``, ``v ← β₂·v + (1−β₂)·g²``, ``W ← W − γ·m̂ / (√v̂ + ε)`` after t steps.
+    """``m ← β₁·m + (1−β₁)·g``, ``v ← β₂·v + (1−β₂)·g²``, ``W ← W − γ·m̂ / (√v̂ + ε)`` after t
+    steps.
 
-    ``m̂ = m / (1−β₁ᵗ)`` and ``v̂ = v / (1−β₂ᵗ)``; with AMSGrad v̂ has the largest v until now. The weight decay
-    adds λ·W to g, or, if it is decoupled as in AdamW, first scales W by 1 − γ·λ.
+    ``m̂ = m / (1−β₁ᵗ)`` and ``v̂ = v / (1−β₂ᵗ)``; with AMSGrad v̂ has the largest v until now. The
+    weight decay adds λ·W to g, or, if it is decoupled as in AdamW, first scales W by 1 − γ·λ.
     """
     lr, (beta1, beta2) = float(settings["lr"]), map(float, settings["betas"])
     if settings["decoupled_weight_decay"]:
@@ -72,10 +79,11 @@ def adam(weight: Tensor, gradient: Tensor, state: State, settings: Settings) -> 
 
 
 def muon(weight: Tensor, gradient: Tensor, state: State, settings: Settings) -> Tensor:
-    """``B ← μ·B + (1−μ)·g``, ``W ← (1 − γ·λ)·W − γ·r·NS(g + μ·(B − g))``, or ``NS(B)`` without Nesterov.
+    """``B ← μ·B + (1−μ)·g``, ``W ← (1 − γ·λ)·W − γ·r·NS(g + μ·(B − g))``, or ``NS(B)`` without
+    Nesterov.
 
-    NS iterates ``X ← a·X + b·(X·Xᵀ)·X + c·(X·Xᵀ)²·X`` from ``X / max(‖X‖, ε)``, and r is the ratio of
-    ``adjust_lr_fn``. Weights of more than two axes are flattened to their first one's rows.
+    NS iterates ``X ← a·X + b·(X·Xᵀ)·X + c·(X·Xᵀ)²·X`` from ``X / max(‖X‖, ε)``, and r is the ratio
+    of ``adjust_lr_fn``. Weights of more than two axes are flattened to their first one's rows.
     """
     lr, momentum = float(settings["lr"]), settings["momentum"]
     average = momentum * state.get("average", 0.0) + (1 - momentum) * gradient
@@ -92,7 +100,9 @@ def muon(weight: Tensor, gradient: Tensor, state: State, settings: Settings) -> 
         "match_rms_adamw": 0.2 * math.sqrt(max(n, m)),
         "spectral_unclamped": math.sqrt(n / m),
     }.get(settings["adjust_lr_fn"], math.sqrt(max(1.0, n / m)))
-    following: Tensor = weight - lr * settings["weight_decay"] * weight - lr * ratio * x.view(weight.shape)
+    following: Tensor = (
+        weight - lr * settings["weight_decay"] * weight - lr * ratio * x.view(weight.shape)
+    )
     return following
 
 
@@ -123,7 +133,9 @@ class ByFormula(torch.optim.Optimizer):
     ):
         self.formula, self.rounded = formula, rounded
         own = [{**defaults, **group, "params": [*group["params"]]} for group in groups]
-        super().__init__([{key: x for key, x in group.items() if key != "param_names"} for group in own], {})
+        super().__init__(
+            [{key: x for key, x in group.items() if key != "param_names"} for group in own], {}
+        )
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:

@@ -14,10 +14,20 @@ from torch._library.triton import triton_ops_to_kernels
 
 from torchpar.errors import ConfigError
 from torchpar.optim.assign import aligned
-from torchpar.testing.case import FALLS_BACK, INTERNAL, REFUSALS, Attempts, Calls, Case, Outcome, Sample
+from torchpar.testing.case import (
+    FALLS_BACK,
+    INTERNAL,
+    REFUSALS,
+    Attempts,
+    Calls,
+    Case,
+    Outcome,
+    Sample,
+)
 from torchpar.testing.rules import ONCE, RULES
 
-OUTCOMES = ("not run", "works", FALLS_BACK, "refuses", "crashes", "wrong")  # from the best to the worst
+# From the best to the worst.
+OUTCOMES = ("not run", "works", FALLS_BACK, "refuses", "crashes", "wrong")
 LONGEST = 110  # characters of a message that is printed
 BUILT_IN = ("aten", "prim", "prims", "profiler")  # namespaces of PyTorch's own operators
 
@@ -27,9 +37,9 @@ class Row:
     """The outcome of a rule.
 
     Attributes:
-        outcome: of several samples the worst; export and Inductor try the first. "works"; "falls back",
-            if the result is right, but was computed without the operator; "refuses", by an error with a
-            message; "wrong"; "crashes", by any other error; or "not run".
+        outcome: of several samples the worst; export and Inductor try the first. "works"; "falls
+            back", if the result is right, but was computed without the operator; "refuses", by an
+            error with a message; "wrong"; "crashes", by any other error; or "not run".
         detail: a message, or a remark.
         sample: the index of the first sample with this outcome.
     """
@@ -42,7 +52,8 @@ class Row:
 
 @dataclass(frozen=True)
 class OperatorTable:
-    """The rows of an operator's table, which `str` prints; ``table["values"].outcome`` is one outcome.
+    """The rows of an operator's table, which `str` prints; ``table["values"].outcome`` is one
+    outcome.
 
     Attributes:
         notes: sentences on what no row has tried, such as kernels for a GPU where there is none.
@@ -69,7 +80,12 @@ class OperatorTable:
     def as_dict(self) -> dict[str, Any]:
         """The table as JSON has it: ``name``, ``ok``, ``rows`` and ``notes``."""
         found = asdict(self)
-        return {"name": found["name"], "ok": self.ok, "rows": found["rows"], "notes": list(self.notes)}
+        return {
+            "name": found["name"],
+            "ok": self.ok,
+            "rows": found["rows"],
+            "notes": list(self.notes),
+        }
 
 
 def check_operator(
@@ -81,15 +97,16 @@ def check_operator(
 ) -> OperatorTable:
     """Try an operator with every part of PyTorch, and compare the results with a reference.
 
-    Without a reference, values are compared with the operator's own on contiguous operands, and "gradcheck"
-    and "gradgradcheck" with numerical derivatives; the other rules for derivatives are not run. The operator
-    must not call a random generator.
+    Without a reference, values are compared with the operator's own on contiguous operands, and
+    "gradcheck" and "gradgradcheck" with numerical derivatives; the other rules for derivatives are
+    not run. The operator must not call a random generator.
 
     Args:
-        op: an operator of `torch.ops`, what `torch.library.custom_op` returns, or a function that calls one
-            operator that is not PyTorch's own. It must not write to its operands.
-        samples: samples, or tuples of arguments. Derivatives are taken with respect to all floating operands.
-            These are float64 for the numerical ones, else float32; in lower precision right rows can fail.
+        op: an operator of `torch.ops`, what `torch.library.custom_op` returns, or a function that
+            calls one operator that is not PyTorch's own. It must not write to its operands.
+        samples: samples, or tuples of arguments. Derivatives are taken with respect to all floating
+            operands. These are float64 for the numerical ones, else float32; in lower precision
+            right rows can fail.
         reference: a differentiable function of the same arguments, of PyTorch's own operators.
         rules: a name or names of rows, as the printed table has them; by default all.
 
@@ -97,16 +114,21 @@ def check_operator(
         A table with one row for each rule, of its worst outcome.
 
     Raises:
-        ConfigError: an unknown rule; no sample, or one that is no tuple; an operator that writes to operands.
+        ConfigError: an unknown rule; no sample, or one that is no tuple; an operator that writes to
+            operands.
     """
     names = list(RULES) if rules is None else [rules] if isinstance(rules, str) else list(rules)
     if unknown := [name for name in names if name not in RULES]:
         raise ConfigError(f"rule {unknown[0]!r}, expected one of {', '.join(map(repr, RULES))}")
     if not isinstance(samples, Iterable):
-        raise ConfigError(f"the samples are an object of type {type(samples).__name__}, expected a list")
+        raise ConfigError(
+            f"the samples are an object of type {type(samples).__name__}, expected a list"
+        )
     chosen = [one if isinstance(one, Sample) else Sample(one) for one in samples]
     if not chosen or any(not isinstance(one.args, tuple | list) for one in chosen):
-        raise ConfigError("expected samples: objects of torchpar.testing.Sample, or tuples of arguments")
+        raise ConfigError(
+            "expected samples: objects of torchpar.testing.Sample, or tuples of arguments"
+        )
     for what, function in ("operator", op), ("reference", reference):
         if not callable(function) and (what == "operator" or function is not None):
             given = f"the {what} is an object of type {type(function).__name__}"
@@ -120,7 +142,9 @@ def check_operator(
     logging.disable()  # the compiler's logs of errors, which are in the table
     try:
         with warnings.catch_warnings(action="ignore"):  # vmap's, of loops, are in the table, too
-            return OperatorTable(name, [_row(rule, cases) for rule in names], _notes(overload, cases))
+            return OperatorTable(
+                name, [_row(rule, cases) for rule in names], _notes(overload, cases)
+            )
     finally:
         logging.disable(disabled)
 
@@ -141,7 +165,11 @@ def find_overload(op: Any, sample: Sample) -> Any:
 
 def _notes(overload: Any, cases: list[Case]) -> tuple[str, ...]:
     """A sentence on the operator's kernels for GPUs, if none has run."""
-    if overload is None or overload.namespace in BUILT_IN or any(t.is_cuda for t in cases[0].operands):
+    if (
+        overload is None
+        or overload.namespace in BUILT_IN
+        or any(t.is_cuda for t in cases[0].operands)
+    ):
         return ()
     name = overload.name()
     is_triton = name in triton_ops_to_kernels
@@ -191,11 +219,14 @@ def _worst(attempts: Attempts) -> tuple[str, str]:
 
 
 def _message(e: BaseException) -> str:
-    """The first line of an error's note or message; of the compiler's errors, that of the first one."""
+    """The first line of an error's note or message; of the compiler's errors, that of the first
+    one."""
     if type(e).__name__ == "TorchRuntimeError":
         while e.__context__:
             e = e.__context__
-    return _headline("\n".join([*getattr(e, "__notes__", []), str(getattr(e, "inner_exception", e))]))
+    return _headline(
+        "\n".join([*getattr(e, "__notes__", []), str(getattr(e, "inner_exception", e))])
+    )
 
 
 def _headline(message: str) -> str:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Compare an optimizer in many situations with its own step and its formula, and judge the differences."""
+"""Compare an optimizer in many situations with its own step and its formula, and judge the
+differences."""
 
 import dis
 import logging
@@ -40,9 +41,10 @@ RIGHT = ("same bits", "equal up to rounding")
 FAULTS = ("wrong", "hangs", "crashes")
 GRACE = 5.0  # seconds for the other ranks, once one has failed
 DRAWS = 8  # of rounded gradients
-# An update rounds about 16 times in sequence: its input, and three products in each of five iterations.
-# Random errors add as the square root. The errors of torch.optim.Muon, whose DTensors sum parts of products
-# in bfloat16, were at most 1.7 times the yardstick, in seven situations with six seeds.
+# An update rounds about 16 times in sequence: its input, and three products in each of five
+# iterations. Random errors add as the square root. The errors of torch.optim.Muon, whose DTensors
+# sum parts of products in bfloat16, were at most 1.7 times the yardstick, in seven situations with
+# six seeds.
 FACTOR = 4.0
 # An update may itself be rounded to bfloat16, by any optimizer.
 BFLOAT16 = float(torch.finfo(torch.bfloat16).eps)
@@ -59,12 +61,12 @@ class Row:
     Attributes:
         verdict: "same bits", "equal up to rounding", "refuses", "wrong", "hangs", "crashes" or "not
             applicable".
-        compared_with: what is right: the optimizer's own step on whole matrices, also a formula in float64,
-            or the polar factor. Empty if nothing was compared.
-        update_error: ‖Δ − Δ_ref‖ / ‖Δ_ref‖ of the worst matrix, with gradients of full rank. For the polar
-            factor, the sine of the angle.
-        rounding: the change of Δ_ref that rounding the gradients makes. For the polar factor, the largest
-            sine that is right.
+        compared_with: what is right: the optimizer's own step on whole matrices, also a formula in
+            float64, or the polar factor. Empty if nothing was compared.
+        update_error: ‖Δ − Δ_ref‖ / ‖Δ_ref‖ of the worst matrix, with gradients of full rank. For
+            the polar factor, the sine of the angle.
+        rounding: the change of Δ_ref that rounding the gradients makes. For the polar factor, the
+            largest sine that is right.
         scale_error: |‖Δ‖ / ‖Δ_ref‖ − 1| of the same matrix.
         detail: a message, or what was found.
     """
@@ -87,7 +89,8 @@ class Conformance(list[Row]):
         return [asdict(row) for row in self]
 
     def assert_conforms(self) -> None:
-        """Raise an AssertionError that shows what is wrong, hangs or crashes; or if nothing is right."""
+        """Raise an AssertionError that shows what is wrong, hangs or crashes; or if nothing is
+        right."""
         if faulty := Conformance(row for row in self if row.verdict in FAULTS):
             raise AssertionError(f"{len(faulty)} of {len(self)} situations are faulty\n{faulty}")
         if not any(row.verdict in RIGHT for row in self):
@@ -95,14 +98,30 @@ class Conformance(list[Row]):
 
     def __str__(self) -> str:
         table = [
-            ["situation", "verdict", "compared with", "update error", "rounding", "scale error", "detail"]
+            [
+                "situation",
+                "verdict",
+                "compared with",
+                "update error",
+                "rounding",
+                "scale error",
+                "detail",
+            ]
         ]
         table += [[_cell(value) for value in row.values()] for row in self.rows]
         return aligned(table)
 
 
 def _cell(value: str | float | None) -> str:
-    return value if isinstance(value, str) else "" if value is None else f"{value:.1e}" if value else "0"
+    return (
+        value
+        if isinstance(value, str)
+        else ""
+        if value is None
+        else f"{value:.1e}"
+        if value
+        else "0"
+    )
 
 
 def check_optimizer(
@@ -116,48 +135,57 @@ def check_optimizer(
 ) -> Conformance:
     """Try an optimizer in many situations, on gloo ranks on this machine's CPU.
 
-    An update Δ of each situation is compared with Δ_ref, that of the same optimizer's step on whole matrices
-    on one process, with the same gradients. It may differ by four times what rounding the gradients changes.
-    That step is itself compared with the formula in float64 of ``reference``, where the weights are float32.
-    Ranks are processes that import the caller's main module: a script needs ``if __name__ == "__main__":``.
+    An update Δ of each situation is compared with Δ_ref, that of the same optimizer's step on whole
+    matrices on one process, with the same gradients. It may differ by four times what rounding the
+    gradients changes. That step is itself compared with the formula in float64 of ``reference``,
+    where the weights are float32. Ranks are processes that import the caller's main module: a
+    script needs ``if __name__ == "__main__":``.
 
     Args:
-        make: returns the optimizer of a model whose parameters are hidden matrices: a module-level function
-            or class, or a `functools.partial` of one. A situation that is about ``views``, ``nesterov`` or
-            ``process_group`` passes it, if ``make`` has such an argument.
+        make: returns the optimizer of a model whose parameters are hidden matrices: a module-level
+            function or class, or a `functools.partial` of one. A situation that is about ``views``,
+            ``nesterov`` or ``process_group`` passes it, if ``make`` has such an argument.
         situations: names from `SITUATIONS`, or one; by default all.
         timeout: seconds for each situation, after which its ranks count as hanging.
         orthogonal: whether to try what can be asked only of optimizers that orthogonalise.
-        reference: a `Formula`, or the optimizer of PyTorch whose formula it shall follow: SGD, Adam, AdamW or
-            Muon of `torch.optim`. By default that of its own class, if it is exactly one of these, or
-            `torchpar.optim.Muon`. Any other is compared with itself alone.
+        reference: a `Formula`, or the optimizer of PyTorch whose formula it shall follow: SGD,
+            Adam, AdamW or Muon of `torch.optim`. By default that of its own class, if it is exactly
+            one of these, or `torchpar.optim.Muon`. Any other is compared with itself alone.
         ranks: an open pool, which other calls use, too. Otherwise the processes end with the call.
 
     Raises:
-        ConfigError: no situation, or an unknown one; an unknown ``reference``; a ``make`` that the ranks
-            cannot import or call.
+        ConfigError: no situation, or an unknown one; an unknown ``reference``; a ``make`` that the
+            ranks cannot import or call.
     """
     if not callable(make):
-        raise ConfigError(f"make is of type {type(make).__name__}, expected a function that gets a model")
+        raise ConfigError(
+            f"make is of type {type(make).__name__}, expected a function that gets a model"
+        )
     chosen = SITUATIONS if situations is None else situations
     names = [chosen] if isinstance(chosen, str) else list(chosen)
     if unknown := [name for name in names if name not in SITUATIONS]:
-        raise ConfigError(f"situation {unknown[0]!r}, expected one of {', '.join(map(repr, SITUATIONS))}")
+        raise ConfigError(
+            f"situation {unknown[0]!r}, expected one of {', '.join(map(repr, SITUATIONS))}"
+        )
     names = [name for name in names if orthogonal or not SITUATIONS[name].orthogonal]
     if not names:
-        raise ConfigError("no situation is left, expected names of testing.SITUATIONS, or None for all")
+        raise ConfigError(
+            "no situation is left, expected names of testing.SITUATIONS, or None for all"
+        )
     if not isinstance(reference, Formula) and reference not in (None, *FORMULAS):
         known = ", ".join(f"{kind.__module__}.{kind.__qualname__}" for kind in FORMULAS)
-        raise ConfigError(f"reference is {reference!r}, expected a testing.Formula, or one of {known}")
+        raise ConfigError(
+            f"reference is {reference!r}, expected a testing.Formula, or one of {known}"
+        )
     with Ranks() if ranks is None else nullcontext(ranks) as pool:
         try:
             made = pickle.dumps((make, reference))
             pool(1, pickle.loads, made)
         except Exception as e:
             raise ConfigError(
-                f"the ranks cannot import make or reference ({e}); expected a module-level function or "
-                "class, or a functools.partial of one, and in a script `if __name__ == '__main__':` around "
-                "the call"
+                f"the ranks cannot import make or reference ({e}); expected a module-level "
+                "function or class, or a functools.partial of one, and in a script `if __name__ == "
+                "'__main__':` around the call"
             ) from e
         return Conformance(_row(pool, name, made, timeout) for name in names)
 
@@ -197,13 +225,16 @@ def _failures() -> Iterator[None]:
     except Exception as e:
         message = " ".join(f"{type(e).__name__}: {e}".split())[:300]
         lost = "gloo/transport" in message  # because another rank has failed
-        raise Failure("hangs" if lost else "refuses" if _refuses(e) else "crashes", message) from None
+        raise Failure(
+            "hangs" if lost else "refuses" if _refuses(e) else "crashes", message
+        ) from None
     finally:
         logging.disable(logging.NOTSET)
 
 
 def _refuses(error: Exception) -> bool:
-    """Whether an error is a refusal: raised on purpose, and not within PyTorch if it is a RuntimeError."""
+    """Whether an error is a refusal: raised on purpose, and not within PyTorch if it is a
+    RuntimeError."""
     last = error.__traceback__
     while last is not None and last.tb_next is not None:
         last = last.tb_next
@@ -221,7 +252,9 @@ def _try(name: str, made: bytes, folder: str, earlier: dict[Key, Record]) -> dic
         for family in FAMILIES:
             torch.manual_seed(0)
             record = records.setdefault(family, Record())
-            trial = Trial(pickle.loads(made)[0], record, family, Path(folder) / family, **situation.setup)
+            trial = Trial(
+                pickle.loads(made)[0], record, family, Path(folder) / family, **situation.setup
+            )
             situation.run(trial)
     return records
 
@@ -279,7 +312,9 @@ def _follow(name: str, made: bytes, merged: dict[Key, Record]) -> References:
         follow = Follower(pickle.loads(made)[0], setup, reference)
         exact = [follow.weights(record) for record in records]
         pairs = zip(records, exact, strict=True)
-        differ = any(not np.array_equal(one.weights[name], of[name]) for one, of in pairs for name in of)
+        differ = any(
+            not np.array_equal(one.weights[name], of[name]) for one, of in pairs for name in of
+        )
         # Where all bits are the same, their rounding does not matter.
         own = [
             Steps(of, [follow.weights(record, draw) for draw in range(1, 1 + DRAWS * differ)])
@@ -296,7 +331,9 @@ def _follow(name: str, made: bytes, merged: dict[Key, Record]) -> References:
                     steps.rounded.append(follow.weights(record, draw, by_formula=True))
                 off = _off_formula(families, own, formula, follow)
         changes = "rates" in setup or "groups" in setup
-        unchanged = [follow.weights(record, unchanged=True) for record in records] if changes else None
+        unchanged = (
+            [follow.weights(record, unchanged=True) for record in records] if changes else None
+        )
         label = follow.formula.name if follow.formula and off is not None else ""
         return References(own, label, off or "", unchanged, [*map(follow.changed, records)])
 
@@ -335,7 +372,8 @@ class Follower:
         rounding = self.precision if by_formula else BFLOAT16
 
         def rounded(t: Tensor) -> Tensor:
-            """With an error of at most one rounding in a draw: Monte Carlo arithmetic (Parker, 1997)."""
+            """With an error of at most one rounding in a draw: Monte Carlo arithmetic (Parker,
+            1997)."""
             errors = torch.rand(t.shape, generator=generator) - 0.5 if draw else 0.0
             return t * (1 + rounding * errors)
 
@@ -373,7 +411,8 @@ class Follower:
         return Trial(self.make, Record(), **{**self.setup, "views": {}, "groups": False})
 
     def _make(self, model: Layers, unchanged: bool = False) -> Any:
-        """The optimizer; an optimizer for each of two groups, which neither can confuse with the other."""
+        """The optimizer; an optimizer for each of two groups, which neither can confuse with the
+        other."""
         trial = self._trial()
         if not self.setup.get("groups"):
             return trial.optimizer(model)
@@ -383,7 +422,9 @@ class Follower:
         return Together([first, second])
 
 
-def _off_formula(families: list[str], own: list[Steps], formula: list[Steps], follow: Follower) -> str:
+def _off_formula(
+    families: list[str], own: list[Steps], formula: list[Steps], follow: Follower
+) -> str:
     """What is wrong with the optimizer's own step, by its formula, or "".
 
     Besides the formula's rounding, the weights are rounded: to float32, about twice in a step.
@@ -393,15 +434,20 @@ def _off_formula(families: list[str], own: list[Steps], formula: list[Steps], fo
     for family, (weights, _), (exact, rounded) in zip(families, own, formula, strict=True):
         for matrix, right in exact.items():
             errors = _errors(weights[matrix], right)
-            drawn = np.max([np.zeros(2), *(_errors(draw[matrix], right) for draw in rounded)], axis=0)
-            moves = [float(np.linalg.norm(update)) for update in np.diff(right, axis=0) if update.any()]
+            drawn = np.max(
+                [np.zeros(2), *(_errors(draw[matrix], right) for draw in rounded)], axis=0
+            )
+            moves = [
+                float(np.linalg.norm(update)) for update in np.diff(right, axis=0) if update.any()
+            ]
             norm = max(float(np.linalg.norm(weight)) for weight in right)
             stored = FLOAT32 * norm / min(moves, default=1.0)
             excess = float(max(errors / (FACTOR * (drawn + stored) + follow.precision)))
             if excess > worst:
                 worst = excess
                 detail = (
-                    f"{matrix}, {family}: own step off {follow.formula.name}'s formula by {errors[0]:.1e}"
+                    f"{matrix}, {family}: own step off {follow.formula.name}'s formula by "
+                    f"{errors[0]:.1e}"
                 )
                 detail += f" (rounding {drawn[0]:.1e}), its norm by {errors[1]:.1e}"
     return detail
@@ -452,7 +498,9 @@ def _errors(weights: list[Array], reference: list[Array]) -> Array:
     errors = np.zeros(2)
     for update, right in zip(np.diff(weights, axis=0), np.diff(reference, axis=0), strict=True):
         if not np.array_equal(update, right):
-            error, norm, expected = (float(np.linalg.norm(x)) for x in (update - right, update, right))
+            error, norm, expected = (
+                float(np.linalg.norm(x)) for x in (update - right, update, right)
+            )
             finite = expected > 0 and math.isfinite(error + norm + expected)
             both = [error / expected, abs(norm / expected - 1)] if finite else [math.inf, math.inf]
             errors = np.maximum(errors, both)
@@ -466,7 +514,9 @@ def _judge(name: str, records: dict[Key, Record], references: References) -> Row
     if references.formula:
         compared += f", {references.formula} in float64"
     found: list[Any] = []
-    for ((family, *_), record), (exact, rounded) in zip(records.items(), references.own, strict=True):
+    for ((family, *_), record), (exact, rounded) in zip(
+        records.items(), references.own, strict=True
+    ):
         for matrix, weights in record.weights.items():
             errors = _errors(weights, exact[matrix])
             drawn = [_errors(draw[matrix], exact[matrix]) for draw in rounded]
@@ -512,10 +562,11 @@ def _check_moves(records: dict[Key, Record], references: References) -> None:
 def _judge_polar(name: str, records: dict[Key, Record]) -> Row:
     """Compare the first update with the polar factor U·Vᵀ of the gradient U·Σ·Vᵀ, in float64.
 
-    Five Newton–Schulz iterations with Jordan's coefficients bring all singular values of the normalised
-    gradient into an interval [a, b]. Then the cosine of the angle to U·Vᵀ is at least 2·√(ab) / (a + b). The
-    interval is widened by the rounding to bfloat16 of each iteration's three products, and begins at half of
-    the smallest singular value. No singular value is further from the median than a from b.
+    Five Newton–Schulz iterations with Jordan's coefficients bring all singular values of the
+    normalised gradient into an interval [a, b]. Then the cosine of the angle to U·Vᵀ is at least
+    2·√(ab) / (a + b). The interval is widened by the rounding to bfloat16 of each iteration's three
+    products, and begins at half of the smallest singular value. No singular value is further from
+    the median than a from b.
     """
     rows = []
     record = next(record for (family, *_), record in records.items() if family == FAMILIES[0])
@@ -523,7 +574,9 @@ def _judge_polar(name: str, records: dict[Key, Record]) -> Row:
         u, sigma, vt = np.linalg.svd(record.gradients[matrix][0], full_matrices=False)
         update = weights[1] - weights[0]
         values = np.linalg.svd(update, compute_uv=False)
-        cosine = -(update * (u @ vt)).sum() / max(np.linalg.norm(values) * math.sqrt(len(sigma)), 1e-300)
+        cosine = -(update * (u @ vt)).sum() / max(
+            np.linalg.norm(values) * math.sqrt(len(sigma)), 1e-300
+        )
         a, b = np.array([sigma[-1] / 2, sigma[0]]) / np.linalg.norm(sigma)
         for _ in range(5):
             x = np.geomspace(a * (1 - 1.5 * BFLOAT16), b * (1 + 1.5 * BFLOAT16), 1000)

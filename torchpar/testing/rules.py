@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The rules of an operator's table, in its order: each tries an operator with one part of PyTorch."""
+"""The rules of an operator's table, in its order: each tries an operator with one part of
+PyTorch."""
 
 import copy
 import io
@@ -55,8 +56,8 @@ from torchpar.testing.case import (
 )
 
 RULES: dict[str, Callable[[Case], Any]] = {}
-"""By name, in the table's order: functions that return nothing or a remark, and raise an `Outcome` or any
-error. Or they yield attempts, each a label and such a function, and return a remark."""
+"""By name, in the table's order: functions that return nothing or a remark, and raise an `Outcome`
+or any error. Or they yield attempts, each a label and such a function, and return a remark."""
 ONCE = ("torch.compile by Inductor", "torch.export, save and load")  # for the first sample only
 
 
@@ -74,7 +75,9 @@ def rule(name: str) -> Callable[[Callable[[Case], Any]], None]:
 
 @rule("values")
 def _(case: Case) -> None:
-    operands = case.operands if case.reference is not None else [t.contiguous() for t in case.operands]
+    operands = (
+        case.operands if case.reference is not None else [t.contiguous() for t in case.operands]
+    )
     try:
         actual, expected = case.op(*case.operands), case.plain(*operands)
     except Exception as e:  # samples are what the operator takes
@@ -150,8 +153,8 @@ def _deterministic() -> Iterator[None]:
 def _(case: Case) -> Attempts:
     """PyTorch's default dtype, deterministic algorithms and threads change no result.
 
-    The default dtype changes no bit, unless it changes those of the reference. The others can change the
-    order of sums.
+    The default dtype changes no bit, unless it changes those of the reference. The others can
+    change the order of sums.
     """
     changed: list[str] = []
 
@@ -185,9 +188,12 @@ def _(case: Case) -> Attempts:
             True,
         ),
     }
-    if case.reference is not None or case.floating:  # results of integers may have the default dtype
+    # Results of integers may have the default dtype.
+    if case.reference is not None or case.floating:
         default = partial(_setting, torch.get_default_dtype, torch.set_default_dtype)
-        settings |= {f"default dtype {dtype}": (partial(default, dtype), False) for dtype in DEFAULTS}
+        settings |= {
+            f"default dtype {dtype}": (partial(default, dtype), False) for dtype in DEFAULTS
+        }
     values, pulled = _values_and_gradients(case)
     for label, (setting, may_reorder) in settings.items():
         yield label, partial(check, label, setting, may_reorder, values)
@@ -222,7 +228,9 @@ def _(case: Case) -> Attempts:
             return t.detach().requires_grad_(requires_grad and is_differentiable(t))
 
         args, kwargs = tree_map_only(Tensor, prepared, arguments)
-        found = torch.library.opcheck(case.overload, args, kwargs, test_utils=test, raise_exception=False)
+        found = torch.library.opcheck(
+            case.overload, args, kwargs, test_utils=test, raise_exception=False
+        )
         if found[test] != "SUCCESS":
             raise Outcome("wrong", f"opcheck: {found[test]}")
 
@@ -239,7 +247,10 @@ def _other_operands(case: Case) -> Iterator[tuple[str, Tensors]]:
             yield f"{name} operand {i}", (*case.operands[:i], layout(t), *case.operands[i + 1 :])
     yield from case.resized(lambda t, dim: t.narrow(dim, 0, 0))
     yield from case.resized(lambda t, dim: t.narrow(dim, 0, min(t.shape[dim], 1)))
-    yield "operands without dimensions", tuple(t.flatten()[0] if t.numel() else t for t in case.operands)
+    yield (
+        "operands without dimensions",
+        tuple(t.flatten()[0] if t.numel() else t for t in case.operands),
+    )
 
 
 def _layouts(check: Callable[[Case, Tensors], None], case: Case) -> Attempts:
@@ -258,7 +269,9 @@ def _same_values(case: Case, operands: Tensors) -> None:
         """Of operands that are changed by roundings: equal terms can add up without an error."""
         for seed in range(4):
             like = [
-                t * (1 + torch.finfo(t.dtype).eps * normal_like(t, seed)) if is_differentiable(t) else t
+                t * (1 + torch.finfo(t.dtype).eps * normal_like(t, seed))
+                if is_differentiable(t)
+                else t
                 for t in copies
             ]
             yield case.plain(*like), exact(like)
@@ -267,7 +280,8 @@ def _same_values(case: Case, operands: Tensors) -> None:
 
 
 def _fake_of_meta(case: Case) -> None:
-    """Of operands that are on no device of this machine, so that a device that the fake fixes is seen."""
+    """Of operands that are on no device of this machine, so that a device that the fake fixes is
+    seen."""
     actual = case.op(*case.operands)
     metas = case.op(*(t.to("meta") for t in case.operands))
     same_metadata(metas, tuple(t.to("meta") for t in actual))
@@ -372,7 +386,8 @@ def _of_gradcheck(message: str) -> str:
         return message
     theirs, ours = (
         torch.tensor(
-            [float(one) for one in re.findall(NUMBER, part.partition("dtype")[0])], dtype=torch.float64
+            [float(one) for one in re.findall(NUMBER, part.partition("dtype")[0])],
+            dtype=torch.float64,
         )
         for part in rest.split("analytical:tensor(")
     )
@@ -381,7 +396,9 @@ def _of_gradcheck(message: str) -> str:
         return title
     i = int((ours - theirs).abs().argmax())
     cause = "0 everywhere" if not ours.any() else likely_cause(ours, theirs)
-    return with_cause(f"{title}: {ours[i]:.4g}, expected {theirs[i]:.4g} by finite differences", cause)
+    return with_cause(
+        f"{title}: {ours[i]:.4g}, expected {theirs[i]:.4g} by finite differences", cause
+    )
 
 
 NUMBER = r"-?\d+\.?\d*(?:e[+-]?\d+)?|nan|inf"
@@ -438,14 +455,18 @@ def _(case: Case) -> Attempts:
     operands, results = range(len(case.floating)), len(case.oracle(*case.floating))
     for i in operands:
         for required in dict.fromkeys([(i,), tuple(j for j in operands if j != i) or (i,)]):
-            yield f"of operands {required}", partial(case.transformed, pulled_back, required=required)
+            yield (
+                f"of operands {required}",
+                partial(case.transformed, pulled_back, required=required),
+            )
     for i in range(results) if results > 1 else ():
         yield f"of result {i}", partial(case.transformed, pulled_back, used=slice(i, i + 1))
 
 
 @rule("changes after the call")
 def _(case: Case) -> Attempts:
-    """A tensor that the backward needs is changed in place: right gradients, or autograd's error."""
+    """A tensor that the backward needs is changed in place: right gradients, or autograd's
+    error."""
 
     def check(of_results: bool) -> None:
         expected, leaves = pulled_back(case.oracle, case), case.leaves()
@@ -474,10 +495,15 @@ def _(case: Case) -> Attempts:
             for i in chosen:
                 xs[i] = forward_ad.make_dual(xs[i], normal_like(xs[i]))
             ys = [forward_ad.unpack_dual(y) for y in f(*xs)]
-            return [(torch.zeros_like(y.primal) if y.tangent is None else y.tangent).clone() for y in ys]
+            return [
+                (torch.zeros_like(y.primal) if y.tangent is None else y.tangent).clone() for y in ys
+            ]
 
     for chosen in dict.fromkeys([_every(case), *((i,) for i in _every(case))]):
-        yield f"of operands {chosen}", partial(case.transformed, pushed, _difference_of, chosen=chosen)
+        yield (
+            f"of operands {chosen}",
+            partial(case.transformed, pushed, _difference_of, chosen=chosen),
+        )
 
 
 def _moved(f: Function, xs: Tensors, step: float, chosen: Sequence[int]) -> list[Tensor]:
@@ -537,7 +563,9 @@ def _batched(f: Function, case: Case) -> Tensors:
     ys = f(*xs)
     batches = [torch.stack([normal_like(y, seed) for seed in range(3)]) for y in ys]
     found = torch.autograd.grad(ys, xs, batches, allow_unused=True, is_grads_batched=True)
-    return tuple(x.new_zeros(3, *x.shape) if g is None else g for x, g in zip(xs, found, strict=True))
+    return tuple(
+        x.new_zeros(3, *x.shape) if g is None else g for x, g in zip(xs, found, strict=True)
+    )
 
 
 def _checkpointed(f: Function, case: Case) -> Tensors:
@@ -551,7 +579,9 @@ def _of_every_pair(f: Callable[[], Any], xs: Tensors) -> Any:
     """Compute derivatives by all operands at once, which takes the square of their numbers."""
     count = sum(x.numel() for x in xs)
     if count**2 > MOST_SQUARED:
-        raise Outcome("not run", f"{count}² derivatives, expected at most 2²⁴ numbers; take a smaller sample")
+        raise Outcome(
+            "not run", f"{count}² derivatives, expected at most 2²⁴ numbers; take a smaller sample"
+        )
     return f()
 
 
@@ -590,7 +620,8 @@ RULES.update(
 
 @rule("NaN")
 def _(case: Case) -> Attempts:
-    """One number of an operand is NaN: results and gradients are NaN where those of the reference are."""
+    """One number of an operand is NaN: results and gradients are NaN where those of the reference
+    are."""
     case.expect_reference()
     for i, t in enumerate(case.operands):
         if not (is_differentiable(t) and t.numel()):
@@ -610,7 +641,8 @@ def _same_as_reference(case: Case) -> None:
 
 @rule("ties and zeros")
 def _(case: Case) -> Attempts:
-    """Equal numbers, at which a maximum or |x| has a kink: the gradients are those of the reference."""
+    """Equal numbers, at which a maximum or |x| has a kink: the gradients are those of the
+    reference."""
     case.expect_reference()
     first = next((t.flatten() for t in case.floating if t.numel()), torch.zeros(1))
 
@@ -618,7 +650,9 @@ def _(case: Case) -> Attempts:
         return numbers.repeat(-(-t.numel() // len(numbers)))[: t.numel()].view(t.shape).to(t.dtype)
 
     kinds: dict[str, Layout] = {
-        "pairs in an operand": lambda t: t.flatten().repeat_interleave(2)[: t.numel()].view(t.shape),
+        "pairs in an operand": lambda t: (
+            t.flatten().repeat_interleave(2)[: t.numel()].view(t.shape)
+        ),
         "the same numbers in all operands": lambda t: repeated(first, t),
         "one number": lambda t: repeated(first[:1], t),
         "zeros": torch.zeros_like,
@@ -662,16 +696,26 @@ def _looped(f: Function) -> Function:
 
 def _vmap(case: Case, in_dims: tuple[int | None, ...], size: int = 3) -> None:
     with_dims = list(zip(case.operands, in_dims, strict=True))
-    batches = [torch.stack([t if dim is None else rolled(t, k) for k in range(size)]) for t, dim in with_dims]
+    batches = [
+        torch.stack([t if dim is None else rolled(t, k) for k in range(size)])
+        for t, dim in with_dims
+    ]
     expected = _looped(case.plain)(*batches)
-    given = [t if dim is None else b.movedim(0, dim) for b, (t, dim) in zip(batches, with_dims, strict=True)]
+    given = [
+        t if dim is None else b.movedim(0, dim)
+        for b, (t, dim) in zip(batches, with_dims, strict=True)
+    ]
 
     def exact() -> Tensors:
         return _looped(case.plain)(*cast(tuple(batches), torch.float64))
 
     close(vmap(case.op, in_dims)(*given), expected, exact)
     last = [y.movedim(0, -1) for y in expected]
-    close(vmap(case.op, in_dims, out_dims=-1)(*given), last, lambda: [y.movedim(0, -1) for y in exact()])
+    close(
+        vmap(case.op, in_dims, out_dims=-1)(*given),
+        last,
+        lambda: [y.movedim(0, -1) for y in exact()],
+    )
     case.expect_call(lambda: vmap(case.op, in_dims)(*given))
 
 
@@ -712,9 +756,13 @@ OF_BATCHES: dict[str, Callable[[Function, Tensors], Any]] = {
     "vmap of vjp": lambda f, xs: vmap(lambda *x: vjp(f, *x)[1](f(*x)))(*xs),
     "jacfwd of vmap": lambda f, xs: _jacfwd(vmap(f), xs),
     "hessian of vmap": lambda f, xs: _hessian(vmap(f), xs),
-    "vmap of vmap of grad": lambda f, xs: vmap(vmap(grad(_scalar(f))))(*(torch.stack([x, x]) for x in xs)),
+    "vmap of vmap of grad": lambda f, xs: vmap(vmap(grad(_scalar(f))))(
+        *(torch.stack([x, x]) for x in xs)
+    ),
     "vmap of grad": lambda f, xs: vmap(grad(_scalar(f), tuple(range(len(xs)))))(*xs),
-    "gradients of vmap": lambda f, xs: torch.autograd.grad(_scalar(vmap(f))(*xs), xs, materialize_grads=True),
+    "gradients of vmap": lambda f, xs: torch.autograd.grad(
+        _scalar(vmap(f))(*xs), xs, materialize_grads=True
+    ),
 }
 
 
@@ -814,7 +862,10 @@ def _(case: Case) -> Attempts:
     def pulled(function: Function) -> None:
         xs = tuple(t.requires_grad_() for t in wrapped(case.floating))
         incoming = wrapped(map(normal_like, case.oracle(*case.floating)))
-        close(inner(gradients(case.smooth(function)(*xs), xs, incoming)), pulled_back(case.oracle, case))
+        close(
+            inner(gradients(case.smooth(function)(*xs), xs, incoming)),
+            pulled_back(case.oracle, case),
+        )
 
     def check(compare: Callable[[Function], None]) -> None:
         try:
@@ -824,7 +875,9 @@ def _(case: Case) -> Attempts:
                 try:
                     compare(case.plain)
                 except Outcome as e:  # PyTorch's subclass forgets that a view is conjugated
-                    raise Outcome("not run", f"the reference is wrong for a subclass: {e.args[1]}") from e
+                    raise Outcome(
+                        "not run", f"the reference is wrong for a subclass: {e.args[1]}"
+                    ) from e
             raise
 
     yield "values", partial(check, values)
@@ -847,14 +900,20 @@ def _compiled(case: Case, **how: Any) -> Attempts:
     def pulled() -> None:
         transform = partial(pulled_back, case=case, layout=LAYOUTS["permuted"])
         expected = transform(case.oracle)
-        close(transform(case.smooth(compiled)), expected, lambda: transform(case.wide.oracle, case=case.wide))
+        close(
+            transform(case.smooth(compiled)),
+            expected,
+            lambda: transform(case.wide.oracle, case=case.wide),
+        )
 
     torch._dynamo.reset()
     compiled = case.bind(torch.compile(call, fullgraph=True, **how))
     yield "values", partial(values, case.operands)
     if case.floating:
         yield "gradients", pulled
-    for name, operands in case.resized(lambda t, dim: torch.cat([t, t], dim)) if "dynamic" in how else ():
+    for name, operands in (
+        case.resized(lambda t, dim: torch.cat([t, t], dim)) if "dynamic" in how else ()
+    ):
         yield f"twice {name}", partial(values, operands)
     torch._dynamo.reset()
 
@@ -907,7 +966,8 @@ MOST_COMBINATIONS = 48  # drawn from all, if there are more
 def _(case: Case) -> Attempts:
     """Every placement of every operand, on simulated ranks.
 
-    All ranks live in this process, in PyTorch's LocalTensor mode: nothing has to be imported elsewhere.
+    All ranks live in this process, in PyTorch's LocalTensor mode: nothing has to be imported
+    elsewhere.
     """
     from torch.distributed.tensor import Partial, Replicate, Shard
 
@@ -964,14 +1024,20 @@ def _place(whole: Tensor, mesh: Any, placement: Any) -> Any:
     weights = [normal_like(whole, seed) for seed in range(RANKS - 1)]
     weights.append(1 - torch.stack(weights).sum(0))
     is_sum = placement.is_partial()
-    local = LocalTensor({rank: whole * w if is_sum else whole.clone() for rank, w in enumerate(weights)})
+    local = LocalTensor(
+        {rank: whole * w if is_sum else whole.clone() for rank, w in enumerate(weights)}
+    )
     if is_sum:
         return DTensor.from_local(local, mesh, [placement], run_check=False)
     return distribute_tensor(local, mesh, [placement], src_data_rank=None)
 
 
 def _compare(
-    case: Case, mesh: Any, placements: Sequence[Any], expected: tuple[Any, Any, Any], local: list[Any]
+    case: Case,
+    mesh: Any,
+    placements: Sequence[Any],
+    expected: tuple[Any, Any, Any],
+    local: list[Any],
 ) -> None:
     """Compare results and gradients on all ranks with those of the whole operands."""
     from torch.distributed.tensor import DTensor, Replicate

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The situations in which an optimizer is tried: functions that run on every rank, and their table."""
+"""The situations in which an optimizer is tried: functions that run on every rank, and their
+table."""
 
 import copy
 import inspect
@@ -76,7 +77,8 @@ def pipeline(trial: Trial) -> None:
 
 
 def split_layers(trial: Trial, kind: Any) -> None:
-    """A column layer of torchpar has a part of the outputs, and a row layer takes a part of the inputs."""
+    """A column layer of torchpar has a part of the outputs, and a row layer takes a part of the
+    inputs."""
     mesh, model = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",)), trial.model()
     for name, layer in list(model.named_children()):
         setattr(model, name, kind.from_linear(layer, mesh=mesh))
@@ -103,7 +105,9 @@ def shard(model: nn.Module, **options: Any) -> nn.Module:
 
 def parallelize(model: nn.Module, mesh: Any = None) -> nn.Module:
     styles = ColwiseParallel(output_layouts=Replicate()), RowwiseParallel(input_layouts=Replicate())
-    plan: dict[str, Any] = {name: styles[i % 2] for i, (name, _) in enumerate(model.named_children())}
+    plan: dict[str, Any] = {
+        name: styles[i % 2] for i, (name, _) in enumerate(model.named_children())
+    }
     return parallelize_module(model, mesh or init_device_mesh("cpu", (2,)), plan)
 
 
@@ -134,12 +138,15 @@ def closure(trial: Trial) -> None:
         optimizer.zero_grad()
         model(trial.batch(step + 1)).backward()
 
-    # The gradients of the closure are recorded. Right before the step there are those of another batch.
+    # The gradients of the closure are recorded. Right before the step there are those of another
+    # batch.
     for step in trial.steps(model, optimizer, loss, stale=leave_others):
         model(trial.batch(step)).backward()
     for (step, called), returned in zip(losses.items(), trial.returned, strict=True):
         if len(called) != 1:
-            times = f"calls the closure {len(called)} times" if called else "does not call the closure"
+            times = (
+                f"calls the closure {len(called)} times" if called else "does not call the closure"
+            )
             raise Failure("wrong", f"step(closure) {times}")
         if returned is None:
             raise Failure("wrong", "step(closure) does not return the loss")
@@ -175,7 +182,8 @@ def resumed(trial: Trial) -> None:
 
 
 def checkpointed(trial: Trial) -> None:
-    """One phase saves a checkpoint, with a changed rate, and the next one loads it on other ranks."""
+    """One phase saves a checkpoint, with a changed rate, and the next one loads it on other
+    ranks."""
     model: Any = trial.model()
     part = dist.get_rank(), dist.get_world_size()
     if part[1] > 1:
@@ -204,7 +212,8 @@ def distributed(
     without: Sequence[int] = (),
     alone: Callable[[Any, Any, int], None] | None = None,
 ) -> None:
-    """Weights are DTensors, which their layers cannot compute with: a backward pass accumulates gradients.
+    """Weights are DTensors, which their layers cannot compute with: a backward pass accumulates
+    gradients.
 
     Args:
         partial_sums: whether the gradients are partial sums.
@@ -223,7 +232,9 @@ def distributed(
     for step in trial.steps(model, optimizer):
         batch = trial.batch(step, rank, ranks) if partial_sums else trial.batch(step)
         grads = [y.T @ x for x, y in batch.values()]
-        placed = [DTensor.from_local(g, mesh, [Partial()]) if partial_sums else place(g) for g in grads]
+        placed = [
+            DTensor.from_local(g, mesh, [Partial()]) if partial_sums else place(g) for g in grads
+        ]
         torch.autograd.backward(list(model.parameters()), placed)
         if step in without:
             lose_gradient(model)
@@ -246,7 +257,9 @@ def add_group(model: Any, optimizer: Any, step: int) -> None:
         late = copy.deepcopy(model.square.weight)
         late.grad = model.square.weight.grad.clone()
         group = {key: x for key, x in first.items() if key not in ("params", "param_names")}
-        optimizer.add_param_group({**group, "params": [("late", late) if "param_names" in first else late]})
+        optimizer.add_param_group(
+            {**group, "params": [("late", late) if "param_names" in first else late]}
+        )
 
 
 class Situation(NamedTuple):
@@ -274,7 +287,8 @@ SCALED: dict[str, Any] = {"factor": 1024.0}  # exact in every dtype
 BFLOAT16: dict[str, Any] = {"dtype": torch.bfloat16}
 NO_NESTEROV: dict[str, Any] = {"options": {"nesterov": False}}
 MIXED, OFFLOAD = MixedPrecisionPolicy(torch.bfloat16, torch.float32), CPUOffloadPolicy(False)
-# fully_shard pads 9 rows to 12 and 5 to 8, and an update's norm may depend on the ratio of rows and columns.
+# fully_shard pads 9 rows to 12 and 5 to 8, and an update's norm may depend on the ratio of rows and
+# columns.
 PADDED = {"shapes": {"nine": (9, 6), "five": (5, 4)}}
 # Two singular values that differ could make rounding look larger than its yardstick.
 FEW_ROWS: dict[str, Any] = {"shapes": {"two": (2, 32), "one": (1, 20)}, "decades": 0.0}
@@ -312,15 +326,21 @@ SITUATIONS = {
     "fully_shard on 3 ranks": Situation(sharded, 3),
     "fully_shard, fewer rows than ranks": Situation(sharded, 3, FEW_ROWS),
     "fully_shard, padded rows": Situation(sharded, 4, PADDED),
-    "fully_shard, mixed precision": Situation(partial(trained, wrap=partial(shard, mp_policy=MIXED)), 2),
-    "fully_shard, CPU offload": Situation(partial(trained, wrap=partial(shard, offload_policy=OFFLOAD)), 2),
+    "fully_shard, mixed precision": Situation(
+        partial(trained, wrap=partial(shard, mp_policy=MIXED)), 2
+    ),
+    "fully_shard, CPU offload": Situation(
+        partial(trained, wrap=partial(shard, offload_policy=OFFLOAD)), 2
+    ),
     "fully_shard, bfloat16": Situation(sharded, 2, BFLOAT16),
     "fully_shard, without Nesterov": Situation(sharded, 2, NO_NESTEROV),
     "fully_shard, convolutions": Situation(sharded, 2, CONVOLUTIONS),
     "fully_shard, heads": Situation(sharded, 2, HEADS),
     "fully_shard, accumulation": Situation(partial(sharded, micro_batches=3), 2),
     "fully_shard, two groups and a schedule": Situation(sharded, 2, TWO_GROUPS | SCHEDULE),
-    "fully_shard after the optimizer": Situation(partial(sharded, optimizer_first=True), 2, orthogonal=True),
+    "fully_shard after the optimizer": Situation(
+        partial(sharded, optimizer_first=True), 2, orthogonal=True
+    ),
     "Shard(0)": Situation(distributed, 2, {"versions": True}),
     "Shard(0) on 3 ranks": Situation(distributed, 3),
     "Shard(1)": Situation(partial(distributed, placements=[Shard(1)]), 2),
@@ -336,14 +356,18 @@ SITUATIONS = {
     "Replicate, no gradient on one rank": Situation(
         partial(distributed, placements=[Replicate()], alone=lose_gradient), 2, orthogonal=True
     ),
-    "Shard(0), two learning rates": Situation(partial(distributed, alone=double_rate), 2, orthogonal=True),
+    "Shard(0), two learning rates": Situation(
+        partial(distributed, alone=double_rate), 2, orthogonal=True
+    ),
     "Shard(0), a group on one rank": Situation(
         partial(distributed, alone=add_group), 2, orthogonal=True, one_may_refuse=True
     ),
     "ColumnParallelLinear": Situation(partial(split_layers, kind=ColumnParallelLinear), 2),
     "RowParallelLinear": Situation(partial(split_layers, kind=RowParallelLinear), 2),
     "parallelize_module": Situation(partial(trained, wrap=parallelize, replica=2), 2),
-    "fully_shard over parallelize_module": Situation(partial(trained, wrap=shard_parallelized, replica=2), 4),
+    "fully_shard over parallelize_module": Situation(
+        partial(trained, wrap=shard_parallelized, replica=2), 4
+    ),
     "pipeline stages": Situation(pipeline, 2),
     "DCP, 2 ranks onto 3": Situation(checkpointed, (2, 3), RESUMED),
     "DCP, 2 ranks onto 1": Situation(checkpointed, (2, 1), RESUMED),

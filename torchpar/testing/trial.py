@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""One optimizer in one situation on this rank: a model, its gradients, and a record of the steps."""
+"""One optimizer in one situation on this rank: a model, its gradients, and a record of the
+steps."""
 
 import inspect
 import math
@@ -28,7 +29,8 @@ SHAPES = {
 STEPS = range(3)
 # Muon's iterations amplify rounding where a gradient is singular, as that of a small batch is.
 FAMILIES = ("full rank", "low rank", "large weights")
-# Of the third family to the others: the decay of small weights hides in the rounding of their updates.
+# Of the third family to the others: the decay of small weights hides in the rounding of their
+# updates.
 LARGE = 320.0
 
 Array = np.ndarray[Any, Any]
@@ -43,8 +45,8 @@ class Failure(Exception):
 class Layers(nn.Module):
     """Linear layers, and convolutions for weights of four axes, side by side.
 
-    The loss of a batch ``{name: (x, y)}`` is Σ (layer(x)·y), so the batch alone determines the gradients:
-    that of a linear layer is yᵀ·x.
+    The loss of a batch ``{name: (x, y)}`` is Σ (layer(x)·y), so the batch alone determines the
+    gradients: that of a linear layer is yᵀ·x.
     """
 
     def __init__(self, weights: Mapping[str, Tensor]):
@@ -79,8 +81,16 @@ def local(t: Tensor) -> Tensor:
 
 
 def other_settings(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that differ from those of a parameter group, of the arguments that most optimizers have."""
-    factors = {"lr": 0.5, "weight_decay": 3.0, "momentum": 0.9, "alpha": 0.9, "rho": 0.9, "eps": 100.0}
+    """Settings that differ from those of a parameter group, of the arguments that most optimizers
+    have."""
+    factors = {
+        "lr": 0.5,
+        "weight_decay": 3.0,
+        "momentum": 0.9,
+        "alpha": 0.9,
+        "rho": 0.9,
+        "eps": 100.0,
+    }
     numbers = [key for key in factors if isinstance(group.get(key), int | float | Tensor)]
     settings: dict[str, Any] = {key: group[key] * factors[key] for key in numbers}
     if "lr" not in settings:
@@ -89,7 +99,11 @@ def other_settings(group: Mapping[str, Any]) -> dict[str, Any]:
         settings["weight_decay"] = 0.1
     if isinstance(group.get("betas"), tuple | list):
         settings["betas"] = tuple(0.9 * beta for beta in group["betas"])
-    if isinstance(group.get("nesterov"), bool) and group.get("momentum") and not group.get("dampening"):
+    if (
+        isinstance(group.get("nesterov"), bool)
+        and group.get("momentum")
+        and not group.get("dampening")
+    ):
         settings["nesterov"] = not group["nesterov"]
     return settings
 
@@ -103,7 +117,8 @@ def multiply_rates(optimizer: Any, factor: float) -> None:
 
 @dataclass
 class Record:
-    """The weights before and after each step, and the gradients or None: whole matrices, in float64."""
+    """The weights before and after each step, and the gradients or None: whole matrices, in
+    float64."""
 
     weights: dict[str, list[Array]] = field(default_factory=dict)
     gradients: dict[str, list[Any]] = field(default_factory=dict)
@@ -122,7 +137,8 @@ class Before(NamedTuple):
         return cls(local(p.detach()).clone(), grad, p._version)
 
     def check(self, name: str, p: Tensor, has_closure: bool) -> None:
-        """Raise a Failure if a step changed what it must not change; a closure changes gradients."""
+        """Raise a Failure if a step changed what it must not change; a closure changes
+        gradients."""
         moves = not torch.equal(local(p.detach()).nan_to_num(), self.weight.nan_to_num())
         if self.grad is None:
             if moves:
@@ -137,7 +153,8 @@ class Trial:
 
     Attributes:
         record: that of the first phase, in the second one.
-        family: one of `FAMILIES`: gradients of full or of low rank, or of full rank with large weights.
+        family: one of `FAMILIES`: gradients of full or of low rank, or of full rank with large
+            weights.
         folder: a folder of all ranks, which is empty at first.
         decades: over which the singular values of a gradient are spread.
         scale: of the first weights.
@@ -146,7 +163,8 @@ class Trial:
         views: the views that the optimizer gets, by the name of a parameter.
         options: further arguments of the optimizer, which the reference gets, too.
         rates: factors of the learning rate, by step.
-        groups: whether the second half of the layers is a group with settings of its own, `other_settings`.
+        groups: whether the second half of the layers is a group with settings of its own,
+            `other_settings`.
         versions: whether autograd must notice each change of a weight.
         returned: by each step.
     """
@@ -197,7 +215,8 @@ class Trial:
         return optimizer
 
     def batch(self, step: int, part: int = 0, parts: int = 1) -> Batch:
-        """Inputs and their weights in the loss: those of one of several ``parts`` of the samples."""
+        """Inputs and their weights in the loss: those of one of several ``parts`` of the
+        samples."""
         samples = {name: self._samples(name, shape, step) for name, shape in self.shapes.items()}
         return {name: (x[part::parts], y[part::parts]) for name, (x, y) in samples.items()}
 
@@ -219,7 +238,9 @@ class Trial:
         for step in among:
             optimizer.zero_grad()
             if left := [
-                name for name, p in named_layers(model) if p.grad is not None and local(p.grad).any()
+                name
+                for name, p in named_layers(model)
+                if p.grad is not None and local(p.grad).any()
             ]:
                 raise Failure("wrong", f"zero_grad leaves the gradient of {left[0]}")
             yield step
@@ -233,11 +254,14 @@ class Trial:
             for name, p in named_layers(model):
                 before[name].check(name, p, has_closure=bool(closure))
                 if self.versions and p._version == before[name].version:
-                    raise Failure("wrong", f"autograd does not notice that {name} changes, as by p.data")
+                    raise Failure(
+                        "wrong", f"autograd does not notice that {name} changes, as by p.data"
+                    )
             self._append(self.record.weights, model)
 
     def _append(self, record: dict[str, list[Any]], model: nn.Module, of: str = "data") -> None:
-        """Append the whole matrices by the names of parameters, with numbers within one that has a view."""
+        """Append the whole matrices by the names of parameters, with numbers within one that has a
+        view."""
         for name, p in named_layers(model):
             t = getattr(p, of)
             if isinstance(t, DTensor):
@@ -262,7 +286,11 @@ class Trial:
             torch.linalg.qr(torch.randn(size, rank, generator=generator, dtype=torch.float64)).Q
             for size in (n, m, max(rank, 16))
         )
-        mixed = mixed * math.sqrt(self.size) * torch.logspace(0, -self.decades / 2, rank, dtype=torch.float64)
+        mixed = (
+            mixed
+            * math.sqrt(self.size)
+            * torch.logspace(0, -self.decades / 2, rank, dtype=torch.float64)
+        )
         x, y = (mixed @ v.T).to(self.dtype), (mixed @ u.T).to(self.dtype)
         return x.view(-1, *shape[1:]), y.view(*y.shape, *[1] * (len(shape) - 2))
 

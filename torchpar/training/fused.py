@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: MIT
 """Gradients of an MLP by formulas, without autograd.
 
-With A₀ = X, hidden layers Aₗ = f(Aₗ₋₁·Wₗᵀ + bₗ), logits Z of the last layer, and N samples in the batch:
+With A₀ = X, hidden layers Aₗ = f(Aₗ₋₁·Wₗᵀ + bₗ), logits Z of the last layer, and N samples in the
+batch:
 
     dL/dZ = (softmax(Z) − targets) / N
     dL/dWₗ = (dL/dZₗ)ᵀ·Aₗ₋₁        dL/dbₗ = Σ dL/dZₗ over the rows
-    dL/dZₗ₋₁ = (dL/dZₗ·Wₗ) ⊙ f′    f′ = A ⊙ (1 − A) for sigmoid layers, 1 − A² for tanh, [A > 0] for ReLU
+    dL/dZₗ₋₁ = (dL/dZₗ·Wₗ) ⊙ f′    f′ = A ⊙ (1 − A) for a sigmoid, 1 − A² for tanh, [A > 0] for ReLU
 
-Autograd's own work takes as long as the arithmetic of a small network (`benchmarks.train`). The softmax of
-a few classes is taken along dim 0 of ``(classes, b)``: along rows of ten numbers it takes 8 to 25 times as
-long on a CPU.
+Autograd's own work takes as long as the arithmetic of a small network (`benchmarks.train`). The
+softmax of a few classes is taken along dim 0 of ``(classes, b)``: along rows of ten numbers it
+takes 8 to 25 times as long on a CPU.
 """
 
 from collections.abc import Callable
@@ -33,8 +34,8 @@ from torchpar.parallel.split.shared_memory import make_shared_sum
 from torchpar.profile.phases import phase
 
 MAX_CLASSES = 1000  # the table of targets has a row and a column for each
-# Up to so many classes the softmax is taken along dim 0. There PyTorch adds one number after the other, so
-# that the rounding error grows with the number of classes.
+# Up to so many classes the softmax is taken along dim 0. There PyTorch adds one number after the
+# other, so that the rounding error grows with the number of classes.
 MAX_CLASSES_ALONG_DIM_0 = 16
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -62,13 +63,17 @@ def why_not_fused(model: torch.nn.Module) -> str:
         p._backward_hooks or p._post_accumulate_grad_hooks for p in parameters
     ):
         return "the model has hooks, which autograd would call"
-    if any("forward" in vars(one) or one._compiled_call_impl is not None for one in model.modules()):
+    if any(
+        "forward" in vars(one) or one._compiled_call_impl is not None for one in model.modules()
+    ):
         return "the model's forward has been replaced or compiled"
     return ""
 
 
 def _sigmoid(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return linear_sigmoid(x, weight, bias) if x.is_cuda else linear_forward(x, weight, bias).sigmoid_()
+    return (
+        linear_sigmoid(x, weight, bias) if x.is_cuda else linear_forward(x, weight, bias).sigmoid_()
+    )
 
 
 def _tanh(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -90,7 +95,9 @@ def _relu_backward(g: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 # Of each kind of hidden layers: x, weight, bias → y; and g = dL/dY, y → dL/dZ and dL/db.
-_ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]] = {
+_ACTIVATIONS: dict[
+    str, tuple[Callable[..., Tensor], Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]
+] = {
     "sigmoid": (_sigmoid, sigmoid_backward),
     "tanh": (_tanh, _tanh_backward),
     "relu": (_relu, _relu_backward),
@@ -100,19 +107,20 @@ _ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[[Tensor, Tensor], 
 class FusedGradients:
     """The gradients of an MLP with sigmoid, tanh or ReLU layers and cross-entropy.
 
-    The model stays an ordinary module: its parameters, state dict and ``p.grad`` are as with autograd, and
-    any optimizer can step. `torch.autocast` is ignored; ``dtype`` takes its place.
+    The model stays an ordinary module: its parameters, state dict and ``p.grad`` are as with
+    autograd, and any optimizer can step. `torch.autocast` is ignored; ``dtype`` takes its place.
 
-    Make it when the model is complete, in its dtype and on its device: afterwards the parameters may be
-    replaced, but hooks that are added are not called. All ranks must have equal parameters.
+    Make it when the model is complete, in its dtype and on its device: afterwards the parameters
+    may be replaced, but hooks that are added are not called. All ranks must have equal parameters.
 
     Args:
         model: a `torchpar.nn.MLP` for which `why_not_fused` returns "".
-        world: its "dp" ranks share each batch; None if this process trains alone. Every rank must call the
-            constructor. The gradients are added in one all-reduce, through shared memory where possible.
+        world: its "dp" ranks share each batch; None if this process trains alone. Every rank must
+            call the constructor. The gradients are added in one all-reduce, through shared memory
+            where possible.
         label_smoothing: ε in [0, 1]; targets are ``(1 − ε)·onehot(labels) + ε/classes``.
-        dtype: of the products, such as bfloat16; by default the model's. The loss is computed in at least
-            float32, and ``p.grad`` has the dtype of p.
+        dtype: of the products, such as bfloat16; by default the model's. The loss is computed in at
+            least float32, and ``p.grad`` has the dtype of p.
 
     Raises:
         ConfigError: the reason of `why_not_fused`; ``label_smoothing`` out of range; ranks that
@@ -146,10 +154,18 @@ class FusedGradients:
         if world is not None and world.dp_size > 1:
             group = world.mesh.get_group("dp")
             dtypes = {"dtype": str(weight.dtype), "products": str(self.dtype or weight.dtype)}
-            settings = {"sizes": model.sizes, "hidden": model.hidden, "label_smoothing": label_smoothing}
+            settings = {
+                "sizes": model.sizes,
+                "hidden": model.hidden,
+                "label_smoothing": label_smoothing,
+            }
             check_same_on_all_ranks(group, "the model", dtypes | settings)
             shapes = [p.shape for layer in self._linears for p in (layer.weight, layer.bias)]
-            shared = make_shared_sum(group, shapes, weight.dtype, world.timeout) if weight.is_cpu else None
+            shared = (
+                make_shared_sum(group, shapes, weight.dtype, world.timeout)
+                if weight.is_cpu
+                else None
+            )
             self._sum = shared or partial(_all_reduce, group)
 
     @torch.no_grad()
@@ -157,7 +173,8 @@ class FusedGradients:
         """Add to each ``p.grad`` the gradient of the mean loss over the global batch.
 
         Args:
-            x: ``(b, features)``, this rank's share of the batch, converted to ``dtype``; b may be 0.
+            x: ``(b, features)``, this rank's share of the batch, converted to ``dtype``; b may be
+                0.
             labels: ``(b)`` int64 in [0, classes).
             global_size: samples of the batch, over all ranks.
 
@@ -197,7 +214,9 @@ class FusedGradients:
             gradients = [(dw.to(stored), db.to(stored)) for dw, db in gradients]
         return loss, gradients[::-1]
 
-    def _loss_and_gradient(self, logits: Tensor, labels: Tensor, global_size: int) -> tuple[Tensor, Tensor]:
+    def _loss_and_gradient(
+        self, logits: Tensor, labels: Tensor, global_size: int
+    ) -> tuple[Tensor, Tensor]:
         """The sum of the losses, and dL/dZ ``(b, classes)``."""
         dim = self._classes_dim
         z = logits if dim else logits.t()

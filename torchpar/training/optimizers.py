@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Optimizers and learning-rate schedules of the examples: SGD, Muon with SGD, and three schedules."""
+"""Optimizers and learning-rate schedules of the examples: SGD, Muon with SGD, and three
+schedules."""
 
 import math
 from collections.abc import Callable
@@ -37,7 +38,10 @@ def sgd(
     if weight_decay and not decay_biases:
         weights = [p for p in model.parameters() if p.dim() > 1]
         others = [p for p in model.parameters() if p.dim() <= 1]
-        groups = [{"params": weights, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+        groups = [
+            {"params": weights, "weight_decay": weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
     return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=fused)
 
 
@@ -51,7 +55,8 @@ def muon(
 ) -> ChainedOptimizer:
     """Return `torchpar.optim.Muon` for all weight matrices of an MLP and SGD for its biases.
 
-    The output layer goes to Muon too, which trains an MLP as well; see `torchpar.optim.Muon.for_model`.
+    The output layer goes to Muon too, which trains an MLP as well; see
+    `torchpar.optim.Muon.for_model`.
 
     Args:
         weight_decay: λ of the weights, decoupled: ``W ← (1 − lr·λ)·W``.
@@ -71,7 +76,8 @@ def muon(
 
 
 def lr_scheduler(optimizer: Optimizer, schedule: LRSchedule, steps: int) -> LambdaLR:
-    """Return a scheduler whose learning rate falls to 0 over ``steps``, linearly or as a half cosine.
+    """Return a scheduler whose learning rate falls to 0 over ``steps``, linearly or as a half
+    cosine.
 
     Later it stays 0. With "constant" the learning rate stays as it is.
 

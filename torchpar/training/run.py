@@ -11,13 +11,13 @@
                 optimizer.zero_grad()
                 run.log(loss.detach())
 
-`Run` gives each rank its batches, evaluates after each epoch, saves and resumes, and stops all ranks at the
-same step when one of them receives SIGTERM or SIGINT. A loop that accumulates the gradients of several
-batches is saved and stopped after a step of the optimizer.
+`Run` gives each rank its batches, evaluates after each epoch, saves and resumes, and stops all
+ranks at the same step when one of them receives SIGTERM or SIGINT. A loop that accumulates the
+gradients of several batches is saved and stopped after a step of the optimizer.
 
-A ``break`` before `Run.batches` ends the run after the last whole epoch, as to stop early. What an epoch's
-body does before `Run.batches` is done again when a run resumes within that epoch; afterwards the random
-state is the saved one.
+A ``break`` before `Run.batches` ends the run after the last whole epoch, as to stop early. What an
+epoch's body does before `Run.batches` is done again when a run resumes within that epoch;
+afterwards the random state is the saved one.
 """
 
 import json
@@ -82,11 +82,13 @@ class Run:
         epochs: passes over ``train``, those of a resumed run included.
         batch_size: samples per step, over all ranks.
         predict: inputs → outputs, or None on ranks without outputs; by default ``model``.
-        loss: for evaluation, outputs and labels → the sum of the losses; by default the cross-entropy.
+        loss: for evaluation, outputs and labels → the sum of the losses; by default the
+            cross-entropy.
         seed: of the samples' order.
-        checkpoint: where and when to save, if at all. A run that was stopped at any step resumes there, with
-            the same bits on the same ranks. On three ranks or more, DistributedDataParallel needs
-            `register_shared_memory_hook` for this (docs/checkpoints.md).
+        checkpoint: where and when to save, if at all. A run that was stopped at any step resumes
+            there, with the same bits on the same ranks. On three ranks or more,
+            DistributedDataParallel needs `register_shared_memory_hook` for this
+            (docs/checkpoints.md).
         config: values that identify the run, as JSON; a checkpoint with other values is refused.
         log: is told what happens; by default nothing is shown.
 
@@ -95,11 +97,12 @@ class Run:
         step: complete steps of the current epoch.
 
     Raises:
-        ConfigError: ranks with different models, flags or samples; gradients that differ between the ranks
-            that share a batch, in the optimizer's first step; a checkpoint that is damaged, of another run or
-            of more epochs; a model or an optimizer of which a checkpoint would lose something. On every rank.
-        DivergedError: the training or the test loss of an epoch is not finite, or a weight or a loss when it
-            is to be saved. On every rank.
+        ConfigError: ranks with different models, flags or samples; gradients that differ between
+            the ranks that share a batch, in the optimizer's first step; a checkpoint that is
+            damaged, of another run or of more epochs; a model or an optimizer of which a checkpoint
+            would lose something. On every rank.
+        DivergedError: the training or the test loss of an epoch is not finite, or a weight or a
+            loss when it is to be saved. On every rank.
         RuntimeError: the loop was left within an epoch.
         Stopped: after SIGTERM or SIGINT, if there is a ``checkpoint``. On every rank.
     """
@@ -156,8 +159,8 @@ class Run:
             check_same_bits(None, drawn, "make the same samples on all, such as by one seed")
         self.results: list[EpochResult] = []
         self.step = 0
-        # This rank's losses of the current epoch, added in the order of the steps: in another order the sum
-        # of a resumed run could differ from that of a whole one.
+        # This rank's losses of the current epoch, added in the order of the steps: in another order
+        # the sum of a resumed run could differ from that of a whole one.
         self.loss_sum: float | Tensor = 0.0
         self._log = log or RunLog()
         self._stack = ExitStack()
@@ -188,7 +191,9 @@ class Run:
                 if state.resume(self, self._checkpoints):
                     if (saved := len(self.results)) > (epochs := self.num_epochs):
                         folder = self._checkpoints.folder
-                        raise ConfigError(f"{folder} holds {saved} epochs, more than the {epochs} asked for")
+                        raise ConfigError(
+                            f"{folder} holds {saved} epochs, more than the {epochs} asked for"
+                        )
                     self._log.on_resume(self)
                 self._stop = stack.enter_context(StopSignal(self.world))
             self._stack = stack.pop_all()
@@ -203,15 +208,17 @@ class Run:
         if self._is_within_epoch:
             raise RuntimeError(
                 f"the loop was left in epoch {len(self.results) + 1}, after {self._logged} of "
-                f"{self.steps_per_epoch} batches: they were not evaluated, and not saved; take all batches "
-                "of an epoch, or leave before run.batches"
+                f"{self.steps_per_epoch} batches: they were not evaluated, and not saved; take all "
+                "batches of an epoch, or leave before run.batches"
             )
         self._log.on_end(self)
 
     def epochs(self) -> Iterator[int]:
         """Yield the number of each remaining epoch, from 1. After each, evaluate and save."""
         if self._checkpoints is not None and self._stop is None:
-            raise RuntimeError("the run was not entered, and would save nothing; use with Run(…) as run")
+            raise RuntimeError(
+                "the run was not entered, and would save nothing; use with Run(…) as run"
+            )
         while len(self.results) < self.num_epochs:
             start, first, epoch = time.perf_counter(), self.step, len(self.results) + 1
             self._logged = first
@@ -235,7 +242,12 @@ class Run:
             state.restore_random_states(self.random_states)
         self._is_within_epoch = True
         shares = batches(
-            self.train, self.batch_size, seed=self.seed, epoch=epoch, share=self.world.share, start=first
+            self.train,
+            self.batch_size,
+            seed=self.seed,
+            epoch=epoch,
+            share=self.world.share,
+            start=first,
         )
         for number in range(first + 1, self.steps_per_epoch + 1):
             if self._stop:
@@ -256,14 +268,16 @@ class Run:
         """Add this rank's part of the sum of a step's losses; the ranks' parts add up to it."""
         self._logged += 1
         if self.world.owns_outputs:
-            self.loss_sum = self.loss_sum + loss.detach().double()  # a tensor: the host waits for no GPU
+            # A tensor: the host waits for no GPU.
+            self.loss_sum = self.loss_sum + loss.detach().double()
 
     def evaluate(self) -> tuple[float, Tensor]:
-        """Return the mean test loss and the outputs ``(n, classes)``, on every rank, in evaluation mode.
+        """Return the mean test loss and the outputs ``(n, classes)``, on every rank, in evaluation
+        mode.
 
-        Buffers, such as BatchNorm's statistics, are first copied from the first rank of "dp" to the others,
-        as DistributedDataParallel copies them before each forward pass: the ranks evaluate, and save, one
-        model.
+        Buffers, such as BatchNorm's statistics, are first copied from the first rank of "dp" to the
+        others, as DistributedDataParallel copies them before each forward pass: the ranks evaluate,
+        and save, one model.
         """
         self._share_buffers()
         modes = [(module, module.training) for module in self.model.modules()]
@@ -321,19 +335,23 @@ class Run:
 
     def _has_gradients(self) -> bool:
         """Whether a parameter has a gradient other than 0, on any rank."""
-        mine = any(p.grad is not None and bool(local(p.grad).any()) for p in self.model.parameters())
+        mine = any(
+            p.grad is not None and bool(local(p.grad).any()) for p in self.model.parameters()
+        )
         count = torch.tensor(float(mine), dtype=torch.float64, device=self.world.device)
         return bool(self.world.sum(count).item())
 
     def _check_finite(self) -> None:
         """Refuse to save weights or a loss that are not finite; on every rank."""
         tensors = [local(p) for p in self.model.parameters()]
-        finite = all(bool(t.isfinite().all()) for t in tensors) and math.isfinite(float(self.loss_sum))
+        finite = all(bool(t.isfinite().all()) for t in tensors) and math.isfinite(
+            float(self.loss_sum)
+        )
         count = torch.tensor(float(not finite), dtype=torch.float64, device=self.world.device)
         if self.world.sum(count).item():
             raise DivergedError(
-                f"a weight or a loss is not finite after step {self.total_steps}, which is not saved; take a "
-                "smaller learning rate"
+                f"a weight or a loss is not finite after step {self.total_steps}, which is not "
+                "saved; take a smaller learning rate"
             )
 
     def _share_buffers(self) -> None:
@@ -345,14 +363,18 @@ class Run:
     def _check_gradients(self, *_: Any) -> None:
         """Refuse gradients that nobody averaged, once, before the optimizer's first step.
 
-        The parameters would not show it if the ranks share Muon's work: each gets the updates of all.
+        The parameters would not show it if the ranks share Muon's work: each gets the updates of
+        all.
         """
         if self._is_first_step:
             self._is_first_step = False
-            gradients = {f"the gradient of {name}": p.grad for name, p in self.model.named_parameters()}
+            gradients = {
+                f"the gradient of {name}": p.grad for name, p in self.model.named_parameters()
+            }
             check_same_bits(self.world.mesh.get_group("dp"), gradients)
 
     def _check_replicas(self) -> None:
-        """Check that the replicas are equal after a step; they differ if their gradients are not averaged."""
+        """Check that the replicas are equal after a step; they differ if their gradients are not
+        averaged."""
         if self.world.dp_size > 1:
             check_same_bits(self.world.mesh.get_group("dp"), dict(self.model.named_parameters()))

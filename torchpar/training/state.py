@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Training state: save it to checkpoints and resume from them.
 
-It is the parameters, the optimizer, the learning rate, the random state, and the position in the data.
+It is the parameters, the optimizer, the learning rate, the random state, and the position in the
+data.
 """
 
 import json
@@ -27,15 +28,15 @@ def check_saveable(run: "Run") -> None:
     """Refuse, by name, what checkpoints would lose.
 
     Raises:
-        ConfigError: an optimizer of parameters that are not the model's, or one that shares its state among
-            the ranks; a setting of a group, or a module's extra state, that is neither a tensor nor JSON; a
-            sparse tensor.
+        ConfigError: an optimizer of parameters that are not the model's, or one that shares its
+            state among the ranks; a setting of a group, or a module's extra state, that is neither
+            a tensor nor JSON; a sparse tensor.
     """
     for optimizer in _optimizers(run.optimizer):
         if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
             raise ConfigError(
-                "ZeroRedundancyOptimizer keeps parts of its state on each rank, which checkpoints do not "
-                "hold; take another optimizer, or fully_shard"
+                "ZeroRedundancyOptimizer keeps parts of its state on each rank, which checkpoints "
+                "do not hold; take another optimizer, or fully_shard"
             )
     names = {p: name for name, p in run.model.named_parameters(remove_duplicate=False)}
     for number, settings in enumerate(_settings(run.optimizer)):
@@ -44,19 +45,22 @@ def check_saveable(run: "Run") -> None:
                 json.dumps(value, default=Tensor.tolist)
             except TypeError as e:
                 raise ConfigError(
-                    f"the optimizer's group {number} has {key} = {value!r}, which would not be saved; "
-                    "expected numbers, strings or tensors"
+                    f"the optimizer's group {number} has {key} = {value!r}, which would not be "
+                    "saved; expected numbers, strings or tensors"
                 ) from e
     for number, group in enumerate(run.optimizer.param_groups):
         for p in group["params"]:
             if p not in names:
                 raise ConfigError(
-                    f"the optimizer's group {number} has a parameter of shape {tuple(p.shape)} that is not "
-                    "the model's, and would not be saved; make it a parameter of the model"
+                    f"the optimizer's group {number} has a parameter of shape {tuple(p.shape)} "
+                    "that is not the model's, and would not be saved; make it a parameter of the "
+                    "model"
                 )
     for name, t in (_model_tensors(run.model) | _extra_states(run.model)[0]).items():
         if t.layout != torch.strided:
-            raise ConfigError(f"{_plain(name)} is {t.layout}, and would not be saved; make it dense")
+            raise ConfigError(
+                f"{_plain(name)} is {t.layout}, and would not be saved; make it dense"
+            )
 
 
 def save(run: "Run", checkpoints: Checkpoints) -> None:
@@ -78,8 +82,8 @@ def save(run: "Run", checkpoints: Checkpoints) -> None:
             raise ConfigError(f"the optimizer's {key} of {name} {found}; take another optimizer")
     if foreign := [key for key in run.optimizer.state if not isinstance(key, Tensor)]:
         raise ConfigError(
-            f"the optimizer's state has {foreign[0]!r}, which is no parameter and would not be saved; take "
-            "another optimizer"
+            f"the optimizer's state has {foreign[0]!r}, which is no parameter and would not be "
+            "saved; take another optimizer"
         )
     tensors |= _random_states(run.world.rank)
     state = {
@@ -100,11 +104,12 @@ def save(run: "Run", checkpoints: Checkpoints) -> None:
 def resume(run: "Run", checkpoints: Checkpoints) -> bool:
     """Continue from the newest whole checkpoint. Return False if there is none.
 
-    Each rank restores its own random state. A rank that the saved run did not have keeps its current one.
+    Each rank restores its own random state. A rank that the saved run did not have keeps its
+    current one.
 
     Raises:
-        ConfigError: the checkpoint was saved by another run or another program, or holds other layers or the
-            state of another optimizer; on every rank.
+        ConfigError: the checkpoint was saved by another run or another program, or holds other
+            layers or the state of another optimizer; on every rank.
     """
     saved = checkpoints.load()
     if saved is None:
@@ -114,7 +119,9 @@ def resume(run: "Run", checkpoints: Checkpoints) -> bool:
     was, now = state.get("run", {}), run.config
     if differing := sorted(key for key in now.keys() & was.keys() if was[key] != now[key]):
         of = [", ".join(f"{key} {config[key]}" for key in differing) for config in (was, now)]
-        raise ConfigError(f"{folder} holds a run with {of[0]}, this one has {of[1]}; use another folder")
+        raise ConfigError(
+            f"{folder} holds a run with {of[0]}, this one has {of[1]}; use another folder"
+        )
     try:
         tensors = _model_tensors(run.model)
         extra_tensors, extra = _extra_states(run.model)
@@ -125,8 +132,8 @@ def resume(run: "Run", checkpoints: Checkpoints) -> bool:
             for key in (key for key in saved.shapes if key.startswith(prefix)):
                 if p not in optimized:
                     raise ConfigError(
-                        f"{folder} holds {key.removeprefix(prefix)} of {name}, which the optimizer does not "
-                        "have now; give it that parameter, or use another folder"
+                        f"{folder} holds {key.removeprefix(prefix)} of {name}, which the optimizer "
+                        "does not have now; give it that parameter, or use another folder"
                     )
                 shape = saved.shapes[key]
                 like = p if shape == part_of(p).whole else torch.zeros(shape)
@@ -146,7 +153,9 @@ def resume(run: "Run", checkpoints: Checkpoints) -> bool:
         if isinstance(e, ConfigError):
             raise
         reason = first_line(e)
-        raise ConfigError(f"{folder} holds no checkpoint of this run ({reason}); use another folder") from e
+        raise ConfigError(
+            f"{folder} holds no checkpoint of this run ({reason}); use another folder"
+        ) from e
     run.random_states = random
     restore_random_states(random)
     if len(losses) == run.world.world_size:
@@ -166,7 +175,8 @@ def _check_names(
 ) -> None:
     """Refuse a checkpoint of other layers or of another kind of optimizer, before it is read.
 
-    Each stage of a pipeline has some of the layers, so the names of all ranks together are compared.
+    Each stage of a pipeline has some of the layers, so the names of all ranks together are
+    compared.
     """
     # A rank that refuses alone must not leave the others in a collective.
     numbered = _members(run)
@@ -176,26 +186,33 @@ def _check_names(
         saved_kinds = saved.state.get(key, kinds)  # older checkpoints do not have it
         if saved_kinds != kinds:
             was, now = (" with ".join(names) or f"no {key}" for names in (saved_kinds, kinds))
-            raise ConfigError(f"{folder} holds the state of {was}, this run has {now}; use another folder")
+            raise ConfigError(
+                f"{folder} holds the state of {was}, this run has {now}; use another folder"
+            )
     numbers = len(saved.state["groups"]), len(run.optimizer.param_groups)
     if numbers[0] != numbers[1]:
         raise ConfigError(
-            f"{folder} holds {numbers[0]} parameter groups, this run has {numbers[1]}; use another folder"
+            f"{folder} holds {numbers[0]} parameter groups, this run has {numbers[1]}; use another "
+            "folder"
         )
     members = saved.state.get("members", {})
     for name, number in numbered.items():
         if members.get(name, number) != number:
             raise ConfigError(
-                f"{folder} has {name} in group {members[name]} of the optimizer, this run in group {number}; "
-                "use another folder"
+                f"{folder} has {name} in group {members[name]} of the optimizer, this run in group "
+                f"{number}; use another folder"
             )
     here = {name for names in of_ranks for name in names}
     there = {name for name in saved.shapes if name.startswith(("model.", "extra."))}
     there |= {f"json.{name}" for name in saved.state.get("extra", {})}
     if missing := sorted(here - there):
-        raise ConfigError(f"{folder} does not hold {_plain(missing[0])} of the model; use another folder")
+        raise ConfigError(
+            f"{folder} does not hold {_plain(missing[0])} of the model; use another folder"
+        )
     if unknown := sorted(there - here):
-        raise ConfigError(f"{folder} holds {_plain(unknown[0])}, which the model lacks; use another folder")
+        raise ConfigError(
+            f"{folder} holds {_plain(unknown[0])}, which the model lacks; use another folder"
+        )
 
 
 def _plain(name: str) -> str:
@@ -218,13 +235,18 @@ def _schedule_kinds(lr_scheduler: LRScheduler | None) -> list[str]:
     if lr_scheduler is None:
         return []
     parts = getattr(lr_scheduler, "_schedulers", ())
-    return [type(lr_scheduler).__name__, *(kind for part in parts for kind in _schedule_kinds(part))]
+    return [
+        type(lr_scheduler).__name__,
+        *(kind for part in parts for kind in _schedule_kinds(part)),
+    ]
 
 
 def _settings(optimizer: Optimizer) -> list[dict[str, Any]]:
     """The settings of each group, without its parameters, which are those of this rank."""
     own = ("params", "param_names")
-    return [{key: x for key, x in group.items() if key not in own} for group in optimizer.param_groups]
+    return [
+        {key: x for key, x in group.items() if key not in own} for group in optimizer.param_groups
+    ]
 
 
 def _members(run: "Run") -> dict[str, int]:
@@ -237,7 +259,8 @@ def _members(run: "Run") -> dict[str, int]:
 
 
 def _extra_states(model: torch.nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `get_extra_state` of the modules returns: tensors, by names for a checkpoint, and JSON."""
+    """What `get_extra_state` of the modules returns: tensors, by names for a checkpoint, and
+    JSON."""
     tensors, others = {}, {}
     for name, module in model.named_modules():
         if type(module).get_extra_state is torch.nn.Module.get_extra_state:
@@ -249,8 +272,9 @@ def _extra_states(model: torch.nn.Module) -> tuple[dict[str, Tensor], dict[str, 
             others[name] = value
         else:
             raise ConfigError(
-                f"the extra state of {name or 'the model'} is a {type(value).__name__} that is neither a "
-                "tensor nor JSON, and would not be saved; return one of these from get_extra_state"
+                f"the extra state of {name or 'the model'} is a {type(value).__name__} that is "
+                "neither a tensor nor JSON, and would not be saved; return one of these from "
+                "get_extra_state"
             )
     return tensors, others
 
@@ -262,7 +286,9 @@ def _is_json(value: Any) -> bool:
         return False
 
 
-def _set_extra_states(model: torch.nn.Module, tensors: dict[str, Tensor], others: dict[str, Any]) -> None:
+def _set_extra_states(
+    model: torch.nn.Module, tensors: dict[str, Tensor], others: dict[str, Any]
+) -> None:
     for name, module in model.named_modules():
         if f"extra.{name}" in tensors:
             module.set_extra_state(tensors[f"extra.{name}"])
@@ -276,7 +302,8 @@ def _model_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def _like(now: Any, saved: Any) -> Any:
-    """Return ``saved``, which was JSON, with the keys of ``now``, and with its tensors, which are filled."""
+    """Return ``saved``, which was JSON, with the keys of ``now``, and with its tensors, which are
+    filled."""
     if isinstance(now, Tensor):
         return now.copy_(torch.as_tensor(saved, dtype=now.dtype))
     if isinstance(now, dict):
@@ -301,5 +328,6 @@ def _random_states(rank: int) -> dict[str, Tensor]:
 
 
 def _shard(p: Tensor, t: Tensor) -> Tensor:
-    """Return ``t``, of the shape of parameter ``p`` or a number, as a DTensor if ``p`` is a slice."""
+    """Return ``t``, of the shape of parameter ``p`` or a number, as a DTensor if ``p`` is a
+    slice."""
     return as_dtensor(t.detach(), part_of(p)) if is_marked(p) and t.dim() else t.detach()

@@ -21,9 +21,10 @@ Handler = Callable[[int, FrameType | None], Any] | int | None
 class StopSignal:
     """Handlers of SIGTERM and SIGINT, and an all-reduce by which all ranks learn of a signal.
 
-    A handler only stores the signal's number, because it may interrupt anything, even a collective or a save.
-    In every step an all-reduce takes the maximum of the ranks' numbers, while the step computes. A second
-    SIGINT interrupts at once. Further signals are ignored as long as `Stopped` passes up through the program.
+    A handler only stores the signal's number, because it may interrupt anything, even a collective
+    or a save. In every step an all-reduce takes the maximum of the ranks' numbers, while the step
+    computes. A second SIGINT interrupts at once. Further signals are ignored as long as `Stopped`
+    passes up through the program.
     """
 
     def __init__(self, world: World):
@@ -49,14 +50,16 @@ class StopSignal:
         self._work = dist.all_reduce(self._buffer, dist.ReduceOp.MAX, async_op=True)
 
     def wait(self) -> int:
-        """Wait for the all-reduce; return the largest signal number, or 0 if no rank has received one."""
+        """Wait for the all-reduce; return the largest signal number, or 0 if no rank has received
+        one."""
         self._work.wait()
         self._largest = int(self._buffer.item())
         return self._largest
 
 
 def _unless_stopped(before: Handler, number: int, frame: FrameType | None) -> None:
-    """Ignore a signal while the process shuts down after another; else pass it to the handler of before."""
+    """Ignore a signal while the process shuts down after another; else pass it to the handler of
+    before."""
     if isinstance(sys.exception(), Stopped):
         return
     signal.signal(number, before)

@@ -18,7 +18,9 @@ from torchpar.errors import ConfigError
 from torchpar.library import is_dtensor
 
 
-def check_same_on_all_ranks(group: dist.ProcessGroup | None, what: str, values: Mapping[str, Any]) -> None:
+def check_same_on_all_ranks(
+    group: dist.ProcessGroup | None, what: str, values: Mapping[str, Any]
+) -> None:
     """Compare ``values``, by name, between the ranks of ``group``, None for all ranks.
 
     Args:
@@ -30,20 +32,23 @@ def check_same_on_all_ranks(group: dist.ProcessGroup | None, what: str, values: 
     if difference := _first_difference(group, values):
         name, first, rank, value = difference
         raise ConfigError(
-            f"{what}: {name} is {first} on rank 0 and {value} on rank {rank}, expected the same on all"
+            f"{what}: {name} is {first} on rank 0 and {value} on rank {rank}, expected the same on "
+            "all"
         )
 
 
 AVERAGE = (
-    "start with the same weights on all, and average the gradients before optimizer.step(), for example by "
-    "DistributedDataParallel (with find_unused_parameters=True if a parameter gets no gradient)"
+    "start with the same weights on all, and average the gradients before optimizer.step(), for "
+    "example by DistributedDataParallel (with find_unused_parameters=True if a parameter gets no "
+    "gradient)"
 )
 
 
 def check_same_bits(
     group: dist.ProcessGroup | None, tensors: Mapping[str, Tensor | None], remedy: str = AVERAGE
 ) -> None:
-    """Compare replicas, by name, between the ranks of ``group``: dense tensors, except DTensors, and None.
+    """Compare replicas, by name, between the ranks of ``group``: dense tensors, except DTensors,
+    and None.
 
     Args:
         group: None for all ranks.
@@ -62,14 +67,16 @@ def check_same_bits(
 
 
 def checksum(t: Tensor) -> int:
-    """Return the CRC-32 of the bits of ``t`` in their order. A GPU's tensor is copied to the host."""
+    """Return the CRC-32 of the bits of ``t`` in their order. A GPU's tensor is copied to the
+    host."""
     return zlib.crc32(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def _first_difference(
     group: dist.ProcessGroup | None, values: Mapping[str, Any]
 ) -> tuple[str, Any, int, Any] | None:
-    """The first name whose value is not that of rank 0; rank 0's value, the other rank, and its value."""
+    """The first name whose value is not that of rank 0; rank 0's value, the other rank, and its
+    value."""
     ranks = dist.get_world_size(group)
     if ranks == 1 or dist.get_backend(group) == "fake":  # the ranks of a fake group do not exist
         return None
@@ -84,11 +91,12 @@ def _first_difference(
 
 
 def check_shape(t: Tensor, group: dist.ProcessGroup) -> None:
-    """Compare the shape and dtype of ``t`` with the other ranks', unless ``group`` has sent them before.
+    """Compare the shape and dtype of ``t`` with the other ranks', unless ``group`` has sent them
+    before.
 
-    gloo would abort processes that send different shapes. Two limits: different shapes that have both been
-    sent before are not found, and a rank with a new shape waits for the group's timeout if another rank's
-    shape is known.
+    gloo would abort processes that send different shapes. Two limits: different shapes that have
+    both been sent before are not found, and a rank with a new shape waits for the group's timeout
+    if another rank's shape is known.
 
     Raises:
         ConfigError: the ranks are about to send different shapes; on every rank.

@@ -25,7 +25,8 @@ PRELOAD = [f"torch.{name}" for name in ("_dynamo", "testing")]
 PRELOAD += [f"torch.distributed.{name}" for name in ("checkpoint", "fsdp", "tensor.debug")]
 TIMEOUT = 120.0  # seconds for a call
 GRACE = 10.0  # seconds for the other ranks, once one has failed
-LATER = (TimeoutError, BrokenProcessPool, RuntimeError)  # the errors of ranks that others left alone
+# The errors of ranks that others left alone.
+LATER = (TimeoutError, BrokenProcessPool, RuntimeError)
 
 
 def fork_context(preload: Iterable[str] = PRELOAD) -> ForkServerContext:
@@ -35,7 +36,8 @@ def fork_context(preload: Iterable[str] = PRELOAD) -> ForkServerContext:
         preload: modules that the server imports once for all; missing packages are passed over.
     """
     forkserver.set_forkserver_preload([__name__, *preload])
-    # A function that asks for more threads: those that wait leave their core to the other processes.
+    # A function that asks for more threads: those that wait leave their core to the other
+    # processes.
     waiting = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
     with patch.dict(os.environ, OMP_NUM_THREADS="1", OMP_WAIT_POLICY=waiting):
         forkserver.ensure_running()
@@ -43,16 +45,19 @@ def fork_context(preload: Iterable[str] = PRELOAD) -> ForkServerContext:
 
 
 class Ranks(ExitStack):
-    """``with Ranks() as ranks: ranks(2, function, *args)``: results of a module-level function on gloo ranks.
+    """``with Ranks() as ranks: ranks(2, function, *args)``: results of a module-level function on
+    gloo ranks.
 
-    Each call makes a new process group. The processes live as long as the pool; if one of them dies or hangs,
-    new ones replace all. Ctrl-C ends them at once, and so does the end of this process, even by SIGKILL.
+    Each call makes a new process group. The processes live as long as the pool; if one of them dies
+    or hangs, new ones replace all. Ctrl-C ends them at once, and so does the end of this process,
+    even by SIGKILL.
     """
 
     def __init__(self, preload: Iterable[str] = PRELOAD) -> None:
         super().__init__()
         self._context = fork_context(preload)
-        self._stores = Path(self.enter_context(TemporaryDirectory()))  # files by which a call's ranks meet
+        # Files by which a call's ranks meet.
+        self._stores = Path(self.enter_context(TemporaryDirectory()))
         self._calls = itertools.count()
         self.workers: list[ProcessPoolExecutor] = []
         self._pids: list[int] = []
@@ -60,7 +65,8 @@ class Ranks(ExitStack):
     def __call__(self, world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         outcomes = self.outcomes(world_size, function, *args)
         errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
-        # The error of a test comes first, then that of a lost connection, then that of a killed rank.
+        # The error of a test comes first, then that of a lost connection, then that of a killed
+        # rank.
         for error in sorted(errors, key=lambda error: [isinstance(error, kind) for kind in LATER]):
             raise error
         return outcomes
@@ -100,7 +106,8 @@ class Ranks(ExitStack):
         return outcomes
 
     def start(self, count: int) -> None:
-        """Start processes until there are ``count``, all anew if one has died since the last call."""
+        """Start processes until there are ``count``, all anew if one has died since the last
+        call."""
         try:
             for worker in self.workers:
                 worker.submit(int)
@@ -128,13 +135,16 @@ class Ranks(ExitStack):
         self.workers, self._pids = [], []
 
 
-def _on_rank(rank: int, world_size: int, store: str, function: Callable[..., Any], args: Any) -> Any:
+def _on_rank(
+    rank: int, world_size: int, store: str, function: Callable[..., Any], args: Any
+) -> Any:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # at Ctrl-C the pool ends the ranks
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
     try:
-        dist.barrier()  # a rank that ends at once would close its connections while others still open theirs
+        # A rank that ends at once would close its connections while others still open theirs.
+        dist.barrier()
         return function(*args)
     finally:
         dist.destroy_process_group()

@@ -32,12 +32,13 @@ def connect(info: RankInfo, timeout: timedelta) -> Store:
         ConfigError: no store at the address, or another program at the port.
         RankLostError: a rank did not join.
     """
-    # torchrun's agent keeps its server over restarts (torch.distributed.elastic's DynamicRendezvousHandler
-    # and StaticTCPRendezvous make it once), so a new rank can read the address that a dead one left under
-    # the same key. Nothing in the environment numbers the starts: TORCHELASTIC_RESTART_COUNT counts each
-    # node's own failures. A count of all that joined is wrong once one died before it joined. So rank 0
-    # draws the number of the start. It tells each rank under a key of that rank's present process. Only a
-    # rank 0 that lives beside that process can have written it: agents end all workers before new ones start.
+    # torchrun's agent keeps its server over restarts (torch.distributed.elastic's
+    # DynamicRendezvousHandler and StaticTCPRendezvous make it once), so a new rank can read the
+    # address that a dead one left under the same key. Nothing in the environment numbers the
+    # starts: TORCHELASTIC_RESTART_COUNT counts each node's own failures. A count of all that joined
+    # is wrong once one died before it joined. So rank 0 draws the number of the start. It tells
+    # each rank under a key of that rank's present process. Only a rank 0 that lives beside that
+    # process can have written it: agents end all workers before new ones start.
     hosts = info.rank == 0 and info.launcher != "torchrun"
     limit = timeout.total_seconds() + LATER
     try:
@@ -51,7 +52,10 @@ def connect(info: RankInfo, timeout: timedelta) -> Store:
         else:  # requests to a host that was stopped block whatever the timeout is
             start = run_in_daemon(lambda: _join(store, info.rank, timeout)).result(2 * limit)
     except (DistError, OSError) as e:  # TimeoutError is an OSError
-        reason = str(e).partition("\n")[0] or "the program at that port does not answer as rank 0's store"
+        reason = (
+            str(e).partition("\n")[0]
+            or "the program at that port does not answer as rank 0's store"
+        )
         raise ConfigError(
             f"rank {info.rank} did not meet the others at {info.address}:{info.port}: {reason}; "
             "MASTER_ADDR and MASTER_PORT must be the host of rank 0 and a port that is free there"
@@ -63,8 +67,8 @@ def missing_ranks(store: Store, rank: int, world_size: int, patience: float) -> 
     """Return the ranks that do not call this within ``patience`` seconds: they hang, or have ended.
 
     Every rank whose collective failed calls it once. Their waits end as far apart as they began. So
-    ``patience`` must be longer than the longest time between two collectives of a rank; otherwise healthy
-    ranks are named too. If rank 0 hosts the store, it must be the last to end.
+    ``patience`` must be longer than the longest time between two collectives of a rank; otherwise
+    healthy ranks are named too. If rank 0 hosts the store, it must be the last to end.
 
     Args:
         store: returned by `connect`.
@@ -80,7 +84,9 @@ def missing_ranks(store: Store, rank: int, world_size: int, patience: float) -> 
         own = store.clone()  # a collective may hold the connection
         own.set(f"present/{rank}", "")
         while len(present) < world_size and time.monotonic() <= deadline:
-            present.update(r for r in set(range(world_size)) - present if own.check([f"present/{r}"]))
+            present.update(
+                r for r in set(range(world_size)) - present if own.check([f"present/{r}"])
+            )
             time.sleep(POLL)
 
     # Requests to a host that was stopped block whatever the store's timeout is.
@@ -114,14 +120,16 @@ def _welcome(store: Store, world_size: int, timeout: timedelta) -> int:
     missing = list(range(1, world_size))
     while missing:
         for rank in missing:
-            # This may be the number of the rank's dead predecessor; so again until the rank confirms.
+            # This may be the number of the rank's dead predecessor; so again until the rank
+            # confirms.
             store.set(f"welcome/{rank}/{store.add(f'processes/{rank}', 0)}", str(start))
         time.sleep(POLL)
         missing = [rank for rank in missing if not store.check([f"joined/{rank}/{start}"])]
         if missing and time.monotonic() > deadline:
             ranks = ", ".join(map(str, missing))
             store.set(f"missing/{start}", ranks)
-            time.sleep(LATER)  # the others read it before this process, which may host the store, ends
+            # The others read it before this process, which may host the store, ends.
+            time.sleep(LATER)
             raise _did_not_join(ranks, timeout)
     store.set(f"missing/{start}", "")
     return start
@@ -143,4 +151,6 @@ def _join(store: Store, rank: int, timeout: timedelta) -> int:
 
 
 def _did_not_join(ranks: str, timeout: timedelta) -> RankLostError:
-    return RankLostError(f"rank {ranks} did not join the others within {timeout.total_seconds():g} s")
+    return RankLostError(
+        f"rank {ranks} did not join the others within {timeout.total_seconds():g} s"
+    )

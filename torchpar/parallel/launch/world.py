@@ -30,15 +30,16 @@ PATIENCE = 1.5  # seconds in which each rank whose collective failed reports to 
 class World:
     """This process's rank, device and mesh.
 
-    The ranks form a mesh of three dimensions: "pp" (pipeline stages), "dp" (shares of each batch) and
-    "tp" (shares of each layer). Ranks that differ in "tp" alone have consecutive numbers.
+    The ranks form a mesh of three dimensions: "pp" (pipeline stages), "dp" (shares of each batch)
+    and "tp" (shares of each layer). Ranks that differ in "tp" alone have consecutive numbers.
 
     Attributes:
         rank: 0 … world_size − 1 over all machines.
         local_rank: 0 … local_world_size − 1 on this machine.
         world_size: number of ranks on all machines.
         device: where this rank keeps its tensors.
-        mesh: of shape ``(pp, dp, tp)``. `join_world` puts all ranks on "dp"; `with_mesh` changes that.
+        mesh: of shape ``(pp, dp, tp)``. `join_world` puts all ranks on "dp"; `with_mesh` changes
+            that.
         timeout: seconds after which a rank that waits for another one gives up.
     """
 
@@ -58,8 +59,8 @@ class World:
         check_same_on_all_ranks(None, "mesh", {"dp": dp, "tp": tp, "pp": pp})
         if min(dp, tp, pp) < 1 or dp * tp * pp != self.world_size:
             raise ConfigError(
-                f"dp {dp} × tp {tp} × pp {pp} is {dp * tp * pp} ranks, but {self.world_size} were started; "
-                "start as many, or choose other factors"
+                f"dp {dp} × tp {tp} × pp {pp} is {dp * tp * pp} ranks, but {self.world_size} were "
+                "started; start as many, or choose other factors"
             )
         return replace(self, mesh=_make_mesh(self.device, (pp, dp, tp), self.timeout))
 
@@ -79,12 +80,14 @@ class World:
         return self.mesh.get_local_rank("tp")
 
     def share(self, samples: Tensor) -> Tensor:
-        """Return this rank's share of ``samples (n, *)``, cut by `torch.tensor_split` over "dp"; a view."""
+        """Return this rank's share of ``samples (n, *)``, cut by `torch.tensor_split` over "dp"; a
+        view."""
         return samples.tensor_split(self.dp_size)[self.dp_rank]
 
     @cached_property
     def owns_outputs(self) -> bool:
-        """Whether this rank's outputs count: the first tensor-parallel rank of the last stage has them."""
+        """Whether this rank's outputs count: the first tensor-parallel rank of the last stage has
+        them."""
         return self.mesh.get_local_rank("pp") == self.mesh.shape[0] - 1 and self.tp_rank == 0
 
     def sum(self, t: Tensor) -> Tensor:
@@ -115,8 +118,11 @@ class World:
 
 
 @contextmanager
-def join_world(device: str = "auto", timeout: float = TIMEOUT, alone: bool = False) -> Iterator[World]:
-    """Join the processes that torchrun or mpirun started. Without a launcher the world has one rank.
+def join_world(
+    device: str = "auto", timeout: float = TIMEOUT, alone: bool = False
+) -> Iterator[World]:
+    """Join the processes that torchrun or mpirun started. Without a launcher the world has one
+    rank.
 
     NCCL connects ranks with a GPU each. gloo connects ranks on CPUs, and ranks that share a GPU. If
     `torch.distributed` is initialized already, its ranks are the world, and it stays initialized.
@@ -127,7 +133,8 @@ def join_world(device: str = "auto", timeout: float = TIMEOUT, alone: bool = Fal
         alone: refuse several ranks, for a program that is one process.
 
     Raises:
-        ConfigError: an unknown device, CUDA on a machine without it, or several ranks with ``alone``.
+        ConfigError: an unknown device, CUDA on a machine without it, or several ranks with
+            ``alone``.
         RankLostError: a rank has ended or hangs. It replaces PyTorch's error.
     """
     if device not in ("auto", "cpu", "cuda"):
@@ -137,7 +144,9 @@ def join_world(device: str = "auto", timeout: float = TIMEOUT, alone: bool = Fal
     launched = find_rank_info()
     info = launched or RankInfo(0, 0, 1, 1, address="", port=0, launcher="none")
     if alone and info.world_size > 1:
-        raise ConfigError(f"{info.world_size} processes were started, expected 1; start without a launcher")
+        raise ConfigError(
+            f"{info.world_size} processes were started, expected 1; start without a launcher"
+        )
     if device == "cpu" or not torch.cuda.is_available():
         own, backend = torch.device("cpu"), "gloo"
     else:
@@ -164,12 +173,18 @@ def join_world(device: str = "auto", timeout: float = TIMEOUT, alone: bool = Fal
         if store is None or not is_communication_error(e):
             raise
         missing = rendezvous.missing_ranks(store, info.rank, info.world_size, PATIENCE)
-        reason = re.sub(r"^\[\S*\] ", "", str(e).partition("\n")[0])  # without gloo's own file and line
-        ranks = f"rank {', '.join(map(str, missing))} does not answer" if missing else "ranks lost each other"
+        # Without gloo's own file and line.
+        reason = re.sub(r"^\[\S*\] ", "", str(e).partition("\n")[0])
+        ranks = (
+            f"rank {', '.join(map(str, missing))} does not answer"
+            if missing
+            else "ranks lost each other"
+        )
         raise RankLostError(f"{ranks} ({reason})", missing) from e
     finally:
-        # The threads of a process group end with its last reference. If that is after the interpreter has
-        # begun to exit, they abort the process. DistributedDataParallel keeps one in a reference cycle.
+        # The threads of a process group end with its last reference. If that is after the
+        # interpreter has begun to exit, they abort the process. DistributedDataParallel keeps one
+        # in a reference cycle.
         gc.collect()
         if store is not None and dist.is_initialized():
             dist.destroy_process_group()
@@ -178,8 +193,10 @@ def join_world(device: str = "auto", timeout: float = TIMEOUT, alone: bool = Fal
 def _make_mesh(device: torch.device, shape: tuple[int, int, int], timeout: float) -> DeviceMesh:
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("pp", "dp", "tp"))
     c10d = dist.distributed_c10d
-    set_timeout = getattr(c10d, "set_timeout", None) or c10d._set_pg_timeout  # the latter before torch 2.15
-    for group in mesh.get_all_groups():  # mesh["dp"] would import the compiler: a second, and 157 MB
+    # The latter before torch 2.15.
+    set_timeout = getattr(c10d, "set_timeout", None) or c10d._set_pg_timeout
+    # Mesh["dp"] would import the compiler: a second, and 157 MB.
+    for group in mesh.get_all_groups():
         set_timeout(timedelta(seconds=timeout), group)  # PyTorch makes them with its default
     _schedule_gloo_as_batch()
     return mesh
@@ -188,9 +205,9 @@ def _make_mesh(device: torch.device, shape: tuple[int, int, int], timeout: float
 def _schedule_gloo_as_batch() -> None:
     """Schedule the thread that polls gloo's sockets as SCHED_BATCH, so that it yields to senders.
 
-    It spins on a sender's lock, and otherwise preempts the sender until the scheduler's next tick (gloo
-    #246): on few cores the mean time of a small all-reduce is two to four times as long (docs/gloo.md). The
-    thread is found by the name that gloo gives it, on Linux only.
+    It spins on a sender's lock, and otherwise preempts the sender until the scheduler's next tick
+    (gloo #246): on few cores the mean time of a small all-reduce is two to four times as long
+    (docs/gloo.md). The thread is found by the name that gloo gives it, on Linux only.
     """
     for task in Path("/proc/self/task").glob("*"):
         with suppress(OSError):

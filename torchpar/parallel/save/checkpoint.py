@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: MIT
 """Checkpoints in a folder: save atomically, check before loading, load on any mesh.
 
-`torch.distributed.checkpoint` writes the tensors, each rank its own shards. It has no checksums, and if an
-overwrite is interrupted, the result loads as a mixture of two checkpoints. So a checkpoint is written to
-``step-N.tmp`` with a manifest of every file's SHA-256, flushed to the disk, renamed to ``step-N`` in one
-step, and named in ``latest``. A damaged checkpoint is skipped, and the one before it is loaded. Unpickling
-uses allow-lists only: `torch.load` with ``weights_only`` for tensors, and `_Unpickler` for the metadata.
+`torch.distributed.checkpoint` writes the tensors, each rank its own shards. It has no checksums,
+and if an overwrite is interrupted, the result loads as a mixture of two checkpoints. So a
+checkpoint is written to ``step-N.tmp`` with a manifest of every file's SHA-256, flushed to the
+disk, renamed to ``step-N`` in one step, and named in ``latest``. A damaged checkpoint is skipped,
+and the one before it is loaded. Unpickling uses allow-lists only: `torch.load` with
+``weights_only`` for tensors, and `_Unpickler` for the metadata.
 """
 
 import fcntl
@@ -39,13 +40,16 @@ from torchpar.parallel.launch.world import World
 
 MANIFEST = "manifest.json"
 _UNSIGNED = "0" * 64  # stands for the manifest's own SHA-256 while that is computed
-# The classes in torch.distributed.checkpoint's metadata of tensors. BytesStorageMetadata, for other objects,
-# is left out, because PyTorch would unpickle those objects without an allow-list.
+# The classes in torch.distributed.checkpoint's metadata of tensors. BytesStorageMetadata, for other
+# objects, is left out, because PyTorch would unpickle those objects without an allow-list.
 _CLASSES = {
     "collections": {"OrderedDict"},
     "pathlib": {"PosixPath", "WindowsPath"},
     "pathlib._local": {"PosixPath", "WindowsPath"},  # the same in Python 3.13
-    "torch": {"Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))},
+    "torch": {
+        "Size",
+        *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype)),
+    },
     "torch.serialization": {"_get_layout"},
     "torch.distributed.checkpoint.metadata": {
         "ChunkStorageMetadata",
@@ -65,16 +69,17 @@ class CheckpointConfig:
     """Settings of a run's checkpoints.
 
     Attributes:
-        folder: where they are, on a file system of all ranks. A run resumes from the newest one there. A
-            string becomes a path.
-        every: steps between two saves; None saves after each epoch. A run is also saved at its end, and
-            when a rank receives SIGTERM or SIGINT.
+        folder: where they are, on a file system of all ranks. A run resumes from the newest one
+            there. A string becomes a path.
+        every: steps between two saves; None saves after each epoch. A run is also saved at its end,
+            and when a rank receives SIGTERM or SIGINT.
         keep: number of checkpoints to keep; older ones are removed after each save.
-        asynchronous: write while training continues. A save waits for the one before it, and raises its
-            error.
+        asynchronous: write while training continues. A save waits for the one before it, and raises
+            its error.
 
     Raises:
-        ConfigError: ``every`` or ``keep`` is no whole number from 1 on; ``folder`` is no path, or a file.
+        ConfigError: ``every`` or ``keep`` is no whole number from 1 on; ``folder`` is no path, or a
+            file.
     """
 
     folder: Path
@@ -125,7 +130,8 @@ class Checkpoints:
 
     def __init__(self, config: CheckpointConfig, world: World):
         self.config, self.folder, self.world = config, config.folder, world
-        # A group of its own, so that a save's messages do not mix with training's; gloo, for CPU tensors.
+        # A group of its own, so that a save's messages do not mix with training's; gloo, for CPU
+        # tensors.
         group = dist.new_group(backend="gloo", timeout=timedelta(seconds=world.timeout))
         assert isinstance(group, dist.ProcessGroup)
         self._group = group
@@ -133,14 +139,16 @@ class Checkpoints:
         self._locked = False  # by rank 0
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:
-        """Save as ``step-N``. If a process is killed at any moment, the checkpoint is whole or absent.
+        """Save as ``step-N``. If a process is killed at any moment, the checkpoint is whole or
+        absent.
 
         Args:
             tensors: plain tensors, which are the same on every rank that has them, and DTensors.
             state: JSON, and tensors, which become numbers or lists; rank 0's is saved.
 
         Raises:
-            ConfigError: the checkpoint could not be written; older ones are still there. On every rank.
+            ConfigError: the checkpoint could not be written; older ones are still there. On every
+                rank.
         """
         self.wait()
         state = json.loads(json.dumps(state, default=Tensor.tolist))
@@ -188,7 +196,8 @@ class Checkpoints:
                 _warn(f"{e}; skipped for the one before it")
         if damaged:
             raise ConfigError(
-                f"{damaged[0]}; no other checkpoint in {self.folder} is whole: remove them to start afresh"
+                f"{damaged[0]}; no other checkpoint in {self.folder} is whole: remove them to "
+                "start afresh"
             )
         return None
 
@@ -211,8 +220,8 @@ class Checkpoints:
             if not isinstance(e, (CheckpointException, OSError)):
                 raise
             raise ConfigError(
-                f"{path} could not be saved: {_cause(e)}; the checkpoints before it are kept, make room, "
-                "or take a folder that all ranks see, and start again"
+                f"{path} could not be saved: {_cause(e)}; the checkpoints before it are kept, make "
+                "room, or take a folder that all ranks see, and start again"
             ) from e
 
     def _make_folder(self, unfinished: Path) -> None:
@@ -259,14 +268,17 @@ class Checkpoints:
         # Checkpoints of later steps were damaged when this run began: they do not count as kept.
         until_now = [p for p in self._paths() if _step(p) <= _step(path)]
         for old in until_now[: -self.config.keep]:
-            os.replace(old, old.with_suffix(".tmp"))  # a half-removed checkpoint must not look damaged
+            # A half-removed checkpoint must not look damaged.
+            os.replace(old, old.with_suffix(".tmp"))
             shutil.rmtree(old.with_suffix(".tmp"))
 
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name not in _CLASSES.get(module, ()):
-            raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a checkpoint's metadata")
+            raise pickle.UnpicklingError(
+                f"{module}.{name} is not allowed in a checkpoint's metadata"
+            )
         return super().find_class(module, name)
 
 
@@ -277,7 +289,8 @@ class _Writer(FileSystemWriter):
         try:
             return super().write_data(plan, planner)
         except RuntimeError as e:
-            # After a failed write PyTorch cannot close its archive, and that error hides the first one.
+            # After a failed write PyTorch cannot close its archive, and that error hides the first
+            # one.
             if isinstance(e.__context__, OSError):
                 raise e.__context__ from e
             raise
@@ -295,7 +308,8 @@ class _Reader(FileSystemReader):
 
 
 def write_manifest(folder: Path, files: Sequence[str], contents: dict[str, Any]) -> None:
-    """Write the manifest of ``folder``: the SHA-256 of ``files`` and of itself, and ``contents``."""
+    """Write the manifest of ``folder``: the SHA-256 of ``files`` and of itself, and
+    ``contents``."""
     digests = {name: _sha256(folder / name) for name in files}
     text = json.dumps({"files": digests, "sha256": _UNSIGNED, **contents}, indent=1)
     (folder / MANIFEST).write_text(text.replace(_UNSIGNED, _digest(text)))
@@ -320,10 +334,13 @@ def _verify(path: Path) -> dict[str, Any]:
         try:
             actual = _sha256(path / name)
         except OSError as e:
-            raise ConfigError(f"{path / name} is missing or cannot be read ({first_line(e)})") from e
+            raise ConfigError(
+                f"{path / name} is missing or cannot be read ({first_line(e)})"
+            ) from e
         if actual != digest:
             raise ConfigError(
-                f"{path / name} is damaged: its SHA-256 is {actual[:12]}…, the manifest says {digest[:12]}…"
+                f"{path / name} is damaged: its SHA-256 is {actual[:12]}…, the manifest says "
+                f"{digest[:12]}…"
             )
     return manifest
 

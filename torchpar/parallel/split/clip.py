@@ -12,9 +12,9 @@ from torchpar.parts import is_marked
 def clip_grad_norm_(model: torch.nn.Module, max_norm: float, world: World) -> Tensor:
     """Scale the gradient of the whole model to a norm of at most ``max_norm``, in place.
 
-    ``‖g‖ = √Σ‖g_i‖²`` over all parameters of the model. Every part of a split parameter counts, and a
-    parameter that several ranks hold whole counts once. This costs one all-reduce of one number, and nothing
-    if every rank holds the whole model.
+    ``‖g‖ = √Σ‖g_i‖²`` over all parameters of the model. Every part of a split parameter counts, and
+    a parameter that several ranks hold whole counts once. This costs one all-reduce of one number,
+    and nothing if every rank holds the whole model.
 
     Args:
         model: this rank's part of the model, its gradients averaged over the data-parallel ranks.
@@ -22,8 +22,8 @@ def clip_grad_norm_(model: torch.nn.Module, max_norm: float, world: World) -> Te
         world: the ranks and their mesh.
 
     Returns:
-        The norm before clipping, a float64 scalar, the same on every rank. A norm that is not finite makes
-        every gradient so, as with `torch.nn.utils.clip_grad_norm_`.
+        The norm before clipping, a float64 scalar, the same on every rank. A norm that is not
+        finite makes every gradient so, as with `torch.nn.utils.clip_grad_norm_`.
     """
     whole = world.dp_size == world.world_size
     total = torch.zeros((), dtype=torch.float64, device=world.device)

@@ -3,10 +3,10 @@
 
 `torchpar.reference` holds both layers in their plainest form; read it first.
 
-A column layer and the row layer after it are a pair. An elementwise activation between them acts on each
-rank's columns alone. So the pair costs one all-reduce forward, of y, and one backward, of dx, unless its
-input needs no gradient. With dY = dL/dY and Y = X·Wᵀ + b split by columns, dX = Σ_r dY_r·W_r and
-dW_r = dY_rᵀ·X. The all-reduce of dX overlaps with the computation of dW_r.
+A column layer and the row layer after it are a pair. An elementwise activation between them acts on
+each rank's columns alone. So the pair costs one all-reduce forward, of y, and one backward, of dx,
+unless its input needs no gradient. With dY = dL/dY and Y = X·Wᵀ + b split by columns, dX = Σ_r
+dY_r·W_r and dW_r = dY_rᵀ·X. The all-reduce of dX overlaps with the computation of dW_r.
 """
 
 from typing import Any, ClassVar, Literal, Self
@@ -36,7 +36,9 @@ LINEAR_LAYERS: dict[type[torch.nn.Module], Activation] = {
     nn.LinearReLU: "relu",
     nn.LinearTanh: "tanh",
 }
-SAME_WEIGHTS = "give all ranks the same, as by torch.manual_seed(0) on each before the model is made"
+SAME_WEIGHTS = (
+    "give all ranks the same, as by torch.manual_seed(0) on each before the model is made"
+)
 
 
 class _ParallelLinear(nn.Linear):
@@ -59,29 +61,39 @@ class _ParallelLinear(nn.Linear):
         activation: Activation = None,
         **options: Any,
     ):
-        settings = {"layer": type(self).__name__, "in_features": in_features, "out_features": out_features}
+        settings = {
+            "layer": type(self).__name__,
+            "in_features": in_features,
+            "out_features": out_features,
+        }
         settings |= {"bias": bias, "activation": activation} | options
         check_same_on_all_ranks(mesh.get_group(), "a layer's ranks", settings)
         if activation is not None and activation not in _FUNCTIONS:
-            raise ValueError(f"activation is {activation!r}, expected None, 'sigmoid', 'relu' or 'tanh'")
+            raise ValueError(
+                f"activation is {activation!r}, expected None, 'sigmoid', 'relu' or 'tanh'"
+            )
         self.activation = activation
         self.mesh = mesh
         super().__init__(in_features, out_features, bias, **options)
         self._copy_slices(self)
 
     @classmethod
-    def from_linear(cls, linear: torch.nn.Module, *, mesh: DeviceMesh, activation: Activation = None) -> Self:
-        """Split ``linear``, whose parameters are the same on every rank; this rank's slices are copied.
+    def from_linear(
+        cls, linear: torch.nn.Module, *, mesh: DeviceMesh, activation: Activation = None
+    ) -> Self:
+        """Split ``linear``, whose parameters are the same on every rank; this rank's slices are
+        copied.
 
         Args:
             linear: a `torch.nn.Linear`, or a `torchpar.nn.Linear`, `LinearSigmoid`, `LinearReLU` or
                 `LinearTanh`.
             mesh: a mesh of one dimension, such as ``mesh["tp"]``.
-            activation: None, "sigmoid", "relu" or "tanh". `LinearSigmoid` and the like have their own.
+            activation: None, "sigmoid", "relu" or "tanh". `LinearSigmoid` and the like have their
+                own.
 
         Raises:
-            ValueError: another kind of layer, a second activation, different weights on different ranks, or
-                an error of the class.
+            ValueError: another kind of layer, a second activation, different weights on different
+                ranks, or an error of the class.
         """
         if not isinstance(linear, torch.nn.Linear) or type(linear) not in LINEAR_LAYERS:
             raise ConfigError(
@@ -107,7 +119,9 @@ class _ParallelLinear(nn.Linear):
 
     def _copy_slices(self, whole: torch.nn.Linear) -> None:
         sizes = f"{type(self).__name__} of {self.in_features} to {self.out_features} features"
-        drawn = {f"the {name} of a {sizes}": p for name, p in whole.named_parameters() if not p.is_meta}
+        drawn = {
+            f"the {name} of a {sizes}": p for name, p in whole.named_parameters() if not p.is_meta
+        }
         check_same_bits(self.mesh.get_group(), drawn, SAME_WEIGHTS)
         for name in ("weight", "bias"):
             parameter = getattr(whole, name)
@@ -142,7 +156,8 @@ class _ParallelLinear(nn.Linear):
 
 
 class ColumnParallelLinear(_ParallelLinear):
-    """A linear layer whose outputs are split over the ranks: ``y_r = act(x @ weight_r.T + bias_r)``.
+    """A linear layer whose outputs are split over the ranks:
+    ``y_r = act(x @ weight_r.T + bias_r)``.
 
     | on rank r of p | shape |
     |---|---|
@@ -151,20 +166,21 @@ class ColumnParallelLinear(_ParallelLinear):
     | bias | (out_r) |
     | y | (*, out_r) |
 
-    Σ_r out_r = out_features, cut as `torch.chunk` cuts; p need not divide it. Every rank draws the whole
-    weight from PyTorch's random generator and keeps its slice, so the generator must be in the same
-    state on all ranks. `from_linear` copies the slices of an existing layer. There are no second derivatives,
-    and `torch.func`'s transforms are not supported.
+    Σ_r out_r = out_features, cut as `torch.chunk` cuts; p need not divide it. Every rank draws the
+    whole weight from PyTorch's random generator and keeps its slice, so the generator must be in
+    the same state on all ranks. `from_linear` copies the slices of an existing layer. There are no
+    second derivatives, and `torch.func`'s transforms are not supported.
 
     Args:
         in_features, out_features, bias: of the whole layer.
         mesh: a mesh of one dimension, such as ``mesh["tp"]``.
-        activation: None, "sigmoid" (fused, by `torchpar.linear_sigmoid`), "relu" or "tanh" (by PyTorch).
+        activation: None, "sigmoid" (fused, by `torchpar.linear_sigmoid`), "relu" or "tanh" (by
+            PyTorch).
         options: ``device`` and ``dtype``, as in `torchpar.nn.Linear`.
 
     Raises:
-        ValueError: an unknown activation; different arguments, or different weights, on different ranks. On
-            every rank.
+        ValueError: an unknown activation; different arguments, or different weights, on different
+            ranks. On every rank.
     """
 
     split_axes: ClassVar[dict[str, int]] = {"weight": 0, "bias": 0}
@@ -177,7 +193,8 @@ class ColumnParallelLinear(_ParallelLinear):
 
 
 class RowParallelLinear(_ParallelLinear):
-    """A linear layer whose inputs are split over the ranks: ``y = act(Σ_r x_r @ weight_r.T + bias)``.
+    """A linear layer whose inputs are split over the ranks:
+    ``y = act(Σ_r x_r @ weight_r.T + bias)``.
 
     | on rank r of p | shape |
     |---|---|
@@ -186,8 +203,8 @@ class RowParallelLinear(_ParallelLinear):
     | bias, whole | (out_features) |
     | y, whole | (*, out_features) |
 
-    Bias and activation follow the all-reduce; before it, they would count p times. Arguments and errors are
-    those of `ColumnParallelLinear`.
+    Bias and activation follow the all-reduce; before it, they would count p times. Arguments and
+    errors are those of `ColumnParallelLinear`.
     """
 
     split_axes: ClassVar[dict[str, int]] = {"weight": 1}
@@ -202,7 +219,8 @@ class RowParallelLinear(_ParallelLinear):
 class _ColumnProduct(torch.autograd.Function):
     """A column layer's product and sigmoid, with an all-reduce of dX that overlaps with dW and db.
 
-    Autograd's backward pass of a linear layer would compute both gradients before the all-reduce starts.
+    Autograd's backward pass of a linear layer would compute both gradients before the all-reduce
+    starts.
     """
 
     @staticmethod
@@ -211,7 +229,9 @@ class _ColumnProduct(torch.autograd.Function):
     ) -> Tensor:
         ctx.mesh, affine = layer.mesh, linear_sigmoid if layer.activation == "sigmoid" else linear
         # No view of the product: an activation in place may follow.
-        y: Tensor = torch.ops.aten._unsafe_view(affine(rows(x), weight, bias), (*x.shape[:-1], len(weight)))
+        y: Tensor = torch.ops.aten._unsafe_view(
+            affine(rows(x), weight, bias), (*x.shape[:-1], len(weight))
+        )
         ctx.save_for_backward(x, weight, y if layer.activation == "sigmoid" else None)
         return y
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Tensor parallelism for an MLP: split the model, convert its state dict from and to the whole model's."""
+"""Tensor parallelism for an MLP: split the model, convert its state dict from and to the whole
+model's."""
 
 import copy
 from collections import OrderedDict
@@ -28,24 +29,26 @@ _KINDS = (*LINEAR_LAYERS, torch.nn.Sigmoid, torch.nn.ReLU, torch.nn.Tanh)
 
 
 def parallel_mlp(mlp: M, mesh: DeviceMesh) -> M:
-    """Return a tensor-parallel copy of ``mlp``: the same function, with each weight split over the ranks.
+    """Return a tensor-parallel copy of ``mlp``: the same function, with each weight split over the
+    ranks.
 
-    Linear layers 0 and 1, 2 and 3, … become pairs of `ColumnParallelLinear` and `RowParallelLinear`. The last
-    of an odd number stays whole on every rank. A forward pass makes one all-reduce per pair, and so does a
-    backward pass, except for the first pair if the input needs no gradient.
+    Linear layers 0 and 1, 2 and 3, … become pairs of `ColumnParallelLinear` and
+    `RowParallelLinear`. The last of an odd number stays whole on every rank. A forward pass makes
+    one all-reduce per pair, and so does a backward pass, except for the first pair if the input
+    needs no gradient.
 
     Args:
         mlp: a `torchpar.nn.MLP`, or a `torch.nn.Sequential` of linear layers (`torch.nn.Linear` or
-            `torchpar.nn`'s except `LinearMaxout`), `torch.nn.Sigmoid`, `torch.nn.ReLU` and `torch.nn.Tanh`.
-            It is the same on every rank, and is not changed.
+            `torchpar.nn`'s except `LinearMaxout`), `torch.nn.Sigmoid`, `torch.nn.ReLU` and
+            `torch.nn.Tanh`. It is the same on every rank, and is not changed.
         mesh: a mesh of one dimension, such as ``mesh["tp"]``.
 
     Returns:
         A model of the same type, whose parameters have the same names.
 
     Raises:
-        ValueError: another kind of model or layer, layers that share parameters, or different models or
-            weights on different ranks.
+        ValueError: another kind of model or layer, layers that share parameters, or different
+            models or weights on different ranks.
     """
     layers = mlp.layers if isinstance(mlp, nn.MLP) else mlp
     is_sequential = type(layers) is torch.nn.Sequential
@@ -68,7 +71,9 @@ def parallel_mlp(mlp: M, mesh: DeviceMesh) -> M:
             )
     parameters = [p for _, layer in named for p in layer.parameters()]
     if len(set(parameters)) < len(parameters):
-        raise ConfigError("cannot split layers that share parameters, expected each layer to have its own")
+        raise ConfigError(
+            "cannot split layers that share parameters, expected each layer to have its own"
+        )
     linears = [name for name, layer in named if type(layer) in LINEAR_LAYERS]
     pairs = linears[: len(linears) // 2 * 2]
     whole = {
@@ -81,7 +86,12 @@ def parallel_mlp(mlp: M, mesh: DeviceMesh) -> M:
     kinds = dict(zip(pairs, cycle((ColumnParallelLinear, RowParallelLinear)), strict=False))
     split = torch.nn.Sequential(
         OrderedDict(
-            (name, kinds[name].from_linear(layer, mesh=mesh) if name in kinds else copy.deepcopy(layer))
+            (
+                name,
+                kinds[name].from_linear(layer, mesh=mesh)
+                if name in kinds
+                else copy.deepcopy(layer),
+            )
             for name, layer in named
         )
     )

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Pipeline parallelism: each rank holds consecutive layers, and micro-batches pass through them.
 
-With p stages and m micro-batches a stage is idle for (p − 1)/(m + p − 1) of a step. Neighbouring stages
-exchange activations in the forward pass and their gradients in the backward pass; nothing else travels.
-`torchpar.reference` has both schedules: `gpipe` runs all forward passes before the backward passes and keeps
-the activations of m micro-batches. `one_forward_one_backward`, "1f1b", starts each backward pass as soon as
-it can and keeps those of at most p.
+With p stages and m micro-batches a stage is idle for (p − 1)/(m + p − 1) of a step. Neighbouring
+stages exchange activations in the forward pass and their gradients in the backward pass; nothing
+else travels. `torchpar.reference` has both schedules: `gpipe` runs all forward passes before the
+backward passes and keeps the activations of m micro-batches. `one_forward_one_backward`, "1f1b",
+starts each backward pass as soon as it can and keeps those of at most p.
 """
 
 from collections import OrderedDict
@@ -53,9 +53,12 @@ def stage_mlp(mlp: MLP, mesh: DeviceMesh) -> MLP:
 
 
 def check_one_rank_per_gpu(world: World) -> None:
-    """Raise ConfigError if ranks share a GPU: gloo, which connects such ranks, sends tensors of CPUs only."""
+    """Raise ConfigError if ranks share a GPU: gloo, which connects such ranks, sends tensors of
+    CPUs only."""
     if world.device.type == "cuda" and dist.get_backend(world.mesh.get_group("pp")) == "gloo":
-        raise ConfigError("a pipeline on GPUs needs one rank per GPU; start fewer ranks or take cpu")
+        raise ConfigError(
+            "a pipeline on GPUs needs one rank per GPU; start fewer ranks or take cpu"
+        )
 
 
 class Pipeline:
@@ -65,13 +68,15 @@ class Pipeline:
 
     Args:
         module: this rank's stage, from `stage_mlp`.
-        world: its mesh's "pp" dimension holds the stages, and its "dp" dimension the replicas of each.
+        world: its mesh's "pp" dimension holds the stages, and its "dp" dimension the replicas of
+            each.
         schedule: "gpipe" or "1f1b".
-        micro_batches: the number of parts of this rank's share of a batch, cut by `torch.tensor_split`.
+        micro_batches: the number of parts of this rank's share of a batch, cut by
+            `torch.tensor_split`.
 
     Raises:
-        ConfigError: an unknown schedule, no micro-batch, ranks that share a GPU, or stages whose arguments
-            differ.
+        ConfigError: an unknown schedule, no micro-batch, ranks that share a GPU, or stages whose
+            arguments differ.
     """
 
     def __init__(
@@ -83,8 +88,14 @@ class Pipeline:
     ):
         if schedule not in _SCHEDULES:
             raise ConfigError(f"schedule is {schedule!r}, expected one of {sorted(_SCHEDULES)}")
-        if isinstance(micro_batches, bool) or not isinstance(micro_batches, int) or micro_batches < 1:
-            raise ConfigError(f"micro_batches is {micro_batches!r}, expected an integer of at least 1")
+        if (
+            isinstance(micro_batches, bool)
+            or not isinstance(micro_batches, int)
+            or micro_batches < 1
+        ):
+            raise ConfigError(
+                f"micro_batches is {micro_batches!r}, expected an integer of at least 1"
+            )
         check_one_rank_per_gpu(world)
         self._group, self._timeout = world.mesh.get_group("pp"), world.timeout
         own = {"schedule": schedule, "micro_batches": micro_batches}
@@ -100,7 +111,8 @@ class Pipeline:
     def step(self, x: Tensor, labels: Tensor, global_size: int, loss_sum: LossSum) -> Tensor:
         """Run the forward and backward passes of this rank's share of a global batch.
 
-        Every ``p.grad`` must be None before. It then holds the gradient of the global batch's mean loss.
+        Every ``p.grad`` must be None before. It then holds the gradient of the global batch's mean
+        loss.
 
         Args:
             x: ``(b, in_features)``, this rank's share; only the first stage reads it.
@@ -112,7 +124,8 @@ class Pipeline:
             The sum of the losses of this rank's samples on the last stage, 0 on the others.
 
         Raises:
-            ConfigError: numbers of samples or of labels that differ, also between stages; on every stage.
+            ConfigError: numbers of samples or of labels that differ, also between stages; on every
+                stage.
         """
         self._check_same(f"{len(x)} samples and {len(labels)} labels")
         if len(x) != len(labels):
@@ -126,7 +139,8 @@ class Pipeline:
                 return outputs
             loss = loss_sum(outputs, targets[i])
             losses.append(loss.detach())
-            return loss * (self.replicas.size() / global_size)  # an average over the replicas follows
+            # An average over the replicas follows.
+            return loss * (self.replicas.size() / global_size)
 
         with phase("pipeline"):
             shapes = [(len(part), self.width) for part in parts]

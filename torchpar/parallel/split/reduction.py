@@ -8,9 +8,9 @@ With p ranks, x whole (the same on every rank) and x_r rank r's:
 | `reduce_from_region` | all-reduce: Σ_r x_r | dy → dy |
 | `all_gather` | x_r → x | dy → dy_r |
 
-If the ranks pass different shapes for the first time, every rank raises a ConfigError (`check_shape`).
-Source: Shoeybi et al., "Megatron-LM: Training Multi-Billion Parameter Language Models Using Model
-Parallelism", 2019, figure 3.
+If the ranks pass different shapes for the first time, every rank raises a ConfigError
+(`check_shape`). Source: Shoeybi et al., "Megatron-LM: Training Multi-Billion Parameter Language
+Models Using Model Parallelism", 2019, figure 3.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,9 @@ def all_reduce(t: Tensor, mesh: DeviceMesh, op: Any = dist.ReduceOp.SUM) -> Tens
     return t
 
 
-def start_all_reduce(t: Tensor, mesh: DeviceMesh, op: Any = dist.ReduceOp.SUM) -> Callable[[], object]:
+def start_all_reduce(
+    t: Tensor, mesh: DeviceMesh, op: Any = dist.ReduceOp.SUM
+) -> Callable[[], object]:
     """Start an `all_reduce` and return a function that waits for its end."""
     if mesh.size() == 1:
         return lambda: None
@@ -49,7 +51,8 @@ def reduce_from_region(x: Tensor, mesh: DeviceMesh) -> Tensor:
 def all_gather(x: Tensor, part: Part) -> Tensor:
     """The whole of a tensor of which ``x`` is this rank's ``part``, on every rank."""
     assert part.mesh is not None
-    # gloo gathers equal shapes only. A sum with −0 has the bits of the other term, also those of a zero.
+    # gloo gathers equal shapes only. A sum with −0 has the bits of the other term, also those of a
+    # zero.
     whole = x.new_full(part.whole, -0.0)
     part.narrow(whole).copy_(x)
     return reduce_from_region(whole, part.mesh)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """All-reduces over ranks of one machine through memory that they share.
 
-Each rank writes its terms where all ranks see them, and then a sequence number. When it sees this number
-from every rank, it adds all terms in the order of the ranks, so that each rank computes the same bits. gloo
-sends tensors through a socket, which takes several times as long (docs/gloo.md).
+Each rank writes its terms where all ranks see them, and then a sequence number. When it sees this
+number from every rank, it adds all terms in the order of the ranks, so that each rank computes the
+same bits. gloo sends tensors through a socket, which takes several times as long (docs/gloo.md).
 """
 
 import fcntl
@@ -60,7 +60,10 @@ class SharedSum:
         self._slots = memory[head:].view(dtype).view(2, self.ranks, sum(sizes))
         self._terms = [
             [
-                [part.view(tuple(shape)) for part, shape in zip(slot.split(sizes), shapes, strict=True)]
+                [
+                    part.view(tuple(shape))
+                    for part, shape in zip(slot.split(sizes), shapes, strict=True)
+                ]
                 for slot in slots
             ]
             for slots in self._slots
@@ -70,7 +73,8 @@ class SharedSum:
         fcntl.lockf(self._file, fcntl.LOCK_EX, 1, self.rank)
 
     def __call__(self, tensors: Sequence[Tensor]) -> None:
-        """Replace ``tensors``, of the given shapes, by their sums over the ranks. Every rank calls it.
+        """Replace ``tensors``, of the given shapes, by their sums over the ranks. Every rank calls
+        it.
 
         Raises:
             RuntimeError: a rank has ended, or did not come within the timeout.
@@ -97,7 +101,9 @@ class SharedSum:
             if looked > _YIELDS:
                 time.sleep(_PAUSE)
                 if self._has_ended(rank) and self._numbers[rank] < self._number:
-                    raise RuntimeError(f"Connection closed by rank {dist.get_global_rank(self.group, rank)}")
+                    raise RuntimeError(
+                        f"Connection closed by rank {dist.get_global_rank(self.group, rank)}"
+                    )
                 if time.monotonic() - start > self.timeout:
                     lost = dist.get_global_rank(self.group, rank)
                     raise RuntimeError(f"Timed out waiting {self.timeout:g} s for rank {lost}")
@@ -114,10 +120,11 @@ class SharedSum:
 def make_shared_sum(
     group: dist.ProcessGroup, shapes: Sequence[Sequence[int]], dtype: torch.dtype, timeout: float
 ) -> SharedSum | None:
-    """Return sums of tensors of ``shapes`` over the ranks of ``group``, or None if they cannot share memory.
+    """Return sums of tensors of ``shapes`` over the ranks of ``group``, or None if they cannot
+    share memory.
 
-    They can on one Linux machine with an x86 processor, up to `MAX_RANKS` ranks, if twice the size of their
-    tensors is free and at most `MAX_BYTES`. Every rank calls it.
+    They can on one Linux machine with an x86 processor, up to `MAX_RANKS` ranks, if twice the size
+    of their tensors is free and at most `MAX_BYTES`. Every rank calls it.
 
     Args:
         timeout: seconds after which a rank that waits for another one gives up.
@@ -146,12 +153,14 @@ def make_shared_sum(
 
 
 def can_share_memory(ranks: int) -> bool:
-    """Return whether so many ranks of one machine can add through shared memory, if there is enough of it."""
+    """Return whether so many ranks of one machine can add through shared memory, if there is enough
+    of it."""
     return SUPPORTED and 1 < ranks <= MAX_RANKS
 
 
 def register_shared_memory_hook(replica: DistributedDataParallel, world: World) -> None:
-    """Let ``replica`` average its gradients through shared memory where its ranks can, and else by gloo.
+    """Let ``replica`` average its gradients through shared memory where its ranks can, and else by
+    gloo.
 
     The backward pass waits for the average of each bucket. Every rank calls this.
     """
@@ -161,8 +170,12 @@ def register_shared_memory_hook(replica: DistributedDataParallel, world: World) 
     def average(_: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
         index, gradients = bucket.index(), bucket.buffer()
         kind = gradients.numel(), gradients.dtype
-        if index not in sums or sums[index][0] != kind:  # in its second step the replica forms other buckets
-            sums[index] = kind, make_shared_sum(group, [gradients.shape], gradients.dtype, world.timeout)
+        # In its second step the replica forms other buckets.
+        if index not in sums or sums[index][0] != kind:
+            sums[index] = (
+                kind,
+                make_shared_sum(group, [gradients.shape], gradients.dtype, world.timeout),
+            )
         add = sums[index][1]
         if add is None:
             return allreduce_hook(group, bucket)
