@@ -68,7 +68,7 @@ def digits(x, first, second, FLOAT: tl.constexpr):
     """
     x = x * first * second
     h = x + ROUND
-    l = (x - (h - ROUND)) * 512.0 + ROUND  # noqa: E741
+    l = (x - (h - ROUND)) * 512.0 + ROUND  # noqa: E741  # the formula's name
     # Adding the halves, and flipping the sign bit of each byte, makes digits from −128 to 127 of
     # the bytes.
     offset: tl.constexpr = (HALVES - ROUND_BITS - (ROUND_BITS << 9)) % 2**32

@@ -33,7 +33,7 @@ class Tiles(NamedTuple):
 
     - "pointers": an address for each element, or for each 16 bytes. Any GPU.
     - "tma": persistent programs that load by TMA, for `_WITH_TMA`. If block_n is 2·block_m,
-      `symmetric_product` has such tiles below the diagonal and square ones on it.
+      `symmetric_matmul` has such tiles below the diagonal and square ones on it.
     - "split_k": as "pointers", with several programs for a tile (`split_k`). `linear_sigmoid`.
     """
 
@@ -104,7 +104,7 @@ _FLOAT64 = (  # A sum takes two registers: a tile of 128 × 128 would spill.
     Tiles(64, 64, 32, 8, 2),
     Tiles(64, 64, 32, 8, 2, "split_k"),
 )
-KERNELS = ("symmetric_product", "linear_sigmoid")
+KERNELS = ("symmetric_matmul", "linear_sigmoid")
 KINDS = {
     "bfloat16": Kind(torch.bfloat16, "ieee", 1200, 2048, Tiles(64, 64, 32, 8, 3), _16_BIT),
     "float16": Kind(torch.float16, "ieee", 1200, 2048, Tiles(64, 64, 32, 8, 3), _16_BIT),
@@ -282,7 +282,7 @@ def estimate(tiles: Tiles, kernel: str, kind: Kind, present: Device, sizes: Sequ
     """
     m, n, _, batch = map(_hint, sizes)
     count, columns = split_k(tiles, present, *sizes[:3])
-    units = count_tiles(tiles, m, n, kernel == "symmetric_product") * batch * count
+    units = count_tiles(tiles, m, n, kernel == "symmetric_matmul") * batch * count
     waves = ceil(units / present.multiprocessors)
     cost = tile_cost(tiles.block_m, tiles.block_n)
     return (waves * _hint(columns) + kind.launch * (count > 1)) * cost
@@ -304,7 +304,7 @@ def library_is_faster(
     fitting = suitable(kernel, precision, sizes[1], *operands, tma=tma)
     if not fitting or sizes[1] * operands[0].element_size() % 16 != 0:
         return True  # an address, or a store, for each element
-    return m < FEWEST_ROWS if kernel == "symmetric_product" else k > KINDS[name].most_k
+    return m < FEWEST_ROWS if kernel == "symmetric_matmul" else k > KINDS[name].most_k
 
 
 def _saves_a_launch(

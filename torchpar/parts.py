@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from torchpar.errors import ConfigError
-from torchpar.library import is_dtensor
+from torchpar.library.sharding import is_dtensor
 
 
 class Part(NamedTuple):
@@ -23,7 +23,7 @@ class Part(NamedTuple):
         whole: the shape of the tensor.
         start: the first index of the part along each axis.
         size: the size of the part along each axis.
-        mesh: the ranks that together have the tensor; None if each rank has all of it.
+        mesh: the mesh that shards the tensor; None if it is replicated.
         axis: along which a split layer is cut; None for others.
     """
 
@@ -32,6 +32,11 @@ class Part(NamedTuple):
     size: tuple[int, ...]
     mesh: DeviceMesh | None = None
     axis: int | None = None
+
+    @property
+    def is_slice(self) -> bool:
+        """Whether a split layer holds the part, as a plain tensor; a DTensor's shard is none."""
+        return self.axis is not None
 
     def narrow(self, t: Tensor) -> Tensor:
         """This part of ``t``, which is whole; a view."""
@@ -49,7 +54,11 @@ def slice_along(axis: int, whole: Sequence[int], mesh: DeviceMesh) -> Part:
 
 
 def mark_slice(p: Tensor, part: Part) -> None:
-    """Record that the plain tensor ``p`` is ``part`` of a parameter, from `slice_along`."""
+    """Record that the plain tensor ``p`` is ``part`` of a parameter, from `slice_along`.
+
+    An optimizer gets the parameters without their layer. A DTensor would carry this itself, and
+    dispatch each operator in Python.
+    """
     p.tensor_parallel_part = part  # type: ignore[attr-defined]
 
 
@@ -65,19 +74,15 @@ def as_dtensor(t: Tensor, part: Part) -> Tensor:
     )
 
 
-def is_marked(p: Tensor) -> bool:
-    """Whether ``p`` is a slice of a `ColumnParallelLinear` or a `RowParallelLinear`; no DTensor."""
-    return hasattr(p, "tensor_parallel_part")
-
-
 def part_of(p: Tensor) -> Part:
     """The part of ``p`` on this rank.
 
     Raises:
         ConfigError: a DTensor of partial sums.
     """
-    if is_marked(p):
-        return p.tensor_parallel_part  # type: ignore[attr-defined, no-any-return]
+    marked: Part | None = getattr(p, "tensor_parallel_part", None)
+    if marked is not None:
+        return marked
     if not is_dtensor(p):
         return Part(tuple(p.shape), (0,) * p.dim(), tuple(p.shape))
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset

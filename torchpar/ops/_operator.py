@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchpar.library import CustomOpDef, triton_op
+from torchpar.library import CustomOpDef, Wrap, triton_op
+from torchpar.library.private import FakeTensorMode
 
 NAMESPACE = "torchpar"
 
@@ -46,3 +47,18 @@ def _kernels(module: str) -> Iterator[Any]:
 
     found = vars(import_module(f"..kernels.{module}", __package__)).values()
     return (value for value in found if isinstance(value, JITFunction))
+
+
+def supports_tma(wrap: Wrap) -> bool:
+    """Whether a kernel that ``wrap`` launches may make TMA descriptors, which need memory at the
+    launch.
+
+    Inductor's Python wrapper allocates that memory. Its C++ wrapper, and so AOTInductor, allocates
+    enough for one program in torch 2.11. Other compilers, and uncompiled graphs, allocate nothing.
+    """
+    if wrap is None:
+        return True
+    from torch._inductor import config
+    from torch._inductor.virtualized import V
+
+    return isinstance(V.fake_mode, FakeTensorMode) and not (config.fx_wrapper or config.cpp_wrapper)

@@ -94,7 +94,7 @@ def _op(a: Tensor, b: Tensor, *, wrap: Wrap) -> Tensor:
 
 
 @_op.register_fake
-def _(a: Tensor, b: Tensor) -> Tensor:
+def _exact_matmul_fake(a: Tensor, b: Tensor) -> Tensor:
     _check(a, b)
     return a.new_empty(*a.shape[:-1], b.shape[-2])
 
@@ -116,7 +116,7 @@ _op.register_autograd(_backward, setup_context=save_operands, jvp=_jvp)
 
 
 @_op.register_vmap
-def _(
+def _exact_matmul_vmap(
     info: Any, in_dims: tuple[int | None, int | None], a: Tensor, b: Tensor
 ) -> tuple[Tensor, int]:
     _check(sample(a, in_dims[0]), sample(b, in_dims[1]))
@@ -129,7 +129,7 @@ for _device in ("cpu", "cuda"):
 
 
 @_op.register_sharding
-def _(a: Any, b: Any) -> list[Any]:
+def _exact_matmul_sharding(a: Any, b: Any) -> list[Any]:
     from torch.distributed.tensor import Replicate, Shard
 
     # A sum of rounded parts would not be exact: operands split along k are gathered.

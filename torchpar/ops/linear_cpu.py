@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from torchpar.library import is_transformed
+from torchpar.library.transforms import is_transformed
 from torchpar.ops import processor
 from torchpar.ops.matrix import pad_to_even, rows
 
 CHAIN = 264
-# Multiplications per chain and thread from which oneDNN gains more than its call, and a Function's,
-# costs.
+# Multiplications per chain and thread above which oneDNN saves more time than its call, and that of
+# a `Function`, take.
 _MIN_PRODUCT = 4_000_000
 _LEAST_ROWS = 64  # from which chains gain more than it costs to copy the other matrix
 _BLOCK = 512  # rows; what a chain adds to stays in the cache
@@ -43,9 +43,7 @@ class LinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        y = _linear(x, weight, bias)
-        # Autograd refuses to change a view that a Function returns.
-        return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
+        return _linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -64,12 +62,16 @@ def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The same, of what is for oneDNN."""
+    """`linear_forward` for operands that `_is_for_onednn` accepts."""
     chains = _chains(weight, x)
     if not chains:
         return F.linear(x, weight, bias)
-    bias = None if bias is None else bias.contiguous()  # oneDNN reads it as if it were
-    return _product(rows(x), weight, chains, bias).view(*x.shape[:-1], len(weight))
+    bias = None if bias is None else bias.contiguous()  # oneDNN reads it as if it were contiguous
+    y = _product(rows(x), weight, chains, bias)
+    if x.dim() == 2:
+        return y
+    # No view: autograd refuses to change those that a Function returns.
+    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], len(weight)))  # type: ignore[no-any-return]
 
 
 def mm(a: Tensor, b: Tensor, most: int = CHAIN) -> Tensor:
@@ -84,8 +86,9 @@ def mm(a: Tensor, b: Tensor, most: int = CHAIN) -> Tensor:
 def _is_for_onednn(b: Tensor, a: Tensor, bias: Tensor | None = None) -> bool:
     """Whether oneDNN is preferred for ``a (*, k)``, ``b (n, k)`` and ``bias``, which are large
     enough."""
+    # A compiler would refuse `processor.prefers_onednn`, which is cached.
     if torch.compiler.is_compiling() or not (processor.prefers_onednn() and is_eager(b, a, bias)):
-        return False  # a compiler would refuse the cached function
+        return False
     if b.dim() != 2 or a.numel() * len(b) < _MIN_PRODUCT * torch.get_num_threads():
         return False
     fits = a.shape[-1] == b.shape[1] and takes_onednn(a) and takes_onednn(b)
@@ -99,7 +102,7 @@ def takes_onednn(t: Tensor) -> bool:
 
 
 def _chains(b: Tensor, a: Tensor, most: int = CHAIN) -> int:
-    """The number of chains for ``a (*, k)`` and ``b (n, k)``; 0 where so many would be slower."""
+    """The number of chains for ``a (*, k)`` and ``b (n, k)``; 0 where PyTorch's is faster."""
     n, k = b.shape
     chains, threads = -(-k // most), torch.get_num_threads()
     is_large = a.numel() * n >= _MIN_PRODUCT * chains * threads

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from torchpar.library import Wrap, batch_first, needs_formula, sample, supports_tma
-from torchpar.ops._operator import operator
+from torchpar.library import Wrap, batch_first, sample
+from torchpar.library.transforms import needs_formula
+from torchpar.ops._operator import operator, supports_tma
 from torchpar.ops.linear_cpu import is_eager, linear, linear_forward
 from torchpar.ops.matrix import (
     check_dtype,
@@ -90,7 +91,7 @@ def _is_slow(t: Tensor) -> bool:
 def _formula(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     _check(x, weight, bias)
     z = linear(*pad_to_even(x, weight), bias)
-    # Which may be a view, and costs autograd more.
+    # A product of more dimensions may be a view, whose change in place costs autograd more time.
     return z.sigmoid_() if x.dim() == 2 else z.sigmoid()
 
 
@@ -119,7 +120,7 @@ _sigmoid_gradient = torch.ops.aten.sigmoid_backward.default
 
 
 @_op.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _linear_sigmoid_fake(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     _check(x, weight, bias)
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
@@ -129,7 +130,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(x, weight, output)
 
 
-def sigmoid_backward(g: Tensor, y: Tensor, need_bias: bool = True) -> tuple[Tensor, Any]:
+def dz_and_db(g: Tensor, y: Tensor, need_bias: bool = True) -> tuple[Tensor, Any]:
     """dL/dZ ``(*, out)``, and dL/db ``(out)`` if ``need_bias``, from g = dL/dY and y
     ``(*, out)``."""
     if not need_bias:
@@ -142,7 +143,7 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, y = ctx.saved_tensors
     # Which has no entry for a bias that is not given.
     need_x, need_weight, *need_bias = ctx.needs_input_grad
-    dz, db = sigmoid_backward(g, y, any(need_bias))
+    dz, db = dz_and_db(g, y, any(need_bias))
     dtype = x.dtype
     if _is_slow(x):
         dz, x, weight = dz.float(), x.float(), weight.float()
@@ -162,7 +163,7 @@ _op.register_autograd(
 
 
 @_op.register_vmap
-def _(
+def _linear_sigmoid_vmap(
     info: Any,
     in_dims: tuple[int | None, ...],
     x: Tensor,
@@ -194,7 +195,7 @@ _op.register_autocast()
 
 
 @_op.register_sharding
-def _(x: Any, weight: Any, bias: Any = None) -> list[Any]:
+def _linear_sigmoid_sharding(x: Any, weight: Any, bias: Any = None) -> list[Any]:
     from torch.distributed.tensor import Replicate, Shard
 
     def parameters(placement: Any) -> list[Any]:
@@ -228,7 +229,7 @@ def _backward_op(g: Tensor, y: Tensor, *, wrap: Wrap) -> tuple[Tensor, Tensor]:
 
 
 @_backward_op.register_fake
-def _(g: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def _linear_sigmoid_backward_fake(g: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return y.new_empty(y.shape), y.new_empty(y.shape[-1])
 
 

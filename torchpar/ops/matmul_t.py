@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchpar.library import Wrap, is_dtensor, needs_formula, sample
+from torchpar.library import Wrap, sample
+from torchpar.library.sharding import is_dtensor
+from torchpar.library.transforms import needs_formula
 from torchpar.ops import symmetric_cpu
 from torchpar.ops._operator import operator, save_operands
-from torchpar.ops.matrix import check_dtype, half_sum, product
-from torchpar.ops.symmetric_matmul import symmetric_product
+from torchpar.ops.matrix import check_dtype, mean_with_transpose, product
+from torchpar.ops.symmetric_matmul import compute_symmetric_matmul
 
 
 def matmul_t(x: Tensor) -> Tensor:
@@ -70,14 +72,16 @@ def _gathered(x: Any) -> Any:
 
 # Inductor would fuse the blocks of the CPU path into one slower kernel, and compile it for half a
 # minute.
-@operator("matmul_t(Tensor x) -> Tensor", kernels="matmul_t", opaque=symmetric_cpu.is_halved)
+@operator(
+    "matmul_t(Tensor x) -> Tensor", kernels="symmetric_matmul", opaque=symmetric_cpu.is_halved
+)
 def _op(x: Tensor, *, wrap: Wrap) -> Tensor:
     _check(x)
-    return symmetric_product(x, x, None, 1.0, 0.0, wrap)
+    return compute_symmetric_matmul(x, x, None, 1.0, 0.0, wrap)
 
 
 @_op.register_fake
-def _(x: Tensor) -> Tensor:
+def _matmul_t_fake(x: Tensor) -> Tensor:
     _check(x)
     return x.new_empty(*x.shape[:-1], x.shape[-2])
 
@@ -93,7 +97,7 @@ _op.register_autograd(
 
 
 @_op.register_vmap
-def _(info: Any, in_dims: tuple[int], x: Tensor) -> tuple[Tensor, int]:
+def _matmul_t_vmap(info: Any, in_dims: tuple[int], x: Tensor) -> tuple[Tensor, int]:
     _check(sample(x, in_dims[0]))
     return matmul_t(x.movedim(in_dims[0], 0)), 0
 
@@ -102,7 +106,7 @@ _op.register_autocast()
 
 
 @_op.register_sharding
-def _(x: Any) -> list[Any]:
+def _matmul_t_sharding(x: Any) -> list[Any]:
     from torch.distributed.tensor import Partial, Replicate, Shard
 
     batch = [([Shard(dim)], [Shard(dim)]) for dim in range(x.ndim - 2)]
@@ -117,12 +121,12 @@ def _backward_formula(g: Tensor, x: Tensor) -> Tensor:
     # gradients.
     if x.dtype == torch.float16:
         return product(g, x.mT) + product(g.mT, x.mT)
-    return product(half_sum(g), x.mT) * 2
+    return product(mean_with_transpose(g), x.mT) * 2
 
 
 @operator(
     "matmul_t_backward(Tensor g, Tensor x) -> Tensor",
-    kernels="matmul_t",
+    kernels="symmetric_matmul",
     opaque=lambda g, x: symmetric_cpu.is_halved(x),
 )
 def _backward_op(g: Tensor, x: Tensor, *, wrap: Wrap) -> Tensor:
@@ -130,13 +134,13 @@ def _backward_op(g: Tensor, x: Tensor, *, wrap: Wrap) -> Tensor:
         return symmetric_cpu.symmetrized_product(g, x).contiguous()
     if x.dtype == torch.float16:
         return _backward_formula(g, x).contiguous()
-    from torchpar.kernels import matmul_t as kernels
+    from torchpar.kernels import symmetric_matmul as kernels
 
     return product(kernels.half_sum(g, wrap), x.mT, None, 2.0, 0.0)
 
 
 @_backward_op.register_fake
-def _(g: Tensor, x: Tensor) -> Tensor:
+def _matmul_t_backward_fake(g: Tensor, x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 

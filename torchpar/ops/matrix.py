@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor
 
-from torchpar.library import is_dtensor
+from torchpar.library.sharding import is_dtensor
 
 DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 
@@ -109,7 +109,7 @@ def product(
     return torch.baddbmm(c3, a3, b3.mT, alpha=alpha, beta=beta).view(*a.shape[:-1], b.shape[-2])
 
 
-def half_sum(g: Tensor) -> Tensor:
+def mean_with_transpose(g: Tensor) -> Tensor:
     """``(g + g.mT) / 2`` for ``g (*, n, n)``; unlike ``g + g.mT``, it cannot overflow."""
     half = g * 0.5
     return half + half.mT

@@ -10,24 +10,26 @@ import torch
 from torch import Tensor
 
 from torchpar.ops.linear_cpu import CHAIN, cut, in_chains, mm, takes_onednn
-from torchpar.ops.matrix import half_sum, pad_to_even, product
+from torchpar.ops.matrix import mean_with_transpose, pad_to_even, product
 from torchpar.ops.processor import has_amx, has_bfloat16
 
-# Rows from which half of a product is faster than all of it and a mirror image of half, with two
-# threads.
+# From so many rows on, half of a product and its mirror image take less time than the whole product
+# and a mirror image, with two threads; below `_HALVED_FROM_NARROW` only with so many columns.
 _HALVED_FROM, _HALVED_FROM_BFLOAT16 = 384, 768
+_HALVED_FROM_NARROW, _COLUMNS = 512, 128
 _BLOCK, _BLOCK_BY_ONEDNN = 128, 256  # rows
 _CACHE_LINE = 64  # bytes
-# Rows from which, and of which, stripes are mirrored; others all at once.
+# From so many rows on, stripes of so many rows are mirrored; smaller matrices are mirrored at once.
 _STRIPED_FROM, _STRIPE = 512, 128
 
 
 def is_halved(x: Tensor) -> bool:
     """Whether X·Xᵀ is computed in blocks up to the diagonal, which compilers should leave alone."""
-    if x.is_cuda or x.shape[-2] < _HALVED_FROM:
+    rows, columns = x.shape[-2:]
+    if x.is_cuda or rows < _HALVED_FROM or (rows < _HALVED_FROM_NARROW and columns < _COLUMNS):
         return False
     if computed_in(x.dtype) == torch.bfloat16:  # AMX multiplies all as fast as half of it in blocks
-        return x.shape[-2] >= _HALVED_FROM_BFLOAT16 and not has_amx()
+        return rows >= _HALVED_FROM_BFLOAT16 and not has_amx()
     return True
 
 
@@ -38,7 +40,7 @@ def computed_in(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if slow else dtype
 
 
-def symmetric_product(
+def symmetric_matmul_on_cpu(
     a: Tensor,
     b: Tensor,
     c: Tensor | None = None,
@@ -49,7 +51,7 @@ def symmetric_product(
     """``alpha * a @ b.mT + beta * c``, known to be symmetric, for ``a, b (*, n, k)`` and
     ``c (*, n, n)``.
 
-    The result equals its transpose bit for bit. ``out`` may be ``c``. Its dtype is that of ``a``,
+    The result equals its transpose bit for bit. ``out`` may be ``c``, and has the dtype of ``a``,
     or float32.
     """
     c = None if beta == 0 else c
@@ -58,8 +60,8 @@ def symmetric_product(
         wide = a.to(dtype)
         b = wide if b is a else b.to(dtype)
         if out is not None and out.dtype == dtype:
-            return symmetric_product(wide, b, c, alpha, beta, out)
-        found = symmetric_product(wide, b, None if c is None else c.to(dtype), alpha, beta)
+            return symmetric_matmul_on_cpu(wide, b, c, alpha, beta, out)
+        found = symmetric_matmul_on_cpu(wide, b, None if c is None else c.to(dtype), alpha, beta)
         return found.to(a.dtype) if out is None else out.copy_(found)
     if not is_halved(a):
         found = product(a, b, c, alpha, beta)
@@ -79,7 +81,7 @@ def _halved(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float, o
     n = len(a)
     terms: list[tuple[Tensor, Tensor]] = []
     if alpha != 0 and a.numel() and takes_onednn(a):
-        dense = a.contiguous()  # of what oneDNN takes, blocks of rows are to be dense
+        dense = a.contiguous()  # oneDNN needs contiguous blocks of rows
         terms = cut(dense, dense if b is a else b.contiguous(), -(-a.shape[1] // CHAIN))
     blocks = max(round(n / (_BLOCK_BY_ONEDNN if terms else _BLOCK)), 1)
     for block in range(blocks):
@@ -125,7 +127,7 @@ def symmetrized_product(g: Tensor, x: Tensor) -> Tensor:
     """``(g + g.mT) @ x`` for ``g (*, n, n)`` and ``x (*, n, k)``."""
     if computed_in(x.dtype) != x.dtype:  # with loss scaling, G + Gᵀ would also overflow float16
         return symmetrized_product(g.float(), x.float()).to(x.dtype)
-    half = half_sum(g)
+    half = mean_with_transpose(g)
     if x.dim() == 2 and takes_onednn(x):
         # PyTorch's sum of two products has a smaller error than one product, doubled.
         return mm(half, x, CHAIN // 2).mul_(2)

@@ -19,9 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchpar.library import Wrap, batch_first, is_dtensor, is_transformed, sample, supports_tma
+from torchpar.library import Wrap, batch_first, sample
+from torchpar.library.sharding import is_dtensor
+from torchpar.library.transforms import is_transformed
 from torchpar.ops import symmetric_cpu
-from torchpar.ops._operator import operator
+from torchpar.ops._operator import operator, supports_tma
 from torchpar.ops.matrix import check_dtype, check_like, fp32_precision, product
 
 
@@ -80,6 +82,12 @@ def symmetric_matmul(
             "symmetric_matmul(): functions with out=... arguments don't support automatic "
             "differentiation, but one of the arguments requires grad."
         )
+    # Such as the imaginary part of a conjugate, which PyTorch's products refuse.
+    if not torch.compiler.is_compiling() and out.is_neg():
+        resolved = out.resolve_neg()
+        term = resolved if c is out else c
+        symmetric_matmul(a, b, term, alpha=alpha, beta=beta, out=resolved)
+        return out.copy_(resolved)
     if c is not None and c is not out and beta:
         out.copy_(c)
     _addmm_op(out, a, b, alpha=alpha, beta=beta or 0.0)
@@ -125,8 +133,8 @@ def _check_symmetry(a: Tensor, b: Tensor, c: Tensor | None) -> None:
     parts = {"a @ b.mT": (wide_a @ wide_b.mT, wide_a.abs() @ wide_b.abs().mT)}
     if c is not None:
         parts["c"] = (c.double(), c.double().abs())
-    own = a.shape[-1] * torch.finfo(torch.float64).eps  # of the sums here
-    explained = 4 * torch.finfo(a.dtype).eps + own
+    of_sums = a.shape[-1] * torch.finfo(torch.float64).eps  # of the sums here
+    explained = 4 * torch.finfo(a.dtype).eps + of_sums
     for name, (value, size) in parts.items():
         excess = (value - value.mT).abs() / (explained * (size + size.mT))
         excess = excess.nan_to_num(nan=0.0)  # of 0/0, and of values that are not finite
@@ -148,7 +156,7 @@ def _formula(
 @operator(
     "symmetric_matmul(Tensor a, Tensor b, Tensor? c=None, *, float alpha=1.0, float? beta=None) "
     "-> Tensor",
-    kernels="matmul_t",
+    kernels="symmetric_matmul",
     opaque=lambda a, *args, **kwargs: symmetric_cpu.is_halved(a),
 )
 def _op(
@@ -161,27 +169,27 @@ def _op(
     wrap: Wrap,
 ) -> Tensor:
     _check(a, b, c, beta)
-    return symmetric_product(a, b, c, alpha, beta or 0.0, wrap)
+    return compute_symmetric_matmul(a, b, c, alpha, beta or 0.0, wrap)
 
 
-def symmetric_product(
+def compute_symmetric_matmul(
     a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float, wrap: Wrap
 ) -> Tensor:
     """The result of the operator, and of `torchpar.matmul_t`, for arguments that have been
     checked."""
     if not a.is_cuda:
-        return symmetric_cpu.symmetric_product(a, b, c, alpha, beta)
-    from torchpar.kernels import matmul_t as kernels
+        return symmetric_cpu.symmetric_matmul_on_cpu(a, b, c, alpha, beta)
+    from torchpar.kernels import symmetric_matmul as kernels
 
     out = None
     if alpha != 0 and a.shape[-1] != 0:  # the kernel would compute 0·NaN, and expects a column
         operands = a, b, fp32_precision(), wrap, c, alpha, beta
-        out = kernels.symmetric_product(*operands, tma=supports_tma(wrap), only_if_faster=True)
+        out = kernels.symmetric_matmul(*operands, tma=supports_tma(wrap), only_if_faster=True)
     return kernels.mirror(product(a, b, c, alpha, beta), wrap) if out is None else out
 
 
 @_op.register_fake
-def _(
+def _symmetric_matmul_fake(
     a: Tensor, b: Tensor, c: Tensor | None = None, *, beta: float | None = None, **_: Any
 ) -> Tensor:
     _check(a, b, c, beta)
@@ -207,7 +215,7 @@ _op.register_autograd(_backward, setup_context=_setup_context, formula=_formula)
 
 
 @_op.register_vmap
-def _(
+def _symmetric_matmul_vmap(
     info: Any,
     in_dims: tuple[int | None, ...],
     a: Tensor,
@@ -226,7 +234,7 @@ _op.register_autocast()
 
 
 @_op.register_sharding
-def _(a: Any, b: Any, c: Any = None, **_: Any) -> list[Any]:
+def _symmetric_matmul_sharding(a: Any, b: Any, c: Any = None, **_: Any) -> list[Any]:
     from torch.distributed.tensor import Partial, Replicate, Shard
 
     def rule(result: Any, operand: Any) -> Any:
@@ -241,7 +249,7 @@ def _(a: Any, b: Any, c: Any = None, **_: Any) -> list[Any]:
 
 @operator(
     "symmetric_addmm_(Tensor(a!) h, Tensor a, Tensor b, *, float alpha, float beta) -> ()",
-    kernels="matmul_t",
+    kernels="symmetric_matmul",
     opaque=lambda *args, **kwargs: True,
 )
 def _addmm_op(h: Tensor, a: Tensor, b: Tensor, *, alpha: float, beta: float, wrap: Wrap) -> None:
@@ -263,7 +271,7 @@ def _addmm_op(h: Tensor, a: Tensor, b: Tensor, *, alpha: float, beta: float, wra
         else:
             symmetric_cpu.mirror_(h.mul_(beta))
     elif not h.is_cuda:
-        symmetric_cpu.symmetric_product(a, b, h, alpha, beta, h)
+        symmetric_cpu.symmetric_matmul_on_cpu(a, b, h, alpha, beta, h)
     elif not h.is_contiguous():
         h.copy_(_addmm_by_kernel(h.contiguous(), a, b, alpha, beta))
     else:
@@ -271,10 +279,10 @@ def _addmm_op(h: Tensor, a: Tensor, b: Tensor, *, alpha: float, beta: float, wra
 
 
 def _addmm_by_kernel(h: Tensor, a: Tensor, b: Tensor, alpha: float, beta: float) -> Tensor:
-    from torchpar.kernels import matmul_t as kernels
+    from torchpar.kernels import symmetric_matmul as kernels
 
     operands = a, b, fp32_precision(), None, h, alpha, beta
-    out = kernels.symmetric_product(
+    out = kernels.symmetric_matmul(
         *operands,
         out=h,
         # It would store the operands' dtype, and might load tiles of H that others have stored.
@@ -285,7 +293,7 @@ def _addmm_by_kernel(h: Tensor, a: Tensor, b: Tensor, alpha: float, beta: float)
 
 
 @_addmm_op.register_fake
-def _(h: Tensor, a: Tensor, b: Tensor, **_: Any) -> None:
+def _symmetric_addmm_fake(h: Tensor, a: Tensor, b: Tensor, **_: Any) -> None:
     _check(a, b, None, None, h)
 
 

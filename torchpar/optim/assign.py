@@ -19,9 +19,10 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import Optimizer
 
 from torchpar.errors import ConfigError
-from torchpar.library import is_dtensor
+from torchpar.library.sharding import is_dtensor
 from torchpar.optim.chained import ChainedOptimizer
 from torchpar.optim.matrices import View
+from torchpar.tables import in_columns
 
 Choice = Literal["muon", "others"]
 
@@ -60,24 +61,10 @@ class ModelOptimizer(ChainedOptimizer):
             (one.name, "×".join(map(str, one.shape)), names[one.choice], one.reason)
             for one in self.assignments
         ]
-        return aligned([("parameter", "shape", "optimizer", "reason"), *rows])
+        return in_columns([("parameter", "shape", "optimizer", "reason"), *rows])
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """The cells of a table in columns."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def chain(
-    make_muon: Callable[..., Optimizer],
-    model: nn.Module,
-    others: Callable[[Iterable[Any]], Optimizer],
-    overrides: Mapping[str, Choice],
-    views: Mapping[str, View],
-) -> ModelOptimizer:
-    """Make both optimizers of `Muon.for_model`, which documents the arguments and the errors."""
+def _check_types(model: Any, others: Any, **mappings: Any) -> None:
     if not isinstance(model, nn.Module):
         raise ConfigError(
             f"Muon.for_model: model is of type {type(model).__name__}, expected a Module"
@@ -86,12 +73,23 @@ def chain(
         raise ConfigError(
             f"Muon.for_model: others is of type {type(others).__name__}, expected a function"
         )
-    for name, mapping in {"overrides": overrides, "views": views}.items():
+    for name, mapping in mappings.items():
         if not isinstance(mapping, Mapping):
             given = f"{name} is of type {type(mapping).__name__}"
             raise ConfigError(
                 f"Muon.for_model: {given}, expected a dictionary by names or patterns"
             )
+
+
+def chain(  # noqa: C901  # a line for each rule, in their order
+    make_muon: Callable[..., Optimizer],
+    model: nn.Module,
+    others: Callable[[Iterable[Any]], Optimizer],
+    overrides: Mapping[str, Choice],
+    views: Mapping[str, View],
+) -> ModelOptimizer:
+    """Make both optimizers of `Muon.for_model`, which documents the arguments and the errors."""
+    _check_types(model, others, overrides=overrides, views=views)
     uses = _uses_of(model)
     assignments = {p: Assignment(of[0].name, p.shape, *_decide(of)) for p, of in uses.items()}
 

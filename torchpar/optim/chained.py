@@ -59,8 +59,8 @@ class ChainedOptimizer(Optimizer):
     def _check_groups(self) -> None:
         """Raise unless the optimizers step the groups that this chain shows, saves and
         schedules."""
-        own = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        if [*map(id, own)] != [*map(id, self.param_groups)]:
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        if [*map(id, groups)] != [*map(id, self.param_groups)]:
             raise RuntimeError(_CHANGED)
         if any(optimizer.state is not self.state for optimizer in self.optimizers):
             self._share_state()

@@ -61,13 +61,13 @@ class Exchange:
 
     def __init__(self, group: dist.ProcessGroup | None, params: list[ParamInfo]):
         self.group, self.params = group, params
-        own = [info.part._replace(mesh=None) for info in params]
-        self.rank, by_rank = 0, [own]
+        shards = [info.part._replace(mesh=None) for info in params]
+        self.rank, by_rank = 0, [shards]
         if group is not None:
             same = {f"parameter {i}": info.description for i, info in enumerate(params)}
             check_same_on_all_ranks(group, "Muon", same)
-            self.rank, by_rank = dist.get_rank(group), [own] * group.size()
-            dist.all_gather_object(by_rank, own, group)
+            self.rank, by_rank = dist.get_rank(group), [shards] * group.size()
+            dist.all_gather_object(by_rank, shards, group)
         owners = assign_owners([info.cost for info in params], len(by_rank))
         self.owned = [
             info for info, owner in zip(params, owners, strict=True) if owner == self.rank

@@ -17,12 +17,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from torchpar.errors import ConfigError
-from torchpar.library import is_dtensor
+from torchpar.library.sharding import is_dtensor
 from torchpar.optim.assign import Choice, ModelOptimizer, chain
 from torchpar.optim.exchange import Exchange
 from torchpar.optim.matrices import ParamInfo, View, orthogonalize_in_place
 from torchpar.optim.newton_schulz import COEFFICIENTS, Coefficients, NewtonSchulz, orthogonalize
-from torchpar.parts import is_marked, local, part_of
+from torchpar.parts import local, part_of
 
 # The factor of the learning rate of a matrix (n, m), by the names of `torch.optim.Muon`.
 _RATIOS: dict[str, Callable[[int, int], float]] = {
@@ -66,9 +66,10 @@ class Muon(Optimizer):
         views: by the name of a parameter, a function that returns its matrices. For parameters that
             are not one matrix. They need names: give ``model.named_parameters()``.
         process_group: a group, or a mesh, of the ranks that share the work; together they hold
-            every part of each parameter. The default is a parameter's own mesh; whole parameters
-            are not shared. Under `torch.nn.parallel.DistributedDataParallel` name the ranks that
-            hold the same parameters. A copy of the optimizer has none.
+            every part of each parameter. By default each DTensor's mesh shares its work, and every
+            rank updates replicated parameters itself. Under
+            `torch.nn.parallel.DistributedDataParallel` name the ranks that hold the same
+            parameters. A copy of the optimizer has no process group.
 
     Raises:
         ConfigError: a parameter that is not a matrix and has no view; an invalid view; ``ns``,
@@ -179,13 +180,13 @@ class Muon(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         for info in self._param_infos():
-            if is_marked(info.p):
+            if info.part.is_slice:
                 raise ConfigError(
                     f"Muon: {info.name} is of a split layer, and a copy of the optimizer would not "
                     "know how it is split; copy the model, and make an optimizer for the copy"
                 )
-        own = {"ns": self.ns, "views": self.views, "_names": self._names}
-        return {**super().__getstate__(), **own}
+        settings = {"ns": self.ns, "views": self.views, "_names": self._names}
+        return {**super().__getstate__(), **settings}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters. On several ranks that share parameters, do so before the first
@@ -310,11 +311,11 @@ class Muon(Optimizer):
         self, group: dict[str, Any], grads: dict[ParamInfo, Tensor]
     ) -> dict[ParamInfo, Tensor]:
         """Update the momenta; return what is to be orthogonalised."""
-        own = [grad.to(info.p.dtype) for info, grad in grads.items()]
+        gradients = [grad.to(info.p.dtype) for info, grad in grads.items()]
         momenta = [self._momentum(info) for info in grads]
-        torch._foreach_lerp_(momenta, own, 1 - group["momentum"])
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         if group["nesterov"]:
-            momenta = torch._foreach_lerp(own, momenta, group["momentum"])  # type: ignore[assignment]
+            momenta = torch._foreach_lerp(gradients, momenta, group["momentum"])  # type: ignore[assignment]
         return dict(zip(grads, momenta, strict=True))
 
     def _momentum(self, info: ParamInfo) -> Tensor:

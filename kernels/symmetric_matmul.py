@@ -16,14 +16,14 @@ from torch import Tensor
 from .autotune import Choice, choose_plan
 from .gemm import dot_rows, triangle_of_batch
 from .launch import Plan, Wrap, cached_plan
-from .matmul_t_tma import symmetric_product_tma_kernel
+from .symmetric_matmul_tma import symmetric_matmul_tma_kernel
 from .tiles import Tiles, check_variant, count_tiles, device, resident_programs
 
 SUM_BLOCK = 64  # with 128, float32 and float64 spill
 
 
 @triton.jit(do_not_specialize=["alpha_bits", "beta_bits"])
-def symmetric_product_kernel(
+def symmetric_matmul_kernel(
     a_ptr,
     b_ptr,
     c_ptr,
@@ -103,7 +103,7 @@ def symmetric_sum_kernel(
     tl.store(out_ptr + (j[:, None] * n + i[None, :]), tl.trans(total), mask=mirror_mask)
 
 
-def symmetric_product(
+def symmetric_matmul(
     a: Tensor,
     b: Tensor,
     precision: str,
@@ -170,7 +170,7 @@ def _plan_product(a: Tensor, b: Tensor | None, c: Tensor | None, *options: Any) 
     sizes = n, n, k, a.shape[0] if a.dim() == 3 else 1
     restore = [] if c is None else ["out_ptr"]  # which may be C
     make = partial(_plan_tiles, a, b, c, choice.precision)
-    return choose_plan(make, "symmetric_product", sizes, operands, choice, restore)
+    return choose_plan(make, "symmetric_matmul", sizes, operands, choice, restore)
 
 
 def _plan_tiles(
@@ -180,7 +180,7 @@ def _plan_tiles(
     b = a if b is None else b
     *_, n, k = a.shape
     batch = a.shape[0] if a.dim() == 3 else 1
-    check_variant(tiles, "symmetric_product", n, *([a, b] if c is None else [a, b, c]))
+    check_variant(tiles, "symmetric_matmul", n, *([a, b] if c is None else [a, b, c]))
     strides = [stride for t in (a, b, a if c is None else c) for stride in _strides(t)]
     options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
     programs = batch * count_tiles(tiles, n, n, symmetric=True)
@@ -192,7 +192,7 @@ def _plan_tiles(
             "EVEN_K": bool(k % tiles.block_k == 0),
             "PRECISION": precision,
         }
-        return Plan(symmetric_product_kernel, programs, (n, k, *strides), constants, options)
+        return Plan(symmetric_matmul_kernel, programs, (n, k, *strides), constants, options)
     constants = {
         "BLOCK": tiles.block_m,
         "WIDE": tiles.block_n,
@@ -206,7 +206,7 @@ def _plan_tiles(
     resident = torch.sym_min(programs, device(a).multiprocessors * resident_programs(tiles))
     arguments = batch, n, k, *strides
     return Plan(
-        symmetric_product_tma_kernel, resident, arguments, constants, options, descriptors=True
+        symmetric_matmul_tma_kernel, resident, arguments, constants, options, descriptors=True
     )
 
 

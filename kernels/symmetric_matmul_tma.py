@@ -43,7 +43,7 @@ def store_twice(
 
 
 @triton.jit(do_not_specialize=["alpha_bits", "beta_bits"])
-def symmetric_product_tma_kernel(
+def symmetric_matmul_tma_kernel(
     a_ptr,
     b_ptr,
     c_ptr,

@@ -1,56 +1,35 @@
 # SPDX-License-Identifier: MIT
-"""Custom operators that all of PyTorch supports: in place of `torch.library.custom_op` and
-`triton_op`.
+"""Operators and their rules: `custom_op`, `triton_op` and the `CustomOpDef` that they make."""
 
-    @torchpar.library.custom_op("mylib::gram", mutates_args=())
-    def gram(x: Tensor) -> Tensor: ...
-
-    gram.register_fake(...)
-    gram.register_autograd(backward, setup_context=setup_context)
-
-The decorators and the methods take what PyTorch's take, so that a changed import moves an operator.
-It then also has derivatives under torch.func and in forward mode (pytorch#168393, #170834,
-#179652), and sharding rules that wait for DTensor. docs/citizen.md shows each rule.
-
-All private names of PyTorch that operators need are used here. tests/test_library.py guards each.
-"""
-
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from inspect import getmodule, signature
-from itertools import chain, islice
-from types import SimpleNamespace, new_class
+from types import new_class
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import (
-    _after_ADInplaceOrView_keyset,
-    _any_output_is_alias_to_input_or_output,
-    _AutoDispatchBelowAutograd,
-)
-from torch._C._functorch import peek_interpreter_stack
-from torch._functorch.autograd_function import custom_function_call_vmap_helper
-from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
-from torch._functorch.utils import enable_single_level_autograd_function
-from torch._library import custom_ops
-from torch._library.triton import (
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from torchpar.library.derivatives import Call, Differentiable, flattened
+from torchpar.library.private import (
+    AutoDispatchBelowAutograd,
+    FakeTensor,
+    FunctionalTensorMode,
+    after_ADInplaceOrView_keyset,
+    any_output_is_alias_to_input_or_output,
+    check_aliasing_constraint,
+    custom_function_call_vmap_helper,
+    custom_ops,
+    enable_single_level_autograd_function,
     get_inner_triton_kernels,
+    retrieve_current_functorch_interpreter,
     set_wrap_triton_enabled,
     triton_ops_to_kernels,
 )
-from torch._library.utils import _c_check_aliasing_constraint
-from torch._prims_common import compute_elementwise_output_strides
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch._subclasses.functional_tensor import FunctionalTensorMode
-from torch.autograd import forward_ad
-from torch.autograd.forward_ad import _set_fwd_grad_enabled
-from torch.autograd.function import _SingleLevelFunction
-from torch.utils._pytree import tree_flatten, tree_map_only
-
-__all__ = ["CustomOpDef", "batch_first", "custom_op", "sample", "triton_op"]
+from torchpar.library.sharding import is_dtensor, register_sharding_rules, sharding_rules
+from torchpar.library.transforms import is_transformed
 
 Wrap = Callable[[Any], Any] | None
 """A function that a launcher applies to a Triton kernel before launching it; None for a real
@@ -207,8 +186,8 @@ class CustomOpDef(custom_ops.CustomOpDef):
         device_types: str | Sequence[str] | None = None,
         tags: torch.Tag | Sequence[torch.Tag] | None = None,
     ):
-        namespace, _, own = name.partition("::")
-        base, dot, overload = own.partition(".")
+        namespace, _, local_name = name.partition("::")
+        base, dot, overload = local_name.partition(".")
         if not (
             namespace.isidentifier()
             and base.isidentifier()
@@ -218,7 +197,8 @@ class CustomOpDef(custom_ops.CustomOpDef):
                 f"the operator's name is {name!r}, expected 'namespace::name' of identifiers"
             )
         tags = [tags] if isinstance(tags, torch.Tag) else tags or ()
-        parsed = torch._C.parse_schema(own + schema)  # before an earlier operator is replaced
+        # Before an earlier operator is replaced.
+        parsed = torch._C.parse_schema(local_name + schema)
         arguments = parsed.arguments
         _refuse(name, parsed, tags)
         writes = [bool(one.alias_info and one.alias_info.is_write) for one in arguments]
@@ -227,11 +207,11 @@ class CustomOpDef(custom_ops.CustomOpDef):
         self._needs_device = not any("Tensor" in str(one.type) for one in arguments)
         self._has_device = any(one.name == "device" for one in arguments)
         self._check_device(name, device_types)
-        self._namespace, self._name = namespace, own
+        self._namespace, self._name = namespace, local_name
         self.__name__, self.__doc__ = base, function.__doc__
         # A notebook defines it again.
-        self._lib = custom_ops.get_library_allowing_overwrite(namespace, own)
-        self._lib.define(own + schema, tags={torch.Tag.pt2_compliant_tag, *tags})
+        self._lib = custom_ops.get_library_allowing_overwrite(namespace, local_name)
+        self._lib.define(local_name + schema, tags={torch.Tag.pt2_compliant_tag, *tags})
         self._opoverload = getattr(
             getattr(getattr(torch.ops, namespace), base), overload or "default"
         )
@@ -242,8 +222,9 @@ class CustomOpDef(custom_ops.CustomOpDef):
             "List" in (kind := str(one.type)) and "Tensor" in kind for one in self._positional
         ]
         self._has_lists = any(self._are_lists)
-        # From torch 2.14 on: arguments are not converted for C++, unless there are keyword-only
-        # ones.
+        self._returns_tensor = [str(one.type) for one in parsed.returns] == ["Tensor"]
+        # From torch 2.14 on, arguments are not converted for C++. With keyword-only ones the
+        # conversion stays, and a call took no less time.
         if hasattr(self._opoverload, "_enable_pyobj_dispatch") and not self._keywords:
             self._opoverload._enable_pyobj_dispatch(True)
         # Errors and `grad_fn` show its name, as PyTorch's do.
@@ -261,15 +242,15 @@ class CustomOpDef(custom_ops.CustomOpDef):
         self._formula: Callable[..., Any] | None = None
         self._decompose: Callable[..., bool] | None = None
         self.register_kernel(device_types, function)
-        self._lib.impl(own, self._autograd, "Autograd")
+        self._lib.impl(local_name, self._autograd, "Autograd")
         if self._mutated:  # below Autograd, since inference mode passes that key over
-            self._lib.impl(own, self._raise_versions, "ADInplaceOrView", with_keyset=True)
+            self._lib.impl(local_name, self._raise_versions, "ADInplaceOrView", with_keyset=True)
         if self._mutated and not parsed.returns:
             self.register_fake(lambda *args, **kwargs: None)
         custom_ops.OPDEFS[self._qualname] = self  # for torch.library's functions, given the name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        _register_sharding_rules()  # in inference mode the Autograd key is passed over
+        register_sharding_rules()  # in inference mode the Autograd key is passed over
         if not torch.compiler.is_compiling() and torch._C._autograd._profiler_enabled():
             # PyTorch's dispatch in Python (2.14) records no event.
             return getattr(self._opoverload, "_cpp_dispatch_handle", self._opoverload)(
@@ -336,11 +317,36 @@ class CustomOpDef(custom_ops.CustomOpDef):
             if records:
                 torch._C._set_grad_enabled(True)
         results = result if isinstance(result, tuple) else (result,)
-        if _any_output_is_alias_to_input_or_output(args, kwargs, results):
-            _c_check_aliasing_constraint(
+        if any_output_is_alias_to_input_or_output(args, kwargs, results):
+            check_aliasing_constraint(
                 self._qualname, args, kwargs, result, partial(getmodule, kernel)
             )
-        return result
+        if self._returns_tensor and isinstance(result, Tensor):
+            return _without_view(result)
+        return self._checked(result)
+
+    def _checked(self, result: Any) -> Any:
+        """The kernel's result, whose number and tensors are those that the schema says.
+
+        PyTorch's dispatch in Python (2.14) would pass on any other.
+        """
+        expected = [str(one.type) for one in self._opoverload._schema.returns]
+        values = result if len(expected) != 1 else (result,)
+        if not expected:
+            return result
+        is_right = isinstance(values, tuple) and len(values) == len(expected)
+        if not is_right or any(
+            kind == "Tensor" and not isinstance(value, Tensor)
+            for kind, value in zip(expected, values, strict=True)
+        ):
+            is_tuple = is_right and len(expected) != 1
+            kinds = [type(one).__name__ for one in values] if is_tuple else type(result).__name__
+            raise RuntimeError(
+                f"{self._qualname} returns {kinds}, and its schema says {expected}; return that"
+            )
+        if len(expected) == 1:
+            return result
+        return tuple(_without_view(one) if isinstance(one, Tensor) else one for one in values)
 
     def set_kernel_enabled(self, device_type: str, enabled: bool = True) -> Any:
         """Refuse to switch kernels; `register_kernel` replaces one."""
@@ -371,7 +377,7 @@ class CustomOpDef(custom_ops.CustomOpDef):
         self._vmap = func
         return func
 
-    def _run_vmap(self, keyset: Any, /, *args: Any, **kwargs: Any) -> Any:
+    def _run_vmap(self, _keyset: Any, /, *args: Any, **kwargs: Any) -> Any:
         def with_defaults(info: Any, in_dims: tuple[Any, ...], *args: Any, **kwargs: Any) -> Any:
             assert self._vmap is not None
             rest = self._defaults[len(args) :]
@@ -523,7 +529,7 @@ class CustomOpDef(custom_ops.CustomOpDef):
                     )
             return found
 
-        _sharding_rules[self._opoverload] = with_defaults
+        sharding_rules[self._opoverload] = with_defaults
         return rule
 
     def _keyword_only(self, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -532,7 +538,7 @@ class CustomOpDef(custom_ops.CustomOpDef):
         return {one.name: one.default_value for one in self._keywords} | kwargs
 
     def _autograd(self, *args: Any, **kwargs: Any) -> Any:
-        _register_sharding_rules()
+        register_sharding_rules()
         if self._mutated:
             self._check_write(args, kwargs)
             if not self._opoverload._schema.returns:
@@ -543,20 +549,20 @@ class CustomOpDef(custom_ops.CustomOpDef):
         ):
             return self._formula(*args, **kwargs)
         if transformed:
-            call = _Call(self, kwargs, transformed)
+            call = Call(self, kwargs, transformed)
             with enable_single_level_autograd_function():
                 return call.result(self._function.apply(*call.flat(args), call))
         if torch.is_grad_enabled():
             # A list with None among its tensors is no list of tensors to PyTorch.
-            leaves = _flattened(args, self._are_lists)[0] if self._has_lists else args
+            leaves = flattened(args, self._are_lists)[0] if self._has_lists else args
             if torch._C._any_requires_grad(*leaves):
-                call = _Call(self, kwargs, transformed)
+                call = Call(self, kwargs, transformed)
                 return call.result(self._function.apply(*call.flat(args), call))
-        with _AutoDispatchBelowAutograd():  # `_below`, without the time of its call
+        with AutoDispatchBelowAutograd():  # `_below`, without the time of its call
             return self._opoverload(*args, **kwargs)
 
     def _below(self, *args: Any, **kwargs: Any) -> Any:
-        with _AutoDispatchBelowAutograd():
+        with AutoDispatchBelowAutograd():
             return self._opoverload(*args, **kwargs)
 
     def _check_write(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -580,7 +586,7 @@ class CustomOpDef(custom_ops.CustomOpDef):
 
     def _raise_versions(self, keyset: Any, /, *args: Any, **kwargs: Any) -> Any:
         torch.autograd.graph.increment_version(self._written(args))
-        return self._opoverload.redispatch(keyset & _after_ADInplaceOrView_keyset, *args, **kwargs)
+        return self._opoverload.redispatch(keyset & after_ADInplaceOrView_keyset, *args, **kwargs)
 
 
 def _refuse(name: str, schema: Any, tags: Sequence[torch.Tag]) -> None:
@@ -599,224 +605,6 @@ def _refuse(name: str, schema: Any, tags: Sequence[torch.Tag]) -> None:
         )
 
 
-class _Call:
-    """A call on its way through `Differentiable`, of flat tensors; it keeps none of the
-    arguments."""
-
-    def __init__(self, op: CustomOpDef, kwargs: dict[str, Any], transformed: bool):
-        self.op, self.kwargs, self.transformed = op, kwargs, transformed
-
-    def flat(self, args: tuple[Any, ...]) -> Sequence[Any]:
-        """The leaves of all positional arguments."""
-        self.given = len(args)
-        if len(args) < len(self.op._defaults):
-            args += self.op._defaults[len(args) :]
-        if not self.op._has_lists:
-            self.sizes = None
-            return args
-        leaves, self.sizes = _flattened(args, self.op._are_lists)
-        return leaves
-
-    def compute(self, leaves: Sequence[Any]) -> tuple[Any, ...]:
-        output = self.op._below(*_nested(leaves, self.sizes), **self.kwargs)
-        self.is_tuple = isinstance(output, tuple)
-        results, self.output_sizes = _flattened(output if self.is_tuple else (output,))
-        # Autograd refuses to change a view that a Function returns, although here nobody has its
-        # base.
-        return tuple(
-            [
-                torch.ops.aten._unsafe_view(t, t.shape)
-                if isinstance(t, Tensor) and t._is_view()
-                else t
-                for t in results
-            ]
-        )
-
-    def result(self, leaves: tuple[Any, ...]) -> Any:
-        result = _nested(leaves, self.output_sizes)
-        return result if self.is_tuple else result[0]
-
-    def set_up(self, ctx: Any, leaves: Sequence[Any], output: tuple[Any, ...]) -> None:
-        ctx._torchpar_call, self.count = self, len(leaves)
-        self.materializes = len(output) > 1  # of one result autograd does
-        if self.transformed or self.materializes:
-            self.results: list[Any] = [  # None for a number
-                {"size": t.shape, "dtype": t.dtype, "device": t.device}
-                if isinstance(t, Tensor)
-                else None
-                for t in output
-            ]
-        if self.materializes:  # the zeros that autograd makes are no DTensors (pytorch#173123)
-            ctx.set_materialize_grads(False)
-        ctx.needs_input_grad = _nested(ctx.needs_input_grad[:-1], self.sizes)[: self.given]
-        if self.op._setup_context:
-            keywords = {}
-            if self.op._keywords:
-                keywords["keyword_only_inputs"] = self.op._keyword_only(self.kwargs)
-            is_shadowed = self.materializes
-            if is_shadowed:
-                ctx.set_materialize_grads = self._set_materializes
-            inputs = _nested(leaves, self.sizes)
-            self.op._setup_context(ctx=ctx, inputs=inputs, output=self.result(output), **keywords)
-            if is_shadowed:
-                del ctx.set_materialize_grads
-
-    def _set_materializes(self, value: bool) -> None:
-        self.materializes = value
-
-    def backward(self, ctx: Any, grads: Sequence[Any]) -> tuple[Any, ...]:
-        """The gradients of the leaves."""
-        if self.op._backward is None:
-            name = self.op._qualname
-            hint = "it has no backward; register one by register_autograd"
-            raise RuntimeError(f"Trying to backward through {name}, but {hint}")
-        if self.materializes and any(g is None for g in grads):  # of a result that is not used
-            like = next((g for g in grads if g is not None), None)
-            if like is None:
-                return (None,) * self.count
-            grads = [
-                like.new_zeros(**result) if g is None and result else g
-                for g, result in zip(grads, self.results, strict=True)
-            ]
-        found = self.op._backward(ctx, *_nested(grads, self.output_sizes))
-        found = found if isinstance(found, tuple) else (found,)
-        count = len(self.op._positional)
-        if len(found) == self.given:  # arguments at their defaults need no gradient
-            found += (None,) * (count - self.given)
-        if len(found) != count:
-            expected = count if self.given == count else f"{self.given} or {count}"
-            raise RuntimeError(
-                f"{self.op._qualname}: backward returns an incorrect number of gradients: expected "
-                f"{expected}, got {len(found)}, one for each positional argument"
-            )
-        if self.sizes is None:
-            return found
-        leaves: list[Any] = []
-        for argument, size, gradient in zip(self.op._positional, self.sizes, found, strict=True):
-            is_list = isinstance(gradient, list | tuple)
-            if size is None and not (is_list and any(g is not None for g in gradient)):
-                leaves.append(None if is_list else gradient)
-            elif size is not None and (gradient is None or (is_list and len(gradient) == size)):
-                leaves += [None] * size if gradient is None else gradient
-            else:
-                given = f"{len(gradient)} gradients" if is_list else "one gradient"
-                expected = "one" if size is None else f"a list of {size}, one for each tensor"
-                raise RuntimeError(
-                    f"{self.op._qualname}: backward returns {given} for {argument.name}, expected "
-                    f"{expected}"
-                )
-        return tuple(leaves)
-
-
-def _flattened(
-    values: tuple[Any, ...], are_lists: Sequence[bool] | None = None
-) -> tuple[Sequence[Any], list[int | None] | None]:
-    """The values and the tensors of those that are lists, and the lists' lengths; None without
-    lists.
-
-    ``are_lists`` tells which values are lists of tensors; without it, their elements do.
-    """
-    if list not in map(type, values):
-        return values, None
-    chosen = map(_is_list_of_tensors, values) if are_lists is None else are_lists
-    sizes = [
-        len(value) if yes and isinstance(value, list) else None
-        for value, yes in zip(values, chosen, strict=False)
-    ]
-    lists = [[value] if size is None else value for value, size in zip(values, sizes, strict=True)]
-    return list(chain(*lists)), sizes
-
-
-def _is_list_of_tensors(value: Any) -> bool:
-    return isinstance(value, list) and all(t is None or isinstance(t, Tensor) for t in value)
-
-
-def _nested(leaves: Iterable[Any], sizes: list[int | None] | None) -> tuple[Any, ...]:
-    """The values that `_flattened` took apart."""
-    if sizes is None:
-        return tuple(leaves)
-    rest = iter(leaves)
-    return tuple([next(rest) if size is None else list(islice(rest, size)) for size in sizes])
-
-
-# `torch.autograd.Function` would dispatch to the transforms again, which have called the operator.
-class Differentiable(_SingleLevelFunction):
-    """An operator with its derivatives, also under transforms."""
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> Any:
-        # In this order PyTorch's messages count the arguments as the operator does.
-        *leaves, call = args
-        if not call.transformed:
-            output = call.compute(leaves)
-            call.set_up(ctx, leaves, output)
-            return output
-        # The transforms below differentiate too.
-        with torch.enable_grad(), _set_fwd_grad_enabled(True):
-            output = call.compute(leaves)
-        call.set_up(ctx, leaves, output)
-        ctx.save_for_forward(*(ctx.to_save or ()))
-        constant = set(map(id, ctx.non_differentiable or ()))
-        floats = [
-            isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex()) for t in output
-        ]
-        call.are_smooth = [
-            yes and id(t) not in constant for yes, t in zip(floats, output, strict=True)
-        ]
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return *ctx._torchpar_call.backward(ctx, grads), None
-
-    @staticmethod
-    def jvp(ctx: Any, *args: Tensor | None) -> Any:
-        tangents = args[:-1]
-        saved = [
-            t if t is None else forward_ad.unpack_dual(t, level=0).primal for t in ctx.saved_tensors
-        ]
-        call = ctx._torchpar_call
-        needs = _nested([t is not None for t in tangents], call.sizes)[: call.given]
-        own = SimpleNamespace(**vars(ctx), saved_tensors=saved, needs_input_grad=needs)
-        # PyTorch turns forward mode off here, so that the tangents of the transforms below would be
-        # 0.
-        with _set_fwd_grad_enabled(True):
-            if call.op._jvp:
-                return call.op._jvp(own, *_nested(tangents, call.sizes))
-            return _transposed_backward(own, tangents)
-
-
-def _transposed_backward(ctx: Any, tangents: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """The tangents of the results: ``backward`` is linear in ``grads``, and this is its
-    transpose."""
-    call = ctx._torchpar_call
-    with torch.enable_grad():
-        zeros = [
-            torch.zeros(**result, requires_grad=is_smooth) if result else None
-            for result, is_smooth in zip(call.results, call.are_smooth, strict=True)
-        ]
-        smooth = [t for t in zeros if t is not None and t.requires_grad]
-        found: Sequence[Any] = [t.detach() for t in smooth]
-        gradients = call.backward(ctx, zeros) if smooth else ()
-        pairs = [
-            (g, t)
-            for g, t in zip(gradients, tangents, strict=False)
-            if g is not None and t is not None
-        ]
-        if any(not g.requires_grad for g, _ in pairs):  # a 0 of its own, or made by another library
-            raise RuntimeError(
-                f"{call.op._qualname}: backward returns a gradient that PyTorch cannot "
-                "differentiate; return None for 0, or register jvp or formula"
-            )
-        if pairs:
-            outputs, incoming = zip(*((g.sum_to_size(t.shape), t) for g, t in pairs), strict=True)
-            found = torch.autograd.grad(
-                outputs, smooth, incoming, create_graph=True, materialize_grads=True
-            )
-    rest = iter(found)
-    return tuple(next(rest) if is_smooth else None for is_smooth in call.are_smooth)
-
-
 class _Kernels:
     """The Triton kernels of an operator, imported when a compiler asks for their source."""
 
@@ -827,96 +615,22 @@ class _Kernels:
         return iter(self.kernels())
 
 
-def supports_tma(wrap: Wrap) -> bool:
-    """Whether a kernel that ``wrap`` launches may make TMA descriptors, which need memory at the
-    launch.
+def _without_view(t: Tensor) -> Tensor:
+    """``t``, or a tensor of its memory that is no view.
 
-    Inductor's Python wrapper allocates that memory. Its C++ wrapper, and so AOTInductor, allocates
-    enough for one program in torch 2.11. Other compilers, and uncompiled graphs, allocate nothing.
+    Autograd refuses to change a view that a Function returns, or that was made without gradients,
+    although nobody has the base of a kernel's result.
     """
-    if wrap is None:
-        return True
-    from torch._inductor import config
-    from torch._inductor.virtualized import V
-
-    return isinstance(V.fake_mode, FakeTensorMode) and not (config.fx_wrapper or config.cpp_wrapper)
+    if t.layout == torch.strided and t._is_view():
+        return torch.ops.aten._unsafe_view(t, t.shape)  # type: ignore[no-any-return]
+    return t
 
 
 def _gpu_of(args: tuple[Any, ...]) -> torch.device | None:
     """The tensors' GPU, to be made current: Triton launches on the current one, and chooses tiles
     for it."""
     for arg in args:
-        # A fake one is anywhere.
+        # A fake tensor may name a GPU that this machine lacks.
         if isinstance(arg, Tensor) and arg.is_cuda and torch.cuda.is_available():
             return arg.device
     return None
-
-
-def batch_first(t: Tensor, dim: int | None, batch_size: int) -> Tensor:
-    """For rules of vmap: ``t`` with its batch dimension first, or expanded to a batch if ``dim`` is
-    None."""
-    return t.expand(batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
-
-
-def sample(t: Tensor, dim: int | None) -> Tensor:
-    """For rules of vmap: a tensor like one sample of ``t``, whose values are undefined."""
-    return (
-        t
-        if dim is None
-        else t.new_empty(()).expand([size for d, size in enumerate(t.shape) if d != dim])
-    )
-
-
-def is_dtensor(t: Tensor) -> bool:
-    """Whether ``t`` is a DTensor; this does not import DTensor's module."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(t, module.DTensor)
-
-
-def is_transformed(values: Any) -> bool:
-    """Whether torch.func transforms or forward mode act on a call with these arguments."""
-    if peek_interpreter_stack() is not None:
-        return True
-    if forward_ad._current_level < 0:
-        return False
-    # PyTorch counts the levels of forward mode for all threads together, so the tangents decide.
-    tensors = [t for t in tree_flatten(values)[0] if isinstance(t, Tensor)]
-    return any(forward_ad.unpack_dual(t, level=0).tangent is not None for t in tensors)
-
-
-def needs_formula(*tensors: Tensor) -> bool:
-    """Whether a backward pass of these must consist of operators with derivatives and sharding
-    rules."""
-    return torch.is_grad_enabled() or is_transformed(tensors) or any(map(is_dtensor, tensors))
-
-
-_sharding_rules: dict[Any, Callable[..., Any]] = {}  # by overload
-
-
-def _register_sharding_rules() -> None:
-    if not _sharding_rules or "torch.distributed.tensor" not in sys.modules:
-        return
-    from torch.distributed.tensor.experimental import register_sharding
-
-    for overload, rule in list(_sharding_rules.items()):
-        register_sharding(overload)(rule)
-        _sharding_rules.pop(overload, None)  # another thread may have registered it, too
-
-
-# `torch.compile` calls it while it traces. It would trace PyTorch's registration, and fail.
-# `torch.compiler.assume_constant_result` sets this mark and imports the compiler, which takes a
-# second.
-_register_sharding_rules._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def empty_elementwise(
-    operands: Sequence[Tensor], dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """An uninitialised tensor of the broadcast shape of ``operands``, with ATen's strides."""
-    shape = operands[0].shape
-    # The general rule takes 40 µs.
-    if all(t.shape == shape and t.is_contiguous() for t in operands):
-        return torch.empty(shape, dtype=dtype, device=device)
-    shape = torch.broadcast_shapes(*(t.shape for t in operands))
-    strides = compute_elementwise_output_strides(*(t.expand(shape) for t in operands))
-    return torch.empty_strided(shape, strides, dtype=dtype, device=device)

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: MIT
+"""The path of a call through autograd, torch.func and forward mode."""
+
+from collections.abc import Iterable, Sequence
+from itertools import chain, islice
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from torchpar.library.private import SingleLevelFunction, set_fwd_grad_enabled
+
+
+class Call:
+    """A call on its way through `Differentiable`, of flat tensors; it keeps none of the
+    arguments."""
+
+    def __init__(self, op: Any, kwargs: dict[str, Any], transformed: bool):  # a CustomOpDef
+        self.op, self.kwargs, self.transformed = op, kwargs, transformed
+
+    def flat(self, args: tuple[Any, ...]) -> Sequence[Any]:
+        """The leaves of all positional arguments."""
+        self.given = len(args)
+        if len(args) < len(self.op._defaults):
+            args += self.op._defaults[len(args) :]
+        if not self.op._has_lists:
+            self.sizes = None
+            return args
+        leaves, self.sizes = flattened(args, self.op._are_lists)
+        return leaves
+
+    def compute(self, leaves: Sequence[Any]) -> tuple[Any, ...]:
+        output = self.op._below(*nested(leaves, self.sizes), **self.kwargs)
+        self.is_tuple = isinstance(output, tuple)
+        leaves, self.output_sizes = flattened(output if self.is_tuple else (output,))
+        return tuple(leaves)
+
+    def result(self, leaves: tuple[Any, ...]) -> Any:
+        result = nested(leaves, self.output_sizes)
+        return result if self.is_tuple else result[0]
+
+    def set_up(self, ctx: Any, leaves: Sequence[Any], output: tuple[Any, ...]) -> None:
+        ctx._torchpar_call, self.count = self, len(leaves)
+        self.materializes = len(output) > 1  # of one result autograd does
+        if self.transformed or self.materializes:
+            self.results: list[Any] = [  # None for a number
+                {"size": t.shape, "dtype": t.dtype, "device": t.device}
+                if isinstance(t, Tensor)
+                else None
+                for t in output
+            ]
+        if self.materializes:  # the zeros that autograd makes are no DTensors (pytorch#173123)
+            ctx.set_materialize_grads(False)
+        ctx.needs_input_grad = nested(ctx.needs_input_grad[:-1], self.sizes)[: self.given]
+        if self.op._setup_context:
+            keywords = {}
+            if self.op._keywords:
+                keywords["keyword_only_inputs"] = self.op._keyword_only(self.kwargs)
+            is_shadowed = self.materializes
+            if is_shadowed:
+                ctx.set_materialize_grads = self._set_materializes
+            inputs = nested(leaves, self.sizes)
+            self.op._setup_context(ctx=ctx, inputs=inputs, output=self.result(output), **keywords)
+            if is_shadowed:
+                del ctx.set_materialize_grads
+
+    def _set_materializes(self, value: bool) -> None:
+        self.materializes = value
+
+    def backward(self, ctx: Any, grads: Sequence[Any]) -> tuple[Any, ...]:
+        """The gradients of the leaves."""
+        if self.op._backward is None:
+            name = self.op._qualname
+            hint = "it has no backward; register one by register_autograd"
+            raise RuntimeError(f"Trying to backward through {name}, but {hint}")
+        if self.materializes and any(g is None for g in grads):  # of a result that is not used
+            like = next((g for g in grads if g is not None), None)
+            if like is None:
+                return (None,) * self.count
+            grads = [
+                like.new_zeros(**result) if g is None and result else g
+                for g, result in zip(grads, self.results, strict=True)
+            ]
+        found = self.op._backward(ctx, *nested(grads, self.output_sizes))
+        found = found if isinstance(found, tuple) else (found,)
+        count = len(self.op._positional)
+        if len(found) == self.given:  # arguments at their defaults need no gradient
+            found += (None,) * (count - self.given)
+        if len(found) != count:
+            expected = count if self.given == count else f"{self.given} or {count}"
+            raise RuntimeError(
+                f"{self.op._qualname}: backward returns an incorrect number of gradients: expected "
+                f"{expected}, got {len(found)}, one for each positional argument"
+            )
+        if self.sizes is None and not any(isinstance(g, list | tuple) for g in found):
+            return found
+        leaves: list[Any] = []
+        sizes = self.sizes or [None] * count
+        for argument, size, gradient in zip(self.op._positional, sizes, found, strict=True):
+            is_list = isinstance(gradient, list | tuple)
+            if size is None and not (is_list and any(g is not None for g in gradient)):
+                leaves.append(None if is_list else gradient)
+            elif size is not None and (gradient is None or (is_list and len(gradient) == size)):
+                leaves += [None] * size if gradient is None else gradient
+            else:
+                given = f"{len(gradient)} gradients" if is_list else "one gradient"
+                expected = "one" if size is None else f"a list of {size}, one for each tensor"
+                raise RuntimeError(
+                    f"{self.op._qualname}: backward returns {given} for {argument.name}, expected "
+                    f"{expected}"
+                )
+        return tuple(leaves)
+
+
+def flattened(
+    values: tuple[Any, ...], are_lists: Sequence[bool] | None = None
+) -> tuple[Sequence[Any], list[int | None] | None]:
+    """The values and the tensors of those that are lists, and the lists' lengths; None without
+    lists.
+
+    ``are_lists`` tells which values are lists of tensors; without it, their elements do.
+    """
+    if list not in map(type, values):
+        return values, None
+    chosen = map(_is_list_of_tensors, values) if are_lists is None else are_lists
+    sizes = [
+        len(value) if yes and isinstance(value, list) else None
+        for value, yes in zip(values, chosen, strict=False)
+    ]
+    lists = [[value] if size is None else value for value, size in zip(values, sizes, strict=True)]
+    return list(chain(*lists)), sizes
+
+
+def _is_list_of_tensors(value: Any) -> bool:
+    return isinstance(value, list) and all(t is None or isinstance(t, Tensor) for t in value)
+
+
+def nested(leaves: Iterable[Any], sizes: list[int | None] | None) -> tuple[Any, ...]:
+    """The values that `flattened` took apart."""
+    if sizes is None:
+        return tuple(leaves)
+    rest = iter(leaves)
+    return tuple([next(rest) if size is None else list(islice(rest, size)) for size in sizes])
+
+
+# `torch.autograd.Function` would dispatch to the transforms again, which have called the operator.
+class Differentiable(SingleLevelFunction):
+    """An operator with its derivatives, also under transforms."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Any:
+        # In this order PyTorch's messages count the arguments as the operator does.
+        *leaves, call = args
+        if not call.transformed:
+            output = call.compute(leaves)
+            call.set_up(ctx, leaves, output)
+            return output
+        # The transforms below differentiate too.
+        with torch.enable_grad(), set_fwd_grad_enabled(True):
+            output = call.compute(leaves)
+        call.set_up(ctx, leaves, output)
+        ctx.save_for_forward(*(ctx.to_save or ()))
+        constant = set(map(id, ctx.non_differentiable or ()))
+        floats = [
+            isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex()) for t in output
+        ]
+        call.are_smooth = [
+            yes and id(t) not in constant for yes, t in zip(floats, output, strict=True)
+        ]
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return *ctx._torchpar_call.backward(ctx, grads), None
+
+    @staticmethod
+    def jvp(ctx: Any, *args: Tensor | None) -> Any:
+        tangents = args[:-1]
+        saved = [
+            t if t is None else forward_ad.unpack_dual(t, level=0).primal for t in ctx.saved_tensors
+        ]
+        call = ctx._torchpar_call
+        needs = nested([t is not None for t in tangents], call.sizes)[: call.given]
+        context = SimpleNamespace(**vars(ctx), saved_tensors=saved, needs_input_grad=needs)
+        # PyTorch turns forward mode off here, so that the tangents of the transforms below would be
+        # 0.
+        with set_fwd_grad_enabled(True):
+            if call.op._jvp:
+                return call.op._jvp(context, *nested(tangents, call.sizes))
+            return _transposed_backward(context, tangents)
+
+
+def _transposed_backward(ctx: Any, tangents: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """The tangents of the results: ``backward`` is linear in ``grads``, and this is its
+    transpose."""
+    call = ctx._torchpar_call
+    with torch.enable_grad():
+        zeros = [
+            torch.zeros(**result, requires_grad=is_smooth) if result else None
+            for result, is_smooth in zip(call.results, call.are_smooth, strict=True)
+        ]
+        smooth = [t for t in zeros if t is not None and t.requires_grad]
+        found: Sequence[Any] = [t.detach() for t in smooth]
+        gradients = call.backward(ctx, zeros) if smooth else ()
+        pairs = [
+            (g, t)
+            for g, t in zip(gradients, tangents, strict=False)
+            if g is not None and t is not None
+        ]
+        if any(not g.requires_grad for g, _ in pairs):  # a 0 of its own, or made by another library
+            raise RuntimeError(
+                f"{call.op._qualname}: backward returns a gradient that PyTorch cannot "
+                "differentiate; return None for 0, or register jvp or formula"
+            )
+        if pairs:
+            outputs, incoming = zip(*((g.sum_to_size(t.shape), t) for g, t in pairs), strict=True)
+            found = torch.autograd.grad(
+                outputs, smooth, incoming, create_graph=True, materialize_grads=True
+            )
+    rest = iter(found)
+    return tuple(next(rest) if is_smooth else None for is_smooth in call.are_smooth)

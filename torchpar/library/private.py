@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: MIT
+"""Private names of PyTorch that operators need; tests/library/test_library.py guards each."""
+
+from torch._C import (
+    _after_ADInplaceOrView_keyset as after_ADInplaceOrView_keyset,
+)
+from torch._C import (
+    _any_output_is_alias_to_input_or_output as any_output_is_alias_to_input_or_output,
+)
+from torch._C import (
+    _AutoDispatchBelowAutograd as AutoDispatchBelowAutograd,
+)
+from torch._C._functorch import peek_interpreter_stack
+from torch._functorch.autograd_function import custom_function_call_vmap_helper
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch._library import custom_ops
+from torch._library.triton import (
+    get_inner_triton_kernels,
+    set_wrap_triton_enabled,
+    triton_ops_to_kernels,
+)
+from torch._library.utils import _c_check_aliasing_constraint as check_aliasing_constraint
+from torch._prims_common import compute_elementwise_output_strides
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensorMode
+from torch.autograd.forward_ad import _set_fwd_grad_enabled as set_fwd_grad_enabled
+from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
+
+__all__ = [
+    "AutoDispatchBelowAutograd",
+    "FakeTensor",
+    "FakeTensorMode",
+    "FunctionalTensorMode",
+    "SingleLevelFunction",
+    "after_ADInplaceOrView_keyset",
+    "any_output_is_alias_to_input_or_output",
+    "check_aliasing_constraint",
+    "compute_elementwise_output_strides",
+    "custom_function_call_vmap_helper",
+    "custom_ops",
+    "enable_single_level_autograd_function",
+    "get_inner_triton_kernels",
+    "peek_interpreter_stack",
+    "retrieve_current_functorch_interpreter",
+    "set_fwd_grad_enabled",
+    "set_wrap_triton_enabled",
+    "triton_ops_to_kernels",
+]

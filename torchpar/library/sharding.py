@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: MIT
+"""Sharding rules, which wait until DTensor is imported."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+
+def is_dtensor(t: Tensor) -> bool:
+    """Whether ``t`` is a DTensor; this does not import DTensor's module."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(t, module.DTensor)
+
+
+sharding_rules: dict[Any, Callable[..., Any]] = {}  # by overload
+
+
+def register_sharding_rules() -> None:
+    if not sharding_rules or "torch.distributed.tensor" not in sys.modules:
+        return
+    from torch.distributed.tensor.experimental import register_sharding
+
+    for overload, rule in list(sharding_rules.items()):
+        register_sharding(overload)(rule)
+        sharding_rules.pop(overload, None)  # another thread may have registered it, too
+
+
+# `torch.compile` calls it while it traces. It would trace PyTorch's registration, and fail.
+# `torch.compiler.assume_constant_result` sets this mark and imports the compiler, which takes a
+# second.
+register_sharding_rules._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: MIT
+"""Transforms of torch.func and forward mode: detect them, and help rules of vmap."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_flatten
+
+from torchpar.library.private import peek_interpreter_stack
+from torchpar.library.sharding import is_dtensor
+
+
+def batch_first(t: Tensor, dim: int | None, batch_size: int) -> Tensor:
+    """For rules of vmap: ``t`` with its batch dimension first, or expanded to a batch if ``dim`` is
+    None."""
+    return t.expand(batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
+
+
+def sample(t: Tensor, dim: int | None) -> Tensor:
+    """For rules of vmap: a tensor like one sample of ``t``, whose values are undefined."""
+    return (
+        t
+        if dim is None
+        else t.new_empty(()).expand([size for d, size in enumerate(t.shape) if d != dim])
+    )
+
+
+def is_transformed(values: Any) -> bool:
+    """Whether torch.func transforms or forward mode act on a call with these arguments."""
+    if peek_interpreter_stack() is not None:
+        return True
+    if forward_ad._current_level < 0:
+        return False
+    # PyTorch counts the levels of forward mode for all threads together, so the tangents decide.
+    tensors = [t for t in tree_flatten(values)[0] if isinstance(t, Tensor)]
+    return any(forward_ad.unpack_dual(t, level=0).tangent is not None for t in tensors)
+
+
+def needs_formula(*tensors: Tensor) -> bool:
+    """Whether a backward pass of these must consist of operators with derivatives and sharding
+    rules."""
+    return torch.is_grad_enabled() or is_transformed(tensors) or any(map(is_dtensor, tensors))
