@@ -32,7 +32,7 @@ from torchpar.errors import ConfigError
 from torchpar.nn import MLP
 from torchpar.parallel import World
 from torchpar.parallel.launch.world import join_world
-from torchpar.training import Run, evaluate, lr_scheduler, sgd
+from torchpar.training import Classification, Run, evaluate, lr_scheduler, sgd
 
 Row = dict[str, Any]  # a choice and its figures after an epoch
 CHOICE = ("hidden", "batch_size", "lr", "weight_decay")
@@ -71,8 +71,8 @@ def train(
     optimizer = sgd(model, choice["lr"], 0.9, choice["weight_decay"], flags.decay_biases)
     steps = -(-len(sets[0]) // choice["batch_size"])
     scheduler = lr_scheduler(optimizer, "linear", epochs * steps)
-    options = {"epochs": epochs, "batch_size": choice["batch_size"], "seed": flags.seed}
-    with Run(model, optimizer, scheduler, world, *sets, **options) as run:
+    task = Classification(*sets, choice["batch_size"], seed=flags.seed)
+    with Run(model, optimizer, scheduler, world, task, epochs=epochs) as run:
         for epoch in run.epochs():
             for x, labels, batch_size in run.batches(epoch):
                 loss = cross_entropy(model(x), labels, reduction="sum")
@@ -80,7 +80,8 @@ def train(
                 optimizer.step()
                 scheduler.step()
                 optimizer.zero_grad()
-                run.log(loss.detach())
+                run.end_step(loss)
+            run.end_epoch()
     seconds = len(sets[0]) / max(r.samples_per_s for r in run.results)
     cost = {"steps": steps, "ms_per_step": 1000 * seconds / steps, "s_per_epoch": seconds}
     curves = [(r.train_loss, r.test_loss, r.test_accuracy) for r in run.results]

@@ -165,14 +165,14 @@ def train_numpy(
     (x, labels), count = shares[0], counts[0]
     # Process 0 draws the weights. One vector has both matrices and both biases, so one message
     # carries them.
-    model = numpy_mlp.MLP(
+    model = numpy_mlp.NumpyMLP(
         SIZES, loss="bce", init="zero" if world.rank else "xavier", seed=plan.seed
     )
     optimizer = numpy_mlp.SGD(model, plan.lr, plan.momentum)
     # Gradient and cost of this share.
-    own = np.empty(model.parameters.size + 1, model.parameters.dtype)
-    total = np.empty_like(own)
-    rows = np.empty((world.size, own.size), own.dtype) if world.rank == 0 else None
+    summed = np.empty(model.parameters.size + 1, model.parameters.dtype)
+    total = np.empty_like(summed)
+    rows = np.empty((world.size, summed.size), summed.dtype) if world.rank == 0 else None
     costs, times = [], []
     with phase("broadcast"):
         world.Bcast(model.parameters)
@@ -186,14 +186,14 @@ def train_numpy(
         with phase("output layer"):
             z = model.output_layer(inputs[-1])
         with phase("cost"):
-            own[-1], delta = model.loss_sum(z, labels)
+            summed[-1], delta = model.loss_sum(z, labels)
         with phase("backward"):
-            own[:-1] = model.backward(inputs, delta)
+            summed[:-1] = model.backward(inputs, delta)
         with phase("exchange"):
             if exchange == "allreduce":
-                world.Allreduce(own, total)
+                world.Allreduce(summed, total)
             else:
-                world.Gather(own, rows)
+                world.Gather(summed, rows)
                 if rows is not None:
                     rows.sum(0, out=total)
         if exchange == "allreduce" or world.rank == 0:  # after Gather the others have no sum
@@ -236,7 +236,7 @@ def train_torch(world: "World", splits: Sequence[Pixels], plan: Plan) -> Result:
         return -torch.where(is_right, p, 1 - p).log().sum()
 
     model = MLP(SIZES, output="sigmoid").to(world.device)
-    numpy_mlp.MLP(SIZES, seed=plan.seed).copy_to(model)
+    numpy_mlp.NumpyMLP(SIZES, seed=plan.seed).copy_to(model)
     replica = DistributedDataParallel(model) if world.world_size > 1 else model
     optimizer = torch.optim.SGD(model.parameters(), plan.lr, plan.momentum)
     costs, times = torch.zeros(plan.iterations, device=world.device), []
@@ -373,7 +373,7 @@ def run_torch(flags: Flags, plans: Sequence[Plan]) -> None:
     """Train in PyTorch on all ranks."""
     from torchpar.parallel import join_world
 
-    with join_world(flags.device) as world:
+    with join_world(flags.device, gloo_yields=True) as world:
         splits = load(flags, speaks=world.rank == 0)
         runs = {plan: train_torch(world, splits, plan) for plan in plans}
         if world.rank == 0:

@@ -22,7 +22,7 @@ from torch.nn.functional import conv2d, cross_entropy, layer_norm, linear
 from torchpar.data import load
 from torchpar.nn import Linear, LinearSigmoid
 from torchpar.parallel.launch.world import join_world
-from torchpar.training import Run, lr_scheduler, sgd
+from torchpar.training import Classification, Run, lr_scheduler, sgd
 
 
 @dataclass(kw_only=True)
@@ -118,8 +118,8 @@ def main(flags: Flags) -> None:
         optimizer = sgd(model, flags.lr, momentum=0.9, weight_decay=3e-5)
         steps = -(-len(train) // flags.batch_size)
         scheduler = lr_scheduler(optimizer, "linear", flags.epochs * steps)
-        parts = (model, optimizer, scheduler, world, train, test)
-        with Run(*parts, epochs=flags.epochs, batch_size=flags.batch_size, seed=flags.seed) as run:
+        task = Classification(train, test, flags.batch_size, seed=flags.seed)
+        with Run(model, optimizer, scheduler, world, task, epochs=flags.epochs) as run:
             for epoch in console.progress(run.epochs(), "epochs", flags.epochs):
                 for x, labels, batch_size in run.batches(epoch):
                     loss = cross_entropy(model(x), labels, reduction="sum")
@@ -127,7 +127,8 @@ def main(flags: Flags) -> None:
                     optimizer.step()
                     scheduler.step()
                     optimizer.zero_grad()
-                    run.log(loss.detach())
+                    run.end_step(loss)
+                run.end_epoch()
     epochs = [asdict(result) for result in run.results]
     console.print_rows(epochs, ("epoch", "train_loss", "test_loss", "test_accuracy", "seconds"))
     if flags.plots:

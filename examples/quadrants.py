@@ -199,7 +199,7 @@ def time_epoch(
     if way.profiled:
         for part, name in product((*network.layers, loss), PASSES):
             setattr(part, name, timed(getattr(part, name), parts, (type(part).__name__, name)))
-    with join_world(device) as world:
+    with join_world(device, gloo_yields=True) as world:
         start = now(device)
         for x, labels, global_size in batches(
             samples, way.size, seed=seed, epoch=1, share=world.share

@@ -7,9 +7,9 @@ All ranks draw the same weights, because they start from the same seed. In every
 computes the gradient of its own samples. The ranks exchange their gradients, and
 DistributedDataParallel averages them during the backward pass, so all ranks take the same step.
 `torchpar.reference.average_gradients` shows the average in a few lines. Two ranks compute the same
-as one, up to rounding. In large batches of 784-512-10 they take six tenths of the time of one rank
-with one thread, and nine tenths of that with two threads (docs/measurements.md). `train_fast.py`
-makes the same steps faster.
+as one, up to rounding. In large batches of 784-512-10 they take six tenths of the time that one
+rank takes with one thread, and nine tenths of the time that it takes with two
+(docs/measurements.md). `train_fast.py` makes the same steps faster.
 
 The model is an MLP. Its inputs are averages of 2 × 2 pixels. Its hidden layer calls
 `torchpar.linear_sigmoid`. With ``--activation maxout`` it calls `torchpar.maximum`, for the larger
@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchpar import training
 from torchpar.nn import MLP, Hidden
 from torchpar.parallel import join_world, register_shared_memory_hook
-from torchpar.training import Run
+from torchpar.training import Classification, Run
 
 
 # docs/training.md compares the defaults with others, on training images that were left out.
@@ -59,7 +59,7 @@ class Flags(cli.TrainFlags):
 
 
 def main(flags: Flags) -> None:
-    with join_world(flags.device, flags.timeout) as world:
+    with join_world(flags.device, flags.timeout, gloo_yields=True) as world:
         train, test = session.load(flags, world)
         torch.manual_seed(flags.seed)  # the same weights on every rank
         model = MLP(flags.layer_sizes(train), flags.activation).to(world.device)
@@ -74,8 +74,10 @@ def main(flags: Flags) -> None:
         optimizer = session.make_optimizer(flags, model)
         lr_scheduler = training.lr_scheduler(optimizer, flags.schedule, flags.total_steps(train))
 
-        parts = (model, optimizer, lr_scheduler, world, train, test)
+        task = Classification(train, test, flags.batch_size, seed=flags.seed)
+        parts = (model, optimizer, lr_scheduler, world, task)
         with Run(*parts, log=session.Log(flags, world), **flags.run_options()) as run:
+            run.resume()
             for epoch in run.epochs():
                 for x, labels, global_size in run.batches(epoch):
                     outputs = ddp(x)
@@ -89,7 +91,9 @@ def main(flags: Flags) -> None:
                     optimizer.step()
                     lr_scheduler.step()
                     optimizer.zero_grad()
-                    run.log(loss.detach())
+                    run.end_step(loss)
+
+                run.end_epoch()
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from torchpar.nn import MLP
 from torchpar.parallel import join_world, register_shared_memory_hook
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.split.shared_memory import can_share_memory
-from torchpar.training import Run
+from torchpar.training import Classification, Run
 from torchpar.training.fused import FusedGradients, why_not_fused
 
 ROUNDS, STEPS = 5, 4  # how often each way is timed, and its steps each time
@@ -152,7 +152,7 @@ def check_gradients(trainers: dict[str, Trainer], batch: Batch) -> None:
 
 
 def main(flags: Flags) -> None:
-    with join_world(flags.device, flags.timeout) as world:
+    with join_world(flags.device, flags.timeout, gloo_yields=True) as world:
         train, test = session.load(flags, world)
         ways = find_ways(flags, world, train)
         rows = compare(flags, world, train, ways)
@@ -164,13 +164,17 @@ def main(flags: Flags) -> None:
             trainer.optimizer, flags.schedule, flags.total_steps(train)
         )
 
-        parts = (trainer.model, trainer.optimizer, lr_scheduler, world, train, test)
+        task = Classification(train, test, flags.batch_size, seed=flags.seed)
+        parts = (trainer.model, trainer.optimizer, lr_scheduler, world, task)
         with Run(*parts, log=session.Log(flags, world), **flags.run_options()) as run:
+            run.resume()
             for epoch in run.epochs():
                 for batch in run.batches(epoch):
                     loss = trainer.step(*batch)
                     lr_scheduler.step()
-                    run.log(loss)
+                    run.end_step(loss)
+
+                run.end_epoch()
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ import numpy as np
 from support import cli, console, one_process, plots
 
 from torchpar.baselines import mpi
-from torchpar.baselines.numpy_mlp import MLP, SGD, Array, Hidden, Init, batches
+from torchpar.baselines.numpy_mlp import SGD, Array, Hidden, Init, NumpyMLP, batches
 from torchpar.datasets import Images, read
 from torchpar.errors import ConfigError, check_finite
 from torchpar.outcome import EpochResult
@@ -97,7 +97,7 @@ class Messages:
 class DataParallel:
     """Data parallelism: every process has all weights, and takes its share of the samples."""
 
-    def __init__(self, model: MLP, world: Messages):
+    def __init__(self, model: NumpyMLP, world: Messages):
         self.model, self.world = model, world
         self.own = np.empty(model.parameters.size + 1, model.parameters.dtype)  # gradient and loss
         self.total = np.empty_like(self.own)
@@ -117,14 +117,14 @@ class DataParallel:
     def evaluate(self, x: Array, labels: Array) -> tuple[float, float]:
         return mpi.evaluate(self.world, self.model, (self.share(x), self.share(labels)), len(x))
 
-    def whole(self) -> MLP:
+    def whole(self) -> NumpyMLP:
         return self.model
 
 
 class ModelParallel:
     """Model parallelism: every process has its share of the hidden units, and takes all samples."""
 
-    def __init__(self, whole: MLP, world: Messages):
+    def __init__(self, whole: NumpyMLP, world: Messages):
         self.model = mpi.HiddenSplitMLP(whole, world)
 
     def share(self, rows: Array) -> Array:
@@ -140,7 +140,7 @@ class ModelParallel:
         loss, right = self.model.evaluate(x, labels)
         return loss / len(x), right / len(x)
 
-    def whole(self) -> MLP:
+    def whole(self) -> NumpyMLP:
         return self.model.whole()
 
 
@@ -161,7 +161,7 @@ class Training(NamedTuple):
     phases: Phases
     calls: int
     bytes: int
-    model: MLP
+    model: NumpyMLP
 
 
 def train(flags: Flags, split: Split, world: Any, data: tuple[Images, Images]) -> Training:
@@ -173,7 +173,7 @@ def train(flags: Flags, split: Split, world: Any, data: tuple[Images, Images]) -
     sizes = [x.shape[1], *flags.hidden, len(test.classes)]
     cli.check_memory(sizes)
     # The same everywhere.
-    model = MLP(sizes, hidden=flags.activation, init=flags.init, seed=flags.seed)
+    model = NumpyMLP(sizes, hidden=flags.activation, init=flags.init, seed=flags.seed)
     messages = Messages(world)
     parallel = DataParallel(model, messages) if split == "data" else ModelParallel(model, messages)
     optimizer = SGD(
@@ -186,8 +186,8 @@ def train(flags: Flags, split: Split, world: Any, data: tuple[Images, Images]) -
     def draw() -> Iterator[tuple[Array, Array, int]]:
         """Yield this process's samples of each batch, perhaps none, and the batch's size."""
         for batch in batches(count, flags.batch_size, order):
-            own = parallel.share(batch)
-            yield x[own], labels[own], len(batch)
+            indices = parallel.share(batch)
+            yield x[indices], labels[indices], len(batch)
 
     # Of a process with a terminal.
     for epoch in console.progress(range(1, flags.epochs + 1), "epochs"):

@@ -29,7 +29,7 @@ from torchpar.nn import MLP
 from torchpar.parallel import join_world, parallel_mlp, register_shared_memory_hook
 from torchpar.parallel.split.pipeline import Pipeline, PipelineSchedule, stage_mlp
 from torchpar.profile.memory import Memory
-from torchpar.training import Run
+from torchpar.training import Classification, Run
 
 
 @dataclass(kw_only=True)
@@ -53,7 +53,7 @@ class Flags(cli.TrainFlags):
 
 
 def main(flags: Flags) -> None:
-    with join_world(flags.device, flags.timeout) as world:
+    with join_world(flags.device, flags.timeout, gloo_yields=True) as world:
         dp = flags.dp or max(world.world_size // (flags.tp * flags.pp), 1)
         world = world.with_mesh(dp=dp, tp=flags.tp, pp=flags.pp)
         train, test = session.load(flags, world)
@@ -88,12 +88,12 @@ def main(flags: Flags) -> None:
             (loss * (world.dp_size / global_size)).backward()
             return loss.detach()
 
-        parts = (model, optimizer, lr_scheduler, world, train, test)
         predict = pipeline.predict if pipeline else model
+        task = Classification(train, test, flags.batch_size, predict=predict, seed=flags.seed)
+        parts = (model, optimizer, lr_scheduler, world, task)
         memory = Memory(model, optimizer)
-        with Run(
-            *parts, predict=predict, log=session.Log(flags, world), **flags.run_options()
-        ) as run:
+        with Run(*parts, log=session.Log(flags, world), **flags.run_options()) as run:
+            run.resume()
             for epoch in run.epochs():
                 for x, labels, global_size in run.batches(epoch):
                     with memory.measure() if flags.memory else nullcontext():
@@ -102,7 +102,8 @@ def main(flags: Flags) -> None:
                     optimizer.step()
                     lr_scheduler.step()
                     optimizer.zero_grad()
-                    run.log(loss)
+                    run.end_step(loss)
+                run.end_epoch()
             if flags.memory:
                 session.print_memory(memory, world)
 

@@ -40,9 +40,9 @@ from torchpar import training
 from torchpar.nn import MLP
 from torchpar.parallel import World, join_world
 from torchpar.parallel.split.pipeline import PipelineSchedule, check_one_rank_per_gpu, stage_mlp
+from torchpar.parallel.split.schedules import P2PCommunicator, gpipe, one_forward_one_backward
 from torchpar.profile.phases import phase
-from torchpar.reference import P2PCommunicator, gpipe, one_forward_one_backward
-from torchpar.training import Run
+from torchpar.training import Classification, Run
 
 Gradients = Callable[[Tensor, Tensor, int], Tensor]
 Predict = Callable[[Tensor], Tensor | None]
@@ -109,7 +109,7 @@ def by_hand(
 
 
 def main(flags: Flags) -> None:
-    with join_world(flags.device, flags.timeout) as world:
+    with join_world(flags.device, flags.timeout, gloo_yields=True) as world:
         world = world.with_mesh(pp=world.world_size)
         train, test = session.load(flags, world)
         timeline = Timeline(world) if flags.draw else None
@@ -122,10 +122,10 @@ def main(flags: Flags) -> None:
         optimizer = session.make_optimizer(flags, stage)
         lr_scheduler = training.lr_scheduler(optimizer, flags.schedule, flags.total_steps(train))
 
-        parts = (stage, optimizer, lr_scheduler, world, train, test)
-        with Run(
-            *parts, predict=predict, log=session.Log(flags, world), **flags.run_options()
-        ) as run:
+        task = Classification(train, test, flags.batch_size, predict=predict, seed=flags.seed)
+        parts = (stage, optimizer, lr_scheduler, world, task)
+        with Run(*parts, log=session.Log(flags, world), **flags.run_options()) as run:
+            run.resume()
             for epoch in run.epochs():
                 for x, labels, global_size in run.batches(epoch):
                     loss = gradients(x, labels, global_size)  # of all micro-batches
@@ -133,7 +133,8 @@ def main(flags: Flags) -> None:
                     optimizer.step()
                     lr_scheduler.step()
                     optimizer.zero_grad()
-                    run.log(loss)
+                    run.end_step(loss)
+                run.end_epoch()
             if timeline is not None:
                 timeline.print()
 

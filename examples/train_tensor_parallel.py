@@ -32,7 +32,7 @@ from torch.nn.functional import cross_entropy
 from torchpar import training
 from torchpar.errors import ConfigError
 from torchpar.parallel import ColumnParallelLinear, RowParallelLinear, join_world
-from torchpar.training import Run
+from torchpar.training import Classification, Run
 
 
 @dataclass(kw_only=True)
@@ -63,7 +63,7 @@ def main(flags: Flags) -> None:
         raise ConfigError(
             f"--hidden is {flags.hidden}, expected one width; train_parallel.py splits any MLP"
         )
-    with join_world(flags.device, flags.timeout) as world:
+    with join_world(flags.device, flags.timeout, gloo_yields=True) as world:
         world = world.with_mesh(tp=world.world_size)
         train, test = session.load(flags, world)
         torch.manual_seed(flags.seed)
@@ -74,8 +74,10 @@ def main(flags: Flags) -> None:
         optimizer = session.make_optimizer(flags, model, world.mesh["tp"])
         lr_scheduler = training.lr_scheduler(optimizer, flags.schedule, flags.total_steps(train))
 
-        parts = (model, optimizer, lr_scheduler, world, train, test)
+        task = Classification(train, test, flags.batch_size, seed=flags.seed)
+        parts = (model, optimizer, lr_scheduler, world, task)
         with Run(*parts, log=session.Log(flags, world), **flags.run_options()) as run:
+            run.resume()
             for epoch in run.epochs():
                 for x, labels, global_size in run.batches(epoch):
                     # Every rank has the whole batch, and so the whole gradient of its slices: no
@@ -86,7 +88,9 @@ def main(flags: Flags) -> None:
                     optimizer.step()
                     lr_scheduler.step()
                     optimizer.zero_grad()
-                    run.log(loss.detach())
+                    run.end_step(loss)
+
+                run.end_epoch()
 
 
 if __name__ == "__main__":

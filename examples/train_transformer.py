@@ -14,11 +14,12 @@ ends with the same bits on any processor and any number of ranks: four windows a
 computed by itself, and the gradients of units are added as integers.
 """
 
-import time
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,16 +30,16 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from torchpar import exact
-from torchpar.errors import ConfigError, check_finite
-from torchpar.exact.models import read_text
+from torchpar.errors import ConfigError
 from torchpar.optim import Muon
 from torchpar.parallel import join_world
 from torchpar.parallel.launch.world import World
-from torchpar.training import lr_scheduler
+from torchpar.training import Evaluation, Run, lr_scheduler
 
 BOOK = Path(__file__).parent / "data" / "alice.txt"
 # Characters of a window, their features; of the model.
 CONTEXT, WIDTH, HEADS, BLOCKS = 64, 128, 4, 2
+EPOCHS = 10  # after each, the model is evaluated
 UNIT = 4  # windows whose gradient is rounded once in exact arithmetic, whatever ranks there are
 
 
@@ -46,7 +47,7 @@ UNIT = 4  # windows whose gradient is rounded once in exact arithmetic, whatever
 class Flags(cli.ExampleFlags):
     """Train a character-level transformer by Muon, and by AdamW."""
 
-    steps: int = 300  # Steps of each optimizer.
+    steps: int = 300  # Steps of each optimizer, rounded up to a multiple of its tenth.
     batch_size: int = 32  # Windows of a step, of all ranks together.
     lr: float = 0.02  # Learning rate of Muon at the start; it falls to 0.
     adamw_lr: float = 6e-3  # Learning rate of AdamW, likewise.
@@ -56,10 +57,32 @@ class Flags(cli.ExampleFlags):
     arithmetic: Literal["fast", "exact"] = "fast"
 
 
+def read_text(path: Path) -> tuple[Tensor, int]:
+    """The characters of a text as numbers, and how many different ones there are.
+
+    Raises:
+        ConfigError: the file is missing or damaged, or its text is too short.
+    """
+    if not path.exists():
+        raise ConfigError(f"{path} does not exist, expected the book in the examples' data")
+    try:
+        written = path.read_text(encoding="ascii")
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{path} cannot be read as ASCII ({e}); copy the book there again") from e
+    least = 10 * (CONTEXT + 1)  # a window in the last tenth, too
+    if len(written) < least:
+        raise ConfigError(
+            f"{path} has {len(written)} characters, expected at least {least}; copy the book there "
+            "again"
+        )
+    alphabet = {character: i for i, character in enumerate(sorted(set(written)))}
+    return torch.tensor([alphabet[character] for character in written]), len(alphabet)
+
+
 def load_book(device: torch.device) -> tuple[Sequence[Tensor], int]:
     """Return the training text and the validation text, and how many different characters they
     have."""
-    text, characters = read_text(BOOK, least=10 * (CONTEXT + 1))  # a window in the last tenth, too
+    text, characters = read_text(BOOK)
     return text.to(device).tensor_split([len(text) * 9 // 10]), characters
 
 
@@ -93,19 +116,41 @@ def loss_of(model: nn.Module, text: Tensor, starts: Tensor, reduction: str = "me
     return cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten(), reduction=reduction)
 
 
-@torch.no_grad()
-def evaluate(model: nn.Module, text: Tensor, world: World) -> float:
-    """Return the mean loss of a character of ``text``, over windows that do not overlap."""
-    starts = torch.arange(0, len(text) - CONTEXT, CONTEXT)
-    mine = starts[world.rank :: world.world_size]
-    return float(world.sum(loss_of(model, text, mine, "sum"))) / (len(starts) * CONTEXT)
+class Windows:
+    """A task for `torchpar.training.Run`: windows of a book, drawn at random.
+
+    A batch holds where its windows begin, on all ranks. An epoch is a tenth of the run.
+    """
+
+    def __init__(self, flags: Flags, text: Tensor, validation: Tensor):
+        self.text, self.validation = text, validation
+        self.steps = max(flags.steps // EPOCHS, 1)  # of an epoch
+        self.batch_size = flags.batch_size
+        self.samples = self.steps * flags.batch_size
+        self.config = {"seed": flags.seed}
+
+    def check(self, world: World) -> None: ...
+
+    def batches(self, epoch: int, start: int, world: World) -> Iterator[Tensor]:  # noqa: ARG002  # a task's signature
+        drawn = torch.Generator().manual_seed(self.config["seed"])
+        for step in range(epoch * self.steps):
+            starts = torch.randint(len(self.text) - CONTEXT, (self.batch_size,), generator=drawn)
+            if step >= (epoch - 1) * self.steps + start:
+                yield starts
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, world: World) -> Evaluation:
+        """The mean loss of a character of the validation text, over windows that do not overlap."""
+        starts = torch.arange(0, len(self.validation) - CONTEXT, CONTEXT)
+        mine = starts[world.rank :: world.world_size]
+        total = world.sum(loss_of(model, self.validation, mine, "sum"))
+        return Evaluation(float(total) / (len(starts) * CONTEXT))
 
 
 def train(name: str, flags: Flags, world: World) -> list[dict[str, Any]]:
-    """Train by Muon or by AdamW; return the losses and seconds, about ten times.
+    """Train by Muon or by AdamW; return the losses and seconds after each epoch.
 
-    ``train_loss`` is the mean over the steps since the last row. ``seconds`` are without
-    evaluation.
+    ``train_loss`` is the mean over the epoch's steps. ``seconds`` are without evaluation.
     """
     (text, validation), characters = load_book(world.device)
     is_exact = flags.arithmetic == "exact"
@@ -120,45 +165,45 @@ def train(name: str, flags: Flags, world: World) -> list[dict[str, Any]]:
         optimizer = Muon.for_model(model, flags.lr, others=adamw, process_group=world.mesh["dp"])
         if world.rank == 0:
             print(optimizer)
-    schedule = lr_scheduler(optimizer, "linear", flags.steps)
+    task = Windows(flags, text, validation)
+    epochs = math.ceil(flags.steps / task.steps)
+    schedule = lr_scheduler(optimizer, "linear", epochs * task.steps)
     replica = DistributedDataParallel(model) if world.world_size > 1 and not is_exact else model
     parallel = exact.DataParallel(model, world.mesh["dp"].get_group()) if is_exact else None
-    windows = torch.Generator().manual_seed(flags.seed)
     mine = slice(world.rank, None, world.world_size)
-    rows: list[dict[str, Any]] = []
-    losses: list[Tensor] = []
-    seconds, begin = 0.0, time.perf_counter()
-    for step in range(1, flags.steps + 1):
-        starts = torch.randint(len(text) - CONTEXT, (flags.batch_size,), generator=windows)
-        with arithmetic():
-            if parallel:
-                for unit in starts.split(UNIT)[mine]:
-                    loss = loss_of(model, text, unit)
-                    parallel.backward(loss * len(unit) / flags.batch_size)
-                loss = parallel.all_reduce()  # sets the gradients
-            else:
-                loss = loss_of(replica, text, starts[mine])
-                loss.backward()
-            optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        losses.append(loss.detach())
-        if step % max(flags.steps // 10, 1) == 0 or step == flags.steps:
-            train_loss = float(torch.stack(losses).mean())
-            if not parallel:  # the exact losses are already those of all ranks
-                train_loss = float(world.sum(torch.tensor(train_loss))) / world.world_size
-            seconds += time.perf_counter() - begin
-            row = {"optimizer": name, "step": step, "train_loss": train_loss}
-            validation_loss = evaluate(model, validation, world)
-            check_finite(f"a loss in step {step}", train_loss, validation_loss)
-            rows.append(row | {"validation_loss": validation_loss, "seconds": seconds})
-            losses.clear()
-            begin = time.perf_counter()
-    return rows
+    with Run(model, optimizer, schedule, world, task, epochs=epochs) as run:
+        for epoch in run.epochs():
+            for starts in run.batches(epoch):
+                with arithmetic():
+                    if parallel:
+                        for unit in starts.split(UNIT)[mine]:
+                            loss = loss_of(model, text, unit)
+                            parallel.backward(loss * len(unit) / flags.batch_size)
+                        loss = parallel.all_reduce()  # sets the gradients; the loss of all ranks
+                    else:
+                        loss = loss_of(replica, text, starts[mine])
+                        loss.backward()
+                    optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+                # Each rank's mean is over as many windows.
+                run.end_step(loss * flags.batch_size / world.world_size)
+            run.end_epoch()
+    seconds = accumulate(task.samples / result.samples_per_s for result in run.results)
+    return [
+        {
+            "optimizer": name,
+            "step": result.epoch * task.steps,
+            "train_loss": result.train_loss,
+            "validation_loss": result.test_loss,
+            "seconds": second,
+        }
+        for result, second in zip(run.results, seconds, strict=True)
+    ]
 
 
 def main(flags: Flags) -> None:
-    with join_world(flags.device) as world:
+    with join_world(flags.device, gloo_yields=True) as world:
         if flags.arithmetic == "fast" and flags.batch_size % world.world_size:
             raise ConfigError(
                 f"--batch-size is {flags.batch_size}, expected a multiple of the ranks"

@@ -195,10 +195,10 @@ def _batches(
         mine = [share(batch) for batch in whole]
         indices, sizes = torch.cat(mine), [len(part) for part in mine]
         x, labels = samples.inputs(indices), samples.labels.index_select(0, indices)
-        own = map(Batch, x.split(sizes), labels.split(sizes), map(len, whole))
-        # Where a batch lies in memory may change the bits of its products, so it lies where it did
-        # at first.
-        yield from islice(own, max(skipped - first, 0) // batch_size, None)
+        rank_batches = map(Batch, x.split(sizes), labels.split(sizes), map(len, whole))
+        # Keep the batch's offset in memory: alignment can change low bits, and a resumed run must
+        # match.
+        yield from islice(rank_batches, max(skipped - first, 0) // batch_size, None)
 
 
 def load(

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torchpar.data import Samples
 
 try:
-    import rich  # noqa: F401
+    import rich  # noqa: F401  # console.py needs it
     import tyro
 except ImportError as error:
     sys.exit(f"the examples need rich and tyro ({error}); pip install rich tyro")
@@ -36,25 +36,65 @@ except ImportError as error:
 F = TypeVar("F")
 GRACE = 2.0  # seconds in which a launcher ends the other ranks after rank 0 has failed
 MAY_DIFFER_ON_RESUME = {
-    *("data", "epochs", "device", "compile", "fused", "dry_run"),
-    *("phases", "collectives", "metrics", "log_dir", "plots", "profile"),
-    *("checkpoint", "save_every", "keep", "async_save", "timeout"),
-    *("dp", "tp", "pp", "pipeline", "micro_batches", "draw", "memory"),
+    # The data and the device
+    "data",
+    "device",
+    # How long, and how fast
+    "compile",
+    "dry_run",
+    "epochs",
+    "fused",
+    "timeout",
+    # What is shown and saved
+    "async_save",
+    "checkpoint",
+    "collectives",
+    "draw",
+    "keep",
+    "log_dir",
+    "memory",
+    "metrics",
+    "phases",
+    "plots",
+    "profile",
+    "save_every",
+    # The mesh
+    "dp",
+    "micro_batches",
+    "pipeline",
+    "pp",
+    "tp",
 }
 
-BOUNDS: dict[str, tuple[float, float]] = {  # flag: least value, first value that is too large
-    **dict.fromkeys(
-        ("epochs", "sweep_epochs", "iterations", "steps", "save_every", "keep"), (1, 2**63)
-    ),
-    **dict.fromkeys(("samples", "batch_size"), (1, 2**63)),
-    "micro_batches": (1, 2**16),  # each is a view and two messages, even one without samples
-    **dict.fromkeys(("hidden", "depth", "dp", "tp", "pp", "pool"), (1, 2**31)),
-    **dict.fromkeys(("momentum", "label_smoothing"), (0, 1)),
-    # float32 ends at 3.4e38
-    **dict.fromkeys(("lr", "adamw_lr", "clip", "weight_decay", "orthogonality"), (0, 1e38)),
+_COUNT, _SIZE = (1, 2**63), (1, 2**31)
+_SMALL_FLOAT = (0, 1e38)  # float32 ends at 3.4e38
+# By a flag's name: its least value, and the first value that is too large.
+BOUNDS: dict[str, tuple[float, float]] = {
+    "adamw_lr": _SMALL_FLOAT,
+    "batch_size": _COUNT,
+    "clip": _SMALL_FLOAT,
     "crop": (0, 2**31),
+    "depth": _SIZE,
+    "dp": _SIZE,
+    "epochs": _COUNT,
+    "hidden": _SIZE,
+    "iterations": _COUNT,
+    "keep": _COUNT,
+    "label_smoothing": (0, 1),
+    "lr": _SMALL_FLOAT,
+    "micro_batches": (1, 2**16),  # each is a view and two messages, even one without samples
+    "momentum": (0, 1),
+    "orthogonality": _SMALL_FLOAT,
+    "pool": _SIZE,
+    "pp": _SIZE,
+    "samples": _COUNT,
+    "save_every": _COUNT,
     "seed": (0, 2**63),
+    "steps": _COUNT,
+    "sweep_epochs": _COUNT,
     "timeout": (1, 1e6),
+    "tp": _SIZE,
+    "weight_decay": _SMALL_FLOAT,
 }
 
 # PyTorch's errors on CPU and GPU, and of sizes that no tensor can have.
@@ -75,6 +115,18 @@ class ExampleFlags:
     metrics: Path | None = None
 
     def __post_init__(self) -> None:
+        self._check_bounds()
+        for name, package in (
+            ("plots", "matplotlib"),
+            ("log_dir", "torch"),
+            ("log_dir", "tensorboard"),
+        ):
+            if getattr(self, name, None) and importlib.util.find_spec(package) is None:
+                flag = f"--{name.replace('_', '-')}"
+                raise ConfigError(f"{flag} needs {package}; pip install {package}")
+        self._make_folders()
+
+    def _check_bounds(self) -> None:
         for name, (least, end) in BOUNDS.items():
             flag, value = f"--{name.replace('_', '-')}", getattr(self, name, None)
             if value is None:
@@ -86,14 +138,8 @@ class ExampleFlags:
                 raise ConfigError(f"{flag} is {value}, expected at least {least}")
             if not all(one < end for one in values):
                 raise ConfigError(f"{flag} is {value}, expected less than {end}")
-        for name, package in (
-            ("plots", "matplotlib"),
-            ("log_dir", "torch"),
-            ("log_dir", "tensorboard"),
-        ):
-            if getattr(self, name, None) and importlib.util.find_spec(package) is None:
-                flag = f"--{name.replace('_', '-')}"
-                raise ConfigError(f"{flag} needs {package}; pip install {package}")
+
+    def _make_folders(self) -> None:
         try:  # to create the folders of the outputs, and to write there
             for name in ("plots", "log_dir", "profile", "checkpoint"):
                 if folder := getattr(self, name, None):
@@ -192,8 +238,7 @@ class TrainFlags(DataFlags):
         }
         if self.schedule != "constant":
             config["epochs"] = self.epochs  # the schedule depends on them
-        sizes = {"epochs": self.epochs, "batch_size": self.batch_size, "seed": self.seed}
-        return {**sizes, "checkpoint": checkpoint, "config": config}
+        return {"epochs": self.epochs, "checkpoint": checkpoint, "config": config}
 
     def layer_sizes(self, train: "Samples") -> list[int]:
         """Return the widths of the MLP: of its input, its hidden layers and its output.
@@ -227,7 +272,7 @@ def check_memory(sizes: Sequence[int]) -> None:
             )
 
 
-def main(run: Callable[[F], None], flags: type[F]) -> None:
+def main(run: Callable[[F], None], flags: type[F]) -> None:  # noqa: C901  # one handler for each kind of error
     """Parse ``flags`` from the command line and call ``run`` with them.
 
     A `TorchparError`, a file that cannot be read or written, too little memory, or a model that

@@ -29,10 +29,12 @@ def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterabl
 
 def epoch_line(result: EpochResult, epochs: int) -> str:
     """Return the line that a lesson prints after an epoch of ``epochs``."""
+    accuracy = result.test_accuracy
     return (
         f"epoch {result.epoch}/{epochs} | train loss {result.train_loss:.4f} | "
-        f"test loss {result.test_loss:.4f} | test accuracy {result.test_accuracy:.4f} | "
-        f"{result.samples_per_s:,.0f} samples/s | {result.seconds:.1f} s"
+        f"test loss {result.test_loss:.4f} | "
+        + ("" if accuracy is None else f"test accuracy {accuracy:.4f} | ")
+        + f"{result.samples_per_s:,.0f} samples/s | {result.seconds:.1f} s"
     )
 
 
@@ -103,12 +105,11 @@ def summary(results: list[EpochResult]) -> str:
     return last_line(last.test_accuracy, last.test_loss, seconds, last.ranks, last.device)
 
 
-def last_line(accuracy: float, loss: float, seconds: float, ranks: int, device: str) -> str:
+def last_line(accuracy: float | None, loss: float, seconds: float, ranks: int, device: str) -> str:
     """Return the last line of every training script."""
+    start = "" if accuracy is None else f"test accuracy {accuracy:.4f} | "
     processes = f"{ranks} rank{'s' if ranks > 1 else ''}"
-    return (
-        f"test accuracy {accuracy:.4f} | loss {loss:.4f} | {seconds:.1f} s | {processes} | {device}"
-    )
+    return f"{start}loss {loss:.4f} | {seconds:.1f} s | {processes} | {device}"
 
 
 def print_phases(phases: Phases) -> None:

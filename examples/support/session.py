@@ -103,7 +103,7 @@ class Log(training.RunLog):
 
     @contextmanager
     def active(self, run: Run) -> Iterator[None]:
-        self.task = self.bar.add_task("samples", total=run.num_epochs * len(run.train))
+        self.task = self.bar.add_task("samples", total=run.num_epochs * run.task.samples)
         with self.bar, self.phases or nullcontext(), self.profiler or nullcontext():
             yield
 
@@ -125,6 +125,8 @@ class Log(training.RunLog):
 
     def steps(self, batches: Iterator[B]) -> Iterator[B]:
         counted = self.flags.phases or self.flags.collectives
+        if self.phases:
+            batches = self.phases.steps(batches)
         return self._watched(batches, counted) if counted or self.profiler else batches
 
     def _watched(self, batches: Iterator[B], counted: bool) -> Iterator[B]:
@@ -137,8 +139,10 @@ class Log(training.RunLog):
                 self.profiler.step()
 
     def on_step(self, run: Run, epoch: int, samples: int) -> None:
+        if self.phases:
+            self.phases.end_step()
         if not self.bar.disable:
-            self.bar.update(self.task, completed=(epoch - 1) * len(run.train) + samples)
+            self.bar.update(self.task, completed=(epoch - 1) * run.task.samples + samples)
 
     def on_epoch(self, run: Run, result: EpochResult) -> None:
         self._print(console.epoch_line(result, run.num_epochs))
@@ -153,9 +157,11 @@ class Log(training.RunLog):
     def on_end(self, run: Run) -> None:
         flags = self.flags
         if flags.plots:
-            _, outputs = run.evaluate()
+            assert isinstance(run.task, training.Classification)
+            outputs = run.evaluate().outputs
+            assert outputs is not None
             if self.speaks:
-                plots.save(flags.plots, run.results, outputs, run.test)
+                plots.save(flags.plots, run.results, outputs, run.task.test)
         profiled = self.world.gather_results(self._save_trace) if self.profiler else [""]
         if not self.speaks:
             return

@@ -14,7 +14,7 @@ import torch
 
 from torchpar.errors import ConfigError
 from torchpar.parallel.launch.world import World
-from torchpar.reference import Backward, Forward
+from torchpar.parallel.split.schedules import Backward, Forward
 
 STEPS = 100  # number of the latest steps to keep
 # F0, B0 and so on, by micro-batch: start and end in seconds.

@@ -8,14 +8,14 @@
     print(phases.seconds)
 
 A step is divided at its backward pass: what comes before it is "forward", what comes after it
-"optimizer". `torchpar.training.Run` divides its steps so, if a `Phases` is active. A program
-without PyTorch names its phases itself: ``Phases(names=["forward", "gather"])``.
+"optimizer". A program without PyTorch names its phases itself:
+``Phases(names=["forward", "gather"])``.
 """
 
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 if TYPE_CHECKING:
     import torch
@@ -35,11 +35,6 @@ def phase(name: str) -> Iterator[None]:
     else:
         with Phases.active.measure(name):
             yield
-
-
-def step() -> AbstractContextManager[None]:
-    """Count the seconds of the block, which is a step without its data, if a `Phases` is active."""
-    return nullcontext() if Phases.active is None else Phases.active.step()
 
 
 class Phases:
@@ -70,19 +65,13 @@ class Phases:
     def __enter__(self) -> "Phases":
         Phases.active = self
         if self.device is not None:
-            import torch
-
-            # PyTorch has hooks around a forward pass and an optimizer's step, but none around a
-            # backward.
-            self._backward = torch.Tensor.backward
-            torch.Tensor.backward = phase("backward")(self._backward)  # type: ignore[method-assign]
+            self._mode = _backward_mode(self)
+            self._mode.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
         if self.device is not None:
-            import torch
-
-            torch.Tensor.backward = self._backward  # type: ignore[method-assign]
+            self._mode.__exit__(*error)
         Phases.active = None
 
     def steps(self, batches: Iterable[B]) -> Iterator[B]:
@@ -103,7 +92,12 @@ class Phases:
         "optimizer"."""
         self._current, self._since = "forward", self._now()
         yield
-        self._change("")
+        self.end_step()
+
+    def end_step(self) -> None:
+        """Count nothing more of the current step, whose block has not ended yet."""
+        if self._current:
+            self._change("")
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
@@ -126,3 +120,24 @@ class Phases:
 
             torch.cuda.synchronize(self.device)
         return time.perf_counter() - sum(self.seconds.values())
+
+
+def _backward_mode(phases: Phases) -> Any:
+    """A context that counts calls of `torch.Tensor.backward` as phase "backward".
+
+    PyTorch has hooks around a forward pass and an optimizer's step, but none around a backward
+    pass. A hook of the loss would need the loss, which only the loop has.
+    """
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class BackwardMode(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func is not torch.Tensor.backward:
+                return func(*args, **(kwargs or {}))
+            with phases.measure("backward"):
+                return func(*args, **(kwargs or {}))
+
+    return BackwardMode()

@@ -1,21 +1,25 @@
 # SPDX-License-Identifier: MIT
-"""Training: losses, optimizers, and the `Run` that evaluates, saves and resumes."""
+"""Training: tasks, optimizers, and the `Run` that evaluates, saves and resumes."""
 
-from torchpar.outcome import EpochResult, Stopped
+from torchpar.outcome import EpochResult, Evaluation, Stopped
 from torchpar.parallel.save.checkpoint import CheckpointConfig
+from torchpar.training.classification import Classification, evaluate
 from torchpar.training.fused import FusedGradients
-from torchpar.training.losses import add_orthogonality_gradient, evaluate, orthogonality_penalty
 from torchpar.training.optimizers import LRSchedule, lr_scheduler, muon, sgd
-from torchpar.training.run import Run, RunLog
+from torchpar.training.orthogonality import add_orthogonality_gradient, orthogonality_penalty
+from torchpar.training.run import Run, RunLog, Task
 
 __all__ = [
     "CheckpointConfig",
+    "Classification",
     "EpochResult",
+    "Evaluation",
     "FusedGradients",
     "LRSchedule",
     "Run",
     "RunLog",
     "Stopped",
+    "Task",
     "add_orthogonality_gradient",
     "evaluate",
     "lr_scheduler",

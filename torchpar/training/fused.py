@@ -27,7 +27,7 @@ from torchpar.errors import ConfigError
 from torchpar.nn import MLP
 from torchpar.ops import linear_sigmoid
 from torchpar.ops.linear_cpu import linear_forward, mm
-from torchpar.ops.linear_sigmoid import sigmoid_backward
+from torchpar.ops.linear_sigmoid import dz_and_db
 from torchpar.parallel.launch.agreement import check_same_on_all_ranks
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.split.shared_memory import make_shared_sum
@@ -40,7 +40,7 @@ MAX_CLASSES_ALONG_DIM_0 = 16
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def why_not_fused(model: torch.nn.Module) -> str:
+def why_not_fused(model: torch.nn.Module) -> str:  # noqa: PLR0911  # a return for each reason
     """Return why `FusedGradients` cannot replace autograd for ``model``, or "" if it can."""
     if type(model) is not MLP:
         return f"the model is a {type(model).__name__}, not a torchpar.nn.MLP"
@@ -98,7 +98,7 @@ def _relu_backward(g: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 _ACTIVATIONS: dict[
     str, tuple[Callable[..., Tensor], Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]
 ] = {
-    "sigmoid": (_sigmoid, sigmoid_backward),
+    "sigmoid": (_sigmoid, dz_and_db),
     "tanh": (_tanh, _tanh_backward),
     "relu": (_relu, _relu_backward),
 }

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""`Run`: what surrounds a training loop, such as batches, evaluation and checkpoints.
+"""`Run`: what surrounds a training loop, such as its position, evaluation and checkpoints.
 
-    with Run(model, optimizer, lr_scheduler, world, train, test, epochs=10, batch_size=128) as run:
+    task = Classification(train, test, batch_size=128)
+    with Run(model, optimizer, lr_scheduler, world, task, epochs=10) as run:
+        run.resume()  # from the newest checkpoint, if there is one
         for epoch in run.epochs():
             for x, labels, global_size in run.batches(epoch):
                 loss = cross_entropy(model(x), labels, reduction="sum")
@@ -9,11 +11,12 @@
                 optimizer.step()
                 lr_scheduler.step()
                 optimizer.zero_grad()
-                run.log(loss.detach())
+                run.end_step(loss)  # counts, checks, reports; saves and stops if it is time to
+            run.end_epoch()  # evaluates, reports and saves
 
-`Run` gives each rank its batches, evaluates after each epoch, saves and resumes, and stops all
-ranks at the same step when one of them receives SIGTERM or SIGINT. A loop that accumulates the
-gradients of several batches is saved and stopped after a step of the optimizer.
+The model, the optimizer and the loop are the program's own. A `Task` says what is trained on and
+how it is judged. A loop that accumulates the gradients of several batches calls `end_step` after
+each batch, and is saved and stopped after a step of the optimizer.
 
 A ``break`` before `Run.batches` ends the run after the last whole epoch, as to stop early. What an
 epoch's body does before `Run.batches` is done again when a run resumes within that epoch;
@@ -23,9 +26,9 @@ afterwards the random state is the saved one.
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 import torch.distributed as dist
@@ -33,30 +36,51 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from torchpar.data import Batch, Samples, batches
 from torchpar.errors import ConfigError, DivergedError, check_finite
-from torchpar.outcome import EpochResult, Stopped
+from torchpar.outcome import EpochResult, Evaluation, Stopped
 from torchpar.parallel.launch.agreement import check_same_bits, check_same_on_all_ranks
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.save.checkpoint import CheckpointConfig, Checkpoints
 from torchpar.parts import local
-from torchpar.profile.phases import phase, step
 from torchpar.training import state
-from torchpar.training.losses import Loss, cross_entropy_sum, evaluate
+from torchpar.training.state import TrainState
 from torchpar.training.stop import StopSignal
+
+
+class Task(Protocol):
+    """What a `Run` trains on, and how it is judged; `torchpar.training.Classification` is one.
+
+    Attributes:
+        samples: of an epoch, over all ranks.
+        batch_size: samples of a step, over all ranks; an epoch's last step has the remainder.
+        config: values that identify the task in checkpoints, as JSON.
+    """
+
+    samples: int
+    batch_size: int
+    config: dict[str, Any]
+
+    def check(self, world: World) -> None:
+        """Raise a ConfigError, on every rank, if the task cannot be trained."""
+
+    def batches(self, epoch: int, start: int, world: World) -> Iterable[Any]:
+        """Yield this rank's share of each batch of ``epoch``, from the batch number ``start``."""
+
+    def evaluate(self, model: torch.nn.Module, world: World) -> Evaluation:
+        """Judge the model, which is in evaluation mode. Every rank calls it."""
 
 
 class RunLog:
     """Callbacks of a `Run`. Each does nothing unless it is overridden."""
 
-    def active(self, run: "Run") -> AbstractContextManager[Any]:
+    def active(self, run: "Run") -> AbstractContextManager[Any]:  # noqa: ARG002  # for those that override it
         """Return a context that lasts as long as the run's."""
         return nullcontext()
 
     def on_resume(self, run: "Run") -> None:
         """The run's state is that of a checkpoint."""
 
-    def steps(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def steps(self, batches: Iterator[Any]) -> Iterator[Any]:
         """Yield the batches of an epoch; a step lasts from one to the next."""
         return batches
 
@@ -78,13 +102,8 @@ class Run:
         optimizer, lr_scheduler: over ``model``'s parameters; the training loop steps both.
             ``lr_scheduler`` may be None.
         world: the ranks and their mesh.
-        train, test: the same samples on every rank.
-        epochs: passes over ``train``, those of a resumed run included.
-        batch_size: samples per step, over all ranks.
-        predict: inputs → outputs, or None on ranks without outputs; by default ``model``.
-        loss: for evaluation, outputs and labels → the sum of the losses; by default the
-            cross-entropy.
-        seed: of the samples' order.
+        task: what is trained on, and how it is judged.
+        epochs: passes over the training samples, those of a resumed run included.
         checkpoint: where and when to save, if at all. A run that was stopped at any step resumes
             there, with the same bits on the same ranks. On three ranks or more,
             DistributedDataParallel needs `register_shared_memory_hook` for this
@@ -92,18 +111,14 @@ class Run:
         config: values that identify the run, as JSON; a checkpoint with other values is refused.
         log: is told what happens; by default nothing is shown.
 
-    Attributes:
-        results: of the complete epochs, those before a resumed one included.
-        step: complete steps of the current epoch.
-
     Raises:
-        ConfigError: ranks with different models, flags or samples; gradients that differ between
-            the ranks that share a batch, in the optimizer's first step; a checkpoint that is
-            damaged, of another run or of more epochs; a model or an optimizer of which a checkpoint
-            would lose something. On every rank.
+        ConfigError: ranks with different models, arguments or samples; gradients that differ
+            between ranks, in the optimizer's first step; a checkpoint that
+            is damaged, of another run or of more epochs; a model or an optimizer of which a
+            checkpoint would lose something. On every rank.
         DivergedError: the training or the test loss of an epoch is not finite, or a weight or a
             loss when it is to be saved. On every rank.
-        RuntimeError: the loop was left within an epoch.
+        RuntimeError: a loop that leaves out a step's or an epoch's end, or was left in an epoch.
         Stopped: after SIGTERM or SIGINT, if there is a ``checkpoint``. On every rank.
     """
 
@@ -113,88 +128,62 @@ class Run:
         optimizer: Optimizer,
         lr_scheduler: LRScheduler | None,
         world: World,
-        train: Samples,
-        test: Samples,
+        task: Task,
         *,
         epochs: int,
-        batch_size: int,
-        predict: Callable[[Tensor], Tensor | None] | None = None,
-        loss: Loss = cross_entropy_sum,
-        seed: int = 0,
         checkpoint: CheckpointConfig | None = None,
         config: dict[str, Any] | None = None,
-        log: "RunLog | None" = None,
+        log: RunLog | None = None,
     ):
-        own = {"batch_size": batch_size, "seed": seed, "train": len(train)}
         try:
-            self.config = json.loads(json.dumps({**(config or {}), **own}))
+            saved = json.loads(json.dumps({**(config or {}), **task.config}))
         except TypeError as e:
             raise ConfigError(f"config is {config!r}, expected what JSON can hold ({e})") from e
-        others = {"test": len(test), "saving": str(checkpoint), "epochs": epochs}
-        others |= {"classes of train": train.classes, "classes of test": test.classes}
-        check_same_on_all_ranks(None, "the ranks' flags", {**self.config, **others})
+        if world.world_size > 1:
+            arguments = {"epochs": epochs, "saving": str(checkpoint)}
+            check_same_on_all_ranks(None, "the ranks' flags", {**saved, **arguments})
         # What is wrong on one rank alone has been found to differ.
-        if not len(train) or not len(test):
-            raise ConfigError(
-                f"{len(train)} training and {len(test)} test samples, expected at least one of each"
-            )
-        for name, value in (("epochs", epochs), ("batch_size", batch_size)):
+        for name, value in (("epochs", epochs), ("batch_size", task.batch_size)):
             if type(value) is not int or value < 1:
                 raise ConfigError(f"{name} is {value!r}, expected a whole number from 1 on")
-        self.model = model
-        self.optimizer = optimizer
-        self.lr_scheduler = lr_scheduler
+        task.check(world)
+        self.state = TrainState(model, optimizer, lr_scheduler, world, saved)
         self.world = world
-        self.train = train
-        self.test = test
+        self.task = task
         self.num_epochs = epochs
-        self.batch_size = batch_size
-        self.steps_per_epoch = -(-len(train) // batch_size)
-        self.predict = predict or model
-        self.loss = loss
-        self.seed = seed
-        if world.world_size > 1:
-            drawn = {"train.features": train.features, "train.labels": train.labels}
-            drawn |= {"test.features": test.features, "test.labels": test.labels}
-            check_same_bits(None, drawn, "make the same samples on all, such as by one seed")
-        self.results: list[EpochResult] = []
-        self.step = 0
-        # This rank's losses of the current epoch, added in the order of the steps: in another order
-        # the sum of a resumed run could differ from that of a whole one.
-        self.loss_sum: float | Tensor = 0.0
+        self.steps_per_epoch = math.ceil(task.samples / task.batch_size)
         self._log = log or RunLog()
         self._stack = ExitStack()
         self._checkpoints = Checkpoints(checkpoint, world) if checkpoint else None
+        self._is_resumed = checkpoint is None  # there is nothing to resume from
         self._stop: StopSignal | None = None
-        self._logged = 0
-        self._is_first_step = True
+        self._first = 0  # the step at which this process began the epoch
+        self._start = 0.0  # when it did
         self._is_within_epoch = False
-        self.random_states: dict[str, Tensor] = {}  # of the checkpoint from which the run resumed
         self._has_stepped = False  # since the last batch was taken
         self._save_is_late = False  # until the optimizer has stepped
+        self._is_first_step = True
         if checkpoint is not None:
-            state.check_saveable(self)
+            state.check_saveable(self.state)
             self._stack.callback(optimizer.register_step_post_hook(self._note_step).remove)
         if world.dp_size > 1:
             # A hook that removed itself would disturb PyTorch's loop over the hooks.
             self._stack.callback(optimizer.register_step_pre_hook(self._check_gradients).remove)
 
     @property
+    def results(self) -> list[EpochResult]:
+        """The figures of the complete epochs, those before a resumed one included."""
+        return self.state.results
+
+    @property
     def total_steps(self) -> int:
         """Complete steps since the run began, those before it was resumed included."""
-        return len(self.results) * self.steps_per_epoch + self.step
+        return len(self.results) * self.steps_per_epoch + self.state.step
 
     def __enter__(self) -> Self:
         with self._stack.pop_all() as stack:
             stack.enter_context(self._log.active(self))
             if self._checkpoints is not None:
-                if state.resume(self, self._checkpoints):
-                    if (saved := len(self.results)) > (epochs := self.num_epochs):
-                        folder = self._checkpoints.folder
-                        raise ConfigError(
-                            f"{folder} holds {saved} epochs, more than the {epochs} asked for"
-                        )
-                    self._log.on_resume(self)
                 self._stop = stack.enter_context(StopSignal(self.world))
             self._stack = stack.pop_all()
         return self
@@ -207,109 +196,137 @@ class Run:
             self._checkpoints.wait()
         if self._is_within_epoch:
             raise RuntimeError(
-                f"the loop was left in epoch {len(self.results) + 1}, after {self._logged} of "
+                f"the loop was left in epoch {len(self.results) + 1}, after {self.state.step} of "
                 f"{self.steps_per_epoch} batches: they were not evaluated, and not saved; take all "
-                "batches of an epoch, or leave before run.batches"
+                "batches of an epoch and call run.end_epoch(), or leave before run.batches"
             )
         self._log.on_end(self)
 
-    def epochs(self) -> Iterator[int]:
-        """Yield the number of each remaining epoch, from 1. After each, evaluate and save."""
-        if self._checkpoints is not None and self._stop is None:
+    def resume(self) -> None:
+        """Continue from the newest checkpoint, if there is one."""
+        if self._checkpoints is None:
+            return
+        if self._stop is None:
             raise RuntimeError(
                 "the run was not entered, and would save nothing; use with Run(…) as run"
             )
-        while len(self.results) < self.num_epochs:
-            start, first, epoch = time.perf_counter(), self.step, len(self.results) + 1
-            self._logged = first
-            self._is_within_epoch = False  # until its first batch is taken
-            yield epoch
-            self._is_within_epoch = False
-            if self.step != self.steps_per_epoch or self._logged != self.step:
-                raise RuntimeError(
-                    f"{self.step} of {self.steps_per_epoch} batches were taken and {self._logged} "
-                    "losses logged; take all batches of an epoch and call run.log once for each"
-                )
-            self._end_epoch(epoch, start, first)
+        self._is_resumed = True
+        if not state.resume(self.state, self._checkpoints):
+            return
+        if len(self.results) > self.num_epochs:
+            raise ConfigError(
+                f"{self._checkpoints.folder} holds {len(self.results)} epochs, more than the "
+                f"{self.num_epochs} asked for"
+            )
+        self._log.on_resume(self)
 
-    def batches(self, epoch: int) -> Iterator[Batch]:
+    def epochs(self) -> range:
+        """The numbers of the remaining epochs; the first epoch is 1."""
+        if not self._is_resumed:
+            raise RuntimeError(
+                "the run has a checkpoint, and may have been saved before; call run.resume() first"
+            )
+        return range(len(self.results) + 1, self.num_epochs + 1)
+
+    def batches(self, epoch: int) -> Iterator[Any]:
         """Yield this rank's share of each remaining batch of ``epoch``, the current one."""
         return self._log.steps(self._take(epoch))
 
-    def _take(self, epoch: int) -> Iterator[Batch]:
-        first = self.step
+    def _take(self, epoch: int) -> Iterator[Any]:
+        if epoch != len(self.results) + 1:
+            raise RuntimeError(
+                f"{len(self.results)} epochs have ended, and the batches are of epoch {epoch}; "
+                "call run.end_epoch() after the batches of each epoch"
+            )
+        first = self.state.step
         if first:  # the epoch's body may have drawn random numbers
-            state.restore_random_states(self.random_states)
+            state.restore_random_states(self.state.random_states)
+        self._first, self._start = first, time.perf_counter()
         self._is_within_epoch = True
-        shares = batches(
-            self.train,
-            self.batch_size,
-            seed=self.seed,
-            epoch=epoch,
-            share=self.world.share,
-            start=first,
-        )
-        for number in range(first + 1, self.steps_per_epoch + 1):
+        shares = iter(self.task.batches(epoch, first, self.world))
+        for number in range(first, self.steps_per_epoch):
             if self._stop:
                 self._stop.start_all_reduce()
-            with phase("data"):
-                batch = next(shares)
+            batch = next(shares, None)
+            if batch is None:
+                raise RuntimeError(
+                    f"the task yields {number} batches, and {self.steps_per_epoch} by its samples "
+                    f"({self.task.samples}) and batch_size ({self.task.batch_size})"
+                )
             self._has_stepped = False
-            with step():
-                yield batch
-            if number == first + 1:
-                self._check_replicas()
-            self.step = number
-            self._log.on_step(self, epoch, min(number * self.batch_size, len(self.train)))
-            if number < self.steps_per_epoch:  # the last step's comes after the evaluation
-                self._save_if_due()
+            yield batch
+            if self.state.step != number + 1:
+                raise RuntimeError(
+                    f"after batch {number + 1}, {self.state.step} steps of the epoch have ended; "
+                    "call run.end_step(loss) once for each batch"
+                )
 
-    def log(self, loss: Tensor) -> None:
-        """Add this rank's part of the sum of a step's losses; the ranks' parts add up to it."""
-        self._logged += 1
+    def end_step(self, loss: Tensor) -> None:
+        """End a step: count it, check and report it, and save and stop if it is time to.
+
+        Args:
+            loss: this rank's part of the sum of the step's losses; the ranks' parts add up to it.
+        """
+        self.state.step += 1
         if self.world.owns_outputs:
             # A tensor: the host waits for no GPU.
-            self.loss_sum = self.loss_sum + loss.detach().double()
+            self.state.loss_sum = self.state.loss_sum + loss.detach().double()
+        trained = min(self.state.step * self.task.batch_size, self.task.samples)
+        self._log.on_step(self, len(self.results) + 1, trained)
+        if self.state.step == self._first + 1:
+            self._check_replicas()
+        if self.state.step < self.steps_per_epoch:  # the last step's comes after the evaluation
+            self._save_if_due()
 
-    def evaluate(self) -> tuple[float, Tensor]:
-        """Return the mean test loss and the outputs ``(n, classes)``, on every rank, in evaluation
-        mode.
+    def end_epoch(self) -> None:
+        """End an epoch: evaluate the model, report the epoch's figures, and save."""
+        epoch, step = len(self.results) + 1, self.state.step
+        if step != self.steps_per_epoch:
+            raise RuntimeError(
+                f"epoch {epoch} ends after {step} of {self.steps_per_epoch} batches; take all of "
+                "them, and call run.end_step(loss) after each"
+            )
+        self._is_within_epoch = False
+        loss = torch.tensor(
+            float(self.state.loss_sum), dtype=torch.float64, device=self.world.device
+        )
+        train_loss = self.world.sum(loss).item() / self.task.samples
+        check_finite(f"the training loss of epoch {epoch}", train_loss)
+        self._check_replicas()
+        trained = time.perf_counter() - self._start
+        evaluation = self.evaluate()
+        check_finite(f"the test loss after epoch {epoch}", evaluation.loss)
+        result = EpochResult(
+            epoch,
+            train_loss,
+            evaluation.loss,
+            evaluation.accuracy,
+            samples_per_s=(self.task.samples - self._first * self.task.batch_size) / trained,
+            seconds=time.perf_counter() - self._start,
+            ranks=self.world.world_size,
+            device=self.world.device.type,
+        )
+        self.results.append(result)
+        self.state.step, self.state.loss_sum = 0, 0.0
+        self._log.on_epoch(self, result)
+        self._save_if_due()
+
+    def evaluate(self) -> Evaluation:
+        """Judge the model by the task, on every rank, in evaluation mode.
 
         Buffers, such as BatchNorm's statistics, are first copied from the first rank of "dp" to the
         others, as DistributedDataParallel copies them before each forward pass: the ranks evaluate,
         and save, one model.
         """
         self._share_buffers()
-        modes = [(module, module.training) for module in self.model.modules()]
-        self.model.eval()
+        model = self.state.model
+        modes = [(module, module.training) for module in model.modules()]
+        model.eval()
         try:
-            return evaluate(self.predict, self.test, self.world, self.loss)
+            return self.task.evaluate(model, self.world)
         finally:
             for module, training in modes:
                 module.training = training
-
-    def _end_epoch(self, epoch: int, start: float, first: int) -> None:
-        total = torch.tensor(float(self.loss_sum), dtype=torch.float64, device=self.world.device)
-        train_loss = self.world.sum(total).item() / len(self.train)
-        check_finite(f"the training loss of epoch {epoch}", train_loss)
-        self._check_replicas()
-        trained = time.perf_counter() - start
-        test_loss, outputs = self.evaluate()
-        check_finite(f"the test loss after epoch {epoch}", test_loss)
-        result = EpochResult(
-            epoch,
-            train_loss,
-            test_loss,
-            test_accuracy=(outputs.argmax(1) == self.test.labels).sum().item() / len(self.test),
-            samples_per_s=(len(self.train) - first * self.batch_size) / trained,
-            seconds=time.perf_counter() - start,
-            ranks=self.world.world_size,
-            device=self.world.device.type,
-        )
-        self.results.append(result)
-        self.step, self.loss_sum = 0, 0.0
-        self._log.on_epoch(self, result)
-        self._save_if_due()
 
     def _save_if_due(self) -> None:
         if self._checkpoints is None or self._stop is None:
@@ -322,10 +339,10 @@ class Run:
         self._save_is_late = not at_end and not self._has_stepped and self._has_gradients()
         if self._save_is_late:
             return
-        if self.step:  # at an epoch's end the evaluation has done so
+        if self.state.step:  # at an epoch's end the evaluation has done so
             self._share_buffers()
         self._check_finite()
-        state.save(self, self._checkpoints)
+        state.save(self.state, self._checkpoints, self.total_steps)
         if stopping and not at_end:
             self._checkpoints.wait()
             raise Stopped(stopping)
@@ -335,46 +352,47 @@ class Run:
 
     def _has_gradients(self) -> bool:
         """Whether a parameter has a gradient other than 0, on any rank."""
-        mine = any(
-            p.grad is not None and bool(local(p.grad).any()) for p in self.model.parameters()
+        parameters = self.state.model.parameters()
+        return self._is_on_any_rank(
+            any(p.grad is not None and bool(local(p.grad).any()) for p in parameters)
         )
-        count = torch.tensor(float(mine), dtype=torch.float64, device=self.world.device)
-        return bool(self.world.sum(count).item())
 
     def _check_finite(self) -> None:
         """Refuse to save weights or a loss that are not finite; on every rank."""
-        tensors = [local(p) for p in self.model.parameters()]
-        finite = all(bool(t.isfinite().all()) for t in tensors) and math.isfinite(
-            float(self.loss_sum)
-        )
-        count = torch.tensor(float(not finite), dtype=torch.float64, device=self.world.device)
-        if self.world.sum(count).item():
+        weights = [local(p) for p in self.state.model.parameters()]
+        is_finite = all(bool(t.isfinite().all()) for t in weights)
+        if self._is_on_any_rank(not is_finite or not math.isfinite(float(self.state.loss_sum))):
             raise DivergedError(
                 f"a weight or a loss is not finite after step {self.total_steps}, which is not "
                 "saved; take a smaller learning rate"
             )
 
+    def _is_on_any_rank(self, mine: bool) -> bool:
+        count = torch.tensor(float(mine), dtype=torch.float64, device=self.world.device)
+        return bool(self.world.sum(count).item())
+
     def _share_buffers(self) -> None:
         """Copy the buffers of the first rank of "dp" to the others."""
         if self.world.dp_size > 1:
-            for buffer in self.model.buffers():
+            for buffer in self.state.model.buffers():
                 dist.broadcast(buffer, group=self.world.mesh.get_group("dp"), group_src=0)
 
     def _check_gradients(self, *_: Any) -> None:
         """Refuse gradients that nobody averaged, once, before the optimizer's first step.
 
-        The parameters would not show it if the ranks share Muon's work: each gets the updates of
-        all.
+        Comparing parameters would miss them where ranks share Muon's work: every rank gets every
+        update.
         """
         if self._is_first_step:
             self._is_first_step = False
-            gradients = {
-                f"the gradient of {name}": p.grad for name, p in self.model.named_parameters()
-            }
+            parameters = self.state.model.named_parameters()
+            gradients = {f"the gradient of {name}": p.grad for name, p in parameters}
             check_same_bits(self.world.mesh.get_group("dp"), gradients)
 
     def _check_replicas(self) -> None:
         """Check that the replicas are equal after a step; they differ if their gradients are not
-        averaged."""
+        averaged.
+        """
         if self.world.dp_size > 1:
-            check_same_bits(self.world.mesh.get_group("dp"), dict(self.model.named_parameters()))
+            parameters = dict(self.state.model.named_parameters())
+            check_same_bits(self.world.mesh.get_group("dp"), parameters)

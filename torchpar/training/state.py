@@ -6,9 +6,9 @@ data.
 """
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,14 +17,36 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from torchpar.errors import ConfigError, first_line
 from torchpar.outcome import EpochResult
+from torchpar.parallel.launch.world import World
 from torchpar.parallel.save.checkpoint import Checkpoint, Checkpoints
-from torchpar.parts import as_dtensor, is_marked, part_of
-
-if TYPE_CHECKING:
-    from torchpar.training.run import Run
+from torchpar.parts import as_dtensor, part_of
 
 
-def check_saveable(run: "Run") -> None:
+@dataclass
+class TrainState:
+    """What a run has reached, on this rank.
+
+    Attributes:
+        config: values that identify the run, as JSON.
+        results: of the complete epochs, those before a resumed one included.
+        step: complete steps of the current epoch.
+        loss_sum: this rank's losses of the current epoch, added in the order of the steps: in
+            another order the sum of a resumed run could differ from that of a whole one.
+        random_states: of the checkpoint from which the run resumed.
+    """
+
+    model: torch.nn.Module
+    optimizer: Optimizer
+    lr_scheduler: LRScheduler | None
+    world: World
+    config: dict[str, Any]
+    results: list[EpochResult] = field(default_factory=list)
+    step: int = 0
+    loss_sum: float | Tensor = 0.0
+    random_states: dict[str, Tensor] = field(default_factory=dict)
+
+
+def check_saveable(state: TrainState) -> None:
     """Refuse, by name, what checkpoints would lose.
 
     Raises:
@@ -32,14 +54,23 @@ def check_saveable(run: "Run") -> None:
             state among the ranks; a setting of a group, or a module's extra state, that is neither
             a tensor nor JSON; a sparse tensor.
     """
-    for optimizer in _optimizers(run.optimizer):
+    for optimizer in _optimizers(state.optimizer):
         if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
             raise ConfigError(
                 "ZeroRedundancyOptimizer keeps parts of its state on each rank, which checkpoints "
                 "do not hold; take another optimizer, or fully_shard"
             )
-    names = {p: name for name, p in run.model.named_parameters(remove_duplicate=False)}
-    for number, settings in enumerate(_settings(run.optimizer)):
+    _check_groups(state)
+    for name, t in (_model_tensors(state.model) | _extra_states(state.model)[0]).items():
+        if t.layout != torch.strided:
+            raise ConfigError(
+                f"{_plain(name)} is {t.layout}, and would not be saved; make it dense"
+            )
+
+
+def _check_groups(state: TrainState) -> None:
+    names = {p: name for name, p in state.model.named_parameters(remove_duplicate=False)}
+    for number, settings in enumerate(_settings(state.optimizer)):
         for key, value in settings.items():
             try:
                 json.dumps(value, default=Tensor.tolist)
@@ -48,7 +79,7 @@ def check_saveable(run: "Run") -> None:
                     f"the optimizer's group {number} has {key} = {value!r}, which would not be "
                     "saved; expected numbers, strings or tensors"
                 ) from e
-    for number, group in enumerate(run.optimizer.param_groups):
+    for number, group in enumerate(state.optimizer.param_groups):
         for p in group["params"]:
             if p not in names:
                 raise ConfigError(
@@ -56,52 +87,47 @@ def check_saveable(run: "Run") -> None:
                     "that is not the model's, and would not be saved; make it a parameter of the "
                     "model"
                 )
-    for name, t in (_model_tensors(run.model) | _extra_states(run.model)[0]).items():
-        if t.layout != torch.strided:
-            raise ConfigError(
-                f"{_plain(name)} is {t.layout}, and would not be saved; make it dense"
-            )
 
 
-def save(run: "Run", checkpoints: Checkpoints) -> None:
-    """Save as the checkpoint of the run's step. Every rank calls it."""
-    losses = torch.zeros(run.world.world_size, dtype=torch.float64, device=run.world.device)
-    losses[run.world.rank] = float(run.loss_sum)
-    extra_tensors, extra = _extra_states(run.model)
-    tensors = _model_tensors(run.model) | extra_tensors
-    for name, p in run.model.named_parameters():
-        for key, value in run.optimizer.state.get(p, {}).items():
+def save(state: TrainState, checkpoints: Checkpoints, number: int) -> None:
+    """Save as the checkpoint of step ``number`` of the run. Every rank calls it."""
+    losses = torch.zeros(state.world.world_size, dtype=torch.float64, device=state.world.device)
+    losses[state.world.rank] = float(state.loss_sum)
+    extra_tensors, extra = _extra_states(state.model)
+    tensors = _model_tensors(state.model) | extra_tensors
+    for name, p in state.model.named_parameters():
+        for key, value in state.optimizer.state.get(p, {}).items():
             # A value of its parameter's shape is split as the parameter is. Others must be scalars.
             if not isinstance(value, Tensor):
                 found = f"is a {type(value).__name__}, expected a tensor"
-            elif is_marked(p) and value.dim() and value.shape != p.shape:
+            elif part_of(p).is_slice and value.dim() and value.shape != p.shape:
                 found = f"has shape {tuple(value.shape)}, expected {tuple(p.shape)}, as it is split"
             else:
                 tensors[f"optimizer.{name}.{key}"] = _shard(p, value)
                 continue
             raise ConfigError(f"the optimizer's {key} of {name} {found}; take another optimizer")
-    if foreign := [key for key in run.optimizer.state if not isinstance(key, Tensor)]:
+    if foreign := [key for key in state.optimizer.state if not isinstance(key, Tensor)]:
         raise ConfigError(
             f"the optimizer's state has {foreign[0]!r}, which is no parameter and would not be "
             "saved; take another optimizer"
         )
-    tensors |= _random_states(run.world.rank)
-    state = {
-        "run": run.config,
-        "optimizer": _kinds(run.optimizer),
-        "schedule": _schedule_kinds(run.lr_scheduler),
-        "members": _members(run),
+    tensors |= _random_states(state.world.rank)
+    facts = {
+        "run": state.config,
+        "optimizer": _kinds(state.optimizer),
+        "schedule": _schedule_kinds(state.lr_scheduler),
+        "members": _members(state),
         "extra": extra,
-        "results": [asdict(result) for result in run.results],
-        "step": run.step,
-        "losses": run.world.sum(losses).tolist(),
-        "rate": run.lr_scheduler.state_dict() if run.lr_scheduler else {},
-        "groups": _settings(run.optimizer),
+        "results": [asdict(result) for result in state.results],
+        "step": state.step,
+        "losses": state.world.sum(losses).tolist(),
+        "rate": state.lr_scheduler.state_dict() if state.lr_scheduler else {},
+        "groups": _settings(state.optimizer),
     }
-    checkpoints.save(run.total_steps, tensors, state)
+    checkpoints.save(number, tensors, facts)
 
 
-def resume(run: "Run", checkpoints: Checkpoints) -> bool:
+def resume(state: TrainState, checkpoints: Checkpoints) -> bool:
     """Continue from the newest whole checkpoint. Return False if there is none.
 
     Each rank restores its own random state. A rank that the saved run did not have keeps its
@@ -114,41 +140,24 @@ def resume(run: "Run", checkpoints: Checkpoints) -> bool:
     saved = checkpoints.load()
     if saved is None:
         return False
-    folder, rank = checkpoints.folder, run.world.rank
-    state = saved.state
-    was, now = state.get("run", {}), run.config
-    if differing := sorted(key for key in now.keys() & was.keys() if was[key] != now[key]):
-        of = [", ".join(f"{key} {config[key]}" for key in differing) for config in (was, now)]
-        raise ConfigError(
-            f"{folder} holds a run with {of[0]}, this one has {of[1]}; use another folder"
-        )
+    folder, rank = checkpoints.folder, state.world.rank
+    facts = saved.state
+    _check_config(state, folder, facts.get("run", {}))
     try:
-        tensors = _model_tensors(run.model)
-        extra_tensors, extra = _extra_states(run.model)
-        _check_names(run, folder, saved, [*tensors, *extra_tensors], extra)
-        optimized = {p for group in run.optimizer.param_groups for p in group["params"]}
-        for name, p in run.model.named_parameters():
-            prefix = f"optimizer.{name}."
-            for key in (key for key in saved.shapes if key.startswith(prefix)):
-                if p not in optimized:
-                    raise ConfigError(
-                        f"{folder} holds {key.removeprefix(prefix)} of {name}, which the optimizer "
-                        "does not have now; give it that parameter, or use another folder"
-                    )
-                shape = saved.shapes[key]
-                like = p if shape == part_of(p).whole else torch.zeros(shape)
-                value = torch.zeros_like(like, requires_grad=False)
-                run.optimizer.state[p][key.removeprefix(prefix)] = value
-                tensors[key] = _shard(p, value)
+        tensors = _model_tensors(state.model)
+        extra_tensors, extra = _extra_states(state.model)
+        _check_names(state, folder, saved, [*tensors, *extra_tensors], extra)
+        tensors |= _optimizer_tensors(state, folder, saved)
         random = {key: value for key, value in _random_states(rank).items() if key in saved.shapes}
         saved.read({**tensors, **extra_tensors, **random})
-        _set_extra_states(run.model, extra_tensors, state.get("extra", {}))
-        for group, values in zip(run.optimizer.param_groups, state["groups"], strict=True):
+        _set_extra_states(state.model, extra_tensors, facts.get("extra", {}))
+        for group, values in zip(state.optimizer.param_groups, facts["groups"], strict=True):
             group.update(_like(group, values))
-        if run.lr_scheduler:
-            run.lr_scheduler.load_state_dict(_like(run.lr_scheduler.state_dict(), state["rate"]))
-        run.results = [EpochResult(**result) for result in state["results"]]
-        run.step, losses = state["step"], state["losses"]
+        if state.lr_scheduler:
+            rate = _like(state.lr_scheduler.state_dict(), facts["rate"])
+            state.lr_scheduler.load_state_dict(rate)
+        state.results = [EpochResult(**result) for result in facts["results"]]
+        state.step, losses = facts["step"], facts["losses"]
     except (KeyError, TypeError, AttributeError, ValueError) as e:
         if isinstance(e, ConfigError):
             raise
@@ -156,13 +165,43 @@ def resume(run: "Run", checkpoints: Checkpoints) -> bool:
         raise ConfigError(
             f"{folder} holds no checkpoint of this run ({reason}); use another folder"
         ) from e
-    run.random_states = random
+    state.random_states = random
     restore_random_states(random)
-    if len(losses) == run.world.world_size:
-        run.loss_sum = losses[rank]
+    if len(losses) == state.world.world_size:
+        state.loss_sum = losses[rank]
     elif rank == 0:
-        run.loss_sum = sum(losses)
+        state.loss_sum = sum(losses)
     return True
+
+
+def _check_config(state: TrainState, folder: Path, was: dict[str, Any]) -> None:
+    """Refuse a checkpoint of a run with other values."""
+    now = state.config
+    if differing := sorted(key for key in now.keys() & was.keys() if was[key] != now[key]):
+        of = [", ".join(f"{key} {config[key]}" for key in differing) for config in (was, now)]
+        raise ConfigError(
+            f"{folder} holds a run with {of[0]}, this one has {of[1]}; use another folder"
+        )
+
+
+def _optimizer_tensors(state: TrainState, folder: Path, saved: Checkpoint) -> dict[str, Tensor]:
+    """Make the optimizer's state of zeros; return its tensors, by the names in the checkpoint."""
+    tensors = {}
+    optimized = {p for group in state.optimizer.param_groups for p in group["params"]}
+    for name, p in state.model.named_parameters():
+        prefix = f"optimizer.{name}."
+        for key in (key for key in saved.shapes if key.startswith(prefix)):
+            if p not in optimized:
+                raise ConfigError(
+                    f"{folder} holds {key.removeprefix(prefix)} of {name}, which the optimizer "
+                    "does not have now; give it that parameter, or use another folder"
+                )
+            shape = saved.shapes[key]
+            like = p if shape == part_of(p).whole else torch.zeros(shape)
+            value = torch.zeros_like(like, requires_grad=False)
+            state.optimizer.state[p][key.removeprefix(prefix)] = value
+            tensors[key] = _shard(p, value)
+    return tensors
 
 
 def restore_random_states(states: dict[str, Tensor]) -> None:
@@ -171,7 +210,7 @@ def restore_random_states(states: dict[str, Tensor]) -> None:
 
 
 def _check_names(
-    run: "Run", folder: Path, saved: Checkpoint, tensors: list[str], extra: dict[str, Any]
+    state: TrainState, folder: Path, saved: Checkpoint, tensors: list[str], extra: dict[str, Any]
 ) -> None:
     """Refuse a checkpoint of other layers or of another kind of optimizer, before it is read.
 
@@ -179,17 +218,20 @@ def _check_names(
     compared.
     """
     # A rank that refuses alone must not leave the others in a collective.
-    numbered = _members(run)
-    of_ranks = run.world.gather_results(lambda: [*tensors, *(f"json.{name}" for name in extra)])
-    own = {"optimizer": _kinds(run.optimizer), "schedule": _schedule_kinds(run.lr_scheduler)}
-    for key, kinds in own.items():
+    numbered = _members(state)
+    of_ranks = state.world.gather_results(lambda: [*tensors, *(f"json.{name}" for name in extra)])
+    present = {
+        "optimizer": _kinds(state.optimizer),
+        "schedule": _schedule_kinds(state.lr_scheduler),
+    }
+    for key, kinds in present.items():
         saved_kinds = saved.state.get(key, kinds)  # older checkpoints do not have it
         if saved_kinds != kinds:
             was, now = (" with ".join(names) or f"no {key}" for names in (saved_kinds, kinds))
             raise ConfigError(
                 f"{folder} holds the state of {was}, this run has {now}; use another folder"
             )
-    numbers = len(saved.state["groups"]), len(run.optimizer.param_groups)
+    numbers = len(saved.state["groups"]), len(state.optimizer.param_groups)
     if numbers[0] != numbers[1]:
         raise ConfigError(
             f"{folder} holds {numbers[0]} parameter groups, this run has {numbers[1]}; use another "
@@ -216,8 +258,8 @@ def _check_names(
 
 
 def _plain(name: str) -> str:
-    kind, _, own = name.partition(".")
-    return own if kind == "model" else f"the extra state of {own}"
+    kind, _, rest = name.partition(".")
+    return rest if kind == "model" else f"the extra state of {rest}"
 
 
 def _optimizers(optimizer: Optimizer) -> list[Optimizer]:
@@ -243,18 +285,19 @@ def _schedule_kinds(lr_scheduler: LRScheduler | None) -> list[str]:
 
 def _settings(optimizer: Optimizer) -> list[dict[str, Any]]:
     """The settings of each group, without its parameters, which are those of this rank."""
-    own = ("params", "param_names")
+    excluded = ("params", "param_names")
     return [
-        {key: x for key, x in group.items() if key not in own} for group in optimizer.param_groups
+        {key: x for key, x in group.items() if key not in excluded}
+        for group in optimizer.param_groups
     ]
 
 
-def _members(run: "Run") -> dict[str, int]:
+def _members(state: TrainState) -> dict[str, int]:
     """The number of the group of each parameter of any rank, by its name. Every rank calls it."""
-    names = {p: name for name, p in run.model.named_parameters()}
-    groups = [group["params"] for group in run.optimizer.param_groups]
+    names = {p: name for name, p in state.model.named_parameters()}
+    groups = [group["params"] for group in state.optimizer.param_groups]
     mine = {names[p]: number for number, params in enumerate(groups) for p in params if p in names}
-    of_ranks = run.world.gather_results(lambda: mine)
+    of_ranks = state.world.gather_results(lambda: mine)
     return {name: number for of_rank in of_ranks for name, number in of_rank.items()}
 
 
@@ -330,4 +373,4 @@ def _random_states(rank: int) -> dict[str, Tensor]:
 def _shard(p: Tensor, t: Tensor) -> Tensor:
     """Return ``t``, of the shape of parameter ``p`` or a number, as a DTensor if ``p`` is a
     slice."""
-    return as_dtensor(t.detach(), part_of(p)) if is_marked(p) and t.dim() else t.detach()
+    return as_dtensor(t.detach(), part_of(p)) if part_of(p).is_slice and t.dim() else t.detach()

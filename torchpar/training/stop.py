@@ -39,7 +39,7 @@ class StopSignal:
         for number, handler in self._before.items():
             signal.signal(number, partial(_unless_stopped, handler) if self._largest else handler)
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
         if number == self._received == signal.SIGINT:
             raise KeyboardInterrupt
         self._received = number
@@ -57,7 +57,7 @@ class StopSignal:
         return self._largest
 
 
-def _unless_stopped(before: Handler, number: int, frame: FrameType | None) -> None:
+def _unless_stopped(before: Handler, number: int, _frame: FrameType | None) -> None:
     """Ignore a signal while the process shuts down after another; else pass it to the handler of
     before."""
     if isinstance(sys.exception(), Stopped):
