@@ -2,43 +2,20 @@
 """Command line of the benchmarks: ``python -m benchmarks list | run NAMES | report``."""
 
 import argparse
-import ast
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
-from pathlib import Path
 
-NAMES = (
-    "operators",
-    "autotune",
-    "calls",
-    "products",
-    "ddp",
-    "muon",
-    "optimizers",
-    "train",
-    "speedrun",
-    "scaling",
-    "ladder",
-    "host",
-)
+from benchmarks.names import NAMES, first_line
+
 # In these benchmarks libraries with threads of their own take turns, and idle threads of OpenMP and
 # OpenBLAS sleep soon. By default they spin for milliseconds on the core that the next call needs;
 # after a product in NumPy, PyTorch's took three times as long. Without any spinning a step of
 # PyTorch takes four times as long.
 MIXED = {"operators", "train", "ladder", "scaling"}
 SHORT_SPINS = {"GOMP_SPINCOUNT": "10000", "OPENBLAS_THREAD_TIMEOUT": "16"}  # 2¹⁶ cycles
-
-
-def first_line(name: str) -> str:
-    """Return the first line of a benchmark's docstring, without importing the benchmark."""
-    spec = find_spec(f"benchmarks.{name}")
-    assert spec is not None
-    docstring = ast.get_docstring(ast.parse(Path(str(spec.origin)).read_text("utf-8"))) or ""
-    return docstring.partition("\n")[0].partition(": ``")[0].removesuffix(".")
 
 
 def list_benchmarks() -> int:

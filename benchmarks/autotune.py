@@ -39,9 +39,9 @@ from benchmarks.resources import BLOCK_SHARED, Operator, compile_all, describe
 from benchmarks.results import Result, Table, print_results, track
 from benchmarks.timing import Rejected
 from torchpar.kernels.linear_sigmoid import linear_sigmoid_kernel, linear_sigmoid_tma_kernel
-from torchpar.kernels.matmul_t import mirror, symmetric_product_kernel
-from torchpar.kernels.matmul_t_tma import symmetric_product_tma_kernel
 from torchpar.kernels.maximum import maximum_flat_kernel
+from torchpar.kernels.symmetric_matmul import mirror, symmetric_matmul_kernel
+from torchpar.kernels.symmetric_matmul_tma import symmetric_matmul_tma_kernel
 from torchpar.kernels.tiles import KINDS, Tiles, count_tiles, device, tile_cost
 from torchpar.ops.matrix import fp32_precision
 
@@ -156,12 +156,12 @@ def matmul_t_kernel(
     # fmt: off
     numel = n.to(tl.int64) * k
     if TMA:
-        symmetric_product_tma_kernel(
+        symmetric_matmul_tma_kernel(
             x_ptr, x_ptr, x_ptr, out_ptr, ONE, ZERO, 1, n, k, numel, k, 1, numel, k, 1, numel, k, 1,
             BLOCK_M, BLOCK_N, BLOCK_K, True, "N", "N", "", PRECISION,
         )
     else:
-        symmetric_product_kernel(
+        symmetric_matmul_kernel(
             x_ptr, x_ptr, x_ptr, out_ptr, ONE, ZERO, n, k, numel, k, 1, numel, k, 1, numel, k, 1,
             False, BLOCK_M, BLOCK_K, EVEN_K, PRECISION,
         )

@@ -48,10 +48,10 @@ def idle_driver(launched: Callable[..., object] = lambda *args: None) -> Iterato
 def main(arguments: Sequence[str] | None = None) -> int:
     command = Command("host", "Time what the host does in a launch of X·Xᵀ.", needs=["triton"])
     options = command.parse(arguments)
-    from torchpar.kernels import matmul_t
+    from torchpar.kernels import symmetric_matmul
 
     def turn(wrap: Callable[[Any], Any] | None, index: int) -> list[float]:
-        launch = partial(matmul_t.symmetric_product, x, x, "ieee", out=out, wrap=wrap)
+        launch = partial(symmetric_matmul.symmetric_matmul, x, x, "ieee", out=out, wrap=wrap)
         return [time_calls(launch, calls=CALLS if index else 1).seconds()]
 
     x = torch.empty(N, N, dtype=torch.bfloat16, device="meta")

@@ -27,7 +27,7 @@ from torchpar.nn import MLP
 from torchpar.optim import Muon
 from torchpar.optim.newton_schulz import COEFFICIENTS
 from torchpar.parallel.launch.world import join_world
-from torchpar.training import Run, lr_scheduler, muon, sgd
+from torchpar.training import Classification, Run, lr_scheduler, muon, sgd
 
 Shapes = list[tuple[int, int]]
 WEIGHTS: dict[str, Shapes] = {
@@ -123,10 +123,8 @@ def train(epochs: int, samples: int | None = None) -> list[Result]:
             model = MLP(SIZES).to(world.device)
             optimizer = make(model)
             schedule = lr_scheduler(optimizer, "linear", steps)
-            sets = (train_set, test_set)
-            with Run(
-                model, optimizer, schedule, world, *sets, epochs=epochs, batch_size=BATCH_SIZE
-            ) as run:
+            task = Classification(train_set, test_set, BATCH_SIZE)
+            with Run(model, optimizer, schedule, world, task, epochs=epochs) as run:
                 for epoch in track(run.epochs(), f"{name}, epochs", epochs):
                     for x, labels, size in run.batches(epoch):
                         loss = cross_entropy(model(x), labels, reduction="sum")
@@ -134,9 +132,11 @@ def train(epochs: int, samples: int | None = None) -> list[Result]:
                         optimizer.step()
                         schedule.step()
                         optimizer.zero_grad()
-                        run.log(loss.detach())
+                        run.end_step(loss)
+                    run.end_epoch()
             case = {"weight": "-".join(map(str, SIZES))}
             for score in run.results:
+                assert score.test_accuracy is not None
                 error = 100 * (1 - score.test_accuracy)
                 columns = {
                     "epoch": score.epoch,

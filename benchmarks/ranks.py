@@ -81,7 +81,7 @@ def _join(rank: int, ranks: int, threads: int, port: int, device: str) -> None:
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
-    _world = _joined.enter_context(join_world(device, timeout=300.0))
+    _world = _joined.enter_context(join_world(device, timeout=300.0, gloo_yields=True))
 
 
 def _leave() -> None:

@@ -160,7 +160,7 @@ def print_results(title: str, results: Sequence[Result], columns: Sequence[str] 
 
 
 def print_bounds(table: Table) -> int:
-    """Say which ratios are below their bounds, and which microseconds above; return 1 if any is."""
+    """Say which ratios and extra times miss their bounds; return 1 if any does."""
     load = f"load average {os.getloadavg()[0]:.2f}"
     bounded = [(one, one.columns) for one in table.results if one.columns.get("bound") is not None]
     missed = []

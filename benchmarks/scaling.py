@@ -35,7 +35,7 @@ from torchpar.parallel.split.shared_memory import (
 )
 from torchpar.parts import part_of
 from torchpar.profile.collectives import Collectives
-from torchpar.training.losses import cross_entropy_sum
+from torchpar.training.classification import cross_entropy_sum
 
 BLOCK_SECONDS = 0.15  # of one case's steps in a round, about
 ALL_REDUCES = 20  # of a size in a round
@@ -165,11 +165,11 @@ def check(case: StepCase) -> dict[str, Any]:
         single = whole.to(dtype)
         loss = cross_entropy_sum(single(x.to(dtype)), labels) / case.batch
         names, parameters = zip(*single.named_parameters(), strict=True)
-        own = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+        gradients = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
         for name, p in step.model.named_parameters():
-            own[name] = part_of(p).narrow(own[name])
+            gradients[name] = part_of(p).narrow(gradients[name])
         losses.append(loss.item())
-        grads.append(flat(own))
+        grads.append(flat(gradients))
     part = step.gradients()
     total = step.world.sum(part.double() * step.world.owns_outputs).item() / case.batch
     grad = flat({name: p.grad for name, p in step.model.named_parameters() if p.grad is not None})

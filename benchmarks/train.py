@@ -56,7 +56,7 @@ from torchpar.errors import ConfigError
 from torchpar.nn import MLP
 from torchpar.parallel.launch.world import World, join_world
 from torchpar.parallel.split.shared_memory import register_shared_memory_hook
-from torchpar.training import Run, sgd
+from torchpar.training import Classification, Run, sgd
 from torchpar.training.fused import FusedGradients
 
 LR = 0.1
@@ -116,7 +116,7 @@ class Inputs:
         batches = data.batches(numbered, training.batch_size, seed=0, epoch=1)
         # As `torchpar.training.Run` has it.
         self.order = [batch.labels.numpy() for batch in batches]
-        self.start = numpy_mlp.MLP(training.sizes, seed=0)
+        self.start = numpy_mlp.NumpyMLP(training.sizes, seed=0)
 
     @cached_property
     def losses(self) -> Array:
@@ -125,7 +125,7 @@ class Inputs:
 
     def losses_of(self, order: Order) -> Array:
         """Return the mean loss of each batch of ``order``, trained in this order in float64."""
-        model = numpy_mlp.MLP(self.training.sizes, dtype=np.float64)
+        model = numpy_mlp.NumpyMLP(self.training.sizes, dtype=np.float64)
         model.parameters[:] = self.start.parameters
         optimizer, losses = numpy_mlp.SGD(model, LR), []
         for indices in order:
@@ -171,10 +171,10 @@ def by_numpy(
     inputs: Inputs,
     order: Order,
     gradients: Callable[
-        [numpy_mlp.MLP, Array, Array], tuple[float, Array]
-    ] = numpy_mlp.MLP.gradients,
+        [numpy_mlp.NumpyMLP, Array, Array], tuple[float, Array]
+    ] = numpy_mlp.NumpyMLP.gradients,
 ) -> Iterator[float | None]:
-    model = numpy_mlp.MLP(inputs.training.sizes)
+    model = numpy_mlp.NumpyMLP(inputs.training.sizes)
     model.parameters[:] = inputs.start.parameters
     optimizer = numpy_mlp.SGD(model, LR)
     yield None
@@ -190,7 +190,7 @@ def by_njit(inputs: Inputs, order: Order, threads: int | None) -> Iterator[float
 
     from torchpar.baselines import numba_njit
 
-    def gradients(model: numpy_mlp.MLP, x: Array, labels: Array) -> tuple[float, Array]:
+    def gradients(model: numpy_mlp.NumpyMLP, x: Array, labels: Array) -> tuple[float, Array]:
         loops = numba_njit.PARALLEL if threads else numba_njit.SERIAL
         numba.set_num_threads(threads or 1)
         loss, *layers = numba_njit.gradients(loops, model.weights, model.biases, x, labels)
@@ -252,8 +252,8 @@ def by_lesson(world: World, fused: bool) -> Train:
         optimizer = sgd(model, LR, momentum=0, weight_decay=0)
         gradients = FusedGradients(model)
         yield None
-        parts = (model, optimizer, None, world, inputs.train, inputs.test[:10])
-        with Run(*parts, epochs=1, batch_size=batch_size) as run:
+        task = Classification(inputs.train, inputs.test[:10], batch_size)
+        with Run(model, optimizer, None, world, task, epochs=1) as run:
             for epoch in run.epochs():
                 for x, labels, size in run.batches(epoch):
                     if fused:
@@ -263,8 +263,10 @@ def by_lesson(world: World, fused: bool) -> Train:
                         (loss / size).backward()
                     optimizer.step()
                     optimizer.zero_grad()
-                    run.log(loss.detach())
+                    run.end_step(loss)
                     yield loss.item() / size
+
+                run.end_epoch()
 
     return train
 

@@ -93,11 +93,11 @@ run_stage() {
     case $1 in
         values) # on the GPU: its own kernels first, then what runs on every device
             needs execnet xdist && run_tests values.xml -n 8 --dist worksteal -k "cuda or another_stream" \
-                tests/test_kernels_cuda.py tests/test_operators_{values,errors,autograd,compile}.py tests/test_our_operators.py \
-                tests/test_symmetric_*.py tests/test_{nn,training,compare}.py
+                tests/kernels/test_kernels_cuda.py tests/ops/test_operators_{values,errors,autograd,compile}.py tests/ops/test_our_operators.py \
+                tests/ops/test_symmetric_*.py tests/test_nn.py tests/training/test_training.py tests/benchmarks/test_compare.py
             ;;
         huge) # one after the other: a test takes up to 32 GiB
-            run_tests huge.xml tests/test_operators_huge.py
+            run_tests huge.xml tests/ops/test_operators_huge.py
             ;;
         operators)
             measure_operators linear_sigmoid_backward maximum --modes forward backward

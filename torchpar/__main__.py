@@ -10,7 +10,7 @@ import sys
 
 COMMANDS = {
     "verify": (
-        "torchpar.exact.verify",
+        "torchpar.verify.command",
         "train on any mesh of ranks, and compare the weights' hash",
     ),
     "check": ("torchpar.testing.command", "try an operator of yours with every part of PyTorch"),

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from torchpar.baselines.numpy_mlp import MLP, Array
+from torchpar.baselines.numpy_mlp import Array, NumpyMLP
 from torchpar.errors import ConfigError
 from torchpar.rank_info import find_rank_info
 
@@ -101,11 +101,11 @@ def scatter(world: Any, rows: Array | None) -> Array:
         return rows
     shape, dtype = world.bcast(rows if rows is None else (rows.shape, rows.dtype))
     parts = shares(shape[0], world.size)
-    own = np.empty((parts[world.rank].stop - parts[world.rank].start, *shape[1:]), dtype)
+    share = np.empty((parts[world.rank].stop - parts[world.rank].start, *shape[1:]), dtype)
     per_row = int(np.prod(shape[1:]))
     counts = [per_row * (part.stop - part.start) for part in parts]
-    world.Scatterv(rows if rows is None else [np.ascontiguousarray(rows), counts], own)
-    return own
+    world.Scatterv(rows if rows is None else [np.ascontiguousarray(rows), counts], share)
+    return share
 
 
 def wait(world: Any) -> None:
@@ -117,16 +117,16 @@ def wait(world: Any) -> None:
             time.sleep(POLL)
 
 
-def evaluate(world: Any, model: MLP, share: Sequence[Array], size: int) -> tuple[float, float]:
+def evaluate(world: Any, model: NumpyMLP, share: Sequence[Array], size: int) -> tuple[float, float]:
     """Return the mean loss and the accuracy over ``size`` samples; ``share`` is this process's x,
     labels."""
-    own = np.array(model.evaluate(*share), np.float64)
-    total = np.empty_like(own)
-    world.Allreduce(own, total)
+    figures = np.array(model.evaluate(*share), np.float64)
+    total = np.empty_like(figures)
+    world.Allreduce(figures, total)
     return float(total[0] / size), float(total[1] / size)
 
 
-class HiddenSplitMLP(MLP):
+class HiddenSplitMLP(NumpyMLP):
     """Model parallelism: this process's units of a perceptron's only hidden layer.
 
     Process r has the columns r of W⁰, their biases, and the rows r of W¹. Every process takes all
@@ -146,16 +146,16 @@ class HiddenSplitMLP(MLP):
         ConfigError: another number of hidden layers than one.
     """
 
-    def __init__(self, whole: MLP, world: Any):
+    def __init__(self, whole: NumpyMLP, world: Any):
         if len(whole.sizes) != 3:
             raise ConfigError(
                 f"the sizes are {list(whole.sizes)}, expected one hidden layer, whose units are "
                 "split; take one width, or split the data"
             )
         inputs, width, classes = whole.sizes
-        own = shares(width, world.size)[world.rank]
+        units = shares(width, world.size)[world.rank]
         super().__init__(
-            (inputs, own.stop - own.start, classes),
+            (inputs, units.stop - units.start, classes),
             hidden=whole.hidden,
             loss=whole.loss,
             init="zero",
@@ -163,21 +163,21 @@ class HiddenSplitMLP(MLP):
         )
         self.world = world
         for mine, all_of_it in (
-            (self.weights[0], whole.weights[0][:, own]),
-            (self.biases[0], whole.biases[0][own]),
-            (self.weights[1], whole.weights[1][own]),
+            (self.weights[0], whole.weights[0][:, units]),
+            (self.biases[0], whole.biases[0][units]),
+            (self.weights[1], whole.weights[1][units]),
             (self.biases[1], whole.biases[1]),
         ):
             mine[:] = all_of_it
 
     def output_layer(self, a: Array) -> Array:
-        own = a @ self.weights[1]
-        z = np.empty_like(own)
-        self.world.Allreduce(own, z)
+        partial_sum = a @ self.weights[1]
+        z = np.empty_like(partial_sum)
+        self.world.Allreduce(partial_sum, z)
         z += self.biases[1]
         return z
 
-    def whole(self) -> MLP:
+    def whole(self) -> NumpyMLP:
         """Return the perceptron with the units of all processes. Every process calls this."""
         parts = self.world.allgather((self.weights, self.biases))
         weights, biases = zip(*parts, strict=True)
@@ -185,7 +185,7 @@ class HiddenSplitMLP(MLP):
             np.concatenate([w[0] for w in weights], 1),
             np.concatenate([b[0] for b in biases]),
         ]
-        model = MLP(
+        model = NumpyMLP(
             (len(hidden[0]), len(hidden[1]), self.sizes[-1]),
             hidden=self.hidden,
             loss=self.loss,

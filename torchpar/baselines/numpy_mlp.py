@@ -10,7 +10,7 @@ the one-hot label t. Backpropagation takes δ = ∂L/∂zⁱ from the last layer
 
 The derivatives are known from the activations a = f(z): σ' = a·(1 − a), and tanh' = 1 − a².
 
-This module imports NumPy alone; `MLP.copy_to` takes a model of PyTorch.
+This module imports NumPy alone; `NumpyMLP.copy_to` takes a model of PyTorch.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -90,15 +90,15 @@ ACTIVATIONS: dict[Hidden, Activation] = {
 }
 
 
-class MLP:
+class NumpyMLP:
     """A multilayer perceptron.
 
     All parameters are in one vector, so that one message carries them or their gradient.
 
     Attributes:
         parameters: the vector.
-        weights: views of the vector, ``(size_i, size_i+1)`` for layer i.
-        biases: views of the vector, ``(size_i+1)`` for layer i.
+        weights: weights_and_biases of the vector, ``(size_i, size_i+1)`` for layer i.
+        biases: weights_and_biases of the vector, ``(size_i+1)`` for layer i.
 
     Args:
         sizes: such as [784, 30, 10].
@@ -125,14 +125,14 @@ class MLP:
         self.hidden = hidden
         self.loss = loss
         self.parameters = np.zeros(sum((m + 1) * n for m, n in pairwise(sizes)), dtype)
-        self.weights, self.biases = self.views(self.parameters)
+        self.weights, self.biases = self.weights_and_biases(self.parameters)
         if init == "zero":
             return
         generator = np.random.default_rng(seed)
         for weight in self.weights:
             weight[:] = generator.normal(scale=(2 / sum(weight.shape)) ** 0.5, size=weight.shape)
 
-    def views(self, vector: Array) -> tuple[list[Array], list[Array]]:
+    def weights_and_biases(self, vector: Array) -> tuple[list[Array], list[Array]]:
         """Return views of ``vector``, laid out as `parameters`: the weights and the biases."""
         weights, biases, at = [], [], 0
         for m, n in pairwise(self.sizes):
@@ -183,7 +183,7 @@ class MLP:
             delta: the loss's gradient by the outputs, from `loss_sum`.
         """
         gradient = np.empty_like(self.parameters)
-        d_weights, d_biases = self.views(gradient)
+        d_weights, d_biases = self.weights_and_biases(gradient)
         for i in reversed(range(len(self.weights))):
             np.matmul(inputs[i].T, delta, out=d_weights[i])
             np.sum(delta, axis=0, out=d_biases[i])
@@ -224,7 +224,7 @@ class SGD:
 
     def __init__(
         self,
-        model: MLP,
+        model: NumpyMLP,
         lr: float,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
@@ -245,7 +245,7 @@ class SGD:
             self.velocity += self.weight_decay * self.model.parameters
         elif self.weight_decay:
             for velocity, weight in zip(
-                self.model.views(self.velocity)[0], self.model.weights, strict=True
+                self.model.weights_and_biases(self.velocity)[0], self.model.weights, strict=True
             ):
                 velocity += self.weight_decay * weight
         self.model.parameters -= self.lr * self.velocity

@@ -78,7 +78,7 @@ def add_elementwise(a: list[Any], b: list[Any]) -> list[Any]:
     return [x + y for x, y in zip(a, b, strict=True)]
 
 
-def gradients(
+def gradients(  # noqa: C901  # the loops are the subject
     weights: list[Matrix], biases: list[Vector], x: Matrix, labels: Sequence[int]
 ) -> tuple[float, list[Matrix], list[Vector]]:
     """Return the cross-entropy of an MLP with sigmoid hidden layers, and its gradients, summed over

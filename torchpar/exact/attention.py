@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 # mypy: disable-error-code="no-any-return"
-"""Scaled dot-product attention in exact arithmetic, whose rows depend on nothing but what they
-attend to.
+"""Scaled dot-product attention in exact arithmetic.
+
+Each output depends only on the keys that its query attends to.
 
     S = scale·Q·Kᵀ + mask        P = softmax(S)        O = P·V
 

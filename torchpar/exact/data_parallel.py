@@ -21,7 +21,7 @@ from torch import Tensor
 from torchpar.errors import ConfigError
 from torchpar.exact.dispatch import is_active, ordinary
 from torchpar.exact.sums import exponents_of
-from torchpar.library import is_dtensor
+from torchpar.library.sharding import is_dtensor
 from torchpar.parallel.launch.agreement import check_same_bits
 
 _WIDTH = 30

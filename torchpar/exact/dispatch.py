@@ -28,7 +28,7 @@ from torchpar.exact import reductions as reductions
 from torchpar.exact.attention import scaled_dot_product_attention
 from torchpar.exact.native import Metadata, check_native, like_native
 from torchpar.exact.reductions import group_norm
-from torchpar.exact.registry import COMPOSED, INTEGERS, PASSING, PRIVATE, RULES
+from torchpar.exact.registry import COMPOSED, EXACT_RULES, INTEGERS, PASSING, PRIVATE
 
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     F.scaled_dot_product_attention: scaled_dot_product_attention,
@@ -78,11 +78,11 @@ class _Functions(TorchFunctionMode):
     keys."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, own = kwargs or {}, _FUNCTIONS.get(func)
-        if own is None:
+        kwargs, replacement = kwargs or {}, _FUNCTIONS.get(func)
+        if replacement is None:
             return func(*args, **kwargs)
         (native,) = check_native(func, args, kwargs)
-        result = own(*args, **kwargs)
+        result = replacement(*args, **kwargs)
         return result if native is None else like_native(result, native.strides)
 
 
@@ -166,7 +166,7 @@ def _look_up(func: Any) -> tuple[Kind, Callable[..., Any] | None, bool]:
     of_integers = bool(names & INTEGERS)
     if adds:
         return "missing", None, of_integers
-    own_rule = next((RULES[name] for name in names if name in RULES), None)
+    own_rule = next((EXACT_RULES[name] for name in names if name in EXACT_RULES), None)
     if own_rule is not None or names & COMPOSED:
         return "rules", own_rule, of_integers
     return "passing" if names & PASSING else "missing", None, of_integers

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from torchpar.errors import ConfigError
-from torchpar.exact.registry import RULES, check_float32, rule, times
+from torchpar.exact.registry import EXACT_RULES, check_float32, rule, times
 from torchpar.ops.exact_digits import power_of_two
 
 # ln 2 in a part of 32 bits, whose products with exponents are exact, and the rest.
@@ -345,9 +345,9 @@ _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "gelu": _gelu,
     "gelu_backward": _gelu_backward,
 }
-RULES.update({name: partial(in_pieces, function) for name, function in _FUNCTIONS.items()})
+EXACT_RULES.update({name: partial(in_pieces, function) for name, function in _FUNCTIONS.items()})
 # One operation at a time: a processor may fuse a product and a sum, which rounds once
-RULES.update(
+EXACT_RULES.update(
     add=lambda x, y, alpha=1: x + times(y, alpha),
     sub=lambda x, y, alpha=1: x - times(y, alpha),
     rsub=lambda x, y, alpha=1: y - times(x, alpha),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from torchpar.errors import ConfigError
 from torchpar.exact.functions import exp64, in_pieces, log64, sqrt64
-from torchpar.exact.registry import RULES, check_float32, rule, times
+from torchpar.exact.registry import EXACT_RULES, check_float32, rule, times
 from torchpar.exact.sums import exact_index_sum, exact_sum
 
 
@@ -293,7 +293,7 @@ def _scatter_add(
     return _index_put(x, places, values, accumulate)
 
 
-RULES["scatter"] = lambda *operands: _scatter_add(*operands, accumulate=False)
+EXACT_RULES["scatter"] = lambda *operands: _scatter_add(*operands, accumulate=False)
 
 
 def _plus_zero(name: str, *operands: Any, **options: Any) -> Any:
@@ -306,7 +306,7 @@ def _plus_zero(name: str, *operands: Any, **options: Any) -> Any:
 
 
 _CHOOSING = ("amax", "amin", "clamp", "clamp_max", "clamp_min", "max", "maximum", "min", "minimum")
-RULES.update({name: partial(_plus_zero, name) for name in _CHOOSING})
+EXACT_RULES.update({name: partial(_plus_zero, name) for name in _CHOOSING})
 
 
 @rule("sort", any_dtype=True)

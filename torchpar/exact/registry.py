@@ -64,7 +64,7 @@ _INTEGERS = """
 """
 INTEGERS = frozenset(_INTEGERS.split())
 
-RULES: dict[str, Rule] = {}
+EXACT_RULES: dict[str, Rule] = {}
 PRIVATE: set[str] = set()
 """Rules for operators that only torchpar's functions call, with other shapes than the native ones
 take."""
@@ -81,7 +81,7 @@ def rule(*names: str, any_dtype: bool = False, private: bool = False) -> Callabl
             check_float32(*operands)
             return function(*operands, **options)
 
-        RULES.update(dict.fromkeys(names, function if any_dtype else checked))
+        EXACT_RULES.update(dict.fromkeys(names, function if any_dtype else checked))
         return function
 
     return register

@@ -63,10 +63,8 @@ def linear(
     """``x @ weight.T`` for float32 ``x (*, in_r)`` and this rank's ``weight (out_r, in_r)``.
 
     Args:
-        outputs: the ranks that share the terms of the result, as their weights are split by
-            columns.
-        inputs: the ranks that share the terms of the gradient of ``x``, as their weights are split
-            by rows.
+        outputs: the mesh over which y is summed, if the weight is split by columns.
+        inputs: the mesh over which the gradient of ``x`` is summed, if the weight is split by rows.
     """
     return _Linear.apply(x, weight, outputs, inputs)  # type: ignore[no-any-return]
 

@@ -341,7 +341,7 @@ def _pairs(actual: Any, expected: Any) -> Iterator[tuple[Tensor, Tensor]]:
     return zip(found, right, strict=True)
 
 
-def _difference(actual: Tensor, expected: Tensor) -> str:
+def _difference(actual: Tensor, expected: Tensor) -> str:  # noqa: PLR0911  # one for each mistake
     if actual.shape != expected.shape:
         if (
             actual.dim() > 1

@@ -132,13 +132,13 @@ class ByFormula(torch.optim.Optimizer):
         rounded: Callable[[Tensor], Tensor],
     ):
         self.formula, self.rounded = formula, rounded
-        own = [{**defaults, **group, "params": [*group["params"]]} for group in groups]
+        complete = [{**defaults, **group, "params": [*group["params"]]} for group in groups]
         super().__init__(
-            [{key: x for key, x in group.items() if key != "param_names"} for group in own], {}
+            [{key: x for key, x in group.items() if key != "param_names"} for group in complete], {}
         )
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
+    def step(self, closure: Any = None) -> Any:  # noqa: ARG002  # PyTorch's signature
         for group in self.param_groups:
             settings = {**group, "rounded": self.rounded}
             for p in group["params"]:

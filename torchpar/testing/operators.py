@@ -13,7 +13,7 @@ import torch
 from torch._library.triton import triton_ops_to_kernels
 
 from torchpar.errors import ConfigError
-from torchpar.optim.assign import aligned
+from torchpar.tables import in_columns
 from torchpar.testing.case import (
     FALLS_BACK,
     INTERNAL,
@@ -37,9 +37,10 @@ class Row:
     """The outcome of a rule.
 
     Attributes:
-        outcome: of several samples the worst; export and Inductor try the first. "works"; "falls
-            back", if the result is right, but was computed without the operator; "refuses", by an
-            error with a message; "wrong"; "crashes", by any other error; or "not run".
+        outcome: the worst outcome over all samples; export and Inductor try the first sample only.
+            "works"; "falls back", if the result is right, but was computed without the operator;
+            "refuses", by an error with a message; "wrong"; "crashes", by any other error; or "not
+            run".
         detail: a message, or a remark.
         sample: the index of the first sample with this outcome.
     """
@@ -75,7 +76,7 @@ class OperatorTable:
         table = [["rule", "outcome", "sample", "detail"]]
         cut = partial(shorten, width=LONGEST, placeholder="…")
         table += [[row.rule, row.outcome, str(row.sample), cut(row.detail)] for row in self.rows]
-        return "\n".join([self.name, aligned(table), *self.notes])
+        return "\n".join([self.name, in_columns(table), *self.notes])
 
     def as_dict(self) -> dict[str, Any]:
         """The table as JSON has it: ``name``, ``ok``, ``rows`` and ``notes``."""

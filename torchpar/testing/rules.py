@@ -74,7 +74,7 @@ def rule(name: str) -> Callable[[Callable[[Case], Any]], None]:
 
 
 @rule("values")
-def _(case: Case) -> None:
+def _values(case: Case) -> None:
     operands = (
         case.operands if case.reference is not None else [t.contiguous() for t in case.operands]
     )
@@ -90,7 +90,7 @@ FEWEST, LONGEST = 4, 2.0  # calls, and seconds after which a slow operator is ca
 
 
 @rule("same bits twice")
-def _(case: Case) -> Attempts:
+def _same_bits_twice(case: Case) -> Attempts:
     done: list[int] = []
 
     def check(compute: Callable[[Function], Tensors]) -> None:
@@ -150,7 +150,7 @@ def _deterministic() -> Iterator[None]:
 
 
 @rule("global settings")
-def _(case: Case) -> Attempts:
+def _global_settings(case: Case) -> Attempts:  # noqa: C901  # a try for each setting
     """PyTorch's default dtype, deterministic algorithms and threads change no result.
 
     The default dtype changes no bit, unless it changes those of the reference. The others can
@@ -214,7 +214,7 @@ def _differs(actual: Tensors, expected: Tensors) -> bool:
 
 
 @rule("schema")
-def _(case: Case) -> Attempts:
+def _schema(case: Case) -> Attempts:
     if case.overload is None:
         raise Outcome("not run", "no operator was called")
     with Calls() as calls:
@@ -340,14 +340,14 @@ RULES["layouts and sizes"] = partial(_layouts, _same_values)
 
 
 @rule("fake tensors")
-def _(case: Case) -> Attempts:
+def _fake_tensors(case: Case) -> Attempts:
     yield from _layouts(_right_fakes, case)
     yield "meta operands", partial(_fake_of_meta, case)
     yield "symbolic sizes", partial(_symbolic_fake, case)
 
 
 @rule("low precision")
-def _(case: Case) -> Attempts:
+def _low_precision(case: Case) -> Attempts:
     case.expect_reference()
 
     def pulled(dtype: torch.dtype, f: Function, operands: Tensors) -> Tensors:
@@ -439,7 +439,7 @@ def _pulled_back_twice(f: Function, case: Case, layout: Layout) -> Tensors:
 
 
 @rule("incoming gradients of any layout")
-def _(case: Case) -> Attempts:
+def _incoming_gradients_of_any_layout(case: Case) -> Attempts:
     for name, layout in layouts(case.op(*case.operands)).items():
         yield name, partial(case.transformed, pulled_back, layout=layout)
         if "expanded" not in name:
@@ -450,7 +450,7 @@ def _(case: Case) -> Attempts:
 
 
 @rule("any of the gradients")
-def _(case: Case) -> Attempts:
+def _any_of_the_gradients(case: Case) -> Attempts:
     """Some operands do not require a gradient, and some results have none."""
     operands, results = range(len(case.floating)), len(case.oracle(*case.floating))
     for i in operands:
@@ -464,7 +464,7 @@ def _(case: Case) -> Attempts:
 
 
 @rule("changes after the call")
-def _(case: Case) -> Attempts:
+def _changes_after_the_call(case: Case) -> Attempts:
     """A tensor that the backward needs is changed in place: right gradients, or autograd's
     error."""
 
@@ -488,7 +488,7 @@ def _(case: Case) -> Attempts:
 
 
 @rule("forward mode")
-def _(case: Case) -> Attempts:
+def _forward_mode(case: Case) -> Attempts:
     def pushed(f: Function, case: Case, chosen: Sequence[int]) -> list[Tensor]:
         with forward_ad.dual_level():
             xs = [x.clone() for x in case.floating]
@@ -619,7 +619,7 @@ RULES.update(
 
 
 @rule("NaN")
-def _(case: Case) -> Attempts:
+def _nan(case: Case) -> Attempts:
     """One number of an operand is NaN: results and gradients are NaN where those of the reference
     are."""
     case.expect_reference()
@@ -640,7 +640,7 @@ def _same_as_reference(case: Case) -> None:
 
 
 @rule("ties and zeros")
-def _(case: Case) -> Attempts:
+def _ties_and_zeros(case: Case) -> Attempts:
     """Equal numbers, at which a maximum or |x| has a kink: the gradients are those of the
     reference."""
     case.expect_reference()
@@ -720,7 +720,7 @@ def _vmap(case: Case, in_dims: tuple[int | None, ...], size: int = 3) -> None:
 
 
 @rule("vmap over one operand")
-def _(case: Case) -> Attempts:
+def _vmap_over_one_operand(case: Case) -> Attempts:
     for i, t in enumerate(case.operands):
         for dim in range(t.dim() + 1):
             in_dims = tuple(dim if i == j else None for j in range(len(case.operands)))
@@ -734,7 +734,7 @@ def _(case: Case) -> Attempts:
 
 
 @rule("vmap over all operands")
-def _(case: Case) -> Attempts:
+def _vmap_over_all_operands(case: Case) -> Attempts:
     count = len(case.operands)
     for in_dims in ((0,) * count, (-1,) * count, tuple(-(i % 2) for i in range(count))):
         yield f"in_dims {in_dims}", partial(_vmap, case, in_dims)
@@ -742,7 +742,7 @@ def _(case: Case) -> Attempts:
 
 
 @rule("vmap of vmap")
-def _(case: Case) -> None:
+def _vmap_of_vmap(case: Case) -> None:
     rows = [[[rolled(t, 2 * i + j) for j in range(2)] for i in range(3)] for t in case.operands]
     batches = [torch.stack([torch.stack(row) for row in of_operand]) for of_operand in rows]
     looped = _looped(_looped(case.plain))
@@ -772,7 +772,7 @@ def _of_batches(f: Function, case: Case, nested: Callable[[Function, Tensors], A
 
 
 @rule("vmap and gradients")
-def _(case: Case) -> Attempts:
+def _vmap_and_gradients(case: Case) -> Attempts:
     for name, nested in OF_BATCHES.items():
         yield name, partial(case.transformed, _of_batches, nested=nested)
 
@@ -781,7 +781,7 @@ def _(case: Case) -> Attempts:
 
 
 @rule("autocast")
-def _(case: Case) -> Attempts:
+def _autocast(case: Case) -> Attempts:
     case.expect_reference()
 
     def check(dtype: torch.dtype, operands: Tensors, batch: bool = False) -> None:
@@ -820,7 +820,7 @@ def _(case: Case) -> Attempts:
 
 
 @rule("grad modes")
-def _(case: Case) -> Attempts:
+def _grad_modes(case: Case) -> Attempts:
     def check(mode: Any) -> None:
         expected = case.op(*case.operands)
         xs = [t.clone().requires_grad_(is_differentiable(t)) for t in case.operands]
@@ -836,7 +836,7 @@ def _(case: Case) -> Attempts:
 
 
 @rule("functionalize, and a copied graph")
-def _(case: Case) -> None:
+def _functionalize_and_a_copied_graph(case: Case) -> None:
     expected = case.op(*case.operands)
     close(functionalize(case.op)(*case.operands), expected)
     graph = make_fx(functionalize(case.op))(*case.operands)
@@ -844,7 +844,7 @@ def _(case: Case) -> None:
 
 
 @rule("tensor subclass")
-def _(case: Case) -> Attempts:
+def _tensor_subclass(case: Case) -> Attempts:  # noqa: C901  # a try for each operand
     """PyTorch's subclass that computes with the two tensors inside, here one tensor twice."""
     from torch.testing._internal.two_tensor import TwoTensor
 
@@ -934,7 +934,7 @@ RULES["torch.compile by Inductor"] = _by_inductor
 
 
 @rule("torch.export, save and load")
-def _(case: Case) -> Attempts:
+def _torch_export_save_and_load(case: Case) -> Attempts:
     class Module(torch.nn.Module):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             return case.callable(*args, **kwargs)
@@ -963,7 +963,7 @@ MOST_COMBINATIONS = 48  # drawn from all, if there are more
 
 
 @rule("DTensor")
-def _(case: Case) -> Attempts:
+def _dtensor(case: Case) -> Attempts:
     """Every placement of every operand, on simulated ranks.
 
     All ranks live in this process, in PyTorch's LocalTensor mode: nothing has to be imported
@@ -1079,7 +1079,7 @@ def _same_on_all_ranks(actual: Sequence[Any], expected: Sequence[Tensor]) -> Non
 
 
 @rule("CUDA graph")
-def _(case: Case) -> None:
+def _cuda_graph(case: Case) -> None:
     """Captured on another stream, and replayed with other operands in the same memory."""
     if not torch.cuda.is_available():
         raise Outcome("not run", "no GPU")

@@ -244,7 +244,7 @@ def lose_gradient(model: Any, *_: Any) -> None:
     model.square.weight.grad = None
 
 
-def double_rate(model: Any, optimizer: Any, step: int) -> None:
+def double_rate(_model: Any, optimizer: Any, step: int) -> None:
     for group in optimizer.param_groups if step == 0 else ():
         if "lr" in group:
             group["lr"] = group["lr"] * 2

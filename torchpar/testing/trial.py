@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from torchpar.parallel.split.reduction import all_gather
-from torchpar.parts import is_marked, part_of
+from torchpar.parts import part_of
 
 SHAPES = {
     "square": (32, 32),
@@ -266,7 +266,7 @@ class Trial:
             t = getattr(p, of)
             if isinstance(t, DTensor):
                 t = t.full_tensor()
-            elif is_marked(p):
+            elif part_of(p).is_slice:
                 t = all_gather(t, part_of(p))
             matrices = {name: t if t is None else t.contiguous()}
             if view := self.views.get(f"{name}.weight"):

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torchpar.errors import ConfigError
-from torchpar.library import is_dtensor
+from torchpar.library.sharding import is_dtensor
 
 
 def check_same_on_all_ranks(
@@ -63,7 +63,7 @@ def check_same_bits(
         if t is not None and t.layout == torch.strided and not is_dtensor(t)
     }
     if difference := _first_difference(group, digests):
-        raise ConfigError(f"{difference[0]} differs between the ranks that share a batch; {remedy}")
+        raise ConfigError(f"{difference[0]} differs between ranks; {remedy}")
 
 
 def checksum(t: Tensor) -> int:

@@ -81,11 +81,11 @@ def missing_ranks(store: Store, rank: int, world_size: int, patience: float) -> 
     deadline = time.monotonic() + patience
 
     def ask() -> None:
-        own = store.clone()  # a collective may hold the connection
-        own.set(f"present/{rank}", "")
+        connection = store.clone()  # a collective may hold the connection
+        connection.set(f"present/{rank}", "")
         while len(present) < world_size and time.monotonic() <= deadline:
             present.update(
-                r for r in set(range(world_size)) - present if own.check([f"present/{r}"])
+                r for r in set(range(world_size)) - present if connection.check([f"present/{r}"])
             )
             time.sleep(POLL)
 
@@ -120,8 +120,7 @@ def _welcome(store: Store, world_size: int, timeout: timedelta) -> int:
     missing = list(range(1, world_size))
     while missing:
         for rank in missing:
-            # This may be the number of the rank's dead predecessor; so again until the rank
-            # confirms.
+            # The counter may belong to a dead process; retry until the live one answers.
             store.set(f"welcome/{rank}/{store.add(f'processes/{rank}', 0)}", str(start))
         time.sleep(POLL)
         missing = [rank for rank in missing if not store.check([f"joined/{rank}/{start}"])]

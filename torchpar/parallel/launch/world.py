@@ -41,6 +41,7 @@ class World:
         mesh: of shape ``(pp, dp, tp)``. `join_world` puts all ranks on "dp"; `with_mesh` changes
             that.
         timeout: seconds after which a rank that waits for another one gives up.
+        gloo_yields: as in `join_world`.
     """
 
     rank: int
@@ -49,6 +50,7 @@ class World:
     device: torch.device
     mesh: DeviceMesh
     timeout: float = TIMEOUT
+    gloo_yields: bool = False
 
     def with_mesh(self, *, dp: int = 1, tp: int = 1, pp: int = 1) -> "World":
         """Return this world with a mesh of ``pp × dp × tp`` ranks.
@@ -62,7 +64,8 @@ class World:
                 f"dp {dp} × tp {tp} × pp {pp} is {dp * tp * pp} ranks, but {self.world_size} were "
                 "started; start as many, or choose other factors"
             )
-        return replace(self, mesh=_make_mesh(self.device, (pp, dp, tp), self.timeout))
+        mesh = _make_mesh(self.device, (pp, dp, tp), self.timeout, self.gloo_yields)
+        return replace(self, mesh=mesh)
 
     @cached_property
     def dp_size(self) -> int:
@@ -119,7 +122,10 @@ class World:
 
 @contextmanager
 def join_world(
-    device: str = "auto", timeout: float = TIMEOUT, alone: bool = False
+    device: str = "auto",
+    timeout: float = TIMEOUT,
+    alone: bool = False,
+    gloo_yields: bool = False,
 ) -> Iterator[World]:
     """Join the processes that torchrun or mpirun started. Without a launcher the world has one
     rank.
@@ -130,7 +136,11 @@ def join_world(
     Args:
         device: "cpu", "cuda", or "auto": CUDA if there is any.
         timeout: seconds after which a rank that waits for another one gives up.
-        alone: refuse several ranks, for a program that is one process.
+        alone: raise if more than one rank was launched, for a program that is one process.
+        gloo_yields: let the threads that poll gloo's sockets yield to those that send, on Linux.
+            On two cores an all-reduce of 64 bytes to 1 MB between two ranks then takes a fourth to
+            half of the time, in the mean (docs/gloo.md). It changes how the system schedules
+            threads of this process.
 
     Raises:
         ConfigError: an unknown device, CUDA on a machine without it, or several ranks with
@@ -148,11 +158,11 @@ def join_world(
             f"{info.world_size} processes were started, expected 1; start without a launcher"
         )
     if device == "cpu" or not torch.cuda.is_available():
-        own, backend = torch.device("cpu"), "gloo"
+        rank_device, backend = torch.device("cpu"), "gloo"
     else:
-        own = torch.device("cuda", info.local_rank % torch.cuda.device_count())
+        rank_device = torch.device("cuda", info.local_rank % torch.cuda.device_count())
         backend = "gloo" if info.local_world_size > torch.cuda.device_count() else "nccl"
-        torch.cuda.set_device(own)
+        torch.cuda.set_device(rank_device)
     limit, store = timedelta(seconds=timeout), None
     if not dist.is_initialized():
         store = rendezvous.connect(info, limit) if launched else dist.HashStore()  # type: ignore[attr-defined]
@@ -164,11 +174,11 @@ def join_world(
                 rank=info.rank,
                 world_size=info.world_size,
                 timeout=limit,
-                device_id=own if backend == "nccl" else None,
+                device_id=rank_device if backend == "nccl" else None,
             )
         rank, world_size = dist.get_rank(), dist.get_world_size()
-        mesh = _make_mesh(own, (1, world_size, 1), timeout)
-        yield World(rank, info.local_rank, world_size, own, mesh, timeout=timeout)
+        mesh = _make_mesh(rank_device, (1, world_size, 1), timeout, gloo_yields)
+        yield World(rank, info.local_rank, world_size, rank_device, mesh, timeout, gloo_yields)
     except RuntimeError as e:
         if store is None or not is_communication_error(e):
             raise
@@ -190,7 +200,9 @@ def join_world(
             dist.destroy_process_group()
 
 
-def _make_mesh(device: torch.device, shape: tuple[int, int, int], timeout: float) -> DeviceMesh:
+def _make_mesh(
+    device: torch.device, shape: tuple[int, int, int], timeout: float, gloo_yields: bool
+) -> DeviceMesh:
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("pp", "dp", "tp"))
     c10d = dist.distributed_c10d
     # The latter before torch 2.15.
@@ -198,7 +210,8 @@ def _make_mesh(device: torch.device, shape: tuple[int, int, int], timeout: float
     # Mesh["dp"] would import the compiler: a second, and 157 MB.
     for group in mesh.get_all_groups():
         set_timeout(timedelta(seconds=timeout), group)  # PyTorch makes them with its default
-    _schedule_gloo_as_batch()
+    if gloo_yields:
+        _schedule_gloo_as_batch()
     return mesh
 
 
@@ -216,6 +229,10 @@ def _schedule_gloo_as_batch() -> None:
 
 
 def is_communication_error(error: RuntimeError) -> bool:
-    """Whether ranks lost each other, judged by the type and the message of PyTorch's error."""
+    """Whether ranks lost each other, judged by the type and the message of PyTorch's error.
+
+    gloo's errors, and some of the store's, are plain RuntimeErrors, so that only messages tell them
+    from others.
+    """
     signs = r"gloo|NCCL|[Cc]onnection|[Ss]ocket|[Tt]imed out|[Tt]imeout|pair closure"
     return isinstance(error, dist.DistError) or re.search(signs, str(error)) is not None

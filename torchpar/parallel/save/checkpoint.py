@@ -299,7 +299,7 @@ class _Writer(FileSystemWriter):
 class _Reader(FileSystemReader):
     """PyTorch's reader, which unpickles the metadata by an allow-list."""
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+    def read_metadata(self, *_args: Any, **_kwargs: Any) -> Metadata:
         with (Path(self.path) / ".metadata").open("rb") as file:
             metadata: Metadata = _Unpickler(file).load()
         assert metadata.storage_meta is not None

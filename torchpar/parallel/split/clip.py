@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from torchpar.parallel.launch.world import World
-from torchpar.parts import is_marked
+from torchpar.parts import part_of
 
 
 @torch.no_grad()
@@ -29,7 +29,7 @@ def clip_grad_norm_(model: torch.nn.Module, max_norm: float, world: World) -> Te
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     for p in model.parameters():
         # Data-parallel rank 0 counts for the others, which have the same gradients.
-        counts = whole or (world.dp_rank == 0 and (is_marked(p) or world.tp_rank == 0))
+        counts = whole or (world.dp_rank == 0 and (part_of(p).is_slice or world.tp_rank == 0))
         if counts and p.grad is not None:
             total += torch.linalg.vector_norm(p.grad, dtype=torch.float64).square()
     norm = (total if whole else world.sum(total)).sqrt()

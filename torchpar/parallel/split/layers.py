@@ -20,7 +20,7 @@ from torch.nn.functional import linear
 from torchpar import nn
 from torchpar.errors import ConfigError
 from torchpar.ops import linear_sigmoid
-from torchpar.ops.linear_sigmoid import sigmoid_backward
+from torchpar.ops.linear_sigmoid import dz_and_db
 from torchpar.ops.matrix import rows
 from torchpar.parallel.launch.agreement import check_same_bits, check_same_on_all_ranks
 from torchpar.parallel.split.reduction import reduce_from_region, start_all_reduce
@@ -100,17 +100,18 @@ class _ParallelLinear(nn.Linear):
                 f"cannot split a {type(linear).__name__}, expected torch.nn.Linear or "
                 "torchpar.nn.Linear, LinearSigmoid, LinearReLU or LinearTanh"
             )
-        own = LINEAR_LAYERS[type(linear)]
-        if own is not None and activation not in (None, own):
+        built_in = LINEAR_LAYERS[type(linear)]
+        if built_in is not None and activation not in (None, built_in):
             raise ConfigError(
-                f"activation is {activation!r}, but {type(linear).__name__} has {own!r} already"
+                f"activation is {activation!r}, but {type(linear).__name__} has "
+                f"{built_in!r} already"
             )
         split = cls(
             linear.in_features,
             linear.out_features,
             linear.bias is not None,
             mesh=mesh,
-            activation=own or activation,
+            activation=built_in or activation,
             device="meta",  # no memory, and no random numbers drawn
             dtype=linear.weight.dtype,
         )
@@ -227,7 +228,8 @@ class _ColumnProduct(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: ColumnParallelLinear
     ) -> Tensor:
-        ctx.mesh, affine = layer.mesh, linear_sigmoid if layer.activation == "sigmoid" else linear
+        ctx.mesh = layer.mesh
+        affine = linear_sigmoid if layer.activation == "sigmoid" else linear
         # No view of the product: an activation in place may follow.
         y: Tensor = torch.ops.aten._unsafe_view(
             affine(rows(x), weight, bias), (*x.shape[:-1], len(weight))
@@ -242,7 +244,7 @@ class _ColumnProduct(torch.autograd.Function):
         need_x, need_weight, need_bias, _ = ctx.needs_input_grad
         dz, db, dx, dw = g, None, None, None
         if y is not None:
-            dz, db = sigmoid_backward(g, y, need_bias)
+            dz, db = dz_and_db(g, y, need_bias)
         elif need_bias:
             db = rows(dz).sum(0)
         if need_x:

@@ -22,7 +22,7 @@ from torchpar.parallel.split.layers import (
     RowParallelLinear,
 )
 from torchpar.parallel.split.reduction import all_gather
-from torchpar.parts import is_marked, part_of
+from torchpar.parts import part_of
 
 M = TypeVar("M", nn.MLP, torch.nn.Sequential)
 _KINDS = (*LINEAR_LAYERS, torch.nn.Sigmoid, torch.nn.ReLU, torch.nn.Tanh)
@@ -55,9 +55,9 @@ def parallel_mlp(mlp: M, mesh: DeviceMesh) -> M:
     # An activation may occur twice; named_children would skip the second.
     modules = layers.named_modules(remove_duplicate=False) if is_sequential else ()
     named = [(name, layer) for name, layer in modules if name]
-    own = {"type": type(layers).__name__, "layers": [str(layer) for _, layer in named]}
+    description = {"type": type(layers).__name__, "layers": [str(layer) for _, layer in named]}
     # So what is wrong on one rank alone is refused on all.
-    check_same_on_all_ranks(mesh.get_group(), "the ranks' models", own)
+    check_same_on_all_ranks(mesh.get_group(), "the ranks' models", description)
     if not is_sequential:
         raise ConfigError(
             f"cannot split a {type(mlp).__name__}, expected torchpar.nn.MLP or torch.nn.Sequential"
@@ -106,8 +106,9 @@ def full_state_dict(model: torch.nn.Module) -> dict[str, Tensor]:
     """The whole model's state dict, on every rank. All ranks must call it."""
     state = OrderedDict((name, t.detach().clone()) for name, t in model.state_dict().items())
     for name, p in model.named_parameters():
-        if is_marked(p):
-            state[name] = all_gather(state[name], part_of(p))
+        part = part_of(p)
+        if part.is_slice:
+            state[name] = all_gather(state[name], part)
     return state
 
 
@@ -120,8 +121,9 @@ def load_full_state_dict(model: torch.nn.Module, state: Mapping[str, Tensor]) ->
     """
     state = dict(state)
     for name, p in model.named_parameters():
-        if is_marked(p) and name in state:
-            shape, part = tuple(state[name].shape), part_of(p)
+        part = part_of(p)
+        if part.is_slice and name in state:
+            shape = tuple(state[name].shape)
             if shape != part.whole:
                 raise ValueError(f"{name} has shape {shape}, expected {part.whole}")
             state[name] = part.narrow(state[name])

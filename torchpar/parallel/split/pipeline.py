@@ -3,9 +3,10 @@
 
 With p stages and m micro-batches a stage is idle for (p − 1)/(m + p − 1) of a step. Neighbouring
 stages exchange activations in the forward pass and their gradients in the backward pass; nothing
-else travels. `torchpar.reference` has both schedules: `gpipe` runs all forward passes before the
-backward passes and keeps the activations of m micro-batches. `one_forward_one_backward`, "1f1b",
-starts each backward pass as soon as it can and keeps those of at most p.
+else travels. There are two schedules (`torchpar.parallel.split.schedules`): `gpipe` runs all
+forward passes before the backward passes and keeps the activations of m micro-batches.
+`one_forward_one_backward`, "1f1b", starts each backward pass as soon as it can and keeps those of
+at most p.
 """
 
 from collections import OrderedDict
@@ -23,8 +24,8 @@ from torchpar.nn import MLP
 from torchpar.parallel.launch.agreement import check_same_each_time, check_same_on_all_ranks
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.split.reduction import all_reduce
+from torchpar.parallel.split.schedules import P2PCommunicator, gpipe, one_forward_one_backward
 from torchpar.profile.phases import phase
-from torchpar.reference import P2PCommunicator, gpipe, one_forward_one_backward
 
 LossSum = Callable[[Tensor, Tensor], Tensor]  # outputs, labels → the loss summed over samples
 PipelineSchedule = Literal["gpipe", "1f1b"]
@@ -98,8 +99,8 @@ class Pipeline:
             )
         check_one_rank_per_gpu(world)
         self._group, self._timeout = world.mesh.get_group("pp"), world.timeout
-        own = {"schedule": schedule, "micro_batches": micro_batches}
-        check_same_on_all_ranks(self._group, "the stages' pipelines", own)
+        arguments = {"schedule": schedule, "micro_batches": micro_batches}
+        check_same_on_all_ranks(self._group, "the stages' pipelines", arguments)
         weight = next(module.parameters())
         self.module = module
         self.width = weight.shape[1]  # of the activations that the previous stage sends

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""Trainings in exact arithmetic, whose weights have published bits."""

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: MIT
+"""Check that training has the published bits: ``python -m torchpar verify``.
+
+It trains a small MLP on pictures, or a small GPT on a text, in `torchpar.exact.mode` on any mesh of
+ranks. Both are drawn, so that an installed package needs no files. It compares the SHA-256 of the
+weights with the one in `EXPECTED`, which README and docs print.
+"""
+
+import argparse
+import hashlib
+import os
+import signal
+import sys
+import time
+from collections import ChainMap
+from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
+from typing import NamedTuple
+
+import torch
+from torch.distributed.elastic.utils.distributed import get_free_port
+
+from torchpar.errors import ConfigError, TorchparError
+from torchpar.parallel.launch.local import Ranks
+from torchpar.parallel.launch.world import World, is_communication_error, join_world
+from torchpar.parallel.split.reduction import all_gather
+from torchpar.parts import part_of
+from torchpar.verify import models
+
+EXPECTED = {
+    "mlp": "bc4ee285d71761b56caa7f8a0cb6e357e7a23bb0a3b925ca8c22ddecc176b2ab",
+    "gpt": "33c93356a4181f9399bd854c2aa1d90562e46228f03563b16653c851a99be63e",
+}
+MOST = 64  # processes, each of a quarter of a gigabyte; and threads
+
+
+class Plan(NamedTuple):
+    """What is trained, and where."""
+
+    model: str
+    dp: int = 1
+    tp: int = 1
+    pp: int = 1
+    device: str = "cpu"
+    threads: int = 1
+    port: int = 0
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "python -m torchpar verify",
+        description="Train in exact arithmetic, and compare the weights' hash with the published "
+        "one.",
+    )
+    parser.add_argument(
+        "--model", choices=EXPECTED, default="mlp", help="a network for pictures, or for text"
+    )
+    parser.add_argument(
+        "--ranks", type=int, help="number of ranks to start; by default tp times pp"
+    )
+    parser.add_argument("--tp", type=int, default=1, help="ranks that share each layer")
+    parser.add_argument("--pp", type=int, default=1, help="stages of a pipeline")
+    parser.add_argument("--threads", type=int, default=1, help="of each rank")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to train")
+    options = parser.parse_args(arguments)
+    try:
+        return verify(**vars(options))
+    except TorchparError as e:
+        reason = str(e)
+    except RuntimeError as e:
+        if not isinstance(e, BrokenProcessPool) and not is_communication_error(e):
+            raise
+        reason = "a rank was killed, or has ended in an error; run it again"
+    except KeyboardInterrupt:
+        print("python -m torchpar verify: interrupted", file=sys.stderr)
+        return 130
+    print(f"python -m torchpar verify: error: {reason}", file=sys.stderr)
+    return 2
+
+
+def verify(model: str, ranks: int | None, tp: int, pp: int, threads: int, device: str) -> int:
+    """Train, print the SHA-256 of the weights, and return 0 if it is the expected one, else 1."""
+    stages = tp * pp
+    ranks = stages if ranks is None else ranks
+    for name, number in {"tp": tp, "pp": pp, "ranks": ranks, "threads": threads}.items():
+        if number < 1:
+            raise ConfigError(f"--{name} is {number}, expected at least 1")
+        if number > MOST:
+            raise ConfigError(f"--{name} is {number}, expected at most {MOST}, on this one machine")
+    if model == "gpt" and pp > 1:
+        raise ConfigError(f"--pp is {pp}, expected 1 for the GPT, which has no pipeline")
+    if model == "gpt" and models.HEADS % tp:
+        raise ConfigError(f"--tp is {tp}, expected a divisor of the GPT's {models.HEADS} heads")
+    if pp > len(models.SIZES) - 1:
+        raise ConfigError(
+            f"--pp is {pp}, expected at most {len(models.SIZES) - 1}, one stage for each layer"
+        )
+    if ranks % stages:
+        raise ConfigError(f"--ranks is {ranks}, expected a multiple of --tp {tp} times --pp {pp}")
+    start = time.perf_counter()
+    plan = Plan(model, ranks // stages, tp, pp, device, threads, get_free_port())
+    with Ranks(preload=()) as pool:
+        pool.start(ranks)
+        futures = [worker.submit(_on_rank, rank, plan) for rank, worker in enumerate(pool.workers)]
+        digest, *_ = [future.result() for future in futures]
+    capability = torch.backends.cpu.get_cpu_capability()
+    where = f"dp {plan.dp} × tp {tp} × pp {pp} on {device}, {capability}"
+    print(f"{where}, torch {torch.__version__}: {time.perf_counter() - start:.0f} s")
+    print(f"SHA-256 of the weights: {digest}")
+    same = digest == EXPECTED[model]
+    print("This is the published hash." if same else f"The published hash is {EXPECTED[model]}.")
+    return 0 if same else 1
+
+
+def _on_rank(rank: int, plan: Plan) -> str:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # at Ctrl-C the pool ends the ranks
+    torch.set_num_threads(plan.threads)
+    ranks = plan.dp * plan.tp * plan.pp
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(ranks),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(plan.port),
+    )
+    with join_world(plan.device, timeout=300.0) as world:
+        return trained(world, plan)
+
+
+def trained(world: World, plan: Plan) -> str:
+    """Train on this rank; return the SHA-256 of the whole model's parameters by name."""
+    world = world.with_mesh(dp=plan.dp, tp=plan.tp, pp=plan.pp)
+    network = models.train_mlp(world) if plan.model == "mlp" else models.train_gpt(world)
+    parameters = {
+        name: (all_gather(p, part_of(p)) if part_of(p).is_slice else p).detach().cpu()
+        for name, p in network.named_parameters()
+    }
+    total = hashlib.sha256()
+    for name, t in sorted(ChainMap(*world.gather_results(lambda: parameters)).items()):
+        total.update(name.encode() + t.numpy().astype("<f4").tobytes())
+    return total.hexdigest()
