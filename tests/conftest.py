@@ -1,6 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Fixtures: the devices there are, Triton's interpreter in a process of its own, and a set of
-ranks."""
+"""Fixtures, and what tests share.
+
+- A file's tests run on one worker of pytest-xdist, and share its processes and models.
+- `ranks` are processes of gloo that live as long as the worker. They are forked from one server
+  that has imported PyTorch and the examples' modules. Each call makes a new process group.
+- `world` is a world of one rank, for all tests of a file.
+- `interpreter` is one process in which Triton interprets its kernels.
+- Compiled kernels lie in Triton's cache in the home folder, which all workers share.
+"""
 
 import os
 from collections.abc import Callable, Iterator

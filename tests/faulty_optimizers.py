@@ -324,7 +324,8 @@ class WritesLocalData(PlainAdamW):
 
     def update(self, p: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
         if not isinstance(p, DTensor):
-            return super().update(p, gradient, group)
+            super().update(p, gradient, group)
+            return
         after = nn.Parameter(p.detach().clone())
         self.state[after] = self.state[p]
         super().update(after, gradient, group)

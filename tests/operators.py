@@ -148,7 +148,7 @@ MAXIMUM = Operator(
 
 MATMUL_T = Operator(
     name="matmul_t",
-    kernels={"symmetric_product_kernel"},
+    kernels={"symmetric_matmul_kernel"},
     native=lambda x: x @ x.mT,
     formula=lambda x: x @ np.swapaxes(x, -1, -2),
     symmetric=True,
@@ -172,7 +172,7 @@ MATMUL_T = Operator(
 
 SYMMETRIC_MATMUL = Operator(
     name="symmetric_matmul",
-    kernels={"symmetric_product_kernel"},
+    kernels={"symmetric_matmul_kernel"},
     native=_symmetric_matmul,
     formula=_numpy_symmetric_matmul,
     symmetric=True,
@@ -269,7 +269,7 @@ KERNELS = {name: op.kernels for name, op in OPERATORS.items()} | {
     "maximum_backward": {"maximum_backward_flat_kernel", "maximum_backward_strided_kernel"},
     "matmul_t_backward": {"symmetric_sum_kernel"},
     "linear_sigmoid_backward": {"sigmoid_backward_kernel"},
-    "symmetric_addmm_": {"symmetric_product_kernel"},
+    "symmetric_addmm_": {"symmetric_matmul_kernel"},
 }
 
 BY_DTYPE = [(name, dtype) for name, op in OPERATORS.items() for dtype in op.dtypes]

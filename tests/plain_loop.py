@@ -8,8 +8,8 @@ from torch.optim import Optimizer
 
 from torchpar.data import Samples
 from torchpar.parallel.launch.world import World
-from torchpar.training import LRSchedule, Run, lr_scheduler
-from torchpar.training.losses import cross_entropy_sum
+from torchpar.training import Classification, LRSchedule, Run, lr_scheduler
+from torchpar.training.classification import cross_entropy_sum
 
 
 def train(
@@ -29,12 +29,14 @@ def train(
 
     Args:
         replica: the wrapper of ``model`` that averages gradients over ranks.
-        options: of `torchpar.training.Run`.
+        options: of `torchpar.training.Run` and `torchpar.training.Classification`.
     """
     steps = epochs * -(-len(samples) // batch_size)
     scheduler = lr_scheduler(optimizer, schedule, steps) if schedule else None
-    options |= {"epochs": epochs, "batch_size": batch_size}
-    with Run(model, optimizer, scheduler, world, samples, test, **options) as run:
+    own = {name: options.pop(name) for name in ("predict", "loss", "seed") if name in options}
+    task = Classification(samples, test, batch_size, **own)
+    with Run(model, optimizer, scheduler, world, task, epochs=epochs, **options) as run:
+        run.resume()
         for epoch in run.epochs():
             for x, labels, global_size in run.batches(epoch):
                 total = cross_entropy_sum((replica or model)(x), labels)
@@ -43,5 +45,6 @@ def train(
                 if scheduler:
                     scheduler.step()
                 optimizer.zero_grad()
-                run.log(total.detach())
+                run.end_step(total)
+            run.end_epoch()
     return run

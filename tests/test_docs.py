@@ -22,8 +22,8 @@ from operators import OPERATORS, Operator
 import torchpar
 from benchmarks import ladder, ladder_page, speedrun, student, train
 from benchmarks.results import Result, markdown
-from torchpar.exact.verify import EXPECTED
 from torchpar.testing.operators import RULES
+from torchpar.verify.command import EXPECTED
 
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text()
@@ -35,7 +35,7 @@ PAGES = {
 }
 README = PAGES["README.md"]
 RESULTS = ROOT / "benchmarks" / "results" / "cpu-2-cores-amd-epyc-family-26-model-2"
-SUITE = "".join(path.read_text() for path in sorted((ROOT / "tests").glob("*.py")))
+SUITE = "".join(path.read_text() for path in sorted((ROOT / "tests").rglob("*.py")))
 FIGURES = ("p50_ms", "speedup", "seconds", "accuracy")
 OTHERS_FLAGS = {  # of the launchers, pip, pytest and Lightning
     *(
@@ -164,7 +164,9 @@ def test_the_exercises_name_functions_that_there_are():
     assert count > 30
     assert page.count("| `pool` in") == 1
     assert undefined(page.replace("| `pool` in", "| `pooled` in"))[0] == ["pooled"]
-    assert undefined(page.replace("`MLP.loss_sum`", "`MLP.lost_sum`"))[0] == ["MLP.lost_sum"]
+    assert undefined(page.replace("`NumpyMLP.loss_sum`", "`NumpyMLP.lost_sum`"))[0] == [
+        "NumpyMLP.lost_sum"
+    ]
 
 
 def public_names() -> set[str]:
@@ -289,7 +291,7 @@ def test_the_readmes_table_is_what_the_record_of_operators_says():
                 assert cell == ("yes" if is_cast(OPERATORS[name]) else "no")
             elif row in ("cpu", "cuda"):
                 assert cell == ("ATen" if row == "cpu" else "Triton")
-            else:  # tests/test_our_operators.py compares the cell
+            else:  # tests/ops/test_our_operators.py compares the cell
                 assert row in RULES
 
 
@@ -300,7 +302,10 @@ def test_the_published_hash_is_the_one_that_is_checked():
 
 # Code
 
-ELSEWHERE = ("docs/own_model.md", "docs/trainers.md")  # below, and in tests/test_trainers.py
+ELSEWHERE = (
+    "docs/own_model.md",
+    "docs/trainers.md",
+)  # below, and in tests/examples/test_trainers.py
 
 
 # In opcheck.
@@ -310,7 +315,7 @@ def test_code_of_pages_runs(page, monkeypatch, tmp_path, request):
     monkeypatch.chdir(tmp_path)
     if page == "docs/muon.md":
         request.getfixturevalue("world")
-    # With Inductor the operators are compiled in tests/test_operators_compile.py.
+    # With Inductor the operators are compiled in tests/ops/test_operators_compile.py.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     execute(*(block for block in blocks(page) if "join_world" not in block))
 

@@ -113,7 +113,7 @@ def test_xavier_variance():
     torch.manual_seed(0)
     uniform, normal = (
         LinearSigmoid(300, 500).weight.detach(),
-        numpy_mlp.MLP((300, 500), seed=1).weights[0],
+        numpy_mlp.NumpyMLP((300, 500), seed=1).weights[0],
     )
     # Of a maxout layer, each is drawn as a layer is.
     pieces = LinearMaxout(300, 500).weight.detach().numpy()

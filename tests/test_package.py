@@ -7,6 +7,7 @@
 import ast
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -160,3 +161,13 @@ def test_only_tests_change_the_import_path():
     ``python my.py``."""
     changing = {name for name, text in FILES.items() if "sys.path" in text}
     assert {name for name in changing if not name.startswith("tests/")} == {"benchmarks/student.py"}
+
+
+def test_the_picture_of_the_rooms_is_true():
+    """And it shows an import that is new."""
+    house = runpy.run_path(str(ROOT / "docs" / "house.py"))
+    assert house["page"]() == (ROOT / "CONTRIBUTING.md").read_text()
+    assert "optim" in house["arrows"]()["testing"]
+    found = house["imports"](ROOT / "torchpar" / "optim" / "muon.py", "torchpar.optim.muon")
+    assert "torchpar.parts" in found
+    assert not any(name.startswith("torchpar.training") for name in found)

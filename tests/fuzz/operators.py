@@ -273,7 +273,7 @@ def slopes(
 def gradient(what: str, name: str, args: list[Tensor], options: Any, rng: random.Random) -> None:
     ours, torchs, _ = OPERATORS[name]
     if name == "symmetric_matmul":
-        # Its gradient is that of the lower half, which tests/test_symmetric_matmul.py defines.
+        # Its gradient is that of the lower half, which tests/ops/test_symmetric_matmul.py defines.
         return
     seed = rng.randrange(99)
     results = [slopes(ours, args, options, seed), slopes(torchs, args, options, seed)]

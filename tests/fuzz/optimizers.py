@@ -48,8 +48,8 @@ def ours_exactly(matrices: Any, coefficients: Any, steps: int, eps: float, ns: s
         matrix.copy_(exactly(matrix, coefficients, steps, eps))
 
 
-# Rounding can change the update of an ill-conditioned matrix by much; tests/test_optim.py judges
-# it. Here both sides orthogonalise in float64, and the rest of the optimizers is compared.
+# Rounding can change the update of an ill-conditioned matrix by much; tests/optim/test_optim.py
+# judges it. Here both sides orthogonalise in float64, and the rest of the optimizers is compared.
 torch.optim._muon._zeropower_via_newtonschulz = exactly
 muon_module.orthogonalize_in_place = ours_exactly
 

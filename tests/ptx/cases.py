@@ -18,7 +18,7 @@ from samples import LAYOUTS, bits, lower_twice
 from torch import Tensor
 
 import torchpar
-from torchpar.kernels import exact_matmul, matmul_t, maximum, sigmoid_backward
+from torchpar.kernels import exact_matmul, maximum, sigmoid_backward, symmetric_matmul
 from torchpar.kernels import linear_sigmoid as linear
 from torchpar.kernels.tiles import Device, Tiles
 from torchpar.ops import exact_digits
@@ -56,7 +56,7 @@ class Case:
         operands = [gpu.tensor(t) for t in self.draw()]
         device = Device("executor", self.capability, self.multiprocessors)
         with ExitStack() as stack:
-            for module in ("exact_matmul", "linear_sigmoid", "matmul_t", "tiles"):
+            for module in ("exact_matmul", "linear_sigmoid", "symmetric_matmul", "tiles"):
                 stack.enter_context(patch(f"torchpar.kernels.{module}.device", lambda t: device))
             found = gpu.run(lambda wrap: self.launch(wrap, operands), self.capability)
         return [gpu.read(t) for t in found]
@@ -142,7 +142,9 @@ def symmetric(
         b = others[0] if other else a
         adding = (others[-1], alpha, beta) if c else ()
         out = others[-1] if in_place else None
-        return matmul_t.symmetric_product(a, b, precision, wrap, *adding, out=out, tiles=tiles)
+        return symmetric_matmul.symmetric_matmul(
+            a, b, precision, wrap, *adding, out=out, tiles=tiles
+        )
 
     def results(a: Tensor, *others: Tensor) -> Tensor:
         b = others[0] if other else a
@@ -163,7 +165,7 @@ def half_sum(
 ) -> Case:
     return Case(
         lambda: [integers(*batch, n, n, dtype=dtype) * unit],
-        lambda wrap, g: matmul_t.half_sum(g, wrap),
+        lambda wrap, g: symmetric_matmul.half_sum(g, wrap),
         lambda g: ((g.double() + g.double().mT) / 2).to(dtype),
         **options,
     )
@@ -172,7 +174,7 @@ def half_sum(
 def mirror(n: int, dtype: torch.dtype = BF16, batch: tuple[int, ...] = (), **options: Any) -> Case:
     return Case(
         lambda: [integers(*batch, n, n, dtype=dtype)],
-        lambda wrap, c: matmul_t.mirror(c, wrap),
+        lambda wrap, c: symmetric_matmul.mirror(c, wrap),
         lower_twice,
         **options,
     )

@@ -152,7 +152,7 @@ class Operation:
         if block.gpu.schedule.completion == "early":
             self.advance()
 
-    def advance(self, left: int = 0) -> None:
+    def advance(self, left: int = 0) -> None:  # the machine's states in one place
         """Do its steps but for the last ``left`` ones."""
         if self.after is not None:
             self.after.advance()
@@ -231,7 +231,7 @@ class Warp:
                     raw[:32] > 127 if dtype == np.bool_ else raw.view(dtype)[:32]
                 )
 
-    def advance(self, budget: int) -> None:
+    def advance(self, budget: int) -> None:  # noqa: C901  # a warp's states in one place
         """Run until the warp waits, ends, or has executed ``budget`` instructions."""
         gpu, registers = self.block.gpu, self.registers
         instructions, executed = gpu.kernel.instructions, gpu.executed
@@ -371,5 +371,5 @@ def _synchronize(warp: Warp, i: Instruction, number: Any) -> bool:
 @instruction("bra", results=0)
 @instruction("bar.warp.sync", results=0, whole=True)
 def _pass(i: Instruction) -> Run:
-    """`Warp.branch` follows a branch. What one thread of a warp knows of memory, all know."""
+    """`Warp.branch` follows a branch. Limitation: a missing `bar.warp.sync` is not detected."""
     return lambda warp: None

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: MIT
+"""The benchmarks' commands: what they write, print and refuse."""
+
+import csv
+import importlib
+
+import pytest
+import torch
+
+pytest.importorskip("rich", reason="rich prints the tables")
+from benchmarks import muon, train
+from benchmarks.__main__ import main
+from benchmarks.ladder_case import LABELS
+from benchmarks.names import NAMES
+from benchmarks.results import Result, Table, print_bounds
+
+# Columns that each CSV has, and some of its own.
+COLUMNS = (
+    "contestant p20_ms p50_ms p80_ms samples ok reason torch device processor commit clocks load "
+    "date"
+)
+QUICK = {
+    "operators": "mode dtype speedup rounds calls threads gb_per_s gflop_per_s",
+    "calls": "mode speedup over_us",
+    "products": "operator mode shape dtype threads ratio",
+    "muon": "weight distance epoch",
+    "host": "operator n",
+    "autotune": (
+        "GPU registers spilled_bytes shared_kb blocks blocks_per_multiprocessor waves estimate_ms"
+    ),
+}
+SLOW = {
+    "optimizers": "library version promises situation verdict rounding",
+    "train": "network batch samples_per_s",
+    "ddp": "network batch ranks ratio",
+    "speedrun": "seed seconds accuracy",
+    "scaling": "kind batch dp tp threads nbytes",
+    "ladder": (
+        "workload note threads left_out over_pure_python than faster switches intensity load_before"
+    ),
+}
+OTHERS = {
+    "operators": ["crossover.png"],
+    "train": ["train.md"],
+    "speedrun": ["speedrun.md"],
+    "ladder": ["ladder.md", *(f"ladder-{case}.png" for case in LABELS)],
+}
+
+
+def test_all_benchmarks_are_listed(capsys):
+    assert main(["list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert tuple(line.split()[0] for line in lines[: len(NAMES)]) == NAMES
+    assert set(NAMES) == {*QUICK, *SLOW}
+    assert "train       Train MLPs on MNIST in many ways, side by side" in lines
+    assert "benchmarks/results/cpu-" in lines[-1] or torch.cuda.is_available()
+
+
+@pytest.mark.parametrize(
+    "name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+)
+def test_a_benchmark_runs_and_its_csv_has_the_columns(tmp_path, monkeypatch, capsys, name):
+    # Enough to see that each contestant is right.
+    monkeypatch.setattr(train, "ROUNDS", 1)
+    monkeypatch.setattr(train, "QUICK", [train.Training((784, 10, 10), 10, samples=35)])
+    flags = ["--quick", f"--output={tmp_path}"]
+    flags += ["--only=torch"] * (name == "optimizers")
+    assert importlib.import_module(f"benchmarks.{name}").main(flags) == 0
+    rows = list(csv.DictReader((tmp_path / f"{name}.csv").read_text().splitlines()))
+    own = (QUICK | SLOW)[name].split()
+    assert rows[0].keys() >= {*COLUMNS.split(), *own}
+    assert all((row["ok"], row["reason"]) == ("True", "") for row in rows)
+    for column in own:
+        assert any(row[column] for row in rows), f"nothing in {column}"
+    assert {path.name for path in tmp_path.iterdir()} == {f"{name}.csv", *OTHERS.get(name, [])}
+    assert ("an all-reduce between 2 ranks" in capsys.readouterr().out) == (name == "scaling")
+
+
+def test_what_misses_its_bound_is_named(capsys):
+    table = Table(None, torch.device("cpu"))
+    columns = (
+        {"ratio": 0.96, "bound": 0.97},
+        {"ratio": 0.98, "bound": 0.97},
+        {"over_us": 7.0, "bound_us": 6},
+    )
+    table.add(
+        Result(case={"shape": i}, contestant="ours", columns=one) for i, one in enumerate(columns)
+    )
+    assert print_bounds(table) == 1
+    printed = capsys.readouterr().out
+    assert "missed: ours 0 0.960, expected at least 0.97" in printed
+    assert "missed: ours 2 7.00 µs more, expected at most 6" in printed
+    assert "2 of 3 bounds are missed (load average" in printed
+
+
+def test_another_optimizer_goes_elsewhere(monkeypatch, capsys):
+    monkeypatch.setitem(
+        muon.OPTIMIZERS, "torchpar", lambda params: torch.optim.SGD(params, lr=1e-3)
+    )
+    monkeypatch.setattr(muon, "train", lambda epochs, samples: [])
+    assert muon.main(["--quick"]) == 1
+    assert "not ok: torchpar 24x64 the weights ended" in capsys.readouterr().out

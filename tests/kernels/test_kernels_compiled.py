@@ -1,0 +1,381 @@
+# SPDX-License-Identifier: MIT
+"""The machine code of the kernels for GPUs that are not there: spills, loops that load while they
+multiply.
+
+A stand-in for the driver names an architecture, so that the launchers themselves choose the
+configuration and Triton specialises it as in a launch; the tensors are on the meta device.
+"""
+
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import triton
+from ptx import cases
+from torch import Tensor
+
+from benchmarks.driver import Compiled, Wrap, compile_launches, target
+from benchmarks.resources import BLOCK_SHARED, resources
+from torchpar.kernels import maximum, sigmoid_backward, symmetric_matmul
+from torchpar.kernels.tiles import KERNELS, KINDS, Tiles, configurations
+
+TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
+ODD = 509  # no stride is divisible by 16
+
+newest = pytest.mark.skipif(TRITON < (3, 9), reason="earlier compilers spill more on these GPUs")
+not_3_8 = pytest.mark.skipif(
+    TRITON == (3, 8), reason="Triton 3.8 spills, and keeps the digits of A twice"
+)
+
+# Machine code: instructions and loops
+
+_LINE = re.compile(
+    r"\s*(?:(\.L_\w+):|/\*[0-9a-f]{4,}\*/\s+(?:@(!?\w+)\s+)?(\w[\w.]*)\s*([^;]*?)\s*;)"
+)
+
+
+class Instruction(NamedTuple):
+    """An instruction, such as ``@!P0 BRA `(.L_x_1)``."""
+
+    predicate: str
+    opcode: str
+    operands: str
+
+
+def read(text: str) -> tuple[list[Instruction], list[range]]:
+    """The instructions of one kernel, as `nvdisasm -c` prints them, and the positions of its loops.
+
+    A wait that is seldom long is put behind the end, and branches back from there: no loop has an
+    end.
+    """
+    labels: dict[str, int] = {}
+    found: list[Instruction] = []
+    loops: list[range] = []
+    for match in filter(None, map(_LINE.match, text.splitlines())):
+        label, *fields = match.groups("")
+        if label:
+            labels[label] = len(found)
+            continue
+        found.append(Instruction(*fields))
+        target = re.search(r"`\((\.L_\w+)\)", found[-1].operands)
+        if found[-1].opcode.startswith("BRA") and target and target[1] in labels:
+            begin = labels[target[1]]
+            if not any(one.opcode == "EXIT" and not one.predicate for one in found[begin:]):
+                loops.append(range(begin, len(found)))
+    return found, loops
+
+
+class MachineCode:
+    """The machine code of a kernel, and the constants of its launch.
+
+    ``resources`` of a thread: REG, its registers; STACK and LOCAL, bytes that did not fit into
+    them.
+    """
+
+    def __init__(self, compiled: Compiled):
+        self.options, self.metadata = compiled.options, compiled.kernel.metadata
+        tools = Path(str(triton.__file__)).parent / "backends/nvidia/bin"
+        with NamedTemporaryFile(suffix=".cubin") as cubin:
+            Path(cubin.name).write_bytes(compiled.kernel.asm["cubin"])
+            command = [tools / "nvdisasm", "-c", cubin.name]
+            code = subprocess.run(command, check=True, capture_output=True, text=True)
+        self.resources = resources(compiled.kernel)
+        self.instructions, self.loops = read(code.stdout)
+
+    def count(self, pattern: str) -> int:
+        return count(self.instructions, pattern)
+
+    def innermost_loops(self, pattern: str) -> list[list[Instruction]]:
+        """The loops in which an opcode matches ``pattern``, without those around such a loop."""
+        found = [
+            loop for loop in self.loops if count(self.instructions[loop.start : loop.stop], pattern)
+        ]
+        inner = [loop for loop in found if not any(set(other) < set(loop) for other in found)]
+        return [self.instructions[loop.start : loop.stop] for loop in inner]
+
+
+def count(instructions: list[Instruction], pattern: str) -> int:
+    return sum(bool(re.fullmatch(pattern, one.opcode)) for one in instructions)
+
+
+def machine_codes(launch: Callable[[Wrap], object]) -> list[MachineCode]:
+    return [MachineCode(one) for one in compile_launches(launch)]
+
+
+def meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def assert_fits(code: MachineCode, capability: int, aside: int = 0) -> None:
+    """ptxas may put ``aside`` bytes away to have another program in a multiprocessor."""
+    assert code.resources["STACK"] <= aside, f"registers spill: {code.resources}"
+    assert code.resources["LOCAL"] == 0
+    assert code.metadata.shared <= BLOCK_SHARED[capability]
+    assert code.metadata.tmem_size <= 512  # columns of tensor memory
+
+
+# The matrix kernels
+
+
+def machine_codes_of(case: cases.Case) -> list[MachineCode]:
+    with torch.device("meta"):
+        operands = case.draw()
+    return machine_codes(lambda wrap: case.launch(wrap, operands))
+
+
+def matrix_kernel(
+    kernel: str, kind: str, sizes: tuple[int, int, int], tiles: Tiles | None = None, **options: Any
+) -> list[MachineCode]:
+    m, n, k = sizes
+    if kernel == "linear_sigmoid":
+        return machine_codes_of(cases.sigmoid(m, n, k, *KINDS[kind][:2], tiles))
+    return machine_codes_of(cases.symmetric(m, k, *KINDS[kind][:2], tiles, **options))
+
+
+def assert_pipelined(code: MachineCode) -> None:
+    """In each loop over k, tiles are loaded while others are multiplied."""
+    load = r"(LDGSTS|UTMALDG)\b.*"
+    loops = code.innermost_loops(r"\w*MMA\b.*") or code.innermost_loops(r"[FD]FMA2?\b.*")
+    loads = [count(loop, load) for loop in loops]
+    assert loops, "no loop multiplies"
+    assert all(loads), "a loop loads nothing asynchronously"
+    assert code.count(load) > sum(loads), "nothing is loaded before the loop"
+    for loop in loops:
+        waits = [
+            one
+            for one in loop
+            if one.opcode == "WARPGROUP.DEPBAR.LE" and one.operands == "gsb0, 0x0"
+        ]
+        assert len(waits) <= 1, f"wgmmas are serialised: {len(waits)} waits for all of them"
+
+
+def tensor_core(capability: int, kind: str) -> str:
+    """The instruction that multiplies on the tensor cores, as a pattern."""
+    if kind == "float64":
+        return r"DMMA\..*"
+    if capability == 100:
+        return "UTCHMMA"
+    mnemonic = "HGMMA" if capability == 90 else "HMMA"
+    return mnemonic + {"bfloat16": r"\.\w+\.F32\.BF16", "tf32": r"\.\w+\.F32\.TF32"}[kind]
+
+
+def check_default_tiles(kernel: str, kind: str, n: int, capability: int) -> None:
+    (code,) = matrix_kernel(kernel, kind, (n, n, n))
+    assert_fits(code, capability)
+    if kind == "float32":
+        assert not code.count(r"\w*MMA\b.*"), (
+            "a tensor core rounds its float32 operands to fewer bits"
+        )
+    else:
+        assert code.count(tensor_core(capability, kind))
+    if n != ODD:
+        assert_pipelined(code)
+        # A mask that varied along a row would split the stores into single elements.
+        assert code.count(r"STG\.E.*\.128.*|UTMASTG.*")
+
+
+def check_tiles_of_most_registers(kernel: str, kind: str, capability: int) -> None:
+    """Of each variant those in which a thread holds most sums, for these spill first."""
+
+    def sums_of_a_thread(tiles: Tiles) -> tuple[float, int]:
+        """Their number, and that of the operands' elements that a block holds meanwhile."""
+        loaded = (tiles.block_m + tiles.block_n) * tiles.block_k * tiles.num_stages
+        return tiles.block_m * tiles.block_n / tiles.num_warps, loaded
+
+    launches: list[Any] = [((ODD, ODD, ODD), KINDS[kind].unaligned, {})]
+    most: dict[str, Tiles] = {}
+    for tiles in configurations(kernel, *KINDS[kind][:2], capability):
+        most[tiles.variant] = max(tiles, most.get(tiles.variant, tiles), key=sums_of_a_thread)
+    for tiles in most.values():
+        launches.append(((4096, 4096, 4096), tiles, {}))
+        if kernel == "symmetric_matmul" and tiles.variant != "pointers":
+            with_c = {"other": True, "c": True, "factors": (1 / 3, 1.0)}
+            launches.append(((4096, 4096, 1024), tiles, with_c))
+        elif tiles.variant == "split_k":
+            launches.append(((64, 1024, 8192), tiles, {}))
+        elif kernel == "linear_sigmoid" and tiles.block_m * tiles.block_n <= 64 * 128:
+            launches.append(((512, 1001, 4096), tiles, {}))
+    for sizes, tiles, options in launches:
+        print(tiles, sizes)
+        code, *_ = matrix_kernel(kernel, kind, sizes, tiles, **options)
+        assert_fits(code, capability)
+        if sizes != (ODD, ODD, ODD):
+            assert_pipelined(code)
+
+
+# The exact product
+
+
+def assert_exact(code: MachineCode, capability: int, once: bool) -> None:
+    """One loop multiplies digits on the tensor cores. What it multiplies is loaded and cut in
+    registers.
+
+    ``once``: each element is cut by one thread, by three fused products and sums.
+    """
+    floats, of_int8 = code.options["FLOAT"], r"(IMMA|IGMMA|UTCIMMA)\b.*"
+    assert_fits(code, capability, aside=0 if floats else 32)
+    assert bool(code.count(of_int8)) != floats, "other digits"
+    loop, *of_signs = code.innermost_loops("UTCHMMA" if floats else of_int8)
+    assert len(of_signs) <= floats, "more loops multiply"
+    assert not count(loop, "(LDL|STL|F2I|I2F|FRND).*"), "spills, conversions"
+    assert count(loop, "LDGSTS.*"), "nothing is loaded asynchronously"
+    block_m, block_n, block_k = (code.options[f"BLOCK_{axis}"] for axis in "MNK")
+    threads = 32 * code.options["num_warps"]
+    cut = 3 * (block_m + block_n) * block_k // threads
+    found, everywhere = (
+        count(some, r"FFMA\b.*") + 2 * count(some, r"FFMA2\b.*")
+        for some in (loop, code.instructions)
+    )
+    assert found == cut or (found > cut and not once), f"an element is cut {found / cut} times"
+    # NaN and infinities have a product of their own, of float16.
+    assert everywhere - found < block_m * block_n * 16 // threads, "a product of float32"
+
+
+SQUARE, LONG = (4096, 4096), (ODD, 2**15 + 1)
+
+
+def check_exact(shape: Any, symmetric: bool, dtype: Any, floats: bool, capability: int) -> None:
+    by_rows = shape == SQUARE
+    layouts = ["contiguous" if by_rows else "transposed"] * 2
+    shapes = [shape] if symmetric else [shape, shape]
+    case = cases.exact(
+        *shapes, dtypes=[dtype], layouts=layouts, floats=floats, capability=capability
+    )
+    (code,) = machine_codes_of(case)
+    assert_exact(code, capability, once=by_rows and capability >= 90)
+    if floats:
+        assert code.count("UTCHMMA") >= 10
+        return
+    if by_rows and capability == 90:
+        assert code.count(r"IGMMA\..*") >= 10
+    if by_rows and dtype == torch.float32:
+        assert code.count(r"STG\.E.*\.128.*") == code.count(r"STG.*"), "a store is not coalesced"
+    if dtype == torch.int64:
+        assert not code.count("(DMUL|DADD|DFMA|HMMA|HGMMA|UTCHMMA).*"), "T is made of integers"
+
+
+# The kernels that are bound by memory
+
+
+def check_vectorised(dtype: torch.dtype, capability: int) -> None:
+    """All accesses of the kernels of half sums, mirrors and sigmoid_backward are of 16 bytes."""
+    g = meta(4096, 4096, dtype=dtype)
+    for launcher, *args in (
+        (symmetric_matmul.half_sum, g),
+        (symmetric_matmul.mirror, g),
+        (sigmoid_backward.sigmoid_backward, g, g, g),
+    ):
+        (code,) = machine_codes(partial(launcher, *args))
+        assert_fits(code, capability)
+        loads, stores = (code.count(rf"{name}\.E.*\.128.*") for name in ("LDG", "STG"))
+        assert loads == code.count("LDG.*"), "a load is not vectorised"
+        # The sums over rows are few.
+        assert stores >= code.count("STG.*") - (len(args) == 3), "a store is not vectorised"
+
+
+def check_maximum(strides: tuple[int, ...], dtype: torch.dtype, capability: int) -> None:
+    """With b of other ``strides``; or flat, of an odd number: whatever has a mask cannot be
+    vectorised."""
+    if flat := not strides:
+        a = b = meta(2**24 + 1, dtype=dtype)
+    else:
+        a = meta(*(64, 64, 16384)[-len(strides) :], dtype=dtype)
+        b = meta(64, 16384, dtype=dtype).as_strided(a.shape, strides)
+    launches: list[Any] = [(maximum.maximum, (a, b, a), 1)]
+    if dtype.is_floating_point:
+        gradients = (a, a[:1].expand_as(a)) if flat else (a,)
+        launches += [(maximum.maximum_backward, (g, a, b, a, a), 2) for g in gradients]
+    for launcher, operands, results in launches:
+        (code,) = machine_codes(partial(launcher, *operands))
+        assert_fits(code, capability)
+        loads, stores = (code.count(rf"{name}\.E.*\.128.*") for name in ("LDG", "STG"))
+        rows = code.options.get("BLOCK_ROWS", 1)
+        block = rows * code.options["BLOCK" if flat else "BLOCK_COLS"]
+        accesses = block * dtype.itemsize // 16 // 128  # of each of 128 threads
+        assert stores == results * accesses
+        if flat:
+            assert loads == (results + (operands[0].stride(0) > 0)) * accesses
+            continue
+        assert code.count("STG.*") == stores
+        assert rows > 1 or dtype.itemsize <= results
+        # Of a row of b one access serves all rows; of a column at most one is needed for each.
+        of_b = {(0, 1): 1, (1, 0): rows}.get(strides, accesses)
+        assert code.count("LDG.*") <= results * accesses + of_b
+        assert loads >= results * accesses + (of_b if strides != (1, 0) else 0)
+
+
+# All kernels, and the checks that must fail
+
+
+def rows(
+    check: Any, *choices: Any, at: Any = (90, 80, 100), slow: bool = False, marks: Any = ()
+) -> Iterator[Any]:
+    """A check for all combinations and capabilities; unless ``slow``, the first one is not slow on
+    sm_90."""
+    for number, args in enumerate(product(*choices)):
+        for capability in at:
+            own = [pytest.mark.slow] if slow or number or capability != 90 else []
+            own += [newest] if capability != 90 else []
+            name = "-".join(
+                str(getattr(one, "__name__", one)) for one in (check, *args, capability)
+            )
+            yield pytest.param(partial(check, *args), capability, marks=[*own, *marks], id=name)
+
+
+F32, F64, I64 = torch.float32, torch.float64, torch.int64
+OF_MAXIMUM = (torch.bfloat16, torch.bool, F32)
+TABLE = [
+    *rows(check_default_tiles, ["symmetric_matmul"], ["bfloat16"], [4096, ODD, 2048, 512]),
+    *rows(check_default_tiles, ["symmetric_matmul"], ["float32", "tf32", "float64"], [4096]),
+    *rows(check_default_tiles, ["linear_sigmoid"], ["bfloat16"], [ODD]),
+    *rows(check_default_tiles, ["linear_sigmoid"], ["float32"], [4096], slow=True),
+    # float16 has bfloat16's tiles
+    *rows(check_tiles_of_most_registers, KERNELS, ["bfloat16"], slow=True),
+    *rows(
+        check_tiles_of_most_registers, KERNELS, ["tf32", "float32", "float64"], at=[90], slow=True
+    ),
+    *rows(check_exact, [SQUARE], [True], [F32], [False], at=[90], marks=[not_3_8]),
+    *rows(check_exact, [LONG], [True], [F32], [False], marks=[not_3_8]),
+    *rows(check_exact, [SQUARE], [False], [F32], [False], slow=True, marks=[newest]),
+    *rows(check_exact, [SQUARE], [False], [I64], [False], at=[90], slow=True, marks=[not_3_8]),
+    *rows(check_exact, [SQUARE], [True], [F32], [True], at=[103, 100]),
+    *rows(check_exact, [SQUARE], [False], [I64], [True], at=[103, 100]),
+    *rows(check_exact, [LONG], [False], [F32], [True], at=[103, 100]),
+    *rows(check_vectorised, [torch.bfloat16, F64], slow=True),
+    *rows(check_maximum, [()], OF_MAXIMUM),
+    # A row, a column, and a row for each of a batch
+    *rows(check_maximum, [(0, 1), (1, 0), (16384, 0, 1)], OF_MAXIMUM),
+]
+
+
+@pytest.mark.parametrize("check, capability", TABLE)
+def test_machine_code(check, capability):
+    with target(capability):
+        check(capability)
+
+
+def test_check_rejects_one_stage():
+    tiles = Tiles(64, 64, 64, 4, 1)
+    with target(90):
+        (code,) = matrix_kernel("symmetric_matmul", "bfloat16", (4096, 4096, 4096), tiles)
+    with pytest.raises(AssertionError, match="loads nothing asynchronously"):
+        assert_pipelined(code)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "tiles, message",
+    [(Tiles(128, 128, 32, 8, 3), "spill"), (Tiles(64, 64, 32, 4, 1), "asynchronously")],
+)
+def test_check_rejects_other_tiles_of_the_exact_product(tiles, message):
+    with target(90):
+        (code,) = machine_codes_of(cases.exact(SQUARE, SQUARE, tiles=tiles))
+    with pytest.raises(AssertionError, match=message):
+        assert_exact(code, 90, once=True)

@@ -1,0 +1,457 @@
+# SPDX-License-Identifier: MIT
+"""The kernels' own PTX, executed on a CPU under three schedules, and faults that the executor must
+notice."""
+
+import math
+import re
+
+import pytest
+import torch
+from exact_operands import HARD
+from operators import FLOATS, INTEGERS
+from ptx import cases, copies, machine, mutants
+from ptx.cases import F16, F32, F64, Case
+from ptx.launch import Gpu
+from ptx.machine import SCHEDULES
+from ptx.parse import PtxError
+
+from torchpar.kernels import exact_matmul
+from torchpar.kernels.tiles import KERNELS, KINDS, Tiles, configurations
+
+slow = pytest.mark.slow
+LARGE, LARGE_TF32 = Tiles(128, 256, 64, 8, 4, "tma"), Tiles(128, 256, 32, 8, 3, "tma")
+
+MIXED = (
+    (torch.float16, torch.int64),
+    (torch.float64, torch.bool),
+    (torch.bool, torch.int8),
+    (torch.float32, torch.float16),
+    (torch.int8, torch.uint8),
+)
+DTYPES = (*((dtype,) for dtype in FLOATS + INTEGERS), *MIXED)
+REVERSED = (5, 4, 3, 2, 1, 0)
+OPERANDS = {  # by a function that draws one
+    "scalars": lambda d: (d(), d()),
+    "no element": lambda d: (d(3, 0), d(3, 1)),
+    "129": lambda d: (d(129), d(129)),
+    "a last block of one": lambda d: (d(8193), d(8193)),
+    "same permutation": lambda d: (d(5, 6, 7).permute(2, 0, 1), d(5, 6, 7).permute(2, 0, 1)),
+    "a scalar": lambda d: (d(4099), d()),
+    "permuted": lambda d: (d(5, 6, 7, 3), d(3, 5, 7, 6).permute(1, 3, 2, 0)),
+    "a row": lambda d: (d(33, 129), d(129)),
+    "a column": lambda d: (d(129, 33), d(129, 1)),
+    "a long row": lambda d: (d(3, 2049), d(1, 2049)),
+    "outer": lambda d: (d(65, 1), d(1, 129)),
+    "4 dimensions": lambda d: (d(3, 1, 5, 1), d(1, 4, 1, 7)),
+    "5 dimensions": lambda d: (d(2, 1, 4, 1, 3), d(1, 5, 1, 6, 1)),  # in two launches
+    "6 dimensions": lambda d: (
+        d(3, 1, 2, 1, 2, 1).permute(REVERSED),
+        d(1, 2, 1, 3, 1, 2).permute(REVERSED),
+    ),
+}
+FAR, LIMITS = (
+    torch.linspace(-80, 20, 997),
+    torch.tensor([-math.inf, -1e4, 0, 1e4, math.inf, math.nan]),
+)
+# Of 16 bits, −z·log2(e) is rounded to float32 and not corrected: an error of 80·2⁻²³ at most.
+FAR_SIGMOID = {F16: 2**-11 + 84 * 2**-23, F32: cases.SIGMOID[F32], F64: cases.SIGMOID[F64]}
+FLOAT_CHAIN = exact_matmul.FLOAT_CHAIN
+BY_FLOAT16 = {"floats": True, "capability": 80}
+
+
+def extreme_digits(k, **options) -> Case:
+    """S₃ of the first chain is odd: above 2²⁴ a float32 would lose its last bit."""
+    rows = [cases.rows_of_extreme_digits(k, odd) for odd in (1, 2)]
+    return cases.exact(*rows, dtypes=[torch.int64], tiles=Tiles(16, 16, 32, 1, 3), **options)
+
+
+DEFAULTS = {
+    "matmul_t, large": cases.symmetric(264, 72, tiles=LARGE, multiprocessors=2),
+    "matmul_t, transposed, with C": cases.symmetric(
+        136, 72, tiles=LARGE, transposed="ac", other=True, c=True
+    ),
+    "matmul_t, small": cases.symmetric(72, 40),
+    "matmul_t, unaligned": cases.symmetric(71, 35),
+    "matmul_t, by pointers, full tiles": cases.symmetric(64, 128, tiles=Tiles(64, 64, 64, 4, 3)),
+    "matmul_t, batches": cases.symmetric(40, 72, F16, batch=(2,)),
+    "matmul_t, TF32": cases.symmetric(72, 72, F32, "tf32", LARGE_TF32),
+    "matmul_t, TF32, small": cases.symmetric(40, 40, F32, "tf32"),
+    "matmul_t, float32": cases.symmetric(40, 20, F32),
+    "matmul_t, float64": cases.symmetric(40, 20, F64, c=True),
+    "matmul_t, no rows": cases.symmetric(0, 3, batch=(3,)),
+    "matmul_t, one number": cases.symmetric(1, 1, F64),
+    "matmul_t, stepped": cases.symmetric(
+        65, 33, F32, batch=(2,), other=True, c=True, layout="stepped"
+    ),
+    "matmul_t, expanded": cases.symmetric(
+        37, 9, F32, batch=(3,), other=True, c=True, layout="expanded"
+    ),
+    "half_sum": cases.half_sum(33),
+    "half_sum, no rows": cases.half_sum(0),
+    "half_sum, largest numbers": cases.half_sum(33, F16, unit=65504 / 3),
+    "half_sum, stepped": cases.half_sum(65, F32, layout="stepped"),
+    "half_sum, expanded": cases.half_sum(65, F32, layout="expanded"),
+    "mirror": cases.mirror(70),
+    "linear_sigmoid, large": cases.sigmoid(72, 264, 264, tiles=LARGE, multiprocessors=1),
+    "linear_sigmoid, large, unaligned rows": cases.sigmoid(72, 71, 40, tiles=mutants.WIDE),
+    "linear_sigmoid, small": cases.sigmoid(40, 72, 72, bias=False, transposed="w"),
+    "linear_sigmoid, split": cases.sigmoid(24, 40, 584, tiles=mutants.SPLIT, multiprocessors=2),
+    "linear_sigmoid, float32": cases.sigmoid(30, 40, 20, F32),
+    "linear_sigmoid, float64": cases.sigmoid(30, 40, 20, F64),
+    "linear_sigmoid, no rows": cases.sigmoid(0, 3, 2, F16),
+    "linear_sigmoid, no columns": cases.sigmoid(3, 0, 2, F16),
+    "linear_sigmoid, one row": cases.sigmoid(1, 129, 2, F16),
+    "linear_sigmoid, many rows of tiles": cases.sigmoid(
+        132, 36, 20, F32, tiles=Tiles(16, 32, 16, 4, 2)
+    ),
+    "sigmoid_backward": cases.sigmoid_gradient(70, 72),
+    "sigmoid_backward, many rows": cases.sigmoid_gradient(300, 10, F32),
+    "sigmoid_backward, no columns": cases.sigmoid_gradient(3, 0),
+    "sigmoid_backward, one number": cases.sigmoid_gradient(1, 1, F64),
+    "sigmoid_backward, stepped": cases.sigmoid_gradient(129, 65, F32, layout="stepped"),
+    "sigmoid_backward, expanded": cases.sigmoid_gradient(33, 129, F32, layout="expanded"),
+    "exact_matmul": cases.exact((40, 64), (24, 64)),
+    "exact_matmul, symmetric": cases.exact((40, 20)),
+    "exact_matmul, special values": cases.exact((20, 20), (20, 20), special=True),
+    "exact_matmul, no rows": cases.exact((0, 2), (3, 2)),
+    "exact_matmul, no batches": cases.exact((0, 3, 5)),
+    "exact_matmul by float16": cases.exact((2, 33, 35), layouts=["stepped"], **BY_FLOAT16),
+    "exact_matmul by float16, batches": cases.exact(
+        (2, 1, 33, 35), (2, 1, 5, 35), layouts=["offset", "expanded"], **BY_FLOAT16
+    ),
+    "exact_matmul by float16, longest chain": extreme_digits(2 * FLOAT_CHAIN + 1, **BY_FLOAT16),
+    "matmul_t, in place": cases.symmetric(
+        37, 20, F16, tiles=Tiles(16, 16, 16, 4, 2), batch=(3,), c=True, in_place=True
+    ),
+    **{
+        f"matmul_t, factors {factors}": cases.symmetric(
+            17, 17, F64, other=True, c=True, factors=factors
+        )
+        for factors in ((1 / 3, 0.0), (0.0, -1 / 3), (-1e300, 0.0))
+    },
+    **{
+        f"sigmoid of {dtype}": cases.sigmoid_of(FAR.to(dtype), bound)
+        for dtype, bound in FAR_SIGMOID.items()
+    },
+    **{f"limits of sigmoid, {dtype}": cases.sigmoid_of(LIMITS.to(dtype)) for dtype in FAR_SIGMOID},
+    # Of 16 bits Triton 3.6 compares some pairs, which is not modelled.
+    **{f"maximum, {name}": cases.larger(draw, F32) for name, draw in OPERANDS.items()},
+    **{f"maximum of {dtypes}": cases.larger(OPERANDS["129"], *dtypes) for dtypes in DTYPES},
+}
+
+
+def candidates_of(kernel: str, capability: int) -> dict[str, Case]:
+    """Each configuration of a matrix kernel, with edges, and with more steps than stages."""
+    found = {}
+    for name, kind in KINDS.items():
+        possible = configurations(kernel, kind.dtype, kind.precision, capability)
+        for tiles in dict.fromkeys([kind.unaligned, *possible]):
+            m, n, k = (
+                tiles.block_m + 8,
+                tiles.block_n - 8,
+                (tiles.num_stages + 1) * tiles.block_k + 8,
+            )
+            options = {"tiles": tiles, "capability": capability, "multiprocessors": 1}
+            if tiles.variant == "split_k":
+                m, n, k, options["multiprocessors"] = 8, 8, 2 * k, 2
+            if kernel == "linear_sigmoid":
+                case = cases.sigmoid(m, n, k, kind.dtype, kind.precision, **options)
+            else:
+                n = m if tiles.variant == "tma" else tiles.block_m - 8
+                case = cases.symmetric(
+                    n, k, kind.dtype, kind.precision, other=True, c=True, **options
+                )
+            found[f"{kernel}, {name}, {tiles.variant}, {tiles[:5]}, sm_{capability}"] = case
+    return found
+
+
+OTHERS = {
+    "matmul_t, batches by TMA": cases.symmetric(
+        72, 72, tiles=Tiles(64, 64, 128, 4, 3, "tma"), batch=(2, 2), multiprocessors=1
+    ),
+    "matmul_t, batches of float64": cases.symmetric(40, 24, F64, batch=(3,), transposed="a"),
+    "matmul_t, both transposed": cases.symmetric(
+        264, 72, F16, tiles=LARGE, transposed="ab", other=True
+    ),
+    "matmul_t, one tile of four": cases.symmetric(520, 40, tiles=LARGE, multiprocessors=3),
+    "matmul_t, expanded last": cases.symmetric(
+        37, 9, F32, batch=(3,), other=True, c=True, layout="expanded last"
+    ),
+    "half_sum of float64": cases.half_sum(65, F64),
+    "half_sum, more batches": cases.half_sum(65, F16, batch=(3, 2), layout="transposed"),
+    "half_sum, expanded last": cases.half_sum(65, F32, layout="expanded last"),
+    "mirror, batches": cases.mirror(65, F16, batch=(3, 2)),
+    "linear_sigmoid, x transposed, by TMA": cases.sigmoid(
+        136, 264, 136, tiles=LARGE, transposed="xw"
+    ),
+    "linear_sigmoid, stepped": cases.sigmoid(129, 65, 33, F32, layout="stepped"),
+    "linear_sigmoid, offset": cases.sigmoid(65, 129, 33, F32, layout="offset"),
+    "linear_sigmoid, expanded": cases.sigmoid(65, 129, 33, F32, layout="expanded"),
+    "linear_sigmoid, expanded last": cases.sigmoid(65, 129, 33, F32, layout="expanded last"),
+    "linear_sigmoid, unaligned float32": cases.sigmoid(33, 35, 37, F32, transposed="x"),
+    "sigmoid_backward of float64": cases.sigmoid_gradient(600, 70, F64),
+    "sigmoid_backward of float16": cases.sigmoid_gradient(256, 64, F16),
+    "sigmoid_backward, two columns": cases.sigmoid_gradient(513, 2, F32),
+    "sigmoid_backward, expanded last": cases.sigmoid_gradient(65, 33, F32, layout="expanded last"),
+    **{
+        f"maximum, {name} of {dtypes}": cases.larger(draw, *dtypes)
+        for name, draw in OPERANDS.items()
+        for dtypes in (
+            DTYPES if name in ("a last block of one", "a row", "a column") else MIXED[:3]
+        )
+    },
+    "exact_matmul, large tiles": cases.exact((136, 160), (72, 160), tiles=Tiles(128, 64, 32, 8, 3)),
+    "exact_matmul, int64, chains": cases.exact(
+        (40, 200), (24, 200), dtypes=[torch.int64], terms=64
+    ),
+    "exact_matmul, transposed, odd": cases.exact(
+        (33, 37), (35, 37), special=True, layouts=["transposed", "transposed"]
+    ),
+    "exact_matmul, longest chain": extreme_digits(exact_matmul.CHAIN + 1, capability=80),
+    "exact_matmul by float16, large tiles": cases.exact(
+        (144, 48), layouts=["transposed"], **BY_FLOAT16
+    ),
+    "exact_matmul by float16, chains": cases.exact(
+        (2, 3, 129), (2, 33, 129), layouts=["contiguous", "transposed"], terms=64, **BY_FLOAT16
+    ),
+    "exact_matmul by float16, symmetric, chains": cases.exact(
+        (33, 65), layouts=["stepped"], terms=64, **BY_FLOAT16
+    ),
+    **{
+        f"exact_matmul by float16, {name}": cases.exact(
+            *pair, dtypes=[F32, torch.int64], **BY_FLOAT16
+        )
+        for name, pair in HARD.items()
+    },
+    **{
+        f"exact_matmul by float16, special {shapes}": cases.exact(
+            *shapes, special=True, **BY_FLOAT16
+        )
+        for shapes in (((7, 40), (80, 40)), ((80, 40), (60, 40)), ((80, 40),))
+    },
+    "exact_matmul, sm_80": cases.exact((40, 72), (24, 72), capability=80),
+    "sigmoid_backward, sm_80": cases.sigmoid_gradient(300, 70, F32, capability=80),
+    "half_sum, sm_80": cases.half_sum(65, capability=80),
+    "maximum, sm_80": cases.larger(OPERANDS["a row"], F16, capability=80),
+}
+for kernel in KERNELS:
+    OTHERS |= candidates_of(kernel, 90) | candidates_of(kernel, 80)
+
+
+def check(case: Case) -> None:
+    """All schedules give the expected results, and the same bits. On sm_80 the strictest is tried
+    alone."""
+    expected, first = case.expected(), None
+    for schedule in SCHEDULES if case.capability == 90 else SCHEDULES[1:2]:
+        found = case.execute(Gpu(schedule))
+        assert case.agrees(found, expected), schedule
+        first = first or found
+        assert cases.same_bits(found, first), schedule
+
+
+@pytest.mark.parametrize("name", [*DEFAULTS, *(pytest.param(name, marks=slow) for name in OTHERS)])
+def test_kernel(name):
+    check((DEFAULTS | OTHERS)[name])
+
+
+def test_longer_chains_of_float16_are_wrong():
+    with pytest.raises(AssertionError):
+        check(extreme_digits(2 * FLOAT_CHAIN + 1, terms=2 * FLOAT_CHAIN, **BY_FLOAT16))
+
+
+# What the executor must notice, in small programs of 64 threads, which have 4096 bytes of shared
+# memory
+
+PROGRAM = """
+.entry program(.param .u64 from, .param .u64 to)
+.reqntid 64
+{
+    .reg .pred %p<9>;
+    .reg .b16 %rs<9>;
+    .reg .b32 %r<99>;
+    .reg .b64 %rd<9>;
+    ld.param.b64 %rd0, [from];
+    ld.param.b64 %rd1, [to];
+    mov.u32 %r0, %tid.x;
+    mul.wide.s32 %rd2, %r0, 4;
+    add.s64 %rd3, %rd0, %rd2;
+    add.s64 %rd4, %rd1, %rd2;
+    mov.b32 %r90, global_smem;
+    shl.b32 %r91, %r0, 2;
+    add.s32 %r1, %r90, %r91;         // the thread's own word of shared memory
+    xor.b32 %r92, %r91, 128;
+    add.s32 %r2, %r90, %r92;         // that of a thread of the other warp
+    setp.lt.u32 %p0, %r0, 32;        // the first warp
+    setp.lt.u32 %p1, %r0, 16;        // a half of it
+    BODY
+    ret;
+}
+"""
+COPY = "cp.async.ca.shared.global [%r1], [%rd3], 4, 4; cp.async.commit_group;"
+EXCHANGE = """
+    ld.global.b32 %r3, [%rd3];
+    st.shared.b32 [%r1], %r3;
+    bar.sync 0;
+    ld.shared.b32 %r4, [%r2];
+    st.global.b32 [%rd4], %r4;
+"""
+HALF = "cvt.u16.u32 %rs0, %r0; mov.b32 %r3, {%rs1, %rs0};"  # %rs1 was not written
+FAULTS = {
+    "an unknown instruction": (
+        "vadd4.u32 %r3, %r0, %r0, %r0;",
+        "line 22: unknown instruction vadd4.u32",
+    ),
+    "an unknown form": ("add.rm.f32 %r3, %r0, %r0;", "unknown instruction add.rm.f32"),
+    "an unwritten register": ("add.s32 %r3, %r4, 1;", "a register that was not written"),
+    "a half-written register": (
+        HALF + "st.global.b32 [%rd4], %r3;",
+        "st.global.b32 takes a register that",
+    ),
+    "the half that was not written": (
+        HALF + "mov.b32 {%rs2, _}, %r3;",
+        "a register that was not written",
+    ),
+    "unwritten shared memory": (
+        "ld.shared.b32 %r3, [%r1];",
+        "of shared memory, .* was not written",
+    ),
+    "unwritten global memory": ("ld.global.b32 %r3, [%rd4];", "was not written before"),
+    "past the end": ("ld.global.b32 %r3, [%rd3+256];", "ends outside|outside each allocation"),
+    "past the end of shared memory": ("st.shared.b32 [%r1+4096], %r0;", "outside"),
+    "an unaligned address": ("ld.global.b64 %rd5, [%rd3];", "not a multiple of 8"),
+    "no barrier before a read": (
+        EXCHANGE.replace("bar.sync 0;", ""),
+        "race: .* read by warp . is written by a store|was not written",
+    ),
+    "no barrier before a write": (EXCHANGE + "st.shared.b32 [%r1], %r4;", "race: "),
+    "a barrier of half a warp": (
+        "@%p1 bra skip; bar.sync 0; skip: ret;",
+        "part of warp 0 executes bar.sync",
+    ),
+    "a barrier of one warp": ("@%p0 bar.sync 0;", "deadlock"),
+    "no result": ("st.shared.b32 [%r1], %r0;", r"block \(0, 0, 0\) writes nothing"),
+    "an endless loop": ("again: bra again;", "does not end"),
+    "two values at one place": ("st.shared.b32 [%r90], %r0;", "different values"),
+    "a copy that was not waited for": (
+        COPY + "ld.shared.b32 %r3, [%r1];",
+        "read by .* written by a copy",
+    ),
+    "a wait for too few copies": (
+        COPY * 2 + "cp.async.wait_group 1; ld.shared.b32 %r3, [%r1];",
+        "by a copy",
+    ),
+    "a copy that another warp waited for": (
+        COPY + "bar.sync 0; cp.async.wait_group 0; ld.shared.b32 %r3, [%r2];",
+        "by a copy",
+    ),
+    "no mbarrier": (
+        "setp.eq.b32 %p2, %r0, 0; @%p2 mbarrier.arrive.expect_tx.shared.b64 _, [%r1], 16;",
+        "was not written|there is no mbarrier",
+    ),
+}
+
+
+def execute(body: str, schedule=SCHEDULES[0], grid=(1, 1, 1)) -> torch.Tensor:
+    gpu = Gpu(schedule)
+    given = gpu.tensor(torch.arange(64, dtype=torch.int32))
+    result = torch.empty(64, dtype=torch.int32, device="meta")
+    gpu.launch(PROGRAM.replace("BODY", body), [given, result], grid, shared=4096)
+    return gpu.read(result)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda one: one.order)
+@pytest.mark.parametrize("name", FAULTS)
+def test_fault_of_a_program_is_noticed(name, schedule, monkeypatch):
+    monkeypatch.setattr(machine, "LIMIT", 1000)
+    body, message = FAULTS[name]
+    with pytest.raises(PtxError, match=message):
+        execute(body, schedule)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda one: one.order)
+def test_program_without_faults(schedule):
+    assert execute(EXCHANGE, schedule).tolist() == [*range(32, 64), *range(32)]
+    body = (
+        COPY
+        + "cp.async.wait_group 0; bar.sync 0; ld.shared.b32 %r3, [%r2]; st.global.b32 [%rd4], %r3;"
+    )
+    assert execute(body, schedule).tolist() == [*range(32, 64), *range(32)]
+    # Of a half-written register, the half that was written can be taken.
+    body = HALF + "mov.b32 {_, %rs2}, %r3; cvt.u32.u16 %r4, %rs2; st.global.b32 [%rd4], %r4;"
+    assert execute(body, schedule).tolist() == [*range(64)]
+    # Threads that diverge meet again, also where none of them executes the last instruction before.
+    body = """@%p1 bra join; mov.b32 %r3, 1; setp.ge.u32 %p2, %r0, 64; @%p2 mov.b32 %r3, 2;
+        join: bar.sync 0; st.global.b32 [%rd4], %r0;"""
+    assert execute(body, schedule).tolist() == [*range(64)]
+    # The loop runs as many times as the number of the thread.
+    body = """mov.b32 %r3, 0; again: setp.ge.s32 %p2, %r3, %r0; @%p2 bra done; add.s32 %r3, %r3,
+    1; bra again;
+        done: bar.sync 0; st.global.b32 [%rd4], %r3;"""
+    assert execute(body, schedule).tolist() == [*range(64)]
+
+
+def test_blocks_race():
+    with pytest.raises(PtxError, match=r"race: .* overwritten .* written by another block"):
+        execute("st.global.b32 [%rd4], %r0;", grid=(2, 1, 1))
+    body = "mov.u32 %r3, %ctaid.x; setp.eq.b32 %p3, %r3, 0; @%p3 st.global.b32 [%rd4], %r0;"
+    with pytest.raises(PtxError, match=r"race: .* read .* written by another block"):
+        execute(body + "@!%p3 ld.global.b32 %r3, [%rd4];", grid=(2, 1, 1))
+
+
+# The same for what only whole kernels have: a pattern, its replacement, and the message
+
+TMA = cases.symmetric(64, 136, tiles=mutants.TMA, multiprocessors=1)
+BROKEN = {
+    "no fence before a bulk store": (
+        r"fence\.proxy\.async\.shared::cta;",
+        "",
+        "needs a fence between the",
+    ),
+    "no wait before the next bulk store": (
+        r"cp\.async\.bulk\.wait_group\.read\s+0;\n\tbar",
+        "bar",
+        "overwritten by .* read by a bulk store",
+    ),
+    "no acquired tensormap": (
+        r"@%p\d+ fence\.proxy\.tensormap.*",
+        "",
+        "not acquired by the tensormap proxy",
+    ),
+    "no wait for a bulk load": (
+        r"@!complete bra.uni waitLoop;",
+        "",
+        "read by .* written by a bulk load",
+    ),
+    "too few bytes expected": (r"(expect_tx.*, )\d+;", r"\g<1>16;", "deadlock"),
+    "no wait for products": (
+        r"wgmma\.wait_group\.sync\.aligned 0;",
+        "",
+        "of an asynchronous product",
+    ),
+    "no wgmma.fence": (r"wgmma\.fence\.sync\.aligned;", "", r"wgmma\.fence"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_fault_of_a_kernel_is_noticed(name):
+    pattern, replacement, message = BROKEN[name]
+    with pytest.raises(PtxError, match=message):
+        TMA.execute(Gpu(SCHEDULES[1], change=lambda text: re.sub(pattern, replacement, text)))
+
+
+@slow
+def test_most_mutants_are_noticed():
+    drawn = mutants.draw()
+    unnoticed = [one.describe() for one in drawn if not one.noticed()]
+    assert len(drawn) >= 60
+    assert len(unnoticed) <= len(drawn) // 10, "\n".join(unnoticed)
+
+
+def test_wgmma_needs_a_fence_after_cp_async(monkeypatch):
+    """Triton 3.6 makes none, so that its kernels are executed without this rule."""
+    monkeypatch.setattr(copies, "COPIES_NEED_FENCE", True)
+    gpu = Gpu(SCHEDULES[0], change=lambda text: text.replace("fence.proxy.async.shared::cta;", ""))
+    with pytest.raises(
+        PtxError, match=r"a copy of warp . wrote .*needs a fence between the proxies"
+    ):
+        DEFAULTS["matmul_t, by pointers, full tiles"].execute(gpu)

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: MIT
+"""The choice of tiles, and of the library: by device, dtype, sizes and alignment."""
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="Triton compiles the configurations")
+
+from torchpar.kernels import tiles
+from torchpar.kernels.tiles import Tiles
+
+DEVICE = tiles.Device("NVIDIA Test", 90, 132)
+WIDE, LARGE = Tiles(128, 256, 64, 8, 4, "tma"), Tiles(128, 128, 64, 8, 4, "tma")
+NARROW = Tiles(64, 128, 64, 4, 4, "tma")
+SQUARE, SMALL = Tiles(128, 128, 64, 8, 3), Tiles(64, 64, 64, 4, 3)
+UNALIGNED, SPLIT = Tiles(64, 64, 32, 8, 3), Tiles(64, 64, 64, 4, 4, "split_k")
+KINDS = [pytest.param(*kind[:2], id=name) for name, kind in tiles.KINDS.items()]
+
+
+@pytest.fixture(autouse=True)
+def device(monkeypatch):
+    monkeypatch.setattr(tiles, "device", lambda t: DEVICE)
+
+
+def operand(n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(n, k, dtype=dtype, device="meta")
+
+
+@pytest.mark.parametrize("capability", [0, 80, 90, 100, 120])
+@pytest.mark.parametrize("dtype, precision", KINDS)
+@pytest.mark.parametrize("kernel", tiles.KERNELS)
+def test_configurations_are_those_that_a_device_can_run(kernel, dtype, precision, capability):
+    found = tiles.configurations(kernel, dtype, precision, capability)
+    assert 2 <= len(set(found)) == len(found) <= 8
+    for one in found:
+        assert all(size.bit_count() == 1 for size in one[:4]), "a power of 2, as Triton takes them"
+        elements = (one.num_stages - (capability == 0)) * (one.block_m + one.block_n) * one.block_k
+        if one.variant == "tma":  # which stores from shared memory
+            elements += (
+                one.block_m**2 if kernel == "symmetric_matmul" else one.block_m * one.block_n // 2
+            )
+        shared = tiles.resident_programs(one) * elements if one.variant == "tma" else elements
+        # By the makers' documents.
+        limit = {0: 65536, 80: 166912, 120: 101376}.get(capability, 232448)
+        assert shared * dtype.itemsize <= limit
+        assert kernel == "linear_sigmoid" or one.block_n == one.block_m or one.variant == "tma"
+    similar = {80: 87, 100: 103}.get(capability, capability)
+    assert tiles.configurations(kernel, dtype, precision, similar) == found
+    variants = {"pointers"} if kernel == "symmetric_matmul" else {"pointers", "split_k"}
+    if capability in (90, 100) and (dtype.itemsize == 2 or precision == "tf32"):
+        variants.add("tma")
+    assert {one.variant for one in found} == variants
+
+
+@pytest.mark.parametrize(
+    "kernel, sizes, expected",
+    [  # waves · cost of a tile, on 132 multiprocessors
+        # 264 units: 2 · 57344, squares 4 · 32768.
+        ("symmetric_matmul", (4096, 4096, 4096, 1), WIDE),
+        # 561 units: 5 · 32768 beside 3 · 57344.
+        ("symmetric_matmul", (4224, 4224, 4224, 1), LARGE),
+        ("symmetric_matmul", (2048, 2048, 2048, 1), NARROW),  # 264 units: 2 · 20480
+        ("symmetric_matmul", (512, 512, 512, 1), SMALL),  # 36 units: 12288
+        ("symmetric_matmul", (512, 512, 512, 64), LARGE),  # 640 units: 5 · 32768 beside 3 · 57344
+        ("linear_sigmoid", (8192, 4096, 4096, 1), WIDE),  # 8 · 57344 beside 16 · 32768
+        ("linear_sigmoid", (512, 4096, 4096, 1), LARGE),  # 32768 beside 57344, 2 · 20480, 4 · 12288
+        # Neither few rows nor an unaligned result take the tiles for unaligned operands.
+        # A second launch would delay few columns of x.
+        ("linear_sigmoid", (64, 1001, 784, 1), SMALL),
+        ("linear_sigmoid", (64, 1024, 8192, 1), SPLIT),
+        ("linear_sigmoid", (8192, 1001, 784, 1), NARROW),  # wider ones would spill
+        # Single loads by pointers.
+        ("linear_sigmoid", (64, 1024, 1000, 1), Tiles(64, 64, 128, 4, 3, "tma")),
+    ],
+)
+def test_the_rule_takes_the_least_estimate(monkeypatch, kernel, sizes, expected):
+    m, n, k, _ = sizes
+    choice = kernel, "ieee", sizes, operand(m, k), operand(n, k)
+    assert tiles.choose_tiles(*choice) == expected
+    monkeypatch.setattr(tiles, "device", lambda t: DEVICE._replace(capability=80))
+    assert tiles.choose_tiles(*choice).variant != "tma"
+
+
+@pytest.mark.parametrize(
+    "n, stride, expected, by_pointers",
+    [
+        (4096, (1024, 1), WIDE, SQUARE),
+        (4096, (1, 4096), WIDE, SQUARE),
+        (4096, (1032, 1), WIDE, UNALIGNED),  # Triton asks for multiples of 16 elements
+        (4096, (1028, 1), UNALIGNED, UNALIGNED),  # rows begin on 8 bytes
+        (4095, (1024, 1), UNALIGNED, UNALIGNED),  # the result's rows begin 14 bytes off
+        (4096, (8 * 1024, 8), UNALIGNED, UNALIGNED),  # neither rows nor columns are contiguous
+        (4096, (0, 1), SQUARE, SQUARE),  # one row, expanded
+    ],
+)
+def test_tiles_and_the_library_by_alignment(n, stride, expected, by_pointers):
+    x = torch.empty(2**25, dtype=torch.bfloat16, device="meta").as_strided((n, 1024), stride)
+    choice = "symmetric_matmul", "ieee", (n, n, 1024, 1), x
+    assert tiles.choose_tiles(*choice) == expected
+    assert tiles.choose_tiles(*choice, tma=False) == by_pointers
+    assert tiles.library_is_faster(*choice) == (expected == UNALIGNED)
+    assert tiles.library_is_faster(*choice, tma=False) == (by_pointers == UNALIGNED)
+
+
+@pytest.mark.parametrize("m, n, k", [(0, 64, 64), (1, 12288, 4096), (8, 2**31, 16)])
+def test_sizes_that_no_descriptor_has_go_by_pointers(m, n, k):
+    found = tiles.choose_tiles("linear_sigmoid", "ieee", (m, n, k, 1), operand(m, k), operand(n, k))
+    assert found.variant == "pointers"
+
+
+BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+
+
+# The table of docs/tuning.md
+@pytest.mark.parametrize(
+    "kernel, dtype, precision, shape, library",
+    [
+        ("symmetric_matmul", BF16, "ieee", (1024, 16), False),
+        ("symmetric_matmul", BF16, "ieee", (1008, 4096), True),
+        ("symmetric_matmul", F16, "ieee", (1032, 1032), False),  # by TMA
+        ("symmetric_matmul", F32, "tf32", (4096, 4096), False),
+        ("symmetric_matmul", F32, "ieee", (4096, 4096), True),
+        ("symmetric_matmul", F64, "ieee", (4096, 4096), False),
+        ("symmetric_matmul", F64, "ieee", (4097, 4096), True),
+        ("linear_sigmoid", BF16, "ieee", (64, 10, 785), False),  # one launch instead of two
+        ("linear_sigmoid", BF16, "ieee", (64, 64, 10000), True),  # split, it launches twice
+        ("linear_sigmoid", BF16, "ieee", (8192, 512, 784), False),
+        ("linear_sigmoid", BF16, "ieee", (8192, 510, 784), True),  # rows of 1020 bytes
+        ("linear_sigmoid", BF16, "ieee", (8192, 512, 785), True),
+        ("linear_sigmoid", BF16, "ieee", (8192, 4096, 2048), False),
+        ("linear_sigmoid", BF16, "ieee", (8192, 4096, 2064), True),
+        ("linear_sigmoid", F32, "tf32", (8192, 4096, 2048), False),
+        # The main job's layer, on two ranks.
+        ("linear_sigmoid", F32, "ieee", (512, 512, 121), False),
+        # And on one: 128 of 132 multiprocessors.
+        ("linear_sigmoid", F32, "ieee", (1024, 512, 121), False),
+        ("linear_sigmoid", F32, "ieee", (1088, 512, 121), True),  # two waves of tiles
+        ("linear_sigmoid", F32, "ieee", (512, 512, 160), False),  # the time of two launches
+        ("linear_sigmoid", F32, "ieee", (512, 512, 161), True),
+        # One tile: few multiprocessors work.
+        ("linear_sigmoid", F32, "ieee", (64, 64, 10000), True),
+        ("linear_sigmoid", F32, "ieee", (8192, 512, 784), True),
+        ("linear_sigmoid", F64, "ieee", (8192, 512, 512), False),
+        ("linear_sigmoid", F64, "ieee", (8192, 512, 784), True),
+    ],
+)
+def test_the_library_computes_where_the_kernel_is_not_expected_to_win(
+    kernel, dtype, precision, shape, library
+):
+    m, n, k = shape if len(shape) == 3 else (shape[0], *shape)
+    operands = [operand(m, k, dtype), operand(n, k, dtype)][: len(shape) - 1]
+    assert tiles.library_is_faster(kernel, precision, (m, n, k, 1), *operands) == library
+
+
+def test_choice_by_a_symbolic_size_adds_no_guard():
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    env = ShapeEnv()
+    symbol = env.create_unspecified_symbol(1040, source=torch._dynamo.source.ConstantSource("n"))
+    n = env.create_symintnode(symbol, hint=1040)
+    x = operand(1024, 1024)
+    choice = "symmetric_matmul", "ieee", (n, n, n, 1), x
+    assert tiles.choose_tiles(*choice) == NARROW
+    assert not tiles.library_is_faster(*choice)
+    assert tiles.split_k(SPLIT, DEVICE, 64, 64, n) == (1, n), (
+        "the number of programs would be a guard"
+    )
+    assert tiles._hint(env.create_unbacked_symint()) == 1024
+    assert all("Mod" in str(guard.expr) for guard in env.guards), "not of alignment"
+    assert n > 1000
+    assert not all("Mod" in str(guard.expr) for guard in env.guards), "a guard would have been seen"

@@ -1,0 +1,589 @@
+# SPDX-License-Identifier: MIT
+"""Behaviours of `torch.library`'s decorators, each also asked of `torchpar.library`'s."""
+
+import itertools
+import sys
+import threading
+from typing import Any
+
+import pytest
+import torch
+from commands import run
+from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import torchpar
+
+NAMES = (f"library_anchor::op{i}" for i in itertools.count())
+
+both = pytest.mark.parametrize(
+    "library", [torch.library, torchpar.library], ids=["torch", "torchpar"]
+)
+
+
+def double(x: Tensor) -> Tensor:
+    return 2 * x
+
+
+def write_double(x: Tensor) -> None:
+    array = x.numpy()
+    array *= 2  # a write of which PyTorch knows nothing
+
+
+def add_one(x: Tensor, w: Tensor) -> Tensor:
+    x.add_(1)
+    return w * 2
+
+
+def make(library: Any, function: Any = double, mutates_args: Any = (), **how: Any) -> Any:
+    return library.custom_op(next(NAMES), function, mutates_args=mutates_args, **how)
+
+
+# Operators that write to arguments
+
+
+@both
+def test_a_write_in_inference_mode_raises_the_version(library: Any) -> None:
+    op, w = make(library, write_double, {"x"}), torch.full((2,), 5.0, requires_grad=True)
+    x = torch.ones(2)
+    y = (x * w).sum()
+    with torch.inference_mode():
+        op(x)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+    with torch.inference_mode():
+        op(torch.ones(2))  # has no version
+
+
+@both
+@pytest.mark.parametrize("kind", ["Tensor", "Tensor?", "Tensor[]", "Tensor?[]"])
+def test_a_write_raises_the_versions_of_what_is_written(library: Any, kind: str) -> None:
+    written, read = torch.zeros(2), torch.zeros(2)
+    argument = [written] if "[]" in kind else written
+    schema = f"({kind.replace('Tensor', 'Tensor(a!)', 1)} x, Tensor y) -> ()"
+    op = make(library, lambda x, y: None, {"x"}, schema=schema)
+    for mode in (torch.no_grad, torch.enable_grad, torch.inference_mode):
+        version = written._version
+        with mode():
+            op(argument, read)
+        assert (written._version > version, read._version) == (True, 0)
+
+
+@both
+def test_a_result_of_an_operator_that_writes_has_no_gradient_and_says_so(library: Any) -> None:
+    op, w = make(library, add_one, {"x"}), torch.ones(2, requires_grad=True)
+    x = torch.zeros(2)
+    y = op(x, w)
+    assert y.requires_grad
+    assert x.tolist() == [1, 1]
+    assert x._version > 0
+    with pytest.raises(RuntimeError, match="Trying to backward through"):
+        (y + w).sum().backward()
+
+
+@both
+def test_an_operator_that_writes_needs_no_fake(library: Any) -> None:
+    op = make(library, write_double, {"x"})
+    op(torch.ones(2, device="meta"))
+    with FakeTensorMode():
+        op(torch.ones(2))
+    torch.library.opcheck(op, (torch.ones(2),))
+
+    def function(x: Tensor) -> Tensor:
+        x = x.clone()
+        op(x)
+        return x
+
+    x = torch.ones(2)
+    assert torch.equal(torch.compile(function, backend="aot_eager", fullgraph=True)(x), 2 * x)
+
+
+@both
+@pytest.mark.parametrize(
+    "schema, mutates", [("(Tensor x) -> ()", {"x"}), ("(Tensor(a!) x) -> ()", ())]
+)
+def test_a_schema_that_contradicts_mutates_args(library: Any, schema: str, mutates: Any) -> None:
+    with pytest.raises(ValueError, match="the op mutates"):
+        make(library, lambda x: None, mutates, schema=schema)
+
+
+@both
+def test_mutates_args_that_are_no_arguments(library: Any) -> None:
+    for mutates in ("x", {"y"}):
+        with pytest.raises(ValueError, match="mutates_args"):
+            make(library, double, mutates)
+
+
+@both
+def test_unknown_writes_raise_all_versions(library: Any) -> None:
+    def function(x: Tensor, y: Tensor) -> None:
+        x.zero_()
+
+    x, y = torch.ones(2), torch.ones(2)
+    make(library, function, "unknown")(x, y)
+    assert x._version > 0
+    assert y._version > 0
+
+
+def test_forward_mode_in_another_thread_does_not_refuse_a_write() -> None:
+    op, failed = make(torchpar.library, write_double, {"x"}), []
+
+    def call() -> None:
+        try:
+            op(torch.ones(2))
+        except RuntimeError as e:
+            failed.append(e)
+
+    with forward_ad.dual_level():
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+        assert failed == []
+        with pytest.raises(RuntimeError, match="no forward mode"):
+            op(forward_ad.make_dual(torch.ones(2), torch.ones(2)))
+
+
+def test_forward_mode_in_another_thread_changes_no_call() -> None:
+    """PyTorch counts the levels of forward mode for all threads together."""
+    op, x, found = make(torchpar.library), torch.ones(2, requires_grad=True), []
+    op.register_autograd(
+        lambda ctx, g: 2 * g,
+        setup_context=lambda ctx, inputs, output: modes.append(torch.is_grad_enabled()),
+        formula=lambda x: found.append("formula"),
+    )
+    modes: list[bool] = []
+    asymmetric = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+
+    def call() -> None:
+        found.append(op(x).tolist())
+        try:
+            torchpar.symmetric_matmul(asymmetric, torch.eye(2), check=True)
+        except RuntimeError:
+            found.append("refused")
+
+    with forward_ad.dual_level():
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+    assert found == [[2, 2], "refused"]
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(torch.ones(2), torch.full((2,), 5.0))
+        op.register_autograd(lambda ctx, g: 2 * g, formula=lambda x: 2 * x)
+        assert forward_ad.unpack_dual(op(dual)).tangent.tolist() == [10, 10]
+
+
+@both
+def test_the_graph_names_the_operator(library: Any) -> None:
+    op, x = make(library), torch.ones(2, requires_grad=True)
+    op.register_autograd(lambda ctx, g: 2 * g)
+    name = f"GeneratedBackwardFor_{op._qualname.replace('::', '_')}_default"
+    assert op(x).grad_fn.name().startswith(name)
+
+
+SCRIPT = """
+import torch
+from {library} import custom_op
+
+@custom_op("anchor_script::double", mutates_args=())
+def double(x: torch.Tensor) -> torch.Tensor:
+    return 2 * x
+
+@double.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+print(double(torch.ones(1)).item(), double(torch.ones(1, device="meta")).device)
+"""
+
+
+@pytest.mark.parametrize(
+    "library",
+    [pytest.param(torch.library, marks=pytest.mark.slow), torchpar.library],
+    ids=["torch", "torchpar"],
+)
+def test_a_script_defines_operators_at_its_top(library: Any, tmp_path: Any) -> None:
+    """PyTorch looks for the caller of `register_fake` some frames above."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(library=library.__name__))
+    assert run(sys.executable, str(script))[:2] == (0, "2.0 meta\n")
+
+
+@both
+def test_a_fake_knows_its_source(library: Any) -> None:
+    op = make(library)
+    op.register_fake(torch.empty_like)  # whose line is this one
+    entry = torch._library.simple_registry.singleton.find(op._qualname)
+    assert entry.fake_impl.kernel.source.startswith(__file__) or library is torch.library
+
+
+# What derivatives see
+
+
+@both
+def test_the_context_is_the_users(library: Any) -> None:
+    op, x = make(library), torch.ones(2, requires_grad=True)
+
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.call, ctx.are_smooth, ctx.results = inputs[0].shape, 1, 2
+
+    op.register_autograd(
+        lambda ctx, g: g * 2 * ctx.results * len(ctx.call), setup_context=setup_context
+    )
+    op(x).sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [4, 4]
+
+
+@both
+def test_setup_context_is_called_where_a_gradient_is_needed(library: Any) -> None:
+    op, calls = make(library), []
+    op.register_autograd(
+        lambda ctx, g: 2 * g, setup_context=lambda ctx, inputs, output: calls.append(1)
+    )
+    x = torch.ones(2, requires_grad=True)
+    op(x.detach())
+    with torch.no_grad():
+        op(x)
+    assert calls == []
+    op(x)
+    assert calls == [1]
+
+
+@both
+@pytest.mark.parametrize("materializes", [True, False])
+def test_gradients_of_unused_results(library: Any, materializes: bool) -> None:
+    op, seen = make(library, lambda x: (2 * x, 3 * x), schema="(Tensor x) -> (Tensor, Tensor)"), []
+
+    def backward(ctx: Any, g: Any, h: Any) -> Tensor:
+        seen.append(h)
+        return 2 * g
+
+    op.register_autograd(
+        backward, setup_context=lambda ctx, inputs, output: ctx.set_materialize_grads(materializes)
+    )
+    x = torch.ones(2, requires_grad=True)
+    op(x)[0].sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [2, 2]
+    assert (seen[0].tolist() == [0, 0]) if materializes else (seen[0] is None)
+
+
+@both
+def test_needs_input_grad_and_the_number_of_gradients(library: Any) -> None:
+    schema = "(Tensor x, float a=1., float b=2., float c=3.) -> Tensor"
+    op, seen = make(library, lambda x, a=1.0, b=2.0, c=3.0: x * a * b * c, schema=schema), []
+    x = torch.ones(2, requires_grad=True)
+
+    def register(count: int) -> None:
+        def backward(ctx: Any, g: Tensor) -> Any:
+            seen.append(ctx.needs_input_grad)
+            return (g, None, None, None, None)[:count]
+
+        op.register_autograd(
+            backward, setup_context=lambda ctx, inputs, output: seen.append(list(inputs[1:]))
+        )
+
+    for count in (1, 4):
+        register(count)
+        torch.autograd.grad(op(x).sum(), x)
+        assert seen == [[1, 2, 3], (True,)]
+        seen.clear()
+    for count in (0, 2, 3):
+        register(count)
+        with pytest.raises(RuntimeError, match=rf"expected 1 or 4, got {count}"):
+            op(x).sum().backward()
+
+
+@both
+def test_needs_input_grad_of_lists(library: Any) -> None:
+    def function(ts: list[Tensor], sizes: list[int], scale: float = 1.0) -> Tensor:
+        return ts[0] * ts[1] * scale
+
+    op, seen = make(library, function), []
+
+    def backward(ctx: Any, g: Tensor) -> Any:
+        seen.append(ctx.needs_input_grad)
+        return [g, None], None, None
+
+    op.register_autograd(backward)
+    x, y = torch.ones(2, requires_grad=True), torch.ones(2)
+    op([x, y], [1, 2, 3]).sum().backward()
+    op([x, y], [1, 2, 3], 2.0).sum().backward()
+    assert [[*map(lambda s: list(s) if isinstance(s, list) else s, one)] for one in seen] == [
+        [[True, False], False],
+        [[True, False], False, False],
+    ]
+
+
+@both
+def test_a_list_of_gradients_has_one_for_each_tensor(library: Any) -> None:
+    op = make(
+        library,
+        lambda a, b, c: a[0] + b[0] + c,
+        schema="(Tensor[] a, Tensor[] b, Tensor c) -> Tensor",
+    )
+    x, y, z, w = (torch.ones(2, requires_grad=True) for _ in range(4))
+    for gradients, message in (
+        # Four, as there are tensors.
+        (lambda g: ([g], [g, g], g), "1 gradients for a, expected a list of 2"),
+        (lambda g: (g, [g], g), "one gradient for a, expected a list of 2"),
+        (lambda g: ([g, g], [g], [g]), "1 gradients for c, expected one"),
+        (lambda g: ([g, g], [g], (g,)), "1 gradients for c, expected one"),
+    ):
+        op.register_autograd(lambda ctx, g, gradients=gradients: gradients(g))
+        with pytest.raises(RuntimeError, match=f"structure|{message}"):
+            op([x, y], [z], w).sum().backward()
+    op.register_autograd(lambda ctx, g: ([None, 2 * g], [3 * g], 4 * g))
+    found = torch.autograd.grad(op([x, y], [z], w).sum(), (y, z, w))
+    assert [g.tolist() for g in found] == [[2, 2], [3, 3], [4, 4]]
+
+
+# Definitions
+
+
+@both
+def test_tags(library: Any) -> None:
+    for tags in (
+        torch.Tag.pointwise,
+        [torch.Tag.pointwise],
+        (torch.Tag.pt2_compliant_tag, torch.Tag.pointwise),
+    ):
+        found = make(library, tags=tags)._opoverload.tags
+        assert {torch.Tag.pointwise, torch.Tag.pt2_compliant_tag} <= set(found)
+
+
+@both
+def test_overloads_of_a_name(library: Any) -> None:
+    name = next(NAMES)
+    one = library.custom_op(name, double, mutates_args=())
+    two = library.custom_op(
+        f"{name}.two", lambda x, y: x + y, mutates_args=(), schema="(Tensor x, Tensor y) -> Tensor"
+    )
+    x, packet = torch.ones(2), getattr(torch.ops.library_anchor, name.partition("::")[2])
+    assert [
+        f(*a).tolist() for f, a in ((one, (x,)), (two, (x, x)), (packet, (x,)), (packet, (x, x)))
+    ] == [[2, 2]] * 4
+
+
+@both
+def test_factories(library: Any) -> None:
+    def ones(device: torch.device) -> Tensor:
+        return torch.ones(2, device=device)
+
+    op = make(library, ones, device_types="cpu")
+    assert op(device="cpu").tolist() == op("cpu").tolist() == [1, 1]
+    with pytest.raises(RuntimeError, match="does not have a kernel registered for cuda"):
+        op("cuda")
+    with pytest.raises(ValueError, match=r"device: torch\.device"):
+        make(library, lambda: torch.ones(2), device_types="cpu", schema="() -> Tensor")
+
+
+def test_a_factory_with_a_default_device_runs_its_kernel() -> None:
+    """PyTorch passes no argument on that equals its default, and its own rule has an IndexError
+    there."""
+    schema = '(int n, Device? device="cuda") -> Tensor'
+    op = make(
+        torchpar.library, lambda n, device=None: torch.ones(n), device_types="cpu", schema=schema
+    )
+    op.register_kernel("cuda")(lambda n, device=None: torch.full((n,), 2.0))
+    assert [op(1).item(), op(1, "cuda").item(), op(1, "cpu").item(), op(1, None).item()] == [
+        2,
+        2,
+        1,
+        1,
+    ]
+
+
+@both
+def test_keyword_only_tensors_are_refused(library: Any) -> None:
+    for kind in ("Tensor", "Tensor?", "Tensor[]"):
+        with pytest.raises(NotImplementedError, match="only"):
+            make(library, double, schema=f"(Tensor x, *, {kind} y) -> Tensor")
+
+
+def test_results_that_alias_arguments_are_refused_at_the_definition() -> None:
+    def definitions() -> Any:
+        yield {"schema": "(Tensor(a) x) -> Tensor(a)"}
+        yield {"schema": "(Tensor(a!) x) -> Tensor(a!)", "mutates_args": {"x"}}
+        yield from (
+            {"tags": getattr(torch.Tag, n)} for n in ("inplace", "out") if hasattr(torch.Tag, n)
+        )
+
+    for how in definitions():
+        with pytest.raises(NotImplementedError, match="a result is an argument or a view of one"):
+            make(torchpar.library, **how)
+
+
+@both
+def test_an_error_about_aliasing_names_the_operator_and_the_module(library: Any) -> None:
+    op = make(library, lambda x: x, schema="(Tensor x) -> Tensor")
+    # That of PyTorch's own wrapper.
+    module = __name__ if library is torchpar.library else "custom_ops"
+    with pytest.raises(RuntimeError, match=rf"{op._name} .*{module}.* may not alias"):
+        op(torch.ones(2))
+
+
+@both
+def test_defaults_of_every_type(library: Any) -> None:
+    seen: list[Any] = []
+
+    def function(
+        x: Tensor,
+        a: int | None = None,
+        b: float = 3.14,
+        c: bool = True,
+        d: int = 3,
+        e: str = "foo",
+        f: torch.dtype = torch.float,
+        g: torch.dtype | None = None,
+        h: torch.device = torch.device("cpu:0"),  # noqa: B008  # a default of the schema
+    ) -> Tensor:
+        seen.append((a, b, c, d, e, f, g, h))
+        return x.clone()
+
+    op = make(library, function)
+    op(torch.ones(2))
+    assert seen == [(None, 3.14, True, 3, "foo", torch.float, None, torch.device("cpu:0"))]
+
+
+# Registration again, by the object, the name and the overload
+
+
+@both
+def test_rules_are_replaced(library: Any) -> None:
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            return func(*args, **(kwargs or {}))
+
+    op, x = make(library), torch.ones(2)
+    for factor in (3.0, 4.0):
+        op.register_torch_dispatch(
+            Mode, lambda mode, func, types, args, kwargs, f=factor: args[0] * f
+        )
+        op.register_fake(lambda x, n=int(factor): x.new_empty(n))
+        op.register_vmap(lambda info, in_dims, x, f=factor: (x * f, in_dims[0]))
+        with Mode():
+            assert op(x).tolist() == [factor] * 2
+        with FakeTensorMode():
+            assert op(torch.empty(2)).shape == (factor,)
+        assert torch.func.vmap(op)(x[None]).tolist() == [[factor] * 2]
+
+
+@both
+@pytest.mark.parametrize("by", ["object", "name", "overload"])
+def test_rules_are_registered_by_object_name_and_overload(library: Any, by: str) -> None:
+    op = make(library)
+    target = {"object": op, "name": op._qualname, "overload": op._opoverload}[by]
+    torch.library.register_fake(target, lambda x: x.new_empty(7))
+    torch.library.register_vmap(target, lambda info, in_dims, x: (x * 5, in_dims[0]))
+    torch.library.register_autograd(target, lambda ctx, g: g * 3)
+    torch.library.register_kernel(target, "cpu", lambda x: x * 4)
+    torch.library.register_autocast(target, "cpu", torch.float16)
+    x = torch.ones(2, requires_grad=True)
+    y = op(x)
+    y.sum().backward()
+    assert (y.tolist(), x.grad.tolist()) == ([4, 4], [3, 3])
+    assert torch.func.vmap(op)(torch.ones(1, 2)).tolist() == [[5, 5]]
+    with FakeTensorMode():
+        assert op(torch.empty(2)).shape == (7,)
+    with torch.autocast("cpu"):
+        assert op(x).dtype == torch.float16
+    if library is torchpar.library:  # the derivative is also that of forward mode
+        assert torch.func.jvp(op, (torch.ones(2),), (torch.ones(2),))[1].tolist() == [3, 3]
+
+
+@both
+def test_a_definition_replaces_the_one_by_the_other_library(library: Any) -> None:
+    name = next(NAMES)
+    for one in (torch.library, torchpar.library, library):
+        op = one.custom_op(name, double, mutates_args=())
+    assert op(torch.ones(2)).tolist() == [2, 2]
+
+
+# Operators of Triton kernels
+
+
+def scaled(x: Tensor, by: float = 2.0) -> Tensor:
+    return x * by
+
+
+def write_scaled(x: Tensor, by: float = 2.0) -> None:
+    x.mul_(by)
+
+
+def graph_of(function: Any, *args: Any) -> str:
+    """The names of the operators of a compiled function, below autograd."""
+    names: list[str] = []
+
+    def record(graph: torch.fx.GraphModule, _: Any) -> Any:
+        names.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    torch.compile(function, backend=aot_autograd(fw_compiler=record), fullgraph=True)(*args)
+    return " ".join(names)
+
+
+@both
+def test_a_compiler_looks_into_a_triton_op(library: Any) -> None:
+    op, x = library.triton_op(next(NAMES), scaled, mutates_args=()), torch.ones(3)
+    assert op(x).tolist() == [2, 2, 2]
+    assert op(x, 3.0).tolist() == op(x, by=3.0).tolist() == [3, 3, 3]
+    assert graph_of(lambda x: op(x, 3.0), x) == "aten.mul.Tensor"
+    assert op._qualname.replace("::", ".") in str(torch.export.export(Call(op), (x,)).graph)
+    torch.library.opcheck(op, (x,), test_utils=("test_schema", "test_faketensor"))
+
+
+class Call(torch.nn.Module):
+    def __init__(self, op: Any):
+        super().__init__()
+        self.op = op
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+@both
+def test_a_triton_op_that_writes(library: Any) -> None:
+    op, x = library.triton_op(next(NAMES), write_scaled, mutates_args={"x"}), torch.ones(3)
+    op(x)
+    assert (x.tolist(), x._version > 0) == ([2, 2, 2], True)
+    y = torch.ones(3)
+    torch.compile(lambda y: op(y, 3.0), backend="aot_eager", fullgraph=True)(y)
+    assert y.tolist() == [3, 3, 3]
+
+
+@both
+def test_derivatives_of_a_triton_op(library: Any) -> None:
+    op, x = (
+        library.triton_op(next(NAMES), scaled, mutates_args=()),
+        torch.ones(3, requires_grad=True),
+    )
+    with pytest.raises(RuntimeError, match="Trying to backward through"):
+        op(x).sum().backward()
+
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.by = inputs[1]
+
+    op.register_autograd(lambda ctx, g: (g * ctx.by, None), setup_context=setup_context)
+    for function in (
+        op,
+        torch.compile(lambda x, by=2.0: op(x, by), backend="aot_eager", fullgraph=True),
+    ):
+        for by in (2.0, 5.0):
+            assert torch.autograd.grad(function(x, by).sum(), x)[0].tolist() == [by] * 3
+    op.register_autograd(lambda ctx, g: (g, None, None), setup_context=setup_context)
+    with pytest.raises(RuntimeError, match="expected 2, got 3"):
+        op(x, 5.0).sum().backward()
+
+
+@both
+def test_a_triton_op_has_kernels_for_other_devices(library: Any) -> None:
+    op = library.triton_op(next(NAMES), scaled, mutates_args=())
+    op.register_kernel("cpu")(lambda x, by=2.0: x + 10 * by)
+    assert op(torch.ones(1)).item() == 21
+    assert op(torch.ones(1, device="meta")).shape == (1,)

@@ -1,0 +1,620 @@
+# SPDX-License-Identifier: MIT
+"""Muon and Newton–Schulz against float64 and `torch.optim.Muon`, on one rank."""
+
+import copy
+import inspect
+import operator
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+from torch.optim._muon import _zeropower_via_newtonschulz
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from torchpar import reference
+from torchpar.optim import ChainedOptimizer, Muon, newton_schulz, orthogonalize
+from torchpar.optim import matrices as batches
+from torchpar.optim.newton_schulz import COEFFICIENTS
+
+TORCH = torch.optim.Muon
+both_iterations = pytest.mark.parametrize("ns", ["standard", "gram"])
+
+
+@pytest.fixture(autouse=True)
+def bfloat16(monkeypatch):
+    """Products of bfloat16, as torch's, also on a CPU where those of float32 are faster."""
+    monkeypatch.setattr(newton_schulz, "has_bfloat16", lambda: True)
+
+
+def torchs(x: Tensor, steps: int = 5) -> Tensor:
+    return _zeropower_via_newtonschulz(x, COEFFICIENTS, steps, 1e-7).double()
+
+
+def exact(x: Tensor, steps: int = 5) -> Tensor:
+    return reference.orthogonalize(x.double(), steps)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (1, 1), (2, 5, 8), (20, 3)])
+def test_the_reference_applies_its_polynomial_to_the_singular_values(shape):
+    torch.manual_seed(0)
+    x = torch.randn(shape, dtype=torch.float64)
+    u, values, vh = torch.linalg.svd(x, full_matrices=False)
+    values /= values.norm(dim=-1, keepdim=True)
+    for _ in range(5):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    # Each of five iterations multiplies a rounding error of x by at most a = 3.4445.
+    rounding = max(shape) * 3.4445**5 * torch.finfo(torch.float64).eps
+    assert_close(reference.orthogonalize(x), u * values.unsqueeze(-2) @ vh, rtol=0, atol=rounding)
+    assert torch.equal(reference.orthogonalize(torch.zeros(shape)), torch.zeros(shape))
+
+
+def matrices(n: int, m: int) -> Iterator[tuple[Tensor, float]]:
+    """Random ones, of many decades, and of low rank, each with the error allowed as a multiple of
+    torch's."""
+    torch.manual_seed(0)
+    yield torch.randn(n, m), 2
+    u, v = torch.linalg.qr(torch.randn(n, n))[0], torch.linalg.qr(torch.randn(m, n))[0]
+    yield u * torch.logspace(0, -6, n) @ v.T, 2
+    yield torch.randn(n, 4) @ torch.randn(4, m), 2
+
+
+def hard_matrices(n: int, m: int) -> Iterator[tuple[Tensor, float]]:
+    """Spectra for which Gram iterations lose accuracy, each with the factor that newton_schulz.py
+    states."""
+    torch.manual_seed(0)
+    u, v = torch.linalg.qr(torch.randn(n, n))[0], torch.linalg.qr(torch.randn(m, n))[0]
+    for decades, factor in ((1, 1.8), (2, 6), (3, 6)):
+        yield u * torch.logspace(0, -decades, n) @ v.T, factor
+    for times in (2, 4):
+        yield torch.randn(n // times, m).repeat(times, 1), 11
+
+
+def compare_orthogonality(
+    make: Any, n: int, m: int, steps: int, ns: Any, triple: Any = COEFFICIENTS
+) -> None:
+    """Singular values are at most twice as far as torch's from 1 and from each other, and so is the
+    result.
+
+    This holds for all of them, and for those of directions in which x is not near 0.
+    """
+    for x, factor in make(n, m):
+        ideal, by_torch = exact(x, steps), torchs(x, steps)
+        found = orthogonalize(x, triple, steps, ns=ns).double()
+        if make is matrices or steps == 5:
+            assert (found - ideal).norm() <= factor * (by_torch - ideal).norm()
+        values_of = [torch.linalg.svdvals(t) for t in (found, by_torch, ideal)]
+        for kept in (values_of[2] > 0.6, values_of[2] >= 0):
+            values, torchs_values = (v[kept] for v in values_of[:2])
+            assert (values - 1).abs().max() <= 2 * (torchs_values - 1).abs().max()
+            assert (values - 1).norm() <= 2 * (torchs_values - 1).norm()
+            assert values.max() - values.min() <= 2 * (torchs_values.max() - torchs_values.min())
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        (matrices, 64, 64, 5, "standard"),
+        (matrices, 127, 129, 5, "gram"),
+        (matrices, 65, 300, 5, "standard"),
+        *((matrices, 64, 130, steps, "gram") for steps in (1, 2, 3, 4, 5, 7, 8)),
+        (matrices, 257, 520, 5, "standard"),
+        (matrices, 257, 520, 5, "gram"),
+        *(
+            pytest.param((hard_matrices, 256, 512, steps, "auto"), marks=pytest.mark.slow)
+            for steps in (4, 5, 8)
+        ),
+    ],
+)
+def test_orthogonality_is_no_worse_than_torchs(monkeypatch, case):
+    """By whole products of up to 256 rows, and by half products of more."""
+    monkeypatch.setattr(newton_schulz, "is_halved", lambda x: x.shape[-2] > 256)
+    compare_orthogonality(*case)
+
+
+def test_the_comparison_rejects_a_wrong_coefficient():
+    a, b, c = COEFFICIENTS
+    with pytest.raises(AssertionError):
+        compare_orthogonality(matrices, 65, 300, 5, "standard", (a, b, 1.03 * c))
+
+
+@both_iterations
+def test_products_of_float32_leave_the_rounding_of_the_result_alone(monkeypatch, ns):
+    monkeypatch.setattr(newton_schulz, "has_bfloat16", lambda: False)
+    for x, _ in matrices(65, 300):
+        found = orthogonalize(x.mT, ns=ns)
+        assert found.dtype == torch.bfloat16
+        ideal = exact(x.bfloat16()).mT  # the steps multiply a rounding of x by up to 3.4445⁵
+        assert (found.double() - ideal).norm() <= 2 * 2**-8 * ideal.norm()
+
+
+@both_iterations
+def test_any_layout(ns):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 20, 45)
+    before, expected = x.clone(), orthogonalize(x, ns=ns)
+    assert expected.dtype == torch.bfloat16
+    for same in (torch.stack([x, x], -1)[..., 0], x.double()):
+        assert_close(orthogonalize(same, ns=ns), expected, rtol=0, atol=0)
+    assert_close(orthogonalize(x.mT, ns=ns), expected.mT, rtol=0, atol=0)
+    by_columns = orthogonalize(x.mT.contiguous().mT, ns=ns)
+    assert by_columns.mT.is_contiguous()
+    error = (torchs(x[1, 2]) - exact(x[1, 2])).norm()
+    for other in (by_columns[1, 2], orthogonalize(x[1, 2], ns=ns)):  # sums in other orders
+        assert (other.double() - expected[1, 2].double()).norm() <= 4 * error
+    assert torch.equal(x, before)
+    for shape in [(0, 5), (5, 0), (3, 0, 4), (0, 3, 4)]:
+        assert orthogonalize(torch.ones(shape), ns=ns).shape == shape
+    assert torch.equal(
+        orthogonalize(torch.zeros(64, 200), ns=ns), torch.zeros(64, 200, dtype=torch.bfloat16)
+    )
+    x = torch.randn(3, 7).bfloat16()
+    assert torch.equal(orthogonalize(x, steps=0, ns=ns), x / x.norm())
+
+
+def test_auto_is_gram_for_large_matrices_with_one_side_twice_the_other():
+    for n, m, ns in ((255, 600, "standard"), (256, 511, "standard"), (256, 512, "gram")):
+        x = torch.randn(n, m)
+        assert torch.equal(orthogonalize(x), orthogonalize(x, ns=ns))
+
+
+def test_polar_express_ends_nearer_to_1():
+    for x, _ in matrices(65, 300):
+        large = torch.linalg.svdvals(exact(x)) > 0.6  # directions that the usual coefficients raise
+        spread = {}
+        for coefficients in (COEFFICIENTS, "polar_express"):
+            values = torch.linalg.svdvals(orthogonalize(x, coefficients, 8, ns="standard").double())
+            spread[coefficients] = (values[large] - 1).abs().max()
+        assert spread["polar_express"] < spread[COEFFICIENTS] / 2
+
+
+def test_coefficients_of_each_iteration():
+    x = torch.randn(20, 30)
+    one, other = COEFFICIENTS, (2.0, -1.5, 0.5)
+    expected = x.double() / x.double().norm()
+    for a, b, c in (one, other, other):
+        r = expected @ expected.mT
+        expected = a * expected + (b * r + c * r @ r) @ expected
+    for ns in ("standard", "gram"):
+        found = orthogonalize(x, [one, other], 3, ns=ns)
+        # x and nine products are rounded to bfloat16.
+        assert (found.double() - expected).norm() <= 10 * 2**-9 * expected.norm()
+
+
+# Steps
+
+
+SHAPES = [(20, 30), (30, 20), (20, 30), (16, 80), (33, 33), (90, 17)]
+ITERATION = "torch.optim._muon._zeropower_via_newtonschulz"
+
+
+def fill_gradients(params: list[Tensor]) -> None:
+    for p in params:
+        p.grad = torch.randn_like(p)
+
+
+class NoReading(TorchDispatchMode):
+    """Refuse to copy a value from a device to Python."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def run(
+    *kinds: Callable[..., TORCH], dtype: torch.dtype = torch.float32, **arguments: Any
+) -> list[Tensor]:
+    """The parameters after three steps of each kind of optimizer, which loads the state of the one
+    before.
+
+    The gradients do not depend on the parameters, so that every run orthogonalises the same
+    matrices.
+    """
+    torch.manual_seed(0)
+    params = [torch.randn(shape, dtype=dtype).requires_grad_() for shape in SHAPES]
+    state = None
+    for kind in kinds:
+        optimizer = kind(params, **{"lr": 0.1, **arguments})
+        if state is not None:
+            optimizer.load_state_dict(copy.deepcopy(state))
+        for _ in range(3):
+            fill_gradients(params)
+            with NoReading() if isinstance(optimizer, Muon) else nullcontext():
+                optimizer.step()
+        state = optimizer.state_dict()
+    return [p.detach().double() for p in params]
+
+
+def compare_runs(*kinds: Callable[..., TORCH], **arguments: Any) -> None:
+    """Parameters are at most twice as far as torch's from those of an orthogonalisation in
+    float64."""
+    found = run(*kinds, **arguments)
+    expected = run(*[TORCH] * len(kinds), **arguments)
+    with patch(ITERATION, lambda x, coefficients, steps, eps: exact(x, steps).to(x.dtype)):
+        ideal = run(*[TORCH] * len(kinds), **arguments)
+    for x, y, z in zip(found, expected, ideal, strict=True):
+        assert (x - z).norm() <= 2 * (y - z).norm()
+
+
+gram = partial(Muon, ns="gram")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"nesterov": False, "momentum": 0.5},
+        {"weight_decay": 0.0, "adjust_lr_fn": "match_rms_adamw", "ns_steps": 4},
+        {"adjust_lr_fn": "original", "dtype": torch.float64, "eps": 1e-3},
+        {"dtype": torch.bfloat16},
+        {"lr": torch.tensor([0.1])},
+        {"adjust_lr_fn": "spectral_unclamped"},
+    ],
+)
+def test_steps_are_torchs(arguments):
+    """They read nothing back from the device."""
+    compare_runs(Muon, **arguments)
+    compare_runs(gram, **arguments)
+
+
+def test_checkpoints_interchange_with_torchs():
+    compare_runs(TORCH, Muon)
+    compare_runs(gram, TORCH)
+    with pytest.raises(AssertionError):
+        compare_runs(partial(Muon, momentum=0.9))
+    params = [torch.randn(shape).requires_grad_() for shape in SHAPES]
+    fill_gradients(params)
+    ours, theirs = Muon(params, ns="gram"), TORCH(params)
+    for optimizer in (ours, theirs):
+        optimizer.step()
+    assert_close(ours.state_dict(), theirs.state_dict(), rtol=0, atol=0)
+    assert copy.deepcopy(ours).ns == "gram"
+
+
+def test_matrices_share_batches():
+    """Small ones of nearly equal shapes do; each ends where it does alone, but for rounding."""
+    torch.manual_seed(0)
+    shapes = [(20, 30), (32, 32), (300, 300), (33, 5), (25, 32), (20, 30)]
+    params = [torch.randn(shape).requires_grad_() for shape in shapes]
+    alone = [p.detach().clone().requires_grad_() for p in params]
+    fill_gradients(params)
+    for p, q in zip(params, alone, strict=True):
+        q.grad = p.grad
+        Muon([q], lr=1.0, ns="standard").step()
+    optimizer = Muon(params, lr=1.0, ns="standard")
+    with (
+        patch.object(batches, "orthogonalize", wraps=orthogonalize) as called,
+        patch.object(batches, "_BATCH_MULTIPLICATIONS", 3 * 32**3),
+    ):
+        optimizer.step()
+    found = [tuple(call.args[0].shape) for call in called.call_args_list]
+    assert found == [(3, 32, 32), (32, 32), (300, 300), (64, 32)]
+    for p, q in zip(params, alone, strict=True):
+        # Five iterations of three products round to bfloat16, each times the rate.
+        assert_close(p, q, rtol=0, atol=max(1, p.shape[0] / p.shape[1]) ** 0.5 * 15 * 2**-8)
+
+
+def test_the_parameters_are_torchs():
+    """A torch with other parameters fails this test: write them out in Muon too."""
+    ours, theirs = (inspect.signature(kind).parameters for kind in (Muon, TORCH))
+    described = [[(p.name, p.kind, p.default) for p in kind.values()] for kind in (ours, theirs)]
+    assert described[0][: len(theirs)] == described[1]
+    assert list(ours)[len(theirs) :] == ["ns", "views", "process_group"]
+
+
+def test_views_stay_with_their_parameters():
+    """In a copy, after a state dict of other names was loaded, and where a view would copy other
+    strides."""
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(3, 30, (1, 2), bias=False).to(memory_format=torch.channels_last)
+    arguments: Any = {"lr": 0.1, "weight_decay": 0.0, "ns": "standard"}
+
+    def view(p: Tensor) -> Any:  # two matrices with different rates
+        return p.flatten(1).split([24, 6])
+
+    optimizer = Muon(conv.named_parameters(), views={"weight": view}, **arguments)
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["param_names"] = ["module.weight"]
+    optimizer.load_state_dict(saved)
+    conv, optimizer = copy.deepcopy((conv, optimizer))
+    conv.weight.grad = torch.randn_like(conv.weight)
+    alone = [part.clone().requires_grad_() for part in view(conv.weight.detach())]
+    for part, gradient in zip(alone, view(conv.weight.grad), strict=True):
+        part.grad = gradient
+    for each in (optimizer, Muon(alone, **arguments)):
+        each.step()
+    for found, expected in zip(view(conv.weight), alone, strict=True):
+        # Rounded to bfloat16; a ratio of rates rounds once more, and products may add in another
+        # order.
+        assert_close(found, expected, rtol=0, atol=0.1 * 1.5 * 4 * 2**-8)
+
+
+def test_a_refused_group_is_not_added():
+    params = [torch.randn(shape).requires_grad_() for shape in [(4, 5), (0, 5), (6, 4)]]
+    optimizer = Muon([{"params": [p]} for p in params[:2]])
+    with pytest.raises(ValueError, match="expected 2D"):
+        optimizer.add_param_group({"params": [torch.randn(3)]})
+    optimizer.add_param_group({"params": params[2:]})
+    fill_gradients(params)
+    optimizer.step()
+    assert len(optimizer.state_dict()["state"]) == 3  # also of the empty one
+
+
+def test_a_group_that_would_be_left_out_is_named():
+    p, q = torch.randn(3, 4).requires_grad_(), torch.randn(3, 4).requires_grad_()
+    optimizer = Muon([{"params": [("first", p)]}, {"params": [("second", q)]}])
+    with pytest.raises(ValueError, match=r"no parameter of group 0 has a gradient \(first, …\)"):
+        optimizer.step()
+    p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match=r"no parameter of group 1 has a gradient \(second, …\)"):
+        optimizer.step()
+    q.requires_grad_(False)
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.step()  # a later step may have nothing to do
+
+
+# Groups and parameters that change between steps
+
+
+def by_both(change: Callable[[Any, list[Tensor]], Any]) -> list[list[Tensor]]:
+    """Weights after steps, a change of the optimizer, and more steps, by Muon and by
+    `torch.optim.Muon`.
+
+    Both only divide by the norm instead of iterating, so that a weight which moves wrongly stands
+    out.
+    """
+    weights = []
+    for kind in (Muon, TORCH):
+        torch.manual_seed(0)
+        params = [torch.randn(5, 7).requires_grad_() for _ in range(4)]
+        optimizer = kind([{"params": params[:2]}, {"params": params[2:3], "lr": 2.0}], lr=1.0)
+        with (
+            patch.object(
+                batches, "orthogonalize", lambda x, *_: x / x.norm(dim=(-2, -1), keepdim=True)
+            ),
+            patch(ITERATION, lambda x, *_: x / x.norm()),
+        ):
+            for now in (lambda *_: None, change):
+                now(optimizer, params)
+                for _ in range(2):
+                    fill_gradients(params)
+                    optimizer.step()
+        weights.append([p.detach() for p in params])
+    return weights
+
+
+def reverse(optimizer: Any, params: list[Tensor]) -> None:
+    optimizer.param_groups.reverse()
+    optimizer.param_groups[0]["lr"] = 3.0
+
+
+def swap_data(optimizer: Any, params: list[Tensor]) -> None:
+    params[0].data = torch.ones(7, 3)
+    optimizer.state.clear()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda optimizer, params: optimizer.param_groups.pop(0),
+        lambda optimizer, params: optimizer.param_groups[0]["params"].pop(0),
+        lambda optimizer, params: optimizer.param_groups[0]["params"].append(params[3]),
+        lambda optimizer, params: optimizer.param_groups[0]["params"].insert(0, params[3]),
+        lambda optimizer, params: operator.setitem(
+            optimizer.param_groups[0]["params"], 0, params[3]
+        ),
+        reverse,
+        lambda optimizer, params: optimizer.param_groups.append(
+            {**optimizer.param_groups[0], "params": [params[3]], "lr": 3.0}
+        ),
+        lambda optimizer, params: optimizer.add_param_group({"params": [params[3]], "lr": 3.0}),
+        swap_data,
+    ],
+)
+def test_changed_groups_step_as_torchs(change):
+    found, expected = by_both(change)
+    assert any(
+        not torch.equal(p, q) for p, q in zip(found, by_both(lambda *_: None)[0], strict=True)
+    )
+    for p, q in zip(found, expected, strict=True):
+        # Of numbers up to 1 times a rate, two roundings to bfloat16 in each of four steps.
+        assert_close(p, q, rtol=0, atol=4 * 3 * 2**-8)
+
+
+def test_a_parameter_that_is_put_in_later_is_checked():
+    p = torch.randn(4, 5).requires_grad_()
+    optimizer = Muon([("w", p)], views={"w": lambda t: t.split(2)})
+    fill_gradients([p])
+    optimizer.step()
+    optimizer.param_groups[0]["params"].append(torch.randn(3).requires_grad_())
+    with pytest.raises(ValueError, match=r"parameter 1 of group 0 has shape \(3,\), expected 2D"):
+        optimizer.step()
+    optimizer.param_groups[0]["params"].pop()
+    p.data, p.grad = torch.randn(4, 5, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64)
+    with pytest.raises(
+        ValueError, match=r"w is torch.float64 on cpu, and its momentum torch.float32"
+    ):
+        optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())  # as the message says
+    optimizer.step()
+    optimizer.param_groups[0]["params"][0] = torch.randn(6).requires_grad_()
+    with pytest.raises(ValueError, match="expected views"):  # the view of the name stays
+        optimizer.step()
+
+
+def test_a_copy_of_changed_groups_steps_as_they_do():
+    """By copy.deepcopy and by pickle; the copies have parameters of their own."""
+    params = [torch.randn(4, 5).requires_grad_() for _ in range(3)]
+    optimizer = Muon([{"params": [params[0]]}, {"params": params[1:]}])
+    fill_gradients(params)
+    optimizer.step()
+    del optimizer.param_groups[0]
+    for twins, twin in (
+        copy.deepcopy((params, optimizer)),
+        pickle.loads(pickle.dumps((params, optimizer))),
+    ):
+        for p, q in zip(params, twins, strict=True):
+            q.grad = p.grad
+        twin.step()
+        assert [torch.equal(p, q) for p, q in zip(params, twins, strict=True)] == [
+            True,
+            False,
+            False,
+        ]
+
+
+# Chains of optimizers
+
+
+def test_a_chain_of_optimizers_is_one():
+    """It takes a closure, and keeps its members' state."""
+    p, q = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    members = torch.optim.SGD([p], lr=0.1, momentum=0.9), torch.optim.SGD([q], lr=0.2, momentum=0.5)
+    for t, member in zip((p, q), members, strict=True):
+        t.grad = torch.ones(2)
+        member.step()
+    chain = ChainedOptimizer(*members)
+
+    def closure() -> Tensor:
+        chain.zero_grad()
+        (p + 2 * q).sum().backward()
+        return torch.tensor(7)
+
+    assert chain.step(closure) == 7
+    # Momenta of 1 and 1 after the first step; then of 1.9 and 2.5.
+    for t, momentum, value in ((p, 1.9, 0.9 - 0.19), (q, 2.5, 0.8 - 0.5)):
+        assert_close(chain.state[t]["momentum_buffer"], torch.full((2,), momentum))
+        assert_close(t.detach(), torch.full((2,), value))
+
+
+def test_a_scheduler_cycles_the_momentum_of_a_chain():
+    """That of Muon, or the betas of AdamW if all members have some; the others keep theirs."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1))
+    adamw = [torch.optim.AdamW([p]) for p in model.parameters()]
+    muon, vectors = (0.95, None), (None, (0.9, 0.999))
+    for chain, expected in (
+        (Muon.for_model(model), [muon, vectors, vectors]),
+        (ChainedOptimizer(*adamw), [(None, (0.95, 0.999))] * 4),
+    ):
+        torch.optim.lr_scheduler.OneCycleLR(chain, max_lr=0.1, total_steps=5)
+        cycled = [(group.get("momentum"), group.get("betas")) for group in chain.param_groups]
+        # OneCycleLR writes a momentum into all groups
+        assert [one if one[1] is None else (None, one[1]) for one in cycled] == expected
+
+
+def test_a_chain_of_chains_saves_the_state_of_all_and_takes_a_new_rate():  # noqa: C901  # a loop for each kind of chain
+    """It is saved and loaded, and a copy of it is one, too."""
+
+    def train(
+        steps: int, saved: Any = None, first: Sequence[Tensor] = ()
+    ) -> tuple[Any, list[Tensor]]:
+        torch.manual_seed(0)
+        models = [
+            torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Linear(5, 3)) for _ in range(2)
+        ]
+        params = [p for model in models for p in model.parameters()]
+        chain = ChainedOptimizer(*(Muon.for_model(model) for model in models))
+        if saved:
+            chain.load_state_dict(saved)
+            for p, q in zip(params, first, strict=True):
+                p.data.copy_(q)
+        for group in chain.param_groups:
+            group["lr"] = 0.5
+        for number in range(steps):
+            for p in params:
+                p.grad = torch.full_like(p, 1.0 + number) + torch.arange(p.shape[-1])
+            chain.step()
+        return chain, [p.detach().clone() for p in params]
+
+    chain, first = train(1)
+    assert len(chain.state_dict()["state"]) == len(first) == 8
+    twin, weights = copy.deepcopy(chain), list[list[Tensor]]()
+    resumed, _ = train(0, copy.deepcopy(chain.state_dict()), first)
+    for optimizer in (chain, twin, resumed):
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        weights.append([p.detach().clone() for p in params])
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        optimizer.step()
+        assert all(map(torch.equal, params, weights[-1]))
+    for others in weights[1:]:
+        assert all(map(torch.equal, others, weights[0]))
+
+
+def test_a_chain_whose_groups_have_changed_is_refused():
+    p, q = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    for change in (
+        lambda chain: chain.param_groups.pop(),
+        lambda chain: chain.param_groups.append({**chain.param_groups[0]}),
+        lambda chain: operator.setitem(chain.param_groups, 0, {**chain.param_groups[0]}),
+        lambda chain: chain.optimizers[0].add_param_group(
+            {"params": [torch.nn.Parameter(torch.ones(2))]}
+        ),
+    ):
+        chain = ChainedOptimizer(torch.optim.SGD([p], lr=0.1), torch.optim.SGD([q], lr=0.2))
+        chain.step()
+        change(chain)
+        with pytest.raises(
+            RuntimeError, match="was added to, removed from or replaced in the chain"
+        ):
+            chain.step()
+
+
+X = torch.randn(6, 4)
+
+
+def view(function: Callable[[Tensor], Any]) -> Muon:
+    return Muon([("w", X)], views={"w": function})
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (
+            lambda: orthogonalize(X, ns="gramm"),
+            "ns is 'gramm', expected 'auto', 'standard' or 'gram'",
+        ),
+        (lambda: orthogonalize(X[0]), r"x is \(4,\) torch.float32, expected floating \(\*, n, m\)"),
+        (lambda: orthogonalize(X, [COEFFICIENTS, (1.0, 2.0)]), r"\(1.0, 2.0\)\], expected 3"),
+        (lambda: orthogonalize(X, "polar"), "coefficients is 'polar', expected 3"),
+        (lambda: orthogonalize(X, steps=-1), "steps is -1, expected 0 to 99"),
+        (lambda: Muon([X], ns_steps=2.5), r"steps is 2\.5, expected 0 to 99"),
+        (lambda: Muon([X], adjust_lr_fn="no"), "Adjust learning rate function no is not supported"),
+        (lambda: Muon([X[0]]), r"parameter 0 of group 0 has shape \(4,\), expected 2D, a matrix"),
+        (lambda: Muon([X.long()]), "is torch.int64, expected floating"),
+        (
+            lambda: Muon([{"params": [X], "ns": "gram"}]),
+            "ns applies to the whole optimizer, not to a group",
+        ),
+        (
+            lambda: Muon([("w", X)], views={"v": lambda p: p}),
+            "views has v, expected names of parameters",
+        ),
+        (
+            lambda: view(lambda p: p[:5]),
+            r"the view of w returns \[\(5, 4\)\], expected views \(\*, n, m\)",
+        ),
+        (lambda: view(lambda p: p.view(5, -1)), r"the view of w, of shape \(6, 4\), fails: shape"),
+    ],
+)
+def test_refusals(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_a_step_takes_the_coefficients_given():
+    for coefficients in ((2.0, -1.5, 0.5), [COEFFICIENTS, (2.0, -1.5, 0.5)], "polar_express"):
+        p = torch.zeros(20, 30).requires_grad_()
+        p.grad = torch.randn(20, 30)
+        Muon([p], 1.0, 0.0, momentum=0.0, nesterov=False, ns_coefficients=coefficients).step()
+        assert_close(-p.detach(), orthogonalize(p.grad, coefficients).float(), rtol=0, atol=0)

@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: MIT
+"""Variables of each launcher, and connecting: again after a restart, and at a port that is
+taken."""
+
+import os
+import signal
+import socket
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from subprocess import PIPE, Popen
+from threading import Timer
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import pytest
+import torch.distributed as dist
+from commands import MPIRUN, ROOT, import_path, needs_mpirun, run
+
+from torchpar.errors import ConfigError, RankLostError
+from torchpar.parallel import join_world
+from torchpar.parallel.launch import rendezvous
+from torchpar.parallel.launch.local import Ranks
+from torchpar.parallel.launch.rendezvous import connect, missing_ranks
+from torchpar.rank_info import RankInfo, find_rank_info
+
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+TORCHRUN |= {"MASTER_ADDR": "a", "MASTER_PORT": "29400", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+OPENMPI = {
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+}
+OPENMPI |= {"OMPI_COMM_WORLD_LOCAL_SIZE": "2", "PMIX_NAMESPACE": "prterun-host-7@1"}
+MPICH = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
+SLURM = {"SLURM_PROCID": "4", "SLURM_STEP_NUM_TASKS": "7", "SLURM_STEP_ID": "0"}
+MASTER = {"MASTER_ADDR": "m", "MASTER_PORT": "1234"}
+
+
+@pytest.mark.parametrize(
+    "env, expected",
+    [
+        ({}, None),
+        (TORCHRUN | {"TORCHELASTIC_USE_AGENT_STORE": "False"}, (3, 1, 4, 2, "a", 29400, "env")),
+        (TORCHRUN | OPENMPI | SLURM, (3, 1, 4, 2, "a", 29400, "torchrun")),
+        ({"RANK": "0", "WORLD_SIZE": "1"} | MASTER, (0, 0, 1, 1, "m", 1234, "env")),
+        # SLURM's rank is the daemon's.
+        (OPENMPI | SLURM, (1, 1, 2, 2, "127.0.0.1", None, "openmpi")),
+        (MPICH | SLURM, (1, 1, 2, 2, "127.0.0.1", None, "mpich")),
+        (MPICH | MASTER | {"PMI_SIZE": "4"}, (1, 1, 4, 2, "m", 1234, "mpich")),
+        ({"SLURM_PROCID": "0"}, None),  # a shell in an allocation
+        (SLURM | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, None),  # salloc
+    ],
+)
+def test_rank_info_of_each_launcher(env, expected):
+    info = find_rank_info(env)
+    if expected is None:
+        assert info is None
+    else:
+        *numbers, address, port, launcher = expected
+        assert info == RankInfo(*numbers, address, info.port if port is None else port, launcher)
+        assert port is not None or 20000 <= info.port < 32000
+
+
+@pytest.mark.parametrize(
+    "env, message",
+    [
+        (TORCHRUN | {"RANK": "-1"}, "RANK is '-1'"),
+        (TORCHRUN | {"RANK": "4"}, "rank 4 of 4 and local rank 1 of 2, expected"),
+        (TORCHRUN | {"LOCAL_RANK": "2"}, "rank 3 of 4 and local rank 2 of 2, expected"),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "5"}, "rank 3 of 4 and local rank 1 of 5, expected"),
+        (TORCHRUN | {"MASTER_PORT": "65536"}, "MASTER_PORT is 65536"),
+        ({"RANK": "0"}, "WORLD_SIZE is not set"),
+        (OPENMPI | {"OMPI_COMM_WORLD_SIZE": "4"}, "-x MASTER_ADDR"),
+        (MPICH | {"PMI_SIZE": "4", "MASTER_ADDR": "m"}, "-genv MASTER_ADDR"),
+        (SLURM, "srun started several tasks"),
+        (SLURM | {"PMI_RANK": "4", "PMI_SIZE": "7"}, "srun started several tasks"),  # --mpi=pmi2
+    ],
+)
+def test_bad_variables_are_named(env, message):
+    with pytest.raises(ConfigError) as error:
+        find_rank_info(env)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_ctrl_c_ends_a_call_and_the_next_one_has_new_processes(fork_server):
+    with Ranks() as pool:
+        first = pool(1, os.getpid)
+        Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            pool(1, time.sleep, 100)
+        assert pool(1, os.getpid) != first
+
+
+def test_ports_of_two_jobs_differ():
+    first, same, other = (find_rank_info(OPENMPI | {"PMIX_NAMESPACE": job}).port for job in "778")
+    assert first == same != other
+
+
+@pytest.fixture
+def agent() -> dist.TCPStore:
+    """A store that outlives the ranks, as that of torchrun's agent."""
+    return dist.TCPStore("127.0.0.1", 0, is_master=True)
+
+
+def meet(
+    agent: dist.TCPStore, *ranks: int, world_size: int = 3, timeout: float = 20.0
+) -> list[dist.Store]:
+    def at(rank: int) -> dist.Store:
+        info = RankInfo(rank, rank, world_size, world_size, "127.0.0.1", agent.port, "torchrun")
+        return connect(info, timedelta(seconds=timeout))
+
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        return list(pool.map(at, ranks))
+
+
+def test_each_start_meets_at_an_empty_store(agent):
+    first = meet(agent, 0, 1, 2)
+    first[0].set("address", "stale")
+    assert [store.get("address") for store in first] == [b"stale"] * 3
+    second = meet(agent, 0, 1, 2)
+    assert not any(store.check(["address"]) for store in second)
+    # The server still has it: the second start must not look there.
+    assert first[1].check(["address"])
+    second[0].set("address", "new")
+    assert [store.get("address") for store in second] == [b"new"] * 3
+
+
+@pytest.mark.parametrize(
+    "joined, missing", [((0,), "1, 2"), ((0, 2), "1"), ((0, 1), "2"), ((1,), "0"), ((1, 2), "0")]
+)
+def test_a_start_that_not_all_reached_names_the_others_and_does_not_disturb_the_next(
+    agent, joined, missing
+):
+    with ThreadPoolExecutor(len(joined)) as pool:
+        errors = [pool.submit(meet, agent, rank, timeout=0.3).exception for rank in joined]
+    for error in errors:
+        assert isinstance(error(), RankLostError)
+        assert str(error()) == f"rank {missing} did not join the others within 0.3 s"
+    stores = meet(agent, 0, 1, 2)
+    stores[1].set("address", "new")
+    assert [store.get("address") for store in stores] == [b"new"] * 3
+
+
+def meet_two_others(port: int) -> None:
+    """Meet the other rank of this call and rank 2, which does not come."""
+    rank = dist.get_rank()
+    info = RankInfo(rank, rank, 3, 3, "127.0.0.1", port, "env")
+    error = r"^rank 2 did not join the others within 2 s$"
+    with patch.object(rendezvous, "LATER", 0.3), pytest.raises(RankLostError, match=error):
+        connect(info, timedelta(seconds=2))
+
+
+def test_all_ranks_name_one_that_does_not_join(ranks):
+    """Rank 0 hosts the store, and may end first."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    ranks(2, meet_two_others, port)
+
+
+@pytest.mark.parametrize("asking", [(0, 1, 2), (0, 2), (1,)])
+def test_ranks_that_do_not_ask_are_missing(agent, asking):
+    stores = meet(agent, 0, 1, 2)
+    with ThreadPoolExecutor(3) as pool:
+        patience = 20.0 if len(asking) == 3 else 0.5  # seconds; it ends at once when all ask
+        found = list(pool.map(lambda rank: missing_ranks(stores[rank], rank, 3, patience), asking))
+    assert found == [sorted({0, 1, 2} - set(asking))] * len(asking)
+
+
+@pytest.mark.parametrize(
+    "rank, of_agent, missing", [(1, "False", [0]), (0, "False", [1]), (1, "True", [])]
+)
+def test_a_store_that_does_not_answer_is_that_of_rank_0(monkeypatch, rank, of_agent, missing):
+    """Unless torchrun's agent hosts it. Requests to the store of a host that was stopped block."""
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", of_agent)
+    stopped = SimpleNamespace(clone=lambda: time.sleep(3))
+    assert missing_ranks(stopped, rank, 2, 0.1) == missing
+
+
+def test_every_rank_notices_that_another_program_has_the_port():
+    """A launcher may let the other ranks live when rank 0 has failed."""
+    store_of_another_job = dist.TCPStore("127.0.0.1", 0, is_master=True)
+    with socket.create_server(("", 0)) as mute:
+        for port, error, reason in (
+            (mute.getsockname()[1], ConfigError, "does not answer as rank 0's store"),
+            (store_of_another_job.port, RankLostError, "rank 0 did not join"),
+        ):
+            infos = [RankInfo(rank, rank, 2, 2, "127.0.0.1", port, "mpich") for rank in range(2)]
+            with pytest.raises(
+                ConfigError, match=r"rank 0 did not meet the others at .*EADDRINUSE"
+            ):
+                connect(infos[0], timedelta(seconds=60))
+            with pytest.raises(error, match=reason):
+                connect(infos[1], timedelta(seconds=0.5))
+
+
+ADD_UP = """
+import torch
+from torchpar.rank_info import find_rank_info
+from torchpar.parallel.launch.world import join_world
+with join_world("cpu") as world:
+    total = world.sum(torch.tensor(world.rank + 1.0))
+    print(f"{find_rank_info().launcher} {total.item()}\\n", end="", flush=True)
+"""
+
+
+@pytest.mark.slow
+@needs_mpirun
+def test_two_processes_started_by_mpirun(monkeypatch):
+    for name in ("OMPI", "PRTE"):
+        monkeypatch.setenv(f"{name}_ALLOW_RUN_AS_ROOT", "1")
+        monkeypatch.setenv(f"{name}_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
+    # A shell between mpirun and the ranks: their parents differ.
+    _, out, err = run(MPIRUN, "-n", "2", "sh", "-c", f'{sys.executable} -c "$0"; true', ADD_UP)
+    assert out in ("openmpi 3.0\n" * 2, "mpich 3.0\n" * 2), err
+
+
+def test_a_rank_that_dies_between_two_calls_is_replaced():
+    with Ranks(preload=()) as ranks:
+        (pid,) = ranks(1, os.getpid)
+        sleeping = ranks.workers[0].submit(time.sleep, 60)
+        os.kill(pid, signal.SIGKILL)
+        assert sleeping.exception() is not None
+        assert ranks(1, os.getpid) != [pid]
+
+
+ORPHANS = """
+import os, sys, time
+from torchpar.parallel.launch.local import Ranks
+
+if __name__ == "__main__":
+    with Ranks(preload=()) as pool:
+        pool.start(2)
+        print(pool._stores, flush=True)
+        pool(2, time.sleep, 100)
+"""
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
+def test_a_killed_program_leaves_no_ranks_behind(tmp_path, number):
+    """Neither the server that ranks are forked from, nor files."""
+    script, mark = tmp_path / "script.py", f"ORPHANS_OF={os.getpid()}-{number}"
+    script.write_text(ORPHANS)
+    environment = os.environ | {"PYTHONPATH": import_path(ROOT), "TMPDIR": str(tmp_path)}
+    environment |= dict([mark.split("=")])
+    with Popen([sys.executable, str(script)], stdout=PIPE, text=True, env=environment) as program:
+        stores = Path(program.stdout.readline().strip())
+        assert stores.is_dir()
+        assert len(living(mark)) >= 4  # the program, the server and two ranks
+        os.kill(program.pid, number)
+        program.wait()
+        deadline = time.monotonic() + 30
+        while living(mark):
+            assert time.monotonic() < deadline, living(mark)
+            time.sleep(0.02)
+    assert not stores.exists()
+
+
+def living(mark: str) -> list[int]:
+    """The processes that have inherited ``mark`` in their environment."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended, or is another user's
+            if mark in (path / "environ").read_bytes().decode(errors="replace").split("\0"):
+                found.append(int(path.name))
+    return found
+
+
+def policies_of_polling_threads(gloo_yields: bool) -> set[int]:
+    with join_world("cpu", gloo_yields=gloo_yields):
+        tasks = [task for task in Path("/proc/self/task").glob("*") if (task / "comm").exists()]
+        polling = [t for t in tasks if (t / "comm").read_text().strip() == "gloo_tcp_loop"]
+        return {os.sched_getscheduler(int(task.name)) for task in polling}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone shows a process's threads")
+def test_threads_that_poll_yield_only_where_it_is_asked_for():
+    """In processes of its own: gloo keeps a thread for all groups."""
+    with Ranks(preload=()) as ranks:
+        assert ranks(2, policies_of_polling_threads, False) == [{os.SCHED_OTHER}] * 2
+        assert ranks(2, policies_of_polling_threads, True) == [{os.SCHED_BATCH}] * 2

@@ -1,0 +1,493 @@
+# SPDX-License-Identifier: MIT
+"""The table of an operator finds each fault of `faulty_operators`, and none in a right operator."""
+
+import itertools
+import json
+import math
+import re
+import runpy
+import sys
+from typing import Any
+from unittest.mock import patch
+
+import faulty_operators as faulty
+import pytest
+import torch
+from samples import normal
+from torch import Tensor
+from torch.distributed.tensor import Replicate
+
+from torchpar import library
+from torchpar.errors import ConfigError
+from torchpar.testing import OperatorTable, Sample, check_operator, command
+from torchpar.testing.case import Outcome, close
+from torchpar.testing.rules import RULES
+
+# PyTorch's compiler reads it.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+
+GRADIENTS = faulty.GRADIENTS
+SAMPLES = [(normal(5, 4), normal(6, 4, seed=1))]
+
+
+def outcomes(table: OperatorTable) -> dict[str, str]:
+    return {row.rule: row.outcome for row in table.rows}
+
+
+@pytest.fixture(scope="module")
+def right() -> Any:
+    return faulty.make("right")
+
+
+@pytest.mark.parametrize("name", faulty.FAULTS)
+def test_a_fault_is_found(name: str) -> None:
+    parts, rule, detail = faulty.FAULTS[name]
+    samples = [faulty.SAMPLES.get(name, SAMPLES[0])]
+    reference = (
+        parts.get("formula", faulty.kernel) if name in ("ties", "one_dtype") else faulty.kernel
+    )
+    table = check_operator(faulty.make(name, **parts), samples, reference=reference, rules=rule)
+    assert (table[rule].outcome, detail in table[rule].detail) == ("wrong", True), str(table)
+
+
+BY_FORMULA = [
+    "forward mode",
+    "vmap and gradients",
+    *(one for one in RULES if one.startswith("torch.func")),
+]
+EVERYWHERE = {  # the rules that one fault concerns
+    "missing_gradient": [
+        *("any of the gradients", "changes after the call", "batched gradients", "checkpoint"),
+        *(
+            "tensor subclass",
+            "torch.compile",
+            "torch.compile, dynamic",
+            "torch.compile by Inductor",
+        ),
+    ],
+    "formula": BY_FORMULA,
+    "doubling_vmap": ["vmap over all operands", "vmap of vmap", "autocast"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EVERYWHERE)
+def test_a_fault_is_found_by_every_rule_that_it_concerns(name: str) -> None:
+    op = faulty.make(f"{name}_everywhere", **faulty.FAULTS[name][0])
+    table = check_operator(op, SAMPLES, reference=faulty.kernel, rules=EVERYWHERE[name])
+    assert set(outcomes(table).values()) == {"wrong"}, str(table)
+    mended = faulty.make(f"{name}_everywhere")  # caches of compilers know the name
+    table = check_operator(mended, SAMPLES, reference=faulty.kernel, rules=EVERYWHERE[name])
+    assert set(outcomes(table).values()) <= {"works", "falls back"}, str(table)
+
+
+def test_a_function_that_forgets_the_subclass_or_the_mode_is_wrong() -> None:
+    def add(a: Tensor, b: Tensor) -> Tensor:
+        return torch.add(*(getattr(t, "a", t) for t in (a, b))).requires_grad_()
+
+    table = check_operator(add, [(normal(3), normal(3))], rules=["tensor subclass", "grad modes"])
+    assert set(outcomes(table).values()) == {"wrong"}, str(table)
+
+
+def test_nothing_is_found_in_a_right_operator(right: Any) -> None:
+    expected = dict.fromkeys(RULES, "works") | dict.fromkeys(BY_FORMULA, "falls back")
+    if not torch.cuda.is_available():
+        expected["CUDA graph"] = "not run"
+    table = check_operator(right, SAMPLES, reference=faulty.kernel)
+    assert outcomes(table) == expected, str(table)
+    assert table.ok
+    assert "5 of 16 placements" in table["DTensor"].detail
+    assert table["torch.export, save and load"].detail == "the graph holds the operator"
+
+
+@pytest.mark.parametrize("name", ["complex_gradient", "channels_last"])
+def test_nothing_is_found_in_a_right_operator_of(name: str, right: Any) -> None:
+    """Complex operands, and those of four dimensions."""
+    rules = [
+        one for one in RULES if one not in ("torch.compile by Inductor", "CUDA graph", "DTensor")
+    ]
+    table = check_operator(right, [faulty.SAMPLES[name]], reference=faulty.kernel, rules=rules)
+    assert set(outcomes(table).values()) <= {"works", "falls back", "not run"}, str(table)
+    skipped = {row.rule for row in table.rows if row.outcome == "not run"}
+    of_real = {"torch.func: jacrev", "torch.func: jacfwd", "torch.func: hessian"}
+    assert skipped == (of_real if name == "complex_gradient" else set()), str(table)
+
+
+DERIVATIVES = [
+    *(
+        "values",
+        "layouts and sizes",
+        GRADIENTS,
+        "forward mode",
+        "torch.func: vjp",
+        "torch.func: jvp",
+    ),
+    *("torch.func: jvp of jvp", "vmap over all operands", "vmap of vmap"),
+]
+
+
+def test_a_tolerance_follows_the_length_of_sums() -> None:
+    """float32 sums of 2,000 terms, in another order; a relative error of 1e-4 is found."""
+    operands = (normal(4, 2000).float(), normal(3, 2000, seed=1).float())
+    exact = torch.ops.torchpar.exact_matmul.default
+    table = check_operator(exact, [operands], reference=faulty.kernel, rules=DERIVATIVES)
+    assert set(outcomes(table).values()) == {"works"}, str(table)
+    (row,) = check_operator(
+        exact, [operands], reference=faulty.kernel, rules="torch.func: hessian"
+    ).rows
+    assert row.detail == "14000² derivatives, expected at most 2²⁴ numbers; take a smaller sample"
+
+    def inexact(a: Tensor, b: Tensor) -> Any:
+        return exact(a, b) * (1 + 1e-4)
+
+    table = check_operator(inexact, [operands], reference=faulty.kernel, rules=DERIVATIVES)
+    assert set(outcomes(table).values()) == {"wrong"}, str(table)
+
+
+def test_a_sum_in_another_order_is_right() -> None:
+    """Where all terms are equal, PyTorch's own sum has no error; and there is nothing wider than
+    float64."""
+
+    def blocks(a: Tensor, b: Tensor) -> Tensor:
+        pairs = zip(a.split(500, -1), b.split(500, -1), strict=True)
+        return sum(x @ y.mT for x, y in pairs)
+
+    for seed in range(3):
+        operands = (normal(4, 2000, seed=seed).float(), normal(3, 2000, seed=9 + seed).float())
+        table = check_operator(
+            blocks, [operands], reference=faulty.kernel, rules="layouts and sizes"
+        )
+        assert table.ok, str(table)
+    wide = (normal(4, 2000), normal(3, 2000, seed=1))
+    table = check_operator(blocks, [wide], reference=faulty.kernel, rules="autocast")
+    assert table.ok, str(table)
+
+
+@pytest.mark.parametrize("name", ["default_dtype", "deterministic_mode", "threads"])
+def test_settings_are_seen_without_a_reference(name: str) -> None:
+    """The operator itself is then no excuse for other results."""
+    op = faulty.make(f"{name}_alone", **faulty.FAULTS[name][0])
+    (row,) = check_operator(op, SAMPLES, rules="global settings").rows
+    assert row.outcome == "wrong", row
+    (row,) = check_operator(faulty.make("right_alone"), SAMPLES, rules="global settings").rows
+    assert row.outcome == "works", row
+
+
+def test_a_gradient_that_differs_in_one_call_of_ten_is_wrong() -> None:
+    calls = itertools.count()
+
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+        da, db = faulty.backward(ctx, g)
+        return da * (1 + 1e-12 * (next(calls) % 10 == 9)), db
+
+    op = faulty.make("gradient_of_one_call", backward=backward)
+    (row,) = check_operator(op, SAMPLES, reference=faulty.kernel, rules="same bits twice").rows
+    assert (row.outcome, "gradients" in row.detail) == ("wrong", True), row
+
+
+def test_a_fake_may_ask_for_a_size() -> None:
+    def fake(a: Tensor, b: Tensor) -> Tensor:
+        return faulty.fake(a, b).contiguous() if b.shape[-2] == 6 else faulty.fake(a, b)
+
+    table = check_operator(faulty.make("asking", fake=fake), SAMPLES, rules="fake tensors")
+    assert table.ok, str(table)
+
+
+def test_complex_products_are_right_in_a_subclass() -> None:
+    """PyTorch's subclass of two tensors forgets that a tensor is conjugated."""
+    operands = tuple(t.conj() for t in faulty.COMPLEX[:1] * 2)
+    (row,) = check_operator(
+        torch.mul, [operands], reference=torch.mul, rules="tensor subclass"
+    ).rows
+    assert row.outcome in ("works", "not run"), row
+    wrong = lambda a, b: 2 * getattr(a, "a", a) * b  # noqa: E731  # a reference is a lambda
+    (row,) = check_operator(
+        wrong, SAMPLES_OF_ONE_SHAPE, reference=torch.mul, rules="tensor subclass"
+    ).rows
+    assert row.outcome != "works", row
+
+
+SAMPLES_OF_ONE_SHAPE = [(normal(3), normal(3, seed=1))]
+
+
+def test_gaps_of_pytorch_are_no_faults_of_an_operator() -> None:
+    """Its hessian of no numbers."""
+    table = check_operator(
+        torch.add, [(normal(0, 3), normal(0, 3))], reference=torch.add, rules=BY_FORMULA
+    )
+    assert set(outcomes(table).values()) <= {"works", "not run"}, str(table)
+
+
+class DoublingSquare(torch.autograd.Function):
+    """x², with twice the right derivative in forward mode."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x * x
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return 4 * ctx.saved_tensors[0] * tangent
+
+
+def test_finite_differences_judge_where_the_derivative_of_the_reference_is_wrong() -> None:
+    reference = DoublingSquare.apply
+    (row,) = check_operator(
+        torch.square, [(normal(3),)], reference=reference, rules="torch.func: jvp"
+    ).rows
+    assert row.outcome == "works", row
+    wrong = lambda x: x * x.detach()  # noqa: E731  # likewise
+    for x in (normal(3), normal(3).float()):
+        (row,) = check_operator(
+            torch.square, [(x,)], reference=reference, rules="torch.func: jvp"
+        ).rows
+        assert row.outcome == "works", row
+        (row,) = check_operator(wrong, [(x,)], reference=reference, rules="torch.func: jvp").rows
+        assert row.outcome == "wrong", row
+
+
+def samples() -> list[tuple[Tensor, ...]]:
+    return SAMPLES
+
+
+def leave() -> None:
+    sys.exit(0)
+
+
+def fail() -> None:
+    raise OSError("no data\nin sight")
+
+
+ALMOST = faulty.make("almost", fake=faulty.fake_of_numbers, backward=faulty.backward_without_b)
+
+
+def test_the_command(capsys: Any) -> None:
+    """The table, or JSON, and exit status 1 if a row is wrong."""
+    here = f"{__name__}:"
+    given = ["--samples", f"{here}samples", "--reference", "faulty_operators:kernel"]
+    assert command.main([f"{here}ALMOST", *given, "--rules", "values", "schema"]) == 0
+    expected = check_operator(ALMOST, SAMPLES, reference=faulty.kernel, rules=["values", "schema"])
+    assert capsys.readouterr().out == f"{expected}\n"
+    assert command.main([f"{here}ALMOST", *given, "--rules", "values", "gradcheck", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert (found["ok"], found["notes"]) == (False, [])
+    assert [row["outcome"] for row in found["rows"]] == ["works", "wrong"]
+    arguments = ["torchpar", "--samples", f"{here}SAMPLES"]
+    with (
+        pytest.raises(SystemExit) as ended,
+        patch.object(sys, "argv", ["torchpar", "check", *arguments]),
+    ):
+        runpy.run_module("torchpar", run_name="__main__")
+    assert ended.value.code == 2
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            ["none.ops:op", "--samples", "{here}:samples"],
+            "none.ops:op: ModuleNotFoundError: No module named 'none'",
+        ),
+        (
+            ["torch:none", "--samples", "{here}:samples"],
+            "torch:none: AttributeError: module 'torch' has no",
+        ),
+        (
+            ["torch", "--samples", "{here}:samples"],
+            "'torch', expected MODULE:ATTRIBUTE, such as mylib.ops:op",
+        ),
+        (["torch:add"], "the following arguments are required: --samples"),
+        (
+            ["torch:add", "--samples", "builtins:list"],
+            "expected samples: objects of torchpar.testing.Sample",
+        ),
+        (
+            ["torch:add", "--samples", "math:pi"],
+            "the samples are an object of type float, expected a list",
+        ),
+        (["torch:add", "--samples", "{here}:fail"], "fail: OSError: no data"),
+        (["torch:add", "--samples", "{here}:leave"], "leave: it calls sys.exit(0)"),
+        (["torch:pi", "--samples", "{here}:samples"], "the operator is an object of type float"),
+        (
+            ["torch:add", "--samples", "{here}:samples", "--reference", "torch:pi"],
+            "the reference is an object of type float, expected a callable",
+        ),
+        (
+            ["torch:add", "--samples", "{here}:samples", "--rules", "value"],
+            "rule 'value', expected one of",
+        ),
+    ],
+)
+def test_an_error_of_the_command_is_one_line(
+    arguments: list[str], message: str, capsys: Any
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        command.main([argument.format(here=__name__) for argument in arguments])
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("python -m torchpar check: error: ")
+    assert message in line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the note is another where there is a GPU")
+def test_a_table_says_that_no_kernel_for_a_gpu_has_run() -> None:
+    table = check_operator(torch.ops.torchpar.matmul_t.default, [(normal(4, 3),)], rules="values")
+    assert table.notes == ("no GPU: the operator's Triton kernels were not run",)
+    assert str(table).splitlines()[-1] == table.notes[0]
+    assert table.as_dict()["notes"] == list(table.notes)
+    op = faulty.make("of_cuda")
+    assert check_operator(op, SAMPLES, rules="values").notes == ()
+    op.register_kernel("cuda", faulty.kernel)
+    table = check_operator(op, SAMPLES, rules="values")
+    assert table.notes == ("no GPU: the operator's CUDA kernels were not run",)
+
+
+def test_an_internal_error_of_pytorch_is_a_crash() -> None:
+    def fail(*args: Any) -> None:
+        raise RuntimeError(
+            'false INTERNAL ASSERT FAILED at "a.cpp":1, please report a bug to PyTorch.'
+        )
+
+    table = check_operator(faulty.make("internal", batch=fail), SAMPLES, rules="vmap of vmap")
+    assert (table["vmap of vmap"].outcome, table.ok) == ("crashes", False), str(table)
+
+
+A, B = normal(3, 3), normal(4, 3)
+
+
+@pytest.mark.parametrize(
+    "actual, expected, detail",
+    [
+        (2 * A, A, "; a factor of 2"),
+        (A / 3, A, "; a factor of 0.3333"),
+        (-A, A, "; the sign is flipped"),
+        (A.mT.contiguous(), A, "; transposed"),
+        (B.mT, B, "; transposed"),
+        (B, B.sum(0), "; the sum over a broadcast dimension is missing"),
+        (A.where(A > 0, math.nan), A, f"NaN at {int((A <= 0).sum())} of 9 places, expected at 0"),
+        (0 * A, A, "0, of "),
+        (A + B[1:], A, ""),
+        (torch.tensor(5.0), torch.tensor(1.3), ""),
+        (torch.tensor([1 - 2j]), torch.tensor([1 + 2j]), "; conjugated"),
+    ],
+)
+def test_a_likely_cause_is_named(actual: Tensor, expected: Tensor, detail: str) -> None:
+    with pytest.raises(Outcome) as found:
+        close(actual, expected)
+    outcome, message = found.value.args
+    assert outcome == "wrong"
+    assert detail in message
+    assert detail or ";" not in message
+
+
+def test_the_numbers_of_a_wrong_jacobian_are_shown() -> None:
+    def doubled(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+        ga, gb = faulty.backward(ctx, g)
+        return ga, 2 * gb
+
+    table = check_operator(faulty.make("doubled", backward=doubled), SAMPLES, rules="gradcheck")
+    detail = table["gradcheck"].detail
+    assert re.fullmatch(
+        r"Jacobian mismatch for output 0 with respect to input 1: (-?[\d.]+), "
+        r"expected (-?[\d.]+) by finite differences; a factor of 2",
+        detail,
+    ), detail
+
+
+LIST = Sample([[normal(3, 4), normal(2, 4, seed=1)]])
+KEYWORD = Sample([normal(3, 4), torch.arange(4)], {"alpha": 2})
+
+
+@pytest.mark.parametrize(
+    "op, sample, reference",
+    [
+        (torch.ops.aten.cat.default, LIST, torch.vstack),
+        (torch.ops.aten.add.Tensor, KEYWORD, lambda x, y, alpha: x + alpha * y),
+        (
+            torch.ops.aten.linalg_slogdet.default,
+            Sample([normal(3, 3)]),
+            lambda x: (x.det().sign(), x.det().abs().log()),
+        ),
+    ],
+)
+def test_lists_integers_keywords_and_several_results(
+    op: Any, sample: Sample, reference: Any
+) -> None:
+    rules = [
+        "values",
+        "schema",
+        "fake tensors",
+        "gradcheck",
+        "gradgradcheck",
+        "any of the gradients",
+    ]
+    table = check_operator(op, [sample], reference=reference, rules=rules)
+    assert table.name == str(op)
+    assert outcomes(table) == dict.fromkeys(rules, "works"), str(table)
+
+
+def test_two_results() -> None:
+    """Fakes that share memory are found. One result of DTensors may be unused (refused:
+    pytorch#173123)."""
+    schema = "(Tensor x) -> (Tensor, Tensor)"
+    reference = lambda x: (2 * x, x + 1)  # noqa: E731  # likewise
+    op = library.custom_op("torchpar_tests::two", reference, mutates_args=(), schema=schema)
+    op.register_fake(lambda x: (x.new_empty(x.shape),) * 2)
+    op.register_autograd(lambda ctx, g, h: 2 * g + h)
+    op.register_sharding(lambda x: [([Replicate()] * 2, [Replicate()])])
+    table = check_operator(
+        op, [(normal(3),)], reference=reference, rules=["fake tensors", "DTensor"]
+    )
+    assert outcomes(table) == {"fake tensors": "wrong", "DTensor": "works"}, str(table)
+    assert "share memory" in str(table)
+    wrong = library.custom_op(
+        "torchpar_tests::misplaced", reference, mutates_args=(), schema=schema
+    )
+    wrong.register_sharding(lambda x: [([Replicate()] * 2, [Replicate()] * 2)])
+    row = check_operator(wrong, [(normal(3),)], reference=reference, rules="DTensor")["DTensor"]
+    assert "expected two lists, the placements of 2 results and of 1 tensors" in row.detail, str(
+        row
+    )
+
+
+def test_reasons_for_which_a_rule_is_not_run(right: Any) -> None:
+    def reason(op: Any, sample: tuple[Tensor, ...], rule: str) -> str:
+        (row,) = check_operator(op, [sample], rules=[rule]).rows
+        assert row.outcome == "not run"
+        return row.detail
+
+    integers = (torch.ones(3, 2).long(), torch.ones(3, 2).long())
+    assert reason(right, integers, "low precision") == "no floating operand"
+    single = (normal(3, 2).float(), normal(3, 2).float())
+    assert reason(right, single, "gradcheck") == "operands have to be float64"
+    assert reason(right, single, "torch.func: jvp") == "no reference"
+    assert reason(torch.add, (normal(3), normal(3)), "schema") == "no operator was called"
+    assert reason(torch.argmax, (normal(3),), "gradgradcheck") == "no differentiable result"
+
+
+def test_the_worst_sample_is_shown(right: Any) -> None:
+    samples = [*SAMPLES, (normal(5, 4), normal(6, 3)), (normal(5, 4), None)]
+    table = check_operator(right, samples, rules="values")
+    assert (table["values"].outcome, table["values"].sample) == ("crashes", 1)
+    assert not table.ok  # a sample is what the operator takes
+    assert "mat1 and mat2 shapes cannot be multiplied" in str(table)
+
+
+@pytest.mark.parametrize(
+    "op, samples, rules, message",
+    [
+        (torch.add, SAMPLES, ["value"], "rule 'value', expected one of 'values', "),
+        (torch.add, [normal(3)], None, "expected samples"),
+        (torch.ops.aten.add_.Tensor, SAMPLES, None, "aten.add_.Tensor writes to its operands"),
+        ("add", SAMPLES, None, "the operator is an object of type str"),
+    ],
+)
+def test_errors(op: Any, samples: Any, rules: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_operator(op, samples, rules=rules)

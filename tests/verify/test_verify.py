@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: MIT
+"""``python -m torchpar verify``: its status, and errors in one line."""
+
+import hashlib
+import re
+from concurrent.futures.process import BrokenProcessPool
+from itertools import pairwise
+from unittest.mock import Mock, patch
+
+import pytest
+import torch
+
+from torchpar.verify import command as verify
+from torchpar.verify import drawn
+
+DRAWN = "b00ea11d8ef0502d459f757a0642a9cacfcf5d62f74946764dd4d3d7116819ee"  # of what is drawn
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_the_status_says_if_the_hash_is_published(capsys, status):
+    published = verify.EXPECTED["mlp"]
+    found = "ab" * 32 if status else published
+    with patch.object(verify, "Ranks") as start:
+        rank = Mock(submit=lambda *args: Mock(result=lambda: found))
+        start.return_value.__enter__.return_value.workers = [rank] * 4
+        assert verify.main(["--ranks", "4", "--tp", "2"]) == status
+    first, second, third = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"dp 2 × tp 2 × pp 1 on cpu, .*, torch \S+: \d+ s", first)
+    assert second == f"SHA-256 of the weights: {found}"
+    assert third == (
+        f"The published hash is {published}." if status else "This is the published hash."
+    )
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--ranks 3 --tp 2", "--ranks is 3, expected a multiple of --tp 2 times --pp 1"),
+        ("--tp -2 --pp -2", "--tp is -2, expected at least 1"),
+        ("--tp 0", "--tp is 0, expected at least 1"),
+        ("--ranks 100000", "--ranks is 100000, expected at most 64, on this one machine"),
+        (
+            "--threads 9223372036854775808",
+            "--threads is 9223372036854775808, expected at most 64, on",
+        ),
+        ("--pp 4", "--pp is 4, expected at most 3, one stage for each layer"),
+        ("--model gpt --pp 2", "--pp is 2, expected 1 for the GPT, which has no pipeline"),
+        ("--model gpt --tp 3", "--tp is 3, expected a divisor of the GPT's 4 heads"),
+    ],
+)
+def test_wrong_flags_are_an_error_in_one_line(fork_server, capsys, flags, message):
+    assert verify.main(flags.split()) == 2
+    out, err = capsys.readouterr()
+    (line,) = err.splitlines()
+    assert out == ""
+    assert line.startswith("python -m torchpar verify: error: ")
+    assert message in line
+
+
+def test_what_is_drawn_is_the_same_everywhere():
+    pictures, text = drawn.draw_pictures(1000), drawn.draw_text(1000)
+    digest = hashlib.sha256(pictures.features.numpy().tobytes() + text.numpy().tobytes())
+    assert digest.hexdigest() == DRAWN
+    x = pictures.features.float().flatten(1)
+    means = torch.stack([x[pictures.labels == c].mean(0) for c in range(drawn.CLASSES)])
+    nearest = torch.cdist(x, means).argmin(1)
+    assert torch.equal(nearest, pictures.labels)
+    assert len({(a, b) for a, b in pairwise(text.tolist())}) <= 4 * drawn.CHARACTERS
+
+
+@pytest.mark.parametrize(
+    "error, status, message",
+    [
+        (
+            BrokenProcessPool(),
+            2,
+            "error: a rank was killed, or has ended in an error; run it again",
+        ),
+        (
+            RuntimeError("Connection closed by peer"),
+            2,
+            "error: a rank was killed, or has ended in an error",
+        ),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_lost_ranks_and_ctrl_c_are_one_line(capsys, error, status, message):
+    with patch.object(verify, "Ranks", side_effect=error):
+        assert verify.main([]) == status
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"python -m torchpar verify: {message}")
+    assert err.count("\n") == 1
+    with (
+        patch.object(verify, "Ranks", side_effect=RuntimeError("a bug")),
+        pytest.raises(RuntimeError),
+    ):
+        verify.main([])
