@@ -79,7 +79,7 @@ def make_ours(
     model: nn.Module, name: str, nesterov: bool = True, views: Any = None, process_group: Any = None
 ) -> torch.optim.Optimizer:
     convolutions = [key for key, p in model.named_parameters() if p.dim() == 4]
-    # As for_model has it.
+    # The views that Muon.for_model takes.
     views = views or dict.fromkeys(convolutions, partial(torch.flatten, start_dim=1))
     return make(model, name, nesterov=nesterov, views=views, process_group=process_group)
 

@@ -23,7 +23,7 @@ from torchpar.errors import ConfigError
 RESULTS = Path(__file__).parent / "results"
 TEMPLATE = Path(__file__).parent / "report.html"
 PANELS = tomllib.loads((Path(__file__).parent / "panels.toml").read_text("utf-8"))
-# Of machines, in light and dark.
+# Colors of the machines, legible on light and dark pages.
 COLORS = ("#3f87c9", "#dd7733", "#46a36b", "#ad6cc2", "#b99316", "#7f8c8d")
 CASE = ("note", "epoch", "nbytes", "validate")  # columns of the case, besides those left of p20_ms
 TIMES = ["p20_ms", "p50_ms", "p80_ms", "speedup"]

@@ -28,7 +28,7 @@ from torchpar.kernels.tiles import KINDS
 from torchpar.processes import end_with_parent
 
 BLOCK_SHARED = {80: 166912, 90: 232448, 100: 232448, 103: 232448}  # bytes that a block may have
-# Of a multiprocessor of each of these.
+# Limits of a multiprocessor, on each of these GPUs.
 REGISTERS, WARPS, BLOCKS, TENSOR_COLUMNS = 65536, 64, 32, 512
 PRINTED = [
     "contestant",

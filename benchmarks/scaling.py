@@ -72,7 +72,7 @@ class Plan(NamedTuple):
     widths: Sequence[int] = (512, 1024, 2048, 4096)
     width_batch: int = 512
     most: int = 4  # ranks
-    # Bytes.
+    # Bytes of each all-reduce.
     all_reduces: Sequence[int] = (
         2**2,
         2**6,

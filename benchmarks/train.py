@@ -321,7 +321,7 @@ def lightning_epoch(inputs: Inputs) -> tuple[float, float]:
     from lightning.pytorch import LightningModule, Trainer
     from lightning.pytorch.callbacks import Timer
 
-    # What hardware it has not found.
+    # It would list the hardware that it has not found.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
     class Network(LightningModule):

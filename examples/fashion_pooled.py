@@ -169,7 +169,7 @@ def train_numpy(
         SIZES, loss="bce", init="zero" if world.rank else "xavier", seed=plan.seed
     )
     optimizer = numpy_mlp.SGD(model, plan.lr, plan.momentum)
-    # Gradient and cost of this share.
+    # The gradient and the cost of this process's share.
     summed = np.empty(model.parameters.size + 1, model.parameters.dtype)
     total = np.empty_like(summed)
     rows = np.empty((world.size, summed.size), summed.dtype) if world.rank == 0 else None

@@ -69,8 +69,7 @@ def main(flags: Flags) -> None:
         if flags.compile:
             ddp.compile()
         # Muon for the weight matrices and SGD for the biases, at a rate that falls to 0 linearly,
-        # unless
-        # --optimizer, --lr and --schedule say otherwise.
+        # unless --optimizer, --lr and --schedule say otherwise.
         optimizer = session.make_optimizer(flags, model)
         lr_scheduler = training.lr_scheduler(optimizer, flags.schedule, flags.total_steps(train))
 
@@ -92,7 +91,6 @@ def main(flags: Flags) -> None:
                     lr_scheduler.step()
                     optimizer.zero_grad()
                     run.end_step(loss)
-
                 run.end_epoch()
 
 

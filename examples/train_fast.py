@@ -173,7 +173,6 @@ def main(flags: Flags) -> None:
                     loss = trainer.step(*batch)
                     lr_scheduler.step()
                     run.end_step(loss)
-
                 run.end_epoch()
 
 

@@ -171,9 +171,9 @@ def main() -> None:
     """Run ``fit`` or ``test``; both end with the last line of the other lessons."""
     for name in ("lightning.pytorch", "lightning.fabric"):  # they list the hardware that is absent
         logging.getLogger(name).setLevel(logging.WARNING)
-    # No validation.
+    # Without validation there are no samples.
     warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")
-    # Torch's, of Lightning.
+    # PyTorch warns of Lightning's calls.
     warnings.filterwarnings("ignore", category=FutureWarning, module="lightning")
     timer = Timer()
     silent = dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary"), False)

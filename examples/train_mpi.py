@@ -172,7 +172,7 @@ def train(flags: Flags, split: Split, world: Any, data: tuple[Images, Images]) -
     test_x = test.inputs()
     sizes = [x.shape[1], *flags.hidden, len(test.classes)]
     cli.check_memory(sizes)
-    # The same everywhere.
+    # One seed draws the same weights in every process.
     model = NumpyMLP(sizes, hidden=flags.activation, init=flags.init, seed=flags.seed)
     messages = Messages(world)
     parallel = DataParallel(model, messages) if split == "data" else ModelParallel(model, messages)
@@ -189,7 +189,7 @@ def train(flags: Flags, split: Split, world: Any, data: tuple[Images, Images]) -
             indices = parallel.share(batch)
             yield x[indices], labels[indices], len(batch)
 
-    # Of a process with a terminal.
+    # The bar shows on a process with a terminal.
     for epoch in console.progress(range(1, flags.epochs + 1), "epochs"):
         start, train_loss = time.perf_counter(), 0.0
         with phases:

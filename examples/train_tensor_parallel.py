@@ -89,7 +89,6 @@ def main(flags: Flags) -> None:
                     lr_scheduler.step()
                     optimizer.zero_grad()
                     run.end_step(loss)
-
                 run.end_epoch()
 
 

@@ -78,7 +78,7 @@ class AutotunedPlan(Plan):
         first_constant = one.kernel.arg_names.index(next(iter(one.constants)))
         tuner = triton.autotune(
             configs=[triton.Config(dict(plan.constants), **plan.options) for plan in plans],
-            # All integers.
+            # The integer arguments.
             key=one.kernel.arg_names[first_constant - len(one.arguments) : first_constant],
             restore_value=list(restore),
             cache_results=True,

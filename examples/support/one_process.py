@@ -20,7 +20,7 @@ T = TypeVar("T")
 # the tests. Without a bias, or with a gradient that lacks a process's share, the losses are off by
 # 1e-3 or more.
 LOSS_ERROR = 1e-4
-# Their variables.
+# Prefixes of the launchers' variables.
 LAUNCHERS = ("PMI_", "PMIX_", "OMPI_", "MPI_", "HYDRA_", "PRTE_", "OMP_NUM_THREADS")
 
 

@@ -102,7 +102,7 @@ class DataParallel:
         self._restart()
 
     def _restart(self) -> None:
-        # The last one of losses.
+        # The last sum is that of the losses.
         self._sums = [BinnedSum(t) for t in (*self.parameters, torch.zeros(()))]
 
     def backward(self, loss: Tensor, gradient: Tensor | None = None) -> None:

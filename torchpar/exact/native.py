@@ -85,7 +85,7 @@ def _shared(tensors: Iterable[Tensor]) -> dict[int, _Memory]:
     shared = {address: spans for address, spans in by_address.items() if len(spans) > 1}
     memories = {}
     for number, (address, spans) in enumerate(shared.items()):
-        # Where an element of any dtype may begin.
+        # A multiple of 16 bytes, where an element of any dtype may begin.
         start = min(first for first, _ in spans) // 16 * 16
         memories[address] = _Memory(number, start, max(last for _, last in spans) - start)
     return memories

@@ -203,7 +203,7 @@ class CustomOpDef(custom_ops.CustomOpDef):
         _refuse(name, parsed, tags)
         writes = [bool(one.alias_info and one.alias_info.is_write) for one in arguments]
         self._written_at = [i for i, is_written in enumerate(writes) if is_written]
-        # As an argument.
+        # Whether an argument names the device, as no tensor does.
         self._needs_device = not any("Tensor" in str(one.type) for one in arguments)
         self._has_device = any(one.name == "device" for one in arguments)
         self._check_device(name, device_types)
@@ -288,7 +288,7 @@ class CustomOpDef(custom_ops.CustomOpDef):
 
     def _select_device(self, *args: Any, **kwargs: Any) -> Any:
         """Call the kernel of a function without tensors, for the device among its arguments."""
-        # Not passed on.
+        # To choose by; the call passes on what was given.
         given = {one.name: one.default_value for one in self._opoverload._schema.arguments}
         given |= dict(zip(given, args, strict=False)) | kwargs
         device = torch.device(given["device"] or "cpu").type

@@ -248,7 +248,7 @@ class Muon(Optimizer):
                 ).append(info)
             plan = [Exchange(_group_of(ranks), params) for (ranks, _), params in together.items()]
             self._plan = sorted(plan, key=lambda exchange: exchange.group is None)
-            # Without those removed.
+            # Without parameters that were removed.
             self._names = {info.p: info.name for info in self._param_infos()}
             # The plan keeps the parameters, so that no other one gets their id.
             self._planned = facts

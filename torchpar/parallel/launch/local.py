@@ -56,7 +56,7 @@ class Ranks(ExitStack):
     def __init__(self, preload: Iterable[str] = PRELOAD) -> None:
         super().__init__()
         self._context = fork_context(preload)
-        # Files by which a call's ranks meet.
+        # Holds a file for each call, by which its ranks meet.
         self._stores = Path(self.enter_context(TemporaryDirectory()))
         self._calls = itertools.count()
         self.workers: list[ProcessPoolExecutor] = []

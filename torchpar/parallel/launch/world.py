@@ -205,7 +205,7 @@ def _make_mesh(
 ) -> DeviceMesh:
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("pp", "dp", "tp"))
     c10d = dist.distributed_c10d
-    # The latter before torch 2.15.
+    # Before torch 2.15 the name is private.
     set_timeout = getattr(c10d, "set_timeout", None) or c10d._set_pg_timeout
     # Mesh["dp"] would import the compiler: a second, and 157 MB.
     for group in mesh.get_all_groups():
