@@ -94,7 +94,7 @@ class Call:
                 f"{self.op._qualname}: backward returns an incorrect number of gradients: expected "
                 f"{expected}, got {len(found)}, one for each positional argument"
             )
-        if self.sizes is None and not any(isinstance(g, list | tuple) for g in found):
+        if self.sizes is None and list not in map(type, found):
             return found
         leaves: list[Any] = []
         sizes = self.sizes or [None] * count
