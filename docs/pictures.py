@@ -1,6 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""Draw the pictures of the pages: ``python docs/pictures.py``."""
+"""Draw the pictures of the pages: ``python docs/pictures.py [LOSSES]``.
 
+With the file that ``examples/train_transformer.py --metrics LOSSES`` wrote, it draws the picture of
+its losses alone.
+"""
+
+import json
+import sys
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 import matplotlib
@@ -316,8 +324,25 @@ def start() -> Figure:
     return figure
 
 
+def losses(path: Path) -> Figure:
+    """The losses of Muon and of AdamW on the training text and on the validation text."""
+    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    figure, grid = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    for axes, name in zip(grid, ("train_loss", "validation_loss"), strict=True):
+        for optimizer, group in groupby(rows, itemgetter("optimizer")):
+            points = [(row["step"], row[name]) for row in group]
+            axes.plot(*zip(*points, strict=True), "o-", label=optimizer)
+        axes.set(xlabel="step", ylabel=name.replace("_", " "))
+        axes.legend()
+        axes.grid(alpha=0.3)
+    return figure
+
+
 def main() -> None:
     matplotlib.use("Agg")
+    if len(sys.argv) > 1:
+        losses(Path(sys.argv[1])).savefig(FOLDER / "muon" / "transformer.png", dpi=120)
+        return
     for page, pictures in (
         ("", (start,)),
         ("operators", (maximum, matmul_t, linear_sigmoid)),

@@ -54,6 +54,7 @@ class Flags(cli.DataFlags):
     sweep_epochs: int = 2  # Epochs to choose width, batch size and rate by.
     epochs: int = 10  # Epochs to choose λ by.
     samples: int | None = None  # Training samples to use at most.
+    plots: Path | None = None  # Folder for pictures.
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -39,6 +39,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 # NumPy reads it when it is imported. With a process per core each process needs one thread. One
@@ -75,6 +76,7 @@ class Flags(cli.DataFlags):
     # Data set; auto takes Fashion-MNIST if its files are there, else MNIST.
     dataset: Literal["auto", "mnist", "fashion-mnist", "kmnist"] = "auto"  # type: ignore[assignment]
     library: Literal["numpy", "torch"] = "numpy"  # Library that computes.
+    plots: Path | None = None  # Folder for pictures.
     exchange: Exchange = "allreduce"  # MPI's messages of an iteration.
     samples: int = 5000  # Number of training images, the first ones.
     iterations: int = 800  # Iterations of the second run.

@@ -17,6 +17,7 @@ digit gives to other digits goes to its own class.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ class Flags(cli.DataFlags):
     """Compute the attention of images to each other."""
 
     samples: int = 100  # Number of test images, the first ones.
+    plots: Path | None = None  # Folder for pictures.
 
 
 def attention_weights(x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ and the most bytes that a call allocates.
 
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ class Flags(cli.DataFlags):
     """Train a convolutional network that consists of linear layers."""
 
     samples: int | None = None  # Number of training samples, the first ones; by default all.
+    plots: Path | None = None  # Folder for pictures.
     epochs: int = 5  # Passes over the training samples.
     batch_size: int = 64  # Samples per step.
     lr: float = 0.3  # Learning rate at the start; it falls to 0 linearly.

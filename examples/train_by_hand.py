@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from support import cli, console, points
+from support import cli, console, points, report
 from torch import Tensor
 from torch.nn.functional import one_hot
 
@@ -43,7 +43,8 @@ from torchpar.data import Samples, batches, load
 from torchpar.datasets import Dataset
 from torchpar.errors import ConfigError, check_finite
 from torchpar.parallel.launch.world import join_world
-from torchpar.training import EpochResult
+from torchpar.profile.phases import Phases, phase
+from torchpar.training import EpochResult, Evaluation
 
 Errors = dict[str, float]  # by the name of a tensor: "input", "weight", "bias"
 # The best h in float64: its error h² and its roundoff eps/h are alike, some 1e-11
@@ -238,6 +239,7 @@ class Flags(cli.ExampleFlags):
     batch_size: int = 64  # Samples per step.
     # Learning rate at the start; it falls linearly. By default 1, for images 0.4.
     lr: float | None = None
+    report: Path | None = None  # Folder for a page of the run, run.html.
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -371,19 +373,25 @@ def load_samples(flags: Flags, device: torch.device) -> tuple[Samples, Samples]:
     return train[: flags.samples], test
 
 
-def evaluate(network: Network, loss: Loss, test: Samples) -> tuple[float, float]:
-    """Return the mean loss and the accuracy."""
+def evaluate(network: Network, loss: Loss, test: Samples) -> Evaluation:
     outputs = network.forward(test.inputs(slice(None)))
     predicted = outputs.argmax(1) if outputs.shape[1] > 1 else (outputs[:, 0] > 0.5).long()
-    return loss.forward(outputs, test.labels).item(), (
-        predicted == test.labels
-    ).double().mean().item()
+    accuracy = (predicted == test.labels).double().mean().item()
+    return Evaluation(loss.forward(outputs, test.labels).item(), accuracy, outputs)
 
 
 def train(
-    network: Network, loss: Loss, flags: Flags, samples: Samples, test: Samples
+    network: Network,
+    loss: Loss,
+    flags: Flags,
+    samples: Samples,
+    test: Samples,
+    phases: Phases,
 ) -> list[EpochResult]:
     """Train by gradient descent, and return the figures of each epoch.
+
+    Args:
+        phases: measures the steps.
 
     Raises:
         DivergedError: a training or a test loss that is not finite.
@@ -396,19 +404,20 @@ def train(
         start = time.perf_counter()
         lr = first_lr * (1 - (epoch - 1) / epochs)
         total = torch.zeros((), dtype=torch.float64, device=samples.labels.device)
-        for x, labels, n in batches(samples, flags.batch_size, seed=flags.seed, epoch=epoch):
+        drawn = batches(samples, flags.batch_size, seed=flags.seed, epoch=epoch)
+        for x, labels, n in phases.steps(drawn):
             total += n * loss.forward(network.forward(x), labels)
-            network.backward(loss.backward())
+            with phase("backward"):
+                network.backward(loss.backward())
             network.step(lr)
         train_loss = total.item() / len(samples)
         check_finite(f"the training loss of epoch {epoch}", train_loss)
         speed = len(samples) / (time.perf_counter() - start)
-        figures = evaluate(network, loss, test)
-        check_finite(f"the test loss after epoch {epoch}", figures[0])
+        test_loss, accuracy, _ = evaluate(network, loss, test)
+        check_finite(f"the test loss after epoch {epoch}", test_loss)
         seconds = time.perf_counter() - start
-        results.append(
-            EpochResult(epoch, train_loss, *figures, speed, seconds, 1, total.device.type)
-        )
+        figures = (epoch, train_loss, test_loss, accuracy, speed, seconds)
+        results.append(EpochResult(*figures, ranks=1, device=total.device.type))
         if epoch % -(-epochs // 10) == 0:
             print(console.epoch_line(results[-1], epochs))
     return results
@@ -431,7 +440,16 @@ def main(flags: Flags) -> None:
         network = build_network(sizes, flags.activation, output, flags.fused, device=world.device)
         loss = BinaryCrossEntropy() if of_points else SoftmaxCrossEntropy()
         print(" → ".join(type(layer).__name__ for layer in (*network.layers, loss)))
-        results = train(network, loss, flags, samples, test)
+        with Phases(world.device) as phases:
+            results = train(network, loss, flags, samples, test, phases)
+        if flags.report:
+            weights = sum(p.nbytes for p in network.parameters().values())
+            memory = {"weights": weights, "gradients": weights}
+            outputs = network.forward(test.inputs(slice(None)))
+            if of_points:  # one output, the probability of label 1
+                outputs = torch.hstack([1 - outputs, outputs])
+            page = {"": report.as_run(results, [phases.record(0, memory)])}
+            report.write(flags.report, page, outputs, test)
     console.write_metrics(flags.metrics, [errors, *map(asdict, results)])
     print(console.summary(results))
 

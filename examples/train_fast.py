@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 import train_ddp
 from support import cli, console, session
-from support.timeline import now
+from support.measure import now
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel

@@ -10,21 +10,22 @@
 The other lessons write the loop out. The weights are the same, to the bit; the Trainer's hooks cost
 some tenths of a millisecond per step. LightningCLI makes a flag of each argument. ``fit`` ends with
 a test, of the best weights where checkpoints are kept: lightning.yaml turns on a logger,
-checkpoints and early stopping.
+checkpoints and early stopping. ``fit --report DIR`` writes a page of the run, DIR/run.html.
 """
 
 import logging
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from support import console
+from support import console, report
+from support.recording import Recording
 from torch import Tensor
 from torch import distributed as dist
 from torch.nn.functional import cross_entropy
@@ -104,8 +105,16 @@ class Epochs:
     A DataLoader with Lightning's sampler would pad the ranks' shares to one size.
     """
 
-    def __init__(self, samples: Samples, batch_size: int, seed: int, trainer: Trainer):
+    def __init__(
+        self,
+        samples: Samples,
+        batch_size: int,
+        seed: int,
+        trainer: Trainer,
+        steps: Callable[[Iterator[Batch]], Iterator[Batch]] = iter,
+    ):
         self.samples, self.batch_size, self.seed, self.trainer = samples, batch_size, seed, trainer
+        self.steps = steps  # yields the batches, and may record what is done with them
 
     def __len__(self) -> int:
         return -(-len(self.samples) // self.batch_size)
@@ -117,9 +126,10 @@ class Epochs:
         # A generator, which reads the epoch at the first batch: a resumed trainer has restored it
         # by then.
         epoch = self.trainer.current_epoch + 1
-        yield from batches(
+        drawn = batches(
             self.samples, self.batch_size, seed=self.seed, epoch=epoch, share=self.share
         )
+        yield from self.steps(drawn)
 
 
 class MNIST(LightningDataModule):
@@ -158,13 +168,33 @@ class MNIST(LightningDataModule):
         self.epochs = partial(Epochs, seed=self.seed, trainer=self.trainer)
 
     def train_dataloader(self) -> Epochs:
-        return self.epochs(self.train, self.batch_size)
+        assert self.trainer is not None
+        recordings = [c for c in self.trainer.callbacks if isinstance(c, Recording)]  # type: ignore[attr-defined]
+        return self.epochs(
+            self.train, self.batch_size, steps=recordings[0].steps if recordings else iter
+        )
 
     def val_dataloader(self) -> Epochs | list[Epochs]:
         return self.epochs(self.val, len(self.val)) if len(self.val) else []
 
     def test_dataloader(self) -> Epochs:
         return self.epochs(self.test, len(self.test))
+
+
+class CLI(LightningCLI):
+    """LightningCLI with ``--report``."""
+
+    recording: Recording | None = None
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--report", type=Path | None, help="folder for a page of the run")
+
+    def before_fit(self) -> None:
+        if folder := self.config.fit.report:
+            with console.writing(folder, "--report"):
+                folder.mkdir(parents=True, exist_ok=True)
+            self.recording = Recording()
+            self.trainer.callbacks.append(self.recording)  # type: ignore[attr-defined]
 
 
 def main() -> None:
@@ -181,22 +211,28 @@ def main() -> None:
     options = {"seed_everything_default": 0, "trainer_defaults": silent | shown}
     try:
         # The logger keeps the hyperparameters.
-        cli = LightningCLI(LitMLP, MNIST, save_config_callback=None, **options)  # type: ignore[arg-type]
+        cli = CLI(LitMLP, MNIST, save_config_callback=None, **options)  # type: ignore[arg-type]
         trainer = cli.trainer
         if cli.subcommand == "fit":
             best = getattr(trainer.checkpoint_callback, "best_model_path", None)
             trainer.test(cli.model, cli.datamodule, ckpt_path=best or None, verbose=False)
         check_finite("the test loss", trainer.callback_metrics["test_loss"].item())
+        if trainer.is_global_zero:
+            accuracy, loss = (
+                trainer.callback_metrics[f"test_{name}"].item() for name in ("accuracy", "loss")
+            )
+            seconds = timer.time_elapsed("train") + timer.time_elapsed("test")
+            device = trainer.strategy.root_device.type
+            last_line = console.last_line(accuracy, loss, seconds, trainer.world_size, device)
+            if cli.recording is not None:
+                page = {"": report.Run(cli.recording.figures, last_line, cli.recording.records)}
+                test = cli.datamodule.test
+                outputs = cli.model.mlp(test.inputs(slice(None)))
+                report.write(cli.config.fit.report, page, outputs, test)
+            print(last_line)
     except TorchparError as e:
         print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr)
         sys.exit(2)
-    if trainer.is_global_zero:
-        accuracy, loss = (
-            trainer.callback_metrics[f"test_{name}"].item() for name in ("accuracy", "loss")
-        )
-        seconds = timer.time_elapsed("train") + timer.time_elapsed("test")
-        device = trainer.strategy.root_device.type
-        print(console.last_line(accuracy, loss, seconds, trainer.world_size, device))
     # Until the interpreter's end the group's threads could abort the process.
     if dist.is_initialized():
         dist.destroy_process_group()

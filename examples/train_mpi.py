@@ -20,14 +20,15 @@ the messages cost more time than two processes save. The third trains on one pro
 thread, on one with all threads, and by both splits. It sets them side by side, and checks that all
 losses are the same.
 
-PyTorch is needed for --log-dir alone. Without it a checkout needs
+PyTorch is needed for --log-dir alone. --report needs matplotlib and jinja2. Otherwise a checkout
+needs
 
     pip install --no-deps -e . && pip install numpy mpi4py mpich rich tyro
 """
 
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -39,7 +40,7 @@ if any(os.environ.get(size, "1") != "1" for size in ("PMI_SIZE", "OMPI_COMM_WORL
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
-from support import cli, console, one_process, plots
+from support import cli, console, one_process, report
 
 from torchpar.baselines import mpi
 from torchpar.baselines.numpy_mlp import SGD, Array, Hidden, Init, NumpyMLP, batches
@@ -47,6 +48,7 @@ from torchpar.datasets import Images, read
 from torchpar.errors import ConfigError, check_finite
 from torchpar.outcome import EpochResult
 from torchpar.profile.phases import Phases, phase
+from torchpar.profile.record import Call, RankRecord
 
 Split = Literal["data", "model"]
 PHASES = ("data", "forward", "backward", "collectives", "optimizer")
@@ -72,23 +74,24 @@ class Flags(cli.DataFlags):
     init: Init = "xavier"  # First weights; zero shows why they are drawn at random.
     samples: int | None = None  # Train on the first ones only.
     log_dir: Path | None = None  # Folder for TensorBoard: losses, accuracy and speed.
+    report: Path | None = None  # Folder for a page of the run, run.html.
 
 
 class Messages:
-    """A communicator that counts the calls of Allreduce, and the bytes that this process gives to
-    them."""
+    """A communicator that records the calls of Allreduce, and the bytes that this process gives."""
 
-    def __init__(self, world: Any):
-        self.world = world
+    def __init__(self, world: Any, dimension: str):
+        self.world, self.dimension = world, dimension
         self.rank, self.size = world.rank, world.size
-        self.calls = self.bytes = 0
+        self.calls: list[Call] = []  # of the current step
 
-    def Allreduce(self, own: Array, total: Array) -> None:
-        if self.size > 1:
-            self.calls += 1
-            self.bytes += own.nbytes
+    def Allreduce(self, mine: Array, total: Array) -> None:
+        start = time.perf_counter()
         with phase("collectives"):
-            self.world.Allreduce(own, total)
+            self.world.Allreduce(mine, total)
+        if self.size > 1:
+            seconds = time.perf_counter() - start
+            self.calls.append(Call(self.dimension, "Allreduce", mine.nbytes, start, seconds))
 
     def allgather(self, value: Any) -> list[Any]:
         return self.world.allgather(value)  # type: ignore[no-any-return]
@@ -150,18 +153,26 @@ class Training(NamedTuple):
     Attributes:
         results: of each epoch.
         steps: number of them.
-        phases: seconds of each phase of the steps, on process 0.
-        calls: of Allreduce in a step.
-        bytes: of the array that each process gives to them.
+        records: what the steps took on each process.
+        sent: the calls of Allreduce in the first step.
         model: the trained network, with all units.
     """
 
     results: list[EpochResult]
     steps: int
-    phases: Phases
-    calls: int
-    bytes: int
+    records: list[RankRecord]
+    sent: list[Call]
     model: NumpyMLP
+
+    @property
+    def seconds(self) -> Mapping[str, float]:
+        """Of each phase of the steps, on process 0."""
+        return self.records[0].seconds
+
+    @property
+    def bytes(self) -> int:
+        """Of the arrays that each process gives to Allreduce in a step."""
+        return sum(call.bytes for call in self.sent)
 
 
 def train(flags: Flags, split: Split, world: Any, data: tuple[Images, Images]) -> Training:
@@ -174,14 +185,14 @@ def train(flags: Flags, split: Split, world: Any, data: tuple[Images, Images]) -
     cli.check_memory(sizes)
     # One seed draws the same weights in every process.
     model = NumpyMLP(sizes, hidden=flags.activation, init=flags.init, seed=flags.seed)
-    messages = Messages(world)
+    messages = Messages(world, "dp" if split == "data" else "tp")
     parallel = DataParallel(model, messages) if split == "data" else ModelParallel(model, messages)
     optimizer = SGD(
         parallel.model, flags.lr, flags.momentum, flags.weight_decay, flags.decay_biases
     )
     order = np.random.default_rng(flags.seed)  # the same everywhere
     phases, results = Phases(names=PHASES), list[EpochResult]()
-    steps, sent = 0, (0, 0)
+    steps = 0
 
     def draw() -> Iterator[tuple[Array, Array, int]]:
         """Yield this process's samples of each batch, perhaps none, and the batch's size."""
@@ -199,7 +210,8 @@ def train(flags: Flags, split: Split, world: Any, data: tuple[Images, Images]) -
                 train_loss += loss
                 steps += 1
                 if steps == 1:
-                    sent = messages.calls, messages.bytes
+                    sent = messages.calls
+                phases.current.calls, messages.calls = messages.calls, []
         speed = count / (time.perf_counter() - start)
         test_loss, accuracy = parallel.evaluate(test_x, test.labels)
         check_finite(f"a loss of epoch {epoch}", train_loss, test_loss)
@@ -207,7 +219,9 @@ def train(flags: Flags, split: Split, world: Any, data: tuple[Images, Images]) -
         results.append(EpochResult(*figures, time.perf_counter() - start, world.size, "cpu"))
         if world.rank == 0:
             print(console.epoch_line(results[-1], flags.epochs))
-    return Training(results, steps, phases, *sent, parallel.whole())
+    memory = {"weights": parallel.model.parameters.nbytes}
+    records = world.allgather(phases.record(world.rank, memory))
+    return Training(results, steps, records, sent, parallel.whole())
 
 
 def compare(flags: Flags, world: Any, data: tuple[Images, Images]) -> dict[str, Training]:
@@ -244,17 +258,14 @@ def print_comparison(flags: Flags, processes: int, runs: dict[str, Training], ba
     def add(row: str, values: Iterable[str]) -> None:
         rows.append({"": row} | dict(zip(columns, values, strict=True)))
 
-    ms = [
-        {name: 1000 * s / run.steps for name, s in run.phases.seconds.items()}
-        for run in runs.values()
-    ]
+    ms = [{name: 1000 * s / run.steps for name, s in run.seconds.items()} for run in runs.values()]
     steps = {name: sum(of_run.values()) for name, of_run in zip(runs, ms, strict=True)}
     for name in PHASES:
         add(f"{name}, ms", (f"{of_run[name]:.3f}" for of_run in ms))
     add("a step, ms", (f"{step:.3f}" for step in steps.values()))
     all_threads = base.removeprefix("1 process, ")
     add(f"speed-up over {all_threads}", (f"{steps[base] / step:.2f}" for step in steps.values()))
-    add("messages a step", (str(run.calls) for run in runs.values()))
+    add("messages a step", (str(len(run.sent)) for run in runs.values()))
     add("bytes a step", (f"{run.bytes:,}" for run in runs.values()))
     console.print_rows(rows, list(rows[0]), f"{processes} processes, batches of {flags.batch_size}")
 
@@ -286,13 +297,16 @@ def main(flags: Flags) -> None:
         *_, run = runs.values()
         console.write_metrics(flags.metrics, rows)
         console.write_log(flags.log_dir, rows[-flags.epochs :], "epoch")
-        if flags.plots:
+        if flags.report:
+            page = {name: report.as_run(run.results, run.records) for name, run in runs.items()}
             test = data[1]
-            plots.save(flags.plots, run.results, run.model.forward(test.inputs())[1], test)
+            report.write(flags.report, page, run.model.forward(test.inputs())[1], test)
         if not flags.compare:
-            console.print_phases(run.phases)
-            if run.calls:
-                print(f"in each step a process gives {run.bytes:,} bytes to {run.calls} Allreduce")
+            console.print_phases(run.seconds)
+            if run.sent:
+                print(
+                    f"in each step a process gives {run.bytes:,} bytes to {len(run.sent)} Allreduce"
+                )
         if flags.init == "zero":
             first, *others = run.model.weights[0].T
             apart = max((np.abs(first - other).max() for other in others), default=0)

@@ -13,7 +13,6 @@ because each rank has the whole model. Tensor and pipeline parallelism divide we
 the optimizer's state.
 """
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,11 +23,9 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from torchpar import training
-from torchpar.errors import ConfigError
 from torchpar.nn import MLP
 from torchpar.parallel import join_world, parallel_mlp, register_shared_memory_hook
 from torchpar.parallel.split.pipeline import Pipeline, PipelineSchedule, stage_mlp
-from torchpar.profile.memory import Memory
 from torchpar.training import Classification, Run
 
 
@@ -41,15 +38,6 @@ class Flags(cli.TrainFlags):
     pp: int = 1  # Stages of a pipeline.
     pipeline: PipelineSchedule = "1f1b"  # Order of a pipeline's forward and backward passes.
     micro_batches: int = 4  # Parts into which a pipeline cuts a replica's share of a batch.
-    # Measure the bytes of weights, gradients, optimizer state and activations.
-    memory: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.memory and self.compile:
-            raise ConfigError(
-                "--memory sees no activations of compiled code; drop --compile or --memory"
-            )
 
 
 def main(flags: Flags) -> None:
@@ -91,21 +79,17 @@ def main(flags: Flags) -> None:
         predict = pipeline.predict if pipeline else model
         task = Classification(train, test, flags.batch_size, predict=predict, seed=flags.seed)
         parts = (model, optimizer, lr_scheduler, world, task)
-        memory = Memory(model, optimizer)
         with Run(*parts, log=session.Log(flags, world), **flags.run_options()) as run:
             run.resume()
             for epoch in run.epochs():
                 for x, labels, global_size in run.batches(epoch):
-                    with memory.measure() if flags.memory else nullcontext():
-                        loss = gradients(x, labels, global_size)
+                    loss = gradients(x, labels, global_size)
                     session.adjust_gradients(flags, model, world)  # --clip, --orthogonality
                     optimizer.step()
                     lr_scheduler.step()
                     optimizer.zero_grad()
                     run.end_step(loss)
                 run.end_epoch()
-            if flags.memory:
-                session.print_memory(memory, world)
 
 
 if __name__ == "__main__":

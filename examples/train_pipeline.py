@@ -32,7 +32,6 @@ from dataclasses import dataclass
 
 import torch
 from support import cli, session
-from support.timeline import Timeline
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -58,9 +57,7 @@ class Flags(cli.TrainFlags):
     draw: bool = False
 
 
-def by_hand(
-    flags: Flags, world: World, stage: MLP, timeline: Timeline | None
-) -> tuple[Gradients, Predict]:
+def by_hand(flags: Flags, world: World, stage: MLP) -> tuple[Gradients, Predict]:
     """Return the functions that compute the gradients of a batch, and the outputs of a batch."""
     check_one_rank_per_gpu(world)
     schedule = gpipe if flags.pipeline == "gpipe" else one_forward_one_backward
@@ -91,11 +88,10 @@ def by_hand(
             # the gradient of the activations to the previous stage.
             outputs.backward(gradient)
 
-        passes = timeline.step(forward, backward) if timeline else (forward, backward)
         # For each micro-batch: receive the input, forward, send the output; receive the gradient of
         # the output, backward, send the gradient of the input. No two ranks have the same layer, so
         # that there is nothing to average.
-        run_schedule(*passes, [(len(part), width) for part in parts], p2p)
+        run_schedule(forward, backward, [(len(part), width) for part in parts], p2p)
         return torch.stack(losses).sum() if losses else x.new_zeros(())
 
     def predict(x: Tensor) -> Tensor | None:
@@ -112,19 +108,19 @@ def main(flags: Flags) -> None:
     with join_world(flags.device, flags.timeout, gloo_yields=True) as world:
         world = world.with_mesh(pp=world.world_size)
         train, test = session.load(flags, world)
-        timeline = Timeline(world) if flags.draw else None
+        log = session.Log(flags, world, flags.draw)
         torch.manual_seed(flags.seed)
         # Every rank draws all weights, the same on all, and keeps the layers of its stage.
         stage = stage_mlp(MLP(flags.layer_sizes(train)).to(world.device), world.mesh["pp"])
         if flags.compile:
             stage.compile()
-        gradients, predict = by_hand(flags, world, stage, timeline)
+        gradients, predict = by_hand(flags, world, stage)
         optimizer = session.make_optimizer(flags, stage)
         lr_scheduler = training.lr_scheduler(optimizer, flags.schedule, flags.total_steps(train))
 
         task = Classification(train, test, flags.batch_size, predict=predict, seed=flags.seed)
         parts = (stage, optimizer, lr_scheduler, world, task)
-        with Run(*parts, log=session.Log(flags, world), **flags.run_options()) as run:
+        with Run(*parts, log=log, **flags.run_options()) as run:
             run.resume()
             for epoch in run.epochs():
                 for x, labels, global_size in run.batches(epoch):
@@ -135,8 +131,6 @@ def main(flags: Flags) -> None:
                     optimizer.zero_grad()
                     run.end_step(loss)
                 run.end_epoch()
-            if timeline is not None:
-                timeline.print()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """A small transformer that learns to write like Lewis Carroll, by Muon and by AdamW.
 
-    python examples/train_transformer.py --plots pictures
+    python examples/train_transformer.py --report page
     torchrun --nproc_per_node=2 examples/train_transformer.py
     torchrun --nproc_per_node=2 examples/train_transformer.py --arithmetic exact --steps 20
 
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from support import cli, console, plots
+from support import cli, console, report, session
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
@@ -52,7 +52,7 @@ class Flags(cli.ExampleFlags):
     lr: float = 0.02  # Learning rate of Muon at the start; it falls to 0.
     adamw_lr: float = 6e-3  # Learning rate of AdamW, likewise.
     log_dir: Path | None = None  # Folder for TensorBoard: losses.
-    plots: Path | None = None  # Folder for pictures.
+    report: Path | None = None  # Folder for a page of the runs, run.html.
     # Exact: the same bits everywhere, many times slower.
     arithmetic: Literal["fast", "exact"] = "fast"
 
@@ -147,10 +147,12 @@ class Windows:
         return Evaluation(float(total) / (len(starts) * CONTEXT))
 
 
-def train(name: str, flags: Flags, world: World) -> list[dict[str, Any]]:
-    """Train by Muon or by AdamW; return the losses and seconds after each epoch.
+def train(name: str, flags: Flags, world: World) -> report.Run:
+    """Train by Muon or by AdamW.
 
-    ``train_loss`` is the mean over the epoch's steps. ``seconds`` are without evaluation.
+    Returns:
+        The figures of each epoch: "train_loss" is the mean over its steps; "seconds" are those
+            since the beginning, without evaluation.
     """
     (text, validation), characters = load_book(world.device)
     is_exact = flags.arithmetic == "exact"
@@ -171,7 +173,8 @@ def train(name: str, flags: Flags, world: World) -> list[dict[str, Any]]:
     replica = DistributedDataParallel(model) if world.world_size > 1 and not is_exact else model
     parallel = exact.DataParallel(model, world.mesh["dp"].get_group()) if is_exact else None
     mine = slice(world.rank, None, world.world_size)
-    with Run(model, optimizer, schedule, world, task, epochs=epochs) as run:
+    log = session.Recording(world, wanted=flags.report is not None)
+    with Run(model, optimizer, schedule, world, task, epochs=epochs, log=log) as run:
         for epoch in run.epochs():
             for starts in run.batches(epoch):
                 with arithmetic():
@@ -190,7 +193,7 @@ def train(name: str, flags: Flags, world: World) -> list[dict[str, Any]]:
                 run.end_step(loss * flags.batch_size / world.world_size)
             run.end_epoch()
     seconds = accumulate(task.samples / result.samples_per_s for result in run.results)
-    return [
+    rows = [
         {
             "optimizer": name,
             "step": result.epoch * task.steps,
@@ -200,6 +203,11 @@ def train(name: str, flags: Flags, world: World) -> list[dict[str, Any]]:
         }
         for result, second in zip(run.results, seconds, strict=True)
     ]
+    summary = (
+        "training loss {train_loss:.3f}, validation loss {validation_loss:.3f} after {step} steps, "
+        "{seconds:.1f} s"
+    )
+    return report.Run(rows, summary.format(**rows[-1]), log.records)
 
 
 def main(flags: Flags) -> None:
@@ -209,21 +217,16 @@ def main(flags: Flags) -> None:
                 f"--batch-size is {flags.batch_size}, expected a multiple of the ranks"
             )
         names = ["adamw"] if flags.arithmetic == "exact" else ["muon", "adamw"]
-        runs = [train(name, flags, world) for name in names]
+        runs = {name: train(name, flags, world) for name in names}
         if world.rank > 0:
             return
-        for run in runs:
-            print(
-                "{optimizer}: training loss {train_loss:.3f}, validation loss "
-                "{validation_loss:.3f} after {step} steps, {seconds:.1f} s".format(**run[-1])
-            )
-            console.write_log(flags.log_dir and flags.log_dir / run[0]["optimizer"], run, "step")
-        rows = [row for run in runs for row in run]
+        for name, run in runs.items():
+            print(f"{name}: {run.summary}")
+            console.write_log(flags.log_dir and flags.log_dir / name, run.figures, "step")
+        rows = [row for run in runs.values() for row in run.figures]
         console.write_metrics(flags.metrics, rows)
-        if flags.plots:
-            losses = ("train_loss", "validation_loss")
-            panels = [plots.Panel(rows, "step", [loss], ["optimizer"]) for loss in losses]
-            plots.save_panels(flags.plots / "transformer.png", panels)
+        if flags.report:
+            report.write(flags.report, runs)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 import torchpar
 from torchpar.errors import first_line
-from torchpar.ops.processor import cpuinfo
+from torchpar.machine import cpuinfo
 from torchpar.testing.case import accurate, normal_like, same_bits
 
 # The oldest and the newest versions that the tests have run with.

@@ -55,8 +55,8 @@ MAY_DIFFER_ON_RESUME = {
     "memory",
     "metrics",
     "phases",
-    "plots",
     "profile",
+    "report",
     "save_every",
     # The mesh
     "dp",
@@ -118,6 +118,8 @@ class ExampleFlags:
         self._check_bounds()
         for name, package in (
             ("plots", "matplotlib"),
+            ("report", "matplotlib"),
+            ("report", "jinja2"),
             ("log_dir", "torch"),
             ("log_dir", "tensorboard"),
         ):
@@ -141,7 +143,7 @@ class ExampleFlags:
 
     def _make_folders(self) -> None:
         try:  # to create the folders of the outputs, and to write there
-            for name in ("plots", "log_dir", "profile", "checkpoint"):
+            for name in ("plots", "report", "log_dir", "profile", "checkpoint"):
                 if folder := getattr(self, name, None):
                     folder.mkdir(parents=True, exist_ok=True)
                     tempfile.TemporaryFile(dir=folder).close()
@@ -161,7 +163,6 @@ class DataFlags(ExampleFlags):
     # Folder of the data sets, as torchvision's root.
     data: Path = Path(__file__).parent.parent / "data"
     dataset: Dataset = "mnist"  # Data set.
-    plots: Path | None = None  # Folder for pictures.
 
 
 @dataclass(kw_only=True)
@@ -191,11 +192,14 @@ class TrainFlags(DataFlags):
     crop: int = 0  # Pixels to leave out on each side of an image.
     pool: int = 1  # Side of the squares of pixels that are averaged to one.
     compile: bool = False  # Compile the model by torch.compile.
-    # Train on ten batches and evaluate; write no metrics, logs, plots, profile or checkpoint.
+    # Train on ten batches and evaluate; write no metrics, logs, report, profile or checkpoint.
     dry_run: bool = False
     # Measure the time of each phase of a step (data, forward, backward, collectives, optimizer).
     phases: bool = False
     collectives: bool = False  # Count and time the collectives of a step.
+    # Measure the bytes of weights, gradients, optimizer state and activations on each rank.
+    memory: bool = False
+    report: Path | None = None  # Folder for a page of the run, run.html.
     log_dir: Path | None = None  # Folder for TensorBoard: losses, accuracy and speed.
     # Folder for torch.profiler's trace of some steps, one file per rank.
     profile: Path | None = None
@@ -210,11 +214,15 @@ class TrainFlags(DataFlags):
     def __post_init__(self) -> None:
         if self.dry_run:
             self.epochs = 1
-            self.metrics = self.log_dir = self.plots = self.profile = self.checkpoint = None
+            self.metrics = self.log_dir = self.report = self.profile = self.checkpoint = None
         if self.decay_biases and self.optimizer == "muon":
             raise ConfigError(
                 "--decay-biases changes sgd's L2 penalty, and the optimizer is muon; take "
                 "--optimizer sgd"
+            )
+        if self.memory and self.compile:
+            raise ConfigError(
+                "--memory sees no activations of compiled code; drop --compile or --memory"
             )
         super().__post_init__()
 

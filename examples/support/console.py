@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Console output of the examples: progress, tables, errors and the last line; and metrics files.
+"""Console output of the examples: progress, tables and the last line; and files of metrics.
 
 It imports torch only to write for TensorBoard.
 """
@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress, track
 from rich.table import Table
 
 from torchpar.errors import ConfigError
 from torchpar.outcome import EpochResult
-from torchpar.profile.phases import Phases
+from torchpar.profile.record import RankRecord
 
 T = TypeVar("T")
 
@@ -25,6 +25,20 @@ T = TypeVar("T")
 def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
     """Yield ``items``, and show a progress bar on a terminal."""
     return track(items, what, total, transient=True, disable=not Console().is_terminal)
+
+
+def progress_bar(hidden: bool) -> Progress:
+    """Return a progress bar that is hidden, or shows on a terminal."""
+    terminal = Console()
+    return Progress(console=terminal, transient=True, disable=hidden or not terminal.is_terminal)
+
+
+def show(line: str, above: Progress | None = None) -> None:
+    """Print a line of text; ``above`` a progress bar, if there is one."""
+    if above is None:
+        print(line)
+    else:
+        above.console.print(line, soft_wrap=True)
 
 
 def epoch_line(result: EpochResult, epochs: int) -> str:
@@ -112,13 +126,46 @@ def last_line(accuracy: float | None, loss: float, seconds: float, ranks: int, d
     return f"{start}loss {loss:.4f} | {seconds:.1f} s | {processes} | {device}"
 
 
-def print_phases(phases: Phases) -> None:
-    """Print a table of the seconds and the share of each phase, on rank 0."""
-    total = sum(phases.seconds.values())
+def print_phases(seconds: Mapping[str, float]) -> None:
+    """Print a table of the seconds and the share of each phase of rank 0."""
+    total = sum(seconds.values())
     if not total:  # the run was complete already
         return
-    seconds = {phase: s for phase, s in phases.seconds.items() if s}
     rows = [
-        {"phase": p, "seconds": f"{s:.2f}", "share": f"{s / total:.1%}"} for p, s in seconds.items()
+        {"phase": phase, "seconds": f"{s:.2f}", "share": f"{s / total:.1%}"}
+        for phase, s in seconds.items()
+        if s
     ]
     print_rows(rows, ("phase", "seconds", "share"), "time by phase, rank 0")
+
+
+def print_messages(record: RankRecord) -> None:
+    """Print a table of the messages of a step on rank 0."""
+    rows = [
+        {
+            "dimension": sent.dimension or "several",
+            "operation": sent.operation,
+            "count": f"{sent.calls:g}",
+            "bytes": f"{sent.bytes:,.0f}",
+            # A receiver waits for its neighbour's work more than for the message.
+            "ms": "-" if sent.operation == "recv" else f"{1e3 * sent.seconds:.2f}",
+        }
+        for sent in record.messages()
+    ]
+    if rows:
+        print_rows(rows, list(rows[0]), "collectives of a step, rank 0")
+    else:
+        print(
+            "collectives per step: none was recorded, as there is one rank, or no more than two "
+            "steps"
+        )
+
+
+def print_memory(records: Sequence[RankRecord]) -> None:
+    """Print a table of the bytes of each rank."""
+    rows = []
+    for record in records:
+        place = " ".join(map(str, record.place.values()))
+        rank = {f"rank: {' '.join(record.place)}": f"{record.rank}: {place}"}
+        rows.append(rank | {name: f"{nbytes:,}" for name, nbytes in record.memory.items()})
+    print_rows(rows, list(rows[0]), "bytes of each rank")

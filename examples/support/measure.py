@@ -24,9 +24,9 @@ def interleaved_ms(
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(1 + rounds):
         for name, function in functions.items():
-            start = _now(device)
+            start = now(device)
             function()
-            times[name].append(1000 * (_now(device) - start))
+            times[name].append(1000 * (now(device) - start))
     return {name: median(of_name[1:]) for name, of_name in times.items()}
 
 
@@ -62,7 +62,8 @@ def peak_bytes(function: Function, device: torch.device) -> int:
     return peak
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
+    """Return the seconds of a clock, once ``device`` has done its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -3,7 +3,6 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -13,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from support.console import writing
-from torchpar.outcome import EpochResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,35 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from torchpar.data import Samples
-    from torchpar.datasets import Images
 
 Array = NDArray[Any]
-WORST = 36  # number of worst-classified samples to show
-
-
-def save(
-    folder: Path, results: list[EpochResult], outputs: "Tensor | Array", test: "Samples | Images"
-) -> None:
-    """Write ``curves.png``, ``confusion.png`` and ``worst.png``.
-
-    Args:
-        outputs: of all test samples, as `torchpar.training.evaluate` returns them.
-    """
-    epochs = [asdict(result) for result in results]
-    curves = (["train_loss", "test_loss"], ["test_accuracy"])
-    save_panels(folder / "curves.png", [Panel(epochs, "epoch", ys) for ys in curves])
-    z, labels = as_array(outputs), as_array(test.labels)
-    _save_confusion(folder / "confusion.png", labels, z.argmax(1), test.classes)
-    rows = np.arange(len(labels))
-    others = z.copy()
-    others[rows, labels] = -np.inf
-    worst = (z[rows, labels] - others.max(1)).argsort()[:WORST]  # by the margin of the label
-    texts = [
-        f"{test.classes[label]}\nread as {test.classes[predicted]}"
-        for label, predicted in zip(labels[worst], z[worst].argmax(1), strict=True)
-    ]
-    images = as_array(test.features)[worst]
-    save_matrices(folder / "worst.png", images, "Worst-classified test samples", texts)
 
 
 def as_array(t: "Tensor | Array") -> Array:
@@ -90,10 +61,15 @@ def _write(figure: "Figure", path: Path) -> None:
 
 
 def save_panels(path: Path, panels: Sequence[Panel]) -> None:
-    """Draw ``panels``, two in a row. Each y has its own style, and each value of ``by`` its own
-    color."""
+    """Draw ``panels``, two in a row."""
     height = math.ceil(len(panels) / 2)
     figure, grid = _subplots(height, 2, (12, 4.5 * height))
+    draw_panels(grid, panels)
+    _write(figure, path)
+
+
+def draw_panels(grid: "Sequence[Axes]", panels: Sequence[Panel]) -> None:
+    """Draw each panel on its axes; each y has a style, and each value of ``by`` a color."""
     for axes, panel in zip(grid, panels, strict=False):
         for y, style in zip(panel.ys, ("o-", "s--"), strict=False):
             axes.set_prop_cycle(None)
@@ -110,11 +86,12 @@ def save_panels(path: Path, panels: Sequence[Panel]) -> None:
             axes.set_xscale("log")
             axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
             axes.minorticks_off()
+        elif len({row[panel.x] for row in panel.rows}) == 1:
+            axes.set_xticks([panel.rows[0][panel.x]])
         else:
             axes.locator_params(axis="x", integer=True)
         axes.legend(fontsize=8)
         axes.grid(alpha=0.3)
-    _write(figure, path)
 
 
 def save_curves(path: Path, curves: Mapping[str, Sequence[float]], x: str, y: str) -> None:
@@ -207,20 +184,4 @@ def save_boundaries(
             aspect="equal",
         )
     figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    _write(figure, path)
-
-
-def _save_confusion(path: Path, labels: Array, predicted: Array, classes: Sequence[str]) -> None:
-    confusion = np.zeros((len(classes), len(classes)), int)
-    np.add.at(confusion, (labels, predicted), 1)
-    figure, (axes,) = _subplots(1, 1, (7, 6))
-    shares = confusion / confusion.sum(1, keepdims=True).clip(min=1)
-    axes.imshow(np.sqrt(shares), cmap="Blues", vmin=0, vmax=1)  # the root shows small shares
-    for label, row in enumerate(confusion.tolist()):
-        for read_as, count in enumerate(row):
-            color = "white" if shares[label, read_as] > 0.25 else "black"
-            axes.text(read_as, label, str(count), ha="center", va="center", color=color, fontsize=8)
-    axes.set(xlabel="predicted", ylabel="label", title="Test samples by label and prediction")
-    axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
-    axes.set_yticks(range(len(classes)), classes)
     _write(figure, path)

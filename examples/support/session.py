@@ -1,22 +1,18 @@
 # SPDX-License-Identifier: MIT
-"""Parts that the training lessons share: data, optimizers, adjusted gradients, and the log of a
-run."""
+"""Parts that the training lessons share: data, optimizers, adjusted gradients, a run's output."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
-from statistics import median
 from typing import TypeVar
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from torch.profiler import profile, schedule
 
-from support import console, plots
+from support import console, report, timeline
 from support.cli import TrainFlags
 from torchpar import data, training
 from torchpar.data import Samples
@@ -24,9 +20,8 @@ from torchpar.parallel.launch.agreement import check_same_on_all_ranks
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.split.clip import clip_grad_norm_
 from torchpar.parallel.split.shared_memory import can_share_memory
-from torchpar.profile.collectives import Call, Collectives
-from torchpar.profile.memory import Memory
-from torchpar.profile.phases import Phases
+from torchpar.profile.record import RankRecord
+from torchpar.profile.recorder import Recorder
 from torchpar.training import EpochResult, Run
 
 B = TypeVar("B")
@@ -82,70 +77,100 @@ def adjust_gradients(flags: TrainFlags, model: torch.nn.Module, world: World) ->
         clip_grad_norm_(model, flags.clip, world)
 
 
-class Log(training.RunLog):
-    """Progress, a line for each epoch, metrics, plots, tables of times and messages, and the last
-    line."""
+class Recording(training.RunLog):
+    """The records of a run's steps, if they are wanted.
 
-    def __init__(self, flags: TrainFlags, world: World):
-        self.flags = flags
+    Attributes:
+        records: of all ranks, after the run.
+    """
+
+    def __init__(self, world: World, wanted: bool, activations: bool = True):
         self.world = world
+        self.records: list[RankRecord] = []
+        self._wanted, self._activations = wanted, activations
+        self._recorder: Recorder | None = None
+
+    @contextmanager
+    def active(self, run: Run) -> Iterator[None]:
+        if not self._wanted:
+            yield
+            return
+        parts = (run.state.model, run.state.optimizer, self.world)
+        with Recorder(*parts, activations=self._activations) as self._recorder:
+            yield
+
+    def steps(self, batches: Iterator[B]) -> Iterator[B]:
+        return self._recorder.steps(batches) if self._recorder else batches
+
+    def on_step(self, run: Run, epoch: int, samples: int) -> None:  # noqa: ARG002  # RunLog's
+        if self._recorder:
+            self._recorder.end_step()
+
+    def on_end(self, run: Run) -> None:  # noqa: ARG002  # RunLog's
+        if self._recorder:
+            self.records = self._recorder.gather()
+
+
+class Log(Recording):
+    """The output of a run: on a terminal, in files, and as a page.
+
+    Args:
+        draw: print the timeline of a pipeline's step, too.
+    """
+
+    def __init__(self, flags: TrainFlags, world: World, draw: bool = False):
+        wanted = flags.phases or flags.collectives or flags.memory or flags.report is not None
+        super().__init__(world, wanted or draw, activations=not flags.compile)
+        self.flags = flags
+        self.draw = draw
         self.speaks = world.rank == 0
-        self.phases = Phases(world.device) if flags.phases else None
-        self.calls: list[list[Call]] = []  # of each step
         self.profiler: profile | None = None
+        if draw:
+            timeline.check_one_machine(world)
         if flags.profile:
             # Otherwise it logs each start and end to stderr.
             os.environ.setdefault("KINETO_LOG_LEVEL", "99")
             self.profiler = profile(schedule=schedule(wait=SKIP - 1, warmup=1, active=10, repeat=1))
-        terminal = Console()
-        hidden = not (self.speaks and terminal.is_terminal)
-        self.bar = Progress(console=terminal, transient=True, disable=hidden)
+        self.bar = console.progress_bar(hidden=not self.speaks)
 
     @contextmanager
     def active(self, run: Run) -> Iterator[None]:
         self.task = self.bar.add_task("samples", total=run.num_epochs * run.task.samples)
-        with self.bar, self.phases or nullcontext(), self.profiler or nullcontext():
+        with self.bar, super().active(run), self.profiler or nullcontext():
             yield
 
     def on_resume(self, run: Run) -> None:
         complete = len(run.results) == run.num_epochs
         steps = run.total_steps
-        self._print(
+        self._show(
             f"complete already, at step {steps}" if complete else f"resumed from step {steps}"
         )
         if self.world.dp_size > 2 and not can_share_memory(self.world.dp_size):
-            self._print(
+            self._show(
                 "the weights may differ in the last bits from those of a run that was not stopped"
             )
         self._write(run, first=0)
 
-    def _print(self, line: str) -> None:
+    def _show(self, line: str) -> None:
         if self.speaks:
-            self.bar.console.print(line, soft_wrap=True)
+            console.show(line, self.bar)
 
     def steps(self, batches: Iterator[B]) -> Iterator[B]:
-        counted = self.flags.phases or self.flags.collectives
-        if self.phases:
-            batches = self.phases.steps(batches)
-        return self._watched(batches, counted) if counted or self.profiler else batches
+        recorded = super().steps(batches)
+        return self._traced(recorded, self.profiler) if self.profiler else recorded
 
-    def _watched(self, batches: Iterator[B], counted: bool) -> Iterator[B]:
+    def _traced(self, batches: Iterator[B], profiler: profile) -> Iterator[B]:
         for batch in batches:
-            with Collectives(self.world) if counted else nullcontext() as collectives:
-                yield batch
-            if collectives:
-                self.calls.append(collectives.calls)
-            if self.profiler:
-                self.profiler.step()
+            yield batch
+            profiler.step()
 
     def on_step(self, run: Run, epoch: int, samples: int) -> None:
-        if self.phases:
-            self.phases.end_step()
+        super().on_step(run, epoch, samples)
         if not self.bar.disable:
             self.bar.update(self.task, completed=(epoch - 1) * run.task.samples + samples)
 
     def on_epoch(self, run: Run, result: EpochResult) -> None:
-        self._print(console.epoch_line(result, run.num_epochs))
+        self._show(console.epoch_line(result, run.num_epochs))
         self._write(run, first=-1)
 
     def _write(self, run: Run, first: int) -> None:
@@ -156,65 +181,37 @@ class Log(training.RunLog):
 
     def on_end(self, run: Run) -> None:
         flags = self.flags
-        if flags.plots:
-            assert isinstance(run.task, training.Classification)
-            outputs = run.evaluate().outputs
-            assert outputs is not None
-            if self.speaks:
-                plots.save(flags.plots, run.results, outputs, run.task.test)
-        profiled = self.world.gather_results(self._save_trace) if self.profiler else [""]
+        super().on_end(run)
+        records = self.records
+        traces = self.world.gather_results(self._save_trace) if self.profiler else []
+        outputs = run.evaluate().outputs if flags.report else None
         if not self.speaks:
             return
+        if flags.report:
+            assert isinstance(run.task, training.Classification)
+            page = {"": report.as_run(run.results, records)}
+            report.write(flags.report, page, outputs, run.task.test)
         if flags.collectives:
-            # DistributedDataParallel sets itself up in two steps.
-            _print_collectives(self.calls[2:])
-        if self.phases:
-            console.print_phases(self.phases)
-        print(profiled[0], end="")
-        print(console.summary(run.results))
+            console.print_messages(records[0])
+        if flags.phases:
+            console.print_phases(records[0].seconds)
+        if flags.memory:
+            console.print_memory(records)
+        for line in timeline.draw(records) if self.draw else ():
+            console.show(line)
+        for table in traces[:1]:
+            console.show(table)
+        console.show(console.summary(run.results))
 
     def _save_trace(self) -> str:
-        """Write this rank's trace, and return a table of its costliest operators, both by
-        torch.profiler."""
+        """Write this rank's trace, and return a table of its costliest operators."""
         assert self.profiler is not None
         assert self.flags.profile is not None
         if self.profiler.step_num <= SKIP:  # complete already, or a short run
-            return f"profile: nothing was recorded, no more than {SKIP} steps were trained\n"
+            return f"profile: nothing was recorded, no more than {SKIP} steps were trained"
         self.profiler.export_chrome_trace(
             str(self.flags.profile / f"rank-{self.world.rank}.json.gz")
         )
         by = "self_device_time_total" if self.world.device.type == "cuda" else "self_cpu_time_total"
         table = self.profiler.key_averages().table(by, row_limit=10, max_name_column_width=40)
-        return f"costliest operators of rank {self.world.rank}\n{table}"
-
-
-def print_memory(memory: Memory, world: World) -> None:
-    """Print a table of the bytes of each rank, on rank 0. All ranks call it."""
-    dimensions = ("dp", "tp", "pp")
-    place = " ".join(str(world.mesh.get_local_rank(name)) for name in dimensions)
-    mine = memory.measured()
-    mine["sum"] = sum(mine.values())
-    rank = {f"rank: {' '.join(dimensions)}": f"{world.rank}: {place}"}
-    rows = world.gather_results(lambda: rank | {name: f"{n:,}" for name, n in mine.items()})
-    if world.rank == 0:
-        console.print_rows(rows, list(rows[0]), "bytes of each rank")
-
-
-def _print_collectives(calls: Sequence[Sequence[Call]]) -> None:
-    """Print a table of rank 0's collectives in a step, the median of the recorded steps."""
-    rows = []
-    for kind in dict.fromkeys((c.dimension, c.operation) for step in calls for c in step):
-        counted = [[c for c in step if (c.dimension, c.operation) == kind] for step in calls]
-        ms = 1000 * median(sum(c.seconds for c in step) for step in counted)
-        row = {"dimension": kind[0] or "several", "operation": kind[1]}
-        row["count"] = f"{median(map(len, counted)):g}"
-        row["bytes"] = f"{median(sum(c.bytes for c in step) for step in counted):,.0f}"
-        # A receiver waits for its neighbour's work more than for the message.
-        rows.append(row | {"ms": "-" if kind[1] == "recv" else f"{ms:.2f}"})
-    if rows:
-        console.print_rows(rows, list(rows[0]), "collectives of a step, rank 0")
-    else:
-        print(
-            "collectives per step: none was recorded, as there is one rank, or no more than two "
-            "steps"
-        )
+        return f"costliest operators of rank {self.world.rank}\n{table.rstrip()}"

@@ -1,82 +1,50 @@
 # SPDX-License-Identifier: MIT
-"""Timeline of a step of a pipeline as text: when each forward and backward pass ran on each
-rank."""
+"""Timeline of a pipeline's step as text: when each forward and backward pass ran on each rank."""
 
-import time
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from itertools import count
+from collections.abc import Sequence
 from shutil import get_terminal_size
-from typing import Any
 
 import numpy as np
-import torch
 
 from torchpar.errors import ConfigError
 from torchpar.parallel.launch.world import World
-from torchpar.parallel.split.schedules import Backward, Forward
+from torchpar.profile.record import RankRecord, Step
 
-STEPS = 100  # number of the latest steps to keep
+LETTERS = {"forward": "F", "backward": "B"}
 # F0, B0 and so on, by micro-batch: start and end in seconds.
-Passes = Mapping[str, tuple[float, float]]
+Passes = dict[str, tuple[float, float]]
 
 
-class Timeline:
-    """Times of the passes of the last `STEPS` steps on this rank, by the clock of its machine.
-
-    Raises:
-        ConfigError: ranks on several machines, whose clocks differ. On every rank.
-    """
-
-    def __init__(self, world: World):
-        self.world = world
-        self.steps: deque[Passes] = deque(maxlen=STEPS)
-        if any(world.gather_results(lambda: world.rank != world.local_rank)):
-            raise ConfigError("--draw compares the clocks of one machine; start all ranks on one")
-
-    def step(self, forward: Forward, backward: Backward) -> tuple[Forward, Backward]:
-        """Begin a step, and return its two functions so that their times are kept."""
-        passes: dict[str, tuple[float, float]] = {}
-        self.steps.append(passes)
-
-        def timed(kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
-            numbers = count()  # micro-batches come in their order
-
-            def run(*args: Any) -> Any:
-                start = now(self.world.device)
-                result = function(*args)
-                passes[f"{kind}{next(numbers)}"] = start, now(self.world.device)
-                return result
-
-            return run
-
-        return timed("F", forward), timed("B", backward)
-
-    def print(self) -> None:
-        """Gather the times of all ranks, and print the timeline on rank 0."""
-        ranks = self.world.gather_results(lambda: list(self.steps))
-        if self.world.rank == 0:
-            print("\n".join(draw(ranks)))
+def check_one_machine(world: World) -> None:
+    """Raise ConfigError, on every rank, if the ranks run on several machines."""
+    if any(world.gather_results(lambda: world.rank != world.local_rank)):
+        raise ConfigError("--draw compares the clocks of one machine; start all ranks on one")
 
 
-def now(device: torch.device) -> float:
-    """Return the seconds of a clock, once ``device`` has done its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+def passes(step: Step) -> Passes:
+    """Return the passes of the micro-batches, in turn; a rank runs each kind in their order."""
+    pipeline = next(span for span in step.spans if span.name == "pipeline")
+    found: Passes = {}
+    counts = dict.fromkeys(LETTERS, 0)
+    for name, start, end in sorted(step.spans, key=lambda span: span.start):
+        if name in LETTERS and pipeline.start <= start and end <= pipeline.end:
+            found[f"{LETTERS[name]}{counts[name]}"] = start, end
+            counts[name] += 1
+    return found
 
 
-def draw(ranks: Sequence[Sequence[Passes]]) -> list[str]:
+def draw(records: Sequence[RankRecord]) -> list[str]:
     """Return a line per rank, with dots where it is idle, from the passes of each rank's steps.
 
     Each pass is drawn from its median start to its median end, counted from the first pass of rank
     0. Medians keep every order that all steps have. The lines are as wide as the terminal. A pass
     that is too short for its name there moves the next ones to the right.
     """
+    ranks = [[passes(step) for step in record.steps] for record in records]
     steps = len(ranks[0])
     if not steps:
-        return ["timeline: nothing was recorded, no step was trained"]
-    times = [np.array([[*passes.values()] for passes in of_rank]) for of_rank in ranks]
+        return ["timeline: nothing was recorded, no more than two steps were trained"]
+    times = [np.array([[*found.values()] for found in of_rank]) for of_rank in ranks]
     zeros = times[0][:, :1, :1]
     medians = [np.median(of_rank - zeros, axis=0) for of_rank in times]  # (passes, 2)
     span = max(of_rank.max() for of_rank in medians)

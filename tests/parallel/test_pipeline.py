@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from support.timeline import Passes, Timeline, draw
+from support.timeline import Passes, check_one_machine, draw, passes
 from torch import Tensor
 
 from torchpar import reference
 from torchpar.errors import ConfigError
 from torchpar.parallel import join_world
 from torchpar.parallel.split.schedules import P2PCommunicator, gpipe, one_forward_one_backward
+from torchpar.profile.phases import Phases, phase
+from torchpar.profile.record import RankRecord, Span, Step
 
 SCHEDULES = {"gpipe": gpipe, "1f1b": one_forward_one_backward}
 LARGE = (2048, 2048)  # 16 MiB
@@ -25,16 +27,20 @@ def order(schedule: str, micro_batches: int) -> tuple[Passes, Tensor | None]:
     Activations are not contiguous, and so large that a send does not end before they are received.
     """
     weight = torch.ones((), requires_grad=True)
-    with join_world("cpu") as world:
-        timeline, p2p = Timeline(world), P2PCommunicator()
+    with join_world("cpu"):
+        p2p = P2PCommunicator()
 
+    @phase("forward")
     def forward(i: int, activations: Tensor | None) -> Tensor:
         x = torch.full(LARGE, float(i)) if activations is None else activations
         return (x * weight).sum() if p2p.is_last else (x * weight).mT
 
-    passes = timeline.step(forward, Tensor.backward)
-    SCHEDULES[schedule](*passes, [LARGE] * micro_batches, p2p)
-    return timeline.steps[0], weight.grad
+    with Phases(torch.device("cpu")) as phases, phases.step():
+        recorded = phases.current
+        phase("pipeline")(SCHEDULES[schedule])(
+            forward, Tensor.backward, [LARGE] * micro_batches, p2p
+        )
+    return passes(recorded), weight.grad
 
 
 ORDERS = [
@@ -93,12 +99,18 @@ def test_the_schedules_have_the_gradients_of_the_plain_one(ranks, stages):
 # Timelines
 
 
-def step(*times: float, zero: float = 0.0) -> Passes:
-    """F0, F1, B0 and B1 at these starts and ends."""
+def step(*times: float, zero: float = 0.0) -> Step:
+    """F0, F1, B0 and B1 at these starts and ends; what is before and after is no pass."""
+    names = ("forward", "forward", "backward", "backward")
     pairs = zip(times[::2], times[1::2], strict=True)
-    return {
-        n: (zero + a, zero + b) for n, (a, b) in zip(("F0", "F1", "B0", "B1"), pairs, strict=True)
-    }
+    spans = [Span(n, zero + a, zero + b) for n, (a, b) in zip(names, pairs, strict=True)]
+    before = Span("forward", zero - 1, zero + times[0])
+    around = Span("pipeline", zero + times[0], zero + times[-1])
+    return Step([before, *spans, around, Span("optimizer", zero + times[-1], zero + 20)])
+
+
+def record(*steps: Step) -> RankRecord:
+    return RankRecord(0, {"host": "a"}, {}, steps)
 
 
 def test_a_timeline_draws_each_pass_from_its_median_start_to_its_median_end(monkeypatch):
@@ -107,23 +119,23 @@ def test_a_timeline_draws_each_pass_from_its_median_start_to_its_median_end(monk
     second = [step(1, 2, 2, 3, 3, 4, 4, 6, zero=10 * k) for k in range(2)]
     second.append(step(1, 9, 9, 9.5, 9.5, 9.6, 9.6, 9.9, zero=20))
     monkeypatch.setenv("COLUMNS", "40")  # less than the least
-    assert draw([first, second]) == [
+    assert draw([record(*first), record(*second)]) == [
         "a step of 8000.00 ms, 133.333 ms a column, medians of 3 steps",
         "rank 0  F0-----F1------...............B0-------------B1-------------  25% idle",
         "rank 1  .......F0------F1-----B0------B1-------------...............  38% idle",
     ]
     monkeypatch.setenv("COLUMNS", "140")
     title, line = draw(
-        [[step(0, 0.001, 0.001, 0.5, 0.5, 0.501, 0.501, 1)]]
+        [record(step(0, 0.001, 0.001, 0.5, 0.5, 0.501, 0.501, 1))]
     )  # passes shorter than their names
     assert title.startswith("a step of 1000.00 ms, 8.333 ms a column")
     assert line.startswith("rank 0  F0F1---")
-    assert "no step was trained" in draw([[], []])[0]
+    assert "no more than two steps were trained" in draw([record(), record()])[0]
 
 
 def two_machines() -> None:
     with join_world("cpu") as world, pytest.raises(ConfigError, match="start all ranks on one"):
-        Timeline(replace(world, local_rank=0))
+        check_one_machine(replace(world, local_rank=0))
 
 
 def test_ranks_of_two_machines_have_no_timeline(ranks):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Traces of the training lessons, and the phases of a step."""
+"""Traces of the training lessons; phases, memory and records of a step."""
 
 import gzip
 import json
@@ -14,6 +14,8 @@ from fake_data import fashion_mnist
 from torchpar.profile.collectives import SHARED
 from torchpar.profile.memory import Memory
 from torchpar.profile.phases import Phases, phase
+from torchpar.profile.record import Call, RankRecord, Span, Step, timeline
+from torchpar.profile.recorder import Recorder
 
 PRODUCT = r"aten::(add)?mm|mkldnn::_linear_pointwise"
 
@@ -79,6 +81,7 @@ def test_a_step_is_divided_at_its_backward_pass(monkeypatch):
             spend(2.0)
     expected = {"data": 10.0, "forward": 2.0, "backward": 6.0, "collectives": 1.5, "optimizer": 4.0}
     assert phases.seconds == {"pipeline": 0.0, **expected}
+    assert not phases.recorded  # the first two steps set up
     assert torch.Tensor.backward is backward
 
 
@@ -112,3 +115,86 @@ def test_memory_counts_each_tensor_once_and_until_autograd_lets_go_of_it():
         losses = [model(x).sum() for x in batch.split(2)]  # four at a time, as in gpipe
         sum(losses).backward()
     assert memory.measured()["activations"] == 2 * kept
+
+
+HERE = {"host": "here"}
+
+
+def record(rank: int, *steps: Step, machine: dict[str, str] = HERE) -> RankRecord:
+    return RankRecord(rank, machine, {}, steps, {"dp": rank})
+
+
+def test_a_timeline_has_each_moment_once_and_idle_where_a_rank_waits():
+    """Rank 1 begins later, so that rank 0 waits in the all-reduce; then rank 1 in the pipeline."""
+    first = Step(
+        [Span("forward", 10, 12), Span("collectives", 13, 16), Span("backward", 12, 17)],
+        [Call("dp", "all_reduce", 8, 13.0, 3.0)],
+    )
+    second = Step(
+        [Span("forward", 11, 14), Span("collectives", 15, 16), Span("pipeline", 14, 18)],
+        [Call("dp", "all_reduce", 8, 15.0, 1.0)],
+    )
+    found = timeline([record(0, first), record(1, second)])
+    assert found is not None
+    assert (found.number, found.steps, found.seconds) == (1, 1, 8)
+    assert found.ranks == [
+        [
+            ("forward", 0, 2),
+            ("backward", 2, 3),
+            ("idle", 3, 5),
+            ("collectives", 5, 6),
+            ("backward", 6, 7),
+            ("idle", 7, 8),
+        ],
+        [("idle", 0, 1), ("forward", 1, 4), ("idle", 4, 5), ("collectives", 5, 6), ("idle", 6, 8)],
+    ]
+    apart = timeline([record(0, first), record(1, second, machine={"host": "there"})])
+    assert apart is not None
+    assert apart.seconds == 7  # each rank by its clock
+    assert [spans[0] for spans in apart.ranks] == [("forward", 0, 2), ("forward", 0, 3)]
+    assert timeline([record(0, first), record(1)]) is None
+
+
+def test_the_timeline_is_of_the_median_step():
+    steps = [
+        Step([Span("forward", start, start + long)]) for start, long in ((0, 5), (9, 1), (20, 3))
+    ]
+    found = timeline([record(0, *steps)])
+    assert found is not None
+    assert (found.number, found.seconds) == (3, 3)
+
+
+def test_messages_of_a_step_are_medians_by_dimension_and_operation():
+    def step(nbytes: int) -> Step:
+        sums = [Call("dp", "all_reduce", nbytes, 0.0, 0.5)] * 2
+        return Step([], [*sums, Call("tp", "all_gather", 1, 0.0, 0.1)])
+
+    found = record(0, step(4), step(6), step(100)).messages()
+    assert found == [("dp", "all_reduce", 2, 12, 1.0), ("tp", "all_gather", 1, 1, 0.1)]
+
+
+def test_a_recorder_measures_memory_in_the_first_step_and_times_from_the_third_on():
+    model = torch.nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    x = torch.randn(3, 4)
+    with Recorder(model, optimizer) as recorder:
+        for _ in recorder.steps(range(5)):
+            model(x).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            recorder.end_step()
+            torch.ones(1, requires_grad=True).exp().backward()  # no part of a step
+    (found,) = recorder.gather()
+    weights = 4 * (4 * 2 + 2)
+    peak = found.memory["process, peak"]
+    assert found.memory == {
+        "weights": weights,
+        "gradients": weights,
+        "optimizer": weights,
+        "activations": x.nbytes,
+        "process, peak": peak,
+    }
+    assert peak > 1e7
+    names = [[span.name for span in step.spans] for step in found.steps]
+    assert names == [["data", "forward", "backward", "optimizer"]] * 3
+    assert found.machine["torch"] == torch.__version__.partition("+")[0]

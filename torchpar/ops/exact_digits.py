@@ -30,7 +30,7 @@ from torch import Tensor
 
 from torchpar.errors import ConfigError
 from torchpar.library import Wrap
-from torchpar.ops.processor import cpuinfo
+from torchpar.machine import cpuinfo
 
 DIGITS, BITS = 4, 8
 SCALE = DIGITS * BITS - 1  # |X| < 2^SCALE

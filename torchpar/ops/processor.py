@@ -1,22 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""This processor's name, and the instruction sets that PyTorch's libraries use on it."""
+"""Instruction sets that PyTorch's libraries use on this processor."""
 
 from functools import cache
-from pathlib import Path
 
 import torch
 
-
-def cpuinfo(key: str) -> str:
-    """A field of /proc/cpuinfo for the first processor, such as "model name"; "" if there is
-    none."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return ""
-    return next(
-        (line.partition(": ")[2] for line in lines if line.partition(":")[0].strip() == key), ""
-    )
+from torchpar.machine import cpuinfo
 
 
 @cache

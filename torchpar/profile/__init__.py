@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Profiling: seconds by phase, collectives counted."""
+"""Profiling: when each phase of a step runs, which messages it sends, how much memory it takes."""

@@ -4,7 +4,6 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -14,27 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from torchpar.profile.phases import phase
+from torchpar.profile.record import Call
 
 if TYPE_CHECKING:
     from torchpar.parallel.launch.world import World
-
-
-@dataclass(frozen=True)
-class Call:
-    """One collective operation, or one message to or from a neighbour.
-
-    Attributes:
-        dimension: of the mesh, "" for a group that is none of its dimensions.
-        operation: "all_reduce", "all_gather", "all_to_all", "send", "recv" or another of
-            `torch.distributed`'s.
-        bytes: of this rank's tensors; of an all-to-all those that it receives.
-        seconds: until the end of a collective; of a send or receive, until it is started.
-    """
-
-    dimension: str
-    operation: str
-    bytes: int
-    seconds: float
 
 
 _NOTHING = nullcontext()
@@ -49,7 +31,7 @@ class Collectives(TorchDispatchMode):
     Their seconds count as phase "collectives".
 
     Args:
-        world: its mesh names the dimensions.
+        world: its mesh names the dimensions; without it all ranks are on "dp".
 
     Attributes:
         calls: in the order of the calls.
@@ -57,15 +39,15 @@ class Collectives(TorchDispatchMode):
 
     active: ClassVar["Collectives | None"] = None
 
-    def __init__(self, world: "World"):
+    def __init__(self, world: "World | None" = None):
         super().__init__()
         self.calls: list[Call] = []
-        self._dimensions = {
-            world.mesh[name].get_group().group_name: name
-            for name in world.mesh.mesh_dim_names or ()
-        }
-        if world.dp_size == world.world_size:  # DistributedDataParallel takes the default group
-            assert dist.group.WORLD is not None
+        self._dimensions: dict[str, str] = {}
+        if world is not None:
+            for name in world.mesh.mesh_dim_names or ():
+                self._dimensions[world.mesh.get_group(name).group_name] = name
+        if dist.group.WORLD is not None and (world is None or world.dp_size == world.world_size):
+            # DistributedDataParallel takes the default group.
             self._dimensions[dist.group.WORLD.group_name] = "dp"
 
     def __enter__(self) -> "Collectives":
@@ -84,7 +66,7 @@ class Collectives(TorchDispatchMode):
             start = time.perf_counter()
             yield
             seconds = time.perf_counter() - start
-        self.calls.append(Call(dimension, operation, nbytes, seconds))
+        self.calls.append(Call(dimension, operation, nbytes, start, seconds))
 
     def __torch_dispatch__(
         self,

@@ -4,7 +4,7 @@
 import weakref
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -60,7 +60,7 @@ class Memory:
         return [*self._model.parameters(), *self._model.buffers()]
 
     @contextmanager
-    def measure(self) -> Iterator[None]:
+    def measure(self, activations: bool = True) -> Iterator[None]:
         """Measure the forward and backward passes within the block."""
         weights = {_address(t) for t in self._weights()}
 
@@ -78,7 +78,8 @@ class Memory:
         def unpack(saved: _Saved | Tensor) -> Tensor:
             return saved.tensor if isinstance(saved, _Saved) else saved
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+        with hooks if activations else nullcontext():
             yield
         self._gradients = _nbytes([p.grad for p in self._model.parameters() if p.grad is not None])
 

@@ -13,9 +13,13 @@ A step is divided at its backward pass: what comes before it is "forward", what 
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from torchpar import machine
+from torchpar.profile.record import STEPS, WARM_UP, RankRecord, Span, Step, peak_resident_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +51,8 @@ class Phases:
 
     Attributes:
         seconds: of each phase.
+        recorded: the latest steps, without the first ones (`record.STEPS`, `record.WARM_UP`).
+        current: the current step; its ``calls`` are for others to fill.
 
     Args:
         device: that computes; None for a program without PyTorch, whose backward pass is a
@@ -59,7 +65,11 @@ class Phases:
     def __init__(self, device: "torch.device | None" = None, names: Iterable[str] = PHASES):
         self.device = device
         self.seconds = dict.fromkeys(names, 0.0)
+        self.recorded: deque[Step] = deque(maxlen=STEPS)
+        self.current = Step()
+        self._taken = 0  # steps
         self._current = ""  # within a step, the phase of the time outside inner phases
+        self._counted = 0.0  # the seconds of all phases when it began
         self._since = 0.0  # when it began
 
     def __enter__(self) -> "Phases":
@@ -78,6 +88,7 @@ class Phases:
         """Yield ``batches``. Making one is "data"; what the loop does with it is a `step`."""
         remaining = iter(batches)
         while True:
+            self.current = Step()
             with self.measure("data"):
                 try:
                     batch = next(remaining)
@@ -90,36 +101,67 @@ class Phases:
     def step(self) -> Iterator[None]:
         """Count the block as "forward" until its backward pass or pipeline, and from there as
         "optimizer"."""
-        self._current, self._since = "forward", self._now()
+        self._begin("forward")
         yield
         self.end_step()
 
     def end_step(self) -> None:
         """Count nothing more of the current step, whose block has not ended yet."""
-        if self._current:
-            self._change("")
+        if not self._current:
+            return
+        self._end()
+        self._taken += 1
+        if self._taken > WARM_UP:
+            self.recorded.append(self.current)
+        self.current = Step()
+
+    def record(
+        self,
+        rank: int,
+        memory: Mapping[str, int],
+        place: Mapping[str, int] | None = None,
+    ) -> RankRecord:
+        """Return what this rank's steps took.
+
+        Args:
+            memory: bytes by name; the peak of the process is added.
+            place: the rank's number in each dimension of the mesh.
+        """
+        known = machine.describe(), dict(self.seconds), list(self.recorded)
+        peak = {"process, peak": peak_resident_bytes()}
+        return RankRecord(rank, *known, place or {}, {**memory, **peak})
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
         """Add the seconds of the block to phase ``name``."""
         if name in ("backward", "pipeline") and self._current == "forward":
-            self._change("optimizer")
-        since = self._now()
+            self._end()
+            self._begin("optimizer")
+        start, counted = self._now(), sum(self.seconds.values())
         yield
-        self.seconds[name] += self._now() - since
+        self._add(name, start, counted)
 
-    def _change(self, current: str) -> None:
-        self.seconds[self._current] += self._now() - self._since
-        self._current, self._since = current, self._now()
+    def _begin(self, name: str) -> None:
+        self._current, self._since = name, self._now()
+        self._counted = sum(self.seconds.values())
+
+    def _end(self) -> None:
+        self._add(self._current, self._since, self._counted)
+        self._current = ""
+
+    def _add(self, name: str, start: float, counted: float) -> None:
+        """Count the time since ``start`` as ``name``, but for what inner phases have counted."""
+        end = self._now()
+        self.seconds[name] += end - start - (sum(self.seconds.values()) - counted)
+        self.current.spans.append(Span(name, start, end))
 
     def _now(self) -> float:
-        """Return the seconds that no phase has counted: an outer phase lacks those of an inner
-        one."""
+        """Return the clock's seconds, once the device has done its work."""
         if self.device is not None and self.device.type == "cuda":
             import torch
 
             torch.cuda.synchronize(self.device)
-        return time.perf_counter() - sum(self.seconds.values())
+        return time.perf_counter()
 
 
 def _backward_mode(phases: Phases) -> Any:

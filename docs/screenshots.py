@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: MIT
+"""Photograph the pages that the project writes, in Chromium: ``python docs/screenshots.py``.
+
+``report.png`` shows the page of all committed results. ``run.png`` shows the page of a run of
+``train_ddp.py`` on two ranks.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from playwright.sync_api import sync_playwright
+
+FOLDER = Path(__file__).parent
+ROOT = FOLDER.parent
+
+
+def photograph(page: Path, picture: Path, width: int, height: int) -> None:
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        sys.exit("there is no Chromium; apt-get install chromium")
+    with (
+        sync_playwright() as playwright,
+        playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"]) as browser,
+    ):
+        tab = browser.new_page(viewport={"width": width, "height": height}, color_scheme="light")
+        tab.goto(page.as_uri())
+        tab.screenshot(path=picture)
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        report = [sys.executable, "-m", "benchmarks", "report", "--output", folder / "report.html"]
+        subprocess.run(report, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        photograph(folder / "report.html", FOLDER / "report.png", 1440, 900)
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+        lesson = [*torchrun, "train_ddp.py", "--report", folder]
+        one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+        subprocess.run(lesson, cwd=ROOT / "examples", env=one_thread, check=True)
+        photograph(folder / "run.html", FOLDER / "run.png", 1100, 1180)
+
+
+if __name__ == "__main__":
+    main()

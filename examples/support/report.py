@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: MIT
+"""A run on one page: ``run.html``, which needs no other file and no network.
+
+It shows how the model learned, what it takes for what, and where the time, the messages and the
+memory of each rank went.
+"""
+
+import base64
+import io
+import shlex
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from support import console, plots
+from torchpar.outcome import EpochResult
+from torchpar.profile.record import RankRecord, Timeline, timeline
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from torch import Tensor
+
+    from torchpar.data import Samples
+    from torchpar.datasets import Images
+
+TEMPLATE = Path(__file__).with_suffix(".html")
+WORST = 24  # number of worst-classified samples to show
+INK = "#010203"  # stands for the page's color of text, which is another one in the dark
+# Colors of the phases of a step, legible on light and dark pages, and their names on the page.
+PHASES = {
+    "data": ("#b99316", "data"),
+    "forward": ("#3f87c9", "forward"),
+    "backward": ("#dd7733", "backward"),
+    "collectives": ("#ad6cc2", "messages"),
+    "optimizer": ("#46a36b", "optimizer"),
+    "idle": ("#8885", "idle"),
+}
+Row = Mapping[str, Any]
+
+
+class Run(NamedTuple):
+    """A training on the page.
+
+    Attributes:
+        figures: of each epoch: "epoch" or "step", and those whose names end with "_loss" or
+            "_accuracy".
+        summary: the run's last line.
+        records: of all ranks.
+    """
+
+    figures: Sequence[Row]
+    summary: str
+    records: Sequence[RankRecord]
+
+
+def as_run(results: Sequence[EpochResult], records: Sequence[RankRecord]) -> Run:
+    """Return a run with the figures of ``results``."""
+    return Run([asdict(result) for result in results], console.summary(list(results)), records)
+
+
+class Picture(NamedTuple):
+    """A sample as a PNG, and what it is read as."""
+
+    source: str
+    label: str
+    predicted: str
+
+
+def write(
+    folder: Path,
+    runs: Mapping[str, Run],
+    outputs: "Tensor | plots.Array | None" = None,
+    test: "Samples | Images | None" = None,
+) -> None:
+    """Write ``run.html``.
+
+    Args:
+        runs: by name, which is shown if there are several.
+        outputs: of all test samples ``(n, classes)``, of the last run.
+        test: the samples; those that are images of shape ``(n, rows, columns)`` are shown.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    from jinja2 import Template
+
+    parts: dict[str, Any] = {"confusion": "", "worst": []}
+    if outputs is not None and test is not None:
+        z, labels = plots.as_array(outputs), plots.as_array(test.labels)
+        parts["confusion"] = draw_confusion(labels, z.argmax(1), test.classes)
+        parts["worst"] = worst(z, labels, plots.as_array(test.features), test.classes)
+    *_, last = runs.values()
+    page = Template(TEMPLATE.read_text("utf-8"), autoescape=True).render(
+        title=Path(sys.argv[0]).name,
+        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        date=f"{datetime.now():%Y-%m-%d %H:%M}",
+        is_single=len(runs) == 1,
+        summaries={name: run.summary for name, run in runs.items()},
+        curves=draw_curves(runs),
+        steps={name: step_parts(run.records) for name, run in runs.items() if run.records},
+        machines=machines(last.records),
+        phases=PHASES,
+        **parts,
+    )
+    path = folder / "run.html"
+    with console.writing(path, "--report"):
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(page, "utf-8")
+
+
+def draw_curves(runs: Mapping[str, Run]) -> str:
+    """Return the losses, and the accuracies where there are any, of each epoch as an SVG."""
+    rows = [{"run": name, **row} for name, run in runs.items() for row in run.figures]
+    x = "epoch" if "epoch" in rows[0] else "step"
+    by = ["run"] if len(runs) > 1 else []
+    panels = []
+    for kind in ("_loss", "_accuracy"):
+        ys = [y for y in rows[0] if y.endswith(kind) and all(row[y] is not None for row in rows)]
+        ys.sort(key=lambda y: not y.startswith("train"))
+        if ys:
+            panels.append(plots.Panel(rows, x, ys, by))
+    with Drawing(4.6, 2.4 * len(panels), rows=len(panels)) as drawing:
+        plots.draw_panels(drawing.axes, panels)
+    return drawing.svg
+
+
+def draw_confusion(labels: plots.Array, predicted: plots.Array, classes: Sequence[str]) -> str:
+    """Return the numbers of test samples by label and prediction as an SVG."""
+    confusion = np.zeros((len(classes), len(classes)), int)
+    np.add.at(confusion, (labels, predicted), 1)
+    shares = confusion / confusion.sum(1, keepdims=True).clip(min=1)
+    with Drawing(4.6, 4.0) as drawing:
+        (axes,) = drawing.axes
+        axes.imshow(np.sqrt(shares), cmap="Blues", vmin=0, vmax=1)  # the root shows small shares
+        for label, row in enumerate(confusion.tolist()):
+            for read_as, count in enumerate(row):
+                color = "white" if shares[label, read_as] > 0.25 else "black"
+                axes.text(read_as, label, str(count), ha="center", va="center", color=color)
+        axes.set(xlabel="predicted", ylabel="label")
+        axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
+        axes.set_yticks(range(len(classes)), classes)
+    return drawing.svg
+
+
+def worst(
+    outputs: plots.Array, labels: plots.Array, samples: plots.Array, classes: Sequence[str]
+) -> list[Picture]:
+    """Return the images whose label's output is the farthest below another output."""
+    if samples.ndim != 3:  # points, which are no pictures
+        return []
+    from matplotlib.image import imsave
+
+    rows = np.arange(len(labels))
+    others = outputs.copy()
+    others[rows, labels] = -np.inf
+    chosen = (outputs[rows, labels] - others.max(1)).argsort()[:WORST]
+    pictures = []
+    for sample in chosen:
+        file = io.BytesIO()
+        imsave(file, samples[sample], cmap="gray_r", format="png")
+        source = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+        predicted = classes[outputs[sample].argmax()]
+        pictures.append(Picture(source, classes[labels[sample]], predicted))
+    return pictures
+
+
+def step_parts(records: Sequence[RankRecord]) -> dict[str, Any]:
+    """Return the timeline of a step as an SVG, and tables of its phases, messages and memory."""
+    found = timeline(records)
+    memory = [{"rank": record.rank, **record.memory} for record in records if record.memory]
+    return {
+        "timeline": found,
+        "drawing": draw_timeline(found) if found else "",
+        "times": as_table(times(found)) if found else [],
+        "messages": as_table(messages(records)),
+        "memory": as_table(memory),
+    }
+
+
+def draw_timeline(found: Timeline) -> str:
+    """Return an SVG with a line for each rank, in which each phase has its color."""
+    with Drawing(4.6, 0.7 + 0.4 * len(found.ranks)) as drawing:
+        (axes,) = drawing.axes
+        for rank, spans in enumerate(found.ranks):
+            for name, (color, _) in PHASES.items():
+                bars = [(1e3 * s.start, 1e3 * (s.end - s.start)) for s in spans if s.name == name]
+                axes.broken_barh(bars, (rank - 0.4, 0.8), facecolors=color)
+        axes.set_yticks(range(len(found.ranks)), [f"rank {r}" for r in range(len(found.ranks))])
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1e3 * found.seconds)
+        axes.set_xlabel("ms")
+        axes.spines[["top", "right"]].set_visible(False)
+    return drawing.svg
+
+
+def times(found: Timeline) -> list[Row]:
+    """Return the milliseconds of each phase of the step, a row for each rank."""
+    rows: list[Row] = []
+    for rank, spans in enumerate(found.ranks):
+        ms = dict.fromkeys(PHASES, 0.0)
+        for name, start, end in spans:
+            ms[name] = ms.get(name, 0.0) + 1e3 * (end - start)
+        named = {PHASES[name][1]: f"{value:.3f}" for name, value in ms.items()}
+        rows.append({"rank": rank, **named})
+    return rows
+
+
+def messages(records: Sequence[RankRecord]) -> list[Row]:
+    """Return the messages of a step by rank, dimension of the mesh and operation."""
+    return [
+        {
+            "rank": record.rank,
+            "dimension": sent.dimension or "several",
+            "operation": sent.operation,
+            "count": f"{sent.calls:g}",
+            "bytes": f"{sent.bytes:,.0f}",
+            "ms": f"{1e3 * sent.seconds:.3f}",
+        }
+        for record in records
+        for sent in record.messages()
+    ]
+
+
+def machines(records: Iterable[RankRecord]) -> list[Row]:
+    """Return what is known of each machine, and which ranks ran there."""
+    found: dict[str, dict[str, str]] = {}
+    for record in records:
+        lines = found.setdefault(record.machine["host"], {**record.machine, "ranks": ""})
+        lines["ranks"] += f"{', ' * bool(lines['ranks'])}{record.rank}"
+    return list(found.values())
+
+
+def as_table(rows: Sequence[Row]) -> list[list[str]]:
+    """Return the cells of a table, its head first; numbers of bytes have separators."""
+    if not rows:
+        return []
+    cells = [[f"{v:,}" if isinstance(v, int) else str(v) for v in row.values()] for row in rows]
+    return [list(rows[0]), *cells]
+
+
+class Drawing:
+    """A picture of matplotlib's as an SVG, whose text has the color of the page's.
+
+    Attributes:
+        axes: to draw on, while the context is active.
+        svg: the picture, afterwards.
+    """
+
+    number = 0  # of the drawings; an SVG's names differ from those of the others on the page
+
+    def __init__(self, width: float, height: float, rows: int = 1):
+        self.size, self.rows = (width, height), rows
+        self.axes: list[Axes] = []
+        self.svg = ""
+
+    def __enter__(self) -> "Drawing":
+        import matplotlib
+        from matplotlib.figure import Figure
+
+        Drawing.number += 1
+        self._style = matplotlib.rc_context(
+            {
+                "text.color": INK,
+                "axes.edgecolor": INK,
+                "axes.labelcolor": INK,
+                "xtick.color": INK,
+                "ytick.color": INK,
+                "axes.facecolor": "none",
+                "font.size": 9,
+                "legend.facecolor": "none",
+                "svg.fonttype": "none",
+                "svg.hashsalt": f"torchpar {Drawing.number}",
+            }
+        )
+        self._style.__enter__()
+        self.figure = Figure(figsize=self.size, layout="constrained")
+        self.axes = list(self.figure.subplots(self.rows, 1, squeeze=False).flat)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if error[0] is None:
+            file = io.StringIO()
+            metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+            self.figure.savefig(file, format="svg", transparent=True, metadata=metadata)
+            text = file.getvalue()
+            self.svg = text[text.index("<svg") :].replace(INK, "currentColor")
+        self._style.__exit__(*error)

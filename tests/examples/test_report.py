@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: MIT
+"""The page of a run: every training lesson writes it, and it is legible on a phone in the dark."""
+
+import shutil
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import ROOT, lesson, run
+from fake_data import fashion_mnist
+
+pytest.importorskip("tyro", reason="tyro reads the flags")
+pytest.importorskip("matplotlib", reason="matplotlib draws")
+pytest.importorskip("jinja2", reason="jinja2 fills the page")
+
+from support import report
+
+PHONE = {"width": 390, "height": 800}
+VOID = {"br", "img", "link", "meta"}
+IMAGES = "--dataset fashion-mnist --hidden 16 --device cpu --epochs 2 --batch-size 50"
+# Flags, and ranks in this process's pool, of each lesson that has a page.
+LESSONS = {
+    "train_ddp": (IMAGES, 2),
+    "train_fast": (IMAGES, 2),
+    "train_tensor_parallel": (IMAGES, 2),
+    "train_pipeline": (IMAGES, 2),
+    "train_parallel": (f"{IMAGES} --dp 2 --tp 2", 4),
+    "train_by_hand": ("--samples 500 --epochs 2", 1),
+    "train_mpi": ("--dataset fashion-mnist --hidden 16 --epochs 2 --batch-size 50", 1),
+}
+
+
+class Page(HTMLParser):
+    """A page's headings, tables, pictures and addresses; its elements are closed in turn."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.headings: list[str] = []
+        self.tables: list[list[list[str]]] = []
+        self.pictures = self.images = 0
+        self.addresses: list[str] = []
+        self._open: list[str] = []
+        self.text = path.read_text("utf-8")
+        self.feed(self.text)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        if tag not in VOID:
+            self._open.append(tag)
+        if tag in ("h1", "h2", "h3"):
+            self.headings.append("")
+        if tag == "table":
+            self.tables.append([])
+        if tag == "tr":
+            self.tables[-1].append([])
+        if tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+        self.pictures += tag == "svg"
+        self.images += tag == "img"
+        names = ("href", "src", "xlink:href")
+        self.addresses += [value or "" for name, value in attributes if name in names]
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attributes)
+        self.handle_endtag(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self._open and self._open[-1] in ("h1", "h2", "h3"):
+            self.headings[-1] += data
+        if {"td", "th"} & set(self._open):
+            self.tables[-1][-1][-1] += data
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return fashion_mnist(tmp_path_factory.mktemp("data"), train=600, test=100)
+
+
+@pytest.fixture(scope="module", params=LESSONS)
+def page(request, ranks, data, tmp_path_factory) -> tuple[str, int, Page]:
+    """A lesson, its ranks, and its page."""
+    name, (flags, world_size) = request.param, LESSONS[request.param]
+    folder = tmp_path_factory.mktemp(name) / "new"
+    given = [*flags.split(), "--report", str(folder), "--data", str(data)]
+    (code, _, err), *_ = ranks(world_size, lesson, name, *given)
+    assert code == 0, err
+    return name, world_size, Page(folder / "run.html")
+
+
+def test_every_lesson_writes_a_page_that_needs_nothing_else(page):
+    name, world_size, found = page
+    assert found.headings[:3] == [f"{name}.py", "Learning curves", "A step"]
+    assert "Test samples by label and prediction" in found.headings
+    is_of_points = name == "train_by_hand"
+    assert found.images == (0 if is_of_points else report.WORST)
+    assert ("Worst-classified test samples" in found.headings) != is_of_points
+    # Of curves, the step and the confusion matrix; what they name is on the page.
+    assert found.pictures == 3
+    assert all(a.startswith(("#", "data:")) for a in found.addresses)
+    assert report.INK not in found.text
+    assert "<script" not in found.text
+    times, *others, facts = found.tables
+    assert times[0] == ["rank", "data", "forward", "backward", "messages", "optimizer", "idle"]
+    assert [row[0] for row in times[1:]] == [str(rank) for rank in range(world_size)]
+    assert all(float(ms) >= 0 for row in times[1:] for ms in row[1:])
+    assert all(float(row[2]) > 0 and float(row[3]) > 0 for row in times[1:])  # forward, backward
+    assert ["dimension" in table[0] for table in others] == [True] * (world_size > 1) + [False]
+    memory = others[-1]
+    assert memory[0][:2] == ["rank", "weights"]
+    assert all(int(row[1].replace(",", "")) > 0 for row in memory[1:])
+    rows = dict(facts)
+    assert rows["command"].startswith(f"{name}.py")
+    assert rows["ranks"] == ", ".join(map(str, range(world_size)))
+
+
+@pytest.mark.parametrize("page", ["train_pipeline"], indirect=True)
+def test_the_waits_of_a_pipeline_are_idle(page):
+    _, _, found = page
+    assert all(float(row[-1]) > 0 for row in found.tables[0][1:])
+    assert {row[2] for row in found.tables[1][1:]} == {"send", "recv"}
+
+
+def test_the_page_of_lightning(data, tmp_path):
+    pytest.importorskip("lightning", reason="Lightning is not installed")
+    script = str(ROOT / "examples" / "train_lightning.py")
+    flags = f"--data.root {data} --data.dataset fashion-mnist --trainer.max_epochs 2"
+    small = "--trainer.accelerator cpu --data.validation 100 --data.batch_size 50"
+    code, _, err = run(
+        sys.executable, script, "fit", *flags.split(), *small.split(), "--report", str(tmp_path)
+    )
+    assert code == 0, err
+    found = Page(tmp_path / "run.html")
+    assert found.headings[:3] == ["train_lightning.py", "Learning curves", "A step"]
+    assert found.images == report.WORST
+    times, memory, _ = found.tables
+    assert all(float(ms) > 0 for ms in times[1][1:4])
+    assert int(memory[1][4].replace(",", "")) > 0  # activations
+
+
+def test_the_worst_samples_are_those_farthest_below_another_class():
+    outputs = np.array([[5.0, 0.0], [0.0, 3.0], [1.0, 2.0], [9.0, 0.0]])
+    labels = np.array([0, 0, 0, 1])
+    images = np.zeros((4, 2, 2))
+    found = report.worst(outputs, labels, images, ["a", "b"])
+    assert [one[1:] for one in found] == [("b", "a"), ("a", "b"), ("a", "b"), ("a", "a")]
+    assert report.worst(outputs, labels, images[:, 0], ["a", "b"]) == []
+
+
+def test_text_of_a_command_is_no_markup(monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.argv", ["train.py", "--data", "<script>"])
+    figures = [{"epoch": 1, "train_loss": 1.0, "test_loss": 2.0, "test_accuracy": None}]
+    report.write(tmp_path / "a" / "b", {"": report.Run(figures, "the end", [])})
+    found = Page(tmp_path / "a" / "b" / "run.html")
+    assert found.headings == ["train.py", "Learning curves", "What was run, and where"]
+    assert "&lt;script&gt;" in found.text
+
+
+COLORS = {"dark": "rgb(255, 255, 255)", "light": "rgb(0, 0, 0)"}  # of text
+
+
+@pytest.mark.parametrize("scheme", COLORS)
+def test_the_page_is_legible_on_a_phone(page, tmp_path, scheme):
+    """In Chromium: nothing is wider than the screen, and all text has the page's color."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright drives Chromium")
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("there is no Chromium; apt-get install chromium")
+    path = tmp_path / "run.html"
+    path.write_text(page[2].text, "utf-8")
+    with (
+        sync_api.sync_playwright() as playwright,
+        playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"]) as browser,
+    ):
+        tab = browser.new_page(viewport=PHONE, color_scheme=scheme)
+        problems: list[str] = []
+        tab.on("request", lambda request: problems.append(request.url))
+        tab.on("pageerror", lambda error: problems.append(str(error)))
+        tab.goto(path.as_uri())
+        assert [url for url in problems if not url.startswith("data:")] == [path.as_uri()]
+        assert tab.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
+        colors = tab.evaluate(
+            "[...document.querySelectorAll('svg .xtick text, svg .ytick text, td, h2')]"
+            ".map(one => { const s = getComputedStyle(one);"
+            " return one.closest('svg') ? s.fill : s.color; })"
+        )
+        assert set(colors) == {COLORS[scheme]}
+        widths = tab.evaluate(
+            "[...document.querySelectorAll('figure > svg')]"
+            ".map(s => s.getBoundingClientRect().width)"
+        )
+        assert all(300 < width <= PHONE["width"] for width in widths)
+        sizes = tab.evaluate(
+            "[...document.querySelectorAll('svg text')].map(t => t.getBoundingClientRect().height)"
+        )
+        assert min(sizes) >= 7  # pixels of a line

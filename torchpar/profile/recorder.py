@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: MIT
+"""`Recorder`: the times, messages and memory of a training's steps, measured while it runs."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Self, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.optim import Optimizer
+
+from torchpar.profile.collectives import Collectives
+from torchpar.profile.memory import Memory
+from torchpar.profile.phases import Phases
+from torchpar.profile.record import RankRecord
+
+if TYPE_CHECKING:
+    from torchpar.parallel.launch.world import World
+
+B = TypeVar("B")
+
+
+class Recorder:
+    """Record the steps of a training on this rank.
+
+        with Recorder(model, optimizer, world) as recorder:
+            for x, labels in recorder.steps(batches):
+                cross_entropy(model(x), labels).backward()
+                optimizer.step()
+                recorder.end_step()
+        records = recorder.gather()  # of all ranks
+
+    Memory is measured in the first step, until the optimizer has stepped: this takes time, and the
+    first steps' times do not count. See `Phases`, `Collectives` and `Memory` for what is measured,
+    and what measuring changes.
+
+    Args:
+        model: this rank's part of the model.
+        optimizer: over its parameters.
+        world: its mesh names the dimensions of messages. Without it the device is that of the
+            first parameter, and all ranks are on "dp".
+        activations: measure them; of compiled code they cannot be seen.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: Optimizer,
+        world: "World | None" = None,
+        activations: bool = True,
+    ):
+        self._world = world
+        self._memory = Memory(model, optimizer)
+        self._activations = activations
+        self._optimizer = optimizer
+        device = world.device if world else next(model.parameters()).device
+        self._phases = Phases(device)
+        self._is_first = True
+        self._step = ExitStack()  # what is active within a step
+        self._first = ExitStack()  # what measures the memory of the first step
+
+    def __enter__(self) -> Self:
+        self._phases.__enter__()
+        self._hook = self._optimizer.register_step_post_hook(lambda *_: self._first.close())
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._hook.remove()
+        self._first.close()
+        self._step.close()
+        self._phases.__exit__(*error)
+
+    def steps(self, batches: Iterable[B]) -> Iterator[B]:
+        """Yield ``batches``; a step lasts from one to the next, unless `end_step` ends it."""
+        for batch in self._phases.steps(batches):
+            with self._step:
+                collectives = self._step.enter_context(Collectives(self._world))
+                self._phases.current.calls = collectives.calls
+                if self._is_first:
+                    self._first.enter_context(self._memory.measure(self._activations))
+                    self._is_first = False
+                yield batch
+
+    def end_step(self) -> None:
+        """Count nothing more of the current step, whose block has not ended yet."""
+        self._phases.end_step()
+        self._step.close()
+
+    def record(self) -> RankRecord:
+        """Return what has been recorded on this rank."""
+        world, memory = self._world, self._memory.measured()
+        if not self._activations:
+            del memory["activations"]
+        place = {}
+        if world is not None:
+            names = world.mesh.mesh_dim_names or ()
+            place = {name: world.mesh.get_local_rank(name) for name in names}
+        device = self._phases.device
+        if device is not None and device.type == "cuda":
+            memory["GPU, peak"] = torch.cuda.max_memory_allocated(device)
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        return self._phases.record(rank, memory, place)
+
+    def gather(self) -> list[RankRecord]:
+        """Return the records of all ranks, in their order. Every rank calls it."""
+        mine = self.record()
+        records = [mine] * (dist.get_world_size() if dist.is_initialized() else 1)
+        if len(records) > 1:
+            dist.all_gather_object(records, mine)
+        return records
