@@ -291,45 +291,50 @@ def main(run: Callable[[F], None], flags: type[F]) -> None:  # noqa: C901  # one
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # terminals that have only ASCII print ? for λ
-    rank = 0
     try:
-        info = find_rank_info()
-        rank = info.rank if info else 0
-        parsed = _parse(flags, rank)
+        parsed = _parse(flags)
         gc.freeze()  # Python's collector would look through all imported modules again and again
         run(parsed)
     except (TorchparError, OSError) as e:
-        _end(str(e), wait=rank > 0 and 0 not in getattr(e, "missing", ()))
+        _end(str(e), is_rank_0_lost=0 in getattr(e, "missing", ()))
     except MemoryError as e:  # of Python and of NumPy
-        _end(f"{_TOO_LARGE} ({first_line(e)})", wait=rank > 0)
+        _end(f"{_TOO_LARGE} ({first_line(e)})")
     except RuntimeError as e:
         if any(sign in str(e) for sign in _NO_MEMORY):
-            _end(f"{_TOO_LARGE} ({first_line(e)})", wait=rank > 0)
+            _end(f"{_TOO_LARGE} ({first_line(e)})")
         if not type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise
         reason = " ".join(str(e).partition("\n\n")[0].split())
-        _end(f"the model cannot be compiled: {reason}; drop --compile", wait=rank > 0)
+        _end(f"the model cannot be compiled: {reason}; drop --compile")
     except Stopped as e:
-        if rank == 0:
+        if _rank() == 0:
             print(f"{e}; the state is saved, the same command resumes from it", flush=True)
         sys.exit(130 if e.signal == 2 else 0)
     except KeyboardInterrupt:
         sys.exit(130)  # as a shell reports SIGINT
 
 
-def _end(error: str, wait: bool) -> NoReturn:
-    if wait:
+def _rank() -> int:
+    """Return this process's rank. Where its variables are wrong, join_world has refused them."""
+    try:
+        info = find_rank_info()
+    except ConfigError:
+        return 0
+    return info.rank if info else 0
+
+
+def _end(error: str, is_rank_0_lost: bool = False) -> NoReturn:
+    if _rank() > 0 and not is_rank_0_lost:
         time.sleep(GRACE)
     print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
-def _parse(flags: type[F], rank: int) -> F:
+def _parse(flags: type[F]) -> F:
     parse: Callable[..., F] = partial(tyro.cli, flags, config=(tyro.conf.FlagCreatePairsOff,))
     try:
-        return parse(console_outputs=rank == 0)
-    except SystemExit as e:  # after --help, or tyro's message about a flag
-        if rank == 0 or not e.code:
-            raise
-        time.sleep(GRACE)
-        return parse()
+        return parse(console_outputs=False)
+    except SystemExit as e:  # after --help, or for a wrong flag; tyro says it in the second time
+        if e.code and _rank() > 0:
+            time.sleep(GRACE)
+        return parse(console_outputs=bool(e.code) or _rank() == 0)

@@ -37,10 +37,11 @@ def load(flags: TrainFlags, world: World) -> tuple[Samples, Samples]:
     Raises:
         ConfigError: different flags, or no data; on every rank.
     """
-    shared = {
-        name: value for name, value in asdict(flags).items() if name not in ("data", "device")
-    }
-    check_same_on_all_ranks(None, "the ranks' flags", shared)
+    if world.world_size > 1:
+        shared = {
+            name: value for name, value in asdict(flags).items() if name not in ("data", "device")
+        }
+        check_same_on_all_ranks(None, "the ranks' flags", shared)
     loaded: list[Samples] = []
 
     def read() -> None:

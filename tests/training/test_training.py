@@ -673,11 +673,15 @@ def error_on_one_rank(changed: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize(
     "changed, name",
-    [({"epochs": 0}, "epochs"), ({"n": 0}, "test"), ({"batch_size": -1}, "batch_size")],
+    [
+        ({"epochs": 0}, "runs: epochs"),
+        ({"n": 0}, "samples: test"),
+        ({"batch_size": -1}, "runs: batch_size"),
+    ],
 )
 def test_what_is_wrong_on_one_rank_is_refused_on_all(ranks, changed, name):
     errors = ranks(2, error_on_one_rank, changed)
-    assert all(error.startswith(f"the ranks' flags: {name} is ") for error in errors), errors
+    assert all(error.startswith(f"the ranks' {name} is ") for error in errors), errors
 
 
 @pytest.mark.parametrize("what", ["train", "test", "weight"])

@@ -54,12 +54,12 @@ class Classification:
     def check(self, world: World) -> None:
         """Raise a ConfigError on every rank if samples differ between ranks, or there are none."""
         if world.world_size > 1:
-            classes = {
+            sizes = {
                 "test": len(self.test),
                 "classes of train": self.train.classes,
                 "classes of test": self.test.classes,
             }
-            check_same_on_all_ranks(None, "the ranks' flags", classes)
+            check_same_on_all_ranks(None, "the ranks' samples", sizes)
         # What is wrong on one rank alone has been found to differ.
         if not len(self.train) or not len(self.test):
             raise ConfigError(

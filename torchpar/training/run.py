@@ -108,7 +108,8 @@ class Run:
             there, with the same bits on the same ranks. On three ranks or more,
             DistributedDataParallel needs `register_shared_memory_hook` for this
             (docs/checkpoints.md).
-        config: values that identify the run, as JSON; a checkpoint with other values is refused.
+        config: values that identify the run, as JSON, the same on all ranks; a checkpoint with
+            other values is refused.
         log: is told what happens; by default nothing is shown.
 
     Raises:
@@ -140,8 +141,8 @@ class Run:
         except TypeError as e:
             raise ConfigError(f"config is {config!r}, expected what JSON can hold ({e})") from e
         if world.world_size > 1:
-            arguments = {"epochs": epochs, "saving": str(checkpoint)}
-            check_same_on_all_ranks(None, "the ranks' flags", {**saved, **arguments})
+            arguments = {"epochs": epochs, "checkpoint": str(checkpoint), **task.config}
+            check_same_on_all_ranks(None, "the ranks' runs", arguments)
         # What is wrong on one rank alone has been found to differ.
         for name, value in (("epochs", epochs), ("batch_size", task.batch_size)):
             if type(value) is not int or value < 1:
