@@ -12,9 +12,9 @@ from unittest.mock import patch
 import matplotlib.pyplot as plt
 from ptx import cases
 from ptx.launch import Gpu
-from ptx.machine import SCHEDULES, Operation, Warp
 
 from torchpar.kernels.tiles import Tiles
+from torchpar.ptx.machine import SCHEDULES, Operation, Warp
 
 PICTURE = Path(__file__).parent / "operators" / "timeline-matmul_t.png"
 TILES = Tiles(128, 256, 64, 8, 4, "tma")

@@ -14,8 +14,9 @@ import torch
 from commands import run
 from ptx.cases import lower_twice
 from ptx.launch import Gpu
-from ptx.machine import SCHEDULES
 from torch import Tensor
+
+from torchpar.ptx.machine import SCHEDULES
 
 pytest.importorskip("rich", reason="rich prints the tables")
 

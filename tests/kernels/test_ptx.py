@@ -9,14 +9,15 @@ import pytest
 import torch
 from exact_operands import HARD
 from operators import FLOATS, INTEGERS
-from ptx import cases, copies, machine, mutants
+from ptx import cases, mutants
 from ptx.cases import F16, F32, F64, Case
 from ptx.launch import Gpu
-from ptx.machine import SCHEDULES
-from ptx.parse import PtxError
 
 from torchpar.kernels import exact_matmul
 from torchpar.kernels.tiles import KERNELS, KINDS, Tiles, configurations
+from torchpar.ptx import copies, machine
+from torchpar.ptx.machine import SCHEDULES
+from torchpar.ptx.parse import PtxError
 
 slow = pytest.mark.slow
 LARGE, LARGE_TF32 = Tiles(128, 256, 64, 8, 4, "tma"), Tiles(128, 256, 32, 8, 3, "tma")

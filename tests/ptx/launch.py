@@ -8,10 +8,8 @@ yet.
 
 import os
 import tempfile
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from random import Random
 from typing import Any
 from unittest.mock import patch
 
@@ -21,40 +19,22 @@ from torch import Tensor
 from triton.backends.nvidia.compiler import CUDABackend
 
 from benchmarks.driver import Driver, compile_launches, target
-
-from . import arithmetic, copies, tensor_cores, tensors  # noqa: F401  # they register instructions
-from .machine import Block, Schedule, decode
-from .memory import GIVEN, Allocation, Space
-from .parse import Kernel, parse
-
-FIRST_ADDRESS, GAP = 0x7F0000000000, 2**20
+from torchpar.ptx import gpu
+from torchpar.ptx.machine import Schedule
+from torchpar.ptx.memory import GIVEN, Allocation
 
 
-@lru_cache(8)
-def _decoded(text: str) -> Kernel:
-    return decode(parse(text))
-
-
-class Gpu:
-    """Global memory, and the launches on it: what the blocks of the present launch share.
+class Gpu(gpu.Gpu):
+    """A stand-in for a GPU whose memory belongs to tensors on the meta device.
 
     Args:
         change: of the PTX of each kernel, before it is executed.
     """
 
     def __init__(self, schedule: Schedule, change: Callable[[str], str] = lambda text: text):
-        self.schedule, self.change = schedule, change
-        self.space = Space("global memory")
-        self.next = FIRST_ADDRESS
+        super().__init__(schedule, change)
         self.places: dict[int, Allocation] = {}  # by the storage of the meta tensor
         self.kept: list[Tensor] = []
-        # And the positions of instructions executed.
-        self.launches: list[tuple[Kernel, set[int]]] = []
-
-    def allocate(self, name: str, size: int) -> Allocation:
-        allocation = self.space.add(Allocation(name, self.next, size))
-        self.next += -(-size // GAP) * GAP + GAP
-        return allocation
 
     def tensor(self, t: Tensor) -> Tensor:
         """A tensor on the meta device with the strides and offset of ``t``, and its content in
@@ -121,24 +101,15 @@ class Gpu:
         )
 
     def launch(
-        self, text: str, values: list[Any], grid: tuple[int, int, int] = (1, 1, 1), shared: int = 0
+        self,
+        text: str,
+        parameters: Sequence[Any],
+        grid: tuple[int, int, int] = (1, 1, 1),
+        shared: int = 0,
     ) -> None:
-        """Execute the kernel of ``text`` with a value, or a tensor on the meta device, for each
+        """Execute the kernel of ``text`` with a number, or a tensor on the meta device, for each
         parameter."""
-        self.kernel, self.grid, self.shared_bytes = _decoded(self.change(text)), grid, shared
-        self.parameters = dict(zip(self.kernel.parameters, map(self.value, values), strict=True))
-        self.random, self.executed = Random(self.schedule.seed), set[int]()
-        self.launches.append((self.kernel, self.executed))
-        blocks = [index[::-1] for index in np.ndindex(grid[::-1])]
-        if self.schedule.order == "reverse":
-            blocks.reverse()
-        elif self.schedule.order == "random":
-            self.random.shuffle(blocks)
-        with np.errstate(all="ignore"):
-            for block in blocks:
-                Block(self, block).run()
-        for allocation in self.space.allocations:
-            allocation.end_launch()
+        super().launch(text, list(map(self.value, parameters)), grid, shared)
 
     def value(self, argument: Any) -> int:
         if isinstance(argument, Tensor):

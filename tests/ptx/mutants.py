@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from torchpar.kernels.tiles import Tiles
+from torchpar.ptx.machine import SCHEDULES
+from torchpar.ptx.parse import PtxError
 
 from . import cases
 from .launch import Gpu
-from .machine import SCHEDULES
-from .parse import PtxError
 
 SEED = 1
 OF_A_KIND = 7  # mutants of each kind, over all kernels

@@ -12,9 +12,18 @@ from typing import Any
 
 import numpy as np
 
-from .memory import Allocation, Event, Events, Space
-from .parse import Instruction, Kernel, PtxError, Register, Symbol, flat
-from .registers import ALL, DTYPES, LANES, SHARED_BASE, UNWRITTEN, Unready, reader, writer
+from torchpar.ptx.memory import Allocation, Event, Events, Space
+from torchpar.ptx.parse import Instruction, Kernel, PtxError, Register, Symbol, flat
+from torchpar.ptx.registers import (
+    ALL,
+    DTYPES,
+    LANES,
+    SHARED_BASE,
+    UNWRITTEN,
+    Unready,
+    reader,
+    writer,
+)
 
 LIMIT = 3_000_000  # instructions of a warp
 ALL_BYTES, NO_BYTES = ALL.tobytes(), bytes(32)
@@ -109,11 +118,20 @@ def decode(kernel: Kernel) -> Kernel:
                 BUILDERS[prefix] for prefix in prefixes if prefix in BUILDERS
             )
             i.run = build(i)
-        except (LookupError, ValueError, AssertionError, StopIteration) as e:
-            raise PtxError(i.line, f"unknown instruction {i.opcode}") from e
+        except (LookupError, ValueError, AssertionError, StopIteration, TypeError):
+            results, i.run = 1, _unknown(i)
         written = [one for operand in i.operands[:results] for one in flat(operand)]
         i.writes = [one.index for one in written if isinstance(one, Register)]
     return kernel
+
+
+def _unknown(i: Instruction) -> Run:
+    """An instruction that is not modelled is an error only where it is executed."""
+
+    def run(warp: Warp) -> None:
+        raise PtxError(i.line, f"unknown instruction {i.opcode}")
+
+    return run
 
 
 class Operation:

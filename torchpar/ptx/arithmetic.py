@@ -11,9 +11,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .machine import Run, Warp, elementwise, instruction
-from .parse import Constant, Instruction
-from .registers import DTYPES, FLOATS, HALVES, LANES, PAIRS, Values, writer
+from torchpar.ptx.machine import Run, Warp, elementwise, instruction
+from torchpar.ptx.parse import Constant, Instruction
+from torchpar.ptx.registers import DTYPES, FLOATS, HALVES, LANES, PAIRS, Values, writer
 
 
 def quotient(a: Values, b: Values) -> Values:

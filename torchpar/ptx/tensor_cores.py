@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from .machine import Operation, Run, Warp, action, instruction
-from .parse import Instruction, PtxError
-from .registers import UNWRITTEN, Unready, Values, reader, writer
-from .registers import decode as decode_float
-from .tensors import swizzle
+from torchpar.ptx.machine import Operation, Run, Warp, action, instruction
+from torchpar.ptx.parse import Instruction, PtxError
+from torchpar.ptx.registers import UNWRITTEN, Unready, Values, reader, writer
+from torchpar.ptx.registers import decode as decode_float
+from torchpar.ptx.tensors import swizzle
 
 # The types of operands in memory and in registers, and those of sums
 OPERANDS = {"bf16": "u2", "f16": "u2", "tf32": "u4", "s8": "i1", "f64": "f8"}

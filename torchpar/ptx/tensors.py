@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from .copies import Copy, Places
-from .machine import Operation, Run, Warp, action, instruction
-from .parse import Instruction, PtxError
-from .registers import DTYPES, SHARED_BASE, reader, writer
+from torchpar.ptx.copies import Copy, Places
+from torchpar.ptx.machine import Operation, Run, Warp, action, instruction
+from torchpar.ptx.parse import Instruction, PtxError
+from torchpar.ptx.registers import DTYPES, SHARED_BASE, reader, writer
 
 # mbarrier: counts arrivals, and bytes of bulk copies
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .parse import Address, Constant, Register, Symbol
+from torchpar.ptx.parse import Address, Constant, Register, Symbol
 
 LANES = np.arange(32)
 ALL = np.ones(32, np.bool_)  # the mask of a warp whose threads all execute an instruction

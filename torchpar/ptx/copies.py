@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import triton
 
-from .machine import Operation, Run, Warp, action, instruction
-from .memory import Space
-from .parse import Instruction, PtxError, flat
-from .registers import DTYPES, reader, writer
+from torchpar.ptx.machine import Operation, Run, Warp, action, instruction
+from torchpar.ptx.memory import Space
+from torchpar.ptx.parse import Instruction, PtxError, flat
+from torchpar.ptx.registers import DTYPES, reader, writer
 
 # Triton 3.6 makes no proxy fence between cp.async and a wgmma that reads what was copied, where a
 # tile has no mask. 9.7.15.4 demands it, and Triton 3.8 makes it (triton-lang/triton#9610, #10537).

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from .parse import PtxError
+from torchpar.ptx.parse import PtxError
 
 GIVEN, FOREIGN, UNWRITTEN = range(3)  # numbers of events: before the launch; of another block; none
 POISON = 0xFF  # NaN in each format, and −1
