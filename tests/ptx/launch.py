@@ -21,7 +21,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 from benchmarks.driver import Driver, compile_launches, target
 from torchpar.ptx import gpu
 from torchpar.ptx.machine import Schedule
-from torchpar.ptx.memory import GIVEN, Allocation
+from torchpar.ptx.memory import Allocation
 
 
 class Gpu(gpu.Gpu):
@@ -48,7 +48,7 @@ class Gpu(gpu.Gpu):
         used.as_strided(t.shape, t.stride(), t.storage_offset()).fill_(True)
         written = np.repeat(used.numpy(), t.element_size())
         place.data[: len(raw)][written] = raw[written]
-        place.writes[: len(raw)][written] = GIVEN
+        place.give(written)
         return meta
 
     def place(self, meta: Tensor) -> Allocation:

@@ -42,7 +42,7 @@ def _load(i: Instruction) -> Run:
 
     def run(warp: Warp) -> None:
         lanes, loaded = warp.lanes(), np.zeros((32, len(puts)), dtype)
-        raw = space(warp).load(warp, addresses(warp)[lanes], loaded.strides[0], i.line)
+        raw, _ = space(warp).load(warp, addresses(warp)[lanes], loaded.strides[0], i.line)
         loaded[lanes] = raw.view(dtype)
         for n, put in enumerate(puts):
             put(warp, loaded[:, n])
@@ -92,15 +92,15 @@ class Copy(Operation):
         barrier: Any = None,
     ):
         super().__init__(warp, line, what, what == "a copy" and COPIES_NEED_FENCE)
-        self.block, self.line, self.to_shared, self.barrier = warp.block, line, to_shared, barrier
+        self.block, self.to_shared, self.barrier = warp.block, to_shared, barrier
         elements, self.inside, self.width, self.units, self.unit = places
         self.elements = elements[self.inside]
         if to_shared:
-            self.block.shared.write(warp, self.units, self.unit, self.written)
-            self.block.space.read(warp, self.elements, self.width, self.read)
+            self.block.shared.write(warp, self.units, self.unit, self.written, line)
+            self.block.space.read(warp, self.elements, self.width, self.read, line)
         else:
-            self.block.shared.read(warp, self.units, self.unit, self.read, fence=True)
-            self.block.space.write(warp, self.elements, self.width, self.written)
+            self.block.shared.read(warp, self.units, self.unit, self.read, line, fence=True)
+            self.block.space.write(warp, self.elements, self.width, self.written, line)
 
     def fetch(self) -> None:
         if self.to_shared:

@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: MIT
 """Global memory of a stand-in for a GPU, and launches of PTX kernels on it."""
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from random import Random
+from typing import Any
 
 import numpy as np
 
 # Importing these registers their instructions.
 from torchpar.ptx import arithmetic, copies, tensor_cores, tensors  # noqa: F401
-from torchpar.ptx.machine import Block, Schedule, decode
-from torchpar.ptx.memory import Allocation, Space
-from torchpar.ptx.parse import Kernel, parse
+from torchpar.ptx.machine import LIMIT, Block, Schedule, decode
+from torchpar.ptx.memory import Allocation, Events, Space
+from torchpar.ptx.parse import Kernel, PtxError, parse
 
 FIRST_ADDRESS, GAP = 0x7F0000000000, 2**20
 
@@ -28,12 +30,24 @@ class Gpu:
         change: of the PTX of each kernel, before it is executed.
     """
 
+    limit = LIMIT
+    multiprocessors = 132
+    resident_blocks = 132
+
     def __init__(self, schedule: Schedule, change: Callable[[str], str] = lambda text: text):
         self.schedule, self.change = schedule, change
         self.space = Space("global memory")
         self.next = FIRST_ADDRESS
         # And the positions of instructions executed.
         self.launches: list[tuple[Kernel, set[int]]] = []
+        self.symbols: dict[str, int] = {}  # addresses of the kernel's constants
+        self.released: dict[int, Any] = {}  # what blocks have released, by address
+        self.changes = 0  # stores, and atomics that changed a value
+
+    def fault(self, kind: str, name: str, line: int, message: str, warp: Any) -> None:
+        """A fault was found: an error or a warning ends the launch."""
+        if kind != "note":
+            raise PtxError(line, message)
 
     def allocate(self, name: str, size: int) -> Allocation:
         """Return memory that nobody has written."""
@@ -63,8 +77,27 @@ class Gpu:
             blocks.reverse()
         elif self.schedule.order == "random":
             self.random.shuffle(blocks)
+        self.events, self.released = Events(), {}
         with np.errstate(all="ignore"):
-            for block in blocks:
-                Block(self, block).run()
+            self._run(blocks)
         for allocation in self.space.allocations:
             allocation.end_launch()
+
+    def _run(self, positions: list[tuple[int, ...]]) -> None:
+        """Run blocks one after the other; where one waits for another, run those in turn."""
+        pending = deque(positions)
+        resident: deque[Iterator[None]] = deque()
+        started = rounds = 0
+        before = -1
+        while pending or resident:
+            if pending and len(resident) < self.resident_blocks:
+                resident.appendleft(Block(self, pending.popleft(), started).turns())
+                started += 1
+            block = resident.popleft()
+            for _ in block:
+                resident.append(block)
+                break
+            rounds = rounds + 1 if self.changes == before and not pending else 0
+            before = self.changes
+            if rounds > 64 * max(len(resident), 1):
+                raise PtxError(0, "each program waits for a value that no other program writes")

@@ -6,13 +6,13 @@ they meet again behind the branch.
 """
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from torchpar.ptx.memory import Allocation, Event, Events, Space
+from torchpar.ptx.memory import Allocation, Knowledge, Space, merge
 from torchpar.ptx.parse import Instruction, Kernel, PtxError, Register, Symbol, flat
 from torchpar.ptx.registers import (
     ALL,
@@ -26,6 +26,8 @@ from torchpar.ptx.registers import (
 )
 
 LIMIT = 3_000_000  # instructions of a warp
+SPINS = 32  # accesses to what other programs write, after which others run
+LOCAL_BASE = 2**20  # of the threads' stacks
 ALL_BYTES, NO_BYTES = ALL.tobytes(), bytes(32)
 
 
@@ -46,6 +48,15 @@ SCHEDULES = (
 )
 
 Run = Callable[["Warp"], Any]  # It returns True where another warp may run first.
+LANE_MASKS = {
+    "WARP_SZ": np.full(32, 32),
+    "%laneid": LANES,
+    "%lanemask_eq": np.uint32(1) << LANES.astype(np.uint32),
+    "%lanemask_lt": (np.uint32(1) << LANES.astype(np.uint32)) - np.uint32(1),
+    "%lanemask_le": ((np.uint64(2) << LANES.astype(np.uint64)) - np.uint64(1)).astype(np.uint32),
+    "%lanemask_gt": ~((np.uint64(2) << LANES.astype(np.uint64)) - np.uint64(1)).astype(np.uint32),
+    "%lanemask_ge": ~((np.uint32(1) << LANES.astype(np.uint32)) - np.uint32(1)),
+}
 BUILDERS: dict[str, tuple[Callable[[Instruction], Run], int, bool]] = {}
 
 
@@ -148,10 +159,11 @@ class Operation:
     def __init__(
         self, warp: "Warp", line: int, what: str, generic: bool = False, after: Any = None
     ):
-        self.what, self.after = what, after
-        name = f"{what} of warp {warp.index}"
+        self.what, self.after, self.line = what, after, line
+        name, block = f"{what} of warp {warp.index}", warp.block
+        self.agent = block.knowledge.add_agent(generic)
         self.read, self.written = (
-            warp.block.events.add(Event(line, name, own=False, generic=generic)) for _ in range(2)
+            block.gpu.events.add(block.number, self.agent, time, line, name) for time in (1, 2)
         )
         self.steps: list[Callable[[], None]] = []
         warp.trace(self)
@@ -182,9 +194,8 @@ class Operation:
         """From now on the warp knows that the operation has read, or, with no step ``left``, is
         done."""
         self.advance(left)
-        warp.seen[self.read.number] = True
-        if left == 0:
-            warp.seen[self.written.number] = True
+        times = warp.knowledge.times[warp.index]
+        times[self.agent] = max(times[self.agent], 1 if left else 2)
         warp.trace(self)
 
 
@@ -207,29 +218,73 @@ class Warp:
         self.groups: defaultdict[Any, list[list[Operation]]] = defaultdict(lambda: [[]])
         self.last_product: Operation | None = None
         self.fence: list[Any] = []  # the registers at the last wgmma.fence
+        self.knowledge = block.knowledge
+        self.cause: tuple[str, str, int] | None = None  # why the last load is undefined
+        self.relaxed: list[int] = []  # what it has read by relaxed accesses since its last fence
+        self.released: dict[int, Any] | None = None  # what its last fence releases
 
-    @property
-    def seen(self) -> Any:
-        return self.block.events.seen[self.index]
+    def event(self, line: int, what: str, atomic: bool = False) -> int:
+        """Return a new event of this warp, which it knows."""
+        time = int(self.knowledge.times[self.index, self.index])
+        name = f"{what} of warp {self.index}"
+        return self.block.gpu.events.add(self.block.number, self.index, time, line, name, atomic)
 
-    @property
-    def fenced(self) -> Any:
-        return self.block.events.fenced[self.index]
+    def release(self, address: int) -> None:
+        """Let those who acquire from ``address`` know what this warp knows."""
+        self.publish(address, self.knowledge.snapshot(self.index))
 
-    def event(self, line: int, what: str) -> Event:
-        """A new event of this warp, which it knows."""
-        event = self.block.events.add(Event(line, f"{what} of warp {self.index}"))
-        self.seen[event.number] = True
-        return event
+    def publish(self, address: int, known: dict[int, Any]) -> None:
+        merge(self.block.gpu.released.setdefault(address, {}), known)
+
+    def acquire(self, address: int) -> None:
+        if known := self.block.gpu.released.get(address):
+            self.knowledge.learn(self.index, known)
+
+    def fence_memory(self) -> None:
+        """``fence.acq_rel``: relaxed accesses before it acquire, and those after it release."""
+        for address in self.relaxed:
+            self.acquire(address)
+        self.relaxed.clear()
+        self.released = self.knowledge.snapshot(self.index)
 
     def special(self, name: str) -> Any:
         if name in self.block.gpu.parameters:
             return np.full(32, self.block.gpu.parameters[name], np.uint64)
+        block = self.block
+        if name in block.gpu.symbols:
+            return np.full(32, block.gpu.symbols[name], np.uint64)
+        if name in block.gpu.kernel.locals:
+            offset = block.gpu.kernel.locals[name]
+            stacks = LOCAL_BASE + (LANES + 32 * self.index) * block.gpu.kernel.local_bytes
+            return (stacks + offset).astype(np.uint64)
+        if name in LANE_MASKS:
+            return LANE_MASKS[name]
+        if name.startswith(("%clock", "%globaltimer")):
+            return np.full(32, self.count)
         what, _, axis = name.removeprefix("%").partition(".")
         if (what, axis) == ("tid", "x"):
             return LANES + 32 * self.index
-        values = {"ctaid": self.block.position, "nctaid": self.block.gpu.grid}[what]
-        return np.full(32, values["xyz".index(axis)])
+        axes = {
+            "tid": (0, 0, 0),
+            "ntid": (block.gpu.kernel.threads, 1, 1),
+            "ctaid": block.position,
+            "nctaid": block.gpu.grid,
+        }
+        if what in axes:
+            return np.full(32, axes[what]["xyz".index(axis)])
+        alone = {  # of a cluster of one block
+            "warpid": self.index,
+            "nwarpid": len(block.warps),
+            "smid": block.number % block.gpu.multiprocessors,
+            "nsmid": block.gpu.multiprocessors,
+            "cluster_ctarank": 0,
+            "cluster_nctarank": 1,
+            "cluster_ctaid": 0,
+            "cluster_nctaid": 1,
+            "dynamic_smem_size": block.gpu.shared_bytes,
+            "total_smem_size": block.gpu.shared_bytes,
+        }
+        return np.full(32, alone[what])
 
     def lanes(self) -> Any:
         """The threads that execute the instruction."""
@@ -289,8 +344,8 @@ class Warp:
                 flying = any(one.operation is not None for one in unready)
                 what = "of an asynchronous product" if flying else "that was not written"
                 raise PtxError(i.line, f"{i.opcode} takes a register {what}") from e
-        if self.count > LIMIT:
-            raise PtxError(instructions[self.pc].line, "does not end")
+        if self.count > gpu.limit:
+            raise PtxError(instructions[self.pc].line, f"does not end after {self.count:,} steps")
 
     def branch(self, target: int) -> None:
         others = self.active & ~self.mask
@@ -304,36 +359,59 @@ class Warp:
 
 
 class Block:
-    """A block of threads with its shared memory."""
+    """A block of threads with its shared memory, and the stacks of its threads.
 
-    def __init__(self, gpu: Any, position: tuple[int, ...]):
-        self.gpu, self.position, self.space = gpu, position, gpu.space
-        self.events = Events(gpu.kernel.threads // 32)
+    Args:
+        number: in the launch.
+    """
+
+    def __init__(self, gpu: Any, position: tuple[int, ...], number: int):
+        self.gpu, self.position, self.number, self.space = gpu, position, number, gpu.space
+        warps = gpu.kernel.threads // 32
+        self.knowledge = Knowledge(gpu.events, number, warps)
         self.shared = Space("shared memory")
         self.memory = self.shared.add(Allocation("shared memory", SHARED_BASE, gpu.shared_bytes))
-        self.warps = [Warp(i, self) for i in range(gpu.kernel.threads // 32)]
-        self.at_barrier = 0  # warps
+        self.local = Space("local memory")
+        if gpu.kernel.local_bytes:
+            size = gpu.kernel.local_bytes * gpu.kernel.threads
+            self.local.add(Allocation("local memory", LOCAL_BASE, size))
+        self.warps = [Warp(i, self) for i in range(warps)]
+        # By barrier the warps that have arrived, and whether they wait.
+        self.at_barrier: dict[int, list[tuple[Warp, bool]]] = {}
         self.flying: list[Operation] = []  # asynchronous operations, some of which have completed
+        self.spins = 0
 
-    def arrive(self, warp: Warp) -> None:
-        """``bar.sync``: the warp waits for all others."""
-        self.at_barrier += 1
-        warp.waiting = lambda: False
-        if self.at_barrier == len(self.warps):
-            self.at_barrier = 0
-            latest = max(one.count + one.waited for one in self.warps)
-            for one in self.warps:
+    def arrive(self, warp: Warp, barrier: int, count: int, waits: bool = True) -> None:
+        """``bar.sync`` and ``bar.arrive``: ``count`` warps meet."""
+        arrived = self.at_barrier.setdefault(barrier, [])
+        arrived.append((warp, waits))
+        if waits:
+            warp.waiting = lambda: False
+        if len(arrived) < count:
+            return
+        del self.at_barrier[barrier]
+        latest = max(one.count + one.waited for one, _ in arrived)
+        learned = [one.index for one, _ in arrived]
+        self.knowledge.share(learned)
+        for one, was_waiting in arrived:
+            if was_waiting:
                 one.waited = latest - one.count
                 one.waiting = None
-            self.events.share()
 
-    def run(self) -> None:
+    def spin(self) -> bool:
+        """Count an access to what other programs write. Return whether others should run."""
+        self.spins += 1
+        return self.spins >= SPINS
+
+    def turns(self) -> Iterator[None]:
+        """Run the block, and yield where other blocks should run."""
         schedule, rng = self.gpu.schedule, self.gpu.random
         choose = {
             "forward": lambda ready: ready[0],
             "reverse": lambda ready: ready[-1],
             "random": rng.choice,
         }
+        spun: Warp | None = None
         while running := [warp for warp in self.warps if not warp.done]:
             self.flying = [one for one in self.flying if one.steps]
             if schedule.completion == "random":
@@ -341,35 +419,39 @@ class Block:
                     one.advance(rng.randrange(2))
             ready = [warp for warp in running if warp.waiting is None or warp.waiting()]
             if ready:
-                warp = choose[schedule.order](ready)
+                others = [warp for warp in ready if warp is not spun]
+                warp = choose[schedule.order](others or ready)
                 warp.waiting = None
-                warp.advance(rng.randint(1, 400) if schedule.order == "random" else LIMIT + 1)
+                spun = None
+                warp.advance(
+                    rng.randint(1, 400) if schedule.order == "random" else self.gpu.limit + 1
+                )
+                if self.spins >= SPINS:
+                    self.spins, spun = 0, warp
+                    yield
             elif self.flying:
                 self.flying.pop().advance()
             else:
                 lines = {
                     warp.index: self.gpu.kernel.instructions[warp.pc - 1].line for warp in running
                 }
-                raise PtxError(min(lines.values()), f"deadlock: the warps wait at lines {lines}")
+                message = f"deadlock: the warps wait at lines {lines}"
+                self.gpu.fault("error", "deadlock", min(lines.values()), message, running[0])
+                return
         self.end()
 
     def end(self) -> None:
-        """Complete the asynchronous stores to global memory, and forget the events.
-
-        A block that writes nothing, not even its tensormaps, is one too many. No values would show
-        it.
-        """
+        """Complete the asynchronous stores to global memory."""
+        warp = self.warps[0]
         for address, barrier in self.memory.barriers.items():
             if barrier.transactions:
-                raise PtxError(barrier.line, f"the mbarrier at {address} still expects bytes")
+                message = f"the mbarrier at {address} still expects bytes"
+                self.gpu.fault("error", "unfinished copy", barrier.line, message, warp)
         for one in self.flying:
-            if one.steps and not self.events.seen[:, one.read.number].any():
-                raise PtxError(one.read.line, "its block ends before it has read shared memory")
+            if one.steps and not self.knowledge.times[:, one.agent].any():
+                message = "its block ends before it has read shared memory"
+                self.gpu.fault("error", "unfinished copy", one.line, message, warp)
             one.advance()
-        if not any([allocation.end_block() for allocation in self.space.allocations]):
-            raise PtxError(
-                self.gpu.kernel.instructions[-1].line, f"block {self.position} writes nothing"
-            )
 
 
 @action("ret", whole=True)
@@ -378,12 +460,16 @@ def _return(warp: Warp, i: Instruction) -> bool:
     return True
 
 
-@action("bar.sync", whole=True)
-def _synchronize(warp: Warp, i: Instruction, number: Any) -> bool:
-    if number[0]:
-        raise PtxError(i.line, f"barrier {number[0]} is not modelled")
-    warp.block.arrive(warp)
+@action("bar.sync", "barrier.sync", whole=True)
+def _synchronize(warp: Warp, i: Instruction, number: Any, count: Any = None) -> bool:
+    warps = len(warp.block.warps) if count is None else int(count[0]) // 32
+    warp.block.arrive(warp, int(number[0]), warps)
     return True
+
+
+@action("bar.arrive", "barrier.arrive", whole=True)
+def _arrive(warp: Warp, i: Instruction, number: Any, count: Any) -> None:
+    warp.block.arrive(warp, int(number[0]), int(count[0]) // 32, waits=False)
 
 
 @instruction("bra", results=0)

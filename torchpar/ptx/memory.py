@@ -1,27 +1,31 @@
 # SPDX-License-Identifier: MIT
-"""Memory that knows, for each byte, who wrote it and who has read it, and that reports races.
+"""Memory that knows, for each element, who wrote it and who has read it, and that reports races.
 
-Each access of a warp or of an asynchronous operation is an event with a number. A warp knows its
-own events. It learns those of other warps at a barrier, and those of asynchronous operations when
-it waits for them. There are two rules for each byte:
+Each access of a warp or of an asynchronous operation is an event: an agent at a time. Agents are
+the warps of a block, and its asynchronous operations. A warp knows its own events. It learns those
+of the block's other warps at a barrier, those of asynchronous operations when it waits for them,
+and those of other blocks by an atomic that acquires what they have released at its address. There
+are two rules for each element:
 
 - Who reads or writes it must know its last write.
 - Who writes it must know all reads since.
 
 So a missing barrier or wait is noticed in whatever order the warps run. Race detectors for threads
-work in this way, with clocks in the place of sets (Flanagan and Freund, "FastTrack", PLDI 2009).
+work in this way (Flanagan and Freund, "FastTrack", PLDI 2009). An element keeps two reads that do
+not know each other. Of further ones some are forgotten, so that other schedules may notice more.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from torchpar.ptx.parse import PtxError
 
-GIVEN, FOREIGN, UNWRITTEN = range(3)  # numbers of events: before the launch; of another block; none
+# Numbers of events: before the launch, or never read; not written by anybody; of a launch before.
+GIVEN, UNWRITTEN, FIRST = 0, 1, 2
 POISON = 0xFF  # NaN in each format, and −1
-UNITS = {2**n: (np.uint64(2**n - 1), np.uint64(n)) for n in range(8)}
+LARGEST_UNIT = 16  # bytes that an element of the shadow stands for at first
 
 Rows = Any  # positions in an allocation, in units of an access
 
@@ -30,130 +34,351 @@ def all_true(mask: Any) -> bool:
     return b"\0" not in mask.tobytes()  # for short arrays several times as fast as their method
 
 
-@dataclass
-class Event:
-    """An access, and the line of its instruction.
-
-    ``own``: it is the warp's own, and not asynchronous. ``generic``: not by the asynchronous proxy.
-    """
-
-    line: int
-    what: str
-    own: bool = True
-    generic: bool = True
-    number: int = -1
-
-
 class Events:
-    """The events of a block of threads, and what its warps know of them.
+    """The accesses of a launch, by their numbers: their block, agent, time and line."""
 
-    ``seen`` has the events that each warp knows, and ``fenced`` those of them before its last proxy
-    fence; by their numbers.
+    def __init__(self) -> None:
+        self.lines = [0, 0]
+        self.what = ["the host", "nobody"]
+        self.agents = np.zeros(2**12, np.int32)
+        self.times = np.zeros(2**12, np.int32)
+        self.blocks = np.full(2**12, -1, np.int32)
+        self.atomic = np.zeros(2**12, np.bool_)
+        self.blocks[UNWRITTEN] = -2
+
+    def add(
+        self, block: int, agent: int, time: int, line: int, what: str, atomic: bool = False
+    ) -> int:
+        number = len(self.lines)
+        if number == len(self.agents):
+            for name in ("agents", "times", "blocks", "atomic"):
+                setattr(self, name, np.concatenate([getattr(self, name)] * 2))
+        self.lines.append(line)
+        self.what.append(what)
+        self.agents[number], self.times[number] = agent, time
+        self.blocks[number], self.atomic[number] = block, atomic
+        return number
+
+
+class Knowledge:
+    """What each warp of a block knows: of each agent of the block the last time, and of others'.
+
+    ``fenced`` has the times of what each warp knew at its last fence between the proxies.
+    ``foreign`` has by block the times of its agents.
     """
 
-    def __init__(self, warps: int) -> None:
-        self.all = [Event(0, "the host"), Event(0, "another block"), Event(0, "nobody")]
-        self.seen = np.zeros((warps, 2**12), np.bool_)
-        self.seen[:, GIVEN] = True
-        self.fenced = self.seen.copy()
-        self.floor = 0  # what the warps themselves did before this number, all know
+    def __init__(self, events: Events, block: int, warps: int):
+        self.events, self.block, self.warps, self.agents = events, block, warps, warps
+        self.times = np.zeros((warps, 64), np.int32)
+        self.fenced = np.zeros((warps, 64), np.int32)
+        self.times[range(warps), range(warps)] = 1
+        self.foreign: list[dict[int, Any]] = [{} for _ in range(warps)]
 
-    def add(self, event: Event) -> Event:
-        event.number = len(self.all)
-        self.all.append(event)
-        if event.number == self.seen.shape[1]:
-            self.seen, self.fenced = (
-                np.hstack([a, np.zeros_like(a)]) for a in (self.seen, self.fenced)
+    def add_agent(self, generic: bool) -> int:
+        """Return the number of a new asynchronous operation, of which no warp knows."""
+        agent = self.agents
+        self.agents += 1
+        if agent == self.times.shape[1]:
+            self.times, self.fenced = (
+                np.hstack([a, np.zeros_like(a)]) for a in (self.times, self.fenced)
             )
-        self.fenced[:, event.number] = not event.generic
-        return event
+        if not generic:
+            self.fenced[:, agent] = 2
+        return agent
 
-    def share(self) -> None:
-        """At a barrier, each warp learns what one of them knows."""
-        self.seen[:], self.fenced[:] = self.seen.any(0), self.fenced.any(0)
-        self.floor = len(self.all)
+    def knows(self, warp: int, numbers: Any) -> Any:
+        """Return for each event whether the warp knows it."""
+        events = self.events
+        if not numbers.any():  # the host's
+            return np.ones(numbers.shape, np.bool_)
+        mine = events.blocks[numbers] == self.block
+        agents = np.where(mine, events.agents[numbers], 0)
+        known = mine & (events.times[numbers] <= self.times[warp][agents]) | (numbers == GIVEN)
+        if self.foreign[warp] and not all_true(known):
+            for number in np.unique(numbers[~known & ~mine]).tolist():
+                times = self.foreign[warp].get(int(events.blocks[number]), ())
+                agent = int(events.agents[number])
+                if agent < len(times) and events.times[number] <= times[agent]:
+                    known |= numbers == number
+        return known
+
+    def is_fenced(self, warp: int, numbers: Any) -> Any:
+        """Return for each event, which the warp knows, whether a fence between proxies is after."""
+        mine = self.events.blocks[numbers] == self.block
+        agents = np.where(mine, self.events.agents[numbers], 0)
+        return ~mine | (self.events.times[numbers] <= self.fenced[warp][agents])
+
+    def share(self, warps: list[int]) -> None:
+        """At a barrier, each of these warps learns what one of them knows."""
+        self.times[warps] = self.times[warps].max(0)
+        self.fenced[warps] = self.fenced[warps].max(0)
+        self.times[warps, warps] += 1
+        together: dict[int, Any] = {}
+        for warp in warps:
+            merge(together, self.foreign[warp])
+        for warp in warps:
+            self.foreign[warp] = dict(together) if together else {}
+
+    def snapshot(self, warp: int) -> dict[int, Any]:
+        """Return what the warp knows now; it begins another time, which nobody knows yet."""
+        found = {**self.foreign[warp], self.block: self.times[warp, : self.agents].copy()}
+        self.times[warp, warp] += 1
+        return found
+
+    def learn(self, warp: int, known: dict[int, Any]) -> None:
+        for block, times in known.items():
+            if block == self.block:
+                mine = self.times[warp, : len(times)]
+                np.maximum(mine, times, out=mine)
+            else:
+                merge(self.foreign[warp], {block: times})
+
+
+def merge(into: dict[int, Any], known: dict[int, Any]) -> None:
+    for block, times in known.items():
+        before = into.get(block)
+        if before is times:
+            continue
+        if before is None:
+            into[block] = times
+            continue
+        longer, shorter = (before, times) if len(before) >= len(times) else (times, before)
+        together = longer.copy()
+        np.maximum(together[: len(shorter)], shorter, out=together[: len(shorter)])
+        into[block] = together
 
 
 class Allocation:
-    """Bytes from address ``base``, with the event that wrote each and those that read it.
+    """Bytes from address ``base``, and of each of their units who wrote and who has read it.
 
-    ``reads`` has an array for each warp, and one for each warp's asynchronous operations.
+    Args:
+        unit: bytes; accesses of fewer bytes make it smaller.
+        data: the bytes; by default they are new, and nobody has written them.
+        start: the first address that belongs to it, where ``base`` is rounded down.
     """
 
-    def __init__(self, name: str, base: int, size: int):
-        self.name, self.base, self.size = name, base, size
+    def __init__(
+        self,
+        name: str,
+        base: int,
+        size: int,
+        unit: int = LARGEST_UNIT,
+        data: Any = None,
+        start: int | None = None,
+    ):
+        self.name, self.base, self.size, self.unit = name, base, size, unit
+        self.start = base if start is None else start
         padded = -(-size // 128) * 128
-        self.data = np.full(padded, POISON, np.uint8)
-        self.writes = np.full(padded, UNWRITTEN, np.int32)
-        self.reads: dict[Any, Any] = {}
-        self.last_read: dict[Any, int] = {}
+        self.data = np.full(padded, POISON, np.uint8) if data is None else data
+        first = UNWRITTEN if data is None else GIVEN
+        self.writes = np.full(len(self.data) // unit, first, np.int32)
+        self.reads = np.zeros(len(self.writes), np.int32)
+        self.others: Any = None  # reads that the last read did not know; made when there are any
         self.barriers: dict[int, Any] = {}  # the mbarriers in it, by their offsets
         self.published: set[int] = set()  # the tensormaps in it, by their places
-        self.acquired: dict[int, Event] = {}  # the last fence for each of these
+        self.acquired: dict[int, int] = {}  # the event of the last fence for each of these
+        self.index: Any = None  # a function that names the element at an offset
 
-    def end_block(self) -> bool:
-        """To the next block, the events of this one are another block's. Return whether it
-        wrote."""
-        written = self.writes > UNWRITTEN
-        self.writes[written] = FOREIGN
-        for read in self.reads.values():
-            read[read > UNWRITTEN] = FOREIGN
-        self.last_read = dict.fromkeys(self.last_read, 2**31)
-        return bool(written.any())
+    def refine(self, unit: int) -> None:
+        """Let each element of the shadow stand for ``unit`` bytes."""
+        count, self.unit = self.unit // unit, unit
+        self.writes, self.reads = (np.repeat(a, count) for a in (self.writes, self.reads))
+        if self.others is not None:
+            self.others = np.repeat(self.others, count)
+
+    def shadow(self, array: Any, width: int) -> Any:
+        """Return a view of ``array`` with a row for each ``width`` bytes."""
+        return array.reshape(-1, width // self.unit)
+
+    def give(self, written: Any = None) -> None:
+        """Let the host have written all bytes, or those that are ``written``."""
+        if written is None:
+            self.writes[:] = GIVEN
+            return
+        self.refine(1)
+        self.writes[: len(written)][written] = GIVEN
 
     def end_launch(self) -> None:
         self.writes[self.writes != UNWRITTEN] = GIVEN
-        self.reads.clear()
-        self.last_read.clear()
+        self.reads[:] = GIVEN
+        self.others = None
+
+    def where(self, offset: int) -> str:
+        """Name the element at ``offset``."""
+        if self.index is not None:
+            return str(self.index(offset - (self.start - self.base)))
+        return f"byte {offset} of {self.name}"
 
 
 class Space:
-    """An address space: its allocations, and accesses of ``width`` bytes at each of several
-    addresses."""
+    """An address space: its allocations, and accesses of ``width`` bytes at several addresses."""
 
     def __init__(self, name: str):
         self.name = name
         self.allocations: list[Allocation] = []
         self.last: Allocation | None = None
+        self.find: Any = None  # of an address in no allocation: another allocation, or None
 
     def add(self, allocation: Allocation) -> Allocation:
         self.allocations.append(allocation)
         return allocation
 
+    def at(self, address: int) -> Allocation | None:
+        for one in self.allocations:
+            if one.start <= address < one.base + one.size:
+                return one
+        found: Allocation | None = self.find(address) if self.find is not None else None
+        return found
+
     def locate(self, addresses: Any, width: int, line: int) -> tuple[Allocation, Rows]:
-        """The allocation of the addresses, and their positions in it in units of ``width``."""
+        """Return the allocation of all addresses, and their positions in units of ``width``.
+
+        Raises:
+            PtxError: an address outside of it, or one that is not aligned.
+        """
         if addresses.size == 0:
             return self.allocations[0], addresses
         first = int(addresses.flat[0])
-        if self.last is None or not self.last.base <= first < self.last.base + self.last.size:
-            self.last = next(
-                (a for a in self.allocations if a.base <= first < a.base + a.size), None
-            )
-        if self.last is None:
-            raise PtxError(line, f"address {first:#x} is outside each allocation of {self.name}")
-        offsets = (addresses - self.last.base).view(np.uint64)
-        rest, shift = UNITS[width]
-        if not all_true((offsets & rest) == 0):
-            raise PtxError(line, f"an address in {self.last.name} is not a multiple of {width}")
-        if not all_true(offsets < self.last.size - width + 1):
-            raise PtxError(line, f"an access that begins in {self.last.name} ends outside of it")
-        return self.last, (offsets >> shift).view(np.int64)
+        last = self.last
+        if last is None or not last.start <= first < last.base + last.size:
+            self.last = last = self.at(first)
+        if last is None:
+            raise PtxError(line, self.outside(first, width))
+        if width < last.unit:
+            last.refine(width)
+        offsets = addresses - last.base
+        if not all_true((offsets >= last.start - last.base) & (offsets <= last.size - width)):
+            raise PtxError(line, f"an access that begins in {last.name} ends outside of it")
+        rows = offsets // width
+        if not all_true(rows * width == offsets):
+            raise PtxError(line, f"an address in {last.name} is not a multiple of {width}")
+        return last, rows
+
+    def outside(self, address: int, width: int) -> str:
+        """Say where an address lies that is in no allocation."""
+        near = min(
+            self.allocations,
+            key=lambda one: max(one.start - address, address - (one.base + one.size)),
+            default=None,
+        )
+        text = f"address {address:#x} is outside each allocation of {self.name}"
+        if near is None:
+            return text
+        size = near.base + near.size - near.start
+        if address < near.start:
+            beyond = f"{near.start - address} bytes before {near.name}"
+        else:
+            beyond = f"{address + width - near.start - size} bytes after the end of {near.name}"
+        return f"{text}: {beyond}"
+
+    def pieces(
+        self, warp: Any, addresses: Any, width: int, line: int, what: str
+    ) -> Iterator[tuple[Allocation, Rows, Any]]:
+        """Yield the allocations of the addresses, the positions there, and the threads.
+
+        Threads outside of all allocations, or misaligned, are faults, and left out.
+        """
+        try:
+            place, rows = self.locate(addresses, width, line)
+        except PtxError as e:
+            yield from self._each(warp, addresses, width, line, what, e)
+            return
+        yield place, rows, slice(None)
+
+    def _each(
+        self, warp: Any, addresses: Any, width: int, line: int, what: str, first: PtxError
+    ) -> Iterator[tuple[Allocation, Rows, Any]]:
+        groups: dict[int, tuple[Allocation, list[int], list[int]]] = {}
+        told = False
+        for n, address in enumerate(addresses.tolist()):
+            place = self.at(address)
+            offset = address - (place.base if place else 0)
+            if place is None or offset + width > place.size or offset % width:
+                if not told:
+                    told = True
+                    self.tell(warp, place, address, width, line, what, n)
+                continue
+            if width < place.unit:
+                place.refine(width)
+            _, rows, lanes = groups.setdefault(id(place), (place, [], []))
+            rows.append(offset // width)
+            lanes.append(n)
+        if not told and len(groups) < 2:
+            raise first
+        for place, rows, lanes in groups.values():
+            yield place, np.array(rows), np.array(lanes)
+
+    def tell(
+        self,
+        warp: Any,
+        place: Allocation | None,
+        address: int,
+        width: int,
+        line: int,
+        what: str,
+        lane: int,
+    ) -> None:
+        thread = 32 * warp.index + int(warp.lanes()[lane % len(warp.lanes())])
+        if place is not None and (address - place.base) % width:
+            message = f"an address in {place.name} is not a multiple of {width}"
+            warp.block.gpu.fault("error", "misaligned access", line, message, warp)
+            return
+        if place is not None:
+            message = f"an access that begins in {place.name} ends outside of it"
+        else:
+            message = self.outside(address, width)
+        message = f"thread {thread} {what}s out of bounds: {message}"
+        warp.block.gpu.fault("error", "out of bounds", line, message, warp)
 
     # Accesses of a warp, and the bytes without an access
 
-    def load(self, warp: Any, addresses: Any, width: int, line: int) -> Any:
-        """The bytes ``(len(addresses), width)`` that a warp loads."""
-        self.read(warp, addresses, width, warp.event(line, "a load"))
-        return self.peek(addresses, width, line)
+    def load(
+        self, warp: Any, addresses: Any, width: int, line: int, atomic: bool = False
+    ) -> tuple[Any, Any]:
+        """Return the bytes ``(len(addresses), width)``, and those whose value is undefined.
 
-    def store(self, warp: Any, addresses: Any, values: Any, line: int) -> None:
-        event = warp.event(line, "a store")
-        self.write(warp, addresses, values.shape[1], event, values)
-        self.poke(addresses, values, line)
-        if not all_true(self.peek(addresses, values.shape[1], line) == values):
-            raise PtxError(
-                line, f"threads of warp {warp.index} store different values to the same bytes"
-            )
+        The latter is a mask, or None. A value is undefined that nobody has written, or that
+        another program or warp writes at the same time.
+        """
+        event = warp.event(line, "a load", atomic)
+        raw = undefined = None
+        for place, rows, lanes in self.pieces(warp, addresses, width, line, "load"):
+            bad = self._read(warp, place, rows, width, event, line, atomic)
+            found = place.data.reshape(-1, width)[rows]
+            if isinstance(lanes, slice):
+                return found, bad
+            if raw is None:
+                raw = np.full((len(addresses), width), POISON, np.uint8)
+            raw[lanes] = found
+            if bad is not None:
+                undefined = np.zeros(raw.shape, np.bool_) if undefined is None else undefined
+                undefined[lanes] = bad
+        if raw is None:
+            raw = np.full((len(addresses), width), POISON, np.uint8)
+        return raw, undefined
+
+    def store(
+        self, warp: Any, addresses: Any, values: Any, line: int, atomic: bool = False
+    ) -> None:
+        width = values.shape[1]
+        event = warp.event(line, "a store", atomic)
+        for place, rows, lanes in self.pieces(warp, addresses, width, line, "store"):
+            mine = values[lanes]
+            self._write(warp, place, rows, width, event, line, mine, atomic)
+            data = place.data.reshape(-1, width)
+            data[rows] = mine
+            if not all_true(data[rows] == mine):
+                who = f"threads of warp {warp.index}"
+                self._differ(warp, line, data[rows], mine, who)
+
+    def _differ(self, warp: Any, line: int, a: Any, b: Any, who: str) -> None:
+        """Two agents store different values to the same bytes: the last bits, or others."""
+        close = _are_close(a, b)
+        message = f"{who} store different values to the same bytes" + (
+            ", which differ in the last bits" if close else ""
+        )
+        kind = "note" if close else "error"
+        warp.block.gpu.fault(kind, "different values", line, message, warp)
 
     def peek(self, addresses: Any, width: int, line: int) -> Any:
         place, rows = self.locate(addresses, width, line)
@@ -163,84 +388,219 @@ class Space:
         place, rows = self.locate(addresses, values.shape[1], line)
         place.data.reshape(-1, values.shape[1])[rows] = values
 
-    # The rules, of the accesses of a warp and of its asynchronous operations: `event`
+    # The rules, of the accesses of a warp and of its asynchronous operations
 
     def read(
-        self, warp: Any, addresses: Any, width: int, event: Event, fence: bool = False
+        self, warp: Any, addresses: Any, width: int, event: int, line: int, fence: bool = False
     ) -> None:
         """An asynchronous operation reads at any time until it has been waited for."""
-        place, rows = self.check_read(warp, addresses, width, event.line, fence)
-        reader = warp.index, event.own
-        if reader not in place.reads:
-            place.reads[reader] = np.zeros(len(place.data), np.int32)
-        place.reads[reader].reshape(-1, width)[rows] = event.number
-        place.last_read[reader] = event.number
+        place, rows = self.check_read(warp, addresses, width, line, fence)
+        self._note_read(warp, place, rows, width, event)
 
     def check_read(
         self, warp: Any, addresses: Any, width: int, line: int, fence: bool = False
     ) -> tuple[Allocation, Rows]:
-        """``fence``: the bytes are read by the asynchronous proxy, for which generic writes need a
-        fence."""
+        """Refuse to read what the warp does not know.
+
+        ``fence``: the asynchronous proxy reads, for which generic writes need a fence.
+        """
         place, rows = self.locate(addresses, width, line)
-        writers = place.writes.reshape(-1, width)[rows]
-        if not all_true(warp.seen[writers]):
-            raise self.conflict(warp, place, rows, writers, line, "read", "written")
-        if fence and not all_true(warp.fenced[writers]):
-            one = warp.block.events.all[int(writers[~warp.fenced[writers]][0])]
-            what = f"reads what {one.what} wrote (line {one.line})"
-            raise PtxError(line, f"{what}, which needs a fence between the proxies")
+        writers = place.shadow(place.writes, width)[rows]
+        known = warp.knowledge.knows(warp.index, writers)
+        if not all_true(known):
+            self.conflict(warp, place, rows, width, writers, known, line, "read", "written")
+        elif fence and not all_true(fenced := warp.knowledge.is_fenced(warp.index, writers)):
+            number = int(writers[~fenced][0])
+            events = warp.block.gpu.events
+            what = f"reads what {events.what[number]} wrote (line {events.lines[number]})"
+            message = f"{what}, which needs a fence between the proxies"
+            warp.block.gpu.fault("error", "missing fence", line, message, warp)
         return place, rows
 
-    def write(
-        self, warp: Any, addresses: Any, width: int, event: Event, values: Any = None
+    def _read(
+        self,
+        warp: Any,
+        place: Allocation,
+        rows: Rows,
+        width: int,
+        event: int,
+        line: int,
+        atomic: bool,
+    ) -> Any:
+        """Note a load. Return the bytes whose value is undefined, or None."""
+        writers = place.shadow(place.writes, width)[rows]
+        undefined = None
+        if writers.any():
+            known = warp.knowledge.knows(warp.index, writers)
+            if atomic:
+                known |= warp.block.gpu.events.atomic[writers]
+            if not all_true(known):
+                if not self.is_deferred:
+                    self.conflict(warp, place, rows, width, writers, known, line, "read", "written")
+                else:
+                    cause = self.describe(warp, place, rows, width, writers, known, line)
+                    warp.cause = cause
+                    undefined = np.repeat(~known, place.unit, 1)
+        self._note_read(warp, place, rows, width, event)
+        return undefined
+
+    is_deferred = False  # what is undefined counts where it is used, and not where it is loaded
+
+    def _note_read(self, warp: Any, place: Allocation, rows: Rows, width: int, event: int) -> None:
+        reads = place.shadow(place.reads, width)
+        before = reads[rows]
+        if before.any():
+            known = warp.knowledge.knows(warp.index, before)
+            if not all_true(known):
+                if place.others is None:
+                    place.others = np.zeros_like(place.reads)
+                others = place.shadow(place.others, width)
+                kept = others[rows]
+                replaced = ~known & warp.knowledge.knows(warp.index, kept)
+                if replaced.any():
+                    others[rows] = np.where(replaced, before, kept)
+        reads[rows] = event
+
+    def write(self, warp: Any, addresses: Any, width: int, event: int, line: int) -> None:
+        """An asynchronous operation writes at any time until it has been waited for."""
+        place, rows = self.locate(addresses, width, line)
+        self._write(warp, place, rows, width, event, line)
+        place.data.reshape(-1, width)[rows] = POISON
+
+    def _write(
+        self,
+        warp: Any,
+        place: Allocation,
+        rows: Rows,
+        width: int,
+        event: int,
+        line: int,
+        values: Any = None,
+        atomic: bool = False,
     ) -> None:
         """Warps may store the same ``values`` unordered: Triton's layouts have copies in several
-        warps.
-
-        An asynchronous operation has no ``values`` yet, and writes at any time until it has been
-        waited for.
-        """
-        place, rows = self.locate(addresses, width, event.line)
-        seen, line = warp.seen, event.line
-        writers = place.writes.reshape(-1, width)[rows]
-        if not all_true(seen[writers]):
-            allowed = writers == UNWRITTEN
-            if values is not None:
-                allowed |= (writers > UNWRITTEN) & (place.data.reshape(-1, width)[rows] == values)
-            writers = np.where(allowed, GIVEN, writers)
-            if not all_true(seen[writers]):
-                raise self.conflict(warp, place, rows, writers, line, "overwritten", "written")
-        for (reader, own), read in place.reads.items():
-            if own and place.last_read[reader, own] < warp.block.events.floor:
-                continue  # all warps know after a barrier
-            readers = read.reshape(-1, width)[rows]
-            if not all_true(seen[readers]):
-                raise self.conflict(warp, place, rows, readers, line, "overwritten", "read")
+        warps."""
+        knowledge, events = warp.knowledge, warp.block.gpu.events
+        writers = place.shadow(place.writes, width)[rows]
+        if writers.any():
+            known = knowledge.knows(warp.index, writers) | (writers == UNWRITTEN)
+            if atomic:
+                known |= events.atomic[writers]
+            if not all_true(known) and values is not None:
+                known = self._same(warp, place, rows, width, writers, known, line, values)
+            if not all_true(known):
+                self.conflict(
+                    warp, place, rows, width, writers, known, line, "overwritten", "written"
+                )
+        for array in (place.reads, place.others):
+            if array is None:
+                continue
+            readers = place.shadow(array, width)[rows]
+            if not readers.any():
+                continue
+            known = knowledge.knows(warp.index, readers)
+            if atomic:
+                known |= events.atomic[readers]
+            if not all_true(known):
+                self.conflict(warp, place, rows, width, readers, known, line, "overwritten", "read")
+            place.shadow(array, width)[rows] = GIVEN
         for address, barrier in place.barriers.items():
             if ((rows * width <= address + 7) & (rows * width + width > address)).any():
-                raise PtxError(line, f"overwrites the mbarrier of line {barrier.line}")
-        place.writes.reshape(-1, width)[rows] = event.number
-        if values is None:
-            place.data.reshape(-1, width)[rows] = POISON
+                message = f"overwrites the mbarrier of line {barrier.line}"
+                warp.block.gpu.fault("error", "overwritten mbarrier", line, message, warp)
+        place.shadow(place.writes, width)[rows] = event
+
+    def _same(
+        self,
+        warp: Any,
+        place: Allocation,
+        rows: Rows,
+        width: int,
+        writers: Any,
+        known: Any,
+        line: int,
+        values: Any,
+    ) -> Any:
+        """Return ``known``, and what is overwritten by the value that it has, or nearly that."""
+        events, block = warp.block.gpu.events, warp.block.number
+        held = place.data.reshape(-1, width)[rows]
+        same = (held == values).reshape(*known.shape, -1).all(-1)
+        foreign = ~known & (events.blocks[writers] != block)
+        if (foreign & same).any():
+            number = int(writers[foreign & same][0])
+            message = (
+                f"two programs write {place.where(int(rows.flat[0]) * width)} without order, and "
+                f"both the same value (the other one at line {events.lines[number]})"
+            )
+            warp.block.gpu.fault("warning", "race between programs", line, message, warp)
+        if not all_true(known | same) and not foreign.any() and _are_close(held, values):
+            self._differ(warp, line, held, values, "warps")
+            return np.ones_like(known)
+        return known | same
+
+    def describe(
+        self,
+        warp: Any,
+        place: Allocation,
+        rows: Rows,
+        width: int,
+        numbers: Any,
+        known: Any,
+        line: int,
+    ) -> tuple[str, str, int]:
+        """Return the name, the message and the line of a load of what the warp does not know."""
+        row, column = (int(i[0]) for i in np.nonzero(~known))
+        number = int(numbers[row, column])
+        where = place.where(int(rows.reshape(-1)[row]) * width + column * place.unit)
+        events = warp.block.gpu.events
+        if number == UNWRITTEN:
+            return "uninitialised memory", f"{where} was not written before", line
+        is_mine = events.blocks[number] == warp.block.number
+        name = "race" if is_mine else "race between programs"
+        who = events.what[number] if is_mine else f"{events.what[number]} of another program"
+        message = f"{where} is written by {who} (line {events.lines[number]}), not waited for"
+        return name, message, line
 
     def conflict(
         self,
         warp: Any,
         place: Allocation,
         rows: Rows,
-        events: Any,
+        width: int,
+        numbers: Any,
+        known: Any,
         line: int,
         what: str,
         other: str,
-    ) -> PtxError:
-        """The error of an access that does not know one of the ``events``."""
-        events = events.reshape(-1, events.shape[-1])
-        row, byte = (int(i[0]) for i in np.nonzero(~warp.seen[events]))
-        address = int(rows.reshape(-1)[row]) * events.shape[-1] + byte
-        event = warp.block.events.all[int(events[row, byte])]
-        where = f"byte {address} of {place.name}, {what} by warp {warp.index},"
-        if event.what == "nobody":
-            return PtxError(line, f"{where} was not written before")
-        return PtxError(
-            line, f"race: {where} is {other} by {event.what} (line {event.line}), not waited for"
-        )
+    ) -> None:
+        """Report an access that does not know one of the events."""
+        row, column = (int(i[0]) for i in np.nonzero(~known.reshape(-1, known.shape[-1])))
+        number = int(numbers.reshape(-1, known.shape[-1])[row, column])
+        place_of = int(rows.reshape(-1)[row]) * width + column * place.unit
+        where = f"{place.where(place_of)}, {what} by warp {warp.index},"
+        gpu = warp.block.gpu
+        if number == UNWRITTEN:
+            gpu.fault(
+                "error", "uninitialised memory", line, f"{where} was not written before", warp
+            )
+            return
+        events = gpu.events
+        is_mine = events.blocks[number] == warp.block.number
+        name = "race" if is_mine else "race between programs"
+        who = events.what[number] if is_mine else f"{events.what[number]} of another program"
+        message = f"race: {where} is {other} by {who} (line {events.lines[number]}), not waited for"
+        # The value that was read may be one that nobody uses: Triton has copies in several warps.
+        is_weak = self.is_deferred and other == "read" and is_mine
+        gpu.fault("warning" if is_weak else "error", name, line, message, warp)
+
+
+def _are_close(a: Any, b: Any) -> bool:
+    """Whether two arrays of bytes are alike as floating-point numbers, but for the last bits."""
+    if a.shape[1] % 4:
+        if a.shape[1] % 2:
+            return False
+        a, b = (np.ascontiguousarray(x).view(np.uint16).astype(np.int64) for x in (a, b))
+        return bool((np.abs(a - b) <= 1).all())
+    a, b = (np.ascontiguousarray(x).view(np.float32) for x in (a, b))
+    with np.errstate(all="ignore"):
+        return bool((np.abs(a - b) <= 2.0**-18 * np.maximum(np.abs(a), np.abs(b))).all())

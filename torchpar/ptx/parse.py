@@ -82,6 +82,8 @@ class Kernel:
     parameters: list[str]
     instructions: list[Instruction] = field(default_factory=list)
     registers: list[str] = field(default_factory=list)  # their kinds
+    locals: dict[str, int] = field(default_factory=dict)  # offsets in a thread's stack
+    local_bytes: int = 0  # of a thread's stack
 
 
 class PtxError(Exception):

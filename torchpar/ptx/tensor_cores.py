@@ -72,7 +72,7 @@ def _load_matrices(i: Instruction) -> Run:
     transposed = _transposed(i, len(puts))
 
     def run(warp: Warp) -> None:
-        rows = warp.block.shared.load(warp, addresses(warp)[: 8 * len(puts)], 16, i.line)
+        rows, _ = warp.block.shared.load(warp, addresses(warp)[: 8 * len(puts)], 16, i.line)
         matrices = rows.view(np.uint16).reshape(-1, 8, 8)
         matrices = np.ascontiguousarray(matrices.transpose(0, 2, 1)) if transposed else matrices
         for put, matrix in zip(puts, matrices.view(np.uint32).reshape(-1, 32), strict=True):
@@ -192,14 +192,14 @@ class Product(Operation):
         adds: bool,
     ):
         super().__init__(warp, i.line, "a product", after=warp.last_product)
-        self.warp, self.line, self.kind, self.dtype = warp, i.line, kind, dtype
+        self.warp, self.kind, self.dtype = warp, kind, dtype
         self.left, self.right = left, right
         self.to = [one.index for one in i.operands[0]]
         registers = warp.registers
         self.taken = {index: registers[index] for index in (left if isinstance(left, list) else [])}
         self.sums = [registers[index] for index in self.to] if adds else None
         for matrix in (right, *([] if self.taken else [left])):
-            warp.block.shared.read(warp, matrix.chunks, 16, self.read, fence=True)
+            warp.block.shared.read(warp, matrix.chunks, 16, self.read, i.line, fence=True)
         ready = [
             n
             for n in (*self.taken, *(self.to if adds else []))

@@ -145,9 +145,8 @@ def _replace(i: Instruction) -> Run:
 def _publish(warp: Warp, i: Instruction, to: Any, source: Any, size: Any) -> None:
     """Copy a tensormap to global memory, for the tensormap proxy to acquire."""
     space = warp.block.space
-    space.store(
-        warp, to[:1], warp.block.shared.load(warp, source[:1], int(size[0]), i.line), i.line
-    )
+    content, _ = warp.block.shared.load(warp, source[:1], int(size[0]), i.line)
+    space.store(warp, to[:1], content, i.line)
     place, rows = space.locate(to[:1], 128, i.line)
     place.published.add(int(rows[0]))
     place.acquired.pop(int(rows[0]), None)
@@ -163,7 +162,8 @@ def _acquire(warp: Warp, i: Instruction, address: Any, size: Any) -> None:
 
 @action("fence.proxy.async.shared::cta")
 def _fence_async(warp: Warp, i: Instruction) -> None:
-    warp.fenced[:] |= warp.seen
+    fenced = warp.knowledge.fenced[warp.index]
+    np.maximum(fenced, warp.knowledge.times[warp.index], out=fenced)
 
 
 class Tensor:
@@ -173,7 +173,7 @@ class Tensor:
         space = warp.block.space
         place, rows = space.check_read(warp, address, 128, line)
         fence = place.acquired.get(int(rows[0]))
-        if fence is None or not warp.seen[fence.number]:
+        if fence is None or not warp.knowledge.knows(warp.index, np.array([fence])).all():
             raise PtxError(line, "uses a tensormap that was not acquired by the tensormap proxy")
         raw = space.peek(address, 128, line).tobytes()
 
