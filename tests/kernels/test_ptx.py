@@ -394,7 +394,7 @@ def test_blocks_race():
     with pytest.raises(PtxError, match=r"two programs write byte 0 of"):
         execute("st.global.b32 [%rd4], %r0;", grid=(2, 1, 1))
     body = "mov.u32 %r3, %ctaid.x; setp.eq.b32 %p3, %r3, 0; @%p3 st.global.b32 [%rd4], %r0;"
-    with pytest.raises(PtxError, match=r"race: .* read .* written by another block"):
+    with pytest.raises(PtxError, match=r"race: .* read .* written by .* of another program"):
         execute(body + "@!%p3 ld.global.b32 %r3, [%rd4];", grid=(2, 1, 1))
 
 
