@@ -43,6 +43,11 @@ class Gpu:
         self.symbols: dict[str, int] = {}  # addresses of the kernel's constants
         self.released: dict[int, Any] = {}  # what blocks have released, by address
         self.changes = 0  # stores, and atomics that changed a value
+        self.printed: list[str] = []  # by the program that is executed
+        self.executed_instructions = 0  # of the warps of the present launch
+
+    def prepare(self, kernel: Kernel) -> None:
+        """A launch of ``kernel`` begins."""
 
     def fault(self, kind: str, name: str, line: int, message: str, warp: Any) -> None:
         """A fault was found: an error or a warning ends the launch."""
@@ -69,7 +74,9 @@ class Gpu:
             shared: bytes of dynamic shared memory.
         """
         self.kernel, self.grid, self.shared_bytes = _decoded(self.change(text)), grid, shared
+        self.prepare(self.kernel)
         self.parameters = dict(zip(self.kernel.parameters, parameters, strict=True))
+        self.executed_instructions = 0
         self.random, self.executed = Random(self.schedule.seed), set[int]()
         self.launches.append((self.kernel, self.executed))
         blocks = [index[::-1] for index in np.ndindex(grid[::-1])]
@@ -100,4 +107,5 @@ class Gpu:
             rounds = rounds + 1 if self.changes == before and not pending else 0
             before = self.changes
             if rounds > 64 * max(len(resident), 1):
-                raise PtxError(0, "each program waits for a value that no other program writes")
+                reason = "each program waits for a value that no other program writes"
+                raise PtxError(0, reason, "deadlock")

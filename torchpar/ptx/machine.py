@@ -140,7 +140,7 @@ def _unknown(i: Instruction) -> Run:
     """An instruction that is not modelled is an error only where it is executed."""
 
     def run(warp: Warp) -> None:
-        raise PtxError(i.line, f"unknown instruction {i.opcode}")
+        raise PtxError(i.line, f"unknown instruction {i.opcode}", "unknown instruction")
 
     return run
 
@@ -345,7 +345,7 @@ class Warp:
                 what = "of an asynchronous product" if flying else "that was not written"
                 raise PtxError(i.line, f"{i.opcode} takes a register {what}") from e
         if self.count > gpu.limit:
-            raise PtxError(instructions[self.pc].line, f"does not end after {self.count:,} steps")
+            raise PtxError(instructions[self.pc].line, f"does not end after {self.count:,} steps", "endless loop")
 
     def branch(self, target: int) -> None:
         others = self.active & ~self.mask
@@ -442,6 +442,7 @@ class Block:
 
     def end(self) -> None:
         """Complete the asynchronous stores to global memory."""
+        self.gpu.executed_instructions += sum(warp.count for warp in self.warps)
         warp = self.warps[0]
         for address, barrier in self.memory.barriers.items():
             if barrier.transactions:

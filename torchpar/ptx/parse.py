@@ -87,10 +87,11 @@ class Kernel:
 
 
 class PtxError(Exception):
-    """A fault of the program that is executed, with its line."""
+    """A fault of the program that is executed, with its line, its reason and its name."""
 
-    def __init__(self, line: int, message: str):
-        super().__init__(f"line {line}: {message}")
+    def __init__(self, line: int, reason: str, name: str = "error"):
+        super().__init__(f"line {line}: {reason}")
+        self.line, self.reason, self.name = line, reason, name
 
 
 def parse(text: str) -> Kernel:

@@ -1,0 +1,496 @@
+# SPDX-License-Identifier: MIT
+"""A driver of Triton whose GPU is this CPU: launches on CPU tensors are compiled and executed.
+
+    with torchpar.ptx.emulate("sm_90") as gpu:
+        kernel[grid](x, y, n, BLOCK=1024)
+    print(gpu.report())
+
+Triton compiles a kernel as for the architecture, up to PTX, in a cache of its own. The executor
+reads and writes the memory of the tensors themselves.
+"""
+
+import ctypes
+import gc
+import os
+import struct
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import triton
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.runtime.driver import driver as active_driver
+
+from torchpar.ptx import gpu, tensors
+from torchpar.ptx.machine import SCHEDULES, Schedule
+from torchpar.ptx.memory import GIVEN, LARGEST_UNIT, UNWRITTEN, Allocation, Space
+from torchpar.ptx.parse import PtxError
+from torchpar.ptx.report import Fault, Kind, Launch, Report
+
+ARCHITECTURES = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
+SHARED_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}  # of a program at most
+ALIGNED = 128  # to which an allocation's base is rounded down
+
+
+class Stop(PtxError):
+    """The launch cannot go on; the fault has been noted."""
+
+
+class Module(NamedTuple):
+    """A compiled kernel."""
+
+    text: str
+
+
+class Storage(NamedTuple):
+    """The memory of a tensor on the CPU."""
+
+    address: int
+    nbytes: int
+
+
+def storage_of(t: Tensor) -> Storage:
+    storage = t.untyped_storage()
+    return Storage(storage.data_ptr(), storage.nbytes())
+
+
+class Emulator(gpu.Gpu):
+    """A GPU that `emulate` stands in for: its launches, and the faults that were found in them.
+
+    Attributes:
+        launches: in their order.
+        faults: each of them once, by its name and its line.
+    """
+
+    def __init__(self, arch: str, schedules: Sequence[Schedule], multiprocessors: int):
+        super().__init__(schedules[0])
+        self.arch, self.capability = arch, ARCHITECTURES[arch]
+        self.schedules, self.multiprocessors = schedules, multiprocessors
+        self.launched: list[Launch] = []
+        self.faults: list[Fault] = []
+        self.printed: list[str] = []
+        # Of storages that torch.empty has made: which units nobody has written, by their addresses.
+        self.unwritten: dict[int, Any] = {}
+        self._by_place: dict[tuple[str, str, int], Fault] = {}
+        self._name = ""
+
+    def report(self) -> Report:
+        return Report(self.launched, self.faults)
+
+    # Memory
+
+    def _reset(self) -> None:
+        self.space = Space("global memory")
+        self.space.is_deferred = False
+        self.space.find = self._find
+        self._places: dict[Storage, Allocation] = {}
+
+    def place(self, t: Tensor, name: str) -> Allocation:
+        """Return the memory of a tensor on the CPU, at its own address."""
+        storage = storage_of(t)
+        if storage not in self._places:
+            base = storage.address & -ALIGNED
+            size = storage.nbytes + storage.address - base
+            padded = -(-size // ALIGNED) * ALIGNED
+            data = np.frombuffer((ctypes.c_uint8 * padded).from_address(base), np.uint8)
+            unit = min(t.element_size(), LARGEST_UNIT)
+            dtype = str(t.dtype).removeprefix("torch.")
+            named = f"{name} ({dtype} {list(t.shape)})"
+            made = Allocation(named, base, size, unit, data, storage.address)
+            made.index = _index_of(t, name)
+            unwritten = self.unwritten.get(storage.address)
+            if unwritten is not None and len(unwritten) == storage.nbytes:
+                made.refine(1)
+                start = storage.address - base
+                made.writes[start : start + storage.nbytes][unwritten] = UNWRITTEN
+            self._places[storage] = self.space.add(made)
+        return self._places[storage]
+
+    def _find(self, address: int) -> Allocation | None:
+        """Return the memory of a live tensor that has the address, which a kernel has loaded."""
+        for one in gc.get_objects():
+            if type(one) not in (Tensor, torch.nn.Parameter) or one.device.type != "cpu":
+                continue
+            try:
+                start, nbytes = storage_of(one)
+            except (RuntimeError, NotImplementedError):  # sparse tensors, for example
+                continue
+            if start <= address < start + nbytes:
+                return self.place(one, "a tensor")
+        return None
+
+    def _keep_unwritten(self) -> None:
+        """Remember what is still unwritten after the launch."""
+        for (address, nbytes), place in self._places.items():
+            if address not in self.unwritten:
+                continue
+            mask = np.repeat(place.writes == UNWRITTEN, place.unit)
+            start = address - place.base
+            mask = mask[start : start + nbytes]
+            if mask.any():
+                self.unwritten[address] = mask
+            else:
+                del self.unwritten[address]
+
+    # Launches
+
+    def fault(self, kind: str, name: str, line: int, message: str, warp: Any) -> None:
+        """Note a fault; the launch goes on."""
+        key = self._name, name, line
+        if key in self._by_place:
+            self._by_place[key].count += 1
+            return
+        program = warp.block.position if warp is not None else ()
+        source = self._sources.get(line)
+        fault = Fault(_kind(kind), name, message, self._name, program, line, source)
+        self._by_place[key] = fault
+        self.faults.append(fault)
+
+    def run(self, launch: Launch, parameters: Callable[[], list[int]]) -> None:
+        """Execute a launch under each schedule, from the same memory."""
+        self._name, started = launch.kernel, time.perf_counter()
+        before: list[tuple[Allocation, Any]] = []
+        for number, schedule in enumerate(self.schedules):
+            self.schedule, self.printed = schedule, []
+            if number == 0 or before:
+                self._reset()
+            values = parameters()
+            if len(self.schedules) > 1 and number == 0:
+                before = [(place, place.data.copy()) for place in self._places.values()]
+            elif number:
+                for place, data in before:
+                    place.data[:] = data
+            try:
+                self.launch(launch.ptx, values, launch.grid, launch.shared)
+            except Stop:
+                pass
+            except PtxError as e:
+                self.fault("error", e.name, e.line, e.reason, None)
+            launch.instructions += self.executed_instructions
+            launch.printed = self.printed
+        self._keep_unwritten()
+        launch.seconds = time.perf_counter() - started
+        self.launched.append(launch)
+
+    def prepare(self, kernel: Any) -> None:
+        self._sources = {i.line: getattr(i, 'source', None) for i in kernel.instructions}
+
+
+def _kind(text: str) -> Kind:
+    assert text in ("error", "warning", "note")
+    return text  # type: ignore[return-value]
+
+
+def _index_of(t: Tensor, name: str) -> Callable[[int], str]:
+    """Return a function that names the element at an offset in the storage of ``t``."""
+    shape, strides = list(t.shape), list(t.stride())
+    width, first = t.element_size(), t.storage_offset()
+
+    def index(offset: int) -> str:
+        position = offset // width - first
+        order = sorted(range(len(shape)), key=lambda d: -strides[d])
+        found, rest = [0] * len(shape), position
+        for d in order:
+            if strides[d] > 0:
+                found[d], rest = divmod(rest, strides[d])
+        if rest == 0 and position >= 0 and all(0 <= i < n for i, n in zip(found, shape, strict=True)):
+            return f"{name}[{', '.join(map(str, found))}]"
+        return f"element {offset // width} of the storage of {name}"
+
+    return index
+
+
+class Launcher:
+    """What Triton calls for a launch."""
+
+    def __init__(self, source: Any, metadata: Any):
+        self.source, self.metadata = source, metadata
+
+    def __call__(
+        self,
+        x: int,
+        y: int,
+        z: int,
+        stream: int,
+        module: Module,
+        packed: Any,
+        launch_metadata: Any,
+        enter: Any,
+        leave: Any,
+        *arguments: Any,
+    ) -> None:
+        emulator: Emulator = active_driver.active.emulator
+        metadata = self.metadata
+        if getattr(metadata, "num_ctas", 1) > 1:
+            raise NotImplementedError(
+                f"num_ctas is {metadata.num_ctas}, expected 1: clusters of programs are not "
+                "emulated; launch with num_ctas=1"
+            )
+        name = getattr(self.source.fn, "__name__", "kernel")
+        launch = Launch(
+            name,
+            emulator.arch,
+            (x, y, z),
+            metadata.num_warps,
+            metadata.shared,
+            ptx=module.text,
+        )
+        names = list(self.source.fn.arg_names)
+        programs = x * y * z * getattr(metadata, "num_ctas", 1)
+
+        def parameters() -> list[int]:
+            values: list[int] = []
+            maps = list(getattr(metadata, "tensordesc_meta", None) or [])
+            has_maps = bool(maps)
+            signature = self.source.signature.values()
+            for name, kind, value in zip(names, signature, arguments, strict=True):
+                _flatten(emulator, name, kind, value, maps if has_maps else None, values)
+            for what, size in (
+                ("scratch memory", metadata.global_scratch_size),
+                ("memory of profiles", metadata.profile_scratch_size),
+            ):
+                total = size * programs
+                values.append(emulator.allocate(what, total).base if total else 0)
+            return values
+
+        if x * y * z:
+            emulator.run(launch, parameters)
+
+
+def _flatten(
+    emulator: Emulator, name: str, kind: Any, value: Any, maps: list[Any] | None, to: list[int]
+) -> None:
+    """Append the bits of the parameters that an argument of ``kind`` becomes."""
+    if isinstance(kind, tuple):
+        for i, (one, part) in enumerate(zip(kind, value, strict=True)):
+            _flatten(emulator, f"{name}[{i}]", one, part, maps, to)
+    elif kind == "constexpr":
+        return
+    elif not kind.startswith("tensordesc"):
+        to.append(bits(emulator, name, kind, value))
+    elif maps is None:  # a descriptor without TMA
+        to.append(bits(emulator, name, "*", value.base))
+        shape, strides = map(int, value.shape), map(int, value.strides)
+        layout = [*shape, *strides]
+        to += [*layout, int(value.padding == "nan")]
+        if hasattr(value, "round_f32_to_tf32"):
+            to.append(int(value.round_f32_to_tf32))
+        to += layout
+    else:
+        to.append(_tensormap(emulator, name, value, maps.pop(0)))
+        to += [*map(int, value.shape), *map(int, value.strides)]
+
+
+FORMATS = {"fp32": ("<f", "<I"), "f32": ("<f", "<I"), "fp64": ("<d", "<Q"), "fp16": ("<e", "<H")}
+
+
+def bits(emulator: Emulator, name: str, kind: str, value: Any) -> int:
+    """Return the bits of a parameter."""
+    if hasattr(value, "data_ptr"):
+        base = getattr(value, "base", value)  # of triton.reinterpret
+        if isinstance(base, Tensor) and base.untyped_storage().nbytes():
+            if base.device.type != "cpu":
+                raise ValueError(f"{name} is on {base.device}, expected a tensor on the CPU")
+            emulator.place(base, name)
+        return int(value.data_ptr()) % 2**64
+    if value is None:
+        return 0
+    if kind in FORMATS:
+        number, integer = FORMATS[kind]
+        return int(struct.unpack(integer, struct.pack(number, value))[0])
+    if kind == "bf16":
+        return int(torch.tensor(value, dtype=torch.bfloat16).view(torch.int16)) % 2**16
+    return int(value) % 2**64
+
+
+def _tensormap(emulator: Emulator, name: str, descriptor: Any, meta: Any) -> int:
+    """Return the address of a tensormap, as the host makes it from a descriptor."""
+    bits(emulator, name, "*", descriptor.base)
+    raw = bytearray(128)
+
+    def put(field: str, values: Sequence[int]) -> None:
+        start, kind = tensors.FIELDS[field]
+        size = int(kind[1:]) // 8
+        for n, value in enumerate(values):
+            raw[start + n * size : start + (n + 1) * size] = int(value).to_bytes(size, "little")
+
+    rank = len(descriptor.shape)
+    put("global_address", [descriptor.base.data_ptr()])
+    put("rank", [rank - 1])
+    put("box_dim", meta["block_size"][::-1])
+    put("global_dim", list(descriptor.shape)[::-1])
+    put("element_stride", [1] * rank)
+    put("global_stride", [s * meta["elem_size"] for s in list(descriptor.strides)[:-1][::-1]])
+    put("elemtype", [meta["elem_type"]])
+    put("interleave_layout", [0])
+    put("swizzle_mode", [meta["swizzle"]])
+    put("fill_mode", [int(descriptor.padding == "nan")])
+    place = emulator.allocate("a tensormap", 128)
+    place.data[:128] = np.frombuffer(bytes(raw), np.uint8)
+    place.writes[:] = GIVEN
+    place.published.add(0)
+    place.acquired[0] = GIVEN
+    return place.base
+
+
+class Utils:
+    """What Triton asks a driver for."""
+
+    def __init__(self, emulator: Emulator):
+        self.emulator = emulator
+
+    def load_binary(
+        self, name: str, kernel: bytes, shared: int, device: int
+    ) -> tuple[int, Module, int, int, int]:
+        return 1, Module(kernel.decode()), 0, 0, 1024
+
+    def unload_module(self, module: int) -> None: ...
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {
+            "max_shared_mem": SHARED_BYTES[self.emulator.capability],
+            "multiprocessor_count": self.emulator.multiprocessors,
+            "warpSize": 32,
+            "max_num_regs": 65_536,
+            "sm_clock_rate": 1,
+            "mem_clock_rate": 1,
+            "mem_bus_width": 1,
+        }
+
+    def set_printf_fifo_size(self, size: int) -> None: ...
+
+
+class Driver(DriverBase):
+    """A driver of Triton whose device is this CPU, acting as a GPU."""
+
+    launcher_cls = Launcher
+
+    def __init__(self, emulator: Emulator):
+        self.emulator = emulator
+        self.utils = Utils(emulator)
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return True
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        raise NotImplementedError
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.emulator.capability, 32)
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_device_interface(self) -> Any:
+        return torch.cpu
+
+    def get_current_device(self) -> int:
+        return 1000 + self.emulator.capability  # so that other caches keep their kernels
+
+    def set_current_device(self, device: int) -> None: ...
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_device_capability(self, device: int | None = None) -> tuple[int, int]:
+        return divmod(self.emulator.capability, 10)
+
+    def get_benchmarker(self) -> Callable[..., Any]:
+        """An autotuner takes the first configuration."""
+        return lambda call, quantiles=None, **options: [1.0] * len(quantiles or [1])
+
+    def get_empty_cache_for_benchmark(self) -> Any:
+        return None
+
+    def clear_cache(self, cache: Any) -> None: ...
+
+
+class _Unwritten(TorchDispatchMode):
+    """Know which tensors nobody has written: those of torch.empty, until an operator writes."""
+
+    def __init__(self, emulator: Emulator):
+        super().__init__()
+        self.emulator = emulator
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        unwritten = self.emulator.unwritten
+        if unwritten:
+            schema = func._schema
+            given = [*args, *(kwargs or {}).values()]
+            for argument, value in zip(schema.arguments, given, strict=False):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    for t in tree_leaves(value):
+                        if isinstance(t, Tensor):
+                            unwritten.pop(t.untyped_storage().data_ptr(), None)
+            if all(one.alias_info is None for one in schema.returns):
+                for t in tree_leaves(result):
+                    if isinstance(t, Tensor) and t.layout == torch.strided:
+                        unwritten.pop(t.untyped_storage().data_ptr(), None)
+        if func.overloadpacket in EMPTY and result.device.type == "cpu":
+            address, nbytes = storage_of(result)
+            if nbytes:
+                unwritten[address] = np.ones(nbytes, np.bool_)
+        return result
+
+
+EMPTY = {
+    torch.ops.aten.empty,
+    torch.ops.aten.empty_like,
+    torch.ops.aten.empty_strided,
+    torch.ops.aten.new_empty,
+    torch.ops.aten.new_empty_strided,
+}
+
+
+@contextmanager
+def emulate(
+    arch: str = "sm_90", schedules: str = "one", multiprocessors: int = 4
+) -> Iterator[Emulator]:
+    """Execute the launches of Triton kernels in the block on this CPU, as compiled for a GPU.
+
+    Args:
+        arch: "sm_80" (A100), "sm_90" (H100) or "sm_100" (B200).
+        schedules: "one", or "all": execute each launch three times, with asynchronous operations
+            that complete early, late and at random, and warps in other orders.
+        multiprocessors: of the GPU, which persistent kernels ask for.
+
+    Raises:
+        ValueError: another architecture or schedule.
+    """
+    if arch not in ARCHITECTURES:
+        raise ValueError(f"arch is {arch!r}, expected one of {', '.join(ARCHITECTURES)}")
+    if schedules not in ("one", "all"):
+        raise ValueError(f"schedules is {schedules!r}, expected 'one' or 'all'")
+    chosen = SCHEDULES if schedules == "all" else SCHEDULES[:1]
+    emulator = Emulator(arch, chosen, multiprocessors)
+    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "torchpar" / "ptx"
+    before = active_driver._active
+    with ExitStack() as stack:
+        stack.enter_context(
+            patch.dict(
+                os.environ, TRITON_CACHE_DIR=str(folder), TRITON_DEFAULT_FP_FUSION="1"
+            )
+        )
+        stack.enter_context(
+            patch.object(
+                CUDABackend,
+                "make_cubin",
+                lambda self, src, metadata, opt, capability: src.encode(),
+            )
+        )
+        active_driver.set_active(Driver(emulator))
+        stack.callback(setattr, active_driver, "_active", before)
+        stack.enter_context(_Unwritten(emulator))
+        yield emulator
