@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import triton
 
+from torchpar.ptx.atomics import after_access, before_access, qualifiers
 from torchpar.ptx.machine import Operation, Run, Warp, action, instruction
 from torchpar.ptx.memory import Space
 from torchpar.ptx.parse import Instruction, PtxError, flat
@@ -26,26 +27,35 @@ def _load_parameter(i: Instruction) -> Run:
     return lambda warp: put(warp, read(warp))
 
 
-def _access(i: Instruction, count: int) -> tuple[Callable[[Warp], Space], str]:
-    """The address space and the kind of a load or store of ``count`` elements."""
-    space, *vector, kind = (part.removesuffix("::cta") for part in i.parts[1:])
-    assert vector == [f"v{count}"] * (count > 1)
-    spaces = {"global": lambda warp: warp.block.space, "shared": lambda warp: warp.block.shared}
-    return spaces[space], kind
+def _access(i: Instruction, count: int) -> tuple[Callable[[Warp], Space], str, str]:
+    """The address space, the kind and the order of a load or store of ``count`` elements."""
+    (*rest, kind), order, in_shared = qualifiers(i)
+    in_local = rest[:1] == ["local"]
+    assert rest[in_local:] == [f"v{count}"] * (count > 1)
+    if in_shared:
+        return lambda warp: warp.block.shared, kind, ""
+    if in_local:
+        return lambda warp: warp.block.local, kind, ""
+    return lambda warp: warp.block.space, kind, "relaxed" if order == "volatile" else order
 
 
 @instruction("ld")
 def _load(i: Instruction) -> Run:
     to, source = flat(i.operands[0]), i.operands[1]
-    space, kind = _access(i, len(to))
+    space, kind, order = _access(i, len(to))
     puts, addresses, dtype = [writer(one, kind) for one in to], reader(source), DTYPES[kind]
 
-    def run(warp: Warp) -> None:
+    def run(warp: Warp) -> bool:
         lanes, loaded = warp.lanes(), np.zeros((32, len(puts)), dtype)
-        raw, _ = space(warp).load(warp, addresses(warp)[lanes], loaded.strides[0], i.line)
+        at = addresses(warp)[lanes]
+        raw, _ = space(warp).load(warp, at, loaded.strides[0], i.line, atomic=bool(order))
         loaded[lanes] = raw.view(dtype)
         for n, put in enumerate(puts):
             put(warp, loaded[:, n])
+        if not order:
+            return False
+        after_access(warp, at, order, reads=True)
+        return warp.block.spin()
 
     return run
 
@@ -53,13 +63,18 @@ def _load(i: Instruction) -> Run:
 @instruction("st", results=0)
 def _store(i: Instruction) -> Run:
     to, source = i.operands[0], flat(i.operands[1])
-    space, kind = _access(i, len(source))
+    space, kind, order = _access(i, len(source))
     reads, addresses = [reader(one, kind) for one in source], reader(to)
 
     def run(warp: Warp) -> None:
         lanes = warp.lanes()
         values = np.stack([read(warp)[lanes] for read in reads], 1).view(np.uint8)
-        space(warp).store(warp, addresses(warp)[lanes], values, i.line)
+        at = addresses(warp)[lanes]
+        if order:
+            before_access(warp, at, order, writes=True)
+        memory = space(warp)
+        memory.store(warp, at, values, i.line, atomic=bool(order))
+        warp.block.gpu.changes += memory is warp.block.space
 
     return run
 
@@ -120,12 +135,16 @@ class Copy(Operation):
             self.barrier.update(transactions=-self.values.size)
 
 
-@instruction("cp.async.cg.shared.global", "cp.async.ca.shared.global", results=0)
+@instruction("cp.async.cg", "cp.async.ca", results=0)
 def _copy(i: Instruction) -> Run:
     """Each thread copies ``size`` bytes: from global memory, or zeros."""
-    to, source, size, given = i.operands
-    to, source, size, given = reader(to), reader(source), size.bits, reader(given, "u32")
-    assert len(i.parts) == 5
+    assert [part.partition("::")[0] for part in i.parts[3:] if part[:2] != "L2"] == [
+        "shared",
+        "global",
+    ]
+    size = i.operands[2].bits
+    to, source = map(reader, i.operands[:2])
+    given = reader(i.operands[3] if len(i.operands) > 3 else i.operands[2], "u32")
 
     def run(warp: Warp) -> None:
         lanes = warp.lanes()

@@ -22,7 +22,6 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -94,6 +93,7 @@ class Emulator(gpu.Gpu):
         self.space.is_deferred = False
         self.space.find = self._find
         self._places: dict[Storage, Allocation] = {}
+        self._empty_pages: set[int] = set()  # of 4 KB, in which an address is in no tensor
 
     def place(self, t: Tensor, name: str) -> Allocation:
         """Return the memory of a tensor on the CPU, at its own address."""
@@ -118,6 +118,8 @@ class Emulator(gpu.Gpu):
 
     def _find(self, address: int) -> Allocation | None:
         """Return the memory of a live tensor that has the address, which a kernel has loaded."""
+        if address >> 12 in self._empty_pages:
+            return None
         for one in gc.get_objects():
             if type(one) not in (Tensor, torch.nn.Parameter) or one.device.type != "cpu":
                 continue
@@ -127,6 +129,7 @@ class Emulator(gpu.Gpu):
                 continue
             if start <= address < start + nbytes:
                 return self.place(one, "a tensor")
+        self._empty_pages.add(address >> 12)
         return None
 
     def _keep_unwritten(self) -> None:
@@ -183,7 +186,7 @@ class Emulator(gpu.Gpu):
         self.launched.append(launch)
 
     def prepare(self, kernel: Any) -> None:
-        self._sources = {i.line: getattr(i, 'source', None) for i in kernel.instructions}
+        self._sources = {i.line: getattr(i, "source", None) for i in kernel.instructions}
 
 
 def _kind(text: str) -> Kind:
@@ -203,7 +206,11 @@ def _index_of(t: Tensor, name: str) -> Callable[[int], str]:
         for d in order:
             if strides[d] > 0:
                 found[d], rest = divmod(rest, strides[d])
-        if rest == 0 and position >= 0 and all(0 <= i < n for i, n in zip(found, shape, strict=True)):
+        if (
+            rest == 0
+            and position >= 0
+            and all(0 <= i < n for i, n in zip(found, shape, strict=True))
+        ):
             return f"{name}[{', '.join(map(str, found))}]"
         return f"element {offset // width} of the storage of {name}"
 
@@ -425,24 +432,28 @@ class _Unwritten(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        unwritten = self.emulator.unwritten
-        if unwritten:
-            schema = func._schema
-            given = [*args, *(kwargs or {}).values()]
-            for argument, value in zip(schema.arguments, given, strict=False):
-                if argument.alias_info is not None and argument.alias_info.is_write:
-                    for t in tree_leaves(value):
-                        if isinstance(t, Tensor):
-                            unwritten.pop(t.untyped_storage().data_ptr(), None)
-            if all(one.alias_info is None for one in schema.returns):
-                for t in tree_leaves(result):
-                    if isinstance(t, Tensor) and t.layout == torch.strided:
-                        unwritten.pop(t.untyped_storage().data_ptr(), None)
+        if self.emulator.unwritten:
+            for t in _written(func._schema, [*args, *(kwargs or {}).values()], result):
+                self.emulator.unwritten.pop(t.untyped_storage().data_ptr(), None)
         if func.overloadpacket in EMPTY and result.device.type == "cpu":
             address, nbytes = storage_of(result)
             if nbytes:
-                unwritten[address] = np.ones(nbytes, np.bool_)
+                self.emulator.unwritten[address] = np.ones(nbytes, np.bool_)
         return result
+
+
+def _written(schema: Any, given: Sequence[Any], result: Any) -> Iterator[Tensor]:
+    """Yield the tensors that an operator has written: its new ones, and those that it changes."""
+    values = [
+        value
+        for argument, value in zip(schema.arguments, given, strict=False)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+    if all(one.alias_info is None for one in schema.returns):
+        values.append(result)
+    for t in tree_leaves(values):
+        if isinstance(t, Tensor) and t.layout == torch.strided:
+            yield t
 
 
 EMPTY = {
@@ -479,9 +490,7 @@ def emulate(
     before = active_driver._active
     with ExitStack() as stack:
         stack.enter_context(
-            patch.dict(
-                os.environ, TRITON_CACHE_DIR=str(folder), TRITON_DEFAULT_FP_FUSION="1"
-            )
+            patch.dict(os.environ, TRITON_CACHE_DIR=str(folder), TRITON_DEFAULT_FP_FUSION="1")
         )
         stack.enter_context(
             patch.object(

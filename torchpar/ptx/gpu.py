@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 # Importing these registers their instructions.
-from torchpar.ptx import arithmetic, copies, tensor_cores, tensors  # noqa: F401
+from torchpar.ptx import arithmetic, atomics, copies, tensor_cores, tensors  # noqa: F401
 from torchpar.ptx.machine import LIMIT, Block, Schedule, decode
 from torchpar.ptx.memory import Allocation, Events, Space
 from torchpar.ptx.parse import Kernel, PtxError, parse

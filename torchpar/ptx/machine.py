@@ -247,7 +247,7 @@ class Warp:
         self.relaxed.clear()
         self.released = self.knowledge.snapshot(self.index)
 
-    def special(self, name: str) -> Any:
+    def special(self, name: str) -> Any:  # noqa: PLR0911  # a case for each kind of symbol
         if name in self.block.gpu.parameters:
             return np.full(32, self.block.gpu.parameters[name], np.uint64)
         block = self.block
@@ -345,7 +345,11 @@ class Warp:
                 what = "of an asynchronous product" if flying else "that was not written"
                 raise PtxError(i.line, f"{i.opcode} takes a register {what}") from e
         if self.count > gpu.limit:
-            raise PtxError(instructions[self.pc].line, f"does not end after {self.count:,} steps", "endless loop")
+            raise PtxError(
+                instructions[self.pc].line,
+                f"does not end after {self.count:,} steps",
+                "endless loop",
+            )
 
     def branch(self, target: int) -> None:
         others = self.active & ~self.mask

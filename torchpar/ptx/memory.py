@@ -380,6 +380,13 @@ class Space:
         kind = "note" if close else "error"
         warp.block.gpu.fault(kind, "different values", line, message, warp)
 
+    def change(
+        self, warp: Any, place: Allocation, rows: Rows, width: int, event: int, line: int
+    ) -> None:
+        """Note an atomic, which reads and writes."""
+        self._read(warp, place, rows, width, event, line, atomic=True)
+        self._write(warp, place, rows, width, event, line, atomic=True)
+
     def peek(self, addresses: Any, width: int, line: int) -> Any:
         place, rows = self.locate(addresses, width, line)
         return place.data.reshape(-1, width)[rows]
@@ -504,11 +511,17 @@ class Space:
             if not all_true(known):
                 self.conflict(warp, place, rows, width, readers, known, line, "overwritten", "read")
             place.shadow(array, width)[rows] = GIVEN
+        if place.barriers:
+            self._check_barriers(warp, place, rows * width, width, line)
+        place.shadow(place.writes, width)[rows] = event
+
+    def _check_barriers(
+        self, warp: Any, place: Allocation, offsets: Any, width: int, line: int
+    ) -> None:
         for address, barrier in place.barriers.items():
-            if ((rows * width <= address + 7) & (rows * width + width > address)).any():
+            if ((offsets <= address + 7) & (offsets + width > address)).any():
                 message = f"overwrites the mbarrier of line {barrier.line}"
                 warp.block.gpu.fault("error", "overwritten mbarrier", line, message, warp)
-        place.shadow(place.writes, width)[rows] = event
 
     def _same(
         self,

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from torchpar.ptx.copies import Copy, Places
-from torchpar.ptx.machine import Operation, Run, Warp, action, instruction
+from torchpar.ptx.machine import Run, Warp, action, instruction
 from torchpar.ptx.parse import Instruction, PtxError
 from torchpar.ptx.registers import DTYPES, SHARED_BASE, reader, writer
 
@@ -27,8 +27,8 @@ class Barrier:
     def __init__(self, line: int, count: int):
         self.line, self.count = line, count
         self.pending, self.transactions, self.phase = count, 0, 0
-        self.copies: list[Operation] = []
-        self.ended: list[Operation] = []
+        self.copies: list[Any] = []  # operations, and arrivals
+        self.ended: list[Any] = []
 
     def update(self, arrivals: int = 0, transactions: int = 0) -> None:
         self.pending -= arrivals
@@ -67,6 +67,26 @@ def _invalidate(warp: Warp, i: Instruction, address: Any) -> None:
 )
 def _expect(warp: Warp, i: Instruction, address: Any, count: Any) -> None:
     barrier_at(warp, address, i.line).update(arrivals=1, transactions=int(count[0]))
+
+
+class Arrival:
+    """An arrival of a warp. Who waits for the phase learns what the warp knew then."""
+
+    def __init__(self, warp: Warp):
+        self.known = warp.knowledge.snapshot(warp.index)
+        self.fenced = warp.knowledge.fenced[warp.index].copy()
+
+    def wait(self, warp: Warp) -> None:
+        warp.knowledge.learn(warp.index, self.known)
+        fenced = warp.knowledge.fenced[warp.index, : len(self.fenced)]
+        np.maximum(fenced, self.fenced, out=fenced)
+
+
+@action("mbarrier.arrive.shared::cta.b64", "mbarrier.arrive.shared.b64")
+def _arrive(warp: Warp, i: Instruction, address: Any, count: Any = None) -> None:
+    barrier = barrier_at(warp, address[:1], i.line)
+    barrier.copies.append(Arrival(warp))
+    barrier.update(arrivals=len(address) if count is None else int(count[0]))
 
 
 @instruction(
