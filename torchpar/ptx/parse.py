@@ -57,6 +57,7 @@ class Instruction:
     guard: Any
     negated: bool
     target: int = -1  # of a branch
+    source: tuple[str, int] | None = None  # the file and the line of the user's Python
     # What `machine.decode` adds: how a warp executes it, whether only as a whole, and the registers
     # written
     run: Any = None
@@ -94,6 +95,53 @@ class PtxError(Exception):
         self.line, self.reason, self.name = line, reason, name
 
 
+class Sources:
+    """Files and lines of the Python source, by ``.file`` and ``.loc``.
+
+    Where a function of Triton's own package was inlined, the line of its caller counts. LLVM counts
+    the lines of inline assembly on from that of its statement, so that these are left out.
+    """
+
+    ASSEMBLY = re.compile(r"// begin inline asm.*?// end inline asm", re.DOTALL)
+
+    FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', re.MULTILINE)
+    LINE = re.compile(
+        r"^\s*\.loc\s+(\d+)\s+(\d+)\s+(\d+)(?:.*inlined_at\s+(\d+)\s+(\d+)\s+(\d+))?",
+        re.MULTILINE,
+    )
+
+    def __init__(self, text: str):
+        self.files = {int(number): path for number, path in self.FILE.findall(text)}
+        self.callers: dict[tuple[int, ...], tuple[int, ...]] = {}
+        self.starts: list[int] = []
+        self.found: list[tuple[str, int] | None] = []
+        plain = self.ASSEMBLY.sub(lambda match: " " * len(match[0]), text)
+        for match in self.LINE.finditer(plain):
+            numbers = [int(one) for one in match.groups() if one is not None]
+            place = tuple(numbers[:3])
+            if len(numbers) > 3:
+                self.callers[place] = tuple(numbers[3:])
+            self.starts.append(match.start())
+            self.found.append(self._resolve(place))
+
+    def _resolve(self, place: tuple[int, ...]) -> tuple[str, int] | None:
+        seen = set()
+        while self._is_of_triton(place) and place in self.callers and place not in seen:
+            seen.add(place)
+            place = self.callers[place]
+        file, line, _ = place
+        return (self.files[file], line) if file in self.files and line else None
+
+    def _is_of_triton(self, place: tuple[int, ...]) -> bool:
+        path = self.files.get(place[0], "").replace("\\", "/")
+        return "/triton/language/" in path or "/triton/experimental/" in path
+
+    def at(self, position: int) -> tuple[str, int] | None:
+        """Return the file and the line of the statement at a position of the text."""
+        index = bisect(self.starts, position) - 1
+        return self.found[index] if index >= 0 else None
+
+
 def parse(text: str) -> Kernel:
     """The one kernel of ``text``.
 
@@ -108,6 +156,7 @@ def parse(text: str) -> Kernel:
     )
     code = IGNORED.sub(lambda match: " " * len(match[0]), text)
     ends = [match.start() for match in re.finditer("\n", text)]
+    sources = Sources(text)
     scope: ChainMap[str, Any] = ChainMap()
     branches: list[tuple[Instruction, ChainMap[str, Any]]] = []
     for match in STATEMENT.finditer(code, head.end()):
@@ -124,6 +173,7 @@ def parse(text: str) -> Kernel:
             _declare(statement, kernel, scope)
         elif statement:
             instruction = _instruction(statement, scope, bisect(ends, match.start(3)) + 1)
+            instruction.source = sources.at(match.start(3))
             kernel.instructions.append(instruction)
             if instruction.parts[0] == "bra":
                 branches.append((instruction, scope))
