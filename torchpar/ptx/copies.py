@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import triton
 
+from torchpar.ptx import taint
 from torchpar.ptx.atomics import after_access, before_access, qualifiers
 from torchpar.ptx.machine import Operation, Run, Warp, action, instruction
 from torchpar.ptx.memory import Space
-from torchpar.ptx.parse import Instruction, PtxError, flat
+from torchpar.ptx.parse import Instruction, PtxError, Register, flat
 from torchpar.ptx.registers import DTYPES, reader, writer
 
 # Triton 3.6 makes no proxy fence between cp.async and a wgmma that reads what was copied, where a
@@ -48,10 +49,14 @@ def _load(i: Instruction) -> Run:
     def run(warp: Warp) -> bool:
         lanes, loaded = warp.lanes(), np.zeros((32, len(puts)), dtype)
         at = addresses(warp)[lanes]
-        raw, _ = space(warp).load(warp, at, loaded.strides[0], i.line, atomic=bool(order))
+        memory, width = space(warp), dtype.itemsize
+        raw, undefined = memory.load(warp, at, loaded.strides[0], i.line, atomic=bool(order))
         loaded[lanes] = raw.view(dtype)
         for n, put in enumerate(puts):
             put(warp, loaded[:, n])
+            if undefined is not None and isinstance(to[n], Register):
+                part = undefined[:, n * width : (n + 1) * width]
+                taint.mark(warp, to[n].index, lanes, part, warp.cause)
         if not order:
             return False
         after_access(warp, at, order, reads=True)

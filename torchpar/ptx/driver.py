@@ -90,7 +90,7 @@ class Emulator(gpu.Gpu):
 
     def _reset(self) -> None:
         self.space = Space("global memory")
-        self.space.is_deferred = False
+        self.space.is_deferred = True
         self.space.find = self._find
         self._places: dict[Storage, Allocation] = {}
         self._empty_pages: set[int] = set()  # of 4 KB, in which an address is in no tensor

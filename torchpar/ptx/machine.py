@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from torchpar.ptx import taint
 from torchpar.ptx.memory import Allocation, Knowledge, Space, merge
 from torchpar.ptx.parse import Instruction, Kernel, PtxError, Register, Symbol, flat
 from torchpar.ptx.registers import (
@@ -20,6 +21,7 @@ from torchpar.ptx.registers import (
     LANES,
     SHARED_BASE,
     UNWRITTEN,
+    Tainted,
     Unready,
     reader,
     writer,
@@ -293,63 +295,73 @@ class Warp:
     def trace(self, operation: Operation) -> None:
         """An operation begins, or has been waited for; `timeline` notes when."""
 
-    def fill(self, registers: list[int]) -> None:
-        """Give garbage to registers that were not written, for the threads that do not write them
-        now."""
+    def fill(self, registers: list[int], what: str) -> None:
+        """Give undefined bits to registers that were not written, in the threads left out now."""
         for index in registers:
             if self.registers[index] is UNWRITTEN:
                 raw = np.frombuffer(self.block.gpu.random.randbytes(256), np.uint8)
                 dtype = DTYPES[self.block.gpu.kernel.registers[index]]
-                self.registers[index] = (
-                    raw[:32] > 127 if dtype == np.bool_ else raw.view(dtype)[:32]
-                )
+                values = raw[:32] > 127 if dtype == np.bool_ else raw.view(dtype)[:32]
+                message = f"the result of {what} in a thread whose mask is false"
+                cause = ("undefined value", message, 0)
+                self.registers[index] = Tainted(values, taint.full(dtype), cause)
 
-    def advance(self, budget: int) -> None:  # noqa: C901  # a warp's states in one place
+    def advance(self, budget: int) -> None:
         """Run until the warp waits, ends, or has executed ``budget`` instructions."""
-        gpu, registers = self.block.gpu, self.registers
-        instructions, executed = gpu.kernel.instructions, gpu.executed
+        gpu, instructions = self.block.gpu, self.block.gpu.kernel.instructions
         for _ in range(budget):
             if self.parked:
                 self.park(self.pc, self.active)
                 self.pc = min(self.parked)
                 self.active = self.parked.pop(self.pc)
-            i = instructions[self.pc]
+            i, pc = instructions[self.pc], self.pc
             self.count += 1
             try:
-                mask = self.active
-                if i.guard is not None:
-                    mask = ~registers[i.guard.index] if i.negated else registers[i.guard.index]
-                    mask = mask if self.active is ALL else mask & self.active
-                    bits = mask.tobytes()
-                    mask = ALL if bits == ALL_BYTES else mask
-                    if bits == NO_BYTES:
-                        self.fill(i.writes)
-                        self.pc += 1
-                        continue
-                if mask is not ALL:
-                    self.fill(i.writes)
-                    if i.whole:
-                        raise PtxError(i.line, f"a part of warp {self.index} executes {i.opcode}")
-                self.mask = mask
-                executed.add(self.pc)
-                self.pc += 1
-                if i.target >= 0:
-                    self.branch(i.target)
-                elif i.run(self):
-                    break
+                stop = self.step(i)
             except (TypeError, AttributeError) as e:
-                unready = [v for r in i.registers if isinstance(v := registers[r.index], Unready)]
-                if not unready:
-                    raise
-                flying = any(one.operation is not None for one in unready)
-                what = "of an asynchronous product" if flying else "that was not written"
-                raise PtxError(i.line, f"{i.opcode} takes a register {what}") from e
+                stop = self.step_tainted(i, pc, e)
+            if stop:
+                break
         if self.count > gpu.limit:
-            raise PtxError(
-                instructions[self.pc].line,
-                f"does not end after {self.count:,} steps",
-                "endless loop",
-            )
+            reason = f"does not end after {self.count:,} instructions"
+            raise PtxError(instructions[self.pc].line, reason, "endless loop")
+
+    def step(self, i: Instruction) -> bool:
+        """Execute an instruction. Return whether another warp may run first."""
+        registers, mask = self.registers, self.active
+        if i.guard is not None:
+            mask = ~registers[i.guard.index] if i.negated else registers[i.guard.index]
+            mask = mask if self.active is ALL else mask & self.active
+            bits = mask.tobytes()
+            mask = ALL if bits == ALL_BYTES else mask
+            if bits == NO_BYTES:
+                self.fill(i.writes, i.opcode)
+                self.mask = mask
+                self.pc += 1
+                return False
+        self.mask = mask
+        if mask is not ALL:
+            self.fill(i.writes, i.opcode)
+            if i.whole:
+                raise PtxError(i.line, f"a part of warp {self.index} executes {i.opcode}")
+        self.block.gpu.executed.add(self.pc)
+        self.pc += 1
+        if i.target >= 0:
+            self.branch(i.target)
+            return False
+        return bool(i.run(self))
+
+    def step_tainted(self, i: Instruction, pc: int, error: Exception) -> bool:
+        """Execute an instruction that has failed, if its registers have undefined bits."""
+        held = [self.registers[one.index] for one in i.registers]
+        if any(isinstance(one, Unready) and one.operation is not None for one in held):
+            message = f"{i.opcode} takes a register of an asynchronous product"
+            raise PtxError(i.line, message) from error
+        self.pc = pc
+        stop = taint.execute(self, i, lambda: self.step(i))
+        if stop is None:
+            raise error
+        return stop
 
     def branch(self, target: int) -> None:
         others = self.active & ~self.mask

@@ -104,9 +104,9 @@ class Sources:
 
     ASSEMBLY = re.compile(r"// begin inline asm.*?// end inline asm", re.DOTALL)
 
-    FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', re.MULTILINE)
+    FILE = re.compile(r'^[ \t]*\.file\s+(\d+)\s+"([^"]*)"', re.MULTILINE)
     LINE = re.compile(
-        r"^\s*\.loc\s+(\d+)\s+(\d+)\s+(\d+)(?:.*inlined_at\s+(\d+)\s+(\d+)\s+(\d+))?",
+        r"^[ \t]*\.loc\s+(\d+)\s+(\d+)\s+(\d+)(?:.*inlined_at\s+(\d+)\s+(\d+)\s+(\d+))?",
         re.MULTILINE,
     )
 
@@ -115,7 +115,7 @@ class Sources:
         self.callers: dict[tuple[int, ...], tuple[int, ...]] = {}
         self.starts: list[int] = []
         self.found: list[tuple[str, int] | None] = []
-        plain = self.ASSEMBLY.sub(lambda match: " " * len(match[0]), text)
+        plain = self.ASSEMBLY.sub(lambda match: re.sub(r"[^\n]", " ", match[0]), text)
         for match in self.LINE.finditer(plain):
             numbers = [int(one) for one in match.groups() if one is not None]
             place = tuple(numbers[:3])

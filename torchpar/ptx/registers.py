@@ -2,7 +2,7 @@
 """Registers of a warp, one NumPy vector each, and the kinds of numbers that instructions take from
 them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -27,16 +27,33 @@ Values = Any
 Read = Callable[[Any], Values]  # of a warp
 
 
+Cause = tuple[str, str, int]  # of undefined bits: a fault's name, its message, and its line
+
+
 class Unready:
     """The content of a register that was not written, or that an asynchronous ``operation`` will
-    write.
+    write."""
 
-    A register may be packed of ``parts`` one of which was not written. Only the others can be taken
-    from it: LLVM packs a half that it needs with any other, and takes the half that it needs.
+    def __init__(self, operation: Any = None):
+        self.operation = operation
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError
+
+    __array_ufunc__ = None
+
+
+class Tainted:
+    """The content of a register some of whose bits are undefined.
+
+    Args:
+        values: with any bits in their place.
+        mask: the undefined bits, as unsigned integers; of a predicate, booleans.
+        cause: why they are undefined.
     """
 
-    def __init__(self, operation: Any = None, parts: Sequence[Any] = ()):
-        self.operation, self.parts = operation, parts
+    def __init__(self, values: Any, mask: Any, cause: Cause):
+        self.values, self.mask, self.cause = values, mask, cause
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError
@@ -73,7 +90,7 @@ def encode(kind: str, values: Values) -> Values:
     )
 
 
-def reader(operand: Any, kind: str = "u32") -> Read:  # noqa: C901, PLR0911  # a case for each kind of operand
+def reader(operand: Any, kind: str = "u32") -> Read:  # noqa: PLR0911  # a case for each kind of operand
     """A function that gives the operand's value in each thread of a warp; of an address that,
     int64."""
     if isinstance(operand, Address):
@@ -87,10 +104,7 @@ def reader(operand: Any, kind: str = "u32") -> Read:  # noqa: C901, PLR0911  # a
         parts = [reader(one, f"b{8 * dtype.itemsize // len(operand)}") for one in operand]
 
         def join(warp: Any) -> Values:
-            values = [read(warp) for read in parts]
-            if any(one is UNWRITTEN for one in values):
-                return Unready(parts=values)
-            return np.stack(values, 1).view(dtype)[:, 0]
+            return np.stack([read(warp) for read in parts], 1).view(dtype)[:, 0]
 
         return join
     if isinstance(operand, Register):
@@ -113,7 +127,9 @@ def reader(operand: Any, kind: str = "u32") -> Read:  # noqa: C901, PLR0911  # a
     return lambda warp: warp.special(operand.name).astype(dtype)
 
 
-def writer(operand: Any, kind: str) -> Callable[[Any, Values], None]:  # noqa: C901  # a case for each kind of operand
+def writer(
+    operand: Any, kind: str
+) -> Callable[[Any, Values], None]:  # a case for each kind of operand
     """A function that puts values into a register, extended to its width by their sign.
 
     Threads that do not execute the instruction keep theirs.
@@ -123,9 +139,7 @@ def writer(operand: Any, kind: str) -> Callable[[Any, Values], None]:  # noqa: C
         puts = [writer(one, part) for one in operand]
 
         def split(warp: Any, values: Values) -> None:
-            columns = getattr(values, "parts", ())
-            if len(columns) != len(puts):
-                columns = np.ascontiguousarray(values).view(DTYPES[part]).reshape(32, -1).T
+            columns = np.ascontiguousarray(values).view(DTYPES[part]).reshape(32, -1).T
             for put, column in zip(puts, columns, strict=True):
                 put(warp, column)
 
@@ -137,9 +151,6 @@ def writer(operand: Any, kind: str) -> Callable[[Any, Values], None]:  # noqa: C
     wide = own if dtype.kind != "i" else np.dtype(f"i{own.itemsize}")
 
     def put(warp: Any, values: Values) -> None:
-        if warp.mask is ALL and getattr(values, "parts", ()):  # not where other threads keep theirs
-            warp.registers[index] = values
-            return
         if kind in HALVES or values.dtype != dtype:
             values = encode(kind, values)
         if dtype.itemsize < own.itemsize:
