@@ -14,6 +14,7 @@ COMMANDS = {
         "train on any mesh of ranks, and compare the weights' hash",
     ),
     "check": ("torchpar.testing.command", "try an operator of yours with every part of PyTorch"),
+    "ptx": ("torchpar.ptx.command", "run a script's Triton kernels as compiled for a GPU, here"),
     "doctor": ("torchpar.doctor", "say what works on this machine, and how to mend what does not"),
 }
 

@@ -1,10 +1,21 @@
 # SPDX-License-Identifier: MIT
 """Triton kernels without a GPU: an executor of NVIDIA's PTX on a CPU.
 
-Read in this order: `parse` (text to instructions), `registers` (kinds of numbers), `machine`
-(warps, masks, schedules and asynchronous operations), `arithmetic`, `memory` (who may read and
-write which byte), `copies` (loads, stores and copies), `tensors` (TMA), `tensor_cores`, and `gpu`,
-which launches kernels.
+    with torchpar.ptx.emulate("sm_90") as gpu:
+        kernel[grid](x, y, n, BLOCK=1024)
+    print(gpu.report())
+
+It is an executor of NVIDIA's PTX on a CPU. Read in this order: `parse` (text to instructions),
+`registers` (kinds of numbers), `machine` (warps, masks, schedules and asynchronous operations),
+`arithmetic`, `memory` (who may read and write which byte), `taint` (undefined bits), `copies`
+(loads, stores and copies), `atomics`, `tensors` (TMA), `tensor_cores`, and `gpu`, which launches
+kernels. `driver` lets Triton launch them, `report` says what is wrong with them, and `cuda` lets
+scripts run that say "cuda". `command` and `pytest` are the ways to run it.
 
 Sections are those of NVIDIA's "PTX ISA", release 9.0.
 """
+
+from torchpar.ptx.driver import Emulator, emulate
+from torchpar.ptx.report import Fault, Launch, Report
+
+__all__ = ["Emulator", "Fault", "Launch", "Report", "emulate"]

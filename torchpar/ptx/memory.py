@@ -264,12 +264,11 @@ class Space:
         text = f"address {address:#x} is outside each allocation of {self.name}"
         if near is None:
             return text
-        size = near.base + near.size - near.start
+        if near.index is not None:
+            return f"{near.where(address - near.base)}, which is outside of {near.name}"
         if address < near.start:
-            beyond = f"{near.start - address} bytes before {near.name}"
-        else:
-            beyond = f"{address + width - near.start - size} bytes after the end of {near.name}"
-        return f"{text}: {beyond}"
+            return f"{text}: {near.start - address} bytes before {near.name}"
+        return f"{text}: {address + width - near.base - near.size} bytes after {near.name}"
 
     def pieces(
         self, warp: Any, addresses: Any, width: int, line: int, what: str
@@ -324,10 +323,10 @@ class Space:
             warp.block.gpu.fault("error", "misaligned access", line, message, warp)
             return
         if place is not None:
-            message = f"an access that begins in {place.name} ends outside of it"
+            message = f"{width} bytes that begin in {place.name} and end outside of it"
         else:
             message = self.outside(address, width)
-        message = f"thread {thread} {what}s out of bounds: {message}"
+        message = f"thread {thread} {what}s {message}"
         warp.block.gpu.fault("error", "out of bounds", line, message, warp)
 
     # Accesses of a warp, and the bytes without an access

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 Kind = Literal["error", "warning", "note"]
+TEMPLATE = Path(__file__).with_suffix(".html")
 MARKS: dict[Kind, str] = {"error": "✗", "warning": "!", "note": "·"}
 
 
@@ -106,10 +107,26 @@ class Report:
     def errors(self) -> list[Fault]:
         return [fault for fault in self.faults if fault.kind == "error"]
 
+    def as_html(self, title: str) -> str:
+        """Return a page that needs no other file."""
+        from jinja2 import Template  # PyTorch needs it, too
+
+        template = Template(TEMPLATE.read_text("utf-8"), autoescape=True)
+        return template.render(
+            title=title,
+            summary=summary(self.launches, self.faults),
+            faults=self._in_order(),
+            launches=self.launches,
+            code=lambda source: _line_of(*source),
+        )
+
+    def _in_order(self) -> list[Fault]:
+        return sorted(self.faults, key=lambda fault: list(MARKS).index(fault.kind))
+
     def __str__(self) -> str:
         lines = [str(launch) for launch in self.launches]
         lines += [f"  {line}" for launch in self.launches for line in launch.printed]
-        lines += map(str, sorted(self.faults, key=lambda fault: list(MARKS).index(fault.kind)))
+        lines += map(str, self._in_order())
         return "\n".join([*lines, summary(self.launches, self.faults)])
 
 

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: MIT
+"""Run a script's Triton kernels without a GPU: ``python -m torchpar ptx SCRIPT``."""
+
+import argparse
+import runpy
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+from torchpar.ptx.cuda import cuda_is_cpu
+from torchpar.ptx.driver import ARCHITECTURES, emulate
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run a script, and print what its kernels do wrong.
+
+    Returns:
+        1 if there is an error, and 0 for warnings and notes.
+    """
+    parser = argparse.ArgumentParser(
+        "python -m torchpar ptx",
+        description="Run a script whose Triton kernels are compiled for a GPU, and executed here.",
+    )
+    parser.add_argument("--arch", choices=ARCHITECTURES, default="sm_90", help="by default sm_90")
+    parser.add_argument(
+        "--schedules",
+        choices=("one", "all"),
+        default="one",
+        help="all: execute each launch three times, in other orders",
+    )
+    parser.add_argument("--cuda-is-cpu", action="store_true", help='let device="cuda" mean the CPU')
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write the report as a page")
+    parser.add_argument("script", type=Path)
+    parser.add_argument("flags", nargs=argparse.REMAINDER, help="the script's own")
+    options = parser.parse_args(arguments)
+    if not options.script.is_file():
+        parser.error(f"{options.script} is no file; name a Python script")
+    before = sys.argv, list(sys.path)
+    with emulate(options.arch, options.schedules) as gpu:
+        try:
+            sys.argv = [str(options.script), *options.flags]
+            sys.path.insert(0, str(options.script.resolve().parent))
+            with cuda_is_cpu(gpu) if options.cuda_is_cpu else nullcontext():
+                runpy.run_path(str(options.script), run_name="__main__")
+        except SystemExit as e:
+            if e.code:
+                print(gpu.report())
+                raise
+        finally:
+            sys.argv, sys.path[:] = before
+    report = gpu.report()
+    print(report)
+    if options.report is not None:
+        try:
+            options.report.write_text(report.as_html(str(options.script)), "utf-8")
+        except OSError as e:
+            parser.error(f"{options.report} cannot be written ({e.strerror}); name another file")
+    return int(bool(report.errors))
