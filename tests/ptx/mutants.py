@@ -169,7 +169,7 @@ def draw() -> list[Mutant]:
     for name, case in CASES.items():
         gpu = Gpu(SCHEDULES[0])
         case.execute(gpu)
-        for kernel, executed in gpu.launches:
+        for kernel, executed in gpu.executions:
             originals.append(
                 (name, kernel.text, {kernel.instructions[i].line - 1 for i in executed})
             )

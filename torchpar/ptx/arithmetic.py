@@ -194,7 +194,7 @@ def _select(i: Instruction) -> Run:
     return elementwise(i, lambda a, b, choice: np.where(choice, a, b), kind, kind, kind, "pred")
 
 
-@instruction("mov", "cvta.global")
+@instruction("mov", "cvta")
 def _move(i: Instruction) -> Run:
     """A copy, for `wgmma.fence` tells registers that were written by their identity."""
     vector = list in map(type, i.operands)  # whose parts are packed or taken anew

@@ -75,7 +75,7 @@ class Emulator(gpu.Gpu):
         super().__init__(schedules[0])
         self.arch, self.capability = arch, ARCHITECTURES[arch]
         self.schedules, self.multiprocessors = schedules, multiprocessors
-        self.launched: list[Launch] = []
+        self.launches: list[Launch] = []
         self.faults: list[Fault] = []
         self.printed: list[str] = []
         # Of storages that torch.empty has made: which units nobody has written, by their addresses.
@@ -84,7 +84,7 @@ class Emulator(gpu.Gpu):
         self._name = ""
 
     def report(self) -> Report:
-        return Report(self.launched, self.faults)
+        return Report(self.launches, self.faults)
 
     # Memory
 
@@ -169,10 +169,10 @@ class Emulator(gpu.Gpu):
                 self._reset()
             values = parameters()
             if len(self.schedules) > 1 and number == 0:
-                before = [(place, place.data.copy()) for place in self._places.values()]
+                before = [(place, place.content().copy()) for place in self._places.values()]
             elif number:
                 for place, data in before:
-                    place.data[:] = data
+                    place.content()[:] = data
             try:
                 self.launch(launch.ptx, values, launch.grid, launch.shared)
             except Stop:
@@ -183,7 +183,7 @@ class Emulator(gpu.Gpu):
             launch.printed = self.printed
         self._keep_unwritten()
         launch.seconds = time.perf_counter() - started
-        self.launched.append(launch)
+        self.launches.append(launch)
 
     def prepare(self, kernel: Any) -> None:
         self._sources = {i.line: getattr(i, "source", None) for i in kernel.instructions}

@@ -39,7 +39,7 @@ class Gpu:
         self.space = Space("global memory")
         self.next = FIRST_ADDRESS
         # And the positions of instructions executed.
-        self.launches: list[tuple[Kernel, set[int]]] = []
+        self.executions: list[tuple[Kernel, set[int]]] = []
         self.symbols: dict[str, int] = {}  # addresses of the kernel's constants
         self.released: dict[int, Any] = {}  # what blocks have released, by address
         self.changes = 0  # stores, and atomics that changed a value
@@ -78,7 +78,7 @@ class Gpu:
         self.parameters = dict(zip(self.kernel.parameters, parameters, strict=True))
         self.executed_instructions = 0
         self.random, self.executed = Random(self.schedule.seed), set[int]()
-        self.launches.append((self.kernel, self.executed))
+        self.executions.append((self.kernel, self.executed))
         blocks = [index[::-1] for index in np.ndindex(grid[::-1])]
         if self.schedule.order == "reverse":
             blocks.reverse()
@@ -106,6 +106,6 @@ class Gpu:
                 break
             rounds = rounds + 1 if self.changes == before and not pending else 0
             before = self.changes
-            if rounds > 64 * max(len(resident), 1):
+            if rounds > 16 * max(len(resident), 1):
                 reason = "each program waits for a value that no other program writes"
                 raise PtxError(0, reason, "deadlock")

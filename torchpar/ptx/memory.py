@@ -179,6 +179,10 @@ class Allocation:
         self.acquired: dict[int, int] = {}  # the event of the last fence for each of these
         self.index: Any = None  # a function that names the element at an offset
 
+    def content(self) -> Any:
+        """Return the bytes that belong to it, without those that pad them."""
+        return self.data[self.start - self.base : self.size]
+
     def refine(self, unit: int) -> None:
         """Let each element of the shadow stand for ``unit`` bytes."""
         count, self.unit = self.unit // unit, unit

@@ -152,7 +152,7 @@ def parse(text: str) -> Kernel:
     assert head is not None
     threads = re.search(r"\.reqntid\s+(\d+)", head[0])
     kernel = Kernel(
-        text, int(threads[1]) if threads else 0, re.findall(r"(\w+)\s*(?:,|$)", head[1])
+        text, int(threads[1]) if threads else 0, re.findall(r"(\w+)(?:\[\d+\])?\s*(?:,|$)", head[1])
     )
     code = IGNORED.sub(lambda match: " " * len(match[0]), text)
     ends = [match.start() for match in re.finditer("\n", text)]

@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: MIT
+"""The emulator of a GPU: right kernels have right values and no fault, wrong ones are named.
+
+Kernels are compiled for each architecture, and their PTX is executed.
+"""
+
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from commands import ROOT, run
+
+from torchpar.ptx import emulate
+from torchpar.ptx.report import Fault
+
+pytest_plugins = ["pytester"]
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+
+
+@triton.jit
+def add(x, y, out, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < n
+    tl.store(out + i, tl.load(x + i, mask=inside) + tl.load(y + i, mask=inside), mask=inside)
+
+
+@triton.jit
+def add_unmasked(x, y, out, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + i, tl.load(x + i) + tl.load(y + i))
+
+
+@triton.jit
+def multiply(a, b, c, k, BLOCK: tl.constexpr, STEP: tl.constexpr):
+    m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for start in range(0, k, STEP):
+        steps = start + tl.arange(0, STEP)
+        left = tl.load(a + m[:, None] * k + steps[None, :])
+        right = tl.load(b + n[None, :] * k + steps[:, None])
+        total = tl.dot(left, right, total)
+    width = tl.num_programs(1) * BLOCK
+    tl.store(c + m[:, None] * width + n[None, :], total)
+
+
+@triton.jit
+def sum_by_atomics(x, out, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.atomic_add(out, tl.sum(tl.load(x + i, mask=i < n, other=0.0)))
+
+
+@triton.jit
+def sum_without_atomics(x, out, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.sum(tl.load(x + i, mask=i < n, other=0.0))
+    tl.store(out, tl.load(out) + total)
+
+
+@triton.jit
+def sum_under_lock(x, lock, out, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.sum(tl.load(x + i, mask=i < n, other=0.0))
+    while tl.atomic_cas(lock, 0, 1) == 1:
+        pass
+    tl.store(out, tl.load(out) + total)
+    tl.debug_barrier()
+    tl.atomic_xchg(lock, 0)
+
+
+@triton.jit
+def sum_after_unlock(x, lock, out, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.sum(tl.load(x + i, mask=i < n, other=0.0))
+    while tl.atomic_cas(lock, 0, 1) == 1:
+        pass
+    before = tl.load(out)
+    tl.atomic_xchg(lock, 0)
+    tl.store(out, before + total)
+
+
+@triton.jit
+def wait_for_the_last(flag):
+    if tl.program_id(0) == 0:
+        while tl.atomic_add(flag, 0) == 0:
+            pass
+    if tl.program_id(0) == tl.num_programs(0) - 1:
+        tl.atomic_xchg(flag, 1)
+
+
+@triton.jit
+def wait_for_nobody(flag):
+    while tl.atomic_add(flag, 0) == 0:
+        pass
+
+
+@triton.jit
+def add_in_place(x, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(x + i, tl.load(x + i) + 1)
+
+
+def only(faults: list[Fault], name: str) -> Fault:
+    errors = [fault for fault in faults if fault.kind == "error"]
+    assert {fault.name for fault in errors} == {name}, errors
+    return errors[0]
+
+
+def line_of(kernel, text: str) -> tuple[str, int]:
+    """The file and the line of a kernel's source that has ``text``."""
+    lines = Path(__file__).read_text().splitlines()
+    start = kernel.fn.__code__.co_firstlineno
+    return __file__, next(n for n in range(start, len(lines)) if text in lines[n - 1])
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_right_kernels_have_right_values_and_no_faults(arch):
+    x, y = torch.randn(1000), torch.randn(1000)
+    a, b = torch.randn(128, 64).half(), torch.randn(128, 64).half()
+    with emulate(arch, schedules="all") as gpu:
+        out, product = torch.empty(1000), torch.empty(128, 128)
+        add[(4,)](x, y, out, 1000, BLOCK=256)
+        if arch != "sm_100":
+            multiply[(2, 2)](a, b, product, 64, BLOCK=64, STEP=32)
+    assert torch.equal(out, x + y)
+    if arch != "sm_100":
+        exact = a.double() @ b.double().T
+        bound = 64 * 2**-24 * (a.double().abs() @ b.double().abs().T)
+        assert ((product - exact).abs() <= bound).all()
+    assert gpu.faults == []
+    assert gpu.launches[0].kernel == "add"
+    assert gpu.launches[0].grid == (4, 1, 1)
+    assert str(gpu.report()).endswith(
+        f"launches: {len(gpu.launches)}; 0 errors, 0 warnings, 0 notes"
+    )
+
+
+def test_an_access_outside_of_a_tensor_names_the_element_and_the_line():
+    x, out = torch.randn(1000), torch.zeros(1000)
+    with emulate() as gpu:
+        add_unmasked[(4,)](x, x, out, BLOCK=256)
+    fault = only(gpu.faults, "out of bounds")
+    assert fault.source == line_of(add_unmasked, "tl.store(")
+    assert fault.program == (3, 0, 0)
+    assert "loads element 1000 of the storage of x, which is outside of x" in fault.message
+    assert any("stores element 1000 of the storage of out" in one.message for one in gpu.faults)
+    assert torch.equal(out, x + x)  # the others are computed
+
+
+def test_memory_that_nobody_has_written():
+    x = torch.randn(1000)
+    with emulate() as gpu:
+        scratch, out = torch.empty(1000), torch.empty(1000)
+        add[(4,)](x, scratch, out, 1000, BLOCK=256)
+        fault = only(gpu.faults, "uninitialised memory")
+        assert "y[0] was not written before; it is stored" in fault.message
+        assert fault.source == line_of(add, "tl.store(")
+    with emulate() as gpu:
+        scratch, out = torch.empty(1000), torch.empty(1000)
+        scratch.fill_(1)
+        add[(4,)](x, scratch, out, 1000, BLOCK=256)
+        add[(4,)](x, out, scratch, 1000, BLOCK=256)  # a kernel has written out
+        assert gpu.faults == []
+        part = torch.empty(1000)
+        add[(2,)](x, x, part, 512, BLOCK=256)
+        add[(4,)](x, part, out, 1000, BLOCK=256)
+        assert "y[512] was not written" in only(gpu.faults, "uninitialised memory").message
+
+
+def test_programs_that_change_one_element():
+    x = torch.randn(1000)
+    with emulate() as gpu:
+        out, lock = torch.zeros(1), torch.zeros(1, dtype=torch.int32)
+        sum_by_atomics[(4,)](x, out, 1000, BLOCK=256)
+        sum_under_lock[(4,)](x, lock, out, 1000, BLOCK=256)
+        assert gpu.faults == []
+        torch.testing.assert_close(out, 2 * x.sum()[None])
+        sum_without_atomics[(4,)](x, out, 1000, BLOCK=256)
+    fault = only(gpu.faults, "race between programs")
+    assert fault.source == line_of(sum_without_atomics, "tl.store(")
+    with emulate() as gpu:
+        sum_after_unlock[(4,)](x, lock, out, 1000, BLOCK=256)
+    assert "race between programs" in {fault.name for fault in gpu.faults}
+    lines = {fault.source for fault in gpu.faults if fault.name == "race between programs"}
+    assert line_of(sum_after_unlock, "tl.store(") in lines
+
+
+def test_a_program_may_wait_for_a_later_one_but_not_for_none():
+    flag = torch.zeros(1, dtype=torch.int32)
+    with emulate() as gpu:
+        wait_for_the_last[(4,)](flag)
+        assert gpu.faults == []
+        assert flag.item() == 1
+        flag.zero_()
+        wait_for_nobody[(4,)](flag)
+    assert "no other program writes" in only(gpu.faults, "deadlock").message
+
+
+def test_copies_of_a_small_tensor_in_several_warps_are_no_fault():
+    """Several warps load what one of them overwrites, and discard it."""
+    x = torch.arange(8.0)
+    with emulate(schedules="all") as gpu:
+        add_in_place[(1,)](x, BLOCK=8, num_warps=4)
+    assert [fault for fault in gpu.faults if fault.kind == "error"] == []
+    assert x.tolist() == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]
+
+
+def test_what_is_not_emulated_is_refused():
+    with emulate() as gpu, pytest.raises(NotImplementedError, match="num_ctas is 2, expected 1"):
+        add[(1,)](*[torch.zeros(8)] * 3, 8, BLOCK=8, num_ctas=2)
+    assert gpu.launches == []
+    with pytest.raises(ValueError, match="arch is 'sm_70', expected one of sm_80, sm_90, sm_100"):
+        emulate("sm_70").__enter__()
+    with pytest.raises(ValueError, match="schedules is 'some'"):
+        emulate(schedules="some").__enter__()
+
+
+def test_afterwards_launches_go_where_they_went_before():
+    before = triton.runtime.driver._active
+    with emulate():
+        assert triton.runtime.driver._active is not before
+    assert triton.runtime.driver._active is before
+
+
+SCRIPT = """
+    import sys
+    import torch
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def copy(x, out, n, BLOCK: tl.constexpr):
+        i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        tl.store(out + i, tl.load(x + i), mask=i < n)
+
+    x = torch.randn(int(sys.argv[1]), device="cuda")
+    out = torch.empty_like(x)
+    copy[(triton.cdiv(len(x), 64),)](x, out, len(x), BLOCK=64)
+    print(torch.equal(x, out), x.is_cuda, torch.cuda.get_device_name())
+"""
+
+
+def test_the_command_runs_a_script_that_says_cuda(tmp_path):
+    script, page = tmp_path / "script.py", tmp_path / "page.html"
+    script.write_text(textwrap.dedent(SCRIPT))
+    command = [sys.executable, "-m", "torchpar", "ptx", "--cuda-is-cpu"]
+    code, out, err = run(*command, "--arch", "sm_80", str(script), "128")
+    assert code == 0, err
+    assert out.splitlines()[0] == "True True NVIDIA A100"
+    assert out.splitlines()[-1] == "launches: 1; 0 errors, 0 warnings, 0 notes"
+    code, out, err = run(*command, "--report", str(page), str(script), "100")
+    assert code == 1, err
+    assert f"{script}:11 (line" in out
+    assert "error: out of bounds in copy" in page.read_text("utf-8")
+    code, _, err = run(*command, str(tmp_path / "none.py"))
+    assert code == 2
+    assert "none.py is no file; name a Python script" in err
+
+
+def test_the_plugin_fails_tests_whose_kernels_are_wrong(pytester):
+    imports = "import torch, triton, triton.language as tl\n"
+    kernel = textwrap.dedent(SCRIPT).partition("@triton.jit")[2].partition("x = torch")[0]
+    tests = """
+def test_right():
+    copy[(2,)](torch.randn(128), torch.empty(128), 128, BLOCK=64)
+
+def test_wrong():
+    copy[(2,)](torch.randn(100), torch.empty(100), 100, BLOCK=64)
+"""
+    pytester.makepyfile(f"{imports}@triton.jit{kernel}{tests}")
+    pytester.makeini("[pytest]\npythonpath = " + str(ROOT))
+    found = pytester.runpytest_subprocess("-p", "torchpar.ptx.pytest", "--ptx=sm_90")
+    found.assert_outcomes(passed=1, failed=1)
+    found.stdout.fnmatch_lines(["*error: out of bounds in copy*"])
