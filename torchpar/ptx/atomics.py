@@ -71,6 +71,8 @@ def _atomic(i: Instruction, to: list[Any], operands: list[Any]) -> Run:
     address = reader(operands[0])
     sources = [[reader(one, _bits(kind)) for one in flat(operand)] for operand in operands[1:]]
     count = len(sources[0])
+    # Of the scope of a program, it is no atomic for other programs.
+    is_atomic = in_shared or "cta" not in i.parts
     assert vector in ([], [f"v{count}"])
     assert name in FUNCTIONS or name == "cas"
     puts = [writer(one, _bits(kind)) for one in to]
@@ -91,15 +93,15 @@ def _atomic(i: Instruction, to: list[Any], operands: list[Any]) -> Run:
         lanes = warp.lanes()
         addresses = address(warp)[lanes]
         values = [[read(warp)[lanes].view(raw) for read in source] for source in sources]
-        if not in_shared:
+        if is_atomic and not in_shared:
             before_access(warp, addresses, order or "relaxed", writes=True)
         results = np.zeros((32, count), raw)
         width = raw.itemsize
         for n in range(count):
             at = addresses + n * width
-            event = warp.event(i.line, "an atomic", atomic=True)
+            event = warp.event(i.line, "an atomic", is_atomic)
             for place, rows, where in space.pieces(warp, at, width, i.line, "store"):
-                space.change(warp, place, rows, width, event, i.line)
+                space.change(warp, place, rows, width, event, i.line, is_atomic, name != "exch")
                 memory = place.data.view(raw)
                 chosen = np.arange(len(lanes))[where]
                 # One thread after the other: several may have one address.
@@ -111,9 +113,10 @@ def _atomic(i: Instruction, to: list[Any], operands: list[Any]) -> Run:
                     memory[row : row + 1] = new
         for n, put in enumerate(puts):
             put(warp, np.ascontiguousarray(results[:, n]))
-        if not in_shared:
+        if is_atomic and not in_shared:
             after_access(warp, addresses, order or "relaxed", reads=True)
-        return not in_shared and warp.block.spin()
+        found = addresses.tobytes() + results.tobytes()
+        return not in_shared and warp.block.spin(warp, i.line, found)
 
     return run
 

@@ -60,7 +60,7 @@ def _load(i: Instruction) -> Run:
         if not order:
             return False
         after_access(warp, at, order, reads=True)
-        return warp.block.spin()
+        return warp.block.spin(warp, i.line, at.tobytes() + raw.tobytes())
 
     return run
 
@@ -117,7 +117,8 @@ class Copy(Operation):
         self.elements = elements[self.inside]
         if to_shared:
             self.block.shared.write(warp, self.units, self.unit, self.written, line)
-            self.block.space.read(warp, self.elements, self.width, self.read, line)
+            fence = what != "a copy"
+            self.block.space.read(warp, self.elements, self.width, self.read, line, fence)
         else:
             self.block.shared.read(warp, self.units, self.unit, self.read, line, fence=True)
             self.block.space.write(warp, self.elements, self.width, self.written, line)

@@ -38,6 +38,7 @@ from torchpar.ptx.report import Fault, Kind, Launch, Report
 
 ARCHITECTURES = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 SHARED_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}  # of a program at most
+MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 ALIGNED = 128  # to which an allocation's base is rounded down
 
 
@@ -186,6 +187,9 @@ class Emulator(gpu.Gpu):
         self.launches.append(launch)
 
     def prepare(self, kernel: Any) -> None:
+        threads, shared = kernel.threads, self.shared_bytes
+        held = min(32, 2048 // max(threads, 1), SHARED_BYTES[self.capability] // max(shared, 1))
+        self.resident_blocks = MULTIPROCESSORS[self.capability] * max(held, 1)
         self._sources = {i.line: getattr(i, "source", None) for i in kernel.instructions}
 
 

@@ -93,19 +93,23 @@ class Gpu:
     def _run(self, positions: list[tuple[int, ...]]) -> None:
         """Run blocks one after the other; where one waits for another, run those in turn."""
         pending = deque(positions)
-        resident: deque[Iterator[None]] = deque()
-        started = rounds = 0
-        before = -1
+        resident: deque[tuple[Block, Iterator[bool]]] = deque()
+        started = idle = 0  # turns in which no block has changed anything
         while pending or resident:
-            if pending and len(resident) < self.resident_blocks:
-                resident.appendleft(Block(self, pending.popleft(), started).turns())
+            before = self.changes, len(pending)
+            is_full = not pending or len(resident) >= self.resident_blocks
+            if not is_full:
+                block = Block(self, pending.popleft(), started)
+                resident.appendleft((block, block.turns()))
                 started += 1
-            block = resident.popleft()
-            for _ in block:
-                resident.append(block)
-                break
-            rounds = rounds + 1 if self.changes == before and not pending else 0
-            before = self.changes
-            if rounds > 16 * max(len(resident), 1):
+            block, turns = resident.popleft()
+            has_ended = next(turns, True)
+            if not has_ended:
+                resident.append((block, turns))
+            is_idle = is_full and not has_ended and before == (self.changes, len(pending))
+            idle = idle + 1 if is_idle else 0
+            if idle > 3 * len(resident):
                 reason = "each program waits for a value that no other program writes"
-                raise PtxError(0, reason, "deadlock")
+                if pending:
+                    reason += f"; {len(pending)} programs wait for a place on the GPU"
+                raise PtxError(block.spin_line, reason, "deadlock")

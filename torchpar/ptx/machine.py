@@ -28,7 +28,7 @@ from torchpar.ptx.registers import (
 )
 
 LIMIT = 3_000_000  # instructions of a warp
-SPINS = 32  # accesses to what other programs write, after which others run
+SPINS = 4  # accesses that find what they found before, after which other programs run
 LOCAL_BASE = 2**20  # of the threads' stacks
 ALL_BYTES, NO_BYTES = ALL.tobytes(), bytes(32)
 
@@ -395,7 +395,8 @@ class Block:
         # By barrier the warps that have arrived, and whether they wait.
         self.at_barrier: dict[int, list[tuple[Warp, bool]]] = {}
         self.flying: list[Operation] = []  # asynchronous operations, some of which have completed
-        self.spins = 0
+        self.spins, self.spin_line = 0, 0
+        self.found: dict[tuple[int, int], bytes] = {}  # by what a warp has accessed at a place
 
     def arrive(self, warp: Warp, barrier: int, count: int, waits: bool = True) -> None:
         """``bar.sync`` and ``bar.arrive``: ``count`` warps meet."""
@@ -414,13 +415,22 @@ class Block:
                 one.waited = latest - one.count
                 one.waiting = None
 
-    def spin(self) -> bool:
-        """Count an access to what other programs write. Return whether others should run."""
+    def spin(self, warp: Warp, line: int, found: bytes) -> bool:
+        """Count an access that has found what it found before. Return whether others should run.
+
+        Args:
+            found: the addresses, and what was there.
+        """
+        place = warp.index, warp.pc
+        if self.found.get(place) != found:
+            self.found[place] = found
+            return False
         self.spins += 1
+        self.spin_line = line
         return self.spins >= SPINS
 
-    def turns(self) -> Iterator[None]:
-        """Run the block, and yield where other blocks should run."""
+    def turns(self) -> Iterator[bool]:
+        """Run the block, and yield False where other blocks should run."""
         schedule, rng = self.gpu.schedule, self.gpu.random
         choose = {
             "forward": lambda ready: ready[0],
@@ -444,7 +454,7 @@ class Block:
                 )
                 if self.spins >= SPINS:
                     self.spins, spun = 0, warp
-                    yield
+                    yield False
             elif self.flying:
                 self.flying.pop().advance()
             else:

@@ -384,11 +384,21 @@ class Space:
         warp.block.gpu.fault(kind, "different values", line, message, warp)
 
     def change(
-        self, warp: Any, place: Allocation, rows: Rows, width: int, event: int, line: int
+        self,
+        warp: Any,
+        place: Allocation,
+        rows: Rows,
+        width: int,
+        event: int,
+        line: int,
+        atomic: bool,
+        reads: bool,
     ) -> None:
-        """Note an atomic, which reads and writes."""
-        self._read(warp, place, rows, width, event, line, atomic=True)
-        self._write(warp, place, rows, width, event, line, atomic=True)
+        """Note an atomic, which writes, and perhaps ``reads``."""
+        if reads and self._read(warp, place, rows, width, event, line, atomic) is not None:
+            name, message, _ = warp.cause
+            warp.block.gpu.fault("error", name, line, f"{message}; an atomic changes it", warp)
+        self._write(warp, place, rows, width, event, line, atomic=atomic)
 
     def peek(self, addresses: Any, width: int, line: int) -> Any:
         place, rows = self.locate(addresses, width, line)
