@@ -6,7 +6,7 @@ Optimizer, clipping and checkpoints all read `part_of`.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,13 +87,13 @@ def part_of(p: Tensor) -> Part:
         return Part(tuple(p.shape), (0,) * p.dim(), tuple(p.shape))
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    mesh, placements = p.device_mesh, p.placements  # type: ignore[attr-defined]
+    mesh, placements = p.device_mesh, p.placements
     if any(placement.is_partial() for placement in placements):
         raise ConfigError(f"its placements are {placements}, expected Shard or Replicate")
     size, start = compute_local_shape_and_global_offset(p.shape, mesh, placements)
     return Part(tuple(p.shape), tuple(start), tuple(size), mesh)
 
 
-def local(t: Any) -> Tensor:
+def local(t: Tensor) -> Tensor:
     """This rank's elements of ``t``."""
-    return t.to_local() if is_dtensor(t) else t  # type: ignore[no-any-return]
+    return t.to_local() if is_dtensor(t) else t

@@ -3,7 +3,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -112,11 +111,11 @@ class _Sum(torch.autograd.Function):
     """The sum of the ranks' x forward; its gradient, the same on every rank, backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    def forward(ctx: object, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         return _summed(x, group)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: object, g: Tensor) -> tuple[Tensor, None]:
         return g, None
 
 

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from functools import partial
 from inspect import getmodule, signature
 from types import new_class
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -28,24 +28,58 @@ from torchpar.library.private import (
     set_wrap_triton_enabled,
     triton_ops_to_kernels,
 )
+from torchpar.library.rules import Gradient, VmapInfo
 from torchpar.library.sharding import is_dtensor, register_sharding_rules, sharding_rules
 from torchpar.library.transforms import is_transformed
 
+if TYPE_CHECKING:
+    from torch._ops import OpOverload
+
+Function = Callable[..., object]
+"""A function of an operator's arguments: of anything that a schema allows."""
+
+_F = TypeVar("_F", bound=Function)
+
 Wrap = Callable[[Any], Any] | None
-"""A function that a launcher applies to a Triton kernel before launching it; None for a real
-launch."""
+"""A function that a tracer applies to a Triton kernel before its launch; None for a real launch."""
 
 
+@overload
 def custom_op(
     name: str,
-    fn: Callable[..., Any] | None = None,
+    fn: None = None,
     /,
     *,
     mutates_args: str | Iterable[str],
     device_types: str | Sequence[str] | None = None,
     schema: str | None = None,
     tags: torch.Tag | Sequence[torch.Tag] | None = None,
-) -> Any:
+) -> Callable[[Function], "CustomOpDef"]: ...
+
+
+@overload
+def custom_op(
+    name: str,
+    fn: Function,
+    /,
+    *,
+    mutates_args: str | Iterable[str],
+    device_types: str | Sequence[str] | None = None,
+    schema: str | None = None,
+    tags: torch.Tag | Sequence[torch.Tag] | None = None,
+) -> "CustomOpDef": ...
+
+
+def custom_op(
+    name: str,
+    fn: Function | None = None,
+    /,
+    *,
+    mutates_args: str | Iterable[str],
+    device_types: str | Sequence[str] | None = None,
+    schema: str | None = None,
+    tags: torch.Tag | Sequence[torch.Tag] | None = None,
+) -> "CustomOpDef | Callable[[Function], CustomOpDef]":
     """Make an operator of a function, which compilers do not look into: `torch.library.custom_op`.
 
     Args:
@@ -69,22 +103,48 @@ def custom_op(
             and out.
     """
 
-    def make(fn: Callable[..., Any]) -> CustomOpDef:
+    def make(fn: Function) -> CustomOpDef:
         return CustomOpDef(name, fn, _schema(name, fn, mutates_args, schema), device_types, tags)
 
     return make if fn is None else make(fn)
 
 
+@overload
 def triton_op(
     name: str,
-    fn: Callable[..., Any] | None = None,
+    fn: None = None,
     /,
     *,
     mutates_args: str | Iterable[str],
     schema: str | None = None,
-    kernels: Callable[[], Iterable[Any]] | None = None,
+    kernels: Callable[[], Iterable[object]] | None = None,
+    opaque: Callable[..., bool] = ...,
+) -> Callable[[Function], "CustomOpDef"]: ...
+
+
+@overload
+def triton_op(
+    name: str,
+    fn: Function,
+    /,
+    *,
+    mutates_args: str | Iterable[str],
+    schema: str | None = None,
+    kernels: Callable[[], Iterable[object]] | None = None,
+    opaque: Callable[..., bool] = ...,
+) -> "CustomOpDef": ...
+
+
+def triton_op(
+    name: str,
+    fn: Function | None = None,
+    /,
+    *,
+    mutates_args: str | Iterable[str],
+    schema: str | None = None,
+    kernels: Callable[[], Iterable[object]] | None = None,
     opaque: Callable[..., bool] = lambda *args, **kwargs: False,
-) -> Any:
+) -> "CustomOpDef | Callable[[Function], CustomOpDef]":
     """Make an operator of a function that launches Triton kernels: `torch.library.triton_op`.
 
     Compilers look into it, as into triton_op: `torch.compile` and AOTInductor trace the kernels,
@@ -107,12 +167,12 @@ def triton_op(
         A `CustomOpDef`, or a decorator that makes one.
     """
 
-    def make(fn: Callable[..., Any]) -> CustomOpDef:
+    def make(fn: Function) -> CustomOpDef:
         parameter = signature(fn).parameters.get("wrap")
         takes_wrap = parameter is not None and parameter.kind == parameter.KEYWORD_ONLY
         traced = partial(fn, wrap=torch.library.wrap_triton) if takes_wrap else fn
 
-        def launch(*args: Any, **kwargs: Any) -> Any:
+        def launch(*args: object, **kwargs: object) -> object:
             gpu = _gpu_of(args)
             if gpu is None and takes_wrap:  # a context would take longer than all else here
                 return fn(*args, **kwargs, wrap=None)
@@ -122,7 +182,13 @@ def triton_op(
                 with set_wrap_triton_enabled(False):
                     return fn(*args, **kwargs)
 
-        def trace(mode: Any, overload: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        def trace(
+            mode: FunctionalTensorMode,
+            func: "OpOverload[..., Any]",
+            types: Sequence[type],
+            args: tuple[object, ...],
+            kwargs: dict[str, object],
+        ) -> object:
             from torch.export._trace import custom_triton_ops_decomposition_disabled
             from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
@@ -133,7 +199,7 @@ def triton_op(
                 or custom_triton_ops_decomposition_disabled()
                 or opaque(*args, **kwargs)
             ):
-                return mode.__torch_dispatch__(overload, types, args, kwargs)
+                return mode.__torch_dispatch__(func, types, args, kwargs)
             gpu = _gpu_of(args)
             with mode, nullcontext() if gpu is None else torch.cuda.device(gpu):
                 return traced(*args, **kwargs)
@@ -151,9 +217,7 @@ def triton_op(
     return make if fn is None else make(fn)
 
 
-def _schema(
-    name: str, fn: Callable[..., Any], mutates_args: str | Iterable[str], schema: str | None
-) -> str:
+def _schema(name: str, fn: Function, mutates_args: str | Iterable[str], schema: str | None) -> str:
     """The schema of the annotations, or the one that is given, if it agrees with
     ``mutates_args``."""
     if schema is None:
@@ -181,7 +245,7 @@ class CustomOpDef(custom_ops.CustomOpDef):
     def __init__(
         self,
         name: str,
-        function: Callable[..., Any],
+        function: Function,
         schema: str,
         device_types: str | Sequence[str] | None = None,
         tags: torch.Tag | Sequence[torch.Tag] | None = None,
@@ -231,15 +295,15 @@ class CustomOpDef(custom_ops.CustomOpDef):
         generated = f"GeneratedBackwardFor_{namespace}_{base}_{overload or 'default'}"
         self._function: Any = new_class(generated, (Differentiable,))
         self._mutated = any(writes)
-        self._kernels: dict[str | None, Callable[..., Any]] = {}  # by device; None for all others
-        self._dispatch_rules: dict[Any, Callable[..., Any]] = {}  # by tensor subclass or mode
+        self._kernels: dict[str | None, Function] = {}  # by device; None for all others
+        self._dispatch_rules: dict[type, Function] = {}  # by tensor subclass or mode
         # PyTorch's tools ask for it by this name.
-        self._abstract_fn: Callable[..., Any] | None = None
-        self._vmap: Callable[..., Any] | None = None
-        self._backward: Callable[..., Any] | None = None
-        self._setup_context: Callable[..., Any] | None = None
-        self._jvp: Callable[..., Any] | None = None
-        self._formula: Callable[..., Any] | None = None
+        self._abstract_fn: Function | None = None
+        self._vmap: Function | None = None
+        self._backward: Callable[..., Gradient | tuple[Gradient, ...]] | None = None
+        self._setup_context: Callable[..., None] | None = None
+        self._jvp: Function | None = None
+        self._formula: Function | None = None
         self._decompose: Callable[..., bool] | None = None
         self.register_kernel(device_types, function)
         self._lib.impl(local_name, self._autograd, "Autograd")
@@ -259,12 +323,14 @@ class CustomOpDef(custom_ops.CustomOpDef):
         return self._opoverload(*args, **kwargs)
 
     def register_kernel(
-        self, device_types: str | Sequence[str] | None, fn: Callable[..., Any] | None = None, /
-    ) -> Any:
+        self, device_types: str | Sequence[str] | None, fn: Function | None = None, /
+    ) -> Callable[..., Any]:
         """Register a function for tensors on these devices; None means all others."""
         if fn is None:
             return partial(self.register_kernel, device_types)
-        devices: Any = [device_types] if isinstance(device_types, str) else device_types or [None]
+        devices: Sequence[str | None] = (
+            [device_types] if isinstance(device_types, str) else device_types or [None]
+        )
         self._check_device(self._qualname, device_types)
         if device_types is not None and self._needs_device and not any(self._kernels):
             self._lib.impl(self._name, self._select_device, "BackendSelect")
@@ -286,7 +352,7 @@ class CustomOpDef(custom_ops.CustomOpDef):
                 f"{name}: there are device types, but no tensors among the arguments; {expected}"
             )
 
-    def _select_device(self, *args: Any, **kwargs: Any) -> Any:
+    def _select_device(self, *args: object, **kwargs: object) -> object:
         """Call the kernel of a function without tensors, for the device among its arguments."""
         # To choose by; the call passes on what was given.
         given = {one.name: one.default_value for one in self._opoverload._schema.arguments}
@@ -301,7 +367,7 @@ class CustomOpDef(custom_ops.CustomOpDef):
             torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)), *args, **kwargs
         )
 
-    def _run(self, device: str | None, /, *args: Any, **kwargs: Any) -> Any:
+    def _run(self, device: str | None, /, *args: object, **kwargs: object) -> object:
         kernel = self._kernels[device]
         records = torch.is_grad_enabled()
         if records:  # `torch.no_grad` would take a microsecond
@@ -325,7 +391,7 @@ class CustomOpDef(custom_ops.CustomOpDef):
             return _without_view(result) if result._is_view() else result  # calls take time
         return self._checked(result)
 
-    def _checked(self, result: Any) -> Any:
+    def _checked(self, result: Any) -> object:
         """The kernel's result, whose number and tensors are those that the schema says.
 
         PyTorch's dispatch in Python (2.14) would pass on any other.
@@ -348,13 +414,13 @@ class CustomOpDef(custom_ops.CustomOpDef):
             return result
         return tuple(_without_view(one) if isinstance(one, Tensor) else one for one in values)
 
-    def set_kernel_enabled(self, device_type: str, enabled: bool = True) -> Any:
+    def set_kernel_enabled(self, device_type: str, enabled: bool = True) -> NoReturn:
         """Refuse to switch kernels; `register_kernel` replaces one."""
         raise NotImplementedError(
             f"{self._qualname}: kernels cannot be switched, register another instead"
         )
 
-    def register_fake(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+    def register_fake(self, fn: _F) -> _F:
         """Register a function that allocates the result, with its shape, strides, dtype and
         device."""
         # Until then, kernels made of PyTorch's operators run on fake tensors.
@@ -363,11 +429,11 @@ class CustomOpDef(custom_ops.CustomOpDef):
         self._abstract_fn = fn
         return fn
 
-    def _run_fake(self, *args: Any, **kwargs: Any) -> Any:
+    def _run_fake(self, *args: object, **kwargs: object) -> object:
         assert self._abstract_fn is not None
         return self._abstract_fn(*args, **kwargs)
 
-    def register_vmap(self, func: Callable[..., Any] | None = None) -> Any:
+    def register_vmap(self, func: Function | None = None) -> Callable[..., Any]:
         """Register a batching rule, ``func(info, in_dims, *args) -> (result, out_dim)``."""
         if func is None:
             return self.register_vmap
@@ -377,8 +443,12 @@ class CustomOpDef(custom_ops.CustomOpDef):
         self._vmap = func
         return func
 
-    def _run_vmap(self, _keyset: Any, /, *args: Any, **kwargs: Any) -> Any:
-        def with_defaults(info: Any, in_dims: tuple[Any, ...], *args: Any, **kwargs: Any) -> Any:
+    def _run_vmap(
+        self, _keyset: torch._C.DispatchKeySet, /, *args: object, **kwargs: object
+    ) -> object:
+        def with_defaults(
+            info: VmapInfo, in_dims: tuple[object, ...], *args: object, **kwargs: object
+        ) -> object:
             assert self._vmap is not None
             rest = self._defaults[len(args) :]
             return self._vmap(
@@ -390,7 +460,7 @@ class CustomOpDef(custom_ops.CustomOpDef):
             interpreter, with_defaults, self._opoverload, *args, **kwargs
         )
 
-    def register_torch_dispatch(self, cls: Any, fn: Callable[..., Any] | None = None) -> Any:
+    def register_torch_dispatch(self, cls: type, fn: Function | None = None) -> Callable[..., Any]:
         """Register what the operator does for a tensor subclass, or in a mode."""
         if fn is None:
             return partial(self.register_torch_dispatch, cls)
@@ -400,17 +470,17 @@ class CustomOpDef(custom_ops.CustomOpDef):
         self._dispatch_rules[cls] = fn
         return fn
 
-    def _run_dispatch_rule(self, cls: Any, /, *args: Any, **kwargs: Any) -> Any:
+    def _run_dispatch_rule(self, cls: type, /, *args: object, **kwargs: object) -> object:
         return self._dispatch_rules[cls](*args, **kwargs)
 
     def register_autograd(
         self,
-        backward: Callable[..., Any],
+        backward: Callable[..., Gradient | tuple[Gradient, ...]],
         /,
         *,
         setup_context: Callable[..., None] | None = None,
-        formula: Callable[..., Any] | None = None,
-        jvp: Callable[..., Any] | None = None,
+        formula: Function | None = None,
+        jvp: Function | None = None,
         decompose: Callable[..., bool] | None = None,
     ) -> None:
         """Register derivatives: `torch.library.register_autograd`, and more for torch.func and
@@ -477,8 +547,8 @@ class CustomOpDef(custom_ops.CustomOpDef):
             self._lib.impl(self._name, rule, f"Autocast{torch._C._dispatch_key_for_device(device)}")
 
     def _autocast(
-        self, device: str, dtype: torch.dtype | None, cast: bool, /, *args: Any, **kwargs: Any
-    ) -> Any:
+        self, device: str, dtype: torch.dtype | None, cast: bool, /, *args: object, **kwargs: object
+    ) -> object:
         chosen = dtype or torch.get_autocast_dtype(device)
 
         def converted(t: Tensor) -> Tensor:
@@ -489,7 +559,7 @@ class CustomOpDef(custom_ops.CustomOpDef):
         with torch.autocast(device, enabled=False):
             return self._opoverload(*args, **kwargs)
 
-    def register_sharding(self, rule: Callable[..., Any]) -> Callable[..., Any]:
+    def register_sharding(self, rule: _F) -> _F:
         """Register a rule for DTensors, as
         `torch.distributed.tensor.experimental.register_sharding` does.
 
@@ -506,8 +576,8 @@ class CustomOpDef(custom_ops.CustomOpDef):
                 f"{self._qualname}: DTensor shards results, and there is none; return a tensor"
             )
 
-        def with_defaults(*args: Any, **kwargs: Any) -> Any:
-            found = rule(*args, *self._defaults[len(args) :], **self._keyword_only(kwargs))
+        def with_defaults(*args: object, **kwargs: object) -> object:
+            found: Any = rule(*args, *self._defaults[len(args) :], **self._keyword_only(kwargs))
             # The tensors are specs, and in a list that has None, too, strategies.
             is_tensor = [
                 hasattr(t, "placements") or hasattr(t, "strategies") for t in tree_flatten(args)[0]
@@ -532,12 +602,12 @@ class CustomOpDef(custom_ops.CustomOpDef):
         sharding_rules[self._opoverload] = with_defaults
         return rule
 
-    def _keyword_only(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _keyword_only(self, kwargs: dict[str, object]) -> dict[str, object]:
         """All keyword-only arguments, of which PyTorch leaves out those that equal their
         defaults."""
         return {one.name: one.default_value for one in self._keywords} | kwargs
 
-    def _autograd(self, *args: Any, **kwargs: Any) -> Any:
+    def _autograd(self, *args: object, **kwargs: object) -> object:
         register_sharding_rules()
         if self._mutated:
             self._check_write(args, kwargs)
@@ -561,11 +631,11 @@ class CustomOpDef(custom_ops.CustomOpDef):
         with AutoDispatchBelowAutograd():  # `_below`, without the time of its call
             return self._opoverload(*args, **kwargs)
 
-    def _below(self, *args: Any, **kwargs: Any) -> Any:
+    def _below(self, *args: object, **kwargs: object) -> object:
         with AutoDispatchBelowAutograd():
             return self._opoverload(*args, **kwargs)
 
-    def _check_write(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _check_write(self, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         """Refuse a call that would write to a tensor and leave its derivative as it was."""
         if is_transformed((args, kwargs)):
             raise RuntimeError(
@@ -577,19 +647,21 @@ class CustomOpDef(custom_ops.CustomOpDef):
                 "one; detach it, or call the operator under torch.no_grad()"
             )
 
-    def _written(self, args: tuple[Any, ...]) -> list[Tensor]:
+    def _written(self, args: tuple[object, ...]) -> list[Tensor]:
         # No keyword-only argument is a tensor.
-        found = [args[i] for i in self._written_at if i < len(args)]
+        found: list[Any] = [args[i] for i in self._written_at if i < len(args)]
         if not all(isinstance(t, Tensor) for t in found):
             found = [t for t in tree_flatten(found)[0] if t is not None]
         return found
 
-    def _raise_versions(self, keyset: Any, /, *args: Any, **kwargs: Any) -> Any:
+    def _raise_versions(
+        self, keyset: torch._C.DispatchKeySet, /, *args: object, **kwargs: object
+    ) -> object:
         torch.autograd.graph.increment_version(self._written(args))
         return self._opoverload.redispatch(keyset & after_ADInplaceOrView_keyset, *args, **kwargs)
 
 
-def _refuse(name: str, schema: Any, tags: Sequence[torch.Tag]) -> None:
+def _refuse(name: str, schema: torch._C.FunctionSchema, tags: Sequence[torch.Tag]) -> None:
     """Refuse the schemas that the rules here do not support."""
     tensors = [one.name for one in schema.arguments if one.kwarg_only and "Tensor" in str(one.type)]
     if tensors:
@@ -608,10 +680,10 @@ def _refuse(name: str, schema: Any, tags: Sequence[torch.Tag]) -> None:
 class _Kernels:
     """The Triton kernels of an operator, imported when a compiler asks for their source."""
 
-    def __init__(self, kernels: Callable[[], Iterable[Any]]):
+    def __init__(self, kernels: Callable[[], Iterable[object]]):
         self.kernels = kernels
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[object]:
         return iter(self.kernels())
 
 
@@ -626,7 +698,7 @@ def _without_view(t: Tensor) -> Tensor:
     return t
 
 
-def _gpu_of(args: tuple[Any, ...]) -> torch.device | None:
+def _gpu_of(args: tuple[object, ...]) -> torch.device | None:
     """The tensors' GPU, to be made current: Triton launches on the current one, and chooses tiles
     for it."""
     for arg in args:

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Transforms of torch.func and forward mode: detect them, and help rules of vmap."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -27,7 +25,7 @@ def sample(t: Tensor, dim: int | None) -> Tensor:
     )
 
 
-def is_transformed(values: Any) -> bool:
+def is_transformed(values: object) -> bool:
     """Whether torch.func transforms or forward mode act on a call with these arguments."""
     if peek_interpreter_stack() is not None:
         return True

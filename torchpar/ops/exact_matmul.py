@@ -10,12 +10,11 @@ With G = dL/dC, the gradients are exact products too:
 If both operands are one tensor, half of the product is computed.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from torchpar.library import Wrap, batch_first, sample
+from torchpar.library.rules import Context, Sharding, Spec, VmapInfo
 from torchpar.ops import exact_digits
 from torchpar.ops._operator import operator, save_operands
 
@@ -99,13 +98,13 @@ def _exact_matmul_fake(a: Tensor, b: Tensor) -> Tensor:
     return a.new_empty(*a.shape[:-1], b.shape[-2])
 
 
-def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _backward(ctx: Context, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
     a, b = ctx.saved_tensors
     need_a, need_b = ctx.needs_input_grad
     return exact_matmul(g, b.mT) if need_a else None, exact_matmul(g.mT, a.mT) if need_b else None
 
 
-def _jvp(ctx: Any, da: Tensor | None, db: Tensor | None) -> Tensor:
+def _jvp(ctx: Context, da: Tensor | None, db: Tensor | None) -> Tensor:
     a, b = ctx.saved_tensors
     if da is None or db is None:
         return exact_matmul(a, db) if da is None else exact_matmul(da, b)  # type: ignore[arg-type]
@@ -117,7 +116,7 @@ _op.register_autograd(_backward, setup_context=save_operands, jvp=_jvp)
 
 @_op.register_vmap
 def _exact_matmul_vmap(
-    info: Any, in_dims: tuple[int | None, int | None], a: Tensor, b: Tensor
+    info: VmapInfo, in_dims: tuple[int | None, int | None], a: Tensor, b: Tensor
 ) -> tuple[Tensor, int]:
     _check(sample(a, in_dims[0]), sample(b, in_dims[1]))
     first = batch_first(a, in_dims[0], info.batch_size)
@@ -129,7 +128,7 @@ for _device in ("cpu", "cuda"):
 
 
 @_op.register_sharding
-def _exact_matmul_sharding(a: Any, b: Any) -> list[Any]:
+def _exact_matmul_sharding(a: Spec, b: Spec) -> list[Sharding]:
     from torch.distributed.tensor import Replicate, Shard
 
     # A sum of rounded parts would not be exact: operands split along k are gathered.

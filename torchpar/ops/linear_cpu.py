@@ -7,12 +7,11 @@ the error of PyTorch's product, and 2048 have 2.1 times. Therefore sums are cut 
 most `CHAIN` terms.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from torchpar.library.rules import Context
 from torchpar.library.transforms import is_transformed
 from torchpar.ops import processor
 from torchpar.ops.matrix import pad_to_even, rows
@@ -41,12 +40,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 class LinearFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Context, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         return _linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad
         dx = mm(rows(g), weight).view(x.shape) if need_x else None
@@ -139,7 +138,7 @@ def cut(a: Tensor, b: Tensor, chains: int) -> list[tuple[Tensor, Tensor]]:
 
 def in_chains(terms: list[tuple[Tensor, Tensor]], bias: Tensor | None = None) -> Tensor:
     """``a @ b.T + bias`` for matrices that were `cut`, one chain after the other."""
-    pointwise: Any = torch.ops.mkldnn._linear_pointwise
+    pointwise = torch.ops.mkldnn._linear_pointwise
     out: Tensor = pointwise(*terms[0], bias, "none", [], "")
     for a, b in terms[1:]:
         out = pointwise.binary(a, out, b, None, "add")

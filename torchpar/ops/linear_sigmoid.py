@@ -13,13 +13,14 @@ second derivatives are those of the formula.
 """
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from torchpar.library import Wrap, batch_first, sample
+from torchpar.library.rules import Context, Sharding, Spec, VmapInfo
 from torchpar.library.transforms import needs_formula
 from torchpar.ops._operator import operator, supports_tma
 from torchpar.ops.linear_cpu import is_eager, linear, linear_forward
@@ -33,6 +34,9 @@ from torchpar.ops.matrix import (
     rows,
 )
 from torchpar.ops.processor import has_bfloat16
+
+if TYPE_CHECKING:  # it takes long to import
+    from torch.distributed.tensor import Placement
 
 
 def linear_sigmoid(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -125,7 +129,7 @@ def _linear_sigmoid_fake(x: Tensor, weight: Tensor, bias: Tensor | None = None) 
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_context(ctx: Context, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     x, weight = inputs[:2]
     ctx.save_for_backward(x, weight, output)
 
@@ -139,7 +143,7 @@ def dz_and_db(g: Tensor, y: Tensor, need_bias: bool = True) -> tuple[Tensor, Any
     return _backward_op(g, y) if y.is_cuda and not needs_formula(g, y) else _backward_formula(g, y)
 
 
-def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Context, g: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, y = ctx.saved_tensors
     # Which has no entry for a bias that is not given.
     need_x, need_weight, *need_bias = ctx.needs_input_grad
@@ -164,7 +168,7 @@ _op.register_autograd(
 
 @_op.register_vmap
 def _linear_sigmoid_vmap(
-    info: Any,
+    info: VmapInfo,
     in_dims: tuple[int | None, ...],
     x: Tensor,
     weight: Tensor,
@@ -195,10 +199,10 @@ _op.register_autocast()
 
 
 @_op.register_sharding
-def _linear_sigmoid_sharding(x: Any, weight: Any, bias: Any = None) -> list[Any]:
+def _linear_sigmoid_sharding(x: Spec, weight: Spec, bias: Spec | None = None) -> list[Sharding]:
     from torch.distributed.tensor import Replicate, Shard
 
-    def parameters(placement: Any) -> list[Any]:
+    def parameters(placement: "Placement") -> "list[Placement | None]":
         return [placement, None if bias is None else placement]
 
     rows = [([Shard(dim)], [Shard(dim), *parameters(Replicate())]) for dim in range(x.ndim - 1)]

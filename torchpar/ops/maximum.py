@@ -15,13 +15,13 @@ second derivatives are those of the formula.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchpar.library import Wrap, sample
 from torchpar.library.private import compute_elementwise_output_strides
+from torchpar.library.rules import Context, Sharding, Spec, VmapInfo
 from torchpar.library.transforms import needs_formula
 from torchpar.ops._operator import operator, save_operands
 
@@ -117,7 +117,7 @@ def _formula(a: Tensor, b: Tensor) -> Tensor:
     return torch.maximum(a, b)
 
 
-def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _backward(ctx: Context, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
     a, b = ctx.saved_tensors
     need_a, need_b = ctx.needs_input_grad
     # One launch for both costs less than ATen's for one.
@@ -141,7 +141,7 @@ _op.register_autograd(_backward, setup_context=save_operands, formula=_formula)
 
 @_op.register_vmap
 def _maximum_vmap(
-    info: Any, in_dims: tuple[int | None, int | None], a: Tensor, b: Tensor
+    info: VmapInfo, in_dims: tuple[int | None, int | None], a: Tensor, b: Tensor
 ) -> tuple[Tensor, int]:
     samples = [sample(t, dim) for t, dim in zip((a, b), in_dims, strict=True)]
     _device(*samples)
@@ -162,10 +162,10 @@ def _aligned(t: Tensor, dim: int | None, dims: int) -> Tensor:
 
 
 @_op.register_sharding
-def _maximum_sharding(a: Any, b: Any) -> list[Any]:
+def _maximum_sharding(a: Spec, b: Spec) -> list[Sharding]:
     from torch.distributed.tensor import Replicate, Shard
 
-    rules: list[Any] = [([Replicate()], [Replicate(), Replicate()])]
+    rules: list[Sharding] = [([Replicate()], [Replicate(), Replicate()])]
     dims = max(a.ndim, b.ndim)
     for dim in range(dims):
         placed = [(t, dim - (dims - t.ndim)) for t in (a, b)]

@@ -14,17 +14,21 @@ symmetric.
 A second operator, without a gradient, adds the product to a matrix in place: H ← β·H + α·A·Bᵀ.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from torchpar.library import Wrap, batch_first, sample
+from torchpar.library.rules import Context, Sharding, Spec, VmapInfo
 from torchpar.library.sharding import is_dtensor
 from torchpar.library.transforms import is_transformed
 from torchpar.ops import symmetric_cpu
 from torchpar.ops._operator import operator, supports_tma
 from torchpar.ops.matrix import check_dtype, check_like, fp32_precision, product
+
+if TYPE_CHECKING:  # it takes long to import
+    from torch.distributed.tensor import Placement
 
 
 def symmetric_matmul(
@@ -70,8 +74,9 @@ def symmetric_matmul(
     if check and not (torch.compiler.is_compiling() or is_transformed((a, b, c))):
         _check(a, b, c, beta, out)
         # The shards of a DTensor need not be symmetric.
-        whole: list[Any] = [a, b, c if beta else None]
-        _check_symmetry(*(t if t is None or not is_dtensor(t) else t.full_tensor() for t in whole))
+        _check_symmetry(
+            _unsharded(a), _unsharded(b), _unsharded(c) if c is not None and beta else None
+        )
     if out is None and c is None and beta is None and alpha == 1:  # keywords take microseconds
         return _op(a, b)  # type: ignore[no-any-return]
     if out is None:
@@ -120,6 +125,10 @@ def _check(
         raise RuntimeError(
             f"torchpar::symmetric_matmul: beta is {beta} and c is None, pass both or neither"
         )
+
+
+def _unsharded(t: Tensor) -> Tensor:
+    return t.full_tensor() if is_dtensor(t) else t
 
 
 def _check_symmetry(a: Tensor, b: Tensor, c: Tensor | None) -> None:
@@ -190,20 +199,25 @@ def compute_symmetric_matmul(
 
 @_op.register_fake
 def _symmetric_matmul_fake(
-    a: Tensor, b: Tensor, c: Tensor | None = None, *, beta: float | None = None, **_: Any
+    a: Tensor, b: Tensor, c: Tensor | None = None, *, beta: float | None = None, **_: object
 ) -> Tensor:
     _check(a, b, c, beta)
     return a.new_empty(*a.shape[:-1], a.shape[-2])
 
 
+class _Context(Context, Protocol):
+    alpha: float
+    beta: float  # None without a C, of which no gradient is asked then
+
+
 def _setup_context(
-    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor
+    ctx: _Context, inputs: tuple[Tensor, ...], keyword_only_inputs: dict[str, float], output: Tensor
 ) -> None:
     ctx.save_for_backward(*inputs[:2])
     ctx.alpha, ctx.beta = keyword_only_inputs["alpha"], keyword_only_inputs["beta"]
 
 
-def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: _Context, g: Tensor) -> tuple[Tensor | None, ...]:
     a, b = ctx.saved_tensors
     need_a, need_b, *need_c = ctx.needs_input_grad  # which has no entry for a C that is not given
     da = ctx.alpha * product(g, b.mT) if need_a else None
@@ -216,28 +230,30 @@ _op.register_autograd(_backward, setup_context=_setup_context, formula=_formula)
 
 @_op.register_vmap
 def _symmetric_matmul_vmap(
-    info: Any,
+    info: VmapInfo,
     in_dims: tuple[int | None, ...],
     a: Tensor,
     b: Tensor,
     c: Tensor | None = None,
-    **kwargs: Any,
+    **factors: float,
 ) -> tuple[Tensor, int]:
     operands = list(zip((a, b, c), (*in_dims, None)[:3], strict=True))
     a1, b1, c1 = (t if t is None else sample(t, dim) for t, dim in operands)
-    _check(a1, b1, c1, kwargs.get("beta"))  # type: ignore[arg-type]
+    _check(a1, b1, c1, factors.get("beta"))  # type: ignore[arg-type]
     batched = [t if t is None else batch_first(t, dim, info.batch_size) for t, dim in operands]
-    return _op(*batched, **kwargs), 0
+    return _op(*batched, **factors), 0
 
 
 _op.register_autocast()
 
 
 @_op.register_sharding
-def _symmetric_matmul_sharding(a: Any, b: Any, c: Any = None, **_: Any) -> list[Any]:
+def _symmetric_matmul_sharding(
+    a: Spec, b: Spec, c: Spec | None = None, **_: object
+) -> list[Sharding]:
     from torch.distributed.tensor import Partial, Replicate, Shard
 
-    def rule(result: Any, operand: Any) -> Any:
+    def rule(result: "Placement", operand: "Placement") -> Sharding:
         return [result], [operand, operand, None if c is None else result]
 
     batch = [rule(Shard(dim), Shard(dim)) for dim in range(a.ndim - 2)]
@@ -293,7 +309,7 @@ def _addmm_by_kernel(h: Tensor, a: Tensor, b: Tensor, alpha: float, beta: float)
 
 
 @_addmm_op.register_fake
-def _symmetric_addmm_fake(h: Tensor, a: Tensor, b: Tensor, **_: Any) -> None:
+def _symmetric_addmm_fake(h: Tensor, a: Tensor, b: Tensor, **_: object) -> None:
     _check(a, b, None, None, h)
 
 
