@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from torchpar.errors import ConfigError
 from torchpar.library.sharding import is_dtensor
-from torchpar.optim.chained import ChainedOptimizer
+from torchpar.optim.chained import ChainedOptimizer, Group
 from torchpar.optim.matrices import View
 from torchpar.tables import in_columns
 
@@ -49,7 +49,7 @@ class ModelOptimizer(ChainedOptimizer):
         self.assignments = assignments
         super().__init__(*optimizers)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**super().__getstate__(), "assignments": self.assignments}
 
     def __repr__(self) -> str:
@@ -64,7 +64,7 @@ class ModelOptimizer(ChainedOptimizer):
         return in_columns([("parameter", "shape", "optimizer", "reason"), *rows])
 
 
-def _check_types(model: Any, others: Any, **mappings: Any) -> None:
+def _check_types(model: object, others: object, **mappings: object) -> None:
     if not isinstance(model, nn.Module):
         raise ConfigError(
             f"Muon.for_model: model is of type {type(model).__name__}, expected a Module"
@@ -84,7 +84,7 @@ def _check_types(model: Any, others: Any, **mappings: Any) -> None:
 def chain(  # noqa: C901  # a line for each rule, in their order
     make_muon: Callable[..., Optimizer],
     model: nn.Module,
-    others: Callable[[Iterable[Any]], Optimizer],
+    others: Callable[[Iterable[Group]], Optimizer],
     overrides: Mapping[str, Choice],
     views: Mapping[str, View],
 ) -> ModelOptimizer:
@@ -133,7 +133,7 @@ def chain(  # noqa: C901  # a line for each rule, in their order
     # Until the first step; accelerate replaces parameters of optimizers before it.
     unchecked = [model]
 
-    def check_once(stepping: Optimizer, *_: Any) -> None:
+    def check_once(stepping: Optimizer, *_: object) -> None:
         while unchecked:
             _check_parameters(stepping, unchecked[0])
             unchecked.clear()
@@ -256,7 +256,7 @@ _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase
 # stands for the other optimizer. The first rule counts, but one whose rows do not add up is passed
 # over: its layout is another.
 _RULES: list[
-    tuple[Callable[[_Use], Any], str, int | Callable[[_Use, int, int], list[int]] | None]
+    tuple[Callable[[_Use], object], str, int | Callable[[_Use, int, int], list[int]] | None]
 ] = [
     (lambda use: isinstance(use.layer, _EMBEDDINGS), "embedding", None),
     (lambda use: isinstance(use.layer, _NORMS), "normalization", None),

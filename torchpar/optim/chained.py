@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+Group = dict[str, Any]
+"""A parameter group of `torch.optim`: "params", and the optimizer's arguments by name."""
+
 _CHANGED = (
     "ChainedOptimizer: a group was added to, removed from or replaced in the chain or one of its "
     "optimizers; make a new chain"
@@ -65,21 +68,21 @@ class ChainedOptimizer(Optimizer):
         if any(optimizer.state is not self.state for optimizer in self.optimizers):
             self._share_state()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**super().__getstate__(), "optimizers": self.optimizers}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         super().__setstate__(state)  # called for a copy, and by load_state_dict
         self._share_state()
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
+    def add_param_group(self, param_group: Group) -> None:
         if hasattr(self, "optimizers"):
             raise NotImplementedError(
                 "ChainedOptimizer cannot add groups; make a new optimizer of the model"
             )
         super().add_param_group(param_group)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], object] | None = None) -> Any:
         """Step each optimizer; returns the loss of ``closure``, which computes the gradients, or
         None."""
         self._check_groups()

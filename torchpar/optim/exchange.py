@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from itertools import permutations
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -115,7 +115,7 @@ class Exchange:
         ]
 
     def gather(
-        self, parts: Mapping[ParamInfo, Tensor], facts: dict[str, Any]
+        self, parts: Mapping[ParamInfo, Tensor], facts: Mapping[str, object]
     ) -> dict[ParamInfo, Tensor]:
         """Return the whole momenta that this rank owns, in bfloat16.
 
@@ -127,7 +127,7 @@ class Exchange:
             ConfigError: facts that differ; on every rank.
         """
         self._facts, self._present = facts, set(parts)
-        whole: dict[Any, Tensor] = {}
+        whole: dict[ParamInfo, Tensor] = {}
         for info in self.owned:
             if (t := parts.get(info)) is None:
                 continue
@@ -137,7 +137,7 @@ class Exchange:
                 whole[info] = t.new_empty(info.part.whole, dtype=torch.bfloat16)
                 info.part.narrow(whole[info]).copy_(t)
         for message, t in self._send(self._to_owners, parts):
-            if message.param in whole:
+            if message.param is not None and message.param in whole:
                 message.part.narrow(whole[message.param]).copy_(t)
         return whole
 
@@ -148,7 +148,8 @@ class Exchange:
         Raises:
             ConfigError: as `gather`, if all ranks have the whole parameters.
         """
-        parts: dict[Any, Tensor] = {m.param: t for m, t in self._send(self._to_all, results)}
+        sent = self._send(self._to_all, results)
+        parts = {message.param: t for message, t in sent if message.param is not None}
         parts |= {info: info.part.narrow(results[info]) for info in self.owned if info in results}
         return {info: t for info, t in parts.items() if info in self._present}
 

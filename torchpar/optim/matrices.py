@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,7 +94,7 @@ def orthogonalize_in_place(
     matrices: Sequence[Tensor], coefficients: Coefficients, steps: int, eps: float, ns: NewtonSchulz
 ) -> None:
     """`orthogonalize` each matrix, in batches of nearly equal shapes, which keep a device busy."""
-    by_kind: dict[Any, list[Tensor]] = {}
+    by_kind: dict[tuple[tuple[int, ...], torch.device], list[Tensor]] = {}
     for matrix in matrices:
         by_kind.setdefault((_padded(matrix.shape), matrix.device), []).append(matrix)
     for (shape, _), same in by_kind.items():

@@ -19,6 +19,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from torchpar.errors import ConfigError
 from torchpar.library.sharding import is_dtensor
 from torchpar.optim.assign import Choice, ModelOptimizer, chain
+from torchpar.optim.chained import Group
 from torchpar.optim.exchange import Exchange
 from torchpar.optim.matrices import ParamInfo, View, orthogonalize_in_place
 from torchpar.optim.newton_schulz import COEFFICIENTS, Coefficients, NewtonSchulz, orthogonalize
@@ -31,6 +32,7 @@ _RATIOS: dict[str, Callable[[int, int], float]] = {
     "spectral_unclamped": lambda n, m: math.sqrt(n / m),
 }
 
+_Ranks = dist.ProcessGroup | DeviceMesh | None  # that share parameters; None for a rank alone
 _PARAMETERS = "the list of parameters"
 
 
@@ -82,7 +84,7 @@ class Muon(Optimizer):
     views: Mapping[str, View]
     process_group: dist.ProcessGroup | DeviceMesh | None = None  # not copied
     _plan: list[Exchange] | None = None  # from the first step on
-    _planned: Sequence[Any] = ()  # the parameters that it is for
+    _planned: Sequence[object] = ()  # the parameters that it is for
     _has_updated = False
 
     def __init__(
@@ -134,7 +136,7 @@ class Muon(Optimizer):
         model: torch.nn.Module,
         lr: float | Tensor = 1e-3,
         *,
-        others: Callable[[Iterable[Any]], Optimizer] = torch.optim.AdamW,
+        others: Callable[[Iterable[Group]], Optimizer] = torch.optim.AdamW,
         overrides: Mapping[str, Choice] | None = None,
         views: Mapping[str, View] | None = None,
         **arguments: Any,
@@ -178,7 +180,7 @@ class Muon(Optimizer):
         make = partial(cls, lr=lr, **arguments)
         return chain(make, model, others, overrides or {}, views or {})
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         for info in self._param_infos():
             if info.part.is_slice:
                 raise ConfigError(
@@ -188,7 +190,7 @@ class Muon(Optimizer):
         settings = {"ns": self.ns, "views": self.views, "_names": self._names}
         return {**super().__getstate__(), **settings}
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
+    def add_param_group(self, param_group: Group) -> None:
         """Add a group of parameters. On several ranks that share parameters, do so before the first
         step."""
         if own := {"ns", "views", "process_group"} & param_group.keys():
@@ -240,7 +242,7 @@ class Muon(Optimizer):
                 self._refuse_change(self._plan)
             self._plan = None
         if self._plan is None:
-            together: dict[Any, list[ParamInfo]] = {}
+            together: dict[tuple[_Ranks, torch.device], list[ParamInfo]] = {}
             for info in self._param_infos():
                 info.check()
                 together.setdefault(
@@ -268,7 +270,7 @@ class Muon(Optimizer):
         )
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], object] | None = None) -> Any:
         """Take one step; returns the loss of ``closure``, which computes the gradients, or None.
 
         Raises:
@@ -282,7 +284,7 @@ class Muon(Optimizer):
         loss = None if closure is None else torch.enable_grad()(closure)()
         exchanges = self._exchanges()
         infos = [info for exchange in exchanges for info in exchange.params]
-        grads = {info: local(info.p.grad) for info in infos if _has_gradient(info)}
+        grads = {info: local(grad) for info in infos if (grad := _valid_gradient(info)) is not None}
         tensors: dict[ParamInfo, Tensor] = {}
         for group, own in self._by_group(grads):
             tensors |= self._directions(group, own)
@@ -301,15 +303,13 @@ class Muon(Optimizer):
 
     def _by_group(
         self, tensors: Mapping[ParamInfo, Tensor]
-    ) -> Iterator[tuple[dict[str, Any], dict[ParamInfo, Tensor]]]:
+    ) -> Iterator[tuple[Group, dict[ParamInfo, Tensor]]]:
         """The parameter groups that have some of the tensors, each with its own."""
         for index, group in enumerate(self.param_groups):
             if own := {info: t for info, t in tensors.items() if info.group_index == index}:
                 yield group, own
 
-    def _directions(
-        self, group: dict[str, Any], grads: dict[ParamInfo, Tensor]
-    ) -> dict[ParamInfo, Tensor]:
+    def _directions(self, group: Group, grads: dict[ParamInfo, Tensor]) -> dict[ParamInfo, Tensor]:
         """Update the momenta; return what is to be orthogonalised."""
         gradients = [grad.to(info.p.dtype) for info, grad in grads.items()]
         momenta = [self._momentum(info) for info in grads]
@@ -337,12 +337,12 @@ class Muon(Optimizer):
             )
         return local(momentum)
 
-    def _facts(self, exchange: Exchange) -> dict[str, Any]:
+    def _facts(self, exchange: Exchange) -> dict[str, object]:
         """The arguments, and the gradients that there are: the same on all ranks that share
         parameters."""
         if exchange.group is None:
             return {}
-        facts: dict[str, Any] = {_PARAMETERS: "that of the first step", "ns": self.ns}
+        facts: dict[str, object] = {_PARAMETERS: "that of the first step", "ns": self.ns}
         for index, name in {
             info.group_index: info.name for info in reversed(exchange.params)
         }.items():
@@ -357,7 +357,7 @@ class Muon(Optimizer):
             facts[f"gradient {i}, of {info.name},"] = None if grad is None else _layout(grad)
         return facts
 
-    def _orthogonalize(self, group: dict[str, Any], momenta: dict[ParamInfo, Tensor]) -> None:
+    def _orthogonalize(self, group: Group, momenta: dict[ParamInfo, Tensor]) -> None:
         """Orthogonalise whole momenta in place."""
         matrices = [(info, matrix) for info, t in momenta.items() for matrix in info.matrices(t)]
         coefficients, steps, eps = (group[name] for name in ("ns_coefficients", "ns_steps", "eps"))
@@ -391,7 +391,7 @@ class Muon(Optimizer):
                 )
         self._has_updated |= bool(updated)
 
-    def _apply(self, group: dict[str, Any], updates: dict[ParamInfo, Tensor]) -> None:
+    def _apply(self, group: Group, updates: dict[ParamInfo, Tensor]) -> None:
         """Apply the weight decay, and subtract the updates."""
         lr, decay = group["lr"], group["weight_decay"]
         params = [local(info.p) for info in updates]
@@ -407,22 +407,24 @@ class Muon(Optimizer):
         torch.autograd.graph.increment_version([info.p for info in updates if is_dtensor(info.p)])
 
 
-def _ratio(group: dict[str, Any], shape: Sequence[int]) -> float:
+def _ratio(group: Group, shape: Sequence[int]) -> float:
     """The ratio of the learning rate of a matrix of this shape to the group's."""
     n, m = shape
     return _RATIOS[group["adjust_lr_fn"] or "original"](max(n, 1), max(m, 1))
 
 
-def _has_gradient(info: ParamInfo) -> bool:
-    return info.p.grad is not None and _layout(info.p.grad) == _layout(info.p)
+def _valid_gradient(info: ParamInfo) -> Tensor | None:
+    """The gradient of a parameter; None without one, and for one of another layout."""
+    grad = info.p.grad
+    return grad if grad is not None and _layout(grad) == _layout(info.p) else None
 
 
 def _layout(t: Tensor) -> str:
     """The layout of a tensor, and its placements if it is a DTensor."""
-    return f"{t.layout} {t.placements}" if is_dtensor(t) else str(t.layout)  # type: ignore[attr-defined]
+    return f"{t.layout} {t.placements}" if is_dtensor(t) else str(t.layout)
 
 
-def _group_of(ranks: Any) -> dist.ProcessGroup | None:
+def _group_of(ranks: _Ranks) -> dist.ProcessGroup | None:
     """The group of all ranks of a group or a mesh; None for one rank alone."""
     if ranks is None or ranks.size() == 1:
         return None
@@ -430,7 +432,7 @@ def _group_of(ranks: Any) -> dist.ProcessGroup | None:
         return ranks
     dims = [dim for dim in range(ranks.ndim) if ranks.size(dim) > 1]
     if len(dims) == 1:
-        return ranks.get_group(dims[0])  # type: ignore[no-any-return]
+        return ranks.get_group(dims[0])
     members = sorted(ranks.mesh.flatten().tolist())
     if len(members) == dist.get_world_size():
         return dist.group.WORLD
