@@ -13,7 +13,7 @@ launches in Triton's interpreter, take the rule's tiles, too.
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import triton
 from torch import Tensor
@@ -83,15 +83,16 @@ class AutotunedPlan(Plan):
             restore_value=list(restore),
             cache_results=True,
         )(one.kernel)
+        self._tuner = tuner
         super().__init__(tuner, 0, one.arguments, {}, {}, one.descriptors)
         self._grids = {tuple(plan.constants.values()): plan.grid for plan in plans}
 
-    def _compile(self, wrap: Wrap, *arguments: Any) -> None:
+    def _compile(self, wrap: Wrap, *arguments: Tensor | int) -> None:
         assert wrap is None, "a tracer has no tensors to time"
-        names = list(self.kernel.configs[0].kwargs)
-        compiled = self.kernel[lambda given: self._grids[tuple(given[name] for name in names)]](
+        names = list(self._tuner.configs[0].kwargs)
+        compiled = self._tuner[lambda given: self._grids[tuple(given[name] for name in names)]](
             *arguments
         )
-        self.constants = self.kernel.best_config.kwargs
+        self.constants = self._tuner.best_config.kwargs
         self.grid = self._grids[tuple(self.constants.values())]
         self._keep(compiled)

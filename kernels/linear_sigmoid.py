@@ -264,7 +264,7 @@ def _plan_tiles(
     check_variant(tiles, "linear_sigmoid", n, x, weight)
     programs = count_tiles(tiles, m, n, symmetric=False)
     strides = *x.stride(), *weight.stride(), 0 if bias is None else bias.stride(0)
-    blocks: dict[str, Any] = {
+    blocks: dict[str, int | str] = {
         "HAS_BIAS": bias is not None,
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,

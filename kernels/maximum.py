@@ -5,14 +5,14 @@ Each array passes through memory once, 16 bytes per access. An operand that repe
 or the columns of a tile is read once for all of them.
 """
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Plan, Wrap, cached_plan
+from .launch import Kernel, Plan, Wrap, cached_plan
 
 FLAT_BYTES = 4096  # of a result per program: 2 accesses of 16 bytes for each of 128 threads
 # Of a result per program, at most: 4 rows, which share what repeats along them.
@@ -290,7 +290,7 @@ def maximum_backward(g: Tensor, a: Tensor, b: Tensor, da: Tensor, db: Tensor, wr
     _launch(_plan_backward, wrap, g, a, b, da, db)
 
 
-def _launch(make: Any, wrap: Wrap, *tensors: Tensor) -> None:
+def _launch(make: Callable[..., Plan | None], wrap: Wrap, *tensors: Tensor) -> None:
     out = tensors[-1]
     if out.numel() == 0:
         return
@@ -313,13 +313,13 @@ def _plan_backward(g: Tensor, a: Tensor, b: Tensor, da: Tensor, db: Tensor) -> P
     return _plan(maximum_backward_flat_kernel, maximum_backward_strided_kernel, operands, da)
 
 
-def _plan(flat: Any, strided: Any, operands: dict[str, Tensor], out: Tensor) -> Plan | None:
+def _plan(flat: Kernel, strided: Kernel, operands: dict[str, Tensor], out: Tensor) -> Plan | None:
     """None where the strided kernel has too few dimensions."""
     sizes, strides = _collapse(list(operands.values()), out)
     if len(sizes) == 1 and all(steps[0] in (0, 1) for steps in strides):
         # Small elements get half the block: with more, the masked branch takes too many registers.
         block = FLAT_BYTES // out.element_size() // (2 if out.element_size() < 4 else 1)
-        constants: dict[str, Any] = {
+        constants: dict[str, int | str] = {
             f"{n}_REPEATS": bool(s[0] == 0) for n, s in zip(operands, strides, strict=True)
         }
         constants["BLOCK"] = block
