@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from torch._ops import OpOverload
 
 Function = Callable[..., object]
-"""A function of an operator's arguments: of anything that a schema allows."""
+"""A function of an operator's arguments, which may be anything that a schema allows."""
 
 _F = TypeVar("_F", bound=Function)
 
@@ -87,9 +87,9 @@ def custom_op(
         fn: the function; without it, a decorator is returned.
         mutates_args: the names of the tensors that the function writes to, or "unknown". Such an
             operator has no gradient.
-        device_types: "cpu", "cuda" or others that the function serves; by default all.
-        schema: ``"(Tensor x) -> Tensor"``; by default that of the function's annotations.
-        tags: of the operator.
+        device_types: the devices that the function serves, such as "cpu" or "cuda"; by default all.
+        schema: ``"(Tensor x) -> Tensor"``; by default the schema of the function's annotations.
+        tags: the operator's tags.
 
     Returns:
         A `CustomOpDef`, or a decorator that makes one.
@@ -147,9 +147,9 @@ def triton_op(
 ) -> "CustomOpDef | Callable[[Function], CustomOpDef]":
     """Make an operator of a function that launches Triton kernels: `torch.library.triton_op`.
 
-    Compilers look into it, as into triton_op: `torch.compile` and AOTInductor trace the kernels,
-    and the ATen operators beside them. It stays whole in `torch.export`; for DTensors, whose
-    sharding rules are the operator's; and for data-dependent sizes, for which no tiles can be
+    Compilers look into the operator: `torch.compile` and AOTInductor trace the kernels, and the
+    ATen operators beside them. The operator stays one node in `torch.export`; for DTensors, since
+    the sharding rules are the operator's; and for data-dependent sizes, for which no tiles can be
     chosen. Triton is imported when a compiler asks for the kernels, and not before.
 
     The function wraps its kernels in `torch.library.wrap_triton`. Or it takes a keyword argument
@@ -159,7 +159,7 @@ def triton_op(
     Args:
         name, fn, mutates_args, schema: as for `custom_op`.
         kernels: returns the kernels, whose source belongs in a compiler's cache key; by default
-            those that the function wraps.
+            the kernels that the function wraps.
         opaque: a function of the arguments; where it is true, compilers do not look into the
             operator.
 
@@ -218,8 +218,7 @@ def triton_op(
 
 
 def _schema(name: str, fn: Function, mutates_args: str | Iterable[str], schema: str | None) -> str:
-    """The schema of the annotations, or the one that is given, if it agrees with
-    ``mutates_args``."""
+    """The schema that is given, or the annotations' schema; it must agree with ``mutates_args``."""
     if schema is None:
         return torch.library.infer_schema(fn, mutates_args=mutates_args)
     arguments = torch._C.parse_schema("f" + schema).arguments
@@ -235,11 +234,10 @@ def _schema(name: str, fn: Function, mutates_args: str | Iterable[str], schema: 
 
 
 class CustomOpDef(custom_ops.CustomOpDef):
-    """An operator, ``torch.ops.<namespace>.<name>``, and its rules; `custom_op` and `triton_op`
-    make it.
+    """An operator, ``torch.ops.<namespace>.<name>``, and its rules.
 
-    The base class lets `opcheck` and the functions of `torch.library` take it; each method is
-    replaced.
+    `custom_op` and `triton_op` make it. Because of its base class, `opcheck` and the functions of
+    `torch.library` accept it. Each method of the base class is replaced.
     """
 
     def __init__(
@@ -267,13 +265,13 @@ class CustomOpDef(custom_ops.CustomOpDef):
         _refuse(name, parsed, tags)
         writes = [bool(one.alias_info and one.alias_info.is_write) for one in arguments]
         self._written_at = [i for i, is_written in enumerate(writes) if is_written]
-        # Whether an argument names the device, as no tensor does.
+        # Without a tensor among the arguments, an argument must name the device.
         self._needs_device = not any("Tensor" in str(one.type) for one in arguments)
         self._has_device = any(one.name == "device" for one in arguments)
         self._check_device(name, device_types)
         self._namespace, self._name = namespace, local_name
         self.__name__, self.__doc__ = base, function.__doc__
-        # A notebook defines it again.
+        # A notebook may define the operator again.
         self._lib = custom_ops.get_library_allowing_overwrite(namespace, local_name)
         self._lib.define(local_name + schema, tags={torch.Tag.pt2_compliant_tag, *tags})
         self._opoverload = getattr(
@@ -287,17 +285,17 @@ class CustomOpDef(custom_ops.CustomOpDef):
         ]
         self._has_lists = any(self._are_lists)
         self._returns_tensor = [str(one.type) for one in parsed.returns] == ["Tensor"]
-        # From torch 2.14 on, arguments are not converted for C++. With keyword-only ones the
+        # From torch 2.14 on, arguments are not converted for C++. With keyword-only arguments the
         # conversion stays, and a call took no less time.
         if hasattr(self._opoverload, "_enable_pyobj_dispatch") and not self._keywords:
             self._opoverload._enable_pyobj_dispatch(True)
-        # Errors and `grad_fn` show its name, as PyTorch's do.
+        # Errors and `grad_fn` show this name, which is made as PyTorch makes it.
         generated = f"GeneratedBackwardFor_{namespace}_{base}_{overload or 'default'}"
         self._function: Any = new_class(generated, (Differentiable,))
         self._mutated = any(writes)
         self._kernels: dict[str | None, Function] = {}  # by device; None for all others
         self._dispatch_rules: dict[type, Function] = {}  # by tensor subclass or mode
-        # PyTorch's tools ask for it by this name.
+        # PyTorch's tools look for the fake by this name.
         self._abstract_fn: Function | None = None
         self._vmap: Function | None = None
         self._backward: Callable[..., Gradient | tuple[Gradient, ...]] | None = None
@@ -307,11 +305,11 @@ class CustomOpDef(custom_ops.CustomOpDef):
         self._decompose: Callable[..., bool] | None = None
         self.register_kernel(device_types, function)
         self._lib.impl(local_name, self._autograd, "Autograd")
-        if self._mutated:  # below Autograd, since inference mode passes that key over
+        if self._mutated:  # below Autograd, since inference mode passes over the Autograd key
             self._lib.impl(local_name, self._raise_versions, "ADInplaceOrView", with_keyset=True)
         if self._mutated and not parsed.returns:
             self.register_fake(lambda *args, **kwargs: None)
-        custom_ops.OPDEFS[self._qualname] = self  # for torch.library's functions, given the name
+        custom_ops.OPDEFS[self._qualname] = self  # where torch.library's functions look names up
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         register_sharding_rules()  # in inference mode the Autograd key is passed over
@@ -325,7 +323,7 @@ class CustomOpDef(custom_ops.CustomOpDef):
     def register_kernel(
         self, device_types: str | Sequence[str] | None, fn: Function | None = None, /
     ) -> Callable[..., Any]:
-        """Register a function for tensors on these devices; None means all others."""
+        """Register a function for tensors on these devices; None means all other devices."""
         if fn is None:
             return partial(self.register_kernel, device_types)
         devices: Sequence[str | None] = (
@@ -354,7 +352,7 @@ class CustomOpDef(custom_ops.CustomOpDef):
 
     def _select_device(self, *args: object, **kwargs: object) -> object:
         """Call the kernel of a function without tensors, for the device among its arguments."""
-        # To choose by; the call passes on what was given.
+        # The defaults are for the choice only: the call passes on the arguments that were given.
         given = {one.name: one.default_value for one in self._opoverload._schema.arguments}
         given |= dict(zip(given, args, strict=False)) | kwargs
         device = torch.device(given["device"] or "cpu").type
@@ -388,13 +386,14 @@ class CustomOpDef(custom_ops.CustomOpDef):
                 self._qualname, args, kwargs, result, partial(getmodule, kernel)
             )
         if self._returns_tensor and isinstance(result, Tensor):
-            return _without_view(result) if result._is_view() else result  # calls take time
+            # Asking first takes less time than calling `_without_view` for each result.
+            return _without_view(result) if result._is_view() else result
         return self._checked(result)
 
     def _checked(self, result: Any) -> object:
-        """The kernel's result, whose number and tensors are those that the schema says.
+        """Check that the kernel's result is what the schema says, and return it without views.
 
-        PyTorch's dispatch in Python (2.14) would pass on any other.
+        PyTorch's dispatch in Python (2.14) would pass on any other result.
         """
         expected = [str(one.type) for one in self._opoverload._schema.returns]
         values = result if len(expected) != 1 else (result,)
@@ -408,7 +407,7 @@ class CustomOpDef(custom_ops.CustomOpDef):
             is_tuple = is_right and len(expected) != 1
             kinds = [type(one).__name__ for one in values] if is_tuple else type(result).__name__
             raise RuntimeError(
-                f"{self._qualname} returns {kinds}, and its schema says {expected}; return that"
+                f"{self._qualname} returns {kinds}, expected {expected}, as its schema says"
             )
         if len(expected) == 1:
             return result
@@ -421,9 +420,8 @@ class CustomOpDef(custom_ops.CustomOpDef):
         )
 
     def register_fake(self, fn: _F) -> _F:
-        """Register a function that allocates the result, with its shape, strides, dtype and
-        device."""
-        # Until then, kernels made of PyTorch's operators run on fake tensors.
+        """Register a function that makes an empty result of the right shape, strides and dtype."""
+        # Without a fake, kernels made of PyTorch's operators run on fake tensors.
         if self._abstract_fn is None:
             self._lib._register_fake(self._name, self._run_fake, _stacklevel=2)
         self._abstract_fn = fn
@@ -461,7 +459,7 @@ class CustomOpDef(custom_ops.CustomOpDef):
         )
 
     def register_torch_dispatch(self, cls: type, fn: Function | None = None) -> Callable[..., Any]:
-        """Register what the operator does for a tensor subclass, or in a mode."""
+        """Register a function to call in place of the kernel, for a subclass or in a mode."""
         if fn is None:
             return partial(self.register_torch_dispatch, cls)
         if cls not in self._dispatch_rules:
@@ -483,8 +481,7 @@ class CustomOpDef(custom_ops.CustomOpDef):
         jvp: Function | None = None,
         decompose: Callable[..., bool] | None = None,
     ) -> None:
-        """Register derivatives: `torch.library.register_autograd`, and more for torch.func and
-        forward mode.
+        """Register derivatives: `torch.library.register_autograd`, also for torch.func.
 
         Under transforms and in forward mode ``formula`` is called in the operator's place, if it is
         given. Otherwise the operator is called, and has the derivatives ``backward`` and ``jvp``.
@@ -494,7 +491,7 @@ class CustomOpDef(custom_ops.CustomOpDef):
                 argument.
             setup_context: ``setup_context(ctx, inputs, output)`` saves what the derivatives need.
                 If the operator has keyword-only arguments, it also gets ``keyword_only_inputs``.
-            formula: the same function, made of differentiable operators of PyTorch.
+            formula: the operator's function, made of differentiable operators of PyTorch.
             jvp: ``jvp(ctx, *tangents)`` returns the tangent of the result; a tangent that is 0 may
                 be None. By default it is computed by differentiating ``backward``, which is linear
                 in ``grads``.
@@ -523,19 +520,18 @@ class CustomOpDef(custom_ops.CustomOpDef):
         *,
         cast: bool = True,
     ) -> None:
-        """Run the operator in ``cast_inputs`` under autocast, by default in the dtype that autocast
-        has.
+        """Run the operator in ``cast_inputs`` under autocast, by default in autocast's dtype.
 
         `torch.library.register_autocast` fixes the dtype; by default this rule follows
         ``torch.autocast(dtype=…)``. Tensors of float64 and of integers are left as they are.
-        Without a rule, autocast would act on the operators inside.
+        Without a rule, autocast would act on the PyTorch operators that the kernel calls.
 
         Args:
             device_type: "cpu" or "cuda"; by default both.
             cast: False leaves all arguments as they are.
 
         Raises:
-            ValueError: a device type that is no string, such as a dtype in its place.
+            ValueError: a device type that is no string; a dtype may have been given in its place.
         """
         if not isinstance(device_type, str | None):
             given = f"{self._qualname}: the device type is {device_type!r}"
@@ -560,12 +556,12 @@ class CustomOpDef(custom_ops.CustomOpDef):
             return self._opoverload(*args, **kwargs)
 
     def register_sharding(self, rule: _F) -> _F:
-        """Register a rule for DTensors, as
-        `torch.distributed.tensor.experimental.register_sharding` does.
+        """Register a rule of sharding: the placements of DTensors that the operator can take.
 
-        Importing DTensor would slow the import of a package. The first call after DTensor was
-        imported registers the rule, in time: the operator's Autograd key comes before DTensor's
-        dispatch.
+        The rule is the function that `torch.distributed.tensor.experimental.register_sharding`
+        takes. Importing DTensor would slow the import of a package. So the first call after DTensor
+        was imported registers the rule. That call already follows the rule, since the operator's
+        Autograd key comes before DTensor's dispatch.
 
         Raises:
             ValueError: the operator has no result (pytorch#167219).
@@ -578,7 +574,7 @@ class CustomOpDef(custom_ops.CustomOpDef):
 
         def with_defaults(*args: object, **kwargs: object) -> object:
             found: Any = rule(*args, *self._defaults[len(args) :], **self._keyword_only(kwargs))
-            # The tensors are specs, and in a list that has None, too, strategies.
+            # A tensor comes as a spec. In a list that also holds None, it comes as a strategy.
             is_tensor = [
                 hasattr(t, "placements") or hasattr(t, "strategies") for t in tree_flatten(args)[0]
             ]
@@ -603,8 +599,7 @@ class CustomOpDef(custom_ops.CustomOpDef):
         return rule
 
     def _keyword_only(self, kwargs: dict[str, object]) -> dict[str, object]:
-        """All keyword-only arguments, of which PyTorch leaves out those that equal their
-        defaults."""
+        """All keyword-only arguments: PyTorch leaves out arguments that equal their defaults."""
         return {one.name: one.default_value for one in self._keywords} | kwargs
 
     def _autograd(self, *args: object, **kwargs: object) -> object:
@@ -628,7 +623,7 @@ class CustomOpDef(custom_ops.CustomOpDef):
             if torch._C._any_requires_grad(*leaves):
                 call = Call(self, kwargs, transformed)
                 return call.result(self._function.apply(*call.flat(args), call))
-        with AutoDispatchBelowAutograd():  # `_below`, without the time of its call
+        with AutoDispatchBelowAutograd():  # as `_below`, whose call would take time
             return self._opoverload(*args, **kwargs)
 
     def _below(self, *args: object, **kwargs: object) -> object:
@@ -644,7 +639,7 @@ class CustomOpDef(custom_ops.CustomOpDef):
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*self._written(args)):
             raise RuntimeError(
                 f"{self._qualname} has no gradient, and an argument that it writes to requires "
-                "one; detach it, or call the operator under torch.no_grad()"
+                "a gradient; detach it, or call the operator under torch.no_grad()"
             )
 
     def _written(self, args: tuple[object, ...]) -> list[Tensor]:
@@ -699,8 +694,7 @@ def _without_view(t: Tensor) -> Tensor:
 
 
 def _gpu_of(args: tuple[object, ...]) -> torch.device | None:
-    """The tensors' GPU, to be made current: Triton launches on the current one, and chooses tiles
-    for it."""
+    """The tensors' GPU, which must be current: Triton launches on, and for, the current GPU."""
     for arg in args:
         # A fake tensor may name a GPU that this machine lacks.
         if isinstance(arg, Tensor) and arg.is_cuda and torch.cuda.is_available():

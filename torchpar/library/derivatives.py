@@ -20,8 +20,7 @@ _T = TypeVar("_T")
 
 
 class Call:
-    """A call on its way through `Differentiable`, of flat tensors; it keeps none of the
-    arguments."""
+    """A call on its way through `Differentiable`, as flat leaves; it keeps no argument."""
 
     are_smooth: list[bool]  # of a transformed call: whether each result has a derivative
 
@@ -53,7 +52,8 @@ class Call:
         self, ctx: "_FunctionContext", leaves: Sequence[object], output: tuple[object, ...]
     ) -> None:
         ctx._torchpar_call, self.count = self, len(leaves)
-        self.materializes = len(output) > 1  # of one result autograd does
+        # Zeros for results without a gradient; for a single result autograd makes them.
+        self.materializes = len(output) > 1
         if self.transformed or self.materializes:
             self.results: list[dict[str, Any] | None] = [  # None for a number
                 {"size": t.shape, "dtype": t.dtype, "device": t.device}
@@ -61,7 +61,7 @@ class Call:
                 else None
                 for t in output
             ]
-        if self.materializes:  # the zeros that autograd makes are no DTensors (pytorch#173123)
+        if self.materializes:  # autograd's zeros would be no DTensors (pytorch#173123)
             ctx.set_materialize_grads(False)
         ctx.needs_input_grad = nested(ctx.needs_input_grad[:-1], self.sizes)[: self.given]
         if self.op._setup_context:
@@ -85,7 +85,7 @@ class Call:
             name = self.op._qualname
             hint = "it has no backward; register one by register_autograd"
             raise RuntimeError(f"Trying to backward through {name}, but {hint}")
-        if self.materializes and any(g is None for g in grads):  # of a result that is not used
+        if self.materializes and any(g is None for g in grads):  # a result was not used
             like = next((g for g in grads if g is not None), None)
             if like is None:
                 return (None,) * self.count
@@ -127,10 +127,11 @@ class Call:
 def flattened(
     values: tuple[Any, ...], are_lists: Sequence[bool] | None = None
 ) -> tuple[Sequence[object], list[int | None] | None]:
-    """The values and the tensors of those that are lists, and the lists' lengths; None without
-    lists.
+    """The values, with the tensors of lists in the lists' places, and the lengths of the lists.
 
-    ``are_lists`` tells which values are lists of tensors; without it, their elements do.
+    The length is None for a value that is no list; without lists, None stands for all lengths.
+    ``are_lists`` tells which values are lists of tensors. Without ``are_lists``, a list counts as
+    one if all its elements are tensors or None.
     """
     if list not in map(type, values):
         return values, None
@@ -148,7 +149,7 @@ def _is_list_of_tensors(value: object) -> bool:
 
 
 def nested(leaves: Iterable[_T], sizes: list[int | None] | None) -> tuple[_T | list[_T], ...]:
-    """The values that `flattened` took apart."""
+    """Put the leaves back into lists of ``sizes``: the inverse of `flattened`."""
     if sizes is None:
         return tuple(leaves)
     rest = iter(leaves)
@@ -156,7 +157,7 @@ def nested(leaves: Iterable[_T], sizes: list[int | None] | None) -> tuple[_T | l
 
 
 class _FunctionContext(Context, Protocol):
-    """The context of `Differentiable`, with what PyTorch's has beyond that of the rules."""
+    """The ``ctx`` of `Differentiable`: a rule's context, and what only this module uses."""
 
     needs_input_grad: Any  # one for each leaf, until `Call.set_up` nests them
     to_save: tuple[Tensor, ...] | None
@@ -167,19 +168,19 @@ class _FunctionContext(Context, Protocol):
     def save_for_forward(self, *tensors: Tensor | None) -> None: ...
 
 
-# `torch.autograd.Function` would dispatch to the transforms again, which have called the operator.
+# `torch.autograd.Function` would call the transforms again, from which this call comes.
 class Differentiable(SingleLevelFunction):
     """An operator with its derivatives, also under transforms."""
 
     @staticmethod
     def forward(ctx: "_FunctionContext", *args: Any) -> Any:
-        # In this order PyTorch's messages count the arguments as the operator does.
+        # The call is last, so that PyTorch's messages number the arguments as the operator does.
         *leaves, call = args
         if not call.transformed:
             output = call.compute(leaves)
             call.set_up(ctx, leaves, output)
             return output
-        # The transforms below differentiate too.
+        # Transforms below this one may differentiate, too.
         with torch.enable_grad(), set_fwd_grad_enabled(True):
             output = call.compute(leaves)
         call.set_up(ctx, leaves, output)
@@ -206,8 +207,7 @@ class Differentiable(SingleLevelFunction):
         call = ctx._torchpar_call
         needs = nested([t is not None for t in tangents], call.sizes)[: call.given]
         context = SimpleNamespace(**vars(ctx), saved_tensors=saved, needs_input_grad=needs)
-        # PyTorch turns forward mode off here, so that the tangents of the transforms below would be
-        # 0.
+        # PyTorch turns forward mode off here. The tangents of the transforms below would be 0.
         with set_fwd_grad_enabled(True):
             if call.op._jvp:
                 return call.op._jvp(context, *nested(tangents, call.sizes))
@@ -217,8 +217,7 @@ class Differentiable(SingleLevelFunction):
 def _transposed_backward(
     ctx: "_FunctionContext", tangents: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, ...]:
-    """The tangents of the results: ``backward`` is linear in ``grads``, and this is its
-    transpose."""
+    """The tangents of the results, by the transpose of ``backward``, which is linear."""
     call = ctx._torchpar_call
     with torch.enable_grad():
         zeros = [
@@ -233,7 +232,7 @@ def _transposed_backward(
             for g, t in zip(gradients, tangents, strict=False)
             if g is not None and t is not None
         ]
-        if any(not g.requires_grad for g, _ in pairs):  # a 0 of its own, or made by another library
+        if any(not g.requires_grad for g, _ in pairs):  # a constant, or another library's
             raise RuntimeError(
                 f"{call.op._qualname}: backward returns a gradient that PyTorch cannot "
                 "differentiate; return None for 0, or register jvp or formula"

@@ -29,7 +29,7 @@ def register_sharding_rules() -> None:
         sharding_rules.pop(overload, None)  # another thread may have registered it, too
 
 
-# `torch.compile` calls it while it traces. It would trace PyTorch's registration, and fail.
-# `torch.compiler.assume_constant_result` sets this mark and imports the compiler, which takes a
-# second.
+# The mark keeps `torch.compile` from tracing into PyTorch's registration, at which it would fail.
+# `torch.compiler.assume_constant_result` sets the same mark, but imports the compiler, which takes
+# a second.
 register_sharding_rules._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -51,11 +51,11 @@ def _kernels(module: str) -> Iterator[object]:
 
 
 def supports_tma(wrap: Wrap) -> bool:
-    """Whether a kernel that ``wrap`` launches may make TMA descriptors, which need memory at the
-    launch.
+    """Whether a kernel that ``wrap`` launches may make TMA descriptors.
 
-    Inductor's Python wrapper allocates that memory. Its C++ wrapper, and so AOTInductor, allocates
-    enough for one program in torch 2.11. Other compilers, and uncompiled graphs, allocate nothing.
+    The descriptors need memory at the launch. Inductor's Python wrapper allocates this memory. Its
+    C++ wrapper, and so AOTInductor, allocates enough for one program in torch 2.11. Other
+    compilers, and uncompiled graphs, allocate nothing.
     """
     if wrap is None:
         return True

@@ -20,12 +20,11 @@ from torchpar.ops._operator import operator, save_operands
 
 
 def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """The product ``a @ b.mT`` in float32, with the same bits on every device and number of
-    threads.
+    """The product ``a @ b.mT`` in float32, with the same bits on every processor.
 
-    The rows of both operands are scaled by powers of two and rounded to integers of 32 bits, of
-    which `torchpar.ops.exact_digits` has the formula. The sums are exact, and are rounded once. The
-    error is at most
+    The bits do not depend on the device or on the number of threads. The rows of both operands are
+    scaled by powers of two and rounded to integers of 32 bits, of which `torchpar.ops.exact_digits`
+    has the formula. The sums are exact, and are rounded once. The error is at most
 
         k · 2⁻²⁷ · max|a_i| · max|b_j| + half an ulp
 
@@ -49,7 +48,7 @@ def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
 def exact_matmul_t(x: Tensor) -> Tensor:
     """The product ``x @ x.mT`` in float32, ``exact_matmul(x, x)``, of which half is computed.
 
-    It equals its transpose bit for bit.
+    The result equals its transpose bit for bit.
 
     Args:
         x: ``(*, n, k)`` float32.
@@ -79,7 +78,7 @@ def _check(a: Tensor, b: Tensor) -> None:
         raise RuntimeError(f"torchpar::exact_matmul: {actual}, expected ({expected}) on {a.device}")
 
 
-# The CPU path looks at the values; compilers keep it whole.
+# The CPU path looks at the values, so compilers do not look into it.
 @operator(
     "exact_matmul(Tensor a, Tensor b) -> Tensor",
     kernels="exact_matmul",
@@ -131,8 +130,8 @@ for _device in ("cpu", "cuda"):
 def _exact_matmul_sharding(a: Spec, b: Spec) -> list[Sharding]:
     from torch.distributed.tensor import Replicate, Shard
 
-    # A sum of rounded parts would not be exact: operands split along k are gathered.
+    # A sum of rounded partial sums would not be exact: operands sharded along k are gathered.
     batch = [([Shard(dim)], [Shard(dim), Shard(dim)]) for dim in range(a.ndim - 2)]
     rows, columns = Shard(a.ndim - 2), Shard(a.ndim - 1)
-    whole = Replicate()
-    return [([whole], [whole, whole]), ([rows], [rows, whole]), ([columns], [whole, rows]), *batch]
+    full = Replicate()
+    return [([full], [full, full]), ([rows], [rows, full]), ([columns], [full, rows]), *batch]

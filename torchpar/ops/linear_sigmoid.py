@@ -9,7 +9,7 @@ With G = dL/dY, and since σ' = σ·(1 − σ) depends on the output alone:
     dL/dX = dL/dZ · W          dL/dW = (dL/dZ)ᵀ · X
 
 A second operator computes dL/dZ and dL/db in one pass over G and Y on a GPU. It has no gradient:
-second derivatives are those of the formula.
+second derivatives are derivatives of the plain formula.
 """
 
 import math
@@ -74,10 +74,9 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def _is_native(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Return True if PyTorch's operators and their autograd are right, and faster than this
-    operator.
+    """Whether to call PyTorch's operators, with their autograd, in place of this operator.
 
-    They are on CPUs, for 16-bit floats if all sizes are even.
+    On CPUs they are faster, and right: for 16-bit floats only if all sizes are even.
     """
     if not (x.is_cpu and is_eager(x, weight, bias)):
         return False
@@ -88,7 +87,7 @@ def _is_native(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
 
 
 def _is_slow(t: Tensor) -> bool:
-    """Whether products take 50 times as long as those of float32."""
+    """Whether products of ``t`` take 50 times as long as products of float32."""
     return t.dtype == torch.bfloat16 and t.is_cpu and not has_bfloat16()
 
 
@@ -135,8 +134,7 @@ def _setup_context(ctx: Context, inputs: tuple[Tensor, ...], output: Tensor) -> 
 
 
 def dz_and_db(g: Tensor, y: Tensor, need_bias: bool = True) -> tuple[Tensor, Any]:
-    """dL/dZ ``(*, out)``, and dL/db ``(out)`` if ``need_bias``, from g = dL/dY and y
-    ``(*, out)``."""
+    """dL/dZ ``(*, out)`` from g = dL/dY and y ``(*, out)``; with ``need_bias`` also dL/db."""
     if not need_bias:
         return _sigmoid_gradient(g, y), None
     # On a CPU nothing is fused, and two calls of ATen cost less than dispatching one operator.
@@ -145,7 +143,7 @@ def dz_and_db(g: Tensor, y: Tensor, need_bias: bool = True) -> tuple[Tensor, Any
 
 def _backward(ctx: Context, g: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, y = ctx.saved_tensors
-    # Which has no entry for a bias that is not given.
+    # There is no entry for a bias that is not given.
     need_x, need_weight, *need_bias = ctx.needs_input_grad
     dz, db = dz_and_db(g, y, any(need_bias))
     dtype = x.dtype

@@ -7,9 +7,9 @@ With G = dL/dC:
 
     dL/dX = (G + Gᵀ)·X
 
-computed by a second operator: on a GPU one kernel makes (G + Gᵀ)/2, and PyTorch's library
-multiplies (float16 takes two products). It has no gradient: second derivatives are those of the
-formula.
+is computed by a second operator: on a GPU one kernel makes (G + Gᵀ)/2, and PyTorch's library
+multiplies (float16 takes two products). The second operator has no gradient: second derivatives are
+derivatives of the plain formula.
 """
 
 from typing import TYPE_CHECKING, TypeGuard
@@ -31,13 +31,13 @@ if TYPE_CHECKING:  # it takes long to import
 
 
 def matmul_t(x: Tensor) -> Tensor:
-    """The product of a matrix and its own transpose, at half the arithmetic and exactly symmetric.
+    """The product of a matrix and its transpose, at half the arithmetic and exactly symmetric.
 
     ``c = x @ x.mT``. Only tiles on and below the diagonal are computed, and each is stored twice,
     so ``torch.equal(c, c.mT)`` holds. Under torch.func transforms the plain product is evaluated,
-    which may not be exactly symmetric. A DTensor split by rows is gathered once, and each rank
-    computes its own rows of the plain product. `torchpar.reference.matmul_t` is the same in plain
-    PyTorch, to be read first.
+    which may not be exactly symmetric. A DTensor sharded by rows is gathered once, and each rank
+    computes the rows of its shard of the plain product. `torchpar.reference.matmul_t` is the same
+    in plain PyTorch, to be read first.
 
     Args:
         x: ``(*, n, k)``; float16, bfloat16, float32 or float64. On CUDA, float32 follows

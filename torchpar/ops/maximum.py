@@ -11,7 +11,7 @@ Where a or b is NaN, both gradients are g, as in `torch.maximum`. Gradients are 
 broadcast dimensions.
 
 A second operator, used on GPUs, computes both gradients in the shape of g. It has no gradient:
-second derivatives are those of the formula.
+second derivatives are derivatives of the plain formula.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,8 @@ _DTYPES = frozenset((*_INTEGERS, torch.float16, torch.bfloat16, torch.float32, t
 def maximum(a: Tensor, b: Tensor) -> Tensor:
     """Elementwise maximum of two tensors, with `torch.maximum`'s semantics.
 
-    ``y[i] = max(a[i], b[i])``; NaN in either operand gives NaN; equal elements share the gradient.
+    ``y[i] = max(a[i], b[i])``; NaN in either operand gives NaN; of equal elements each gets half
+    the gradient.
 
     Args:
         a: any shape; uint8, int8 to int64, bool, float16, bfloat16, float32 or float64.
@@ -120,20 +121,20 @@ def _formula(a: Tensor, b: Tensor) -> Tensor:
 def _backward(ctx: Context, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
     a, b = ctx.saved_tensors
     need_a, need_b = ctx.needs_input_grad
-    # One launch for both costs less than ATen's for one.
+    # One launch for both gradients costs less than ATen's launches for one.
     if g.is_cuda and not needs_formula(g, a, b):
         da, db = _backward_op(g, a.detach(), b.detach())  # the gradients depend on g alone
     else:
-        share = torch.where(a == b, g / 2, g)
+        of_larger = torch.where(a == b, g / 2, g)
         da, db = (
-            share.masked_fill(a < b, 0) if need_a else None,
-            share.masked_fill(b < a, 0) if need_b else None,
+            of_larger.masked_fill(a < b, 0) if need_a else None,
+            of_larger.masked_fill(b < a, 0) if need_b else None,
         )
     return _reduced(da, a) if need_a else None, _reduced(db, b) if need_b else None
 
 
-def _reduced(share: Tensor, t: Tensor) -> Tensor:
-    return share.sum_to_size(t.shape).to(t)
+def _reduced(gradient: Tensor, t: Tensor) -> Tensor:
+    return gradient.sum_to_size(t.shape).to(t)
 
 
 _op.register_autograd(_backward, setup_context=save_operands, formula=_formula)
@@ -154,7 +155,7 @@ def _maximum_vmap(
 
 
 def _aligned(t: Tensor, dim: int | None, dims: int) -> Tensor:
-    """``t`` with its batch dimension before ``dims`` others."""
+    """``t`` with its batch dimension before ``dims`` other dimensions."""
     if dim is None:
         return t
     t = t.movedim(dim, 0)

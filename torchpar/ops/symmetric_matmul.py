@@ -54,7 +54,7 @@ def symmetric_matmul(
         c: ``(*, n, n)``, symmetric, of ``a``'s dtype and device, or None.
         alpha, beta: factors of the product and of ``c``.
             ``c`` needs ``beta``, and a ``beta`` other than 0 needs ``c``.
-        check: compute the whole product in float64, and raise if the product or ``c`` is not
+        check: compute all of the product in float64, and raise if the product or ``c`` is not
             symmetric up to the rounding of ``a``, ``b`` and ``c``. For debugging: it takes several
             times as long, and waits for the device. Ignored in compiled graphs and under torch.func
             transforms.
@@ -73,7 +73,7 @@ def symmetric_matmul(
     """
     if check and not (torch.compiler.is_compiling() or is_transformed((a, b, c))):
         _check(a, b, c, beta, out)
-        # The shards of a DTensor need not be symmetric.
+        # Unsharded, since a DTensor's shards need not be symmetric.
         _check_symmetry(
             _unsharded(a), _unsharded(b), _unsharded(c) if c is not None and beta else None
         )
@@ -184,8 +184,7 @@ def _op(
 def compute_symmetric_matmul(
     a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float, wrap: Wrap
 ) -> Tensor:
-    """The result of the operator, and of `torchpar.matmul_t`, for arguments that have been
-    checked."""
+    """The result of the operator and of `torchpar.matmul_t`, for arguments that were checked."""
     if not a.is_cuda:
         return symmetric_cpu.symmetric_matmul_on_cpu(a, b, c, alpha, beta)
     from torchpar.kernels import symmetric_matmul as kernels
@@ -219,7 +218,7 @@ def _setup_context(
 
 def _backward(ctx: _Context, g: Tensor) -> tuple[Tensor | None, ...]:
     a, b = ctx.saved_tensors
-    need_a, need_b, *need_c = ctx.needs_input_grad  # which has no entry for a C that is not given
+    need_a, need_b, *need_c = ctx.needs_input_grad  # without an entry for a C that is not given
     da = ctx.alpha * product(g, b.mT) if need_a else None
     db = ctx.alpha * product(g.mT, a.mT) if need_b else None
     return da, db, ctx.beta * g if any(need_c) else None
@@ -260,7 +259,7 @@ def _symmetric_matmul_sharding(
     return [rule(Replicate(), Replicate()), rule(Partial(), Shard(a.ndim - 1)), *batch]
 
 
-# In place. Compilers keep the operator whole: it writes to an operand.
+# In place. Compilers do not look into the operator, since it writes to an operand.
 
 
 @operator(
@@ -275,11 +274,11 @@ def _addmm_op(h: Tensor, a: Tensor, b: Tensor, *, alpha: float, beta: float, wra
         and h.numel()
     ):
         raise RuntimeError(
-            "torchpar::symmetric_matmul: out shares its storage with a or b, expected its own"
+            "torchpar::symmetric_matmul: out shares its storage with a or b, expected other memory"
         )
     if torch._debug_has_internal_overlap(h) == 1:
         raise RuntimeError(
-            "torchpar::symmetric_matmul: elements of out share memory, expected each its own"
+            "torchpar::symmetric_matmul: elements of out share memory, expected separate elements"
         )
     if alpha == 0 or a.shape[-1] == 0 or h.numel() == 0:
         if beta == 0:
@@ -301,7 +300,8 @@ def _addmm_by_kernel(h: Tensor, a: Tensor, b: Tensor, alpha: float, beta: float)
     out = kernels.symmetric_matmul(
         *operands,
         out=h,
-        # It would store the operands' dtype, and might load tiles of H that others have stored.
+        # The kernel by TMA would store the operands' dtype. It might load tiles of H that another
+        # program has already stored.
         tma=False,
         only_if_faster=h.dtype == a.dtype,  # PyTorch's products have one dtype
     )
