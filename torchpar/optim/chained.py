@@ -36,8 +36,8 @@ class ChainedOptimizer(Optimizer):
         )
         # Schedulers that cycle the momentum look here for "betas" or "momentum", and set it in all
         # groups.
-        shared = set.intersection(*(set(optimizer.defaults) for optimizer in optimizers))
-        cycled = "betas" if "betas" in shared else "momentum"
+        common = set.intersection(*(set(optimizer.defaults) for optimizer in optimizers))
+        cycled = "betas" if "betas" in common else "momentum"
         for optimizer in optimizers:
             if cycled in optimizer.defaults:
                 self.defaults[cycled] = optimizer.defaults[cycled]
@@ -47,7 +47,7 @@ class ChainedOptimizer(Optimizer):
         self._share_state()
 
     def _share_state(self) -> None:
-        """Give each optimizer the chain's state, and its own of the chain's groups."""
+        """Give each optimizer the chain's state, and those groups of the chain that it steps."""
         if sum(len(optimizer.param_groups) for optimizer in self.optimizers) != len(
             self.param_groups
         ):
@@ -60,8 +60,7 @@ class ChainedOptimizer(Optimizer):
                 optimizer._share_state()
 
     def _check_groups(self) -> None:
-        """Raise unless the optimizers step the groups that this chain shows, saves and
-        schedules."""
+        """Raise unless the optimizers step the groups that the chain shows, saves and schedules."""
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         if [*map(id, groups)] != [*map(id, self.param_groups)]:
             raise RuntimeError(_CHANGED)
@@ -83,8 +82,11 @@ class ChainedOptimizer(Optimizer):
         super().add_param_group(param_group)
 
     def step(self, closure: Callable[[], object] | None = None) -> Any:
-        """Step each optimizer; returns the loss of ``closure``, which computes the gradients, or
-        None."""
+        """Step each optimizer.
+
+        Returns:
+            the loss of ``closure``, which computes the gradients; None without a closure.
+        """
         self._check_groups()
         loss = None if closure is None else torch.enable_grad()(closure)()
         for optimizer in self.optimizers:

@@ -80,12 +80,11 @@ def orthogonalize(
     eps: float = 1e-7,
     ns: NewtonSchulz = "auto",
 ) -> Tensor:
-    """The matrix of ``x``'s singular vectors with singular values near 1, by Newton–Schulz in
-    bfloat16.
+    """The matrix of ``x``'s singular vectors with singular values near 1, by Newton–Schulz.
 
-    ``f(f(…f(x / max(‖x‖, eps))))`` with ``f(x) = a·x + b·(x·xᵀ)·x + c·(x·xᵀ)²·x``. It has no
-    gradient. On a CPU without fast products of bfloat16 the products are of float32, and x and the
-    result are rounded.
+    ``f(f(…f(x / max(‖x‖, eps))))`` with ``f(x) = a·x + b·(x·xᵀ)·x + c·(x·xᵀ)²·x``. The products are
+    of bfloat16, and the result has no gradient. On a CPU without fast products of bfloat16 the
+    products are of float32, and x and the result are rounded to bfloat16.
 
     Args:
         x: ``(*, n, m)``, floating; each matrix of a batch is orthogonalised.
@@ -119,7 +118,7 @@ def orthogonalize(
         return orthogonalize(x.mT, coefficients, steps, eps, ns).mT
     x = x.to(torch.bfloat16)
     if x.device.type == "cpu" and not has_bfloat16():
-        x = x.float()  # whose products take a tenth of the time
+        x = x.float()  # products of float32 take a tenth of the time
     x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=eps)
     rest = iter(triples)
     for i, k in enumerate(_iterations_per_gram(x.shape[-2], x.shape[-1], len(triples), ns)):
@@ -185,14 +184,13 @@ def _iterate(x: Tensor, triples: list[Triple], shifted: bool) -> Tensor:
 
 
 def _use_symmetric_products(x: Tensor) -> bool:
-    # On a GPU the operators choose by size themselves. A whole product need not be made symmetric
-    # here.
+    # On a GPU the operators choose by size. On a CPU, a product of which all is computed need not
+    # be made symmetric here.
     return x.is_cuda or is_halved(x)
 
 
 def _symmetric_addmm(a: Tensor, b: Tensor, c: Tensor, *, alpha: float = 1.0, beta: float) -> Tensor:
-    """``alpha·a·b + beta·c`` for polynomials in one symmetric matrix, whose product is
-    symmetric."""
+    """``alpha·a·b + beta·c`` for polynomials in one symmetric matrix: the product is symmetric."""
     if _use_symmetric_products(a):
         return symmetric_matmul(a, b, c, alpha=alpha, beta=beta)
     return _addmm(c, a, b, alpha=alpha, beta=beta)
