@@ -35,7 +35,7 @@ class Plan:
     """A kernel, its grid, and the arguments of its launch that come after tensors and factors.
 
     Args:
-        programs: number of programs. All are on the first grid axis: the others are limited to
+        programs: number of programs. All are on the first grid axis: the other axes are limited to
             65535.
         arguments: the integers that come after tensors and factors.
         constants: the constants, in the order of the kernel's signature.
@@ -64,15 +64,15 @@ class Plan:
     def launch(self, wrap: Wrap, *varying: Tensor | int) -> None:
         """Launch with the ``varying`` arguments: tensors of the plan's layouts, and factors.
 
-        The first real launch compiles the kernel. Later ones skip Triton's inspection of the
+        The first real launch compiles the kernel. Later launches skip Triton's inspection of the
         arguments, its hooks before a run, and changes of its knobs, until `forget_plans`.
         """
         launch = self._launch_compiled
         if wrap is not None or launch is None:
             launch = partial(self._compile, wrap)
         if self.descriptors:
-            # Triton's allocator is a context variable: set in a copy, it does not replace the
-            # user's.
+            # Triton's allocator is a context variable: set in a copy of the context, it does not
+            # replace the user's allocator.
             copy_context().run(_launch_with_scratch, launch, varying + self._rest)
         else:
             launch(*varying, *self._rest)
