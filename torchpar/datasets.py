@@ -58,8 +58,7 @@ class Images(NamedTuple):
 
 
 def read(dataset: Dataset, root: Path) -> tuple[Images, Images]:
-    """Return the training and test images of a data set. Arguments are those of
-    `torchpar.data.load`.
+    """Return the training and test images of a data set, by the arguments of `torchpar.data.load`.
 
     Raises:
         ConfigError: a file is missing or damaged.
@@ -75,7 +74,7 @@ def read(dataset: Dataset, root: Path) -> tuple[Images, Images]:
     except ValueError as e:
         fetch = f"from torchvision.datasets import {folder} as D; D({str(root)!r}, download=True)"
         raise ConfigError(
-            f"{e}; name the folder that holds {folder}/raw, or remove what is damaged there and "
+            f"{e}; name the folder that holds {folder}/raw, or remove the damaged files and "
             f'download it: python -c "{fetch}"'
         ) from e
     return train, test
