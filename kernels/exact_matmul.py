@@ -25,7 +25,7 @@ from .tiles import Tiles, aligned, count_tiles, device
 
 # Terms: with more, the four products of order 3, of up to 2¹⁴ each, could overflow int32.
 CHAIN = 2**14
-FLOAT_CHAIN = 2**8  # terms: with more, they could exceed 2²⁴, above which float32 rounds integers
+FLOAT_CHAIN = 2**8  # terms: with more, sums could exceed 2²⁴, where float32 rounds
 # The capability of a B300. It multiplies int8 at 0.15 POPS, dense, and a B200 at 4.5 (NVIDIA's data
 # sheets); float16 is as fast on both.
 SLOW_INT8 = 103
@@ -34,7 +34,7 @@ LONGEST = 2**23  # terms, for which T fits in an int64
 LIMIT_K = tl.constexpr(16)  # columns of signs at a time; tensor cores need at least 16
 MAX_EXPONENT = tl.constexpr(129)  # A greater exponent marks a row that has a NaN or an infinity.
 WEIGHT = tl.constexpr(38)  # T counts units of 2^(e + f − WEIGHT).
-# Added to |x| < 2²², it leaves no bits for a fraction: the sum is rounded to an integer, ties to
+# Added to |x| < 2²², ROUND leaves no bits for a fraction: the sum is rounded to an integer, ties to
 # even, whose bits are ROUND_BITS plus the rounded x.
 ROUND = tl.constexpr(12582912.0)  # 1.5·2²³
 ROUND_BITS = tl.constexpr(0x4B400000)

@@ -84,7 +84,7 @@ def _read_pair(raw: Path, prefix: str, classes: tuple[str, ...]) -> Images:
     """Return the images and labels of files that begin with ``prefix``.
 
     Raises:
-        ValueError: a file is missing or damaged, or the two do not fit each other.
+        ValueError: a file is missing or damaged, or images and labels do not fit each other.
     """
     of_images, of_labels = (
         raw / f"{prefix}-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1")
@@ -112,7 +112,7 @@ def read_idx(file: Path) -> Array:
     """Return the array of uint8 in ``file``, from its archive ``file.gz`` if there is one.
 
     Raises:
-        ValueError: it is missing or damaged.
+        ValueError: the file is missing or damaged.
     """
     archive = file.with_name(f"{file.name}.gz")
     path = archive if archive.exists() or not file.exists() else file

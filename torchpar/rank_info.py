@@ -21,7 +21,7 @@ class RankInfo:
         address: host of the store.
         port: port of the store.
         launcher: "torchrun", whose agent hosts the store. Rank 0 hosts it under "openmpi", "mpich"
-            and "env" (RANK and the other variables were set by something else).
+            and "env" (something else set RANK and the other variables).
     """
 
     rank: int

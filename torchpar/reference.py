@@ -109,7 +109,7 @@ class RowParallelLinear(torch.nn.Module):
 
 
 class _Sum(torch.autograd.Function):
-    """The sum of the ranks' x forward; its gradient, the same on every rank, backward."""
+    """Forward, the sum of all ranks' x; backward, its gradient, which is the same on every rank."""
 
     @staticmethod
     def forward(ctx: object, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:

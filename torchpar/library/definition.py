@@ -160,7 +160,7 @@ def triton_op(
         name, fn, mutates_args, schema: as for `custom_op`.
         kernels: returns the kernels, whose source belongs in a compiler's cache key; by default
             the kernels that the function wraps.
-        opaque: a function of the arguments; where it is true, compilers do not look into the
+        opaque: a function of the arguments; where it returns True, compilers do not look into the
             operator.
 
     Returns:
@@ -204,7 +204,7 @@ def triton_op(
             with mode, nullcontext() if gpu is None else torch.cuda.device(gpu):
                 return traced(*args, **kwargs)
 
-        launch.__module__ = fn.__module__  # which messages show
+        launch.__module__ = fn.__module__  # messages of errors show it
         op = CustomOpDef(name, launch, _schema(name, fn, mutates_args, schema))
         op.__doc__ = fn.__doc__
         op.register_torch_dispatch(FunctionalTensorMode, trace)
@@ -223,7 +223,7 @@ def _schema(name: str, fn: Function, mutates_args: str | Iterable[str], schema: 
         return torch.library.infer_schema(fn, mutates_args=mutates_args)
     arguments = torch._C.parse_schema("f" + schema).arguments
     mutated = {one.name for one in arguments if one.alias_info and one.alias_info.is_write}
-    if mutates_args == "unknown":  # as infer_schema takes it
+    if mutates_args == "unknown":  # infer_schema then takes all tensors as written
         expected = {one.name for one in arguments if "Tensor" in str(one.type)}
     else:
         expected = {mutates_args} if isinstance(mutates_args, str) else set(mutates_args)
@@ -293,7 +293,7 @@ class CustomOpDef(custom_ops.CustomOpDef):
         generated = f"GeneratedBackwardFor_{namespace}_{base}_{overload or 'default'}"
         self._function: Any = new_class(generated, (Differentiable,))
         self._mutated = any(writes)
-        self._kernels: dict[str | None, Function] = {}  # by device; None for all others
+        self._kernels: dict[str | None, Function] = {}  # by device; None for other devices
         self._dispatch_rules: dict[type, Function] = {}  # by tensor subclass or mode
         # PyTorch's tools look for the fake by this name.
         self._abstract_fn: Function | None = None
@@ -495,8 +495,8 @@ class CustomOpDef(custom_ops.CustomOpDef):
             jvp: ``jvp(ctx, *tangents)`` returns the tangent of the result; a tangent that is 0 may
                 be None. By default it is computed by differentiating ``backward``, which is linear
                 in ``grads``.
-            decompose: a function of the arguments; where it is true, ``formula`` is called in any
-                case.
+            decompose: a function of the arguments; where it returns True, ``formula`` is called
+                in any case.
 
         Raises:
             ValueError: the operator writes to an argument; ``formula`` and ``jvp``; ``decompose``

@@ -130,8 +130,8 @@ def flattened(
     """The values, with the tensors of lists in the lists' places, and the lengths of the lists.
 
     The length is None for a value that is no list; without lists, None stands for all lengths.
-    ``are_lists`` tells which values are lists of tensors. Without ``are_lists``, a list counts as
-    one if all its elements are tensors or None.
+    ``are_lists`` tells which values are lists of tensors. Without ``are_lists``, a list
+    whose elements are all tensors or None counts as a list of tensors.
     """
     if list not in map(type, values):
         return values, None
@@ -159,7 +159,7 @@ def nested(leaves: Iterable[_T], sizes: list[int | None] | None) -> tuple[_T | l
 class _FunctionContext(Context, Protocol):
     """The ``ctx`` of `Differentiable`: a rule's context, and what only this module uses."""
 
-    needs_input_grad: Any  # one for each leaf, until `Call.set_up` nests them
+    needs_input_grad: Any  # a bool for each leaf, until `Call.set_up` nests them
     to_save: tuple[Tensor, ...] | None
     non_differentiable: tuple[Tensor, ...] | None
     _torchpar_call: Call

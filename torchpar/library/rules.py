@@ -49,4 +49,4 @@ Placements = Sequence["Placement | None"]
 """Placements on one dimension of a mesh; None for an argument that is no tensor."""
 
 Sharding = tuple[Placements, Placements]
-"""The placements of an operator's results, and those of the arguments that lead to them."""
+"""The placements of an operator's results, and the arguments' placements that lead to these."""

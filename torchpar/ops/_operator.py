@@ -24,7 +24,7 @@ def operator(
     Args:
         schema: as in `torch.library.define`, without the namespace.
         kernels: the module in `torchpar.kernels` that has the operator's kernels.
-        opaque: a function of the arguments; where it is true, compilers do not look into the
+        opaque: a function of the arguments; where it returns True, compilers do not look into the
             operator.
     """
     name, bracket, rest = schema.partition("(")

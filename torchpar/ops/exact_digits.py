@@ -75,8 +75,8 @@ def power_of_two(exponents: Tensor, dtype: torch.dtype = torch.float32) -> Tenso
 def row_exponents(x: Tensor) -> Tensor:
     """The exponents e ``(*, m, 1)`` int32 of the rows of ``x``.
 
-    They lie from `MIN_EXPONENT` to `MAX_EXPONENT`. The largest |x| of a row is less than (1 −
-    2⁻⁷)·2^e, and at least (½ − 2⁻⁸)·2^e unless it is 0. A row with a NaN or an infinity has an
+    The exponents lie from `MIN_EXPONENT` to `MAX_EXPONENT`. The largest |x| of a row is less than
+    (1 − 2⁻⁷)·2^e, and at least (½ − 2⁻⁸)·2^e unless it is 0. A row with a NaN or an infinity has an
     exponent above `MAX_EXPONENT`.
     """
     if x.shape[-1] == 0:
@@ -220,8 +220,8 @@ def _float_sums(a: Tensor, b: Tensor) -> Tensor:
 def rounded(total: Tensor, e: Tensor, f: Tensor) -> Tensor:
     """The product ``(*, m, n)`` in float32, from T and the rows' exponents.
 
-    These are ``e (*, m, 1)`` and ``f (*, n, 1)``. T is rounded once, to float32; above 2⁵³ it is
-    rounded to float64 before. Rows that are not finite make results NaN.
+    The exponents are ``e (*, m, 1)`` and ``f (*, n, 1)``. T is rounded once, to float32; above 2⁵³
+    it is rounded to float64 before. Rows that are not finite make results NaN.
     """
     left, right = (
         torch.where(t > MAX_EXPONENT, torch.nan, power_of_two(t - less, torch.float64))

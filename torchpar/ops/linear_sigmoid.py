@@ -35,7 +35,7 @@ from torchpar.ops.matrix import (
 )
 from torchpar.ops.processor import has_bfloat16
 
-if TYPE_CHECKING:  # it takes long to import
+if TYPE_CHECKING:  # DTensor takes long to import
     from torch.distributed.tensor import Placement
 
 
@@ -76,7 +76,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 def _is_native(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether to call PyTorch's operators, with their autograd, in place of this operator.
 
-    On CPUs they are faster, and right: for 16-bit floats only if all sizes are even.
+    On CPUs PyTorch's operators are faster. For 16-bit floats they are right if all sizes are even.
     """
     if not (x.is_cpu and is_eager(x, weight, bias)):
         return False

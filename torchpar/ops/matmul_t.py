@@ -26,7 +26,7 @@ from torchpar.ops._operator import operator, save_operands
 from torchpar.ops.matrix import check_dtype, mean_with_transpose, product
 from torchpar.ops.symmetric_matmul import compute_symmetric_matmul
 
-if TYPE_CHECKING:  # it takes long to import
+if TYPE_CHECKING:  # DTensor takes long to import
     from torch.distributed.tensor import DTensor
 
 

@@ -57,6 +57,6 @@ def has_bfloat16() -> bool:
 def has_amx() -> bool:
     """Return True if this CPU multiplies bfloat16 in tiles.
 
-    They are so fast that half a product in blocks takes as long as all of it.
+    Such products are so fast that half a product in blocks takes as long as all of it.
     """
     return bool(torch.cpu._is_amx_tile_supported())

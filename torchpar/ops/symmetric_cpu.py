@@ -29,7 +29,8 @@ def is_halved(x: Tensor) -> bool:
     rows, columns = x.shape[-2:]
     if x.is_cuda or rows < _HALVED_FROM or (rows < _HALVED_FROM_NARROW and columns < _COLUMNS):
         return False
-    if computed_in(x.dtype) == torch.bfloat16:  # AMX multiplies all as fast as half of it in blocks
+    # AMX multiplies all rows as fast as half of the result in blocks.
+    if computed_in(x.dtype) == torch.bfloat16:
         return rows >= _HALVED_FROM_BFLOAT16 and not has_amx()
     return True
 

@@ -8,8 +8,8 @@ symmetric, and they commute. With G = dL/dY:
 
     dL/dA = α·G·B        dL/dB = α·Gᵀ·A        dL/dC = β·G
 
-These are the derivatives of the plain formula. They are right in every direction in which Y stays
-symmetric.
+These gradients are the derivatives of the plain formula. They are right in every direction in which
+Y stays symmetric.
 
 A second operator, without a gradient, adds the product to a matrix in place: H ← β·H + α·A·Bᵀ.
 """
@@ -27,7 +27,7 @@ from torchpar.ops import symmetric_cpu
 from torchpar.ops._operator import operator, supports_tma
 from torchpar.ops.matrix import check_dtype, check_like, fp32_precision, product
 
-if TYPE_CHECKING:  # it takes long to import
+if TYPE_CHECKING:  # DTensor takes long to import
     from torch.distributed.tensor import Placement
 
 

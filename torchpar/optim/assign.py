@@ -132,7 +132,8 @@ def chain(  # noqa: C901  # a line for each rule, in their order
             raise ConfigError(f"Muon.for_model: others returns a {returned}, expected an optimizer")
     optimizer = ModelOptimizer(list(assignments.values()), *optimizers)
 
-    # Until the first step; accelerate replaces parameters of optimizers before it.
+    # The model, until the first step; accelerate replaces parameters of optimizers before that
+    # step.
     unchecked = [model]
 
     def check_once(stepping: Optimizer, *_: object) -> None:
@@ -181,7 +182,7 @@ class _Use(NamedTuple):
 
     @property
     def groups(self) -> int:
-        """The groups of a convolution; 0 of other layers."""
+        """The groups of a convolution; 0 for other layers."""
         return self.layer.groups if isinstance(self.layer, _ConvNd) else 0
 
     @property

@@ -47,7 +47,7 @@ class ChainedOptimizer(Optimizer):
         self._share_state()
 
     def _share_state(self) -> None:
-        """Give each optimizer the chain's state, and those groups of the chain that it steps."""
+        """Give each optimizer the chain's state, and the chain's groups which it steps."""
         if sum(len(optimizer.param_groups) for optimizer in self.optimizers) != len(
             self.param_groups
         ):

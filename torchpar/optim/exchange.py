@@ -44,7 +44,7 @@ _Route = tuple[list[list[Message]], list[list[Message]]]
 class Exchange:
     """The owners of parameters, and the messages between owners and the ranks that hold shards.
 
-    All ranks of the group make it, and call its methods in the same order.
+    All ranks of the group make an exchange, and call its methods in the same order.
 
     Args:
         group: the ranks that hold the parameters; None if this rank is alone, and sends nothing.

@@ -66,7 +66,7 @@ class Muon(Optimizer):
             "polar_express".
         ns: the Newton–Schulz iteration, "auto", "standard" or "gram", see `orthogonalize`.
         views: by the name of a parameter, a function that returns its matrices. For parameters that
-            are not one matrix. They need names: give ``model.named_parameters()``.
+            are not one matrix. Parameters need names then: give ``model.named_parameters()``.
         process_group: a group, or a mesh, of the ranks that divide the work; together they hold
             all shards of each parameter. By default the ranks of a DTensor's mesh divide its work,
             and every rank updates all replicated parameters. Under
@@ -75,16 +75,16 @@ class Muon(Optimizer):
 
     Raises:
         ConfigError: a parameter that is not a matrix and has no view; an invalid view; ``ns``,
-            ``views`` or ``process_group`` in a parameter group; ranks whose parameters differ. It
-            is a ValueError, and names the parameter.
+            ``views`` or ``process_group`` in a parameter group; ranks whose parameters differ. The
+            error is a ValueError, and names the parameter.
         ValueError: an argument that `torch.optim.Muon` or `orthogonalize` refuses.
     """
 
     ns: NewtonSchulz = "auto"
     views: Mapping[str, View]
     process_group: dist.ProcessGroup | DeviceMesh | None = None  # not copied
-    _plan: list[Exchange] | None = None  # from the first step on
-    _planned: Sequence[object] = ()  # the parameters that it is for
+    _plan: list[Exchange] | None = None  # made in the first step
+    _planned: Sequence[object] = ()  # the parameters that `_plan` is for
     _has_updated = False
 
     def __init__(
@@ -307,7 +307,7 @@ class Muon(Optimizer):
     def _by_group(
         self, tensors: Mapping[ParamInfo, Tensor]
     ) -> Iterator[tuple[Group, dict[ParamInfo, Tensor]]]:
-        """The parameter groups that have some of the tensors, each with the tensors it has."""
+        """The parameter groups that have some of the tensors, and the tensors of each group."""
         for index, group in enumerate(self.param_groups):
             if of_group := {info: t for info, t in tensors.items() if info.group_index == index}:
                 yield group, of_group

@@ -100,7 +100,7 @@ def orthogonalize(
         ``(*, n, m)``, bfloat16.
 
     Raises:
-        ValueError: an argument is outside these bounds.
+        ValueError: an argument is out of the bounds above.
 
     Source: Jordan, Muon, 2024; Zhang, Amsel, Chen and Dao, Gram Newton–Schulz, 2026,
     https://dao-ailab.github.io/blog/2026/gram-newton-schulz/.
@@ -157,9 +157,9 @@ def _iterate(x: Tensor, triples: list[Triple], shifted: bool) -> Tensor:
     """``Q·x`` after an iteration for each triple on one Gram matrix, with ``Q = shift·I + p``.
 
     While singular values are small, shift is much larger than p: in their sum the last bits of p
-    would be rounded away, so the two are kept apart (``shifted``). Later they are about as large,
-    with opposite signs, and apart they would cancel: then the shift is 0, and p is Q. One shifted
-    iteration is the standard one.
+    would be rounded away, so the two are kept apart (``shifted``). Later both are about as large,
+    with opposite signs, and apart they would cancel: then the shift is 0, and p is Q. A single
+    shifted iteration is the standard iteration.
     """
     r = matmul_t(x) if _use_symmetric_products(x) else x @ x.mT
     p, shift = r, 0.0
