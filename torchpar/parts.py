@@ -34,7 +34,7 @@ class Part(NamedTuple):
 
     @property
     def is_slice(self) -> bool:
-        """Whether the part is a shard that a split layer holds, as a plain tensor."""
+        """Whether a split layer holds the part, as a plain tensor; False for a DTensor's shard."""
         return self.axis is not None
 
     def narrow(self, t: Tensor) -> Tensor:
