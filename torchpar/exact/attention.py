@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# mypy: disable-error-code="no-any-return"
 """Scaled dot-product attention in exact arithmetic.
 
 Each output depends only on the keys that its query attends to.
@@ -132,4 +131,5 @@ def scaled_dot_product_attention(
     batch = torch.broadcast_shapes(*(t.shape[:-2] for t in (query, key, value)))
     query, key, value = (t.expand(*batch, *t.shape[-2:]) for t in (query, key, value))
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return attend(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
+    out: Tensor = attend(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
+    return out

@@ -3,7 +3,7 @@
 processor."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch._decomp import decomposition_table
+from torch._ops import OpOverload
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import (
@@ -28,15 +29,24 @@ from torchpar.exact import reductions as reductions
 from torchpar.exact.attention import scaled_dot_product_attention
 from torchpar.exact.native import Metadata, check_native, like_native
 from torchpar.exact.reductions import group_norm
-from torchpar.exact.registry import COMPOSED, EXACT_RULES, INTEGERS, PASSING, PRIVATE
+from torchpar.exact.registry import (
+    COMPOSED,
+    EXACT_RULES,
+    INTEGERS,
+    PASSING,
+    PRIVATE,
+    Result,
+    Rule,
+)
 
-_FUNCTIONS: dict[Any, Callable[..., Any]] = {
+_FUNCTIONS: dict[object, Callable[..., Tensor]] = {
     F.scaled_dot_product_attention: scaled_dot_product_attention,
     F.group_norm: group_norm,
 }
 # PyTorch's own are called for their errors: the rules would take negative indices.
 _INDEXED = {"scatter", "scatter_add", "index_add", "index_copy"}
 Kind = Literal["passing", "rules", "missing"]
+Operator = OpOverload[..., object]
 
 
 @contextmanager
@@ -77,7 +87,13 @@ class _Functions(TorchFunctionMode):
     """Replace whole functions: attention's parts do not tell which sums must not depend on other
     keys."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         kwargs, replacement = kwargs or {}, _FUNCTIONS.get(func)
         if replacement is None:
             return func(*args, **kwargs)
@@ -87,7 +103,13 @@ class _Functions(TorchFunctionMode):
 
 
 class _Operators(TorchDispatchMode):
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: Operator,
+        types: Sequence[type],
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         kwargs, (known, own_rule, _) = dict(kwargs or {}), _look_up(func)
         kind, foreign = kind_of(func, [*args, *kwargs.values()])
         if kind == "passing":
@@ -123,7 +145,7 @@ class _Operators(TorchDispatchMode):
         raise ConfigError(f"no exact version of {func}{foreign}; {remedy}")
 
 
-def kind_of(func: Any, operands: list[Any]) -> tuple[Kind, str]:
+def kind_of(func: Operator, operands: Sequence[object]) -> tuple[Kind, str]:
     """Whether an operator has a rule, passes, or is missing; and which operands are the reason for
     that."""
     leaves = tree_leaves(operands)
@@ -133,7 +155,7 @@ def kind_of(func: Any, operands: list[Any]) -> tuple[Kind, str]:
     return "passing" if of_integers and not _has_float(leaves) else kind, ""
 
 
-def _foreign(operand: Any) -> str:
+def _foreign(operand: object) -> str:
     """The kind of an operand that processors may compute otherwise with, or "".
 
     They fuse complex products, add sparse terms in any order, and saturate sums of quantized
@@ -149,7 +171,7 @@ def _foreign(operand: Any) -> str:
 
 
 @cache
-def _look_up(func: Any) -> tuple[Kind, Callable[..., Any] | None, bool]:
+def _look_up(func: Operator) -> tuple[Kind, Rule | None, bool]:
     """The kind of an operator; its rule, if it has one of its own; whether it passes for integers
     alone."""
     namespace, _, name = func._schema.name.partition("::")
@@ -172,7 +194,7 @@ def _look_up(func: Any) -> tuple[Kind, Callable[..., Any] | None, bool]:
     return "passing" if names & PASSING else "missing", None, of_integers
 
 
-def _is_implicit(func: Any) -> bool:
+def _is_implicit(func: Operator) -> bool:
     """Whether PyTorch makes the operator of others in any case; in inference mode it comes
     whole."""
     has_kernel = partial(torch._C._dispatch_has_kernel_for_dispatch_key, func.name())
@@ -180,10 +202,10 @@ def _is_implicit(func: Any) -> bool:
 
 
 @cache
-def _composition(func: Any) -> Callable[..., Any]:
+def _composition(func: Operator) -> Callable[..., object]:
     """A function that calls the operators that PyTorch makes ``func`` of, or returns
     NotImplemented."""
-    composition: Callable[..., Any] = func.decompose
+    composition: Callable[..., object] = func.decompose
     if _look_up(func)[0] == "rules":
         key = torch._C.DispatchKey.CompositeExplicitAutograd
         if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key):
@@ -193,22 +215,24 @@ def _composition(func: Any) -> Callable[..., Any]:
 
 
 def _call(
-    own_rule: Callable[..., Any],
-    func: Any,
-    args: Any,
+    own_rule: Rule,
+    func: Operator,
+    args: Sequence[Any],
     kwargs: dict[str, Any],
     native: Sequence[Metadata | None],
-) -> Any:
+) -> Result:
     """Call the rule of an operator, which may write to its first operand, or to its ``out``
     arguments."""
-    outs = [kwargs.pop(one.name) for one in func._schema.arguments if one.is_out]
+    outs: list[Tensor] = [kwargs.pop(one.name) for one in func._schema.arguments if one.is_out]
     result = own_rule(*args, **kwargs)
     if func._schema.name.endswith("_"):
-        return args[0].copy_(result)
+        written: Tensor = args[0].copy_(result)
+        return written
     if not outs:
         return _as_native(func, result, native)
     results = result if isinstance(result, tuple) else (result,)
     for into, found in zip(outs, results, strict=True):
+        assert found is not None
         if into.dtype != found.dtype:
             raise ConfigError(
                 f"out is {into.dtype}, expected {found.dtype}, in which {func} is exact"
@@ -219,26 +243,33 @@ def _call(
     return tuple(outs) if isinstance(result, tuple) else outs[0]
 
 
-def _as_native(func: Any, result: Any, native: Sequence[Metadata | None]) -> Any:
+def _as_native(func: Operator, result: Result, native: Sequence[Metadata | None]) -> Result:
     """The results of a rule, in the native operator's order of elements."""
     if not native:
         return result
-    results = []
-    for found, expected in zip(
-        result if isinstance(result, tuple) else (result,), native, strict=True
-    ):
-        if isinstance(found, Tensor) and expected is not None:
-            if (found.shape, found.dtype) != (expected.shape, expected.dtype):
-                raise RuntimeError(
-                    f"the rule of {func} returns {found.dtype} of shape {tuple(found.shape)}, "
-                    f"expected {expected.dtype} of shape {tuple(expected.shape)}"
-                )
-            found = like_native(found, expected.strides)
-        results.append(found)
-    return tuple(results) if isinstance(result, tuple) else results[0]
+    if isinstance(result, Tensor):
+        (expected,) = native
+        return _in_order(func, result, expected)
+    return tuple(
+        [
+            None if found is None else _in_order(func, found, expected)
+            for found, expected in zip(result, native, strict=True)
+        ]
+    )
 
 
-def _has_float(tree: Any) -> bool:
+def _in_order(func: Operator, found: Tensor, expected: Metadata | None) -> Tensor:
+    if expected is None:
+        return found
+    if (found.shape, found.dtype) != (expected.shape, expected.dtype):
+        raise RuntimeError(
+            f"the rule of {func} returns {found.dtype} of shape {tuple(found.shape)}, "
+            f"expected {expected.dtype} of shape {tuple(expected.shape)}"
+        )
+    return like_native(found, expected.strides)
+
+
+def _has_float(tree: object) -> bool:
     return any(isinstance(t, Tensor) and t.is_floating_point() for t in tree_leaves(tree))
 
 
@@ -264,7 +295,7 @@ class Coverage:
         return "\n".join(lines)
 
 
-def coverage(function: Callable[..., Any], *inputs: Any, **options: Any) -> Coverage:
+def coverage(function: Callable[..., object], *inputs: object, **options: object) -> Coverage:
     """Call ``function`` in `mode`, and where that refuses an operator in ordinary arithmetic.
 
     Include the backward pass and the optimizer's step in the function.
@@ -273,8 +304,12 @@ def coverage(function: Callable[..., Any], *inputs: Any, **options: Any) -> Cove
 
     class _Recorder(_Operators):
         def __torch_dispatch__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
+            self,
+            func: Operator,
+            types: Sequence[type],
+            args: Sequence[object] = (),
+            kwargs: Mapping[str, object] | None = None,
+        ) -> object:
             kwargs = kwargs or {}
             kind, _ = kind_of(func, [*args, *kwargs.values()])
             calls = found.passing if kind == "passing" else found.rules

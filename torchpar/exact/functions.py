@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# mypy: disable-error-code="no-any-return"
 """Operators of elements: elementary functions of float32, and sums and products that nothing fuses.
 
 A function is computed in float64, of operations that IEEE 754 defines exactly and that PyTorch
@@ -83,7 +82,7 @@ _MOST_PRODUCTS = 64  # of x, for a power: each rounds
 _PIECE = 2**14  # elements to a thread at a time, whose float64 scratch stays in a core's cache
 
 
-def in_pieces(function: Callable[..., Tensor], *operands: Any, **options: Any) -> Tensor:
+def in_pieces(function: Callable[..., Tensor], *operands: object, **options: object) -> Tensor:
     """``function`` of the elements of float32 tensors, which are broadcast, computed in float64.
 
     Operands that are not tensors, and options, are passed on.
@@ -296,7 +295,7 @@ def _softplus_backward(g: Tensor, x: Tensor, beta: float, threshold: float) -> T
     return torch.where(z > threshold, g, g * sigmoid64(z))
 
 
-def _lerp(x: Tensor, y: Tensor, weight: Any) -> Tensor:
+def _lerp(x: Tensor, y: Tensor, weight: Tensor | float) -> Tensor:
     """From x if the weight is below ½, else from y: at the weight 1 it is y."""
     from_x, from_y = x + (y - x) * weight, y - (y - x) * (1 - weight)
     if isinstance(weight, Tensor):
@@ -380,14 +379,15 @@ def _pow(x: Any, exponent: Any) -> Tensor:
 
 
 @rule("linspace", "logspace", any_dtype=True)  # of integers, too, which they compute in floats
-def _linspace(*bounds: Any, **options: Any) -> Tensor:
+def _linspace(*bounds: object, **options: object) -> Tensor:
     raise ConfigError("exact arithmetic has no linspace or logspace; scale an arange")
 
 
 @rule("arange", any_dtype=True)
-def _arange(*bounds: Any, **options: Any) -> Tensor:
+def _arange(*bounds: float, **options: Any) -> Tensor:
     if any(bound != int(bound) for bound in bounds):
         raise ConfigError(
             f"arange{bounds} in exact arithmetic expects whole numbers; scale their range"
         )
-    return torch.arange(*bounds, **options)
+    numbers: Tensor = torch.arange(*bounds, **options)
+    return numbers

@@ -7,7 +7,7 @@ real: meta tensors take biases of any size, any range of `uniform_` and any dime
 Where an operator writes, operands of one memory get zeros of one memory.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -46,7 +46,7 @@ class _Layout(NamedTuple):
 
 
 def check_native(
-    func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+    func: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]
 ) -> tuple[Metadata | None, ...]:
     """Raise the error of the native operator, or return the metadata of each of its results.
 
@@ -91,7 +91,7 @@ def _shared(tensors: Iterable[Tensor]) -> dict[int, _Memory]:
     return memories
 
 
-def _described(value: Any, memories: Mapping[int, _Memory], is_listed: bool = False) -> Any:
+def _described(value: object, memories: Mapping[int, _Memory], is_listed: bool = False) -> Hashable:
     """A hashable description of an argument: of tensors their layouts, of numbers their types,
     too."""
     if isinstance(value, Tensor):
@@ -125,7 +125,7 @@ def _dense(t: Tensor) -> tuple[int, ...]:
     return tuple(dense)
 
 
-def _zeros(described: Any, device: str, memories: dict[int, Tensor]) -> Any:
+def _zeros(described: object, device: str, memories: dict[int, Tensor]) -> Any:
     """An argument of that description."""
     if isinstance(described, _Layout):
         shape, strides, dtype, memory, chosen = described
@@ -139,16 +139,20 @@ def _zeros(described: Any, device: str, memories: dict[int, Tensor]) -> Any:
         if chosen and device != "meta":
             zeros[torch.unravel_index(torch.arange(chosen), shape)] = 1
         return zeros
-    if isinstance(described, tuple) and len(described) == 2 and isinstance(described[0], type):
+    if not isinstance(described, tuple):
+        return None
+    if len(described) == 2 and isinstance(described[0], type):
         return described[1]
-    return (
-        None if described is None else tuple([_zeros(one, device, memories) for one in described])
-    )
+    return tuple([_zeros(one, device, memories) for one in described])
 
 
 @lru_cache(_REMEMBERED)
 def _metadata(
-    func: Callable[..., Any], device: str, default_dtype: torch.dtype, args: Any, kwargs: Any
+    func: Callable[..., object],
+    device: str,
+    default_dtype: torch.dtype,
+    args: Hashable,
+    kwargs: Hashable,
 ) -> tuple[Metadata | None, ...]:
     """The metadata; the default dtype is that of integers to which a number is added."""
     state = torch.get_rng_state()

@@ -9,14 +9,16 @@ refuses others.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from torchpar.errors import ConfigError
 
-Rule = Callable[..., Any]
+Result = Tensor | tuple[Tensor | None, ...]
+Rule = Callable[..., Result]
+R = TypeVar("R", bound=Rule)
 
 # In-place and out= variants count as their operators.
 _PASSING = """
@@ -70,16 +72,16 @@ PRIVATE: set[str] = set()
 take."""
 
 
-def rule(*names: str, any_dtype: bool = False, private: bool = False) -> Callable[[Rule], Rule]:
+def rule(*names: str, any_dtype: bool = False, private: bool = False) -> Callable[[R], R]:
     """Register a rule for the ATen operators of these names; it takes float32 unless
     ``any_dtype``."""
     if private:
         PRIVATE.update(names)
 
-    def register(function: Rule) -> Rule:
-        def checked(*operands: Any, **options: Any) -> Any:
-            check_float32(*operands)
-            return function(*operands, **options)
+    def register(function: R) -> R:
+        def checked(first: Tensor, *others: object, **options: object) -> Result:
+            check_float32(first, *others)
+            return function(first, *others, **options)
 
         EXACT_RULES.update(dict.fromkeys(names, function if any_dtype else checked))
         return function
@@ -87,7 +89,7 @@ def rule(*names: str, any_dtype: bool = False, private: bool = False) -> Callabl
     return register
 
 
-def check_float32(first: Tensor, *others: Any) -> None:
+def check_float32(first: Tensor, *others: object) -> None:
     """Raise an error unless the first operand, and all other floats, are float32."""
     for t in first, *(t for t in others if isinstance(t, Tensor) and t.is_floating_point()):
         if t.dtype != torch.float32:
@@ -96,5 +98,5 @@ def check_float32(first: Tensor, *others: Any) -> None:
             )
 
 
-def times(t: Tensor, factor: Any) -> Tensor:
+def times(t: Tensor, factor: Tensor | float) -> Tensor:
     return t if isinstance(factor, int | float) and factor == 1 else t * factor
