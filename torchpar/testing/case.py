@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
@@ -19,7 +19,10 @@ Function = Callable[..., Tensors]
 """A function of tensors to a tuple of tensors."""
 
 Layout = Callable[[Tensor], Tensor]
-Attempts = Generator[tuple[str, Callable[[], Any]], None, Any]  # labels and trials; a remark
+Operator = OpOverload[..., object]
+Attempt = tuple[str, Callable[[], None]]  # a label, and a trial
+Attempts = Iterator[Attempt]
+AttemptsAndRemark = Generator[Attempt, None, str]
 
 REFUSALS = (RuntimeError, NotImplementedError, ValueError)  # a TypeError is a mistake in a rule
 INTERNAL = "INTERNAL ASSERT FAILED"  # of PyTorch, which is no refusal
@@ -36,8 +39,8 @@ class Outcome(Exception):
 class Sample:
     """Arguments of an operator. Tensors may stand in lists."""
 
-    args: Sequence[Any]
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    args: Sequence[object]
+    kwargs: Mapping[str, object] = field(default_factory=dict)
 
 
 def _with_memory(t: Tensor) -> Tensor:
@@ -54,9 +57,16 @@ class Calls(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: dict[Any, tuple[Any, Any]] = {}  # the last arguments of each
+        # The last arguments of each.
+        self.seen: dict[Operator, tuple[Sequence[object], Mapping[str, object]]] = {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: Operator,
+        types: Sequence[type],
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         # On zeros without memory, which forward mode makes, some operators end the process within a
         # mode.
         args, kwargs = tree_map_only(Tensor, _with_memory, (args, kwargs or {}))
@@ -76,7 +86,11 @@ class Case:
     """
 
     def __init__(
-        self, op: Callable[..., Any], overload: Any, reference: Any, sample: Sample
+        self,
+        op: Callable[..., object],
+        overload: Operator | None,
+        reference: Callable[..., object] | None,
+        sample: Sample,
     ) -> None:
         self._leaves, self._spec = tree_flatten((tuple(sample.args), dict(sample.kwargs)))
         self.callable, self.overload, self.reference = op, overload, reference
@@ -85,14 +99,14 @@ class Case:
         self.op = self.bind(op)
         self.plain = self.bind(op if reference is None else reference)
 
-    def arguments(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def arguments(self, tensors: Sequence[Tensor]) -> tuple[tuple[object, ...], dict[str, object]]:
         """The arguments of a call, with ``tensors`` for the operands."""
         given = iter(tensors)
         leaves = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
         args, kwargs = tree_unflatten(leaves, self._spec)
         return args, kwargs
 
-    def bind(self, function: Callable[..., Any]) -> Function:
+    def bind(self, function: Callable[..., object]) -> Function:
         """A function of the operator's arguments, as one of ``operands``."""
 
         def bound(*tensors: Tensor) -> Tensors:
@@ -169,7 +183,10 @@ class Case:
             raise Outcome("not run", "no reference")
 
     def transformed(
-        self, transform: Callable[..., Any], numerical: Callable[..., Any] | None = None, **how: Any
+        self,
+        transform: Callable[..., object],
+        numerical: Callable[..., tuple[object, float]] | None = None,
+        **how: object,
     ) -> None:
         """Compare ``transform(f, case, **how)`` of the operator with that of the reference.
 
@@ -204,7 +221,7 @@ class Case:
                 raise
         self.expect_call(lambda: transform(self.smooth(self.op), self, **how))
 
-    def expect_call(self, compute: Callable[[], Any]) -> None:
+    def expect_call(self, compute: Callable[[], object]) -> None:
         """Raise an `Outcome` if a computation that was right does not call the operator."""
         calls = Calls()
         try:
@@ -263,7 +280,7 @@ def rolled(t: Tensor, by: int) -> Tensor:
 
 
 def gradients(
-    ys: Sequence[Tensor], xs: Sequence[Tensor], incoming: Sequence[Tensor], **how: Any
+    ys: Sequence[Tensor], xs: Sequence[Tensor], incoming: Sequence[Tensor], **how: bool
 ) -> Tensors:
     dependent = [i for i, y in enumerate(ys) if y.requires_grad] or range(len(ys))
     ys, incoming = [ys[i] for i in dependent], [incoming[i] for i in dependent]
@@ -277,10 +294,10 @@ def gradients(
 
 
 def close(
-    actual: Any,
-    expected: Any,
-    exact: Callable[[], Any] | None = None,
-    others: Callable[[], Iterable[tuple[Any, Any]]] = lambda: (),
+    actual: object,
+    expected: object,
+    exact: Callable[[], object] | None = None,
+    others: Callable[[], Iterable[tuple[object, object]]] = lambda: (),
 ) -> None:
     """Compare the tensors in two structures, by the tolerances of `torch.testing.assert_close`.
 
@@ -307,7 +324,7 @@ def close(
             raise Outcome("wrong", _difference(a, e)) from error
 
 
-def near(actual: Any, expected: Any, rtol: float) -> bool:
+def near(actual: object, expected: object, rtol: float) -> bool:
     """Whether all numbers differ by at most ``rtol`` of the largest one."""
     found, right = tree_leaves(actual), tree_leaves(expected)
     return all(
@@ -334,7 +351,7 @@ def _errors(actual: Tensor, native: Tensor, exact: Tensor) -> tuple[float, float
     return error, 2 * theirs + 2 * torch.finfo(actual.dtype).eps * float(exactly.abs().max())
 
 
-def _pairs(actual: Any, expected: Any) -> Iterator[tuple[Tensor, Tensor]]:
+def _pairs(actual: object, expected: object) -> Iterator[tuple[Tensor, Tensor]]:
     found, right = tree_leaves(actual), tree_leaves(expected)
     if len(found) != len(right):
         raise Outcome("wrong", f"{len(found)} results, expected {len(right)}")

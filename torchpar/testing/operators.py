@@ -3,11 +3,10 @@
 
 import logging
 import warnings
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from textwrap import shorten
-from typing import Any
 
 import torch
 from torch._library.triton import triton_ops_to_kernels
@@ -21,6 +20,7 @@ from torchpar.testing.case import (
     Attempts,
     Calls,
     Case,
+    Operator,
     Outcome,
     Sample,
 )
@@ -78,7 +78,7 @@ class OperatorTable:
         table += [[row.rule, row.outcome, str(row.sample), cut(row.detail)] for row in self.rows]
         return "\n".join([self.name, in_columns(table), *self.notes])
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """The table as JSON has it: ``name``, ``ok``, ``rows`` and ``notes``."""
         found = asdict(self)
         return {
@@ -90,10 +90,10 @@ class OperatorTable:
 
 
 def check_operator(
-    op: Callable[..., Any],
-    samples: Iterable[Sample | tuple[Any, ...]],
+    op: Callable[..., object],
+    samples: Iterable[Sample | tuple[object, ...]],
     *,
-    reference: Callable[..., Any] | None = None,
+    reference: Callable[..., object] | None = None,
     rules: Iterable[str] | None = None,
 ) -> OperatorTable:
     """Try an operator with every part of PyTorch, and compare the results with a reference.
@@ -150,7 +150,7 @@ def check_operator(
         logging.disable(disabled)
 
 
-def find_overload(op: Any, sample: Sample) -> Any:
+def find_overload(op: Callable[..., object], sample: Sample) -> Operator | None:
     """The operator in PyTorch's registry; None if none but PyTorch's own is called."""
     for attribute in ("overload", "_opoverload"):
         op = getattr(op, attribute, op)
@@ -164,7 +164,7 @@ def find_overload(op: Any, sample: Sample) -> Any:
     return next((func for func in calls.seen if func.namespace not in BUILT_IN), None)
 
 
-def _notes(overload: Any, cases: list[Case]) -> tuple[str, ...]:
+def _notes(overload: Operator | None, cases: list[Case]) -> tuple[str, ...]:
     """A sentence on the operator's kernels for GPUs, if none has run."""
     if (
         overload is None
@@ -186,11 +186,11 @@ def _row(name: str, cases: list[Case]) -> Row:
     return max(rows, key=lambda row: (OUTCOMES.index(row.outcome), -row.sample))
 
 
-def _outcome(attempt: Callable[[], Any]) -> tuple[str, str]:
+def _outcome(attempt: Callable[[], Attempts | str | None]) -> tuple[str, str]:
     """The outcome of a rule or of one of its attempts, and what happened."""
     try:
         returned = attempt()
-        return _worst(returned) if isinstance(returned, Generator) else ("works", returned or "")
+        return _worst(returned) if isinstance(returned, Iterator) else ("works", returned or "")
     except Outcome as e:
         outcome, message = e.args
         return outcome, _headline(message)

@@ -8,7 +8,7 @@ import pickle
 import re
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from torchpar.errors import ConfigError
 from torchpar.optim.newton_schulz import COEFFICIENTS
 from torchpar.parallel.launch.local import Ranks
 from torchpar.tables import in_columns
-from torchpar.testing.formulas import FORMULAS, ByFormula, Formula, defaults_of
+from torchpar.testing.formulas import FORMULAS, ByFormula, Formula, Settings, defaults_of
 from torchpar.testing.situations import SITUATIONS
 from torchpar.testing.trial import (
     FAMILIES,
@@ -32,6 +32,7 @@ from torchpar.testing.trial import (
     Layers,
     Make,
     Record,
+    Setup,
     Trial,
     halves,
     multiply_rates,
@@ -85,7 +86,7 @@ class Conformance(list[Row]):
     """The rows of a table, which `str` prints."""
 
     @property
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[dict[str, str | float | None]]:
         """The rows as dictionaries, for a CSV."""
         return [asdict(row) for row in self]
 
@@ -340,10 +341,15 @@ def _follow(name: str, made: bytes, merged: dict[Key, Record]) -> References:
 class Follower:
     """Takes the steps of a situation on whole matrices, by an optimizer or by its formula."""
 
-    def __init__(self, make: Make, setup: Mapping[str, Any], reference: Any):
+    def __init__(
+        self,
+        make: Make,
+        setup: Setup,
+        reference: Formula | type[torch.optim.Optimizer] | None,
+    ):
         self.make, self.setup = make, setup
         self.formula: Formula | None
-        self.defaults: Mapping[str, Any] = {}
+        self.defaults: Settings = {}
         if isinstance(reference, Formula):
             self.formula = reference
         elif reference is not None:
@@ -407,9 +413,10 @@ class Follower:
         return {name for name, _ in layers.named_children()}
 
     def _trial(self) -> Trial:
-        return Trial(self.make, Record(), **{**self.setup, "views": {}, "groups": False})
+        setup: Setup = {**self.setup, "views": {}, "groups": False}
+        return Trial(self.make, Record(), **setup)
 
-    def _make(self, model: Layers, unchanged: bool = False) -> Any:
+    def _make(self, model: Layers, unchanged: bool = False) -> torch.optim.Optimizer | Together:
         """The optimizer; an optimizer for each of two groups, which neither can confuse with the
         other."""
         trial = self._trial()
@@ -455,7 +462,7 @@ def _off_formula(
 # On the process that asks
 
 
-def _check(outcomes: list[Any], one_may_refuse: bool = False) -> None:
+def _check(outcomes: Sequence[object], one_may_refuse: bool = False) -> None:
     """Raise the failure of ranks that have failed or hang."""
     ranks: dict[str, dict[int, str]] = {}  # by verdict
     for rank, outcome in enumerate(outcomes):
@@ -512,7 +519,7 @@ def _judge(name: str, records: dict[Key, Record], references: References) -> Row
     compared = "own step"
     if references.formula:
         compared += f", {references.formula} in float64"
-    found: list[Any] = []
+    found: list[tuple[float, str, str, float, float, float]] = []
     for ((family, *_), record), (exact, rounded) in zip(
         records.items(), references.own, strict=True
     ):
@@ -521,7 +528,8 @@ def _judge(name: str, records: dict[Key, Record], references: References) -> Row
             drawn = [_errors(draw[matrix], exact[matrix]) for draw in rounded]
             rounding = np.max([np.zeros(2), *drawn], axis=0)
             excess = float(max(errors / (FACTOR * rounding + BFLOAT16)))
-            found.append((excess, family, matrix, *map(float, (*errors, rounding[0]))))
+            error, scale, expected = map(float, (*errors, rounding[0]))
+            found.append((excess, family, matrix, error, scale, expected))
     full, low = (max(one for one in found if one[1] == family) for family in FAMILIES[:2])
     numbers = full[3], full[5], full[4]
     excess, family, matrix, error, scale, rounded_error = max(found)
@@ -570,7 +578,9 @@ def _judge_polar(name: str, records: dict[Key, Record]) -> Row:
     rows = []
     record = next(record for (family, *_), record in records.items() if family == FAMILIES[0])
     for matrix, weights in record.weights.items():
-        u, sigma, vt = np.linalg.svd(record.gradients[matrix][0], full_matrices=False)
+        gradient = record.gradients[matrix][0]
+        assert gradient is not None
+        u, sigma, vt = np.linalg.svd(gradient, full_matrices=False)
         update = weights[1] - weights[0]
         values = np.linalg.svd(update, compute_uv=False)
         cosine = -(update * (u @ vt)).sum() / max(

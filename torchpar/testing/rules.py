@@ -13,9 +13,9 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -34,6 +34,7 @@ from torchpar.testing.case import (
     LOW,
     REFUSALS,
     Attempts,
+    AttemptsAndRemark,
     Calls,
     Case,
     Function,
@@ -55,16 +56,22 @@ from torchpar.testing.case import (
     with_cause,
 )
 
-RULES: dict[str, Callable[[Case], Any]] = {}
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Placement
+
+T = TypeVar("T")
+Rule = Callable[[Case], Attempts | str | None]
+RULES: dict[str, Rule] = {}
 """By name, in the table's order: functions that return nothing or a remark, and raise an `Outcome`
 or any error. Or they yield attempts, each a label and such a function, and return a remark."""
 ONCE = ("torch.compile by Inductor", "torch.export, save and load")  # for the first sample only
 
 
-def rule(name: str) -> Callable[[Callable[[Case], Any]], None]:
+def rule(name: str) -> Callable[[Rule], None]:
     """A decorator that adds a rule."""
 
-    def add(function: Callable[[Case], Any]) -> None:
+    def add(function: Rule) -> None:
         RULES[name] = function
 
     return add
@@ -90,7 +97,7 @@ FEWEST, LONGEST = 4, 2.0  # calls, and seconds after which a slow operator is ca
 
 
 @rule("same bits twice")
-def _same_bits_twice(case: Case) -> Attempts:
+def _same_bits_twice(case: Case) -> AttemptsAndRemark:
     done: list[int] = []
 
     def check(compute: Callable[[Function], Tensors]) -> None:
@@ -126,7 +133,7 @@ def _values_and_gradients(case: Case) -> tuple[Compute, Compute | None]:
 
 
 @contextmanager
-def _setting(get: Callable[[], Any], change: Callable[[Any], Any], value: Any) -> Iterator[None]:
+def _setting(get: Callable[[], T], change: Callable[[T], object], value: T) -> Iterator[None]:
     before = get()
     change(value)
     try:
@@ -149,8 +156,11 @@ def _deterministic() -> Iterator[None]:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
+Setting = Callable[[], AbstractContextManager[None]]
+
+
 @rule("global settings")
-def _global_settings(case: Case) -> Attempts:  # noqa: C901  # a try for each setting
+def _global_settings(case: Case) -> AttemptsAndRemark:  # noqa: C901  # a try for each setting
     """PyTorch's default dtype, deterministic algorithms and threads change no result.
 
     The default dtype changes no bit, unless it changes those of the reference. The others can
@@ -158,7 +168,7 @@ def _global_settings(case: Case) -> Attempts:  # noqa: C901  # a try for each se
     """
     changed: list[str] = []
 
-    def check(label: str, setting: Any, may_reorder: bool, compute: Compute) -> None:
+    def check(label: str, setting: Setting, may_reorder: bool, compute: Compute) -> None:
         before, theirs = compute(case.op), compute(case.plain)
         with setting():
             try:
@@ -181,7 +191,7 @@ def _global_settings(case: Case) -> Attempts:  # noqa: C901  # a try for each se
         changed.append(label)
 
     threads = 1 if torch.get_num_threads() > 1 else 2
-    settings: dict[str, tuple[Any, bool]] = {
+    settings: dict[str, tuple[Setting, bool]] = {
         "deterministic algorithms": (_deterministic, True),
         f"threads: {threads}": (
             partial(_setting, torch.get_num_threads, torch.set_num_threads, threads),
@@ -215,13 +225,14 @@ def _differs(actual: Tensors, expected: Tensors) -> bool:
 
 @rule("schema")
 def _schema(case: Case) -> Attempts:
-    if case.overload is None:
+    overload = case.overload
+    if overload is None:
         raise Outcome("not run", "no operator was called")
     with Calls() as calls:
         case.op(*case.operands)
-    if case.overload not in calls.seen and case.callable is not case.overload:
+    if overload not in calls.seen and case.callable is not overload:
         raise Outcome("not run", "the operator decomposes before it is dispatched")
-    arguments = calls.seen.get(case.overload, case.arguments(case.operands))
+    arguments = calls.seen.get(overload, case.arguments(case.operands))
 
     def check(test: str, requires_grad: bool) -> None:
         def prepared(t: Tensor) -> Tensor:
@@ -229,7 +240,7 @@ def _schema(case: Case) -> Attempts:
 
         args, kwargs = tree_map_only(Tensor, prepared, arguments)
         found = torch.library.opcheck(
-            case.overload, args, kwargs, test_utils=test, raise_exception=False
+            overload, args, kwargs, test_utils=test, raise_exception=False
         )
         if found[test] != "SUCCESS":
             raise Outcome("wrong", f"opcheck: {found[test]}")
@@ -370,7 +381,7 @@ def _low_precision(case: Case) -> Attempts:
 # Derivatives
 
 
-def _numerically(check: Callable[..., Any], case: Case) -> None:
+def _numerically(check: Callable[..., bool], case: Case) -> None:
     if not {t.dtype for t in case.floating} <= {torch.float64, torch.complex128}:
         raise Outcome("not run", "operands have to be float64")
     try:
@@ -549,13 +560,14 @@ def _every(case: Case) -> tuple[int, ...]:
     return tuple(range(len(case.floating)))
 
 
-def _vjp(f: Function, case: Case) -> Any:
+def _vjp(f: Function, case: Case) -> object:
     ys, pull, *_ = vjp(f, *case.floating)
     return pull(tuple(map(normal_like, ys)))
 
 
-def _jvp(f: Function, xs: Tensors) -> Any:
-    return jvp(f, xs, tuple(map(normal_like, xs)))
+def _jvp(f: Function, xs: Tensors) -> tuple[Tensors, Tensors]:
+    ys, pushed, *_ = jvp(f, xs, tuple(map(normal_like, xs)))
+    return ys, pushed
 
 
 def _batched(f: Function, case: Case) -> Tensors:
@@ -575,7 +587,7 @@ def _checkpointed(f: Function, case: Case) -> Tensors:
 MOST_SQUARED = 2**24  # numbers that a rule may keep, of 8 bytes each
 
 
-def _of_every_pair(f: Callable[[], Any], xs: Tensors) -> Any:
+def _of_every_pair(f: Callable[[], object], xs: Tensors) -> object:
     """Compute derivatives by all operands at once, which takes the square of their numbers."""
     count = sum(x.numel() for x in xs)
     if count**2 > MOST_SQUARED:
@@ -585,15 +597,15 @@ def _of_every_pair(f: Callable[[], Any], xs: Tensors) -> Any:
     return f()
 
 
-def _jacfwd(f: Function, xs: Tensors) -> Any:
+def _jacfwd(f: Function, xs: Tensors) -> object:
     return _of_every_pair(lambda: jacfwd(f, tuple(range(len(xs))))(*xs), xs)
 
 
-def _hessian(f: Function, xs: Tensors) -> Any:
+def _hessian(f: Function, xs: Tensors) -> object:
     return _of_every_pair(lambda: hessian(_scalar(f), tuple(range(len(xs))))(*xs), xs)
 
 
-TRANSFORMS: dict[str, Callable[..., Any]] = {
+TRANSFORMS: dict[str, Callable[[Function, Case], object]] = {
     "batched gradients": _batched,
     "checkpoint": _checkpointed,
     "torch.func: vjp": _vjp,
@@ -720,7 +732,7 @@ def _vmap(case: Case, in_dims: tuple[int | None, ...], size: int = 3) -> None:
 
 
 @rule("vmap over one operand")
-def _vmap_over_one_operand(case: Case) -> Attempts:
+def _vmap_over_one_operand(case: Case) -> AttemptsAndRemark:
     for i, t in enumerate(case.operands):
         for dim in range(t.dim() + 1):
             in_dims = tuple(dim if i == j else None for j in range(len(case.operands)))
@@ -731,6 +743,7 @@ def _vmap_over_one_operand(case: Case) -> Attempts:
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     if case.overload is not None and not any(has_kernel(case.overload.name(), key) for key in keys):
         return "a loop over the samples: no rule"
+    return ""
 
 
 @rule("vmap over all operands")
@@ -751,7 +764,7 @@ def _vmap_of_vmap(case: Case) -> None:
     case.expect_call(lambda: vmap(vmap(case.op))(*batches))
 
 
-OF_BATCHES: dict[str, Callable[[Function, Tensors], Any]] = {
+OF_BATCHES: dict[str, Callable[[Function, Tensors], object]] = {
     "vmap of jvp": lambda f, xs: vmap(lambda *x: jvp(f, x, tuple(t.cos() for t in x)))(*xs),
     "vmap of vjp": lambda f, xs: vmap(lambda *x: vjp(f, *x)[1](f(*x)))(*xs),
     "jacfwd of vmap": lambda f, xs: _jacfwd(vmap(f), xs),
@@ -766,7 +779,7 @@ OF_BATCHES: dict[str, Callable[[Function, Tensors], Any]] = {
 }
 
 
-def _of_batches(f: Function, case: Case, nested: Callable[[Function, Tensors], Any]) -> Any:
+def _of_batches(f: Function, case: Case, nested: Callable[[Function, Tensors], object]) -> object:
     rolls = [[rolled(t, k) for k in range(3)] for t in case.floating]
     return nested(f, tuple(torch.stack(of_operand).requires_grad_() for of_operand in rolls))
 
@@ -781,7 +794,7 @@ def _vmap_and_gradients(case: Case) -> Attempts:
 
 
 @rule("autocast")
-def _autocast(case: Case) -> Attempts:
+def _autocast(case: Case) -> AttemptsAndRemark:
     case.expect_reference()
 
     def check(dtype: torch.dtype, operands: Tensors, batch: bool = False) -> None:
@@ -821,7 +834,7 @@ def _autocast(case: Case) -> Attempts:
 
 @rule("grad modes")
 def _grad_modes(case: Case) -> Attempts:
-    def check(mode: Any) -> None:
+    def check(mode: type[torch.no_grad] | type[torch.inference_mode]) -> None:
         expected = case.op(*case.operands)
         xs = [t.clone().requires_grad_(is_differentiable(t)) for t in case.operands]
         with mode():
@@ -888,8 +901,8 @@ def _tensor_subclass(case: Case) -> Attempts:  # noqa: C901  # a try for each op
 # Compilers
 
 
-def _compiled(case: Case, **how: Any) -> Attempts:
-    def call(*args: Any, **kwargs: Any) -> Any:
+def _compiled(case: Case, backend: str, dynamic: bool | None = None) -> Attempts:
+    def call(*args: object, **kwargs: object) -> object:
         return case.callable(*args, **kwargs)
 
     def values(operands: Tensors) -> None:
@@ -907,13 +920,11 @@ def _compiled(case: Case, **how: Any) -> Attempts:
         )
 
     torch._dynamo.reset()
-    compiled = case.bind(torch.compile(call, fullgraph=True, **how))
+    compiled = case.bind(torch.compile(call, fullgraph=True, backend=backend, dynamic=dynamic))
     yield "values", partial(values, case.operands)
     if case.floating:
         yield "gradients", pulled
-    for name, operands in (
-        case.resized(lambda t, dim: torch.cat([t, t], dim)) if "dynamic" in how else ()
-    ):
+    for name, operands in case.resized(lambda t, dim: torch.cat([t, t], dim)) if dynamic else ():
         yield f"twice {name}", partial(values, operands)
     torch._dynamo.reset()
 
@@ -934,18 +945,18 @@ RULES["torch.compile by Inductor"] = _by_inductor
 
 
 @rule("torch.export, save and load")
-def _torch_export_save_and_load(case: Case) -> Attempts:
+def _torch_export_save_and_load(case: Case) -> AttemptsAndRemark:
     class Module(torch.nn.Module):
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
+        def forward(self, *args: object, **kwargs: object) -> object:
             return case.callable(*args, **kwargs)
 
-    def reloaded() -> Any:
+    def reloaded() -> torch.export.ExportedProgram:
         file = io.BytesIO()
         torch.export.save(program, file)
         file.seek(0)
         return torch.export.load(file)
 
-    def check(stage: Callable[[], Any]) -> None:
+    def check(stage: Callable[[], torch.export.ExportedProgram]) -> None:
         close(case.bind(stage().module())(*case.operands), case.op(*case.operands))
 
     program = torch.export.export(Module(), *case.arguments(case.operands))
@@ -963,7 +974,7 @@ MOST_COMBINATIONS = 48  # drawn from all, if there are more
 
 
 @rule("DTensor")
-def _dtensor(case: Case) -> Attempts:
+def _dtensor(case: Case) -> AttemptsAndRemark:
     """Every placement of every operand, on simulated ranks.
 
     All ranks live in this process, in PyTorch's LocalTensor mode: nothing has to be imported
@@ -989,7 +1000,7 @@ def _dtensor(case: Case) -> Attempts:
             given = [ys[i] for i in some], leaves, [incoming[i] for i in some]
             of_operands.append((some, gradients(*given, retain_graph=True)))
     expected = case.op(*case.operands), incoming, of_operands
-    local: list[Any] = []
+    local: list[tuple[Placement, ...]] = []
     with _simulated_ranks() as mesh:
         for placements in combinations:
             label = ", ".join(map(str, placements))
@@ -998,7 +1009,7 @@ def _dtensor(case: Case) -> Attempts:
 
 
 @contextmanager
-def _simulated_ranks() -> Iterator[Any]:
+def _simulated_ranks() -> Iterator["DeviceMesh"]:
     """A mesh of ranks in this process."""
     if dist.is_initialized():
         raise Outcome("not run", "this process belongs to a process group")
@@ -1016,7 +1027,7 @@ def _simulated_ranks() -> Iterator[Any]:
         sys.excepthook = hook
 
 
-def _place(whole: Tensor, mesh: Any, placement: Any) -> Any:
+def _place(whole: Tensor, mesh: "DeviceMesh", placement: "Placement") -> "DTensor":
     """A DTensor of ``whole``; the parts of a sum differ in every element."""
     from torch.distributed._local_tensor import LocalTensor
     from torch.distributed.tensor import DTensor, distribute_tensor
@@ -1034,27 +1045,28 @@ def _place(whole: Tensor, mesh: Any, placement: Any) -> Any:
 
 def _compare(
     case: Case,
-    mesh: Any,
-    placements: Sequence[Any],
-    expected: tuple[Any, Any, Any],
-    local: list[Any],
+    mesh: "DeviceMesh",
+    placements: tuple["Placement", ...],
+    expected: tuple[Tensors, list[Tensor], list[tuple[Sequence[int], Tensors]]],
+    local: list[tuple["Placement", ...]],
 ) -> None:
     """Compare results and gradients on all ranks with those of the whole operands."""
     from torch.distributed.tensor import DTensor, Replicate
     from torch.distributed.tensor.debug import CommDebugMode
 
-    results, incoming, of_operands = expected
+    values, incoming, of_operands = expected
     placed = [_place(t, mesh, p) for t, p in zip(case.operands, placements, strict=True)]
     xs = [t.requires_grad_() for t in placed if is_differentiable(t)]
     with CommDebugMode() as communication:
-        ys: Sequence[Any] = case.op(*placed)
-    if not all(isinstance(y, DTensor) for y in ys):
+        ys = case.op(*placed)
+    results = [y for y in ys if isinstance(y, DTensor)]
+    if len(results) < len(ys):
         raise Outcome("wrong", "the result is not a DTensor")
-    whole: list[Any] = [y.redistribute(placements=[Replicate()]) for y in ys]
-    _same_on_all_ranks(whole, results)
+    replicated = [y.redistribute(placements=[Replicate()]) for y in results]
+    _same_on_all_ranks(replicated, values)
     if communication.get_total_counts() == 0:
         local.append(placements)
-    smooth = [y for y, smooth in zip(whole, case.is_smooth, strict=True) if smooth]
+    smooth = [y for y, smooth in zip(replicated, case.is_smooth, strict=True) if smooth]
     placed = [_place(g, mesh, Replicate()) for g in incoming]
     for some, right in of_operands:
         given = [smooth[i] for i in some], xs, [placed[i] for i in some]
@@ -1062,7 +1074,7 @@ def _compare(
         _same_on_all_ranks([g.redistribute(placements=[Replicate()]) for g in found], right)
 
 
-def _same_on_all_ranks(actual: Sequence[Any], expected: Sequence[Tensor]) -> None:
+def _same_on_all_ranks(actual: Sequence["DTensor"], expected: Sequence[Tensor]) -> None:
     from torch.distributed._local_tensor import maybe_disable_local_tensor_mode
 
     with maybe_disable_local_tensor_mode(), torch.no_grad():

@@ -4,9 +4,8 @@ table."""
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -15,25 +14,37 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Placement,
+    Replicate,
+    Shard,
+    distribute_tensor,
+)
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
 from torchpar.parallel.split.layers import ColumnParallelLinear, RowParallelLinear
-from torchpar.testing.trial import SHAPES, STEPS, Failure, Trial, multiply_rates
+from torchpar.testing.trial import SHAPES, STEPS, Failure, Setup, Trial, multiply_rates
 
 
 def trained(
     trial: Trial,
-    wrap: Callable[[Any], Any] = lambda model: model,
+    wrap: Callable[[nn.Module], Any] = lambda model: model,
     micro_batches: int = 1,
     replica: int = 1,
     optimizer_first: bool = False,
     without: Sequence[int] = (),
-    **options: Any,
+    **options: object,
 ) -> None:
     """Train a model that ``wrap`` changes.
 
@@ -43,7 +54,7 @@ def trained(
         without: the steps in which a matrix has no gradient.
         options: of the optimizer.
     """
-    model: Any = trial.model()
+    model: nn.Module = trial.model()
     early = trial.optimizer(model, **options) if optimizer_first else None
     model = wrap(model)
     rank, ranks = dist.get_rank() // replica, dist.get_world_size() // replica
@@ -76,14 +87,14 @@ def pipeline(trial: Trial) -> None:
     trained(trial, replica=2)
 
 
-def split_layers(trial: Trial, kind: Any) -> None:
+def split_layers(trial: Trial, kind: type[ColumnParallelLinear] | type[RowParallelLinear]) -> None:
     """A column layer of torchpar has a part of the outputs, and a row layer takes a part of the
     inputs."""
     mesh, model = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",)), trial.model()
     for name, layer in list(model.named_children()):
         setattr(model, name, kind.from_linear(layer, mesh=mesh))
 
-    def part(t: Tensor, of: Any) -> Tensor:
+    def part(t: Tensor, of: type[nn.Module]) -> Tensor:
         return t.tensor_split(2, -1)[dist.get_rank()] if kind is of else t
 
     for step in trial.steps(model, trial.optimizer(model)):
@@ -103,9 +114,9 @@ def shard(model: nn.Module, **options: Any) -> nn.Module:
     return model
 
 
-def parallelize(model: nn.Module, mesh: Any = None) -> nn.Module:
+def parallelize(model: nn.Module, mesh: DeviceMesh | None = None) -> nn.Module:
     styles = ColwiseParallel(output_layouts=Replicate()), RowwiseParallel(input_layouts=Replicate())
-    plan: dict[str, Any] = {
+    plan: dict[str, ParallelStyle] = {
         name: styles[i % 2] for i, (name, _) in enumerate(model.named_children())
     }
     return parallelize_module(model, mesh or init_device_mesh("cpu", (2,)), plan)
@@ -121,7 +132,7 @@ def shard_parallelized(model: nn.Module) -> nn.Module:
 
 def closure(trial: Trial) -> None:
     model = trial.model()
-    optimizer: Any = trial.optimizer(model)
+    optimizer = trial.optimizer(model)
     if "closure" not in inspect.signature(optimizer.step).parameters:
         raise Failure("not applicable", "step has no argument closure")
 
@@ -184,7 +195,7 @@ def resumed(trial: Trial) -> None:
 def checkpointed(trial: Trial) -> None:
     """One phase saves a checkpoint, with a changed rate, and the next one loads it on other
     ranks."""
-    model: Any = trial.model()
+    model = trial.model()
     part = dist.get_rank(), dist.get_world_size()
     if part[1] > 1:
         shard(model)
@@ -207,10 +218,10 @@ def checkpointed(trial: Trial) -> None:
 
 def distributed(
     trial: Trial,
-    placements: Sequence[Any] = (Shard(0),),
+    placements: Sequence[Placement] = (Shard(0),),
     partial_sums: bool = False,
     without: Sequence[int] = (),
-    alone: Callable[[Any, Any, int], None] | None = None,
+    alone: Callable[[nn.Module, torch.optim.Optimizer, int], None] | None = None,
 ) -> None:
     """Weights are DTensors, which their layers cannot compute with: a backward pass accumulates
     gradients.
@@ -240,17 +251,17 @@ def distributed(
             lose_gradient(model)
 
 
-def lose_gradient(model: Any, *_: Any) -> None:
+def lose_gradient(model: Any, *_: object) -> None:
     model.square.weight.grad = None
 
 
-def double_rate(_model: Any, optimizer: Any, step: int) -> None:
+def double_rate(_model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
     for group in optimizer.param_groups if step == 0 else ():
         if "lr" in group:
             group["lr"] = group["lr"] * 2
 
 
-def add_group(model: Any, optimizer: Any, step: int) -> None:
+def add_group(model: Any, optimizer: torch.optim.Optimizer, step: int) -> None:
     """Add a group before the second step; its parameter is not the model's."""
     first = optimizer.param_groups[0]
     if step == 1:
@@ -276,30 +287,33 @@ class Situation(NamedTuple):
 
     run: Callable[[Trial], None]
     ranks: int | tuple[int, ...] = 1
-    setup: Mapping[str, Any] = MappingProxyType({})
+    setup: Setup = Setup()
     orthogonal: bool = False
     one_may_refuse: bool = False
     same_bits: bool = False
 
 
 sharded = partial(trained, wrap=shard)
-SCALED: dict[str, Any] = {"factor": 1024.0}  # exact in every dtype
-BFLOAT16: dict[str, Any] = {"dtype": torch.bfloat16}
-NO_NESTEROV: dict[str, Any] = {"options": {"nesterov": False}}
+SCALED: Setup = {"factor": 1024.0}  # exact in every dtype
+BFLOAT16: Setup = {"dtype": torch.bfloat16}
+NO_NESTEROV: Setup = {"options": {"nesterov": False}}
 MIXED, OFFLOAD = MixedPrecisionPolicy(torch.bfloat16, torch.float32), CPUOffloadPolicy(False)
 # fully_shard pads 9 rows to 12 and 5 to 8, and an update's norm may depend on the ratio of rows and
 # columns.
-PADDED = {"shapes": {"nine": (9, 6), "five": (5, 4)}}
+PADDED: Setup = {"shapes": {"nine": (9, 6), "five": (5, 4)}}
 # Two singular values that differ could make rounding look larger than its yardstick.
-FEW_ROWS: dict[str, Any] = {"shapes": {"two": (2, 32), "one": (1, 20)}, "decades": 0.0}
-CONVOLUTIONS = {"shapes": {"square": (16, 3, 2, 2), "uneven": (5, 4, 3, 1)}}
-FUSED = {"shapes": {"qkv": (64, 32)}, "views": {"qkv.weight": lambda w: w.split([32, 16, 16])}}
-RESUMED: dict[str, Any] = {"rates": (1.0, 0.5, 0.5)}  # the rate is halved before the state is saved
-SCHEDULE: dict[str, Any] = {"rates": (1.0, 0.5, 2.0)}
-TWO_GROUPS: dict[str, Any] = {"groups": True}
+FEW_ROWS: Setup = {"shapes": {"two": (2, 32), "one": (1, 20)}, "decades": 0.0}
+CONVOLUTIONS: Setup = {"shapes": {"square": (16, 3, 2, 2), "uneven": (5, 4, 3, 1)}}
+FUSED: Setup = {
+    "shapes": {"qkv": (64, 32)},
+    "views": {"qkv.weight": lambda w: w.split([32, 16, 16])},
+}
+RESUMED: Setup = {"rates": (1.0, 0.5, 0.5)}  # the rate is halved before the state is saved
+SCHEDULE: Setup = {"rates": (1.0, 0.5, 2.0)}
+TWO_GROUPS: Setup = {"groups": True}
 # Elements near 1e-8, as large as the usual ε. They move no weights but those of 0.
-TINY: dict[str, Any] = {"size": 1e-7, "scale": 0.0}
-HEADS = {"shapes": {"qkv": (60, 20)}, "views": {"qkv.weight": lambda w: w.view(12, 5, 20)}}
+TINY: Setup = {"size": 1e-7, "scale": 0.0}
+HEADS: Setup = {"shapes": {"qkv": (60, 20)}, "views": {"qkv.weight": lambda w: w.view(12, 5, 20)}}
 
 
 SITUATIONS = {

@@ -4,14 +4,15 @@ steps."""
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, NoReturn, Protocol, Self, TypedDict
 from zlib import crc32
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -33,9 +34,10 @@ FAMILIES = ("full rank", "low rank", "large weights")
 # updates.
 LARGE = 320.0
 
-Array = np.ndarray[Any, Any]
+Array = NDArray[np.float64]
 Batch = dict[str, tuple[Tensor, Tensor]]
 Make = Callable[..., torch.optim.Optimizer]
+View = Callable[[Tensor], Iterable[Tensor]]
 
 
 class Failure(Exception):
@@ -57,7 +59,7 @@ class Layers(nn.Module):
             layer.weight = nn.Parameter(weight.clone())
             self.add_module(name, layer)
 
-    def __iter__(self) -> Any:  # called by an optimizer that takes parameters
+    def __iter__(self) -> NoReturn:  # called by an optimizer that takes parameters
         raise Failure("crashes", "make gets a model; give its optimizer model.parameters()")
 
     def forward(self, batch: Batch) -> Any:
@@ -108,7 +110,14 @@ def other_settings(group: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def multiply_rates(optimizer: Any, factor: float) -> None:
+class HasGroups(Protocol):
+    """An optimizer, or several that step together."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]: ...
+
+
+def multiply_rates(optimizer: HasGroups, factor: float) -> None:
     """Multiply the learning rates, as a scheduler does."""
     for group in optimizer.param_groups:
         if "lr" in group:
@@ -121,7 +130,7 @@ class Record:
     float64."""
 
     weights: dict[str, list[Array]] = field(default_factory=dict)
-    gradients: dict[str, list[Any]] = field(default_factory=dict)
+    gradients: dict[str, list[Array | None]] = field(default_factory=dict)
 
 
 class Before(NamedTuple):
@@ -145,6 +154,22 @@ class Before(NamedTuple):
                 raise Failure("wrong", f"{name} moves without a gradient")
         elif not has_closure and (p.grad is None or not torch.equal(local(p.grad), self.grad)):
             raise Failure("wrong", f"the step changes the gradient of {name}")
+
+
+class Setup(TypedDict, total=False):
+    """The arguments of a `Trial` by which situations differ."""
+
+    dtype: torch.dtype
+    shapes: Mapping[str, tuple[int, ...]]
+    decades: float
+    scale: float
+    size: float
+    factor: float
+    views: Mapping[str, View]
+    options: Mapping[str, object]
+    rates: Sequence[float]
+    groups: bool
+    versions: bool
 
 
 @dataclass
@@ -179,12 +204,12 @@ class Trial:
     scale: float = 0.05
     size: float = 1.0
     factor: float = 1.0
-    views: Mapping[str, Callable[[Tensor], Any]] = field(default_factory=dict)
-    options: Mapping[str, Any] = field(default_factory=dict)
+    views: Mapping[str, View] = field(default_factory=dict)
+    options: Mapping[str, object] = field(default_factory=dict)
     rates: Sequence[float] = ()
     groups: bool = False
     versions: bool = False
-    returned: list[Any] = field(default_factory=list)
+    returned: list[float | Tensor | None] = field(default_factory=list)
 
     def model(self) -> Layers:
         """The layers of `shapes`, the same on every rank."""
@@ -198,7 +223,7 @@ class Trial:
         }
         return Layers({name: weight.to(self.dtype) for name, weight in weights.items()})
 
-    def optimizer(self, model: nn.Module, **options: Any) -> torch.optim.Optimizer:
+    def optimizer(self, model: nn.Module, **options: object) -> torch.optim.Optimizer:
         """Make the optimizer; its function may lack an argument that the situation is about."""
         options |= dict(self.options) | ({"views": dict(self.views)} if self.views else {})
         if unknown := options.keys() - inspect.signature(self.make).parameters:
@@ -224,7 +249,7 @@ class Trial:
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        *closure: Any,
+        *closure: Callable[[], Any],
         among: Sequence[int] = STEPS,
         stale: Callable[[], None] | None = None,
     ) -> Iterator[int]:
@@ -294,5 +319,5 @@ class Trial:
         x, y = (mixed @ v.T).to(self.dtype), (mixed @ u.T).to(self.dtype)
         return x.view(-1, *shape[1:]), y.view(*y.shape, *[1] * (len(shape) - 2))
 
-    def _generator(self, *of: Any) -> torch.Generator:
+    def _generator(self, *of: object) -> torch.Generator:
         return torch.Generator().manual_seed(crc32(repr((0, self.family, *of)).encode()))
