@@ -7,7 +7,6 @@ Without these checks a rank would wait for another until the timeout, or gloo wo
 import zlib
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,7 +18,7 @@ from torchpar.library.sharding import is_dtensor
 
 
 def check_same_on_all_ranks(
-    group: dist.ProcessGroup | None, what: str, values: Mapping[str, Any]
+    group: dist.ProcessGroup | None, what: str, values: Mapping[str, object]
 ) -> None:
     """Compare ``values``, by name, between the ranks of ``group``, None for all ranks.
 
@@ -73,17 +72,17 @@ def checksum(t: Tensor) -> int:
 
 
 def _first_difference(
-    group: dist.ProcessGroup | None, values: Mapping[str, Any]
-) -> tuple[str, Any, int, Any] | None:
+    group: dist.ProcessGroup | None, values: Mapping[str, object]
+) -> tuple[str, object, int, object] | None:
     """The first name whose value is not that of rank 0; rank 0's value, the other rank, and its
     value."""
     ranks = dist.get_world_size(group)
     if ranks == 1 or dist.get_backend(group) == "fake":  # the ranks of a fake group do not exist
         return None
-    by_rank: list[Any] = [None] * ranks
+    by_rank: list[Mapping[str, object]] = [{}] * ranks
     dist.all_gather_object(by_rank, values, group)
     for rank, other in enumerate(by_rank):
-        for name in by_rank[0] | other:
+        for name in {**by_rank[0], **other}:
             first, value = by_rank[0].get(name), other.get(name)
             if value != first:
                 return name, first, rank, value

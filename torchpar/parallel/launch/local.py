@@ -12,7 +12,8 @@ from multiprocessing import forkserver, get_context
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from types import TracebackType
+from typing import Any, TypeVar
 from unittest.mock import patch
 
 import torch
@@ -25,6 +26,7 @@ PRELOAD = [f"torch.{name}" for name in ("_dynamo", "testing")]
 PRELOAD += [f"torch.distributed.{name}" for name in ("checkpoint", "fsdp", "tensor.debug")]
 TIMEOUT = 120.0  # seconds for a call
 GRACE = 10.0  # seconds for the other ranks, once one has failed
+T = TypeVar("T")
 # The errors of ranks that others left alone.
 LATER = (TimeoutError, BrokenProcessPool, RuntimeError)
 
@@ -62,8 +64,8 @@ class Ranks(ExitStack):
         self.workers: list[ProcessPoolExecutor] = []
         self._pids: list[int] = []
 
-    def __call__(self, world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-        outcomes = self.outcomes(world_size, function, *args)
+    def __call__(self, world_size: int, function: Callable[..., T], *args: object) -> list[T]:
+        outcomes: list[T] = self.outcomes(world_size, function, *args)
         errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
         # The error of a test comes first, then that of a lost connection, then that of a killed
         # rank.
@@ -74,8 +76,8 @@ class Ranks(ExitStack):
     def outcomes(
         self,
         world_size: int,
-        function: Callable[..., Any],
-        *args: Any,
+        function: Callable[..., object],
+        *args: object,
         timeout: float = TIMEOUT,
         grace: float = GRACE,
     ) -> list[Any]:
@@ -122,10 +124,15 @@ class Ranks(ExitStack):
     def _start_one(self) -> ProcessPoolExecutor:
         return ProcessPoolExecutor(1, self._context, end_with_parent, (self._stores,))
 
-    def __exit__(self, kind: Any, *error: Any) -> bool | None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool | None:
         if kind is KeyboardInterrupt:
             self.kill()
-        return super().__exit__(kind, *error)
+        return super().__exit__(kind, error, trace)
 
     def kill(self) -> None:
         """End all processes at once."""
@@ -136,8 +143,8 @@ class Ranks(ExitStack):
 
 
 def _on_rank(
-    rank: int, world_size: int, store: str, function: Callable[..., Any], args: Any
-) -> Any:
+    rank: int, world_size: int, store: str, function: Callable[..., T], args: tuple[object, ...]
+) -> T:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # at Ctrl-C the pool ends the ranks
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))

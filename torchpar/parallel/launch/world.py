@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from torchpar.parallel.launch import rendezvous
 from torchpar.parallel.launch.agreement import check_same_on_all_ranks
 from torchpar.rank_info import RankInfo, find_rank_info
 
+T = TypeVar("T")
 TIMEOUT = 1800.0
 PATIENCE = 1.5  # seconds in which each rank whose collective failed reports to the store
 
@@ -100,8 +101,8 @@ class World:
         return t
 
     def gather_results(
-        self, function: Callable[[], Any], group: dist.ProcessGroup | None = None
-    ) -> list[Any]:
+        self, function: Callable[[], T], group: dist.ProcessGroup | None = None
+    ) -> list[T]:
         """Run ``function`` and return the results of all ranks.
 
         Raises:

@@ -22,7 +22,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -33,11 +33,13 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.storage import WriteResult
 
 from torchpar.errors import ConfigError, first_line
 from torchpar.parallel.launch.rendezvous import run_in_daemon
 from torchpar.parallel.launch.world import World
 
+T = TypeVar("T")
 MANIFEST = "manifest.json"
 _UNSIGNED = "0" * 64  # stands for the manifest's own SHA-256 while that is computed
 # The classes in torch.distributed.checkpoint's metadata of tensors. BytesStorageMetadata, for other
@@ -138,7 +140,7 @@ class Checkpoints:
         self._pending: Future[None] | None = None
         self._locked = False  # by rank 0
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:
+    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, object]) -> None:
         """Save as ``step-N``. If a process is killed at any moment, the checkpoint is whole or
         absent.
 
@@ -179,7 +181,7 @@ class Checkpoints:
         shapes = {name: torch.Size(shape) for name, shape in manifest["shapes"].items()}
         return Checkpoint(path, manifest["state"], shapes, self._group)
 
-    def _on_rank_0(self, function: Callable[[], Any]) -> Any:
+    def _on_rank_0(self, function: Callable[[], T]) -> T | None:
         """Return the result of rank 0, or raise its error, on every rank."""
         on_this = function if self.world.rank == 0 else lambda: None
         return self.world.gather_results(on_this, self._group)[0]
@@ -206,7 +208,7 @@ class Checkpoints:
         paths = [p for p in self.folder.glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
         return sorted(paths, key=_step)
 
-    def _save(self, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:
+    def _save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, object]) -> None:
         path = self.folder / f"step-{step}"
         unfinished = path.with_suffix(".tmp")
         try:
@@ -243,7 +245,7 @@ class Checkpoints:
             ) from e
         self._locked = True
 
-    def _publish(self, unfinished: Path, path: Path, state: dict[str, Any]) -> None:
+    def _publish(self, unfinished: Path, path: Path, state: Mapping[str, object]) -> None:
         metadata = _Reader(unfinished).read_metadata()
         files = {".metadata"} | {info.relative_path for info in metadata.storage_data.values()}
         mesh = self.world.mesh
@@ -274,7 +276,7 @@ class Checkpoints:
 
 
 class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> object:
         if name not in _CLASSES.get(module, ()):
             raise pickle.UnpicklingError(
                 f"{module}.{name} is not allowed in a checkpoint's metadata"
@@ -285,7 +287,9 @@ class _Unpickler(pickle.Unpickler):
 class _Writer(FileSystemWriter):
     """PyTorch's writer, with the error of a file that could not be written."""
 
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
+    def write_data(
+        self, plan: SavePlan, planner: SavePlanner
+    ) -> torch.futures.Future[list[WriteResult]]:
         try:
             return super().write_data(plan, planner)
         except RuntimeError as e:
@@ -299,7 +303,7 @@ class _Writer(FileSystemWriter):
 class _Reader(FileSystemReader):
     """PyTorch's reader, which unpickles the metadata by an allow-list."""
 
-    def read_metadata(self, *_args: Any, **_kwargs: Any) -> Metadata:
+    def read_metadata(self, *_args: object, **_kwargs: object) -> Metadata:
         with (Path(self.path) / ".metadata").open("rb") as file:
             metadata: Metadata = _Unpickler(file).load()
         assert metadata.storage_meta is not None
@@ -307,7 +311,7 @@ class _Reader(FileSystemReader):
         return metadata
 
 
-def write_manifest(folder: Path, files: Sequence[str], contents: dict[str, Any]) -> None:
+def write_manifest(folder: Path, files: Sequence[str], contents: Mapping[str, object]) -> None:
     """Write the manifest of ``folder``: the SHA-256 of ``files`` and of itself, and
     ``contents``."""
     digests = {name: _sha256(folder / name) for name in files}

@@ -9,6 +9,7 @@ unless its input needs no gradient. With dY = dL/dY and Y = X·Wᵀ + b split by
 dY_r·W_r and dW_r = dY_rᵀ·X. The all-reduce of dX overlaps with the computation of dW_r.
 """
 
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -138,11 +139,11 @@ class _ParallelLinear(nn.Linear):
         super().register_parameter(name, param)
         self._mark()
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         super().__setstate__(state)  # called for a copy, whose parameters are new
         self._mark()
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # which may replace parameters
         self._mark()
         return self

@@ -26,14 +26,16 @@ from torchpar.parallel.launch.agreement import check_shape
 from torchpar.parts import Part
 
 
-def all_reduce(t: Tensor, mesh: DeviceMesh, op: Any = dist.ReduceOp.SUM) -> Tensor:
+def all_reduce(
+    t: Tensor, mesh: DeviceMesh, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
+) -> Tensor:
     """``t`` summed over the ranks of ``mesh``, or reduced by ``op``, in place; returns ``t``."""
     start_all_reduce(t, mesh, op)()
     return t
 
 
 def start_all_reduce(
-    t: Tensor, mesh: DeviceMesh, op: Any = dist.ReduceOp.SUM
+    t: Tensor, mesh: DeviceMesh, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
 ) -> Callable[[], object]:
     """Start an `all_reduce` and return a function that waits for its end."""
     if mesh.size() == 1:

@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Sequence
 from contextlib import suppress
 from math import prod
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 import torch.distributed as dist
@@ -147,7 +147,7 @@ def make_shared_sum(
             if name in os.readlink(path):  # on another machine the path may be another file's
                 file = file or os.fdopen(os.open(path, os.O_RDWR), "r+b")
                 shared = SharedSum(group, shapes, dtype, file, timeout)
-    made: list[Any] = [None] * group.size()
+    made = [False] * group.size()
     dist.all_gather_object(made, shared is not None, group)
     return shared if all(made) else None
 
@@ -167,7 +167,7 @@ def register_shared_memory_hook(replica: DistributedDataParallel, world: World) 
     group: dist.ProcessGroup = replica.process_group
     sums: dict[int, tuple[tuple[int, torch.dtype], SharedSum | None]] = {}
 
-    def average(_: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
+    def average(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
         index, gradients = bucket.index(), bucket.buffer()
         kind = gradients.numel(), gradients.dtype
         # In its second step the replica forms other buckets.
