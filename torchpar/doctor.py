@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 import torchpar
 from torchpar.errors import first_line
@@ -166,7 +167,7 @@ def operators() -> Iterator[Finding]:
         a, b, weight = (
             normal_like(torch.empty(rows, 80, device=device), seed) for seed, rows in sizes
         )
-        calls: dict[str, tuple[Any, ...]] = {
+        calls: dict[str, tuple[Callable[..., Tensor], *tuple[Tensor, ...]]] = {
             "maximum": (torch.maximum, a, b),
             "matmul_t": (lambda x: x @ x.T, a),
             "symmetric_matmul": (lambda x, y: x @ y.T, a, a),

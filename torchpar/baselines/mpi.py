@@ -9,7 +9,7 @@ imports NumPy, and under mpirun mpi4py.
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -17,11 +17,13 @@ from torchpar.baselines.numpy_mlp import Array, NumpyMLP
 from torchpar.errors import ConfigError
 from torchpar.rank_info import find_rank_info
 
+T = TypeVar("T")
+Communicator = Any  # mpi4py's `MPI.Intracomm`, which need not be installed, or `OneProcess`
 POLL = 0.01  # seconds between two looks at a barrier
 
 
 @contextmanager
-def join() -> Iterator[Any]:
+def join() -> Iterator[Communicator]:
     """Yield the communicator of the processes that mpirun started; without mpirun, `OneProcess`.
 
     An exception that leaves the block ends all processes when this interpreter exits. Otherwise
@@ -77,10 +79,10 @@ class OneProcess:
     def Gather(self, own: Array, rows: Array) -> None:
         rows[0] = own
 
-    def bcast(self, value: Any) -> Any:
+    def bcast(self, value: T) -> T:
         return value
 
-    def allgather(self, value: Any) -> list[Any]:
+    def allgather(self, value: T) -> list[T]:
         return [value]
 
 
@@ -90,7 +92,7 @@ def shares(count: int, size: int) -> list[slice]:
     return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def scatter(world: Any, rows: Array | None) -> Array:
+def scatter(world: Communicator, rows: Array | None) -> Array:
     """Return this process's share of the ``rows`` of process 0; the others pass None.
 
     MPI counts elements, of which a row ``rows[i]`` has many. Shares of different sizes need
@@ -108,7 +110,7 @@ def scatter(world: Any, rows: Array | None) -> Array:
     return share
 
 
-def wait(world: Any) -> None:
+def wait(world: Communicator) -> None:
     """Wait until all processes call this. Unlike Barrier it leaves the core to those that still
     compute."""
     if world.size > 1:
@@ -117,7 +119,9 @@ def wait(world: Any) -> None:
             time.sleep(POLL)
 
 
-def evaluate(world: Any, model: NumpyMLP, share: Sequence[Array], size: int) -> tuple[float, float]:
+def evaluate(
+    world: Communicator, model: NumpyMLP, share: Sequence[Array], size: int
+) -> tuple[float, float]:
     """Return the mean loss and the accuracy over ``size`` samples; ``share`` is this process's x,
     labels."""
     figures = np.array(model.evaluate(*share), np.float64)
@@ -146,7 +150,7 @@ class HiddenSplitMLP(NumpyMLP):
         ConfigError: another number of hidden layers than one.
     """
 
-    def __init__(self, whole: NumpyMLP, world: Any):
+    def __init__(self, whole: NumpyMLP, world: Communicator):
         if len(whole.sizes) != 3:
             raise ConfigError(
                 f"the sizes are {list(whole.sizes)}, expected one hidden layer, whose units are "

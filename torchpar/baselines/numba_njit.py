@@ -164,9 +164,10 @@ def linear_sigmoid(x: Array, weight: Array, bias: Array) -> Array:
 
 
 @njit
-def sigmoid(z: Any) -> Any:
+def sigmoid(z: float) -> float:
     """Return ``1/(1 + e⁻ᶻ)``. An infinite power gives 0; compiled code raises no error for it."""
-    return 1 / (1 + np.exp(-z))
+    result: float = 1 / (1 + np.exp(-z))
+    return result
 
 
 # Layers of a network, for a batch: x (b, in), weight (in, out), bias (out).
@@ -249,7 +250,7 @@ LOOPS = (
 )
 
 
-def _compiled(parallel: bool) -> Any:
+def _compiled(parallel: bool) -> SimpleNamespace:
     """Return all loops; each is compiled when it is first called."""
     # Only prange runs in threads. NumPy's calls here are on a few numbers, too few to share.
     implicit = (
@@ -270,7 +271,11 @@ SERIAL, PARALLEL = _compiled(parallel=False), _compiled(parallel=True)
 
 
 def gradients(
-    loops: Any, weights: Sequence[Array], biases: Sequence[Array], x: Array, labels: Array
+    loops: SimpleNamespace,
+    weights: Sequence[Array],
+    biases: Sequence[Array],
+    x: Array,
+    labels: Array,
 ) -> tuple[float, list[Array], list[Array]]:
     """Compute `torchpar.baselines.pure_python.gradients`, layer by layer instead of sample by
     sample.

@@ -3,7 +3,6 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +48,11 @@ class Classification:
         self.predict = predict
         self.loss = loss
         self.seed = seed
-        self.config: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "train": len(train)}
+        self.config: dict[str, object] = {
+            "batch_size": batch_size,
+            "seed": seed,
+            "train": len(train),
+        }
 
     def check(self, world: World) -> None:
         """Raise a ConfigError on every rank if samples differ between ranks, or there are none."""

@@ -139,7 +139,7 @@ class FusedGradients:
         if not 0 <= label_smoothing <= 1:
             raise ConfigError(f"label_smoothing is {label_smoothing}, expected 0 to 1")
         assert isinstance(model, MLP)
-        self._linears: list[Any] = [*model.layers]
+        self._linears: list[Any] = [*model.layers]  # of torchpar.nn, each with a bias
         weight, classes = self._linears[-1].weight, model.sizes[-1]
         self.label_smoothing = label_smoothing
         self._activate, self._activation_gradient = _ACTIVATIONS[model.hidden]
@@ -153,13 +153,14 @@ class FusedGradients:
         self._sum: Callable[[list[Tensor]], None] | None = None  # over the ranks, in place
         if world is not None and world.dp_size > 1:
             group = world.mesh.get_group("dp")
-            dtypes = {"dtype": str(weight.dtype), "products": str(self.dtype or weight.dtype)}
             settings = {
+                "dtype": str(weight.dtype),
+                "products": str(self.dtype or weight.dtype),
                 "sizes": model.sizes,
                 "hidden": model.hidden,
                 "label_smoothing": label_smoothing,
             }
-            check_same_on_all_ranks(group, "the model", dtypes | settings)
+            check_same_on_all_ranks(group, "the model", settings)
             shapes = [p.shape for layer in self._linears for p in (layer.weight, layer.bias)]
             shared = (
                 make_shared_sum(group, shapes, weight.dtype, world.timeout)

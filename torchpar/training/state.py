@@ -6,6 +6,7 @@ data.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ class TrainState:
     optimizer: Optimizer
     lr_scheduler: LRScheduler | None
     world: World
-    config: dict[str, Any]
+    config: Mapping[str, object]
     results: list[EpochResult] = field(default_factory=list)
     step: int = 0
     loss_sum: float | Tensor = 0.0
@@ -174,7 +175,7 @@ def resume(state: TrainState, checkpoints: Checkpoints) -> bool:
     return True
 
 
-def _check_config(state: TrainState, folder: Path, was: dict[str, Any]) -> None:
+def _check_config(state: TrainState, folder: Path, was: Mapping[str, object]) -> None:
     """Refuse a checkpoint of a run with other values."""
     now = state.config
     if differing := sorted(key for key in now.keys() & was.keys() if was[key] != now[key]):
@@ -210,7 +211,11 @@ def restore_random_states(states: dict[str, Tensor]) -> None:
 
 
 def _check_names(
-    state: TrainState, folder: Path, saved: Checkpoint, tensors: list[str], extra: dict[str, Any]
+    state: TrainState,
+    folder: Path,
+    saved: Checkpoint,
+    tensors: list[str],
+    extra: Mapping[str, object],
 ) -> None:
     """Refuse a checkpoint of other layers or of another kind of optimizer, before it is read.
 
@@ -283,7 +288,7 @@ def _schedule_kinds(lr_scheduler: LRScheduler | None) -> list[str]:
     ]
 
 
-def _settings(optimizer: Optimizer) -> list[dict[str, Any]]:
+def _settings(optimizer: Optimizer) -> list[dict[str, object]]:
     """The settings of each group, without its parameters, which are those of this rank."""
     excluded = ("params", "param_names")
     return [
@@ -301,7 +306,7 @@ def _members(state: TrainState) -> dict[str, int]:
     return {name: number for of_rank in of_ranks for name, number in of_rank.items()}
 
 
-def _extra_states(model: torch.nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _extra_states(model: torch.nn.Module) -> tuple[dict[str, Tensor], dict[str, object]]:
     """What `get_extra_state` of the modules returns: tensors, by names for a checkpoint, and
     JSON."""
     tensors, others = {}, {}
@@ -322,7 +327,7 @@ def _extra_states(model: torch.nn.Module) -> tuple[dict[str, Tensor], dict[str, 
     return tensors, others
 
 
-def _is_json(value: Any) -> bool:
+def _is_json(value: object) -> bool:
     try:
         return bool(json.loads(json.dumps(value)) == value)
     except (TypeError, ValueError, RuntimeError):  # the last from a comparison of tensors
@@ -330,7 +335,7 @@ def _is_json(value: Any) -> bool:
 
 
 def _set_extra_states(
-    model: torch.nn.Module, tensors: dict[str, Tensor], others: dict[str, Any]
+    model: torch.nn.Module, tensors: Mapping[str, Tensor], others: Mapping[str, object]
 ) -> None:
     for name, module in model.named_modules():
         if f"extra.{name}" in tensors:
@@ -344,7 +349,7 @@ def _model_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
     return tensors | {f"model.{name}": buffer for name, buffer in model.named_buffers()}
 
 
-def _like(now: Any, saved: Any) -> Any:
+def _like(now: object, saved: Any) -> Any:
     """Return ``saved``, which was JSON, with the keys of ``now``, and with its tensors, which are
     filled."""
     if isinstance(now, Tensor):
