@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A mode in which models and optimizers compute in exact arithmetic: the same bits on every
-processor."""
+"""Exact mode: models and optimizers compute the same bits on every processor."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,7 +42,7 @@ _FUNCTIONS: dict[object, Callable[..., Tensor]] = {
     F.scaled_dot_product_attention: scaled_dot_product_attention,
     F.group_norm: group_norm,
 }
-# PyTorch's own are called for their errors: the rules would take negative indices.
+# PyTorch's versions of these are called for their errors: the rules would take negative indices.
 _INDEXED = {"scatter", "scatter_add", "index_add", "index_copy"}
 Kind = Literal["passing", "rules", "missing"]
 Operator = OpOverload[..., object]
@@ -60,7 +59,7 @@ def mode() -> Iterator[None]:
             optimizer.step()
 
     Make the model in the mode, too, so that its first weights are the same everywhere. Each row of
-    a result depends on its own row of the input alone, and not on the batch around it.
+    a result depends only on its own row of the input, and not on the other rows of the batch.
 
     Raises:
         ConfigError: an operator that has no exact version, or a dtype other than float32.
@@ -78,14 +77,16 @@ def is_active() -> bool:
 
 @contextmanager
 def ordinary() -> Iterator[None]:
-    """Leave the mode, for what is exact by itself."""
+    """Leave the mode, for code that is exact without it."""
     with _disable_current_modes(), torch._C.DisableTorchFunction():
         yield
 
 
 class _Functions(TorchFunctionMode):
-    """Replace whole functions: attention's parts do not tell which sums must not depend on other
-    keys."""
+    """Replace functions whose operators do not show which sums must be exact, such as attention.
+
+    In attention, a sum must not depend on the keys that a query does not attend to.
+    """
 
     def __torch_function__(
         self,
@@ -130,7 +131,7 @@ class _Operators(TorchDispatchMode):
                 with torch._C.DisableTorchFunction():
                     return _call(own_rule, func, args, kwargs, native)
         if not foreign and kind == known:
-            with self:  # without autograd, operators that are made of others come whole
+            with self:  # without autograd, composite operators arrive here undecomposed
                 result = _composition(func)(*args, **kwargs)
             if result is not NotImplemented:
                 return result
@@ -146,8 +147,7 @@ class _Operators(TorchDispatchMode):
 
 
 def kind_of(func: Operator, operands: Sequence[object]) -> tuple[Kind, str]:
-    """Whether an operator has a rule, passes, or is missing; and which operands are the reason for
-    that."""
+    """The kind of an operator with these operands, and the kind of operands that is refused."""
     leaves = tree_leaves(operands)
     if foreign := next(filter(None, map(_foreign, leaves)), ""):
         return "missing", f" for {foreign} operands"
@@ -156,9 +156,9 @@ def kind_of(func: Operator, operands: Sequence[object]) -> tuple[Kind, str]:
 
 
 def _foreign(operand: object) -> str:
-    """The kind of an operand that processors may compute otherwise with, or "".
+    """The kind of an operand for which processors compute different bits, or "".
 
-    They fuse complex products, add sparse terms in any order, and saturate sums of quantized
+    Processors fuse complex products, add sparse terms in any order, and saturate sums of quantized
     products.
     """
     if not isinstance(operand, Tensor):
@@ -172,10 +172,9 @@ def _foreign(operand: object) -> str:
 
 @cache
 def _look_up(func: Operator) -> tuple[Kind, Rule | None, bool]:
-    """The kind of an operator; its rule, if it has one of its own; whether it passes for integers
-    alone."""
+    """The kind of an operator, its own rule if there is one, and whether it passes for integers."""
     namespace, _, name = func._schema.name.partition("::")
-    # Ranks, and scatters with a reduction, add in an order of their own.
+    # Collectives, and scatters with a reduction, add in any order.
     adds = "reduce" in str(func)
     if namespace in ("c10d", "_c10d_functional"):
         return "missing" if adds else "passing", None, True
@@ -195,16 +194,14 @@ def _look_up(func: Operator) -> tuple[Kind, Rule | None, bool]:
 
 
 def _is_implicit(func: Operator) -> bool:
-    """Whether PyTorch makes the operator of others in any case; in inference mode it comes
-    whole."""
+    """Whether PyTorch always decomposes the operator, except in inference mode."""
     has_kernel = partial(torch._C._dispatch_has_kernel_for_dispatch_key, func.name())
     return has_kernel("CompositeImplicitAutograd") and not has_kernel("CPU")
 
 
 @cache
 def _composition(func: Operator) -> Callable[..., object]:
-    """A function that calls the operators that PyTorch makes ``func`` of, or returns
-    NotImplemented."""
+    """A function that calls the operators of which ``func`` consists, or returns NotImplemented."""
     composition: Callable[..., object] = func.decompose
     if _look_up(func)[0] == "rules":
         key = torch._C.DispatchKey.CompositeExplicitAutograd
@@ -221,8 +218,7 @@ def _call(
     kwargs: dict[str, Any],
     native: Sequence[Metadata | None],
 ) -> Result:
-    """Call the rule of an operator, which may write to its first operand, or to its ``out``
-    arguments."""
+    """Call an operator's rule. In-place and ``out`` variants write the result to their tensors."""
     outs: list[Tensor] = [kwargs.pop(one.name) for one in func._schema.arguments if one.is_out]
     result = own_rule(*args, **kwargs)
     if func._schema.name.endswith("_"):
@@ -278,9 +274,9 @@ class Coverage:
     """The operators that a function calls, with the number of calls.
 
     Attributes:
-        passing: those that are the same everywhere.
-        rules: those with an exact version.
-        missing: the others; `mode` refuses them.
+        passing: operators whose ordinary results have the same bits everywhere.
+        rules: operators with an exact version.
+        missing: operators with neither; `mode` refuses them.
     """
 
     passing: Counter[str] = field(default_factory=Counter)
@@ -296,7 +292,7 @@ class Coverage:
 
 
 def coverage(function: Callable[..., object], *inputs: object, **options: object) -> Coverage:
-    """Call ``function`` in `mode`, and where that refuses an operator in ordinary arithmetic.
+    """Call ``function`` in `mode`; compute the operators that it refuses in ordinary arithmetic.
 
     Include the backward pass and the optimizer's step in the function.
     """

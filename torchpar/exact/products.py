@@ -36,8 +36,7 @@ def _windows(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    """The windows of ``x (b, c, *positions)`` as
-    ``(groups, b, *windows, c/groups · elements of one)``."""
+    """The windows of ``x (b, c, *positions)``: ``(groups, b, *windows, c/groups · elements)``."""
     dims = len(size)
     x = F.pad(x, [p for p in reversed(padding) for _ in range(2)])
     for dim, (k, s, d) in enumerate(zip(size, stride, dilation, strict=True), 2):

@@ -3,8 +3,8 @@
 
 `torch.rand` has the same bits everywhere, too, but draws of normal numbers and of dropout masks use
 a processor's vectors. Philox with ten rounds makes four words of 32 bits from a counter and a key.
-The key is drawn from PyTorch's generator, so that `torch.manual_seed` and saved random states hold
-for it.
+The key is drawn from PyTorch's generator, so that `torch.manual_seed` and saved random states
+determine the numbers.
 
 Source: Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", 2011.
 """
@@ -37,7 +37,7 @@ def philox(counters: Tensor, key: tuple[int, int]) -> Tensor:
 
 
 def _product(x: Tensor, m: int) -> tuple[Tensor, Tensor]:
-    """The upper and the lower 32 bits of ``x·m``, of words in int64, which would overflow."""
+    """The upper and the lower 32 bits of ``x·m``, for words x and m: x·m would overflow int64."""
     low, high = x * (m & 0xFFFF), x * (m >> 16)
     middle = low + ((high & 0xFFFF) << 16)
     return (high >> 16) + (middle >> 32), middle & _WORD
@@ -63,7 +63,7 @@ def _normal(
     return (normal * std + mean).to(x.dtype)
 
 
-@rule("uniform_", any_dtype=True)  # whose kernel fuses this product and sum on some processors
+@rule("uniform_", any_dtype=True)  # PyTorch's kernel fuses product and sum on some processors
 def _uniform(
     x: Tensor, low: float = 0.0, high: float = 1.0, *, generator: torch.Generator | None = None
 ) -> Tensor:
@@ -80,7 +80,7 @@ def _bernoulli(
     return (_uniform64(x.shape, generator, x.device) < p).to(x.dtype)
 
 
-@rule("native_dropout", any_dtype=True)  # of a GPU
+@rule("native_dropout", any_dtype=True)  # called on GPUs
 def _native_dropout(x: Tensor, p: float, train: bool | None) -> tuple[Tensor, Tensor]:
     p = 0.0 if train is False else p
     kept = _bernoulli(x, 1 - p)

@@ -3,7 +3,7 @@
 
     m = max x        p = e^(x − m)        softmax = p / Σp        log softmax = (x − m) − ln Σp
 
-The largest p is 1, so that the unit of `exact_sum` is the same with and without terms that are 0.
+The largest p is 1, so that terms that are 0 do not change the unit of `exact_sum`.
 """
 
 import math
@@ -39,7 +39,7 @@ def _sum(
 
 @rule("cumsum")
 def _cumsum(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
-    """Of numbers such as a mask's: whole ones below 2²⁴ add up to the same in any order."""
+    """Take only numbers such as a mask's: integers below 2²⁴ have the same sum in any order."""
     if not (x == x.round()).all() or x.abs().double().sum() >= 2**24:
         raise ConfigError(
             "no exact version of aten.cumsum.default for these numbers; it takes integers, and "
@@ -212,9 +212,9 @@ def _group_norm_backward(
 
 
 def _parts(x: Tensor, dims: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """m, x − m and p, float32, and Σp, float64. Where m is −∞, x is in the place of x − m.
+    """m, x − m and p, float32, and Σp, float64. Where m is −∞, x replaces x − m.
 
-    The dimension of a number is 0 or −1, as PyTorch has it.
+    A tensor without dimensions takes the dimension 0 or −1, as in PyTorch.
     """
     empty = x.numel() == 0
     largest = x.sum(dims, True) if empty else x.amax(dims, True)
@@ -304,7 +304,7 @@ def _index_put(
     terms, places = values.expand(places.shape).reshape(-1, 1), places.flatten()
     if adds_floats:
         return x + exact_index_sum(terms, places, x.numel()).view(x.shape)
-    # Several threads may write to a place. They all write its last value.
+    # Several threads may write to a place, so all write the same value, the last.
     order = torch.arange(len(places), device=x.device)
     last = order.new_zeros(x.numel()).scatter_reduce(0, places, order, "amax")
     return torch.index_put(x.flatten(), (places,), terms[last[places], 0]).view(x.shape)
@@ -317,7 +317,7 @@ def _scatter_add(
     if not (x.dim() and index.dim()):  # a number is a tensor of one element
         source = source.reshape(-1) if isinstance(source, Tensor) else source
         return _scatter_add(x.reshape(-1), dim, index.reshape(-1), source, accumulate).view(x.shape)
-    if not index.numel():  # it may have any dtype, and other dimensions
+    if not index.numel():  # an empty index may have any dtype, and other dimensions
         return x.clone()
     indices = [torch.arange(n, device=x.device) for n in index.shape]
     places = [*torch.meshgrid(*indices, indexing="ij")]
@@ -334,8 +334,7 @@ EXACT_RULES["scatter"] = partial(_scatter_add, accumulate=False)
 
 
 def _plus_zero(name: str, *operands: object, **options: object) -> Result:
-    """The operator's results, with +0 for −0: which of the two it keeps depends on the
-    instructions."""
+    """The operator's results, with +0 for −0: processors differ in the zero that they choose."""
     result = getattr(torch.ops.aten, name)(*operands, **options)
     if not isinstance(result, Tensor):
         return tuple(t + 0.0 if t.is_floating_point() else t for t in result)
@@ -350,7 +349,7 @@ EXACT_RULES.update({name: partial(_plus_zero, name) for name in _CHOOSING})
 def _sort(
     x: Tensor, dim: int = -1, descending: bool = False, *, stable: bool | None = None
 ) -> tuple[Tensor, Tensor]:
-    """By the stable order: where others leave equal elements depends on the width of vectors."""
+    """Sort stably: without, the order of equal elements depends on the width of vectors."""
     return tuple(torch.sort(x, dim=dim, descending=descending, stable=True))  # type: ignore[return-value]
 
 

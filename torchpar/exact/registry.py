@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Registry of ATen operators in exact arithmetic: those that are the same everywhere, and rules for
-others.
+"""Registry of ATen operators in exact arithmetic: those with the same bits everywhere, and rules.
 
 An operator *passes* if it moves data, compares, or rounds once for each element, as IEEE 754
-defines it. More of them pass if all operands are integers. A *rule* computes it by exact products,
-exact sums and functions. *Composed* ones are made of those by PyTorch. `torchpar.exact.mode`
-refuses others.
+defines. More operators pass if all operands are integers. A *rule* computes an operator by exact
+products, exact sums and functions. PyTorch makes a *composed* operator of operators that pass or
+have a rule. `torchpar.exact.mode` refuses all other operators.
 """
 
 from collections.abc import Callable
@@ -36,16 +35,16 @@ _PASSING = """
     is_same_size is_pinned embedding random rand rand_like
 """
 PASSING = frozenset(_PASSING.split())
-# Operators that PyTorch makes of others; put is refused
+# Operators that PyTorch makes of other operators; put is refused
 _COMPOSED = """
     bernoulli index_copy index_put put mse_loss nll_loss_forward nll_loss_backward
     nll_loss2d_forward nll_loss2d_backward randn randn_like _safe_softmax uniform _unsafe_index_put
 """
 COMPOSED = frozenset(_COMPOSED.split())
-# Operators of integers and booleans alone that are the same everywhere, beside those above. Their
-# sums and products wrap around, in any order. `_int_mm` is not here: it saturates on processors
-# without VNNI. Nor are quantized products, interpolation of bytes, and `geometric`, which draws by
-# a logarithm.
+# Operators that are the same everywhere for integers and booleans alone, beside those above. Sums
+# and products of integers wrap around, in any order. `_int_mm` is not here: it saturates on
+# processors without VNNI. Quantized products, interpolation of bytes, and `geometric`, which draws
+# by a logarithm, are not here either.
 _INTEGERS = """
     nansum trace prod cumsum cumprod cummax cummin count_nonzero addbmm addmv addr vdot linalg_cross
     remainder fmod floor_divide gcd lcm fmax fmin aminmax heaviside signbit hash_tensor bitwise_and
@@ -68,13 +67,11 @@ INTEGERS = frozenset(_INTEGERS.split())
 
 EXACT_RULES: dict[str, Rule] = {}
 PRIVATE: set[str] = set()
-"""Rules for operators that only torchpar's functions call, with other shapes than the native ones
-take."""
+"""Names of operators that only torchpar's functions call, with shapes that PyTorch would refuse."""
 
 
 def rule(*names: str, any_dtype: bool = False, private: bool = False) -> Callable[[R], R]:
-    """Register a rule for the ATen operators of these names; it takes float32 unless
-    ``any_dtype``."""
+    """Register a rule for ATen operators by their names. It takes float32 unless ``any_dtype``."""
     if private:
         PRIVATE.update(names)
 
