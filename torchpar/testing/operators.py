@@ -53,11 +53,12 @@ class Row:
 
 @dataclass(frozen=True)
 class OperatorTable:
-    """The rows of an operator's table, which `str` prints; ``table["values"].outcome`` is one
-    outcome.
+    """The rows of an operator's table, which `str` prints.
+
+    ``table["values"].outcome`` is the outcome of the row "values".
 
     Attributes:
-        notes: sentences on what no row has tried, such as kernels for a GPU where there is none.
+        notes: sentences on what no row has tried, such as kernels for a GPU on a machine without.
     """
 
     name: str
@@ -79,7 +80,7 @@ class OperatorTable:
         return "\n".join([self.name, in_columns(table), *self.notes])
 
     def as_dict(self) -> dict[str, object]:
-        """The table as JSON has it: ``name``, ``ok``, ``rows`` and ``notes``."""
+        """The table as JSON objects: ``name``, ``ok``, ``rows`` and ``notes``."""
         found = asdict(self)
         return {
             "name": found["name"],
@@ -98,25 +99,25 @@ def check_operator(
 ) -> OperatorTable:
     """Try an operator with every part of PyTorch, and compare the results with a reference.
 
-    Without a reference, values are compared with the operator's own on contiguous operands, and
+    Without a reference, values are compared with the operator's values on contiguous operands, and
     "gradcheck" and "gradgradcheck" with numerical derivatives; the other rules for derivatives are
     not run. The operator must not call a random generator.
 
     Args:
         op: an operator of `torch.ops`, what `torch.library.custom_op` returns, or a function that
-            calls one operator that is not PyTorch's own. It must not write to its operands.
+            calls one operator that does not belong to PyTorch. It must not write to its operands.
         samples: samples, or tuples of arguments. Derivatives are taken with respect to all floating
-            operands. These are float64 for the numerical ones, else float32; in lower precision
-            right rows can fail.
-        reference: a differentiable function of the same arguments, of PyTorch's own operators.
+            operands. Give operands of float64 for numerical derivatives, else of float32; in lower
+            precision right rows can fail.
+        reference: a differentiable function of the same arguments, of PyTorch's operators.
         rules: a name or names of rows, as the printed table has them; by default all.
 
     Returns:
         A table with one row for each rule, of its worst outcome.
 
     Raises:
-        ConfigError: an unknown rule; no sample, or one that is no tuple; an operator that writes to
-            operands.
+        ConfigError: an unknown rule; no sample, or a sample that is not a tuple; an operator that
+            writes to operands.
     """
     names = list(RULES) if rules is None else [rules] if isinstance(rules, str) else list(rules)
     if unknown := [name for name in names if name not in RULES]:
@@ -151,7 +152,7 @@ def check_operator(
 
 
 def find_overload(op: Callable[..., object], sample: Sample) -> Operator | None:
-    """The operator in PyTorch's registry; None if none but PyTorch's own is called."""
+    """The operator in PyTorch's registry; None if only PyTorch's operators are called."""
     for attribute in ("overload", "_opoverload"):
         op = getattr(op, attribute, op)
     if isinstance(op, torch._ops.OpOverload):
@@ -159,7 +160,7 @@ def find_overload(op: Callable[..., object], sample: Sample) -> Operator | None:
     with Calls() as calls:
         try:
             op(*sample.args, **sample.kwargs)
-        except Exception:  # which the rules find again
+        except Exception:  # the rules will meet it again
             return None
     return next((func for func in calls.seen if func.namespace not in BUILT_IN), None)
 
@@ -201,7 +202,7 @@ def _outcome(attempt: Callable[[], Attempts | str | None]) -> tuple[str, str]:
 
 
 def _worst(attempts: Attempts) -> tuple[str, str]:
-    """The worst outcome of attempts, the first attempt that has it, and how many do."""
+    """The worst outcome of attempts, the first attempt with it, and the number of such attempts."""
     found = []
     while True:
         try:
@@ -220,8 +221,7 @@ def _worst(attempts: Attempts) -> tuple[str, str]:
 
 
 def _message(e: BaseException) -> str:
-    """The first line of an error's note or message; of the compiler's errors, that of the first
-    one."""
+    """The first line of an error's note or message. Of the compiler's errors the first counts."""
     if type(e).__name__ == "TorchRuntimeError":
         while e.__context__:
             e = e.__context__

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The rules of an operator's table, in its order: each tries an operator with one part of
-PyTorch."""
+"""The rules of an operator's table, in its order. Each tries one part of PyTorch."""
 
 import copy
 import io
@@ -63,8 +62,11 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Rule = Callable[[Case], Attempts | str | None]
 RULES: dict[str, Rule] = {}
-"""By name, in the table's order: functions that return nothing or a remark, and raise an `Outcome`
-or any error. Or they yield attempts, each a label and such a function, and return a remark."""
+"""The rules by name, in the table's order.
+
+A rule returns nothing or a remark, and raises an `Outcome` or any error. Or it yields attempts,
+each a label and a function that raises likewise, and returns nothing or a remark.
+"""
 ONCE = ("torch.compile by Inductor", "torch.export, save and load")  # for the first sample only
 
 
@@ -92,7 +94,7 @@ def _values(case: Case) -> None:
     close(actual, expected, lambda: case.wide.plain(*case.wide.operands))
 
 
-CALLS = 45  # one that differs in ten is missed with a chance of 0.9^44, of a hundredth
+CALLS = 45  # if one call in ten differs, all are alike with a chance of 0.9^44, of a hundredth
 FEWEST, LONGEST = 4, 2.0  # calls, and seconds after which a slow operator is called no more
 
 
@@ -120,7 +122,7 @@ Compute = Callable[[Function], Tensors]
 
 
 def _values_and_gradients(case: Case) -> tuple[Compute, Compute | None]:
-    """How to compute results, and gradients if there is a reference with gradients."""
+    """Functions that compute results, and gradients if there is a reference with gradients."""
 
     def values(function: Function) -> Tensors:
         return function(*case.operands)
@@ -144,7 +146,7 @@ def _setting(get: Callable[[], T], change: Callable[[T], object], value: T) -> I
 
 @contextmanager
 def _deterministic() -> Iterator[None]:
-    """Without nondeterministic algorithms; memory that is not initialised holds NaN."""
+    """Allow only deterministic algorithms; uninitialised memory then holds NaN."""
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
@@ -163,8 +165,8 @@ Setting = Callable[[], AbstractContextManager[None]]
 def _global_settings(case: Case) -> AttemptsAndRemark:  # noqa: C901  # a try for each setting
     """PyTorch's default dtype, deterministic algorithms and threads change no result.
 
-    The default dtype changes no bit, unless it changes those of the reference. The others can
-    change the order of sums.
+    The default dtype changes no bit, unless it changes bits of the reference. Deterministic
+    algorithms and threads can change the order of sums.
     """
     changed: list[str] = []
 
@@ -277,7 +279,7 @@ def _same_values(case: Case, operands: Tensors) -> None:
         return case.plain(*cast(tuple(tensors), torch.float64))
 
     def others() -> Iterator[tuple[Tensors, Tensors]]:
-        """Of operands that are changed by roundings: equal terms can add up without an error."""
+        """Results of operands that differ by roundings: sums of equal terms may have no error."""
         for seed in range(4):
             like = [
                 t * (1 + torch.finfo(t.dtype).eps * normal_like(t, seed))
@@ -291,25 +293,24 @@ def _same_values(case: Case, operands: Tensors) -> None:
 
 
 def _fake_of_meta(case: Case) -> None:
-    """Of operands that are on no device of this machine, so that a device that the fake fixes is
-    seen."""
+    """Call the fake on the device "meta", so that a device that the fake fixes is seen."""
     actual = case.op(*case.operands)
     metas = case.op(*(t.to("meta") for t in case.operands))
     same_metadata(metas, tuple(t.to("meta") for t in actual))
 
 
 def _symbolic_fake(case: Case) -> None:
-    """A fake that makes a number of a size would be compiled for this size alone."""
+    """Refuse a fake that converts a size to a number: it would be compiled for this size alone."""
     fixed = _fixed_sizes(case, case.operands)
     for label, operands in case.resized(lambda t, dim: torch.cat([t, t], dim)):
         size = int(label.rpartition(" ")[2])
-        # A fake that only asks whether a size is 8 does not fix one of 16.
+        # A fake that only asks whether a size is 8 does not fix a size of 16.
         if size in fixed and _is_taken(case, operands) and 2 * size in _fixed_sizes(case, operands):
             raise Outcome("wrong", f"the fake fixes the size {size}, as int() of it does")
 
 
 def _fixed_sizes(case: Case, operands: Tensors) -> set[int]:
-    """The sizes of operands that a call on fake tensors makes numbers of."""
+    """The sizes of operands that a call on fake tensors converts to numbers."""
     shapes = ShapeEnv()
     with FakeTensorMode(shape_env=shapes) as mode:
         contexts: list[Any] = [
@@ -425,7 +426,7 @@ def pulled_back(
     required: Sequence[int] | None = None,
     used: slice = slice(None),
 ) -> Tensors:
-    """Gradients of ``f`` for normally distributed incoming ones, of any layout."""
+    """Gradients of ``f`` for normally distributed incoming gradients, of any layout."""
     xs = case.leaves()
     chosen = xs if required is None else [xs[i] for i in required]
     for x in xs:
@@ -476,8 +477,7 @@ def _any_of_the_gradients(case: Case) -> Attempts:
 
 @rule("changes after the call")
 def _changes_after_the_call(case: Case) -> Attempts:
-    """A tensor that the backward needs is changed in place: right gradients, or autograd's
-    error."""
+    """Change in place what the backward needs: gradients are right, or autograd raises an error."""
 
     def check(of_results: bool) -> None:
         expected, leaves = pulled_back(case.oracle, case), case.leaves()
@@ -527,7 +527,8 @@ def _difference_of(
 ) -> tuple[list[Tensor], float]:
     """The directional derivative by (f(x + h·v) − f(x − h·v))/2h, in float64, and its tolerance.
 
-    The error of the difference is about h², that of the roundings ε/h; both are ε^⅔ for h = ε^⅓.
+    The error of the difference is about h², and the error of the roundings ε/h. Both are ε^⅔ for
+    h = ε^⅓.
     """
     h = torch.finfo(torch.float64).eps ** (1 / 3)
     every = _every(case) if chosen is None else chosen
@@ -588,7 +589,7 @@ MOST_SQUARED = 2**24  # numbers that a rule may keep, of 8 bytes each
 
 
 def _of_every_pair(f: Callable[[], object], xs: Tensors) -> object:
-    """Compute derivatives by all operands at once, which takes the square of their numbers."""
+    """Compute derivatives by all operands at once, unless they take too much memory."""
     count = sum(x.numel() for x in xs)
     if count**2 > MOST_SQUARED:
         raise Outcome(
@@ -632,8 +633,7 @@ RULES.update(
 
 @rule("NaN")
 def _nan(case: Case) -> Attempts:
-    """One number of an operand is NaN: results and gradients are NaN where those of the reference
-    are."""
+    """A NaN in an operand makes the results and gradients NaN where it does in the reference."""
     case.expect_reference()
     for i, t in enumerate(case.operands):
         if not (is_differentiable(t) and t.numel()):
@@ -653,8 +653,7 @@ def _same_as_reference(case: Case) -> None:
 
 @rule("ties and zeros")
 def _ties_and_zeros(case: Case) -> Attempts:
-    """Equal numbers, at which a maximum or |x| has a kink: the gradients are those of the
-    reference."""
+    """At equal numbers and zeros, kinks of a maximum or |x|, the reference gives the gradients."""
     case.expect_reference()
     first = next((t.flatten() for t in case.floating if t.numel()), torch.zeros(1))
 
@@ -675,7 +674,7 @@ def _ties_and_zeros(case: Case) -> Attempts:
 
 
 def _at_a_tie(case: Case) -> None:
-    """Compare values and gradients, unless the reference itself jumps here, as an inverse can."""
+    """Compare values and gradients, unless the reference jumps there, as an inverse can."""
     expected = case.takes(case.operands, case.plain)
     eps = max(torch.finfo(t.dtype).eps for t in case.floating)
     moved = [t + eps**0.5 * normal_like(t) if is_differentiable(t) else t for t in case.operands]
@@ -688,7 +687,7 @@ def _at_a_tie(case: Case) -> None:
 
 
 def _is_near(around: Sequence[Tensor], ys: Sequence[Tensor], tolerance: float) -> bool:
-    """Whether results are as near as those of a continuous function of moved operands are."""
+    """Whether results of moved operands are as near as those of a continuous function."""
     return all(
         bool((a - y).abs().max() <= tolerance * max(1.0, float(y.abs().max())))
         for a, y in zip(around, ys, strict=True)
@@ -700,7 +699,7 @@ def _is_near(around: Sequence[Tensor], ys: Sequence[Tensor], tolerance: float) -
 
 
 def _looped(f: Function) -> Function:
-    """What `vmap` computes, by a loop."""
+    """The result of `vmap`, by a loop."""
     return lambda *batches: tuple(
         map(torch.stack, zip(*(f(*one) for one in zip(*batches, strict=True)), strict=True))
     )
@@ -821,7 +820,7 @@ def _autocast(case: Case) -> AttemptsAndRemark:
     for dtype in LOW:
         yield f"to {dtype}", partial(check, dtype, single)
         yield f"to {dtype}, in vmap", partial(check, dtype, single, True)
-        # A layer before the operator has cast its result, but no parameter.
+        # A layer before the operator casts its result, and the operator's parameters stay float32.
         low = cast(case.operands, dtype)
         yield f"of {dtype}", partial(mixed, dtype, low)
         for i, t in enumerate(case.operands if len(case.floating) > 1 else ()):
@@ -858,7 +857,7 @@ def _functionalize_and_a_copied_graph(case: Case) -> None:
 
 @rule("tensor subclass")
 def _tensor_subclass(case: Case) -> Attempts:  # noqa: C901  # a try for each operand
-    """PyTorch's subclass that computes with the two tensors inside, here one tensor twice."""
+    """Try PyTorch's TwoTensor, a subclass that computes with two tensors, here with one twice."""
     from torch.testing._internal.two_tensor import TwoTensor
 
     def inner(tensors: Tensors) -> Tensors:
@@ -934,7 +933,8 @@ def _by_inductor(case: Case) -> Attempts:
         raise Outcome("not run", "no C++ compiler")
     from torch._inductor import config
 
-    # Processes would take longer to start, and the caches on disk do not know an operator's rules.
+    # Processes for compiling would take longer to start. The caches on disk do not depend on an
+    # operator's rules.
     with config.patch(compile_threads=1, force_disable_caches=True):
         yield from _compiled(case, backend="inductor")
 
@@ -963,8 +963,8 @@ def _torch_export_save_and_load(case: Case) -> AttemptsAndRemark:
     yield "exported", partial(check, lambda: program)
     yield "loaded", partial(check, reloaded)
     yield "decomposed", partial(check, program.run_decompositions)
-    whole = any(node.target is case.overload for node in program.graph.nodes)
-    return "the graph holds the operator" if whole else "the graph holds other operators"
+    is_kept = any(node.target is case.overload for node in program.graph.nodes)
+    return "the graph holds the operator" if is_kept else "the graph holds other operators"
 
 
 # Ranks
@@ -975,10 +975,10 @@ MOST_COMBINATIONS = 48  # drawn from all, if there are more
 
 @rule("DTensor")
 def _dtensor(case: Case) -> AttemptsAndRemark:
-    """Every placement of every operand, on simulated ranks.
+    """Try every placement of every operand, on simulated ranks.
 
-    All ranks live in this process, in PyTorch's LocalTensor mode: nothing has to be imported
-    elsewhere.
+    All ranks are in this process, in PyTorch's LocalTensor mode: no other process has to import the
+    operator.
     """
     from torch.distributed.tensor import Partial, Replicate, Shard
 
@@ -1017,7 +1017,7 @@ def _simulated_ranks() -> Iterator["DeviceMesh"]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    hook = sys.excepthook  # which the next call replaces by one that names the rank
+    hook = sys.excepthook  # the next call replaces it by a hook that names the rank
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=RANKS)
     try:
         with LocalTensorMode(RANKS):
@@ -1027,17 +1027,15 @@ def _simulated_ranks() -> Iterator["DeviceMesh"]:
         sys.excepthook = hook
 
 
-def _place(whole: Tensor, mesh: "DeviceMesh", placement: "Placement") -> "DTensor":
-    """A DTensor of ``whole``; the parts of a sum differ in every element."""
+def _place(t: Tensor, mesh: "DeviceMesh", placement: "Placement") -> "DTensor":
+    """A DTensor of ``t``. The terms of a partial sum differ in every element."""
     from torch.distributed._local_tensor import LocalTensor
     from torch.distributed.tensor import DTensor, distribute_tensor
 
-    weights = [normal_like(whole, seed) for seed in range(RANKS - 1)]
+    weights = [normal_like(t, seed) for seed in range(RANKS - 1)]
     weights.append(1 - torch.stack(weights).sum(0))
     is_sum = placement.is_partial()
-    local = LocalTensor(
-        {rank: whole * w if is_sum else whole.clone() for rank, w in enumerate(weights)}
-    )
+    local = LocalTensor({rank: t * w if is_sum else t.clone() for rank, w in enumerate(weights)})
     if is_sum:
         return DTensor.from_local(local, mesh, [placement], run_check=False)
     return distribute_tensor(local, mesh, [placement], src_data_rank=None)
@@ -1050,7 +1048,7 @@ def _compare(
     expected: tuple[Tensors, list[Tensor], list[tuple[Sequence[int], Tensors]]],
     local: list[tuple["Placement", ...]],
 ) -> None:
-    """Compare results and gradients on all ranks with those of the whole operands."""
+    """Compare results and gradients on all ranks with those of the unsharded operands."""
     from torch.distributed.tensor import DTensor, Replicate
     from torch.distributed.tensor.debug import CommDebugMode
 
@@ -1092,7 +1090,7 @@ def _same_on_all_ranks(actual: Sequence["DTensor"], expected: Sequence[Tensor]) 
 
 @rule("CUDA graph")
 def _cuda_graph(case: Case) -> None:
-    """Captured on another stream, and replayed with other operands in the same memory."""
+    """Capture a call on another stream, and replay it with other operands in the same memory."""
     if not torch.cuda.is_available():
         raise Outcome("not run", "no GPU")
     operands = [t.cuda() for t in case.operands]

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""One optimizer in one situation on this rank: a model, its gradients, and a record of the
-steps."""
+"""One optimizer in one situation on this rank: a model, its gradients, a record of the steps."""
 
 import inspect
 import math
@@ -28,10 +27,9 @@ SHAPES = {
     "flat": (4, 20),
 }
 STEPS = range(3)
-# Muon's iterations amplify rounding where a gradient is singular, as that of a small batch is.
+# Muon's iterations amplify rounding where a gradient is singular, as it is for a small batch.
 FAMILIES = ("full rank", "low rank", "large weights")
-# Of the third family to the others: the decay of small weights hides in the rounding of their
-# updates.
+# Factor of the third family's weights: the decay of small weights hides in the rounding of updates.
 LARGE = 320.0
 
 Array = NDArray[np.float64]
@@ -41,14 +39,14 @@ View = Callable[[Tensor], Iterable[Tensor]]
 
 
 class Failure(Exception):
-    """A verdict and its detail, which other processes can load."""
+    """A verdict and its detail. Other processes can unpickle it."""
 
 
 class Layers(nn.Module):
     """Linear layers, and convolutions for weights of four axes, side by side.
 
     The loss of a batch ``{name: (x, y)}`` is Σ (layer(x)·y), so the batch alone determines the
-    gradients: that of a linear layer is yᵀ·x.
+    gradients: the gradient of a linear layer is yᵀ·x.
     """
 
     def __init__(self, weights: Mapping[str, Tensor]):
@@ -83,8 +81,7 @@ def local(t: Tensor) -> Tensor:
 
 
 def other_settings(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that differ from those of a parameter group, of the arguments that most optimizers
-    have."""
+    """Other settings than those of a parameter group, for arguments that most optimizers have."""
     factors = {
         "lr": 0.5,
         "weight_decay": 3.0,
@@ -126,8 +123,7 @@ def multiply_rates(optimizer: HasGroups, factor: float) -> None:
 
 @dataclass
 class Record:
-    """The weights before and after each step, and the gradients or None: whole matrices, in
-    float64."""
+    """The weights before and after each step, and the gradients or None: unsharded, in float64."""
 
     weights: dict[str, list[Array]] = field(default_factory=dict)
     gradients: dict[str, list[Array | None]] = field(default_factory=dict)
@@ -146,8 +142,10 @@ class Before(NamedTuple):
         return cls(local(p.detach()).clone(), grad, p._version)
 
     def check(self, name: str, p: Tensor, has_closure: bool) -> None:
-        """Raise a Failure if a step changed what it must not change; a closure changes
-        gradients."""
+        """Raise a Failure if the weight moved without a gradient, or the gradient changed.
+
+        A closure may change the gradient.
+        """
         moves = not torch.equal(local(p.detach()).nan_to_num(), self.weight.nan_to_num())
         if self.grad is None:
             if moves:
@@ -174,24 +172,24 @@ class Setup(TypedDict, total=False):
 
 @dataclass
 class Trial:
-    """What a situation needs on a rank.
+    """The model, batches and steps of a situation on a rank.
 
     Attributes:
-        record: that of the first phase, in the second one.
+        record: the weights and gradients of the steps; in a second phase also of the first.
         family: one of `FAMILIES`: gradients of full or of low rank, or of full rank with large
             weights.
         folder: a folder of all ranks, which is empty at first.
-        decades: over which the singular values of a gradient are spread.
-        scale: of the first weights.
-        size: of the largest singular value of a gradient.
-        factor: of the gradients; the reference has them without it.
+        decades: the decades over which the singular values of a gradient are spread.
+        scale: the standard deviation of the first weights.
+        size: the largest singular value of a gradient.
+        factor: a factor of the gradients. The reference steps have gradients without this factor.
         views: the views that the optimizer gets, by the name of a parameter.
-        options: further arguments of the optimizer, which the reference gets, too.
+        options: further arguments of the optimizer, in the reference steps, too.
         rates: factors of the learning rate, by step.
-        groups: whether the second half of the layers is a group with settings of its own,
-            `other_settings`.
+        groups: whether the second half of the layers is a group with other settings
+            (`other_settings`).
         versions: whether autograd must notice each change of a weight.
-        returned: by each step.
+        returned: the result of each step.
     """
 
     make: Make
@@ -224,7 +222,7 @@ class Trial:
         return Layers({name: weight.to(self.dtype) for name, weight in weights.items()})
 
     def optimizer(self, model: nn.Module, **options: object) -> torch.optim.Optimizer:
-        """Make the optimizer; its function may lack an argument that the situation is about."""
+        """Make the optimizer. Raise a Failure if ``make`` lacks an argument of the situation."""
         options |= dict(self.options) | ({"views": dict(self.views)} if self.views else {})
         if unknown := options.keys() - inspect.signature(self.make).parameters:
             raise Failure("not applicable", f"make has no argument {min(unknown)}")
@@ -239,11 +237,10 @@ class Trial:
         optimizer.add_param_group({**settings, **other_settings(group), "params": params})
         return optimizer
 
-    def batch(self, step: int, part: int = 0, parts: int = 1) -> Batch:
-        """Inputs and their weights in the loss: those of one of several ``parts`` of the
-        samples."""
+    def batch(self, step: int, share: int = 0, shares: int = 1) -> Batch:
+        """Inputs and their weights in the loss, of one of several ``shares`` of the samples."""
         samples = {name: self._samples(name, shape, step) for name, shape in self.shapes.items()}
-        return {name: (x[part::parts], y[part::parts]) for name, (x, y) in samples.items()}
+        return {name: (x[share::shares], y[share::shares]) for name, (x, y) in samples.items()}
 
     def steps(
         self,
@@ -285,8 +282,7 @@ class Trial:
             self._append(self.record.weights, model)
 
     def _append(self, record: dict[str, list[Any]], model: nn.Module, of: str = "data") -> None:
-        """Append the whole matrices by the names of parameters, with numbers within one that has a
-        view."""
+        """Append the unsharded matrices by parameters' names. Views of one get numbers."""
         for name, p in named_layers(model):
             t = getattr(p, of)
             if isinstance(t, DTensor):
