@@ -5,7 +5,7 @@
 and if an overwrite is interrupted, the result loads as a mixture of two checkpoints. So a
 checkpoint is written to ``step-N.tmp`` with a manifest of every file's SHA-256, flushed to the
 disk, renamed to ``step-N`` in one step, and named in ``latest``. A damaged checkpoint is skipped,
-and the one before it is loaded. Unpickling uses allow-lists only: `torch.load` with
+and the previous checkpoint is loaded. Unpickling uses allow-lists only: `torch.load` with
 ``weights_only`` for tensors, and `_Unpickler` for the metadata.
 """
 
@@ -41,7 +41,7 @@ from torchpar.parallel.launch.world import World
 
 T = TypeVar("T")
 MANIFEST = "manifest.json"
-_UNSIGNED = "0" * 64  # stands for the manifest's own SHA-256 while that is computed
+_UNSIGNED = "0" * 64  # in place of the manifest's SHA-256 while this is computed
 # The classes in torch.distributed.checkpoint's metadata of tensors. BytesStorageMetadata, for other
 # objects, is left out, because PyTorch would unpickle those objects without an allow-list.
 _CLASSES = {
@@ -71,17 +71,17 @@ class CheckpointConfig:
     """Settings of a run's checkpoints.
 
     Attributes:
-        folder: where they are, on a file system of all ranks. A run resumes from the newest one
-            there. A string becomes a path.
+        folder: the folder of the checkpoints, on a file system of all ranks. A run resumes from the
+            newest checkpoint in it. A string becomes a path.
         every: steps between two saves; None saves after each epoch. A run is also saved at its end,
             and when a rank receives SIGTERM or SIGINT.
-        keep: number of checkpoints to keep; older ones are removed after each save.
-        asynchronous: write while training continues. A save waits for the one before it, and raises
+        keep: number of checkpoints to keep; older checkpoints are removed after each save.
+        asynchronous: write while training continues. A save waits for the previous save, and raises
             its error.
 
     Raises:
-        ConfigError: ``every`` or ``keep`` is no whole number from 1 on; ``folder`` is no path, or a
-            file.
+        ConfigError: ``every`` or ``keep`` is not an integer of at least 1; ``folder`` is not a
+            path, or is a file.
     """
 
     folder: Path
@@ -103,11 +103,11 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint on the disk.
+    """A complete, undamaged checkpoint on the disk.
 
     Attributes:
         state: the state that was saved with the tensors.
-        shapes: full shapes of the tensors, by name.
+        shapes: unsharded shapes of the tensors, by name.
     """
 
     path: Path
@@ -116,10 +116,10 @@ class Checkpoint:
     _group: dist.ProcessGroup
 
     def read(self, tensors: Mapping[str, Tensor]) -> None:
-        """Fill ``tensors``, by name: plain tensors, and DTensors, of which this rank has a part.
+        """Fill ``tensors``, by name: plain tensors, and DTensors, of which this rank has a shard.
 
         Raises:
-            ValueError: a name, a shape or a file does not fit; on every rank.
+            ValueError: on every rank: a name, a shape or a file does not fit.
         """
         try:
             load(dict(tensors), storage_reader=_Reader(self.path), process_group=self._group)
@@ -132,7 +132,7 @@ class Checkpoints:
 
     def __init__(self, config: CheckpointConfig, world: World):
         self.config, self.folder, self.world = config, config.folder, world
-        # A group of its own, so that a save's messages do not mix with training's; gloo, for CPU
+        # A separate group, so that a save's messages do not mix with training's; gloo, for CPU
         # tensors.
         group = dist.new_group(backend="gloo", timeout=timedelta(seconds=world.timeout))
         assert isinstance(group, dist.ProcessGroup)
@@ -141,16 +141,15 @@ class Checkpoints:
         self._locked = False  # by rank 0
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, object]) -> None:
-        """Save as ``step-N``. If a process is killed at any moment, the checkpoint is whole or
-        absent.
+        """Save as ``step-N``. If a process is killed, the checkpoint is complete or absent.
 
         Args:
             tensors: plain tensors, which are the same on every rank that has them, and DTensors.
-            state: JSON, and tensors, which become numbers or lists; rank 0's is saved.
+            state: JSON, and tensors, which become numbers or lists. The state of rank 0 is saved.
 
         Raises:
-            ConfigError: the checkpoint could not be written; older ones are still there. On every
-                rank.
+            ConfigError: on every rank: the checkpoint could not be written. Older checkpoints are
+                kept.
         """
         self.wait()
         state = json.loads(json.dumps(state, default=Tensor.tolist))
@@ -168,13 +167,13 @@ class Checkpoints:
             pending.result()
 
     def load(self) -> Checkpoint | None:
-        """Return the newest whole checkpoint, None if there is none. Print which ones are skipped.
+        """Return the newest undamaged checkpoint, or None; print the checkpoints that are skipped.
 
         Raises:
-            ConfigError: there are checkpoints, and all are damaged; on every rank.
+            ConfigError: on every rank: there are checkpoints, and all are damaged.
         """
         self.wait()
-        newest = self._on_rank_0(self._newest_whole)
+        newest = self._on_rank_0(self._newest_undamaged)
         if newest is None:
             return None
         path, manifest = newest
@@ -186,7 +185,7 @@ class Checkpoints:
         on_this = function if self.world.rank == 0 else lambda: None
         return self.world.gather_results(on_this, self._group)[0]
 
-    def _newest_whole(self) -> tuple[Path, dict[str, Any]] | None:
+    def _newest_undamaged(self) -> tuple[Path, dict[str, Any]] | None:
         for unfinished in self.folder.glob("step-*.tmp"):
             _warn(f"{unfinished} was not finished and is skipped")
         damaged = []
@@ -195,10 +194,10 @@ class Checkpoints:
                 return path, _verify(path)
             except ConfigError as e:
                 damaged.append(str(e))
-                _warn(f"{e}; skipped for the one before it")
+                _warn(f"{e}; skipped for the previous checkpoint")
         if damaged:
             raise ConfigError(
-                f"{damaged[0]}; no other checkpoint in {self.folder} is whole: remove them to "
+                f"{damaged[0]}; every other checkpoint in {self.folder} is damaged, too: remove them to "
                 "start afresh"
             )
         return None
@@ -260,7 +259,7 @@ class Checkpoints:
             "state": state,
         }
         write_manifest(unfinished, sorted(files), contents)
-        if path.exists():  # a damaged one: from a whole one the run would have resumed
+        if path.exists():  # damaged, because the run did not resume from it
             shutil.rmtree(path)
         os.replace(unfinished, path)
         _sync(self.folder)
@@ -293,8 +292,8 @@ class _Writer(FileSystemWriter):
         try:
             return super().write_data(plan, planner)
         except RuntimeError as e:
-            # After a failed write PyTorch cannot close its archive, and that error hides the first
-            # one.
+            # After a failed write PyTorch cannot close its archive, and the error of closing hides
+            # the error of writing.
             if isinstance(e.__context__, OSError):
                 raise e.__context__ from e
             raise
@@ -312,8 +311,7 @@ class _Reader(FileSystemReader):
 
 
 def write_manifest(folder: Path, files: Sequence[str], contents: Mapping[str, object]) -> None:
-    """Write the manifest of ``folder``: the SHA-256 of ``files`` and of itself, and
-    ``contents``."""
+    """Write the manifest of ``folder``: ``contents``, and SHA-256 of ``files`` and of itself."""
     digests = {name: _sha256(folder / name) for name in files}
     text = json.dumps({"files": digests, "sha256": _UNSIGNED, **contents}, indent=1)
     (folder / MANIFEST).write_text(text.replace(_UNSIGNED, _digest(text)))
@@ -331,7 +329,7 @@ def _verify(path: Path) -> dict[str, Any]:
         text = (path / MANIFEST).read_bytes().decode()
         manifest: dict[str, Any] = json.loads(text)
         if manifest["sha256"] != _digest(text.replace(manifest["sha256"], _UNSIGNED)):
-            raise ValueError("its SHA-256 differs from the one it records")
+            raise ValueError("its SHA-256 differs from the recorded one")
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
         raise ConfigError(f"{path / MANIFEST} is damaged ({first_line(e)})") from e
     for name, digest in manifest["files"].items():
