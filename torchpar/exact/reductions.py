@@ -274,11 +274,11 @@ def _embedding_backward(
 def _index_add(x: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: float = 1) -> Tensor:
     if not x.is_floating_point():
         return torch.index_add(x, dim, index, source, alpha=alpha)
-    whole, index = x if x.dim() else x.view(1), index.reshape(-1)
-    shape = list(whole.shape)
+    into, index = x if x.dim() else x.view(1), index.reshape(-1)
+    shape = list(into.shape)
     shape[dim] = len(index)
-    places = [None] * (dim % whole.dim()) + [index]
-    return _index_put(whole, places, times(source.reshape(shape), alpha), True).view(x.shape)
+    places = [None] * (dim % into.dim()) + [index]
+    return _index_put(into, places, times(source.reshape(shape), alpha), True).view(x.shape)
 
 
 @rule("mse_loss_backward")

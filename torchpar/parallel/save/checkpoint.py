@@ -197,7 +197,7 @@ class Checkpoints:
                 _warn(f"{e}; skipped for the previous checkpoint")
         if damaged:
             raise ConfigError(
-                f"{damaged[0]}; every other checkpoint in {self.folder} is damaged, too: remove them to "
+                f"{damaged[0]}; no other checkpoint in {self.folder} is undamaged: remove them to "
                 "start afresh"
             )
         return None

@@ -131,11 +131,14 @@ class Pipeline:
         self._check_same(f"{len(x)} samples and {len(labels)} labels")
         if len(x) != len(labels):
             raise ConfigError(f"{len(x)} samples and {len(labels)} labels, expected as many")
-        parts, targets = x.tensor_split(self.micro_batches), labels.tensor_split(self.micro_batches)
+        inputs, targets = (
+            x.tensor_split(self.micro_batches),
+            labels.tensor_split(self.micro_batches),
+        )
         losses: list[Tensor] = []
 
         def forward(i: int, activations: Tensor | None) -> Tensor:
-            outputs: Tensor = self.module(parts[i] if activations is None else activations)
+            outputs: Tensor = self.module(inputs[i] if activations is None else activations)
             if not self._p2p.is_last:
                 return outputs
             loss = loss_sum(outputs, targets[i])
@@ -144,7 +147,7 @@ class Pipeline:
             return loss * (self.replicas.size() / global_size)
 
         with phase("pipeline"):
-            shapes = [(len(part), self.width) for part in parts]
+            shapes = [(len(one), self.width) for one in inputs]
             self._schedule(forward, torch.Tensor.backward, shapes, self._p2p)
             self._average_gradients()
         return torch.stack(losses).sum() if losses else x.new_zeros(())
