@@ -95,7 +95,9 @@ class DataParallel:
         for name, p in model.named_parameters():
             if p.requires_grad and (is_dtensor(p) or p.dtype != torch.float32):
                 kind = "a DTensor" if is_dtensor(p) else str(p.dtype)
-                raise ConfigError(f"{name} is {kind}, expected a replicated parameter of float32")
+                raise ConfigError(
+                    f"{name} is {kind}, expected a parameter of float32, replicated on all ranks"
+                )
         self.group = group
         self._is_checked = False
         self._restart()

@@ -256,7 +256,7 @@ def normal_like(t: Tensor, seed: int = 9) -> Tensor:
 def cast(operands: Tensors, dtype: torch.dtype) -> Tensors:
     """Convert floating tensors to ``dtype``, and complex tensors to its complex counterpart.
 
-    It is complex128 for float64, and complex64 for all others.
+    The counterpart is complex128 for float64, and complex64 for all other dtypes.
     """
     of_complex = torch.complex128 if dtype == torch.float64 else torch.complex64
     dtypes = [
@@ -394,7 +394,7 @@ def with_cause(message: str, cause: str) -> str:
 def _summed(t: Tensor, like: Tensor) -> Tensor | None:
     try:
         return t.sum_to_size(like.shape)
-    except RuntimeError:  # the shape does not broadcast to that of t
+    except RuntimeError:  # the shape of ``like`` does not broadcast to the shape of t
         return None
 
 

@@ -485,7 +485,7 @@ def _check(outcomes: Sequence[object], one_may_refuse: bool = False) -> None:
             if verdict != "refuses" or one_may_refuse:
                 raise Failure(verdict, f"rank {rank}: {message}")
             others = "hangs" if "hangs" in ranks else "wrong"
-            raise Failure(others, f"refuses on rank {rank}, and not on all: {message}")
+            raise Failure(others, f"refuses on rank {rank}, and not on all ranks: {message}")
 
 
 def _merge(outcomes: list[dict[str, Record]]) -> dict[Key, Record]:

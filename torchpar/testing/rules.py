@@ -687,7 +687,7 @@ def _at_a_tie(case: Case) -> None:
 
 
 def _is_near(around: Sequence[Tensor], ys: Sequence[Tensor], tolerance: float) -> bool:
-    """Whether results of moved operands are as near as those of a continuous function."""
+    """Whether results of moved operands are as near as the results of a continuous function."""
     return all(
         bool((a - y).abs().max() <= tolerance * max(1.0, float(y.abs().max())))
         for a, y in zip(around, ys, strict=True)

@@ -59,8 +59,8 @@ def check_saveable(state: TrainState) -> None:
     for optimizer in _optimizers(state.optimizer):
         if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
             raise ConfigError(
-                "ZeroRedundancyOptimizer divides its state over the ranks, which checkpoints do "
-                "not hold; take another optimizer, or fully_shard"
+                "ZeroRedundancyOptimizer shards its state over the ranks, and checkpoints do not "
+                "hold these shards; take another optimizer, or fully_shard"
             )
     _check_groups(state)
     for name, t in (_model_tensors(state.model) | _extra_states(state.model)[0]).items():
