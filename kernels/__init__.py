@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Triton kernels and their launchers.
 
-A launcher takes tensors on one GPU and ``wrap``: None for a launch, or what a tracing compiler
-applies to the kernel to record it. Launchers do not check their arguments: the operators do.
+A launcher takes tensors on one GPU and ``wrap``: None for a launch, or the function that a tracing
+compiler applies to the kernel to record it. Launchers do not check their arguments, since the
+operators have checked them.
 """

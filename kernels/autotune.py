@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Choose a launch: the library (no plan), the rule's tiles, or tiles that Triton's autotuner
-measures.
+"""Choose a launch: the library (no plan), the rule's tiles, or tiles that Triton measures.
 
-``TORCHPAR_AUTOTUNE=1`` turns the autotuner on. At the first launch for a layout of tensors it times
-the kernel with each configuration that suits. Triton keeps the times on disk, in $TRITON_CACHE_DIR.
-Later launches cost what others cost.
+``TORCHPAR_AUTOTUNE=1`` turns Triton's autotuner on. At the first launch for a layout of tensors it
+times the kernel with each configuration that suits. Triton keeps the times on disk, in
+$TRITON_CACHE_DIR. Later launches cost as much as launches without the autotuner.
 
 Other tiles sum in another order, so that times decide the last bits of a result. A launch in a
 compiled graph has no tensors to time, and takes the rule's tiles. Launches that split k, and
@@ -13,7 +12,7 @@ launches in Triton's interpreter, take the rule's tiles, too.
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import triton
 from torch import Tensor
@@ -25,8 +24,10 @@ ENABLED = os.environ.get("TORCHPAR_AUTOTUNE") == "1"  # read when the kernels ar
 
 
 class Choice(NamedTuple):
-    """The arguments of a launcher on which its choice depends; ``traced``: by a compiler, without
-    tensors."""
+    """The arguments of a launcher on which its choice depends.
+
+    ``traced`` is True if a compiler traces the launch, without tensors to time.
+    """
 
     precision: str
     tiles: Tiles | None
@@ -65,8 +66,7 @@ def choose_plan(
 
 
 class AutotunedPlan(Plan):
-    """The fastest of several plans of one kernel, as Triton's autotuner finds it at the first
-    launch.
+    """The fastest of several plans of a kernel; Triton's autotuner finds it at the first launch.
 
     Args:
         plans: for the same tensors; no two with the same constants.
@@ -83,15 +83,16 @@ class AutotunedPlan(Plan):
             restore_value=list(restore),
             cache_results=True,
         )(one.kernel)
+        self._tuner = tuner
         super().__init__(tuner, 0, one.arguments, {}, {}, one.descriptors)
         self._grids = {tuple(plan.constants.values()): plan.grid for plan in plans}
 
-    def _compile(self, wrap: Wrap, *arguments: Any) -> None:
+    def _compile(self, wrap: Wrap, *arguments: Tensor | int) -> None:
         assert wrap is None, "a tracer has no tensors to time"
-        names = list(self.kernel.configs[0].kwargs)
-        compiled = self.kernel[lambda given: self._grids[tuple(given[name] for name in names)]](
+        names = list(self._tuner.configs[0].kwargs)
+        compiled = self._tuner[lambda given: self._grids[tuple(given[name] for name in names)]](
             *arguments
         )
-        self.constants = self.kernel.best_config.kwargs
+        self.constants = self._tuner.best_config.kwargs
         self.grid = self._grids[tuple(self.constants.values())]
         self._keep(compiled)

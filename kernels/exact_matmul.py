@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Exact sums of products: float32 rows become integers, whose 8-bit digits the tensor cores
-multiply.
+"""Exact sums of products: float32 rows become integers; tensor cores multiply 8-bit digits.
 
 A row is scaled by a power of two and rounded to integers X, |X| ≤ 2³¹ − 2²⁴, which are cut into
 four signed digits, X = d₀·2²⁴ + d₁·2¹⁶ + d₂·2⁸ + d₃. For rows i of A, with exponents e, and rows j
@@ -12,8 +11,8 @@ int32:
     (A·Bᵀ)_ij ≈ T_ij · 2^(e_i + f_j − 38)
 
 T is an integer, so that neither the tiles nor the order of the sums change its bits. Where int8 is
-slow, digits are float16, which has all of them, and S_s is float32, of so few terms that it is not
-rounded.
+slow, digits are float16, which holds them exactly, and S_s is float32, a sum of so few terms that
+it is not rounded.
 """
 
 import triton
@@ -26,7 +25,7 @@ from .tiles import Tiles, aligned, count_tiles, device
 
 # Terms: with more, the four products of order 3, of up to 2¹⁴ each, could overflow int32.
 CHAIN = 2**14
-FLOAT_CHAIN = 2**8  # terms: with more, they could exceed 2²⁴, above which float32 rounds integers
+FLOAT_CHAIN = 2**8  # terms: with more, sums could exceed 2²⁴, where float32 rounds
 # The capability of a B300. It multiplies int8 at 0.15 POPS, dense, and a B200 at 4.5 (NVIDIA's data
 # sheets); float16 is as fast on both.
 SLOW_INT8 = 103
@@ -35,7 +34,7 @@ LONGEST = 2**23  # terms, for which T fits in an int64
 LIMIT_K = tl.constexpr(16)  # columns of signs at a time; tensor cores need at least 16
 MAX_EXPONENT = tl.constexpr(129)  # A greater exponent marks a row that has a NaN or an infinity.
 WEIGHT = tl.constexpr(38)  # T counts units of 2^(e + f − WEIGHT).
-# Added to |x| < 2²², it leaves no bits for a fraction: the sum is rounded to an integer, ties to
+# Added to |x| < 2²², ROUND leaves no bits for a fraction: the sum is rounded to an integer, ties to
 # even, whose bits are ROUND_BITS plus the rounded x.
 ROUND = tl.constexpr(12582912.0)  # 1.5·2²³
 ROUND_BITS = tl.constexpr(0x4B400000)
@@ -101,8 +100,10 @@ def chain(
     EVEN_K: tl.constexpr,
     FLOAT: tl.constexpr,
 ):
-    """T of at most CHAIN terms, int64; rows where ``a_inside`` or ``b_inside`` is false count as
-    0."""
+    """T of at most CHAIN terms, int64.
+
+    Rows where ``a_inside`` or ``b_inside`` is false count as 0.
+    """
     a_first, a_second = powers(22 - e)
     b_first, b_second = powers(22 - f)
     BLOCK_K: tl.constexpr = a_tile.shape[1]
@@ -150,8 +151,10 @@ def sign(x):
 def products_of_signs(
     a_ptr, b_ptr, i, j, m, n, k, a_row, a_col, b_row, b_col, BLOCK_K: tl.constexpr
 ):
-    """The entries of the product that are NaN or infinite. Of finite values only the signs matter
-    to them."""
+    """The entries of the product that are NaN or infinite.
+
+    Of the finite values only the signs matter.
+    """
     cols = tl.arange(0, BLOCK_K)
     wide = cols.to(tl.int64)
     step = tl.full((), BLOCK_K, tl.int64)
@@ -194,9 +197,9 @@ def exact_product_kernel(
 ):
     """A tile of T, int64, or of the product rounded to float32.
 
-    SYMMETRIC, where B is A: the tile is on or below the diagonal, and its transpose is stored with
-    it. T is symmetric by itself, and so is what is made of it, since products by powers of two are
-    exact.
+    SYMMETRIC says that B is A: the tile is on or below the diagonal, and its transpose is stored
+    with it. T is symmetric. The product made of T is symmetric, too, since products by powers of
+    two are exact.
     """
     # tl.cdiv overflows just below 2³¹.
     tiles_m, tiles_n = (m - 1) // BLOCK_M + 1, (n - 1) // BLOCK_N + 1
@@ -249,14 +252,17 @@ def exact_product_kernel(
 
 
 def exact_product(a: Tensor, b: Tensor, e: Tensor, f: Tensor, wrap: Wrap, *, out: Tensor) -> Tensor:
-    """``a @ b.mT`` of float32 ``a (*, m, k)`` and ``b (*, n, k)`` by exact sums; of ``b is a``,
-    half.
+    """``a @ b.mT`` of float32 ``a (*, m, k)`` and ``b (*, n, k)`` by exact sums.
+
+    If ``b is a``, half of the product is computed.
 
     Args:
         e, f: int32 exponents ``(*, m)`` and ``(*, n)`` of the rows, contiguous: |x| < (1 −
-            2⁻⁷)·2^e, and from −149 to 129. A greater one marks a row that has a NaN or an infinity.
-        out: ``(*, m, n)``, contiguous. In int64 it becomes T, which says nothing of marked rows and
-            columns; in float32 the product, which is NaN or infinite there.
+            2⁻⁷)·2^e, and from −149 to 129. A greater exponent marks a row that has a NaN or an
+            infinity.
+        out: ``(*, m, n)``, contiguous. In int64 it becomes T, whose marked rows and columns mean
+            nothing; in float32 it becomes the product, whose marked rows and columns are NaN or
+            infinite.
 
     Returns:
         ``out``; exactly symmetric if ``b is a``.
@@ -305,29 +311,32 @@ def _plan(a: Tensor, b: Tensor | None, e: Tensor, f: Tensor) -> Plan:
 
 
 def _tiles(a: Tensor, b: Tensor, symmetric: bool) -> Tiles:
-    """The largest tiles whose loop keeps its four sums in registers, since each tile cuts all its
-    elements.
+    """The largest tiles whose loop keeps its four sums in registers.
 
-    Small tiles have registers for an address per element, and for T beside the sums of a chain.
-    They also fill more of the processor where there are few large ones.
+    Each tile cuts all its elements into digits again, so large tiles cut less. Small tiles have
+    registers for an address per element, and for T beside the sums of a chain. They also fill more
+    of the processor where there are few large tiles.
     """
     (batch, m, k), n = a.shape, b.shape[1]
     present = device(a)
     if present.capability == SLOW_INT8:
-        return Tiles(64, 64, 32, 8, 3)  # larger ones spill, since T stands beside the four sums
+        return Tiles(64, 64, 32, 8, 3)  # larger tiles spill, since T stands beside the four sums
     by_rows = a.stride(-1) == b.stride(-1) == 1
     # On other devices tensor cores read int8 from registers, and several warps cut the same
     # elements.
-    shared = present.capability in (90, 100)
+    from_shared_memory = present.capability in (90, 100)
     if symmetric:
-        large, small = Tiles(64, 64, 32, 4 if by_rows and shared else 8, 3), Tiles(32, 32, 32, 4, 3)
+        large, small = (
+            Tiles(64, 64, 32, 4 if by_rows and from_shared_memory else 8, 3),
+            Tiles(32, 32, 32, 4, 3),
+        )
     else:
         # The products of 128 × 64 would take all of an sm_100's tensor memory, and with some
         # compilers more.
         rows = 64 if present.capability == 100 else 128
         large, small = Tiles(rows, 64, 32, 8, 3), Tiles(64, 32, 32, 8, 3)
     fits = k <= CHAIN and aligned(a, 16) and aligned(b, 16)
-    fits = fits and (shared or (by_rows and n % 16 == 0))
+    fits = fits and (from_shared_memory or (by_rows and n % 16 == 0))
     count = batch * count_tiles(large, m, n, symmetric=False) // (1 + symmetric)
     return large if fits and count >= present.multiprocessors else small
 

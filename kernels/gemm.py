@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Building blocks of the matrix kernels: the order of tiles, and the loop over k, by pointers or by
-TMA."""
+"""Building blocks of the matrix kernels: the order of tiles, and the loop over k.
+
+The loop loads by pointers or by TMA.
+"""
 
 import triton
 import triton.language as tl
@@ -11,8 +13,7 @@ GROUP = tl.constexpr(8)
 
 @triton.jit
 def grouped_tile(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
-    """Row and column of a tile, in the order of groups of GROUP tile rows, each column by
-    column."""
+    """Row and column of a tile, by groups of GROUP tile rows, each numbered column by column."""
     in_group = GROUP * tiles_n
     first_row = tile // in_group * GROUP
     group_rows = min(tiles_m - first_row, GROUP)
@@ -21,8 +22,10 @@ def grouped_tile(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 @triton.jit
 def triangle_by_rows(tile):
-    """Row r and column c of a tile of the lower triangle, numbered along its rows: r(r + 1)/2 + c =
-    tile."""
+    """Row r and column c of a tile of the lower triangle, numbered row by row.
+
+    r(r + 1)/2 + c = tile.
+    """
     # Row * row overflows int32 from 46341 on.
     row = ((tl.sqrt(8.0 * tile + 1.0) - 1.0) * 0.5).to(tl.int64)
     # The float square root may be off by one in either direction.
@@ -50,8 +53,10 @@ def triangle_tile(tile, tile_rows, GROUP: tl.constexpr):
 
 @triton.jit
 def triangle_of_batch(n, BLOCK: tl.constexpr):
-    """This program's matrix of a batch, int64, and row and column of its tile of the lower
-    triangle."""
+    """This program's matrix of a batch, int64, and the row and column of its tile.
+
+    The tile is one of the lower triangle.
+    """
     tile_rows = tl.cdiv(n, BLOCK)
     tiles = tile_rows * (tile_rows + 1) // 2
     batch = (tl.program_id(0) // tiles).to(tl.int64)
@@ -72,11 +77,10 @@ def dot_rows(
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The tile ``A[a_rows] · B[b_rows]ᵀ`` of ``A (m, k)`` and ``B (n, k)``; rows past the end are
-    0.
+    """The tile ``A[a_rows] · B[b_rows]ᵀ`` of ``A (m, k)`` and ``B (n, k)``.
 
-    ``a`` and ``b`` hold a pointer and the strides of rows and columns. Offsets are int64 before
-    strides multiply: operands may exceed 2³¹ elements.
+    Rows past the end are 0. ``a`` and ``b`` hold a pointer and the strides of rows and columns.
+    Offsets are int64 before strides multiply: operands may exceed 2³¹ elements.
     """
     a_ptr, a_row, a_col = a
     b_ptr, b_row, b_col = b

@@ -6,27 +6,36 @@ on the layouts of the tensors alone: shapes, strides, dtype, device, and where t
 within 16 bytes.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextvars import copy_context
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import triton
 from torch import Tensor
 
+
+class Kernel(Protocol):
+    """A jitted Triton kernel: ``kernel[grid](*arguments, **options)`` launches it."""
+
+    arg_names: Sequence[str]
+
+    def __getitem__(self, grid: object, /) -> Callable[..., Any]: ...
+
+
 Wrap = Callable[[Any], Any] | None
-"""A tracer applies it to a Triton kernel before it is launched; None for a real launch."""
+"""A function that a tracer applies to a Triton kernel before its launch; None for a real launch."""
 
 _MAX_PLANS = 4096
-_plans: dict[Any, "Plan | None"] = {}
+_plans: dict[Hashable, "Plan | None"] = {}
 
 
 class Plan:
     """A kernel, its grid, and the arguments of its launch that come after tensors and factors.
 
     Args:
-        programs: number of programs. All are on the first grid axis: the others are limited to
+        programs: number of programs. All are on the first grid axis: the other axes are limited to
             65535.
         arguments: the integers that come after tensors and factors.
         constants: the constants, in the order of the kernel's signature.
@@ -36,7 +45,7 @@ class Plan:
 
     def __init__(
         self,
-        kernel: Any,
+        kernel: Kernel,
         programs: int | torch.SymInt,
         arguments: tuple[int, ...],
         constants: Mapping[str, Any],
@@ -52,23 +61,23 @@ class Plan:
         self._rest = (*arguments, *constants.values())
         self._launch_compiled: Callable[..., object] | None = None
 
-    def launch(self, wrap: Wrap, *varying: Any) -> None:
+    def launch(self, wrap: Wrap, *varying: Tensor | int) -> None:
         """Launch with the ``varying`` arguments: tensors of the plan's layouts, and factors.
 
-        The first real launch compiles the kernel. Later ones skip Triton's inspection of the
+        The first real launch compiles the kernel. Later launches skip Triton's inspection of the
         arguments, its hooks before a run, and changes of its knobs, until `forget_plans`.
         """
         launch = self._launch_compiled
         if wrap is not None or launch is None:
             launch = partial(self._compile, wrap)
         if self.descriptors:
-            # Triton's allocator is a context variable: set in a copy, it does not replace the
-            # user's.
+            # Triton's allocator is a context variable: set in a copy of the context, it does not
+            # replace the user's allocator.
             copy_context().run(_launch_with_scratch, launch, varying + self._rest)
         else:
             launch(*varying, *self._rest)
 
-    def _compile(self, wrap: Wrap, *arguments: Any) -> None:
+    def _compile(self, wrap: Wrap, *arguments: Tensor | int) -> None:
         kernel = self.kernel if wrap is None else wrap(self.kernel)
         arguments = arguments[: len(arguments) - len(self.constants)]
         compiled = kernel[self.grid](*arguments, **self.constants, **self.options)
@@ -85,7 +94,7 @@ def cached_plan(
     make: Callable[..., Plan | None],
     wrap: Wrap,
     tensors: tuple[Tensor | None, ...],
-    *options: Any,
+    *options: Hashable,
     out: Tensor | None = None,
 ) -> Plan | None:
     """``make(*tensors, *options)``, cached by the layouts of the tensors, except under a tracer.
@@ -112,7 +121,7 @@ def forget_plans() -> None:
     _plans.clear()
 
 
-def _launch_with_scratch(launch: Callable[..., object], arguments: tuple[Any, ...]) -> None:
+def _launch_with_scratch(launch: Callable[..., object], arguments: tuple[object, ...]) -> None:
     triton.set_allocator(_scratch)
     launch(*arguments)
 

@@ -29,8 +29,7 @@ LN_2 = tl.constexpr(0.693147180559945)
 
 @triton.jit
 def sigmoid(z, DTYPE: tl.constexpr):
-    """``1/(1 + exp(-z))`` in DTYPE; in float32 without the error of `tl.exp` where z is far below
-    0.
+    """``1/(1 + exp(-z))`` in DTYPE; in float32 without the error of `tl.exp` for z far below 0.
 
     There exp(-z) = 2^t with a large t = -z·log2(e). The rounding error r of t is a relative error
     of r·ln(2) in the result. `tl.exp` ignores it; here it is computed and corrected. A 16-bit
@@ -43,7 +42,7 @@ def sigmoid(z, DTYPE: tl.constexpr):
     else:
         t = -z * LOG2_E_HIGH
         r = tl.fma(-z, LOG2_E_HIGH, -t) - z * LOG2_E_LOW
-        # Beyond, 2^t is 0 or infinite.
+        # For other t, 2^t is 0 or infinite.
         e = tl.exp2(t) * (1.0 + tl.where(tl.abs(t) < 256, r, 0.0) * LN_2)
         d = 1.0 + e
         y = 1.0 / d  # off by up to 2 ulp; one Newton step corrects it
@@ -162,8 +161,7 @@ def linear_sigmoid_tma_kernel(
     FLATTEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """As `linear_sigmoid_kernel`, by persistent programs; the layouts are those of
-    `make_descriptor`.
+    """As `linear_sigmoid_kernel`, by persistent programs; layouts are as in `make_descriptor`.
 
     STORE: rows of the result begin at multiples of 16 bytes, so that TMA can store them. A tile is
     stored in two halves, which take fewer registers and less shared memory. FLATTEN merges the
@@ -210,13 +208,14 @@ def linear_sigmoid(
     tma: bool = True,
     only_if_faster: bool = False,
 ) -> Tensor | None:
-    """``sigmoid(x @ weight.T + bias)`` for ``x (m, k)``, ``weight (n, k)``, ``bias (n)``; k is at
-    least 1.
+    """``sigmoid(x @ weight.T + bias)`` for ``x (m, k)``, ``weight (n, k)`` and ``bias (n)``.
+
+    ``k`` is at least 1.
 
     Args:
         precision: "ieee" or "tf32"; it applies to float32 only.
         out: ``(m, n)``, contiguous; by default a new tensor.
-        tiles: by default those that the rule chooses, or `autotune` measures.
+        tiles: by default the tiles that the rule chooses, or `autotune` measures.
         tma: whether the kernel may make TMA descriptors.
         only_if_faster: launch nothing where PyTorch's library is expected to be faster.
 
@@ -264,7 +263,7 @@ def _plan_tiles(
     check_variant(tiles, "linear_sigmoid", n, x, weight)
     programs = count_tiles(tiles, m, n, symmetric=False)
     strides = *x.stride(), *weight.stride(), 0 if bias is None else bias.stride(0)
-    blocks: dict[str, Any] = {
+    blocks: dict[str, int | str] = {
         "HAS_BIAS": bias is not None,
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,

@@ -5,17 +5,17 @@ Each array passes through memory once, 16 bytes per access. An operand that repe
 or the columns of a tile is read once for all of them.
 """
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Plan, Wrap, cached_plan
+from .launch import Kernel, Plan, Wrap, cached_plan
 
 FLAT_BYTES = 4096  # of a result per program: 2 accesses of 16 bytes for each of 128 threads
-# Of a result per program, at most: 4 rows, which share what repeats along them.
+# Of a result per program, at most: 4 rows, for which values that repeat along rows are read once.
 STRIDED_BYTES = 8192
 STRIDED_ROW_BYTES = 2048  # one access for each of 128 threads
 # Per program, by number of results: with more, Triton 3.6 spills.
@@ -29,13 +29,12 @@ def larger(a, b, dtype: tl.constexpr):
 
 
 @triton.jit
-def shares(g, a, b):
-    """The gradients of ``a`` and ``b``. Comparisons with NaN are false, so that it gives ``g`` to
-    both."""
+def gradients(g, a, b):
+    """The gradients of ``a`` and ``b``; both are ``g`` where one is NaN: comparisons are false."""
     a = a.to(g.dtype)
     b = b.to(g.dtype)
-    share = tl.where(a == b, g * 0.5, g)
-    return tl.where(a < b, 0.0, share), tl.where(b < a, 0.0, share)
+    of_larger = tl.where(a == b, g * 0.5, g)
+    return tl.where(a < b, 0.0, of_larger), tl.where(b < a, 0.0, of_larger)
 
 
 @triton.jit
@@ -89,7 +88,7 @@ def maximum_backward_flat_kernel(
         g = load_flat(g_ptr, start, offsets, None, G_REPEATS)
         a = load_flat(a_ptr, start, offsets, None, A_REPEATS)
         b = load_flat(b_ptr, start, offsets, None, B_REPEATS)
-        da, db = shares(g, a, b)
+        da, db = gradients(g, a, b)
         tl.store(da_ptr + start + offsets, da)
         tl.store(db_ptr + start + offsets, db)
     else:
@@ -97,7 +96,7 @@ def maximum_backward_flat_kernel(
         g = load_flat(g_ptr, start, offsets, mask, G_REPEATS)
         a = load_flat(a_ptr, start, offsets, mask, A_REPEATS)
         b = load_flat(b_ptr, start, offsets, mask, B_REPEATS)
-        da, db = shares(g, a, b)
+        da, db = gradients(g, a, b)
         tl.store(da_ptr + start + offsets, da, mask=mask)
         tl.store(db_ptr + start + offsets, db, mask=mask)
 
@@ -126,8 +125,10 @@ def load_strided(
     stride3,
     REPEATS: tl.constexpr,
 ):
-    """Rows are the elements of dimensions of sizes (size0, size1, size2); divisions by 1 cost
-    nothing."""
+    """Rows are the elements of dimensions of sizes (size0, size1, size2).
+
+    Divisions by 1 cost nothing.
+    """
     at_row = (
         row // size2 // size1 * stride0 + row // size2 % size1 * stride1 + row % size2 * stride2
     )
@@ -270,7 +271,7 @@ def maximum_backward_strided_kernel(
         b_stride3,
         B_REPEATS,
     )
-    da, db = shares(g, a, b)
+    da, db = gradients(g, a, b)
     mask = (row < rows)[:, None] & (col < size3)[None, :]
     offsets = (row * size3)[:, None] + col[None, :]
     tl.store(da_ptr + offsets, da, mask=mask)
@@ -285,12 +286,14 @@ def maximum(a: Tensor, b: Tensor, out: Tensor, wrap: Wrap) -> None:
 
 
 def maximum_backward(g: Tensor, a: Tensor, b: Tensor, da: Tensor, db: Tensor, wrap: Wrap) -> None:
-    """Write the gradients ``da`` and ``db``, dense and with the same strides; the others of their
-    shape."""
+    """Write the gradients ``da`` and ``db``, which are dense and have the same strides.
+
+    ``g``, ``a`` and ``b`` have their shape.
+    """
     _launch(_plan_backward, wrap, g, a, b, da, db)
 
 
-def _launch(make: Any, wrap: Wrap, *tensors: Tensor) -> None:
+def _launch(make: Callable[..., Plan | None], wrap: Wrap, *tensors: Tensor) -> None:
     out = tensors[-1]
     if out.numel() == 0:
         return
@@ -298,7 +301,7 @@ def _launch(make: Any, wrap: Wrap, *tensors: Tensor) -> None:
     if plan is not None:
         plan.launch(wrap, *tensors)
         return
-    # A slice of the outermost dimension has one dimension less, and is a view.
+    # A tensor at one index of the outermost dimension has a dimension less, and is a view.
     dim = max(range(out.dim()), key=lambda d: (out.shape[d] > 1, out.stride(d)))
     for index in range(out.shape[dim]):
         _launch(make, wrap, *(t.select(dim, index) for t in tensors))
@@ -313,13 +316,13 @@ def _plan_backward(g: Tensor, a: Tensor, b: Tensor, da: Tensor, db: Tensor) -> P
     return _plan(maximum_backward_flat_kernel, maximum_backward_strided_kernel, operands, da)
 
 
-def _plan(flat: Any, strided: Any, operands: dict[str, Tensor], out: Tensor) -> Plan | None:
-    """None where the strided kernel has too few dimensions."""
+def _plan(flat: Kernel, strided: Kernel, operands: dict[str, Tensor], out: Tensor) -> Plan | None:
+    """The plan of the flat or the strided kernel; None for more dimensions than the latter has."""
     sizes, strides = _collapse(list(operands.values()), out)
     if len(sizes) == 1 and all(steps[0] in (0, 1) for steps in strides):
         # Small elements get half the block: with more, the masked branch takes too many registers.
         block = FLAT_BYTES // out.element_size() // (2 if out.element_size() < 4 else 1)
-        constants: dict[str, Any] = {
+        constants: dict[str, int | str] = {
             f"{n}_REPEATS": bool(s[0] == 0) for n, s in zip(operands, strides, strict=True)
         }
         constants["BLOCK"] = block
@@ -327,8 +330,7 @@ def _plan(flat: Any, strided: Any, operands: dict[str, Tensor], out: Tensor) -> 
     missing = STRIDED_DIMS - len(sizes)
     if missing < 0:
         return None
-    # Dimensions of size 1 are the inner ones of the rows: there they make all divisions divisions
-    # by 1.
+    # Dimensions of size 1 become the rows' inner dimensions, so that divisions are divisions by 1.
     size0, size1, size2, size3 = sizes[:-1] + [1] * missing + sizes[-1:]
     padded = [steps[:-1] + [0] * missing + steps[-1:] for steps in strides]
     rows = size0 * size1 * size2
@@ -356,8 +358,7 @@ def _repeats(strides: list[int]) -> str:
 
 
 def _collapse(operands: list[Tensor], out: Tensor) -> tuple[list[int], list[list[int]]]:
-    """Sizes, and strides of each operand, along ``out``'s memory in as few dimensions as
-    possible."""
+    """Sizes, and each operand's strides, along ``out``'s memory, in the fewest dimensions."""
     if all(t.stride() == out.stride() for t in operands):
         return [out.numel()], [[1]] * len(operands)
     dims = [d for d in range(out.dim()) if out.shape[d] != 1]

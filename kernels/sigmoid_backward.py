@@ -51,12 +51,11 @@ def sigmoid_backward_kernel(
 
 
 def sigmoid_backward(g: Tensor, y: Tensor, dz: Tensor, wrap: Wrap) -> Tensor:
-    """Write ``g·y·(1 - y)`` for ``g, y (m, n)`` to the contiguous ``dz``; return its sum over rows,
-    ``(n)``.
+    """Write ``g·y·(1 - y)`` for ``g, y (m, n)`` to ``dz``; return its sum over rows, ``(n)``.
 
-    The sum has a fixed order, so that its bits are the same on every run. Up to `PROGRAM_ROWS` rows
-    are summed by one program, which writes the result. Of more rows, each program sums
-    `PROGRAM_ROWS`, and PyTorch adds the sums.
+    ``dz`` is contiguous. The sum has a fixed order, so that its bits are the same on every run. Up
+    to `PROGRAM_ROWS` rows are summed by one program, which writes the result. If there are more,
+    each program sums `PROGRAM_ROWS` rows, and PyTorch adds the sums.
     """
     m, n = y.shape
     if dz.numel() == 0:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Symmetric products A·Bᵀ and symmetric sums: kernels that run anywhere, and the launchers.
 
-The kernels for GPUs with TMA are in `matmul_t_tma`.
+The kernels for GPUs with TMA are in `symmetric_matmul_tma`.
 """
 
 import struct
@@ -47,8 +47,7 @@ def symmetric_matmul_kernel(
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Compute a tile of the lower triangle of ``alpha·A·Bᵀ + beta·C``; store it and its
-    transpose."""
+    """Store a tile of the lower triangle of ``alpha·A·Bᵀ + beta·C``, and its transpose."""
     batch, tile_row, tile_col = triangle_of_batch(n, BLOCK)
     i, j = tile_row * BLOCK + tl.arange(0, BLOCK), tile_col * BLOCK + tl.arange(0, BLOCK)
     a_ptr += batch * a_batch
@@ -80,8 +79,7 @@ def symmetric_matmul_kernel(
 def symmetric_sum_kernel(
     g_ptr, out_ptr, n, g_batch, g_row, g_col, MIRROR: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """``(G + Gᵀ)/2``; with MIRROR write the lower triangle of G, transposed, to the upper one of
-    ``out``."""
+    """``(G + Gᵀ)/2``; with MIRROR, G's lower triangle, transposed, in ``out``'s upper triangle."""
     batch, tile_row, tile_col = triangle_of_batch(n, BLOCK)
     i = tile_row.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     j = tile_col.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -117,16 +115,15 @@ def symmetric_matmul(
     tma: bool = True,
     only_if_faster: bool = False,
 ) -> Tensor | None:
-    """``alpha·a @ b.mT + beta·c`` for ``a, b (*, n, k)`` whose product is symmetric; half is
-    computed.
+    """Half of ``alpha·a @ b.mT + beta·c``, and its mirror image, for a symmetric product.
 
-    Of the symmetric ``c (*, n, n)`` the lower triangle is read, unless ``beta`` is 0. ``k`` is at
-    least 1.
+    ``a`` and ``b`` are ``(*, n, k)``. Of the symmetric ``c (*, n, n)`` the lower triangle is read,
+    unless ``beta`` is 0. ``k`` is at least 1.
 
     Args:
         precision: "ieee" or "tf32"; it applies to float32 only.
         out: ``(*, n, n)``, contiguous; by default a new tensor.
-        tiles: by default those that the rule chooses, or `autotune` measures.
+        tiles: by default the tiles that the rule chooses, or `autotune` measures.
         tma: whether the kernel may make TMA descriptors.
         only_if_faster: launch nothing where PyTorch's library is expected to be faster.
 
@@ -151,7 +148,7 @@ def symmetric_matmul(
     if out.numel() > 0:
         factors = struct.unpack("<2q", struct.pack("<2d", alpha, beta))
         first, second, third = operands
-        # The kernel takes a tensor for each operand, even if it does not read it.
+        # The kernel takes a tensor for each operand, also for an operand that it does not read.
         plan.launch(
             wrap,
             first,
@@ -168,7 +165,7 @@ def _plan_product(a: Tensor, b: Tensor | None, c: Tensor | None, *options: Any) 
     operands = [t for t in (a, b, c) if t is not None]
     *_, n, k = a.shape
     sizes = n, n, k, a.shape[0] if a.dim() == 3 else 1
-    restore = [] if c is None else ["out_ptr"]  # which may be C
+    restore = [] if c is None else ["out_ptr"]  # the kernel may write the result to C
     make = partial(_plan_tiles, a, b, c, choice.precision)
     return choose_plan(make, "symmetric_matmul", sizes, operands, choice, restore)
 
@@ -211,14 +208,15 @@ def _plan_tiles(
 
 
 def half_sum(g: Tensor, wrap: Wrap, *, out: Tensor | None = None) -> Tensor:
-    """``(g + g.mT) / 2`` for ``g (*, n, n)``, contiguous. Unlike ``g + g.mT``, it cannot
-    overflow."""
+    """``(g + g.mT) / 2`` for ``g (*, n, n)``, contiguous.
+
+    Unlike ``g + g.mT``, it cannot overflow.
+    """
     return _symmetric_sum(g, g.new_empty(g.shape) if out is None else out, False, wrap)
 
 
 def mirror(c: Tensor, wrap: Wrap) -> Tensor:
-    """Write the lower triangle of the contiguous ``c (*, n, n)`` to the upper one; returns
-    ``c``."""
+    """Copy the lower triangle of the contiguous ``c (*, n, n)`` to the upper; return ``c``."""
     return _symmetric_sum(c, c, True, wrap)
 
 
@@ -245,8 +243,10 @@ def _few_dims(t: Tensor) -> Tensor:
 
 
 def _strides(t: Tensor) -> tuple[int, ...]:
-    """Strides of batch, rows and columns. A batch of one gets a stride that suits TMA if the others
-    do."""
+    """Strides of batch, rows and columns.
+
+    A batch of one matrix gets a stride that suits TMA if the strides of rows and columns do.
+    """
     *batch, row, col = t.stride()
     return (batch[0] if batch and t.shape[0] != 1 else t.shape[-2] * row), row, col
 

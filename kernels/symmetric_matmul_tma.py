@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Kernels of symmetric products for GPUs with TMA (sm_90 and later): persistent, each tile in two
-stores.
+"""Kernels of symmetric products for GPUs with TMA (sm_90 and later).
 
-Below the diagonal a tile has BLOCK rows and WIDE columns. With WIDE = 2·BLOCK the tile rows 2p and
-2p + 1 have 2p + 1 such tiles, which makes p² for p pairs. The p tiles of BLOCK × BLOCK that are
-left on the diagonal are computed two at a time. Wide tiles read less for each product.
+The kernels are persistent, and store each tile twice. Below the diagonal a tile has BLOCK rows and
+WIDE columns. With WIDE = 2·BLOCK the tile rows 2p and 2p + 1 have 2p + 1 such tiles, which makes p²
+for p pairs. The p tiles of BLOCK × BLOCK that are left on the diagonal are computed two at a time.
+Wide tiles read less for each product.
 """
 
 import triton
@@ -71,8 +71,7 @@ def symmetric_matmul_tma_kernel(
     C_LAYOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``alpha·A·Bᵀ + beta·C``; the layouts are those of `make_descriptor`, and C_LAYOUT is empty
-    without a C.
+    """``alpha·A·Bᵀ + beta·C``; layouts are as in `make_descriptor`, and "" for C without a C.
 
     SAME says that A is B, so that a tile on the diagonal is loaded once.
     """
@@ -113,8 +112,8 @@ def symmetric_matmul_tma_kernel(
             )
             store_twice(acc * alpha, c_tiles, out_tiles, batch, row, col, n, beta, C_LAYOUT)
         elif unit < full:
-            # First two tiles for each place below the diagonal of pairs, then one for each place on
-            # it.
+            # First two tiles for each place below the diagonal of pairs, then one tile for each
+            # place on the diagonal.
             below = unit < full - pairs
             pair_rows = tl.maximum(pairs - 1, 1)  # a triangle of no rows would be divided by 0
             pair_row, pair_col = triangle_tile(tl.where(below, unit // 2, 0), pair_rows, GROUP)

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Tiles of the matrix kernels, the rule that chooses, and the rule for where PyTorch's library
-computes.
+"""Tiles of the matrix kernels: the rule that chooses them, and when PyTorch's library computes.
 
 The rule takes the tiles with the least estimated time. Its numbers come from machine code and data
 sheets; no GPU has measured them. `autotune` measures.
@@ -15,10 +14,10 @@ import triton
 from torch import Tensor
 
 _WITH_TMA = (90, 100, 103)  # sm_120 has too little shared memory for tiles that gain by it
-# With fewer, a matrix has few tiles for the multiprocessors; of 4 × 4 tiles it skips only 6. The
-# best known kernel of this kind, quack's, has 0.31 times cuBLAS's speed at 512 rows, 0.78 at 1024,
-# 1.02 at 2048. A batch has more tiles. It follows the same rule, since no such kernel has been
-# timed with one.
+# With fewer rows, a matrix has few tiles for the multiprocessors; of 4 × 4 tiles the kernel skips
+# only 6. The best known kernel of this kind, quack's, has 0.31 times cuBLAS's speed at 512 rows,
+# 0.78 at 1024, 1.02 at 2048. A batch has more tiles. A batch follows the same rule, since no such
+# kernel has been timed with a batch.
 FEWEST_ROWS = 1024
 # Products that an H100's multiprocessor makes, 2048 a cycle, while the L2 cache sends it a number
 # of 16 bits, at 64 bytes a cycle. By this, a tile of 128 × 256 takes seven eighths of the time of
@@ -46,8 +45,10 @@ class Tiles(NamedTuple):
 
 
 class Device(NamedTuple):
-    """The properties of a device on which tiles depend; capability 90 is sm_90, and 0 is no NVIDIA
-    GPU."""
+    """The properties of a device on which tiles depend.
+
+    The capability 90 is sm_90; 0 is a device that is no NVIDIA GPU.
+    """
 
     name: str
     capability: int
@@ -82,7 +83,7 @@ _16_BIT = (
     # Where the last wave of 128 × 256 would be almost empty; sm_100.
     Tiles(128, 128, 64, 8, 4, "tma"),
     Tiles(128, 128, 64, 8, 3),  # 96 KB, so that two run on an H100's multiprocessor
-    Tiles(64, 128, 64, 4, 3),  # where those leave the last wave almost empty
+    Tiles(64, 128, 64, 4, 3),  # where tiles of 128 × 128 leave the last wave almost empty
     Tiles(64, 64, 64, 4, 3),  # small products do not repay the making of descriptors
     # Where pointers would load single elements, and few rows are long.
     Tiles(64, 64, 128, 4, 3, "tma"),
@@ -139,7 +140,7 @@ def configurations(kernel: str, dtype: torch.dtype, precision: str, capability: 
     """The configurations of ``kernel`` that a device of ``capability`` can run."""
 
     def exists(tiles: Tiles) -> bool:
-        if tiles.variant == "tma":  # outside sm_90 the others spill
+        if tiles.variant == "tma":  # outside sm_90 tiles of other widths spill
             return capability == 90 or (capability in _WITH_TMA and tiles.block_n == 128)
         square = tiles.block_m == tiles.block_n and tiles.variant == "pointers"
         return square or kernel == "linear_sigmoid"
@@ -148,7 +149,7 @@ def configurations(kernel: str, dtype: torch.dtype, precision: str, capability: 
 
 
 def count_tiles(tiles: Tiles, m: int, n: int, symmetric: bool) -> int:
-    """The number of tiles of a result; of a symmetric one those on and below the diagonal."""
+    """The number of tiles of a result; if it is symmetric, only on and below the diagonal."""
     rows: int = triton.cdiv(m, tiles.block_m)
     columns: int = triton.cdiv(n, tiles.block_n)
     if not symmetric:
@@ -165,10 +166,10 @@ def resident_programs(tiles: Tiles) -> int:
 
 
 def split_k(tiles: Tiles, present: Device, m: int, n: int, k: int) -> tuple[int, int]:
-    """The number of programs that share a tile, and the columns of x that each takes.
+    """The number of programs that sum a tile, and the columns of x that each program takes.
 
-    The number is 1 for other variants, and for symbolic sizes, where another number would be a
-    guard.
+    The number is 1 for other variants than "split_k", and for symbolic sizes: another number would
+    make a guard.
     """
     if tiles.variant != "split_k" or any(isinstance(size, torch.SymInt) for size in (m, n, k)):
         return 1, k
@@ -180,11 +181,10 @@ def split_k(tiles: Tiles, present: Device, m: int, n: int, k: int) -> tuple[int,
 
 
 def aligned(t: Tensor, unit: int) -> bool:
-    """Whether ``t`` begins on 16 bytes, and its contiguous rows or columns on multiples of ``unit``
-    elements.
+    """Whether ``t`` begins on 16 bytes, and its rows or columns at multiples of ``unit`` elements.
 
-    By pointers Triton loads 16 bytes at a time where ``unit`` is 16, for it asks for no other
-    divisor.
+    The rows, or the columns, must be contiguous. By pointers Triton loads 16 bytes at a time where
+    ``unit`` is 16, for it asks for no other divisor.
     """
     steps = [
         size if stride == 1 else stride for size, stride in zip(t.shape, t.stride(), strict=True)
@@ -193,8 +193,7 @@ def aligned(t: Tensor, unit: int) -> bool:
 
 
 def loads_by_tma(t: Tensor) -> bool:
-    """Whether a TMA descriptor can describe the matrices of ``t (*, rows, cols)`` or their
-    transposes."""
+    """Whether a TMA descriptor can describe the matrices of ``t (*, rows, cols)`` or ``t.mT``."""
     *batch, row, col = t.stride()
     if any(isinstance(size, int) and not 1 < size < 2**31 for size in t.shape[-2:]):
         # Triton makes a size of 1 a constant, and takes no larger ones in a descriptor.
@@ -214,8 +213,10 @@ def _begins_on_16_bytes(t: Tensor) -> bool:
 
 
 def allows_tma(kernel: str, n: int, *operands: Tensor) -> bool:
-    """Whether a kernel by TMA takes the operands; a symmetric product also stores ``n`` columns by
-    TMA."""
+    """Whether a kernel by TMA takes the operands, and can store ``n`` columns.
+
+    A symmetric product stores by TMA, and a linear layer also by pointers.
+    """
     stores = kernel == "linear_sigmoid" or n * operands[0].element_size() % 16 == 0
     return stores and operands[0].dtype != torch.float64 and all(map(loads_by_tma, operands))
 
@@ -244,16 +245,14 @@ def check_variant(tiles: Tiles, kernel: str, n: int, *operands: Tensor) -> None:
 
 
 def tile_cost(rows: int, columns: int) -> int:
-    """The cost of a tile for each column of x, in products: its own, and `LOAD` for each number
-    loaded."""
+    """The cost of a tile for each column of x: its products, and `LOAD` for each number loaded."""
     return rows * columns + LOAD * (rows + columns)
 
 
 def suitable(
     kernel: str, precision: str, n: int, *operands: Tensor, tma: bool = True
 ) -> list[Tiles]:
-    """The configurations of the operands' device that suit the operands, and ``n`` columns of a
-    result."""
+    """The configurations of the operands' device that suit them, and ``n`` columns of a result."""
     possible = configurations(kernel, operands[0].dtype, precision, device(operands[0]).capability)
     return [tiles for tiles in possible if suits(tiles, kernel, n, *operands, tma=tma)]
 
@@ -291,8 +290,10 @@ def estimate(tiles: Tiles, kernel: str, kind: Kind, present: Device, sizes: Sequ
 def library_is_faster(
     kernel: str, precision: str, sizes: Sequence[int], *operands: Tensor, tma: bool = True
 ) -> bool:
-    """Whether PyTorch's library computes, since the kernel is not expected to win
-    (docs/tuning.md)."""
+    """Whether the kernel is not expected to win, so that PyTorch's library computes.
+
+    docs/tuning.md has the reasons.
+    """
     m, _, k, _ = map(_hint, sizes)
     name = kind_of(operands[0].dtype, precision)
     if kernel == "linear_sigmoid" and _saves_a_launch(
@@ -310,12 +311,12 @@ def library_is_faster(
 def _saves_a_launch(
     kind: Kind, precision: str, sizes: Sequence[int], *operands: Tensor, tma: bool = True
 ) -> bool:
-    """Whether one launch of `linear_sigmoid` is expected to beat the library's two, of addmm and
-    the sigmoid.
+    """Whether one launch of `linear_sigmoid` is expected to beat the library's two launches.
 
-    A kernel that takes twice as long as addmm wins up to a time T of two launches, where T = T/2 +
-    a launch. The estimate has room for the bank conflicts of IEEE float32: with the `LOAD` of
-    tensor cores, it is three times the arithmetic of FMA units.
+    The library launches addmm and the sigmoid. A kernel that takes twice as long as addmm wins up
+    to a time T of two launches, where T = T/2 + a launch. The estimate has room for the bank
+    conflicts of IEEE float32: with the `LOAD` of tensor cores, it is three times the arithmetic of
+    FMA units.
     """
     tiles = choose_tiles("linear_sigmoid", precision, sizes, *operands, tma=tma)
     if tiles.variant == "split_k":  # it launches twice, too

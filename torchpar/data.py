@@ -15,7 +15,7 @@ from torchpar.datasets import Dataset, read
 from torchpar.errors import ConfigError
 
 _READ_CHUNK = 256  # samples; as float32 they fit in a core's cache
-# Images; each chunk reuses the memory of the one before, which saves page faults.
+# Images; each chunk reuses the memory of the chunk before, which saves page faults.
 _POOL_CHUNK = 1000
 
 
@@ -51,8 +51,8 @@ class Samples:
                 f"the labels are {self.labels.dtype}, expected torch.int64, numbers of classes"
             )
         if len(self.labels):
-            # PyTorch's losses leave out samples of some negative labels, and larger ones end in a
-            # traceback.
+            # PyTorch's losses leave out samples of some negative labels, and fail at larger labels
+            # with a traceback.
             least, most = (int(label) for label in self.labels.aminmax())
             if least < 0 or most >= len(self.classes):
                 wrong = least if least < 0 else most
@@ -89,8 +89,7 @@ class Samples:
         shift: tuple[int, int] = (0, 0),
         dtype: torch.dtype = torch.float32,
     ) -> "Samples":
-        """Return the images cropped, with each square of ``pool`` × ``pool`` pixels replaced by its
-        average.
+        """Return the images cropped, with each square of ``pool`` × ``pool`` pixels averaged.
 
         Images ``(n, h, w)`` of uint8 become ``(n, (h − 2·crop) // pool, (w − 2·crop) // pool)`` in
         [0, 1]. Pixels at the bottom and at the right that fill no square are left out.
@@ -98,7 +97,7 @@ class Samples:
         Args:
             crop: pixels to leave out on each side.
             shift: pixels, down and to the right, by which the part that is kept moves.
-            dtype: of the new images, a floating one.
+            dtype: the floating dtype of the new images.
 
         Raises:
             ConfigError: features that are no images; a ``pool`` below 1 or a ``crop`` below 0;
@@ -131,8 +130,10 @@ class Samples:
 
 
 def _divisor(value: int, t: Tensor) -> int | Tensor:
-    """``value``; on a GPU as a tensor, since PyTorch divides by a number by multiplying by its
-    reciprocal."""
+    """``value`` as a divisor of ``t``: a number, or a tensor on a GPU.
+
+    On a GPU, PyTorch divides by a number by multiplying by its reciprocal.
+    """
     return t.new_full((), value, dtype=torch.float32) if t.is_cuda else value
 
 
@@ -191,11 +192,11 @@ def _batches(
     at_once = max(_READ_CHUNK // batch_size, 1) * batch_size
     skipped = start * batch_size
     for first in range(skipped // at_once * at_once, len(order), at_once):
-        whole = order[first : first + at_once].split(batch_size)
-        mine = [share(batch) for batch in whole]
-        indices, sizes = torch.cat(mine), [len(part) for part in mine]
+        global_batches = order[first : first + at_once].split(batch_size)
+        shares = [share(batch) for batch in global_batches]
+        indices, sizes = torch.cat(shares), [len(one) for one in shares]
         x, labels = samples.inputs(indices), samples.labels.index_select(0, indices)
-        rank_batches = map(Batch, x.split(sizes), labels.split(sizes), map(len, whole))
+        rank_batches = map(Batch, x.split(sizes), labels.split(sizes), map(len, global_batches))
         # Keep the batch's offset in memory: alignment can change low bits, and a resumed run must
         # match.
         yield from islice(rank_batches, max(skipped - first, 0) // batch_size, None)

@@ -58,8 +58,7 @@ class Images(NamedTuple):
 
 
 def read(dataset: Dataset, root: Path) -> tuple[Images, Images]:
-    """Return the training and test images of a data set. Arguments are those of
-    `torchpar.data.load`.
+    """Return the training and test images of a data set, by the arguments of `torchpar.data.load`.
 
     Raises:
         ConfigError: a file is missing or damaged.
@@ -75,7 +74,7 @@ def read(dataset: Dataset, root: Path) -> tuple[Images, Images]:
     except ValueError as e:
         fetch = f"from torchvision.datasets import {folder} as D; D({str(root)!r}, download=True)"
         raise ConfigError(
-            f"{e}; name the folder that holds {folder}/raw, or remove what is damaged there and "
+            f"{e}; name the folder that holds {folder}/raw, or remove the damaged files and "
             f'download it: python -c "{fetch}"'
         ) from e
     return train, test
@@ -85,7 +84,7 @@ def _read_pair(raw: Path, prefix: str, classes: tuple[str, ...]) -> Images:
     """Return the images and labels of files that begin with ``prefix``.
 
     Raises:
-        ValueError: a file is missing or damaged, or the two do not fit each other.
+        ValueError: a file is missing or damaged, or images and labels do not fit each other.
     """
     of_images, of_labels = (
         raw / f"{prefix}-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1")
@@ -113,7 +112,7 @@ def read_idx(file: Path) -> Array:
     """Return the array of uint8 in ``file``, from its archive ``file.gz`` if there is one.
 
     Raises:
-        ValueError: it is missing or damaged.
+        ValueError: the file is missing or damaged.
     """
     archive = file.with_name(f"{file.name}.gz")
     path = archive if archive.exists() or not file.exists() else file

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Examination of this machine: ``python -m torchpar doctor``.
 
-It looks at versions, processor, GPUs and communication. It computes each operator once beside
-PyTorch and float64. Each finding that needs attention has a remedy.
+The doctor examines versions, processor, GPUs and communication. It computes each operator once, and
+compares the result with PyTorch's in the same precision and in float64. Each finding that needs
+attention has a remedy.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 import torchpar
 from torchpar.errors import first_line
@@ -41,7 +43,7 @@ class Finding(NamedTuple):
 
     Attributes:
         state: "ok"; "note" if something optional is missing; "problem" if something fails.
-        remedy: what to do about it, or "".
+        remedy: an action against a problem, or "".
     """
 
     name: str
@@ -82,7 +84,7 @@ def _print_json(findings: dict[str, list[Finding]]) -> int:
 
 
 def examine(area: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
-    """The findings in an area; an examination that fails is itself a problem."""
+    """The findings in an area. An examination that fails is a problem."""
     try:
         yield from area()
     except Exception as e:
@@ -94,7 +96,7 @@ def versions() -> Iterator[Finding]:
     for name, (oldest, newest) in TESTED.items():
         if name == "python":
             text = platform.python_version()
-        # Also under another name of its distribution.
+        # From the module, because its distribution may have another name.
         elif importlib.util.find_spec(name) is not None:
             text = str(importlib.import_module(name).__version__)
         else:
@@ -122,7 +124,7 @@ def processor() -> Iterator[Finding]:
 
 
 def gpus() -> Iterator[Finding]:
-    """Each GPU, and how tiles of the matrix kernels are chosen."""
+    """Each GPU, and the choice of tiles of the matrix kernels."""
     if not torch.cuda.is_available():
         remedy = (
             "if there is one, look at the driver, such as by nvidia-smi, and at "
@@ -166,7 +168,7 @@ def operators() -> Iterator[Finding]:
         a, b, weight = (
             normal_like(torch.empty(rows, 80, device=device), seed) for seed, rows in sizes
         )
-        calls: dict[str, tuple[Any, ...]] = {
+        calls: dict[str, tuple[Callable[..., Tensor], *tuple[Tensor, ...]]] = {
             "maximum": (torch.maximum, a, b),
             "matmul_t": (lambda x: x @ x.T, a),
             "symmetric_matmul": (lambda x, y: x @ y.T, a, a),

@@ -18,8 +18,7 @@ class DivergedError(TorchparError, FloatingPointError):
 
 
 def check_finite(what: str, *values: float) -> None:
-    """Raise `DivergedError` if one of the values, losses that the noun ``what`` names, is not
-    finite."""
+    """Raise `DivergedError` if a value is not finite; ``what`` names the values, as "the loss"."""
     for value in values:
         if not math.isfinite(value):
             raise DivergedError(f"{what} is {value}; take a smaller learning rate")

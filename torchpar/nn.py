@@ -66,8 +66,8 @@ class LinearTanh(Linear):
     Arguments, shapes and state dict are those of `Linear`.
     """
 
-    # 2·linear_sigmoid(x, 2·weight, 2·bias) − 1 would be the same, but its error is that of a number
-    # near 1.
+    # 2·linear_sigmoid(x, 2·weight, 2·bias) − 1 would be the same, but its error is the error of a
+    # number near 1.
     def forward(self, x: Tensor) -> Tensor:
         return torch.tanh(super().forward(x))
 
@@ -78,9 +78,9 @@ class LinearMaxout(Linear):
     ``x (*, in_features)`` → ``y (*, out_features)``. The state dict holds ``weight``
     ``(2·out_features, in_features)``, with w1 above w2, and ``bias`` ``(2·out_features)``, with b1
     before b2. So one product computes both pieces. `torchpar.maximum` takes their maximum, and
-    gives its gradient: each unit's goes to its larger piece. The variance of the initial weight is
-    2/(in_features + out_features), that of a `Linear` of one piece. `torchpar.optim.Muon.for_model`
-    takes w1 and w2 as two matrices.
+    gives its gradient: the gradient of a unit goes to its larger piece. The variance of the initial
+    weight is 2/(in_features + out_features), as for a `Linear` of one piece.
+    `torchpar.optim.Muon.for_model` takes w1 and w2 as two matrices.
 
     Source: Goodfellow, Warde-Farley, Mirza, Courville and Bengio, "Maxout Networks", ICML 2013,
     with k = 2.

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""This rank's part of a parameter: all of it, a DTensor's shard, or a slice that a split layer
-holds.
+"""This rank's part of a parameter: all of it, or a shard, of a DTensor or in a split layer.
 
 Optimizer, clipping and checkpoints all read `part_of`.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,14 +16,14 @@ from torchpar.library.sharding import is_dtensor
 
 
 class Part(NamedTuple):
-    """A rank's part of a tensor.
+    """A rank's part of a tensor: a shard, or all of a replicated tensor.
 
     Attributes:
-        whole: the shape of the tensor.
+        whole: the shape of the unsharded tensor.
         start: the first index of the part along each axis.
         size: the size of the part along each axis.
         mesh: the mesh that shards the tensor; None if it is replicated.
-        axis: along which a split layer is cut; None for others.
+        axis: the axis along which a split layer's tensor is cut; None for other tensors.
     """
 
     whole: tuple[int, ...]
@@ -35,17 +34,17 @@ class Part(NamedTuple):
 
     @property
     def is_slice(self) -> bool:
-        """Whether a split layer holds the part, as a plain tensor; a DTensor's shard is none."""
+        """Whether a split layer holds the part, as a plain tensor; False for a DTensor's shard."""
         return self.axis is not None
 
     def narrow(self, t: Tensor) -> Tensor:
-        """This part of ``t``, which is whole; a view."""
+        """This part of the unsharded ``t``; a view."""
         ends = map(sum, zip(self.start, self.size, strict=True))
         return t[tuple(map(slice, self.start, ends))]
 
 
 def slice_along(axis: int, whole: Sequence[int], mesh: DeviceMesh) -> Part:
-    """This rank's part of a tensor of shape ``whole``, cut along ``axis`` as `torch.chunk` cuts."""
+    """This rank's shard of a tensor of shape ``whole``, cut along ``axis`` as by `torch.chunk`."""
     step = -(-whole[axis] // mesh.size())
     start, size = [0] * len(whole), list(whole)
     start[axis] = min(step * mesh.get_local_rank(), whole[axis])
@@ -56,21 +55,21 @@ def slice_along(axis: int, whole: Sequence[int], mesh: DeviceMesh) -> Part:
 def mark_slice(p: Tensor, part: Part) -> None:
     """Record that the plain tensor ``p`` is ``part`` of a parameter, from `slice_along`.
 
-    An optimizer gets the parameters without their layer. A DTensor would carry this itself, and
-    dispatch each operator in Python.
+    An optimizer gets the parameters without their layer. A DTensor would record its placement, but
+    it dispatches each operator in Python, which takes long.
     """
     p.tensor_parallel_part = part  # type: ignore[attr-defined]
 
 
 def as_dtensor(t: Tensor, part: Part) -> Tensor:
-    """``t``, which is ``part`` of a tensor, from `slice_along`, as a DTensor; a view."""
+    """A view of the shard ``t`` as a DTensor; ``part`` is from `slice_along`."""
     from torch.distributed.tensor import DTensor, Shard
 
     assert part.axis is not None
-    whole = torch.empty(part.whole, device="meta")
+    full = torch.empty(part.whole, device="meta")
     cut = [Shard(part.axis)]
     return DTensor.from_local(
-        t, part.mesh, cut, run_check=False, shape=whole.shape, stride=whole.stride()
+        t, part.mesh, cut, run_check=False, shape=full.shape, stride=full.stride()
     )
 
 
@@ -87,13 +86,13 @@ def part_of(p: Tensor) -> Part:
         return Part(tuple(p.shape), (0,) * p.dim(), tuple(p.shape))
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    mesh, placements = p.device_mesh, p.placements  # type: ignore[attr-defined]
+    mesh, placements = p.device_mesh, p.placements
     if any(placement.is_partial() for placement in placements):
         raise ConfigError(f"its placements are {placements}, expected Shard or Replicate")
     size, start = compute_local_shape_and_global_offset(p.shape, mesh, placements)
     return Part(tuple(p.shape), tuple(start), tuple(size), mesh)
 
 
-def local(t: Any) -> Tensor:
+def local(t: Tensor) -> Tensor:
     """This rank's elements of ``t``."""
-    return t.to_local() if is_dtensor(t) else t  # type: ignore[no-any-return]
+    return t.to_local() if is_dtensor(t) else t

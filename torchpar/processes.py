@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Processes that end with the one that started them."""
+"""Processes that end with the process that started them."""
 
 import os
 import shutil
@@ -9,14 +9,13 @@ from pathlib import Path
 
 
 def end_with_parent(folder: Path | None = None) -> None:
-    """Let this process, one of `multiprocessing`, end at once when its parent has ended, even by
-    SIGKILL.
+    """Let this process of `multiprocessing` end at once when its parent ends, even by SIGKILL.
 
-    Give it to a pool as ``initializer``. A worker of a pool would otherwise wait for its next task
-    for ever, because it holds both ends of the queue itself.
+    Give the function to a pool as ``initializer``. A worker of a pool would otherwise wait for its
+    next task for ever, because it holds both ends of the queue itself.
 
     Args:
-        folder: to remove then, for the parent could not.
+        folder: a folder to remove then, since the parent could not remove it.
     """
     parent = parent_process()
     if parent is None:

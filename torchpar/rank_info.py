@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Rank, number of ranks and address from the launcher's environment: torchrun, Open MPI or
-MPICH."""
+"""Rank, number of ranks and address from the environment of torchrun, Open MPI or MPICH."""
 
 import os
 import zlib
@@ -22,7 +21,7 @@ class RankInfo:
         address: host of the store.
         port: port of the store.
         launcher: "torchrun", whose agent hosts the store. Rank 0 hosts it under "openmpi", "mpich"
-            and "env" (RANK and the other variables were set by something else).
+            and "env" (something else set RANK and the other variables).
     """
 
     rank: int
@@ -48,8 +47,8 @@ def find_rank_info(env: Mapping[str, str] = os.environ) -> RankInfo | None:
     """Read the variables of torchrun, or of mpirun (Open MPI and MPICH).
 
     MASTER_ADDR and MASTER_PORT are read under each launcher. Without them the address is 127.0.0.1
-    on one machine, and the port is derived from the job's name, which MPICH does not tell: its
-    second job on a machine needs a MASTER_PORT.
+    on one machine, and the port is derived from the job's name. MPICH does not tell the job's name:
+    its second job on a machine needs a MASTER_PORT.
 
     Returns:
         None without a launcher, and for the only process of an mpirun.
@@ -67,7 +66,7 @@ def find_rank_info(env: Mapping[str, str] = os.environ) -> RankInfo | None:
     elif "OMPI_COMM_WORLD_RANK" in env:
         launcher, job = "openmpi", env.get("PMIX_NAMESPACE")
     elif "PMI_RANK" in env and ("MPI_LOCALRANKID" in env or "SLURM_STEP_ID" not in env):
-        launcher = "mpich"  # which names no job; srun --mpi=pmi2 sets PMI_RANK, too
+        launcher = "mpich"  # it names no job; srun --mpi=pmi2 sets PMI_RANK, too
     elif env.get("SLURM_STEP_NUM_TASKS", "1") != "1":
         raise ConfigError(
             "srun started several tasks, expected one torchrun per node: examples/cluster"
@@ -92,7 +91,7 @@ def find_rank_info(env: Mapping[str, str] = os.environ) -> RankInfo | None:
             "ranks on several machines need MASTER_ADDR, the host of rank 0, and MASTER_PORT: "
             "mpirun -x MASTER_ADDR=… -x MASTER_PORT=… of Open MPI, or -genv MASTER_ADDR … of MPICH"
         )
-    # Ports from 32768 on are those that Linux gives to outgoing connections.
+    # Linux gives ports from 32768 on to outgoing connections.
     default = 20000 + zlib.crc32((job or launcher).encode()) % 12000
     port = _number({"MASTER_PORT": str(default), **env}, "MASTER_PORT")
     if not 0 < port < 2**16:

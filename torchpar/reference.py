@@ -3,7 +3,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,7 +17,8 @@ def matmul_t(x: Tensor, block: int = 64) -> Tensor:
     """``x @ x.mT`` for ``x (n, k)``, in tiles of ``block`` rows. The fast version is
     `torchpar.matmul_t`.
 
-    Only tiles on and below the diagonal are computed; each one above is the transpose of one below.
+    Only tiles on and below the diagonal are computed; a tile above is the transpose of a tile
+    below.
     """
     c = x.new_empty(len(x), len(x))
     for i in range(0, len(x), block):
@@ -46,11 +46,11 @@ def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
         digits = []
         for x in row:
             rest = round(math.ldexp(x, 31 - exponent))
-            own: list[int] = []
+            lower: list[int] = []
             for _ in range(3):
-                own.insert(0, (rest + 128) % 256 - 128)
-                rest = (rest - own[0]) // 256
-            digits.append([rest, *own])
+                lower.insert(0, (rest + 128) % 256 - 128)
+                rest = (rest - lower[0]) // 256
+            digits.append([rest, *lower])
         return exponent, digits
 
     c = torch.empty(len(a), len(b), dtype=torch.float64)
@@ -70,7 +70,7 @@ def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
 class ColumnParallelLinear(torch.nn.Module):
     """The rows of a layer's weight, split over the ranks: ``y_r = x @ weight_r.T + bias_r``.
 
-    x ``(*, in_features)``, the same on every rank → y_r ``(*, out_r)``, this rank's part of the
+    x ``(*, in_features)``, the same on every rank → y_r ``(*, out_r)``, this rank's shard of the
     outputs. `torchpar.parallel.ColumnParallelLinear` sums the input's gradient while it computes
     the weight's.
     """
@@ -84,7 +84,7 @@ class ColumnParallelLinear(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.view_as(x)
-        if x.requires_grad:  # each rank uses x for other outputs
+        if x.requires_grad:  # each rank computes other outputs from x
             x.register_hook(lambda g: _summed(g, self.group))
         return linear(x, self.weight, self.bias)
 
@@ -109,14 +109,14 @@ class RowParallelLinear(torch.nn.Module):
 
 
 class _Sum(torch.autograd.Function):
-    """The sum of the ranks' x forward; its gradient, the same on every rank, backward."""
+    """Forward, the sum of all ranks' x; backward, its gradient, which is the same on every rank."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    def forward(ctx: object, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         return _summed(x, group)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: object, g: Tensor) -> tuple[Tensor, None]:
         return g, None
 
 
@@ -152,7 +152,7 @@ def gpipe(
         forward: the number of a micro-batch, and the activations from the previous stage, None on
             the first → the activations for the next stage; on the last one the micro-batch's part
             of the loss.
-        backward: what ``forward`` returned, and its gradient, None on the last stage.
+        backward: the result of ``forward``, and its gradient, None on the last stage → None.
         shapes: of the float32 activations that this stage receives for each micro-batch. On the
             first stage only their number counts.
 

@@ -146,7 +146,7 @@ def refusals() -> None:
     for changed, message in (
         (
             {0},
-            "the list of parameters is another one on rank 0 and that of the first step on rank 1",
+            "the list of parameters is changed on rank 0 and as in the first step on rank 1",
         ),
         (
             {0, 1},

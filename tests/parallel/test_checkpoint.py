@@ -135,7 +135,7 @@ def test_a_damaged_file_is_named_and_the_step_before_loaded(two, capsys, name, d
     assert holds(found, 1)
     (line,) = capsys.readouterr().err.splitlines()
     assert str(file) in line
-    assert "skipped for the one before it" in line
+    assert "skipped for the previous checkpoint" in line
     two.save(2, content(2), {"step": 2})  # replaces it
     assert holds(two.load(), 2)
     assert capsys.readouterr().err == ""

@@ -140,7 +140,7 @@ RECONSTRUCTED = [  # faults of published libraries, where they belong
             of(Failing, instead=refuse),
             "Replicate",
             "hangs",
-            "refuses on rank 1, and not on all: Runtime",
+            "refuses on rank 1, and not on all ranks: Runtime",
         ),
         (
             of(Failing, instead=partial(torch.ones, -1)),

@@ -544,7 +544,7 @@ def test_checkpoints_that_would_lose_something_are_refused(world, tmp_path):
 
     zero = ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, lr=0.1)
     with pytest.raises(
-        ConfigError, match="ZeroRedundancyOptimizer keeps parts of its state on each rank"
+        ConfigError, match="ZeroRedundancyOptimizer shards its state over the ranks"
     ):
         run(model, zero)
     run(model, torch.optim.AdamW(model.parameters(), lr=1e-3))

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The same work at other levels: pure Python, Numba, NumPy, MPI, and a GPU course's first kernels
-in Triton.
+"""The same work at other levels: pure Python, Numba, NumPy, MPI, and a GPU course in Triton.
 
-Each module shows how such a program looks when it is taught. The modules of Numba, MPI and Triton
-import those packages; no other module of torchpar imports these modules.
+Each module is written as such a program is taught. The modules for Numba, MPI and Triton import
+these packages; no other module of torchpar imports the modules.
 """

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Training by MPI: join the processes, scatter arrays, split a hidden layer, and add up figures of
-shares.
+"""Training by MPI: join the processes, scatter arrays, split a hidden layer, and add up figures.
 
 ``examples/train_mpi.py`` and ``examples/fashion_pooled.py`` hold the training loops. This module
 imports NumPy, and under mpirun mpi4py.
@@ -9,7 +8,7 @@ imports NumPy, and under mpirun mpi4py.
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -17,18 +16,20 @@ from torchpar.baselines.numpy_mlp import Array, NumpyMLP
 from torchpar.errors import ConfigError
 from torchpar.rank_info import find_rank_info
 
+T = TypeVar("T")
+Communicator = Any  # mpi4py's `MPI.Intracomm`, which need not be installed, or `OneProcess`
 POLL = 0.01  # seconds between two looks at a barrier
 
 
 @contextmanager
-def join() -> Iterator[Any]:
+def join() -> Iterator[Communicator]:
     """Yield the communicator of the processes that mpirun started; without mpirun, `OneProcess`.
 
-    An exception that leaves the block ends all processes when this interpreter exits. Otherwise
-    they would wait for this process forever.
+    An exception that leaves the block ends all processes when this interpreter exits. Otherwise the
+    other processes would wait for this process forever.
 
     Raises:
-        ConfigError: mpi4py or an MPI library is missing, or connects other processes than were
+        ConfigError: mpi4py or an MPI library is missing, or MPI connects other processes than were
             started, as under torchrun.
     """
     info = find_rank_info()
@@ -43,7 +44,7 @@ def join() -> Iterator[Any]:
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as e:  # mpi4py raises RuntimeError if it finds no library
-        reason = str(e).partition("\n")[0]  # it lists the places where it looked
+        reason = str(e).partition("\n")[0]  # the other lines list the places where it looked
         raise ConfigError(
             f"the processes need mpi4py and an MPI ({reason}); pip install mpi4py mpich"
         ) from e
@@ -77,10 +78,10 @@ class OneProcess:
     def Gather(self, own: Array, rows: Array) -> None:
         rows[0] = own
 
-    def bcast(self, value: Any) -> Any:
+    def bcast(self, value: T) -> T:
         return value
 
-    def allgather(self, value: Any) -> list[Any]:
+    def allgather(self, value: T) -> list[T]:
         return [value]
 
 
@@ -90,8 +91,8 @@ def shares(count: int, size: int) -> list[slice]:
     return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def scatter(world: Any, rows: Array | None) -> Array:
-    """Return this process's share of the ``rows`` of process 0; the others pass None.
+def scatter(world: Communicator, rows: Array | None) -> Array:
+    """Return this process's share of the ``rows`` of process 0. Other processes pass None.
 
     MPI counts elements, of which a row ``rows[i]`` has many. Shares of different sizes need
     Scatterv.
@@ -100,26 +101,30 @@ def scatter(world: Any, rows: Array | None) -> Array:
         assert rows is not None
         return rows
     shape, dtype = world.bcast(rows if rows is None else (rows.shape, rows.dtype))
-    parts = shares(shape[0], world.size)
-    share = np.empty((parts[world.rank].stop - parts[world.rank].start, *shape[1:]), dtype)
+    of_ranks = shares(shape[0], world.size)
+    mine = of_ranks[world.rank]
+    share = np.empty((mine.stop - mine.start, *shape[1:]), dtype)
     per_row = int(np.prod(shape[1:]))
-    counts = [per_row * (part.stop - part.start) for part in parts]
+    counts = [per_row * (of_rank.stop - of_rank.start) for of_rank in of_ranks]
     world.Scatterv(rows if rows is None else [np.ascontiguousarray(rows), counts], share)
     return share
 
 
-def wait(world: Any) -> None:
-    """Wait until all processes call this. Unlike Barrier it leaves the core to those that still
-    compute."""
+def wait(world: Communicator) -> None:
+    """Wait until all processes call this. Unlike Barrier, leave the core to other processes."""
     if world.size > 1:
         request = world.Ibarrier()
         while not request.Test():
             time.sleep(POLL)
 
 
-def evaluate(world: Any, model: NumpyMLP, share: Sequence[Array], size: int) -> tuple[float, float]:
-    """Return the mean loss and the accuracy over ``size`` samples; ``share`` is this process's x,
-    labels."""
+def evaluate(
+    world: Communicator, model: NumpyMLP, share: Sequence[Array], size: int
+) -> tuple[float, float]:
+    """Return the mean loss and the accuracy over all ``size`` samples.
+
+    ``share`` is this process's share: x and labels.
+    """
     figures = np.array(model.evaluate(*share), np.float64)
     total = np.empty_like(figures)
     world.Allreduce(figures, total)
@@ -134,19 +139,19 @@ class HiddenSplitMLP(NumpyMLP):
 
         aᵣ = f(x·W⁰[:, r] + b⁰[r])    z = Σᵣ aᵣ·W¹[r, :] + b¹
 
-    One Allreduce of ``(b, classes)`` adds up the products. Then every process knows z, and with it
-    ∂L/∂z. The gradients of its own weights need nothing else, so the backward pass sends no
-    message. b¹ is on all processes, and takes the same steps there.
+    One Allreduce of ``(b, classes)`` adds up the products. Then every process knows z, and can
+    compute ∂L/∂z and the gradients of its weights. So the backward pass sends no message. b¹ is
+    replicated, and takes the same steps on all processes.
 
     Args:
-        whole: the same on all processes; its weights are copied.
-        world: communicator.
+        whole: the unsharded perceptron, the same on all processes; its weights are copied.
+        world: the communicator.
 
     Raises:
-        ConfigError: another number of hidden layers than one.
+        ConfigError: the number of hidden layers is not one.
     """
 
-    def __init__(self, whole: NumpyMLP, world: Any):
+    def __init__(self, whole: NumpyMLP, world: Communicator):
         if len(whole.sizes) != 3:
             raise ConfigError(
                 f"the sizes are {list(whole.sizes)}, expected one hidden layer, whose units are "
@@ -162,13 +167,13 @@ class HiddenSplitMLP(NumpyMLP):
             dtype=whole.parameters.dtype.type,
         )
         self.world = world
-        for mine, all_of_it in (
+        for shard, values in (
             (self.weights[0], whole.weights[0][:, units]),
             (self.biases[0], whole.biases[0][units]),
             (self.weights[1], whole.weights[1][units]),
             (self.biases[1], whole.biases[1]),
         ):
-            mine[:] = all_of_it
+            shard[:] = values
 
     def output_layer(self, a: Array) -> Array:
         partial_sum = a @ self.weights[1]
@@ -179,8 +184,8 @@ class HiddenSplitMLP(NumpyMLP):
 
     def whole(self) -> NumpyMLP:
         """Return the perceptron with the units of all processes. Every process calls this."""
-        parts = self.world.allgather((self.weights, self.biases))
-        weights, biases = zip(*parts, strict=True)
+        shards = self.world.allgather((self.weights, self.biases))
+        weights, biases = zip(*shards, strict=True)
         hidden = [
             np.concatenate([w[0] for w in weights], 1),
             np.concatenate([b[0] for b in biases]),

@@ -2,9 +2,9 @@
 """Loops of `torchpar.baselines.pure_python` on arrays, compiled by Numba.
 
 Products have faster forms, too: blocked, in registers, and triangular. Each function is compiled
-twice. `SERIAL` runs in one thread. In `PARALLEL` several threads share the iterations of each
-``prange``. The option ``fastmath`` allows sums to be reordered, as in every BLAS. Without it the
-processor adds one number at a time.
+twice. `SERIAL` runs in one thread. In `PARALLEL` the iterations of each ``prange`` are divided over
+several threads. The option ``fastmath`` allows sums to be reordered, as in every BLAS. Without
+``fastmath`` the processor adds one number at a time.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from torchpar.baselines.numpy_mlp import Array
 
 FASTMATH = {"reassoc", "contract"}
 TILE = 4  # rows and columns of a tile; its 16 sums stay in registers
-BLOCK = 64  # rows that stay in the second-level cache while the others pass by: 256 KB at k = 1000
+BLOCK = 64  # rows that stay in the second-level cache, 256 KB at k = 1000, while other rows pass
 
 
 def maximum(a: Array, b: Array) -> Array:
@@ -48,8 +48,8 @@ def matmul(a: Array, b: Array) -> Array:
 def matmul_blocked(a: Array, b: Array) -> Array:
     """Return ``a·bᵀ`` as `matmul`, ``BLOCK`` rows of ``b`` at a time.
 
-    They stay in the second-level cache while all rows of ``a`` pass by. Each multiply-add still
-    loads two numbers, but from a nearer cache.
+    These rows stay in the second-level cache while all rows of ``a`` pass by. Each multiply-add
+    still loads two numbers, but from a nearer cache.
     """
     m, n = len(a), len(b)
     result = np.empty((m, n), a.dtype)
@@ -64,8 +64,7 @@ def matmul_blocked(a: Array, b: Array) -> Array:
 
 
 def matmul_in_registers(a: Array, b: Array) -> Array:
-    """Return ``a·bᵀ`` as `matmul_blocked`, in tiles of ``TILE`` × ``TILE`` sums that stay in
-    registers.
+    """Return ``a·bᵀ`` as `matmul_blocked`, in tiles whose ``TILE`` × ``TILE`` sums are registers.
 
     In a tile of t × t sums, 2t loads serve t² multiply-adds.
     """
@@ -91,8 +90,7 @@ def matmul_t(x: Array) -> Array:
 
 
 def matmul_t_triangular(x: Array) -> Array:
-    """Return ``x·xᵀ``, ``(n, k) → (n, n)``: the tiles on and below the diagonal, and their mirror
-    images."""
+    """Return ``x·xᵀ``, ``(n, k) → (n, n)``: tiles on and below the diagonal, and mirror images."""
     n = len(x)
     result = np.empty((n, n), x.dtype)
     for block in prange((n + BLOCK - 1) // BLOCK):
@@ -164,16 +162,17 @@ def linear_sigmoid(x: Array, weight: Array, bias: Array) -> Array:
 
 
 @njit
-def sigmoid(z: Any) -> Any:
+def sigmoid(z: float) -> float:
     """Return ``1/(1 + e⁻ᶻ)``. An infinite power gives 0; compiled code raises no error for it."""
-    return 1 / (1 + np.exp(-z))
+    result: float = 1 / (1 + np.exp(-z))
+    return result
 
 
 # Layers of a network, for a batch: x (b, in), weight (in, out), bias (out).
 
 
 def layer(x: Array, weight: Array, bias: Array, hidden: bool) -> Array:
-    """Return ``x·weight + bias``, or the sigmoid of it if the layer is hidden."""
+    """Return ``x·weight + bias``, or if the layer is hidden, the sigmoid of this sum."""
     result = np.empty((len(x), len(bias)), x.dtype)
     for s in prange(len(x)):
         result[s] = bias
@@ -249,9 +248,9 @@ LOOPS = (
 )
 
 
-def _compiled(parallel: bool) -> Any:
+def _compiled(parallel: bool) -> SimpleNamespace:
     """Return all loops; each is compiled when it is first called."""
-    # Only prange runs in threads. NumPy's calls here are on a few numbers, too few to share.
+    # Only prange runs in threads. NumPy's calls here are on few numbers, too few for threads.
     implicit = (
         "comprehension",
         "reduction",
@@ -270,10 +269,13 @@ SERIAL, PARALLEL = _compiled(parallel=False), _compiled(parallel=True)
 
 
 def gradients(
-    loops: Any, weights: Sequence[Array], biases: Sequence[Array], x: Array, labels: Array
+    loops: SimpleNamespace,
+    weights: Sequence[Array],
+    biases: Sequence[Array],
+    x: Array,
+    labels: Array,
 ) -> tuple[float, list[Array], list[Array]]:
-    """Compute `torchpar.baselines.pure_python.gradients`, layer by layer instead of sample by
-    sample.
+    """Compute `torchpar.baselines.pure_python.gradients` by layers instead of by samples.
 
     Args:
         loops: `SERIAL` or `PARALLEL`.

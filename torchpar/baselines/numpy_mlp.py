@@ -35,8 +35,10 @@ def maximum(a: Array, b: Array) -> Array:
 
 
 def matmul_t(x: Array) -> Array:
-    """Return ``x·xᵀ``, ``(n, k) → (n, n)``. NumPy sees the transpose and calls BLAS's syrk, half
-    the work."""
+    """Return ``x·xᵀ``, ``(n, k) → (n, n)``.
+
+    NumPy sees the transpose and calls BLAS's syrk, which does half of the work.
+    """
     return x @ x.T
 
 
@@ -76,8 +78,8 @@ class Activation(NamedTuple):
     """An activation and its derivative.
 
     Attributes:
-        function: of z.
-        prime: the derivative at z, from the function's value a.
+        function: the activation, of z.
+        prime: the derivative at z, from the activation's value a.
     """
 
     function: Callable[[Array], Array]
@@ -97,17 +99,17 @@ class NumpyMLP:
 
     Attributes:
         parameters: the vector.
-        weights: weights_and_biases of the vector, ``(size_i, size_i+1)`` for layer i.
-        biases: weights_and_biases of the vector, ``(size_i+1)`` for layer i.
+        weights: views of the vector, ``(size_i, size_i+1)`` for layer i.
+        biases: views of the vector, ``(size_i+1)`` for layer i.
 
     Args:
-        sizes: such as [784, 30, 10].
+        sizes: features of the input and of each layer's output, such as [784, 30, 10].
         hidden: activation of the hidden layers, "sigmoid" or "tanh".
         loss: "cross-entropy" takes the softmax of the outputs; "bce", binary cross-entropy per
             class, takes their sigmoids.
         init: "xavier" draws the weights from a normal distribution of variance 2/(size_i +
             size_i+1) (Glorot and Bengio, 2010). With "zero" all units of a layer have the same
-            gradient. They stay alike until roundings tell them apart. Biases are 0.
+            gradient, and stay alike until roundings make them differ. Biases are 0.
         seed: of the weights.
     """
 
@@ -142,14 +144,15 @@ class NumpyMLP:
         return weights, biases
 
     def forward(self, x: Array) -> tuple[list[Array], Array]:
-        """Return the inputs of all layers and the outputs ``(b, classes)``, for
-        ``x (b, size_0)``."""
+        """Return the inputs of all layers, and the outputs ``(b, classes)``.
+
+        ``x`` is ``(b, size_0)``.
+        """
         inputs = self.hidden_layers(x)
         return inputs, self.output_layer(inputs[-1])
 
     def hidden_layers(self, x: Array) -> list[Array]:
-        """Return the inputs of all layers: ``x (b, size_0)``, and the activations of each hidden
-        layer."""
+        """Return the inputs of all layers: ``x (b, size_0)``, and hidden layers' activations."""
         inputs = [x]
         for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
             inputs.append(ACTIVATIONS[self.hidden].function(inputs[-1] @ weight + bias))
@@ -198,8 +201,7 @@ class NumpyMLP:
         return loss, self.backward(inputs, delta)
 
     def evaluate(self, x: Array, labels: Array) -> tuple[float, int]:
-        """Return the loss summed over samples, and the number of samples that are classified
-        right."""
+        """Return the loss summed over samples, and the number of samples with the right class."""
         z = self.forward(x)[1]
         return self.loss_sum(z, labels)[0], int((z.argmax(axis=1) == labels).sum())
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Operators and backpropagation as loops over lists: nothing is vectorised, every number is an
-object.
+"""Operators and backpropagation as loops over lists.
 
-A matrix is a list of rows. Integers stay integers, so their results are exact.
+Nothing is vectorised, and every number is an object. A matrix is a list of rows. Integers stay
+integers, so their results are exact.
 """
 
 import math
@@ -73,22 +73,20 @@ def sigmoid_prime(a: float) -> float:
 
 
 def add_elementwise(a: list[Any], b: list[Any]) -> list[Any]:
-    """Return the sums of the elements of two lists: of numbers, or of NumPy arrays such as all
-    gradients."""
+    """Return the sums of the elements of two lists, of numbers or NumPy arrays."""
     return [x + y for x, y in zip(a, b, strict=True)]
 
 
 def gradients(  # noqa: C901  # the loops are the subject
     weights: list[Matrix], biases: list[Vector], x: Matrix, labels: Sequence[int]
 ) -> tuple[float, list[Matrix], list[Vector]]:
-    """Return the cross-entropy of an MLP with sigmoid hidden layers, and its gradients, summed over
-    a batch.
+    """Return the cross-entropy of an MLP with sigmoid layers, and gradients, summed over a batch.
 
     `torchpar.baselines.numpy_mlp` derives the formulas. Here they are applied sample by sample.
 
     Args:
-        weights: of layer i, ``(size_i, size_i+1)``.
-        biases: of layer i, ``(size_i+1)``.
+        weights: for layer i, ``(size_i, size_i+1)``.
+        biases: for layer i, ``(size_i+1)``.
         x: ``(b, size_0)``.
         labels: ``(b)``.
     """

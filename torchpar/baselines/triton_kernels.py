@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The first kernels of a GPU course, in Triton: one program per row, one program in all, naive and
-tiled.
+"""The first kernels of a GPU course, in Triton: programs per row, one program, naive and tiled.
 
-They are launched as the courses launch them, not as a GPU likes it. `torchpar.kernels` holds the
-tuned ones; docs/ladder.md says what the difference teaches. Matrices are contiguous. Without a GPU
+They are launched as in the courses, not as is fast on a GPU. `torchpar.kernels` holds tuned
+kernels; docs/ladder.md says what the difference teaches. Matrices are contiguous. Without a GPU
 they run in Triton's interpreter: set ``TRITON_INTERPRET=1`` before Triton is imported, and use
 small matrices.
 """

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: MIT
-# mypy: disable-error-code="no-any-return"
 """Scaled dot-product attention in exact arithmetic.
 
 Each output depends only on the keys that its query attends to.
 
     S = scale·Q·Kᵀ + mask        P = softmax(S)        O = P·V
 
-Each key has an exponent of its own in both products. So a query has the same bits whether the keys
-that it does not attend to are masked, come later, or are not there: decoding with a cache of keys
-and values equals one pass over the whole sequence. With dO = dL/dO,
+In both products each key has its own exponent. So a query has the same bits whether the keys that
+it does not attend to are masked, come later, or do not exist: decoding with a cache of keys and
+values equals one pass over the sequence. With dO = dL/dO,
 
     dV = Pᵀ·dO        dP = dO·Vᵀ        dS = P ⊙ (dP − Σ_k dP ⊙ P)
     dQ = scale·dS·K         dK = scale·dSᵀ·Q
@@ -32,22 +31,21 @@ _SPARE = 4
 def product_by_keys(p: Tensor, v: Tensor) -> Tensor:
     """``p @ v`` for ``p (*, m, k)`` and ``v (*, k, n)``, whose rows are scaled one by one.
 
-    A row of the result depends on the rows of ``v`` that it gives a weight other than 0, and on no
-    others.
+    A row of the result depends only on the rows of ``v`` whose weight in it is not 0.
     """
     e = row_exponents(v)
     unusual = e > MAX_EXPONENT
     e = torch.where(unusual, 0, e) - _SPARE
-    half = e >> 1  # two factors, since 2^e may be no normal number
+    half = e >> 1  # two factors, since 2^e may not be a normal number
     weights = scaled(scaled(p, half.mT), (e - half).mT)
-    # A key that is not finite makes the rows that attend to it NaN, and no others.
+    # A key that is not finite makes NaN of only the rows that attend to it.
     weights = torch.where(unusual.mT & (p != 0), math.nan, weights)
     small = torch.where(unusual, 0.0, scaled(v, -e))
-    f = torch.full_like(small.mT[..., :1], _SPARE, dtype=torch.int32)  # whatever the other keys are
+    f = torch.full_like(small.mT[..., :1], _SPARE, dtype=torch.int32)  # independent of the keys
     return product_of_exponents(weights, small.mT, row_exponents(weights), f)
 
 
-# The operator that PyTorch takes on a CPU, without dropout. Its backward pass gets what it returns.
+# PyTorch calls this operator on a CPU, without dropout. Its backward pass gets O and P.
 
 
 @rule("_scaled_dot_product_flash_attention_for_cpu", private=True)
@@ -61,12 +59,14 @@ def _attention(
     attn_mask: Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """O and P, for ``q (*, m, d)``, ``k (*, n, d)``, and a mask of booleans or of numbers to
-    add."""
+    """O and P, for ``q (*, m, d)`` and ``k (*, n, d)``.
+
+    The mask is of booleans, or of numbers that are added to the scores.
+    """
     scores = exact_matmul(q, k) * _scale(q, scale)
     if not k.shape[-2]:
         return q.new_zeros(*q.shape[:-1], v.shape[-1]), scores
-    if causal:  # a query attends to its own position, and to those before
+    if causal:  # a query attends to its own position and to earlier ones
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     if attn_mask is not None:
         is_added = attn_mask.dtype != torch.bool
@@ -113,11 +113,10 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """`torch.nn.functional.scaled_dot_product_attention` by the rules above, for any shapes and
-    devices.
+    """`torch.nn.functional.scaled_dot_product_attention` by the rules above, on any device.
 
-    A row that attends to nothing is 0. With dropout, another dtype, or a mask that needs a
-    gradient, it is PyTorch's, of products and a softmax.
+    It takes any shapes. A row that attends to nothing is 0. With dropout, another dtype, or a mask
+    that needs a gradient, PyTorch's function computes, by products and a softmax.
     """
     if enable_gqa:
         times = query.shape[-3] // key.shape[-3]
@@ -132,4 +131,5 @@ def scaled_dot_product_attention(
     batch = torch.broadcast_shapes(*(t.shape[:-2] for t in (query, key, value)))
     query, key, value = (t.expand(*batch, *t.shape[-2:]) for t in (query, key, value))
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return attend(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
+    out: Tensor = attend(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
+    return out

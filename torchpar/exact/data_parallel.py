@@ -6,9 +6,10 @@ Gradients of units are added as integers. A number x is cut into bins of 30 bits
 
     d_b = trunc(x / 2^(30·b)) − 2³⁰·trunc(x / 2^(30·(b + 1)))
 
-A sum keeps two bins: that of its largest term so far, and the one below. The sums of the bins that
-are left at the end do not depend on the order of the terms. All ranks agree on the upper bin by a
-maximum, and add the integers. The cut leaves out less than 2⁻³⁰ of the largest term for each term.
+A sum keeps two bins: the bin of its largest term so far, and the next lower bin. The sums of the
+bins that are left at the end do not depend on the order of the terms. All ranks agree on the upper
+bin by a maximum, and add the integers. The cut leaves out less than 2⁻³⁰ of the largest term for
+each term.
 
 Source: Demmel and Nguyen, "Parallel reproducible summation", 2015, whose bins are of floating-point
 numbers.
@@ -25,7 +26,7 @@ from torchpar.library.sharding import is_dtensor
 from torchpar.parallel.launch.agreement import check_same_bits
 
 _WIDTH = 30
-# Bins: of no term, of the smallest number, and of what is not finite.
+# Bins: of a sum without terms, of the smallest number, and of infinities and NaN.
 _NONE, _LOWEST, _UNUSUAL = -7, -6, 6
 
 
@@ -34,7 +35,7 @@ class BinnedSum:
 
     def __init__(self, like: Tensor):
         self.top = _NONE
-        # Integers in float64, which holds those below 2⁵³ exactly, so that 2²³ units fit.
+        # Float64 holds integers below 2⁵³ exactly, so that 2²³ units fit.
         self.bins = torch.zeros(2, *like.shape, dtype=torch.float64, device=like.device)
 
     def add(self, x: Tensor) -> None:
@@ -49,7 +50,7 @@ class BinnedSum:
         self.bins[1] += rest.mul_(2.0 ** (-_WIDTH * (self.top - 1))).trunc_()
 
     def raise_to(self, top: int) -> None:
-        """Drop the bins below those that a sum with the upper bin ``top`` keeps."""
+        """Make ``top`` the upper bin, and drop the bins below the two that the sum then keeps."""
         if top > self.top:
             self.bins = torch.stack([torch.zeros_like(self.bins[0]), self.bins[0]])
             if top > self.top + 1:
@@ -78,7 +79,7 @@ class DataParallel:
 
     Args:
         model: its parameters are the same on every rank, and float32.
-        group: the ranks that share the units; by default this rank alone.
+        group: the ranks that share the units; by default only this rank.
 
     Raises:
         ConfigError: a parameter of another dtype, or a DTensor; no group on several ranks.
@@ -95,24 +96,24 @@ class DataParallel:
             if p.requires_grad and (is_dtensor(p) or p.dtype != torch.float32):
                 kind = "a DTensor" if is_dtensor(p) else str(p.dtype)
                 raise ConfigError(
-                    f"{name} is {kind}, expected a parameter of float32 that no rank shares"
+                    f"{name} is {kind}, expected a parameter of float32, replicated on all ranks"
                 )
         self.group = group
         self._is_checked = False
         self._restart()
 
     def _restart(self) -> None:
-        # The last sum is that of the losses.
+        # The last sum is the sum of the losses.
         self._sums = [BinnedSum(t) for t in (*self.parameters, torch.zeros(()))]
 
     def backward(self, loss: Tensor, gradient: Tensor | None = None) -> None:
         """Compute the gradients of one unit's ``loss``, and add them and the loss.
 
-        On a stage of a pipeline, but the last one, give the unit's activations and their
-        ``gradient``.
+        On every stage of a pipeline except the last, give the unit's activations and their
+        ``gradient`` instead.
 
         Raises:
-            ConfigError: this is not called in `torchpar.exact.mode`; a parameter has a gradient
+            ConfigError: the call is not in `torchpar.exact.mode`; a parameter has a gradient
                 already, or was frozen or unfrozen after this object was made; or there are several
                 losses.
         """
@@ -140,16 +141,16 @@ class DataParallel:
     @ordinary()
     def _add(self, loss: Tensor) -> None:
         self._sums[-1].add(loss.detach().cpu().view(()))
-        for p, one in zip(self.parameters, self._sums, strict=False):
+        for p, binned in zip(self.parameters, self._sums, strict=False):
             if p.grad is not None:
-                one.add(p.grad)
+                binned.add(p.grad)
                 p.grad = None
 
     @ordinary()
     def all_reduce(self) -> Tensor:
-        """Set each ``p.grad`` to the sum over all units, and return that of the losses, float32.
+        """Set each ``p.grad`` to the sum over all units, and return the sum of the losses, float32.
 
-        On the stages of a pipeline that have no loss it is 0.
+        On the stages of a pipeline that have no loss, this sum is 0.
 
         Raises:
             ConfigError: no loss on any rank; in the first call, parameters that differ between the
@@ -161,16 +162,16 @@ class DataParallel:
                 check_same_bits(self.group, parameters, "start with the same weights on all")
                 self._is_checked = True
             device = self._sums[0].bins.device
-            tops = torch.tensor([one.top for one in self._sums], device=device)
+            tops = torch.tensor([binned.top for binned in self._sums], device=device)
             dist.all_reduce(tops, dist.ReduceOp.MAX, group=self.group)
-            for one, top in zip(self._sums, tops.tolist(), strict=True):
-                one.raise_to(top)
-            bins = [one.bins for one in self._sums]
+            for binned, top in zip(self._sums, tops.tolist(), strict=True):
+                binned.raise_to(top)
+            bins = [binned.bins for binned in self._sums]
             flat = torch.cat([b.flatten().to(device) for b in bins])
             dist.all_reduce(flat, group=self.group)
             for b, part in zip(bins, flat.split([b.numel() for b in bins]), strict=True):
                 b.copy_(part.view_as(b))
-        *gradients, loss = (one.total() for one in self._sums)
+        *gradients, loss = (binned.total() for binned in self._sums)
         for p, gradient in zip(self.parameters, gradients, strict=True):
             p.grad = gradient
         self._restart()

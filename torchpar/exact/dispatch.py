@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""A mode in which models and optimizers compute in exact arithmetic: the same bits on every
-processor."""
+"""Exact mode: models and optimizers compute the same bits on every processor."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -12,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch._decomp import decomposition_table
+from torch._ops import OpOverload
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import (
@@ -28,15 +28,24 @@ from torchpar.exact import reductions as reductions
 from torchpar.exact.attention import scaled_dot_product_attention
 from torchpar.exact.native import Metadata, check_native, like_native
 from torchpar.exact.reductions import group_norm
-from torchpar.exact.registry import COMPOSED, EXACT_RULES, INTEGERS, PASSING, PRIVATE
+from torchpar.exact.registry import (
+    COMPOSED,
+    EXACT_RULES,
+    INTEGERS,
+    PASSING,
+    PRIVATE,
+    Result,
+    Rule,
+)
 
-_FUNCTIONS: dict[Any, Callable[..., Any]] = {
+_FUNCTIONS: dict[object, Callable[..., Tensor]] = {
     F.scaled_dot_product_attention: scaled_dot_product_attention,
     F.group_norm: group_norm,
 }
-# PyTorch's own are called for their errors: the rules would take negative indices.
+# PyTorch's versions of these are called for their errors: the rules would take negative indices.
 _INDEXED = {"scatter", "scatter_add", "index_add", "index_copy"}
 Kind = Literal["passing", "rules", "missing"]
+Operator = OpOverload[..., object]
 
 
 @contextmanager
@@ -50,7 +59,7 @@ def mode() -> Iterator[None]:
             optimizer.step()
 
     Make the model in the mode, too, so that its first weights are the same everywhere. Each row of
-    a result depends on its own row of the input alone, and not on the batch around it.
+    a result depends only on its own row of the input, and not on the other rows of the batch.
 
     Raises:
         ConfigError: an operator that has no exact version, or a dtype other than float32.
@@ -68,16 +77,24 @@ def is_active() -> bool:
 
 @contextmanager
 def ordinary() -> Iterator[None]:
-    """Leave the mode, for what is exact by itself."""
+    """Leave the mode, for code that is exact without it."""
     with _disable_current_modes(), torch._C.DisableTorchFunction():
         yield
 
 
 class _Functions(TorchFunctionMode):
-    """Replace whole functions: attention's parts do not tell which sums must not depend on other
-    keys."""
+    """Replace functions whose operators do not show which sums must be exact, such as attention.
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    In attention, a sum must not depend on the keys that a query does not attend to.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         kwargs, replacement = kwargs or {}, _FUNCTIONS.get(func)
         if replacement is None:
             return func(*args, **kwargs)
@@ -87,7 +104,13 @@ class _Functions(TorchFunctionMode):
 
 
 class _Operators(TorchDispatchMode):
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: Operator,
+        types: Sequence[type],
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         kwargs, (known, own_rule, _) = dict(kwargs or {}), _look_up(func)
         kind, foreign = kind_of(func, [*args, *kwargs.values()])
         if kind == "passing":
@@ -108,7 +131,7 @@ class _Operators(TorchDispatchMode):
                 with torch._C.DisableTorchFunction():
                     return _call(own_rule, func, args, kwargs, native)
         if not foreign and kind == known:
-            with self:  # without autograd, operators that are made of others come whole
+            with self:  # without autograd, composite operators arrive here undecomposed
                 result = _composition(func)(*args, **kwargs)
             if result is not NotImplemented:
                 return result
@@ -123,9 +146,8 @@ class _Operators(TorchDispatchMode):
         raise ConfigError(f"no exact version of {func}{foreign}; {remedy}")
 
 
-def kind_of(func: Any, operands: list[Any]) -> tuple[Kind, str]:
-    """Whether an operator has a rule, passes, or is missing; and which operands are the reason for
-    that."""
+def kind_of(func: Operator, operands: Sequence[object]) -> tuple[Kind, str]:
+    """The kind of an operator with these operands, and the kind of operands that is refused."""
     leaves = tree_leaves(operands)
     if foreign := next(filter(None, map(_foreign, leaves)), ""):
         return "missing", f" for {foreign} operands"
@@ -133,10 +155,10 @@ def kind_of(func: Any, operands: list[Any]) -> tuple[Kind, str]:
     return "passing" if of_integers and not _has_float(leaves) else kind, ""
 
 
-def _foreign(operand: Any) -> str:
-    """The kind of an operand that processors may compute otherwise with, or "".
+def _foreign(operand: object) -> str:
+    """The kind of an operand for which processors compute different bits, or "".
 
-    They fuse complex products, add sparse terms in any order, and saturate sums of quantized
+    Processors fuse complex products, add sparse terms in any order, and saturate sums of quantized
     products.
     """
     if not isinstance(operand, Tensor):
@@ -149,11 +171,10 @@ def _foreign(operand: Any) -> str:
 
 
 @cache
-def _look_up(func: Any) -> tuple[Kind, Callable[..., Any] | None, bool]:
-    """The kind of an operator; its rule, if it has one of its own; whether it passes for integers
-    alone."""
+def _look_up(func: Operator) -> tuple[Kind, Rule | None, bool]:
+    """The kind of an operator, its own rule if there is one, and whether it passes for integers."""
     namespace, _, name = func._schema.name.partition("::")
-    # Ranks, and scatters with a reduction, add in an order of their own.
+    # Collectives, and scatters with a reduction, add in any order.
     adds = "reduce" in str(func)
     if namespace in ("c10d", "_c10d_functional"):
         return "missing" if adds else "passing", None, True
@@ -172,18 +193,16 @@ def _look_up(func: Any) -> tuple[Kind, Callable[..., Any] | None, bool]:
     return "passing" if names & PASSING else "missing", None, of_integers
 
 
-def _is_implicit(func: Any) -> bool:
-    """Whether PyTorch makes the operator of others in any case; in inference mode it comes
-    whole."""
+def _is_implicit(func: Operator) -> bool:
+    """Whether PyTorch always decomposes the operator, except in inference mode."""
     has_kernel = partial(torch._C._dispatch_has_kernel_for_dispatch_key, func.name())
     return has_kernel("CompositeImplicitAutograd") and not has_kernel("CPU")
 
 
 @cache
-def _composition(func: Any) -> Callable[..., Any]:
-    """A function that calls the operators that PyTorch makes ``func`` of, or returns
-    NotImplemented."""
-    composition: Callable[..., Any] = func.decompose
+def _composition(func: Operator) -> Callable[..., object]:
+    """A function that calls the operators of which ``func`` consists, or returns NotImplemented."""
+    composition: Callable[..., object] = func.decompose
     if _look_up(func)[0] == "rules":
         key = torch._C.DispatchKey.CompositeExplicitAutograd
         if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key):
@@ -193,22 +212,23 @@ def _composition(func: Any) -> Callable[..., Any]:
 
 
 def _call(
-    own_rule: Callable[..., Any],
-    func: Any,
-    args: Any,
+    own_rule: Rule,
+    func: Operator,
+    args: Sequence[Any],
     kwargs: dict[str, Any],
     native: Sequence[Metadata | None],
-) -> Any:
-    """Call the rule of an operator, which may write to its first operand, or to its ``out``
-    arguments."""
-    outs = [kwargs.pop(one.name) for one in func._schema.arguments if one.is_out]
+) -> Result:
+    """Call an operator's rule. In-place and ``out`` variants write the result to their tensors."""
+    outs: list[Tensor] = [kwargs.pop(one.name) for one in func._schema.arguments if one.is_out]
     result = own_rule(*args, **kwargs)
     if func._schema.name.endswith("_"):
-        return args[0].copy_(result)
+        written: Tensor = args[0].copy_(result)
+        return written
     if not outs:
         return _as_native(func, result, native)
     results = result if isinstance(result, tuple) else (result,)
     for into, found in zip(outs, results, strict=True):
+        assert found is not None
         if into.dtype != found.dtype:
             raise ConfigError(
                 f"out is {into.dtype}, expected {found.dtype}, in which {func} is exact"
@@ -219,26 +239,33 @@ def _call(
     return tuple(outs) if isinstance(result, tuple) else outs[0]
 
 
-def _as_native(func: Any, result: Any, native: Sequence[Metadata | None]) -> Any:
+def _as_native(func: Operator, result: Result, native: Sequence[Metadata | None]) -> Result:
     """The results of a rule, in the native operator's order of elements."""
     if not native:
         return result
-    results = []
-    for found, expected in zip(
-        result if isinstance(result, tuple) else (result,), native, strict=True
-    ):
-        if isinstance(found, Tensor) and expected is not None:
-            if (found.shape, found.dtype) != (expected.shape, expected.dtype):
-                raise RuntimeError(
-                    f"the rule of {func} returns {found.dtype} of shape {tuple(found.shape)}, "
-                    f"expected {expected.dtype} of shape {tuple(expected.shape)}"
-                )
-            found = like_native(found, expected.strides)
-        results.append(found)
-    return tuple(results) if isinstance(result, tuple) else results[0]
+    if isinstance(result, Tensor):
+        (expected,) = native
+        return _in_order(func, result, expected)
+    return tuple(
+        [
+            None if found is None else _in_order(func, found, expected)
+            for found, expected in zip(result, native, strict=True)
+        ]
+    )
 
 
-def _has_float(tree: Any) -> bool:
+def _in_order(func: Operator, found: Tensor, expected: Metadata | None) -> Tensor:
+    if expected is None:
+        return found
+    if (found.shape, found.dtype) != (expected.shape, expected.dtype):
+        raise RuntimeError(
+            f"the rule of {func} returns {found.dtype} of shape {tuple(found.shape)}, "
+            f"expected {expected.dtype} of shape {tuple(expected.shape)}"
+        )
+    return like_native(found, expected.strides)
+
+
+def _has_float(tree: object) -> bool:
     return any(isinstance(t, Tensor) and t.is_floating_point() for t in tree_leaves(tree))
 
 
@@ -247,9 +274,9 @@ class Coverage:
     """The operators that a function calls, with the number of calls.
 
     Attributes:
-        passing: those that are the same everywhere.
-        rules: those with an exact version.
-        missing: the others; `mode` refuses them.
+        passing: operators whose ordinary results have the same bits everywhere.
+        rules: operators with an exact version.
+        missing: operators with neither; `mode` refuses them.
     """
 
     passing: Counter[str] = field(default_factory=Counter)
@@ -264,8 +291,8 @@ class Coverage:
         return "\n".join(lines)
 
 
-def coverage(function: Callable[..., Any], *inputs: Any, **options: Any) -> Coverage:
-    """Call ``function`` in `mode`, and where that refuses an operator in ordinary arithmetic.
+def coverage(function: Callable[..., object], *inputs: object, **options: object) -> Coverage:
+    """Call ``function`` in `mode`; compute the operators that it refuses in ordinary arithmetic.
 
     Include the backward pass and the optimizer's step in the function.
     """
@@ -273,8 +300,12 @@ def coverage(function: Callable[..., Any], *inputs: Any, **options: Any) -> Cove
 
     class _Recorder(_Operators):
         def __torch_dispatch__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
+            self,
+            func: Operator,
+            types: Sequence[type],
+            args: Sequence[object] = (),
+            kwargs: Mapping[str, object] | None = None,
+        ) -> object:
             kwargs = kwargs or {}
             kind, _ = kind_of(func, [*args, *kwargs.values()])
             calls = found.passing if kind == "passing" else found.rules

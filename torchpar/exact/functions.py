@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
-# mypy: disable-error-code="no-any-return"
-"""Operators of elements: elementary functions of float32, and sums and products that nothing fuses.
+"""Elementwise operators: elementary functions of float32, and sums and products without fusing.
 
 A function is computed in float64, of operations that IEEE 754 defines exactly and that PyTorch
 calls one by one: +, −, ×, ÷, √, and bit casts. The result is rounded to float32 once; its error is
@@ -83,7 +82,7 @@ _MOST_PRODUCTS = 64  # of x, for a power: each rounds
 _PIECE = 2**14  # elements to a thread at a time, whose float64 scratch stays in a core's cache
 
 
-def in_pieces(function: Callable[..., Tensor], *operands: Any, **options: Any) -> Tensor:
+def in_pieces(function: Callable[..., Tensor], *operands: object, **options: object) -> Tensor:
     """``function`` of the elements of float32 tensors, which are broadcast, computed in float64.
 
     Operands that are not tensors, and options, are passed on.
@@ -110,9 +109,9 @@ def _polynomial(x: Tensor, coefficients: list[float]) -> Tensor:
 
 
 def exp64(x: Tensor) -> Tensor:
-    """e^x in float64 for −708 ≤ x ≤ 709; below that 0, and above it infinity.
+    """e^x in float64 for −708 ≤ x ≤ 709; 0 for smaller x, and infinity for larger x.
 
-    With the integer n nearest to x / ln 2 and r = x − n·ln 2, it is 2ⁿ·Σ rⁱ/i!.
+    With the integer n nearest to x / ln 2 and r = x − n·ln 2, e^x is 2ⁿ·Σ rⁱ/i!.
     """
     too_small, too_large = x < -708.0, x > 709.0
     x = x.clamp(-708.0, 709.0)
@@ -124,9 +123,9 @@ def exp64(x: Tensor) -> Tensor:
 
 
 def log64(x: Tensor) -> Tensor:
-    """ln x in float64; −∞ for 0, and NaN for what is negative or subnormal.
+    """ln x in float64; −∞ for 0, and NaN for negative and subnormal x.
 
-    With x = 2ᵏ·(1 + f), √½ ≤ 1 + f < √2, and s = f / (2 + f), it is k·ln 2 + 2·artanh s, where
+    With x = 2ᵏ·(1 + f), √½ ≤ 1 + f < √2, and s = f / (2 + f), ln x is k·ln 2 + 2·artanh s, where
 
         2·artanh s = f − s·(f − 2·(s²/3 + s⁴/5 + … + s²⁰/21))
 
@@ -151,8 +150,7 @@ def sigmoid64(x: Tensor) -> Tensor:
 
 
 def tanh64(x: Tensor) -> Tensor:
-    """(e^2x − 1) / (e^2x + 1), and for |x| < 2⁻³ an odd polynomial, since the difference would
-    cancel."""
+    """(e^2x − 1) / (e^2x + 1), and for |x| < 2⁻³ an odd polynomial, since e^2x − 1 cancels."""
     square = x * x
     series = x * _polynomial(square, _TANH)
     power = exp64(2 * x.clamp(-20.0, 20.0))
@@ -166,8 +164,9 @@ def erf64(x: Tensor) -> Tensor:
 
 
 def sqrt64(x: Tensor) -> Tensor:
-    """√x in float64, rounded as IEEE 754 says: a library's root may be off by one unit in the last
-    place.
+    """√x in float64, rounded as IEEE 754 says.
+
+    A library's root may be off by one unit in the last place.
 
     With y from the library and its neighbours y + u and y − d, the nearest is y if −y·d < x − y² ≤
     y·u. The remainder is exact: y² has two parts, by Veltkamp's halves of y.
@@ -195,11 +194,11 @@ def sqrt64(x: Tensor) -> Tensor:
 
 
 def erfinv64(x: Tensor) -> Tensor:
-    """The inverse of erf, by the normal distribution's quantiles; the relative error is below
-    10⁻¹⁵.
+    """The inverse of erf, by the normal distribution's quantiles.
 
-    With q = x/2 it is q·A(0.425² − q²)/√2 for |q| ≤ 0.425. In the tails, with r² = −ln(½ − |q|), it
-    is ±C(r − 1.6)/√2, and ±E(r − 5)/√2 for r > 5. A, C and E are quotients of polynomials.
+    The relative error is below 10⁻¹⁵. With q = x/2 the inverse is q·A(0.425² − q²)/√2 for |q| ≤
+    0.425. In the tails, with r² = −ln(½ − |q|), it is ±C(r − 1.6)/√2, and ±E(r − 5)/√2 for r > 5.
+    A, C and E are quotients of polynomials.
 
     Source: Wichura, "Algorithm AS 241: the percentage points of the normal distribution", 1988.
     """
@@ -219,13 +218,13 @@ def _quotient(x: Tensor, coefficients: tuple[list[float], list[float]]) -> Tenso
 def sin64(x: Tensor, quarters: int = 0) -> Tensor:
     """sin(x + quarters·π/2) for |x| < 2²⁰.
 
-    With n the integer nearest to x / (π/2), and r = x − n·π/2, it is ±sin r or ±cos r, by Taylor's
-    series.
+    With n the integer nearest to x / (π/2), and r = x − n·π/2, the result is ±sin r or ±cos r, by
+    Taylor's series.
     """
     finite = x.abs() < math.inf
     if (x.abs() >= 2.0**20).logical_and_(finite).any():
         raise ConfigError(
-            f"sin and cos in exact arithmetic take angles below 2²⁰, one is {x.abs().max():g}"
+            f"sin and cos in exact arithmetic take angles below 2²⁰, an angle is {x.abs().max():g}"
         )
     # No −0, which would make sin(−0) 0.
     n = torch.where(finite, x * (2 / math.pi), 0.0).round() + 0.0
@@ -242,8 +241,7 @@ cos64 = partial(sin64, quarters=1)
 
 
 def pow64(x: Tensor, exponent: Tensor) -> Tensor:
-    """x to a power, as IEEE 754 has it for negative, infinite and NaN operands: ±e^(exponent·ln
-    |x|).
+    """±e^(exponent·ln |x|): x to a power, with IEEE 754's results for negative, infinite and NaN x.
 
     The relative error is below 10⁻¹³ where |exponent·ln |x|| < 88.
     """
@@ -256,7 +254,7 @@ def pow64(x: Tensor, exponent: Tensor) -> Tensor:
 
 
 def _pow_number(x: Tensor, exponent: float) -> Tensor:
-    """x to a number: small whole exponents by products, and ½ by a root, which round less."""
+    """x to the power of a number. Products, for small integers, and a root, for ½, round less."""
     if abs(exponent) <= _MOST_PRODUCTS and exponent == int(exponent):
         if exponent < 0:
             return 1 / _pow_number(x, -exponent)
@@ -296,8 +294,8 @@ def _softplus_backward(g: Tensor, x: Tensor, beta: float, threshold: float) -> T
     return torch.where(z > threshold, g, g * sigmoid64(z))
 
 
-def _lerp(x: Tensor, y: Tensor, weight: Any) -> Tensor:
-    """From x if the weight is below ½, else from y: at the weight 1 it is y."""
+def _lerp(x: Tensor, y: Tensor, weight: Tensor | float) -> Tensor:
+    """x + weight·(y − x), computed from x for weights below ½, else from y: weight 1 gives y."""
     from_x, from_y = x + (y - x) * weight, y - (y - x) * (1 - weight)
     if isinstance(weight, Tensor):
         return torch.where(weight.abs() < 0.5, from_x, from_y)
@@ -359,8 +357,10 @@ EXACT_RULES.update(
 
 @rule("sqrt", any_dtype=True)
 def _sqrt(x: Tensor) -> Tensor:
-    """A library's root in float64 rounds to the right float32: no exact one is near the middle of
-    two."""
+    """A library's root in float64 rounds to the right float32.
+
+    No exact root of a float32 number is near the middle of two float32 numbers.
+    """
     x = x if x.is_floating_point() else x.to(torch.get_default_dtype())
     if x.dtype == torch.float64:
         return sqrt64(x)
@@ -379,15 +379,16 @@ def _pow(x: Any, exponent: Any) -> Tensor:
     return in_pieces(pow64, base, exponent.to(dtype))
 
 
-@rule("linspace", "logspace", any_dtype=True)  # of integers, too, which they compute in floats
-def _linspace(*bounds: Any, **options: Any) -> Tensor:
+@rule("linspace", "logspace", any_dtype=True)  # also of integers, which PyTorch computes in floats
+def _linspace(*bounds: object, **options: object) -> Tensor:
     raise ConfigError("exact arithmetic has no linspace or logspace; scale an arange")
 
 
 @rule("arange", any_dtype=True)
-def _arange(*bounds: Any, **options: Any) -> Tensor:
+def _arange(*bounds: float, **options: Any) -> Tensor:
     if any(bound != int(bound) for bound in bounds):
         raise ConfigError(
             f"arange{bounds} in exact arithmetic expects whole numbers; scale their range"
         )
-    return torch.arange(*bounds, **options)
+    numbers: Tensor = torch.arange(*bounds, **options)
+    return numbers

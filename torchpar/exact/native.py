@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: MIT
 """The native operator's checks and the metadata of its results, for operators that a rule computes.
 
-The native operator is called on zeros of the same shapes and strides, once for each combination of
-them. So what PyTorch refuses, the exact mode refuses by PyTorch's error. On CPUs the zeros are
-real: meta tensors take biases of any size, any range of `uniform_` and any dimension of a softmax.
-Where an operator writes, operands of one memory get zeros of one memory.
+The native operator is called on zeros of the operands' shapes and strides, once for each
+combination of shapes and strides. So the exact mode refuses the same operands as PyTorch, by
+PyTorch's error. On CPUs the zeros have memory, because PyTorch accepts meta tensors with biases of
+any size, any range of `uniform_` and any dimension of a softmax. Where an operator writes, operands
+that share memory get zeros that share memory.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ _MASKS = (torch.bool, torch.uint8)
 
 
 class Metadata(NamedTuple):
-    """Of a result."""
+    """Shape, dtype and strides of a result."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -29,8 +30,7 @@ class Metadata(NamedTuple):
 
 
 class _Memory(NamedTuple):
-    """The part of a memory that several operands share, in bytes; ``number`` tells it from
-    others."""
+    """The bytes of a memory that several operands share; ``number`` identifies the memory."""
 
     number: int
     start: int
@@ -42,15 +42,15 @@ class _Layout(NamedTuple):
     strides: tuple[int, ...]
     dtype: torch.dtype
     memory: tuple[int, int, int] | None  # number, size and offset in bytes
-    chosen: int  # elements, by a mask among indices
+    chosen: int  # number of elements that a mask among indices chooses
 
 
 def check_native(
-    func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+    func: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]
 ) -> tuple[Metadata | None, ...]:
     """Raise the error of the native operator, or return the metadata of each of its results.
 
-    A result that is no tensor has None. Checks of values, such as those of indices, are not made.
+    A result that is not a tensor has None. Values, such as indices, are not checked.
     """
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     on_cpu = all(t.is_cpu for t in tensors)
@@ -61,7 +61,7 @@ def check_native(
 
 
 def like_native(result: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """The same tensor in the order of these strides, in which code may view it."""
+    """The same tensor, with its elements in the order of ``strides``, as code may view it."""
     if result.stride() == strides or len(strides) != result.dim():
         return result
     order = sorted(range(result.dim()), key=lambda dim: -strides[dim])
@@ -70,14 +70,14 @@ def like_native(result: Tensor, strides: tuple[int, ...]) -> Tensor:
 
 
 def _span(t: Tensor) -> tuple[int, int]:
-    """The first byte of a tensor in its memory, and the one after the last."""
+    """The first byte of a tensor in its memory, and the byte after its last."""
     first = int(t.storage_offset())
     last = first + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
     return first * t.itemsize, (last + 1) * t.itemsize
 
 
 def _shared(tensors: Iterable[Tensor]) -> dict[int, _Memory]:
-    """The memories of more than one of the tensors, by their addresses."""
+    """The memories that several of the tensors share, by their addresses."""
     by_address: dict[int, list[tuple[int, int]]] = {}
     for t in tensors:
         if t.numel():
@@ -91,9 +91,8 @@ def _shared(tensors: Iterable[Tensor]) -> dict[int, _Memory]:
     return memories
 
 
-def _described(value: Any, memories: Mapping[int, _Memory], is_listed: bool = False) -> Any:
-    """A hashable description of an argument: of tensors their layouts, of numbers their types,
-    too."""
+def _described(value: object, memories: Mapping[int, _Memory], is_listed: bool = False) -> Hashable:
+    """A hashable description of an argument: a tensor's layout, or the type and the value."""
     if isinstance(value, Tensor):
         memory = (
             memories.get(value.untyped_storage().data_ptr()) if memories and value.numel() else None
@@ -113,8 +112,7 @@ def _described(value: Any, memories: Mapping[int, _Memory], is_listed: bool = Fa
 
 
 def _dense(t: Tensor) -> tuple[int, ...]:
-    """The strides of a tensor, without the gaps of a part of a larger one, which would be
-    allocated."""
+    """The strides of a tensor without gaps, so that a view of a larger tensor takes less memory."""
     strides = t.stride()
     first, last = _span(t)
     if not t.numel() or last - first <= t.numel() * t.itemsize:
@@ -125,32 +123,38 @@ def _dense(t: Tensor) -> tuple[int, ...]:
     return tuple(dense)
 
 
-def _zeros(described: Any, device: str, memories: dict[int, Tensor]) -> Any:
-    """An argument of that description."""
+def _zeros(described: object, device: str, memories: dict[int, Tensor]) -> Any:
+    """An argument that `_described` describes so, of zeros."""
     if isinstance(described, _Layout):
         shape, strides, dtype, memory, chosen = described
         if memory is None:
             zeros = torch.empty_strided(shape, strides, dtype=dtype, device=device).zero_()
         else:
             number, size, offset = memory
-            whole = memories.setdefault(number, torch.zeros(size, dtype=torch.uint8, device=device))
+            shared = memories.setdefault(
+                number, torch.zeros(size, dtype=torch.uint8, device=device)
+            )
             zeros = torch.empty(0, dtype=dtype, device=device)
-            zeros.set_(whole.untyped_storage(), offset // dtype.itemsize, shape, strides)
+            zeros.set_(shared.untyped_storage(), offset // dtype.itemsize, shape, strides)
         if chosen and device != "meta":
             zeros[torch.unravel_index(torch.arange(chosen), shape)] = 1
         return zeros
-    if isinstance(described, tuple) and len(described) == 2 and isinstance(described[0], type):
+    if not isinstance(described, tuple):
+        return None
+    if len(described) == 2 and isinstance(described[0], type):
         return described[1]
-    return (
-        None if described is None else tuple([_zeros(one, device, memories) for one in described])
-    )
+    return tuple([_zeros(one, device, memories) for one in described])
 
 
 @lru_cache(_REMEMBERED)
 def _metadata(
-    func: Callable[..., Any], device: str, default_dtype: torch.dtype, args: Any, kwargs: Any
+    func: Callable[..., object],
+    device: str,
+    default_dtype: torch.dtype,
+    args: Hashable,
+    kwargs: Hashable,
 ) -> tuple[Metadata | None, ...]:
-    """The metadata; the default dtype is that of integers to which a number is added."""
+    """The metadata. Integers to which a number is added get the default dtype."""
     state = torch.get_rng_state()
     memories: dict[int, Tensor] = {}
     try:

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: MIT
-# mypy: disable-error-code="no-any-return"
 """Rules for matrix products and convolutions: exact products."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -31,10 +29,14 @@ def _mv(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _windows(
-    x: Tensor, size: Sequence[int], stride: Any, padding: Any, dilation: Any, groups: int
+    x: Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
 ) -> Tensor:
-    """The windows of ``x (b, c, *positions)`` as
-    ``(groups, b, *windows, c/groups · elements of one)``."""
+    """The windows of ``x (b, c, *positions)``: ``(groups, b, *windows, c/groups · elements)``."""
     dims = len(size)
     x = F.pad(x, [p for p in reversed(padding) for _ in range(2)])
     for dim, (k, s, d) in enumerate(zip(size, stride, dilation, strict=True), 2):
@@ -48,11 +50,11 @@ def _convolution(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
     transposed: bool,
-    output_padding: Any,
+    output_padding: Sequence[int],
     groups: int,
 ) -> Tensor:
     if transposed:
@@ -62,9 +64,9 @@ def _convolution(
             f"exact arithmetic has no convolutions with an empty weight {tuple(weight.shape)}"
         )
     windows = _windows(x, weight.shape[2:], stride, padding, dilation, groups)
-    y = exact_matmul(weight.unflatten(0, (groups, -1)).flatten(2), windows.flatten(1, -2))
-    y = y.flatten(0, 1).unflatten(1, windows.shape[1:-1]).movedim(0, 1).contiguous()
-    return y if bias is None else y + bias.view(-1, *[1] * len(stride))
+    product = exact_matmul(weight.unflatten(0, (groups, -1)).flatten(2), windows.flatten(1, -2))
+    y: Tensor = product.flatten(0, 1).unflatten(1, windows.shape[1:-1]).movedim(0, 1).contiguous()
+    return y if bias is None else y.add(bias.view(-1, *[1] * len(stride)))
 
 
 @rule("convolution_backward")
@@ -72,12 +74,12 @@ def _convolution_backward(
     g: Tensor,
     x: Tensor,
     weight: Tensor,
-    bias_sizes: Any,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
+    bias_sizes: Sequence[int] | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
     transposed: bool,
-    output_padding: Any,
+    output_padding: Sequence[int],
     groups: int,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -93,12 +95,11 @@ def _convolution_backward(
         # The convolution of the spread gradient with the reversed kernels, inputs and outputs
         # exchanged.
         lasts = [d * (k - 1) for d, k in zip(dilation, size, strict=True)]
-        places: Any = [
-            slice(i, i + n * s, s) for i, n, s in zip(lasts, g.shape[2:], stride, strict=True)
-        ]
+        ends = zip(lasts, g.shape[2:], stride, strict=True)
+        places = tuple(slice(i, i + n * s, s) for i, n, s in ends)
         lengths = [n + 2 * p + i for n, p, i in zip(x.shape[2:], padding, lasts, strict=True)]
         spread = g.new_zeros(*g.shape[:2], *lengths)
-        spread[(..., *places)] = g
+        spread[:, :, *places] = g
         kernels = weight.flip(dims).unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
         ones, zeros = [1] * len(dims), [0] * len(dims)
         padded = _convolution(spread, kernels, None, ones, zeros, dilation, False, zeros, groups)

@@ -1,18 +1,16 @@
 # SPDX-License-Identifier: MIT
-# mypy: disable-error-code="no-any-return"
 """Random numbers by a counter-based generator in integers, the same on every processor.
 
 `torch.rand` has the same bits everywhere, too, but draws of normal numbers and of dropout masks use
 a processor's vectors. Philox with ten rounds makes four words of 32 bits from a counter and a key.
-The key is drawn from PyTorch's generator, so that `torch.manual_seed` and saved random states hold
-for it.
+The key is drawn from PyTorch's generator, so that `torch.manual_seed` and saved random states
+determine the numbers.
 
 Source: Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", 2011.
 """
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,13 +37,15 @@ def philox(counters: Tensor, key: tuple[int, int]) -> Tensor:
 
 
 def _product(x: Tensor, m: int) -> tuple[Tensor, Tensor]:
-    """The upper and the lower 32 bits of ``x·m``, of words in int64, which would overflow."""
+    """The upper and the lower 32 bits of ``x·m``, for words x and m: x·m would overflow int64."""
     low, high = x * (m & 0xFFFF), x * (m >> 16)
     middle = low + ((high & 0xFFFF) << 16)
     return (high >> 16) + (middle >> 32), middle & _WORD
 
 
-def _uniform64(shape: Sequence[int], generator: torch.Generator | None, device: Any) -> Tensor:
+def _uniform64(
+    shape: Sequence[int], generator: torch.Generator | None, device: torch.device
+) -> Tensor:
     """Numbers (i + ½)·2⁻³² in (0, 1), float64, of the given shape."""
     where = "cpu" if generator is None else generator.device
     words = torch.randint(0, 2**32, (2,), generator=generator, device=where)
@@ -55,26 +55,32 @@ def _uniform64(shape: Sequence[int], generator: torch.Generator | None, device: 
 
 
 @rule("normal_", any_dtype=True)  # torch.normal has the mean first, and is refused
-def _normal(x: Tensor, mean: float = 0.0, std: float = 1.0, *, generator: Any = None) -> Tensor:
+def _normal(
+    x: Tensor, mean: float = 0.0, std: float = 1.0, *, generator: torch.Generator | None = None
+) -> Tensor:
     radius, angle = _uniform64((2, *x.shape), generator, x.device)
     normal = sqrt64(log64(radius) * -2) * cos64(angle * (2 * math.pi))  # by Box and Muller
     return (normal * std + mean).to(x.dtype)
 
 
-@rule("uniform_", any_dtype=True)  # whose kernel fuses this product and sum on some processors
-def _uniform(x: Tensor, low: float = 0.0, high: float = 1.0, *, generator: Any = None) -> Tensor:
+@rule("uniform_", any_dtype=True)  # PyTorch's kernel fuses product and sum on some processors
+def _uniform(
+    x: Tensor, low: float = 0.0, high: float = 1.0, *, generator: torch.Generator | None = None
+) -> Tensor:
     drawn = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)
     return drawn * (high - low) + low
 
 
 @rule("bernoulli_", any_dtype=True)
-def _bernoulli(x: Tensor, p: Any = 0.5, *, generator: Any = None) -> Tensor:
+def _bernoulli(
+    x: Tensor, p: Tensor | float = 0.5, *, generator: torch.Generator | None = None
+) -> Tensor:
     if isinstance(p, Tensor) and not ((p >= 0) & (p <= 1)).all():
         raise RuntimeError("bernoulli_ expects probabilities from 0 to 1")
     return (_uniform64(x.shape, generator, x.device) < p).to(x.dtype)
 
 
-@rule("native_dropout", any_dtype=True)  # of a GPU
+@rule("native_dropout", any_dtype=True)  # called on GPUs
 def _native_dropout(x: Tensor, p: float, train: bool | None) -> tuple[Tensor, Tensor]:
     p = 0.0 if train is False else p
     kept = _bernoulli(x, 1 - p)

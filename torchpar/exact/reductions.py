@@ -1,28 +1,32 @@
 # SPDX-License-Identifier: MIT
-# mypy: disable-error-code="no-any-return"
 """Rules for sums, means, norms, softmax, losses, and gradients of indexing: exact sums.
 
     m = max x        p = e^(x − m)        softmax = p / Σp        log softmax = (x − m) − ln Σp
 
-The largest p is 1, so that the unit of `exact_sum` is the same with and without terms that are 0.
+The largest p is 1, so that terms that are 0 do not change the unit of `exact_sum`.
 """
 
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchpar.errors import ConfigError
 from torchpar.exact.functions import exp64, in_pieces, log64, sqrt64
-from torchpar.exact.registry import EXACT_RULES, check_float32, rule, times
+from torchpar.exact.registry import EXACT_RULES, Result, check_float32, rule, times
 from torchpar.exact.sums import exact_index_sum, exact_sum
 
 
 @rule("sum", any_dtype=True)
-def _sum(x: Tensor, dims: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
+def _sum(
+    x: Tensor,
+    dims: list[int] | None = None,
+    keepdim: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     if dtype is not None and dtype.is_complex:
         raise ConfigError(f"exact arithmetic has sums of real numbers, not of {dtype}")
     if dtype is not None and not dtype.is_floating_point:  # each term is converted first
@@ -34,8 +38,8 @@ def _sum(x: Tensor, dims: Any = None, keepdim: bool = False, *, dtype: Any = Non
 
 
 @rule("cumsum")
-def _cumsum(x: Tensor, dim: int, *, dtype: Any = None) -> Tensor:
-    """Of numbers such as a mask's: whole ones below 2²⁴ add up to the same in any order."""
+def _cumsum(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
+    """Take only numbers such as a mask's: integers below 2²⁴ have the same sum in any order."""
     if not (x == x.round()).all() or x.abs().double().sum() >= 2**24:
         raise ConfigError(
             "no exact version of aten.cumsum.default for these numbers; it takes integers, and "
@@ -45,22 +49,40 @@ def _cumsum(x: Tensor, dim: int, *, dtype: Any = None) -> Tensor:
 
 
 @rule("mean")
-def _mean(x: Tensor, dims: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
+def _mean(
+    x: Tensor,
+    dims: list[int] | None = None,
+    keepdim: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     total = exact_sum(x, dims, keepdim)
     return (total / (x.numel() / max(total.numel(), 1))).to(dtype or x.dtype)
 
 
 @rule("var")
-def _var(x: Tensor, dims: Any = None, *, correction: Any = None, keepdim: bool = False) -> Tensor:
+def _var(
+    x: Tensor,
+    dims: list[int] | None = None,
+    *,
+    correction: float | None = None,
+    keepdim: bool = False,
+) -> Tensor:
     return _var64(x, dims, correction, keepdim).float()
 
 
 @rule("std")
-def _std(x: Tensor, dims: Any = None, *, correction: Any = None, keepdim: bool = False) -> Tensor:
+def _std(
+    x: Tensor,
+    dims: list[int] | None = None,
+    *,
+    correction: float | None = None,
+    keepdim: bool = False,
+) -> Tensor:
     return sqrt64(_var64(x, dims, correction, keepdim)).float()
 
 
-def _var64(x: Tensor, dims: Any, correction: Any, keepdim: bool) -> Tensor:
+def _var64(x: Tensor, dims: list[int] | None, correction: float | None, keepdim: bool) -> Tensor:
     """The variance in float64, which holds the squares of all float32 numbers."""
     total = exact_sum(x, dims, True)
     n = x.numel() / max(total.numel(), 1)
@@ -70,10 +92,16 @@ def _var64(x: Tensor, dims: Any, correction: Any, keepdim: bool) -> Tensor:
 
 @rule("linalg_vector_norm", "norm")
 def _norm(
-    x: Tensor, order: Any = 2, dims: Any = None, keepdim: bool = False, *, dtype: Any = None
+    x: Tensor,
+    order: float = 2,
+    dims: list[int] | None = None,
+    keepdim: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     if order == math.inf:
-        return torch.linalg.vector_norm(x, order, dims, keepdim, dtype=dtype)
+        largest: Tensor = torch.linalg.vector_norm(x, order, dims, keepdim, dtype=dtype)
+        return largest
     if order not in (1, 2):
         raise ConfigError(
             f"exact arithmetic has norms of the orders 1, 2 and infinity, not {order}"
@@ -121,7 +149,11 @@ def _layer_norm_backward(
 
 
 def group_norm(
-    x: Tensor, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
 ) -> Tensor:
     """`torch.nn.functional.group_norm` by a layer norm of each group."""
     n = math.prod(x.shape[1:]) // groups
@@ -180,9 +212,9 @@ def _group_norm_backward(
 
 
 def _parts(x: Tensor, dims: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """m, x − m and p, float32, and Σp, float64. Where m is −∞, x is in the place of x − m.
+    """m, x − m and p, float32, and Σp, float64. Where m is −∞, x replaces x − m.
 
-    The dimension of a number is 0 or −1, as PyTorch has it.
+    A tensor without dimensions takes the dimension 0 or −1, as in PyTorch.
     """
     empty = x.numel() == 0
     largest = x.sum(dims, True) if empty else x.amax(dims, True)
@@ -192,14 +224,14 @@ def _parts(x: Tensor, dims: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @rule("_softmax")
-def softmax(x: Tensor, dim: int, _: Any = None) -> Tensor:
+def softmax(x: Tensor, dim: int, _: object = None) -> Tensor:
     """e^x / Σ e^x over ``dim`` of float32 ``x``; NaN where all are −∞."""
     _, _, p, total = _parts(x, [dim])
     return p / total.float()
 
 
 @rule("_softmax_backward_data")
-def _softmax_backward(g: Tensor, y: Tensor, dim: int, _: Any) -> Tensor:
+def _softmax_backward(g: Tensor, y: Tensor, dim: int, _: object) -> Tensor:
     total = exact_sum(g.double() * y.double(), [dim], True)
     return ((g.double() - total) * y.double()).float()
 
@@ -211,7 +243,7 @@ def _log_softmax(x: Tensor, dim: int, half: bool) -> Tensor:
 
 
 @rule("_log_softmax_backward_data")
-def _log_softmax_backward(g: Tensor, y: Tensor, dim: int, _: Any) -> Tensor:
+def _log_softmax_backward(g: Tensor, y: Tensor, dim: int, _: object) -> Tensor:
     return (g.double() - exp64(y.double()) * exact_sum(g, [dim], True)).float()
 
 
@@ -239,14 +271,14 @@ def _embedding_backward(
 
 
 @rule("index_add", any_dtype=True)
-def _index_add(x: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: Any = 1) -> Tensor:
+def _index_add(x: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: float = 1) -> Tensor:
     if not x.is_floating_point():
         return torch.index_add(x, dim, index, source, alpha=alpha)
-    whole, index = x if x.dim() else x.view(1), index.reshape(-1)
-    shape = list(whole.shape)
+    into, index = x if x.dim() else x.view(1), index.reshape(-1)
+    shape = list(into.shape)
     shape[dim] = len(index)
-    places = [None] * (dim % whole.dim()) + [index]
-    return _index_put(whole, places, times(source.reshape(shape), alpha), True).view(x.shape)
+    places = [None] * (dim % into.dim()) + [index]
+    return _index_put(into, places, times(source.reshape(shape), alpha), True).view(x.shape)
 
 
 @rule("mse_loss_backward")
@@ -257,17 +289,22 @@ def _mse_loss_backward(g: Tensor, x: Tensor, target: Tensor, reduction: int) -> 
 
 @rule("_index_put_impl", any_dtype=True)
 def _index_put(
-    x: Tensor, indices: Any, values: Tensor, accumulate: bool = False, *_: Any
+    x: Tensor,
+    indices: Sequence[Tensor | None],
+    values: Tensor,
+    accumulate: bool = False,
+    *_: object,
 ) -> Tensor:
     adds_floats = accumulate and x.is_floating_point()
     if not adds_floats and (accumulate or values.numel() < 2):
-        return torch.ops.aten.index_put(x, indices, values, accumulate)
+        put: Tensor = torch.ops.aten.index_put(x, indices, values, accumulate)
+        return put
     places = torch.arange(x.numel(), device=x.device).view(x.shape)  # in the flat tensor
     places = places[tuple(slice(None) if i is None else i for i in indices)]
     terms, places = values.expand(places.shape).reshape(-1, 1), places.flatten()
     if adds_floats:
         return x + exact_index_sum(terms, places, x.numel()).view(x.shape)
-    # Several threads may write to a place. They all write its last value.
+    # Several threads may write to a place, so all write the same value, the last.
     order = torch.arange(len(places), device=x.device)
     last = order.new_zeros(x.numel()).scatter_reduce(0, places, order, "amax")
     return torch.index_put(x.flatten(), (places,), terms[last[places], 0]).view(x.shape)
@@ -275,12 +312,12 @@ def _index_put(
 
 @rule("scatter_add", any_dtype=True)
 def _scatter_add(
-    x: Tensor, dim: int, index: Tensor, source: Any, accumulate: bool = True
+    x: Tensor, dim: int, index: Tensor, source: Tensor | float, accumulate: bool = True
 ) -> Tensor:
     if not (x.dim() and index.dim()):  # a number is a tensor of one element
         source = source.reshape(-1) if isinstance(source, Tensor) else source
         return _scatter_add(x.reshape(-1), dim, index.reshape(-1), source, accumulate).view(x.shape)
-    if not index.numel():  # it may have any dtype, and other dimensions
+    if not index.numel():  # an empty index may have any dtype, and other dimensions
         return x.clone()
     indices = [torch.arange(n, device=x.device) for n in index.shape]
     places = [*torch.meshgrid(*indices, indexing="ij")]
@@ -293,12 +330,11 @@ def _scatter_add(
     return _index_put(x, places, values, accumulate)
 
 
-EXACT_RULES["scatter"] = lambda *operands: _scatter_add(*operands, accumulate=False)
+EXACT_RULES["scatter"] = partial(_scatter_add, accumulate=False)
 
 
-def _plus_zero(name: str, *operands: Any, **options: Any) -> Any:
-    """The operator's results, with +0 for −0: which of the two it keeps depends on the
-    instructions."""
+def _plus_zero(name: str, *operands: object, **options: object) -> Result:
+    """The operator's results, with +0 for −0: processors differ in the zero that they choose."""
     result = getattr(torch.ops.aten, name)(*operands, **options)
     if not isinstance(result, Tensor):
         return tuple(t + 0.0 if t.is_floating_point() else t for t in result)
@@ -311,9 +347,9 @@ EXACT_RULES.update({name: partial(_plus_zero, name) for name in _CHOOSING})
 
 @rule("sort", any_dtype=True)
 def _sort(
-    x: Tensor, dim: int = -1, descending: bool = False, *, stable: Any = None
+    x: Tensor, dim: int = -1, descending: bool = False, *, stable: bool | None = None
 ) -> tuple[Tensor, Tensor]:
-    """By the stable order: where others leave equal elements depends on the width of vectors."""
+    """Sort stably: without, the order of equal elements depends on the width of vectors."""
     return tuple(torch.sort(x, dim=dim, descending=descending, stable=True))  # type: ignore[return-value]
 
 
@@ -328,6 +364,15 @@ def _topk(
 
 
 @rule("max_pool2d_with_indices_backward")
-def _max_pool_backward(g: Tensor, x: Tensor, *options: Any) -> Tensor:
-    zeros, places = torch.zeros_like(x).flatten(-2), options[-1].flatten(-2)
+def _max_pool_backward(
+    g: Tensor,
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+    indices: Tensor,
+) -> Tensor:
+    zeros, places = torch.zeros_like(x).flatten(-2), indices.flatten(-2)
     return _scatter_add(zeros, -1, places, g.flatten(-2)).view(x.shape)

@@ -1,22 +1,23 @@
 # SPDX-License-Identifier: MIT
-"""Registry of ATen operators in exact arithmetic: those that are the same everywhere, and rules for
-others.
+"""Registry of ATen operators in exact arithmetic: those with the same bits everywhere, and rules.
 
 An operator *passes* if it moves data, compares, or rounds once for each element, as IEEE 754
-defines it. More of them pass if all operands are integers. A *rule* computes it by exact products,
-exact sums and functions. *Composed* ones are made of those by PyTorch. `torchpar.exact.mode`
-refuses others.
+defines. More operators pass if all operands are integers. A *rule* computes an operator by exact
+products, exact sums and functions. PyTorch makes a *composed* operator of operators that pass or
+have a rule. `torchpar.exact.mode` refuses all other operators.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from torchpar.errors import ConfigError
 
-Rule = Callable[..., Any]
+Result = Tensor | tuple[Tensor | None, ...]
+Rule = Callable[..., Result]
+R = TypeVar("R", bound=Rule)
 
 # In-place and out= variants count as their operators.
 _PASSING = """
@@ -34,16 +35,16 @@ _PASSING = """
     is_same_size is_pinned embedding random rand rand_like
 """
 PASSING = frozenset(_PASSING.split())
-# Operators that PyTorch makes of others; put is refused
+# Operators that PyTorch makes of other operators; put is refused
 _COMPOSED = """
     bernoulli index_copy index_put put mse_loss nll_loss_forward nll_loss_backward
     nll_loss2d_forward nll_loss2d_backward randn randn_like _safe_softmax uniform _unsafe_index_put
 """
 COMPOSED = frozenset(_COMPOSED.split())
-# Operators of integers and booleans alone that are the same everywhere, beside those above. Their
-# sums and products wrap around, in any order. `_int_mm` is not here: it saturates on processors
-# without VNNI. Nor are quantized products, interpolation of bytes, and `geometric`, which draws by
-# a logarithm.
+# Operators that are the same everywhere for integers and booleans alone, beside those above. Sums
+# and products of integers wrap around, in any order. `_int_mm` is not here: it saturates on
+# processors without VNNI. Quantized products, interpolation of bytes, and `geometric`, which draws
+# by a logarithm, are not here either.
 _INTEGERS = """
     nansum trace prod cumsum cumprod cummax cummin count_nonzero addbmm addmv addr vdot linalg_cross
     remainder fmod floor_divide gcd lcm fmax fmin aminmax heaviside signbit hash_tensor bitwise_and
@@ -66,20 +67,18 @@ INTEGERS = frozenset(_INTEGERS.split())
 
 EXACT_RULES: dict[str, Rule] = {}
 PRIVATE: set[str] = set()
-"""Rules for operators that only torchpar's functions call, with other shapes than the native ones
-take."""
+"""Names of operators that only torchpar's functions call, with shapes that PyTorch would refuse."""
 
 
-def rule(*names: str, any_dtype: bool = False, private: bool = False) -> Callable[[Rule], Rule]:
-    """Register a rule for the ATen operators of these names; it takes float32 unless
-    ``any_dtype``."""
+def rule(*names: str, any_dtype: bool = False, private: bool = False) -> Callable[[R], R]:
+    """Register a rule for ATen operators by their names. It takes float32 unless ``any_dtype``."""
     if private:
         PRIVATE.update(names)
 
-    def register(function: Rule) -> Rule:
-        def checked(*operands: Any, **options: Any) -> Any:
-            check_float32(*operands)
-            return function(*operands, **options)
+    def register(function: R) -> R:
+        def checked(first: Tensor, *others: object, **options: object) -> Result:
+            check_float32(first, *others)
+            return function(first, *others, **options)
 
         EXACT_RULES.update(dict.fromkeys(names, function if any_dtype else checked))
         return function
@@ -87,7 +86,7 @@ def rule(*names: str, any_dtype: bool = False, private: bool = False) -> Callabl
     return register
 
 
-def check_float32(first: Tensor, *others: Any) -> None:
+def check_float32(first: Tensor, *others: object) -> None:
     """Raise an error unless the first operand, and all other floats, are float32."""
     for t in first, *(t for t in others if isinstance(t, Tensor) and t.is_floating_point()):
         if t.dtype != torch.float32:
@@ -96,5 +95,5 @@ def check_float32(first: Tensor, *others: Any) -> None:
             )
 
 
-def times(t: Tensor, factor: Any) -> Tensor:
+def times(t: Tensor, factor: Tensor | float) -> Tensor:
     return t if isinstance(factor, int | float) and factor == 1 else t * factor

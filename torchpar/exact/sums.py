@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Sums whose bits do not depend on the order of their terms: numbers as integers in units of a
-power of two.
+"""Sums whose bits do not depend on the order of their terms, which become integers.
 
-For a row with the largest |x| below 2^e, each term becomes the integer round(x·2^(40 − e)).
-Integers of 64 bits hold the sum of 2²² of them, whatever the order, and two words that of 2³³. The
-sum of the integers is rounded to float64 once. The rounding of a term is at most 2⁻⁴¹ of the
-largest.
+For a row with the largest |x| below 2^e, each term becomes the integer round(x·2^(40 − e)): x in
+units of a power of two. A word of 64 bits holds the sum of 2²² such integers, whatever the order,
+and two words hold the sum of 2³³. The sum of the integers is rounded to float64 once. The rounding
+of a term is at most 2⁻⁴¹ of the largest term.
 """
 
 import math
@@ -24,8 +23,8 @@ _LONGEST = 2**22  # terms
 def exact_sum(x: Tensor, dims: list[int] | None = None, keepdim: bool = False) -> Tensor:
     """The sum of ``x``, float32 or float64, over ``dims`` (all by default), as float64.
 
-    A sum with a NaN or an infinity is NaN or infinite, as that of `torch.sum` is. It changes no
-    other row.
+    A sum with a NaN or an infinity is NaN or infinite, as the sum by `torch.sum` is. NaN and
+    infinities change no other row.
     """
     if x.dim() == 0:
         return x.double()
@@ -36,7 +35,7 @@ def exact_sum(x: Tensor, dims: list[int] | None = None, keepdim: bool = False) -
     units = (x.double() * power_of_two(BITS - exponents, torch.float64)).round_().long()
     total = _total(units, lambda t: t.sum(dims, True), math.prod(x.shape[dim] for dim in dims))
     total *= power_of_two(exponents - BITS, torch.float64)
-    if unusual.any():  # of signs alone, in any order
+    if unusual.any():  # NaN or infinity, the same in any order
         total = torch.where(
             unusual, torch.where(x.isfinite(), 0.0, x).double().sum(dims, True), total
         )
@@ -51,8 +50,7 @@ def _total(units: Tensor, add: Callable[[Tensor], Tensor], terms: int) -> Tensor
 
 
 def exponents_of(largest: Tensor) -> tuple[Tensor, Tensor]:
-    """The exponents e of ``largest`` ≥ 0, float64, such that largest < 2^e; and where it is not
-    finite."""
+    """The exponents e with largest < 2^e, for float64 largest ≥ 0; and where it is not finite."""
     unusual = ~(largest < math.inf)
     bits = torch.where(unusual, 1.0, largest).view(torch.int64)
     return ((bits >> 52) - 1022).clamp(min=-900).to(torch.int32), unusual
@@ -61,10 +59,10 @@ def exponents_of(largest: Tensor) -> tuple[Tensor, Tensor]:
 def exact_index_sum(values: Tensor, indices: Tensor, size: int) -> Tensor:
     """The sums of the rows of ``values (n, k)`` that have the same index, float32 ``(size, k)``.
 
-    Each sum has a unit of its own, that of its largest term: it depends on no other term.
+    Each sum has the unit of its largest term, so it does not depend on the other sums.
     """
     check_float32(values)
-    if size > 4 * len(indices):  # most rows get nothing, as those of an embedding
+    if size > 4 * len(indices):  # most rows get nothing, as in the gradient of an embedding
         rows, places = indices.unique(return_inverse=True)
         result = values.new_zeros(size, values.shape[1])
         return result.index_copy_(0, rows, exact_index_sum(values, places, len(rows)))
@@ -77,6 +75,6 @@ def exact_index_sum(values: Tensor, indices: Tensor, size: int) -> Tensor:
         units, lambda t: t.new_zeros(largest.shape).index_add_(0, indices, t), len(values)
     )
     result = (total * power_of_two(exponents - BITS, torch.float64)).float()
-    if not is_finite.all():  # of signs alone, in any order
+    if not is_finite.all():  # NaN or infinity, the same in any order
         result.index_add_(0, indices, torch.where(is_finite, 0.0, values))
     return result

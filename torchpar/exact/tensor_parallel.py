@@ -5,10 +5,10 @@
 |---|---|---|
 | y | inputs | columns |
 | dL/dx | outputs | rows |
-| dL/dweight | samples | no messages: each rank has its slice of the whole gradient |
+| dL/dweight | samples | no messages: each rank has its shard of the gradient |
 
-Each result has the bits of the unsplit product in `torchpar.exact.mode`, if it is finite. Where
-ranks add, a row that is not finite becomes NaN.
+Each finite result has the bits of the unsharded product in `torchpar.exact.mode`. Where ranks add,
+a row that is not finite becomes NaN.
 """
 
 from typing import Any
@@ -26,7 +26,7 @@ from torchpar.parts import mark_slice, slice_along
 
 
 def _product(a: Tensor, b: Tensor, mesh: DeviceMesh | None) -> Tensor:
-    """``a @ b.T``, whose terms the ranks of ``mesh`` share."""
+    """``a @ b.T``, whose terms are divided over the ranks of ``mesh``."""
     if mesh is None or mesh.size() == 1:
         return exact_matmul(a, b)
     exponents = torch.cat([exact_digits.row_exponents(a), exact_digits.row_exponents(b)])
@@ -60,7 +60,7 @@ def linear(
     outputs: DeviceMesh | None = None,
     inputs: DeviceMesh | None = None,
 ) -> Tensor:
-    """``x @ weight.T`` for float32 ``x (*, in_r)`` and this rank's ``weight (out_r, in_r)``.
+    """``x @ weight.T`` for float32 ``x (*, in_r)`` and this rank's shard ``weight (out_r, in_r)``.
 
     Args:
         outputs: the mesh over which y is summed, if the weight is split by columns.
@@ -70,19 +70,19 @@ def linear(
 
 
 class Linear(torch.nn.Module):
-    """A linear layer without bias, whose weight ``(out, in)`` the ranks of ``mesh`` share.
+    """A linear layer without bias. The ranks of ``mesh`` have shards of its weight ``(out, in)``.
 
     Args:
-        axis: of the weight, along which it is cut: 0 by rows, for the features of the outputs; 1 by
-            columns, for those of the inputs. A layer by columns takes what one by rows returns.
+        axis: the axis of the weight that is cut: 0 by rows, which are the outputs; 1 by columns,
+            which are the inputs. A layer cut by columns takes the outputs of a layer cut by rows.
     """
 
     def __init__(self, in_features: int, out_features: int, mesh: DeviceMesh, axis: int):
         super().__init__()
         self.mesh, self.axis = mesh, axis
         part = slice_along(axis, (out_features, in_features), mesh)
-        whole = torch.randn(out_features, in_features) * in_features**-0.5
-        self.weight = torch.nn.Parameter(part.narrow(whole).clone())
+        unsharded = torch.randn(out_features, in_features) * in_features**-0.5
+        self.weight = torch.nn.Parameter(part.narrow(unsharded).clone())
         mark_slice(self.weight, part)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Custom operators that all of PyTorch supports: in place of `torch.library.custom_op` and
-`triton_op`.
+"""Custom operators that all of PyTorch supports: in place of `torch.library`'s.
 
     @torchpar.library.custom_op("mylib::gram", mutates_args=())
     def gram(x: Tensor) -> Tensor: ...
@@ -8,13 +7,14 @@
     gram.register_fake(...)
     gram.register_autograd(backward, setup_context=setup_context)
 
-The decorators and the methods take what PyTorch's take, so that a changed import moves an operator.
-It then also has derivatives under torch.func and in forward mode (pytorch#168393, #170834,
-#179652), and sharding rules that wait for DTensor. docs/citizen.md shows each rule.
+`custom_op` and `triton_op`, and the methods of what they return, take the arguments of PyTorch's
+decorators and methods of these names. So a changed import moves an operator. The operator then also
+has derivatives under torch.func and in forward mode (pytorch#168393, #170834, #179652), and
+sharding rules that wait for DTensor. docs/citizen.md shows each rule.
 
-`definition` has operators and their rules, `derivatives` the path of a call through autograd and
-the transforms, `sharding` DTensor's rules. `private` imports all private names of PyTorch that
-operators need; tests/library/test_library.py guards each.
+`definition` has operators and their rules, `rules` the types of the rules, `derivatives` the path
+of a call through autograd and the transforms, `sharding` DTensor's rules. `private` imports all
+private names of PyTorch that operators need; tests/library/test_library.py guards each name.
 """
 
 from torchpar.library.definition import CustomOpDef, custom_op, triton_op

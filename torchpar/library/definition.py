@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from functools import partial
 from inspect import getmodule, signature
 from types import new_class
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -28,24 +28,58 @@ from torchpar.library.private import (
     set_wrap_triton_enabled,
     triton_ops_to_kernels,
 )
+from torchpar.library.rules import Gradient, VmapInfo
 from torchpar.library.sharding import is_dtensor, register_sharding_rules, sharding_rules
 from torchpar.library.transforms import is_transformed
 
+if TYPE_CHECKING:
+    from torch._ops import OpOverload
+
+Function = Callable[..., object]
+"""A function of an operator's arguments, which may be anything that a schema allows."""
+
+_F = TypeVar("_F", bound=Function)
+
 Wrap = Callable[[Any], Any] | None
-"""A function that a launcher applies to a Triton kernel before launching it; None for a real
-launch."""
+"""A function that a tracer applies to a Triton kernel before its launch; None for a real launch."""
 
 
+@overload
 def custom_op(
     name: str,
-    fn: Callable[..., Any] | None = None,
+    fn: None = None,
     /,
     *,
     mutates_args: str | Iterable[str],
     device_types: str | Sequence[str] | None = None,
     schema: str | None = None,
     tags: torch.Tag | Sequence[torch.Tag] | None = None,
-) -> Any:
+) -> Callable[[Function], "CustomOpDef"]: ...
+
+
+@overload
+def custom_op(
+    name: str,
+    fn: Function,
+    /,
+    *,
+    mutates_args: str | Iterable[str],
+    device_types: str | Sequence[str] | None = None,
+    schema: str | None = None,
+    tags: torch.Tag | Sequence[torch.Tag] | None = None,
+) -> "CustomOpDef": ...
+
+
+def custom_op(
+    name: str,
+    fn: Function | None = None,
+    /,
+    *,
+    mutates_args: str | Iterable[str],
+    device_types: str | Sequence[str] | None = None,
+    schema: str | None = None,
+    tags: torch.Tag | Sequence[torch.Tag] | None = None,
+) -> "CustomOpDef | Callable[[Function], CustomOpDef]":
     """Make an operator of a function, which compilers do not look into: `torch.library.custom_op`.
 
     Args:
@@ -53,9 +87,9 @@ def custom_op(
         fn: the function; without it, a decorator is returned.
         mutates_args: the names of the tensors that the function writes to, or "unknown". Such an
             operator has no gradient.
-        device_types: "cpu", "cuda" or others that the function serves; by default all.
-        schema: ``"(Tensor x) -> Tensor"``; by default that of the function's annotations.
-        tags: of the operator.
+        device_types: the devices that the function serves, such as "cpu" or "cuda"; by default all.
+        schema: ``"(Tensor x) -> Tensor"``; by default the schema of the function's annotations.
+        tags: the operator's tags.
 
     Returns:
         A `CustomOpDef`, or a decorator that makes one.
@@ -69,27 +103,53 @@ def custom_op(
             and out.
     """
 
-    def make(fn: Callable[..., Any]) -> CustomOpDef:
+    def make(fn: Function) -> CustomOpDef:
         return CustomOpDef(name, fn, _schema(name, fn, mutates_args, schema), device_types, tags)
 
     return make if fn is None else make(fn)
 
 
+@overload
 def triton_op(
     name: str,
-    fn: Callable[..., Any] | None = None,
+    fn: None = None,
     /,
     *,
     mutates_args: str | Iterable[str],
     schema: str | None = None,
-    kernels: Callable[[], Iterable[Any]] | None = None,
+    kernels: Callable[[], Iterable[object]] | None = None,
+    opaque: Callable[..., bool] = ...,
+) -> Callable[[Function], "CustomOpDef"]: ...
+
+
+@overload
+def triton_op(
+    name: str,
+    fn: Function,
+    /,
+    *,
+    mutates_args: str | Iterable[str],
+    schema: str | None = None,
+    kernels: Callable[[], Iterable[object]] | None = None,
+    opaque: Callable[..., bool] = ...,
+) -> "CustomOpDef": ...
+
+
+def triton_op(
+    name: str,
+    fn: Function | None = None,
+    /,
+    *,
+    mutates_args: str | Iterable[str],
+    schema: str | None = None,
+    kernels: Callable[[], Iterable[object]] | None = None,
     opaque: Callable[..., bool] = lambda *args, **kwargs: False,
-) -> Any:
+) -> "CustomOpDef | Callable[[Function], CustomOpDef]":
     """Make an operator of a function that launches Triton kernels: `torch.library.triton_op`.
 
-    Compilers look into it, as into triton_op: `torch.compile` and AOTInductor trace the kernels,
-    and the ATen operators beside them. It stays whole in `torch.export`; for DTensors, whose
-    sharding rules are the operator's; and for data-dependent sizes, for which no tiles can be
+    Compilers look into the operator: `torch.compile` and AOTInductor trace the kernels, and the
+    ATen operators beside them. The operator stays one node in `torch.export`; for DTensors, since
+    the sharding rules are the operator's; and for data-dependent sizes, for which no tiles can be
     chosen. Triton is imported when a compiler asks for the kernels, and not before.
 
     The function wraps its kernels in `torch.library.wrap_triton`. Or it takes a keyword argument
@@ -99,20 +159,20 @@ def triton_op(
     Args:
         name, fn, mutates_args, schema: as for `custom_op`.
         kernels: returns the kernels, whose source belongs in a compiler's cache key; by default
-            those that the function wraps.
-        opaque: a function of the arguments; where it is true, compilers do not look into the
+            the kernels that the function wraps.
+        opaque: a function of the arguments; where it returns True, compilers do not look into the
             operator.
 
     Returns:
         A `CustomOpDef`, or a decorator that makes one.
     """
 
-    def make(fn: Callable[..., Any]) -> CustomOpDef:
+    def make(fn: Function) -> CustomOpDef:
         parameter = signature(fn).parameters.get("wrap")
         takes_wrap = parameter is not None and parameter.kind == parameter.KEYWORD_ONLY
         traced = partial(fn, wrap=torch.library.wrap_triton) if takes_wrap else fn
 
-        def launch(*args: Any, **kwargs: Any) -> Any:
+        def launch(*args: object, **kwargs: object) -> object:
             gpu = _gpu_of(args)
             if gpu is None and takes_wrap:  # a context would take longer than all else here
                 return fn(*args, **kwargs, wrap=None)
@@ -122,7 +182,13 @@ def triton_op(
                 with set_wrap_triton_enabled(False):
                     return fn(*args, **kwargs)
 
-        def trace(mode: Any, overload: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        def trace(
+            mode: FunctionalTensorMode,
+            func: "OpOverload[..., Any]",
+            types: Sequence[type],
+            args: tuple[object, ...],
+            kwargs: dict[str, object],
+        ) -> object:
             from torch.export._trace import custom_triton_ops_decomposition_disabled
             from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
@@ -133,12 +199,12 @@ def triton_op(
                 or custom_triton_ops_decomposition_disabled()
                 or opaque(*args, **kwargs)
             ):
-                return mode.__torch_dispatch__(overload, types, args, kwargs)
+                return mode.__torch_dispatch__(func, types, args, kwargs)
             gpu = _gpu_of(args)
             with mode, nullcontext() if gpu is None else torch.cuda.device(gpu):
                 return traced(*args, **kwargs)
 
-        launch.__module__ = fn.__module__  # which messages show
+        launch.__module__ = fn.__module__  # messages of errors show it
         op = CustomOpDef(name, launch, _schema(name, fn, mutates_args, schema))
         op.__doc__ = fn.__doc__
         op.register_torch_dispatch(FunctionalTensorMode, trace)
@@ -151,16 +217,13 @@ def triton_op(
     return make if fn is None else make(fn)
 
 
-def _schema(
-    name: str, fn: Callable[..., Any], mutates_args: str | Iterable[str], schema: str | None
-) -> str:
-    """The schema of the annotations, or the one that is given, if it agrees with
-    ``mutates_args``."""
+def _schema(name: str, fn: Function, mutates_args: str | Iterable[str], schema: str | None) -> str:
+    """The schema that is given, or the annotations' schema; it must agree with ``mutates_args``."""
     if schema is None:
         return torch.library.infer_schema(fn, mutates_args=mutates_args)
     arguments = torch._C.parse_schema("f" + schema).arguments
     mutated = {one.name for one in arguments if one.alias_info and one.alias_info.is_write}
-    if mutates_args == "unknown":  # as infer_schema takes it
+    if mutates_args == "unknown":  # infer_schema then takes all tensors as written
         expected = {one.name for one in arguments if "Tensor" in str(one.type)}
     else:
         expected = {mutates_args} if isinstance(mutates_args, str) else set(mutates_args)
@@ -171,17 +234,16 @@ def _schema(
 
 
 class CustomOpDef(custom_ops.CustomOpDef):
-    """An operator, ``torch.ops.<namespace>.<name>``, and its rules; `custom_op` and `triton_op`
-    make it.
+    """An operator, ``torch.ops.<namespace>.<name>``, and its rules.
 
-    The base class lets `opcheck` and the functions of `torch.library` take it; each method is
-    replaced.
+    `custom_op` and `triton_op` make it. Because of its base class, `opcheck` and the functions of
+    `torch.library` accept it. Each method of the base class is replaced.
     """
 
     def __init__(
         self,
         name: str,
-        function: Callable[..., Any],
+        function: Function,
         schema: str,
         device_types: str | Sequence[str] | None = None,
         tags: torch.Tag | Sequence[torch.Tag] | None = None,
@@ -203,13 +265,13 @@ class CustomOpDef(custom_ops.CustomOpDef):
         _refuse(name, parsed, tags)
         writes = [bool(one.alias_info and one.alias_info.is_write) for one in arguments]
         self._written_at = [i for i, is_written in enumerate(writes) if is_written]
-        # Whether an argument names the device, as no tensor does.
+        # Without a tensor among the arguments, an argument must name the device.
         self._needs_device = not any("Tensor" in str(one.type) for one in arguments)
         self._has_device = any(one.name == "device" for one in arguments)
         self._check_device(name, device_types)
         self._namespace, self._name = namespace, local_name
         self.__name__, self.__doc__ = base, function.__doc__
-        # A notebook defines it again.
+        # A notebook may define the operator again.
         self._lib = custom_ops.get_library_allowing_overwrite(namespace, local_name)
         self._lib.define(local_name + schema, tags={torch.Tag.pt2_compliant_tag, *tags})
         self._opoverload = getattr(
@@ -223,31 +285,31 @@ class CustomOpDef(custom_ops.CustomOpDef):
         ]
         self._has_lists = any(self._are_lists)
         self._returns_tensor = [str(one.type) for one in parsed.returns] == ["Tensor"]
-        # From torch 2.14 on, arguments are not converted for C++. With keyword-only ones the
+        # From torch 2.14 on, arguments are not converted for C++. With keyword-only arguments the
         # conversion stays, and a call took no less time.
         if hasattr(self._opoverload, "_enable_pyobj_dispatch") and not self._keywords:
             self._opoverload._enable_pyobj_dispatch(True)
-        # Errors and `grad_fn` show its name, as PyTorch's do.
+        # Errors and `grad_fn` show this name, which is made as PyTorch makes it.
         generated = f"GeneratedBackwardFor_{namespace}_{base}_{overload or 'default'}"
         self._function: Any = new_class(generated, (Differentiable,))
         self._mutated = any(writes)
-        self._kernels: dict[str | None, Callable[..., Any]] = {}  # by device; None for all others
-        self._dispatch_rules: dict[Any, Callable[..., Any]] = {}  # by tensor subclass or mode
-        # PyTorch's tools ask for it by this name.
-        self._abstract_fn: Callable[..., Any] | None = None
-        self._vmap: Callable[..., Any] | None = None
-        self._backward: Callable[..., Any] | None = None
-        self._setup_context: Callable[..., Any] | None = None
-        self._jvp: Callable[..., Any] | None = None
-        self._formula: Callable[..., Any] | None = None
+        self._kernels: dict[str | None, Function] = {}  # by device; None for other devices
+        self._dispatch_rules: dict[type, Function] = {}  # by tensor subclass or mode
+        # PyTorch's tools look for the fake by this name.
+        self._abstract_fn: Function | None = None
+        self._vmap: Function | None = None
+        self._backward: Callable[..., Gradient | tuple[Gradient, ...]] | None = None
+        self._setup_context: Callable[..., None] | None = None
+        self._jvp: Function | None = None
+        self._formula: Function | None = None
         self._decompose: Callable[..., bool] | None = None
         self.register_kernel(device_types, function)
         self._lib.impl(local_name, self._autograd, "Autograd")
-        if self._mutated:  # below Autograd, since inference mode passes that key over
+        if self._mutated:  # below Autograd, since inference mode passes over the Autograd key
             self._lib.impl(local_name, self._raise_versions, "ADInplaceOrView", with_keyset=True)
         if self._mutated and not parsed.returns:
             self.register_fake(lambda *args, **kwargs: None)
-        custom_ops.OPDEFS[self._qualname] = self  # for torch.library's functions, given the name
+        custom_ops.OPDEFS[self._qualname] = self  # where torch.library's functions look names up
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         register_sharding_rules()  # in inference mode the Autograd key is passed over
@@ -259,12 +321,14 @@ class CustomOpDef(custom_ops.CustomOpDef):
         return self._opoverload(*args, **kwargs)
 
     def register_kernel(
-        self, device_types: str | Sequence[str] | None, fn: Callable[..., Any] | None = None, /
-    ) -> Any:
-        """Register a function for tensors on these devices; None means all others."""
+        self, device_types: str | Sequence[str] | None, fn: Function | None = None, /
+    ) -> Callable[..., Any]:
+        """Register a function for tensors on these devices; None means all other devices."""
         if fn is None:
             return partial(self.register_kernel, device_types)
-        devices: Any = [device_types] if isinstance(device_types, str) else device_types or [None]
+        devices: Sequence[str | None] = (
+            [device_types] if isinstance(device_types, str) else device_types or [None]
+        )
         self._check_device(self._qualname, device_types)
         if device_types is not None and self._needs_device and not any(self._kernels):
             self._lib.impl(self._name, self._select_device, "BackendSelect")
@@ -286,9 +350,9 @@ class CustomOpDef(custom_ops.CustomOpDef):
                 f"{name}: there are device types, but no tensors among the arguments; {expected}"
             )
 
-    def _select_device(self, *args: Any, **kwargs: Any) -> Any:
+    def _select_device(self, *args: object, **kwargs: object) -> object:
         """Call the kernel of a function without tensors, for the device among its arguments."""
-        # To choose by; the call passes on what was given.
+        # The defaults are for the choice only: the call passes on the arguments that were given.
         given = {one.name: one.default_value for one in self._opoverload._schema.arguments}
         given |= dict(zip(given, args, strict=False)) | kwargs
         device = torch.device(given["device"] or "cpu").type
@@ -301,7 +365,7 @@ class CustomOpDef(custom_ops.CustomOpDef):
             torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)), *args, **kwargs
         )
 
-    def _run(self, device: str | None, /, *args: Any, **kwargs: Any) -> Any:
+    def _run(self, device: str | None, /, *args: object, **kwargs: object) -> object:
         kernel = self._kernels[device]
         records = torch.is_grad_enabled()
         if records:  # `torch.no_grad` would take a microsecond
@@ -322,13 +386,14 @@ class CustomOpDef(custom_ops.CustomOpDef):
                 self._qualname, args, kwargs, result, partial(getmodule, kernel)
             )
         if self._returns_tensor and isinstance(result, Tensor):
-            return _without_view(result) if result._is_view() else result  # calls take time
+            # Asking first takes less time than calling `_without_view` for each result.
+            return _without_view(result) if result._is_view() else result
         return self._checked(result)
 
-    def _checked(self, result: Any) -> Any:
-        """The kernel's result, whose number and tensors are those that the schema says.
+    def _checked(self, result: Any) -> object:
+        """Check that the kernel's result is what the schema says, and return it without views.
 
-        PyTorch's dispatch in Python (2.14) would pass on any other.
+        PyTorch's dispatch in Python (2.14) would pass on any other result.
         """
         expected = [str(one.type) for one in self._opoverload._schema.returns]
         values = result if len(expected) != 1 else (result,)
@@ -342,32 +407,31 @@ class CustomOpDef(custom_ops.CustomOpDef):
             is_tuple = is_right and len(expected) != 1
             kinds = [type(one).__name__ for one in values] if is_tuple else type(result).__name__
             raise RuntimeError(
-                f"{self._qualname} returns {kinds}, and its schema says {expected}; return that"
+                f"{self._qualname} returns {kinds}, expected {expected}, as its schema says"
             )
         if len(expected) == 1:
             return result
         return tuple(_without_view(one) if isinstance(one, Tensor) else one for one in values)
 
-    def set_kernel_enabled(self, device_type: str, enabled: bool = True) -> Any:
+    def set_kernel_enabled(self, device_type: str, enabled: bool = True) -> NoReturn:
         """Refuse to switch kernels; `register_kernel` replaces one."""
         raise NotImplementedError(
             f"{self._qualname}: kernels cannot be switched, register another instead"
         )
 
-    def register_fake(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """Register a function that allocates the result, with its shape, strides, dtype and
-        device."""
-        # Until then, kernels made of PyTorch's operators run on fake tensors.
+    def register_fake(self, fn: _F) -> _F:
+        """Register a function that makes an empty result of the right shape, strides and dtype."""
+        # Without a fake, kernels made of PyTorch's operators run on fake tensors.
         if self._abstract_fn is None:
             self._lib._register_fake(self._name, self._run_fake, _stacklevel=2)
         self._abstract_fn = fn
         return fn
 
-    def _run_fake(self, *args: Any, **kwargs: Any) -> Any:
+    def _run_fake(self, *args: object, **kwargs: object) -> object:
         assert self._abstract_fn is not None
         return self._abstract_fn(*args, **kwargs)
 
-    def register_vmap(self, func: Callable[..., Any] | None = None) -> Any:
+    def register_vmap(self, func: Function | None = None) -> Callable[..., Any]:
         """Register a batching rule, ``func(info, in_dims, *args) -> (result, out_dim)``."""
         if func is None:
             return self.register_vmap
@@ -377,8 +441,12 @@ class CustomOpDef(custom_ops.CustomOpDef):
         self._vmap = func
         return func
 
-    def _run_vmap(self, _keyset: Any, /, *args: Any, **kwargs: Any) -> Any:
-        def with_defaults(info: Any, in_dims: tuple[Any, ...], *args: Any, **kwargs: Any) -> Any:
+    def _run_vmap(
+        self, _keyset: torch._C.DispatchKeySet, /, *args: object, **kwargs: object
+    ) -> object:
+        def with_defaults(
+            info: VmapInfo, in_dims: tuple[object, ...], *args: object, **kwargs: object
+        ) -> object:
             assert self._vmap is not None
             rest = self._defaults[len(args) :]
             return self._vmap(
@@ -390,8 +458,8 @@ class CustomOpDef(custom_ops.CustomOpDef):
             interpreter, with_defaults, self._opoverload, *args, **kwargs
         )
 
-    def register_torch_dispatch(self, cls: Any, fn: Callable[..., Any] | None = None) -> Any:
-        """Register what the operator does for a tensor subclass, or in a mode."""
+    def register_torch_dispatch(self, cls: type, fn: Function | None = None) -> Callable[..., Any]:
+        """Register a function to call in place of the kernel, for a subclass or in a mode."""
         if fn is None:
             return partial(self.register_torch_dispatch, cls)
         if cls not in self._dispatch_rules:
@@ -400,21 +468,20 @@ class CustomOpDef(custom_ops.CustomOpDef):
         self._dispatch_rules[cls] = fn
         return fn
 
-    def _run_dispatch_rule(self, cls: Any, /, *args: Any, **kwargs: Any) -> Any:
+    def _run_dispatch_rule(self, cls: type, /, *args: object, **kwargs: object) -> object:
         return self._dispatch_rules[cls](*args, **kwargs)
 
     def register_autograd(
         self,
-        backward: Callable[..., Any],
+        backward: Callable[..., Gradient | tuple[Gradient, ...]],
         /,
         *,
         setup_context: Callable[..., None] | None = None,
-        formula: Callable[..., Any] | None = None,
-        jvp: Callable[..., Any] | None = None,
+        formula: Function | None = None,
+        jvp: Function | None = None,
         decompose: Callable[..., bool] | None = None,
     ) -> None:
-        """Register derivatives: `torch.library.register_autograd`, and more for torch.func and
-        forward mode.
+        """Register derivatives: `torch.library.register_autograd`, also for torch.func.
 
         Under transforms and in forward mode ``formula`` is called in the operator's place, if it is
         given. Otherwise the operator is called, and has the derivatives ``backward`` and ``jvp``.
@@ -424,12 +491,12 @@ class CustomOpDef(custom_ops.CustomOpDef):
                 argument.
             setup_context: ``setup_context(ctx, inputs, output)`` saves what the derivatives need.
                 If the operator has keyword-only arguments, it also gets ``keyword_only_inputs``.
-            formula: the same function, made of differentiable operators of PyTorch.
+            formula: the operator's function, made of differentiable operators of PyTorch.
             jvp: ``jvp(ctx, *tangents)`` returns the tangent of the result; a tangent that is 0 may
                 be None. By default it is computed by differentiating ``backward``, which is linear
                 in ``grads``.
-            decompose: a function of the arguments; where it is true, ``formula`` is called in any
-                case.
+            decompose: a function of the arguments; where it returns True, ``formula`` is called
+                in any case.
 
         Raises:
             ValueError: the operator writes to an argument; ``formula`` and ``jvp``; ``decompose``
@@ -453,19 +520,18 @@ class CustomOpDef(custom_ops.CustomOpDef):
         *,
         cast: bool = True,
     ) -> None:
-        """Run the operator in ``cast_inputs`` under autocast, by default in the dtype that autocast
-        has.
+        """Run the operator in ``cast_inputs`` under autocast, by default in autocast's dtype.
 
         `torch.library.register_autocast` fixes the dtype; by default this rule follows
         ``torch.autocast(dtype=…)``. Tensors of float64 and of integers are left as they are.
-        Without a rule, autocast would act on the operators inside.
+        Without a rule, autocast would act on the PyTorch operators that the kernel calls.
 
         Args:
             device_type: "cpu" or "cuda"; by default both.
             cast: False leaves all arguments as they are.
 
         Raises:
-            ValueError: a device type that is no string, such as a dtype in its place.
+            ValueError: a device type that is no string; a dtype may have been given in its place.
         """
         if not isinstance(device_type, str | None):
             given = f"{self._qualname}: the device type is {device_type!r}"
@@ -477,8 +543,8 @@ class CustomOpDef(custom_ops.CustomOpDef):
             self._lib.impl(self._name, rule, f"Autocast{torch._C._dispatch_key_for_device(device)}")
 
     def _autocast(
-        self, device: str, dtype: torch.dtype | None, cast: bool, /, *args: Any, **kwargs: Any
-    ) -> Any:
+        self, device: str, dtype: torch.dtype | None, cast: bool, /, *args: object, **kwargs: object
+    ) -> object:
         chosen = dtype or torch.get_autocast_dtype(device)
 
         def converted(t: Tensor) -> Tensor:
@@ -489,13 +555,13 @@ class CustomOpDef(custom_ops.CustomOpDef):
         with torch.autocast(device, enabled=False):
             return self._opoverload(*args, **kwargs)
 
-    def register_sharding(self, rule: Callable[..., Any]) -> Callable[..., Any]:
-        """Register a rule for DTensors, as
-        `torch.distributed.tensor.experimental.register_sharding` does.
+    def register_sharding(self, rule: _F) -> _F:
+        """Register a rule of sharding: the placements of DTensors that the operator can take.
 
-        Importing DTensor would slow the import of a package. The first call after DTensor was
-        imported registers the rule, in time: the operator's Autograd key comes before DTensor's
-        dispatch.
+        The rule is the function that `torch.distributed.tensor.experimental.register_sharding`
+        takes. Importing DTensor would slow the import of a package. So the first call after DTensor
+        was imported registers the rule. That call already follows the rule, since the operator's
+        Autograd key comes before DTensor's dispatch.
 
         Raises:
             ValueError: the operator has no result (pytorch#167219).
@@ -506,9 +572,9 @@ class CustomOpDef(custom_ops.CustomOpDef):
                 f"{self._qualname}: DTensor shards results, and there is none; return a tensor"
             )
 
-        def with_defaults(*args: Any, **kwargs: Any) -> Any:
-            found = rule(*args, *self._defaults[len(args) :], **self._keyword_only(kwargs))
-            # The tensors are specs, and in a list that has None, too, strategies.
+        def with_defaults(*args: object, **kwargs: object) -> object:
+            found: Any = rule(*args, *self._defaults[len(args) :], **self._keyword_only(kwargs))
+            # A tensor comes as a spec. In a list that also holds None, it comes as a strategy.
             is_tensor = [
                 hasattr(t, "placements") or hasattr(t, "strategies") for t in tree_flatten(args)[0]
             ]
@@ -532,12 +598,11 @@ class CustomOpDef(custom_ops.CustomOpDef):
         sharding_rules[self._opoverload] = with_defaults
         return rule
 
-    def _keyword_only(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """All keyword-only arguments, of which PyTorch leaves out those that equal their
-        defaults."""
+    def _keyword_only(self, kwargs: dict[str, object]) -> dict[str, object]:
+        """All keyword-only arguments: PyTorch leaves out arguments that equal their defaults."""
         return {one.name: one.default_value for one in self._keywords} | kwargs
 
-    def _autograd(self, *args: Any, **kwargs: Any) -> Any:
+    def _autograd(self, *args: object, **kwargs: object) -> object:
         register_sharding_rules()
         if self._mutated:
             self._check_write(args, kwargs)
@@ -558,14 +623,14 @@ class CustomOpDef(custom_ops.CustomOpDef):
             if torch._C._any_requires_grad(*leaves):
                 call = Call(self, kwargs, transformed)
                 return call.result(self._function.apply(*call.flat(args), call))
-        with AutoDispatchBelowAutograd():  # `_below`, without the time of its call
+        with AutoDispatchBelowAutograd():  # as `_below`, whose call would take time
             return self._opoverload(*args, **kwargs)
 
-    def _below(self, *args: Any, **kwargs: Any) -> Any:
+    def _below(self, *args: object, **kwargs: object) -> object:
         with AutoDispatchBelowAutograd():
             return self._opoverload(*args, **kwargs)
 
-    def _check_write(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _check_write(self, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         """Refuse a call that would write to a tensor and leave its derivative as it was."""
         if is_transformed((args, kwargs)):
             raise RuntimeError(
@@ -574,22 +639,24 @@ class CustomOpDef(custom_ops.CustomOpDef):
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*self._written(args)):
             raise RuntimeError(
                 f"{self._qualname} has no gradient, and an argument that it writes to requires "
-                "one; detach it, or call the operator under torch.no_grad()"
+                "a gradient; detach it, or call the operator under torch.no_grad()"
             )
 
-    def _written(self, args: tuple[Any, ...]) -> list[Tensor]:
+    def _written(self, args: tuple[object, ...]) -> list[Tensor]:
         # No keyword-only argument is a tensor.
-        found = [args[i] for i in self._written_at if i < len(args)]
+        found: list[Any] = [args[i] for i in self._written_at if i < len(args)]
         if not all(isinstance(t, Tensor) for t in found):
             found = [t for t in tree_flatten(found)[0] if t is not None]
         return found
 
-    def _raise_versions(self, keyset: Any, /, *args: Any, **kwargs: Any) -> Any:
+    def _raise_versions(
+        self, keyset: torch._C.DispatchKeySet, /, *args: object, **kwargs: object
+    ) -> object:
         torch.autograd.graph.increment_version(self._written(args))
         return self._opoverload.redispatch(keyset & after_ADInplaceOrView_keyset, *args, **kwargs)
 
 
-def _refuse(name: str, schema: Any, tags: Sequence[torch.Tag]) -> None:
+def _refuse(name: str, schema: torch._C.FunctionSchema, tags: Sequence[torch.Tag]) -> None:
     """Refuse the schemas that the rules here do not support."""
     tensors = [one.name for one in schema.arguments if one.kwarg_only and "Tensor" in str(one.type)]
     if tensors:
@@ -608,10 +675,10 @@ def _refuse(name: str, schema: Any, tags: Sequence[torch.Tag]) -> None:
 class _Kernels:
     """The Triton kernels of an operator, imported when a compiler asks for their source."""
 
-    def __init__(self, kernels: Callable[[], Iterable[Any]]):
+    def __init__(self, kernels: Callable[[], Iterable[object]]):
         self.kernels = kernels
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[object]:
         return iter(self.kernels())
 
 
@@ -626,9 +693,8 @@ def _without_view(t: Tensor) -> Tensor:
     return t
 
 
-def _gpu_of(args: tuple[Any, ...]) -> torch.device | None:
-    """The tensors' GPU, to be made current: Triton launches on the current one, and chooses tiles
-    for it."""
+def _gpu_of(args: tuple[object, ...]) -> torch.device | None:
+    """The tensors' GPU, which must be current: Triton launches on, and for, the current GPU."""
     for arg in args:
         # A fake tensor may name a GPU that this machine lacks.
         if isinstance(arg, Tensor) and arg.is_cuda and torch.cuda.is_available():

@@ -1,26 +1,33 @@
 # SPDX-License-Identifier: MIT
 """The path of a call through autograd, torch.func and forward mode."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, islice
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from torchpar.library.private import SingleLevelFunction, set_fwd_grad_enabled
+from torchpar.library.rules import Context
+
+if TYPE_CHECKING:
+    from torchpar.library.definition import CustomOpDef
+
+_T = TypeVar("_T")
 
 
 class Call:
-    """A call on its way through `Differentiable`, of flat tensors; it keeps none of the
-    arguments."""
+    """A call on its way through `Differentiable`, as flat leaves; it keeps no argument."""
 
-    def __init__(self, op: Any, kwargs: dict[str, Any], transformed: bool):  # a CustomOpDef
+    are_smooth: list[bool]  # of a transformed call: whether each result has a derivative
+
+    def __init__(self, op: "CustomOpDef", kwargs: dict[str, object], transformed: bool):
         self.op, self.kwargs, self.transformed = op, kwargs, transformed
 
-    def flat(self, args: tuple[Any, ...]) -> Sequence[Any]:
+    def flat(self, args: tuple[object, ...]) -> Sequence[object]:
         """The leaves of all positional arguments."""
         self.given = len(args)
         if len(args) < len(self.op._defaults):
@@ -31,27 +38,30 @@ class Call:
         leaves, self.sizes = flattened(args, self.op._are_lists)
         return leaves
 
-    def compute(self, leaves: Sequence[Any]) -> tuple[Any, ...]:
-        output = self.op._below(*nested(leaves, self.sizes), **self.kwargs)
+    def compute(self, leaves: Sequence[object]) -> tuple[object, ...]:
+        output: Any = self.op._below(*nested(leaves, self.sizes), **self.kwargs)
         self.is_tuple = isinstance(output, tuple)
         leaves, self.output_sizes = flattened(output if self.is_tuple else (output,))
         return tuple(leaves)
 
-    def result(self, leaves: tuple[Any, ...]) -> Any:
+    def result(self, leaves: tuple[object, ...]) -> object:
         result = nested(leaves, self.output_sizes)
         return result if self.is_tuple else result[0]
 
-    def set_up(self, ctx: Any, leaves: Sequence[Any], output: tuple[Any, ...]) -> None:
+    def set_up(
+        self, ctx: "_FunctionContext", leaves: Sequence[object], output: tuple[object, ...]
+    ) -> None:
         ctx._torchpar_call, self.count = self, len(leaves)
-        self.materializes = len(output) > 1  # of one result autograd does
+        # Zeros for results without a gradient; for a single result autograd makes them.
+        self.materializes = len(output) > 1
         if self.transformed or self.materializes:
-            self.results: list[Any] = [  # None for a number
+            self.results: list[dict[str, Any] | None] = [  # None for a number
                 {"size": t.shape, "dtype": t.dtype, "device": t.device}
                 if isinstance(t, Tensor)
                 else None
                 for t in output
             ]
-        if self.materializes:  # the zeros that autograd makes are no DTensors (pytorch#173123)
+        if self.materializes:  # autograd's zeros would be no DTensors (pytorch#173123)
             ctx.set_materialize_grads(False)
         ctx.needs_input_grad = nested(ctx.needs_input_grad[:-1], self.sizes)[: self.given]
         if self.op._setup_context:
@@ -69,13 +79,13 @@ class Call:
     def _set_materializes(self, value: bool) -> None:
         self.materializes = value
 
-    def backward(self, ctx: Any, grads: Sequence[Any]) -> tuple[Any, ...]:
+    def backward(self, ctx: Context, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         """The gradients of the leaves."""
         if self.op._backward is None:
             name = self.op._qualname
             hint = "it has no backward; register one by register_autograd"
             raise RuntimeError(f"Trying to backward through {name}, but {hint}")
-        if self.materializes and any(g is None for g in grads):  # of a result that is not used
+        if self.materializes and any(g is None for g in grads):  # a result was not used
             like = next((g for g in grads if g is not None), None)
             if like is None:
                 return (None,) * self.count
@@ -83,8 +93,8 @@ class Call:
                 like.new_zeros(**result) if g is None and result else g
                 for g, result in zip(grads, self.results, strict=True)
             ]
-        found = self.op._backward(ctx, *nested(grads, self.output_sizes))
-        found = found if isinstance(found, tuple) else (found,)
+        gradients: Any = self.op._backward(ctx, *nested(grads, self.output_sizes))
+        found: tuple[Any, ...] = gradients if isinstance(gradients, tuple) else (gradients,)
         count = len(self.op._positional)
         if len(found) == self.given:  # arguments at their defaults need no gradient
             found += (None,) * (count - self.given)
@@ -96,7 +106,7 @@ class Call:
             )
         if self.sizes is None and list not in map(type, found):
             return found
-        leaves: list[Any] = []
+        leaves: list[Tensor | None] = []
         sizes = self.sizes or [None] * count
         for argument, size, gradient in zip(self.op._positional, sizes, found, strict=True):
             is_list = isinstance(gradient, list | tuple)
@@ -116,11 +126,12 @@ class Call:
 
 def flattened(
     values: tuple[Any, ...], are_lists: Sequence[bool] | None = None
-) -> tuple[Sequence[Any], list[int | None] | None]:
-    """The values and the tensors of those that are lists, and the lists' lengths; None without
-    lists.
+) -> tuple[Sequence[object], list[int | None] | None]:
+    """The values, with the tensors of lists in the lists' places, and the lengths of the lists.
 
-    ``are_lists`` tells which values are lists of tensors; without it, their elements do.
+    The length is None for a value that is no list; without lists, None stands for all lengths.
+    ``are_lists`` tells which values are lists of tensors. Without ``are_lists``, a list
+    whose elements are all tensors or None counts as a list of tensors.
     """
     if list not in map(type, values):
         return values, None
@@ -133,31 +144,43 @@ def flattened(
     return list(chain(*lists)), sizes
 
 
-def _is_list_of_tensors(value: Any) -> bool:
+def _is_list_of_tensors(value: object) -> bool:
     return isinstance(value, list) and all(t is None or isinstance(t, Tensor) for t in value)
 
 
-def nested(leaves: Iterable[Any], sizes: list[int | None] | None) -> tuple[Any, ...]:
-    """The values that `flattened` took apart."""
+def nested(leaves: Iterable[_T], sizes: list[int | None] | None) -> tuple[_T | list[_T], ...]:
+    """Put the leaves back into lists of ``sizes``: the inverse of `flattened`."""
     if sizes is None:
         return tuple(leaves)
     rest = iter(leaves)
     return tuple([next(rest) if size is None else list(islice(rest, size)) for size in sizes])
 
 
-# `torch.autograd.Function` would dispatch to the transforms again, which have called the operator.
+class _FunctionContext(Context, Protocol):
+    """The ``ctx`` of `Differentiable`: a rule's context, and what only this module uses."""
+
+    needs_input_grad: Any  # a bool for each leaf, until `Call.set_up` nests them
+    to_save: tuple[Tensor, ...] | None
+    non_differentiable: tuple[Tensor, ...] | None
+    _torchpar_call: Call
+    set_materialize_grads: Callable[[bool], None]
+
+    def save_for_forward(self, *tensors: Tensor | None) -> None: ...
+
+
+# `torch.autograd.Function` would call the transforms again, from which this call comes.
 class Differentiable(SingleLevelFunction):
     """An operator with its derivatives, also under transforms."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Any:
-        # In this order PyTorch's messages count the arguments as the operator does.
+    def forward(ctx: "_FunctionContext", *args: Any) -> Any:
+        # The call is last, so that PyTorch's messages number the arguments as the operator does.
         *leaves, call = args
         if not call.transformed:
             output = call.compute(leaves)
             call.set_up(ctx, leaves, output)
             return output
-        # The transforms below differentiate too.
+        # Transforms below this one may differentiate, too.
         with torch.enable_grad(), set_fwd_grad_enabled(True):
             output = call.compute(leaves)
         call.set_up(ctx, leaves, output)
@@ -172,11 +195,11 @@ class Differentiable(SingleLevelFunction):
         return output
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
+    def backward(ctx: "_FunctionContext", *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return *ctx._torchpar_call.backward(ctx, grads), None
 
     @staticmethod
-    def jvp(ctx: Any, *args: Tensor | None) -> Any:
+    def jvp(ctx: "_FunctionContext", *args: Tensor | None) -> object:
         tangents = args[:-1]
         saved = [
             t if t is None else forward_ad.unpack_dual(t, level=0).primal for t in ctx.saved_tensors
@@ -184,17 +207,17 @@ class Differentiable(SingleLevelFunction):
         call = ctx._torchpar_call
         needs = nested([t is not None for t in tangents], call.sizes)[: call.given]
         context = SimpleNamespace(**vars(ctx), saved_tensors=saved, needs_input_grad=needs)
-        # PyTorch turns forward mode off here, so that the tangents of the transforms below would be
-        # 0.
+        # PyTorch turns forward mode off here. The tangents of the transforms below would be 0.
         with set_fwd_grad_enabled(True):
             if call.op._jvp:
                 return call.op._jvp(context, *nested(tangents, call.sizes))
             return _transposed_backward(context, tangents)
 
 
-def _transposed_backward(ctx: Any, tangents: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """The tangents of the results: ``backward`` is linear in ``grads``, and this is its
-    transpose."""
+def _transposed_backward(
+    ctx: "_FunctionContext", tangents: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """The tangents of the results, by the transpose of ``backward``, which is linear."""
     call = ctx._torchpar_call
     with torch.enable_grad():
         zeros = [
@@ -202,14 +225,14 @@ def _transposed_backward(ctx: Any, tangents: Sequence[Tensor | None]) -> tuple[T
             for result, is_smooth in zip(call.results, call.are_smooth, strict=True)
         ]
         smooth = [t for t in zeros if t is not None and t.requires_grad]
-        found: Sequence[Any] = [t.detach() for t in smooth]
+        found: Sequence[Tensor] = [t.detach() for t in smooth]
         gradients = call.backward(ctx, zeros) if smooth else ()
         pairs = [
             (g, t)
             for g, t in zip(gradients, tangents, strict=False)
             if g is not None and t is not None
         ]
-        if any(not g.requires_grad for g, _ in pairs):  # a 0 of its own, or made by another library
+        if any(not g.requires_grad for g, _ in pairs):  # a constant, or another library's
             raise RuntimeError(
                 f"{call.op._qualname}: backward returns a gradient that PyTorch cannot "
                 "differentiate; return None for 0, or register jvp or formula"

@@ -3,18 +3,20 @@
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch._ops import OpOverload
+    from torch.distributed.tensor import DTensor
 
 
-def is_dtensor(t: Tensor) -> bool:
+def is_dtensor(t: object) -> "TypeGuard[DTensor]":
     """Whether ``t`` is a DTensor; this does not import DTensor's module."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(t, module.DTensor)
 
 
-sharding_rules: dict[Any, Callable[..., Any]] = {}  # by overload
+sharding_rules: dict["OpOverload[..., Any]", Callable[..., object]] = {}
 
 
 def register_sharding_rules() -> None:
@@ -27,7 +29,7 @@ def register_sharding_rules() -> None:
         sharding_rules.pop(overload, None)  # another thread may have registered it, too
 
 
-# `torch.compile` calls it while it traces. It would trace PyTorch's registration, and fail.
-# `torch.compiler.assume_constant_result` sets this mark and imports the compiler, which takes a
-# second.
+# The mark keeps `torch.compile` from tracing into PyTorch's registration, at which it would fail.
+# `torch.compiler.assume_constant_result` sets the same mark, but imports the compiler, which takes
+# a second.
 register_sharding_rules._dynamo_marked_constant = True  # type: ignore[attr-defined]

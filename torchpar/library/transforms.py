@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Transforms of torch.func and forward mode: detect them, and help rules of vmap."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -13,8 +11,10 @@ from torchpar.library.sharding import is_dtensor
 
 
 def batch_first(t: Tensor, dim: int | None, batch_size: int) -> Tensor:
-    """For rules of vmap: ``t`` with its batch dimension first, or expanded to a batch if ``dim`` is
-    None."""
+    """For rules of vmap: ``t`` with its batch dimension first.
+
+    If ``dim`` is None, ``t`` has no batch dimension, and is expanded to a batch.
+    """
     return t.expand(batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
 
 
@@ -27,7 +27,7 @@ def sample(t: Tensor, dim: int | None) -> Tensor:
     )
 
 
-def is_transformed(values: Any) -> bool:
+def is_transformed(values: object) -> bool:
     """Whether torch.func transforms or forward mode act on a call with these arguments."""
     if peek_interpreter_stack() is not None:
         return True
@@ -39,6 +39,5 @@ def is_transformed(values: Any) -> bool:
 
 
 def needs_formula(*tensors: Tensor) -> bool:
-    """Whether a backward pass of these must consist of operators with derivatives and sharding
-    rules."""
+    """Whether a backward pass must consist of operators with derivatives and sharding rules."""
     return torch.is_grad_enabled() or is_transformed(tensors) or any(map(is_dtensor, tensors))

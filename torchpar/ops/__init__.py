@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The operators: one file for each, with everything that PyTorch needs to know. Importing it
-registers it."""
+"""The operators: one file for each, with all rules of the operator.
+
+Importing a file registers its operator.
+"""
 
 from torchpar.ops.exact_matmul import exact_matmul, exact_matmul_t
 from torchpar.ops.linear_sigmoid import linear_sigmoid

@@ -4,31 +4,32 @@
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib import import_module
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchpar.library import CustomOpDef, Wrap, triton_op
+from torchpar.library.definition import Function
 from torchpar.library.private import FakeTensorMode
+from torchpar.library.rules import Context
 
 NAMESPACE = "torchpar"
 
 
 def operator(
     schema: str, *, kernels: str, opaque: Callable[..., bool] = lambda *args, **kwargs: False
-) -> Callable[[Callable[..., Any]], CustomOpDef]:
+) -> Callable[[Function], CustomOpDef]:
     """`torchpar.library.triton_op` in this namespace.
 
     Args:
         schema: as in `torch.library.define`, without the namespace.
         kernels: the module in `torchpar.kernels` that has the operator's kernels.
-        opaque: a function of the arguments; where it is true, compilers do not look into the
+        opaque: a function of the arguments; where it returns True, compilers do not look into the
             operator.
     """
     name, bracket, rest = schema.partition("(")
     mutated = {one.name for one in torch._C.parse_schema(schema).arguments if one.alias_info}
-    return triton_op(  # type: ignore[no-any-return]
+    return triton_op(
         f"{NAMESPACE}::{name}",
         mutates_args=mutated,
         schema=bracket + rest,
@@ -37,12 +38,12 @@ def operator(
     )
 
 
-def save_operands(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+def save_operands(ctx: Context, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     """The ``setup_context`` of an operator whose derivatives take all its operands."""
     ctx.save_for_backward(*inputs)
 
 
-def _kernels(module: str) -> Iterator[Any]:
+def _kernels(module: str) -> Iterator[object]:
     from triton import JITFunction
 
     found = vars(import_module(f"..kernels.{module}", __package__)).values()
@@ -50,11 +51,11 @@ def _kernels(module: str) -> Iterator[Any]:
 
 
 def supports_tma(wrap: Wrap) -> bool:
-    """Whether a kernel that ``wrap`` launches may make TMA descriptors, which need memory at the
-    launch.
+    """Whether a kernel that ``wrap`` launches may make TMA descriptors.
 
-    Inductor's Python wrapper allocates that memory. Its C++ wrapper, and so AOTInductor, allocates
-    enough for one program in torch 2.11. Other compilers, and uncompiled graphs, allocate nothing.
+    The descriptors need memory at the launch. Inductor's Python wrapper allocates this memory. Its
+    C++ wrapper, and so AOTInductor, allocates enough for one program in torch 2.11. Other
+    compilers, and uncompiled graphs, allocate nothing.
     """
     if wrap is None:
         return True

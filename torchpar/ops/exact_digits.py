@@ -13,7 +13,8 @@ For rows i of A and j of B, with the digits c and the exponents f of B,
     (A·Bᵀ)_ij ≈ T_ij · 2^(e_i + f_j − 38)
 
 T is an integer: its bits do not depend on the order of the sum, nor on how ranks, threads or a
-processor's instructions share it. The products with p + q > 3, of the orders 4 to 6, are left out.
+processor's instructions divide the sum. The products with p + q > 3, of the orders 4 to 6, are left
+out.
 
 Sources: Ozaki, Ogita, Oishi and Rump, "Error-free transformations of matrix multiplication by using
 fast routines of matrix multiplication and its applications", 2012; Ootomo, Ozaki and Yokota, "DGEMM
@@ -44,7 +45,7 @@ _FLOAT_CHAIN = 2**9  # terms, of two products of digits each, whose sum float32 
 LONGEST = 2**23  # terms, for which T fits in an int64
 # Elements to a thread that are cut, or put together, at a time: they fit in a core's cache.
 _BLOCK = 2**16
-# The least rows of a block: each block rearranges or converts the whole other operand.
+# The least rows of a block: each block rearranges or converts all of the other operand.
 _LEAST_ROWS, _LEAST_FLOAT_ROWS = 128, 512
 # Multiplications from which int8 is faster than floats, and half of X·Xᵀ faster than all of it.
 _MIN_LARGE_PRODUCT = 2**20
@@ -52,10 +53,10 @@ _MIN_LARGE_PRODUCT = 2**20
 
 @functools.cache
 def has_int8() -> bool:
-    """Return True if PyTorch multiplies int8 matrices on this CPU by instructions that add to int32
-    exactly.
+    """Return True if PyTorch multiplies int8 matrices exactly, by this CPU's instructions for it.
 
-    Elsewhere `torch._int_mm` is a plain loop, or instructions of oneDNN may saturate at 16 bits.
+    These instructions add to int32. Elsewhere `torch._int_mm` is a plain loop, or instructions of
+    oneDNN may saturate at 16 bits.
     """
     if "avx512_vnni" not in cpuinfo("flags") or not torch.backends.mkldnn.is_available():
         return False
@@ -72,11 +73,11 @@ def power_of_two(exponents: Tensor, dtype: torch.dtype = torch.float32) -> Tenso
 
 
 def row_exponents(x: Tensor) -> Tensor:
-    """The exponents e ``(*, m, 1)`` int32 of the rows of ``x``, from `MIN_EXPONENT` to
-    `MAX_EXPONENT`.
+    """The exponents e ``(*, m, 1)`` int32 of the rows of ``x``.
 
-    The largest |x| of a row is less than (1 − 2⁻⁷)·2^e, and at least (½ − 2⁻⁸)·2^e unless it is 0.
-    A row with a NaN or an infinity has an exponent above `MAX_EXPONENT`.
+    The exponents lie from `MIN_EXPONENT` to `MAX_EXPONENT`. The largest |x| of a row is less than
+    (1 − 2⁻⁷)·2^e, and at least (½ − 2⁻⁸)·2^e unless it is 0. A row with a NaN or an infinity has an
+    exponent above `MAX_EXPONENT`.
     """
     if x.shape[-1] == 0:
         return x.new_full((*x.shape[:-1], 1), MIN_EXPONENT, dtype=torch.int32)
@@ -88,8 +89,7 @@ def row_exponents(x: Tensor) -> Tensor:
 
 
 def digits(x: Tensor, e: Tensor) -> Tensor:
-    """The digits ``(*, m, 4, k)`` int8 of the rows of ``x (*, m, k)``, of exponents
-    ``e (*, m, 1)``.
+    """The digits ``(*, m, 4, k)`` int8 of ``x (*, m, k)`` with exponents ``e (*, m, 1)``.
 
     |x| < (1 − 2⁻⁷)·2^e holds for all elements. The digits of rows that are not finite mean nothing.
     """
@@ -117,10 +117,10 @@ def scaled(x: Tensor, exponents: Tensor) -> Tensor:
 
 
 def product_of_exponents(a: Tensor, b: Tensor, e: Tensor, f: Tensor, wrap: Wrap = None) -> Tensor:
-    """``a @ b.mT`` for ``a (*, m, k)`` and ``b (*, n, k)``, of exponents ``e (*, m, 1)`` and
-    ``f (*, n, 1)``.
+    """``a @ b.mT`` for ``a (*, m, k)`` and ``b (*, n, k)`` by exact sums.
 
-    If ``b is a``, half of it is computed.
+    ``e (*, m, 1)`` and ``f (*, n, 1)`` are the exponents of the rows. If ``b is a``, half of the
+    product is computed.
     """
     if a.is_cuda or wrap is not None:
         return _by_kernel(a, b, e, f, wrap)
@@ -135,7 +135,7 @@ def product_of_exponents(a: Tensor, b: Tensor, e: Tensor, f: Tensor, wrap: Wrap 
 def sums(a: Tensor, b: Tensor, e: Tensor, f: Tensor) -> Tensor:
     """T ``(m, n)`` int64 of matrices, whose rows have the exponents ``e (m, 1)`` and ``f (n, 1)``.
 
-    Those of rows that are not finite mean nothing.
+    The entries of T for rows that are not finite mean nothing.
     """
     return _by_kernel(a, b, e, f, None, torch.int64) if a.is_cuda else _sums(a, b, e, f).long()
 
@@ -188,8 +188,8 @@ def _chained(of_chain: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor)
 def _int8_sums(a: Tensor, b: Tensor) -> Tensor:
     """T ``(m, n)`` in float64, by products of int8."""
     (m, _, k), n = a.shape, len(b)
-    # Order s: Σ_p d_(s − p)·c_p is one product over the leading digits of A, reversed, and those of
-    # B.
+    # Order s: Σ_p d_(s − p)·c_p is one product, over the leading digits of A, reversed, and the
+    # leading digits of B.
     left, right = a.flip(1).flatten(1), b.flatten(1)
     orders = a.new_empty(DIGITS, m, n, dtype=torch.int32)
     for s, order in enumerate(orders, 1):
@@ -218,10 +218,10 @@ def _float_sums(a: Tensor, b: Tensor) -> Tensor:
 
 
 def rounded(total: Tensor, e: Tensor, f: Tensor) -> Tensor:
-    """The product in float32 ``(*, m, n)``, from T and the exponents ``e (*, m, 1)`` and
-    ``f (*, n, 1)``.
+    """The product ``(*, m, n)`` in float32, from T and the rows' exponents.
 
-    T is rounded once; above 2⁵³, to float64 before. Rows that are not finite make results NaN.
+    The exponents are ``e (*, m, 1)`` and ``f (*, n, 1)``. T is rounded once, to float32; above 2⁵³
+    it is rounded to float64 before. Rows that are not finite make results NaN.
     """
     left, right = (
         torch.where(t > MAX_EXPONENT, torch.nan, power_of_two(t - less, torch.float64))

@@ -10,23 +10,21 @@ With G = dL/dC, the gradients are exact products too:
 If both operands are one tensor, half of the product is computed.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from torchpar.library import Wrap, batch_first, sample
+from torchpar.library.rules import Context, Sharding, Spec, VmapInfo
 from torchpar.ops import exact_digits
 from torchpar.ops._operator import operator, save_operands
 
 
 def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """The product ``a @ b.mT`` in float32, with the same bits on every device and number of
-    threads.
+    """The product ``a @ b.mT`` in float32, with the same bits on every processor.
 
-    The rows of both operands are scaled by powers of two and rounded to integers of 32 bits, of
-    which `torchpar.ops.exact_digits` has the formula. The sums are exact, and are rounded once. The
-    error is at most
+    The bits do not depend on the device or on the number of threads. The rows of both operands are
+    scaled by powers of two and rounded to integers of 32 bits, of which `torchpar.ops.exact_digits`
+    has the formula. The sums are exact, and are rounded once. The error is at most
 
         k · 2⁻²⁷ · max|a_i| · max|b_j| + half an ulp
 
@@ -50,7 +48,7 @@ def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
 def exact_matmul_t(x: Tensor) -> Tensor:
     """The product ``x @ x.mT`` in float32, ``exact_matmul(x, x)``, of which half is computed.
 
-    It equals its transpose bit for bit.
+    The result equals its transpose bit for bit.
 
     Args:
         x: ``(*, n, k)`` float32.
@@ -80,7 +78,7 @@ def _check(a: Tensor, b: Tensor) -> None:
         raise RuntimeError(f"torchpar::exact_matmul: {actual}, expected ({expected}) on {a.device}")
 
 
-# The CPU path looks at the values; compilers keep it whole.
+# The CPU path looks at the values, so compilers do not look into it.
 @operator(
     "exact_matmul(Tensor a, Tensor b) -> Tensor",
     kernels="exact_matmul",
@@ -99,13 +97,13 @@ def _exact_matmul_fake(a: Tensor, b: Tensor) -> Tensor:
     return a.new_empty(*a.shape[:-1], b.shape[-2])
 
 
-def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _backward(ctx: Context, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
     a, b = ctx.saved_tensors
     need_a, need_b = ctx.needs_input_grad
     return exact_matmul(g, b.mT) if need_a else None, exact_matmul(g.mT, a.mT) if need_b else None
 
 
-def _jvp(ctx: Any, da: Tensor | None, db: Tensor | None) -> Tensor:
+def _jvp(ctx: Context, da: Tensor | None, db: Tensor | None) -> Tensor:
     a, b = ctx.saved_tensors
     if da is None or db is None:
         return exact_matmul(a, db) if da is None else exact_matmul(da, b)  # type: ignore[arg-type]
@@ -117,7 +115,7 @@ _op.register_autograd(_backward, setup_context=save_operands, jvp=_jvp)
 
 @_op.register_vmap
 def _exact_matmul_vmap(
-    info: Any, in_dims: tuple[int | None, int | None], a: Tensor, b: Tensor
+    info: VmapInfo, in_dims: tuple[int | None, int | None], a: Tensor, b: Tensor
 ) -> tuple[Tensor, int]:
     _check(sample(a, in_dims[0]), sample(b, in_dims[1]))
     first = batch_first(a, in_dims[0], info.batch_size)
@@ -129,11 +127,11 @@ for _device in ("cpu", "cuda"):
 
 
 @_op.register_sharding
-def _exact_matmul_sharding(a: Any, b: Any) -> list[Any]:
+def _exact_matmul_sharding(a: Spec, b: Spec) -> list[Sharding]:
     from torch.distributed.tensor import Replicate, Shard
 
-    # A sum of rounded parts would not be exact: operands split along k are gathered.
+    # A sum of rounded partial sums would not be exact: operands sharded along k are gathered.
     batch = [([Shard(dim)], [Shard(dim), Shard(dim)]) for dim in range(a.ndim - 2)]
     rows, columns = Shard(a.ndim - 2), Shard(a.ndim - 1)
-    whole = Replicate()
-    return [([whole], [whole, whole]), ([rows], [rows, whole]), ([columns], [whole, rows]), *batch]
+    full = Replicate()
+    return [([full], [full, full]), ([rows], [rows, full]), ([columns], [full, rows]), *batch]

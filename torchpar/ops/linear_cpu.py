@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""float32 products on the CPU: PyTorch's own, or oneDNN's where `processor.prefers_onednn`.
+"""float32 products on the CPU: PyTorch's, or oneDNN's where `processor.prefers_onednn`.
 
 `torch.ops.mkldnn._linear_pointwise`, a private name that Inductor uses too, is oneDNN's product. It
 sums all terms in one chain, and the error grows with the chain's length: 784 terms have 1.5 times
@@ -7,22 +7,21 @@ the error of PyTorch's product, and 2048 have 2.1 times. Therefore sums are cut 
 most `CHAIN` terms.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from torchpar.library.rules import Context
 from torchpar.library.transforms import is_transformed
 from torchpar.ops import processor
 from torchpar.ops.matrix import pad_to_even, rows
 
 CHAIN = 264
-# Multiplications per chain and thread above which oneDNN saves more time than its call, and that of
-# a `Function`, take.
+# Multiplications per chain and thread above which oneDNN saves more time than its call and the call
+# of a `Function` take.
 _MIN_PRODUCT = 4_000_000
-_LEAST_ROWS = 64  # from which chains gain more than it costs to copy the other matrix
-_BLOCK = 512  # rows; what a chain adds to stays in the cache
+_LEAST_ROWS = 64  # from which on chains save more time than copying the other matrix takes
+_BLOCK = 512  # rows; the result that the chains add to stays in the cache
 _is_tracing = torch._C._is_tracing
 _onednn_is_enabled = torch._C._get_mkldnn_enabled  # by `torch.backends.mkldnn.flags`
 _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
@@ -41,12 +40,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 class LinearFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Context, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         return _linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad
         dx = mm(rows(g), weight).view(x.shape) if need_x else None
@@ -70,13 +69,12 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     y = _product(rows(x), weight, chains, bias)
     if x.dim() == 2:
         return y
-    # No view: autograd refuses to change those that a Function returns.
+    # No view: autograd refuses to change a view that a Function returns.
     return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], len(weight)))  # type: ignore[no-any-return]
 
 
 def mm(a: Tensor, b: Tensor, most: int = CHAIN) -> Tensor:
-    """``a @ b`` for matrices, differentiable, in chains of ``most`` terms where oneDNN
-    multiplies."""
+    """``a @ b`` for matrices, differentiable; oneDNN multiplies in chains of ``most`` terms."""
     chains = (
         _chains(b.mT, a, most) if not torch.is_grad_enabled() and _is_for_onednn(b.mT, a) else 0
     )
@@ -84,8 +82,7 @@ def mm(a: Tensor, b: Tensor, most: int = CHAIN) -> Tensor:
 
 
 def _is_for_onednn(b: Tensor, a: Tensor, bias: Tensor | None = None) -> bool:
-    """Whether oneDNN is preferred for ``a (*, k)``, ``b (n, k)`` and ``bias``, which are large
-    enough."""
+    """Whether oneDNN is preferred for ``a (*, k)``, ``b (n, k)`` and ``bias``, by size, too."""
     # A compiler would refuse `processor.prefers_onednn`, which is cached.
     if torch.compiler.is_compiling() or not (processor.prefers_onednn() and is_eager(b, a, bias)):
         return False
@@ -124,11 +121,10 @@ def _product(a: Tensor, b: Tensor, chains: int, bias: Tensor | None = None) -> T
 
 
 def cut(a: Tensor, b: Tensor, chains: int) -> list[tuple[Tensor, Tensor]]:
-    """Matrices ``a`` and ``b`` cut into ``chains`` parts of their columns, as `in_chains` takes
-    them.
+    """Matrices ``a`` and ``b`` cut into ``chains`` groups of columns, for `in_chains`.
 
-    Each part of ``b`` or its transpose is contiguous. With another one oneDNN takes a thousand
-    times as long.
+    Each group of columns of ``b``, or its transpose, is contiguous. With other strides oneDNN takes
+    a thousand times as long.
     """
     parts = [
         t if t.is_contiguous() or t.mT.is_contiguous() else t.contiguous()
@@ -138,8 +134,8 @@ def cut(a: Tensor, b: Tensor, chains: int) -> list[tuple[Tensor, Tensor]]:
 
 
 def in_chains(terms: list[tuple[Tensor, Tensor]], bias: Tensor | None = None) -> Tensor:
-    """``a @ b.T + bias`` for matrices that were `cut`, one chain after the other."""
-    pointwise: Any = torch.ops.mkldnn._linear_pointwise
+    """``a @ b.T + bias`` for matrices that `cut` has cut into ``terms``, chain after chain."""
+    pointwise = torch.ops.mkldnn._linear_pointwise
     out: Tensor = pointwise(*terms[0], bias, "none", [], "")
     for a, b in terms[1:]:
         out = pointwise.binary(a, out, b, None, "add")

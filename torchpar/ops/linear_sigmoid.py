@@ -9,17 +9,18 @@ With G = dL/dY, and since σ' = σ·(1 − σ) depends on the output alone:
     dL/dX = dL/dZ · W          dL/dW = (dL/dZ)ᵀ · X
 
 A second operator computes dL/dZ and dL/db in one pass over G and Y on a GPU. It has no gradient:
-second derivatives are those of the formula.
+second derivatives are derivatives of the plain formula.
 """
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from torchpar.library import Wrap, batch_first, sample
+from torchpar.library.rules import Context, Sharding, Spec, VmapInfo
 from torchpar.library.transforms import needs_formula
 from torchpar.ops._operator import operator, supports_tma
 from torchpar.ops.linear_cpu import is_eager, linear, linear_forward
@@ -33,6 +34,9 @@ from torchpar.ops.matrix import (
     rows,
 )
 from torchpar.ops.processor import has_bfloat16
+
+if TYPE_CHECKING:  # DTensor takes long to import
+    from torch.distributed.tensor import Placement
 
 
 def linear_sigmoid(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -70,10 +74,9 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def _is_native(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Return True if PyTorch's operators and their autograd are right, and faster than this
-    operator.
+    """Whether to call PyTorch's operators, with their autograd, in place of this operator.
 
-    They are on CPUs, for 16-bit floats if all sizes are even.
+    On CPUs PyTorch's operators are faster. For 16-bit floats they are right if all sizes are even.
     """
     if not (x.is_cpu and is_eager(x, weight, bias)):
         return False
@@ -84,7 +87,7 @@ def _is_native(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
 
 
 def _is_slow(t: Tensor) -> bool:
-    """Whether products take 50 times as long as those of float32."""
+    """Whether products of ``t`` take 50 times as long as products of float32."""
     return t.dtype == torch.bfloat16 and t.is_cpu and not has_bfloat16()
 
 
@@ -125,23 +128,22 @@ def _linear_sigmoid_fake(x: Tensor, weight: Tensor, bias: Tensor | None = None) 
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_context(ctx: Context, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     x, weight = inputs[:2]
     ctx.save_for_backward(x, weight, output)
 
 
 def dz_and_db(g: Tensor, y: Tensor, need_bias: bool = True) -> tuple[Tensor, Any]:
-    """dL/dZ ``(*, out)``, and dL/db ``(out)`` if ``need_bias``, from g = dL/dY and y
-    ``(*, out)``."""
+    """dL/dZ ``(*, out)`` from g = dL/dY and y ``(*, out)``; with ``need_bias`` also dL/db."""
     if not need_bias:
         return _sigmoid_gradient(g, y), None
     # On a CPU nothing is fused, and two calls of ATen cost less than dispatching one operator.
     return _backward_op(g, y) if y.is_cuda and not needs_formula(g, y) else _backward_formula(g, y)
 
 
-def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Context, g: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, y = ctx.saved_tensors
-    # Which has no entry for a bias that is not given.
+    # There is no entry for a bias that is not given.
     need_x, need_weight, *need_bias = ctx.needs_input_grad
     dz, db = dz_and_db(g, y, any(need_bias))
     dtype = x.dtype
@@ -164,7 +166,7 @@ _op.register_autograd(
 
 @_op.register_vmap
 def _linear_sigmoid_vmap(
-    info: Any,
+    info: VmapInfo,
     in_dims: tuple[int | None, ...],
     x: Tensor,
     weight: Tensor,
@@ -195,10 +197,10 @@ _op.register_autocast()
 
 
 @_op.register_sharding
-def _linear_sigmoid_sharding(x: Any, weight: Any, bias: Any = None) -> list[Any]:
+def _linear_sigmoid_sharding(x: Spec, weight: Spec, bias: Spec | None = None) -> list[Sharding]:
     from torch.distributed.tensor import Replicate, Shard
 
-    def parameters(placement: Any) -> list[Any]:
+    def parameters(placement: "Placement") -> "list[Placement | None]":
         return [placement, None if bias is None else placement]
 
     rows = [([Shard(dim)], [Shard(dim), *parameters(Replicate())]) for dim in range(x.ndim - 1)]

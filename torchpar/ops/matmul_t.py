@@ -7,17 +7,18 @@ With G = dL/dC:
 
     dL/dX = (G + Gᵀ)·X
 
-computed by a second operator: on a GPU one kernel makes (G + Gᵀ)/2, and PyTorch's library
-multiplies (float16 takes two products). It has no gradient: second derivatives are those of the
-formula.
+is computed by a second operator: on a GPU one kernel makes (G + Gᵀ)/2, and PyTorch's library
+multiplies (float16 takes two products). The second operator has no gradient: second derivatives are
+derivatives of the plain formula.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor
 
 from torchpar.library import Wrap, sample
+from torchpar.library.rules import Context, Sharding, Spec, VmapInfo
 from torchpar.library.sharding import is_dtensor
 from torchpar.library.transforms import needs_formula
 from torchpar.ops import symmetric_cpu
@@ -25,15 +26,18 @@ from torchpar.ops._operator import operator, save_operands
 from torchpar.ops.matrix import check_dtype, mean_with_transpose, product
 from torchpar.ops.symmetric_matmul import compute_symmetric_matmul
 
+if TYPE_CHECKING:  # DTensor takes long to import
+    from torch.distributed.tensor import DTensor
+
 
 def matmul_t(x: Tensor) -> Tensor:
-    """The product of a matrix and its own transpose, at half the arithmetic and exactly symmetric.
+    """The product of a matrix and its transpose, at half the arithmetic and exactly symmetric.
 
     ``c = x @ x.mT``. Only tiles on and below the diagonal are computed, and each is stored twice,
     so ``torch.equal(c, c.mT)`` holds. Under torch.func transforms the plain product is evaluated,
-    which may not be exactly symmetric. A DTensor split by rows is gathered once, and each rank
-    computes its own rows of the plain product. `torchpar.reference.matmul_t` is the same in plain
-    PyTorch, to be read first.
+    which may not be exactly symmetric. A DTensor sharded by rows is gathered once, and each rank
+    computes the rows of its shard of the plain product. `torchpar.reference.matmul_t` is the same
+    in plain PyTorch, to be read first.
 
     Args:
         x: ``(*, n, k)``; float16, bfloat16, float32 or float64. On CUDA, float32 follows
@@ -59,11 +63,11 @@ def _formula(x: Tensor) -> Tensor:
     return product(x, _gathered(x) if _is_split_by_rows(x) else x)
 
 
-def _is_split_by_rows(x: Tensor) -> bool:
-    return is_dtensor(x) and x.dim() >= 2 and any(p.is_shard(x.dim() - 2) for p in x.placements)  # type: ignore[attr-defined]
+def _is_split_by_rows(x: Tensor) -> "TypeGuard[DTensor]":
+    return is_dtensor(x) and x.dim() >= 2 and any(p.is_shard(x.dim() - 2) for p in x.placements)
 
 
-def _gathered(x: Any) -> Any:
+def _gathered(x: "DTensor") -> "DTensor":
     from torch.distributed.tensor import Replicate
 
     rows = x.ndim - 2
@@ -86,7 +90,7 @@ def _matmul_t_fake(x: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:-1], x.shape[-2])
 
 
-def _backward(ctx: Any, g: Tensor) -> Tensor:
+def _backward(ctx: Context, g: Tensor) -> Tensor:
     (x,) = ctx.saved_tensors
     return _backward_formula(g, x) if needs_formula(g, x) else _backward_op(g, x)
 
@@ -97,7 +101,7 @@ _op.register_autograd(
 
 
 @_op.register_vmap
-def _matmul_t_vmap(info: Any, in_dims: tuple[int], x: Tensor) -> tuple[Tensor, int]:
+def _matmul_t_vmap(info: VmapInfo, in_dims: tuple[int], x: Tensor) -> tuple[Tensor, int]:
     _check(sample(x, in_dims[0]))
     return matmul_t(x.movedim(in_dims[0], 0)), 0
 
@@ -106,7 +110,7 @@ _op.register_autocast()
 
 
 @_op.register_sharding
-def _matmul_t_sharding(x: Any) -> list[Any]:
+def _matmul_t_sharding(x: Spec) -> list[Sharding]:
     from torch.distributed.tensor import Partial, Replicate, Shard
 
     batch = [([Shard(dim)], [Shard(dim)]) for dim in range(x.ndim - 2)]

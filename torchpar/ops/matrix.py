@@ -12,8 +12,7 @@ DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_dtype(operator: str, name: str, x: Tensor) -> None:
-    """Raise a RuntimeError unless the argument ``x``, called ``name``, has a dtype of the
-    kernels."""
+    """Raise a RuntimeError unless ``x``, the argument ``name``, has a dtype of the kernels."""
     if x.dtype not in DTYPES:
         raise RuntimeError(
             f"torchpar::{operator}: {name} has dtype {x.dtype}, expected float16, bfloat16, "
@@ -42,18 +41,17 @@ def rows(t: Tensor) -> Tensor:
 def is_paired(t: Tensor) -> bool:
     """Whether a product may read the elements of ``t`` in pairs, as AMX reads 16-bit floats.
 
-    Where rows have an odd length, oneDNN pairs the last element with one that lies beside it in
-    memory, and multiplies that one by 0. If it is not finite, the result is NaN.
+    Where rows have an odd length, oneDNN pairs the last element with its neighbour in memory, and
+    multiplies the neighbour by 0. If the neighbour is not finite, the result is NaN.
     """
     return t.is_cpu and t.dtype.itemsize == 2
 
 
 def pad_to_even(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Append columns of zeros to ``a (*, n, k)`` and ``b (*, m, k)`` if they are `is_paired` and k
-    is odd.
+    """Append a column of zeros to ``a (*, n, k)`` and ``b (*, m, k)``, if `is_paired` and k is odd.
 
-    A graph with a symbolic k appends two or three, also to an even k. DTensors are left as they
-    are.
+    A graph with a symbolic k appends two or three columns, also to an even k. DTensors are left as
+    they are.
     """
     if not is_paired(a) or is_dtensor(a) or is_dtensor(b):
         return a, b

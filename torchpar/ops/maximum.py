@@ -11,17 +11,17 @@ Where a or b is NaN, both gradients are g, as in `torch.maximum`. Gradients are 
 broadcast dimensions.
 
 A second operator, used on GPUs, computes both gradients in the shape of g. It has no gradient:
-second derivatives are those of the formula.
+second derivatives are derivatives of the plain formula.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchpar.library import Wrap, sample
 from torchpar.library.private import compute_elementwise_output_strides
+from torchpar.library.rules import Context, Sharding, Spec, VmapInfo
 from torchpar.library.transforms import needs_formula
 from torchpar.ops._operator import operator, save_operands
 
@@ -32,7 +32,8 @@ _DTYPES = frozenset((*_INTEGERS, torch.float16, torch.bfloat16, torch.float32, t
 def maximum(a: Tensor, b: Tensor) -> Tensor:
     """Elementwise maximum of two tensors, with `torch.maximum`'s semantics.
 
-    ``y[i] = max(a[i], b[i])``; NaN in either operand gives NaN; equal elements share the gradient.
+    ``y[i] = max(a[i], b[i])``; NaN in either operand gives NaN; of equal elements each gets half
+    the gradient.
 
     Args:
         a: any shape; uint8, int8 to int64, bool, float16, bfloat16, float32 or float64.
@@ -117,23 +118,23 @@ def _formula(a: Tensor, b: Tensor) -> Tensor:
     return torch.maximum(a, b)
 
 
-def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _backward(ctx: Context, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
     a, b = ctx.saved_tensors
     need_a, need_b = ctx.needs_input_grad
-    # One launch for both costs less than ATen's for one.
+    # One launch for both gradients costs less than ATen's launches for one.
     if g.is_cuda and not needs_formula(g, a, b):
         da, db = _backward_op(g, a.detach(), b.detach())  # the gradients depend on g alone
     else:
-        share = torch.where(a == b, g / 2, g)
+        of_larger = torch.where(a == b, g / 2, g)
         da, db = (
-            share.masked_fill(a < b, 0) if need_a else None,
-            share.masked_fill(b < a, 0) if need_b else None,
+            of_larger.masked_fill(a < b, 0) if need_a else None,
+            of_larger.masked_fill(b < a, 0) if need_b else None,
         )
     return _reduced(da, a) if need_a else None, _reduced(db, b) if need_b else None
 
 
-def _reduced(share: Tensor, t: Tensor) -> Tensor:
-    return share.sum_to_size(t.shape).to(t)
+def _reduced(gradient: Tensor, t: Tensor) -> Tensor:
+    return gradient.sum_to_size(t.shape).to(t)
 
 
 _op.register_autograd(_backward, setup_context=save_operands, formula=_formula)
@@ -141,7 +142,7 @@ _op.register_autograd(_backward, setup_context=save_operands, formula=_formula)
 
 @_op.register_vmap
 def _maximum_vmap(
-    info: Any, in_dims: tuple[int | None, int | None], a: Tensor, b: Tensor
+    info: VmapInfo, in_dims: tuple[int | None, int | None], a: Tensor, b: Tensor
 ) -> tuple[Tensor, int]:
     samples = [sample(t, dim) for t, dim in zip((a, b), in_dims, strict=True)]
     _device(*samples)
@@ -154,7 +155,7 @@ def _maximum_vmap(
 
 
 def _aligned(t: Tensor, dim: int | None, dims: int) -> Tensor:
-    """``t`` with its batch dimension before ``dims`` others."""
+    """``t`` with its batch dimension before ``dims`` other dimensions."""
     if dim is None:
         return t
     t = t.movedim(dim, 0)
@@ -162,10 +163,10 @@ def _aligned(t: Tensor, dim: int | None, dims: int) -> Tensor:
 
 
 @_op.register_sharding
-def _maximum_sharding(a: Any, b: Any) -> list[Any]:
+def _maximum_sharding(a: Spec, b: Spec) -> list[Sharding]:
     from torch.distributed.tensor import Replicate, Shard
 
-    rules: list[Any] = [([Replicate()], [Replicate(), Replicate()])]
+    rules: list[Sharding] = [([Replicate()], [Replicate(), Replicate()])]
     dims = max(a.ndim, b.ndim)
     for dim in range(dims):
         placed = [(t, dim - (dims - t.ndim)) for t in (a, b)]

@@ -10,12 +10,11 @@ from torchpar.machine import cpuinfo
 
 @cache
 def prefers_onednn() -> bool:
-    """Return True on AMD's processors from Zen 5 on, where oneDNN's float32 products are twice as
-    fast as PyTorch's own.
+    """Return True where oneDNN's float32 products are twice as fast as PyTorch's: on AMD's Zen 5.
 
-    PyTorch's are MKL's, which takes AVX2 on AMD's processors. oneDNN takes AVX-512, of which Zen 4
-    computes half a vector in a clock, and Zen 5 a whole one. GFLOP/s of one thread at 1024³ (torch
-    2.14.1):
+    Later processors of AMD count as Zen 5. PyTorch calls MKL, which takes AVX2 on AMD's processors.
+    oneDNN takes AVX-512. In a clock Zen 4 computes half a vector of AVX-512, and Zen 5 a full
+    vector. GFLOP/s of one thread at 1024³ (torch 2.14.1):
 
                                     MKL  oneDNN
         Zen 4 (EPYC, family 25)      93     109     PyTorch's: chains would lose what oneDNN gains
@@ -35,8 +34,10 @@ def prefers_onednn() -> bool:
 
 @cache
 def has_bfloat16() -> bool:
-    """Return True if oneDNN multiplies bfloat16 on this CPU; elsewhere float32 is ten times as
-    fast."""
+    """Return True if oneDNN multiplies bfloat16 on this CPU.
+
+    Elsewhere products of float32 are ten times as fast.
+    """
     return torch.backends.mkldnn.is_available() and bool(
         torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
@@ -44,6 +45,8 @@ def has_bfloat16() -> bool:
 
 @cache
 def has_amx() -> bool:
-    """Return True if this CPU multiplies bfloat16 in tiles, so fast that half a product takes as
-    long."""
+    """Return True if this CPU multiplies bfloat16 in tiles.
+
+    Such products are so fast that half a product in blocks takes as long as all of it.
+    """
     return bool(torch.cpu._is_amx_tile_supported())

@@ -13,8 +13,9 @@ from torchpar.ops.linear_cpu import CHAIN, cut, in_chains, mm, takes_onednn
 from torchpar.ops.matrix import mean_with_transpose, pad_to_even, product
 from torchpar.ops.processor import has_amx, has_bfloat16
 
-# From so many rows on, half of a product and its mirror image take less time than the whole product
-# and a mirror image, with two threads; below `_HALVED_FROM_NARROW` only with so many columns.
+# From so many rows on, half of a product and its mirror image take less time than all of the
+# product and a mirror image, with two threads; below `_HALVED_FROM_NARROW` only with so many
+# columns.
 _HALVED_FROM, _HALVED_FROM_BFLOAT16 = 384, 768
 _HALVED_FROM_NARROW, _COLUMNS = 512, 128
 _BLOCK, _BLOCK_BY_ONEDNN = 128, 256  # rows
@@ -28,14 +29,14 @@ def is_halved(x: Tensor) -> bool:
     rows, columns = x.shape[-2:]
     if x.is_cuda or rows < _HALVED_FROM or (rows < _HALVED_FROM_NARROW and columns < _COLUMNS):
         return False
-    if computed_in(x.dtype) == torch.bfloat16:  # AMX multiplies all as fast as half of it in blocks
+    # AMX multiplies all rows as fast as half of the result in blocks.
+    if computed_in(x.dtype) == torch.bfloat16:
         return rows >= _HALVED_FROM_BFLOAT16 and not has_amx()
     return True
 
 
 def computed_in(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of products: float32 where PyTorch's 16-bit ones take ten times as long, or
-    more."""
+    """The dtype of products: float32 where products in 16 bits take ten times as long or more."""
     slow = dtype == torch.float16 or (dtype == torch.bfloat16 and not has_bfloat16())
     return torch.float32 if slow else dtype
 
@@ -48,11 +49,10 @@ def symmetric_matmul_on_cpu(
     beta: float = 0.0,
     out: Tensor | None = None,
 ) -> Tensor:
-    """``alpha * a @ b.mT + beta * c``, known to be symmetric, for ``a, b (*, n, k)`` and
-    ``c (*, n, n)``.
+    """``alpha * a @ b.mT + beta * c``, known to be symmetric.
 
-    The result equals its transpose bit for bit. ``out`` may be ``c``, and has the dtype of ``a``,
-    or float32.
+    ``a`` and ``b`` are ``(*, n, k)``, and ``c`` is ``(*, n, n)``. The result equals its transpose
+    bit for bit. ``out`` may be ``c``, and has the dtype of ``a``, or float32.
     """
     c = None if beta == 0 else c
     dtype = computed_in(a.dtype if out is None else out.dtype)
@@ -86,15 +86,15 @@ def _halved(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float, o
     blocks = max(round(n / (_BLOCK_BY_ONEDNN if terms else _BLOCK)), 1)
     for block in range(blocks):
         lo, hi = n * block // blocks, n * (block + 1) // blocks
-        own, c_own = out[lo:hi, :hi], None if c is None else c[lo:hi, :hi]
+        out_block, c_block = out[lo:hi, :hi], None if c is None else c[lo:hi, :hi]
         if not terms:
-            product(a[lo:hi], b[:hi], c_own, alpha, beta, out=own)
+            product(a[lo:hi], b[:hi], c_block, alpha, beta, out=out_block)
             continue
         found = in_chains([(s[lo:hi], t[:hi]) for s, t in terms])
-        if c_own is None:
-            torch.mul(found, alpha, out=own)
+        if c_block is None:
+            torch.mul(found, alpha, out=out_block)
         else:
-            torch.add(found.mul_(alpha), c_own, alpha=beta, out=own)
+            torch.add(found.mul_(alpha), c_block, alpha=beta, out=out_block)
     mirror_(out)
 
 
@@ -102,7 +102,7 @@ def mirror_(h: Tensor) -> Tensor:
     """Copy the lower triangle of ``h (*, n, n)`` to the upper one; return ``h``."""
     n = h.shape[-1]
     if type(h) is not Tensor or n < _STRIPED_FROM or not h.is_cpu or h.stride(-1) != 1:
-        return _mirror(h)  # compilers, too: the stripes would fix n
+        return _mirror(h)  # also in compilers, for which stripes would fix n
     # Rows lie an odd number of cache lines apart: with a large power of two between rows, the
     # elements of a column share one cache set, and a transposed copy takes up to four times as
     # long.

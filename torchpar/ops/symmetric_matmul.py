@@ -8,23 +8,27 @@ symmetric, and they commute. With G = dL/dY:
 
     dL/dA = α·G·B        dL/dB = α·Gᵀ·A        dL/dC = β·G
 
-These are the derivatives of the plain formula. They are right in every direction in which Y stays
-symmetric.
+These gradients are the derivatives of the plain formula. They are right in every direction in which
+Y stays symmetric.
 
 A second operator, without a gradient, adds the product to a matrix in place: H ← β·H + α·A·Bᵀ.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from torchpar.library import Wrap, batch_first, sample
+from torchpar.library.rules import Context, Sharding, Spec, VmapInfo
 from torchpar.library.sharding import is_dtensor
 from torchpar.library.transforms import is_transformed
 from torchpar.ops import symmetric_cpu
 from torchpar.ops._operator import operator, supports_tma
 from torchpar.ops.matrix import check_dtype, check_like, fp32_precision, product
+
+if TYPE_CHECKING:  # DTensor takes long to import
+    from torch.distributed.tensor import Placement
 
 
 def symmetric_matmul(
@@ -50,7 +54,7 @@ def symmetric_matmul(
         c: ``(*, n, n)``, symmetric, of ``a``'s dtype and device, or None.
         alpha, beta: factors of the product and of ``c``.
             ``c`` needs ``beta``, and a ``beta`` other than 0 needs ``c``.
-        check: compute the whole product in float64, and raise if the product or ``c`` is not
+        check: compute all of the product in float64, and raise if the product or ``c`` is not
             symmetric up to the rounding of ``a``, ``b`` and ``c``. For debugging: it takes several
             times as long, and waits for the device. Ignored in compiled graphs and under torch.func
             transforms.
@@ -69,9 +73,10 @@ def symmetric_matmul(
     """
     if check and not (torch.compiler.is_compiling() or is_transformed((a, b, c))):
         _check(a, b, c, beta, out)
-        # The shards of a DTensor need not be symmetric.
-        whole: list[Any] = [a, b, c if beta else None]
-        _check_symmetry(*(t if t is None or not is_dtensor(t) else t.full_tensor() for t in whole))
+        # Unsharded, since a DTensor's shards need not be symmetric.
+        _check_symmetry(
+            _unsharded(a), _unsharded(b), _unsharded(c) if c is not None and beta else None
+        )
     if out is None and c is None and beta is None and alpha == 1:  # keywords take microseconds
         return _op(a, b)  # type: ignore[no-any-return]
     if out is None:
@@ -120,6 +125,10 @@ def _check(
         raise RuntimeError(
             f"torchpar::symmetric_matmul: beta is {beta} and c is None, pass both or neither"
         )
+
+
+def _unsharded(t: Tensor) -> Tensor:
+    return t.full_tensor() if is_dtensor(t) else t
 
 
 def _check_symmetry(a: Tensor, b: Tensor, c: Tensor | None) -> None:
@@ -175,8 +184,7 @@ def _op(
 def compute_symmetric_matmul(
     a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float, wrap: Wrap
 ) -> Tensor:
-    """The result of the operator, and of `torchpar.matmul_t`, for arguments that have been
-    checked."""
+    """The result of the operator and of `torchpar.matmul_t`, for arguments that were checked."""
     if not a.is_cuda:
         return symmetric_cpu.symmetric_matmul_on_cpu(a, b, c, alpha, beta)
     from torchpar.kernels import symmetric_matmul as kernels
@@ -190,22 +198,27 @@ def compute_symmetric_matmul(
 
 @_op.register_fake
 def _symmetric_matmul_fake(
-    a: Tensor, b: Tensor, c: Tensor | None = None, *, beta: float | None = None, **_: Any
+    a: Tensor, b: Tensor, c: Tensor | None = None, *, beta: float | None = None, **_: object
 ) -> Tensor:
     _check(a, b, c, beta)
     return a.new_empty(*a.shape[:-1], a.shape[-2])
 
 
+class _Context(Context, Protocol):
+    alpha: float
+    beta: float  # None without a C, of which no gradient is asked then
+
+
 def _setup_context(
-    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor
+    ctx: _Context, inputs: tuple[Tensor, ...], keyword_only_inputs: dict[str, float], output: Tensor
 ) -> None:
     ctx.save_for_backward(*inputs[:2])
     ctx.alpha, ctx.beta = keyword_only_inputs["alpha"], keyword_only_inputs["beta"]
 
 
-def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: _Context, g: Tensor) -> tuple[Tensor | None, ...]:
     a, b = ctx.saved_tensors
-    need_a, need_b, *need_c = ctx.needs_input_grad  # which has no entry for a C that is not given
+    need_a, need_b, *need_c = ctx.needs_input_grad  # without an entry for a C that is not given
     da = ctx.alpha * product(g, b.mT) if need_a else None
     db = ctx.alpha * product(g.mT, a.mT) if need_b else None
     return da, db, ctx.beta * g if any(need_c) else None
@@ -216,35 +229,37 @@ _op.register_autograd(_backward, setup_context=_setup_context, formula=_formula)
 
 @_op.register_vmap
 def _symmetric_matmul_vmap(
-    info: Any,
+    info: VmapInfo,
     in_dims: tuple[int | None, ...],
     a: Tensor,
     b: Tensor,
     c: Tensor | None = None,
-    **kwargs: Any,
+    **factors: float,
 ) -> tuple[Tensor, int]:
     operands = list(zip((a, b, c), (*in_dims, None)[:3], strict=True))
     a1, b1, c1 = (t if t is None else sample(t, dim) for t, dim in operands)
-    _check(a1, b1, c1, kwargs.get("beta"))  # type: ignore[arg-type]
+    _check(a1, b1, c1, factors.get("beta"))  # type: ignore[arg-type]
     batched = [t if t is None else batch_first(t, dim, info.batch_size) for t, dim in operands]
-    return _op(*batched, **kwargs), 0
+    return _op(*batched, **factors), 0
 
 
 _op.register_autocast()
 
 
 @_op.register_sharding
-def _symmetric_matmul_sharding(a: Any, b: Any, c: Any = None, **_: Any) -> list[Any]:
+def _symmetric_matmul_sharding(
+    a: Spec, b: Spec, c: Spec | None = None, **_: object
+) -> list[Sharding]:
     from torch.distributed.tensor import Partial, Replicate, Shard
 
-    def rule(result: Any, operand: Any) -> Any:
+    def rule(result: "Placement", operand: "Placement") -> Sharding:
         return [result], [operand, operand, None if c is None else result]
 
     batch = [rule(Shard(dim), Shard(dim)) for dim in range(a.ndim - 2)]
     return [rule(Replicate(), Replicate()), rule(Partial(), Shard(a.ndim - 1)), *batch]
 
 
-# In place. Compilers keep the operator whole: it writes to an operand.
+# In place. Compilers do not look into the operator, since it writes to an operand.
 
 
 @operator(
@@ -259,11 +274,11 @@ def _addmm_op(h: Tensor, a: Tensor, b: Tensor, *, alpha: float, beta: float, wra
         and h.numel()
     ):
         raise RuntimeError(
-            "torchpar::symmetric_matmul: out shares its storage with a or b, expected its own"
+            "torchpar::symmetric_matmul: out shares its storage with a or b, expected other memory"
         )
     if torch._debug_has_internal_overlap(h) == 1:
         raise RuntimeError(
-            "torchpar::symmetric_matmul: elements of out share memory, expected each its own"
+            "torchpar::symmetric_matmul: elements of out share memory, expected separate elements"
         )
     if alpha == 0 or a.shape[-1] == 0 or h.numel() == 0:
         if beta == 0:
@@ -285,7 +300,8 @@ def _addmm_by_kernel(h: Tensor, a: Tensor, b: Tensor, alpha: float, beta: float)
     out = kernels.symmetric_matmul(
         *operands,
         out=h,
-        # It would store the operands' dtype, and might load tiles of H that others have stored.
+        # The kernel by TMA would store the operands' dtype. It might load tiles of H that another
+        # program has already stored.
         tma=False,
         only_if_faster=h.dtype == a.dtype,  # PyTorch's products have one dtype
     )
@@ -293,7 +309,7 @@ def _addmm_by_kernel(h: Tensor, a: Tensor, b: Tensor, alpha: float, beta: float)
 
 
 @_addmm_op.register_fake
-def _symmetric_addmm_fake(h: Tensor, a: Tensor, b: Tensor, **_: Any) -> None:
+def _symmetric_addmm_fake(h: Tensor, a: Tensor, b: Tensor, **_: object) -> None:
     _check(a, b, None, None, h)
 
 

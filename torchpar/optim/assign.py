@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Muon for the hidden matrices of a model, and another optimizer for its other parameters.
 
-docs/muon.md names the sources of the rules. Layers of other libraries are known by names and
+docs/muon.md names the sources of the rules. Layers of other libraries are recognised by names and
 attributes.
 """
 
@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from torchpar.errors import ConfigError
 from torchpar.library.sharding import is_dtensor
-from torchpar.optim.chained import ChainedOptimizer
+from torchpar.optim.chained import ChainedOptimizer, Group
 from torchpar.optim.matrices import View
 from torchpar.tables import in_columns
 
@@ -28,8 +28,10 @@ Choice = Literal["muon", "others"]
 
 
 class Assignment(NamedTuple):
-    """The optimizer that takes a parameter, and why; without the parameter, which sharding may
-    replace."""
+    """The optimizer that takes a parameter, and the reason.
+
+    The parameter is not kept, since sharding may replace it.
+    """
 
     name: str
     shape: torch.Size
@@ -49,7 +51,7 @@ class ModelOptimizer(ChainedOptimizer):
         self.assignments = assignments
         super().__init__(*optimizers)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**super().__getstate__(), "assignments": self.assignments}
 
     def __repr__(self) -> str:
@@ -64,7 +66,7 @@ class ModelOptimizer(ChainedOptimizer):
         return in_columns([("parameter", "shape", "optimizer", "reason"), *rows])
 
 
-def _check_types(model: Any, others: Any, **mappings: Any) -> None:
+def _check_types(model: object, others: object, **mappings: object) -> None:
     if not isinstance(model, nn.Module):
         raise ConfigError(
             f"Muon.for_model: model is of type {type(model).__name__}, expected a Module"
@@ -84,7 +86,7 @@ def _check_types(model: Any, others: Any, **mappings: Any) -> None:
 def chain(  # noqa: C901  # a line for each rule, in their order
     make_muon: Callable[..., Optimizer],
     model: nn.Module,
-    others: Callable[[Iterable[Any]], Optimizer],
+    others: Callable[[Iterable[Group]], Optimizer],
     overrides: Mapping[str, Choice],
     views: Mapping[str, View],
 ) -> ModelOptimizer:
@@ -130,10 +132,11 @@ def chain(  # noqa: C901  # a line for each rule, in their order
             raise ConfigError(f"Muon.for_model: others returns a {returned}, expected an optimizer")
     optimizer = ModelOptimizer(list(assignments.values()), *optimizers)
 
-    # Until the first step; accelerate replaces parameters of optimizers before it.
+    # The model, until the first step; accelerate replaces parameters of optimizers before that
+    # step.
     unchecked = [model]
 
-    def check_once(stepping: Optimizer, *_: Any) -> None:
+    def check_once(stepping: Optimizer, *_: object) -> None:
         while unchecked:
             _check_parameters(stepping, unchecked[0])
             unchecked.clear()
@@ -179,19 +182,20 @@ class _Use(NamedTuple):
 
     @property
     def groups(self) -> int:
-        """The groups of a convolution; 0 of other layers."""
+        """The groups of a convolution; 0 for other layers."""
         return self.layer.groups if isinstance(self.layer, _ConvNd) else 0
 
     @property
     def is_stack(self) -> bool:
-        """Whether it is a stack of experts in transformers, whose modules say how they are
-        stored."""
+        """Whether the parameter is a stack of experts in transformers.
+
+        A module of such experts says by ``is_transposed`` how they are stored.
+        """
         return self.p.dim() == 3 and hasattr(self.layer, "is_transposed")
 
     @property
     def is_transposed(self) -> bool:
-        """Whether a matrix is stored ``(in, out)``, as by transformers' Conv1D and by some
-        experts."""
+        """Whether a matrix is stored ``(in, out)``, as in transformers' Conv1D and some experts."""
         return hasattr(self.layer, "nf") or getattr(self.layer, "is_transposed", False)
 
     def multiplies(self) -> bool:
@@ -202,12 +206,12 @@ class _Use(NamedTuple):
         return self.p.dim() == 2 and (fused or (known and self.role == "weight"))
 
 
-# Parametrizations that scale rows, or the whole matrix.
+# Parametrizations that scale rows, or all of the matrix.
 _SCALINGS = {"_WeightNorm", "_SpectralNorm"}
 
 
 def _uses_of(model: nn.Module) -> dict[Tensor, list[_Use]]:
-    """The layers of each parameter, of which there are several if they share it."""
+    """The layers that use each parameter; several layers may use one parameter."""
     heads = _heads(model)
     uses: dict[Tensor, list[_Use]] = {}
     for prefix, module in model.named_modules():
@@ -237,8 +241,10 @@ def _uses_of(model: nn.Module) -> dict[Tensor, list[_Use]]:
 
 
 def _at(pattern: str) -> Callable[[_Use], bool]:
-    """Whether a layer multiplies by the parameter, at a place; `fully_shard` prefixes the
-    classes."""
+    """A rule: the layer multiplies by the parameter, and its place fits ``pattern``.
+
+    `fully_shard` prefixes the names of the classes in the place.
+    """
     return lambda use: use.multiplies() and fnmatchcase(use.place, pattern)
 
 
@@ -251,12 +257,13 @@ def _query_key_value(use: _Use, rows: int, columns: int) -> list[int]:
 
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
-# When a rule applies; the reason, or the contents of a weight of several matrices below each other;
-# and their number if they are equal, or their rows, by the weight's rows n and columns m. None
-# stands for the other optimizer. The first rule counts, but one whose rows do not add up is passed
-# over: its layout is another.
+# A rule has three entries. First, when it applies. Second, the reason, or the contents of a weight
+# that holds several matrices below each other. Third, the number of these matrices if they are
+# equal, or a function that returns the rows of each from the weight's rows n and columns m; None
+# stands for the other optimizer. The first rule that applies counts. A rule whose rows do not add
+# up to n is passed over, since the weight has another layout.
 _RULES: list[
-    tuple[Callable[[_Use], Any], str, int | Callable[[_Use, int, int], list[int]] | None]
+    tuple[Callable[[_Use], object], str, int | Callable[[_Use, int, int], list[int]] | None]
 ] = [
     (lambda use: isinstance(use.layer, _EMBEDDINGS), "embedding", None),
     (lambda use: isinstance(use.layer, _NORMS), "normalization", None),
@@ -282,10 +289,10 @@ _RULES: list[
     (_at("*Phi*Attention.*.qkv_proj.weight"), "query, key and value", _query_key_value),
     (_at("*.qkv.weight"), "query, key and value", _query_key_value),
     (_at("*.Wqkv.weight"), "query, key and value", _query_key_value),
-    # Of GPT-2 and nanoGPT; in cross-attention only key and value.
+    # In GPT-2 and nanoGPT; in cross-attention only key and value.
     (_at("*.c_attn.weight"), "query, key and value", lambda _, n, m: [m] * (n // m)),
     (_at("*.gate_up_proj.weight"), "gate and up", 2),
-    # Two functions of x, as gate and up are.
+    # Two linear functions of x, as gate and up.
     (_at("*LinearMaxout.*.weight"), "both pieces of maxout", 2),
     (_at("*ModernBertMLP.*.Wi.weight"), "input and gate", 2),
     (_at("*MambaMixer.*.in_proj.weight"), "hidden states and gate", 2),
@@ -318,7 +325,7 @@ def _decide(uses: list[_Use]) -> tuple[Choice, str, View | None]:
 
 
 def _matrices(p: Tensor, sizes: list[int], groups: int, transposed: bool) -> Sequence[Tensor]:
-    """Matrices ``(out, in)``: one, or several below each other; perhaps each a stack."""
+    """The matrices ``(out, in)`` of ``p``, which lie below each other; each may be a stack."""
     if groups:
         shape = [groups, p.shape[0] // groups, math.prod(p.shape[1:])]
         return [p.view(shape if groups > 1 else shape[1:])]

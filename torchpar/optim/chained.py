@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+Group = dict[str, Any]
+"""A parameter group of `torch.optim`: "params", and the optimizer's arguments by name."""
+
 _CHANGED = (
     "ChainedOptimizer: a group was added to, removed from or replaced in the chain or one of its "
     "optimizers; make a new chain"
@@ -33,8 +36,8 @@ class ChainedOptimizer(Optimizer):
         )
         # Schedulers that cycle the momentum look here for "betas" or "momentum", and set it in all
         # groups.
-        shared = set.intersection(*(set(optimizer.defaults) for optimizer in optimizers))
-        cycled = "betas" if "betas" in shared else "momentum"
+        common = set.intersection(*(set(optimizer.defaults) for optimizer in optimizers))
+        cycled = "betas" if "betas" in common else "momentum"
         for optimizer in optimizers:
             if cycled in optimizer.defaults:
                 self.defaults[cycled] = optimizer.defaults[cycled]
@@ -44,7 +47,7 @@ class ChainedOptimizer(Optimizer):
         self._share_state()
 
     def _share_state(self) -> None:
-        """Give each optimizer the chain's state, and its own of the chain's groups."""
+        """Give each optimizer the chain's state, and the chain's groups which it steps."""
         if sum(len(optimizer.param_groups) for optimizer in self.optimizers) != len(
             self.param_groups
         ):
@@ -57,31 +60,33 @@ class ChainedOptimizer(Optimizer):
                 optimizer._share_state()
 
     def _check_groups(self) -> None:
-        """Raise unless the optimizers step the groups that this chain shows, saves and
-        schedules."""
+        """Raise unless the optimizers step the groups that the chain shows, saves and schedules."""
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         if [*map(id, groups)] != [*map(id, self.param_groups)]:
             raise RuntimeError(_CHANGED)
         if any(optimizer.state is not self.state for optimizer in self.optimizers):
             self._share_state()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**super().__getstate__(), "optimizers": self.optimizers}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         super().__setstate__(state)  # called for a copy, and by load_state_dict
         self._share_state()
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
+    def add_param_group(self, param_group: Group) -> None:
         if hasattr(self, "optimizers"):
             raise NotImplementedError(
                 "ChainedOptimizer cannot add groups; make a new optimizer of the model"
             )
         super().add_param_group(param_group)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Step each optimizer; returns the loss of ``closure``, which computes the gradients, or
-        None."""
+    def step(self, closure: Callable[[], object] | None = None) -> Any:
+        """Step each optimizer.
+
+        Returns:
+            the loss of ``closure``, which computes the gradients; None without a closure.
+        """
         self._check_groups()
         loss = None if closure is None else torch.enable_grad()(closure)()
         for optimizer in self.optimizers:

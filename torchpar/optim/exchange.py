@@ -1,20 +1,19 @@
 # SPDX-License-Identifier: MIT
-"""Messages of Muon on several ranks: the owner of each parameter gets it whole, and sends back the
-update.
+"""Messages of Muon on several ranks: shards of momenta to their owners, and results back.
 
-The ranks of a group share the work: each one owns some of the parameters. A step makes two
-all-to-alls in bfloat16. The first sends the parts of each momentum to its owner, and the second
-sends each rank its part of the owner's result. Where every rank has the whole parameters, only the
-second is needed. The first message of a step also has a checksum of its sender's arguments, and of
-the gradients that it has. So every rank notices a missing gradient, or a learning rate that
-differs.
+The ranks of a group divide the work: each rank owns some of the parameters. A step makes two
+all-to-alls in bfloat16. The first sends the shards of each momentum to the parameter's owner, which
+orthogonalises the unsharded momentum. The second sends each rank its shard of the owner's result.
+Where the parameters are replicated, only the second is needed. The first message of a step also has
+a checksum of the sender's arguments, and of the gradients that the sender has. So every rank
+notices a missing gradient, or a learning rate that differs.
 """
 
 import zlib
 from collections.abc import Mapping, Sequence
 from itertools import permutations
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -30,8 +29,7 @@ _CHECKSUM_PART = Part((4,), (0,), (4,))
 
 
 class Message(NamedTuple):
-    """A part of ``param`` on its way between two ranks of a group; the checksum, if that is
-    None."""
+    """A shard of ``param`` on its way between two ranks; the checksum if ``param`` is None."""
 
     source: int
     target: int
@@ -39,24 +37,24 @@ class Message(NamedTuple):
     part: Part
 
 
-# This rank's messages to each rank, and from each.
+# This rank's messages to each rank, and from each rank.
 _Route = tuple[list[list[Message]], list[list[Message]]]
 
 
 class Exchange:
-    """The owners of parameters, and the messages between them and the ranks that hold parts.
+    """The owners of parameters, and the messages between owners and the ranks that hold shards.
 
-    All ranks of the group make it, and call its methods in the same order.
+    All ranks of the group make an exchange, and call its methods in the same order.
 
     Args:
-        group: the ranks that share the parameters; None if this rank is alone, and sends nothing.
+        group: the ranks that hold the parameters; None if this rank is alone, and sends nothing.
 
     Attributes:
         owned: the parameters that this rank owns.
 
     Raises:
-        ConfigError: the ranks have different parameters, or their parts do not make a whole; on
-            every rank.
+        ConfigError: on every rank: the ranks have different parameters, or their parts of a
+            parameter do not add up to its size.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, params: list[ParamInfo]):
@@ -81,8 +79,7 @@ class Exchange:
     def _messages(
         self, parts: Sequence[Sequence[Part]], owners: Sequence[int]
     ) -> tuple[list[Message], list[Message]]:
-        """The messages to the owners, and those back, by the parts that each rank has of each
-        parameter."""
+        """The messages to the owners and back, by the part of each parameter that a rank has."""
         to_owners, to_all = [], []
         for i, (info, of_ranks, owner) in enumerate(zip(self.params, parts, owners, strict=True)):
             holders: dict[Part, list[int]] = {}  # the ranks that have each part
@@ -115,40 +112,40 @@ class Exchange:
         ]
 
     def gather(
-        self, parts: Mapping[ParamInfo, Tensor], facts: dict[str, Any]
+        self, parts: Mapping[ParamInfo, Tensor], facts: Mapping[str, object]
     ) -> dict[ParamInfo, Tensor]:
-        """Return the whole momenta that this rank owns, in bfloat16.
+        """Return the unsharded momenta of the parameters that this rank owns, in bfloat16.
 
         Args:
             parts: this rank's parts of the momenta of this step.
-            facts: what must be the same on all ranks in this step, by a description.
+            facts: the values that must be the same on all ranks in this step, by a description.
 
         Raises:
             ConfigError: facts that differ; on every rank.
         """
         self._facts, self._present = facts, set(parts)
-        whole: dict[Any, Tensor] = {}
+        full: dict[ParamInfo, Tensor] = {}
         for info in self.owned:
             if (t := parts.get(info)) is None:
                 continue
             if t.shape == info.part.whole and t.is_contiguous():
-                whole[info] = t.to(torch.bfloat16, copy=True)
+                full[info] = t.to(torch.bfloat16, copy=True)
             else:
-                whole[info] = t.new_empty(info.part.whole, dtype=torch.bfloat16)
-                info.part.narrow(whole[info]).copy_(t)
+                full[info] = t.new_empty(info.part.whole, dtype=torch.bfloat16)
+                info.part.narrow(full[info]).copy_(t)
         for message, t in self._send(self._to_owners, parts):
-            if message.param in whole:
-                message.part.narrow(whole[message.param]).copy_(t)
-        return whole
+            if message.param is not None and message.param in full:
+                message.part.narrow(full[message.param]).copy_(t)
+        return full
 
     def scatter(self, results: Mapping[ParamInfo, Tensor]) -> dict[ParamInfo, Tensor]:
-        """Return this rank's part of the result of each parameter of this step, given those that it
-        owns.
+        """Return this rank's part of each parameter's result, given the results that it owns.
 
         Raises:
-            ConfigError: as `gather`, if all ranks have the whole parameters.
+            ConfigError: as `gather`, if the parameters are replicated.
         """
-        parts: dict[Any, Tensor] = {m.param: t for m, t in self._send(self._to_all, results)}
+        sent = self._send(self._to_all, results)
+        parts = {message.param: t for message, t in sent if message.param is not None}
         parts |= {info: info.part.narrow(results[info]) for info in self.owned if info in results}
         return {info: t for info, t in parts.items() if info in self._present}
 
@@ -157,7 +154,7 @@ class Exchange:
     ) -> list[tuple[Message, Tensor]]:
         """Send parts, and once a step the checksum, by one all-to-all; return what arrives.
 
-        The tensors are parts, or whole. Zeros are sent for missing ones.
+        The tensors are shards, or unsharded. Zeros are sent for missing tensors.
         """
         if route is None or self.group is None:
             return []
@@ -197,7 +194,7 @@ class Exchange:
 
 
 def assign_owners(costs: Sequence[int], ranks: int) -> list[int]:
-    """The owner of each parameter: the most costly first, each to the least loaded rank."""
+    """The owner of each parameter: the most costly first, always to the least loaded rank."""
     owners = [0] * len(costs)
     loads = [0] * ranks
     for i in sorted(range(len(costs)), key=lambda i: -costs[i]):

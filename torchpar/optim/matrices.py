@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,11 +14,13 @@ from torchpar.optim.newton_schulz import Coefficients, NewtonSchulz, orthogonali
 from torchpar.parts import Part, local
 
 View = Callable[[Tensor], Tensor | Sequence[Tensor]]
-"""A function from a parameter to its matrices: views ``(*, n, m)`` that together hold each element
-once."""
+"""A function from a parameter to its matrices.
+
+The matrices are views ``(*, n, m)`` that together hold each element once.
+"""
 
 _PADDED_UP_TO, _PADDING = 256, 32  # columns or rows
-# In X·Xᵀ of a batch: a GPU takes about as long for them as for a launch.
+# In X·Xᵀ of a batch: a GPU takes about as long for so many multiplications as for a launch.
 _BATCH_MULTIPLICATIONS = 2**31
 
 
@@ -38,7 +39,7 @@ class ParamInfo:
     view: View | None
 
     def matrices(self, t: Tensor) -> list[Tensor]:
-        """The matrices of ``t``, which has the shape of the whole parameter; views of it."""
+        """The matrices of ``t``, which has the unsharded parameter's shape; views of ``t``."""
         views = t if self.view is None else self.view(t)
         views = [views] if isinstance(views, Tensor) else list(views)
         return [
@@ -51,9 +52,9 @@ class ParamInfo:
 
     @property
     def description(self) -> str:
-        """The text that must be the same on all ranks that share the parameter."""
-        whole, dtype = self.part.whole, self.p.dtype
-        return f"{self.name} {whole} ({dtype}, matrices {self.shapes}, group {self.group_index})"
+        """The text that must be the same on all ranks that hold the parameter."""
+        shape, dtype = self.part.whole, self.p.dtype
+        return f"{self.name} {shape} ({dtype}, matrices {self.shapes}, group {self.group_index})"
 
     @property
     def cost(self) -> int:
@@ -95,7 +96,7 @@ def orthogonalize_in_place(
     matrices: Sequence[Tensor], coefficients: Coefficients, steps: int, eps: float, ns: NewtonSchulz
 ) -> None:
     """`orthogonalize` each matrix, in batches of nearly equal shapes, which keep a device busy."""
-    by_kind: dict[Any, list[Tensor]] = {}
+    by_kind: dict[tuple[tuple[int, ...], torch.device], list[Tensor]] = {}
     for matrix in matrices:
         by_kind.setdefault((_padded(matrix.shape), matrix.device), []).append(matrix)
     for (shape, _), same in by_kind.items():
@@ -111,16 +112,20 @@ def orthogonalize_in_place(
 
 
 def _padded(shape: Sequence[int]) -> tuple[int, ...]:
-    """The shape of a batch for matrices of this one. Small ones are padded, for few and larger
-    batches."""
+    """The shape to which a matrix of ``shape`` is padded before it joins a batch.
+
+    Small matrices are padded, so that there are fewer and larger batches.
+    """
     if max(shape) > _PADDED_UP_TO:
         return tuple(shape)
     return tuple(-(-size // _PADDING) * _PADDING for size in shape)
 
 
 def _stacked(matrices: list[Tensor], shape: tuple[int, ...]) -> Tensor:
-    """A batch of ``shape``; zeros are appended to smaller matrices, which change nothing and stay
-    zeros."""
+    """A batch of matrices, padded by zeros to ``shape``.
+
+    The zeros do not change the orthogonalised matrices, and stay zeros.
+    """
     if all(matrix.shape == shape for matrix in matrices):
         # On a CPU a product of a batch of one takes up to twice the time of a product of matrices.
         return torch.stack(matrices) if len(matrices) > 1 else matrices[0]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The Muon optimizer, computed by symmetric matrix products, for whole and for sharded parameters.
+"""The Muon optimizer by symmetric matrix products, for unsharded and for sharded parameters.
 
 Muon replaces the momentum M = U·Σ·Vᵀ of a weight by a matrix near U·Vᵀ, which `orthogonalize`
 computes.
@@ -19,6 +19,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from torchpar.errors import ConfigError
 from torchpar.library.sharding import is_dtensor
 from torchpar.optim.assign import Choice, ModelOptimizer, chain
+from torchpar.optim.chained import Group
 from torchpar.optim.exchange import Exchange
 from torchpar.optim.matrices import ParamInfo, View, orthogonalize_in_place
 from torchpar.optim.newton_schulz import COEFFICIENTS, Coefficients, NewtonSchulz, orthogonalize
@@ -31,6 +32,7 @@ _RATIOS: dict[str, Callable[[int, int], float]] = {
     "spectral_unclamped": lambda n, m: math.sqrt(n / m),
 }
 
+_Ranks = dist.ProcessGroup | DeviceMesh | None  # a parameter's ranks; None for this rank alone
 _PARAMETERS = "the list of parameters"
 
 
@@ -46,13 +48,13 @@ class Muon(Optimizer):
     Matrices of equal shapes are orthogonalised in batches that keep the device busy. On one rank a
     step never waits for the device.
 
-    **Several ranks.** A parameter may be whole, a DTensor of any placement, such as one of
-    `fully_shard`, or of one of torchpar's split layers. Each matrix is orthogonalised by one of the
-    ranks that have it, and the work is shared about evenly. A step makes two all-to-alls in
-    bfloat16 for each mesh, and holds no more than its share of the whole matrices
-    (`torchpar.optim.exchange`). With ``ns="standard"`` parameters of float32 have the bits of
-    unsplit ones, on a CPU. Save and load the state as any optimizer's: a momentum is sharded as its
-    parameter is.
+    **Several ranks.** A parameter may be replicated, a DTensor of any placement, such as those of
+    `fully_shard`, or a shard that a split layer of torchpar holds. Each matrix is orthogonalised by
+    a single rank, one of those that have it, and the ranks divide the work about evenly. A step
+    makes two all-to-alls in bfloat16 for each mesh, and a rank holds no unsharded matrices but
+    those that it orthogonalises (`torchpar.optim.exchange`). With ``ns="standard"`` float32
+    parameters have the same bits as without sharding, on a CPU. Save and load the state as any
+    optimizer's: a momentum is sharded as its parameter is.
 
     Give Muon the hidden weight matrices only. `for_model` finds them, and gives another optimizer
     the embeddings, the output head, biases and norms.
@@ -60,29 +62,29 @@ class Muon(Optimizer):
     Args:
         params, lr, weight_decay, momentum, nesterov, eps, ns_steps, adjust_lr_fn: as in
             `torch.optim.Muon`.
-        ns_coefficients: as in `orthogonalize`: one triple, one for each iteration, or
+        ns_coefficients: as in `orthogonalize`: a triple, a triple for each iteration, or
             "polar_express".
         ns: the Newton–Schulz iteration, "auto", "standard" or "gram", see `orthogonalize`.
         views: by the name of a parameter, a function that returns its matrices. For parameters that
-            are not one matrix. They need names: give ``model.named_parameters()``.
-        process_group: a group, or a mesh, of the ranks that share the work; together they hold
-            every part of each parameter. By default each DTensor's mesh shares its work, and every
-            rank updates replicated parameters itself. Under
+            are not one matrix. Parameters need names then: give ``model.named_parameters()``.
+        process_group: a group, or a mesh, of the ranks that divide the work; together they hold
+            all shards of each parameter. By default the ranks of a DTensor's mesh divide its work,
+            and every rank updates all replicated parameters. Under
             `torch.nn.parallel.DistributedDataParallel` name the ranks that hold the same
             parameters. A copy of the optimizer has no process group.
 
     Raises:
         ConfigError: a parameter that is not a matrix and has no view; an invalid view; ``ns``,
-            ``views`` or ``process_group`` in a parameter group; ranks whose parameters differ. It
-            is a ValueError, and names the parameter.
+            ``views`` or ``process_group`` in a parameter group; ranks whose parameters differ. The
+            error is a ValueError, and names the parameter.
         ValueError: an argument that `torch.optim.Muon` or `orthogonalize` refuses.
     """
 
     ns: NewtonSchulz = "auto"
     views: Mapping[str, View]
     process_group: dist.ProcessGroup | DeviceMesh | None = None  # not copied
-    _plan: list[Exchange] | None = None  # from the first step on
-    _planned: Sequence[Any] = ()  # the parameters that it is for
+    _plan: list[Exchange] | None = None  # made in the first step
+    _planned: Sequence[object] = ()  # the parameters that `_plan` is for
     _has_updated = False
 
     def __init__(
@@ -102,8 +104,8 @@ class Muon(Optimizer):
         process_group: dist.ProcessGroup | DeviceMesh | None = None,
     ):
         no_matrix = torch.empty(0, 0)
-        orthogonalize(no_matrix, ns_coefficients, ns_steps, eps, ns)  # which checks them
-        of_torch: Any = torch.optim.Muon  # which has narrower types
+        orthogonalize(no_matrix, ns_coefficients, ns_steps, eps, ns)  # checks the arguments
+        of_torch: Any = torch.optim.Muon  # its signature has narrower types
         theirs = of_torch(
             [no_matrix],
             lr,
@@ -134,13 +136,12 @@ class Muon(Optimizer):
         model: torch.nn.Module,
         lr: float | Tensor = 1e-3,
         *,
-        others: Callable[[Iterable[Any]], Optimizer] = torch.optim.AdamW,
+        others: Callable[[Iterable[Group]], Optimizer] = torch.optim.AdamW,
         overrides: Mapping[str, Choice] | None = None,
         views: Mapping[str, View] | None = None,
         **arguments: Any,
     ) -> ModelOptimizer:
-        """Muon for the hidden matrices of ``model``, and another optimizer for its other
-        parameters.
+        """Muon for the hidden matrices of ``model``, and another optimizer for all else.
 
         >>> from functools import partial
         >>> from torch import nn
@@ -160,12 +161,12 @@ class Muon(Optimizer):
         linear layer that is not in one of several equal blocks.
 
         Args:
-            others: makes the other optimizer from parameter groups. Vectors are in a group of their
-                own, whose weight decay is 0.
+            others: makes the other optimizer from parameter groups. Vectors are in a separate
+                group, whose weight decay is 0.
             overrides: "muon" or "others" by the name of a parameter, or by a pattern such as
-                ``"blocks.*"``. Of several that fit, the last one decides.
+                ``"blocks.*"``. Of several that fit, the last decides.
             views: as for `Muon`, by names or patterns. These parameters go to Muon.
-            arguments: the other ones of `Muon`.
+            arguments: other arguments of `Muon`.
 
         Returns:
             One optimizer, a `ChainedOptimizer`, which prints the table above.
@@ -178,7 +179,7 @@ class Muon(Optimizer):
         make = partial(cls, lr=lr, **arguments)
         return chain(make, model, others, overrides or {}, views or {})
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         for info in self._param_infos():
             if info.part.is_slice:
                 raise ConfigError(
@@ -188,19 +189,21 @@ class Muon(Optimizer):
         settings = {"ns": self.ns, "views": self.views, "_names": self._names}
         return {**super().__getstate__(), **settings}
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters. On several ranks that share parameters, do so before the first
-        step."""
-        if own := {"ns", "views", "process_group"} & param_group.keys():
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group of parameters.
+
+        If several ranks hold the parameters, add the group before the first step, on every rank.
+        """
+        if of_all := {"ns", "views", "process_group"} & param_group.keys():
             raise ConfigError(
-                f"Muon: {sorted(own)[0]} applies to the whole optimizer, not to a group"
+                f"Muon: {sorted(of_all)[0]} applies to the whole optimizer, not to a group"
             )
         super().add_param_group(param_group)
         try:
             for info in self._param_infos(len(self.param_groups) - 1):
                 info.check()
             if any(exchange.group for exchange in self._plan or ()):
-                # A rank that added it alone would wait for the others in the next step.
+                # A rank that alone adds a group would wait for the other ranks in the next step.
                 raise ConfigError(
                     f"Muon: a group ({info.name}, …) is added after the first step of several "
                     "ranks; make a new Muon of all groups on every rank"
@@ -225,10 +228,10 @@ class Muon(Optimizer):
                 yield ParamInfo(name, index, p, part, self.views.get(name))
 
     def _exchanges(self) -> list[Exchange]:
-        """The parameters that the same ranks share; last those of this rank alone.
+        """The exchanges, one for each set of ranks that hold the same parameters.
 
-        They are found again if a parameter, or its place, shape, dtype or device, has changed
-        since.
+        The last is for parameters of this rank alone. The exchanges are made again if a parameter,
+        or its place, shape, dtype or device, has changed since.
         """
         facts = [
             (id(p), index, p.shape, p.dtype, p.device, getattr(p, "placements", None))
@@ -240,7 +243,7 @@ class Muon(Optimizer):
                 self._refuse_change(self._plan)
             self._plan = None
         if self._plan is None:
-            together: dict[Any, list[ParamInfo]] = {}
+            together: dict[tuple[_Ranks, torch.device], list[ParamInfo]] = {}
             for info in self._param_infos():
                 info.check()
                 together.setdefault(
@@ -248,16 +251,15 @@ class Muon(Optimizer):
                 ).append(info)
             plan = [Exchange(_group_of(ranks), params) for (ranks, _), params in together.items()]
             self._plan = sorted(plan, key=lambda exchange: exchange.group is None)
-            # Without parameters that were removed.
+            # Forget the names of parameters that were removed.
             self._names = {info.p: info.name for info in self._param_infos()}
             # The plan keeps the parameters, so that no other one gets their id.
             self._planned = facts
         return self._plan
 
     def _refuse_change(self, plan: list[Exchange]) -> None:
-        """Raise a ConfigError on every rank: also on those whose parameters are as in the first
-        step."""
-        facts = {_PARAMETERS: "another one"}
+        """Raise a ConfigError on every rank, also where the parameters have not changed."""
+        facts = {_PARAMETERS: "changed"}
         for exchange in plan:
             exchange.gather({}, facts)
         for exchange in plan:
@@ -268,13 +270,16 @@ class Muon(Optimizer):
         )
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step; returns the loss of ``closure``, which computes the gradients, or None.
+    def step(self, closure: Callable[[], object] | None = None) -> Any:
+        """Take one step.
+
+        Returns:
+            the loss of ``closure``, which computes the gradients; None without a closure.
 
         Raises:
             ConfigError: a gradient that is sparse, that only some ranks have, or that has other
-                placements than its parameter, and arguments that differ, on every rank that shares
-                the work; a group without any gradient while another has some; a first step without
+                placements than its parameter, and arguments that differ (on every rank of an
+                exchange); a group without any gradient while another has some; a first step without
                 any gradient; a momentum that was loaded from other placements, or is of another
                 dtype or device; parameters that were added, removed or replaced after the first
                 step of several ranks.
@@ -282,35 +287,33 @@ class Muon(Optimizer):
         loss = None if closure is None else torch.enable_grad()(closure)()
         exchanges = self._exchanges()
         infos = [info for exchange in exchanges for info in exchange.params]
-        grads = {info: local(info.p.grad) for info in infos if _has_gradient(info)}
+        grads = {info: local(grad) for info in infos if (grad := _valid_gradient(info)) is not None}
         tensors: dict[ParamInfo, Tensor] = {}
-        for group, own in self._by_group(grads):
-            tensors |= self._directions(group, own)
+        for group, of_group in self._by_group(grads):
+            tensors |= self._directions(group, of_group)
         gathered = [exchange.gather(tensors, self._facts(exchange)) for exchange in exchanges]
         tensors = {info: t for of_ranks in gathered for info, t in of_ranks.items()}
-        # All exchanges in turn, so that ranks which own different parameters work at the same time.
-        for group, own in self._by_group(tensors):
-            self._orthogonalize(group, own)
+        # All exchanges first, so that ranks which own different parameters work at the same time.
+        for group, of_group in self._by_group(tensors):
+            self._orthogonalize(group, of_group)
         tensors = {
             info: t for exchange in exchanges for info, t in exchange.scatter(tensors).items()
         }
         self._check_gradients(infos, set(grads))
-        for group, own in self._by_group(tensors):
-            self._apply(group, own)
+        for group, of_group in self._by_group(tensors):
+            self._apply(group, of_group)
         return loss
 
     def _by_group(
         self, tensors: Mapping[ParamInfo, Tensor]
-    ) -> Iterator[tuple[dict[str, Any], dict[ParamInfo, Tensor]]]:
-        """The parameter groups that have some of the tensors, each with its own."""
+    ) -> Iterator[tuple[Group, dict[ParamInfo, Tensor]]]:
+        """The parameter groups that have some of the tensors, and the tensors of each group."""
         for index, group in enumerate(self.param_groups):
-            if own := {info: t for info, t in tensors.items() if info.group_index == index}:
-                yield group, own
+            if of_group := {info: t for info, t in tensors.items() if info.group_index == index}:
+                yield group, of_group
 
-    def _directions(
-        self, group: dict[str, Any], grads: dict[ParamInfo, Tensor]
-    ) -> dict[ParamInfo, Tensor]:
-        """Update the momenta; return what is to be orthogonalised."""
+    def _directions(self, group: Group, grads: dict[ParamInfo, Tensor]) -> dict[ParamInfo, Tensor]:
+        """Update the momenta; return the tensors to orthogonalise."""
         gradients = [grad.to(info.p.dtype) for info, grad in grads.items()]
         momenta = [self._momentum(info) for info in grads]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
@@ -337,19 +340,18 @@ class Muon(Optimizer):
             )
         return local(momentum)
 
-    def _facts(self, exchange: Exchange) -> dict[str, Any]:
-        """The arguments, and the gradients that there are: the same on all ranks that share
-        parameters."""
+    def _facts(self, exchange: Exchange) -> dict[str, object]:
+        """The arguments, and which gradients there are: the same on all ranks of an exchange."""
         if exchange.group is None:
             return {}
-        facts: dict[str, Any] = {_PARAMETERS: "that of the first step", "ns": self.ns}
+        facts: dict[str, object] = {_PARAMETERS: "as in the first step", "ns": self.ns}
         for index, name in {
             info.group_index: info.name for info in reversed(exchange.params)
         }.items():
             group = self.param_groups[index]
             for argument in sorted(self.defaults.keys() & group.keys()):
                 value = group[argument]
-                if isinstance(value, Tensor):  # one on a GPU is not read back
+                if isinstance(value, Tensor):  # a value on a GPU is not read back
                     value = None if value.is_cuda else value.item()
                 facts[f"{argument} of group {index} ({name}, …)"] = value
         for i, info in enumerate(exchange.params):
@@ -357,8 +359,8 @@ class Muon(Optimizer):
             facts[f"gradient {i}, of {info.name},"] = None if grad is None else _layout(grad)
         return facts
 
-    def _orthogonalize(self, group: dict[str, Any], momenta: dict[ParamInfo, Tensor]) -> None:
-        """Orthogonalise whole momenta in place."""
+    def _orthogonalize(self, group: Group, momenta: dict[ParamInfo, Tensor]) -> None:
+        """Orthogonalise unsharded momenta in place."""
         matrices = [(info, matrix) for info, t in momenta.items() for matrix in info.matrices(t)]
         coefficients, steps, eps = (group[name] for name in ("ns_coefficients", "ns_steps", "eps"))
         orthogonalize_in_place(
@@ -370,7 +372,7 @@ class Muon(Optimizer):
                 matrix.mul_(ratio)
 
     def _check_gradients(self, infos: list[ParamInfo], valid: set[ParamInfo]) -> None:
-        """Raise a ConfigError if gradients are not as their parameters, or if a group has none."""
+        """Raise a ConfigError for a gradient of another layout, or a group without gradients."""
         for info in infos:
             if info.p.grad is not None and info not in valid:
                 raise ConfigError(
@@ -391,13 +393,14 @@ class Muon(Optimizer):
                 )
         self._has_updated |= bool(updated)
 
-    def _apply(self, group: dict[str, Any], updates: dict[ParamInfo, Tensor]) -> None:
+    def _apply(self, group: Group, updates: dict[ParamInfo, Tensor]) -> None:
         """Apply the weight decay, and subtract the updates."""
         lr, decay = group["lr"], group["weight_decay"]
         params = [local(info.p) for info in updates]
-        if isinstance(lr, Tensor):  # which is not read back from the device
+        if isinstance(lr, Tensor):  # a tensor is not read back from the device
             lr = lr.reshape(()).to(params[0].device)
-        # Two roundings, as torch's. A factor of 1 − γ·λ would be rounded to a parameter's bfloat16.
+        # Two roundings, as in torch.optim.Muon. A factor of 1 − γ·λ would be rounded to a
+        # parameter's bfloat16.
         torch._foreach_sub_(params, torch._foreach_mul(params, lr * decay))
         rates = [lr * _ratio(group, info.shapes[0]) for info in updates]
         torch._foreach_sub_(
@@ -407,30 +410,32 @@ class Muon(Optimizer):
         torch.autograd.graph.increment_version([info.p for info in updates if is_dtensor(info.p)])
 
 
-def _ratio(group: dict[str, Any], shape: Sequence[int]) -> float:
+def _ratio(group: Group, shape: Sequence[int]) -> float:
     """The ratio of the learning rate of a matrix of this shape to the group's."""
     n, m = shape
     return _RATIOS[group["adjust_lr_fn"] or "original"](max(n, 1), max(m, 1))
 
 
-def _has_gradient(info: ParamInfo) -> bool:
-    return info.p.grad is not None and _layout(info.p.grad) == _layout(info.p)
+def _valid_gradient(info: ParamInfo) -> Tensor | None:
+    """The gradient of a parameter; None without one, and for one of another layout."""
+    grad = info.p.grad
+    return grad if grad is not None and _layout(grad) == _layout(info.p) else None
 
 
 def _layout(t: Tensor) -> str:
     """The layout of a tensor, and its placements if it is a DTensor."""
-    return f"{t.layout} {t.placements}" if is_dtensor(t) else str(t.layout)  # type: ignore[attr-defined]
+    return f"{t.layout} {t.placements}" if is_dtensor(t) else str(t.layout)
 
 
-def _group_of(ranks: Any) -> dist.ProcessGroup | None:
-    """The group of all ranks of a group or a mesh; None for one rank alone."""
+def _group_of(ranks: _Ranks) -> dist.ProcessGroup | None:
+    """The process group of all ``ranks``; None for a single rank."""
     if ranks is None or ranks.size() == 1:
         return None
     if isinstance(ranks, dist.ProcessGroup):
         return ranks
     dims = [dim for dim in range(ranks.ndim) if ranks.size(dim) > 1]
     if len(dims) == 1:
-        return ranks.get_group(dims[0])  # type: ignore[no-any-return]
+        return ranks.get_group(dims[0])
     members = sorted(ranks.mesh.flatten().tolist())
     if len(members) == dist.get_world_size():
         return dist.group.WORLD

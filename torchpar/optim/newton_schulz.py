@@ -80,12 +80,11 @@ def orthogonalize(
     eps: float = 1e-7,
     ns: NewtonSchulz = "auto",
 ) -> Tensor:
-    """The matrix of ``x``'s singular vectors with singular values near 1, by Newton–Schulz in
-    bfloat16.
+    """The matrix of ``x``'s singular vectors with singular values near 1, by Newton–Schulz.
 
-    ``f(f(…f(x / max(‖x‖, eps))))`` with ``f(x) = a·x + b·(x·xᵀ)·x + c·(x·xᵀ)²·x``. It has no
-    gradient. On a CPU without fast products of bfloat16 the products are of float32, and x and the
-    result are rounded.
+    ``f(f(…f(x / max(‖x‖, eps))))`` with ``f(x) = a·x + b·(x·xᵀ)·x + c·(x·xᵀ)²·x``. The products are
+    of bfloat16, and the result has no gradient. On a CPU without fast products of bfloat16 the
+    products are of float32, and x and the result are rounded to bfloat16.
 
     Args:
         x: ``(*, n, m)``, floating; each matrix of a batch is orthogonalised.
@@ -101,7 +100,7 @@ def orthogonalize(
         ``(*, n, m)``, bfloat16.
 
     Raises:
-        ValueError: an argument is outside these bounds.
+        ValueError: an argument is out of the bounds above.
 
     Source: Jordan, Muon, 2024; Zhang, Amsel, Chen and Dao, Gram Newton–Schulz, 2026,
     https://dao-ailab.github.io/blog/2026/gram-newton-schulz/.
@@ -119,7 +118,7 @@ def orthogonalize(
         return orthogonalize(x.mT, coefficients, steps, eps, ns).mT
     x = x.to(torch.bfloat16)
     if x.device.type == "cpu" and not has_bfloat16():
-        x = x.float()  # whose products take a tenth of the time
+        x = x.float()  # products of float32 take a tenth of the time
     x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=eps)
     rest = iter(triples)
     for i, k in enumerate(_iterations_per_gram(x.shape[-2], x.shape[-1], len(triples), ns)):
@@ -158,9 +157,9 @@ def _iterate(x: Tensor, triples: list[Triple], shifted: bool) -> Tensor:
     """``Q·x`` after an iteration for each triple on one Gram matrix, with ``Q = shift·I + p``.
 
     While singular values are small, shift is much larger than p: in their sum the last bits of p
-    would be rounded away, so the two are kept apart (``shifted``). Later they are about as large,
-    with opposite signs, and apart they would cancel: then the shift is 0, and p is Q. One shifted
-    iteration is the standard one.
+    would be rounded away, so the two are kept apart (``shifted``). Later both are about as large,
+    with opposite signs, and apart they would cancel: then the shift is 0, and p is Q. A single
+    shifted iteration is the standard iteration.
     """
     r = matmul_t(x) if _use_symmetric_products(x) else x @ x.mT
     p, shift = r, 0.0
@@ -185,14 +184,13 @@ def _iterate(x: Tensor, triples: list[Triple], shifted: bool) -> Tensor:
 
 
 def _use_symmetric_products(x: Tensor) -> bool:
-    # On a GPU the operators choose by size themselves. A whole product need not be made symmetric
-    # here.
+    # On a GPU the operators choose by size. On a CPU, a product of which all is computed need not
+    # be made symmetric here.
     return x.is_cuda or is_halved(x)
 
 
 def _symmetric_addmm(a: Tensor, b: Tensor, c: Tensor, *, alpha: float = 1.0, beta: float) -> Tensor:
-    """``alpha·a·b + beta·c`` for polynomials in one symmetric matrix, whose product is
-    symmetric."""
+    """``alpha·a·b + beta·c`` for polynomials in one symmetric matrix: the product is symmetric."""
     if _use_symmetric_products(a):
         return symmetric_matmul(a, b, c, alpha=alpha, beta=beta)
     return _addmm(c, a, b, alpha=alpha, beta=beta)

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Training on several processes: launch connects them, split divides the model, save writes
-checkpoints."""
+"""Training on several processes: connect them, divide the model, write checkpoints."""
 
 from torchpar.parallel.launch.world import World, join_world
 from torchpar.parallel.split.clip import clip_grad_norm_

@@ -5,7 +5,7 @@ The public names load their modules, which import much of PyTorch, on first use.
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torchpar.testing.case import Sample
@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module 'torchpar.testing' has no attribute {name!r}")
     return getattr(importlib.import_module(f"torchpar.testing.{_MODULES[name]}"), name)

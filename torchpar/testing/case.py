@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""An operator with one sample of its arguments: its calls, layouts, right derivatives, and
-comparisons."""
+"""An operator with one sample of arguments: its calls, layouts, right derivatives, comparisons."""
 
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
@@ -19,12 +18,15 @@ Function = Callable[..., Tensors]
 """A function of tensors to a tuple of tensors."""
 
 Layout = Callable[[Tensor], Tensor]
-Attempts = Generator[tuple[str, Callable[[], Any]], None, Any]  # labels and trials; a remark
+Operator = OpOverload[..., object]
+Attempt = tuple[str, Callable[[], None]]  # a label, and a trial
+Attempts = Iterator[Attempt]
+AttemptsAndRemark = Generator[Attempt, None, str]
 
 REFUSALS = (RuntimeError, NotImplementedError, ValueError)  # a TypeError is a mistake in a rule
-INTERNAL = "INTERNAL ASSERT FAILED"  # of PyTorch, which is no refusal
-FALLS_BACK = "falls back"  # right, and computed without the operator
-ALIKE = 1e-3  # relative, to name a cause
+INTERNAL = "INTERNAL ASSERT FAILED"  # in a message of PyTorch: a crash, not a refusal
+FALLS_BACK = "falls back"  # the result is right, but was computed without the operator
+ALIKE = 1e-3  # relative difference up to which numbers are equal when a cause is named
 LOW = (torch.bfloat16, torch.float16)
 
 
@@ -34,10 +36,10 @@ class Outcome(Exception):
 
 @dataclass(frozen=True)
 class Sample:
-    """Arguments of an operator. Tensors may stand in lists."""
+    """Arguments of an operator. Lists may hold tensors."""
 
-    args: Sequence[Any]
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    args: Sequence[object]
+    kwargs: Mapping[str, object] = field(default_factory=dict)
 
 
 def _with_memory(t: Tensor) -> Tensor:
@@ -54,11 +56,18 @@ class Calls(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: dict[Any, tuple[Any, Any]] = {}  # the last arguments of each
+        # The last arguments of each.
+        self.seen: dict[Operator, tuple[Sequence[object], Mapping[str, object]]] = {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # On zeros without memory, which forward mode makes, some operators end the process within a
-        # mode.
+    def __torch_dispatch__(
+        self,
+        func: Operator,
+        types: Sequence[type],
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        # Forward mode makes zeros without memory, on which some operators end the process if a mode
+        # is active.
         args, kwargs = tree_map_only(Tensor, _with_memory, (args, kwargs or {}))
         self.seen[func] = args, kwargs
         return func(*args, **kwargs)
@@ -70,13 +79,17 @@ class Case:
     Attributes:
         overload: the operator in PyTorch's registry, if it is known.
         operands: all tensors among the arguments, detached.
-        floating: those of a floating-point or complex dtype.
-        op: the operator, as a function of ``operands`` to its tensors.
-        plain: the same of the reference; without one, of the operator.
+        floating: the operands of a floating-point or complex dtype.
+        op: the operator, as a function of ``operands`` to the tensors that it returns.
+        plain: the reference, as such a function; the operator if there is no reference.
     """
 
     def __init__(
-        self, op: Callable[..., Any], overload: Any, reference: Any, sample: Sample
+        self,
+        op: Callable[..., object],
+        overload: Operator | None,
+        reference: Callable[..., object] | None,
+        sample: Sample,
     ) -> None:
         self._leaves, self._spec = tree_flatten((tuple(sample.args), dict(sample.kwargs)))
         self.callable, self.overload, self.reference = op, overload, reference
@@ -85,15 +98,15 @@ class Case:
         self.op = self.bind(op)
         self.plain = self.bind(op if reference is None else reference)
 
-    def arguments(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def arguments(self, tensors: Sequence[Tensor]) -> tuple[tuple[object, ...], dict[str, object]]:
         """The arguments of a call, with ``tensors`` for the operands."""
         given = iter(tensors)
         leaves = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
         args, kwargs = tree_unflatten(leaves, self._spec)
         return args, kwargs
 
-    def bind(self, function: Callable[..., Any]) -> Function:
-        """A function of the operator's arguments, as one of ``operands``."""
+    def bind(self, function: Callable[..., object]) -> Function:
+        """A function of the operator's arguments, as a function of ``operands``."""
 
         def bound(*tensors: Tensor) -> Tensors:
             args, kwargs = self.arguments(tensors)
@@ -105,16 +118,14 @@ class Case:
 
     @cached_property
     def is_smooth(self) -> list[bool]:
-        """Which results are differentiable: the floating ones, but for those that are marked as
-        constant."""
+        """For each result, whether it is differentiable: floating, and not marked as constant."""
         leaves = iter(self.leaves())
         results = self.plain(*(next(leaves) if is_differentiable(t) else t for t in self.operands))
         marked = [is_differentiable(y) and y.requires_grad for y in results]
         return marked if any(marked) else list(map(is_differentiable, results))
 
     def smooth(self, function: Function) -> Function:
-        """A function of the floating operands to its differentiable results; other operands are
-        constant."""
+        """A function of the floating operands alone, to its differentiable results alone."""
         is_smooth = self.is_smooth
         if not any(is_smooth):
             raise Outcome("not run", "no differentiable result")
@@ -132,21 +143,21 @@ class Case:
         return tuple(t.detach().clone().requires_grad_() for t in chosen)
 
     def of(self, operands: Sequence[Tensor]) -> "Case":
-        """The same operator, and a sample with other tensors."""
+        """The same operator and sample, with ``operands`` as its tensors."""
         return Case(self.callable, self.overload, self.reference, Sample(*self.arguments(operands)))
 
     @cached_property
     def wide(self) -> "Case":
-        """The same in float64, whose results by the reference are taken for exact."""
+        """This case in float64. The results of its reference count as exact."""
         return self.of(cast(self.operands, torch.float64))
 
     def takes(self, operands: Sequence[Tensor], function: Function | None = None) -> Tensors:
-        """The results of the operator, or of another function, for operands that it may refuse."""
+        """The results of the operator, or of ``function``, for operands that it may refuse."""
         try:
             return (function or self.op)(*operands)
         except (*REFUSALS, TypeError, IndexError) as e:  # IndexError: too few dimensions
             if INTERNAL in str(e):
-                raise  # it crashes
+                raise  # a crash
             raise Outcome("not run", f"eager mode refuses: {e}") from e
 
     @cached_property
@@ -169,12 +180,15 @@ class Case:
             raise Outcome("not run", "no reference")
 
     def transformed(
-        self, transform: Callable[..., Any], numerical: Callable[..., Any] | None = None, **how: Any
+        self,
+        transform: Callable[..., object],
+        numerical: Callable[..., tuple[object, float]] | None = None,
+        **how: object,
     ) -> None:
         """Compare ``transform(f, case, **how)`` of the operator with that of the reference.
 
-        If they differ, and ``numerical``, the same by finite differences, tells that the reference
-        is wrong, the operator is compared with these.
+        ``numerical`` computes the same by finite differences. If operator and reference differ, and
+        the differences tell that the reference is wrong, the operator is compared with them.
         """
         oracle = self.oracle
         try:
@@ -204,22 +218,21 @@ class Case:
                 raise
         self.expect_call(lambda: transform(self.smooth(self.op), self, **how))
 
-    def expect_call(self, compute: Callable[[], Any]) -> None:
-        """Raise an `Outcome` if a computation that was right does not call the operator."""
+    def expect_call(self, compute: Callable[[], object]) -> None:
+        """Raise an `Outcome` if a computation whose result was right skips the operator."""
         calls = Calls()
         try:
             with calls:
                 compute()
-        except Exception:  # not all that works does so within a mode
+        except Exception:  # some computations do not work within a mode
             return
         if self.overload is not None and self.is_visible and self.overload not in calls.seen:
             raise Outcome(FALLS_BACK, "")
 
     def resized(self, change: Callable[[Tensor, int], Tensor]) -> Iterator[tuple[str, Tensors]]:
-        """Operands in which all dimensions of one size have changed: ``change(t, dim)`` changes
-        one.
+        """For each size, operands whose dimensions of that size are changed by ``change(t, dim)``.
 
-        Dimensions of equal size are taken for the same one, so that the changed operands still fit.
+        Dimensions of equal size change together, so that the changed operands still fit.
         """
         for size in sorted({size for t in self.operands for size in t.shape}):
             changed = []
@@ -231,10 +244,9 @@ class Case:
 
 
 def normal_like(t: Tensor, seed: int = 9) -> Tensor:
-    """Normally distributed numbers of the shape, dtype and device of a tensor, the same in each
-    run."""
+    """Normally distributed numbers like ``t`` in shape, dtype and device, the same in each run."""
     generator = torch.Generator().manual_seed(seed)
-    # Numbers of float32, so that they are the same ones in float64.
+    # Rounded to float32, so that a tensor and its copy in float64 get the same numbers.
     found = torch.randn(
         (*t.shape, 1 + t.is_complex()), generator=generator, dtype=torch.float64
     ).float()
@@ -242,8 +254,10 @@ def normal_like(t: Tensor, seed: int = 9) -> Tensor:
 
 
 def cast(operands: Tensors, dtype: torch.dtype) -> Tensors:
-    """Convert floating tensors to ``dtype``; complex ones to complex64, or complex128 for
-    float64."""
+    """Convert floating tensors to ``dtype``, and complex tensors to its complex counterpart.
+
+    The counterpart is complex128 for float64, and complex64 for all other dtypes.
+    """
     of_complex = torch.complex128 if dtype == torch.float64 else torch.complex64
     dtypes = [
         dtype if t.is_floating_point() else of_complex if t.is_complex() else t.dtype
@@ -258,12 +272,12 @@ def real(t: Tensor) -> Tensor:
 
 
 def rolled(t: Tensor, by: int) -> Tensor:
-    """The same numbers in another order, which an operator with a restricted domain takes, too."""
+    """The same numbers in another order, so that they stay in the domain of an operator."""
     return t.flatten().roll(by).view(t.shape)
 
 
 def gradients(
-    ys: Sequence[Tensor], xs: Sequence[Tensor], incoming: Sequence[Tensor], **how: Any
+    ys: Sequence[Tensor], xs: Sequence[Tensor], incoming: Sequence[Tensor], **how: bool
 ) -> Tensors:
     dependent = [i for i, y in enumerate(ys) if y.requires_grad] or range(len(ys))
     ys, incoming = [ys[i] for i in dependent], [incoming[i] for i in dependent]
@@ -277,18 +291,18 @@ def gradients(
 
 
 def close(
-    actual: Any,
-    expected: Any,
-    exact: Callable[[], Any] | None = None,
-    others: Callable[[], Iterable[tuple[Any, Any]]] = lambda: (),
+    actual: object,
+    expected: object,
+    exact: Callable[[], object] | None = None,
+    others: Callable[[], Iterable[tuple[object, object]]] = lambda: (),
 ) -> None:
     """Compare the tensors in two structures, by the tolerances of `torch.testing.assert_close`.
 
-    These know nothing of the length of sums. With ``exact``, which computes ``expected`` in
-    float64, an error of at most twice that of ``expected`` is accepted, too, and two roundings of
-    the largest number. This may be small by chance; ``others`` are results of like operands, and
-    the same in float64, whose errors count, too. For results of float64 there is nothing more
-    exact.
+    These tolerances do not grow with the length of sums. ``exact`` computes ``expected`` in
+    float64. With it, an error is also accepted if it is at most twice the error of ``expected``,
+    plus two roundings of the largest number. The error of ``expected`` may be small by chance. So
+    ``others`` gives results of similar operands, each with its result in float64, and the largest
+    of all their errors counts. Results of float64 are compared by the tolerances alone.
     """
     for i, (a, e) in enumerate(_pairs(actual, expected)):
         try:
@@ -307,8 +321,8 @@ def close(
             raise Outcome("wrong", _difference(a, e)) from error
 
 
-def near(actual: Any, expected: Any, rtol: float) -> bool:
-    """Whether all numbers differ by at most ``rtol`` of the largest one."""
+def near(actual: object, expected: object, rtol: float) -> bool:
+    """Whether all numbers differ by at most ``rtol`` of the largest number."""
     found, right = tree_leaves(actual), tree_leaves(expected)
     return all(
         a.shape == e.shape and bool((a - e).abs().max() <= rtol * e.abs().max())
@@ -326,7 +340,7 @@ def _is_like(actual: Tensor, native: Tensor) -> bool:
 
 
 def _errors(actual: Tensor, native: Tensor, exact: Tensor) -> tuple[float, float]:
-    """The error of ``actual``, and the largest that is accepted."""
+    """The error of ``actual``, and the largest error that is accepted."""
     exactly = real(exact.detach()).double()
     error, theirs = (
         float((real(t.detach()).double() - exactly).abs().max()) for t in (actual, native)
@@ -334,7 +348,7 @@ def _errors(actual: Tensor, native: Tensor, exact: Tensor) -> tuple[float, float
     return error, 2 * theirs + 2 * torch.finfo(actual.dtype).eps * float(exactly.abs().max())
 
 
-def _pairs(actual: Any, expected: Any) -> Iterator[tuple[Tensor, Tensor]]:
+def _pairs(actual: object, expected: object) -> Iterator[tuple[Tensor, Tensor]]:
     found, right = tree_leaves(actual), tree_leaves(expected)
     if len(found) != len(right):
         raise Outcome("wrong", f"{len(found)} results, expected {len(right)}")
@@ -380,13 +394,12 @@ def with_cause(message: str, cause: str) -> str:
 def _summed(t: Tensor, like: Tensor) -> Tensor | None:
     try:
         return t.sum_to_size(like.shape)
-    except RuntimeError:  # the shape does not broadcast to that of t
+    except RuntimeError:  # the shape of ``like`` does not broadcast to the shape of t
         return None
 
 
 def likely_cause(a: Tensor, e: Tensor) -> str:
-    """The mistake that would turn the right numbers ``e`` into ``a``, if it is a frequent one, or
-    ""."""
+    """The frequent mistake that would turn the right numbers ``e`` into ``a``, or ""."""
     size = float(e.abs().max())
     if not 0 < size < math.inf:
         return ""
@@ -395,7 +408,7 @@ def likely_cause(a: Tensor, e: Tensor) -> str:
         return float((a - other).abs().max()) <= ALIKE * size
 
     factor = float((a * e).sum() / e.square().sum())
-    # A single number is a multiple of any other one.
+    # A single number is a multiple of any other number.
     simple = min(abs(factor - one) for one in (-1.0, 2.0, 0.5)) <= ALIKE
     if (simple or a.count_nonzero() > 2) and abs(factor - 1) > ALIKE and is_(factor * e):
         return "the sign is flipped" if abs(factor + 1) <= ALIKE else f"a factor of {factor:.4g}"
@@ -425,12 +438,11 @@ def same_bits(actual: Tensors, expected: Tensors) -> None:
 
 
 def accurate(actual: Tensors, native: Tensors, exact: Tensors) -> None:
-    """Accept an error of at most twice that of ``native``, and two roundings of the largest
-    result."""
+    """Accept an error of twice that of ``native`` plus two roundings of the largest result."""
     for (a, n), wide in zip(_pairs(actual, native), exact, strict=True):
         if (a.shape, a.dtype) != (n.shape, n.dtype):
             raise Outcome("wrong", _difference(a, n))
-        if a.dtype == torch.float64:  # which nothing is more exact than
+        if a.dtype == torch.float64:  # ``exact`` is not more exact
             close(a, n)
         elif a.numel() and is_differentiable(a):
             error, limit = _errors(a, n, wide)
@@ -458,8 +470,7 @@ def _channels_last(t: Tensor) -> Tensor:
     return t.clone(memory_format=formats.get(t.dim(), torch.contiguous_format))
 
 
-# Functions of a tensor to one of the same shape, and (but for the expanded ones) of the same
-# values.
+# Functions of a tensor to a tensor of the same shape and, if not expanded, of the same values.
 LAYOUTS: dict[str, Layout] = {
     "transposed": lambda t: t.mT.contiguous().mT if t.dim() > 1 else t.clone(),
     "permuted": lambda t: _permuted(t, [*range(t.dim())][1:] + [*range(t.dim())][:1]),
@@ -467,17 +478,17 @@ LAYOUTS: dict[str, Layout] = {
     "stepped": _stepped,
     "expanded": lambda t: t[:1].expand_as(t) if t.dim() and t.numel() else t,
     "expanded last": lambda t: t[..., :1].expand_as(t) if t.dim() and t.numel() else t,
-    # Of an address that is not aligned.
+    # At an address that is not aligned.
     "offset": lambda t: torch.cat([t.new_zeros(3), t.flatten()])[3:].view(t.shape),
-    # As z.conj().imag, whose sign is pending.
+    # Like z.conj().imag, whose sign is pending.
     "negated": lambda t: torch._neg_view(-t) if is_differentiable(t) else t,
-    # As z.conj(), whose sign of the imaginary part is pending.
+    # Like z.conj(), whose sign of the imaginary part is pending.
     "conjugated": lambda t: t.conj().resolve_conj().conj() if t.is_complex() else t,
 }
 
 
 def layouts(tensors: Sequence[Tensor]) -> dict[str, Layout]:
-    """The layouts that concern tensors of these dimensions and dtypes."""
+    """The layouts that differ from the contiguous layout for these tensors."""
     dims, is_complex = {t.dim() for t in tensors}, any(t.is_complex() for t in tensors)
     unlike = {"channels last": dims & {4, 5}, "conjugated": is_complex}
     return {name: layout for name, layout in LAYOUTS.items() if unlike.get(name, True)}

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The command ``python -m torchpar check OPERATOR --samples SAMPLES``, which prints an operator's
-table."""
+"""Print an operator's table: ``python -m torchpar check OPERATOR --samples SAMPLES``."""
 
 import argparse
 import importlib
@@ -24,7 +23,7 @@ def find(name: str) -> Any:
     """The object that is named ``MODULE:ATTRIBUTE``; the attribute may have dots.
 
     Raises:
-        ConfigError: there is none, or the module raises an error.
+        ConfigError: there is no such object, or the module raises an error.
     """
     module, colon, attribute = name.partition(":")
     if not (module and colon and attribute):
@@ -42,8 +41,7 @@ def _reason(error: BaseException) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print the table; the exit status is 1 if a row is wrong or crashes, and 2 for wrong
-    arguments."""
+    """Print the table. The exit status is 1 for wrong rows and crashes, 2 for wrong arguments."""
     parser = Parser(
         "python -m torchpar check",
         description="Try an operator with every part of PyTorch. "

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The formulas of PyTorch's optimizers in float64, one step of one matrix, to compare optimizers
-with."""
+"""Formulas of PyTorch's optimizers, to compare with: one step of one matrix in float64."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -22,12 +21,12 @@ class Formula(NamedTuple):
     Attributes:
         name: for the table.
         step: ``step(weight, gradient, state, settings)`` returns the next weight. Both tensors are
-            float64, and stay as they are; ``state`` is a dictionary of the matrix, empty at first;
+            float64, and are not changed; ``state`` is a dictionary of the matrix, empty at first;
             ``settings`` are those of its parameter group. ``settings["rounded"]`` is a function of
-            a tensor, for numbers that the optimizer rounds within its step and whose errors grow,
-            as in an iteration: it returns them as they are, and with random errors where the effect
-            of rounding is measured.
-        dtype: in which the optimizer rounds most coarsely, if its parameters are float32.
+            a tensor. Apply it to numbers that the optimizer rounds within its step and whose errors
+            grow, as in an iteration. It returns the tensor unchanged, or with random errors where
+            the effect of rounding is measured.
+        dtype: the coarsest dtype to which the optimizer rounds, if its parameters are float32.
     """
 
     name: str
@@ -36,11 +35,10 @@ class Formula(NamedTuple):
 
 
 def sgd(weight: Tensor, gradient: Tensor, state: State, settings: Settings) -> Tensor:
-    """``g ← g + λ·W``, ``v ← μ·v + (1−τ)·g``, ``W ← W − γ·v``, and with Nesterov
-    ``W ← W − γ·(g + μ·v)``.
+    """``g ← g + λ·W``, ``v ← μ·v + (1−τ)·g``, ``W ← W − γ·v``.
 
-    λ is the weight decay, μ the momentum, τ the dampening and γ the learning rate. The first v is
-    g.
+    With Nesterov, ``W ← W − γ·(g + μ·v)``. λ is the weight decay, μ the momentum, τ the dampening
+    and γ the learning rate. The first v is g.
     """
     momentum = settings["momentum"]
     update = _decayed(weight, gradient, settings)
@@ -56,11 +54,11 @@ def sgd(weight: Tensor, gradient: Tensor, state: State, settings: Settings) -> T
 
 
 def adam(weight: Tensor, gradient: Tensor, state: State, settings: Settings) -> Tensor:
-    """``m ← β₁·m + (1−β₁)·g``, ``v ← β₂·v + (1−β₂)·g²``, ``W ← W − γ·m̂ / (√v̂ + ε)`` after t
-    steps.
+    """``m ← β₁·m + (1−β₁)·g``, ``v ← β₂·v + (1−β₂)·g²``, ``W ← W − γ·m̂ / (√v̂ + ε)``.
 
-    ``m̂ = m / (1−β₁ᵗ)`` and ``v̂ = v / (1−β₂ᵗ)``; with AMSGrad v̂ has the largest v until now. The
-    weight decay adds λ·W to g, or, if it is decoupled as in AdamW, first scales W by 1 − γ·λ.
+    In step t, ``m̂ = m / (1−β₁ᵗ)`` and ``v̂ = v / (1−β₂ᵗ)``; with AMSGrad v̂ has the largest v until
+    now. The weight decay adds λ·W to g, or, if it is decoupled as in AdamW, first scales W by
+    1 − γ·λ.
     """
     lr, (beta1, beta2) = float(settings["lr"]), map(float, settings["betas"])
     if settings["decoupled_weight_decay"]:
@@ -79,11 +77,12 @@ def adam(weight: Tensor, gradient: Tensor, state: State, settings: Settings) -> 
 
 
 def muon(weight: Tensor, gradient: Tensor, state: State, settings: Settings) -> Tensor:
-    """``B ← μ·B + (1−μ)·g``, ``W ← (1 − γ·λ)·W − γ·r·NS(g + μ·(B − g))``, or ``NS(B)`` without
-    Nesterov.
+    """``B ← μ·B + (1−μ)·g``, ``W ← (1 − γ·λ)·W − γ·r·NS(g + μ·(B − g))``.
 
-    NS iterates ``X ← a·X + b·(X·Xᵀ)·X + c·(X·Xᵀ)²·X`` from ``X / max(‖X‖, ε)``, and r is the ratio
-    of ``adjust_lr_fn``. Weights of more than two axes are flattened to their first one's rows.
+    Without Nesterov, NS(B) replaces NS(g + μ·(B − g)). NS iterates
+    ``X ← a·X + b·(X·Xᵀ)·X + c·(X·Xᵀ)²·X`` from ``X / max(‖X‖, ε)``, and r is the ratio of
+    ``adjust_lr_fn``. Weights of more than two axes are flattened to matrices with the rows of the
+    first axis.
     """
     lr, momentum = float(settings["lr"]), settings["momentum"]
     average = momentum * state.get("average", 0.0) + (1 - momentum) * gradient

@@ -3,11 +3,10 @@
 
 import logging
 import warnings
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from textwrap import shorten
-from typing import Any
 
 import torch
 from torch._library.triton import triton_ops_to_kernels
@@ -21,6 +20,7 @@ from torchpar.testing.case import (
     Attempts,
     Calls,
     Case,
+    Operator,
     Outcome,
     Sample,
 )
@@ -53,11 +53,12 @@ class Row:
 
 @dataclass(frozen=True)
 class OperatorTable:
-    """The rows of an operator's table, which `str` prints; ``table["values"].outcome`` is one
-    outcome.
+    """The rows of an operator's table, which `str` prints.
+
+    ``table["values"].outcome`` is the outcome of the row "values".
 
     Attributes:
-        notes: sentences on what no row has tried, such as kernels for a GPU where there is none.
+        notes: sentences on what no row has tried, such as kernels for a GPU on a machine without.
     """
 
     name: str
@@ -78,8 +79,8 @@ class OperatorTable:
         table += [[row.rule, row.outcome, str(row.sample), cut(row.detail)] for row in self.rows]
         return "\n".join([self.name, in_columns(table), *self.notes])
 
-    def as_dict(self) -> dict[str, Any]:
-        """The table as JSON has it: ``name``, ``ok``, ``rows`` and ``notes``."""
+    def as_dict(self) -> dict[str, object]:
+        """The table as JSON objects: ``name``, ``ok``, ``rows`` and ``notes``."""
         found = asdict(self)
         return {
             "name": found["name"],
@@ -90,33 +91,33 @@ class OperatorTable:
 
 
 def check_operator(
-    op: Callable[..., Any],
-    samples: Iterable[Sample | tuple[Any, ...]],
+    op: Callable[..., object],
+    samples: Iterable[Sample | tuple[object, ...]],
     *,
-    reference: Callable[..., Any] | None = None,
+    reference: Callable[..., object] | None = None,
     rules: Iterable[str] | None = None,
 ) -> OperatorTable:
     """Try an operator with every part of PyTorch, and compare the results with a reference.
 
-    Without a reference, values are compared with the operator's own on contiguous operands, and
+    Without a reference, values are compared with the operator's values on contiguous operands, and
     "gradcheck" and "gradgradcheck" with numerical derivatives; the other rules for derivatives are
     not run. The operator must not call a random generator.
 
     Args:
         op: an operator of `torch.ops`, what `torch.library.custom_op` returns, or a function that
-            calls one operator that is not PyTorch's own. It must not write to its operands.
+            calls one operator that does not belong to PyTorch. It must not write to its operands.
         samples: samples, or tuples of arguments. Derivatives are taken with respect to all floating
-            operands. These are float64 for the numerical ones, else float32; in lower precision
-            right rows can fail.
-        reference: a differentiable function of the same arguments, of PyTorch's own operators.
+            operands. Give operands of float64 for numerical derivatives, else of float32; in lower
+            precision right rows can fail.
+        reference: a differentiable function of the same arguments, of PyTorch's operators.
         rules: a name or names of rows, as the printed table has them; by default all.
 
     Returns:
         A table with one row for each rule, of its worst outcome.
 
     Raises:
-        ConfigError: an unknown rule; no sample, or one that is no tuple; an operator that writes to
-            operands.
+        ConfigError: an unknown rule; no sample, or a sample that is not a tuple; an operator that
+            writes to operands.
     """
     names = list(RULES) if rules is None else [rules] if isinstance(rules, str) else list(rules)
     if unknown := [name for name in names if name not in RULES]:
@@ -150,8 +151,8 @@ def check_operator(
         logging.disable(disabled)
 
 
-def find_overload(op: Any, sample: Sample) -> Any:
-    """The operator in PyTorch's registry; None if none but PyTorch's own is called."""
+def find_overload(op: Callable[..., object], sample: Sample) -> Operator | None:
+    """The operator in PyTorch's registry; None if only PyTorch's operators are called."""
     for attribute in ("overload", "_opoverload"):
         op = getattr(op, attribute, op)
     if isinstance(op, torch._ops.OpOverload):
@@ -159,12 +160,12 @@ def find_overload(op: Any, sample: Sample) -> Any:
     with Calls() as calls:
         try:
             op(*sample.args, **sample.kwargs)
-        except Exception:  # which the rules find again
+        except Exception:  # the rules will meet it again
             return None
     return next((func for func in calls.seen if func.namespace not in BUILT_IN), None)
 
 
-def _notes(overload: Any, cases: list[Case]) -> tuple[str, ...]:
+def _notes(overload: Operator | None, cases: list[Case]) -> tuple[str, ...]:
     """A sentence on the operator's kernels for GPUs, if none has run."""
     if (
         overload is None
@@ -186,11 +187,11 @@ def _row(name: str, cases: list[Case]) -> Row:
     return max(rows, key=lambda row: (OUTCOMES.index(row.outcome), -row.sample))
 
 
-def _outcome(attempt: Callable[[], Any]) -> tuple[str, str]:
+def _outcome(attempt: Callable[[], Attempts | str | None]) -> tuple[str, str]:
     """The outcome of a rule or of one of its attempts, and what happened."""
     try:
         returned = attempt()
-        return _worst(returned) if isinstance(returned, Generator) else ("works", returned or "")
+        return _worst(returned) if isinstance(returned, Iterator) else ("works", returned or "")
     except Outcome as e:
         outcome, message = e.args
         return outcome, _headline(message)
@@ -201,7 +202,7 @@ def _outcome(attempt: Callable[[], Any]) -> tuple[str, str]:
 
 
 def _worst(attempts: Attempts) -> tuple[str, str]:
-    """The worst outcome of attempts, the first attempt that has it, and how many do."""
+    """The worst outcome of attempts, the first attempt with it, and the number of such attempts."""
     found = []
     while True:
         try:
@@ -220,8 +221,7 @@ def _worst(attempts: Attempts) -> tuple[str, str]:
 
 
 def _message(e: BaseException) -> str:
-    """The first line of an error's note or message; of the compiler's errors, that of the first
-    one."""
+    """The first line of an error's note or message. Of the compiler's errors the first counts."""
     if type(e).__name__ == "TorchRuntimeError":
         while e.__context__:
             e = e.__context__

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Compare an optimizer in many situations with its own step and its formula, and judge the
-differences."""
+"""Compare an optimizer in many situations with its plain step and its formula, and judge."""
 
 import logging
 import math
@@ -8,7 +7,7 @@ import pickle
 import re
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from torchpar.errors import ConfigError
 from torchpar.optim.newton_schulz import COEFFICIENTS
 from torchpar.parallel.launch.local import Ranks
 from torchpar.tables import in_columns
-from torchpar.testing.formulas import FORMULAS, ByFormula, Formula, defaults_of
+from torchpar.testing.formulas import FORMULAS, ByFormula, Formula, Settings, defaults_of
 from torchpar.testing.situations import SITUATIONS
 from torchpar.testing.trial import (
     FAMILIES,
@@ -32,6 +31,7 @@ from torchpar.testing.trial import (
     Layers,
     Make,
     Record,
+    Setup,
     Trial,
     halves,
     multiply_rates,
@@ -40,7 +40,7 @@ from torchpar.testing.trial import (
 
 RIGHT = ("same bits", "equal up to rounding")
 FAULTS = ("wrong", "hangs", "crashes")
-GRACE = 5.0  # seconds for the other ranks, once one has failed
+GRACE = 5.0  # seconds for the other ranks, once a rank has failed
 DRAWS = 8  # of rounded gradients
 # An update rounds about 16 times in sequence: its input, and three products in each of five
 # iterations. Random errors add as the square root. The errors of torch.optim.Muon, whose DTensors
@@ -62,14 +62,14 @@ class Row:
     Attributes:
         verdict: "same bits", "equal up to rounding", "refuses", "wrong", "hangs", "crashes" or "not
             applicable".
-        compared_with: what is right: the optimizer's own step on whole matrices, also a formula in
-            float64, or the polar factor. Empty if nothing was compared.
+        compared_with: the reference: the optimizer's own step on unsharded matrices, also a formula
+            in float64, or the polar factor. Empty if nothing was compared.
         update_error: ‖Δ − Δ_ref‖ / ‖Δ_ref‖ of the worst matrix, with gradients of full rank. For
             the polar factor, the sine of the angle.
         rounding: the change of Δ_ref that rounding the gradients makes. For the polar factor, the
             largest sine that is right.
         scale_error: |‖Δ‖ / ‖Δ_ref‖ − 1| of the same matrix.
-        detail: a message, or what was found.
+        detail: a message, or a remark.
     """
 
     situation: str
@@ -85,13 +85,12 @@ class Conformance(list[Row]):
     """The rows of a table, which `str` prints."""
 
     @property
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[dict[str, str | float | None]]:
         """The rows as dictionaries, for a CSV."""
         return [asdict(row) for row in self]
 
     def assert_conforms(self) -> None:
-        """Raise an AssertionError that shows what is wrong, hangs or crashes; or if nothing is
-        right."""
+        """Raise an AssertionError that shows the faulty rows, or that no row is right."""
         if faulty := Conformance(row for row in self if row.verdict in FAULTS):
             raise AssertionError(f"{len(faulty)} of {len(self)} situations are faulty\n{faulty}")
         if not any(row.verdict in RIGHT for row in self):
@@ -136,22 +135,24 @@ def check_optimizer(
 ) -> Conformance:
     """Try an optimizer in many situations, on gloo ranks on this machine's CPU.
 
-    An update Δ of each situation is compared with Δ_ref, that of the same optimizer's step on whole
-    matrices on one process, with the same gradients. It may differ by four times what rounding the
-    gradients changes. That step is itself compared with the formula in float64 of ``reference``,
-    where the weights are float32. Ranks are processes that import the caller's main module: a
-    script needs ``if __name__ == "__main__":``.
+    An update Δ of each situation is compared with Δ_ref, the update by the same optimizer's step on
+    unsharded matrices on one process, with the same gradients. Δ may differ from Δ_ref by four
+    times the change that rounding the gradients makes. Where the weights are float32, Δ_ref is
+    itself compared with the formula of ``reference`` in float64. Ranks are processes that import
+    the caller's main module: a script needs ``if __name__ == "__main__":``.
 
     Args:
         make: returns the optimizer of a model whose parameters are hidden matrices: a module-level
-            function or class, or a `functools.partial` of one. A situation that is about ``views``,
-            ``nesterov`` or ``process_group`` passes it, if ``make`` has such an argument.
-        situations: names from `SITUATIONS`, or one; by default all.
+            function or class, or a `functools.partial` of a function or class. A situation that is
+            about ``views``, ``nesterov`` or ``process_group`` passes this argument, if ``make`` has
+            it.
+        situations: a name or names from `SITUATIONS`; by default all.
         timeout: seconds for each situation, after which its ranks count as hanging.
-        orthogonal: whether to try what can be asked only of optimizers that orthogonalise.
-        reference: a `Formula`, or the optimizer of PyTorch whose formula it shall follow: SGD,
-            Adam, AdamW or Muon of `torch.optim`. By default that of its own class, if it is exactly
-            one of these, or `torchpar.optim.Muon`. Any other is compared with itself alone.
+        orthogonal: whether to try the situations that are only for optimizers that orthogonalise.
+        reference: a `Formula`, or the optimizer of PyTorch whose formula the optimizer shall
+            follow: SGD, Adam, AdamW or Muon of `torch.optim`. By default the formula of the
+            optimizer's own class, if this is exactly one of these classes or `torchpar.optim.Muon`.
+            An optimizer of another class is not compared with a formula.
         ranks: an open pool, which other calls use, too. Otherwise the processes end with the call.
 
     Raises:
@@ -216,7 +217,7 @@ def _row(ranks: Ranks, name: str, made: bytes, timeout: float) -> Row:
 
 @contextmanager
 def _failures() -> Iterator[None]:
-    """Turn errors into failures, and leave out warnings, which every rank would print."""
+    """Turn errors into failures, and hide warnings, which every rank would print."""
     logging.disable()
     try:
         with warnings.catch_warnings(action="ignore"):
@@ -225,7 +226,7 @@ def _failures() -> Iterator[None]:
         raise
     except Exception as e:
         message = " ".join(f"{type(e).__name__}: {e}".split())[:300]
-        lost = "gloo/transport" in message  # because another rank has failed
+        lost = "gloo/transport" in message  # another rank has failed
         raise Failure(
             "hangs" if lost else "refuses" if _refuses(e) else "crashes", message
         ) from None
@@ -234,8 +235,7 @@ def _failures() -> Iterator[None]:
 
 
 def _refuses(error: Exception) -> bool:
-    """Whether an error is a refusal: raised on purpose, and not within PyTorch if it is a
-    RuntimeError."""
+    """Whether an error is a refusal: raised on purpose, and if a RuntimeError, outside PyTorch."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     module = frame.f_globals.get("__name__", "")
     is_outside = not module.startswith("torch.") or module.startswith("torch.optim.")
@@ -259,20 +259,21 @@ def _try(name: str, made: bytes, folder: str, earlier: dict[Key, Record]) -> dic
 
 
 class Steps(NamedTuple):
-    """The weights of a record's steps on whole matrices, and those with rounded gradients."""
+    """The weights of a record's steps on unsharded matrices, exact and with rounded gradients."""
 
     exact: Weights
     rounded: list[Weights]
 
 
 class References(NamedTuple):
-    """The same steps as a situation's, on whole matrices on one process, for each record.
+    """A situation's steps, repeated on unsharded matrices on one process, for each record.
 
     Attributes:
-        own: by the optimizer; rounded only if the bits differ.
-        formula: the name of the formula that these are compared with, or "".
-        off: what is wrong with them by the formula, or "".
-        unchanged: by the optimizer without the situation's change of learning rates, or None.
+        own: the steps by the optimizer; with rounded gradients only if the bits differ.
+        formula: the name of the formula that these steps are compared with, or "".
+        off: a message if these steps are wrong by the formula, or "".
+        unchanged: weights by the optimizer without the situation's change of learning rates, or
+            None.
         changed: the matrices whose learning rates change.
     """
 
@@ -303,7 +304,7 @@ class Together:
 
 
 def _follow(name: str, made: bytes, merged: dict[Key, Record]) -> References:
-    """The same steps on whole matrices: with the same gradients, then with rounded ones."""
+    """Repeat the steps on unsharded matrices: with the same gradients, then with rounded ones."""
     records, families = list(merged.values()), [family for family, *_ in merged]
     reference = pickle.loads(made)[1]
     setup = SITUATIONS[name].setup
@@ -338,12 +339,17 @@ def _follow(name: str, made: bytes, merged: dict[Key, Record]) -> References:
 
 
 class Follower:
-    """Takes the steps of a situation on whole matrices, by an optimizer or by its formula."""
+    """Take the steps of a situation on unsharded matrices, by an optimizer or by its formula."""
 
-    def __init__(self, make: Make, setup: Mapping[str, Any], reference: Any):
+    def __init__(
+        self,
+        make: Make,
+        setup: Setup,
+        reference: Formula | type[torch.optim.Optimizer] | None,
+    ):
         self.make, self.setup = make, setup
         self.formula: Formula | None
-        self.defaults: Mapping[str, Any] = {}
+        self.defaults: Settings = {}
         if isinstance(reference, Formula):
             self.formula = reference
         elif reference is not None:
@@ -359,7 +365,7 @@ class Follower:
         """The weights, with the gradients of a record.
 
         Args:
-            draw: of rounded gradients, or 0.
+            draw: the number of a draw of rounded gradients, or 0 for exact gradients.
             unchanged: whether to leave out the situation's change of learning rates.
         """
         trial = self._trial()
@@ -371,8 +377,10 @@ class Follower:
         rounding = self.precision if by_formula else BFLOAT16
 
         def rounded(t: Tensor) -> Tensor:
-            """With an error of at most one rounding in a draw: Monte Carlo arithmetic (Parker,
-            1997)."""
+            """``t`` with random errors of at most one rounding.
+
+            Source: Parker, "Monte Carlo Arithmetic", 1997.
+            """
             errors = torch.rand(t.shape, generator=generator) - 0.5 if draw else 0.0
             return t * (1 + rounding * errors)
 
@@ -407,11 +415,11 @@ class Follower:
         return {name for name, _ in layers.named_children()}
 
     def _trial(self) -> Trial:
-        return Trial(self.make, Record(), **{**self.setup, "views": {}, "groups": False})
+        setup: Setup = {**self.setup, "views": {}, "groups": False}
+        return Trial(self.make, Record(), **setup)
 
-    def _make(self, model: Layers, unchanged: bool = False) -> Any:
-        """The optimizer; an optimizer for each of two groups, which neither can confuse with the
-        other."""
+    def _make(self, model: Layers, unchanged: bool = False) -> torch.optim.Optimizer | Together:
+        """The optimizer; of two groups an optimizer each, so that it cannot confuse the groups."""
         trial = self._trial()
         if not self.setup.get("groups"):
             return trial.optimizer(model)
@@ -424,9 +432,9 @@ class Follower:
 def _off_formula(
     families: list[str], own: list[Steps], formula: list[Steps], follow: Follower
 ) -> str:
-    """What is wrong with the optimizer's own step, by its formula, or "".
+    """A message if the optimizer's own step is wrong by its formula, or "".
 
-    Besides the formula's rounding, the weights are rounded: to float32, about twice in a step.
+    Besides the formula's rounding, the weights are rounded to float32, about twice in a step.
     """
     worst, detail = 1.0, ""
     assert follow.formula is not None
@@ -452,10 +460,10 @@ def _off_formula(
     return detail
 
 
-# On the process that asks
+# On the process of the caller
 
 
-def _check(outcomes: list[Any], one_may_refuse: bool = False) -> None:
+def _check(outcomes: Sequence[object], one_may_refuse: bool = False) -> None:
     """Raise the failure of ranks that have failed or hang."""
     ranks: dict[str, dict[int, str]] = {}  # by verdict
     for rank, outcome in enumerate(outcomes):
@@ -477,11 +485,11 @@ def _check(outcomes: list[Any], one_may_refuse: bool = False) -> None:
             if verdict != "refuses" or one_may_refuse:
                 raise Failure(verdict, f"rank {rank}: {message}")
             others = "hangs" if "hangs" in ranks else "wrong"
-            raise Failure(others, f"refuses on rank {rank}, and not on all: {message}")
+            raise Failure(others, f"refuses on rank {rank}, and not on all ranks: {message}")
 
 
 def _merge(outcomes: list[dict[str, Record]]) -> dict[Key, Record]:
-    """The records of all ranks; those that have the same matrices have the same weights."""
+    """The records of all ranks. Ranks with the same matrices must have the same weights."""
     merged: dict[Key, Record] = {}
     for of_rank in outcomes:
         for family, record in of_rank.items():
@@ -493,7 +501,7 @@ def _merge(outcomes: list[dict[str, Record]]) -> dict[Key, Record]:
 
 
 def _errors(weights: list[Array], reference: list[Array]) -> Array:
-    """The largest relative errors of the updates, and of their norms; those of NaN are infinite."""
+    """The largest relative errors of the updates, and of their norms. Of NaN they are infinite."""
     errors = np.zeros(2)
     for update, right in zip(np.diff(weights, axis=0), np.diff(reference, axis=0), strict=True):
         if not np.array_equal(update, right):
@@ -507,12 +515,12 @@ def _errors(weights: list[Array], reference: list[Array]) -> Array:
 
 
 def _judge(name: str, records: dict[Key, Record], references: References) -> Row:
-    """Judge each matrix by its own rounding; the row shows the worst one of full rank."""
+    """Judge each matrix by its rounding. The row shows the worst matrix of full rank."""
     _check_moves(records, references)
     compared = "own step"
     if references.formula:
         compared += f", {references.formula} in float64"
-    found: list[Any] = []
+    found: list[tuple[float, str, str, float, float, float]] = []
     for ((family, *_), record), (exact, rounded) in zip(
         records.items(), references.own, strict=True
     ):
@@ -521,7 +529,8 @@ def _judge(name: str, records: dict[Key, Record], references: References) -> Row
             drawn = [_errors(draw[matrix], exact[matrix]) for draw in rounded]
             rounding = np.max([np.zeros(2), *drawn], axis=0)
             excess = float(max(errors / (FACTOR * rounding + BFLOAT16)))
-            found.append((excess, family, matrix, *map(float, (*errors, rounding[0]))))
+            error, scale, expected = map(float, (*errors, rounding[0]))
+            found.append((excess, family, matrix, error, scale, expected))
     full, low = (max(one for one in found if one[1] == family) for family in FAMILIES[:2])
     numbers = full[3], full[5], full[4]
     excess, family, matrix, error, scale, rounded_error = max(found)
@@ -540,7 +549,7 @@ def _judge(name: str, records: dict[Key, Record], references: References) -> Row
 
 
 def _check_moves(records: dict[Key, Record], references: References) -> None:
-    """Raise a Failure if a weight does not move, or not as its settings demand."""
+    """Raise a Failure if a weight does not move, or a change of its learning rate has no effect."""
     for record, (exact, _) in zip(records.values(), references.own, strict=True):
         still = [
             name
@@ -564,13 +573,15 @@ def _judge_polar(name: str, records: dict[Key, Record]) -> Row:
     Five Newton–Schulz iterations with Jordan's coefficients bring all singular values of the
     normalised gradient into an interval [a, b]. Then the cosine of the angle to U·Vᵀ is at least
     2·√(ab) / (a + b). The interval is widened by the rounding to bfloat16 of each iteration's three
-    products, and begins at half of the smallest singular value. No singular value is further from
-    the median than a from b.
+    products, and begins at half of the smallest singular value. The ratio of a singular value and
+    the median is between a/b and b/a.
     """
     rows = []
     record = next(record for (family, *_), record in records.items() if family == FAMILIES[0])
     for matrix, weights in record.weights.items():
-        u, sigma, vt = np.linalg.svd(record.gradients[matrix][0], full_matrices=False)
+        gradient = record.gradients[matrix][0]
+        assert gradient is not None
+        u, sigma, vt = np.linalg.svd(gradient, full_matrices=False)
         update = weights[1] - weights[0]
         values = np.linalg.svd(update, compute_uv=False)
         cosine = -(update * (u @ vt)).sum() / max(

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The rules of an operator's table, in its order: each tries an operator with one part of
-PyTorch."""
+"""The rules of an operator's table, in its order. Each tries one part of PyTorch."""
 
 import copy
 import io
@@ -13,9 +12,9 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -34,6 +33,7 @@ from torchpar.testing.case import (
     LOW,
     REFUSALS,
     Attempts,
+    AttemptsAndRemark,
     Calls,
     Case,
     Function,
@@ -55,16 +55,25 @@ from torchpar.testing.case import (
     with_cause,
 )
 
-RULES: dict[str, Callable[[Case], Any]] = {}
-"""By name, in the table's order: functions that return nothing or a remark, and raise an `Outcome`
-or any error. Or they yield attempts, each a label and such a function, and return a remark."""
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Placement
+
+T = TypeVar("T")
+Rule = Callable[[Case], Attempts | str | None]
+RULES: dict[str, Rule] = {}
+"""The rules by name, in the table's order.
+
+A rule returns nothing or a remark, and raises an `Outcome` or any error. Or it yields attempts,
+each a label and a function that raises likewise, and returns nothing or a remark.
+"""
 ONCE = ("torch.compile by Inductor", "torch.export, save and load")  # for the first sample only
 
 
-def rule(name: str) -> Callable[[Callable[[Case], Any]], None]:
+def rule(name: str) -> Callable[[Rule], None]:
     """A decorator that adds a rule."""
 
-    def add(function: Callable[[Case], Any]) -> None:
+    def add(function: Rule) -> None:
         RULES[name] = function
 
     return add
@@ -85,12 +94,12 @@ def _values(case: Case) -> None:
     close(actual, expected, lambda: case.wide.plain(*case.wide.operands))
 
 
-CALLS = 45  # one that differs in ten is missed with a chance of 0.9^44, of a hundredth
+CALLS = 45  # if one call in ten differs, all are alike with a chance of 0.9^44, of a hundredth
 FEWEST, LONGEST = 4, 2.0  # calls, and seconds after which a slow operator is called no more
 
 
 @rule("same bits twice")
-def _same_bits_twice(case: Case) -> Attempts:
+def _same_bits_twice(case: Case) -> AttemptsAndRemark:
     done: list[int] = []
 
     def check(compute: Callable[[Function], Tensors]) -> None:
@@ -113,7 +122,7 @@ Compute = Callable[[Function], Tensors]
 
 
 def _values_and_gradients(case: Case) -> tuple[Compute, Compute | None]:
-    """How to compute results, and gradients if there is a reference with gradients."""
+    """Functions that compute results, and gradients if there is a reference with gradients."""
 
     def values(function: Function) -> Tensors:
         return function(*case.operands)
@@ -126,7 +135,7 @@ def _values_and_gradients(case: Case) -> tuple[Compute, Compute | None]:
 
 
 @contextmanager
-def _setting(get: Callable[[], Any], change: Callable[[Any], Any], value: Any) -> Iterator[None]:
+def _setting(get: Callable[[], T], change: Callable[[T], object], value: T) -> Iterator[None]:
     before = get()
     change(value)
     try:
@@ -137,7 +146,7 @@ def _setting(get: Callable[[], Any], change: Callable[[Any], Any], value: Any) -
 
 @contextmanager
 def _deterministic() -> Iterator[None]:
-    """Without nondeterministic algorithms; memory that is not initialised holds NaN."""
+    """Allow only deterministic algorithms; uninitialised memory then holds NaN."""
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
@@ -149,16 +158,19 @@ def _deterministic() -> Iterator[None]:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
+Setting = Callable[[], AbstractContextManager[None]]
+
+
 @rule("global settings")
-def _global_settings(case: Case) -> Attempts:  # noqa: C901  # a try for each setting
+def _global_settings(case: Case) -> AttemptsAndRemark:  # noqa: C901  # a try for each setting
     """PyTorch's default dtype, deterministic algorithms and threads change no result.
 
-    The default dtype changes no bit, unless it changes those of the reference. The others can
-    change the order of sums.
+    The default dtype changes no bit, unless it changes bits of the reference. Deterministic
+    algorithms and threads can change the order of sums.
     """
     changed: list[str] = []
 
-    def check(label: str, setting: Any, may_reorder: bool, compute: Compute) -> None:
+    def check(label: str, setting: Setting, may_reorder: bool, compute: Compute) -> None:
         before, theirs = compute(case.op), compute(case.plain)
         with setting():
             try:
@@ -181,7 +193,7 @@ def _global_settings(case: Case) -> Attempts:  # noqa: C901  # a try for each se
         changed.append(label)
 
     threads = 1 if torch.get_num_threads() > 1 else 2
-    settings: dict[str, tuple[Any, bool]] = {
+    settings: dict[str, tuple[Setting, bool]] = {
         "deterministic algorithms": (_deterministic, True),
         f"threads: {threads}": (
             partial(_setting, torch.get_num_threads, torch.set_num_threads, threads),
@@ -215,13 +227,14 @@ def _differs(actual: Tensors, expected: Tensors) -> bool:
 
 @rule("schema")
 def _schema(case: Case) -> Attempts:
-    if case.overload is None:
+    overload = case.overload
+    if overload is None:
         raise Outcome("not run", "no operator was called")
     with Calls() as calls:
         case.op(*case.operands)
-    if case.overload not in calls.seen and case.callable is not case.overload:
+    if overload not in calls.seen and case.callable is not overload:
         raise Outcome("not run", "the operator decomposes before it is dispatched")
-    arguments = calls.seen.get(case.overload, case.arguments(case.operands))
+    arguments = calls.seen.get(overload, case.arguments(case.operands))
 
     def check(test: str, requires_grad: bool) -> None:
         def prepared(t: Tensor) -> Tensor:
@@ -229,7 +242,7 @@ def _schema(case: Case) -> Attempts:
 
         args, kwargs = tree_map_only(Tensor, prepared, arguments)
         found = torch.library.opcheck(
-            case.overload, args, kwargs, test_utils=test, raise_exception=False
+            overload, args, kwargs, test_utils=test, raise_exception=False
         )
         if found[test] != "SUCCESS":
             raise Outcome("wrong", f"opcheck: {found[test]}")
@@ -266,7 +279,7 @@ def _same_values(case: Case, operands: Tensors) -> None:
         return case.plain(*cast(tuple(tensors), torch.float64))
 
     def others() -> Iterator[tuple[Tensors, Tensors]]:
-        """Of operands that are changed by roundings: equal terms can add up without an error."""
+        """Results of operands that differ by roundings: sums of equal terms may have no error."""
         for seed in range(4):
             like = [
                 t * (1 + torch.finfo(t.dtype).eps * normal_like(t, seed))
@@ -280,25 +293,24 @@ def _same_values(case: Case, operands: Tensors) -> None:
 
 
 def _fake_of_meta(case: Case) -> None:
-    """Of operands that are on no device of this machine, so that a device that the fake fixes is
-    seen."""
+    """Call the fake on the device "meta", so that a device that the fake fixes is seen."""
     actual = case.op(*case.operands)
     metas = case.op(*(t.to("meta") for t in case.operands))
     same_metadata(metas, tuple(t.to("meta") for t in actual))
 
 
 def _symbolic_fake(case: Case) -> None:
-    """A fake that makes a number of a size would be compiled for this size alone."""
+    """Refuse a fake that converts a size to a number: it would be compiled for this size alone."""
     fixed = _fixed_sizes(case, case.operands)
     for label, operands in case.resized(lambda t, dim: torch.cat([t, t], dim)):
         size = int(label.rpartition(" ")[2])
-        # A fake that only asks whether a size is 8 does not fix one of 16.
+        # A fake that only asks whether a size is 8 does not fix a size of 16.
         if size in fixed and _is_taken(case, operands) and 2 * size in _fixed_sizes(case, operands):
             raise Outcome("wrong", f"the fake fixes the size {size}, as int() of it does")
 
 
 def _fixed_sizes(case: Case, operands: Tensors) -> set[int]:
-    """The sizes of operands that a call on fake tensors makes numbers of."""
+    """The sizes of operands that a call on fake tensors converts to numbers."""
     shapes = ShapeEnv()
     with FakeTensorMode(shape_env=shapes) as mode:
         contexts: list[Any] = [
@@ -370,7 +382,7 @@ def _low_precision(case: Case) -> Attempts:
 # Derivatives
 
 
-def _numerically(check: Callable[..., Any], case: Case) -> None:
+def _numerically(check: Callable[..., bool], case: Case) -> None:
     if not {t.dtype for t in case.floating} <= {torch.float64, torch.complex128}:
         raise Outcome("not run", "operands have to be float64")
     try:
@@ -414,7 +426,7 @@ def pulled_back(
     required: Sequence[int] | None = None,
     used: slice = slice(None),
 ) -> Tensors:
-    """Gradients of ``f`` for normally distributed incoming ones, of any layout."""
+    """Gradients of ``f`` for normally distributed incoming gradients, of any layout."""
     xs = case.leaves()
     chosen = xs if required is None else [xs[i] for i in required]
     for x in xs:
@@ -465,8 +477,7 @@ def _any_of_the_gradients(case: Case) -> Attempts:
 
 @rule("changes after the call")
 def _changes_after_the_call(case: Case) -> Attempts:
-    """A tensor that the backward needs is changed in place: right gradients, or autograd's
-    error."""
+    """Change in place what the backward needs: gradients are right, or autograd raises an error."""
 
     def check(of_results: bool) -> None:
         expected, leaves = pulled_back(case.oracle, case), case.leaves()
@@ -516,7 +527,8 @@ def _difference_of(
 ) -> tuple[list[Tensor], float]:
     """The directional derivative by (f(x + h·v) − f(x − h·v))/2h, in float64, and its tolerance.
 
-    The error of the difference is about h², that of the roundings ε/h; both are ε^⅔ for h = ε^⅓.
+    The error of the difference is about h², and the error of the roundings ε/h. Both are ε^⅔ for
+    h = ε^⅓.
     """
     h = torch.finfo(torch.float64).eps ** (1 / 3)
     every = _every(case) if chosen is None else chosen
@@ -549,13 +561,14 @@ def _every(case: Case) -> tuple[int, ...]:
     return tuple(range(len(case.floating)))
 
 
-def _vjp(f: Function, case: Case) -> Any:
+def _vjp(f: Function, case: Case) -> object:
     ys, pull, *_ = vjp(f, *case.floating)
     return pull(tuple(map(normal_like, ys)))
 
 
-def _jvp(f: Function, xs: Tensors) -> Any:
-    return jvp(f, xs, tuple(map(normal_like, xs)))
+def _jvp(f: Function, xs: Tensors) -> tuple[Tensors, Tensors]:
+    ys, pushed, *_ = jvp(f, xs, tuple(map(normal_like, xs)))
+    return ys, pushed
 
 
 def _batched(f: Function, case: Case) -> Tensors:
@@ -575,8 +588,8 @@ def _checkpointed(f: Function, case: Case) -> Tensors:
 MOST_SQUARED = 2**24  # numbers that a rule may keep, of 8 bytes each
 
 
-def _of_every_pair(f: Callable[[], Any], xs: Tensors) -> Any:
-    """Compute derivatives by all operands at once, which takes the square of their numbers."""
+def _of_every_pair(f: Callable[[], object], xs: Tensors) -> object:
+    """Compute derivatives by all operands at once, unless they take too much memory."""
     count = sum(x.numel() for x in xs)
     if count**2 > MOST_SQUARED:
         raise Outcome(
@@ -585,15 +598,15 @@ def _of_every_pair(f: Callable[[], Any], xs: Tensors) -> Any:
     return f()
 
 
-def _jacfwd(f: Function, xs: Tensors) -> Any:
+def _jacfwd(f: Function, xs: Tensors) -> object:
     return _of_every_pair(lambda: jacfwd(f, tuple(range(len(xs))))(*xs), xs)
 
 
-def _hessian(f: Function, xs: Tensors) -> Any:
+def _hessian(f: Function, xs: Tensors) -> object:
     return _of_every_pair(lambda: hessian(_scalar(f), tuple(range(len(xs))))(*xs), xs)
 
 
-TRANSFORMS: dict[str, Callable[..., Any]] = {
+TRANSFORMS: dict[str, Callable[[Function, Case], object]] = {
     "batched gradients": _batched,
     "checkpoint": _checkpointed,
     "torch.func: vjp": _vjp,
@@ -620,8 +633,7 @@ RULES.update(
 
 @rule("NaN")
 def _nan(case: Case) -> Attempts:
-    """One number of an operand is NaN: results and gradients are NaN where those of the reference
-    are."""
+    """A NaN in an operand makes the results and gradients NaN where it does in the reference."""
     case.expect_reference()
     for i, t in enumerate(case.operands):
         if not (is_differentiable(t) and t.numel()):
@@ -641,8 +653,7 @@ def _same_as_reference(case: Case) -> None:
 
 @rule("ties and zeros")
 def _ties_and_zeros(case: Case) -> Attempts:
-    """Equal numbers, at which a maximum or |x| has a kink: the gradients are those of the
-    reference."""
+    """At equal numbers and zeros, kinks of a maximum or |x|, the reference gives the gradients."""
     case.expect_reference()
     first = next((t.flatten() for t in case.floating if t.numel()), torch.zeros(1))
 
@@ -663,7 +674,7 @@ def _ties_and_zeros(case: Case) -> Attempts:
 
 
 def _at_a_tie(case: Case) -> None:
-    """Compare values and gradients, unless the reference itself jumps here, as an inverse can."""
+    """Compare values and gradients, unless the reference jumps there, as an inverse can."""
     expected = case.takes(case.operands, case.plain)
     eps = max(torch.finfo(t.dtype).eps for t in case.floating)
     moved = [t + eps**0.5 * normal_like(t) if is_differentiable(t) else t for t in case.operands]
@@ -676,7 +687,7 @@ def _at_a_tie(case: Case) -> None:
 
 
 def _is_near(around: Sequence[Tensor], ys: Sequence[Tensor], tolerance: float) -> bool:
-    """Whether results are as near as those of a continuous function of moved operands are."""
+    """Whether results of moved operands are as near as the results of a continuous function."""
     return all(
         bool((a - y).abs().max() <= tolerance * max(1.0, float(y.abs().max())))
         for a, y in zip(around, ys, strict=True)
@@ -688,7 +699,7 @@ def _is_near(around: Sequence[Tensor], ys: Sequence[Tensor], tolerance: float) -
 
 
 def _looped(f: Function) -> Function:
-    """What `vmap` computes, by a loop."""
+    """The result of `vmap`, by a loop."""
     return lambda *batches: tuple(
         map(torch.stack, zip(*(f(*one) for one in zip(*batches, strict=True)), strict=True))
     )
@@ -720,7 +731,7 @@ def _vmap(case: Case, in_dims: tuple[int | None, ...], size: int = 3) -> None:
 
 
 @rule("vmap over one operand")
-def _vmap_over_one_operand(case: Case) -> Attempts:
+def _vmap_over_one_operand(case: Case) -> AttemptsAndRemark:
     for i, t in enumerate(case.operands):
         for dim in range(t.dim() + 1):
             in_dims = tuple(dim if i == j else None for j in range(len(case.operands)))
@@ -731,6 +742,7 @@ def _vmap_over_one_operand(case: Case) -> Attempts:
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     if case.overload is not None and not any(has_kernel(case.overload.name(), key) for key in keys):
         return "a loop over the samples: no rule"
+    return ""
 
 
 @rule("vmap over all operands")
@@ -751,7 +763,7 @@ def _vmap_of_vmap(case: Case) -> None:
     case.expect_call(lambda: vmap(vmap(case.op))(*batches))
 
 
-OF_BATCHES: dict[str, Callable[[Function, Tensors], Any]] = {
+OF_BATCHES: dict[str, Callable[[Function, Tensors], object]] = {
     "vmap of jvp": lambda f, xs: vmap(lambda *x: jvp(f, x, tuple(t.cos() for t in x)))(*xs),
     "vmap of vjp": lambda f, xs: vmap(lambda *x: vjp(f, *x)[1](f(*x)))(*xs),
     "jacfwd of vmap": lambda f, xs: _jacfwd(vmap(f), xs),
@@ -766,7 +778,7 @@ OF_BATCHES: dict[str, Callable[[Function, Tensors], Any]] = {
 }
 
 
-def _of_batches(f: Function, case: Case, nested: Callable[[Function, Tensors], Any]) -> Any:
+def _of_batches(f: Function, case: Case, nested: Callable[[Function, Tensors], object]) -> object:
     rolls = [[rolled(t, k) for k in range(3)] for t in case.floating]
     return nested(f, tuple(torch.stack(of_operand).requires_grad_() for of_operand in rolls))
 
@@ -781,7 +793,7 @@ def _vmap_and_gradients(case: Case) -> Attempts:
 
 
 @rule("autocast")
-def _autocast(case: Case) -> Attempts:
+def _autocast(case: Case) -> AttemptsAndRemark:
     case.expect_reference()
 
     def check(dtype: torch.dtype, operands: Tensors, batch: bool = False) -> None:
@@ -808,7 +820,7 @@ def _autocast(case: Case) -> Attempts:
     for dtype in LOW:
         yield f"to {dtype}", partial(check, dtype, single)
         yield f"to {dtype}, in vmap", partial(check, dtype, single, True)
-        # A layer before the operator has cast its result, but no parameter.
+        # A layer before the operator casts its result, and the operator's parameters stay float32.
         low = cast(case.operands, dtype)
         yield f"of {dtype}", partial(mixed, dtype, low)
         for i, t in enumerate(case.operands if len(case.floating) > 1 else ()):
@@ -821,7 +833,7 @@ def _autocast(case: Case) -> Attempts:
 
 @rule("grad modes")
 def _grad_modes(case: Case) -> Attempts:
-    def check(mode: Any) -> None:
+    def check(mode: type[torch.no_grad] | type[torch.inference_mode]) -> None:
         expected = case.op(*case.operands)
         xs = [t.clone().requires_grad_(is_differentiable(t)) for t in case.operands]
         with mode():
@@ -845,7 +857,7 @@ def _functionalize_and_a_copied_graph(case: Case) -> None:
 
 @rule("tensor subclass")
 def _tensor_subclass(case: Case) -> Attempts:  # noqa: C901  # a try for each operand
-    """PyTorch's subclass that computes with the two tensors inside, here one tensor twice."""
+    """Try PyTorch's TwoTensor, a subclass that computes with two tensors, here with one twice."""
     from torch.testing._internal.two_tensor import TwoTensor
 
     def inner(tensors: Tensors) -> Tensors:
@@ -888,8 +900,8 @@ def _tensor_subclass(case: Case) -> Attempts:  # noqa: C901  # a try for each op
 # Compilers
 
 
-def _compiled(case: Case, **how: Any) -> Attempts:
-    def call(*args: Any, **kwargs: Any) -> Any:
+def _compiled(case: Case, backend: str, dynamic: bool | None = None) -> Attempts:
+    def call(*args: object, **kwargs: object) -> object:
         return case.callable(*args, **kwargs)
 
     def values(operands: Tensors) -> None:
@@ -907,13 +919,11 @@ def _compiled(case: Case, **how: Any) -> Attempts:
         )
 
     torch._dynamo.reset()
-    compiled = case.bind(torch.compile(call, fullgraph=True, **how))
+    compiled = case.bind(torch.compile(call, fullgraph=True, backend=backend, dynamic=dynamic))
     yield "values", partial(values, case.operands)
     if case.floating:
         yield "gradients", pulled
-    for name, operands in (
-        case.resized(lambda t, dim: torch.cat([t, t], dim)) if "dynamic" in how else ()
-    ):
+    for name, operands in case.resized(lambda t, dim: torch.cat([t, t], dim)) if dynamic else ():
         yield f"twice {name}", partial(values, operands)
     torch._dynamo.reset()
 
@@ -923,7 +933,8 @@ def _by_inductor(case: Case) -> Attempts:
         raise Outcome("not run", "no C++ compiler")
     from torch._inductor import config
 
-    # Processes would take longer to start, and the caches on disk do not know an operator's rules.
+    # Processes for compiling would take longer to start. The caches on disk do not depend on an
+    # operator's rules.
     with config.patch(compile_threads=1, force_disable_caches=True):
         yield from _compiled(case, backend="inductor")
 
@@ -934,26 +945,26 @@ RULES["torch.compile by Inductor"] = _by_inductor
 
 
 @rule("torch.export, save and load")
-def _torch_export_save_and_load(case: Case) -> Attempts:
+def _torch_export_save_and_load(case: Case) -> AttemptsAndRemark:
     class Module(torch.nn.Module):
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
+        def forward(self, *args: object, **kwargs: object) -> object:
             return case.callable(*args, **kwargs)
 
-    def reloaded() -> Any:
+    def reloaded() -> torch.export.ExportedProgram:
         file = io.BytesIO()
         torch.export.save(program, file)
         file.seek(0)
         return torch.export.load(file)
 
-    def check(stage: Callable[[], Any]) -> None:
+    def check(stage: Callable[[], torch.export.ExportedProgram]) -> None:
         close(case.bind(stage().module())(*case.operands), case.op(*case.operands))
 
     program = torch.export.export(Module(), *case.arguments(case.operands))
     yield "exported", partial(check, lambda: program)
     yield "loaded", partial(check, reloaded)
     yield "decomposed", partial(check, program.run_decompositions)
-    whole = any(node.target is case.overload for node in program.graph.nodes)
-    return "the graph holds the operator" if whole else "the graph holds other operators"
+    is_kept = any(node.target is case.overload for node in program.graph.nodes)
+    return "the graph holds the operator" if is_kept else "the graph holds other operators"
 
 
 # Ranks
@@ -963,11 +974,11 @@ MOST_COMBINATIONS = 48  # drawn from all, if there are more
 
 
 @rule("DTensor")
-def _dtensor(case: Case) -> Attempts:
-    """Every placement of every operand, on simulated ranks.
+def _dtensor(case: Case) -> AttemptsAndRemark:
+    """Try every placement of every operand, on simulated ranks.
 
-    All ranks live in this process, in PyTorch's LocalTensor mode: nothing has to be imported
-    elsewhere.
+    All ranks are in this process, in PyTorch's LocalTensor mode: no other process has to import the
+    operator.
     """
     from torch.distributed.tensor import Partial, Replicate, Shard
 
@@ -989,7 +1000,7 @@ def _dtensor(case: Case) -> Attempts:
             given = [ys[i] for i in some], leaves, [incoming[i] for i in some]
             of_operands.append((some, gradients(*given, retain_graph=True)))
     expected = case.op(*case.operands), incoming, of_operands
-    local: list[Any] = []
+    local: list[tuple[Placement, ...]] = []
     with _simulated_ranks() as mesh:
         for placements in combinations:
             label = ", ".join(map(str, placements))
@@ -998,7 +1009,7 @@ def _dtensor(case: Case) -> Attempts:
 
 
 @contextmanager
-def _simulated_ranks() -> Iterator[Any]:
+def _simulated_ranks() -> Iterator["DeviceMesh"]:
     """A mesh of ranks in this process."""
     if dist.is_initialized():
         raise Outcome("not run", "this process belongs to a process group")
@@ -1006,7 +1017,7 @@ def _simulated_ranks() -> Iterator[Any]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    hook = sys.excepthook  # which the next call replaces by one that names the rank
+    hook = sys.excepthook  # the next call replaces it by a hook that names the rank
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=RANKS)
     try:
         with LocalTensorMode(RANKS):
@@ -1016,17 +1027,15 @@ def _simulated_ranks() -> Iterator[Any]:
         sys.excepthook = hook
 
 
-def _place(whole: Tensor, mesh: Any, placement: Any) -> Any:
-    """A DTensor of ``whole``; the parts of a sum differ in every element."""
+def _place(t: Tensor, mesh: "DeviceMesh", placement: "Placement") -> "DTensor":
+    """A DTensor of ``t``. The terms of a partial sum differ in every element."""
     from torch.distributed._local_tensor import LocalTensor
     from torch.distributed.tensor import DTensor, distribute_tensor
 
-    weights = [normal_like(whole, seed) for seed in range(RANKS - 1)]
+    weights = [normal_like(t, seed) for seed in range(RANKS - 1)]
     weights.append(1 - torch.stack(weights).sum(0))
     is_sum = placement.is_partial()
-    local = LocalTensor(
-        {rank: whole * w if is_sum else whole.clone() for rank, w in enumerate(weights)}
-    )
+    local = LocalTensor({rank: t * w if is_sum else t.clone() for rank, w in enumerate(weights)})
     if is_sum:
         return DTensor.from_local(local, mesh, [placement], run_check=False)
     return distribute_tensor(local, mesh, [placement], src_data_rank=None)
@@ -1034,27 +1043,28 @@ def _place(whole: Tensor, mesh: Any, placement: Any) -> Any:
 
 def _compare(
     case: Case,
-    mesh: Any,
-    placements: Sequence[Any],
-    expected: tuple[Any, Any, Any],
-    local: list[Any],
+    mesh: "DeviceMesh",
+    placements: tuple["Placement", ...],
+    expected: tuple[Tensors, list[Tensor], list[tuple[Sequence[int], Tensors]]],
+    local: list[tuple["Placement", ...]],
 ) -> None:
-    """Compare results and gradients on all ranks with those of the whole operands."""
+    """Compare results and gradients on all ranks with those of the unsharded operands."""
     from torch.distributed.tensor import DTensor, Replicate
     from torch.distributed.tensor.debug import CommDebugMode
 
-    results, incoming, of_operands = expected
+    values, incoming, of_operands = expected
     placed = [_place(t, mesh, p) for t, p in zip(case.operands, placements, strict=True)]
     xs = [t.requires_grad_() for t in placed if is_differentiable(t)]
     with CommDebugMode() as communication:
-        ys: Sequence[Any] = case.op(*placed)
-    if not all(isinstance(y, DTensor) for y in ys):
+        ys = case.op(*placed)
+    results = [y for y in ys if isinstance(y, DTensor)]
+    if len(results) < len(ys):
         raise Outcome("wrong", "the result is not a DTensor")
-    whole: list[Any] = [y.redistribute(placements=[Replicate()]) for y in ys]
-    _same_on_all_ranks(whole, results)
+    replicated = [y.redistribute(placements=[Replicate()]) for y in results]
+    _same_on_all_ranks(replicated, values)
     if communication.get_total_counts() == 0:
         local.append(placements)
-    smooth = [y for y, smooth in zip(whole, case.is_smooth, strict=True) if smooth]
+    smooth = [y for y, smooth in zip(replicated, case.is_smooth, strict=True) if smooth]
     placed = [_place(g, mesh, Replicate()) for g in incoming]
     for some, right in of_operands:
         given = [smooth[i] for i in some], xs, [placed[i] for i in some]
@@ -1062,7 +1072,7 @@ def _compare(
         _same_on_all_ranks([g.redistribute(placements=[Replicate()]) for g in found], right)
 
 
-def _same_on_all_ranks(actual: Sequence[Any], expected: Sequence[Tensor]) -> None:
+def _same_on_all_ranks(actual: Sequence["DTensor"], expected: Sequence[Tensor]) -> None:
     from torch.distributed._local_tensor import maybe_disable_local_tensor_mode
 
     with maybe_disable_local_tensor_mode(), torch.no_grad():
@@ -1080,7 +1090,7 @@ def _same_on_all_ranks(actual: Sequence[Any], expected: Sequence[Tensor]) -> Non
 
 @rule("CUDA graph")
 def _cuda_graph(case: Case) -> None:
-    """Captured on another stream, and replayed with other operands in the same memory."""
+    """Capture a call on another stream, and replay it with other operands in the same memory."""
     if not torch.cuda.is_available():
         raise Outcome("not run", "no GPU")
     operands = [t.cuda() for t in case.operands]

@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""The situations in which an optimizer is tried: functions that run on every rank, and their
-table."""
+"""Situations in which an optimizer is tried: functions that run on every rank, and their table."""
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -15,35 +13,47 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Placement,
+    Replicate,
+    Shard,
+    distribute_tensor,
+)
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
 from torchpar.parallel.split.layers import ColumnParallelLinear, RowParallelLinear
-from torchpar.testing.trial import SHAPES, STEPS, Failure, Trial, multiply_rates
+from torchpar.testing.trial import SHAPES, STEPS, Failure, Setup, Trial, multiply_rates
 
 
 def trained(
     trial: Trial,
-    wrap: Callable[[Any], Any] = lambda model: model,
+    wrap: Callable[[nn.Module], Any] = lambda model: model,
     micro_batches: int = 1,
     replica: int = 1,
     optimizer_first: bool = False,
     without: Sequence[int] = (),
-    **options: Any,
+    **options: object,
 ) -> None:
     """Train a model that ``wrap`` changes.
 
     Args:
-        micro_batches: of each rank's share of the batch, whose gradients are added.
-        replica: the ranks that share a model, and get the same samples.
+        micro_batches: the number of micro-batches of each rank's share, whose gradients are added.
+        replica: the number of ranks that split a model, and get the same samples.
         without: the steps in which a matrix has no gradient.
-        options: of the optimizer.
+        options: arguments of the optimizer.
     """
-    model: Any = trial.model()
+    model: nn.Module = trial.model()
     early = trial.optimizer(model, **options) if optimizer_first else None
     model = wrap(model)
     rank, ranks = dist.get_rank() // replica, dist.get_world_size() // replica
@@ -70,27 +80,26 @@ def sharing_work(trial: Trial) -> None:
 
 
 def pipeline(trial: Trial) -> None:
-    """Each rank has other parameters, and another number of them."""
+    """Train with different parameters, and different numbers of parameters, on the ranks."""
     names = list(SHAPES)[2:] if dist.get_rank() else list(SHAPES)[:2]
     trial.shapes = {name: SHAPES[name] for name in names}
     trained(trial, replica=2)
 
 
-def split_layers(trial: Trial, kind: Any) -> None:
-    """A column layer of torchpar has a part of the outputs, and a row layer takes a part of the
-    inputs."""
+def split_layers(trial: Trial, kind: type[ColumnParallelLinear] | type[RowParallelLinear]) -> None:
+    """Train column layers, whose outputs are sharded, or row layers, whose inputs are sharded."""
     mesh, model = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",)), trial.model()
     for name, layer in list(model.named_children()):
         setattr(model, name, kind.from_linear(layer, mesh=mesh))
 
-    def part(t: Tensor, of: Any) -> Tensor:
+    def shard_if(t: Tensor, of: type[nn.Module]) -> Tensor:
         return t.tensor_split(2, -1)[dist.get_rank()] if kind is of else t
 
     for step in trial.steps(model, trial.optimizer(model)):
-        parts = {}
+        shards = {}
         for name, (x, y) in trial.batch(step).items():
-            parts[name] = part(x, RowParallelLinear), part(y, ColumnParallelLinear)
-        model(parts).backward()
+            shards[name] = shard_if(x, RowParallelLinear), shard_if(y, ColumnParallelLinear)
+        model(shards).backward()
 
 
 # Changes of a model
@@ -103,9 +112,9 @@ def shard(model: nn.Module, **options: Any) -> nn.Module:
     return model
 
 
-def parallelize(model: nn.Module, mesh: Any = None) -> nn.Module:
+def parallelize(model: nn.Module, mesh: DeviceMesh | None = None) -> nn.Module:
     styles = ColwiseParallel(output_layouts=Replicate()), RowwiseParallel(input_layouts=Replicate())
-    plan: dict[str, Any] = {
+    plan: dict[str, ParallelStyle] = {
         name: styles[i % 2] for i, (name, _) in enumerate(model.named_children())
     }
     return parallelize_module(model, mesh or init_device_mesh("cpu", (2,)), plan)
@@ -121,7 +130,7 @@ def shard_parallelized(model: nn.Module) -> nn.Module:
 
 def closure(trial: Trial) -> None:
     model = trial.model()
-    optimizer: Any = trial.optimizer(model)
+    optimizer = trial.optimizer(model)
     if "closure" not in inspect.signature(optimizer.step).parameters:
         raise Failure("not applicable", "step has no argument closure")
 
@@ -138,8 +147,8 @@ def closure(trial: Trial) -> None:
         optimizer.zero_grad()
         model(trial.batch(step + 1)).backward()
 
-    # The gradients of the closure are recorded. Right before the step there are those of another
-    # batch.
+    # The gradients of the closure are recorded. Right before the step, the parameters have the
+    # gradients of another batch.
     for step in trial.steps(model, optimizer, loss, stale=leave_others):
         model(trial.batch(step)).backward()
     for (step, called), returned in zip(losses.items(), trial.returned, strict=True):
@@ -156,7 +165,7 @@ def closure(trial: Trial) -> None:
 
 
 def tied(trial: Trial) -> None:
-    """One weight of two layers, each with an input of its own."""
+    """Train one weight of two layers with different inputs."""
     model: Any = trial.model()
     model.twin = copy.deepcopy(model.square)
     model.twin.weight = model.square.weight
@@ -168,7 +177,7 @@ def tied(trial: Trial) -> None:
 
 
 def resumed(trial: Trial) -> None:
-    """A state dict, with a changed learning rate, is loaded into a new optimizer of a new model."""
+    """Load a state dict, with a changed learning rate, into a new optimizer of a new model."""
     first, model = trial.model(), trial.model()
     saved = trial.optimizer(first)
     for step in trial.steps(first, saved, among=STEPS[:1]):
@@ -182,11 +191,10 @@ def resumed(trial: Trial) -> None:
 
 
 def checkpointed(trial: Trial) -> None:
-    """One phase saves a checkpoint, with a changed rate, and the next one loads it on other
-    ranks."""
-    model: Any = trial.model()
-    part = dist.get_rank(), dist.get_world_size()
-    if part[1] > 1:
+    """Save a checkpoint, with a changed rate. In the second phase load it on other ranks."""
+    model = trial.model()
+    share = dist.get_rank(), dist.get_world_size()
+    if share[1] > 1:
         shard(model)
     optimizer = trial.optimizer(model)
     is_first = not trial.record.weights
@@ -195,7 +203,7 @@ def checkpointed(trial: Trial) -> None:
         load({"model": weights, "optimizer": state}, checkpoint_id=trial.folder)
         set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
     for step in trial.steps(model, optimizer, among=STEPS[:1] if is_first else STEPS[1:]):
-        model(trial.batch(step, *part)).backward()
+        model(trial.batch(step, *share)).backward()
     if is_first:
         multiply_rates(optimizer, trial.rates[1])
         weights, state = get_state_dict(model, optimizer)
@@ -207,18 +215,19 @@ def checkpointed(trial: Trial) -> None:
 
 def distributed(
     trial: Trial,
-    placements: Sequence[Any] = (Shard(0),),
+    placements: Sequence[Placement] = (Shard(0),),
     partial_sums: bool = False,
     without: Sequence[int] = (),
-    alone: Callable[[Any, Any, int], None] | None = None,
+    alone: Callable[[nn.Module, torch.optim.Optimizer, int], None] | None = None,
 ) -> None:
-    """Weights are DTensors, which their layers cannot compute with: a backward pass accumulates
-    gradients.
+    """Train weights that are DTensors.
+
+    Their layers cannot compute with DTensors, so a backward pass only accumulates given gradients.
 
     Args:
         partial_sums: whether the gradients are partial sums.
         without: the steps in which a matrix has no gradient.
-        alone: a change by rank 1 alone, right before a step; the reference does not know of it.
+        alone: a change by rank 1 alone, right before a step. The reference steps are without it.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
     sizes = (ranks,) if len(placements) == 1 else (2, ranks // 2)
@@ -240,18 +249,18 @@ def distributed(
             lose_gradient(model)
 
 
-def lose_gradient(model: Any, *_: Any) -> None:
+def lose_gradient(model: Any, *_: object) -> None:
     model.square.weight.grad = None
 
 
-def double_rate(_model: Any, optimizer: Any, step: int) -> None:
+def double_rate(_model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
     for group in optimizer.param_groups if step == 0 else ():
         if "lr" in group:
             group["lr"] = group["lr"] * 2
 
 
-def add_group(model: Any, optimizer: Any, step: int) -> None:
-    """Add a group before the second step; its parameter is not the model's."""
+def add_group(model: Any, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Add a group before the second step. Its parameter does not belong to the model."""
     first = optimizer.param_groups[0]
     if step == 1:
         late = copy.deepcopy(model.square.weight)
@@ -266,40 +275,44 @@ class Situation(NamedTuple):
     """A function that trains in a situation.
 
     Attributes:
-        ranks: their number; a tuple of two has two phases, of which the second starts anew.
+        ranks: the number of ranks. A tuple of two numbers means two phases, of which the second
+            starts anew.
         setup: arguments of `Trial`.
-        orthogonal: whether it is about optimizers that orthogonalise, and no others. Others send no
-            messages, and so cannot notice the mistake of another rank.
-        one_may_refuse: whether an error on one rank is right, which leaves the others waiting.
-        same_bits: whether the updates must have the bits of the own step.
+        orthogonal: whether the situation is only for optimizers that orthogonalise. Other
+            optimizers send no messages, and so cannot notice the mistake of another rank.
+        one_may_refuse: whether an error on one rank is right, which leaves the other ranks waiting.
+        same_bits: whether the updates must have the bits of the optimizer's own step.
     """
 
     run: Callable[[Trial], None]
     ranks: int | tuple[int, ...] = 1
-    setup: Mapping[str, Any] = MappingProxyType({})
+    setup: Setup = Setup()
     orthogonal: bool = False
     one_may_refuse: bool = False
     same_bits: bool = False
 
 
 sharded = partial(trained, wrap=shard)
-SCALED: dict[str, Any] = {"factor": 1024.0}  # exact in every dtype
-BFLOAT16: dict[str, Any] = {"dtype": torch.bfloat16}
-NO_NESTEROV: dict[str, Any] = {"options": {"nesterov": False}}
+SCALED: Setup = {"factor": 1024.0}  # exact in every dtype
+BFLOAT16: Setup = {"dtype": torch.bfloat16}
+NO_NESTEROV: Setup = {"options": {"nesterov": False}}
 MIXED, OFFLOAD = MixedPrecisionPolicy(torch.bfloat16, torch.float32), CPUOffloadPolicy(False)
 # fully_shard pads 9 rows to 12 and 5 to 8, and an update's norm may depend on the ratio of rows and
 # columns.
-PADDED = {"shapes": {"nine": (9, 6), "five": (5, 4)}}
+PADDED: Setup = {"shapes": {"nine": (9, 6), "five": (5, 4)}}
 # Two singular values that differ could make rounding look larger than its yardstick.
-FEW_ROWS: dict[str, Any] = {"shapes": {"two": (2, 32), "one": (1, 20)}, "decades": 0.0}
-CONVOLUTIONS = {"shapes": {"square": (16, 3, 2, 2), "uneven": (5, 4, 3, 1)}}
-FUSED = {"shapes": {"qkv": (64, 32)}, "views": {"qkv.weight": lambda w: w.split([32, 16, 16])}}
-RESUMED: dict[str, Any] = {"rates": (1.0, 0.5, 0.5)}  # the rate is halved before the state is saved
-SCHEDULE: dict[str, Any] = {"rates": (1.0, 0.5, 2.0)}
-TWO_GROUPS: dict[str, Any] = {"groups": True}
-# Elements near 1e-8, as large as the usual ε. They move no weights but those of 0.
-TINY: dict[str, Any] = {"size": 1e-7, "scale": 0.0}
-HEADS = {"shapes": {"qkv": (60, 20)}, "views": {"qkv.weight": lambda w: w.view(12, 5, 20)}}
+FEW_ROWS: Setup = {"shapes": {"two": (2, 32), "one": (1, 20)}, "decades": 0.0}
+CONVOLUTIONS: Setup = {"shapes": {"square": (16, 3, 2, 2), "uneven": (5, 4, 3, 1)}}
+FUSED: Setup = {
+    "shapes": {"qkv": (64, 32)},
+    "views": {"qkv.weight": lambda w: w.split([32, 16, 16])},
+}
+RESUMED: Setup = {"rates": (1.0, 0.5, 0.5)}  # the rate is halved before the state is saved
+SCHEDULE: Setup = {"rates": (1.0, 0.5, 2.0)}
+TWO_GROUPS: Setup = {"groups": True}
+# Elements near 1e-8, as large as the usual ε. Such updates move only weights of 0.
+TINY: Setup = {"size": 1e-7, "scale": 0.0}
+HEADS: Setup = {"shapes": {"qkv": (60, 20)}, "views": {"qkv.weight": lambda w: w.view(12, 5, 20)}}
 
 
 SITUATIONS = {

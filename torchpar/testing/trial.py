@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: MIT
-"""One optimizer in one situation on this rank: a model, its gradients, and a record of the
-steps."""
+"""One optimizer in one situation on this rank: a model, its gradients, a record of the steps."""
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, NoReturn, Protocol, Self, TypedDict
 from zlib import crc32
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -27,26 +27,26 @@ SHAPES = {
     "flat": (4, 20),
 }
 STEPS = range(3)
-# Muon's iterations amplify rounding where a gradient is singular, as that of a small batch is.
+# Muon's iterations amplify rounding where a gradient is singular, as it is for a small batch.
 FAMILIES = ("full rank", "low rank", "large weights")
-# Of the third family to the others: the decay of small weights hides in the rounding of their
-# updates.
+# Factor of the third family's weights: the decay of small weights hides in the rounding of updates.
 LARGE = 320.0
 
-Array = np.ndarray[Any, Any]
+Array = NDArray[np.float64]
 Batch = dict[str, tuple[Tensor, Tensor]]
 Make = Callable[..., torch.optim.Optimizer]
+View = Callable[[Tensor], Iterable[Tensor]]
 
 
 class Failure(Exception):
-    """A verdict and its detail, which other processes can load."""
+    """A verdict and its detail. Other processes can unpickle it."""
 
 
 class Layers(nn.Module):
     """Linear layers, and convolutions for weights of four axes, side by side.
 
     The loss of a batch ``{name: (x, y)}`` is Σ (layer(x)·y), so the batch alone determines the
-    gradients: that of a linear layer is yᵀ·x.
+    gradients: the gradient of a linear layer is yᵀ·x.
     """
 
     def __init__(self, weights: Mapping[str, Tensor]):
@@ -57,7 +57,7 @@ class Layers(nn.Module):
             layer.weight = nn.Parameter(weight.clone())
             self.add_module(name, layer)
 
-    def __iter__(self) -> Any:  # called by an optimizer that takes parameters
+    def __iter__(self) -> NoReturn:  # called by an optimizer that takes parameters
         raise Failure("crashes", "make gets a model; give its optimizer model.parameters()")
 
     def forward(self, batch: Batch) -> Any:
@@ -81,8 +81,7 @@ def local(t: Tensor) -> Tensor:
 
 
 def other_settings(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that differ from those of a parameter group, of the arguments that most optimizers
-    have."""
+    """Other settings than those of a parameter group, for arguments that most optimizers have."""
     factors = {
         "lr": 0.5,
         "weight_decay": 3.0,
@@ -108,7 +107,14 @@ def other_settings(group: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def multiply_rates(optimizer: Any, factor: float) -> None:
+class HasGroups(Protocol):
+    """An optimizer, or several that step together."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]: ...
+
+
+def multiply_rates(optimizer: HasGroups, factor: float) -> None:
     """Multiply the learning rates, as a scheduler does."""
     for group in optimizer.param_groups:
         if "lr" in group:
@@ -117,11 +123,10 @@ def multiply_rates(optimizer: Any, factor: float) -> None:
 
 @dataclass
 class Record:
-    """The weights before and after each step, and the gradients or None: whole matrices, in
-    float64."""
+    """The weights before and after each step, and the gradients or None: unsharded, in float64."""
 
     weights: dict[str, list[Array]] = field(default_factory=dict)
-    gradients: dict[str, list[Any]] = field(default_factory=dict)
+    gradients: dict[str, list[Array | None]] = field(default_factory=dict)
 
 
 class Before(NamedTuple):
@@ -137,8 +142,10 @@ class Before(NamedTuple):
         return cls(local(p.detach()).clone(), grad, p._version)
 
     def check(self, name: str, p: Tensor, has_closure: bool) -> None:
-        """Raise a Failure if a step changed what it must not change; a closure changes
-        gradients."""
+        """Raise a Failure if the weight moved without a gradient, or the gradient changed.
+
+        A closure may change the gradient.
+        """
         moves = not torch.equal(local(p.detach()).nan_to_num(), self.weight.nan_to_num())
         if self.grad is None:
             if moves:
@@ -147,26 +154,42 @@ class Before(NamedTuple):
             raise Failure("wrong", f"the step changes the gradient of {name}")
 
 
+class Setup(TypedDict, total=False):
+    """The arguments of a `Trial` by which situations differ."""
+
+    dtype: torch.dtype
+    shapes: Mapping[str, tuple[int, ...]]
+    decades: float
+    scale: float
+    size: float
+    factor: float
+    views: Mapping[str, View]
+    options: Mapping[str, object]
+    rates: Sequence[float]
+    groups: bool
+    versions: bool
+
+
 @dataclass
 class Trial:
-    """What a situation needs on a rank.
+    """The model, batches and steps of a situation on a rank.
 
     Attributes:
-        record: that of the first phase, in the second one.
+        record: the weights and gradients of the steps; in a second phase also of the first.
         family: one of `FAMILIES`: gradients of full or of low rank, or of full rank with large
             weights.
         folder: a folder of all ranks, which is empty at first.
-        decades: over which the singular values of a gradient are spread.
-        scale: of the first weights.
-        size: of the largest singular value of a gradient.
-        factor: of the gradients; the reference has them without it.
+        decades: the decades over which the singular values of a gradient are spread.
+        scale: the standard deviation of the first weights.
+        size: the largest singular value of a gradient.
+        factor: a factor of the gradients. The reference steps have gradients without this factor.
         views: the views that the optimizer gets, by the name of a parameter.
-        options: further arguments of the optimizer, which the reference gets, too.
+        options: further arguments of the optimizer, in the reference steps, too.
         rates: factors of the learning rate, by step.
-        groups: whether the second half of the layers is a group with settings of its own,
-            `other_settings`.
+        groups: whether the second half of the layers is a group with other settings
+            (`other_settings`).
         versions: whether autograd must notice each change of a weight.
-        returned: by each step.
+        returned: the result of each step.
     """
 
     make: Make
@@ -179,12 +202,12 @@ class Trial:
     scale: float = 0.05
     size: float = 1.0
     factor: float = 1.0
-    views: Mapping[str, Callable[[Tensor], Any]] = field(default_factory=dict)
-    options: Mapping[str, Any] = field(default_factory=dict)
+    views: Mapping[str, View] = field(default_factory=dict)
+    options: Mapping[str, object] = field(default_factory=dict)
     rates: Sequence[float] = ()
     groups: bool = False
     versions: bool = False
-    returned: list[Any] = field(default_factory=list)
+    returned: list[float | Tensor | None] = field(default_factory=list)
 
     def model(self) -> Layers:
         """The layers of `shapes`, the same on every rank."""
@@ -198,8 +221,8 @@ class Trial:
         }
         return Layers({name: weight.to(self.dtype) for name, weight in weights.items()})
 
-    def optimizer(self, model: nn.Module, **options: Any) -> torch.optim.Optimizer:
-        """Make the optimizer; its function may lack an argument that the situation is about."""
+    def optimizer(self, model: nn.Module, **options: object) -> torch.optim.Optimizer:
+        """Make the optimizer. Raise a Failure if ``make`` lacks an argument of the situation."""
         options |= dict(self.options) | ({"views": dict(self.views)} if self.views else {})
         if unknown := options.keys() - inspect.signature(self.make).parameters:
             raise Failure("not applicable", f"make has no argument {min(unknown)}")
@@ -214,17 +237,16 @@ class Trial:
         optimizer.add_param_group({**settings, **other_settings(group), "params": params})
         return optimizer
 
-    def batch(self, step: int, part: int = 0, parts: int = 1) -> Batch:
-        """Inputs and their weights in the loss: those of one of several ``parts`` of the
-        samples."""
+    def batch(self, step: int, share: int = 0, shares: int = 1) -> Batch:
+        """Inputs and their weights in the loss, of one of several ``shares`` of the samples."""
         samples = {name: self._samples(name, shape, step) for name, shape in self.shapes.items()}
-        return {name: (x[part::parts], y[part::parts]) for name, (x, y) in samples.items()}
+        return {name: (x[share::shares], y[share::shares]) for name, (x, y) in samples.items()}
 
     def steps(
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        *closure: Any,
+        *closure: Callable[[], Any],
         among: Sequence[int] = STEPS,
         stale: Callable[[], None] | None = None,
     ) -> Iterator[int]:
@@ -260,8 +282,7 @@ class Trial:
             self._append(self.record.weights, model)
 
     def _append(self, record: dict[str, list[Any]], model: nn.Module, of: str = "data") -> None:
-        """Append the whole matrices by the names of parameters, with numbers within one that has a
-        view."""
+        """Append the unsharded matrices by parameters' names. Views of one get numbers."""
         for name, p in named_layers(model):
             t = getattr(p, of)
             if isinstance(t, DTensor):
@@ -294,5 +315,5 @@ class Trial:
         x, y = (mixed @ v.T).to(self.dtype), (mixed @ u.T).to(self.dtype)
         return x.view(-1, *shape[1:]), y.view(*y.shape, *[1] * (len(shape) - 2))
 
-    def _generator(self, *of: Any) -> torch.Generator:
+    def _generator(self, *of: object) -> torch.Generator:
         return torch.Generator().manual_seed(crc32(repr((0, self.family, *of)).encode()))

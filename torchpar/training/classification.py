@@ -3,7 +3,6 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +29,7 @@ class Classification:
         predict: inputs → outputs, or None on ranks without outputs; by default the run's model.
         loss: for evaluation, outputs and labels → the sum of the losses; by default the
             cross-entropy.
-        seed: of the samples' order.
+        seed: the seed of the samples' order.
     """
 
     def __init__(
@@ -49,7 +48,11 @@ class Classification:
         self.predict = predict
         self.loss = loss
         self.seed = seed
-        self.config: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "train": len(train)}
+        self.config: dict[str, object] = {
+            "batch_size": batch_size,
+            "seed": seed,
+            "train": len(train),
+        }
 
     def check(self, world: World) -> None:
         """Raise a ConfigError on every rank if samples differ between ranks, or there are none."""
@@ -60,7 +63,7 @@ class Classification:
                 "classes of test": self.test.classes,
             }
             check_same_on_all_ranks(None, "the ranks' samples", sizes)
-        # What is wrong on one rank alone has been found to differ.
+        # Samples that are wrong on one rank alone have been found to differ.
         if not len(self.train) or not len(self.test):
             raise ConfigError(
                 f"{len(self.train)} training and {len(self.test)} test samples, expected at least "
@@ -100,8 +103,8 @@ def evaluate(
 
     The samples are cut into chunks of 1250 for every number of ranks, and each rank takes some of
     the chunks. So the loss does not depend on the number of ranks. Every rank makes the same number
-    of forward passes, as `fully_shard` and buffers of DistributedDataParallel need: one without a
-    chunk repeats the first.
+    of forward passes, as `fully_shard` and buffers of DistributedDataParallel need: a rank without
+    a chunk left repeats the first chunk.
 
     Args:
         predict: inputs → outputs ``(b, classes)``, or None on ranks without outputs.
@@ -126,5 +129,5 @@ def evaluate(
                     "samples"
                 )
             outputs[chunk] = mine.float()
-    world.sum(outputs)  # zero except on the rank that computed them
+    world.sum(outputs)  # an output is zero except on the rank that computed it
     return loss(outputs.double(), samples.labels).item() / len(samples), outputs

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Gradients of an MLP by formulas, without autograd.
+"""Gradients of an MLP by hand, without autograd.
 
 With A₀ = X, hidden layers Aₗ = f(Aₗ₋₁·Wₗᵀ + bₗ), logits Z of the last layer, and N samples in the
 batch:
@@ -8,7 +8,7 @@ batch:
     dL/dWₗ = (dL/dZₗ)ᵀ·Aₗ₋₁        dL/dbₗ = Σ dL/dZₗ over the rows
     dL/dZₗ₋₁ = (dL/dZₗ·Wₗ) ⊙ f′    f′ = A ⊙ (1 − A) for a sigmoid, 1 − A² for tanh, [A > 0] for ReLU
 
-Autograd's own work takes as long as the arithmetic of a small network (`benchmarks.train`). The
+Autograd's bookkeeping takes as long as the arithmetic of a small network (`benchmarks.train`). The
 softmax of a few classes is taken along dim 0 of ``(classes, b)``: along rows of ten numbers it
 takes 8 to 25 times as long on a CPU.
 """
@@ -34,8 +34,8 @@ from torchpar.parallel.split.shared_memory import make_shared_sum
 from torchpar.profile.phases import phase
 
 MAX_CLASSES = 1000  # the table of targets has a row and a column for each
-# Up to so many classes the softmax is taken along dim 0. There PyTorch adds one number after the
-# other, so that the rounding error grows with the number of classes.
+# Up to so many classes the softmax is taken along dim 0. Along dim 0 PyTorch adds one number after
+# the other, so that the rounding error grows with the number of classes.
 MAX_CLASSES_ALONG_DIM_0 = 16
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -94,7 +94,8 @@ def _relu_backward(g: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return dz, dz.sum(0)
 
 
-# Of each kind of hidden layers: x, weight, bias → y; and g = dL/dY, y → dL/dZ and dL/db.
+# For each kind of hidden layers, two functions: x, weight, bias → y, and g = dL/dY, y → dL/dZ and
+# dL/db.
 _ACTIVATIONS: dict[
     str, tuple[Callable[..., Tensor], Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]
 ] = {
@@ -110,8 +111,9 @@ class FusedGradients:
     The model stays an ordinary module: its parameters, state dict and ``p.grad`` are as with
     autograd, and any optimizer can step. `torch.autocast` is ignored; ``dtype`` takes its place.
 
-    Make it when the model is complete, in its dtype and on its device: afterwards the parameters
-    may be replaced, but hooks that are added are not called. All ranks must have equal parameters.
+    Make this object when the model is complete, in its dtype and on its device: afterwards the
+    parameters may be replaced, but hooks that are added are not called. All ranks must have equal
+    parameters.
 
     Args:
         model: a `torchpar.nn.MLP` for which `why_not_fused` returns "".
@@ -119,12 +121,12 @@ class FusedGradients:
             call the constructor. The gradients are added in one all-reduce, through shared memory
             where possible.
         label_smoothing: ε in [0, 1]; targets are ``(1 − ε)·onehot(labels) + ε/classes``.
-        dtype: of the products, such as bfloat16; by default the model's. The loss is computed in at
-            least float32, and ``p.grad`` has the dtype of p.
+        dtype: the dtype of the products, such as bfloat16; by default the model's dtype. The loss
+            is computed in at least float32, and ``p.grad`` has the dtype of p.
 
     Raises:
-        ConfigError: the reason of `why_not_fused`; ``label_smoothing`` out of range; ranks that
-            differ in them or in the model's sizes.
+        ConfigError: the reason of `why_not_fused`; ``label_smoothing`` out of range; ranks whose
+            dtypes, sizes, hidden layers or ``label_smoothing`` differ.
     """
 
     def __init__(
@@ -139,7 +141,7 @@ class FusedGradients:
         if not 0 <= label_smoothing <= 1:
             raise ConfigError(f"label_smoothing is {label_smoothing}, expected 0 to 1")
         assert isinstance(model, MLP)
-        self._linears: list[Any] = [*model.layers]
+        self._linears: list[Any] = [*model.layers]  # of torchpar.nn, each with a bias
         weight, classes = self._linears[-1].weight, model.sizes[-1]
         self.label_smoothing = label_smoothing
         self._activate, self._activation_gradient = _ACTIVATIONS[model.hidden]
@@ -153,13 +155,14 @@ class FusedGradients:
         self._sum: Callable[[list[Tensor]], None] | None = None  # over the ranks, in place
         if world is not None and world.dp_size > 1:
             group = world.mesh.get_group("dp")
-            dtypes = {"dtype": str(weight.dtype), "products": str(self.dtype or weight.dtype)}
             settings = {
+                "dtype": str(weight.dtype),
+                "products": str(self.dtype or weight.dtype),
                 "sizes": model.sizes,
                 "hidden": model.hidden,
                 "label_smoothing": label_smoothing,
             }
-            check_same_on_all_ranks(group, "the model", dtypes | settings)
+            check_same_on_all_ranks(group, "the model", settings)
             shapes = [p.shape for layer in self._linears for p in (layer.weight, layer.bias)]
             shared = (
                 make_shared_sum(group, shapes, weight.dtype, world.timeout)

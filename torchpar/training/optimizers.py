@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Optimizers and learning-rate schedules of the examples: SGD, Muon with SGD, and three
-schedules."""
+"""Optimizers and learning-rate schedules of the examples: SGD, Muon with SGD, three schedules."""
 
 import math
 from collections.abc import Callable
@@ -32,7 +31,7 @@ def sgd(
     Args:
         weight_decay: λ.
         decay_biases: count the biases in the penalty, too.
-        fused: as for `torch.optim.SGD`; True updates a parameter in one pass over its memory.
+        fused: as for `torch.optim.SGD`; with True an update is one pass over a parameter's memory.
     """
     groups = [{"params": list(model.parameters()), "weight_decay": weight_decay}]
     if weight_decay and not decay_biases:
@@ -55,13 +54,13 @@ def muon(
 ) -> ChainedOptimizer:
     """Return `torchpar.optim.Muon` for all weight matrices of an MLP and SGD for its biases.
 
-    The output layer goes to Muon too, which trains an MLP as well; see
+    Muon also gets the output layer, which trains an MLP as well; see
     `torchpar.optim.Muon.for_model`.
 
     Args:
         weight_decay: λ of the weights, decoupled: ``W ← (1 − lr·λ)·W``.
         ns_steps: iterations of Newton–Schulz.
-        mesh: the ranks that have the model, or parts of its layers, and share Muon's work.
+        mesh: the ranks that have the model, or shards of its layers, and divide Muon's work.
     """
     return Muon.for_model(
         model,
@@ -76,10 +75,10 @@ def muon(
 
 
 def lr_scheduler(optimizer: Optimizer, schedule: LRSchedule, steps: int) -> LambdaLR:
-    """Return a scheduler whose learning rate falls to 0 over ``steps``, linearly or as a half
-    cosine.
+    """Return a scheduler whose learning rate falls to 0 over ``steps``, linearly or by a cosine.
 
-    Later it stays 0. With "constant" the learning rate stays as it is.
+    The cosine is half a period. After ``steps`` the learning rate stays 0. With "constant" it does
+    not change.
 
     Raises:
         ConfigError: another schedule.

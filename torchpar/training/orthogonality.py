@@ -20,11 +20,10 @@ def orthogonality_penalty(model: torch.nn.Module) -> Tensor:
 
 
 def add_orthogonality_gradient(model: torch.nn.Module, factor: float) -> None:
-    """Add the gradient of ``factor · orthogonality_penalty(model)`` to each ``p.grad`` that is not
-    None.
+    """Add the gradient of ``factor · orthogonality_penalty(model)`` to each ``p.grad`` not None.
 
-    The penalty is the same on every rank, so its gradient is not averaged over ranks as the loss's
-    is.
+    The penalty is the same on every rank, so its gradient is not averaged over ranks, unlike the
+    gradient of the loss.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     gradients = torch.autograd.grad(

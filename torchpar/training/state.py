@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: MIT
 """Training state: save it to checkpoints and resume from them.
 
-It is the parameters, the optimizer, the learning rate, the random state, and the position in the
-data.
+The state is the parameters, the optimizer, the learning rate, the random state, and the position in
+the data.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,22 +25,23 @@ from torchpar.parts import as_dtensor, part_of
 
 @dataclass
 class TrainState:
-    """What a run has reached, on this rank.
+    """The model, its optimizer and the progress of a run, on this rank.
 
     Attributes:
         config: values that identify the run, as JSON.
-        results: of the complete epochs, those before a resumed one included.
+        results: the results of the complete epochs, also of epochs before the run was resumed.
         step: complete steps of the current epoch.
         loss_sum: this rank's losses of the current epoch, added in the order of the steps: in
-            another order the sum of a resumed run could differ from that of a whole one.
-        random_states: of the checkpoint from which the run resumed.
+            another order the sum of a resumed run could differ from the sum of an uninterrupted
+            run.
+        random_states: the random states of the checkpoint from which the run resumed.
     """
 
     model: torch.nn.Module
     optimizer: Optimizer
     lr_scheduler: LRScheduler | None
     world: World
-    config: dict[str, Any]
+    config: Mapping[str, object]
     results: list[EpochResult] = field(default_factory=list)
     step: int = 0
     loss_sum: float | Tensor = 0.0
@@ -47,18 +49,18 @@ class TrainState:
 
 
 def check_saveable(state: TrainState) -> None:
-    """Refuse, by name, what checkpoints would lose.
+    """Refuse a state of which checkpoints would lose something; the error names it.
 
     Raises:
-        ConfigError: an optimizer of parameters that are not the model's, or one that shares its
-            state among the ranks; a setting of a group, or a module's extra state, that is neither
-            a tensor nor JSON; a sparse tensor.
+        ConfigError: an optimizer of parameters that are not the model's, or an optimizer that
+            divides its state over the ranks; a setting of a group, or a module's extra state, that
+            is neither a tensor nor JSON; a sparse tensor.
     """
     for optimizer in _optimizers(state.optimizer):
         if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
             raise ConfigError(
-                "ZeroRedundancyOptimizer keeps parts of its state on each rank, which checkpoints "
-                "do not hold; take another optimizer, or fully_shard"
+                "ZeroRedundancyOptimizer shards its state over the ranks, and checkpoints do not "
+                "hold these shards; take another optimizer, or fully_shard"
             )
     _check_groups(state)
     for name, t in (_model_tensors(state.model) | _extra_states(state.model)[0]).items():
@@ -90,14 +92,15 @@ def _check_groups(state: TrainState) -> None:
 
 
 def save(state: TrainState, checkpoints: Checkpoints, number: int) -> None:
-    """Save as the checkpoint of step ``number`` of the run. Every rank calls it."""
+    """Save as the checkpoint of step ``number`` of the run. Every rank must call this."""
     losses = torch.zeros(state.world.world_size, dtype=torch.float64, device=state.world.device)
     losses[state.world.rank] = float(state.loss_sum)
     extra_tensors, extra = _extra_states(state.model)
     tensors = _model_tensors(state.model) | extra_tensors
     for name, p in state.model.named_parameters():
         for key, value in state.optimizer.state.get(p, {}).items():
-            # A value of its parameter's shape is split as the parameter is. Others must be scalars.
+            # A value of its parameter's shape is sharded as the parameter is. Other values must be
+            # scalars.
             if not isinstance(value, Tensor):
                 found = f"is a {type(value).__name__}, expected a tensor"
             elif part_of(p).is_slice and value.dim() and value.shape != p.shape:
@@ -128,14 +131,14 @@ def save(state: TrainState, checkpoints: Checkpoints, number: int) -> None:
 
 
 def resume(state: TrainState, checkpoints: Checkpoints) -> bool:
-    """Continue from the newest whole checkpoint. Return False if there is none.
+    """Continue from the newest undamaged checkpoint. Return False if there is none.
 
     Each rank restores its own random state. A rank that the saved run did not have keeps its
-    current one.
+    current random state.
 
     Raises:
-        ConfigError: the checkpoint was saved by another run or another program, or holds other
-            layers or the state of another optimizer; on every rank.
+        ConfigError: on every rank: the checkpoint was saved by another run or another program, or
+            holds other layers or the state of another optimizer.
     """
     saved = checkpoints.load()
     if saved is None:
@@ -174,7 +177,7 @@ def resume(state: TrainState, checkpoints: Checkpoints) -> bool:
     return True
 
 
-def _check_config(state: TrainState, folder: Path, was: dict[str, Any]) -> None:
+def _check_config(state: TrainState, folder: Path, was: Mapping[str, object]) -> None:
     """Refuse a checkpoint of a run with other values."""
     now = state.config
     if differing := sorted(key for key in now.keys() & was.keys() if was[key] != now[key]):
@@ -185,7 +188,7 @@ def _check_config(state: TrainState, folder: Path, was: dict[str, Any]) -> None:
 
 
 def _optimizer_tensors(state: TrainState, folder: Path, saved: Checkpoint) -> dict[str, Tensor]:
-    """Make the optimizer's state of zeros; return its tensors, by the names in the checkpoint."""
+    """Fill the optimizer's state with zeros; return its tensors, by names in the checkpoint."""
     tensors = {}
     optimized = {p for group in state.optimizer.param_groups for p in group["params"]}
     for name, p in state.model.named_parameters():
@@ -210,14 +213,18 @@ def restore_random_states(states: dict[str, Tensor]) -> None:
 
 
 def _check_names(
-    state: TrainState, folder: Path, saved: Checkpoint, tensors: list[str], extra: dict[str, Any]
+    state: TrainState,
+    folder: Path,
+    saved: Checkpoint,
+    tensors: list[str],
+    extra: Mapping[str, object],
 ) -> None:
     """Refuse a checkpoint of other layers or of another kind of optimizer, before it is read.
 
     Each stage of a pipeline has some of the layers, so the names of all ranks together are
     compared.
     """
-    # A rank that refuses alone must not leave the others in a collective.
+    # A rank that refuses alone must not leave the other ranks in a collective.
     numbered = _members(state)
     of_ranks = state.world.gather_results(lambda: [*tensors, *(f"json.{name}" for name in extra)])
     present = {
@@ -225,7 +232,7 @@ def _check_names(
         "schedule": _schedule_kinds(state.lr_scheduler),
     }
     for key, kinds in present.items():
-        saved_kinds = saved.state.get(key, kinds)  # older checkpoints do not have it
+        saved_kinds = saved.state.get(key, kinds)  # older checkpoints lack the key
         if saved_kinds != kinds:
             was, now = (" with ".join(names) or f"no {key}" for names in (saved_kinds, kinds))
             raise ConfigError(
@@ -263,7 +270,7 @@ def _plain(name: str) -> str:
 
 
 def _optimizers(optimizer: Optimizer) -> list[Optimizer]:
-    """The optimizer, or those of a chain."""
+    """The optimizer, or the optimizers of a chain."""
     parts = getattr(optimizer, "optimizers", None)
     return [optimizer] if parts is None else [one for part in parts for one in _optimizers(part)]
 
@@ -273,7 +280,7 @@ def _kinds(optimizer: Optimizer) -> list[str]:
 
 
 def _schedule_kinds(lr_scheduler: LRScheduler | None) -> list[str]:
-    """The class of a scheduler, and those of the schedulers that it is made of."""
+    """The class of a scheduler, and the classes of the schedulers of which it consists."""
     if lr_scheduler is None:
         return []
     parts = getattr(lr_scheduler, "_schedulers", ())
@@ -283,8 +290,8 @@ def _schedule_kinds(lr_scheduler: LRScheduler | None) -> list[str]:
     ]
 
 
-def _settings(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """The settings of each group, without its parameters, which are those of this rank."""
+def _settings(optimizer: Optimizer) -> list[dict[str, object]]:
+    """The settings of each group, without its parameters, which differ between ranks."""
     excluded = ("params", "param_names")
     return [
         {key: x for key, x in group.items() if key not in excluded}
@@ -293,7 +300,10 @@ def _settings(optimizer: Optimizer) -> list[dict[str, Any]]:
 
 
 def _members(state: TrainState) -> dict[str, int]:
-    """The number of the group of each parameter of any rank, by its name. Every rank calls it."""
+    """The number of each parameter's group, by the parameter's name, for all ranks' parameters.
+
+    Every rank must call this.
+    """
     names = {p: name for name, p in state.model.named_parameters()}
     groups = [group["params"] for group in state.optimizer.param_groups]
     mine = {names[p]: number for number, params in enumerate(groups) for p in params if p in names}
@@ -301,9 +311,8 @@ def _members(state: TrainState) -> dict[str, int]:
     return {name: number for of_rank in of_ranks for name, number in of_rank.items()}
 
 
-def _extra_states(model: torch.nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `get_extra_state` of the modules returns: tensors, by names for a checkpoint, and
-    JSON."""
+def _extra_states(model: torch.nn.Module) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """The extra states of the modules: tensors, by their names in a checkpoint, and JSON."""
     tensors, others = {}, {}
     for name, module in model.named_modules():
         if type(module).get_extra_state is torch.nn.Module.get_extra_state:
@@ -322,15 +331,15 @@ def _extra_states(model: torch.nn.Module) -> tuple[dict[str, Tensor], dict[str, 
     return tensors, others
 
 
-def _is_json(value: Any) -> bool:
+def _is_json(value: object) -> bool:
     try:
         return bool(json.loads(json.dumps(value)) == value)
-    except (TypeError, ValueError, RuntimeError):  # the last from a comparison of tensors
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError from a comparison of tensors
         return False
 
 
 def _set_extra_states(
-    model: torch.nn.Module, tensors: dict[str, Tensor], others: dict[str, Any]
+    model: torch.nn.Module, tensors: Mapping[str, Tensor], others: Mapping[str, object]
 ) -> None:
     for name, module in model.named_modules():
         if f"extra.{name}" in tensors:
@@ -344,9 +353,8 @@ def _model_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
     return tensors | {f"model.{name}": buffer for name, buffer in model.named_buffers()}
 
 
-def _like(now: Any, saved: Any) -> Any:
-    """Return ``saved``, which was JSON, with the keys of ``now``, and with its tensors, which are
-    filled."""
+def _like(now: object, saved: Any) -> Any:
+    """Return ``saved``, from JSON, with keys of the types in ``now``; fill tensors of ``now``."""
     if isinstance(now, Tensor):
         return now.copy_(torch.as_tensor(saved, dtype=now.dtype))
     if isinstance(now, dict):
@@ -362,7 +370,7 @@ def _like(now: Any, saved: Any) -> Any:
 
 
 def _random_states(rank: int) -> dict[str, Tensor]:
-    """Return this rank's random states under names of its own."""
+    """Return this rank's random states, by names that contain the rank."""
     suffix = f".{rank}" if rank else ""
     states = {f"random.cpu{suffix}": torch.get_rng_state()}
     if torch.cuda.is_available():
@@ -371,6 +379,5 @@ def _random_states(rank: int) -> dict[str, Tensor]:
 
 
 def _shard(p: Tensor, t: Tensor) -> Tensor:
-    """Return ``t``, of the shape of parameter ``p`` or a number, as a DTensor if ``p`` is a
-    slice."""
+    """Return ``t`` as a DTensor if it is a shard, as parameter ``p`` is; a number as it is."""
     return as_dtensor(t.detach(), part_of(p)) if part_of(p).is_slice and t.dim() else t.detach()

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from types import FrameType
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,7 +14,7 @@ import torch.distributed as dist
 from torchpar.outcome import Stopped
 from torchpar.parallel.launch.world import World
 
-Handler = Callable[[int, FrameType | None], Any] | int | None
+Handler = Callable[[int, FrameType | None], object] | int | None
 
 
 class StopSignal:
@@ -50,16 +49,14 @@ class StopSignal:
         self._work = dist.all_reduce(self._buffer, dist.ReduceOp.MAX, async_op=True)
 
     def wait(self) -> int:
-        """Wait for the all-reduce; return the largest signal number, or 0 if no rank has received
-        one."""
+        """Wait for the all-reduce; return the largest number of a signal, or 0 without signals."""
         self._work.wait()
         self._largest = int(self._buffer.item())
         return self._largest
 
 
 def _unless_stopped(before: Handler, number: int, _frame: FrameType | None) -> None:
-    """Ignore a signal while the process shuts down after another; else pass it to the handler of
-    before."""
+    """Ignore a signal during a shutdown; otherwise restore and call the handler ``before``."""
     if isinstance(sys.exception(), Stopped):
         return
     signal.signal(number, before)

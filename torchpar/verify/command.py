@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Check that training has the published bits: ``python -m torchpar verify``.
 
-It trains a small MLP on pictures, or a small GPT on a text, in `torchpar.exact.mode` on any mesh of
-ranks. Both are drawn, so that an installed package needs no files. It compares the SHA-256 of the
-weights with the one in `EXPECTED`, which README and docs print.
+The command trains a small MLP on pictures, or a small GPT on a text, in `torchpar.exact.mode` on
+any mesh of ranks. Pictures and text are drawn, so that an installed package needs no files. The
+SHA-256 of the weights is compared with the hash in `EXPECTED`, which README and docs print.
 """
 
 import argparse
@@ -31,11 +31,11 @@ EXPECTED = {
     "mlp": "bc4ee285d71761b56caa7f8a0cb6e357e7a23bb0a3b925ca8c22ddecc176b2ab",
     "gpt": "33c93356a4181f9399bd854c2aa1d90562e46228f03563b16653c851a99be63e",
 }
-MOST = 64  # processes, each of a quarter of a gigabyte; and threads
+MOST = 64  # processes, each of a quarter of a gigabyte; also the most threads
 
 
 class Plan(NamedTuple):
-    """What is trained, and where."""
+    """The model, the mesh and the device of a training."""
 
     model: str
     dp: int = 1
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--ranks", type=int, help="number of ranks to start; by default tp times pp"
     )
-    parser.add_argument("--tp", type=int, default=1, help="ranks that share each layer")
+    parser.add_argument("--tp", type=int, default=1, help="ranks over which each layer is sharded")
     parser.add_argument("--pp", type=int, default=1, help="stages of a pipeline")
     parser.add_argument("--threads", type=int, default=1, help="of each rank")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to train")
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def verify(model: str, ranks: int | None, tp: int, pp: int, threads: int, device: str) -> int:
-    """Train, print the SHA-256 of the weights, and return 0 if it is the expected one, else 1."""
+    """Train, print the SHA-256 of the weights, and return 0 if it is the published hash, else 1."""
     stages = tp * pp
     ranks = stages if ranks is None else ranks
     for name, number in {"tp": tp, "pp": pp, "ranks": ranks, "threads": threads}.items():
@@ -127,7 +127,7 @@ def _on_rank(rank: int, plan: Plan) -> str:
 
 
 def trained(world: World, plan: Plan) -> str:
-    """Train on this rank; return the SHA-256 of the whole model's parameters by name."""
+    """Train on this rank; return the SHA-256 of the unsharded model's parameters by name."""
     world = world.with_mesh(dp=plan.dp, tp=plan.tp, pp=plan.pp)
     network = models.train_mlp(world) if plan.model == "mlp" else models.train_gpt(world)
     parameters = {

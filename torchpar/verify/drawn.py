@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Pictures and a text that are drawn, so that every machine has them, from a package alone.
+"""Pictures and a text that are drawn, so that every machine has them without files.
 
-Integers alone are drawn: PyTorch's generator on a CPU gives every processor the same.
+Only integers are drawn: PyTorch's generator on a CPU gives the same integers on every processor.
 """
 
 import torch
@@ -9,12 +9,12 @@ from torch import Tensor
 
 from torchpar.data import Samples
 
-CLASSES, SIDE = 10, 28  # of the pictures; pixels
-CHARACTERS, FOLLOWERS = 40, 4  # of the text; that may follow one of them
+CLASSES, SIDE = 10, 28  # classes of the pictures; pixels of a side
+CHARACTERS, FOLLOWERS = 40, 4  # characters of the text; characters that may follow a character
 
 
 def draw_pictures(n: int, seed: int = 0) -> Samples:
-    """Draw ``n`` pictures of ten classes: each pixel is the class's, or noise, at even odds."""
+    """Draw ``n`` pictures of ten classes. A pixel is the class's pixel or noise, at even odds."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(CLASSES, (n,), generator=generator)
     of_classes = torch.randint(256, (CLASSES, SIDE, SIDE), generator=generator)

@@ -18,17 +18,17 @@ from torchpar.parallel.split.schedules import P2PCommunicator, gpipe
 from torchpar.training import lr_scheduler
 from torchpar.verify.drawn import CHARACTERS, draw_pictures, draw_text
 
-SIZES = (784, 128, 64, 10)  # of the MLP
-MLP_STEPS, BATCH_SIZE = 100, 128  # of its training; samples of a step
-UNIT = 32  # samples of a unit of work, whatever ranks there are
-CONTEXT, WIDTH, HEADS, BLOCKS = 64, 64, 4, 2  # characters of a text, their features; of the GPT
-SEQUENCES, GPT_STEPS, LR = 8, 20, 3e-3  # texts of a step; of its training
+SIZES = (784, 128, 64, 10)  # of the MLP's layers
+MLP_STEPS, BATCH_SIZE = 100, 128  # of the MLP's training; samples of a step
+UNIT = 32  # samples of a unit of work, on any number of ranks
+CONTEXT, WIDTH = 64, 64  # of the GPT: characters that it sees; features of a character
+HEADS, BLOCKS = 4, 2  # of the GPT
+SEQUENCES, GPT_STEPS, LR = 8, 20, 3e-3  # windows of a step; of the GPT's training
 TEXT = 20_000  # characters
 
 
 class SplitMLP(nn.Module):
-    """This rank's part of an MLP with sigmoids: of a stage's layers the slices of a rank of
-    "tp"."""
+    """This rank's part of an MLP with sigmoids: its shards of the layers of its stage."""
 
     def __init__(self, world: World):
         super().__init__()
@@ -90,8 +90,7 @@ def _train(
 
 
 class Block(nn.Module):
-    """Causal attention and a hidden layer, each after a normalisation and with a residual
-    connection."""
+    """Causal attention and a hidden layer. Each has a normalisation and a residual connection."""
 
     def __init__(self, mesh: DeviceMesh):
         super().__init__()
@@ -115,7 +114,8 @@ class GPT(nn.Module):
     """The logits ``(*, n, characters)`` of the next characters of texts ``(*, n)``.
 
     Args:
-        mesh: the ranks that share the heads and the linear layers; a divisor of `HEADS`.
+        mesh: the ranks over which heads and linear layers are sharded. Their number divides
+            `HEADS`.
     """
 
     def __init__(self, characters: int, mesh: DeviceMesh):

@@ -1,3 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Launch: find the other ranks, connect to them, form the mesh, and compare arguments between
-ranks."""
+"""Launch: find the other ranks, connect to them, form the mesh, and compare arguments."""

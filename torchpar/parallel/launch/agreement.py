@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: MIT
 """Check that all ranks agree before a collective.
 
-Without these checks a rank would wait for another until the timeout, or gloo would abort both.
+Without these checks a rank would wait for another rank until the timeout, or gloo would abort both.
 """
 
 import zlib
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,12 +18,12 @@ from torchpar.library.sharding import is_dtensor
 
 
 def check_same_on_all_ranks(
-    group: dist.ProcessGroup | None, what: str, values: Mapping[str, Any]
+    group: dist.ProcessGroup | None, what: str, values: Mapping[str, object]
 ) -> None:
     """Compare ``values``, by name, between the ranks of ``group``, None for all ranks.
 
     Args:
-        what: a noun for the values, which the error message begins with.
+        what: a noun for the values, with which the error message begins.
 
     Raises:
         ConfigError: a value differs between ranks; on every rank.
@@ -47,8 +46,9 @@ AVERAGE = (
 def check_same_bits(
     group: dist.ProcessGroup | None, tensors: Mapping[str, Tensor | None], remedy: str = AVERAGE
 ) -> None:
-    """Compare replicas, by name, between the ranks of ``group``: dense tensors, except DTensors,
-    and None.
+    """Compare replicas, by name, between the ranks of ``group``.
+
+    Replicas are dense tensors, except DTensors, or None.
 
     Args:
         group: None for all ranks.
@@ -67,23 +67,21 @@ def check_same_bits(
 
 
 def checksum(t: Tensor) -> int:
-    """Return the CRC-32 of the bits of ``t`` in their order. A GPU's tensor is copied to the
-    host."""
+    """Return the CRC-32 of the bits of ``t`` in order. A GPU's tensor is copied to the host."""
     return zlib.crc32(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def _first_difference(
-    group: dist.ProcessGroup | None, values: Mapping[str, Any]
-) -> tuple[str, Any, int, Any] | None:
-    """The first name whose value is not that of rank 0; rank 0's value, the other rank, and its
-    value."""
+    group: dist.ProcessGroup | None, values: Mapping[str, object]
+) -> tuple[str, object, int, object] | None:
+    """The first name whose value differs from rank 0's, rank 0's value, the rank, and its value."""
     ranks = dist.get_world_size(group)
     if ranks == 1 or dist.get_backend(group) == "fake":  # the ranks of a fake group do not exist
         return None
-    by_rank: list[Any] = [None] * ranks
+    by_rank: list[Mapping[str, object]] = [{}] * ranks
     dist.all_gather_object(by_rank, values, group)
     for rank, other in enumerate(by_rank):
-        for name in by_rank[0] | other:
+        for name in {**by_rank[0], **other}:
             first, value = by_rank[0].get(name), other.get(name)
             if value != first:
                 return name, first, rank, value
@@ -91,8 +89,7 @@ def _first_difference(
 
 
 def check_shape(t: Tensor, group: dist.ProcessGroup) -> None:
-    """Compare the shape and dtype of ``t`` with the other ranks', unless ``group`` has sent them
-    before.
+    """Compare shape and dtype of ``t`` between ranks, unless ``group`` has sent them before.
 
     gloo would abort processes that send different shapes. Two limits: different shapes that have
     both been sent before are not found, and a rank with a new shape waits for the group's timeout
@@ -106,7 +103,7 @@ def check_shape(t: Tensor, group: dist.ProcessGroup) -> None:
     checked, mine = _checked.setdefault(group, []), f"{tuple(t.shape)} {t.dtype}"
     if mine in checked:
         return
-    checked.append("")  # what is refused is checked again, under another key
+    checked.append("")  # a shape that is refused is checked again, under another key
     _compare(mine, group, f"shape/{len(checked)}", "ranks of a group send different shapes")
     checked[-1] = mine
 
@@ -114,11 +111,11 @@ def check_shape(t: Tensor, group: dist.ProcessGroup) -> None:
 def check_same_each_time(mine: str, group: dist.ProcessGroup, what: str, timeout: float) -> None:
     """Compare ``mine`` with the values of the other ranks, which make as many calls.
 
-    It adds no collective. Between two processes on one machine it takes about 50 µs.
+    The comparison is not a collective. Between two processes on one machine it takes about 50 µs.
 
     Args:
-        what: what is wrong if they differ, with which the error message begins.
-        timeout: seconds after which a rank gives up that waits for another one.
+        what: the fault if the values differ, with which the error message begins.
+        timeout: seconds after which a rank that waits for another rank gives up.
 
     Raises:
         ConfigError: the values differ; on every rank.
@@ -127,14 +124,14 @@ def check_same_each_time(mine: str, group: dist.ProcessGroup, what: str, timeout
         return
     number = _calls[group] = _calls.get(group, 0) + 1
     _compare(mine, group, f"call/{number}", what, timedelta(seconds=timeout))
-    if number > 1:  # all ranks have read the values of the call before
+    if number > 1:  # all ranks have read the values of the previous call
         group.get_group_store().delete_key(f"call/{number - 1}/{group.rank()}")
 
 
 def _compare(
     mine: str, group: dist.ProcessGroup, key: str, what: str, timeout: timedelta | None = None
 ) -> None:
-    """Exchange values through the group's store, under a key that no earlier exchange had."""
+    """Compare values through the group's store, under a key that no earlier comparison had."""
     store, rank = group.get_group_store(), group.rank()
     keys = [f"{key}/{other}" for other in range(group.size())]
     store.set(keys[rank], mine)

@@ -12,7 +12,8 @@ from multiprocessing import forkserver, get_context
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from types import TracebackType
+from typing import Any, TypeVar
 from unittest.mock import patch
 
 import torch
@@ -24,8 +25,9 @@ from torchpar.processes import end_with_parent
 PRELOAD = [f"torch.{name}" for name in ("_dynamo", "testing")]
 PRELOAD += [f"torch.distributed.{name}" for name in ("checkpoint", "fsdp", "tensor.debug")]
 TIMEOUT = 120.0  # seconds for a call
-GRACE = 10.0  # seconds for the other ranks, once one has failed
-# The errors of ranks that others left alone.
+GRACE = 10.0  # seconds for the other ranks, once a rank has failed
+T = TypeVar("T")
+# The errors of ranks whose partners have failed.
 LATER = (TimeoutError, BrokenProcessPool, RuntimeError)
 
 
@@ -33,11 +35,11 @@ def fork_context(preload: Iterable[str] = PRELOAD) -> ForkServerContext:
     """Return the context whose processes are forked from the server; the first call starts it.
 
     Args:
-        preload: modules that the server imports once for all; missing packages are passed over.
+        preload: modules that the server imports once for all processes; missing packages are
+            skipped.
     """
     forkserver.set_forkserver_preload([__name__, *preload])
-    # A function that asks for more threads: those that wait leave their core to the other
-    # processes.
+    # For functions that set more threads: waiting threads leave their core to other processes.
     waiting = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
     with patch.dict(os.environ, OMP_NUM_THREADS="1", OMP_WAIT_POLICY=waiting):
         forkserver.ensure_running()
@@ -45,28 +47,29 @@ def fork_context(preload: Iterable[str] = PRELOAD) -> ForkServerContext:
 
 
 class Ranks(ExitStack):
-    """``with Ranks() as ranks: ranks(2, function, *args)``: results of a module-level function on
-    gloo ranks.
+    """A pool of gloo ranks that call a module-level function, and return the results.
 
-    Each call makes a new process group. The processes live as long as the pool; if one of them dies
-    or hangs, new ones replace all. Ctrl-C ends them at once, and so does the end of this process,
-    even by SIGKILL.
+        with Ranks() as ranks:
+            results = ranks(2, function, *args)
+
+    Each call makes a new process group. The processes live as long as the pool; if a process dies
+    or hangs, new processes replace all. Ctrl-C ends the processes at once, and so does the end of
+    this process, even by SIGKILL.
     """
 
     def __init__(self, preload: Iterable[str] = PRELOAD) -> None:
         super().__init__()
         self._context = fork_context(preload)
-        # Holds a file for each call, by which its ranks meet.
+        # Holds a file for each call, through which the ranks of the call meet.
         self._stores = Path(self.enter_context(TemporaryDirectory()))
         self._calls = itertools.count()
         self.workers: list[ProcessPoolExecutor] = []
         self._pids: list[int] = []
 
-    def __call__(self, world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-        outcomes = self.outcomes(world_size, function, *args)
+    def __call__(self, world_size: int, function: Callable[..., T], *args: object) -> list[T]:
+        outcomes: list[T] = self.outcomes(world_size, function, *args)
         errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
-        # The error of a test comes first, then that of a lost connection, then that of a killed
-        # rank.
+        # The error of the function comes first, then a lost connection, then a killed rank.
         for error in sorted(errors, key=lambda error: [isinstance(error, kind) for kind in LATER]):
             raise error
         return outcomes
@@ -74,16 +77,16 @@ class Ranks(ExitStack):
     def outcomes(
         self,
         world_size: int,
-        function: Callable[..., Any],
-        *args: Any,
+        function: Callable[..., object],
+        *args: object,
         timeout: float = TIMEOUT,
         grace: float = GRACE,
     ) -> list[Any]:
-        """Return of each rank its result or its error: a TimeoutError if it hangs.
+        """Return the result or the error of each rank: a TimeoutError if the rank hangs.
 
         Args:
             timeout: seconds for all ranks.
-            grace: seconds for the others, once one has failed.
+            grace: seconds for the other ranks, once a rank has failed.
         """
         self.start(world_size)
         store = f"file://{self._stores / str(next(self._calls))}"
@@ -91,7 +94,7 @@ class Ranks(ExitStack):
             worker.submit(_on_rank, rank, world_size, store, function, args)
             for rank, worker in enumerate(self.workers[:world_size])
         ]
-        # A rank that has failed leaves the others waiting for as long as their groups' timeout.
+        # If a rank has failed, the other ranks may wait until their groups' timeout.
         try:
             hanging = wait(wait(futures, timeout, FIRST_EXCEPTION).not_done, grace).not_done
         except KeyboardInterrupt:
@@ -106,8 +109,7 @@ class Ranks(ExitStack):
         return outcomes
 
     def start(self, count: int) -> None:
-        """Start processes until there are ``count``, all anew if one has died since the last
-        call."""
+        """Start processes until there are ``count``; all anew if one died since the last call."""
         try:
             for worker in self.workers:
                 worker.submit(int)
@@ -122,28 +124,33 @@ class Ranks(ExitStack):
     def _start_one(self) -> ProcessPoolExecutor:
         return ProcessPoolExecutor(1, self._context, end_with_parent, (self._stores,))
 
-    def __exit__(self, kind: Any, *error: Any) -> bool | None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool | None:
         if kind is KeyboardInterrupt:
             self.kill()
-        return super().__exit__(kind, *error)
+        return super().__exit__(kind, error, trace)
 
     def kill(self) -> None:
         """End all processes at once."""
         for pid in self._pids:
-            with suppress(ProcessLookupError):  # it is dead already
+            with suppress(ProcessLookupError):  # the process is dead already
                 os.kill(pid, signal.SIGKILL)
         self.workers, self._pids = [], []
 
 
 def _on_rank(
-    rank: int, world_size: int, store: str, function: Callable[..., Any], args: Any
-) -> Any:
+    rank: int, world_size: int, store: str, function: Callable[..., T], args: tuple[object, ...]
+) -> T:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # at Ctrl-C the pool ends the ranks
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
     try:
-        # A rank that ends at once would close its connections while others still open theirs.
+        # A rank that ends at once would close connections that other ranks still open.
         dist.barrier()
         return function(*args)
     finally:

@@ -17,7 +17,7 @@ from torchpar.rank_info import RankInfo
 
 T = TypeVar("T")
 POLL = 0.02  # seconds between two requests to the store
-LATER = 1.0  # seconds that the others wait longer than rank 0, which tells them who is missing
+LATER = 1.0  # seconds that other ranks wait longer than rank 0, which tells them the missing ranks
 
 
 def connect(info: RankInfo, timeout: timedelta) -> Store:
@@ -26,7 +26,7 @@ def connect(info: RankInfo, timeout: timedelta) -> Store:
     The store is empty at each start of the processes, also when torchrun starts them again.
 
     Args:
-        timeout: how long to wait for the others; also the store's timeout.
+        timeout: the time to wait for the other ranks; also the store's timeout.
 
     Raises:
         ConfigError: no store at the address, or another program at the port.
@@ -34,11 +34,12 @@ def connect(info: RankInfo, timeout: timedelta) -> Store:
     """
     # torchrun's agent keeps its server over restarts (torch.distributed.elastic's
     # DynamicRendezvousHandler and StaticTCPRendezvous make it once), so a new rank can read the
-    # address that a dead one left under the same key. Nothing in the environment numbers the
-    # starts: TORCHELASTIC_RESTART_COUNT counts each node's own failures. A count of all that joined
-    # is wrong once one died before it joined. So rank 0 draws the number of the start. It tells
-    # each rank under a key of that rank's present process. Only a rank 0 that lives beside that
-    # process can have written it: agents end all workers before new ones start.
+    # address that a dead rank left under the same key. Nothing in the environment numbers the
+    # starts: TORCHELASTIC_RESTART_COUNT counts each node's own failures. A count of the ranks that
+    # joined is wrong once a rank died before it joined. So rank 0 draws the number of the start. It
+    # tells each rank this number under a key of that rank's present process. Only a rank 0 that
+    # runs at the same time as that process can have written the key: agents end all workers before
+    # new workers start.
     hosts = info.rank == 0 and info.launcher != "torchrun"
     limit = timeout.total_seconds() + LATER
     try:
@@ -66,13 +67,14 @@ def connect(info: RankInfo, timeout: timedelta) -> Store:
 def missing_ranks(store: Store, rank: int, world_size: int, patience: float) -> list[int]:
     """Return the ranks that do not call this within ``patience`` seconds: they hang, or have ended.
 
-    Every rank whose collective failed calls it once. Their waits end as far apart as they began. So
-    ``patience`` must be longer than the longest time between two collectives of a rank; otherwise
-    healthy ranks are named too. If rank 0 hosts the store, it must be the last to end.
+    Every rank whose collective failed calls this once. The ranks' waits end as far apart as they
+    began. So ``patience`` must be longer than the longest time between two collectives of a rank;
+    otherwise healthy ranks are named too. If rank 0 hosts the store, rank 0 must be the last to
+    end.
 
     Args:
-        store: returned by `connect`.
-        patience: seconds to wait for the others; the call takes at most half a second more.
+        store: the store from `connect`.
+        patience: seconds to wait for the other ranks; the call takes at most half a second more.
 
     Returns:
         The missing ranks, sorted. If the store does not answer: [0] if rank 0 hosts it, else [].
@@ -120,14 +122,14 @@ def _welcome(store: Store, world_size: int, timeout: timedelta) -> int:
     missing = list(range(1, world_size))
     while missing:
         for rank in missing:
-            # The counter may belong to a dead process; retry until the live one answers.
+            # The counter may belong to a dead process; retry until the live process answers.
             store.set(f"welcome/{rank}/{store.add(f'processes/{rank}', 0)}", str(start))
         time.sleep(POLL)
         missing = [rank for rank in missing if not store.check([f"joined/{rank}/{start}"])]
         if missing and time.monotonic() > deadline:
             ranks = ", ".join(map(str, missing))
             store.set(f"missing/{start}", ranks)
-            # The others read it before this process, which may host the store, ends.
+            # The other ranks read the key before this process, which may host the store, ends.
             time.sleep(LATER)
             raise _did_not_join(ranks, timeout)
     store.set(f"missing/{start}", "")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from torchpar.parallel.launch import rendezvous
 from torchpar.parallel.launch.agreement import check_same_on_all_ranks
 from torchpar.rank_info import RankInfo, find_rank_info
 
+T = TypeVar("T")
 TIMEOUT = 1800.0
 PATIENCE = 1.5  # seconds in which each rank whose collective failed reports to the store
 
@@ -31,16 +32,16 @@ class World:
     """This process's rank, device and mesh.
 
     The ranks form a mesh of three dimensions: "pp" (pipeline stages), "dp" (shares of each batch)
-    and "tp" (shares of each layer). Ranks that differ in "tp" alone have consecutive numbers.
+    and "tp" (shards of each layer). Ranks that differ in "tp" alone have consecutive numbers.
 
     Attributes:
         rank: 0 … world_size − 1 over all machines.
         local_rank: 0 … local_world_size − 1 on this machine.
         world_size: number of ranks on all machines.
-        device: where this rank keeps its tensors.
-        mesh: of shape ``(pp, dp, tp)``. `join_world` puts all ranks on "dp"; `with_mesh` changes
-            that.
-        timeout: seconds after which a rank that waits for another one gives up.
+        device: the device of this rank's tensors.
+        mesh: the mesh, of shape ``(pp, dp, tp)``. `join_world` puts all ranks on "dp"; `with_mesh`
+            makes another mesh.
+        timeout: seconds after which a rank that waits for another rank gives up.
         gloo_yields: as in `join_world`.
     """
 
@@ -56,7 +57,7 @@ class World:
         """Return this world with a mesh of ``pp × dp × tp`` ranks.
 
         Raises:
-            ConfigError: the product is not the number of ranks. On every rank.
+            ConfigError: on every rank: the product is not the number of ranks.
         """
         check_same_on_all_ranks(None, "mesh", {"dp": dp, "tp": tp, "pp": pp})
         if min(dp, tp, pp) < 1 or dp * tp * pp != self.world_size:
@@ -74,23 +75,24 @@ class World:
 
     @cached_property
     def dp_rank(self) -> int:
-        """This rank's number among those that share each batch."""
+        """This rank's number among the ranks that share each batch."""
         return self.mesh.get_local_rank("dp")
 
     @cached_property
     def tp_rank(self) -> int:
-        """This rank's number among those that share each layer."""
+        """This rank's number among the ranks that hold the shards of each layer."""
         return self.mesh.get_local_rank("tp")
 
     def share(self, samples: Tensor) -> Tensor:
-        """Return this rank's share of ``samples (n, *)``, cut by `torch.tensor_split` over "dp"; a
-        view."""
+        """Return this rank's share of ``samples (n, *)``, as a view.
+
+        `torch.tensor_split` cuts the samples over "dp".
+        """
         return samples.tensor_split(self.dp_size)[self.dp_rank]
 
     @cached_property
     def owns_outputs(self) -> bool:
-        """Whether this rank's outputs count: the first tensor-parallel rank of the last stage has
-        them."""
+        """Whether this rank's outputs count: it is the last stage's first tensor-parallel rank."""
         return self.mesh.get_local_rank("pp") == self.mesh.shape[0] - 1 and self.tp_rank == 0
 
     def sum(self, t: Tensor) -> Tensor:
@@ -100,12 +102,12 @@ class World:
         return t
 
     def gather_results(
-        self, function: Callable[[], Any], group: dist.ProcessGroup | None = None
-    ) -> list[Any]:
+        self, function: Callable[[], T], group: dist.ProcessGroup | None = None
+    ) -> list[T]:
         """Run ``function`` and return the results of all ranks.
 
         Raises:
-            Exception: the error of the lowest rank that had one, on every rank.
+            Exception: on every rank, the error of the lowest rank that failed.
         """
         try:
             outcome: tuple[Any, Exception | None] = (function(), None)
@@ -134,18 +136,18 @@ def join_world(
     `torch.distributed` is initialized already, its ranks are the world, and it stays initialized.
 
     Args:
-        device: "cpu", "cuda", or "auto": CUDA if there is any.
-        timeout: seconds after which a rank that waits for another one gives up.
+        device: "cpu", "cuda", or "auto": CUDA if there is a GPU.
+        timeout: seconds after which a rank that waits for another rank gives up.
         alone: raise if more than one rank was launched, for a program that is one process.
-        gloo_yields: let the threads that poll gloo's sockets yield to those that send, on Linux.
+        gloo_yields: let the threads that poll gloo's sockets yield to threads that send, on Linux.
             On two cores an all-reduce of 64 bytes to 1 MB between two ranks then takes a fourth to
             half of the time, in the mean (docs/gloo.md). It changes how the system schedules
             threads of this process.
 
     Raises:
-        ConfigError: an unknown device, CUDA on a machine without it, or several ranks with
+        ConfigError: an unknown device, CUDA on a machine without GPU, or several ranks with
             ``alone``.
-        RankLostError: a rank has ended or hangs. It replaces PyTorch's error.
+        RankLostError: a rank has ended or hangs. This error replaces PyTorch's error.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"device is {device!r}, expected 'auto', 'cpu' or 'cuda'")
@@ -192,9 +194,9 @@ def join_world(
         )
         raise RankLostError(f"{ranks} ({reason})", missing) from e
     finally:
-        # The threads of a process group end with its last reference. If that is after the
-        # interpreter has begun to exit, they abort the process. DistributedDataParallel keeps one
-        # in a reference cycle.
+        # The threads of a process group end with its last reference. If this reference ends after
+        # the interpreter has begun to exit, the threads abort the process. DistributedDataParallel
+        # keeps a reference in a reference cycle.
         gc.collect()
         if store is not None and dist.is_initialized():
             dist.destroy_process_group()
@@ -209,7 +211,7 @@ def _make_mesh(
     set_timeout = getattr(c10d, "set_timeout", None) or c10d._set_pg_timeout
     # Mesh["dp"] would import the compiler: a second, and 157 MB.
     for group in mesh.get_all_groups():
-        set_timeout(timedelta(seconds=timeout), group)  # PyTorch makes them with its default
+        set_timeout(timedelta(seconds=timeout), group)  # PyTorch makes groups with its default
     if gloo_yields:
         _schedule_gloo_as_batch()
     return mesh
@@ -218,9 +220,10 @@ def _make_mesh(
 def _schedule_gloo_as_batch() -> None:
     """Schedule the thread that polls gloo's sockets as SCHED_BATCH, so that it yields to senders.
 
-    It spins on a sender's lock, and otherwise preempts the sender until the scheduler's next tick
-    (gloo #246): on few cores the mean time of a small all-reduce is two to four times as long
-    (docs/gloo.md). The thread is found by the name that gloo gives it, on Linux only.
+    The thread spins on a sender's lock, and with the usual policy preempts the sender until the
+    scheduler's next tick (gloo #246): on few cores the mean time of a small all-reduce is two to
+    four times as long (docs/gloo.md). The thread is found by the name that gloo gives it, on Linux
+    only.
     """
     for task in Path("/proc/self/task").glob("*"):
         with suppress(OSError):
@@ -231,8 +234,8 @@ def _schedule_gloo_as_batch() -> None:
 def is_communication_error(error: RuntimeError) -> bool:
     """Whether ranks lost each other, judged by the type and the message of PyTorch's error.
 
-    gloo's errors, and some of the store's, are plain RuntimeErrors, so that only messages tell them
-    from others.
+    gloo's errors, and some of the store's errors, are plain RuntimeErrors, so that only their
+    messages tell them from other errors.
     """
     signs = r"gloo|NCCL|[Cc]onnection|[Ss]ocket|[Tt]imed out|[Tt]imeout|pair closure"
     return isinstance(error, dist.DistError) or re.search(signs, str(error)) is not None

@@ -5,7 +5,7 @@
 and if an overwrite is interrupted, the result loads as a mixture of two checkpoints. So a
 checkpoint is written to ``step-N.tmp`` with a manifest of every file's SHA-256, flushed to the
 disk, renamed to ``step-N`` in one step, and named in ``latest``. A damaged checkpoint is skipped,
-and the one before it is loaded. Unpickling uses allow-lists only: `torch.load` with
+and the previous checkpoint is loaded. Unpickling uses allow-lists only: `torch.load` with
 ``weights_only`` for tensors, and `_Unpickler` for the metadata.
 """
 
@@ -22,7 +22,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -33,13 +33,15 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.storage import WriteResult
 
 from torchpar.errors import ConfigError, first_line
 from torchpar.parallel.launch.rendezvous import run_in_daemon
 from torchpar.parallel.launch.world import World
 
+T = TypeVar("T")
 MANIFEST = "manifest.json"
-_UNSIGNED = "0" * 64  # stands for the manifest's own SHA-256 while that is computed
+_UNSIGNED = "0" * 64  # in place of the manifest's SHA-256 while this is computed
 # The classes in torch.distributed.checkpoint's metadata of tensors. BytesStorageMetadata, for other
 # objects, is left out, because PyTorch would unpickle those objects without an allow-list.
 _CLASSES = {
@@ -69,17 +71,17 @@ class CheckpointConfig:
     """Settings of a run's checkpoints.
 
     Attributes:
-        folder: where they are, on a file system of all ranks. A run resumes from the newest one
-            there. A string becomes a path.
+        folder: the folder of the checkpoints, on a file system of all ranks. A run resumes from the
+            newest checkpoint in it. A string becomes a path.
         every: steps between two saves; None saves after each epoch. A run is also saved at its end,
             and when a rank receives SIGTERM or SIGINT.
-        keep: number of checkpoints to keep; older ones are removed after each save.
-        asynchronous: write while training continues. A save waits for the one before it, and raises
+        keep: number of checkpoints to keep; older checkpoints are removed after each save.
+        asynchronous: write while training continues. A save waits for the previous save, and raises
             its error.
 
     Raises:
-        ConfigError: ``every`` or ``keep`` is no whole number from 1 on; ``folder`` is no path, or a
-            file.
+        ConfigError: ``every`` or ``keep`` is not an integer of at least 1; ``folder`` is not a
+            path, or is a file.
     """
 
     folder: Path
@@ -101,11 +103,11 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint on the disk.
+    """A complete, undamaged checkpoint on the disk.
 
     Attributes:
         state: the state that was saved with the tensors.
-        shapes: full shapes of the tensors, by name.
+        shapes: unsharded shapes of the tensors, by name.
     """
 
     path: Path
@@ -114,10 +116,10 @@ class Checkpoint:
     _group: dist.ProcessGroup
 
     def read(self, tensors: Mapping[str, Tensor]) -> None:
-        """Fill ``tensors``, by name: plain tensors, and DTensors, of which this rank has a part.
+        """Fill ``tensors``, by name: plain tensors, and DTensors, of which this rank has a shard.
 
         Raises:
-            ValueError: a name, a shape or a file does not fit; on every rank.
+            ValueError: on every rank: a name, a shape or a file does not fit.
         """
         try:
             load(dict(tensors), storage_reader=_Reader(self.path), process_group=self._group)
@@ -130,7 +132,7 @@ class Checkpoints:
 
     def __init__(self, config: CheckpointConfig, world: World):
         self.config, self.folder, self.world = config, config.folder, world
-        # A group of its own, so that a save's messages do not mix with training's; gloo, for CPU
+        # A separate group, so that a save's messages do not mix with training's; gloo, for CPU
         # tensors.
         group = dist.new_group(backend="gloo", timeout=timedelta(seconds=world.timeout))
         assert isinstance(group, dist.ProcessGroup)
@@ -138,17 +140,16 @@ class Checkpoints:
         self._pending: Future[None] | None = None
         self._locked = False  # by rank 0
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:
-        """Save as ``step-N``. If a process is killed at any moment, the checkpoint is whole or
-        absent.
+    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, object]) -> None:
+        """Save as ``step-N``. If a process is killed, the checkpoint is complete or absent.
 
         Args:
             tensors: plain tensors, which are the same on every rank that has them, and DTensors.
-            state: JSON, and tensors, which become numbers or lists; rank 0's is saved.
+            state: JSON, and tensors, which become numbers or lists. The state of rank 0 is saved.
 
         Raises:
-            ConfigError: the checkpoint could not be written; older ones are still there. On every
-                rank.
+            ConfigError: on every rank: the checkpoint could not be written. Older checkpoints are
+                kept.
         """
         self.wait()
         state = json.loads(json.dumps(state, default=Tensor.tolist))
@@ -166,25 +167,25 @@ class Checkpoints:
             pending.result()
 
     def load(self) -> Checkpoint | None:
-        """Return the newest whole checkpoint, None if there is none. Print which ones are skipped.
+        """Return the newest undamaged checkpoint, or None; print the checkpoints that are skipped.
 
         Raises:
-            ConfigError: there are checkpoints, and all are damaged; on every rank.
+            ConfigError: on every rank: there are checkpoints, and all are damaged.
         """
         self.wait()
-        newest = self._on_rank_0(self._newest_whole)
+        newest = self._on_rank_0(self._newest_undamaged)
         if newest is None:
             return None
         path, manifest = newest
         shapes = {name: torch.Size(shape) for name, shape in manifest["shapes"].items()}
         return Checkpoint(path, manifest["state"], shapes, self._group)
 
-    def _on_rank_0(self, function: Callable[[], Any]) -> Any:
+    def _on_rank_0(self, function: Callable[[], T]) -> T | None:
         """Return the result of rank 0, or raise its error, on every rank."""
         on_this = function if self.world.rank == 0 else lambda: None
         return self.world.gather_results(on_this, self._group)[0]
 
-    def _newest_whole(self) -> tuple[Path, dict[str, Any]] | None:
+    def _newest_undamaged(self) -> tuple[Path, dict[str, Any]] | None:
         for unfinished in self.folder.glob("step-*.tmp"):
             _warn(f"{unfinished} was not finished and is skipped")
         damaged = []
@@ -193,10 +194,10 @@ class Checkpoints:
                 return path, _verify(path)
             except ConfigError as e:
                 damaged.append(str(e))
-                _warn(f"{e}; skipped for the one before it")
+                _warn(f"{e}; skipped for the previous checkpoint")
         if damaged:
             raise ConfigError(
-                f"{damaged[0]}; no other checkpoint in {self.folder} is whole: remove them to "
+                f"{damaged[0]}; no other checkpoint in {self.folder} is undamaged: remove them to "
                 "start afresh"
             )
         return None
@@ -206,7 +207,7 @@ class Checkpoints:
         paths = [p for p in self.folder.glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
         return sorted(paths, key=_step)
 
-    def _save(self, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:
+    def _save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, object]) -> None:
         path = self.folder / f"step-{step}"
         unfinished = path.with_suffix(".tmp")
         try:
@@ -243,7 +244,7 @@ class Checkpoints:
             ) from e
         self._locked = True
 
-    def _publish(self, unfinished: Path, path: Path, state: dict[str, Any]) -> None:
+    def _publish(self, unfinished: Path, path: Path, state: Mapping[str, object]) -> None:
         metadata = _Reader(unfinished).read_metadata()
         files = {".metadata"} | {info.relative_path for info in metadata.storage_data.values()}
         mesh = self.world.mesh
@@ -258,7 +259,7 @@ class Checkpoints:
             "state": state,
         }
         write_manifest(unfinished, sorted(files), contents)
-        if path.exists():  # a damaged one: from a whole one the run would have resumed
+        if path.exists():  # damaged, because the run did not resume from it
             shutil.rmtree(path)
         os.replace(unfinished, path)
         _sync(self.folder)
@@ -274,7 +275,7 @@ class Checkpoints:
 
 
 class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> object:
         if name not in _CLASSES.get(module, ()):
             raise pickle.UnpicklingError(
                 f"{module}.{name} is not allowed in a checkpoint's metadata"
@@ -285,12 +286,14 @@ class _Unpickler(pickle.Unpickler):
 class _Writer(FileSystemWriter):
     """PyTorch's writer, with the error of a file that could not be written."""
 
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
+    def write_data(
+        self, plan: SavePlan, planner: SavePlanner
+    ) -> torch.futures.Future[list[WriteResult]]:
         try:
             return super().write_data(plan, planner)
         except RuntimeError as e:
-            # After a failed write PyTorch cannot close its archive, and that error hides the first
-            # one.
+            # After a failed write PyTorch cannot close its archive, and the error of closing hides
+            # the error of writing.
             if isinstance(e.__context__, OSError):
                 raise e.__context__ from e
             raise
@@ -299,7 +302,7 @@ class _Writer(FileSystemWriter):
 class _Reader(FileSystemReader):
     """PyTorch's reader, which unpickles the metadata by an allow-list."""
 
-    def read_metadata(self, *_args: Any, **_kwargs: Any) -> Metadata:
+    def read_metadata(self, *_args: object, **_kwargs: object) -> Metadata:
         with (Path(self.path) / ".metadata").open("rb") as file:
             metadata: Metadata = _Unpickler(file).load()
         assert metadata.storage_meta is not None
@@ -307,9 +310,8 @@ class _Reader(FileSystemReader):
         return metadata
 
 
-def write_manifest(folder: Path, files: Sequence[str], contents: dict[str, Any]) -> None:
-    """Write the manifest of ``folder``: the SHA-256 of ``files`` and of itself, and
-    ``contents``."""
+def write_manifest(folder: Path, files: Sequence[str], contents: Mapping[str, object]) -> None:
+    """Write the manifest of ``folder``: ``contents``, and SHA-256 of ``files`` and of itself."""
     digests = {name: _sha256(folder / name) for name in files}
     text = json.dumps({"files": digests, "sha256": _UNSIGNED, **contents}, indent=1)
     (folder / MANIFEST).write_text(text.replace(_UNSIGNED, _digest(text)))
@@ -327,7 +329,7 @@ def _verify(path: Path) -> dict[str, Any]:
         text = (path / MANIFEST).read_bytes().decode()
         manifest: dict[str, Any] = json.loads(text)
         if manifest["sha256"] != _digest(text.replace(manifest["sha256"], _UNSIGNED)):
-            raise ValueError("its SHA-256 differs from the one it records")
+            raise ValueError("its SHA-256 differs from the recorded one")
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
         raise ConfigError(f"{path / MANIFEST} is damaged ({first_line(e)})") from e
     for name, digest in manifest["files"].items():

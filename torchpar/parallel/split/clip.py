@@ -10,28 +10,31 @@ from torchpar.parts import part_of
 
 @torch.no_grad()
 def clip_grad_norm_(model: torch.nn.Module, max_norm: float, world: World) -> Tensor:
-    """Scale the gradient of the whole model to a norm of at most ``max_norm``, in place.
+    """Scale the gradient of the unsharded model to a norm of at most ``max_norm``, in place.
 
-    ``‖g‖ = √Σ‖g_i‖²`` over all parameters of the model. Every part of a split parameter counts, and
-    a parameter that several ranks hold whole counts once. This costs one all-reduce of one number,
-    and nothing if every rank holds the whole model.
+    ``‖g‖ = √Σ‖g_i‖²`` over all parameters of the model. Every shard of a parameter counts, and a
+    parameter that is replicated on several ranks counts once. This costs one all-reduce of one
+    number, and nothing if the model is replicated on every rank.
 
     Args:
-        model: this rank's part of the model, its gradients averaged over the data-parallel ranks.
-        max_norm: the largest norm that is left as it is.
+        model: this rank's part of the model, with gradients that are averaged over the
+            data-parallel ranks.
+        max_norm: the largest norm that is not scaled.
         world: the ranks and their mesh.
 
     Returns:
         The norm before clipping, a float64 scalar, the same on every rank. A norm that is not
-        finite makes every gradient so, as with `torch.nn.utils.clip_grad_norm_`.
+        finite makes every gradient not finite, as with `torch.nn.utils.clip_grad_norm_`.
     """
-    whole = world.dp_size == world.world_size
+    is_replicated = world.dp_size == world.world_size
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     for p in model.parameters():
-        # Data-parallel rank 0 counts for the others, which have the same gradients.
-        counts = whole or (world.dp_rank == 0 and (part_of(p).is_slice or world.tp_rank == 0))
+        # All data-parallel ranks have the same gradients, of which those of rank 0 count.
+        counts = is_replicated or (
+            world.dp_rank == 0 and (part_of(p).is_slice or world.tp_rank == 0)
+        )
         if counts and p.grad is not None:
             total += torch.linalg.vector_norm(p.grad, dtype=torch.float64).square()
-    norm = (total if whole else world.sum(total)).sqrt()
+    norm = (total if is_replicated else world.sum(total)).sqrt()
     torch.nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
     return norm

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Linear layers whose weight is split over the ranks of a mesh dimension.
+"""Linear layers whose weight is sharded over the ranks of a mesh dimension.
 
-`torchpar.reference` holds both layers in their plainest form; read it first.
+`torchpar.reference` holds both layers in their plainest form. Read it first.
 
 A column layer and the row layer after it are a pair. An elementwise activation between them acts on
 each rank's columns alone. So the pair costs one all-reduce forward, of y, and one backward, of dx,
@@ -9,6 +9,7 @@ unless its input needs no gradient. With dY = dL/dY and Y = X·Wᵀ + b split by
 dY_r·W_r and dW_r = dY_rᵀ·X. The all-reduce of dX overlaps with the computation of dW_r.
 """
 
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -42,11 +43,11 @@ SAME_WEIGHTS = (
 
 
 class _ParallelLinear(nn.Linear):
-    """A layer whose parameters are slices of a whole layer's.
+    """A layer whose parameters are shards of an unsharded layer's parameters.
 
     Attributes:
-        split_axes: the axis of each parameter that is split, by its name.
-        mesh: the ranks that share that axis.
+        split_axes: the axis along which each sharded parameter is cut, by the parameter's name.
+        mesh: the ranks that hold the shards.
     """
 
     split_axes: ClassVar[dict[str, int]]
@@ -75,25 +76,24 @@ class _ParallelLinear(nn.Linear):
         self.activation = activation
         self.mesh = mesh
         super().__init__(in_features, out_features, bias, **options)
-        self._copy_slices(self)
+        self._copy_shards(self)
 
     @classmethod
     def from_linear(
         cls, linear: torch.nn.Module, *, mesh: DeviceMesh, activation: Activation = None
     ) -> Self:
-        """Split ``linear``, whose parameters are the same on every rank; this rank's slices are
-        copied.
+        """Split ``linear``, whose parameters are the same on every rank: copy this rank's shards.
 
         Args:
             linear: a `torch.nn.Linear`, or a `torchpar.nn.Linear`, `LinearSigmoid`, `LinearReLU` or
                 `LinearTanh`.
             mesh: a mesh of one dimension, such as ``mesh["tp"]``.
-            activation: None, "sigmoid", "relu" or "tanh". `LinearSigmoid` and the like have their
-                own.
+            activation: None, "sigmoid", "relu" or "tanh". Leave it out for layers that have an
+                activation, such as `LinearSigmoid`.
 
         Raises:
             ValueError: another kind of layer, a second activation, different weights on different
-                ranks, or an error of the class.
+                ranks, or an error of the constructor.
         """
         if not isinstance(linear, torch.nn.Linear) or type(linear) not in LINEAR_LAYERS:
             raise ConfigError(
@@ -115,40 +115,42 @@ class _ParallelLinear(nn.Linear):
             device="meta",  # no memory, and no random numbers drawn
             dtype=linear.weight.dtype,
         )
-        split._copy_slices(linear)
+        split._copy_shards(linear)
         return split.train(linear.training)
 
-    def _copy_slices(self, whole: torch.nn.Linear) -> None:
+    def _copy_shards(self, unsharded: torch.nn.Linear) -> None:
         sizes = f"{type(self).__name__} of {self.in_features} to {self.out_features} features"
         drawn = {
-            f"the {name} of a {sizes}": p for name, p in whole.named_parameters() if not p.is_meta
+            f"the {name} of a {sizes}": p
+            for name, p in unsharded.named_parameters()
+            if not p.is_meta
         }
         check_same_bits(self.mesh.get_group(), drawn, SAME_WEIGHTS)
         for name in ("weight", "bias"):
-            parameter = getattr(whole, name)
+            parameter = getattr(unsharded, name)
             if parameter is not None:
-                part = parameter.detach()
+                shard = parameter.detach()
                 if name in self.split_axes:
-                    part = slice_along(self.split_axes[name], part.shape, self.mesh).narrow(part)
-                part = part.clone(memory_format=torch.contiguous_format)
-                parameter = torch.nn.Parameter(part, requires_grad=parameter.requires_grad)
+                    shard = slice_along(self.split_axes[name], shard.shape, self.mesh).narrow(shard)
+                shard = shard.clone(memory_format=torch.contiguous_format)
+                parameter = torch.nn.Parameter(shard, requires_grad=parameter.requires_grad)
             self.register_parameter(name, parameter)
 
     def register_parameter(self, name: str, param: torch.nn.Parameter | None) -> None:
         super().register_parameter(name, param)
         self._mark()
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         super().__setstate__(state)  # called for a copy, whose parameters are new
         self._mark()
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # which may replace parameters
         self._mark()
         return self
 
     def _mark(self) -> None:
-        """Mark each slice as one: an optimizer gets the parameters without their layer."""
+        """Mark each shard as a shard: an optimizer gets the parameters without their layer."""
         for name, axis in self.split_axes.items():
             parameter = self._parameters.get(name)
             if parameter is not None:
@@ -157,31 +159,30 @@ class _ParallelLinear(nn.Linear):
 
 
 class ColumnParallelLinear(_ParallelLinear):
-    """A linear layer whose outputs are split over the ranks:
-    ``y_r = act(x @ weight_r.T + bias_r)``.
+    """A linear layer with sharded outputs: ``y_r = act(x @ weight_r.T + bias_r)``.
 
     | on rank r of p | shape |
     |---|---|
-    | x, whole | (*, in_features) |
-    | weight | (out_r, in_features) |
-    | bias | (out_r) |
-    | y | (*, out_r) |
+    | x, replicated | (*, in_features) |
+    | weight, this rank's shard | (out_r, in_features) |
+    | bias, this rank's shard | (out_r) |
+    | y, this rank's shard | (*, out_r) |
 
-    Σ_r out_r = out_features, cut as `torch.chunk` cuts; p need not divide it. Every rank draws the
-    whole weight from PyTorch's random generator and keeps its slice, so the generator must be in
-    the same state on all ranks. `from_linear` copies the slices of an existing layer. There are no
-    second derivatives, and `torch.func`'s transforms are not supported.
+    Σ_r out_r = out_features, cut as `torch.chunk` cuts; p need not divide out_features. Every rank
+    draws the unsharded weight from PyTorch's random generator and keeps its shard, so the generator
+    must be in the same state on all ranks. `from_linear` copies the shards of an existing layer.
+    There are no second derivatives, and `torch.func`'s transforms are not supported.
 
     Args:
-        in_features, out_features, bias: of the whole layer.
+        in_features, out_features, bias: of the unsharded layer.
         mesh: a mesh of one dimension, such as ``mesh["tp"]``.
         activation: None, "sigmoid" (fused, by `torchpar.linear_sigmoid`), "relu" or "tanh" (by
             PyTorch).
         options: ``device`` and ``dtype``, as in `torchpar.nn.Linear`.
 
     Raises:
-        ValueError: an unknown activation; different arguments, or different weights, on different
-            ranks. On every rank.
+        ValueError: on every rank: an unknown activation; different arguments, or different weights,
+            on different ranks.
     """
 
     split_axes: ClassVar[dict[str, int]] = {"weight": 0, "bias": 0}
@@ -194,18 +195,17 @@ class ColumnParallelLinear(_ParallelLinear):
 
 
 class RowParallelLinear(_ParallelLinear):
-    """A linear layer whose inputs are split over the ranks:
-    ``y = act(Σ_r x_r @ weight_r.T + bias)``.
+    """A linear layer with sharded inputs: ``y = act(Σ_r x_r @ weight_r.T + bias)``.
 
     | on rank r of p | shape |
     |---|---|
-    | x, this rank's part, such as a column layer's output | (*, in_r) |
-    | weight | (out_features, in_r) |
-    | bias, whole | (out_features) |
-    | y, whole | (*, out_features) |
+    | x, this rank's shard, such as a column layer's output | (*, in_r) |
+    | weight, this rank's shard | (out_features, in_r) |
+    | bias, replicated | (out_features) |
+    | y, replicated | (*, out_features) |
 
-    Bias and activation follow the all-reduce; before it, they would count p times. Arguments and
-    errors are those of `ColumnParallelLinear`.
+    Bias and activation follow the all-reduce; before the all-reduce they would count p times.
+    Arguments and errors are those of `ColumnParallelLinear`.
     """
 
     split_axes: ClassVar[dict[str, int]] = {"weight": 1}

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Tensor parallelism for an MLP: split the model, convert its state dict from and to the whole
-model's."""
+"""Tensor parallelism for an MLP: split the model, convert its state dict."""
 
 import copy
 from collections import OrderedDict
@@ -29,18 +28,17 @@ _KINDS = (*LINEAR_LAYERS, torch.nn.Sigmoid, torch.nn.ReLU, torch.nn.Tanh)
 
 
 def parallel_mlp(mlp: M, mesh: DeviceMesh) -> M:
-    """Return a tensor-parallel copy of ``mlp``: the same function, with each weight split over the
-    ranks.
+    """Return a copy of ``mlp`` that computes the same function with weights sharded over the ranks.
 
     Linear layers 0 and 1, 2 and 3, … become pairs of `ColumnParallelLinear` and
-    `RowParallelLinear`. The last of an odd number stays whole on every rank. A forward pass makes
-    one all-reduce per pair, and so does a backward pass, except for the first pair if the input
-    needs no gradient.
+    `RowParallelLinear`. The last of an odd number of layers is replicated. A forward pass makes one
+    all-reduce per pair. A backward pass makes one all-reduce per pair, except for the first pair if
+    the input needs no gradient.
 
     Args:
         mlp: a `torchpar.nn.MLP`, or a `torch.nn.Sequential` of linear layers (`torch.nn.Linear` or
             `torchpar.nn`'s except `LinearMaxout`), `torch.nn.Sigmoid`, `torch.nn.ReLU` and
-            `torch.nn.Tanh`. It is the same on every rank, and is not changed.
+            `torch.nn.Tanh`. The model is the same on every rank, and is not changed.
         mesh: a mesh of one dimension, such as ``mesh["tp"]``.
 
     Returns:
@@ -56,7 +54,7 @@ def parallel_mlp(mlp: M, mesh: DeviceMesh) -> M:
     modules = layers.named_modules(remove_duplicate=False) if is_sequential else ()
     named = [(name, layer) for name, layer in modules if name]
     description = {"type": type(layers).__name__, "layers": [str(layer) for _, layer in named]}
-    # So what is wrong on one rank alone is refused on all.
+    # So a model that is wrong on one rank alone is refused on all ranks.
     check_same_on_all_ranks(mesh.get_group(), "the ranks' models", description)
     if not is_sequential:
         raise ConfigError(
@@ -67,7 +65,7 @@ def parallel_mlp(mlp: M, mesh: DeviceMesh) -> M:
             expected = ", ".join(kind.__name__ for kind in _KINDS)
             raise ConfigError(
                 f"cannot split layer {name}, a {type(layer).__name__}; expected {expected}, "
-                "or take data or pipeline parallelism, which keep layers whole"
+                "or take data or pipeline parallelism, which do not split layers"
             )
     parameters = [p for _, layer in named for p in layer.parameters()]
     if len(set(parameters)) < len(parameters):
@@ -76,13 +74,13 @@ def parallel_mlp(mlp: M, mesh: DeviceMesh) -> M:
         )
     linears = [name for name, layer in named if type(layer) in LINEAR_LAYERS]
     pairs = linears[: len(linears) // 2 * 2]
-    whole = {
+    replicated = {
         f"{name}.{key}": p
         for name, layer in named
         if name not in pairs
         for key, p in layer.named_parameters()
     }
-    check_same_bits(mesh.get_group(), whole, SAME_WEIGHTS)  # the pairs check theirs
+    check_same_bits(mesh.get_group(), replicated, SAME_WEIGHTS)  # the pairs check their weights
     kinds = dict(zip(pairs, cycle((ColumnParallelLinear, RowParallelLinear)), strict=False))
     split = torch.nn.Sequential(
         OrderedDict(
@@ -103,7 +101,7 @@ def parallel_mlp(mlp: M, mesh: DeviceMesh) -> M:
 
 
 def full_state_dict(model: torch.nn.Module) -> dict[str, Tensor]:
-    """The whole model's state dict, on every rank. All ranks must call it."""
+    """The unsharded model's state dict, on every rank. All ranks must call this."""
     state = OrderedDict((name, t.detach().clone()) for name, t in model.state_dict().items())
     for name, p in model.named_parameters():
         part = part_of(p)
@@ -113,11 +111,12 @@ def full_state_dict(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def load_full_state_dict(model: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load the whole model's state dict; each rank keeps its slices.
+    """Load the unsharded model's state dict; each rank keeps its shards.
 
     Raises:
-        ValueError: a parameter of another shape than the model's.
-        RuntimeError: other parameters than the model's, as from `torch.nn.Module.load_state_dict`.
+        ValueError: a parameter has another shape than in the model.
+        RuntimeError: other parameters than in the model, as from
+            `torch.nn.Module.load_state_dict`.
     """
     state = dict(state)
     for name, p in model.named_parameters():

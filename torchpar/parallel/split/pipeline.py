@@ -2,11 +2,11 @@
 """Pipeline parallelism: each rank holds consecutive layers, and micro-batches pass through them.
 
 With p stages and m micro-batches a stage is idle for (p − 1)/(m + p − 1) of a step. Neighbouring
-stages exchange activations in the forward pass and their gradients in the backward pass; nothing
-else travels. There are two schedules (`torchpar.parallel.split.schedules`): `gpipe` runs all
+stages exchange activations in the forward pass and their gradients in the backward pass, and no
+other messages. There are two schedules (`torchpar.parallel.split.schedules`): `gpipe` runs all
 forward passes before the backward passes and keeps the activations of m micro-batches.
-`one_forward_one_backward`, "1f1b", starts each backward pass as soon as it can and keeps those of
-at most p.
+`one_forward_one_backward`, "1f1b", starts each backward pass as soon as possible and keeps the
+activations of at most p micro-batches.
 """
 
 from collections import OrderedDict
@@ -36,8 +36,9 @@ def stage_mlp(mlp: MLP, mesh: DeviceMesh) -> MLP:
     """Return this rank's stage of ``mlp``. The numbers of layers per stage differ by at most one.
 
     Args:
-        mlp: whole or tensor-split. Its layers are shared, not copied, and keep their names.
-        mesh: of one dimension, such as ``world.mesh["pp"]``.
+        mlp: unsharded, or from `parallel_mlp`. The stage has the same layers, not copies, under the
+            same names.
+        mesh: a mesh of one dimension, such as ``world.mesh["pp"]``.
 
     Raises:
         ConfigError: more stages than layers.
@@ -54,8 +55,7 @@ def stage_mlp(mlp: MLP, mesh: DeviceMesh) -> MLP:
 
 
 def check_one_rank_per_gpu(world: World) -> None:
-    """Raise ConfigError if ranks share a GPU: gloo, which connects such ranks, sends tensors of
-    CPUs only."""
+    """Raise ConfigError if ranks share a GPU: gloo, their backend, sends tensors of CPUs only."""
     if world.device.type == "cuda" and dist.get_backend(world.mesh.get_group("pp")) == "gloo":
         raise ConfigError(
             "a pipeline on GPUs needs one rank per GPU; start fewer ranks or take cpu"
@@ -70,10 +70,10 @@ class Pipeline:
     Args:
         module: this rank's stage, from `stage_mlp`.
         world: its mesh's "pp" dimension holds the stages, and its "dp" dimension the replicas of
-            each.
+            each stage.
         schedule: "gpipe" or "1f1b".
-        micro_batches: the number of parts of this rank's share of a batch, cut by
-            `torch.tensor_split`.
+        micro_batches: the number of micro-batches into which `torch.tensor_split` cuts this rank's
+            share of a batch.
 
     Raises:
         ConfigError: an unknown schedule, no micro-batch, ranks that share a GPU, or stages whose
@@ -112,8 +112,8 @@ class Pipeline:
     def step(self, x: Tensor, labels: Tensor, global_size: int, loss_sum: LossSum) -> Tensor:
         """Run the forward and backward passes of this rank's share of a global batch.
 
-        Every ``p.grad`` must be None before. It then holds the gradient of the global batch's mean
-        loss.
+        Every ``p.grad`` must be None before the step. After it, ``p.grad`` is the gradient of the
+        global batch's mean loss.
 
         Args:
             x: ``(b, in_features)``, this rank's share; only the first stage reads it.
@@ -122,29 +122,32 @@ class Pipeline:
             loss_sum: outputs, labels → the loss summed over samples.
 
         Returns:
-            The sum of the losses of this rank's samples on the last stage, 0 on the others.
+            The sum of the losses of this rank's samples on the last stage, 0 on the other stages.
 
         Raises:
-            ConfigError: numbers of samples or of labels that differ, also between stages; on every
-                stage.
+            ConfigError: on every stage: numbers of samples or of labels that differ, also between
+                stages.
         """
         self._check_same(f"{len(x)} samples and {len(labels)} labels")
         if len(x) != len(labels):
             raise ConfigError(f"{len(x)} samples and {len(labels)} labels, expected as many")
-        parts, targets = x.tensor_split(self.micro_batches), labels.tensor_split(self.micro_batches)
+        inputs, targets = (
+            x.tensor_split(self.micro_batches),
+            labels.tensor_split(self.micro_batches),
+        )
         losses: list[Tensor] = []
 
         def forward(i: int, activations: Tensor | None) -> Tensor:
-            outputs: Tensor = self.module(parts[i] if activations is None else activations)
+            outputs: Tensor = self.module(inputs[i] if activations is None else activations)
             if not self._p2p.is_last:
                 return outputs
             loss = loss_sum(outputs, targets[i])
             losses.append(loss.detach())
-            # An average over the replicas follows.
+            # The average over the replicas divides by their number.
             return loss * (self.replicas.size() / global_size)
 
         with phase("pipeline"):
-            shapes = [(len(part), self.width) for part in parts]
+            shapes = [(len(one), self.width) for one in inputs]
             self._schedule(forward, torch.Tensor.backward, shapes, self._p2p)
             self._average_gradients()
         return torch.stack(losses).sum() if losses else x.new_zeros(())
@@ -164,7 +167,7 @@ class Pipeline:
         return outputs if self._p2p.is_last else None
 
     def _check_same(self, batch: str) -> None:
-        if self._p2p.stages > 1:  # gloo would abort the processes
+        if self._p2p.stages > 1:  # gloo would abort the processes if shapes differed
             what = "the stages of a pipeline have different samples, expected the same batch on all"
             check_same_each_time(batch, self._group, what, self._timeout)
 

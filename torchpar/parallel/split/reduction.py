@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: MIT
 """All-reduces and all-gathers over the ranks of a mesh dimension, with their gradients.
 
-With p ranks, x whole (the same on every rank) and x_r rank r's:
+With p ranks, x replicated (the same on every rank) and x_r of rank r:
 
 | function | forward | backward |
 |---|---|---|
 | `reduce_from_region` | all-reduce: Σ_r x_r | dy → dy |
 | `all_gather` | x_r → x | dy → dy_r |
 
-If the ranks pass different shapes for the first time, every rank raises a ConfigError
-(`check_shape`). Source: Shoeybi et al., "Megatron-LM: Training Multi-Billion Parameter Language
-Models Using Model Parallelism", 2019, figure 3.
+If the ranks pass shapes that are new and differ, every rank raises a ConfigError (`check_shape`).
+
+Source: Shoeybi et al., "Megatron-LM: Training Multi-Billion Parameter Language Models Using Model
+Parallelism", 2019, figure 3.
 """
 
 from collections.abc import Callable
@@ -26,14 +27,16 @@ from torchpar.parallel.launch.agreement import check_shape
 from torchpar.parts import Part
 
 
-def all_reduce(t: Tensor, mesh: DeviceMesh, op: Any = dist.ReduceOp.SUM) -> Tensor:
+def all_reduce(
+    t: Tensor, mesh: DeviceMesh, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
+) -> Tensor:
     """``t`` summed over the ranks of ``mesh``, or reduced by ``op``, in place; returns ``t``."""
     start_all_reduce(t, mesh, op)()
     return t
 
 
 def start_all_reduce(
-    t: Tensor, mesh: DeviceMesh, op: Any = dist.ReduceOp.SUM
+    t: Tensor, mesh: DeviceMesh, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
 ) -> Callable[[], object]:
     """Start an `all_reduce` and return a function that waits for its end."""
     if mesh.size() == 1:
@@ -44,18 +47,18 @@ def start_all_reduce(
 
 
 def reduce_from_region(x: Tensor, mesh: DeviceMesh) -> Tensor:
-    """The sum of the ranks' ``x``, which all have one shape."""
+    """The sum of ``x`` over the ranks, on which it has one shape."""
     return _Reduce.apply(x, mesh)  # type: ignore[no-any-return]
 
 
 def all_gather(x: Tensor, part: Part) -> Tensor:
-    """The whole of a tensor of which ``x`` is this rank's ``part``, on every rank."""
+    """The unsharded tensor on every rank; ``x`` is this rank's shard, at the place ``part``."""
     assert part.mesh is not None
-    # gloo gathers equal shapes only. A sum with −0 has the bits of the other term, also those of a
-    # zero.
-    whole = x.new_full(part.whole, -0.0)
-    part.narrow(whole).copy_(x)
-    return reduce_from_region(whole, part.mesh)
+    # gloo gathers equal shapes only. A sum of −0 and a term has the bits of the term, also if the
+    # term is a zero.
+    padded = x.new_full(part.whole, -0.0)
+    part.narrow(padded).copy_(x)
+    return reduce_from_region(padded, part.mesh)
 
 
 class _Reduce(torch.autograd.Function):

@@ -14,23 +14,22 @@ Backward = Callable[[Tensor, Tensor | None], None]
 
 
 class P2PCommunicator:
-    """Messages between neighbouring stages of a pipeline; the ranks of ``group`` are the stages, in
-    order.
+    """Messages between neighbouring stages of a pipeline: the ranks of ``group``, in order.
 
     A stage sends its activations y to the next stage. It sends the gradient of x, the activations
     that it received, to the previous stage. A gradient has the shape of the activations. The first
-    stage has no previous one, and the last stage no next one: there nothing is sent, and None is
-    received.
+    stage has no previous stage, and the last stage has no next stage: there nothing is sent, and
+    None is received.
 
-    ``send_*`` only queues a message. The next ``recv_*`` sends it, or `flush`. Both return when all
+    ``send_*`` only queues a message. The next ``recv_*`` or `flush` sends it, and returns when all
     messages have been sent and received. After the last ``send_*`` call `flush`. Both directions
     start together: neighbours that send to each other, and receive only then, would wait for each
     other.
 
     Args:
         group: with NCCL, a group that has run a collective, as
-            `torch.distributed.batch_isend_irecv` asks.
-        device, dtype: of the activations.
+            `torch.distributed.batch_isend_irecv` requires.
+        device, dtype: device and dtype of the activations.
     """
 
     def __init__(
@@ -98,11 +97,11 @@ def gpipe(
 
     Args:
         forward: the number of a micro-batch, and the activations from the previous stage, None on
-            the first → the activations for the next stage; on the last one the micro-batch's part
-            of the loss.
-        backward: what ``forward`` returned, and its gradient, None on the last stage.
-        shapes: of the activations that this stage receives for each micro-batch. On the first stage
-            only their number counts.
+            the first stage → the activations for the next stage; on the last stage, the
+            micro-batch's term of the loss.
+        backward: takes the result of ``forward``, and its gradient, None on the last stage.
+        shapes: for each micro-batch, the shape of the activations that this stage receives. On the
+            first stage only the number of shapes counts.
 
     Source: Huang et al., GPipe, 2019, https://arxiv.org/abs/1811.06965.
     """
@@ -116,7 +115,7 @@ def one_forward_one_backward(
 
     Stage s of p runs p − 1 − s forward passes, so that the later stages have work. Then it runs a
     forward and a backward pass in turn, and at the end the backward passes that are left. It keeps
-    the activations of at most p − s micro-batches. All else is as in `gpipe`.
+    the activations of at most p − s micro-batches. Arguments and results are as in `gpipe`.
 
     Source: Narayanan et al., PipeDream, 2019, https://doi.org/10.1145/3341301.3359646.
     """

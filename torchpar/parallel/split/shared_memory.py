@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """All-reduces over ranks of one machine through memory that they share.
 
-Each rank writes its terms where all ranks see them, and then a sequence number. When it sees this
-number from every rank, it adds all terms in the order of the ranks, so that each rank computes the
+Each rank writes its terms where all ranks see them, and then a sequence number. When a rank sees
+this number from every rank, it adds all terms in the order of the ranks, so that all ranks get the
 same bits. gloo sends tensors through a socket, which takes several times as long (docs/gloo.md).
 """
 
@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Sequence
 from contextlib import suppress
 from math import prod
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 import torch.distributed as dist
@@ -29,9 +29,9 @@ from torchpar.profile.collectives import all_reduced
 
 # On x86 other cores see writes in the order in which they were made.
 SUPPORTED = sys.platform == "linux" and platform.machine() == "x86_64"
-MAX_RANKS = 8  # each rank reads the terms of all
+MAX_RANKS = 8  # each rank reads the terms of all ranks
 MAX_BYTES = 2**30  # of all ranks together
-_CACHE_LINE = 64  # bytes; each rank's sequence number has one to itself
+_CACHE_LINE = 64  # bytes; the sequence number of each rank has its own cache line
 # A waiting rank looks this many times before it lets other processes run, and before it sleeps.
 _SPINS, _YIELDS = 200, 5000
 _PAUSE = 1e-4  # seconds
@@ -55,14 +55,16 @@ class SharedSum:
         memory = torch.frombuffer(mmap.mmap(self._file.fileno(), 0), dtype=torch.uint8)
         head = self.ranks * _CACHE_LINE
         numbers = memory[:head].view(torch.int64).numpy()
-        self._numbers = numbers[:: _CACHE_LINE // 8]  # of each rank's latest sum
-        # A rank may be one sum ahead of the others, and never two: hence two sets of slots.
+        self._numbers = numbers[
+            :: _CACHE_LINE // 8
+        ]  # the sequence number of each rank's latest sum
+        # A rank may be one sum ahead of the other ranks, but never two: hence two sets of slots.
         self._slots = memory[head:].view(dtype).view(2, self.ranks, sum(sizes))
         self._terms = [
             [
                 [
-                    part.view(tuple(shape))
-                    for part, shape in zip(slot.split(sizes), shapes, strict=True)
+                    term.view(tuple(shape))
+                    for term, shape in zip(slot.split(sizes), shapes, strict=True)
                 ]
                 for slot in slots
             ]
@@ -73,8 +75,9 @@ class SharedSum:
         fcntl.lockf(self._file, fcntl.LOCK_EX, 1, self.rank)
 
     def __call__(self, tensors: Sequence[Tensor]) -> None:
-        """Replace ``tensors``, of the given shapes, by their sums over the ranks. Every rank calls
-        it.
+        """Replace ``tensors``, of the given shapes, by their sums over the ranks.
+
+        Every rank must call this.
 
         Raises:
             RuntimeError: a rank has ended, or did not come within the timeout.
@@ -120,22 +123,23 @@ class SharedSum:
 def make_shared_sum(
     group: dist.ProcessGroup, shapes: Sequence[Sequence[int]], dtype: torch.dtype, timeout: float
 ) -> SharedSum | None:
-    """Return sums of tensors of ``shapes`` over the ranks of ``group``, or None if they cannot
-    share memory.
+    """Return sums of tensors over the ranks of ``group``, or None if they cannot share memory.
 
-    They can on one Linux machine with an x86 processor, up to `MAX_RANKS` ranks, if twice the size
-    of their tensors is free and at most `MAX_BYTES`. Every rank calls it.
+    Ranks can share memory on one Linux machine with an x86 processor, up to `MAX_RANKS` ranks, if
+    twice the size of their tensors is free and at most `MAX_BYTES`. Every rank must call this.
 
     Args:
-        timeout: seconds after which a rank that waits for another one gives up.
+        shapes: the shapes of the tensors of each sum.
+        timeout: seconds after which a rank that waits for another rank gives up.
     """
     nbytes = group.size() * (_CACHE_LINE + 2 * sum(map(prod, shapes)) * dtype.itemsize)
     able = can_share_memory(group.size()) and nbytes <= MAX_BYTES
     shared = file = None
     offered = [""]
-    with suppress(OSError):  # there is not so much memory
+    with suppress(OSError):  # too little memory is free
         if able and group.rank() == 0:
-            # It has no name in a file system: it is freed with the last rank, even a killed one.
+            # The memory has no name in a file system: it is freed with the last rank, even if this
+            # is killed.
             name = f"torchpar-{uuid.uuid4()}"
             file = os.fdopen(os.memfd_create(name), "r+b")
             os.posix_fallocate(file.fileno(), 0, nbytes)
@@ -147,27 +151,25 @@ def make_shared_sum(
             if name in os.readlink(path):  # on another machine the path may be another file's
                 file = file or os.fdopen(os.open(path, os.O_RDWR), "r+b")
                 shared = SharedSum(group, shapes, dtype, file, timeout)
-    made: list[Any] = [None] * group.size()
+    made = [False] * group.size()
     dist.all_gather_object(made, shared is not None, group)
     return shared if all(made) else None
 
 
 def can_share_memory(ranks: int) -> bool:
-    """Return whether so many ranks of one machine can add through shared memory, if there is enough
-    of it."""
+    """Return whether so many ranks of one machine can add through memory, if enough is free."""
     return SUPPORTED and 1 < ranks <= MAX_RANKS
 
 
 def register_shared_memory_hook(replica: DistributedDataParallel, world: World) -> None:
-    """Let ``replica`` average its gradients through shared memory where its ranks can, and else by
-    gloo.
+    """Let ``replica`` average its gradients through shared memory, or if it cannot, by gloo.
 
-    The backward pass waits for the average of each bucket. Every rank calls this.
+    The backward pass waits for the average of each bucket. Every rank must call this.
     """
     group: dist.ProcessGroup = replica.process_group
     sums: dict[int, tuple[tuple[int, torch.dtype], SharedSum | None]] = {}
 
-    def average(_: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
+    def average(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
         index, gradients = bucket.index(), bucket.buffer()
         kind = gradients.numel(), gradients.dtype
         # In its second step the replica forms other buckets.
