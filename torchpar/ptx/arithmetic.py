@@ -13,7 +13,7 @@ import numpy as np
 
 from torchpar.ptx.machine import Run, Warp, elementwise, instruction
 from torchpar.ptx.parse import Constant, Instruction
-from torchpar.ptx.registers import DTYPES, FLOATS, HALVES, LANES, PAIRS, Values, writer
+from torchpar.ptx.registers import DTYPES, FLOATS, HALVES, LANES, PAIRS, Values, reader, writer
 
 
 def quotient(a: Values, b: Values) -> Values:
@@ -61,6 +61,10 @@ def approximate(function: Callable[..., Values], bound: float) -> Callable[..., 
     return run
 
 
+def _upper(x: Values) -> Values:
+    return (x.view(np.uint64) & np.uint64(0xFFFFFFFF00000000)).view(np.float64)
+
+
 FUNCTIONS = {
     "add": np.add,
     "sub": np.subtract,
@@ -81,23 +85,60 @@ FUNCTIONS = {
 }
 INTEGER_PAIRS = {"s16x2": "i2", "u16x2": "u2"}
 OF_FLOATS = {"div": np.divide, "max": larger, "max.NaN": larger_or_nan}
+OF_FLOATS |= {
+    "min": lambda a, b: -larger(-a, -b),
+    "min.NaN": lambda a, b: -larger_or_nan(-a, -b),
+    "sqrt": np.sqrt,
+    "rcp": np.reciprocal,
+}
+OF_FLOAT64 = {  # 9.7.3: of the upper 32 bits; others are 0
+    "rcp.approx": lambda x: _upper(1 / x),
+    "rsqrt.approx": lambda x: _upper(1 / np.sqrt(x)),
+}
 OF_FLOAT32 = {  # with their bounds by 9.7.3
     "ex2.approx": approximate(np.exp2, 2**-22),
     "sqrt.approx": approximate(np.sqrt, 2**-23),
     "div.full": approximate(np.divide, 2**-22),
+    "div.approx": approximate(np.divide, 2**-22),
+    "rcp.approx": approximate(np.reciprocal, 2**-23),
+    "rsqrt.approx": approximate(lambda x: 1 / np.sqrt(x), 2**-22.4),
+    "tanh.approx": approximate(np.tanh, 2**-11),
+    "lg2.approx": lambda x: np.log2(x.astype(np.float64)).astype(np.float32),
+    "sin.approx": lambda x: np.sin(x.astype(np.float64)).astype(np.float32),
+    "cos.approx": lambda x: np.cos(x.astype(np.float64)).astype(np.float32),
 }
 # Of float32, which is rounded once more. That makes no difference: it has more than twice the bits
 # of a half.
-OF_HALVES = {"add": np.add, "mul": np.multiply, "max.NaN": larger_or_nan}
+OF_HALVES: dict[str, Callable[..., Values]] = {
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "fma": fused,
+    "neg": np.negative,
+    "abs": np.abs,
+    "max": larger,
+    "min": lambda a, b: -larger(-a, -b),
+    "max.NaN": larger_or_nan,
+    "min.NaN": lambda a, b: -larger_or_nan(-a, -b),
+}
 
 
 @instruction(*FUNCTIONS, *OF_FLOATS, *OF_FLOAT32)
 def _arithmetic(i: Instruction) -> Run:
     *parts, kind = i.parts
     name = ".".join(part for part in parts if part not in ("rn", "ftz"))
-    of_kind = {"f32": OF_FLOAT32 | OF_FLOATS, "f64": OF_FLOATS}.get(kind, {})
-    function = OF_HALVES[name] if kind in HALVES else (FUNCTIONS | of_kind)[name]
+    of_kind = {"f32": OF_FLOAT32 | OF_FLOATS, "f64": OF_FLOATS | OF_FLOAT64}.get(kind, {})
     kinds = [kind] * len(i.operands)
+    if kind == "f32x2":  # sm_100
+        return _of_float_pairs(i, FUNCTIONS[name], "ftz" in parts)
+    function = OF_HALVES[name] if kind in HALVES else (FUNCTIONS | of_kind)[name]
+    if len(kinds) == 4 and name.partition(".")[0] in ("max", "min"):  # of three operands
+        two = function
+
+        def of_three(a: Values, b: Values, c: Values) -> Values:
+            return two(two(a, b), c)
+
+        function = of_three
     if kind in INTEGER_PAIRS:
 
         def of_pairs(*x: Values) -> Values:
@@ -108,6 +149,34 @@ def _arithmetic(i: Instruction) -> Run:
     if "ftz" in parts:
         return elementwise(i, lambda *x: flush(function(*map(flush, x))), *kinds)
     return elementwise(i, function, *kinds)
+
+
+def _of_float_pairs(i: Instruction, function: Callable[..., Values], ftz: bool) -> Run:
+    """Apply ``function`` to both float32 of each operand."""
+
+    def run(*x: Values) -> Values:
+        numbers = [np.ascontiguousarray(one).view(np.float32) for one in x]
+        numbers = [flush(one) for one in numbers] if ftz else numbers
+        result = function(*numbers)
+        return np.ascontiguousarray(flush(result) if ftz else result).view(np.uint64)
+
+    return elementwise(i, run, *["b64"] * len(i.operands))
+
+
+@instruction("mul.hi", "mad.hi")
+def _high(i: Instruction) -> Run:
+    """The upper half of the product, of twice the width."""
+    kind = i.parts[-1]
+    bits = 8 * DTYPES[kind].itemsize
+
+    def high(a: Values, b: Values, c: Values | int = 0) -> Values:
+        if bits < 64:
+            wide = DTYPES[f"{kind[0]}{2 * bits}"]
+            return ((a.astype(wide) * b.astype(wide)) >> bits).astype(a.dtype) + c
+        products = [int(x) * int(y) >> 64 for x, y in zip(a, b, strict=True)]
+        return np.array([p % 2**64 for p in products], np.uint64).view(a.dtype) + c
+
+    return elementwise(i, high, *[kind] * len(i.operands))
 
 
 @instruction("mul.wide", "mad.wide")
@@ -170,15 +239,21 @@ COMPARE = {
 }
 
 
+UNSIGNED = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}
+
+
 @instruction("setp")
 def _compare(i: Instruction) -> Run:
     """Of floats the comparisons ending in "u" hold for NaN, and the others do not, "ne"
     included."""
-    _, name, kind = i.parts
+    _, name, kind = (part for part in i.parts if part != "ftz")
     if kind not in FLOATS:
-        return elementwise(i, COMPARE[name], "pred", kind, kind)
-    if name == "nan":
-        return elementwise(i, lambda a, b: np.isnan(a) | np.isnan(b), "pred", kind, kind)
+        return elementwise(i, COMPARE[UNSIGNED.get(name, name)], "pred", kind, kind)
+    if name in ("nan", "num"):
+        wanted = name == "nan"
+        return elementwise(
+            i, lambda a, b: (np.isnan(a) | np.isnan(b)) == wanted, "pred", kind, kind
+        )
     compare, for_nan = COMPARE[name[:2]], name[2:] == "u"
 
     def run(a: Values, b: Values) -> Values:
@@ -226,21 +301,79 @@ def _convert(i: Instruction) -> Run:
 # Among the threads of a warp: 9.7.9.6 (shfl.sync), 9.7.13 (elect.sync, redux.sync)
 
 
-@instruction("shfl.sync.idx.b32", "shfl.sync.bfly.b32", whole=True)
+@instruction("shfl.sync", results=1, whole=True)
 def _shuffle(i: Instruction) -> Run:
-    clamp, members = i.operands[3:]
-    assert (clamp, members) == (Constant(31), Constant(-1))
-    first = 0 if "idx" in i.parts else LANES
-    return elementwise(i, lambda value, lane, *_: value[first ^ (lane & 31)], *["u32"] * 5)
+    """Each thread takes the value of another one of its segment; its own, if that is outside."""
+    mode = i.parts[2]
+    to, source, lane, clamp, members = i.operands[0], *i.operands[-4:]
+    assert members == Constant(-1)
+    assert mode in ("up", "down", "bfly", "idx")
+    targets = to if isinstance(to, list) else [to, *i.operands[1:-4]]
+    put = writer(targets[0], "u32")
+    is_valid = writer(targets[1], "pred") if len(targets) > 1 else None
+    value, other, limit = reader(source, "u32"), reader(lane, "u32"), reader(clamp, "u32")
+
+    def run(warp: Warp) -> None:
+        bits, control = other(warp).astype(np.int64) & 31, limit(warp).astype(np.int64)
+        last, segment = control & 31, control >> 8 & 31
+        least, most = LANES & segment, (LANES & segment) | (last & ~segment)
+        taken = {
+            "up": LANES - bits,
+            "down": LANES + bits,
+            "bfly": LANES ^ bits,
+            "idx": least | (bits & ~segment),
+        }[mode]
+        valid = taken >= most if mode == "up" else taken <= most
+        put(warp, value(warp)[np.where(valid, taken, LANES)])
+        if is_valid is not None:
+            is_valid(warp, valid)
+
+    return run
 
 
-@instruction("redux.sync.min", whole=True)
+@instruction("vote.sync", whole=True)
+def _vote(i: Instruction) -> Run:
+    name, kind = i.parts[2:]
+    put, read = writer(i.operands[0], kind), reader(i.operands[1], "pred")
+    assert name in ("all", "any", "uni", "ballot")
+
+    def run(warp: Warp) -> None:
+        votes = read(warp)
+        if name == "ballot":
+            put(warp, np.full(32, int(np.packbits(votes, bitorder="little").view(np.uint32)[0])))
+            return
+        all_or_none = votes.all() or not votes.any()
+        outcome = {"all": votes.all(), "any": votes.any(), "uni": all_or_none}[name]
+        put(warp, np.full(32, bool(outcome)))
+
+    return run
+
+
+REDUCTIONS: dict[str, Callable[[Values], Values]] = {
+    "add": lambda x: x.sum(dtype=x.dtype),
+    "min": lambda x: x.min(),
+    "max": lambda x: x.max(),
+    "and": np.bitwise_and.reduce,
+    "or": np.bitwise_or.reduce,
+    "xor": np.bitwise_xor.reduce,
+}
+
+
+@instruction("redux.sync", whole=True)
 def _reduce(i: Instruction) -> Run:
-    kind = i.parts[-1]
+    """A reduction over all threads of a warp. Of floats NaN counts only with ".NaN"."""
+    _, _, name, *modifiers, kind = i.parts
+    function = REDUCTIONS[name]
+    if kind == "f32":
+        assert modifiers in ([], ["NaN"])
+        ignoring = {"min": np.fmin.reduce, "max": np.fmax.reduce}[name]
+        function = REDUCTIONS[name] if modifiers else ignoring
+    else:
+        assert not modifiers
 
     def reduce(values: Values, members: Values) -> Values:
         assert (members == 0xFFFFFFFF).all()
-        return np.full_like(values, values.min())
+        return np.full_like(values, function(values))
 
     return elementwise(i, reduce, kind, kind, "u32")
 
