@@ -82,7 +82,7 @@ class Emulator(gpu.Gpu):
         # Of storages that torch.empty has made: which units nobody has written, by their addresses.
         self.unwritten: dict[int, Any] = {}
         self._by_place: dict[tuple[str, str, int], Fault] = {}
-        self._name = ""
+        self._name = self._file = ""
 
     def report(self) -> Report:
         return Report(self.launches, self.faults)
@@ -160,9 +160,13 @@ class Emulator(gpu.Gpu):
         self._by_place[key] = fault
         self.faults.append(fault)
 
-    def run(self, launch: Launch, parameters: Callable[[], list[int]]) -> None:
-        """Execute a launch under each schedule, from the same memory."""
-        self._name, started = launch.kernel, time.perf_counter()
+    def run(self, launch: Launch, parameters: Callable[[], list[int]], file: str) -> None:
+        """Execute a launch under each schedule, from the same memory.
+
+        Args:
+            file: of the kernel's source.
+        """
+        self._name, self._file, started = launch.kernel, file, time.perf_counter()
         before: list[tuple[Allocation, Any]] = []
         for number, schedule in enumerate(self.schedules):
             self.schedule, self.printed = schedule, []
@@ -190,7 +194,13 @@ class Emulator(gpu.Gpu):
         threads, shared = kernel.threads, self.shared_bytes
         held = min(32, 2048 // max(threads, 1), SHARED_BYTES[self.capability] // max(shared, 1))
         self.resident_blocks = MULTIPROCESSORS[self.capability] * max(held, 1)
-        self._sources = {i.line: getattr(i, "source", None) for i in kernel.instructions}
+        self._sources = {i.line: self._moved(i.source) for i in kernel.instructions}
+
+    def _moved(self, source: tuple[str, int] | None) -> tuple[str, int] | None:
+        """Return a source in the kernel's present file: Triton's cache may have an earlier one."""
+        if source is not None and Path(source[0]).name == Path(self._file).name:
+            return self._file, source[1]
+        return source
 
 
 def _kind(text: str) -> Kind:
@@ -275,7 +285,9 @@ class Launcher:
             return values
 
         if x * y * z:
-            emulator.run(launch, parameters)
+            function = getattr(self.source.fn, "fn", None)
+            code = getattr(function, "__code__", None)
+            emulator.run(launch, parameters, code.co_filename if code else "")
 
 
 def _flatten(

@@ -18,8 +18,36 @@ from torchpar.ptx.registers import decode as decode_float
 from torchpar.ptx.tensors import swizzle
 
 # The types of operands in memory and in registers, and those of sums
-OPERANDS = {"bf16": "u2", "f16": "u2", "tf32": "u4", "s8": "i1", "f64": "f8"}
+OPERANDS = {
+    "bf16": "u2",
+    "f16": "u2",
+    "tf32": "u4",
+    "s8": "i1",
+    "u8": "u1",
+    "e4m3": "u1",
+    "e5m2": "u1",
+    "f64": "f8",
+}
 SUMS = {"f32": "f4", "s32": "i4", "f64": "f8"}
+
+
+def _float8(exponent_bits: int) -> Values:
+    """Return the numbers of all 256 codes: e4m3 has no infinity, and e5m2 has those of IEEE."""
+    codes, mantissa_bits = np.arange(256), 7 - exponent_bits
+    bias = 2 ** (exponent_bits - 1) - 1
+    exponent = codes >> mantissa_bits & (2**exponent_bits - 1)
+    fraction = (codes & (2**mantissa_bits - 1)) / 2**mantissa_bits
+    normal = np.ldexp(1 + fraction, exponent - bias)
+    numbers = np.where(exponent == 0, np.ldexp(fraction, 1 - bias), normal)
+    if exponent_bits == 4:
+        numbers[codes & 127 == 127] = np.nan
+    else:
+        numbers[codes & 127 == 124] = np.inf
+        numbers[codes & 127 > 124] = np.nan
+    return np.where(codes > 127, -numbers, numbers)
+
+
+FLOAT8 = {"e4m3": _float8(4), "e5m2": _float8(5)}
 
 
 def numbers(kind: str, raw: Any) -> Values:
@@ -27,6 +55,8 @@ def numbers(kind: str, raw: Any) -> Values:
     13 bits."""
     if kind == "tf32":
         return (raw & np.uint32(0xFFFFE000)).view(np.float32).astype(np.float64)
+    if kind in FLOAT8:
+        return FLOAT8[kind][raw]
     return (decode_float(kind, raw) if kind in ("bf16", "f16") else raw).astype(np.float64)
 
 
@@ -102,7 +132,8 @@ def _multiply(i: Instruction) -> Run:
     saturate = layout[2:] == ["satfinite"]
     assert layout[:2] == ["row", "col"]
     assert saturate or len(layout) == 2
-    assert (sums, a_kind) == (c_kind, b_kind)
+    assert sums == c_kind
+    assert OPERANDS[a_kind][1] == OPERANDS[b_kind][1]
     m, n, k = (int(one) for one in shape[1:].replace("n", " ").replace("k", " ").split())
     assert n == 8
     raw = "b64" if a_kind == "f64" else "b32"
@@ -250,13 +281,13 @@ def _multiply_async(i: Instruction) -> Run:
     assert [one.bits for one in signs[:2]] in ([1, 1], [])
     # Of A, if it is in shared memory, and of B.
     by_rows = [not one.bits for one in signs[2:]] or [True]
-    assert kind == b_kind
+    assert OPERANDS[kind][1] == OPERANDS[b_kind][1]
     assert (len(to), k * np.dtype(OPERANDS[kind]).itemsize) == (n // 2, 32)
     left, right = None if from_registers else reader(a, "u64"), reader(b, "u64")
     keep = reader(accumulate, "pred")
 
     def run(warp: Warp) -> None:
-        matrix = Matrix(right(warp), range(n), by_rows[-1], kind, i.line)
+        matrix = Matrix(right(warp), range(n), by_rows[-1], b_kind, i.line)
         if from_registers:
             first = [one.index for one in a]
         else:
