@@ -494,18 +494,19 @@ def shift_in_place() -> list[Pair]:
 
 
 @triton.jit
-def histogram_without_atomics_kernel(x, counts, n, BLOCK: tl.constexpr):
+def histogram_without_atomics_kernel(x, weights, sums, n, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
     bins = tl.load(x + i, mask=i < n, other=0)
-    before = tl.load(counts + bins, mask=i < n)  # NAMED
-    tl.store(counts + bins, before + 1, mask=i < n)  # FAULT, NAMED
+    weight = tl.load(weights + i, mask=i < n, other=0.0)
+    before = tl.load(sums + bins, mask=i < n)  # NAMED
+    tl.store(sums + bins, before + weight, mask=i < n)  # FAULT, NAMED
 
 
 @fault(RACE, histogram_without_atomics_kernel)
 def histogram_without_atomics() -> list[Pair]:
-    x, counts = whole(200, dtype=torch.int32), torch.zeros(8, dtype=torch.int32)
-    histogram_without_atomics_kernel[(1,)](x, counts, 200, BLOCK=256)
-    return [(counts, torch.bincount(x, minlength=8).int())]
+    x, weights, sums = whole(200, dtype=torch.int32), torch.arange(200.0), torch.zeros(8)
+    histogram_without_atomics_kernel[(1,)](x, weights, sums, 200, BLOCK=256)
+    return [(sums, torch.zeros(8).index_add_(0, x, weights))]
 
 
 @triton.jit
@@ -1016,10 +1017,16 @@ def last_step_dropped() -> list[Pair]:
     return [(out, x.sum(1))]
 
 
-@fault(VALUES, whole_blocks_kernel)
+@triton.jit
+def double_kernel(x, out, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + i, 2 * tl.load(x + i, mask=i < n), mask=i < n)
+
+
+@fault(VALUES, double_kernel)
 def transposed_taken_as_contiguous() -> list[Pair]:
     x, out = whole(16, 8).T, torch.zeros(8, 16)
-    whole_blocks_kernel[(1,)](x, out, BLOCK=128)  # FAULT
+    double_kernel[(1,)](x, out, 128, BLOCK=128)  # FAULT
     return [(out, 2 * x)]
 
 
