@@ -9,6 +9,7 @@ values.
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 SECONDS = 20
@@ -19,17 +20,20 @@ def judge(name: str) -> str:
     import torch
     from faults import FAULTS
 
-    try:
-        pairs = FAULTS[name].run()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}".splitlines()[0]
+    with warnings.catch_warnings(record=True) as noted:
+        warnings.simplefilter("always", RuntimeWarning)  # NumPy's, of arithmetic
+        try:
+            pairs = FAULTS[name].run()
+        except Exception as error:
+            return f"{type(error).__name__}: {error}".splitlines()[0]
     right = all(torch.equal(found.double(), expected.double()) for found, expected in pairs)
-    return "nothing" if right else "wrong values"
+    said = [str(one.message) for one in noted if one.category is RuntimeWarning]
+    return ", ".join(["nothing" if right else "wrong values", *said])
 
 
 def interpret(name: str) -> str:
     """What Triton's interpreter says of a fault, or that it does not end."""
-    command = [sys.executable, "-W", "ignore", __file__, name]
+    command = [sys.executable, __file__, name]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     try:
         done = subprocess.run(

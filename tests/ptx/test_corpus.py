@@ -14,8 +14,9 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.jit import JITFunction
 
 from benchmarks.driver import Driver, target
-from ptx import tutorials
+from ptx import packages, tutorials
 from ptx.faults import FAULTS, VALUES, Fault
+from ptx.right import RIGHT
 
 FIRST, *OTHERS = (90, 80, 100)
 LAUNCH = JITFunction.run
@@ -87,6 +88,35 @@ def test_fault_compiles(name: str, cache: str) -> None:
     for architecture in (FIRST, *OTHERS):
         if architecture >= FAULTS[name].needs_arch:
             check_compiled(FAULTS[name].run, architecture, cache)
+
+
+@slow
+@pytest.mark.parametrize("name", RIGHT)
+def test_right_kernel_compiles(name: str, cache: str) -> None:
+    for architecture in (FIRST, *OTHERS):
+        check_compiled(RIGHT[name], architecture, cache)
+
+
+@slow
+@pytest.mark.parametrize("name", packages.CASES)
+def test_package_compiles(name: str, cache: str) -> None:
+    if packages.missing():
+        pytest.skip(packages.missing())
+    if packages.CASES[name].asks:
+        pytest.skip(f"asks torch.cuda: {packages.CASES[name].asks}")
+    check_compiled(packages.CASES[name].run, FIRST, cache)
+
+
+@pytest.mark.parametrize("name", packages.CASES)
+def test_package_reference(name: str) -> None:
+    """The references run in the dtypes that are compared, and have gradients by all operands."""
+    case = packages.CASES[name]
+    exact = case.values(case.reference, torch.float64)
+    single = case.values(case.reference, torch.float32)
+    assert len(exact) > len(case.operands)
+    for one, other in zip(exact, single, strict=True):
+        assert one.abs().max() > 0
+        torch.testing.assert_close(other.double(), one, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", FAULTS)

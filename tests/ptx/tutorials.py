@@ -35,18 +35,22 @@ class Tutorial(NamedTuple):
     Args:
         run: makes tensors, launches, and returns the results.
         architectures: for which Triton compiles its kernels.
+        finding: the class of the fault that the tutorial itself has, at a line marked FINDING.
     """
 
     run: Callable[[], list[Result]]
     architectures: tuple[int, ...]
+    finding: str = ""
 
 
 TUTORIALS: dict[str, Tutorial] = {}
 
 
-def tutorial(name: str, architectures: tuple[int, ...] = ALL):
+def tutorial(name: str, architectures: tuple[int, ...] = ALL, finding: str = ""):
+    """Register a case."""
+
     def register(run):
-        TUTORIALS[name] = Tutorial(run, architectures)
+        TUTORIALS[name] = Tutorial(run, architectures, finding)
         return run
 
     return register
@@ -332,9 +336,9 @@ def layer_norm_backward_kernel(
     db = gradient.to(w.dtype)
     while tl.atomic_cas(lock, 0, 1) == 1:
         pass
-    first = tl.load(count)  # FINDING: no barrier before another warp's atomic_xchg(count, 1)
+    first = tl.load(count)  # FINDING
     if first == 0:
-        tl.atomic_xchg(count, 1)
+        tl.atomic_xchg(count, 1)  # FINDING
     else:
         dw += tl.load(dw_place, mask=inside)
         db += tl.load(db_place, mask=inside)
@@ -409,8 +413,9 @@ def layer_norm() -> list[Result]:
     ]
 
 
-@tutorial("05 layer norm, backward")
+@tutorial("05 layer norm, backward", finding="race")
 def layer_norm_backward() -> list[Result]:
+    """No barrier stands between a warp's load of the count and another warp's atomic_xchg."""
     x, weight, bias, dy = layer_norm_inputs()
     (rows, columns), groups = x.shape, 4
     _, means, factors = layer_norm_forward(x, weight, bias)
