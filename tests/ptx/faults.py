@@ -525,6 +525,44 @@ def duplicate_indices() -> list[Pair]:
 
 
 @triton.jit
+def read_back_in_another_layout_kernel(x, buffer, out, M: tl.constexpr, N: tl.constexpr):
+    m, n = tl.arange(0, M), tl.arange(0, N)
+    place = m[:, None] * N + n[None, :]
+    value = tl.load(x + place)
+    tl.store(buffer + place, 2 * value.to(tl.float32))  # NAMED
+    back = tl.load(buffer + place)  # FAULT, NAMED
+    tl.store(out + place, back + value)
+
+
+@fault(RACE, read_back_in_another_layout_kernel)
+def read_back_in_another_layout() -> list[Pair]:
+    """The compiler gives 8 elements to a thread of the load, and 4 to one of the store, although
+    their pointers are equal (triton#10924)."""
+    x, buffer, out = whole(8, 256, dtype=torch.float16), torch.zeros(8, 256), torch.zeros(8, 256)
+    read_back_in_another_layout_kernel[(1,)](x, buffer, out, M=8, N=256)
+    return [(out, 3 * x)]
+
+
+@triton.jit
+def recurrence_in_a_pipelined_loop_kernel(sums, x, steps, BLOCK: tl.constexpr):
+    j = tl.arange(0, BLOCK)
+    for step in tl.range(1, steps, num_stages=3):
+        before = tl.load(sums + (step - 1) * BLOCK + j)  # FAULT, NAMED
+        value = tl.load(x + step * BLOCK + j)
+        tl.store(sums + step * BLOCK + j, before + value)  # NAMED
+
+
+@fault(RACE, recurrence_in_a_pipelined_loop_kernel)
+def recurrence_in_a_pipelined_loop() -> list[Pair]:
+    """The compiler starts the copy of a step before the store of the step before it, as in
+    triton#8259."""
+    x, sums = whole(8, 128), torch.zeros(8, 128)
+    sums[0] = x[0]
+    recurrence_in_a_pipelined_loop_kernel[(1,)](sums, x, 8, BLOCK=128)
+    return [(sums, x.cumsum(0))]
+
+
+@triton.jit
 def copy_reads_what_was_stored_kernel(x, scratch, out, columns, BM: tl.constexpr, BN: tl.constexpr):
     m, n = tl.arange(0, BM), tl.arange(0, BN)
     place = m[:, None] * columns + n[None, :]

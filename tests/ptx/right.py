@@ -186,6 +186,23 @@ def scratch_with_barrier() -> list[Result]:
 
 
 @triton.jit
+def recurrence_kernel(sums, x, steps, BLOCK: tl.constexpr):
+    """Each thread reads what it stored itself, in a loop that is not pipelined."""
+    j = tl.arange(0, BLOCK)
+    for step in tl.range(1, steps, num_stages=1):
+        before = tl.load(sums + (step - 1) * BLOCK + j)
+        tl.store(sums + step * BLOCK + j, before + tl.load(x + step * BLOCK + j))
+
+
+@right
+def recurrence() -> list[Result]:
+    x, sums = whole(8, 128), torch.empty(8, 128)
+    sums[0] = x[0]
+    recurrence_kernel[(1,)](sums, x, 8, BLOCK=128)
+    return [(sums, x.double().cumsum(0), 0)]
+
+
+@triton.jit
 def mark_kernel(places, marks, n, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     place = tl.load(places + i, mask=i < n, other=0)
