@@ -19,8 +19,10 @@ from torchpar.ptx.registers import (
     ALL,
     DTYPES,
     LANES,
+    NO_CAUSE,
     SHARED_BASE,
     UNWRITTEN,
+    Cause,
     Tainted,
     Unready,
     reader,
@@ -210,6 +212,8 @@ class Warp:
         self.pc = 0
         self.active = ALL  # the threads at `pc`
         self.parked: dict[int, Any] = {}  # the others, by their program counters
+        # Of the others those that wait for the whole warp, by their program counters.
+        self.gathered: dict[int, Any] = {}
         self.mask = ALL  # the threads that execute the current instruction
         self.done = False
         self.waiting: Callable[[], bool] | None = None  # until it returns True
@@ -221,7 +225,7 @@ class Warp:
         self.last_product: Operation | None = None
         self.fence: list[Any] = []  # the registers at the last wgmma.fence
         self.knowledge = block.knowledge
-        self.cause: tuple[str, str, int] | None = None  # why the last load is undefined
+        self.cause = NO_CAUSE  # why the last load is undefined
         self.relaxed: list[int] = []  # what it has read by relaxed accesses since its last fence
         self.released: dict[int, Any] | None = None  # what its last fence releases
 
@@ -303,7 +307,7 @@ class Warp:
                 dtype = DTYPES[self.block.gpu.kernel.registers[index]]
                 values = raw[:32] > 127 if dtype == np.bool_ else raw.view(dtype)[:32]
                 message = f"the result of {what} in a thread whose mask is false"
-                cause = ("undefined value", message, 0)
+                cause = Cause("undefined value", message, 0)
                 self.registers[index] = Tainted(values, taint.full(dtype), cause)
 
     def advance(self, budget: int) -> None:
@@ -328,6 +332,8 @@ class Warp:
 
     def step(self, i: Instruction) -> bool:
         """Execute an instruction. Return whether another warp may run first."""
+        if i.whole and self.active is not ALL and not self.gather(i):
+            return False
         registers, mask = self.registers, self.active
         if i.guard is not None:
             mask = ~registers[i.guard.index] if i.negated else registers[i.guard.index]
@@ -350,6 +356,28 @@ class Warp:
             self.branch(i.target)
             return False
         return bool(i.run(self))
+
+    def gather(self, i: Instruction) -> bool:
+        """Wait with an instruction of all threads for those that have diverged.
+
+        Where a branch's blocks lie behind their join, those with the smallest program counter
+        reach it first.
+
+        Returns:
+            Whether all threads are here; otherwise others have become active.
+        """
+        here = self.gathered.pop(self.pc, False) | self.active
+        if here.all():
+            self.active = ALL
+            return True
+        self.gathered[self.pc] = here
+        if not self.parked:
+            first = self.block.gpu.kernel.instructions[min(self.gathered)]
+            reason = f"a part of warp {self.index} executes {first.opcode}"
+            raise PtxError(first.line, reason, "diverged warp")
+        self.pc = min(self.parked)
+        self.active = self.parked.pop(self.pc)
+        return False
 
     def step_tainted(self, i: Instruction, pc: int, error: Exception) -> bool:
         """Execute an instruction that has failed, if its registers have undefined bits."""

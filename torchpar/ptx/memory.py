@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from torchpar.ptx.parse import PtxError
+from torchpar.ptx.registers import Cause
 
 # Numbers of events: before the launch, or never read; not written by anybody; of a launch before.
 GIVEN, UNWRITTEN, FIRST = 0, 1, 2
@@ -396,8 +397,8 @@ class Space:
     ) -> None:
         """Note an atomic, which writes, and perhaps ``reads``."""
         if reads and self._read(warp, place, rows, width, event, line, atomic) is not None:
-            name, message, _ = warp.cause
-            warp.block.gpu.fault("error", name, line, f"{message}; an atomic changes it", warp)
+            message = f"{warp.cause.message}; an atomic changes it"
+            warp.block.gpu.fault("error", warp.cause.name, line, message, warp)
         self._write(warp, place, rows, width, event, line, atomic=atomic)
 
     def peek(self, addresses: Any, width: int, line: int) -> Any:
@@ -458,8 +459,7 @@ class Space:
                 if not self.is_deferred:
                     self.conflict(warp, place, rows, width, writers, known, line, "read", "written")
                 else:
-                    cause = self.describe(warp, place, rows, width, writers, known, line)
-                    warp.cause = cause
+                    warp.cause = self.describe(warp, place, rows, width, writers, known, line)
                     undefined = np.repeat(~known, place.unit, 1)
         self._note_read(warp, place, rows, width, event)
         return undefined
@@ -573,19 +573,19 @@ class Space:
         numbers: Any,
         known: Any,
         line: int,
-    ) -> tuple[str, str, int]:
-        """Return the name, the message and the line of a load of what the warp does not know."""
+    ) -> Cause:
+        """Return why what a warp has loaded is undefined."""
         row, column = (int(i[0]) for i in np.nonzero(~known))
         number = int(numbers[row, column])
         where = place.where(int(rows.reshape(-1)[row]) * width + column * place.unit)
         events = warp.block.gpu.events
         if number == UNWRITTEN:
-            return "uninitialised memory", f"{where} was not written before", line
+            return Cause("uninitialised memory", f"{where} was not written before", line)
         is_mine = events.blocks[number] == warp.block.number
         name = "race" if is_mine else "race between programs"
         who = events.what[number] if is_mine else f"{events.what[number]} of another program"
         message = f"{where} is written by {who} (line {events.lines[number]}), not waited for"
-        return name, message, line
+        return Cause(name, message, line, bool(is_mine) and not events.atomic[number])
 
     def conflict(
         self,

@@ -3,7 +3,7 @@
 them."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,7 +27,20 @@ Values = Any
 Read = Callable[[Any], Values]  # of a warp
 
 
-Cause = tuple[str, str, int]  # of undefined bits: a fault's name, its message, and its line
+class Cause(NamedTuple):
+    """Why bits are undefined: a fault's name, its message, and its line; 0 for the line of use.
+
+    ``is_weak``: Triton keeps copies of small tensors in several warps. A warp may read what another
+    one overwrites in place, compute with it, and discard the result.
+    """
+
+    name: str
+    message: str
+    line: int
+    is_weak: bool = False
+
+
+NO_CAUSE = Cause("", "", 0)
 
 
 class Unready:

@@ -32,7 +32,7 @@ def tainted(warp: Any, index: int, value: Any) -> Tainted | None:
         return value
     if value is UNWRITTEN:
         dtype = DTYPES[warp.block.gpu.kernel.registers[index]]
-        cause = ("uninitialised register", "a register that was never written", 0)
+        cause = Cause("uninitialised register", "a register that was never written", 0)
         return Tainted(np.zeros(32, dtype), full(dtype), cause)
     return None
 
@@ -61,7 +61,7 @@ def execute(warp: Any, i: Instruction, step: Callable[[], bool]) -> bool | None:
     values = {index: registers[index] for index in held}
     guard = i.guard.index if i.guard is not None else -1
     if guard in found and (found[guard].mask & warp.active).any():
-        report(warp, i, found[guard].cause, "decides what is executed")
+        report(warp, i, found[guard].cause, DECIDES)
     result = step()
     _check_sink(warp, i, read)
     masks = _propagate(warp, i, values, read) if i.writes else {}
@@ -113,10 +113,14 @@ def _check_sink(warp: Any, i: Instruction, read: dict[int, Tainted]) -> None:
             return
 
 
+DECIDES = "decides what is executed"
+
+
 def report(warp: Any, i: Instruction, cause: Cause, what: str) -> None:
-    name, message, line = cause
-    where = f" (line {i.line})" if line and line != i.line else ""
-    warp.block.gpu.fault("error", name, line or i.line, f"{message}; it {what}{where}", warp)
+    where = f" (line {i.line})" if cause.line and cause.line != i.line else ""
+    kind = "warning" if cause.is_weak and what == DECIDES else "error"
+    message = f"{cause.message}; it {what}{where}"
+    warp.block.gpu.fault(kind, cause.name, cause.line or i.line, message, warp)
 
 
 def _propagate(

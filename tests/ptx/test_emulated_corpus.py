@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: MIT
+"""Others' kernels on the emulator: right ones have right values and no error, wrong ones are named.
+
+The kernels are those of the corpus: tutorials, right kernels that look faulty, kernels with one
+fault each, and those of packages.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from ptx import packages, tutorials
+from ptx.faults import FAULTS, VALUES
+from ptx.right import RIGHT
+from torchpar.ptx import Fault, emulate
+from torchpar.ptx.cuda import cuda_is_cpu
+
+slow = pytest.mark.slow
+# Faults of no access and no order: PTX leaves the quotient open. A fence of shared memory counts
+# for global memory, too.
+NOT_NAMED = {"empty group", "copy reads what was stored"}
+LONG = {"more programs than fit"}
+TENSOR_MEMORY = "tcgen05"  # of sm_100, which is not emulated yet
+
+
+def errors(faults: Sequence[Fault]) -> list[Fault]:
+    return [fault for fault in faults if fault.kind == "error"]
+
+
+def architectures() -> list:
+    return [
+        pytest.param(name, arch, marks=[] if arch == 90 else slow)
+        for name, case in tutorials.TUTORIALS.items()
+        for arch in case.architectures
+    ]
+
+
+@pytest.mark.parametrize("name, arch", architectures())
+def test_tutorials_have_right_values_and_no_errors(name, arch):
+    case = tutorials.TUTORIALS[name]
+    with emulate(f"sm_{arch}") as gpu:
+        results = case.run()
+    unknown = [fault for fault in gpu.faults if fault.name == "unknown instruction"]
+    if arch == 100 and any(TENSOR_MEMORY in fault.message for fault in unknown):
+        pytest.skip("tensor memory of sm_100 is not emulated yet")
+    for found, expected, bound in results:
+        assert ((found.double() - expected).abs() <= bound).all()
+    if case.finding:
+        assert {fault.name for fault in errors(gpu.faults)} == {"race"}
+    else:
+        assert errors(gpu.faults) == []
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_right_kernels_that_look_faulty_have_no_errors(name):
+    with emulate("sm_90", schedules="all") as gpu:
+        results = RIGHT[name]()
+    for found, expected, bound in results:
+        assert ((found.double() - expected).abs() <= bound).all()
+    assert errors(gpu.faults) == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=slow if name in LONG else [])
+        for name, fault in FAULTS.items()
+        if fault.kind != VALUES and name not in NOT_NAMED
+    ],
+)
+def test_a_fault_is_named_at_its_line(name):
+    fault = FAULTS[name]
+    with emulate("sm_90") as gpu:
+        gpu.limit = 200_000
+        fault.run()
+    named = {found.source for found in gpu.faults if found.kind != "note"}
+    assert named & set(fault.named()), gpu.report()
+
+
+def test_faults_that_only_values_show_have_no_errors():
+    found = {}
+    for name, fault in FAULTS.items():
+        if fault.kind == VALUES:
+            with emulate("sm_90") as gpu:
+                results = fault.run()
+            assert not all(torch.equal(a, b) for a, b in results), name
+            found[name] = errors(gpu.faults)
+    assert not any(found.values()), found
+
+
+@slow
+@pytest.mark.parametrize("name", packages.CASES)
+def test_kernels_of_packages(name):
+    if reason := packages.missing():
+        pytest.skip(reason)
+    with emulate("sm_90") as gpu, cuda_is_cpu(gpu) if packages.CASES[name].asks else nullcontext():
+        for found, expected, bound in packages.CASES[name].run():
+            assert ((found.double() - expected).abs() <= bound).all()
+    assert errors(gpu.faults) == []
