@@ -15,7 +15,7 @@ from ptx.launch import Gpu
 
 from torchpar.kernels import exact_matmul
 from torchpar.kernels.tiles import KERNELS, KINDS, Tiles, configurations
-from torchpar.ptx import copies, machine
+from torchpar.ptx import copies
 from torchpar.ptx.machine import SCHEDULES
 from torchpar.ptx.parse import PtxError
 

@@ -104,6 +104,13 @@ def add_in_place(x, BLOCK: tl.constexpr):
     tl.store(x + i, tl.load(x + i) + 1)
 
 
+@triton.jit
+def print_and_check(x, BLOCK: tl.constexpr):
+    value = tl.load(x + tl.arange(0, BLOCK))
+    tl.device_print("value", value)
+    tl.device_assert(value < 40.0, "too large")
+
+
 def only(faults: list[Fault], name: str) -> Fault:
     errors = [fault for fault in faults if fault.kind == "error"]
     assert {fault.name for fault in errors} == {name}, errors
@@ -207,6 +214,20 @@ def test_copies_of_a_small_tensor_in_several_warps_are_no_fault():
         add_in_place[(1,)](x, BLOCK=8, num_warps=4)
     assert [fault for fault in gpu.faults if fault.kind == "error"] == []
     assert x.tolist() == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]
+
+
+def test_printing_and_assertions():
+    with emulate() as gpu:
+        print_and_check[(1,)](torch.arange(0.0, 32.0), BLOCK=32, num_warps=1, debug=True)
+        assert gpu.faults == []
+        printed = gpu.launches[0].printed
+        assert len(printed) == 32
+        assert printed[5].endswith("5.000000")
+        assert printed[5] in str(gpu.report())
+        print_and_check[(1,)](torch.arange(16.0, 48.0), BLOCK=32, num_warps=1, debug=True)
+    fault = next(fault for fault in gpu.faults if fault.name == "assertion")
+    assert "too large" in fault.message
+    assert fault.source == line_of(print_and_check, "tl.device_assert(")
 
 
 def test_what_is_not_emulated_is_refused():

@@ -65,7 +65,7 @@ def _upper(x: Values) -> Values:
     return (x.view(np.uint64) & np.uint64(0xFFFFFFFF00000000)).view(np.float64)
 
 
-FUNCTIONS = {
+FUNCTIONS: dict[str, Callable[..., Values]] = {
     "add": np.add,
     "sub": np.subtract,
     "mul": np.multiply,
@@ -84,18 +84,22 @@ FUNCTIONS = {
     "not": np.invert,
 }
 INTEGER_PAIRS = {"s16x2": "i2", "u16x2": "u2"}
-OF_FLOATS = {"div": np.divide, "max": larger, "max.NaN": larger_or_nan}
+OF_FLOATS: dict[str, Callable[..., Values]] = {
+    "div": np.divide,
+    "max": larger,
+    "max.NaN": larger_or_nan,
+}
 OF_FLOATS |= {
     "min": lambda a, b: -larger(-a, -b),
     "min.NaN": lambda a, b: -larger_or_nan(-a, -b),
     "sqrt": np.sqrt,
     "rcp": np.reciprocal,
 }
-OF_FLOAT64 = {  # 9.7.3: of the upper 32 bits; others are 0
+OF_FLOAT64: dict[str, Callable[..., Values]] = {  # 9.7.3: of the upper 32 bits; others are 0
     "rcp.approx": lambda x: _upper(1 / x),
     "rsqrt.approx": lambda x: _upper(1 / np.sqrt(x)),
 }
-OF_FLOAT32 = {  # with their bounds by 9.7.3
+OF_FLOAT32: dict[str, Callable[..., Values]] = {  # with their bounds by 9.7.3
     "ex2.approx": approximate(np.exp2, 2**-22),
     "sqrt.approx": approximate(np.sqrt, 2**-23),
     "div.full": approximate(np.divide, 2**-22),

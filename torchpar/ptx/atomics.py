@@ -74,19 +74,8 @@ def _atomic(i: Instruction, to: list[Any], operands: list[Any]) -> Run:
     # Of the scope of a program, it is no atomic for other programs.
     is_atomic = in_shared or "cta" not in i.parts
     assert vector in ([], [f"v{count}"])
-    assert name in FUNCTIONS or name == "cas"
     puts = [writer(one, _bits(kind)) for one in to]
-    if name == "cas":
-        assert len(sources) >= 2
-
-    def combine(old: Values, *values: Values) -> Values:
-        if name == "cas":
-            return np.where(old == values[0], values[1], old)
-        if name == "exch":
-            return values[0]
-        function = (OF_FLOATS if _is_float(kind) else FUNCTIONS)[name]
-        numbers = [_numbers(kind, one) for one in (old, values[0])]
-        return _raw(kind, function(*numbers), raw)
+    combine = _combine(name, kind)
 
     def run(warp: Warp) -> bool:
         space = warp.block.shared if in_shared else warp.block.space
@@ -119,6 +108,21 @@ def _atomic(i: Instruction, to: list[Any], operands: list[Any]) -> Run:
         return not in_shared and warp.block.spin(warp, i.line, found)
 
     return run
+
+
+def _combine(name: str, kind: str) -> Callable[..., Values]:
+    """Return the function of the old value and the operands, as bits, that gives the new value."""
+    if name == "cas":
+        return lambda old, compared, new: np.where(old == compared, new, old)
+    if name == "exch":
+        return lambda old, new: new
+    function = (OF_FLOATS if _is_float(kind) else FUNCTIONS)[name]
+    raw = DTYPES[HALVES.get(kind, kind)]
+
+    def combine(old: Values, value: Values) -> Values:
+        return _raw(kind, function(_numbers(kind, old), _numbers(kind, value)), raw)
+
+    return combine
 
 
 def _bits(kind: str) -> str:

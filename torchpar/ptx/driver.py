@@ -103,7 +103,8 @@ class Emulator(gpu.Gpu):
             base = storage.address & -ALIGNED
             size = storage.nbytes + storage.address - base
             padded = -(-size // ALIGNED) * ALIGNED
-            data = np.frombuffer((ctypes.c_uint8 * padded).from_address(base), np.uint8)
+            raw: Any = (ctypes.c_uint8 * padded).from_address(base)
+            data = np.frombuffer(raw, np.uint8)
             unit = min(t.element_size(), LARGEST_UNIT)
             dtype = str(t.dtype).removeprefix("torch.")
             named = f"{name} ({dtype} {list(t.shape)})"
@@ -210,8 +211,8 @@ def _kind(text: str) -> Kind:
 
 def _index_of(t: Tensor, name: str) -> Callable[[int], str]:
     """Return a function that names the element at an offset in the storage of ``t``."""
-    shape, strides = list(t.shape), list(t.stride())
-    width, first = t.element_size(), t.storage_offset()
+    shape, strides = [int(n) for n in t.shape], [int(n) for n in t.stride()]
+    width, first = t.element_size(), int(t.storage_offset())
 
     def index(offset: int) -> str:
         position = offset // width - first
@@ -393,7 +394,7 @@ class Utils:
     def set_printf_fifo_size(self, size: int) -> None: ...
 
 
-class Driver(DriverBase):
+class Driver(DriverBase):  # type: ignore[misc]  # Triton has no types
     """A driver of Triton whose device is this CPU, acting as a GPU."""
 
     launcher_cls = Launcher

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 # Importing these registers their instructions.
-from torchpar.ptx import arithmetic, atomics, copies, tensor_cores, tensors  # noqa: F401
+from torchpar.ptx import arithmetic, atomics, calls, copies, tensor_cores, tensors  # noqa: F401
 from torchpar.ptx.machine import LIMIT, Block, Schedule, decode
 from torchpar.ptx.memory import Allocation, Events, Space
 from torchpar.ptx.parse import Kernel, PtxError, parse
@@ -74,6 +74,12 @@ class Gpu:
             shared: bytes of dynamic shared memory.
         """
         self.kernel, self.grid, self.shared_bytes = _decoded(self.change(text)), grid, shared
+        self.symbols = {}
+        for name, content in self.kernel.constants.items():
+            place = self.allocate(name, len(content))
+            place.content()[:] = np.frombuffer(content, np.uint8)
+            place.give()
+            self.symbols[name] = place.base
         self.prepare(self.kernel)
         self.parameters = dict(zip(self.kernel.parameters, parameters, strict=True))
         self.executed_instructions = 0

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from torchpar.ptx import taint
-from torchpar.ptx.memory import Allocation, Knowledge, Space, merge
+from torchpar.ptx.memory import Allocation, Events, Knowledge, Space, merge
 from torchpar.ptx.parse import Instruction, Kernel, PtxError, Register, Symbol, flat
 from torchpar.ptx.registers import (
     ALL,
@@ -226,6 +226,7 @@ class Warp:
         self.fence: list[Any] = []  # the registers at the last wgmma.fence
         self.knowledge = block.knowledge
         self.cause = NO_CAUSE  # why the last load is undefined
+        self.arguments: dict[tuple[str, int], Any] = {}  # of a call, by their places
         self.relaxed: list[int] = []  # what it has read by relaxed accesses since its last fence
         self.released: dict[int, Any] | None = None  # what its last fence releases
 
@@ -233,7 +234,8 @@ class Warp:
         """Return a new event of this warp, which it knows."""
         time = int(self.knowledge.times[self.index, self.index])
         name = f"{what} of warp {self.index}"
-        return self.block.gpu.events.add(self.block.number, self.index, time, line, name, atomic)
+        events: Events = self.block.gpu.events
+        return events.add(self.block.number, self.index, time, line, name, atomic)
 
     def release(self, address: int) -> None:
         """Let those who acquire from ``address`` know what this warp knows."""

@@ -512,21 +512,27 @@ class Space:
                 self.conflict(
                     warp, place, rows, width, writers, known, line, "overwritten", "written"
                 )
+        self._check_readers(warp, place, rows, width, line, atomic)
+        if place.barriers:
+            self._check_barriers(warp, place, rows * width, width, line)
+        place.shadow(place.writes, width)[rows] = event
+
+    def _check_readers(
+        self, warp: Any, place: Allocation, rows: Rows, width: int, line: int, atomic: bool
+    ) -> None:
+        """Refuse to overwrite what others may still read; nobody has read it afterwards."""
         for array in (place.reads, place.others):
             if array is None:
                 continue
             readers = place.shadow(array, width)[rows]
             if not readers.any():
                 continue
-            known = knowledge.knows(warp.index, readers)
+            known = warp.knowledge.knows(warp.index, readers)
             if atomic:
-                known |= events.atomic[readers]
+                known |= warp.block.gpu.events.atomic[readers]
             if not all_true(known):
                 self.conflict(warp, place, rows, width, readers, known, line, "overwritten", "read")
             place.shadow(array, width)[rows] = GIVEN
-        if place.barriers:
-            self._check_barriers(warp, place, rows * width, width, line)
-        place.shadow(place.writes, width)[rows] = event
 
     def _check_barriers(
         self, warp: Any, place: Allocation, offsets: Any, width: int, line: int

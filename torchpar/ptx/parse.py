@@ -11,6 +11,8 @@ REGISTERS = {"pred": "pred", "b16": "u16", "b32": "u32", "b64": "u64"}
 IGNORED = re.compile(r"//.*$|^\s*\.(?:loc|file|pragma|section)\b.*$", re.MULTILINE)
 # A brace, a label, or a statement, whose vectors have braces, too.
 STATEMENT = re.compile(r"\s*(?:([{}])|([\w$]+):(?!:)|([^;{}]*(?:\{[^}]*\}[^;{}]*)*);)")
+STACK = re.compile(r"(\w+)\[(\d+)\]")
+CONSTANT = re.compile(r"\.(?:global|const)[^;=]*\.b8\s+(\w+)\[\d*\]\s*=\s*\{([^}]*)\}")
 OPERAND = re.compile(r"\[[^\]]*\]|\{[^}]*\}|[^,\s|]+(?:\s*\+\s*\d+)?")
 
 
@@ -83,6 +85,7 @@ class Kernel:
     parameters: list[str]
     instructions: list[Instruction] = field(default_factory=list)
     registers: list[str] = field(default_factory=list)  # their kinds
+    constants: dict[str, bytes] = field(default_factory=dict)  # texts, in global memory
     locals: dict[str, int] = field(default_factory=dict)  # offsets in a thread's stack
     local_bytes: int = 0  # of a thread's stack
 
@@ -142,7 +145,7 @@ class Sources:
         return self.found[index] if index >= 0 else None
 
 
-def parse(text: str) -> Kernel:
+def parse(text: str) -> Kernel:  # noqa: C901  # a case for each kind of statement
     """The one kernel of ``text``.
 
     Registers and labels of inner blocks ``{ … }``, which inline assembly has, hide those of outer
@@ -154,6 +157,8 @@ def parse(text: str) -> Kernel:
     kernel = Kernel(
         text, int(threads[1]) if threads else 0, re.findall(r"(\w+)(?:\[\d+\])?\s*(?:,|$)", head[1])
     )
+    for name, numbers in CONSTANT.findall(text):
+        kernel.constants[name] = bytes(int(one) % 256 for one in numbers.split(",") if one.strip())
     code = IGNORED.sub(lambda match: " " * len(match[0]), text)
     ends = [match.start() for match in re.finditer("\n", text)]
     sources = Sources(text)
@@ -171,6 +176,10 @@ def parse(text: str) -> Kernel:
             scope[label] = len(kernel.instructions)
         elif statement.startswith(".reg"):
             _declare(statement, kernel, scope)
+        elif statement.startswith(".local"):
+            name, size = STACK.findall(statement)[0]
+            kernel.locals[name] = kernel.local_bytes
+            kernel.local_bytes += -(-int(size) // 16) * 16
         elif statement:
             instruction = _instruction(statement, scope, bisect(ends, match.start(3)) + 1)
             instruction.source = sources.at(match.start(3))

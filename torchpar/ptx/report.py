@@ -112,13 +112,14 @@ class Report:
         from jinja2 import Template  # PyTorch needs it, too
 
         template = Template(TEMPLATE.read_text("utf-8"), autoescape=True)
-        return template.render(
+        page: str = template.render(
             title=title,
             summary=summary(self.launches, self.faults),
             faults=self._in_order(),
             launches=self.launches,
             code=lambda source: _line_of(*source),
         )
+        return page
 
     def _in_order(self) -> list[Fault]:
         return sorted(self.faults, key=lambda fault: list(MARKS).index(fault.kind))
@@ -133,5 +134,6 @@ class Report:
 def summary(launches: Iterable[Launch], faults: Iterable[Fault]) -> str:
     """Return one line: the numbers of launches, errors, warnings and notes."""
     kinds = [fault.kind for fault in faults]
-    counts = ", ".join(f"{kinds.count(kind)} {kind}s" for kind in MARKS)
+    numbers = {kind: kinds.count(kind) for kind in MARKS}
+    counts = ", ".join(f"{n} {kind}{'s' * (n != 1)}" for kind, n in numbers.items())
     return f"launches: {len(list(launches))}; {counts}"

@@ -288,7 +288,8 @@ def _multiply_async(i: Instruction) -> Run:
 
     def run(warp: Warp) -> None:
         matrix = Matrix(right(warp), range(n), by_rows[-1], b_kind, i.line)
-        if from_registers:
+        first: Any = None
+        if left is None:
             first = [one.index for one in a]
         else:
             rows = range(64)[16 * (warp.index % 4) :][:16]

@@ -199,7 +199,8 @@ class Tensor:
 
         def field(name: str, count: int = 1) -> list[int]:
             start, kind = FIELDS[name]
-            return np.frombuffer(raw, DTYPES[kind], count, start).tolist()
+            numbers: list[int] = np.frombuffer(raw, DTYPES[kind], count, start).tolist()
+            return numbers
 
         (self.base,), self.rank = field("global_address"), field("rank")[0] + 1
         self.box, self.sizes = field("box_dim", self.rank), field("global_dim", self.rank)
