@@ -50,7 +50,8 @@ def _text(warp: Warp, address: int, line: int) -> str:
     """Return the text at an address of global memory, which ends with a zero."""
     place, rows = warp.block.space.locate(np.array([address]), 1, line)
     raw = place.data[int(rows[0]) : place.size].tobytes()
-    return raw.partition(b"\0")[0].decode(errors="replace")
+    text: str = raw.partition(b"\0")[0].decode(errors="replace")
+    return text
 
 
 def _print(warp: Warp, i: Instruction) -> None:
