@@ -46,7 +46,7 @@ ROUNDS, STEPS = 5, 4  # how often each way is timed, and its steps each time
 class Flags(train_ddp.Flags):
     """Train a digit classifier by data parallelism, in the last way that is possible."""
 
-    # Gradients by formulas where the model allows it, or always by autograd.
+    # Gradients by hand where the model allows it, or always by autograd.
     fused: Literal["auto", "off"] = "auto"
 
 
