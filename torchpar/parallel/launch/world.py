@@ -4,6 +4,7 @@
 import gc
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -223,12 +224,14 @@ def _schedule_gloo_as_batch() -> None:
     The thread spins on a sender's lock, and with the usual policy preempts the sender until the
     scheduler's next tick (gloo #246): on few cores the mean time of a small all-reduce is two to
     four times as long (docs/gloo.md). The thread is found by the name that gloo gives it, on Linux
-    only.
+    only. A thread names itself when it first runs, which may be after its group was made.
     """
-    for task in Path("/proc/self/task").glob("*"):
-        with suppress(OSError):
-            if (task / "comm").read_text().strip() == "gloo_tcp_loop":
-                os.sched_setscheduler(int(task.name), os.SCHED_BATCH, os.sched_param(0))
+    for _ in range(4):
+        for task in Path("/proc/self/task").glob("*"):
+            with suppress(OSError):
+                if (task / "comm").read_text().strip() == "gloo_tcp_loop":
+                    os.sched_setscheduler(int(task.name), os.SCHED_BATCH, os.sched_param(0))
+        time.sleep(0.005)
 
 
 def is_communication_error(error: RuntimeError) -> bool:
