@@ -223,6 +223,7 @@ class Warp:
         # committed.
         self.groups: defaultdict[Any, list[list[Operation]]] = defaultdict(lambda: [[]])
         self.last_product: Operation | None = None
+        self.products: list[Operation] = []  # of tcgen05, not committed yet
         self.fence: list[Any] = []  # the registers at the last wgmma.fence
         self.knowledge = block.knowledge
         self.cause = NO_CAUSE  # why the last load is undefined
@@ -424,6 +425,7 @@ class Block:
         self.warps = [Warp(i, self) for i in range(warps)]
         # By barrier the warps that have arrived, and whether they wait.
         self.at_barrier: dict[int, list[tuple[Warp, bool]]] = {}
+        self.tensor_memory: Any = None  # of sm_100
         self.flying: list[Operation] = []  # asynchronous operations, some of which have completed
         self.spins, self.spin_line = 0, 0
         self.found: dict[tuple[int, int], bytes] = {}  # by what a warp has accessed at a place
@@ -527,6 +529,19 @@ def _synchronize(warp: Warp, i: Instruction, number: Any, count: Any = None) -> 
 @action("bar.arrive", "barrier.arrive", whole=True)
 def _arrive(warp: Warp, i: Instruction, number: Any, count: Any) -> None:
     warp.block.arrive(warp, int(number[0]), int(count[0]) // 32, waits=False)
+
+
+@instruction("brx.idx", results=0)
+def _branch_by_index(i: Instruction) -> Run:
+    index = reader(i.operands[0])
+
+    def run(warp: Warp) -> None:
+        chosen = set(index(warp)[warp.lanes()].tolist())
+        if len(chosen) > 1:
+            raise PtxError(i.line, "threads of a warp branch by different indices", "diverged warp")
+        warp.pc = i.table[chosen.pop()]
+
+    return run
 
 
 @instruction("bra", results=0)

@@ -131,7 +131,8 @@ FIELDS = {
     "swizzle_mode": (112, "b32"),
     "fill_mode": (116, "b32"),
 }
-ELEMENT_BYTES = {1: 2, 2: 4, 6: 2, 7: 4, 10: 2}  # by elemtype: u16, u32, f16, f32, bf16
+# By elemtype: u8, u16, u32, s32, u64, s64, f16, f32, f32.ftz, f64, bf16, tf32.
+ELEMENT_BYTES = {0: 1, 1: 2, 2: 4, 3: 4, 4: 8, 5: 8, 6: 2, 7: 4, 8: 4, 9: 8, 10: 2, 11: 4}
 
 
 def swizzle(addresses: Any, size: int) -> Any:
