@@ -158,16 +158,28 @@ class Operation:
     Args:
         generic: its accesses are not of the asynchronous proxy.
         after: an operation that completes before this one.
+        continues: an operation of the same kind and warp, which this one always follows, so that
+            who knows this one's events knows those of ``continues``.
     """
 
     def __init__(
-        self, warp: "Warp", line: int, what: str, generic: bool = False, after: Any = None
+        self,
+        warp: "Warp",
+        line: int,
+        what: str,
+        generic: bool = False,
+        after: Any = None,
+        continues: "Operation | None" = None,
     ):
         self.what, self.after, self.line = what, after, line
         name, block = f"{what} of warp {warp.index}", warp.block
-        self.agent = block.knowledge.add_agent(generic)
+        if continues is None:
+            self.agent, self.time = block.knowledge.add_agent(generic), 0
+        else:
+            self.agent, self.time = continues.agent, continues.time + 2
         self.read, self.written = (
-            block.gpu.events.add(block.number, self.agent, time, line, name) for time in (1, 2)
+            block.gpu.events.add(block.number, self.agent, self.time + n, line, name)
+            for n in (1, 2)
         )
         self.steps: list[Callable[[], None]] = []
         warp.trace(self)
@@ -199,7 +211,7 @@ class Operation:
         done."""
         self.advance(left)
         times = warp.knowledge.times[warp.index]
-        times[self.agent] = max(times[self.agent], 1 if left else 2)
+        times[self.agent] = max(times[self.agent], self.time + (1 if left else 2))
         warp.trace(self)
 
 
@@ -223,7 +235,6 @@ class Warp:
         # committed.
         self.groups: defaultdict[Any, list[list[Operation]]] = defaultdict(lambda: [[]])
         self.last_product: Operation | None = None
-        self.products: list[Operation] = []  # of tcgen05, not committed yet
         self.fence: list[Any] = []  # the registers at the last wgmma.fence
         self.knowledge = block.knowledge
         self.cause = NO_CAUSE  # why the last load is undefined

@@ -20,7 +20,7 @@ from torchpar.ptx.memory import UNWRITTEN
 from torchpar.ptx.parse import Instruction, PtxError, flat
 from torchpar.ptx.registers import LANES, Values, reader, writer
 from torchpar.ptx.tensor_cores import OPERANDS, Matrix, numbers
-from torchpar.ptx.tensors import barrier_at
+from torchpar.ptx.tensors import Arrival, barrier_at
 
 LANE_COUNT, COLUMNS = 128, 512
 # By the kind of a product, the types of A and B by their numbers in the instruction descriptor.
@@ -39,6 +39,7 @@ class TensorMemory:
         self.writers = np.full((LANE_COUNT, COLUMNS), UNWRITTEN, np.int32)
         self.allocated = np.zeros(COLUMNS, np.bool_)
         self.last: Operation | None = None  # product or commit
+        self.products: dict[int, Operation] = {}  # the last one of each warp
 
     def check(self, warp: Warp, line: int, lanes: Any, columns: Any) -> None:
         """Refuse cells that were not allocated, or written by what the warp does not know."""
@@ -157,7 +158,9 @@ class Product(Operation):
 
     def __init__(self, warp: Warp, i: Instruction, d: int, a: Any, b: Any, bits: int, adds: bool):
         memory = memory_of(warp)
-        super().__init__(warp, i.line, "a product", after=memory.last)
+        earlier = memory.products.get(warp.index)
+        super().__init__(warp, i.line, "a product", after=memory.last, continues=earlier)
+        memory.products[warp.index] = memory.last = self
         self.memory, self.block, self.adds = memory, warp.block, adds
         types = TYPES[i.parts[3].partition("::")[2]]
         self.kinds = types[bits >> 7 & 7], types[bits >> 10 & 7]
@@ -226,29 +229,33 @@ def _multiply(i: Instruction) -> Run:
         first = int(left(warp)[lane]) if in_memory else one(left(warp))
         arguments = int(bits(warp)[lane]), bool(keep(warp)[lane])
         product = Product(warp, i, int(to(warp)[lane]), first, one(right(warp)), *arguments)
-        memory_of(warp).last = product
-        warp.products.append(product)
         product.start(warp.block)
 
     return run
 
 
 class Commit(Operation):
-    """An arrival at an mbarrier, when all products before it have ended."""
+    """An arrival at an mbarrier, when all products of the warp before it have ended."""
 
     def __init__(self, warp: Warp, line: int, barrier: Any):
-        super().__init__(warp, line, "a commit", after=memory_of(warp).last)
-        self.barrier = barrier
+        memory = memory_of(warp)
+        super().__init__(warp, line, "a commit", after=memory.last)
+        self.barrier, self.product = barrier, memory.products.get(warp.index)
+        memory.last = self
 
     def store(self) -> None:
         self.barrier.update(arrivals=1)
+
+    def wait(self, warp: Warp, left: int = 0) -> None:
+        super().wait(warp, left)
+        if self.product is not None:
+            self.product.wait(warp, left)
 
 
 @action("tcgen05.commit.cta_group::1", single=True)
 def _commit(warp: Warp, i: Instruction, address: Any) -> None:
     barrier = barrier_at(warp, address, i.line)
     commit = Commit(warp, i.line, barrier)
-    barrier.copies += [*warp.products, commit]
-    warp.products.clear()
-    memory_of(warp).last = commit
+    # Who waits for the products knows what their operands waited for.
+    barrier.copies += [commit, Arrival(warp)]
     commit.start(warp.block)

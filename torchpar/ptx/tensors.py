@@ -40,6 +40,19 @@ class Barrier:
             self.copies = []
 
 
+class Arrival:
+    """An arrival of a warp. Who waits for the phase learns what the warp knew then."""
+
+    def __init__(self, warp: Warp):
+        self.known = warp.knowledge.snapshot(warp.index)
+        self.fenced = warp.knowledge.fenced[warp.index].copy()
+
+    def wait(self, warp: Warp) -> None:
+        warp.knowledge.learn(warp.index, self.known)
+        fenced = warp.knowledge.fenced[warp.index, : len(self.fenced)]
+        np.maximum(fenced, self.fenced, out=fenced)
+
+
 def barrier_at(warp: Warp, address: Any, line: int) -> Barrier:
     place, rows = warp.block.shared.check_read(warp, address, 8, line)
     barrier: Barrier | None = place.barriers.get(8 * int(rows[0]))
@@ -66,20 +79,9 @@ def _invalidate(warp: Warp, i: Instruction, address: Any) -> None:
     "mbarrier.arrive.expect_tx.shared::cta.b64", "mbarrier.arrive.expect_tx.shared.b64", single=True
 )
 def _expect(warp: Warp, i: Instruction, address: Any, count: Any) -> None:
-    barrier_at(warp, address, i.line).update(arrivals=1, transactions=int(count[0]))
-
-
-class Arrival:
-    """An arrival of a warp. Who waits for the phase learns what the warp knew then."""
-
-    def __init__(self, warp: Warp):
-        self.known = warp.knowledge.snapshot(warp.index)
-        self.fenced = warp.knowledge.fenced[warp.index].copy()
-
-    def wait(self, warp: Warp) -> None:
-        warp.knowledge.learn(warp.index, self.known)
-        fenced = warp.knowledge.fenced[warp.index, : len(self.fenced)]
-        np.maximum(fenced, self.fenced, out=fenced)
+    barrier = barrier_at(warp, address, i.line)
+    barrier.copies.append(Arrival(warp))
+    barrier.update(arrivals=1, transactions=int(count[0]))
 
 
 @action("mbarrier.arrive.shared::cta.b64", "mbarrier.arrive.shared.b64")
