@@ -105,6 +105,12 @@ def add_in_place(x, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def add_by_address(table, BLOCK: tl.constexpr):
+    x = tl.load(table).to(tl.pointer_type(tl.float32)) + tl.arange(0, BLOCK)
+    tl.store(x, tl.load(x) + 1)
+
+
+@triton.jit
 def print_and_check(x, BLOCK: tl.constexpr):
     value = tl.load(x + tl.arange(0, BLOCK))
     tl.device_print("value", value)
@@ -214,6 +220,28 @@ def test_copies_of_a_small_tensor_in_several_warps_are_no_fault():
         add_in_place[(1,)](x, BLOCK=8, num_warps=4)
     assert [fault for fault in gpu.faults if fault.kind == "error"] == []
     assert x.tolist() == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]
+
+
+def test_schedules_begin_with_the_same_memory():
+    """Also that of tensors which are found by their addresses, and memory that is read-only."""
+    x = torch.zeros(8)
+    table = torch.tensor([x.data_ptr()])
+    with emulate(schedules="all") as gpu:
+        add_by_address[(1,)](table, BLOCK=8, num_warps=1)
+    assert gpu.faults == []
+    assert x.tolist() == [1.0] * 8
+
+
+def test_operators_of_the_host_write_memory():
+    x = torch.ones(8)
+    with emulate() as gpu:
+        first, second, third = torch.empty(8), torch.empty(8), torch.empty(8)
+        torch.add(x, x, out=first)
+        torch.sum(torch.ones(2, 8), 0, out=second)
+        add[(1,)](first, second, third, 8, BLOCK=8)
+        assert torch.empty(2, 2, layout=torch.sparse_coo).is_sparse
+    assert gpu.faults == []
+    assert third.tolist() == [4.0] * 8
 
 
 def test_printing_and_assertions():

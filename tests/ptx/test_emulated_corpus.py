@@ -22,7 +22,8 @@ slow = pytest.mark.slow
 # for global memory, too.
 NOT_NAMED = {"empty group", "copy reads what was stored"}
 LONG = {"more programs than fit"}
-TENSOR_MEMORY = "tcgen05"  # of sm_100, which is not emulated yet
+# Triton 3.8 makes no fence between cp.async and products that read what was copied.
+WITHOUT_FENCE = ("06 attention, backward", 100)
 
 
 def errors(faults: Sequence[Fault]) -> list[Fault]:
@@ -42,12 +43,11 @@ def test_tutorials_have_right_values_and_no_errors(name, arch):
     case = tutorials.TUTORIALS[name]
     with emulate(f"sm_{arch}") as gpu:
         results = case.run()
-    unknown = [fault for fault in gpu.faults if fault.name == "unknown instruction"]
-    if arch == 100 and any(TENSOR_MEMORY in fault.message for fault in unknown):
-        pytest.skip("tensor memory of sm_100 is not emulated yet")
     for found, expected, bound in results:
         assert ((found.double() - expected).abs() <= bound).all()
-    if case.finding:
+    if (name, arch) == WITHOUT_FENCE:
+        assert {fault.name for fault in errors(gpu.faults)} <= {"missing fence"}
+    elif case.finding:
         assert {fault.name for fault in errors(gpu.faults)} == {"race"}
     else:
         assert errors(gpu.faults) == []

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torchpar.ptx.cuda import cuda_is_cpu
 from torchpar.ptx.driver import ARCHITECTURES, emulate
+from torchpar.ptx.report import Report
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -43,17 +44,25 @@ def main(arguments: Sequence[str]) -> int:
             sys.path.insert(0, str(options.script.resolve().parent))
             with cuda_is_cpu(gpu) if options.cuda_is_cpu else nullcontext():
                 runpy.run_path(str(options.script), run_name="__main__")
-        except SystemExit as e:
-            if e.code:
-                print(gpu.report())
+        except BaseException as e:
+            if not isinstance(e, SystemExit) or e.code:
+                _show(gpu.report(), options)
                 raise
         finally:
             sys.argv, sys.path[:] = before
     report = gpu.report()
+    _show(report, options)
+    return int(bool(report.errors))
+
+
+def _show(report: Report, options: argparse.Namespace) -> None:
+    """Print the report, and write its page."""
     print(report)
+    if not report.launches:
+        print("no kernel was launched; TRITON_INTERPRET=1 would run the source instead")
     if options.report is not None:
         try:
             options.report.write_text(report.as_html(str(options.script)), "utf-8")
         except OSError as e:
-            parser.error(f"{options.report} cannot be written ({e.strerror}); name another file")
-    return int(bool(report.errors))
+            reason = f"{options.report} cannot be written ({e.strerror}); name another file"
+            sys.exit(f"python -m torchpar ptx: error: {reason}")

@@ -12,7 +12,6 @@ reads and writes the memory of the tensors themselves.
 import ctypes
 import gc
 import os
-import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -39,11 +38,9 @@ from torchpar.ptx.report import Fault, Kind, Launch, Report
 ARCHITECTURES = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 SHARED_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}  # of a program at most
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
+# Where the numbers of types in `cuTensorMapEncodeTiled` differ from those of PTX: f64 and bf16.
+OF_HOST = {8: 9, 9: 10}
 ALIGNED = 128  # to which an allocation's base is rounded down
-
-
-class Stop(PtxError):
-    """The launch cannot go on; the fault has been noted."""
 
 
 class Module(NamedTuple):
@@ -83,6 +80,9 @@ class Emulator(gpu.Gpu):
         self.unwritten: dict[int, Any] = {}
         self._by_place: dict[tuple[str, str, int], Fault] = {}
         self._name = self._file = ""
+        # The memory before a launch, for its other schedules.
+        self._before: list[tuple[Allocation, Any]] = []
+        self._saves = False
 
     def report(self) -> Report:
         return Report(self.launches, self.faults)
@@ -115,6 +115,8 @@ class Emulator(gpu.Gpu):
                 made.refine(1)
                 start = storage.address - base
                 made.writes[start : start + storage.nbytes][unwritten] = UNWRITTEN
+            if self._saves:
+                self._before.append((made, made.content().copy()))
             self._places[storage] = self.space.add(made)
         return self._places[storage]
 
@@ -168,21 +170,18 @@ class Emulator(gpu.Gpu):
             file: of the kernel's source.
         """
         self._name, self._file, started = launch.kernel, file, time.perf_counter()
-        before: list[tuple[Allocation, Any]] = []
+        self._before.clear()
         for number, schedule in enumerate(self.schedules):
             self.schedule, self.printed = schedule, []
-            if number == 0 or before:
-                self._reset()
+            self._saves = number == 0 and len(self.schedules) > 1
+            for place, data in self._before:
+                content = place.content()
+                changed = content != data  # memory may be read-only
+                content[changed] = data[changed]
+            self._reset()
             values = parameters()
-            if len(self.schedules) > 1 and number == 0:
-                before = [(place, place.content().copy()) for place in self._places.values()]
-            elif number:
-                for place, data in before:
-                    place.content()[:] = data
             try:
                 self.launch(launch.ptx, values, launch.grid, launch.shared)
-            except Stop:
-                pass
             except PtxError as e:
                 self.fault("error", e.name, e.line, e.reason, None)
             launch.instructions += self.executed_instructions
@@ -268,7 +267,7 @@ class Launcher:
             ptx=module.text,
         )
         names = list(self.source.fn.arg_names)
-        programs = x * y * z * getattr(metadata, "num_ctas", 1)
+        programs = x * y * z
 
         def parameters() -> list[int]:
             values: list[int] = []
@@ -315,7 +314,7 @@ def _flatten(
         to += [*map(int, value.shape), *map(int, value.strides)]
 
 
-FORMATS = {"fp32": ("<f", "<I"), "f32": ("<f", "<I"), "fp64": ("<d", "<Q"), "fp16": ("<e", "<H")}
+FORMATS = {"fp32": ("f4", "u4"), "f32": ("f4", "u4"), "fp64": ("f8", "u8"), "fp16": ("f2", "u2")}
 
 
 def bits(emulator: Emulator, name: str, kind: str, value: Any) -> int:
@@ -330,8 +329,9 @@ def bits(emulator: Emulator, name: str, kind: str, value: Any) -> int:
     if value is None:
         return 0
     if kind in FORMATS:
-        number, integer = FORMATS[kind]
-        return int(struct.unpack(integer, struct.pack(number, value))[0])
+        dtype, integer = FORMATS[kind]
+        with np.errstate(over="ignore"):  # a GPU gets an infinity, too
+            return int(np.array(value, dtype).view(integer)[()])
     if kind == "bf16":
         return int(torch.tensor(value, dtype=torch.bfloat16).view(torch.int16)) % 2**16
     return int(value) % 2**64
@@ -355,7 +355,7 @@ def _tensormap(emulator: Emulator, name: str, descriptor: Any, meta: Any) -> int
     put("global_dim", list(descriptor.shape)[::-1])
     put("element_stride", [1] * rank)
     put("global_stride", [s * meta["elem_size"] for s in list(descriptor.strides)[:-1][::-1]])
-    put("elemtype", [meta["elem_type"]])
+    put("elemtype", [OF_HOST.get(meta["elem_type"], meta["elem_type"])])
     put("interleave_layout", [0])
     put("swizzle_mode", [meta["swizzle"]])
     put("fill_mode", [int(descriptor.padding == "nan")])
@@ -450,26 +450,36 @@ class _Unwritten(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if self.emulator.unwritten:
-            for t in _written(func._schema, [*args, *(kwargs or {}).values()], result):
+            for t in _written(func._schema, args, kwargs or {}, result):
                 self.emulator.unwritten.pop(t.untyped_storage().data_ptr(), None)
-        if func.overloadpacket in EMPTY and result.device.type == "cpu":
+        if func.overloadpacket in EMPTY and _is_plain(result):
             address, nbytes = storage_of(result)
             if nbytes:
                 self.emulator.unwritten[address] = np.ones(nbytes, np.bool_)
         return result
 
 
-def _written(schema: Any, given: Sequence[Any], result: Any) -> Iterator[Tensor]:
+def _is_plain(t: Any) -> bool:
+    """Whether ``t`` is a tensor with memory on the CPU: neither sparse nor fake."""
+    is_tensor = type(t) in (Tensor, torch.nn.Parameter)
+    return is_tensor and t.layout == torch.strided and t.device.type == "cpu"
+
+
+def _written(
+    schema: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any
+) -> Iterator[Tensor]:
     """Yield the tensors that an operator has written: its new ones, and those that it changes."""
+    given = dict(zip((argument.name for argument in schema.arguments), args, strict=False))
+    given |= kwargs
     values = [
-        value
-        for argument, value in zip(schema.arguments, given, strict=False)
+        given.get(argument.name)
+        for argument in schema.arguments
         if argument.alias_info is not None and argument.alias_info.is_write
     ]
     if all(one.alias_info is None for one in schema.returns):
         values.append(result)
     for t in tree_leaves(values):
-        if isinstance(t, Tensor) and t.layout == torch.strided:
+        if _is_plain(t):
             yield t
 
 
@@ -480,6 +490,13 @@ EMPTY = {
     torch.ops.aten.new_empty,
     torch.ops.aten.new_empty_strided,
 }
+
+
+def _set_variable(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value
 
 
 @contextmanager
@@ -506,9 +523,9 @@ def emulate(
     folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "torchpar" / "ptx"
     before = active_driver._active
     with ExitStack() as stack:
-        stack.enter_context(
-            patch.dict(os.environ, TRITON_CACHE_DIR=str(folder), TRITON_DEFAULT_FP_FUSION="1")
-        )
+        for name, value in (("TRITON_CACHE_DIR", str(folder)), ("TRITON_DEFAULT_FP_FUSION", "1")):
+            stack.callback(_set_variable, name, os.environ.get(name))
+            os.environ[name] = value
         stack.enter_context(
             patch.object(
                 CUDABackend,

@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 
 # Importing these registers their instructions.
-from torchpar.ptx import arithmetic, atomics, calls, copies, tensor_cores, tensors  # noqa: F401
+from torchpar.ptx import (  # noqa: F401
+    arithmetic,
+    atomics,
+    calls,
+    copies,
+    tensor_cores,
+    tensor_memory,
+    tensors,
+)
 from torchpar.ptx.machine import LIMIT, Block, Schedule, decode
 from torchpar.ptx.memory import Allocation, Events, Space
 from torchpar.ptx.parse import Kernel, PtxError, parse

@@ -158,16 +158,28 @@ class Operation:
     Args:
         generic: its accesses are not of the asynchronous proxy.
         after: an operation that completes before this one.
+        continues: an operation of the same kind and warp, which this one always follows, so that
+            who knows this one's events knows those of ``continues``.
     """
 
     def __init__(
-        self, warp: "Warp", line: int, what: str, generic: bool = False, after: Any = None
+        self,
+        warp: "Warp",
+        line: int,
+        what: str,
+        generic: bool = False,
+        after: Any = None,
+        continues: "Operation | None" = None,
     ):
         self.what, self.after, self.line = what, after, line
         name, block = f"{what} of warp {warp.index}", warp.block
-        self.agent = block.knowledge.add_agent(generic)
+        if continues is None:
+            self.agent, self.time = block.knowledge.add_agent(generic), 0
+        else:
+            self.agent, self.time = continues.agent, continues.time + 2
         self.read, self.written = (
-            block.gpu.events.add(block.number, self.agent, time, line, name) for time in (1, 2)
+            block.gpu.events.add(block.number, self.agent, self.time + n, line, name)
+            for n in (1, 2)
         )
         self.steps: list[Callable[[], None]] = []
         warp.trace(self)
@@ -199,7 +211,7 @@ class Operation:
         done."""
         self.advance(left)
         times = warp.knowledge.times[warp.index]
-        times[self.agent] = max(times[self.agent], 1 if left else 2)
+        times[self.agent] = max(times[self.agent], self.time + (1 if left else 2))
         warp.trace(self)
 
 
@@ -424,6 +436,7 @@ class Block:
         self.warps = [Warp(i, self) for i in range(warps)]
         # By barrier the warps that have arrived, and whether they wait.
         self.at_barrier: dict[int, list[tuple[Warp, bool]]] = {}
+        self.tensor_memory: Any = None  # of sm_100
         self.flying: list[Operation] = []  # asynchronous operations, some of which have completed
         self.spins, self.spin_line = 0, 0
         self.found: dict[tuple[int, int], bytes] = {}  # by what a warp has accessed at a place
@@ -527,6 +540,19 @@ def _synchronize(warp: Warp, i: Instruction, number: Any, count: Any = None) -> 
 @action("bar.arrive", "barrier.arrive", whole=True)
 def _arrive(warp: Warp, i: Instruction, number: Any, count: Any) -> None:
     warp.block.arrive(warp, int(number[0]), int(count[0]) // 32, waits=False)
+
+
+@instruction("brx.idx", results=0)
+def _branch_by_index(i: Instruction) -> Run:
+    index = reader(i.operands[0])
+
+    def run(warp: Warp) -> None:
+        chosen = set(index(warp)[warp.lanes()].tolist())
+        if len(chosen) > 1:
+            raise PtxError(i.line, "threads of a warp branch by different indices", "diverged warp")
+        warp.pc = i.table[chosen.pop()]
+
+    return run
 
 
 @instruction("bra", results=0)

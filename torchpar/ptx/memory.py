@@ -23,8 +23,8 @@ import numpy as np
 from torchpar.ptx.parse import PtxError
 from torchpar.ptx.registers import Cause
 
-# Numbers of events: before the launch, or never read; not written by anybody; of a launch before.
-GIVEN, UNWRITTEN, FIRST = 0, 1, 2
+# Numbers of events: what the host did before the launch; what nobody did.
+GIVEN, UNWRITTEN = 0, 1
 POISON = 0xFF  # NaN in each format, and −1
 LARGEST_UNIT = 16  # bytes that an element of the shadow stands for at first
 

@@ -59,6 +59,7 @@ class Instruction:
     guard: Any
     negated: bool
     target: int = -1  # of a branch
+    table: list[int] = field(default_factory=list)  # targets of a branch by an index
     source: tuple[str, int] | None = None  # the file and the line of the user's Python
     # What `machine.decode` adds: how a warp executes it, whether only as a whole, and the registers
     # written
@@ -184,10 +185,14 @@ def parse(text: str) -> Kernel:  # noqa: C901  # a case for each kind of stateme
             instruction = _instruction(statement, scope, bisect(ends, match.start(3)) + 1)
             instruction.source = sources.at(match.start(3))
             kernel.instructions.append(instruction)
-            if instruction.parts[0] == "bra":
+            if instruction.parts[0] in ("bra", "brx"):
                 branches.append((instruction, scope))
     for branch, scope in branches:
-        branch.target = scope[branch.operands[0].name]
+        if branch.parts[0] == "bra":
+            branch.target = scope[branch.operands[0].name]
+            continue
+        table = kernel.instructions[scope[branch.operands[1].name]]
+        branch.table = [scope[label.name] for label in table.operands]
     return kernel
 
 

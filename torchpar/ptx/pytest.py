@@ -30,10 +30,12 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     if not arch:
         return (yield)
     with emulate(arch, item.config.getoption("--ptx-schedules")) as gpu:
-        result = yield
-    report = gpu.report()
-    if report.faults:
-        item.add_report_section("call", "kernels", str(report))
+        try:
+            result = yield
+        finally:
+            report = gpu.report()
+            if report.faults:
+                item.add_report_section("call", "kernels", str(report))
     if report.errors:
         pytest.fail("\n".join(map(str, report.errors)), pytrace=False)
     return result

@@ -68,7 +68,6 @@ class Launch:
         grid: programs in each dimension.
         warps: of a program.
         shared: bytes of shared memory of a program.
-        configuration: the one that an autotuner would have chosen from; "" without an autotuner.
         seconds: that executing it took, under all schedules.
         instructions: of warps that were executed, under all schedules.
         printed: by ``tl.device_print``.
@@ -80,7 +79,6 @@ class Launch:
     grid: tuple[int, int, int]
     warps: int
     shared: int
-    configuration: str = ""
     seconds: float = 0.0
     instructions: int = 0
     printed: list[str] = field(default_factory=list)
@@ -88,11 +86,9 @@ class Launch:
 
     def __str__(self) -> str:
         grid = "×".join(map(str, self.grid))
-        configuration = f", {self.configuration}" if self.configuration else ""
         return (
             f"{self.kernel}[{grid}] for {self.arch}: {self.warps} warps, {self.shared:,} bytes of "
             f"shared memory, {self.instructions:,} instructions of warps, {self.seconds:.2f} s"
-            f"{configuration}"
         )
 
 

@@ -174,7 +174,8 @@ class Matrix:
         bits = int(descriptor[0])
         start, leading, stride = ((bits >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
         mode = bits >> 62 & 3
-        if bits & (3 << 14 | 3 << 30 | 0xFFFF << 46) or mode == 0:
+        # Bit 46 is the version of sm_100's descriptors.
+        if bits & (3 << 14 | 3 << 30 | 0xFFFE << 46 & ~(1 << 62 | 1 << 63)) or mode == 0:
             raise PtxError(line, f"the descriptor {bits:#x} has bits that are unknown here")
         size = 256 >> mode
         self.by_rows, self.kind = by_rows, kind

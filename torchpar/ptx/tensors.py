@@ -40,6 +40,19 @@ class Barrier:
             self.copies = []
 
 
+class Arrival:
+    """An arrival of a warp. Who waits for the phase learns what the warp knew then."""
+
+    def __init__(self, warp: Warp):
+        self.known = warp.knowledge.snapshot(warp.index)
+        self.fenced = warp.knowledge.fenced[warp.index].copy()
+
+    def wait(self, warp: Warp) -> None:
+        warp.knowledge.learn(warp.index, self.known)
+        fenced = warp.knowledge.fenced[warp.index, : len(self.fenced)]
+        np.maximum(fenced, self.fenced, out=fenced)
+
+
 def barrier_at(warp: Warp, address: Any, line: int) -> Barrier:
     place, rows = warp.block.shared.check_read(warp, address, 8, line)
     barrier: Barrier | None = place.barriers.get(8 * int(rows[0]))
@@ -66,20 +79,9 @@ def _invalidate(warp: Warp, i: Instruction, address: Any) -> None:
     "mbarrier.arrive.expect_tx.shared::cta.b64", "mbarrier.arrive.expect_tx.shared.b64", single=True
 )
 def _expect(warp: Warp, i: Instruction, address: Any, count: Any) -> None:
-    barrier_at(warp, address, i.line).update(arrivals=1, transactions=int(count[0]))
-
-
-class Arrival:
-    """An arrival of a warp. Who waits for the phase learns what the warp knew then."""
-
-    def __init__(self, warp: Warp):
-        self.known = warp.knowledge.snapshot(warp.index)
-        self.fenced = warp.knowledge.fenced[warp.index].copy()
-
-    def wait(self, warp: Warp) -> None:
-        warp.knowledge.learn(warp.index, self.known)
-        fenced = warp.knowledge.fenced[warp.index, : len(self.fenced)]
-        np.maximum(fenced, self.fenced, out=fenced)
+    barrier = barrier_at(warp, address, i.line)
+    barrier.copies.append(Arrival(warp))
+    barrier.update(arrivals=1, transactions=int(count[0]))
 
 
 @action("mbarrier.arrive.shared::cta.b64", "mbarrier.arrive.shared.b64")
@@ -131,7 +133,8 @@ FIELDS = {
     "swizzle_mode": (112, "b32"),
     "fill_mode": (116, "b32"),
 }
-ELEMENT_BYTES = {1: 2, 2: 4, 6: 2, 7: 4, 10: 2}  # by elemtype: u16, u32, f16, f32, bf16
+# By elemtype: u8, u16, u32, s32, u64, s64, f16, f32, f32.ftz, f64, bf16, tf32.
+ELEMENT_BYTES = {0: 1, 1: 2, 2: 4, 3: 4, 4: 8, 5: 8, 6: 2, 7: 4, 8: 4, 9: 8, 10: 2, 11: 4}
 
 
 def swizzle(addresses: Any, size: int) -> Any:
