@@ -8,6 +8,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import triton
@@ -326,3 +327,60 @@ def test_wrong():
     found = pytester.runpytest_subprocess("-p", "torchpar.ptx.pytest", "--ptx=sm_90")
     found.assert_outcomes(passed=1, failed=1)
     found.stdout.fnmatch_lines(["*error: out of bounds in copy*"])
+
+
+def test_memory_that_the_host_fills_by_other_means_is_written():
+    with emulate() as gpu:
+        first, second, third = torch.empty(64), torch.empty(64), torch.empty(64)
+        first.numpy()[:] = 1
+        second.numpy()[3] = 1  # the other elements hold whatever they held
+        add[(1,)](first, second, third, 64, BLOCK=64)
+    assert gpu.faults == []
+
+
+def test_tensors_may_share_memory_that_numpy_owns():
+    whole = np.zeros(96, np.float32)
+    low, high = torch.from_numpy(whole[:64]), torch.from_numpy(whole[32:])
+    with emulate() as gpu:
+        add[(1,)](low, high, high, 64, BLOCK=64)  # a program reads and writes the same elements
+        add[(1,)](torch.from_numpy(whole), low, torch.zeros(64), 64, BLOCK=64)
+    assert {fault.name for fault in gpu.faults} == {"race"}
+    with emulate() as gpu:
+        inner, outer = torch.from_numpy(whole[8:16]), torch.from_numpy(whole)
+        add[(1,)](inner, outer, torch.zeros(8), 8, BLOCK=64)
+    assert [fault.name for fault in gpu.faults] == []
+
+
+@triton.autotune([triton.Config({"BLOCK": 32}), triton.Config({"BLOCK": 64})], key=["n"])
+@triton.jit
+def tuned_add(x, y, out, n, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + at, tl.load(x + at, at < n) + tl.load(y + at, at < n), at < n)
+
+
+def test_autotuned_kernels_say_which_configuration_they_take():
+    """A later GPU chooses for itself."""
+    x, out = torch.ones(100), torch.zeros(100)
+    with emulate() as gpu:
+        tuned_add[lambda meta: (triton.cdiv(100, meta["BLOCK"]),)](x, x, out, 100)
+    assert out.tolist() == [2.0] * 100
+    assert "BLOCK: 32" in gpu.launches[0].configuration
+    assert "autotuned: BLOCK: 32" in str(gpu.report())
+    assert tuned_add.cache == {}
+
+
+def test_a_grid_that_no_gpu_takes_is_refused():
+    with emulate(), pytest.raises(ValueError, match="at most 65,535"):
+        add[(1, 70_000)](torch.ones(1), torch.ones(1), torch.ones(1), 1, BLOCK=1)
+
+
+def test_an_emulator_within_another_one_takes_the_launches():
+    x, out = torch.ones(8), torch.empty(8)
+    with emulate("sm_80") as outer:
+        late = torch.empty(8)
+        with emulate("sm_100") as inner:
+            add[(1,)](x, x, late, 8, BLOCK=8)
+        add[(1,)](x, late, out, 8, BLOCK=8, num_warps=1)
+    assert [launch.arch for launch in outer.launches + inner.launches] == ["sm_80", "sm_100"]
+    assert outer.faults == inner.faults == []
+    assert out.tolist() == [3.0] * 8

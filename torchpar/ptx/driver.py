@@ -13,6 +13,7 @@ import ctypes
 import gc
 import os
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -27,11 +28,12 @@ from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.backends.nvidia.compiler import CUDABackend
+from triton.runtime.autotuner import Autotuner
 from triton.runtime.driver import driver as active_driver
 
 from torchpar.ptx import gpu, tensors
 from torchpar.ptx.machine import SCHEDULES, Schedule
-from torchpar.ptx.memory import GIVEN, LARGEST_UNIT, UNWRITTEN, Allocation, Space
+from torchpar.ptx.memory import GIVEN, LARGEST_UNIT, POISON, UNWRITTEN, Allocation, Space
 from torchpar.ptx.parse import PtxError
 from torchpar.ptx.report import Fault, Kind, Launch, Report
 
@@ -40,6 +42,7 @@ SHARED_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}  # of a program at most
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 # Where the numbers of types in `cuTensorMapEncodeTiled` differ from those of PTX: f64 and bf16.
 OF_HOST = {8: 9, 9: 10}
+LARGEST_GRID_YZ = 65_535  # of each NVIDIA GPU
 ALIGNED = 128  # to which an allocation's base is rounded down
 
 
@@ -54,6 +57,10 @@ class Storage(NamedTuple):
 
     address: int
     nbytes: int
+
+    @property
+    def end(self) -> int:
+        return self.address + self.nbytes
 
 
 def storage_of(t: Tensor) -> Storage:
@@ -76,8 +83,8 @@ class Emulator(gpu.Gpu):
         self.launches: list[Launch] = []
         self.faults: list[Fault] = []
         self.printed: list[str] = []
-        # Of storages that torch.empty has made: which units nobody has written, by their addresses.
-        self.unwritten: dict[int, Any] = {}
+        self.unwritten: dict[Storage, Any] = {}  # as `_Unwritten` says
+        self.tuned: dict[int, dict[Any, Any]] = {}  # the caches of autotuners, by their identity
         self._by_place: dict[tuple[str, str, int], Fault] = {}
         self._name = self._file = ""
         # The memory before a launch, for its other schedules.
@@ -93,61 +100,83 @@ class Emulator(gpu.Gpu):
         self.space = Space("global memory")
         self.space.is_deferred = True
         self.space.find = self._find
+        self.executions.clear()
         self._places: dict[Storage, Allocation] = {}
-        self._empty_pages: set[int] = set()  # of 4 KB, in which an address is in no tensor
+        self._live: list[tuple[int, int, Tensor]] | None = None
 
     def place(self, t: Tensor, name: str) -> Allocation:
         """Return the memory of a tensor on the CPU, at its own address."""
         storage = storage_of(t)
         if storage not in self._places:
-            base = storage.address & -ALIGNED
-            size = storage.nbytes + storage.address - base
-            padded = -(-size // ALIGNED) * ALIGNED
-            raw: Any = (ctypes.c_uint8 * padded).from_address(base)
-            data = np.frombuffer(raw, np.uint8)
-            unit = min(t.element_size(), LARGEST_UNIT)
-            dtype = str(t.dtype).removeprefix("torch.")
-            named = f"{name} ({dtype} {list(t.shape)})"
-            made = Allocation(named, base, size, unit, data, storage.address)
-            made.index = _index_of(t, name)
-            unwritten = self.unwritten.get(storage.address)
-            if unwritten is not None and len(unwritten) == storage.nbytes:
-                made.refine(1)
-                start = storage.address - base
-                made.writes[start : start + storage.nbytes][unwritten] = UNWRITTEN
-            if self._saves:
-                self._before.append((made, made.content().copy()))
-            self._places[storage] = self.space.add(made)
+            self._places[storage] = self._placed(t, storage, name)
         return self._places[storage]
+
+    def _placed(self, t: Tensor, storage: Storage, name: str) -> Allocation:
+        start, end = storage.address, storage.end
+        overlapping = self.space.overlapping(start, end)  # storages share memory, by NumPy perhaps
+        for one in overlapping:
+            if one.start <= start and end <= one.end:
+                return one
+            start, end = min(start, one.start), max(end, one.end)
+            self.space.allocations.remove(one)
+        base = start & -ALIGNED
+        padded = -(-(end - base) // ALIGNED) * ALIGNED
+        raw: Any = (ctypes.c_uint8 * padded).from_address(base)
+        data = np.frombuffer(raw, np.uint8)
+        unit = min(t.element_size(), LARGEST_UNIT)
+        dtype = str(t.dtype).removeprefix("torch.")
+        made = Allocation(f"{name} ({dtype} {list(t.shape)})", base, end - base, unit, data, start)
+        if (start, end) == (storage.address, storage.end):
+            made.index = _index_of(t, name)
+        for one in (storage, *(s for s, place in self._places.items() if place in overlapping)):
+            self._places[one] = made
+            self._mark_unwritten(one, made)
+        if self._saves:
+            self._before.append((made, made.content().copy()))
+        return self.space.add(made)
+
+    def _mark_unwritten(self, storage: Storage, place: Allocation) -> None:
+        """Let nobody have written those bytes of ``storage`` that hold what `_Unwritten` put there.
+
+        If one of these bytes has changed, then the host has written them by other means than
+        PyTorch's operators, such as NumPy, or another tensor has the address now.
+        """
+        mask = self.unwritten.get(storage, False)
+        if mask is False:
+            return
+        offset = storage.address - place.base
+        held = place.data[offset : offset + storage.nbytes]
+        if ((held if mask is None else held[mask]) != POISON).any():
+            del self.unwritten[storage]
+        elif mask is None and offset % place.unit == 0:
+            rows = slice(offset // place.unit, -(-(offset + storage.nbytes) // place.unit))
+            place.writes[rows] = UNWRITTEN
+        else:
+            place.refine(1)
+            bytes_of = place.writes[offset : offset + storage.nbytes]
+            bytes_of[... if mask is None else mask] = UNWRITTEN
 
     def _find(self, address: int) -> Allocation | None:
         """Return the memory of a live tensor that has the address, which a kernel has loaded."""
-        if address >> 12 in self._empty_pages:
+        if self._live is None:
+            self._live = sorted(_live_tensors(), key=lambda one: one[:2])
+        after = bisect_right(self._live, address, key=lambda one: one[0])
+        if after == 0 or address >= self._live[after - 1][1]:
             return None
-        for one in gc.get_objects():
-            if type(one) not in (Tensor, torch.nn.Parameter) or one.device.type != "cpu":
-                continue
-            try:
-                start, nbytes = storage_of(one)
-            except (RuntimeError, NotImplementedError):  # sparse tensors, for example
-                continue
-            if start <= address < start + nbytes:
-                return self.place(one, "a tensor")
-        self._empty_pages.add(address >> 12)
-        return None
+        return self.place(self._live[after - 1][2], "a tensor")
 
     def _keep_unwritten(self) -> None:
         """Remember what is still unwritten after the launch."""
-        for (address, nbytes), place in self._places.items():
-            if address not in self.unwritten:
+        for storage, place in self._places.items():
+            if storage not in self.unwritten:
                 continue
             mask = np.repeat(place.writes == UNWRITTEN, place.unit)
-            start = address - place.base
-            mask = mask[start : start + nbytes]
+            start = storage.address - place.base
+            mask = mask[start : start + storage.nbytes]
             if mask.any():
-                self.unwritten[address] = mask
+                self.unwritten[storage] = None if mask.all() else mask
             else:
-                del self.unwritten[address]
+                del self.unwritten[storage]
 
     # Launches
 
@@ -203,6 +232,19 @@ class Emulator(gpu.Gpu):
         return source
 
 
+def _live_tensors() -> Iterator[tuple[int, int, Tensor]]:
+    """Yield the tensors on the CPU that live now, with the first and the last address of each."""
+    for one in gc.get_objects():
+        if type(one) not in (Tensor, torch.nn.Parameter) or one.device.type != "cpu":
+            continue
+        try:
+            start, nbytes = storage_of(one)
+        except (RuntimeError, NotImplementedError):  # sparse tensors, for example
+            continue
+        if nbytes:
+            yield start, start + nbytes, one
+
+
 def _kind(text: str) -> Kind:
     assert text in ("error", "warning", "note")
     return text  # type: ignore[return-value]
@@ -256,6 +298,11 @@ class Launcher:
             raise NotImplementedError(
                 f"num_ctas is {metadata.num_ctas}, expected 1: clusters of programs are not "
                 "emulated; launch with num_ctas=1"
+            )
+        if max(y, z) > LARGEST_GRID_YZ:
+            raise ValueError(
+                f"the grid is {(x, y, z)}, expected at most {LARGEST_GRID_YZ:,} programs in its "
+                "second and third dimension; use the first one"
             )
         name = getattr(self.source.fn, "__name__", "kernel")
         launch = Launch(
@@ -441,7 +488,11 @@ class Driver(DriverBase):  # type: ignore[misc]  # Triton has no types
 
 
 class _Unwritten(TorchDispatchMode):
-    """Know which tensors nobody has written: those of torch.empty, until an operator writes."""
+    """Know which memory nobody has written: that of torch.empty, until an operator writes to it.
+
+    ``emulator.unwritten`` has by storage a mask of the unwritten bytes, or None for all of them.
+    These bytes are `POISON`.
+    """
 
     def __init__(self, emulator: Emulator):
         super().__init__()
@@ -451,11 +502,12 @@ class _Unwritten(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if self.emulator.unwritten:
             for t in _written(func._schema, args, kwargs or {}, result):
-                self.emulator.unwritten.pop(t.untyped_storage().data_ptr(), None)
+                self.emulator.unwritten.pop(storage_of(t), None)
         if func.overloadpacket in EMPTY and _is_plain(result):
-            address, nbytes = storage_of(result)
-            if nbytes:
-                self.emulator.unwritten[address] = np.ones(nbytes, np.bool_)
+            storage = storage_of(result)
+            if storage.nbytes:
+                ctypes.memset(storage.address, POISON, storage.nbytes)
+                self.emulator.unwritten[storage] = None
         return result
 
 
@@ -490,6 +542,25 @@ EMPTY = {
     torch.ops.aten.new_empty,
     torch.ops.aten.new_empty_strided,
 }
+
+
+def _tuned(emulator: Emulator, run: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the method of an autotuner that says which configuration the launches take.
+
+    What it has chosen for a GPU stays as it is.
+    """
+
+    def tuned(autotuner: Any, *args: Any, **kwargs: Any) -> Any:
+        first, cache = len(emulator.launches), autotuner.cache
+        autotuner.cache = emulator.tuned.setdefault(id(autotuner), {})
+        try:
+            return run(autotuner, *args, **kwargs)
+        finally:
+            autotuner.cache = cache
+            for launch in emulator.launches[first:]:
+                launch.configuration = str(autotuner.best_config)
+
+    return tuned
 
 
 def _set_variable(name: str, value: str | None) -> None:
@@ -533,6 +604,7 @@ def emulate(
                 lambda self, src, metadata, opt, capability: src.encode(),
             )
         )
+        stack.enter_context(patch.object(Autotuner, "run", _tuned(emulator, Autotuner.run)))
         active_driver.set_active(Driver(emulator))
         stack.callback(setattr, active_driver, "_active", before)
         stack.enter_context(_Unwritten(emulator))

@@ -23,7 +23,8 @@ from torchpar.ptx.machine import LIMIT, Block, Schedule, decode
 from torchpar.ptx.memory import Allocation, Events, Space
 from torchpar.ptx.parse import Kernel, PtxError, parse
 
-FIRST_ADDRESS, GAP = 0x7F0000000000, 2**20
+# The memory of the launches has addresses that no process has; between allocations are gaps.
+FIRST_ADDRESS, GAP = 2**56, 2**20
 
 
 @lru_cache(8)

@@ -15,6 +15,7 @@ work in this way (Flanagan and Freund, "FastTrack", PLDI 2009). An element keeps
 not know each other. Of further ones some are forgotten, so that other schedules may notice more.
 """
 
+from bisect import bisect_right, insort
 from collections.abc import Iterator
 from typing import Any
 
@@ -180,6 +181,11 @@ class Allocation:
         self.acquired: dict[int, int] = {}  # the event of the last fence for each of these
         self.index: Any = None  # a function that names the element at an offset
 
+    @property
+    def end(self) -> int:
+        """The first address behind it."""
+        return self.base + self.size
+
     def content(self) -> Any:
         """Return the bytes that belong to it, without those that pad them."""
         return self.data[self.start - self.base : self.size]
@@ -220,20 +226,28 @@ class Space:
 
     def __init__(self, name: str):
         self.name = name
-        self.allocations: list[Allocation] = []
+        self.allocations: list[Allocation] = []  # in the order of their addresses
         self.last: Allocation | None = None
         self.find: Any = None  # of an address in no allocation: another allocation, or None
 
     def add(self, allocation: Allocation) -> Allocation:
-        self.allocations.append(allocation)
+        insort(self.allocations, allocation, key=lambda one: one.start)
         return allocation
 
+    def known(self, address: int) -> Allocation | None:
+        """Return the allocation that has the address."""
+        after = bisect_right(self.allocations, address, key=lambda one: one.start)
+        before = self.allocations[after - 1] if after else None
+        return before if before is not None and address < before.end else None
+
+    def overlapping(self, start: int, end: int) -> list[Allocation]:
+        """Return the allocations that have one of the addresses from ``start`` to ``end``."""
+        return [one for one in self.allocations if one.start < end and start < one.end]
+
     def at(self, address: int) -> Allocation | None:
-        for one in self.allocations:
-            if one.start <= address < one.base + one.size:
-                return one
-        found: Allocation | None = self.find(address) if self.find is not None else None
-        return found
+        """Return the allocation that has the address, also one that must be found first."""
+        found = self.known(address)
+        return found if found is not None or self.find is None else self.find(address)
 
     def locate(self, addresses: Any, width: int, line: int) -> tuple[Allocation, Rows]:
         """Return the allocation of all addresses, and their positions in units of ``width``.
@@ -245,7 +259,7 @@ class Space:
             return self.allocations[0], addresses
         first = int(addresses.flat[0])
         last = self.last
-        if last is None or not last.start <= first < last.base + last.size:
+        if last is None or not last.start <= first < last.end:
             self.last = last = self.at(first)
         if last is None:
             raise PtxError(line, self.outside(first, width))

@@ -70,6 +70,7 @@ class Launch:
         shared: bytes of shared memory of a program.
         seconds: that executing it took, under all schedules.
         instructions: of warps that were executed, under all schedules.
+        configuration: that an autotuner has chosen, the first one it has.
         printed: by ``tl.device_print``.
         ptx: the text that was executed.
     """
@@ -81,15 +82,17 @@ class Launch:
     shared: int
     seconds: float = 0.0
     instructions: int = 0
+    configuration: str = ""
     printed: list[str] = field(default_factory=list)
     ptx: str = field(default="", repr=False)
 
     def __str__(self) -> str:
         grid = "×".join(map(str, self.grid))
-        return (
+        text = (
             f"{self.kernel}[{grid}] for {self.arch}: {self.warps} warps, {self.shared:,} bytes of "
             f"shared memory, {self.instructions:,} instructions of warps, {self.seconds:.2f} s"
         )
+        return f"{text}; autotuned: {self.configuration}" if self.configuration else text
 
 
 @dataclass
