@@ -128,9 +128,10 @@ class Emulator(gpu.Gpu):
         made = Allocation(f"{name} ({dtype} {list(t.shape)})", base, end - base, unit, data, start)
         if (start, end) == (storage.address, storage.end):
             made.index = _index_of(t, name)
-        for one in (storage, *(s for s, place in self._places.items() if place in overlapping)):
-            self._places[one] = made
-            self._mark_unwritten(one, made)
+        merged = [other for other, place in self._places.items() if place in overlapping]
+        for member in (storage, *merged):
+            self._places[member] = made
+            self._mark_unwritten(member, made)
         if self._saves:
             self._before.append((made, made.content().copy()))
         return self.space.add(made)
@@ -141,9 +142,9 @@ class Emulator(gpu.Gpu):
         If one of these bytes has changed, then the host has written them by other means than
         PyTorch's operators, such as NumPy, or another tensor has the address now.
         """
-        mask = self.unwritten.get(storage, False)
-        if mask is False:
+        if storage not in self.unwritten:
             return
+        mask = self.unwritten[storage]
         offset = storage.address - place.base
         held = place.data[offset : offset + storage.nbytes]
         if ((held if mask is None else held[mask]) != POISON).any():
