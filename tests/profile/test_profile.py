@@ -198,3 +198,16 @@ def test_a_recorder_measures_memory_in_the_first_step_and_times_from_the_third_o
     names = [[span.name for span in step.spans] for step in found.steps]
     assert names == [["data", "forward", "backward", "optimizer"]] * 3
     assert found.machine["torch"] == torch.__version__.partition("+")[0]
+
+
+def test_a_loop_that_is_left_early_counts_its_last_step():
+    model = torch.nn.Linear(2, 2)
+    with Recorder(model, torch.optim.SGD(model.parameters(), 0.1)) as recorder:
+        before = recorder.record()
+        for number, x in enumerate(recorder.steps(torch.ones(9, 4, 2))):
+            model(x).sum().backward()
+            if number == 4:
+                break
+    assert {"gradients", "activations"}.isdisjoint(before.memory)  # of no step
+    assert len(recorder.record().steps) == 3  # without the first two
+    assert {"gradients", "activations"} <= set(recorder.record().memory)

@@ -102,8 +102,10 @@ class Phases:
         """Count the block as "forward" until its backward pass or pipeline, and from there as
         "optimizer"."""
         self._begin("forward")
-        yield
-        self.end_step()
+        try:
+            yield
+        finally:
+            self.end_step()
 
     def end_step(self) -> None:
         """Count nothing more of the current step, whose block has not ended yet."""
@@ -138,8 +140,10 @@ class Phases:
             self._end()
             self._begin("optimizer")
         start, counted = self._now(), sum(self.seconds.values())
-        yield
-        self._add(name, start, counted)
+        try:
+            yield
+        finally:
+            self._add(name, start, counted)
 
     def _begin(self, name: str) -> None:
         self._current, self._since = name, self._now()

@@ -89,7 +89,9 @@ class Recorder:
     def record(self) -> RankRecord:
         """Return what has been recorded on this rank."""
         world, memory = self._world, self._memory.measured()
-        if not self._activations:
+        if self._is_first:  # no step was measured, of a run that was complete
+            del memory["gradients"]
+        if self._is_first or not self._activations:
             del memory["activations"]
         place = {}
         if world is not None:
