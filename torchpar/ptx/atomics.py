@@ -13,7 +13,7 @@ import numpy as np
 
 from torchpar.ptx.arithmetic import larger
 from torchpar.ptx.machine import Run, Warp, action, instruction
-from torchpar.ptx.parse import Instruction, flat
+from torchpar.ptx.parse import Instruction, flat, qualifiers
 from torchpar.ptx.registers import DTYPES, HALVES, PAIRS, Values, decode, encode, reader, writer
 
 Function = Callable[[Values, Values], Values]  # of the old value and the operand
@@ -35,24 +35,6 @@ OF_FLOATS: dict[str, Function] = {
     "max": larger,
     "min": lambda a, b: -larger(-a, -b),
 }
-ORDERS = {"relaxed", "acquire", "release", "acq_rel"}
-# What does not change an access to memory: hints for caches, and scopes.
-HINTS = {"ca", "cg", "cs", "cv", "lu", "wb", "wt", "nc", "weak", "cta", "gpu", "sys", "noftz"}
-
-
-def qualifiers(i: Instruction) -> tuple[list[str], str, bool]:
-    """Split an access's parts: what is left but hints, its order, and whether it is in `shared`."""
-    order, shared, rest = "", False, []
-    for part in i.parts[1:]:
-        if part in ORDERS or part == "volatile":
-            order = part
-        elif part.partition("::")[0] in ("L1", "L2", "evict_first") or part in HINTS:
-            continue
-        elif part.partition("::")[0] == "shared":
-            shared = True
-        elif part != "global":
-            rest.append(part)
-    return rest, order, shared
 
 
 @instruction("atom")

@@ -9,10 +9,10 @@ import numpy as np
 import triton
 
 from torchpar.ptx import taint
-from torchpar.ptx.atomics import after_access, before_access, qualifiers
+from torchpar.ptx.atomics import after_access, before_access
 from torchpar.ptx.machine import Operation, Run, Warp, action, instruction
 from torchpar.ptx.memory import Space
-from torchpar.ptx.parse import Instruction, PtxError, Register, flat
+from torchpar.ptx.parse import Instruction, PtxError, Register, flat, qualifiers
 from torchpar.ptx.registers import DTYPES, reader, writer
 
 # Triton 3.6 makes no proxy fence between cp.async and a wgmma that reads what was copied, where a

@@ -21,6 +21,7 @@ from torchpar.ptx import (  # noqa: F401
 )
 from torchpar.ptx.machine import LIMIT, Block, Schedule, decode
 from torchpar.ptx.memory import Allocation, Events, Space
+from torchpar.ptx.native import LaunchState, program_of
 from torchpar.ptx.parse import Kernel, PtxError, parse
 
 # The memory of the launches has addresses that no process has; between allocations are gaps.
@@ -100,8 +101,12 @@ class Gpu:
         elif self.schedule.order == "random":
             self.random.shuffle(blocks)
         self.events, self.released = Events(), {}
+        program = program_of(self.kernel)
+        self.core = LaunchState(program, self.events, self.space) if program else None
         with np.errstate(all="ignore"):
             self._run(blocks)
+        if self.core is not None:
+            self.executed.update(np.flatnonzero(self.core.executions).tolist())
         for allocation in self.space.allocations:
             allocation.end_launch()
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from torchpar.ptx import taint
 from torchpar.ptx.memory import Allocation, Events, Knowledge, Space, merge
+from torchpar.ptx.native import BlockState
 from torchpar.ptx.parse import Instruction, Kernel, PtxError, Register, Symbol, flat
 from torchpar.ptx.registers import (
     ALL,
@@ -23,6 +24,7 @@ from torchpar.ptx.registers import (
     SHARED_BASE,
     UNWRITTEN,
     Cause,
+    Registers,
     Tainted,
     Unready,
     reader,
@@ -220,7 +222,8 @@ class Warp:
 
     def __init__(self, index: int, block: "Block"):
         self.index, self.block = index, block
-        self.registers: list[Any] = [UNWRITTEN] * len(block.gpu.kernel.registers)
+        self.registers: Any = Registers([UNWRITTEN] * len(block.gpu.kernel.registers))
+        self.core: Any = None  # which executes common instructions in C
         self.pc = 0
         self.active = ALL  # the threads at `pc`
         self.parked: dict[int, Any] = {}  # the others, by their program counters
@@ -235,7 +238,7 @@ class Warp:
         # committed.
         self.groups: defaultdict[Any, list[list[Operation]]] = defaultdict(lambda: [[]])
         self.last_product: Operation | None = None
-        self.fence: list[Any] = []  # the registers at the last wgmma.fence
+        self.fence: Any = None  # the stamp of the registers at the last wgmma.fence
         self.knowledge = block.knowledge
         self.cause = NO_CAUSE  # why the last load is undefined
         self.arguments: dict[tuple[str, int], Any] = {}  # of a call, by their places
@@ -306,6 +309,12 @@ class Warp:
         }
         return np.full(32, alone[what])
 
+    def active_bits(self) -> int:
+        """Return the threads at the program counter as bits."""
+        if self.active is ALL:
+            return 2**32 - 1
+        return int(np.packbits(self.active, bitorder="little").view(np.uint32)[0])
+
     def lanes(self) -> Any:
         """The threads that execute the instruction."""
         return LANES if self.mask is ALL else LANES[self.mask]
@@ -327,11 +336,18 @@ class Warp:
     def advance(self, budget: int) -> None:
         """Run until the warp waits, ends, or has executed ``budget`` instructions."""
         gpu, instructions = self.block.gpu, self.block.gpu.kernel.instructions
-        for _ in range(budget):
+        left = budget
+        while left > 0:
             if self.parked:
                 self.park(self.pc, self.active)
                 self.pc = min(self.parked)
                 self.active = self.parked.pop(self.pc)
+            if self.core is not None:
+                done = self.core.run(self, left)
+                left -= done
+                if left == 0 or (done and self.parked):
+                    continue
+            left -= 1
             i, pc = instructions[self.pc], self.pc
             self.count += 1
             try:
@@ -435,6 +451,8 @@ class Block:
             self.local.add(Allocation("local memory", LOCAL_BASE, size))
         self.warps = [Warp(i, self) for i in range(warps)]
         # By barrier the warps that have arrived, and whether they wait.
+        if gpu.core is not None:
+            self.core = BlockState(gpu.core, self)
         self.at_barrier: dict[int, list[tuple[Warp, bool]]] = {}
         self.tensor_memory: Any = None  # of sm_100
         self.flying: list[Operation] = []  # asynchronous operations, some of which have completed

@@ -40,8 +40,12 @@ class Events:
     """The accesses of a launch, by their numbers: their block, agent, time and line."""
 
     def __init__(self) -> None:
-        self.lines = [0, 0]
-        self.what = ["the host", "nobody"]
+        self.count = 2
+        self.names = ["the host", "nobody"]  # of what accesses
+        self.numbers = {name: n for n, name in enumerate(self.names)}
+        self.view: Any = None  # for the core in C, which takes the arrays
+        self.lines = np.zeros(2**12, np.int32)
+        self.what = np.arange(2**12, dtype=np.int32)  # by their numbers
         self.agents = np.zeros(2**12, np.int32)
         self.times = np.zeros(2**12, np.int32)
         self.blocks = np.full(2**12, -1, np.int32)
@@ -51,15 +55,31 @@ class Events:
     def add(
         self, block: int, agent: int, time: int, line: int, what: str, atomic: bool = False
     ) -> int:
-        number = len(self.lines)
+        number = self.count
         if number == len(self.agents):
-            for name in ("agents", "times", "blocks", "atomic"):
-                setattr(self, name, np.concatenate([getattr(self, name)] * 2))
-        self.lines.append(line)
-        self.what.append(what)
+            self.grow()
+        self.count += 1
+        self.lines[number], self.what[number] = line, self.name(what)
         self.agents[number], self.times[number] = agent, time
         self.blocks[number], self.atomic[number] = block, atomic
         return number
+
+    def name(self, what: str) -> int:
+        """Return the number of a name."""
+        if what not in self.numbers:
+            self.numbers[what] = len(self.names)
+            self.names.append(what)
+        return self.numbers[what]
+
+    def who(self, number: int) -> str:
+        """Name what has accessed memory."""
+        return self.names[self.what[number]]
+
+    def grow(self) -> None:
+        for name in ("lines", "what", "agents", "times", "blocks", "atomic"):
+            setattr(self, name, np.concatenate([getattr(self, name)] * 2))
+        if self.view is not None:
+            self.view.update()
 
 
 class Knowledge:
@@ -75,6 +95,7 @@ class Knowledge:
         self.fenced = np.zeros((warps, 64), np.int32)
         self.times[range(warps), range(warps)] = 1
         self.foreign: list[dict[int, Any]] = [{} for _ in range(warps)]
+        self.address = self.times.ctypes.data  # for the core in C
 
     def add_agent(self, generic: bool) -> int:
         """Return the number of a new asynchronous operation, of which no warp knows."""
@@ -84,6 +105,7 @@ class Knowledge:
             self.times, self.fenced = (
                 np.hstack([a, np.zeros_like(a)]) for a in (self.times, self.fenced)
             )
+            self.address = self.times.ctypes.data
         if not generic:
             self.fenced[:, agent] = 2
         return agent
@@ -180,6 +202,12 @@ class Allocation:
         self.published: set[int] = set()  # the tensormaps in it, by their places
         self.acquired: dict[int, int] = {}  # the event of the last fence for each of these
         self.index: Any = None  # a function that names the element at an offset
+        self.view: Any = None  # for the core in C
+
+    def changed(self) -> None:
+        """Tell the core that one of the arrays is another one, or a barrier was made."""
+        if self.view is not None:
+            self.view.update()
 
     @property
     def end(self) -> int:
@@ -196,6 +224,7 @@ class Allocation:
         self.writes, self.reads = (np.repeat(a, count) for a in (self.writes, self.reads))
         if self.others is not None:
             self.others = np.repeat(self.others, count)
+        self.changed()
 
     def shadow(self, array: Any, width: int) -> Any:
         """Return a view of ``array`` with a row for each ``width`` bytes."""
@@ -213,6 +242,7 @@ class Allocation:
         self.writes[self.writes != UNWRITTEN] = GIVEN
         self.reads[:] = GIVEN
         self.others = None
+        self.changed()
 
     def where(self, offset: int) -> str:
         """Name the element at ``offset``."""
@@ -229,9 +259,12 @@ class Space:
         self.allocations: list[Allocation] = []  # in the order of their addresses
         self.last: Allocation | None = None
         self.find: Any = None  # of an address in no allocation: another allocation, or None
+        self.view: Any = None  # for the core in C
 
     def add(self, allocation: Allocation) -> Allocation:
         insort(self.allocations, allocation, key=lambda one: one.start)
+        if self.view is not None:
+            self.view.update()
         return allocation
 
     def known(self, address: int) -> Allocation | None:
@@ -447,7 +480,7 @@ class Space:
         elif fence and not all_true(fenced := warp.knowledge.is_fenced(warp.index, writers)):
             number = int(writers[~fenced][0])
             events = warp.block.gpu.events
-            what = f"reads what {events.what[number]} wrote (line {events.lines[number]})"
+            what = f"reads what {events.who(number)} wrote (line {events.lines[number]})"
             message = f"{what}, which needs a fence between the proxies"
             warp.block.gpu.fault("error", "missing fence", line, message, warp)
         return place, rows
@@ -488,6 +521,7 @@ class Space:
             if not all_true(known):
                 if place.others is None:
                     place.others = np.zeros_like(place.reads)
+                    place.changed()
                 others = place.shadow(place.others, width)
                 kept = others[rows]
                 replaced = ~known & warp.knowledge.knows(warp.index, kept)
@@ -603,7 +637,7 @@ class Space:
             return Cause("uninitialised memory", f"{where} was not written before", line)
         is_mine = events.blocks[number] == warp.block.number
         name = "race" if is_mine else "race between programs"
-        who = events.what[number] if is_mine else f"{events.what[number]} of another program"
+        who = events.who(number) if is_mine else f"{events.who(number)} of another program"
         message = f"{where} is written by {who} (line {events.lines[number]}), not waited for"
         return Cause(name, message, line, bool(is_mine) and not events.atomic[number])
 
@@ -633,7 +667,7 @@ class Space:
         events = gpu.events
         is_mine = events.blocks[number] == warp.block.number
         name = "race" if is_mine else "race between programs"
-        who = events.what[number] if is_mine else f"{events.what[number]} of another program"
+        who = events.who(number) if is_mine else f"{events.who(number)} of another program"
         message = f"race: {where} is {other} by {who} (line {events.lines[number]}), not waited for"
         # The value that was read may be one that nobody uses: Triton has copies in several warps.
         is_weak = self.is_deferred and other == "read" and is_mine

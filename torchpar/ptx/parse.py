@@ -13,6 +13,9 @@ IGNORED = re.compile(r"//.*$|^\s*\.(?:loc|file|pragma|section)\b.*$", re.MULTILI
 STATEMENT = re.compile(r"\s*(?:([{}])|([\w$]+):(?!:)|([^;{}]*(?:\{[^}]*\}[^;{}]*)*);)")
 STACK = re.compile(r"(\w+)\[(\d+)\]")
 CONSTANT = re.compile(r"\.(?:global|const)[^;=]*\.b8\s+(\w+)\[\d*\]\s*=\s*\{([^}]*)\}")
+ORDERS = {"relaxed", "acquire", "release", "acq_rel"}
+# What does not change an access to memory: hints for caches, and scopes.
+HINTS = {"ca", "cg", "cs", "cv", "lu", "wb", "wt", "nc", "weak", "cta", "gpu", "sys", "noftz"}
 OPERAND = re.compile(r"\[[^\]]*\]|\{[^}]*\}|[^,\s|]+(?:\s*\+\s*\d+)?")
 
 
@@ -89,6 +92,22 @@ class Kernel:
     constants: dict[str, bytes] = field(default_factory=dict)  # texts, in global memory
     locals: dict[str, int] = field(default_factory=dict)  # offsets in a thread's stack
     local_bytes: int = 0  # of a thread's stack
+    program: Any = None  # for the core in C
+
+
+def qualifiers(i: Instruction) -> tuple[list[str], str, bool]:
+    """Split an access's parts: what is left but hints, its order, and whether it is in `shared`."""
+    order, shared, rest = "", False, []
+    for part in i.parts[1:]:
+        if part in ORDERS or part == "volatile":
+            order = part
+        elif part.partition("::")[0] in ("L1", "L2", "evict_first") or part in HINTS:
+            continue
+        elif part.partition("::")[0] == "shared":
+            shared = True
+        elif part != "global":
+            rest.append(part)
+    return rest, order, shared
 
 
 class PtxError(Exception):

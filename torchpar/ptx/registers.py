@@ -77,6 +77,17 @@ class Tainted:
 UNWRITTEN = Unready()
 
 
+class Registers(list[Any]):
+    """The registers of a warp, by their numbers."""
+
+    def stamp(self) -> list[Any]:
+        """Return what tells later which registers have been written since."""
+        return list(self)
+
+    def is_unchanged(self, index: int, stamp: list[Any]) -> bool:
+        return self[index] is stamp[index]
+
+
 def decode(kind: str, bits: Values) -> Values:
     """The numbers that ``bits`` stand for. Halves become float32, and pairs two rows, the lower one
     first."""

@@ -203,7 +203,7 @@ class Matrix:
 
 @action("wgmma.fence.sync.aligned", whole=True)
 def _fence(warp: Warp, i: Instruction) -> None:
-    warp.fence = list(warp.registers)
+    warp.fence = warp.registers.stamp()
 
 
 class Product(Operation):
@@ -237,7 +237,7 @@ class Product(Operation):
             for n in (*self.taken, *(self.to if adds else []))
             if not isinstance(registers[n], Unready)
         ]
-        if not all(warp.fence and registers[n] is warp.fence[n] for n in ready):
+        if warp.fence is None or not all(registers.is_unchanged(n, warp.fence) for n in ready):
             raise PtxError(i.line, "takes a register that was written after the last wgmma.fence")
         if any(isinstance(one, Unready) for one in self.taken.values()) or UNWRITTEN in (
             self.sums or []

@@ -54,7 +54,7 @@ class TensorMemory:
             message = "reads tensor memory that was not written"
             gpu.fault("error", "uninitialised memory", line, message, warp)
             return
-        what = f"{gpu.events.what[number]} (line {gpu.events.lines[number]})"
+        what = f"{gpu.events.who(number)} (line {gpu.events.lines[number]})"
         message = f"race: tensor memory is written by {what}, not waited for"
         gpu.fault("error", "race", line, message, warp)
 
@@ -189,7 +189,7 @@ class Product(Operation):
         """Operands that an earlier product writes are in order; others must be known."""
         writers = self.memory.writers[places]
         events = warp.block.gpu.events
-        of_products = np.array([events.what[n].startswith("a product") for n in writers.flat])
+        of_products = np.array([events.who(int(n)).startswith("a product") for n in writers.flat])
         others = writers.reshape(-1)[~of_products]
         known = warp.knowledge.knows(warp.index, others)
         if not known.all():

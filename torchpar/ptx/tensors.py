@@ -65,6 +65,7 @@ def barrier_at(warp: Warp, address: Any, line: int) -> Barrier:
 def _init(warp: Warp, i: Instruction, address: Any, count: Any) -> None:
     warp.block.shared.store(warp, address, np.zeros((1, 8), np.uint8), i.line)
     warp.block.memory.barriers[int(address[0]) - SHARED_BASE] = Barrier(i.line, int(count[0]))
+    warp.block.memory.changed()
 
 
 @action("mbarrier.inval.shared::cta.b64", single=True)
@@ -73,6 +74,7 @@ def _invalidate(warp: Warp, i: Instruction, address: Any) -> None:
     if barrier.copies or barrier.pending != barrier.count:
         raise PtxError(i.line, f"the mbarrier of line {barrier.line} is in use")
     del warp.block.memory.barriers[int(address[0]) - SHARED_BASE]
+    warp.block.memory.changed()
 
 
 @action(

@@ -1,0 +1,566 @@
+# SPDX-License-Identifier: MIT
+"""The core in C (core.c): build it once, encode kernels for it, and run warps by it.
+
+It executes the common instructions of a warp, and leaves the others, and whatever may be a fault,
+to `machine`. Without a C compiler `machine` executes all of them. TORCHPAR_PTX=python has the same
+effect.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from torchpar.ptx.parse import (
+    Address,
+    Constant,
+    Instruction,
+    Kernel,
+    Register,
+    Symbol,
+    flat,
+    qualifiers,
+)
+from torchpar.ptx.registers import DTYPES, SHARED_BASE, UNWRITTEN
+
+if TYPE_CHECKING:
+    from torchpar.ptx.machine import Block, Warp
+    from torchpar.ptx.memory import Allocation, Events, Space
+
+SOURCE = Path(__file__).with_name("core.c")
+FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC")
+ROW, OPERANDS, ALL_LANES, NO_LIMIT = 256, 16, 2**32 - 1, 2**31 - 1
+BUDGET, PYTHON, GROW, REACHED = range(4)  # why `run` returns
+(
+    LEFT,
+    ELEMENTWISE,
+    BRANCH,
+    LOAD,
+    STORE,
+    SHUFFLE,
+    PACK,
+    LOAD_MATRIX,
+    PRODUCT,
+    NOTHING,
+) = range(10)
+IN_ROW, IN_LIST = 1, 2
+SPACES = {"global": 0, "shared": 1, "local": 2}
+
+
+class _Instruction(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("kind", "guard", "target", "line")),
+        *((name, ctypes.c_int32) for name in ("results", "sources")),
+        ("to", ctypes.c_int32 * OPERANDS),
+        ("from_", ctypes.c_int32 * OPERANDS),
+        ("offset", ctypes.c_int64),
+        ("function", ctypes.c_void_p),
+        *((name, ctypes.c_uint8) for name in ("negated", "whole", "flush", "space")),
+        *((name, ctypes.c_uint8) for name in ("width", "is_signed", "mode", "transposed")),
+    )
+
+
+class _Allocation(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_uint64) for name in ("start", "base", "end")),
+        *((name, ctypes.c_void_p) for name in ("data", "writes", "reads", "others", "barriers")),
+        *((name, ctypes.c_int32) for name in ("unit", "barrier_count")),
+    )
+
+
+class _Space(ctypes.Structure):
+    _fields_ = (
+        ("allocations", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("last", ctypes.c_void_p),
+    )
+
+
+class _Events(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("lines", "what", "agents", "times", "blocks")),
+        ("atomic", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("count", "capacity")),
+    )
+
+
+class _Warp(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("program", "rows", "states", "versions", "widths")),
+        *((name, ctypes.c_void_p) for name in ("executions", "events")),
+        ("spaces", ctypes.c_void_p * 3),
+        ("times", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("count", "stores")),
+        *((name, ctypes.c_int32) for name in ("pc", "block", "index", "knows_others")),
+        *((name, ctypes.c_int32) for name in ("load_name", "store_name")),
+        ("active", ctypes.c_uint32),
+    )
+
+
+@lru_cache(1)
+def library() -> ctypes.CDLL | None:
+    """Return the compiled core, or None where Python executes everything."""
+    if os.environ.get("TORCHPAR_PTX") == "python":
+        return None
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
+    path = _path(compiler or "")
+    if not path.exists():
+        if compiler is None or not _build(compiler, path):
+            print(
+                "torchpar.ptx: no C compiler, so that Python executes kernels, slowly", flush=True
+            )
+            return None
+    core = ctypes.CDLL(str(path))
+    core.run.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32)
+    core.function_of.restype = ctypes.c_void_p
+    return core
+
+
+def _path(compiler: str) -> Path:
+    """Return where the core is kept, by its source and the machine's processor."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "torchpar" / "core"
+    features = ""
+    if (info := Path("/proc/cpuinfo")).exists():
+        lines = info.read_text().splitlines()
+        features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    told = "\n".join([SOURCE.read_text("utf-8"), compiler, platform.machine(), features, *FLAGS])
+    return cache / f"core-{hashlib.sha256(told.encode()).hexdigest()[:16]}.so"
+
+
+def _build(compiler: str, path: Path) -> bool:
+    print("torchpar.ptx: compiles its core, once", file=sys.stderr, flush=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder) / path.name
+        command = [compiler, *FLAGS, "-o", str(made), str(SOURCE), "-lm"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except OSError:
+            return False
+        if done.returncode:
+            print(done.stderr, file=sys.stderr)
+            return False
+        made.replace(path)  # at once, for other processes that look for it
+    return True
+
+
+class Program:
+    """A kernel's instructions for the core, and the rows of its constants and special registers."""
+
+    def __init__(self, kernel: Kernel, core: ctypes.CDLL):
+        self.core, self.kernel = core, kernel
+        self.widths = [DTYPES[kind].itemsize for kind in kernel.registers]
+        self.constants: dict[tuple[int, int], int] = {}  # rows by bits and width
+        self.specials: dict[tuple[str, int], int] = {}  # rows by name and width
+        # A row whose address space differs by kernel is found again by its names.
+        self.instructions = (_Instruction * len(kernel.instructions))()
+        for code, i in zip(self.instructions, kernel.instructions, strict=True):
+            self._encode(code, i)
+        self.width_array = np.array(self.widths, np.uint8)
+        self.rows = np.zeros((len(self.widths), ROW), np.uint8)
+        for (bits, width), row in self.constants.items():
+            self.rows[row, : 32 * width] = np.frombuffer(
+                bits.to_bytes(width, "little") * 32, np.uint8
+            )
+        count = len(kernel.registers)
+        self.states = np.full(len(self.widths), IN_ROW, np.uint8)
+        self.states[:count] = IN_LIST
+        self.addresses = (
+            ctypes.addressof(self.instructions),
+            self.width_array.ctypes.data,
+        )
+
+    # Operands
+
+    def _row(self, operand: Any, width: int) -> int:
+        """Return the row of an operand of ``width`` bytes.
+
+        Raises:
+            LookupError: it has none.
+        """
+        if isinstance(operand, Register):
+            if self.widths[operand.index] != width:
+                raise LookupError
+            return operand.index
+        if isinstance(operand, Constant):
+            # A predicate is 0 or 1.
+            bits = operand.bits % 2 ** (8 * width) if width > 1 else int(operand.bits != 0)
+            return self._new(self.constants, (bits, width), width)
+        if not isinstance(operand, Symbol) or operand.name == "_":
+            raise LookupError
+        if operand.name == "global_smem":
+            return self._new(self.constants, (SHARED_BASE + operand.offset, width), width)
+        is_known = operand.name in (*self.kernel.parameters, *self.kernel.constants)
+        is_known |= operand.name in self.kernel.locals
+        is_known |= operand.name.startswith(("%tid", "%ctaid", "%ntid", "%nctaid", "%laneid"))
+        if not is_known or operand.offset:
+            raise LookupError
+        return self._new(self.specials, (operand.name, width), width)
+
+    def _new(self, rows: dict[Any, int], key: Any, width: int) -> int:
+        if key not in rows:
+            rows[key] = len(self.widths)
+            self.widths.append(width)
+        return rows[key]
+
+    # Instructions
+
+    def _encode(self, code: _Instruction, i: Instruction) -> None:
+        """Fill in ``code``; what the core does not know is left to Python."""
+        code.kind, code.line, code.target, code.whole = LEFT, i.line, i.target, i.whole
+        code.guard, code.negated = (-1 if i.guard is None else i.guard.index), i.negated
+        encode = self.ENCODERS.get(i.parts[0], Program._elementwise)
+        try:
+            kind = encode(self, code, i)
+        except LookupError:
+            return
+        code.kind = kind
+
+    def _operands(self, code: _Instruction, to: Iterable[int], sources: Iterable[int]) -> None:
+        results, given = list(to), list(sources)
+        if max(len(results), len(given)) > OPERANDS:
+            raise LookupError
+        code.results, code.sources = len(results), len(given)
+        code.to[: len(results)] = results
+        code.from_[: len(given)] = given
+
+    def _elementwise(self, code: _Instruction, i: Instruction) -> int:
+        parts = [part for part in i.parts if part != "ftz"]
+        if i.parts[0] != "cvt":
+            parts = [part for part in parts if part != "rn"]
+        return self._apply(code, ".".join(parts), i.operands, "ftz" in i.parts)
+
+    def _apply(
+        self, code: _Instruction, name: str, operands: list[Any], flush: bool = False
+    ) -> int:
+        widths = (ctypes.c_uint8 * 4)()
+        entry = self.core.entry_of(name.encode(), widths)
+        expected = [width for width in widths if width]
+        if entry < 0 or len(operands) != len(expected):
+            raise LookupError
+        if name.startswith(("bfe", "prmt")) and not isinstance(operands[-1], Constant):
+            raise LookupError
+        if name.startswith("bfe"):
+            start, count = (one.bits for one in operands[2:])
+            if not 0 < count <= 8 * expected[0] - start:
+                raise LookupError
+        if not isinstance(operands[0], Register):
+            raise LookupError
+        to, *sources = map(self._row, operands, expected)
+        self._operands(code, [to], sources)
+        code.flush, code.function = flush, self.core.function_of(entry)
+        return ELEMENTWISE
+
+    def _move(self, code: _Instruction, i: Instruction) -> int:
+        if not any(isinstance(one, list) for one in i.operands):
+            return self._elementwise(code, i)
+        total = DTYPES[i.parts[1]].itemsize
+        to, source = (flat(one) for one in i.operands)
+        width = total // len(source)
+        sources = [self._row(one, width) for one in source]
+        code.width = total // len(to)
+        results = [-1 if one == Symbol("_") else self._row(one, code.width) for one in to]
+        self._operands(code, results, sources)
+        return PACK
+
+    def _branch(self, code: _Instruction, i: Instruction) -> int:
+        if i.target < 0:
+            raise LookupError
+        return BRANCH
+
+    def _load(self, code: _Instruction, i: Instruction) -> int:
+        to, source = i.operands
+        if i.parts[1] == "param":
+            if not isinstance(source.base, Symbol) or len(i.parts) != 3:
+                raise LookupError
+            name = f"mov.b{8 * DTYPES[i.parts[2]].itemsize}"
+            return self._apply(code, name, [to, source.base])
+        self._access(code, i, len(flat(to)))
+        results = [-1 if one == Symbol("_") else one.index for one in flat(to)]
+        if any(row >= 0 and self.widths[row] < code.width for row in results):
+            raise LookupError
+        self._operands(code, results, [self._base(code, source)])
+        return LOAD
+
+    def _store(self, code: _Instruction, i: Instruction) -> int:
+        to, source = i.operands
+        self._access(code, i, len(flat(source)))
+        values = [
+            one.index if isinstance(one, Register) else self._row(one, code.width)
+            for one in flat(source)
+        ]
+        if any(self.widths[row] < code.width for row in values):
+            raise LookupError
+        self._operands(code, [], [self._base(code, to), *values])
+        return STORE
+
+    def _access(self, code: _Instruction, i: Instruction, count: int) -> None:
+        (*rest, kind), order, in_shared = qualifiers(i)
+        in_local = rest[:1] == ["local"]
+        dtype = DTYPES.get(kind)
+        if order or dtype is None or rest[in_local:] != [f"v{count}"] * (count > 1):
+            raise LookupError
+        code.space = SPACES["shared" if in_shared else "local" if in_local else "global"]
+        code.width, code.is_signed = dtype.itemsize, dtype.kind == "i"
+
+    def _base(self, code: _Instruction, address: Any) -> int:
+        if not isinstance(address, Address) or address.coordinates:
+            raise LookupError
+        code.offset = address.offset
+        if isinstance(address.base, Register):
+            return address.base.index
+        return self._row(address.base, 4 if address.base == Symbol("global_smem") else 8)
+
+    def _shuffle(self, code: _Instruction, i: Instruction) -> int:
+        source, lane, clamp, members = i.operands[-4:]
+        targets = [one for operand in i.operands[:-4] for one in flat(operand)]
+        modes = ("up", "down", "bfly", "idx")
+        if members != Constant(-1) or i.parts[2] not in modes or i.parts[3] != "b32":
+            raise LookupError
+        code.mode = modes.index(i.parts[2])
+        results = [self._row(one, width) for one, width in zip(targets, (4, 1), strict=False)]
+        self._operands(code, results, [self._row(one, 4) for one in (source, lane, clamp)])
+        return SHUFFLE
+
+    def _load_matrix(self, code: _Instruction, i: Instruction) -> int:
+        to, source = i.operands
+        results = [self._row(one, 4) for one in flat(to)]
+        self._operands(code, results, [self._base(code, source)])
+        code.space, code.transposed = SPACES["shared"], "trans" in i.parts
+        return LOAD_MATRIX
+
+    def _product(self, code: _Instruction, i: Instruction) -> int:
+        if i.parts[3:] not in (
+            ["m16n8k16", "row", "col", "f32", kind, kind, "f32"] for kind in ("f16", "bf16")
+        ):
+            raise LookupError
+        to, *sources = ([self._row(one, 4) for one in operand] for operand in i.operands)
+        self._operands(code, to, [one for each in sources for one in each])
+        code.mode = i.parts[7] == "f16"
+        return PRODUCT
+
+    def _nothing(self, code: _Instruction, i: Instruction) -> int:
+        if i.opcode != "bar.warp.sync":
+            raise LookupError
+        return NOTHING
+
+    ENCODERS: ClassVar[dict[str, Any]] = {
+        "mov": _move,
+        "bra": _branch,
+        "ld": _load,
+        "st": _store,
+        "shfl": _shuffle,
+        "ldmatrix": _load_matrix,
+        "mma": _product,
+        "bar": _nothing,
+    }
+
+
+def program_of(kernel: Kernel) -> Program | None:
+    """Return the kernel for the core, if there is one."""
+    core = library()
+    if core is None:
+        return None
+    if kernel.program is None:
+        kernel.program = Program(kernel, core)
+    found: Program = kernel.program
+    return found
+
+
+class Registers:
+    """The registers of a warp: a row of the core, or an object in a list, or both.
+
+    Objects of Python, such as `registers.Tainted`, are in the list alone.
+    """
+
+    def __init__(self, dtypes: list[Any], rows: Any, states: Any, versions: Any):
+        self.dtypes, self.rows, self.states, self.versions = dtypes, rows, states, versions
+        self.held: list[Any] = [UNWRITTEN] * len(dtypes)
+
+    def __getitem__(self, index: int) -> Any:
+        if self.states[index] & IN_LIST:
+            return self.held[index]
+        dtype = self.dtypes[index]
+        value = self.rows[index, : 32 * dtype.itemsize].view(dtype).copy()
+        self.held[index] = value
+        self.states[index] |= IN_LIST
+        return value
+
+    def __setitem__(self, index: int, value: Any) -> None:
+        self.held[index] = value
+        self.versions[index] += 1
+        if isinstance(value, np.ndarray):
+            dtype = self.dtypes[index]
+            self.rows[index, : 32 * dtype.itemsize].view(dtype)[:] = value
+            self.states[index] = IN_ROW | IN_LIST
+        else:
+            self.states[index] = IN_LIST
+
+    def stamp(self) -> Any:
+        """Return what tells later which registers have been written since."""
+        return self.versions.copy()
+
+    def is_unchanged(self, index: int, stamp: Any) -> bool:
+        return bool(self.versions[index] == stamp[index])
+
+
+class LaunchState:
+    """What the core knows of a launch: its events and its global memory."""
+
+    def __init__(self, program: Program, events: "Events", space: "Space"):
+        self.program = program
+        self.dtypes = [DTYPES[kind] for kind in program.kernel.registers]
+        self.events, self.space = EventsView(events), SpaceView(space)
+        self.executions = np.zeros(len(program.kernel.instructions), np.uint64)
+        self.rows: Any = None  # with the special registers that all blocks share
+
+
+class EventsView:
+    """`memory.Events` for the core."""
+
+    def __init__(self, events: "Events"):
+        self.events, self.struct = events, _Events()
+        events.view = self
+        self.update()
+
+    def update(self) -> None:
+        for name in ("lines", "what", "agents", "times", "blocks", "atomic"):
+            setattr(self.struct, name, getattr(self.events, name).ctypes.data)
+        self.struct.capacity = len(self.events.lines)
+
+
+class AllocationView:
+    """A `memory.Allocation` for the core."""
+
+    def __init__(self, allocation: "Allocation"):
+        self.allocation, self.struct = allocation, _Allocation()
+        allocation.view = self
+        self.update()
+
+    def update(self) -> None:
+        """Take its arrays anew, some of which have been replaced."""
+        struct, one = self.struct, self.allocation
+        struct.start, struct.base, struct.end = one.start, one.base, one.end
+        struct.data, struct.writes = one.data.ctypes.data, one.writes.ctypes.data
+        struct.reads = one.reads.ctypes.data
+        struct.others = None if one.others is None else one.others.ctypes.data
+        struct.unit, struct.barrier_count = one.unit, len(one.barriers)
+        self.barriers = np.array(list(one.barriers), np.int64)
+        struct.barriers = self.barriers.ctypes.data
+
+
+class SpaceView:
+    """A `memory.Space` for the core."""
+
+    def __init__(self, space: "Space"):
+        self.space, self.struct = space, _Space()
+        space.view = self
+        self.update()
+
+    def update(self) -> None:
+        """Take its allocations anew."""
+        views = [one.view or AllocationView(one) for one in self.space.allocations]
+        self.pointers = (ctypes.c_void_p * max(len(views), 1))(
+            *(ctypes.addressof(view.struct) for view in views)
+        )
+        self.struct.allocations = ctypes.addressof(self.pointers)
+        self.struct.count, self.struct.last = len(views), None
+
+
+class BlockState:
+    """The registers of a block's warps, and what the core knows of its memory."""
+
+    def __init__(self, launch: LaunchState, block: "Block"):
+        program, warps = launch.program, len(block.warps)
+        self.spaces = SpaceView(block.shared), SpaceView(block.local)
+        if launch.rows is None:
+            launch.rows = program.rows.copy()
+            self._fill(launch.rows, block.warps[0], program.specials)
+            launch.specials = {
+                key: row
+                for key, row in program.specials.items()
+                if key[0].startswith(("%tid", "%ctaid")) or key[0] in program.kernel.locals
+            }
+        self.rows = np.repeat(launch.rows[None], warps, 0)
+        self.states = np.repeat(program.states[None], warps, 0)
+        self.versions = np.zeros(self.states.shape, np.uint32)
+        code, widths = program.addresses
+        first, states, versions = (
+            array.ctypes.data for array in (self.rows, self.states, self.versions)
+        )
+        spaces = [ctypes.addressof(view.struct) for view in (launch.space, *self.spaces)]
+        events = block.gpu.events
+        for n, warp in enumerate(block.warps):
+            self._fill(self.rows[n], warp, launch.specials)
+            warp.registers = Registers(
+                launch.dtypes, self.rows[n], self.states[n], self.versions[n]
+            )
+            size = self.states.shape[1]
+            names = (events.name(f"{what} of warp {n}") for what in ("a load", "a store"))
+            struct = _Warp(
+                code,
+                first + n * size * ROW,
+                states + n * size,
+                versions + n * size * 4,
+                widths,
+                launch.executions.ctypes.data,
+                ctypes.addressof(launch.events.struct),
+                (ctypes.c_void_p * 3)(*spaces),
+                None,
+                0,
+                0,
+                0,
+                block.number,
+                n,
+                0,
+                *names,
+                ALL_LANES,
+            )
+            warp.core = WarpState(launch, struct)
+
+    @staticmethod
+    def _fill(rows: Any, warp: "Warp", specials: dict[tuple[str, int], int]) -> None:
+        for (name, width), row in specials.items():
+            values = warp.special(name).astype(f"u{width}")
+            rows[row, : 32 * width] = values.view(np.uint8)
+
+
+class WarpState:
+    """A warp for the core."""
+
+    def __init__(self, launch: LaunchState, struct: _Warp):
+        self.launch, self.struct, self.pointer = launch, struct, ctypes.addressof(struct)
+        self.run_core = launch.program.core.run
+
+    def run(self, warp: "Warp", budget: int) -> int:
+        """Execute instructions of the core, at most ``budget``, and return how many."""
+        struct, events = self.struct, self.launch.events
+        knowledge = warp.knowledge
+        struct.pc, struct.active = warp.pc, warp.active_bits()
+        struct.times = knowledge.address + warp.index * knowledge.times.strides[0]
+        struct.knows_others = bool(knowledge.foreign[warp.index])
+        events.struct.count = events.events.count
+        limit = min(warp.parked) if warp.parked else NO_LIMIT
+        struct.count = 0
+        why = self.run_core(self.pointer, budget, limit)
+        events.events.count = events.struct.count
+        while why == GROW:
+            events.events.grow()
+            why = self.run_core(self.pointer, budget - struct.count, limit)
+            events.events.count = events.struct.count
+        if struct.stores:
+            warp.block.gpu.changes += struct.stores
+            struct.stores = 0
+        warp.pc, done = struct.pc, struct.count
+        warp.count += done
+        return done
