@@ -100,7 +100,7 @@ class Places(NamedTuple):
 
 
 class Copy(Operation):
-    """An asynchronous copy. A ``barrier`` counts the bytes that have been copied."""
+    """A bulk copy. A ``barrier`` counts the bytes that have been copied."""
 
     def __init__(
         self,
@@ -111,14 +111,13 @@ class Copy(Operation):
         to_shared: bool = True,
         barrier: Any = None,
     ):
-        super().__init__(warp, line, what, what == "a copy" and COPIES_NEED_FENCE)
+        super().__init__(warp, line, what)
         self.block, self.to_shared, self.barrier = warp.block, to_shared, barrier
         elements, self.inside, self.width, self.units, self.unit = places
         self.elements = elements[self.inside]
         if to_shared:
             self.block.shared.write(warp, self.units, self.unit, self.written, line)
-            fence = what != "a copy"
-            self.block.space.read(warp, self.elements, self.width, self.read, line, fence)
+            self.block.space.read(warp, self.elements, self.width, self.read, line, fence=True)
         else:
             self.block.shared.read(warp, self.units, self.unit, self.read, line, fence=True)
             self.block.space.write(warp, self.elements, self.width, self.written, line)
@@ -141,6 +140,59 @@ class Copy(Operation):
             self.barrier.update(transactions=-self.values.size)
 
 
+class Copies(Operation):
+    """The copies of a group of `cp.async`, which are waited for together.
+
+    Attributes:
+        done: steps of those that were added so far.
+    """
+
+    def __init__(self, warp: Warp, line: int):
+        super().__init__(warp, line, "a copy", generic=COPIES_NEED_FENCE)
+        self.block, self.parts, self.done = warp.block, list[tuple[Places, int]](), 0
+        self.values: list[Any] = []
+        self.others = warp.core.copies(self) if warp.core is not None else None
+
+    def add(self, warp: Warp, line: int, places: Places) -> None:
+        """Copy something more; as far as the other copies are done, at once."""
+        elements, inside, width, units, unit = places
+        events, number, name = (
+            self.block.gpu.events,
+            self.block.number,
+            f"a copy of warp {warp.index}",
+        )
+        read, written = (events.add(number, self.agent, self.time + n, line, name) for n in (1, 2))
+        self.block.shared.write(warp, units, unit, written, line)
+        self.block.space.read(warp, elements[inside], width, read, line)
+        self.parts.append((places, line))
+        for step in (self._fetch_parts, self._store_parts)[: self.done]:
+            step()
+
+    def fetch(self) -> None:
+        self._fetch_parts()
+        if self.others is not None:
+            self.others.read()
+        self.done = 1
+
+    def store(self) -> None:
+        self._store_parts()
+        if self.others is not None:
+            self.others.write()
+        self.done = 2
+
+    def _fetch_parts(self) -> None:
+        self.values = []
+        for (elements, inside, width, _, _), line in self.parts:
+            values = np.zeros((len(inside), width), np.uint8)
+            values[inside] = self.block.space.peek(elements[inside], width, line)
+            self.values.append(values)
+
+    def _store_parts(self) -> None:
+        for ((_, _, _, units, _), line), values in zip(self.parts, self.values, strict=True):
+            self.block.shared.poke(units, values, line)
+        self.parts.clear()
+
+
 @instruction("cp.async.cg", "cp.async.ca", results=0)
 def _copy(i: Instruction) -> Run:
     """Each thread copies ``size`` bytes: from global memory, or zeros."""
@@ -158,9 +210,13 @@ def _copy(i: Instruction) -> Run:
         if not set(counts.tolist()) <= {0, size}:
             raise PtxError(i.line, "a copy of a part is not modelled")
         places = Places(source(warp)[lanes], counts > 0, size, to(warp)[lanes], size)
-        operation = Copy(warp, i.line, "a copy", places)
-        warp.groups["cp.async"][-1].append(operation)
-        operation.start(warp.block)
+        group = warp.groups["cp.async"][-1]
+        if not group:
+            group.append(Copies(warp, i.line))
+            group[0].start(warp.block)
+            if warp.core is not None and warp.core.repeat(warp):
+                return
+        group[0].add(warp, i.line, places)
 
     return run
 
@@ -184,6 +240,8 @@ def groups_of(warp: Warp, i: Instruction) -> list[list[list[Operation]]]:
 def _commit(warp: Warp, i: Instruction) -> None:
     for groups in groups_of(warp, i):
         groups.append([])
+    if warp.core is not None and i.parts[2] == "commit_group":
+        warp.core.end_copies()
 
 
 @action("cp.async.bulk.wait_group")

@@ -14,6 +14,7 @@
 
 #include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 #define LANES 32
@@ -26,7 +27,7 @@
 /* Why `run` returns. */
 enum { BUDGET, PYTHON, GROW, REACHED };
 /* How an instruction is executed. */
-enum { LEFT, ELEMENTWISE, BRANCH, LOAD, STORE, SHUFFLE, PACK, LOAD_MATRIX, PRODUCT, NOTHING };
+enum { LEFT, ELEMENTWISE, BRANCH, LOAD, STORE, SHUFFLE, PACK, LOAD_MATRIX, PRODUCT, NOTHING, COPY };
 /* The state of a register: is its row up to date? Then C may read it. */
 enum { IN_ROW = 1, IN_LIST = 2 };
 
@@ -36,7 +37,7 @@ typedef struct {
     int32_t kind, guard, target, line;
     int32_t results, sources;
     int32_t to[OPERANDS], from[OPERANDS];
-    int64_t offset; /* of an address */
+    int64_t offset, second_offset; /* of addresses */
     Elementwise *function;
     uint8_t negated, whole, flush, space, width, is_signed, mode, transposed;
 } Instruction;
@@ -73,6 +74,7 @@ typedef struct {
     Events *events;
     Space *spaces[3]; /* global, shared, local */
     int32_t *times;   /* what the warp knows of each agent of its block */
+    struct Copies *copies; /* the group of cp.async that is not committed, if it has begun */
     int64_t count;    /* of the warp's instructions */
     int64_t stores;   /* to global memory */
     int32_t pc, block, index, knows_others, load_name, store_name;
@@ -143,6 +145,20 @@ MAP(wide_s16, int32_t, int16_t, (int32_t)a[n] * b[n])
 MAP(wide_u16, uint32_t, uint16_t, (uint32_t)a[n] * b[n])
 MAP(wide_s32, int64_t, int32_t, (int64_t)a[n] * b[n])
 MAP(wide_u32, uint64_t, uint32_t, (uint64_t)a[n] * b[n])
+static void mad_wide_s32(void *to, const void *from_a, const void *from_b, const void *from_c)
+{
+    const int32_t *a = from_a, *b = from_b;
+    const uint64_t *c = from_c;
+    for (int n = 0; n < LANES; n++)
+        ((uint64_t *)to)[n] = (uint64_t)((int64_t)a[n] * b[n]) + c[n];
+}
+static void mad_wide_u32(void *to, const void *from_a, const void *from_b, const void *from_c)
+{
+    const uint32_t *a = from_a, *b = from_b;
+    const uint64_t *c = from_c;
+    for (int n = 0; n < LANES; n++)
+        ((uint64_t *)to)[n] = (uint64_t)a[n] * b[n] + c[n];
+}
 MAP(high_s32, int32_t, int32_t, (int32_t)(((int64_t)a[n] * b[n]) >> 32))
 MAP(high_u32, uint32_t, uint32_t, (uint32_t)(((uint64_t)a[n] * b[n]) >> 32))
 MAP(high_s64, int64_t, int64_t, (int64_t)(((__int128)a[n] * b[n]) >> 64))
@@ -490,6 +506,7 @@ static const Entry ENTRIES[] = {
     {"cvta.to.global.u64", mov_64, {8, 8}}, {"cvta.global.u64", mov_64, {8, 8}},
     {"mul.wide.s16", wide_s16, {4, 2, 2}}, {"mul.wide.u16", wide_u16, {4, 2, 2}},
     {"mul.wide.s32", wide_s32, {8, 4, 4}}, {"mul.wide.u32", wide_u32, {8, 4, 4}},
+    {"mad.wide.s32", mad_wide_s32, {8, 4, 4, 8}}, {"mad.wide.u32", mad_wide_u32, {8, 4, 4, 8}},
     {"mul.hi.s32", high_s32, {4, 4, 4}}, {"mul.hi.u32", high_u32, {4, 4, 4}},
     {"mul.hi.s64", high_s64, {8, 8, 8}}, {"mul.hi.u64", high_u64, {8, 8, 8}},
     {"bfe.u32", bfe_u32, {4, 4, 4, 4}}, {"bfe.s32", bfe_s32, {4, 4, 4, 4}},
@@ -668,10 +685,11 @@ typedef struct {
     int64_t least, most;
 } Access;
 
-static int locate(Warp *w, const Instruction *i, uint32_t mask, int width, int limit, Access *at)
+static int locate_at(Warp *w, int32_t base, int64_t added, Space *space, uint32_t mask, int width,
+                     int limit, Access *at)
 {
-    const uint8_t *held = row(w, i->from[0]);
-    const int is_short = w->widths[i->from[0]] == 4;
+    const uint8_t *held = row(w, base);
+    const int is_short = w->widths[base] == 4;
     at->count = 0;
     at->place = 0;
     at->least = INT64_MAX;
@@ -679,9 +697,9 @@ static int locate(Warp *w, const Instruction *i, uint32_t mask, int width, int l
     for (int n = 0; n < limit; n++) {
         if (!(mask >> n & 1))
             continue;
-        uint64_t address = (uint64_t)i->offset;
+        uint64_t address = (uint64_t)added;
         address += is_short ? ((const uint32_t *)held)[n] : ((const uint64_t *)held)[n];
-        if (!at->place && !(at->place = find(w->spaces[i->space], address)))
+        if (!at->place && !(at->place = find(space, address)))
             return 0;
         const Allocation *place = at->place;
         if (address < place->start || address + (uint64_t)width > place->end)
@@ -697,75 +715,102 @@ static int locate(Warp *w, const Instruction *i, uint32_t mask, int width, int l
     return at->place->unit <= width;
 }
 
-static int32_t add_event(Warp *w, int32_t line, int32_t what)
+static int locate(Warp *w, const Instruction *i, uint32_t mask, int width, int limit, Access *at)
+{
+    return locate_at(w, i->from[0], i->offset, w->spaces[i->space], mask, width, limit, at);
+}
+
+static int32_t add_event(Warp *w, int32_t line, int32_t what, int32_t agent, int32_t time)
 {
     Events *events = w->events;
     int32_t number = (int32_t)events->count++;
     events->lines[number] = line;
     events->what[number] = what;
-    events->agents[number] = w->index;
-    events->times[number] = w->times[w->index];
+    events->agents[number] = agent;
+    events->times[number] = time;
     events->blocks[number] = w->block;
     events->atomic[number] = 0;
     return number;
 }
 
-/* `memory.Space._read` without a fault. Return whether Python must do it. */
-static int note_read(Warp *w, const Instruction *i, const Access *at, int width)
+static int32_t load_event(Warp *w, const Instruction *i)
 {
-    const Allocation *place = at->place;
+    return add_event(w, i->line, w->load_name, w->index, w->times[w->index]);
+}
+
+/* `memory.Space._read` without a fault, in two halves: whether it has none, and what it changes.
+   `fenced` are the times of what the warp knew at its last fence between the proxies, or null. */
+static int may_read(const Warp *w, const Allocation *place, const int64_t *offsets, int64_t count,
+                    int width, const int32_t *fenced)
+{
     const int units = width / place->unit;
-    int is_other = 0;
-    for (int n = 0; n < at->count; n++) {
-        const int64_t first = at->offsets[n] / place->unit;
+    const Events *events = w->events;
+    for (int64_t n = 0; n < count; n++) {
+        const int64_t first = offsets[n] / place->unit;
         for (int64_t k = first; k < first + units; k++) {
-            if (place->writes[k] != GIVEN && knows(w, place->writes[k]) != 1)
-                return 1;
+            const int32_t writer = place->writes[k];
+            if (writer != GIVEN) {
+                if (knows(w, writer) != 1)
+                    return 0;
+                if (fenced && events->blocks[writer] == w->block &&
+                    events->times[writer] > fenced[events->agents[writer]])
+                    return 0;
+            }
             const int known = knows(w, place->reads[k]);
             if (known == 1)
                 continue;
             if (known < 0 || !place->others || knows(w, place->others[k]) < 0)
-                return 1;
-            is_other = 1;
+                return 0;
         }
     }
-    if (is_other)
-        for (int n = 0; n < at->count; n++) {
-            const int64_t first = at->offsets[n] / place->unit;
+    return 1;
+}
+
+static void note_read(const Warp *w, const Allocation *place, const int64_t *offsets,
+                      int64_t count, int width, int32_t event)
+{
+    const int units = width / place->unit;
+    if (place->others)
+        for (int64_t n = 0; n < count; n++) {
+            const int64_t first = offsets[n] / place->unit;
             for (int64_t k = first; k < first + units; k++)
                 if (!knows(w, place->reads[k]) && knows(w, place->others[k]))
                     place->others[k] = place->reads[k];
         }
-    const int32_t event = add_event(w, i->line, w->load_name);
-    for (int n = 0; n < at->count; n++) {
-        const int64_t first = at->offsets[n] / place->unit;
+    for (int64_t n = 0; n < count; n++) {
+        const int64_t first = offsets[n] / place->unit;
         for (int64_t k = first; k < first + units; k++)
             place->reads[k] = event;
     }
-    return 0;
 }
 
-/* `memory.Space._write` without a fault. Return whether Python must do it. */
-static int note_write(Warp *w, const Instruction *i, const Access *at, int width)
+/* `memory.Space._write` without a fault, in two halves, too. */
+static int may_write(const Warp *w, const Access *at, int width)
 {
     const Allocation *place = at->place;
     const int units = width / place->unit;
     for (int n = 0; n < place->barrier_count; n++)
         if (at->least <= place->barriers[n] + 7 && place->barriers[n] < at->most + width)
-            return 1;
+            return 0;
     for (int n = 0; n < at->count; n++) {
         const int64_t first = at->offsets[n] / place->unit;
         for (int64_t k = first; k < first + units; k++) {
             const int32_t writer = place->writes[k];
             if (writer != UNWRITTEN && knows(w, writer) != 1)
-                return 1;
+                return 0;
             if (knows(w, place->reads[k]) != 1)
-                return 1;
+                return 0;
             if (place->others && knows(w, place->others[k]) != 1)
-                return 1;
+                return 0;
         }
     }
-    const int32_t event = add_event(w, i->line, w->store_name);
+    return 1;
+}
+
+static void note_write(const Access *at, int width, int32_t event)
+{
+    const Allocation *place = at->place;
+    const int units = width / place->unit;
     for (int n = 0; n < at->count; n++) {
         const int64_t first = at->offsets[n] / place->unit;
         for (int64_t k = first; k < first + units; k++) {
@@ -775,7 +820,6 @@ static int note_write(Warp *w, const Instruction *i, const Access *at, int width
                 place->others[k] = GIVEN;
         }
     }
-    return 0;
 }
 
 static int load(Warp *w, const Instruction *i, uint32_t mask)
@@ -783,8 +827,10 @@ static int load(Warp *w, const Instruction *i, uint32_t mask)
     _Alignas(64) uint8_t values[LANES * 8];
     Access at;
     const int width = i->width * i->results;
-    if (!locate(w, i, mask, width, LANES, &at) || note_read(w, i, &at, width))
+    if (!locate(w, i, mask, width, LANES, &at) ||
+        !may_read(w, at.place, at.offsets, at.count, width, 0))
         return PYTHON;
+    note_read(w, at.place, at.offsets, at.count, width, load_event(w, i));
     for (int n = 0; n < i->results; n++) {
         if (i->to[n] < 0)
             continue;
@@ -822,8 +868,10 @@ static int store(Warp *w, const Instruction *i, uint32_t mask)
             if (at.offsets[n] == at.offsets[k] && memcmp(values[n], values[k], (size_t)width))
                 return PYTHON;
     }
-    if (note_write(w, i, &at, width))
+    if (!may_write(w, &at, width))
         return PYTHON;
+    note_write(&at, width,
+               add_event(w, i->line, w->store_name, w->index, w->times[w->index]));
     for (int k = 0; k < at.count; k++)
         memcpy(at.place->data + at.offsets[k], values[k], (size_t)width);
     w->stores += i->space == 0;
@@ -835,8 +883,10 @@ static int load_matrix(Warp *w, const Instruction *i)
 {
     uint16_t result[LANES * 2];
     Access at;
-    if (!locate(w, i, ALL, 16, 8 * i->results, &at) || note_read(w, i, &at, 16))
+    if (!locate(w, i, ALL, 16, 8 * i->results, &at) ||
+        !may_read(w, at.place, at.offsets, at.count, 16, 0))
         return PYTHON;
+    note_read(w, at.place, at.offsets, at.count, 16, load_event(w, i));
     for (int n = 0; n < i->results; n++) {
         for (int k = 0; k < LANES * 2; k++) {
             const int r = i->transposed ? k % 8 : k / 8, column = i->transposed ? k / 8 : k % 8;
@@ -883,6 +933,158 @@ static void product(Warp *w, const Instruction *i)
         put(w, i->to[k], d[k], ALL);
 }
 
+/* cp.async: copies of a group, which is one asynchronous operation. */
+typedef struct {
+    uint8_t *to;
+    const uint8_t *from; /* null for zeros */
+    uint8_t value[16];
+    int32_t width;
+} Part;
+
+typedef struct Copies {
+    Part *parts;
+    int64_t count, capacity;
+    int32_t agent, name, time, done; /* steps that are done: read, and written */
+} Copies;
+
+void read_copies(Copies *copies)
+{
+    for (int64_t n = 0; n < copies->count; n++) {
+        Part *one = &copies->parts[n];
+        if (one->from)
+            memcpy(one->value, one->from, (size_t)one->width);
+        else
+            memset(one->value, 0, (size_t)one->width);
+    }
+    copies->done = 1;
+}
+
+void write_copies(Copies *copies)
+{
+    for (int64_t n = 0; n < copies->count; n++)
+        memcpy(copies->parts[n].to, copies->parts[n].value, (size_t)copies->parts[n].width);
+    free(copies->parts);
+    copies->parts = 0;
+    copies->count = copies->capacity = 0;
+    copies->done = 2;
+}
+
+static int copy(Warp *w, const Instruction *i, uint32_t mask)
+{
+    Access to, from;
+    Copies *copies = w->copies;
+    const int width = i->width;
+    const uint32_t *counts = i->sources > 2 ? (void *)row(w, i->from[2]) : 0;
+    uint32_t inside = mask;
+    if (!copies || w->events->count + 2 > w->events->capacity)
+        return PYTHON;
+    for (int n = 0; counts && n < LANES; n++)
+        if (mask >> n & 1) {
+            if (counts[n] != 0 && counts[n] != (uint32_t)width)
+                return PYTHON;
+            if (!counts[n])
+                inside &= ~(1u << n);
+        }
+    if (!locate_at(w, i->from[0], i->offset, w->spaces[1], mask, width, LANES, &to) ||
+        !may_write(w, &to, width))
+        return PYTHON;
+    if (inside && (!locate_at(w, i->from[1], i->second_offset, w->spaces[0], inside, width, LANES,
+                              &from) ||
+                   !may_read(w, from.place, from.offsets, from.count, width, 0)))
+        return PYTHON;
+    if (copies->count + LANES > copies->capacity) {
+        const int64_t capacity = 2 * copies->capacity + 256;
+        Part *parts = realloc(copies->parts, (size_t)capacity * sizeof *parts);
+        if (!parts)
+            return PYTHON;
+        copies->parts = parts;
+        copies->capacity = capacity;
+    }
+    const int32_t read =
+        add_event(w, i->line, copies->name, copies->agent, copies->time + 1);
+    const int32_t written =
+        add_event(w, i->line, copies->name, copies->agent, copies->time + 2);
+    note_write(&to, width, written);
+    if (inside)
+        note_read(w, from.place, from.offsets, from.count, width, read);
+    int next = 0;
+    for (int k = 0; k < to.count; k++) {
+        Part *one = &copies->parts[copies->count++];
+        const int is_inside = inside >> to.lanes[k] & 1;
+        one->width = width;
+        one->to = to.place->data + to.offsets[k];
+        one->from = is_inside ? from.place->data + from.offsets[next++] : 0;
+        memset(one->to, 0xFF, (size_t)width); /* memory.POISON */
+    }
+    /* If others of the group are done already, so is this one. */
+    if (copies->done == 2) {
+        read_copies(copies);
+        write_copies(copies);
+    } else if (copies->done == 1)
+        read_copies(copies);
+    return BUDGET;
+}
+
+/* `memory.Space.read` of an asynchronous operation. Return whether it is done. */
+int read_many(Warp *w, Space *space, const int64_t *addresses, int64_t count, int width,
+              int32_t event, const int32_t *fenced)
+{
+    int64_t offsets[1024];
+    if (count > 1024 || !count)
+        return 0;
+    Allocation *place = find(space, (uint64_t)addresses[0]);
+    if (!place || place->unit > width)
+        return 0;
+    for (int64_t n = 0; n < count; n++) {
+        const uint64_t address = (uint64_t)addresses[n];
+        if (address < place->start || address + (uint64_t)width > place->end)
+            return 0;
+        offsets[n] = (int64_t)(address - place->base);
+        if (offsets[n] & (width - 1))
+            return 0;
+    }
+    if (!may_read(w, place, offsets, count, width, fenced))
+        return 0;
+    note_read(w, place, offsets, count, width, event);
+    return 1;
+}
+
+/* The numbers of an operand of wgmma, from its chunks of 16 bytes: `tensor_cores.Matrix.read`. */
+int decode_matrix(double *to, Space *space, const int64_t *addresses, int64_t rows, int by_rows,
+                  int kind)
+{
+    const Allocation *place = find(space, (uint64_t)addresses[0]);
+    if (!place)
+        return 0;
+    const int of_row = kind == 2 ? 8 : 16; /* tf32, or halves */
+    for (int64_t n = 0; n < 2 * rows; n++) {
+        const uint64_t address = (uint64_t)addresses[n];
+        if (address < place->start || address + 16 > place->end)
+            return 0;
+        const uint8_t *from = place->data + (address - place->base);
+        for (int k = 0; k < 16 / (kind == 2 ? 4 : 2); k++) {
+            double value;
+            if (kind == 2) {
+                uint32_t bits;
+                float number;
+                memcpy(&bits, from + 4 * k, 4);
+                bits &= 0xFFFFE000u;
+                memcpy(&number, &bits, 4);
+                value = number;
+            } else {
+                uint16_t bits;
+                memcpy(&bits, from + 2 * k, 2);
+                value = kind ? of_f16(bits) : of_bf16(bits);
+            }
+            if (by_rows)
+                to[n / 2 * of_row + n % 2 * (of_row / 2) + k] = value;
+            else /* a chunk has 8 rows of a column */
+                to[(n / 16 * 8 + k) * 16 + n % 16] = value;
+        }
+    }
+    return 1;
+}
+
 /* Execute at most `budget` instructions, and none from `limit` on. Return why it stopped. */
 int run(Warp *w, int64_t budget, int32_t limit)
 {
@@ -921,6 +1123,7 @@ int run(Warp *w, int64_t budget, int32_t limit)
             case STORE: left = store(w, i, mask); break;
             case LOAD_MATRIX: left = load_matrix(w, i); break;
             case PRODUCT: product(w, i); break;
+            case COPY: left = copy(w, i, mask); break;
             case BRANCH:
                 if (mask != w->active)
                     return PYTHON;

@@ -103,10 +103,12 @@ class Gpu:
         self.events, self.released = Events(), {}
         program = program_of(self.kernel)
         self.core = LaunchState(program, self.events, self.space) if program else None
-        with np.errstate(all="ignore"):
-            self._run(blocks)
-        if self.core is not None:
-            self.executed.update(np.flatnonzero(self.core.executions).tolist())
+        try:
+            with np.errstate(all="ignore"):
+                self._run(blocks)
+        finally:
+            if self.core is not None:
+                self.executed.update(np.flatnonzero(self.core.executions).tolist())
         for allocation in self.space.allocations:
             allocation.end_launch()
 

@@ -222,7 +222,9 @@ class Warp:
 
     def __init__(self, index: int, block: "Block"):
         self.index, self.block = index, block
-        self.registers: Any = Registers([UNWRITTEN] * len(block.gpu.kernel.registers))
+        self.registers: Any = None
+        if block.gpu.core is None:
+            self.registers = Registers([UNWRITTEN] * len(block.gpu.kernel.registers))
         self.core: Any = None  # which executes common instructions in C
         self.pc = 0
         self.active = ALL  # the threads at `pc`

@@ -95,7 +95,7 @@ class Knowledge:
         self.fenced = np.zeros((warps, 64), np.int32)
         self.times[range(warps), range(warps)] = 1
         self.foreign: list[dict[int, Any]] = [{} for _ in range(warps)]
-        self.address = self.times.ctypes.data  # for the core in C
+        self.address, self.stride = self.times.ctypes.data, self.times.strides[0]  # for the core
 
     def add_agent(self, generic: bool) -> int:
         """Return the number of a new asynchronous operation, of which no warp knows."""
@@ -105,7 +105,7 @@ class Knowledge:
             self.times, self.fenced = (
                 np.hstack([a, np.zeros_like(a)]) for a in (self.times, self.fenced)
             )
-            self.address = self.times.ctypes.data
+            self.address, self.stride = self.times.ctypes.data, self.times.strides[0]
         if not generic:
             self.fenced[:, agent] = 2
         return agent
@@ -462,6 +462,8 @@ class Space:
         self, warp: Any, addresses: Any, width: int, event: int, line: int, fence: bool = False
     ) -> None:
         """An asynchronous operation reads at any time until it has been waited for."""
+        if warp.core is not None and warp.core.read(warp, self, addresses, width, event, fence):
+            return
         place, rows = self.check_read(warp, addresses, width, line, fence)
         self._note_read(warp, place, rows, width, event)
 

@@ -52,8 +52,10 @@ BUDGET, PYTHON, GROW, REACHED = range(4)  # why `run` returns
     LOAD_MATRIX,
     PRODUCT,
     NOTHING,
-) = range(10)
+    COPY,
+) = range(11)
 IN_ROW, IN_LIST = 1, 2
+KINDS = {"bf16": 0, "f16": 1, "tf32": 2}  # of operands
 SPACES = {"global": 0, "shared": 1, "local": 2}
 
 
@@ -64,6 +66,7 @@ class _Instruction(ctypes.Structure):
         ("to", ctypes.c_int32 * OPERANDS),
         ("from_", ctypes.c_int32 * OPERANDS),
         ("offset", ctypes.c_int64),
+        ("second_offset", ctypes.c_int64),
         ("function", ctypes.c_void_p),
         *((name, ctypes.c_uint8) for name in ("negated", "whole", "flush", "space")),
         *((name, ctypes.c_uint8) for name in ("width", "is_signed", "mode", "transposed")),
@@ -100,10 +103,19 @@ class _Warp(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("executions", "events")),
         ("spaces", ctypes.c_void_p * 3),
         ("times", ctypes.c_void_p),
+        ("copies", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("count", "stores")),
         *((name, ctypes.c_int32) for name in ("pc", "block", "index", "knows_others")),
         *((name, ctypes.c_int32) for name in ("load_name", "store_name")),
         ("active", ctypes.c_uint32),
+    )
+
+
+class _Copies(ctypes.Structure):
+    _fields_ = (
+        ("parts", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("count", "capacity")),
+        *((name, ctypes.c_int32) for name in ("agent", "name", "time", "done")),
     )
 
 
@@ -114,15 +126,27 @@ def library() -> ctypes.CDLL | None:
         return None
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
     path = _path(compiler or "")
-    if not path.exists():
-        if compiler is None or not _build(compiler, path):
-            print(
-                "torchpar.ptx: no C compiler, so that Python executes kernels, slowly", flush=True
-            )
-            return None
+    if not path.exists() and (compiler is None or not _build(compiler, path)):
+        message = "torchpar.ptx: no C compiler, so that Python executes all instructions, slowly"
+        print(message, file=sys.stderr, flush=True)
+        return None
     core = ctypes.CDLL(str(path))
     core.run.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32)
     core.function_of.restype = ctypes.c_void_p
+    core.read_copies.argtypes = core.write_copies.argtypes = (ctypes.c_void_p,)
+    core.read_many.argtypes = (
+        *(ctypes.c_void_p for _ in range(3)),
+        ctypes.c_int64,
+        ctypes.c_int,
+        ctypes.c_int32,
+        ctypes.c_void_p,
+    )
+    core.decode_matrix.argtypes = (
+        *(ctypes.c_void_p for _ in range(3)),
+        ctypes.c_int64,
+        ctypes.c_int,
+        ctypes.c_int,
+    )
     return core
 
 
@@ -354,6 +378,20 @@ class Program:
             raise LookupError
         return NOTHING
 
+    def _copy(self, code: _Instruction, i: Instruction) -> int:
+        kinds = [part.partition("::")[0] for part in i.parts[3:] if part[:2] != "L2"]
+        if i.parts[1:3] not in (["async", "cg"], ["async", "ca"]) or kinds != ["shared", "global"]:
+            raise LookupError
+        to, source, size, *given = i.operands
+        rows = [self._base(code, to)]
+        code.second_offset = code.offset
+        rows.append(self._base(code, source))
+        code.offset, code.second_offset = code.second_offset, code.offset
+        rows += [self._row(one, 4) for one in given]
+        code.width = size.bits
+        self._operands(code, [], rows)
+        return COPY
+
     ENCODERS: ClassVar[dict[str, Any]] = {
         "mov": _move,
         "bra": _branch,
@@ -363,6 +401,7 @@ class Program:
         "ldmatrix": _load_matrix,
         "mma": _product,
         "bar": _nothing,
+        "cp": _copy,
     }
 
 
@@ -406,6 +445,24 @@ class Registers:
         else:
             self.states[index] = IN_LIST
 
+    def get_many(self, indices: Any) -> list[Any]:
+        if (self.states[indices] & IN_LIST).all():
+            return [self.held[index] for index in indices]
+        return [self[index] for index in indices]
+
+    def set_many(self, indices: Any, values: Any) -> None:
+        """Put rows of 32 values of 32 bits into registers."""
+        self.rows[indices, :128] = values.view(np.uint8)
+        self.versions[indices] += 1
+        self.states[indices] = IN_ROW
+
+    def set_same(self, indices: Any, value: Any) -> None:
+        """Let all of these registers hold an object of Python."""
+        for index in indices:
+            self.held[index] = value
+        self.versions[indices] += 1
+        self.states[indices] = IN_LIST
+
     def stamp(self) -> Any:
         """Return what tells later which registers have been written since."""
         return self.versions.copy()
@@ -422,7 +479,33 @@ class LaunchState:
         self.dtypes = [DTYPES[kind] for kind in program.kernel.registers]
         self.events, self.space = EventsView(events), SpaceView(space)
         self.executions = np.zeros(len(program.kernel.instructions), np.uint64)
-        self.rows: Any = None  # with the special registers that all blocks share
+        self.no_space = _Space()
+        self.rows: Any = None  # of the warps of a block, when it begins
+
+    def begin(self, block: "Block") -> None:
+        """Make what all blocks begin with, when the first one begins."""
+        program, warps = self.program, len(block.warps)
+        self.rows = np.repeat(program.rows[None], warps, 0)
+        for warp, rows in zip(block.warps, self.rows, strict=True):
+            for (name, width), row in program.specials.items():
+                values = warp.special(name).astype(f"u{width}")
+                rows[row, : 32 * width] = values.view(np.uint8)
+        self.states = np.repeat(program.states[None], warps, 0)
+        self.positions = [  # what differs by block
+            (row, width, "xyz".index(name[-1]))
+            for (name, width), row in program.specials.items()
+            if name.startswith("%ctaid.")
+        ]
+        self.warps = (_Warp * warps)()
+        code, widths = program.addresses
+        for n, struct in enumerate(self.warps):
+            struct.program, struct.widths, struct.index = code, widths, n
+            struct.executions = self.executions.ctypes.data
+            struct.events = ctypes.addressof(self.events.struct)
+            struct.spaces[0] = ctypes.addressof(self.space.struct)
+            struct.spaces[2] = ctypes.addressof(self.no_space)
+            struct.load_name = self.events.events.name(f"a load of warp {n}")
+            struct.store_name = self.events.events.name(f"a store of warp {n}")
 
 
 class EventsView:
@@ -481,58 +564,29 @@ class BlockState:
     """The registers of a block's warps, and what the core knows of its memory."""
 
     def __init__(self, launch: LaunchState, block: "Block"):
-        program, warps = launch.program, len(block.warps)
-        self.spaces = SpaceView(block.shared), SpaceView(block.local)
         if launch.rows is None:
-            launch.rows = program.rows.copy()
-            self._fill(launch.rows, block.warps[0], program.specials)
-            launch.specials = {
-                key: row
-                for key, row in program.specials.items()
-                if key[0].startswith(("%tid", "%ctaid")) or key[0] in program.kernel.locals
-            }
-        self.rows = np.repeat(launch.rows[None], warps, 0)
-        self.states = np.repeat(program.states[None], warps, 0)
+            launch.begin(block)
+        self.rows, self.states = launch.rows.copy(), launch.states.copy()
         self.versions = np.zeros(self.states.shape, np.uint32)
-        code, widths = program.addresses
-        first, states, versions = (
+        for row, width, axis in launch.positions:
+            self.rows[:, row, : 32 * width].view(f"u{width}")[:] = block.position[axis]
+        self.warps = type(launch.warps).from_buffer_copy(launch.warps)
+        self.spaces = [SpaceView(block.shared)]
+        if block.local.allocations:
+            self.spaces.append(SpaceView(block.local))
+        addresses = [ctypes.addressof(view.struct) for view in self.spaces]
+        rows, states, versions = (
             array.ctypes.data for array in (self.rows, self.states, self.versions)
         )
-        spaces = [ctypes.addressof(view.struct) for view in (launch.space, *self.spaces)]
-        events = block.gpu.events
-        for n, warp in enumerate(block.warps):
-            self._fill(self.rows[n], warp, launch.specials)
+        size = self.states.shape[1]
+        for n, (warp, struct) in enumerate(zip(block.warps, self.warps, strict=True)):
+            struct.rows, struct.states = rows + n * size * ROW, states + n * size
+            struct.versions, struct.block = versions + n * size * 4, block.number
+            struct.spaces[1 : 1 + len(addresses)] = addresses
             warp.registers = Registers(
                 launch.dtypes, self.rows[n], self.states[n], self.versions[n]
             )
-            size = self.states.shape[1]
-            names = (events.name(f"{what} of warp {n}") for what in ("a load", "a store"))
-            struct = _Warp(
-                code,
-                first + n * size * ROW,
-                states + n * size,
-                versions + n * size * 4,
-                widths,
-                launch.executions.ctypes.data,
-                ctypes.addressof(launch.events.struct),
-                (ctypes.c_void_p * 3)(*spaces),
-                None,
-                0,
-                0,
-                0,
-                block.number,
-                n,
-                0,
-                *names,
-                ALL_LANES,
-            )
             warp.core = WarpState(launch, struct)
-
-    @staticmethod
-    def _fill(rows: Any, warp: "Warp", specials: dict[tuple[str, int], int]) -> None:
-        for (name, width), row in specials.items():
-            values = warp.special(name).astype(f"u{width}")
-            rows[row, : 32 * width] = values.view(np.uint8)
 
 
 class WarpState:
@@ -540,23 +594,21 @@ class WarpState:
 
     def __init__(self, launch: LaunchState, struct: _Warp):
         self.launch, self.struct, self.pointer = launch, struct, ctypes.addressof(struct)
-        self.run_core = launch.program.core.run
+        self.library = launch.program.core
 
     def run(self, warp: "Warp", budget: int) -> int:
         """Execute instructions of the core, at most ``budget``, and return how many."""
         struct, events = self.struct, self.launch.events
-        knowledge = warp.knowledge
         struct.pc, struct.active = warp.pc, warp.active_bits()
-        struct.times = knowledge.address + warp.index * knowledge.times.strides[0]
-        struct.knows_others = bool(knowledge.foreign[warp.index])
+        self._tell_knowledge(warp)
         events.struct.count = events.events.count
         limit = min(warp.parked) if warp.parked else NO_LIMIT
         struct.count = 0
-        why = self.run_core(self.pointer, budget, limit)
+        why = self.library.run(self.pointer, budget, limit)
         events.events.count = events.struct.count
         while why == GROW:
             events.events.grow()
-            why = self.run_core(self.pointer, budget - struct.count, limit)
+            why = self.library.run(self.pointer, budget - struct.count, limit)
             events.events.count = events.struct.count
         if struct.stores:
             warp.block.gpu.changes += struct.stores
@@ -564,3 +616,68 @@ class WarpState:
         warp.pc, done = struct.pc, struct.count
         warp.count += done
         return done
+
+    def repeat(self, warp: "Warp") -> bool:
+        """Let the core execute the instruction that Python has begun, and return whether it did."""
+        struct, events = self.struct, self.launch.events
+        struct.pc, struct.active, struct.count = warp.pc - 1, warp.active_bits(), 0
+        self._tell_knowledge(warp)
+        events.struct.count = events.events.count
+        self.library.run(self.pointer, 1, NO_LIMIT)
+        events.events.count = events.struct.count
+        return bool(struct.count)
+
+    def _tell_knowledge(self, warp: "Warp") -> None:
+        knowledge = warp.knowledge
+        self.struct.times = knowledge.address + warp.index * knowledge.stride
+        self.struct.knows_others = bool(knowledge.foreign[warp.index])
+
+    def read(
+        self, warp: "Warp", space: "Space", addresses: Any, width: int, event: int, fence: bool
+    ) -> bool:
+        """`Space.read` of an asynchronous operation, if it is no fault."""
+        if space.view is None:
+            return False
+        self._tell_knowledge(warp)
+        at = np.ascontiguousarray(addresses, np.int64)
+        fenced = warp.knowledge.fenced[warp.index].ctypes.data if fence else None
+        pointer = ctypes.addressof(space.view.struct)
+        found = self.library.read_many(
+            self.pointer, pointer, at.ctypes.data, at.size, width, event, fenced
+        )
+        return bool(found)
+
+    def numbers(self, space: "Space", chunks: Any, rows: int, by_rows: bool, kind: str) -> Any:
+        """`tensor_cores.Matrix.read`, or None if the core does not know the kind."""
+        if kind not in KINDS or space.view is None:
+            return None
+        found = np.empty((rows, 8 if kind == "tf32" else 16))
+        at = np.ascontiguousarray(chunks, np.int64)
+        pointer = ctypes.addressof(space.view.struct)
+        done = self.library.decode_matrix(
+            found.ctypes.data, pointer, at.ctypes.data, rows, by_rows, KINDS[kind]
+        )
+        return found if done else None
+
+    def copies(self, group: Any) -> "CopiesState":
+        """Begin a group of copies, to which the core adds."""
+        found = CopiesState(self.library, self.launch.events.events, group)
+        self.struct.copies = ctypes.addressof(found.struct)
+        return found
+
+    def end_copies(self) -> None:
+        self.struct.copies = None
+
+
+class CopiesState:
+    """What the core has added to a group of copies."""
+
+    def __init__(self, core: ctypes.CDLL, events: "Events", group: Any):
+        name = events.name(events.who(group.read))
+        self.core, self.struct = core, _Copies(None, 0, 0, group.agent, name, group.time, 0)
+
+    def read(self) -> None:
+        self.core.read_copies(ctypes.addressof(self.struct))
+
+    def write(self) -> None:
+        self.core.write_copies(ctypes.addressof(self.struct))

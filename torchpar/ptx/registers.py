@@ -80,6 +80,19 @@ UNWRITTEN = Unready()
 class Registers(list[Any]):
     """The registers of a warp, by their numbers."""
 
+    def get_many(self, indices: Any) -> list[Any]:
+        return [self[index] for index in indices]
+
+    def set_many(self, indices: Any, values: Any) -> None:
+        """Put rows of 32 values of 32 bits into registers."""
+        for index, row in zip(indices, values, strict=True):
+            self[index] = row
+
+    def set_same(self, indices: Any, value: Any) -> None:
+        """Let all of these registers hold the same object."""
+        for index in indices:
+            self[index] = value
+
     def stamp(self) -> list[Any]:
         """Return what tells later which registers have been written since."""
         return list(self)

@@ -7,6 +7,7 @@ of which each thread holds some consecutive bytes: the (lane % 4)-th ones of row
 9.7.14 shows those of mma, ldmatrix and stmatrix, and 9.7.15.5 those of wgmma.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -71,11 +72,11 @@ def gather(registers: list[Any], dtype: str, rows: int = 8, together: int = 1) -
     return held.transpose(3, 0, 2, 1, 4).reshape(rows, -1)
 
 
-def scatter(matrix: Values) -> list[Any]:
+def scatter(matrix: Values) -> Any:
     """The registers of a matrix of sums, two of which hold a thread's part of a block."""
     rows, columns = matrix.shape
     held = matrix.reshape(rows // 8, 8, columns // 8, 4, 2).transpose(1, 3, 2, 0, 4).reshape(32, -1)
-    return list(np.ascontiguousarray(held.T))
+    return np.ascontiguousarray(held.T)
 
 
 def add(product: Values, sums: Values, saturate: bool = False) -> Values:
@@ -171,34 +172,36 @@ class Matrix:
     def __init__(self, descriptor: Any, rows: range, by_rows: bool, kind: str, line: int):
         if (descriptor != descriptor[0]).any():
             raise PtxError(line, "the threads of a warp give different descriptors")
-        bits = int(descriptor[0])
-        start, leading, stride = ((bits >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
-        mode = bits >> 62 & 3
-        # Bit 46 is the version of sm_100's descriptors.
-        if bits & (3 << 14 | 3 << 30 | 0xFFFE << 46 & ~(1 << 62 | 1 << 63)) or mode == 0:
-            raise PtxError(line, f"the descriptor {bits:#x} has bits that are unknown here")
-        size = 256 >> mode
+        assert by_rows or OPERANDS[kind] == "u2"
         self.by_rows, self.kind = by_rows, kind
-        if by_rows:
-            row, chunk = np.array(rows)[:, None], np.arange(2)
-            chunks = start + row // 8 * stride + row % 8 * size + 16 * chunk
-        else:
-            assert OPERANDS[kind] == "u2"
-            byte, column = 2 * np.array(rows[::8])[:, None], np.arange(16)
-            chunks = (
-                start
-                + byte // size * leading
-                + byte % size
-                + column // 8 * stride
-                + column % 8 * size
-            )
-        self.chunks = swizzle(chunks, size)
+        self.chunks, self.rows = _chunks(int(descriptor[0]), rows, by_rows, line), len(rows)
 
-    def read(self, space: Any, line: int) -> Values:
+    def read(self, warp: Warp, space: Any, line: int) -> Values:
         """Its numbers ``(rows, k)``."""
+        if warp.core is not None:
+            found = warp.core.numbers(space, self.chunks, self.rows, self.by_rows, self.kind)
+            if found is not None:
+                return found
         raw = space.peek(self.chunks, 16, line).view(OPERANDS[self.kind])
         raw = raw if self.by_rows else np.ascontiguousarray(raw.transpose(0, 2, 1))
         return numbers(self.kind, raw.reshape(len(raw) * (1 if self.by_rows else 8), -1))
+
+
+@lru_cache(4096)
+def _chunks(bits: int, rows: range, by_rows: bool, line: int) -> Any:
+    """Return the addresses of an operand's chunks, by its descriptor."""
+    start, leading, stride = ((bits >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
+    mode = bits >> 62 & 3
+    # Bit 46 is the version of sm_100's descriptors.
+    if bits & (3 << 14 | 3 << 30 | 0xFFFE << 46 & ~(1 << 62 | 1 << 63)) or mode == 0:
+        raise PtxError(line, f"the descriptor {bits:#x} has bits that are unknown here")
+    size = 256 >> mode
+    if by_rows:
+        row, chunk = np.array(rows)[:, None], np.arange(2)
+        return swizzle(start + row // 8 * stride + row % 8 * size + 16 * chunk, size)
+    byte, column = 2 * np.array(rows[::8])[:, None], np.arange(16)
+    chunks = start + byte // size * leading + byte % size
+    return swizzle(chunks + column // 8 * stride + column % 8 * size, size)
 
 
 @action("wgmma.fence.sync.aligned", whole=True)
@@ -228,24 +231,21 @@ class Product(Operation):
         self.left, self.right = left, right
         self.to = [one.index for one in i.operands[0]]
         registers = warp.registers
-        self.taken = {index: registers[index] for index in (left if isinstance(left, list) else [])}
-        self.sums = [registers[index] for index in self.to] if adds else None
+        of_a = left if isinstance(left, list) else []
+        self.taken = dict(zip(of_a, registers.get_many(of_a), strict=True)) if of_a else {}
+        self.sums = registers.get_many(self.to) if adds else None
         for matrix in (right, *([] if self.taken else [left])):
             warp.block.shared.read(warp, matrix.chunks, 16, self.read, i.line, fence=True)
-        ready = [
-            n
-            for n in (*self.taken, *(self.to if adds else []))
-            if not isinstance(registers[n], Unready)
-        ]
+        held = [*self.taken.items(), *zip(self.to, self.sums or [], strict=adds)]
+        ready = [n for n, value in held if not isinstance(value, Unready)]
         if warp.fence is None or not all(registers.is_unchanged(n, warp.fence) for n in ready):
             raise PtxError(i.line, "takes a register that was written after the last wgmma.fence")
-        if any(isinstance(one, Unready) for one in self.taken.values()) or UNWRITTEN in (
-            self.sums or []
+        if any(isinstance(one, Unready) for one in self.taken.values()) or any(
+            one is UNWRITTEN for one in self.sums or []
         ):
             raise TypeError
         self.token = Unready(self)
-        for index in self.to:
-            registers[index] = self.token
+        registers.set_same(self.to, self.token)
 
     def fetch(self) -> None:
         if self.taken:
@@ -254,8 +254,8 @@ class Product(Operation):
                 raise PtxError(self.line, "a register of A changes while it is multiplied")
             left = numbers(self.kind, gather(now, OPERANDS[self.kind], 16))
         else:
-            left = self.left.read(self.warp.block.shared, self.line)
-        product = left @ self.right.read(self.warp.block.shared, self.line).T
+            left = self.left.read(self.warp, self.warp.block.shared, self.line)
+        product = left @ self.right.read(self.warp, self.warp.block.shared, self.line).T
         old: Any = np.zeros(product.shape, self.dtype)
         if self.sums is not None:
             # Another product, which has completed.
@@ -265,11 +265,11 @@ class Product(Operation):
 
     def wait(self, warp: Warp, left: int = 0) -> None:
         super().wait(warp, left)
-        if not all(isinstance(warp.registers[index], Unready) for index in self.to):
+        held = warp.registers.get_many(self.to)
+        if not all(isinstance(one, Unready) for one in held):
             raise PtxError(self.line, "a register of the sum was written before the wait")
-        for index, register in zip(self.to, scatter(self.result), strict=True):
-            if warp.registers[index] is self.token:  # and no later product writes it
-                warp.registers[index] = register.view(np.uint32)
+        if all(one is self.token for one in held):  # and no later product writes them
+            warp.registers.set_many(self.to, scatter(self.result).view(np.uint32))
 
 
 @instruction("wgmma.mma_async.sync.aligned", whole=True)

@@ -161,7 +161,7 @@ class Product(Operation):
         earlier = memory.products.get(warp.index)
         super().__init__(warp, i.line, "a product", after=memory.last, continues=earlier)
         memory.products[warp.index] = memory.last = self
-        self.memory, self.block, self.adds = memory, warp.block, adds
+        self.memory, self.warp, self.block, self.adds = memory, warp, warp.block, adds
         types = TYPES[i.parts[3].partition("::")[2]]
         self.kinds = types[bits >> 7 & 7], types[bits >> 10 & 7]
         n, m = (bits >> 17 & 63) * 8, (bits >> 24 & 31) * 16
@@ -202,8 +202,8 @@ class Product(Operation):
             raw = np.ascontiguousarray(self.memory.cells[self.from_memory])
             left = numbers(self.kinds[0], raw.view(OPERANDS[self.kinds[0]]))
         else:
-            left = self.a.read(shared, self.line)
-        product = left @ self.b.read(shared, self.line).T
+            left = self.a.read(self.warp, shared, self.line)
+        product = left @ self.b.read(self.warp, shared, self.line).T
         old = self.memory.cells[self.to].view(np.float32) if self.adds else np.float32(0)
         self.memory.cells[self.to] = (product + old).astype(np.float32).view(np.uint32)
 
