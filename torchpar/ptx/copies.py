@@ -211,12 +211,14 @@ def _copy(i: Instruction) -> Run:
             raise PtxError(i.line, "a copy of a part is not modelled")
         places = Places(source(warp)[lanes], counts > 0, size, to(warp)[lanes], size)
         group = warp.groups["cp.async"][-1]
-        if not group:
-            group.append(Copies(warp, i.line))
-            group[0].start(warp.block)
+        copies = group[0] if group else None
+        if not isinstance(copies, Copies):
+            copies = Copies(warp, i.line)
+            group.append(copies)
+            copies.start(warp.block)
             if warp.core is not None and warp.core.repeat(warp):
                 return
-        group[0].add(warp, i.line, places)
+        copies.add(warp, i.line, places)
 
     return run
 

@@ -41,7 +41,7 @@ class Events:
 
     def __init__(self) -> None:
         self.count = 2
-        self.names = ["the host", "nobody"]  # of what accesses
+        self.names: list[str] = ["the host", "nobody"]  # of what accesses
         self.numbers = {name: n for n, name in enumerate(self.names)}
         self.view: Any = None  # for the core in C, which takes the arrays
         self.lines = np.zeros(2**12, np.int32)
@@ -73,7 +73,7 @@ class Events:
 
     def who(self, number: int) -> str:
         """Name what has accessed memory."""
-        return self.names[self.what[number]]
+        return self.names[int(self.what[number])]
 
     def grow(self) -> None:
         for name in ("lines", "what", "agents", "times", "blocks", "atomic"):

@@ -613,7 +613,7 @@ class WarpState:
         if struct.stores:
             warp.block.gpu.changes += struct.stores
             struct.stores = 0
-        warp.pc, done = struct.pc, struct.count
+        warp.pc, done = struct.pc, int(struct.count)
         warp.count += done
         return done
 
