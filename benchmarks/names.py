@@ -16,6 +16,7 @@ NAMES = (
     "train",
     "speedrun",
     "scaling",
+    "ptx",
     "ladder",
     "host",
 )
