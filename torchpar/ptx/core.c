@@ -738,16 +738,35 @@ static int32_t load_event(Warp *w, const Instruction *i)
     return add_event(w, i->line, w->load_name, w->index, w->times[w->index]);
 }
 
+/* Behind the last of the accesses from the n-th on that lie side by side. */
+static inline int64_t end_of_run(const int64_t *offsets, int64_t n, int64_t count, int width)
+{
+    while (n + 1 < count && offsets[n + 1] == offsets[n] + width)
+        n++;
+    return n + 1;
+}
+
+static inline int all_given(const int32_t *events, int64_t first, int64_t end)
+{
+    int32_t any = GIVEN;
+    for (int64_t k = first; k < end; k++)
+        any |= events[k];
+    return any == GIVEN;
+}
+
 /* `memory.Space._read` without a fault, in two halves: whether it has none, and what it changes.
    `fenced` are the times of what the warp knew at its last fence between the proxies, or null. */
 static int may_read(const Warp *w, const Allocation *place, const int64_t *offsets, int64_t count,
                     int width, const int32_t *fenced)
 {
-    const int units = width / place->unit;
     const Events *events = w->events;
-    for (int64_t n = 0; n < count; n++) {
+    for (int64_t n = 0; n < count;) {
         const int64_t first = offsets[n] / place->unit;
-        for (int64_t k = first; k < first + units; k++) {
+        n = end_of_run(offsets, n, count, width);
+        const int64_t end = (offsets[n - 1] + width) / place->unit;
+        if (all_given(place->writes, first, end) && all_given(place->reads, first, end))
+            continue;
+        for (int64_t k = first; k < end; k++) {
             const int32_t writer = place->writes[k];
             if (writer != GIVEN) {
                 if (knows(w, writer) != 1)
@@ -777,9 +796,11 @@ static void note_read(const Warp *w, const Allocation *place, const int64_t *off
                 if (!knows(w, place->reads[k]) && knows(w, place->others[k]))
                     place->others[k] = place->reads[k];
         }
-    for (int64_t n = 0; n < count; n++) {
+    for (int64_t n = 0; n < count;) {
         const int64_t first = offsets[n] / place->unit;
-        for (int64_t k = first; k < first + units; k++)
+        n = end_of_run(offsets, n, count, width);
+        const int64_t end = (offsets[n - 1] + width) / place->unit;
+        for (int64_t k = first; k < end; k++)
             place->reads[k] = event;
     }
 }
@@ -788,13 +809,17 @@ static void note_read(const Warp *w, const Allocation *place, const int64_t *off
 static int may_write(const Warp *w, const Access *at, int width)
 {
     const Allocation *place = at->place;
-    const int units = width / place->unit;
     for (int n = 0; n < place->barrier_count; n++)
         if (at->least <= place->barriers[n] + 7 && place->barriers[n] < at->most + width)
             return 0;
-    for (int n = 0; n < at->count; n++) {
+    for (int64_t n = 0; n < at->count;) {
         const int64_t first = at->offsets[n] / place->unit;
-        for (int64_t k = first; k < first + units; k++) {
+        n = end_of_run(at->offsets, n, at->count, width);
+        const int64_t end = (at->offsets[n - 1] + width) / place->unit;
+        if (all_given(place->writes, first, end) && all_given(place->reads, first, end) &&
+            (!place->others || all_given(place->others, first, end)))
+            continue;
+        for (int64_t k = first; k < end; k++) {
             const int32_t writer = place->writes[k];
             if (writer != UNWRITTEN && knows(w, writer) != 1)
                 return 0;
@@ -810,15 +835,25 @@ static int may_write(const Warp *w, const Access *at, int width)
 static void note_write(const Access *at, int width, int32_t event)
 {
     const Allocation *place = at->place;
-    const int units = width / place->unit;
-    for (int n = 0; n < at->count; n++) {
+    for (int64_t n = 0; n < at->count;) {
         const int64_t first = at->offsets[n] / place->unit;
-        for (int64_t k = first; k < first + units; k++) {
+        n = end_of_run(at->offsets, n, at->count, width);
+        const int64_t end = (at->offsets[n - 1] + width) / place->unit;
+        for (int64_t k = first; k < end; k++)
             place->writes[k] = event;
-            place->reads[k] = GIVEN;
-            if (place->others)
-                place->others[k] = GIVEN;
-        }
+        memset(place->reads + first, 0, (size_t)(end - first) * 4);
+        if (place->others)
+            memset(place->others + first, 0, (size_t)(end - first) * 4);
+    }
+}
+
+/* memcpy with a size that the compiler knows. */
+static inline void copy_value(uint8_t *values, int lane, const uint8_t *from, int width)
+{
+    switch (width) {
+    case 2: memcpy(values + 2 * lane, from, 2); break;
+    case 4: memcpy(values + 4 * lane, from, 4); break;
+    default: memcpy(values + 8 * lane, from, 8);
     }
 }
 
@@ -835,8 +870,15 @@ static int load(Warp *w, const Instruction *i, uint32_t mask)
         if (i->to[n] < 0)
             continue;
         const int wide = w->widths[i->to[n]];
+        const uint8_t *data = at.place->data + n * i->width;
+        if (wide == i->width && (wide == 4 || wide == 2 || wide == 8)) {
+            for (int k = 0; k < at.count; k++)
+                copy_value(values, at.lanes[k], data + at.offsets[k], wide);
+            put(w, i->to[n], values, mask);
+            continue;
+        }
         for (int k = 0; k < at.count; k++) {
-            const uint8_t *from = at.place->data + at.offsets[k] + n * i->width;
+            const uint8_t *from = data + at.offsets[k];
             uint8_t *to = values + at.lanes[k] * wide;
             memcpy(to, from, i->width);
             if (wide > i->width)
@@ -858,8 +900,12 @@ static int store(Warp *w, const Instruction *i, uint32_t mask)
     for (int n = 0; n < count; n++) {
         const int wide = w->widths[i->from[n + 1]];
         const uint8_t *from = row(w, i->from[n + 1]);
-        for (int k = 0; k < at.count; k++)
-            memcpy(values[k] + n * i->width, from + at.lanes[k] * wide, i->width);
+        if (i->width == 4)
+            for (int k = 0; k < at.count; k++)
+                memcpy(values[k] + n * 4, from + at.lanes[k] * wide, 4);
+        else
+            for (int k = 0; k < at.count; k++)
+                memcpy(values[k] + n * i->width, from + at.lanes[k] * wide, i->width);
     }
     for (int k = 1; k < at.count; k++) {
         if (at.offsets[k] > at.offsets[k - 1])

@@ -446,7 +446,11 @@ class Block:
         warps = gpu.kernel.threads // 32
         self.knowledge = Knowledge(gpu.events, number, warps)
         self.shared = Space("shared memory")
-        self.memory = self.shared.add(Allocation("shared memory", SHARED_BASE, gpu.shared_bytes))
+        self.memory = Allocation("shared memory", SHARED_BASE, gpu.shared_bytes)
+        if gpu.core is not None:  # which leaves what is made later to Python
+            self.memory.refine(min(gpu.core.program.shared_unit, self.memory.unit))
+            self.memory.others = np.zeros_like(self.memory.reads)
+        self.shared.add(self.memory)
         self.local = Space("local memory")
         if gpu.kernel.local_bytes:
             size = gpu.kernel.local_bytes * gpu.kernel.threads

@@ -95,7 +95,12 @@ class Knowledge:
         self.fenced = np.zeros((warps, 64), np.int32)
         self.times[range(warps), range(warps)] = 1
         self.foreign: list[dict[int, Any]] = [{} for _ in range(warps)]
-        self.address, self.stride = self.times.ctypes.data, self.times.strides[0]  # for the core
+        self._tell()
+
+    def _tell(self) -> None:
+        """Note where the arrays lie, for the core in C."""
+        self.address, self.stride = self.times.ctypes.data, self.times.strides[0]
+        self.fenced_address = self.fenced.ctypes.data
 
     def add_agent(self, generic: bool) -> int:
         """Return the number of a new asynchronous operation, of which no warp knows."""
@@ -105,7 +110,7 @@ class Knowledge:
             self.times, self.fenced = (
                 np.hstack([a, np.zeros_like(a)]) for a in (self.times, self.fenced)
             )
-            self.address, self.stride = self.times.ctypes.data, self.times.strides[0]
+            self._tell()
         if not generic:
             self.fenced[:, agent] = 2
         return agent
@@ -221,6 +226,8 @@ class Allocation:
     def refine(self, unit: int) -> None:
         """Let each element of the shadow stand for ``unit`` bytes."""
         count, self.unit = self.unit // unit, unit
+        if count == 1:
+            return
         self.writes, self.reads = (np.repeat(a, count) for a in (self.writes, self.reads))
         if self.others is not None:
             self.others = np.repeat(self.others, count)

@@ -190,6 +190,15 @@ class Program:
         self.instructions = (_Instruction * len(kernel.instructions))()
         for code, i in zip(self.instructions, kernel.instructions, strict=True):
             self._encode(code, i)
+        # The least bytes that a thread accesses of shared memory.
+        self.shared_unit = min(
+            (
+                code.width * (code.results if code.kind == LOAD else code.sources - 1)
+                for code in self.instructions
+                if code.kind in (LOAD, STORE) and code.space == SPACES["shared"]
+            ),
+            default=ROW,
+        )
         self.width_array = np.array(self.widths, np.uint8)
         self.rows = np.zeros((len(self.widths), ROW), np.uint8)
         for (bits, width), row in self.constants.items():
@@ -553,6 +562,7 @@ class SpaceView:
     def update(self) -> None:
         """Take its allocations anew."""
         views = [one.view or AllocationView(one) for one in self.space.allocations]
+        self.pointer = ctypes.addressof(self.struct)
         self.pointers = (ctypes.c_void_p * max(len(views), 1))(
             *(ctypes.addressof(view.struct) for view in views)
         )
@@ -636,26 +646,37 @@ class WarpState:
         self, warp: "Warp", space: "Space", addresses: Any, width: int, event: int, fence: bool
     ) -> bool:
         """`Space.read` of an asynchronous operation, if it is no fault."""
+        at = np.ascontiguousarray(addresses, np.int64)
+        return self.read_at(warp, space, at.ctypes.data, at.size, width, event, fence)
+
+    def read_at(
+        self,
+        warp: "Warp",
+        space: "Space",
+        addresses: int,
+        count: int,
+        width: int,
+        event: int,
+        fence: bool,
+    ) -> bool:
+        """The same, of ``count`` addresses that lie in memory."""
         if space.view is None:
             return False
         self._tell_knowledge(warp)
-        at = np.ascontiguousarray(addresses, np.int64)
-        fenced = warp.knowledge.fenced[warp.index].ctypes.data if fence else None
-        pointer = ctypes.addressof(space.view.struct)
-        found = self.library.read_many(
-            self.pointer, pointer, at.ctypes.data, at.size, width, event, fenced
+        knowledge = warp.knowledge
+        fenced = knowledge.fenced_address + warp.index * knowledge.stride if fence else None
+        pointer = space.view.pointer
+        return bool(
+            self.library.read_many(self.pointer, pointer, addresses, count, width, event, fenced)
         )
-        return bool(found)
 
-    def numbers(self, space: "Space", chunks: Any, rows: int, by_rows: bool, kind: str) -> Any:
+    def numbers(self, space: "Space", chunks: int, rows: int, by_rows: bool, kind: str) -> Any:
         """`tensor_cores.Matrix.read`, or None if the core does not know the kind."""
         if kind not in KINDS or space.view is None:
             return None
         found = np.empty((rows, 8 if kind == "tf32" else 16))
-        at = np.ascontiguousarray(chunks, np.int64)
-        pointer = ctypes.addressof(space.view.struct)
         done = self.library.decode_matrix(
-            found.ctypes.data, pointer, at.ctypes.data, rows, by_rows, KINDS[kind]
+            found.ctypes.data, space.view.pointer, chunks, rows, by_rows, KINDS[kind]
         )
         return found if done else None
 

@@ -170,16 +170,25 @@ class Matrix:
     """
 
     def __init__(self, descriptor: Any, rows: range, by_rows: bool, kind: str, line: int):
-        if (descriptor != descriptor[0]).any():
+        if descriptor.tobytes() != descriptor[:1].tobytes() * len(descriptor):
             raise PtxError(line, "the threads of a warp give different descriptors")
         assert by_rows or OPERANDS[kind] == "u2"
         self.by_rows, self.kind = by_rows, kind
-        self.chunks, self.rows = _chunks(int(descriptor[0]), rows, by_rows, line), len(rows)
+        self.chunks = _chunks(int(descriptor[0]), rows, by_rows, line)
+        self.address, self.rows = self.chunks.ctypes.data, len(rows)
+
+    def check(self, warp: Warp, event: int, line: int) -> None:
+        """Note that an operation reads it."""
+        space = warp.block.shared
+        if warp.core is None or not warp.core.read_at(
+            warp, space, self.address, self.chunks.size, 16, event, True
+        ):
+            space.read(warp, self.chunks, 16, event, line, fence=True)
 
     def read(self, warp: Warp, space: Any, line: int) -> Values:
         """Its numbers ``(rows, k)``."""
         if warp.core is not None:
-            found = warp.core.numbers(space, self.chunks, self.rows, self.by_rows, self.kind)
+            found = warp.core.numbers(space, self.address, self.rows, self.by_rows, self.kind)
             if found is not None:
                 return found
         raw = space.peek(self.chunks, 16, line).view(OPERANDS[self.kind])
@@ -198,10 +207,11 @@ def _chunks(bits: int, rows: range, by_rows: bool, line: int) -> Any:
     size = 256 >> mode
     if by_rows:
         row, chunk = np.array(rows)[:, None], np.arange(2)
-        return swizzle(start + row // 8 * stride + row % 8 * size + 16 * chunk, size)
+        chunks = start + row // 8 * stride + row % 8 * size + 16 * chunk
+        return np.ascontiguousarray(swizzle(chunks, size))
     byte, column = 2 * np.array(rows[::8])[:, None], np.arange(16)
     chunks = start + byte // size * leading + byte % size
-    return swizzle(chunks + column // 8 * stride + column % 8 * size, size)
+    return np.ascontiguousarray(swizzle(chunks + column // 8 * stride + column % 8 * size, size))
 
 
 @action("wgmma.fence.sync.aligned", whole=True)
@@ -235,7 +245,7 @@ class Product(Operation):
         self.taken = dict(zip(of_a, registers.get_many(of_a), strict=True)) if of_a else {}
         self.sums = registers.get_many(self.to) if adds else None
         for matrix in (right, *([] if self.taken else [left])):
-            warp.block.shared.read(warp, matrix.chunks, 16, self.read, i.line, fence=True)
+            matrix.check(warp, self.read, i.line)
         held = [*self.taken.items(), *zip(self.to, self.sums or [], strict=adds)]
         ready = [n for n, value in held if not isinstance(value, Unready)]
         if warp.fence is None or not all(registers.is_unchanged(n, warp.fence) for n in ready):

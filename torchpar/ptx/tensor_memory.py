@@ -182,7 +182,7 @@ class Product(Operation):
             self.a = Matrix(a, range(m), not bits >> 15 & 1, self.kinds[0], i.line)
             operands.append(self.a)
         for matrix in operands:
-            warp.block.shared.read(warp, matrix.chunks, 16, self.read, i.line, fence=True)
+            matrix.check(warp, self.read, i.line)
         memory.writers[self.to] = self.written
 
     def _check_known(self, warp: Warp, places: tuple[Any, Any]) -> None:
