@@ -37,11 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             turns = {way: partial(_turn, worker, name) for way, worker in workers.items()}
             times = take_turns(turns, 2 if options.quick else ROUNDS, label=name)
             for way, one in times.items():
-                columns: dict[str, Any] = {}
+                ratio: dict[str, Any] = {}
                 if way != CORE:
-                    ratio = times[CORE].ratio_over(one)
-                    columns = {"ratio": ratio, "bound": BOUNDS[way]}
-                table.add([one.result({"kernel": name}, way, times[CORE], **columns)])
+                    ratio = {"ratio": times[CORE].ratio_over(one), "bound": BOUNDS[way]}
+                table.add([one.result({"kernel": name}, way, times[CORE], **ratio)])
         for worker in workers.values():
             assert worker.stdin is not None
             worker.stdin.close()

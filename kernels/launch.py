@@ -101,7 +101,7 @@ def cached_plan(
 
     ``out`` is the tensor to write, if the caller gave it.
     """
-    if wrap is not None:  # sizes may be symbols
+    if wrap is not None or is_emulated():  # sizes may be symbols; another emulator may be another GPU
         return make(*tensors, *options)
     layouts = [
         t if t is None else (t.shape, t.stride(), t.dtype, t.get_device(), t.data_ptr() % 16)
@@ -116,6 +116,11 @@ def cached_plan(
         return _plans.setdefault(key, make(*tensors, *options))
 
 
+def is_emulated() -> bool:
+    """Whether launches on CPU tensors are executed by `torchpar.ptx`."""
+    return hasattr(triton.runtime.driver._active, "emulator")
+
+
 def forget_plans() -> None:
     """Discard the plans, so that the next launches choose and specialise anew."""
     _plans.clear()
@@ -127,4 +132,5 @@ def _launch_with_scratch(launch: Callable[..., object], arguments: tuple[object,
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
-    return torch.empty(size, dtype=torch.int8, device="cuda")  # aligned to 512 bytes; TMA needs 128
+    place = "cpu" if is_emulated() else "cuda"  # aligned to 512 bytes; TMA needs 128
+    return torch.empty(size, dtype=torch.int8, device=place)

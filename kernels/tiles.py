@@ -124,9 +124,12 @@ def kind_of(dtype: torch.dtype, precision: str) -> str:
 
 
 def device(t: Tensor) -> Device:
-    """The current device, or Triton's interpreter where ``t`` is on a CPU."""
+    """The current device; for ``t`` on a CPU that of an emulator, or Triton's interpreter."""
     if t.device.type == "cpu":
-        return Device("interpreter", 0, 3)
+        emulator = getattr(triton.runtime.driver._active, "emulator", None)
+        if emulator is None:
+            return Device("interpreter", 0, 3)
+        return Device(emulator.arch, emulator.capability, emulator.multiprocessors)
     driver = triton.runtime.driver.active
     index, target = driver.get_current_device(), driver.get_current_target()
     capability = target.arch if target.backend == "cuda" else 0

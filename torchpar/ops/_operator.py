@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The namespace of the operators, and their registration by `torchpar.library`."""
 
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib import import_module
@@ -36,6 +37,17 @@ def operator(
         kernels=partial(_kernels, kernels),
         opaque=opaque,
     )
+
+
+def runs_kernels(t: Tensor) -> bool:
+    """Whether the operators' Triton kernels run: on a GPU, or on a CPU within `ptx.emulate`."""
+    return t.is_cuda or (t.is_cpu and is_emulating())
+
+
+def is_emulating() -> bool:
+    """Whether this is within a block of `torchpar.ptx.emulate`."""
+    driver = sys.modules.get("torchpar.ptx.driver")  # importing it would import Triton
+    return driver is not None and bool(driver.EMULATORS)
 
 
 def save_operands(ctx: Context, inputs: tuple[Tensor, ...], output: Tensor) -> None:

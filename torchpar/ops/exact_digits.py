@@ -32,6 +32,7 @@ from torch import Tensor
 from torchpar.errors import ConfigError
 from torchpar.library import Wrap
 from torchpar.machine import cpuinfo
+from torchpar.ops._operator import runs_kernels
 
 DIGITS, BITS = 4, 8
 SCALE = DIGITS * BITS - 1  # |X| < 2^SCALE
@@ -122,7 +123,7 @@ def product_of_exponents(a: Tensor, b: Tensor, e: Tensor, f: Tensor, wrap: Wrap 
     ``e (*, m, 1)`` and ``f (*, n, 1)`` are the exponents of the rows. If ``b is a``, half of the
     product is computed.
     """
-    if a.is_cuda or wrap is not None:
+    if runs_kernels(a) or wrap is not None:
         return _by_kernel(a, b, e, f, wrap)
     out = rounded(_sums(a, b, e, f), e, f)
     if not (torch.cat([e.flatten(), f.flatten()]) > MAX_EXPONENT).any():
@@ -137,7 +138,9 @@ def sums(a: Tensor, b: Tensor, e: Tensor, f: Tensor) -> Tensor:
 
     The entries of T for rows that are not finite mean nothing.
     """
-    return _by_kernel(a, b, e, f, None, torch.int64) if a.is_cuda else _sums(a, b, e, f).long()
+    return (
+        _by_kernel(a, b, e, f, None, torch.int64) if runs_kernels(a) else _sums(a, b, e, f).long()
+    )
 
 
 def _by_kernel(

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torchpar.library import Wrap, batch_first, sample
 from torchpar.library.rules import Context, Sharding, Spec, VmapInfo
 from torchpar.library.transforms import needs_formula
-from torchpar.ops._operator import operator, supports_tma
+from torchpar.ops._operator import is_emulating, operator, runs_kernels, supports_tma
 from torchpar.ops.linear_cpu import is_eager, linear, linear_forward
 from torchpar.ops.matrix import (
     check_dtype,
@@ -78,7 +78,7 @@ def _is_native(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
 
     On CPUs PyTorch's operators are faster. For 16-bit floats they are right if all sizes are even.
     """
-    if not (x.is_cpu and is_eager(x, weight, bias)):
+    if not (x.is_cpu and is_eager(x, weight, bias)) or is_emulating():
         return False
     if not is_paired(x):
         return True
@@ -103,17 +103,18 @@ def _formula(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 )
 def _op(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, wrap: Wrap) -> Tensor:
     _check(x, weight, bias)
-    if _is_slow(x):
+    if not runs_kernels(x):
+        if not _is_slow(x):
+            return linear_forward(x, weight, bias).sigmoid_()
         bias = None if bias is None else bias.float()
         return linear_forward(x.float(), weight.float(), bias).sigmoid_().bfloat16()
-    if not x.is_cuda:
-        return linear_forward(x, weight, bias).sigmoid_()
     from torchpar.kernels import linear_sigmoid as kernels
 
     out = None
     if x.shape[-1] != 0:  # the kernel expects a column
         operands = rows(x), weight, bias, fp32_precision(), wrap
-        out = kernels.linear_sigmoid(*operands, tma=supports_tma(wrap), only_if_faster=True)
+        tma, is_real = supports_tma(wrap), not is_emulating()
+        out = kernels.linear_sigmoid(*operands, tma=tma, only_if_faster=is_real)
     if out is None:
         return F.linear(x, weight, bias).sigmoid_()
     return out if x.dim() == 2 else out.view(*x.shape[:-1], weight.shape[0])
@@ -138,7 +139,8 @@ def dz_and_db(g: Tensor, y: Tensor, need_bias: bool = True) -> tuple[Tensor, Any
     if not need_bias:
         return _sigmoid_gradient(g, y), None
     # On a CPU nothing is fused, and two calls of ATen cost less than dispatching one operator.
-    return _backward_op(g, y) if y.is_cuda and not needs_formula(g, y) else _backward_formula(g, y)
+    is_fused = runs_kernels(y) and not needs_formula(g, y)
+    return _backward_op(g, y) if is_fused else _backward_formula(g, y)
 
 
 def _backward(ctx: Context, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -220,7 +222,7 @@ def _backward_formula(g: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     "linear_sigmoid_backward(Tensor g, Tensor y) -> (Tensor, Tensor)", kernels="sigmoid_backward"
 )
 def _backward_op(g: Tensor, y: Tensor, *, wrap: Wrap) -> tuple[Tensor, Tensor]:
-    if not y.is_cuda:
+    if not runs_kernels(y):
         dz, db = _backward_formula(g, y)
         return dz.contiguous(), db
     from torchpar.kernels import sigmoid_backward as kernels

@@ -22,7 +22,7 @@ from torchpar.library.rules import Context, Sharding, Spec, VmapInfo
 from torchpar.library.sharding import is_dtensor
 from torchpar.library.transforms import needs_formula
 from torchpar.ops import symmetric_cpu
-from torchpar.ops._operator import operator, save_operands
+from torchpar.ops._operator import operator, runs_kernels, save_operands
 from torchpar.ops.matrix import check_dtype, mean_with_transpose, product
 from torchpar.ops.symmetric_matmul import compute_symmetric_matmul
 
@@ -134,7 +134,7 @@ def _backward_formula(g: Tensor, x: Tensor) -> Tensor:
     opaque=lambda g, x: symmetric_cpu.is_halved(x),
 )
 def _backward_op(g: Tensor, x: Tensor, *, wrap: Wrap) -> Tensor:
-    if not x.is_cuda:
+    if not runs_kernels(x):
         return symmetric_cpu.symmetrized_product(g, x).contiguous()
     if x.dtype == torch.float16:
         return _backward_formula(g, x).contiguous()

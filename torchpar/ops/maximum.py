@@ -23,7 +23,7 @@ from torchpar.library import Wrap, sample
 from torchpar.library.private import compute_elementwise_output_strides
 from torchpar.library.rules import Context, Sharding, Spec, VmapInfo
 from torchpar.library.transforms import needs_formula
-from torchpar.ops._operator import operator, save_operands
+from torchpar.ops._operator import is_emulating, operator, runs_kernels, save_operands
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
 _DTYPES = frozenset((*_INTEGERS, torch.float16, torch.bfloat16, torch.float32, torch.float64))
@@ -76,7 +76,7 @@ def _device(a: Tensor, b: Tensor) -> torch.device:
 @operator("maximum(Tensor a, Tensor b) -> Tensor", kernels="maximum")
 def _op(a: Tensor, b: Tensor, *, wrap: Wrap) -> Tensor:
     device = _device(a, b)
-    if device.type != "cuda":
+    if device.type != "cuda" and not is_emulating():
         out = torch.maximum(a, b)
         # An empty result of ATen may have other strides.
         return out if out.numel() else _empty(a, b, device)
@@ -122,7 +122,7 @@ def _backward(ctx: Context, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
     a, b = ctx.saved_tensors
     need_a, need_b = ctx.needs_input_grad
     # One launch for both gradients costs less than ATen's launches for one.
-    if g.is_cuda and not needs_formula(g, a, b):
+    if runs_kernels(g) and not needs_formula(g, a, b):
         da, db = _backward_op(g, a.detach(), b.detach())  # the gradients depend on g alone
     else:
         of_larger = torch.where(a == b, g / 2, g)

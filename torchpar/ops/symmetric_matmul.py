@@ -24,7 +24,7 @@ from torchpar.library.rules import Context, Sharding, Spec, VmapInfo
 from torchpar.library.sharding import is_dtensor
 from torchpar.library.transforms import is_transformed
 from torchpar.ops import symmetric_cpu
-from torchpar.ops._operator import operator, supports_tma
+from torchpar.ops._operator import is_emulating, operator, runs_kernels, supports_tma
 from torchpar.ops.matrix import check_dtype, check_like, fp32_precision, product
 
 if TYPE_CHECKING:  # DTensor takes long to import
@@ -185,14 +185,15 @@ def compute_symmetric_matmul(
     a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float, wrap: Wrap
 ) -> Tensor:
     """The result of the operator and of `torchpar.matmul_t`, for arguments that were checked."""
-    if not a.is_cuda:
+    if not runs_kernels(a):
         return symmetric_cpu.symmetric_matmul_on_cpu(a, b, c, alpha, beta)
     from torchpar.kernels import symmetric_matmul as kernels
 
     out = None
     if alpha != 0 and a.shape[-1] != 0:  # the kernel would compute 0·NaN, and expects a column
         operands = a, b, fp32_precision(), wrap, c, alpha, beta
-        out = kernels.symmetric_matmul(*operands, tma=supports_tma(wrap), only_if_faster=True)
+        tma, is_real = supports_tma(wrap), not is_emulating()
+        out = kernels.symmetric_matmul(*operands, tma=tma, only_if_faster=is_real)
     return kernels.mirror(product(a, b, c, alpha, beta), wrap) if out is None else out
 
 
@@ -285,7 +286,7 @@ def _addmm_op(h: Tensor, a: Tensor, b: Tensor, *, alpha: float, beta: float, wra
             h.zero_()
         else:
             symmetric_cpu.mirror_(h.mul_(beta))
-    elif not h.is_cuda:
+    elif not runs_kernels(h):
         symmetric_cpu.symmetric_matmul_on_cpu(a, b, h, alpha, beta, h)
     elif not h.is_contiguous():
         h.copy_(_addmm_by_kernel(h.contiguous(), a, b, alpha, beta))
@@ -303,7 +304,8 @@ def _addmm_by_kernel(h: Tensor, a: Tensor, b: Tensor, alpha: float, beta: float)
         # The kernel by TMA would store the operands' dtype. It might load tiles of H that another
         # program has already stored.
         tma=False,
-        only_if_faster=h.dtype == a.dtype,  # PyTorch's products have one dtype
+        # PyTorch's products have one dtype.
+        only_if_faster=h.dtype == a.dtype and not is_emulating(),
     )
     return kernels.mirror(h.copy_(product(a, b, h, alpha, beta)), None) if out is None else out
 

@@ -46,6 +46,9 @@ LARGEST_GRID_YZ = 65_535  # of each NVIDIA GPU
 ALIGNED = 128  # to which an allocation's base is rounded down
 
 
+EMULATORS: list["Emulator"] = []  # of the blocks of `emulate` that have begun, the outer ones first
+
+
 class Module(NamedTuple):
     """A compiled kernel."""
 
@@ -83,7 +86,7 @@ class Emulator(gpu.Gpu):
         self.launches: list[Launch] = []
         self.faults: list[Fault] = []
         self.printed: list[str] = []
-        self.unwritten: dict[Storage, Any] = {}  # as `_Unwritten` says
+        self.unwritten: dict[Storage, Any] = {}  # as `_Host` says
         self.tuned: dict[int, dict[Any, Any]] = {}  # the caches of autotuners, by their identity
         self._by_place: dict[tuple[str, str, int], Fault] = {}
         self._name = self._file = ""
@@ -137,7 +140,7 @@ class Emulator(gpu.Gpu):
         return self.space.add(made)
 
     def _mark_unwritten(self, storage: Storage, place: Allocation) -> None:
-        """Let nobody have written those bytes of ``storage`` that hold what `_Unwritten` put there.
+        """Let nobody have written those bytes of ``storage`` that hold what `_Host` put there.
 
         If one of these bytes has changed, then the host has written them by other means than
         PyTorch's operators, such as NumPy, or another tensor has the address now.
@@ -182,12 +185,16 @@ class Emulator(gpu.Gpu):
     # Launches
 
     def fault(self, kind: str, name: str, line: int, message: str, warp: Any) -> None:
-        """Note a fault; the launch goes on."""
+        """Note a fault; the launch goes on.
+
+        Args:
+            warp: whose fault it is, or the position of its program.
+        """
         key = self._name, name, line
         if key in self._by_place:
             self._by_place[key].count += 1
             return
-        program = warp.block.position if warp is not None else ()
+        program = warp if isinstance(warp, tuple) else warp.block.position
         source = self._sources.get(line)
         fault = Fault(_kind(kind), name, message, self._name, program, line, source)
         self._by_place[key] = fault
@@ -213,7 +220,7 @@ class Emulator(gpu.Gpu):
             try:
                 self.launch(launch.ptx, values, launch.grid, launch.shared)
             except PtxError as e:
-                self.fault("error", e.name, e.line, e.reason, None)
+                self.fault("error", e.name, e.line, e.reason, e.program)
             launch.instructions += self.executed_instructions
             launch.printed = self.printed
         self._keep_unwritten()
@@ -488,10 +495,13 @@ class Driver(DriverBase):  # type: ignore[misc]  # Triton has no types
     def clear_cache(self, cache: Any) -> None: ...
 
 
-class _Unwritten(TorchDispatchMode):
-    """Know which memory nobody has written: that of torch.empty, until an operator writes to it.
+class _Host(TorchDispatchMode):
+    """What PyTorch's operators do while an emulator is active.
 
-    ``emulator.unwritten`` has by storage a mask of the unwritten bytes, or None for all of them.
+    Operators of others that have a kernel for CUDA, written in Python, run it on CPU tensors.
+
+    The memory of torch.empty is unwritten, until an operator writes to it.
+    ``emulator.unwritten`` has by storage a mask of its bytes, or None for all of them.
     These bytes are `POISON`.
     """
 
@@ -500,7 +510,11 @@ class _Unwritten(TorchDispatchMode):
         self.emulator = emulator
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        if func.namespace not in BUILT_IN and _has_kernel_in_python(func, args, kwargs or {}):
+            with self:  # also in what the kernel's function does
+                result = func.redispatch(ON_CUDA, *args, **(kwargs or {}))
+        else:
+            result = func(*args, **(kwargs or {}))
         if self.emulator.unwritten:
             for t in _written(func._schema, args, kwargs or {}, result):
                 self.emulator.unwritten.pop(storage_of(t), None)
@@ -510,6 +524,24 @@ class _Unwritten(TorchDispatchMode):
                 ctypes.memset(storage.address, POISON, storage.nbytes)
                 self.emulator.unwritten[storage] = None
         return result
+
+
+ON_CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+BUILT_IN = ("aten", "prim", "prims", "profiler")  # namespaces of PyTorch's operators
+
+
+def _has_kernel_in_python(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether an operator on plain CPU tensors has a function in Python for CUDA or all devices.
+
+    One in C++ would take the addresses for those of a GPU.
+    """
+    operands = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    if not operands or not all(map(_is_plain, operands)):
+        return False
+    lines = torch._C._dispatch_dump(func.name()).splitlines()
+    kernels = dict(line.split(": ", 1) for line in lines if ": " in line)
+    composite = kernels.get("CompositeExplicitAutograd[alias]", "")
+    return ".py:" in kernels.get("CUDA", composite)
 
 
 def _is_plain(t: Any) -> bool:
@@ -608,5 +640,7 @@ def emulate(
         stack.enter_context(patch.object(Autotuner, "run", _tuned(emulator, Autotuner.run)))
         active_driver.set_active(Driver(emulator))
         stack.callback(setattr, active_driver, "_active", before)
-        stack.enter_context(_Unwritten(emulator))
+        stack.enter_context(_Host(emulator))
+        EMULATORS.append(emulator)
+        stack.callback(EMULATORS.pop)
         yield emulator

@@ -125,7 +125,11 @@ class Gpu:
                 resident.appendleft((block, block.turns()))
                 started += 1
             block, turns = resident.popleft()
-            has_ended = next(turns, True)
+            try:
+                has_ended = next(turns, True)
+            except PtxError as e:
+                e.program = block.position
+                raise
             if not has_ended:
                 resident.append((block, turns))
             is_idle = is_full and not has_ended and before == (self.changes, len(pending))

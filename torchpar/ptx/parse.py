@@ -116,6 +116,7 @@ class PtxError(Exception):
     def __init__(self, line: int, reason: str, name: str = "error"):
         super().__init__(f"line {line}: {reason}")
         self.line, self.reason, self.name = line, reason, name
+        self.program: tuple[int, ...] = ()  # that was executed
 
 
 class Sources:

@@ -172,9 +172,9 @@ class Matrix:
     def __init__(self, descriptor: Any, rows: range, by_rows: bool, kind: str, line: int):
         if descriptor.tobytes() != descriptor[:1].tobytes() * len(descriptor):
             raise PtxError(line, "the threads of a warp give different descriptors")
-        assert by_rows or OPERANDS[kind] == "u2"
         self.by_rows, self.kind = by_rows, kind
-        self.chunks = _chunks(int(descriptor[0]), rows, by_rows, line)
+        self.of_chunk = 16 // np.dtype(OPERANDS[kind]).itemsize  # numbers
+        self.chunks = _chunks(int(descriptor[0]), rows, 0 if by_rows else self.of_chunk, line)
         self.address, self.rows = self.chunks.ctypes.data, len(rows)
 
     def check(self, warp: Warp, event: int, line: int) -> None:
@@ -193,23 +193,27 @@ class Matrix:
                 return found
         raw = space.peek(self.chunks, 16, line).view(OPERANDS[self.kind])
         raw = raw if self.by_rows else np.ascontiguousarray(raw.transpose(0, 2, 1))
-        return numbers(self.kind, raw.reshape(len(raw) * (1 if self.by_rows else 8), -1))
+        return numbers(self.kind, raw.reshape(self.rows, -1))
 
 
 @lru_cache(4096)
-def _chunks(bits: int, rows: range, by_rows: bool, line: int) -> Any:
-    """Return the addresses of an operand's chunks, by its descriptor."""
+def _chunks(bits: int, rows: range, rows_of_chunk: int, line: int) -> Any:
+    """Return the addresses of an operand's chunks, by its descriptor.
+
+    A chunk has ``rows_of_chunk`` numbers of a column; if that is 0, numbers of a row.
+    """
     start, leading, stride = ((bits >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
     mode = bits >> 62 & 3
     # Bit 46 is the version of sm_100's descriptors.
     if bits & (3 << 14 | 3 << 30 | 0xFFFE << 46 & ~(1 << 62 | 1 << 63)) or mode == 0:
         raise PtxError(line, f"the descriptor {bits:#x} has bits that are unknown here")
     size = 256 >> mode
-    if by_rows:
+    if not rows_of_chunk:
         row, chunk = np.array(rows)[:, None], np.arange(2)
         chunks = start + row // 8 * stride + row % 8 * size + 16 * chunk
         return np.ascontiguousarray(swizzle(chunks, size))
-    byte, column = 2 * np.array(rows[::8])[:, None], np.arange(16)
+    byte = 16 // rows_of_chunk * np.array(rows[::rows_of_chunk])[:, None]
+    column = np.arange(2 * rows_of_chunk)
     chunks = start + byte // size * leading + byte % size
     return np.ascontiguousarray(swizzle(chunks + column // 8 * stride + column % 8 * size, size))
 

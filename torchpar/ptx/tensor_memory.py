@@ -19,7 +19,7 @@ from torchpar.ptx.machine import Operation, Run, Warp, action, instruction
 from torchpar.ptx.memory import UNWRITTEN
 from torchpar.ptx.parse import Instruction, PtxError, flat
 from torchpar.ptx.registers import LANES, Values, reader, writer
-from torchpar.ptx.tensor_cores import OPERANDS, Matrix, numbers
+from torchpar.ptx.tensor_cores import OPERANDS, Matrix, add, numbers
 from torchpar.ptx.tensors import Arrival, barrier_at
 
 LANE_COUNT, COLUMNS = 128, 512
@@ -28,6 +28,7 @@ TYPES = {
     "f16": {0: "f16", 1: "bf16"},
     "tf32": {2: "tf32"},
     "f8f6f4": {0: "e4m3", 1: "e5m2"},
+    "i8": {0: "u8", 1: "s8"},
 }
 
 
@@ -162,7 +163,9 @@ class Product(Operation):
         super().__init__(warp, i.line, "a product", after=memory.last, continues=earlier)
         memory.products[warp.index] = memory.last = self
         self.memory, self.warp, self.block, self.adds = memory, warp, warp.block, adds
-        types = TYPES[i.parts[3].partition("::")[2]]
+        kind = i.parts[3].partition("::")[2]
+        types, self.sum = TYPES[kind], np.dtype(np.int32 if kind == "i8" else np.float32)
+        self.saturates = bool(bits >> 3 & 1)
         self.kinds = types[bits >> 7 & 7], types[bits >> 10 & 7]
         n, m = (bits >> 17 & 63) * 8, (bits >> 24 & 31) * 16
         rows = np.arange(m)
@@ -204,8 +207,9 @@ class Product(Operation):
         else:
             left = self.a.read(self.warp, shared, self.line)
         product = left @ self.b.read(self.warp, shared, self.line).T
-        old = self.memory.cells[self.to].view(np.float32) if self.adds else np.float32(0)
-        self.memory.cells[self.to] = (product + old).astype(np.float32).view(np.uint32)
+        old = self.memory.cells[self.to].view(self.sum)
+        old = old if self.adds else np.zeros_like(old)
+        self.memory.cells[self.to] = add(product, old, self.saturates).view(np.uint32)
 
 
 @instruction("tcgen05.mma.cta_group::1", results=0)
