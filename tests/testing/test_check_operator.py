@@ -338,14 +338,20 @@ def test_an_error_of_the_command_is_one_line(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the note is another where there is a GPU")
 def test_a_table_says_that_no_kernel_for_a_gpu_has_run() -> None:
     table = check_operator(torch.ops.torchpar.matmul_t.default, [(normal(4, 3),)], rules="values")
-    assert table.notes == ("no GPU: the operator's Triton kernels were not run",)
+    assert table.notes == (
+        "no GPU: the operator's Triton kernels were not run; "
+        'emulate="sm_90" executes Triton kernels on this CPU',
+    )
     assert str(table).splitlines()[-1] == table.notes[0]
     assert table.as_dict()["notes"] == list(table.notes)
     op = faulty.make("of_cuda")
     assert check_operator(op, SAMPLES, rules="values").notes == ()
     op.register_kernel("cuda", faulty.kernel)
     table = check_operator(op, SAMPLES, rules="values")
-    assert table.notes == ("no GPU: the operator's CUDA kernels were not run",)
+    assert table.notes == (
+        "no GPU: the operator's CUDA kernels were not run; "
+        'emulate="sm_90" executes Triton kernels on this CPU',
+    )
 
 
 def test_an_internal_error_of_pytorch_is_a_crash() -> None:

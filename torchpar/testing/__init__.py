@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torchpar.testing.case import Sample
     from torchpar.testing.formulas import Formula
+    from torchpar.testing.kernels import check_kernel
     from torchpar.testing.operators import OperatorTable, check_operator
     from torchpar.testing.optimizers import Conformance, Row, check_optimizer
     from torchpar.testing.situations import SITUATIONS
@@ -21,6 +22,7 @@ _MODULES = {
     "OperatorTable": "operators",
     "Row": "optimizers",
     "Sample": "case",
+    "check_kernel": "kernels",
     "check_operator": "operators",
     "check_optimizer": "optimizers",
 }
@@ -31,6 +33,7 @@ __all__ = [
     "OperatorTable",
     "Row",
     "Sample",
+    "check_kernel",
     "check_operator",
     "check_optimizer",
 ]

@@ -57,6 +57,11 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--rules", nargs="+", metavar="RULE", help="rows of the table; default: all"
     )
+    parser.add_argument(
+        "--emulate",
+        metavar="ARCH",
+        help="sm_80, sm_90 or sm_100: execute the Triton kernels as compiled for this GPU",
+    )
     parser.add_argument("--json", action="store_true", help="print the table as JSON")
     flags = parser.parse_args(arguments)
     try:
@@ -75,4 +80,6 @@ def _check(flags: argparse.Namespace) -> OperatorTable:
             samples = samples()
         except (Exception, SystemExit) as e:
             raise ConfigError(f"{flags.samples}: {_reason(e)}") from e
-    return check_operator(op, samples, reference=reference, rules=flags.rules)
+    return check_operator(
+        op, samples, reference=reference, rules=flags.rules, emulate=flags.emulate
+    )

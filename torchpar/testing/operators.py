@@ -3,16 +3,18 @@
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from textwrap import shorten
+from typing import TYPE_CHECKING
 
 import torch
 from torch._library.triton import triton_ops_to_kernels
 
 from torchpar.errors import ConfigError
 from torchpar.tables import in_columns
+from torchpar.testing import kernels
 from torchpar.testing.case import (
     FALLS_BACK,
     INTERNAL,
@@ -25,6 +27,9 @@ from torchpar.testing.case import (
     Sample,
 )
 from torchpar.testing.rules import ONCE, RULES
+
+if TYPE_CHECKING:
+    from torchpar.ptx import Emulator
 
 # From the best to the worst.
 OUTCOMES = ("not run", "works", FALLS_BACK, "refuses", "crashes", "wrong")
@@ -96,6 +101,7 @@ def check_operator(
     *,
     reference: Callable[..., object] | None = None,
     rules: Iterable[str] | None = None,
+    emulate: str | None = None,
 ) -> OperatorTable:
     """Try an operator with every part of PyTorch, and compare the results with a reference.
 
@@ -111,17 +117,25 @@ def check_operator(
             precision right rows can fail.
         reference: a differentiable function of the same arguments, of PyTorch's operators.
         rules: a name or names of rows, as the printed table has them; by default all.
+        emulate: "sm_80", "sm_90" or "sm_100": execute the operator's Triton kernels as compiled for
+            this GPU, on samples on the CPU. All rules but those of compilers, of graphs and of
+            DTensors run them, and further rows say what was wrong within a kernel. Give small
+            samples, of a few thousand numbers: a launch takes milliseconds, and a table has
+            hundreds of them.
 
     Returns:
         A table with one row for each rule, of its worst outcome.
 
     Raises:
-        ConfigError: an unknown rule; no sample, or a sample that is not a tuple; an operator that
-            writes to operands.
+        ConfigError: an unknown rule or architecture; no sample, or a sample that is not a tuple; an
+            operator that writes to operands.
     """
-    names = list(RULES) if rules is None else [rules] if isinstance(rules, str) else list(rules)
-    if unknown := [name for name in names if name not in RULES]:
-        raise ConfigError(f"rule {unknown[0]!r}, expected one of {', '.join(map(repr, RULES))}")
+    known = [*RULES, *(KERNEL_ROWS if emulate is not None else ())]
+    names = known if rules is None else [rules] if isinstance(rules, str) else list(rules)
+    if unknown := [name for name in names if name not in known]:
+        expected = ", ".join(map(repr, known))
+        way = "; rows of kernels need emulate=" * (unknown[0] in KERNEL_ROWS)
+        raise ConfigError(f"rule {unknown[0]!r}, expected one of {expected}{way}")
     if not isinstance(samples, Iterable):
         raise ConfigError(
             f"the samples are an object of type {type(samples).__name__}, expected a list"
@@ -144,11 +158,63 @@ def check_operator(
     logging.disable()  # the compiler's logs of errors, which are in the table
     try:
         with warnings.catch_warnings(action="ignore"):  # vmap's, of loops, are in the table, too
-            return OperatorTable(
-                name, [_row(rule, cases) for rule in names], _notes(overload, cases)
-            )
+            if emulate is None:
+                rows, notes = [_row(rule, cases) for rule in names], _notes(overload, cases)
+            else:
+                rows, notes = _emulated_rows(names, cases, emulate), ()
+            return OperatorTable(name, rows, notes)
     finally:
         logging.disable(disabled)
+
+
+KERNEL_RULES: dict[str, Callable[[Case, "Emulator"], str | None]] = {
+    "kernel values": kernels.kernel_values,
+    "kernel gradients": kernels.kernel_gradients,
+}
+KERNEL_ROWS = (*KERNEL_RULES, *kernels.ROWS, kernels.OTHERS, kernels.RESOURCES)
+# These trace the operator, or compute by several ranks.
+NOT_EMULATED = (
+    "torch.compile",
+    "torch.compile, dynamic",
+    "torch.compile by Inductor",
+    "torch.export, save and load",
+    "functionalize, and a copied graph",
+    "DTensor",
+    "CUDA graph",
+)
+
+
+def _emulated_rows(names: Sequence[str], cases: Sequence[Case], arch: str) -> list[Row]:
+    """The rows of the rules, whose calls run the operator's kernels, and those of the kernels."""
+    from torchpar.ptx import emulate
+
+    kernels.check_arch(arch)
+    gpus: list[Emulator] = []
+    rows = []
+    for name in names:
+        if name in KERNEL_ROWS:
+            continue
+        if name in NOT_EMULATED:
+            rows.append(_row(name, cases))
+            continue
+        with emulate(arch) as gpu:
+            rows.append(_row(name, cases))
+        gpus.append(gpu)
+    if not set(names) & set(KERNEL_ROWS):
+        return rows
+    for title, rule in KERNEL_RULES.items():
+        with emulate(arch, schedules="all") as gpu:
+            found = [
+                Row(title, *outcome_of(partial(rule, case, gpu)), i) for i, case in enumerate(cases)
+            ]
+        rows.append(_worst_of(found))
+        gpus.append(gpu)
+    faults = [fault for gpu in gpus for fault in gpu.report().faults]
+    launched = any(gpu.launches for gpu in gpus)
+    for title, outcome, detail in kernels.fault_rows(faults):
+        rows.append(Row(title, outcome if launched else "not run", detail))
+    rows.append(Row(*kernels.resource_row(gpus)))
+    return [row for row in rows if row.rule in names]
 
 
 def find_overload(op: Callable[..., object], sample: Sample) -> Operator | None:
@@ -178,16 +244,23 @@ def _notes(overload: Operator | None, cases: list[Case]) -> tuple[str, ...]:
     if not is_triton and not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"):
         return ()
     reason = "the samples are on no GPU" if torch.cuda.is_available() else "no GPU"
-    return (f"{reason}: the operator's {'Triton' if is_triton else 'CUDA'} kernels were not run",)
+    kind = "Triton" if is_triton else "CUDA"
+    way = 'emulate="sm_90" executes Triton kernels on this CPU'
+    return (f"{reason}: the operator's {kind} kernels were not run; {way}",)
 
 
-def _row(name: str, cases: list[Case]) -> Row:
+def _row(name: str, cases: Sequence[Case]) -> Row:
     tried = cases[:1] if name in ONCE else cases
-    rows = [Row(name, *_outcome(partial(RULES[name], case)), i) for i, case in enumerate(tried)]
+    return _worst_of(
+        [Row(name, *outcome_of(partial(RULES[name], case)), i) for i, case in enumerate(tried)]
+    )
+
+
+def _worst_of(rows: Sequence[Row]) -> Row:
     return max(rows, key=lambda row: (OUTCOMES.index(row.outcome), -row.sample))
 
 
-def _outcome(attempt: Callable[[], Attempts | str | None]) -> tuple[str, str]:
+def outcome_of(attempt: Callable[[], Attempts | str | None]) -> tuple[str, str]:
     """The outcome of a rule or of one of its attempts, and what happened."""
     try:
         returned = attempt()
@@ -210,7 +283,7 @@ def _worst(attempts: Attempts) -> tuple[str, str]:
         except StopIteration as end:
             remark = end.value or ""
             break
-        found.append((label, *_outcome(attempt)))
+        found.append((label, *outcome_of(attempt)))
     if not found:
         return "not run", "nothing to try"
     label, outcome, detail = max(found, key=lambda one: OUTCOMES.index(one[1]))

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: MIT
+"""What a kernel takes of a multiprocessor, by ptxas of Triton's wheel."""
+
+import re
+import subprocess
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+from triton.backends.nvidia.compiler import get_ptxas
+
+
+class Resources(NamedTuple):
+    """Registers of a thread, and bytes of its memory for registers that do not fit."""
+
+    registers: int
+    spilled_bytes: int
+
+    def __str__(self) -> str:
+        spills = f"spills {self.spilled_bytes} bytes" if self.spilled_bytes else "no spills"
+        return f"{self.registers} registers, {spills}"
+
+
+@lru_cache(256)
+def resources(ptx: str, arch: str) -> Resources:
+    """Assemble PTX for ``arch``, such as "sm_90", and return what the kernel takes.
+
+    Raises:
+        OSError: there is no ptxas.
+        RuntimeError: ptxas refuses the text.
+    """
+    tool = get_ptxas(int(arch.removeprefix("sm_"))).path
+    target = re.search(r"^\.target\s+(\w+)", ptx, re.MULTILINE)
+    with tempfile.TemporaryDirectory() as folder:
+        text = Path(folder) / "kernel.ptx"
+        text.write_text(ptx, "utf-8")
+        name = target[1] if target else arch
+        command = [tool, "-v", f"--gpu-name={name}", str(text), "-o", str(text.with_suffix(".o"))]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"ptxas refuses the kernel: {done.stderr.strip().splitlines()[0]}")
+    registers = re.search(r"Used (\d+) registers", done.stderr)
+    spilled = re.search(r"(\d+) bytes spill stores", done.stderr)
+    if registers is None:
+        raise RuntimeError("ptxas does not say how many registers the kernel uses")
+    return Resources(int(registers[1]), int(spilled[1]) if spilled else 0)

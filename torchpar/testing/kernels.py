@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: MIT
+"""Check Triton kernels without a GPU: they are compiled for one, and executed on this CPU."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from inspect import signature
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from torchpar.errors import ConfigError
+from torchpar.testing.case import Case, Outcome, Tensors, cast, close
+from torchpar.testing.rules import pulled_back
+
+if TYPE_CHECKING:
+    from torchpar.ptx import Emulator, Fault
+    from torchpar.testing.operators import OperatorTable
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+# The faults of `torchpar.ptx` by row; docs/ptx.md says what each means. Those of no row are of
+# "execution".
+ROWS = {
+    "races": (
+        "race",
+        "race between programs",
+        "missing fence",
+        "different values",
+        "unfinished copy",
+        "overwritten mbarrier",
+    ),
+    "bounds": ("out of bounds", "misaligned access"),
+    "uninitialised memory": (
+        "uninitialised memory",
+        "uninitialised register",
+        "undefined value",
+    ),
+}
+OTHERS = "execution"  # deadlocks, endless loops, assertions, and what is not emulated
+RESOURCES = "registers and spills"
+NO_LAUNCH = "no Triton kernel was launched"
+
+
+class Kernel(Protocol):
+    """A jitted Triton kernel."""
+
+    def __getitem__(self, grid: object, /) -> Callable[..., object]: ...
+
+
+def check_arch(arch: str) -> None:
+    """Refuse an unknown architecture."""
+    if arch not in ARCHITECTURES:
+        raise ConfigError(f"arch is {arch!r}, expected one of {', '.join(ARCHITECTURES)}")
+
+
+def fault_rows(faults: Sequence["Fault"]) -> Iterator[tuple[str, str, str]]:
+    """Yield for each kind of faults the row, its outcome, and the first fault with its line."""
+    named = {name for names in ROWS.values() for name in names}
+    for row, names in {**ROWS, OTHERS: ()}.items():
+        mine = [one for one in faults if (one.name in names if names else one.name not in named)]
+        mine = [one for one in mine if one.kind != "note"]
+        errors = [one for one in mine if one.kind == "error"]
+        first = next(iter(errors or mine), None)
+        yield row, "wrong" if errors else "works", "" if first is None else _said(first)
+
+
+def _said(fault: "Fault") -> str:
+    where = f"line {fault.line} of the PTX"
+    if fault.source is not None:
+        path, line = fault.source
+        where = f"{path.rpartition('/')[2]}:{line}"
+    kind = "" if fault.kind == "error" else f"{fault.kind}: "
+    return f"{where}, {fault.kernel}: {kind}{fault.name}: {fault.message}"
+
+
+def resource_row(gpus: Sequence["Emulator"]) -> tuple[str, str, str]:
+    """The row of what each kernel takes of a multiprocessor, by ptxas."""
+    from torchpar.ptx.resources import resources
+
+    found: dict[str, str] = {}
+    for launch in (launch for gpu in gpus for launch in gpu.launches):
+        try:
+            found[launch.kernel] = str(resources(launch.ptx, launch.arch))
+        except (OSError, RuntimeError) as e:
+            return RESOURCES, "not run", f"ptxas: {e}"
+    if not found:
+        return RESOURCES, "not run", NO_LAUNCH
+    return RESOURCES, "works", "; ".join(f"{name}: {text}" for name, text in found.items())
+
+
+# An operator's kernels
+
+
+def kernel_values(case: Case, gpu: "Emulator") -> None:
+    """The results of the operator, whose kernels are executed under all schedules."""
+    actual = case.op(*case.operands)
+    if not gpu.launches:
+        raise Outcome("not run", NO_LAUNCH)
+    if case.reference is None:
+        raise Outcome("not run", "no reference")
+    close(actual, case.plain(*case.operands), lambda: case.wide.plain(*case.wide.operands))
+
+
+def kernel_gradients(case: Case, gpu: "Emulator") -> str:
+    """The gradients of the operator, with incoming gradients that are not all alike."""
+    oracle = case.oracle
+    case.op(*case.operands)
+    of_values = len(gpu.launches)
+    actual = pulled_back(case.smooth(case.op), case)
+    close(actual, pulled_back(oracle, case), lambda: pulled_back(case.wide.oracle, case.wide))
+    has_more = len(gpu.launches) > 2 * of_values
+    return "" if has_more else "the backward launches no kernel"
+
+
+# A kernel alone
+
+
+def check_kernel(
+    kernel: Kernel,
+    grid: object,
+    arguments: Sequence[object],
+    reference: Callable[..., Mapping[str, Tensor]],
+    *,
+    arch: str = "sm_90",
+    **options: object,
+) -> "OperatorTable":
+    """Execute a kernel as compiled for a GPU, and compare what it writes with a reference.
+
+        check_kernel(
+            add, (4,), (x, y, torch.empty_like(x), x.numel()),
+            lambda x, y, out, n: {"out": x + y}, BLOCK=1024,
+        )
+
+    The launch is executed three times, with asynchronous operations that end early, late and at
+    random, and warps in other orders.
+
+    Args:
+        kernel: a function with `triton.jit`, or an autotuned one, whose first configuration runs.
+        grid: as in ``kernel[grid]``.
+        arguments: of the launch, in the order of the kernel's signature: CPU tensors, which stay as
+            they are, and numbers. A tensor that the reference does not name must not change.
+        reference: a function of the same arguments, of PyTorch's operators. It returns by name what
+            the tensors hold afterwards that the kernel writes. It is also called with tensors of
+            float64, whose results count as exact. The kernel's error may be twice that of the
+            reference.
+        arch: "sm_80" (A100), "sm_90" (H100) or "sm_100" (B200).
+        options: constants of the kernel by name, and Triton's options, such as ``num_warps``.
+
+    Returns:
+        A table with the rows "values", "races", "bounds", "uninitialised memory", "execution" and
+        "registers and spills". ``ok`` says whether none is wrong.
+
+    Raises:
+        ConfigError: another architecture; a reference that returns something else.
+    """
+    from torchpar.ptx import emulate
+    from torchpar.testing.operators import OperatorTable, Row, outcome_of
+
+    check_arch(arch)
+    names = list(signature(_function(kernel)).parameters)
+    launched = [a.clone() if isinstance(a, Tensor) else a for a in arguments]
+    given = dict(zip(names, launched, strict=False))
+    right = _expected(reference, arguments, given)
+    exact = _expected(reference, arguments, given, torch.float64)
+    with emulate(arch, schedules="all") as gpu:
+        kernel[grid](*launched, **options)
+    written = {name: a for name, a in given.items() if isinstance(a, Tensor)}
+    before = {name: a for name, a in zip(names, arguments, strict=False) if name in written}
+    rows = [Row("values", *outcome_of(partial(_compare, written, before, right, exact)))]
+    rows += [Row(*one) for one in fault_rows(gpu.report().faults)]
+    rows.append(Row(*resource_row([gpu])))
+    return OperatorTable(f"{_function(kernel).__name__} for {arch}", rows)
+
+
+def _function(kernel: object) -> Callable[..., object]:
+    """The Python function of a jitted or autotuned kernel."""
+    while hasattr(kernel, "fn"):
+        kernel = kernel.fn
+    if not callable(kernel):
+        given = f"the kernel is an object of type {type(kernel).__name__}"
+        raise ConfigError(f"{given}, expected a function with triton.jit")
+    return kernel
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    return a.contiguous().view(torch.uint8).equal(b.contiguous().view(torch.uint8))
+
+
+def _expected(
+    reference: Callable[..., Mapping[str, Tensor]],
+    arguments: Sequence[object],
+    written: Mapping[str, object],
+    dtype: torch.dtype | None = None,
+) -> Mapping[str, Tensor]:
+    """What the reference returns for copies of the arguments, whose tensors have ``dtype``."""
+    given = [
+        (a.clone() if dtype is None else cast((a,), dtype)[0]) if isinstance(a, Tensor) else a
+        for a in arguments
+    ]
+    found = reference(*given)
+    if not isinstance(found, Mapping) or not found:
+        raise ConfigError(
+            f"the reference returns an object of type {type(found).__name__}, expected tensors by "
+            'the names of arguments, such as {"out": x + y}'
+        )
+    tensors = [name for name, a in written.items() if isinstance(a, Tensor)]
+    if unknown := [name for name in found if name not in tensors]:
+        raise ConfigError(
+            f"the reference names {unknown[0]!r}, expected one of {', '.join(tensors)}"
+        )
+    return found
+
+
+def _compare(
+    written: Mapping[str, Tensor],
+    before: Mapping[str, object],
+    right: Mapping[str, Tensor],
+    exact: Mapping[str, Tensor],
+) -> None:
+    for name, held in written.items():
+        original = before[name]
+        if name not in right and isinstance(original, Tensor) and not _is_same(held, original):
+            raise Outcome("wrong", f"{name}: has changed, and the reference does not name it")
+    for name, tensor in right.items():
+        held = written[name]
+
+        def wide(name: str = name) -> Tensors:
+            return (exact[name],)
+
+        try:
+            close((held,), (tensor.to(held.dtype),), wide)
+        except Outcome as e:
+            raise Outcome("wrong", f"{name}: {e.args[1]}") from e
