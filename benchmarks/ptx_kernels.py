@@ -69,7 +69,9 @@ def matmul_kernel(a, b, c, n, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constex
 
 
 @triton.jit
-def attention_kernel(q, k, v, out, scale, LENGTH, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+def attention_kernel(
+    q, k, v, out, scale, LENGTH, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+):
     head, d = tl.program_id(1) * LENGTH * D, tl.arange(0, D)
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     queries = tl.load(q + head + m[:, None] * D + d[None, :])

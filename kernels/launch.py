@@ -101,7 +101,7 @@ def cached_plan(
 
     ``out`` is the tensor to write, if the caller gave it.
     """
-    if wrap is not None or is_emulated():  # sizes may be symbols; another emulator may be another GPU
+    if wrap is not None or is_emulated():  # sizes may be symbols; emulators are other GPUs
         return make(*tensors, *options)
     layouts = [
         t if t is None else (t.shape, t.stride(), t.dtype, t.get_device(), t.data_ptr() % 16)

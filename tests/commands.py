@@ -3,6 +3,7 @@
 
 import importlib
 import json
+import linecache
 import os
 import re
 import shutil
@@ -74,10 +75,15 @@ def blocks(page: str) -> list[str]:
 
 
 def execute(*blocks: str) -> dict[str, Any]:
-    """Run blocks of a page's code one after the other, and return what they define."""
+    """Run blocks of a page's code one after the other, and return what they define.
+
+    Triton looks a kernel's source up.
+    """
     names: dict[str, Any] = {"__name__": "page"}
-    for block in blocks:
-        exec(block, names)
+    for number, block in enumerate(blocks):
+        path = f"block-{number}-{hash(block)}.py"
+        linecache.cache[path] = len(block), None, block.splitlines(keepends=True), path
+        exec(compile(block, path, "exec"), names)
     return names
 
 

@@ -178,6 +178,7 @@ def public_names() -> set[str]:
     for part in (
         "library",
         "testing",
+        "ptx",
         "nn",
         "optim",
         "parallel",

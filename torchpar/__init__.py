@@ -23,16 +23,16 @@ if find_spec("torch"):
     )
 
 if TYPE_CHECKING:
-    from torchpar import exact, optim, parallel, testing
+    from torchpar import exact, optim, parallel, ptx, testing
 
 __version__ = "0.3.0"
 __all__ = ["exact_matmul", "exact_matmul_t", "linear_sigmoid", "matmul_t", "maximum"]
-__all__ += ["exact", "library", "nn", "optim", "parallel", "symmetric_matmul", "testing"]
+__all__ += ["exact", "library", "nn", "optim", "parallel", "ptx", "symmetric_matmul", "testing"]
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__ and not find_spec("torch"):
         raise ImportError(f"torchpar.{name} needs PyTorch; pip install torch")
-    if name in ("exact", "optim", "parallel", "testing"):
+    if name in ("exact", "optim", "parallel", "ptx", "testing"):
         return importlib.import_module(f"torchpar.{name}")
     raise AttributeError(f"module 'torchpar' has no attribute {name!r}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a kernel takes of a multiprocessor, by ptxas of Triton's wheel."""
+"""Registers and spills of a kernel, by ptxas of Triton's wheel."""
 
 import re
 import subprocess
