@@ -74,7 +74,7 @@ class Recipe:
     ns_steps: int = 5  # iterations of Newton–Schulz in a step of Muon
     warmup: float = 0.0  # the part of the steps in which the rate rises to ``lr``
     decay: bool = False  # let the rate fall linearly to 0 afterwards
-    fused: bool = False  # compute gradients by formulas, else by autograd
+    fused: bool = False  # compute gradients by hand, else by autograd
     # Of the images and of the products; another one needs ``fused``. On a processor without
     # instructions for bfloat16, it is float32.
     dtype: torch.dtype = torch.float32
@@ -208,7 +208,7 @@ def then(name: str, change: str, **settings: Any) -> None:
     LADDER.append(replace(LADDER[-1], name=name, change=change, **settings))
 
 
-then("formulas", "gradients by formulas, not autograd", fused=True)
+then("by-hand", "gradients by hand, not autograd", fused=True)
 then("falling-rate", "a rate of 0.002 that falls to 0; 5 epochs", decay=True, lr=0.002, epochs=5)
 change = "Muon for the weights; batches of 512, 2 epochs"
 then("muon", change, optimizer="muon", lr=0.1, batch_size=512, epochs=2)
@@ -239,8 +239,8 @@ TRIED = [  # the 98.0% record with another choice
         ("shifted", "the images are moved in the first epoch", {"shift": True}),
     )
 ]
-# The first training of README, whose loop is examples/train_ddp.py: here by formulas, in a step of
-# less time.
+# The first training of README, whose loop is examples/train_ddp.py. Here the gradients are computed
+# by hand, which makes a step faster.
 LESSON = Recipe(
     name="train_ddp",
     change="the defaults of examples/train_ddp.py",

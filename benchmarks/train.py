@@ -276,7 +276,7 @@ def by_lesson(world: World, fused: bool) -> Train:
 ON_RANKS = (
     "DistributedDataParallel",
     "DistributedDataParallel, shared memory",
-    "gradients by formulas",
+    "gradients by hand",
 )
 inputs_on_rank = lru_cache(maxsize=1)(Inputs)
 
@@ -424,7 +424,7 @@ def contestants(
         fast.compile()
         yield by(by_torch(fast), "torch.compile", compiles=True)
     yield by(by_lesson(world, fused=False), "torchpar, autograd")
-    yield by(by_lesson(world, fused=True), FUSED, "gradients by formulas")
+    yield by(by_lesson(world, fused=True), FUSED, "gradients by hand")
     for note in ON_RANKS:
         turn = epoch_turn(inputs, inputs.order, partial(on_ranks, ranks, inputs, note))
         yield Contestant(f"{FUSED}, 2 ranks", turn, note)
