@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, islice
 from statistics import median
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import train_ddp
@@ -103,7 +103,7 @@ class Trainer:
         return loss
 
 
-def compare(flags: Flags, world: World, train: Samples, ways: list[str]) -> list[dict[str, Any]]:
+def compare(flags: Flags, world: World, train: Samples, ways: list[str]) -> list[console.Row]:
     """Time some steps of each way in turn.
 
     Returns:
