@@ -31,6 +31,7 @@ if importlib.util.find_spec("triton") is None:
 
 import triton
 import triton.language as tl
+from triton.runtime import KernelInterface
 from triton.testing import do_bench, do_bench_cudagraph
 
 import torchpar
@@ -85,7 +86,9 @@ COLUMNS = {  # of a tile along k, by the dtype
 # The kernels. Those of the library also take strides, batches, factors and a matrix C.
 
 
-def that_fit(configs: list[Any], arguments: dict[str, Any], **constants: Any) -> list[Any]:
+def that_fit(
+    configs: list[triton.Config], arguments: dict[str, Any], **constants: object
+) -> list[triton.Config]:
     """The configurations whose stages fit into shared memory; by TMA where it is, in 16 bits and in
     TF32.
 
@@ -220,19 +223,21 @@ def layer_kernel(
 # Their launches, of contiguous tensors.
 
 
-def maximum(a: Tensor, b: Tensor, kernel: Any = maximum_kernel) -> Tensor:
+def maximum(a: Tensor, b: Tensor, kernel: KernelInterface = maximum_kernel) -> Tensor:
     out = torch.empty_like(a)
     kernel[partial(blocks, out.numel())](a, b, out, out.numel())
     return out
 
 
-def matmul_t(x: Tensor, kernel: Any = matmul_t_kernel) -> Tensor:
+def matmul_t(x: Tensor, kernel: KernelInterface = matmul_t_kernel) -> Tensor:
     (n, k), out = x.shape, x.new_empty(len(x), len(x))
     kernel[partial(programs, x, n, n, True)](x, out, n, k, PRECISION=fp32_precision())
     return out
 
 
-def linear_sigmoid(x: Tensor, weight: Tensor, bias: Tensor, kernel: Any = layer_kernel) -> Tensor:
+def linear_sigmoid(
+    x: Tensor, weight: Tensor, bias: Tensor, kernel: KernelInterface = layer_kernel
+) -> Tensor:
     (m, k), n = x.shape, len(weight)
     out = x.new_empty(m, n)
     kernel[partial(programs, x, m, n, False)](
@@ -241,11 +246,11 @@ def linear_sigmoid(x: Tensor, weight: Tensor, bias: Tensor, kernel: Any = layer_
     return out
 
 
-def blocks(numel: int, given: dict[str, Any]) -> tuple[int]:
+def blocks(numel: int, given: dict[str, int]) -> tuple[int]:
     return (triton.cdiv(numel, given["BLOCK"]),)
 
 
-def programs(x: Tensor, m: int, n: int, symmetric: bool, given: dict[str, Any]) -> tuple[int]:
+def programs(x: Tensor, m: int, n: int, symmetric: bool, given: dict[str, int]) -> tuple[int]:
     """By TMA, programs are persistent. Two with tiles of 64 rows run at a time on a
     multiprocessor."""
     resident = device(x).multiprocessors * (2 if given["BLOCK_M"] == 64 else 1)
@@ -253,7 +258,7 @@ def programs(x: Tensor, m: int, n: int, symmetric: bool, given: dict[str, Any]) 
     return (min(count, resident) if given["TMA"] else count,)
 
 
-def tiles(m: int, n: int, symmetric: bool, given: dict[str, Any]) -> int:
+def tiles(m: int, n: int, symmetric: bool, given: dict[str, int]) -> int:
     return count_tiles(Tiles(given["BLOCK_M"], given["BLOCK_N"], 0, 0, 0), m, n, symmetric)
 
 

@@ -8,7 +8,7 @@ at 64 × 64, beside the calls of ATen that compute the same: what a call takes m
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from benchmarks.command import Command, run
 from benchmarks.operators import NATIVE, OURS
 from benchmarks.results import Result, Table, print_bounds, print_results
 from benchmarks.timing import CPU, Rejected, Times, take_turns, time_calls
+from torchpar.library.rules import Context
 from torchpar.ops.exact_digits import product_of_exponents, row_exponents
 from torchpar.ops.symmetric_cpu import mirror_
 
@@ -42,18 +43,18 @@ def compute(x: Tensor) -> Tensor:
     return x.clone().sigmoid_()
 
 
-def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+def setup_context(ctx: Context, inputs: tuple[Tensor], output: Tensor) -> None:
     ctx.save_for_backward(output)
 
 
-def backward(ctx: Any, g: Tensor) -> Tensor:
+def backward(ctx: Context, g: Tensor) -> Tensor:
     (y,) = ctx.saved_tensors
     return torch.ops.aten.sigmoid_backward(g, y)  # type: ignore[no-any-return]
 
 
 class Function(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Context, x: Tensor) -> Tensor:
         y = compute(x)
         ctx.save_for_backward(y)
         return y
@@ -61,8 +62,9 @@ class Function(torch.autograd.Function):
     backward = staticmethod(backward)
 
 
-def registered(decorator: Callable[..., Any], name: str) -> Callable[..., Any]:
-    op = decorator(f"torchpar_benchmarks::{name}", compute, mutates_args=())
+def registered(library: ModuleType, name: str) -> Callable[..., Tensor]:
+    """Register the small operator by ``library.custom_op``."""
+    op = library.custom_op(f"torchpar_benchmarks::{name}", compute, mutates_args=())
     op.register_fake(torch.empty_like)
     op.register_autograd(backward, setup_context=setup_context)
     return op  # type: ignore[no-any-return]
@@ -99,11 +101,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def time_registrations(rounds: int) -> list[Result]:
     """The small operator by each way; ``ratio`` of ours is over torch.library's."""
-    contestants: dict[str, Callable[..., Any]] = {
+    contestants: dict[str, Callable[..., Tensor]] = {
         REFERENCE: Function.apply,
         "PyTorch's own sigmoid": torch.sigmoid,
-        OWN: registered(torchpar.library.custom_op, "moved"),
-        TORCH: registered(torch.library.custom_op, "own"),
+        OWN: registered(torchpar.library, "moved"),
+        TORCH: registered(torch.library, "own"),
     }
     x = torch.linspace(-3, 3, 16, requires_grad=True)
     g = torch.linspace(1, 2, 16)
@@ -146,7 +148,7 @@ def time_operator(name: str, rows: int, rounds: int) -> list[Result]:
 
 
 def time_contestants(
-    contestants: dict[str, Callable[..., Any]],
+    contestants: dict[str, Callable[..., Tensor]],
     inputs: Sequence[Tensor],
     g: Tensor,
     mode: str,
@@ -156,10 +158,10 @@ def time_contestants(
     """Time calls in turn, and compare the result, or the gradients' dtype and shape, with
     ``expected``."""
 
-    def forward_and_backward(op: Callable[..., Any]) -> Tensor:
+    def forward_and_backward(op: Callable[..., Tensor]) -> Tensor:
         return torch.autograd.grad(op(*inputs), inputs, g)[0]
 
-    def turn(op: Callable[..., Any], index: int) -> list[float]:
+    def turn(op: Callable[..., Tensor], index: int) -> list[float]:
         call = partial(forward_and_backward, op) if mode == "full" else partial(op, *inputs)
         timed = time_calls(call, calls=CALLS if index else 1)
         if expected is not None and not torch.allclose(timed.result, expected):

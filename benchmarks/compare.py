@@ -21,7 +21,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -132,7 +132,7 @@ def compare(
         # by less.
         elif not (errors <= 2 * (allowed + inputs.error) + inputs.error).all():
             times[name].reason = f"errors {errors.tolist()}, {reference}'s are {allowed.tolist()}"
-    settings: dict[str, Any] = {
+    settings: dict[str, object] = {
         "rounds": max((len(one.rounds) for one in times.values()), default=0),
         "calls": calls,
         "float32_precision": torch.backends.cuda.matmul.fp32_precision,
@@ -148,7 +148,7 @@ def compare(
     results = []
     for name, one in checked.items():
         result = times[name].result(labels, name, times[reference])
-        columns: dict[str, Any] = {"host_ms": one.host_ms}
+        columns: dict[str, object] = {"host_ms": one.host_ms}
         if p50 := result.p50_ms:
             columns |= {"gb_per_s": work.bytes / p50 * 1e-6, "gflop_per_s": work.flops / p50 * 1e-6}
         columns |= {

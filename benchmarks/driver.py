@@ -6,10 +6,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from unittest.mock import patch
 
-Wrap = Callable[[Any], Any]  # of a kernel, as the launchers take it
+if TYPE_CHECKING:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import CompiledKernel
+    from triton.runtime.jit import KernelInterface
+
+Wrap = Callable[["KernelInterface"], object]  # what a launcher applies to its kernel
+Grid = tuple[int, ...] | Callable[[dict[str, int]], tuple[int, ...]]
 
 
 class Driver:
@@ -23,7 +29,7 @@ class Driver:
     def __init__(self, architecture: int | str):
         self.architecture = architecture
 
-    def get_current_target(self) -> Any:
+    def get_current_target(self) -> "GPUTarget":
         from triton.backends.compiler import GPUTarget
 
         nvidia = isinstance(self.architecture, int)
@@ -51,12 +57,12 @@ def target(architecture: int | str) -> Iterator[None]:
 
 
 class Compiled(NamedTuple):
-    """A kernel, and the launch for which it was compiled."""
+    """A kernel, or one for each configuration, and the launch for which it was compiled."""
 
-    kernel: Any
-    grid: Any
-    arguments: tuple[Any, ...]
-    options: dict[str, Any]
+    kernel: "CompiledKernel | list[CompiledKernel]"
+    grid: Grid
+    arguments: tuple[object, ...]
+    options: dict[str, object]
 
 
 def compile_launches(launch: Callable[[Wrap], object]) -> list[Compiled]:
@@ -65,12 +71,12 @@ def compile_launches(launch: Callable[[Wrap], object]) -> list[Compiled]:
 
     @dataclass
     class Compile:
-        kernel: Any
+        kernel: "KernelInterface"
 
-        def __getitem__(self, grid: Any) -> Callable[..., None]:
+        def __getitem__(self, grid: Grid) -> Callable[..., None]:
             return partial(self.compile, grid)
 
-        def compile(self, grid: Any, *args: Any, **options: Any) -> None:
+        def compile(self, grid: Grid, *args: object, **options: object) -> None:
             kernel = self.kernel.warmup(*args, grid=grid, **options)
             compiled.append(Compiled(kernel, grid, args, options))
 

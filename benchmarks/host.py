@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -38,7 +37,7 @@ def idle_driver(launched: Callable[..., object] = lambda *args: None) -> Iterato
             unload_module=lambda module: None,
         )
 
-        def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., object]:
+        def launcher_cls(self, source: object, metadata: object) -> Callable[..., object]:
             return launched
 
     with patch.object(driver, "Driver", Idle), driver.target(90):
@@ -50,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = command.parse(arguments)
     from torchpar.kernels import symmetric_matmul
 
-    def turn(wrap: Callable[[Any], Any] | None, index: int) -> list[float]:
+    def turn(wrap: driver.Wrap | None, index: int) -> list[float]:
         launch = partial(symmetric_matmul.symmetric_matmul, x, x, "ieee", out=out, wrap=wrap)
         return [time_calls(launch, calls=CALLS if index else 1).seconds()]
 

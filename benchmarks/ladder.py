@@ -21,7 +21,7 @@ from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from unittest.mock import patch
 
 import numpy as np
@@ -163,31 +163,39 @@ def rungs(case: LadderCase, helpers: Helpers, quick: bool) -> Iterator[Rung]:
     operator, arrays = case.operator, case.arguments
     ours, threads = OURS.get(operator), torch.get_num_threads()
     native = NATIVE["exact_matmul" if operator == "matmul" else operator]
+    note = threads_note(threads)
 
-    def by(name: str, function: Callable[..., Any], *arguments: Any, **shown: Any) -> Rung:
-        device = next((t.device for t in arguments if isinstance(t, Tensor)), CPU)
-        shown |= {"threads": None} if device.type == "cuda" else {}
-        return Rung(
-            name=name, turn=timed_turn(case, partial(function, *arguments), device=device), **shown
-        )
+    def by(
+        name: str,
+        function: Callable[..., object],
+        *arguments: object,
+        than: str,
+        compiles: bool = False,
+    ) -> Rung:
+        """A rung on the CPU, with as many threads as PyTorch has."""
+        turn = timed_turn(case, partial(function, *arguments))
+        return Rung(name=name, turn=turn, than=than, note=note, threads=threads, compiles=compiles)
 
     yield by_pure_python(case)
     yield from by_njit(case, helpers, quick)
     tensors = [torch.from_numpy(t) for t in arrays]
-    shown: dict[str, Any] = {"note": threads_note(threads), "threads": threads}
-    numpy: dict[str, Any] = (
-        {"threads": 1} if operator == "maximum" else shown
-    )  # only its products have threads
-    yield by("NumPy", getattr(numpy_mlp, operator), *arrays, than="njit", **numpy)
-    yield by("torch eager", native, *tensors, than="NumPy", **shown)
-    shown["than"] = "torch eager"
+    numpy = by("NumPy", getattr(numpy_mlp, operator), *arrays, than="njit")
+    # Only the products of NumPy have threads.
+    yield replace(numpy, note="", threads=1) if operator == "maximum" else numpy
+    yield by("torch eager", native, *tensors, than="NumPy")
     if quick:
-        yield Rung(name="torch.compile", left_out="--quick", **shown)
+        yield Rung(
+            name="torch.compile",
+            than="torch eager",
+            note=note,
+            threads=threads,
+            left_out="--quick",
+        )
     else:
         compiled = torch.compile(native, dynamic=False)
-        yield by("torch.compile", compiled, *tensors, compiles=True, **shown)
+        yield by("torch.compile", compiled, *tensors, than="torch eager", compiles=True)
     if ours:
-        yield by("torchpar CPU", ours, *tensors, **shown)
+        yield by("torchpar CPU", ours, *tensors, than="torch eager")
     yield from by_ranks(case, helpers.ranks)
     yield from on_gpu(case, helpers)
 
@@ -352,7 +360,10 @@ def interpret(operator: str, shape: tuple[int, ...], function: str) -> Array:
 
 
 def timed_turn(
-    case: LadderCase, call: Callable[[], Any], rows: int | None = None, device: torch.device = CPU
+    case: LadderCase,
+    call: Callable[[], object],
+    rows: int | None = None,
+    device: torch.device = CPU,
 ) -> Turn:
     """Turns of a call that computes the first ``rows``.
 
@@ -491,7 +502,7 @@ def measure(case: LadderCase, rungs: Sequence[Rung], rounds: int = ROUNDS) -> li
             if one.turn
             else Result(case=named, contestant=one.name)
         )
-        columns: dict[str, Any] = {
+        columns: dict[str, object] = {
             "note": one.note,
             "threads": one.threads,
             "left_out": one.left_out,
@@ -533,9 +544,11 @@ def limits(quick: bool) -> list[Result]:
         calls = 1 + int((0.001 if quick else 0.03) / time_calls(call).seconds())
         seconds = [time_calls(call, calls=calls).seconds() for _ in range(9)]
         torch.set_num_threads(before)
-        columns: dict[str, Any] = {"note": threads_note(threads), "threads": threads}
+        columns: dict[str, object] = {"note": threads_note(threads), "threads": threads}
         columns |= {name: amount / median(seconds) / 1e9 for name, amount in work.items()}
-        measured = Times([[one] for one in seconds]).result({"workload": LIMITS}, name, **columns)
+        measured = Times([[one] for one in seconds]).result(
+            {"workload": LIMITS}, name, None, **columns
+        )
         results.append(measured)
 
     counts = dict.fromkeys([1, before])
@@ -563,7 +576,7 @@ def limits(quick: bool) -> list[Result]:
 
 
 def students_entries(
-    path: Path, functions: Mapping[str, Callable[..., Any]], cases: Mapping[str, LadderCase]
+    path: Path, functions: Mapping[str, Callable[..., object]], cases: Mapping[str, LadderCase]
 ) -> dict[str, list[Rung]]:
     """Call the student's functions once each; rungs by operator."""
     entries: dict[str, list[Rung]] = {operator: [] for operator in cases}
@@ -640,7 +653,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = command.parse(arguments)
     shapes, rounds = (QUICK_SHAPES, 2) if options.quick else (SHAPES, ROUNDS)
     names = options.cases or list(LABELS)
-    functions: Mapping[str, Callable[..., Any]] = {}
+    functions: Mapping[str, Callable[..., object]] = {}
     status = 0
     if options.path:
         functions, error = student.load(options.path)

@@ -4,11 +4,15 @@
 import csv
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import fields
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from benchmarks.results import Result, duration, markdown, number
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 LIMITS = "limits of this machine"
 QUIET = 0.5  # load average; above it other programs disturb the times
@@ -45,37 +49,30 @@ def find(results: Sequence[Result], name: str) -> Result | None:
 
 def read(path: Path) -> dict[str, list[Result]]:
     """The results in a CSV of the ladder, by workload."""
-    own = (
-        "workload",
-        "contestant",
-        "p20_ms",
-        "p50_ms",
-        "p80_ms",
-        "mean_ms",
-        "samples",
-        "speedup",
-        "ok",
-        "reason",
-    )
+    attributes = {"workload", *(field.name for field in fields(Result))}
 
-    def parsed(cell: str) -> Any:
+    def parsed(cell: str) -> float | str | None:
         with suppress(ValueError):
             return float(cell)
         return cell or None
 
+    def milliseconds(cell: str) -> float | None:
+        return float(cell) if cell else None
+
     with path.open() as file:
-        rows = [{name: parsed(cell) for name, cell in row.items()} for row in csv.DictReader(file)]
-    results = [
-        Result(
-            case={"workload": row["workload"]},
-            contestant=row["contestant"],
-            **{name: row[name] for name in ("p20_ms", "p50_ms", "p80_ms")},
-            ok=row["ok"] == "True",
-            reason=row["reason"] or "",
-            columns={name: cell for name, cell in row.items() if name not in own},
-        )
-        for row in rows
-    ]
+        results = [
+            Result(
+                case={"workload": row["workload"]},
+                contestant=row["contestant"],
+                p20_ms=milliseconds(row["p20_ms"]),
+                p50_ms=milliseconds(row["p50_ms"]),
+                p80_ms=milliseconds(row["p80_ms"]),
+                ok=row["ok"] == "True",
+                reason=row["reason"],
+                columns={name: parsed(row[name]) for name in row if name not in attributes},
+            )
+            for row in csv.DictReader(file)
+        ]
     return {name: [*group] for name, group in groupby(results, lambda one: one.case["workload"])}
 
 
@@ -204,7 +201,7 @@ def draw(path: Path, results: Sequence[Result], limits: Sequence[Result]) -> Non
     figure.savefig(path, dpi=110)
 
 
-def draw_bars(axes: Any, rows: Sequence[Result]) -> None:
+def draw_bars(axes: "Axes", rows: Sequence[Result]) -> None:
     """Draw the median of each row, from the 20% to the 80% quantile a black line, coloured by
     threads."""
     shown = set()
@@ -231,7 +228,7 @@ def draw_bars(axes: Any, rows: Sequence[Result]) -> None:
     axes.legend(fontsize=8, ncols=len(shown), loc="lower right", bbox_to_anchor=(1, 1))
 
 
-def draw_roofline(axes: Any, points: Sequence[Result], limits: Sequence[Result]) -> None:
+def draw_roofline(axes: "Axes", points: Sequence[Result], limits: Sequence[Result]) -> None:
     """Draw the speed of loops by needed operations per byte loaded, under what the machine allows.
 
     Of parallel loops only the most threads that have a core each are drawn.
@@ -261,13 +258,14 @@ def draw_roofline(axes: Any, points: Sequence[Result], limits: Sequence[Result])
         point = one.columns["intensity"], one.columns["gflop_per_s"]
         threaded = "parallel" in name  # to the left of the point; one thread to the right
         axes.plot(*point, "o", color=COLORS.get(f"{one.columns['threads']:.0f}", "tab:gray"), ms=5)
-        place: dict[str, Any] = {"xytext": (-7, 4) if threaded else (7, -8)}
-        place |= {
-            "ha": "right" if threaded else "left",
-            "textcoords": "offset points",
-            "fontsize": 8,
-        }
-        axes.annotate(label(one).replace(", parallel", ""), point, **place)
+        axes.annotate(
+            label(one).replace(", parallel", ""),
+            point,
+            xytext=(-7, 4) if threaded else (7, -8),
+            textcoords="offset points",
+            ha="right" if threaded else "left",
+            fontsize=8,
+        )
     axes.set(xscale="log", yscale="log", xlim=(left, right))
     ticks = [2.0**power for power in range(-6, 7) if left < 2.0**power < right]
     axes.set_xticks(

@@ -69,7 +69,8 @@ TICKS = (64, 128, 256, 512, 1024, 2048, 4096)  # of the picture
 
 # Of maximum both shapes; of products (*, n, k); of linear_sigmoid rows, in_features and
 # out_features, and of its backward rows and out_features; of exact_matmul m, k and n.
-Shapes = dict[str, Sequence[tuple[Any, ...]]]
+Sizes = tuple[Any, ...]  # numbers; of maximum, the two shapes
+Shapes = dict[str, Sequence[Sizes]]
 QUICK: Shapes = {
     "maximum": [((16, 256), (256,))],
     "matmul_t": [(65, 65)],
@@ -143,7 +144,7 @@ def draw(
 
 
 def make_case(
-    operator: str, shape: tuple[Any, ...], dtype: torch.dtype, device: torch.device
+    operator: str, shape: Sizes, dtype: torch.dtype, device: torch.device
 ) -> OperatorCase:
     """The case of an operator. ``forward`` and ``backward`` are numbers through memory, and
     operations."""

@@ -15,16 +15,19 @@ from contextlib import suppress
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
 
 import torchpar
 from benchmarks.command import Command, run
 from benchmarks.results import Result, Table, print_results, track
+from torchpar.optim.matrices import View
 from torchpar.testing import SITUATIONS, check_optimizer
 
 LR, WEIGHT_DECAY = 0.02, 0.0
@@ -47,14 +50,14 @@ class Library(NamedTuple):
     orthogonal: bool = True
     nesterov: bool = True
     decay: str = "weight_decay"
-    options: Mapping[str, Any] = MappingProxyType({})
+    options: Mapping[str, object] = MappingProxyType({})
 
 
 ENTRIES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
 LIBRARIES = {name: Library(**entry) for name, entry in ENTRIES.items()}
 
 
-def make(model: nn.Module, name: str, **options: Any) -> torch.optim.Optimizer:
+def make(model: nn.Module, name: str, **options: object) -> torch.optim.Optimizer:
     library = LIBRARIES[name]
     module, _, kind = library.path.partition(":")
     maker = getattr(importlib.import_module(module), kind)
@@ -63,7 +66,7 @@ def make(model: nn.Module, name: str, **options: Any) -> torch.optim.Optimizer:
     options |= {"lr": LR, library.decay: WEIGHT_DECAY, **library.options}
     if name == "automuon":  # which makes torch.optim.Muon, and AdamW for other parameters
         return maker(model.parameters(), options)[0]  # type: ignore[no-any-return]
-    params: Any = list(
+    params: Sequence[object] = list(
         model.named_parameters() if library.package == "torchpar" else model.parameters()
     )
     if library.in_group:
@@ -76,7 +79,11 @@ def make_with_nesterov(model: nn.Module, name: str, nesterov: bool = True) -> to
 
 
 def make_ours(
-    model: nn.Module, name: str, nesterov: bool = True, views: Any = None, process_group: Any = None
+    model: nn.Module,
+    name: str,
+    nesterov: bool = True,
+    views: Mapping[str, View] | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> torch.optim.Optimizer:
     convolutions = [key for key, p in model.named_parameters() if p.dim() == 4]
     # The views that Muon.for_model takes.
@@ -84,7 +91,7 @@ def make_ours(
     return make(model, name, nesterov=nesterov, views=views, process_group=process_group)
 
 
-def check(name: str, situations: Sequence[str]) -> list[dict[str, Any]]:
+def check(name: str, situations: Sequence[str]) -> list[dict[str, str | float | None]]:
     """The rows of a library; only the first one, if already its step on whole matrices fails."""
     library = LIBRARIES[name]
     maker = make_with_nesterov if library.nesterov else make
@@ -106,7 +113,7 @@ def applies(library: Library, situation: str) -> bool:
     return not library.only or SITUATIONS[situation].ranks == 1 or shared
 
 
-def work(connection: Any, name: str, situations: Sequence[str]) -> None:
+def work(connection: Connection, name: str, situations: Sequence[str]) -> None:
     os.setpgrp()
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # libraries print
     connection.send(check(name, situations))

@@ -9,7 +9,7 @@ import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any
+from typing import TypeVar
 from unittest.mock import patch
 
 import torch
@@ -18,6 +18,7 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 from torchpar.parallel.launch.local import Ranks
 from torchpar.parallel.launch.world import World, join_world
 
+T = TypeVar("T")
 # Rounds for which an idle thread of OpenMP spins in a plain program. The pool's threads would sleep
 # at once, and a training on one rank with two threads took twice as long.
 SPINS = {"GOMP_SPINCOUNT": "300000"}
@@ -28,7 +29,7 @@ _world: World | None = None
 class Group(Ranks):
     """The processes of `start_ranks`."""
 
-    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+    def run(self, function: Callable[..., T], *args: object) -> list[T]:
         """Run a module-level ``function`` on all ranks at once and return their results.
 
         Raises:

@@ -14,15 +14,17 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, NamedTuple, NotRequired, TypedDict
 
 from benchmarks.names import NAMES, first_line
 from benchmarks.results import duration, number
 from torchpar.errors import ConfigError
 
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
 RESULTS = Path(__file__).parent / "results"
 TEMPLATE = Path(__file__).parent / "report.html"
-PANELS = tomllib.loads((Path(__file__).parent / "panels.toml").read_text("utf-8"))
 # Colors of the machines, legible on light and dark pages.
 COLORS = ("#3f87c9", "#dd7733", "#46a36b", "#ad6cc2", "#b99316", "#7f8c8d")
 CASE = ("note", "epoch", "nbytes", "validate")  # columns of the case, besides those left of p20_ms
@@ -33,7 +35,63 @@ VERSIONS = ("torch", "triton", "numpy", "python", "commit", "dirty")
 ORIGIN = ("device", "processor", "instruction_sets", "cores", "gpu", *VERSIONS, "clocks", "date")
 
 
-def read_csv(text: str) -> Any:
+class Spec(TypedDict):
+    """A panel in ``panels.toml``, which explains the keys."""
+
+    rows: Mapping[str, str]
+    bar: str
+    best: Mapping[str, str]
+    text: str
+    over: NotRequired[str]
+    value: NotRequired[str]
+
+
+PANELS: dict[str, list[Spec]] = tomllib.loads(
+    (Path(__file__).parent / "panels.toml").read_text("utf-8")
+)
+
+
+class Bar(NamedTuple):
+    """A bar of a chart: its place and its length in percent of the axis, its color and its text."""
+
+    left: float
+    width: float
+    color: str
+    text: str
+
+
+class Panel(NamedTuple):
+    """A headline, the machines that it tells of, and a chart: names, and the bars of each name.
+
+    ``over`` names what the values are relative to, or is "".
+    """
+
+    headline: str
+    machines: list[str]
+    chart: list[tuple[str, list[Bar]]]
+    over: str
+
+
+class Section(TypedDict):
+    """All results of one kind of CSV; ``origins`` are the environments by machine."""
+
+    name: str
+    title: str
+    table: str
+    failed: int
+    origins: dict[str, str]
+    panels: list[Panel]
+
+
+class Content(TypedDict):
+    """The parts of the page, and the processors and the colors of the machines by name."""
+
+    sections: list[Section]
+    machines: dict[str, str]
+    colors: dict[str, str]
+
+
+def read_csv(text: str) -> "DataFrame":
     """Return the rows of a benchmark's CSV by their case, as a table of pandas.
 
     Rows that differ only by seed become one, whose speed-up is over the first contestant: the
@@ -71,7 +129,7 @@ def read_csv(text: str) -> Any:
     return frame.drop_duplicates(case).set_index(case)
 
 
-def load(path: Path) -> Any:
+def load(path: Path) -> "DataFrame":
     """Return `read_csv` of a file.
 
     Raises:
@@ -86,7 +144,7 @@ def load(path: Path) -> Any:
         ) from e
 
 
-def origin(frame: Any) -> str:
+def origin(frame: "DataFrame") -> str:
     """Return the environment of all rows: each version, clock, commit and day that they have."""
     parts = []
     for name in ORIGIN:
@@ -100,7 +158,7 @@ def origin(frame: Any) -> str:
     return "; ".join(dict.fromkeys(parts))  # on a CPU the device is the processor
 
 
-def side_by_side(frames: Mapping[str, Any]) -> Any:
+def side_by_side(frames: Mapping[str, "DataFrame"]) -> "DataFrame":
     """Return a table of the cases with each machine's columns; what all have done comes first."""
     import pandas
 
@@ -131,7 +189,7 @@ def side_by_side(frames: Mapping[str, Any]) -> Any:
     return table.drop(columns=constant)
 
 
-def as_html(table: Any) -> str:
+def as_html(table: "DataFrame") -> str:
     """Return a table that a reader can sort and search; numbers have three digits."""
     from itables.javascript import to_html_datatable
 
@@ -146,10 +204,8 @@ def as_html(table: Any) -> str:
     )
 
 
-def panel(
-    spec: Mapping[str, Any], frames: Mapping[str, Any], colors: Mapping[str, str]
-) -> dict[str, Any]:
-    """Return the headline, the chart and the machines of a panel; nothing without its best row."""
+def panel(spec: Spec, frames: Mapping[str, "DataFrame"], colors: Mapping[str, str]) -> Panel | None:
+    """Return a panel; None if no machine has its best row."""
     spec = {"over": "", "value": "speedup", **spec}
     bars: dict[str, dict[str, float]] = {}
     best = {}
@@ -164,20 +220,15 @@ def panel(
                 if spec["best"].items() <= row.items():
                     best[machine] = value, spec["text"].format(**row)
     if not best:
-        return {}
+        return None
     (low, text), (high, _) = min(best.values()), max(best.values())
     ends = dict.fromkeys(amount(value, spec) for value in (low, high))
     over = f" times {spec['over']}" if spec["over"] else ""
     headline = f"{text}: {' to '.join(ends)}{over}"
-    return {
-        "headline": headline,
-        "machines": list(bars),
-        "chart": chart(bars, spec, colors),
-        **spec,
-    }
+    return Panel(headline, list(bars), chart(bars, spec, colors), spec["over"])
 
 
-def amount(value: float, spec: Mapping[str, str]) -> str:
+def amount(value: float, spec: Spec) -> str:
     if spec["value"] == "bytes":
         return f"{number(value / 1e9)} GB"
     if spec["value"] == "p50_ms":
@@ -186,8 +237,8 @@ def amount(value: float, spec: Mapping[str, str]) -> str:
 
 
 def chart(
-    bars: Mapping[str, Mapping[str, float]], spec: Mapping[str, str], colors: Mapping[str, str]
-) -> list[tuple[str, list[dict[str, Any]]]]:
+    bars: Mapping[str, Mapping[str, float]], spec: Spec, colors: Mapping[str, str]
+) -> list[tuple[str, list[Bar]]]:
     """Return the bars of each name on a logarithmic axis, from 1 on if the values are relative, in
     percent.
 
@@ -199,15 +250,15 @@ def chart(
     start = 1.0 if spec["over"] else min(values) / 2
     low, high = min(start, *values), max(start, *values)
 
-    def bar(machine: str, value: float) -> dict[str, Any]:
+    def bar(machine: str, value: float) -> Bar:
         left, right = (100 * math.log(x / low, high / low) for x in sorted((start, value)))
         text = amount(value, spec) + "×" * bool(spec["over"])
-        return {"left": left, "width": right - left, "color": colors[machine], "text": text}
+        return Bar(left, right - left, colors[machine], text)
 
     return [(name, [bar(m, of[name]) for m, of in bars.items() if name in of]) for name in names]
 
 
-def content(results: Path) -> dict[str, Any]:
+def content(results: Path) -> Content:
     """Return the parts of the page, one for each kind of CSV, and the machines with their
     colors."""
 
@@ -224,7 +275,7 @@ def content(results: Path) -> dict[str, Any]:
     )
     order = [*dict.fromkeys(map(benchmark, PANELS)), *NAMES, ""]
     processors: dict[str, dict[str, None]] = {}
-    sections: list[dict[str, Any]] = []
+    sections: list[Section] = []
     for stem in sorted(paths, key=lambda stem: (order.index(benchmark(stem)), stem)):
         frames = {machine: load(path) for machine, path in paths[stem].items()}
         for machine, frame in frames.items():

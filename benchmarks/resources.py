@@ -16,10 +16,12 @@ from math import ceil
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
+from triton.compiler import CompiledKernel
+from triton.runtime import Autotuner
 
 from benchmarks import driver
 from benchmarks.results import CORES, Result, Table, print_results, track
@@ -93,12 +95,12 @@ class Operator:
         products: cost of a block by `tile_cost`, by configuration.
     """
 
-    kernel: Any
-    launch: Callable[..., Any]
+    kernel: Autotuner
+    launch: Callable[..., torch.Tensor]
     shapes: Sequence[tuple[int, ...]]
-    blocks: Callable[[dict[str, Any]], int]
+    blocks: Callable[[dict[str, int]], int]
     numbers: int
-    products: Callable[[dict[str, Any]], int] = lambda given: 0
+    products: Callable[[dict[str, int]], int] = lambda given: 0
 
 
 class Job(NamedTuple):
@@ -205,7 +207,7 @@ def examine(job: Job) -> Result:
     return Result(case=case, contestant=contestant, columns=columns)
 
 
-def describe(config: Any) -> str:
+def describe(config: triton.Config) -> str:
     """The block, how it is loaded, warps and stages: 128x256 tma w8 s4; without a loop 512 w4."""
     sizes = "x".join(
         str(value) for name, value in config.kwargs.items() if name.startswith("BLOCK")
@@ -230,7 +232,7 @@ def resident_blocks(
     return min([*limits, TENSOR_COLUMNS // tensor_columns] if tensor_columns else limits)
 
 
-def resources(compiled: Any) -> dict[str, int]:
+def resources(compiled: CompiledKernel) -> dict[str, int]:
     """Of a compiled kernel's thread REG, its registers; STACK and LOCAL, bytes that did not fit
     into them."""
     tool = Path(str(triton.__file__)).parent / "backends/nvidia/bin/cuobjdump"

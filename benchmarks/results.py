@@ -22,6 +22,7 @@ import torch
 from torchpar.machine import cpuinfo
 
 T = TypeVar("T")
+Cells = Mapping[str, Any]  # of a row, by column: texts, numbers, or None
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 KIND = {"family": "cpu family", "model": "model"}  # their names in /proc/cpuinfo
 WIDTH = 170  # columns of a table that is not printed to a terminal
@@ -51,7 +52,7 @@ class Result:
         reason: why they were not, or "".
     """
 
-    case: Mapping[str, Any]
+    case: Cells
     contestant: str
     p20_ms: float | None = None
     p50_ms: float | None = None
@@ -59,13 +60,13 @@ class Result:
     mean_ms: float | None = None
     samples: int | None = None
     speedup: float | None = None
-    columns: Mapping[str, Any] = field(default_factory=dict)
+    columns: Cells = field(default_factory=dict)
     ok: bool = True
     reason: str = ""
 
-    def row(self) -> dict[str, Any]:
+    def row(self) -> dict[str, object]:
         """The cells by column, in the order of the CSV."""
-        row: dict[str, Any] = {}
+        row: dict[str, object] = {}
         for name, value in vars(self).items():
             row |= value if name in ("case", "columns") else {name: value}
         return row
@@ -85,7 +86,7 @@ class Table:
         self.path = path
         self.device = device
         self.common = common
-        self._lines: list[dict[str, Any]] = []
+        self._lines: list[dict[str, object]] = []
 
     def add(self, results: Iterable[Result]) -> list[Result]:
         """Add ``results``, with the place and the time of their measurement, and return them."""
@@ -252,7 +253,7 @@ def processor() -> str:
 
 
 @cache
-def environment(device: torch.device) -> dict[str, Any]:
+def environment(device: torch.device) -> dict[str, str | bool | None]:
     """Versions, device, the processor with its instruction sets, and commit.
 
     ``TORCHPAR_COMMIT`` names the commit where there is no repository; ``-dirty`` at its end marks
@@ -288,7 +289,7 @@ def machine(device: torch.device) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def provenance(device: torch.device) -> dict[str, Any]:
+def provenance(device: torch.device) -> dict[str, object]:
     """The `environment`, the clocks, the load average of the last minute and the date at this
     moment."""
     clocks = f"{cpuinfo('cpu MHz') or '?'} MHz"

@@ -15,7 +15,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -152,7 +152,7 @@ def unsplit(case: StepCase) -> tuple[MLP, Tensor, Tensor]:
     return mlp, x, torch.randint(case.sizes[-1], (case.batch,))
 
 
-def check(case: StepCase) -> dict[str, Any]:
+def check(case: StepCase) -> dict[str, float]:
     """Check a step on this rank, and return the columns of its result: error and messages.
 
     Raises:
@@ -276,7 +276,7 @@ class StepTurn:
 
     def __init__(self, case: StepCase, ranks: Group):
         self.case, self.ranks = case, ranks
-        self.checked: list[dict[str, Any]] = []
+        self.checked: list[dict[str, float]] = []
 
     def __call__(self, index: int) -> list[float]:
         if index == 0:
@@ -289,10 +289,10 @@ class StepTurn:
     def result(self, times: Times, alone: Times) -> Result:
         """Return the result of this case, with its speed-up over ``alone``, the times of one
         rank."""
-        case: dict[str, Any] = {"kind": "step"} | asdict(self.case)
-        case["sizes"] = "-".join(map(str, self.case.sizes))
+        sizes = "-".join(map(str, self.case.sizes))
+        case = {"kind": "step", **asdict(self.case), "sizes": sizes}
         over = self.case.ranks * self.case.threads > CORES
-        columns: dict[str, Any] = {"oversubscribed": over}
+        columns: dict[str, object] = {"oversubscribed": over}
         if self.checked:
             columns |= self.checked[0] | {"error": max(rank["error"] for rank in self.checked)}
         return times.result(case, self.case.contestant, alone, **columns)

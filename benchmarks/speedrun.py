@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import count
 from statistics import mean, pstdev
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -54,13 +54,35 @@ def has_fast_bfloat16() -> bool:
     return has_bfloat16() and bool(torch.cpu._is_avx512_bf16_supported())
 
 
+class Trainable(Protocol):
+    """A recipe of any kind. Each network takes the memory of the one before.
+
+    Attributes:
+        name: in tables.
+        change: from the recipe before.
+    """
+
+    name: str
+    change: str
+
+    def prepare(self, samples: Samples, world: World) -> None:
+        """Compile and allocate; compute nothing from ``samples``, the training images. No clock
+        runs.
+
+        ``world``'s ranks share each batch.
+        """
+
+    def train(self, seed: int) -> None:
+        """Train a new network. The clock runs."""
+
+    def outputs(self, samples: Samples) -> Tensor:
+        """Return the outputs ``(n, classes)`` of that network for images ``(n, 28, 28)`` uint8."""
+        ...
+
+
 @dataclass(kw_only=True, eq=False)
 class Recipe:
-    """The settings of a training of a `torchpar.nn.MLP`, and the loop that follows them.
-
-    A recipe of another kind is any object with ``name``, ``change``, ``prepare``, ``train`` and
-    ``outputs``. Each network takes the memory of the one before.
-    """
+    """The settings of a training of a `torchpar.nn.MLP`, and the loop that follows them."""
 
     name: str  # in tables
     change: str  # from the recipe before
@@ -74,7 +96,7 @@ class Recipe:
     ns_steps: int = 5  # iterations of Newton–Schulz in a step of Muon
     warmup: float = 0.0  # the part of the steps in which the rate rises to ``lr``
     decay: bool = False  # let the rate fall linearly to 0 afterwards
-    fused: bool = False  # compute gradients by formulas, else by autograd
+    fused: bool = False  # compute gradients by hand, else by autograd
     # Of the images and of the products; another one needs ``fused``. On a processor without
     # instructions for bfloat16, it is float32.
     dtype: torch.dtype = torch.float32
@@ -134,8 +156,9 @@ class Recipe:
             if epoch == 1 or self.shift:
                 shift = SHIFTS[(self.epochs - epoch) % len(SHIFTS)] if self.shift else (0, 0)
                 self.samples.features.copy_(self.pooled(self.raw, shift).features)
-            order: dict[str, Any] = {"seed": seed, "epoch": epoch, "share": self.share}
-            for batch in data.batches(self.samples, self.batch_size, **order):
+            for batch in data.batches(
+                self.samples, self.batch_size, seed=seed, epoch=epoch, share=self.share
+            ):
                 factor = self.lr_factor(next(step), steps)
                 for group, lr in zip(self.update.param_groups, self.lrs, strict=True):
                     group["lr"] = lr * factor
@@ -200,15 +223,15 @@ class Tutorial:
 # They were chosen by the last 10,000 training images, on which none of them was trained
 # (``--validate``).
 change = "one tensor of images, `torchpar.nn.MLP`; 8 epochs, not 10"
-LADDER: list[Any] = [Tutorial(), Recipe(name="in-memory", change=change, epochs=8)]
+RECIPES = [Recipe(name="in-memory", change=change, epochs=8)]
 
 
 def then(name: str, change: str, **settings: Any) -> None:
     """Add the last recipe with other settings."""
-    LADDER.append(replace(LADDER[-1], name=name, change=change, **settings))
+    RECIPES.append(replace(RECIPES[-1], name=name, change=change, **settings))
 
 
-then("formulas", "gradients by formulas, not autograd", fused=True)
+then("by-hand", "gradients by hand, not autograd", fused=True)
 then("falling-rate", "a rate of 0.002 that falls to 0; 5 epochs", decay=True, lr=0.002, epochs=5)
 change = "Muon for the weights; batches of 512, 2 epochs"
 then("muon", change, optimizer="muon", lr=0.1, batch_size=512, epochs=2)
@@ -220,7 +243,8 @@ then("bfloat16", "products in bfloat16", dtype=torch.bfloat16)
 then("record-98.0", "3 iterations of Newton–Schulz, not 5", ns_steps=3)
 change = "6 epochs, each with the images at another place; 512 units"
 then("record-98.7", change, shift=True, hidden=(512,), epochs=6)
-RECORD_98, RECORD_98_7 = LADDER[-2:]
+LADDER: list[Trainable] = [Tutorial(), *RECIPES]
+RECORD_98, RECORD_98_7 = RECIPES[-2:]
 TRIED = [  # the 98.0% record with another choice
     replace(RECORD_98, name=name, change=change, **settings)
     for name, change, settings in (
@@ -239,8 +263,8 @@ TRIED = [  # the 98.0% record with another choice
         ("shifted", "the images are moved in the first epoch", {"shift": True}),
     )
 ]
-# The first training of README, whose loop is examples/train_ddp.py: here by formulas, in a step of
-# less time.
+# The first training of README, whose loop is examples/train_ddp.py. Here the gradients are computed
+# by hand, which makes a step faster.
 LESSON = Recipe(
     name="train_ddp",
     change="the defaults of examples/train_ddp.py",
@@ -284,7 +308,7 @@ LESSON_TRIED = [  # the same with another choice
         ("10x10", "10 × 10 pixels: 4 less on each side", {"crop": 4}),
     )
 ]
-GROUPS: dict[str, list[Any]] = {
+GROUPS: dict[str, list[Trainable]] = {
     "records": [RECORD_98, RECORD_98_7],
     "ladder": LADDER,
     "tried": [RECORD_98, *TRIED],
@@ -293,7 +317,7 @@ GROUPS: dict[str, list[Any]] = {
 
 
 @cache
-def find(name: str) -> Any:
+def find(name: str) -> Trainable:
     """Return the recipe of this name, or the ``recipe`` that a Python file of this name defines.
 
     Raises:
@@ -306,11 +330,13 @@ def find(name: str) -> Any:
         expected = ", ".join([*GROUPS, *known])
         raise ConfigError(f"no recipe is called {name!r}, expected a .py file or one of {expected}")
     try:
-        recipe = runpy.run_path(name).get("recipe")
+        defined: dict[str, Trainable] = runpy.run_path(name)
     except (Exception, SystemExit) as e:
         raise ConfigError(f"{name} cannot be read ({type(e).__name__}: {e})") from e
+    recipe = defined.get("recipe")
     needs = ("name", "change", "prepare", "train", "outputs")
-    if missing := [part for part in needs if not hasattr(recipe, part)]:
+    missing = [part for part in needs if not hasattr(recipe, part)]
+    if recipe is None or missing:
         raise ConfigError(
             f"{name} defines no recipe with {', '.join(missing)}; see docs/speedrun.md"
         )
@@ -327,7 +353,7 @@ def images(device: str, validate: bool, quick: bool) -> tuple[Samples, Samples]:
 
 
 @cache
-def prepared(name: str, validate: bool, quick: bool) -> Any:
+def prepared(name: str, validate: bool, quick: bool) -> Trainable:
     recipe, world = find(name), current_world()
     recipe.prepare(images(str(world.device), validate, quick)[0], world)
     return recipe

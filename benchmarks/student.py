@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from unittest.mock import patch
 
 import numpy as np
@@ -54,7 +54,7 @@ class TooSlow(BaseException):
 class Student(NamedTuple):
     """The functions of a file by name, and the error that ended its execution, or ""."""
 
-    functions: dict[str, Callable[..., Any]]
+    functions: dict[str, Callable[..., object]]
     error: str
 
 
@@ -98,7 +98,7 @@ def load(path: Path) -> Student:
     return Student(functions, error)
 
 
-def is_imported(known: str, function: Callable[..., Any], file_module: str) -> bool:
+def is_imported(known: str, function: Callable[..., object], file_module: str) -> bool:
     """Whether another module than the file's has this function under this name."""
     others = [module for name, module in list(sys.modules.items()) if name != file_module]
     return any(getattr(module, "__dict__", {}).get(known) is function for module in others)
@@ -111,7 +111,7 @@ def modules_beside(file: str) -> Iterator[None]:
         yield
 
 
-def describe(error: BaseException, file: str, function: Callable[..., Any] | None = None) -> str:
+def describe(error: BaseException, file: str, function: Callable[..., object] | None = None) -> str:
     """The error in one line, with the file's name and the line where it happened."""
     lines = [
         frame.lineno
@@ -152,7 +152,7 @@ def time_limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def as_array(result: Any) -> Array:
+def as_array(result: object) -> Array:
     """The result on the CPU. On a GPU it waits until it is there."""
     if result is None:
         raise Rejected("it returns None, expected an array")
@@ -173,7 +173,7 @@ class Entry:
 
     file: str
     name: str
-    function: Callable[..., Any]
+    function: Callable[..., object]
     case: LadderCase
     tried: LadderCase
     calls: int = 1
@@ -260,7 +260,7 @@ class Entry:
         return timed.seconds()
 
 
-def enter(path: Path, name: str, function: Callable[..., Any], case: LadderCase) -> Entry:
+def enter(path: Path, name: str, function: Callable[..., object], case: LadderCase) -> Entry:
     """Call a function once, say whether its result is right, and return it."""
     entry = Entry(str(path.resolve()), name, function, case, case)
     try:

@@ -11,16 +11,16 @@ launch overhead. The host's time to issue the call is a number of its own.
 import math
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from statistics import mean, median
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.results import Result, track
+from benchmarks.results import Cells, Result, track
 
 K = TypeVar("K", bound=Hashable)
 R = TypeVar("R")
@@ -85,10 +85,10 @@ class Times:
 
     def result(
         self,
-        case: Mapping[str, Any],
+        case: Cells,
         contestant: str,
         reference: "Times | None" = None,
-        **columns: Any,
+        **columns: object,
     ) -> Result:
         """The result of this measurement; without times if there is a ``reason``.
 
@@ -97,14 +97,21 @@ class Times:
             reference: whose time the speed-up is relative to.
             columns: further columns.
         """
-        times: dict[str, Any] = {}
-        if self.rounds and not self.reason:
-            times = {f"p{q}_ms": 1e3 * float(np.percentile(self.all, q)) for q in (20, 50, 80)}
-            times |= {"mean_ms": 1e3 * mean(self.all), "samples": len(self.all)}
-            times["speedup"] = self.speedup_over(reference) if reference else None
         reason = self.reason
-        return Result(
-            case=case, contestant=contestant, columns=columns, ok=not reason, reason=reason, **times
+        result = Result(
+            case=case, contestant=contestant, columns=columns, ok=not reason, reason=reason
+        )
+        if reason or not self.rounds:
+            return result
+        p20, p50, p80 = (1e3 * float(np.percentile(self.all, q)) for q in (20, 50, 80))
+        return replace(
+            result,
+            p20_ms=p20,
+            p50_ms=p50,
+            p80_ms=p80,
+            mean_ms=1e3 * mean(self.all),
+            samples=len(self.all),
+            speedup=self.speedup_over(reference) if reference else None,
         )
 
 
@@ -161,7 +168,7 @@ class Timed(Generic[R]):
 
     result: R
     host: float
-    _events: tuple[Any, Any] | None
+    _events: tuple[torch.cuda.Event, torch.cuda.Event] | None
     _calls: int
 
     def seconds(self) -> float:

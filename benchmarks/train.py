@@ -33,7 +33,7 @@ from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -80,7 +80,8 @@ COLUMNS = ("contestant", "note", "p50_ms", "samples", "samples_per_s", "speedup"
 
 Order = Sequence[Array]  # the indices of each batch
 # Prepares, yields None, then trains on the batches and yields the mean loss of each.
-Train = Callable[["Inputs", Order], Iterator[Any]]
+Losses = Iterator[Tensor | None] | Iterator[float | None]
+Train = Callable[["Inputs", Order], Losses]
 
 
 class Training(NamedTuple):
@@ -245,7 +246,7 @@ def by_torch(model: torch.nn.Module) -> Train:
 def by_lesson(world: World, fused: bool) -> Train:
     """Train by the loop of the lessons. It has an order of its own, that of `Inputs.order`."""
 
-    def train(inputs: Inputs, order: Order) -> Iterator[Any]:
+    def train(inputs: Inputs, order: Order) -> Iterator[float | None]:
         sizes, batch_size, _ = inputs.training
         model = MLP(sizes)
         inputs.start.copy_to(model)
@@ -276,7 +277,7 @@ def by_lesson(world: World, fused: bool) -> Train:
 ON_RANKS = (
     "DistributedDataParallel",
     "DistributedDataParallel, shared memory",
-    "gradients by formulas",
+    "gradients by hand",
 )
 inputs_on_rank = lru_cache(maxsize=1)(Inputs)
 
@@ -340,14 +341,20 @@ def lightning_epoch(inputs: Inputs) -> tuple[float, float]:
             return torch.optim.SGD(self.parameters(), lr=LR)
 
     sizes, batch_size = inputs.training[:2]
-    extras = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-    quiet: dict[str, Any] = dict.fromkeys(extras, False)
     model = Network()
     inputs.start.copy_to(model.mlp)
     timer = Timer()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of workers and loggers that are not wanted here
-        trainer = Trainer(accelerator="cpu", max_epochs=1, callbacks=[timer], **quiet)
+        trainer = Trainer(
+            accelerator="cpu",
+            max_epochs=1,
+            callbacks=[timer],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
         trainer.fit(model, data.batches(inputs.train, batch_size, seed=0, epoch=1))
     return timer.time_elapsed("train"), model.total / len(inputs.x)
 
@@ -392,7 +399,7 @@ def contestants(
     sizes, batch_size, _ = inputs.training
     threads = torch.get_num_threads()
 
-    def by(train: Train, name: str, note: str = "", **options: Any) -> Contestant:
+    def by(train: Train, name: str, note: str = "", compiles: bool = False) -> Contestant:
         end = -(-SLOW.get(name, len(inputs.x)) // batch_size)
         order = inputs.order[:end]
         note = (
@@ -401,7 +408,7 @@ def contestants(
             else note
         )
         turn = epoch_turn(inputs, order, lambda order: timed_epoch(train(inputs, order), threads))
-        return Contestant(name, turn, note, **options)
+        return Contestant(name, turn, note, compiles)
 
     if len(sizes) == 3:  # a step of the others takes a minute
         yield by(by_pure_python, "pure Python")
@@ -424,7 +431,7 @@ def contestants(
         fast.compile()
         yield by(by_torch(fast), "torch.compile", compiles=True)
     yield by(by_lesson(world, fused=False), "torchpar, autograd")
-    yield by(by_lesson(world, fused=True), FUSED, "gradients by formulas")
+    yield by(by_lesson(world, fused=True), FUSED, "gradients by hand")
     for note in ON_RANKS:
         turn = epoch_turn(inputs, inputs.order, partial(on_ranks, ranks, inputs, note))
         yield Contestant(f"{FUSED}, 2 ranks", turn, note)
@@ -447,13 +454,14 @@ def epoch_turn(inputs: Inputs, order: Order, epoch: Callable[[Order], tuple[floa
     return turn
 
 
-def timed_epoch(losses: Iterator[Any], threads: int = 1) -> tuple[float, Array]:
+def timed_epoch(losses: Losses, threads: int = 1) -> tuple[float, Array]:
     """Train by taking all of ``losses``, after its preparation: the seconds, and the losses."""
     next(losses)
 
     def take() -> Array:
         taken = list(losses)
-        return np.array(torch.stack(taken).tolist() if isinstance(taken[0], Tensor) else taken)
+        tensors = [loss for loss in taken if isinstance(loss, Tensor)]
+        return np.array(torch.stack(tensors).tolist() if tensors else taken)
 
     torch.set_num_threads(threads)  # Numba and Lightning set those of OpenMP
     timed = time_calls(take)

@@ -90,7 +90,7 @@ def train(
     return model, [{**choice, **cost, "epoch": i, **row} for i, row in enumerate(rows, 1)]
 
 
-def sweep(flags: Flags, study: partial[Any]) -> list[Row]:
+def sweep(flags: Flags, study: partial[tuple[MLP, list[Row]]]) -> list[Row]:
     """Train with each width, batch size and learning rate, and print the effect of the batch
     size."""
     grid = product(flags.hidden, sorted(flags.batch_size), sorted(flags.lr), flags.weight_decay[:1])
@@ -110,7 +110,9 @@ def sweep(flags: Flags, study: partial[Any]) -> list[Row]:
     return swept
 
 
-def penalties(flags: Flags, study: partial[Any], chosen: Row) -> list[tuple[MLP, list[Row]]]:
+def penalties(
+    flags: Flags, study: partial[tuple[MLP, list[Row]]], chosen: Row
+) -> list[tuple[MLP, list[Row]]]:
     """Train the chosen network with each λ, and print the change of λ that the losses ask for."""
     watched = console.progress(flags.weight_decay, "λ")
     runs = [study(chosen | {"weight_decay": λ}, flags.epochs) for λ in watched]

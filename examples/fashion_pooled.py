@@ -40,7 +40,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 # NumPy reads it when it is imported. With a process per core each process needs one thread. One
 # process alone takes all threads.
@@ -156,7 +156,10 @@ def load(flags: Flags, speaks: bool = True) -> tuple[Pixels, Pixels]:
 
 
 def train_numpy(
-    world: Any, splits: Sequence[Pixels] | None, plan: Plan, exchange: Exchange = "allreduce"
+    world: mpi.Communicator,
+    splits: Sequence[Pixels] | None,
+    plan: Plan,
+    exchange: Exchange = "allreduce",
 ) -> Result:
     """Train on the processes of an MPI communicator. Process 0 has the samples; the others pass
     None."""
@@ -210,7 +213,10 @@ def train_numpy(
 
 
 def train_plans(
-    world: Any, splits: Sequence[Pixels] | None, plans: Sequence[Plan], exchange: Exchange
+    world: mpi.Communicator,
+    splits: Sequence[Pixels] | None,
+    plans: Sequence[Plan],
+    exchange: Exchange,
 ) -> tuple[Phases, dict[Plan, Result]]:
     """Train by each of the ``plans``, and return the phases of all of them, and each one's
     result."""
@@ -274,7 +280,7 @@ def costs_of(runs: dict[Plan, Result]) -> list[float]:
     return [cost for run in runs.values() for cost in run.costs]
 
 
-def iteration_rows(runs: dict[Plan, Result], **labels: Any) -> Iterator[dict[str, Any]]:
+def iteration_rows(runs: dict[Plan, Result], **labels: object) -> Iterator[console.Row]:
     """Yield the cost and the seconds of every iteration of every run."""
     for plan, run in runs.items():
         for i, (cost, seconds) in enumerate(zip(run.costs, run.times, strict=True), 1):
@@ -304,10 +310,14 @@ def print_phases(exchange: Exchange, columns: dict[str, tuple[Phases, dict[Plan,
 
 
 def report(
-    flags: Flags, device: str, ranks: int, runs: dict[Plan, Result], metrics: Sequence[Any]
+    flags: Flags,
+    device: str,
+    ranks: int,
+    runs: dict[Plan, Result],
+    metrics: Sequence[console.Row],
 ) -> None:
     """Print the figures of the runs, and write the metrics and plots that the flags ask for."""
-    rows: list[dict[str, Any]] = []
+    rows: list[console.Row] = []
     for plan, (costs, times, (train, test), _) in runs.items():
         figures = {"first_cost": costs[0], "last_cost": costs[-1], "train_accuracy": train[1]}
         figures |= {"test_loss": test[0], "test_accuracy": test[1], "seconds": sum(times)}
@@ -353,7 +363,7 @@ def run_numpy(flags: Flags, plans: Sequence[Plan]) -> None:
         if world.rank > 0:
             return
         *_, (_, runs) = columns.values()
-        metrics: list[dict[str, Any]] = []
+        metrics: list[console.Row] = []
         agreement = ""
         if world.size > 1:
             (_, one), *_ = alone.values()

@@ -18,7 +18,6 @@ digit gives to other digits goes to its own class.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from support import checks, cli, console, plots
@@ -65,7 +64,7 @@ def causal_attention(x: Tensor, wq: Tensor, wk: Tensor, wv: Tensor) -> Tensor:
     return causal_weights(q, k) @ v
 
 
-def compare_causal(images: Tensor) -> tuple[list[dict[str, Any]], Tensor]:
+def compare_causal(images: Tensor) -> tuple[list[dict[str, str | float]], Tensor]:
     """Compare causal attention and its gradients with PyTorch's, and return the errors and the
     weights."""
     x = layer_norm(images, (28,))

@@ -13,7 +13,6 @@ and the most bytes that a call allocates.
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from support import checks, cli, console, measure, plots
@@ -49,7 +48,7 @@ def convolution(x: Tensor, kernels: Tensor) -> Tensor:
     return linear(rows, kernels.flatten(1)).movedim(3, 1)
 
 
-def compare_with_conv2d(device: torch.device) -> list[dict[str, Any]]:
+def compare_with_conv2d(device: torch.device) -> list[console.Row]:
     """Compare a linear layer of windows and its gradients with PyTorch's convolution; return the
     errors."""
     x = torch.rand(8, 16, 12, 12).to(device)
@@ -69,10 +68,10 @@ def compare_with_conv2d(device: torch.device) -> list[dict[str, Any]]:
     return [row | {"duplication": rows.nbytes / x.nbytes}, *gradients]
 
 
-def compare_costs(device: torch.device, batch_size: int = 64) -> list[dict[str, Any]]:
+def compare_costs(device: torch.device, batch_size: int = 64) -> list[console.Row]:
     """Print the time and the memory of each layer of `ConvNet` by windows and by conv2d, without
     gradient."""
-    rows: list[dict[str, Any]] = []
+    rows: list[console.Row] = []
     for layer, channels, side, out in (("first", 1, 28, 16), ("second", 16, 12, 32)):
         x = torch.ones(batch_size, channels, side, side, device=device)
         kernels = torch.ones(out, channels, 5, 5, device=device)

@@ -23,7 +23,6 @@ The pictures show the cost by step, and the path of (w, b) for a line y = w·x +
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
 from support import checks, cli, console, plots
@@ -85,7 +84,7 @@ def make_samples(weights: Tensor, n: int = SAMPLES) -> tuple[Tensor, Tensor]:
     return x, y
 
 
-def compare_formulas(x: Tensor, y: Tensor) -> list[dict[str, Any]]:
+def compare_formulas(x: Tensor, y: Tensor) -> list[dict[str, str | float]]:
     """Compare the formulas with PyTorch's, for some of the samples: another number than the batches
     have."""
     x, y, w = x[:999], y[:999], torch.randn(x.shape[1]).to(x)
@@ -99,7 +98,7 @@ def compare_formulas(x: Tensor, y: Tensor) -> list[dict[str, Any]]:
     ]
 
 
-def compare_norms(x: Tensor, y: Tensor, batch_sizes: tuple[int, ...]) -> list[dict[str, Any]]:
+def compare_norms(x: Tensor, y: Tensor, batch_sizes: tuple[int, ...]) -> list[dict[str, float]]:
     """Print the norms of the batches' gradients at w = 0: their mean, and their standard
     deviation."""
     rows = []

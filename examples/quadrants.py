@@ -33,7 +33,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise, product
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
@@ -225,7 +225,7 @@ def now(device: str) -> float:
 
 
 def timed(
-    function: Callable[..., Tensor], seconds: dict[Any, float], part: Any
+    function: Callable[..., Tensor], seconds: dict[tuple[str, str], float], part: tuple[str, str]
 ) -> Callable[..., Tensor]:
     """Return ``function``, which then adds its seconds to those of ``part``."""
 
@@ -296,7 +296,7 @@ def fit(speedups: Mapping[int, float]) -> float:
     return min(max(p / sum((1 - 1 / n) ** 2 for n in speedups), 0.0), 1.0)
 
 
-def report(flags: Flags) -> list[dict[str, Any]]:
+def report(flags: Flags) -> list[console.Row]:
     """Print the profile, what Amdahl's law predicts from it, and what was measured; return these
     rows.
 
@@ -313,8 +313,8 @@ def report(flags: Flags) -> list[dict[str, Any]]:
     ms = {way: 1000 * median(e.seconds for e in epochs[1:]) for way, epochs in rounds.items()}
     shares = {size: profile(rounds[Way(size, profiled=True)][1:]) for size in flags.sizes}
     print_profile(shares[flags.sizes[-1]], flags.sizes[-1])
-    speedups: list[dict[str, Any]] = []
-    fits: list[dict[str, Any]] = []
+    speedups: list[console.Row] = []
+    fits: list[console.Row] = []
     for size in flags.sizes:
         of_processes = {n: ms[Way(size)] / ms[Way(size, processes=n)] for n in flags.processes}
         of_threads = {n: ms[Way(size)] / ms[Way(size, threads=n)] for n in flags.processes}
@@ -363,14 +363,14 @@ def print_profile(shares: Mapping[tuple[str, str], float], size: int) -> None:
     console.print_rows(rows, list(rows[0]), f"share of a serial epoch, batches of {size}")
 
 
-def compare_devices(flags: Flags, ms: Mapping[Way, float]) -> list[dict[str, Any]]:
+def compare_devices(flags: Flags, ms: Mapping[Way, float]) -> list[console.Row]:
     """Print the speed-up of a GPU over one thread of the CPU, or why there is none; return a row
     per size."""
     if flags.device == "cpu" or not torch.cuda.is_available():
         reason = "--device is cpu" if flags.device == "cpu" else "PyTorch finds no GPU"
         print(f"left out: the speed-up from CPU to GPU, as {reason}")
         return []
-    rows = []
+    rows: list[console.Row] = []
     for size in flags.sizes:
         epochs = [
             time_epoch(flags.seed, Way(size), seed, device="cuda") for seed in range(1 + ROUNDS)
@@ -387,7 +387,7 @@ def main(flags: Flags) -> None:
     with join_world(flags.device, alone=True) as world:
         networks = compare(flags, world.device)
     best = networks[-1]
-    rows: list[dict[str, Any]] = [network.row for network in networks]
+    rows: list[console.Row] = [network.row for network in networks]
     shown = {"the quadrants": best}
     if flags.noise:
         worst = max(

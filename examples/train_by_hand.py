@@ -31,7 +31,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from support import cli, console, points, report
@@ -258,7 +258,8 @@ def build_network(
     activation: str = "relu",
     output: str = "",
     fused: bool = False,
-    **options: Any,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Network:
     """Return linear layers of these ``sizes``, with an activation after each.
 
@@ -266,15 +267,15 @@ def build_network(
         activation: after each layer but the last, a key of `ACTIVATIONS`.
         output: after the last layer; "" for none.
         fused: make one `LinearSigmoid` of a linear layer and the sigmoid after it.
-        options: device and dtype.
+        device, dtype: of the weights.
     """
     network = Network()
     functions = [activation] * (len(sizes) - 2) + [output]
     for function, pair in zip(functions, pairwise(sizes), strict=True):
         if fused and function == "sigmoid":
-            network.add(LinearSigmoid(*pair, **options))
+            network.add(LinearSigmoid(*pair, device, dtype))
             continue
-        network.add(Linear(*pair, **options))
+        network.add(Linear(*pair, device, dtype))
         if function:
             network.add(ACTIVATIONS[function]())
     return network
@@ -335,16 +336,16 @@ def check_gradients(device: torch.device) -> dict[str, Errors]:
     Raises:
         ConfigError: an error above `LARGEST_ERROR`.
     """
-    options: dict[str, Any] = {"device": device, "dtype": torch.float64}
-    x, labels = torch.randn(6, 5).to(**options), torch.tensor([0, 1, 1, 0, 1, 0], device=device)
+    dtype = torch.float64
+    x, labels = torch.randn(6, 5).to(device, dtype), torch.tensor([0, 1, 1, 0, 1, 0], device=device)
     x += 0.1 * x.sign()  # ReLU has a kink at 0
     activations = [kind() for kind in ACTIVATIONS.values()]
-    layers = [Linear(5, 4, **options), *activations, LinearSigmoid(5, 4, **options)]
+    layers = [Linear(5, 4, device, dtype), *activations, LinearSigmoid(5, 4, device, dtype)]
     errors = {type(layer).__name__: check_layer(layer, x) for layer in layers}
     errors["BinaryCrossEntropy"] = check_loss(BinaryCrossEntropy(), x[:, :1].sigmoid(), labels)
     errors["SoftmaxCrossEntropy"] = check_loss(SoftmaxCrossEntropy(), x, labels)
     errors["a network of three layers"] = check_layer(
-        build_network([5, 4, 3, 1], "tanh", "sigmoid", **options), x
+        build_network([5, 4, 3, 1], "tanh", "sigmoid", device=device, dtype=dtype), x
     )
     parts = ("input", "weight", "bias")
     rows = [

@@ -10,8 +10,8 @@ last one:
 - "DistributedDataParallel", as in ``train_ddp.py``, but with gloo's messages.
 - "shared memory": ranks on the CPUs of one machine add their gradients there, instead of sending
   each other messages (`torchpar.parallel.split.shared_memory`).
-- "formulas": the gradients of an MLP follow from its activations by a few products. Without
-  autograd nothing is recorded, and all gradients are added over the ranks at once
+- "gradients by hand": the gradients of an MLP follow from its activations by a few products.
+  Without autograd nothing is recorded, and all gradients are added over the ranks at once
   (`torchpar.training.fused`).
 """
 
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, islice
 from statistics import median
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import train_ddp
@@ -51,7 +51,7 @@ class Flags(train_ddp.Flags):
 
 
 def find_ways(flags: Flags, world: World, train: Samples) -> list[str]:
-    """Return the ways that are possible here. Rank 0 prints why formulas are not."""
+    """Return the ways that are possible here. Rank 0 prints why gradients by hand are not."""
     ways = ["DistributedDataParallel"]
     if world.device.type == "cpu" and can_share_memory(world.dp_size):
         ways.append("shared memory")
@@ -60,9 +60,9 @@ def find_ways(flags: Flags, world: World, train: Samples) -> list[str]:
     if flags.compile:
         reason = "--compile compiles the model"
     if not reason:
-        ways.append("formulas")
+        ways.append("gradients by hand")
     elif world.rank == 0:
-        print(f"no formulas: {reason}")
+        print(f"no gradients by hand: {reason}")
     return ways
 
 
@@ -76,7 +76,7 @@ class Trainer:
         # Muon for weights, SGD for biases.
         self.optimizer = session.make_optimizer(flags, self.model)
         self.fused = None
-        if way == "formulas":
+        if way == "gradients by hand":
             self.fused = FusedGradients(self.model, world, flags.label_smoothing)
             return
         self.replica = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
@@ -103,7 +103,7 @@ class Trainer:
         return loss
 
 
-def compare(flags: Flags, world: World, train: Samples, ways: list[str]) -> list[dict[str, Any]]:
+def compare(flags: Flags, world: World, train: Samples, ways: list[str]) -> list[console.Row]:
     """Time some steps of each way in turn.
 
     Returns:
@@ -147,7 +147,7 @@ def check_gradients(trainers: dict[str, Trainer], batch: Batch) -> None:
         off = ((mine - first).norm() / first.norm()).item()
         if not off <= (batch.global_size + max(trainer.model.sizes)) * torch.finfo(mine.dtype).eps:
             raise TorchparError(
-                f"the gradient by {way} is off by {off:.1e} of its norm; report this"
+                f"the gradient with {way} is off by {off:.1e} of its norm; report this"
             )
 
 
@@ -158,7 +158,7 @@ def main(flags: Flags) -> None:
         rows = compare(flags, world, train, ways)
         if world.rank == 0:
             console.print_rows(rows, ["way", "ms", "speed_up"])
-            print(f"training by {ways[-1]}")
+            print(f"training with {ways[-1]}")
         trainer = Trainer(flags, world, train, ways[-1])
         lr_scheduler = training.lr_scheduler(
             trainer.optimizer, flags.schedule, flags.total_steps(train)

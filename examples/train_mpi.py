@@ -32,7 +32,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 # NumPy reads it when it is imported. With a process per core each process needs one thread. One
 # process alone takes all threads.
@@ -50,6 +50,7 @@ from torchpar.outcome import EpochResult
 from torchpar.profile.phases import Phases, phase
 from torchpar.profile.record import Call, RankRecord
 
+T = TypeVar("T")
 Split = Literal["data", "model"]
 PHASES = ("data", "forward", "backward", "collectives", "optimizer")
 
@@ -80,7 +81,7 @@ class Flags(cli.DataFlags):
 class Messages:
     """A communicator that records the calls of Allreduce, and the bytes that this process gives."""
 
-    def __init__(self, world: Any, dimension: str):
+    def __init__(self, world: mpi.Communicator, dimension: str):
         self.world, self.dimension = world, dimension
         self.rank, self.size = world.rank, world.size
         self.calls: list[Call] = []  # of the current step
@@ -93,7 +94,7 @@ class Messages:
             seconds = time.perf_counter() - start
             self.calls.append(Call(self.dimension, "Allreduce", mine.nbytes, start, seconds))
 
-    def allgather(self, value: Any) -> list[Any]:
+    def allgather(self, value: T) -> list[T]:
         return self.world.allgather(value)  # type: ignore[no-any-return]
 
 
@@ -175,7 +176,9 @@ class Training(NamedTuple):
         return sum(call.bytes for call in self.sent)
 
 
-def train(flags: Flags, split: Split, world: Any, data: tuple[Images, Images]) -> Training:
+def train(
+    flags: Flags, split: Split, world: mpi.Communicator, data: tuple[Images, Images]
+) -> Training:
     """Train on the processes of ``world``; all of them call this."""
     train, test = data
     count = len(train.labels[: flags.samples])
@@ -224,7 +227,9 @@ def train(flags: Flags, split: Split, world: Any, data: tuple[Images, Images]) -
     return Training(results, steps, records, sent, parallel.whole())
 
 
-def compare(flags: Flags, world: Any, data: tuple[Images, Images]) -> dict[str, Training]:
+def compare(
+    flags: Flags, world: mpi.Communicator, data: tuple[Images, Images]
+) -> dict[str, Training]:
     """Train on one process, while the others wait, and by each split. Process 0 prints a table."""
     alone = one_process.train_on_one(world, partial(train, flags, "data", data=data))
     splits: dict[str, Training] = {}

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from support import cli, console, report, session
@@ -94,8 +94,15 @@ class Transformer(nn.Module):
         super().__init__()
         self.tokens = nn.Embedding(characters, WIDTH)
         self.positions = nn.Parameter(0.02 * torch.randn(CONTEXT, WIDTH))
-        settings: dict[str, Any] = {"dropout": 0.0, "batch_first": True, "norm_first": True}
-        layer = partial(nn.TransformerEncoderLayer, WIDTH, HEADS, 4 * WIDTH, **settings)
+        layer = partial(
+            nn.TransformerEncoderLayer,
+            WIDTH,
+            HEADS,
+            4 * WIDTH,
+            dropout=0.0,
+            batch_first=True,
+            norm_first=True,
+        )
         self.blocks = nn.ModuleList(layer() for _ in range(BLOCKS))
         self.norm = nn.LayerNorm(WIDTH)
         self.head = nn.Linear(WIDTH, characters)

@@ -7,6 +7,7 @@ With G = dL/dy:
 """
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from shared import each_sample
 from torch import Tensor
 
 import torchpar
+from torchpar.library.rules import Context, Sharding, Spec
 
 
 def weighted_sum(tensors: Sequence[Tensor], weights: Tensor) -> Tensor:
@@ -25,14 +27,14 @@ def weighted_sum(tensors: Sequence[Tensor], weights: Tensor) -> Tensor:
     return y
 
 
-def register(library: Any, name: str) -> Any:
+def register(library: ModuleType, name: str) -> Any:
     op = library.custom_op(name, weighted_sum, mutates_args=())
 
-    def setup_context(ctx: Any, inputs: tuple[list[Tensor], Tensor], output: Tensor) -> None:
+    def setup_context(ctx: Context, inputs: tuple[list[Tensor], Tensor], output: Tensor) -> None:
         tensors, weights = inputs
         ctx.save_for_backward(*tensors, weights)
 
-    def backward(ctx: Any, g: Tensor) -> tuple[list[Tensor], Tensor]:
+    def backward(ctx: Context, g: Tensor) -> tuple[list[Tensor], Tensor]:
         *tensors, weights = ctx.saved_tensors
         each = [weights[i] * g for i in range(len(tensors))]
         return each, torch.stack([(g * t).sum() for t in tensors])
@@ -43,7 +45,7 @@ def register(library: Any, name: str) -> Any:
     return op
 
 
-def shard(tensors: Any, weights: Any) -> list[Any]:
+def shard(tensors: Sequence[Spec], weights: Spec) -> list[Sharding]:
     from torch.distributed.tensor import Partial, Replicate, Shard
 
     each = (Replicate(), Partial(), *map(Shard, range(tensors[0].ndim)))
@@ -56,7 +58,7 @@ after.register_autocast()
 after.register_sharding(shard)
 
 
-def samples() -> list[tuple[Any, ...]]:
+def samples() -> list[tuple[list[Tensor], Tensor]]:
     x, y, weights = (torch.randn(*shape, dtype=torch.float64) for shape in ((2, 3), (2, 3), (2,)))
     return [([x, y], weights)]
 

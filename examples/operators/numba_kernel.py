@@ -6,19 +6,25 @@ With G = dL/dy, the gradient of x is the recurrence from the end, s_t = a_{t+1}�
     dL/dx_t = s_t        dL/da_t = s_t·y_{t−1}
 """
 
+from types import ModuleType
 from typing import Any
 
 import numba
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from shared import each_sample, shard_rows
 from torch import Tensor
 from torch.nn.functional import pad
 
 import torchpar
+from torchpar.library.rules import Context
+
+Array = NDArray[np.float64]
 
 
 @numba.guvectorize(["(f8[:], f8[:], f8[:])"], "(t),(t)->(t)", nopython=True)  # type: ignore[untyped-decorator]
-def scan(a: Any, x: Any, y: Any) -> None:
+def scan(a: Array, x: Array, y: Array) -> None:
     state = 0.0
     for t in range(len(x)):
         state = a[t] * state + x[t]
@@ -35,13 +41,13 @@ def recurrence(a: Tensor, x: Tensor) -> Tensor:
     return y.to(x.device, torch.promote_types(a.dtype, x.dtype))
 
 
-def register(library: Any, name: str) -> Any:
+def register(library: ModuleType, name: str) -> Any:
     op = library.custom_op(name, recurrence, mutates_args=())
 
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    def setup_context(ctx: Context, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(inputs[0], output)
 
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Context, g: Tensor) -> tuple[Tensor, Tensor]:
         a, y = ctx.saved_tensors
         s = op(pad(a, (-1, 1)).flip(-1), g.flip(-1)).flip(-1)
         return s * pad(y, (1, -1)), s
@@ -54,10 +60,10 @@ def register(library: Any, name: str) -> Any:
 
 before = register(torch.library, "gallery_before::recurrence")
 after = register(torchpar.library, "gallery::recurrence")
-after.register_sharding(lambda a, x: [(y, y * 2) for y, _ in shard_rows(x)])
+after.register_sharding(lambda a, x: [(y, [*y, *y]) for y, _ in shard_rows(x)])
 
 
-def samples() -> list[tuple[Any, ...]]:
+def samples() -> list[tuple[Tensor, ...]]:
     return [tuple(torch.randn(2, 4, dtype=torch.float64) for _ in range(2))]
 
 

@@ -6,7 +6,8 @@ RoIAlign.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from types import ModuleType
+from typing import Any, Protocol
 
 import torch
 import torchvision  # noqa: F401, makes torch.ops.torchvision
@@ -15,6 +16,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 import torchpar
+from torchpar.library.rules import Context
+
+
+class Saved(Context, Protocol):
+    """A context that has the shape of the first argument, and the bins along a box's side."""
+
+    shape: Sequence[int]
+    size: int
 
 
 def roi_align(image: Tensor, boxes: Tensor, size: int) -> Tensor:
@@ -36,20 +45,20 @@ def roi_align_backward(g: Tensor, boxes: Tensor, shape: Sequence[int]) -> Tensor
     return dx[0].to(g, copy=True)  # type: ignore[no-any-return]
 
 
-def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Any], output: Tensor) -> None:
+def setup_context(ctx: Saved, inputs: tuple[Tensor, Tensor, object], output: Tensor) -> None:
     first, boxes, _ = inputs
     ctx.shape, ctx.size = first.shape, first.shape[-1]
     ctx.save_for_backward(boxes)
 
 
-def register(library: Any, name: str) -> Any:
+def register(library: ModuleType, name: str) -> Any:
     op = library.custom_op(name, roi_align, mutates_args=())
     op_backward = library.custom_op(f"{name}_backward", roi_align_backward, mutates_args=())
 
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Saved, g: Tensor) -> tuple[Tensor, None, None]:
         return op_backward(g, *ctx.saved_tensors, ctx.shape), None, None
 
-    def backward_of_backward(ctx: Any, h: Tensor) -> tuple[Tensor, None, None]:
+    def backward_of_backward(ctx: Saved, h: Tensor) -> tuple[Tensor, None, None]:
         return op(h, *ctx.saved_tensors, ctx.size), None, None
 
     op.register_fake(lambda x, boxes, size: x.new_empty(boxes.shape[0], x.shape[0], size, size))
@@ -65,7 +74,7 @@ before = register(torch.library, "gallery_before::roi_align")
 after = register(torchpar.library, "gallery::roi_align")
 
 
-def samples() -> list[tuple[Any, ...]]:
+def samples() -> list[tuple[Tensor, Tensor, int]]:
     boxes = torch.tensor([[0, 0, 3, 3], [1, 0, 3, 2], [0, 1, 2, 3]])
     return [(torch.randn(2, 4, 5, dtype=torch.float64), boxes, 2)]
 

@@ -2,17 +2,18 @@
 """Parts that several operators of the gallery share."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from torchpar.library.rules import Sharding, Spec, VmapInfo
 
-def each_sample(op: Any) -> Callable[..., tuple[Tensor, int]]:
+
+def each_sample(op: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, int]]:
     """A batching rule for any operator: a loop over the batch."""
 
-    def rule(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
+    def rule(info: VmapInfo, in_dims: object, *args: object) -> tuple[Tensor, int]:
         leaves, spec = tree_flatten(args)
         pairs = [*zip(leaves, tree_leaves(in_dims), strict=True)]
         batch = range(info.batch_size)
@@ -22,7 +23,7 @@ def each_sample(op: Any) -> Callable[..., tuple[Tensor, int]]:
     return rule
 
 
-def shard_rows(x: Any) -> list[Any]:
+def shard_rows(x: Spec) -> list[Sharding]:
     """Placements for an operator of rows: any dimension but the last is split."""
     from torch.distributed.tensor import Replicate, Shard
 

@@ -3,6 +3,7 @@
 
 import os
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 import torchpar
+from torchpar.library.rules import Context, VmapInfo
 
 
 @triton.jit
@@ -41,17 +43,17 @@ def softmax(x: Tensor) -> Tensor:
     return y
 
 
-def register(library: Any, name: str) -> Any:
+def register(library: ModuleType, name: str) -> Any:
     op = library.triton_op(name, softmax, mutates_args=())
 
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    def setup_context(ctx: Context, inputs: tuple[Tensor], output: Tensor) -> None:
         ctx.save_for_backward(output)
 
-    def backward(ctx: Any, g: Tensor) -> Tensor:
+    def backward(ctx: Context, g: Tensor) -> Tensor:
         (y,) = ctx.saved_tensors
-        return y * (g - (g * y).sum(-1, keepdim=True))  # type: ignore[no-any-return]
+        return y * (g - (g * y).sum(-1, keepdim=True))
 
-    def vmap(info: Any, in_dims: tuple[int], x: Tensor) -> tuple[Tensor, int]:
+    def vmap(info: VmapInfo, in_dims: tuple[int], x: Tensor) -> tuple[Tensor, int]:
         check_rows(x, 2)
         return op(x.movedim(in_dims[0], 0)), 0
 
@@ -67,5 +69,5 @@ after.register_sharding(shard_rows)
 reference = partial(torch.softmax, dim=-1)
 
 
-def samples() -> list[tuple[Any, ...]]:
+def samples() -> list[tuple[Tensor]]:
     return [(torch.randn(*shape, dtype=torch.float64),) for shape in ((4, 5), (2, 3, 6))]

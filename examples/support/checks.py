@@ -2,7 +2,6 @@
 """Checks of a reader's functions: their values and gradients beside PyTorch's and float64's."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from torchpar.errors import ConfigError
 
 def compare(
     part: str, result: Tensor, reference: Callable[..., Tensor], *inputs: Tensor, terms: int = 1
-) -> dict[str, Any]:
+) -> dict[str, str | float]:
     """Print the errors of ``result`` and of PyTorch's ``reference(*inputs)``, and return them.
 
     An error is the largest distance from ``reference`` in float64. Sums of ``terms`` numbers in
@@ -42,7 +41,7 @@ def compare_gradients(
     reference: Callable[..., Tensor],
     inputs: Mapping[str, Tensor],
     terms: int = 1,
-) -> list[dict[str, Any]]:
+) -> list[dict[str, str | float]]:
     """Compare the gradients of Σ G ⊙ f with respect to each of the ``inputs``, as `compare` does.
 
     Args:

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, TypedDict, TypeVar
 
 from torchpar.datasets import Dataset
 from torchpar.errors import ConfigError, TorchparError, first_line
@@ -26,6 +26,7 @@ from torchpar.rank_info import find_rank_info
 
 if TYPE_CHECKING:
     from torchpar.data import Samples
+    from torchpar.training import CheckpointConfig
 
 try:
     import rich  # noqa: F401  # console.py needs it
@@ -165,6 +166,14 @@ class DataFlags(ExampleFlags):
     dataset: Dataset = "mnist"  # Data set.
 
 
+class RunOptions(TypedDict):
+    """Keyword arguments of `torchpar.training.Run`."""
+
+    epochs: int
+    checkpoint: "CheckpointConfig | None"
+    config: dict[str, object]
+
+
 @dataclass(kw_only=True)
 class TrainFlags(DataFlags):
     """Flags of every training example."""
@@ -232,7 +241,7 @@ class TrainFlags(DataFlags):
         given = {name: getattr(self, name) for name in defaults}
         return {name: defaults[name] if value is None else value for name, value in given.items()}
 
-    def run_options(self) -> dict[str, Any]:
+    def run_options(self) -> RunOptions:
         """Return the keyword arguments of `torchpar.training.Run` that flags give.
 
         ``config`` holds the flags that a resumed run must share with the saved one.

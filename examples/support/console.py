@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import Progress, track
@@ -20,6 +20,7 @@ from torchpar.outcome import EpochResult
 from torchpar.profile.record import RankRecord
 
 T = TypeVar("T")
+Row = Mapping[str, object]  # cells by column
 
 
 def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
@@ -69,7 +70,7 @@ def writing(path: Path, flag: str) -> Iterator[None]:
         ) from e
 
 
-def write_metrics(path: Path | None, lines: Iterable[Mapping[str, Any]]) -> None:
+def write_metrics(path: Path | None, lines: Iterable[Row]) -> None:
     """Write a JSON object per line, unless ``path`` is None; overwrite the file.
 
     Raises:
@@ -81,7 +82,7 @@ def write_metrics(path: Path | None, lines: Iterable[Mapping[str, Any]]) -> None
         path.write_text("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
 
 
-def write_log(log_dir: Path | None, rows: Sequence[Mapping[str, Any]], x: str) -> None:
+def write_log(log_dir: Path | None, rows: Sequence[Row], x: str) -> None:
     """Write the figures of each row for TensorBoard, at its ``x``, unless ``log_dir`` is None."""
     if log_dir is None or not rows:
         return
@@ -100,7 +101,7 @@ def write_log(log_dir: Path | None, rows: Sequence[Mapping[str, Any]], x: str) -
         threading.excepthook = hook
 
 
-def print_rows(rows: Iterable[Mapping[str, Any]], columns: Sequence[str], title: str = "") -> None:
+def print_rows(rows: Iterable[Row], columns: Sequence[str], title: str = "") -> None:
     """Print a table of these columns; floating-point numbers with four digits."""
     table = Table(*(column.replace("_", " ") for column in columns), title=title or None)
     for row in rows:

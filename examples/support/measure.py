@@ -8,12 +8,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-Function = Callable[[], Any]
+Function = Callable[[], object]
 
 
 def interleaved_ms(

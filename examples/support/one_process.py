@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -24,7 +24,7 @@ LOSS_ERROR = 1e-4
 LAUNCHERS = ("PMI_", "PMIX_", "OMPI_", "MPI_", "HYDRA_", "PRTE_", "OMP_NUM_THREADS")
 
 
-def train_on_one(world: Any, train: Callable[[Any], T]) -> dict[str, T]:
+def train_on_one(world: mpi.Communicator, train: Callable[[mpi.Communicator], T]) -> dict[str, T]:
     """Train on one process, and again on one that has all threads.
 
     NumPy reads the number of its threads when it is imported. So the second one is a process of its

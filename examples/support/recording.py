@@ -3,7 +3,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -35,7 +35,7 @@ class Recording(Callback):
         self._recorder = Recorder(pl_module, trainer.optimizers[0])
         self._active.enter_context(self._recorder)
 
-    def on_train_batch_end(self, *_: Any) -> None:
+    def on_train_batch_end(self, *_: object) -> None:
         assert self._recorder is not None
         self._recorder.end_step()
 
@@ -43,12 +43,12 @@ class Recording(Callback):
         logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
         self.figures.append({"epoch": trainer.current_epoch + 1, **logged})
 
-    def on_train_end(self, *_: Any) -> None:
+    def on_train_end(self, *_: object) -> None:
         self._active.close()
         assert self._recorder is not None
         self.records = self._recorder.gather()
 
-    def on_exception(self, *_: Any) -> None:
+    def on_exception(self, *_: object) -> None:
         self._active.close()
 
 

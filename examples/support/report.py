@@ -13,7 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from types import TracebackType
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -40,7 +41,7 @@ PHASES = {
     "optimizer": ("#46a36b", "optimizer"),
     "idle": ("#8885", "idle"),
 }
-Row = Mapping[str, Any]
+Row = console.Row
 
 
 class Run(NamedTuple):
@@ -89,11 +90,11 @@ def write(
     """
     from jinja2 import Template
 
-    parts: dict[str, Any] = {"confusion": "", "worst": []}
+    confusion, pictures = "", list[Picture]()
     if outputs is not None and test is not None:
         z, labels = plots.as_array(outputs), plots.as_array(test.labels)
-        parts["confusion"] = draw_confusion(labels, z.argmax(1), test.classes)
-        parts["worst"] = worst(z, labels, plots.as_array(test.features), test.classes)
+        confusion = draw_confusion(labels, z.argmax(1), test.classes)
+        pictures = worst(z, labels, plots.as_array(test.features), test.classes)
     *_, last = runs.values()
     page = Template(TEMPLATE.read_text("utf-8"), autoescape=True).render(
         title=Path(sys.argv[0]).name,
@@ -105,7 +106,8 @@ def write(
         steps={name: step_parts(run.records) for name, run in runs.items() if run.records},
         machines=machines(last.records),
         phases=PHASES,
-        **parts,
+        confusion=confusion,
+        worst=pictures,
     )
     path = folder / "run.html"
     with console.writing(path, "--report"):
@@ -169,7 +171,7 @@ def worst(
     return pictures
 
 
-def step_parts(records: Sequence[RankRecord]) -> dict[str, Any]:
+def step_parts(records: Sequence[RankRecord]) -> dict[str, object]:
     """Return the timeline of a step as an SVG, and tables of its phases, messages and memory."""
     found = timeline(records)
     memory = [{"rank": record.rank, **record.memory} for record in records if record.memory]
@@ -282,11 +284,16 @@ class Drawing:
         self.axes = list(self.figure.subplots(self.rows, 1, squeeze=False).flat)
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        if error[0] is None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
             file = io.StringIO()
             metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
             self.figure.savefig(file, format="svg", transparent=True, metadata=metadata)
             text = file.getvalue()
             self.svg = text[text.index("<svg") :].replace(INK, "currentColor")
-        self._style.__exit__(*error)
+        self._style.__exit__(kind, error, trace)

@@ -170,9 +170,9 @@ def test_every_split_learns_the_same(
         assert b["train_loss"] == pytest.approx(a["train_loss"], rel=rel)
         assert abs(b["test_accuracy"] - a["test_accuracy"]) <= off
     if name == "train_fast":
-        way = "shared memory" if "--fused off" in flags else "formulas"
-        assert f"\ntraining by {way}\n" in out
-        assert ("no formulas: --fused is off\n" in out) == ("--fused off" in flags)
+        way = "shared memory" if "--fused off" in flags else "gradients by hand"
+        assert f"\ntraining with {way}\n" in out
+        assert ("no gradients by hand: --fused is off\n" in out) == ("--fused off" in flags)
         assert re.search(
             rf"│ DistributedDataParallel +│ [\d.]+ +│ 1 +│\n.*│ {way} +│ [\d.]+ +│ [\d.]+",
             out,

@@ -105,7 +105,7 @@ def test_frozen_layers_take_no_messages_but_those_of_their_input(ranks, frozen, 
 
 
 @pytest.mark.parametrize("shared", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_gradients_by_formulas_take_one_message_through_memory_or_not(ranks, shared):
+def test_gradients_by_hand_take_one_message_through_memory_or_not(ranks, shared):
     for batch in (BATCH, 2):  # a rank without a sample
         assert ranks(3, count, {"dp": 3}, SIZES, "fused", batch, shared) == [sums("dp", 656)] * 3
     assert ranks(3, count, {"dp": 3}, SIZES, "", BATCH, shared) == [sums("dp", 656)] * 3

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Gradients of an MLP by formulas: equal to autograd's, in every dtype, and reasons where they
-cannot be.
+"""Gradients of an MLP by hand equal autograd's in every dtype; a reason says where they cannot.
 
 `test_training` compares whole runs, on one and on several ranks.
 """
@@ -106,7 +105,7 @@ def test_gradients_are_as_accurate_as_autograds(sizes, b, smoothing, dtype, hidd
         assert (a.shape, a.dtype, a.stride()) == (n.shape, n.dtype, n.stride())
 
 
-def test_a_relu_at_exactly_0_has_no_gradient_by_formulas_and_by_autograd() -> None:
+def test_a_relu_at_exactly_0_has_no_gradient_by_hand_and_by_autograd() -> None:
     fused, plain = MLP((3, 4, 2), "relu"), MLP((3, 4, 2), "relu")
     x, labels = torch.zeros(2, 3), torch.tensor([1, 1])  # the biases are 0, and so is each sum
     FusedGradients(fused)(x, labels, 3)
