@@ -30,6 +30,7 @@ QUICK = {
     ),
 }
 SLOW = {
+    "ptx": "kernel ratio",
     "optimizers": "library version promises situation verdict rounding",
     "train": "network batch samples_per_s",
     "ddp": "network batch ranks ratio",

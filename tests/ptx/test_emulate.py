@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from commands import ROOT, run
 
-from torchpar.ptx import emulate
+from torchpar.ptx import command, emulate
+from torchpar.ptx.cuda import cuda_is_cpu
 from torchpar.ptx.report import Fault
 
 pytest_plugins = ["pytester"]
@@ -384,3 +385,80 @@ def test_an_emulator_within_another_one_takes_the_launches():
     assert [launch.arch for launch in outer.launches + inner.launches] == ["sm_80", "sm_100"]
     assert outer.faults == inner.faults == []
     assert out.tolist() == [3.0] * 8
+
+
+def within(context, make):
+    with context:
+        return make()
+
+
+ON_CUDA = {
+    "a device with an index": lambda: torch.ones(64, device=torch.device("cuda", 0)),
+    "an index": lambda: torch.ones(64, device=0),
+    "to an index": lambda: torch.ones(64).to(0),
+    "to a name": lambda: torch.ones(64).to("cuda:0", non_blocking=True),
+    "from pinned memory": lambda: torch.ones(64).pin_memory().cuda(non_blocking=True),
+    "a generator": lambda: torch.rand(
+        64, device="cuda", generator=torch.Generator(device="cuda").manual_seed(1)
+    ),
+    "a block of a device": lambda: within(torch.device("cuda"), lambda: torch.ones(64)),
+    "a module": lambda: torch.nn.Linear(64, 1).cuda().weight.detach()[0],
+    "autocast": lambda: within(torch.autocast("cuda"), lambda: torch.ones(64, device="cuda")),
+    "memory": lambda: torch.ones(64, device="cuda") * torch.cuda.device_count(),
+}
+
+
+@pytest.mark.parametrize("form", ON_CUDA)
+def test_each_way_to_say_cuda_means_the_cpu(form):
+    with emulate() as gpu, cuda_is_cpu(gpu):
+        x = ON_CUDA[form]()
+        out = torch.empty_like(x, device="cuda")
+        assert x.is_cuda
+        add[(1,)](x, x, out, 64, BLOCK=64)
+    assert torch.equal(out, x + x)
+    assert gpu.faults == []
+
+
+@pytest.mark.parametrize("arch, shared", [("sm_80", 166_912), ("sm_90", 232_448)])
+def test_the_device_has_the_properties_of_the_gpu(arch, shared):
+    with emulate(arch) as gpu, cuda_is_cpu(gpu):
+        found = torch.cuda.get_device_properties(0)
+    assert found.shared_memory_per_block_optin == shared
+    assert found.multi_processor_count == gpu.multiprocessors
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_compiled_functions_run_uncompiled_and_their_kernels_are_executed(backend):
+    @torch.compile(backend=backend)
+    def double(x):
+        out = torch.empty_like(x)
+        add[(1,)](x, x, out, 64, BLOCK=64)
+        return out
+
+    with emulate() as gpu:
+        assert double(torch.ones(64)).tolist() == [2.0] * 64
+    assert [launch.kernel for launch in gpu.launches] == ["add"]
+
+
+def test_the_command_refuses_what_cannot_work_before_the_script_runs(tmp_path, capsys, monkeypatch):
+    script = tmp_path / "script.py"
+    script.write_text("raise SystemExit(7)")
+    for flags, said in (
+        ([f"--report={tmp_path}", str(script)], "cannot be written; name a file"),
+        ([f"--report={tmp_path}/missing/page.html", str(script)], "cannot be written"),
+        ([str(tmp_path)], "is no file; name a Python script"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            command.main(flags)
+        assert said in capsys.readouterr().err
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(SystemExit, match="2"):
+        command.main([str(script)])
+    assert "TRITON_INTERPRET is set" in capsys.readouterr().err
+
+
+def test_an_interrupted_script_shows_what_was_executed(tmp_path, capsys):
+    script = tmp_path / "script.py"
+    script.write_text("raise KeyboardInterrupt")
+    assert command.main([str(script)]) == 130
+    assert "launches: 0" in capsys.readouterr().out

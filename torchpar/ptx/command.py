@@ -2,6 +2,7 @@
 """Run a script's Triton kernels without a GPU: ``python -m torchpar ptx SCRIPT``."""
 
 import argparse
+import os
 import runpy
 import sys
 from collections.abc import Sequence
@@ -37,6 +38,12 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     if not options.script.is_file():
         parser.error(f"{options.script} is no file; name a Python script")
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        parser.error("TRITON_INTERPRET is set, so that kernels are not compiled; unset it")
+    if options.report is not None and (
+        options.report.is_dir() or not options.report.resolve().parent.is_dir()
+    ):
+        parser.error(f"--report {options.report} cannot be written; name a file in a folder")
     before = sys.argv, list(sys.path)
     with emulate(options.arch, options.schedules) as gpu:
         try:
@@ -47,6 +54,8 @@ def main(arguments: Sequence[str]) -> int:
         except BaseException as e:
             if not isinstance(e, SystemExit) or e.code:
                 _show(gpu.report(), options)
+                if isinstance(e, KeyboardInterrupt):
+                    return 130
                 raise
         finally:
             sys.argv, sys.path[:] = before

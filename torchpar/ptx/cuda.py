@@ -14,9 +14,14 @@ from unittest.mock import patch
 import torch
 from torch.overrides import TorchFunctionMode
 
-from torchpar.ptx.driver import Emulator
+from torchpar.ptx.driver import SHARED_BYTES, Emulator
 
 NAMES = {80: "NVIDIA A100", 90: "NVIDIA H100", 100: "NVIDIA B200"}
+GIB, MIB = 2**30, 2**20
+# By the data sheets: bytes of memory, of the L2 cache, and of a multiprocessor's shared memory.
+MEMORY = {80: 80 * GIB, 90: 80 * GIB, 100: 180 * GIB}
+L2_CACHE = {80: 40 * MIB, 90: 50 * MIB, 100: 126 * MIB}
+SHARED = {80: 167_936, 90: 233_472, 100: 233_472}
 
 
 def _on_cpu(value: Any) -> Any:
@@ -39,7 +44,20 @@ class _OnCpu(TorchFunctionMode):
         if func == torch.Tensor.cuda:
             return args[0]
         given = {name: _on_cpu(value) for name, value in (kwargs or {}).items()}
+        if isinstance(given.get("device"), int):
+            given["device"] = "cpu"
+        if func == torch.Tensor.to and len(args) > 1 and type(args[1]) is int:
+            args = (args[0], "cpu", *args[2:])
+        if func == torch.Tensor.pin_memory:
+            return args[0]
         return func(*map(_on_cpu, args), **given)
+
+
+class _Generator(torch.Generator):
+    """A generator of the CPU, also where one of the device is asked for."""
+
+    def __new__(cls, device: Any = "cpu") -> "_Generator":
+        return super().__new__(cls, device=_on_cpu(device))  # type: ignore[call-arg]  # its stub has no arguments
 
 
 class _Stream:
@@ -76,14 +94,14 @@ def _answers(emulator: Emulator) -> dict[str, Any]:
         major=major,
         minor=minor,
         multi_processor_count=emulator.multiprocessors,
-        total_memory=80 * 2**30,
+        total_memory=MEMORY[emulator.capability],
         shared_memory_per_block=49_152,
-        shared_memory_per_block_optin=232_448,
-        shared_memory_per_multiprocessor=233_472,
+        shared_memory_per_block_optin=SHARED_BYTES[emulator.capability],
+        shared_memory_per_multiprocessor=SHARED[emulator.capability],
         regs_per_multiprocessor=65_536,
         max_threads_per_multi_processor=2048,
         warp_size=32,
-        L2_cache_size=50 * 2**20,
+        L2_cache_size=L2_CACHE[emulator.capability],
         gcnArchName="",
     )
 
@@ -101,6 +119,10 @@ def _answers(emulator: Emulator) -> dict[str, Any]:
         "synchronize": always(None),
         "empty_cache": always(None),
         "is_bf16_supported": always(True),
+        "memory_allocated": always(0),
+        "max_memory_allocated": always(0),
+        "memory_reserved": always(0),
+        "reset_peak_memory_stats": always(None),
         "manual_seed": lambda seed: torch.manual_seed(seed) and None,
         "current_stream": always(_Stream()),
         "default_stream": always(_Stream()),
@@ -124,6 +146,7 @@ def cuda_is_cpu(emulator: Emulator) -> Iterator[None]:
     with ExitStack() as stack:
         for name, answer in _answers(emulator).items():
             stack.enter_context(patch.object(torch.cuda, name, answer))
+        stack.enter_context(patch.object(torch, "Generator", _Generator))
         stack.enter_context(patch.object(triton.testing, "do_bench", bench))
         stack.enter_context(_OnCpu())
         yield
