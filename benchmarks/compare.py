@@ -206,8 +206,7 @@ class _Checked:
         return torch.tensor(self.hosts).median().item() * 1e3 if self.hosts else None
 
     def turn(self, inputs: _Inputs, index: int) -> list[float]:
-        """Time the calls on live inputs, which hold ``inputs.drawn`` meanwhile, and check the
-        result."""
+        """Time a contestant's calls on new inputs, and compare the result with the oracle's."""
         device, live, expected = self.case.device, inputs.live, inputs.expected
         on_gpu = device.type == "cuda"
         if on_gpu:

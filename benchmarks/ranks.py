@@ -41,10 +41,11 @@ class Group(Ranks):
 
 @contextmanager
 def start_ranks(ranks: int, threads: int = 1, device: str = "cpu") -> Iterator[Group]:
-    """Start ``ranks`` processes of ``threads`` threads each, which form a world; at the end they
-    leave.
+    """Start the ranks of a benchmark, which stay in one world from call to call until the end.
 
     Args:
+        ranks: processes.
+        threads: of each process.
         device: as for `join_world`.
     """
     port = get_free_port()

@@ -104,7 +104,7 @@ class Table:
 
     @property
     def status(self) -> int:
-        """The exit status: 1 if a result is not ok."""
+        """The benchmark's exit status: 1 if a result is not ok."""
         return 0 if all(result.ok for result in self.results) else 1
 
 

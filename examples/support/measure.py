@@ -18,8 +18,10 @@ Function = Callable[[], object]
 def interleaved_ms(
     functions: Mapping[str, Function], device: torch.device, rounds: int = 30
 ) -> dict[str, float]:
-    """Return the median milliseconds of each function; they are called in turn, first without
-    counting."""
+    """Return the median milliseconds of each function, for lessons: they are called in turn.
+
+    The first calls are not counted.
+    """
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(1 + rounds):
         for name, function in functions.items():

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from ptx import packages, tutorials
+from ptx import interpreted, packages, table, tutorials
 from ptx.faults import FAULTS, VALUES
 from ptx.right import RIGHT
 from torchpar.ptx import Fault, emulate
@@ -71,12 +71,10 @@ def test_right_kernels_that_look_faulty_have_no_errors(name):
     ],
 )
 def test_a_fault_is_named_at_its_line(name):
-    fault = FAULTS[name]
-    with emulate("sm_90") as gpu:
-        gpu.limit = 200_000
-        fault.run()
-    named = {found.source for found in gpu.faults if found.kind != "note"}
-    assert named & set(fault.named()), gpu.report()
+    """And docs/ptx.md says so."""
+    found, is_at_line = table.emulated(name)
+    assert is_at_line, found
+    assert table.rows()[name][0] == table.cell(found, is_at_line)
 
 
 def test_faults_that_only_values_show_have_no_errors():
@@ -87,7 +85,19 @@ def test_faults_that_only_values_show_have_no_errors():
                 results = fault.run()
             assert not all(torch.equal(a, b) for a, b in results), name
             found[name] = errors(gpu.faults)
+            assert table.rows()[name][0] == table.cell(gpu.faults, False)
     assert not any(found.values()), found
+
+
+def test_the_table_has_all_faults():
+    assert set(table.rows()) == set(FAULTS)
+
+
+@slow
+@pytest.mark.parametrize("name", ["load without mask", "barrier left out", "atomic left out"])
+def test_the_table_says_what_the_interpreter_says(name):
+    """Of some; each takes a process of its own."""
+    assert table.rows()[name][1] == table.short(interpreted.interpret(name))
 
 
 @slow

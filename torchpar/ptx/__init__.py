@@ -5,12 +5,13 @@
         kernel[grid](x, y, n, BLOCK=1024)
     print(gpu.report())
 
-It is an executor of NVIDIA's PTX on a CPU. Read in this order: `parse` (text to instructions),
-`registers` (kinds of numbers), `machine` (warps, masks, schedules and asynchronous operations),
-`arithmetic`, `memory` (who may read and write which byte), `taint` (undefined bits), `copies`
-(loads, stores and copies), `atomics`, `tensors` (TMA), `tensor_cores`, and `gpu`, which launches
-kernels. `driver` lets Triton launch them, `report` says what is wrong with them, and `cuda` lets
-scripts run that say "cuda". `command` and `pytest` are the ways to run it.
+Read in this order: `parse` (text to instructions), `registers` (kinds of numbers), `machine`
+(warps, barriers, masks, schedules and asynchronous operations), `arithmetic`, `memory` (who may
+read and write which byte), `taint` (undefined bits), `copies` (loads, stores and copies),
+`atomics`, `tensors` (TMA), `tensor_cores`, `tensor_memory` (of sm_100), and `gpu`, which launches
+kernels. `native` and core.c execute the common instructions in C. `driver` lets Triton launch
+kernels, `report` says what is wrong with them, `resources` asks ptxas, and `cuda` lets scripts run
+that say "cuda". `command` and `pytest` are the ways to run it.
 
 Sections are those of NVIDIA's "PTX ISA", release 9.0.
 """

@@ -46,9 +46,6 @@ LARGEST_GRID_YZ = 65_535  # of each NVIDIA GPU
 ALIGNED = 128  # to which an allocation's base is rounded down
 
 
-EMULATORS: list["Emulator"] = []  # of the blocks of `emulate` that have begun, the outer ones first
-
-
 class Module(NamedTuple):
     """A compiled kernel."""
 
@@ -641,6 +638,4 @@ def emulate(
         active_driver.set_active(Driver(emulator))
         stack.callback(setattr, active_driver, "_active", before)
         stack.enter_context(_Host(emulator))
-        EMULATORS.append(emulator)
-        stack.callback(EMULATORS.pop)
         yield emulator

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""A block of threads: warps with program counters of their own, run in the order of a schedule.
+"""A block of threads: its warps, the barriers at which they meet, and the order in which they run.
+
+Each warp has a program counter of its own.
 
 Where the 32 threads of a warp diverge, those with the smallest program counter run first, so that
 they meet again behind the branch.

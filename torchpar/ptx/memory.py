@@ -302,15 +302,17 @@ class Space:
         if last is None or not last.start <= first < last.end:
             self.last = last = self.at(first)
         if last is None:
-            raise PtxError(line, self.outside(first, width))
+            raise PtxError(line, self.outside(first, width), "out of bounds")
         if width < last.unit:
             last.refine(width)
         offsets = addresses - last.base
         if not all_true((offsets >= last.start - last.base) & (offsets <= last.size - width)):
-            raise PtxError(line, f"an access that begins in {last.name} ends outside of it")
+            message = f"an access that begins in {last.name} ends outside of it"
+            raise PtxError(line, message, "out of bounds")
         rows = offsets // width
         if not all_true(rows * width == offsets):
-            raise PtxError(line, f"an address in {last.name} is not a multiple of {width}")
+            message = f"an address in {last.name} is not a multiple of {width}"
+            raise PtxError(line, message, "misaligned access")
         return last, rows
 
     def outside(self, address: int, width: int) -> str:

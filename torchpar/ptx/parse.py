@@ -113,7 +113,7 @@ def qualifiers(i: Instruction) -> tuple[list[str], str, bool]:
 class PtxError(Exception):
     """A fault of the program that is executed, with its line, its reason and its name."""
 
-    def __init__(self, line: int, reason: str, name: str = "error"):
+    def __init__(self, line: int, reason: str, name: str = "invalid operation"):
         super().__init__(f"line {line}: {reason}")
         self.line, self.reason, self.name = line, reason, name
         self.program: tuple[int, ...] = ()  # that was executed

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: MIT
+"""Pages of operators show what the command prints, and which thread loads which numbers."""
+
+import re
+import runpy
+
+import pytest
+from commands import ROOT
+
+from torchpar.ptx import command
+
+SECTION = re.compile(
+    r"^## Executed without a GPU\n.*?```py\n(.*?)```\n\n```\n\$ [^\n]*\n(.*?)```",
+    re.MULTILINE | re.DOTALL,
+)
+
+
+def without_seconds(text: str) -> str:
+    return re.sub(r"\d+\.\d+ s$", "s", text, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", ["maximum", "matmul_t", "linear_sigmoid"])
+def test_a_page_shows_what_the_command_prints(page, tmp_path, capsys):
+    code, printed = SECTION.search((ROOT / "docs" / f"{page}.md").read_text("utf-8")).groups()
+    script = tmp_path / "script.py"
+    script.write_text(code, "utf-8")
+    assert command.main([str(script)]) == 0
+    assert without_seconds(capsys.readouterr().out) == without_seconds(printed)
+
+
+def test_the_picture_of_threads_is_true():
+    """What docs/maximum.md says of it, too."""
+    pytest.importorskip("matplotlib")
+    loads = runpy.run_path(str(ROOT / "docs" / "threads.py"))["loads"](4096)
+    numbers = [n for one in loads for n in range(one.first, one.first + one.count)]
+    assert sorted(numbers) == list(range(4096))  # each once
+    assert {one.count for one in loads} == {4}
+    assert {one.program for one in loads} == {0, 1, 2, 3}
+    for one in loads:
+        assert one.first // 1024 == one.program
+        assert one.first % 512 == 4 * one.thread
+
+
+def test_each_name_of_a_fault_is_explained():
+    page = (ROOT / "docs" / "ptx.md").read_text("utf-8")
+    table = page.partition("## What it finds")[2].partition("\n\nAn *error*")[0]
+    explained = {
+        name
+        for names in re.findall(r"^\| ([^|]+) \|", table, re.MULTILINE)
+        for name in names.split(", ")
+    }
+    code = "".join(path.read_text("utf-8") for path in (ROOT / "torchpar" / "ptx").glob("*.py"))
+    noted = re.findall(r"""\.fault\(\s*(?:"\w+"|kind), "([a-z ]+)",""", code)
+    causes = re.findall(r"""Cause\(\s*"([a-z ]+)",""", code)
+    raised = re.findall(r"""PtxError\((?:[^()]|\([^()]*\))*?, "([a-z ]+)"\s*\)""", code)
+    raised = [name for name in raised if len(name.split()) < 3]  # others are reasons
+    found = {*noted, *causes, *raised, "race between programs", "invalid operation"}
+    assert {"deadlock", "endless loop", "misaligned access", "missing fence"} <= found
+    assert found <= explained, found - explained
