@@ -472,7 +472,7 @@ class Driver(DriverBase):  # type: ignore[misc]  # Triton has no types
         return torch.cpu
 
     def get_current_device(self) -> int:
-        return 1000 + self.emulator.capability  # so that other caches keep their kernels
+        return 3000 + self.emulator.capability  # no other driver's, whose kernels stay cached
 
     def set_current_device(self, device: int) -> None: ...
 
