@@ -41,9 +41,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if way != CORE:
                     ratio = {"ratio": times[CORE].ratio_over(one), "bound": BOUNDS[way]}
                 table.add([one.result({"kernel": name}, way, times[CORE], **ratio)])
-        for worker in workers.values():
-            assert worker.stdin is not None
-            worker.stdin.close()
     columns = ["kernel", "contestant", "p20_ms", "p50_ms", "p80_ms", "ratio", "bound", "ok"]
     print_results("an executed kernel; ratio: its time over the core's", table.results, columns)
     return max(table.status, 0 if options.quick else print_bounds(table))

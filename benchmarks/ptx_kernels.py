@@ -90,11 +90,35 @@ def attention_kernel(
 
 
 class Case(NamedTuple):
-    """A launch, and how far its result may be from ``expected``."""
+    """A launch, the tensor that it fills, and what is wrong with its content ("" if nothing)."""
 
     launch: Callable[[Tensor], Any]
-    expected: Tensor
-    error: float
+    shape: tuple[int, ...]
+    fault: Callable[[Tensor], str]
+    dtype: torch.dtype = torch.float32
+
+
+def near(expected: Tensor, error: float) -> Callable[[Tensor], str]:
+    """Return a function that says how far a result is from ``expected``, if by more than that."""
+
+    def fault(found: Tensor) -> str:
+        most = float((found.double() - expected.double()).abs().max())
+        return "" if most <= error else f"the greatest error is {most:.2g}, expected {error:.2g}"
+
+    return fault
+
+
+def halved(x: Tensor) -> Callable[[Tensor], str]:
+    """Return a function that says whether a result is a dropout of ``x`` by one half."""
+
+    def fault(found: Tensor) -> str:
+        kept = found != 0
+        share = float(kept.double().mean())
+        if not torch.equal(found[kept], 2 * x[kept]):
+            return "an element is neither 0 nor twice the operand's"
+        return "" if 0.49 < share < 0.51 else f"a share of {share:.3f} is kept, expected 0.5"
+
+    return fault
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -108,34 +132,36 @@ def cases() -> dict[str, Case]:
     q, k, v = (normal(2, 128, 64, dtype=torch.float16, seed=seed) for seed in (6, 7, 8))
     grid, scale = (2**17 // 1024,), 1 / math.sqrt(64)
     scores = (q.double() @ k.double().mT * scale).softmax(-1)
-    normed = torch.nn.functional.layer_norm(rows, (1000,), weight, bias, 1e-5)
+    normed = torch.nn.functional.layer_norm(rows.double(), (1000,), weight.double(), bias.double())
+    half = torch.float16
     return {
         "vector add": Case(
-            lambda out: add_kernel[grid](x, y, out, len(x), BLOCK=1024), (x + y).double(), 1e-6
+            lambda out: add_kernel[grid](x, y, out, len(x), BLOCK=1024), x.shape, near(x + y, 0)
         ),
         "softmax": Case(
             lambda out: softmax_kernel[(64,)](rows, out, 1000, BLOCK=1024),
-            rows.double().softmax(1),
-            1e-6,
+            rows.shape,
+            near(rows.double().softmax(1), 1e-6),
         ),
-        # Half of the elements are kept; which ones the generator says.
         "dropout": Case(
-            lambda out: dropout_kernel[grid](x, out, len(x), 0.5, 7, BLOCK=1024), x.double(), 8.0
+            lambda out: dropout_kernel[grid](x, out, len(x), 0.5, 7, BLOCK=1024), x.shape, halved(x)
         ),
         "layer norm": Case(
             lambda out: layer_norm_kernel[(64,)](rows, weight, bias, out, 1000, 1e-5, BLOCK=1024),
-            normed.double(),
-            1e-4,
+            rows.shape,
+            near(normed, 1e-5),
         ),
         "matmul": Case(
             lambda out: matmul_kernel[(4, 4)](a, b, out, 256, BM=64, BN=64, BK=64),
-            a.double() @ b.double(),
-            0.1,
+            (256, 256),
+            near(a.double() @ b.double(), 2**-5),  # half a unit of float16 from 32 on is 2⁻⁶
+            half,
         ),
         "attention": Case(
             lambda out: attention_kernel[(2, 2)](q, k, v, out, scale, 128, D=64, BM=64, BN=32),
-            scores @ v.double(),
-            1e-2,
+            q.shape,
+            near(scores @ v.double(), 2e-3),
+            half,
         ),
     }
 
@@ -149,8 +175,7 @@ def seconds(case: Case, way: str) -> float:
     Raises:
         ValueError: the result is wrong, or the emulator has found an error.
     """
-    halves = case.error >= 1e-2 and case.error < 1
-    out = torch.zeros(case.expected.shape, dtype=torch.float16 if halves else torch.float32)
+    out = torch.zeros(case.shape, dtype=case.dtype)
     context: AbstractContextManager[Any] = nullcontext()
     if way != "interpreter":
         from torchpar.ptx import emulate
@@ -160,9 +185,8 @@ def seconds(case: Case, way: str) -> float:
         start = time.perf_counter()
         case.launch(out)
         taken = time.perf_counter() - start
-    error = float((out.double() - case.expected).abs().max())
-    if not error <= case.error:
-        raise ValueError(f"the greatest error is {error:.2g}, expected at most {case.error:.2g}")
+    if fault := case.fault(out):
+        raise ValueError(fault)
     if gpu is not None and gpu.report().errors:
         raise ValueError(str(gpu.report().errors[0]))
     return taken

@@ -118,7 +118,12 @@ def cached_plan(
 
 def is_emulated() -> bool:
     """Whether launches on CPU tensors are executed by `torchpar.ptx`."""
-    return hasattr(triton.runtime.driver._active, "emulator")
+    return emulator() is not None
+
+
+def emulator() -> Any:
+    """The emulator that executes launches on CPU tensors, or None."""
+    return getattr(triton.runtime.driver._active, "emulator", None)
 
 
 def forget_plans() -> None:

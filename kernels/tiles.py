@@ -13,6 +13,8 @@ import torch
 import triton
 from torch import Tensor
 
+from .launch import emulator
+
 _WITH_TMA = (90, 100, 103)  # sm_120 has too little shared memory for tiles that gain by it
 # With fewer rows, a matrix has few tiles for the multiprocessors; of 4 × 4 tiles the kernel skips
 # only 6. The best known kernel of this kind, quack's, has 0.31 times cuBLAS's speed at 512 rows,
@@ -126,10 +128,10 @@ def kind_of(dtype: torch.dtype, precision: str) -> str:
 def device(t: Tensor) -> Device:
     """The current device; for ``t`` on a CPU that of an emulator, or Triton's interpreter."""
     if t.device.type == "cpu":
-        emulator = getattr(triton.runtime.driver._active, "emulator", None)
-        if emulator is None:
+        gpu = emulator()
+        if gpu is None:
             return Device("interpreter", 0, 3)
-        return Device(emulator.arch, emulator.capability, emulator.multiprocessors)
+        return Device(gpu.arch, gpu.capability, gpu.multiprocessors)
     driver = triton.runtime.driver.active
     index, target = driver.get_current_device(), driver.get_current_target()
     capability = target.arch if target.backend == "cuda" else 0

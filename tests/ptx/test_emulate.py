@@ -462,3 +462,13 @@ def test_an_interrupted_script_shows_what_was_executed(tmp_path, capsys):
     script.write_text("raise KeyboardInterrupt")
     assert command.main([str(script)]) == 130
     assert "launches: 0" in capsys.readouterr().out
+
+
+def test_an_address_is_found_in_a_tensor_that_has_others_within():
+    whole = np.zeros(96, np.float32)
+    outer, inner = torch.from_numpy(whole), torch.from_numpy(whole[8:16])
+    table = torch.tensor([outer.data_ptr() + 4 * 32])
+    with emulate() as gpu:
+        add_by_address[(1,)](table, BLOCK=8, num_warps=1)
+    assert gpu.faults == []
+    assert whole.sum() == inner.numel() == 8

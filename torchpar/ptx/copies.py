@@ -144,6 +144,7 @@ class Copies(Operation):
     """The copies of a group of `cp.async`, which are waited for together.
 
     Attributes:
+        parts: those that Python has added; the core has those that it has added itself.
         done: steps of those that were added so far.
     """
 
@@ -151,17 +152,15 @@ class Copies(Operation):
         super().__init__(warp, line, "a copy", generic=COPIES_NEED_FENCE)
         self.block, self.parts, self.done = warp.block, list[tuple[Places, int]](), 0
         self.values: list[Any] = []
-        self.others = warp.core.copies(self) if warp.core is not None else None
+        self.of_core = warp.core.copies(self) if warp.core is not None else None
 
     def add(self, warp: Warp, line: int, places: Places) -> None:
         """Copy something more; as far as the other copies are done, at once."""
         elements, inside, width, units, unit = places
-        events, number, name = (
-            self.block.gpu.events,
-            self.block.number,
-            f"a copy of warp {warp.index}",
+        events, number = self.block.gpu.events, self.block.number
+        read, written = (
+            events.add(number, self.agent, self.time + n, line, self.name) for n in (1, 2)
         )
-        read, written = (events.add(number, self.agent, self.time + n, line, name) for n in (1, 2))
         self.block.shared.write(warp, units, unit, written, line)
         self.block.space.read(warp, elements[inside], width, read, line)
         self.parts.append((places, line))
@@ -170,14 +169,14 @@ class Copies(Operation):
 
     def fetch(self) -> None:
         self._fetch_parts()
-        if self.others is not None:
-            self.others.read()
+        if self.of_core is not None:
+            self.of_core.read()
         self.done = 1
 
     def store(self) -> None:
         self._store_parts()
-        if self.others is not None:
-            self.others.write()
+        if self.of_core is not None:
+            self.of_core.write()
         self.done = 2
 
     def _fetch_parts(self) -> None:

@@ -1005,13 +1005,18 @@ void read_copies(Copies *copies)
     copies->done = 1;
 }
 
+void free_copies(Copies *copies)
+{
+    free(copies->parts);
+    copies->parts = 0;
+    copies->count = copies->capacity = 0;
+}
+
 void write_copies(Copies *copies)
 {
     for (int64_t n = 0; n < copies->count; n++)
         memcpy(copies->parts[n].to, copies->parts[n].value, (size_t)copies->parts[n].width);
-    free(copies->parts);
-    copies->parts = 0;
-    copies->count = copies->capacity = 0;
+    free_copies(copies);
     copies->done = 2;
 }
 

@@ -19,6 +19,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -84,7 +85,9 @@ class Emulator(gpu.Gpu):
         self.faults: list[Fault] = []
         self.printed: list[str] = []
         self.unwritten: dict[Storage, Any] = {}  # as `_Host` says
-        self.tuned: dict[int, dict[Any, Any]] = {}  # the caches of autotuners, by their identity
+        self.tuned: WeakKeyDictionary[Any, dict[Any, Any]] = (
+            WeakKeyDictionary()
+        )  # autotuners' caches
         self._by_place: dict[tuple[str, str, int], Fault] = {}
         self._name = self._file = ""
         # The memory before a launch, for its other schedules.
@@ -160,7 +163,7 @@ class Emulator(gpu.Gpu):
     def _find(self, address: int) -> Allocation | None:
         """Return the memory of a live tensor that has the address, which a kernel has loaded."""
         if self._live is None:
-            self._live = sorted(_live_tensors(), key=lambda one: one[:2])
+            self._live = _live_tensors()
         after = bisect_right(self._live, address, key=lambda one: one[0])
         if after == 0 or address >= self._live[after - 1][1]:
             return None
@@ -182,16 +185,16 @@ class Emulator(gpu.Gpu):
     # Launches
 
     def fault(self, kind: str, name: str, line: int, message: str, warp: Any) -> None:
-        """Note a fault; the launch goes on.
+        """Note a fault of a warp; the launch goes on."""
+        self._note(kind, name, line, message, warp.block.position)
 
-        Args:
-            warp: whose fault it is, or the position of its program.
-        """
+    def _note(
+        self, kind: str, name: str, line: int, message: str, program: tuple[int, ...]
+    ) -> None:
         key = self._name, name, line
         if key in self._by_place:
             self._by_place[key].count += 1
             return
-        program = warp if isinstance(warp, tuple) else warp.block.position
         source = self._sources.get(line)
         fault = Fault(_kind(kind), name, message, self._name, program, line, source)
         self._by_place[key] = fault
@@ -217,7 +220,7 @@ class Emulator(gpu.Gpu):
             try:
                 self.launch(launch.ptx, values, launch.grid, launch.shared)
             except PtxError as e:
-                self.fault("error", e.name, e.line, e.reason, e.program)
+                self._note("error", e.name, e.line, e.reason, e.program)
             launch.instructions += self.executed_instructions
             launch.printed = self.printed
         self._keep_unwritten()
@@ -237,8 +240,12 @@ class Emulator(gpu.Gpu):
         return source
 
 
-def _live_tensors() -> Iterator[tuple[int, int, Tensor]]:
-    """Yield the tensors on the CPU that live now, with the first and the last address of each."""
+def _live_tensors() -> list[tuple[int, int, Tensor]]:
+    """Return the tensors on the CPU that live now, in the order of their addresses.
+
+    Each has its first address, and the one behind its last one. Tensors within others are left out.
+    """
+    found = []
     for one in gc.get_objects():
         if type(one) not in (Tensor, torch.nn.Parameter) or one.device.type != "cpu":
             continue
@@ -247,7 +254,14 @@ def _live_tensors() -> Iterator[tuple[int, int, Tensor]]:
         except (RuntimeError, NotImplementedError):  # sparse tensors, for example
             continue
         if nbytes:
-            yield start, start + nbytes, one
+            found.append((start, start + nbytes, one))
+    found.sort(key=lambda one: (one[0], -one[1]))
+    kept, end = [], 0
+    for one in found:
+        if one[1] > end:
+            kept.append(one)
+            end = one[1]
+    return kept
 
 
 def _kind(text: str) -> Kind:
@@ -582,7 +596,7 @@ def _tuned(emulator: Emulator, run: Callable[..., Any]) -> Callable[..., Any]:
 
     def tuned(autotuner: Any, *args: Any, **kwargs: Any) -> Any:
         first, cache = len(emulator.launches), autotuner.cache
-        autotuner.cache = emulator.tuned.setdefault(id(autotuner), {})
+        autotuner.cache = emulator.tuned.setdefault(autotuner, {})
         try:
             return run(autotuner, *args, **kwargs)
         finally:

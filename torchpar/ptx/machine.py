@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: MIT
 """A block of threads: its warps, the barriers at which they meet, and the order in which they run.
 
-Each warp has a program counter of its own.
-
-Where the 32 threads of a warp diverge, those with the smallest program counter run first, so that
-they meet again behind the branch.
+Each warp has a program counter of its own. Where the 32 threads of a warp diverge, those with the
+smallest program counter run first, so that they meet again behind the branch.
 """
 
 from collections import defaultdict
@@ -176,13 +174,13 @@ class Operation:
         continues: "Operation | None" = None,
     ):
         self.what, self.after, self.line = what, after, line
-        name, block = f"{what} of warp {warp.index}", warp.block
+        self.name, block = f"{what} of warp {warp.index}", warp.block
         if continues is None:
             self.agent, self.time = block.knowledge.add_agent(generic), 0
         else:
             self.agent, self.time = continues.agent, continues.time + 2
         self.read, self.written = (
-            block.gpu.events.add(block.number, self.agent, self.time + n, line, name)
+            block.gpu.events.add(block.number, self.agent, self.time + n, line, self.name)
             for n in (1, 2)
         )
         self.steps: list[Callable[[], None]] = []
@@ -450,7 +448,7 @@ class Block:
         self.shared = Space("shared memory")
         self.memory = Allocation("shared memory", SHARED_BASE, gpu.shared_bytes)
         if gpu.core is not None:  # which leaves what is made later to Python
-            self.memory.refine(min(gpu.core.program.shared_unit, self.memory.unit))
+            self.memory.refine(gpu.core.program.shared_unit)
             self.memory.others = np.zeros_like(self.memory.reads)
         self.shared.add(self.memory)
         self.local = Space("local memory")
@@ -458,9 +456,8 @@ class Block:
             size = gpu.kernel.local_bytes * gpu.kernel.threads
             self.local.add(Allocation("local memory", LOCAL_BASE, size))
         self.warps = [Warp(i, self) for i in range(warps)]
+        self.core = None if gpu.core is None else BlockState(gpu.core, self)
         # By barrier the warps that have arrived, and whether they wait.
-        if gpu.core is not None:
-            self.core = BlockState(gpu.core, self)
         self.at_barrier: dict[int, list[tuple[Warp, bool]]] = {}
         self.tensor_memory: Any = None  # of sm_100
         self.flying: list[Operation] = []  # asynchronous operations, some of which have completed

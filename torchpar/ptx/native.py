@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import weakref
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from torchpar.ptx.memory import LARGEST_UNIT
 from torchpar.ptx.parse import (
     Address,
     Constant,
@@ -127,13 +129,14 @@ def library() -> ctypes.CDLL | None:
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
     path = _path(compiler or "")
     if not path.exists() and (compiler is None or not _build(compiler, path)):
-        message = "torchpar.ptx: no C compiler, so that Python executes all instructions, slowly"
+        message = "torchpar.ptx: no core in C, so that Python executes all instructions, slowly"
         print(message, file=sys.stderr, flush=True)
         return None
     core = ctypes.CDLL(str(path))
     core.run.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32)
     core.function_of.restype = ctypes.c_void_p
     core.read_copies.argtypes = core.write_copies.argtypes = (ctypes.c_void_p,)
+    core.free_copies.argtypes = (ctypes.POINTER(_Copies),)
     core.read_many.argtypes = (
         *(ctypes.c_void_p for _ in range(3)),
         ctypes.c_int64,
@@ -163,18 +166,19 @@ def _path(compiler: str) -> Path:
 
 def _build(compiler: str, path: Path) -> bool:
     print("torchpar.ptx: compiles its core, once", file=sys.stderr, flush=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        made = Path(folder) / path.name
-        command = [compiler, *FLAGS, "-o", str(made), str(SOURCE), "-lm"]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-        except OSError:
-            return False
-        if done.returncode:
-            print(done.stderr, file=sys.stderr)
-            return False
-        made.replace(path)  # at once, for other processes that look for it
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            made = Path(folder) / path.name
+            command = [compiler, *FLAGS, "-o", str(made), str(SOURCE), "-lm"]
+            subprocess.run(command, capture_output=True, text=True, check=True)
+            made.replace(path)  # at once, for other processes that look for it
+    except OSError as e:  # no compiler of this name, or a folder that cannot be written
+        print(f"torchpar.ptx: {e}", file=sys.stderr)
+        return False
+    except subprocess.CalledProcessError as e:
+        print(e.stderr, file=sys.stderr)
+        return False
     return True
 
 
@@ -186,7 +190,6 @@ class Program:
         self.widths = [DTYPES[kind].itemsize for kind in kernel.registers]
         self.constants: dict[tuple[int, int], int] = {}  # rows by bits and width
         self.specials: dict[tuple[str, int], int] = {}  # rows by name and width
-        # A row whose address space differs by kernel is found again by its names.
         self.instructions = (_Instruction * len(kernel.instructions))()
         for code, i in zip(self.instructions, kernel.instructions, strict=True):
             self._encode(code, i)
@@ -197,8 +200,9 @@ class Program:
                 for code in self.instructions
                 if code.kind in (LOAD, STORE) and code.space == SPACES["shared"]
             ),
-            default=ROW,
+            default=LARGEST_UNIT,
         )
+        self.shared_unit = min(self.shared_unit, LARGEST_UNIT)
         self.width_array = np.array(self.widths, np.uint8)
         self.rows = np.zeros((len(self.widths), ROW), np.uint8)
         for (bits, width), row in self.constants.items():
@@ -694,8 +698,9 @@ class CopiesState:
     """What the core has added to a group of copies."""
 
     def __init__(self, core: ctypes.CDLL, events: "Events", group: Any):
-        name = events.name(events.who(group.read))
+        name = events.name(group.name)
         self.core, self.struct = core, _Copies(None, 0, 0, group.agent, name, group.time, 0)
+        weakref.finalize(self, core.free_copies, self.struct)  # of a launch that has failed
 
     def read(self) -> None:
         self.core.read_copies(ctypes.addressof(self.struct))

@@ -4,20 +4,20 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from inspect import signature
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from torchpar.errors import ConfigError
-from torchpar.testing.case import Case, Outcome, Tensors, cast, close
+from torchpar.testing.case import Case, Outcome, Tensors, cast, close, same_bits
 from torchpar.testing.rules import pulled_back
 
 if TYPE_CHECKING:
     from torchpar.ptx import Emulator, Fault
     from torchpar.testing.operators import OperatorTable
 
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 # The faults of `torchpar.ptx` by row; docs/ptx.md says what each means. Those of no row are of
 # "execution".
 ROWS = {
@@ -49,6 +49,8 @@ class Kernel(Protocol):
 
 def check_arch(arch: str) -> None:
     """Refuse an unknown architecture."""
+    from torchpar.ptx.driver import ARCHITECTURES
+
     if arch not in ARCHITECTURES:
         raise ConfigError(f"arch is {arch!r}, expected one of {', '.join(ARCHITECTURES)}")
 
@@ -68,7 +70,7 @@ def _said(fault: "Fault") -> str:
     where = f"line {fault.line} of the PTX"
     if fault.source is not None:
         path, line = fault.source
-        where = f"{path.rpartition('/')[2]}:{line}"
+        where = f"{Path(path).name}:{line}"
     kind = "" if fault.kind == "error" else f"{fault.kind}: "
     return f"{where}, {fault.kernel}: {kind}{fault.name}: {fault.message}"
 
@@ -139,10 +141,10 @@ def check_kernel(
         grid: as in ``kernel[grid]``.
         arguments: of the launch, in the order of the kernel's signature: CPU tensors, which stay as
             they are, and numbers. A tensor that the reference does not name must not change.
-        reference: a function of the same arguments, of PyTorch's operators. It returns by name what
-            the tensors hold afterwards that the kernel writes. It is also called with tensors of
-            float64, whose results count as exact. The kernel's error may be twice that of the
-            reference.
+        reference: a function of the same arguments, of PyTorch's operators. For each tensor that
+            the kernel writes, it returns by name the content that is right. It is also called with
+            tensors of float64, whose results count as exact. The kernel's error may be twice that
+            of the reference.
         arch: "sm_80" (A100), "sm_90" (H100) or "sm_100" (B200).
         options: constants of the kernel by name, and Triton's options, such as ``num_warps``.
 
@@ -164,8 +166,10 @@ def check_kernel(
     exact = _expected(reference, arguments, given, torch.float64)
     with emulate(arch, schedules="all") as gpu:
         kernel[grid](*launched, **options)
-    written = {name: a for name, a in given.items() if isinstance(a, Tensor)}
-    before = {name: a for name, a in zip(names, arguments, strict=False) if name in written}
+    written, before = (
+        {name: a for name, a in zip(names, one, strict=False) if isinstance(a, Tensor)}
+        for one in (launched, arguments)
+    )
     rows = [Row("values", *outcome_of(partial(_compare, written, before, right, exact)))]
     rows += [Row(*one) for one in fault_rows(gpu.report().faults)]
     rows.append(Row(*resource_row([gpu])))
@@ -180,10 +184,6 @@ def _function(kernel: object) -> Callable[..., object]:
         given = f"the kernel is an object of type {type(kernel).__name__}"
         raise ConfigError(f"{given}, expected a function with triton.jit")
     return kernel
-
-
-def _is_same(a: Tensor, b: Tensor) -> bool:
-    return a.contiguous().view(torch.uint8).equal(b.contiguous().view(torch.uint8))
 
 
 def _expected(
@@ -213,14 +213,16 @@ def _expected(
 
 def _compare(
     written: Mapping[str, Tensor],
-    before: Mapping[str, object],
+    before: Mapping[str, Tensor],
     right: Mapping[str, Tensor],
     exact: Mapping[str, Tensor],
 ) -> None:
-    for name, held in written.items():
-        original = before[name]
-        if name not in right and isinstance(original, Tensor) and not _is_same(held, original):
-            raise Outcome("wrong", f"{name}: has changed, and the reference does not name it")
+    for name in written.keys() - right.keys():
+        try:
+            same_bits((written[name],), (before[name],))
+        except Outcome as e:
+            message = f"{name}: has changed, and the reference does not name it"
+            raise Outcome("wrong", message) from e
     for name, tensor in right.items():
         held = written[name]
 
