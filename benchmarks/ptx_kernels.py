@@ -114,7 +114,9 @@ def halved(x: Tensor) -> Callable[[Tensor], str]:
     def fault(found: Tensor) -> str:
         kept = found != 0
         share = float(kept.double().mean())
-        if not torch.equal(found[kept], 2 * x[kept]):
+        doubled = 2 * x[kept]
+        # A division on a GPU may be off by two units in the last place.
+        if ((found[kept] - doubled).abs() > 2**-22 * doubled.abs()).any():
             return "an element is neither 0 nor twice the operand's"
         return "" if 0.49 < share < 0.51 else f"a share of {share:.3f} is kept, expected 0.5"
 
