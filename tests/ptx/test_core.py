@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The core in C and the executor in Python do the same: values, faults and instructions.
+"""The core in C and the executor in Python do the same: values, faults and counters.
 
 Each case runs twice, from the same memory.
 """
@@ -16,6 +16,7 @@ from ptx.faults import FAULTS
 from ptx.launch import Gpu
 from ptx.right import RIGHT
 from torchpar.ptx import Report, emulate, native
+from torchpar.ptx.counters import Counts
 from torchpar.ptx.machine import SCHEDULES
 from torchpar.ptx.parse import PtxError
 
@@ -34,9 +35,17 @@ def in_python():
 
 def said(report: Report) -> list[tuple]:
     """What a report says but for addresses."""
-    launches = [(one.kernel, one.grid, one.instructions) for one in report.launches]
+    launches = [
+        (one.kernel, one.grid, one.instructions, numbers(one.counts)) for one in report.launches
+    ]
     faults = [(one.kind, one.name, one.line, one.source, one.program) for one in report.faults]
     return [*launches, *faults]
+
+
+def numbers(counts: Counts) -> list:
+    """What was counted."""
+    both = counts.distinct_read, counts.distinct_written
+    return [counts.table.tolist(), counts.distinct.tolist(), *both]
 
 
 def outside(report: Report) -> set[int]:
@@ -98,7 +107,7 @@ def test_faults(name):
 
 
 def noted(run: Callable[[Gpu], object]) -> list[object]:
-    """The results under each schedule, or the errors, and which instructions were executed."""
+    """The results under each schedule, or the errors, and what was counted."""
     found: list[object] = []
     for schedule in SCHEDULES:
         gpu = Gpu(schedule)
@@ -107,7 +116,7 @@ def noted(run: Callable[[Gpu], object]) -> list[object]:
             found.append([bits(t) for t in results])
         except PtxError as e:
             found.append((e.name, e.line))
-        found += [sorted(positions) for _, positions in gpu.executions]
+        found += map(numbers, gpu.counted)
     return found
 
 

@@ -68,11 +68,13 @@ def _atomic(i: Instruction, to: list[Any], operands: list[Any]) -> Run:
             before_access(warp, addresses, order or "relaxed", writes=True)
         results = np.zeros((32, count), raw)
         width = raw.itemsize
+        warp.count_access(space, addresses, width * count)
         for n in range(count):
             at = addresses + n * width
             event = warp.event(i.line, "an atomic", is_atomic)
             for place, rows, where in space.pieces(warp, at, width, i.line, "store"):
                 space.change(warp, place, rows, width, event, i.line, is_atomic, name != "exch")
+                warp.count_place(place, rows * width)
                 memory = place.data.view(raw)
                 chosen = np.arange(len(lanes))[where]
                 # One thread after the other: several may have one address.

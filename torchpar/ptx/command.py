@@ -32,6 +32,7 @@ def main(arguments: Sequence[str]) -> int:
         help="all: execute each launch three times, in other orders",
     )
     parser.add_argument("--cuda-is-cpu", action="store_true", help='let device="cuda" mean the CPU')
+    parser.add_argument("--counters", action="store_true", help="print what each launch does")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write the report as a page")
     parser.add_argument("script", type=Path)
     parser.add_argument("flags", nargs=argparse.REMAINDER, help="the script's own")
@@ -66,6 +67,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def _show(report: Report, options: argparse.Namespace) -> None:
     """Print the report, and write its page."""
+    if options.counters:
+        print(report.counted(), end="\n\n")
     print(report)
     if not report.launches:
         print("no kernel was launched; TRITON_INTERPRET=1 would run the source instead")

@@ -121,6 +121,7 @@ class Copy(Operation):
         else:
             self.block.shared.read(warp, self.units, self.unit, self.read, line, fence=True)
             self.block.space.write(warp, self.elements, self.width, self.written, line)
+        warp.count_copy(self.elements, self.width, self.units, self.unit)
 
     def fetch(self) -> None:
         if self.to_shared:
@@ -163,6 +164,7 @@ class Copies(Operation):
         )
         self.block.shared.write(warp, units, unit, written, line)
         self.block.space.read(warp, elements[inside], width, read, line)
+        warp.count_copy(elements[inside], width, units, unit)
         self.parts.append((places, line))
         for step in (self._fetch_parts, self._store_parts)[: self.done]:
             step()
@@ -253,6 +255,8 @@ def _wait(warp: Warp, i: Instruction, count: Any) -> None:
     left = int("read" in i.parts)
     for groups in groups_of(warp, i):
         done = max(0, len(groups) - 1 - int(count[0]))
+        if any(groups[:-1]):
+            warp.block.gpu.counts.wait(warp.pc - 1, sum(map(bool, groups[done:-1])))
         for group in groups[:done]:
             for one in group:
                 one.wait(warp, left)

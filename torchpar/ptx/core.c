@@ -28,6 +28,11 @@
 enum { BUDGET, PYTHON, GROW, REACHED };
 /* How an instruction is executed. */
 enum { LEFT, ELEMENTWISE, BRANCH, LOAD, STORE, SHUFFLE, PACK, LOAD_MATRIX, PRODUCT, NOTHING, COPY };
+/* The numbers of an instruction, as in `counters.Column`. */
+enum {
+    EXECUTIONS, THREADS, REQUESTS, BYTES, SECTORS, LEAST_SECTORS, SHARED_REQUESTS, SHARED_BYTES,
+    WAVEFRONTS, LEAST_WAVEFRONTS, TENSOR_FLOPS, WAITS, IN_FLIGHT, MOST_IN_FLIGHT, COLUMNS
+};
 /* The state of a register: is its row up to date? Then C may read it. */
 enum { IN_ROW = 1, IN_LIST = 2 };
 
@@ -40,6 +45,7 @@ typedef struct {
     int64_t offset, second_offset; /* of addresses */
     Elementwise *function;
     uint8_t negated, whole, flush, space, width, is_signed, mode, transposed;
+    int32_t slot; /* of the sectors that it touches, or -1 */
 } Instruction;
 
 /* An allocation, as in `memory.Allocation`. */
@@ -48,6 +54,8 @@ typedef struct {
     uint8_t *data;
     int32_t *writes, *reads, *others;
     int64_t *barriers; /* offsets of its mbarriers */
+    uint8_t *touched;  /* sectors, by slots */
+    int64_t sectors;
     int32_t unit, barrier_count;
 } Allocation;
 
@@ -70,7 +78,7 @@ typedef struct {
     uint8_t *states;       /* of the registers */
     uint32_t *versions;    /* of the registers, counted up when they are written */
     const uint8_t *widths; /* of the registers, in bytes */
-    uint64_t *executions;  /* of each instruction */
+    int64_t *counts;       /* of each instruction, `COLUMNS` numbers */
     Events *events;
     Space *spaces[3]; /* global, shared, local */
     int32_t *times;   /* what the warp knows of each agent of its block */
@@ -857,6 +865,103 @@ static inline void copy_value(uint8_t *values, int lane, const uint8_t *from, in
     }
 }
 
+/* What `counters` counts of an access. */
+
+static inline int64_t *counts_of(const Warp *w, const Instruction *i)
+{
+    return w->counts + COLUMNS * (i - w->program);
+}
+
+/* How many different numbers there are, at most 64. */
+static int distinct(const int64_t *numbers, int count)
+{
+    int found = count > 0;
+    for (int n = 1; n < count; n++) {
+        if (numbers[n] == numbers[n - 1])
+            continue;
+        if (numbers[n] < numbers[n - 1])
+            goto unordered;
+        found++;
+    }
+    return found;
+unordered:
+    found = 0;
+    for (int n = 0; n < count; n++) {
+        int k = 0;
+        while (k < n && numbers[k] != numbers[n])
+            k++;
+        found += k == n;
+    }
+    return found;
+}
+
+static void count_global(const Warp *w, const Instruction *i, const Access *at, int width)
+{
+    int64_t *row = counts_of(w, i), sectors[LANES];
+    uint8_t *touched = at->place->touched;
+    if (touched && i->slot >= 0)
+        touched += i->slot * at->place->sectors;
+    else
+        touched = 0;
+    for (int n = 0; n < at->count; n++) {
+        sectors[n] = at->offsets[n] / 32;
+        if (touched)
+            touched[sectors[n]] = 1;
+    }
+    row[REQUESTS]++;
+    row[BYTES] += (int64_t)at->count * width;
+    row[SECTORS] += distinct(sectors, at->count);
+    row[LEAST_SECTORS] += ((int64_t)distinct(at->offsets, at->count) * width + 31) / 32;
+}
+
+static void count_shared(const Warp *w, const Instruction *i, const Access *at, int width)
+{
+    int64_t *row = counts_of(w, i);
+    const int words = width > 4 ? width / 4 : 1, together = LANES / words;
+    for (int n = 0; n < at->count;) {
+        const int64_t first = at->offsets[n] / 4;
+        const int group = at->lanes[n] / together;
+        int side_by_side = 1, end = n + 1;
+        for (; end < at->count && at->lanes[end] / together == group; end++)
+            side_by_side &= at->offsets[end] == at->offsets[end - 1] + width;
+        if (side_by_side) {
+            const int64_t last = (at->offsets[end - 1] + width - 1) / 4;
+            const int count = (int)(last - first) / LANES + 1;
+            row[WAVEFRONTS] += count;
+            row[LEAST_WAVEFRONTS] += count;
+            n = end;
+            continue;
+        }
+        int64_t held[LANES][LANES]; /* of each bank the different words */
+        int counts[LANES] = {0}, most = 0, total = 0;
+        for (; n < end; n++)
+            for (int k = 0; k < words; k++) {
+                const int64_t word = at->offsets[n] / 4 + k;
+                const int bank = (int)(word % LANES);
+                int m = 0;
+                while (m < counts[bank] && held[bank][m] != word)
+                    m++;
+                if (m < counts[bank])
+                    continue;
+                held[bank][counts[bank]++] = word;
+                total++;
+                most = counts[bank] > most ? counts[bank] : most;
+            }
+        row[WAVEFRONTS] += most;
+        row[LEAST_WAVEFRONTS] += (total + LANES - 1) / LANES;
+    }
+    row[SHARED_REQUESTS]++;
+    row[SHARED_BYTES] += (int64_t)at->count * width;
+}
+
+static void count_access(const Warp *w, const Instruction *i, const Access *at, int width)
+{
+    if (i->space == 0)
+        count_global(w, i, at, width);
+    else if (i->space == 1)
+        count_shared(w, i, at, width);
+}
+
 static int load(Warp *w, const Instruction *i, uint32_t mask)
 {
     _Alignas(64) uint8_t values[LANES * 8];
@@ -866,6 +971,7 @@ static int load(Warp *w, const Instruction *i, uint32_t mask)
         !may_read(w, at.place, at.offsets, at.count, width, 0))
         return PYTHON;
     note_read(w, at.place, at.offsets, at.count, width, load_event(w, i));
+    count_access(w, i, &at, width);
     for (int n = 0; n < i->results; n++) {
         if (i->to[n] < 0)
             continue;
@@ -920,6 +1026,7 @@ static int store(Warp *w, const Instruction *i, uint32_t mask)
                add_event(w, i->line, w->store_name, w->index, w->times[w->index]));
     for (int k = 0; k < at.count; k++)
         memcpy(at.place->data + at.offsets[k], values[k], (size_t)width);
+    count_access(w, i, &at, width);
     w->stores += i->space == 0;
     return BUDGET;
 }
@@ -933,6 +1040,7 @@ static int load_matrix(Warp *w, const Instruction *i)
         !may_read(w, at.place, at.offsets, at.count, 16, 0))
         return PYTHON;
     note_read(w, at.place, at.offsets, at.count, 16, load_event(w, i));
+    count_shared(w, i, &at, 16);
     for (int n = 0; n < i->results; n++) {
         for (int k = 0; k < LANES * 2; k++) {
             const int r = i->transposed ? k % 8 : k / 8, column = i->transposed ? k / 8 : k % 8;
@@ -1056,8 +1164,11 @@ static int copy(Warp *w, const Instruction *i, uint32_t mask)
     const int32_t written =
         add_event(w, i->line, copies->name, copies->agent, copies->time + 2);
     note_write(&to, width, written);
-    if (inside)
+    count_shared(w, i, &to, width);
+    if (inside) {
         note_read(w, from.place, from.offsets, from.count, width, read);
+        count_global(w, i, &from, width);
+    }
     int next = 0;
     for (int k = 0; k < to.count; k++) {
         Part *one = &copies->parts[copies->count++];
@@ -1183,7 +1294,9 @@ int run(Warp *w, int64_t budget, int32_t limit)
             }
             if (left == PYTHON)
                 return PYTHON;
-            w->executions[pc]++;
+            int64_t *row = w->counts + COLUMNS * pc;
+            row[EXECUTIONS]++;
+            row[THREADS] += __builtin_popcount(mask);
         }
         w->pc++;
         w->count++;

@@ -36,7 +36,7 @@ from torchpar.ptx import gpu, tensors
 from torchpar.ptx.machine import SCHEDULES, Schedule
 from torchpar.ptx.memory import GIVEN, LARGEST_UNIT, POISON, UNWRITTEN, Allocation, Space
 from torchpar.ptx.parse import PtxError
-from torchpar.ptx.report import Fault, Kind, Launch, Report
+from torchpar.ptx.report import Fault, Kind, Launch, Report, moved
 
 ARCHITECTURES = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 SHARED_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}  # of a program at most
@@ -103,7 +103,7 @@ class Emulator(gpu.Gpu):
         self.space = Space("global memory")
         self.space.is_deferred = True
         self.space.find = self._find
-        self.executions.clear()
+        self.counted.clear()
         self._places: dict[Storage, Allocation] = {}
         self._live: list[tuple[int, int, Tensor]] | None = None
 
@@ -221,6 +221,8 @@ class Emulator(gpu.Gpu):
                 self.launch(launch.ptx, values, launch.grid, launch.shared)
             except PtxError as e:
                 self._note("error", e.name, e.line, e.reason, e.program)
+            if number == 0:
+                launch.counts, launch.file = self.counts, file
             launch.instructions += self.executed_instructions
             launch.printed = self.printed
         self._keep_unwritten()
@@ -231,13 +233,7 @@ class Emulator(gpu.Gpu):
         threads, shared = kernel.threads, self.shared_bytes
         held = min(32, 2048 // max(threads, 1), SHARED_BYTES[self.capability] // max(shared, 1))
         self.resident_blocks = MULTIPROCESSORS[self.capability] * max(held, 1)
-        self._sources = {i.line: self._moved(i.source) for i in kernel.instructions}
-
-    def _moved(self, source: tuple[str, int] | None) -> tuple[str, int] | None:
-        """Return a source in the kernel's present file: Triton's cache may have an earlier one."""
-        if source is not None and Path(source[0]).name == Path(self._file).name:
-            return self._file, source[1]
-        return source
+        self._sources = {i.line: moved(i.source, self._file) for i in kernel.instructions}
 
 
 def _live_tensors() -> list[tuple[int, int, Tensor]]:

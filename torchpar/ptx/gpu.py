@@ -19,6 +19,7 @@ from torchpar.ptx import (  # noqa: F401
     tensor_memory,
     tensors,
 )
+from torchpar.ptx.counters import Counts
 from torchpar.ptx.machine import LIMIT, Block, Schedule, decode
 from torchpar.ptx.memory import Allocation, Events, Space
 from torchpar.ptx.native import LaunchState, program_of
@@ -48,8 +49,8 @@ class Gpu:
         self.schedule, self.change = schedule, change
         self.space = Space("global memory")
         self.next = FIRST_ADDRESS
-        # And the positions of instructions executed.
-        self.executions: list[tuple[Kernel, set[int]]] = []
+        self.counts: Any = None  # of the last launch
+        self.counted: list[Counts] = []  # of all launches
         self.symbols: dict[str, int] = {}  # addresses of the kernel's constants
         self.released: dict[int, Any] = {}  # what blocks have released, by address
         self.changes = 0  # stores, and atomics that changed a value
@@ -93,8 +94,11 @@ class Gpu:
         self.prepare(self.kernel)
         self.parameters = dict(zip(self.kernel.parameters, parameters, strict=True))
         self.executed_instructions = 0
-        self.random, self.executed = Random(self.schedule.seed), set[int]()
-        self.executions.append((self.kernel, self.executed))
+        self.random = Random(self.schedule.seed)
+        self.counts = self.space.counts = Counts(self.kernel)
+        self.counted.append(self.counts)
+        for allocation in self.space.allocations:
+            self.counts.watch(allocation)
         blocks = [index[::-1] for index in np.ndindex(grid[::-1])]
         if self.schedule.order == "reverse":
             blocks.reverse()
@@ -102,13 +106,13 @@ class Gpu:
             self.random.shuffle(blocks)
         self.events, self.released = Events(), {}
         program = program_of(self.kernel)
-        self.core = LaunchState(program, self.events, self.space) if program else None
+        self.core = LaunchState(program, self.events, self.space, self.counts) if program else None
         try:
             with np.errstate(all="ignore"):
                 self._run(blocks)
         finally:
-            if self.core is not None:
-                self.executed.update(np.flatnonzero(self.core.executions).tolist())
+            self.counts.end(self.space.allocations)
+            self.space.counts = None
         for allocation in self.space.allocations:
             allocation.end_launch()
 

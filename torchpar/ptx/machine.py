@@ -317,6 +317,29 @@ class Warp:
             return 2**32 - 1
         return int(np.packbits(self.active, bitorder="little").view(np.uint32)[0])
 
+    def count_access(self, space: Space, addresses: Any, width: int) -> None:
+        """Count an access of the instruction that is executed."""
+        counts = self.block.gpu.counts
+        if space is self.block.space:
+            counts.access_global(self.pc - 1, addresses, width)
+        elif space is self.block.shared:
+            lanes = self.lanes()[: len(addresses)]
+            counts.access_shared(self.pc - 1, addresses, lanes, width)
+
+    def count_copy(self, elements: Any, width: int, units: Any, unit: int) -> None:
+        """Count a copy between global and shared memory, of `cp.async` or a box."""
+        counts, space = self.block.gpu.counts, self.block.space
+        counts.access_global(self.pc - 1, elements, width)
+        lanes = self.lanes()
+        counts.access_shared(self.pc - 1, units, lanes if len(lanes) == len(units) else None, unit)
+        if elements.size:
+            place, rows = space.locate(elements, width, 0)
+            self.count_place(place, rows * width)
+
+    def count_place(self, place: Allocation, offsets: Any) -> None:
+        """Note which part of an allocation the instruction accesses."""
+        self.block.gpu.counts.touch(self.pc - 1, place, offsets)
+
     def lanes(self) -> Any:
         """The threads that execute the instruction."""
         return LANES if self.mask is ALL else LANES[self.mask]
@@ -382,12 +405,15 @@ class Warp:
             self.fill(i.writes, i.opcode)
             if i.whole:
                 raise PtxError(i.line, f"a part of warp {self.index} executes {i.opcode}")
-        self.block.gpu.executed.add(self.pc)
+        pc, threads = self.pc, 32 if mask is ALL else mask.tobytes().count(1)
         self.pc += 1
+        stop = False
         if i.target >= 0:
             self.branch(i.target)
-            return False
-        return bool(i.run(self))
+        else:
+            stop = bool(i.run(self))
+        self.block.gpu.counts.execute(pc, threads)
+        return stop
 
     def gather(self, i: Instruction) -> bool:
         """Wait with an instruction of all threads for those that have diverged.
@@ -461,6 +487,7 @@ class Block:
         self.at_barrier: dict[int, list[tuple[Warp, bool]]] = {}
         self.tensor_memory: Any = None  # of sm_100
         self.flying: list[Operation] = []  # asynchronous operations, some of which have completed
+        self.loads: set[Any] = set()  # mbarriers whose boxes nobody has waited for
         self.spins, self.spin_line = 0, 0
         self.found: dict[tuple[int, int], bytes] = {}  # by what a warp has accessed at a place
 

@@ -207,6 +207,7 @@ class Allocation:
         self.published: set[int] = set()  # the tensormaps in it, by their places
         self.acquired: dict[int, int] = {}  # the event of the last fence for each of these
         self.index: Any = None  # a function that names the element at an offset
+        self.touched: Any = None  # sectors, by slots of the counters
         self.view: Any = None  # for the core in C
 
     def changed(self) -> None:
@@ -266,10 +267,13 @@ class Space:
         self.allocations: list[Allocation] = []  # in the order of their addresses
         self.last: Allocation | None = None
         self.find: Any = None  # of an address in no allocation: another allocation, or None
+        self.counts: Any = None  # of the launch
         self.view: Any = None  # for the core in C
 
     def add(self, allocation: Allocation) -> Allocation:
         insort(self.allocations, allocation, key=lambda one: one.start)
+        if self.counts is not None:
+            self.counts.watch(allocation)
         if self.view is not None:
             self.view.update()
         return allocation
@@ -401,8 +405,10 @@ class Space:
         another program or warp writes at the same time.
         """
         event = warp.event(line, "a load", atomic)
+        warp.count_access(self, addresses, width)
         raw = undefined = None
         for place, rows, lanes in self.pieces(warp, addresses, width, line, "load"):
+            warp.count_place(place, rows * width)
             bad = self._read(warp, place, rows, width, event, line, atomic)
             found = place.data.reshape(-1, width)[rows]
             if isinstance(lanes, slice):
@@ -422,7 +428,9 @@ class Space:
     ) -> None:
         width = values.shape[1]
         event = warp.event(line, "a store", atomic)
+        warp.count_access(self, addresses, width)
         for place, rows, lanes in self.pieces(warp, addresses, width, line, "store"):
+            warp.count_place(place, rows * width)
             mine = values[lanes]
             self._write(warp, place, rows, width, event, line, mine, atomic)
             data = place.data.reshape(-1, width)

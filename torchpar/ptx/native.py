@@ -36,6 +36,7 @@ from torchpar.ptx.parse import (
 from torchpar.ptx.registers import DTYPES, SHARED_BASE, UNWRITTEN
 
 if TYPE_CHECKING:
+    from torchpar.ptx.counters import Counts
     from torchpar.ptx.machine import Block, Warp
     from torchpar.ptx.memory import Allocation, Events, Space
 
@@ -72,6 +73,7 @@ class _Instruction(ctypes.Structure):
         ("function", ctypes.c_void_p),
         *((name, ctypes.c_uint8) for name in ("negated", "whole", "flush", "space")),
         *((name, ctypes.c_uint8) for name in ("width", "is_signed", "mode", "transposed")),
+        ("slot", ctypes.c_int32),
     )
 
 
@@ -79,6 +81,8 @@ class _Allocation(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_uint64) for name in ("start", "base", "end")),
         *((name, ctypes.c_void_p) for name in ("data", "writes", "reads", "others", "barriers")),
+        ("touched", ctypes.c_void_p),
+        ("sectors", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in ("unit", "barrier_count")),
     )
 
@@ -102,7 +106,7 @@ class _Events(ctypes.Structure):
 class _Warp(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("program", "rows", "states", "versions", "widths")),
-        *((name, ctypes.c_void_p) for name in ("executions", "events")),
+        *((name, ctypes.c_void_p) for name in ("counts", "events")),
         ("spaces", ctypes.c_void_p * 3),
         ("times", ctypes.c_void_p),
         ("copies", ctypes.c_void_p),
@@ -191,7 +195,9 @@ class Program:
         self.constants: dict[tuple[int, int], int] = {}  # rows by bits and width
         self.specials: dict[tuple[str, int], int] = {}  # rows by name and width
         self.instructions = (_Instruction * len(kernel.instructions))()
-        for code, i in zip(self.instructions, kernel.instructions, strict=True):
+        slots, _ = kernel.slots
+        for code, i, slot in zip(self.instructions, kernel.instructions, slots, strict=True):
+            code.slot = slot
             self._encode(code, i)
         # The least bytes that a thread accesses of shared memory.
         self.shared_unit = min(
@@ -487,11 +493,11 @@ class Registers:
 class LaunchState:
     """What the core knows of a launch: its events and its global memory."""
 
-    def __init__(self, program: Program, events: "Events", space: "Space"):
+    def __init__(self, program: Program, events: "Events", space: "Space", counts: "Counts"):
         self.program = program
         self.dtypes = [DTYPES[kind] for kind in program.kernel.registers]
         self.events, self.space = EventsView(events), SpaceView(space)
-        self.executions = np.zeros(len(program.kernel.instructions), np.uint64)
+        self.counts = counts
         self.no_space = _Space()
         self.rows: Any = None  # of the warps of a block, when it begins
 
@@ -513,7 +519,7 @@ class LaunchState:
         code, widths = program.addresses
         for n, struct in enumerate(self.warps):
             struct.program, struct.widths, struct.index = code, widths, n
-            struct.executions = self.executions.ctypes.data
+            struct.counts = self.counts.table.ctypes.data
             struct.events = ctypes.addressof(self.events.struct)
             struct.spaces[0] = ctypes.addressof(self.space.struct)
             struct.spaces[2] = ctypes.addressof(self.no_space)
@@ -549,6 +555,10 @@ class AllocationView:
         struct.start, struct.base, struct.end = one.start, one.base, one.end
         struct.data, struct.writes = one.data.ctypes.data, one.writes.ctypes.data
         struct.reads = one.reads.ctypes.data
+        if one.touched is not None:
+            struct.touched, struct.sectors = one.touched.ctypes.data, one.touched.shape[1]
+        else:
+            struct.touched = None
         struct.others = None if one.others is None else one.others.ctypes.data
         struct.unit, struct.barrier_count = one.unit, len(one.barriers)
         self.barriers = np.array(list(one.barriers), np.int64)
@@ -639,6 +649,8 @@ class WarpState:
         events.struct.count = events.events.count
         self.library.run(self.pointer, 1, NO_LIMIT)
         events.events.count = events.struct.count
+        if struct.count:  # Python counts it
+            self.launch.counts.execute(warp.pc - 1, -len(warp.lanes()), -1)
         return bool(struct.count)
 
     def _tell_knowledge(self, warp: "Warp") -> None:

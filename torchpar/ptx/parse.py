@@ -93,6 +93,7 @@ class Kernel:
     locals: dict[str, int] = field(default_factory=dict)  # offsets in a thread's stack
     local_bytes: int = 0  # of a thread's stack
     program: Any = None  # for the core in C
+    slots: Any = None  # of the counters
 
 
 def qualifiers(i: Instruction) -> tuple[list[str], str, bool]:

@@ -3,8 +3,14 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from torchpar.ptx.counters import KINDS, Counters, Source, summarize
+from torchpar.ptx.resources import Resources, programs_of, resources
+from torchpar.ptx.roofline import Bound, bounds
+from torchpar.tables import in_columns
 
 Kind = Literal["error", "warning", "note"]
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -73,6 +79,8 @@ class Launch:
         configuration: that an autotuner has chosen, the first one it has.
         printed: by ``tl.device_print``.
         ptx: the text that was executed.
+        counts: by instruction, under the first schedule.
+        file: of the kernel's source.
     """
 
     kernel: str
@@ -85,6 +93,38 @@ class Launch:
     configuration: str = ""
     printed: list[str] = field(default_factory=list)
     ptx: str = field(default="", repr=False)
+    counts: Any = field(default=None, repr=False)
+    file: str = field(default="", repr=False)
+
+    @cached_property
+    def counters(self) -> Counters:
+        """What the launch does, by line of the source."""
+        return summarize(self.counts, lambda source: moved(source, self.file))
+
+    @cached_property
+    def resources(self) -> Resources | None:
+        """Registers and spills; None if there is no ptxas."""
+        try:
+            return resources(self.ptx, self.arch)
+        except (OSError, RuntimeError):
+            return None
+
+    @property
+    def programs(self) -> int:
+        x, y, z = self.grid
+        return x * y * z
+
+    @property
+    def programs_of_multiprocessor(self) -> int | None:
+        """How many programs a multiprocessor has at once; None if there is no ptxas."""
+        if self.resources is None:
+            return None
+        return programs_of(self.resources, self.warps, self.shared, self.arch)
+
+    @cached_property
+    def bounds(self) -> list[Bound]:
+        """The least time on each GPU of the architecture."""
+        return bounds(self.counters, self.programs, self.arch)
 
     def __str__(self) -> str:
         grid = "×".join(map(str, self.grid))
@@ -93,6 +133,87 @@ class Launch:
             f"shared memory, {self.instructions:,} instructions of warps, {self.seconds:.2f} s"
         )
         return f"{text}; autotuned: {self.configuration}" if self.configuration else text
+
+    def counted(self) -> str:
+        """Return the launch's counters as text."""
+        tables = in_columns(access_rows(self)), in_columns(work_rows(self))
+        return "\n".join([*counted(self), *tables])
+
+
+def moved(source: Source, file: str) -> Source:
+    """Return a source in the kernel's present file: Triton's cache may have an earlier one."""
+    if source is not None and Path(source[0]).name == Path(file).name:
+        return file, source[1]
+    return source
+
+
+def counted(launch: Launch) -> list[str]:
+    """Return sentences on what a launch takes of a GPU."""
+    counters, total = launch.counters, launch.counters.total
+    lines = []
+    if launch.resources is not None:
+        each = launch.programs_of_multiprocessor
+        lines.append(f"{launch.resources}; {each} programs on a multiprocessor at once")
+    lines += map(str, launch.bounds)
+    of_tensor, others = sum(total.tensor_flops.values()), sum(total.flops.values())
+    if of_tensor or others:
+        share = of_tensor / (of_tensor + others)
+        lines.append(
+            f"{of_tensor:,.0f} FLOPs by tensor cores, {others:,.0f} by others; a share of "
+            f"{share:.0%} by tensor cores"
+        )
+    memory = counters.sums("global")
+    if memory.transactions:
+        lines.append(
+            f"global memory: {memory.transactions:,} sectors, {memory.distinct:,} of them distinct"
+        )
+    if total.waits:
+        average = total.in_flight / total.waits
+        lines.append(
+            f"asynchronous copies: after a wait {average:.1f} groups are in flight, at most "
+            f"{total.most_in_flight}"
+        )
+    return lines
+
+
+def access_rows(launch: Launch) -> list[list[str]]:
+    """Return a table of the accesses to memory by line, its head first."""
+    rows = [
+        ["line", "memory", "access", "requests", "bytes", "taken", "least", "per request", "reuse"]
+    ]
+    for one in launch.counters.accesses:
+        reuse = f"{1 - one.distinct / one.transactions:.0%}" if one.distinct else ""
+        rows.append(
+            [
+                _place(one.source),
+                one.space,
+                one.what,
+                f"{one.requests:,}",
+                f"{one.bytes:,}",
+                f"{one.transactions:,} {one.unit}",
+                f"{one.least:,}",
+                f"{one.per_request:.4g}",
+                reuse,
+            ]
+        )
+    return rows
+
+
+def work_rows(launch: Launch) -> list[list[str]]:
+    """Return a table of the instructions by line and kind, its head first."""
+    lines = launch.counters.lines
+    kinds = [kind for kind in KINDS if any(kind in line.instructions for line in lines)]
+    rows = [["line", "threads", *kinds]]
+    for line in lines:
+        threads = f"{line.threads / max(line.instruction_count, 1):.1f}"
+        counts = (line.instructions.get(kind, 0) for kind in kinds)
+        cells = (f"{count:,}" if count else "" for count in counts)
+        rows.append([_place(line.source), threads, *cells])
+    return rows
+
+
+def _place(source: Source) -> str:
+    return f"{Path(source[0]).name}:{source[1]}" if source is not None else ""
 
 
 @dataclass
@@ -105,6 +226,22 @@ class Report:
     @property
     def errors(self) -> list[Fault]:
         return [fault for fault in self.faults if fault.kind == "error"]
+
+    def distinct(self) -> list[tuple[Launch, int]]:
+        """Return the first one of the launches of each kernel, grid and PTX, and their number."""
+        found: dict[tuple[str, tuple[int, int, int], str], list[Launch]] = {}
+        for launch in self.launches:
+            key = launch.kernel, launch.grid, launch.ptx
+            found.setdefault(key, []).append(launch)
+        return [(launches[0], len(launches)) for launches in found.values()]
+
+    def counted(self) -> str:
+        """Return the counters of the launches as text."""
+        blocks = []
+        for launch, count in self.distinct():
+            title = str(launch) if count == 1 else f"{launch}; the first of {count} launches"
+            blocks.append(f"{title}\n{launch.counted()}")
+        return "\n\n".join(blocks)
 
     def as_html(self, title: str) -> str:
         """Return a page that needs no other file."""

@@ -22,6 +22,36 @@ class Resources(NamedTuple):
         return f"{self.registers} registers, {spills}"
 
 
+class Limits(NamedTuple):
+    """What the programs on a multiprocessor share: bytes of shared memory, registers, and warps.
+
+    Each program takes ``reserved`` bytes more of shared memory.
+    """
+
+    shared: int
+    reserved: int = 1024
+    registers: int = 65_536
+    warps: int = 64
+    programs: int = 32
+
+
+# NVIDIA, "CUDA C++ Programming Guide", "Technical Specifications per Compute Capability".
+LIMITS = {"sm_80": Limits(167_936), "sm_90": Limits(233_472), "sm_100": Limits(233_472)}
+
+
+def programs_of(used: Resources, warps: int, shared: int, arch: str) -> int:
+    """Return how many programs a multiprocessor has at once. A warp's registers come in units of
+    256."""
+    limits = LIMITS[arch]
+    of_warp = -(-used.registers * 32 // 256) * 256
+    return min(
+        limits.programs,
+        limits.warps // warps,
+        limits.registers // max(of_warp * warps, 1),
+        limits.shared // (shared + limits.reserved),
+    )
+
+
 @lru_cache(256)
 def resources(ptx: str, arch: str) -> Resources:
     """Assemble PTX for ``arch``, such as "sm_90", and return what the kernel takes.

@@ -172,6 +172,7 @@ class Product(Operation):
         # Of 64 rows, each warp has 16 in its 32 lanes.
         lanes = rows if m == LANE_COUNT else rows // 16 * 32 + rows % 16
         self.to = (d >> 16) + lanes[:, None], (d & 0xFFFF) + np.arange(n)[None, :]
+        self.flops = 2 * m * n * 32 // np.dtype(OPERANDS[self.kinds[1]]).itemsize
         memory.check_allocated(i.line, self.to[1])
         if adds:
             self._check_known(warp, self.to)
@@ -234,6 +235,7 @@ def _multiply(i: Instruction) -> Run:
         arguments = int(bits(warp)[lane]), bool(keep(warp)[lane])
         product = Product(warp, i, int(to(warp)[lane]), first, one(right(warp)), *arguments)
         product.start(warp.block)
+        warp.block.gpu.counts.multiply(warp.pc - 1, product.flops)
 
     return run
 

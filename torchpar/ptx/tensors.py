@@ -112,11 +112,20 @@ def _try_wait(i: Instruction) -> Run:
         if ended():
             for copy in barrier.ended:
                 copy.wait(warp)
+            _count_wait(warp, barrier)
             return False
         warp.waiting = ended
         return True
 
     return run
+
+
+def _count_wait(warp: Warp, barrier: Barrier) -> None:
+    """Count the first wait for boxes, and the mbarriers whose boxes nobody has waited for."""
+    loads = warp.block.loads
+    if barrier in loads:
+        loads.remove(barrier)
+        warp.block.gpu.counts.wait(warp.pc - 1, len(loads))
 
 
 # Tensors in global memory, and boxes of them in shared memory
@@ -269,6 +278,7 @@ def _load_box(warp: Warp, i: Instruction, shared: Any, address: Any, *others: An
     places = places_of(warp, i, address, tuple(corner), shared)
     barrier.copies.append(Copy(warp, i.line, "a bulk load", places, barrier=barrier))
     barrier.copies[-1].start(warp.block)
+    warp.block.loads.add(barrier)
 
 
 @action(*(f"{tile}.global.shared::cta.bulk_group" for tile in TILES), single=True)
