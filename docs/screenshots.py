@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: MIT
 """Photograph the pages that the project writes, in Chromium: ``python docs/screenshots.py``.
 
-``report.png`` shows the page of all committed results. ``run.png`` shows the page of a run of
-``train_ddp.py`` on two ranks.
+``report.png`` shows the page of all committed results, ``run.png`` that of a run of
+``train_ddp.py`` on two ranks, and ``ptx.png`` that of the slow transpose of ptx.md.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from playwright.sync_api import sync_playwright
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parent
+PTX = FOLDER / "ptx.md"
 
 
 def photograph(page: Path, picture: Path, width: int, height: int) -> None:
@@ -42,6 +44,11 @@ def main() -> None:
         one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
         subprocess.run(lesson, cwd=ROOT / "examples", env=one_thread, check=True)
         photograph(folder / "run.html", FOLDER / "run.png", 1100, 1180)
+        (code,) = re.findall(r"```py\n(# transpose.py\n.*?)```", PTX.read_text("utf-8"), re.DOTALL)
+        (folder / "transpose.py").write_text(code, "utf-8")
+        emulated = [sys.executable, "-m", "torchpar", "ptx", "--report", "ptx.html", "transpose.py"]
+        subprocess.run(emulated, cwd=folder, check=True)
+        photograph(folder / "ptx.html", FOLDER / "ptx.png", 1000, 1000)
 
 
 if __name__ == "__main__":

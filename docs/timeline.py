@@ -1,20 +1,18 @@
 # SPDX-License-Identifier: MIT
 """Draw one tile of `matmul_t` as a timeline: ``PYTHONPATH=.:tests python docs/timeline.py``.
 
-Time is the number of instructions that a warp has executed. An asynchronous operation lasts from
-its issue until a warp has waited for it; on a GPU it may be complete earlier.
+`torchpar.ptx.trace` says what the time is.
 """
 
 from pathlib import Path
-from typing import Any
-from unittest.mock import patch
 
 import matplotlib.pyplot as plt
 from ptx import cases
 from ptx.launch import Gpu
 
 from torchpar.kernels.tiles import Tiles
-from torchpar.ptx.machine import SCHEDULES, Operation, Warp
+from torchpar.ptx.machine import SCHEDULES
+from torchpar.ptx.trace import Trace
 
 PICTURE = Path(__file__).parent / "operators" / "timeline-matmul_t.png"
 TILES = Tiles(128, 256, 64, 8, 4, "tma")
@@ -24,19 +22,14 @@ KINDS = {"a bulk load": "load", "a product": "multiply", "a bulk store": "store"
 
 def spans() -> dict[str, list[tuple[int, int, int]]]:
     """For each kind of operations of the first block: warp, begin and end."""
-    operations: dict[Any, list[Any]] = {}  # of each the times at which it begins, and is waited for
-
-    def note(warp: Warp, operation: Operation) -> None:
-        if warp.block.position == (0, 0, 0):
-            key = operation.what, operation.read.number
-            operations.setdefault(key, [warp.index]).append(warp.count + warp.waited)
-
     case = cases.symmetric(2 * TILES.block_m, STEPS * TILES.block_k, tiles=TILES, multiprocessors=2)
-    with patch.object(Warp, "trace", note):
-        case.execute(Gpu(SCHEDULES[0]))
+    gpu = Gpu(SCHEDULES[0])
+    gpu.trace = Trace()
+    case.execute(gpu)
     found: dict[str, list[tuple[int, int, int]]] = {what: [] for what in KINDS.values()}
-    for (what, _), (warp, begin, *waits) in operations.items():
-        found[KINDS[what]].append((warp, begin, min(waits)))
+    for span in gpu.trace.spans:
+        if span.what in KINDS and span.end is not None:
+            found[KINDS[span.what]].append((span.warp, span.begin, span.end))
     return found
 
 

@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: MIT
 """The page of a run: every training lesson writes it, and it is legible on a phone in the dark."""
 
-import shutil
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 from commands import ROOT, lesson, run
 from fake_data import fashion_mnist
+from pages import COLORS, Page, check_on_a_phone
 
 pytest.importorskip("tyro", reason="tyro reads the flags")
 pytest.importorskip("matplotlib", reason="matplotlib draws")
@@ -17,8 +16,8 @@ pytest.importorskip("jinja2", reason="jinja2 fills the page")
 
 from support import report
 
-PHONE = {"width": 390, "height": 800}
-VOID = {"br", "img", "link", "meta"}
+from torchpar.drawing import INK
+
 IMAGES = "--dataset fashion-mnist --hidden 16 --device cpu --epochs 2 --batch-size 50"
 # Flags, and ranks in this process's pool, of each lesson that has a page.
 LESSONS = {
@@ -30,52 +29,6 @@ LESSONS = {
     "train_by_hand": ("--samples 500 --epochs 2", 1),
     "train_mpi": ("--dataset fashion-mnist --hidden 16 --epochs 2 --batch-size 50", 1),
 }
-
-
-class Page(HTMLParser):
-    """A page's headings, tables, pictures and addresses; its elements are closed in turn."""
-
-    def __init__(self, path: Path):
-        super().__init__()
-        self.headings: list[str] = []
-        self.tables: list[list[list[str]]] = []
-        self.pictures = self.images = 0
-        self.addresses: list[str] = []
-        self._open: list[str] = []
-        self.text = path.read_text("utf-8")
-        self.feed(self.text)
-        self.close()
-        assert self._open == []
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        if tag not in VOID:
-            self._open.append(tag)
-        if tag in ("h1", "h2", "h3"):
-            self.headings.append("")
-        if tag == "table":
-            self.tables.append([])
-        if tag == "tr":
-            self.tables[-1].append([])
-        if tag in ("td", "th"):
-            self.tables[-1][-1].append("")
-        self.pictures += tag == "svg"
-        self.images += tag == "img"
-        names = ("href", "src", "xlink:href")
-        self.addresses += [value or "" for name, value in attributes if name in names]
-
-    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attributes)
-        self.handle_endtag(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag not in VOID:
-            assert self._open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self._open and self._open[-1] in ("h1", "h2", "h3"):
-            self.headings[-1] += data
-        if {"td", "th"} & set(self._open):
-            self.tables[-1][-1][-1] += data
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +57,7 @@ def test_every_lesson_writes_a_page_that_needs_nothing_else(page):
     # Of curves, the step and the confusion matrix; what they name is on the page.
     assert found.pictures == 3
     assert all(a.startswith(("#", "data:")) for a in found.addresses)
-    assert report.INK not in found.text
+    assert INK not in found.text
     assert "<script" not in found.text
     times, *others, facts = found.tables
     assert times[0] == ["rank", "data", "forward", "backward", "messages", "optimizer", "idle"]
@@ -162,41 +115,6 @@ def test_text_of_a_command_is_no_markup(monkeypatch, tmp_path):
     assert "&lt;script&gt;" in found.text
 
 
-COLORS = {"dark": "rgb(255, 255, 255)", "light": "rgb(0, 0, 0)"}  # of text
-
-
 @pytest.mark.parametrize("scheme", COLORS)
 def test_the_page_is_legible_on_a_phone(page, tmp_path, scheme):
-    """In Chromium: nothing is wider than the screen, and all text has the page's color."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright drives Chromium")
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("there is no Chromium; apt-get install chromium")
-    path = tmp_path / "run.html"
-    path.write_text(page[2].text, "utf-8")
-    with (
-        sync_api.sync_playwright() as playwright,
-        playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"]) as browser,
-    ):
-        tab = browser.new_page(viewport=PHONE, color_scheme=scheme)
-        problems: list[str] = []
-        tab.on("request", lambda request: problems.append(request.url))
-        tab.on("pageerror", lambda error: problems.append(str(error)))
-        tab.goto(path.as_uri())
-        assert [url for url in problems if not url.startswith("data:")] == [path.as_uri()]
-        assert tab.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
-        colors = tab.evaluate(
-            "[...document.querySelectorAll('svg .xtick text, svg .ytick text, td, h2')]"
-            ".map(one => { const s = getComputedStyle(one);"
-            " return one.closest('svg') ? s.fill : s.color; })"
-        )
-        assert set(colors) == {COLORS[scheme]}
-        widths = tab.evaluate(
-            "[...document.querySelectorAll('figure > svg')]"
-            ".map(s => s.getBoundingClientRect().width)"
-        )
-        assert all(300 < width <= PHONE["width"] for width in widths)
-        sizes = tab.evaluate(
-            "[...document.querySelectorAll('svg text')].map(t => t.getBoundingClientRect().height)"
-        )
-        assert min(sizes) >= 7  # pixels of a line
+    check_on_a_phone(page[2].text, tmp_path, scheme)

@@ -5,10 +5,14 @@ import re
 import runpy
 
 import pytest
+import torch
+import triton
 from commands import ROOT
 
-from torchpar.ptx import command
+from ptx import walk
+from torchpar.ptx import command, emulate
 
+COUNTERS = runpy.run_path(str(ROOT / "docs" / "counters.py"))
 SECTION = re.compile(
     r"^## Executed without a GPU\n.*?```py\n(.*?)```\n\n```\n\$ [^\n]*\n(.*?)```",
     re.MULTILINE | re.DOTALL,
@@ -57,3 +61,54 @@ def test_each_name_of_a_fault_is_explained():
     found = {*noted, *causes, *raised, "race between programs", "invalid operation"}
     assert {"deadlock", "endless loop", "misaligned access", "missing fence"} <= found
     assert found <= explained, found - explained
+
+
+@pytest.mark.parametrize(
+    "operands",
+    [
+        pytest.param(name, marks=pytest.mark.slow if "→" in name else [])
+        for name in COUNTERS["CALLS"]
+    ],
+)
+def test_kernels_take_what_the_table_says(operands):
+    """docs/performance.md: a sector, a bank conflict or a register more is noticed."""
+    if not triton.__version__.startswith(COUNTERS["TRITON"]):
+        pytest.skip(f"the table is of Triton {COUNTERS['TRITON']}")
+    page = (ROOT / "docs" / "performance.md").read_text("utf-8")
+    expected = [line for line in page.splitlines() if f" | {operands} | " in line]
+    assert COUNTERS["rows"](operands) == expected
+    assert expected
+
+
+def test_the_walk_of_the_transpose_is_true():
+    """docs/ptx.md has these kernels, and their counters."""
+    page = (ROOT / "docs" / "ptx.md").read_text("utf-8")
+    section = page.partition("### A slow transpose")[2].partition("\n## ")[0]
+    for kernel in (walk.by_rows, walk.by_tiles):
+        assert kernel.src.strip() in section
+    x, out = torch.randn(256, 256), torch.empty(256, 256)
+    launches = {
+        "by_rows[(256,)](x, out, 256, BLOCK=256)": lambda: walk.by_rows[(256,)](
+            x, out, 256, BLOCK=256
+        ),
+        "by_tiles[(64, 4)](x, out, 256, ROWS=4, COLUMNS=64)": lambda: walk.by_tiles[(64, 4)](
+            x, out, 256, ROWS=4, COLUMNS=64
+        ),
+        "by_tiles[(8, 8)](x, out, 256, ROWS=32, COLUMNS=32)": lambda: walk.by_tiles[(8, 8)](
+            x, out, 256, ROWS=32, COLUMNS=32
+        ),
+    }
+    steps = section.split("\n**")[1:]
+    for step, (code, launch) in zip(steps, launches.items(), strict=True):
+        with emulate() as gpu:
+            launch()
+        assert code in step
+        assert torch.equal(out, x.T)
+        lines = [
+            f"| {one.what} | {one.space} | {one.requests:,} | {one.transactions:,} "
+            f"| {one.least:,} | {one.per_request:.4g} |"
+            for one in gpu.launches[0].counters.accesses
+        ]
+        assert lines == [
+            line for line in step.splitlines() if line.startswith(("| load", "| store"))
+        ]

@@ -46,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
     ):
         parser.error(f"--report {options.report} cannot be written; name a file in a folder")
     before = sys.argv, list(sys.path)
-    with emulate(options.arch, options.schedules) as gpu:
+    with emulate(options.arch, options.schedules, traces=options.report is not None) as gpu:
         try:
             sys.argv = [str(options.script), *options.flags]
             sys.path.insert(0, str(options.script.resolve().parent))

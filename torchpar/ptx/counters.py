@@ -55,9 +55,9 @@ def _distinct(numbers: Any) -> int:
     return len(np.unique(numbers[np.flatnonzero(np.append(True, steps != 0))]))
 
 
-def sectors(addresses: Any) -> int:
+def sectors(addresses: Any, width: int) -> int:
     """Return the number of sectors that aligned accesses touch."""
-    return _distinct(addresses // SECTOR)
+    return _distinct(addresses // SECTOR) * -(-width // SECTOR)
 
 
 def least_sectors(addresses: Any, width: int) -> int:
@@ -118,7 +118,7 @@ class Counts:
             row = self.table[pc]
             row[Column.REQUESTS] += 1
             row[Column.BYTES] += addresses.size * width
-            row[Column.SECTORS] += sectors(addresses)
+            row[Column.SECTORS] += sectors(addresses, width)
             row[Column.LEAST_SECTORS] += least_sectors(addresses, width)
 
     def touch(self, pc: int, place: Any, offsets: Any) -> None:
@@ -153,7 +153,7 @@ class Counts:
         reads = np.zeros(self.slot_count, np.bool_)
         for slot, i in zip(self.slots.tolist(), self.kernel.instructions, strict=True):
             if slot >= 0:
-                what = _operation(i)
+                what = operation(i)
                 writes[slot] |= what in ("store", "atomic", "TMA store")
                 reads[slot] |= what not in ("store", "TMA store")
         for place in places:
@@ -172,7 +172,7 @@ def _slots(kernel: Kernel) -> tuple[Any, int]:
     slots = np.full(len(kernel.instructions), -1, np.int32)
     for n, i in enumerate(kernel.instructions):
         if "global" in spaces(i):
-            slots[n] = numbers.setdefault((i.source, _operation(i)), len(numbers))
+            slots[n] = numbers.setdefault((i.source, operation(i)), len(numbers))
     return slots, max(len(numbers), 1)
 
 
@@ -182,7 +182,7 @@ OPERATIONS = {"ld": "load", "st": "store", "atom": "atomic", "red": "atomic", "c
 OPERATIONS |= {"ldmatrix": "ldmatrix", "stmatrix": "stmatrix"}
 
 
-def _operation(i: Instruction) -> str:
+def operation(i: Instruction) -> str:
     """Name an access to memory."""
     if i.opcode.startswith("cp.async.bulk"):
         return "TMA store" if i.parts[5:6] == ["global"] else "TMA load"
@@ -309,6 +309,11 @@ class Access:
         return self.transactions / max(self.requests, 1)
 
     @property
+    def ratio(self) -> float:
+        """Transactions over the least."""
+        return self.transactions / max(self.least, 1)
+
+    @property
     def conflicts(self) -> int:
         """Transactions beyond the least."""
         return self.transactions - self.least
@@ -413,7 +418,7 @@ def summarize(counts: Counts, moved: Callable[[Source], Source]) -> Counters:
         for space, first in where:
             if not row[first]:
                 continue
-            key = source, space, _operation(i)
+            key = source, space, operation(i)
             access = accesses.setdefault(key, Access(*key))
             access.requests += row[first]
             access.bytes += row[first + 1]

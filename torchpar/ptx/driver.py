@@ -16,6 +16,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -33,10 +34,12 @@ from triton.runtime.autotuner import Autotuner
 from triton.runtime.driver import driver as active_driver
 
 from torchpar.ptx import gpu, tensors
+from torchpar.ptx.limits import Limits
 from torchpar.ptx.machine import SCHEDULES, Schedule
 from torchpar.ptx.memory import GIVEN, LARGEST_UNIT, POISON, UNWRITTEN, Allocation, Space
 from torchpar.ptx.parse import PtxError
 from torchpar.ptx.report import Fault, Kind, Launch, Report, moved
+from torchpar.ptx.trace import Trace
 
 ARCHITECTURES = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 SHARED_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}  # of a program at most
@@ -77,8 +80,15 @@ class Emulator(gpu.Gpu):
         faults: each of them once, by its name and its line.
     """
 
-    def __init__(self, arch: str, schedules: Sequence[Schedule], multiprocessors: int):
+    def __init__(
+        self,
+        arch: str,
+        schedules: Sequence[Schedule],
+        multiprocessors: int,
+        traces: bool = False,
+    ):
         super().__init__(schedules[0])
+        self.traces = traces
         self.arch, self.capability = arch, ARCHITECTURES[arch]
         self.schedules, self.multiprocessors = schedules, multiprocessors
         self.launches: list[Launch] = []
@@ -96,6 +106,34 @@ class Emulator(gpu.Gpu):
 
     def report(self) -> Report:
         return Report(self.launches, self.faults)
+
+    def assert_counters(self, kernel: str | None = None, **limits: Any) -> None:
+        """Check that launches keep limits, so that a test holds how efficient a kernel is.
+
+            gpu.assert_counters(max_sectors_per_request=4, max_bank_conflicts=0)
+
+        Args:
+            kernel: the name of the kernel; None: of each one.
+            limits: `Limits` has them.
+
+        Raises:
+            AssertionError: a launch does not keep a limit; the lines of the source are named. Or
+                there is no launch.
+            TypeError: a limit is not known, or there is none.
+        """
+        known = [one.name for one in fields(Limits)]
+        if not limits or not set(limits) <= set(known):
+            raise TypeError(f"limits are {sorted(limits)}, expected some of {', '.join(known)}")
+        held = Limits(**limits)
+        launches = [one for one in self.launches if kernel in (None, one.kernel)]
+        if not launches:
+            names = sorted({one.kernel for one in self.launches})
+            raise AssertionError(
+                f"no launch of {kernel or 'a kernel'}; launched: {', '.join(names) or 'nothing'}"
+            )
+        broken = [f"{launch.kernel}: {text}" for launch in launches for text in held.broken(launch)]
+        if broken:
+            raise AssertionError("\n".join(dict.fromkeys(broken)))
 
     # Memory
 
@@ -211,6 +249,8 @@ class Emulator(gpu.Gpu):
         for number, schedule in enumerate(self.schedules):
             self.schedule, self.printed = schedule, []
             self._saves = number == 0 and len(self.schedules) > 1
+            self.trace = Trace() if number == 0 and self.traces and self._is_new(launch) else None
+            launch.trace = launch.trace or self.trace
             for place, data in self._before:
                 content = place.content()
                 changed = content != data  # memory may be read-only
@@ -228,6 +268,9 @@ class Emulator(gpu.Gpu):
         self._keep_unwritten()
         launch.seconds = time.perf_counter() - started
         self.launches.append(launch)
+
+    def _is_new(self, launch: Launch) -> bool:
+        return all(one.key != launch.key for one in self.launches)
 
     def prepare(self, kernel: Any) -> None:
         threads, shared = kernel.threads, self.shared_bytes
@@ -612,7 +655,7 @@ def _set_variable(name: str, value: str | None) -> None:
 
 @contextmanager
 def emulate(
-    arch: str = "sm_90", schedules: str = "one", multiprocessors: int = 4
+    arch: str = "sm_90", schedules: str = "one", multiprocessors: int = 4, traces: bool = False
 ) -> Iterator[Emulator]:
     """Execute the launches of Triton kernels in the block on this CPU, as compiled for a GPU.
 
@@ -621,6 +664,7 @@ def emulate(
         schedules: "one", or "all": execute each launch three times, with asynchronous operations
             that complete early, late and at random, and warps in other orders.
         multiprocessors: of the GPU, which persistent kernels ask for.
+        traces: record the first program of each kernel, for the pictures of the report's page.
 
     Raises:
         ValueError: another architecture or schedule.
@@ -630,7 +674,7 @@ def emulate(
     if schedules not in ("one", "all"):
         raise ValueError(f"schedules is {schedules!r}, expected 'one' or 'all'")
     chosen = SCHEDULES if schedules == "all" else SCHEDULES[:1]
-    emulator = Emulator(arch, chosen, multiprocessors)
+    emulator = Emulator(arch, chosen, multiprocessors, traces)
     folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "torchpar" / "ptx"
     before = active_driver._active
     with ExitStack() as stack:

@@ -24,6 +24,7 @@ from torchpar.ptx.machine import LIMIT, Block, Schedule, decode
 from torchpar.ptx.memory import Allocation, Events, Space
 from torchpar.ptx.native import LaunchState, program_of
 from torchpar.ptx.parse import Kernel, PtxError, parse
+from torchpar.ptx.trace import Trace
 
 # The memory of the launches has addresses that no process has; between allocations are gaps.
 FIRST_ADDRESS, GAP = 2**56, 2**20
@@ -56,6 +57,7 @@ class Gpu:
         self.changes = 0  # stores, and atomics that changed a value
         self.printed: list[str] = []  # by the program that is executed
         self.executed_instructions = 0  # of the warps of the present launch
+        self.trace: Trace | None = None  # of the first program of the next launch
 
     def prepare(self, kernel: Kernel) -> None:
         """A launch of ``kernel`` begins."""
@@ -125,7 +127,9 @@ class Gpu:
             before = self.changes, len(pending)
             is_full = not pending or len(resident) >= self.resident_blocks
             if not is_full:
-                block = Block(self, pending.popleft(), started)
+                block = Block(
+                    self, pending.popleft(), started, self.trace if started == 0 else None
+                )
                 resident.appendleft((block, block.turns()))
                 started += 1
             block, turns = resident.popleft()

@@ -30,6 +30,7 @@ from torchpar.ptx.registers import (
     reader,
     writer,
 )
+from torchpar.ptx.trace import Trace
 
 LIMIT = 3_000_000  # instructions of a warp
 SPINS = 4  # accesses that find what they found before, after which other programs run
@@ -223,7 +224,7 @@ class Warp:
     def __init__(self, index: int, block: "Block"):
         self.index, self.block = index, block
         self.registers: Any = None
-        if block.gpu.core is None:
+        if not block.has_core:
             self.registers = Registers([UNWRITTEN] * len(block.gpu.kernel.registers))
         self.core: Any = None  # which executes common instructions in C
         self.pc = 0
@@ -320,21 +321,29 @@ class Warp:
     def count_access(self, space: Space, addresses: Any, width: int) -> None:
         """Count an access of the instruction that is executed."""
         counts = self.block.gpu.counts
+        lanes = self.lanes()[: len(addresses)]
         if space is self.block.space:
             counts.access_global(self.pc - 1, addresses, width)
         elif space is self.block.shared:
-            lanes = self.lanes()[: len(addresses)]
             counts.access_shared(self.pc - 1, addresses, lanes, width)
+        if self.block.trace is not None:
+            name = space.name.removesuffix(" memory")
+            self.block.trace.access(self, self.pc - 1, name, addresses, lanes, width)
 
     def count_copy(self, elements: Any, width: int, units: Any, unit: int) -> None:
         """Count a copy between global and shared memory, of `cp.async` or a box."""
         counts, space = self.block.gpu.counts, self.block.space
         counts.access_global(self.pc - 1, elements, width)
         lanes = self.lanes()
-        counts.access_shared(self.pc - 1, units, lanes if len(lanes) == len(units) else None, unit)
+        by_lane = lanes if len(lanes) == len(units) else None
+        counts.access_shared(self.pc - 1, units, by_lane, unit)
         if elements.size:
             place, rows = space.locate(elements, width, 0)
             self.count_place(place, rows * width)
+        if (trace := self.block.trace) is not None:
+            inside = None if by_lane is None else lanes[: elements.size]
+            trace.access(self, self.pc - 1, "global", elements, inside, width)
+            trace.access(self, self.pc - 1, "shared", units, by_lane, unit)
 
     def count_place(self, place: Allocation, offsets: Any) -> None:
         """Note which part of an allocation the instruction accesses."""
@@ -345,7 +354,9 @@ class Warp:
         return LANES if self.mask is ALL else LANES[self.mask]
 
     def trace(self, operation: Operation) -> None:
-        """An operation begins, or has been waited for; `timeline` notes when."""
+        """An operation begins, or has been waited for."""
+        if self.block.trace is not None:
+            self.block.trace.operate(self, operation)
 
     def fill(self, registers: list[int], what: str) -> None:
         """Give undefined bits to registers that were not written, in the threads left out now."""
@@ -413,6 +424,8 @@ class Warp:
         else:
             stop = bool(i.run(self))
         self.block.gpu.counts.execute(pc, threads)
+        if self.block.trace is not None:
+            self.block.trace.execute(self, pc)
         return stop
 
     def gather(self, i: Instruction) -> bool:
@@ -465,16 +478,22 @@ class Block:
 
     Args:
         number: in the launch.
+        trace: a record of what it does, for which Python executes all of it.
     """
 
-    def __init__(self, gpu: Any, position: tuple[int, ...], number: int):
+    def __init__(
+        self, gpu: Any, position: tuple[int, ...], number: int, trace: Trace | None = None
+    ):
         self.gpu, self.position, self.number, self.space = gpu, position, number, gpu.space
+        self.trace = trace
+        launch = gpu.core if trace is None else None  # of the core in C
+        self.has_core = launch is not None
         warps = gpu.kernel.threads // 32
         self.knowledge = Knowledge(gpu.events, number, warps)
         self.shared = Space("shared memory")
         self.memory = Allocation("shared memory", SHARED_BASE, gpu.shared_bytes)
-        if gpu.core is not None:  # which leaves what is made later to Python
-            self.memory.refine(gpu.core.program.shared_unit)
+        if launch is not None:  # which leaves what is made later to Python
+            self.memory.refine(launch.program.shared_unit)
             self.memory.others = np.zeros_like(self.memory.reads)
         self.shared.add(self.memory)
         self.local = Space("local memory")
@@ -482,7 +501,7 @@ class Block:
             size = gpu.kernel.local_bytes * gpu.kernel.threads
             self.local.add(Allocation("local memory", LOCAL_BASE, size))
         self.warps = [Warp(i, self) for i in range(warps)]
-        self.core = None if gpu.core is None else BlockState(gpu.core, self)
+        self.core = None if launch is None else BlockState(launch, self)
         # By barrier the warps that have arrived, and whether they wait.
         self.at_barrier: dict[int, list[tuple[Warp, bool]]] = {}
         self.tensor_memory: Any = None  # of sm_100
@@ -505,6 +524,8 @@ class Block:
         self.knowledge.share(learned)
         for one, was_waiting in arrived:
             if was_waiting:
+                if self.trace is not None:
+                    self.trace.wait(one, latest)
                 one.waited = latest - one.count
                 one.waiting = None
 

@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 from torchpar.ptx.counters import KINDS, Counters, Source, summarize
 from torchpar.ptx.resources import Resources, programs_of, resources
-from torchpar.ptx.roofline import Bound, bounds
+from torchpar.ptx.roofline import GPU_OF, Bound, bounds
+from torchpar.ptx.trace import Trace
 from torchpar.tables import in_columns
 
 Kind = Literal["error", "warning", "note"]
-TEMPLATE = Path(__file__).with_suffix(".html")
 MARKS: dict[Kind, str] = {"error": "✗", "warning": "!", "note": "·"}
 
 
@@ -48,7 +48,7 @@ class Fault:
         if self.source is not None:
             path, number = self.source
             where = f"{path}:{number} ({where})"
-            code = _line_of(path, number)
+            code = line_of(path, number)
         times = f", {self.count} times" if self.count > 1 else ""
         lines = [
             f"{MARKS[self.kind]} {self.kind}: {self.name} in {self.kernel}{times}",
@@ -59,11 +59,13 @@ class Fault:
         return "\n".join(lines)
 
 
-def _line_of(path: str, number: int) -> str:
+def line_of(path: str, number: int, strip: bool = True) -> str:
+    """Return a line of a file; "" if there is none."""
     try:
-        return Path(path).read_text("utf-8").splitlines()[number - 1].strip()
+        line = Path(path).read_text("utf-8").splitlines()[number - 1]
     except (OSError, IndexError):
         return ""
+    return line.strip() if strip else line.rstrip()
 
 
 @dataclass
@@ -81,6 +83,7 @@ class Launch:
         ptx: the text that was executed.
         counts: by instruction, under the first schedule.
         file: of the kernel's source.
+        trace: of the first program, if the emulator records it.
     """
 
     kernel: str
@@ -95,6 +98,12 @@ class Launch:
     ptx: str = field(default="", repr=False)
     counts: Any = field(default=None, repr=False)
     file: str = field(default="", repr=False)
+    trace: Trace | None = field(default=None, repr=False)
+
+    @property
+    def key(self) -> tuple[str, tuple[int, int, int], str]:
+        """What launches of one kind have in common: the kernel, the grid and the PTX."""
+        return self.kernel, self.grid, self.ptx
 
     @cached_property
     def counters(self) -> Counters:
@@ -153,8 +162,8 @@ def counted(launch: Launch) -> list[str]:
     lines = []
     if launch.resources is not None:
         each = launch.programs_of_multiprocessor
-        lines.append(f"{launch.resources}; {each} programs on a multiprocessor at once")
-    lines += map(str, launch.bounds)
+        lines.append(f"{launch.resources}; programs on a multiprocessor at once: {each}")
+    lines += map(str, launch.bounds[: len(GPU_OF[launch.arch])])
     of_tensor, others = sum(total.tensor_flops.values()), sum(total.flops.values())
     if of_tensor or others:
         share = of_tensor / (of_tensor + others)
@@ -231,8 +240,7 @@ class Report:
         """Return the first one of the launches of each kernel, grid and PTX, and their number."""
         found: dict[tuple[str, tuple[int, int, int], str], list[Launch]] = {}
         for launch in self.launches:
-            key = launch.kernel, launch.grid, launch.ptx
-            found.setdefault(key, []).append(launch)
+            found.setdefault(launch.key, []).append(launch)
         return [(launches[0], len(launches)) for launches in found.values()]
 
     def counted(self) -> str:
@@ -245,26 +253,23 @@ class Report:
 
     def as_html(self, title: str) -> str:
         """Return a page that needs no other file."""
-        from jinja2 import Template  # PyTorch needs it, too
+        from torchpar.ptx.page import as_html
 
-        template = Template(TEMPLATE.read_text("utf-8"), autoescape=True)
-        page: str = template.render(
-            title=title,
-            summary=summary(self.launches, self.faults),
-            faults=self._in_order(),
-            launches=self.launches,
-            code=lambda source: _line_of(*source),
-        )
-        return page
+        return as_html(self, title)
 
-    def _in_order(self) -> list[Fault]:
+    @property
+    def summary(self) -> str:
+        return summary(self.launches, self.faults)
+
+    def in_order(self) -> list[Fault]:
+        """Return the faults, errors first."""
         return sorted(self.faults, key=lambda fault: list(MARKS).index(fault.kind))
 
     def __str__(self) -> str:
         lines = [str(launch) for launch in self.launches]
         lines += [f"  {line}" for launch in self.launches for line in launch.printed]
-        lines += map(str, self._in_order())
-        return "\n".join([*lines, summary(self.launches, self.faults)])
+        lines += map(str, self.in_order())
+        return "\n".join([*lines, self.summary])
 
 
 def summary(launches: Iterable[Launch], faults: Iterable[Fault]) -> str:

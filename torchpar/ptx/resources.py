@@ -22,7 +22,7 @@ class Resources(NamedTuple):
         return f"{self.registers} registers, {spills}"
 
 
-class Limits(NamedTuple):
+class Multiprocessor(NamedTuple):
     """What the programs on a multiprocessor share: bytes of shared memory, registers, and warps.
 
     Each program takes ``reserved`` bytes more of shared memory.
@@ -36,19 +36,23 @@ class Limits(NamedTuple):
 
 
 # NVIDIA, "CUDA C++ Programming Guide", "Technical Specifications per Compute Capability".
-LIMITS = {"sm_80": Limits(167_936), "sm_90": Limits(233_472), "sm_100": Limits(233_472)}
+MULTIPROCESSORS = {
+    "sm_80": Multiprocessor(167_936),
+    "sm_90": Multiprocessor(233_472),
+    "sm_100": Multiprocessor(233_472),
+}
 
 
 def programs_of(used: Resources, warps: int, shared: int, arch: str) -> int:
     """Return how many programs a multiprocessor has at once. A warp's registers come in units of
     256."""
-    limits = LIMITS[arch]
+    one = MULTIPROCESSORS[arch]
     of_warp = -(-used.registers * 32 // 256) * 256
     return min(
-        limits.programs,
-        limits.warps // warps,
-        limits.registers // max(of_warp * warps, 1),
-        limits.shared // (shared + limits.reserved),
+        one.programs,
+        one.warps // warps,
+        one.registers // max(of_warp * warps, 1),
+        one.shared // (shared + one.reserved),
     )
 
 

@@ -93,11 +93,19 @@ def _time(microseconds: float) -> str:
 
 
 def bounds(counters: Counters, programs: int, arch: str) -> list[Bound]:
-    """Return the bound on each GPU for which the kernel was compiled."""
-    return [bound(counters, programs, name) for name in GPU_OF[arch]]
+    """Return the bound on each GPU; first on those for which the kernel was compiled.
+
+    Of the others, which would have other instructions, only memory and FLOPs count.
+    """
+    mine = GPU_OF[arch]
+    others = [name for name in DATA_SHEETS if name not in mine]
+    return [
+        *(bound(counters, programs, name) for name in mine),
+        *(bound(counters, programs, name, has_same_code=False) for name in others),
+    ]
 
 
-def bound(counters: Counters, programs: int, gpu: str) -> Bound:
+def bound(counters: Counters, programs: int, gpu: str, has_same_code: bool = True) -> Bound:
     """Return the least time of a launch.
 
     Memory is read and written once. Fewer programs than multiprocessors leave some of these idle.
@@ -116,8 +124,11 @@ def bound(counters: Counters, programs: int, gpu: str) -> Bound:
         "floating point": sum(
             count / (sheet.flops[kind] * share * 1e6) for kind, count in total.flops.items()
         ),
-        "special functions": total.special / (SPECIAL * clocks),
-        "shared memory": counters.sums("shared").transactions / clocks,
-        "instructions": total.instruction_count / (ISSUED * clocks),
     }
+    if has_same_code:
+        needed |= {
+            "special functions": total.special / (SPECIAL * clocks),
+            "shared memory": counters.sums("shared").transactions / clocks,
+            "instructions": total.instruction_count / (ISSUED * clocks),
+        }
     return Bound(gpu, dict(sorted(needed.items(), key=lambda one: -one[1])))

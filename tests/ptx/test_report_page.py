@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: MIT
+"""The page of executed kernels: its tables are those of the counters, and it is legible."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from pages import COLORS, Page, check_on_a_phone
+
+pytest.importorskip("matplotlib", reason="matplotlib draws")
+
+import torchpar  # noqa: F401  # its operators
+from benchmarks.ptx_kernels import softmax_kernel
+from ptx.walk import by_rows
+from torchpar.drawing import INK
+from torchpar.ptx import Report, emulate, page
+
+
+def transpose() -> None:
+    x = torch.randn(64, 64)
+    by_rows[(64,)](x, out := torch.empty(64, 64), 64, BLOCK=64)
+    assert torch.equal(out, x.T)
+
+
+def softmax() -> None:
+    x = torch.randn(4, 1000)
+    for _ in range(3):
+        softmax_kernel[(4,)](x, torch.empty(4, 1000), 1000, BLOCK=1024)
+
+
+def product() -> None:
+    torch.ops.torchpar.matmul_t(torch.randn(256, 256, dtype=torch.float16))
+
+
+CALLS = {"transpose": transpose, "softmax": softmax, "matmul_t": product}
+
+
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("softmax", "matmul_t")]
+
+
+@pytest.fixture(scope="module", params=["transpose", *SLOW])
+def call(request) -> Callable[[], None]:
+    return CALLS[request.param]
+
+
+@pytest.fixture(scope="module")
+def report(call) -> Report:
+    with emulate(traces=True) as gpu:
+        call()
+    return gpu.report()
+
+
+@pytest.fixture
+def found(report, tmp_path) -> Page:
+    path = tmp_path / "page.html"
+    path.write_text(report.as_html("kernels <of a script>"), "utf-8")
+    return Page(path)
+
+
+def test_a_page_shows_each_kernel_once(report, found):
+    launch = report.launches[0]
+    grid = " × ".join(map(str, launch.grid))
+    assert found.headings == [
+        "kernels <of a script>",
+        f"{launch.kernel}[{grid}]",
+        "Accesses to memory",
+        "Lines of the source",
+        "The first program",
+        "The least time",
+        "Launches",
+    ]
+    assert "kernels &lt;of a script&gt;" in found.text
+    assert all(a.startswith(("#", "data:")) for a in found.addresses)
+    assert INK not in found.text
+    *lines, times, launches = found.tables
+    assert len(launches) == 1 + len(report.launches)
+    assert [row[0] for row in times] == ["GPU", "H100", "H200", "A100", "B200"]
+    numbers = [int(row[2].replace(",", "")) for one in lines for row in one[1:] if row[2].strip()]
+    named = [line for line in launch.counters.lines if line.source is not None]
+    assert sum(numbers) == sum(line.instruction_count for line in named)
+
+
+def test_pictures_are_of_accesses_by_threads(report, found):
+    """And of the first program and the roofline."""
+    launch = report.launches[0]
+    by_threads = [
+        one for one in launch.counters.accesses if page.first_requests(launch, launch.trace, one)
+    ]
+    computes = launch.counters.total.flops or launch.counters.total.tensor_flops
+    assert by_threads
+    assert found.pictures == len(by_threads) + 1 + bool(computes)
+
+
+@pytest.mark.parametrize("scheme", COLORS)
+def test_the_page_is_legible_on_a_phone(found, tmp_path, scheme):
+    check_on_a_phone(found.text, tmp_path, scheme)
+
+
+def test_a_record_changes_no_number(call, report):
+    """The first program is executed by Python then."""
+    with emulate() as gpu:
+        call()
+    for one, other in zip(report.launches, gpu.launches, strict=True):
+        assert one.counts.table.tolist() == other.counts.table.tolist()
+        assert other.trace is None
+    assert report.launches[0].trace is not None
+    assert all(one.trace is None for one in report.launches[1:])
