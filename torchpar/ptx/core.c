@@ -25,16 +25,20 @@
 #define UNWRITTEN 1
 
 /* Why `run` returns. */
-enum { BUDGET, PYTHON, GROW, REACHED };
+enum { BUDGET, PYTHON, GROW, REACHED, STOPPED };
 /* How an instruction is executed. */
-enum { LEFT, ELEMENTWISE, BRANCH, LOAD, STORE, SHUFFLE, PACK, LOAD_MATRIX, PRODUCT, NOTHING, COPY };
+enum {
+    LEFT, ELEMENTWISE, BRANCH, LOAD, STORE, SHUFFLE, PACK, LOAD_MATRIX, PRODUCT, NOTHING, COPY,
+    /* Where a block is executed as a whole: blocks.c. */
+    RETURN, BARRIER, COMMIT, WAIT, PROXY_FENCE, PRODUCT_FENCE, ASYNC_PRODUCT
+};
 /* The numbers of an instruction, as in `counters.Column`. */
 enum {
     EXECUTIONS, THREADS, REQUESTS, BYTES, SECTORS, LEAST_SECTORS, SHARED_REQUESTS, SHARED_BYTES,
     WAVEFRONTS, LEAST_WAVEFRONTS, TENSOR_FLOPS, WAITS, IN_FLIGHT, MOST_IN_FLIGHT, COLUMNS
 };
 /* The state of a register: is its row up to date? Then C may read it. */
-enum { IN_ROW = 1, IN_LIST = 2 };
+enum { IN_ROW = 1, IN_LIST = 2, PENDING = 4 }; /* the last one of an asynchronous product */
 
 typedef void Elementwise(void *to, const void *a, const void *b, const void *c);
 
@@ -45,7 +49,8 @@ typedef struct {
     int64_t offset, second_offset; /* of addresses */
     Elementwise *function;
     uint8_t negated, whole, flush, space, width, is_signed, mode, transposed;
-    int32_t slot; /* of the sectors that it touches, or -1 */
+    int32_t slot;         /* of the sectors that it touches, or -1 */
+    const int32_t *table; /* the registers of a wgmma: its sums, and those of A if it has some */
 } Instruction;
 
 /* An allocation, as in `memory.Allocation`. */
@@ -56,6 +61,7 @@ typedef struct {
     int64_t *barriers; /* offsets of its mbarriers */
     uint8_t *touched;  /* sectors, by slots */
     int64_t sectors;
+    int32_t *spare; /* becomes `others` when it is needed; or null */
     int32_t unit, barrier_count;
 } Allocation;
 
@@ -72,7 +78,14 @@ typedef struct {
     int64_t count, capacity;
 } Events;
 
+/* What a block has changed of global memory, to be undone: for each change where it was, how many
+   bytes, and what they were. */
 typedef struct {
+    uint8_t *bytes;
+    int64_t used, capacity;
+} Undo;
+
+typedef struct Warp {
     const Instruction *program;
     uint8_t *rows;
     uint8_t *states;       /* of the registers */
@@ -87,7 +100,32 @@ typedef struct {
     int64_t stores;   /* to global memory */
     int32_t pc, block, index, knows_others, load_name, store_name;
     uint32_t active;
+    struct Runner *runner; /* of the block, if it is executed as a whole */
+    Undo *undo;            /* of the runner */
 } Warp;
+
+static int of_block(Warp *w, const Instruction *i);
+
+/* Keep what is changed next. Shared memory and registers begin anew with each block. */
+static void keep(const Warp *w, const Allocation *place, void *where, int64_t size)
+{
+    Undo *undo = w->undo;
+    if (!undo || !place->touched)
+        return;
+    const int64_t needed = undo->used + 16 + ((size + 7) & ~7);
+    if (needed > undo->capacity) {
+        undo->capacity = 2 * needed + 65536;
+        undo->bytes = realloc(undo->bytes, (size_t)undo->capacity);
+        if (!undo->bytes)
+            abort();
+    }
+    uint8_t *to = undo->bytes + undo->used;
+    memcpy(to, &where, 8);
+    memcpy(to + 8, &size, 8);
+    memcpy(to + 16, where, (size_t)size);
+    undo->used = needed;
+}
+
 
 /* Elementwise functions. Each one is named as its opcode in PTX, without ".rn" and ".ftz". */
 
@@ -764,7 +802,7 @@ static inline int all_given(const int32_t *events, int64_t first, int64_t end)
 
 /* `memory.Space._read` without a fault, in two halves: whether it has none, and what it changes.
    `fenced` are the times of what the warp knew at its last fence between the proxies, or null. */
-static int may_read(const Warp *w, const Allocation *place, const int64_t *offsets, int64_t count,
+static int may_read(const Warp *w, Allocation *place, const int64_t *offsets, int64_t count,
                     int width, const int32_t *fenced)
 {
     const Events *events = w->events;
@@ -786,6 +824,8 @@ static int may_read(const Warp *w, const Allocation *place, const int64_t *offse
             const int known = knows(w, place->reads[k]);
             if (known == 1)
                 continue;
+            if (known == 0 && !place->others)
+                place->others = place->spare;
             if (known < 0 || !place->others || knows(w, place->others[k]) < 0)
                 return 0;
         }
@@ -800,6 +840,7 @@ static void note_read(const Warp *w, const Allocation *place, const int64_t *off
     if (place->others)
         for (int64_t n = 0; n < count; n++) {
             const int64_t first = offsets[n] / place->unit;
+            keep(w, place, place->others + first, 4 * units);
             for (int64_t k = first; k < first + units; k++)
                 if (!knows(w, place->reads[k]) && knows(w, place->others[k]))
                     place->others[k] = place->reads[k];
@@ -808,6 +849,7 @@ static void note_read(const Warp *w, const Allocation *place, const int64_t *off
         const int64_t first = offsets[n] / place->unit;
         n = end_of_run(offsets, n, count, width);
         const int64_t end = (offsets[n - 1] + width) / place->unit;
+        keep(w, place, place->reads + first, 4 * (end - first));
         for (int64_t k = first; k < end; k++)
             place->reads[k] = event;
     }
@@ -840,18 +882,22 @@ static int may_write(const Warp *w, const Access *at, int width)
     return 1;
 }
 
-static void note_write(const Access *at, int width, int32_t event)
+static void note_write(const Warp *w, const Access *at, int width, int32_t event)
 {
     const Allocation *place = at->place;
     for (int64_t n = 0; n < at->count;) {
         const int64_t first = at->offsets[n] / place->unit;
         n = end_of_run(at->offsets, n, at->count, width);
         const int64_t end = (at->offsets[n - 1] + width) / place->unit;
+        keep(w, place, place->writes + first, 4 * (end - first));
+        keep(w, place, place->reads + first, 4 * (end - first));
         for (int64_t k = first; k < end; k++)
             place->writes[k] = event;
         memset(place->reads + first, 0, (size_t)(end - first) * 4);
-        if (place->others)
+        if (place->others) {
+            keep(w, place, place->others + first, 4 * (end - first));
             memset(place->others + first, 0, (size_t)(end - first) * 4);
+        }
     }
 }
 
@@ -1022,8 +1068,13 @@ static int store(Warp *w, const Instruction *i, uint32_t mask)
     }
     if (!may_write(w, &at, width))
         return PYTHON;
-    note_write(&at, width,
+    note_write(w, &at, width,
                add_event(w, i->line, w->store_name, w->index, w->times[w->index]));
+    for (int64_t k = 0; k < at.count && w->undo;) {
+        const int64_t first = k;
+        k = end_of_run(at.offsets, k, at.count, width);
+        keep(w, at.place, at.place->data + at.offsets[first], (k - first) * width);
+    }
     for (int k = 0; k < at.count; k++)
         memcpy(at.place->data + at.offsets[k], values[k], (size_t)width);
     count_access(w, i, &at, width);
@@ -1128,6 +1179,8 @@ void write_copies(Copies *copies)
     copies->done = 2;
 }
 
+static Copies *begin_copies(Warp *w);
+
 static int copy(Warp *w, const Instruction *i, uint32_t mask)
 {
     Access to, from;
@@ -1135,7 +1188,11 @@ static int copy(Warp *w, const Instruction *i, uint32_t mask)
     const int width = i->width;
     const uint32_t *counts = i->sources > 2 ? (void *)row(w, i->from[2]) : 0;
     uint32_t inside = mask;
-    if (!copies || w->events->count + 2 > w->events->capacity)
+    if (w->events->count + 2 > w->events->capacity)
+        return w->runner ? GROW : PYTHON;
+    if (!copies && w->runner)
+        copies = begin_copies(w);
+    if (!copies)
         return PYTHON;
     for (int n = 0; counts && n < LANES; n++)
         if (mask >> n & 1) {
@@ -1163,7 +1220,7 @@ static int copy(Warp *w, const Instruction *i, uint32_t mask)
         add_event(w, i->line, copies->name, copies->agent, copies->time + 1);
     const int32_t written =
         add_event(w, i->line, copies->name, copies->agent, copies->time + 2);
-    note_write(&to, width, written);
+    note_write(w, &to, width, written);
     count_shared(w, i, &to, width);
     if (inside) {
         note_read(w, from.place, from.offsets, from.count, width, read);
@@ -1256,7 +1313,7 @@ int run(Warp *w, int64_t budget, int32_t limit)
             return REACHED;
         const Instruction *i = &w->program[pc];
         uint32_t mask = w->active;
-        if (i->kind == LEFT || (i->whole && mask != ALL))
+        if (i->kind == LEFT || (i->kind >= RETURN && !w->runner) || (i->whole && mask != ALL))
             return PYTHON;
         if (i->guard >= 0) {
             if (!in_row(w, i->guard))
@@ -1286,17 +1343,29 @@ int run(Warp *w, int64_t budget, int32_t limit)
             case LOAD_MATRIX: left = load_matrix(w, i); break;
             case PRODUCT: product(w, i); break;
             case COPY: left = copy(w, i, mask); break;
+            case RETURN:
+            case BARRIER:
+            case COMMIT:
+            case WAIT:
+            case PROXY_FENCE:
+            case PRODUCT_FENCE:
+            case ASYNC_PRODUCT: left = of_block(w, i); break;
             case BRANCH:
                 if (mask != w->active)
                     return PYTHON;
                 w->pc = i->target - 1;
                 break;
             }
-            if (left == PYTHON)
-                return PYTHON;
+            if (left == PYTHON || left == GROW)
+                return left;
             int64_t *row = w->counts + COLUMNS * pc;
             row[EXECUTIONS]++;
             row[THREADS] += __builtin_popcount(mask);
+            if (left == STOPPED) {
+                w->pc++;
+                w->count++;
+                return STOPPED;
+            }
         }
         w->pc++;
         w->count++;

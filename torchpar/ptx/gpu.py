@@ -19,6 +19,8 @@ from torchpar.ptx import (  # noqa: F401
     tensor_memory,
     tensors,
 )
+from torchpar.ptx.blocks import Blocks
+from torchpar.ptx.copies import COPIES_NEED_FENCE
 from torchpar.ptx.counters import Counts
 from torchpar.ptx.machine import LIMIT, Block, Schedule, decode
 from torchpar.ptx.memory import Allocation, Events, Space
@@ -120,15 +122,22 @@ class Gpu:
 
     def _run(self, positions: list[tuple[int, ...]]) -> None:
         """Run blocks one after the other; where one waits for another, run those in turn."""
-        pending = deque(positions)
         resident: deque[tuple[Block, Iterator[bool]]] = deque()
         started = idle = 0  # turns in which no block has changed anything
-        while pending or resident:
-            before = self.changes, len(pending)
-            is_full = not pending or len(resident) >= self.resident_blocks
+        count, as_array, blocks = len(positions), np.array(positions, np.int32), None
+        while started < count or resident:
+            before = self.changes, started
+            is_full = started == count or len(resident) >= self.resident_blocks
+            if not is_full and blocks is None and self._can_run_blocks(started):
+                blocks = Blocks(Block(self, positions[started], started), COPIES_NEED_FENCE)
+            if not is_full and blocks is not None and blocks.works:
+                started += blocks.run(as_array[started:], started)
+                is_full = started == count
+                if is_full and not resident:
+                    break
             if not is_full:
                 block = Block(
-                    self, pending.popleft(), started, self.trace if started == 0 else None
+                    self, positions[started], started, self.trace if started == 0 else None
                 )
                 resident.appendleft((block, block.turns()))
                 started += 1
@@ -140,10 +149,19 @@ class Gpu:
                 raise
             if not has_ended:
                 resident.append((block, turns))
-            is_idle = is_full and not has_ended and before == (self.changes, len(pending))
+            is_idle = is_full and not has_ended and before == (self.changes, started)
             idle = idle + 1 if is_idle else 0
             if idle > 3 * len(resident):
                 reason = "each program waits for a value that no other program writes"
-                if pending:
-                    reason += f"; {len(pending)} programs wait for a place on the GPU"
+                if started < count:
+                    reason += f"; {count - started} programs wait for a place on the GPU"
                 raise PtxError(block.spin_line, reason, "deadlock")
+
+    def _can_run_blocks(self, started: int) -> bool:
+        """Whether the core may execute the next blocks as a whole."""
+        return (
+            self.core is not None
+            and self.core.program.is_for_blocks
+            and (self.schedule.completion, self.schedule.order) == ("early", "forward")
+            and (started > 0 or self.trace is None)
+        )

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from torchpar.ptx.machine import Block, Warp
     from torchpar.ptx.memory import Allocation, Events, Space
 
-SOURCE = Path(__file__).with_name("core.c")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("blocks.c", "core.c"))
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC")
 ROW, OPERANDS, ALL_LANES, NO_LIMIT = 256, 16, 2**32 - 1, 2**31 - 1
 BUDGET, PYTHON, GROW, REACHED = range(4)  # why `run` returns
@@ -56,7 +56,15 @@ BUDGET, PYTHON, GROW, REACHED = range(4)  # why `run` returns
     PRODUCT,
     NOTHING,
     COPY,
-) = range(11)
+    RETURN,
+    BARRIER,
+    COMMIT,
+    WAIT,
+    PROXY_FENCE,
+    PRODUCT_FENCE,
+    ASYNC_PRODUCT,
+) = range(18)
+OF_COPIES, OF_PRODUCTS = range(2)  # families of groups
 IN_ROW, IN_LIST = 1, 2
 KINDS = {"bf16": 0, "f16": 1, "tf32": 2}  # of operands
 SPACES = {"global": 0, "shared": 1, "local": 2}
@@ -74,6 +82,7 @@ class _Instruction(ctypes.Structure):
         *((name, ctypes.c_uint8) for name in ("negated", "whole", "flush", "space")),
         *((name, ctypes.c_uint8) for name in ("width", "is_signed", "mode", "transposed")),
         ("slot", ctypes.c_int32),
+        ("table", ctypes.c_void_p),
     )
 
 
@@ -83,6 +92,7 @@ class _Allocation(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("data", "writes", "reads", "others", "barriers")),
         ("touched", ctypes.c_void_p),
         ("sectors", ctypes.c_int64),
+        ("spare", ctypes.c_void_p),
         *((name, ctypes.c_int32) for name in ("unit", "barrier_count")),
     )
 
@@ -114,10 +124,18 @@ class _Warp(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("pc", "block", "index", "knows_others")),
         *((name, ctypes.c_int32) for name in ("load_name", "store_name")),
         ("active", ctypes.c_uint32),
+        *((name, ctypes.c_void_p) for name in ("runner", "undo")),
     )
 
 
-class _Copies(ctypes.Structure):
+class UndoStruct(ctypes.Structure):
+    _fields_ = (
+        ("bytes", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("used", "capacity")),
+    )
+
+
+class CopiesStruct(ctypes.Structure):
     _fields_ = (
         ("parts", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("count", "capacity")),
@@ -140,7 +158,15 @@ def library() -> ctypes.CDLL | None:
     core.run.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32)
     core.function_of.restype = ctypes.c_void_p
     core.read_copies.argtypes = core.write_copies.argtypes = (ctypes.c_void_p,)
-    core.free_copies.argtypes = (ctypes.POINTER(_Copies),)
+    core.free_copies.argtypes = (ctypes.POINTER(CopiesStruct),)
+    core.run_blocks.argtypes = (
+        *(ctypes.c_void_p for _ in range(2)),
+        ctypes.c_int64,
+        ctypes.c_int32,
+        ctypes.c_void_p,
+    )
+    core.run_blocks.restype = ctypes.c_int64
+    core.free_runner.argtypes = (ctypes.c_void_p,)
     core.read_many.argtypes = (
         *(ctypes.c_void_p for _ in range(3)),
         ctypes.c_int64,
@@ -164,7 +190,8 @@ def _path(compiler: str) -> Path:
     if (info := Path("/proc/cpuinfo")).exists():
         lines = info.read_text().splitlines()
         features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    told = "\n".join([SOURCE.read_text("utf-8"), compiler, platform.machine(), features, *FLAGS])
+    texts = (source.read_text("utf-8") for source in SOURCES)
+    told = "\n".join([*texts, compiler, platform.machine(), features, *FLAGS])
     return cache / f"core-{hashlib.sha256(told.encode()).hexdigest()[:16]}.so"
 
 
@@ -174,7 +201,7 @@ def _build(compiler: str, path: Path) -> bool:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder) / path.name
-            command = [compiler, *FLAGS, "-o", str(made), str(SOURCE), "-lm"]
+            command = [compiler, *FLAGS, "-o", str(made), str(SOURCES[0]), "-lm"]
             subprocess.run(command, capture_output=True, text=True, check=True)
             made.replace(path)  # at once, for other processes that look for it
     except OSError as e:  # no compiler of this name, or a folder that cannot be written
@@ -195,6 +222,8 @@ class Program:
         self.constants: dict[tuple[int, int], int] = {}  # rows by bits and width
         self.specials: dict[tuple[str, int], int] = {}  # rows by name and width
         self.instructions = (_Instruction * len(kernel.instructions))()
+        self.is_for_blocks = not kernel.local_bytes  # for blocks.c, as far as is known
+        self._tables: list[Any] = []  # of registers, which the instructions point to
         slots, _ = kernel.slots
         for code, i, slot in zip(self.instructions, kernel.instructions, slots, strict=True):
             code.slot = slot
@@ -392,12 +421,63 @@ class Program:
         code.mode = i.parts[7] == "f16"
         return PRODUCT
 
-    def _nothing(self, code: _Instruction, i: Instruction) -> int:
-        if i.opcode != "bar.warp.sync":
+    # What blocks.c executes
+
+    def _barrier(self, code: _Instruction, i: Instruction) -> int:
+        if i.opcode == "bar.warp.sync":
+            return NOTHING
+        if i.parts[1] != "sync" or not all(isinstance(one, Constant) for one in i.operands):
             raise LookupError
-        return NOTHING
+        numbers = [one.bits for one in i.operands]
+        code.mode, code.offset = numbers[0], numbers[1] // 32 if len(numbers) > 1 else 0
+        return BARRIER
+
+    def _return(self, code: _Instruction, i: Instruction) -> int:
+        return RETURN
+
+    def _group(self, code: _Instruction, i: Instruction, family: int) -> int:
+        """``commit_group`` and ``wait_group``."""
+        code.mode = family
+        if i.parts[2] == "commit_group" or i.parts[1] == "commit_group":
+            return COMMIT
+        (count,) = i.operands
+        if not isinstance(count, Constant):
+            raise LookupError
+        code.offset = count.bits
+        return WAIT
+
+    def _proxy_fence(self, code: _Instruction, i: Instruction) -> int:
+        if i.opcode != "fence.proxy.async.shared::cta":
+            raise LookupError
+        return PROXY_FENCE
+
+    def _async_product(self, code: _Instruction, i: Instruction) -> int:
+        """`wgmma` of halves, with its groups and fences."""
+        if i.parts[1] == "fence":
+            return PRODUCT_FENCE
+        if i.parts[1] != "mma_async":
+            return self._group(code, i, OF_PRODUCTS)
+        shape, sums, kind, b_kind = i.parts[4:]
+        to, a, b, accumulate, *signs = i.operands
+        is_known = sums == "f32" and kind == b_kind and kind in ("f16", "bf16")
+        if not is_known or not shape.endswith("k16") or [one.bits for one in signs[:2]] != [1, 1]:
+            raise LookupError
+        of_a = a if isinstance(a, list) else []
+        sources = [self._row(accumulate, 1), self._row(b, 8)]
+        if not of_a:
+            sources.append(self._row(a, 8))
+        self._operands(code, [], sources)
+        table = [self._row(one, 4) for one in (*to, *of_a)]
+        self._tables.append((ctypes.c_int32 * len(table))(*table))
+        code.table = ctypes.addressof(self._tables[-1])
+        code.results, code.second_offset, code.mode = len(to), len(of_a), kind == "f16"
+        by_columns = [one.bits for one in signs[2:]]
+        code.transposed = by_columns[-1] << 1 | (by_columns[0] if not of_a else 0)
+        return ASYNC_PRODUCT
 
     def _copy(self, code: _Instruction, i: Instruction) -> int:
+        if i.parts[2:3] in (["commit_group"], ["wait_group"]):
+            return self._group(code, i, OF_COPIES)
         kinds = [part.partition("::")[0] for part in i.parts[3:] if part[:2] != "L2"]
         if i.parts[1:3] not in (["async", "cg"], ["async", "ca"]) or kinds != ["shared", "global"]:
             raise LookupError
@@ -419,8 +499,12 @@ class Program:
         "shfl": _shuffle,
         "ldmatrix": _load_matrix,
         "mma": _product,
-        "bar": _nothing,
+        "bar": _barrier,
+        "barrier": _barrier,
         "cp": _copy,
+        "ret": _return,
+        "fence": _proxy_fence,
+        "wgmma": _async_product,
     }
 
 
@@ -546,6 +630,7 @@ class AllocationView:
 
     def __init__(self, allocation: "Allocation"):
         self.allocation, self.struct = allocation, _Allocation()
+        self.spare: Any = None  # lent by `blocks`
         allocation.view = self
         self.update()
 
@@ -711,7 +796,7 @@ class CopiesState:
 
     def __init__(self, core: ctypes.CDLL, events: "Events", group: Any):
         name = events.name(group.name)
-        self.core, self.struct = core, _Copies(None, 0, 0, group.agent, name, group.time, 0)
+        self.core, self.struct = core, CopiesStruct(None, 0, 0, group.agent, name, group.time, 0)
         weakref.finalize(self, core.free_copies, self.struct)  # of a launch that has failed
 
     def read(self) -> None:

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: MIT
+"""Blocks that the core in C executes as a whole (blocks.c), one after the other.
+
+A block that needs Python is undone, and Python executes it from its beginning.
+"""
+
+import ctypes
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from torchpar.ptx import native
+
+if TYPE_CHECKING:
+    from torchpar.ptx.machine import Block
+
+MOST_FAILURES = 4  # blocks of a launch that are left to Python, after which all of them are
+BARRIERS, MOST_WARPS = 16, 64
+
+
+class _Family(ctypes.Structure):
+    _fields_ = (
+        ("operations", ctypes.c_void_p),
+        ("ends", ctypes.c_void_p),
+        *((name, ctypes.c_int32) for name in ("count", "operation_capacity", "groups")),
+        *((name, ctypes.c_int32) for name in ("group_capacity", "first_group", "first")),
+    )
+
+
+class _State(ctypes.Structure):
+    _fields_ = (
+        ("families", _Family * 2),
+        ("copies", native.CopiesStruct),
+        *((name, ctypes.c_int32) for name in ("copy_name", "product_name", "has_fence")),
+        ("fence_versions", ctypes.c_void_p),
+        ("owners", ctypes.c_void_p),
+        *((name, ctypes.c_int32) for name in ("done", "waiting")),
+    )
+
+
+class _Coordinate(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_int32) for name in ("row", "width", "axis"))
+
+
+class _Runner(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("warps", "states", "template_states")),
+        *((name, ctypes.c_void_p) for name in ("coordinates", "shared", "events")),
+        *((name, ctypes.c_void_p) for name in ("counts", "total_counts")),
+        *((name, ctypes.c_int64) for name in ("count_size", "rows", "limit")),
+        *((name, ctypes.c_int32) for name in ("warp_count", "coordinate_count", "generic")),
+        *((name, ctypes.c_int32) for name in ("agents", "capacity")),
+        *((name, ctypes.c_void_p) for name in ("times", "fenced")),
+        ("arrived", ctypes.c_int32 * BARRIERS),
+        ("arrivals", ctypes.c_int32 * MOST_WARPS * BARRIERS),
+        ("undo", native.UndoStruct),
+        *((name, ctypes.c_int64) for name in ("executed", "stores")),
+        ("fault_pc", ctypes.c_int32),
+    )
+
+
+def _free(library: ctypes.CDLL, runner: _Runner, states: Any) -> None:
+    """Free what the core has allocated; ``states`` live so long."""
+    library.free_runner(ctypes.addressof(runner))
+
+
+class Blocks:
+    """The blocks of a launch.
+
+    Args:
+        template: a block that has not begun, whose arrays become those of all blocks.
+        generic: copies of `cp.async` need a fence before tensor cores read them.
+    """
+
+    def __init__(self, template: "Block", generic: bool):
+        gpu = template.gpu
+        assert template.core is not None
+        self.gpu, self.template, self.launch = gpu, template, gpu.core
+        self.program, self.library = self.launch.program, self.launch.program.core
+        self.failures = 0
+        warps, rows = template.core.states.shape
+        self.counts = np.zeros_like(gpu.counts.table)
+        self.owners = np.zeros((warps, rows), np.int32)
+        self.fences = np.zeros((warps, rows), np.uint32)
+        self.states = (_State * warps)()
+        self.coordinates = (_Coordinate * max(len(self.launch.positions), 1))(
+            *self.launch.positions
+        )
+        events = self.launch.events
+        self.struct = _Runner(
+            warps=ctypes.addressof(template.core.warps),
+            states=ctypes.addressof(self.states),
+            template_states=self.launch.states.ctypes.data,
+            coordinates=ctypes.addressof(self.coordinates),
+            shared=ctypes.addressof(template.memory.view.struct),
+            events=ctypes.addressof(events.struct),
+            counts=self.counts.ctypes.data,
+            total_counts=gpu.counts.table.ctypes.data,
+            count_size=self.counts.size,
+            rows=rows,
+            limit=gpu.limit + 1,
+            warp_count=warps,
+            coordinate_count=len(self.launch.positions),
+            generic=generic,
+        )
+        for n, (warp, state) in enumerate(zip(template.core.warps, self.states, strict=True)):
+            warp.runner = ctypes.addressof(self.struct)
+            warp.undo = ctypes.addressof(self.struct) + _Runner.undo.offset
+            warp.counts = self.counts.ctypes.data
+            state.copy_name = events.events.name(f"a copy of warp {n}")
+            state.product_name = events.events.name(f"a product of warp {n}")
+            state.owners = self.owners[n].ctypes.data
+            state.fence_versions = self.fences[n].ctypes.data
+        weakref.finalize(self, _free, self.library, self.struct, self.states)
+
+    def run(self, positions: Any, number: int) -> int:
+        """Execute blocks, of which the first one has this number, and return how many.
+
+        Args:
+            positions: of all blocks that are left ``(n, 3)``, int32.
+        """
+        events, done, why = self.launch.events, 0, ctypes.c_int(native.GROW)
+        self._lend_spare_arrays()
+        while why.value == native.GROW:
+            events.struct.count = events.events.count
+            done += self.library.run_blocks(
+                ctypes.addressof(self.struct),
+                positions.ctypes.data + 12 * done,
+                len(positions) - done,
+                number + done,
+                ctypes.byref(why),
+            )
+            events.events.count = events.struct.count
+            if why.value == native.GROW:
+                events.events.grow()
+        self._take_spare_arrays()
+        self.gpu.changes += self.struct.stores
+        self.gpu.executed_instructions += self.struct.executed
+        self.struct.stores = self.struct.executed = 0
+        if why.value == native.PYTHON:
+            self._note_failure()
+        return done
+
+    def _note_failure(self) -> None:
+        """Leave all blocks to Python where the reason is in each of them."""
+        self.failures += 1
+        pc = self.struct.fault_pc
+        if pc >= 0 and self.program.instructions[pc].kind == native.LEFT:
+            self.program.is_for_blocks = False
+
+    @property
+    def works(self) -> bool:
+        return self.failures < MOST_FAILURES and self.program.is_for_blocks
+
+    def _lend_spare_arrays(self) -> None:
+        """Give the core arrays for second reads, which it takes where it needs them."""
+        for one in self.gpu.space.allocations:
+            if one.others is None:
+                one.view.spare = np.zeros_like(one.reads)
+                one.view.struct.spare = one.view.spare.ctypes.data
+
+    def _take_spare_arrays(self) -> None:
+        for one in self.gpu.space.allocations:
+            struct = one.view.struct
+            if one.others is None and struct.others:
+                one.others = one.view.spare
+            struct.spare = one.view.spare = None
