@@ -300,9 +300,9 @@ HALF = "cvt.u16.u32 %rs0, %r0; mov.b32 %r3, {%rs1, %rs0};"  # %rs1 was not writt
 FAULTS = {
     "an unknown instruction": (
         "vadd4.u32 %r3, %r0, %r0, %r0;",
-        "line 22: unknown instruction vadd4.u32",
+        "line 22: the executor does not know vadd4.u32",
     ),
-    "an unknown form": ("add.rm.f32 %r3, %r0, %r0;", "unknown instruction add.rm.f32"),
+    "an unknown form": ("add.rm.f32 %r3, %r0, %r0;", "the executor does not know add.rm.f32"),
     "an unwritten register": (
         "add.s32 %r3, %r4, 1; st.global.b32 [%rd4], %r3;",
         "a register that was never written; it is stored",
@@ -329,7 +329,7 @@ FAULTS = {
     ),
     "unwritten shared memory": (
         "ld.shared.b32 %r3, [%r1];",
-        "of shared memory, .* was not written",
+        "of shared memory.* was not written",
     ),
     "unwritten global memory": ("ld.global.b32 %r3, [%rd4];", "was not written before"),
     "past the end": ("ld.global.b32 %r3, [%rd3+256];", "ends outside|outside each allocation"),
@@ -337,27 +337,30 @@ FAULTS = {
     "an unaligned address": ("ld.global.b64 %rd5, [%rd3];", "not a multiple of 8"),
     "no barrier before a read": (
         EXCHANGE.replace("bar.sync 0;", ""),
-        "race: .* read by warp . is written by a store|was not written",
+        "warp . reads .*, which a store of warp . writes|was not written",
     ),
-    "no barrier before a write": (EXCHANGE + "st.shared.b32 [%r1], %r4;", "race: "),
+    "no barrier before a write": (
+        EXCHANGE + "st.shared.b32 [%r1], %r4;",
+        "warp . (reads|overwrites) .* without waiting",
+    ),
     "a barrier of half a warp": (
         "@%p1 bra skip; bar.sync 0; skip: ret;",
         "part of warp 0 executes bar.sync",
     ),
-    "a barrier of one warp": ("@%p0 bar.sync 0;", "deadlock"),
+    "a barrier of one warp": ("@%p0 bar.sync 0;", "warps wait for what nobody will do"),
     "an endless loop": ("again: bra again;", "does not end"),
     "two values at one place": ("st.shared.b32 [%r90], %r0;", "different values"),
     "a copy that was not waited for": (
         COPY + "ld.shared.b32 %r3, [%r1];",
-        "read by .* written by a copy",
+        "reads .*, which a copy .* writes",
     ),
     "a wait for too few copies": (
         COPY * 2 + "cp.async.wait_group 1; ld.shared.b32 %r3, [%r1];",
-        "by a copy",
+        "which a copy",
     ),
     "a copy that another warp waited for": (
         COPY + "bar.sync 0; cp.async.wait_group 0; ld.shared.b32 %r3, [%r2];",
-        "by a copy",
+        "which a copy",
     ),
     "no mbarrier": (
         "setp.eq.b32 %p2, %r0, 0; @%p2 mbarrier.arrive.expect_tx.shared.b64 _, [%r1], 16;",
@@ -409,7 +412,7 @@ def test_blocks_race():
     with pytest.raises(PtxError, match=r"two programs write byte 0 of"):
         execute("st.global.b32 [%rd4], %r0;", grid=(2, 1, 1))
     body = "mov.u32 %r3, %ctaid.x; setp.eq.b32 %p3, %r3, 0; @%p3 st.global.b32 [%rd4], %r0;"
-    with pytest.raises(PtxError, match=r"race: .* read .* written by .* of another program"):
+    with pytest.raises(PtxError, match=r"reads .*, which .* of another program writes"):
         execute(body + "@!%p3 ld.global.b32 %r3, [%rd4];", grid=(2, 1, 1))
 
 
@@ -425,7 +428,7 @@ BROKEN = {
     "no wait before the next bulk store": (
         r"cp\.async\.bulk\.wait_group\.read\s+0;\n\tbar",
         "bar",
-        "overwritten by .* read by a bulk store",
+        "overwrites .*, which a bulk store .* reads",
     ),
     "no acquired tensormap": (
         r"@%p\d+ fence\.proxy\.tensormap.*",
@@ -435,9 +438,13 @@ BROKEN = {
     "no wait for a bulk load": (
         r"@!complete bra.uni waitLoop;",
         "",
-        "read by .* written by a bulk load",
+        "reads .*, which a bulk load .* writes",
     ),
-    "too few bytes expected": (r"(expect_tx.*, )\d+;", r"\g<1>16;", "deadlock"),
+    "too few bytes expected": (
+        r"(expect_tx.*, )\d+;",
+        r"\g<1>16;",
+        "warps wait for what nobody will do",
+    ),
     "no wait for products": (
         r"wgmma\.wait_group\.sync\.aligned 0;",
         "",

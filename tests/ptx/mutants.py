@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from torchpar.kernels.tiles import Tiles
+from torchpar.ptx.counters import Column
 from torchpar.ptx.machine import SCHEDULES
 from torchpar.ptx.parse import PtxError
 
@@ -169,10 +170,11 @@ def draw() -> list[Mutant]:
     for name, case in CASES.items():
         gpu = Gpu(SCHEDULES[0])
         case.execute(gpu)
-        for kernel, executed in gpu.executions:
-            originals.append(
-                (name, kernel.text, {kernel.instructions[i].line - 1 for i in executed})
-            )
+        for counts in gpu.counted:
+            kernel, times = counts.kernel, counts.table[:, Column.EXECUTIONS]
+            executed = zip(kernel.instructions, times, strict=True)
+            lines = {i.line - 1 for i, count in executed if count}
+            originals.append((name, kernel.text, lines))
     rng, drawn = random.Random(SEED), []
     for kind, mutation in KINDS.items():
         possible = [

@@ -216,7 +216,7 @@ def test_a_kernel_is_compared_with_its_reference():
     assert check_add(grid=(1,))["values"].detail.startswith("out: ")
     x = torch.ones(4)
     found = check_kernel(
-        add_kernel, (1,), (x, x, x, 4), lambda x, y, out, n: {"x": x}, FAULT="", BLOCK=4
+        add_kernel, (1,), (x, x, x.clone(), 4), lambda x, y, out, n: {"x": x}, FAULT="", BLOCK=4
     )
     assert found["values"].detail == "out: has changed, and the reference does not name it"
     assert check_add(arch="sm_80").name == "add_kernel for sm_80"
@@ -226,7 +226,49 @@ def test_wrong_arguments_of_check_kernel():
     x = torch.ones(4)
     with pytest.raises(ConfigError, match="names 'result', expected one of x, y, out"):
         check_kernel(add_kernel, (1,), (x, x, x, 4), lambda *_: {"result": x}, FAULT="", BLOCK=4)
+    with pytest.raises(ConfigError, match="reference's 'out' is a float, expected a tensor"):
+        check_kernel(add_kernel, (1,), (x, x, x, 4), lambda *_: {"out": 1.0}, FAULT="", BLOCK=4)
+    with pytest.raises(ConfigError, match="an object of type function, expected a function with t"):
+        check_kernel(check_add, (1,), (x, x, x, 4), lambda *_: {"out": x}, FAULT="", BLOCK=4)
     with pytest.raises(ConfigError, match="type Tensor, expected tensors by the names"):
         check_kernel(add_kernel, (1,), (x, x, x, 4), lambda *_: x, FAULT="", BLOCK=4)
     with pytest.raises(ConfigError, match="expected a function with"):
         check_kernel(None, (1,), (x,), lambda x: {"x": x})
+
+
+@triton.jit
+def strided_add_kernel(x, y, out, n, X, Y, OUT, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    sums = tl.load(x + i * X, i < n) + tl.load(y + i * Y, i < n)
+    tl.store(out + i * OUT, sums, i < n)
+
+
+def check_strided(*tensors, strides=None) -> OperatorTable:
+    strides = strides or [t.stride(0) for t in tensors]
+    given = (*tensors, len(tensors[0]), *strides)
+    return check_kernel(
+        strided_add_kernel, (8,), given, lambda x, y, out, *_: {"out": x + y}, BLOCK=16
+    )
+
+
+def test_arguments_keep_their_strides_and_what_they_share():
+    x, y = torch.randn(100), torch.randn(200)
+    assert check_strided(x, y[::2], torch.zeros(100, 3)[:, 1]).ok
+    assert check_strided(x, x, torch.zeros(100)).ok
+    assert check_strided(x, y[:100], x).ok  # in place
+    # A stride of 0 is another one than the kernel is told; and programs write what others read.
+    assert not check_strided(torch.randn(1).expand(100), x, torch.zeros(100), strides=[1, 1, 1]).ok
+    assert check_strided(y[:100], x, y[50:150])["races"].outcome == "wrong"
+
+
+def test_integers_are_compared_exactly():
+    x = torch.arange(100)
+    assert check_strided(x, x, torch.empty_like(x)).ok
+    found = check_kernel(
+        strided_add_kernel,
+        (8,),
+        (x, x, torch.empty_like(x), 100, 1, 1, 1),
+        lambda x, y, out, *_: {"out": x + y + 1},
+        BLOCK=16,
+    )
+    assert found["values"].detail.startswith("out: ")

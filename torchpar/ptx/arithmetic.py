@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from torchpar.ptx.machine import Run, Warp, elementwise, instruction
-from torchpar.ptx.parse import Constant, Instruction
+from torchpar.ptx.parse import Constant, Instruction, Register
 from torchpar.ptx.registers import DTYPES, FLOATS, HALVES, LANES, PAIRS, Values, reader, writer
 
 
@@ -275,9 +275,27 @@ def _select(i: Instruction) -> Run:
 
 @instruction("mov", "cvta")
 def _move(i: Instruction) -> Run:
-    """A copy, for `wgmma.fence` tells registers that were written by their identity."""
-    vector = list in map(type, i.operands)  # whose parts are packed or taken anew
-    return elementwise(i, (lambda x: x) if vector else np.array, i.parts[-1], i.parts[-1])
+    """A copy, for `wgmma.fence` tells registers that were written by their identity.
+
+    A copy of a register that was there at the last fence counts as such: LLVM moves zeros into the
+    registers of a sum, and ptxas takes the first register for the second one.
+    """
+    if list in map(type, i.operands):  # whose parts are packed or taken anew
+        return elementwise(i, lambda x: x, i.parts[-1], i.parts[-1])
+    copy = elementwise(i, np.array, i.parts[-1], i.parts[-1])
+    to, source = i.operands
+
+    def run(warp: Warp) -> None:
+        held = isinstance(source, Constant) or (
+            isinstance(source, Register)
+            and warp.fence is not None
+            and warp.registers.is_unchanged(source.index, warp.fence)
+        )
+        copy(warp)
+        if held and warp.fence is not None and isinstance(to, Register):
+            warp.registers.restamp(to.index, warp.fence)
+
+    return run
 
 
 @instruction("cvt")

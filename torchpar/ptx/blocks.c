@@ -353,6 +353,7 @@ static int of_block(Warp *w, const Instruction *i)
     case PRODUCT_FENCE:
         memcpy(s->fence_versions, w->versions, 4 * (size_t)r->rows);
         s->has_fence = 1;
+        w->fence = s->fence_versions;
         return BUDGET;
     default: return async_product(w, i);
     }
@@ -402,6 +403,7 @@ static void begin_block(Runner *r, const int32_t *position, int32_t number)
         w->block = number;
         w->active = ALL;
         w->copies = 0;
+        w->fence = 0;
         s->has_fence = s->done = s->waiting = 0;
         for (int k = 0; k < 2; k++)
             s->families[k].count = s->families[k].groups = s->families[k].first_group =

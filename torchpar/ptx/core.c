@@ -100,6 +100,7 @@ typedef struct Warp {
     int64_t stores;   /* to global memory */
     int32_t pc, block, index, knows_others, load_name, store_name;
     uint32_t active;
+    uint32_t *fence;       /* the versions of the registers at the last wgmma.fence, or null */
     struct Runner *runner; /* of the block, if it is executed as a whole */
     Undo *undo;            /* of the runner */
 } Warp;
@@ -645,10 +646,15 @@ static void elementwise(Warp *w, const Instruction *i, uint32_t mask)
             from[n] = copies[n];
         }
     }
+    const int is_held =
+        i->mode && w->fence && w->fence[i->from[0]] == w->versions[i->from[0]];
     i->function(result, from[0], from[1], from[2]);
     if (i->flush && w->widths[i->to[0]] == 4)
         flush(result, result);
     put(w, i->to[0], result, mask);
+    /* A copy of a register that was there at the last wgmma.fence counts as such. */
+    if (is_held)
+        w->fence[i->to[0]] = w->versions[i->to[0]];
 }
 
 /* Vectors are packed into one register, or taken from it: `mov.b64 %rd, {%r1, %r2}`. */

@@ -12,6 +12,7 @@ reads and writes the memory of the tensors themselves.
 import ctypes
 import gc
 import os
+import threading
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -36,7 +37,7 @@ from triton.runtime.driver import driver as active_driver
 from torchpar.ptx import gpu, tensors
 from torchpar.ptx.limits import Limits
 from torchpar.ptx.machine import SCHEDULES, Schedule
-from torchpar.ptx.memory import GIVEN, LARGEST_UNIT, POISON, UNWRITTEN, Allocation, Space
+from torchpar.ptx.memory import GIVEN, LARGEST_UNIT, UNWRITTEN, Allocation, Space
 from torchpar.ptx.parse import PtxError
 from torchpar.ptx.report import Fault, Kind, Launch, Report, moved
 from torchpar.ptx.trace import Trace
@@ -44,8 +45,6 @@ from torchpar.ptx.trace import Trace
 ARCHITECTURES = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 SHARED_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}  # of a program at most
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
-# Where the numbers of types in `cuTensorMapEncodeTiled` differ from those of PTX: f64 and bf16.
-OF_HOST = {8: 9, 9: 10}
 LARGEST_GRID_YZ = 65_535  # of each NVIDIA GPU
 ALIGNED = 128  # to which an allocation's base is rounded down
 
@@ -65,6 +64,34 @@ class Storage(NamedTuple):
     @property
     def end(self) -> int:
         return self.address + self.nbytes
+
+
+# What the memory of torch.empty holds, by the bytes of an element: no number, and hardly what a
+# program would write everywhere.
+PATTERNS = {
+    1: b"\xa7",
+    2: b"\xd5\xff",
+    4: b"\xc7\xa3\xd5\xff",
+    8: b"\x6e\xd3\x91\x5b\xc7\xa3\xf5\xff",
+}
+
+
+class Unwritten(NamedTuple):
+    """Memory that nobody has written.
+
+    Attributes:
+        pattern: that its elements hold.
+        mask: of its bytes, or None for all of them.
+    """
+
+    pattern: bytes
+    mask: Any = None
+
+    def is_untouched(self, held: Any) -> bool:
+        """Whether the bytes still hold the pattern: NumPy may have written them."""
+        expected = np.resize(np.frombuffer(self.pattern, np.uint8), held.shape)
+        same = held == expected
+        return bool((same if self.mask is None else same[self.mask]).all())
 
 
 def storage_of(t: Tensor) -> Storage:
@@ -89,12 +116,13 @@ class Emulator(gpu.Gpu):
     ):
         super().__init__(schedules[0])
         self.traces = traces
+        self._lock = threading.Lock()
         self.arch, self.capability = arch, ARCHITECTURES[arch]
         self.schedules, self.multiprocessors = schedules, multiprocessors
         self.launches: list[Launch] = []
         self.faults: list[Fault] = []
         self.printed: list[str] = []
-        self.unwritten: dict[Storage, Any] = {}  # as `_Host` says
+        self.unwritten: dict[Storage, Unwritten] = {}
         self.tuned: WeakKeyDictionary[Any, dict[Any, Any]] = (
             WeakKeyDictionary()
         )  # autotuners' caches
@@ -185,10 +213,10 @@ class Emulator(gpu.Gpu):
         """
         if storage not in self.unwritten:
             return
-        mask = self.unwritten[storage]
+        mask = self.unwritten[storage].mask
         offset = storage.address - place.base
         held = place.data[offset : offset + storage.nbytes]
-        if ((held if mask is None else held[mask]) != POISON).any():
+        if not self.unwritten[storage].is_untouched(held):
             del self.unwritten[storage]
         elif mask is None and offset % place.unit == 0:
             rows = slice(offset // place.unit, -(-(offset + storage.nbytes) // place.unit))
@@ -215,10 +243,33 @@ class Emulator(gpu.Gpu):
             mask = np.repeat(place.writes == UNWRITTEN, place.unit)
             start = storage.address - place.base
             mask = mask[start : start + storage.nbytes]
-            if mask.any():
-                self.unwritten[storage] = None if mask.all() else mask
-            else:
-                del self.unwritten[storage]
+            self._keep(storage, mask)
+
+    def _keep(self, storage: Storage, mask: Any) -> None:
+        """Let the bytes of a mask be unwritten, and the others of the storage not."""
+        if mask.all():
+            self.unwritten[storage] = self.unwritten[storage]._replace(mask=None)
+        elif mask.any():
+            self.unwritten[storage] = self.unwritten[storage]._replace(mask=mask)
+        else:
+            del self.unwritten[storage]
+
+    def note_written(self, t: Tensor) -> None:
+        """An operator has written a tensor, which may be a part of its storage."""
+        storage, size = storage_of(t), t.element_size()
+        entry = self.unwritten.get(storage)
+        if entry is None:
+            return
+        if storage.nbytes % size or (t.is_contiguous() and t.numel() * size == storage.nbytes):
+            del self.unwritten[storage]
+            return
+        mask = np.ones(storage.nbytes, np.bool_) if entry.mask is None else entry.mask.copy()
+        strides = (*(size * stride for stride in t.stride()), 1)
+        of_t = torch.from_numpy(mask).as_strided(
+            (*t.shape, size), strides, size * t.storage_offset()
+        )
+        of_t.fill_(False)
+        self._keep(storage, mask)
 
     # Launches
 
@@ -244,6 +295,12 @@ class Emulator(gpu.Gpu):
         Args:
             file: of the kernel's source.
         """
+        with self._lock:  # threads may launch at the same time
+            self._run_schedules(launch, parameters, file)
+
+    def _run_schedules(
+        self, launch: Launch, parameters: Callable[[], list[int]], file: str
+    ) -> None:
         self._name, self._file, started = launch.kernel, file, time.perf_counter()
         self._before.clear()
         for number, schedule in enumerate(self.schedules):
@@ -460,7 +517,7 @@ def _tensormap(emulator: Emulator, name: str, descriptor: Any, meta: Any) -> int
     put("global_dim", list(descriptor.shape)[::-1])
     put("element_stride", [1] * rank)
     put("global_stride", [s * meta["elem_size"] for s in list(descriptor.strides)[:-1][::-1]])
-    put("elemtype", [OF_HOST.get(meta["elem_type"], meta["elem_type"])])
+    put("elemtype", [meta["elem_type"]])
     put("interleave_layout", [0])
     put("swizzle_mode", [meta["swizzle"]])
     put("fill_mode", [int(descriptor.padding == "nan")])
@@ -551,8 +608,6 @@ class _Host(TorchDispatchMode):
     Operators of others that have a kernel for CUDA, written in Python, run it on CPU tensors.
 
     The memory of torch.empty is unwritten, until an operator writes to it.
-    ``emulator.unwritten`` has by storage a mask of its bytes, or None for all of them.
-    These bytes are `POISON`.
     """
 
     def __init__(self, emulator: Emulator):
@@ -567,12 +622,15 @@ class _Host(TorchDispatchMode):
             result = func(*args, **(kwargs or {}))
         if self.emulator.unwritten:
             for t in _written(func._schema, args, kwargs or {}, result):
-                self.emulator.unwritten.pop(storage_of(t), None)
+                self.emulator.note_written(t)
         if func.overloadpacket in EMPTY and _is_plain(result):
             storage = storage_of(result)
             if storage.nbytes:
-                ctypes.memset(storage.address, POISON, storage.nbytes)
-                self.emulator.unwritten[storage] = None
+                pattern = PATTERNS[min(result.element_size(), 8)]
+                raw: Any = (ctypes.c_uint8 * storage.nbytes).from_address(storage.address)
+                memory = np.frombuffer(raw, np.uint8)
+                memory[:] = np.resize(np.frombuffer(pattern, np.uint8), memory.shape)
+                self.emulator.unwritten[storage] = Unwritten(pattern)
         return result
 
 

@@ -147,7 +147,8 @@ def _unknown(i: Instruction) -> Run:
     """An instruction that is not modelled is an error only where it is executed."""
 
     def run(warp: Warp) -> None:
-        raise PtxError(i.line, f"unknown instruction {i.opcode}", "unknown instruction")
+        message = f"the executor does not know {i.opcode}"
+        raise PtxError(i.line, message, "unknown instruction")
 
     return run
 
@@ -572,11 +573,10 @@ class Block:
             elif self.flying:
                 self.flying.pop().advance()
             else:
-                lines = {
-                    warp.index: self.gpu.kernel.instructions[warp.pc - 1].line for warp in running
-                }
-                message = f"deadlock: the warps wait at lines {lines}"
-                self.gpu.fault("error", "deadlock", min(lines.values()), message, running[0])
+                lines = [self.gpu.kernel.instructions[warp.pc - 1].line for warp in running]
+                waiting = (f"{w.index} at line {n}" for w, n in zip(running, lines, strict=True))
+                message = f"warps wait for what nobody will do: {', '.join(waiting)} of the PTX"
+                self.gpu.fault("error", "deadlock", min(lines), message, running[0])
                 return
         self.end()
 

@@ -657,7 +657,8 @@ class Space:
         is_mine = events.blocks[number] == warp.block.number
         name = "race" if is_mine else "race between programs"
         who = events.who(number) if is_mine else f"{events.who(number)} of another program"
-        message = f"{where} is written by {who} (line {events.lines[number]}), not waited for"
+        message = f"{where} is written by {who} (line {events.lines[number]} of the PTX), "
+        message += "not waited for"
         return Cause(name, message, line, bool(is_mine) and not events.atomic[number])
 
     def conflict(
@@ -676,7 +677,9 @@ class Space:
         row, column = (int(i[0]) for i in np.nonzero(~known.reshape(-1, known.shape[-1])))
         number = int(numbers.reshape(-1, known.shape[-1])[row, column])
         place_of = int(rows.reshape(-1)[row]) * width + column * place.unit
-        where = f"{place.where(place_of)}, {what} by warp {warp.index},"
+        here = f"warp {warp.index} "
+        here += "reads" if what == "read" else "overwrites"
+        where = place.where(place_of)
         gpu = warp.block.gpu
         if number == UNWRITTEN:
             gpu.fault(
@@ -687,7 +690,10 @@ class Space:
         is_mine = events.blocks[number] == warp.block.number
         name = "race" if is_mine else "race between programs"
         who = events.who(number) if is_mine else f"{events.who(number)} of another program"
-        message = f"race: {where} is {other} by {who} (line {events.lines[number]}), not waited for"
+        message = (
+            f"{here} {where}, which {who} {'writes' if other == 'written' else 'reads'} (line "
+            f"{events.lines[number]} of the PTX), without waiting for it"
+        )
         # The value that was read may be one that nobody uses: Triton has copies in several warps.
         is_weak = self.is_deferred and other == "read" and is_mine
         gpu.fault("warning" if is_weak else "error", name, line, message, warp)

@@ -124,7 +124,7 @@ class _Warp(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("pc", "block", "index", "knows_others")),
         *((name, ctypes.c_int32) for name in ("load_name", "store_name")),
         ("active", ctypes.c_uint32),
-        *((name, ctypes.c_void_p) for name in ("runner", "undo")),
+        *((name, ctypes.c_void_p) for name in ("fence", "runner", "undo")),
     )
 
 
@@ -335,6 +335,7 @@ class Program:
 
     def _move(self, code: _Instruction, i: Instruction) -> int:
         if not any(isinstance(one, list) for one in i.operands):
+            code.mode = 1  # a copy
             return self._elementwise(code, i)
         total = DTYPES[i.parts[1]].itemsize
         to, source = (flat(one) for one in i.operands)
@@ -573,6 +574,10 @@ class Registers:
     def is_unchanged(self, index: int, stamp: Any) -> bool:
         return bool(self.versions[index] == stamp[index])
 
+    def restamp(self, index: int, stamp: Any) -> None:
+        """Let a register count as unchanged."""
+        stamp[index] = self.versions[index]
+
 
 class LaunchState:
     """What the core knows of a launch: its events and its global memory."""
@@ -780,6 +785,10 @@ class WarpState:
             found.ctypes.data, space.view.pointer, chunks, rows, by_rows, KINDS[kind]
         )
         return found if done else None
+
+    def tell_fence(self, versions: Any) -> None:
+        """Note the versions of the registers at a wgmma.fence."""
+        self.struct.fence = versions.ctypes.data
 
     def copies(self, group: Any) -> "CopiesState":
         """Begin a group of copies, to which the core adds."""

@@ -100,6 +100,10 @@ class Registers(list[Any]):
     def is_unchanged(self, index: int, stamp: list[Any]) -> bool:
         return self[index] is stamp[index]
 
+    def restamp(self, index: int, stamp: list[Any]) -> None:
+        """Let a register count as unchanged."""
+        stamp[index] = self[index]
+
 
 def decode(kind: str, bits: Values) -> Values:
     """The numbers that ``bits`` stand for. Halves become float32, and pairs two rows, the lower one

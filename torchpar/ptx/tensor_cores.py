@@ -221,6 +221,8 @@ def _chunks(bits: int, rows: range, rows_of_chunk: int, line: int) -> Any:
 @action("wgmma.fence.sync.aligned", whole=True)
 def _fence(warp: Warp, i: Instruction) -> None:
     warp.fence = warp.registers.stamp()
+    if warp.core is not None:
+        warp.core.tell_fence(warp.fence)
 
 
 class Product(Operation):

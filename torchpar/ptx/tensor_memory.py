@@ -56,7 +56,7 @@ class TensorMemory:
             gpu.fault("error", "uninitialised memory", line, message, warp)
             return
         what = f"{gpu.events.who(number)} (line {gpu.events.lines[number]})"
-        message = f"race: tensor memory is written by {what}, not waited for"
+        message = f"tensor memory is written by {what}, not waited for"
         gpu.fault("error", "race", line, message, warp)
 
     def check_allocated(self, line: int, columns: Any) -> None:
