@@ -5,7 +5,9 @@ A block that needs Python is undone, and Python executes it from its beginning.
 """
 
 import ctypes
+import time
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from torchpar.ptx import native
 if TYPE_CHECKING:
     from torchpar.ptx.machine import Block
 
+SECONDS = 0.1  # of a call of the core, about, so that Ctrl-C has its effect
 MOST_FAILURES = 4  # blocks of a launch that are left to Python, after which all of them are
 BARRIERS, MOST_WARPS = 16, 64
 
@@ -114,26 +117,31 @@ class Blocks:
             state.fence_versions = self.fences[n].ctypes.data
         weakref.finalize(self, _free, self.library, self.struct, self.states)
 
-    def run(self, positions: Any, number: int) -> int:
+    def run(self, positions: Any, number: int, goes_on: Callable[[], bool] = lambda: True) -> int:
         """Execute blocks, of which the first one has this number, and return how many.
 
         Args:
             positions: of all blocks that are left ``(n, 3)``, int32.
+            goes_on: a function that is asked from time to time.
         """
-        events, done, why = self.launch.events, 0, ctypes.c_int(native.GROW)
+        events, done, why = self.launch.events, 0, ctypes.c_int(native.BUDGET)
+        together = 1
         self._lend_spare_arrays()
-        while why.value == native.GROW:
+        while why.value != native.PYTHON and done < len(positions) and goes_on():
+            start = time.perf_counter()
             events.struct.count = events.events.count
             done += self.library.run_blocks(
                 ctypes.addressof(self.struct),
                 positions.ctypes.data + 12 * done,
-                len(positions) - done,
+                min(together, len(positions) - done),
                 number + done,
                 ctypes.byref(why),
             )
             events.events.count = events.struct.count
             if why.value == native.GROW:
                 events.events.grow()
+            elif time.perf_counter() - start < SECONDS / 4:
+                together *= 4
         self._take_spare_arrays()
         self.gpu.changes += self.struct.stores
         self.gpu.executed_instructions += self.struct.executed

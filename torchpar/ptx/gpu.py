@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Global memory of a stand-in for a GPU, and launches of PTX kernels on it."""
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from random import Random
 from typing import Any
 
@@ -21,6 +22,7 @@ from torchpar.ptx import (  # noqa: F401
 )
 from torchpar.ptx.blocks import Blocks
 from torchpar.ptx.copies import COPIES_NEED_FENCE
+from torchpar.ptx.cores import LEAST_SECONDS, run_on_all_cores
 from torchpar.ptx.counters import Counts
 from torchpar.ptx.machine import LIMIT, Block, Schedule, decode
 from torchpar.ptx.memory import Allocation, Events, Space
@@ -30,6 +32,10 @@ from torchpar.ptx.trace import Trace
 
 # The memory of the launches has addresses that no process has; between allocations are gaps.
 FIRST_ADDRESS, GAP = 2**56, 2**20
+
+
+def _blocks(gpu: "Gpu", position: tuple[int, ...]) -> Blocks:
+    return Blocks(Block(gpu, position, 0), COPIES_NEED_FENCE)
 
 
 @lru_cache(8)
@@ -129,9 +135,9 @@ class Gpu:
             before = self.changes, started
             is_full = started == count or len(resident) >= self.resident_blocks
             if not is_full and blocks is None and self._can_run_blocks(started):
-                blocks = Blocks(Block(self, positions[started], started), COPIES_NEED_FENCE)
+                blocks = _blocks(self, positions[started])
             if not is_full and blocks is not None and blocks.works:
-                started += blocks.run(as_array[started:], started)
+                started += self._run_blocks(blocks, as_array[started:], started)
                 is_full = started == count
                 if is_full and not resident:
                     break
@@ -156,6 +162,24 @@ class Gpu:
                 if started < count:
                     reason += f"; {count - started} programs wait for a place on the GPU"
                 raise PtxError(block.spin_line, reason, "deadlock")
+
+    def _run_blocks(self, blocks: Blocks, positions: Any, number: int) -> int:
+        """Let the core execute blocks as a whole, and return how many."""
+        if len(positions) < 4 or not blocks.program.is_for_cores:
+            return blocks.run(positions, number)
+        # The first blocks say how long the others will take.
+        start = time.perf_counter()
+        first = blocks.run(positions[:2], number)
+        left = (time.perf_counter() - start) / 2 * (len(positions) - 2)
+        if first < 2:
+            return first
+        if left > LEAST_SECONDS:
+            make = partial(_blocks, position=tuple(positions[2].tolist()))
+            was_possible = run_on_all_cores(self, positions[2:], number + 2, make)
+            if was_possible:
+                return len(positions)
+            blocks.program.is_for_cores = was_possible is None
+        return 2 + blocks.run(positions[2:], number + 2)
 
     def _can_run_blocks(self, started: int) -> bool:
         """Whether the core may execute the next blocks as a whole."""

@@ -223,6 +223,7 @@ class Program:
         self.specials: dict[tuple[str, int], int] = {}  # rows by name and width
         self.instructions = (_Instruction * len(kernel.instructions))()
         self.is_for_blocks = not kernel.local_bytes  # for blocks.c, as far as is known
+        self.is_for_cores = True  # for cores.py, as far as is known
         self._tables: list[Any] = []  # of registers, which the instructions point to
         slots, _ = kernel.slots
         for code, i, slot in zip(self.instructions, kernel.instructions, slots, strict=True):
