@@ -18,7 +18,6 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
-from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 from weakref import WeakKeyDictionary
@@ -38,6 +37,7 @@ from torchpar.ptx import gpu, tensors
 from torchpar.ptx.limits import Limits
 from torchpar.ptx.machine import SCHEDULES, Schedule
 from torchpar.ptx.memory import GIVEN, LARGEST_UNIT, UNWRITTEN, Allocation, Space
+from torchpar.ptx.native import cache_folder, writable
 from torchpar.ptx.parse import PtxError
 from torchpar.ptx.report import Fault, Kind, Launch, Report, moved
 from torchpar.ptx.trace import Trace
@@ -303,6 +303,17 @@ class Emulator(gpu.Gpu):
     ) -> None:
         self._name, self._file, started = launch.kernel, file, time.perf_counter()
         self._before.clear()
+        last = self.counts
+        try:
+            self._execute(launch, parameters)
+        except BaseException:  # such as KeyboardInterrupt: an interrupted launch is shown, too
+            if self.counts is not last:
+                self._end(launch, started)
+            raise
+        self._keep_unwritten()
+        self._end(launch, started)
+
+    def _execute(self, launch: Launch, parameters: Callable[[], list[int]]) -> None:
         for number, schedule in enumerate(self.schedules):
             self.schedule, self.printed = schedule, []
             self._saves = number == 0 and len(self.schedules) > 1
@@ -318,11 +329,13 @@ class Emulator(gpu.Gpu):
                 self.launch(launch.ptx, values, launch.grid, launch.shared)
             except PtxError as e:
                 self._note("error", e.name, e.line, e.reason, e.program)
-            if number == 0:
-                launch.counts, launch.file = self.counts, file
-            launch.instructions += self.executed_instructions
-            launch.printed = self.printed
-        self._keep_unwritten()
+            finally:
+                if number == 0:
+                    launch.counts, launch.file = self.counts, self._file
+                launch.instructions += self.executed_instructions
+                launch.printed = self.printed
+
+    def _end(self, launch: Launch, started: float) -> None:
         launch.seconds = time.perf_counter() - started
         self.launches.append(launch)
 
@@ -414,6 +427,11 @@ class Launcher:
                 f"num_ctas is {metadata.num_ctas}, expected 1: clusters of programs are not "
                 "emulated; launch with num_ctas=1"
             )
+        if min(x, y, z) < 0:
+            raise ValueError(
+                f"the grid is {(x, y, z)}, expected no negative number; give the number of "
+                "programs in each dimension"
+            )
         if max(y, z) > LARGEST_GRID_YZ:
             raise ValueError(
                 f"the grid is {(x, y, z)}, expected at most {LARGEST_GRID_YZ:,} programs in its "
@@ -446,10 +464,14 @@ class Launcher:
                 values.append(emulator.allocate(what, total).base if total else 0)
             return values
 
+        if enter is not None:
+            enter(launch_metadata)
         if x * y * z:
             function = getattr(self.source.fn, "fn", None)
             code = getattr(function, "__code__", None)
             emulator.run(launch, parameters, code.co_filename if code else "")
+        if leave is not None:
+            leave(launch_metadata)
 
 
 def _flatten(
@@ -725,15 +747,17 @@ def emulate(
         traces: record the first program of each kernel, for the pictures of the report's page.
 
     Raises:
-        ValueError: another architecture or schedule.
+        ValueError: another architecture or schedule, or no multiprocessors.
     """
     if arch not in ARCHITECTURES:
         raise ValueError(f"arch is {arch!r}, expected one of {', '.join(ARCHITECTURES)}")
     if schedules not in ("one", "all"):
         raise ValueError(f"schedules is {schedules!r}, expected 'one' or 'all'")
+    if type(multiprocessors) is not int or multiprocessors < 1:
+        raise ValueError(f"multiprocessors is {multiprocessors!r}, expected an integer from 1 on")
     chosen = SCHEDULES if schedules == "all" else SCHEDULES[:1]
     emulator = Emulator(arch, chosen, multiprocessors, traces)
-    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "torchpar" / "ptx"
+    folder = writable(cache_folder("ptx"))
     before = active_driver._active
     with ExitStack() as stack:
         for name, value in (("TRITON_CACHE_DIR", str(folder)), ("TRITON_DEFAULT_FP_FUSION", "1")):

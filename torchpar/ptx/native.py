@@ -6,16 +6,19 @@ to `machine`. Without a C compiler `machine` executes all of them. TORCHPAR_PTX=
 effect.
 """
 
+import atexit
 import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 import weakref
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -148,13 +151,14 @@ def library() -> ctypes.CDLL | None:
     """Return the compiled core, or None where Python executes everything."""
     if os.environ.get("TORCHPAR_PTX") == "python":
         return None
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
-    path = _path(compiler or "")
-    if not path.exists() and (compiler is None or not _build(compiler, path)):
-        message = "torchpar.ptx: no core in C, so that Python executes all instructions, slowly"
-        print(message, file=sys.stderr, flush=True)
+    try:
+        compiler = _compiler()
+        path = _path(" ".join(compiler))
+        core = ctypes.CDLL(str(_kept(path) or _build(compiler, path)))
+    except (OSError, ValueError) as e:
+        message = f"no core in C, so that Python executes all instructions, slowly: {e}"
+        print(f"torchpar.ptx: {message}", file=sys.stderr, flush=True)
         return None
-    core = ctypes.CDLL(str(path))
     core.run.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32)
     core.function_of.restype = ctypes.c_void_p
     core.read_copies.argtypes = core.write_copies.argtypes = (ctypes.c_void_p,)
@@ -183,34 +187,115 @@ def library() -> ctypes.CDLL | None:
     return core
 
 
+def cache_folder(name: str) -> Path:
+    """Return where the user's cache has ``name`` of torchpar, by the XDG specification.
+
+    It ignores XDG_CACHE_HOME if that is empty or relative.
+    """
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    for folder in (given, os.path.expanduser("~/.cache")):
+        if os.path.isabs(folder):
+            return Path(folder) / "torchpar" / name
+    return Path("/.cache/torchpar") / name  # a user without a home, as of some containers
+
+
+@lru_cache(None)
+def writable(folder: Path) -> Path:
+    """Return a folder of the cache, or a temporary one if that cannot be written, and say so."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):  # os.access is always true for root
+            return folder
+    except OSError as e:
+        made = tempfile.mkdtemp(prefix="torchpar-")
+        atexit.register(_remove, made, os.getpid())
+        reason = f"{folder} cannot be written ({e.strerror}), so that nothing is kept in it"
+        advice = "set XDG_CACHE_HOME to a folder that can be written"
+        print(f"torchpar.ptx: {reason}; {advice}", file=sys.stderr, flush=True)
+        return Path(made)
+
+
+def _remove(folder: str, process: int) -> None:
+    if os.getpid() == process:  # and not a fork of it
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _compiler() -> list[str]:
+    """Return the command of the C compiler, which CC may give with flags or a launcher.
+
+    Raises:
+        ValueError: there is none.
+    """
+    given = os.environ.get("CC", "")
+    try:
+        command = shlex.split(given)
+    except ValueError as e:
+        raise ValueError(f"CC is {given!r}, expected a command ({e})") from None
+    found = shutil.which("cc") or shutil.which("gcc")
+    if not command and found is None:
+        raise ValueError("there is no C compiler, cc or gcc; install one, or set CC")
+    return command or [str(found)]
+
+
 def _path(compiler: str) -> Path:
-    """Return where the core is kept, by its source and the machine's processor."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "torchpar" / "core"
+    """Return where the core is kept, by its source and the machine's processor.
+
+    Its file's name has the hash of its content, too, between this name and its suffix.
+    """
     features = ""
     if (info := Path("/proc/cpuinfo")).exists():
         lines = info.read_text().splitlines()
         features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     texts = (source.read_text("utf-8") for source in SOURCES)
     told = "\n".join([*texts, compiler, platform.machine(), features, *FLAGS])
-    return cache / f"core-{hashlib.sha256(told.encode()).hexdigest()[:16]}.so"
+    return cache_folder("core") / f"core-{_hash(told.encode())}.so"
 
 
-def _build(compiler: str, path: Path) -> bool:
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _with_hash(path: Path, content: str) -> Path:
+    return path.with_name(f"{path.stem}-{content}{path.suffix}")
+
+
+def _kept(path: Path) -> Path | None:
+    """Return the core of the cache, if its content is what was built: other files may crash."""
+    for one in sorted(path.parent.glob(_with_hash(path, "*").name)):
+        try:
+            if _with_hash(path, _hash(one.read_bytes())) == one:
+                return one
+        except OSError:  # it cannot be read, or another process has removed it
+            continue
+        with suppress(OSError):
+            one.unlink()
+    return None
+
+
+def _build(compiler: list[str], path: Path) -> Path:
+    """Compile the core, and keep it in the cache.
+
+    Raises:
+        OSError: the compiler cannot be executed, or fails, or the core cannot be written.
+    """
     print("torchpar.ptx: compiles its core, once", file=sys.stderr, flush=True)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            made = Path(folder) / path.name
-            command = [compiler, *FLAGS, "-o", str(made), str(SOURCES[0]), "-lm"]
-            subprocess.run(command, capture_output=True, text=True, check=True)
-            made.replace(path)  # at once, for other processes that look for it
-    except OSError as e:  # no compiler of this name, or a folder that cannot be written
-        print(f"torchpar.ptx: {e}", file=sys.stderr)
-        return False
-    except subprocess.CalledProcessError as e:
-        print(e.stderr, file=sys.stderr)
-        return False
-    return True
+    # In the system's folder, so that a build that is killed leaves nothing in the cache.
+    with tempfile.TemporaryDirectory(prefix="torchpar-") as folder:
+        made = Path(folder) / path.name
+        command = [*compiler, *FLAGS, "-o", str(made), str(SOURCES[0]), "-lm"]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        if done.returncode or not made.exists():
+            lines = done.stderr.strip().splitlines()
+            said = next((line for line in lines if "error" in line), lines[-1] if lines else "")
+            status = f"`{shlex.join(compiler)}` ends with status {done.returncode} and no core"
+            raise OSError(f"{status}: {said}" if said else status)
+        content = made.read_bytes()
+    kept = _with_hash(writable(path.parent) / path.name, _hash(content))
+    with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
+        whole = Path(folder) / kept.name
+        whole.write_bytes(content)
+        whole.replace(kept)  # at once, for other processes that look for it
+    return kept
 
 
 class Program:
