@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: MIT
+"""Ways to run the emulator: the cache, the command, pytest's plugin, and scripts that say "cuda".
+
+Here are the ways that people use wrongly, or otherwise than `test_emulate` does.
+"""
+
+import os
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from torchpar.ptx import emulate, native
+
+pytest_plugins = ["pytester"]
+
+
+@triton.jit
+def double(x, out, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(out + i, 2 * tl.load(x + i))
+
+
+# The cache
+
+
+@pytest.fixture
+def compiler(tmp_path, monkeypatch):
+    """A command that "compiles" in no time, by copying the core; each call is noted."""
+    core = native.library()
+    if core is None:
+        pytest.skip("no C compiler, or TORCHPAR_PTX=python")
+    script, calls = tmp_path / "cc.sh", tmp_path / "calls"
+    script.write_text(
+        f"""echo call >>'{calls}'
+        while [ "$1" != -o ]; do shift; done
+        cp '{core._name}' "$2"
+        """
+    )
+    monkeypatch.setenv("CC", f"sh '{script}' -O2")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return lambda: len(calls.read_text().splitlines())
+
+
+DAMAGES = {
+    "empty": lambda core: core.write_bytes(b""),
+    "garbage": lambda core: core.write_bytes(b"garbage" * 999),
+    "truncated": lambda core: core.write_bytes(core.read_bytes()[:4096]),
+    "another": lambda core: core.write_bytes(core.read_bytes() + b"\0"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_core_is_built_anew(damage, compiler, tmp_path):
+    cores = tmp_path / "cache" / "torchpar" / "core"
+    assert native.library.__wrapped__() is not None
+    assert native.library.__wrapped__() is not None
+    assert compiler() == 1  # the second one is of the cache
+    (core,) = cores.iterdir()
+    whole = core.read_bytes()
+    core.unlink()  # this process has mapped it
+    core.write_bytes(whole)
+    DAMAGES[damage](core)
+    assert native.library.__wrapped__() is not None
+    assert compiler() == 2
+    (core,) = cores.iterdir()
+    assert core.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    "command, said",
+    [
+        ("/bin/false", "`/bin/false` ends with status 1 and no core"),
+        ("/bin/true", "`/bin/true` ends with status 0 and no core"),
+        ("no-such-compiler -O2", "No such file or directory: 'no-such-compiler'"),
+        ("gcc 'x", "CC is \"gcc 'x\", expected a command (No closing quotation)"),
+        ("sh -c 'echo one >&2; echo an error: two >&2; exit 3'", "no core: an error: two"),
+    ],
+)
+def test_without_a_core_one_line_says_why(command, said, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("CC", command)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert native.library.__wrapped__() is None
+    *others, line = capfd.readouterr().err.splitlines()
+    assert line.startswith("torchpar.ptx: no core in C, so that Python executes")
+    assert line.endswith(said)
+    assert others in ([], ["torchpar.ptx: compiles its core, once"])
+    assert not list(tmp_path.rglob("core*/*"))
+
+
+@pytest.mark.parametrize("given", ["", "relative", None])
+def test_a_cache_that_is_no_absolute_path_is_ignored(given, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    if given is None:
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    else:
+        monkeypatch.setenv("XDG_CACHE_HOME", given)
+    with emulate():
+        assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / ".cache" / "torchpar" / "ptx")
+
+
+def test_a_cache_that_cannot_be_written_is_replaced(compiler, tmp_path, monkeypatch, capfd):
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(file))
+    assert native.library.__wrapped__() is not None
+    x, out = torch.ones(32), torch.empty(32)
+    with emulate() as gpu:
+        double[(1,)](x, out, BLOCK=32)
+    assert out.tolist() == [2.0] * 32
+    assert gpu.faults == []
+    lines = [line for line in capfd.readouterr().err.splitlines() if "cannot be written" in line]
+    assert len(lines) == 2  # for the core, and for Triton's cache
+    assert f"{file}/torchpar/ptx cannot be written (Not a directory)" in lines[1]
+
+
+# Launches
+
+
+@pytest.mark.parametrize("number", [0, -1, "a", 1.5])
+def test_a_number_of_multiprocessors_is_checked(number):
+    with pytest.raises(ValueError, match=r"multiprocessors is .*, expected an integer from 1 on"):
+        emulate(multiprocessors=number).__enter__()
+
+
+def test_a_negative_grid_is_refused():
+    x = torch.ones(32)
+    with emulate() as gpu, pytest.raises(ValueError, match="expected no negative number"):
+        double[(-1,)](x, x, BLOCK=32)
+    assert gpu.launches == []
+
+
+def test_hooks_of_launches_are_called(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        triton.knobs.runtime, "launch_enter_hook", lambda data: calls.append(data.get()["name"])
+    )
+    monkeypatch.setattr(
+        triton.knobs.runtime, "launch_exit_hook", lambda data: calls.append(data.get()["stream"])
+    )
+    x = torch.ones(32)
+    with emulate():
+        double[(1,)](x, torch.empty(32), BLOCK=32)
+    assert calls == ["double", 0]
