@@ -4,17 +4,19 @@
 Here are the ways that people use wrongly, or otherwise than `test_emulate` does.
 """
 
+import gc
 import os
+import signal
 import sys
 import textwrap
-from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 import triton
 import triton.language as tl
 
-from torchpar.ptx import emulate, native
+from torchpar.ptx import command, emulate, gpu, native
 
 pytest_plugins = ["pytester"]
 
@@ -77,7 +79,7 @@ def test_a_damaged_core_is_built_anew(damage, compiler, tmp_path):
         ("/bin/false", "`/bin/false` ends with status 1 and no core"),
         ("/bin/true", "`/bin/true` ends with status 0 and no core"),
         ("no-such-compiler -O2", "No such file or directory: 'no-such-compiler'"),
-        ("gcc 'x", "CC is \"gcc 'x\", expected a command (No closing quotation)"),
+        ("gcc 'x", 'CC is "gcc \'x", expected a command (No closing quotation)'),
         ("sh -c 'echo one >&2; echo an error: two >&2; exit 3'", "no core: an error: two"),
     ],
 )
@@ -146,3 +148,107 @@ def test_hooks_of_launches_are_called(monkeypatch):
     with emulate():
         double[(1,)](x, torch.empty(32), BLOCK=32)
     assert calls == ["double", 0]
+
+
+# The command
+
+KERNEL = """
+    import os, signal, sys, threading, time
+    import torch, triton, triton.language as tl
+
+    @triton.jit
+    def copy(x, out, n, BLOCK: tl.constexpr):
+        i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        tl.store(out + i, tl.load(x + i), mask=i < n)
+"""
+WRONG = "copy[(2,)](torch.ones(100), torch.empty(100), 100, BLOCK=64)"
+
+
+@pytest.fixture
+def script(tmp_path):
+    """A function that writes a script, with a kernel before it."""
+
+    def write(text: str) -> str:
+        path = tmp_path / "script.py"
+        path.write_text(textwrap.dedent(KERNEL) + textwrap.dedent(text))
+        return str(path)
+
+    return write
+
+
+def test_the_report_lies_where_the_command_was_given(script, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "other"
+    folder.mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert command.main(["--report", "r.html", script(f"os.chdir('other')\n{WRONG}")]) == 1
+    assert "out of bounds in copy" in (tmp_path / "r.html").read_text("utf-8")
+    assert list(folder.iterdir()) == []
+
+
+def test_a_report_overwrites_no_other_file_than_a_page(script, tmp_path, capsys):
+    good = tmp_path / "good.py"
+    good.write_text("precious")
+    with pytest.raises(SystemExit, match="2"):
+        command.main([f"--report={good}", script("")])
+    assert f"{good} exists, and is no page; name a file that ends in .html" in (
+        capsys.readouterr().err
+    )
+    assert good.read_text() == "precious"
+
+
+def test_only_the_script_is_required(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        command.main([])
+    assert capsys.readouterr().err.endswith("the following arguments are required: script\n")
+
+
+@pytest.mark.parametrize("name, status", [("SIGINT", 130), ("SIGTERM", 143)])
+def test_an_interrupted_launch_is_shown(name, status, script, capsys, monkeypatch):
+    turns = gpu.Block.turns
+
+    def interrupted(block):
+        if block.position == (1, 0, 0):
+            signal.raise_signal(signal.Signals[name])
+        return turns(block)
+
+    monkeypatch.setattr(gpu.Block, "turns", interrupted)
+    monkeypatch.setattr(native, "library", lambda: None)
+    try:
+        found = command.main(["--counters", script(WRONG)])
+    except SystemExit as e:
+        found = e.code
+    assert found == status
+    printed = capsys.readouterr().out
+    assert "copy[2×1×1] for sm_90" in printed
+    assert "launches: 1; 0 errors" in printed
+    assert "no kernel was launched" not in printed
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_fork_of_the_script_is_terminated_as_without_the_command(script, capfd):
+    text = """
+        ready, started = os.pipe()
+        child = os.fork()
+        if not child:
+            os.write(started, b"1")
+            time.sleep(60)
+            os._exit(0)
+        os.read(ready, 1)
+        os.kill(child, signal.SIGTERM)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    """
+    assert command.main([script(text)]) == 0
+    assert capfd.readouterr().out.startswith(f"{-signal.SIGTERM}\n")
+
+
+def test_kernels_end_without_a_driver():
+    def launch():
+        kernel = triton.JITFunction(double.fn)
+        with emulate():
+            kernel[(1,)](torch.ones(32), torch.empty(32), BLOCK=32)
+
+    with patch.object(sys, "unraisablehook") as hook:
+        launch()
+        gc.collect()
+    assert hook.call_args_list == []

@@ -4,10 +4,13 @@
 import argparse
 import os
 import runpy
+import signal
 import sys
-from collections.abc import Sequence
-from contextlib import nullcontext
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from torchpar.ptx.cuda import cuda_is_cpu
 from torchpar.ptx.driver import ARCHITECTURES, emulate
@@ -35,18 +38,22 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--counters", action="store_true", help="print what each launch does")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write the report as a page")
     parser.add_argument("script", type=Path)
-    parser.add_argument("flags", nargs=argparse.REMAINDER, help="the script's own")
+    flags = parser.add_argument("flags", nargs=argparse.REMAINDER, help="the script's own")
+    flags.required = False  # or a message says that it is
     options = parser.parse_args(arguments)
     if not options.script.is_file():
         parser.error(f"{options.script} is no file; name a Python script")
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         parser.error("TRITON_INTERPRET is set, so that kernels are not compiled; unset it")
-    if options.report is not None and (
-        options.report.is_dir() or not options.report.resolve().parent.is_dir()
-    ):
-        parser.error(f"--report {options.report} cannot be written; name a file in a folder")
+    if options.report is not None:
+        if fault := _fault_of(options.report):
+            parser.error(f"--report {options.report} {fault}")
+        options.report = options.report.resolve()  # the script may change the folder
     before = sys.argv, list(sys.path)
-    with emulate(options.arch, options.schedules, traces=options.report is not None) as gpu:
+    with (
+        _terminable(),
+        emulate(options.arch, options.schedules, traces=options.report is not None) as gpu,
+    ):
         try:
             sys.argv = [str(options.script), *options.flags]
             sys.path.insert(0, str(options.script.resolve().parent))
@@ -63,6 +70,38 @@ def main(arguments: Sequence[str]) -> int:
     report = gpu.report()
     _show(report, options)
     return int(bool(report.errors))
+
+
+def _fault_of(page: Path) -> str:
+    """Return what is wrong with a page's name, and what to do; "" if nothing is."""
+    if page.is_dir() or not page.resolve().parent.is_dir():
+        return "cannot be written; name a file in a folder"
+    if page.is_file() and page.suffix.lower() not in (".html", ".htm"):
+        return "exists, and is no page; name a file that ends in .html"
+    return ""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM end the script as an exception does, so that the report is shown."""
+    process = os.getpid()
+
+    def end(number: int, frame: Any) -> None:
+        if os.getpid() == process:
+            sys.exit(128 + number)
+        signal.signal(number, signal.SIG_DFL)  # a fork of the script, which has no report
+        os.kill(os.getpid(), number)
+
+    is_main = threading.current_thread() is threading.main_thread()  # others may set no handler
+    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGTERM) is end:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _show(report: Report, options: argparse.Namespace) -> None:

@@ -18,6 +18,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
+from functools import lru_cache
 from typing import Any, NamedTuple
 from unittest.mock import patch
 from weakref import WeakKeyDictionary
@@ -30,6 +31,7 @@ from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.backends.nvidia.compiler import CUDABackend
+from triton.compiler import CompiledKernel
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.driver import driver as active_driver
 
@@ -726,6 +728,19 @@ def _tuned(emulator: Emulator, run: Callable[..., Any]) -> Callable[..., Any]:
     return tuned
 
 
+@lru_cache(1)
+def _let_kernels_end() -> None:
+    """Let Triton forget kernels of an emulator also when it has no driver, or that of a GPU."""
+    unload = CompiledKernel.__del__
+
+    def forget(kernel: Any) -> None:
+        if isinstance(kernel.function, Module):
+            kernel.module = None  # nothing was loaded
+        unload(kernel)
+
+    CompiledKernel.__del__ = forget
+
+
 def _set_variable(name: str, value: str | None) -> None:
     if value is None:
         os.environ.pop(name, None)
@@ -759,6 +774,7 @@ def emulate(
     emulator = Emulator(arch, chosen, multiprocessors, traces)
     folder = writable(cache_folder("ptx"))
     before = active_driver._active
+    _let_kernels_end()
     with ExitStack() as stack:
         for name, value in (("TRITON_CACHE_DIR", str(folder)), ("TRITON_DEFAULT_FP_FUSION", "1")):
             stack.callback(_set_variable, name, os.environ.get(name))
