@@ -15,6 +15,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from commands import ROOT
 
 from torchpar.ptx import command, emulate, gpu, native
 
@@ -252,3 +253,95 @@ def test_kernels_end_without_a_driver():
         launch()
         gc.collect()
     assert hook.call_args_list == []
+
+
+# The plugin of pytest
+
+
+def plugged(pytester, tests: str, *flags: str):
+    """The outcome of tests, with a kernel before them."""
+    pytester.makepyfile(f"import pytest, unittest\n{textwrap.dedent(KERNEL)}{tests}")
+    pytester.makeini(f"[pytest]\npythonpath = {ROOT}\nfilterwarnings = error")
+    return pytester.runpytest_inprocess("-p", "torchpar.ptx.pytest", "--ptx=sm_90", *flags)
+
+
+FIXTURES = """
+def launch(n):
+    x, out = torch.ones(n, device="cpu"), torch.empty(n, device="cpu")
+    copy[(2,)](x, out, n, BLOCK=64)
+    return out
+
+@pytest.fixture(scope="module")
+def of_module():
+    with torch.device("meta"):  # a mode, which is left in another test
+        yield launch(128)
+    launch(100)
+
+@pytest.fixture
+def wrong_setup():
+    return launch(100)
+
+@pytest.fixture
+def wrong_teardown():
+    yield
+    launch(100)
+
+def test_first(of_module):
+    assert of_module.tolist() == [1.0] * 128
+
+def test_setup(wrong_setup):
+    raise AssertionError("not reached")
+
+def test_teardown(wrong_teardown): ...
+
+@pytest.mark.xfail(strict=True)
+def test_same_fault_again():
+    launch(100)
+
+class TestOld(unittest.TestCase):
+    @unittest.expectedFailure
+    def test_expected(self):
+        launch(100)
+
+    def test_wrong(self):
+        launch(100)
+
+    def test_right(self):
+        launch(128)
+
+def test_last(of_module): ...
+"""
+
+
+def test_the_plugin_executes_kernels_of_fixtures(pytester):
+    found = plugged(pytester, FIXTURES, "-rA")
+    found.assert_outcomes(passed=4, failed=1, errors=3, xfailed=2)
+    said = found.stdout.str()
+    for line in (
+        "ERROR at setup of test_setup",
+        "ERROR at teardown of test_teardown",
+        "ERROR at teardown of test_last",
+        "TestOld.test_wrong",
+    ):
+        assert line in said
+    assert said.count("error: out of bounds in copy") >= 4
+
+
+def test_the_plugin_is_active_when_a_session_stops_early(pytester):
+    tests = """
+@pytest.fixture(scope="module")
+def of_module():
+    yield
+    x = torch.ones(128)
+    copy[(2,)](x, torch.empty(128), 128, BLOCK=64)
+    print("torn", "down")
+
+def test_first(of_module):
+    raise AssertionError("stop")
+
+def test_second(of_module): ...
+"""
+    found = plugged(pytester, tests, "-x", "-s")
+    found.assert_outcomes(failed=1)
+    assert "torn down" in found.stdout.str()
+    assert "active drivers" not in found.stdout.str() + found.stderr.str()

@@ -1,16 +1,23 @@
 # SPDX-License-Identifier: MIT
-"""Plugin of pytest that executes the launches of each test.
+"""Plugin of pytest that executes the launches of each test, and of its fixtures.
 
     pytest -p torchpar.ptx.pytest --ptx=sm_90
 
 A test fails if one of its kernels has an error. The warnings and notes are in the test's report.
+A fixture of a module or a session belongs to the test that sets it up, or that tears it down.
 """
 
-from collections.abc import Generator
+import unittest
+from collections.abc import Callable, Generator
+from contextlib import ExitStack
+from functools import wraps
+from inspect import iscoroutinefunction
+from typing import Any
 
 import pytest
 
-from torchpar.ptx.driver import ARCHITECTURES, emulate
+from torchpar.ptx.driver import ARCHITECTURES, Emulator, emulate
+from torchpar.ptx.report import Report
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -23,19 +30,87 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
-    """Run a test with an emulator."""
-    arch = item.config.getoption("--ptx")
-    if not arch:
-        return (yield)
-    with emulate(arch, item.config.getoption("--ptx-schedules")) as gpu:
+def pytest_configure(config: pytest.Config) -> None:
+    if arch := config.getoption("--ptx"):
+        hooks = _Hooks(arch, config.getoption("--ptx-schedules"))
+        config.pluginmanager.register(hooks, "torchpar.ptx.hooks")
+
+
+class _Phase:
+    """The setup, the call or the teardown of a test: what it launches, and the faults."""
+
+    def __init__(self, gpu: Emulator):
+        self.gpu, self.launches, self.faults = gpu, len(gpu.launches), len(gpu.faults)
+        self.checked = self.faults
+
+    def report(self) -> Report:
+        return Report(self.gpu.launches[self.launches :], self.gpu.faults[self.faults :])
+
+    def check(self) -> None:
+        """Fail for each error that no earlier check has failed for."""
+        errors = Report([], self.gpu.faults[self.checked :]).errors
+        self.checked = len(self.gpu.faults)
+        if errors:
+            pytest.fail("\n".join(map(str, errors)), pytrace=False)
+
+
+class _Hooks:
+    """Hooks of a session whose kernels are executed.
+
+    One emulator is active from the first test to the last one: a fixture of a module may enter a
+    mode of PyTorch in one test and leave it in another, and modes are left in reverse order.
+    """
+
+    def __init__(self, arch: str, schedules: str):
+        self.arch, self.schedules, self.active = arch, schedules, ExitStack()
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self) -> None:
+        self.gpu = self.active.enter_context(emulate(self.arch, self.schedules))
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_sessionfinish(self) -> Generator[None, object, object]:
+        with self.active:  # the last fixtures are torn down here, if the session was stopped
+            return (yield)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None, object, object]:
+        self.gpu.launches.clear()
+        self.gpu.faults.clear()
+        self.gpu._by_place.clear()  # or a fault of an earlier test would only be counted
+        return (yield from self._run(item, "setup", _Phase(self.gpu)))
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, object, object]:
+        phase = _Phase(self.gpu)
+        test = getattr(item, "obj", None)
+        is_of_unittest = isinstance(getattr(item, "instance", None), unittest.TestCase)
+        if is_of_unittest and callable(test) and not iscoroutinefunction(test):
+            item.obj = _checked(test, phase)  # type: ignore[attr-defined]
+        return (yield from self._run(item, "call", phase))
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_teardown(self, item: pytest.Item) -> Generator[None, object, object]:
+        return (yield from self._run(item, "teardown", _Phase(self.gpu)))
+
+    def _run(self, item: pytest.Item, when: str, phase: _Phase) -> Generator[None, object, object]:
         try:
             result = yield
         finally:
-            report = gpu.report()
+            report = phase.report()
             if report.faults:
-                item.add_report_section("call", "kernels", str(report))
-    if report.errors:
-        pytest.fail("\n".join(map(str, report.errors)), pytrace=False)
-    return result
+                item.add_report_section(when, "kernels", str(report))
+        phase.check()
+        return result
+
+
+def _checked(test: Callable[..., Any], phase: _Phase) -> Callable[..., Any]:
+    """Let a method of unittest fail itself, because `unittest.expectedFailure` asks it alone."""
+
+    @wraps(test)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        result = test(*args, **kwargs)
+        phase.check()
+        return result
+
+    return checked
