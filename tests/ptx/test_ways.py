@@ -5,10 +5,13 @@ Here are the ways that people use wrongly, or otherwise than `test_emulate` does
 """
 
 import gc
+import io
 import os
 import signal
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -18,6 +21,7 @@ import triton.language as tl
 from commands import ROOT
 
 from torchpar.ptx import command, emulate, gpu, native
+from torchpar.ptx.cuda import cuda_is_cpu
 
 pytest_plugins = ["pytester"]
 
@@ -345,3 +349,119 @@ def test_second(of_module): ...
     found.assert_outcomes(failed=1)
     assert "torn down" in found.stdout.str()
     assert "active drivers" not in found.stdout.str() + found.stderr.str()
+
+
+# Scripts that say "cuda"
+
+
+def product():
+    return torch.ones(4, 4, device="cuda") @ torch.ones(4, 4, device="cuda")
+
+
+def within(context, make):
+    with context:
+        return make()
+
+
+class AddOne(torch.autograd.Function):
+    """A function whose backward makes a tensor on the GPU."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad + torch.ones(4, device="cuda")
+
+
+def gradient(differentiate):
+    x = torch.ones(4, device="cuda", requires_grad=True)
+    return differentiate(AddOne.apply(x).sum(), x).tolist()
+
+
+def in_thread():
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(lambda: torch.ones(4, device="cuda").is_cuda).result()
+
+
+def loaded(place):
+    file = io.BytesIO()
+    torch.save({"x": torch.ones(4)}, file)
+    file.seek(0)
+    return torch.load(file, map_location=place)["x"].tolist()
+
+
+@torch.no_grad()
+def casts():
+    @torch.amp.custom_fwd(device_type="cuda", cast_inputs=torch.float16)
+    def forward(ctx, x):
+        return x.dtype
+
+    return forward(SimpleNamespace(), torch.ones(4, device="cuda"))
+
+
+def random_twice():
+    """A number from each of two forks of one state."""
+    forks = (torch.random.fork_rng(devices=["cuda"]) for _ in range(2))
+    return len({within(fork, lambda: torch.rand(1, device="cuda").item()) for fork in forks})
+
+
+def recorded(stream):
+    event = stream.record_event()
+    event.wait(stream)
+    stream.wait_event(event)
+    torch.ones(4, device="cuda").record_stream(stream)
+    return stream.query() and event.query()
+
+
+AS_ON_CUDA = {
+    "autocast": (lambda: within(torch.autocast("cuda"), product).dtype, torch.float16),
+    "autocast by name": (
+        lambda: within(torch.amp.autocast(device_type="cuda", dtype=torch.bfloat16), product).dtype,
+        torch.bfloat16,
+    ),
+    "no autocast": (lambda: within(torch.autocast("cuda", enabled=False), product).dtype, None),
+    "autocast is enabled": (
+        lambda: within(torch.autocast("cuda"), lambda: torch.is_autocast_enabled("cuda")),
+        True,
+    ),
+    "cast inputs": (lambda: within(torch.autocast("cuda"), casts), torch.float16),
+    "backward": (lambda: gradient(lambda y, x: y.backward() or x.grad), [2.0] * 4),
+    "grad": (lambda: gradient(lambda y, x: torch.autograd.grad(y, x)[0]), [2.0] * 4),
+    "threads": (in_thread, True),
+    "streams": (lambda: recorded(torch.cuda.Stream()), True),
+    "capturing": (lambda: torch.cuda.is_current_stream_capturing(), False),
+    "memory": (lambda: torch.cuda.mem_get_info(), (80 * 2**30, 80 * 2**30)),
+    "text": (lambda: type(torch.cuda.memory_summary()), str),
+    "resets": (lambda: torch.cuda.reset_max_memory_allocated(), None),
+    "seeds": (lambda: (torch.cuda.manual_seed_all(3), torch.cuda.initial_seed()), (None, 3)),
+    "states": (lambda: torch.cuda.set_rng_state(torch.cuda.get_rng_state()), None),
+    "forks": (random_twice, 1),
+    "pinned factories": (lambda: torch.ones(4, pin_memory=True).tolist(), [1.0] * 4),
+    "load": (lambda: loaded("cuda"), [1.0] * 4),
+    "load to a device": (lambda: loaded(torch.device("cuda", 0)), [1.0] * 4),
+    "load by a table": (lambda: loaded({"cpu": "cuda:0"}), [1.0] * 4),
+    "accelerator": (lambda: torch.accelerator.synchronize(), None),
+    "type": (lambda: torch.ones(4).type("torch.cuda.HalfTensor").dtype, torch.float16),
+    "types": (lambda: torch.ones(4).type(torch.cuda.HalfTensor).dtype, torch.float16),
+    "index": (lambda: torch.ones(4, device="cuda").get_device(), 0),
+}
+
+
+@pytest.mark.parametrize("name", AS_ON_CUDA)
+def test_what_scripts_do_with_cuda(name):
+    call, expected = AS_ON_CUDA[name]
+    with emulate() as gpu, cuda_is_cpu(gpu):
+        found = call()
+    assert found == (torch.float32 if name == "no autocast" else expected)
+
+
+def test_afterwards_cuda_is_as_before():
+    before = [*vars(torch.cuda).items(), *vars(torch.Tensor).items(), *vars(torch).items()]
+    with emulate() as gpu, cuda_is_cpu(gpu):
+        product()
+    after = [*vars(torch.cuda).items(), *vars(torch.Tensor).items(), *vars(torch).items()]
+    assert [a for a, b in zip(before, after, strict=True) if a[1] is not b[1]] == []
+    with torch.autocast("cpu"):
+        assert not torch.is_autocast_enabled("cuda")

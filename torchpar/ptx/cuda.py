@@ -7,11 +7,13 @@ with cuda_is_cpu(gpu):
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch.autograd import graph
 from torch.overrides import TorchFunctionMode
 
 from torchpar.ptx.driver import SHARED_BYTES, Emulator
@@ -28,9 +30,24 @@ def _on_cpu(value: Any) -> Any:
     """Return the CPU for a CUDA device, by whatever name; other values unchanged."""
     if isinstance(value, str) and value.partition(":")[0] == "cuda":
         return "cpu"
+    if isinstance(value, str) and value.startswith("torch.cuda."):  # such as torch.cuda.FloatTensor
+        return value.replace("torch.cuda.", "torch.")
     if isinstance(value, torch.device) and value.type == "cuda":
         return torch.device("cpu")
     return value
+
+
+def _unchanged(t: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return t
+
+
+# What functions do of which only a GPU has something to do.
+INSTEAD: dict[Any, Callable[..., Any]] = {
+    torch.Tensor.is_cuda.__get__: lambda t: True,  # type: ignore[attr-defined]
+    torch.Tensor.get_device: lambda t: 0,
+    torch.Tensor.cuda: _unchanged,
+    torch.Tensor.pin_memory: _unchanged,
+}
 
 
 class _OnCpu(TorchFunctionMode):
@@ -39,17 +56,14 @@ class _OnCpu(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func == torch.Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
-            return True
-        if func == torch.Tensor.cuda:
-            return args[0]
+        if func in INSTEAD:
+            return INSTEAD[func](*args, **(kwargs or {}))
         given = {name: _on_cpu(value) for name, value in (kwargs or {}).items()}
+        given.pop("pin_memory", None)  # of a factory
         if isinstance(given.get("device"), int):
             given["device"] = "cpu"
         if func == torch.Tensor.to and len(args) > 1 and type(args[1]) is int:
             args = (args[0], "cpu", *args[2:])
-        if func == torch.Tensor.pin_memory:
-            return args[0]
         return func(*map(_on_cpu, args), **given)
 
 
@@ -60,10 +74,16 @@ class _Generator(torch.Generator):
         return super().__new__(cls, device=_on_cpu(device))  # type: ignore[call-arg]  # its stub has no arguments
 
 
+def _always(value: Any) -> Callable[..., Any]:
+    return lambda *args, **kwargs: value
+
+
 class _Stream:
     """A stream of a device that does everything at once."""
 
-    cuda_stream = 0
+    cuda_stream = stream_id = priority = 0
+    synchronize = wait_stream = wait_event = _always(None)
+    query = _always(True)
 
     def __init__(self, *args: Any, **kwargs: Any): ...
 
@@ -72,18 +92,18 @@ class _Stream:
 
     def __exit__(self, *error: object) -> None: ...
 
-    def synchronize(self) -> None: ...
+    def record_event(self, event: Any = None) -> Any:
+        return event or _Event()
 
-    def wait_stream(self, other: Any) -> None: ...
 
+class _Event:
+    """An event that has happened; no time passes between two of them."""
 
-class _Event(_Stream):
-    """An event; no time passes between two of them."""
+    record = wait = synchronize = _always(None)
+    query = _always(True)
+    elapsed_time = _always(1e-3)
 
-    def record(self, stream: Any = None) -> None: ...
-
-    def elapsed_time(self, other: Any) -> float:
-        return 1e-3
+    def __init__(self, *args: Any, **kwargs: Any): ...
 
 
 def _answers(emulator: Emulator) -> dict[str, Any]:
@@ -104,34 +124,152 @@ def _answers(emulator: Emulator) -> dict[str, Any]:
         L2_cache_size=L2_CACHE[emulator.capability],
         gcnArchName="",
     )
-
-    def always(value: Any) -> Callable[..., Any]:
-        return lambda *args, **kwargs: value
-
+    memory = MEMORY[emulator.capability]
     return {
-        "is_available": always(True),
-        "device_count": always(1),
-        "current_device": always(0),
-        "get_device_capability": always((major, minor)),
-        "get_device_name": always(properties.name),
-        "get_device_properties": always(properties),
-        "set_device": always(None),
-        "synchronize": always(None),
-        "empty_cache": always(None),
-        "is_bf16_supported": always(True),
-        "memory_allocated": always(0),
-        "max_memory_allocated": always(0),
-        "memory_reserved": always(0),
-        "reset_peak_memory_stats": always(None),
-        "manual_seed": lambda seed: torch.manual_seed(seed) and None,
-        "current_stream": always(_Stream()),
-        "default_stream": always(_Stream()),
-        "stream": lambda stream: nullcontext(),
+        "is_available": _always(True),
+        "is_initialized": _always(True),
+        "init": _always(None),
+        "_lazy_init": _always(None),
+        "device_count": _always(1),
+        "current_device": _always(0),
+        "set_device": _always(None),
         "device": lambda device: nullcontext(),
+        "get_device_capability": _always((major, minor)),
+        "get_device_name": _always(properties.name),
+        "get_device_properties": _always(properties),
+        "get_arch_list": _always([emulator.arch]),
+        "is_bf16_supported": _always(True),
+        "synchronize": _always(None),
+        # Memory
+        "empty_cache": _always(None),
+        "ipc_collect": _always(None),
+        "mem_get_info": _always((memory, memory)),
+        "memory_allocated": _always(0),
+        "max_memory_allocated": _always(0),
+        "memory_reserved": _always(0),
+        "max_memory_reserved": _always(0),
+        "memory_stats": lambda *args: {},
+        "memory_summary": _always("the memory is the CPU's"),
+        "reset_peak_memory_stats": _always(None),
+        "reset_accumulated_memory_stats": _always(None),
+        "reset_max_memory_allocated": _always(None),
+        "reset_max_memory_cached": _always(None),
+        # Random numbers, which are the CPU's
+        "manual_seed": lambda seed: torch.default_generator.manual_seed(seed) and None,
+        "manual_seed_all": lambda seed: torch.default_generator.manual_seed(seed) and None,
+        "seed": lambda: torch.default_generator.seed() and None,
+        "seed_all": lambda: torch.default_generator.seed() and None,
+        "initial_seed": torch.initial_seed,
+        "get_rng_state": lambda device=0: torch.get_rng_state(),
+        "get_rng_state_all": lambda: [torch.get_rng_state()],
+        "set_rng_state": lambda state, device=0: torch.set_rng_state(state),
+        "set_rng_state_all": lambda states: torch.set_rng_state(states[0]),
+        # Streams
+        "current_stream": _always(_Stream()),
+        "default_stream": _always(_Stream()),
+        "set_stream": _always(None),
+        "stream": lambda stream: nullcontext(),
+        "is_current_stream_capturing": _always(False),
         "Stream": _Stream,
         "Event": _Event,
-        "_lazy_init": always(None),
+        **{name: getattr(torch, name) for name in TENSORS},
     }
+
+
+TENSORS = (
+    *("BoolTensor", "ByteTensor", "CharTensor", "ShortTensor", "IntTensor", "LongTensor"),
+    *("HalfTensor", "BFloat16Tensor", "FloatTensor", "DoubleTensor"),
+)
+# What `torch.accelerator` says as `torch.cuda` does.
+OF_ACCELERATOR = (
+    *("is_available", "device_count", "synchronize", "current_stream", "set_stream"),
+    *("empty_cache", "memory_stats", "memory_allocated", "max_memory_allocated"),
+    *("memory_reserved", "max_memory_reserved", "reset_peak_memory_stats"),
+    "reset_accumulated_memory_stats",
+)
+
+
+def _of_accelerator(cuda: dict[str, Any]) -> dict[str, Any]:
+    """Return what `torch.accelerator` says about the GPU."""
+    return {
+        **{name: cuda[name] for name in OF_ACCELERATOR},
+        "current_accelerator": _always(torch.device("cpu")),
+        "current_device_index": _always(0),
+        "current_device_idx": _always(0),
+        "set_device_index": _always(None),
+        "set_device_idx": _always(None),
+        "get_memory_info": cuda["mem_get_info"],
+    }
+
+
+def _autocasts() -> dict[str, Any]:
+    """Return functions that ask and set the CPU's autocast for that of CUDA, also by default."""
+
+    def of_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda device_type="cuda", *args: function(_on_cpu(device_type), *args)
+
+    names = ("is_autocast_enabled", "get_autocast_dtype", "set_autocast_dtype")
+    return {name: of_cpu(getattr(torch, name)) for name in names}
+
+
+def _autocast_on_cpu(make: Callable[..., None]) -> Callable[..., None]:
+    """Let an autocast of CUDA be that of the CPU, with the type that CUDA's has by default."""
+
+    def init(self: Any, device_type: Any, dtype: Any = None, *args: Any, **kwargs: Any) -> None:
+        if _on_cpu(device_type) != device_type:
+            device_type, dtype = "cpu", dtype or torch.float16
+        make(self, device_type, dtype, *args, **kwargs)
+
+    return init
+
+
+def _customs(amp: Any) -> dict[str, Any]:
+    """Return the decorators of functions that an autocast of CUDA calls, for that of the CPU."""
+
+    def of_cpu(decorate: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, device_type="cuda", **kwargs: decorate(
+            *args, device_type=_on_cpu(device_type), **kwargs
+        )
+
+    return {name: of_cpu(getattr(amp, name)) for name in ("custom_fwd", "custom_bwd")}
+
+
+def _load_on_cpu(load: Callable[..., Any]) -> Callable[..., Any]:
+    """Let `torch.load` put tensors of a GPU on the CPU."""
+
+    def loaded(f: Any, map_location: Any = "cpu", *args: Any, **kwargs: Any) -> Any:
+        if isinstance(map_location, dict):
+            map_location = {name: _on_cpu(place) for name, place in map_location.items()}
+        elif map_location is None or isinstance(map_location, (str, torch.device)):
+            map_location = "cpu"
+        return load(f, map_location, *args, **kwargs)
+
+    return loaded
+
+
+def _fork_of_cpu(fork: Callable[..., Any]) -> Callable[..., Any]:
+    """Let `torch.random.fork_rng` keep the CPU's state alone."""
+    return lambda devices=None, enabled=True, **kwargs: fork([], enabled)
+
+
+def _with_mode(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a function call back with the mode, which PyTorch leaves before it calls it."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with _OnCpu():
+            return function(*args, **kwargs)
+
+    return call
+
+
+def _start_with_mode(start: Callable[[Thread], None]) -> Callable[[Thread], None]:
+    """Let new threads have the mode, because each thread has modes of its own."""
+
+    def started(thread: Thread) -> None:
+        thread.run = _with_mode(thread.run)  # type: ignore[method-assign]
+        start(thread)
+
+    return started
 
 
 @contextmanager
@@ -143,10 +281,24 @@ def cuda_is_cpu(emulator: Emulator) -> Iterator[None]:
         call()
         return [1.0] * len(quantiles) if quantiles else 1.0
 
+    cuda = _answers(emulator)
+    autocast = torch.amp.autocast_mode.autocast
+    changes: list[tuple[Any, dict[str, Any]]] = [
+        (torch.cuda, cuda),
+        (torch.accelerator, _of_accelerator(cuda)),
+        (torch, {"Generator": _Generator, "load": _load_on_cpu(torch.load), **_autocasts()}),
+        (torch.Tensor, {"record_stream": lambda t, stream: None}),
+        *((place, _customs(torch.amp)) for place in (torch.amp, torch.cuda.amp)),
+        (torch.random, {"fork_rng": _fork_of_cpu(torch.random.fork_rng)}),
+        (autocast, {"__init__": _autocast_on_cpu(autocast.__init__)}),
+        (torch.autograd, {"_engine_run_backward": _with_mode(graph._engine_run_backward)}),
+        (Thread, {"start": _start_with_mode(Thread.start)}),
+        (triton.testing, {"do_bench": bench}),
+    ]
     with ExitStack() as stack:
-        for name, answer in _answers(emulator).items():
-            stack.enter_context(patch.object(torch.cuda, name, answer))
-        stack.enter_context(patch.object(torch, "Generator", _Generator))
-        stack.enter_context(patch.object(triton.testing, "do_bench", bench))
+        for place, attributes in changes:
+            for name, value in attributes.items():
+                if hasattr(place, name):  # PyTorch's versions have different ones
+                    stack.enter_context(patch.object(place, name, value))
         stack.enter_context(_OnCpu())
         yield
