@@ -539,6 +539,14 @@ def test_special_values_are_pytorchs(name):
     assert torch.equal(found[zero].signbit(), native[zero].signbit())
 
 
+def test_a_layer_norm_has_its_weight_and_its_bias():
+    x, weight, bias = torch.randn(3, 7), torch.randn(7), torch.randn(7)
+    with exact.mode():
+        found = F.layer_norm(x, [7], weight, bias)
+    expected = F.layer_norm(x.double(), [7], weight.double(), bias.double())
+    assert (found - expected).abs().max() < 1e-5
+
+
 def test_the_mean_of_a_layer_norm_is_pytorchs_where_it_is_infinite():
     x = torch.tensor([[math.inf, 1.0], [-math.inf, -math.inf], [3.0, 5.0]])
     native = torch.native_layer_norm(x, [2], None, None, 1e-5)
