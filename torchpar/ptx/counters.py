@@ -146,6 +146,13 @@ class Counts:
         row[Column.IN_FLIGHT] += in_flight
         row[Column.MOST_IN_FLIGHT] = max(int(row[Column.MOST_IN_FLIGHT]), in_flight)
 
+    def equals(self, other: "Counts") -> bool:
+        """Whether another launch of the same kernel has done the same."""
+        mine, others = (
+            (one.distinct_read, one.distinct_written, *one.distinct) for one in (self, other)
+        )
+        return mine == others and np.array_equal(self.table, other.table)
+
     def end(self, places: Iterable[Any]) -> None:
         """The launch has ended: count the distinct sectors."""
         self.distinct = np.zeros(self.slot_count, np.int64)

@@ -119,6 +119,7 @@ class Emulator(gpu.Gpu):
         super().__init__(schedules[0])
         self.traces = traces
         self._lock = threading.Lock()
+        self._counted_before: dict[Any, Any] = {}  # of the first launch by its key
         self.arch, self.capability = arch, ARCHITECTURES[arch]
         self.schedules, self.multiprocessors = schedules, multiprocessors
         self.launches: list[Launch] = []
@@ -339,6 +340,10 @@ class Emulator(gpu.Gpu):
 
     def _end(self, launch: Launch, started: float) -> None:
         launch.seconds = time.perf_counter() - started
+        # Launches that do the same share what was counted, so that many need little memory.
+        before = self._counted_before.setdefault(launch.key, launch.counts)
+        if before is not launch.counts and before.equals(launch.counts):
+            launch.counts = before
         self.launches.append(launch)
 
     def _is_new(self, launch: Launch) -> bool:
