@@ -14,8 +14,9 @@ from torchpar.ptx.machine import Run, Warp, action, instruction
 from torchpar.ptx.parse import Instruction, PtxError, Symbol, flat
 from torchpar.ptx.registers import DTYPES, reader, writer
 
-# A conversion of a format: flags and width, the length of an integer, and the letter.
-CONVERSION = re.compile(r"%([-+ 0#]*\d*(?:\.\d+)?)(ll|l|hh|h)?([a-zA-Z%])")
+# A conversion of a format: flags and width, the length of an integer, and the letter. Other signs
+# "%" are text.
+CONVERSION = re.compile(r"%([-+ 0#]*\d*(?:\.\d+)?)(ll|l|hh|h)?([diuoxXcspeEfFgGaA%])")
 
 
 @instruction(".param", ".branchtargets", results=0)
@@ -62,15 +63,25 @@ def _print(warp: Warp, i: Instruction) -> None:
         for _, length, letter in CONVERSION.findall(form):
             if letter == "%":
                 continue
-            is_wide = length in ("l", "ll") or letter in "feEgGps"
+            is_wide = length in ("l", "ll") or letter in "fFeEgGaAps"
             size = 8 if is_wide else 4
             address = -(-address // size) * size
             raw = warp.block.local.peek(np.array([address]), size, i.line)[0]
-            kind = "f8" if letter in "feEgG" else f"i{size}" if letter in "di" else f"u{size}"
+            kind = "f8" if letter in "fFeEgGaA" else f"i{size}" if letter in "di" else f"u{size}"
             values.append(raw.view(kind)[0].item())
             address += size
-        python = CONVERSION.sub(lambda m: f"%{m[1]}{'d' if m[3] in 'ui' else m[3]}", form)
-        warp.block.gpu.printed.append((python % tuple(values)).rstrip("\n"))
+        given = iter(values)
+        text = CONVERSION.sub(lambda m: "%" if m[3] == "%" else _converted(m, next(given)), form)  # noqa: B023  # used at once
+        warp.block.gpu.printed.append(text.rstrip("\n"))
+
+
+def _converted(match: re.Match[str], value: Any) -> str:
+    flags, letter = match[1], match[3]
+    if letter in "aA":
+        return float(value).hex()
+    if letter == "p":
+        return f"{value:#x}"
+    return str(f"%{flags}{'d' if letter in 'ui' else letter}" % value)
 
 
 def _fail(warp: Warp, i: Instruction) -> None:

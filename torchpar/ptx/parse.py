@@ -2,12 +2,22 @@
 """Parse the text of a PTX kernel into instructions whose operands are numbered registers."""
 
 import re
+import struct
 from bisect import bisect
 from collections import ChainMap
 from dataclasses import dataclass, field
 from typing import Any
 
-REGISTERS = {"pred": "pred", "b16": "u16", "b32": "u32", "b64": "u64"}
+# Kinds of registers, by their sizes. Instructions take 8 bits from registers of 16 bits, too.
+REGISTERS = {"pred": "pred"} | {
+    name: kind
+    for kind, names in {
+        "u16": "b8 u8 s8 b16 u16 s16 f16 bf16",
+        "u32": "b32 u32 s32 f32 f16x2 bf16x2",
+        "u64": "b64 u64 s64 f64 f32x2",
+    }.items()
+    for name in names.split()
+}
 IGNORED = re.compile(r"//.*$|^\s*\.(?:loc|file|pragma|section)\b.*$", re.MULTILINE)
 # A brace, a label, or a statement, whose vectors have braces, too.
 STATEMENT = re.compile(r"\s*(?:([{}])|([\w$]+):(?!:)|([^;{}]*(?:\{[^}]*\}[^;{}]*)*);)")
@@ -16,6 +26,14 @@ CONSTANT = re.compile(r"\.(?:global|const)[^;=]*\.b8\s+(\w+)\[\d*\]\s*=\s*\{([^}
 ORDERS = {"relaxed", "acquire", "release", "acq_rel"}
 # What does not change an access to memory: hints for caches, and scopes.
 HINTS = {"ca", "cg", "cs", "cv", "lu", "wb", "wt", "nc", "weak", "cta", "gpu", "sys", "noftz"}
+DECIMAL = re.compile(r"-?\d+(?:\.\d*(?:[eE][-+]?\d+)?|[eE][-+]?\d+)$")
+# A function of the module, up to its body; a sequence that calls one; and the call.
+FUNCTION = re.compile(r"\.func\s*(?:\(([^)]*)\)\s*)?([\w$]+)\s*\(([^)]*)\)[^{;]*\{")
+SEQUENCE = re.compile(r"\{\s*// callseq.*?\}\s*// callseq", re.DOTALL)
+CALL = re.compile(r"\bcall(?:\.uni)?\s*(?:\(([\w$]+)\),\s*)?([\w$]+),\s*\(([^)]*)\);")
+PARAMETER = re.compile(r"\.param\s+\.(\w+)\s+([\w$]+)")
+STORE_PARAMETER = re.compile(r"\bst\.param\.(\w+)\s*\[([\w$]+)\],\s*([^;]+);")
+LOAD_PARAMETER = re.compile(r"\bld\.param\.(\w+)\s*([^,;]+),\s*\[([\w$]+)\];")
 OPERAND = re.compile(r"\[[^\]]*\]|\{[^}]*\}|[^,\s|]+(?:\s*\+\s*\d+)?")
 
 
@@ -167,17 +185,62 @@ class Sources:
         return self.found[index] if index >= 0 else None
 
 
+def inline(text: str) -> str:
+    """Replace calls of functions that the module has by their bodies; lines keep their numbers.
+
+    Parameters become registers. Limitation: those that are no numbers are left.
+    """
+    functions: dict[str, tuple[str, str, str]] = {}
+    for match in FUNCTION.finditer(text):
+        depth, end = 1, match.end()
+        while depth:
+            depth += {"{": 1, "}": -1}.get(text[end], 0)
+            end += 1
+        result, name, parameters = match.groups("")
+        body = IGNORED.sub("", text[match.end() : end - 1]).replace("\n", " ")
+        functions[name] = result, parameters, body
+
+    def expand(sequence: re.Match[str]) -> str:
+        code = sequence[0]
+        call = CALL.search(code)
+        if call is None or call[2] not in functions or re.search(r"\.param[^;]*\[\d+\]\s*;", code):
+            return code
+        result, parameters, body = functions[call[2]]
+        declared = PARAMETER.findall(result) + PARAMETER.findall(parameters)
+        given = [one.strip() for one in call[3].split(",")]
+        moves = [
+            f"mov.{kind} {name}, {value};"
+            for (kind, name), value in zip(PARAMETER.findall(parameters), given, strict=True)
+        ]
+        body = re.sub(r"\bret(?:\.uni)?;", "bra $L_returned;", _moved(SEQUENCE.sub(expand, body)))
+        last = [f"mov.{kind} {call[1]}, {name};" for kind, name in PARAMETER.findall(result)]
+        registers = [f".reg .{kind} {name};" for kind, name in declared]
+        inner = " ".join(["{", *registers, *moves, body, "$L_returned:", *last, "}"])
+        return _moved(PARAMETER.sub(r".reg .\1 \2", code.replace(call[0], inner)))
+
+    return SEQUENCE.sub(expand, text) if functions else text
+
+
+def _moved(code: str) -> str:
+    """Let parameters be registers."""
+    code = STORE_PARAMETER.sub(r"mov.\1 \2, \3;", code)
+    return LOAD_PARAMETER.sub(r"mov.\1 \2, \3;", code)
+
+
 def parse(text: str) -> Kernel:  # noqa: C901  # a case for each kind of statement
     """The one kernel of ``text``.
 
     Registers and labels of inner blocks ``{ … }``, which inline assembly has, hide those of outer
-    ones.
+    ones. Calls of other functions of ``text`` are replaced by their bodies, in the calls' lines.
     """
+    whole, text = text, inline(text)
     head = re.search(r"\.entry\s+\w+\(([^)]*)\)\s*(?:\.\w+\s+[\d, ]+\s*)*", text)
     assert head is not None
     threads = re.search(r"\.reqntid\s+(\d+)", head[0])
     kernel = Kernel(
-        text, int(threads[1]) if threads else 0, re.findall(r"(\w+)(?:\[\d+\])?\s*(?:,|$)", head[1])
+        whole,
+        int(threads[1]) if threads else 0,
+        re.findall(r"(\w+)(?:\[\d+\])?\s*(?:,|$)", head[1]),
     )
     for name, numbers in CONSTANT.findall(text):
         kernel.constants[name] = bytes(int(one) % 256 for one in numbers.split(",") if one.strip())
@@ -197,7 +260,7 @@ def parse(text: str) -> Kernel:  # noqa: C901  # a case for each kind of stateme
         elif label:
             scope[label] = len(kernel.instructions)
         elif statement.startswith(".reg"):
-            _declare(statement, kernel, scope)
+            _declare(statement, kernel, scope, bisect(ends, match.start(3)) + 1)
         elif statement.startswith(".local"):
             name, size = STACK.findall(statement)[0]
             kernel.locals[name] = kernel.local_bytes
@@ -217,8 +280,10 @@ def parse(text: str) -> Kernel:  # noqa: C901  # a case for each kind of stateme
     return kernel
 
 
-def _declare(statement: str, kernel: Kernel, scope: ChainMap[str, Any]) -> None:
+def _declare(statement: str, kernel: Kernel, scope: ChainMap[str, Any], line: int) -> None:
     _, kind, *names = statement.replace(",", " ").split()
+    if kind[1:] not in REGISTERS:
+        raise PtxError(line, f"registers of the type {kind} are not modelled")
     for name in names:
         stem, _, count = name.partition("<")
         for one in [f"{stem}{i}" for i in range(int(count[:-1]))] if count else [stem]:
@@ -227,7 +292,7 @@ def _declare(statement: str, kernel: Kernel, scope: ChainMap[str, Any]) -> None:
 
 
 def _instruction(statement: str, scope: ChainMap[str, Any], line: int) -> Instruction:
-    def operand(text: str) -> Any:
+    def operand(text: str) -> Any:  # noqa: PLR0911  # a case for each kind of operand
         text = text.strip()
         if text.startswith("{"):
             return [operand(one) for one in text[1:-1].split(",") if one]
@@ -241,6 +306,10 @@ def _instruction(statement: str, scope: ChainMap[str, Any], line: int) -> Instru
             return Constant(int(text[2:], 16))
         if re.match(r"-?(0x[0-9A-Fa-f]+|\d+)U?$", text):
             return Constant(int(text.rstrip("U"), 0))
+        if DECIMAL.match(text):  # of 64 bits, but where a float32 is expected
+            is_short = opcode.endswith("f32")
+            raw = struct.pack("<f" if is_short else "<d", float(text))
+            return Constant(int.from_bytes(raw, "little"))
         name, _, offset = text.partition("+")
         return Symbol(name.strip(), int(offset or 0))
 
@@ -248,4 +317,6 @@ def _instruction(statement: str, scope: ChainMap[str, Any], line: int) -> Instru
     assert match is not None, f"line {line}: cannot parse {statement!r}"
     negated, guard, opcode, operands = match.groups("")
     found = [operand(one) for one in OPERAND.findall(operands)]
+    if "cache_hint" in opcode:  # the last operand, a policy of caches, changes no result
+        found.pop()
     return Instruction(line, opcode, found, operand(guard) if guard else None, negated == "!")
