@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Arithmetic, comparisons, conversions, moves, and what the threads of a warp exchange.
+"""Arithmetic, comparisons, moves, and what the threads of a warp exchange.
 
-Sections 9.7.1 to 9.7.8 (arithmetic, comparison, logic, shifts) and 9.7.9 (moves, conversions,
-shuffles). Results of approximate instructions differ from the exact ones by most of what their
-sections allow, so that nothing relies on their bits. The deviation depends on the operands alone:
-all schedules give the same.
+Sections 9.7.1 to 9.7.8 (arithmetic, comparison, logic, shifts) and 9.7.9 (moves, shuffles).
+`conversions` and `bits` have more of them. Results of approximate instructions differ from the
+exact ones by most of what their sections allow, so that nothing relies on their bits. The deviation
+depends on the operands alone: all schedules give the same.
 """
 
 from collections.abc import Callable
@@ -14,18 +14,13 @@ import numpy as np
 from torchpar.ptx.machine import Run, Warp, elementwise, instruction
 from torchpar.ptx.parse import Constant, Instruction, Register
 from torchpar.ptx.registers import DTYPES, FLOATS, HALVES, LANES, PAIRS, Values, reader, writer
+from torchpar.ptx.rounding import directed, fused, fused_halves
 
 
 def quotient(a: Values, b: Values) -> Values:
     """The integer quotient, rounded toward zero; 0 for a division by zero, which PTX leaves
     open."""
     return (a - np.fmod(a, b)) // np.where(b == 0, 1, b)
-
-
-def fused(a: Values, b: Values, c: Values) -> Values:
-    """a·b + c by a sum of 64 bits, so that it is rounded once; a float64 is not always the
-    nearest."""
-    return (a.astype(np.longdouble) * b + c).astype(a.dtype)
 
 
 def larger(a: Values, b: Values) -> Values:
@@ -37,9 +32,32 @@ def larger_or_nan(a: Values, b: Values) -> Values:
     return np.where(np.isnan(a) | np.isnan(b), a.dtype.type(np.nan), larger(a, b))
 
 
-def flush(x: Values) -> Values:
-    """ ".ftz": subnormal float32 become zeros of the same sign."""
-    return np.where(np.abs(x) < np.float32(2**-126), np.copysign(np.float32(0), x), x)
+def smaller(a: Values, b: Values) -> Values:
+    return -larger(-a, -b)
+
+
+def smaller_or_nan(a: Values, b: Values) -> Values:
+    return -larger_or_nan(-a, -b)
+
+
+# The least normal number, for what instructions flush of float64, too
+NORMAL = {"f64": 2.0**-1022, "f16": 2.0**-14, "f16x2": 2.0**-14}
+
+
+def flush(x: Values, kind: str = "f32") -> Values:
+    """ ".ftz": subnormal numbers become zeros of the same sign."""
+    least = x.dtype.type(NORMAL.get(kind, 2.0**-126))
+    return np.where(np.abs(x) < least, np.copysign(x.dtype.type(0), x), x)
+
+
+def saturate(x: Values) -> Values:
+    """ ".sat": to [0, 1]; NaN and −0 become +0."""
+    return np.where(x > 0, np.minimum(x, x.dtype.type(1)), x.dtype.type(0))
+
+
+def positive(x: Values) -> Values:
+    """ ".relu": negative numbers become +0, and NaN stays."""
+    return np.where((x > 0) | np.isnan(x), x, x.dtype.type(0))
 
 
 def approximate(function: Callable[..., Values], bound: float) -> Callable[..., Values]:
@@ -65,6 +83,10 @@ def _upper(x: Values) -> Values:
     return (x.view(np.uint64) & np.uint64(0xFFFFFFFF00000000)).view(np.float64)
 
 
+def _saturated(x: Values) -> Values:
+    return np.clip(x, -(2**31), 2**31 - 1).astype(np.int32)
+
+
 FUNCTIONS: dict[str, Callable[..., Values]] = {
     "add": np.add,
     "sub": np.subtract,
@@ -82,6 +104,8 @@ FUNCTIONS: dict[str, Callable[..., Values]] = {
     "or": np.bitwise_or,
     "xor": np.bitwise_xor,
     "not": np.invert,
+    "add.sat": lambda a, b: _saturated(a.astype(np.int64) + b),
+    "sub.sat": lambda a, b: _saturated(a.astype(np.int64) - b),
 }
 INTEGER_PAIRS = {"s16x2": "i2", "u16x2": "u2"}
 OF_FLOATS: dict[str, Callable[..., Values]] = {
@@ -90,14 +114,17 @@ OF_FLOATS: dict[str, Callable[..., Values]] = {
     "max.NaN": larger_or_nan,
 }
 OF_FLOATS |= {
-    "min": lambda a, b: -larger(-a, -b),
-    "min.NaN": lambda a, b: -larger_or_nan(-a, -b),
+    "min": smaller,
+    "min.NaN": smaller_or_nan,
     "sqrt": np.sqrt,
     "rcp": np.reciprocal,
+    "copysign": lambda a, b: np.copysign(b, a),
 }
-OF_FLOAT64: dict[str, Callable[..., Values]] = {  # 9.7.3: of the upper 32 bits; others are 0
-    "rcp.approx": lambda x: _upper(1 / x),
-    "rsqrt.approx": lambda x: _upper(1 / np.sqrt(x)),
+# 9.7.3: with ".ftz" of the upper 32 bits; the others of the result are 0.
+OF_FLOAT64: dict[str, Callable[..., Values]] = {
+    "rcp.approx.ftz": lambda x: _upper(1 / _upper(x)),
+    "rsqrt.approx.ftz": lambda x: _upper(1 / np.sqrt(_upper(x))),
+    "rsqrt.approx": lambda x: 1 / np.sqrt(x),
 }
 OF_FLOAT32: dict[str, Callable[..., Values]] = {  # with their bounds by 9.7.3
     "ex2.approx": approximate(np.exp2, 2**-22),
@@ -111,32 +138,43 @@ OF_FLOAT32: dict[str, Callable[..., Values]] = {  # with their bounds by 9.7.3
     "sin.approx": lambda x: np.sin(x.astype(np.float64)).astype(np.float32),
     "cos.approx": lambda x: np.cos(x.astype(np.float64)).astype(np.float32),
 }
-# Of float32, which is rounded once more. That makes no difference: it has more than twice the bits
-# of a half.
+# Of float32, which is rounded once more. That makes no difference to sums and products of two: it
+# has more than twice the bits of a half.
 OF_HALVES: dict[str, Callable[..., Values]] = {
     "add": np.add,
     "sub": np.subtract,
     "mul": np.multiply,
-    "fma": fused,
+    "fma": fused_halves,
     "neg": np.negative,
     "abs": np.abs,
     "max": larger,
-    "min": lambda a, b: -larger(-a, -b),
+    "min": smaller,
     "max.NaN": larger_or_nan,
-    "min.NaN": lambda a, b: -larger_or_nan(-a, -b),
+    "min.NaN": smaller_or_nan,
+    "ex2.approx": np.exp2,
+    "tanh.approx": np.tanh,
 }
+MODES = ("rz", "rm", "rp")  # but for "rn"
 
 
 @instruction(*FUNCTIONS, *OF_FLOATS, *OF_FLOAT32)
 def _arithmetic(i: Instruction) -> Run:
-    *parts, kind = i.parts
-    name = ".".join(part for part in parts if part not in ("rn", "ftz"))
-    of_kind = {"f32": OF_FLOAT32 | OF_FLOATS, "f64": OF_FLOATS | OF_FLOAT64}.get(kind, {})
+    *parts, kind = (part for part in i.parts if part != "rn")
+    modifiers = [part for part in parts if part in (*MODES, "ftz", "sat", "relu")]
+    name = ".".join(part for part in parts if part not in modifiers)
     kinds = [kind] * len(i.operands)
+    if parts[0] in ("add", "sub", "fma") and kind in ("f16", "bf16") and parts[-1] == "f32":
+        # sm_100: the last operand is a float32, as is the result.
+        name, kinds = parts[0], ["f32", *kinds[2:], "f32"]
+        modifiers = [part for part in parts[1:-1] if part in (*MODES, "sat")]
+        return elementwise(
+            i, _modified(_function(name, "f32", modifiers), "f32", modifiers), *kinds
+        )
     if kind == "f32x2":  # sm_100
+        assert set(modifiers) <= {"ftz"}
         return _of_float_pairs(i, FUNCTIONS[name], "ftz" in parts)
-    function = OF_HALVES[name] if kind in HALVES else (FUNCTIONS | of_kind)[name]
-    if len(kinds) == 4 and name.partition(".")[0] in ("max", "min"):  # of three operands
+    function = _function(name, kind, modifiers)
+    if len(kinds) == 4 and parts[0] in ("max", "min"):  # of three operands
         two = function
 
         def of_three(a: Values, b: Values, c: Values) -> Values:
@@ -147,12 +185,70 @@ def _arithmetic(i: Instruction) -> Run:
 
         def of_pairs(*x: Values) -> Values:
             halves = [np.ascontiguousarray(one).view(INTEGER_PAIRS[kind]) for one in x]
-            return function(*halves).view(np.uint32)
+            return _modified(function, kind, modifiers)(*halves).view(np.uint32)
 
         return elementwise(i, of_pairs, *["b32"] * len(kinds))
-    if "ftz" in parts:
-        return elementwise(i, lambda *x: flush(function(*map(flush, x))), *kinds)
-    return elementwise(i, function, *kinds)
+    return elementwise(i, _modified(function, kind, modifiers), *kinds)
+
+
+def _function(name: str, kind: str, modifiers: list[str]) -> Callable[..., Values]:
+    """The operation of an opcode without modifiers of its result."""
+    mode = next((part for part in modifiers if part in MODES), "")
+    if mode:
+        assert kind in ("f32", "f64")
+        return directed(name, kind, mode)
+    if name.partition(".")[0] in ("max", "min") and "abs" in name:
+        return _of_sizes(name)
+    if kind in HALVES:
+        return OF_HALVES[name]
+    if kind == "f64" and "ftz" in modifiers:
+        name += ".ftz"
+    if "sat" in modifiers and kind == "s32":
+        name += ".sat"
+    of_kind = {"f32": OF_FLOAT32 | OF_FLOATS, "f64": OF_FLOATS | OF_FLOAT64}.get(kind, {})
+    return (FUNCTIONS | of_kind)[name]
+
+
+def _of_sizes(name: str) -> Callable[..., Values]:
+    """The maximum or minimum of absolute values; with ".xorsign" negative if one operand is."""
+    what, *others = name.split(".")
+    assert set(others) <= {"NaN", "xorsign", "abs"}
+    choose = OF_HALVES[f"{what}.NaN" if "NaN" in others else what]
+
+    def run(a: Values, b: Values) -> Values:
+        size = choose(np.abs(a), np.abs(b))
+        if "xorsign" not in others:
+            return size
+        sign = np.signbit(a) ^ np.signbit(b)
+        return np.where(sign & ~np.isnan(size), -size, size)
+
+    return run
+
+
+def _modified(
+    function: Callable[..., Values], kind: str, modifiers: list[str]
+) -> Callable[..., Values]:
+    """``function`` with ".ftz", ".sat" and ".relu"."""
+    is_integer = kind not in FLOATS
+    steps: list[Callable[[Values], Values]] = []
+    if "ftz" in modifiers:
+        steps.append(lambda x: flush(x, kind))
+    if "sat" in modifiers and not is_integer:
+        steps.append(saturate)
+    if "relu" in modifiers:
+        steps.append((lambda x: np.maximum(x, x.dtype.type(0))) if is_integer else positive)
+    if not steps:
+        return function
+
+    def run(*x: Values) -> Values:
+        if "ftz" in modifiers:
+            x = tuple(flush(one, kind) for one in x)
+        result = function(*x)
+        for step in steps:
+            result = step(result)
+        return result
+
+    return run
 
 
 def _of_float_pairs(i: Instruction, function: Callable[..., Values], ftz: bool) -> Run:
@@ -172,6 +268,7 @@ def _high(i: Instruction) -> Run:
     """The upper half of the product, of twice the width."""
     kind = i.parts[-1]
     bits = 8 * DTYPES[kind].itemsize
+    assert "sat" not in i.parts
 
     def high(a: Values, b: Values, c: Values | int = 0) -> Values:
         if bits < 64:
@@ -208,31 +305,6 @@ def _shift(i: Instruction) -> Run:
     return elementwise(i, shift, kind, kind, "u32")
 
 
-@instruction("bfe")
-def _extract_bits(i: Instruction) -> Run:
-    kind = i.parts[-1]
-    bits = 8 * DTYPES[kind].itemsize
-    start, count = (one.bits for one in i.operands[2:])
-    assert 0 < count <= bits - start
-    left, right = (DTYPES[kind].type(n) for n in (bits - start - count, bits - count))
-    return elementwise(i, lambda a, *_: a << left >> right, *[kind] * 4)
-
-
-@instruction("prmt.b32")
-def _permute_bytes(i: Instruction) -> Run:
-    """Each nibble of the selector takes a byte of b:a, or repeats the sign of one."""
-    nibbles = [i.operands[3].bits >> 4 * position & 15 for position in range(4)]
-    take, repeat = [nibble & 7 for nibble in nibbles], [nibble > 7 for nibble in nibbles]
-
-    def permute(a: Values, b: Values, _: Values) -> Values:
-        both = np.empty((32, 2), np.uint32)
-        both[:, 0], both[:, 1] = a, b
-        taken = both.view(np.int8).take(take, 1)
-        return np.where(repeat, taken >> 7, taken).view(np.uint32)[:, 0]
-
-    return elementwise(i, permute, *["b32"] * 4)
-
-
 COMPARE = {
     "eq": np.equal,
     "ne": np.not_equal,
@@ -246,25 +318,88 @@ COMPARE = {
 UNSIGNED = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}
 
 
-@instruction("setp")
-def _compare(i: Instruction) -> Run:
+BOOLEAN = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
+
+
+def _comparison(name: str, kind: str, ftz: bool) -> Callable[[Values, Values], Values]:
     """Of floats the comparisons ending in "u" hold for NaN, and the others do not, "ne"
     included."""
-    _, name, kind = (part for part in i.parts if part != "ftz")
     if kind not in FLOATS:
-        return elementwise(i, COMPARE[UNSIGNED.get(name, name)], "pred", kind, kind)
+        return COMPARE[UNSIGNED.get(name, name)]
     if name in ("nan", "num"):
-        wanted = name == "nan"
-        return elementwise(
-            i, lambda a, b: (np.isnan(a) | np.isnan(b)) == wanted, "pred", kind, kind
-        )
+        return lambda a, b: (np.isnan(a) | np.isnan(b)) == (name == "nan")
     compare, for_nan = COMPARE[name[:2]], name[2:] == "u"
+    assert name[2:] in ("", "u")
 
     def run(a: Values, b: Values) -> Values:
+        if ftz:
+            a, b = flush(a, kind), flush(b, kind)
         return np.where(np.isnan(a) | np.isnan(b), for_nan, compare(a, b))
 
-    assert name[2:] in ("", "u")
-    return elementwise(i, run, "pred", kind, kind)
+    return run
+
+
+def _results_of_setp(i: Instruction) -> int:
+    sources = 3 if set(i.parts[2:-1]) & set(BOOLEAN) else 2
+    return len(i.operands) - sources
+
+
+@instruction("setp", results=_results_of_setp)
+def _compare(i: Instruction) -> Run:
+    """A second predicate gets the opposite; of a pair the comparison of the upper half."""
+    _, name, *others, kind = (part for part in i.parts if part != "ftz")
+    count = _results_of_setp(i)
+    assert len(others) == (len(i.operands) - count == 3)
+    compare = _comparison(name, kind, "ftz" in i.parts)
+    puts = [writer(one, "pred") for one in i.operands[:count]]
+    a, b = (reader(one, kind) for one in i.operands[count : count + 2])
+    combine = BOOLEAN[others[0]] if others else None
+    third = reader(i.operands[-1], "pred") if others else None
+    assert kind not in PAIRS or count == 2
+
+    def run(warp: Warp) -> None:
+        found = compare(a(warp), b(warp))
+        both = [*found] if kind in PAIRS else [found, ~found]
+        if combine is not None and third is not None:
+            given = third(warp)
+            both = [combine(one, given) for one in both]
+        for put, values in zip(puts, both, strict=False):
+            put(warp, values)
+
+    return run
+
+
+@instruction("set")
+def _compare_to_number(i: Instruction) -> Run:
+    """All bits, or 1.0, where the comparison holds."""
+    _, name, to, kind = (part for part in i.parts if part != "ftz")
+    compare = _comparison(name, kind, "ftz" in i.parts)
+    if to in ("f32", "f16", "bf16"):
+        return elementwise(i, lambda a, b: compare(a, b).astype(np.float32), to, kind, kind)
+    assert to in ("u32", "s32")
+    dtype = DTYPES[to]
+    return elementwise(
+        i,
+        lambda a, b: np.where(compare(a, b), np.uint32(2**32 - 1), 0).astype(dtype),
+        to,
+        kind,
+        kind,
+    )
+
+
+@instruction("testp")
+def _test(i: Instruction) -> Run:
+    _, name, kind = i.parts
+    normal = NORMAL.get(kind, 2.0**-126)
+    tests: dict[str, Callable[[Values], Values]] = {
+        "finite": np.isfinite,
+        "infinite": np.isinf,
+        "number": lambda x: ~np.isnan(x),
+        "notanumber": np.isnan,
+        "normal": lambda x: np.isfinite(x) & (np.abs(x) >= normal),
+        "subnormal": lambda x: (np.abs(x) < normal) & (x != 0),
+    }
+    return elementwise(i, tests[name], "pred", kind)
 
 
 @instruction("selp")
@@ -296,28 +431,6 @@ def _move(i: Instruction) -> Run:
             warp.registers.restamp(to.index, warp.fence)
 
     return run
-
-
-@instruction("cvt")
-def _convert(i: Instruction) -> Run:
-    _, *modifiers, to, source = i.parts
-    to_integer = source in FLOATS and to not in FLOATS
-    assert modifiers == ["rzi"] if to_integer else modifiers in ([], ["rn"])
-    assert to not in HALVES or source == "f32" or (to == "f16" and source[0] in "su")
-    if to in PAIRS:  # the first source becomes the upper half
-        return elementwise(i, lambda high, low: np.stack([low, high]), to, source, source)
-    if to_integer:
-        limits = np.iinfo(DTYPES[to])
-
-        def truncate(x: Values) -> Values:
-            whole = np.trunc(np.where(np.isnan(x), 0, x).astype(np.longdouble))
-            return np.clip(whole, limits.min, limits.max).astype(DTYPES[to])
-
-        return elementwise(i, truncate, to, source)
-    # Through a wider format, so that it is rounded once.
-    if to in ("f16", "f32") and source[0] in "su":
-        return elementwise(i, lambda x: x.astype(np.longdouble), to, source)
-    return elementwise(i, lambda x: x, to, source)
 
 
 # Among the threads of a warp: 9.7.9.6 (shfl.sync), 9.7.13 (elect.sync, redux.sync)

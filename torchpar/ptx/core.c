@@ -301,10 +301,22 @@ static inline double larger_or_nan_f64(double a, double b)
     return isnan(a) || isnan(b) ? (double)NAN : larger_f64(a, b);
 }
 
-/* f64 as in Python, by a product and a sum of 64 bits. */
-static inline double fused_f64(double a, double b, double c)
+/* a·b + c of halves, rounded to odd, so that it can be rounded to halves: as
+   `rounding.fused_halves`. */
+static inline float fused_halves(float a, float b, float c)
 {
-    return (double)((long double)a * b + c);
+    double product = (double)a * b, total = product + c, of_c = total - product;
+    double error = (product - (total - of_c)) + (c - of_c);
+    uint64_t wide;
+    memcpy(&wide, &total, 8);
+    if (isfinite(total) && error != 0 && isfinite(error) && !(wide & 1))
+        total = nextafter(total, error > 0 ? INFINITY : -INFINITY);
+    float nearest = (float)total;
+    uint32_t bits;
+    memcpy(&bits, &nearest, 4);
+    if (isfinite(nearest) && nearest != total && !(bits & 1))
+        nearest = nextafterf(nearest, nearest < total ? INFINITY : -INFINITY);
+    return nearest;
 }
 
 #define OF_FLOATS(BITS, TYPE, FUSED)                                                       \
@@ -334,7 +346,7 @@ static inline double fused_f64(double a, double b, double c)
     MAP(nan_f##BITS, uint8_t, TYPE, isnan(a[n]) || isnan(b[n]))                            \
     MAP(num_f##BITS, uint8_t, TYPE, !(isnan(a[n]) || isnan(b[n])))
 OF_FLOATS(32, float, __builtin_fmaf)
-OF_FLOATS(64, double, fused_f64)
+OF_FLOATS(64, double, __builtin_fma)
 MAP(sqrt_f32, float, float, __builtin_sqrtf(a[n]))
 MAP(sqrt_f64, double, double, __builtin_sqrt(a[n]))
 MAP(rcp_f32, float, float, 1 / a[n])
@@ -440,7 +452,7 @@ MAP(u32_u8, uint32_t, uint32_t, (uint8_t)a[n])
     MAP(sub_##KIND, uint16_t, uint16_t, to_##KIND(of_##KIND(a[n]) - of_##KIND(b[n])))      \
     MAP(mul_##KIND, uint16_t, uint16_t, to_##KIND(of_##KIND(a[n]) * of_##KIND(b[n])))      \
     MAP(fma_##KIND, uint16_t, uint16_t,                                                    \
-        to_##KIND(__builtin_fmaf(of_##KIND(a[n]), of_##KIND(b[n]), of_##KIND(c[n]))))      \
+        to_##KIND(fused_halves(of_##KIND(a[n]), of_##KIND(b[n]), of_##KIND(c[n]))))      \
     MAP(neg_##KIND, uint16_t, uint16_t, to_##KIND(-of_##KIND(a[n])))                       \
     MAP(max_##KIND, uint16_t, uint16_t,                                                    \
         to_##KIND(larger_f32(of_##KIND(a[n]), of_##KIND(b[n]))))                           \

@@ -14,7 +14,9 @@ import numpy as np
 from torchpar.ptx import (  # noqa: F401
     arithmetic,
     atomics,
+    bits,
     calls,
+    conversions,
     copies,
     tensor_cores,
     tensor_memory,

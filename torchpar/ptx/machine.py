@@ -64,16 +64,17 @@ LANE_MASKS = {
     "%lanemask_gt": ~((np.uint64(2) << LANES.astype(np.uint64)) - np.uint64(1)).astype(np.uint32),
     "%lanemask_ge": ~((np.uint32(1) << LANES.astype(np.uint32)) - np.uint32(1)),
 }
-BUILDERS: dict[str, tuple[Callable[[Instruction], Run], int, bool]] = {}
+Results = int | Callable[[Instruction], int]
+BUILDERS: dict[str, tuple[Callable[[Instruction], Run], Results, bool]] = {}
 
 
-def instruction(*opcodes: str, results: int = 1, whole: bool = False) -> Callable[[Any], Any]:
+def instruction(*opcodes: str, results: Results = 1, whole: bool = False) -> Callable[[Any], Any]:
     """Register a function that makes an instruction of one of the ``opcodes`` executable.
 
     It raises an error for a form of it that is not known.
 
     Args:
-        results: how many operands, the first ones, are written.
+        results: how many operands, the first ones, are written; or a function that says it.
         whole: all threads of a warp must execute it together (".aligned").
     """
 
@@ -136,9 +137,10 @@ def decode(kernel: Kernel) -> Kernel:
                 BUILDERS[prefix] for prefix in prefixes if prefix in BUILDERS
             )
             i.run = build(i)
+            count = results if isinstance(results, int) else results(i)
         except (LookupError, ValueError, AssertionError, StopIteration, TypeError):
-            results, i.run = 1, _unknown(i)
-        written = [one for operand in i.operands[:results] for one in flat(operand)]
+            count, i.run = 1, _unknown(i)
+        written = [one for operand in i.operands[:count] for one in flat(operand)]
         i.writes = [one.index for one in written if isinstance(one, Register)]
     return kernel
 
@@ -244,6 +246,7 @@ class Warp:
         self.last_product: Operation | None = None
         self.fence: Any = None  # the stamp of the registers at the last wgmma.fence
         self.knowledge = block.knowledge
+        self.carry = ~ALL  # of the last addition with ".cc"
         self.cause = NO_CAUSE  # why the last load is undefined
         self.arguments: dict[tuple[str, int], Any] = {}  # of a call, by their places
         self.relaxed: list[int] = []  # what it has read by relaxed accesses since its last fence

@@ -414,6 +414,9 @@ class Program:
                 raise LookupError
         if not isinstance(operands[0], Register):
             raise LookupError
+        # The core flushes float32 alone.
+        if flush and (not name.endswith(".f32") or "f64" in name):
+            raise LookupError
         to, *sources = map(self._row, operands, expected)
         self._operands(code, [to], sources)
         code.flush, code.function = flush, self.core.function_of(entry)

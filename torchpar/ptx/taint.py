@@ -139,7 +139,7 @@ def _propagate(
     kinds = warp.block.gpu.kernel.registers
     if name in bitwise and len(i.writes) == 1:
         width = DTYPES[kinds[i.writes[0]]]
-        sources = [_operand(one, values, read, width) for one in i.operands[1:3]]
+        sources = [_operand(one, values, read, width) for one in i.operands[1:4]]
         return {i.writes[0]: (bitwise[name](sources), cause)}
     if name == "selp":
         width = DTYPES[kinds[i.writes[0]]]

@@ -16,6 +16,7 @@ from torchpar.ptx.machine import Operation, Run, Warp, action, instruction
 from torchpar.ptx.parse import Instruction, PtxError
 from torchpar.ptx.registers import UNWRITTEN, Unready, Values, reader, writer
 from torchpar.ptx.registers import decode as decode_float
+from torchpar.ptx.rounding import FLOAT8
 from torchpar.ptx.tensors import swizzle
 
 # The types of operands in memory and in registers, and those of sums
@@ -30,25 +31,6 @@ OPERANDS = {
     "f64": "f8",
 }
 SUMS = {"f32": "f4", "s32": "i4", "f64": "f8"}
-
-
-def _float8(exponent_bits: int) -> Values:
-    """Return the numbers of all 256 codes: e4m3 has no infinity, and e5m2 has those of IEEE."""
-    codes, mantissa_bits = np.arange(256), 7 - exponent_bits
-    bias = 2 ** (exponent_bits - 1) - 1
-    exponent = codes >> mantissa_bits & (2**exponent_bits - 1)
-    fraction = (codes & (2**mantissa_bits - 1)) / 2**mantissa_bits
-    normal = np.ldexp(1 + fraction, exponent - bias)
-    numbers = np.where(exponent == 0, np.ldexp(fraction, 1 - bias), normal)
-    if exponent_bits == 4:
-        numbers[codes & 127 == 127] = np.nan
-    else:
-        numbers[codes & 127 == 124] = np.inf
-        numbers[codes & 127 > 124] = np.nan
-    return np.where(codes > 127, -numbers, numbers)
-
-
-FLOAT8 = {"e4m3": _float8(4), "e5m2": _float8(5)}
 
 
 def numbers(kind: str, raw: Any) -> Values:
