@@ -28,16 +28,27 @@ def _load_parameter(i: Instruction) -> Run:
     return lambda warp: put(warp, read(warp))
 
 
-def _access(i: Instruction, count: int) -> tuple[Callable[[Warp], Space], str, str]:
+def _access(i: Instruction, count: int) -> tuple[Callable[[Warp, Any], Space], str, str]:
     """The address space, the kind and the order of a load or store of ``count`` elements."""
     (*rest, kind), order, in_shared = qualifiers(i)
     in_local = rest[:1] == ["local"]
     assert rest[in_local:] == [f"v{count}"] * (count > 1)
     if in_shared:
-        return lambda warp: warp.block.shared, kind, ""
+        return lambda warp, at: warp.block.shared, kind, ""
     if in_local:
-        return lambda warp: warp.block.local, kind, ""
-    return lambda warp: warp.block.space, kind, "relaxed" if order == "volatile" else order
+        return lambda warp, at: warp.block.local, kind, ""
+    order = "relaxed" if order == "volatile" else order
+    if "global" not in i.parts:
+        return _space_of, kind, order
+    return lambda warp, at: warp.block.space, kind, order
+
+
+def _space_of(warp: Warp, at: Any) -> Space:
+    """The space of generic addresses. Limitation: that of the first one is that of all."""
+    for space in (warp.block.local, warp.block.shared):
+        if space.known(int(at[0])) is not None:
+            return space
+    return warp.block.space
 
 
 @instruction("ld")
@@ -49,7 +60,7 @@ def _load(i: Instruction) -> Run:
     def run(warp: Warp) -> bool:
         lanes, loaded = warp.lanes(), np.zeros((32, len(puts)), dtype)
         at = addresses(warp)[lanes]
-        memory, width = space(warp), dtype.itemsize
+        memory, width = space(warp, at), dtype.itemsize
         raw, undefined = memory.load(warp, at, loaded.strides[0], i.line, atomic=bool(order))
         loaded[lanes] = raw.view(dtype)
         for n, put in enumerate(puts):
@@ -77,7 +88,7 @@ def _store(i: Instruction) -> Run:
         at = addresses(warp)[lanes]
         if order:
             before_access(warp, at, order, writes=True)
-        memory = space(warp)
+        memory = space(warp, at)
         memory.store(warp, at, values, i.line, atomic=bool(order))
         warp.block.gpu.changes += memory is warp.block.space
 

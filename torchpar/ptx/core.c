@@ -319,6 +319,18 @@ static inline float fused_halves(float a, float b, float c)
     return nearest;
 }
 
+/* NaN has one form, as on GPUs: which operand's a CPU takes differs. */
+static inline float fused_f32(float a, float b, float c)
+{
+    float result = __builtin_fmaf(a, b, c);
+    return isnan(result) ? __builtin_nanf("0x3fffff") : result;
+}
+static inline double fused_f64(double a, double b, double c)
+{
+    double result = __builtin_fma(a, b, c);
+    return isnan(result) ? __builtin_nan("") : result;
+}
+
 #define OF_FLOATS(BITS, TYPE, FUSED)                                                       \
     MAP(add_f##BITS, TYPE, TYPE, a[n] + b[n])                                              \
     MAP(sub_f##BITS, TYPE, TYPE, a[n] - b[n])                                              \
@@ -345,8 +357,8 @@ static inline float fused_halves(float a, float b, float c)
     MAP(geu_f##BITS, uint8_t, TYPE, !(a[n] < b[n]))                                        \
     MAP(nan_f##BITS, uint8_t, TYPE, isnan(a[n]) || isnan(b[n]))                            \
     MAP(num_f##BITS, uint8_t, TYPE, !(isnan(a[n]) || isnan(b[n])))
-OF_FLOATS(32, float, __builtin_fmaf)
-OF_FLOATS(64, double, __builtin_fma)
+OF_FLOATS(32, float, fused_f32)
+OF_FLOATS(64, double, fused_f64)
 MAP(sqrt_f32, float, float, __builtin_sqrtf(a[n]))
 MAP(sqrt_f64, double, double, __builtin_sqrt(a[n]))
 MAP(rcp_f32, float, float, 1 / a[n])

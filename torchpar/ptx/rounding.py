@@ -15,6 +15,9 @@ import numpy as np
 from torchpar.ptx.registers import Values
 
 
+NAN = np.uint32(0x7FFFFFFF).view(np.float32)
+
+
 class Format(NamedTuple):
     """Bits of the significand with the leading one, the least exponent of a normal number, and the
     largest number."""
@@ -198,10 +201,12 @@ _fused_by_fractions = directed("fma", "f64", "rn")
 
 
 def fused(a: Values, b: Values, c: Values) -> Values:
-    """a·b + c, rounded once."""
+    """a·b + c, rounded once. NaN has one form."""
     if a.dtype == np.float64:
-        return _fused_float64(a, b, c)
-    return fused_to_odd(a, b, c).astype(np.float32)
+        result = _fused_float64(a, b, c)
+        return np.where(np.isnan(result), np.nan, result)
+    result = fused_to_odd(a, b, c).astype(np.float32)
+    return np.where(np.isnan(result), NAN, result)
 
 
 def fused_halves(a: Values, b: Values, c: Values) -> Values:

@@ -30,7 +30,7 @@ OPERANDS = {
     "e5m2": "u1",
     "f64": "f8",
 }
-SUMS = {"f32": "f4", "s32": "i4", "f64": "f8"}
+SUMS = {"f16": "f2", "f32": "f4", "s32": "i4", "f64": "f8"}
 
 
 def numbers(kind: str, raw: Any) -> Values:
@@ -55,10 +55,17 @@ def gather(registers: list[Any], dtype: str, rows: int = 8, together: int = 1) -
 
 
 def scatter(matrix: Values) -> Any:
-    """The registers of a matrix of sums, two of which hold a thread's part of a block."""
+    """The registers of a matrix of sums, two of which hold a thread's part of a block; of float16
+    one holds both numbers."""
     rows, columns = matrix.shape
     held = matrix.reshape(rows // 8, 8, columns // 8, 4, 2).transpose(1, 3, 2, 0, 4).reshape(32, -1)
+    held = held.view(np.uint32) if matrix.dtype == np.float16 else held
     return np.ascontiguousarray(held.T)
+
+
+def gather_sums(registers: list[Any], dtype: str, rows: int) -> Values:
+    """The matrix of the sums that registers hold."""
+    return gather(registers, dtype, rows, 1 if dtype == SUMS["f16"] else 2)
 
 
 def add(product: Values, sums: Values, saturate: bool = False) -> Values:
@@ -121,16 +128,17 @@ def _multiply(i: Instruction) -> Run:
     assert n == 8
     raw = "b64" if a_kind == "f64" else "b32"
     a, b = ([reader(one, raw) for one in operand] for operand in i.operands[1:3])
+    held = "b32" if sums == "f16" else sums
     c, puts = (
-        [reader(one, sums) for one in i.operands[3]],
-        [writer(one, sums) for one in i.operands[0]],
+        [reader(one, held) for one in i.operands[3]],
+        [writer(one, held) for one in i.operands[0]],
     )
 
     def run(warp: Warp) -> None:
         left = numbers(a_kind, gather([read(warp) for read in a], OPERANDS[a_kind], m))
         right = numbers(b_kind, gather([read(warp) for read in b], OPERANDS[b_kind]))
         assert left.shape[1] == right.shape[1] == k
-        total = add(left @ right.T, gather([read(warp) for read in c], SUMS[sums], m, 2), saturate)
+        total = add(left @ right.T, gather_sums([one(warp) for one in c], SUMS[sums], m), saturate)
         for put, register in zip(puts, scatter(total), strict=True):
             put(warp, register)
 
@@ -258,7 +266,7 @@ class Product(Operation):
         if self.sums is not None:
             # Another product, which has completed.
             before = getattr(self.sums[0], "operation", None)
-            old = before.result if before else gather(self.sums, self.dtype, 16, 2)
+            old = before.result if before else gather_sums(self.sums, self.dtype, 16)
         self.result = add(product, old)
 
     def wait(self, warp: Warp, left: int = 0) -> None:
@@ -281,7 +289,8 @@ def _multiply_async(i: Instruction) -> Run:
     # Of A, if it is in shared memory, and of B.
     by_rows = [not one.bits for one in signs[2:]] or [True]
     assert OPERANDS[kind][1] == OPERANDS[b_kind][1]
-    assert (len(to), k * np.dtype(OPERANDS[kind]).itemsize) == (n // 2, 32)
+    assert len(to) == n // (4 if sums == "f16" else 2)
+    assert k * np.dtype(OPERANDS[kind]).itemsize == 32
     left, right = None if from_registers else reader(a, "u64"), reader(b, "u64")
     keep = reader(accumulate, "pred")
 

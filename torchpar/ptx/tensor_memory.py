@@ -6,6 +6,9 @@ column in its lower one. A warp reaches the 32 lanes of its place in its group o
 Products run one after the other, while the warps go on. `tcgen05.commit` lets an mbarrier count
 them; who waits for the mbarrier knows what they have written.
 
+Sums of float16 have a column each, too, of which they take the lower half. Loads pack two of them
+into a register (".pack::16b"), and stores unpack them.
+
 Each cell has the event that wrote it. So a load of what was not written, or of a product that was
 not waited for, is an error, as in `memory`. Limitation: a load is at once, where a GPU's ends with
 `tcgen05.wait::ld`; and who overwrites what a product still reads is not noticed.
@@ -20,6 +23,7 @@ from torchpar.ptx.memory import UNWRITTEN
 from torchpar.ptx.parse import Instruction, PtxError, flat
 from torchpar.ptx.registers import LANES, Values, reader, writer
 from torchpar.ptx.tensor_cores import OPERANDS, Matrix, add, numbers
+from torchpar.ptx.tensor_cores import SUMS as SUM_TYPES
 from torchpar.ptx.tensors import Arrival, barrier_at
 
 LANE_COUNT, COLUMNS = 128, 512
@@ -30,6 +34,16 @@ TYPES = {
     "f8f6f4": {0: "e4m3", 1: "e5m2"},
     "i8": {0: "u8", 1: "s8"},
 }
+# Likewise the types of D
+SUMS = {
+    "f16": {0: "f16", 1: "f32"},
+    "tf32": {1: "f32"},
+    "f8f6f4": {0: "f16", 1: "f32"},
+    "i8": {2: "s32"},
+}
+
+
+SHAPES = ("32x32b", "16x32bx2")
 
 
 class TensorMemory:
@@ -124,13 +138,16 @@ def _load(i: Instruction) -> Run:
     puts = [writer(one, "b32") for one in flat(i.operands[0])]
     address = reader(i.operands[1])
     split = i.operands[2].bits if len(i.operands) > 2 else 0
-    assert {"32x32b", "16x32bx2"} & set(i.parts)
+    assert set(i.parts[4:]) <= {*SHAPES, f"x{len(puts)}", "pack::16b", "b32"}
+    packed = "pack::16b" in i.parts
 
     def run(warp: Warp) -> None:
         memory = memory_of(warp)
-        places = _places(i, address(warp), len(puts), split)
+        places = _places(i, address(warp), len(puts) << packed, split)
         memory.check(warp, i.line, *places)
         found = memory.cells[places]
+        if packed:
+            found = found.astype(np.uint16).view(np.uint32)
         for n, put in enumerate(puts):
             put(warp, np.ascontiguousarray(found[:, n]))
 
@@ -142,13 +159,15 @@ def _store(i: Instruction) -> Run:
     address = reader(i.operands[0])
     reads = [reader(one, "b32") for one in flat(i.operands[-1])]
     split = i.operands[1].bits if len(i.operands) > 2 else 0
-    assert {"32x32b", "16x32bx2"} & set(i.parts)
+    assert set(i.parts[4:]) <= {*SHAPES, f"x{len(reads)}", "unpack::16b", "b32"}
+    packed = "unpack::16b" in i.parts
 
     def run(warp: Warp) -> None:
         memory = memory_of(warp)
-        places = _places(i, address(warp), len(reads), split)
+        places = _places(i, address(warp), len(reads) << packed, split)
         memory.check_allocated(i.line, places[1])
-        memory.cells[places] = np.stack([read(warp) for read in reads], 1)
+        values = np.stack([read(warp) for read in reads], 1)
+        memory.cells[places] = values.view(np.uint16) if packed else values
         memory.writers[places] = warp.event(i.line, "a store")
 
     return run
@@ -164,9 +183,14 @@ class Product(Operation):
         memory.products[warp.index] = memory.last = self
         self.memory, self.warp, self.block, self.adds = memory, warp, warp.block, adds
         kind = i.parts[3].partition("::")[2]
-        types, self.sum = TYPES[kind], np.dtype(np.int32 if kind == "i8" else np.float32)
+        types, sums = TYPES[kind], SUMS[kind].get(bits >> 4 & 3)
+        numbers_of = bits >> 7 & 7, bits >> 10 & 7
+        # Sparse and negated operands
+        if sums is None or not set(numbers_of) <= set(types) or bits & (1 << 2 | 3 << 13):
+            raise PtxError(i.line, f"the instruction descriptor {bits:#x} is not modelled")
+        self.sum = np.dtype(SUM_TYPES[sums])
         self.saturates = bool(bits >> 3 & 1)
-        self.kinds = types[bits >> 7 & 7], types[bits >> 10 & 7]
+        self.kinds = types[numbers_of[0]], types[numbers_of[1]]
         n, m = (bits >> 17 & 63) * 8, (bits >> 24 & 31) * 16
         rows = np.arange(m)
         # Of 64 rows, each warp has 16 in its 32 lanes.
@@ -208,9 +232,10 @@ class Product(Operation):
         else:
             left = self.a.read(self.warp, shared, self.line)
         product = left @ self.b.read(self.warp, shared, self.line).T
-        old = self.memory.cells[self.to].view(self.sum)
+        unsigned = f"u{self.sum.itemsize}"
+        old = self.memory.cells[self.to].astype(unsigned).view(self.sum)
         old = old if self.adds else np.zeros_like(old)
-        self.memory.cells[self.to] = add(product, old, self.saturates).view(np.uint32)
+        self.memory.cells[self.to] = add(product, old, self.saturates).view(unsigned)
 
 
 @instruction("tcgen05.mma.cta_group::1", results=0)
