@@ -115,13 +115,12 @@ def _insert(i: Instruction) -> Run:
     width = _width(kind)
 
     def insert(a: Values, b: Values, c: Values, d: Values) -> Values:
-        start, count = (c & 255).astype(object), (d & 255).astype(object)
-        ones = np.array(
-            [((1 << k) - 1 << s) % (1 << width) for s, k in zip(start, count, strict=True)]
-        )
-        moved = np.array([(int(x) << s) % (1 << width) for x, s in zip(a, start, strict=True)])
-        mask, moved = ones.astype(b.dtype), moved.astype(b.dtype)
-        return (b & ~mask) | (moved & mask)
+        result, size = b.copy(), 1 << width
+        lanes = zip(a.tolist(), b.tolist(), (c & 255).tolist(), (d & 255).tolist(), strict=True)
+        for lane, (field, into, start, count) in enumerate(lanes):
+            mask = ((1 << count) - 1 << start) % size
+            result[lane] = into & ~mask | (field << start) & mask
+        return result
 
     return elementwise(i, insert, kind, kind, kind, "u32", "u32")
 

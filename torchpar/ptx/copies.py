@@ -45,10 +45,10 @@ def _access(i: Instruction, count: int) -> tuple[Callable[[Warp, Any], Space], s
 
 def _space_of(warp: Warp, at: Any) -> Space:
     """The space of generic addresses. Limitation: that of the first one is that of all."""
-    for space in (warp.block.local, warp.block.shared):
-        if space.known(int(at[0])) is not None:
-            return space
-    return warp.block.space
+    block = warp.block
+    spaces: tuple[Space, ...] = (block.local, block.shared)
+    found = (space for space in spaces if space.known(int(at[0])) is not None)
+    return next(found, block.space)
 
 
 @instruction("ld")

@@ -14,7 +14,6 @@ import numpy as np
 
 from torchpar.ptx.registers import Values
 
-
 NAN = np.uint32(0x7FFFFFFF).view(np.float32)
 
 
