@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import libdevice
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ptx.launch import Gpu
 from torchpar.ptx import emulate, native
@@ -707,3 +708,62 @@ def test_what_is_beside_instructions(executor):
     assert torch.equal(y[:228], torch.cat([x + masked, (x - masked)[:100]]))
     assert torch.equal(z, torch.floor((2.5 * x).half().float()).remainder(256) + 1)
     assert gpu.launches[-1].printed[31].endswith("v 10%: 31.000000")
+
+
+@pytest.mark.parametrize("left, right", [("e4m3", "e5m2"), ("e5m2", "e4m3")])
+def test_products_of_float8(left, right):
+    """`mma.m16n8k32`, of which one register of each thread is compared."""
+    rng = np.random.default_rng(5)
+    # Codes below 0x70 are finite.
+    words = [rng.integers(0, 0x70, (32, 4)).astype(np.uint8) for _ in range(6)]
+    sums = [rng.standard_normal(32).astype(np.float32) for _ in range(4)]
+    code = f"""mma.sync.aligned.m16n8k32.row.col.f32.{left}.{right}.f32
+        {{y, x7, x8, x9}}, {{x0, x1, x2, x3}}, {{x4, x5}}, {{x6, x7, x8, x9}};"""
+    found = executed(code, *(one.view(np.uint32)[:, 0] for one in words), *sums, out=np.float32)
+    types = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+
+    def rows(first: np.ndarray, second: np.ndarray, kind: str) -> np.ndarray:
+        codes = np.concatenate([first.reshape(8, 16), second.reshape(8, 16)], 1)
+        return torch.from_numpy(codes).view(types[kind]).double().numpy()
+
+    a, b = rows(words[0], words[2], left), rows(words[4], words[5], right)
+    exact = (a @ b.T)[:, ::2].reshape(32) + sums[0]
+    sizes = (np.abs(a) @ np.abs(b).T)[:, ::2].reshape(32) + np.abs(sums[0])
+    assert (np.abs(found - exact) <= np.finfo(np.float32).eps * sizes).all()
+
+
+@triton.jit
+def reduce_boxes(to, x, M: tl.constexpr, N: tl.constexpr, WHAT: tl.constexpr):
+    values = tl.load(x + tl.arange(0, M)[:, None] * N + tl.arange(0, N)[None, :])
+    row = tl.program_id(0) * (M // 2)
+    if WHAT == "add":
+        to.atomic_add([row, 16], values)
+    elif WHAT == "max":
+        to.atomic_max([row, 16], values)
+    else:
+        to.atomic_xor([row, 16], values)
+
+
+@triton.jit
+def increase(x, y, N: tl.constexpr):
+    i = tl.program_id(0) * N
+    y.store([i], x.load([i]) + 1)
+
+
+def test_boxes():
+    """Programs that reduce overlapping boxes do not race; boxes may have one dimension."""
+    torch.manual_seed(0)
+    x, y = torch.randn(300), torch.empty(300)
+    functions = {"add": torch.add, "max": torch.maximum, "xor": torch.bitwise_xor}
+    with emulate("sm_90", schedules="all") as gpu:
+        increase[(3,)](*(TensorDescriptor.from_tensor(one, [128]) for one in (x, y)), 128)
+        for name, dtype in (("add", torch.float16), ("max", torch.int32), ("xor", torch.int64)):
+            table = torch.randint(-99, 99, (36, 64)).to(dtype)
+            values, expected = torch.randint(-99, 99, (16, 16)).to(dtype), table.clone()
+            reduce_boxes[(4,)](TensorDescriptor.from_tensor(table, [16, 16]), values, 16, 16, name)
+            for row in range(0, 32, 8):
+                part = expected[row : row + 16, 16:32]
+                part.copy_(functions[name](part, values[: len(part)]))
+            assert torch.equal(table, expected), name
+    assert not gpu.faults
+    assert torch.equal(y, x + 1)

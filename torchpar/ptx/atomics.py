@@ -57,7 +57,7 @@ def _atomic(i: Instruction, to: list[Any], operands: list[Any]) -> Run:
     is_atomic = in_shared or "cta" not in i.parts
     assert vector in ([], [f"v{count}"])
     puts = [writer(one, _bits(kind)) for one in to]
-    combine = _combine(name, kind)
+    combine = combination(name, kind)
 
     def run(warp: Warp) -> bool:
         space = warp.block.shared if in_shared else warp.block.space
@@ -94,7 +94,7 @@ def _atomic(i: Instruction, to: list[Any], operands: list[Any]) -> Run:
     return run
 
 
-def _combine(name: str, kind: str) -> Callable[..., Values]:
+def combination(name: str, kind: str) -> Callable[..., Values]:
     """Return the function of the old value and the operands, as bits, that gives the new value."""
     if name == "cas":
         return lambda old, compared, new: np.where(old == compared, new, old)

@@ -191,6 +191,8 @@ OPERATIONS |= {"ldmatrix": "ldmatrix", "stmatrix": "stmatrix"}
 
 def operation(i: Instruction) -> str:
     """Name an access to memory."""
+    if i.opcode.startswith("cp.reduce"):
+        return "atomic"
     if i.opcode.startswith("cp.async.bulk"):
         return "TMA store" if i.parts[5:6] == ["global"] else "TMA load"
     return OPERATIONS.get(i.parts[0], i.parts[0])

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from torchpar.ptx.atomics import combination
 from torchpar.ptx.copies import Copy, Places
-from torchpar.ptx.machine import Run, Warp, action, instruction
+from torchpar.ptx.machine import Operation, Run, Warp, action, instruction
 from torchpar.ptx.parse import Instruction, PtxError
-from torchpar.ptx.registers import DTYPES, SHARED_BASE, reader, writer
+from torchpar.ptx.registers import DTYPES, HALVES, SHARED_BASE, reader, writer
 
 # mbarrier: counts arrivals, and bytes of bulk copies
 
@@ -144,8 +145,8 @@ FIELDS = {
     "swizzle_mode": (112, "b32"),
     "fill_mode": (116, "b32"),
 }
-# By elemtype: u8, u16, u32, s32, u64, s64, f16, f32, f32.ftz, f64, bf16, tf32.
-ELEMENT_BYTES = {0: 1, 1: 2, 2: 4, 3: 4, 4: 8, 5: 8, 6: 2, 7: 4, 8: 4, 9: 8, 10: 2, 11: 4}
+# By elemtype; 8 is that of float32 whose subnormal numbers are flushed.
+ELEMENTS = ("u8", "u16", "u32", "s32", "u64", "s64", "f16", "f32", "f32", "f64", "bf16", "f32")
 
 
 def swizzle(addresses: Any, size: int) -> Any:
@@ -218,8 +219,9 @@ class Tensor:
 
         (self.base,), self.rank = field("global_address"), field("rank")[0] + 1
         self.box, self.sizes = field("box_dim", self.rank), field("global_dim", self.rank)
-        self.bytes = ELEMENT_BYTES[field("elemtype")[0]]
-        self.strides = [self.bytes, *field("global_stride", self.rank - 1)]
+        self.kind = ELEMENTS[field("elemtype")[0]]
+        self.bytes = DTYPES[HALVES.get(self.kind, self.kind)].itemsize
+        self.strides = [self.bytes, *field("global_stride", self.rank)[:-1]]
         self.swizzle = 16 << field("swizzle_mode")[0]
         # 5.5, and the restrictions of cuTensorMapEncodeTiled
         row = self.box[0] * self.bytes
@@ -255,14 +257,17 @@ class Tensor:
 
 def places_of(
     warp: Warp, i: Instruction, address: Any, corner: tuple[Any, ...], shared: Any
-) -> Places:
+) -> tuple[Places, str]:
+    """Return the places of a box, and the kind of its elements."""
     tensor = Tensor(warp, address, i.line)
-    if i.parts[4] != f"{len(corner)}d" or tensor.rank != len(corner):
+    if f"{len(corner)}d" not in i.parts or tensor.rank != len(corner):
         raise PtxError(i.line, f"the tensor has {tensor.rank} dimensions")
-    return tensor.places([int(one.view(np.int32)[0]) for one in corner], int(shared[0]), i.line)
+    position = [int(one.view(np.int32)[0]) for one in corner]
+    return tensor.places(position, int(shared[0]), i.line), tensor.kind
 
 
-TILES = [f"cp.async.bulk.tensor.{dimensions}d" for dimensions in (2, 3)]
+DIMENSIONS = range(1, 6)
+TILES = [f"cp.async.bulk.tensor.{count}d" for count in DIMENSIONS]
 LOADED = "global.mbarrier::complete_tx::bytes"
 
 
@@ -275,7 +280,7 @@ def _load_box(warp: Warp, i: Instruction, shared: Any, address: Any, *others: An
     box."""
     *corner, counting = others
     barrier = barrier_at(warp, counting, i.line)
-    places = places_of(warp, i, address, tuple(corner), shared)
+    places, _ = places_of(warp, i, address, tuple(corner), shared)
     barrier.copies.append(Copy(warp, i.line, "a bulk load", places, barrier=barrier))
     barrier.copies[-1].start(warp.block)
     warp.block.loads.add(barrier)
@@ -285,7 +290,54 @@ def _load_box(warp: Warp, i: Instruction, shared: Any, address: Any, *others: An
 def _store_box(warp: Warp, i: Instruction, address: Any, *others: Any) -> None:
     """What is outside of the tensor is not stored."""
     *corner, shared = others
-    places = places_of(warp, i, address, tuple(corner), shared)
+    places, _ = places_of(warp, i, address, tuple(corner), shared)
     operation = Copy(warp, i.line, "a bulk store", places, to_shared=False)
+    warp.groups["cp.async.bulk", int(warp.lanes()[0])][-1].append(operation)
+    operation.start(warp.block)
+
+
+class Reduction(Operation):
+    """A box in shared memory is added to one of a tensor, element by element, or combined with it
+    in another way. Each element is changed at once, as by an atomic."""
+
+    def __init__(self, warp: Warp, line: int, places: Places, name: str, kind: str):
+        super().__init__(warp, line, "a bulk reduction")
+        self.block, self.combine = warp.block, combination(name, kind)
+        self.raw = DTYPES[HALVES.get(kind, kind)]
+        elements, self.inside, self.width, self.units, self.unit = places
+        self.elements = elements[self.inside]
+        self.block.shared.read(warp, self.units, self.unit, self.read, line, fence=True)
+        space, events = self.block.space, self.block.gpu.events
+        events.atomic[self.written] = True
+        if self.elements.size:
+            place, rows = space.locate(self.elements, self.width, line)
+            space.change(warp, place, rows, self.width, self.written, line, True, True)
+        warp.count_copy(self.elements, self.width, self.units, self.unit)
+
+    def fetch(self) -> None:
+        values = self.block.shared.peek(self.units, self.unit, self.line)
+        self.values = values.reshape(-1, self.width)[self.inside].view(self.raw)[:, 0]
+
+    def store(self) -> None:
+        if not self.elements.size:
+            return
+        old = self.block.space.peek(self.elements, self.width, self.line).view(self.raw)[:, 0]
+        new = np.ascontiguousarray(self.combine(old, self.values))
+        raw = new.view(np.uint8).reshape(-1, self.width)
+        self.block.space.poke(self.elements, raw, self.line)
+
+
+@action(
+    *(f"cp.reduce.async.bulk.tensor.{count}d.global.shared::cta" for count in DIMENSIONS),
+    single=True,
+)
+def _reduce_box(warp: Warp, i: Instruction, address: Any, *others: Any) -> None:
+    """What is outside of the tensor is left out."""
+    *corner, shared = others
+    name, *mode = i.parts[8:]
+    if mode not in (["bulk_group"], ["tile", "bulk_group"]):
+        raise PtxError(i.line, f"unknown instruction {i.opcode}", "unknown instruction")
+    places, kind = places_of(warp, i, address, tuple(corner), shared)
+    operation = Reduction(warp, i.line, places, name, kind)
     warp.groups["cp.async.bulk", int(warp.lanes()[0])][-1].append(operation)
     operation.start(warp.block)
