@@ -27,6 +27,10 @@ from torchpar.ptx.machine import SCHEDULES
 EXECUTORS = ("core", "python")
 
 
+def slow(*values: object):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def by(executor: str):
     """Let Python execute all instructions, or the core those that it knows."""
     return patch.object(native, "library", lambda: None) if executor == "python" else nullcontext()
@@ -486,6 +490,13 @@ def lop3(x: int, y: int, z: int, table: int) -> int:
     )
 
 
+def test_active_threads():
+    code = """mov.u32 y, 0; setp.lt.u32 p, %lane, 5; @!p bra last;
+        activemask.b32 y;
+        last:"""
+    assert executed(code, out=np.uint32).tolist() == [31] * 5 + [0] * 27
+
+
 def test_sums_with_carry():
     a, b, c = (integers(np.uint64, seed) for seed in range(3))
     parts = ".reg .u32 a<2>, b<2>, c<2>; mov.b64 {a0, a1}, x0; mov.b64 {b0, b1}, x1;"
@@ -573,7 +584,7 @@ BESSEL = 25  # of which an absolute error is bounded
         (torch.float32, "core"),
         (torch.float32, "python"),
         (torch.float64, "core"),
-        pytest.param(torch.float64, "python", marks=pytest.mark.slow),
+        slow(torch.float64, "python"),
     ],
 )
 def test_functions(dtype, executor):
@@ -616,7 +627,7 @@ def convert_all(x, half, short, wide, small, whole, sign, ordered, N: tl.constex
     tl.store(ordered + i, tl.sort(a.to(tl.float16)))
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("arch", [slow("sm_80"), "sm_90"])
 def test_types_of_triton(arch):
     torch.manual_seed(0)
     x = 100 * torch.randn(64)
@@ -646,13 +657,13 @@ def multiply(a, b, c, out, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, SU
     "arch, rows, operands, sums",
     [
         ("sm_80", 32, torch.float16, torch.float16),
-        ("sm_90", 32, torch.float16, torch.float16),
+        slow("sm_90", 32, torch.float16, torch.float16),
         ("sm_90", 64, torch.float16, torch.float16),
-        ("sm_90", 64, torch.float8_e4m3fn, torch.float16),
-        ("sm_90", 32, torch.float8_e5m2, torch.float32),
+        slow("sm_90", 64, torch.float8_e4m3fn, torch.float16),
+        slow("sm_90", 32, torch.float8_e5m2, torch.float32),
         ("sm_100", 64, torch.float16, torch.float16),
-        ("sm_100", 128, torch.float16, torch.float16),
-        ("sm_100", 128, torch.float8_e5m2, torch.float16),
+        slow("sm_100", 128, torch.float16, torch.float16),
+        slow("sm_100", 128, torch.float8_e5m2, torch.float16),
     ],
 )
 def test_sums_of_tensor_cores(arch, rows, operands, sums):

@@ -484,6 +484,12 @@ def _vote(i: Instruction) -> Run:
     return run
 
 
+@instruction("activemask.b32")
+def _active(i: Instruction) -> Run:
+    put = writer(i.operands[0], "u32")
+    return lambda warp: put(warp, np.full(32, warp.active_bits(), np.uint32))
+
+
 REDUCTIONS: dict[str, Callable[[Values], Values]] = {
     "add": lambda x: x.sum(dtype=x.dtype),
     "min": lambda x: x.min(),

@@ -427,6 +427,13 @@ TRUNCATE(u32_f32, uint32_t, float, 0, UINT32_MAX)
 TRUNCATE(s64_f32, int64_t, float, INT64_MIN, INT64_MAX)
 TRUNCATE(s32_f64, int32_t, double, INT32_MIN, INT32_MAX)
 TRUNCATE(s64_f64, int64_t, double, INT64_MIN, INT64_MAX)
+#define WHOLE(BITS, TYPE)                                                                  \
+    MAP(floor_f##BITS, TYPE, TYPE, __builtin_floor(a[n]))                                  \
+    MAP(ceil_f##BITS, TYPE, TYPE, __builtin_ceil(a[n]))                                    \
+    MAP(trunc_f##BITS, TYPE, TYPE, __builtin_trunc(a[n]))                                  \
+    MAP(rint_f##BITS, TYPE, TYPE, __builtin_rint(a[n]))
+WHOLE(32, float)
+WHOLE(64, double)
 MAP(f32_s32, float, int32_t, (float)a[n])
 MAP(f32_u32, float, uint32_t, (float)a[n])
 MAP(f32_s64, float, int64_t, (float)a[n])
@@ -591,6 +598,10 @@ static const Entry ENTRIES[] = {
     {"cvt.rzi.s32.f32", s32_f32, {4, 4}}, {"cvt.rzi.u32.f32", u32_f32, {4, 4}},
     {"cvt.rzi.s64.f32", s64_f32, {8, 4}}, {"cvt.rzi.s32.f64", s32_f64, {4, 8}},
     {"cvt.rzi.s64.f64", s64_f64, {8, 8}},
+    {"cvt.rmi.f32.f32", floor_f32, {4, 4}}, {"cvt.rmi.f64.f64", floor_f64, {8, 8}},
+    {"cvt.rpi.f32.f32", ceil_f32, {4, 4}}, {"cvt.rpi.f64.f64", ceil_f64, {8, 8}},
+    {"cvt.rzi.f32.f32", trunc_f32, {4, 4}}, {"cvt.rzi.f64.f64", trunc_f64, {8, 8}},
+    {"cvt.rni.f32.f32", rint_f32, {4, 4}}, {"cvt.rni.f64.f64", rint_f64, {8, 8}},
     {"cvt.rn.f32.s32", f32_s32, {4, 4}}, {"cvt.rn.f32.u32", f32_u32, {4, 4}},
     {"cvt.rn.f32.s64", f32_s64, {4, 8}}, {"cvt.rn.f32.u64", f32_u64, {4, 8}},
     {"cvt.rn.f32.s16", f32_s16, {4, 2}}, {"cvt.rn.f32.u16", f32_u16, {4, 2}},
