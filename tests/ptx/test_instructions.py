@@ -767,11 +767,14 @@ def test_boxes():
     x, y = torch.randn(300), torch.empty(300)
     functions = {"add": torch.add, "max": torch.maximum, "xor": torch.bitwise_xor}
     with emulate("sm_90", schedules="all") as gpu:
-        increase[(3,)](*(TensorDescriptor.from_tensor(one, [128]) for one in (x, y)), 128)
+        increase[(3,)](
+            *(TensorDescriptor.from_tensor(one, [128]) for one in (x, y)), 128, num_warps=1
+        )
         for name, dtype in (("add", torch.float16), ("max", torch.int32), ("xor", torch.int64)):
             table = torch.randint(-99, 99, (36, 64)).to(dtype)
             values, expected = torch.randint(-99, 99, (16, 16)).to(dtype), table.clone()
-            reduce_boxes[(4,)](TensorDescriptor.from_tensor(table, [16, 16]), values, 16, 16, name)
+            box = TensorDescriptor.from_tensor(table, [16, 16])
+            reduce_boxes[(4,)](box, values, 16, 16, name, num_warps=1)
             for row in range(0, 32, 8):
                 part = expected[row : row + 16, 16:32]
                 part.copy_(functions[name](part, values[: len(part)]))
