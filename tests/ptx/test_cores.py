@@ -37,7 +37,7 @@ def executed(count: int, shift: int, every: int, in_place: bool) -> tuple[bytes,
     with (
         emulate() as emulator,
         patch.object(cores, "core_count", lambda: count),
-        patch.object(gpu, "LEAST_SECONDS", 0.0),
+        patch.object(gpu, "least_seconds", lambda places: 0.0),
         patch.object(gpu, "run_on_all_cores", run),
     ):
         emulator.launches.clear()
@@ -73,7 +73,7 @@ def test_what_was_loaded_by_all_is_counted_once():
         with (
             emulate() as emulator,
             patch.object(cores, "core_count", lambda count=count: count),
-            patch.object(gpu, "LEAST_SECONDS", 0.0),
+            patch.object(gpu, "least_seconds", lambda places: 0.0),
         ):
             load_row_kernel[(64,)](x, out, 128)
         assert torch.equal(out, torch.ones(64 * 128))
@@ -85,3 +85,57 @@ def test_what_was_loaded_by_all_is_counted_once():
 def load_row_kernel(x, out, BLOCK: tl.constexpr):
     column = tl.arange(0, BLOCK)
     tl.store(out + tl.program_id(0) * BLOCK + column, tl.load(x + column))
+
+
+@triton.jit
+def wait_for_next_kernel(flags, data, out, BLOCK: tl.constexpr):
+    """Program 0 waits for program 1, and then loads what a later one stores without order."""
+    row, column = tl.program_id(0), tl.arange(0, BLOCK)
+    if row == 0:
+        while tl.atomic_add(flags, 0) == 0:
+            pass
+        tl.store(out + column, tl.load(data + 20 * BLOCK + column))
+    elif row == 1:
+        tl.atomic_xchg(flags, 1)
+    else:
+        tl.store(data + row * BLOCK + column, column)
+
+
+def test_a_race_with_a_waiting_program_is_found_on_several_cores():
+    found = []
+    for count in (1, 2):
+        flags, data, out = torch.zeros(1, dtype=torch.int32), torch.zeros(40 * 32), torch.zeros(32)
+        with (
+            emulate() as emulator,
+            patch.object(cores, "core_count", lambda count=count: count),
+            patch.object(gpu, "least_seconds", lambda places: 0.0),
+        ):
+            wait_for_next_kernel[(40,)](flags, data, out, 32)
+        found.append(said(emulator.report()))
+    assert found[0] == found[1]
+    assert "race between programs" in {fault.name for fault in emulator.faults}
+
+
+@triton.jit
+def late_kernel(x, out, n, BLOCK: tl.constexpr):
+    """The second half of the programs loads where the first half stores, and stores far away."""
+    row, column = tl.program_id(0), tl.arange(0, BLOCK)
+    if row < n // 2:
+        tl.store(x + row * BLOCK + column, column + 1.0)
+    else:
+        values = tl.load(x + (row - n // 2) * BLOCK + column)
+        tl.store(out + (values * 100).to(tl.int32) + row, values)
+
+
+def test_what_is_undone_is_not_counted():
+    counted = []
+    for count in (1, 2):
+        x, out = torch.zeros(32 * 32), torch.zeros(20_000)
+        with (
+            emulate() as emulator,
+            patch.object(cores, "core_count", lambda count=count: count),
+            patch.object(gpu, "least_seconds", lambda places: 0.0),
+        ):
+            late_kernel[(64,)](x, out, 64, 32)
+        counted.append(numbers(emulator.launches[0].counts))
+    assert counted[0] == counted[1]

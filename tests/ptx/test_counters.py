@@ -103,6 +103,9 @@ def test_copies_in_flight_are_those_of_the_stages(stages):
     total = gpu.launches[0].counters.total
     assert total.waits > 0
     assert total.most_in_flight == 2 * (stages - 2)
+    gpu.assert_counters(matmul_kernel, min_copies_in_flight=2 * (stages - 2))
+    with pytest.raises(AssertionError, match=f"{total.most_in_flight} groups .* at least 5"):
+        gpu.assert_counters(min_copies_in_flight=5)
 
 
 TRANSPOSED = """
@@ -146,7 +149,6 @@ def test_a_limit_that_is_not_kept_names_the_line():
             max_sectors_per_request=4,
             max_sector_ratio=1,
             max_bank_conflicts=0,
-            min_copies_in_flight=1,  # there are none to wait for
             max_spilled_bytes=0,
             max_registers=32,
             min_programs=32,
@@ -188,8 +190,10 @@ def test_limits_that_hold_nothing_are_refused():
         strided_kernel[(1,)](torch.ones(32), torch.empty(32), 1, 32, num_warps=1)
     with pytest.raises(AssertionError, match="no launch of other; launched: strided_kernel"):
         gpu.assert_counters("other", max_bank_conflicts=0)
-    for limits in ({}, {"max_conflicts": 0}):
-        with pytest.raises(TypeError, match="expected some of max_sectors_per_request, "):
+    with pytest.raises(AssertionError, match="no wait for asynchronous copies, expected at least"):
+        gpu.assert_counters(min_copies_in_flight=1)
+    for limits in ({}, {"max_conflicts": 0}, {"max_registers": None}):
+        with pytest.raises(TypeError, match="expected some of max_sector_ratio, "):
             gpu.assert_counters(**limits)
 
 

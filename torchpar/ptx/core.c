@@ -21,6 +21,7 @@
 #define ROW 256
 #define ALL 0xFFFFFFFFu
 #define OPERANDS 16
+#define MOST_UNDONE (1 << 26) /* bytes */
 #define GIVEN 0
 #define UNWRITTEN 1
 
@@ -126,7 +127,6 @@ static void keep(const Warp *w, const Allocation *place, void *where, int64_t si
     memcpy(to + 16, where, (size_t)size);
     undo->used = needed;
 }
-
 
 /* Elementwise functions. Each one is named as its opcode in PTX, without ".rn" and ".ftz". */
 
@@ -1001,41 +1001,48 @@ static void count_global(const Warp *w, const Instruction *i, const Access *at, 
     row[LEAST_SECTORS] += ((int64_t)distinct(at->offsets, at->count) * width + 31) / 32;
 }
 
+/* `counters.wavefronts`: threads go together that access 128 bytes, and a group that asks only for
+   words of the last group that was served takes no turn. */
 static void count_shared(const Warp *w, const Instruction *i, const Access *at, int width)
 {
-    int64_t *row = counts_of(w, i);
-    const int words = width > 4 ? width / 4 : 1, together = LANES / words;
+    int64_t *row = counts_of(w, i), both[2][LANES], *words = both[0], *before = both[1];
+    const int each = width > 4 ? width / 4 : 1, together = LANES / each;
+    int count_before = 0;
     for (int n = 0; n < at->count;) {
-        const int64_t first = at->offsets[n] / 4;
         const int group = at->lanes[n] / together;
-        int side_by_side = 1, end = n + 1;
-        for (; end < at->count && at->lanes[end] / together == group; end++)
-            side_by_side &= at->offsets[end] == at->offsets[end - 1] + width;
-        if (side_by_side) {
-            const int64_t last = (at->offsets[end - 1] + width - 1) / 4;
-            const int count = (int)(last - first) / LANES + 1;
-            row[WAVEFRONTS] += count;
-            row[LEAST_WAVEFRONTS] += count;
-            n = end;
-            continue;
-        }
-        int64_t held[LANES][LANES]; /* of each bank the different words */
-        int counts[LANES] = {0}, most = 0, total = 0;
-        for (; n < end; n++)
-            for (int k = 0; k < words; k++) {
-                const int64_t word = at->offsets[n] / 4 + k;
-                const int bank = (int)(word % LANES);
-                int m = 0;
-                while (m < counts[bank] && held[bank][m] != word)
-                    m++;
-                if (m < counts[bank])
-                    continue;
-                held[bank][counts[bank]++] = word;
-                total++;
-                most = counts[bank] > most ? counts[bank] : most;
+        int count = 0, is_new = 0, ordered = 1;
+        for (; n < at->count && at->lanes[n] / together == group; n++)
+            for (int k = 0; k < each; k++) {
+                words[count] = at->offsets[n] / 4 + k;
+                ordered &= !count || words[count] == words[count - 1] + 1;
+                count++;
             }
+        for (int k = 0; k < count && !is_new; k++) {
+            int m = 0;
+            while (m < count_before && before[m] != words[k])
+                m++;
+            is_new = m == count_before;
+        }
+        if (!is_new)
+            continue;
+        int held[LANES] = {0}, most = 1, total = count;
+        for (int k = 0; k < count && !ordered; k++) {
+            int m = 0;
+            while (words[m] != words[k])
+                m++;
+            if (m < k) {
+                total--;
+                continue;
+            }
+            const int turns = ++held[words[k] % LANES];
+            most = turns > most ? turns : most;
+        }
         row[WAVEFRONTS] += most;
         row[LEAST_WAVEFRONTS] += (total + LANES - 1) / LANES;
+        count_before = count;
+        int64_t *other = words;
+        words = before;
+        before = other;
     }
     row[SHARED_REQUESTS]++;
     row[SHARED_BYTES] += (int64_t)at->count * width;
@@ -1354,6 +1361,8 @@ int run(Warp *w, int64_t budget, int32_t limit)
             return REACHED;
         const Instruction *i = &w->program[pc];
         uint32_t mask = w->active;
+        if (w->undo && w->undo->used > MOST_UNDONE)
+            return PYTHON;
         if (i->kind == LEFT || (i->kind >= RETURN && !w->runner) || (i->whole && mask != ALL))
             return PYTHON;
         if (i->guard >= 0) {

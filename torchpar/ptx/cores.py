@@ -25,11 +25,20 @@ if TYPE_CHECKING:
     from torchpar.ptx.gpu import Gpu
 
 LEAST_SECONDS = 0.004  # of the blocks that are left, below which one core executes them
-MOST_BYTES = 2**28  # of global memory, which is copied to be undone
+# To copy the shadow of an element, and to compare it; a few times what memory takes.
+SECONDS_OF_ELEMENT = 3e-8
+MOST_BYTES = 2**29  # of copies, of memory and of shadows
 
 
 def core_count() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def least_seconds(places: list[Allocation]) -> float:
+    """Return for how long blocks must run on one core, so that it is worth to take all."""
+    elements = sum(len(place.writes) for place in places)
+    count = core_count()
+    return LEAST_SECONDS + SECONDS_OF_ELEMENT * elements * count * count / max(count - 1, 1)
 
 
 class Core:
@@ -71,6 +80,7 @@ def _mirror(place: Allocation) -> Allocation:
     made.view = None
     made.writes, made.reads = place.writes.copy(), place.reads.copy()
     made.others = None if place.others is None else place.others.copy()
+    made.touched = np.zeros_like(place.touched)
     return made
 
 
@@ -86,7 +96,8 @@ def run_on_all_cores(
     """
     places = gpu.space.allocations
     count = min(core_count(), len(positions))
-    if count < 2 or sum(len(place.data) for place in places) > MOST_BYTES:
+    copied = sum(len(place.data) + 8 * count * len(place.writes) for place in places)
+    if count < 2 or copied > MOST_BYTES:
         return None
     before = [place.content().copy() for place in places]
     cores = [Core(gpu, make) for _ in range(count)]
@@ -120,6 +131,8 @@ def run_on_all_cores(
         place.writes[mask] = GIVEN
     for core in cores:
         _add(gpu, core)
+        for place, mine in zip(places, core.gpu.space.allocations, strict=True):
+            place.touched |= mine.touched
     return True
 
 

@@ -7,8 +7,9 @@ sums it up by line of the Python source.
 Global memory moves in sectors of 32 bytes: an instruction of a warp is one request, and takes as
 many sectors as its threads touch. Shared memory has 32 banks of 4 bytes. Threads that access
 several words of a bank take turns, each of which is a wavefront. The threads of a warp access 4
-bytes or less together, 8 bytes by halves of the warp, and 16 bytes by quarters. The same word is
-given to all that ask for it (NVIDIA, "Nsight Compute: Profiling Guide", "Memory Tables").
+bytes or less together, 8 bytes by halves of the warp, and 16 bytes by quarters. A word is read once
+for all threads that ask for it, and no turn is taken for a half or a quarter that asks for what the
+one before it has asked for (NVIDIA, "Nsight Compute: Profiling Guide", "Memory Tables").
 """
 
 from collections import defaultdict
@@ -76,12 +77,14 @@ def wavefronts(addresses: Any, lanes: Any, width: int) -> tuple[int, int]:
         return count, count
     together = 32 * WORD // max(width, WORD)  # threads
     found = possible = 0
+    before: set[int] = set()
     for first in range(0, 32, together):
         mine = addresses[(lanes >= first) & (lanes < first + together)]
-        if not len(mine):
+        words = np.unique(mine // WORD + np.arange(-(-width // WORD))[:, None])
+        asked = set(words.tolist())
+        if asked <= before:  # also if there are none
             continue
-        each = mine // WORD + np.arange(-(-width // WORD))[:, None]
-        words = np.unique(each)
+        before = asked
         found += int(np.bincount(words % BANKS).max())
         possible += -(-len(words) // BANKS)
     return found, possible
@@ -161,7 +164,7 @@ class Counts:
         for slot, i in zip(self.slots.tolist(), self.kernel.instructions, strict=True):
             if slot >= 0:
                 what = operation(i)
-                writes[slot] |= what in ("store", "atomic", "TMA store")
+                writes[slot] |= what in ("store", "atomic", "TMA store", "TMA reduction")
                 reads[slot] |= what not in ("store", "TMA store")
         for place in places:
             if place.touched is None:
@@ -193,6 +196,8 @@ def operation(i: Instruction) -> str:
     """Name an access to memory."""
     if i.opcode.startswith("cp.reduce"):
         return "atomic"
+    if i.parts[:2] == ["cp", "reduce"]:
+        return "TMA reduction"
     if i.opcode.startswith("cp.async.bulk"):
         return "TMA store" if i.parts[5:6] == ["global"] else "TMA load"
     return OPERATIONS.get(i.parts[0], i.parts[0])
@@ -249,7 +254,7 @@ def kind_of(i: Instruction) -> str:
         return "synchronization"
     if name in BY_NAME:
         return BY_NAME[name]
-    is_float = any(part in FLOATS or part in PAIRS for part in i.parts[1:])
+    is_float = any(part in FLOATS or part in PAIRS or part == "f32x2" for part in i.parts[1:])
     if is_float:
         return "special functions" if name in SPECIAL else "floating point"
     return "integers"
@@ -279,6 +284,8 @@ FLOPS = {"add": 1, "sub": 1, "mul": 1, "fma": 2}
 def flops(i: Instruction) -> tuple[str, int]:
     """Return the format and the FLOPs of a thread: those of sums, products, and both at once."""
     count, kind = FLOPS.get(i.parts[0], 0), i.parts[-1]
+    if kind == "f32x2":
+        return "f32", 2 * count
     if not count or kind not in FLOATS:
         return "", 0
     return ("f16", 2 * count) if kind in PAIRS else (PAIRS_OF.get(kind, kind), count)
@@ -296,8 +303,9 @@ class Access:
 
     Attributes:
         space: "global" or "shared".
-        what: "load", "store", "atomic", "copy" (cp.async), "TMA load", "TMA store", "ldmatrix", or
-            "stmatrix".
+        what: "load", "store", "atomic", "copy" (cp.async), "TMA load", "TMA store", "TMA
+            reduction", "ldmatrix", or "stmatrix". What tensor cores read of shared memory is not
+            counted.
         bytes: that threads have asked for.
         transactions: sectors of global memory, or wavefronts of shared memory.
         least: the transactions that these bytes would take side by side.
@@ -425,7 +433,7 @@ def summarize(counts: Counts, moved: Callable[[Source], Source]) -> Counters:
         _add(lines.setdefault(source, Line(source)), i, row)
         where = (("global", Column.REQUESTS), ("shared", Column.SHARED_REQUESTS))
         for space, first in where:
-            if not row[first]:
+            if not row[first] or not spaces(i):  # such as an mbarrier, which lies in memory
                 continue
             key = source, space, operation(i)
             access = accesses.setdefault(key, Access(*key))
@@ -459,7 +467,8 @@ def _add(line: Line, i: Instruction, row: list[int]) -> None:
     name, count = flops(i)
     if count:
         line.flops[name] += count * threads
-    if i.parts[0] != "wgmma":
+    # Of loads: not of products, nor of boxes that are stored.
+    if i.parts[0] != "wgmma" and "wait_group" not in i.opcode.partition("bulk")[2]:
         line.waits += row[Column.WAITS]
         line.in_flight += row[Column.IN_FLIGHT]
         line.most_in_flight = max(line.most_in_flight, row[Column.MOST_IN_FLIGHT])

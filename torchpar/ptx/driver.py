@@ -138,13 +138,13 @@ class Emulator(gpu.Gpu):
     def report(self) -> Report:
         return Report(self.launches, self.faults)
 
-    def assert_counters(self, kernel: str | None = None, **limits: Any) -> None:
+    def assert_counters(self, kernel: Any = None, **limits: float | None) -> None:
         """Check that launches keep limits, so that a test holds how efficient a kernel is.
 
-            gpu.assert_counters(max_sectors_per_request=4, max_bank_conflicts=0)
+            gpu.assert_counters(max_sector_ratio=1, max_bank_conflicts=0)
 
         Args:
-            kernel: the name of the kernel; None: of each one.
+            kernel: a kernel, or its name; None: each one.
             limits: `Limits` has them.
 
         Raises:
@@ -153,9 +153,11 @@ class Emulator(gpu.Gpu):
             TypeError: a limit is not known, or there is none.
         """
         known = [one.name for one in fields(Limits)]
-        if not limits or not set(limits) <= set(known):
+        given = {key: limit for key, limit in limits.items() if limit is not None}
+        if not given or not set(given) <= set(known):
             raise TypeError(f"limits are {sorted(limits)}, expected some of {', '.join(known)}")
-        held = Limits(**limits)
+        held = Limits(**given)  # type: ignore[arg-type]  # which counts are integers
+        kernel = getattr(kernel, "__name__", kernel)
         launches = [one for one in self.launches if kernel in (None, one.kernel)]
         if not launches:
             names = sorted({one.kernel for one in self.launches})
@@ -353,7 +355,9 @@ class Emulator(gpu.Gpu):
         threads, shared = kernel.threads, self.shared_bytes
         held = min(32, 2048 // max(threads, 1), SHARED_BYTES[self.capability] // max(shared, 1))
         self.resident_blocks = MULTIPROCESSORS[self.capability] * max(held, 1)
-        self._sources = {i.line: moved(i.source, self._file) for i in kernel.instructions}
+        self._sources = {
+            i.line: moved(i.source, kernel.file, self._file) for i in kernel.instructions
+        }
 
 
 def _live_tensors() -> list[tuple[int, int, Tensor]]:

@@ -24,7 +24,7 @@ from torchpar.ptx import (  # noqa: F401
 )
 from torchpar.ptx.blocks import Blocks
 from torchpar.ptx.copies import COPIES_NEED_FENCE
-from torchpar.ptx.cores import LEAST_SECONDS, run_on_all_cores
+from torchpar.ptx.cores import least_seconds, run_on_all_cores
 from torchpar.ptx.counters import Counts
 from torchpar.ptx.machine import LIMIT, Block, Schedule, decode
 from torchpar.ptx.memory import Allocation, Events, Space
@@ -139,7 +139,8 @@ class Gpu:
             if not is_full and blocks is None and self._can_run_blocks(started):
                 blocks = _blocks(self, positions[started])
             if not is_full and blocks is not None and blocks.works:
-                started += self._run_blocks(blocks, as_array[started:], started)
+                may_share = not resident  # whose blocks must be able to see who has written what
+                started += self._run_blocks(blocks, as_array[started:], started, may_share)
                 is_full = started == count
                 if is_full and not resident:
                     break
@@ -165,9 +166,13 @@ class Gpu:
                     reason += f"; {count - started} programs wait for a place on the GPU"
                 raise PtxError(block.spin_line, reason, "deadlock")
 
-    def _run_blocks(self, blocks: Blocks, positions: Any, number: int) -> int:
-        """Let the core execute blocks as a whole, and return how many."""
-        if len(positions) < 4 or not blocks.program.is_for_cores:
+    def _run_blocks(self, blocks: Blocks, positions: Any, number: int, may_share: bool) -> int:
+        """Let the core execute blocks as a whole, and return how many.
+
+        Args:
+            may_share: all cores may execute them.
+        """
+        if len(positions) < 4 or not blocks.program.is_for_cores or not may_share:
             return blocks.run(positions, number)
         # The first blocks say how long the others will take.
         start = time.perf_counter()
@@ -175,7 +180,7 @@ class Gpu:
         left = (time.perf_counter() - start) / 2 * (len(positions) - 2)
         if first < 2:
             return first
-        if left > LEAST_SECONDS:
+        if left > least_seconds(self.space.allocations):
             make = partial(_blocks, position=tuple(positions[2].tolist()))
             was_possible = run_on_all_cores(self, positions[2:], number + 2, make)
             if was_possible:

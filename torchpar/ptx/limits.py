@@ -13,20 +13,21 @@ class Limits:
     """What `Emulator.assert_counters` holds; None: no limit.
 
     Attributes:
-        max_sectors_per_request: of each access to global memory. A warp that reads 32 float32 side
-            by side takes 4; with 16 bytes a thread it takes 16.
-        max_sector_ratio: sectors over the least that the bytes need, of each access.
+        max_sector_ratio: sectors over the least that the bytes need, of each access to global
+            memory. 1 for accesses side by side.
+        max_sectors_per_request: of each access to global memory. 32 float32 side by side take 4;
+            with 16 bytes a thread they take 16, and a box of TMA takes more.
         max_bank_conflicts: wavefronts beyond the least, of each access to shared memory.
-        min_copies_in_flight: groups of asynchronous copies after a wait, at most, of each line that
-            waits for them. 0 is a loop in which copies and products take turns.
+        min_copies_in_flight: groups of asynchronous copies that go on when a program has waited for
+            one, at most. With 0 the copies and the products of a loop take turns.
         max_registers: of a thread, by ptxas.
         max_spilled_bytes: of a thread, by ptxas.
         min_programs: on a multiprocessor at once, by ptxas.
         max_microseconds: the bound of the roofline, by the first GPU of the architecture.
     """
 
-    max_sectors_per_request: float | None = None
     max_sector_ratio: float | None = None
+    max_sectors_per_request: float | None = None
     max_bank_conflicts: int | None = None
     min_copies_in_flight: int | None = None
     max_registers: int | None = None
@@ -57,14 +58,12 @@ class Limits:
                     one.conflicts,
                     self.max_bank_conflicts,
                 )
-        for line in launch.counters.lines:
-            if line.waits and self.min_copies_in_flight is not None:
-                yield from _over(
-                    line.source,
-                    f"at most {line.most_in_flight} groups of copies are in flight after a wait",
-                    -line.most_in_flight,
-                    -self.min_copies_in_flight,
-                )
+        if self.min_copies_in_flight is not None:
+            total = launch.counters.total
+            text = f"after a wait, {total.most_in_flight} groups of copies are in flight at most"
+            if not total.waits:
+                text = "there is no wait for asynchronous copies"
+            yield from _under(text, total.most_in_flight, self.min_copies_in_flight)
         yield from self._of_launch(launch)
 
     def _of_launch(self, launch: Launch) -> Iterator[str]:
@@ -81,7 +80,7 @@ class Limits:
         yield from _over(None, str(used), used.spilled_bytes, self.max_spilled_bytes)
         if self.min_programs is not None:
             text = f"programs on a multiprocessor at once: {programs}"
-            yield from _over(None, text, -programs, -self.min_programs)
+            yield from _under(text, programs, self.min_programs)
 
 
 def _over(source: Source, text: str, value: float, limit: float | None) -> Iterator[str]:
@@ -89,5 +88,9 @@ def _over(source: Source, text: str, value: float, limit: float | None) -> Itera
         return
     where = f"{source[0]}:{source[1]}: " if source is not None else ""
     code = f"\n    {line_of(*source)}" if source is not None else ""
-    word = "at most" if value >= 0 else "at least"
-    yield f"{where}{text}, expected {word} {abs(limit):.4g}{code}"
+    yield f"{where}{text}, expected at most {limit:.4g}{code}"
+
+
+def _under(text: str, value: float, limit: float) -> Iterator[str]:
+    if value < limit:
+        yield f"{text}, expected at least {limit:.4g}"

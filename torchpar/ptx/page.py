@@ -32,6 +32,7 @@ COLORS = {
 ROOFS = ("#b99316", "#3f87c9", "#46a36b", "#dd7733")
 OPERATIONS = {"a copy": "#3f87c9", "a bulk load": "#3f87c9", "a bulk store": "#46a36b"}
 OPERATIONS |= {"a product": "#dd7733", "a commit": "#888c"}
+SECTIONS, PICTURES = 24, 8  # kernels, and accesses of each that have a picture, at most
 GAP = 3  # lines between two that execute something; more are left out
 COLUMNS, BARS = 1200, 60  # pixels and operations of a timeline, at most
 THREADS, ROWS = 128, 600  # of a map of addresses, at most
@@ -65,13 +66,14 @@ def as_html(report: Report, title: str) -> str:
     """Return the page."""
     from jinja2 import Template  # PyTorch needs it, too
 
-    draws = find_spec("matplotlib") is not None
+    draws, kernels = find_spec("matplotlib") is not None, report.distinct()
     template = Template(TEMPLATE.read_text("utf-8"), autoescape=True)
     page: str = template.render(
         title=title,
         summary=report.summary,
         faults=report.in_order(),
-        sections=[section(launch, count, draws) for launch, count in report.distinct()],
+        sections=[section(launch, count, draws) for launch, count in kernels[:SECTIONS]],
+        left_out=len(kernels) - SECTIONS,
         launches=report.launches,
         code=lambda source: line_of(*source),
         draws=draws,
@@ -82,8 +84,11 @@ def as_html(report: Report, title: str) -> str:
 def section(launch: Launch, count: int, draws: bool) -> Section:
     """Return what the page shows of a launch."""
     trace = launch.trace if draws else None
-    pictures = [(one, draw_access(launch, trace, one) if trace else "") for one in worst(launch)]
-    found = Section(launch, count, counted(launch), rows(launch), times(launch), pictures)
+    accesses = worst(launch)
+    pictures = [draw_access(launch, trace, one) if trace else "" for one in accesses[:PICTURES]]
+    pictures += [""] * (len(accesses) - len(pictures))
+    drawn = list(zip(accesses, pictures, strict=True))
+    found = Section(launch, count, counted(launch), rows(launch), times(launch), drawn)
     if draws:
         found.roofline = draw_roofline(launch)
     if trace is not None and trace.executed:
@@ -147,7 +152,8 @@ def draw_access(launch: Launch, trace: Trace, access: Access) -> str:
 def first_requests(launch: Launch, trace: Trace, access: Access) -> dict[int, Request]:
     """Return the requests by warp, of the first instruction of an access."""
     for pc, i in enumerate(launch.counts.kernel.instructions):
-        key = moved(i.source, launch.file), operation(i)
+        source = moved(i.source, launch.counts.kernel.file, launch.file)
+        key = source, operation(i)
         if key != (access.source, access.what):
             continue
         found = {

@@ -112,6 +112,7 @@ class Kernel:
     local_bytes: int = 0  # of a thread's stack
     program: Any = None  # for the core in C
     slots: Any = None  # of the counters
+    file: str = ""  # of the kernel's source
 
 
 def qualifiers(i: Instruction) -> tuple[list[str], str, bool]:
@@ -178,6 +179,12 @@ class Sources:
     def _is_of_triton(self, place: tuple[int, ...]) -> bool:
         path = self.files.get(place[0], "").replace("\\", "/")
         return "/triton/language/" in path or "/triton/experimental/" in path
+
+    @property
+    def of_head(self) -> str:
+        """The file of the kernel's head, which has the first line."""
+        first = self.found[0] if self.found else None
+        return "" if first is None else first[0]
 
     def at(self, position: int) -> tuple[str, int] | None:
         """Return the file and the line of the statement at a position of the text."""
@@ -247,6 +254,7 @@ def parse(text: str) -> Kernel:  # noqa: C901  # a case for each kind of stateme
     code = IGNORED.sub(lambda match: " " * len(match[0]), text)
     ends = [match.start() for match in re.finditer("\n", text)]
     sources = Sources(text)
+    kernel.file = sources.of_head
     scope: ChainMap[str, Any] = ChainMap()
     branches: list[tuple[Instruction, ChainMap[str, Any]]] = []
     for match in STATEMENT.finditer(code, head.end()):

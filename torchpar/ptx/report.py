@@ -101,14 +101,15 @@ class Launch:
     trace: Trace | None = field(default=None, repr=False)
 
     @property
-    def key(self) -> tuple[str, tuple[int, int, int], str]:
-        """What launches of one kind have in common: the kernel, the grid and the PTX."""
-        return self.kernel, self.grid, self.ptx
+    def key(self) -> tuple[str, str]:
+        """What launches of one kind have in common: the kernel and the PTX."""
+        return self.kernel, self.ptx
 
     @cached_property
     def counters(self) -> Counters:
         """What the launch does, by line of the source."""
-        return summarize(self.counts, lambda source: moved(source, self.file))
+        before = self.counts.kernel.file
+        return summarize(self.counts, lambda source: moved(source, before, self.file))
 
     @cached_property
     def resources(self) -> Resources | None:
@@ -149,11 +150,16 @@ class Launch:
         return "\n".join([*counted(self), *tables])
 
 
-def moved(source: Source, file: str) -> Source:
-    """Return a source in the kernel's present file: Triton's cache may have an earlier one."""
-    if source is not None and Path(source[0]).name == Path(file).name:
-        return file, source[1]
-    return source
+def moved(source: Source, before: str, file: str) -> Source:
+    """Return a source in the kernel's present file; Triton's cache may have an earlier one.
+
+    Args:
+        before: the kernel's file when it was compiled.
+    """
+    if source is None or not file:
+        return source
+    is_moved = source[0] == before or Path(source[0]).name == Path(file).name
+    return (file, source[1]) if is_moved else source
 
 
 def counted(launch: Launch) -> list[str]:
@@ -237,8 +243,8 @@ class Report:
         return [fault for fault in self.faults if fault.kind == "error"]
 
     def distinct(self) -> list[tuple[Launch, int]]:
-        """Return the first one of the launches of each kernel, grid and PTX, and their number."""
-        found: dict[tuple[str, tuple[int, int, int], str], list[Launch]] = {}
+        """Return the first one of the launches of each kernel and PTX, and their number."""
+        found: dict[tuple[str, str], list[Launch]] = {}
         for launch in self.launches:
             found.setdefault(launch.key, []).append(launch)
         return [(launches[0], len(launches)) for launches in found.values()]

@@ -44,15 +44,19 @@ MULTIPROCESSORS = {
 
 
 def programs_of(used: Resources, warps: int, shared: int, arch: str) -> int:
-    """Return how many programs a multiprocessor has at once. A warp's registers come in units of
-    256."""
+    """Return how many programs a multiprocessor has at once: its theoretical occupancy.
+
+    A quarter of the registers serves each fourth warp. A warp's registers come in units of 256, and
+    shared memory in units of 128 bytes.
+    """
     one = MULTIPROCESSORS[arch]
     of_warp = -(-used.registers * 32 // 256) * 256
+    warps_of_quarter = one.registers // 4 // max(of_warp, 1)
     return min(
         one.programs,
         one.warps // warps,
-        one.registers // max(of_warp * warps, 1),
-        one.shared // (shared + one.reserved),
+        4 * warps_of_quarter // warps,
+        one.shared // (-(-shared // 128) * 128 + one.reserved),
     )
 
 

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 from torchpar.ptx.counters import SECTOR, Counters
 
-ISSUED = 4  # instructions of warps that a multiprocessor begins in a clock
 SPECIAL = 16  # results of special functions in a clock and multiprocessor
 
 
@@ -78,7 +77,8 @@ class Bound(NamedTuple):
         return self.microseconds[self.unit]
 
     def __str__(self) -> str:
-        text = f"at least {_time(self.least)} on an {self.gpu}, by {self.unit}"
+        article = "a" if self.gpu[0] == "B" else "an"
+        text = f"at least {_time(self.least)} on {article} {self.gpu}, by {self.unit}"
         if self.unit != "memory":
             text += f"; memory alone {_time(self.microseconds['memory'])}"
         return text
@@ -108,7 +108,8 @@ def bounds(counters: Counters, programs: int, arch: str) -> list[Bound]:
 def bound(counters: Counters, programs: int, gpu: str, has_same_code: bool = True) -> Bound:
     """Return the least time of a launch.
 
-    Memory is read and written once. Fewer programs than multiprocessors leave some of these idle.
+    Memory is read and written once, and no cache holds it before. ptxas may leave out instructions,
+    so that their number is no bound. Fewer programs than multiprocessors leave some of these idle.
     """
     sheet, total = DATA_SHEETS[gpu], counters.total
     busy = min(programs, sheet.multiprocessors)
@@ -129,6 +130,5 @@ def bound(counters: Counters, programs: int, gpu: str, has_same_code: bool = Tru
         needed |= {
             "special functions": total.special / (SPECIAL * clocks),
             "shared memory": counters.sums("shared").transactions / clocks,
-            "instructions": total.instruction_count / (ISSUED * clocks),
         }
     return Bound(gpu, dict(sorted(needed.items(), key=lambda one: -one[1])))
