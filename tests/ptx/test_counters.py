@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The counters of a launch are those that a profiler would have, for kernels that one can count."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import triton
@@ -9,9 +11,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks.ptx_kernels import matmul_kernel
 from ptx.launch import Gpu
+from ptx.test_core import in_python
 from torchpar.ptx import emulate
 from torchpar.ptx.counters import Access, summarize
 from torchpar.ptx.machine import SCHEDULES
+from torchpar.ptx.report import moved
+from torchpar.ptx.resources import Resources, programs_of
 
 slow = pytest.mark.slow
 ARCHITECTURES = ["sm_90", *(pytest.param(arch, marks=slow) for arch in ("sm_80", "sm_100"))]
@@ -21,6 +26,11 @@ ARCHITECTURES = ["sm_90", *(pytest.param(arch, marks=slow) for arch in ("sm_80",
 def strided_kernel(x, out, STRIDE: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
     tl.store(out + i, tl.load(x + i * STRIDE))
+
+
+@triton.jit
+def sum_kernel(x, out, BLOCK: tl.constexpr):
+    tl.store(out, tl.sum(tl.load(x + tl.arange(0, BLOCK)), 0))
 
 
 @triton.jit
@@ -117,28 +127,59 @@ TRANSPOSED = """
 .reqntid 32
 {
     .reg .b32 %r<4>;
+    .reg .b16 %h<1>;
+    .reg .b64 %d<2>;
     mov.u32 %r0, %tid.x;
     mov.u32 %r1, global_smem;
     mad.lo.s32 %r2, %r0, STRIDE, %r1;
-    st.shared.b32 [%r2], %r0;
-    ld.shared.b32 %r3, [%r2];
+    mov.b16 %h0, 1;
+    mov.b64 %d0, 1;
+    st.shared.KIND [%r2], VALUE;
+    ld.shared.KIND RESULT, [%r2];
     ret;
 }
 """
 
 
-@pytest.mark.parametrize("stride, wavefronts", [(4, 1), (8, 2), (128, 32), (132, 1), (0, 1)])
-def test_threads_that_share_a_bank_take_turns(stride, wavefronts):
-    """A column of an array of 32 × 32 words, and of one that is padded by a word."""
+def launched(stride: int, kind: str, by_core: bool) -> list[Access]:
+    """The accesses of 32 threads that are so many bytes apart."""
+    value, result = {
+        "b16": ("%h0", "%h0"),
+        "b32": ("1", "%r3"),
+        "b64": ("%d0", "%d1"),
+        "v2.b64": ("{%d0, %d0}", "{%d0, %d1}"),
+    }[kind]
+    text = TRANSPOSED.replace("STRIDE", str(stride)).replace("KIND", kind)
+    text = text.replace("VALUE", value).replace("RESULT", result)
     gpu = Gpu(SCHEDULES[0])
-    text = TRANSPOSED.replace("STRIDE", str(stride))
-    if stride == 0:
-        text = text.replace("    st.shared.b32 [%r2], %r0;\n", "    st.shared.b32 [%r2], 1;\n")
-    gpu.launch(text, [0], shared=132 * 32)
-    accesses = summarize(gpu.counts, lambda source: source).accesses
+    with nullcontext() if by_core else in_python():
+        gpu.launch(text, [0], shared=132 * 32)
+    return summarize(gpu.counts, lambda source: source).accesses
+
+
+@pytest.mark.parametrize("by_core", [True, False])
+@pytest.mark.parametrize(
+    "stride, kind, wavefronts, least",
+    [
+        (4, "b32", 1, 1),
+        (8, "b32", 2, 1),
+        (128, "b32", 32, 1),  # a column of an array of 32 × 32 words
+        (132, "b32", 1, 1),  # and of one that is padded by a word
+        (0, "b32", 1, 1),
+        (2, "b16", 1, 1),
+        (8, "b64", 2, 2),
+        (128, "b64", 32, 2),
+        (0, "b64", 1, 1),  # the second half asks for the same
+        (16, "v2.b64", 4, 4),
+        (32, "v2.b64", 8, 4),
+        (0, "v2.b64", 1, 1),
+    ],
+)
+def test_threads_that_share_a_bank_take_turns(stride, kind, wavefronts, least, by_core):
+    accesses = launched(stride, kind, by_core)
     for what in ("store", "load"):
         one = only(accesses, what, "shared")
-        assert (one.requests, one.transactions, one.least) == (1, wavefronts, 1)
+        assert (one.requests, one.transactions, one.least) == (1, wavefronts, least)
 
 
 def test_a_limit_that_is_not_kept_names_the_line():
@@ -197,6 +238,15 @@ def test_limits_that_hold_nothing_are_refused():
             gpu.assert_counters(**limits)
 
 
+def test_barriers_are_counted_by_warps():
+    """A sum over four warps needs one or more."""
+    with emulate() as gpu:
+        sum_kernel[(3,)](torch.ones(512), torch.empty(1), 512)
+    count, rest = divmod(gpu.launches[0].counters.total.barriers, 3 * 4)
+    assert (count > 0, rest) == (True, 0)
+    assert f"barriers: each warp arrives at {count}" in gpu.launches[0].counted()
+
+
 def test_the_bound_of_a_launch_is_that_of_its_slowest_unit():
     """The bound of a launch names the unit that needs most, and memory beside it."""
     x = torch.ones(2**20)
@@ -206,3 +256,28 @@ def test_the_bound_of_a_launch_is_that_of_its_slowest_unit():
     assert [h100.gpu, *(one.gpu for one in others)] == ["H100", "H200", "A100", "B200"]
     assert h100.microseconds["memory"] == pytest.approx(2 * 4096 / 3.35e6)
     assert str(h100).startswith("at least ")
+
+
+@pytest.mark.parametrize(
+    "registers, warps, shared, arch, programs",
+    [
+        (32, 4, 0, "sm_90", 16),  # as many warps as there may be
+        (16, 1, 0, "sm_90", 32),  # as many programs
+        (88, 2, 0, "sm_90", 10),  # by a quarter of the registers
+        (88, 1, 0, "sm_90", 20),
+        (80, 1, 0, "sm_90", 24),
+        (255, 8, 0, "sm_90", 1),
+        (64, 4, 49_152, "sm_90", 4),
+        (64, 4, 49_152, "sm_80", 3),
+    ],
+)
+def test_programs_of_a_multiprocessor(registers, warps, shared, arch, programs):
+    """Of cuda_occupancy.h's rules, and NVIDIA's table of compute capabilities."""
+    assert programs_of(Resources(registers, 0), warps, shared, arch) == programs
+
+
+def test_a_source_that_was_renamed_is_named_by_its_file():
+    assert moved(("/a/first.py", 9), "/a/first.py", "/a/second.py") == ("/a/second.py", 9)
+    assert moved(("/a/first.py", 9), "/a/kernel.py", "/b/first.py") == ("/b/first.py", 9)
+    assert moved(("/a/helper.py", 9), "/a/first.py", "/a/second.py") == ("/a/helper.py", 9)
+    assert moved(None, "/a/first.py", "/a/second.py") is None

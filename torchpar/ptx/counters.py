@@ -349,6 +349,8 @@ class Line:
         threads: that have executed them, at most 32 each.
         flops: by format, of sums and products.
         tensor_flops: by format.
+        special: results of special functions, such as exponentials.
+        barriers: arrivals of warps at barriers of their program.
         waits: for asynchronous copies.
         in_flight: groups of copies that go on after a wait, in all.
         most_in_flight: after one wait. If it is 0, the copies of a loop wait for its products, and
@@ -361,6 +363,7 @@ class Line:
     flops: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     tensor_flops: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     special: int = 0
+    barriers: int = 0
     waits: int = 0
     in_flight: int = 0
     most_in_flight: int = 0
@@ -400,6 +403,7 @@ class Counters:
                     sums[key] += value
             result.threads += line.threads
             result.special += line.special
+            result.barriers += line.barriers
             result.waits += line.waits
             result.in_flight += line.in_flight
             result.most_in_flight = max(result.most_in_flight, line.most_in_flight)
@@ -464,6 +468,8 @@ def _add(line: Line, i: Instruction, row: list[int]) -> None:
         line.tensor_flops[name] += executions * each + row[Column.TENSOR_FLOPS]
     if kind == "special functions":
         line.special += threads
+    if i.parts[0] in ("bar", "barrier") and i.parts[1] != "warp":
+        line.barriers += executions
     name, count = flops(i)
     if count:
         line.flops[name] += count * threads

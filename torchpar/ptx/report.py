@@ -182,6 +182,9 @@ def counted(launch: Launch) -> list[str]:
         lines.append(
             f"global memory: {memory.transactions:,} sectors, {memory.distinct:,} of them distinct"
         )
+    if total.barriers:
+        each = total.barriers / (launch.programs * launch.warps)
+        lines.append(f"barriers: each warp arrives at {each:.4g}")
     if total.waits:
         average = total.in_flight / total.waits
         lines.append(
