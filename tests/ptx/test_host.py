@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the program around the kernels does: unwritten memory, threads, descriptors."""
+"""Programs around kernels: unwritten memory, threads, and descriptors of the host."""
 
 import threading
 from contextlib import nullcontext

@@ -208,6 +208,17 @@ def test_only_the_script_is_required(capsys):
     assert capsys.readouterr().err.endswith("the following arguments are required: script\n")
 
 
+@pytest.fixture
+def default_signals():
+    """What handles signals in a new process; other tests of this one may have set handlers."""
+    defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in defaults.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("default_signals")
 @pytest.mark.parametrize("name, status", [("SIGINT", 130), ("SIGTERM", 143)])
 def test_an_interrupted_launch_is_shown(name, status, script, capsys, monkeypatch):
     turns = gpu.Block.turns
@@ -231,6 +242,7 @@ def test_an_interrupted_launch_is_shown(name, status, script, capsys, monkeypatc
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+@pytest.mark.usefixtures("default_signals")
 def test_a_fork_of_the_script_is_terminated_as_without_the_command(script, capfd):
     text = """
         ready, started = os.pipe()
