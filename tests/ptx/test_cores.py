@@ -53,7 +53,7 @@ def executed(count: int, shift: int, every: int, in_place: bool) -> tuple[bytes,
         (40, 64, False, True),
         (0, 32, False, False),  # two programs store a row
         (1, 64, True, False),  # a program stores the row that another one loads
-        (40, 64, True, False),  # on another core
+        pytest.param(40, 64, True, False, marks=pytest.mark.slow),  # on another core
     ],
 )
 def test_cores_do_what_one_core_does(shift, every, in_place, is_independent):

@@ -295,6 +295,7 @@ SCRIPT = """
 """
 
 
+@pytest.mark.slow  # three processes
 def test_the_command_runs_a_script_that_says_cuda(tmp_path):
     script, page = tmp_path / "script.py", tmp_path / "page.html"
     script.write_text(textwrap.dedent(SCRIPT))
@@ -313,6 +314,7 @@ def test_the_command_runs_a_script_that_says_cuda(tmp_path):
     assert "none.py is no file; name a Python script" in err
 
 
+@pytest.mark.slow  # three processes
 def test_the_plugin_fails_tests_whose_kernels_are_wrong(pytester):
     imports = "import torch, triton, triton.language as tl\n"
     kernel = textwrap.dedent(SCRIPT).partition("@triton.jit")[2].partition("x = torch")[0]

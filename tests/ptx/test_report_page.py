@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from pages import COLORS, Page, check_on_a_phone
+from pages import Page, check_on_a_phone
 
 pytest.importorskip("matplotlib", reason="matplotlib draws")
 
@@ -91,7 +91,7 @@ def test_pictures_are_of_accesses_by_threads(report, found):
     assert found.pictures == len(by_threads) + 1 + bool(computes)
 
 
-@pytest.mark.parametrize("scheme", COLORS)
+@pytest.mark.parametrize("scheme", ["dark", pytest.param("light", marks=pytest.mark.slow)])
 def test_the_page_is_legible_on_a_phone(found, tmp_path, scheme):
     check_on_a_phone(found.text, tmp_path, scheme)
 
