@@ -740,7 +740,9 @@ def _tuned(emulator: Emulator, run: Callable[..., Any]) -> Callable[..., Any]:
 @lru_cache(1)
 def _let_kernels_end() -> None:
     """Let Triton forget kernels of an emulator also when it has no driver, or that of a GPU."""
-    unload = CompiledKernel.__del__
+    unload = getattr(CompiledKernel, "__del__", None)
+    if unload is None:  # before Triton 3.8
+        return
 
     def forget(kernel: Any) -> None:
         if isinstance(kernel.function, Module):
