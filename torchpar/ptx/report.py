@@ -183,8 +183,8 @@ def counted(launch: Launch) -> list[str]:
             f"global memory: {memory.transactions:,} sectors, {memory.distinct:,} of them distinct"
         )
     if total.barriers:
-        each = total.barriers / (launch.programs * launch.warps)
-        lines.append(f"barriers: each warp arrives at {each:.4g}")
+        of_warp = total.barriers / (launch.programs * launch.warps)
+        lines.append(f"barriers: each warp arrives at {of_warp:.4g}")
     if total.waits:
         average = total.in_flight / total.waits
         lines.append(
