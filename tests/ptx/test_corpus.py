@@ -71,6 +71,7 @@ def cases(architectures: list[int]) -> list[tuple[str, int]]:
     ]
 
 
+@slow  # test_emulated_corpus.py executes these, and so compiles them
 @pytest.mark.parametrize("name,architecture", cases([FIRST]))
 def test_tutorial_compiles(name: str, architecture: int, cache: str) -> None:
     check_compiled(CASES[name].run, architecture, cache)
@@ -83,6 +84,7 @@ def test_tutorial_compiles_for_others(name: str, architecture: int, cache: str) 
 
 
 @slow
+@slow
 @pytest.mark.parametrize("name", FAULTS)
 def test_fault_compiles(name: str, cache: str) -> None:
     for architecture in (FIRST, *OTHERS):
@@ -90,6 +92,7 @@ def test_fault_compiles(name: str, cache: str) -> None:
             check_compiled(FAULTS[name].run, architecture, cache)
 
 
+@slow
 @slow
 @pytest.mark.parametrize("name", RIGHT)
 def test_right_kernel_compiles(name: str, cache: str) -> None:
