@@ -83,9 +83,8 @@ def test_a_page_shows_each_kernel_once(report, found):
 def test_pictures_are_of_accesses_by_threads(report, found):
     """And of the first program and the roofline."""
     launch = report.launches[0]
-    by_threads = [
-        one for one in launch.counters.accesses if page.first_requests(launch, launch.trace, one)
-    ]
+    shown = page.worst(launch)[: page.PICTURES]
+    by_threads = [one for one in shown if page.first_requests(launch, launch.trace, one)]
     computes = launch.counters.total.flops or launch.counters.total.tensor_flops
     assert by_threads
     assert found.pictures == len(by_threads) + 1 + bool(computes)
