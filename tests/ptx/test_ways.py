@@ -249,7 +249,7 @@ def test_a_fork_of_the_script_is_terminated_as_without_the_command(script, capfd
         child = os.fork()
         if not child:
             os.write(started, b"1")
-            time.sleep(60)
+            time.sleep(5)
             os._exit(0)
         os.read(ready, 1)
         os.kill(child, signal.SIGTERM)
