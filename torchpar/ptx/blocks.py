@@ -52,7 +52,8 @@ class _Runner(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("coordinates", "shared", "events")),
         *((name, ctypes.c_void_p) for name in ("counts", "total_counts")),
         *((name, ctypes.c_int64) for name in ("count_size", "rows", "limit")),
-        *((name, ctypes.c_int32) for name in ("warp_count", "coordinate_count", "generic")),
+        *((name, ctypes.c_int32) for name in ("warp_count", "coordinate_count")),
+        ("copies_need_fence", ctypes.c_int32),
         *((name, ctypes.c_int32) for name in ("agents", "capacity")),
         *((name, ctypes.c_void_p) for name in ("times", "fenced")),
         ("arrived", ctypes.c_int32 * BARRIERS),
@@ -73,10 +74,10 @@ class Blocks:
 
     Args:
         template: a block that has not begun, whose arrays become those of all blocks.
-        generic: copies of `cp.async` need a fence before tensor cores read them.
+        copies_need_fence: those of `cp.async`, before tensor cores read what was copied.
     """
 
-    def __init__(self, template: "Block", generic: bool):
+    def __init__(self, template: "Block", copies_need_fence: bool):
         gpu = template.gpu
         assert template.core is not None
         self.gpu, self.template, self.launch = gpu, template, gpu.core
@@ -105,7 +106,7 @@ class Blocks:
             limit=gpu.limit + 1,
             warp_count=warps,
             coordinate_count=len(self.launch.positions),
-            generic=generic,
+            copies_need_fence=copies_need_fence,
         )
         for n, (warp, state) in enumerate(zip(template.core.warps, self.states, strict=True)):
             warp.runner = ctypes.addressof(self.struct)

@@ -322,7 +322,8 @@ class Emulator(gpu.Gpu):
         for number, schedule in enumerate(self.schedules):
             self.schedule, self.printed = schedule, []
             self._saves = number == 0 and len(self.schedules) > 1
-            self.trace = Trace() if number == 0 and self.traces and self._is_new(launch) else None
+            is_new = launch.key not in self._counted_before
+            self.trace = Trace() if number == 0 and self.traces and is_new else None
             launch.trace = launch.trace or self.trace
             for place, data in self._before:
                 content = place.content()
@@ -348,9 +349,6 @@ class Emulator(gpu.Gpu):
             launch.counts = before
         self.launches.append(launch)
 
-    def _is_new(self, launch: Launch) -> bool:
-        return all(one.key != launch.key for one in self.launches)
-
     def prepare(self, kernel: Any) -> None:
         threads, shared = kernel.threads, self.shared_bytes
         held = min(32, 2048 // max(threads, 1), SHARED_BYTES[self.capability] // max(shared, 1))
@@ -365,6 +363,7 @@ def _live_tensors() -> list[tuple[int, int, Tensor]]:
 
     Each has its first address, and the one behind its last one. Tensors within others are left out.
     """
+    gc.collect()  # so that none is found that nothing refers to
     found = []
     for one in gc.get_objects():
         if type(one) not in (Tensor, torch.nn.Parameter) or one.device.type != "cpu":

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Faults of kernels, and the report of their launches: data first, and a text that prints well."""
 
+import linecache
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -61,10 +62,8 @@ class Fault:
 
 def line_of(path: str, number: int, strip: bool = True) -> str:
     """Return a line of a file; "" if there is none."""
-    try:
-        line = Path(path).read_text("utf-8").splitlines()[number - 1]
-    except (OSError, IndexError):
-        return ""
+    linecache.checkcache(path)  # it may have changed
+    line = linecache.getline(path, number)
     return line.strip() if strip else line.rstrip()
 
 
