@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .autotune import Choice, choose_plan
+from .columns import by_columns, empty_by_columns
 from .gemm import GROUP, dot_rows, dot_tiles, grouped_tile, make_descriptor
 from .launch import Plan, Wrap, cached_plan
 from .tiles import Tiles, check_variant, count_tiles, device, resident_programs, split_k
@@ -234,6 +235,7 @@ def linear_sigmoid(
         out = x.new_empty(x.shape[0], weight.shape[0])
     if out.numel() == 0:
         return out
+    x, weight = by_columns(x, precision), by_columns(weight, precision)
     # The kernels take a pointer even where they read no bias.
     given = weight if bias is None else bias
     count = plan.constants.get("SPLIT_K", 1)  # by TMA nothing is split
@@ -251,6 +253,7 @@ def linear_sigmoid(
 
 def _plan(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Plan | None:
     choice = Choice(*options)
+    x, weight = (empty_by_columns(t, choice.precision) for t in (x, weight))
     sizes = x.shape[0], weight.shape[0], x.shape[1], 1
     make = partial(_plan_tiles, x, weight, bias, choice.precision)
     return choose_plan(make, "linear_sigmoid", sizes, [x, weight], choice)

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .autotune import Choice, choose_plan
+from .columns import by_columns, empty_by_columns
 from .gemm import dot_rows, triangle_of_batch
 from .launch import Plan, Wrap, cached_plan
 from .symmetric_matmul_tma import symmetric_matmul_tma_kernel
@@ -148,6 +149,8 @@ def symmetric_matmul(
     if out.numel() > 0:
         factors = struct.unpack("<2q", struct.pack("<2d", alpha, beta))
         first, second, third = operands
+        first = by_columns(first, precision)
+        second = None if second is None else by_columns(second, precision)
         # The kernel takes a tensor for each operand, also for an operand that it does not read.
         plan.launch(
             wrap,
@@ -162,6 +165,8 @@ def symmetric_matmul(
 
 def _plan_product(a: Tensor, b: Tensor | None, c: Tensor | None, *options: Any) -> Plan | None:
     choice = Choice(*options)
+    a = empty_by_columns(a, choice.precision)
+    b = None if b is None else empty_by_columns(b, choice.precision)
     operands = [t for t in (a, b, c) if t is not None]
     *_, n, k = a.shape
     sizes = n, n, k, a.shape[0] if a.dim() == 3 else 1

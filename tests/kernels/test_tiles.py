@@ -120,7 +120,9 @@ BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float6
         ("symmetric_matmul", BF16, "ieee", (1008, 4096), True),
         ("symmetric_matmul", F16, "ieee", (1032, 1032), False),  # by TMA
         ("symmetric_matmul", F32, "tf32", (4096, 4096), False),
-        ("symmetric_matmul", F32, "ieee", (4096, 4096), True),
+        ("symmetric_matmul", F32, "ieee", (4096, 4096), False),
+        ("symmetric_matmul", F32, "ieee", (4097, 4096), True),
+        ("symmetric_matmul", F32, "ieee", (1008, 4096), True),
         ("symmetric_matmul", F64, "ieee", (4096, 4096), False),
         ("symmetric_matmul", F64, "ieee", (4097, 4096), True),
         ("linear_sigmoid", BF16, "ieee", (64, 10, 785), False),  # one launch instead of two
@@ -131,13 +133,9 @@ BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float6
         ("linear_sigmoid", BF16, "ieee", (8192, 4096, 2048), False),
         ("linear_sigmoid", BF16, "ieee", (8192, 4096, 2064), True),
         ("linear_sigmoid", F32, "tf32", (8192, 4096, 2048), False),
-        # The main job's layer, on two ranks.
-        ("linear_sigmoid", F32, "ieee", (512, 512, 121), False),
-        # And on one: 128 of 132 multiprocessors.
-        ("linear_sigmoid", F32, "ieee", (1024, 512, 121), False),
-        ("linear_sigmoid", F32, "ieee", (1088, 512, 121), True),  # two waves of tiles
-        ("linear_sigmoid", F32, "ieee", (512, 512, 160), False),  # the time of two launches
-        ("linear_sigmoid", F32, "ieee", (512, 512, 161), True),
+        ("linear_sigmoid", F32, "tf32", (1024, 512, 128), False),
+        # Copies by columns take what the sigmoid's pass would.
+        ("linear_sigmoid", F32, "ieee", (512, 512, 121), True),
         # One tile: few multiprocessors work.
         ("linear_sigmoid", F32, "ieee", (64, 64, 10000), True),
         ("linear_sigmoid", F32, "ieee", (8192, 512, 784), True),
