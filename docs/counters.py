@@ -1,31 +1,46 @@
 # SPDX-License-Identifier: MIT
-"""Write the table of docs/performance.md: ``python docs/counters.py``.
+"""Write the tables of docs/performance.md: ``python docs/counters.py``.
 
-Each operator's kernels are compiled for an H100, executed on this CPU, and counted.
+The operators' kernels are compiled for an H100, executed on this CPU, and counted.
 """
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import torchpar
+from torchpar.kernels import linear_sigmoid, symmetric_matmul
+from torchpar.kernels.tiles import KINDS, Tiles, count_tiles
+from torchpar.ptx.counters import SECTOR
 from torchpar.ptx.report import Launch
-from torchpar.ptx.roofline import bound
+from torchpar.ptx.roofline import DATA_SHEETS, bound
 
 TRITON = "3.8."  # which compiles the kernels; another one may need other registers
 PAGE = Path(__file__).with_name("performance.md")
-HEAD = (
-    "| kernel | operands | instructions of warps | sectors over the least | bank conflicts "
-    "| copies in flight | by tensor cores | registers | programs | at least, on an H200 |\n"
-    "|---|---|---|---|---|---|---|---|---|---|\n"
+MULTIPROCESSORS = DATA_SHEETS["H200"].multiprocessors
+OF_PRODUCTS = ("symmetric_matmul", "linear_sigmoid")  # kernels of the other table
+ELEMENTWISE = (
+    "| kernel | operands | sectors over the least | wavefronts over the least | registers "
+    "| spilled bytes | programs | on an H200 | on a B200 |\n"
+    "|---|---|---|---|---|---|---|---|---|\n"
+)
+MATRIX = (
+    "| kernel | operands | tiles | bytes over the tiles' | sectors over the least "
+    "| wavefronts over the least | FLOPs over 2·m·n·k | copies in flight | registers "
+    "| spilled bytes | waves at 4096 | on an H200 | on a B200 |\n"
+    "|---|---|---|---|---|---|---|---|---|---|---|---|---|\n"
 )
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> Tensor:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     return x.requires_grad_(grad)
+
+
+# The kernels that memory bounds
 
 
 def backward(y: Tensor) -> None:
@@ -46,45 +61,161 @@ CALLS: dict[str, Callable[[], object]] = {
     "64 × 4096 and 4096, float32": lambda: backward(
         torchpar.maximum(normal(64, 4096, grad=True), normal(4096, grad=True))
     ),
-    "512 × 512, float16": lambda: torchpar.matmul_t(normal(512, 512, dtype=torch.float16)),
-    "256 × 256, float32": lambda: torchpar.matmul_t(normal(256, 256)),
-    "256 × 768 → 256, float16": lambda: layer(torch.float16),
-    "256 × 768 → 256, float32": lambda: layer(torch.float32),
+    "256 × 256, float16": lambda: layer(torch.float16),
+    "256 × 256, float32": lambda: layer(torch.float32),
 }
 
 
-def row(launch: Launch, operands: str) -> str:
-    """Return a line of the table."""
+# The matrix kernels
+
+
+class Product(NamedTuple):
+    """A product ``(m, k) · (n, k)ᵀ`` by the tiles that the rule takes for large ones."""
+
+    kernel: str
+    kind: str
+    m: int
+    n: int
+    k: int
+    tiles: Tiles
+
+    @property
+    def operands(self) -> str:
+        if self.kernel == "symmetric_matmul":
+            return f"{self.n} × {self.k}, {self.kind}"
+        return f"{self.m} × {self.k} → {self.n}, {self.kind}"
+
+    @property
+    def is_symmetric(self) -> bool:
+        return self.kernel == "symmetric_matmul"
+
+    def launch(self) -> None:
+        kind = KINDS[self.kind]
+        x, weight = (normal(rows, self.k, dtype=kind.dtype) for rows in (self.m, self.n))
+        if self.is_symmetric:
+            symmetric_matmul.symmetric_matmul(x, x, kind.precision, None, tiles=self.tiles)
+        else:
+            bias = normal(self.n, dtype=kind.dtype)
+            linear_sigmoid.linear_sigmoid(x, weight, bias, kind.precision, None, tiles=self.tiles)
+
+    def bytes_of_tiles(self) -> int:
+        """Bytes of the result, and of the operands of all tiles."""
+        rows, columns = self.tiles[:2]
+        units = count_tiles(self.tiles, self.m, self.n, self.is_symmetric)
+        loaded = units * (rows + columns)
+        if self.is_symmetric and self.tiles.variant == "tma" and columns == 2 * rows:
+            # A pair of rows has two wide tiles for each pair before it. Of its own three squares,
+            # one wide tile has two, and the third has the same rows as both operands.
+            pairs = self.n // columns
+            loaded = pairs * pairs * (rows + columns) + pairs * rows
+        return (loaded * self.k + self.m * self.n) * KINDS[self.kind].dtype.itemsize
+
+    def waves(self, programs: int) -> float:
+        """Waves of the tiles of 4096 × 4096, with so many programs on a multiprocessor at once."""
+        units = count_tiles(self.tiles, 4096, 4096, self.is_symmetric)
+        return units / (MULTIPROCESSORS * programs)
+
+
+WIDE = Tiles(128, 256, 64, 8, 4, "tma")
+NARROW = Tiles(64, 128, 64, 4, 4, "tma")
+WIDE_TF32 = Tiles(128, 256, 32, 8, 3, "tma")
+TILES = {  # for 4096 rows; before them others, for 2048 and 8192 rows
+    ("symmetric_matmul", "bfloat16"): (NARROW, Tiles(128, 256, 64, 8, 3, "flat"), WIDE),
+    ("symmetric_matmul", "float16"): (WIDE,),
+    ("symmetric_matmul", "tf32"): (WIDE_TF32,),
+    ("symmetric_matmul", "tf32x3"): (Tiles(128, 128, 32, 8, 3, "tma"),),
+    ("symmetric_matmul", "float32"): (Tiles(128, 128, 16, 8, 3),),
+    ("linear_sigmoid", "bfloat16"): (NARROW, WIDE),
+    ("linear_sigmoid", "float16"): (WIDE,),
+    ("linear_sigmoid", "tf32"): (WIDE_TF32,),
+    ("linear_sigmoid", "float32"): (Tiles(128, 128, 16, 8, 3),),
+}
+PRODUCTS = {
+    f"{one.kernel}, {one.operands}, {' '.join(map(str, tiles))}": one
+    for (kernel, kind), choices in TILES.items()
+    for tiles in choices
+    if (one := Product(kernel, kind, 512, 512, 1024 if kind == "tf32" else 512, tiles))
+}
+
+
+def cells_of(launch: Launch) -> list[str]:
+    """Return the cells that both tables end with."""
+    used = launch.resources
+    counters = launch.counters
+    bounds = [
+        bound(counters, launch.programs, "H200"),
+        bound(counters, launch.programs, "B200", has_same_code=False),
+    ]
+    return [
+        *([f"{used.registers}", f"{used.spilled_bytes}"] if used else ["", ""]),
+        f"{launch.programs_of_multiprocessor}",
+        *(f"{one.least:.3g} µs, by {one.unit}" for one in bounds),
+    ]
+
+
+def ratio_of_flops(launch: Launch, product: Product) -> float:
+    total = launch.counters.total
+    made = sum(total.tensor_flops.values()) or sum(total.flops.values())
+    return made / (2 * product.m * product.n * product.k)
+
+
+def elementwise_row(launch: Launch, operands: str) -> str:
+    counters = launch.counters
+    memory, shared = counters.sums("global"), counters.sums("shared")
+    cells = [f"{memory.ratio:.2f}", f"{shared.ratio:.2f}" if shared.least else ""]
+    return _line(f"`{launch.kernel}`", operands, *cells, *cells_of(launch))
+
+
+def matrix_row(launch: Launch, product: Product) -> str:
     counters, total = launch.counters, launch.counters.total
     memory, shared = counters.sums("global"), counters.sums("shared")
-    of_tensor, others = sum(total.tensor_flops.values()), sum(total.flops.values())
-    cells = [
+    registers, spilled, programs, *bounds = cells_of(launch)
+    return _line(
         f"`{launch.kernel}`",
-        operands,
-        f"{total.instruction_count:,}",
+        product.operands,
+        " ".join(map(str, product.tiles)),
+        f"{memory.transactions * SECTOR / product.bytes_of_tiles():.2f}",
         f"{memory.ratio:.2f}",
-        f"{shared.conflicts:,}",
-        f"{total.most_in_flight}" if total.waits else "",
-        f"{of_tensor / (of_tensor + others):.0%}" if of_tensor else "",
-        f"{launch.resources.registers}" if launch.resources else "",
-        f"{launch.programs_of_multiprocessor}",
-        f"{(least := bound(counters, launch.programs, 'H200')).least:.3g} µs, by {least.unit}",
-    ]
+        f"{shared.ratio:.2f}",
+        f"{ratio_of_flops(launch, product):.3f}",
+        f"{total.most_in_flight}",
+        registers,
+        spilled,
+        f"{product.waves(int(programs)):.2f}",
+        *bounds,
+    )
+
+
+def _line(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def rows(operands: str) -> list[str]:
-    """Return the lines of the table with these operands."""
+def elementwise_launches(operands: str) -> list[Launch]:
+    """Return the launches of a call, without those of products, which the other table has."""
     with torchpar.ptx.emulate("sm_90") as gpu:
         CALLS[operands]()
-    return [row(launch, operands) for launch in gpu.launches]
+    return [
+        one for one in gpu.launches if "matmul" not in one.kernel and "linear" not in one.kernel
+    ]
+
+
+def product_launch(name: str) -> Launch:
+    with torchpar.ptx.emulate("sm_90") as gpu:
+        PRODUCTS[name].launch()
+    (launch,) = gpu.launches
+    return launch
 
 
 def main() -> None:
-    before, head, rest = PAGE.read_text("utf-8").partition(HEAD)
-    after = rest.partition("\n\n")[2]
-    lines = [line for operands in CALLS for line in rows(operands)]
-    PAGE.write_text(before + head + "\n".join(lines) + "\n\n" + after, "utf-8")
+    text = PAGE.read_text("utf-8")
+    elementwise = [
+        elementwise_row(launch, name) for name in CALLS for launch in elementwise_launches(name)
+    ]
+    matrix = [matrix_row(product_launch(name), one) for name, one in PRODUCTS.items()]
+    for head, lines in ((ELEMENTWISE, elementwise), (MATRIX, matrix)):
+        before, _, rest = text.partition(head)
+        text = before + head + "\n".join(lines) + "\n\n" + rest.partition("\n\n")[2]
+    PAGE.write_text(text, "utf-8")
 
 
 if __name__ == "__main__":

@@ -214,7 +214,8 @@ def linear_sigmoid(
     ``k`` is at least 1.
 
     Args:
-        precision: "ieee" or "tf32"; it applies to float32 only.
+        precision: of float32 products: "ieee", "tf32", or "tf32x3". The last one makes three
+            products of TF32, whose sum is about as exact as "ieee".
         out: ``(m, n)``, contiguous; by default a new tensor.
         tiles: by default the tiles that the rule chooses, or `autotune` measures.
         tma: whether the kernel may make TMA descriptors.
@@ -273,7 +274,7 @@ def _plan_tiles(
         "BLOCK_K": tiles.block_k,
     }
     options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
-    if tiles.variant == "tma":
+    if tiles.by_tma:
         stores = bool(n * x.element_size() % 16 == 0)
         constants = blocks | {
             "X_LAYOUT": "N" if x.stride(1) == 1 else "T",

@@ -122,7 +122,8 @@ def symmetric_matmul(
     unless ``beta`` is 0. ``k`` is at least 1.
 
     Args:
-        precision: "ieee" or "tf32"; it applies to float32 only.
+        precision: of float32 products: "ieee", "tf32", or "tf32x3". The last one makes three
+            products of TF32, whose sum is about as exact as "ieee".
         out: ``(*, n, n)``, contiguous; by default a new tensor.
         tiles: by default the tiles that the rule chooses, or `autotune` measures.
         tma: whether the kernel may make TMA descriptors.
@@ -186,7 +187,7 @@ def _plan_tiles(
     strides = [stride for t in (a, b, a if c is None else c) for stride in _strides(t)]
     options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
     programs = batch * count_tiles(tiles, n, n, symmetric=True)
-    if tiles.variant != "tma":
+    if tiles.variant == "pointers":
         constants = {
             "HAS_C": c is not None,
             "BLOCK": tiles.block_m,
@@ -203,6 +204,7 @@ def _plan_tiles(
         "A_LAYOUT": _layout(a),
         "B_LAYOUT": _layout(b),
         "C_LAYOUT": "" if c is None else _layout(c),
+        "FLATTEN": tiles.variant == "flat",
         "PRECISION": precision,
     }
     resident = torch.sym_min(programs, device(a).multiprocessors * resident_programs(tiles))

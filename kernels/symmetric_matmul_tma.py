@@ -24,22 +24,103 @@ def store_twice(
     n,
     beta,
     C_LAYOUT: tl.constexpr,
-    BELOW: tl.constexpr = False,
+    PLACE: tl.constexpr = "lower",
 ):
-    """Add ``beta·C`` to a square tile; store it and its transpose. BELOW if it is off the
-    diagonal."""
+    """Add ``beta·C`` to a square tile; store it and its transpose.
+
+    A tile on the diagonal is stored once, and a tile above it not at all. PLACE is what is known of
+    the tile: "below" the diagonal, "lower" (below or on it), or "any".
+    """
     BLOCK: tl.constexpr = out_tiles.block_shape[1]
     if C_LAYOUT != "":
         acc += beta * load_tile(c_tiles, batch, row, col, C_LAYOUT).to(acc.dtype)
     out = acc.to(out_tiles.dtype)
-    if not BELOW:  # noqa: SIM102  # a constant, and a value known at run time
+    if PLACE != "below":  # noqa: SIM102  # a constant, and a value known at run time
         if row == col:  # the upper half from the lower one
             i = tl.arange(0, BLOCK)
             out = tl.where(i[:, None] >= i[None, :], out, out.T)
-    out_tiles.store([batch, row, col], out.reshape(1, BLOCK, BLOCK))
-    # The mirror of a diagonal tile goes past the last row: a branch around a TMA store crashes the
+    # What is not to be stored goes past the last row: a branch around a TMA store crashes the
     # compiler.
-    out_tiles.store([batch, tl.where(row == col, n, col), row], out.T.reshape(1, BLOCK, BLOCK))
+    target = tl.where(row < col, n, row) if PLACE == "any" else row
+    out_tiles.store([batch, target, col], out.reshape(1, BLOCK, BLOCK))
+    out_tiles.store([batch, tl.where(row <= col, n, col), row], out.T.reshape(1, BLOCK, BLOCK))
+
+
+@triton.jit
+def store_halves(
+    acc,
+    c_tiles,
+    out_tiles,
+    batch,
+    row,
+    col,
+    n,
+    beta,
+    C_LAYOUT: tl.constexpr,
+    FLATTEN: tl.constexpr,
+):
+    """`store_twice` for the halves of a wide tile."""
+    BLOCK: tl.constexpr = out_tiles.block_shape[1]
+    LEFT: tl.constexpr = "lower" if FLATTEN else "below"
+    RIGHT: tl.constexpr = "any" if FLATTEN else "lower"
+    if C_LAYOUT == "":
+        acc = acc.to(out_tiles.dtype)  # half the registers
+    left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK, 2, BLOCK)), (0, 2, 1)))
+    store_twice(left, c_tiles, out_tiles, batch, row, col, n, beta, C_LAYOUT, LEFT)
+    col += BLOCK
+    store_twice(right, c_tiles, out_tiles, batch, row, col, n, beta, C_LAYOUT, RIGHT)
+
+
+@triton.jit
+def count_units(pairs, BLOCK: tl.constexpr, WIDE: tl.constexpr, FLATTEN: tl.constexpr):
+    """The numbers of tiles, and of units. A unit is a tile, or two small ones on the diagonal."""
+    if WIDE == BLOCK:
+        full = pairs * (pairs + 1) // 2
+        units = full
+    elif FLATTEN:
+        full = pairs * (pairs + 1)
+        units = full
+    else:
+        full = pairs * pairs
+        units = full + tl.cdiv(pairs, 2)
+    return full, units
+
+
+@triton.jit
+def place_of_wide_tile(unit, pairs, full, FLATTEN: tl.constexpr):
+    """The pair of rows, the pair of columns, and the row of its pair, of a wide tile.
+
+    FLATTEN: two tiles for each place on and below the diagonal of pairs. Else two for each place
+    below it, and then one for each place on it: the lower row, whose left half is below the
+    diagonal, and whose right half is on it.
+    """
+    if FLATTEN:
+        pair_row, pair_col = triangle_tile(unit // 2, pairs, GROUP)
+        half = unit % 2
+    else:
+        below_count = full - pairs
+        below = unit < below_count
+        pair_rows = tl.maximum(pairs - 1, 1)  # a triangle of no rows would be divided by 0
+        pair_row, pair_col = triangle_tile(tl.where(below, unit // 2, 0), pair_rows, GROUP)
+        pair_row = tl.where(below, pair_row + 1, unit - below_count)
+        pair_col = tl.where(below, pair_col, pair_row)
+        half = tl.where(below, unit % 2, 1)
+    return pair_row, pair_col, half
+
+
+@triton.jit
+def dot_two_tiles(tiles, batch, first, second, k, LAYOUT: tl.constexpr, PRECISION: tl.constexpr):
+    """The tiles of A·Aᵀ at two places on the diagonal, in one loop: its pipeline fills once."""
+    ROWS: tl.constexpr = tiles.block_shape[2 if LAYOUT == "T" else 1]
+    BLOCK_K: tl.constexpr = tiles.block_shape[1 if LAYOUT == "T" else 2]
+    acc = tl.zeros((ROWS, ROWS), dtype=tl.float32)
+    acc2 = tl.zeros((ROWS, ROWS), dtype=tl.float32)
+    for start in range(0, k, BLOCK_K):
+        a = load_tile(tiles, batch, first, start, LAYOUT)
+        a2 = load_tile(tiles, batch, second, start, LAYOUT)
+        acc = tl.dot(a, a.T, acc, input_precision=PRECISION)
+        acc2 = tl.dot(a2, a2.T, acc2, input_precision=PRECISION)
+    return acc, acc2
 
 
 @triton.jit(do_not_specialize=["alpha_bits", "beta_bits"])
@@ -69,11 +150,13 @@ def symmetric_matmul_tma_kernel(
     A_LAYOUT: tl.constexpr,
     B_LAYOUT: tl.constexpr,
     C_LAYOUT: tl.constexpr,
+    FLATTEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """``alpha·A·Bᵀ + beta·C``; layouts are as in `make_descriptor`, and "" for C without a C.
 
-    SAME says that A is B, so that a tile on the diagonal is loaded once.
+    SAME says that A is B, so that a tile on the diagonal is loaded once. FLATTEN merges the loops
+    over tiles and over k, so that the next tile is loaded while the last one is stored.
     """
     tl.assume(k > 0)  # without it Triton 3.6 waits for each product before it begins the next
     alpha = tl.full((), alpha_bits, tl.int64).to(tl.float64, bitcast=True).to(tl.float32)
@@ -95,13 +178,8 @@ def symmetric_matmul_tma_kernel(
         out_ptr, [batches, n, n], [n.to(tl.int64) * n, n, 1], [1, BLOCK, BLOCK]
     )
     pairs = tl.cdiv(n, WIDE)
-    if WIDE == BLOCK:
-        full = pairs * (pairs + 1) // 2
-        units = full
-    else:
-        full = pairs * pairs
-        units = full + tl.cdiv(pairs, 2)
-    for unit in range(tl.program_id(0), units * batches, tl.num_programs(0)):
+    full, units = count_units(pairs, BLOCK, WIDE, FLATTEN)
+    for unit in tl.range(tl.program_id(0), units * batches, tl.num_programs(0), flatten=FLATTEN):
         batch = unit // units
         unit = unit % units
         if WIDE == BLOCK:
@@ -111,26 +189,22 @@ def symmetric_matmul_tma_kernel(
                 a_tiles, b_tiles, batch, row, col, k, False, A_LAYOUT, B_LAYOUT, PRECISION
             )
             store_twice(acc * alpha, c_tiles, out_tiles, batch, row, col, n, beta, C_LAYOUT)
-        elif unit < full:
-            # First two tiles for each place below the diagonal of pairs, then one tile for each
-            # place on the diagonal.
-            below = unit < full - pairs
-            pair_rows = tl.maximum(pairs - 1, 1)  # a triangle of no rows would be divided by 0
-            pair_row, pair_col = triangle_tile(tl.where(below, unit // 2, 0), pair_rows, GROUP)
-            pair_row = tl.where(below, pair_row + 1, unit - (full - pairs))
-            pair_col = tl.where(below, pair_col, pair_row)
-            row = (2 * pair_row + tl.where(below, unit % 2, 1)) * BLOCK
+        elif FLATTEN or unit < full:
+            pair_row, pair_col, half = place_of_wide_tile(unit, pairs, full, FLATTEN)
+            row = (2 * pair_row + half) * BLOCK
             col = pair_col * WIDE
             acc = dot_tiles(
                 a_tiles, wide_tiles, batch, row, col, k, False, A_LAYOUT, B_LAYOUT, PRECISION
             )
             acc *= alpha
-            if C_LAYOUT == "":
-                acc = acc.to(out_tiles.dtype)  # half the registers
-            left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK, 2, BLOCK)), (0, 2, 1)))
-            store_twice(left, c_tiles, out_tiles, batch, row, col, n, beta, C_LAYOUT, BELOW=True)
-            store_twice(right, c_tiles, out_tiles, batch, row, col + BLOCK, n, beta, C_LAYOUT)
-        else:
+            store_halves(acc, c_tiles, out_tiles, batch, row, col, n, beta, C_LAYOUT, FLATTEN)
+        elif SAME and C_LAYOUT == "":
+            row = (unit - full) * 2 * WIDE
+            first, second = dot_two_tiles(a_tiles, batch, row, row + WIDE, k, A_LAYOUT, PRECISION)
+            store_twice(first * alpha, c_tiles, out_tiles, batch, row, row, n, beta, C_LAYOUT)
+            row += WIDE
+            store_twice(second * alpha, c_tiles, out_tiles, batch, row, row, n, beta, C_LAYOUT)
+        else:  # four operands would not fit into shared memory, nor C into registers
             for half in range(2):
                 row = ((unit - full) * 2 + half) * WIDE
                 acc = dot_tiles(

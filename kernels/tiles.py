@@ -35,6 +35,8 @@ class Tiles(NamedTuple):
     - "pointers": an address for each element, or for each 16 bytes. Any GPU.
     - "tma": persistent programs that load by TMA, for `_WITH_TMA`. If block_n is 2·block_m,
       `symmetric_matmul` has such tiles below the diagonal and square ones on it.
+    - "flat": as "tma", with wide tiles on the diagonal, too, and the loops over tiles and over k
+      merged: the next tile is loaded while the last one is stored. `symmetric_matmul`.
     - "split_k": as "pointers", with several programs for a tile (`split_k`). `linear_sigmoid`.
     """
 
@@ -44,6 +46,10 @@ class Tiles(NamedTuple):
     num_warps: int
     num_stages: int
     variant: str = "pointers"
+
+    @property
+    def by_tma(self) -> bool:
+        return self.variant in ("tma", "flat")
 
 
 class Device(NamedTuple):
@@ -79,6 +85,8 @@ class Kind(NamedTuple):
 
 # Of tiles with the same estimate the first are taken.
 _16_BIT = (
+    # Where it takes no more waves; with a fourth stage, it would not fit beside the result's tile.
+    Tiles(128, 256, 64, 8, 3, "flat"),
     Tiles(128, 256, 64, 8, 4, "tma"),  # the largest that do not spill: 182 registers, 224 of 227 KB
     # Two programs a multiprocessor: one multiplies while the other stores.
     Tiles(64, 128, 64, 4, 4, "tma"),
@@ -93,7 +101,20 @@ _16_BIT = (
 )
 # Elements of twice the size: half the columns fill as many bytes of shared memory. With a fourth
 # stage, transposed operands and a matrix C would not fit into sm_100's shared memory.
-_TF32 = tuple(tiles._replace(block_k=tiles.block_k // 2, num_stages=3) for tiles in _16_BIT)
+_TF32 = tuple(
+    tiles._replace(block_k=tiles.block_k // 2, num_stages=3)
+    for tiles in _16_BIT
+    if tiles.variant != "flat"  # twice the result's bytes would not fit beside three stages
+)
+# Three products of TF32 for each of float32: the operands are split in registers, so that larger
+# tiles would spill.
+_TF32X3 = (
+    Tiles(128, 128, 32, 8, 3, "tma"),
+    Tiles(64, 128, 32, 4, 3, "tma"),
+    Tiles(128, 128, 32, 8, 3),
+    Tiles(64, 64, 32, 4, 3),
+    Tiles(64, 64, 32, 4, 3, "split_k"),
+)
 # On FMA units. A tile of 64 × 64 by 8 warps would read shared memory for 1.8 times as long as it
 # multiplies, one by 4 warps for 1.3 times, and the others for less.
 _FLOAT32 = (
@@ -103,27 +124,26 @@ _FLOAT32 = (
     Tiles(64, 64, 16, 4, 3, "split_k"),
 )
 _FLOAT64 = (  # A sum takes two registers: a tile of 128 × 128 would spill.
-    Tiles(64, 128, 16, 8, 2),
-    Tiles(64, 64, 16, 4, 2),
-    Tiles(64, 64, 32, 8, 2),
-    Tiles(64, 64, 32, 8, 2, "split_k"),
+    Tiles(64, 128, 16, 8, 3),
+    Tiles(64, 64, 16, 4, 3),
+    Tiles(64, 64, 32, 8, 3),
+    Tiles(64, 64, 32, 8, 3, "split_k"),
 )
 KERNELS = ("symmetric_matmul", "linear_sigmoid")
 KINDS = {
     "bfloat16": Kind(torch.bfloat16, "ieee", 1200, 2048, Tiles(64, 64, 32, 8, 3), _16_BIT),
     "float16": Kind(torch.float16, "ieee", 1200, 2048, Tiles(64, 64, 32, 8, 3), _16_BIT),
     "tf32": Kind(torch.float32, "tf32", 600, 2048, Tiles(64, 64, 16, 4, 3), _TF32),
+    "tf32x3": Kind(torch.float32, "tf32x3", 200, 2**30, Tiles(64, 64, 16, 4, 3), _TF32X3),
     "float32": Kind(torch.float32, "ieee", 80, 0, Tiles(64, 64, 16, 4, 3), _FLOAT32),
     "float64": Kind(torch.float64, "ieee", 80, 512, Tiles(64, 64, 16, 4, 3), _FLOAT64),
 }
 
 
 def kind_of(dtype: torch.dtype, precision: str) -> str:
-    return (
-        "tf32"
-        if (dtype, precision) == (torch.float32, "tf32")
-        else str(dtype).removeprefix("torch.")
-    )
+    if dtype == torch.float32 and precision != "ieee":
+        return precision
+    return str(dtype).removeprefix("torch.")
 
 
 def device(t: Tensor) -> Device:
@@ -146,7 +166,9 @@ def configurations(kernel: str, dtype: torch.dtype, precision: str, capability: 
     """The configurations of ``kernel`` that a device of ``capability`` can run."""
 
     def exists(tiles: Tiles) -> bool:
-        if tiles.variant == "tma":  # outside sm_90 tiles of other widths spill
+        if tiles.variant == "flat" and kernel != "symmetric_matmul":
+            return False
+        if tiles.by_tma:  # outside sm_90 tiles of other widths spill
             return capability == 90 or (capability in _WITH_TMA and tiles.block_n == 128)
         square = tiles.block_m == tiles.block_n and tiles.variant == "pointers"
         return square or kernel == "linear_sigmoid"
@@ -162,6 +184,8 @@ def count_tiles(tiles: Tiles, m: int, n: int, symmetric: bool) -> int:
         return rows * columns
     if tiles.block_m == tiles.block_n:
         return rows * (rows + 1) // 2
+    if tiles.variant == "flat":
+        return columns * (columns + 1)
     # Wide tiles, and pairs of square ones on the diagonal.
     return columns * columns + (columns + 1) // 2
 
@@ -233,7 +257,7 @@ def suits(tiles: Tiles, kernel: str, n: int, *operands: Tensor, tma: bool = True
     A small tile of a linear layer may store single elements: their addresses are few.
     """
     unit = 16 // operands[0].element_size()
-    if tiles.variant == "tma":
+    if tiles.by_tma:
         loads = tma and allows_tma(kernel, n, *operands)
     else:
         unit = 16 if unit == 8 else unit  # single elements of 2 bytes are not loaded asynchronously
@@ -244,7 +268,7 @@ def suits(tiles: Tiles, kernel: str, n: int, *operands: Tensor, tma: bool = True
 
 def check_variant(tiles: Tiles, kernel: str, n: int, *operands: Tensor) -> None:
     """Raise a ValueError if ``tiles`` are of a variant that cannot take the operands."""
-    if tiles.variant == "tma" and not allows_tma(kernel, n, *operands):
+    if tiles.by_tma and not allows_tma(kernel, n, *operands):
         raise ValueError(
             f"{kernel} cannot take these operands by {tiles}, expected the variant pointers"
         )

@@ -289,7 +289,7 @@ def test_the_rules_tiles_are_among_the_benchmarks_configurations():
         ]
         for one in tiles.configurations(name, torch.bfloat16, "ieee", 90):
             if one.block_k == 64 and one.variant != "split_k":
-                assert (one.block_m, one.block_n, one.num_warps, one.variant == "tma") in listed
+                assert (one.block_m, one.block_n, one.num_warps, one.by_tma) in listed
     x = meta(64, 64)
     for capability, tma, most in ((80, False, 166912), (90, True, 232448), (120, False, 101376)):
         with driver.target(capability):

@@ -50,7 +50,7 @@ def check(case: cases.Case, device: str = "cuda") -> None:
 def fitting(kind: str, tiles: Tiles) -> tuple[torch.dtype, str, Tiles]:
     """The dtype, the precision of its products, and tiles that fit; skip if this GPU lacks their
     variant."""
-    if tiles.variant == "tma" and torch.cuda.get_device_capability() < (9, 0):
+    if tiles.by_tma and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("the GPU has no TMA")
     tiles = tiles._replace(block_k=tiles.block_k // 2, num_stages=3) if kind == "tf32" else tiles
     return *KINDS[kind][:2], tiles

@@ -16,6 +16,7 @@ from ptx.launch import Gpu
 from torchpar.kernels import exact_matmul
 from torchpar.kernels.tiles import KERNELS, KINDS, Tiles, configurations
 from torchpar.ptx import copies
+from torchpar.ptx.counters import summarize
 from torchpar.ptx.machine import SCHEDULES
 from torchpar.ptx.parse import PtxError
 
@@ -158,7 +159,7 @@ def candidates_of(kernel: str, capability: int) -> dict[str, Case]:
             if kernel == "linear_sigmoid":
                 case = cases.sigmoid(m, n, k, kind.dtype, kind.precision, **options)
             else:
-                n = m if tiles.variant == "tma" else tiles.block_m - 8
+                n = m if tiles.by_tma else tiles.block_m - 8
                 case = cases.symmetric(
                     n, k, kind.dtype, kind.precision, other=True, c=True, **options
                 )
@@ -173,6 +174,9 @@ OTHERS = {
     "matmul_t, batches of float64": cases.symmetric(40, 24, F64, batch=(3,), transposed="a"),
     "matmul_t, both transposed": cases.symmetric(
         264, 72, F16, tiles=LARGE, transposed="ab", other=True
+    ),
+    "matmul_t, flat": cases.symmetric(
+        520, 72, tiles=Tiles(128, 256, 64, 8, 3, "flat"), multiprocessors=2
     ),
     "matmul_t, one tile of four": cases.symmetric(520, 40, tiles=LARGE, multiprocessors=3),
     "matmul_t, expanded last": cases.symmetric(
@@ -235,16 +239,28 @@ OTHERS = {
     "half_sum, sm_80": cases.half_sum(65, capability=80),
     "maximum, sm_80": cases.larger(OPERANDS["a row"], F16, capability=80),
 }
-for kernel in KERNELS:
-    OTHERS |= candidates_of(kernel, 90) | candidates_of(kernel, 80)
+PIPELINED = {
+    name: case
+    for kernel in KERNELS
+    for capability in (90, 80)
+    for name, case in candidates_of(kernel, capability).items()
+}
+OTHERS |= PIPELINED
 
 
-def check(case: Case) -> None:
+def check(case: Case, is_pipelined: bool = False) -> None:
     """All schedules give the expected results, and the same bits. On sm_80 the strictest is tried
-    alone."""
+    alone.
+
+    ``is_pipelined``: where the kernel waits for a step's operands, those of others are on the way.
+    """
     expected, first = case.expected(), None
     for schedule in SCHEDULES if case.capability == 90 else SCHEDULES[1:2]:
-        found = case.execute(Gpu(schedule))
+        gpu = Gpu(schedule)
+        found = case.execute(gpu)
+        if is_pipelined:
+            total = summarize(gpu.counted[0], lambda source: source).total
+            assert total.most_in_flight > 0, "copies and products take turns"
         assert case.agrees(found, expected), schedule
         first = first or found
         assert cases.same_bits(found, first), schedule
@@ -252,7 +268,13 @@ def check(case: Case) -> None:
 
 @pytest.mark.parametrize("name", [*DEFAULTS, *(pytest.param(name, marks=slow) for name in OTHERS)])
 def test_kernel(name):
-    check((DEFAULTS | OTHERS)[name])
+    check((DEFAULTS | OTHERS)[name], name in PIPELINED)
+
+
+def test_a_loop_whose_copies_wait_for_its_products_is_noticed():
+    case = cases.symmetric(64, 96, F32, tiles=Tiles(64, 64, 16, 4, 2))
+    with pytest.raises(AssertionError, match="take turns"):
+        check(case, is_pipelined=True)
 
 
 def test_longer_chains_of_float16_are_wrong():

@@ -12,6 +12,7 @@ from torchpar.kernels.tiles import Tiles
 
 DEVICE = tiles.Device("NVIDIA Test", 90, 132)
 WIDE, LARGE = Tiles(128, 256, 64, 8, 4, "tma"), Tiles(128, 128, 64, 8, 4, "tma")
+FLAT = Tiles(128, 256, 64, 8, 3, "flat")
 NARROW = Tiles(64, 128, 64, 4, 4, "tma")
 SQUARE, SMALL = Tiles(128, 128, 64, 8, 3), Tiles(64, 64, 64, 4, 3)
 UNALIGNED, SPLIT = Tiles(64, 64, 32, 8, 3), Tiles(64, 64, 64, 4, 4, "split_k")
@@ -36,20 +37,22 @@ def test_configurations_are_those_that_a_device_can_run(kernel, dtype, precision
     for one in found:
         assert all(size.bit_count() == 1 for size in one[:4]), "a power of 2, as Triton takes them"
         elements = (one.num_stages - (capability == 0)) * (one.block_m + one.block_n) * one.block_k
-        if one.variant == "tma":  # which stores from shared memory
+        if one.by_tma:  # which stores from shared memory
             elements += (
                 one.block_m**2 if kernel == "symmetric_matmul" else one.block_m * one.block_n // 2
             )
-        shared = tiles.resident_programs(one) * elements if one.variant == "tma" else elements
+        shared = tiles.resident_programs(one) * elements if one.by_tma else elements
         # By the makers' documents.
         limit = {0: 65536, 80: 166912, 120: 101376}.get(capability, 232448)
         assert shared * dtype.itemsize <= limit
-        assert kernel == "linear_sigmoid" or one.block_n == one.block_m or one.variant == "tma"
+        assert kernel == "linear_sigmoid" or one.block_n == one.block_m or one.by_tma
     similar = {80: 87, 100: 103}.get(capability, capability)
     assert tiles.configurations(kernel, dtype, precision, similar) == found
     variants = {"pointers"} if kernel == "symmetric_matmul" else {"pointers", "split_k"}
     if capability in (90, 100) and (dtype.itemsize == 2 or precision == "tf32"):
         variants.add("tma")
+        if (kernel, capability, dtype.itemsize) == ("symmetric_matmul", 90, 2):
+            variants.add("flat")
     assert {one.variant for one in found} == variants
 
 
@@ -58,6 +61,8 @@ def test_configurations_are_those_that_a_device_can_run(kernel, dtype, precision
     [  # waves · cost of a tile, on 132 multiprocessors
         # 264 units: 2 · 57344, squares 4 · 32768.
         ("symmetric_matmul", (4096, 4096, 4096, 1), WIDE),
+        # 1056 units: 8 · 57344, as for 1040 units that are not flat
+        ("symmetric_matmul", (8192, 8192, 4096, 1), FLAT),
         # 561 units: 5 · 32768 beside 3 · 57344.
         ("symmetric_matmul", (4224, 4224, 4224, 1), LARGE),
         ("symmetric_matmul", (2048, 2048, 2048, 1), NARROW),  # 264 units: 2 · 20480
@@ -79,7 +84,7 @@ def test_the_rule_takes_the_least_estimate(monkeypatch, kernel, sizes, expected)
     choice = kernel, "ieee", sizes, operand(m, k), operand(n, k)
     assert tiles.choose_tiles(*choice) == expected
     monkeypatch.setattr(tiles, "device", lambda t: DEVICE._replace(capability=80))
-    assert tiles.choose_tiles(*choice).variant != "tma"
+    assert not tiles.choose_tiles(*choice).by_tma
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,31 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.nvidia.compiler import CUDABackend
 
 from benchmarks.driver import Driver, compile_launches, target
 from torchpar.ptx import gpu
 from torchpar.ptx.machine import Schedule
 from torchpar.ptx.memory import Allocation
+
+
+class Copies(TorchDispatchMode):
+    """Copy between tensors on the meta device in the memory of ``device``, before its kernels."""
+
+    def __init__(self, device: "Gpu"):
+        super().__init__()
+        self.device = device
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.copy_.default and result.is_meta:
+            size = result.untyped_storage().nbytes() // result.element_size()
+            copy = torch.zeros(size, dtype=result.dtype)
+            of_target = copy.as_strided(result.shape, result.stride(), result.storage_offset())
+            of_target.copy_(self.device.read(args[1]))
+            self.device.write(result, copy.view(torch.uint8).numpy())
+        return result
 
 
 class Gpu(gpu.Gpu):
@@ -42,14 +61,18 @@ class Gpu(gpu.Gpu):
         storage = t.untyped_storage()
         meta = torch.empty(storage.nbytes() // t.element_size(), dtype=t.dtype, device="meta")
         meta = meta.as_strided(t.shape, t.stride(), t.storage_offset())
-        place = self.place(meta)
         raw = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
-        used = torch.zeros(storage.nbytes() // t.element_size(), dtype=torch.bool)
-        used.as_strided(t.shape, t.stride(), t.storage_offset()).fill_(True)
-        written = np.repeat(used.numpy(), t.element_size())
+        self.write(meta, raw)
+        return meta
+
+    def write(self, meta: Tensor, raw: np.ndarray) -> None:
+        """Write the elements of ``meta`` from ``raw``, the bytes of a storage like its own."""
+        place, size = self.place(meta), meta.element_size()
+        used = torch.zeros(meta.untyped_storage().nbytes() // size, dtype=torch.bool)
+        used.as_strided(meta.shape, meta.stride(), meta.storage_offset()).fill_(True)
+        written = np.repeat(used.numpy(), size)
         place.data[: len(raw)][written] = raw[written]
         place.give(written)
-        return meta
 
     def place(self, meta: Tensor) -> Allocation:
         storage = meta.untyped_storage()
@@ -80,6 +103,7 @@ class Gpu(gpu.Gpu):
             patch.dict(os.environ, TRITON_CACHE_DIR=str(folder)),
             patch.object(Driver, "get_current_device", lambda driver: 1000 + driver.architecture),
             patch.object(CUDABackend, "make_cubin", lambda *args: b""),
+            Copies(self),
         ):
             compiled = compile_launches(lambda wrap: results.append(launch(wrap)))
         for one in compiled:
