@@ -39,6 +39,7 @@ from benchmarks.compare import Work
 from benchmarks.resources import BLOCK_SHARED, Operator, compile_all, describe
 from benchmarks.results import Result, Table, print_results, track
 from benchmarks.timing import Rejected
+from torchpar.kernels.columns import by_columns
 from torchpar.kernels.linear_sigmoid import linear_sigmoid_kernel, linear_sigmoid_tma_kernel
 from torchpar.kernels.maximum import maximum_flat_kernel
 from torchpar.kernels.symmetric_matmul import mirror, symmetric_matmul_kernel
@@ -104,7 +105,13 @@ def that_fit(
     rows = {
         one: one.num_stages * (one.kwargs["BLOCK_M"] + one.kwargs["BLOCK_N"]) for one in configs
     }
-    return [one for one in configs if rows[one] <= room and (tma or not one.kwargs["TMA"])]
+
+    def fits(one: triton.Config) -> bool:
+        if one.kwargs.get("FLATTEN") and x.element_size() != 2:
+            return False  # twice the result's bytes would not fit beside three stages
+        return rows[one] <= room and (tma or not one.kwargs["TMA"])
+
+    return [one for one in configs if fits(one)]
 
 
 @triton.autotune(
@@ -128,6 +135,12 @@ def maximum_kernel(a_ptr, b_ptr, out_ptr, numel, BLOCK: tl.constexpr):
         # By TMA: tiles of BLOCK_M × BLOCK_N below the diagonal, and square ones on it.
         triton.Config({"BLOCK_M": 128, "BLOCK_N": 256, "TMA": True}, num_warps=8, num_stages=4),
         triton.Config({"BLOCK_M": 128, "BLOCK_N": 256, "TMA": True}, num_warps=8, num_stages=3),
+        # Wide ones on the diagonal, too, and the next one is loaded while one is stored.
+        triton.Config(
+            {"BLOCK_M": 128, "BLOCK_N": 256, "TMA": True, "FLATTEN": True},
+            num_warps=8,
+            num_stages=3,
+        ),
         triton.Config({"BLOCK_M": 128, "BLOCK_N": 128, "TMA": True}, num_warps=8, num_stages=4),
         triton.Config({"BLOCK_M": 128, "BLOCK_N": 128, "TMA": True}, num_warps=8, num_stages=3),
         triton.Config({"BLOCK_M": 64, "BLOCK_N": 128, "TMA": True}, num_warps=4, num_stages=4),
@@ -136,7 +149,7 @@ def maximum_kernel(a_ptr, b_ptr, out_ptr, numel, BLOCK: tl.constexpr):
         # By pointers: square tiles.
         triton.Config({"BLOCK_M": 128, "BLOCK_N": 128, "TMA": False}, num_warps=8, num_stages=3),
         triton.Config({"BLOCK_M": 64, "BLOCK_N": 64, "TMA": False}, num_warps=4, num_stages=3),
-        triton.Config({"BLOCK_M": 64, "BLOCK_N": 64, "TMA": False}, num_warps=8, num_stages=2),
+        triton.Config({"BLOCK_M": 64, "BLOCK_N": 64, "TMA": False}, num_warps=8, num_stages=3),
     ],
     key=["n", "k", "PRECISION"],
     prune_configs_by={"early_config_prune": that_fit},
@@ -149,23 +162,27 @@ def matmul_t_kernel(
     out_ptr,
     n,
     k,
+    x_row,
+    x_col,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
+    FLATTEN: tl.constexpr = False,
 ):
     # fmt: off
     numel = n.to(tl.int64) * k
     if TMA:
         symmetric_matmul_tma_kernel(
             x_ptr, x_ptr, x_ptr, out_ptr, ONE, ZERO, 1, n, k, numel, k, 1, numel, k, 1, numel, k, 1,
-            BLOCK_M, BLOCK_N, BLOCK_K, True, "N", "N", "", PRECISION,
+            BLOCK_M, BLOCK_N, BLOCK_K, True, "N", "N", "", FLATTEN, PRECISION,
         )
     else:
         symmetric_matmul_kernel(
-            x_ptr, x_ptr, x_ptr, out_ptr, ONE, ZERO, n, k, numel, k, 1, numel, k, 1, numel, k, 1,
+            x_ptr, x_ptr, x_ptr, out_ptr, ONE, ZERO, n, k,
+            numel, x_row, x_col, numel, x_row, x_col, numel, x_row, x_col,
             False, BLOCK_M, BLOCK_K, EVEN_K, PRECISION,
         )
     # fmt: on
@@ -199,6 +216,10 @@ def layer_kernel(
     m,
     n,
     k,
+    x_row,
+    x_col,
+    weight_row,
+    weight_col,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -214,7 +235,8 @@ def layer_kernel(
         )
     else:
         linear_sigmoid_kernel(
-            x_ptr, weight_ptr, bias_ptr, out_ptr, m, n, k, k, k, 1, k, 1, 1,
+            x_ptr, weight_ptr, bias_ptr, out_ptr, m, n, k, k,
+            x_row, x_col, weight_row, weight_col, 1,
             True, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION, 1,
         )
     # fmt: on
@@ -231,7 +253,8 @@ def maximum(a: Tensor, b: Tensor, kernel: KernelInterface = maximum_kernel) -> T
 
 def matmul_t(x: Tensor, kernel: KernelInterface = matmul_t_kernel) -> Tensor:
     (n, k), out = x.shape, x.new_empty(len(x), len(x))
-    kernel[partial(programs, x, n, n, True)](x, out, n, k, PRECISION=fp32_precision())
+    x = by_columns(x, fp32_precision())
+    kernel[partial(programs, x, n, n, True)](x, out, n, k, *x.stride(), PRECISION=fp32_precision())
     return out
 
 
@@ -240,8 +263,10 @@ def linear_sigmoid(
 ) -> Tensor:
     (m, k), n = x.shape, len(weight)
     out = x.new_empty(m, n)
+    x, weight = by_columns(x, fp32_precision()), by_columns(weight, fp32_precision())
+    strides = *x.stride(), *weight.stride()
     kernel[partial(programs, x, m, n, False)](
-        x, weight, bias, out, m, n, k, PRECISION=fp32_precision()
+        x, weight, bias, out, m, n, k, *strides, PRECISION=fp32_precision()
     )
     return out
 
@@ -259,7 +284,8 @@ def programs(x: Tensor, m: int, n: int, symmetric: bool, given: dict[str, int]) 
 
 
 def tiles(m: int, n: int, symmetric: bool, given: dict[str, int]) -> int:
-    return count_tiles(Tiles(given["BLOCK_M"], given["BLOCK_N"], 0, 0, 0), m, n, symmetric)
+    variant = "flat" if given.get("FLATTEN") else "tma"
+    return count_tiles(Tiles(given["BLOCK_M"], given["BLOCK_N"], 0, 0, 0, variant), m, n, symmetric)
 
 
 # The reports. The first provider is the one that others are compared with.

@@ -215,6 +215,7 @@ def describe(config: triton.Config) -> str:
     if "TMA" not in config.kwargs:
         return f"{sizes} w{config.num_warps}"
     variant = "tma" if config.kwargs["TMA"] else "ptr"
+    variant = "flat" if config.kwargs.get("FLATTEN") else variant
     return f"{sizes} {variant} w{config.num_warps} s{config.num_stages}"
 
 

@@ -59,7 +59,8 @@ def choose_plan(
     tiles = choose_tiles(kernel, precision, sizes, *operands, tma=tma)
     if ENABLED and not traced and not operands[0].is_cpu and tiles.variant != "split_k":
         possible = suitable(kernel, precision, sizes[1], *operands, tma=tma)
-        plans = [make(one) for one in possible if one.variant == tiles.variant]
+        same_kernel = [t for t in possible if t.by_tma == tiles.by_tma and t.variant != "split_k"]
+        plans = [make(one) for one in same_kernel]
         if len(plans) > 1:
             return AutotunedPlan(plans, restore)
     return make(tiles)

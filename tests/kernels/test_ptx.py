@@ -19,6 +19,7 @@ from torchpar.ptx import copies
 from torchpar.ptx.counters import summarize
 from torchpar.ptx.machine import SCHEDULES
 from torchpar.ptx.parse import PtxError
+from torchpar.ptx.trace import Trace
 
 slow = pytest.mark.slow
 LARGE, LARGE_TF32 = Tiles(128, 256, 64, 8, 4, "tma"), Tiles(128, 256, 32, 8, 3, "tma")
@@ -275,6 +276,20 @@ def test_a_loop_whose_copies_wait_for_its_products_is_noticed():
     case = cases.symmetric(64, 96, F32, tiles=Tiles(64, 64, 16, 4, 2))
     with pytest.raises(AssertionError, match="take turns"):
         check(case, is_pipelined=True)
+
+
+@slow
+@pytest.mark.parametrize("variant, stages", [("flat", 3), ("tma", 4)])
+def test_a_flat_loop_loads_the_next_tile_before_it_stores_one(variant, stages):
+    tiles, steps = Tiles(128, 256, 64, 8, stages, variant), 5
+    gpu = Gpu(SCHEDULES[0])
+    gpu.trace = Trace()
+    cases.symmetric(512, steps * tiles.block_k, tiles=tiles, multiprocessors=1).execute(gpu)
+    spans = [one for one in gpu.trace.spans if one.what.startswith("a bulk")]
+    first_store = min(one.begin for one in spans if one.what == "a bulk store")
+    loads = sum(one.what == "a bulk load" and one.begin < first_store for one in spans)
+    of_next = 2 * (stages - 1) if variant == "flat" else 0
+    assert loads == 2 * steps + of_next
 
 
 def test_longer_chains_of_float16_are_wrong():
