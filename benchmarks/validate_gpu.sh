@@ -111,7 +111,7 @@ run_stage() {
         autotune) # in bfloat16, also at the borders of the rule in docs/tuning.md
             tune
             ;;
-        autotune_float32) # IEEE, where the rule takes the kernel for small products alone
+        autotune_float32) # IEEE, whose operands are copied by columns
             tune --operators matmul_t linear_sigmoid --dtype float32
             ;;
         ladder) # without matplotlib it draws nothing

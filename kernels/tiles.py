@@ -87,7 +87,7 @@ class Kind(NamedTuple):
 _16_BIT = (
     # Where it takes no more waves; with a fourth stage, it would not fit beside the result's tile.
     Tiles(128, 256, 64, 8, 3, "flat"),
-    Tiles(128, 256, 64, 8, 4, "tma"),  # the largest that do not spill: 182 registers, 224 of 227 KB
+    Tiles(128, 256, 64, 8, 4, "tma"),  # the largest that do not spill: 224 of 227 KB
     # Two programs a multiprocessor: one multiplies while the other stores.
     Tiles(64, 128, 64, 4, 4, "tma"),
     # Where the last wave of 128 × 256 would be almost empty; sm_100.
