@@ -76,6 +76,9 @@ BORDERS = {
         {"m": 1024, "k": 121, "n": 512},
     ]
 }
+# Inductor's own search for the fastest product. It leaves CUDA graphs to the timer.
+MAX_AUTOTUNE, MODE = "torch.compile, max-autotune", "max-autotune-no-cudagraphs"
+OURS = "torchpar", "autotuned"
 ROW_BYTES = 128  # of a tile along k: the widest that TMA swizzles
 ONE, ZERO = tl.constexpr(0x3FF0000000000000), tl.constexpr(0)  # the bits of float64 factors
 
@@ -310,6 +313,7 @@ def report_maximum(numel: int, provider: str) -> Speeds:
     calls: Mapping[str, Call] = {
         "torch.maximum": partial(torch.maximum, a, b),
         "torch.compile": partial(torch.compile(torch.maximum, dynamic=False), a, b),
+        MAX_AUTOTUNE: partial(torch.compile(torch.maximum, dynamic=False, mode=MODE), a, b),
         "torchpar": partial(torchpar.maximum, a, b),
         "autotuned": partial(maximum, a, b),
     }
@@ -339,6 +343,7 @@ def report_matmul_t(n: int, provider: str) -> Speeds:
         "torch.mm": partial(gram, x),
         "torch.mm, mirrored": lambda: mirror(gram(x), None),
         "torch.compile": partial(torch.compile(gram, dynamic=False), x),
+        MAX_AUTOTUNE: partial(torch.compile(gram, dynamic=False, mode=MODE), x),
         "torchpar": partial(torchpar.matmul_t, x),
         "autotuned": partial(matmul_t, x),
     }
@@ -367,6 +372,7 @@ def report_linear_sigmoid(m: int, provider: str, k: int = IN, n: int = OUT) -> S
         "addmm, sigmoid": partial(layer, x, weight, bias),
         "addmm alone": partial(linear, x, weight, bias),
         "torch.compile": partial(torch.compile(layer, dynamic=False), x, weight, bias),
+        MAX_AUTOTUNE: partial(torch.compile(layer, dynamic=False, mode=MODE), x, weight, bias),
         "torchpar": partial(torchpar.linear_sigmoid, x, weight, bias),
         "autotuned": partial(linear_sigmoid, x, weight, bias),
     }
@@ -411,7 +417,7 @@ def measure(
     """
     first, call = next(iter(calls.values())), calls[provider]
     whole = (lambda: call().sigmoid()) if provider == "addmm alone" else call
-    symmetric = operator == "matmul_t" and provider not in ("torch.mm", "torch.compile")
+    symmetric = operator == "matmul_t" and provider in ("torch.mm, mirrored", *OURS)
     times, columns, reason = [math.nan] * 3, {}, ""
     try:
         exact = oracle()
@@ -511,8 +517,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.parser.add_argument(
         "--operators", nargs="+", choices=OPERATORS, default=list(OPERATORS), help="by default all"
     )
+    of_pytorch = [name for name, one in KINDS.items() if one.precision in ("ieee", "tf32")]
     command.parser.add_argument(
-        "--dtype", choices=KINDS, default="bfloat16", help="of all operands; by default bfloat16"
+        "--dtype",
+        choices=of_pytorch,
+        default="bfloat16",
+        help="of all operands; by default bfloat16",
+    )
+    command.parser.add_argument(
+        "--max-autotune",
+        action="store_true",
+        help="time torch.compile(mode='max-autotune') of large products, beside the library and "
+        "torchpar alone",
     )
     options = command.parse(arguments)
     kind = options.dtype
@@ -541,11 +557,14 @@ def time_operator(operator: str, table: Table, options: argparse.Namespace) -> N
     benchmark = report.benchmarks
     if options.quick:
         benchmark.x_vals = benchmark.x_vals[:1]
+    borders = [] if options.quick else BORDERS.get(operator, [])
+    if options.max_autotune:
+        first = benchmark.line_vals[0]
+        benchmark.line_vals = benchmark.line_names = [first, MAX_AUTOTUNE, "torchpar"]
+        benchmark.x_vals, borders = benchmark.x_vals[-3:], []  # it searches for half a minute
     results.clear()
     (name,) = benchmark.x_names
-    sizes = [{name: size} for size in benchmark.x_vals] + (
-        [] if options.quick else BORDERS.get(operator, [])
-    )
+    sizes = [{name: size} for size in benchmark.x_vals] + borders
     for size, provider in track(list(product(sizes, benchmark.line_vals)), operator):
         report.fn(**size, provider=provider)
         table.add(results[-1:])

@@ -3,7 +3,8 @@
 # Tests and measures the operators on the GPU of this machine. Needs no network and installs nothing.
 #
 #   bash benchmarks/validate_gpu.sh OUTDIR [STAGE]
-#   STAGE: values, operators, matmul_t, linear_sigmoid, autotune, autotune_float32, ladder, verify or huge
+#   STAGE: values, operators, matmul_t, linear_sigmoid, autotune, autotune_float32, max_autotune, ladder,
+#          verify or huge
 #   bash benchmarks/validate_gpu.sh --wheels DIR
 #
 # Without a stage all run in turn, each for at most nine minutes; none needs the files of another. OUTDIR
@@ -17,7 +18,7 @@
 set -uo pipefail
 unset -v CDPATH # with it `cd` prints
 
-stages=(values operators matmul_t linear_sigmoid autotune autotune_float32 ladder verify huge)
+stages=(values operators matmul_t linear_sigmoid autotune autotune_float32 max_autotune ladder verify huge)
 known() { [[ $1 != *" "* && " ${stages[*]} " == *" $1 "* ]]; }
 if ! case $#,${1:-} in
     2,--wheels) true ;;
@@ -113,6 +114,9 @@ run_stage() {
             ;;
         autotune_float32) # IEEE, whose operands are copied by columns
             tune --operators matmul_t linear_sigmoid --dtype float32
+            ;;
+        max_autotune) # beside torch.mm and addmm with a sigmoid, as Inductor's own search makes them
+            tune --operators matmul_t linear_sigmoid --max-autotune
             ;;
         ladder) # without matplotlib it draws nothing
             needs rich numba triton && limited 500 python3 -m benchmarks run ladder --output "$outdir/$1"

@@ -24,6 +24,7 @@ BENCHMARKS = (
         "linear_sigmoid",
         "autotune",
         "autotune_float32",
+        "max_autotune",
         "ladder",
         "verify",
     ),

@@ -195,6 +195,9 @@ def test_the_benchmarks_kernels_compute_what_the_operators_do(tma):
     )
 
 
+QUICK = Namespace(quick=True, output=None, max_autotune=False)
+
+
 @pytest.fixture
 def small_sizes(monkeypatch) -> None:
     """The reports, of one small size on the CPU, where the autotuned kernels are PyTorch's
@@ -205,10 +208,12 @@ def small_sizes(monkeypatch) -> None:
         benchmark, "do_bench", lambda call, quantiles: [call() is None or 2.0, 1.0, 4.0]
     )
     monkeypatch.setattr(benchmark, "mirror", lambda c, wrap: mirror_(c.clone()))
-    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     for name, report in benchmark.REPORTS.items():
         report.fn.cache_clear()
         monkeypatch.setattr(report.benchmarks, "x_vals", [48])
+        for lines in ("line_vals", "line_names"):  # a test may set others
+            monkeypatch.setattr(report.benchmarks, lines, getattr(report.benchmarks, lines))
         kernel = benchmark.OPERATORS[name].kernel
         monkeypatch.setattr(kernel, "best_config", kernel.configs[0], raising=False)
     monkeypatch.setattr(benchmark, "maximum", torch.maximum)
@@ -221,7 +226,9 @@ def test_a_report_checks_times_and_draws_each_provider(small_sizes, tmp_path, op
     pytest.importorskip("matplotlib", reason="perf_report draws by it")
     pytest.importorskip("pandas", reason="perf_report makes a table by it")
     table = Table(tmp_path / "autotune.csv", torch.device("cpu"))
-    benchmark.time_operator(operator, table, Namespace(quick=False, output=tmp_path))
+    benchmark.time_operator(
+        operator, table, Namespace(quick=False, output=tmp_path, max_autotune=False)
+    )
     providers = benchmark.REPORTS[operator].benchmarks.line_vals
     layers = 2 if operator == "linear_sigmoid" else 1
     assert [one.contestant for one in table.results] == providers * layers
@@ -235,6 +242,15 @@ def test_a_report_checks_times_and_draws_each_provider(small_sizes, tmp_path, op
         "autotune.csv",
         f"autotune-{operator}.png",
     }
+
+
+def test_max_autotune_is_timed_beside_two_others(small_sizes):
+    table = Table(None, torch.device("cpu"))
+    options = Namespace(quick=False, output=None, max_autotune=True)
+    benchmark.time_operator("matmul_t", table, options)
+    names = ["torch.mm", "torch.compile, max-autotune", "torchpar"]
+    assert [one.contestant for one in table.results] == names
+    assert all(one.ok for one in table.results)
 
 
 def test_a_report_rejects_a_wrong_result_and_goes_on(small_sizes, monkeypatch):
@@ -252,7 +268,7 @@ def test_a_report_rejects_a_wrong_result_and_goes_on(small_sizes, monkeypatch):
         monkeypatch.setattr(benchmark, "matmul_t", function)
         benchmark.REPORTS["matmul_t"].fn.cache_clear()
         table = Table(None, torch.device("cpu"))
-        benchmark.time_operator("matmul_t", table, Namespace(quick=True, output=None))
+        benchmark.time_operator("matmul_t", table, QUICK)
         assert [one.ok for one in table.results] == [True] * 4 + [False]
         assert table.results[-1].p50_ms is None
         assert table.results[-1].reason.startswith(message[:25])
@@ -267,7 +283,7 @@ def test_without_memory_for_the_oracle_the_other_sizes_go_on(small_sizes, monkey
 
     monkeypatch.setattr(Tensor, "double", double)
     table = Table(None, torch.device("cpu"))
-    benchmark.time_operator("maximum", table, Namespace(quick=True, output=None))
+    benchmark.time_operator("maximum", table, QUICK)
     assert {one.reason for one in table.results} == {"OutOfMemory: out of memory"}
 
 
