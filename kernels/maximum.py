@@ -2,10 +2,12 @@
 """Kernels of the elementwise maximum and of its backward.
 
 Each array passes through memory once, 16 bytes per access. An operand that repeats along the rows
-or the columns of a tile is read once for all of them.
+or the columns of a tile is read once for all of them. Its gradient is summed by the kernel that
+computes it, if the operand repeats along all rows or all columns of a matrix.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -13,6 +15,15 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Kernel, Plan, Wrap, cached_plan
+from .row_sums import (
+    add_partial_sums_kernel,
+    divide_columns,
+    divide_rows,
+    launch_sums,
+)
+
+# Compilers look for an operator's kernels in its module.
+__all__ = ["add_partial_sums_kernel", "maximum", "maximum_backward"]
 
 FLAT_BYTES = 4096  # of a result per program: 2 accesses of 16 bytes for each of 128 threads
 # Of a result per program, at most: 4 rows, for which values that repeat along rows are read once.
@@ -80,6 +91,8 @@ def maximum_backward_flat_kernel(
     G_REPEATS: tl.constexpr,
     A_REPEATS: tl.constexpr,
     B_REPEATS: tl.constexpr,
+    WRITES_A: tl.constexpr,
+    WRITES_B: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     start = tl.program_id(0).to(tl.int64) * BLOCK
@@ -89,16 +102,20 @@ def maximum_backward_flat_kernel(
         a = load_flat(a_ptr, start, offsets, None, A_REPEATS)
         b = load_flat(b_ptr, start, offsets, None, B_REPEATS)
         da, db = gradients(g, a, b)
-        tl.store(da_ptr + start + offsets, da)
-        tl.store(db_ptr + start + offsets, db)
+        if WRITES_A:
+            tl.store(da_ptr + start + offsets, da)
+        if WRITES_B:
+            tl.store(db_ptr + start + offsets, db)
     else:
         mask = offsets < numel - start
         g = load_flat(g_ptr, start, offsets, mask, G_REPEATS)
         a = load_flat(a_ptr, start, offsets, mask, A_REPEATS)
         b = load_flat(b_ptr, start, offsets, mask, B_REPEATS)
         da, db = gradients(g, a, b)
-        tl.store(da_ptr + start + offsets, da, mask=mask)
-        tl.store(db_ptr + start + offsets, db, mask=mask)
+        if WRITES_A:
+            tl.store(da_ptr + start + offsets, da, mask=mask)
+        if WRITES_B:
+            tl.store(db_ptr + start + offsets, db, mask=mask)
 
 
 @triton.jit
@@ -225,6 +242,8 @@ def maximum_backward_strided_kernel(
     G_REPEATS: tl.constexpr,
     A_REPEATS: tl.constexpr,
     B_REPEATS: tl.constexpr,
+    WRITES_A: tl.constexpr,
+    WRITES_B: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
@@ -274,8 +293,113 @@ def maximum_backward_strided_kernel(
     da, db = gradients(g, a, b)
     mask = (row < rows)[:, None] & (col < size3)[None, :]
     offsets = (row * size3)[:, None] + col[None, :]
-    tl.store(da_ptr + offsets, da, mask=mask)
-    tl.store(db_ptr + offsets, db, mask=mask)
+    if WRITES_A:
+        tl.store(da_ptr + offsets, da, mask=mask)
+    if WRITES_B:
+        tl.store(db_ptr + offsets, db, mask=mask)
+
+
+@triton.jit
+def load_tile(ptr, row, col, m, n, row_stride, col_stride, REPEATS: tl.constexpr):
+    """A tile of a matrix; 0 outside. If it repeats along the columns, it has one column."""
+    if REPEATS == "columns":
+        return tl.load(ptr + (row * row_stride)[:, None], mask=(row < m)[:, None], other=0.0)
+    else:
+        mask = (row < m)[:, None] & (col < n)[None, :]
+        offsets = (row * row_stride)[:, None] + (col * col_stride)[None, :]
+        return tl.load(ptr + offsets, mask=mask, other=0.0)
+
+
+@triton.jit
+def maximum_backward_rows_kernel(
+    g_ptr,
+    full_ptr,
+    repeated_ptr,
+    d_full_ptr,
+    sum_ptr,
+    m,
+    n,
+    rows,
+    g_row,
+    g_col,
+    full_row,
+    full_col,
+    repeated_step,
+    G_REPEATS: tl.constexpr,
+    WRITES_FULL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """The gradients of a matrix and of a row that repeats along its rows, which is summed.
+
+    A program's sums over ``rows`` rows go to its row of ``sum``.
+    """
+    acc_dtype: tl.constexpr = tl.float64 if g_ptr.dtype.element_ty == tl.float64 else tl.float32
+    col_blocks = (n - 1) // BLOCK_N + 1  # tl.cdiv overflows just below 2³¹
+    chunk = (tl.program_id(0) // col_blocks).to(tl.int64)
+    col = (tl.program_id(0) % col_blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    repeated = tl.load(repeated_ptr + col * repeated_step, mask=col < n, other=0.0)[None, :]
+    # To sum over rows takes barriers: it is done once.
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=acc_dtype)
+    count = tl.minimum(m - chunk * rows, rows).to(tl.int32)
+    for start in tl.range(0, count, BLOCK_M, num_stages=STAGES):
+        row = chunk * rows + start + tl.arange(0, BLOCK_M)
+        g = load_tile(g_ptr, row, col, m, n, g_row, g_col, G_REPEATS)
+        full = load_tile(full_ptr, row, col, m, n, full_row, full_col, "")
+        d_full, d_repeated = gradients(g, full, repeated)
+        if WRITES_FULL:
+            mask = (row < m)[:, None] & (col < n)[None, :]
+            tl.store(d_full_ptr + ((row * n)[:, None] + col[None, :]), d_full, mask=mask)
+        total += d_repeated
+    sums = tl.sum(total, axis=0).to(sum_ptr.dtype.element_ty)
+    tl.store(sum_ptr + (chunk * n + col), sums, mask=col < n)
+
+
+@triton.jit
+def maximum_backward_columns_kernel(
+    g_ptr,
+    full_ptr,
+    repeated_ptr,
+    d_full_ptr,
+    sum_ptr,
+    m,
+    n,
+    cols,
+    g_row,
+    g_col,
+    full_row,
+    full_col,
+    repeated_step,
+    G_REPEATS: tl.constexpr,
+    WRITES_FULL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """The gradients of a matrix and of a column that repeats along its columns, which is summed.
+
+    A program's sums over ``cols`` columns go to its part's row of ``sum``.
+    """
+    acc_dtype: tl.constexpr = tl.float64 if g_ptr.dtype.element_ty == tl.float64 else tl.float32
+    chunks = (n - 1) // cols + 1
+    chunk = (tl.program_id(0) % chunks).to(tl.int64)
+    row = (tl.program_id(0) // chunks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    repeated = tl.load(repeated_ptr + row * repeated_step, mask=row < m, other=0.0)[:, None]
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=acc_dtype)
+    count = tl.minimum(n - chunk * cols, cols)
+    for start in tl.range(0, count, BLOCK_N, num_stages=STAGES):
+        col = chunk * cols + start + tl.arange(0, BLOCK_N)
+        g = load_tile(g_ptr, row, col, m, n, g_row, g_col, G_REPEATS)
+        full = load_tile(full_ptr, row, col, m, n, full_row, full_col, "")
+        d_full, d_repeated = gradients(g, full, repeated)
+        mask = (row < m)[:, None] & (col < n)[None, :]
+        if WRITES_FULL:
+            tl.store(d_full_ptr + ((row * n)[:, None] + col[None, :]), d_full, mask=mask)
+        # A g of one column is not 0 outside the matrix.
+        total += d_repeated if G_REPEATS == "" else tl.where(mask, d_repeated, 0.0)
+    sums = tl.sum(total, axis=1).to(sum_ptr.dtype.element_ty)
+    tl.store(sum_ptr + (chunk * m + row), sums, mask=row < m)
 
 
 def maximum(a: Tensor, b: Tensor, out: Tensor, wrap: Wrap) -> None:
@@ -285,47 +409,157 @@ def maximum(a: Tensor, b: Tensor, out: Tensor, wrap: Wrap) -> None:
     _launch(_plan_forward, wrap, a, b, out)
 
 
-def maximum_backward(g: Tensor, a: Tensor, b: Tensor, da: Tensor, db: Tensor, wrap: Wrap) -> None:
-    """Write the gradients ``da`` and ``db``, which are dense and have the same strides.
+def maximum_backward(
+    g: Tensor, a: Tensor, b: Tensor, da: Tensor | None, db: Tensor | None, wrap: Wrap
+) -> None:
+    """Write the gradients ``da`` and ``db``; None is one that is not needed.
 
-    ``g``, ``a`` and ``b`` have their shape.
+    ``a`` and ``b`` have the shape of ``g``. So has a gradient, or it has the shape of an operand
+    that was broadcast, and is its sum. A sum is contiguous. Two gradients of the shape of ``g`` are
+    dense, and have the same strides.
     """
-    _launch(_plan_backward, wrap, g, a, b, da, db)
+    results = [_aligned(t, g) for t in (da, db)]
+    if g.numel() == 0:
+        for t in results:
+            if t is not None:
+                t.zero_()
+        return
+    whole = [t if t is not None and t.shape == g.shape else None for t in results]
+    is_written = False  # by a kernel that sums the other gradient
+    by_pytorch: list[tuple[Tensor, Tensor]] = []
+    for i, total in enumerate(results):
+        if total is None or total is whole[i]:
+            continue
+        full, repeated = (a, b)[1 - i], (a, b)[i]
+        if _launch_sum(g, full, repeated, whole[1 - i], total, wrap):
+            is_written = True
+        else:
+            like = whole[1 - i]
+            whole[i] = terms = torch.empty_like(g if like is None else like)
+            by_pytorch.append((terms, total))
+    if by_pytorch or not is_written:
+        _launch(_plan_backward, wrap, g, a, b, *whole)
+    for terms, total in by_pytorch:
+        torch.sum(terms, _summed_dims(total, g), keepdim=True, out=total)
 
 
-def _launch(make: Callable[..., Plan | None], wrap: Wrap, *tensors: Tensor) -> None:
-    out = tensors[-1]
+def _aligned(t: Tensor | None, g: Tensor) -> Tensor | None:
+    """``t`` with the number of dimensions of ``g``."""
+    if t is None or t.dim() == g.dim():
+        return t
+    return t.view(*(1,) * (g.dim() - t.dim()), *t.shape)
+
+
+def _summed_dims(total: Tensor, g: Tensor) -> list[int]:
+    return [d for d in range(g.dim()) if total.shape[d] != g.shape[d]]
+
+
+def _launch_sum(
+    g: Tensor, full: Tensor, repeated: Tensor, d_full: Tensor | None, total: Tensor, wrap: Wrap
+) -> bool:
+    """Write the gradient of ``full``, if it is needed, and the sum of the gradient of ``repeated``.
+
+    The sum has a fixed order, so that its bits are the same on every run. False, and nothing is
+    launched, if ``repeated`` does not repeat along all rows or all columns of a matrix.
+    """
+    plan = cached_plan(_plan_sum, wrap, (g, full, repeated, d_full), *_summed_dims(total, g))
+    if plan is None:
+        return False
+    m, n = plan.arguments[:2]
+    terms, sums = (m, n) if plan.kernel is maximum_backward_rows_kernel else (n, m)
+    # The kernels take a pointer even where they write nothing.
+    operands = g, full, repeated, g if d_full is None else d_full
+    launch_sums(plan, terms, sums, operands, total, wrap)
+    return True
+
+
+def _launch(make: Callable[..., Plan | None], wrap: Wrap, *tensors: Tensor | None) -> None:
+    """Launch a plan. The last of ``tensors`` are results, of which some may be None."""
+    out = next(t for t in reversed(tensors) if t is not None)
     if out.numel() == 0:
         return
     plan = cached_plan(make, wrap, tensors)
     if plan is not None:
-        plan.launch(wrap, *tensors)
+        # The kernels take a pointer even where they write nothing.
+        plan.launch(wrap, *(out if t is None else t for t in tensors))
         return
     # A tensor at one index of the outermost dimension has a dimension less, and is a view.
     dim = max(range(out.dim()), key=lambda d: (out.shape[d] > 1, out.stride(d)))
     for index in range(out.shape[dim]):
-        _launch(make, wrap, *(t.select(dim, index) for t in tensors))
+        _launch(make, wrap, *(None if t is None else t.select(dim, index) for t in tensors))
 
 
 def _plan_forward(a: Tensor, b: Tensor, out: Tensor) -> Plan | None:
-    return _plan(maximum_flat_kernel, maximum_strided_kernel, {"A": a, "B": b}, out)
+    return _plan(maximum_flat_kernel, maximum_strided_kernel, {"A": a, "B": b}, out, {})
 
 
-def _plan_backward(g: Tensor, a: Tensor, b: Tensor, da: Tensor, db: Tensor) -> Plan | None:
+def _plan_backward(
+    g: Tensor, a: Tensor, b: Tensor, da: Tensor | None, db: Tensor | None
+) -> Plan | None:
     operands = {"G": g, "A": a, "B": b}
-    return _plan(maximum_backward_flat_kernel, maximum_backward_strided_kernel, operands, da)
+    writes = {"WRITES_A": da is not None, "WRITES_B": db is not None}
+    out = db if da is None else da
+    assert out is not None
+    return _plan(
+        maximum_backward_flat_kernel, maximum_backward_strided_kernel, operands, out, writes
+    )
 
 
-def _plan(flat: Kernel, strided: Kernel, operands: dict[str, Tensor], out: Tensor) -> Plan | None:
+def _plan_sum(
+    g: Tensor, full: Tensor, repeated: Tensor, d_full: Tensor | None, *dims: int
+) -> Plan | None:
+    """The plan of a sum over ``dims`` of the gradient of ``repeated``.
+
+    None if the result is no matrix in memory of which all rows, or all columns, are summed.
+    """
+    of_sum, step = [0] * g.dim(), 1
+    for d in reversed(range(g.dim())):
+        if d not in dims:
+            of_sum[d], step = step, step * g.shape[d]
+    # The order of dimensions in memory is that of an operand that repeats nowhere.
+    order = next((t for t in (d_full, full, g) if t is not None and 0 not in t.stride()), g)
+    operands = [*(t.stride() for t in (g, full, repeated)), tuple(of_sum)]
+    (*first, n), strides = _collapse(g.shape, order.stride(), operands)
+    if not first:  # all elements are summed
+        first, strides = [1], [[0, *steps] for steps in strides]
+        strides[-1] = [1, 0]
+    by_rows, by_columns = strides[-1] == [0, 1], strides[-1] == [1, 0]
+    if len(first) > 1 or not (by_rows or by_columns):
+        return None
+    (m,) = first
+    block_m, block_n, each, stages = (divide_rows if by_rows else divide_columns)(m, n, g)
+    if by_rows:
+        programs = triton.cdiv(m, each) * triton.cdiv(n, block_n)
+    else:
+        programs = triton.cdiv(m, block_m) * triton.cdiv(n, each)
+    constants = {
+        "G_REPEATS": "columns" if strides[0][1] == 0 else "",
+        "WRITES_FULL": d_full is not None,
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "STAGES": stages,
+    }
+    kernel = maximum_backward_rows_kernel if by_rows else maximum_backward_columns_kernel
+    step = strides[2][1 if by_rows else 0]
+    return Plan(kernel, programs, (m, n, each, *strides[0], *strides[1], step), constants, {})
+
+
+def _plan(
+    flat: Kernel,
+    strided: Kernel,
+    operands: dict[str, Tensor],
+    out: Tensor,
+    writes: dict[str, bool],
+) -> Plan | None:
     """The plan of the flat or the strided kernel; None for more dimensions than the latter has."""
-    sizes, strides = _collapse(list(operands.values()), out)
+    sizes, strides = _collapse(out.shape, out.stride(), [t.stride() for t in operands.values()])
     if len(sizes) == 1 and all(steps[0] in (0, 1) for steps in strides):
         # Small elements get half the block: with more, the masked branch takes too many registers.
         block = FLAT_BYTES // out.element_size() // (2 if out.element_size() < 4 else 1)
         constants: dict[str, int | str] = {
             f"{n}_REPEATS": bool(s[0] == 0) for n, s in zip(operands, strides, strict=True)
         }
-        constants["BLOCK"] = block
+        constants |= writes | {"BLOCK": block}
         return Plan(flat, triton.cdiv(out.numel(), block), (out.numel(),), constants, {})
     missing = STRIDED_DIMS - len(sizes)
     if missing < 0:
@@ -340,7 +574,7 @@ def _plan(flat: Kernel, strided: Kernel, operands: dict[str, Tensor], out: Tenso
     block_rows = block // block_cols if len(sizes) > 1 else 1
     col_blocks = triton.cdiv(size3, block_cols)
     constants = {f"{n}_REPEATS": _repeats(s) for n, s in zip(operands, padded, strict=True)}
-    constants |= {"BLOCK_ROWS": block_rows, "BLOCK_COLS": block_cols}
+    constants |= writes | {"BLOCK_ROWS": block_rows, "BLOCK_COLS": block_cols}
     return Plan(
         strided,
         triton.cdiv(rows, block_rows) * col_blocks,
@@ -357,24 +591,27 @@ def _repeats(strides: list[int]) -> str:
     return "rows" if all(step == 0 for step in strides[:-1]) else ""
 
 
-def _collapse(operands: list[Tensor], out: Tensor) -> tuple[list[int], list[list[int]]]:
-    """Sizes, and each operand's strides, along ``out``'s memory, in the fewest dimensions."""
-    if all(t.stride() == out.stride() for t in operands):
-        return [out.numel()], [[1]] * len(operands)
-    dims = [d for d in range(out.dim()) if out.shape[d] != 1]
-    dims.sort(key=out.stride, reverse=True)
+def _collapse(
+    shape: Sequence[int], order: Sequence[int], operands: Sequence[Sequence[int]]
+) -> tuple[list[int], list[list[int]]]:
+    """Sizes, and each operand's strides, in the fewest dimensions that memory of ``order`` has.
+
+    ``order`` and ``operands`` are strides of tensors of ``shape``.
+    """
+    if all(strides == order for strides in operands):
+        return [math.prod(shape)], [[1]] * len(operands)
+    dims = [d for d in range(len(shape)) if shape[d] != 1]
+    dims.sort(key=lambda d: order[d], reverse=True)
     sizes: list[int] = []
     strides: list[list[int]] = [[] for _ in operands]
     for d in dims:
-        steps = [t.stride(d) for t in operands]
-        if sizes and all(
-            s[-1] == step * out.shape[d] for s, step in zip(strides, steps, strict=True)
-        ):
-            sizes[-1] *= out.shape[d]
+        steps = [operand[d] for operand in operands]
+        if sizes and all(s[-1] == step * shape[d] for s, step in zip(strides, steps, strict=True)):
+            sizes[-1] *= shape[d]
             for s, step in zip(strides, steps, strict=True):
                 s[-1] = step
         else:
-            sizes.append(out.shape[d])
+            sizes.append(shape[d])
             for s, step in zip(strides, steps, strict=True):
                 s.append(step)
     return sizes or [1], strides if sizes else [[1]] * len(operands)

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: MIT
 """The first pass of linear_sigmoid's backward: dL/dZ, and its sum over rows, which is dL/db."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .launch import Plan, Wrap, cached_plan
+from .row_sums import add_partial_sums_kernel, divide_rows, launch_sums
 
-PROGRAM_ROWS = 256  # of a program, which writes one row of partial sums of the bias gradient
-TILE = (32, 64)
+# Compilers look for an operator's kernels in its module.
+__all__ = ["add_partial_sums_kernel", "sigmoid_backward", "sigmoid_backward_kernel"]
 
 
 @triton.jit
@@ -17,26 +17,28 @@ def sigmoid_backward_kernel(
     g_ptr,
     y_ptr,
     dz_ptr,
-    partial_ptr,
+    sum_ptr,
     m,
     n,
+    rows,
     g_row,
     g_col,
     y_row,
     y_col,
-    ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """``dz = g·y·(1 - y)`` for ROWS rows. Their sum goes to this program's row of ``partial``."""
+    """``dz = g·y·(1 - y)`` for ``rows`` rows. Their sum goes to this program's row of ``sum``."""
     acc_dtype: tl.constexpr = tl.float64 if y_ptr.dtype.element_ty == tl.float64 else tl.float32
     col_blocks = (n - 1) // BLOCK_N + 1  # tl.cdiv overflows just below 2³¹
     chunk = (tl.program_id(0) // col_blocks).to(tl.int64)
-    col = (tl.program_id(0) % col_blocks * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    col = (tl.program_id(0) % col_blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     # To sum over rows takes barriers: it is done once.
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=acc_dtype)
-    for start in range(0, tl.minimum(m - chunk * ROWS, ROWS).to(tl.int32), BLOCK_M):
-        row = chunk * ROWS + start + tl.arange(0, BLOCK_M)
+    count = tl.minimum(m - chunk * rows, rows).to(tl.int32)
+    for start in tl.range(0, count, BLOCK_M, num_stages=STAGES):
+        row = chunk * rows + start + tl.arange(0, BLOCK_M)
         mask = (row < m)[:, None] & (col < n)[None, :]
         g = tl.load(g_ptr + ((row * g_row)[:, None] + (col * g_col)[None, :]), mask=mask, other=0.0)
         y = tl.load(y_ptr + ((row * y_row)[:, None] + (col * y_col)[None, :]), mask=mask, other=0.0)
@@ -46,31 +48,30 @@ def sigmoid_backward_kernel(
             dz_ptr + ((row * n)[:, None] + col[None, :]), dz.to(dz_ptr.dtype.element_ty), mask=mask
         )
         total += dz
-    row_sums = tl.sum(total, axis=0).to(partial_ptr.dtype.element_ty)
-    tl.store(partial_ptr + (chunk * n + col), row_sums, mask=col < n)
+    sums = tl.sum(total, axis=0).to(sum_ptr.dtype.element_ty)
+    tl.store(sum_ptr + (chunk * n + col), sums, mask=col < n)
 
 
 def sigmoid_backward(g: Tensor, y: Tensor, dz: Tensor, wrap: Wrap) -> Tensor:
     """Write ``g·y·(1 - y)`` for ``g, y (m, n)`` to ``dz``; return its sum over rows, ``(n)``.
 
-    ``dz`` is contiguous. The sum has a fixed order, so that its bits are the same on every run. Up
-    to `PROGRAM_ROWS` rows are summed by one program, which writes the result. If there are more,
-    each program sums `PROGRAM_ROWS` rows, and PyTorch adds the sums.
+    ``dz`` is contiguous. The sum has a fixed order, so that its bits are the same on every run. Few
+    rows are summed by one launch. If there are more, another launch adds the programs' sums.
     """
     m, n = y.shape
+    out = y.new_empty(n)
     if dz.numel() == 0:
-        return y.new_zeros(n)
-    acc_dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
-    few = not isinstance(m, torch.SymInt) and m <= PROGRAM_ROWS  # AOTInductor checks no guards
-    partial = y.new_empty((triton.cdiv(m, PROGRAM_ROWS), n), dtype=y.dtype if few else acc_dtype)
+        return out.zero_()
     plan = cached_plan(_plan, wrap, (g, y), out=dz)
     assert plan is not None
-    plan.launch(wrap, g, y, dz, partial)
-    return partial.view(n) if few else partial.sum(0).to(y.dtype)
+    launch_sums(plan, m, n, (g, y, dz), out, wrap)
+    return out
 
 
 def _plan(g: Tensor, y: Tensor) -> Plan:
     m, n = y.shape
-    programs = triton.cdiv(m, PROGRAM_ROWS) * triton.cdiv(n, TILE[1])
-    constants = {"ROWS": PROGRAM_ROWS, "BLOCK_M": TILE[0], "BLOCK_N": TILE[1]}
-    return Plan(sigmoid_backward_kernel, programs, (m, n, *g.stride(), *y.stride()), constants, {})
+    block_m, block_n, rows, stages = divide_rows(m, n, y)
+    programs = triton.cdiv(m, rows) * triton.cdiv(n, block_n)
+    constants = {"BLOCK_M": block_m, "BLOCK_N": block_n, "STAGES": stages}
+    arguments = m, n, rows, *g.stride(), *y.stride()
+    return Plan(sigmoid_backward_kernel, programs, arguments, constants, {})

@@ -309,12 +309,12 @@ def estimate(tiles: Tiles, kernel: str, kind: Kind, present: Device, sizes: Sequ
 
     The second launch of a split product is added.
     """
-    m, n, _, batch = map(_hint, sizes)
+    m, n, _, batch = map(hint, sizes)
     count, columns = split_k(tiles, present, *sizes[:3])
     units = count_tiles(tiles, m, n, kernel == "symmetric_matmul") * batch * count
     waves = ceil(units / present.multiprocessors)
     cost = tile_cost(tiles.block_m, tiles.block_n)
-    return (waves * _hint(columns) + kind.launch * (count > 1)) * cost
+    return (waves * hint(columns) + kind.launch * (count > 1)) * cost
 
 
 def library_is_faster(
@@ -324,7 +324,7 @@ def library_is_faster(
 
     docs/tuning.md has the reasons.
     """
-    m, _, k, _ = map(_hint, sizes)
+    m, _, k, _ = map(hint, sizes)
     name = kind_of(operands[0].dtype, precision)
     if kernel == "linear_sigmoid" and name == "float32":
         return True  # a copy of each operand takes what the sigmoid's pass would
@@ -353,6 +353,6 @@ def _saves_a_launch(
     return time <= 2 * kind.launch * tile_cost(64, 64)
 
 
-def _hint(size: int) -> int:
+def hint(size: int) -> int:
     """The value that a symbolic size was traced with, without a guard; 1024 where there is none."""
     return size.node.hint or 1024 if isinstance(size, torch.SymInt) else size

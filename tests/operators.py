@@ -266,9 +266,15 @@ OPERATORS = {
 }
 # The Triton kernels of all operators, by name; some are of a backward pass.
 KERNELS = {name: op.kernels for name, op in OPERATORS.items()} | {
-    "maximum_backward": {"maximum_backward_flat_kernel", "maximum_backward_strided_kernel"},
+    "maximum_backward": {
+        "maximum_backward_flat_kernel",
+        "maximum_backward_strided_kernel",
+        "maximum_backward_rows_kernel",
+        "maximum_backward_columns_kernel",
+        "add_partial_sums_kernel",
+    },
     "matmul_t_backward": {"symmetric_sum_kernel"},
-    "linear_sigmoid_backward": {"sigmoid_backward_kernel"},
+    "linear_sigmoid_backward": {"sigmoid_backward_kernel", "add_partial_sums_kernel"},
     "symmetric_addmm_": {"symmetric_matmul_kernel"},
 }
 

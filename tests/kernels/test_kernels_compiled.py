@@ -265,19 +265,46 @@ def check_exact(shape: Any, symmetric: bool, dtype: Any, floats: bool, capabilit
 
 
 def check_vectorised(dtype: torch.dtype, capability: int) -> None:
-    """All accesses of the kernels of half sums, mirrors and sigmoid_backward are of 16 bytes."""
+    """All accesses of the kernels of half sums and mirrors are of 16 bytes."""
     g = meta(4096, 4096, dtype=dtype)
-    for launcher, *args in (
-        (symmetric_matmul.half_sum, g),
-        (symmetric_matmul.mirror, g),
-        (sigmoid_backward.sigmoid_backward, g, g, g),
-    ):
-        (code,) = machine_codes(partial(launcher, *args))
+    for launcher in (symmetric_matmul.half_sum, symmetric_matmul.mirror):
+        (code,) = machine_codes(partial(launcher, g))
         assert_fits(code, capability)
         loads, stores = (code.count(rf"{name}\.E.*\.128.*") for name in ("LDG", "STG"))
         assert loads == code.count("LDG.*"), "a load is not vectorised"
-        # The sums over rows are few.
-        assert stores >= code.count("STG.*") - (len(args) == 3), "a store is not vectorised"
+        assert stores == code.count("STG.*"), "a store is not vectorised"
+
+
+def sums(dtype: torch.dtype, n: int = 4096) -> list[Any]:
+    """Launches that sum gradients over rows and over columns, with a result of g's shape and
+    without."""
+    x, row, column = (meta(*shape, dtype=dtype) for shape in ((8192, n), (n,), (8192, 1)))
+    launches: list[Any] = [partial(sigmoid_backward.sigmoid_backward, x, x, x)]
+    for repeated in (row, column):
+        for dx in (x, None):
+            wide = repeated.expand(x.shape)
+            launches.append(partial(maximum.maximum_backward, x, x, wide, dx, repeated))
+    return launches
+
+
+def assert_loads_ahead(code: MachineCode, others: int) -> None:
+    """All accesses are of 16 bytes but ``others``, and tiles are loaded while others are summed."""
+    for name in ("LDG(STS)?", "STG"):
+        single = code.count(rf"{name}\b.*") - code.count(rf"{name}\.E.*\.128.*")
+        assert single <= others, f"{name} is not vectorised"
+    (loop,) = code.innermost_loops(r"LDGSTS\b.*")
+    assert count(loop, r"LDGSTS\b.*") == 2, "a loop loads two arrays"
+    assert not count(loop, r"LDG\b.*")
+    assert code.count(r"LDGSTS\b.*") == 2 * 4, "three tiles are loaded before the loop"
+
+
+def check_vectorised_sums(dtype: torch.dtype, capability: int) -> None:
+    for launch in sums(dtype):
+        code, *adding = machine_codes(launch)
+        for one in (code, *adding):
+            assert_fits(one, capability)
+        # A program has few sums. A column is loaded by single elements.
+        assert_loads_ahead(code, 2)
 
 
 def check_maximum(strides: tuple[int, ...], dtype: torch.dtype, capability: int) -> None:
@@ -349,6 +376,7 @@ TABLE = [
     *rows(check_exact, [SQUARE], [False], [I64], [True], at=[103, 100]),
     *rows(check_exact, [LONG], [False], [F32], [True], at=[103, 100]),
     *rows(check_vectorised, [torch.bfloat16, F64], slow=True),
+    *rows(check_vectorised_sums, [torch.bfloat16, F32, F64], slow=True),
     *rows(check_maximum, [()], OF_MAXIMUM),
     # A row, a column, and a row for each of a batch
     *rows(check_maximum, [(0, 1), (1, 0), (16384, 0, 1)], OF_MAXIMUM),
@@ -379,3 +407,11 @@ def test_check_rejects_other_tiles_of_the_exact_product(tiles, message):
         (code,) = machine_codes_of(cases.exact(SQUARE, SQUARE, tiles=tiles))
     with pytest.raises(AssertionError, match=message):
         assert_exact(code, 90, once=True)
+
+
+@pytest.mark.slow
+def test_check_rejects_sums_of_unaligned_rows():
+    with target(90):
+        code, *_ = machine_codes(sums(F32, 4095)[0])
+    with pytest.raises(AssertionError, match="not vectorised"):
+        assert_loads_ahead(code, 2)

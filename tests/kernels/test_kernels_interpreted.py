@@ -46,6 +46,12 @@ def check_far_apart() -> None:
         maximum.maximum_backward(x, x, x, da, db, None)
         assert torch.equal(da, near / 2)
         assert torch.equal(db, near / 2)
+        for repeated, dim in ((near[:1], 0), (near[:, :1], 1)):
+            da, total = (x.new_full(shape, torch.nan) for shape in (x.shape, repeated.shape))
+            maximum.maximum_backward(x, x, repeated.expand(x.shape), da, total, None)
+            ties = torch.where(near == repeated, near / 2, near)
+            assert torch.equal(da, ties.masked_fill(near < repeated, 0))
+            assert torch.equal(total, ties.masked_fill(repeated < near, 0).sum(dim, True))
     for g in (far[:, :3], far[:, :3].mT):
         assert torch.equal(symmetric_matmul.half_sum(g, None), (g + g.mT) / 2)
 

@@ -11,6 +11,7 @@ import inspect
 import struct
 from collections.abc import Iterator
 from contextvars import copy_context
+from functools import partial
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
@@ -120,6 +121,7 @@ def test_operands_of_one_layout(log):
 
 def test_all_launchers_keep_plans_until_they_are_forgotten(log):
     x, bias, out, wide = meta(N, N), meta(N), meta(N, N), meta(N, 8 * K)
+    tall = meta(1000, N)
     for calls in (1, 2, 3):
         symmetric_matmul.half_sum(x, None)
         symmetric_matmul.mirror(x, None)
@@ -129,8 +131,12 @@ def test_all_launchers_keep_plans_until_they_are_forgotten(log):
         maximum.maximum(x, x, out, None)
         maximum.maximum(x, x[0].expand(N, N), out, None)
         maximum.maximum_backward(x, x, x, out, out, None)
-        assert len(log.launched) == 9 * calls
-        assert len(log.compiled) == (9 if calls < 3 else 18)
+        maximum.maximum_backward(x, x, x, out, None, None)
+        # Their sums take two launches.
+        sigmoid_backward.sigmoid_backward(tall, tall, tall, None)
+        maximum.maximum_backward(tall, tall, bias.expand(tall.shape), tall, bias, None)
+        assert len(log.launched) == 14 * calls
+        assert len(log.compiled) == (14 if calls < 3 else 28)
         if calls == 2:
             launch.forget_plans()
 
@@ -235,6 +241,9 @@ def launches(graph: fx.GraphModule) -> tuple[list[str], list[Any]]:
     return [getattr(kernel, "fn", kernel).__name__ for kernel in kernels], launched
 
 
+ONE_GRADIENT = partial(ops.maximum_backward, need_b=False)
+
+
 @pytest.mark.parametrize(
     "op, shapes, kernel, written",
     [
@@ -242,15 +251,22 @@ def launches(graph: fx.GraphModule) -> tuple[list[str], list[Any]]:
         (ops.maximum, ("mk", "k"), "maximum_strided_kernel", ["out_ptr"]),
         (
             ops.maximum_backward,
-            ("mk", "mk", ""),
+            ("mk", "mk", "mk"),
             "maximum_backward_flat_kernel",
             ["da_ptr", "db_ptr"],
         ),
+        (ONE_GRADIENT, ("mk", "mk", "k"), "maximum_backward_strided_kernel", ["da_ptr"]),
         (
             ops.maximum_backward,
             ("bmk", "bmk", "k"),
-            "maximum_backward_strided_kernel",
-            ["da_ptr", "db_ptr"],
+            "maximum_backward_rows_kernel add_partial_sums_kernel",
+            ["d_full_ptr", "sum_ptr"],
+        ),
+        (
+            ops.maximum_backward,
+            ("mk", "mk", ""),
+            "maximum_backward_columns_kernel add_partial_sums_kernel",
+            ["d_full_ptr", "sum_ptr"],
         ),
         (ops.matmul_t, ("bmk",), "symmetric_matmul_kernel", ["out_ptr"]),
         (ops.matmul_t_backward, ("bmm", "bmk"), "symmetric_sum_kernel", ["out_ptr"]),
@@ -258,16 +274,16 @@ def launches(graph: fx.GraphModule) -> tuple[list[str], list[Any]]:
         (
             ops.linear_sigmoid_backward,
             ("bmn", "bmn"),
-            "sigmoid_backward_kernel",
-            ["dz_ptr", "partial_ptr"],
+            "sigmoid_backward_kernel add_partial_sums_kernel",
+            ["dz_ptr", "sum_ptr"],
         ),
     ],
 )
 def test_tracers_see_the_kernel_and_what_it_writes(op, shapes, kernel, written, monkeypatch):
     monkeypatch.setattr(autotune, "library_is_faster", lambda *args, **options: False)
     graph, fakes = trace(op, shapes)
-    names, (arguments,) = launches(graph)
-    assert (names, arguments["tensors_to_clone"]) == ([kernel], written)
+    names, (arguments, *_) = launches(graph)
+    assert (names, arguments["tensors_to_clone"]) == (kernel.split(), written)
     assert isinstance(arguments["grid"][0][0], fx.Node), (
         "the grid is fixed at the sizes it was traced with"
     )
@@ -322,20 +338,25 @@ def test_in_place_the_library_adds_and_mirrors(log, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "op, shapes, kernel, others",
+    "op, shapes, kernels, others",
     [
         ("linear_sigmoid", ((256, 32), (48, 32), (256, 48)), "sigmoid_backward", "mm mm"),
         (
             "linear_sigmoid",
             ((257, 32), (48, 32), (257, 48)),
-            "sigmoid_backward",
-            "_to_copy mm mm sum",
+            "sigmoid_backward add_partial_sums",
+            "mm mm",
         ),
         ("maximum", ((64, 48), (64, 48)), "maximum_backward_flat", ""),
-        ("maximum", ((48,), (64, 48)), "maximum_backward_strided", "sum"),
+        ("maximum", ((48,), (64, 48)), "maximum_backward_rows", ""),
+        ("maximum", ((64, 1), (64, 48)), "maximum_backward_columns", ""),
+        ("maximum", ((1, 64, 48), (64, 48)), "maximum_backward_flat", ""),
+        ("maximum", ((1, 64, 1), (64, 48)), "maximum_backward_columns", ""),
+        ("maximum", ((3, 1, 48), (3, 64, 48)), "maximum_backward_strided", "sum"),
+        ("maximum", ((3, 1, 8, 1), (1, 4, 1, 5)), "maximum_backward_strided", "sum sum"),
     ],
 )
-def test_the_whole_backward_launches_one_kernel(op, shapes, kernel, others):
+def test_the_whole_backward_launches_few_kernels(op, shapes, kernels, others):
     """Views and new tensors of ATen launch nothing."""
     module = import_module(f"torchpar.ops.{op}")
 
@@ -346,18 +367,66 @@ def test_the_whole_backward_launches_one_kernel(op, shapes, kernel, others):
     views = ("view", "t", "transpose", "permute", "expand", "_assert_tensor_metadata", "detach")
     with FakeTensorMode():
         saved = [torch.empty(shape, dtype=torch.bfloat16, device="cuda") for shape in shapes]
-        g = torch.empty_like(saved[-1])
-        for gradient in (g, g[0, 0].expand_as(g)):
+        g = saved[-1] if op == "linear_sigmoid" else torch.maximum(*saved)
+        for gradient in (g, g.flatten()[0].expand_as(g)):
             graph = aot_export_joint_simple(run, [gradient, *saved], trace_joint=False)
-            assert launches(graph)[0] == [f"{kernel}_kernel"]
+            assert launches(graph)[0] == [f"{kernel}_kernel" for kernel in kernels.split()]
             launching = [name for name in aten(graph) if name not in views and "empty" not in name]
             assert sorted(launching) == others.split()
 
 
 def test_the_backward_of_symbolic_rows_sums_any_number():
     """AOTInductor would not check that they are few."""
-    graph, _ = trace(ops.linear_sigmoid_backward, ("mn", "mn"))
-    assert "sum" in aten(graph)
+    for op, shapes in (
+        (ops.linear_sigmoid_backward, ("mn", "mn")),
+        (ops.maximum_backward, ("mn", "mn", "n")),
+    ):
+        graph, _ = trace(op, shapes)
+        assert "add_partial_sums_kernel" in launches(graph)[0]
+
+
+@pytest.mark.parametrize(
+    "m, n, dtype, programs",
+    [
+        (64, 4096, torch.float32, 512),
+        (128, 128, torch.float32, 16),  # of the columns of a sector
+        (129, 127, torch.bfloat16, 8),
+        (8192, 128, torch.bfloat16, 342),
+        (8192, 4096, torch.bfloat16, 1088),
+        (300, 20000, torch.float32, 1252),
+        (1, 1, torch.float64, 1),
+    ],
+)
+def test_programs_that_sum_rows(m, n, dtype, programs):
+    """At least two for each of 132 multiprocessors, where each thread then has an access."""
+    x, row = meta(m, n, dtype=dtype), meta(n, dtype=dtype)
+    for launcher, *args in (
+        (sigmoid_backward.sigmoid_backward, x, x, x),
+        (maximum.maximum_backward, x, x, row.expand(m, n), x, row),
+    ):
+        wrap = MagicMock()
+        launcher(*args, wrap)
+        grids = [call.args[0] for call in wrap.return_value.__getitem__.call_args_list]
+        assert grids[0][0] == programs
+        assert len(grids) == (1 if m <= 256 else 2)
+
+
+@pytest.mark.parametrize(
+    "m, n, programs, launched",
+    [
+        (64, 4096, 64, 1),
+        (64, 4097, 576, 2),
+        (8192, 16, 256, 1),
+        (1, 2**18, 512, 2),
+        (4096, 4096, 4096, 1),
+    ],
+)
+def test_programs_that_sum_columns(m, n, programs, launched):
+    x, column = (meta(*shape, dtype=torch.float32) for shape in ((m, n), (m, 1)))
+    wrap = MagicMock()
+    maximum.maximum_backward(x, x, column.expand(m, n), x, column, wrap)
+    grids = [call.args[0] for call in wrap.return_value.__getitem__.call_args_list]
+    assert (grids[0][0], len(grids)) == (programs, launched)
 
 
 def test_float16_gradients_take_two_products():

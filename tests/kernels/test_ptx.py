@@ -52,6 +52,21 @@ OPERANDS = {  # by a function that draws one
         d(1, 2, 1, 3, 1, 2).permute(REVERSED),
     ),
 }
+SUMMED = {  # by one launch, and by two
+    "a row": lambda d: (d(33, 129), d(129)),
+    "a row, many rows": lambda d: (d(1, 16), d(601, 16)),
+    "a column": lambda d: (d(129, 33), d(129, 1)),
+    "a column, many columns": lambda d: (d(3, 1), d(3, 4112)),
+}
+MORE_SUMMED = {
+    "127 columns": lambda d: (d(3, 127), d(127)),
+    "one row": lambda d: (d(1, 513), d(1, 1)),
+    "no row": lambda d: (d(1, 1, 16), d(3, 1, 16)),
+    "a row of a batch": lambda d: (d(2, 5, 48), d(48)),
+    "a channel of the last dimension": lambda d: (d(2, 5, 4, 3).permute(0, 3, 1, 2), d(3, 1, 1)),
+    "a scalar": lambda d: (d(5001), d()),
+    "outer": lambda d: (d(65, 1), d(1, 129)),
+}
 FAR, LIMITS = (
     torch.linspace(-80, 20, 997),
     torch.tensor([-math.inf, -1e4, 0, 1e4, math.inf, math.nan]),
@@ -139,6 +154,9 @@ DEFAULTS = {
     **{f"limits of sigmoid, {dtype}": cases.sigmoid_of(LIMITS.to(dtype)) for dtype in FAR_SIGMOID},
     # Of 16 bits Triton 3.6 compares some pairs, which is not modelled.
     **{f"maximum, {name}": cases.larger(draw, F32) for name, draw in OPERANDS.items()},
+    **{f"maximum, sum of {name}": cases.larger_sums(draw, F32) for name, draw in SUMMED.items()},
+    "maximum, gradient of a": cases.larger_sums(OPERANDS["129"], F32, needed="a"),
+    "maximum, gradient of b, a row": cases.larger_sums(SUMMED["a row"], F32, needed="b"),
     **{f"maximum of {dtypes}": cases.larger(OPERANDS["129"], *dtypes) for dtypes in DTYPES},
 }
 
@@ -206,6 +224,23 @@ OTHERS = {
             DTYPES if name in ("a last block of one", "a row", "a column") else MIXED[:3]
         )
     },
+    **{
+        f"maximum, sum of {name} of {dtype}": cases.larger_sums(draw, dtype)
+        for name, draw in (SUMMED | MORE_SUMMED).items()
+        for dtype in FLOATS
+    },
+    **{
+        f"maximum, sum of {name}, all layouts": cases.larger_sums(
+            draw, F32, needed=needed, layouts=None
+        )
+        for name, draw in SUMMED.items()
+        for needed in ("a", "b", "ab")
+    },
+    **{
+        f"maximum, sum of {name} of {dtypes}": cases.larger_sums(SUMMED[name], *dtypes, needed="b")
+        for name in ("a row", "a column")
+        for dtypes in ((torch.int64, F16), (torch.bool, F64), (F16, F32))
+    },
     "exact_matmul, large tiles": cases.exact((136, 160), (72, 160), tiles=Tiles(128, 64, 32, 8, 3)),
     "exact_matmul, int64, chains": cases.exact(
         (40, 200), (24, 200), dtypes=[torch.int64], terms=64
@@ -238,6 +273,7 @@ OTHERS = {
     "exact_matmul, sm_80": cases.exact((40, 72), (24, 72), capability=80),
     "sigmoid_backward, sm_80": cases.sigmoid_gradient(300, 70, F32, capability=80),
     "half_sum, sm_80": cases.half_sum(65, capability=80),
+    "maximum, sum of a row, sm_80": cases.larger_sums(SUMMED["a row"], F16, capability=80),
     "maximum, sm_80": cases.larger(OPERANDS["a row"], F16, capability=80),
 }
 PIPELINED = {

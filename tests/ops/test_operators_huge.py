@@ -45,11 +45,23 @@ def test_maximum_backward() -> None:
     a[-1000:] = draw(1000)
     b = a.new_zeros(())
     for g in (a, a.new_ones(()).expand_as(a)):
-        gradients = torch.ops.torchpar.maximum_backward(g, a, b)
-        last = torch.ops.torchpar.maximum_backward(g[-1000:], a[-1000:].clone(), b)
+        gradients = torch.ops.torchpar.maximum_backward(g, a, b.expand_as(a))
+        last = torch.ops.torchpar.maximum_backward(g[-1000:], a[-1000:], b.expand(1000))
         for whole, part in zip(gradients, last, strict=True):
             assert torch.equal(whole[-1000:], part)
         assert torch.equal(gradients[0][:2000], g[:2000] / 2)
+
+
+def test_sums_of_the_gradients_of_maximum() -> None:
+    a = zeros(BEYOND // 2**10, 2**10, gib=24)
+    a[-1:] = draw(1, 2**10)
+    for b in (a.new_zeros(2**10), a.new_zeros(len(a), 1), a.new_zeros(())):
+        da, db = torch.ops.torchpar.maximum_backward(a, a, b)
+        last = b[-1:] if b.dim() == 2 else b
+        expected = torch.ops.torchpar.maximum_backward(a[-1:], a[-1:], last)
+        assert torch.equal(da[-1:], expected[0])
+        assert torch.equal(db[-1:] if b.dim() == 2 else db, expected[1])
+        assert not da[:-1].any()
 
 
 def test_matmul_t_and_its_backward() -> None:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import cycle, islice
 from typing import Any
 from unittest.mock import patch
 
@@ -56,7 +56,13 @@ class Case:
         operands = [gpu.tensor(t) for t in self.draw()]
         device = Device("executor", self.capability, self.multiprocessors)
         with ExitStack() as stack:
-            for module in ("exact_matmul", "linear_sigmoid", "symmetric_matmul", "tiles"):
+            for module in (
+                "exact_matmul",
+                "linear_sigmoid",
+                "row_sums",
+                "symmetric_matmul",
+                "tiles",
+            ):
                 stack.enter_context(patch(f"torchpar.kernels.{module}.device", lambda t: device))
             found = gpu.run(lambda wrap: self.launch(wrap, operands), self.capability)
         return [gpu.read(t) for t in found]
@@ -220,19 +226,15 @@ def sigmoid_of(values: Tensor, bound: float = 0.0) -> Case:
 
 
 def sigmoid_gradient(m: int, n: int, dtype: torch.dtype = BF16, **options: Any) -> Case:
-    """y is a multiple of 1/16, so that sums are exact. More than 256 rows, in float32, have partial
-    sums."""
+    """y is a multiple of 1/16, so that sums are exact."""
 
     def run(wrap: Any, g: Tensor, y: Tensor) -> Any:
         dz = torch.empty_like(y)
-        with patch.object(Tensor, "sum", lambda t, dim: t):
-            sums = sigmoid_backward.sigmoid_backward(g, y, dz, wrap)
-        return dz, sums
+        return dz, sigmoid_backward.sigmoid_backward(g, y, dz, wrap)
 
     def results(g: Tensor, y: Tensor) -> Any:
         dz = g.double() * y.double() * (1 - y.double())
-        sums = torch.stack([rows.sum(0) for rows in dz.split(256)])
-        return dz.to(dtype), (sums if m > 256 else sums[0]).to(dtype)
+        return dz.to(dtype), dz.sum(0).to(dtype)
 
     def operands() -> list[Tensor]:
         return [integers(n, m, dtype=dtype).mT, torch.randint(17, (m, n)).to(dtype) / 16]
@@ -298,6 +300,47 @@ def larger(
         wide = [t.to(y.dtype).clone().requires_grad_() for t in (a, b)] if gradients else []
         pairs = [torch.autograd.grad(torch.maximum(*wide), wide, g) for g in gradients]
         return [y, *(t for pair in pairs for t in pair)]
+
+    return Case(operands, run, results, **options)
+
+
+def larger_sums(
+    draw: Callable[[Any], tuple[Tensor, Tensor]],
+    *dtypes: torch.dtype,
+    needed: str = "ab",
+    layouts: int | None = 1,
+    **options: Any,
+) -> Case:
+    """The gradients of the maximum in the operands' shapes: sums where an operand is broadcast.
+
+    dL/dy is of even numbers, so that sums are exact. ``draw`` and ``dtypes`` are as for `larger`.
+    ``layouts``: how many of `incoming`, None for all.
+    """
+
+    def operands() -> list[Tensor]:
+        drawn = cycle(dtypes)
+        given = draw(lambda *shape: few_values(*shape, dtype=next(drawn)))
+        y = torch.maximum(*given)
+        gradient = torch.empty_like(y).copy_(integers(*y.shape) * 2)
+        return [*given, *islice(incoming(gradient), layouts)]
+
+    def run(wrap: Any, a: Tensor, b: Tensor, *gradients: Tensor) -> Any:
+        results = []
+        for g in gradients:
+            both = [
+                torch.empty_like(t, dtype=g.dtype) if name in needed else None
+                for name, t in zip("ab", (a, b), strict=True)
+            ]
+            maximum.maximum_backward(g, a.expand(g.shape), b.expand(g.shape), *both, wrap)
+            results += [t for t in both if t is not None]
+        return results
+
+    def results(a: Tensor, b: Tensor, *gradients: Tensor) -> Any:
+        wide = [t.to(gradients[0].dtype).double().requires_grad_() for t in (a, b)]
+        chosen = [t for name, t in zip("ab", wide, strict=True) if name in needed]
+        y = torch.maximum(*wide)
+        pairs = [torch.autograd.grad(y, chosen, g.double(), True) for g in gradients]
+        return [t.to(gradients[0].dtype) for pair in pairs for t in pair]
 
     return Case(operands, run, results, **options)
 

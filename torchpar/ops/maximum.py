@@ -10,8 +10,8 @@ With g = dL/dy:
 Where a or b is NaN, both gradients are g, as in `torch.maximum`. Gradients are summed over
 broadcast dimensions.
 
-A second operator, used on GPUs, computes both gradients in the shape of g. It has no gradient:
-second derivatives are derivatives of the plain formula.
+A second operator, used on GPUs, computes the gradients that are needed. It has no gradient: second
+derivatives are derivatives of the plain formula.
 """
 
 from collections.abc import Sequence
@@ -123,18 +123,13 @@ def _backward(ctx: Context, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
     need_a, need_b = ctx.needs_input_grad
     # One launch for both gradients costs less than ATen's launches for one.
     if runs_kernels(g) and not needs_formula(g, a, b):
-        da, db = _backward_op(g, a.detach(), b.detach())  # the gradients depend on g alone
+        # The gradients depend on g alone.
+        da, db = _backward_op(g, a.detach(), b.detach(), need_a, need_b)
     else:
         of_larger = torch.where(a == b, g / 2, g)
-        da, db = (
-            of_larger.masked_fill(a < b, 0) if need_a else None,
-            of_larger.masked_fill(b < a, 0) if need_b else None,
-        )
-    return _reduced(da, a) if need_a else None, _reduced(db, b) if need_b else None
-
-
-def _reduced(gradient: Tensor, t: Tensor) -> Tensor:
-    return gradient.sum_to_size(t.shape).to(t)
+        da = of_larger.masked_fill(a < b, 0).sum_to_size(a.shape) if need_a else None
+        db = of_larger.masked_fill(b < a, 0).sum_to_size(b.shape) if need_b else None
+    return da.to(a) if need_a else None, db.to(b) if need_b else None
 
 
 _op.register_autograd(_backward, setup_context=save_operands, formula=_formula)
@@ -175,21 +170,46 @@ def _maximum_sharding(a: Spec, b: Spec) -> list[Sharding]:
     return rules
 
 
-# The backward on a GPU: both gradients of the result's shape, from g = dL/dy.
+# The backward on a GPU, from g = dL/dy: gradients of the shapes of a and b, and of g's dtype. One
+# that is not needed has no element.
 
 
-@operator("maximum_backward(Tensor g, Tensor a, Tensor b) -> (Tensor, Tensor)", kernels="maximum")
-def _backward_op(g: Tensor, a: Tensor, b: Tensor, *, wrap: Wrap) -> tuple[Tensor, Tensor]:
-    da, db = _empty_backward(g, a, b)
+@operator(
+    "maximum_backward(Tensor g, Tensor a, Tensor b, bool need_a=True, bool need_b=True)"
+    " -> (Tensor, Tensor)",
+    kernels="maximum",
+)
+def _backward_op(
+    g: Tensor, a: Tensor, b: Tensor, need_a: bool = True, need_b: bool = True, *, wrap: Wrap
+) -> tuple[Tensor, Tensor]:
+    da, db = _empty_backward(g, a, b, need_a, need_b)
     from torchpar.kernels import maximum as kernels
 
     kernels.maximum_backward(
-        g, a.to(g.device).expand(g.shape), b.to(g.device).expand(g.shape), da, db, wrap
+        g,
+        a.to(g.device).expand(g.shape),
+        b.to(g.device).expand(g.shape),
+        da if need_a else None,
+        db if need_b else None,
+        wrap,
     )
     return da, db
 
 
 @_backward_op.register_fake
-def _empty_backward(g: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    out = _empty_elementwise((g, a, b), g.dtype, g.device)
-    return out, torch.empty_like(out)
+def _empty_backward(
+    g: Tensor, a: Tensor, b: Tensor, need_a: bool = True, need_b: bool = True
+) -> tuple[Tensor, Tensor]:
+    da = _empty_gradient(a, g, a, b) if need_a else g.new_empty(0)
+    if need_a and need_b and da.shape == b.shape == g.shape:
+        return da, torch.empty_like(da)
+    return da, _empty_gradient(b, g, a, b) if need_b else g.new_empty(0)
+
+
+def _empty_gradient(t: Tensor, g: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """An uninitialised gradient of ``t``: contiguous if it is a sum, else with ATen's strides."""
+    added = g.dim() - t.dim()
+    if t.shape != g.shape[added:] or any(size != 1 for size in g.shape[:added]):
+        return g.new_empty(t.shape)
+    whole = _empty_elementwise((g, a, b), g.dtype, g.device)
+    return whole if added == 0 else g.new_empty_strided(t.shape, whole.stride()[added:])
