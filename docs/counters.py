@@ -24,7 +24,7 @@ MULTIPROCESSORS = DATA_SHEETS["H200"].multiprocessors
 OF_PRODUCTS = ("symmetric_matmul", "linear_sigmoid")  # kernels of the other table
 ELEMENTWISE = (
     "| kernel | operands | sectors over the least | wavefronts over the least | registers "
-    "| spilled bytes | programs | on an H200 | on a B200 |\n"
+    "| spilled bytes | programs at once | on an H200 | on a B200 |\n"
     "|---|---|---|---|---|---|---|---|---|\n"
 )
 MATRIX = (
@@ -214,7 +214,8 @@ def main() -> None:
     matrix = [matrix_row(product_launch(name), one) for name, one in PRODUCTS.items()]
     for head, lines in ((ELEMENTWISE, elementwise), (MATRIX, matrix)):
         before, _, rest = text.partition(head)
-        text = before + head + "\n".join(lines) + "\n\n" + rest.partition("\n\n")[2]
+        after = rest.partition("\n\n")[2]
+        text = before + head + "\n".join(lines) + "\n\n" + after
     PAGE.write_text(text, "utf-8")
 
 

@@ -3,6 +3,7 @@
 
 import re
 import runpy
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -10,7 +11,10 @@ import triton
 from commands import ROOT
 
 from ptx import walk
+from torchpar.kernels import symmetric_matmul
 from torchpar.ptx import command, emulate
+from torchpar.ptx.counters import SECTOR
+from torchpar.ptx.report import Launch
 
 COUNTERS = runpy.run_path(str(ROOT / "docs" / "counters.py"))
 SECTION = re.compile(
@@ -63,21 +67,66 @@ def test_each_name_of_a_fault_is_explained():
     assert found <= explained, found - explained
 
 
+def lines_of_the_table(operands: str) -> list[str]:
+    if not triton.__version__.startswith(COUNTERS["TRITON"]):
+        pytest.skip(f"the table is of Triton {COUNTERS['TRITON']}")
+    page = (ROOT / "docs" / "performance.md").read_text("utf-8")
+    found = [line for line in page.splitlines() if f" | {operands} | " in line]
+    assert found
+    return found
+
+
 @pytest.mark.parametrize(
     "operands",
     [
-        pytest.param(name, marks=[] if "float32" in name and "→" not in name else pytest.mark.slow)
+        pytest.param(name, marks=[] if " and " in name else pytest.mark.slow)
         for name in COUNTERS["CALLS"]
     ],
 )
 def test_kernels_take_what_the_table_says(operands):
     """docs/performance.md: a sector, a bank conflict or a register more is noticed."""
-    if not triton.__version__.startswith(COUNTERS["TRITON"]):
-        pytest.skip(f"the table is of Triton {COUNTERS['TRITON']}")
-    page = (ROOT / "docs" / "performance.md").read_text("utf-8")
-    expected = [line for line in page.splitlines() if f" | {operands} | " in line]
-    assert COUNTERS["rows"](operands) == expected
-    assert expected
+    launches = COUNTERS["elementwise_launches"](operands)
+    rows = [COUNTERS["elementwise_row"](one, operands) for one in launches]
+    assert rows == lines_of_the_table(operands)
+    for launch in launches:
+        assert within_limits(launch)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if "matmul, 512 × 512, float32" in name else pytest.mark.slow)
+        for name in COUNTERS["PRODUCTS"]
+    ],
+)
+def test_products_take_what_the_table_says(name):
+    product = COUNTERS["PRODUCTS"][name]
+    launch = COUNTERS["product_launch"](name)
+    row = COUNTERS["matrix_row"](launch, product)
+    assert row in lines_of_the_table(product.operands)
+    moved = launch.counters.sums("global").transactions * SECTOR
+    assert product.bytes_of_tiles() <= moved <= 1.1 * product.bytes_of_tiles()
+    assert within_limits(launch)
+    assert launch.counters.total.most_in_flight > 0
+
+
+def within_limits(launch: Launch) -> bool:
+    """Whether a launch moves at most 1.1 times the least, and spills nothing."""
+    spaces = [launch.counters.sums(space) for space in ("global", "shared")]
+    ratios = [one.ratio for one in spaces if one.least]
+    return max(ratios) <= 1.1 and launch.resources.spilled_bytes == 0
+
+
+def test_bank_conflicts_are_beyond_the_limits():
+    """Of float32 whose rows are contiguous, which the launchers copy."""
+    x = torch.randn(64, 64)
+    with (
+        patch("torchpar.kernels.symmetric_matmul.by_columns", lambda t, precision: t),
+        patch("torchpar.kernels.symmetric_matmul.empty_by_columns", lambda t, precision: t),
+        emulate() as gpu,
+    ):
+        symmetric_matmul.symmetric_matmul(x, x, "ieee", None)
+    assert not within_limits(gpu.launches[0])
 
 
 def test_the_walk_of_the_transpose_is_true():
