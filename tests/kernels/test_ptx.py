@@ -13,9 +13,9 @@ from ptx import cases, mutants
 from ptx.cases import F16, F32, F64, Case
 from ptx.launch import Gpu
 
-from torchpar.kernels import exact_matmul
+from torchpar.kernels import exact_matmul, symmetric_matmul
 from torchpar.kernels.tiles import KERNELS, KINDS, Tiles, configurations
-from torchpar.ptx import copies
+from torchpar.ptx import copies, emulate
 from torchpar.ptx.counters import summarize
 from torchpar.ptx.machine import SCHEDULES
 from torchpar.ptx.parse import PtxError
@@ -326,6 +326,19 @@ def test_a_flat_loop_loads_the_next_tile_before_it_stores_one(variant, stages):
     loads = sum(one.what == "a bulk load" and one.begin < first_store for one in spans)
     of_next = 2 * (stages - 1) if variant == "flat" else 0
     assert loads == 2 * steps + of_next
+
+
+@slow
+def test_three_products_of_tf32_are_about_as_exact_as_float32():
+    x = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    exact = x.double() @ x.double().T
+    errors = {}
+    for precision in ("tf32", "tf32x3"):
+        with emulate("sm_90"):
+            found = symmetric_matmul.symmetric_matmul(x, x, precision, None)
+        errors[precision] = (found.double() - exact).abs().max()
+    bound = 2 * (torch.mm(x, x.T).double() - exact).abs().max()
+    assert errors["tf32x3"] <= bound < errors["tf32"]
 
 
 def test_longer_chains_of_float16_are_wrong():

@@ -49,7 +49,7 @@ def test_configurations_are_those_that_a_device_can_run(kernel, dtype, precision
     similar = {80: 87, 100: 103}.get(capability, capability)
     assert tiles.configurations(kernel, dtype, precision, similar) == found
     variants = {"pointers"} if kernel == "symmetric_matmul" else {"pointers", "split_k"}
-    if capability in (90, 100) and (dtype.itemsize == 2 or precision == "tf32"):
+    if capability in (90, 100) and (dtype.itemsize == 2 or precision != "ieee"):
         variants.add("tma")
         if (kernel, capability, dtype.itemsize) == ("symmetric_matmul", 90, 2):
             variants.add("flat")
