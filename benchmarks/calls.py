@@ -154,6 +154,7 @@ def time_contestants(
     mode: str,
     expected: Tensor | None,
     rounds: int,
+    calls: int = CALLS,
 ) -> dict[str, Times]:
     """Time calls in turn, and compare the result, or the gradients' dtype and shape, with
     ``expected``."""
@@ -163,7 +164,7 @@ def time_contestants(
 
     def turn(op: Callable[..., Tensor], index: int) -> list[float]:
         call = partial(forward_and_backward, op) if mode == "full" else partial(op, *inputs)
-        timed = time_calls(call, calls=CALLS if index else 1)
+        timed = time_calls(call, calls=calls if index else 1)
         if expected is not None and not torch.allclose(timed.result, expected):
             raise Rejected("another result than ATen's")
         return [timed.seconds()]

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""Time what the host does in a launch of X·Xᵀ, up to the driver: ``python -m benchmarks run host``.
+"""Time what the host does in a call, up to the driver: ``python -m benchmarks run host``.
 
 A small kernel ends before the host has issued the next one; then only the host's time counts. A
-launcher keeps what it decides for tensors of one layout, and "without a plan" it decides anew. A
-stand-in for the driver does nothing, and tensors have no memory, so that no GPU is needed. Triton's
-own launcher is left out.
+stand-in for the driver does nothing, and small tensors on the CPU stand for a GPU's, so that no GPU
+is needed. A call passes through the dispatcher, autograd and the launcher. ATen's call that stands
+beside it computes 256 elements on the CPU, and stands for the time that the host takes to issue
+ATen's kernel. Left out are Triton's own launcher, and the question which GPU is current.
+
+Then a launch of X·Xᵀ by itself. A launcher keeps what it decides for tensors of one layout, and
+"without a plan" it decides anew.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,13 +20,20 @@ from unittest.mock import patch
 import torch
 
 from benchmarks import driver
+from benchmarks.calls import MODES, time_contestants
 from benchmarks.command import Command, run
-from benchmarks.results import Table, print_results
+from benchmarks.operators import NATIVE, OURS
+from benchmarks.results import Result, Table, print_bounds, print_results
 from benchmarks.timing import CPU, take_turns, time_calls
 
 N = 4096
 ROUNDS = 30
 CALLS = 200
+SMALL = 16
+SMALL_ROUNDS = 400
+SMALL_CALLS = 10  # at a time, which other programs seldom interrupt
+# Of what a call may take more than ATen's, in µs.
+BOUNDS = {"no gradient": 8.0, "forward": 12.0}
 
 
 @contextmanager
@@ -44,9 +55,65 @@ def idle_driver(launched: Callable[..., object] = lambda *args: None) -> Iterato
         yield
 
 
+@contextmanager
+def gpu_of_cpu_tensors() -> Iterator[None]:
+    """Let operators launch kernels for tensors on the CPU, and launchers keep plans for them."""
+    from triton.runtime import driver as active
+
+    from torchpar.kernels.launch import forget_plans
+
+    with idle_driver(), patch.object(active._active, "emulator", None, create=True):
+        yield
+        forget_plans()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    command = Command("host", "Time what the host does in a launch of X·Xᵀ.", needs=["triton"])
+    description = "Time what the host does in a call of an operator, up to the driver."
+    command = Command("host", description, needs=["triton"])
     options = command.parse(arguments)
+    torch.set_num_threads(1)
+    rounds = 2 if options.quick else ROUNDS
+    table = Table(command.csv(options), CPU)
+    with gpu_of_cpu_tensors():
+        for name in ("maximum", "linear_sigmoid", "matmul_t"):
+            table.add(time_operator(name, 2 if options.quick else SMALL_ROUNDS))
+    columns = ("operator", "mode", "contestant", "p20_ms", "p50_ms", "over_us", "over_aten", "ok")
+    title = "a call of an operator on the host, and its µs more than ATen's"
+    print_results(title, table.results, columns)
+    launches = table.add(time_launch(rounds))
+    print_results(f"a launch of matmul_t on the host, {N} rows", launches)
+    return max(table.status, 0 if options.quick else print_bounds(table))
+
+
+def time_operator(name: str, rounds: int) -> list[Result]:
+    """Calls of an operator beside ATen's; ``over_us`` and ``over_aten`` are of lower quartiles."""
+    shapes = [(SMALL, SMALL), (SMALL, SMALL), (SMALL,)]
+    count = {"maximum": 2, "linear_sigmoid": 3, "matmul_t": 1}[name]
+    operands = [torch.ones(shape) for shape in shapes[:count]]
+    contestants = {
+        "ATen": NATIVE[name],
+        "torchpar": OURS[name],
+        "torch.ops.torchpar": getattr(torch.ops.torchpar, name),
+    }
+    g = torch.ones(SMALL, SMALL)
+    results = []
+    for mode in MODES:
+        inputs = operands if mode == MODES[0] else [t.clone().requires_grad_() for t in operands]
+        times = time_contestants(contestants, inputs, g, mode, None, rounds, SMALL_CALLS)
+        aten = times["ATen"].lower_quartile
+        for contestant, one in times.items():
+            own = one.lower_quartile
+            over = {"over_us": 1e6 * (own - aten), "over_aten": own / aten}
+            columns: dict[str, float | None] = {}
+            if contestant != "ATen":
+                columns = {**over, "bound_us": BOUNDS.get(mode)}
+            case = {"operator": name, "mode": mode, "n": SMALL}
+            results.append(one.result(case, contestant, None, **columns))
+    return results
+
+
+def time_launch(rounds: int) -> list[Result]:
+    """A launch of X·Xᵀ with a plan that was kept, and with a new one."""
     from torchpar.kernels import symmetric_matmul
 
     def turn(wrap: driver.Wrap | None, index: int) -> list[float]:
@@ -57,11 +124,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = torch.empty_like(x)
     turns = {"launch": partial(turn, None), "without a plan": partial(turn, lambda kernel: kernel)}
     with idle_driver():
-        times = take_turns(turns, 2 if options.quick else ROUNDS)
-    table = Table(command.csv(options), CPU)
-    table.add(times[name].result({"operator": "matmul_t", "n": N}, name) for name in turns)
-    print_results(f"a launch of matmul_t on the host, {N} rows", table.results)
-    return table.status
+        times = take_turns(turns, rounds)
+    return [times[name].result({"operator": "matmul_t", "n": N}, name) for name in turns]
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ QUICK = {
     "calls": "mode speedup over_us",
     "products": "operator mode shape dtype threads ratio",
     "muon": "weight distance epoch",
-    "host": "operator n",
+    "host": "operator n mode over_us over_aten",
     "autotune": (
         "GPU registers spilled_bytes shared_kb blocks blocks_per_multiprocessor waves estimate_ms"
     ),
