@@ -101,11 +101,11 @@ def cached_plan(
 
     ``out`` is the tensor to write, if the caller gave it.
     """
-    if wrap is not None or is_emulated():  # sizes may be symbols; emulators are other GPUs
+    if wrap is not None or emulator() is not None:  # sizes may be symbols; emulators are other GPUs
         return make(*tensors, *options)
     layouts = [
         t if t is None else (t.shape, t.stride(), t.dtype, t.get_device(), t.data_ptr() % 16)
-        for t in (*tensors, out)
+        for t in (tensors if out is None else (*tensors, out))
     ]
     key = (make, options, *layouts)
     try:

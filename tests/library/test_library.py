@@ -14,7 +14,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any
 from unittest.mock import Mock
 
@@ -31,7 +31,9 @@ from torch.testing import assert_close
 
 import torchpar
 from torchpar.library import CustomOpDef
+from torchpar.library.private import get_fp32_precision
 from torchpar.ops._operator import supports_tma
+from torchpar.ops.matrix import fp32_precision
 from torchpar.testing import check_operator
 
 # Of PyTorch's own export (2.11).
@@ -409,6 +411,45 @@ def test_compute_elementwise_output_strides_is_atens() -> None:
         shape = torch.broadcast_shapes(a_shape, b_shape)
         strides = compute_elementwise_output_strides(a.expand(shape), b.expand(shape))
         assert strides == torch.maximum(a, b).stride()
+
+
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+def test_get_fp32_precision_is_that_of_torch_backends(precision: str) -> None:
+    products: Any = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    try:
+        products.fp32_precision = precision
+        assert get_fp32_precision("cuda", "matmul") == precision
+        assert fp32_precision(X.float()) == precision
+        assert fp32_precision(X.bfloat16()) == fp32_precision(X) == "ieee"
+    finally:
+        products.fp32_precision = before
+
+
+@pytest.mark.skipif(
+    not hasattr(torch._ops.OpOverload, "_enable_pyobj_dispatch"), reason="it came with torch 2.14"
+)
+def test_enable_pyobj_dispatch_saves_calls_a_conversion_to_c() -> None:
+    for op in (make(), torch.library.custom_op(next(NAMES), double, mutates_args=())):
+        assert op._opoverload._is_pyobj_dispatcher_enabled()
+        assert op._opoverload._op is not op._opoverload._cpp_dispatch_handle
+
+
+def test_a_launch_makes_the_gpu_of_its_tensors_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[torch.device] = []
+
+    def enter(gpu: torch.device) -> nullcontext[None]:
+        entered.append(gpu)
+        return nullcontext()
+
+    gpu = torch.device("cuda", 1)
+    monkeypatch.setattr("torchpar.library.definition._gpu_of", lambda args: gpu)
+    monkeypatch.setattr(torch.cuda, "device", enter)
+    op = torchpar.library.triton_op(next(NAMES), double, mutates_args=())
+    for current, expected in ((1, []), (0, [gpu])):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda current=current: current)
+        assert torch.equal(op(X), 2 * X)
+        assert entered == expected
 
 
 @pytest.mark.parametrize("by", ["the operator", "its packet"])

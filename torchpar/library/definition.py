@@ -40,6 +40,8 @@ Function = Callable[..., object]
 
 _F = TypeVar("_F", bound=Function)
 
+_unsafe_view = torch.ops.aten._unsafe_view.default
+
 Wrap = Callable[[Any], Any] | None
 """A function that a tracer applies to a Triton kernel before its launch; None for a real launch."""
 
@@ -171,16 +173,14 @@ def triton_op(
         parameter = signature(fn).parameters.get("wrap")
         takes_wrap = parameter is not None and parameter.kind == parameter.KEYWORD_ONLY
         traced = partial(fn, wrap=torch.library.wrap_triton) if takes_wrap else fn
+        untraced = partial(fn, wrap=None) if takes_wrap else set_wrap_triton_enabled(False)(fn)
 
         def launch(*args: object, **kwargs: object) -> object:
             gpu = _gpu_of(args)
-            if gpu is None and takes_wrap:  # a context would take longer than all else here
-                return fn(*args, **kwargs, wrap=None)
-            with nullcontext() if gpu is None else torch.cuda.device(gpu):
-                if takes_wrap:
-                    return fn(*args, **kwargs, wrap=None)
-                with set_wrap_triton_enabled(False):
-                    return fn(*args, **kwargs)
+            if gpu is None or gpu.index == torch.cuda.current_device():
+                return untraced(*args, **kwargs)
+            with torch.cuda.device(gpu):
+                return untraced(*args, **kwargs)
 
         def trace(
             mode: FunctionalTensorMode,
@@ -284,7 +284,8 @@ class CustomOpDef(custom_ops.CustomOpDef):
             "List" in (kind := str(one.type)) and "Tensor" in kind for one in self._positional
         ]
         self._has_lists = any(self._are_lists)
-        self._returns_tensor = [str(one.type) for one in parsed.returns] == ["Tensor"]
+        self._returns = [str(one.type) for one in parsed.returns]
+        self._returns_tensor = self._returns == ["Tensor"]
         # From torch 2.14 on, arguments are not converted for C++. With keyword-only arguments the
         # conversion stays, and a call took no less time.
         if hasattr(self._opoverload, "_enable_pyobj_dispatch") and not self._keywords:
@@ -395,14 +396,17 @@ class CustomOpDef(custom_ops.CustomOpDef):
 
         PyTorch's dispatch in Python (2.14) would pass on any other result.
         """
-        expected = [str(one.type) for one in self._opoverload._schema.returns]
+        expected = self._returns
         values = result if len(expected) != 1 else (result,)
         if not expected:
             return result
         is_right = isinstance(values, tuple) and len(values) == len(expected)
-        if not is_right or any(
-            kind == "Tensor" and not isinstance(value, Tensor)
-            for kind, value in zip(expected, values, strict=True)
+        # Lists take less time here than generators.
+        if not is_right or not all(
+            [
+                kind != "Tensor" or isinstance(value, Tensor)
+                for kind, value in zip(expected, values, strict=True)
+            ]
         ):
             is_tuple = is_right and len(expected) != 1
             kinds = [type(one).__name__ for one in values] if is_tuple else type(result).__name__
@@ -411,7 +415,8 @@ class CustomOpDef(custom_ops.CustomOpDef):
             )
         if len(expected) == 1:
             return result
-        return tuple(_without_view(one) if isinstance(one, Tensor) else one for one in values)
+        views = [isinstance(one, Tensor) and one._is_view() for one in values]
+        return tuple(map(_without_view, values)) if any(views) else result
 
     def set_kernel_enabled(self, device_type: str, enabled: bool = True) -> NoReturn:
         """Refuse to switch kernels; `register_kernel` replaces one."""
@@ -682,14 +687,14 @@ class _Kernels:
         return iter(self.kernels())
 
 
-def _without_view(t: Tensor) -> Tensor:
+def _without_view(t: Any) -> Any:
     """``t``, or a tensor of its memory that is no view.
 
     Autograd refuses to change a view that a Function returns, or that was made without gradients,
     although nobody has the base of a kernel's result.
     """
-    if t.layout == torch.strided and t._is_view():
-        return torch.ops.aten._unsafe_view(t, t.shape)  # type: ignore[no-any-return]
+    if isinstance(t, Tensor) and t.layout == torch.strided and t._is_view():
+        return _unsafe_view(t, [*t.shape])  # a `torch.Size` takes longer to convert
     return t
 
 
@@ -697,6 +702,8 @@ def _gpu_of(args: tuple[object, ...]) -> torch.device | None:
     """The tensors' GPU, which must be current: Triton launches on, and for, the current GPU."""
     for arg in args:
         # A fake tensor may name a GPU that this machine lacks.
-        if isinstance(arg, Tensor) and arg.is_cuda and torch.cuda.is_available():
-            return arg.device
+        if isinstance(arg, Tensor) and arg.is_cuda:
+            # Asked first, since to ask whether there is a GPU takes microseconds.
+            has_gpu = torch.cuda.is_initialized() or torch.cuda.is_available()
+            return arg.device if has_gpu else None
     return None

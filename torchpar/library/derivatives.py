@@ -10,7 +10,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from torchpar.library.private import SingleLevelFunction, set_fwd_grad_enabled
+from torchpar.library.private import (
+    AutoDispatchBelowAutograd,
+    SingleLevelFunction,
+    set_fwd_grad_enabled,
+)
 from torchpar.library.rules import Context
 
 if TYPE_CHECKING:
@@ -27,7 +31,7 @@ class Call:
     def __init__(self, op: "CustomOpDef", kwargs: dict[str, object], transformed: bool):
         self.op, self.kwargs, self.transformed = op, kwargs, transformed
 
-    def flat(self, args: tuple[object, ...]) -> Sequence[object]:
+    def flat(self, args: tuple[object, ...]) -> tuple[object, ...]:
         """The leaves of all positional arguments."""
         self.given = len(args)
         if len(args) < len(self.op._defaults):
@@ -38,43 +42,55 @@ class Call:
         leaves, self.sizes = flattened(args, self.op._are_lists)
         return leaves
 
-    def compute(self, leaves: Sequence[object]) -> tuple[object, ...]:
-        output: Any = self.op._below(*nested(leaves, self.sizes), **self.kwargs)
+    def compute(self, leaves: tuple[object, ...]) -> object:
+        """The result of the operator: a tensor, or a tuple in which no lists are left."""
+        with AutoDispatchBelowAutograd():
+            output: Any = self.op._opoverload(*nested(leaves, self.sizes), **self.kwargs)
+        if isinstance(output, Tensor):
+            self.output_sizes = None
+            return output
         self.is_tuple = isinstance(output, tuple)
         leaves, self.output_sizes = flattened(output if self.is_tuple else (output,))
-        return tuple(leaves)
+        return leaves
 
-    def result(self, leaves: tuple[object, ...]) -> object:
-        result = nested(leaves, self.output_sizes)
+    def result(self, output: Any) -> object:
+        """The operator's result of the output of `compute`."""
+        if isinstance(output, Tensor):
+            return output
+        result = nested(output, self.output_sizes)
         return result if self.is_tuple else result[0]
 
-    def set_up(
-        self, ctx: "_FunctionContext", leaves: Sequence[object], output: tuple[object, ...]
-    ) -> None:
+    def set_up(self, ctx: "_FunctionContext", leaves: tuple[object, ...], output: Any) -> None:
         ctx._torchpar_call, self.count = self, len(leaves)
         # Zeros for results without a gradient; for a single result autograd makes them.
-        self.materializes = len(output) > 1
+        self.materializes = isinstance(output, tuple) and len(output) > 1
         if self.transformed or self.materializes:
             self.results: list[dict[str, Any] | None] = [  # None for a number
                 {"size": t.shape, "dtype": t.dtype, "device": t.device}
                 if isinstance(t, Tensor)
                 else None
-                for t in output
+                for t in (output if isinstance(output, tuple) else (output,))
             ]
         if self.materializes:  # autograd's zeros would be no DTensors (pytorch#173123)
             ctx.set_materialize_grads(False)
-        ctx.needs_input_grad = nested(ctx.needs_input_grad[:-1], self.sizes)[: self.given]
-        if self.op._setup_context:
-            keywords = {}
-            if self.op._keywords:
-                keywords["keyword_only_inputs"] = self.op._keyword_only(self.kwargs)
-            is_shadowed = self.materializes
-            if is_shadowed:
-                ctx.set_materialize_grads = self._set_materializes
-            inputs = nested(leaves, self.sizes)
-            self.op._setup_context(ctx=ctx, inputs=inputs, output=self.result(output), **keywords)
-            if is_shadowed:
-                del ctx.set_materialize_grads
+        needs = ctx.needs_input_grad
+        if self.sizes is not None:
+            needs = nested(needs[:-1], self.sizes)
+        ctx.needs_input_grad = needs[: self.given]
+        set_up = self.op._setup_context
+        if set_up is None:
+            return
+        is_shadowed = self.materializes
+        if is_shadowed:
+            ctx.set_materialize_grads = self._set_materializes
+        inputs, result = nested(leaves, self.sizes), self.result(output)
+        if self.op._keywords:
+            keywords = self.op._keyword_only(self.kwargs)
+            set_up(ctx=ctx, inputs=inputs, keyword_only_inputs=keywords, output=result)
+        else:
+            set_up(ctx=ctx, inputs=inputs, output=result)
+        if is_shadowed:
+            del ctx.set_materialize_grads
 
     def _set_materializes(self, value: bool) -> None:
         self.materializes = value
@@ -126,7 +142,7 @@ class Call:
 
 def flattened(
     values: tuple[Any, ...], are_lists: Sequence[bool] | None = None
-) -> tuple[Sequence[object], list[int | None] | None]:
+) -> tuple[tuple[object, ...], list[int | None] | None]:
     """The values, with the tensors of lists in the lists' places, and the lengths of the lists.
 
     The length is None for a value that is no list; without lists, None stands for all lengths.
@@ -141,7 +157,7 @@ def flattened(
         for value, yes in zip(values, chosen, strict=False)
     ]
     lists = [[value] if size is None else value for value, size in zip(values, sizes, strict=True)]
-    return list(chain(*lists)), sizes
+    return tuple(chain(*lists)), sizes
 
 
 def _is_list_of_tensors(value: object) -> bool:
@@ -175,7 +191,7 @@ class Differentiable(SingleLevelFunction):
     @staticmethod
     def forward(ctx: "_FunctionContext", *args: Any) -> Any:
         # The call is last, so that PyTorch's messages number the arguments as the operator does.
-        *leaves, call = args
+        leaves, call = args[:-1], args[-1]
         if not call.transformed:
             output = call.compute(leaves)
             call.set_up(ctx, leaves, output)
@@ -186,11 +202,12 @@ class Differentiable(SingleLevelFunction):
         call.set_up(ctx, leaves, output)
         ctx.save_for_forward(*(ctx.to_save or ()))
         constant = set(map(id, ctx.non_differentiable or ()))
+        outputs = output if isinstance(output, tuple) else (output,)
         floats = [
-            isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex()) for t in output
+            isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex()) for t in outputs
         ]
         call.are_smooth = [
-            yes and id(t) not in constant for yes, t in zip(floats, output, strict=True)
+            yes and id(t) not in constant for yes, t in zip(floats, outputs, strict=True)
         ]
         return output
 

@@ -16,6 +16,12 @@ def is_dtensor(t: object) -> "TypeGuard[DTensor]":
     return module is not None and isinstance(t, module.DTensor)
 
 
+def any_dtensor(tensors: tuple[object, ...]) -> bool:
+    """Whether one of ``tensors`` is a DTensor; this does not import DTensor's module."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and any([isinstance(t, module.DTensor) for t in tensors])
+
+
 sharding_rules: dict["OpOverload[..., Any]", Callable[..., object]] = {}
 
 

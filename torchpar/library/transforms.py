@@ -7,7 +7,7 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten
 
 from torchpar.library.private import peek_interpreter_stack
-from torchpar.library.sharding import is_dtensor
+from torchpar.library.sharding import any_dtensor
 
 
 def batch_first(t: Tensor, dim: int | None, batch_size: int) -> Tensor:
@@ -40,4 +40,4 @@ def is_transformed(values: object) -> bool:
 
 def needs_formula(*tensors: Tensor) -> bool:
     """Whether a backward pass must consist of operators with derivatives and sharding rules."""
-    return torch.is_grad_enabled() or is_transformed(tensors) or any(map(is_dtensor, tensors))
+    return torch.is_grad_enabled() or is_transformed(tensors) or any_dtensor(tensors)

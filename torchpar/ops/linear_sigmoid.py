@@ -13,6 +13,8 @@ second derivatives are derivatives of the plain formula.
 """
 
 import math
+from functools import cache
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -78,7 +80,7 @@ def _is_native(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
 
     On CPUs PyTorch's operators are faster. For 16-bit floats they are right if all sizes are even.
     """
-    if not (x.is_cpu and is_eager(x, weight, bias)) or is_emulating():
+    if not x.is_cpu or is_emulating() or not is_eager(x, weight, bias):
         return False
     if not is_paired(x):
         return True
@@ -108,16 +110,22 @@ def _op(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, wrap: Wrap) ->
             return linear_forward(x, weight, bias).sigmoid_()
         bias = None if bias is None else bias.float()
         return linear_forward(x.float(), weight.float(), bias).sigmoid_().bfloat16()
-    from torchpar.kernels import linear_sigmoid as kernels
-
-    out = None
+    out: Tensor | None = None
     if x.shape[-1] != 0:  # the kernel expects a column
-        operands = rows(x), weight, bias, fp32_precision(), wrap
+        operands = rows(x), weight, bias, fp32_precision(x), wrap
         tma, is_real = supports_tma(wrap), not is_emulating()
-        out = kernels.linear_sigmoid(*operands, tma=tma, only_if_faster=is_real)
+        out = _kernels().linear_sigmoid(*operands, tma=tma, only_if_faster=is_real)
     if out is None:
         return F.linear(x, weight, bias).sigmoid_()
     return out if x.dim() == 2 else out.view(*x.shape[:-1], weight.shape[0])
+
+
+@cache
+def _kernels() -> ModuleType:
+    """The kernels, imported once: an import statement takes microseconds in each call."""
+    from torchpar.kernels import linear_sigmoid
+
+    return linear_sigmoid
 
 
 _sigmoid_gradient = torch.ops.aten.sigmoid_backward.default
@@ -152,11 +160,9 @@ def _backward(ctx: Context, g: Tensor) -> tuple[Tensor | None, ...]:
     if _is_slow(x):
         dz, x, weight = dz.float(), x.float(), weight.float()
     # PyTorch's product of a one-dimensional DTensor and a matrix has a wrong shape (2.15).
-    dx = (
-        product(rows(dz) if dz.dim() == 1 else dz, weight.mT).view(x.shape).to(dtype)
-        if need_x
-        else None
-    )
+    dx = product(rows(dz) if dz.dim() == 1 else dz, weight.mT).to(dtype) if need_x else None
+    if dx is not None and x.dim() == 1:
+        dx = dx.view(x.shape)
     dw = product(rows(dz).mT, rows(x).mT).to(dtype) if need_weight else None
     return dx, dw, db
 
@@ -225,11 +231,16 @@ def _backward_op(g: Tensor, y: Tensor, *, wrap: Wrap) -> tuple[Tensor, Tensor]:
     if not runs_kernels(y):
         dz, db = _backward_formula(g, y)
         return dz.contiguous(), db
-    from torchpar.kernels import sigmoid_backward as kernels
-
-    dz = y.new_empty(y.shape)
-    db = kernels.sigmoid_backward(rows(g), rows(y), rows(dz), wrap)
+    dz = torch.empty_like(y, memory_format=torch.contiguous_format)
+    db = _backward_kernels().sigmoid_backward(rows(g), rows(y), rows(dz), wrap)
     return dz, db
+
+
+@cache
+def _backward_kernels() -> ModuleType:
+    from torchpar.kernels import sigmoid_backward
+
+    return sigmoid_backward
 
 
 @_backward_op.register_fake

@@ -6,6 +6,7 @@ import math
 import torch
 from torch import Tensor
 
+from torchpar.library.private import get_fp32_precision
 from torchpar.library.sharding import is_dtensor
 
 DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
@@ -28,9 +29,10 @@ def check_like(operator: str, name: str, t: Tensor, shape: tuple[int, ...], like
         raise RuntimeError(f"torchpar::{operator}: {name} is {actual}, expected {expected}")
 
 
-def fp32_precision() -> str:
-    """The precision of float32 products on CUDA: "ieee" or "tf32"."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+def fp32_precision(x: Tensor) -> str:
+    """The precision of products of ``x`` on CUDA, "ieee" or "tf32", which float32 can have."""
+    is_tf32 = x.dtype == torch.float32 and get_fp32_precision("cuda", "matmul") == "tf32"
+    return "tf32" if is_tf32 else "ieee"
 
 
 def rows(t: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ derivatives are derivatives of the plain formula.
 """
 
 from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -52,12 +54,12 @@ def maximum(a: Tensor, b: Tensor) -> Tensor:
 
 def _device(a: Tensor, b: Tensor) -> torch.device:
     """Check the arguments; return the device of the result."""
-    for name, t in (("a", a), ("b", b)):
-        if t.dtype not in _DTYPES:
-            raise RuntimeError(
-                f"torchpar::maximum: {name} has dtype {t.dtype}, expected a real integer dtype up "
-                "to 64 bits, bool, float16, bfloat16, float32 or float64"
-            )
+    if not (a.dtype in _DTYPES and b.dtype in _DTYPES):
+        name, dtype = ("b", b.dtype) if a.dtype in _DTYPES else ("a", a.dtype)
+        raise RuntimeError(
+            f"torchpar::maximum: {name} has dtype {dtype}, expected a real integer dtype up to 64 "
+            "bits, bool, float16, bfloat16, float32 or float64"
+        )
     if a.shape != b.shape:  # broadcast_shapes takes longer than the rest of a small call
         try:
             torch.broadcast_shapes(a.shape, b.shape)
@@ -75,16 +77,35 @@ def _device(a: Tensor, b: Tensor) -> torch.device:
 
 @operator("maximum(Tensor a, Tensor b) -> Tensor", kernels="maximum")
 def _op(a: Tensor, b: Tensor, *, wrap: Wrap) -> Tensor:
-    device = _device(a, b)
+    alike = _are_alike(a, b)
+    device = a.device if alike else _device(a, b)
     if device.type != "cuda" and not is_emulating():
         out = torch.maximum(a, b)
         # An empty result of ATen may have other strides.
         return out if out.numel() else _empty(a, b, device)
-    from torchpar.kernels import maximum as kernels
-
-    out = _empty_elementwise((a, b), torch.result_type(a, b), device)
-    kernels.maximum(a.to(device).expand(out.shape), b.to(device).expand(out.shape), out, wrap)
+    if alike and a.is_contiguous() and b.is_contiguous():
+        out = torch.empty_like(a, memory_format=torch.contiguous_format)
+    else:
+        out = _empty_elementwise((a, b), torch.result_type(a, b), device)
+        a, b = (t.to(device).expand_as(out) for t in (a, b))
+    _kernels().maximum(a, b, out, wrap)
     return out
+
+
+@cache
+def _kernels() -> ModuleType:
+    """The kernels, imported once: an import statement takes microseconds in each call."""
+    from torchpar.kernels import maximum
+
+    return maximum
+
+
+def _are_alike(a: Tensor, b: Tensor) -> bool:
+    """Whether nothing is wrong, or to be broadcast, converted or moved.
+
+    To check and to do all of this takes longer than a launch.
+    """
+    return a.dtype == b.dtype and a.dtype in _DTYPES and a.shape == b.shape and a.device == b.device
 
 
 def _empty_elementwise(
@@ -93,8 +114,10 @@ def _empty_elementwise(
     """An uninitialised tensor of the broadcast shape of ``operands``, with ATen's strides."""
     shape = operands[0].shape
     # The general rule takes 40 µs.
-    if all(t.shape == shape and t.is_contiguous() for t in operands):
-        return torch.empty(shape, dtype=dtype, device=device)
+    if all([t.shape == shape and t.is_contiguous() for t in operands]):
+        return torch.empty_like(
+            operands[0], dtype=dtype, device=device, memory_format=torch.contiguous_format
+        )
     shape = torch.broadcast_shapes(*(t.shape for t in operands))
     strides = compute_elementwise_output_strides(*(t.expand(shape) for t in operands))
     return torch.empty_strided(shape, strides, dtype=dtype, device=device)
@@ -123,13 +146,17 @@ def _backward(ctx: Context, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
     need_a, need_b = ctx.needs_input_grad
     # One launch for both gradients costs less than ATen's launches for one.
     if runs_kernels(g) and not needs_formula(g, a, b):
-        # The gradients depend on g alone.
-        da, db = _backward_op(g, a.detach(), b.detach(), need_a, need_b)
+        da, db = _backward_op(g, a, b, need_a, need_b)
     else:
         of_larger = torch.where(a == b, g / 2, g)
-        da = of_larger.masked_fill(a < b, 0).sum_to_size(a.shape) if need_a else None
-        db = of_larger.masked_fill(b < a, 0).sum_to_size(b.shape) if need_b else None
+        da = _reduced(of_larger.masked_fill(a < b, 0), a) if need_a else None
+        db = _reduced(of_larger.masked_fill(b < a, 0), b) if need_b else None
     return da.to(a) if need_a else None, db.to(b) if need_b else None
+
+
+def _reduced(gradient: Tensor, t: Tensor) -> Tensor:
+    # The call would take microseconds.
+    return gradient if gradient.shape == t.shape else gradient.sum_to_size(t.shape)
 
 
 _op.register_autograd(_backward, setup_context=save_operands, formula=_formula)
@@ -183,16 +210,9 @@ def _backward_op(
     g: Tensor, a: Tensor, b: Tensor, need_a: bool = True, need_b: bool = True, *, wrap: Wrap
 ) -> tuple[Tensor, Tensor]:
     da, db = _empty_backward(g, a, b, need_a, need_b)
-    from torchpar.kernels import maximum as kernels
-
-    kernels.maximum_backward(
-        g,
-        a.to(g.device).expand(g.shape),
-        b.to(g.device).expand(g.shape),
-        da if need_a else None,
-        db if need_b else None,
-        wrap,
-    )
+    if not (_are_alike(a, b) and a.shape == g.shape and a.device == g.device):
+        a, b = (t.to(g.device).expand_as(g) for t in (a, b))
+    _kernels().maximum_backward(g, a, b, da if need_a else None, db if need_b else None, wrap)
     return da, db
 
 

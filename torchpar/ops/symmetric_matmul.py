@@ -14,6 +14,8 @@ Y stays symmetric.
 A second operator, without a gradient, adds the product to a matrix in place: H ← β·H + α·A·Bᵀ.
 """
 
+from functools import cache
+from types import ModuleType
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -181,17 +183,24 @@ def _op(
     return compute_symmetric_matmul(a, b, c, alpha, beta or 0.0, wrap)
 
 
+@cache
+def symmetric_kernels() -> ModuleType:
+    """The kernels, imported once: an import statement takes microseconds in each call."""
+    from torchpar.kernels import symmetric_matmul
+
+    return symmetric_matmul
+
+
 def compute_symmetric_matmul(
     a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float, wrap: Wrap
 ) -> Tensor:
     """The result of the operator and of `torchpar.matmul_t`, for arguments that were checked."""
     if not runs_kernels(a):
         return symmetric_cpu.symmetric_matmul_on_cpu(a, b, c, alpha, beta)
-    from torchpar.kernels import symmetric_matmul as kernels
-
-    out = None
+    kernels = symmetric_kernels()
+    out: Tensor | None = None
     if alpha != 0 and a.shape[-1] != 0:  # the kernel would compute 0·NaN, and expects a column
-        operands = a, b, fp32_precision(), wrap, c, alpha, beta
+        operands = a, b, fp32_precision(a), wrap, c, alpha, beta
         tma, is_real = supports_tma(wrap), not is_emulating()
         out = kernels.symmetric_matmul(*operands, tma=tma, only_if_faster=is_real)
     return kernels.mirror(product(a, b, c, alpha, beta), wrap) if out is None else out
@@ -295,10 +304,9 @@ def _addmm_op(h: Tensor, a: Tensor, b: Tensor, *, alpha: float, beta: float, wra
 
 
 def _addmm_by_kernel(h: Tensor, a: Tensor, b: Tensor, alpha: float, beta: float) -> Tensor:
-    from torchpar.kernels import symmetric_matmul as kernels
-
-    operands = a, b, fp32_precision(), None, h, alpha, beta
-    out = kernels.symmetric_matmul(
+    kernels = symmetric_kernels()
+    operands = a, b, fp32_precision(a), None, h, alpha, beta
+    out: Tensor | None = kernels.symmetric_matmul(
         *operands,
         out=h,
         # The kernel by TMA would store the operands' dtype. It might load tiles of H that another
