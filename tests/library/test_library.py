@@ -429,10 +429,19 @@ def test_get_fp32_precision_is_that_of_torch_backends(precision: str) -> None:
 @pytest.mark.skipif(
     not hasattr(torch._ops.OpOverload, "_enable_pyobj_dispatch"), reason="it came with torch 2.14"
 )
-def test_enable_pyobj_dispatch_saves_calls_a_conversion_to_c() -> None:
-    for op in (make(), torch.library.custom_op(next(NAMES), double, mutates_args=())):
-        assert op._opoverload._is_pyobj_dispatcher_enabled()
-        assert op._opoverload._op is not op._opoverload._cpp_dispatch_handle
+@pytest.mark.parametrize(
+    "schema, expected",
+    [
+        ("(Tensor x, Tensor[] rest) -> Tensor", True),
+        ("(Tensor x, Tensor? rest) -> Tensor", False),
+        ("(Tensor x, Tensor[] rest, float scale=1.0) -> Tensor", False),
+        ("(Tensor x, Tensor[] rest, *, float scale=1.0) -> Tensor", False),
+    ],
+)
+def test_enable_pyobj_dispatch_is_for_tensors_alone(schema: str, expected: bool) -> None:
+    op = make(lambda x, rest: 2 * x, schema=schema)
+    assert op._opoverload._is_pyobj_dispatcher_enabled() == expected
+    assert torch.equal(op(X, [Y] if "[]" in schema else Y), 2 * X)
 
 
 def test_a_launch_makes_the_gpu_of_its_tensors_current(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -286,9 +286,10 @@ class CustomOpDef(custom_ops.CustomOpDef):
         self._has_lists = any(self._are_lists)
         self._returns = [str(one.type) for one in parsed.returns]
         self._returns_tensor = self._returns == ["Tensor"]
-        # From torch 2.14 on, arguments are not converted for C++. With keyword-only arguments the
-        # conversion stays, and a call took no less time.
-        if hasattr(self._opoverload, "_enable_pyobj_dispatch") and not self._keywords:
+        # From torch 2.14 on, tensors are not converted for C++. Among other arguments, such as
+        # `Tensor?`, they are, and then dispatch in Python takes longer than dispatch in C++.
+        only_tensors = {str(one.type) for one in arguments} <= {"Tensor", "List[Tensor]"}
+        if hasattr(self._opoverload, "_enable_pyobj_dispatch") and only_tensors:
             self._opoverload._enable_pyobj_dispatch(True)
         # Errors and `grad_fn` show this name, which is made as PyTorch makes it.
         generated = f"GeneratedBackwardFor_{namespace}_{base}_{overload or 'default'}"
