@@ -3,8 +3,9 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,11 +56,19 @@ def save_operands(ctx: Context, inputs: tuple[Tensor, ...], output: Tensor) -> N
     ctx.save_for_backward(*inputs)
 
 
+@cache
+def launchers(module: str) -> Any:
+    """A module of `torchpar.kernels`, for whose import Triton must be there.
+
+    It is imported once: an import statement takes microseconds in each call.
+    """
+    return import_module(f"..kernels.{module}", __package__)
+
+
 def _kernels(module: str) -> Iterator[object]:
     from triton import JITFunction
 
-    found = vars(import_module(f"..kernels.{module}", __package__)).values()
-    return (value for value in found if isinstance(value, JITFunction))
+    return (value for value in vars(launchers(module)).values() if isinstance(value, JITFunction))
 
 
 def supports_tma(wrap: Wrap) -> bool:

@@ -13,8 +13,6 @@ second derivatives are derivatives of the plain formula.
 """
 
 import math
-from functools import cache
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +22,7 @@ from torch.nn import functional as F
 from torchpar.library import Wrap, batch_first, sample
 from torchpar.library.rules import Context, Sharding, Spec, VmapInfo
 from torchpar.library.transforms import needs_formula
-from torchpar.ops._operator import is_emulating, operator, runs_kernels, supports_tma
+from torchpar.ops._operator import is_emulating, launchers, operator, runs_kernels, supports_tma
 from torchpar.ops.linear_cpu import is_eager, linear, linear_forward
 from torchpar.ops.matrix import (
     check_dtype,
@@ -114,18 +112,10 @@ def _op(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, wrap: Wrap) ->
     if x.shape[-1] != 0:  # the kernel expects a column
         operands = rows(x), weight, bias, fp32_precision(x), wrap
         tma, is_real = supports_tma(wrap), not is_emulating()
-        out = _kernels().linear_sigmoid(*operands, tma=tma, only_if_faster=is_real)
+        out = launchers("linear_sigmoid").linear_sigmoid(*operands, tma=tma, only_if_faster=is_real)
     if out is None:
         return F.linear(x, weight, bias).sigmoid_()
     return out if x.dim() == 2 else out.view(*x.shape[:-1], weight.shape[0])
-
-
-@cache
-def _kernels() -> ModuleType:
-    """The kernels, imported once: an import statement takes microseconds in each call."""
-    from torchpar.kernels import linear_sigmoid
-
-    return linear_sigmoid
 
 
 _sigmoid_gradient = torch.ops.aten.sigmoid_backward.default
@@ -232,15 +222,8 @@ def _backward_op(g: Tensor, y: Tensor, *, wrap: Wrap) -> tuple[Tensor, Tensor]:
         dz, db = _backward_formula(g, y)
         return dz.contiguous(), db
     dz = torch.empty_like(y, memory_format=torch.contiguous_format)
-    db = _backward_kernels().sigmoid_backward(rows(g), rows(y), rows(dz), wrap)
+    db = launchers("sigmoid_backward").sigmoid_backward(rows(g), rows(y), rows(dz), wrap)
     return dz, db
-
-
-@cache
-def _backward_kernels() -> ModuleType:
-    from torchpar.kernels import sigmoid_backward
-
-    return sigmoid_backward
 
 
 @_backward_op.register_fake

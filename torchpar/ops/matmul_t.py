@@ -22,9 +22,9 @@ from torchpar.library.rules import Context, Sharding, Spec, VmapInfo
 from torchpar.library.sharding import is_dtensor
 from torchpar.library.transforms import needs_formula
 from torchpar.ops import symmetric_cpu
-from torchpar.ops._operator import operator, runs_kernels, save_operands
+from torchpar.ops._operator import launchers, operator, runs_kernels, save_operands
 from torchpar.ops.matrix import check_dtype, mean_with_transpose, product
-from torchpar.ops.symmetric_matmul import compute_symmetric_matmul, symmetric_kernels
+from torchpar.ops.symmetric_matmul import compute_symmetric_matmul
 
 if TYPE_CHECKING:  # DTensor takes long to import
     from torch.distributed.tensor import DTensor
@@ -138,7 +138,7 @@ def _backward_op(g: Tensor, x: Tensor, *, wrap: Wrap) -> Tensor:
         return symmetric_cpu.symmetrized_product(g, x).contiguous()
     if x.dtype == torch.float16:
         return _backward_formula(g, x).contiguous()
-    return product(symmetric_kernels().half_sum(g, wrap), x.mT, None, 2.0, 0.0)
+    return product(launchers("symmetric_matmul").half_sum(g, wrap), x.mT, None, 2.0, 0.0)
 
 
 @_backward_op.register_fake

@@ -15,8 +15,6 @@ derivatives are derivatives of the plain formula.
 """
 
 from collections.abc import Sequence
-from functools import cache
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -25,7 +23,7 @@ from torchpar.library import Wrap, sample
 from torchpar.library.private import compute_elementwise_output_strides
 from torchpar.library.rules import Context, Sharding, Spec, VmapInfo
 from torchpar.library.transforms import needs_formula
-from torchpar.ops._operator import is_emulating, operator, runs_kernels, save_operands
+from torchpar.ops._operator import is_emulating, launchers, operator, runs_kernels, save_operands
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
 _DTYPES = frozenset((*_INTEGERS, torch.float16, torch.bfloat16, torch.float32, torch.float64))
@@ -88,16 +86,8 @@ def _op(a: Tensor, b: Tensor, *, wrap: Wrap) -> Tensor:
     else:
         out = _empty_elementwise((a, b), torch.result_type(a, b), device)
         a, b = (t.to(device).expand_as(out) for t in (a, b))
-    _kernels().maximum(a, b, out, wrap)
+    launchers("maximum").maximum(a, b, out, wrap)
     return out
-
-
-@cache
-def _kernels() -> ModuleType:
-    """The kernels, imported once: an import statement takes microseconds in each call."""
-    from torchpar.kernels import maximum
-
-    return maximum
 
 
 def _are_alike(a: Tensor, b: Tensor) -> bool:
@@ -212,7 +202,9 @@ def _backward_op(
     da, db = _empty_backward(g, a, b, need_a, need_b)
     if not (_are_alike(a, b) and a.shape == g.shape and a.device == g.device):
         a, b = (t.to(g.device).expand_as(g) for t in (a, b))
-    _kernels().maximum_backward(g, a, b, da if need_a else None, db if need_b else None, wrap)
+    launchers("maximum").maximum_backward(
+        g, a, b, da if need_a else None, db if need_b else None, wrap
+    )
     return da, db
 
 

@@ -14,8 +14,6 @@ Y stays symmetric.
 A second operator, without a gradient, adds the product to a matrix in place: H ← β·H + α·A·Bᵀ.
 """
 
-from functools import cache
-from types import ModuleType
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -26,7 +24,7 @@ from torchpar.library.rules import Context, Sharding, Spec, VmapInfo
 from torchpar.library.sharding import is_dtensor
 from torchpar.library.transforms import is_transformed
 from torchpar.ops import symmetric_cpu
-from torchpar.ops._operator import is_emulating, operator, runs_kernels, supports_tma
+from torchpar.ops._operator import is_emulating, launchers, operator, runs_kernels, supports_tma
 from torchpar.ops.matrix import check_dtype, check_like, fp32_precision, product
 
 if TYPE_CHECKING:  # DTensor takes long to import
@@ -183,21 +181,13 @@ def _op(
     return compute_symmetric_matmul(a, b, c, alpha, beta or 0.0, wrap)
 
 
-@cache
-def symmetric_kernels() -> ModuleType:
-    """The kernels, imported once: an import statement takes microseconds in each call."""
-    from torchpar.kernels import symmetric_matmul
-
-    return symmetric_matmul
-
-
 def compute_symmetric_matmul(
     a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float, wrap: Wrap
 ) -> Tensor:
     """The result of the operator and of `torchpar.matmul_t`, for arguments that were checked."""
     if not runs_kernels(a):
         return symmetric_cpu.symmetric_matmul_on_cpu(a, b, c, alpha, beta)
-    kernels = symmetric_kernels()
+    kernels = launchers("symmetric_matmul")
     out: Tensor | None = None
     if alpha != 0 and a.shape[-1] != 0:  # the kernel would compute 0·NaN, and expects a column
         operands = a, b, fp32_precision(a), wrap, c, alpha, beta
@@ -304,7 +294,7 @@ def _addmm_op(h: Tensor, a: Tensor, b: Tensor, *, alpha: float, beta: float, wra
 
 
 def _addmm_by_kernel(h: Tensor, a: Tensor, b: Tensor, alpha: float, beta: float) -> Tensor:
-    kernels = symmetric_kernels()
+    kernels = launchers("symmetric_matmul")
     operands = a, b, fp32_precision(a), None, h, alpha, beta
     out: Tensor | None = kernels.symmetric_matmul(
         *operands,
