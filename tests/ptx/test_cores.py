@@ -88,6 +88,35 @@ def load_row_kernel(x, out, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def count_kernel(counts, EVERY: tl.constexpr, BLOCK: tl.constexpr):
+    row, column = tl.program_id(0), tl.arange(0, BLOCK)
+    tl.atomic_add(counts + row % EVERY * BLOCK + column, row + 1)
+
+
+@pytest.mark.parametrize("every, is_independent", [(32, True), (3, False)])
+def test_atomics_of_several_cores(every, is_independent):
+    found, done = [], []
+
+    def run(*args):
+        done.append(cores.run_on_all_cores(*args))
+        return done[-1]
+
+    for count in (1, 3):
+        counts = torch.zeros(every * 32, dtype=torch.int32)
+        with (
+            emulate() as emulator,
+            patch.object(cores, "core_count", lambda count=count: count),
+            patch.object(gpu, "least_seconds", lambda places: 0.0),
+            patch.object(gpu, "run_on_all_cores", run),
+        ):
+            count_kernel[(32,)](counts, every, 32)
+        found.append((counts.tolist(), said(emulator.report())))
+    assert found[0] == found[1]
+    assert sum(found[0][0]) == 32 * sum(range(1, 33))
+    assert done == [None, is_independent]
+
+
+@triton.jit
 def wait_for_next_kernel(flags, data, out, BLOCK: tl.constexpr):
     """Program 0 waits for program 1, and then loads what a later one stores without order."""
     row, column = tl.program_id(0), tl.arange(0, BLOCK)

@@ -9,94 +9,7 @@
  * faults are found and named by Python.
  */
 
-#include "core.c"
-
-enum { BARRIERS = 16, MOST_WARPS = 64 };
-enum { OF_COPIES, OF_PRODUCTS }; /* families of groups */
-
-/* An asynchronous operation: a group of cp.async, or a wgmma. */
-typedef struct {
-    int32_t agent;
-    const Instruction *product; /* or null */
-} Operation;
-
-/* Operations in their order, some of which have been waited for, and the ends of groups. */
-typedef struct {
-    Operation *operations;
-    int32_t *ends; /* of the groups that were committed: behind their last operations */
-    int32_t count, operation_capacity, groups, group_capacity, first_group, first;
-} Family;
-
-typedef struct {
-    Family families[2];
-    Copies copies;     /* the open group */
-    int32_t copy_name; /* of events */
-    int32_t product_name;
-    int32_t has_fence;
-    uint32_t *fence_versions; /* of the registers, at the last wgmma.fence */
-    int32_t *owners;          /* of a register: the operation that will write it */
-    int32_t done, waiting;
-} State;
-
-/* A row of the registers that holds a coordinate of the block's position. */
-typedef struct {
-    int32_t row, width, axis;
-} Coordinate;
-
-typedef struct Runner {
-    /* Set by Python. */
-    Warp *warps;
-    State *states;
-    const uint8_t *template_states;
-    const Coordinate *coordinates;
-    Allocation *shared;
-    Events *events;
-    int64_t *counts, *total_counts; /* of the present block, and of all */
-    int64_t count_size, rows, limit;
-    int32_t warp_count, coordinate_count, copies_need_fence;
-    /* Its own. */
-    int32_t agents, capacity;
-    int32_t *times, *fenced; /* of each warp, by agent */
-    int32_t arrived[BARRIERS], arrivals[BARRIERS][MOST_WARPS];
-    Undo undo;
-    int64_t executed, stores; /* by the blocks that have ended */
-    int32_t fault_pc;         /* where the last block was left to Python */
-} Runner;
-
-/* What warps know. */
-
-static void set_knowledge(Runner *r)
-{
-    for (int n = 0; n < r->warp_count; n++)
-        r->warps[n].times = r->times + (int64_t)n * r->capacity;
-}
-
-static void grow_agents(Runner *r)
-{
-    const int32_t before = r->capacity, after = 2 * before;
-    int32_t **both[2] = {&r->times, &r->fenced};
-    for (int k = 0; k < 2; k++) {
-        int32_t *made = calloc((size_t)r->warp_count * after, 4);
-        if (!made)
-            abort();
-        for (int n = 0; n < r->warp_count; n++)
-            memcpy(made + (int64_t)n * after, *both[k] + (int64_t)n * before, 4 * (size_t)before);
-        free(*both[k]);
-        *both[k] = made;
-    }
-    r->capacity = after;
-    set_knowledge(r);
-}
-
-static int32_t add_agent(Runner *r, int is_generic)
-{
-    if (r->agents == r->capacity)
-        grow_agents(r);
-    if (!is_generic)
-        for (int n = 0; n < r->warp_count; n++)
-            r->fenced[(int64_t)n * r->capacity + r->agents] = 2;
-    return r->agents++;
-}
+#include "atomics.c"
 
 /* Groups. */
 
@@ -196,8 +109,13 @@ static void share(Runner *r, const int32_t *warps, int32_t count)
         for (int n = 1; n < count; n++)
             memcpy(both[k] + (int64_t)warps[n] * r->capacity, first, 4 * (size_t)r->agents);
     }
+    Known *foreign = 0;
     for (int n = 0; n < count; n++)
+        foreign = merge(&r->releases, foreign, r->warps[warps[n]].foreign);
+    for (int n = 0; n < count; n++) {
+        r->warps[warps[n]].foreign = foreign;
         r->warps[warps[n]].times[warps[n]]++;
+    }
 }
 
 static int arrive(Warp *w, const Instruction *i)
@@ -331,7 +249,7 @@ static int async_product(Warp *w, const Instruction *i)
     return BUDGET;
 }
 
-static int of_block(Warp *w, const Instruction *i)
+static int of_block(Warp *w, const Instruction *i, uint32_t mask)
 {
     Runner *r = w->runner;
     State *s = &r->states[w->index];
@@ -355,7 +273,8 @@ static int of_block(Warp *w, const Instruction *i)
         s->has_fence = 1;
         w->fence = s->fence_versions;
         return BUDGET;
-    default: return async_product(w, i);
+    case ASYNC_PRODUCT: return async_product(w, i);
+    default: return atomic(w, i, mask);
     }
 }
 
@@ -379,6 +298,8 @@ static void begin_block(Runner *r, const int32_t *position, int32_t number)
     }
     memset(r->arrived, 0, sizeof r->arrived);
     r->undo.used = 0;
+    tidy_releases(&r->releases);
+    begin_atomics(r);
     Allocation *shared = r->shared;
     const int64_t bytes = (int64_t)(shared->end - shared->base + 127) / 128 * 128;
     if (bytes) {
@@ -404,6 +325,7 @@ static void begin_block(Runner *r, const int32_t *position, int32_t number)
         w->active = ALL;
         w->copies = 0;
         w->fence = 0;
+        w->foreign = 0;
         s->has_fence = s->done = s->waiting = 0;
         for (int k = 0; k < 2; k++)
             s->families[k].count = s->families[k].groups = s->families[k].first_group =
@@ -469,6 +391,7 @@ int64_t run_blocks(Runner *r, const int32_t *positions, int64_t count, int32_t n
         *why = run_block(r);
         if (*why != BUDGET) {
             undo(r);
+            undo_releases(&r->releases);
             r->events->count = events;
             memset(r->counts, 0, (size_t)r->count_size * 8);
             return n;
@@ -503,4 +426,6 @@ void free_runner(Runner *r)
     free(r->times);
     free(r->fenced);
     free(r->undo.bytes);
+    free(r->found);
+    free_releases(&r->releases);
 }

@@ -46,6 +46,30 @@ class _Coordinate(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_int32) for name in ("row", "width", "axis"))
 
 
+class _Release(ctypes.Structure):
+    _fields_ = (("address", ctypes.c_uint64), ("known", ctypes.c_void_p))
+
+
+class _Past(ctypes.Structure):
+    _fields_ = (("block", ctypes.c_int64), ("times", ctypes.c_void_p))
+
+
+class _Counted(ctypes.Structure):
+    """The beginning of `Known` and `Times`."""
+
+    _fields_ = (("moved", ctypes.c_void_p), ("count", ctypes.c_int64))
+
+
+class _Releases(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("table", "before")),
+        *((name, ctypes.c_int64) for name in ("count", "capacity", "changes", "change_capacity")),
+        ("chunks", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("bytes", "live_bytes")),
+        ("merged", ctypes.c_void_p * 3),
+    )
+
+
 class _Runner(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("warps", "states", "template_states")),
@@ -53,20 +77,42 @@ class _Runner(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("counts", "total_counts")),
         *((name, ctypes.c_int64) for name in ("count_size", "rows", "limit")),
         *((name, ctypes.c_int32) for name in ("warp_count", "coordinate_count")),
-        ("copies_need_fence", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in ("copies_need_fence", "atomics")),
         *((name, ctypes.c_int32) for name in ("agents", "capacity")),
         *((name, ctypes.c_void_p) for name in ("times", "fenced")),
         ("arrived", ctypes.c_int32 * BARRIERS),
         ("arrivals", ctypes.c_int32 * MOST_WARPS * BARRIERS),
         ("undo", native.UndoStruct),
         *((name, ctypes.c_int64) for name in ("executed", "stores")),
-        ("fault_pc", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in ("fault_pc", "spins")),
+        ("found", ctypes.c_void_p),
+        ("releases", _Releases),
     )
 
 
 def _free(library: ctypes.CDLL, runner: _Runner, states: Any) -> None:
     """Free what the core has allocated; ``states`` live so long."""
     library.free_runner(ctypes.addressof(runner))
+
+
+def _array(kind: Any, address: int | None, count: int) -> Any:
+    """Return the ``count`` structures that lie at an address of the core."""
+    return (kind * count).from_address(address) if count else ()
+
+
+def _pasts_of(known: int, taken: dict[int, Any]) -> dict[int, Any]:
+    """Return by block the times of its agents, as `memory.Knowledge.foreign` has them.
+
+    Args:
+        taken: the times that were taken before, by their addresses.
+    """
+    found, size = {}, ctypes.sizeof(_Counted)
+    for past in _array(_Past, known + size, _Counted.from_address(known).count):
+        if past.times not in taken:
+            count = _Counted.from_address(past.times).count
+            taken[past.times] = np.array(_array(ctypes.c_int32, past.times + size, count), np.int32)
+        found[past.block] = taken[past.times]
+    return found
 
 
 class Blocks:
@@ -107,7 +153,9 @@ class Blocks:
             warp_count=warps,
             coordinate_count=len(self.launch.positions),
             copies_need_fence=copies_need_fence,
+            atomics=self.program.atomics,
         )
+        self.is_told = True  # Python knows what the core's blocks have released
         for n, (warp, state) in enumerate(zip(template.core.warps, self.states, strict=True)):
             warp.runner = ctypes.addressof(self.struct)
             warp.undo = ctypes.addressof(self.struct) + _Runner.undo.offset
@@ -127,6 +175,7 @@ class Blocks:
         """
         events, done, why = self.launch.events, 0, ctypes.c_int(native.BUDGET)
         together = 1
+        self._take_releases()
         self._lend_spare_arrays()
         while why.value != native.PYTHON and done < len(positions) and goes_on():
             start = time.perf_counter()
@@ -149,7 +198,40 @@ class Blocks:
         self.struct.stores = self.struct.executed = 0
         if why.value == native.PYTHON:
             self._note_failure()
+            self.tell_releases()
         return done
+
+    def tell_releases(self) -> None:
+        """Let Python know what the core's blocks have released."""
+        if self.is_told:
+            return
+        self.is_told = True
+        all_of_them, known = self.struct.releases, dict[int, dict[int, Any]]()
+        times: dict[int, Any] = {}
+        for entry in _array(_Release, all_of_them.table, all_of_them.capacity):
+            if entry.known:
+                if entry.known not in known:
+                    known[entry.known] = _pasts_of(entry.known, times)
+                self.gpu.released[entry.address] = dict(known[entry.known])
+
+    def _take_releases(self) -> None:
+        """Let the core know what Python's blocks have released."""
+        if not self.is_told or not self.program.atomics:
+            return
+        self.is_told = False
+        runner, taken = ctypes.addressof(self.struct), dict[int, int]()
+        self.library.clear_releases(runner)
+        for address, known in self.gpu.released.items():
+            numbers = sorted(known)
+            for times in known.values():
+                if id(times) not in taken:
+                    array = np.ascontiguousarray(times, np.int32)
+                    taken[id(times)] = self.library.add_times(runner, array.ctypes.data, len(array))
+            blocks = np.array(numbers, np.int64)
+            pointers = np.array([taken[id(known[number])] for number in numbers], np.uint64)
+            self.library.add_release(
+                runner, address, len(numbers), blocks.ctypes.data, pointers.ctypes.data
+            )
 
     def _note_failure(self) -> None:
         """Leave all blocks to Python where the reason is in each of them."""

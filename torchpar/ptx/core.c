@@ -31,7 +31,7 @@ enum { BUDGET, PYTHON, GROW, REACHED, STOPPED };
 enum {
     LEFT, ELEMENTWISE, BRANCH, LOAD, STORE, SHUFFLE, PACK, LOAD_MATRIX, PRODUCT, NOTHING, COPY,
     /* Where a block is executed as a whole: blocks.c. */
-    RETURN, BARRIER, COMMIT, WAIT, PROXY_FENCE, PRODUCT_FENCE, ASYNC_PRODUCT
+    RETURN, BARRIER, COMMIT, WAIT, PROXY_FENCE, PRODUCT_FENCE, ASYNC_PRODUCT, ATOMIC
 };
 /* The numbers of an instruction, as in `counters.Column`. */
 enum {
@@ -50,6 +50,7 @@ typedef struct {
     int64_t offset, second_offset; /* of addresses */
     Elementwise *function;
     uint8_t negated, whole, flush, space, width, is_signed, mode, transposed;
+    uint8_t count, is_atomic, releases, acquires; /* of an atomic: of how many elements */
     int32_t slot;         /* of the sectors that it touches, or -1 */
     const int32_t *table; /* the registers of a wgmma: its sums, and those of A if it has some */
 } Instruction;
@@ -86,6 +87,26 @@ typedef struct {
     int64_t used, capacity;
 } Undo;
 
+/* The times of a block's agents, of which others have learnt. They never change; `moved` is where
+   they lie now, or null. */
+typedef struct Times {
+    struct Times *moved;
+    int64_t count;
+    int32_t of[];
+} Times;
+
+typedef struct {
+    int64_t block;
+    Times *times;
+} Past;
+
+/* What is known of several blocks, in the order of their numbers. It never changes, either. */
+typedef struct Known {
+    struct Known *moved;
+    int64_t count;
+    Past pasts[];
+} Known;
+
 typedef struct Warp {
     const Instruction *program;
     uint8_t *rows;
@@ -99,14 +120,15 @@ typedef struct Warp {
     struct Copies *copies; /* the group of cp.async that is not committed, if it has begun */
     int64_t count;    /* of the warp's instructions */
     int64_t stores;   /* to global memory */
-    int32_t pc, block, index, knows_others, load_name, store_name;
+    int32_t pc, block, index, knows_others, load_name, store_name, atomic_name;
     uint32_t active;
     uint32_t *fence;       /* the versions of the registers at the last wgmma.fence, or null */
     struct Runner *runner; /* of the block, if it is executed as a whole */
     Undo *undo;            /* of the runner */
+    Known *foreign;        /* what it has learnt of other blocks, or null */
 } Warp;
 
-static int of_block(Warp *w, const Instruction *i);
+static int of_block(Warp *w, const Instruction *i, uint32_t mask);
 
 /* Keep what is changed next. Shared memory and registers begin anew with each block. */
 static void keep(const Warp *w, const Allocation *place, void *where, int64_t size)
@@ -740,6 +762,21 @@ static void shuffle(Warp *w, const Instruction *i)
 
 /* Memory. */
 
+/* The times of a block, or null. */
+static const Times *past_of(const Known *known, int64_t block)
+{
+    int64_t first = 0, end = known->count;
+    while (first < end) {
+        const int64_t middle = (first + end) / 2;
+        if (known->pasts[middle].block < block)
+            first = middle + 1;
+        else
+            end = middle;
+    }
+    return first < known->count && known->pasts[first].block == block ? known->pasts[first].times
+                                                                      : 0;
+}
+
 /* Whether the warp knows an event; -1 if Python must say so. */
 static inline int knows(const Warp *w, int32_t event)
 {
@@ -748,6 +785,11 @@ static inline int knows(const Warp *w, int32_t event)
         return 1;
     if (events->blocks[event] == w->block)
         return events->times[event] <= w->times[events->agents[event]];
+    if (w->foreign) {
+        const Times *past = past_of(w->foreign, events->blocks[event]);
+        const int32_t agent = events->agents[event];
+        return past && agent < past->count && events->times[event] <= past->of[agent];
+    }
     return w->knows_others ? -1 : 0;
 }
 
@@ -897,12 +939,20 @@ static void note_read(const Warp *w, const Allocation *place, const int64_t *off
 }
 
 /* `memory.Space._write` without a fault, in two halves, too. */
-static int may_write(const Warp *w, const Access *at, int width)
+static int hits_barrier(const Access *at, int width)
 {
     const Allocation *place = at->place;
     for (int n = 0; n < place->barrier_count; n++)
         if (at->least <= place->barriers[n] + 7 && place->barriers[n] < at->most + width)
-            return 0;
+            return 1;
+    return 0;
+}
+
+static int may_write(const Warp *w, const Access *at, int width)
+{
+    const Allocation *place = at->place;
+    if (hits_barrier(at, width))
+        return 0;
     for (int64_t n = 0; n < at->count;) {
         const int64_t first = at->offsets[n] / place->unit;
         n = end_of_run(at->offsets, n, at->count, width);
@@ -982,14 +1032,16 @@ unordered:
     return found;
 }
 
+/* Where it is noted which sectors of an allocation an instruction touches; or null. */
+static inline uint8_t *touched_by(const Instruction *i, const Allocation *place)
+{
+    return place->touched && i->slot >= 0 ? place->touched + i->slot * place->sectors : 0;
+}
+
 static void count_global(const Warp *w, const Instruction *i, const Access *at, int width)
 {
     int64_t *row = counts_of(w, i), sectors[LANES];
-    uint8_t *touched = at->place->touched;
-    if (touched && i->slot >= 0)
-        touched += i->slot * at->place->sectors;
-    else
-        touched = 0;
+    uint8_t *touched = touched_by(i, at->place);
     for (int n = 0; n < at->count; n++) {
         sectors[n] = at->offsets[n] / 32;
         if (touched)
@@ -1371,7 +1423,7 @@ int run(Warp *w, int64_t budget, int32_t limit)
             const uint32_t bits = bits_of(row(w, i->guard));
             mask &= i->negated ? ~bits : bits;
         }
-        if (mask != ALL)
+        if (mask != ALL && !i->table)
             for (int n = 0; n < i->results; n++)
                 if (i->to[n] >= 0 && !in_row(w, i->to[n]))
                     return PYTHON;
@@ -1393,18 +1445,13 @@ int run(Warp *w, int64_t budget, int32_t limit)
             case LOAD_MATRIX: left = load_matrix(w, i); break;
             case PRODUCT: product(w, i); break;
             case COPY: left = copy(w, i, mask); break;
-            case RETURN:
-            case BARRIER:
-            case COMMIT:
-            case WAIT:
-            case PROXY_FENCE:
-            case PRODUCT_FENCE:
-            case ASYNC_PRODUCT: left = of_block(w, i); break;
+            case NOTHING: break;
             case BRANCH:
                 if (mask != w->active)
                     return PYTHON;
                 w->pc = i->target - 1;
                 break;
+            default: left = of_block(w, i, mask);
             }
             if (left == PYTHON || left == GROW)
                 return left;

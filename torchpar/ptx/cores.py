@@ -48,6 +48,7 @@ class Core:
         self.gpu = copy.copy(gpu)
         self.gpu.changes = self.gpu.executed_instructions = 0
         self.gpu.counts = Counts(gpu.kernel)
+        self.gpu.released = dict(gpu.released)
         self.gpu.events = _copy_of(gpu.events)
         self.gpu.space = Space(gpu.space.name)
         for place in gpu.space.allocations:

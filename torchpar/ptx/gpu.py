@@ -173,7 +173,10 @@ class Gpu:
             may_share: all cores may execute them.
         """
         if len(positions) < 4 or not blocks.program.is_for_cores or not may_share:
-            return blocks.run(positions, number)
+            done = blocks.run(positions, number)
+            if not may_share:
+                blocks.tell_releases()
+            return done
         # The first blocks say how long the others will take.
         start = time.perf_counter()
         first = blocks.run(positions[:2], number)
@@ -181,6 +184,7 @@ class Gpu:
         if first < 2:
             return first
         if left > least_seconds(self.space.allocations):
+            blocks.tell_releases()
             make = partial(_blocks, position=tuple(positions[2].tolist()))
             was_possible = run_on_all_cores(self, positions[2:], number + 2, make)
             if was_possible:

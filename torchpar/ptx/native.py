@@ -36,14 +36,16 @@ from torchpar.ptx.parse import (
     flat,
     qualifiers,
 )
-from torchpar.ptx.registers import DTYPES, SHARED_BASE, UNWRITTEN
+from torchpar.ptx.registers import DTYPES, HALVES, SHARED_BASE, UNWRITTEN
 
 if TYPE_CHECKING:
     from torchpar.ptx.counters import Counts
     from torchpar.ptx.machine import Block, Warp
     from torchpar.ptx.memory import Allocation, Events, Space
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("blocks.c", "core.c"))
+SOURCES = tuple(
+    Path(__file__).with_name(f"{name}.c") for name in ("blocks", "atomics", "knowledge", "core")
+)
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC")
 ROW, OPERANDS, ALL_LANES, NO_LIMIT = 256, 16, 2**32 - 1, 2**31 - 1
 BUDGET, PYTHON, GROW, REACHED = range(4)  # why `run` returns
@@ -66,8 +68,10 @@ BUDGET, PYTHON, GROW, REACHED = range(4)  # why `run` returns
     PROXY_FENCE,
     PRODUCT_FENCE,
     ASYNC_PRODUCT,
-) = range(18)
+    ATOMIC,
+) = range(19)
 OF_COPIES, OF_PRODUCTS = range(2)  # families of groups
+MOST_ELEMENTS = 4  # of an atomic
 IN_ROW, IN_LIST = 1, 2
 KINDS = {"bf16": 0, "f16": 1, "tf32": 2}  # of operands
 SPACES = {"global": 0, "shared": 1, "local": 2}
@@ -84,6 +88,7 @@ class _Instruction(ctypes.Structure):
         ("function", ctypes.c_void_p),
         *((name, ctypes.c_uint8) for name in ("negated", "whole", "flush", "space")),
         *((name, ctypes.c_uint8) for name in ("width", "is_signed", "mode", "transposed")),
+        *((name, ctypes.c_uint8) for name in ("count", "is_atomic", "releases", "acquires")),
         ("slot", ctypes.c_int32),
         ("table", ctypes.c_void_p),
     )
@@ -125,9 +130,9 @@ class _Warp(ctypes.Structure):
         ("copies", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("count", "stores")),
         *((name, ctypes.c_int32) for name in ("pc", "block", "index", "knows_others")),
-        *((name, ctypes.c_int32) for name in ("load_name", "store_name")),
+        *((name, ctypes.c_int32) for name in ("load_name", "store_name", "atomic_name")),
         ("active", ctypes.c_uint32),
-        *((name, ctypes.c_void_p) for name in ("fence", "runner", "undo")),
+        *((name, ctypes.c_void_p) for name in ("fence", "runner", "undo", "foreign")),
     )
 
 
@@ -160,7 +165,7 @@ def library() -> ctypes.CDLL | None:
         print(f"torchpar.ptx: {message}", file=sys.stderr, flush=True)
         return None
     core.run.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32)
-    core.function_of.restype = ctypes.c_void_p
+    core.function_of.restype = core.atomic_of.restype = ctypes.c_void_p
     core.read_copies.argtypes = core.write_copies.argtypes = (ctypes.c_void_p,)
     core.free_copies.argtypes = (ctypes.POINTER(CopiesStruct),)
     core.run_blocks.argtypes = (
@@ -170,7 +175,15 @@ def library() -> ctypes.CDLL | None:
         ctypes.c_void_p,
     )
     core.run_blocks.restype = ctypes.c_int64
-    core.free_runner.argtypes = (ctypes.c_void_p,)
+    core.free_runner.argtypes = core.clear_releases.argtypes = (ctypes.c_void_p,)
+    core.add_times.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+    core.add_times.restype = ctypes.c_void_p
+    core.add_release.argtypes = (
+        ctypes.c_void_p,
+        ctypes.c_uint64,
+        ctypes.c_int64,
+        *(ctypes.c_void_p for _ in range(2)),
+    )
     core.read_many.argtypes = (
         *(ctypes.c_void_p for _ in range(3)),
         ctypes.c_int64,
@@ -298,6 +311,13 @@ def _build(compiler: list[str], path: Path) -> Path:
     return kept
 
 
+def _thread_bytes(code: _Instruction) -> int:
+    """Return how many bytes of memory a thread accesses at least at once."""
+    if code.kind == ATOMIC:
+        return int(code.width)
+    return int(code.width * (code.results if code.kind == LOAD else code.sources - 1))
+
+
 class Program:
     """A kernel's instructions for the core, and the rows of its constants and special registers."""
 
@@ -309,6 +329,7 @@ class Program:
         self.instructions = (_Instruction * len(kernel.instructions))()
         self.is_for_blocks = not kernel.local_bytes  # for blocks.c, as far as is known
         self.is_for_cores = True  # for cores.py, as far as is known
+        self.atomics = 0  # instructions of blocks.c, which are numbered
         self._tables: list[Any] = []  # of registers, which the instructions point to
         slots, _ = kernel.slots
         for code, i, slot in zip(self.instructions, kernel.instructions, slots, strict=True):
@@ -317,9 +338,9 @@ class Program:
         # The least bytes that a thread accesses of shared memory.
         self.shared_unit = min(
             (
-                code.width * (code.results if code.kind == LOAD else code.sources - 1)
+                _thread_bytes(code)
                 for code in self.instructions
-                if code.kind in (LOAD, STORE) and code.space == SPACES["shared"]
+                if code.kind in (LOAD, STORE, ATOMIC) and code.space == SPACES["shared"]
             ),
             default=LARGEST_UNIT,
         )
@@ -541,6 +562,30 @@ class Program:
             raise LookupError
         return PROXY_FENCE
 
+    def _atomic(self, code: _Instruction, i: Instruction) -> int:
+        (name, *vector, kind), order, in_shared = qualifiers(i)
+        is_red = i.parts[0] == "red"
+        address, *operands = i.operands if is_red else i.operands[1:]
+        values, count = [flat(one) for one in operands], len(flat(operands[0]))
+        function = self.core.atomic_of(f"{name}.{kind}".encode())
+        if not function or vector not in ([], [f"v{count}"]) or count > MOST_ELEMENTS:
+            raise LookupError
+        code.width, code.count = DTYPES[HALVES.get(kind, kind)].itemsize, count
+        code.space = SPACES["shared" if in_shared else "global"]
+        code.function, code.mode = function, name != "exch"  # which does not read
+        # Of the scope of a program, it is no atomic for other programs.
+        code.is_atomic = in_shared or "cta" not in i.parts
+        code.releases = order in ("release", "acq_rel")
+        code.acquires = order in ("acquire", "acq_rel")
+        results = [] if is_red else [self._result(one, code.width) for one in flat(i.operands[0])]
+        sources = [self._row(one, code.width) for each in values for one in each]
+        self._operands(code, results, [self._base(code, address), *sources])
+        code.target, self.atomics = self.atomics, self.atomics + 1
+        return ATOMIC
+
+    def _result(self, operand: Any, width: int) -> int:
+        return -1 if operand == Symbol("_") else self._row(operand, width)
+
     def _async_product(self, code: _Instruction, i: Instruction) -> int:
         """`wgmma` of halves, with its groups and fences."""
         if i.parts[1] == "fence":
@@ -593,6 +638,8 @@ class Program:
         "barrier": _barrier,
         "cp": _copy,
         "ret": _return,
+        "atom": _atomic,
+        "red": _atomic,
         "fence": _proxy_fence,
         "wgmma": _async_product,
     }
@@ -703,6 +750,7 @@ class LaunchState:
             struct.spaces[2] = ctypes.addressof(self.no_space)
             struct.load_name = self.events.events.name(f"a load of warp {n}")
             struct.store_name = self.events.events.name(f"a store of warp {n}")
+            struct.atomic_name = self.events.events.name(f"an atomic of warp {n}")
 
 
 class EventsView:
