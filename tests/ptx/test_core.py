@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ptx import cases, mutants, tutorials
 from ptx.faults import FAULTS
@@ -218,6 +219,107 @@ def test_what_blocks_learn_of_each_other(sem, programs, in_python):
 
     check(run)
     assert blocks_of_python(run) == in_python
+
+
+@triton.jit
+def copy_boxes_kernel(x, y, RANK: tl.constexpr, STEP: tl.constexpr):
+    """Boxes at both ends of the first dimension lie partly outside."""
+    i = (tl.program_id(0) - 1) * STEP
+    if RANK == 1:
+        y.store([i], x.load([i]))
+    elif RANK == 2:
+        y.store([i, 8], x.load([i, 0]) + x.load([i, 16]))
+    elif RANK == 3:
+        y.store([i, 1, 0], x.load([i, 0, 0]))
+    elif RANK == 4:
+        y.store([i, 1, 0, 8], x.load([i, 0, 1, 8]))
+    else:
+        y.store([i, 1, 0, 0, 0], x.load([i, 0, 1, 0, 0]))
+
+
+SHAPES = {1: [96], 2: [40, 24], 3: [9, 3, 32], 4: [9, 3, 2, 24], 5: [9, 2, 3, 2, 16]}
+BOXES = {1: [32], 2: [8, 16], 3: [4, 2, 16], 4: [4, 2, 2, 16], 5: [4, 2, 2, 2, 8]}
+
+
+@pytest.mark.parametrize(
+    "rank, dtype",
+    [
+        pytest.param(rank, dtype, marks=[] if (rank, dtype) == (2, torch.bfloat16) else slow)
+        for rank in SHAPES
+        for dtype in (torch.bfloat16, FLOAT32, INT64)
+    ],
+)
+def test_boxes_of_tensors(rank, dtype):
+    shape, box = SHAPES[rank], BOXES[rank]
+
+    def run() -> list[tuple[Tensor, ...]]:
+        x = (torch.arange(torch.Size(shape).numel()) % 251).reshape(shape).to(dtype)
+        y = torch.zeros_like(x)
+        descriptors = [TensorDescriptor.from_tensor(one, box) for one in (x, y)]
+        programs = triton.cdiv(shape[0], box[0]) + 2
+        copy_boxes_kernel[(programs,)](*descriptors, rank, box[0], num_warps=2)
+        return [(y,)]
+
+    check(run)
+    assert blocks_of_python(run) == 0
+
+
+@triton.jit
+def add_tiles_kernel(x, out, rows, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """Each program makes its tensormaps, and loads boxes ahead."""
+    tensor = tl.make_tensor_descriptor(x, [rows, COLUMNS], [COLUMNS, 1], [BLOCK, 32])
+    total = tl.zeros([BLOCK, 32], tl.float32)
+    for column in tl.range(0, COLUMNS, 32, num_stages=3):
+        total += tensor.load([tl.program_id(0) * BLOCK, column])
+    to = tl.make_tensor_descriptor(out, [rows, 32], [32, 1], [BLOCK, 32])
+    to.store([tl.program_id(0) * BLOCK, 0], total)
+
+
+@pytest.mark.parametrize("rows", [40, pytest.param(64, marks=slow)])
+def test_tensormaps_of_programs(rows):
+    def run() -> list[tuple[Tensor, ...]]:
+        x, out = torch.arange(rows * 160.0).reshape(rows, 160), torch.zeros(rows, 32)
+        add_tiles_kernel[(triton.cdiv(rows, 16),)](x, out, rows, 160, 16, num_warps=2)
+        return [(out,)]
+
+    check(run)
+    assert blocks_of_python(run) == 0
+
+
+@triton.jit
+def multiply_kernel(a, b, c, K: tl.constexpr, N: tl.constexpr, FROM_REGISTERS: tl.constexpr):
+    i, k, n = tl.arange(0, 64)[:, None], tl.arange(0, K), tl.arange(0, N)
+    left, right = tl.load(a + i * K + k[None, :]), tl.load(b + n[None, :] * K + k[:, None])
+    total = tl.zeros([64, N], c.dtype.element_ty)
+    for _ in range(2):
+        if FROM_REGISTERS:
+            left += left
+        total = tl.dot(left, right, total)
+    tl.store(c + i * N + n[None, :], total)
+
+
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+@pytest.mark.parametrize(
+    "dtype, from_registers",
+    [
+        (FLOAT32, False),
+        pytest.param(FLOAT32, True, marks=slow),
+        *(pytest.param(torch.float16, is_held, marks=slow) for is_held in (False, True)),
+        *(pytest.param(dtype, False, marks=slow) for dtype in (torch.int8, *FLOAT8)),
+    ],
+)
+def test_products_of_warpgroups(dtype, from_registers):
+    torch.manual_seed(1)
+    a, b = ((8 * torch.randn(64, 64)).to(dtype) for _ in range(2))
+
+    def run() -> list[tuple[Tensor, ...]]:
+        c = torch.zeros(64, 64, dtype=INT32 if dtype == torch.int8 else FLOAT32)
+        multiply_kernel[(2,)](a, b, c, 64, 64, from_registers)
+        return [(c,)]
+
+    check(run)
 
 
 FEW = ("store without mask", "two programs on one element", "barrier left out")

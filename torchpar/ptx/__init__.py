@@ -10,9 +10,9 @@ Read in this order: `parse` (text to instructions), `registers` (kinds of number
 `conversions`, `bits`, `memory` (who may read and write which byte), `taint` (undefined bits),
 `copies` (loads, stores and copies), `atomics`, `tensors` (TMA), `tensor_cores`, `tensor_memory` (of
 sm_100), and `gpu`, which launches kernels. `native` and core.c execute the common instructions in
-C. `blocks` and blocks.c execute whole blocks, with knowledge.c and atomics.c, and `cores` executes
-blocks on all cores of the CPU. `driver` lets Triton launch kernels, `report` says what is wrong
-with them, and `cuda` lets scripts run that say "cuda".
+C. `blocks` and blocks.c execute whole blocks, with knowledge.c, atomics.c and tensors.c, and
+`cores` executes blocks on all cores of the CPU. `driver` lets Triton launch kernels, `report` says
+what is wrong with them, and `cuda` lets scripts run that say "cuda".
 `counters` counts what a launch takes, `resources` asks ptxas, `roofline` has the bounds by data
 sheets, and `limits` holds them. `trace` records a program, and `page` draws it. `command` and
 `pytest` are the ways to run it.

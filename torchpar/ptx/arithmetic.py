@@ -12,6 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from torchpar.ptx.machine import Run, Warp, elementwise, instruction
+from torchpar.ptx.native import elected
 from torchpar.ptx.parse import Constant, Instruction, Register
 from torchpar.ptx.registers import DTYPES, FLOATS, HALVES, LANES, PAIRS, Values, reader, writer
 from torchpar.ptx.rounding import directed, fused, fused_halves
@@ -527,9 +528,7 @@ def _elect(i: Instruction) -> Run:
     assert i.operands[2] == Constant(-1)
 
     def run(warp: Warp) -> None:
-        chosen = {"early": 0, "late": 31}.get(
-            warp.block.gpu.schedule.completion, 7 * warp.index % 32
-        )
+        chosen = elected(warp.block.gpu.schedule.completion, warp.index)
         put_lane(warp, np.full(32, chosen, np.uint32))
         put(warp, chosen == LANES)
 

@@ -86,7 +86,7 @@ static int may_change(const Warp *w, const Access *at, int width, int reads, int
 {
     const Allocation *place = at->place;
     const uint8_t *atomic = w->events->atomic;
-    if (hits_barrier(at, width))
+    if (hits_barrier(place, at->least, at->most + width))
         return 0;
     for (int n = 0; n < at->count; n++) {
         const int64_t first = at->offsets[n] / place->unit;

@@ -9,7 +9,7 @@
  * faults are found and named by Python.
  */
 
-#include "atomics.c"
+#include "tensors.c"
 
 /* Groups. */
 
@@ -135,7 +135,7 @@ static int arrive(Warp *w, const Instruction *i)
     return STOPPED;
 }
 
-/* wgmma of halves, of the 16 rows that a warp has: D = A·B + D, or A·B. */
+/* wgmma, of the 16 rows that a warp has: D = A·B + D, or A·B. */
 
 /* The addresses of an operand's units of 16 bytes: `tensor_cores._chunks`. */
 static int64_t chunks(uint64_t bits, int first, int rows, int by_rows, int64_t *to)
@@ -179,11 +179,43 @@ static int take_matrix(Warp *w, int32_t descriptor, int first, int rows, int by_
            decode_matrix(to, w->spaces[1], addresses, rows, by_rows, kind);
 }
 
+/* The same of A in registers, of which each has 4 bytes of a thread. */
+static void take_registers(Warp *w, const int32_t *registers, int kind, double *to)
+{
+    uint8_t bytes[16][32];
+    for (int n = 0; n < LANES; n++)
+        for (int k = 0; k < 4; k++)
+            memcpy(bytes[n / 4 + k % 2 * 8] + n % 4 * 4 + k / 2 * 16, row(w, registers[k]) + 4 * n,
+                   4);
+    const int width = bytes_of(kind), depth = 32 / width;
+    for (int m = 0; m < 16; m++)
+        for (int k = 0; k < depth; k++)
+            to[m * depth + k] = number(bytes[m] + k * width, kind);
+}
+
+/* `tensor_cores.add`: sums of integers wrap. */
+static void add_to_sum(uint8_t *held, double product, int adds, int is_integer)
+{
+    if (is_integer) {
+        int32_t sum = 0;
+        if (adds)
+            memcpy(&sum, held, 4);
+        sum = (int32_t)((int64_t)product + sum);
+        memcpy(held, &sum, 4);
+        return;
+    }
+    float sum = 0;
+    if (adds)
+        memcpy(&sum, held, 4);
+    sum = (float)(product + sum);
+    memcpy(held, &sum, 4);
+}
+
 static int async_product(Warp *w, const Instruction *i)
 {
     Runner *r = w->runner;
     State *s = &r->states[w->index];
-    const int columns = i->results * 2;
+    const int columns = i->results * 2, depth = 32 / bytes_of(i->mode);
     const int32_t *to = i->table, *of_a = i->table + i->results;
     if (w->events->count + 2 > w->events->capacity)
         return GROW;
@@ -211,34 +243,26 @@ static int async_product(Warp *w, const Instruction *i)
     one->product = i;
     const int32_t read = add_event(w, i->line, s->product_name, one->agent, 1);
     add_event(w, i->line, s->product_name, one->agent, 2);
-    double a[16][16], b[256][16], transposed[16][256], sums[256];
-    if (!take_matrix(w, i->from[1], 0, columns, !(i->transposed & 2), i->mode, read, b[0]))
+    double a[16 * 32], b[256 * 32], transposed[32][256], sums[256];
+    if (!take_matrix(w, i->from[1], 0, columns, !(i->transposed & 2), i->width, read, b))
         return PYTHON;
-    if (i->second_offset) {
-        for (int n = 0; n < LANES; n++)
-            for (int k = 0; k < 4; k++) {
-                const uint32_t pair = ((const uint32_t *)row(w, of_a[k]))[n];
-                for (int half = 0; half < 2; half++) {
-                    const uint16_t bits = (uint16_t)(pair >> 16 * half);
-                    a[n / 4 + k % 2 * 8][n % 4 * 2 + k / 2 * 8 + half] =
-                        i->mode ? of_f16(bits) : of_bf16(bits);
-                }
-            }
-    } else if (!take_matrix(w, i->from[2], 16 * (w->index % 4), 16, !(i->transposed & 1), i->mode,
-                            read, a[0]))
+    if (i->second_offset)
+        take_registers(w, of_a, i->mode, a);
+    else if (!take_matrix(w, i->from[2], 16 * (w->index % 4), 16, !(i->transposed & 1), i->mode,
+                          read, a))
         return PYTHON;
     for (int n = 0; n < columns; n++)
-        for (int k = 0; k < 16; k++)
-            transposed[k][n] = b[n][k];
+        for (int k = 0; k < depth; k++)
+            transposed[k][n] = b[n * depth + k];
     for (int m = 0; m < 16; m++) {
         for (int n = 0; n < columns; n++)
             sums[n] = 0;
-        for (int k = 0; k < 16; k++)
+        for (int k = 0; k < depth; k++)
             for (int n = 0; n < columns; n++)
-                sums[n] += a[m][k] * transposed[k][n];
+                sums[n] += a[m * depth + k] * transposed[k][n];
         for (int n = 0; n < columns; n++) {
-            float *held = (float *)row(w, to[n / 8 * 4 + m / 8 * 2 + n % 2]) + m % 8 * 4 + n % 8 / 2;
-            *held = (float)(sums[n] + (adds ? *held : 0.0f));
+            uint8_t *held = row(w, to[n / 8 * 4 + m / 8 * 2 + n % 2]) + m % 8 * 16 + n % 8 / 2 * 4;
+            add_to_sum(held, sums[n], adds, i->is_signed);
         }
     }
     for (int n = 0; n < i->results; n++) {
@@ -274,7 +298,8 @@ static int of_block(Warp *w, const Instruction *i, uint32_t mask)
         w->fence = s->fence_versions;
         return BUDGET;
     case ASYNC_PRODUCT: return async_product(w, i);
-    default: return atomic(w, i, mask);
+    case ATOMIC: return atomic(w, i, mask);
+    default: return of_tensors(w, i, mask);
     }
 }
 
@@ -300,6 +325,7 @@ static void begin_block(Runner *r, const int32_t *position, int32_t number)
     r->undo.used = 0;
     tidy_releases(&r->releases);
     begin_atomics(r);
+    begin_tensors(r);
     Allocation *shared = r->shared;
     const int64_t bytes = (int64_t)(shared->end - shared->base + 127) / 128 * 128;
     if (bytes) {
@@ -333,6 +359,13 @@ static void begin_block(Runner *r, const int32_t *position, int32_t number)
     }
 }
 
+static int is_ready(const Runner *r, const State *s)
+{
+    if (!s->waiting)
+        return 1;
+    return s->mbarrier >= 0 && has_ended(&r->mbarriers[s->mbarrier], s->parity);
+}
+
 static int run_block(Runner *r)
 {
     for (;;) {
@@ -340,13 +373,15 @@ static int run_block(Runner *r)
         int is_done = 1;
         for (int n = 0; n < r->warp_count && !next; n++) {
             is_done &= r->states[n].done;
-            if (!r->states[n].done && !r->states[n].waiting)
+            if (!r->states[n].done && is_ready(r, &r->states[n]))
                 next = &r->warps[n];
         }
         if (!next) {
             r->fault_pc = -1;
-            return is_done ? BUDGET : PYTHON; /* a deadlock */
+            return is_done && may_end(r) ? BUDGET : PYTHON; /* or a deadlock */
         }
+        r->states[next->index].waiting = 0;
+        r->states[next->index].mbarrier = -1;
         const int why = run(next, r->limit - next->count, INT32_MAX);
         r->fault_pc = next->pc;
         if (why == GROW)
@@ -392,6 +427,7 @@ int64_t run_blocks(Runner *r, const int32_t *positions, int64_t count, int32_t n
         if (*why != BUDGET) {
             undo(r);
             undo_releases(&r->releases);
+            undo_maps(r);
             r->events->count = events;
             memset(r->counts, 0, (size_t)r->count_size * 8);
             return n;
@@ -428,4 +464,5 @@ void free_runner(Runner *r)
     free(r->undo.bytes);
     free(r->found);
     free_releases(&r->releases);
+    free_tensors(r);
 }

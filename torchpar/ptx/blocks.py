@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 SECONDS = 0.1  # of a call of the core, about, so that Ctrl-C has its effect
 MOST_FAILURES = 4  # blocks of a launch that are left to Python, after which all of them are
-BARRIERS, MOST_WARPS = 16, 64
+BARRIERS, MOST_WARPS, MOST_MBARRIERS = 16, 64, 64
 
 
 class _Family(ctypes.Structure):
@@ -38,7 +38,28 @@ class _State(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("copy_name", "product_name", "has_fence")),
         ("fence_versions", ctypes.c_void_p),
         ("owners", ctypes.c_void_p),
-        *((name, ctypes.c_int32) for name in ("done", "waiting")),
+        *((name, ctypes.c_int32) for name in ("done", "waiting", "mbarrier", "parity")),
+        ("bulk", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("bulk_count", "bulk_capacity")),
+        *((name, ctypes.c_int32 * 32) for name in ("committed", "deleted")),
+    )
+
+
+class _Mbarrier(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("offset", "bytes")),
+        *((name, ctypes.c_int32) for name in ("pending", "count", "phase")),
+        *((name, ctypes.c_int32) for name in ("is_live", "has_parts", "is_loading")),
+        ("parts", ctypes.c_void_p),
+        ("known", ctypes.c_void_p * 2),
+    )
+
+
+class _Tensormap(ctypes.Structure):
+    _fields_ = (
+        ("place", ctypes.c_void_p),
+        ("row", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("published", "acquired")),
     )
 
 
@@ -87,6 +108,13 @@ class _Runner(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("fault_pc", "spins")),
         ("found", ctypes.c_void_p),
         ("releases", _Releases),
+        *((name, ctypes.c_void_p) for name in ("maps", "maps_before")),
+        *((name, ctypes.c_int64) for name in ("map_count", "map_capacity", "map_count_before")),
+        ("runs", ctypes.c_void_p),
+        ("run_count", ctypes.c_int64),
+        ("box", ctypes.c_void_p),
+        ("mbarriers", _Mbarrier * MOST_MBARRIERS),
+        ("places", ctypes.c_int64 * MOST_MBARRIERS),
     )
 
 
@@ -176,6 +204,7 @@ class Blocks:
         events, done, why = self.launch.events, 0, ctypes.c_int(native.BUDGET)
         together = 1
         self._take_releases()
+        self._take_maps()
         self._lend_spare_arrays()
         while why.value != native.PYTHON and done < len(positions) and goes_on():
             start = time.perf_counter()
@@ -193,6 +222,7 @@ class Blocks:
             elif time.perf_counter() - start < SECONDS / 4:
                 together *= 4
         self._take_spare_arrays()
+        self._tell_maps()
         self.gpu.changes += self.struct.stores
         self.gpu.executed_instructions += self.struct.executed
         self.struct.stores = self.struct.executed = 0
@@ -232,6 +262,32 @@ class Blocks:
             self.library.add_release(
                 runner, address, len(numbers), blocks.ctypes.data, pointers.ctypes.data
             )
+
+    def _take_maps(self) -> None:
+        """Let the core know which tensormaps Python knows."""
+        self.struct.map_count = 0
+        for place in self.gpu.space.allocations:
+            for row in place.published:
+                self.library.add_map(
+                    ctypes.addressof(self.struct),
+                    ctypes.addressof(place.view.struct),
+                    row,
+                    True,
+                    place.acquired.get(row, -1),
+                )
+
+    def _tell_maps(self) -> None:
+        """Let Python know which tensormaps the core knows."""
+        places = {
+            ctypes.addressof(place.view.struct): place for place in self.gpu.space.allocations
+        }
+        for one in _array(_Tensormap, self.struct.maps, self.struct.map_count):
+            place = places[one.place]
+            place.published.add(one.row)
+            if one.acquired < 0:
+                place.acquired.pop(one.row, None)
+            else:
+                place.acquired[one.row] = one.acquired
 
     def _note_failure(self) -> None:
         """Leave all blocks to Python where the reason is in each of them."""

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from torchpar.ptx.machine import Run, Warp, action, instruction
+from torchpar.ptx.native import HINTS
 from torchpar.ptx.parse import Instruction, PtxError, Symbol, flat
 from torchpar.ptx.registers import DTYPES, reader, writer
 
@@ -97,7 +98,7 @@ def _trap(warp: Warp, i: Instruction) -> bool:
     raise PtxError(i.line, "the program was ended by a trap", "trap")
 
 
-@instruction("setmaxnreg", "nanosleep", "griddepcontrol", "prefetch", "discard", results=0)
+@instruction(*HINTS, results=0)
 def _hint(i: Instruction) -> Run:
     """What changes no result."""
     return lambda warp: None

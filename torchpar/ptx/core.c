@@ -22,6 +22,7 @@
 #define ALL 0xFFFFFFFFu
 #define OPERANDS 16
 #define MOST_UNDONE (1 << 26) /* bytes */
+#define MOST_STORED 128       /* bytes that a thread stores */
 #define GIVEN 0
 #define UNWRITTEN 1
 
@@ -30,8 +31,11 @@ enum { BUDGET, PYTHON, GROW, REACHED, STOPPED };
 /* How an instruction is executed. */
 enum {
     LEFT, ELEMENTWISE, BRANCH, LOAD, STORE, SHUFFLE, PACK, LOAD_MATRIX, PRODUCT, NOTHING, COPY,
-    /* Where a block is executed as a whole: blocks.c. */
-    RETURN, BARRIER, COMMIT, WAIT, PROXY_FENCE, PRODUCT_FENCE, ASYNC_PRODUCT, ATOMIC
+    ELECT, STORE_MATRIX, REDUCE,
+    /* Where a block is executed as a whole: blocks.c, atomics.c, and tensors.c. */
+    RETURN, BARRIER, COMMIT, WAIT, PROXY_FENCE, PRODUCT_FENCE, ASYNC_PRODUCT, ATOMIC,
+    MBARRIER_INIT, MBARRIER_INVAL, MBARRIER_ARRIVE, MBARRIER_WAIT, LOAD_BOX, STORE_BOX,
+    BULK_COMMIT, BULK_WAIT, MAP_REPLACE, MAP_PUBLISH, MAP_ACQUIRE
 };
 /* The numbers of an instruction, as in `counters.Column`. */
 enum {
@@ -121,6 +125,8 @@ typedef struct Warp {
     int64_t count;    /* of the warp's instructions */
     int64_t stores;   /* to global memory */
     int32_t pc, block, index, knows_others, load_name, store_name, atomic_name;
+    int32_t load_box_name, store_box_name, fence_name;
+    int32_t elected; /* the thread that `elect` chooses */
     uint32_t active;
     uint32_t *fence;       /* the versions of the registers at the last wgmma.fence, or null */
     struct Runner *runner; /* of the block, if it is executed as a whole */
@@ -603,7 +609,7 @@ static const Entry ENTRIES[] = {
     HALVES_OF(f16), HALVES_OF(bf16),
     {"mov.pred", mov_8, {1, 1}}, {"and.pred", and_8, {1, 1, 1}}, {"or.pred", or_8, {1, 1, 1}},
     {"xor.pred", xor_8, {1, 1, 1}}, {"not.pred", not_8, {1, 1}},
-    {"cvta.to.global.u64", mov_64, {8, 8}}, {"cvta.global.u64", mov_64, {8, 8}},
+    {"cvta.param.u64", mov_64, {8, 8}}, {"cvta.to.global.u64", mov_64, {8, 8}}, {"cvta.global.u64", mov_64, {8, 8}},
     {"mul.wide.s16", wide_s16, {4, 2, 2}}, {"mul.wide.u16", wide_u16, {4, 2, 2}},
     {"mul.wide.s32", wide_s32, {8, 4, 4}}, {"mul.wide.u32", wide_u32, {8, 4, 4}},
     {"mad.wide.s32", mad_wide_s32, {8, 4, 4, 8}}, {"mad.wide.u32", mad_wide_u32, {8, 4, 4, 8}},
@@ -883,94 +889,135 @@ static inline int all_given(const int32_t *events, int64_t first, int64_t end)
     return any == GIVEN;
 }
 
-/* `memory.Space._read` without a fault, in two halves: whether it has none, and what it changes.
-   `fenced` are the times of what the warp knew at its last fence between the proxies, or null. */
+/* Whether the warp knows who has written the units from the first one up to the end. `fenced` are
+   the times of what it knew at its last fence between the proxies, or null. */
+static int knows_writers(const Warp *w, const Allocation *place, int64_t first, int64_t end,
+                         const int32_t *fenced)
+{
+    const Events *events = w->events;
+    for (int64_t k = first; k < end; k++) {
+        const int32_t writer = place->writes[k];
+        if (writer == GIVEN)
+            continue;
+        if (knows(w, writer) != 1)
+            return 0;
+        if (fenced && events->blocks[writer] == w->block &&
+            events->times[writer] > fenced[events->agents[writer]])
+            return 0;
+    }
+    return 1;
+}
+
+/* `memory.Space._read` without a fault, in two halves: whether it has none, and what it changes. */
+static int may_read_units(const Warp *w, Allocation *place, int64_t first, int64_t end,
+                          const int32_t *fenced)
+{
+    if (!all_given(place->writes, first, end) && !knows_writers(w, place, first, end, fenced))
+        return 0;
+    if (all_given(place->reads, first, end))
+        return 1;
+    for (int64_t k = first; k < end; k++) {
+        const int known = knows(w, place->reads[k]);
+        if (known == 1)
+            continue;
+        if (known == 0 && !place->others)
+            place->others = place->spare;
+        if (known < 0 || !place->others || knows(w, place->others[k]) < 0)
+            return 0;
+    }
+    return 1;
+}
+
 static int may_read(const Warp *w, Allocation *place, const int64_t *offsets, int64_t count,
                     int width, const int32_t *fenced)
 {
-    const Events *events = w->events;
     for (int64_t n = 0; n < count;) {
         const int64_t first = offsets[n] / place->unit;
         n = end_of_run(offsets, n, count, width);
         const int64_t end = (offsets[n - 1] + width) / place->unit;
-        if (all_given(place->writes, first, end) && all_given(place->reads, first, end))
-            continue;
-        for (int64_t k = first; k < end; k++) {
-            const int32_t writer = place->writes[k];
-            if (writer != GIVEN) {
-                if (knows(w, writer) != 1)
-                    return 0;
-                if (fenced && events->blocks[writer] == w->block &&
-                    events->times[writer] > fenced[events->agents[writer]])
-                    return 0;
-            }
-            const int known = knows(w, place->reads[k]);
-            if (known == 1)
-                continue;
-            if (known == 0 && !place->others)
-                place->others = place->spare;
-            if (known < 0 || !place->others || knows(w, place->others[k]) < 0)
-                return 0;
-        }
+        if (!may_read_units(w, place, first, end, fenced))
+            return 0;
     }
     return 1;
+}
+
+static void note_read_units(const Warp *w, const Allocation *place, int64_t first, int64_t end,
+                            int32_t event)
+{
+    if (place->others && !all_given(place->reads, first, end)) {
+        keep(w, place, place->others + first, 4 * (end - first));
+        for (int64_t k = first; k < end; k++)
+            if (!knows(w, place->reads[k]) && knows(w, place->others[k]))
+                place->others[k] = place->reads[k];
+    }
+    keep(w, place, place->reads + first, 4 * (end - first));
+    for (int64_t k = first; k < end; k++)
+        place->reads[k] = event;
 }
 
 static void note_read(const Warp *w, const Allocation *place, const int64_t *offsets,
                       int64_t count, int width, int32_t event)
 {
-    const int units = width / place->unit;
-    if (place->others)
-        for (int64_t n = 0; n < count; n++) {
-            const int64_t first = offsets[n] / place->unit;
-            keep(w, place, place->others + first, 4 * units);
-            for (int64_t k = first; k < first + units; k++)
-                if (!knows(w, place->reads[k]) && knows(w, place->others[k]))
-                    place->others[k] = place->reads[k];
-        }
     for (int64_t n = 0; n < count;) {
         const int64_t first = offsets[n] / place->unit;
         n = end_of_run(offsets, n, count, width);
-        const int64_t end = (offsets[n - 1] + width) / place->unit;
-        keep(w, place, place->reads + first, 4 * (end - first));
-        for (int64_t k = first; k < end; k++)
-            place->reads[k] = event;
+        note_read_units(w, place, first, (offsets[n - 1] + width) / place->unit, event);
     }
 }
 
 /* `memory.Space._write` without a fault, in two halves, too. */
-static int hits_barrier(const Access *at, int width)
+static int hits_barrier(const Allocation *place, int64_t first, int64_t end)
 {
-    const Allocation *place = at->place;
     for (int n = 0; n < place->barrier_count; n++)
-        if (at->least <= place->barriers[n] + 7 && place->barriers[n] < at->most + width)
+        if (first <= place->barriers[n] + 7 && place->barriers[n] < end)
             return 1;
     return 0;
+}
+
+static int may_write_units(const Warp *w, const Allocation *place, int64_t first, int64_t end)
+{
+    if (all_given(place->writes, first, end) && all_given(place->reads, first, end) &&
+        (!place->others || all_given(place->others, first, end)))
+        return 1;
+    for (int64_t k = first; k < end; k++) {
+        const int32_t writer = place->writes[k];
+        if (writer != UNWRITTEN && knows(w, writer) != 1)
+            return 0;
+        if (knows(w, place->reads[k]) != 1)
+            return 0;
+        if (place->others && knows(w, place->others[k]) != 1)
+            return 0;
+    }
+    return 1;
 }
 
 static int may_write(const Warp *w, const Access *at, int width)
 {
     const Allocation *place = at->place;
-    if (hits_barrier(at, width))
+    if (hits_barrier(place, at->least, at->most + width))
         return 0;
     for (int64_t n = 0; n < at->count;) {
         const int64_t first = at->offsets[n] / place->unit;
         n = end_of_run(at->offsets, n, at->count, width);
-        const int64_t end = (at->offsets[n - 1] + width) / place->unit;
-        if (all_given(place->writes, first, end) && all_given(place->reads, first, end) &&
-            (!place->others || all_given(place->others, first, end)))
-            continue;
-        for (int64_t k = first; k < end; k++) {
-            const int32_t writer = place->writes[k];
-            if (writer != UNWRITTEN && knows(w, writer) != 1)
-                return 0;
-            if (knows(w, place->reads[k]) != 1)
-                return 0;
-            if (place->others && knows(w, place->others[k]) != 1)
-                return 0;
-        }
+        if (!may_write_units(w, place, first, (at->offsets[n - 1] + width) / place->unit))
+            return 0;
     }
     return 1;
+}
+
+static void note_write_units(const Warp *w, const Allocation *place, int64_t first, int64_t end,
+                             int32_t event)
+{
+    const int64_t bytes = 4 * (end - first);
+    keep(w, place, place->writes + first, bytes);
+    keep(w, place, place->reads + first, bytes);
+    for (int64_t k = first; k < end; k++)
+        place->writes[k] = event;
+    memset(place->reads + first, 0, (size_t)bytes);
+    if (place->others) {
+        keep(w, place, place->others + first, bytes);
+        memset(place->others + first, 0, (size_t)bytes);
+    }
 }
 
 static void note_write(const Warp *w, const Access *at, int width, int32_t event)
@@ -979,16 +1026,7 @@ static void note_write(const Warp *w, const Access *at, int width, int32_t event
     for (int64_t n = 0; n < at->count;) {
         const int64_t first = at->offsets[n] / place->unit;
         n = end_of_run(at->offsets, n, at->count, width);
-        const int64_t end = (at->offsets[n - 1] + width) / place->unit;
-        keep(w, place, place->writes + first, 4 * (end - first));
-        keep(w, place, place->reads + first, 4 * (end - first));
-        for (int64_t k = first; k < end; k++)
-            place->writes[k] = event;
-        memset(place->reads + first, 0, (size_t)(end - first) * 4);
-        if (place->others) {
-            keep(w, place, place->others + first, 4 * (end - first));
-            memset(place->others + first, 0, (size_t)(end - first) * 4);
-        }
+        note_write_units(w, place, first, (at->offsets[n - 1] + width) / place->unit, event);
     }
 }
 
@@ -1049,7 +1087,7 @@ static void count_global(const Warp *w, const Instruction *i, const Access *at, 
     }
     row[REQUESTS]++;
     row[BYTES] += (int64_t)at->count * width;
-    row[SECTORS] += distinct(sectors, at->count);
+    row[SECTORS] += (int64_t)distinct(sectors, at->count) * ((width + 31) / 32);
     row[LEAST_SECTORS] += ((int64_t)distinct(at->offsets, at->count) * width + 31) / 32;
 }
 
@@ -1142,9 +1180,36 @@ static int load(Warp *w, const Instruction *i, uint32_t mask)
     return BUDGET;
 }
 
+/* Store the values of threads, `width` bytes each. */
+static int store_values(Warp *w, const Instruction *i, const Access *at,
+                        uint8_t (*values)[MOST_STORED], int width)
+{
+    for (int k = 1; k < at->count; k++) {
+        if (at->offsets[k] > at->offsets[k - 1])
+            continue;
+        for (int n = 0; n < k; n++)
+            if (at->offsets[n] == at->offsets[k] && memcmp(values[n], values[k], (size_t)width))
+                return PYTHON;
+    }
+    if (!may_write(w, at, width))
+        return PYTHON;
+    note_write(w, at, width,
+               add_event(w, i->line, w->store_name, w->index, w->times[w->index]));
+    for (int64_t k = 0; k < at->count && w->undo;) {
+        const int64_t first = k;
+        k = end_of_run(at->offsets, k, at->count, width);
+        keep(w, at->place, at->place->data + at->offsets[first], (k - first) * width);
+    }
+    for (int k = 0; k < at->count; k++)
+        memcpy(at->place->data + at->offsets[k], values[k], (size_t)width);
+    count_access(w, i, at, width);
+    w->stores += i->space == 0;
+    return BUDGET;
+}
+
 static int store(Warp *w, const Instruction *i, uint32_t mask)
 {
-    _Alignas(64) uint8_t values[LANES][16 * 8];
+    _Alignas(64) uint8_t values[LANES][MOST_STORED];
     Access at;
     const int count = i->sources - 1, width = i->width * count;
     if (!locate(w, i, mask, width, LANES, &at))
@@ -1159,27 +1224,7 @@ static int store(Warp *w, const Instruction *i, uint32_t mask)
             for (int k = 0; k < at.count; k++)
                 memcpy(values[k] + n * i->width, from + at.lanes[k] * wide, i->width);
     }
-    for (int k = 1; k < at.count; k++) {
-        if (at.offsets[k] > at.offsets[k - 1])
-            continue;
-        for (int n = 0; n < k; n++)
-            if (at.offsets[n] == at.offsets[k] && memcmp(values[n], values[k], (size_t)width))
-                return PYTHON;
-    }
-    if (!may_write(w, &at, width))
-        return PYTHON;
-    note_write(w, &at, width,
-               add_event(w, i->line, w->store_name, w->index, w->times[w->index]));
-    for (int64_t k = 0; k < at.count && w->undo;) {
-        const int64_t first = k;
-        k = end_of_run(at.offsets, k, at.count, width);
-        keep(w, at.place, at.place->data + at.offsets[first], (k - first) * width);
-    }
-    for (int k = 0; k < at.count; k++)
-        memcpy(at.place->data + at.offsets[k], values[k], (size_t)width);
-    count_access(w, i, &at, width);
-    w->stores += i->space == 0;
-    return BUDGET;
+    return store_values(w, i, &at, values, width);
 }
 
 /* ldmatrix: lane 8 n + r has the address of row r of the n-th matrix of 8 × 8 halves. */
@@ -1200,6 +1245,55 @@ static int load_matrix(Warp *w, const Instruction *i)
         put(w, i->to[n], result, ALL);
     }
     return BUDGET;
+}
+
+/* stmatrix: the same addresses; a thread has two halves of each matrix. */
+static int store_matrix(Warp *w, const Instruction *i)
+{
+    uint8_t values[LANES][MOST_STORED];
+    Access at;
+    const int count = i->sources - 1;
+    if (!locate(w, i, ALL, 16, 8 * count, &at))
+        return PYTHON;
+    for (int n = 0; n < count; n++) {
+        const uint8_t *from = row(w, i->from[n + 1]);
+        for (int k = 0; k < LANES * 2; k++) {
+            const int r = i->transposed ? k % 8 : k / 8, column = i->transposed ? k / 8 : k % 8;
+            memcpy(values[8 * n + r] + 2 * column, from + 2 * k, 2);
+        }
+    }
+    return store_values(w, i, &at, values, 16);
+}
+
+/* redux.sync: the integers of all threads together. */
+static void reduce(Warp *w, const Instruction *i)
+{
+    _Alignas(64) uint32_t result[LANES];
+    uint8_t each[ROW];
+    const uint32_t *from = (void *)row(w, i->from[0]);
+    uint32_t total[LANES] = {from[0]}, next[LANES] = {0};
+    for (int n = 1; n < LANES; n++) {
+        next[0] = from[n];
+        i->function(each, total, next, 0);
+        memcpy(total, each, 4);
+    }
+    for (int n = 0; n < LANES; n++)
+        result[n] = total[0];
+    put(w, i->to[0], result, ALL);
+}
+
+/* elect.sync: a thread is chosen, the same one each time. */
+static void elect(Warp *w, const Instruction *i)
+{
+    uint32_t chosen[LANES];
+    uint8_t is_chosen[LANES];
+    for (int n = 0; n < LANES; n++) {
+        chosen[n] = (uint32_t)w->elected;
+        is_chosen[n] = n == w->elected;
+    }
+    if (i->to[0] >= 0)
+        put(w, i->to[0], chosen, ALL);
+    put(w, i->to[1], is_chosen, ALL);
 }
 
 /* mma.sync.m16n8k16 of halves: D = A·B + C in float64, rounded once. */
@@ -1368,38 +1462,51 @@ int read_many(Warp *w, Space *space, const int64_t *addresses, int64_t count, in
     return 1;
 }
 
+/* The formats of operands, as `native.KINDS` numbers them, and the bytes of a number. */
+enum { BF16, F16, TF32, S8, U8, E4M3, E5M2 };
+
+static inline int bytes_of(int kind) { return kind == TF32 ? 4 : kind < TF32 ? 2 : 1; }
+
+static inline double number(const uint8_t *from, int kind)
+{
+    uint32_t bits = 0;
+    float value;
+    memcpy(&bits, from, (size_t)bytes_of(kind));
+    switch (kind) {
+    case BF16: return of_bf16((uint16_t)bits);
+    case F16: return of_f16((uint16_t)bits);
+    case TF32: /* the last 13 bits are ignored */
+        bits &= 0xFFFFE000u;
+        memcpy(&value, &bits, 4);
+        return value;
+    case S8: return (int8_t)bits;
+    case U8: return bits;
+    case E4M3: /* a half has one more bit of the exponent, whose bias is larger by 8 */
+        if ((bits & 127) == 127)
+            return NAN;
+        return 256.0 * of_f16((uint16_t)((bits & 128) << 8 | (bits & 127) << 7));
+    default: return of_f16((uint16_t)(bits << 8));
+    }
+}
+
 /* The numbers of an operand of wgmma, from its chunks of 16 bytes: `tensor_cores.Matrix.read`. */
 int decode_matrix(double *to, Space *space, const int64_t *addresses, int64_t rows, int by_rows,
                   int kind)
 {
     const Allocation *place = find(space, (uint64_t)addresses[0]);
-    if (!place)
+    const int width = bytes_of(kind), of_chunk = 16 / width;
+    if (!place || (!by_rows && width != 2))
         return 0;
-    const int of_row = kind == 2 ? 8 : 16; /* tf32, or halves */
     for (int64_t n = 0; n < 2 * rows; n++) {
         const uint64_t address = (uint64_t)addresses[n];
         if (address < place->start || address + 16 > place->end)
             return 0;
         const uint8_t *from = place->data + (address - place->base);
-        for (int k = 0; k < 16 / (kind == 2 ? 4 : 2); k++) {
-            double value;
-            if (kind == 2) {
-                uint32_t bits;
-                float number;
-                memcpy(&bits, from + 4 * k, 4);
-                bits &= 0xFFFFE000u;
-                memcpy(&number, &bits, 4);
-                value = number;
-            } else {
-                uint16_t bits;
-                memcpy(&bits, from + 2 * k, 2);
-                value = kind ? of_f16(bits) : of_bf16(bits);
-            }
+        for (int k = 0; k < of_chunk; k++)
             if (by_rows)
-                to[n / 2 * of_row + n % 2 * (of_row / 2) + k] = value;
+                to[n * of_chunk + k] = number(from + k * width, kind);
             else /* a chunk has 8 rows of a column */
-                to[(n / 16 * 8 + k) * 16 + n % 16] = value;
-        }
+                to[(n / 16 * 8 + k) * 16 + n % 16] = number(from + k * width, kind);
     }
     return 1;
 }
@@ -1443,6 +1550,9 @@ int run(Warp *w, int64_t budget, int32_t limit)
             case LOAD: left = load(w, i, mask); break;
             case STORE: left = store(w, i, mask); break;
             case LOAD_MATRIX: left = load_matrix(w, i); break;
+            case STORE_MATRIX: left = store_matrix(w, i); break;
+            case ELECT: elect(w, i); break;
+            case REDUCE: reduce(w, i); break;
             case PRODUCT: product(w, i); break;
             case COPY: left = copy(w, i, mask); break;
             case NOTHING: break;

@@ -82,6 +82,7 @@ def _mirror(place: Allocation) -> Allocation:
     made.writes, made.reads = place.writes.copy(), place.reads.copy()
     made.others = None if place.others is None else place.others.copy()
     made.touched = np.zeros_like(place.touched)
+    made.published, made.acquired = set(place.published), dict(place.acquired)
     return made
 
 
@@ -134,6 +135,7 @@ def run_on_all_cores(
         _add(gpu, core)
         for place, mine in zip(places, core.gpu.space.allocations, strict=True):
             place.touched |= mine.touched
+            place.published |= mine.published
     return True
 
 

@@ -35,11 +35,11 @@ from triton.compiler import CompiledKernel
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.driver import driver as active_driver
 
-from torchpar.ptx import gpu, tensors
+from torchpar.ptx import gpu
 from torchpar.ptx.limits import Limits
 from torchpar.ptx.machine import SCHEDULES, Schedule
 from torchpar.ptx.memory import GIVEN, LARGEST_UNIT, UNWRITTEN, Allocation, Space
-from torchpar.ptx.native import cache_folder, writable
+from torchpar.ptx.native import FIELDS, cache_folder, writable
 from torchpar.ptx.parse import PtxError
 from torchpar.ptx.report import Fault, Kind, Launch, Report, moved
 from torchpar.ptx.trace import Trace
@@ -537,7 +537,7 @@ def _tensormap(emulator: Emulator, name: str, descriptor: Any, meta: Any) -> int
     raw = bytearray(128)
 
     def put(field: str, values: Sequence[int]) -> None:
-        start, kind = tensors.FIELDS[field]
+        start, kind = FIELDS[field]
         size = int(kind[1:]) // 8
         for n, value in enumerate(values):
             raw[start + n * size : start + (n + 1) * size] = int(value).to_bytes(size, "little")

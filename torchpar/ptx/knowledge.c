@@ -6,7 +6,8 @@
 
 #include "core.c"
 
-enum { BARRIERS = 16, MOST_WARPS = 64, MOST_ELEMENTS = 4, SPINS = 4 };
+enum { BARRIERS = 16, MOST_WARPS = 64, MOST_ELEMENTS = 4, SPINS = 4, MOST_MBARRIERS = 64 };
+enum { MOST_BOX_BYTES = 232448 }; /* what a block may have of shared memory */
 enum { OF_COPIES, OF_PRODUCTS }; /* families of groups */
 
 /* An asynchronous operation: a group of cp.async, or a wgmma. */
@@ -22,6 +23,35 @@ typedef struct {
     int32_t count, operation_capacity, groups, group_capacity, first_group, first;
 } Family;
 
+/* What is known at an mbarrier, by agent: by those that have arrived in the present phase, and in
+   those that have ended. */
+enum { TIMES, FENCED, ENDED, PARTS = 4 };
+
+typedef struct {
+    int64_t offset, bytes; /* that are missing */
+    int32_t pending, count, phase;
+    int32_t is_live, has_parts, is_loading; /* boxes that nobody has waited for */
+    int32_t *parts;                         /* `PARTS` arrays */
+    Known *known[2];                        /* of other blocks */
+} Mbarrier;
+
+/* A tensormap in global memory; `acquired` is the event of the last fence, or -1. */
+typedef struct {
+    const Allocation *place;
+    int64_t row; /* of 128 bytes */
+    int32_t published, acquired;
+} Tensormap;
+
+/* A bulk copy to global memory, of a thread's group. */
+typedef struct {
+    int32_t lane, group, agent;
+} Bulk;
+
+/* Bytes side by side of a box: where they lie in global memory, and in the box. */
+typedef struct {
+    int64_t offset, bytes, start;
+} Stretch;
+
 typedef struct {
     Family families[2];
     Copies copies;     /* the open group */
@@ -30,7 +60,10 @@ typedef struct {
     int32_t has_fence;
     uint32_t *fence_versions; /* of the registers, at the last wgmma.fence */
     int32_t *owners;          /* of a register: the operation that will write it */
-    int32_t done, waiting;
+    int32_t done, waiting, mbarrier, parity; /* for which mbarrier it waits, or -1 */
+    Bulk *bulk;
+    int64_t bulk_count, bulk_capacity;
+    int32_t committed[LANES], deleted[LANES]; /* groups of bulk copies */
 } State;
 
 /* A row of the registers that holds a coordinate of the block's position. */
@@ -87,6 +120,13 @@ typedef struct Runner {
     int32_t spins;
     Found *found; /* by warp and atomic */
     Releases releases;
+    Tensormap *maps, *maps_before;
+    int64_t map_count, map_capacity, map_count_before;
+    Stretch *runs;
+    int64_t run_count;
+    uint8_t *box;
+    Mbarrier mbarriers[MOST_MBARRIERS];
+    int64_t places[MOST_MBARRIERS]; /* of those that live */
 } Runner;
 
 /* What warps know of their block. */
@@ -110,6 +150,17 @@ static void grow_agents(Runner *r)
         free(*both[k]);
         *both[k] = made;
     }
+    for (int n = 0; n < MOST_MBARRIERS; n++)
+        if (r->mbarriers[n].parts) {
+            int32_t *made = calloc(PARTS * (size_t)after, 4);
+            if (!made)
+                abort();
+            for (int k = 0; k < PARTS; k++)
+                memcpy(made + (int64_t)k * after, r->mbarriers[n].parts + (int64_t)k * before,
+                       4 * (size_t)before);
+            free(r->mbarriers[n].parts);
+            r->mbarriers[n].parts = made;
+        }
     r->capacity = after;
     set_knowledge(r);
 }

@@ -44,7 +44,8 @@ if TYPE_CHECKING:
     from torchpar.ptx.memory import Allocation, Events, Space
 
 SOURCES = tuple(
-    Path(__file__).with_name(f"{name}.c") for name in ("blocks", "atomics", "knowledge", "core")
+    Path(__file__).with_name(f"{name}.c")
+    for name in ("blocks", "tensors", "atomics", "knowledge", "core")
 )
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC")
 ROW, OPERANDS, ALL_LANES, NO_LIMIT = 256, 16, 2**32 - 1, 2**31 - 1
@@ -61,6 +62,9 @@ BUDGET, PYTHON, GROW, REACHED = range(4)  # why `run` returns
     PRODUCT,
     NOTHING,
     COPY,
+    ELECT,
+    STORE_MATRIX,
+    REDUCE,
     RETURN,
     BARRIER,
     COMMIT,
@@ -69,11 +73,54 @@ BUDGET, PYTHON, GROW, REACHED = range(4)  # why `run` returns
     PRODUCT_FENCE,
     ASYNC_PRODUCT,
     ATOMIC,
-) = range(19)
+    MBARRIER_INIT,
+    MBARRIER_INVAL,
+    MBARRIER_ARRIVE,
+    MBARRIER_WAIT,
+    LOAD_BOX,
+    STORE_BOX,
+    BULK_COMMIT,
+    BULK_WAIT,
+    MAP_REPLACE,
+    MAP_PUBLISH,
+    MAP_ACQUIRE,
+) = range(33)
+SHARED_KINDS = (LOAD, STORE, ATOMIC, MBARRIER_INIT, MAP_REPLACE)  # of which some take few bytes
 OF_COPIES, OF_PRODUCTS = range(2)  # families of groups
 MOST_ELEMENTS = 4  # of an atomic
 IN_ROW, IN_LIST = 1, 2
-KINDS = {"bf16": 0, "f16": 1, "tf32": 2}  # of operands
+# The fields of a tensormap, of 128 bytes. NVIDIA documents the fields and not their places: these
+# are ours. tensors.c reads them.
+MAP_BYTES = 128
+FIELDS = {
+    "global_address": (0, "b64"),
+    "rank": (8, "b32"),  # less one
+    "box_dim": (12, "b32"),
+    "global_dim": (32, "b32"),
+    "element_stride": (52, "b32"),
+    "global_stride": (72, "b64"),
+    "elemtype": (104, "b32"),
+    "interleave_layout": (108, "b32"),
+    "swizzle_mode": (112, "b32"),
+    "fill_mode": (116, "b32"),
+}
+PUBLICATION = (
+    "tensormap.cp_fenceproxy.global.shared::cta.tensormap::generic.release.gpu.sync.aligned"
+)
+LOADED = "cp.async.bulk.tensor.{}.shared::{}.global.mbarrier::complete_tx::bytes"
+STORED = "cp.async.bulk.tensor.{}.global.shared::cta.bulk_group"
+MBARRIERS = {
+    "mbarrier.init": MBARRIER_INIT,
+    "mbarrier.inval": MBARRIER_INVAL,
+    "mbarrier.arrive": MBARRIER_ARRIVE,
+    "mbarrier.arrive.expect_tx": MBARRIER_ARRIVE,
+    "mbarrier.try_wait.parity": MBARRIER_WAIT,
+}
+# Instructions that change no result
+HINTS = ("setmaxnreg", "nanosleep", "griddepcontrol", "prefetch", "discard")
+# Of operands of wgmma, and the bytes of a number
+KINDS = {"bf16": 0, "f16": 1, "tf32": 2, "s8": 3, "u8": 4, "e4m3": 5, "e5m2": 6}
+KIND_BYTES = {kind: 4 if kind == "tf32" else 2 if "f16" in kind else 1 for kind in KINDS}
 SPACES = {"global": 0, "shared": 1, "local": 2}
 
 
@@ -131,6 +178,8 @@ class _Warp(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("count", "stores")),
         *((name, ctypes.c_int32) for name in ("pc", "block", "index", "knows_others")),
         *((name, ctypes.c_int32) for name in ("load_name", "store_name", "atomic_name")),
+        *((name, ctypes.c_int32) for name in ("load_box_name", "store_box_name", "fence_name")),
+        ("elected", ctypes.c_int32),
         ("active", ctypes.c_uint32),
         *((name, ctypes.c_void_p) for name in ("fence", "runner", "undo", "foreign")),
     )
@@ -178,6 +227,11 @@ def library() -> ctypes.CDLL | None:
     core.free_runner.argtypes = core.clear_releases.argtypes = (ctypes.c_void_p,)
     core.add_times.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
     core.add_times.restype = ctypes.c_void_p
+    core.add_map.argtypes = (
+        *(ctypes.c_void_p for _ in range(2)),
+        ctypes.c_int64,
+        *(ctypes.c_int32 for _ in range(2)),
+    )
     core.add_release.argtypes = (
         ctypes.c_void_p,
         ctypes.c_uint64,
@@ -311,9 +365,16 @@ def _build(compiler: list[str], path: Path) -> Path:
     return kept
 
 
+def elected(completion: str, warp: int) -> int:
+    """Return the thread that `elect` chooses: the PTX ISA leaves it open."""
+    return {"early": 0, "late": 31}.get(completion, 7 * warp % 32)
+
+
 def _thread_bytes(code: _Instruction) -> int:
     """Return how many bytes of memory a thread accesses at least at once."""
-    if code.kind == ATOMIC:
+    if code.kind == MBARRIER_INIT:
+        return 8
+    if code.kind in (ATOMIC, MAP_REPLACE):
         return int(code.width)
     return int(code.width * (code.results if code.kind == LOAD else code.sources - 1))
 
@@ -340,7 +401,7 @@ class Program:
             (
                 _thread_bytes(code)
                 for code in self.instructions
-                if code.kind in (LOAD, STORE, ATOMIC) and code.space == SPACES["shared"]
+                if code.kind in SHARED_KINDS and code.space == SPACES["shared"]
             ),
             default=LARGEST_UNIT,
         )
@@ -401,7 +462,7 @@ class Program:
         encode = self.ENCODERS.get(i.parts[0], Program._elementwise)
         try:
             kind = encode(self, code, i)
-        except LookupError:
+        except (LookupError, ValueError):  # another number of operands, too
             return
         code.kind = kind
 
@@ -466,7 +527,11 @@ class Program:
         if i.parts[1] == "param":
             if not isinstance(source.base, Symbol) or len(i.parts) != 3:
                 raise LookupError
-            name = f"mov.b{8 * DTYPES[i.parts[2]].itemsize}"
+            dtype, own = DTYPES[i.parts[2]], DTYPES[to.kind]
+            name = f"mov.b{8 * dtype.itemsize}"
+            if dtype.itemsize < own.itemsize:  # it is extended
+                sign = "s" if dtype.kind == "i" else "u"
+                name = f"cvt.{sign}{8 * own.itemsize}.{sign}{8 * dtype.itemsize}"
             return self._apply(code, name, [to, source.base])
         self._access(code, i, len(flat(to)))
         results = [-1 if one == Symbol("_") else one.index for one in flat(to)]
@@ -522,6 +587,32 @@ class Program:
         code.space, code.transposed = SPACES["shared"], "trans" in i.parts
         return LOAD_MATRIX
 
+    def _store_matrix(self, code: _Instruction, i: Instruction) -> int:
+        to, source = i.operands
+        values = [self._row(one, 4) for one in flat(source)]
+        self._operands(code, [], [self._base(code, to), *values])
+        code.space, code.transposed = SPACES["shared"], "trans" in i.parts
+        return STORE_MATRIX
+
+    def _elect(self, code: _Instruction, i: Instruction) -> int:
+        lane, chosen, members = i.operands
+        if members != Constant(-1):
+            raise LookupError
+        self._operands(code, [self._result(lane, 4), self._row(chosen, 1)], [])
+        return ELECT
+
+    def _reduce(self, code: _Instruction, i: Instruction) -> int:
+        name, kind = i.parts[2:]
+        to, source, members = i.operands
+        if members != Constant(-1) or kind not in ("s32", "u32", "b32"):
+            raise LookupError
+        entry = self.core.entry_of(f"{name}.{kind}".encode(), (ctypes.c_uint8 * 4)())
+        if entry < 0:
+            raise LookupError
+        code.function = self.core.function_of(entry)
+        self._operands(code, [self._row(to, 4)], [self._row(source, 4)])
+        return REDUCE
+
     def _product(self, code: _Instruction, i: Instruction) -> int:
         if i.parts[3:] not in (
             ["m16n8k16", "row", "col", "f32", kind, kind, "f32"] for kind in ("f16", "bf16")
@@ -557,10 +648,95 @@ class Program:
         code.offset = count.bits
         return WAIT
 
-    def _proxy_fence(self, code: _Instruction, i: Instruction) -> int:
-        if i.opcode != "fence.proxy.async.shared::cta":
+    def _fence(self, code: _Instruction, i: Instruction) -> int:
+        if i.opcode.startswith("fence.mbarrier_init"):
+            return NOTHING
+        if i.opcode == "fence.proxy.async.shared::cta":
+            return PROXY_FENCE
+        if i.opcode != "fence.proxy.tensormap::generic.acquire.gpu":
             raise LookupError
-        return PROXY_FENCE
+        address, size = i.operands
+        if size != Constant(MAP_BYTES):
+            raise LookupError
+        self._operands(code, [], [self._base(code, address)])
+        return MAP_ACQUIRE
+
+    def _mbarrier(self, code: _Instruction, i: Instruction) -> int:
+        name = i.opcode.removesuffix(".shared.b64").removesuffix(".shared::cta.b64")
+        kind, given = MBARRIERS[name], list(i.operands)
+        code.space, code.mode = SPACES["shared"], name == "mbarrier.arrive.expect_tx"
+        results = []
+        if kind == MBARRIER_WAIT:
+            results.append(self._row(given.pop(0), 1))
+        if kind == MBARRIER_ARRIVE and given.pop(0) != Symbol("_"):
+            raise LookupError
+        address, *counts = given
+        if len(counts) > 1:
+            raise LookupError
+        sources = [self._base(code, address), *(self._row(one, 4) for one in counts)]
+        self._operands(code, results, sources)
+        return kind
+
+    def _tensormap(self, code: _Instruction, i: Instruction) -> int:
+        """``replace`` and ``cp_fenceproxy``."""
+        to, *given = i.operands
+        code.space = SPACES["shared"]
+        if i.parts[1] == "cp_fenceproxy":
+            source, size = given
+            if i.opcode != PUBLICATION or size != Constant(MAP_BYTES):
+                raise LookupError
+            self._operands(code, [], self._bases(code, to, source))
+            return MAP_PUBLISH
+        start, kind = FIELDS[i.parts[3]]
+        *ordinal, value = given
+        if i.parts[:3] != ["tensormap", "replace", "tile"] or i.parts[4:] != [
+            "shared::cta",
+            "b1024",
+            kind,
+        ]:
+            raise LookupError
+        code.width = DTYPES[kind].itemsize
+        start += ordinal[0].bits * code.width if ordinal else 0
+        self._operands(code, [], [self._base(code, to), self._row(value, code.width)])
+        code.second_offset = code.offset + start
+        return MAP_REPLACE
+
+    def _box(self, code: _Instruction, i: Instruction) -> int:
+        """Bulk copies of boxes, and their groups."""
+        if i.parts[3:4] == ["commit_group"]:
+            return BULK_COMMIT
+        if i.parts[3:4] == ["wait_group"]:
+            (count,) = i.operands
+            if not isinstance(count, Constant):
+                raise LookupError
+            code.offset, code.mode = count.bits, "read" in i.parts
+            return BULK_WAIT
+        rank = i.parts[4]
+        is_store = i.opcode == STORED.format(rank)
+        if not is_store and i.opcode not in [
+            LOADED.format(rank, one) for one in ("cta", "cluster")
+        ]:
+            raise LookupError
+        shared, tensor, *barrier = i.operands[::-1] if is_store else i.operands
+        corner = [self._row(one, 4) for one in tensor.coordinates]
+        rows = self._bases(code, shared, Address(tensor.base, tensor.offset, []))
+        counting = rows[0]
+        if not is_store:
+            if barrier[0].offset or not isinstance(barrier[0].base, Register):
+                raise LookupError
+            counting = barrier[0].base.index
+        self._operands(code, [], [*rows, counting, *corner])
+        code.mode = len(corner)
+        return STORE_BOX if is_store else LOAD_BOX
+
+    def _bases(self, code: _Instruction, first: Any, second: Any) -> list[int]:
+        """Return the rows of two addresses, of which ``code`` takes the offsets."""
+        other = self._base(code, second)
+        code.second_offset = code.offset
+        return [self._base(code, first), other]
+
+    def _hint(self, code: _Instruction, i: Instruction) -> int:
+        return NOTHING
 
     def _atomic(self, code: _Instruction, i: Instruction) -> int:
         (name, *vector, kind), order, in_shared = qualifiers(i)
@@ -587,15 +763,21 @@ class Program:
         return -1 if operand == Symbol("_") else self._row(operand, width)
 
     def _async_product(self, code: _Instruction, i: Instruction) -> int:
-        """`wgmma` of halves, with its groups and fences."""
+        """`wgmma`, with its groups and fences."""
         if i.parts[1] == "fence":
             return PRODUCT_FENCE
         if i.parts[1] != "mma_async":
             return self._group(code, i, OF_PRODUCTS)
         shape, sums, kind, b_kind = i.parts[4:]
         to, a, b, accumulate, *signs = i.operands
-        is_known = sums == "f32" and kind == b_kind and kind in ("f16", "bf16")
-        if not is_known or not shape.endswith("k16") or [one.bits for one in signs[:2]] != [1, 1]:
+        width, by_columns = KIND_BYTES[kind], [one.bits for one in signs[2:]]
+        if (
+            sums not in ("f32", "s32")
+            or KIND_BYTES[b_kind] != width
+            or not shape.endswith(f"k{32 // width}")
+            or [one.bits for one in signs[:2]] not in ([1, 1], [])
+            or (width != 2 and any(by_columns))
+        ):
             raise LookupError
         of_a = a if isinstance(a, list) else []
         sources = [self._row(accumulate, 1), self._row(b, 8)]
@@ -605,23 +787,22 @@ class Program:
         table = [self._row(one, 4) for one in (*to, *of_a)]
         self._tables.append((ctypes.c_int32 * len(table))(*table))
         code.table = ctypes.addressof(self._tables[-1])
-        code.results, code.second_offset, code.mode = len(to), len(of_a), kind == "f16"
-        by_columns = [one.bits for one in signs[2:]]
-        code.transposed = by_columns[-1] << 1 | (by_columns[0] if not of_a else 0)
+        code.results, code.second_offset, code.is_signed = len(to), len(of_a), sums == "s32"
+        code.mode, code.width = KINDS[kind], KINDS[b_kind]
+        if by_columns:
+            code.transposed = by_columns[-1] << 1 | (by_columns[0] if not of_a else 0)
         return ASYNC_PRODUCT
 
     def _copy(self, code: _Instruction, i: Instruction) -> int:
+        if i.parts[2:3] == ["bulk"]:
+            return self._box(code, i)
         if i.parts[2:3] in (["commit_group"], ["wait_group"]):
             return self._group(code, i, OF_COPIES)
         kinds = [part.partition("::")[0] for part in i.parts[3:] if part[:2] != "L2"]
         if i.parts[1:3] not in (["async", "cg"], ["async", "ca"]) or kinds != ["shared", "global"]:
             raise LookupError
         to, source, size, *given = i.operands
-        rows = [self._base(code, to)]
-        code.second_offset = code.offset
-        rows.append(self._base(code, source))
-        code.offset, code.second_offset = code.second_offset, code.offset
-        rows += [self._row(one, 4) for one in given]
+        rows = [*self._bases(code, to, source), *(self._row(one, 4) for one in given)]
         code.width = size.bits
         self._operands(code, [], rows)
         return COPY
@@ -640,7 +821,13 @@ class Program:
         "ret": _return,
         "atom": _atomic,
         "red": _atomic,
-        "fence": _proxy_fence,
+        "fence": _fence,
+        "stmatrix": _store_matrix,
+        "elect": _elect,
+        "redux": _reduce,
+        "mbarrier": _mbarrier,
+        "tensormap": _tensormap,
+        **dict.fromkeys(HINTS, _hint),
         "wgmma": _async_product,
     }
 
@@ -751,6 +938,10 @@ class LaunchState:
             struct.load_name = self.events.events.name(f"a load of warp {n}")
             struct.store_name = self.events.events.name(f"a store of warp {n}")
             struct.atomic_name = self.events.events.name(f"an atomic of warp {n}")
+            struct.load_box_name = self.events.events.name(f"a bulk load of warp {n}")
+            struct.store_box_name = self.events.events.name(f"a bulk store of warp {n}")
+            struct.fence_name = self.events.events.name(f"the fence of warp {n}")
+            struct.elected = elected(block.gpu.schedule.completion, n)
 
 
 class EventsView:
@@ -917,7 +1108,7 @@ class WarpState:
         """`tensor_cores.Matrix.read`, or None if the core does not know the kind."""
         if kind not in KINDS or space.view is None:
             return None
-        found = np.empty((rows, 8 if kind == "tf32" else 16))
+        found = np.empty((rows, 32 // KIND_BYTES[kind]))
         done = self.library.decode_matrix(
             found.ctypes.data, space.view.pointer, chunks, rows, by_rows, KINDS[kind]
         )

@@ -13,6 +13,7 @@ import numpy as np
 from torchpar.ptx.atomics import combination
 from torchpar.ptx.copies import Copy, Places
 from torchpar.ptx.machine import Operation, Run, Warp, action, instruction
+from torchpar.ptx.native import FIELDS
 from torchpar.ptx.parse import Instruction, PtxError
 from torchpar.ptx.registers import DTYPES, HALVES, SHARED_BASE, reader, writer
 
@@ -131,20 +132,6 @@ def _count_wait(warp: Warp, barrier: Barrier) -> None:
 
 # Tensors in global memory, and boxes of them in shared memory
 
-# The fields of a tensormap, of 128 bytes. NVIDIA documents the fields and not their places: these
-# are ours.
-FIELDS = {
-    "global_address": (0, "b64"),
-    "rank": (8, "b32"),  # less one
-    "box_dim": (12, "b32"),
-    "global_dim": (32, "b32"),
-    "element_stride": (52, "b32"),
-    "global_stride": (72, "b64"),
-    "elemtype": (104, "b32"),
-    "interleave_layout": (108, "b32"),
-    "swizzle_mode": (112, "b32"),
-    "fill_mode": (116, "b32"),
-}
 # By elemtype; 8 is that of float32 whose subnormal numbers are flushed.
 ELEMENTS = ("u8", "u16", "u32", "s32", "u64", "s64", "f16", "f32", "f32", "f64", "bf16", "f32")
 
