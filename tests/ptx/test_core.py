@@ -316,10 +316,11 @@ def test_products_of_warpgroups(dtype, from_registers):
 
     def run() -> list[tuple[Tensor, ...]]:
         c = torch.zeros(64, 64, dtype=INT32 if dtype == torch.int8 else FLOAT32)
-        multiply_kernel[(2,)](a, b, c, 64, 64, from_registers)
+        multiply_kernel[(1,)](a, b, c, 64, 64, from_registers)
         return [(c,)]
 
     check(run)
+    assert blocks_of_python(run) == 0
 
 
 FEW = ("store without mask", "two programs on one element", "barrier left out")

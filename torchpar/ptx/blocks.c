@@ -187,28 +187,59 @@ static void take_registers(Warp *w, const int32_t *registers, int kind, double *
         for (int k = 0; k < 4; k++)
             memcpy(bytes[n / 4 + k % 2 * 8] + n % 4 * 4 + k / 2 * 16, row(w, registers[k]) + 4 * n,
                    4);
-    const int width = bytes_of(kind), depth = 32 / width;
-    for (int m = 0; m < 16; m++)
-        for (int k = 0; k < depth; k++)
-            to[m * depth + k] = number(bytes[m] + k * width, kind);
+    const int of_chunk = 16 / bytes_of(kind);
+    for (int n = 0; n < 32; n++) {
+        float found[16];
+        numbers(found, bytes[0] + 16 * n, kind);
+        for (int k = 0; k < of_chunk; k++)
+            to[n * of_chunk + k] = found[k];
+    }
 }
 
-/* `tensor_cores.add`: sums of integers wrap. */
-static void add_to_sum(uint8_t *held, double product, int adds, int is_integer)
+typedef double Four __attribute__((vector_size(32)));
+
+static inline Four load_four(const double *from)
 {
-    if (is_integer) {
-        int32_t sum = 0;
-        if (adds)
-            memcpy(&sum, held, 4);
-        sum = (int32_t)((int64_t)product + sum);
-        memcpy(held, &sum, 4);
-        return;
+    Four found;
+    memcpy(&found, from, sizeof found);
+    return found;
+}
+
+/* The products of 4 rows of A and 8 columns of B, of which those of a row lie side by side. Eight
+   sums do not wait for each other. */
+static inline void multiply(double (*to)[256], const double *a, const double *b, int depth)
+{
+    Four left[4], right[4], l0 = {0}, l1 = {0}, l2 = {0}, l3 = {0};
+    Four r0 = {0}, r1 = {0}, r2 = {0}, r3 = {0};
+    for (int k = 0; k < depth; k++) {
+        const Four l = load_four(b + 256 * k), r = load_four(b + 256 * k + 4);
+        l0 += a[k] * l, r0 += a[k] * r;
+        l1 += a[depth + k] * l, r1 += a[depth + k] * r;
+        l2 += a[2 * depth + k] * l, r2 += a[2 * depth + k] * r;
+        l3 += a[3 * depth + k] * l, r3 += a[3 * depth + k] * r;
     }
-    float sum = 0;
-    if (adds)
-        memcpy(&sum, held, 4);
-    sum = (float)(product + sum);
-    memcpy(held, &sum, 4);
+    left[0] = l0, left[1] = l1, left[2] = l2, left[3] = l3;
+    right[0] = r0, right[1] = r1, right[2] = r2, right[3] = r3;
+    for (int m = 0; m < 4; m++) {
+        memcpy(to[m], &left[m], sizeof left[m]);
+        memcpy(to[m] + 4, &right[m], sizeof right[m]);
+    }
+}
+
+/* `tensor_cores.add`: the n-th register of D has two columns of 8 rows; sums of integers wrap. */
+static void add_to_sums(uint8_t *held, double (*products)[256], int n, int adds, int is_integer)
+{
+    int32_t *whole = (int32_t *)held;
+    float *real = (float *)held;
+    for (int m = 0; m < 8; m++) {
+        const double *from = products[n / 2 % 2 * 8 + m] + n / 4 * 8 + n % 2;
+        for (int k = 0; k < 4; k++)
+            if (is_integer)
+                whole[4 * m + k] =
+                    (int32_t)((int64_t)from[2 * k] + (adds ? whole[4 * m + k] : 0));
+            else
+                real[4 * m + k] = (float)(from[2 * k] + (adds ? real[4 * m + k] : 0.0f));
+    }
 }
 
 static int async_product(Warp *w, const Instruction *i)
@@ -243,7 +274,7 @@ static int async_product(Warp *w, const Instruction *i)
     one->product = i;
     const int32_t read = add_event(w, i->line, s->product_name, one->agent, 1);
     add_event(w, i->line, s->product_name, one->agent, 2);
-    double a[16 * 32], b[256 * 32], transposed[32][256], sums[256];
+    double a[16 * 32], b[256 * 32], transposed[32][256], sums[16][256];
     if (!take_matrix(w, i->from[1], 0, columns, !(i->transposed & 2), i->width, read, b))
         return PYTHON;
     if (i->second_offset)
@@ -254,17 +285,11 @@ static int async_product(Warp *w, const Instruction *i)
     for (int n = 0; n < columns; n++)
         for (int k = 0; k < depth; k++)
             transposed[k][n] = b[n * depth + k];
-    for (int m = 0; m < 16; m++) {
-        for (int n = 0; n < columns; n++)
-            sums[n] = 0;
-        for (int k = 0; k < depth; k++)
-            for (int n = 0; n < columns; n++)
-                sums[n] += a[m * depth + k] * transposed[k][n];
-        for (int n = 0; n < columns; n++) {
-            uint8_t *held = row(w, to[n / 8 * 4 + m / 8 * 2 + n % 2]) + m % 8 * 16 + n % 8 / 2 * 4;
-            add_to_sum(held, sums[n], adds, i->is_signed);
-        }
-    }
+    for (int m = 0; m < 16; m += 4)
+        for (int n = 0; n < columns; n += 8)
+            multiply((double(*)[256])(sums[m] + n), a + m * depth, transposed[0] + n, depth);
+    for (int n = 0; n < i->results; n++)
+        add_to_sums(row(w, to[n]), sums, n, adds, i->is_signed);
     for (int n = 0; n < i->results; n++) {
         w->states[to[n]] = PENDING;
         w->versions[to[n]]++;
@@ -352,6 +377,7 @@ static void begin_block(Runner *r, const int32_t *position, int32_t number)
         w->copies = 0;
         w->fence = 0;
         w->foreign = 0;
+        w->coarse = 0;
         s->has_fence = s->done = s->waiting = 0;
         for (int k = 0; k < 2; k++)
             s->families[k].count = s->families[k].groups = s->families[k].first_group =
@@ -386,6 +412,11 @@ static int run_block(Runner *r)
         r->fault_pc = next->pc;
         if (why == GROW)
             return GROW;
+        if (why == PYTHON && next->coarse && next->coarse->touched) {
+            r->coarse = next->coarse;
+            r->finer = next->finer;
+            return REFINE;
+        }
         if (why != STOPPED)
             return PYTHON; /* or an endless loop */
     }
@@ -415,7 +446,8 @@ static void undo(Runner *r)
     free(found);
 }
 
-/* Execute blocks at `positions` until one is left to Python, or the events need more room.
+/* Execute blocks at `positions` until one is left to Python, the events need more room, or a shadow
+   must be finer.
    Return how many have ended. */
 int64_t run_blocks(Runner *r, const int32_t *positions, int64_t count, int32_t number, int *why)
 {

@@ -105,8 +105,8 @@ class _Runner(ctypes.Structure):
         ("arrivals", ctypes.c_int32 * MOST_WARPS * BARRIERS),
         ("undo", native.UndoStruct),
         *((name, ctypes.c_int64) for name in ("executed", "stores")),
-        *((name, ctypes.c_int32) for name in ("fault_pc", "spins")),
-        ("found", ctypes.c_void_p),
+        *((name, ctypes.c_int32) for name in ("fault_pc", "spins", "finer")),
+        *((name, ctypes.c_void_p) for name in ("coarse", "found")),
         ("releases", _Releases),
         *((name, ctypes.c_void_p) for name in ("maps", "maps_before")),
         *((name, ctypes.c_int64) for name in ("map_count", "map_capacity", "map_count_before")),
@@ -149,6 +149,9 @@ class Blocks:
     Args:
         template: a block that has not begun, whose arrays become those of all blocks.
         copies_need_fence: those of `cp.async`, before tensor cores read what was copied.
+
+    Attributes:
+        may_refine: an element of a shadow may become one of fewer bytes.
     """
 
     def __init__(self, template: "Block", copies_need_fence: bool):
@@ -156,7 +159,7 @@ class Blocks:
         assert template.core is not None
         self.gpu, self.template, self.launch = gpu, template, gpu.core
         self.program, self.library = self.launch.program, self.launch.program.core
-        self.failures = 0
+        self.failures, self.may_refine = 0, True
         warps, rows = template.core.states.shape
         self.counts = np.zeros_like(gpu.counts.table)
         self.owners = np.zeros((warps, rows), np.int32)
@@ -219,6 +222,10 @@ class Blocks:
             events.events.count = events.struct.count
             if why.value == native.GROW:
                 events.events.grow()
+            elif why.value == native.REFINE:
+                if not self.may_refine:
+                    break
+                self._refine()
             elif time.perf_counter() - start < SECONDS / 4:
                 together *= 4
         self._take_spare_arrays()
@@ -288,6 +295,14 @@ class Blocks:
                 place.acquired.pop(one.row, None)
             else:
                 place.acquired[one.row] = one.acquired
+
+    def _refine(self) -> None:
+        """Let an element of a shadow stand for fewer bytes."""
+        self._take_spare_arrays()
+        for place in self.gpu.space.allocations:
+            if ctypes.addressof(place.view.struct) == self.struct.coarse:
+                place.refine(self.struct.finer)
+        self._lend_spare_arrays()
 
     def _note_failure(self) -> None:
         """Leave all blocks to Python where the reason is in each of them."""

@@ -27,7 +27,7 @@
 #define UNWRITTEN 1
 
 /* Why `run` returns. */
-enum { BUDGET, PYTHON, GROW, REACHED, STOPPED };
+enum { BUDGET, PYTHON, GROW, REACHED, STOPPED, REFINE };
 /* How an instruction is executed. */
 enum {
     LEFT, ELEMENTWISE, BRANCH, LOAD, STORE, SHUFFLE, PACK, LOAD_MATRIX, PRODUCT, NOTHING, COPY,
@@ -127,6 +127,8 @@ typedef struct Warp {
     int32_t pc, block, index, knows_others, load_name, store_name, atomic_name;
     int32_t load_box_name, store_box_name, fence_name;
     int32_t elected; /* the thread that `elect` chooses */
+    int32_t finer;   /* bytes that an element of the shadow of `coarse` must stand for */
+    Allocation *coarse;
     uint32_t active;
     uint32_t *fence;       /* the versions of the registers at the last wgmma.fence, or null */
     struct Runner *runner; /* of the block, if it is executed as a whole */
@@ -847,7 +849,12 @@ static int locate_at(Warp *w, int32_t base, int64_t added, Space *space, uint32_
         at->least = offset < at->least ? offset : at->least;
         at->most = offset > at->most ? offset : at->most;
     }
-    return at->place->unit <= width;
+    if (at->place && at->place->unit > width) {
+        w->coarse = at->place;
+        w->finer = width;
+        return 0;
+    }
+    return at->place != 0;
 }
 
 static int locate(Warp *w, const Instruction *i, uint32_t mask, int width, int limit, Access *at)
@@ -1467,25 +1474,40 @@ enum { BF16, F16, TF32, S8, U8, E4M3, E5M2 };
 
 static inline int bytes_of(int kind) { return kind == TF32 ? 4 : kind < TF32 ? 2 : 1; }
 
-static inline double number(const uint8_t *from, int kind)
+static inline float of_e4m3(uint8_t x)
 {
-    uint32_t bits = 0;
-    float value;
-    memcpy(&bits, from, (size_t)bytes_of(kind));
+    /* A half has one more bit of the exponent, whose bias is larger by 8. */
+    return (x & 127) == 127 ? NAN : 256 * of_f16((uint16_t)((x & 128) << 8 | (x & 127) << 7));
+}
+
+/* The numbers in 16 bytes. */
+static void numbers(float *to, const uint8_t *from, int kind)
+{
+    uint16_t halves[8];
+    uint32_t words[4];
+    memcpy(halves, from, 16);
+    memcpy(words, from, 16);
     switch (kind) {
-    case BF16: return of_bf16((uint16_t)bits);
-    case F16: return of_f16((uint16_t)bits);
+    case BF16:
+        for (int k = 0; k < 8; k++)
+            to[k] = of_bf16(halves[k]);
+        break;
+    case F16:
+        for (int k = 0; k < 8; k++)
+            to[k] = of_f16(halves[k]);
+        break;
     case TF32: /* the last 13 bits are ignored */
-        bits &= 0xFFFFE000u;
-        memcpy(&value, &bits, 4);
-        return value;
-    case S8: return (int8_t)bits;
-    case U8: return bits;
-    case E4M3: /* a half has one more bit of the exponent, whose bias is larger by 8 */
-        if ((bits & 127) == 127)
-            return NAN;
-        return 256.0 * of_f16((uint16_t)((bits & 128) << 8 | (bits & 127) << 7));
-    default: return of_f16((uint16_t)(bits << 8));
+        for (int k = 0; k < 4; k++) {
+            words[k] &= 0xFFFFE000u;
+            memcpy(&to[k], &words[k], 4);
+        }
+        break;
+    default:
+        for (int k = 0; k < 16; k++)
+            to[k] = kind == S8     ? (float)(int8_t)from[k]
+                    : kind == U8   ? (float)from[k]
+                    : kind == E4M3 ? of_e4m3(from[k])
+                                   : of_f16((uint16_t)(from[k] << 8));
     }
 }
 
@@ -1501,12 +1523,13 @@ int decode_matrix(double *to, Space *space, const int64_t *addresses, int64_t ro
         const uint64_t address = (uint64_t)addresses[n];
         if (address < place->start || address + 16 > place->end)
             return 0;
-        const uint8_t *from = place->data + (address - place->base);
+        float found[16];
+        numbers(found, place->data + (address - place->base), kind);
         for (int k = 0; k < of_chunk; k++)
             if (by_rows)
-                to[n * of_chunk + k] = number(from + k * width, kind);
+                to[n * of_chunk + k] = found[k];
             else /* a chunk has 8 rows of a column */
-                to[(n / 16 * 8 + k) * 16 + n % 16] = number(from + k * width, kind);
+                to[(n / 16 * 8 + k) * 16 + n % 16] = found[k];
     }
     return 1;
 }

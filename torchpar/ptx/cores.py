@@ -57,6 +57,7 @@ class Core:
         program = gpu.core.program
         self.gpu.core = LaunchState(program, self.gpu.events, self.gpu.space, self.gpu.counts)
         self.blocks = make(self.gpu)
+        self.blocks.may_refine = False  # shadows are compared in the end
 
     def changes(self, n: int, place: Allocation) -> tuple[Any, Any]:
         """Return which elements of the n-th allocation it has written, and which it has read."""

@@ -117,7 +117,8 @@ typedef struct Runner {
     Undo undo;
     int64_t executed, stores; /* by the blocks that have ended */
     int32_t fault_pc;         /* where the last block was left to Python */
-    int32_t spins;
+    int32_t spins, finer;
+    Allocation *coarse; /* of global memory, whose shadow must be finer for the last block */
     Found *found; /* by warp and atomic */
     Releases releases;
     Tensormap *maps, *maps_before;

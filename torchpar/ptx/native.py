@@ -49,7 +49,7 @@ SOURCES = tuple(
 )
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC")
 ROW, OPERANDS, ALL_LANES, NO_LIMIT = 256, 16, 2**32 - 1, 2**31 - 1
-BUDGET, PYTHON, GROW, REACHED = range(4)  # why `run` returns
+BUDGET, PYTHON, GROW, REACHED, STOPPED, REFINE = range(6)  # why `run` returns
 (
     LEFT,
     ELEMENTWISE,
@@ -179,7 +179,8 @@ class _Warp(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("pc", "block", "index", "knows_others")),
         *((name, ctypes.c_int32) for name in ("load_name", "store_name", "atomic_name")),
         *((name, ctypes.c_int32) for name in ("load_box_name", "store_box_name", "fence_name")),
-        ("elected", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in ("elected", "finer")),
+        ("coarse", ctypes.c_void_p),
         ("active", ctypes.c_uint32),
         *((name, ctypes.c_void_p) for name in ("fence", "runner", "undo", "foreign")),
     )

@@ -370,9 +370,13 @@ static Allocation *rows_of(Warp *w, const Tensor *t, const int64_t *corner, int 
         if ((uint64_t)address < place->start || (uint64_t)(address + bytes) > place->end)
             return 0;
         const int64_t offset = address - (int64_t)place->base;
-        if (offset % t->width || (place->unit > t->width &&
-                                  (offset % place->unit || bytes % place->unit)))
-            return 0; /* or Python lets an element of the shadow stand for fewer bytes */
+        if (offset % t->width)
+            return 0;
+        if (place->unit > t->width && (offset % place->unit || bytes % place->unit)) {
+            w->coarse = place;
+            w->finer = t->width;
+            return 0;
+        }
         r->runs[r->run_count++] = (Stretch){offset, bytes, at + first * t->width};
     }
     *is_fault = 0;
