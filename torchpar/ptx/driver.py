@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from functools import lru_cache
+from itertools import compress
 from typing import Any, NamedTuple
 from unittest.mock import patch
 from weakref import WeakKeyDictionary
@@ -78,6 +79,11 @@ PATTERNS = {
 }
 
 
+def _repeated(pattern: bytes, size: int) -> Any:
+    """Return ``size`` bytes of a pattern; `numpy.resize` takes many times as long."""
+    return np.frombuffer(pattern * -(-size // len(pattern)), np.uint8)[:size]
+
+
 class Unwritten(NamedTuple):
     """Memory that nobody has written.
 
@@ -91,7 +97,7 @@ class Unwritten(NamedTuple):
 
     def is_untouched(self, held: Any) -> bool:
         """Whether the bytes still hold the pattern: NumPy may have written them."""
-        expected = np.resize(np.frombuffer(self.pattern, np.uint8), held.shape)
+        expected = _repeated(self.pattern, held.size)
         same = held == expected
         return bool((same if self.mask is None else same[self.mask]).all())
 
@@ -177,6 +183,7 @@ class Emulator(gpu.Gpu):
         self.counted.clear()
         self._places: dict[Storage, Allocation] = {}
         self._live: list[tuple[int, int, Tensor]] | None = None
+        self._is_tidy = False  # without tensors that nothing refers to
 
     def place(self, t: Tensor, name: str) -> Allocation:
         """Return the memory of a tensor on the CPU, at its own address."""
@@ -234,11 +241,15 @@ class Emulator(gpu.Gpu):
     def _find(self, address: int) -> Allocation | None:
         """Return the memory of a live tensor that has the address, which a kernel has loaded."""
         if self._live is None:
-            self._live = _live_tensors()
-        after = bisect_right(self._live, address, key=lambda one: one[0])
-        if after == 0 or address >= self._live[after - 1][1]:
-            return None
-        return self.place(self._live[after - 1][2], "a tensor")
+            self._live, self._is_tidy = _live_tensors(), False
+        found = _at(address, self._live)
+        if found is not None and not self._is_tidy:  # nothing may refer to what was found
+            del found
+            self._live = None
+            gc.collect()
+            self._live, self._is_tidy = _live_tensors(), True
+            found = _at(address, self._live)
+        return None if found is None else self.place(found, "a tensor")
 
     def _keep_unwritten(self) -> None:
         """Remember what is still unwritten after the launch."""
@@ -358,15 +369,22 @@ class Emulator(gpu.Gpu):
         }
 
 
+def _at(address: int, live: list[tuple[int, int, Tensor]]) -> Tensor | None:
+    """Return the tensor that has an address."""
+    after = bisect_right(live, address, key=lambda one: one[0])
+    return live[after - 1][2] if after and address < live[after - 1][1] else None
+
+
 def _live_tensors() -> list[tuple[int, int, Tensor]]:
     """Return the tensors on the CPU that live now, in the order of their addresses.
 
     Each has its first address, and the one behind its last one. Tensors within others are left out.
     """
-    gc.collect()  # so that none is found that nothing refers to
     found = []
-    for one in gc.get_objects():
-        if type(one) not in (Tensor, torch.nn.Parameter) or one.device.type != "cpu":
+    objects = gc.get_objects()
+    are_tensors = map((Tensor, torch.nn.Parameter).__contains__, map(type, objects))
+    for one in compress(objects, are_tensors):
+        if one.device.type != "cpu":
             continue
         try:
             start, nbytes = storage_of(one)
@@ -661,7 +679,7 @@ class _Host(TorchDispatchMode):
                 pattern = PATTERNS[min(result.element_size(), 8)]
                 raw: Any = (ctypes.c_uint8 * storage.nbytes).from_address(storage.address)
                 memory = np.frombuffer(raw, np.uint8)
-                memory[:] = np.resize(np.frombuffer(pattern, np.uint8), memory.shape)
+                memory[:] = _repeated(pattern, memory.size)
                 self.emulator.unwritten[storage] = Unwritten(pattern)
         return result
 

@@ -8,6 +8,7 @@ smallest program counter run first, so that they meet again behind the branch.
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -128,21 +129,32 @@ def action(*opcodes: str, whole: bool = False, single: bool = False) -> Callable
     return register
 
 
+@lru_cache(None)
+def _builder(opcode: str) -> tuple[Callable[[Instruction], Run], Results, bool]:
+    """Return what was registered for an opcode, or for the longest beginning of it."""
+    parts = opcode.split(".")
+    prefixes = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+    found = (BUILDERS[prefix] for prefix in prefixes if prefix in BUILDERS)
+    return next(found, (_unknown, 1, False))
+
+
 def decode(kernel: Kernel) -> Kernel:
-    """Make the instructions of a kernel executable."""
+    """Note which instructions of a kernel whole warps execute."""
     for i in kernel.instructions:
-        prefixes = (".".join(i.parts[:n]) for n in range(len(i.parts), 0, -1))
-        try:
-            build, results, i.whole = next(
-                BUILDERS[prefix] for prefix in prefixes if prefix in BUILDERS
-            )
-            i.run = build(i)
-            count = results if isinstance(results, int) else results(i)
-        except (LookupError, ValueError, AssertionError, StopIteration, TypeError):
-            count, i.run = 1, _unknown(i)
-        written = [one for operand in i.operands[:count] for one in flat(operand)]
-        i.writes = [one.index for one in written if isinstance(one, Register)]
+        _, _, i.whole = _builder(i.opcode)
     return kernel
+
+
+def prepare(i: Instruction) -> None:
+    """Make an instruction executable, when Python executes it first: the core in C does most."""
+    try:
+        build, results, _ = _builder(i.opcode)
+        i.run = build(i)
+        count = results if isinstance(results, int) else results(i)
+    except (LookupError, ValueError, AssertionError, TypeError):
+        count, i.run = 1, _unknown(i)
+    written = [one for operand in i.operands[:count] for one in flat(operand)]
+    i.writes = [one.index for one in written if isinstance(one, Register)]
 
 
 def _unknown(i: Instruction) -> Run:
@@ -402,6 +414,8 @@ class Warp:
 
     def step(self, i: Instruction) -> bool:
         """Execute an instruction. Return whether another warp may run first."""
+        if i.run is None:
+            prepare(i)
         if i.whole and self.active is not ALL and not self.gather(i):
             return False
         registers, mask = self.registers, self.active

@@ -82,8 +82,7 @@ class Instruction:
     target: int = -1  # of a branch
     table: list[int] = field(default_factory=list)  # targets of a branch by an index
     source: tuple[str, int] | None = None  # the file and the line of the user's Python
-    # What `machine.decode` adds: how a warp executes it, whether only as a whole, and the registers
-    # written
+    # What `machine` adds: how a warp executes it, whether only as a whole, and what it writes
     run: Any = None
     whole: bool = False
     writes: list[int] = field(default_factory=list)
