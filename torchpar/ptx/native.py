@@ -85,7 +85,8 @@ BUDGET, PYTHON, GROW, REACHED, STOPPED, REFINE = range(6)  # why `run` returns
     MAP_PUBLISH,
     MAP_ACQUIRE,
 ) = range(33)
-SHARED_KINDS = (LOAD, STORE, ATOMIC, MBARRIER_INIT, MAP_REPLACE)  # of which some take few bytes
+# Of which some access few bytes of shared memory
+SHARED_KINDS = (LOAD, STORE, COPY, ATOMIC, MBARRIER_INIT, MAP_REPLACE)
 OF_COPIES, OF_PRODUCTS = range(2)  # families of groups
 MOST_ELEMENTS = 4  # of an atomic
 IN_ROW, IN_LIST = 1, 2
@@ -375,7 +376,7 @@ def _thread_bytes(code: _Instruction) -> int:
     """Return how many bytes of memory a thread accesses at least at once."""
     if code.kind == MBARRIER_INIT:
         return 8
-    if code.kind in (ATOMIC, MAP_REPLACE):
+    if code.kind in (COPY, ATOMIC, MAP_REPLACE):
         return int(code.width)
     return int(code.width * (code.results if code.kind == LOAD else code.sources - 1))
 
@@ -804,7 +805,7 @@ class Program:
             raise LookupError
         to, source, size, *given = i.operands
         rows = [*self._bases(code, to, source), *(self._row(one, 4) for one in given)]
-        code.width = size.bits
+        code.width, code.space = size.bits, SPACES["shared"]
         self._operands(code, [], rows)
         return COPY
 
