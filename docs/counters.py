@@ -134,7 +134,7 @@ PRODUCTS = {
     f"{one.kernel}, {one.operands}, {' '.join(map(str, tiles))}": one
     for (kernel, kind), choices in TILES.items()
     for tiles in choices
-    if (one := Product(kernel, kind, 512, 512, 1024 if kind == "tf32" else 512, tiles))
+    if (one := Product(kernel, kind, 1024, 1024, 1024, tiles))
 }
 
 
@@ -192,7 +192,7 @@ def _line(*cells: str) -> str:
 
 def elementwise_launches(operands: str) -> list[Launch]:
     """Return the launches of a call, without those of products, which the other table has."""
-    with torchpar.ptx.emulate("sm_90") as gpu:
+    with torchpar.ptx.emulate("sm_90", multiprocessors=MULTIPROCESSORS) as gpu:
         CALLS[operands]()
     return [
         one for one in gpu.launches if "matmul" not in one.kernel and "linear" not in one.kernel
@@ -200,7 +200,7 @@ def elementwise_launches(operands: str) -> list[Launch]:
 
 
 def product_launch(name: str) -> Launch:
-    with torchpar.ptx.emulate("sm_90") as gpu:
+    with torchpar.ptx.emulate("sm_90", multiprocessors=MULTIPROCESSORS) as gpu:
         PRODUCTS[name].launch()
     (launch,) = gpu.launches
     return launch
