@@ -96,7 +96,10 @@ def test_kernels_take_what_the_table_says(operands):
     "name",
     [
         pytest.param(
-            name, marks=[] if name.endswith("bfloat16, 128 256 64 8 4 tma") else pytest.mark.slow
+            name,
+            marks=[]
+            if name.startswith("symmetric") and name.endswith("bfloat16, 128 256 64 8 4 tma")
+            else pytest.mark.slow,
         )
         for name in COUNTERS["PRODUCTS"]
     ],
