@@ -418,6 +418,8 @@ def maximum_backward(
     that was broadcast, and is its sum. A sum is contiguous. Two gradients of the shape of ``g`` are
     dense, and have the same strides.
     """
+    if da is None and db is None:
+        return
     results = [_aligned(t, g) for t in (da, db)]
     if g.numel() == 0:
         for t in results:
@@ -598,7 +600,7 @@ def _collapse(
 
     ``order`` and ``operands`` are strides of tensors of ``shape``.
     """
-    if all(strides == order for strides in operands):
+    if 0 not in order and all(strides == order for strides in operands):
         return [math.prod(shape)], [[1]] * len(operands)
     dims = [d for d in range(len(shape)) if shape[d] != 1]
     dims.sort(key=lambda d: order[d], reverse=True)

@@ -66,9 +66,10 @@ def divide_columns(rows: int, cols: int, t: Tensor) -> Division:
 
 
 def stages(cols: int, terms: int, step: int) -> int:
-    """1, which is no pipeline, for a loop of one step, and for rows that begin off 16 bytes.
+    """1, which is no pipeline, for a loop of one step, and where elements are loaded singly.
 
-    Asynchronous copies of single elements take twice the instructions, and have bank conflicts.
+    Triton loads 16 bytes at a time if the length of rows is a multiple of 16 elements. Asynchronous
+    copies of single elements take twice the instructions, and have bank conflicts.
     """
     return STAGES if cols % 16 == 0 and terms > step else 1
 

@@ -56,7 +56,8 @@ def sigmoid_backward(g: Tensor, y: Tensor, dz: Tensor, wrap: Wrap) -> Tensor:
     """Write ``g·y·(1 - y)`` for ``g, y (m, n)`` to ``dz``; return its sum over rows, ``(n)``.
 
     ``dz`` is contiguous. The sum has a fixed order, so that its bits are the same on every run. Few
-    rows are summed by one launch. If there are more, another launch adds the programs' sums.
+    rows are summed by one launch. More rows are shared among programs where that is faster, and
+    then another launch adds the programs' sums.
     """
     m, n = y.shape
     out = y.new_empty(n)

@@ -130,6 +130,7 @@ _FLOAT64 = (  # A sum takes two registers: a tile of 128 × 128 would spill.
     Tiles(64, 64, 32, 8, 3, "split_k"),
 )
 KERNELS = ("symmetric_matmul", "linear_sigmoid")
+PRECISIONS = ("ieee", "tf32", "tf32x3")  # of float32
 KINDS = {
     "bfloat16": Kind(torch.bfloat16, "ieee", 1200, 2048, Tiles(64, 64, 32, 8, 3), _16_BIT),
     "float16": Kind(torch.float16, "ieee", 1200, 2048, Tiles(64, 64, 32, 8, 3), _16_BIT),
@@ -141,6 +142,8 @@ KINDS = {
 
 
 def kind_of(dtype: torch.dtype, precision: str) -> str:
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}, expected one of {PRECISIONS}")
     if dtype == torch.float32 and precision != "ieee":
         return precision
     return str(dtype).removeprefix("torch.")
@@ -267,7 +270,15 @@ def suits(tiles: Tiles, kernel: str, n: int, *operands: Tensor, tma: bool = True
 
 
 def check_variant(tiles: Tiles, kernel: str, n: int, *operands: Tensor) -> None:
-    """Raise a ValueError if ``tiles`` are of a variant that cannot take the operands."""
+    """Raise a ValueError if ``tiles`` are of a shape or variant that cannot take the operands."""
+    symmetric = kernel == "symmetric_matmul"
+    variants = ("pointers", "tma", "flat" if symmetric else "split_k")
+    if tiles.variant not in variants:
+        raise ValueError(f"{kernel} has no {tiles}, expected one of the variants {variants}")
+    widths = {"pointers": (1,), "tma": (1, 2), "flat": (2,)}.get(tiles.variant, ())
+    if symmetric and tiles.block_n not in [tiles.block_m * width for width in widths]:
+        expected = " or ".join(f"{width}·block_m" for width in widths)
+        raise ValueError(f"{kernel} has no {tiles}, expected a block_n of {expected}")
     if tiles.by_tma and not allows_tma(kernel, n, *operands):
         raise ValueError(
             f"{kernel} cannot take these operands by {tiles}, expected the variant pointers"
@@ -327,7 +338,8 @@ def library_is_faster(
     m, _, k, _ = map(hint, sizes)
     name = kind_of(operands[0].dtype, precision)
     if kernel == "linear_sigmoid" and name == "float32":
-        return True  # a copy of each operand takes what the sigmoid's pass would
+        # Copies by columns are two more launches, and the products are no faster than cuBLAS's.
+        return True
     if kernel == "linear_sigmoid" and _saves_a_launch(
         KINDS[name], precision, sizes, *operands, tma=tma
     ):

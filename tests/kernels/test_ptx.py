@@ -297,7 +297,8 @@ def check(case: Case, is_pipelined: bool = False) -> None:
         found = case.execute(gpu)
         if is_pipelined:
             total = summarize(gpu.counted[0], lambda source: source).total
-            assert total.most_in_flight > 0, "copies and products take turns"
+            # Single elements of 16 bits are not copied asynchronously.
+            assert total.most_in_flight > 0 or not total.waits, "copies and products take turns"
         assert case.agrees(found, expected), schedule
         first = first or found
         assert cases.same_bits(found, first), schedule

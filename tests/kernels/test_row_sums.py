@@ -4,6 +4,8 @@
 An emulated GPU executes the operators of the backward. `test_ptx.py` compares exact sums.
 """
 
+import math
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -252,3 +254,25 @@ def test_the_judge_of_sums_rejects_a_sum_in_16_bits() -> None:
     with pytest.raises(AssertionError):
         assert_sum(total, terms.sum(0).to(BF16), terms, [0])
     assert_sum(terms.sum(0).to(BF16), terms.sum(0).to(BF16), terms, [0])
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (3, 1)])
+def test_operands_that_repeat_alike(shape: tuple[int, ...]) -> None:
+    """No operand of (3, 4) has strides without 0, and only one gradient is needed."""
+    a = torch.zeros(shape).expand(3, 4)
+    b = torch.tensor([0.5, -0.5, 0.0, 2.0])[: max(1, math.prod(shape))].view(shape)
+    gradients = []
+    for run in (torch.maximum, torchpar.maximum):
+        leaf = b.clone().requires_grad_()
+        with emulate("sm_90") if run is torchpar.maximum else nullcontext():
+            run(a, leaf).sum().backward()
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)
+
+
+def test_no_gradient_is_needed() -> None:
+    x = torch.ones(2, 3)
+    with emulate("sm_90") as gpu:
+        da, db = torch.ops.torchpar.maximum_backward(x, x, x, False, False)
+    assert da.shape == db.shape == (0,)
+    assert not gpu.launches

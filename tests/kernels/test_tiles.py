@@ -156,6 +156,27 @@ def test_the_library_computes_where_the_kernel_is_not_expected_to_win(
     assert tiles.library_is_faster(kernel, precision, (m, n, k, 1), *operands) == library
 
 
+@pytest.mark.parametrize(
+    "kernel, wrong, expected",
+    [
+        ("symmetric_matmul", Tiles(64, 128, 64, 4, 3), "block_n of 1·block_m"),
+        ("symmetric_matmul", Tiles(64, 256, 64, 4, 3, "tma"), "block_n of 1·block_m or 2·block_m"),
+        ("symmetric_matmul", Tiles(64, 64, 64, 4, 3, "split_k"), "one of the variants"),
+        ("linear_sigmoid", FLAT, "one of the variants"),
+        ("linear_sigmoid", Tiles(64, 64, 64, 4, 3, "other"), "one of the variants"),
+    ],
+)
+def test_tiles_that_a_kernel_does_not_have_are_refused(kernel, wrong, expected):
+    x = operand(1024, 1024)
+    with pytest.raises(ValueError, match=expected):
+        tiles.check_variant(wrong, kernel, 1024, x)
+
+
+def test_an_unknown_precision_is_refused():
+    with pytest.raises(ValueError, match="precision is 'TF32', expected one of"):
+        tiles.kind_of(torch.float32, "TF32")
+
+
 def test_choice_by_a_symbolic_size_adds_no_guard():
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 

@@ -58,9 +58,9 @@ def save_operands(ctx: Context, inputs: tuple[Tensor, ...], output: Tensor) -> N
 
 @cache
 def launchers(module: str) -> Any:
-    """A module of `torchpar.kernels`, for whose import Triton must be there.
+    """Import a module of `torchpar.kernels`, which needs Triton.
 
-    It is imported once: an import statement takes microseconds in each call.
+    The module is kept: an import statement would take microseconds in each call.
     """
     return import_module(f"..kernels.{module}", __package__)
 

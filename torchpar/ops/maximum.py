@@ -214,7 +214,7 @@ def _empty_backward(
 ) -> tuple[Tensor, Tensor]:
     da = _empty_gradient(a, g, a, b) if need_a else g.new_empty(0)
     if need_a and need_b and da.shape == b.shape == g.shape:
-        return da, torch.empty_like(da)
+        return da, torch.empty_strided(da.shape, da.stride(), dtype=da.dtype, device=da.device)
     return da, _empty_gradient(b, g, a, b) if need_b else g.new_empty(0)
 
 
