@@ -4,7 +4,7 @@
 The kernels are persistent, and store each tile twice. Below the diagonal a tile has BLOCK rows and
 WIDE columns. With WIDE = 2·BLOCK the tile rows 2p and 2p + 1 have 2p + 1 such tiles, which makes p²
 for p pairs. The p tiles of BLOCK × BLOCK that are left on the diagonal are computed two at a time.
-Wide tiles read less for each product.
+Wide tiles read less for each product. With FLATTEN, all tiles are wide, and p(p + 1) in number.
 """
 
 import triton
@@ -73,7 +73,7 @@ def store_halves(
 
 @triton.jit
 def count_units(pairs, BLOCK: tl.constexpr, WIDE: tl.constexpr, FLATTEN: tl.constexpr):
-    """The numbers of tiles, and of units. A unit is a tile, or two small ones on the diagonal."""
+    """The number of units that are one tile, and of all units, with pairs on the diagonal."""
     if WIDE == BLOCK:
         full = pairs * (pairs + 1) // 2
         units = full

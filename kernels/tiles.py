@@ -72,7 +72,8 @@ class Kind(NamedTuple):
     ``most_k``: the longest sums for which `linear_sigmoid` is expected to win. Its products take
     some 17% longer than cuBLAS's, an estimate from the machine code, and it saves the sigmoid's
     pass through memory. The two are equal at k = 2155 in 16 bits and TF32, and at 656 in float64,
-    on an H200 with 788, 394 and 60 TFLOP/s and 4.3 TB/s. The number is a power of 2 below that.
+    on an H200 with 788, 394 and 60 TFLOP/s and 4.3 TB/s. The number is a power of 2 below that. No
+    library has tf32x3.
     """
 
     dtype: torch.dtype
