@@ -8,6 +8,7 @@ import pickle
 import resource
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -73,6 +74,22 @@ def test_gives_back_every_bit(world, tmp_path, asynchronous):
     manifest = json.loads((found.path / MANIFEST).read_text())
     assert manifest["mesh"] == {"pp": 1, "dp": 1, "tp": 1}
     assert manifest["shapes"]["whole"] == [129, 7]
+
+
+def test_a_save_waits_for_the_one_in_progress(world, tmp_path, monkeypatch):
+    checkpoints = Checkpoints(CheckpointConfig(tmp_path, asynchronous=True), world)
+    events = []
+
+    def slow(step: int, *_: Any) -> None:
+        events.append(("begin", step))
+        time.sleep(0.2)
+        events.append(("end", step))
+
+    monkeypatch.setattr(checkpoints, "_save", slow)
+    for step in (1, 2):
+        checkpoints.save(step, {}, {})
+    checkpoints.wait()
+    assert events == [("begin", 1), ("end", 1), ("begin", 2), ("end", 2)]
 
 
 def test_files_and_their_names_are_flushed_to_the_disk(world, tmp_path, monkeypatch):
