@@ -55,12 +55,19 @@ def idle_driver(launched: Callable[..., object] = lambda *args: None) -> Iterato
 
 @contextmanager
 def gpu_of_cpu_tensors() -> Iterator[None]:
-    """Let operators launch kernels for tensors on the CPU, and launchers keep plans for them."""
+    """Let operators launch kernels for tensors on the CPU, and launchers keep plans for them.
+
+    In TF32, for PyTorch computes `linear_sigmoid` of float32 without it.
+    """
     from triton.runtime import driver as active
 
     from torchpar.kernels.launch import forget_plans
 
-    with idle_driver(), patch.object(active._active, "emulator", None, create=True):
+    with (
+        idle_driver(),
+        patch.object(active._active, "emulator", None, create=True),
+        torch.backends.flags(fp32_precision="tf32"),
+    ):
         yield
         forget_plans()
 
