@@ -24,7 +24,7 @@ def store_twice(
     n,
     beta,
     C_LAYOUT: tl.constexpr,
-    PLACE: tl.constexpr = "lower",
+    PLACE: tl.constexpr,
 ):
     """Add ``beta·C`` to a square tile; store it and its transpose.
 
@@ -188,7 +188,9 @@ def symmetric_matmul_tma_kernel(
             acc = dot_tiles(
                 a_tiles, b_tiles, batch, row, col, k, False, A_LAYOUT, B_LAYOUT, PRECISION
             )
-            store_twice(acc * alpha, c_tiles, out_tiles, batch, row, col, n, beta, C_LAYOUT)
+            store_twice(
+                acc * alpha, c_tiles, out_tiles, batch, row, col, n, beta, C_LAYOUT, "lower"
+            )
         elif FLATTEN or unit < full:
             pair_row, pair_col, half = place_of_wide_tile(unit, pairs, full, FLATTEN)
             row = (2 * pair_row + half) * BLOCK
@@ -201,9 +203,13 @@ def symmetric_matmul_tma_kernel(
         elif SAME and C_LAYOUT == "" and BLOCK == 128:
             row = (unit - full) * 2 * WIDE
             first, second = dot_two_tiles(a_tiles, batch, row, row + WIDE, k, A_LAYOUT, PRECISION)
-            store_twice(first * alpha, c_tiles, out_tiles, batch, row, row, n, beta, C_LAYOUT)
+            store_twice(
+                first * alpha, c_tiles, out_tiles, batch, row, row, n, beta, C_LAYOUT, "lower"
+            )
             row += WIDE
-            store_twice(second * alpha, c_tiles, out_tiles, batch, row, row, n, beta, C_LAYOUT)
+            store_twice(
+                second * alpha, c_tiles, out_tiles, batch, row, row, n, beta, C_LAYOUT, "lower"
+            )
         else:
             # One loop would have four operands, which do not fit into shared memory, or would
             # spill: with C, and on sm_100 with tiles of 64 rows.
@@ -212,4 +218,6 @@ def symmetric_matmul_tma_kernel(
                 acc = dot_tiles(
                     a_tiles, b_tiles, batch, row, row, k, SAME, A_LAYOUT, B_LAYOUT, PRECISION
                 )
-                store_twice(acc * alpha, c_tiles, out_tiles, batch, row, row, n, beta, C_LAYOUT)
+                store_twice(
+                    acc * alpha, c_tiles, out_tiles, batch, row, row, n, beta, C_LAYOUT, "lower"
+                )
