@@ -17,9 +17,14 @@ from torch import Tensor
 import torchpar
 
 pytest.importorskip("triton", reason="the kernels are written in Triton")
+
+import triton
+
 from torchpar.kernels import row_sums
 from torchpar.ptx import emulate
 from torchpar.ptx.report import Launch
+
+TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 
 F16, BF16, F32, F64 = FLOATS
 slow = pytest.mark.slow
@@ -194,7 +199,9 @@ def test_each_number_passes_through_memory_once(kept: str) -> None:
     assert launch.kernel == f"maximum_backward_{kept}s_kernel"
     assert launch.programs >= 2 * 16
     assert transferred(gpu.launches) <= 1.1 * least(g, a, b, a, b)
-    gpu.assert_counters(max_sector_ratio=1, max_bank_conflicts=0, max_spilled_bytes=0)
+    gpu.assert_counters(max_sector_ratio=1, max_spilled_bytes=0)
+    if TRITON >= (3, 8):  # earlier ones make sums with bank conflicts
+        gpu.assert_counters(max_bank_conflicts=0)
     # A gradient of b that is written as a whole takes more, before it is summed.
     with emulate() as gpu:
         ops.maximum_backward(g, a, b.expand(g.shape).clone())

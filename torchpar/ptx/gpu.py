@@ -23,7 +23,6 @@ from torchpar.ptx import (  # noqa: F401
     tensors,
 )
 from torchpar.ptx.blocks import Blocks
-from torchpar.ptx.copies import COPIES_NEED_FENCE
 from torchpar.ptx.cores import least_seconds, run_on_all_cores
 from torchpar.ptx.counters import Counts
 from torchpar.ptx.machine import LIMIT, Block, Schedule, decode
@@ -37,7 +36,7 @@ FIRST_ADDRESS, GAP = 2**56, 2**20
 
 
 def _blocks(gpu: "Gpu", position: tuple[int, ...]) -> Blocks:
-    return Blocks(Block(gpu, position, 0), COPIES_NEED_FENCE)
+    return Blocks(Block(gpu, position, 0), copies.COPIES_NEED_FENCE)
 
 
 @lru_cache(8)
