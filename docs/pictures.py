@@ -303,24 +303,13 @@ def linear_sigmoid() -> Figure:
     return figure
 
 
-def start() -> Figure:
-    """The three subjects of the project: an operator, ranks, and the same bits."""
-    figure, axes = canvas(15.2, 4.6)
-    computed = {(i, j): COLORS[0] for i in range(4) for j in range(i + 1)}
-    tiles(axes, 0.4, 0.8, 4, 4, computed)
-    arrow(axes, (1.2, 1.6), (3.2, 3.6))
-    label(axes, 2.2, 0.35, "half of X·Xᵀ")
-    for rank in range(2):
-        box(axes, 5.4, 2.8 - 2 * rank, 1.6, 1.6, COLORS[rank], f"rank {rank}")
-        box(axes, 8, 2.8 - 2 * rank, 1.6, 1.6, WHOLE, "step")
-        arrow(axes, (7, 3.6 - 2 * rank), (8, 3.6 - 2 * rank))
-    arrow(axes, (7.5, 3.4), (7.5, 1.8), "<|-|>")
-    label(axes, 7.5, 0.35, "one mean of gradients")
+def same_bits() -> Figure:
+    """A sum of integers, which has the same bits in any order."""
+    figure, axes = canvas(5.3, 4.1)
     for row, order in enumerate(("a + b + c", "c + a + b", "b + c + a")):
-        box(axes, 11, 3.4 - 1.3 * row, 1.9, 1, COLORS[2], order)
-        box(axes, 13.5, 3.4 - 1.3 * row, 1.3, 1, WHOLE, "1011")
-        label(axes, 13.2, 3.9 - 1.3 * row, "=")
-    label(axes, 12.9, 0.35, "the same bits in any order")
+        box(axes, 0.4, 2.8 - 1.25 * row, 2.2, 1, COLORS[2], order)
+        label(axes, 3, 3.3 - 1.25 * row, "=")
+        box(axes, 3.4, 2.8 - 1.25 * row, 1.5, 1, WHOLE, "1011")
     return figure
 
 
@@ -343,17 +332,17 @@ def main() -> None:
     if len(sys.argv) > 1:
         losses(Path(sys.argv[1])).savefig(FOLDER / "muon" / "transformer.png", dpi=120)
         return
-    for page, pictures in (
-        ("", (start,)),
-        ("operators", (maximum, matmul_t, linear_sigmoid)),
-        ("parallel", (data, tensor, pipeline, mesh)),
-        ("exact", (digits, orders, ranks)),
+    for page, pictures, dpi in (
+        ("start", (same_bits,), 220),  # shown at half its size, as a phone's screen has it
+        ("operators", (maximum, matmul_t, linear_sigmoid), 110),
+        ("parallel", (data, tensor, pipeline, mesh), 110),
+        ("exact", (digits, orders, ranks), 110),
     ):
         folder = FOLDER / page
         folder.mkdir(exist_ok=True)
         for draw in pictures:
             figure = draw()
-            figure.savefig(folder / f"{draw.__name__}.png", dpi=110)
+            figure.savefig(folder / f"{draw.__name__}.png", dpi=dpi)
             plt.close(figure)
 
 

@@ -261,6 +261,11 @@ def test_the_pages_show_the_measured_recipes(name, page):
     assert f"\n\n{table}\n" in PAGES[f"docs/{page}.md"]
 
 
+def test_the_first_screen_shows_what_the_page_of_kernels_shows():
+    (shown,) = re.findall(r"```\n(\$ python -m torchpar ptx .*?)```", README, re.DOTALL)
+    assert shown in PAGES["docs/ptx.md"]  # whose commands tests/ptx runs
+
+
 # The README's table of operators
 
 

@@ -9,6 +9,11 @@ import sys
 import pytest
 from commands import ROOT
 
+WITH_PICTURES = [
+    page.stem
+    for page in sorted((ROOT / "docs").glob("*.md"))
+    if "![" in page.read_text("utf-8") and page.stem != "index"
+]
 PHONE = {"width": 390, "height": 800}
 
 
@@ -45,18 +50,39 @@ def tab(tmp_path_factory):
         yield tab
 
 
-@pytest.mark.parametrize("page", ["index", "parallel", "tuning"])
-def test_pages_are_legible_on_a_phone_in_dark_mode(tab, page):
+def pictures_of(tab, page):
+    """Open a page, and return its pictures: they are loaded, have a light ground, and no page is
+    wider than the phone."""
     tab.goto((tab.folder / f"{page}.html").as_uri())
     assert tab.problems == []
     assert tab.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
     pictures = tab.locator("article img").all()
-    assert pictures
     for picture in pictures:
         assert picture.evaluate("one => one.naturalWidth") > 0
-        assert picture.evaluate("one => one.clientWidth") == 640  # letters of 10 pixels
-        # It scrolls.
-        assert picture.evaluate("one => one.parentElement.clientWidth") < PHONE["width"]
         assert (
             picture.evaluate("one => getComputedStyle(one).backgroundColor") == "rgb(255, 255, 255)"
         )
+    return pictures
+
+
+def test_each_door_of_the_first_page_has_a_picture_at_its_own_size(tab):
+    pictures = pictures_of(tab, "index")
+    assert len(pictures) == tab.locator(".grid.cards > ul > li").count() == 6
+    for picture in pictures:
+        natural, shown = picture.evaluate("one => [one.naturalWidth, one.clientWidth]")
+        # Two pixels for one of CSS; the least letters have 12 pixels of CSS there.
+        assert 0.8 <= shown / (natural / 2) <= 1.05
+        right = picture.evaluate("one => one.getBoundingClientRect().right")
+        assert right <= PHONE["width"]
+
+
+@pytest.mark.parametrize("page", WITH_PICTURES)
+def test_pages_are_legible_on_a_phone_in_dark_mode(tab, page):
+    for picture in pictures_of(tab, page):
+        natural, shown = picture.evaluate(
+            "one => [one.naturalWidth, one.getBoundingClientRect().width]"
+        )
+        # Letters of at least 14 pixels, of 10 points at 100 dots an inch, are shown with 10 pixels.
+        assert shown >= 0.69 * natural
+        # A wide picture scrolls.
+        assert picture.evaluate("one => one.parentElement.clientWidth") < PHONE["width"]
