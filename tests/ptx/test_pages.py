@@ -49,6 +49,21 @@ def test_the_picture_of_threads_is_true():
         assert one.first % 512 == 4 * one.thread
 
 
+def test_the_first_fault_of_the_page_is_what_the_command_prints(tmp_path, monkeypatch, capsys):
+    page = (ROOT / "docs" / "ptx.md").read_text("utf-8")
+    (code,) = re.findall(r"```py\n(# scale.py\n.*?)```", page, re.DOTALL)
+    (shown,) = re.findall(r"```\n\$ python -m torchpar ptx scale.py\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "scale.py").write_text(code, "utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert command.main(["scale.py"]) == 1
+
+    def same_everywhere(text: str) -> list[str]:
+        # Without the time, and what depends on Triton's version.
+        return re.sub(r"\d+ instructions of warps, [\d.]+ s|line \d+ of the PTX", "", text).split()
+
+    assert same_everywhere(capsys.readouterr().out) == same_everywhere(shown)
+
+
 def test_each_name_of_a_fault_is_explained():
     page = (ROOT / "docs" / "ptx.md").read_text("utf-8")
     table = page.partition("## What it finds")[2].partition("\n\nAn *error*")[0]
