@@ -176,5 +176,7 @@ class DataParallel:
             p.grad = gradient
         self._restart()
         if loss is None:
-            raise ConfigError("no rank has called backward since the last all_reduce")
+            raise ConfigError(
+                "no rank has called backward since the last all_reduce; call it before each"
+            )
         return loss

@@ -640,7 +640,8 @@ class CustomOpDef(custom_ops.CustomOpDef):
         """Refuse a call that would write to a tensor and leave its derivative as it was."""
         if is_transformed((args, kwargs)):
             raise RuntimeError(
-                f"{self._qualname} writes to an argument: no torch.func, no forward mode"
+                f"{self._qualname} writes to an argument, which torch.func and forward mode cannot "
+                "differentiate; call it outside of them"
             )
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*self._written(args)):
             raise RuntimeError(

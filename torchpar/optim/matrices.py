@@ -64,7 +64,7 @@ class ParamInfo:
         """Raise a ConfigError unless the parameter is a matrix, or has a view."""
         shape = self.part.whole
         if not self.p.is_floating_point():
-            raise ConfigError(f"Muon: {self.name} is {self.p.dtype}, expected floating")
+            raise ConfigError(f"Muon: {self.name} is {self.p.dtype}, expected a floating dtype")
         if tuple(local(self.p).shape) != tuple(self.part.size):
             raise ConfigError(
                 f"Muon: this rank's part of {self.name} has shape {tuple(local(self.p).shape)}, "

@@ -217,7 +217,7 @@ class Run:
         if len(self.results) > self.num_epochs:
             raise ConfigError(
                 f"{self._checkpoints.folder} holds {len(self.results)} epochs, more than the "
-                f"{self.num_epochs} asked for"
+                f"{self.num_epochs} asked for; ask for more, or use another folder"
             )
         self._log.on_resume(self)
 
