@@ -587,3 +587,10 @@ def test_a_triton_op_has_kernels_for_other_devices(library: Any) -> None:
     op.register_kernel("cpu")(lambda x, by=2.0: x + 10 * by)
     assert op(torch.ones(1)).item() == 21
     assert op(torch.ones(1, device="meta")).shape == (1,)
+
+
+def test_a_compiler_does_not_look_past_the_kernel_of_a_device() -> None:
+    op = torchpar.library.triton_op(next(NAMES), scaled, mutates_args=())
+    op.register_kernel("cpu")(lambda x, by=2.0: x + 10 * by)
+    compiled = torch.compile(lambda x: op(x), backend="aot_eager", fullgraph=True)
+    assert compiled(torch.ones(1)).item() == 21  # by PyTorch's triton_op it is 2

@@ -340,7 +340,7 @@ def test_a_table_says_that_no_kernel_for_a_gpu_has_run() -> None:
     table = check_operator(torch.ops.torchpar.matmul_t.default, [(normal(4, 3),)], rules="values")
     assert table.notes == (
         "no GPU: the operator's Triton kernels were not run; "
-        'emulate="sm_90" executes Triton kernels on this CPU',
+        'emulate="sm_90", or --emulate sm_90, executes Triton kernels on this CPU',
     )
     assert str(table).splitlines()[-1] == table.notes[0]
     assert table.as_dict()["notes"] == list(table.notes)
@@ -350,7 +350,7 @@ def test_a_table_says_that_no_kernel_for_a_gpu_has_run() -> None:
     table = check_operator(op, SAMPLES, rules="values")
     assert table.notes == (
         "no GPU: the operator's CUDA kernels were not run; "
-        'emulate="sm_90" executes Triton kernels on this CPU',
+        'emulate="sm_90", or --emulate sm_90, executes Triton kernels on this CPU',
     )
 
 

@@ -151,8 +151,9 @@ def triton_op(
 
     Compilers look into the operator: `torch.compile` and AOTInductor trace the kernels, and the
     ATen operators beside them. The operator stays one node in `torch.export`; for DTensors, since
-    the sharding rules are the operator's; and for data-dependent sizes, for which no tiles can be
-    chosen. Triton is imported when a compiler asks for the kernels, and not before.
+    the sharding rules are the operator's; for data-dependent sizes, for which no tiles can be
+    chosen; and on devices for which `CustomOpDef.register_kernel` has registered another function.
+    Triton is imported when a compiler asks for the kernels, and not before.
 
     The function wraps its kernels in `torch.library.wrap_triton`. Or it takes a keyword argument
     ``wrap``, of which the schema says nothing: None for a real launch, else a function to apply to
@@ -198,6 +199,7 @@ def triton_op(
                 or free_unbacked_symbols(tensors)
                 or custom_triton_ops_decomposition_disabled()
                 or opaque(*args, **kwargs)
+                or any(t.device.type in op._kernels for t in tensors)
             ):
                 return mode.__torch_dispatch__(func, types, args, kwargs)
             gpu = _gpu_of(args)

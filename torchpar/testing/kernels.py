@@ -38,7 +38,10 @@ ROWS = {
 }
 OTHERS = "execution"  # deadlocks, endless loops, assertions, and what is not emulated
 RESOURCES = "registers and spills"
-NO_LAUNCH = "no Triton kernel was launched"
+NO_LAUNCH = (
+    "no Triton kernel was launched; "
+    'register a path for CPUs by op.register_kernel("cpu"), not by x.is_cuda'
+)
 
 
 class Kernel(Protocol):

@@ -245,7 +245,7 @@ def _notes(overload: Operator | None, cases: list[Case]) -> tuple[str, ...]:
         return ()
     reason = "the samples are on no GPU" if torch.cuda.is_available() else "no GPU"
     kind = "Triton" if is_triton else "CUDA"
-    way = 'emulate="sm_90" executes Triton kernels on this CPU'
+    way = 'emulate="sm_90", or --emulate sm_90, executes Triton kernels on this CPU'
     return (f"{reason}: the operator's {kind} kernels were not run; {way}",)
 
 
