@@ -233,8 +233,12 @@ def test_limits_that_hold_nothing_are_refused():
         gpu.assert_counters("other", max_bank_conflicts=0)
     with pytest.raises(AssertionError, match="no wait for asynchronous copies, expected at least"):
         gpu.assert_counters(min_copies_in_flight=1)
-    for limits in ({}, {"max_conflicts": 0}, {"max_registers": None}):
-        with pytest.raises(TypeError, match="expected some of max_sector_ratio, "):
+    for limits, said in (
+        ({}, "there is no limit"),
+        ({"max_conflicts": 0, "max_bank_conflicts": 0}, "max_conflicts is no limit"),
+        ({"max_registers": None}, "there is no limit"),
+    ):
+        with pytest.raises(TypeError, match=f"^{said}, expected some of max_sector_ratio, "):
             gpu.assert_counters(**limits)
 
 

@@ -164,6 +164,35 @@ def test_an_access_outside_of_a_tensor_names_the_element_and_the_line():
     assert "loads element 1000 of the storage of x, which is outside of x" in fault.message
     assert any("stores element 1000 of the storage of out" in one.message for one in gpu.faults)
     assert torch.equal(out, x + x)  # the others are computed
+    assert fault.launched == (__file__, _line_in(__file__, "add_unmasked[(4,)](x, x, out"))
+    assert f"launched at {__file__}:" in str(fault)
+
+
+def _line_in(path: str, code: str) -> int:
+    lines = Path(path).read_text("utf-8").splitlines()
+    return next(n for n, line in enumerate(lines, 1) if line.strip().startswith(code))
+
+
+@triton.jit
+def shift_in_place(x, n, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    left = tl.load(x + i - 32, mask=(i >= 32) & (i < n), other=0.0)
+    tl.store(x + i, left, mask=i < n)
+    again = tl.load(x + i - 32, mask=(i >= 32) & (i < n), other=0.0)
+    tl.store(x + i, again, mask=i < n)
+
+
+def test_a_line_of_the_source_is_one_fault_that_names_the_other_line():
+    with emulate() as gpu:
+        shift_in_place[(1,)](torch.randn(500), 500, BLOCK=512)
+    errors = [one for one in gpu.faults if one.kind == "error"]
+    sources = [one.source for one in errors]
+    assert len(sources) == len(set(sources))  # a line is four instructions of the PTX
+    _, load = line_of(shift_in_place, "again =")
+    _, store = line_of(shift_in_place, "tl.store(x + i, again")
+    (fault,) = (one for one in errors if one.source[1] == load)
+    assert fault.count > 1
+    assert f"by a store of warp 0 ({Path(__file__).name}:{store}), not waited for" in fault.message
 
 
 def test_memory_that_nobody_has_written():

@@ -109,3 +109,10 @@ def test_sums_that_are_copied_behind_the_fence_are_right(m, n, k):
             matmul_of_constants_kernel[(1,)](a, b, out, m, n, k, 32, num_warps=8)
         assert gpu.faults == []
         assert (out - a.float() @ b.float()).abs().max() < 1e-3
+
+
+def test_a_zero_without_memory_is_no_tensor_that_is_written():
+    with emulate():
+        held = torch.empty(3)
+        assert torch.equal(torch._efficientzerotensor((3,)) * 2, torch.zeros(3))
+        assert held.shape == (3,)

@@ -12,6 +12,8 @@ reads and writes the memory of the tensors themselves.
 import ctypes
 import gc
 import os
+import re
+import sys
 import threading
 import time
 from bisect import bisect_right
@@ -20,6 +22,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from functools import lru_cache
 from itertools import compress
+from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 from unittest.mock import patch
 from weakref import WeakKeyDictionary
@@ -112,7 +116,7 @@ class Emulator(gpu.Gpu):
 
     Attributes:
         launches: in their order.
-        faults: each of them once, by its name and its line.
+        faults: each of them once, by its name, its line of the source, and what was accessed.
     """
 
     def __init__(
@@ -135,8 +139,9 @@ class Emulator(gpu.Gpu):
         self.tuned: WeakKeyDictionary[Any, dict[Any, Any]] = (
             WeakKeyDictionary()
         )  # autotuners' caches
-        self._by_place: dict[tuple[str, str, int], Fault] = {}
+        self._by_place: dict[tuple[object, ...], Fault] = {}
         self._name = self._file = ""
+        self._launched: tuple[str, int] | None = None
         # The memory before a launch, for its other schedules.
         self._before: list[tuple[Allocation, Any]] = []
         self._saves = False
@@ -161,7 +166,9 @@ class Emulator(gpu.Gpu):
         known = [one.name for one in fields(Limits)]
         given = {key: limit for key, limit in limits.items() if limit is not None}
         if not given or not set(given) <= set(known):
-            raise TypeError(f"limits are {sorted(limits)}, expected some of {', '.join(known)}")
+            unknown = sorted(set(given) - set(known))
+            what = f"{', '.join(unknown)} is no limit" if unknown else "there is no limit"
+            raise TypeError(f"{what}, expected some of {', '.join(known)}")
         held = Limits(**given)  # type: ignore[arg-type]  # which counts are integers
         kernel = getattr(kernel, "__name__", kernel)
         launches = [one for one in self.launches if kernel in (None, one.kernel)]
@@ -289,6 +296,11 @@ class Emulator(gpu.Gpu):
 
     # Launches
 
+    def place_of(self, line: int) -> str:
+        """Name a line of the PTX in a message, by that of the source if there is one."""
+        source = self._sources.get(line)
+        return super().place_of(line) if source is None else f"{Path(source[0]).name}:{source[1]}"
+
     def fault(self, kind: str, name: str, line: int, message: str, warp: Any) -> None:
         """Note a fault of a warp; the launch goes on."""
         self._note(kind, name, line, message, warp.block.position)
@@ -296,12 +308,15 @@ class Emulator(gpu.Gpu):
     def _note(
         self, kind: str, name: str, line: int, message: str, program: tuple[int, ...]
     ) -> None:
-        key = self._name, name, line
+        # A line of the source becomes several of the PTX, one for each element of a thread, whose
+        # messages differ in their numbers alone.
+        source = self._sources.get(line)
+        key = self._name, kind, name, source or line, re.sub(r"\d+", "", message)
         if key in self._by_place:
             self._by_place[key].count += 1
             return
-        source = self._sources.get(line)
         fault = Fault(_kind(kind), name, message, self._name, program, line, source)
+        fault.launched = self._launched
         self._by_place[key] = fault
         self.faults.append(fault)
 
@@ -318,6 +333,7 @@ class Emulator(gpu.Gpu):
         self, launch: Launch, parameters: Callable[[], list[int]], file: str
     ) -> None:
         self._name, self._file, started = launch.kernel, file, time.perf_counter()
+        self._launched = launch.launched
         self._before.clear()
         last = self.counts
         try:
@@ -429,6 +445,17 @@ def _index_of(t: Tensor, name: str) -> Callable[[int], str]:
     return index
 
 
+def _launching_line() -> tuple[str, int] | None:
+    """Return the file and the line of the statement that launches the kernel."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_globals.get("__name__", "")
+        if name.partition(".")[0] not in ("torch", "triton") and name != __name__:
+            return frame.f_code.co_filename, frame.f_lineno
+        frame = frame.f_back
+    return None
+
+
 class Launcher:
     """What Triton calls for a launch."""
 
@@ -473,6 +500,7 @@ class Launcher:
             metadata.num_warps,
             metadata.shared,
             ptx=module.text,
+            launched=_launching_line(),
         )
         names = list(self.source.fn.arg_names)
         programs = x * y * z
@@ -703,9 +731,10 @@ def _has_kernel_in_python(func: Any, args: Sequence[Any], kwargs: dict[str, Any]
 
 
 def _is_plain(t: Any) -> bool:
-    """Whether ``t`` is a tensor with memory on the CPU: neither sparse nor fake."""
+    """Whether ``t`` is a tensor with memory on the CPU: not sparse, fake, or autograd's zero."""
     is_tensor = type(t) in (Tensor, torch.nn.Parameter)
-    return is_tensor and t.layout == torch.strided and t.device.type == "cpu"
+    is_strided = is_tensor and t.layout == torch.strided and t.device.type == "cpu"
+    return is_strided and not t._is_zerotensor()
 
 
 def _written(

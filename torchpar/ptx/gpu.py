@@ -76,6 +76,10 @@ class Gpu:
         if kind != "note":
             raise PtxError(line, message)
 
+    def place_of(self, line: int) -> str:
+        """Name a line of the PTX in a message."""
+        return f"line {line} of the PTX"
+
     def allocate(self, name: str, size: int) -> Allocation:
         """Return memory that nobody has written."""
         allocation = self.space.add(Allocation(name, self.next, size))

@@ -591,8 +591,11 @@ class Block:
                 self.flying.pop().advance()
             else:
                 lines = [self.gpu.kernel.instructions[warp.pc - 1].line for warp in running]
-                waiting = (f"{w.index} at line {n}" for w, n in zip(running, lines, strict=True))
-                message = f"warps wait for what nobody will do: {', '.join(waiting)} of the PTX"
+                waiting = (
+                    f"{w.index} at {self.gpu.place_of(n)}"
+                    for w, n in zip(running, lines, strict=True)
+                )
+                message = f"warps wait for what nobody will do: {', '.join(waiting)}"
                 self.gpu.fault("error", "deadlock", min(lines), message, running[0])
                 return
         self.end()

@@ -499,7 +499,8 @@ class Space:
         elif fence and not all_true(fenced := warp.knowledge.is_fenced(warp.index, writers)):
             number = int(writers[~fenced][0])
             events = warp.block.gpu.events
-            what = f"reads what {events.who(number)} wrote (line {events.lines[number]})"
+            where = warp.block.gpu.place_of(int(events.lines[number]))
+            what = f"reads what {events.who(number)} wrote ({where})"
             message = f"{what}, which needs a fence between the proxies"
             warp.block.gpu.fault("error", "missing fence", line, message, warp)
         return place, rows
@@ -606,7 +607,7 @@ class Space:
     ) -> None:
         for address, barrier in place.barriers.items():
             if ((offsets <= address + 7) & (offsets + width > address)).any():
-                message = f"overwrites the mbarrier of line {barrier.line}"
+                message = f"overwrites the mbarrier of {warp.block.gpu.place_of(barrier.line)}"
                 warp.block.gpu.fault("error", "overwritten mbarrier", line, message, warp)
 
     def _same(
@@ -627,9 +628,10 @@ class Space:
         foreign = ~known & (events.blocks[writers] != block)
         if (foreign & same).any():
             number = int(writers[foreign & same][0])
+            other = warp.block.gpu.place_of(int(events.lines[number]))
             message = (
                 f"two programs write {place.where(int(rows.flat[0]) * width)} without order, and "
-                f"both the same value (the other one at line {events.lines[number]})"
+                f"both the same value (the other one at {other})"
             )
             warp.block.gpu.fault("warning", "race between programs", line, message, warp)
         if not all_true(known | same) and not foreign.any() and _are_close(held, values):
@@ -657,8 +659,8 @@ class Space:
         is_mine = events.blocks[number] == warp.block.number
         name = "race" if is_mine else "race between programs"
         who = events.who(number) if is_mine else f"{events.who(number)} of another program"
-        message = f"{where} is written by {who} (line {events.lines[number]} of the PTX), "
-        message += "not waited for"
+        by = warp.block.gpu.place_of(int(events.lines[number]))
+        message = f"{where} is written by {who} ({by}), not waited for"
         return Cause(name, message, line, bool(is_mine) and not events.atomic[number])
 
     def conflict(
@@ -691,8 +693,8 @@ class Space:
         name = "race" if is_mine else "race between programs"
         who = events.who(number) if is_mine else f"{events.who(number)} of another program"
         message = (
-            f"{here} {where}, which {who} {'writes' if other == 'written' else 'reads'} (line "
-            f"{events.lines[number]} of the PTX), without waiting for it"
+            f"{here} {where}, which {who} {'writes' if other == 'written' else 'reads'} "
+            f"({gpu.place_of(int(events.lines[number]))}), without waiting for it"
         )
         # The value that was read may be one that nobody uses: Triton has copies in several warps.
         is_weak = self.is_deferred and other == "read" and is_mine

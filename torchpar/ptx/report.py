@@ -32,6 +32,7 @@ class Fault:
         line: of the PTX.
         source: the file and the line of the Python source; None if the compiler gave none.
         count: how often it happened.
+        launched: the file and the line of the program that launched the kernel, in the first case.
     """
 
     kind: Kind
@@ -42,6 +43,7 @@ class Fault:
     line: int
     source: tuple[str, int] | None
     count: int = 1
+    launched: tuple[str, int] | None = None
 
     def __str__(self) -> str:
         where = f"line {self.line} of the PTX"
@@ -50,6 +52,8 @@ class Fault:
             path, number = self.source
             where = f"{path}:{number} ({where})"
             code = line_of(path, number)
+        if self.launched is not None:
+            where += ", launched at {}:{}".format(*self.launched)
         times = f", {self.count} times" if self.count > 1 else ""
         lines = [
             f"{MARKS[self.kind]} {self.kind}: {self.name} in {self.kernel}{times}",
@@ -82,6 +86,7 @@ class Launch:
         ptx: the text that was executed.
         counts: by instruction, under the first schedule.
         file: of the kernel's source.
+        launched: the file and the line of the program that launched it.
         trace: of the first program, if the emulator records it.
     """
 
@@ -97,6 +102,7 @@ class Launch:
     ptx: str = field(default="", repr=False)
     counts: Any = field(default=None, repr=False)
     file: str = field(default="", repr=False)
+    launched: tuple[str, int] | None = field(default=None, repr=False)
     trace: Trace | None = field(default=None, repr=False)
 
     @property

@@ -117,7 +117,8 @@ DECIDES = "decides what is executed"
 
 
 def report(warp: Any, i: Instruction, cause: Cause, what: str) -> None:
-    where = f" (line {i.line})" if cause.line and cause.line != i.line else ""
+    is_elsewhere = cause.line and cause.line != i.line
+    where = f" ({warp.block.gpu.place_of(i.line)})" if is_elsewhere else ""
     kind = "warning" if cause.is_weak and what == DECIDES else "error"
     message = f"{cause.message}; it {what}{where}"
     warp.block.gpu.fault(kind, cause.name, cause.line or i.line, message, warp)

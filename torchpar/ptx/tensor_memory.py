@@ -69,7 +69,7 @@ class TensorMemory:
             message = "reads tensor memory that was not written"
             gpu.fault("error", "uninitialised memory", line, message, warp)
             return
-        what = f"{gpu.events.who(number)} (line {gpu.events.lines[number]})"
+        what = f"{gpu.events.who(number)} ({gpu.place_of(int(gpu.events.lines[number]))})"
         message = f"tensor memory is written by {what}, not waited for"
         gpu.fault("error", "race", line, message, warp)
 
