@@ -15,6 +15,7 @@ SCRIPTS = {
     "operators": ["transposed", "last-bit"],
     "library": ["keywords"],
     "flags": ["unchecked"],
+    "emulator": ["minimum", "silent"],
 }
 FAULTS = [(script, fault) for script, faults in SCRIPTS.items() for fault in faults]
 

@@ -110,6 +110,52 @@ def blocks_of_python(run: Callable[[], object]) -> int:
 
 
 @triton.jit
+def wrap_kernel(out, first, places, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(out + (first + i) % places, i)
+
+
+@pytest.mark.parametrize("first, places", [(0, 31), (5, 13), (25, 30), (0, 32)])
+def test_threads_of_a_warp_store_into_one_place(first, places):
+    """Also where the first thread after the wrap has a place of its own."""
+
+    def run() -> list[tuple[Tensor, ...]]:
+        out = torch.zeros(places, dtype=torch.int32)
+        wrap_kernel[(1,)](out, first, places, BLOCK=32, num_warps=1)
+        return [(out,)]
+
+    check(run)
+    with emulate("sm_90") as gpu:
+        run()
+    assert [one.name for one in gpu.faults] == ["different values"] * (places < 32)
+
+
+@triton.jit
+def sum_rows_kernel(x, out, m, columns, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr):
+    i, j = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK)
+    mask = (i < m)[:, None] & (j < columns)[None, :]
+    row = tl.load(x + i[:, None] * columns + j[None, :], mask, other=0)
+    tl.store(out + i[:, None] * columns + j[None, :], row + tl.sum(row, 1)[:, None], mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_undefined_half_of_a_pair_does_not_matter_to_the_other(dtype):
+    """A sum of 16-bit floats adds pairs, whose upper half nobody has written."""
+    x = torch.ones(3, 100, dtype=dtype)
+
+    def run() -> list[tuple[Tensor, ...]]:
+        out = torch.zeros(3, 100, dtype=dtype)
+        sum_rows_kernel[(1,)](x, out, 3, 100, BLOCK_M=16, BLOCK=128, num_warps=1)
+        return [(out,)]
+
+    check(run)
+    with emulate("sm_90") as gpu:
+        ((out,),) = run()
+    assert not gpu.faults
+    assert torch.equal(out, x + 100)
+
+
+@triton.jit
 def atomics_kernel(x, out, old, n, KIND: tl.constexpr, SEM: tl.constexpr, BLOCK: tl.constexpr):
     """Programs change the same elements, and some threads of a warp the same one."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

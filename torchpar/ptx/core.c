@@ -1191,10 +1191,10 @@ static int load(Warp *w, const Instruction *i, uint32_t mask)
 static int store_values(Warp *w, const Instruction *i, const Access *at,
                         uint8_t (*values)[MOST_STORED], int width)
 {
+    int ordered = 1;
     for (int k = 1; k < at->count; k++) {
-        if (at->offsets[k] > at->offsets[k - 1])
-            continue;
-        for (int n = 0; n < k; n++)
+        ordered &= at->offsets[k] > at->offsets[k - 1];
+        for (int n = 0; n < k && !ordered; n++)
             if (at->offsets[n] == at->offsets[k] && memcmp(values[n], values[k], (size_t)width))
                 return PYTHON;
     }

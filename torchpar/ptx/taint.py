@@ -149,6 +149,8 @@ def _propagate(
         if isinstance(choice, Register) and choice.index not in read:
             mask = np.where(values[choice.index], a, b)
             return {i.writes[0]: (mask, cause)}
+    if name not in ("cvt", "set", "setp") and any(part.endswith("x2") for part in i.parts):
+        return {i.writes[0]: (_of_pairs(read), cause)}
     lanes = np.zeros(32, np.bool_)
     for t in read.values():
         lanes |= t.mask != 0
@@ -195,6 +197,18 @@ def _either(sources: list[tuple[Any, Any]]) -> Any:
     for _, of_other in sources[1:]:
         mask = mask | of_other
     return mask
+
+
+def _of_pairs(read: dict[int, Tainted]) -> Any:
+    """The undefined halves of a pair of numbers; each is computed of the operands' same halves."""
+    halves = np.zeros((32, 2), np.bool_)
+    size = 0
+    for t in read.values():
+        size = t.mask.dtype.itemsize
+        halves |= t.mask.view(f"u{size // 2}").reshape(32, 2) != 0
+    half = np.dtype(f"u{size // 2}")
+    mask = np.where(halves, np.iinfo(half).max, 0).astype(half)
+    return mask.view(f"u{size}")[:, 0]
 
 
 def _move(warp: Any, i: Instruction, read: dict[int, Tainted]) -> dict[int, Any] | None:
