@@ -257,7 +257,8 @@ def product(rng: random.Random) -> Kernel:
     total = torch.int32 if dtype == torch.int8 else torch.float32
     precision = rng.choice(["ieee", "tf32"])
     source = f"""a_ptr, b_ptr, out_ptr, m, n, k, a_row, a_column, b_row, b_column,
-           BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr):
+           BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+           STAGES: tl.constexpr):
     i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     j = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_out = (i < m)[:, None] & (j < n)[None, :]

@@ -151,15 +151,20 @@ def _propagate(
             return {i.writes[0]: (mask, cause)}
     if name not in ("cvt", "set", "setp") and any(part.endswith("x2") for part in i.parts):
         return {i.writes[0]: (_of_pairs(read), cause)}
+    return {index: (mask, cause) for index, mask in _of_threads(warp, i, read).items()}
+
+
+def _of_threads(warp: Any, i: Instruction, read: dict[int, Tainted]) -> dict[int, Any]:
+    """All bits of a thread's results are undefined where one bit of its operands is."""
     lanes = np.zeros(32, np.bool_)
     for t in read.values():
         lanes |= t.mask != 0
-    if i.whole and name not in ("shfl",):  # the threads' values mix
+    if i.whole and i.parts[0] != "shfl":  # the threads' values mix
         lanes[:] = lanes.any()
     result = {}
     for index in i.writes:
-        mask = full(DTYPES[kinds[index]])
-        result[index] = (np.where(lanes, mask, mask.dtype.type(0)), cause)
+        mask = full(DTYPES[warp.block.gpu.kernel.registers[index]])
+        result[index] = np.where(lanes, mask, mask.dtype.type(0))
     return result
 
 
