@@ -82,11 +82,32 @@ def test_a_gpu_and_the_choice_of_its_tiles(monkeypatch, enabled, value):
     assert tiles.value.startswith(value)
 
 
+def test_the_emulator(monkeypatch):
+    pytest.importorskip("triton")
+    from torchpar.ptx import native
+
+    monkeypatch.setattr(native, "library", lambda: None)
+    kernel, core = doctor.emulator()
+    assert kernel == Finding("maximum, sm_90", "right, as compiled for an H100 and executed here")
+    assert (core.state, core.value) == ("note", "Python executes all instructions")
+    right = torch.maximum
+    monkeypatch.setattr(torch, "maximum", lambda a, b: right(a, b) + 1)
+    (found,) = doctor.examine(doctor.emulator)
+    assert found.state == "problem"
+
+
 def test_json(monkeypatch, capsys):
     assert doctor.main(["--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["problems"] == 0
-    assert list(found["areas"]) == ["versions", "processor", "gpus", "communication", "operators"]
+    assert list(found["areas"]) == [
+        "versions",
+        "processor",
+        "gpus",
+        "emulator",
+        "communication",
+        "operators",
+    ]
     assert found["areas"]["versions"][0] == Finding("torchpar", torchpar.__version__)._asdict()
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1000)
     assert doctor.main(["--json"]) == 1

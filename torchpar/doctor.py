@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Examination of this machine: ``python -m torchpar doctor``.
 
-The doctor examines versions, processor, GPUs and communication. It computes each operator once, and
-compares the result with PyTorch's in the same precision and in float64. Each finding that needs
-attention has a remedy.
+The doctor examines versions, processor, GPUs, the emulator of GPUs, and communication. It computes
+each operator once, and compares the result with PyTorch's in the same precision and in float64.
+Each finding that needs attention has a remedy.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str]) -> int:
         "python -m torchpar doctor", description=__doc__.partition("\n")[0]
     )
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
-    areas = (versions, processor, gpus, communication, operators)
+    areas = (versions, processor, gpus, emulator, communication, operators)
     if parser.parse_args(arguments).json:
         return _print_json({area.__name__: list(examine(area)) for area in areas})
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -148,6 +148,26 @@ def gpus() -> Iterator[Finding]:
     measured = "measured by Triton's autotuner at the first call for each layout"
     estimated = "by estimates; TORCHPAR_AUTOTUNE=1 measures them"
     yield Finding("tiles", measured if autotune.ENABLED else estimated)
+
+
+def emulator() -> Iterator[Finding]:
+    """Whether Triton kernels can be compiled for a GPU that is not here, and executed."""
+    if importlib.util.find_spec("triton") is None:
+        return  # as "versions" says
+    from torchpar.ptx import emulate, native
+
+    a, b = (normal_like(torch.empty(64, 80), seed) for seed in range(2))
+    with emulate("sm_90") as gpu:
+        same_bits((torchpar.maximum(a, b),), (torch.maximum(a, b),))
+    if not gpu.launches or gpu.faults:
+        yield Finding("maximum, sm_90", str(gpu.report()), "problem", REPORT)
+    else:
+        yield Finding("maximum, sm_90", "right, as compiled for an H100 and executed here")
+    if native.library() is None:
+        remedy = "install a C compiler such as gcc, which makes the emulator 66 times as fast"
+        yield Finding("core", "Python executes all instructions", "note", remedy)
+    else:
+        yield Finding("core", "compiled; it executes most instructions")
 
 
 def communication() -> Iterator[Finding]:

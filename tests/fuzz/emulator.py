@@ -329,11 +329,12 @@ def at_the_end(t: Tensor, kept: list[Any]) -> Tensor:
 def plant(rng: random.Random, kernel: Kernel, kept: list[Any]) -> None:
     """Give a right kernel a fault."""
     place = rng.choice(["mask_in", "mask_out", "unwritten"])
-    if place == "unwritten":
+    if place != "mask_out":
         # An expression may not depend on x, such as x - x.
         kernel.source = re.sub(
             r"store\(out_ptr \+ i, .*, mask_out", "store(out_ptr + i, x, mask_out", kernel.source
         )
+    if place == "unwritten":
         kernel.names = ("uninitialised memory",)
     elif kernel.is_ragged and not (place == "mask_out" and "key_ptr" in kernel.source):
         number = 0 if place == "mask_in" else kernel.out

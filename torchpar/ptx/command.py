@@ -106,11 +106,15 @@ def _terminable() -> Iterator[None]:
 
 def _show(report: Report, options: argparse.Namespace) -> None:
     """Print the report, and write its page."""
-    if options.counters:
-        print(report.counted(), end="\n\n")
-    print(report)
-    if not report.launches:
-        print("no kernel was launched; TRITON_INTERPRET=1 would run the source instead")
+    try:
+        if options.counters:
+            print(report.counted(), end="\n\n")
+        print(report)
+        if not report.launches:
+            print("no kernel was launched; TRITON_INTERPRET=1 would run the source instead")
+        sys.stdout.flush()
+    except BrokenPipeError:  # of a reader such as head, that has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if options.report is not None:
         try:
             options.report.write_text(report.as_html(str(options.script)), "utf-8")

@@ -43,7 +43,14 @@ from triton.runtime.driver import driver as active_driver
 from torchpar.ptx import gpu
 from torchpar.ptx.limits import Limits
 from torchpar.ptx.machine import SCHEDULES, Schedule
-from torchpar.ptx.memory import GIVEN, LARGEST_UNIT, UNWRITTEN, Allocation, Space
+from torchpar.ptx.memory import (
+    GIVEN,
+    LARGEST_UNIT,
+    UNWRITTEN,
+    Allocation,
+    Space,
+    free_memory,
+)
 from torchpar.ptx.native import FIELDS, cache_folder, writable
 from torchpar.ptx.parse import PtxError
 from torchpar.ptx.report import Fault, Kind, Launch, Report, moved
@@ -213,7 +220,9 @@ class Emulator(gpu.Gpu):
         data = np.frombuffer(raw, np.uint8)
         unit = min(t.element_size(), LARGEST_UNIT)
         dtype = str(t.dtype).removeprefix("torch.")
-        made = Allocation(f"{name} ({dtype} {list(t.shape)})", base, end - base, unit, data, start)
+        name_of_all = f"{name} ({dtype} {list(t.shape)})"
+        _check_memory(name_of_all, padded // unit)
+        made = Allocation(name_of_all, base, end - base, unit, data, start)
         if (start, end) == (storage.address, storage.end):
             made.index = _index_of(t, name)
         merged = [other for other, place in self._places.items() if place in overlapping]
@@ -528,6 +537,22 @@ class Launcher:
             emulator.run(launch, parameters, code.co_filename if code else "")
         if leave is not None:
             leave(launch_metadata)
+
+
+def _check_memory(name: str, elements: int) -> None:
+    """Raise MemoryError if who has read and written each element cannot be kept.
+
+    Where the system promises more memory than there is, it would kill the process instead.
+    """
+    needed = 8 * elements
+    if needed < 2**26:  # small ones are launched often
+        return
+    there = free_memory()
+    if there is not None and needed > there:
+        raise MemoryError(
+            f"{name} takes {needed / 2**30:,.1f} GiB to be emulated, 8 bytes for each element, and "
+            f"{there / 2**30:,.1f} GiB are free; take a smaller tensor"
+        )
 
 
 def _flatten(

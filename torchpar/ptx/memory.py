@@ -17,6 +17,7 @@ not know each other. Of further ones some are forgotten, so that other schedules
 
 from bisect import bisect_right, insort
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -175,6 +176,16 @@ def merge(into: dict[int, Any], known: dict[int, Any]) -> None:
         together = longer.copy()
         np.maximum(together[: len(shorter)], shorter, out=together[: len(shorter)])
         into[block] = together
+
+
+def free_memory() -> int | None:
+    """Return the bytes of memory that this machine can give, or None if it does not say so."""
+    try:
+        lines = Path("/proc/meminfo").read_text("utf-8").splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return 1024 * int(found[0]) if found else None
 
 
 class Allocation:
