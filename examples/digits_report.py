@@ -48,7 +48,7 @@ class Flags(cli.DataFlags):
     depth: int = 1  # Hidden layers, all of one width.
     batch_size: tuple[int, ...] = (32, 128, 512)  # Samples per step to choose from.
     lr: tuple[float, ...] = (0.05, 0.2, 0.8)  # Learning rates at the start to choose from.
-    # Λ to choose from; the sweep takes the first.
+    # Values of λ to choose from; the sweep takes the first.
     weight_decay: tuple[float, ...] = (0.0, 3e-5, 3e-4)
     decay_biases: bool = False  # Count the biases in the penalty λ/2·‖p‖², too.
     sweep_epochs: int = 2  # Epochs to choose width, batch size and rate by.

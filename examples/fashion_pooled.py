@@ -70,11 +70,12 @@ Exchange = Literal["allreduce", "gather"]
 
 
 @dataclass(kw_only=True)
-class Flags(cli.DataFlags):
+class Flags(cli.ExampleFlags):
     """Train a small network on pooled images by full-batch descent."""
 
+    data: Path = cli.DataFlags.data  # Folder of the data sets, as torchvision's root.
     # Data set; auto takes Fashion-MNIST if its files are there, else MNIST.
-    dataset: Literal["auto", "mnist", "fashion-mnist", "kmnist"] = "auto"  # type: ignore[assignment]
+    dataset: Dataset | Literal["auto"] = "auto"
     library: Literal["numpy", "torch"] = "numpy"  # Library that computes.
     plots: Path | None = None  # Folder for pictures.
     exchange: Exchange = "allreduce"  # MPI's messages of an iteration.

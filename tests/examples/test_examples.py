@@ -91,6 +91,14 @@ def test_it_runs_learns_and_prints_its_last_line(fork_server, small, monkeypatch
         assert out.splitlines()[-1].startswith(figures)
 
 
+@pytest.mark.parametrize("name", [*RUNS, "train_ddp", "train_parallel"])
+def test_the_help_of_each_flag_is_a_sentence(name):
+    """tyro takes the comment beside a flag, also one that is meant for the type checker."""
+    code, out, _ = lesson(name, "--help")
+    assert code == 0
+    assert "type: ignore" not in out
+
+
 # The training lessons
 
 
