@@ -331,7 +331,8 @@ def report(flags: Flags) -> list[console.Row]:
     console.print_rows(
         speedups, list(speedups[0]), "speed-up, predicted by the profile and measured"
     )
-    console.print_rows(fits, list(fits[0]), "p, and the limit 1/(1 − p)")
+    shown = [row | {"limit": "∞"} if row["limit"] is None else row for row in fits]
+    console.print_rows(shown, list(fits[0]), "p, and the limit 1/(1 − p)")
     print(
         f"all numbers of processes and threads reach the same loss (largest difference {off:.0e})"
     )

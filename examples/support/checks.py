@@ -31,7 +31,7 @@ def compare(
     print(f"{part}: error {error:.1e} against float64, PyTorch's {native:.1e}")
     if not error <= most:
         off = f"{part} is off by {error:.1e}, expected {most:.1e} at most"
-        raise ConfigError(f"{off}; mend its formula, which leaves its inputs as they are")
+        raise ConfigError(f"{off}; mend its formula, and do not let it change its inputs")
     return {"part": part, "error": error, "pytorch_error": native}
 
 

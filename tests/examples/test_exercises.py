@@ -353,8 +353,8 @@ def test_a_lesson_stops_at_a_wrong_formula(monkeypatch, module, part, name, wron
     monkeypatch.setattr(module, name, wrong)
     code, _, err = lesson(module.__name__, "--device", "cpu")
     message = (
-        rf"{part} is off by \S+, expected \S+ at most; mend its formula, which leaves its inputs "
-        rf"as they are"
+        rf"{part} is off by \S+, expected \S+ at most; mend its formula, and do not let it "
+        rf"change its inputs"
     )
     assert code == 2
     assert re.fullmatch(rf"{module.__name__}\.py: error: {message}\n", err)
@@ -416,6 +416,7 @@ def test_the_report_fits_the_medians_of_all_rounds_but_the_first(monkeypatch, ca
     assert "left out: the speed-up from CPU to GPU, as --device is cpu" in out
     rounds[two][1:] = [Epoch(1.0, 0.1)]
     assert report()[2]["limit"] is None  # everything is divided
+    assert re.search(r"│ 64 +│ processes │ 1 +│ ∞ +│", capsys.readouterr().out)
     rounds[two][0] = Epoch(9.0, 0.5001)
     with pytest.raises(ConfigError, match="is off by 2e-04 of that on one"):
         report()
