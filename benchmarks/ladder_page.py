@@ -111,11 +111,13 @@ def span(low: float | None, high: float | None) -> str:
 
 
 def notes(results: Sequence[Result]) -> Iterator[str]:
-    """Say which rows were left out and why, and which are wrong."""
+    """Say which rows were left out and why, and which are wrong or too slow."""
     left_out: dict[str, list[str]] = {}
     for one in results:
         if reason := one.columns.get("left_out"):
             left_out.setdefault(reason, []).append(label(one))
+        elif one.reason.startswith("SlowCall: "):
+            yield f"Too slow: {label(one)}: {one.reason.removeprefix('SlowCall: ')}"
         elif not one.ok:
             yield f"Not right: {label(one)}: {one.reason.removeprefix('Rejected: ')}"
     for reason, names in left_out.items():

@@ -51,6 +51,10 @@ class TooSlow(BaseException):
     """A call took longer than `LIMIT`. No ``except Exception`` of the student catches it."""
 
 
+class SlowCall(Rejected):
+    """A call took longer than `LIMIT` with the smaller arguments, too, or later in the turns."""
+
+
 class Student(NamedTuple):
     """The functions of a file by name, and the error that ended its execution, or ""."""
 
@@ -205,8 +209,9 @@ class Entry:
         whole case.
 
         Raises:
-            Rejected: a call that takes longer than `LIMIT`; an error of the function, with its
-                line; a wrong result; or a changed argument.
+            SlowCall: a call takes longer than `LIMIT`.
+            Rejected: an error of the function, with its line; a wrong result; or a changed
+                argument.
         """
         seconds = self.limited_call(self.calls)
         if index == 0 and not self.case.cold:  # the first call may have compiled
@@ -232,11 +237,11 @@ class Entry:
         self.tried = self.case if larger == shape else make_case(operator, larger)
 
     def limited_call(self, calls: int = 1) -> float:
-        """As `call`; a Rejected if it takes longer than `LIMIT`."""
+        """As `call`; a SlowCall if it takes longer than `LIMIT`."""
         try:
             return self.call(calls)
         except TooSlow:
-            raise Rejected(f"it takes more than {LIMIT:.0f} s for {self.size}") from None
+            raise SlowCall(f"it takes more than {LIMIT:.0f} s for {self.size}") from None
 
     def call(self, calls: int = 1) -> float:
         """Call the function ``calls`` times, check its last result, and return the seconds of a
@@ -270,6 +275,9 @@ def enter(path: Path, name: str, function: Callable[..., object], case: LadderCa
             f"{path.name}: {name} is right ({extrapolated}first call {duration(seconds)})",
             flush=True,
         )
+    except SlowCall as e:
+        print(f"{path.name}: {name} is too slow: {e}", flush=True)
     except Rejected as e:
-        print(f"{path.name}: {name} is not right: {e}", flush=True)
+        at = f" at {entry.size}" * bool(entry.note)
+        print(f"{path.name}: {name} is not right{at}: {e}", flush=True)
     return entry

@@ -385,13 +385,25 @@ def test_a_function_that_is_endless_above_some_size_is_rejected(tmp_path, capsys
     with patch.object(student, "LIMIT", 0.1):
         slow = student.enter(tmp_path / "my.py", "matmul_t", endless_above, case)
         assert (
-            "my.py: matmul_t is not right: it takes more than 0 s for 40×40"
+            "my.py: matmul_t is too slow: it takes more than 0 s for 40×40"
             in capsys.readouterr().out
         )
         (result,) = ladder.measure(
             case, [ladder.Rung(name="my.py: matmul_t", turn=slow.turn)], rounds=1
         )
-    assert result.reason == "Rejected: it takes more than 0 s for 40×40"
+    assert result.reason == "SlowCall: it takes more than 0 s for 40×40"
+    line = "Too slow: my.py: matmul_t: it takes more than 0 s for 40×40"
+    assert list(ladder_page.notes([result])) == [line]
+
+
+def test_the_verdict_on_a_wrong_slow_function_names_the_smaller_size(tmp_path, capsys):
+    def wrong(x: Any) -> Any:
+        if len(x) > 32:
+            raise student.TooSlow
+        return x @ x.T + 1
+
+    student.enter(tmp_path / "my.py", "matmul_t", wrong, make_case("matmul_t", (40, 40)))
+    assert "my.py: matmul_t is not right at 32×32: result[0, 0]" in capsys.readouterr().out
 
 
 def test_a_first_call_that_compiles_leaves_the_whole_case():
