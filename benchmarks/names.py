@@ -27,4 +27,4 @@ def first_line(name: str) -> str:
     spec = find_spec(f"benchmarks.{name}")
     assert spec is not None
     docstring = ast.get_docstring(ast.parse(Path(str(spec.origin)).read_text("utf-8"))) or ""
-    return docstring.partition("\n")[0].partition(": ``")[0].removesuffix(".")
+    return docstring.partition("\n")[0].partition(": ``")[0].rstrip(".:")

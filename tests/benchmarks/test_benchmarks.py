@@ -54,6 +54,7 @@ def test_all_benchmarks_are_listed(capsys):
     assert tuple(line.split()[0] for line in lines[: len(NAMES)]) == NAMES
     assert set(NAMES) == {*QUICK, *SLOW}
     assert "train       Train MLPs on MNIST in many ways, side by side" in lines
+    assert not any(line.endswith((":", ",")) for line in lines[: len(NAMES)])
     assert "benchmarks/results/cpu-" in lines[-1] or torch.cuda.is_available()
 
 
