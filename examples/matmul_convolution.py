@@ -49,23 +49,31 @@ def convolution(x: Tensor, kernels: Tensor) -> Tensor:
 
 
 def compare_with_conv2d(device: torch.device) -> list[console.Row]:
-    """Compare a linear layer of windows and its gradients with PyTorch's convolution; return the
-    errors."""
+    """Compare `convolution`, its gradients, and a linear layer of windows with PyTorch's
+    convolution; return the errors."""
     x = torch.rand(8, 16, 12, 12).to(device)
     layer = LinearSigmoid(16 * 5**2, 32).to(device)
     rows = windows(x.movedim(1, 3), size=5, stride=2)
     y = layer(rows).movedim(3, 1)
     kernels = layer.weight.detach().unflatten(1, (16, 5, 5))
     reference = partial(conv2d, stride=2)
-    row = checks.compare(
-        "convolution", y, lambda x: reference(x, kernels.to(x)).sigmoid(), x, terms=rows.shape[-1]
-    )
     inputs = {"x": x, "kernels": kernels}
+    terms = rows.shape[-1]
+    row = checks.compare(
+        "convolution", convolution(x, kernels), reference, *inputs.values(), terms=terms
+    )
+    layer_row = checks.compare(
+        "linear layer of windows",
+        y,
+        lambda x: reference(x, kernels.to(x)).sigmoid(),
+        x,
+        terms=terms,
+    )
     gradients = checks.compare_gradients(
         "convolution", convolution, reference, inputs, terms=len(rows) * 32
     )
     print(f"the rows take {rows.nbytes / x.nbytes:.1f} times the {x.nbytes:,} bytes of the input")
-    return [row | {"duplication": rows.nbytes / x.nbytes}, *gradients]
+    return [row | {"duplication": rows.nbytes / x.nbytes}, layer_row, *gradients]
 
 
 def compare_costs(device: torch.device, batch_size: int = 64) -> list[console.Row]:

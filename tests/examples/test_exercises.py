@@ -319,6 +319,7 @@ def test_a_causal_row_does_not_depend_on_later_rows():
 
 
 CAUSAL = matmul_attention.causal_weights
+CONVOLUTION = matmul_convolution.convolution
 
 
 @pytest.mark.parametrize(
@@ -346,6 +347,7 @@ CAUSAL = matmul_attention.causal_weights
         ),
         (matmul_regression, "gradient", "mse_gradient", lambda x, y, w: x.T @ (x @ w - y) / len(y)),
         (matmul_convolution, "convolution", "windows", lambda x, **at: windows(x, **at).flip(-1)),
+        (matmul_convolution, "convolution", "convolution", lambda x, k: CONVOLUTION(x, k) + 1),
         (matmul_attention, "attention", "matmul_t", lambda x: x @ x.mT * 1.01),
     ],
 )
