@@ -331,7 +331,7 @@ def report(flags: Flags) -> list[console.Row]:
     console.print_rows(
         speedups, list(speedups[0]), "speed-up, predicted by the profile and measured"
     )
-    shown = [row | {"limit": "∞"} if row["limit"] is None else row for row in fits]
+    shown = [{**row, "limit": "∞"} if row["limit"] is None else row for row in fits]
     console.print_rows(shown, list(fits[0]), "p, and the limit 1/(1 − p)")
     print(
         f"all numbers of processes and threads reach the same loss (largest difference {off:.0e})"
