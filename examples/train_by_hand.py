@@ -356,8 +356,9 @@ def check_gradients(device: torch.device) -> dict[str, Errors]:
     for name, found in errors.items():
         for part, error in found.items():
             if not error <= LARGEST_ERROR:
+                other = f" (or its shape is not that of the {part})" * (error == torch.inf)
                 raise ConfigError(
-                    f"{name}: the gradient of its {part} is off by {error:.1e}, expected "
+                    f"{name}: the gradient of its {part} is off by {error:.1e}{other}, expected "
                     f"{LARGEST_ERROR:.0e} at most; mend its forward or its backward pass"
                 )
     return errors
