@@ -173,3 +173,15 @@ def test_the_picture_of_the_rooms_is_true():
     found = house["imports"](ROOT / "torchpar" / "optim" / "muon.py", "torchpar.optim.muon")
     assert "torchpar.parts" in found
     assert not any(name.startswith("torchpar.training") for name in found)
+
+
+@pytest.mark.parametrize("command", [("torchpar", "doctor"), ("benchmarks", "list")])
+def test_a_reader_may_close_the_pipe(command):
+    """As head does."""
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as pipe:
+        done = subprocess.run(
+            [sys.executable, "-m", *command], cwd=ROOT, stdout=pipe, stderr=subprocess.PIPE
+        )
+    assert (done.returncode, done.stderr) == (141, b"")

@@ -6,6 +6,8 @@ Each command is a module with a function ``main(arguments)`` that returns the ex
 
 import argparse
 import importlib
+import os
+import signal
 import sys
 
 COMMANDS = {
@@ -29,7 +31,12 @@ def main() -> int:
         module = importlib.import_module(COMMANDS[command][0])
     except ModuleNotFoundError as e:
         parser.error(f"{command}: {e}; pip install 'torchpar[examples]'")
-    status: int = module.main(sys.argv[2:])
+    try:
+        status: int = module.main(sys.argv[2:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # of a reader such as head, that has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     return status
 
 

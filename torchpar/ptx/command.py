@@ -105,19 +105,22 @@ def _terminable() -> Iterator[None]:
 
 
 def _show(report: Report, options: argparse.Namespace) -> None:
-    """Print the report, and write its page."""
+    """Print the report, and write its page, also if nobody reads what is printed."""
     try:
         if options.counters:
             print(report.counted(), end="\n\n")
         print(report)
         if not report.launches:
             print("no kernel was launched; TRITON_INTERPRET=1 would run the source instead")
-        sys.stdout.flush()
-    except BrokenPipeError:  # of a reader such as head, that has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    if options.report is not None:
-        try:
-            options.report.write_text(report.as_html(str(options.script)), "utf-8")
-        except OSError as e:
-            reason = f"{options.report} cannot be written ({e.strerror}); name another file"
-            sys.exit(f"python -m torchpar ptx: error: {reason}")
+    finally:
+        if options.report is not None:
+            _write(report, options)
+
+
+def _write(report: Report, options: argparse.Namespace) -> None:
+    """Write the report's page."""
+    try:
+        options.report.write_text(report.as_html(str(options.script)), "utf-8")
+    except OSError as e:
+        reason = f"{options.report} cannot be written ({e.strerror}); name another file"
+        sys.exit(f"python -m torchpar ptx: error: {reason}")
