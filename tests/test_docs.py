@@ -16,8 +16,10 @@ from pkgutil import resolve_name
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from commands import ROOT, TORCHRUN, blocks, execute, run
 from operators import OPERATORS, Operator
+from torch.distributed.checkpoint import CheckpointException
 
 import torchpar
 from benchmarks import ladder, ladder_page, speedrun, student, train
@@ -324,6 +326,21 @@ def test_code_of_pages_runs(page, monkeypatch, tmp_path, request):
     # With Inductor the operators are compiled in tests/ops/test_operators_compile.py.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     execute(*(block for block in blocks(page) if "join_world" not in block))
+
+
+def test_a_save_writes_metadata_last(world, monkeypatch, tmp_path):
+    # docs/muon.md takes a folder with this file for a complete checkpoint.
+    weights = {"weight": torch.ones(2)}
+    dcp.save(weights, checkpoint_id=tmp_path / "step-1")
+
+    def is_killed(*args):
+        raise OSError
+
+    monkeypatch.setattr(dcp.FileSystemWriter, "write_data", is_killed)
+    with pytest.raises(CheckpointException):
+        dcp.save(weights, checkpoint_id=tmp_path / "step-2")
+    assert (tmp_path / "step-2").is_dir()
+    assert [path.parent.name for path in tmp_path.glob("step-*/.metadata")] == ["step-1"]
 
 
 @pytest.mark.slow
