@@ -177,6 +177,7 @@ class DataParallel:
         self._restart()
         if loss is None:
             raise ConfigError(
-                "no rank has called backward since the last all_reduce; call it before each"
+                "no rank has called DataParallel.backward since the last all_reduce; call it "
+                "for each unit, not loss.backward()"
             )
         return loss
