@@ -28,7 +28,10 @@ def test_the_status_says_if_the_hash_is_published(capsys, status):
     assert re.fullmatch(r"dp 2 × tp 2 × pp 1 on cpu, .*, torch \S+: \d+ s", first)
     assert second == f"SHA-256 of the weights: {found}"
     assert third == (
-        f"The published hash is {published}." if status else "This is the published hash."
+        f"The published hash is {published}. The bits differ here; please report this output, "
+        "with that of: python -m torchpar doctor"
+        if status
+        else "This is the published hash."
     )
 
 

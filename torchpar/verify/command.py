@@ -108,7 +108,13 @@ def verify(model: str, ranks: int | None, tp: int, pp: int, threads: int, device
     print(f"{where}, torch {torch.__version__}: {time.perf_counter() - start:.0f} s")
     print(f"SHA-256 of the weights: {digest}")
     same = digest == EXPECTED[model]
-    print("This is the published hash." if same else f"The published hash is {EXPECTED[model]}.")
+    if same:
+        print("This is the published hash.")
+    else:
+        print(
+            f"The published hash is {EXPECTED[model]}. The bits differ here; please report this "
+            "output, with that of: python -m torchpar doctor"
+        )
     return 0 if same else 1
 
 
