@@ -4,6 +4,7 @@ refused."""
 
 import contextlib
 import dataclasses
+import gc
 import itertools
 import math
 import os
@@ -23,6 +24,7 @@ from torchpar.data import Samples
 from torchpar.errors import ConfigError, DivergedError
 from torchpar.nn import MLP
 from torchpar.outcome import EpochResult, Stopped
+from torchpar.parallel import full_state_dict
 from torchpar.parallel.launch.world import join_world
 from torchpar.parallel.split import shared_memory
 from torchpar.training import CheckpointConfig, Classification
@@ -796,6 +798,44 @@ def losses_of(kind: str, sizes: list[int]) -> list[float]:
             model = DistributedDataParallel(model)
         model.eval()
         return [training.evaluate(model, samples(n, 1), world)[0] for n in sizes]
+
+
+def sharded_weights(
+    folder: str, epochs: int, nested: bool
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """The weights of a model under `fully_shard`, trained or resumed, and its optimizer's keys."""
+    torch.manual_seed(0)
+    with join_world("cpu") as world:
+        model: Any = MLP(SIZES)
+        for module in (*model.layers, model) if nested else (model,):
+            torch.distributed.fsdp.fully_shard(module, mesh=world.mesh["dp"])
+        run = plain_loop.train(
+            model,
+            torch.optim.AdamW(model.parameters(), lr=0.01),
+            world,
+            samples(200, 1),
+            samples(50, 2),
+            epochs=epochs,
+            batch_size=32,
+            schedule="constant",
+            checkpoint=CheckpointConfig(Path(folder)),
+        )
+        shards = [type(p).__name__ for p in model.parameters()]
+        assert all(p in run.state.optimizer.state for p in model.parameters())
+        weights = {name: t.clone() for name, t in full_state_dict(model).items()}
+        del run, model
+        gc.collect()  # before the process group ends
+    return weights, shards
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_resumed_run_under_fully_shard_has_the_same_bits(ranks, tmp_path, nested):
+    whole, shards = ranks(2, sharded_weights, str(tmp_path / "whole"), 2, nested)[0]
+    assert set(shards) == {"DTensor"}
+    assert {type(t) for t in whole.values()} == {torch.Tensor}
+    ranks(2, sharded_weights, str(tmp_path / "parts"), 1, nested)
+    for resumed, _ in ranks(2, sharded_weights, str(tmp_path / "parts"), 2, nested):
+        assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
 def test_ranks_make_as_many_forward_passes_in_an_evaluation(ranks):

@@ -328,6 +328,7 @@ class Run:
         finally:
             for module, training in modes:
                 module.training = training
+            state.reshard(model)
 
     def _save_if_due(self) -> None:
         if self._checkpoints is None or self._stop is None:

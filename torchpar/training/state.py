@@ -6,6 +6,7 @@ the data.
 """
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -48,6 +49,18 @@ class TrainState:
     random_states: dict[str, Tensor] = field(default_factory=dict)
 
 
+def reshard(model: torch.nn.Module) -> None:
+    """Put the shards of `fully_shard` back in place of unsharded parameters.
+
+    A forward pass without a backward pass leaves the outermost module unsharded, and the optimizer
+    has its state by shards.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    for module in model.modules() if fsdp else ():
+        if isinstance(module, fsdp.FSDPModule):  # type: ignore[union-attr]
+            module.reshard()
+
+
 def check_saveable(state: TrainState) -> None:
     """Refuse a state of which checkpoints would lose something; the error names it.
 
@@ -56,6 +69,7 @@ def check_saveable(state: TrainState) -> None:
             divides its state over the ranks; a setting of a group, or a module's extra state, that
             is neither a tensor nor JSON; a sparse tensor.
     """
+    reshard(state.model)
     for optimizer in _optimizers(state.optimizer):
         if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
             raise ConfigError(
@@ -93,6 +107,7 @@ def _check_groups(state: TrainState) -> None:
 
 def save(state: TrainState, checkpoints: Checkpoints, number: int) -> None:
     """Save as the checkpoint of step ``number`` of the run. Every rank must call this."""
+    reshard(state.model)
     losses = torch.zeros(state.world.world_size, dtype=torch.float64, device=state.world.device)
     losses[state.world.rank] = float(state.loss_sum)
     extra_tensors, extra = _extra_states(state.model)
@@ -143,6 +158,7 @@ def resume(state: TrainState, checkpoints: Checkpoints) -> bool:
     saved = checkpoints.load()
     if saved is None:
         return False
+    reshard(state.model)
     folder, rank = checkpoints.folder, state.world.rank
     facts = saved.state
     _check_config(state, folder, facts.get("run", {}))

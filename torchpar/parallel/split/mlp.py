@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from torchpar import nn
 from torchpar.errors import ConfigError
+from torchpar.library.sharding import is_dtensor
 from torchpar.parallel.launch.agreement import check_same_bits, check_same_on_all_ranks
 from torchpar.parallel.split.layers import (
     LINEAR_LAYERS,
@@ -102,7 +103,10 @@ def parallel_mlp(mlp: M, mesh: DeviceMesh) -> M:
 
 def full_state_dict(model: torch.nn.Module) -> dict[str, Tensor]:
     """The unsharded model's state dict, on every rank. All ranks must call this."""
-    state = OrderedDict((name, t.detach().clone()) for name, t in model.state_dict().items())
+    state = OrderedDict(
+        (name, (t.full_tensor() if is_dtensor(t) else t).detach().clone())
+        for name, t in model.state_dict().items()
+    )
     for name, p in model.named_parameters():
         part = part_of(p)
         if part.is_slice:
