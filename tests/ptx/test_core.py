@@ -156,6 +156,29 @@ def test_an_undefined_half_of_a_pair_does_not_matter_to_the_other(dtype):
 
 
 @triton.jit
+def narrow_product_kernel(a, b, out, BLOCK_M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
+    i, j, k = tl.arange(0, BLOCK_M), tl.arange(0, N), tl.arange(0, K)
+    left = tl.load(a + i[:, None] * K + k[None, :])
+    right = tl.load(b + k[:, None] * N + j[None, :])
+    tl.store(out + i[:, None] * N + j[None, :], tl.dot(left, right))
+
+
+def test_lines_of_16_bytes_are_not_swizzled():
+    """B has 16 bytes a row, in the shared memory from which tensor cores of sm_100 read it."""
+    a, b = (torch.randint(-4, 5, shape, dtype=torch.int8) for shape in ((64, 64), (64, 16)))
+
+    def run() -> list[tuple[Tensor, ...]]:
+        out = torch.zeros(64, 16, dtype=torch.int32)
+        narrow_product_kernel[(1,)](a, b, out, 64, 16, 64, num_warps=8)
+        return [(out,)]
+
+    with emulate("sm_100") as gpu:
+        ((out,),) = run()
+    assert not gpu.faults
+    assert torch.equal(out, (a.double() @ b.double()).int())
+
+
+@triton.jit
 def atomics_kernel(x, out, old, n, KIND: tl.constexpr, SEM: tl.constexpr, BLOCK: tl.constexpr):
     """Programs change the same elements, and some threads of a warp the same one."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

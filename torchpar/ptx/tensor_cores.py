@@ -194,18 +194,23 @@ def _chunks(bits: int, rows: range, rows_of_chunk: int, line: int) -> Any:
     """
     start, leading, stride = ((bits >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
     mode = bits >> 62 & 3
-    # Bit 46 is the version of sm_100's descriptors.
-    if bits & (3 << 14 | 3 << 30 | 0xFFFE << 46 & ~(1 << 62 | 1 << 63)) or mode == 0:
+    unknown = 3 << 14 | 3 << 30 | 0x7FFF << 47  # bit 46 is the version of sm_100's descriptors
+    if not mode:  # the offset of the pattern, which does not swizzle
+        unknown &= ~(7 << 49)
+    if bits & unknown:
         raise PtxError(line, f"the descriptor {bits:#x} has bits that are unknown here")
-    size = 256 >> mode
+    size = 256 >> mode if mode else 16  # bytes of a line, which are swizzled if there are more
+    if not mode and rows_of_chunk:  # then the strides change their places
+        leading, stride = stride, leading
     if not rows_of_chunk:
         row, chunk = np.array(rows)[:, None], np.arange(2)
-        chunks = start + row // 8 * stride + row % 8 * size + 16 * chunk
-        return np.ascontiguousarray(swizzle(chunks, size))
+        chunks = start + row // 8 * stride + row % 8 * size + (16 if mode else leading) * chunk
+        return np.ascontiguousarray(swizzle(chunks, size) if mode else chunks)
     byte = 16 // rows_of_chunk * np.array(rows[::rows_of_chunk])[:, None]
     column = np.arange(2 * rows_of_chunk)
     chunks = start + byte // size * leading + byte % size
-    return np.ascontiguousarray(swizzle(chunks + column // 8 * stride + column % 8 * size, size))
+    chunks = chunks + column // 8 * stride + column % 8 * size
+    return np.ascontiguousarray(swizzle(chunks, size) if mode else chunks)
 
 
 @action("wgmma.fence.sync.aligned", whole=True)
