@@ -655,6 +655,12 @@ def test_values_that_would_not_be_saved_are_refused_by_name(world, tmp_path):
         ConfigError, match="state has 'all', which is no parameter and would not be saved"
     ):
         run(CountsSteps(model.parameters(), lr=0.1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer.state[torch.nn.Parameter(torch.ones(3))]["momentum_buffer"] = torch.ones(3)
+    with pytest.raises(
+        ConfigError, match=r"state of a parameter of shape \(3,\) that the model no longer has"
+    ):
+        run(optimizer)
     assert not [*tmp_path.iterdir()]
 
 

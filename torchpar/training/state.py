@@ -124,6 +124,14 @@ def save(state: TrainState, checkpoints: Checkpoints, number: int) -> None:
                 tensors[f"optimizer.{name}.{key}"] = _shard(p, value)
                 continue
             raise ConfigError(f"the optimizer's {key} of {name} {found}; take another optimizer")
+    known = set(state.model.parameters())
+    for key, values in state.optimizer.state.items():
+        if isinstance(key, Tensor) and key not in known and values:
+            raise ConfigError(
+                f"the optimizer has state of a parameter of shape {tuple(key.shape)} that the "
+                "model no longer has, and that would not be saved; make a new optimizer of the "
+                "model's parameters"
+            )
     if foreign := [key for key in state.optimizer.state if not isinstance(key, Tensor)]:
         raise ConfigError(
             f"the optimizer's state has {foreign[0]!r}, which is no parameter and would not be "
