@@ -115,6 +115,9 @@ def test_text_of_a_command_is_no_markup(monkeypatch, tmp_path):
     assert "&lt;script&gt;" in found.text
 
 
-@pytest.mark.parametrize("scheme", COLORS)
+@pytest.mark.parametrize(
+    "scheme",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name == "light")) for name in COLORS],
+)
 def test_the_page_is_legible_on_a_phone(page, tmp_path, scheme):
     check_on_a_phone(page[2].text, tmp_path, scheme)
