@@ -149,7 +149,7 @@ def _propagate(
         if isinstance(choice, Register) and choice.index not in read:
             mask = np.where(values[choice.index], a, b)
             return {i.writes[0]: (mask, cause)}
-    if name not in ("cvt", "set", "setp") and any(part.endswith("x2") for part in i.parts):
+    if _is_of_pairs(i, kinds, read):
         return {i.writes[0]: (_of_pairs(read), cause)}
     return {index: (mask, cause) for index, mask in _of_threads(warp, i, read).items()}
 
@@ -202,6 +202,16 @@ def _either(sources: list[tuple[Any, Any]]) -> Any:
     for _, of_other in sources[1:]:
         mask = mask | of_other
     return mask
+
+
+def _is_of_pairs(i: Instruction, kinds: Any, read: dict[int, Tainted]) -> bool:
+    """Whether the instruction computes the halves of its result from the same halves of
+    operands."""
+    if i.parts[0] in (*SINKS, "cvt", "set", "setp") or len(i.writes) != 1:
+        return False
+    size = DTYPES[kinds[i.writes[0]]].itemsize
+    alike = all(t.mask.dtype.itemsize == size for t in read.values())  # and no predicate
+    return alike and any(part.endswith("x2") for part in i.parts[1:])
 
 
 def _of_pairs(read: dict[int, Tainted]) -> Any:
