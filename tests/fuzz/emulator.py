@@ -376,6 +376,7 @@ def said(report: Report) -> list[Any]:
 
 
 def bits(t: Tensor) -> bytes:
+    t = torch.where(t.isnan(), float("nan"), t) if t.is_floating_point() else t  # of any bits
     return t.contiguous().view(torch.uint8).numpy().tobytes()
 
 
