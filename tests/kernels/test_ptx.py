@@ -419,7 +419,7 @@ FAULTS = {
         "of shared memory.* was not written",
     ),
     "unwritten global memory": ("ld.global.b32 %r3, [%rd4];", "was not written before"),
-    "past the end": ("ld.global.b32 %r3, [%rd3+256];", "ends outside|outside each allocation"),
+    "past the end": ("ld.global.b32 %r3, [%rd3+256];", "ends outside|outside of each allocation"),
     "past the end of shared memory": ("st.shared.b32 [%r1+4096], %r0;", "outside"),
     "an unaligned address": ("ld.global.b64 %rd5, [%rd3];", "not a multiple of 8"),
     "no barrier before a read": (

@@ -59,7 +59,7 @@ from torchpar.ptx.trace import Trace
 ARCHITECTURES = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 SHARED_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}  # of a program at most
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
-LARGEST_GRID_YZ = 65_535  # of each NVIDIA GPU
+LARGEST_GRID_X, LARGEST_GRID_YZ = 2**31 - 1, 65_535  # of each NVIDIA GPU
 ALIGNED = 128  # to which an allocation's base is rounded down
 
 
@@ -465,6 +465,25 @@ def _launching_line() -> tuple[str, int] | None:
     return None
 
 
+def _check_grid(x: int, y: int, z: int) -> None:
+    """Refuse what no GPU can launch."""
+    if min(x, y, z) < 0:
+        raise ValueError(
+            f"the grid is {(x, y, z)}, expected no negative number; give the number of "
+            "programs in each dimension"
+        )
+    if max(y, z) > LARGEST_GRID_YZ:
+        raise ValueError(
+            f"the grid is {(x, y, z)}, expected at most {LARGEST_GRID_YZ:,} programs in its "
+            "second and third dimension; use the first one"
+        )
+    if x > LARGEST_GRID_X:
+        raise ValueError(
+            f"the grid is {(x, y, z)}, expected at most {LARGEST_GRID_X:,} programs in its "
+            "first dimension; let a program take more elements"
+        )
+
+
 class Launcher:
     """What Triton calls for a launch."""
 
@@ -491,16 +510,7 @@ class Launcher:
                 f"num_ctas is {metadata.num_ctas}, expected 1: clusters of programs are not "
                 "emulated; launch with num_ctas=1"
             )
-        if min(x, y, z) < 0:
-            raise ValueError(
-                f"the grid is {(x, y, z)}, expected no negative number; give the number of "
-                "programs in each dimension"
-            )
-        if max(y, z) > LARGEST_GRID_YZ:
-            raise ValueError(
-                f"the grid is {(x, y, z)}, expected at most {LARGEST_GRID_YZ:,} programs in its "
-                "second and third dimension; use the first one"
-            )
+        _check_grid(x, y, z)
         name = getattr(self.source.fn, "__name__", "kernel")
         launch = Launch(
             name,
@@ -632,11 +642,31 @@ def _tensormap(emulator: Emulator, name: str, descriptor: Any, meta: Any) -> int
     return place.base
 
 
+class Entered(NamedTuple):
+    """An emulator in whose block a thread is."""
+
+    thread: int
+    emulator: Emulator
+
+
+_entered: list[Entered] = []  # in their order
+_installed = ExitStack()  # what they change of Triton
+_entering = threading.Lock()
+
+
+def _present() -> Emulator:
+    """Return the emulator in whose block this thread is, or that was entered last."""
+    entered, me = list(_entered), threading.get_ident()
+    mine = [one for one in entered if one.thread == me]
+    return (mine or entered)[-1].emulator
+
+
 class Utils:
     """What Triton asks a driver for."""
 
-    def __init__(self, emulator: Emulator):
-        self.emulator = emulator
+    @property
+    def emulator(self) -> Emulator:
+        return _present()
 
     def load_binary(
         self, name: str, kernel: bytes, shared: int, device: int
@@ -664,9 +694,12 @@ class Driver(DriverBase):  # type: ignore[misc]  # Triton has no types
 
     launcher_cls = Launcher
 
-    def __init__(self, emulator: Emulator):
-        self.emulator = emulator
-        self.utils = Utils(emulator)
+    def __init__(self) -> None:
+        self.utils = Utils()
+
+    @property
+    def emulator(self) -> Emulator:
+        return _present()
 
     @classmethod
     def is_active(cls) -> bool:
@@ -789,13 +822,14 @@ EMPTY = {
 }
 
 
-def _tuned(emulator: Emulator, run: Callable[..., Any]) -> Callable[..., Any]:
+def _tuned(run: Callable[..., Any]) -> Callable[..., Any]:
     """Return the method of an autotuner that says which configuration the launches take.
 
     What it has chosen for a GPU stays as it is.
     """
 
     def tuned(autotuner: Any, *args: Any, **kwargs: Any) -> Any:
+        emulator = _present()
         first, cache = len(emulator.launches), autotuner.cache
         autotuner.cache = emulator.tuned.setdefault(autotuner, {})
         try:
@@ -836,6 +870,8 @@ def emulate(
 ) -> Iterator[Emulator]:
     """Execute the launches of Triton kernels in the block on this CPU, as compiled for a GPU.
 
+    A thread within a block of its own launches there; another thread, in the block entered last.
+
     Args:
         arch: "sm_80" (A100), "sm_90" (H100) or "sm_100" (B200).
         schedules: "one", or "all": execute each launch three times, with asynchronous operations
@@ -846,7 +882,7 @@ def emulate(
     Raises:
         ValueError: another architecture or schedule, or no multiprocessors.
     """
-    if arch not in ARCHITECTURES:
+    if arch not in tuple(ARCHITECTURES):
         raise ValueError(f"arch is {arch!r}, expected one of {', '.join(ARCHITECTURES)}")
     if schedules not in ("one", "all"):
         raise ValueError(f"schedules is {schedules!r}, expected 'one' or 'all'")
@@ -854,8 +890,24 @@ def emulate(
         raise ValueError(f"multiprocessors is {multiprocessors!r}, expected an integer from 1 on")
     chosen = SCHEDULES if schedules == "all" else SCHEDULES[:1]
     emulator = Emulator(arch, chosen, multiprocessors, traces)
+    entered = Entered(threading.get_ident(), emulator)
+    with _entering:
+        if not _entered:
+            _install()
+        _entered.append(entered)
+    try:
+        with _Host(emulator):
+            yield emulator
+    finally:
+        with _entering:
+            _entered.remove(entered)
+            if not _entered:
+                _installed.close()
+
+
+def _install() -> None:
+    """Let Triton compile and launch for the emulators, until `_installed` is closed."""
     folder = writable(cache_folder("ptx"))
-    before = active_driver._active
     _let_kernels_end()
     with ExitStack() as stack:
         for name, value in (("TRITON_CACHE_DIR", str(folder)), ("TRITON_DEFAULT_FP_FUSION", "1")):
@@ -868,8 +920,7 @@ def emulate(
                 lambda self, src, metadata, opt, capability: src.encode(),
             )
         )
-        stack.enter_context(patch.object(Autotuner, "run", _tuned(emulator, Autotuner.run)))
-        active_driver.set_active(Driver(emulator))
-        stack.callback(setattr, active_driver, "_active", before)
-        stack.enter_context(_Host(emulator))
-        yield emulator
+        stack.enter_context(patch.object(Autotuner, "run", _tuned(Autotuner.run)))
+        stack.callback(setattr, active_driver, "_active", active_driver._active)
+        active_driver.set_active(Driver())
+        _installed.push(stack.pop_all())

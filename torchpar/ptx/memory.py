@@ -337,7 +337,7 @@ class Space:
             key=lambda one: max(one.start - address, address - (one.base + one.size)),
             default=None,
         )
-        text = f"address {address:#x} is outside each allocation of {self.name}"
+        text = f"address {address:#x}, which is outside of each allocation of {self.name}"
         if near is None:
             return text
         if near.index is not None:
