@@ -7,6 +7,7 @@ A test fails if one of its kernels has an error. The warnings and notes are in t
 A fixture of a module or a session belongs to the test that sets it up, or that tears it down.
 """
 
+import os
 import unittest
 from collections.abc import Callable, Generator
 from contextlib import ExitStack
@@ -32,6 +33,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if arch := config.getoption("--ptx"):
+        if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+            raise pytest.UsageError(
+                "--ptx: TRITON_INTERPRET is set, so that kernels are not compiled; unset it"
+            )
         hooks = _Hooks(arch, config.getoption("--ptx-schedules"))
         config.pluginmanager.register(hooks, "torchpar.ptx.hooks")
 
