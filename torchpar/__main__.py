@@ -6,6 +6,7 @@ Each command is a module with a function ``main(arguments)`` that returns the ex
 
 import argparse
 import importlib
+import io
 import os
 import signal
 import sys
@@ -31,13 +32,34 @@ def main() -> int:
         module = importlib.import_module(COMMANDS[command][0])
     except ModuleNotFoundError as e:
         parser.error(f"{command}: {e}; pip install 'torchpar[examples]'")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # where there is only ASCII, print ? for others
     try:
         status: int = module.main(sys.argv[2:])
         sys.stdout.flush()
     except BrokenPipeError:  # of a reader such as head, that has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _print_nothing_more()
         return 128 + signal.SIGPIPE
+    except OSError as e:
+        if _can_print():
+            raise
+        _print_nothing_more()
+        parser.exit(1, f"{parser.prog} {command}: error: the output cannot be written: {e}\n")
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     return status
+
+
+def _can_print() -> bool:
+    try:
+        print(flush=True)
+    except OSError:
+        return False
+    return True
+
+
+def _print_nothing_more() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":
