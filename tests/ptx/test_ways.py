@@ -4,12 +4,15 @@
 Here are the ways that people use wrongly, or otherwise than `test_emulate` does.
 """
 
+import errno
 import gc
 import io
 import os
 import signal
+import subprocess
 import sys
 import textwrap
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -19,6 +22,8 @@ import torch
 import triton
 import triton.language as tl
 from commands import ROOT
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.runtime.driver import driver as active_driver
 
 from torchpar.ptx import command, driver, emulate, gpu, native
 from torchpar.ptx.cuda import cuda_is_cpu
@@ -154,6 +159,44 @@ def test_a_negative_grid_is_refused():
     assert gpu.launches == []
 
 
+def test_a_grid_beyond_that_of_a_gpu_is_refused():
+    with emulate(), pytest.raises(ValueError, match="at most 2,147,483,647 programs"):
+        double[(2**31,)](torch.ones(8), torch.empty(8), BLOCK=8)
+
+
+def test_emulators_of_two_threads_have_their_own_launches():
+    both_in, launched = threading.Barrier(2), threading.Barrier(2)
+
+    def work(arch):
+        with emulate(arch) as emulator:
+            both_in.wait(60)
+            double[(1,)](torch.ones(8), torch.empty(8), BLOCK=8)
+            launched.wait(60)
+        return [launch.arch for launch in emulator.launches]
+
+    before = active_driver._active, CUDABackend.make_cubin, os.environ.get("TRITON_CACHE_DIR")
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(work, ("sm_80", "sm_90"))) == [["sm_80"], ["sm_90"]]
+    after = active_driver._active, CUDABackend.make_cubin, os.environ.get("TRITON_CACHE_DIR")
+    assert after == before
+
+
+def test_emulators_may_end_in_the_order_they_began():
+    def entered():
+        with emulate() as emulator:
+            yield emulator
+
+    before = active_driver._active
+    first, second = entered(), entered()
+    next(first)
+    one = next(second)
+    first.close()
+    double[(1,)](torch.ones(8), torch.empty(8), BLOCK=8)
+    assert len(one.launches) == 1
+    second.close()
+    assert active_driver._active is before
+
+
 def test_hooks_of_launches_are_called(monkeypatch):
     calls = []
     monkeypatch.setattr(
@@ -219,6 +262,106 @@ def test_only_the_script_is_required(capsys):
     with pytest.raises(SystemExit, match="2"):
         command.main([])
     assert capsys.readouterr().err.endswith("the following arguments are required: script\n")
+
+
+def test_a_page_that_cannot_be_written_stays_as_it_was(script, tmp_path, monkeypatch):
+    page = tmp_path / "page.html"
+    page.write_text("precious")
+    monkeypatch.setattr(command.Path, "write_text", _full)
+    with pytest.raises(SystemExit, match=r"page\.html cannot be written \(No space left"):
+        command.main([f"--report={page}", str(_empty(tmp_path))])
+    assert page.read_text() == "precious"
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["empty.py", "page.html"]
+
+
+def _full(path, text, *args, **kwargs):
+    path.write_bytes(b"a part")
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def _empty(folder):
+    path = folder / "empty.py"
+    path.touch()
+    return path
+
+
+def test_a_script_and_its_page_have_names_of_any_bytes(tmp_path):
+    path = tmp_path / os.fsdecode(b"\xff.py")
+    try:
+        path.touch()
+    except OSError:
+        pytest.skip("names of files are UTF-8 here")
+    assert command.main([f"--report={tmp_path / 'page.html'}", str(path)]) == 0
+    assert "?.py" in (tmp_path / "page.html").read_text("utf-8")
+
+
+def test_a_terminal_with_only_ascii_has_the_report(script):
+    done = _run(script(WRONG), PYTHONIOENCODING="ascii")
+    assert done.returncode == 1
+    assert "copy[2?1?1] for sm_90" in done.stdout
+    assert done.stderr == ""
+
+
+def test_a_full_disk_is_named_in_one_line(tmp_path):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full")
+    with open("/dev/full", "w") as full:
+        done = _run(str(_empty(tmp_path)), stdout=full)
+    assert done.returncode == 1
+    assert done.stderr.startswith("python -m torchpar ptx: error: the output cannot be written")
+    assert "Traceback" not in done.stderr
+
+
+def _run(script, stdout=subprocess.PIPE, **variables):
+    return subprocess.run(
+        [sys.executable, "-m", "torchpar", "ptx", script],
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **variables},
+    )
+
+
+def test_threads_of_the_script_are_waited_for(script, capsys):
+    text = f"""
+        from concurrent.futures import ThreadPoolExecutor
+
+        def late():
+            time.sleep(0.2)
+            {WRONG}
+
+        ThreadPoolExecutor(1).submit(int).result()  # a pool that nobody shuts down
+        threading.Thread(target=late).start()
+    """
+    assert command.main([script(text)]) == 1
+    assert "launches: 1; 1 error" in capsys.readouterr().out
+
+
+def test_a_fork_of_the_script_has_no_report(script, capfd):
+    text = """
+        child = os.fork()
+        if child:
+            print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    """
+    process = os.getpid()
+    try:
+        assert command.main([script(text)]) == 0
+    finally:
+        if os.getpid() != process:
+            os._exit(7)
+    assert capfd.readouterr().out.startswith("7\nlaunches: 0")
+
+
+def test_a_script_may_leave_its_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    body = f"import os\nos.chdir('/')\n{textwrap.dedent(KERNEL)}\n{WRONG}\nprint(__file__)"
+    (folder / "script.py").write_text(body)
+    assert command.main(["folder/script.py"]) == 1
+    printed = capsys.readouterr().out
+    assert printed.startswith(str(folder / "script.py"))
+    assert "tl.store(out + i, tl.load(x + i), mask=i < n)" in printed
 
 
 @pytest.fixture
@@ -354,6 +497,14 @@ def test_the_plugin_executes_kernels_of_fixtures(pytester):
     ):
         assert line in said
     assert said.count("error: out of bounds in copy") >= 4
+
+
+def test_the_plugin_refuses_the_interpreter(pytester, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    pytester.makepyfile("def test(): ...")
+    done = pytester.runpytest_inprocess("-p", "torchpar.ptx.pytest", "--ptx=sm_90")
+    assert done.ret == pytest.ExitCode.USAGE_ERROR
+    done.stderr.fnmatch_lines(["*TRITON_INTERPRET is set, so that kernels are not compiled*"])
 
 
 def test_the_plugin_is_active_when_a_session_stops_early(pytester):

@@ -2,6 +2,7 @@
 """Run a script's Triton kernels without a GPU: ``python -m torchpar ptx SCRIPT``."""
 
 import argparse
+import concurrent.futures.thread
 import os
 import runpy
 import signal
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str]) -> int:
         if fault := _fault_of(options.report):
             parser.error(f"--report {options.report} {fault}")
         options.report = options.report.resolve()  # the script may change the folder
-    before = sys.argv, list(sys.path)
+    before, process = (sys.argv, list(sys.path)), os.getpid()
     with (
         _terminable(),
         emulate(options.arch, options.schedules, traces=options.report is not None) as gpu,
@@ -58,8 +59,13 @@ def main(arguments: Sequence[str]) -> int:
             sys.argv = [str(options.script), *options.flags]
             sys.path.insert(0, str(options.script.resolve().parent))
             with cuda_is_cpu(gpu) if options.cuda_is_cpu else nullcontext():
-                runpy.run_path(str(options.script), run_name="__main__")
+                try:
+                    runpy.run_path(str(options.script.absolute()), run_name="__main__")
+                finally:
+                    _join_threads()
         except BaseException as e:
+            if os.getpid() != process:  # a fork of the script, which has no report
+                raise
             if not isinstance(e, SystemExit) or e.code:
                 _show(gpu.report(), options)
                 if isinstance(e, KeyboardInterrupt):
@@ -67,9 +73,23 @@ def main(arguments: Sequence[str]) -> int:
                 raise
         finally:
             sys.argv, sys.path[:] = before
+    if os.getpid() != process:
+        return 0
     report = gpu.report()
     _show(report, options)
     return int(bool(report.errors))
+
+
+def _join_threads() -> None:
+    """Wait for the script's threads, as Python does at its end: they may launch kernels.
+
+    Those of pools wait for work until Python ends.
+    """
+    of_pools = getattr(concurrent.futures.thread, "_threads_queues", {})
+    for thread in threading.enumerate():
+        waits = thread is threading.current_thread() or thread is threading.main_thread()
+        if not (waits or thread.daemon or thread in of_pools):
+            thread.join()
 
 
 def _fault_of(page: Path) -> str:
@@ -118,9 +138,18 @@ def _show(report: Report, options: argparse.Namespace) -> None:
 
 
 def _write(report: Report, options: argparse.Namespace) -> None:
-    """Write the report's page."""
+    """Write the report's page; an earlier one stays as it is if that fails."""
+    page, text = options.report, report.as_html(str(options.script))
+    is_whole = page.is_file() or not page.exists()  # and not a device or a pipe
+    written = page.with_name(f"{page.name}.{os.getpid()}") if is_whole else page
     try:
-        options.report.write_text(report.as_html(str(options.script)), "utf-8")
+        try:
+            written.write_text(text, "utf-8", errors="replace")  # names may be no UTF-8
+            if is_whole:
+                written.replace(page)
+        finally:
+            if is_whole:
+                written.unlink(missing_ok=True)
     except OSError as e:
         reason = f"{options.report} cannot be written ({e.strerror}); name another file"
         sys.exit(f"python -m torchpar ptx: error: {reason}")

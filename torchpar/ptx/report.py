@@ -2,7 +2,9 @@
 """Faults of kernels, and the report of their launches: data first, and a text that prints well."""
 
 import linecache
+import os
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +18,11 @@ from torchpar.tables import in_columns
 
 Kind = Literal["error", "warning", "note"]
 MARKS: dict[Kind, str] = {"error": "✗", "warning": "!", "note": "·"}
+
+
+STARTED_IN = os.environ.get("PWD", "/")
+with suppress(OSError):  # the folder may be gone
+    STARTED_IN = os.getcwd()
 
 
 @dataclass
@@ -50,10 +57,11 @@ class Fault:
         code = ""
         if self.source is not None:
             path, number = self.source
-            where = f"{path}:{number} ({where})"
+            where = f"{_shown(path)}:{number} ({where})"
             code = line_of(path, number)
         if self.launched is not None:
-            where += ", launched at {}:{}".format(*self.launched)
+            path, number = self.launched
+            where += f", launched at {_shown(path)}:{number}"
         times = f", {self.count} times" if self.count > 1 else ""
         lines = [
             f"{MARKS[self.kind]} {self.kind}: {self.name} in {self.kernel}{times}",
@@ -62,6 +70,13 @@ class Fault:
             f"    program {self.program}: {self.message}",
         ]
         return "\n".join(lines)
+
+
+def _shown(path: str) -> str:
+    """Return the name of a file, without the folder that Python was started in."""
+    with suppress(ValueError):
+        return str(Path(path).relative_to(STARTED_IN))
+    return path
 
 
 def line_of(path: str, number: int, strip: bool = True) -> str:
