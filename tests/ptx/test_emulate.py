@@ -487,6 +487,8 @@ def test_the_command_refuses_what_cannot_work_before_the_script_runs(tmp_path, c
     with pytest.raises(SystemExit, match="2"):
         command.main([str(script)])
     assert "TRITON_INTERPRET is set" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="TRITON_INTERPRET is set"), emulate("sm_90"):
+        pass
 
 
 def test_an_interrupted_script_shows_what_was_executed(tmp_path, capsys):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from torchpar.ptx.cuda import cuda_is_cpu
-from torchpar.ptx.driver import ARCHITECTURES, emulate
+from torchpar.ptx.driver import ARCHITECTURES, emulate, why_not_compiled
 from torchpar.ptx.report import Report
 
 
@@ -44,8 +44,8 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     if not options.script.is_file():
         parser.error(f"{options.script} is no file; name a Python script")
-    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
-        parser.error("TRITON_INTERPRET is set, so that kernels are not compiled; unset it")
+    if reason := why_not_compiled():
+        parser.error(reason)
     if options.report is not None:
         if fault := _fault_of(options.report):
             parser.error(f"--report {options.report} {fault}")

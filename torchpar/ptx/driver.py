@@ -864,6 +864,13 @@ def _set_variable(name: str, value: str | None) -> None:
         os.environ[name] = value
 
 
+def why_not_compiled() -> str:
+    """Return why Triton compiles no kernels, and what to do; "" if it does."""
+    if os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
+        return ""
+    return "TRITON_INTERPRET is set, so that kernels are not compiled; unset it"
+
+
 @contextmanager
 def emulate(
     arch: str = "sm_90", schedules: str = "one", multiprocessors: int = 4, traces: bool = False
@@ -880,12 +887,15 @@ def emulate(
         traces: record the first program of each kernel, for the pictures of the report's page.
 
     Raises:
-        ValueError: another architecture or schedule, or no multiprocessors.
+        ValueError: another architecture or schedule, or no multiprocessors; TRITON_INTERPRET is
+            set.
     """
     if arch not in tuple(ARCHITECTURES):
         raise ValueError(f"arch is {arch!r}, expected one of {', '.join(ARCHITECTURES)}")
     if schedules not in ("one", "all"):
         raise ValueError(f"schedules is {schedules!r}, expected 'one' or 'all'")
+    if reason := why_not_compiled():
+        raise ValueError(reason)
     if type(multiprocessors) is not int or multiprocessors < 1:
         raise ValueError(f"multiprocessors is {multiprocessors!r}, expected an integer from 1 on")
     chosen = SCHEDULES if schedules == "all" else SCHEDULES[:1]

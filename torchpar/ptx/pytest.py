@@ -7,7 +7,6 @@ A test fails if one of its kernels has an error. The warnings and notes are in t
 A fixture of a module or a session belongs to the test that sets it up, or that tears it down.
 """
 
-import os
 import unittest
 from collections.abc import Callable, Generator
 from contextlib import ExitStack
@@ -17,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from torchpar.ptx.driver import ARCHITECTURES, Emulator, emulate
+from torchpar.ptx.driver import ARCHITECTURES, Emulator, emulate, why_not_compiled
 from torchpar.ptx.report import Report
 
 
@@ -33,10 +32,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if arch := config.getoption("--ptx"):
-        if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
-            raise pytest.UsageError(
-                "--ptx: TRITON_INTERPRET is set, so that kernels are not compiled; unset it"
-            )
+        if reason := why_not_compiled():
+            raise pytest.UsageError(f"--ptx: {reason}")
         hooks = _Hooks(arch, config.getoption("--ptx-schedules"))
         config.pluginmanager.register(hooks, "torchpar.ptx.hooks")
 
