@@ -4,6 +4,7 @@
 Kernels are compiled for each architecture, and their PTX is executed.
 """
 
+import re
 import sys
 import textwrap
 from pathlib import Path
@@ -172,6 +173,20 @@ def test_an_access_outside_of_a_tensor_names_the_element_and_the_line():
 def _line_in(path: str, code: str) -> int:
     lines = Path(path).read_text("utf-8").splitlines()
     return next(n for n, line in enumerate(lines, 1) if line.strip().startswith(code))
+
+
+@triton.jit
+def add_numbered(x1, x2, out, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + i, tl.load(x1 + i) + tl.load(x2 + i), mask=i < n)
+
+
+def test_tensors_of_one_line_whose_names_differ_in_a_number_are_two_faults():
+    x1, x2 = torch.randn(1000), torch.randn(1000)
+    with emulate() as gpu:
+        add_numbered[(4,)](x1, x2, torch.zeros(1000), 1000, BLOCK=256)
+    names = [re.search(r"storage of (\w+)", one.message)[1] for one in gpu.faults]
+    assert names == ["x1", "x2"]
 
 
 @triton.jit

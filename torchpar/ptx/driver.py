@@ -60,6 +60,7 @@ ARCHITECTURES = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 SHARED_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}  # of a program at most
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 LARGEST_GRID_X, LARGEST_GRID_YZ = 2**31 - 1, 65_535  # of each NVIDIA GPU
+NUMBER = r"\b(0x[0-9a-f]+|\d+)\b"  # in a message
 ALIGNED = 128  # to which an allocation's base is rounded down
 
 
@@ -318,9 +319,9 @@ class Emulator(gpu.Gpu):
         self, kind: str, name: str, line: int, message: str, program: tuple[int, ...]
     ) -> None:
         # A line of the source becomes several of the PTX, one for each element of a thread, whose
-        # messages differ in their numbers alone.
+        # messages differ in their numbers alone. Names such as x1 keep their digits.
         source = self._sources.get(line)
-        key = self._name, kind, name, source or line, re.sub(r"\d+", "", message)
+        key = self._name, kind, name, source or line, re.sub(NUMBER, "", message)
         if key in self._by_place:
             self._by_place[key].count += 1
             return
