@@ -594,3 +594,13 @@ def test_a_compiler_does_not_look_past_the_kernel_of_a_device() -> None:
     op.register_kernel("cpu")(lambda x, by=2.0: x + 10 * by)
     compiled = torch.compile(lambda x: op(x), backend="aot_eager", fullgraph=True)
     assert compiled(torch.ones(1)).item() == 21  # by PyTorch's triton_op it is 2
+
+
+def test_a_compiler_finds_the_device_of_tensors_in_a_list() -> None:
+    def double(xs: list[Tensor]) -> Tensor:
+        return 2 * xs[0]
+
+    op = torchpar.library.triton_op(next(NAMES), double, mutates_args=())
+    op.register_kernel("cpu")(lambda xs: xs[0] + 20)
+    compiled = torch.compile(lambda x: op([x]), backend="aot_eager", fullgraph=True)
+    assert compiled(torch.ones(1)).item() == 21

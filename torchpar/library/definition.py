@@ -193,7 +193,7 @@ def triton_op(
             from torch.export._trace import custom_triton_ops_decomposition_disabled
             from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-            tensors = [arg for arg in args if isinstance(arg, Tensor)]
+            tensors = [arg for arg in tree_flatten(args)[0] if isinstance(arg, Tensor)]
             if (
                 any(map(is_dtensor, tensors))
                 or free_unbacked_symbols(tensors)
