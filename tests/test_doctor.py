@@ -94,6 +94,9 @@ def test_the_emulator(monkeypatch):
     monkeypatch.setattr(torch, "maximum", lambda a, b: right(a, b) + 1)
     (found,) = doctor.examine(doctor.emulator)
     assert found.state == "problem"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    (found,) = doctor.examine(doctor.emulator)
+    assert (found.state, found.remedy) == ("note", "unset TRITON_INTERPRET")
 
 
 def test_json(monkeypatch, capsys):

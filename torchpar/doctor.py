@@ -154,6 +154,10 @@ def emulator() -> Iterator[Finding]:
     """Whether Triton kernels can be compiled for a GPU that is not here, and executed."""
     if importlib.util.find_spec("triton") is None:
         return  # as "versions" says
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        value = "not tried: TRITON_INTERPRET is set, so that kernels are not compiled"
+        yield Finding("maximum, sm_90", value, "note", "unset TRITON_INTERPRET")
+        return
     from torchpar.ptx import emulate, native
 
     a, b = (normal_like(torch.empty(64, 80), seed) for seed in range(2))
@@ -164,7 +168,7 @@ def emulator() -> Iterator[Finding]:
     else:
         yield Finding("maximum, sm_90", "right, as compiled for an H100 and executed here")
     if native.library() is None:
-        remedy = "install a C compiler such as gcc, which makes the emulator 66 times as fast"
+        remedy = "install a C compiler such as gcc; the emulator is then at least 66 times as fast"
         yield Finding("core", "Python executes all instructions", "note", remedy)
     else:
         yield Finding("core", "compiled; it executes most instructions")
