@@ -18,7 +18,7 @@ from ptx import cases, mutants, tutorials
 from ptx.faults import FAULTS
 from ptx.launch import Gpu
 from ptx.right import RIGHT
-from torchpar.ptx import Report, driver, emulate, native
+from torchpar.ptx import Report, driver, emulate, native, tensor_cores
 from torchpar.ptx.counters import Counts
 from torchpar.ptx.machine import SCHEDULES, Block
 from torchpar.ptx.parse import PtxError
@@ -161,6 +161,40 @@ def narrow_product_kernel(a, b, out, BLOCK_M: tl.constexpr, N: tl.constexpr, K: 
     left = tl.load(a + i[:, None] * K + k[None, :])
     right = tl.load(b + k[:, None] * N + j[None, :])
     tl.store(out + i[:, None] * N + j[None, :], tl.dot(left, right))
+
+
+LEADING, STRIDE = 2048, 1024  # bytes; CUTLASS calls them LBO and SBO
+
+
+def canonical_offset(row: int, column: int, mode: int, by_rows: bool, size: int) -> int:
+    """The place of a number of ``size`` bytes by CUTLASS's canonical layouts
+    (cute/arch/mma_sm90_desc.hpp and cute/atom/mma_traits_sm90_gmma.hpp)."""
+    of_chunk, chunks = 16 // size, {0: 1, 1: 8, 2: 4, 3: 2}[mode]
+    if by_rows and mode == 0:  # ((8, m), (T, 2)) : ((1T, SBO), (1, LBO))
+        at = row % 8 * 16 + row // 8 * STRIDE + column % of_chunk * size
+        at += column // of_chunk * LEADING
+    elif by_rows:  # ((8, m), (T, 2)) : ((chunks · T, SBO), (1, T))
+        at = row % 8 * 16 * chunks + row // 8 * STRIDE + column * size
+    else:  # ((T, chunks, m), (8, k)) : ((1, T, LBO), (chunks · T, SBO)); SBO, LBO without swizzle
+        along, across = (STRIDE, LEADING) if mode == 0 else (LEADING, STRIDE)
+        at = row % of_chunk * size + row // of_chunk % chunks * 16
+        at += row // of_chunk // chunks * along + column % 8 * 16 * chunks + column // 8 * across
+    return at ^ (at >> 7 & (chunks - 1)) << 4
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("by_rows", [True, False])
+@pytest.mark.parametrize("mode", range(4))
+def test_operands_lie_as_in_the_canonical_layouts(mode, by_rows, size):
+    bits = LEADING >> 4 << 16 | STRIDE >> 4 << 32 | mode << 62
+    of_chunk = 16 // size
+    found = tensor_cores._chunks(bits, range(64), 0 if by_rows else of_chunk, 1)
+    row, column = (1, of_chunk) if by_rows else (of_chunk, 1)  # of a chunk
+    expected = [
+        [canonical_offset(i, j, mode, by_rows, size) for j in range(0, 32 // size, column)]
+        for i in range(0, 64, row)
+    ]
+    assert found.tolist() == expected
 
 
 def test_lines_of_16_bytes_are_not_swizzled():

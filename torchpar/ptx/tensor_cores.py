@@ -156,6 +156,10 @@ class Matrix:
     stride is that of groups. "MN-major" ones lie in 8 columns of so many bytes: the stride is that
     of 8 columns, and the leading one that of further rows.
 
+    Operands without a swizzle lie in blocks of 8 lines of 16 bytes, which are 8 rows of a K-major
+    operand, or 8 columns of an MN-major one. The stride is that of blocks along the rows, and the
+    leading one that of blocks along the columns.
+
     ``chunks`` are the addresses of its units of 16 bytes: of a row if ``by_rows``, or of a column.
     """
 
@@ -195,12 +199,12 @@ def _chunks(bits: int, rows: range, rows_of_chunk: int, line: int) -> Any:
     start, leading, stride = ((bits >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
     mode = bits >> 62 & 3
     unknown = 3 << 14 | 3 << 30 | 0x7FFF << 47  # bit 46 is the version of sm_100's descriptors
-    if not mode:  # the offset of the pattern, which does not swizzle
+    if not mode:  # bits 49 to 51 are where the pattern of the swizzle begins
         unknown &= ~(7 << 49)
     if bits & unknown:
         raise PtxError(line, f"the descriptor {bits:#x} has bits that are unknown here")
-    size = 256 >> mode if mode else 16  # bytes of a line, which are swizzled if there are more
-    if not mode and rows_of_chunk:  # then the strides change their places
+    size = 256 >> mode if mode else 16  # bytes of a line
+    if not mode and rows_of_chunk:  # with a swizzle the leading stride is along the rows
         leading, stride = stride, leading
     if not rows_of_chunk:
         row, chunk = np.array(rows)[:, None], np.arange(2)
