@@ -101,7 +101,7 @@ def _check_groups(state: TrainState) -> None:
                 raise ConfigError(
                     f"the optimizer's group {number} has a parameter of shape {tuple(p.shape)} "
                     "that is not the model's, and would not be saved; make it a parameter of the "
-                    "model"
+                    "model, or make the optimizer after fully_shard"
                 )
 
 
