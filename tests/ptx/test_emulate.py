@@ -168,6 +168,7 @@ def test_an_access_outside_of_a_tensor_names_the_element_and_the_line():
     assert fault.launched == (__file__, _line_in(__file__, "add_unmasked[(4,)](x, x, out"))
     shown = __file__.removeprefix(f"{STARTED_IN}/")
     assert f"launched at {shown}:" in str(fault)
+    assert f"Launched at {shown}, line " in gpu.report().as_html("add")
 
 
 def _line_in(path: str, code: str) -> int:
