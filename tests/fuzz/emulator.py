@@ -305,14 +305,16 @@ def histogram(rng: random.Random) -> Kernel:
 
 def scattered(rng: random.Random) -> Kernel:
     """Stores of different values, of which some have one place."""
-    n, block = rng.randint(100, 3000), 2 ** rng.randint(5, 9)
+    n, block = rng.randint(128, 3000), 2 ** rng.randint(5, 9)
     x = torch.arange(n, dtype=rng.choice([torch.int32, torch.int64, torch.float32]))
-    bins = rng.randint(1, 8)  # so that one instruction of a warp has several values for a place
-    source = """x_ptr, out_ptr, n, bins, BLOCK: tl.constexpr):
+    # Fewer places than threads of a warp, so that one instruction has several values for a place;
+    # the first thread's place may be any of them.
+    bins = rng.randint(1, 31)
+    source = """x_ptr, out_ptr, n, bins, start, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(out_ptr + i % bins, tl.load(x_ptr + i, i < n, other=0), i < n)
+    tl.store(out_ptr + (start + i) % bins, tl.load(x_ptr + i, i < n, other=0), i < n)
 """
-    args = [x, torch.zeros(bins, dtype=x.dtype), n, bins, block]
+    args = [x, torch.zeros(bins, dtype=x.dtype), n, bins, rng.randrange(bins), block]
     return Kernel(source, (-(-n // block),), args, 1, lambda: x, False, names=RACES)
 
 
