@@ -50,6 +50,22 @@ def test_a_tensor_too_large_to_be_emulated_is_refused(monkeypatch):
     assert len(gpu.launches) == 1
 
 
+def test_the_command_does_not_wait_for_threads_from_before_the_script(tmp_path):
+    (tmp_path / "script.py").write_text("", "utf-8")
+    end = threading.Event()
+    other = threading.Thread(target=end.wait)
+    other.start()
+    ended = threading.Thread(
+        target=lambda: command.main([str(tmp_path / "script.py")]), daemon=True
+    )
+    ended.start()
+    ended.join(60)
+    waits = ended.is_alive()
+    end.set()
+    other.join()
+    assert not waits
+
+
 # The cache
 
 

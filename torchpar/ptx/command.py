@@ -51,6 +51,7 @@ def main(arguments: Sequence[str]) -> int:
             parser.error(f"--report {options.report} {fault}")
         options.report = options.report.resolve()  # the script may change the folder
     before, process = (sys.argv, list(sys.path)), os.getpid()
+    others = set(threading.enumerate())
     with (
         _terminable(),
         emulate(options.arch, options.schedules, traces=options.report is not None) as gpu,
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str]) -> int:
                 try:
                     runpy.run_path(str(options.script.absolute()), run_name="__main__")
                 finally:
-                    _join_threads()
+                    _join_threads(others)
         except BaseException as e:
             if os.getpid() != process:  # a fork of the script, which has no report
                 raise
@@ -80,15 +81,14 @@ def main(arguments: Sequence[str]) -> int:
     return int(bool(report.errors))
 
 
-def _join_threads() -> None:
+def _join_threads(others: set[threading.Thread]) -> None:
     """Wait for the script's threads, as Python does at its end: they may launch kernels.
 
-    Those of pools wait for work until Python ends.
+    ``others`` were there before the script. The threads of pools wait for work until Python ends.
     """
     of_pools = getattr(concurrent.futures.thread, "_threads_queues", {})
     for thread in threading.enumerate():
-        waits = thread is threading.current_thread() or thread is threading.main_thread()
-        if not (waits or thread.daemon or thread in of_pools):
+        if not (thread in others or thread.daemon or thread in of_pools):
             thread.join()
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from torchpar.drawing import Drawing
 from torchpar.ptx.counters import BANKS, SECTOR, WORD, Access, Line, kind_of, operation
-from torchpar.ptx.report import Launch, Report, counted, line_of, moved
+from torchpar.ptx.report import Launch, Report, counted, line_of, moved, shown_path
 from torchpar.ptx.roofline import DATA_SHEETS, GPU_OF
 from torchpar.ptx.trace import Request, Trace
 
@@ -76,6 +76,7 @@ def as_html(report: Report, title: str) -> str:
         left_out=len(kernels) - SECTIONS,
         launches=report.launches,
         code=lambda source: line_of(*source),
+        path=shown_path,
         draws=draws,
     )
     return page

@@ -57,11 +57,11 @@ class Fault:
         code = ""
         if self.source is not None:
             path, number = self.source
-            where = f"{_shown(path)}:{number} ({where})"
+            where = f"{shown_path(path)}:{number} ({where})"
             code = line_of(path, number)
         if self.launched is not None:
             path, number = self.launched
-            where += f", launched at {_shown(path)}:{number}"
+            where += f", launched at {shown_path(path)}:{number}"
         times = f", {self.count} times" if self.count > 1 else ""
         lines = [
             f"{MARKS[self.kind]} {self.kind}: {self.name} in {self.kernel}{times}",
@@ -72,7 +72,7 @@ class Fault:
         return "\n".join(lines)
 
 
-def _shown(path: str) -> str:
+def shown_path(path: str) -> str:
     """Return the name of a file, without the folder that Python was started in."""
     with suppress(ValueError):
         return str(Path(path).relative_to(STARTED_IN))
