@@ -55,6 +55,7 @@ def test_the_first_fault_of_the_page_is_what_the_command_prints(tmp_path, monkey
     (shown,) = re.findall(r"```\n\$ python -m torchpar ptx scale.py\n(.*?)```", page, re.DOTALL)
     (tmp_path / "scale.py").write_text(code, "utf-8")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torchpar.ptx.report.STARTED_IN", str(tmp_path))
     assert command.main(["scale.py"]) == 1
 
     def same_everywhere(text: str) -> list[str]:
