@@ -70,6 +70,20 @@ def writing(path: Path, flag: str) -> Iterator[None]:
         ) from e
 
 
+def replace(path: Path, text: str) -> None:
+    """Write ``text`` to ``path``; an earlier file stays as it is if that fails.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    new = path.with_name(f"{path.name}.new")
+    try:
+        new.write_text(text, "utf-8")
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
 def write_metrics(path: Path | None, lines: Iterable[Row]) -> None:
     """Write a JSON object per line, unless ``path`` is None; overwrite the file.
 

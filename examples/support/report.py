@@ -110,7 +110,7 @@ def write(
     path = folder / "run.html"
     with console.writing(path, "--report"):
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(page, "utf-8")
+        console.replace(path, page)
 
 
 def draw_curves(runs: Mapping[str, Run]) -> str:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The page of a run: every training lesson writes it, and it is legible on a phone in the dark."""
 
+import errno
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ pytest.importorskip("jinja2", reason="jinja2 fills the page")
 from support import report
 
 from torchpar.drawing import INK
+from torchpar.errors import ConfigError
 
 IMAGES = "--dataset fashion-mnist --hidden 16 --device cpu --epochs 2 --batch-size 50"
 # Flags, and ranks in this process's pool, of each lesson that has a page.
@@ -113,6 +115,23 @@ def test_text_of_a_command_is_no_markup(monkeypatch, tmp_path):
     found = Page(tmp_path / "a" / "b" / "run.html")
     assert found.headings == ["train.py", "Learning curves", "What was run, and where"]
     assert "&lt;script&gt;" in found.text
+
+
+def test_a_full_disk_leaves_the_earlier_page(tmp_path, monkeypatch):
+    figures = [{"epoch": 1, "train_loss": 1.0, "test_loss": 2.0, "test_accuracy": None}]
+    runs = {"": report.Run(figures, "the end", [])}
+    report.write(tmp_path, runs)
+    before = (tmp_path / "run.html").read_text("utf-8")
+
+    def fill(path: Path, text: str, *args: object) -> None:
+        path.write_bytes(text.encode()[:100])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", fill)
+    with pytest.raises(ConfigError, match="cannot be written .No space left"):
+        report.write(tmp_path, runs)
+    assert (tmp_path / "run.html").read_text("utf-8") == before
+    assert [path.name for path in tmp_path.iterdir()] == ["run.html"]
 
 
 @pytest.mark.parametrize(
