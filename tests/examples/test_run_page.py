@@ -128,7 +128,7 @@ def test_a_full_disk_leaves_the_earlier_page(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", fill)
-    with pytest.raises(ConfigError, match="cannot be written .No space left"):
+    with pytest.raises(ConfigError, match="cannot be written"):
         report.write(tmp_path, runs)
     assert (tmp_path / "run.html").read_text("utf-8") == before
     assert [path.name for path in tmp_path.iterdir()] == ["run.html"]
