@@ -168,7 +168,7 @@ def emulator() -> Iterator[Finding]:
     else:
         yield Finding("maximum, sm_90", "right, as compiled for an H100 and executed here")
     if native.library() is None:
-        remedy = "install a C compiler such as gcc; the emulator is then at least 66 times as fast"
+        remedy = "install a C compiler such as gcc; the emulator is then at least 60 times as fast"
         yield Finding("core", "Python executes all instructions", "note", remedy)
     else:
         yield Finding("core", "compiled; it executes most instructions")
