@@ -353,7 +353,7 @@ def test_the_command_runs_a_script_that_says_cuda(tmp_path):
     code, out, err = run(*command, "--report", str(page), str(script), "100")
     assert code == 1, err
     store = SCRIPT.splitlines().index("        tl.store(out + i, tl.load(x + i), mask=i < n)")
-    assert f"{script}:{store + 1} (line" in out
+    assert f"{script.name}:{store + 1} (line" in out
     assert "error: out of bounds in copy" in page.read_text("utf-8")
     code, _, err = run(*command, str(tmp_path / "none.py"))
     assert code == 2
