@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from benchmarks.names import NAMES, first_line
+from torchpar.machine import stop_printing
 
 # In these benchmarks libraries with threads of their own take turns, and idle threads of OpenMP and
 # OpenBLAS sleep soon. By default they spin for milliseconds on the core that the next call needs;
@@ -82,7 +83,7 @@ if __name__ == "__main__":
         sys.stdout.flush()
         sys.exit(status)
     except BrokenPipeError:  # of a reader such as head, that has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        stop_printing()
         sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:  # the terminal sends it to the benchmark, too
         sys.exit(130)

@@ -7,9 +7,10 @@ Each command is a module with a function ``main(arguments)`` that returns the ex
 import argparse
 import importlib
 import io
-import os
 import signal
 import sys
+
+from torchpar.machine import stop_printing
 
 COMMANDS = {
     "verify": (
@@ -38,12 +39,12 @@ def main() -> int:
         status: int = module.main(sys.argv[2:])
         sys.stdout.flush()
     except BrokenPipeError:  # of a reader such as head, that has read enough
-        _print_nothing_more()
+        stop_printing()
         return 128 + signal.SIGPIPE
     except OSError as e:
-        if _can_print():
+        if e.filename is not None or _can_print():  # then it is another file's
             raise
-        _print_nothing_more()
+        stop_printing()
         parser.exit(1, f"{parser.prog} {command}: error: the output cannot be written: {e}\n")
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
@@ -52,14 +53,10 @@ def main() -> int:
 
 def _can_print() -> bool:
     try:
-        print(flush=True)
+        print(flush=True)  # a flush alone would find an empty buffer
     except OSError:
         return False
     return True
-
-
-def _print_nothing_more() -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -154,12 +154,13 @@ def emulator() -> Iterator[Finding]:
     """Whether Triton kernels can be compiled for a GPU that is not here, and executed."""
     if importlib.util.find_spec("triton") is None:
         return  # as "versions" says
-    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
-        value = "not tried: TRITON_INTERPRET is set, so that kernels are not compiled"
-        yield Finding("maximum, sm_90", value, "note", "unset TRITON_INTERPRET")
-        return
     from torchpar.ptx import emulate, native
+    from torchpar.ptx.driver import why_not_compiled
 
+    if reason := why_not_compiled():
+        value, _, remedy = reason.partition("; ")
+        yield Finding("maximum, sm_90", f"not tried: {value}", "note", remedy)
+        return
     a, b = (normal_like(torch.empty(64, 80), seed) for seed in range(2))
     with emulate("sm_90") as gpu:
         same_bits((torchpar.maximum(a, b),), (torch.maximum(a, b),))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""This machine: its processor, its GPU, and the versions of what computes on it."""
+"""This machine: its processor, its GPU, its output, and the versions of what computes on it."""
 
 import importlib.metadata
 import os
@@ -19,6 +19,11 @@ def cpuinfo(key: str) -> str:
     return next(
         (line.partition(": ")[2] for line in lines if line.partition(":")[0].strip() == key), ""
     )
+
+
+def stop_printing() -> None:
+    """Let what is printed from now on go nowhere, as after a reader has closed the pipe."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def processor() -> str:

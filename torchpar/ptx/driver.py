@@ -221,9 +221,9 @@ class Emulator(gpu.Gpu):
         data = np.frombuffer(raw, np.uint8)
         unit = min(t.element_size(), LARGEST_UNIT)
         dtype = str(t.dtype).removeprefix("torch.")
-        name_of_all = f"{name} ({dtype} {list(t.shape)})"
-        _check_memory(name_of_all, padded // unit)
-        made = Allocation(name_of_all, base, end - base, unit, data, start)
+        full_name = f"{name} ({dtype} {list(t.shape)})"
+        _check_memory(full_name, padded // unit)
+        made = Allocation(full_name, base, end - base, unit, data, start)
         if (start, end) == (storage.address, storage.end):
             made.index = _index_of(t, name)
         merged = [other for other, place in self._places.items() if place in overlapping]
@@ -325,8 +325,16 @@ class Emulator(gpu.Gpu):
         if key in self._by_place:
             self._by_place[key].count += 1
             return
-        fault = Fault(_kind(kind), name, message, self._name, program, line, source)
-        fault.launched = self._launched
+        fault = Fault(
+            _kind(kind),
+            name,
+            message,
+            self._name,
+            program,
+            line,
+            source,
+            launched=self._launched,
+        )
         self._by_place[key] = fault
         self.faults.append(fault)
 

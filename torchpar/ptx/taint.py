@@ -216,14 +216,11 @@ def _is_of_pairs(i: Instruction, kinds: Any, read: dict[int, Tainted]) -> bool:
 
 def _of_pairs(read: dict[int, Tainted]) -> Any:
     """The undefined halves of a pair of numbers; each is computed of the operands' same halves."""
-    halves = np.zeros((32, 2), np.bool_)
-    size = 0
-    for t in read.values():
-        size = t.mask.dtype.itemsize
-        halves |= t.mask.view(f"u{size // 2}").reshape(32, 2) != 0
-    half = np.dtype(f"u{size // 2}")
-    mask = np.where(halves, np.iinfo(half).max, 0).astype(half)
-    return mask.view(f"u{size}")[:, 0]
+    masks = [t.mask for t in read.values()]
+    whole = masks[0].dtype
+    half = np.dtype(f"u{whole.itemsize // 2}")
+    halves = np.any([mask.view(half).reshape(32, 2) for mask in masks], axis=0)
+    return np.where(halves, half.type(np.iinfo(half).max), half.type(0)).view(whole)[:, 0]
 
 
 def _move(warp: Any, i: Instruction, read: dict[int, Tainted]) -> dict[int, Any] | None:

@@ -209,12 +209,11 @@ def _chunks(bits: int, rows: range, rows_of_chunk: int, line: int) -> Any:
     if not rows_of_chunk:
         row, chunk = np.array(rows)[:, None], np.arange(2)
         chunks = start + row // 8 * stride + row % 8 * size + (16 if mode else leading) * chunk
-        return np.ascontiguousarray(swizzle(chunks, size) if mode else chunks)
+        return np.ascontiguousarray(swizzle(chunks, size))
     byte = 16 // rows_of_chunk * np.array(rows[::rows_of_chunk])[:, None]
     column = np.arange(2 * rows_of_chunk)
     chunks = start + byte // size * leading + byte % size
-    chunks = chunks + column // 8 * stride + column % 8 * size
-    return np.ascontiguousarray(swizzle(chunks, size) if mode else chunks)
+    return np.ascontiguousarray(swizzle(chunks + column // 8 * stride + column % 8 * size, size))
 
 
 @action("wgmma.fence.sync.aligned", whole=True)
