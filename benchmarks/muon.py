@@ -149,12 +149,22 @@ def train(epochs: int, samples: int | None = None) -> list[Result]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     command = Command("muon", "Compare Muon with torch.optim.Muon and with SGD.")
+    command.parser.add_argument(
+        "--weights",
+        nargs="+",
+        choices=WEIGHTS,
+        metavar="WEIGHTS",
+        help=f"only steps, of these of {', '.join(WEIGHTS)}",
+    )
     options = command.parse(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     table = Table(command.csv(options), device, threads=torch.get_num_threads())
-    for label, shapes in (QUICK if options.quick else WEIGHTS).items():
+    chosen = {label: WEIGHTS[label] for label in options.weights or WEIGHTS}
+    for label, shapes in (QUICK if options.quick else chosen).items():
         table.add(compare_steps(label, shapes, 2 if options.quick else ROUNDS, device))
     print_results("a step of Muon", table.results)
+    if options.weights:
+        return table.status
     curves = train(1, samples=320) if options.quick else train(EPOCHS)
     print_results("an MLP on MNIST", table.add(curves))
     return table.status
