@@ -37,6 +37,7 @@ PAGES = {
 }
 README = PAGES["README.md"]
 RESULTS = ROOT / "benchmarks" / "results" / "cpu-2-cores-amd-epyc-family-26-model-2"
+RESULTS_ZEN3 = RESULTS.with_name("cpu-2-cores-amd-epyc-family-25-model-1")
 SUITE = "".join(path.read_text() for path in sorted((ROOT / "tests").rglob("*.py")))
 FIGURES = ("p50_ms", "speedup", "seconds", "accuracy")
 OTHERS_FLAGS = {  # of the launchers, pip, pytest and Lightning
@@ -246,6 +247,48 @@ def test_the_ladder_shows_the_measured_tables():
 def test_the_readme_shows_the_ladder():
     section = README.partition("\n## From loops to processes\n")[2].partition("\n## ")[0]
     assert f"\n\n{ladder.readme_table(ladder_page.read(RESULTS / 'ladder.csv'))}\n" in section
+
+
+def of_matmul_t(shape: str) -> dict[str, str]:
+    one = {"operator": "matmul_t", "mode": "forward", "dtype": "float32", "threads": "2"}
+    return {**one, "shape": shape}
+
+
+def of_two_ranks(batch: str) -> dict[str, str]:
+    return {"kind": "step", "sizes": "784-512-10", "contestant": "dp 2", "batch": batch}
+
+
+# The first words of a row, its benchmark, and its row of the CSV.
+SPEED_UPS = {
+    "`matmul_t`, X·Xᵀ of 2048 rows": ("operators", of_matmul_t("2048x2048")),
+    "`matmul_t`, X·Xᵀ of 256 rows": ("operators", of_matmul_t("256x256")),
+    "a Muon step, one weight of 4096 × 1024": ("muon", {"weight": "4096x1024"}),
+    "a Muon step, 50 weights of 128 × 128": ("muon", {"weight": "50 of 128x128"}),
+    "a step of 784-512-10, batch 8192": ("scaling", of_two_ranks("8192")),
+    "the same, batch 512": ("scaling", of_two_ranks("512")),
+    "a step of `train_ddp.py": (
+        "ddp",
+        {"network": "512", "batch": "1024", "ranks": "2", "contestant": "train_ddp.py"},
+    ),
+    "an all-reduce of 256 KB": ("scaling", {"nbytes": "262144", "contestant": "shared memory"}),
+}
+
+
+@pytest.mark.parametrize("start", SPEED_UPS)
+def test_the_readme_shows_the_measured_speed_ups(start):
+    benchmark, case = SPEED_UPS[start]
+    (row,) = re.findall(rf"^\| {re.escape(start)}.*", README, re.MULTILINE)
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[4] == benchmark
+    for cell, folder in zip(cells[1:3], (RESULTS, RESULTS_ZEN3), strict=True):
+        case = {"contestant": "torchpar"} | case
+        text = (folder / f"{benchmark}.csv").read_text()
+        measured = [
+            float(f"{float(one['speedup']):.2g}")
+            for one in csv.DictReader(text.splitlines())
+            if all(one.get(key) == value for key, value in case.items())
+        ]
+        assert measured == ([float(cell)] if cell else []), row
 
 
 @pytest.mark.parametrize(
