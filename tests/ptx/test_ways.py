@@ -25,7 +25,7 @@ from commands import ROOT
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.driver import driver as active_driver
 
-from torchpar.ptx import command, driver, emulate, gpu, native
+from torchpar.ptx import command, driver, emulate, gpu, memory, native
 from torchpar.ptx.cuda import cuda_is_cpu
 
 pytest_plugins = ["pytester"]
@@ -48,6 +48,20 @@ def test_a_tensor_too_large_to_be_emulated_is_refused(monkeypatch):
     with emulate("sm_90") as gpu:
         double[(1,)](x[:32].clone(), torch.zeros(32), BLOCK=32)
     assert len(gpu.launches) == 1
+
+
+def test_free_memory_is_that_of_the_machine_or_of_its_container(tmp_path):
+    machine, container = tmp_path / "meminfo", tmp_path / "cgroup"
+    assert memory.free_memory(machine, container) is None
+    machine.write_text("MemTotal:  9000 kB\nMemAvailable:  5000 kB\n", "utf-8")
+    assert memory.free_memory(machine, container) == 5000 * 1024
+    container.mkdir()
+    for name, text in {"max": "max\n", "current": "3000\n", "stat": "inactive_file 500\n"}.items():
+        (container / f"memory.{name}").write_text(text, "utf-8")
+    assert memory.free_memory(machine, container) == 5000 * 1024
+    (container / "memory.max").write_text("4000\n", "utf-8")
+    assert memory.free_memory(machine, container) == 1500
+    assert 0 < memory.free_memory() < 2**50
 
 
 def test_the_command_does_not_wait_for_threads_from_before_the_script(tmp_path):
@@ -513,6 +527,16 @@ def test_the_plugin_executes_kernels_of_fixtures(pytester):
     ):
         assert line in said
     assert said.count("error: out of bounds in copy") >= 4
+
+
+@pytest.mark.parametrize("end", ["", "\n    raise AssertionError('of the test')"])
+def test_the_plugin_prints_a_fault_once(pytester, end):
+    launch = FIXTURES.partition("@pytest")[0]
+    found = plugged(pytester, f"{launch}def test_wrong():\n    launch(100){end}", "-rN")
+    found.assert_outcomes(failed=1)
+    said = found.stdout.str()
+    assert said.count("error: out of bounds in copy") == 1
+    assert ("of the test" in said) == bool(end)
 
 
 def test_the_plugin_refuses_the_interpreter(pytester, monkeypatch):

@@ -17,6 +17,7 @@ not know each other. Of further ones some are forgotten, so that other schedules
 
 from bisect import bisect_right, insort
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -178,14 +179,25 @@ def merge(into: dict[int, Any], known: dict[int, Any]) -> None:
         into[block] = together
 
 
-def free_memory() -> int | None:
-    """Return the bytes of memory that this machine can give, or None if it does not say so."""
-    try:
-        lines = Path("/proc/meminfo").read_text("utf-8").splitlines()
-    except OSError:
-        return None
-    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return 1024 * int(found[0]) if found else None
+def free_memory(
+    machine: Path = Path("/proc/meminfo"), container: Path = Path("/sys/fs/cgroup")
+) -> int | None:
+    """Return the bytes of memory that this process can get, or None if the system does not say so.
+
+    A container may have a limit below what the machine has (files ``memory.*`` of cgroup v2).
+    """
+    found = []
+    with suppress(OSError):
+        sizes = dict(line.split(":") for line in machine.read_text("utf-8").splitlines())
+        found += [1024 * int(sizes["MemAvailable"].split()[0])] if "MemAvailable" in sizes else []
+    with suppress(OSError):
+        limit, used = ((container / f"memory.{name}").read_text() for name in ("max", "current"))
+        if limit.strip() != "max":
+            uses = (container / "memory.stat").read_text("utf-8").splitlines()
+            # Copies of files, which the system drops when it needs their memory.
+            dropped = int(dict(line.split() for line in uses)["inactive_file"])
+            found.append(max(0, int(limit) - int(used) + dropped))
+    return min(found, default=None)
 
 
 class Allocation:
