@@ -210,6 +210,17 @@ def test_complex_products_are_right_in_a_subclass() -> None:
 SAMPLES_OF_ONE_SHAPE = [(normal(3), normal(3, seed=1))]
 
 
+def test_a_missing_rule_of_sharding_is_named() -> None:
+    @torch.library.custom_op("torchpar_faulty::unsharded", mutates_args=())
+    def unsharded(x: Tensor) -> Tensor:
+        return x.clone()
+
+    unsharded.register_fake(torch.empty_like)
+    row = check_operator(unsharded, [(normal(3),)], rules="DTensor")["DTensor"]
+    assert row.outcome == "refuses"
+    assert "register one by op.register_sharding of torchpar.library" in row.detail
+
+
 def test_gaps_of_pytorch_are_no_faults_of_an_operator() -> None:
     """Its hessian of no numbers."""
     table = check_operator(
@@ -314,6 +325,10 @@ def test_the_command(capsys: Any) -> None:
         (["torch:add", "--samples", "{here}:fail"], "fail: OSError: no data"),
         (["torch:add", "--samples", "{here}:leave"], "leave: it calls sys.exit(0)"),
         (["torch:pi", "--samples", "{here}:samples"], "the operator is an object of type float"),
+        (
+            ["json:dumps", "--samples", "{here}:samples"],
+            "dumps calls no operator on the first sample and raises TypeError: ",
+        ),
         (
             ["torch:add", "--samples", "{here}:samples", "--reference", "torch:pi"],
             "the reference is an object of type float, expected a callable",

@@ -224,6 +224,15 @@ def test_a_kernel_is_compared_with_its_reference():
     assert check_add(arch="sm_80").name == "add_kernel for sm_80"
 
 
+def test_an_empty_grid_launches_nothing():
+    found = check_add(grid=(0,))
+    assert found["values"].outcome == "wrong"
+    assert {(row.outcome, row.detail) for row in found.rows[1:]} == {
+        ("not run", "the grid has no programs")
+    }
+    assert [row.rule for row in found.rows] == [row.rule for row in check_add().rows]
+
+
 def test_wrong_arguments_of_check_kernel():
     x = torch.ones(4)
     with pytest.raises(ConfigError, match="names 'result', expected one of x, y, out"):

@@ -42,6 +42,7 @@ NO_LAUNCH = (
     "no Triton kernel was launched; "
     'register a path for CPUs by op.register_kernel("cpu"), not by x.is_cuda'
 )
+EMPTY_GRID = "the grid has no programs"
 
 
 class Kernel(Protocol):
@@ -174,8 +175,11 @@ def check_kernel(
         for one in (launched, arguments)
     )
     rows = [Row("values", *outcome_of(partial(_compare, written, before, right, exact)))]
-    rows += [Row(*one) for one in fault_rows(gpu.report().faults)]
-    rows.append(Row(*resource_row([gpu])))
+    if gpu.launches:
+        rows += [Row(*one) for one in fault_rows(gpu.report().faults)]
+        rows.append(Row(*resource_row([gpu])))
+    else:  # Triton launches nothing
+        rows += [Row(row, "not run", EMPTY_GRID) for row in (*ROWS, OTHERS, RESOURCES)]
     return OperatorTable(f"{_function(kernel).__name__} for {arch}", rows)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch._library.triton import triton_ops_to_kernels
 
-from torchpar.errors import ConfigError
+from torchpar.errors import ConfigError, first_line
 from torchpar.tables import in_columns
 from torchpar.testing import kernels
 from torchpar.testing.case import (
@@ -128,7 +128,7 @@ def check_operator(
 
     Raises:
         ConfigError: an unknown rule or architecture; no sample, or a sample that is not a tuple; an
-            operator that writes to operands.
+            operator that writes to operands; a function that raises before it calls an operator.
     """
     known = [*RULES, *(KERNEL_ROWS if emulate is not None else ())]
     names = known if rules is None else [rules] if isinstance(rules, str) else list(rules)
@@ -223,12 +223,20 @@ def find_overload(op: Callable[..., object], sample: Sample) -> Operator | None:
         op = getattr(op, attribute, op)
     if isinstance(op, torch._ops.OpOverload):
         return op
+    error = None
     with Calls() as calls:
         try:
             op(*sample.args, **sample.kwargs)
-        except Exception:  # the rules will meet it again
-            return None
-    return next((func for func in calls.seen if func.namespace not in BUILT_IN), None)
+        except Exception as e:  # of an operator, the rules will meet it again
+            error = e
+    found = next((func for func in calls.seen if func.namespace not in BUILT_IN), None)
+    if found is None and error is not None:
+        name = getattr(op, "__name__", type(op).__name__)
+        raise ConfigError(
+            f"{name} calls no operator on the first sample and raises {first_line(error)}; "
+            "expected an operator, or a function that calls one"
+        ) from error
+    return found
 
 
 def _notes(overload: Operator | None, cases: list[Case]) -> tuple[str, ...]:

@@ -1055,8 +1055,14 @@ def _compare(
     values, incoming, of_operands = expected
     placed = [_place(t, mesh, p) for t, p in zip(case.operands, placements, strict=True)]
     xs = [t.requires_grad_() for t in placed if is_differentiable(t)]
-    with CommDebugMode() as communication:
-        ys = case.op(*placed)
+    try:
+        with CommDebugMode() as communication:
+            ys = case.op(*placed)
+    except NotImplementedError as e:
+        if "sharding strategy" not in str(e):
+            raise
+        way = "register one by op.register_sharding of torchpar.library"
+        raise NotImplementedError(f"{str(e).rstrip('.')}; {way}") from e
     results = [y for y in ys if isinstance(y, DTensor)]
     if len(results) < len(ys):
         raise Outcome("wrong", "the result is not a DTensor")
