@@ -87,6 +87,72 @@ def test_descriptors_of_the_host_have_each_type(arch, dtype):
 
 
 @triton.jit
+def load_box_kernel(x, out, row, BM: tl.constexpr, BN: tl.constexpr):
+    tl.store(out + tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN), x.load([row, 0]))
+
+
+@triton.jit
+def load_own_box_kernel(x, out, rows, stride, BM: tl.constexpr, BN: tl.constexpr):
+    box = tl.make_tensor_descriptor(x, [rows, BN], [stride, 1], [BM, BN], "nan")
+    tl.store(out + tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN), box.load([0, 0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_boxes_of_descriptors_may_have_nan_outside_of_the_tensor(dtype):
+    x = torch.randn(24, 16).to(dtype)
+    by_host, by_device = torch.empty(2, 16, 16, dtype=dtype)
+    with emulate() as gpu:
+        box = TensorDescriptor.from_tensor(x, [16, 16], padding="nan")
+        load_box_kernel[(1,)](box, by_host, 16, 16, 16)
+        load_own_box_kernel[(1,)](x, by_device, 8, 16, 16, 16)
+    assert gpu.faults == []
+    assert torch.equal(by_host[:8], x[16:])
+    assert torch.equal(by_device[:8], x[:8])
+    assert by_host[8:].isnan().all()
+    assert by_device[8:].isnan().all()
+
+
+@pytest.mark.skipif(
+    "round_f32_to_tf32" not in TensorDescriptor.__annotations__, reason="Triton rounds no boxes"
+)
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_boxes_of_descriptors_are_rounded_to_tf32(arch):
+    """To 10 bits of the mantissa; a number in the middle becomes the even one."""
+    x = torch.tensor([1 + 2**-11, 1 + 3 * 2**-11, -1 - 3 * 2**-12, torch.inf]).repeat(16, 4)
+    out = torch.empty_like(x)
+    with emulate(arch) as gpu:
+        box = TensorDescriptor.from_tensor(x, [16, 16], round_f32_to_tf32=True)
+        load_box_kernel[(1,)](box, out, 0, 16, 16)
+    assert gpu.faults == []
+    assert out[0, :4].tolist() == [1, 1 + 2**-9, -1 - 2**-10, torch.inf]
+    assert torch.equal(out, out[:1, :4].repeat(16, 4))
+
+
+@pytest.mark.parametrize(
+    "shape, strides, reason",
+    [
+        ([16, 16], [-16, 1], r"x has strides \[-16, 1\], expected from 0 to 274,877,906,940"),
+        ([16, 16], [2**66, 1], "x has strides"),
+        ([2**32, 16], [16, 1], r"x has shape \[4294967296, 16\], expected sizes from 1 to"),
+    ],
+)
+def test_a_descriptor_that_no_tensormap_holds_is_refused(shape, strides, reason):
+    box = TensorDescriptor(torch.zeros(16, 16), shape, strides, [16, 16])
+    with emulate(), pytest.raises(ValueError, match=reason):
+        load_box_kernel[(1,)](box, torch.zeros(16, 16), 0, 16, 16)
+
+
+def test_a_box_that_tma_cannot_copy_is_a_fault():
+    x, out = torch.zeros(16, 16), torch.zeros(16, 16)
+    with emulate() as gpu:
+        load_own_box_kernel[(1,)](x, out, 16, -16, 16, 16)
+        load_box_kernel[(1,)](TensorDescriptor.from_tensor(x, [16, 2]), out, 0, 16, 2)
+    negative, narrow = gpu.faults
+    assert negative.message == "a stride of the tensor is -64 bytes, expected 0 to 2⁴⁰ - 16"
+    assert narrow.message == "a row of the box has 8 bytes, expected a multiple of 16"
+
+
+@triton.jit
 def matmul_of_constants_kernel(
     a, b, out, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr
 ):

@@ -54,12 +54,14 @@ from torchpar.ptx.memory import (
 from torchpar.ptx.native import FIELDS, cache_folder, writable
 from torchpar.ptx.parse import PtxError
 from torchpar.ptx.report import Fault, Kind, Launch, Report, moved
+from torchpar.ptx.tensors import STRIDES_END, TF32
 from torchpar.ptx.trace import Trace
 
 ARCHITECTURES = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 SHARED_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}  # of a program at most
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 LARGEST_GRID_X, LARGEST_GRID_YZ = 2**31 - 1, 65_535  # of each NVIDIA GPU
+LARGEST_SIZE = 2**32 - 1  # of a dimension of a tensormap
 NUMBER = r"\b(0x[0-9a-f]+|\d+)\b"  # in a message
 ALIGNED = 128  # to which an allocation's base is rounded down
 
@@ -587,8 +589,7 @@ def _flatten(
         to.append(bits(emulator, name, kind, value))
     elif maps is None:  # a descriptor without TMA
         to.append(bits(emulator, name, "*", value.base))
-        shape, strides = map(int, value.shape), map(int, value.strides)
-        layout = [*shape, *strides]
+        layout = [int(n) % 2**64 for n in (*value.shape, *value.strides)]
         to += [*layout, int(value.padding == "nan")]
         if hasattr(value, "round_f32_to_tf32"):
             to.append(int(value.round_f32_to_tf32))
@@ -622,7 +623,23 @@ def bits(emulator: Emulator, name: str, kind: str, value: Any) -> int:
 
 
 def _tensormap(emulator: Emulator, name: str, descriptor: Any, meta: Any) -> int:
-    """Return the address of a tensormap, as the host makes it from a descriptor."""
+    """Return the address of a tensormap, as the host makes it from a descriptor.
+
+    Raises:
+        ValueError: a tensormap cannot hold the shape or the strides.
+    """
+    shape, strides = [list(map(int, given)) for given in (descriptor.shape, descriptor.strides)]
+    if not all(0 < n <= LARGEST_SIZE for n in shape):
+        raise ValueError(
+            f"the descriptor {name} has shape {shape}, expected sizes from 1 to "
+            f"{LARGEST_SIZE:,}; give those of its tensor"
+        )
+    largest = (STRIDES_END - 16) // meta["elem_size"]
+    if not all(0 <= n <= largest for n in strides):
+        raise ValueError(
+            f"the descriptor {name} has strides {strides}, expected from 0 to "
+            f"{largest:,}; give those of its tensor"
+        )
     bits(emulator, name, "*", descriptor.base)
     raw = bytearray(128)
 
@@ -632,14 +649,15 @@ def _tensormap(emulator: Emulator, name: str, descriptor: Any, meta: Any) -> int
         for n, value in enumerate(values):
             raw[start + n * size : start + (n + 1) * size] = int(value).to_bytes(size, "little")
 
-    rank = len(descriptor.shape)
+    rank = len(shape)
     put("global_address", [descriptor.base.data_ptr()])
     put("rank", [rank - 1])
     put("box_dim", meta["block_size"][::-1])
-    put("global_dim", list(descriptor.shape)[::-1])
+    put("global_dim", shape[::-1])
     put("element_stride", [1] * rank)
-    put("global_stride", [s * meta["elem_size"] for s in list(descriptor.strides)[:-1][::-1]])
-    put("elemtype", [meta["elem_type"]])
+    put("global_stride", [s * meta["elem_size"] for s in strides[:-1][::-1]])
+    rounds = getattr(descriptor, "round_f32_to_tf32", False)  # Triton 3.6 has none
+    put("elemtype", [TF32 if rounds else meta["elem_type"]])
     put("interleave_layout", [0])
     put("swizzle_mode", [meta["swizzle"]])
     put("fill_mode", [int(descriptor.padding == "nan")])

@@ -305,7 +305,7 @@ static int decode_tensor(Tensor *t, const uint8_t *map)
     t->rank = (int)field(map, 8, 0) + 1;
     if (t->rank < 1 || t->rank > MOST_DIMENSIONS || kind >= 12 || mode > 3)
         return 0;
-    if (field(map, 108, 0) || field(map, 116, 0)) /* interleaved, or NaN for a fill */
+    if (kind == 11 || field(map, 108, 0) || field(map, 116, 0)) /* TF32, interleaved, or NaN */
         return 0;
     memcpy(&t->base, map, 8);
     t->width = widths[kind];

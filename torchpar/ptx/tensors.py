@@ -134,6 +134,8 @@ def _count_wait(warp: Warp, barrier: Barrier) -> None:
 
 # By elemtype; 8 is that of float32 whose subnormal numbers are flushed.
 ELEMENTS = ("u8", "u16", "u32", "s32", "u64", "s64", "f16", "f32", "f32", "f64", "bf16", "f32")
+TF32 = 11  # the elemtype of float32 whose loads are rounded
+STRIDES_END = 2**40  # bytes, which a stride does not reach
 
 
 def swizzle(addresses: Any, size: int) -> Any:
@@ -206,26 +208,32 @@ class Tensor:
 
         (self.base,), self.rank = field("global_address"), field("rank")[0] + 1
         self.box, self.sizes = field("box_dim", self.rank), field("global_dim", self.rank)
-        self.kind = ELEMENTS[field("elemtype")[0]]
+        (element,), (fill,) = field("elemtype"), field("fill_mode")
+        self.kind, self.is_tf32, self.has_nan_outside = ELEMENTS[element], element == TF32, fill > 0
         self.bytes = DTYPES[HALVES.get(self.kind, self.kind)].itemsize
         self.strides = [self.bytes, *field("global_stride", self.rank)[:-1]]
         self.swizzle = 16 << field("swizzle_mode")[0]
         # 5.5, and the restrictions of cuTensorMapEncodeTiled
         row = self.box[0] * self.bytes
-        plain = field("element_stride", self.rank) + field("interleave_layout") + field("fill_mode")
-        if plain != [1] * self.rank + [0, 0]:
+        if field("element_stride", self.rank) + field("interleave_layout") != [1] * self.rank + [0]:
+            raise PtxError(line, "element strides and interleaved layouts are not modelled")
+        if self.has_nan_outside and "f" not in self.kind:
             raise PtxError(
-                line, "element strides, interleaved layouts and NaN for a fill are not modelled"
+                line, f"NaN cannot fill a box of {self.kind}, expected f16, bf16, f32 or f64"
             )
+        for stride in self.strides:
+            if stride >= STRIDES_END:
+                signed = stride - 2**64 if stride >> 63 else stride
+                raise PtxError(
+                    line, f"a stride of the tensor is {signed} bytes, expected 0 to 2⁴⁰ - 16"
+                )
         if any(address % 16 for address in (self.base, *self.strides[1:])):
             raise PtxError(
                 line, "the address or a stride of the tensor is not a multiple of 16 bytes"
             )
-        if (
-            row % 16
-            or not all(0 < n <= 256 for n in self.box)
-            or (self.swizzle > 16 and row > self.swizzle)
-        ):
+        if row % 16:
+            raise PtxError(line, f"a row of the box has {row} bytes, expected a multiple of 16")
+        if not all(0 < n <= 256 for n in self.box) or (self.swizzle > 16 and row > self.swizzle):
             raise PtxError(line, f"a box {self.box} cannot have a swizzle of {self.swizzle} bytes")
 
     def places(self, corner: list[int], shared: int, line: int) -> Places:
@@ -244,13 +252,31 @@ class Tensor:
 
 def places_of(
     warp: Warp, i: Instruction, address: Any, corner: tuple[Any, ...], shared: Any
-) -> tuple[Places, str]:
-    """Return the places of a box, and the kind of its elements."""
+) -> tuple[Places, Tensor]:
+    """Return the places of a box, and its tensor."""
     tensor = Tensor(warp, address, i.line)
     if f"{len(corner)}d" not in i.parts or tensor.rank != len(corner):
         raise PtxError(i.line, f"the tensor has {tensor.rank} dimensions")
     position = [int(one.view(np.int32)[0]) for one in corner]
-    return tensor.places(position, int(shared[0]), i.line), tensor.kind
+    return tensor.places(position, int(shared[0]), i.line), tensor
+
+
+class Load(Copy):
+    """A copy of a box to shared memory. What is outside of the tensor becomes zero, or NaN."""
+
+    def __init__(self, warp: Warp, line: int, places: Places, tensor: Tensor, barrier: Barrier):
+        super().__init__(warp, line, "a bulk load", places, barrier=barrier)
+        self.tensor = tensor
+
+    def fetch(self) -> None:
+        super().fetch()
+        if self.tensor.is_tf32:  # to the nearest even number, as Triton does where it has no TMA
+            numbers = self.values.view(np.uint32)
+            rounded = numbers + 0xFFF + (numbers >> 13 & 1) & 0xFFFFE000
+            np.copyto(numbers, rounded, where=~numbers & 0x7F800000 != 0)  # finite ones
+        if self.tensor.has_nan_outside:
+            self.values[~self.inside] = 0xFF
+            self.values[~self.inside, -1] = 0x7F
 
 
 DIMENSIONS = range(1, 6)
@@ -263,12 +289,11 @@ LOADED = "global.mbarrier::complete_tx::bytes"
     single=True,
 )
 def _load_box(warp: Warp, i: Instruction, shared: Any, address: Any, *others: Any) -> None:
-    """What is outside of the tensor becomes zero. The mbarrier counts the bytes of the whole
-    box."""
+    """The mbarrier counts the bytes of the whole box."""
     *corner, counting = others
     barrier = barrier_at(warp, counting, i.line)
-    places, _ = places_of(warp, i, address, tuple(corner), shared)
-    barrier.copies.append(Copy(warp, i.line, "a bulk load", places, barrier=barrier))
+    places, tensor = places_of(warp, i, address, tuple(corner), shared)
+    barrier.copies.append(Load(warp, i.line, places, tensor, barrier))
     barrier.copies[-1].start(warp.block)
     warp.block.loads.add(barrier)
 
@@ -324,7 +349,7 @@ def _reduce_box(warp: Warp, i: Instruction, address: Any, *others: Any) -> None:
     name, *mode = i.parts[8:]
     if mode not in (["bulk_group"], ["tile", "bulk_group"]):
         raise PtxError(i.line, f"unknown instruction {i.opcode}", "unknown instruction")
-    places, kind = places_of(warp, i, address, tuple(corner), shared)
-    operation = Reduction(warp, i.line, places, name, kind)
+    places, tensor = places_of(warp, i, address, tuple(corner), shared)
+    operation = Reduction(warp, i.line, places, name, tensor.kind)
     warp.groups["cp.async.bulk", int(warp.lanes()[0])][-1].append(operation)
     operation.start(warp.block)
