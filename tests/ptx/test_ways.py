@@ -288,6 +288,39 @@ def test_a_report_overwrites_no_other_file_than_a_page(script, tmp_path, capsys)
     assert good.read_text() == "precious"
 
 
+def test_a_report_may_go_through_a_pipe(tmp_path):
+    reading, writing = os.pipe()
+    with ThreadPoolExecutor(1) as pool, open(reading, "rb") as pipe:
+        page = pool.submit(pipe.read)
+        try:
+            assert command.main([f"--report=/dev/fd/{writing}", str(_empty(tmp_path))]) == 0
+        finally:
+            os.close(writing)
+        assert b"</html>" in page.result()
+
+
+@pytest.mark.parametrize("change", ["sys.stdout = io.StringIO()", "sys.stdout.close()"])
+def test_the_report_is_printed_also_if_the_script_prints_elsewhere(change, tmp_path, monkeypatch):
+    printed, others = io.StringIO(), io.StringIO()
+    monkeypatch.setattr(sys, "stdout", printed)
+    monkeypatch.setattr(sys, "stderr", others)
+    script = _empty(tmp_path)
+    script.write_text(f"import io, sys; {change}")
+    assert command.main([str(script)]) == 0
+    assert "launches: 0" in (others if printed.closed else printed).getvalue()
+
+
+@pytest.mark.parametrize(
+    "flags", [["--", "a", "--", "b"], ["--"], ["a", "--"], ["--", "--", "--arch"]]
+)
+@pytest.mark.parametrize("before", [[], ["--"]])
+def test_a_script_has_all_its_flags(before, flags, tmp_path, capsys):
+    script = _empty(tmp_path)
+    script.write_text("import sys; print(sys.argv[1:])")
+    assert command.main([*before, str(script), *flags]) == 0
+    assert capsys.readouterr().out.startswith(f"{flags}\n")
+
+
 def test_only_the_script_is_required(capsys):
     with pytest.raises(SystemExit, match="2"):
         command.main([])
@@ -665,6 +698,24 @@ AS_ON_CUDA = {
     "type": (lambda: torch.ones(4).type("torch.cuda.HalfTensor").dtype, torch.float16),
     "types": (lambda: torch.ones(4).type(torch.cuda.HalfTensor).dtype, torch.float16),
     "index": (lambda: torch.ones(4, device="cuda").get_device(), 0),
+    "equal devices": (
+        lambda: torch.device("cuda", 0) == torch.ones(4, device="cuda").device,
+        True,
+    ),
+    "devices": (lambda: isinstance(torch.cuda.device("cuda:0"), torch.cuda.device), True),
+    "device of a tensor": (
+        lambda: within(torch.cuda.device_of(torch.ones(4)), torch.cuda.current_device),
+        0,
+    ),
+    "stream context": (
+        lambda: within(torch.cuda.StreamContext(torch.cuda.Stream()), torch.cuda.current_device),
+        0,
+    ),
+    "current device": (lambda: torch.cuda.set_device(torch.device("cuda", 0)), None),
+    "statistics": (lambda: torch.cuda.memory_stats()["allocated_bytes.all.peak"], 0),
+    "threads of a block": (lambda: torch.cuda.get_device_properties(0).max_threads_per_block, 1024),
+    "times of graphs": (lambda: triton.testing.do_bench_cudagraph(lambda: None), 1.0),
+    "all times": (lambda: triton.testing.do_bench(lambda: None, return_mode="all"), [1.0]),
 }
 
 
@@ -674,6 +725,26 @@ def test_what_scripts_do_with_cuda(name):
     with emulate() as gpu, cuda_is_cpu(gpu):
         found = call()
     assert found == expected
+
+
+NO_DEVICE = {
+    "a name": lambda: torch.ones(4, device="cuda:1"),
+    "an index": lambda: torch.ones(4, device=1),
+    "a device": lambda: torch.ones(4).to(torch.device("cuda", 1)),
+    "to an index": lambda: torch.ones(4).to(1),
+    "to cuda": lambda: torch.ones(4).cuda(1),
+    "the current device": lambda: torch.cuda.set_device(1),
+    "a block": lambda: torch.cuda.device(1),
+}
+
+
+@pytest.mark.parametrize("name", NO_DEVICE)
+def test_a_second_gpu_is_refused(name):
+    with emulate() as gpu, cuda_is_cpu(gpu):
+        with pytest.raises(RuntimeError, match="the device is cuda:1, expected cuda:0: one GPU"):
+            NO_DEVICE[name]()
+        with pytest.raises(RuntimeError, match="Invalid device string"):
+            torch.ones(4, device="cuda:x")
 
 
 def test_afterwards_cuda_is_as_before():

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from torchpar.ptx.cuda import cuda_is_cpu
 from torchpar.ptx.driver import ARCHITECTURES, emulate, why_not_compiled
@@ -42,15 +42,14 @@ def main(arguments: Sequence[str]) -> int:
     flags = parser.add_argument("flags", nargs=argparse.REMAINDER, help="the script's own")
     flags.required = False  # or a message says that it is
     options = parser.parse_args(arguments)
-    if not options.script.is_file():
-        parser.error(f"{options.script} is no file; name a Python script")
-    if reason := why_not_compiled():
-        parser.error(reason)
+    if arguments[-len(options.flags) - 1] == "--":  # behind the script, argparse drops it
+        options.flags.insert(0, "--")
+    if fault := _fault_of(options):
+        parser.error(fault)
     if options.report is not None:
-        if fault := _fault_of(options.report):
-            parser.error(f"--report {options.report} {fault}")
-        options.report = options.report.resolve()  # the script may change the folder
+        options.report = options.report.absolute()  # the script may change the folder
     before, process = (sys.argv, list(sys.path)), os.getpid()
+    stdout = sys.stdout  # the script may set another one, or close it
     others = set(threading.enumerate())
     with (
         _terminable(),
@@ -68,7 +67,7 @@ def main(arguments: Sequence[str]) -> int:
             if os.getpid() != process:  # a fork of the script, which has no report
                 raise
             if not isinstance(e, SystemExit) or e.code:
-                _show(gpu.report(), options)
+                _show(gpu.report(), options, stdout)
                 if isinstance(e, KeyboardInterrupt):
                     return 130
                 raise
@@ -77,7 +76,7 @@ def main(arguments: Sequence[str]) -> int:
     if os.getpid() != process:
         return 0
     report = gpu.report()
-    _show(report, options)
+    _show(report, options, stdout)
     return int(bool(report.errors))
 
 
@@ -92,12 +91,19 @@ def _join_threads(others: set[threading.Thread]) -> None:
             thread.join()
 
 
-def _fault_of(page: Path) -> str:
-    """Return what is wrong with a page's name, and what to do; "" if nothing is."""
+def _fault_of(options: argparse.Namespace) -> str:
+    """Return what is wrong with the arguments, and what to do; "" if nothing is."""
+    page: Path | None = options.report
+    if not options.script.is_file():
+        return f"{options.script} is no file; name a Python script"
+    if reason := why_not_compiled():
+        return reason
+    if page is None:
+        return ""
     if page.is_dir() or not page.resolve().parent.is_dir():
-        return "cannot be written; name a file in a folder"
+        return f"--report {page} cannot be written; name a file in a folder"
     if page.is_file() and page.suffix.lower() not in (".html", ".htm"):
-        return "exists, and is no page; name a file that ends in .html"
+        return f"--report {page} exists, and is no page; name a file that ends in .html"
     return ""
 
 
@@ -124,9 +130,10 @@ def _terminable() -> Iterator[None]:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _show(report: Report, options: argparse.Namespace) -> None:
+def _show(report: Report, options: argparse.Namespace, stdout: TextIO) -> None:
     """Print the report, and write its page, also if nobody reads what is printed."""
     try:
+        sys.stdout = sys.stderr if stdout.closed else stdout
         if options.counters:
             print(report.counted(), end="\n\n")
         print(report)
@@ -141,6 +148,7 @@ def _write(report: Report, options: argparse.Namespace) -> None:
     """Write the report's page; an earlier one stays as it is if that fails."""
     page, text = options.report, report.as_html(str(options.script))
     is_whole = page.is_file() or not page.exists()  # and not a device or a pipe
+    page = page.resolve() if is_whole else page  # a link stays one, and a pipe has no other name
     written = page.with_name(f"{page.name}.{os.getpid()}") if is_whole else page
     try:
         try:

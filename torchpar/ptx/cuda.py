@@ -5,6 +5,7 @@ with cuda_is_cpu(gpu):
     x = torch.randn(1000, device="cuda")  # a tensor on the CPU, whose is_cuda is True
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from threading import Thread
@@ -29,15 +30,37 @@ SHARED = {80: 167_936, 90: 233_472, 100: 233_472}
 def _on_cpu(value: Any) -> Any:
     """Return the CPU for a CUDA device, by whatever name; other values unchanged."""
     if isinstance(value, str) and value.partition(":")[0] == "cuda":
+        _check_index(torch.device(value).index)
         return "cpu"
     if isinstance(value, str) and value.startswith("torch.cuda."):  # such as torch.cuda.FloatTensor
         return value.replace("torch.cuda.", "torch.")
     if isinstance(value, torch.device) and value.type == "cuda":
+        _check_index(value.index)
         return torch.device("cpu")
     return value
 
 
+def _check_index(index: int | None) -> None:
+    if index not in (None, 0):
+        raise RuntimeError(
+            f"the device is cuda:{index}, expected cuda:0: one GPU is emulated; "
+            "ask torch.cuda.device_count()"
+        )
+
+
+def _check_device(device: Any = None) -> None:
+    if isinstance(device, int):
+        _check_index(device if device >= 0 else None)  # a negative one is ignored
+    else:
+        _on_cpu(device)
+
+
 def _unchanged(t: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return t
+
+
+def _to_cuda(t: torch.Tensor, device: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
+    _check_device(device)
     return t
 
 
@@ -45,7 +68,7 @@ def _unchanged(t: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
 INSTEAD: dict[Any, Callable[..., Any]] = {
     torch.Tensor.is_cuda.__get__: lambda t: True,  # type: ignore[attr-defined]
     torch.Tensor.get_device: lambda t: 0,
-    torch.Tensor.cuda: _unchanged,
+    torch.Tensor.cuda: _to_cuda,
     torch.Tensor.pin_memory: _unchanged,
 }
 
@@ -58,11 +81,15 @@ class _OnCpu(TorchFunctionMode):
     ) -> Any:
         if func in INSTEAD:
             return INSTEAD[func](*args, **(kwargs or {}))
+        if func is torch.device:
+            return _on_cpu(func(*args, **(kwargs or {})))
         given = {name: _on_cpu(value) for name, value in (kwargs or {}).items()}
         given.pop("pin_memory", None)  # of a factory
         if isinstance(given.get("device"), int):
+            _check_index(given["device"])
             given["device"] = "cpu"
         if func == torch.Tensor.to and len(args) > 1 and type(args[1]) is int:
+            _check_index(args[1])
             args = (args[0], "cpu", *args[2:])
         return func(*map(_on_cpu, args), **given)
 
@@ -82,6 +109,7 @@ class _Stream:
     """A stream of a device that does everything at once."""
 
     cuda_stream = stream_id = priority = 0
+    device = torch.device("cpu")
     synchronize = wait_stream = wait_event = _always(None)
     query = _always(True)
 
@@ -96,9 +124,21 @@ class _Stream:
         return event or _Event()
 
 
+class _Device:
+    """A block whose current device is the only one."""
+
+    def __init__(self, device: Any):
+        _check_device(device)
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+
 class _Event:
     """An event that has happened; no time passes between two of them."""
 
+    cuda_event = event_id = 0
     record = wait = synchronize = _always(None)
     query = _always(True)
     elapsed_time = _always(1e-3)
@@ -120,6 +160,7 @@ def _answers(emulator: Emulator) -> dict[str, Any]:
         shared_memory_per_multiprocessor=SHARED[emulator.capability],
         regs_per_multiprocessor=65_536,
         max_threads_per_multi_processor=2048,
+        max_threads_per_block=1024,
         warp_size=32,
         L2_cache_size=L2_CACHE[emulator.capability],
         gcnArchName="",
@@ -132,8 +173,9 @@ def _answers(emulator: Emulator) -> dict[str, Any]:
         "_lazy_init": _always(None),
         "device_count": _always(1),
         "current_device": _always(0),
-        "set_device": _always(None),
-        "device": lambda device: nullcontext(),
+        "set_device": _check_device,
+        "device": _Device,
+        "device_of": _Device,
         "get_device_capability": _always((major, minor)),
         "get_device_name": _always(properties.name),
         "get_device_properties": _always(properties),
@@ -148,7 +190,7 @@ def _answers(emulator: Emulator) -> dict[str, Any]:
         "max_memory_allocated": _always(0),
         "memory_reserved": _always(0),
         "max_memory_reserved": _always(0),
-        "memory_stats": lambda *args: {},
+        "memory_stats": lambda *args: Counter(),  # 0 by any name
         "memory_summary": _always("the memory is the CPU's"),
         "reset_peak_memory_stats": _always(None),
         "reset_accumulated_memory_stats": _always(None),
@@ -277,9 +319,15 @@ def cuda_is_cpu(emulator: Emulator) -> Iterator[None]:
     """Let the block's "cuda" be the CPU, on which ``emulator`` executes the launches."""
     import triton
 
-    def bench(call: Callable[[], Any], *args: Any, quantiles: Any = None, **kwargs: Any) -> Any:
+    def bench(
+        call: Callable[[], Any],
+        *args: Any,
+        quantiles: Any = None,
+        return_mode: str = "mean",
+        **kwargs: Any,
+    ) -> Any:
         call()
-        return [1.0] * len(quantiles) if quantiles else 1.0
+        return [1.0] * len(quantiles) if quantiles else [1.0] if return_mode == "all" else 1.0
 
     cuda = _answers(emulator)
     autocast = torch.amp.autocast_mode.autocast
@@ -293,7 +341,7 @@ def cuda_is_cpu(emulator: Emulator) -> Iterator[None]:
         (autocast, {"__init__": _autocast_on_cpu(autocast.__init__)}),
         (torch.autograd, {"_engine_run_backward": _with_mode(graph._engine_run_backward)}),
         (Thread, {"start": _start_with_mode(Thread.start)}),
-        (triton.testing, {"do_bench": bench}),
+        (triton.testing, {"do_bench": bench, "do_bench_cudagraph": bench}),
     ]
     with ExitStack() as stack:
         for place, attributes in changes:
