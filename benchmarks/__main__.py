@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from benchmarks.names import NAMES, first_line
-from torchpar.machine import stop_printing
+from torchpar.machine import printing
 
 # In these benchmarks libraries with threads of their own take turns, and idle threads of OpenMP and
 # OpenBLAS sleep soon. By default they spin for milliseconds on the core that the next call needs;
@@ -79,11 +79,8 @@ def main(arguments: Sequence[str]) -> int:
 
 if __name__ == "__main__":
     try:
-        status = main(sys.argv[1:])
-        sys.stdout.flush()
+        with printing("python -m benchmarks"):
+            status = main(sys.argv[1:])
         sys.exit(status)
-    except BrokenPipeError:  # of a reader such as head, that has read enough
-        stop_printing()
-        sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:  # the terminal sends it to the benchmark, too
         sys.exit(130)

@@ -39,6 +39,7 @@ from benchmarks.compare import Work
 from benchmarks.resources import BLOCK_SHARED, Operator, compile_all, describe
 from benchmarks.results import Result, Table, print_results, track
 from benchmarks.timing import Rejected
+from torchpar.errors import ConfigError
 from torchpar.kernels.columns import by_columns
 from torchpar.kernels.linear_sigmoid import linear_sigmoid_kernel, linear_sigmoid_tma_kernel
 from torchpar.kernels.maximum import maximum_flat_kernel
@@ -46,6 +47,7 @@ from torchpar.kernels.symmetric_matmul import mirror, symmetric_matmul_kernel
 from torchpar.kernels.symmetric_matmul_tma import symmetric_matmul_tma_kernel
 from torchpar.kernels.tiles import KINDS, Tiles, count_tiles, device, tile_cost
 from torchpar.ops.matrix import fp32_precision
+from torchpar.ptx.driver import why_not_compiled
 
 Call = Callable[[], Tensor]
 Speeds = tuple[float, float, float]  # the median, the slowest and the fastest
@@ -531,9 +533,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "torchpar alone",
     )
     options = command.parse(arguments)
-    kind = options.dtype
+    kind, operators = options.dtype, list(dict.fromkeys(options.operators))
+    if reason := why_not_compiled():
+        raise ConfigError(reason)
     if not torch.cuda.is_available():
-        return compile_all(options.operators, kind, options.quick, command.csv(options))
+        return compile_all(operators, kind, options.quick, command.csv(options))
     triton.set_allocator(
         lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=DEVICE)
     )
@@ -541,7 +545,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.output and (missing := missing_to_draw()):
         print(f"{' and '.join(missing)}: not installed, so that no plot is drawn")
     with torch.backends.flags(fp32_precision=KINDS[kind].precision):
-        for operator in options.operators:
+        for operator in operators:
             time_operator(operator, table, options)
     return table.status
 

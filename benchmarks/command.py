@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 from torchpar.errors import ConfigError, TorchparError
+from torchpar.machine import printing
 
 
 class Command:
@@ -56,8 +57,15 @@ class Command:
         return options
 
     def csv(self, options: argparse.Namespace, name: str = "") -> Path | None:
-        """The CSV in ``--output``, if that is given; by default it is called as the module."""
-        return options.output / f"{name or self.name}.csv" if options.output else None
+        """The CSV in ``--output``, if that is given; by default it is called as the module.
+
+        Raises:
+            ConfigError: it is a folder.
+        """
+        path = options.output / f"{name or self.name}.csv" if options.output else None
+        if path and path.is_dir():
+            raise ConfigError(f"{path} is a folder, expected a file; name another --output")
+        return path
 
 
 def require(*packages: str) -> None:
@@ -81,7 +89,9 @@ def run(main: Callable[[], int | None], command: str = "") -> None:
     command = command or f"run {Path(sys.argv[0]).stem}"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        sys.exit(main())
+        with printing(f"python -m benchmarks {command}"):
+            status = main()
+        sys.exit(status)
     except TorchparError as e:
         print(f"python -m benchmarks {command}: error: {e}", file=sys.stderr)
         sys.exit(2)

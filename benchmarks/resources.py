@@ -7,9 +7,11 @@ bandwidth.
 """
 
 import re
+import signal
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from math import ceil
@@ -128,8 +130,7 @@ def compile_all(names: Sequence[str], kind: str, quick: bool, path: Path | None)
         for index in possible(OPERATORS[name], capability, kind)[: 1 if quick else None]
     ]
     table = Table(path, CPU)
-    with ProcessPoolExecutor(min(CORES, len(jobs)), get_context("spawn"), end_with_parent) as pool:
-        found = map(examine, jobs) if quick else pool.map(examine, jobs)
+    with nullcontext(map(examine, jobs)) if quick else examine_in_pool(jobs) as found:
         for result in track(found, "compile", len(jobs)):
             table.add([result])
     for name in names:
@@ -146,6 +147,22 @@ def compile_all(names: Sequence[str], kind: str, quick: bool, path: Path | None)
     )
     print("The estimate is the rule's, at the data sheets' peaks. It ranks tiles, and is no time.")
     return table.status
+
+
+@contextmanager
+def examine_in_pool(jobs: Sequence[Job]) -> Iterator[Iterator[Result]]:
+    """The results of `examine`, from processes that begin no other job when the block ends."""
+    with ProcessPoolExecutor(min(CORES, len(jobs)), get_context("spawn"), end_with_parent) as pool:
+        # Ctrl-C reaches the processes, too: each would print a traceback.
+        interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            found = pool.map(examine, jobs)
+        finally:
+            signal.signal(signal.SIGINT, interrupt)
+        try:
+            yield found
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def operands(operator: Operator, kind: str) -> list[torch.Tensor]:

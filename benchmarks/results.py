@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from torchpar.errors import ConfigError
 from torchpar.machine import cpuinfo
 
 T = TypeVar("T")
@@ -76,7 +77,8 @@ class Table:
     """All results of a benchmark.
 
     Args:
-        path: the CSV that has them as soon as they are added; None writes nothing.
+        path: the CSV that has them as soon as they are added; None writes nothing. ConfigError if
+            it cannot be written.
         device: where they were measured.
         common: further columns of all results.
     """
@@ -95,12 +97,26 @@ class Table:
         origin = self.common | provenance(self.device)
         self._lines += [result.row() | origin for result in added]
         if self.path:
-            names = dict.fromkeys(name for line in self._lines for name in line)
-            with self.path.open("w", newline="") as file:
-                writer = csv.DictWriter(file, list(names))
-                writer.writeheader()
-                writer.writerows(self._lines)
+            self._write(self.path)
         return added
+
+    def _write(self, path: Path) -> None:
+        """Write the CSV; an earlier one stays as it is if that fails, or is interrupted."""
+        names = dict.fromkeys(name for line in self._lines for name in line)
+        written = path.with_name(f"{path.name}.{os.getpid()}")
+        try:
+            try:
+                with written.open("w", newline="") as file:
+                    writer = csv.DictWriter(file, list(names))
+                    writer.writeheader()
+                    writer.writerows(self._lines)
+                written.replace(path)
+            finally:
+                written.unlink(missing_ok=True)
+        except OSError as e:
+            raise ConfigError(
+                f"{path} cannot be written ({e.strerror}); name another folder"
+            ) from e
 
     @property
     def status(self) -> int:

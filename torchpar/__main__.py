@@ -6,11 +6,10 @@ Each command is a module with a function ``main(arguments)`` that returns the ex
 
 import argparse
 import importlib
-import io
 import signal
 import sys
 
-from torchpar.machine import stop_printing
+from torchpar.machine import printing
 
 COMMANDS = {
     "verify": (
@@ -33,30 +32,12 @@ def main() -> int:
         module = importlib.import_module(COMMANDS[command][0])
     except ModuleNotFoundError as e:
         parser.error(f"{command}: {e}; pip install 'torchpar[examples]'")
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # where there is only ASCII, print ? for others
     try:
-        status: int = module.main(sys.argv[2:])
-        sys.stdout.flush()
-    except BrokenPipeError:  # of a reader such as head, that has read enough
-        stop_printing()
-        return 128 + signal.SIGPIPE
-    except OSError as e:
-        if e.filename is not None or _can_print():  # then it is another file's
-            raise
-        stop_printing()
-        parser.exit(1, f"{parser.prog} {command}: error: the output cannot be written: {e}\n")
+        with printing(f"{parser.prog} {command}"):
+            status: int = module.main(sys.argv[2:])
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     return status
-
-
-def _can_print() -> bool:
-    try:
-        print(flush=True)  # a flush alone would find an empty buffer
-    except OSError:
-        return False
-    return True
 
 
 if __name__ == "__main__":

@@ -2,17 +2,23 @@
 """The benchmarks' commands: what they write, print and refuse."""
 
 import csv
+import errno
 import importlib
+import subprocess
+import sys
 
 import pytest
 import torch
+from commands import ROOT, run
 
 pytest.importorskip("rich", reason="rich prints the tables")
 from benchmarks import muon, train
 from benchmarks.__main__ import main
+from benchmarks.command import Command
 from benchmarks.ladder_case import LABELS
 from benchmarks.names import NAMES
 from benchmarks.results import Result, Table, print_bounds
+from torchpar.errors import ConfigError
 
 # Columns that each CSV has, and some of its own.
 COLUMNS = (
@@ -102,3 +108,51 @@ def test_another_optimizer_goes_elsewhere(monkeypatch, capsys):
     monkeypatch.setattr(muon, "train", lambda epochs, samples: [])
     assert muon.main(["--quick"]) == 1
     assert "not ok: torchpar 24x64 the weights ended" in capsys.readouterr().out
+
+
+def test_a_csv_that_cannot_be_written_stays_as_it_was(tmp_path, monkeypatch):
+    table = Table(tmp_path / "muon.csv", torch.device("cpu"))
+    table.add([Result(case={}, contestant="one")])
+    before = (tmp_path / "muon.csv").read_text()
+    monkeypatch.setattr(csv.DictWriter, "writerows", full)
+    with pytest.raises(ConfigError, match=r"muon\.csv cannot be written \(No space left.*; name"):
+        table.add([Result(case={}, contestant="two")])
+    assert (tmp_path / "muon.csv").read_text() == before
+    assert [one.name for one in tmp_path.iterdir()] == ["muon.csv"]
+
+
+def full(*args):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_folder_in_the_place_of_the_csv_is_refused(tmp_path):
+    (tmp_path / "muon.csv").mkdir()
+    command = Command("muon", "")
+    with pytest.raises(ConfigError, match=r"muon\.csv is a folder, expected a file"):
+        command.csv(command.parse(["--output", str(tmp_path)]))
+
+
+PRINTS = "from benchmarks.command import run; run(lambda: print('5 µs' + '.' * 2**17), 'run muon')"
+
+
+@pytest.mark.parametrize(
+    "shell, status, printed, error",
+    [
+        (">/dev/full", 1, "", "python -m benchmarks run muon: error: the output cannot be written"),
+        ("| head -c 2", 0, "5 ", ""),
+        (">&-", 0, "", ""),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_one_line(shell, status, printed, error):
+    found = run("sh", "-c", f'"$0" -c "$1" {shell}', sys.executable, PRINTS, cwd=ROOT)
+    assert found[:2] == (status, printed)
+    assert found[2].startswith(error)
+    assert found[2].count("\n") == bool(error)
+
+
+def test_a_terminal_with_only_ascii_has_the_table():
+    ascii_only = {"PYTHONIOENCODING": "ascii"}
+    found = subprocess.run(
+        [sys.executable, "-c", PRINTS], env=ascii_only, cwd=ROOT, capture_output=True, check=True
+    )
+    assert found.stdout.startswith(b"5 ?s")

@@ -2,9 +2,12 @@
 """Triton's autotuner without a GPU: at run time, with times that are made up, and in the
 benchmark."""
 
+import signal
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
@@ -24,6 +27,7 @@ from benchmarks import autotune as benchmark
 from benchmarks import driver, resources
 from benchmarks.host import idle_driver
 from benchmarks.results import Table
+from torchpar.errors import ConfigError
 from torchpar.kernels import autotune, launch, linear_sigmoid, symmetric_matmul, tiles
 from torchpar.kernels.tiles import Tiles
 from torchpar.ops.symmetric_cpu import mirror_
@@ -346,3 +350,55 @@ def test_a_kernel_that_does_not_compile_is_named(monkeypatch):
     result = resources.examine(resources.Job("maximum", 0, 90, "bfloat16"))
     assert not result.ok
     assert "power of 2" in result.reason or "CompilationError" in result.reason
+
+
+def test_after_an_interruption_no_other_kernel_is_compiled(monkeypatch):
+    """The processes leave Ctrl-C, which reaches them too, to this one."""
+    may_end, handlers, examined = Event(), set(), []
+
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(1)
+
+        def submit(self, *args: Any, **options: Any) -> Any:
+            handlers.add(signal.getsignal(signal.SIGINT))
+            return super().submit(*args, **options)
+
+        def shutdown(self, wait: bool = True, **options: Any) -> None:
+            super().shutdown(wait=False, **options)
+            may_end.set()
+            super().shutdown(wait=wait)
+
+    def examine(job: int) -> int:
+        examined.append(job)
+        assert job == 0 or may_end.wait(60)
+        return job
+
+    monkeypatch.setattr(resources, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(resources, "examine", examine)
+
+    def interrupted() -> None:
+        with resources.examine_in_pool(range(9)) as found:
+            assert next(found) == 0
+            raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert len(examined) <= 2
+    assert handlers == {signal.SIG_IGN}
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_the_interpreter_is_refused(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(ConfigError, match=r"TRITON_INTERPRET is set, .*; unset it"):
+        benchmark.main(["--quick"])
+
+
+def test_an_operator_that_is_named_twice_is_taken_once(monkeypatch):
+    taken: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(benchmark, "compile_all", lambda names, *others: taken.append(names))
+    benchmark.main(["--operators", "maximum", "matmul_t", "maximum"])
+    assert taken == [["maximum", "matmul_t"]]
