@@ -15,7 +15,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from math import ceil
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import NamedTuple
@@ -151,7 +151,8 @@ def compile_all(names: Sequence[str], kind: str, quick: bool, path: Path | None)
 
 @contextmanager
 def examine_in_pool(jobs: Sequence[Job]) -> Iterator[Iterator[Result]]:
-    """The results of `examine`, from processes that begin no other job when the block ends."""
+    """The results of `examine`, from processes that end with the block, also in a job."""
+    others = set(active_children())
     with ProcessPoolExecutor(min(CORES, len(jobs)), get_context("spawn"), end_with_parent) as pool:
         # Ctrl-C reaches the processes, too: each would print a traceback.
         interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -161,8 +162,11 @@ def examine_in_pool(jobs: Sequence[Job]) -> Iterator[Iterator[Result]]:
             signal.signal(signal.SIGINT, interrupt)
         try:
             yield found
-        finally:
+        except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            for process in set(active_children()) - others:
+                process.terminate()
+            raise
 
 
 def operands(operator: Operator, kind: str) -> list[torch.Tensor]:
