@@ -6,6 +6,7 @@ loads, in full waves at the processor's peak, or of the operands and the result,
 bandwidth.
 """
 
+import os
 import re
 import signal
 import subprocess
@@ -149,21 +150,26 @@ def compile_all(names: Sequence[str], kind: str, quick: bool, path: Path | None)
     return table.status
 
 
+def begin_process() -> None:
+    """Let Ctrl-C reach neither this process nor ptxas, which ignores no signal."""
+    os.setpgrp()
+    end_with_parent()
+
+
 @contextmanager
 def examine_in_pool(jobs: Sequence[Job]) -> Iterator[Iterator[Result]]:
     """The results of `examine`, from processes that end with the block, also in a job."""
     others = set(active_children())
-    with ProcessPoolExecutor(min(CORES, len(jobs)), get_context("spawn"), end_with_parent) as pool:
-        # Ctrl-C reaches the processes, too: each would print a traceback.
+    with ProcessPoolExecutor(min(CORES, len(jobs)), get_context("spawn"), begin_process) as pool:
+        # Ctrl-C would reach the processes while they start, too: each would print a traceback.
         interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
-            found = pool.map(examine, jobs)
+            found = [pool.submit(examine, job) for job in jobs]
         finally:
             signal.signal(signal.SIGINT, interrupt)
         try:
-            yield found
+            yield (one.result() for one in found)
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
             for process in set(active_children()) - others:
                 process.terminate()
             raise
