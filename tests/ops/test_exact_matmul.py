@@ -150,6 +150,15 @@ def test_rows_that_are_not_finite_change_no_others(device: str) -> None:
 # Derivatives are exact products.
 
 
+@pytest.mark.parametrize("dims", [(0, 0), (0, 1), (2, 0)], ids=str)
+def test_vmap_over_two_dimensions_of_one_tensor(dims: tuple[int, int], device: str) -> None:
+    """Only a product of the same slices is symmetric."""
+    x = random(5, 5, 5).to(device)
+    found = torch.vmap(exact_matmul, dims)(x, x)
+    pairs = zip(x.unbind(dims[0]), x.unbind(dims[1]), strict=True)
+    assert_same_bits(found, torch.stack([reference.exact_matmul(a, b) for a, b in pairs]))
+
+
 def test_derivatives_are_exact_products(device: str) -> None:
     a, b, g, x, h, da, db = (
         wide(*shape, device=device, seed=seed)

@@ -119,7 +119,8 @@ def _exact_matmul_vmap(
 ) -> tuple[Tensor, int]:
     _check(sample(a, in_dims[0]), sample(b, in_dims[1]))
     first = batch_first(a, in_dims[0], info.batch_size)
-    return exact_matmul(first, first if b is a else batch_first(b, in_dims[1], info.batch_size)), 0
+    is_same = b is a and in_dims[0] == in_dims[1]  # other slices of one tensor are other matrices
+    return exact_matmul(first, first if is_same else batch_first(b, in_dims[1], info.batch_size)), 0
 
 
 for _device in ("cpu", "cuda"):
