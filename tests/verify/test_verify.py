@@ -2,13 +2,16 @@
 """``python -m torchpar verify``: its status, and errors in one line."""
 
 import hashlib
+import os
 import re
+import signal
 from concurrent.futures.process import BrokenProcessPool
 from itertools import pairwise
 from unittest.mock import Mock, patch
 
 import pytest
 import torch
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from torchpar.verify import command as verify
 from torchpar.verify import drawn
@@ -100,3 +103,16 @@ def test_lost_ranks_and_ctrl_c_are_one_line(capsys, error, status, message):
         pytest.raises(RuntimeError),
     ):
         verify.main([])
+
+
+def test_variables_of_another_launcher_do_not_matter():
+    """A job of torchrun may start the command."""
+    of_torchrun = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "host", "RANK": "5"}
+    of_torchrun |= {"LOCAL_RANK": "5", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}
+    plan = verify.Plan("mlp", port=get_free_port())
+    with (
+        patch.dict(os.environ, of_torchrun),
+        patch.object(signal, "signal"),
+        patch.object(verify, "trained", lambda world, plan: (world.rank, world.world_size)),
+    ):
+        assert verify._on_rank(0, plan) == (0, 1)

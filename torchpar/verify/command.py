@@ -8,7 +8,6 @@ SHA-256 of the weights is compared with the hash in `EXPECTED`, which README and
 
 import argparse
 import hashlib
-import os
 import signal
 import sys
 import time
@@ -21,7 +20,7 @@ import torch
 from torch.distributed.elastic.utils.distributed import get_free_port
 
 from torchpar.errors import ConfigError, TorchparError
-from torchpar.parallel.launch.local import Ranks
+from torchpar.parallel.launch.local import Ranks, set_variables
 from torchpar.parallel.launch.world import World, is_communication_error, join_world
 from torchpar.parallel.split.reduction import all_gather
 from torchpar.parts import part_of
@@ -121,13 +120,7 @@ def verify(model: str, ranks: int | None, tp: int, pp: int, threads: int, device
 def _on_rank(rank: int, plan: Plan) -> str:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # at Ctrl-C the pool ends the ranks
     torch.set_num_threads(plan.threads)
-    ranks = plan.dp * plan.tp * plan.pp
-    os.environ.update(
-        RANK=str(rank),
-        WORLD_SIZE=str(ranks),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(plan.port),
-    )
+    set_variables(rank, plan.dp * plan.tp * plan.pp, MASTER_PORT=str(plan.port))
     with join_world(plan.device, timeout=300.0) as world:
         return trained(world, plan)
 

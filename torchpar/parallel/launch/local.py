@@ -142,12 +142,25 @@ class Ranks(ExitStack):
         self.workers, self._pids = [], []
 
 
+def set_variables(rank: int, world_size: int, **others: str) -> None:
+    """Set the variables of a rank on this machine, in place of those of another launcher.
+
+    Args:
+        others: further variables, such as MASTER_PORT.
+    """
+    for name in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE"):
+        os.environ.pop(name, None)
+    size = str(world_size)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
+    os.environ.update(others)
+
+
 def _on_rank(
     rank: int, world_size: int, store: str, function: Callable[..., T], args: tuple[object, ...]
 ) -> T:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # at Ctrl-C the pool ends the ranks
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    set_variables(rank, world_size)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
     try:
         # A rank that ends at once would close connections that other ranks still open.
