@@ -185,3 +185,14 @@ def test_a_reader_may_close_the_pipe(command):
             [sys.executable, "-m", *command], cwd=ROOT, stdout=pipe, stderr=subprocess.PIPE
         )
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_the_output_may_be_closed(monkeypatch, capsys):
+    """As by >&-."""
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "argv", ["torchpar", "verify", "--tp", "0"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("torchpar", run_name="__main__")
+    sys.stdout.close()  # which goes nowhere
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
