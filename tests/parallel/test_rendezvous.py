@@ -14,7 +14,7 @@ from pathlib import Path
 from subprocess import PIPE, Popen
 from threading import Timer
 from types import SimpleNamespace
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 import torch.distributed as dist
@@ -196,6 +196,28 @@ def test_every_rank_notices_that_another_program_has_the_port():
                 connect(infos[0], timedelta(seconds=60))
             with pytest.raises(error, match=reason):
                 connect(infos[1], timedelta(seconds=0.5))
+
+
+def test_a_rank_notices_that_no_program_has_the_port(monkeypatch):
+    """Without PyTorch's store, which prints frames, and whose thread may abort the process."""
+    monkeypatch.setattr(rendezvous, "TCPStore", store := Mock())
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    info = RankInfo(1, 1, 2, 2, "127.0.0.1", port, "env")
+    with pytest.raises(ConfigError, match=r"rank 1 did not meet the others at .*refused.*; MASTER"):
+        connect(info, timedelta(seconds=0.3))
+    store.assert_not_called()
+
+
+def test_an_interface_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "none")
+    with pytest.raises(ConfigError) as error, join_world("cpu"):
+        pass
+    assert str(error.value) == (
+        "gloo finds no network interface (Unable to find address for: none), and "
+        "GLOO_SOCKET_IFNAME is none; export GLOO_SOCKET_IFNAME=lo for ranks on one machine, or the "
+        "name of another"
+    )
 
 
 ADD_UP = """

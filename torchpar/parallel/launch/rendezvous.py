@@ -2,6 +2,7 @@
 """The store through which the ranks connect."""
 
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from torchpar.rank_info import RankInfo
 
 T = TypeVar("T")
 POLL = 0.02  # seconds between two requests to the store
+KNOCK = 0.1  # seconds between two attempts to reach a host that does not listen yet
 LATER = 1.0  # seconds that other ranks wait longer than rank 0, which tells them the missing ranks
 
 
@@ -43,6 +45,8 @@ def connect(info: RankInfo, timeout: timedelta) -> Store:
     hosts = info.rank == 0 and info.launcher != "torchrun"
     limit = timeout.total_seconds() + LATER
     try:
+        if not hosts:
+            _wait_for_host(info, timeout)
         # Where another program has the port and never answers, TCPStore would block for ever.
         tcp = run_in_daemon(
             lambda: TCPStore(info.address, info.port, None, hosts, timeout, wait_for_workers=False)
@@ -62,6 +66,27 @@ def connect(info: RankInfo, timeout: timedelta) -> Store:
             "MASTER_ADDR and MASTER_PORT must be the host of rank 0 and a port that is free there"
         ) from e
     return PrefixStore(f"start{start}", store)
+
+
+def _wait_for_host(info: RankInfo, timeout: timedelta) -> None:
+    """Wait until a program listens at the store's address.
+
+    TCPStore would try for more than the timeout, print the frames of its error, and abort this
+    process if the process ends meanwhile.
+
+    Raises:
+        OSError: the host cannot be found, or no program listens there within the timeout.
+    """
+    deadline = time.monotonic() + timeout.total_seconds()
+    while True:
+        left = max(deadline - time.monotonic(), KNOCK)
+        try:
+            socket.create_connection((info.address, info.port), left).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(KNOCK)
 
 
 def missing_ranks(store: Store, rank: int, world_size: int, patience: float) -> list[int]:

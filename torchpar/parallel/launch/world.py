@@ -17,8 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import Store
 
-from torchpar.errors import ConfigError, RankLostError
+from torchpar.errors import ConfigError, RankLostError, TorchparError
 from torchpar.parallel.launch import rendezvous
 from torchpar.parallel.launch.agreement import check_same_on_all_ranks
 from torchpar.rank_info import RankInfo, find_rank_info
@@ -146,8 +147,8 @@ def join_world(
             threads of this process.
 
     Raises:
-        ConfigError: an unknown device, CUDA on a machine without GPU, or several ranks with
-            ``alone``.
+        ConfigError: an unknown device, CUDA on a machine without GPU, several ranks with ``alone``,
+            or no network interface for gloo.
         RankLostError: a rank has ended or hangs. This error replaces PyTorch's error.
     """
     if device not in ("auto", "cpu", "cuda"):
@@ -185,15 +186,7 @@ def join_world(
     except RuntimeError as e:
         if store is None or not is_communication_error(e):
             raise
-        missing = rendezvous.missing_ranks(store, info.rank, info.world_size, PATIENCE)
-        # Without gloo's own file and line.
-        reason = re.sub(r"^\[\S*\] ", "", str(e).partition("\n")[0])
-        ranks = (
-            f"rank {', '.join(map(str, missing))} does not answer"
-            if missing
-            else "ranks lost each other"
-        )
-        raise RankLostError(f"{ranks} ({reason})", missing) from e
+        raise _explain(e, store, info) from e
     finally:
         # The threads of a process group end with its last reference. If this reference ends after
         # the interpreter has begun to exit, the threads abort the process. DistributedDataParallel
@@ -201,6 +194,26 @@ def join_world(
         gc.collect()
         if store is not None and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _explain(error: RuntimeError, store: Store, info: RankInfo) -> TorchparError:
+    """Return the error that says why this rank does not reach the others."""
+    # Without gloo's own file and line.
+    reason = re.sub(r"^\[[^]]*\] ", "", str(error).partition("\n")[0])
+    if "Unable to find address for" in reason:  # GLOO_SOCKET_IFNAME, or this host's name
+        given = os.environ.get("GLOO_SOCKET_IFNAME", "not set")
+        reason = reason[reason.index("Unable") :]
+        return ConfigError(
+            f"gloo finds no network interface ({reason}), and GLOO_SOCKET_IFNAME is {given}; "
+            "export GLOO_SOCKET_IFNAME=lo for ranks on one machine, or the name of another"
+        )
+    missing = rendezvous.missing_ranks(store, info.rank, info.world_size, PATIENCE)
+    ranks = (
+        f"rank {', '.join(map(str, missing))} does not answer"
+        if missing
+        else "ranks lost each other"
+    )
+    return RankLostError(f"{ranks} ({reason})", missing)
 
 
 def _make_mesh(
