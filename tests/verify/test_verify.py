@@ -87,6 +87,11 @@ def test_what_is_drawn_is_the_same_everywhere():
             2,
             "error: a rank was killed, or has ended in an error",
         ),
+        (
+            FileNotFoundError(2, "No usable temporary directory found"),
+            2,
+            "error: the ranks cannot be started ([Errno 2] No usable temporary directory found); ",
+        ),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
     ids=lambda value: type(value).__name__,

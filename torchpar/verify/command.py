@@ -98,10 +98,7 @@ def verify(model: str, ranks: int | None, tp: int, pp: int, threads: int, device
         raise ConfigError(f"--ranks is {ranks}, expected a multiple of --tp {tp} times --pp {pp}")
     start = time.perf_counter()
     plan = Plan(model, ranks // stages, tp, pp, device, threads, get_free_port())
-    with Ranks(preload=()) as pool:
-        pool.start(ranks)
-        futures = [worker.submit(_on_rank, rank, plan) for rank, worker in enumerate(pool.workers)]
-        digest, *_ = [future.result() for future in futures]
+    digest = _train(plan, ranks)
     capability = torch.backends.cpu.get_cpu_capability()
     where = f"dp {plan.dp} × tp {tp} × pp {pp} on {device}, {capability}"
     print(f"{where}, torch {torch.__version__}: {time.perf_counter() - start:.0f} s")
@@ -115,6 +112,21 @@ def verify(model: str, ranks: int | None, tp: int, pp: int, threads: int, device
             "output, with that of: python -m torchpar doctor"
         )
     return 0 if same else 1
+
+
+def _train(plan: Plan, ranks: int) -> str:
+    """Start the ranks, and return the SHA-256 of rank 0."""
+    try:
+        with Ranks(preload=()) as pool:
+            pool.start(ranks)
+            calls = enumerate(pool.workers)
+            futures = [worker.submit(_on_rank, rank, plan) for rank, worker in calls]
+            digest, *_ = [future.result() for future in futures]
+    except OSError as e:  # no folder for temporary files, or too many open files
+        raise ConfigError(
+            f"the ranks cannot be started ({e}); take fewer ranks, or look at TMPDIR and ulimit -a"
+        ) from e
+    return digest
 
 
 def _on_rank(rank: int, plan: Plan) -> str:
