@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The doctor finds what works, and names a remedy for what does not."""
 
+import errno
 import importlib.util
 import json
 import runpy
@@ -135,3 +136,11 @@ def test_an_examination_that_fails_is_a_problem():
     assert list(doctor.examine(fail)) == [
         Finding("examination", "OSError: no home", "problem", remedy)
     ]
+
+
+def test_a_full_disk_has_another_remedy():
+    def fail() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (found,) = doctor.examine(fail)
+    assert found.remedy.startswith("make room, or let TMPDIR and XDG_CACHE_HOME name folders")

@@ -7,6 +7,7 @@ Each finding that needs attention has a remedy.
 """
 
 import argparse
+import errno
 import importlib.util
 import io
 import json
@@ -36,6 +37,9 @@ TESTED = {
 State = Literal["ok", "note", "problem"]
 MARKS: dict[State, str] = {"ok": " ", "note": "-", "problem": "!"}
 REPORT = "please report it, with this output"
+# A full disk, a folder that cannot be written, and no folder for temporary files
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOENT)
+ROOM = "make room, or let TMPDIR and XDG_CACHE_HOME name folders that can be written"
 
 
 class Finding(NamedTuple):
@@ -88,7 +92,8 @@ def examine(area: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
     try:
         yield from area()
     except Exception as e:
-        yield Finding("examination", first_line(e), "problem", REPORT)
+        is_of_disk = isinstance(e, OSError) and e.errno in UNWRITABLE
+        yield Finding("examination", first_line(e), "problem", ROOM if is_of_disk else REPORT)
 
 
 def versions() -> Iterator[Finding]:

@@ -173,6 +173,16 @@ def test_a_cache_that_cannot_be_written_is_replaced(compiler, tmp_path, monkeypa
     assert f"{file}/torchpar/ptx cannot be written (Not a directory)" in lines[1]
 
 
+def test_a_cache_on_a_full_disk_is_replaced(tmp_path, monkeypatch, capfd):
+    """As /dev/full is: it can be opened, and takes no byte."""
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full")
+    with open("/dev/full", "wb") as full:
+        monkeypatch.setattr(native.tempfile, "TemporaryFile", lambda dir: full)
+        assert native.writable.__wrapped__(tmp_path) != tmp_path
+    assert f"{tmp_path} cannot be written (No space left on device)" in capfd.readouterr().err
+
+
 # Launches
 
 

@@ -87,6 +87,7 @@ BUDGET, PYTHON, GROW, REACHED, STOPPED, REFINE = range(6)  # why `run` returns
 ) = range(33)
 # Of which some access few bytes of shared memory
 SHARED_KINDS = (LOAD, STORE, COPY, ATOMIC, MBARRIER_INIT, MAP_REPLACE)
+ROOM = 2**20  # bytes that must be free in the cache: more than the core and some kernels take
 OF_COPIES, OF_PRODUCTS = range(2)  # families of groups
 MOST_ELEMENTS = 4  # of an atomic
 IN_ROW, IN_LIST = 1, 2
@@ -273,8 +274,10 @@ def writable(folder: Path) -> Path:
     """Return a folder of the cache, or a temporary one if that cannot be written, and say so."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):  # os.access is always true for root
-            return folder
+        with tempfile.TemporaryFile(dir=folder) as file:  # os.access is always true for root
+            file.write(bytes(ROOM))
+            file.flush()  # a full disk has names of files, and no room for a byte
+        return folder
     except OSError as e:
         made = tempfile.mkdtemp(prefix="torchpar-")
         atexit.register(_remove, made, os.getpid())
