@@ -253,6 +253,8 @@ class TrainFlags(DataFlags):
         config = {
             name: value for name, value in asdict(self).items() if name not in MAY_DIFFER_ON_RESUME
         }
+        # Of the lessons that lack these flags
+        config = {"activation": "sigmoid", "label_smoothing": 0.0} | config
         if self.schedule != "constant":
             config["epochs"] = self.epochs  # the schedule depends on them
         return {"epochs": self.epochs, "checkpoint": checkpoint, "config": config}

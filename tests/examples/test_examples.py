@@ -631,6 +631,16 @@ def test_a_run_says_where_it_resumes_and_that_it_is_complete(data, tmp_path):
     assert again.splitlines()[-1] == resumed.splitlines()[-1]
 
 
+def test_a_lesson_without_a_flag_refuses_the_checkpoint_of_one_that_used_it(data, tmp_path):
+    """The weights of a network of tanh have the same shapes as those of the sigmoid's."""
+    of_both = [*data, "--checkpoint", str(tmp_path), "--optimizer", "sgd", "--crop", "3"]
+    of_both += ["--lr", "0.1", "--batch-size", "200", "--epochs", "1"]
+    assert lesson("train_ddp", *of_both, "--pool", "1", "--activation", "tanh")[0] == 0
+    status, _, err = lesson("train_parallel", *of_both)
+    assert status == 2
+    assert "holds a run with activation tanh, label_smoothing 0.05, this one has activation" in err
+
+
 def test_a_falling_rate_is_resumed_with_as_many_epochs_alone(data, tmp_path):
     """With a schedule that depends on the number of epochs, another number is another run."""
     flags = [*data, "--checkpoint", str(tmp_path), "--epochs"]
