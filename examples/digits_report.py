@@ -62,6 +62,9 @@ class Flags(cli.DataFlags):
             raise ConfigError(
                 "--hidden, --batch-size, --lr and --weight-decay take one value or more each"
             )
+        widest = max(self.hidden)
+        given = f"--hidden {widest} --depth {self.depth}"
+        cli.check_memory([784, *[widest] * self.depth, 10], given)
 
 
 def train(

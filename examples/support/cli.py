@@ -75,7 +75,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "batch_size": _COUNT,
     "clip": _SMALL_FLOAT,
     "crop": (0, 2**31),
-    "depth": _SIZE,
+    "depth": (1, 2**16),  # each is a layer
     "dp": _SIZE,
     "epochs": _COUNT,
     "hidden": _SIZE,
@@ -88,9 +88,11 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "orthogonality": _SMALL_FLOAT,
     "pool": _SIZE,
     "pp": _SIZE,
+    "processes": (1, 65),  # each takes a quarter of a gigabyte
     "samples": _COUNT,
     "save_every": _COUNT,
     "seed": (0, 2**63),
+    "sizes": _COUNT,
     "steps": _COUNT,
     "sweep_epochs": _COUNT,
     "timeout": (1, 1e6),
@@ -274,19 +276,22 @@ class TrainFlags(DataFlags):
         return self.epochs * math.ceil(len(train) / self.batch_size)
 
 
-def check_memory(sizes: Sequence[int]) -> None:
+def check_memory(sizes: Sequence[int], flags: str = "") -> None:
     """Raise ConfigError if the float32 weights of an MLP of these widths do not fit into the
     memory.
 
     Where the system promises more memory than there is, it would kill the process instead.
+
+    Args:
+        flags: that give the widths; by default --hidden with each width.
     """
     needed = 4 * sum((n + 1) * m for n, m in pairwise(sizes))
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if needed > there:
-            widths = " ".join(map(str, sizes[1:-1]))
+            flags = flags or " ".join(map(str, ["--hidden", *sizes[1:-1]]))
             raise ConfigError(
-                f"--hidden {widths} makes weights of {needed / 2**30:,.0f} GiB, and this machine "
+                f"{flags} makes weights of {needed / 2**30:,.0f} GiB, and this machine "
                 f"has {there / 2**30:,.0f} GiB of memory; take fewer units"
             )
 
