@@ -40,7 +40,7 @@ def printing(command: str) -> Iterator[None]:
         command: whose block it is, for the message.
     """
     if sys.stdout is None:  # it was closed
-        sys.stdout = io.StringIO()
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # until this process ends
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # where there is only ASCII, print ? for others
     try:
