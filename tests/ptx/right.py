@@ -171,6 +171,31 @@ def normalise_in_place() -> list[Result]:
 
 
 @triton.jit
+def dot_rows_kernel(a, b, out, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    total = tl.zeros((ROWS,), a.dtype.element_ty)
+    for start in range(0, columns, BLOCK):
+        j = start + tl.arange(0, BLOCK)
+        place, mask = row[:, None] * columns + j[None, :], j[None, :] < columns
+        total += tl.sum(tl.load(a + place, mask, 0.0) * tl.load(b + place, mask, 0.0), axis=1)
+    tl.store(out + row, total)
+
+
+@right
+def dot_products_near_zero() -> list[Result]:
+    """Lanes hold sums that differ by more than the last bits, as the products cancel."""
+    results: list[Result] = []
+    for dtype, u in ((torch.float32, U), (torch.float64, 2.0**-53)):
+        generator = torch.Generator().manual_seed(0)
+        a, b = torch.randn(2, 40, 300, dtype=dtype, generator=generator)
+        out = torch.empty(40, dtype=dtype)
+        dot_rows_kernel[(10,)](a, b, out, 300, ROWS=4, BLOCK=64, num_warps=4)
+        products = a.double() * b.double()
+        results.append((out, products.sum(1), 320 * u * products.abs().sum(1)))
+    return results
+
+
+@triton.jit
 def reverse_through_scratch_kernel(x, scratch, out, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
     tl.store(scratch + i, tl.load(x + i))

@@ -463,12 +463,17 @@ class Space:
                 self._differ(warp, line, data[rows], mine, who)
 
     def _differ(self, warp: Any, line: int, a: Any, b: Any, who: str) -> None:
-        """Two agents store different values to the same bytes: the last bits, or others."""
-        close = _are_close(a, b)
-        message = f"{who} store different values to the same bytes" + (
-            ", which differ in the last bits" if close else ""
-        )
-        kind = "note" if close else "error"
+        """Two agents store different values to the same bytes: by rounding, or others.
+
+        No kernel has pointers to shared memory: there a warp stores copies of one number. Those of
+        a sum of products are rounded differently, so that more than the last bits differ near zero.
+        """
+        how, kind = "", "error"
+        if self.name == "shared memory" and (_are_close(a, b) or _are_floats(a, b)):
+            how, kind = ": copies of one number, rounded differently", "note"
+        elif _are_close(a, b):
+            how, kind = ", which differ in the last bits", "note"
+        message = f"{who} store different values to the same bytes{how}"
         warp.block.gpu.fault(kind, "different values", line, message, warp)
 
     def change(
@@ -734,3 +739,16 @@ def _are_close(a: Any, b: Any) -> bool:
     a, b = (np.ascontiguousarray(x).view(np.float32) for x in (a, b))
     with np.errstate(all="ignore"):
         return bool((np.abs(a - b) <= 2.0**-18 * np.maximum(np.abs(a), np.abs(b))).all())
+
+
+def _are_floats(a: Any, b: Any) -> bool:
+    """Whether the bytes that differ can be floating-point numbers, and not small integers."""
+    for bits, dtype in ((np.uint16, np.float16), (np.uint32, np.float32), (np.uint64, np.float64)):
+        if a.shape[1] % np.dtype(dtype).itemsize:
+            continue
+        words = np.stack([np.ascontiguousarray(x).view(bits) for x in (a, b)])
+        numbers = np.abs(words[:, words[0] != words[1]].view(dtype))
+        is_normal = (numbers >= np.finfo(dtype).tiny) & np.isfinite(numbers)
+        if all_true(is_normal | (numbers == 0)):
+            return True
+    return False
