@@ -337,6 +337,40 @@ def test_only_the_script_is_required(capsys):
     assert capsys.readouterr().err.endswith("the following arguments are required: script\n")
 
 
+NEEDS_CUDA = 'a script that launches kernels only for device="cuda" needs --cuda-is-cpu'
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the script's tensor would be made")
+def test_a_script_for_a_gpu_is_told_of_the_flag(script):
+    with pytest.raises((AssertionError, RuntimeError)) as caught:
+        command.main([script("torch.ones(3, device='cuda')")])
+    assert caught.value.__notes__ == [NEEDS_CUDA]
+
+
+@pytest.mark.parametrize(
+    "flags, text, said",
+    [
+        ([], "", f"no kernel was launched; {NEEDS_CUDA}\n"),
+        (
+            ["--cuda-is-cpu"],
+            "torch.ones(3, device='cuda')",
+            "no kernel was launched; only kernels that the script's own process launches are "
+            "executed\n",
+        ),
+    ],
+)
+def test_a_script_without_a_launch_is_told_why(flags, text, said, script, capsys):
+    assert command.main([*flags, script(text)]) == 0
+    assert capsys.readouterr().out.endswith(said)
+
+
+def test_a_script_that_fails_before_its_launch_is_told_of_its_error_only(script, capsys):
+    with pytest.raises(RuntimeError) as caught:
+        command.main([script("raise RuntimeError('of the script')")])
+    assert not hasattr(caught.value, "__notes__")
+    assert "no kernel was launched" not in capsys.readouterr().out
+
+
 def test_a_page_that_cannot_be_written_stays_as_it_was(script, tmp_path, monkeypatch):
     page = tmp_path / "page.html"
     page.write_text("precious")

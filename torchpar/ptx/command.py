@@ -13,9 +13,14 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
+
 from torchpar.ptx.cuda import cuda_is_cpu
 from torchpar.ptx.driver import ARCHITECTURES, emulate, why_not_compiled
 from torchpar.ptx.report import Report
+
+NEEDS_CUDA = 'a script that launches kernels only for device="cuda" needs --cuda-is-cpu'
+WITHIN = "only kernels that the script's own process launches are executed"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -67,7 +72,8 @@ def main(arguments: Sequence[str]) -> int:
             if os.getpid() != process:  # a fork of the script, which has no report
                 raise
             if not isinstance(e, SystemExit) or e.code:
-                _show(gpu.report(), options, stdout)
+                _advise(e, options)
+                _show(gpu.report(), options, stdout, "")
                 if isinstance(e, KeyboardInterrupt):
                     return 130
                 raise
@@ -76,8 +82,17 @@ def main(arguments: Sequence[str]) -> int:
     if os.getpid() != process:
         return 0
     report = gpu.report()
-    _show(report, options, stdout)
+    _show(report, options, stdout, WITHIN if options.cuda_is_cpu else NEEDS_CUDA)
     return int(bool(report.errors))
+
+
+def _advise(error: BaseException, options: argparse.Namespace) -> None:
+    """Name --cuda-is-cpu in an error by which PyTorch says that there is no GPU."""
+    if options.cuda_is_cpu or torch.cuda.is_available():
+        return
+    said = str(error) if isinstance(error, (AssertionError, RuntimeError)) else ""
+    if "NVIDIA driver" in said or "CUDA" in said:
+        error.add_note(NEEDS_CUDA)
 
 
 def _join_threads(others: set[threading.Thread]) -> None:
@@ -130,15 +145,19 @@ def _terminable() -> Iterator[None]:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _show(report: Report, options: argparse.Namespace, stdout: TextIO) -> None:
-    """Print the report, and write its page, also if nobody reads what is printed."""
+def _show(report: Report, options: argparse.Namespace, stdout: TextIO, advice: str) -> None:
+    """Print the report, and write its page, also if nobody reads what is printed.
+
+    Args:
+        advice: where the script has ended without a launch.
+    """
     try:
         sys.stdout = sys.stderr if stdout.closed else stdout
         if options.counters:
             print(report.counted(), end="\n\n")
         print(report)
-        if not report.launches:
-            print("no kernel was launched; TRITON_INTERPRET=1 would run the source instead")
+        if advice and not report.launches:
+            print(f"no kernel was launched; {advice}")
     finally:
         if options.report is not None:
             _write(report, options)

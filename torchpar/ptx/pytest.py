@@ -48,9 +48,7 @@ class _Phase:
     def rest(self) -> Report:
         """The report without the errors that a check has failed for."""
         said = [one for one in self.gpu.faults[self.faults : self.checked] if one.kind != "error"]
-        return Report(
-            self.gpu.launches[self.launches :], [*said, *self.gpu.faults[self.checked :]]
-        )
+        return Report(self.gpu.launches[self.launches :], [*said, *self.gpu.faults[self.checked :]])
 
     def check(self) -> None:
         """Fail for each error that no earlier check has failed for."""
