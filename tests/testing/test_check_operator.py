@@ -313,6 +313,10 @@ def test_the_command(capsys: Any) -> None:
             ["torch", "--samples", "{here}:samples"],
             "'torch', expected MODULE:ATTRIBUTE, such as mylib.ops:op",
         ),
+        (
+            ["mylib::op", "--samples", "{here}:samples"],
+            "'mylib::op', expected MODULE:ATTRIBUTE, such as mylib.ops:op",
+        ),
         (["torch:add"], "the following arguments are required: --samples"),
         (
             ["torch:add", "--samples", "builtins:list"],

@@ -304,7 +304,8 @@ def close(
     ``others`` gives results of similar operands, each with its result in float64, and the largest
     of all their errors counts. Results of float64 are compared by the tolerances alone.
     """
-    for i, (a, e) in enumerate(_pairs(actual, expected)):
+    pairs = list(_pairs(actual, expected))
+    for i, (a, e) in enumerate(pairs):
         try:
             assert_close(a, e, equal_nan=True)
         except AssertionError as error:
@@ -318,7 +319,8 @@ def close(
                 ]
                 if mine <= max(limits, default=0) < math.inf:
                     continue
-            raise Outcome("wrong", _difference(a, e)) from error
+            which = f"[{i}] " if len(pairs) > 1 else ""
+            raise Outcome("wrong", which + _difference(a, e)) from error
 
 
 def near(actual: object, expected: object, rtol: float) -> bool:

@@ -26,7 +26,7 @@ def find(name: str) -> Any:
         ConfigError: there is no such object, or the module raises an error.
     """
     module, colon, attribute = name.partition(":")
-    if not (module and colon and attribute):
+    if not (module and colon and attribute) or attribute.startswith(":"):
         raise ConfigError(f"{name!r}, expected MODULE:ATTRIBUTE, such as mylib.ops:op")
     try:
         return reduce(getattr, attribute.split("."), importlib.import_module(module))
