@@ -6,6 +6,7 @@ import json
 import math
 import re
 import runpy
+import subprocess
 import sys
 from typing import Any
 from unittest.mock import patch
@@ -516,3 +517,36 @@ def test_the_worst_sample_is_shown(right: Any) -> None:
 def test_errors(op: Any, samples: Any, rules: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_operator(op, samples, rules=rules)
+
+
+LOOPED = """
+import torch
+from torch import Tensor
+from torchpar import library
+from torchpar.testing import check_operator
+
+@library.custom_op("test_check::two", mutates_args=())
+def two(x: Tensor, y: Tensor, scale: float = 1) -> tuple[Tensor, Tensor]:
+    return x + y, scale * x * y
+
+samples = [(torch.randn(3, 2, dtype=torch.float64), torch.randn(2, dtype=torch.float64))]
+rule = "vmap over one operand"
+print(check_operator(two, samples, reference=lambda x, y: (x + y, x * y), rules=rule))
+"""
+
+
+def test_a_loop_of_vmap_is_said_in_the_table_only():
+    """PyTorch's warning, once for each loop, does not come by Python's warnings."""
+    done = subprocess.run([sys.executable, "-c", LOOPED], capture_output=True, text=True)
+    assert "a loop over the samples: no rule" in done.stdout
+    assert "performance drop" not in done.stderr
+
+
+def test_the_result_that_is_wrong_is_named():
+    table = check_operator(
+        lambda x: (x.abs(), x.square()),
+        [(torch.ones(3, dtype=torch.float64),)],
+        reference=lambda x: (x.abs(), 2 * x.square()),
+        rules="values",
+    )
+    assert table.rows[0].detail.startswith("[1] off by 1.0e+00")

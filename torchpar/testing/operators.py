@@ -4,6 +4,7 @@
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from textwrap import shorten
@@ -157,7 +158,7 @@ def check_operator(
     disabled = logging.root.manager.disable
     logging.disable()  # the compiler's logs of errors, which are in the table
     try:
-        with warnings.catch_warnings(action="ignore"):  # vmap's, of loops, are in the table, too
+        with warnings.catch_warnings(action="ignore"), _without_warnings_of_loops():
             if emulate is None:
                 rows, notes = [_row(rule, cases) for rule in names], _notes(overload, cases)
             else:
@@ -165,6 +166,20 @@ def check_operator(
             return OperatorTable(name, rows, notes)
     finally:
         logging.disable(disabled)
+
+
+@contextmanager
+def _without_warnings_of_loops() -> Iterator[None]:
+    """Hide that vmap calls an operator in a loop, which the table says, too.
+
+    If an argument that has a default is left out, PyTorch writes it past Python's warnings.
+    """
+    set_enabled = torch._C._functorch._set_vmap_fallback_warning_enabled  # type: ignore[attr-defined]
+    set_enabled(False)
+    try:
+        yield
+    finally:
+        set_enabled(True)
 
 
 KERNEL_RULES: dict[str, Callable[[Case, "Emulator"], str | None]] = {
