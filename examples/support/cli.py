@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
@@ -349,8 +350,14 @@ def _end(error: str, is_rank_0_lost: bool = False) -> NoReturn:
 def _parse(flags: type[F]) -> F:
     parse: Callable[..., F] = partial(tyro.cli, flags, config=(tyro.conf.FlagCreatePairsOff,))
     try:
-        return parse(console_outputs=False)
+        with redirect_stderr(io.StringIO()):  # tyro prints errors of __post_init__ nevertheless
+            return parse(console_outputs=False)
     except SystemExit as e:  # after --help, or for a wrong flag; tyro says it in the second time
+        error: BaseException | None = e
+        while error is not None:
+            if isinstance(error, ConfigError):  # of __post_init__
+                _end(str(error))
+            error = error.__context__
         if e.code and _rank() > 0:
             time.sleep(GRACE)
         return parse(console_outputs=bool(e.code) or _rank() == 0)
