@@ -252,7 +252,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     modes = (*MODES, "warm")
     parser.add_argument(
-        "--modes", nargs="+", choices=modes, default=modes, help="warm: operands in the cache"
+        "--modes",
+        nargs="+",
+        choices=modes,
+        default=modes,
+        help="full: forward and backward; warm: operands in the cache; by default all",
     )
     options = command.parse(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
