@@ -316,7 +316,7 @@ def main(flags: Flags) -> None:
             first, *others = run.model.weights[0].T
             apart = max((np.abs(first - other).max() for other in others), default=0)
             largest = np.abs(first).max()
-            print(f"hidden units: weights up to {largest:.1g}, which differ by {apart:.0e} at most")
+            print(f"hidden units: weights up to {largest:.1g}, which differ by {apart:.1g} at most")
         print(console.summary(run.results))
 
 
