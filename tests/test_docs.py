@@ -47,6 +47,7 @@ OTHERS_FLAGS = {  # of the launchers, pip, pytest and Lightning
         "rdzv_backend",
         "rdzv_endpoint",
         "max_restarts",
+        "no_deps",
         "ntasks",
         "num_processes",
     ),
