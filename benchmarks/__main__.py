@@ -9,7 +9,6 @@ import sys
 from collections.abc import Sequence
 
 from benchmarks.names import NAMES, first_line
-from torchpar.machine import printing
 
 # In these benchmarks libraries with threads of their own take turns, and idle threads of OpenMP and
 # OpenBLAS sleep soon. By default they spin for milliseconds on the core that the next call needs;
@@ -23,12 +22,14 @@ def list_benchmarks() -> int:
     import torch
 
     from benchmarks.results import machine
+    from torchpar.machine import printing
 
     width = max(map(len, NAMES))
-    for name in NAMES:
-        print(f"{name:{width}}  {first_line(name)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(f"\nThis machine's results go to benchmarks/results/{machine(device)}.")
+    with printing("python -m benchmarks list"):
+        for name in NAMES:
+            print(f"{name:{width}}  {first_line(name)}")
+        print(f"\nThis machine's results go to benchmarks/results/{machine(device)}.")
     return 0
 
 
@@ -40,17 +41,20 @@ def run(names: Sequence[str], flags: Sequence[str]) -> int:
     }
     if len(names) == 1:
         os.execve(sys.executable, commands[names[0]], environments[names[0]])
+    from torchpar.machine import printing  # with PyTorch, which one benchmark alone imports itself
+
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     failed = []
-    for name, command in commands.items():
-        print(f"== {name}", flush=True)
-        with subprocess.Popen(command, env=environments[name]) as child:  # whose end is awaited
-            try:
-                if status := child.wait():
-                    failed.append(f"{name} (status {status})")
-            except SystemExit:
-                child.terminate()
-                raise
+    with printing("python -m benchmarks run"):
+        for name, command in commands.items():
+            print(f"== {name}", flush=True)
+            with subprocess.Popen(command, env=environments[name]) as child:  # whose end is awaited
+                try:
+                    if status := child.wait():
+                        failed.append(f"{name} (status {status})")
+                except SystemExit:
+                    child.terminate()
+                    raise
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
@@ -79,8 +83,6 @@ def main(arguments: Sequence[str]) -> int:
 
 if __name__ == "__main__":
     try:
-        with printing("python -m benchmarks"):
-            status = main(sys.argv[1:])
-        sys.exit(status)
+        sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:  # the terminal sends it to the benchmark, too
         sys.exit(130)

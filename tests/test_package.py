@@ -196,3 +196,10 @@ def test_the_output_may_be_closed(monkeypatch, capsys):
     sys.stdout.close()  # which goes nowhere
     assert ended.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_command_of_the_benchmarks_leaves_torch_to_them():
+    """Its import takes seconds, and each benchmark imports it in its own process."""
+    code = "import sys, benchmarks.__main__; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr

@@ -535,6 +535,7 @@ print(check_operator(two, samples, reference=lambda x, y: (x + y, x * y), rules=
 """
 
 
+@pytest.mark.slow
 def test_a_loop_of_vmap_is_said_in_the_table_only():
     """PyTorch's warning, once for each loop, does not come by Python's warnings."""
     done = subprocess.run([sys.executable, "-c", LOOPED], capture_output=True, text=True)
