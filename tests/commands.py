@@ -6,16 +6,22 @@ import json
 import linecache
 import os
 import re
+import runpy
 import shutil
+import signal
 import subprocess
 import sys
+import traceback
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
 
 import pytest
+
+from torchpar.parallel.launch.local import fork_context
 
 ROOT = Path(__file__).parent.parent
 LAST_LINE = (
@@ -42,6 +48,56 @@ def run(*command: str, cwd: Path | str = "/") -> tuple[int, str, str]:
         command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=240
     )
     return done.returncode, done.stdout, done.stderr
+
+
+def forked(*arguments: str, cwd: Path | str = "/", **variables: str) -> tuple[int, str, str]:
+    """The exit status of ``python ARGUMENTS``, and its two streams, without the time of imports.
+
+    The process is forked from the server of the fixture `fork_server`, which has imported PyTorch.
+    So what is tested must not depend on what is imported, or on variables that are read at import.
+    ``variables`` are set before the command runs.
+    """
+    with TemporaryDirectory() as folder:
+        streams = [Path(folder) / name for name in ("out", "err")]
+        process = fork_context().Process(
+            target=_python, args=(arguments, str(cwd), variables, *map(str, streams))
+        )
+        process.start()
+        process.join(240)
+        if process.exitcode is None:
+            process.kill()
+            raise TimeoutError(f"{arguments} takes more than 240 s")
+        out, err = (stream.read_text(errors="replace") for stream in streams)
+    return process.exitcode, out, err
+
+
+def _python(
+    arguments: tuple[str, ...], cwd: str, variables: dict[str, str], out: str, err: str
+) -> None:
+    """Do what ``python ARGUMENTS`` does, in a forked process."""
+    for number, name in enumerate((out, err), start=1):
+        with open(name, "wb") as stream:
+            os.dup2(stream.fileno(), number)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.environ.update({"COLUMNS": "80", "PYTHONPATH": import_path(ROOT)} | variables)
+    os.chdir(cwd)
+    kind, *rest = arguments
+    folder = cwd if kind in ("-c", "-m") else str(Path(kind).parent.absolute())
+    sys.path[:0] = [folder, str(ROOT)]
+    sys.argv = ["-c", *rest[1:]] if kind == "-c" else rest if kind == "-m" else [kind, *rest]
+    try:
+        if kind == "-m":
+            runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+        elif kind == "-c":
+            exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__"})
+        else:
+            runpy.run_path(kind, run_name="__main__")
+    except SystemExit:
+        raise
+    except BaseException:
+        traceback.print_exc()
+        sys.exit(1)
 
 
 def lesson(name: str, *flags: str) -> tuple[int, str, str]:

@@ -9,6 +9,9 @@ from torch.utils._pytree import tree_flatten
 from torchpar.library.private import peek_interpreter_stack
 from torchpar.library.sharding import any_dtensor
 
+_is_tracing = torch._C._is_tracing
+_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
+
 
 def batch_first(t: Tensor, dim: int | None, batch_size: int) -> Tensor:
     """For rules of vmap: ``t`` with its batch dimension first.
@@ -36,6 +39,13 @@ def is_transformed(values: object) -> bool:
     # PyTorch counts the levels of forward mode for all threads together, so the tangents decide.
     tensors = [t for t in tree_flatten(values)[0] if isinstance(t, Tensor)]
     return any(forward_ad.unpack_dual(t, level=0).tangent is not None for t in tensors)
+
+
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether no compiler, transform or tensor subclass intercepts calls with these tensors."""
+    if torch.compiler.is_compiling() or not _PLAIN.issuperset(map(type, tensors)):
+        return False
+    return not (_is_tracing() or is_transformed(tensors))
 
 
 def needs_formula(*tensors: Tensor) -> bool:

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchpar.library.rules import Context
-from torchpar.library.transforms import is_transformed
+from torchpar.library.transforms import is_plain
 from torchpar.ops import processor
-from torchpar.ops.matrix import pad_to_even, rows
+from torchpar.ops.matrix import of_rows_alone, rows
 
 CHAIN = 264
 # Multiplications per chain and thread above which oneDNN saves more time than its call and the call
@@ -22,9 +22,7 @@ CHAIN = 264
 _MIN_PRODUCT = 4_000_000
 _LEAST_ROWS = 64  # from which on chains save more time than copying the other matrix takes
 _BLOCK = 512  # rows; the result that the chains add to stays in the cache
-_is_tracing = torch._C._is_tracing
 _onednn_is_enabled = torch._C._get_mkldnn_enabled  # by `torch.backends.mkldnn.flags`
-_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -57,7 +55,7 @@ def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x @ weight.T + bias`` for ``x (*, in)``, ``weight (out, in)``; not differentiable."""
     if _is_for_onednn(weight, x, bias):
         return _linear(x, weight, bias)
-    return F.linear(*pad_to_even(x, weight), bias)
+    return of_rows_alone(lambda x, weight: F.linear(x, weight, bias), x, weight)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -144,6 +142,4 @@ def in_chains(terms: list[tuple[Tensor, Tensor]], bias: Tensor | None = None) ->
 
 def is_eager(*tensors: Tensor | None) -> bool:
     """Whether no compiler, transform, tensor subclass or autocast must intercept the calls."""
-    if torch.compiler.is_compiling() or not _PLAIN.issuperset(map(type, tensors)):
-        return False
-    return not (_is_tracing() or is_transformed(tensors) or torch.is_autocast_enabled("cpu"))
+    return is_plain(*tensors) and not torch.is_autocast_enabled("cpu")

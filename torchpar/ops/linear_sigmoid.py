@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from torchpar.library import Wrap, batch_first, sample
 from torchpar.library.rules import Context, Sharding, Spec, VmapInfo
+from torchpar.library.sharding import is_dtensor
 from torchpar.library.transforms import needs_formula
 from torchpar.ops._operator import is_emulating, launchers, operator, runs_kernels, supports_tma
 from torchpar.ops.linear_cpu import is_eager, linear, linear_forward
@@ -28,8 +29,8 @@ from torchpar.ops.matrix import (
     check_dtype,
     check_like,
     fp32_precision,
-    is_paired,
-    pad_to_even,
+    is_tiled,
+    missing,
     product,
     rows,
 )
@@ -76,14 +77,15 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 def _is_native(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether to call PyTorch's operators, with their autograd, in place of this operator.
 
-    On CPUs PyTorch's operators are faster. For 16-bit floats they are right if all sizes are even.
+    On CPUs PyTorch's operators are faster. For 16-bit floats they are right if all sizes are
+    whole tiles, since also the gradients are products (`is_tiled`).
     """
     if not x.is_cpu or is_emulating() or not is_eager(x, weight, bias):
         return False
-    if not is_paired(x):
+    if not is_tiled(x):
         return True
-    is_even = not any(size % 2 for size in (*weight.shape, math.prod(x.shape[:-1])))
-    return is_even and not _is_slow(x)
+    is_whole = not any(map(missing, (*weight.shape, math.prod(x.shape[:-1]))))
+    return is_whole and not _is_slow(x)
 
 
 def _is_slow(t: Tensor) -> bool:
@@ -93,7 +95,10 @@ def _is_slow(t: Tensor) -> bool:
 
 def _formula(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     _check(x, weight, bias)
-    z = linear(*pad_to_even(x, weight), bias)
+    if is_tiled(x) and not is_dtensor(x) and not _is_native(x, weight, bias):
+        z = product(rows(x), weight, bias, beta=0.0 if bias is None else 1.0)
+        return z.view(*x.shape[:-1], weight.shape[0]).sigmoid()
+    z = linear(x, weight, bias)
     # A product of more dimensions may be a view, whose change in place costs autograd more time.
     return z.sigmoid_() if x.dim() == 2 else z.sigmoid()
 
@@ -181,13 +186,11 @@ def _linear_sigmoid_vmap(
         return linear_sigmoid(x, weight, bias), 0
     # A weight or a bias per sample is a batched product, which the kernel does not compute.
     weight = batch_first(weight, weight_dim, info.batch_size)
-    x2, weight = pad_to_even(
-        x.reshape(info.batch_size, math.prod(x.shape[1:-1]), x.shape[-1]), weight
-    )
+    x2 = x.reshape(info.batch_size, math.prod(x.shape[1:-1]), x.shape[-1])
     if bias is None:
-        z = torch.bmm(x2, weight.mT)
+        z = product(x2, weight)
     else:
-        z = torch.baddbmm(batch_first(bias, bias_dim, info.batch_size).unsqueeze(1), x2, weight.mT)
+        z = product(x2, weight, batch_first(bias, bias_dim, info.batch_size).unsqueeze(1), beta=1.0)
     return z.sigmoid_().reshape(*x.shape[:-1], weight.shape[1]), 0
 
 

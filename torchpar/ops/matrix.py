@@ -2,13 +2,17 @@
 """Checks and products shared by the matrix operators."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from torchpar.library.private import get_fp32_precision
+from torchpar.library.private import get_fp32_precision, num_dispatch_modes
 from torchpar.library.sharding import is_dtensor
+from torchpar.library.transforms import is_plain, is_transformed
+from torchpar.ops.processor import has_amx
 
+_TILE = 32  # 16-bit floats in a row of a tile of AMX
 DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 
 
@@ -40,36 +44,43 @@ def rows(t: Tensor) -> Tensor:
     return t if t.dim() == 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
 
 
-def is_paired(t: Tensor) -> bool:
-    """Whether a product may read the elements of ``t`` in pairs, as AMX reads 16-bit floats.
+def is_tiled(t: Tensor) -> bool:
+    """Whether a product may read beyond the ends of the rows of ``t``: 16-bit floats on a CPU.
 
-    Where rows have an odd length, oneDNN pairs the last element with its neighbour in memory, and
-    multiplies the neighbour by 0. If the neighbour is not finite, the result is NaN.
+    AMX multiplies tiles of 32 numbers from each row of the left operand. Where a row does not fill
+    its last tile, oneDNN fills the tile with the memory behind the row, and multiplies this memory
+    by 0. If it holds an infinity or a NaN, all results of the row are NaN. A row of at most 32
+    numbers is completed to pairs only. https://github.com/uxlfoundation/oneDNN/issues/5717
     """
     return t.is_cpu and t.dtype.itemsize == 2
 
 
-def pad_to_even(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Append a column of zeros to ``a (*, n, k)`` and ``b (*, m, k)``, if `is_paired` and k is odd.
+def missing(k: int) -> int:
+    """The numbers that a row of ``k`` 16-bit floats lacks to whole tiles, or to whole pairs."""
+    if isinstance(k, torch.SymInt):  # a comparison would specialize the graph, and so would 0
+        whole = _TILE if has_amx() else 2
+        return whole + -k % whole
+    return -k % (_TILE if k > _TILE and has_amx() else 2)
 
-    A graph with a symbolic k appends two or three columns, also to an even k. DTensors are left as
-    they are.
+
+def _with_zeros(t: Tensor, dim: int) -> Tensor:
+    count = missing(t.shape[dim])
+    if isinstance(count, int) and count == 0:
+        return t
+    shape = list(t.shape)
+    shape[dim] = count
+    return torch.cat((t, t.new_zeros(shape)), dim)
+
+
+def pad_to_tiles(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Append `missing` columns of zeros to ``a (*, n, k)`` and ``b (*, m, k)``, if `is_tiled`.
+
+    DTensors are left as they are.
     """
-    if not is_paired(a) or is_dtensor(a) or is_dtensor(b):
+    if not is_tiled(a) or is_dtensor(a) or is_dtensor(b):
         return a, b
-    k = a.shape[-1]
-    if isinstance(k, torch.SymInt):
-        columns = 2 + k % 2  # `if k % 2` would specialize the graph on k, and so would 0 columns
-    elif k % 2:
-        columns = 1
-    else:
-        return a, b
-    padded = _with_zeros(a, columns)
-    return padded, padded if b is a else _with_zeros(b, columns)
-
-
-def _with_zeros(t: Tensor, columns: int) -> Tensor:
-    return torch.cat((t, t.new_zeros(*t.shape[:-1], columns)), -1)
+    padded = _with_zeros(a, -1)
+    return padded, padded if b is a else _with_zeros(b, -1)
 
 
 def product(
@@ -82,11 +93,62 @@ def product(
 ) -> Tensor:
     """``alpha * a @ b.mT + beta * c`` by PyTorch's libraries, for ``a (*, n, k)``, ``b (*, m, k)``.
 
-    As in BLAS, a factor of 0 leaves its term out, whatever the operands hold.
+    As in BLAS, a factor of 0 leaves its term out, whatever the operands hold. Nor does it matter
+    what lies behind the rows in memory (`is_tiled`), also for the derivatives of the result.
     """
     if c is not None and beta == 0:
         c = None
-    a, b = pad_to_even(a, b)
+    if not is_tiled(a) or is_dtensor(a) or is_dtensor(b):
+        return _product(a, b, c, alpha, beta, out)
+    if _may_be_differentiated(a, b, c):
+        return _whole_product(a, b, c, alpha, beta)
+    if out is not None and out is c:  # computing twice would add the product twice
+        return _product(*pad_to_tiles(a, b), c, alpha, beta, out)
+    return of_rows_alone(lambda a, b: _product(a, b, c, alpha, beta, out), a, b)
+
+
+def of_rows_alone(compute: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:
+    """``compute(a, b)``, a product of the rows ``a (*, n, k)`` and ``b (*, m, k)``, if `is_tiled`.
+
+    What lies behind the rows can only turn results into NaN. Where the result can be read, the rows
+    are therefore padded if it holds a NaN, and not before: its sum takes less time than the copies.
+    """
+    if not is_tiled(a) or not missing(a.shape[-1]):
+        return compute(a, b)
+    if is_plain(a, b) and not num_dispatch_modes():
+        result = compute(a, b)
+        if not math.isnan(result.sum().item()):
+            return result
+    return compute(*pad_to_tiles(a, b))
+
+
+def _may_be_differentiated(*tensors: Tensor | None) -> bool:
+    return is_transformed(tensors) or (
+        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    )
+
+
+def _whole_product(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float) -> Tensor:
+    """`product`, with zeros to whole tiles in all sizes.
+
+    The derivatives are products along the other sizes. Autograd pads their operands by slicing.
+    """
+    n, m = a.shape[-2], b.shape[-2]
+    a, b = (_with_zeros(t, -2) for t in pad_to_tiles(a, b))
+    for dim in (-1, -2):
+        if c is not None and c.dim() >= -dim and c.shape[dim] != 1:  # 1 is broadcast
+            c = _with_zeros(c, dim)
+    return _product(a, b, c, alpha, beta)[..., :n, :m].contiguous()
+
+
+def _product(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor | None,
+    alpha: float,
+    beta: float,
+    out: Tensor | None = None,
+) -> Tensor:
     if c is None and alpha == 1:
         # `matmul` takes a microsecond longer.
         return (

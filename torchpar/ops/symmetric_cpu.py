@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchpar.ops.linear_cpu import CHAIN, cut, in_chains, mm, takes_onednn
-from torchpar.ops.matrix import mean_with_transpose, pad_to_even, product
+from torchpar.ops.matrix import mean_with_transpose, pad_to_tiles, product
 from torchpar.ops.processor import has_amx, has_bfloat16
 
 # From so many rows on, half of a product and its mirror image take less time than all of the
@@ -77,7 +77,7 @@ def symmetric_matmul_on_cpu(
 
 def _halved(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float, out: Tensor) -> None:
     """Compute blocks of rows up to the diagonal, and mirror them."""
-    a, b = pad_to_even(a, b)
+    a, b = pad_to_tiles(a, b)
     n = len(a)
     terms: list[tuple[Tensor, Tensor]] = []
     if alpha != 0 and a.numel() and takes_onednn(a):
