@@ -15,7 +15,7 @@ import faulty_operators as faulty
 import pytest
 import torch
 from samples import normal
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import Replicate
 
 from torchpar import library
@@ -145,22 +145,52 @@ def test_a_tolerance_follows_the_length_of_sums() -> None:
     assert set(outcomes(table).values()) == {"wrong"}, str(table)
 
 
-def test_a_sum_in_another_order_is_right() -> None:
-    """Where all terms are equal, PyTorch's own sum has no error; and there is nothing wider than
-    float64."""
+def in_one_chain(a: Tensor, b: Tensor) -> Tensor:
+    """a·bᵀ as a plain loop computes it: term after term."""
+    total = a.new_zeros(len(a), len(b))
+    for x, y in zip(a.mT, b.mT, strict=True):
+        total = torch.addcmul(total, x[:, None], y)
+    return total
 
-    def blocks(a: Tensor, b: Tensor) -> Tensor:
-        pairs = zip(a.split(500, -1), b.split(500, -1), strict=True)
-        return sum(x @ y.mT for x, y in pairs)
 
+def in_blocks(a: Tensor, b: Tensor) -> Any:
+    pairs = zip(a.split(500, -1), b.split(500, -1), strict=True)
+    return sum(x @ y.mT for x, y in pairs)
+
+
+def in_pairs(a: Tensor, b: Tensor) -> Tensor:
+    terms = a[:, None] * b
+    while terms.shape[-1] > 1:
+        terms = nn.functional.pad(terms, (0, terms.shape[-1] % 2))
+        terms = terms[..., ::2] + terms[..., 1::2]
+    return terms.sum(-1)
+
+
+@pytest.mark.parametrize("op", [in_one_chain, in_blocks, in_pairs])
+def test_a_sum_in_another_order_is_right(op: Any) -> None:
+    """Where all terms are equal, PyTorch's own sum has no error in some layouts."""
     for seed in range(3):
         operands = (normal(4, 2000, seed=seed).float(), normal(3, 2000, seed=9 + seed).float())
         table = check_operator(
-            blocks, [operands], reference=faulty.kernel, rules="layouts and sizes"
+            op, [operands], reference=faulty.kernel, rules=["values", "layouts and sizes"]
         )
         assert table.ok, str(table)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_sum_in_16_bits_is_wrong(dtype: torch.dtype) -> None:
+    def in_float32(a: Tensor, b: Tensor) -> Tensor:
+        return in_one_chain(a.float(), b.float()).to(dtype)
+
+    operands = (normal(4, 2000).to(dtype), normal(3, 2000, seed=1).to(dtype))
+    for op, outcome in ((in_one_chain, "wrong"), (in_float32, "works")):
+        (row,) = check_operator(op, [operands], reference=faulty.kernel, rules="values").rows
+        assert row.outcome == outcome, row
+
+
+def test_there_is_nothing_wider_than_float64() -> None:
     wide = (normal(4, 2000), normal(3, 2000, seed=1))
-    table = check_operator(blocks, [wide], reference=faulty.kernel, rules="autocast")
+    table = check_operator(in_blocks, [wide], reference=faulty.kernel, rules="autocast")
     assert table.ok, str(table)
 
 

@@ -104,7 +104,7 @@ def kernel_values(case: Case, gpu: "Emulator") -> None:
         raise Outcome("not run", NO_LAUNCH)
     if case.reference is None:
         raise Outcome("not run", "no reference")
-    close(actual, case.plain(*case.operands), lambda: case.wide.plain(*case.wide.operands))
+    case.close(actual, case.plain(*case.operands), lambda: case.wide.plain(*case.wide.operands))
 
 
 def kernel_gradients(case: Case, gpu: "Emulator") -> str:
@@ -113,7 +113,7 @@ def kernel_gradients(case: Case, gpu: "Emulator") -> str:
     case.op(*case.operands)
     of_values = len(gpu.launches)
     actual = pulled_back(case.smooth(case.op), case)
-    close(actual, pulled_back(oracle, case), lambda: pulled_back(case.wide.oracle, case.wide))
+    case.close(actual, pulled_back(oracle, case), lambda: pulled_back(case.wide.oracle, case.wide))
     has_more = len(gpu.launches) > 2 * of_values
     return "" if has_more else "the backward launches no kernel"
 
@@ -255,6 +255,7 @@ def _compare(
         except Outcome as e:
             message = f"{name}: has changed, and the reference does not name it"
             raise Outcome("wrong", message) from e
+    operands = [t for name, t in before.items() if name not in right]
     for name, tensor in right.items():
         held = written[name]
 
@@ -264,7 +265,7 @@ def _compare(
         expected = tensor.to(held.dtype)
         try:
             if held.dtype.is_floating_point or held.dtype.is_complex:
-                close((held,), (expected,), wide)
+                close((held,), (expected,), wide, operands=operands)
             else:
                 same_bits((held,), (expected,))
         except Outcome as e:
