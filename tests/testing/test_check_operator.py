@@ -8,12 +8,14 @@ import re
 import runpy
 import subprocess
 import sys
+from datetime import timedelta
 from typing import Any
 from unittest.mock import patch
 
 import faulty_operators as faulty
 import pytest
 import torch
+import torch.distributed as dist
 from samples import normal
 from torch import Tensor, nn
 from torch.distributed.tensor import Replicate
@@ -250,6 +252,21 @@ def test_a_missing_rule_of_sharding_is_named() -> None:
     row = check_operator(unsharded, [(normal(3),)], rules="DTensor")["DTensor"]
     assert row.outcome == "refuses"
     assert "register one by op.register_sharding of torchpar.library" in row.detail
+
+
+def test_a_failed_process_group_is_not_taken_for_that_of_the_simulated_ranks(right: Any) -> None:
+    """PyTorch counts the group, and names the next group after the number."""
+    for _ in range(2):
+        table = check_operator(right, SAMPLES, reference=faulty.kernel, rules="DTensor")
+        assert table["DTensor"].outcome == "works", str(table)
+        with pytest.raises(dist.DistStoreError):  # the other rank does not come
+            dist.init_process_group(
+                "gloo",
+                store=dist.HashStore(),
+                rank=1,
+                world_size=2,
+                timeout=timedelta(milliseconds=10),
+            )
 
 
 def test_gaps_of_pytorch_are_no_faults_of_an_operator() -> None:

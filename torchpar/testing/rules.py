@@ -978,6 +978,7 @@ def _torch_export_save_and_load(case: Case) -> AttemptsAndRemark:
 # Ranks
 
 RANKS = 2
+_meshes = itertools.count()
 MOST_COMBINATIONS = 48  # drawn from all, if there are more
 
 
@@ -1018,7 +1019,12 @@ def _dtensor(case: Case) -> AttemptsAndRemark:
 
 @contextmanager
 def _simulated_ranks() -> Iterator["DeviceMesh"]:
-    """A mesh of ranks in this process."""
+    """A mesh of ranks in this process, unequal to all meshes before it.
+
+    DTensor caches what it finds for a mesh, and takes meshes of two process groups for equal. So
+    the dimension of each mesh has a name of its own: otherwise DTensor would ask for a group that
+    was destroyed.
+    """
     if dist.is_initialized():
         raise Outcome("not run", "this process belongs to a process group")
     from torch.distributed._local_tensor import LocalTensorMode
@@ -1029,7 +1035,7 @@ def _simulated_ranks() -> Iterator["DeviceMesh"]:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=RANKS)
     try:
         with LocalTensorMode(RANKS):
-            yield init_device_mesh("cpu", (RANKS,))
+            yield init_device_mesh("cpu", (RANKS,), mesh_dim_names=(f"ranks {next(_meshes)}",))
     finally:
         dist.destroy_process_group()
         sys.excepthook = hook
