@@ -9,6 +9,7 @@
 - Compiled kernels lie in Triton's cache in the home folder, which all workers share.
 """
 
+import gc
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -42,6 +43,12 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("dist", "no") == "load":  # which -n alone chooses
         config.option.dist = "loadfile"
         config.option.loadscopereorder = False  # by the number of tests
+    gc.disable()  # until the tests are imported, most of which is for good
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -12,7 +12,7 @@ SCRIPTS = {
     "exact_mode": ["exp", "rows"],
     "training": ["bits"],
     "optimizers": ["decay", "closure"],
-    "operators": ["transposed", "last-bit"],
+    "operators": ["transposed", "last-bit", "behind"],
     "library": ["keywords"],
     "flags": ["unchecked"],
     "emulator": ["minimum", "silent"],

@@ -26,21 +26,48 @@ ROUNDINGS = 8  # units of the largest result: bias, exp, +, 1/, alpha, beta, and
 REFUSALS = (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError)
 
 
+def whole(*tensors: Tensor) -> list[Tensor]:
+    """16-bit matrices with zeros up to multiples of 32, since AMX reads beyond the ends of rows."""
+    return [
+        nn.functional.pad(t, [count for size in t.shape[:-3:-1] for count in (0, -size % 32)])
+        if t.dtype in (torch.float16, torch.bfloat16)
+        else t
+        for t in tensors
+    ]
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    if a.dim() < 2 or b.dim() < 2 or a.shape[-1] != b.shape[-1]:
+        return a @ b.mT  # which PyTorch refuses
+    x, y = whole(a, b)
+    return (x @ y.mT)[..., : a.shape[-2], : b.shape[-2]]
+
+
 def symmetric_matmul(
     a: Tensor, b: Tensor, c: Any = None, *, alpha: float = 1.0, beta: float = 0.0
 ) -> Tensor:
-    product = alpha * (a @ b.mT)
-    return product if c is None else product + beta * c
+    ab = alpha * product(a, b)
+    return ab if c is None else ab + beta * c
+
+
+def linear_sigmoid(x: Tensor, weight: Tensor, bias: Any = None) -> Tensor:
+    fits = x.dim() and weight.dim() == 2 and x.shape[-1] == weight.shape[1]
+    if not fits or (bias is not None and bias.shape != weight.shape[:1]):
+        return nn.functional.linear(x, weight, bias).sigmoid()
+    rows = x.shape[:-1].numel()
+    x2, w2, *b2 = whole(x.reshape(rows, x.shape[-1]), weight, *([] if bias is None else [bias]))
+    z = nn.functional.linear(x2, w2, *b2)[:rows, : len(weight)]
+    return z.reshape(*x.shape[:-1], len(weight)).sigmoid()
 
 
 # Each operator, PyTorch's, and the shapes of its arguments, with a letter for each size.
 OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any], tuple[str, ...]]] = {
     "maximum": (torch.ops.torchpar.maximum, torch.maximum, ("mnk", "mnk")),
-    "matmul_t": (torch.ops.torchpar.matmul_t, lambda x: x @ x.mT, ("mnk",)),
+    "matmul_t": (torch.ops.torchpar.matmul_t, lambda x: product(x, x), ("mnk",)),
     "symmetric_matmul": (torchpar.symmetric_matmul, symmetric_matmul, ("mnk", "mnk", "mnn")),
     "linear_sigmoid": (
         torchpar.linear_sigmoid,
-        lambda x, w, b=None: nn.functional.linear(x, w, b).sigmoid(),
+        linear_sigmoid,
         ("mnk", "ok", "o"),
     ),
     "exact_matmul": (torchpar.exact_matmul, lambda a, b: a @ b.mT, ("mnk", "mok")),
@@ -89,7 +116,7 @@ def operands(name: str, rng: random.Random) -> list[Tensor]:
         )
         t = torch.randn(shape, dtype=torch.float64) * 2.0 ** rng.randint(-3, 3)
         t = (4 * t).to(own) if not own.is_floating_point else t.to(own)
-        if own.is_floating_point and t.numel() and rng.random() < 0.1:
+        if own.is_floating_point and t.numel() and rng.random() < 0.2:
             t.view(-1)[rng.randrange(t.numel())] = rng.choice([float("nan"), float("inf"), -0.0])
         tensors.append(t)
     if name == "symmetric_matmul" and tensors[0].shape == tensors[1].shape:
@@ -368,5 +395,22 @@ def last_bit() -> None:
     OPERATORS["exact_matmul"] = (wrong, *others)
 
 
+def behind() -> None:
+    """Let a 16-bit row of `matmul_t` be NaN where the next row has a number that is not finite."""
+    right, *others = OPERATORS["matmul_t"]
+
+    def wrong(x: Tensor) -> Any:
+        found = right(x)
+        if x.dim() < 2 or x.dtype not in (torch.float16, torch.bfloat16):
+            return found
+        before = ~x.isfinite().all(-1)[..., 1:, None]
+        return torch.cat(
+            [found[..., :-1, :].masked_fill(before, torch.nan), found[..., -1:, :]], -2
+        )
+
+    OPERATORS["matmul_t"] = (wrong, *others)
+
+
 if __name__ == "__main__":
-    sys.exit(run(trial, {"transposed": transposed_vmap, "last-bit": last_bit}))
+    faults = {"transposed": transposed_vmap, "last-bit": last_bit, "behind": behind}
+    sys.exit(run(trial, faults))

@@ -48,9 +48,8 @@ def test_hard_products(name: str, device: str) -> None:
 # The same bits, whatever computes them.
 
 
-@pytest.mark.parametrize(
-    "aten, onednn", [("default", "SSE41"), pytest.param("avx2", "AVX2", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("aten, onednn", [("default", "SSE41"), ("avx2", "AVX2")])
 def test_bits_are_the_recorded_ones_on_other_processors_and_any_threads(
     aten: str, onednn: str
 ) -> None:

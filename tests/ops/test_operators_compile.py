@@ -37,17 +37,21 @@ def _fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        name
-        if name in ("matmul_t", "linear_sigmoid")
-        else pytest.param(name, marks=pytest.mark.slow)
+# Inductor compiles C++ for seconds.
+BACKENDS = [
+    ("inductor", "linear_sigmoid"),
+    ("aot_eager", "matmul_t"),
+    *(
+        pytest.param("inductor", name, marks=pytest.mark.slow)
         for name in OPERATORS
-    ],
-)
-def test_compiled_once_for_all_sizes(name: str, device: str) -> None:
-    counter = CompileCounterWithBackend("inductor")
+        if name != "linear_sigmoid"
+    ),
+]
+
+
+@pytest.mark.parametrize("backend, name", BACKENDS)
+def test_compiled_once_for_all_sizes(backend: str, name: str, device: str) -> None:
+    counter = CompileCounterWithBackend(backend)
     operator = OPERATORS[name]
     compiled = torch.compile(operator.overload, fullgraph=True, dynamic=True, backend=counter)
 
