@@ -4,9 +4,12 @@
 from functools import cache
 
 import pytest
+import softmax
+import torch
+import triton.language as tl
 from gallery import OPERATORS, PAGE, check, page
 
-from torchpar.testing import OperatorTable, Row, check_operator
+from torchpar.testing import OperatorTable, Row, check_kernel, check_operator
 
 # PyTorch's own: a fake tensor's .item() in make_fx, and the export of 2.11.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -52,8 +55,20 @@ def test_the_page_is_current():
     assert PAGE.read_text() == page({name: tables(name) for name in OPERATORS})
 
 
+@pytest.mark.parametrize("wide", [tl.float64, tl.float32])
+def test_the_kernel_computes_the_same(wide):
+    x = torch.randn(5, 13, dtype=torch.float64 if wide == tl.float64 else torch.float32)
+    found = check_kernel(
+        softmax.softmax_kernel,
+        (5,),
+        (x, torch.empty_like(x), 13, wide, 16),
+        lambda x_ptr, y_ptr, *_: {"y_ptr": softmax.reference(x_ptr)},
+    )
+    assert found.ok, found
+    assert found["values"].outcome == "works"
+
+
 def check_interpreted() -> list[Row]:
-    import softmax
     from triton.runtime.interpreter import InterpretedFunction
 
     assert isinstance(softmax.softmax_kernel, InterpretedFunction)
@@ -63,5 +78,6 @@ def check_interpreted() -> list[Row]:
     ).rows
 
 
-def test_the_kernel_computes_the_same(interpreter):
+@pytest.mark.slow
+def test_the_operator_by_its_kernel_computes_the_same(interpreter):
     assert {row.outcome for row in interpreter(check_interpreted)} == {"works"}

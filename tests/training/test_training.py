@@ -834,7 +834,7 @@ def sharded_weights(
     return weights, shards
 
 
-@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("nested", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_resumed_run_under_fully_shard_has_the_same_bits(ranks, tmp_path, nested):
     whole, shards = ranks(2, sharded_weights, str(tmp_path / "whole"), 2, nested)[0]
     assert set(shards) == {"DTensor"}

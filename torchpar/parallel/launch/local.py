@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Ranks on this machine: processes forked from one server that has imported PyTorch."""
 
+import gc
 import itertools
 import os
 import signal
@@ -122,7 +123,7 @@ class Ranks(ExitStack):
         self.workers += added  # which Ctrl-C has not interrupted
 
     def _start_one(self) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(1, self._context, end_with_parent, (self._stores,))
+        return ProcessPoolExecutor(1, self._context, _begin, (self._stores,))
 
     def __exit__(
         self,
@@ -140,6 +141,14 @@ class Ranks(ExitStack):
             with suppress(ProcessLookupError):  # the process is dead already
                 os.kill(pid, signal.SIGKILL)
         self.workers, self._pids = [], []
+
+
+def _begin(folder: Path) -> None:
+    """Begin a rank's process."""
+    # What the server has imported stays. `join_world` ends with a collection of garbage, which
+    # would pass over all of it in each call.
+    gc.freeze()
+    end_with_parent(folder)
 
 
 def set_variables(rank: int, world_size: int, **others: str) -> None:
