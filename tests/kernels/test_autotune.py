@@ -16,7 +16,7 @@ import pytest
 import torch
 from commands import run
 from ptx.cases import lower_twice
-from ptx.launch import Gpu
+from ptx.launch import Gpu, idle_gpu
 from torch import Tensor
 
 from torchpar.ptx.machine import SCHEDULES
@@ -25,7 +25,6 @@ pytest.importorskip("rich", reason="rich prints the tables")
 
 from benchmarks import autotune as benchmark
 from benchmarks import driver, resources
-from benchmarks.host import idle_driver
 from benchmarks.results import Table
 from torchpar.errors import ConfigError
 from torchpar.kernels import autotune, launch, linear_sigmoid, symmetric_matmul, tiles
@@ -59,10 +58,9 @@ def tuner(tmp_path, monkeypatch) -> Iterator[Any]:
     )
     monkeypatch.setattr(autotune, "ENABLED", True)
     monkeypatch.setattr(driver.Driver, "get_benchmarker", lambda self: bench, raising=False)
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     launch.forget_plans()
     first = 9  # of the launcher's arguments, the kernel's
-    with idle_driver(lambda *args: LAUNCHED.append((args[0], args[first + 4 :]))):
+    with idle_gpu(tmp_path, lambda *args: LAUNCHED.append((args[0], args[first + 4 :]))):
         yield state
     launch.forget_plans()
 

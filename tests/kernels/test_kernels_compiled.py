@@ -364,7 +364,13 @@ F32, F64, I64 = torch.float32, torch.float64, torch.int64
 OF_MAXIMUM = (torch.bfloat16, torch.bool, F32)
 TABLE = [
     *rows(check_default_tiles, ["symmetric_matmul"], ["bfloat16"], [4096, ODD, 2048, 512]),
-    *rows(check_default_tiles, ["symmetric_matmul"], ["float32", "tf32", "float64"], [4096]),
+    *rows(
+        check_default_tiles,
+        ["symmetric_matmul"],
+        ["float32", "tf32", "float64"],
+        [4096],
+        slow=True,
+    ),
     *rows(check_default_tiles, ["linear_sigmoid"], ["bfloat16"], [ODD]),
     *rows(check_default_tiles, ["linear_sigmoid"], ["float32"], [4096], slow=True),
     # float16 has bfloat16's tiles
@@ -398,7 +404,7 @@ def test_machine_code(check, capability):
 
 
 def test_check_rejects_one_stage():
-    tiles = Tiles(64, 64, 64, 4, 1)
+    tiles = Tiles(32, 32, 32, 4, 1)
     with target(90):
         (code,) = matrix_kernel("symmetric_matmul", "bfloat16", (4096, 4096, 4096), tiles)
     with pytest.raises(AssertionError, match="loads nothing asynchronously"):

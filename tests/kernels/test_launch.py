@@ -29,7 +29,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 pytest.importorskip("triton", reason="the kernels are written in Triton")
-from benchmarks.host import idle_driver
+from ptx.launch import idle_gpu
+
 from torchpar.kernels import (
     autotune,
     exact_matmul,
@@ -57,7 +58,7 @@ LOG = SimpleNamespace(compiled=[], launched=[])
 
 
 @pytest.fixture(autouse=True)
-def log() -> Iterator[SimpleNamespace]:
+def log(tmp_path) -> Iterator[SimpleNamespace]:
     compile_kernel = Plan._compile
 
     def record(self: Plan, *args):
@@ -68,7 +69,7 @@ def log() -> Iterator[SimpleNamespace]:
     LOG.launched.clear()
     launch.forget_plans()
     with (
-        idle_driver(lambda *args: LOG.launched.append((args[:3], args[FIRST:]))),
+        idle_gpu(tmp_path, lambda *args: LOG.launched.append((args[:3], args[FIRST:]))),
         patch.object(Plan, "_compile", record),
     ):
         yield LOG
@@ -350,9 +351,15 @@ def test_in_place_the_library_adds_and_mirrors(log, monkeypatch):
         ("maximum", ((64, 48), (64, 48)), "maximum_backward_flat", ""),
         ("maximum", ((48,), (64, 48)), "maximum_backward_rows", ""),
         ("maximum", ((64, 1), (64, 48)), "maximum_backward_columns", ""),
-        ("maximum", ((1, 64, 48), (64, 48)), "maximum_backward_flat", ""),
+        pytest.param(
+            *("maximum", ((1, 64, 48), (64, 48)), "maximum_backward_flat", ""),
+            marks=pytest.mark.slow,
+        ),
         ("maximum", ((1, 64, 1), (64, 48)), "maximum_backward_columns", ""),
-        ("maximum", ((3, 1, 48), (3, 64, 48)), "maximum_backward_strided", "sum"),
+        pytest.param(
+            *("maximum", ((3, 1, 48), (3, 64, 48)), "maximum_backward_strided", "sum"),
+            marks=pytest.mark.slow,
+        ),
         ("maximum", ((3, 1, 8, 1), (1, 4, 1, 5)), "maximum_backward_strided", "sum sum"),
     ],
 )

@@ -74,7 +74,11 @@ def check_maximum(shapes: Shapes, dtype: torch.dtype, layout: str = "contiguous"
 
 @pytest.mark.parametrize(
     "shapes, dtype",
-    [(((129, 127), (127,)), F32), (((127, 1), (127, 129)), BF16), (((300, 129), (129,)), F16)],
+    [
+        (((129, 127), (127,)), F32),
+        (((127, 1), (127, 129)), BF16),
+        pytest.param(((300, 129), (129,)), F16, marks=slow),
+    ],
     ids=str,
 )
 def test_gradients_of_a_broadcast_operand(shapes: Shapes, dtype: torch.dtype) -> None:
@@ -263,7 +267,7 @@ def test_the_judge_of_sums_rejects_a_sum_in_16_bits() -> None:
     assert_sum(terms.sum(0).to(BF16), terms.sum(0).to(BF16), terms, [0])
 
 
-@pytest.mark.parametrize("shape", [(), (4,), (3, 1)])
+@pytest.mark.parametrize("shape", [(), pytest.param((4,), marks=slow), (3, 1)])
 def test_operands_that_repeat_alike(shape: tuple[int, ...]) -> None:
     """No operand of (3, 4) has strides without 0, and only one gradient is needed."""
     a = torch.zeros(shape).expand(3, 4)

@@ -167,11 +167,18 @@ def half_sum(
     dtype: torch.dtype = BF16,
     batch: tuple[int, ...] = (2,),
     unit: float = 1.0,
+    block: int = symmetric_matmul.SUM_BLOCK,
     **options: Any,
 ) -> Case:
+    """``(G + Gᵀ)/2`` by tiles of ``block`` rows."""
+
+    def run(wrap: Any, g: Tensor) -> Tensor:
+        with patch.object(symmetric_matmul, "SUM_BLOCK", block):
+            return symmetric_matmul.half_sum(g, wrap)
+
     return Case(
         lambda: [integers(*batch, n, n, dtype=dtype) * unit],
-        lambda wrap, g: symmetric_matmul.half_sum(g, wrap),
+        run,
         lambda g: ((g.double() + g.double().mT) / 2).to(dtype),
         **options,
     )
@@ -268,11 +275,15 @@ def incoming(g: Tensor) -> Iterator[Tensor]:
 
 
 def larger(
-    draw: Callable[[Any], tuple[Tensor, Tensor]], *dtypes: torch.dtype, **options: Any
+    draw: Callable[[Any], tuple[Tensor, Tensor]],
+    *dtypes: torch.dtype,
+    layouts: int | None = None,
+    **options: Any,
 ) -> Case:
     """The maximum of two operands, and of floats its gradients.
 
-    ``draw(d)`` draws the operands by ``d(*shape)``, of one dtype or of two.
+    ``draw(d)`` draws the operands by ``d(*shape)``, of one dtype or of two. ``layouts``: how many
+    of `incoming`, None for all.
     """
 
     def operands() -> list[Tensor]:
@@ -283,7 +294,7 @@ def larger(
         if y.is_floating_point():
             gradient = torch.empty_like(y).copy_(torch.randn(y.shape) * 1000)
             gradient.flatten()[:1] *= 2.0**-24  # the half of the least float16 is rounded
-            operands += incoming(gradient)
+            operands += islice(incoming(gradient), layouts)
         return operands
 
     def run(wrap: Any, a: Tensor, b: Tensor, *gradients: Tensor) -> Any:
@@ -313,8 +324,8 @@ def larger_sums(
 ) -> Case:
     """The gradients of the maximum in the operands' shapes: sums where an operand is broadcast.
 
-    dL/dy is of even numbers, so that sums are exact. ``draw`` and ``dtypes`` are as for `larger`.
-    ``layouts``: how many of `incoming`, None for all.
+    dL/dy is of even numbers, so that sums are exact. ``draw``, ``dtypes`` and ``layouts`` are as
+    for `larger`.
     """
 
     def operands() -> list[Tensor]:

@@ -7,8 +7,8 @@ yet.
 """
 
 import os
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -20,9 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.nvidia.compiler import CUDABackend
 
 from benchmarks.driver import Driver, compile_launches, target
+from benchmarks.host import idle_driver
 from torchpar.ptx import gpu
 from torchpar.ptx.machine import Schedule
 from torchpar.ptx.memory import Allocation
+from torchpar.ptx.native import cache_folder, writable
 
 
 class Copies(TorchDispatchMode):
@@ -94,15 +96,15 @@ class Gpu(gpu.Gpu):
     def run(self, launch: Callable[[Any], Any], capability: int = 90) -> Any:
         """What ``launch(wrap)`` returns, having executed the kernels that it launches.
 
-        They are compiled to PTX and no further, in caches of their own.
+        They are compiled to PTX and no further, as `torchpar.ptx.emulate` does, in its cache.
         """
         results: list[Any] = []
-        folder = Path(tempfile.gettempdir()) / f"torchpar-ptx-{os.getuid()}"
+        folder = writable(cache_folder("ptx"))
         with (
             target(capability),
             patch.dict(os.environ, TRITON_CACHE_DIR=str(folder)),
             patch.object(Driver, "get_current_device", lambda driver: 1000 + driver.architecture),
-            patch.object(CUDABackend, "make_cubin", lambda *args: b""),
+            patch.object(CUDABackend, "make_cubin", lambda backend, ptx, *args: ptx.encode()),
             Copies(self),
         ):
             compiled = compile_launches(lambda wrap: results.append(launch(wrap)))
@@ -139,3 +141,32 @@ class Gpu(gpu.Gpu):
         if isinstance(argument, Tensor):
             return self.place(argument).base + argument.storage_offset() * argument.element_size()
         return int(argument) % 2**64
+
+
+@contextmanager
+def idle_gpu(folder: Path, launched: Callable[..., object]) -> Iterator[None]:
+    """`idle_driver`, for tests that look at no machine code: Triton specialises and parses kernels,
+    and compiles them no further.
+
+    ``folder`` is their cache. In a process they have a number of a device of their own, too.
+    """
+
+    def add_stages(backend: Any, stages: dict[str, Any], options: Any, *others: Any) -> None:
+        stages["ttir"] = lambda module, metadata: module
+        stages["cubin"] = no_machine_code
+
+    with (
+        patch.dict(os.environ, TRITON_CACHE_DIR=str(folder)),
+        patch.object(Driver, "get_current_device", lambda driver: 2000 + driver.architecture),
+        patch.object(CUDABackend, "add_stages", add_stages),
+        idle_driver(launched),
+    ):
+        yield
+
+
+def no_machine_code(module: Any, metadata: dict[str, Any]) -> bytes:
+    """What stands for a kernel's machine code; its metadata are those of one that takes nothing."""
+    sizes = ("shared", "tmem_size", "global_scratch_size", "profile_scratch_size")
+    alignments = ("global_scratch_align", "profile_scratch_align")
+    metadata |= dict.fromkeys(sizes, 0) | dict.fromkeys(alignments, 1) | {"name": "kernel"}
+    return b""

@@ -22,6 +22,14 @@ slow = pytest.mark.slow
 # for global memory, too.
 NOT_NAMED = {"empty group", "copy reads what was stored"}
 LONG = {"more programs than fit"}
+# Slow tests, since another tutorial's kernel is almost the same, or the same for another dtype.
+ALIKE = {
+    "03 matmul, float8 e5m2",
+    "06 attention",
+    "08 grouped matmul",
+    "09 persistent matmul by pointers",
+    "09 persistent matmul by the program's descriptors",
+}
 # Triton 3.8 makes no fence between cp.async and products that read what was copied.
 WITHOUT_FENCE = ("06 attention, backward", 100)
 
@@ -32,7 +40,7 @@ def errors(faults: Sequence[Fault]) -> list[Fault]:
 
 def architectures() -> list:
     return [
-        pytest.param(name, arch, marks=[] if arch == 90 else slow)
+        pytest.param(name, arch, marks=[] if arch == 90 and name not in ALIKE else slow)
         for name, case in tutorials.TUTORIALS.items()
         for arch in case.architectures
     ]

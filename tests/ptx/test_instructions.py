@@ -583,7 +583,7 @@ BESSEL = 25  # of which an absolute error is bounded
     [
         (torch.float32, "core"),
         (torch.float32, "python"),
-        (torch.float64, "core"),
+        slow(torch.float64, "core"),
         slow(torch.float64, "python"),
     ],
 )

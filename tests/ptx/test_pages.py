@@ -12,6 +12,7 @@ from commands import ROOT
 
 from ptx import walk
 from torchpar.kernels import symmetric_matmul
+from torchpar.kernels.tiles import Tiles
 from torchpar.ptx import command, emulate
 from torchpar.ptx.counters import SECTOR
 from torchpar.ptx.report import Launch
@@ -159,7 +160,7 @@ def test_bank_conflicts_are_beyond_the_limits():
         patch("torchpar.kernels.symmetric_matmul.empty_by_columns", lambda t, precision: t),
         emulate() as gpu,
     ):
-        symmetric_matmul.symmetric_matmul(x, x, "ieee", None)
+        symmetric_matmul.symmetric_matmul(x, x, "ieee", None, tiles=Tiles(32, 32, 16, 4, 3))
     assert not within_limits(gpu.launches[0])
 
 

@@ -9,7 +9,6 @@ import gc
 import io
 import os
 import signal
-import subprocess
 import sys
 import textwrap
 import threading
@@ -21,10 +20,11 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from commands import ROOT
+from commands import ROOT, forked
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.driver import driver as active_driver
 
+import torchpar.__main__
 from torchpar.ptx import command, driver, emulate, gpu, memory, native
 from torchpar.ptx.cuda import cuda_is_cpu
 
@@ -402,31 +402,28 @@ def test_a_script_and_its_page_have_names_of_any_bytes(tmp_path):
     assert "?.py" in (tmp_path / "page.html").read_text("utf-8")
 
 
-def test_a_terminal_with_only_ascii_has_the_report(script):
-    done = _run(script(WRONG), PYTHONIOENCODING="ascii")
-    assert done.returncode == 1
-    assert "copy[2?1?1] for sm_90" in done.stdout
-    assert done.stderr == ""
+def test_a_terminal_with_only_ascii_has_the_report(script, monkeypatch, capsys):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(sys, "argv", ["torchpar", "ptx", script(WRONG)])
+    assert torchpar.__main__.main() == 1
+    assert b"copy[2?1?1] for sm_90" in terminal.buffer.getvalue()
+    assert capsys.readouterr().err == ""
 
 
+@pytest.mark.usefixtures("fork_server")
 def test_a_full_disk_is_named_in_one_line(tmp_path):
     if not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full")
-    with open("/dev/full", "w") as full:
-        done = _run(str(_empty(tmp_path)), stdout=full)
-    assert done.returncode == 1
-    assert done.stderr.startswith("python -m torchpar ptx: error: the output cannot be written")
-    assert "Traceback" not in done.stderr
-
-
-def _run(script, stdout=subprocess.PIPE, **variables):
-    return subprocess.run(
-        [sys.executable, "-m", "torchpar", "ptx", script],
-        stdout=stdout,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **variables},
-    )
+    code = """if True:
+        import os, runpy
+        os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+        runpy.run_module("torchpar", run_name="__main__")
+    """
+    status, _, error = forked("-c", code, "ptx", str(_empty(tmp_path)))
+    assert status == 1
+    assert error.startswith("python -m torchpar ptx: error: the output cannot be written")
+    assert "Traceback" not in error
 
 
 def test_threads_of_the_script_are_waited_for(script, capsys):

@@ -175,7 +175,8 @@ def layer(x: Array, weight: Array, bias: Array, hidden: bool) -> Array:
     """Return ``x·weight + bias``, or if the layer is hidden, the sigmoid of this sum."""
     result = np.empty((len(x), len(bias)), x.dtype)
     for s in prange(len(x)):
-        result[s] = bias
+        for j in range(len(bias)):  # an assignment of arrays takes Numba seconds to compile
+            result[s, j] = bias[j]
         for i in range(len(weight)):
             for j in range(len(bias)):
                 result[s, j] += x[s, i] * weight[i, j]
