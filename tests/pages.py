@@ -2,8 +2,11 @@
 """Pages that the project writes: what they hold, and how they look in Chromium on a phone."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,19 +61,31 @@ class Page(HTMLParser):
             self.tables[-1][-1][-1] += data
 
 
-def check_on_a_phone(text: str, folder: Path, scheme: str) -> None:
-    """In Chromium nothing is wider than the screen, and all text has the page's color."""
+@contextmanager
+def chromium() -> Iterator[Any]:
+    """Playwright's browser, in which `check_in` looks at pages one after the other."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright drives Chromium")
-    chromium = shutil.which("chromium")
-    if chromium is None:
+    program = shutil.which("chromium")
+    if program is None:
         pytest.skip("there is no Chromium; apt-get install chromium")
-    path = folder / "page.html"
-    path.write_text(text, "utf-8")
     with (
         sync_api.sync_playwright() as playwright,
-        playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"]) as browser,
+        playwright.chromium.launch(executable_path=program, args=["--no-sandbox"]) as browser,
     ):
-        tab = browser.new_page(viewport=PHONE, color_scheme=scheme)
+        yield browser
+
+
+def check_on_a_phone(text: str, folder: Path, scheme: str) -> None:
+    """Start Chromium for one page, and check it there."""
+    with chromium() as browser:
+        check_in(browser, text, folder, scheme)
+
+
+def check_in(browser: Any, text: str, folder: Path, scheme: str) -> None:
+    """In Chromium nothing is wider than the screen, and all text has the page's color."""
+    path = folder / "page.html"
+    path.write_text(text, "utf-8")
+    with browser.new_page(viewport=PHONE, color_scheme=scheme) as tab:
         problems: list[str] = []
         tab.on("request", lambda request: problems.append(request.url))
         tab.on("pageerror", lambda error: problems.append(str(error)))

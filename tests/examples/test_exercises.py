@@ -31,7 +31,7 @@ from matmul_convolution import windows
 from quadrants import Epoch, Way
 from support.checks import compare, compare_gradients
 from support.measure import peak_bytes
-from support.points import MARGIN
+from support.points import MARGIN, draw
 
 from torchpar.data import Batch, batches
 from torchpar.errors import ConfigError
@@ -63,7 +63,7 @@ def test_noise_is_learnt_by_wide_networks_and_not_under_a_penalty(monkeypatch, t
     metrics = tmp_path / "metrics"
     monkeypatch.setattr(quadrants, "WIDTHS", (1, 32))
     monkeypatch.setattr(quadrants, "PENALTIES", (0.0, 1e-2, 1e-1))
-    quadrants.main(quadrants.Flags(noise=True, epochs=40, device="cpu", metrics=metrics))
+    quadrants.main(quadrants.Flags(noise=True, epochs=30, device="cpu", metrics=metrics))
     rows = rows_of(metrics)
     assert len(rows) == 6
     of = {(row["width"], row["penalty"]): row for row in rows}
@@ -435,6 +435,12 @@ def test_the_report_times_the_gpu_where_there_is_one(monkeypatch, capsys):
     assert "left out" not in capsys.readouterr().out
 
 
+def time_a_short_epoch(way: Way) -> Epoch:
+    """An epoch of the report in float64, with a quarter of its points."""
+    with patch.object(quadrants, "draw", lambda n, *seed, **on: draw(n // 4, *seed, **on)):
+        return quadrants.time_epoch(0, way, 1, torch.float64)
+
+
 def shares_of_an_epoch() -> tuple[list[int], float]:
     """The sizes of a rank's shares of the batches, and the loss after the epoch."""
     sizes = []
@@ -445,21 +451,18 @@ def shares_of_an_epoch() -> tuple[list[int], float]:
             yield batch
 
     with patch.object(quadrants, "batches", counted):
-        epoch = quadrants.time_epoch(0, Way(8192, processes=2), 1, torch.float64)
+        epoch = time_a_short_epoch(Way(2048, processes=2))
     return sizes, epoch.loss
 
 
 def test_an_epoch_of_the_report_is_the_same_on_two_ranks_and_its_layers_take_most_of_it(ranks):
     """In float64 their losses differ by rounding; another rate gives another loss."""
-    way = Way(8192, profiled=True)
-    alone = quadrants.time_epoch(0, way, 1, torch.float64)
+    alone = time_a_short_epoch(Way(2048, profiled=True))
     kinds = ("Linear", "ReLU", "Sigmoid", "BinaryCrossEntropy")
     assert set(alone.parts) == set(product(kinds, quadrants.PASSES))
     assert 0.5 * alone.seconds < sum(alone.parts.values()) < alone.seconds
     pair = ranks(2, shares_of_an_epoch)
-    assert [shares for shares, _ in pair] == [[4096] * 4] * 2
+    assert [shares for shares, _ in pair] == [[1024] * 4] * 2
     assert {loss for _, loss in pair} == {pair[0][1]}
     assert pair[0][1] == pytest.approx(alone.loss, rel=1e-12)
-    assert quadrants.time_epoch(0, Way(4096), 1, torch.float64).loss != pytest.approx(
-        alone.loss, rel=1e-3
-    )
+    assert time_a_short_epoch(Way(1024)).loss != pytest.approx(alone.loss, rel=1e-3)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The Lightning lesson takes the steps of the plain loop, on ranks too, resumes, validates and
-stops."""
+"""The Lightning lesson takes the steps of the plain loop, on ranks too, resumes, validates, stops
+and writes its page."""
 
 import re
 import sys
@@ -10,8 +10,9 @@ from typing import Any
 import plain_loop
 import pytest
 import torch
-from commands import LAST_LINE, ROOT
+from commands import LAST_LINE, ROOT, run
 from fake_data import fashion_mnist
+from pages import Page
 from torch.nn.parallel import DistributedDataParallel
 
 from torchpar import training
@@ -128,7 +129,7 @@ def test_the_configuration_saves_the_best_and_a_resumed_run_ends_as_the_whole_on
     (best,) = (whole / "checkpoints").glob("epoch=*.ckpt")
     tested = example("test", f"--ckpt_path={best}")
     assert tested.split(" | ")[:2] == fitted.split(" | ")[:2]
-    _, part = fit(2)
+    _, part = fit(1)
     _, resumed = fit(3, f"--ckpt_path={part / 'checkpoints' / 'last.ckpt'}")
     weights = [
         torch.load(run / "checkpoints" / "last.ckpt")["state_dict"]
@@ -143,3 +144,29 @@ def test_an_error_of_the_example_is_one_line(example, capsys):
         example("fit", "--data.validation=201")
     (line,) = (line for line in capsys.readouterr().err.splitlines() if "error" in line)
     assert line == "train_lightning.py: error: validation is 201, expected 0 to 200 samples"
+
+
+def test_the_page_of_a_run(example, tmp_path_factory):
+    for package in ("matplotlib", "jinja2"):
+        pytest.importorskip(package, reason=f"{package} makes the page")
+    from support import report
+
+    folder = tmp_path_factory.mktemp("page")
+    flags = ("--data.validation=101", "--trainer.max_epochs=2", f"--report={folder}")
+    assert re.fullmatch(LAST_LINE, example("fit", *flags))
+    found = Page(folder / "run.html")
+    assert found.headings[:3] == ["train_lightning.py", "Learning curves", "A step"]
+    assert found.images == report.WORST
+    times, memory, _ = found.tables
+    assert all(float(ms) > 0 for ms in times[1][1:4])
+    assert int(memory[1][4].replace(",", "")) > 0  # activations
+
+
+@pytest.mark.slow
+def test_the_script_is_a_command(data):
+    """The other tests run it within their process."""
+    script = str(ROOT / "examples" / "train_lightning.py")
+    flags = f"fit --data.root {data} --data.dataset fashion-mnist --trainer.max_epochs 1"
+    code, out, err = run(sys.executable, script, *flags.split(), "--trainer.accelerator=cpu")
+    assert code == 0, err
+    assert re.fullmatch(LAST_LINE, out.splitlines()[-1])

@@ -2,14 +2,15 @@
 """The page of a run: every training lesson writes it, and it is legible on a phone in the dark."""
 
 import errno
-import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from commands import ROOT, lesson, run
+from commands import lesson
 from fake_data import fashion_mnist
-from pages import COLORS, Page, check_on_a_phone
+from pages import COLORS, Page, check_in, chromium
 
 pytest.importorskip("tyro", reason="tyro reads the flags")
 pytest.importorskip("matplotlib", reason="matplotlib draws")
@@ -31,6 +32,8 @@ LESSONS = {
     "train_by_hand": ("--samples 500 --epochs 2", 1),
     "train_mpi": ("--dataset fashion-mnist --hidden 16 --epochs 2 --batch-size 50", 1),
 }
+# They record the steps and messages that train_ddp and train_parallel do.
+SLOW = ("train_fast", "train_tensor_parallel")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +41,10 @@ def data(tmp_path_factory) -> Path:
     return fashion_mnist(tmp_path_factory.mktemp("data"), train=600, test=100)
 
 
-@pytest.fixture(scope="module", params=LESSONS)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in LESSONS],
+)
 def page(request, ranks, data, tmp_path_factory) -> tuple[str, int, Page]:
     """A lesson, its ranks, and its page."""
     name, (flags, world_size) = request.param, LESSONS[request.param]
@@ -82,23 +88,6 @@ def test_the_waits_of_a_pipeline_are_idle(page):
     assert {row[2] for row in found.tables[1][1:]} == {"send", "recv"}
 
 
-def test_the_page_of_lightning(data, tmp_path):
-    pytest.importorskip("lightning", reason="Lightning is not installed")
-    script = str(ROOT / "examples" / "train_lightning.py")
-    flags = f"--data.root {data} --data.dataset fashion-mnist --trainer.max_epochs 2"
-    small = "--trainer.accelerator cpu --data.validation 100 --data.batch_size 50"
-    code, _, err = run(
-        sys.executable, script, "fit", *flags.split(), *small.split(), "--report", str(tmp_path)
-    )
-    assert code == 0, err
-    found = Page(tmp_path / "run.html")
-    assert found.headings[:3] == ["train_lightning.py", "Learning curves", "A step"]
-    assert found.images == report.WORST
-    times, memory, _ = found.tables
-    assert all(float(ms) > 0 for ms in times[1][1:4])
-    assert int(memory[1][4].replace(",", "")) > 0  # activations
-
-
 def test_the_worst_samples_are_those_farthest_below_another_class():
     outputs = np.array([[5.0, 0.0], [0.0, 3.0], [1.0, 2.0], [9.0, 0.0]])
     labels = np.array([0, 0, 0, 1])
@@ -134,9 +123,15 @@ def test_a_full_disk_leaves_the_earlier_page(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["run.html"]
 
 
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chromium() as started:
+        yield started
+
+
 @pytest.mark.parametrize(
     "scheme",
     [pytest.param(name, marks=[pytest.mark.slow] * (name == "light")) for name in COLORS],
 )
-def test_the_page_is_legible_on_a_phone(page, tmp_path, scheme):
-    check_on_a_phone(page[2].text, tmp_path, scheme)
+def test_the_page_is_legible_on_a_phone(browser, page, tmp_path, scheme):
+    check_in(browser, page[2].text, tmp_path, scheme)
