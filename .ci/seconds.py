@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Print the seconds of CI's stages, and by how much each has grown: python .ci/seconds.py < STAGES
 
-A line of STAGES is the seconds and the name of a stage, with a tab between. The growth is that over the
-seconds in .ci/seconds.csv of the same kind of processor. `cp build/seconds.csv .ci/seconds.csv` records
-the new ones.
+A line of STAGES is the seconds and the name of a stage, with a tab between. The growth is that over
+the seconds in .ci/seconds.csv of the same kind of processor. To record the new ones:
+`cp build/seconds.csv .ci/seconds.csv`.
 """
 
 import csv

@@ -4,6 +4,7 @@ and writes its page."""
 
 import re
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,6 @@ from torchpar.data import load
 from torchpar.nn import MLP
 from torchpar.parallel.launch.world import join_world
 
-pytest.importorskip("lightning", reason="the extra `lightning` is not installed")
-
 ADVICE = (
     "`isinstance.treespec, LeafSpec",  # Lightning 2.6 on torch 2.15
     "The `srun` command is available",
@@ -30,7 +29,13 @@ ADVICE = (
     "Be aware that when using `ckpt_path`, callbacks",
     "The dirpath has changed",  # a resumed run's is another version_N
 )
-pytestmark = [pytest.mark.filterwarnings(f"ignore:{text}") for text in ADVICE]
+pytestmark = [
+    *(pytest.mark.filterwarnings(f"ignore:{text}") for text in ADVICE),
+    # Not imported here: that takes seconds on each worker.
+    pytest.mark.skipif(
+        find_spec("lightning") is None, reason="the extra `lightning` is not installed"
+    ),
+]
 # The last of the 5 batches holds one sample, and rank 1 has none of it.
 TRAIN, TEST, BATCH = 201, 101, 50
 SIZES = [784, 20, 10]
