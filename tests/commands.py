@@ -78,6 +78,7 @@ def _python(
     for number, name in enumerate((out, err), start=1):
         with open(name, "wb") as stream:
             os.dup2(stream.fileno(), number)
+    sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ.update({"COLUMNS": "80", "PYTHONPATH": import_path(ROOT)} | variables)

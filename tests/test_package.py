@@ -5,6 +5,7 @@
 """
 
 import ast
+import importlib.metadata
 import os
 import re
 import runpy
@@ -12,6 +13,8 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -32,10 +35,23 @@ def run(*command: str, cwd: Path, **environment: str) -> str:
     ).stdout
 
 
+# What `python -m build --no-isolation` does, in one process.
+BUILD = """
+import os, tarfile
+from setuptools import build_meta
+dist = os.path.abspath("dist")
+sdist = build_meta.build_sdist(dist)
+with tarfile.open(os.path.join(dist, sdist)) as archive:
+    archive.extractall("unpacked", filter="data")
+os.chdir(os.path.join("unpacked", sdist.removesuffix(".tar.gz")))
+build_meta.build_wheel(dist)
+"""
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The sdist, and the wheel that is built from it."""
-    pytest.importorskip("build", reason="the package `build` is not installed")
+    pytest.importorskip("setuptools", "77", reason="setuptools builds the package")
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout, which lists the files of the package's source")
     source = tmp_path_factory.mktemp("package") / "source"
@@ -44,7 +60,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         if (ROOT / name).exists():  # git still lists a deleted file before the commit
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, source / name, follow_symlinks=False)
-    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", "dist", cwd=source)
+    # -P: the current folder's `kernels` is not the library that extends setuptools.
+    run(sys.executable, "-P", "-c", BUILD, cwd=source)
     version = torchpar.__version__
     return (
         source / f"dist/torchpar-{version}.tar.gz",
@@ -120,11 +137,19 @@ def test_arrows_go_one_way():
             assert not re.search(rf"^\s*(from|import) ({modules})\b", text, re.MULTILINE), name
 
 
+def statements(node: ast.AST) -> Iterator[ast.AST]:
+    """The statements in a node. Expressions, which are most of a file's nodes, hold none."""
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, ast.expr):
+            yield child
+            yield from statements(child)
+
+
 def private_names(text: str, own: list[str]) -> list[str]:
     """Private names of torchpar's other packages than ``own`` that a file imports, or takes from a
     module."""
     found = {}
-    for node in ast.walk(ast.parse(text)):
+    for node in statements(ast.parse(text)):
         if isinstance(node, ast.ImportFrom):
             found |= {
                 alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names
@@ -165,17 +190,53 @@ def test_only_tests_change_the_import_path():
     }
 
 
+# Names that a module of this repository's folder shares with a distribution.
+SHARED = {
+    "torchpar",  # an installed one is this one
+    "kernels",  # the Hub's library, which tests/test_hub.py imports without this repository's path
+}
+
+
+def modules(folder: Path) -> set[str]:
+    """The modules in a folder. A folder without ``__init__.py`` is none here: Python prefers a
+    module anywhere on the path."""
+    packages = {path.parent.name for path in folder.glob("*/__init__.py")}
+    return packages | {path.stem for path in folder.glob("*.py")}
+
+
+def test_no_module_on_the_tests_path_shadows_another(tmp_path):
+    """Neither one of the standard library, nor one of an installed distribution."""
+    others = sys.stdlib_module_names | importlib.metadata.packages_distributions().keys()
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]
+    folders = {ROOT / folder for folder in settings["ini_options"]["pythonpath"]}
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        # The path has the folder of the outermost package, as pytest says.
+        folders.add(next(one for one in path.parents if not (one / "__init__.py").exists()))
+    assert ROOT / "tests" / "library" in folders
+    for folder in folders:
+        assert modules(folder) & others <= (SHARED if folder == ROOT else set()), folder
+    for name in ("grp.py", "pytest.py", "torch/__init__.py", "json/cases.py", "grp_cases.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert modules(tmp_path) & others == {"grp", "pytest", "torch"}
+
+
 def test_the_picture_of_the_rooms_is_true():
     """And it shows an import that is new."""
     house = runpy.run_path(str(ROOT / "docs" / "house.py"))
-    assert house["page"]() == (ROOT / "CONTRIBUTING.md").read_text()
-    assert "optim" in house["arrows"]()["testing"]
+    page = house["page"]()
+    assert page == (ROOT / "CONTRIBUTING.md").read_text()
+    assert "\n    testing --> optim\n" in page
     found = house["imports"](ROOT / "torchpar" / "optim" / "muon.py", "torchpar.optim.muon")
     assert "torchpar.parts" in found
     assert not any(name.startswith("torchpar.training") for name in found)
 
 
-@pytest.mark.parametrize("command", [("torchpar", "doctor"), ("benchmarks", "list")])
+@pytest.mark.parametrize(
+    "command",
+    # That a benchmark's reader may close it, tests/benchmarks/test_benchmarks.py shows, too.
+    [("torchpar", "doctor"), pytest.param(("benchmarks", "list"), marks=pytest.mark.slow)],
+)
 def test_a_reader_may_close_the_pipe(command):
     """As head does."""
     read, write = os.pipe()

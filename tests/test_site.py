@@ -77,7 +77,14 @@ def test_each_door_of_the_first_page_has_a_picture_at_its_own_size(tab):
         assert right <= PHONE["width"]
 
 
-@pytest.mark.parametrize("page", WITH_PICTURES)
+# One page has measured plots, one drawings, and one a photograph of a page; all share a style.
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=[pytest.mark.slow] * (page not in ("ladder", "maximum", "ptx")))
+        for page in WITH_PICTURES
+    ],
+)
 def test_pages_are_legible_on_a_phone_in_dark_mode(tab, page):
     for picture in pictures_of(tab, page):
         natural, shown = picture.evaluate(

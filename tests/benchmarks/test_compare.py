@@ -14,6 +14,13 @@ from benchmarks.results import Result
 ROUNDS = 5
 
 
+@pytest.fixture(autouse=True)
+def warm_caches(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """Evict nothing from a CPU's caches, which changes times alone."""
+    if device == "cpu":
+        monkeypatch.setattr("benchmarks.compare.flush", lambda device: None)
+
+
 def sigmoid_case(device: str, dtype: torch.dtype = torch.float32) -> OperatorCase:
     def inputs(seed: int) -> list[Tensor]:
         generator = torch.Generator(device).manual_seed(seed)

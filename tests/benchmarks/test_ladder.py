@@ -46,7 +46,12 @@ def test_each_row_is_compared_with_a_row_above_and_what_is_left_out_has_a_reason
     operator, interpreter
 ):
     pytest.importorskip("numba", reason="Numba compiles the loops")
-    with patch.object(ladder, "CORES", 2), patch.object(torch.cuda, "is_available", lambda: False):
+    small = {"maximum": (5, 7), "matmul_t": (5, 7), "matmul": (5, 7, 3)}  # larger ones are below
+    with (
+        patch.object(ladder, "CORES", 2),
+        patch.object(torch.cuda, "is_available", lambda: False),
+        patch.dict(ladder.INTERPRETED, small),
+    ):
         rows = list(
             ladder.rungs(make_case(operator, QUICK_SHAPES[operator]), helpers(interpreter), False)
         )
@@ -193,8 +198,9 @@ def check_taught_kernels() -> None:
 
     shapes = {
         "maximum": [(1, 1), (3, 129), (5, 64)],
-        "matmul_t": [(1, 1), (5, 7), (33, 17)],
-        "matmul": [(1, 1, 1), (64, 32, 64), (70, 75, 41), (5, 130, 65)],
+        "matmul_t": [(1, 1), (5, 7), (33, 5)],
+        # Whole tiles, and some above them in each dimension; a tile has 64 × 32 numbers at most.
+        "matmul": [(1, 1, 1), (64, 32, 64), (70, 35, 41), (5, 67, 65)],
     }
     for operator, launchers in ladder.TAUGHT.items():
         for launcher in launchers.values():
@@ -218,13 +224,11 @@ def check_gpu_rows() -> None:
     with (
         patch.object(torch.cuda, "is_available", lambda: True),
         patch.object(torch.Tensor, "cuda", torch.Tensor.clone),
+        patch.object(ladder, "flush", lambda device: None),  # which takes longer than a row
     ):
         for operator in SHAPES:
-            rows = list(
-                ladder.on_gpu(
-                    make_case(operator, ladder.INTERPRETED.get(operator, (5, 7, 3))), None
-                )
-            )
+            case = make_case(operator, (5, 7, 3)[: len(SHAPES[operator])])
+            rows = list(ladder.on_gpu(case, None))
             counts[operator] = len(rows)
             assert sum("with copies" in one.name for one in rows) == 1
             for one in rows:

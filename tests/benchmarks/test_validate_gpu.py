@@ -61,6 +61,7 @@ def test_a_wrong_usage_is_refused(tmp_path, arguments):
     assert printed == f"usage: bash benchmarks/validate_gpu.sh {expected}\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "gpu, environment, reason",
     [

@@ -11,7 +11,6 @@ tests/test_docs.py runs. When that fails, let `register_autograd` call PyTorch's
 import inspect
 import itertools
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
@@ -20,18 +19,21 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from commands import run
 from operators import KERNELS, OPERATORS
 from samples import LAYOUTS
 from torch import Tensor
 from torch._inductor.compile_fx import compile_fx, compile_fx_aot
 from torch._library.triton import get_triton_kernels_for_op, triton_ops_to_kernels
 from torch._prims_common import compute_elementwise_output_strides
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import Replicate
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchpar
 from torchpar.library import CustomOpDef
-from torchpar.library.private import get_fp32_precision
+from torchpar.library.private import get_fp32_precision, num_dispatch_modes
 from torchpar.ops._operator import supports_tma
 from torchpar.ops.matrix import fp32_precision
 from torchpar.testing import check_operator
@@ -292,7 +294,7 @@ def test_the_record_has_all_operators() -> None:
     assert set(torchpar.ops.__all__) - {"exact_matmul_t"} == set(OPERATORS)
 
 
-IMPORT = """
+SCRIPT = """
 import json, sys, torch
 sys.modules.update(rich=None, triton=None, torchvision=None,
 lightning=None)  # importing one of them fails
@@ -308,17 +310,39 @@ import torch.distributed.tensor
 from torchpar.library.sharding import sharding_rules
 waiting = len(sharding_rules)
 torch.ops.torchpar.maximum(y, y)
-print(json.dumps([added, waiting, len(sharding_rules)]))
+
+@torchpar.library.custom_op("library_script::double", mutates_args=())
+def double(x: torch.Tensor) -> torch.Tensor:
+    return 2 * x
+
+@double.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+defined = [double(torch.ones(1)).item(), str(double(torch.ones(1, device="meta")).device)]
+print(json.dumps([added, [waiting, len(sharding_rules)], defined]))
 """
 
 
-def test_import_adds_only_what_is_ours_and_the_cpu_paths_need_no_triton() -> None:
+@pytest.fixture(scope="module")
+def script(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What a script reports of its first import, and of an operator that it defines at its top."""
+    path = tmp_path_factory.mktemp("script") / "script.py"
+    path.write_text(SCRIPT)
+    status, out, err = run(sys.executable, str(path))
+    assert status == 0, err
+    return json.loads(out)
+
+
+def test_a_script_defines_operators_at_its_top(script: Any) -> None:
+    """PyTorch looks for the caller of `register_fake` some frames above."""
+    assert script[2] == [2.0, "meta"]
+
+
+def test_import_adds_only_what_is_ours_and_the_cpu_paths_need_no_triton(script: Any) -> None:
     # Modules are counted, not milliseconds: the import would be slow because of Triton and of
     # PyTorch's own modules that are not loaded yet.
-    result = subprocess.run(
-        [sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True
-    )
-    imported, waiting, left = json.loads(result.stdout)
+    imported, (waiting, left), _ = script
     assert waiting > left == 0, "sharding rules wait for DTensor"
     assert "torchpar.ops.matmul_t" in imported
     assert [module for module in imported if module.partition(".")[0] != "torchpar"] == []
@@ -349,6 +373,11 @@ def test_compilers_find_the_kernels_source(name: str) -> None:
 STOP = Mock(side_effect=NotImplementedError)  # a compiler that has seen the traced operator
 
 
+@pytest.fixture(scope="module")
+def exported() -> torch.export.ExportedProgram:
+    return torch.export.export(torchpar.nn.LinearSigmoid(2, 4), (torch.ones(3, 2),))
+
+
 def _compile(options: dict[str, Any]) -> Callable[..., Any]:
     return lambda exported, x: compile_fx(exported.module(), [x], STOP, options)
 
@@ -369,7 +398,10 @@ def _compile(options: dict[str, Any]) -> Callable[..., Any]:
     ],
 )
 def test_supports_tma_where_a_compiler_allocates_for_descriptors(
-    monkeypatch: pytest.MonkeyPatch, trace: Callable[..., Any], expected: bool
+    monkeypatch: pytest.MonkeyPatch,
+    exported: torch.export.ExportedProgram,
+    trace: Callable[..., Any],
+    expected: bool,
 ) -> None:
     answers = []
 
@@ -377,15 +409,20 @@ def test_supports_tma_where_a_compiler_allocates_for_descriptors(
         answers.append(supports_tma(torch.library.wrap_triton))
         return False
 
-    x = torch.ones(3, 2)
-    exported = torch.export.export(torchpar.nn.LinearSigmoid(2, 4), (x,))
     monkeypatch.setattr("torch.export._trace.custom_triton_ops_decomposition_disabled", ask)
     with suppress(NotImplementedError):
-        trace(exported, x)
+        trace(exported, torch.ones(3, 2))
     assert set(answers) == {expected}
 
 
-@pytest.mark.parametrize("name", OPERATORS)
+# matmul_t is computed as symmetric_matmul is, and linear_sigmoid as any other product.
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name in ("matmul_t", "linear_sigmoid")))
+        for name in OPERATORS
+    ],
+)
 @torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
 def test_compilers_take_operands_of_data_dependent_size(name: str) -> None:
     operator = OPERATORS[name]
@@ -424,6 +461,25 @@ def test_get_fp32_precision_is_that_of_torch_backends(precision: str) -> None:
         assert fp32_precision(X.bfloat16()) == fp32_precision(X) == "ieee"
     finally:
         products.fp32_precision = before
+
+
+def test_num_dispatch_modes_counts_the_active_modes() -> None:
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            counts.append(num_dispatch_modes())  # the mode rests while it handles a call
+            return func(*args, **(kwargs or {}))
+
+    counts: list[int] = []
+    assert num_dispatch_modes() == 0
+    with Mode():
+        assert num_dispatch_modes() == 1
+        with FakeTensorMode():
+            assert num_dispatch_modes() == 2
+        double(X)
+    assert counts == [0]
+    assert num_dispatch_modes() == 0
 
 
 @pytest.mark.skipif(
