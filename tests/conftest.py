@@ -24,6 +24,8 @@ import pytest
 # Before torch is imported: workers with two OpenMP threads each take several times as long on two
 # cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Inductor would compile and run a program for each instruction set, which takes ten seconds.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 import torch
 from commands import ROOT, import_path
 

@@ -103,7 +103,9 @@ def test_nothing_is_found_in_a_right_operator(right: Any) -> None:
     assert table["torch.export, save and load"].detail == "the graph holds the operator"
 
 
-@pytest.mark.parametrize("name", ["complex_gradient", "channels_last"])
+@pytest.mark.parametrize(
+    "name", ["complex_gradient", pytest.param("channels_last", marks=pytest.mark.slow)]
+)
 def test_nothing_is_found_in_a_right_operator_of(name: str, right: Any) -> None:
     """Complex operands, and those of four dimensions."""
     rules = [
@@ -171,12 +173,11 @@ def in_pairs(a: Tensor, b: Tensor) -> Tensor:
 @pytest.mark.parametrize("op", [in_one_chain, in_blocks, in_pairs])
 def test_a_sum_in_another_order_is_right(op: Any) -> None:
     """Where all terms are equal, PyTorch's own sum has no error in some layouts."""
-    for seed in range(3):
-        operands = (normal(4, 2000, seed=seed).float(), normal(3, 2000, seed=9 + seed).float())
-        table = check_operator(
-            op, [operands], reference=faulty.kernel, rules=["values", "layouts and sizes"]
-        )
-        assert table.ok, str(table)
+    operands = (normal(4, 2000).float(), normal(3, 2000, seed=1).float())
+    table = check_operator(
+        op, [operands], reference=faulty.kernel, rules=["values", "layouts and sizes"]
+    )
+    assert table.ok, str(table)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
