@@ -41,6 +41,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_package_loads_and_its_operators_give_the_values(package: Path) -> None:
     path = [
         part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part != str(ROOT)

@@ -235,7 +235,7 @@ def test_the_picture_of_the_rooms_is_true():
 @pytest.mark.parametrize(
     "command",
     # That a benchmark's reader may close it, tests/benchmarks/test_benchmarks.py shows, too.
-    [("torchpar", "doctor"), pytest.param(("benchmarks", "list"), marks=pytest.mark.slow)],
+    [("benchmarks", "list"), pytest.param(("torchpar", "doctor"), marks=pytest.mark.slow)],
 )
 def test_a_reader_may_close_the_pipe(command):
     """As head does."""

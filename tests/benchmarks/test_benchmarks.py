@@ -32,12 +32,12 @@ QUICK = {
     "calls": "mode speedup over_us",
     "products": "operator mode shape dtype threads ratio",
     "muon": "weight distance epoch",
-    "host": "operator n mode over_us over_aten",
     "autotune": (
         "GPU registers spilled_bytes shared_kb blocks blocks_per_multiprocessor waves estimate_ms"
     ),
 }
 SLOW = {
+    "host": "operator n mode over_us over_aten",
     "ptx": "kernel ratio",
     "optimizers": "library version promises situation verdict rounding",
     "train": "network batch samples_per_s",

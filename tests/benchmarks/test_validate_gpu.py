@@ -77,6 +77,7 @@ def test_there_is_nothing_to_run_on(tmp_path, gpu, environment, reason):
     assert not list((tmp_path / "out").iterdir())
 
 
+@pytest.mark.slow
 def test_a_stage_that_fails_is_named(tmp_path):
     """Without Triton most tests would be skipped."""
     status, printed = validate("out", "values", cwd=tmp_path, REHEARSAL_BLOCKED="triton")

@@ -59,6 +59,7 @@ def test_labels_are_those_of_the_quadrants():
     assert 324 < (points.labels != noisy.labels).sum() < 476  # 400 ± 4 standard deviations
 
 
+@pytest.mark.slow
 def test_noise_is_learnt_by_wide_networks_and_not_under_a_penalty(monkeypatch, tmp_path, capsys):
     metrics = tmp_path / "metrics"
     monkeypatch.setattr(quadrants, "WIDTHS", (1, 32))
@@ -455,6 +456,7 @@ def shares_of_an_epoch() -> tuple[list[int], float]:
     return sizes, epoch.loss
 
 
+@pytest.mark.slow
 def test_an_epoch_of_the_report_is_the_same_on_two_ranks_and_its_layers_take_most_of_it(ranks):
     """In float64 their losses differ by rounding; another rate gives another loss."""
     alone = time_a_short_epoch(Way(2048, profiled=True))

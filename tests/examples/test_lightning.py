@@ -82,6 +82,7 @@ def on_two_ranks(data: Path) -> Any:
     return plain, by_lightning(data, **ddp), by_lightning(data, seed=1, **ddp)
 
 
+@pytest.mark.slow  # importing Lightning takes each rank seconds
 def test_two_ranks_learn_what_two_ranks_of_the_plain_loop_do(data, ranks):
     for (plain, last), (mine, logged), (other, _) in ranks(2, on_two_ranks, data):
         assert all((a == b).all() for a, b in zip(mine, plain, strict=True))

@@ -128,7 +128,14 @@ def test_maximum_of_signed_zeros_is_pytorchs(dtype: torch.dtype, device: str) ->
         assert torch.equal(torchpar.maximum(a, b).signbit(), torch.maximum(a, b).signbit())
 
 
-@pytest.mark.parametrize("a_dtype", INTEGERS + FLOATS, ids=str)
+# Each is promoted with all others.
+PROMOTED = [
+    pytest.param(dtype, marks=[] if dtype in (torch.bool, torch.bfloat16) else pytest.mark.slow)
+    for dtype in INTEGERS + FLOATS
+]
+
+
+@pytest.mark.parametrize("a_dtype", PROMOTED, ids=str)
 def test_maximum_and_its_gradients_promote_as_pytorchs(a_dtype: torch.dtype, device: str) -> None:
     shapes_of_case = (((3, 4), (3, 4)), ((3, 4), (4,)), ((3, 4), ()), ((), (4,)))
     for b_dtype, shapes in itertools.product(INTEGERS + FLOATS, shapes_of_case):

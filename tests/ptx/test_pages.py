@@ -110,18 +110,8 @@ def test_kernels_take_what_the_table_says(operands):
     assert rows == lines_of_the_table(operands)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(
-            name,
-            marks=[]
-            if name.startswith("symmetric") and name.endswith("bfloat16, 128 256 64 8 4 tma")
-            else pytest.mark.slow,
-        )
-        for name in COUNTERS["PRODUCTS"]
-    ],
-)
+@pytest.mark.slow  # products of 1024³
+@pytest.mark.parametrize("name", COUNTERS["PRODUCTS"])
 def test_products_take_what_the_table_says(name):
     product = COUNTERS["PRODUCTS"][name]
     launch = COUNTERS["product_launch"](name)

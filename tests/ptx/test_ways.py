@@ -8,6 +8,7 @@ import errno
 import gc
 import io
 import os
+import runpy
 import signal
 import sys
 import textwrap
@@ -24,7 +25,6 @@ from commands import ROOT, forked
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.driver import driver as active_driver
 
-import torchpar.__main__
 from torchpar.ptx import command, driver, emulate, gpu, memory, native
 from torchpar.ptx.cuda import cuda_is_cpu
 
@@ -406,7 +406,9 @@ def test_a_terminal_with_only_ascii_has_the_report(script, monkeypatch, capsys):
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", terminal)
     monkeypatch.setattr(sys, "argv", ["torchpar", "ptx", script(WRONG)])
-    assert torchpar.__main__.main() == 1
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("torchpar", run_name="__main__")
+    assert ended.value.code == 1
     assert b"copy[2?1?1] for sm_90" in terminal.buffer.getvalue()
     assert capsys.readouterr().err == ""
 

@@ -170,10 +170,10 @@ def in_pairs(a: Tensor, b: Tensor) -> Tensor:
     return terms.sum(-1)
 
 
-@pytest.mark.parametrize("op", [in_one_chain, in_blocks, in_pairs])
-def test_a_sum_in_another_order_is_right(op: Any) -> None:
+@pytest.mark.parametrize("op, terms", [(in_one_chain, 500), (in_blocks, 2000), (in_pairs, 2000)])
+def test_a_sum_in_another_order_is_right(op: Any, terms: int) -> None:
     """Where all terms are equal, PyTorch's own sum has no error in some layouts."""
-    operands = (normal(4, 2000).float(), normal(3, 2000, seed=1).float())
+    operands = (normal(4, terms).float(), normal(3, terms, seed=1).float())
     table = check_operator(
         op, [operands], reference=faulty.kernel, rules=["values", "layouts and sizes"]
     )
@@ -255,10 +255,10 @@ def test_a_missing_rule_of_sharding_is_named() -> None:
     assert "register one by op.register_sharding of torchpar.library" in row.detail
 
 
-def test_a_failed_process_group_is_not_taken_for_that_of_the_simulated_ranks(right: Any) -> None:
+def test_a_failed_process_group_is_not_taken_for_that_of_the_simulated_ranks() -> None:
     """PyTorch counts the group, and names the next group after the number."""
     for _ in range(2):
-        table = check_operator(right, SAMPLES, reference=faulty.kernel, rules="DTensor")
+        table = check_operator(torch.abs, [(normal(3),)], reference=torch.abs, rules="DTensor")
         assert table["DTensor"].outcome == "works", str(table)
         with pytest.raises(dist.DistStoreError):  # the other rank does not come
             dist.init_process_group(
