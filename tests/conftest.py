@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
 from multiprocessing import get_context
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import pytest
@@ -26,16 +26,12 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Inductor would compile and run a program for each instruction set, which takes ten seconds.
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
-import torch
-from commands import ROOT, import_path
+if TYPE_CHECKING:  # the process that starts pytest-xdist's workers needs no torch
+    from torchpar.parallel.launch.local import Ranks
 
-from torchpar.parallel.launch.local import PRELOAD, Ranks, fork_context
-
-DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
-THREADS = torch.get_num_threads()
 LONGEST = """
-    check_operator checkpoint examples exercises kernels_compiled operators_compile our_operators
-    parallel_meshes ptx testing training
+    check_operator emulated_corpus examples launch library our_operators ptx rendezvous run_page
+    symmetric_matmul testing training
 """
 
 
@@ -58,12 +54,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONGEST.split())
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run tests of the fixture `device` on the CPU, and on a GPU if there is one."""
+    import torch
+
+    if "device" in metafunc.fixturenames:
+        devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+        metafunc.parametrize("device", devices, indirect=True)
+
+
+@pytest.fixture(scope="session")
+def usual_threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
 @pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
+def threads(usual_threads: int) -> Iterator[None]:
     """Restore PyTorch's number of threads after each test, because Numba's first parallel loop
     changes it."""
+    import torch
+
     yield
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(usual_threads)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -79,6 +93,8 @@ def interruptible() -> Iterator[None]:
 def kernels_always() -> Iterator[None]:
     """Launch the kernels on a GPU, at any size: tests have small ones, of which the library
     computes most."""
+    import torch
+
     if not (torch.cuda.is_available() and find_spec("triton")):
         yield
         return
@@ -86,7 +102,7 @@ def kernels_always() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=DEVICES)
+@pytest.fixture
 def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -116,6 +132,10 @@ def world() -> Iterator[Any]:
 def fork_server() -> None:
     """The server that processes of the tests are forked from: it has imported the examples'
     modules, too."""
+    from commands import ROOT, import_path
+
+    from torchpar.parallel.launch.local import PRELOAD, fork_context
+
     modules = ["torchpar.parallel.split.pipeline", "torchpar.training", "torchvision.datasets"]
     # Without its own packages, ``support`` would end the server.
     if find_spec("rich") and find_spec("tyro"):
@@ -127,9 +147,11 @@ def fork_server() -> None:
 
 
 @pytest.fixture(scope="session")
-def ranks(fork_server) -> Iterator[Ranks]:
+def ranks(fork_server: None) -> Iterator["Ranks"]:
     """``ranks(world_size, function, *args)``: the results of a module-level function on each gloo
     rank."""
+    from torchpar.parallel.launch.local import Ranks
+
     with Ranks() as started:
         yield started
 

@@ -232,11 +232,8 @@ def test_the_picture_of_the_rooms_is_true():
     assert not any(name.startswith("torchpar.training") for name in found)
 
 
-@pytest.mark.parametrize(
-    "command",
-    # That a benchmark's reader may close it, tests/benchmarks/test_benchmarks.py shows, too.
-    [("benchmarks", "list"), pytest.param(("torchpar", "doctor"), marks=pytest.mark.slow)],
-)
+@pytest.mark.slow  # by default a benchmark's output shows it: tests/benchmarks/test_benchmarks.py
+@pytest.mark.parametrize("command", [("torchpar", "doctor"), ("benchmarks", "list")])
 def test_a_reader_may_close_the_pipe(command):
     """As head does."""
     read, write = os.pipe()

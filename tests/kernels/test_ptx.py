@@ -352,7 +352,40 @@ def check(case: Case, is_pipelined: bool = False) -> None:
         assert cases.same_bits(found, first), schedule
 
 
-@pytest.mark.parametrize("name", [*DEFAULTS, *(pytest.param(name, marks=slow) for name in OTHERS)])
+# Slow tests, since another case has the same kernel in another dtype, size or layout.
+ALIKE = {
+    "matmul_t, small",
+    "matmul_t, by pointers, full tiles",
+    "matmul_t, float64",
+    "matmul_t, factors (-1e+300, 0.0)",
+    "half_sum, expanded",
+    "linear_sigmoid, small",
+    "linear_sigmoid, float64",
+    "linear_sigmoid, many rows of tiles",
+    "sigmoid_backward, expanded",
+    "exact_matmul",
+    "exact_matmul, symmetric",
+    "maximum, a last block of one",
+    "maximum, same permutation",
+    "maximum, a long row",
+    "maximum, outer",
+    "maximum, 4 dimensions",
+    "maximum, 5 dimensions",
+    *(f"maximum of {(dtype,)}" for dtype in (torch.int8, torch.int16, torch.int32)),
+}
+
+
+def test_what_is_alike_is_a_case() -> None:
+    assert set(DEFAULTS) > ALIKE
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[slow] * (name in ALIKE or name in OTHERS))
+        for name in (*DEFAULTS, *OTHERS)
+    ],
+)
 def test_kernel(name):
     check((DEFAULTS | OTHERS)[name], name in PIPELINED)
 
