@@ -17,6 +17,9 @@ WITH_PICTURES = [
 PHONE = {"width": 390, "height": 800}
 
 
+pytestmark = pytest.mark.slow  # to build the site takes seconds
+
+
 @pytest.fixture(scope="module")
 def tab(tmp_path_factory):
     """A page of Chromium, the site's address, and the requests and messages of all pages so far."""
@@ -77,14 +80,7 @@ def test_each_door_of_the_first_page_has_a_picture_at_its_own_size(tab):
         assert right <= PHONE["width"]
 
 
-# One page has measured plots, one drawings, and one a photograph of a page; all share a style.
-@pytest.mark.parametrize(
-    "page",
-    [
-        pytest.param(page, marks=[pytest.mark.slow] * (page not in ("ladder", "maximum", "ptx")))
-        for page in WITH_PICTURES
-    ],
-)
+@pytest.mark.parametrize("page", WITH_PICTURES)
 def test_pages_are_legible_on_a_phone_in_dark_mode(tab, page):
     for picture in pictures_of(tab, page):
         natural, shown = picture.evaluate(

@@ -79,9 +79,17 @@ NAMES = ("maximum", "matmul_t", "matmul", "linear_sigmoid")
 # The parallel loops are the serial ones with prange. Numba takes a second to compile each, so most
 # of them are marked slow. By default the one is tested whose iterations write into each other's
 # rows.
-BY_DEFAULT = [("matmul_t", "triangular, parallel")]
+BY_DEFAULT = ("matmul_t", "triangular, parallel")
+
+
+def is_slow(name: str, level: str) -> bool:
+    """Whether the test by default is of a loop like this one."""
+    is_alike = "parallel" in level or (name, level) == ("matmul_t", "triangular, serial")
+    return is_alike and (name, level) != BY_DEFAULT
+
+
 WAYS = [
-    pytest.param(*way, marks=[pytest.mark.slow] * ("parallel" in way[1] and way not in BY_DEFAULT))
+    pytest.param(*way, marks=[pytest.mark.slow] * is_slow(*way))
     for way in ((name, level) for name in NAMES for level in levels(name))
 ]
 

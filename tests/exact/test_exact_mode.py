@@ -69,7 +69,12 @@ FUNCTIONS: dict[str, tuple[Any, Tensor, float]] = {
 }
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+LONGEST = ("norm of 12 million", "sum to one place")  # which are slow tests
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONGEST)) for name in FUNCTIONS]
+)
 def test_functions_round_once(name):
     function, x, bound = FUNCTIONS[name]
     with exact.mode():

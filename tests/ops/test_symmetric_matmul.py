@@ -202,8 +202,20 @@ def into(shape: tuple[int, ...], dtype: torch.dtype, out: torch.dtype, device: s
     return [x, h.tril() + h.tril(-1).mT]
 
 
-@pytest.mark.parametrize("shape", [(5, 3), (800, 30), (2, 400, 20), (0, 4), (4, 0)], ids=str)
-@pytest.mark.parametrize("dtype, out", PAIRS, ids=str)
+USUAL = [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)]
+# Of the larger shapes, the other dtypes are slow tests.
+SHAPES_AND_PAIRS = [
+    pytest.param(
+        shape,
+        *pair,
+        marks=[pytest.mark.slow] * (max(shape) > 100 and pair not in USUAL),
+    )
+    for shape in [(5, 3), (800, 30), (2, 400, 20), (0, 4), (4, 0)]
+    for pair in PAIRS
+]
+
+
+@pytest.mark.parametrize("shape, dtype, out", SHAPES_AND_PAIRS, ids=str)
 def test_the_error_is_at_most_twice_torchs(shape, dtype, out, device):
     for alpha, beta in ((1.0, 1.0), (-0.5, 2.0), (2.0, 0.0), (0.0, 0.5), (0.0, 0.0)):
         x, h = into(shape, dtype, out, device)

@@ -7,8 +7,9 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from subprocess import PIPE, Popen
@@ -266,26 +267,47 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
-)
-def test_a_killed_program_leaves_no_ranks_behind(tmp_path, number):
-    """Neither the server that ranks are forked from, nor files."""
-    script, mark = tmp_path / "script.py", f"ORPHANS_OF={os.getpid()}-{number}"
+@contextmanager
+def started(folder: Path) -> Iterator[tuple[Popen[str], str]]:
+    """A program with two ranks, and a mark in the environment of all its processes."""
+    script, mark = folder / "script.py", f"ORPHANS_OF={os.getpid()}-{folder.name}"
     script.write_text(ORPHANS)
-    environment = os.environ | {"PYTHONPATH": import_path(ROOT), "TMPDIR": str(tmp_path)}
+    environment = os.environ | {"PYTHONPATH": import_path(ROOT), "TMPDIR": str(folder)}
     environment |= dict([mark.split("=")])
     with Popen([sys.executable, str(script)], stdout=PIPE, text=True, env=environment) as program:
-        stores = Path(program.stdout.readline().strip())
-        assert stores.is_dir()
-        assert len(living(mark)) >= 4  # the program, the server and two ranks
-        os.kill(program.pid, number)
-        program.wait()
-        deadline = time.monotonic() + 30
-        while living(mark):
-            assert time.monotonic() < deadline, living(mark)
-            time.sleep(0.02)
+        yield program, mark
+        program.kill()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Popen[str], str]]:
+    """`started` with the first test of this file: it imports PyTorch twice meanwhile."""
+    with started(tmp_path_factory.mktemp("program")) as found:
+        yield found
+
+
+def leaves_no_ranks_behind(program: Popen[str], mark: str, number: int) -> None:
+    stores = Path(program.stdout.readline().strip())
+    assert stores.is_dir()
+    assert len(living(mark)) >= 4  # the program, the server and two ranks
+    os.kill(program.pid, number)
+    program.wait()
+    deadline = time.monotonic() + 30
+    while living(mark):
+        assert time.monotonic() < deadline, living(mark)
+        time.sleep(0.02)
     assert not stores.exists()
+
+
+def test_a_killed_program_leaves_no_ranks_behind(program):
+    """Neither the server that ranks are forked from, nor files."""
+    leaves_no_ranks_behind(*program, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_terminated_program_leaves_no_ranks_behind(tmp_path):
+    with started(tmp_path) as (program, mark):
+        leaves_no_ranks_behind(program, mark, signal.SIGTERM)
 
 
 def living(mark: str) -> list[int]:

@@ -103,9 +103,8 @@ def test_nothing_is_found_in_a_right_operator(right: Any) -> None:
     assert table["torch.export, save and load"].detail == "the graph holds the operator"
 
 
-@pytest.mark.parametrize(
-    "name", ["complex_gradient", pytest.param("channels_last", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["complex_gradient", "channels_last"])
 def test_nothing_is_found_in_a_right_operator_of(name: str, right: Any) -> None:
     """Complex operands, and those of four dimensions."""
     rules = [
