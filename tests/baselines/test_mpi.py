@@ -351,7 +351,9 @@ def test_losses_of_a_wrong_split_are_refused(data, monkeypatch):
 @needs_mpirun
 def test_several_processes_have_a_thread_each_and_one_has_all(script):
     """A table of the pooled exercise names its threads, too, in another test."""
-    program = f"import {script}\nfrom support import one_process\nprint(one_process.own_threads())"
+    # A line in one write: lines of two processes would mix.
+    program = f"import {script}\nfrom support import one_process\n"
+    program += "print(f'{one_process.own_threads()}\\n', end='')"
     assert without_torch(1, "-c", program).split() == [str(len(one_process.own_cores()))]
     assert without_torch(2, "-c", program).split() == ["1", "1"]
 
