@@ -10,6 +10,7 @@ kinds() { # the kinds, from the most instructions to the fewest
     if has avx2; then echo sse; fi
 }
 
+# The settings limit PyTorch's libraries. torchpar still asks the processor whether it has AMX.
 settings_of() { # KIND: the variables that limit the instructions of PyTorch, oneDNN and MKL to it
     case $1 in
         all) ;;

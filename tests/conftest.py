@@ -41,7 +41,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("dist", "no") == "load":  # which -n alone chooses
         config.option.dist = "loadfile"
         config.option.loadscopereorder = False  # by the number of tests
-    gc.disable()  # until the tests are imported, most of which is for good
+    gc.disable()  # until the tests are imported: most of what imports allocate stays
 
 
 def pytest_collection_finish() -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import torchpar
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+HALVES = (torch.float16, torch.bfloat16)
 OTHERS = (torch.int64, torch.uint8, torch.bool, torch.int8, torch.complex64, torch.uint16)
 SIZES = (0, 1, 2, 3, 5, 8, 17, 33, 129)
 ROUNDINGS = 8  # units of the largest result: bias, exp, +, 1/, alpha, beta, and the store
@@ -30,7 +31,7 @@ def whole(*tensors: Tensor) -> list[Tensor]:
     """16-bit matrices with zeros up to multiples of 32, since AMX reads beyond the ends of rows."""
     return [
         nn.functional.pad(t, [count for size in t.shape[:-3:-1] for count in (0, -size % 32)])
-        if t.dtype in (torch.float16, torch.bfloat16)
+        if t.dtype in HALVES
         else t
         for t in tensors
     ]
@@ -52,7 +53,8 @@ def symmetric_matmul(
 
 def linear_sigmoid(x: Tensor, weight: Tensor, bias: Any = None) -> Tensor:
     fits = x.dim() and weight.dim() == 2 and x.shape[-1] == weight.shape[1]
-    if not fits or (bias is not None and bias.shape != weight.shape[:1]):
+    fits = fits and (bias is None or bias.shape == weight.shape[:1])
+    if not fits or x.dtype not in HALVES:
         return nn.functional.linear(x, weight, bias).sigmoid()
     rows = x.shape[:-1].numel()
     x2, w2, *b2 = whole(x.reshape(rows, x.shape[-1]), weight, *([] if bias is None else [bias]))
@@ -401,7 +403,7 @@ def behind() -> None:
 
     def wrong(x: Tensor) -> Any:
         found = right(x)
-        if x.dim() < 2 or x.dtype not in (torch.float16, torch.bfloat16):
+        if x.dim() < 2 or x.dtype not in HALVES:
             return found
         before = ~x.isfinite().all(-1)[..., 1:, None]
         return torch.cat(

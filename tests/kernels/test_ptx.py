@@ -375,7 +375,7 @@ ALIKE = {
 }
 
 
-def test_what_is_alike_is_a_case() -> None:
+def test_the_slow_cases_are_cases() -> None:
     assert set(DEFAULTS) > ALIKE
 
 

@@ -110,6 +110,13 @@ def second(op: Operator, *args: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(first, leaves, directions, materialize_grads=True))
 
 
+def batched(op: Operator, *args: Tensor) -> tuple[Tensor, ...]:
+    leaves = [t.clone().requires_grad_() for t in args]
+    y = op(*leaves)
+    two = torch.stack((incoming(y), torch.ones_like(y)))
+    return torch.autograd.grad(y, leaves, two, is_grads_batched=True)
+
+
 def functional(op: Operator, *args: Tensor) -> list[Tensor]:
     y, pull = vjp(op, *args)
     return [y, *pull(incoming(y))]
@@ -132,6 +139,7 @@ def compiled(op: Operator, *args: Tensor) -> list[Tensor]:
 CALLS: dict[str, Callable[..., Any]] = {
     "eager": pulled_back,
     "in a mode": in_a_mode,
+    "batched gradients": batched,
     "second derivatives": second,
     "torch.func": functional,
     "forward mode": forward,

@@ -112,17 +112,17 @@ TRAININGS = [
     # As many micro-batches as stages.
     Training(1, 1, 2, micro_batches=2, batches=(8,), max_norm=1e3),
     Training(1, 1, 3, hidden="maxout", max_norm=1e3),
-    Training(1, 1, 3, micro_batches=2, batches=(5, 6), max_norm=1e3),
     Training(2, 1, 2, micro_batches=2, batches=(7, 13)),  # as many micro-batches as stages
     Training(2, 2, 1, batches=(5, 13)),
     Training(1, 2, 2, "gpipe", 3, (25, 1, 10), "sigmoid", (8, 5)),  # a border within a pair
+    Training(2, 2, 2, batches=(13, 3)),
 ]
-# On more ranks, or with more micro-batches.
+# Like some of these, on more ranks or with other micro-batches.
 LARGER = [
     Training(4, 1, 1, hidden="sigmoid", batches=(13, 2), fused=True),
     Training(1, 1, 3, micro_batches=5, batches=(15,), max_norm=1e3),
+    Training(1, 1, 3, micro_batches=2, batches=(5, 6), max_norm=1e3),
     Training(1, 1, 4, "gpipe", 5, hidden="sigmoid"),
-    Training(2, 2, 2, batches=(13, 3)),
 ]
 
 

@@ -279,11 +279,17 @@ def started(folder: Path) -> Iterator[tuple[Popen[str], str]]:
         program.kill()
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Popen[str], str]]:
-    """`started` with the first test of this file: it imports PyTorch twice meanwhile."""
     with started(tmp_path_factory.mktemp("program")) as found:
         yield found
+
+
+@pytest.fixture(scope="module", autouse=True)
+def early_program(request: pytest.FixtureRequest) -> None:
+    """Start the program with the first test of this file: it imports PyTorch twice meanwhile."""
+    if any("program" in getattr(item, "fixturenames", ()) for item in request.session.items):
+        request.getfixturevalue("program")
 
 
 def leaves_no_ranks_behind(program: Popen[str], mark: str, number: int) -> None:

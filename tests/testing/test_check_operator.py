@@ -190,6 +190,36 @@ def test_a_sum_in_16_bits_is_wrong(dtype: torch.dtype) -> None:
         assert row.outcome == outcome, row
 
 
+@pytest.mark.parametrize(
+    "op, operands",
+    [
+        # Sums of 16 terms, of a large batch, beside a bias of zeros.
+        (
+            lambda x, w, b: nn.functional.linear(x, w, b),
+            (normal(50000, 16), normal(8, 16, seed=1), torch.zeros(8)),
+        ),
+        (torch.exp, (torch.ones(20000),)),
+        (torch.mul, (torch.ones(300000), normal(300000))),
+    ],
+)
+def test_an_error_of_1e_4_is_wrong(op: Any, operands: tuple[Tensor, ...]) -> None:
+    operands = tuple(t.float() for t in operands)
+    (row,) = check_operator(
+        lambda *args: op(*args) * (1 + 1e-4), [operands], reference=op, rules="values"
+    ).rows
+    assert row.outcome == "wrong", row
+
+
+def test_wrong_integers_and_sums_of_sparse_operands_are_wrong() -> None:
+    x = normal(3, 4)
+    for op, wrong in (
+        (lambda x: x.argmax(-1), lambda x: x.argmax(-1) + 1),
+        (lambda x: x.to_sparse().sum().float(), lambda x: x.to_sparse().sum().float() * 1.01),
+    ):
+        (row,) = check_operator(wrong, [(x,)], reference=op, rules="values").rows
+        assert row.outcome == "wrong", row
+
+
 def test_there_is_nothing_wider_than_float64() -> None:
     wide = (normal(4, 2000), normal(3, 2000, seed=1))
     table = check_operator(in_blocks, [wide], reference=faulty.kernel, rules="autocast")

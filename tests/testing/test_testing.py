@@ -103,7 +103,8 @@ def of(kind: Any, **arguments: Any) -> Any:
     return partial(faulty.make, kind=partial(kind, **arguments) if arguments else kind)
 
 
-RECONSTRUCTED = [  # faults of published libraries, where they belong, and whether another is alike
+# Faults of published libraries, where they belong, and whether they are slow tests.
+RECONSTRUCTED = [
     # Takes the slice for a matrix (DeepSpeed#8437).
     (faulty.make, "ColumnParallelLinear", "update off by", False),
     (of(faulty.OrthogonalisesShards), "Shard(0)", "update off by", True),

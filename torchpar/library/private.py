@@ -16,7 +16,7 @@ from torch._C import (
 from torch._C import (
     _len_torch_dispatch_stack as num_dispatch_modes,
 )
-from torch._C._functorch import peek_interpreter_stack
+from torch._C._functorch import is_legacy_batchedtensor, peek_interpreter_stack
 from torch._functorch.autograd_function import custom_function_call_vmap_helper
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch._functorch.utils import enable_single_level_autograd_function
@@ -48,6 +48,7 @@ __all__ = [
     "enable_single_level_autograd_function",
     "get_fp32_precision",
     "get_inner_triton_kernels",
+    "is_legacy_batchedtensor",
     "num_dispatch_modes",
     "peek_interpreter_stack",
     "retrieve_current_functorch_interpreter",

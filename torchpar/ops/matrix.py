@@ -7,7 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from torchpar.library.private import get_fp32_precision, num_dispatch_modes
+from torchpar.library.private import (
+    get_fp32_precision,
+    is_legacy_batchedtensor,
+    num_dispatch_modes,
+)
 from torchpar.library.sharding import is_dtensor
 from torchpar.library.transforms import is_plain, is_transformed
 from torchpar.ops.processor import has_amx
@@ -94,28 +98,31 @@ def product(
     """``alpha * a @ b.mT + beta * c`` by PyTorch's libraries, for ``a (*, n, k)``, ``b (*, m, k)``.
 
     As in BLAS, a factor of 0 leaves its term out, whatever the operands hold. Nor does it matter
-    what lies behind the rows in memory (`is_tiled`), also for the derivatives of the result.
+    what lies behind the rows in memory (`is_tiled`), also for the derivatives of the result, unless
+    the operands are DTensors. A result in ``out`` has no derivatives.
     """
     if c is not None and beta == 0:
         c = None
     if not is_tiled(a) or is_dtensor(a) or is_dtensor(b):
         return _product(a, b, c, alpha, beta, out)
+    if out is not None:  # which may be C: to compute twice would add the product twice
+        return _product(*pad_to_tiles(a, b), c, alpha, beta, out)
     if _may_be_differentiated(a, b, c):
         return _whole_product(a, b, c, alpha, beta)
-    if out is not None and out is c:  # computing twice would add the product twice
-        return _product(*pad_to_tiles(a, b), c, alpha, beta, out)
-    return of_rows_alone(lambda a, b: _product(a, b, c, alpha, beta, out), a, b)
+    return of_rows_alone(lambda a, b: _product(a, b, c, alpha, beta), a, b)
 
 
 def of_rows_alone(compute: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:
     """``compute(a, b)``, a product of the rows ``a (*, n, k)`` and ``b (*, m, k)``, if `is_tiled`.
 
-    What lies behind the rows can only turn results into NaN. Where the result can be read, the rows
-    are therefore padded if it holds a NaN, and not before: its sum takes less time than the copies.
+    What lies behind the rows can only turn results into NaN. So where the result can be read, the
+    rows are padded only if it holds a NaN: the sum of the result takes less time than the copies.
     """
     if not is_tiled(a) or not missing(a.shape[-1]):
         return compute(a, b)
-    if is_plain(a, b) and not num_dispatch_modes():
+    # Batched gradients have no numbers to be read.
+    is_batched = is_legacy_batchedtensor(a) or is_legacy_batchedtensor(b)
+    if is_plain(a, b) and not is_batched and not num_dispatch_modes():
         result = compute(a, b)
         if not math.isnan(result.sum().item()):
             return result
@@ -131,7 +138,8 @@ def _may_be_differentiated(*tensors: Tensor | None) -> bool:
 def _whole_product(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float) -> Tensor:
     """`product`, with zeros to whole tiles in all sizes.
 
-    The derivatives are products along the other sizes. Autograd pads their operands by slicing.
+    The derivatives are products along the other sizes. Their operands are whole, too, because the
+    gradient of a slice is zero outside of it.
     """
     n, m = a.shape[-2], b.shape[-2]
     a, b = (_with_zeros(t, -2) for t in pad_to_tiles(a, b))

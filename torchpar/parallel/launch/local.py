@@ -146,7 +146,7 @@ class Ranks(ExitStack):
 def _begin(folder: Path) -> None:
     """Begin a rank's process."""
     # What the server has imported stays. `join_world` ends with a collection of garbage, which
-    # would pass over all of it in each call.
+    # would visit all of it in each call. `gc.get_objects` leaves it out from now on.
     gc.freeze()
     end_with_parent(folder)
 
