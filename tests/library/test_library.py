@@ -33,7 +33,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchpar
 from torchpar.library import CustomOpDef
-from torchpar.library.private import get_fp32_precision, num_dispatch_modes
+from torchpar.library.private import (
+    get_fp32_precision,
+    is_legacy_batchedtensor,
+    num_dispatch_modes,
+)
 from torchpar.ops._operator import supports_tma
 from torchpar.ops.matrix import fp32_precision
 from torchpar.testing import check_operator
@@ -461,6 +465,16 @@ def test_get_fp32_precision_is_that_of_torch_backends(precision: str) -> None:
         assert fp32_precision(X.bfloat16()) == fp32_precision(X) == "ieee"
     finally:
         products.fp32_precision = before
+
+
+def test_is_legacy_batchedtensor_is_for_batched_gradients() -> None:
+    """torch.vmap has other batched tensors, which `peek_interpreter_stack` finds."""
+    x, found = torch.ones(3, requires_grad=True), []
+    y = 2 * x
+    y.register_hook(lambda g: found.append(is_legacy_batchedtensor(g)))
+    torch.autograd.grad(y, x, torch.ones(2, 3), is_grads_batched=True, retain_graph=True)
+    torch.autograd.grad(y, x, torch.ones(3))
+    assert found == [True, False]
 
 
 def test_num_dispatch_modes_counts_the_active_modes() -> None:
