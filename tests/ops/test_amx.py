@@ -19,7 +19,9 @@ from torch.func import jvp, vjp, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
 NAMES = ("matmul_t", "symmetric_matmul", "linear_sigmoid")
-SIZES = (70, 100, 45)  # rows, columns, and rows of a weight: none is a multiple of 32
+# Rows, columns, and rows of a weight, none of them a multiple of 32. The results of the second are
+# larger than the operands.
+SIZES, THIN = (70, 100, 45), (200, 33, 150)
 DTYPES = (torch.bfloat16, torch.float16)
 Operator = Callable[..., Tensor]
 
@@ -148,9 +150,11 @@ CALLS: dict[str, Callable[..., Any]] = {
 }
 
 
-def operands(name: str, dtype: torch.dtype, value: float) -> tuple[Tensor, ...]:
+def operands(
+    name: str, dtype: torch.dtype, value: float, sizes: tuple[int, int, int] = SIZES
+) -> tuple[Tensor, ...]:
     """Operands of which one row, of the first, holds ``value``."""
-    n, k, m = SIZES
+    n, k, m = sizes
     x = halves(n, k, dtype=dtype)
     x[n // 2, 3] = value
     if name == "matmul_t":
@@ -178,8 +182,8 @@ def test_results_are_nan_where_those_of_float64_are(name: str, call: str, amx: N
     torch.compiler.reset()
     # A compiled graph does not depend on the values.
     for dtype in DTYPES[: 1 if call == "torch.compile" else None]:
-        for value in (torch.inf, torch.nan):
-            args = operands(name, dtype, value)
+        for value, sizes in ((torch.inf, SIZES), (torch.nan, SIZES), (torch.inf, THIN)):
+            args = operands(name, dtype, value, sizes)
             found = compute(operator.function, *args)
             # (G + Gᵀ)·X and G·X + Gᵀ·X are NaN at different places.
             expected = [

@@ -115,17 +115,20 @@ def product(
 def of_rows_alone(compute: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:
     """``compute(a, b)``, a product of the rows ``a (*, n, k)`` and ``b (*, m, k)``, if `is_tiled`.
 
-    What lies behind the rows can only turn results into NaN. So where the result can be read, the
-    rows are padded only if it holds a NaN: the sum of the result takes less time than the copies.
+    What lies behind the rows can only turn results into NaN. So where the result can be read, and
+    is not much larger than the operands, the rows are padded only if it holds a NaN: a sum reads
+    each number once, and copies of the operands read and write each number.
     """
     if not is_tiled(a) or not missing(a.shape[-1]):
         return compute(a, b)
     # Batched gradients have no numbers to be read.
     is_batched = is_legacy_batchedtensor(a) or is_legacy_batchedtensor(b)
     if is_plain(a, b) and not is_batched and not num_dispatch_modes():
-        result = compute(a, b)
-        if not math.isnan(result.sum().item()):
-            return result
+        size = a.numel() // a.shape[-1] * b.shape[-2]
+        if size <= 2 * (a.numel() + b.numel()):
+            result = compute(a, b)
+            if not math.isnan(result.sum().item()):
+                return result
     return compute(*pad_to_tiles(a, b))
 
 
