@@ -14,7 +14,7 @@ import pytest
 import torch
 
 pytest.importorskip("rich", reason="rich prints the tables")
-from benchmarks import muon, operators, products, train
+from benchmarks import ddp, muon, operators, products, train
 from benchmarks.__main__ import main
 from benchmarks.command import Command, run
 from benchmarks.ladder_case import LABELS
@@ -76,6 +76,7 @@ def test_a_benchmark_runs_and_its_csv_has_the_columns(tmp_path, monkeypatch, cap
     if not torch.cuda.is_available():
         # A CPU's caches, whose eviction takes longer than a call.
         monkeypatch.setattr("benchmarks.compare.flush", lambda device: None)
+    monkeypatch.setattr(ddp, "QUICK", [ddp.Network((30,), 8192)])
     monkeypatch.setattr(train, "ROUNDS", 1)
     monkeypatch.setattr(train, "QUICK", [train.Training((784, 10, 10), 10, samples=35)])
     flags = ["--quick", f"--output={tmp_path}"]
