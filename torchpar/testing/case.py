@@ -321,8 +321,9 @@ def close(
         try:
             assert_close(a, e, equal_nan=True)
         except AssertionError as error:
-            has_bounds = exact is not None and is_differentiable(a) and a.dtype != torch.float64
-            wide = tree_leaves(exact())[i] if exact is not None and has_bounds else None
+            wide = None
+            if exact is not None and is_differentiable(a) and a.dtype != torch.float64:
+                wide = tree_leaves(exact())[i]
             if wide is not None and _is_like(a, e):
                 mine, limit = _errors(a, e, wide)
                 if mine <= limit < math.inf:
