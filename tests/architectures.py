@@ -34,6 +34,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {  # the class, and its s
     ),
     "opt": ("OPTForCausalLM", dict(TEXT, ffn_dim=40, word_embed_proj_dim=32)),
     "mamba": ("MambaForCausalLM", dict(TOKENS, hidden_size=32, state_size=4, num_hidden_layers=2)),
+    "bert": ("BertForMaskedLM", TEXT),
     "modernbert": ("ModernBertForMaskedLM", dict(TEXT, cls_token_id=1, sep_token_id=2)),
 }
 

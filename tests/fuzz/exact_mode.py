@@ -7,7 +7,8 @@ documented refusal. Where PyTorch refuses, the mode must refuse, too. Otherwise:
 - shapes and dtypes are PyTorch's, integers are equal, NaN and infinity stand where they do in
   PyTorch or float64;
 - an error against float64 is at most twice PyTorch's plus `ROUNDINGS` units of the last place;
-- bits do not depend on threads, the default dtype, inference mode, or the other rows of the batch.
+- bits do not depend on threads, the default dtype, inference mode, activation checkpoints, or the
+  other rows of the batch.
 
 The last line's digest is of all bits. With `ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2` it
 must be the same, for the same seed and `--trials`.
@@ -21,6 +22,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +31,7 @@ from torch import Tensor
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.opinfo.core import BinaryUfuncInfo, OpInfo, UnaryUfuncInfo
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.checkpoint import checkpoint
 
 from torchpar import exact
 from torchpar.errors import ConfigError
@@ -55,6 +58,7 @@ DIFFERENT = {"torch.ops.aten._scaled_dot_product_flash_attention_for_cpu"}
 OPERATORS = [
     op for op in op_db if op.supports_dtype(torch.float32, "cpu") and op.name not in DIFFERENT
 ]
+REPLACED = [op for op in OPERATORS if op.name.endswith(("dot_product_attention", "group_norm"))]
 # Their errors are at most k·2⁻²⁷·max|a|·max|b| and half a unit, as docs/exact.md says.
 PRODUCTS = [
     "mm",
@@ -105,6 +109,11 @@ class Sample:
     ):
         self.function, self.args, self.kwargs, self.slopes = function, args, kwargs, slopes
 
+    def checkpointed(self, **options: bool) -> "Sample":
+        """The same sample, of a function that the backward pass calls again."""
+        function = partial(checkpoint, self.function, **options)
+        return Sample(function, self.args, self.kwargs, self.slopes)
+
     def __call__(
         self, args: tuple[Any, ...] | None = None, dtype: torch.dtype | None = None
     ) -> list[Tensor]:
@@ -133,7 +142,8 @@ class Sample:
 
 
 def draw(rng: random.Random) -> tuple[OpInfo, Sample | None, Call | None]:
-    op = rng.choice(OPERATORS)
+    # Where the mode replaces a function of PyTorch's, and not an operator, more is at risk.
+    op = rng.choice(REPLACED if rng.random() < 0.05 else OPERATORS)
     torch.manual_seed(rng.getrandbits(60))
     if op.error_inputs_func is not None and rng.random() < 0.15:
         errors = list(itertools.islice(op.error_inputs("cpu"), SAMPLES))
@@ -437,6 +447,11 @@ def invariances(op: OpInfo, sample: Sample, found: list[Tensor], rng: random.Ran
             if dtypes != [t.dtype for t in found]:
                 continue  # PyTorch's own result depends on it
         raise Found(f"with {name}: {brief_all(other)}, without it: {brief_all(found)}")
+    if sample.slopes:
+        # Not reentrant, which takes tensors alone, and none in lists.
+        other = result_of(sample.checkpointed(use_reentrant=False))
+        if isinstance(other, Exception) or not same(found, other):
+            raise Found(f"with a checkpoint: {brief_all(other)}, without: {brief_all(found)}")
     rows(op, sample, found, rng)
 
 
@@ -533,5 +548,14 @@ def dependent_rows() -> None:
     registry.EXACT_RULES["sum"] = rule
 
 
+def no_recomputed_functions() -> None:
+    """Let the backward pass call PyTorch's attention and group norm again, not the mode's."""
+    from torchpar.exact import dispatch
+
+    dispatch.within = lambda mode: {}
+
+
+FAULTS = {"exp": unfaithful_exp, "rows": dependent_rows, "checkpoint": no_recomputed_functions}
+
 if __name__ == "__main__":
-    sys.exit(run(trial, {"exp": unfaithful_exp, "rows": dependent_rows}))
+    sys.exit(run(trial, FAULTS))

@@ -37,6 +37,9 @@ from torchpar.exact.registry import (
     Result,
     Rule,
 )
+from torchpar.exact.watch import Watch, marks
+from torchpar.exact.within import within
+from torchpar.exact.workers import workers_enter
 
 _FUNCTIONS: dict[object, Callable[..., Tensor]] = {
     F.scaled_dot_product_attention: scaled_dot_product_attention,
@@ -66,9 +69,19 @@ def mode() -> Iterator[None]:
     """
     if is_active():
         yield
-        return
-    with _Functions(), _Operators():
-        yield
+    else:
+        with _computed_by(_Operators()):
+            yield
+
+
+@contextmanager
+def _computed_by(operators: "_Operators") -> Iterator[None]:
+    _watch.end()
+    try:
+        with workers_enter(mode, is_active), _Functions(), operators:
+            yield
+    finally:
+        _watch.begin()
 
 
 def is_active() -> bool:
@@ -88,6 +101,10 @@ class _Functions(TorchFunctionMode):
     In attention, a sum must not depend on the keys that a query does not attend to.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._within = within(self)
+
     def __torch_function__(
         self,
         func: Callable[..., object],
@@ -97,7 +114,7 @@ class _Functions(TorchFunctionMode):
     ) -> object:
         kwargs, replacement = kwargs or {}, _FUNCTIONS.get(func)
         if replacement is None:
-            return func(*args, **kwargs)
+            return self._within.get(func, func)(*args, **kwargs)
         (native,) = check_native(func, args, kwargs)
         result = replacement(*args, **kwargs)
         return result if native is None else like_native(result, native.strides)
@@ -110,6 +127,14 @@ class _Operators(TorchDispatchMode):
         types: Sequence[type],
         args: Sequence[object] = (),
         kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        result = self._compute(func, args, kwargs)
+        if not _returns_views(func):
+            marks.add(result)
+        return result
+
+    def _compute(
+        self, func: Operator, args: Sequence[object], kwargs: Mapping[str, object] | None
     ) -> object:
         kwargs, (known, own_rule, _) = dict(kwargs or {}), _look_up(func)
         kind, foreign = kind_of(func, [*args, *kwargs.values()])
@@ -155,6 +180,20 @@ def kind_of(func: Operator, operands: Sequence[object]) -> tuple[Kind, str]:
     return "passing" if of_integers and not _has_float(leaves) else kind, ""
 
 
+def _is_same_outside(func: Operator, operands: Sequence[object], result: object) -> bool:
+    """Whether an operator has the same bits everywhere outside of the mode, but for signs of 0."""
+    name = func._schema.name.removeprefix("aten::").removesuffix("_")
+    return (
+        not _has_float(result)
+        or name in reductions.CHOOSING
+        or (name in ("add", "sub") and len(operands) == 2)  # with alpha there is a product
+        or kind_of(func, operands)[0] == "passing"
+    )
+
+
+_watch = Watch(_is_same_outside)
+
+
 def _foreign(operand: object) -> str:
     """The kind of an operand for which processors compute different bits, or "".
 
@@ -197,6 +236,12 @@ def _is_implicit(func: Operator) -> bool:
     """Whether PyTorch always decomposes the operator, except in inference mode."""
     has_kernel = partial(torch._C._dispatch_has_kernel_for_dispatch_key, func.name())
     return has_kernel("CompositeImplicitAutograd") and not has_kernel("CPU")
+
+
+@cache
+def _returns_views(func: Operator) -> bool:
+    """Whether an operator's results may be operands or views of them, which it does not write."""
+    return func.is_view or (_is_implicit(func) and not func._schema.is_mutable)
 
 
 @cache
@@ -316,6 +361,6 @@ def coverage(function: Callable[..., object], *inputs: object, **options: object
             calls[str(func)] += 1
             return result
 
-    with _disable_current_modes(), _Functions(), _Recorder():
+    with _disable_current_modes(), _computed_by(_Recorder()):
         function(*inputs, **options)
     return found

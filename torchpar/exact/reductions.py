@@ -341,8 +341,8 @@ def _plus_zero(name: str, *operands: object, **options: object) -> Result:
     return result + 0.0 if result.is_floating_point() else result
 
 
-_CHOOSING = ("amax", "amin", "clamp", "clamp_max", "clamp_min", "max", "maximum", "min", "minimum")
-EXACT_RULES.update({name: partial(_plus_zero, name) for name in _CHOOSING})
+CHOOSING = ("amax", "amin", "clamp", "clamp_max", "clamp_min", "max", "maximum", "min", "minimum")
+EXACT_RULES.update({name: partial(_plus_zero, name) for name in CHOOSING})
 
 
 @rule("sort", any_dtype=True)
