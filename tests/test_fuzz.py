@@ -10,7 +10,7 @@ from commands import ROOT, run
 pytest.importorskip("tyro", reason="tyro reads the flags")
 SCRIPTS = {
     "exact_mode": ["exp", "rows", "checkpoint"],
-    "training": ["bits"],
+    "training": ["bits", "alone"],
     "optimizers": ["decay", "closure"],
     "operators": ["transposed", "last-bit", "behind"],
     "library": ["keywords"],

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Training runs on random meshes, killed at random moments, and resumed from damaged checkpoints.
 
-A trial is one of three kinds:
+A trial is one of four kinds:
 
+- scaler: with loss scaling, random gradients overflow on random ranks of a random mesh: all ranks
+  skip the same steps, and have the scales and losses of one process;
 - mesh: random layers on a random mesh of dp × tp × pp ranks have the losses of one process;
 - kill: a run on one or two ranks is ended by SIGTERM or SIGKILL, some times, and resumed to its
   end: the same bits as an undisturbed one, and no process and no shared memory is left behind;
@@ -29,6 +31,7 @@ from pathlib import Path
 from driver import ROOT, Found, Refused, run
 from fake_data import fashion_mnist
 from saved import latest, same, steps, tensors
+from scaled import OPTIMIZERS, train_scaled
 
 from torchpar.parallel.launch.local import PRELOAD, Ranks, fork_context
 
@@ -41,6 +44,7 @@ MODULES = [
 ]
 # Two orders of float32 sums of at most 784 terms typically differ by √784·2⁻²⁴, in each of at most
 # 5 layers and 16 steps; the learning rates below do not let a difference grow.
+sharing = "ours"  # of `train_scaled`
 TOLERANCE = 16 * 5 * math.sqrt(784) * 2.0**-24
 
 
@@ -67,7 +71,7 @@ def base() -> list[str]:
 
 
 def trial(rng: random.Random) -> str:
-    kind = rng.choice([mesh, damage, kill])
+    kind = rng.choice([scaler, mesh, damage, kill])
     try:
         return kind(rng)
     except Found as found:
@@ -131,6 +135,30 @@ def mesh(rng: random.Random) -> str:
                     f"{key} {many[key]} on {dp} × {tp} × {pp}, {one[key]} alone; {' '.join(flags)}"
                 )
     return "mesh"
+
+
+def scaler(rng: random.Random) -> str:
+    mesh = rng.choice([{"tp": 2}, {"pp": 2}, {"dp": 2, "tp": 2}, {"tp": 2, "pp": 2}, {"tp": 3}])
+    count, steps = math.prod(mesh.values()), 6
+    name = rng.choice([*OPTIMIZERS])
+    hidden = [rng.choice([3, 7, 12, 33]) for _ in range(rng.randint(4, 5))]
+    overflows = {step: rng.randrange(count) for step in range(steps) if rng.random() < 0.3}
+    options = (sharing, rng.random() < 0.5, (9, *hidden, 4), steps, rng.randrange(100))
+    divided = ranks().outcomes(count, train_scaled, mesh, name, overflows, *options)
+    of_one = dict.fromkeys(overflows, 0)
+    (of_all,) = ranks().outcomes(1, train_scaled, {}, name, of_one, *options)
+    what = f"{mesh}, {name}, {overflows}, {options}"
+    for rank, log in enumerate(divided):
+        if isinstance(log, BaseException) or isinstance(of_all, BaseException):
+            raise Found(f"{log!r} on rank {rank}, {of_all!r} alone; {what}")
+        for step, (found, expected) in enumerate(zip(log, of_all, strict=True)):
+            if found[:2] != expected[:2]:
+                raise Found(f"step {step}: {found} on rank {rank}, {expected} alone; {what}")
+            if name != "sgd" or found.loss is None:  # the others let a rounding grow
+                continue
+            if not math.isclose(found.loss, expected.loss, rel_tol=TOLERANCE):
+                raise Found(f"step {step}: {found} on rank {rank}, {expected} alone; {what}")
+    return "scaler"
 
 
 def one_line(said: str, what: object) -> None:
@@ -331,5 +359,11 @@ def unverified() -> None:
     undisturbed = wrong
 
 
+def alone() -> None:
+    """Let each rank skip the steps alone whose infinities it has found itself."""
+    global sharing
+    sharing = "alone"
+
+
 if __name__ == "__main__":
-    sys.exit(run(trial, {"bits": unverified}, limit=500))
+    sys.exit(run(trial, {"bits": unverified, "alone": alone}, limit=500))

@@ -6,17 +6,21 @@ import copy
 import doctest
 from functools import partial
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from architectures import make_model
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.utils import parametrizations
 from torch.testing import assert_close
 
+from torchpar.errors import ConfigError
 from torchpar.nn import MLP, LinearMaxout
 from torchpar.optim import Muon, muon
 from torchpar.optim.assign import Assignment
+from torchpar.parts import Part, mark_slice
 
 
 def test_the_example_prints_its_table_and_trains_every_parameter():
@@ -314,6 +318,22 @@ def test_muon_gets_the_hidden_matrices_alone():
 def test_refusals(arguments, message):
     with pytest.raises(ValueError, match=message):
         Muon.for_model(**{"model": make(), **arguments})
+
+
+def test_a_shard_of_one_row_is_a_matrix_as_on_the_other_ranks():
+    """The whole of a shard decides; a vector stays none."""
+    mesh, model = Mock(spec=DeviceMesh), nn.Sequential(*(nn.Linear(7, 1) for _ in range(3)))
+    assert model[1].weight not in updated_by_muon(model)
+    mark_slice(model[1].weight, Part((3, 7), (2, 0), (1, 7), mesh, 0))
+    assert model[1].weight in updated_by_muon(model)
+
+
+def updated_by_muon(model: nn.Module) -> set[Tensor]:
+    try:
+        optimizer: Any = Muon.for_model(model, overrides={"0.weight": "muon"})
+    except ConfigError:
+        return set()
+    return {p for group in optimizer.optimizers[0].param_groups for p in group["params"]}
 
 
 def test_a_parameter_that_the_model_has_replaced_is_named():

@@ -22,6 +22,7 @@ from torchpar.errors import ConfigError
 from torchpar.library.sharding import is_dtensor
 from torchpar.optim.chained import ChainedOptimizer, Group
 from torchpar.optim.matrices import View
+from torchpar.parts import part_of
 from torchpar.tables import in_columns
 
 Choice = Literal["muon", "others"]
@@ -267,7 +268,8 @@ _RULES: list[
 ] = [
     (lambda use: isinstance(use.layer, _EMBEDDINGS), "embedding", None),
     (lambda use: isinstance(use.layer, _NORMS), "normalization", None),
-    (lambda use: sum(n != 1 for n in use.p.shape) < 2, "not a matrix", None),
+    # All ranks must decide alike, of which one may have a single row.
+    (lambda use: sum(n != 1 for n in part_of(use.p).whole) < 2, "not a matrix", None),
     (lambda use: use.head, "output head, {head}", None),
     (
         lambda use: isinstance(use.layer, _ConvTransposeNd),

@@ -6,10 +6,12 @@ from torchpar.parallel.split.clip import clip_grad_norm_
 from torchpar.parallel.split.layers import ColumnParallelLinear, RowParallelLinear
 from torchpar.parallel.split.mlp import full_state_dict, load_full_state_dict, parallel_mlp
 from torchpar.parallel.split.pipeline import Pipeline, stage_mlp
+from torchpar.parallel.split.scaler import GradScaler
 from torchpar.parallel.split.shared_memory import register_shared_memory_hook
 
 __all__ = [
     "ColumnParallelLinear",
+    "GradScaler",
     "Pipeline",
     "RowParallelLinear",
     "World",

@@ -25,6 +25,7 @@ from torchpar.ops.linear_sigmoid import dz_and_db
 from torchpar.ops.matrix import rows
 from torchpar.parallel.launch.agreement import check_same_bits, check_same_on_all_ranks
 from torchpar.parallel.split.reduction import reduce_from_region, start_all_reduce
+from torchpar.parallel.split.scaler import skip_together
 from torchpar.parts import mark_slice, slice_along
 
 Activation = Literal["sigmoid", "relu", "tanh"] | None
@@ -156,6 +157,8 @@ class _ParallelLinear(nn.Linear):
             if parameter is not None:
                 shape = (self.out_features, self.in_features)[: parameter.dim()]
                 mark_slice(parameter, slice_along(axis, shape, self.mesh))
+        if self.mesh.size() > 1:
+            skip_together(self.parameters())
 
 
 class ColumnParallelLinear(_ParallelLinear):

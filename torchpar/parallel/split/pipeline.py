@@ -24,6 +24,7 @@ from torchpar.nn import MLP
 from torchpar.parallel.launch.agreement import check_same_each_time, check_same_on_all_ranks
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.split.reduction import all_reduce
+from torchpar.parallel.split.scaler import skip_together
 from torchpar.parallel.split.schedules import P2PCommunicator, gpipe, one_forward_one_backward
 from torchpar.profile.phases import phase
 
@@ -102,6 +103,8 @@ class Pipeline:
         arguments = {"schedule": schedule, "micro_batches": micro_batches}
         check_same_on_all_ranks(self._group, "the stages' pipelines", arguments)
         weight = next(module.parameters())
+        if self._group.size() > 1:
+            skip_together(module.parameters())
         self.module = module
         self.width = weight.shape[1]  # of the activations that the previous stage sends
         self.micro_batches = micro_batches

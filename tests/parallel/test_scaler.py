@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: MIT
+"""Loss scaling of divided models: an infinity on one rank lets all ranks skip the step."""
+
+import pytest
+import torch
+from scaled import OPTIMIZERS, train_scaled
+from torch.optim import SGD
+
+from torchpar.errors import ConfigError
+from torchpar.parallel import GradScaler, join_world
+
+MESHES = {
+    "tp": (2, {"tp": 2}),
+    "pp": (2, {"pp": 2}),
+    "tp of 3": (3, {"tp": 3}),
+    "pp of 3": (3, {"pp": 3}),
+    "dp × tp": (4, {"dp": 2, "tp": 2}),
+}
+# The scale doubles after two steps, and the third step, whose gradient overflows, halves it.
+EXPECTED = [(True, 1024.0), (True, 2048.0), (False, 1024.0), (True, 1024.0), (True, 2048.0)]
+
+
+def logs(ranks, mesh, *arguments):
+    world_size, sizes = MESHES[mesh]
+    found = ranks(
+        world_size, train_scaled, sizes, arguments[0], {2: world_size - 1}, *arguments[1:]
+    )
+    return [[step[:2] for step in log] for log in found]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("mesh", MESHES)
+def test_all_ranks_skip_a_step_together(ranks, mesh, name):
+    assert logs(ranks, mesh, name) == [EXPECTED] * MESHES[mesh][0]
+
+
+@pytest.mark.parametrize("mesh", ["tp", "pp"])
+def test_all_ranks_skip_a_step_whose_gradients_are_clipped(ranks, mesh):
+    assert logs(ranks, mesh, "sgd", "ours", True) == [EXPECTED] * 2
+
+
+def test_ranks_that_skip_alone_are_noticed(ranks):
+    steps, skips = logs(ranks, "tp", "sgd", "alone")
+    assert skips == EXPECTED
+    assert steps[2] == (True, 2048.0)
+
+
+@pytest.mark.parametrize("name", ["adamw", "fused", "muon"])
+def test_the_scaler_of_pytorch_is_refused(ranks, name):
+    with pytest.raises(ConfigError, match=r"divided over ranks; take torchpar\.parallel\.Grad"):
+        logs(ranks, "tp", name, "plain")
+
+
+def with_options(options_of_ranks: list[dict[str, float]]) -> None:
+    with join_world("cpu", timeout=20) as world:
+        GradScaler(world, **options_of_ranks[world.rank])
+
+
+def test_other_options_are_refused(ranks):
+    with pytest.raises(ConfigError, match=r"scalers: init_scale is 2\.0 on rank 0 and 4\.0 on"):
+        ranks(2, with_options, [{"init_scale": 2.0}, {"init_scale": 4.0}])
+
+
+def test_a_whole_model_takes_any_scaler(world):
+    model = torch.nn.Linear(2, 2)
+    for scaler in (
+        torch.amp.GradScaler("cpu"),
+        GradScaler(world),
+        GradScaler(world, enabled=False),
+    ):
+        optimizer = SGD(model.parameters(), lr=0.1)
+        before = model.weight.detach().clone()
+        scaler.scale(model(torch.ones(1, 2)).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert not torch.equal(model.weight, before)
