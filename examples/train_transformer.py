@@ -135,6 +135,7 @@ class Windows:
         self.batch_size = flags.batch_size
         self.samples = self.steps * flags.batch_size
         self.config = {"seed": flags.seed}
+        self.arithmetic = exact.mode if flags.arithmetic == "exact" else nullcontext
 
     def check(self, world: World) -> None: ...
 
@@ -150,7 +151,9 @@ class Windows:
         """The mean loss of a character of the validation text, over windows that do not overlap."""
         starts = torch.arange(0, len(self.validation) - CONTEXT, CONTEXT)
         mine = starts[world.rank :: world.world_size]
-        total = world.sum(loss_of(model, self.validation, mine, "sum"))
+        with self.arithmetic():
+            loss = loss_of(model, self.validation, mine, "sum")
+        total = world.sum(loss.double())
         return Evaluation(float(total) / (len(starts) * CONTEXT))
 
 
@@ -163,9 +166,9 @@ def train(name: str, flags: Flags, world: World) -> report.Run:
     """
     (text, validation), characters = load_book(world.device)
     is_exact = flags.arithmetic == "exact"
-    arithmetic = exact.mode if is_exact else nullcontext
+    task = Windows(flags, text, validation)
     torch.manual_seed(flags.seed)
-    with arithmetic():
+    with task.arithmetic():
         model = Transformer(characters).to(world.device)
     # On a GPU AdamW would take operators of several tensors, which have no exact version.
     adamw = partial(torch.optim.AdamW, lr=flags.adamw_lr, foreach=False if is_exact else None)
@@ -174,7 +177,6 @@ def train(name: str, flags: Flags, world: World) -> report.Run:
         optimizer = Muon.for_model(model, flags.lr, others=adamw, process_group=world.mesh["dp"])
         if world.rank == 0:
             print(optimizer)
-    task = Windows(flags, text, validation)
     epochs = math.ceil(flags.steps / task.steps)
     schedule = lr_scheduler(optimizer, "linear", epochs * task.steps)
     replica = DistributedDataParallel(model) if world.world_size > 1 and not is_exact else model
@@ -184,7 +186,7 @@ def train(name: str, flags: Flags, world: World) -> report.Run:
     with Run(model, optimizer, schedule, world, task, epochs=epochs, log=log) as run:
         for epoch in run.epochs():
             for starts in run.batches(epoch):
-                with arithmetic():
+                with task.arithmetic():
                     if parallel:
                         for unit in starts.split(UNIT)[mine]:
                             loss = loss_of(model, text, unit)
