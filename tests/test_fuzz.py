@@ -13,7 +13,7 @@ SCRIPTS = {
     "training": ["bits", "alone"],
     "optimizers": ["decay", "closure"],
     "operators": ["transposed", "last-bit", "behind"],
-    "library": ["keywords"],
+    "library": ["keywords", "unkeyed"],
     "flags": ["unchecked"],
     "emulator": ["minimum", "silent"],
 }

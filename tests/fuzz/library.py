@@ -4,10 +4,11 @@
 
 Arguments are tensors, optional tensors, lists of tensors, numbers with defaults, and keyword-only
 numbers; results are one tensor, several, a list or none; some operators write to an argument. Each
-is called plainly, under `no_grad` and `inference_mode`, on meta tensors, by `torch.autograd.grad`,
-`vmap`, `torch.compile` and `opcheck`. Both answer alike, with the same versions of written tensors,
-or both refuse. The documented refusals are those that `REFUSALS` names; an operator by
-torchpar.library may answer where PyTorch's refuses, with a right gradient.
+is called plainly, under `no_grad` and `inference_mode`, on meta tensors, by `torch.autograd.grad`
+with and without compiled autograd, `vmap`, `torch.compile` and `opcheck`. Both answer alike, with
+the same versions of written tensors, or both refuse. The documented refusals are those that
+`REFUSALS` names; an operator by torchpar.library may answer where PyTorch's refuses, with a right
+gradient.
 """
 
 import itertools
@@ -200,12 +201,26 @@ def on_meta(op: Any, args: Any, kwargs: Any) -> Any:
     return [(t.shape, t.dtype) for t in tree_leaves(result) if isinstance(t, Tensor)]
 
 
-def gradient(op: Any, args: Any, kwargs: Any) -> Any:
+def gradient(op: Any, args: Any, kwargs: Any, last_only: bool = False) -> Any:
     args = copied(args, grad=True)
     leaves = [t for t in tree_leaves(args) if isinstance(t, Tensor)]
     results = [t for t in tree_leaves(op(*args, **kwargs)) if isinstance(t, Tensor)]
-    total = sum((t * (i + 2)).sum() for i, t in enumerate(results))
+    used = list(enumerate(results))[-1 if last_only else 0 :]
+    total = sum((t * (i + 2)).sum() for i, t in used)
     return torch.autograd.grad(total, leaves, allow_unused=True)
+
+
+def gradient_of_the_last_result(op: Any, args: Any, kwargs: Any) -> Any:
+    return gradient(op, args, kwargs, last_only=True)
+
+
+def by_compiled_autograd(op: Any, args: Any, kwargs: Any) -> Any:
+    """Of all results and of the last, and both as without compiled autograd."""
+    with torch._dynamo.compiled_autograd._enable(lambda graph: graph):
+        found = [gradient(op, args, kwargs, last_only) for last_only in (False, True)]
+    expected = [gradient(op, args, kwargs, last_only) for last_only in (False, True)]
+    same = map(alike, tree_leaves(found), tree_leaves(expected))
+    return found, all(same)
 
 
 def saved_and_written(op: Any, args: Any, kwargs: Any) -> Any:
@@ -246,7 +261,8 @@ WAYS = [
     in_inference,
     on_meta,
     gradient,
-    gradient,
+    gradient_of_the_last_result,
+    by_compiled_autograd,
     saved_and_written,
     batched,
     checked,
@@ -313,5 +329,10 @@ def ignored_defaults() -> None:
     torchpar.library.CustomOpDef.__call__ = wrong  # type: ignore[method-assign]
 
 
+def unkeyed() -> None:
+    """Take the key from operators by which compiled autograd tells them apart."""
+    del torchpar.library.derivatives.Differentiable._compiled_autograd_key
+
+
 if __name__ == "__main__":
-    sys.exit(run(trial, {"keywords": ignored_defaults}))
+    sys.exit(run(trial, {"keywords": ignored_defaults, "unkeyed": unkeyed}))

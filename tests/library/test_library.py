@@ -34,6 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import torchpar
 from torchpar.library import CustomOpDef
 from torchpar.library.private import (
+    SingleLevelFunction,
     get_fp32_precision,
     is_legacy_batchedtensor,
     num_dispatch_modes,
@@ -475,6 +476,17 @@ def test_is_legacy_batchedtensor_is_for_batched_gradients() -> None:
     torch.autograd.grad(y, x, torch.ones(2, 3), is_grads_batched=True, retain_graph=True)
     torch.autograd.grad(y, x, torch.ones(3))
     assert found == [True, False]
+
+
+def test_compiled_autograd_tells_functions_apart_by_a_key_that_single_level_functions_lack() -> (
+    None
+):
+    assert not hasattr(SingleLevelFunction, "_compiled_autograd_key")
+    ops, x = [make(), make()], X.clone().requires_grad_()
+    for op in ops:
+        op.register_autograd(lambda ctx, g: 2 * g)
+    keys = [op(x).grad_fn._compiled_autograd_key() for op in (*ops, ops[0])]
+    assert keys[0] == keys[2] != keys[1]
 
 
 def test_num_dispatch_modes_counts_the_active_modes() -> None:

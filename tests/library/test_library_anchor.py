@@ -4,7 +4,7 @@
 import itertools
 import sys
 import threading
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -342,6 +342,263 @@ def test_a_list_of_gradients_has_one_for_each_tensor(library: Any) -> None:
     op.register_autograd(lambda ctx, g: ([None, 2 * g], [3 * g], 4 * g))
     found = torch.autograd.grad(op([x, y], [z], w).sum(), (y, z, w))
     assert [g.tolist() for g in found] == [[2, 2], [3, 3], [4, 4]]
+
+
+# Compiled autograd
+
+
+class Asked(NamedTuple):
+    """An operator, and a loss of it and of two vectors, which compiled autograd differentiates."""
+
+    schema: str
+    kernel: Any
+    backward: Any
+    loss: Any
+    setup_context: Any = None
+
+    def made(self, library: Any) -> Any:
+        op = make(library, self.kernel, schema=self.schema)
+        op.register_fake(self.kernel)
+        op.register_autograd(self.backward, setup_context=self.setup_context)
+        return lambda x, y: self.loss(op, x, y)
+
+
+def save_inputs(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def keep_second(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.second = inputs[1]
+
+
+def keep_keyword(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
+    ctx.times = keyword_only_inputs["times"]
+
+
+def mark_second(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.mark_non_differentiable(output[1])
+
+
+def two_and_four_times(x: Tensor) -> tuple[Tensor, Tensor]:
+    return 2 * x, 4 * x[1:].float()
+
+
+def gradient_of_two_and_four_times(ctx: Any, g: Tensor, h: Tensor) -> Tensor:
+    return 2 * g + torch.nn.functional.pad(4 * h.double(), (1, 0))
+
+
+def undefined(t: Tensor) -> Tensor:
+    """``t``, for which autograd passes on no gradient."""
+    return torch._C._functions.UndefinedGrad()(t)
+
+
+ASKED = {
+    "saved tensors": Asked(
+        "(Tensor x, Tensor y) -> Tensor",
+        lambda x, y: x.sin() * y,
+        lambda ctx, g: (g * ctx.saved_tensors[0].cos() * ctx.saved_tensors[1], g * 0.5),
+        lambda op, x, y: op(op(x, y), y) * x,
+        save_inputs,
+    ),
+    "no setup_context": Asked(
+        "(Tensor x) -> Tensor", double, lambda ctx, g: 2 * g, lambda op, x, y: op(x * y)
+    ),
+    "attributes": Asked(
+        "(Tensor x, float a=2.) -> Tensor",
+        lambda x, a=2.0: a * x,
+        lambda ctx, g: (ctx.second * g, None),
+        lambda op, x, y: op(x, len(x) + 0.5) + op(x, 3.0) * op(y),
+        keep_second,
+    ),
+    "keyword-only": Asked(
+        "(Tensor x, *, int times=3) -> Tensor",
+        lambda x, *, times=3: times * x,
+        lambda ctx, g: ctx.times * g,
+        lambda op, x, y: op(x, times=5) + op(y),
+        keep_keyword,
+    ),
+    "None": Asked(
+        "(Tensor x, Tensor? y=None) -> Tensor",
+        lambda x, y=None: 2 * x if y is None else x * y,
+        lambda ctx, g: (2 * g, None) if ctx.second is None else (g * ctx.second, g),
+        lambda op, x, y: op(x) + op(x, y) + op(x, None),
+        keep_second,
+    ),
+    "lists": Asked(
+        "(Tensor[] xs, Tensor y) -> Tensor[]",
+        lambda xs, y: [(i + 2) * x * y for i, x in enumerate(xs)],
+        lambda ctx, gs: ([(i + 2) * g * ctx.second for i, g in enumerate(gs)], sum(gs)),
+        lambda op, x, y: op([x, y, y], x)[1] * op([y] * len(x), y)[-1],
+        keep_second,
+    ),
+    "a list with None": Asked(
+        "(Tensor x, Tensor?[] ys) -> Tensor",
+        lambda x, ys: x + sum(y for y in ys if y is not None),
+        lambda ctx, g: (2 * g, [3 * g, None]),
+        lambda op, x, y: op(x, [y, None]),
+    ),
+    "needs_input_grad": Asked(
+        "(Tensor x, Tensor[] ys) -> Tensor",
+        lambda x, ys: 2 * x + 3 * ys[0],
+        lambda ctx, g: (
+            2 * g if ctx.needs_input_grad[0] else None,
+            [3 * g if needed else None for needed in ctx.needs_input_grad[1]],
+        ),
+        lambda op, x, y: op(x, [y]) * op(x.detach(), [y]) * op(x, [y.detach(), y.detach()]),
+    ),
+    **{
+        f"result {i} of two": Asked(
+            "(Tensor x) -> (Tensor, Tensor)",
+            two_and_four_times,
+            gradient_of_two_and_four_times,
+            lambda op, x, y, i=i: op(x)[i] * y[1:].sum(),
+        )
+        for i in (0, 1)
+    },
+    "both results": Asked(
+        "(Tensor x) -> (Tensor, Tensor)",
+        two_and_four_times,
+        gradient_of_two_and_four_times,
+        lambda op, x, y: op(x)[0][1:] * op(y)[1],
+    ),
+    "no result with a gradient": Asked(
+        "(Tensor x) -> (Tensor, Tensor)",
+        two_and_four_times,
+        gradient_of_two_and_four_times,
+        lambda op, x, y: undefined(op(2 * x)[0]) * y + x,
+    ),
+    "gradients that are not materialized": Asked(
+        "(Tensor x) -> (Tensor, Tensor)",
+        two_and_four_times,
+        lambda ctx, g, h: 2 * g if h is None else None,
+        lambda op, x, y: op(x * y)[0],
+        lambda ctx, inputs, output: ctx.set_materialize_grads(False),
+    ),
+    "a result marked as non-differentiable": Asked(
+        "(Tensor x) -> (Tensor, Tensor)",
+        lambda x: (2 * x, x.sign()),
+        lambda ctx, g, _: 2 * g,
+        lambda op, x, y: op(x)[0] * op(x)[1] * y,
+        mark_second,
+    ),
+    "integers": Asked(
+        "(Tensor x) -> (Tensor, Tensor, SymInt)",
+        lambda x: (2 * x, x.argsort(), x.shape[0]),
+        lambda ctx, g, *_: 2 * g,
+        lambda op, x, y: op(x)[0] * op(y)[1] * op(x)[2],
+    ),
+    "complex": Asked(
+        "(Tensor x, Tensor y) -> Tensor",
+        lambda x, y: x * y,
+        lambda ctx, g: (g * ctx.saved_tensors[1].conj(), g * ctx.saved_tensors[0].conj()),
+        lambda op, x, y: op(torch.complex(x, y), torch.complex(y, 2 * x)).imag,
+        save_inputs,
+    ),
+    "no gradient of one argument": Asked(
+        "(Tensor x, Tensor y) -> Tensor",
+        lambda x, y: x + y.sign(),
+        lambda ctx, g: (g, None),
+        lambda op, x, y: op(x, y) * x,
+    ),
+}
+
+
+def vectors(size: int) -> tuple[Tensor, Tensor]:
+    x, y = (torch.linspace(start, 2, size, dtype=torch.float64) for start in (-1, 1))
+    return x.requires_grad_(), y.requires_grad_()
+
+
+def eagerly(loss: Any) -> None:
+    loss().backward()
+
+
+def uncompiled(loss: Any) -> None:
+    """By compiled autograd, whose graph is called as it is."""
+    y = loss()
+    with torch._dynamo.compiled_autograd._enable(lambda graph: graph):
+        y.backward()
+
+
+def compiling(backend: str, compiles_forward: bool) -> Any:
+    def compile_graph(graph: Any) -> Any:
+        return torch.compile(graph, backend=backend, fullgraph=True, dynamic=True)
+
+    def way(loss: Any) -> None:
+        with torch._dynamo.compiled_autograd._enable(compile_graph):
+            (torch.compile(loss, backend=backend)() if compiles_forward else loss()).backward()
+
+    return way
+
+
+def configured(loss: Any) -> None:
+    """Forward and backward in one compiled function, as PyTorch's setting has it."""
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        torch.compile(lambda: loss().backward(), backend="eager")()
+
+
+WAYS = {
+    "uncompiled": uncompiled,
+    "eager forward": compiling("aot_eager", False),
+    "compiled forward": compiling("aot_eager", True),
+    "by the setting": configured,
+    "by Inductor": compiling("inductor", True),
+}
+of_pytorch = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+# The compiler takes half a second for an operator, a compiled forward three, and Inductor ten.
+QUICK = [("uncompiled", name) for name in ASKED] + [("eager forward", "keyword-only")]
+FEW = ("attributes", "lists", "result 0 of two", "no result with a gradient")
+LONG = [("eager forward", name) for name in ASKED if name != "keyword-only"]
+LONG += [(way, name) for way in ("compiled forward", "by the setting") for name in FEW]
+LONG += [("by Inductor", "lists")]
+
+
+@of_pytorch
+@both_compiled
+@pytest.mark.parametrize(
+    "way, name",
+    [*QUICK, *(pytest.param(*one, marks=pytest.mark.slow) for one in LONG)],
+)
+def test_compiled_autograd(library: Any, way: str, name: str) -> None:
+    loss = ASKED[name].made(library)
+    if library is torch.library and name == "a list with None":
+        with pytest.raises(RuntimeError, match="structure"):
+            eagerly(lambda: loss(*vectors(3)).sum())
+        return
+    if way != "uncompiled":
+        torch.compiler.reset()
+    for size in (3, 5):
+        actual, expected = vectors(size), vectors(size)
+        WAYS[way](lambda xs=actual: loss(*xs).sum())
+        eagerly(lambda xs=expected: loss(*xs).sum())
+        for x, y in zip(actual, expected, strict=True):
+            assert (x.grad is None) == (y.grad is None)
+            if x.grad is not None:
+                # Other operators run by Inductor.
+                bound = 1e-12 if way == "by Inductor" else 0
+                torch.testing.assert_close(x.grad, y.grad, rtol=bound, atol=bound)
+
+
+@of_pytorch
+@both
+def test_compiled_autograd_cannot_add_none_to_a_gradient(library: Any) -> None:
+    """PyTorch's graph adds what backward returned; docs/citizen.md says to return zeros."""
+    op = make(library, lambda x, y: x + y, schema="(Tensor x, Tensor y) -> Tensor")
+    x, y = vectors(3)
+    op.register_autograd(lambda ctx, g: (g, None))
+    with pytest.raises(TypeError, match="must be Tensor, not NoneType"):
+        uncompiled(lambda: (op(x, y) * y).sum())
+    op.register_autograd(lambda ctx, g: (g, torch.zeros_like(g)))
+    uncompiled(lambda: (op(x, y) * y).sum())
+    assert y.grad is not None
+    assert torch.equal(y.grad, x + y)
+
+
+@of_pytorch
+@both
+def test_compiled_autograd_names_an_operator_without_a_backward(library: Any) -> None:
+    op, x = make(library), torch.ones(2, requires_grad=True)
+    with pytest.raises(RuntimeError, match=f"Trying to backward through .*{op._name}"):
+        uncompiled(lambda: op(x).sum())
 
 
 # Definitions

@@ -6,6 +6,7 @@
 
 import logging
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -87,6 +88,67 @@ def test_compiled_transforms(name: str, transform: str, device: str) -> None:
     args = widest_arguments(name, shapes, device)
     compiled = torch.compile(transformed(operator.op), fullgraph=True, backend="aot_eager")
     assert_close(compiled(*args), transformed(operator.plain)(*args))
+
+
+def graph_as_it_is(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    return graph
+
+
+def weighted(name: str, *args: Tensor) -> Tensor:
+    y = OPERATORS[name].op(*args)
+    return (y * torch.arange(1, y.numel() + 1, device=y.device).view(y.shape)).sum()
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float32,
+        *(
+            pytest.param(t, marks=pytest.mark.slow)
+            for t in (torch.float16, torch.bfloat16, torch.float64)
+        ),
+    ],
+)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_compiled_autograd_has_the_bits_of_eager(
+    name: str, dtype: torch.dtype, device: str
+) -> None:
+    if dtype not in OPERATORS[name].dtypes:
+        pytest.skip(f"{name} takes no {dtype}")
+    for shapes in OPERATORS[name].small:
+        args = [t.to(dtype).requires_grad_() for t in widest_arguments(name, shapes, device)]
+        expected = torch.autograd.grad(weighted(name, *args), args)
+        loss = weighted(name, *args)
+        with torch._dynamo.compiled_autograd._enable(graph_as_it_is):
+            loss.backward()
+        for arg, gradient in zip(args, expected, strict=True):
+            assert_close(arg.grad, gradient, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "backend, compiles_forward, name",
+    [
+        ("aot_eager", False, "matmul_t"),
+        *(
+            pytest.param(backend, compiles_forward, name, marks=pytest.mark.slow)
+            for backend in ("aot_eager", "eager", "inductor")
+            for compiles_forward in (False, True)
+            for name in OPERATORS
+            if (backend, compiles_forward, name) != ("aot_eager", False, "matmul_t")
+        ),
+    ],
+)
+def test_compiled_autograd_of_a_compiler(
+    backend: str, compiles_forward: bool, name: str, device: str
+) -> None:
+    args = widest_arguments(name, OPERATORS[name].small[0], device, requires_grad=True)
+    expected = torch.autograd.grad(weighted(name, *args), args)
+    function = partial(weighted, name)
+    compiled = partial(torch.compile, backend=backend, fullgraph=True)
+    with torch._dynamo.compiled_autograd._enable(compiled):
+        (compiled(function) if compiles_forward else function)(*args).backward()
+    for arg, gradient in zip(args, expected, strict=True):
+        assert_close(arg.grad, gradient)
 
 
 class Module(torch.nn.Module):

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.function import BackwardCFunction
 
 from torchpar.library.private import (
     AutoDispatchBelowAutograd,
     SingleLevelFunction,
+    compiled_autograd_key,
     set_fwd_grad_enabled,
 )
 from torchpar.library.rules import Context
@@ -103,10 +105,12 @@ class Call:
             raise RuntimeError(f"Trying to backward through {name}, but {hint}")
         if self.materializes and any(g is None for g in grads):  # a result was not used
             like = next((g for g in grads if g is not None), None)
-            if like is None:
+            # Compiled autograd, whose ctx is of another class, cannot add None to a gradient.
+            if like is None and isinstance(ctx, BackwardCFunction):
                 return (None,) * self.count
+            new_zeros = torch.zeros if like is None else like.new_zeros
             grads = [
-                like.new_zeros(**result) if g is None and result else g
+                new_zeros(**result) if g is None and result else g
                 for g, result in zip(grads, self.results, strict=True)
             ]
         gradients: Any = self.op._backward(ctx, *nested(grads, self.output_sizes))
@@ -187,6 +191,9 @@ class _FunctionContext(Context, Protocol):
 # `torch.autograd.Function` would call the transforms again, from which this call comes.
 class Differentiable(SingleLevelFunction):
     """An operator with its derivatives, also under transforms."""
+
+    # Compiled autograd asks for it, and `_SingleLevelFunction` has none.
+    _compiled_autograd_key = staticmethod(compiled_autograd_key)
 
     @staticmethod
     def forward(ctx: "_FunctionContext", *args: Any) -> Any:

@@ -30,8 +30,11 @@ from torch._library.utils import _c_check_aliasing_constraint as check_aliasing_
 from torch._prims_common import compute_elementwise_output_strides
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensorMode
+from torch.autograd import Function
 from torch.autograd.forward_ad import _set_fwd_grad_enabled as set_fwd_grad_enabled
 from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
+
+compiled_autograd_key = Function._compiled_autograd_key
 
 __all__ = [
     "AutoDispatchBelowAutograd",
@@ -42,6 +45,7 @@ __all__ = [
     "after_ADInplaceOrView_keyset",
     "any_output_is_alias_to_input_or_output",
     "check_aliasing_constraint",
+    "compiled_autograd_key",
     "compute_elementwise_output_strides",
     "custom_function_call_vmap_helper",
     "custom_ops",
