@@ -459,7 +459,7 @@ ASKED = {
         "(Tensor x) -> (Tensor, Tensor)",
         two_and_four_times,
         gradient_of_two_and_four_times,
-        lambda op, x, y: op(x)[0][1:] * op(y)[1],
+        lambda op, x, y: sum(t.sum() for t in op(x * y)) * y,
     ),
     "no result with a gradient": Asked(
         "(Tensor x) -> (Tensor, Tensor)",

@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 import torch
-from operators import OPERATORS
+from operators import BY_DTYPE, FLOATS, OPERATORS
 from samples import LAYOUTS, assert_symmetric, normal, widest_arguments
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -100,21 +100,16 @@ def weighted(name: str, *args: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "dtype",
+    "name, dtype",
     [
-        torch.float32,
-        *(
-            pytest.param(t, marks=pytest.mark.slow)
-            for t in (torch.float16, torch.bfloat16, torch.float64)
-        ),
+        pytest.param(name, dtype, marks=[pytest.mark.slow] * (dtype != torch.float32))
+        for name, dtype in BY_DTYPE
+        if dtype in FLOATS
     ],
 )
-@pytest.mark.parametrize("name", OPERATORS)
 def test_compiled_autograd_has_the_bits_of_eager(
     name: str, dtype: torch.dtype, device: str
 ) -> None:
-    if dtype not in OPERATORS[name].dtypes:
-        pytest.skip(f"{name} takes no {dtype}")
     for shapes in OPERATORS[name].small:
         args = [t.to(dtype).requires_grad_() for t in widest_arguments(name, shapes, device)]
         expected = torch.autograd.grad(weighted(name, *args), args)
@@ -125,14 +120,16 @@ def test_compiled_autograd_has_the_bits_of_eager(
             assert_close(arg.grad, gradient, rtol=0, atol=0)
 
 
+LONG = [("aot_eager", False), ("aot_eager", True), ("eager", False), ("inductor", True)]
+
+
 @pytest.mark.parametrize(
     "backend, compiles_forward, name",
     [
         ("aot_eager", False, "matmul_t"),
         *(
             pytest.param(backend, compiles_forward, name, marks=pytest.mark.slow)
-            for backend in ("aot_eager", "eager", "inductor")
-            for compiles_forward in (False, True)
+            for backend, compiles_forward in LONG
             for name in OPERATORS
             if (backend, compiles_forward, name) != ("aot_eager", False, "matmul_t")
         ),
