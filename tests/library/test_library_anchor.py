@@ -546,7 +546,7 @@ WAYS = {
 of_pytorch = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 # The compiler takes half a second for an operator, a compiled forward three, and Inductor ten.
 QUICK = [("uncompiled", name) for name in ASKED] + [("eager forward", "keyword-only")]
-FEW = ("attributes", "lists", "result 0 of two", "no result with a gradient")
+FEW = ("attributes", "lists", "result 0 of two", "integers")
 LONG = [("eager forward", name) for name in ASKED if name != "keyword-only"]
 LONG += [(way, name) for way in ("compiled forward", "by the setting") for name in FEW]
 LONG += [("by Inductor", "lists")]
