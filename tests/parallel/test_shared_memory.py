@@ -131,6 +131,54 @@ def test_averages_of_data_parallel_replicas_are_gloos(ranks):
     assert ranks(2, averages_are_gloos) == [True, True]
 
 
+def weights_after_uneven_inputs(divides_by_all: bool, way: str) -> Tensor:
+    """The weights after 3 steps of rank 0, 5 of rank 1, and 7 of rank 2; then one of all ranks."""
+    with join_world("cpu") as world, pytest.MonkeyPatch.context() as patch:
+        if way == "by gloo":
+            patch.setattr(shared_memory, "SUPPORTED", False)
+        if way == "not told":
+            patch.setattr(shared_memory._Divisor, "update", lambda self: None)
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(6, 300), torch.nn.Linear(300, 600)).double()
+        replica = DistributedDataParallel(model, find_unused_parameters=True)
+        if way != "without a hook":
+            shared_memory.register_shared_memory_hook(replica, world)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+        generator = torch.Generator().manual_seed(world.rank)
+
+        def step() -> None:
+            x = torch.randn(8, 6, generator=generator, dtype=torch.float64)
+            replica(x).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        with replica.join(divide_by_initial_world_size=divides_by_all):
+            for _ in range(3 + 2 * world.rank):
+                step()
+        step()
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize(
+    "world_size, divides_by_all",
+    [(3, False), *(pytest.param(2, by_all, marks=pytest.mark.slow) for by_all in (False, True))],
+)
+def test_uneven_inputs_are_divided_as_without_the_hook(ranks, world_size, divides_by_all):
+    """Of more than one bucket. A rank that has joined adds zeros, and no longer counts."""
+
+    def weights(way: str) -> Tensor:
+        first, *others = ranks(world_size, weights_after_uneven_inputs, divides_by_all, way)
+        assert all(torch.equal(first, other) for other in others)
+        return first
+
+    expected = weights("without a hook")
+    for way in ("by shared memory", "by gloo"):
+        torch.testing.assert_close(weights(way), expected)
+    if not divides_by_all:
+        with pytest.raises(AssertionError, match="not close"):
+            torch.testing.assert_close(weights("not told"), expected)
+
+
 def begin_and_end(how: str) -> None:
     """Sum once; then rank 1 ends or hangs, and rank 0 waits for it."""
     with join_world("cpu", timeout=3.0) as world:

@@ -15,13 +15,15 @@ import time
 import uuid
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from math import prod
-from typing import BinaryIO
+from types import MethodType
+from typing import Any, BinaryIO
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.algorithms.join import JoinHook
 from torch.nn.parallel import DistributedDataParallel
 
 from torchpar.parallel.launch.world import World
@@ -164,10 +166,14 @@ def can_share_memory(ranks: int) -> bool:
 def register_shared_memory_hook(replica: DistributedDataParallel, world: World) -> None:
     """Let ``replica`` average its gradients through shared memory, or if it cannot, by gloo.
 
-    The backward pass waits for the average of each bucket. Every rank must call this.
+    The backward pass waits for the average of each bucket. Every rank must call this. Within
+    ``replica.join(divide_by_initial_world_size=False)`` the sum is divided by the number of ranks
+    that still have batches, as without the hook. They count themselves by one more all-reduce in
+    each step.
     """
     group: dist.ProcessGroup = replica.process_group
     sums: dict[int, tuple[tuple[int, torch.dtype], SharedSum | None]] = {}
+    divisor = _Divisor(group)
 
     def average(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
         index, gradients = bucket.index(), bucket.buffer()
@@ -179,9 +185,12 @@ def register_shared_memory_hook(replica: DistributedDataParallel, world: World) 
                 make_shared_sum(group, [gradients.shape], gradients.dtype, world.timeout),
             )
         add = sums[index][1]
+        if index == 0:  # the first bucket of a backward pass
+            divisor.update()
+        gradients.div_(divisor.ranks)  # first: a sum of fp16 may overflow
         if add is None:
-            return allreduce_hook(group, bucket)
-        gradients.div_(group.size())
+            work = dist.all_reduce(gradients, group=group, async_op=True)
+            return work.get_future().then(lambda future: future.value()[0])
         add([gradients])
         done: torch.futures.Future[Tensor] = torch.futures.Future()
         done.set_result(gradients)
@@ -189,3 +198,46 @@ def register_shared_memory_hook(replica: DistributedDataParallel, world: World) 
 
     if world.device.type == "cpu" and group.size() > 1:
         replica.register_comm_hook(None, average)
+        # PyTorch does not tell a hook what `join` was asked for, nor that this rank has joined.
+        replica.join_hook = MethodType(partial(_join_hook, divisor), replica)  # type: ignore[method-assign]
+
+
+class _Divisor:
+    """The number of ranks whose gradients are averaged."""
+
+    def __init__(self, group: dist.ProcessGroup):
+        self.group = group
+        self.ranks = group.size()
+        self.counts_joined = True  # divide_by_initial_world_size
+        self.has_joined = False  # this rank has no more batches, and adds zeros
+
+    def update(self) -> None:
+        if self.counts_joined:
+            self.ranks = self.group.size()
+            return
+        present = torch.tensor(int(not self.has_joined))
+        dist.all_reduce(present, group=self.group)
+        self.ranks = int(present.item())
+
+
+class _JoinHook(JoinHook):
+    """PyTorch's hook, which tells a `_Divisor` that this rank has joined."""
+
+    def __init__(self, hook: JoinHook, divisor: _Divisor):
+        self.hook, self.divisor = hook, divisor
+
+    def main_hook(self) -> None:
+        self.divisor.has_joined = True
+        try:
+            self.hook.main_hook()
+        finally:
+            self.divisor.has_joined = False
+
+    def post_hook(self, is_last_joiner: bool) -> None:
+        self.hook.post_hook(is_last_joiner)
+
+
+def _join_hook(divisor: _Divisor, replica: DistributedDataParallel, **options: Any) -> JoinHook:
+    """Make the hook of `join` in place of the method ``replica.join_hook``."""
+    divisor.counts_joined = bool(options.get("divide_by_initial_world_size", True))
+    return _JoinHook(type(replica).join_hook(replica, **options), divisor)
