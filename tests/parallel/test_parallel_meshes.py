@@ -3,7 +3,7 @@
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -13,6 +13,15 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    distribute_module,
+    distribute_tensor,
+)
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
@@ -20,10 +29,12 @@ from torch.testing import assert_close
 from torchpar.errors import ConfigError
 from torchpar.nn import MLP
 from torchpar.parallel import World, clip_grad_norm_, join_world, parallel_mlp
+from torchpar.parallel.split import clip as clip_module
 from torchpar.parallel.split import shared_memory
+from torchpar.parallel.split.layers import meshes_of_shards
 from torchpar.parallel.split.pipeline import Pipeline, check_one_rank_per_gpu, stage_mlp
 from torchpar.parallel.split.shared_memory import register_shared_memory_hook
-from torchpar.parts import part_of
+from torchpar.parts import local, part_of, slice_along
 from torchpar.profile.collectives import Collectives
 from torchpar.training import add_orthogonality_gradient
 from torchpar.training.fused import FusedGradients
@@ -243,6 +254,106 @@ def test_clipping_sends_one_number_and_a_nan_makes_every_ranks_gradients_nan(ran
         assert (finite, messages) == (0, [("all_reduce", torch.float64.itemsize)])
     for *_, messages in ranks(2, clip, {"dp": 2}):
         assert messages == []
+
+
+WAYS = ("sharded", "sharded on 2-D", "split and sharded", "replicated", "partial", "mixed")
+
+
+def divided(way: str, whole: torch.nn.Sequential, world: World) -> tuple[torch.nn.Module, World]:
+    """A copy of ``whole`` on the ranks of a mesh, with the same gradients."""
+    model, half = copy.deepcopy(whole), world.world_size // 2
+    if way == "sharded":
+        fully_shard(model, mesh=world.mesh["dp"])
+    elif way == "sharded on 2-D":  # the first layer has two shards, the others have replicas, too
+        names = "replicas", "shards"
+        fully_shard(model[0], mesh=init_device_mesh("cpu", (half, 2), mesh_dim_names=names))
+        fully_shard(model, mesh=init_device_mesh("cpu", (2, half), mesh_dim_names=names))
+    elif way == "split and sharded":
+        world = world.with_mesh(dp=half, tp=2)
+        model = parallel_mlp(model, world.mesh["tp"])
+        fully_shard(model, mesh=world.mesh["dp"])
+    elif way in ("replicated", "partial"):
+        world = world.with_mesh(dp=half, tp=2)
+        distribute_module(model, world.mesh["tp"])
+    else:  # split layers, plain ones, and DTensors
+        world = world.with_mesh(dp=half, tp=2)
+        model = torch.nn.Sequential(*parallel_mlp(model[:3], world.mesh["tp"]), *model[3:])
+        parallelize_module(model[5], world.mesh["tp"], ColwiseParallel())
+    layers = meshes_of_shards(model)
+    for (name, q), p in zip(whole.named_parameters(), model.parameters(), strict=True):
+        gradient = q.grad.clone()
+        if p in layers:
+            layer = model.get_submodule(name.split(".")[0])
+            axis = layer.split_axes[name.split(".")[1]]
+            gradient = slice_along(axis, gradient.shape, layers[p]).narrow(gradient)
+        if way == "partial":
+            terms = gradient * (1.5 if world.tp_rank else -0.5)
+            gradient = DTensor.from_local(terms, world.mesh["tp"], [Partial()])
+        elif isinstance(p, DTensor):
+            gradient = distribute_tensor(gradient, p.device_mesh, p.placements, src_data_rank=None)
+        p.grad = gradient
+    return model, world
+
+
+def clip_divided(ways: Sequence[str], wrong: bool = False) -> None:
+    """Compare norms and clipped gradients with those of the whole model."""
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(n, m) for n, m in ((6, 9), (9, 3), (3, 5), (5, 7))]
+    whole = torch.nn.Sequential(
+        *layers[:1], torch.nn.Tanh(), layers[1], torch.nn.Tanh(), *layers[2:]
+    )
+    whole.double()(torch.randn(4, 6, dtype=torch.float64)).square().sum().backward()
+    with join_world("cpu") as world, pytest.MonkeyPatch.context() as patch:
+        if wrong:
+            patch.setattr(clip_module, "_share", lambda *_: 1 / world.world_size)
+        for way in ways:
+            for max_norm in (1e3, 0.1):
+                expected = copy.deepcopy(whole)
+                for p, q in zip(expected.parameters(), whole.parameters(), strict=True):
+                    p.grad = q.grad.clone()
+                model, mesh = divided(way, whole, world)
+                norm = clip_grad_norm_(model, max_norm, mesh)
+                expected_norm = torch.nn.utils.clip_grad_norm_(expected.parameters(), max_norm)
+                assert_close(norm, expected_norm)
+                clipped, _ = divided(way, expected, world)
+                for p, q in zip(model.parameters(), clipped.parameters(), strict=True):
+                    assert_close(local(p.grad), local(q.grad))
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_clipping_dtensors_is_that_of_one_process(ranks, count):
+    ranks(count, clip_divided, WAYS)
+
+
+@pytest.mark.parametrize("way", ["sharded", "split and sharded", "mixed"])
+def test_the_comparison_rejects_shards_that_count_as_replicas(ranks, way):
+    with pytest.raises(AssertionError, match="not close"):
+        ranks(2, clip_divided, [way], True)
+
+
+def refused_dtensors() -> None:
+    torch.manual_seed(0)
+    with join_world("cpu") as world:
+        some = distribute_module(torch.nn.Linear(2, 2), DeviceMesh("cpu", [0, 1]))
+        for p in some.parameters():
+            p.grad = p.detach()
+        message = r"^weight is a DTensor on ranks \[0, 1\] of 3, expected it on all, or copies"
+        with pytest.raises(ConfigError, match=message):
+            clip_grad_norm_(some, 1.0, world)
+        world = world.with_mesh(tp=3)
+        split = parallel_mlp(MLP(SIZES[:3]), world.mesh["tp"])
+        fully_shard(split, mesh=world.mesh["tp"])
+        for p in split.parameters():
+            p.grad = p.detach()
+        message = (
+            r"^layers\.0\.weight is a DTensor over the ranks of its split layer, expected other"
+        )
+        with pytest.raises(ConfigError, match=message):
+            clip_grad_norm_(split, 1.0, world)
+
+
+def test_dtensors_that_cannot_be_clipped_are_named(ranks):
+    ranks(3, refused_dtensors)
 
 
 def refusals() -> None:

@@ -1,11 +1,17 @@
 # SPDX-License-Identifier: MIT
 """Gradient clipping for a model that is split over a mesh."""
 
+from types import SimpleNamespace
+
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
+from torchpar.errors import ConfigError
+from torchpar.library.sharding import is_dtensor
 from torchpar.parallel.launch.world import World
-from torchpar.parts import part_of
+from torchpar.parallel.split.layers import meshes_of_shards
+from torchpar.parts import local, part_of
 
 
 @torch.no_grad()
@@ -16,25 +22,86 @@ def clip_grad_norm_(model: torch.nn.Module, max_norm: float, world: World) -> Te
     parameter that is replicated on several ranks counts once. This costs one all-reduce of one
     number, and nothing if the model is replicated on every rank.
 
+    Parameters may be plain tensors, shards of split layers, and DTensors on any mesh, as from
+    `fully_shard` and `parallelize_module`, also in one model, and split layers in `fully_shard`. A
+    gradient of partial sums is added up for its norm, which takes one all-reduce for each.
+
     Args:
         model: this rank's part of the model, with gradients that are averaged over the
             data-parallel ranks.
         max_norm: the largest norm that is not scaled.
-        world: the ranks and their mesh.
+        world: the ranks and their mesh. The ranks of a pipeline stage have the same parameters, or
+            shards of them.
 
     Returns:
         The norm before clipping, a float64 scalar, the same on every rank. A norm that is not
         finite makes every gradient not finite, as with `torch.nn.utils.clip_grad_norm_`.
+
+    Raises:
+        ConfigError: a parameter is on some ranks of a pipeline stage alone, or is sharded twice
+            over the same ranks.
     """
-    is_replicated = world.dp_size == world.world_size
+    named = list(model.named_parameters())
+    of_layers = meshes_of_shards(model)
+    layers = [of_layers.get(p) if is_dtensor(p) else part_of(p).mesh for _, p in named]
+    meshes = [*layers, *(p.device_mesh for _, p in named if is_dtensor(p))]
+    is_replicated = world.dp_size == world.world_size and not any(
+        mesh and mesh.size() > 1 for mesh in meshes
+    )
+    stage = world.mesh.mesh[world.mesh.get_local_rank("pp")].flatten().tolist()
     total = torch.zeros((), dtype=torch.float64, device=world.device)
-    for p in model.parameters():
-        # All data-parallel ranks have the same gradients, of which those of rank 0 count.
-        counts = is_replicated or (
-            world.dp_rank == 0 and (part_of(p).is_slice or world.tp_rank == 0)
-        )
-        if counts and p.grad is not None:
-            total += torch.linalg.vector_norm(p.grad, dtype=torch.float64).square()
+    for (name, p), layer in zip(named, layers, strict=True):
+        if p.grad is None:
+            continue
+        whole = _with_whole_sums(p.grad)
+        squares = torch.linalg.vector_norm(local(whole), dtype=torch.float64).square()
+        # Each rank adds its share of the copies, so that a NaN of any rank reaches all.
+        total += squares if is_replicated else squares * _share(name, whole, layer, stage, world)
     norm = (total if is_replicated else world.sum(total)).sqrt()
-    torch.nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
+    # Of the parameters PyTorch reads the gradients alone. It multiplies no DTensor by a plain norm.
+    gradients = [SimpleNamespace(grad=local(p.grad)) for _, p in named if p.grad is not None]
+    torch.nn.utils.clip_grads_with_norm_(gradients, max_norm, norm)  # type: ignore[arg-type]
     return norm
+
+
+def _with_whole_sums(gradient: Tensor) -> Tensor:
+    """``gradient``, where the terms of a DTensor's partial sums are added up over the ranks."""
+    if not is_dtensor(gradient) or not any(one.is_partial() for one in gradient.placements):
+        return gradient
+    from torch.distributed.tensor import Replicate
+
+    placements = [Replicate() if one.is_partial() else one for one in gradient.placements]
+    whole: Tensor = gradient.redistribute(placements=placements)
+    return whole
+
+
+def _share(
+    name: str, gradient: Tensor, layer: DeviceMesh | None, stage: list[int], world: World
+) -> float:
+    """One divided by the number of ranks that have the same elements of ``gradient``.
+
+    Args:
+        layer: the ranks over which a split layer shards the parameter.
+        stage: the ranks of this rank's pipeline stage.
+    """
+    ranks, of_layer = len(stage), layer.size() if layer else 1
+    shards = of_layer
+    if is_dtensor(gradient):
+        mesh = gradient.device_mesh
+        others = set(mesh.mesh.flatten().tolist()) - {world.rank}
+        if layer and others & set(layer.mesh.flatten().tolist()):
+            raise ConfigError(
+                f"{name} is a DTensor over the ranks of its split layer, expected other ranks; "
+                'give fully_shard another dimension of the mesh, such as world.mesh["dp"]'
+            )
+        if not others <= set(stage):  # all stages have it
+            ranks = world.world_size
+        if mesh.get_coordinate() is None or ranks % (mesh.size() * of_layer):
+            raise ConfigError(
+                f"{name} is a DTensor on ranks {sorted(mesh.mesh.flatten().tolist())} of "
+                f"{world.world_size}, expected it on all, or copies of it on the others; take a "
+                "mesh of all, or clip by torch.nn.utils.clip_grad_norm_, which takes one mesh"
+            )
+        for size, placement in zip(mesh.shape, gradient.placements, strict=True):
+            shards *= 1 if placement.is_replicate() else size
+    return shards / ranks

@@ -220,6 +220,21 @@ class RowParallelLinear(_ParallelLinear):
         return z if self.activation is None else _FUNCTIONS[self.activation](z)
 
 
+def meshes_of_shards(model: torch.nn.Module) -> dict[Tensor, DeviceMesh]:
+    """The mesh over which a split layer of ``model`` shards each of its parameters.
+
+    Under `fully_shard` a layer's parameters are DTensors, of which `part_of` does not tell that the
+    layer is split.
+    """
+    return {
+        p: layer.mesh
+        for layer in model.modules()
+        if isinstance(layer, _ParallelLinear)
+        for name, p in layer.named_parameters(recurse=False)
+        if name in layer.split_axes
+    }
+
+
 class _ColumnProduct(torch.autograd.Function):
     """A column layer's product and sigmoid, with an all-reduce of dX that overlaps with dW and db.
 
