@@ -2,6 +2,7 @@
 """Variables of each launcher, and connecting: again after a restart, and at a port that is
 taken."""
 
+import errno
 import os
 import signal
 import socket
@@ -20,6 +21,7 @@ from unittest.mock import Mock, patch
 import pytest
 import torch.distributed as dist
 from commands import MPIRUN, ROOT, import_path, needs_mpirun, run
+from torch.distributed import DistError
 
 from torchpar.errors import ConfigError, RankLostError
 from torchpar.parallel import join_world
@@ -74,6 +76,8 @@ def test_rank_info_of_each_launcher(env, expected):
         (TORCHRUN | {"LOCAL_RANK": "2"}, "rank 3 of 4 and local rank 2 of 2, expected"),
         (TORCHRUN | {"LOCAL_WORLD_SIZE": "5"}, "rank 3 of 4 and local rank 1 of 5, expected"),
         (TORCHRUN | {"MASTER_PORT": "65536"}, "MASTER_PORT is 65536"),
+        (TORCHRUN | {"MASTER_PORT": "0"}, "MASTER_PORT is 0, expected 1 to 65535"),
+        (TORCHRUN | {"MASTER_PORT": "80a"}, "MASTER_PORT is '80a', expected an integer"),
         ({"RANK": "0"}, "WORLD_SIZE is not set"),
         (OPENMPI | {"OMPI_COMM_WORLD_SIZE": "4"}, "-x MASTER_ADDR"),
         (MPICH | {"PMI_SIZE": "4", "MASTER_ADDR": "m"}, "-genv MASTER_ADDR"),
@@ -212,6 +216,76 @@ def test_a_rank_notices_that_no_program_has_the_port(monkeypatch):
     with pytest.raises(ConfigError, match=r"rank 1 did not meet the others at .*refused.*; MASTER"):
         connect(info, timedelta(seconds=0.3))
     store.assert_not_called()
+
+
+def ask(address: str, rank: int = 0) -> None:
+    connect(RankInfo(rank, rank, 2, 2, address, 29400, "env"), timedelta(seconds=60))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_host_that_cannot_be_found_is_named_at_once_on_each_rank(monkeypatch, rank):
+    """PyTorch's store would ask for its timeout, which is half an hour here."""
+    monkeypatch.setattr(rendezvous, "TCPStore", store := Mock())
+    monkeypatch.setattr(rendezvous, "LOOKUP", 0.1)  # the machine of the tests may have no network
+    for name, value in {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "no.invalid"}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_PORT", "29400")
+    message = (
+        rf"^rank {rank} cannot resolve the MASTER_ADDR 'no\.invalid' \(.+\), expected the name or "
+        r"the address of rank 0's machine; set MASTER_ADDR on each rank, to 127\.0\.0\.1 for .*"
+    )
+    with pytest.raises(ConfigError, match=message), join_world("cpu", timeout=1800):
+        pass
+    with pytest.raises(ConfigError, match=r"resolve the MASTER_ADDR 'x+' \(.*label too long"):
+        ask("x" * 64, rank)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(2))
+    with pytest.raises(ConfigError, match=r"resolve the MASTER_ADDR 'a' \(no answer within 0\.1 s"):
+        ask("a", rank)
+    store.assert_not_called()
+
+
+def test_a_name_server_that_answers_later_is_asked_again(monkeypatch):
+    answers = [socket.gaierror(socket.EAI_AGAIN, "later"), socket.getaddrinfo("127.0.0.1", 29400)]
+    monkeypatch.setattr(socket, "getaddrinfo", Mock(side_effect=answers))
+    monkeypatch.setattr(rendezvous, "TCPStore", Mock(side_effect=OSError("has been found")))
+    with pytest.raises(ConfigError, match="has been found"):
+        ask("a")
+
+
+ELSEWHERE = "203.0.113.7"  # an address of documentation, which no machine has
+
+
+def test_rank_0_on_a_machine_without_the_address_says_so(monkeypatch):
+    monkeypatch.setattr(rendezvous, "TCPStore", Mock(side_effect=OSError("is reached")))
+    monkeypatch.setattr(rendezvous, "REACH", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    make = socket.create_connection
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        for target, message in (
+            (None, r"the machine of rank 0 does not have the MASTER_ADDR '203\.0\.113\.7', and is"),
+            (other.getsockname(), "the machine of rank 0 does not have the MASTER_ADDR"),
+            (("127.0.0.1", port), "is reached"),  # such as by a router
+        ):
+            lead = Mock(side_effect=OSError) if target is None else lambda _, t: make(target, t)  # noqa: B023
+            monkeypatch.setattr(socket, "create_connection", lead)
+            with pytest.raises(ConfigError, match=message):
+                connect(RankInfo(0, 0, 2, 2, ELSEWHERE, port, "env"), timedelta(seconds=60))
+
+
+@pytest.mark.parametrize(
+    "error, reason",
+    [
+        (OSError(errno.EACCES, "Permission denied"), r"that port is privileged, as .* \(EACCES\)"),
+        (DistError("failed to bind. port: 80, name: EACCES"), "that port is privileged, as most"),
+        (OSError(errno.EADDRINUSE, "in use"), r"another program has that port \(EADDRINUSE\)"),
+        (DistError("Ping failed, invalid value returned"), "does not answer as rank 0's store"),
+    ],
+)
+def test_a_port_that_cannot_be_taken_is_one_line(monkeypatch, error, reason):
+    monkeypatch.setattr(rendezvous, "TCPStore", Mock(side_effect=error))
+    with pytest.raises(ConfigError, match=rf"^rank 0 did not meet .*:29400: .*{reason}.*; MASTER"):
+        ask("127.0.0.1")
 
 
 def test_an_interface_that_is_not_there_is_named(monkeypatch):

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: MIT
 """The store through which the ranks connect."""
 
+import errno
 import os
 import socket
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
@@ -17,8 +19,12 @@ from torchpar.errors import ConfigError, RankLostError
 from torchpar.rank_info import RankInfo
 
 T = TypeVar("T")
+# Family, kind, protocol, canonical name, and host and port: of `socket.getaddrinfo`.
+_Address = tuple[Any, Any, int, str, Any]
 POLL = 0.02  # seconds between two requests to the store
 KNOCK = 0.1  # seconds between two attempts to reach a host that does not listen yet
+LOOKUP = 10.0  # seconds for a name server that does not answer, or not now
+REACH = 5.0  # seconds in which rank 0 reaches itself by an address that its machine does not have
 LATER = 1.0  # seconds that other ranks wait longer than rank 0, which tells them the missing ranks
 
 
@@ -31,7 +37,8 @@ def connect(info: RankInfo, timeout: timedelta) -> Store:
         timeout: the time to wait for the other ranks; also the store's timeout.
 
     Raises:
-        ConfigError: no store at the address, or another program at the port.
+        ConfigError: a name that cannot be resolved, an address that is not that of rank 0's
+            machine, no store at the address, or a port that is taken or privileged.
         RankLostError: a rank did not join.
     """
     # torchrun's agent keeps its server over restarts (torch.distributed.elastic's
@@ -44,7 +51,10 @@ def connect(info: RankInfo, timeout: timedelta) -> Store:
     # new workers start.
     hosts = info.rank == 0 and info.launcher != "torchrun"
     limit = timeout.total_seconds() + LATER
+    addresses = _resolve(info, min(LOOKUP, timeout.total_seconds()))
     try:
+        if hosts and not any(map(_is_of_this_machine, addresses)):
+            _check_reaches_itself(info)
         if not hosts:
             _wait_for_host(info, timeout)
         # Where another program has the port and never answers, TCPStore would block for ever.
@@ -57,15 +67,91 @@ def connect(info: RankInfo, timeout: timedelta) -> Store:
         else:  # requests to a host that was stopped block whatever the timeout is
             start = run_in_daemon(lambda: _join(store, info.rank, timeout)).result(2 * limit)
     except (DistError, OSError) as e:  # TimeoutError is an OSError
-        reason = (
-            str(e).partition("\n")[0]
-            or "the program at that port does not answer as rank 0's store"
-        )
         raise ConfigError(
-            f"rank {info.rank} did not meet the others at {info.address}:{info.port}: {reason}; "
-            "MASTER_ADDR and MASTER_PORT must be the host of rank 0 and a port that is free there"
+            f"rank {info.rank} did not meet the others at {info.address}:{info.port}: "
+            f"{_reason(e)}; MASTER_ADDR and MASTER_PORT must be the host of rank 0 and a port that "
+            "is free there"
         ) from e
     return PrefixStore(f"start{start}", store)
+
+
+def _reason(error: Exception) -> str:
+    """Why a rank did not connect, from the first line of an error of TCPStore or of a socket."""
+    line = str(error).partition("\n")[0]
+    code = errno.errorcode.get(error.errno or 0, "") if isinstance(error, OSError) else ""
+    if "EADDRINUSE" in line + code:
+        return "another program has that port (EADDRINUSE)"
+    if "EACCES" in line + code:
+        return "that port is privileged, as most below 1024 are (EACCES)"
+    if not line or line.startswith("Ping failed"):
+        return "the program at that port does not answer as rank 0's store"
+    return line
+
+
+def _resolve(info: RankInfo, patience: float) -> list[_Address]:
+    """Return the addresses of the store's host.
+
+    PyTorch would try again until its timeout, and then not say that the name is the fault.
+
+    Args:
+        patience: seconds for a name server that does not answer.
+
+    Raises:
+        ConfigError: the name cannot be resolved.
+    """
+    deadline = time.monotonic() + patience
+
+    def look_up() -> list[_Address]:
+        while True:
+            try:
+                return socket.getaddrinfo(info.address, info.port, type=socket.SOCK_STREAM)
+            except socket.gaierror as e:
+                if e.errno != socket.EAI_AGAIN or time.monotonic() > deadline:
+                    raise
+            time.sleep(KNOCK)
+
+    try:
+        return run_in_daemon(look_up).result(patience + KNOCK)
+    except (OSError, UnicodeError) as e:  # UnicodeError: what no name may be, such as 64 letters
+        reason = getattr(e, "strerror", None) or str(e) or f"no answer within {patience:g} s"
+        raise ConfigError(
+            f"rank {info.rank} cannot resolve the MASTER_ADDR {info.address!r} ({reason}), "
+            "expected the name or the address of rank 0's machine; set MASTER_ADDR on each rank, "
+            "to 127.0.0.1 for ranks on one machine"
+        ) from e
+
+
+def _is_of_this_machine(address: _Address) -> bool:
+    family, kind, protocol, _, (host, _, *scope) = address
+    with suppress(OSError), socket.socket(family, kind, protocol) as s:
+        s.bind((host, 0, *scope))
+        return True
+    return False
+
+
+def _check_reaches_itself(info: RankInfo) -> None:
+    """Check that an address which this machine does not have leads here, as behind a router.
+
+    Raises:
+        ConfigError: it does not.
+        OSError: this process cannot listen at the port.
+    """
+    token, deadline = os.urandom(16), time.monotonic() + REACH
+    with socket.create_server(("", info.port)) as server, suppress(OSError):
+        server.settimeout(REACH)
+        with socket.create_connection((info.address, info.port), REACH) as sender:
+            sender.sendall(token)
+            while time.monotonic() < deadline:
+                connection, _ = server.accept()  # or that of another rank, which sends nothing
+                with connection:
+                    connection.settimeout(REACH)
+                    if connection.recv(len(token)) == token:
+                        return
+    raise ConfigError(
+        f"the machine of rank 0 does not have the MASTER_ADDR {info.address!r}, and is not reached "
+        "by it, expected the name or the address of this machine; set MASTER_ADDR on each rank, or "
+        "start rank 0 on the machine that has the address"
+    )
 
 
 def _wait_for_host(info: RankInfo, timeout: timedelta) -> None:
