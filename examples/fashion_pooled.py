@@ -52,7 +52,7 @@ from support import cli, console, one_process, plots
 
 from torchpar.baselines import mpi, numpy_mlp
 from torchpar.baselines.numpy_mlp import Array
-from torchpar.datasets import FOLDERS, Dataset, Images, read
+from torchpar.datasets import FOLDERS, Dataset, Images, checksums, read
 from torchpar.errors import ConfigError, check_finite
 from torchpar.profile.phases import Phases, phase
 
@@ -385,9 +385,11 @@ def run_numpy(flags: Flags, plans: Sequence[Plan]) -> None:
 def run_torch(flags: Flags, plans: Sequence[Plan]) -> None:
     """Train in PyTorch on all ranks."""
     from torchpar.parallel import join_world
+    from torchpar.parallel.launch.agreement import check_same_on_all_ranks
 
     with join_world(flags.device, gloo_yields=True) as world:
         splits = load(flags, speaks=world.rank == 0)
+        check_same_on_all_ranks(None, "the flags and the data", flags.shared() | checksums(splits))
         runs = {plan: train_torch(world, splits, plan) for plan in plans}
         if world.rank == 0:
             for plan, run in runs.items():
@@ -412,4 +414,4 @@ def main(flags: Flags) -> None:
 
 
 if __name__ == "__main__":
-    cli.main(main, Flags)
+    cli.main(main, Flags, mpi.agreeing)

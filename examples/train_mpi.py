@@ -44,7 +44,7 @@ from support import cli, console, one_process, report
 
 from torchpar.baselines import mpi
 from torchpar.baselines.numpy_mlp import SGD, Array, Hidden, Init, NumpyMLP, batches
-from torchpar.datasets import Images, read
+from torchpar.datasets import Images, checksums, read
 from torchpar.errors import ConfigError, check_finite
 from torchpar.outcome import EpochResult
 from torchpar.profile.phases import Phases, phase
@@ -290,6 +290,8 @@ def main(flags: Flags) -> None:
                 f"--hidden {widths} with --split model, expected one hidden layer; take one width"
             )
         data = read(flags.dataset, flags.data)
+        digests = checksums([(images.features, images.labels) for images in data])
+        mpi.check_same(world, digests, "copy the files of --data from one machine to the others")
         if flags.compare:
             runs = compare(flags, world, data)
         else:
@@ -321,4 +323,4 @@ def main(flags: Flags) -> None:
 
 
 if __name__ == "__main__":
-    cli.main(main, Flags)
+    cli.main(main, Flags, mpi.agreeing)

@@ -7,6 +7,7 @@ is uint8), the number of dimensions, each dimension as a big-endian int32, and t
 
 import gzip
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -106,6 +107,15 @@ def _read_pair(raw: Path, prefix: str, classes: tuple[str, ...]) -> Images:
             f"{of_labels} has a label {labels.max()}, expected 0 to {len(classes) - 1}"
         )
     return Images(features, labels, classes)
+
+
+def checksums(splits: Sequence[tuple[Array, Array]]) -> dict[str, int]:
+    """Return the CRC-32 of the inputs and of the labels of training and test samples, by name."""
+    return {
+        f"the checksum of the {kind} {what}": zlib.crc32(np.ascontiguousarray(array).data)
+        for kind, arrays in zip(("training", "test"), splits, strict=True)
+        for what, array in zip(("images", "labels"), arrays, strict=True)
+    }
 
 
 def read_idx(file: Path) -> Array:

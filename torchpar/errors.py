@@ -13,6 +13,10 @@ class ConfigError(TorchparError, ValueError):
     """An argument, a file or this machine does not fit what was asked for."""
 
 
+class AllRanksError(ConfigError):
+    """An error that every rank raises, such as a flag that differs: rank 0 alone need print it."""
+
+
 class DivergedError(TorchparError, FloatingPointError):
     """Training has diverged: a loss or an output is not finite."""
 

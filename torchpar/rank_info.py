@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Rank, number of ranks and address from the environment of torchrun, Open MPI or MPICH."""
+"""Rank, number of ranks and address from the environment of torchrun, Open MPI or MPICH.
+
+A value that differs between ranks is found here, too, for MPI and for `torch.distributed`.
+"""
 
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torchpar.errors import ConfigError
@@ -109,3 +112,27 @@ def _number(env: Mapping[str, str], name: str) -> int:
     if not env[name].isdecimal():
         raise ConfigError(f"{name} is {env[name]!r}, expected an integer of at least 0")
     return int(env[name])
+
+
+def first_difference(by_rank: Sequence[Mapping[str, object]]) -> tuple[str, str] | None:
+    """Return the first name whose value differs between ranks, and a clause that says how.
+
+    Args:
+        by_rank: each rank's values, by name; one that is missing counts as None.
+
+    Returns:
+        A name and a clause such as "epochs is 2 on ranks 0, 2 and 3 on rank 1"; None if all agree.
+    """
+    for name in dict.fromkeys(name for values in by_rank for name in values):
+        ranks_of: list[tuple[object, list[int]]] = []  # values need not be hashable
+        for rank, values in enumerate(by_rank):
+            value = values.get(name)
+            same = [ranks for other, ranks in ranks_of if other == value]
+            same[0].append(rank) if same else ranks_of.append((value, [rank]))
+        if len(ranks_of) > 1:
+            clauses = [
+                f"{value} on rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+                for value, ranks in ranks_of
+            ]
+            return name, f"{name} is {' and '.join(clauses)}"
+    return None

@@ -13,15 +13,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stderr
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, TypedDict, TypeVar
 
+from torchpar import __version__
 from torchpar.datasets import Dataset
-from torchpar.errors import ConfigError, TorchparError, first_line
+from torchpar.errors import AllRanksError, ConfigError, TorchparError, first_line
 from torchpar.outcome import Stopped
 from torchpar.rank_info import find_rank_info
 
@@ -35,7 +36,8 @@ try:
 except ImportError as error:
     sys.exit(f"the examples need rich and tyro ({error}); pip install rich tyro")
 
-F = TypeVar("F")
+F = TypeVar("F", bound="ExampleFlags")
+Check = Callable[[Mapping[str, object]], None]
 GRACE = 2.0  # seconds in which a launcher ends the other ranks after rank 0 has failed
 MAY_DIFFER_ON_RESUME = {
     # The data and the device
@@ -67,6 +69,9 @@ MAY_DIFFER_ON_RESUME = {
     "pp",
     "tp",
 }
+
+# Rank 0 alone writes its outputs; the data are compared.
+MAY_DIFFER_ON_RANKS = {"data", "log_dir", "metrics", "plots", "report"}
 
 _COUNT, _SIZE = (1, 2**63), (1, 2**31)
 _SMALL_FLOAT = (0, 1e38)  # float32 ends at 3.4e38
@@ -117,6 +122,14 @@ class ExampleFlags:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # Device; auto takes CUDA where there is any.
     # File for the run's figures, a JSON object per line; the last line is the final result.
     metrics: Path | None = None
+
+    def shared(self) -> dict[str, object]:
+        """Return the flags that must be equal on all ranks, by name: all but files and folders."""
+        return {
+            f"--{name.replace('_', '-')}": value
+            for name, value in asdict(self).items()
+            if name not in MAY_DIFFER_ON_RANKS
+        }
 
     def __post_init__(self) -> None:
         self._check_bounds()
@@ -297,22 +310,37 @@ def check_memory(sizes: Sequence[int], flags: str = "") -> None:
             )
 
 
-def main(run: Callable[[F], None], flags: type[F]) -> None:  # noqa: C901  # one handler for each kind of error
+def main(  # noqa: C901  # one handler for each kind of error
+    run: Callable[[F], None],
+    flags: type[F],
+    agreeing: Callable[[], AbstractContextManager[Check]] = lambda: nullcontext(lambda _: None),
+) -> None:
     """Parse ``flags`` from the command line and call ``run`` with them.
 
     A `TorchparError`, a file that cannot be read or written, too little memory, or a model that
     cannot be compiled ends every rank with status 2. Rank 0 prints it as one line. Another rank
     waits `GRACE` seconds before it prints: if rank 0 has failed too, the launcher has ended this
     rank by then. It does not wait for a rank 0 that does not answer. SIGINT ends with status 130.
+
+    Args:
+        agreeing: yields a function that compares flags between ranks, such as `mpi.agreeing`; the
+            flags are read in this context.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # terminals that have only ASCII print ? for λ
     try:
-        parsed = _parse(flags)
+        try:
+            with agreeing() as check:
+                parsed = _parse(flags)
+                check({"the version of torchpar": __version__, **parsed.shared()})
+        except SystemExit as e:
+            _print_usage(flags, e)
         gc.freeze()  # Python's collector would look through all imported modules again and again
         run(parsed)
     except (TorchparError, OSError) as e:
+        if isinstance(e, AllRanksError) and _rank() > 0:  # rank 0 has the same error
+            sys.exit(2)
         _end(str(e), is_rank_0_lost=0 in getattr(e, "missing", ()))
     except MemoryError as e:  # of Python and of NumPy
         _end(f"{_TOO_LARGE} ({first_line(e)})")
@@ -347,17 +375,32 @@ def _end(error: str, is_rank_0_lost: bool = False) -> NoReturn:
     sys.exit(2)
 
 
+def _parser(flags: type[F]) -> Callable[..., F]:
+    return partial(tyro.cli, flags, config=(tyro.conf.FlagCreatePairsOff,))
+
+
 def _parse(flags: type[F]) -> F:
-    parse: Callable[..., F] = partial(tyro.cli, flags, config=(tyro.conf.FlagCreatePairsOff,))
+    """Return the flags of the command line.
+
+    Raises:
+        ConfigError: of ``flags.__post_init__``.
+        SystemExit: --help, or a wrong flag, of which nothing is printed yet.
+    """
     try:
         with redirect_stderr(io.StringIO()):  # tyro prints errors of __post_init__ nevertheless
-            return parse(console_outputs=False)
-    except SystemExit as e:  # after --help, or for a wrong flag; tyro says it in the second time
+            return _parser(flags)(console_outputs=False)
+    except SystemExit as e:
         error: BaseException | None = e
         while error is not None:
-            if isinstance(error, ConfigError):  # of __post_init__
-                _end(str(error))
+            if isinstance(error, ConfigError):
+                raise error from None
             error = error.__context__
-        if e.code and _rank() > 0:
-            time.sleep(GRACE)
-        return parse(console_outputs=bool(e.code) or _rank() == 0)
+        raise
+
+
+def _print_usage(flags: type[F], end: SystemExit) -> NoReturn:
+    """Parse again, so that tyro says why it has ended."""
+    if end.code and _rank() > 0:
+        time.sleep(GRACE)
+    _parser(flags)(console_outputs=bool(end.code) or _rank() == 0)
+    raise end

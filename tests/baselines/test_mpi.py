@@ -4,7 +4,10 @@
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
+from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -22,13 +25,14 @@ from torchpar.baselines import mpi, numpy_mlp
 from torchpar.baselines.numpy_mlp import NumpyMLP
 from torchpar.errors import ConfigError, DivergedError
 from torchpar.parallel.launch.world import join_world
+from torchpar.rank_info import first_difference
 
 pytest.importorskip("tyro", reason="tyro reads the flags")
 
 import fashion_pooled
 import train_mpi
 from fashion_pooled import SIZES, Plan, Result
-from support import one_process
+from support import cli, one_process
 
 ROUNDING = 1e-5  # of a loss: some hundred steps of some roundings of 6e-8 each
 # Python imports this module at its start, also in processes that a process starts. They find
@@ -368,6 +372,107 @@ def test_an_error_ends_all_processes(monkeypatch):
     with pytest.raises(RuntimeError, match="an error"), mpi.join():
         raise RuntimeError("an error")
     assert ended == [2]
+
+
+PROGRAMS = {
+    "epochs": ("train_mpi --epochs=2", "--epochs is 1 on rank 0 and 2 on rank 1"),
+    "hidden": ("train_mpi --epochs=1 --hidden=64", r"--hidden is (256,) on rank 0 and (64,) on"),
+    "help": ("train_mpi --help", "the command is taken on rank 0 and answered on rank 1"),
+    "wrong": ("train_mpi --epochs=0", "taken on rank 0 and refused (--epochs is 0, expected at"),
+    "program": ("fashion_pooled", "the program is train_mpi.py on rank 0 and fashion_pooled.py on"),
+    "data": ("train_mpi --epochs=1", "the checksum of the test images is "),
+}
+
+
+@needs_mpirun
+@pytest.mark.parametrize(
+    "case",
+    ["epochs", *(pytest.param(case, marks=pytest.mark.slow) for case in [*PROGRAMS][1:])],
+)
+def test_processes_with_other_settings_end_with_one_line(data, tmp_path, case):
+    """By MPI they would wait for each other, or print the stack of Allreduce."""
+    other = fashion_mnist(tmp_path, train=61, test=12) if case == "data" else data
+    commands: list[str] = []
+    for folder, program in ((data, "train_mpi --epochs=1"), (other, PROGRAMS[case][0])):
+        name, *flags = program.split()
+        script = str(ROOT / "examples" / f"{name}.py")
+        commands += [":"] * bool(commands) + ["-n", "1", sys.executable, script, *flags]
+        commands += ["--dataset=fashion-mnist", f"--data={folder}"]
+    code, out, err = run_without_torch(MPIRUN, *commands)
+    assert (code, out) == (2, "")
+    assert err.startswith("train_mpi.py: error: ")
+    assert PROGRAMS[case][1] in err
+    assert err.count("\n") == 1
+    assert ", expected the same on all; " in err
+
+
+@contextmanager
+def process(rank: int, other: dict[str, object] | None) -> Iterator[None]:
+    """A process of two by MPI, whose ``other`` has these settings; None for this process's own."""
+
+    def allgather(own: dict[str, object]) -> list[object]:
+        theirs = own if other is None else {**own, **other}
+        return [own, theirs] if rank == 0 else [theirs, own]
+
+    of_mpi = SimpleNamespace(COMM_WORLD=SimpleNamespace(rank=rank, size=2, allgather=allgather))
+    with (
+        patch.dict(os.environ, RANK=str(rank), WORLD_SIZE="2"),
+        patch.dict(sys.modules, {"mpi4py": SimpleNamespace(MPI=of_mpi)}),
+    ):
+        yield
+
+
+def test_settings_are_compared_before_the_training_begins():
+    """Flags of files may differ. Rank 0 alone prints; what all refuse or ask for is said once."""
+
+    def end(rank: int, other: dict[str, object] | None, *flags: str) -> tuple[object, str, str]:
+        out, err, began = StringIO(), StringIO(), []
+        arguments = ["train_mpi.py", *flags]
+        with (
+            process(rank, other),
+            patch.object(sys, "argv", arguments),
+            redirect_stdout(out),
+            redirect_stderr(err),
+        ):
+            try:
+                cli.main(began.append, train_mpi.Flags, mpi.agreeing)
+            except SystemExit as e:
+                return e.code, out.getvalue(), err.getvalue()
+        return len(began), out.getvalue(), err.getvalue()
+
+    remedy = "expected the same on all; start all by one command: mpirun -n N python …, with the "
+    for name, value, clause in (
+        ("--lr", 0.1, "--lr is 0.5 on rank 0 and 0.1 on rank 1"),
+        ("the version of NumPy", "1.0", f"is {np.__version__} on rank 0 and 1.0 on rank 1"),
+        ("the version of torchpar", "0", f"is {torchpar.__version__} on rank 0 and 0 on rank 1"),
+        ("the command", "answered", "the command is taken on rank 0 and answered on rank 1"),
+    ):
+        code, out, err = end(0, {name: value})
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert f"{clause}, {remedy}" in err
+        assert end(1, {name: value}) == (2, "", "")
+    assert end(0, None) == end(1, None) == (1, "", "")  # it trains
+    files = {"--data", "--log-dir", "--metrics", "--report"}
+    assert not files & train_mpi.Flags(data=Path("a"), metrics=Path(os.devnull)).shared().keys()
+    line = "train_mpi.py: error: --epochs is 0, expected at least 1\n"
+    assert end(0, None, "--epochs=0") == (2, "", line)
+    assert end(1, None, "--epochs=0") == (2, "", "")
+    code, _, err = end(0, {"the command": "taken"}, "--epochs=0")
+    assert code == 2
+    assert f"refused ({line.split(': ')[2].strip()}) on rank 0 and taken on rank 1, {remedy}" in err
+    code, out, _ = end(0, None, "--help")
+    assert code == 0
+    assert "--epochs" in out
+    assert end(1, None, "--help")[:2] == (0, "")
+    assert end(1, None, "--nonsense") == (2, "", "")
+    assert "nonsense" in end(0, None, "--nonsense")[2]
+
+
+def test_a_difference_names_all_ranks():
+    values = [{"a": 1, "b": [2]}, {"a": 1, "b": [3]}, {"a": 1, "b": [2]}, {"a": 1}]
+    clause = "b is [2] on ranks 0, 2 and [3] on rank 1 and None on rank 3"
+    assert first_difference(values) == ("b", clause)
+    assert first_difference(values[::2]) is None
 
 
 def test_a_missing_mpi_is_one_line(monkeypatch):

@@ -1,24 +1,28 @@
 # SPDX-License-Identifier: MIT
-"""Training by MPI: join the processes, scatter arrays, split a hidden layer, and add up figures.
+"""Training by MPI: join the processes, compare settings, scatter arrays, split a hidden layer, and
+add up figures.
 
 ``examples/train_mpi.py`` and ``examples/fashion_pooled.py`` hold the training loops. This module
 imports NumPy, and under mpirun mpi4py.
 """
 
+import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from torchpar.baselines.numpy_mlp import Array, NumpyMLP
-from torchpar.errors import ConfigError
-from torchpar.rank_info import find_rank_info
+from torchpar.errors import AllRanksError, ConfigError
+from torchpar.rank_info import find_rank_info, first_difference
 
 T = TypeVar("T")
 Communicator = Any  # mpi4py's `MPI.Intracomm`, which need not be installed, or `OneProcess`
 POLL = 0.01  # seconds between two looks at a barrier
+ONE_COMMAND = "start all by one command: mpirun -n N python …, with the same packages"
 
 
 @contextmanager
@@ -55,13 +59,81 @@ def join() -> Iterator[Communicator]:
             f"started {info.world_size}; start by the mpirun of mpi4py's MPI: mpirun -n "
             f"{info.world_size} python …"
         )
-    try:
+    with _ending_all():
         yield world
+
+
+@contextmanager
+def _ending_all() -> Iterator[None]:
+    """End all processes after an exception that not all of them have."""
+    try:
+        yield
+    except AllRanksError:
+        raise
     except BaseException:
         from mpi4py.run import set_abort_status
 
         set_abort_status(2)
         raise
+
+
+@contextmanager
+def agreeing() -> Iterator[Callable[[Mapping[str, object]], None]]:
+    """Yield a function that compares the settings of all processes that mpirun started.
+
+    Begin this before the flags are read, and call the function before anything else is sent.
+    Otherwise processes whose flags differ would wait for each other forever, or print MPI's stack.
+    The program and NumPy's version are settings, too. A process that leaves the block instead, such
+    as after --help or for a wrong flag, takes part in the comparison. Without mpirun, or an MPI
+    that connects the processes, nothing is compared: `join` refuses what is missing.
+
+    Raises:
+        AllRanksError: on every process, a setting differs, or all settings are refused.
+        SystemExit: as in the block, if all processes exit; after wrong flags on process 0 alone.
+    """
+    info, world = find_rank_info(), None
+    if info and info.launcher != "torchrun":
+        with suppress(ImportError, RuntimeError):
+            from mpi4py import MPI
+
+            world = MPI.COMM_WORLD
+    if world is None or info is None or world.size != info.world_size:
+        yield lambda settings: None
+        return
+    program = {"the program": Path(sys.argv[0]).name, "the version of NumPy": np.__version__}
+
+    def check(settings: Mapping[str, object], command: str = "taken") -> None:
+        check_same(world, {"the command": command, **program, **settings}, ONE_COMMAND)
+
+    end: SystemExit | ConfigError | None = None
+    with _ending_all():
+        try:
+            yield check
+        except AllRanksError:
+            raise
+        except (SystemExit, ConfigError) as e:
+            end = e
+    if isinstance(end, ConfigError):
+        check({}, f"refused ({end})")
+        raise AllRanksError(str(end)) from end
+    if end:
+        check({}, "refused" if end.code else "answered")
+        if end.code and world.rank > 0:
+            raise AllRanksError("wrong flags") from end
+        raise end
+
+
+def check_same(world: Communicator, values: Mapping[str, object], remedy: str) -> None:
+    """Compare ``values``, by name, between the processes.
+
+    Args:
+        remedy: what to do about a difference, with which the error message ends.
+
+    Raises:
+        AllRanksError: a value differs; on every process.
+    """
+    if difference := first_difference(world.allgather(values)):
+        raise AllRanksError(f"{difference[1]}, expected the same on all; {remedy}")
 
 
 class OneProcess:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from torchpar.errors import ConfigError
 from torchpar.library.sharding import is_dtensor
+from torchpar.rank_info import first_difference
 
 
 def check_same_on_all_ranks(
@@ -28,12 +29,8 @@ def check_same_on_all_ranks(
     Raises:
         ConfigError: a value differs between ranks; on every rank.
     """
-    if difference := _first_difference(group, values):
-        name, first, rank, value = difference
-        raise ConfigError(
-            f"{what}: {name} is {first} on rank 0 and {value} on rank {rank}, expected the same on "
-            "all"
-        )
+    if difference := first_difference(_of_all_ranks(group, values)):
+        raise ConfigError(f"{what}: {difference[1]}, expected the same on all")
 
 
 AVERAGE = (
@@ -62,7 +59,7 @@ def check_same_bits(
         for name, t in tensors.items()
         if t is not None and t.layout == torch.strided and not is_dtensor(t)
     }
-    if difference := _first_difference(group, digests):
+    if difference := first_difference(_of_all_ranks(group, digests)):
         raise ConfigError(f"{difference[0]} differs between ranks; {remedy}")
 
 
@@ -71,21 +68,15 @@ def checksum(t: Tensor) -> int:
     return zlib.crc32(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
-def _first_difference(
+def _of_all_ranks(
     group: dist.ProcessGroup | None, values: Mapping[str, object]
-) -> tuple[str, object, int, object] | None:
-    """The first name whose value differs from rank 0's, rank 0's value, the rank, and its value."""
+) -> list[Mapping[str, object]]:
     ranks = dist.get_world_size(group)
     if ranks == 1 or dist.get_backend(group) == "fake":  # the ranks of a fake group do not exist
-        return None
+        return [values]
     by_rank: list[Mapping[str, object]] = [{}] * ranks
     dist.all_gather_object(by_rank, values, group)
-    for rank, other in enumerate(by_rank):
-        for name in {**by_rank[0], **other}:
-            first, value = by_rank[0].get(name), other.get(name)
-            if value != first:
-                return name, first, rank, value
-    return None
+    return by_rank
 
 
 def check_shape(t: Tensor, group: dist.ProcessGroup) -> None:
