@@ -54,6 +54,7 @@ from torchpar.testing.case import (
     same_metadata,
     with_cause,
 )
+from torchpar.testing.writes import undeclared_writes
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -504,6 +505,9 @@ def _changes_after_the_call(case: Case) -> Attempts:
 
     for what in ("operands", "results"):
         yield f"of {what}", partial(check, what == "results")
+
+
+RULES["undeclared writes"] = undeclared_writes
 
 
 @rule("forward mode")

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: MIT
+"""Memory that an operator writes without saying so: operands, results, saved tensors, gradients."""
+
+from collections.abc import Iterable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from torchpar.testing.case import (
+    LOW,
+    REFUSALS,
+    Attempts,
+    Case,
+    Layout,
+    Outcome,
+    Tensors,
+    cast,
+    gradients,
+    is_differentiable,
+    layouts,
+    normal_like,
+    same_bits,
+)
+
+
+def undeclared_writes(case: Case) -> Attempts:
+    """The operator writes to nothing, in every dtype that it takes and in every layout.
+
+    A kernel that the backward launches itself is no operator, so that no schema promises what it
+    writes to.
+    """
+    contiguous: Layout = lambda t: t.clone(memory_format=torch.contiguous_format)  # noqa: E731  # one of a table
+    of_case = {"contiguous": contiguous, **layouts(case.operands)}
+    for name, layout in of_case.items():
+        yield f"{name} operands", partial(_check, case, case.operands, layout, contiguous)
+        if name != "contiguous":
+            yield f"{name} gradients", partial(_check, case, case.operands, contiguous, layout)
+            yield (
+                f"{name} operands and gradients",
+                partial(_check, case, case.operands, layout, layout),
+            )
+    for dtype in _other_dtypes(case):
+        operands = cast(case.operands, dtype)
+        for name, layout in of_case.items():
+            yield f"{dtype}, {name}", partial(_check, case, operands, layout, layout)
+
+
+def _other_dtypes(case: Case) -> Iterator[torch.dtype]:
+    low = () if any(t.is_complex() for t in case.operands) else LOW
+    for dtype in (torch.float64, torch.float32, *low):
+        if [t.dtype for t in cast(case.operands, dtype)] != [t.dtype for t in case.operands]:
+            yield dtype
+
+
+def _check(case: Case, operands: Tensors, layout: Layout, of_gradients: Layout) -> None:
+    """Call the operator, and its backward three times; the last call may free what is saved."""
+    leaves = iter(case.leaves(operands))
+    chosen = [next(leaves) if is_differentiable(t) else t for t in operands]
+    xs = tuple(map(layout, chosen))
+    watched = _Watched()
+    watched.add("operand", xs)
+    ys = watched.call(case, xs)
+    watched.expect("the forward")
+    if not any(y.requires_grad for y in ys):
+        return
+    smooth = [y for y in ys if y.requires_grad]
+    incoming = [of_gradients(normal_like(y)) for y in smooth]
+    watched.add("incoming gradient", incoming)
+    required = [t for t in chosen if is_differentiable(t)]
+    try:
+        first = gradients(smooth, required, incoming, retain_graph=True)
+    except (*REFUSALS, TypeError) as e:  # the rows of gradients say why
+        watched.expect("the backward")
+        raise Outcome("not run", f"eager mode refuses the backward: {e}") from e
+    watched.expect("the backward")
+    watched.add("gradient of an earlier call", first)
+    # Other numbers show a buffer that holds the gradients of every call.
+    gradients(smooth, required, [2 * g for g in incoming], retain_graph=True)
+    watched.expect("the second backward")
+    again = gradients(smooth, required, incoming)
+    watched.expect("the last backward", freed="saved tensor")
+    try:
+        same_bits(again, first)
+    except Outcome as e:
+        raise Outcome("wrong", f"backward() called again gives {e.args[1]}") from e
+
+
+class _Watched:
+    """Tensors, with copies of all the memory that they view."""
+
+    def __init__(self) -> None:
+        self.memory: list[tuple[str, Tensor, Tensor]] = []
+
+    def add(self, what: str, tensors: Iterable[Tensor]) -> None:
+        for t in map(torch.detach, tensors):
+            if t.layout == torch.strided and not torch._is_zerotensor(t) and not t.is_meta:
+                memory = t.new_empty(0, dtype=torch.uint8).set_(t.untyped_storage())
+                self.memory.append((what, memory, memory.clone()))
+
+    def call(self, case: Case, xs: Tensors) -> Tensors:
+        """The results of the operator. They and what is saved for the backward are watched, too."""
+        saved: list[Tensor] = []
+
+        def pack(t: Tensor) -> Tensor:
+            saved.append(t.detach())  # without a cycle of references through the graph
+            return saved[-1]
+
+        try:
+            with saved_tensors_hooks(pack, lambda t: t):
+                ys = case.takes(xs)
+        except Outcome as e:
+            if "hooks" not in e.args[1]:  # torch.func within the operator allows none
+                raise
+            saved.clear()
+            ys = case.takes(xs)
+        self.add("result", ys)
+        self.add("saved tensor", saved)
+        return ys
+
+    def expect(self, who: str, freed: str = "") -> None:
+        """Raise an `Outcome` if memory has changed, unless it is of a kind that is freed."""
+        for what, memory, before in self.memory:
+            if what != freed and not torch.equal(memory, before):
+                raise Outcome("wrong", f"{who} writes to its {what}")
