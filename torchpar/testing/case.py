@@ -259,6 +259,11 @@ def normal_like(t: Tensor, seed: int = 9) -> Tensor:
     return (torch.view_as_complex(found) if t.is_complex() else found[..., 0]).to(t.device, t.dtype)
 
 
+def moved_by_a_rounding(t: Tensor, seed: int) -> Tensor:
+    """Change each number by about one rounding, otherwise for each seed."""
+    return t * (1 + torch.finfo(t.dtype).eps * normal_like(t, seed)) if is_differentiable(t) else t
+
+
 def cast(operands: Tensors, dtype: torch.dtype) -> Tensors:
     """Convert floating tensors to ``dtype``, and complex tensors to its complex counterpart.
 

@@ -47,6 +47,7 @@ from torchpar.testing.case import (
     is_differentiable,
     layouts,
     likely_cause,
+    moved_by_a_rounding,
     normal_like,
     real,
     rolled,
@@ -54,6 +55,7 @@ from torchpar.testing.case import (
     same_metadata,
     with_cause,
 )
+from torchpar.testing.magnitudes import large_and_small_numbers
 from torchpar.testing.writes import undeclared_writes
 
 if TYPE_CHECKING:
@@ -283,7 +285,7 @@ def _same_values(case: Case, operands: Tensors) -> None:
         """Results of the reference that may be summed in other orders: in other layouts, and of
         operands that differ by roundings. Sums of equal terms may have no error."""
         for seed in range(5):
-            like = [_moved_by_a_rounding(t, seed) if seed else t for t in copies]
+            like = [moved_by_a_rounding(t, seed) if seed else t for t in copies]
             right = exact(like)
             yield case.plain(*like), right
             # Without a reference the operator's own error in a layout would be its excuse.
@@ -295,10 +297,6 @@ def _same_values(case: Case, operands: Tensors) -> None:
                 yield case.takes(operands, case.plain), exact()
 
     close(actual, case.takes(copies, case.plain), exact, others, operands)
-
-
-def _moved_by_a_rounding(t: Tensor, seed: int) -> Tensor:
-    return t * (1 + torch.finfo(t.dtype).eps * normal_like(t, seed)) if is_differentiable(t) else t
 
 
 def _fake_of_meta(case: Case) -> None:
@@ -705,6 +703,10 @@ def _is_near(around: Sequence[Tensor], ys: Sequence[Tensor], tolerance: float) -
         for a, y in zip(around, ys, strict=True)
         if y.numel()
     )
+
+
+RULES["large numbers"] = partial(large_and_small_numbers, sign=1)
+RULES["small numbers"] = partial(large_and_small_numbers, sign=-1)
 
 
 # vmap
