@@ -12,7 +12,7 @@ SCRIPTS = {
     "exact_mode": ["exp", "rows", "checkpoint"],
     "training": ["bits", "alone"],
     "optimizers": ["decay", "closure"],
-    "operators": ["transposed", "last-bit", "behind"],
+    "operators": ["transposed", "last-bit", "behind", "overwritten", "overflow"],
     "library": ["keywords", "unkeyed"],
     "flags": ["unchecked"],
     "emulator": ["minimum", "silent"],

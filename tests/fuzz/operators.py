@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: MIT
 """Random calls of torchpar's operators, beside PyTorch's own.
 
-Shapes, dtypes, layouts, broadcasting and unusual numbers; gradients, forward mode, vmap, meta
-tensors and, now and then, torch.compile. An error against float64 is at most twice PyTorch's and
-some roundings. Where PyTorch refuses, the operator must, too. Where the operator alone refuses, its
-one line must begin with its name, which is the documented refusal: no operator but `maximum`
-promotes dtypes or broadcasts.
+Shapes, dtypes, layouts, broadcasting, unusual, large and small numbers; gradients, forward mode,
+vmap, meta tensors and, now and then, torch.compile. An error against float64 is at most twice
+PyTorch's and some roundings. Where PyTorch refuses, the operator must, too. Where the operator
+alone refuses, its one line must begin with its name, which is the documented refusal: no operator
+but `maximum` promotes dtypes or broadcasts.
 """
 
+import math
 import random
 import sys
 from collections.abc import Callable, Sequence
@@ -92,7 +93,8 @@ def layout(t: Tensor, rng: random.Random, *, expanded: bool) -> Tensor:
     return t
 
 
-def operands(name: str, rng: random.Random) -> list[Tensor]:
+def operands(name: str, rng: random.Random, most: int = 3) -> list[Tensor]:
+    """Random operands, whose sizes differ by up to 2^(2·most)."""
     _, _, shapes = OPERATORS[name]
     given = list(shapes)
     if name in ("symmetric_matmul", "linear_sigmoid") and rng.random() < 0.4:
@@ -116,7 +118,7 @@ def operands(name: str, rng: random.Random) -> list[Tensor]:
             if rng.random() < (0.3 if name == "maximum" else 0.03)
             else dtype
         )
-        t = torch.randn(shape, dtype=torch.float64) * 2.0 ** rng.randint(-3, 3)
+        t = torch.randn(shape, dtype=torch.float64) * 2.0 ** rng.randint(-most, most)
         t = (4 * t).to(own) if not own.is_floating_point else t.to(own)
         if own.is_floating_point and t.numel() and rng.random() < 0.2:
             t.view(-1)[rng.randrange(t.numel())] = rng.choice([float("nan"), float("inf"), -0.0])
@@ -144,7 +146,9 @@ def attempt(call: Callable[[], Any]) -> Any:
 def trial(rng: random.Random) -> str:
     name = rng.choice(list(OPERATORS))
     ours, torchs, _ = OPERATORS[name]
-    args = operands(name, rng)
+    # No product of two such numbers overflows or is subnormal, but in float16.
+    is_wide = rng.random() < 0.15
+    args = operands(name, rng, 40 if is_wide else 3)
     options: dict[str, float] = {}
     if name == "symmetric_matmul":
         options = {"alpha": rng.choice([1.0, -2.5, 0.5])} | (
@@ -190,7 +194,8 @@ def trial(rng: random.Random) -> str:
             "compile" if rng.random() < 0.05 else "value",
         ]
     )
-    if kind != "value" and all(t.is_floating_point() for t in args):
+    # Derivatives of a saturated sigmoid are small differences of large numbers.
+    if kind != "value" and not is_wide and all(t.is_floating_point() for t in args):
         CHECKS[kind](f"{what}, {kind}", name, args, options, rng)
     return kind
 
@@ -296,7 +301,16 @@ def slopes(
     )
     if weights.dim() > 1 and weights.shape[-1] == weights.shape[-2]:
         weights = weights + weights.mT
-    return torch.autograd.grad(result, leaves, weights.to(result.dtype))
+    incoming = weights.to(result.dtype)
+    kept = [*leaves, result, incoming]
+    before = [t.detach().clone() for t in kept]
+    found = torch.autograd.grad(result, leaves, incoming, retain_graph=True)
+    if not all(equal_bits(*pair) for pair in zip(kept, before, strict=True)):
+        raise Found("the backward writes to an operand, the result or the incoming gradient")
+    again = torch.autograd.grad(result, leaves, incoming)
+    if not all(equal_bits(*pair) for pair in zip(found, again, strict=True)):
+        raise Found("the backward gives other bits in a second call")
+    return found
 
 
 def gradient(what: str, name: str, args: list[Tensor], options: Any, rng: random.Random) -> None:
@@ -413,6 +427,52 @@ def behind() -> None:
     OPERATORS["matmul_t"] = (wrong, *others)
 
 
+class Overwriting(torch.autograd.Function):
+    """X·Xᵀ, whose backward takes the memory of the operand for its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Any:
+        ctx.save_for_backward(x)
+        return torch.ops.torchpar.matmul_t(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        gradient = (g + g.mT) @ x
+        # As a kernel does, of which autograd knows nothing.
+        x.new_empty(0).set_(x.untyped_storage()).zero_()
+        return gradient
+
+
+def overwritten() -> None:
+    """Let the backward of `matmul_t` overwrite an operand of float32."""
+    right, *others = OPERATORS["matmul_t"]
+
+    def wrong(x: Tensor) -> Any:
+        is_one = x.requires_grad and x.dtype == torch.float32
+        return Overwriting.apply(x) if is_one else right(x)
+
+    OPERATORS["matmul_t"] = (wrong, *others)
+
+
+def overflow() -> None:
+    """Let `linear_sigmoid` compute exp(z)/(1 + exp(z)), which is NaN for large z."""
+    right, *others = OPERATORS["linear_sigmoid"]
+
+    def wrong(x: Tensor, weight: Tensor, bias: Any = None) -> Any:
+        y = right(x, weight, bias)
+        z = nn.functional.linear(x, weight, bias)
+        return y.masked_fill(z > math.log(torch.finfo(torch.float32).max), torch.nan)
+
+    OPERATORS["linear_sigmoid"] = (wrong, *others)
+
+
 if __name__ == "__main__":
-    faults = {"transposed": transposed_vmap, "last-bit": last_bit, "behind": behind}
+    faults = {
+        "transposed": transposed_vmap,
+        "last-bit": last_bit,
+        "behind": behind,
+        "overwritten": overwritten,
+        "overflow": overflow,
+    }
     sys.exit(run(trial, faults))
