@@ -12,6 +12,7 @@
 import gc
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
@@ -78,6 +79,14 @@ def threads(usual_threads: int) -> Iterator[None]:
 
     yield
     torch.set_num_threads(usual_threads)
+
+
+@pytest.fixture(autouse=True)
+def unwatched() -> Iterator[None]:
+    """End the watch that the exact mode leaves behind, for as long as its tensors live."""
+    yield
+    if dispatch := sys.modules.get("torchpar.exact.dispatch"):
+        dispatch._watch.end()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -387,7 +387,7 @@ PROGRAMS = {
 @needs_mpirun
 @pytest.mark.parametrize(
     "case",
-    ["epochs", *(pytest.param(case, marks=pytest.mark.slow) for case in [*PROGRAMS][1:])],
+    [pytest.param(case, marks=pytest.mark.slow) for case in PROGRAMS],
 )
 def test_processes_with_other_settings_end_with_one_line(data, tmp_path, case):
     """By MPI they would wait for each other, or print the stack of Allreduce."""

@@ -79,7 +79,14 @@ COMPILED_TRANSFORMS = {
 
 
 @pytest.mark.parametrize("transform", COMPILED_TRANSFORMS)
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        # They are like `matmul_t` and `linear_sigmoid`.
+        pytest.param(name, marks=[pytest.mark.slow] * name.startswith(("exact", "symmetric")))
+        for name in OPERATORS
+    ],
+)
 def test_compiled_transforms(name: str, transform: str, device: str) -> None:
     operator, transformed = OPERATORS[name], COMPILED_TRANSFORMS[transform]
     shapes = tuple(

@@ -46,8 +46,15 @@ RUNS = [
 ]
 
 
+# The first sample of another operator tries the same by default.
+LIKE_OTHERS = ("exact_matmul", "symmetric_matmul")
+
+
 @pytest.mark.parametrize("chosen", RUNS)
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in LIKE_OTHERS)) for name in OPERATORS],
+)
 def test_nothing_is_wrong(name: str, chosen: slice, device: str) -> None:
     operator = OPERATORS[name]
     op, reference = operator.overload, operator.native

@@ -136,7 +136,14 @@ def test_each_start_meets_at_an_empty_store(agent):
 
 
 @pytest.mark.parametrize(
-    "joined, missing", [((0,), "1, 2"), ((0, 2), "1"), ((0, 1), "2"), ((1,), "0"), ((1, 2), "0")]
+    "joined, missing",
+    [
+        ((0,), "1, 2"),
+        pytest.param((0, 2), "1", marks=pytest.mark.slow),
+        pytest.param((0, 1), "2", marks=pytest.mark.slow),
+        pytest.param((1,), "0", marks=pytest.mark.slow),
+        ((1, 2), "0"),
+    ],
 )
 def test_a_start_that_not_all_reached_names_the_others_and_does_not_disturb_the_next(
     agent, monkeypatch, joined, missing
@@ -170,7 +177,7 @@ def test_all_ranks_name_one_that_does_not_join(ranks):
     ranks(2, meet_two_others, port)
 
 
-@pytest.mark.parametrize("asking", [(0, 1, 2), (0, 2), (1,)])
+@pytest.mark.parametrize("asking", [(0, 1, 2), (0, 2), pytest.param((1,), marks=pytest.mark.slow)])
 def test_ranks_that_do_not_ask_are_missing(agent, asking):
     stores = meet(agent, 0, 1, 2)
     with ThreadPoolExecutor(3) as pool:

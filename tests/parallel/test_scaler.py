@@ -28,8 +28,18 @@ def logs(ranks, mesh, *arguments):
     return [[step[:2] for step in log] for log in found]
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("mesh", MESHES)
+BY_DEFAULT = {(mesh, name) for mesh in ("tp", "pp of 3") for name in OPTIMIZERS}
+BY_DEFAULT |= {("tp of 3", "sgd"), ("dp × tp", "muon")}
+
+
+@pytest.mark.parametrize(
+    "mesh, name",
+    [
+        pytest.param(mesh, name, marks=[] if (mesh, name) in BY_DEFAULT else pytest.mark.slow)
+        for mesh in MESHES
+        for name in OPTIMIZERS
+    ],
+)
 def test_all_ranks_skip_a_step_together(ranks, mesh, name):
     assert logs(ranks, mesh, name) == [EXPECTED] * MESHES[mesh][0]
 
@@ -45,7 +55,7 @@ def test_ranks_that_skip_alone_are_noticed(ranks):
     assert steps[2] == (True, 2048.0)
 
 
-@pytest.mark.parametrize("name", ["adamw", "fused", "muon"])
+@pytest.mark.parametrize("name", ["fused", "muon"])
 def test_the_scaler_of_pytorch_is_refused(ranks, name):
     with pytest.raises(ConfigError, match=r"divided over ranks; take torchpar\.parallel\.Grad"):
         logs(ranks, "tp", name, "plain")
