@@ -559,6 +559,14 @@ def test_the_mean_of_a_layer_norm_is_pytorchs_where_it_is_infinite():
     assert found[1][2] == 4
 
 
+def test_the_mean_of_a_group_norm_is_infinite():
+    """PyTorch's is infinite or NaN: it depends on the number of elements."""
+    x = torch.tensor([[[math.inf, 1.0], [3.0, 5.0]]])
+    with exact.mode():
+        _, mean, _ = torch.native_group_norm(x, None, None, 1, 2, 2, 2, 1e-5)
+    assert mean.tolist() == [[math.inf, 4.0]]
+
+
 def test_softplus_has_its_threshold():
     x = torch.tensor([1.0, 1.6, 30.0], requires_grad=True)
     with exact.mode():

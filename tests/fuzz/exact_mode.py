@@ -307,6 +307,9 @@ def values(op: OpInfo, sample: Sample, plain: list[Tensor], found: list[Tensor])
             )
         elif "conv" in op.name:  # a weight that is not finite times the zeros of the padding is NaN
             special |= one.isnan() & (not all(t.isfinite().all() for t in floats(sample.args)))
+        elif "group_norm" in op.name:  # PyTorch adds products with a weight, ∞ − ∞
+            special |= one.isinf() & native.isnan()
+            special &= not all(t.isfinite().all() for t in floats(sample.args))
         elif not sample.slopes:
             special = torch.zeros_like(special)
         if not (agree | finite | special).all():

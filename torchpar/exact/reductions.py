@@ -115,14 +115,19 @@ def _norm(
 def _layer_norm(
     x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    y, mean, rstd = _normalized(x, shape, eps)
+    y = y if weight is None else y * weight
+    mean = mean.masked_fill(mean.isinf(), math.nan)  # as PyTorch's
+    return y if bias is None else y + bias, mean, rstd
+
+
+def _normalized(x: Tensor, shape: Sequence[int], eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(x − μ) / √(σ² + eps) over the last dimensions, of ``shape``, with μ and 1/√(σ² + eps)."""
     dims = [*range(-len(shape), 0)]
     mean = exact_sum(x, dims, True) / math.prod(shape)
     centred = x.double() - mean
     rstd = 1 / sqrt64(exact_sum(centred.square(), dims, True) / math.prod(shape) + eps)
-    y = (centred * rstd).float()
-    y = y if weight is None else y * weight
-    mean = mean.masked_fill(mean.isinf(), math.nan)  # as PyTorch's
-    return y if bias is None else y + bias, mean.float(), rstd.float()
+    return (centred * rstd).float(), mean.float(), rstd.float()
 
 
 @rule("native_layer_norm_backward")
@@ -180,7 +185,7 @@ def _group_norm(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     size = c // groups * pixels
-    y, mean, rstd = _layer_norm(x.reshape(n, groups, size), [size], None, None, eps)
+    y, mean, rstd = _normalized(x.reshape(n, groups, size), [size], eps)
     return _affine(y.view(x.shape), weight, bias), mean.view(n, groups), rstd.view(n, groups)
 
 
