@@ -64,6 +64,10 @@ def mode() -> Iterator[None]:
     Make the model in the mode, too, so that its first weights are the same everywhere. Each row of
     a result depends only on its own row of the input, and not on the other rows of the batch.
 
+    The mode holds wherever autograd calls functions, such as in activation checkpoints. Workers of
+    a `DataLoader` that is iterated in the mode are in it. After the mode, a warning names each line
+    that computes with its tensors what depends on the processor.
+
     Raises:
         ConfigError: an operator that has no exact version, or a dtype other than float32.
     """
