@@ -14,7 +14,7 @@ class ConfigError(TorchparError, ValueError):
 
 
 class AllRanksError(ConfigError):
-    """An error that every rank raises, such as a flag that differs: rank 0 alone need print it."""
+    """An error that every rank raises, such as a flag that differs: only rank 0 prints it."""
 
 
 class DivergedError(TorchparError, FloatingPointError):

@@ -70,7 +70,7 @@ MAY_DIFFER_ON_RESUME = {
     "tp",
 }
 
-# Rank 0 alone writes its outputs; the data are compared.
+# Only rank 0 writes these. Of the data, the contents are compared.
 MAY_DIFFER_ON_RANKS = {"data", "log_dir", "metrics", "plots", "report"}
 
 _COUNT, _SIZE = (1, 2**63), (1, 2**31)

@@ -377,8 +377,11 @@ def test_an_error_ends_all_processes(monkeypatch):
 PROGRAMS = {
     "epochs": ("train_mpi --epochs=2", "--epochs is 1 on rank 0 and 2 on rank 1"),
     "hidden": ("train_mpi --epochs=1 --hidden=64", r"--hidden is (256,) on rank 0 and (64,) on"),
-    "help": ("train_mpi --help", "the command is taken on rank 0 and answered on rank 1"),
-    "wrong": ("train_mpi --epochs=0", "taken on rank 0 and refused (--epochs is 0, expected at"),
+    "help": (
+        "train_mpi --help",
+        "the command line is complete on rank 0 and a question for help on rank 1",
+    ),
+    "wrong": ("train_mpi --epochs=0", "complete on rank 0 and wrong (--epochs is 0, expected at"),
     "program": ("fashion_pooled", "the program is train_mpi.py on rank 0 and fashion_pooled.py on"),
     "data": ("train_mpi --epochs=1", "the checksum of the test images is "),
 }
@@ -445,7 +448,7 @@ def test_settings_are_compared_before_the_training_begins():
         ("--lr", 0.1, "--lr is 0.5 on rank 0 and 0.1 on rank 1"),
         ("the version of NumPy", "1.0", f"is {np.__version__} on rank 0 and 1.0 on rank 1"),
         ("the version of torchpar", "0", f"is {torchpar.__version__} on rank 0 and 0 on rank 1"),
-        ("the command", "answered", "the command is taken on rank 0 and answered on rank 1"),
+        ("the command line", "wrong", "the command line is complete on rank 0 and wrong on rank 1"),
     ):
         code, out, err = end(0, {name: value})
         assert (code, out, err.count("\n")) == (2, "", 1)
@@ -457,9 +460,11 @@ def test_settings_are_compared_before_the_training_begins():
     line = "train_mpi.py: error: --epochs is 0, expected at least 1\n"
     assert end(0, None, "--epochs=0") == (2, "", line)
     assert end(1, None, "--epochs=0") == (2, "", "")
-    code, _, err = end(0, {"the command": "taken"}, "--epochs=0")
+    code, _, err = end(0, {"the command line": "complete"}, "--epochs=0")
     assert code == 2
-    assert f"refused ({line.split(': ')[2].strip()}) on rank 0 and taken on rank 1, {remedy}" in err
+    assert (
+        f"wrong ({line.split(': ')[2].strip()}) on rank 0 and complete on rank 1, {remedy}" in err
+    )
     code, out, _ = end(0, None, "--help")
     assert code == 0
     assert "--epochs" in out

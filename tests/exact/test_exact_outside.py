@@ -248,8 +248,16 @@ def test_workers_that_began_outside_are_refused():
     next(iter(loader))
     with exact.mode(), pytest.raises(ConfigError, match=r"persistent workers .* outside"):
         next(iter(loader))
-    assert not hasattr(DataLoader.__iter__, "__wrapped__")
     assert DataLoader.__iter__.__module__ == "torch.utils.data.dataloader"
+
+
+def test_another_replacement_of_the_loaders_method_stays(monkeypatch):
+    monkeypatch.setattr(DataLoader, "__iter__", DataLoader.__iter__)  # which restores it
+    with exact.mode():
+        iterate = DataLoader.__iter__
+        other = DataLoader.__iter__ = lambda self: iterate(self)
+    assert DataLoader.__iter__ is other
+    assert len(list(DataLoader(Drawn(), 4))) == 2
 
 
 # Arithmetic outside
@@ -310,6 +318,35 @@ def test_what_has_the_same_bits_everywhere_is_not_warned_of(trained):
         repr(x)
         with exact.mode():
             x.sum()
+
+
+def test_the_default_device_is_below_the_watch(trained):
+    """PyTorch expects it there when another one is set."""
+    try:
+        for device in ("cpu", "meta", None):
+            torch.set_default_device(device)
+            with exact.mode():
+                torch.ones(3)
+    finally:
+        torch.set_default_device(None)
+
+
+def test_coverage_leaves_no_marks_and_no_second_watch(monkeypatch):
+    monkeypatch.setattr(watch.marks, "_marks", {})  # of other tests
+    weight = torch.ones(3, 3)
+    exact.coverage(lambda: weight.mul_(0.5).sum())
+    weight.sum()
+    with exact.mode():
+        x = torch.rand(3, 3)
+        exact.coverage(torch.sum, x)
+        x.mm(x)
+    assert len(torch.overrides._get_current_function_mode_stack()) == 1
+
+
+def test_what_is_only_written_to_is_no_operand(trained):
+    _, x, _, _ = trained
+    torch.mm(torch.ones(3, 2), torch.ones(2, 4), out=x)
+    torch.add(torch.ones(3, 4), 1, out=x)
 
 
 def test_arithmetic_is_not_watched_where_nothing_lives(monkeypatch):

@@ -239,10 +239,16 @@ def judge(
                 f"{what}: {found.flatten()[:5].tolist()}, PyTorch {plain.flatten()[:5].tolist()}"
             )
         return
+    if not found.numel():
+        return
     finite = found.isfinite() & plain.isfinite() & ideal.isfinite()
+    # A product of PyTorch's overflows before its last sum.
+    unit = torch.finfo(found.dtype).eps * ideal.abs().nan_to_num(0, 0, 0).amax()
+    better = plain.isinf() & ((found.double() - ideal).abs() <= 4 * unit)
     # The exact product of a row with an infinity is NaN; other rows have theirs.
     alike = (
         finite
+        | better
         | (found.isnan() & ~plain.isfinite())
         | (found == plain)
         | (plain.isnan() & ideal.isnan() & found.isnan())

@@ -7,7 +7,8 @@ from scaled import OPTIMIZERS, train_scaled
 from torch.optim import SGD
 
 from torchpar.errors import ConfigError
-from torchpar.parallel import GradScaler, join_world
+from torchpar.nn import MLP
+from torchpar.parallel import GradScaler, join_world, parallel_mlp
 
 MESHES = {
     "tp": (2, {"tp": 2}),
@@ -59,6 +60,24 @@ def test_ranks_that_skip_alone_are_noticed(ranks):
 def test_the_scaler_of_pytorch_is_refused(ranks, name):
     with pytest.raises(ConfigError, match=r"divided over ranks; take torchpar\.parallel\.Grad"):
         logs(ranks, "tp", name, "plain")
+
+
+def sharded_too() -> None:
+    """By `fully_shard`, which replaces the parameters of split layers."""
+    from torch.distributed.fsdp import fully_shard
+
+    with join_world("cpu", timeout=20) as alone:
+        world = alone.with_mesh(tp=2)
+        model = parallel_mlp(MLP([4, 6, 2]), world.mesh["tp"])
+        fully_shard(model, mesh=world.mesh["dp"])
+        scaler, optimizer = torch.amp.GradScaler("cpu"), SGD(model.parameters(), lr=0.1)
+        scaler.scale(model(torch.ones(2, 4)).sum()).backward()
+        scaler.step(optimizer)
+
+
+def test_the_scaler_of_pytorch_is_refused_under_fully_shard(ranks):
+    with pytest.raises(ConfigError, match=r"divided over ranks; take torchpar\.parallel\.Grad"):
+        ranks(2, sharded_too)
 
 
 def with_options(options_of_ranks: list[dict[str, float]]) -> None:

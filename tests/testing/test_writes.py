@@ -136,7 +136,7 @@ SINGLE = (torch.float32,)
         (to_saved, SINGLE, "the backward writes to its saved tensor"),
         (to_gradient, SINGLE, "the backward writes to its incoming gradient"),
         (to_operand_when_freed, SINGLE, "the last backward writes to its operand"),
-        (otherwise_each_time, SINGLE, "called again gives other bits"),
+        (otherwise_each_time, SINGLE, "called again: off by"),
     ],
 )
 def test_a_write_is_found(write: Write, dtypes: tuple[torch.dtype, ...], detail: str) -> None:

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Training by MPI: join the processes, compare settings, scatter arrays, split a hidden layer, and
-add up figures.
+"""Training by MPI: processes, settings, arrays, a split hidden layer, and sums.
 
 ``examples/train_mpi.py`` and ``examples/fashion_pooled.py`` hold the training loops. This module
 imports NumPy, and under mpirun mpi4py.
@@ -83,13 +82,13 @@ def agreeing() -> Iterator[Callable[[Mapping[str, object]], None]]:
 
     Begin this before the flags are read, and call the function before anything else is sent.
     Otherwise processes whose flags differ would wait for each other forever, or print MPI's stack.
-    The program and NumPy's version are settings, too. A process that leaves the block instead, such
-    as after --help or for a wrong flag, takes part in the comparison. Without mpirun, or an MPI
-    that connects the processes, nothing is compared: `join` refuses what is missing.
+    The program and NumPy's version are settings, too. After --help or a wrong flag a process leaves
+    the block without that call, and is compared, too. Nothing is compared without mpirun, or if MPI
+    does not connect the processes: `join` refuses what is missing.
 
     Raises:
         AllRanksError: on every process, a setting differs, or all settings are refused.
-        SystemExit: as in the block, if all processes exit; after wrong flags on process 0 alone.
+        SystemExit: if all processes exit; for wrong flags on process 0 only.
     """
     info, world = find_rank_info(), None
     if info and info.launcher != "torchrun":
@@ -102,8 +101,8 @@ def agreeing() -> Iterator[Callable[[Mapping[str, object]], None]]:
         return
     program = {"the program": Path(sys.argv[0]).name, "the version of NumPy": np.__version__}
 
-    def check(settings: Mapping[str, object], command: str = "taken") -> None:
-        check_same(world, {"the command": command, **program, **settings}, ONE_COMMAND)
+    def check(settings: Mapping[str, object], command: str = "complete") -> None:
+        check_same(world, {"the command line": command, **program, **settings}, ONE_COMMAND)
 
     end: SystemExit | ConfigError | None = None
     with _ending_all():
@@ -114,10 +113,10 @@ def agreeing() -> Iterator[Callable[[Mapping[str, object]], None]]:
         except (SystemExit, ConfigError) as e:
             end = e
     if isinstance(end, ConfigError):
-        check({}, f"refused ({end})")
+        check({}, f"wrong ({end})")
         raise AllRanksError(str(end)) from end
     if end:
-        check({}, "refused" if end.code else "answered")
+        check({}, "wrong" if end.code else "a question for help")
         if end.code and world.rank > 0:
             raise AllRanksError("wrong flags") from end
         raise end
@@ -127,6 +126,8 @@ def check_same(world: Communicator, values: Mapping[str, object], remedy: str) -
     """Compare ``values``, by name, between the processes.
 
     Args:
+        world: the processes.
+        values: this process's.
         remedy: what to do about a difference, with which the error message ends.
 
     Raises:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._decomp import decomposition_table
 from torch._ops import OpOverload
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
     _disable_current_modes,
@@ -85,7 +85,8 @@ def _computed_by(operators: "_Operators") -> Iterator[None]:
         with workers_enter(mode, is_active), _Functions(), operators:
             yield
     finally:
-        _watch.begin()
+        if not any(isinstance(one, _Functions) for one in _get_current_function_mode_stack()):
+            _watch.begin()
 
 
 def is_active() -> bool:
@@ -125,6 +126,8 @@ class _Functions(TorchFunctionMode):
 
 
 class _Operators(TorchDispatchMode):
+    marks = True  # whether arithmetic outside of the mode with the results is warned of
+
     def __torch_dispatch__(
         self,
         func: Operator,
@@ -133,7 +136,7 @@ class _Operators(TorchDispatchMode):
         kwargs: Mapping[str, object] | None = None,
     ) -> object:
         result = self._compute(func, args, kwargs)
-        if not _returns_views(func):
+        if self.marks and not _returns_views(func):
             marks.add(result)
         return result
 
@@ -185,7 +188,7 @@ def kind_of(func: Operator, operands: Sequence[object]) -> tuple[Kind, str]:
 
 
 def _is_same_outside(func: Operator, operands: Sequence[object], result: object) -> bool:
-    """Whether an operator has the same bits everywhere outside of the mode, but for signs of 0."""
+    """Whether an operator has the same bits on every processor, except for the sign of 0."""
     name = func._schema.name.removeprefix("aten::").removesuffix("_")
     return (
         not _has_float(result)
@@ -244,7 +247,7 @@ def _is_implicit(func: Operator) -> bool:
 
 @cache
 def _returns_views(func: Operator) -> bool:
-    """Whether an operator's results may be operands or views of them, which it does not write."""
+    """Whether an operator's results may be operands, or views of them, that it does not change."""
     return func.is_view or (_is_implicit(func) and not func._schema.is_mutable)
 
 
@@ -348,6 +351,8 @@ def coverage(function: Callable[..., object], *inputs: object, **options: object
     found = Coverage()
 
     class _Recorder(_Operators):
+        marks = False
+
         def __torch_dispatch__(
             self,
             func: Operator,

@@ -2,11 +2,12 @@
 """Warnings about tensors of the exact mode in arithmetic outside of it.
 
 The mode marks the memory of each float tensor that an operator returns in it. When the mode ends, a
-function mode stays below all others of the thread. It lets calls without marked operands pass. In a
-call with marked operands, an operator that is computed in exact arithmetic within the mode, or
-refused there, is warned of: at the first line of the call stack that is neither PyTorch's nor ours.
+function mode stays below the others of the thread. It lets calls without marked operands pass. In a
+call with marked operands, the watch warns of an operator that the mode would compute exactly, or
+refuse. The warning names the first line of the call stack that is neither PyTorch's nor ours.
 """
 
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,7 +29,9 @@ from torch.utils._pytree import tree_leaves
 Operator = OpOverload[..., object]
 Passes = Callable[[Operator, Sequence[object], object], bool]
 """Whether an operator with these operands and this result has the same bits everywhere."""
-_LIBRARIES = str(Path(torch.__file__).parent), str(Path(__file__).parents[1])
+_LIBRARIES = tuple(
+    f"{path}{os.sep}" for path in (Path(torch.__file__).parent, Path(__file__).parents[1])
+)
 _CONTAINERS = (list, tuple, dict)
 _FEWEST = 1024  # marks, above which those of freed memory are removed
 
@@ -47,13 +50,15 @@ class _Marks:
                 mark = StorageWeakRef(t.untyped_storage())
                 self._marks[mark.cdata] = mark
         if len(self._marks) > self._limit:
-            self.are_left()
+            self.prune()
 
-    def are_left(self) -> bool:
-        """Remove the marks of freed memory, and return whether others are left."""
+    def prune(self) -> None:
+        """Remove the marks of freed memory."""
         living = {key: m for key, m in self._marks.copy().items() if not m.expired()}
         self._marks, self._limit = living, max(2 * len(living), _FEWEST)
-        return bool(living)
+
+    def __bool__(self) -> bool:
+        return bool(self._marks)
 
     def holds_one_of(self, operands: Iterable[object]) -> bool:
         for one in operands:  # for most calls less work than `tree_leaves`
@@ -83,17 +88,31 @@ class Watch(TorchFunctionMode):
         kwargs: Mapping[str, object] | None = None,
     ) -> object:
         kwargs = kwargs or {}
-        if torch.compiler.is_compiling() or not marks.holds_one_of([*args, *kwargs.values()]):
+        if torch.compiler.is_compiling() or not marks.holds_one_of(_inputs(args, kwargs)):
             return func(*args, **kwargs)
-        with _Operators(self._passes):
+        with _Arithmetic(self._passes):
             return func(*args, **kwargs)
 
     def begin(self) -> None:
-        if marks.are_left():
-            _change_stack(lambda stack: [self, *stack])
+        """Stay below all modes but that of `torch.set_default_device`, which must be the lowest."""
+        marks.prune()
+        if marks:
+            default = getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None)
+            _change_stack(
+                lambda stack: [
+                    *(mode for mode in stack if mode is default),
+                    self,
+                    *(mode for mode in stack if mode is not default),
+                ]
+            )
 
     def end(self) -> None:
         _change_stack(lambda stack: [mode for mode in stack if mode is not self])
+
+
+def _inputs(args: Sequence[object], kwargs: Mapping[str, object]) -> list[object]:
+    """The operands that an operator reads."""
+    return [*args, *(value for name, value in kwargs.items() if name != "out")]
 
 
 def _change_stack(
@@ -106,7 +125,7 @@ def _change_stack(
         _push_mode(mode)
 
 
-class _Operators(TorchDispatchMode):
+class _Arithmetic(TorchDispatchMode):
     """Warn of the first operator in a call that does not pass."""
 
     def __init__(self, passes: Passes):
@@ -123,7 +142,7 @@ class _Operators(TorchDispatchMode):
     ) -> object:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if not (self._has_warned or self._passes(func, [*args, *kwargs.values()], result)):
+        if not (self._has_warned or self._passes(func, _inputs(args, kwargs), result)):
             self._has_warned = True
             warnings.warn(
                 f"{func} outside of torchpar.exact.mode() has an operand that was computed in it; "

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Functions of PyTorch that call others, with a function mode in force while they do.
+"""Versions of PyTorch's functions that keep a function mode while they call others.
 
 PyTorch leaves a `TorchFunctionMode` while one of its functions runs. Most of these functions call
 operators. Autograd's, and multi-head attention, also call functions that the mode must see: a
@@ -22,7 +22,8 @@ def within(mode: TorchFunctionMode) -> dict[object, Callable[..., Any]]:
 
     def run_engine(*args: Any, **kwargs: Any) -> object:
         with mode:
-            return torch.autograd.graph._engine_run_backward(*args, **kwargs)
+            # Looked up here, since the emulator of GPUs replaces it.
+            return getattr(torch.autograd, "_engine_run_backward")(*args, **kwargs)  # noqa: B009  # private
 
     backward = _with_names(torch.autograd.backward, _engine_run_backward=run_engine)
     grad = _with_names(torch.autograd.grad, _engine_run_backward=run_engine)
@@ -36,7 +37,7 @@ def within(mode: TorchFunctionMode) -> dict[object, Callable[..., Any]]:
     ) -> object:
         return backward(tensor, gradient, retain_graph, create_graph, inputs=inputs)
 
-    # Asked again, the mode would answer with this function again.
+    # Otherwise the mode would replace the function again, without end.
     attend = _with_names(F.multi_head_attention_forward, has_torch_function=lambda _: False)
     return {
         torch.autograd.backward: backward,

@@ -17,6 +17,7 @@ from torchpar.errors import ConfigError
 _lock = threading.Lock()
 _threads_in_mode = 0
 _iterate: Callable[[Any], Any] = DataLoader.__iter__  # PyTorch's, while it is replaced
+_ours: Callable[[Any], Any] | None = None
 _entered: list[AbstractContextManager[None]] = []  # a worker's, until it ends
 
 
@@ -41,22 +42,24 @@ class InMode:
 def workers_enter(
     mode: Callable[[], AbstractContextManager[None]], is_active: Callable[[], bool]
 ) -> Iterator[None]:
-    """Meanwhile let the workers of loaders that are iterated where ``is_active()`` enter ``mode``.
+    """Within the block, let the workers of a loader that is iterated in the mode enter ``mode``.
 
     PyTorch has no hook for workers, so `DataLoader.__iter__` is replaced while any thread is here.
     """
-    global _threads_in_mode, _iterate
+    global _threads_in_mode, _iterate, _ours
     with _lock:
         _threads_in_mode += 1
         if _threads_in_mode == 1:
             _iterate = DataLoader.__iter__
-            DataLoader.__iter__ = _replacement(_iterate, mode, is_active)  # type: ignore[method-assign]
+            _ours = _replacement(_iterate, mode, is_active)
+            DataLoader.__iter__ = _ours  # type: ignore[method-assign]
     try:
         yield
     finally:
         with _lock:
             _threads_in_mode -= 1
-            if not _threads_in_mode:
+            # Another library may have replaced it meanwhile.
+            if not _threads_in_mode and DataLoader.__iter__ is _ours:
                 DataLoader.__iter__ = _iterate  # type: ignore[method-assign]
 
 

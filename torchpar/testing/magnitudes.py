@@ -2,9 +2,9 @@
 """Large and small numbers: an operator beside its reference up to both ends of a dtype's range.
 
 Operands or incoming gradients are multiplied by powers of two. At each power the reference, in the
-operator's dtype, is compared with itself in float64. The operator is asked only where the reference
-is accurate, and stays so for numbers some octaves larger and smaller: another right formula can
-overflow a little earlier. An error is judged by the reference's own.
+operator's dtype, is compared with itself in float64. The operator is compared only where the
+reference is accurate, and stays so for numbers some octaves larger and smaller: another right
+formula can overflow a little earlier. An error is judged by the reference's own.
 """
 
 import math
@@ -182,7 +182,7 @@ class Ladder:
         """Compare the operator at each step, or with ``wide`` in float64 at the same numbers."""
         to = torch.float64 if wide else self.dtype
         self.case.takes(cast(self.operands, to))
-        asked = False
+        is_compared = False
         for step in sorted(self.steps, key=lambda one: abs(one.exponent)):
             if step.exponent * self.sign <= 0:
                 continue
@@ -195,14 +195,14 @@ class Ladder:
                 except Outcome as e:
                     outcome, message = e.args
                     raise Outcome(outcome, f"times 2**{step.exponent}: {message}") from e
-                asked = True
-        if not asked:
+                is_compared = True
+        if not is_compared:
             raise Outcome("not run", "the reference is not accurate for such numbers")
 
     def bounds(self, kind: str, step: Step) -> list[tuple[float, float] | None]:
         """For each output the relative error that is accepted, and the number that it is of.
 
-        None where nothing is asked: where the reference, here or around, is not accurate.
+        None where nothing is compared: where the reference, here or around, is not accurate.
         """
         around = self.around(step)
         kinds = (VALUES,) if kind == VALUES else (VALUES, GRADIENTS)
@@ -265,12 +265,12 @@ class Ladder:
                 shapes = f"shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
                 raise Outcome("wrong", which + shapes)
             moved = (wide(other) - wide(exact)).abs()
-            asked = moved.isfinite()
-            error = (wide(actual) - wide(exact)).abs().where(asked, 0)
+            compared = moved.isfinite()
+            error = (wide(actual) - wide(exact)).abs().where(compared, 0)
             if bad := int((~error.isfinite()).sum()):
-                places = f"{bad} of {error.numel()} places"
-                raise Outcome("wrong", f"{which}not finite at {places}, expected at 0")
-            limit = self._limit(actual.dtype, *bound) + 2 * largest(moved.where(asked, 0))
+                numbers = f"{bad} of {error.numel()} numbers"
+                raise Outcome("wrong", f"{which}{numbers} are not finite, expected all to be")
+            limit = self._limit(actual.dtype, *bound) + 2 * largest(moved.where(compared, 0))
             most = largest(error)
             if most > limit:
                 limit += 2 * self._change_by_roundings(step, kind, i, actual.dtype)

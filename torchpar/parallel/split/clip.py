@@ -38,8 +38,8 @@ def clip_grad_norm_(model: torch.nn.Module, max_norm: float, world: World) -> Te
         finite makes every gradient not finite, as with `torch.nn.utils.clip_grad_norm_`.
 
     Raises:
-        ConfigError: a parameter is on some ranks of a pipeline stage alone, or is sharded twice
-            over the same ranks.
+        ConfigError: this rank sees that a parameter is only on some ranks of a pipeline stage, or
+            that it is sharded twice over the same ranks.
     """
     named = list(model.named_parameters())
     of_layers = meshes_of_shards(model)
@@ -58,7 +58,7 @@ def clip_grad_norm_(model: torch.nn.Module, max_norm: float, world: World) -> Te
         # Each rank adds its share of the copies, so that a NaN of any rank reaches all.
         total += squares if is_replicated else squares * _share(name, whole, layer, stage, world)
     norm = (total if is_replicated else world.sum(total)).sqrt()
-    # Of the parameters PyTorch reads the gradients alone. It multiplies no DTensor by a plain norm.
+    # PyTorch reads only `grad`. It cannot multiply a DTensor by a plain norm.
     gradients = [SimpleNamespace(grad=local(p.grad)) for _, p in named if p.grad is not None]
     torch.nn.utils.clip_grads_with_norm_(gradients, max_norm, norm)  # type: ignore[arg-type]
     return norm

@@ -158,7 +158,7 @@ class _ParallelLinear(nn.Linear):
                 shape = (self.out_features, self.in_features)[: parameter.dim()]
                 mark_slice(parameter, slice_along(axis, shape, self.mesh))
         if self.mesh.size() > 1:
-            skip_together(self.parameters())
+            skip_together(self)
 
 
 class ColumnParallelLinear(_ParallelLinear):

@@ -104,7 +104,7 @@ class Pipeline:
         check_same_on_all_ranks(self._group, "the stages' pipelines", arguments)
         weight = next(module.parameters())
         if self._group.size() > 1:
-            skip_together(module.parameters())
+            skip_together(module)
         self.module = module
         self.width = weight.shape[1]  # of the activations that the previous stage sends
         self.micro_batches = micro_batches

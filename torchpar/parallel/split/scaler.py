@@ -7,9 +7,9 @@ those of different steps, and an optimizer that exchanges messages would hang.
 """
 
 import sys
-from collections.abc import Iterable
 from types import FrameType
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from torchpar.parallel.launch.world import World
 
 _PLAIN = torch.amp.GradScaler
 _DEEPEST = 8  # calls between a scaler's step and the optimizer's: schedulers and profilers wrap it
+_divided: "WeakSet[torch.nn.Module]" = WeakSet()
 _is_hooked = False
 
 
@@ -60,35 +61,40 @@ class GradScaler(torch.amp.GradScaler):
         return {device: shared}
 
 
-def skip_together(parameters: Iterable[Tensor]) -> None:
-    """Record that all ranks must skip a step of these parameters together.
+def skip_together(module: torch.nn.Module) -> None:
+    """Record that all ranks must skip a step of the module's parameters together.
 
     From the first call on, an optimizer that steps such parameters refuses PyTorch's scaler.
     """
     global _is_hooked
-    for p in parameters:
-        p.skips_together = True  # type: ignore[attr-defined]
+    _divided.add(module)
     if not _is_hooked:
         register_optimizer_step_pre_hook(_refuse_plain_scaler)
         _is_hooked = True
 
 
 def _refuse_plain_scaler(optimizer: torch.optim.Optimizer, *_: object) -> None:
-    scaler = _calling_scaler()
-    if scaler is None or not scaler.is_enabled():
+    if torch.compiler.is_compiling():
         return
+    scaler = _calling_scaler()
     # FSDP's scaler and ours override what looks for infinities.
-    is_plain = type(scaler)._unscale_grads_ is _PLAIN._unscale_grads_
-    parameters = (p for group in optimizer.param_groups for p in group["params"])
-    if is_plain and any(getattr(p, "skips_together", False) for p in parameters):
+    if (
+        scaler is None
+        or not scaler.is_enabled()
+        or type(scaler)._unscale_grads_ is not _PLAIN._unscale_grads_
+    ):
+        return
+    # Asked now, since `fully_shard` replaces parameters.
+    divided = {p for module in _divided for p in module.parameters()}
+    if any(p in divided for group in optimizer.param_groups for p in group["params"]):
         raise ConfigError(
-            "torch.amp.GradScaler skips a step on the ranks alone that found an infinity, but the "
+            "torch.amp.GradScaler skips a step only on the ranks that found an infinity, but the "
             "model is divided over ranks; take torchpar.parallel.GradScaler(world)"
         )
 
 
 def _calling_scaler() -> torch.amp.GradScaler | None:
-    """The scaler whose `step` has called an optimizer's, of which its hooks are not told."""
+    """The scaler whose `step` has called an optimizer's; PyTorch does not tell the hooks of it."""
     frame: FrameType | None = sys._getframe(1)
     for _ in range(_DEEPEST):
         if frame is None:
