@@ -86,6 +86,7 @@ def check_in(browser: Any, text: str, folder: Path, scheme: str) -> None:
     path = folder / "page.html"
     path.write_text(text, "utf-8")
     with browser.new_page(viewport=PHONE, color_scheme=scheme) as tab:
+        tab.set_default_timeout(0)  # a busy machine may take longer than Playwright's 30 seconds
         problems: list[str] = []
         tab.on("request", lambda request: problems.append(request.url))
         tab.on("pageerror", lambda error: problems.append(str(error)))

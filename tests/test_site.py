@@ -46,6 +46,7 @@ def tab(tmp_path_factory):
         playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"]) as browser,
     ):
         tab = browser.new_page(viewport=PHONE, color_scheme="dark")
+        tab.set_default_timeout(0)  # a busy machine may take longer than Playwright's 30 seconds
         tab.problems = []
         tab.on("requestfailed", lambda request: tab.problems.append(request.url))
         tab.on("pageerror", lambda error: tab.problems.append(str(error)))
