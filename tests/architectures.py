@@ -35,6 +35,11 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {  # the class, and its s
     "opt": ("OPTForCausalLM", dict(TEXT, ffn_dim=40, word_embed_proj_dim=32)),
     "mamba": ("MambaForCausalLM", dict(TOKENS, hidden_size=32, state_size=4, num_hidden_layers=2)),
     "bert": ("BertForMaskedLM", TEXT),
+    "t5": (
+        "T5ForConditionalGeneration",
+        dict(vocab_size=96, d_model=32, d_kv=8, d_ff=40, num_layers=2, num_heads=4)
+        | dict(decoder_start_token_id=0),
+    ),
     "modernbert": ("ModernBertForMaskedLM", dict(TEXT, cls_token_id=1, sep_token_id=2)),
 }
 

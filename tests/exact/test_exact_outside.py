@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Around torchpar.exact.mode: what autograd calls again, loaders' workers, later arithmetic."""
 
+import copy
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
@@ -47,6 +48,17 @@ class SelfAttention(nn.MultiheadAttention):
         return super().forward(x, x, x, need_weights=False, attn_mask=~MASK)[0]
 
 
+class Biased(nn.Module):
+    """Attention whose mask is learnt, one for each head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(4, 9, 9))
+
+    def forward(self, q: Tensor) -> Tensor:
+        return attention(q, attn_mask=self.bias)
+
+
 FUNCTIONS: dict[str, Callable[[], tuple[Function, Tensor]]] = {
     "group norm": with_layer(partial(nn.GroupNorm, 2, 4), 3, 4, 8, 8),
     "causal": lambda: (partial(attention, is_causal=True), torch.randn(2, 4, 9, 8)),
@@ -56,6 +68,7 @@ FUNCTIONS: dict[str, Callable[[], tuple[Function, Tensor]]] = {
         lambda q: F.scaled_dot_product_attention(q, q[:, :2], q[:, :2], enable_gqa=True),
         torch.randn(2, 4, 9, 8),
     ),
+    "learnt mask": with_layer(Biased, 2, 4, 9, 8),
     "multi-head attention": with_layer(partial(SelfAttention, 8, 2, batch_first=True), 2, 9, 8),
 }
 
@@ -134,6 +147,27 @@ def test_a_backward_pass_without_the_functions_is_noticed(monkeypatch, name):
         test_what_is_computed_again_has_the_same_bits(name)
 
 
+def test_a_mask_that_needs_a_gradient_changes_no_bit_and_gets_pytorchs_gradient():
+    with exact.mode():
+        torch.manual_seed(0)
+        function, q = Biased(), torch.randn(2, 4, 9, 8)
+        with torch.no_grad():
+            expected = attention(q, attn_mask=function.bias.detach())
+        y = function(q)
+        assert torch.equal(y, expected)
+        found = torch.autograd.grad(y.square().sum(), function.bias)[0]
+        second = torch.autograd.grad(function(q).square().sum(), function.bias, create_graph=True)[
+            0
+        ]
+        assert second.requires_grad
+    wide, q = copy.deepcopy(function).double(), q.double()
+    ideal = torch.autograd.grad(wide(q).square().sum(), wide.bias)[0]
+    torchs, q = copy.deepcopy(function), q.float()
+    native = torch.autograd.grad(torchs(q).square().sum(), torchs.bias)[0]
+    for one in (found, second.detach().clone()):
+        assert (one.double() - ideal).abs().max() <= 2 * (native - ideal).abs().max()
+
+
 def test_hooks_and_second_derivatives_are_in_the_mode():
     """Of a hook the gradient, and of a penalty on a gradient the slope, are those of the parts."""
 
@@ -182,7 +216,10 @@ def enable(model: Any) -> Callable[[dict[str, bool]], None]:
 
 @pytest.mark.parametrize(
     "name",
-    ["llama", *(pytest.param(name, marks=slow) for name in ("gpt2", "bert", "opt", "modernbert"))],
+    [
+        "llama",
+        *(pytest.param(name, marks=slow) for name in ("gpt2", "bert", "opt", "t5", "modernbert")),
+    ],
 )
 def test_whole_models_with_checkpoints_have_the_same_bits(name):
     """Sequences of different lengths, padded."""
@@ -199,7 +236,8 @@ def test_whole_models_with_checkpoints_have_the_same_bits(name):
             return {name: p.grad.clone() for name, p in model.named_parameters()}
 
         expected = gradients()
-        for use_reentrant in (False, True):
+        # A reentrant one adds three gradients in another order, as of the output of T5's encoder.
+        for use_reentrant in (False, True)[: 1 if name == "t5" else 2]:
             enable(model)({"use_reentrant": use_reentrant})
             found = gradients()
             assert [name for name, t in found.items() if not torch.equal(t, expected[name])] == []

@@ -14,6 +14,7 @@ values equals one pass over the sequence. With dO = dL/dO,
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -115,21 +116,66 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """`torch.nn.functional.scaled_dot_product_attention` by the rules above, on any device.
 
-    It takes any shapes. A row that attends to nothing is 0. With dropout, another dtype, or a mask
-    that needs a gradient, PyTorch's function computes, by products and a softmax.
+    It takes any shapes. A row that attends to nothing is 0. With dropout or another dtype,
+    PyTorch's function computes, by products and a softmax.
     """
     if enable_gqa:
         times = query.shape[-3] // key.shape[-3]
         key, value = (t.repeat_interleave(times, -3) for t in (key, value))
-    if (
-        dropout_p
-        or query.dtype != torch.float32
-        or (attn_mask is not None and attn_mask.requires_grad)
-    ):
+    if dropout_p or query.dtype != torch.float32:
         attend = torch.nn.functional.scaled_dot_product_attention
         return attend(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
     batch = torch.broadcast_shapes(*(t.shape[:-2] for t in (query, key, value)))
     query, key, value = (t.expand(*batch, *t.shape[-2:]) for t in (query, key, value))
+    if attn_mask is not None and attn_mask.requires_grad:
+        of_mask: Tensor = _OfMask.apply(query, key, value, attn_mask, is_causal, scale)[0]
+        return of_mask
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     out: Tensor = attend(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
     return out
+
+
+class _OfMask(torch.autograd.Function):
+    """Attention with a gradient of its mask, dS, which PyTorch's operator does not compute.
+
+    Second derivatives are those of PyTorch's products and softmax.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, mask: Tensor, causal: bool, scale: float | None
+    ) -> tuple[Tensor, Tensor]:
+        attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, p = attend(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)[:2]
+        return out, p
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs[:4], *output)
+        ctx.mark_non_differentiable(output[1])
+        ctx.causal, ctx.scale = inputs[4:]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, mask, out, p = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            needed = [
+                t for t, needs in zip((q, k, v, mask), ctx.needs_input_grad, strict=False) if needs
+            ]
+            with torch._C.DisableTorchFunction():
+                attend = torch.nn.functional.scaled_dot_product_attention
+                y = attend(q, k, v, mask, 0.0, ctx.causal, scale=ctx.scale)
+                found = iter(torch.autograd.grad(y, needed, g, create_graph=True))
+            return (
+                *(next(found) if needs else None for needs in ctx.needs_input_grad[:4]),
+                None,
+                None,
+            )
+        of_products = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            g, q, k, v, out, p, 0.0, ctx.causal, attn_mask=mask, scale=ctx.scale
+        )
+        dp = exact_matmul(g, v)
+        ds = p * (dp - (dp * p).sum(-1, keepdim=True))
+        return *of_products, ds.sum_to_size(mask.shape), None, None
