@@ -280,8 +280,8 @@ def may_differ(op: OpInfo, sample: Sample, one: Tensor, native: Tensor, rounded:
     # A value that is not finite makes all of the output NaN, or none of it.
     if "attention" in op.name:
         special |= one.isfinite() & rounded.isnan()
-        # Of a query that is NaN, PyTorch's output is 0 in some shapes.
-        special |= one.isnan() & (not operands[0].isfinite().all())
+        # Of a query or a key that is NaN, PyTorch's output is 0 in some shapes.
+        special |= one.isnan() & (not are_finite)
         rows = rounded.isfinite().all(-1, keepdim=True) if one.dim() else torch.tensor(False)
         return special | (one.isnan() & ~rows)
     if "conv" in op.name:  # a weight that is not finite times the zeros of the padding is NaN
