@@ -25,6 +25,7 @@ from torchpar.exact.sums import exact_sum
 from torchpar.ops import exact_matmul
 from torchpar.ops.exact_digits import MAX_EXPONENT, product_of_exponents, row_exponents, scaled
 
+_attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 # Octaves below the power of two above a key, so that its product with a weight is finite.
 _SPARE = 4
 
@@ -130,8 +131,7 @@ def scaled_dot_product_attention(
     if attn_mask is not None and attn_mask.requires_grad:
         of_mask: Tensor = _OfMask.apply(query, key, value, attn_mask, is_causal, scale)[0]
         return of_mask
-    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    out: Tensor = attend(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
+    out: Tensor = _attend(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
     return out
 
 
@@ -147,8 +147,7 @@ class _OfMask(torch.autograd.Function):
     def forward(
         q: Tensor, k: Tensor, v: Tensor, mask: Tensor, causal: bool, scale: float | None
     ) -> tuple[Tensor, Tensor]:
-        attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        out, p = attend(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)[:2]
+        out, p = _attend(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)[:2]
         return out, p
 
     @staticmethod
@@ -176,6 +175,7 @@ class _OfMask(torch.autograd.Function):
         of_products = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             g, q, k, v, out, p, 0.0, ctx.causal, attn_mask=mask, scale=ctx.scale
         )
+        # Here, unlike in a rule, the mode computes, which sums float32 alone.
         dp = exact_matmul(g, v)
         ds = p * (dp - (dp * p).sum(-1, keepdim=True))
         return *of_products, ds.sum_to_size(mask.shape), None, None

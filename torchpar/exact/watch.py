@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 Operator = OpOverload[..., object]
 Passes = Callable[[Operator, Sequence[object], object], bool]
-"""Whether an operator with these operands and this result has the same bits everywhere."""
+"""A test of an operator, its operands and its result: the same bits on every processor."""
 _LIBRARIES = tuple(
     f"{path}{os.sep}" for path in (Path(torch.__file__).parent, Path(__file__).parents[1])
 )
