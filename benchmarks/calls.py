@@ -19,8 +19,8 @@ from benchmarks.operators import NATIVE, OURS
 from benchmarks.results import Result, Table, print_bounds, print_results
 from benchmarks.timing import CPU, Rejected, Times, take_turns, time_calls
 from torchpar.library.rules import Context
+from torchpar.ops.cpu import mirror_
 from torchpar.ops.exact_digits import product_of_exponents, row_exponents
-from torchpar.ops.symmetric_cpu import mirror_
 
 REFERENCE, OWN, TORCH = "torch.autograd.Function", "torchpar.library", "torch.library"
 ROUNDS = 200

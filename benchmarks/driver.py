@@ -9,12 +9,13 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 from unittest.mock import patch
 
+from torchpar.kernels import Wrap
+
 if TYPE_CHECKING:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import CompiledKernel
     from triton.runtime.jit import KernelInterface
 
-Wrap = Callable[["KernelInterface"], object]  # what a launcher applies to its kernel
 Grid = tuple[int, ...] | Callable[[dict[str, int]], tuple[int, ...]]
 
 

@@ -25,6 +25,7 @@ from benchmarks.command import Command, run
 from benchmarks.operators import NATIVE, OURS
 from benchmarks.results import Result, Table, print_results
 from benchmarks.timing import CPU, take_turns, time_calls
+from torchpar.kernels import Wrap
 
 N = 4096
 ROUNDS = 30
@@ -117,10 +118,9 @@ def time_operator(name: str, rounds: int) -> list[Result]:
 
 def time_launch(rounds: int) -> list[Result]:
     """A launch of X·Xᵀ with a plan that was kept, and with a new one."""
-    from torchpar.kernels import symmetric_matmul
 
-    def turn(wrap: driver.Wrap | None, index: int) -> list[float]:
-        launch = partial(symmetric_matmul.symmetric_matmul, x, x, "ieee", out=out, wrap=wrap)
+    def turn(wrap: Wrap, index: int) -> list[float]:
+        launch = partial(matmul_t.symmetric_matmul, x, x, "ieee", out=out, wrap=wrap)
         return [time_calls(launch, calls=CALLS if index else 1).seconds()]
 
     x = torch.empty(N, N, dtype=torch.bfloat16, device="meta")

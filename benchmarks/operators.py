@@ -23,7 +23,7 @@ from benchmarks.command import Command, run
 from benchmarks.compare import MODES, Implementation, OperatorCase, Work, compare
 from benchmarks.results import Result, Table, print_results
 from torchpar.errors import ConfigError
-from torchpar.ops.symmetric_cpu import mirror_
+from torchpar.ops.cpu import mirror_
 
 ROUNDS = 20
 SECONDS = {"cpu": 0.25, "cuda": 2.0}  # of a contestant's turns in one mode

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import torchpar
-from torchpar.kernels import linear_sigmoid, symmetric_matmul
+from torchpar.kernels import linear_sigmoid, matmul_t
 from torchpar.kernels.tiles import KINDS, Tiles, count_tiles
 from torchpar.ptx.counters import SECTOR
 from torchpar.ptx.report import Launch
@@ -93,7 +93,7 @@ class Product(NamedTuple):
         kind = KINDS[self.kind]
         x, weight = (normal(rows, self.k, dtype=kind.dtype) for rows in (self.m, self.n))
         if self.is_symmetric:
-            symmetric_matmul.symmetric_matmul(x, x, kind.precision, None, tiles=self.tiles)
+            matmul_t.symmetric_matmul(x, x, kind.precision, None, tiles=self.tiles)
         else:
             bias = normal(self.n, dtype=kind.dtype)
             linear_sigmoid.linear_sigmoid(x, weight, bias, kind.precision, None, tiles=self.tiles)

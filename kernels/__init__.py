@@ -5,3 +5,9 @@ A launcher takes tensors on one GPU and ``wrap``: None for a launch, or the func
 compiler applies to the kernel to record it. Launchers do not check their arguments, since the
 operators have checked them.
 """
+
+from collections.abc import Callable
+from typing import Any
+
+Wrap = Callable[[Any], Any] | None
+"""A function that a tracer applies to a Triton kernel before its launch; None for a real launch."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchpar.ops import linear_sigmoid, maximum
-from torchpar.ops.linear_cpu import linear
+from torchpar.ops.cpu import linear
 
 
 class Linear(torch.nn.Linear):

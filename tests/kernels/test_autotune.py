@@ -27,9 +27,9 @@ from benchmarks import autotune as benchmark
 from benchmarks import driver, resources
 from benchmarks.results import Table
 from torchpar.errors import ConfigError
-from torchpar.kernels import autotune, launch, linear_sigmoid, symmetric_matmul, tiles
+from torchpar.kernels import autotune, launch, linear_sigmoid, matmul_t, tiles
 from torchpar.kernels.tiles import Tiles
-from torchpar.ops.symmetric_cpu import mirror_
+from torchpar.ops.cpu import mirror_
 
 SMALL = Tiles(16, 16, 32, 1, 2), Tiles(32, 32, 32, 1, 2)  # quick to compile
 SPLIT = Tiles(16, 16, 32, 1, 2, "split_k")
@@ -70,7 +70,7 @@ def meta(*shape: int) -> Tensor:
 
 
 def product(x: Tensor, **options: Any) -> None:
-    symmetric_matmul.symmetric_matmul(x, x, "ieee", options.pop("wrap", None), **options)
+    matmul_t.symmetric_matmul(x, x, "ieee", options.pop("wrap", None), **options)
 
 
 def test_the_first_launch_times_all_configurations_and_keeps_the_fastest(tuner):
@@ -111,7 +111,7 @@ def test_what_is_not_tuned(tuner):
     assert not any(isinstance(plan, autotune.AutotunedPlan) for plan in launch._plans.values())
     interpreted = torch.zeros(64, 32, dtype=torch.bfloat16)
     choice = autotune.Choice("ieee", tiles=None, tma=True, only_if_faster=False, traced=False)
-    assert type(symmetric_matmul._plan_product(interpreted, None, None, *choice)) is launch.Plan
+    assert type(matmul_t._plan_product(interpreted, None, None, *choice)) is launch.Plan
     tuner.times = [1.0, 2.0]
     linear_sigmoid.linear_sigmoid(meta(64, 32), meta(64, 32), None, "ieee", None)
     assert tuner.timed == 2

@@ -21,9 +21,9 @@ import triton
 from ptx import cases
 from torch import Tensor
 
-from benchmarks.driver import Compiled, Wrap, compile_launches, target
+from benchmarks.driver import Compiled, compile_launches, target
 from benchmarks.resources import BLOCK_SHARED, resources
-from torchpar.kernels import maximum, sigmoid_backward, symmetric_matmul
+from torchpar.kernels import Wrap, matmul_t, maximum, sigmoid_backward
 from torchpar.kernels.tiles import KERNELS, KINDS, Tiles, configurations
 
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
@@ -271,7 +271,7 @@ def check_exact(shape: Any, symmetric: bool, dtype: Any, floats: bool, capabilit
 def check_vectorised(dtype: torch.dtype, capability: int) -> None:
     """All accesses of the kernels of half sums and mirrors are of 16 bytes."""
     g = meta(4096, 4096, dtype=dtype)
-    for launcher in (symmetric_matmul.half_sum, symmetric_matmul.mirror):
+    for launcher in (matmul_t.half_sum, matmul_t.mirror):
         (code,) = machine_codes(partial(launcher, g))
         assert_fits(code, capability)
         loads, stores = (code.count(rf"{name}\.E.*\.128.*") for name in ("LDG", "STG"))

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from torchpar.kernels import linear_sigmoid, maximum, sigmoid_backward, symmetric_matmul
+from torchpar.kernels import linear_sigmoid, matmul_t, maximum, sigmoid_backward
 from torchpar.kernels.gemm import triangle_tile
 
 pytestmark = pytest.mark.skipif(
@@ -33,7 +33,7 @@ def check_far_apart() -> None:
         n, k = x.shape
         near = x.clone()
         c, y, dz = (x.new_full(shape, torch.nan) for shape in ((n, n), (n, n), (n, k)))
-        symmetric_matmul.symmetric_matmul(x, x, "ieee", None, out=c)
+        matmul_t.symmetric_matmul(x, x, "ieee", None, out=c)
         product = (near.double() @ near.double().mT).half()
         assert torch.equal(c, product)
         linear_sigmoid.linear_sigmoid(x, x, None, "ieee", None, out=y)
@@ -53,7 +53,7 @@ def check_far_apart() -> None:
             assert torch.equal(da, ties.masked_fill(near < repeated, 0))
             assert torch.equal(total, ties.masked_fill(repeated < near, 0).sum(dim, True))
     for g in (far[:, :3], far[:, :3].mT):
-        assert torch.equal(symmetric_matmul.half_sum(g, None), (g + g.mT) / 2)
+        assert torch.equal(matmul_t.half_sum(g, None), (g + g.mT) / 2)
 
 
 @triton.jit

@@ -36,9 +36,9 @@ from torchpar.kernels import (
     exact_matmul,
     launch,
     linear_sigmoid,
+    matmul_t,
     maximum,
     sigmoid_backward,
-    symmetric_matmul,
 )
 from torchpar.kernels.launch import Plan
 from torchpar.kernels.tiles import Tiles
@@ -48,7 +48,7 @@ N, K = 96, 64
 TMA = Tiles(64, 128, 64, 4, 4, "tma")
 SPLIT = Tiles(64, 64, 16, 4, 4, "split_k")
 # And their bias.
-PRODUCTS = ((symmetric_matmul.symmetric_matmul, ()), (linear_sigmoid.linear_sigmoid, (None,)))
+PRODUCTS = ((matmul_t.symmetric_matmul, ()), (linear_sigmoid.linear_sigmoid, (None,)))
 FIRST = 9  # of the launcher's arguments, the kernel's; before it are the grid, the stream and hooks
 
 
@@ -84,7 +84,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 def test_a_kept_plan_passes_what_triton_passed(log, tiles):
     calls = [(meta(N, K), meta(N, N), alpha) for alpha in (1 / 3, 1 / 3, 2.0)]
     for x, c, alpha in calls:
-        symmetric_matmul.symmetric_matmul(x, x, "ieee", None, c, alpha, -2.0, out=c, tiles=tiles)
+        matmul_t.symmetric_matmul(x, x, "ieee", None, c, alpha, -2.0, out=c, tiles=tiles)
     assert len(log.compiled) == 1
     for (x, c, alpha), (grid, arguments) in zip(calls, log.launched, strict=True):
         assert list(map(id, arguments[:4])) == list(map(id, (x, x, c, c)))
@@ -101,10 +101,10 @@ def test_another_layout_or_address_off_16_bytes_has_a_plan_of_its_own(log):
     others = aligned[:32], aligned[:, :32], aligned.mT, aligned.half(), aligned[None], off
     for count, x in enumerate((aligned, *others), 1):
         for _ in range(2):
-            symmetric_matmul.symmetric_matmul(x, x, "ieee", None)
+            matmul_t.symmetric_matmul(x, x, "ieee", None)
             assert len(log.compiled) == count
     for count, out in enumerate((aligned, off, torch.empty(N, N)), len(log.compiled) + 1):
-        symmetric_matmul.half_sum(aligned, None, out=out)
+        matmul_t.half_sum(aligned, None, out=out)
         assert len(log.compiled) == count
 
 
@@ -113,7 +113,7 @@ def test_operands_of_one_layout(log):
     to TMA."""
     x, context = meta(N, K), dict(copy_context())
     for a, b in ((x, x), (x, meta(N, K)), [meta(N, K).expand(3, N, K)[:1]] * 2):
-        symmetric_matmul.symmetric_matmul(a, b, "ieee", None, tiles=TMA)
+        matmul_t.symmetric_matmul(a, b, "ieee", None, tiles=TMA)
     assert [plan.constants["SAME"] for plan in log.compiled] == [True, False, True]
     a_batch = 9  # after four tensors, two factors, batches, n and k
     assert [arguments[a_batch] for _, arguments in log.launched] == [N * K] * 3
@@ -124,8 +124,8 @@ def test_all_launchers_keep_plans_until_they_are_forgotten(log):
     x, bias, out, wide = meta(N, N), meta(N), meta(N, N), meta(N, 8 * K)
     tall = meta(1000, N)
     for calls in (1, 2, 3):
-        symmetric_matmul.half_sum(x, None)
-        symmetric_matmul.mirror(x, None)
+        matmul_t.half_sum(x, None)
+        matmul_t.mirror(x, None)
         linear_sigmoid.linear_sigmoid(x, x, bias, "ieee", None)
         linear_sigmoid.linear_sigmoid(wide, wide, bias, "ieee", None, tiles=SPLIT)
         sigmoid_backward.sigmoid_backward(x, x, out, None)
@@ -145,7 +145,7 @@ def test_all_launchers_keep_plans_until_they_are_forgotten(log):
 def test_plans_are_bounded(log):
     with patch.object(launch, "_MAX_PLANS", 3):
         for n in range(16, 16 * 6, 16):
-            symmetric_matmul.half_sum(meta(n, n), None)
+            matmul_t.half_sum(meta(n, n), None)
             assert len(launch._plans) <= 3
 
 

@@ -14,7 +14,7 @@ from ptx import cases, mutants
 from ptx.cases import F16, F32, F64, Case
 from ptx.launch import Gpu
 
-from torchpar.kernels import exact_matmul, symmetric_matmul
+from torchpar.kernels import exact_matmul, matmul_t
 from torchpar.kernels.tiles import KERNELS, KINDS, Tiles, configurations
 from torchpar.ptx import copies, emulate
 from torchpar.ptx.counters import summarize
@@ -422,7 +422,7 @@ def test_three_products_of_tf32_are_about_as_exact_as_float32():
     errors = {}
     for precision in ("tf32", "tf32x3"):
         with emulate("sm_90"):
-            found = symmetric_matmul.symmetric_matmul(x, x, precision, None)
+            found = matmul_t.symmetric_matmul(x, x, precision, None)
         errors[precision] = (found.double() - exact).abs().max()
     bound = 2 * (torch.mm(x, x.T).double() - exact).abs().max()
     assert errors["tf32x3"] <= bound < errors["tf32"]

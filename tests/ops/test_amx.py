@@ -68,7 +68,7 @@ def amx(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A processor with AMX."""
     for name, answers in (
         ("matrix", ["has_amx"]),
-        ("symmetric_cpu", ["has_amx", "has_bfloat16"]),
+        ("cpu", ["has_amx", "has_bfloat16"]),
         ("linear_sigmoid", ["has_bfloat16"]),
     ):
         for answer in answers:

@@ -21,8 +21,8 @@ from torch.testing import assert_close
 
 import torchpar
 from torchpar.nn import Linear, LinearSigmoid
-from torchpar.ops import linear_cpu, processor, symmetric_cpu
-from torchpar.ops.linear_cpu import linear
+from torchpar.ops import cpu, processor
+from torchpar.ops.cpu import linear
 from torchpar.testing import check_operator
 
 LINEAR_SIGMOID = OPERATORS["linear_sigmoid"]
@@ -55,16 +55,15 @@ def onednn(monkeypatch: pytest.MonkeyPatch, on_onednn: None) -> list[list[int]]:
     """The lengths of the chains of oneDNN's products, which takes small float32 layers on a CPU,
     too."""
     products: list[list[int]] = []
-    in_chains = linear_cpu.in_chains
+    in_chains = cpu.in_chains
 
     def recorded(terms: list[Any], *bias: Any) -> Tensor:
         products.append([a.shape[1] for a, _ in terms])
         return in_chains(terms, *bias)
 
-    monkeypatch.setattr(linear_cpu, "_MIN_PRODUCT", 1)
-    monkeypatch.setattr(linear_cpu, "_LEAST_ROWS", 1)
-    for module in (linear_cpu, symmetric_cpu):
-        monkeypatch.setattr(module, "in_chains", recorded)
+    monkeypatch.setattr(cpu, "_MIN_PRODUCT", 1)
+    monkeypatch.setattr(cpu, "_LEAST_ROWS", 1)
+    monkeypatch.setattr(cpu, "in_chains", recorded)
     return products
 
 
@@ -124,7 +123,7 @@ def test_a_layer_is_as_accurate_as_pytorchs(
         compare(layer, args)
         # Of y, dL/dx and dL/dW.
         terms = (sizes[1], sizes[2], torch.Size(args[0].shape[:-1]).numel())
-        assert [len(chains) for chains in onednn] == [-(-k // linear_cpu.CHAIN) for k in terms]
+        assert [len(chains) for chains in onednn] == [-(-k // cpu.CHAIN) for k in terms]
         with torch.no_grad():
             again = LAYERS[layer][0](*args)
         assert torch.equal(bits(again), bits(first(LAYERS[layer][0], args)[0]))
@@ -232,7 +231,7 @@ def test_onednn_is_for_amd_processors_from_zen_5_on(monkeypatch: pytest.MonkeyPa
 def test_large_products_are_computed_in_blocks_of_rows(
     onednn: list[list[int]], monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(linear_cpu, "_BLOCK", 50)
+    monkeypatch.setattr(cpu, "_BLOCK", 50)
     compare("linear", operands(*AWKWARD))
     assert len(onednn) == 3 + 1 + 1  # blocks of the 129 rows of y; dL/dX and dL/dW have one chain
 
@@ -255,12 +254,12 @@ def test_either_library_of_the_cpu_is_right(
                 a, a, c, alpha=-2.5, beta=1 / 3, out=torch.empty_like(c)
             )
             assert torch.equal(in_place, torchpar.symmetric_matmul(a, a, c, alpha=-2.5, beta=1 / 3))
-            assert max(itertools.chain(*onednn), default=0) <= linear_cpu.CHAIN
+            assert max(itertools.chain(*onednn), default=0) <= cpu.CHAIN
             actual = torch.ops.torchpar.matmul_t_backward(c.tril(), a)
         total = c.tril() + c.tril().mT
         assert_accurate(actual, total @ a, to_numpy(total) @ to_numpy(a), roundings=3)
         assert any(onednn) == enabled
-        assert max(itertools.chain(*onednn), default=0) <= linear_cpu.CHAIN
+        assert max(itertools.chain(*onednn), default=0) <= cpu.CHAIN
         onednn.clear()
 
 
@@ -284,7 +283,7 @@ def test_chains_keep_pytorchs_accuracy_and_one_chain_would_lose_it(
     in_chains = error(torchpar.symmetric_matmul(x, x), expected)
     assert_accurate(torchpar.symmetric_matmul(x, x), x @ x.mT, expected)
     # Beside chains, not beside PyTorch: how MKL sums depends on the processor.
-    monkeypatch.setattr(symmetric_cpu, "CHAIN", 2000)
+    monkeypatch.setattr(cpu, "CHAIN", 2000)
     assert error(torchpar.symmetric_matmul(x, x), expected) > 1.5 * in_chains
 
 
@@ -304,7 +303,7 @@ def test_the_gradient_of_a_symmetric_product_takes_chains_of_half_the_length(
     native = largest_error(lambda g, x: g @ x + g.mT @ x)
     assert largest_error(torch.ops.torchpar.matmul_t_backward) <= 2 * native
     assert {len(chains) for chains in onednn} == {2}
-    monkeypatch.setattr(symmetric_cpu, "CHAIN", 2 * symmetric_cpu.CHAIN)
+    monkeypatch.setattr(cpu, "CHAIN", 2 * cpu.CHAIN)
     assert largest_error(torch.ops.torchpar.matmul_t_backward) > 2 * native
 
 

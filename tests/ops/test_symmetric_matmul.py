@@ -30,7 +30,7 @@ from torch.testing import assert_close
 
 import torchpar
 from torchpar import reference, symmetric_matmul
-from torchpar.ops import symmetric_cpu
+from torchpar.ops import cpu
 
 # Of PyTorch's own compiler.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -257,14 +257,14 @@ def largest_allocation(function: Callable[[], Any]) -> int:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_no_matrix_of_the_results_size_is_made(dtype):
     x, h = into((2048, 8), dtype, torch.float32, "cpu")
-    own = largest_allocation(lambda: symmetric_cpu.symmetric_matmul_on_cpu(x, x, h, 1.0, 1.0, h))
+    own = largest_allocation(lambda: cpu.symmetric_matmul(x, x, h, 1.0, 1.0, h))
     assert 0 < own <= h.nbytes / 4
     assert largest_allocation(lambda: h.copy_(h + x.float() @ x.float().mT)) >= h.nbytes
 
 
 def test_small_products_are_whole_on_a_cpu() -> None:
     # The first is not called.
-    with patch.multiple(symmetric_cpu, _halved=None, has_bfloat16=lambda: True):
+    with patch.multiple(cpu, _halved=None, has_bfloat16=lambda: True):
         torchpar.matmul_t(torch.ones(383, 2))
         torchpar.matmul_t(torch.ones(767, 2).bfloat16())
         with pytest.raises(TypeError):
@@ -276,12 +276,10 @@ def test_products_of_bfloat16_are_of_float32_where_those_are_slow(
 ) -> None:
     x, weight = torch.randn(130, 40).bfloat16(), torch.randn(30, 40).bfloat16().requires_grad_()
     bias = torch.randn(30).bfloat16()
-    for name in ("symmetric_cpu", "linear_sigmoid"):
+    for name in ("cpu", "linear_sigmoid"):
         monkeypatch.setattr(sys.modules[f"torchpar.ops.{name}"], "has_bfloat16", lambda: False)
     wide = x.float()
-    assert torch.equal(
-        torchpar.matmul_t(x), symmetric_cpu.symmetric_matmul_on_cpu(wide, wide).bfloat16()
-    )
+    assert torch.equal(torchpar.matmul_t(x), cpu.symmetric_matmul(wide, wide).bfloat16())
     y = torchpar.linear_sigmoid(x, weight, bias)
     assert torch.equal(
         y, torch.nn.functional.linear(wide, weight.float(), bias.float()).sigmoid().bfloat16()
@@ -382,4 +380,4 @@ def test_out_may_be_negated_by_a_bit():
     [((384, 128), True), ((384, 127), False), ((512, 1), True), ((383, 999), False)],
 )
 def test_narrow_matrices_are_halved_from_more_rows_on(shape, halved):
-    assert symmetric_cpu.is_halved(torch.empty(shape)) == halved
+    assert cpu.is_halved(torch.empty(shape)) == halved

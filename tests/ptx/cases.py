@@ -18,7 +18,7 @@ from samples import LAYOUTS, bits, lower_twice
 from torch import Tensor
 
 import torchpar
-from torchpar.kernels import exact_matmul, maximum, sigmoid_backward, symmetric_matmul
+from torchpar.kernels import exact_matmul, matmul_t, maximum, sigmoid_backward
 from torchpar.kernels import linear_sigmoid as linear
 from torchpar.kernels.tiles import Device, Tiles
 from torchpar.ops import exact_digits
@@ -60,7 +60,7 @@ class Case:
                 "exact_matmul",
                 "linear_sigmoid",
                 "row_sums",
-                "symmetric_matmul",
+                "matmul_t",
                 "tiles",
             ):
                 stack.enter_context(patch(f"torchpar.kernels.{module}.device", lambda t: device))
@@ -148,9 +148,7 @@ def symmetric(
         b = others[0] if other else a
         adding = (others[-1], alpha, beta) if c else ()
         out = others[-1] if in_place else None
-        return symmetric_matmul.symmetric_matmul(
-            a, b, precision, wrap, *adding, out=out, tiles=tiles
-        )
+        return matmul_t.symmetric_matmul(a, b, precision, wrap, *adding, out=out, tiles=tiles)
 
     def results(a: Tensor, *others: Tensor) -> Tensor:
         b = others[0] if other else a
@@ -167,14 +165,14 @@ def half_sum(
     dtype: torch.dtype = BF16,
     batch: tuple[int, ...] = (2,),
     unit: float = 1.0,
-    block: int = symmetric_matmul.SUM_BLOCK,
+    block: int = matmul_t.SUM_BLOCK,
     **options: Any,
 ) -> Case:
     """``(G + Gᵀ)/2`` by tiles of ``block`` rows."""
 
     def run(wrap: Any, g: Tensor) -> Tensor:
-        with patch.object(symmetric_matmul, "SUM_BLOCK", block):
-            return symmetric_matmul.half_sum(g, wrap)
+        with patch.object(matmul_t, "SUM_BLOCK", block):
+            return matmul_t.half_sum(g, wrap)
 
     return Case(
         lambda: [integers(*batch, n, n, dtype=dtype) * unit],
@@ -187,7 +185,7 @@ def half_sum(
 def mirror(n: int, dtype: torch.dtype = BF16, batch: tuple[int, ...] = (), **options: Any) -> Case:
     return Case(
         lambda: [integers(*batch, n, n, dtype=dtype)],
-        lambda wrap, c: symmetric_matmul.mirror(c, wrap),
+        lambda wrap, c: matmul_t.mirror(c, wrap),
         lower_twice,
         **options,
     )

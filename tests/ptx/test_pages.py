@@ -11,7 +11,7 @@ import triton
 from commands import ROOT
 
 from ptx import walk
-from torchpar.kernels import symmetric_matmul
+from torchpar.kernels import matmul_t
 from torchpar.kernels.tiles import Tiles
 from torchpar.ptx import command, emulate
 from torchpar.ptx.counters import SECTOR
@@ -146,11 +146,11 @@ def test_bank_conflicts_are_beyond_the_limits():
     """Of float32 whose rows are contiguous, which the launchers copy."""
     x = torch.randn(64, 64)
     with (
-        patch("torchpar.kernels.symmetric_matmul.by_columns", lambda t, precision: t),
-        patch("torchpar.kernels.symmetric_matmul.empty_by_columns", lambda t, precision: t),
+        patch("torchpar.kernels.matmul_t.by_columns", lambda t, precision: t),
+        patch("torchpar.kernels.matmul_t.empty_by_columns", lambda t, precision: t),
         emulate() as gpu,
     ):
-        symmetric_matmul.symmetric_matmul(x, x, "ieee", None, tiles=Tiles(32, 32, 16, 4, 3))
+        matmul_t.symmetric_matmul(x, x, "ieee", None, tiles=Tiles(32, 32, 16, 4, 3))
     assert not within_limits(gpu.launches[0])
 
 

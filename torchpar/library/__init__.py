@@ -18,7 +18,6 @@ private names of PyTorch that operators need; tests/library/test_library.py guar
 """
 
 from torchpar.library.definition import CustomOpDef, custom_op, triton_op
-from torchpar.library.definition import Wrap as Wrap
 from torchpar.library.transforms import batch_first, sample
 
 __all__ = ["CustomOpDef", "batch_first", "custom_op", "sample", "triton_op"]

@@ -42,9 +42,6 @@ _F = TypeVar("_F", bound=Function)
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
 
-Wrap = Callable[[Any], Any] | None
-"""A function that a tracer applies to a Triton kernel before its launch; None for a real launch."""
-
 
 @overload
 def custom_op(

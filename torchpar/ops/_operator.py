@@ -3,14 +3,14 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from functools import cache, partial
-from importlib import import_module
-from typing import Any
+from functools import partial
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from torchpar.library import CustomOpDef, Wrap, triton_op
+from torchpar.kernels import Wrap
+from torchpar.library import CustomOpDef, triton_op
 from torchpar.library.definition import Function
 from torchpar.library.private import FakeTensorMode
 from torchpar.library.rules import Context
@@ -19,13 +19,17 @@ NAMESPACE = "torchpar"
 
 
 def operator(
-    schema: str, *, kernels: str, opaque: Callable[..., bool] = lambda *args, **kwargs: False
+    schema: str,
+    *,
+    kernels: Callable[[], ModuleType],
+    opaque: Callable[..., bool] = lambda *args, **kwargs: False,
 ) -> Callable[[Function], CustomOpDef]:
     """`torchpar.library.triton_op` in this namespace.
 
     Args:
         schema: as in `torch.library.define`, without the namespace.
-        kernels: the module in `torchpar.kernels` that has the operator's kernels.
+        kernels: imports the module that has the operator's kernels, for compilers' cache keys. It
+            needs Triton.
         opaque: a function of the arguments; where it returns True, compilers do not look into the
             operator.
     """
@@ -56,19 +60,10 @@ def save_operands(ctx: Context, inputs: tuple[Tensor, ...], output: Tensor) -> N
     ctx.save_for_backward(*inputs)
 
 
-@cache
-def launchers(module: str) -> Any:
-    """Import a module of `torchpar.kernels`, which needs Triton.
-
-    The module is kept: an import statement would take microseconds in each call.
-    """
-    return import_module(f"..kernels.{module}", __package__)
-
-
-def _kernels(module: str) -> Iterator[object]:
+def _kernels(module: Callable[[], ModuleType]) -> Iterator[object]:
     from triton import JITFunction
 
-    return (value for value in vars(launchers(module)).values() if isinstance(value, JITFunction))
+    return (value for value in vars(module()).values() if isinstance(value, JITFunction))
 
 
 def supports_tma(wrap: Wrap) -> bool:

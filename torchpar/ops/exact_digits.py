@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from torchpar.errors import ConfigError
-from torchpar.library import Wrap
+from torchpar.kernels import Wrap
 from torchpar.machine import cpuinfo
 from torchpar.ops._operator import runs_kernels
 

@@ -10,10 +10,13 @@ With G = dL/dC, the gradients are exact products too:
 If both operands are one tensor, half of the product is computed.
 """
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
-from torchpar.library import Wrap, batch_first, sample
+from torchpar.kernels import Wrap
+from torchpar.library import batch_first, sample
 from torchpar.library.rules import Context, Sharding, Spec, VmapInfo
 from torchpar.ops import exact_digits
 from torchpar.ops._operator import operator, save_operands
@@ -78,10 +81,16 @@ def _check(a: Tensor, b: Tensor) -> None:
         raise RuntimeError(f"torchpar::exact_matmul: {actual}, expected ({expected}) on {a.device}")
 
 
+def _kernels() -> ModuleType:
+    from torchpar.kernels import exact_matmul
+
+    return exact_matmul
+
+
 # The CPU path looks at the values, so compilers do not look into it.
 @operator(
     "exact_matmul(Tensor a, Tensor b) -> Tensor",
-    kernels="exact_matmul",
+    kernels=_kernels,
     opaque=lambda a, b: not a.is_cuda,
 )
 def _op(a: Tensor, b: Tensor, *, wrap: Wrap) -> Tensor:

@@ -13,18 +13,20 @@ second derivatives are derivatives of the plain formula.
 """
 
 import math
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from torchpar.library import Wrap, batch_first, sample
+from torchpar.kernels import Wrap
+from torchpar.library import batch_first, sample
 from torchpar.library.rules import Context, Sharding, Spec, VmapInfo
 from torchpar.library.sharding import is_dtensor
 from torchpar.library.transforms import needs_formula
-from torchpar.ops._operator import is_emulating, launchers, operator, runs_kernels, supports_tma
-from torchpar.ops.linear_cpu import is_eager, linear, linear_forward
+from torchpar.ops._operator import is_emulating, operator, runs_kernels, supports_tma
+from torchpar.ops.cpu import is_eager, linear, linear_forward
 from torchpar.ops.matrix import (
     check_dtype,
     check_like,
@@ -103,9 +105,13 @@ def _formula(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return z.sigmoid_() if x.dim() == 2 else z.sigmoid()
 
 
-@operator(
-    "linear_sigmoid(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor", kernels="linear_sigmoid"
-)
+def _kernels() -> ModuleType:
+    from torchpar.kernels import linear_sigmoid
+
+    return linear_sigmoid
+
+
+@operator("linear_sigmoid(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor", kernels=_kernels)
 def _op(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, wrap: Wrap) -> Tensor:
     _check(x, weight, bias)
     if not runs_kernels(x):
@@ -113,11 +119,12 @@ def _op(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, wrap: Wrap) ->
             return linear_forward(x, weight, bias).sigmoid_()
         bias = None if bias is None else bias.float()
         return linear_forward(x.float(), weight.float(), bias).sigmoid_().bfloat16()
-    out: Tensor | None = None
+    from torchpar.kernels.linear_sigmoid import linear_sigmoid
+
+    out = None
     if x.shape[-1] != 0:  # the kernel expects a column
         operands = rows(x), weight, bias, fp32_precision(x), wrap
-        tma, is_real = supports_tma(wrap), not is_emulating()
-        out = launchers("linear_sigmoid").linear_sigmoid(*operands, tma=tma, only_if_faster=is_real)
+        out = linear_sigmoid(*operands, tma=supports_tma(wrap), only_if_faster=x.is_cuda)
     if out is None:
         return F.linear(x, weight, bias).sigmoid_()
     return out if x.dim() == 2 else out.view(*x.shape[:-1], weight.shape[0])
@@ -217,15 +224,23 @@ def _backward_formula(g: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return dz, rows(dz).sum(0)
 
 
+def _backward_kernels() -> ModuleType:
+    from torchpar.kernels import sigmoid_backward
+
+    return sigmoid_backward
+
+
 @operator(
-    "linear_sigmoid_backward(Tensor g, Tensor y) -> (Tensor, Tensor)", kernels="sigmoid_backward"
+    "linear_sigmoid_backward(Tensor g, Tensor y) -> (Tensor, Tensor)", kernels=_backward_kernels
 )
 def _backward_op(g: Tensor, y: Tensor, *, wrap: Wrap) -> tuple[Tensor, Tensor]:
     if not runs_kernels(y):
         dz, db = _backward_formula(g, y)
         return dz.contiguous(), db
     dz = torch.empty_like(y, memory_format=torch.contiguous_format)
-    db = launchers("sigmoid_backward").sigmoid_backward(rows(g), rows(y), rows(dz), wrap)
+    from torchpar.kernels.sigmoid_backward import sigmoid_backward
+
+    db = sigmoid_backward(rows(g), rows(y), rows(dz), wrap)
     return dz, db
 
 

@@ -12,19 +12,20 @@ multiplies (float16 takes two products). The second operator has no gradient: se
 derivatives of the plain formula.
 """
 
+from types import ModuleType
 from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor
 
-from torchpar.library import Wrap, sample
+from torchpar.kernels import Wrap
+from torchpar.library import sample
 from torchpar.library.rules import Context, Sharding, Spec, VmapInfo
 from torchpar.library.sharding import is_dtensor
 from torchpar.library.transforms import needs_formula
-from torchpar.ops import symmetric_cpu
-from torchpar.ops._operator import launchers, operator, runs_kernels, save_operands
-from torchpar.ops.matrix import check_dtype, mean_with_transpose, product
-from torchpar.ops.symmetric_matmul import compute_symmetric_matmul
+from torchpar.ops import cpu
+from torchpar.ops._operator import operator, runs_kernels, save_operands, supports_tma
+from torchpar.ops.matrix import check_dtype, fp32_precision, mean_with_transpose, product
 
 if TYPE_CHECKING:  # DTensor takes long to import
     from torch.distributed.tensor import DTensor
@@ -74,14 +75,26 @@ def _gathered(x: "DTensor") -> "DTensor":
     return x.redistribute(placements=[Replicate() if p.is_shard(rows) else p for p in x.placements])
 
 
+def _kernels() -> ModuleType:
+    from torchpar.kernels import matmul_t
+
+    return matmul_t
+
+
 # Inductor would fuse the blocks of the CPU path into one slower kernel, and compile it for half a
 # minute.
-@operator(
-    "matmul_t(Tensor x) -> Tensor", kernels="symmetric_matmul", opaque=symmetric_cpu.is_halved
-)
+@operator("matmul_t(Tensor x) -> Tensor", kernels=_kernels, opaque=cpu.is_halved)
 def _op(x: Tensor, *, wrap: Wrap) -> Tensor:
     _check(x)
-    return compute_symmetric_matmul(x, x, None, 1.0, 0.0, wrap)
+    if not runs_kernels(x):
+        return cpu.symmetric_matmul(x, x)
+    from torchpar.kernels.matmul_t import matmul_t, mirror
+
+    out = None
+    if x.shape[-1] != 0:  # the kernel expects a column
+        tma = supports_tma(wrap)
+        out = matmul_t(x, fp32_precision(x), wrap, tma=tma, only_if_faster=x.is_cuda)
+    return mirror(product(x, x), wrap) if out is None else out
 
 
 @_op.register_fake
@@ -130,15 +143,17 @@ def _backward_formula(g: Tensor, x: Tensor) -> Tensor:
 
 @operator(
     "matmul_t_backward(Tensor g, Tensor x) -> Tensor",
-    kernels="symmetric_matmul",
-    opaque=lambda g, x: symmetric_cpu.is_halved(x),
+    kernels=_kernels,
+    opaque=lambda g, x: cpu.is_halved(x),
 )
 def _backward_op(g: Tensor, x: Tensor, *, wrap: Wrap) -> Tensor:
     if not runs_kernels(x):
-        return symmetric_cpu.symmetrized_product(g, x).contiguous()
+        return cpu.symmetrized_product(g, x).contiguous()
     if x.dtype == torch.float16:
         return _backward_formula(g, x).contiguous()
-    return product(launchers("symmetric_matmul").half_sum(g, wrap), x.mT, None, 2.0, 0.0)
+    from torchpar.kernels.matmul_t import half_sum
+
+    return product(half_sum(g, wrap), x.mT, None, 2.0, 0.0)
 
 
 @_backward_op.register_fake

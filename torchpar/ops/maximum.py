@@ -15,15 +15,17 @@ derivatives are derivatives of the plain formula.
 """
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from torchpar.library import Wrap, sample
+from torchpar.kernels import Wrap
+from torchpar.library import sample
 from torchpar.library.private import compute_elementwise_output_strides
 from torchpar.library.rules import Context, Sharding, Spec, VmapInfo
 from torchpar.library.transforms import needs_formula
-from torchpar.ops._operator import is_emulating, launchers, operator, runs_kernels, save_operands
+from torchpar.ops._operator import is_emulating, operator, runs_kernels, save_operands
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
 _DTYPES = frozenset((*_INTEGERS, torch.float16, torch.bfloat16, torch.float32, torch.float64))
@@ -73,7 +75,13 @@ def _device(a: Tensor, b: Tensor) -> torch.device:
     raise RuntimeError(f"torchpar::maximum: b is on {b.device}, expected a's device {a.device}")
 
 
-@operator("maximum(Tensor a, Tensor b) -> Tensor", kernels="maximum")
+def _kernels() -> ModuleType:
+    from torchpar.kernels import maximum
+
+    return maximum
+
+
+@operator("maximum(Tensor a, Tensor b) -> Tensor", kernels=_kernels)
 def _op(a: Tensor, b: Tensor, *, wrap: Wrap) -> Tensor:
     alike = _are_alike(a, b)
     device = a.device if alike else _device(a, b)
@@ -86,7 +94,9 @@ def _op(a: Tensor, b: Tensor, *, wrap: Wrap) -> Tensor:
     else:
         out = _empty_elementwise((a, b), torch.result_type(a, b), device)
         a, b = (t.to(device).expand_as(out) for t in (a, b))
-    launchers("maximum").maximum(a, b, out, wrap)
+    from torchpar.kernels.maximum import maximum
+
+    maximum(a, b, out, wrap)
     return out
 
 
@@ -194,7 +204,7 @@ def _maximum_sharding(a: Spec, b: Spec) -> list[Sharding]:
 @operator(
     "maximum_backward(Tensor g, Tensor a, Tensor b, bool need_a=True, bool need_b=True)"
     " -> (Tensor, Tensor)",
-    kernels="maximum",
+    kernels=_kernels,
 )
 def _backward_op(
     g: Tensor, a: Tensor, b: Tensor, need_a: bool = True, need_b: bool = True, *, wrap: Wrap
@@ -202,9 +212,9 @@ def _backward_op(
     da, db = _empty_backward(g, a, b, need_a, need_b)
     if not (_are_alike(a, b) and a.shape == g.shape and a.device == g.device):
         a, b = (t.to(g.device).expand_as(g) for t in (a, b))
-    launchers("maximum").maximum_backward(
-        g, a, b, da if need_a else None, db if need_b else None, wrap
-    )
+    from torchpar.kernels.maximum import maximum_backward
+
+    maximum_backward(g, a, b, da if need_a else None, db if need_b else None, wrap)
     return da, db
 
 

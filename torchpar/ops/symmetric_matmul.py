@@ -14,17 +14,19 @@ Y stays symmetric.
 A second operator, without a gradient, adds the product to a matrix in place: H ← β·H + α·A·Bᵀ.
 """
 
+from types import ModuleType
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
-from torchpar.library import Wrap, batch_first, sample
+from torchpar.kernels import Wrap
+from torchpar.library import batch_first, sample
 from torchpar.library.rules import Context, Sharding, Spec, VmapInfo
 from torchpar.library.sharding import is_dtensor
 from torchpar.library.transforms import is_transformed
-from torchpar.ops import symmetric_cpu
-from torchpar.ops._operator import is_emulating, launchers, operator, runs_kernels, supports_tma
+from torchpar.ops import cpu
+from torchpar.ops._operator import operator, runs_kernels, supports_tma
 from torchpar.ops.matrix import check_dtype, check_like, fp32_precision, product
 
 if TYPE_CHECKING:  # DTensor takes long to import
@@ -162,11 +164,17 @@ def _formula(
     return product(a, b, c, alpha, beta or 0.0)
 
 
+def _kernels() -> ModuleType:
+    from torchpar.kernels import matmul_t
+
+    return matmul_t
+
+
 @operator(
     "symmetric_matmul(Tensor a, Tensor b, Tensor? c=None, *, float alpha=1.0, float? beta=None) "
     "-> Tensor",
-    kernels="symmetric_matmul",
-    opaque=lambda a, *args, **kwargs: symmetric_cpu.is_halved(a),
+    kernels=_kernels,
+    opaque=lambda a, *args, **kwargs: cpu.is_halved(a),
 )
 def _op(
     a: Tensor,
@@ -178,22 +186,16 @@ def _op(
     wrap: Wrap,
 ) -> Tensor:
     _check(a, b, c, beta)
-    return compute_symmetric_matmul(a, b, c, alpha, beta or 0.0, wrap)
-
-
-def compute_symmetric_matmul(
-    a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float, wrap: Wrap
-) -> Tensor:
-    """The result of the operator and of `torchpar.matmul_t`, for arguments that were checked."""
+    beta = beta or 0.0
     if not runs_kernels(a):
-        return symmetric_cpu.symmetric_matmul_on_cpu(a, b, c, alpha, beta)
-    kernels = launchers("symmetric_matmul")
-    out: Tensor | None = None
+        return cpu.symmetric_matmul(a, b, c, alpha, beta)
+    from torchpar.kernels.matmul_t import mirror, symmetric_matmul
+
+    out = None
     if alpha != 0 and a.shape[-1] != 0:  # the kernel would compute 0·NaN, and expects a column
         operands = a, b, fp32_precision(a), wrap, c, alpha, beta
-        tma, is_real = supports_tma(wrap), not is_emulating()
-        out = kernels.symmetric_matmul(*operands, tma=tma, only_if_faster=is_real)
-    return kernels.mirror(product(a, b, c, alpha, beta), wrap) if out is None else out
+        out = symmetric_matmul(*operands, tma=supports_tma(wrap), only_if_faster=a.is_cuda)
+    return mirror(product(a, b, c, alpha, beta), wrap) if out is None else out
 
 
 @_op.register_fake
@@ -264,7 +266,7 @@ def _symmetric_matmul_sharding(
 
 @operator(
     "symmetric_addmm_(Tensor(a!) h, Tensor a, Tensor b, *, float alpha, float beta) -> ()",
-    kernels="symmetric_matmul",
+    kernels=_kernels,
     opaque=lambda *args, **kwargs: True,
 )
 def _addmm_op(h: Tensor, a: Tensor, b: Tensor, *, alpha: float, beta: float, wrap: Wrap) -> None:
@@ -284,9 +286,9 @@ def _addmm_op(h: Tensor, a: Tensor, b: Tensor, *, alpha: float, beta: float, wra
         if beta == 0:
             h.zero_()
         else:
-            symmetric_cpu.mirror_(h.mul_(beta))
+            cpu.mirror_(h.mul_(beta))
     elif not runs_kernels(h):
-        symmetric_cpu.symmetric_matmul_on_cpu(a, b, h, alpha, beta, h)
+        cpu.symmetric_matmul(a, b, h, alpha, beta, h)
     elif not h.is_contiguous():
         h.copy_(_addmm_by_kernel(h.contiguous(), a, b, alpha, beta))
     else:
@@ -294,18 +296,19 @@ def _addmm_op(h: Tensor, a: Tensor, b: Tensor, *, alpha: float, beta: float, wra
 
 
 def _addmm_by_kernel(h: Tensor, a: Tensor, b: Tensor, alpha: float, beta: float) -> Tensor:
-    kernels = launchers("symmetric_matmul")
+    from torchpar.kernels.matmul_t import mirror, symmetric_matmul
+
     operands = a, b, fp32_precision(a), None, h, alpha, beta
-    out: Tensor | None = kernels.symmetric_matmul(
+    out = symmetric_matmul(
         *operands,
         out=h,
         # The kernel by TMA would store the operands' dtype. It might load tiles of H that another
         # program has already stored.
         tma=False,
         # PyTorch's products have one dtype.
-        only_if_faster=h.dtype == a.dtype and not is_emulating(),
+        only_if_faster=h.dtype == a.dtype and h.is_cuda,
     )
-    return kernels.mirror(h.copy_(product(a, b, h, alpha, beta)), None) if out is None else out
+    return mirror(h.copy_(product(a, b, h, alpha, beta)), None) if out is None else out
 
 
 @_addmm_op.register_fake

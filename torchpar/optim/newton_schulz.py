@@ -43,8 +43,8 @@ import torch
 from torch import Tensor
 
 from torchpar.ops import matmul_t, symmetric_matmul
+from torchpar.ops.cpu import is_halved
 from torchpar.ops.processor import has_bfloat16
-from torchpar.ops.symmetric_cpu import is_halved
 
 NewtonSchulz = Literal["auto", "standard", "gram"]
 Triple = tuple[float, float, float]

@@ -26,7 +26,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torchpar.errors import ConfigError
 from torchpar.nn import MLP
 from torchpar.ops import linear_sigmoid
-from torchpar.ops.linear_cpu import linear_forward, mm
+from torchpar.ops.cpu import linear_forward, mm
 from torchpar.ops.linear_sigmoid import dz_and_db
 from torchpar.parallel.launch.agreement import check_same_on_all_ranks
 from torchpar.parallel.launch.world import World

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Symmetric products A·Bᵀ and symmetric sums: kernels that run anywhere, and the launchers.
 
-The kernels for GPUs with TMA are in `symmetric_matmul_tma`.
+The kernels for GPUs with TMA are in `matmul_t_tma`.
 """
 
 import struct
@@ -17,7 +17,7 @@ from .autotune import Choice, choose_plan
 from .columns import by_columns, empty_by_columns
 from .gemm import dot_rows, triangle_of_batch
 from .launch import Plan, Wrap, cached_plan
-from .symmetric_matmul_tma import symmetric_matmul_tma_kernel
+from .matmul_t_tma import symmetric_matmul_tma_kernel
 from .tiles import Tiles, check_variant, count_tiles, device, resident_programs
 
 SUM_BLOCK = 64  # with 128, float32 and float64 spill
