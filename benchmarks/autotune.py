@@ -41,11 +41,12 @@ from benchmarks.results import Result, Table, print_results, track
 from benchmarks.timing import Rejected
 from torchpar.errors import ConfigError
 from torchpar.kernels.columns import by_columns
+from torchpar.kernels.device import device
 from torchpar.kernels.linear_sigmoid import linear_sigmoid_kernel, linear_sigmoid_tma_kernel
 from torchpar.kernels.matmul_t import mirror, symmetric_matmul_kernel
 from torchpar.kernels.matmul_t_tma import symmetric_matmul_tma_kernel
 from torchpar.kernels.maximum import maximum_flat_kernel
-from torchpar.kernels.tiles import KINDS, Tiles, count_tiles, device, tile_cost
+from torchpar.kernels.tiles import KINDS, Tiles, count_tiles, tile_cost
 from torchpar.ops.matrix import fp32_precision
 from torchpar.ptx.driver import why_not_compiled
 

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 from unittest.mock import patch
 
-from torchpar.kernels import Wrap
+from torchpar.kernels import Tracer
 
 if TYPE_CHECKING:
     from triton.backends.compiler import GPUTarget
@@ -29,6 +29,8 @@ class Driver:
 
     def __init__(self, architecture: int | str):
         self.architecture = architecture
+        # Triton caches compiled kernels by device.
+        self.device = int(str(architecture).removeprefix("gfx"))
 
     def get_current_target(self) -> "GPUTarget":
         from triton.backends.compiler import GPUTarget
@@ -37,8 +39,7 @@ class Driver:
         return GPUTarget("cuda" if nvidia else "hip", self.architecture, 32 if nvidia else 64)
 
     def get_current_device(self) -> int:
-        # Triton caches compiled kernels by device.
-        return int(str(self.architecture).removeprefix("gfx"))
+        return self.device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -66,7 +67,7 @@ class Compiled(NamedTuple):
     options: dict[str, object]
 
 
-def compile_launches(launch: Callable[[Wrap], object]) -> list[Compiled]:
+def compile_launches(launch: Callable[[Tracer], object]) -> list[Compiled]:
     """Compile the kernels that ``launch(wrap)`` launches, inside `target`."""
     compiled: list[Compiled] = []
 

@@ -9,5 +9,8 @@ operators have checked them.
 from collections.abc import Callable
 from typing import Any
 
-Wrap = Callable[[Any], Any] | None
-"""A function that a tracer applies to a Triton kernel before its launch; None for a real launch."""
+Tracer = Callable[[Any], Any]
+"""A function to apply to a Triton kernel before its launch."""
+
+Wrap = Tracer | None
+"""What a launcher takes: None for a real launch."""

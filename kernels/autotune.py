@@ -12,36 +12,27 @@ launches in Triton's interpreter, take the rule's tiles, too.
 
 import os
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import triton
 from torch import Tensor
 
-from .launch import Plan, Wrap
+from . import Wrap
+from .launch import Plan
 from .tiles import Tiles, choose_tiles, library_is_faster, suitable
 
 ENABLED = os.environ.get("TORCHPAR_AUTOTUNE") == "1"  # read when the kernels are imported
 
 
-class Choice(NamedTuple):
-    """The arguments of a launcher on which its choice depends.
-
-    ``traced`` is True if a compiler traces the launch, without tensors to time.
-    """
-
-    precision: str
-    tiles: Tiles | None
-    tma: bool
-    only_if_faster: bool
-    traced: bool
-
-
 def choose_plan(
     make: Callable[[Tiles], Plan],
     kernel: str,
+    precision: str,
     sizes: Sequence[int],
     operands: Sequence[Tensor],
-    choice: Choice,
+    tiles: Tiles | None,
+    tma: bool,
+    only_if_faster: bool,
+    traced: bool,
     restore: Sequence[str] = (),
 ) -> Plan | None:
     """The plan of a launch; None if the library computes.
@@ -49,9 +40,10 @@ def choose_plan(
     Args:
         make: the plan for given tiles.
         sizes: m, n, k and batch.
+        tiles, tma, only_if_faster: as the launch functions take them.
+        traced: whether a compiler traces the launch, without tensors to time.
         restore: the names of tensors that the kernel reads and writes.
     """
-    precision, tiles, tma, only_if_faster, traced = choice
     if only_if_faster and library_is_faster(kernel, precision, sizes, *operands, tma=tma):
         return None
     if tiles is not None:
@@ -88,11 +80,11 @@ class AutotunedPlan(Plan):
         super().__init__(tuner, 0, one.arguments, {}, {}, one.descriptors)
         self._grids = {tuple(plan.constants.values()): plan.grid for plan in plans}
 
-    def _compile(self, wrap: Wrap, *arguments: Tensor | int) -> None:
+    def _compile(self, wrap: Wrap, *varying: Tensor | int) -> None:
         assert wrap is None, "a tracer has no tensors to time"
         names = list(self._tuner.configs[0].kwargs)
         compiled = self._tuner[lambda given: self._grids[tuple(given[name] for name in names)]](
-            *arguments
+            *varying, *self.arguments
         )
         self.constants = self._tuner.best_config.kwargs
         self.grid = self._grids[tuple(self.constants.values())]

@@ -19,9 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import Wrap
+from .device import device
 from .gemm import GROUP, grouped_tile, triangle_tile
-from .launch import Plan, Wrap, cached_plan
-from .tiles import Tiles, aligned, count_tiles, device
+from .launch import Plan, cached_plan
+from .tiles import Tiles, aligned, count_tiles
 
 # Terms: with more, the four products of order 3, of up to 2¹⁴ each, could overflow int32.
 CHAIN = 2**14

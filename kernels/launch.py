@@ -14,6 +14,10 @@ from typing import Any, Protocol
 import torch
 import triton
 from torch import Tensor
+from triton.knobs import runtime
+
+from . import Wrap
+from .device import device_index
 
 
 class Kernel(Protocol):
@@ -24,11 +28,9 @@ class Kernel(Protocol):
     def __getitem__(self, grid: object, /) -> Callable[..., Any]: ...
 
 
-Wrap = Callable[[Any], Any] | None
-"""A function that a tracer applies to a Triton kernel before its launch; None for a real launch."""
-
 _MAX_PLANS = 4096
-_plans: dict[Hashable, "Plan | None"] = {}
+_plans: dict[Hashable, "Plan | None"] = {}  # None where the library computes
+_remembered: dict[Hashable, tuple["Plan", Callable[[], Tensor]]] = {}
 
 
 class Plan:
@@ -58,56 +60,74 @@ class Plan:
         self.arguments = arguments
         self.options = options
         self.descriptors = descriptors
-        self._rest = (*arguments, *constants.values())
-        self._launch_compiled: Callable[..., object] | None = None
+        self._compiled: Any = None
+        # Of Triton's functions, the kernel's alone; its interpreter and its autotuner have none.
+        self._hooks = getattr(kernel, "pre_run_hooks", ())
 
     def launch(self, wrap: Wrap, *varying: Tensor | int) -> None:
         """Launch with the ``varying`` arguments: tensors of the plan's layouts, and factors.
 
         The first real launch compiles the kernel. Later launches skip Triton's inspection of the
-        arguments, its hooks before a run, and changes of its knobs, until `forget_plans`.
+        arguments, and changes of its knobs, until `forget_plans`. They call all hooks of Triton.
         """
-        launch = self._launch_compiled
-        if wrap is not None or launch is None:
+        launch: Callable[..., None] = self._launch
+        if wrap is not None or self._compiled is None or self._hooks:
             launch = partial(self._compile, wrap)
         if self.descriptors:
             # Triton's allocator is a context variable: set in a copy of the context, it does not
             # replace the user's allocator.
-            copy_context().run(_launch_with_scratch, launch, varying + self._rest)
+            copy_context().run(_launch_with_scratch, launch, varying)
         else:
-            launch(*varying, *self._rest)
+            launch(*varying)
 
-    def _compile(self, wrap: Wrap, *arguments: Tensor | int) -> None:
+    def _launch(self, *varying: Tensor | int) -> None:
+        """Launch as Triton does, which would also look for hooks, streams and sizes in turn."""
+        enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+        if _calls_nothing(enter) and _calls_nothing(leave):
+            stream = triton.runtime.driver.active.get_current_stream(self._device)
+            self._run(*self.grid, stream, *self._handles, *varying, *self._rest)
+        else:
+            self._compiled[self.grid](*varying, *self._rest)
+
+    def _compile(self, wrap: Wrap, *varying: Tensor | int) -> None:
         kernel = self.kernel if wrap is None else wrap(self.kernel)
-        arguments = arguments[: len(arguments) - len(self.constants)]
+        arguments = varying + self.arguments
         compiled = kernel[self.grid](*arguments, **self.constants, **self.options)
         if wrap is None and compiled is not None:  # Triton's interpreter compiles nothing
             self._keep(compiled)
 
     def _keep(self, compiled: Any) -> None:
         """Launch ``compiled`` from now on."""
+        self._compiled, self._run = compiled, compiled.run
+        # The function, the metadata for the launch, and no metadata nor functions for hooks.
+        self._handles = compiled.function, compiled.packed_metadata, None, None, None
         self._rest = (*self.arguments, *self.constants.values())
-        self._launch_compiled = compiled[self.grid]
+        self._device = triton.runtime.driver.active.get_current_device()
+
+
+def _calls_nothing(hook: Any) -> bool:
+    return hook is None or not getattr(hook, "calls", True)
 
 
 def cached_plan(
     make: Callable[..., Plan | None],
     wrap: Wrap,
-    tensors: tuple[Tensor | None, ...],
+    tensors: tuple[Any, ...],
     *options: Hashable,
     out: Tensor | None = None,
 ) -> Plan | None:
     """``make(*tensors, *options)``, cached by the layouts of the tensors, except under a tracer.
 
-    ``out`` is the tensor to write, if the caller gave it.
+    The tensors are on one device, and the first one is given; ``out`` is the tensor to write, if
+    the caller gave it.
     """
-    if wrap is not None or emulator() is not None:  # sizes may be symbols; emulators are other GPUs
+    if wrap is not None:  # sizes may be symbols
         return make(*tensors, *options)
     layouts = [
-        t if t is None else (t.shape, t.stride(), t.dtype, t.get_device(), t.data_ptr() % 16)
+        t if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() & 15)
         for t in (tensors if out is None else (*tensors, out))
     ]
-    key = (make, options, *layouts)
+    key = (make, device_index(tensors[0]), *options, *layouts)
     try:
         return _plans[key]
     except KeyError:
@@ -116,19 +136,41 @@ def cached_plan(
         return _plans.setdefault(key, make(*tensors, *options))
 
 
-def is_emulated() -> bool:
-    """Whether launches on CPU tensors are executed by `torchpar.ptx`."""
-    return emulator() is not None
+def layout(t: Tensor) -> Hashable:
+    """All that a check, or a rule, may look at in a tensor."""
+    return t.shape, t.stride(), t.dtype, t.get_device(), t.data_ptr() & 15
 
 
-def emulator() -> Any:
-    """The emulator that executes launches on CPU tensors, or None."""
-    return getattr(triton.runtime.driver._active, "emulator", None)
+def again(key: Hashable, *tensors: Tensor, factors: tuple[int, ...] = ()) -> Tensor | None:
+    """Launch once more what was remembered under ``key``; return the new result, or None.
+
+    `cached_plan` saves the rule. This also saves the checks, and all else that a call does before
+    its launch, which takes as long as the launch.
+    """
+    found = _remembered.get(key)
+    if found is None:
+        return None
+    plan, empty = found
+    out = empty()
+    plan.launch(None, *tensors, out, *factors)
+    return out
+
+
+def remember(key: Hashable, plan: Plan, out: Tensor) -> None:
+    """Let `again` launch ``plan``, which is all that a call with this key does.
+
+    The key has the layouts of all arguments. Results are tensors like ``out``.
+    """
+    if len(_remembered) >= _MAX_PLANS:
+        _remembered.clear()
+    like = partial(torch.empty_strided, out.shape, out.stride(), dtype=out.dtype, device=out.device)
+    _remembered[key] = plan, like
 
 
 def forget_plans() -> None:
     """Discard the plans, so that the next launches choose and specialise anew."""
     _plans.clear()
+    _remembered.clear()
 
 
 def _launch_with_scratch(launch: Callable[..., object], arguments: tuple[object, ...]) -> None:
@@ -137,5 +179,5 @@ def _launch_with_scratch(launch: Callable[..., object], arguments: tuple[object,
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
-    place = "cpu" if is_emulated() else "cuda"  # aligned to 512 bytes; TMA needs 128
-    return torch.empty(size, dtype=torch.int8, device=place)
+    place = triton.runtime.driver.active.get_active_torch_device()
+    return torch.empty(size, dtype=torch.int8, device=place)  # aligned to 512 bytes; TMA needs 128

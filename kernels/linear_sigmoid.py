@@ -7,19 +7,21 @@ and `reduce_split_k_kernel` adds the parts in a fixed order, so that the bits ar
 run.
 """
 
+from collections.abc import Hashable
 from functools import partial
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .autotune import Choice, choose_plan
+from . import Wrap
+from .autotune import choose_plan
 from .columns import by_columns, empty_by_columns
+from .device import device, device_index
 from .gemm import GROUP, dot_rows, dot_tiles, grouped_tile, make_descriptor
-from .launch import Plan, Wrap, cached_plan
-from .tiles import Tiles, check_variant, count_tiles, device, resident_programs, split_k
+from .launch import Plan, again, cached_plan, layout, remember
+from .tiles import Tiles, check_variant, count_tiles, resident_programs, split_k
 
 REDUCE_TILE = (8, 128)  # of the parts of a split product, for each program
 
@@ -227,21 +229,26 @@ def linear_sigmoid(
     Raises:
         ValueError: ``tiles`` of a variant that cannot take these operands.
     """
-    # A `Choice` takes longer to make.
-    choice = precision, tiles, tma, only_if_faster, wrap is not None
-    plan = cached_plan(_plan, wrap, (x, weight, bias), *choice, out=out)
+    make = _plan if wrap is None else partial(_plan, traced=True)
+    operands = x, weight, bias
+    plan = cached_plan(make, wrap, operands, precision, tiles, tma, only_if_faster, out=out)
     if plan is None:
         return None
+    # As an operator calls this function.
+    is_new = out is None and tiles is None and tma and only_if_faster == (not x.is_cpu)
     if out is None:
         out = x.new_empty(x.shape[0], weight.shape[0])
     if out.numel() == 0:
         return out
-    x, weight = by_columns(x, precision), by_columns(weight, precision)
+    if precision == "ieee" and x.dtype == torch.float32:
+        x, weight = by_columns(x, precision), by_columns(weight, precision)
     # The kernels take a pointer even where they read no bias.
     given = weight if bias is None else bias
     count = plan.constants.get("SPLIT_K", 1)  # by TMA nothing is split
     if count == 1:
         plan.launch(wrap, x, weight, given, out)
+        if wrap is None and is_new and x is operands[0] and weight is operands[1]:
+            remember(_key(*operands, precision), plan, out)
         return out
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     parts = x.new_empty((count, *out.shape), dtype=dtype)
@@ -252,12 +259,33 @@ def linear_sigmoid(
     return out
 
 
-def _plan(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Plan | None:
-    choice = Choice(*options)
-    x, weight = (empty_by_columns(t, choice.precision) for t in (x, weight))
+def linear_sigmoid_again(
+    x: Tensor, weight: Tensor, bias: Tensor | None, precision: str
+) -> Tensor | None:
+    """`linear_sigmoid` for layouts that an operator launched before; None if it did not."""
+    return again(_key(x, weight, bias, precision), x, weight, weight if bias is None else bias)
+
+
+def _key(x: Tensor, weight: Tensor, bias: Tensor | None, precision: str) -> Hashable:
+    of_bias = None if bias is None else layout(bias)
+    return linear_sigmoid, device_index(x), precision, layout(x), layout(weight), of_bias
+
+
+def _plan(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    precision: str,
+    tiles: Tiles | None,
+    tma: bool,
+    only_if_faster: bool,
+    traced: bool = False,
+) -> Plan | None:
+    x, weight = (empty_by_columns(t, precision) for t in (x, weight))
     sizes = x.shape[0], weight.shape[0], x.shape[1], 1
-    make = partial(_plan_tiles, x, weight, bias, choice.precision)
-    return choose_plan(make, "linear_sigmoid", sizes, [x, weight], choice)
+    make = partial(_plan_tiles, x, weight, bias, precision)
+    choice = tiles, tma, only_if_faster, traced
+    return choose_plan(make, "linear_sigmoid", precision, sizes, [x, weight], *choice)
 
 
 def _plan_tiles(

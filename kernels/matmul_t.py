@@ -5,20 +5,22 @@ The kernels for GPUs with TMA are in `matmul_t_tma`.
 """
 
 import struct
+from collections.abc import Hashable
 from functools import partial
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .autotune import Choice, choose_plan
+from . import Wrap
+from .autotune import choose_plan
 from .columns import by_columns, empty_by_columns
+from .device import device, device_index
 from .gemm import dot_rows, triangle_of_batch
-from .launch import Plan, Wrap, cached_plan
+from .launch import Plan, again, cached_plan, layout, remember
 from .matmul_t_tma import symmetric_matmul_tma_kernel
-from .tiles import Tiles, check_variant, count_tiles, device, resident_programs
+from .tiles import Tiles, check_variant, count_tiles, resident_programs
 
 SUM_BLOCK = 64  # with 128, float32 and float64 spill
 
@@ -29,7 +31,7 @@ def symmetric_matmul_kernel(
     b_ptr,
     c_ptr,
     out_ptr,
-    alpha_bits: tl.int64,  # a Python float would be rounded to float32 on its way here
+    alpha_bits: tl.int64,
     beta_bits: tl.int64,
     n,
     k,
@@ -102,6 +104,48 @@ def symmetric_sum_kernel(
     tl.store(out_ptr + (j[:, None] * n + i[None, :]), tl.trans(total), mask=mirror_mask)
 
 
+def matmul_t(
+    x: Tensor,
+    precision: str,
+    wrap: Wrap,
+    *,
+    out: Tensor | None = None,
+    tiles: Tiles | None = None,
+    tma: bool = True,
+    only_if_faster: bool = False,
+) -> Tensor | None:
+    """``x @ x.mT`` for ``x (*, n, k)``: `symmetric_matmul` of ``x`` and ``x``."""
+    return symmetric_matmul(
+        x, x, precision, wrap, out=out, tiles=tiles, tma=tma, only_if_faster=only_if_faster
+    )
+
+
+def matmul_t_again(x: Tensor, precision: str) -> Tensor | None:
+    """`matmul_t` for a layout that an operator launched before; None if it did not."""
+    return again(_key(x, x, None, precision), x, x, x, factors=_PRODUCT_ALONE)
+
+
+def symmetric_matmul_again(
+    a: Tensor, b: Tensor, c: Tensor | None, precision: str, alpha: float, beta: float
+) -> Tensor | None:
+    """`symmetric_matmul` for layouts that an operator launched before; None if it did not."""
+    key = _key(a, b, c, precision)
+    return again(key, a, b, a if c is None else c, factors=_bits(alpha, beta))
+
+
+def _key(a: Tensor, b: Tensor, c: Tensor | None, precision: str) -> Hashable:
+    others = None if b is a else layout(b), None if c is None else layout(c)
+    return symmetric_matmul, device_index(a), precision, layout(a), *others
+
+
+def _bits(alpha: float, beta: float) -> tuple[int, ...]:
+    """The factors as the kernel takes them: Triton would round floats to float32."""
+    return struct.unpack("<2q", struct.pack("<2d", alpha, beta))
+
+
+_PRODUCT_ALONE = _bits(1.0, 0.0)
+
+
 def symmetric_matmul(
     a: Tensor,
     b: Tensor,
@@ -135,45 +179,52 @@ def symmetric_matmul(
     Raises:
         ValueError: ``tiles`` of a variant that cannot take these operands.
     """
-    operands = (
-        _few_dims(a),
-        None if b is a else _few_dims(b),
-        None if c is None or beta == 0 else _few_dims(c),
-    )
-    # A `Choice` takes longer to make.
-    choice = precision, tiles, tma, only_if_faster, wrap is not None
-    plan = cached_plan(_plan_product, wrap, operands, *choice, out=out)
+    first = _few_dims(a)
+    second = None if b is a else _few_dims(b)
+    third = None if c is None or beta == 0 else _few_dims(c)
+    make = _plan_product if wrap is None else partial(_plan_product, traced=True)
+    operands = first, second, third
+    plan = cached_plan(make, wrap, operands, precision, tiles, tma, only_if_faster, out=out)
     if plan is None:
         return None
+    # As an operator calls this function.
+    is_new = out is None and tiles is None and tma and only_if_faster == (not a.is_cpu)
     if out is None:
         out = a.new_empty(*a.shape[:-1], a.shape[-2])
-    if out.numel() > 0:
-        factors = struct.unpack("<2q", struct.pack("<2d", alpha, beta))
-        first, second, third = operands
+    if out.numel() == 0:
+        return out
+    if precision == "ieee" and a.dtype == torch.float32:
         first = by_columns(first, precision)
         second = None if second is None else by_columns(second, precision)
-        # The kernel takes a tensor for each operand, also for an operand that it does not read.
-        plan.launch(
-            wrap,
-            first,
-            first if second is None else second,
-            first if third is None else third,
-            out,
-            *factors,
-        )
+    # The kernel takes a tensor for each operand, also for an operand that it does not read.
+    second = first if second is None else second
+    third = first if third is None else third
+    plan.launch(wrap, first, second, third, out, *_bits(alpha, beta))
+    if wrap is None and is_new and first is a and second is b and (c is None or third is c):
+        remember(_key(a, b, c, precision), plan, out)
     return out
 
 
-def _plan_product(a: Tensor, b: Tensor | None, c: Tensor | None, *options: Any) -> Plan | None:
-    choice = Choice(*options)
-    a = empty_by_columns(a, choice.precision)
-    b = None if b is None else empty_by_columns(b, choice.precision)
+def _plan_product(
+    a: Tensor,
+    b: Tensor | None,
+    c: Tensor | None,
+    precision: str,
+    tiles: Tiles | None,
+    tma: bool,
+    only_if_faster: bool,
+    traced: bool = False,
+) -> Plan | None:
+    a = empty_by_columns(a, precision)
+    b = None if b is None else empty_by_columns(b, precision)
     operands = [t for t in (a, b, c) if t is not None]
     *_, n, k = a.shape
     sizes = n, n, k, a.shape[0] if a.dim() == 3 else 1
     restore = [] if c is None else ["out_ptr"]  # the kernel may write the result to C
-    make = partial(_plan_tiles, a, b, c, choice.precision)
-    return choose_plan(make, "symmetric_matmul", sizes, operands, choice, restore)
+    make = partial(_plan_tiles, a, b, c, precision)
+    kernel = "symmetric_matmul"
+    choice = tiles, tma, only_if_faster, traced
+    return choose_plan(make, kernel, precision, sizes, operands, *choice, restore)
 
 
 def _plan_tiles(

@@ -7,14 +7,16 @@ computes it, if the operand repeats along all rows or all columns of a matrix.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Kernel, Plan, Wrap, cached_plan
+from . import Wrap
+from .device import device_index
+from .launch import Kernel, Plan, again, cached_plan, layout, remember
 from .row_sums import (
     add_partial_sums_kernel,
     divide_columns,
@@ -407,6 +409,22 @@ def maximum(a: Tensor, b: Tensor, out: Tensor, wrap: Wrap) -> None:
     if out.dtype == torch.bool:
         a, b, out = (t.view(torch.uint8) for t in (a, b, out))
     _launch(_plan_forward, wrap, a, b, out)
+
+
+def maximum_again(a: Tensor, b: Tensor) -> Tensor | None:
+    """The maximum, for layouts that an operator launched before; None if it did not."""
+    return again(_key(a, b), a, b)
+
+
+def remember_maximum(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """Let `maximum_again` launch what `maximum` launched for ``a`` and ``b``, expanded."""
+    plan = cached_plan(_plan_forward, None, (a.expand_as(out), b.expand_as(out), out))
+    if plan is not None:
+        remember(_key(a, b), plan, out)
+
+
+def _key(a: Tensor, b: Tensor) -> Hashable:
+    return maximum, device_index(a), layout(a), layout(b)
 
 
 def maximum_backward(

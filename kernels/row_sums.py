@@ -13,8 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Plan, Wrap, cached_plan
-from .tiles import device, hint
+from . import Wrap
+from .device import device
+from .launch import Plan, cached_plan
+from .tiles import hint
 
 TILE_BYTES = 2048  # one access of 16 bytes for each of 128 threads
 SECTOR_BYTES = 32  # the least that memory transfers

@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Plan, Wrap, cached_plan
+from . import Wrap
+from .launch import Plan, cached_plan
 from .row_sums import add_partial_sums_kernel, divide_rows, launch_sums
 
 # Compilers look for an operator's kernels in its module.

@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .launch import emulator
+from .device import Device, device
 
 _WITH_TMA = (90, 100, 103)  # sm_120 has too little shared memory for tiles that gain by it
 # With fewer rows, a matrix has few tiles for the multiprocessors; of 4 × 4 tiles the kernel skips
@@ -50,17 +50,6 @@ class Tiles(NamedTuple):
     @property
     def by_tma(self) -> bool:
         return self.variant in ("tma", "flat")
-
-
-class Device(NamedTuple):
-    """The properties of a device on which tiles depend.
-
-    The capability 90 is sm_90; 0 is a device that is no NVIDIA GPU.
-    """
-
-    name: str
-    capability: int
-    multiprocessors: int
 
 
 class Kind(NamedTuple):
@@ -148,22 +137,6 @@ def kind_of(dtype: torch.dtype, precision: str) -> str:
     if dtype == torch.float32 and precision != "ieee":
         return precision
     return str(dtype).removeprefix("torch.")
-
-
-def device(t: Tensor) -> Device:
-    """The current device; for ``t`` on a CPU that of an emulator, or Triton's interpreter."""
-    if t.device.type == "cpu":
-        gpu = emulator()
-        if gpu is None:
-            return Device("interpreter", 0, 3)
-        return Device(gpu.arch, gpu.capability, gpu.multiprocessors)
-    driver = triton.runtime.driver.active
-    index, target = driver.get_current_device(), driver.get_current_target()
-    capability = target.arch if target.backend == "cuda" else 0
-    if index >= torch.cuda.device_count():  # a kernel is compiled for a device that is not here
-        return Device(f"{target.backend} {target.arch}", capability, 132)
-    present = torch.cuda.get_device_properties(index)
-    return Device(present.name, capability, present.multi_processor_count)
 
 
 def configurations(kernel: str, dtype: torch.dtype, precision: str, capability: int) -> list[Tiles]:

@@ -110,7 +110,7 @@ def test_what_is_not_tuned(tuner):
     assert tuner.timed == 0
     assert not any(isinstance(plan, autotune.AutotunedPlan) for plan in launch._plans.values())
     interpreted = torch.zeros(64, 32, dtype=torch.bfloat16)
-    choice = autotune.Choice("ieee", tiles=None, tma=True, only_if_faster=False, traced=False)
+    choice = "ieee", None, True, False  # the tiles, by TMA, only if faster
     assert type(matmul_t._plan_product(interpreted, None, None, *choice)) is launch.Plan
     tuner.times = [1.0, 2.0]
     linear_sigmoid.linear_sigmoid(meta(64, 32), meta(64, 32), None, "ieee", None)

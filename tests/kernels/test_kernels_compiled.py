@@ -23,7 +23,7 @@ from torch import Tensor
 
 from benchmarks.driver import Compiled, compile_launches, target
 from benchmarks.resources import BLOCK_SHARED, resources
-from torchpar.kernels import Wrap, matmul_t, maximum, sigmoid_backward
+from torchpar.kernels import Tracer, matmul_t, maximum, sigmoid_backward
 from torchpar.kernels.tiles import KERNELS, KINDS, Tiles, configurations
 
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
@@ -105,7 +105,7 @@ def count(instructions: list[Instruction], pattern: str) -> int:
     return sum(bool(re.fullmatch(pattern, one.opcode)) for one in instructions)
 
 
-def machine_codes(launch: Callable[[Wrap], object]) -> list[MachineCode]:
+def machine_codes(launch: Callable[[Tracer], object]) -> list[MachineCode]:
     return [MachineCode(one) for one in compile_launches(launch)]
 
 

@@ -20,7 +20,8 @@ from torch import Tensor
 import torchpar
 from torchpar.kernels import exact_matmul, matmul_t, maximum, sigmoid_backward
 from torchpar.kernels import linear_sigmoid as linear
-from torchpar.kernels.tiles import Device, Tiles
+from torchpar.kernels.device import Device
+from torchpar.kernels.tiles import Tiles
 from torchpar.ops import exact_digits
 
 from .launch import Gpu

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, overload
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from torchpar.library.derivatives import Call, Differentiable, flattened
@@ -24,6 +26,9 @@ from torchpar.library.private import (
     custom_ops,
     enable_single_level_autograd_function,
     get_inner_triton_kernels,
+    implementations,
+    num_dispatch_modes,
+    peek_interpreter_stack,
     retrieve_current_functorch_interpreter,
     set_wrap_triton_enabled,
     triton_ops_to_kernels,
@@ -41,6 +46,10 @@ Function = Callable[..., object]
 _F = TypeVar("_F", bound=Function)
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
+_profiler_enabled = torch._C._autograd._profiler_enabled
+# Without CUDA there is no such function, and no tensor on a GPU.
+_current_gpu = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+_SIMPLE = frozenset((type(None), bool, int, float))  # arguments that are no tensors
 
 
 @overload
@@ -118,6 +127,7 @@ def triton_op(
     schema: str | None = None,
     kernels: Callable[[], Iterable[object]] | None = None,
     opaque: Callable[..., bool] = ...,
+    trusted: bool = False,
 ) -> Callable[[Function], "CustomOpDef"]: ...
 
 
@@ -131,6 +141,7 @@ def triton_op(
     schema: str | None = None,
     kernels: Callable[[], Iterable[object]] | None = None,
     opaque: Callable[..., bool] = ...,
+    trusted: bool = False,
 ) -> "CustomOpDef": ...
 
 
@@ -143,6 +154,7 @@ def triton_op(
     schema: str | None = None,
     kernels: Callable[[], Iterable[object]] | None = None,
     opaque: Callable[..., bool] = lambda *args, **kwargs: False,
+    trusted: bool = False,
 ) -> "CustomOpDef | Callable[[Function], CustomOpDef]":
     """Make an operator of a function that launches Triton kernels: `torch.library.triton_op`.
 
@@ -162,6 +174,9 @@ def triton_op(
             the kernels that the function wraps.
         opaque: a function of the arguments; where it returns True, compilers do not look into the
             operator.
+        trusted: whether the function returns new tensors, of the schema's kinds, and takes real
+            tensors. Then results are not searched for aliases, and a call that nothing intercepts
+            is dispatched once, to autograd, which calls the function.
 
     Returns:
         A `CustomOpDef`, or a decorator that makes one.
@@ -207,6 +222,8 @@ def triton_op(
         op = CustomOpDef(name, launch, _schema(name, fn, mutates_args, schema))
         op.__doc__ = fn.__doc__
         op.register_torch_dispatch(FunctionalTensorMode, trace)
+        if trusted and not op._mutated:
+            op._trusted = untraced
         found = _Kernels(kernels or partial(get_inner_triton_kernels, fn))
         triton_ops_to_kernels[op._qualname] = found  # type: ignore[assignment]
         if not takes_wrap:
@@ -295,6 +312,9 @@ class CustomOpDef(custom_ops.CustomOpDef):
         self._function: Any = new_class(generated, (Differentiable,))
         self._mutated = any(writes)
         self._kernels: dict[str | None, Function] = {}  # by device; None for other devices
+        self._trusted: Function | None = None  # the only kernel, if it returns new tensors
+        keys = ("CPU", "CUDA")
+        self._other_kernels = {f"{namespace}/{local_name}/{key}" for key in keys}  # by users
         self._dispatch_rules: dict[type, Function] = {}  # by tensor subclass or mode
         # PyTorch's tools look for the fake by this name.
         self._abstract_fn: Function | None = None
@@ -314,7 +334,7 @@ class CustomOpDef(custom_ops.CustomOpDef):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         register_sharding_rules()  # in inference mode the Autograd key is passed over
-        if not torch.compiler.is_compiling() and torch._C._autograd._profiler_enabled():
+        if not torch.compiler.is_compiling() and _profiler_enabled():
             # PyTorch's dispatch in Python (2.14) records no event.
             return getattr(self._opoverload, "_cpp_dispatch_handle", self._opoverload)(
                 *args, **kwargs
@@ -342,6 +362,7 @@ class CustomOpDef(custom_ops.CustomOpDef):
                 )
                 self._lib.impl(self._name, partial(self._run, device), key)
             self._kernels[device] = fn
+        self._trusted = None
         return fn
 
     def _check_device(self, name: str, device_types: str | Sequence[str] | None) -> None:
@@ -381,14 +402,13 @@ class CustomOpDef(custom_ops.CustomOpDef):
         finally:
             if records:
                 torch._C._set_grad_enabled(True)
+        if self._trusted is not None:
+            return self._checked(result)
         results = result if isinstance(result, tuple) else (result,)
         if any_output_is_alias_to_input_or_output(args, kwargs, results):
             check_aliasing_constraint(
                 self._qualname, args, kwargs, result, partial(getmodule, kernel)
             )
-        if self._returns_tensor and isinstance(result, Tensor):
-            # Asking first takes less time than calling `_without_view` for each result.
-            return _without_view(result) if result._is_view() else result
         return self._checked(result)
 
     def _checked(self, result: Any) -> object:
@@ -396,6 +416,9 @@ class CustomOpDef(custom_ops.CustomOpDef):
 
         PyTorch's dispatch in Python (2.14) would pass on any other result.
         """
+        if self._returns_tensor and isinstance(result, Tensor):
+            # Asking first takes less time than calling `_without_view` for each result.
+            return _without_view(result) if result._is_view() else result
         expected = self._returns
         values = result if len(expected) != 1 else (result,)
         if not expected:
@@ -608,6 +631,8 @@ class CustomOpDef(custom_ops.CustomOpDef):
         return {one.name: one.default_value for one in self._keywords} | kwargs
 
     def _autograd(self, *args: object, **kwargs: object) -> object:
+        if self._trusted is not None and self._is_next(args):
+            return self._autograd_of_next(args, kwargs)
         register_sharding_rules()
         if self._mutated:
             self._check_write(args, kwargs)
@@ -631,9 +656,48 @@ class CustomOpDef(custom_ops.CustomOpDef):
         with AutoDispatchBelowAutograd():  # as `_below`, whose call would take time
             return self._opoverload(*args, **kwargs)
 
-    def _below(self, *args: object, **kwargs: object) -> object:
+    def _autograd_of_next(self, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+        """`_autograd` where the trusted kernel `_is_next`."""
+        if self._decompose is not None and self._decompose(*args, **kwargs):
+            assert self._formula is not None
+            return self._formula(*args, **kwargs)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            call = Call(self, kwargs, False, is_next=True)
+            output = self._function.apply(*call.flat(args), call)
+            return output if self._returns_tensor else call.result(output)
+        assert self._trusted is not None
+        result: Any = self._trusted(*args, **kwargs)
+        return result if self._returns_tensor and not result._is_view() else self._checked(result)
+
+    def _below(self, *args: object, **kwargs: object) -> Any:
         with AutoDispatchBelowAutograd():
             return self._opoverload(*args, **kwargs)
+
+    def _is_next(self, args: tuple[Any, ...]) -> bool:
+        """Whether the dispatcher would find nothing between autograd and the trusted kernel.
+
+        The tensors are to be on the current GPU. No mode, subclass, transform, profiler or other
+        kernel of this operator may be there, and no tensor whose values are still to be computed.
+        """
+        for t in args:
+            kind = type(t)
+            if kind is Tensor or kind is Parameter:
+                if t.is_cuda:
+                    if t.get_device() != _current_gpu():
+                        return False
+                elif not t.is_cpu:
+                    return False
+                if t.is_neg() or t._is_zerotensor():
+                    return False
+            elif kind not in _SIMPLE:
+                return False
+        return not (
+            num_dispatch_modes()
+            or peek_interpreter_stack() is not None
+            or forward_ad._current_level >= 0
+            or _profiler_enabled()
+            or not self._other_kernels.isdisjoint(implementations)
+        )
 
     def _check_write(self, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         """Refuse a call that would write to a tensor and leave its derivative as it was."""

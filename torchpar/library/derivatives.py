@@ -12,7 +12,6 @@ from torch.autograd import forward_ad
 from torch.autograd.function import BackwardCFunction
 
 from torchpar.library.private import (
-    AutoDispatchBelowAutograd,
     SingleLevelFunction,
     compiled_autograd_key,
     set_fwd_grad_enabled,
@@ -30,8 +29,15 @@ class Call:
 
     are_smooth: list[bool]  # of a transformed call: whether each result has a derivative
 
-    def __init__(self, op: "CustomOpDef", kwargs: dict[str, object], transformed: bool):
-        self.op, self.kwargs, self.transformed = op, kwargs, transformed
+    # Of a call without lists, whose result is one tensor.
+    sizes: list[int | None] | None = None  # of the lists among the arguments
+    output_sizes: list[int | None] | None = None  # of the lists among the results
+    materializes = False  # whether `backward` makes zeros for results without a gradient
+
+    def __init__(
+        self, op: "CustomOpDef", kwargs: dict[str, object], transformed: bool, is_next: bool = False
+    ):
+        self.op, self.kwargs, self.transformed, self.is_next = op, kwargs, transformed, is_next
 
     def flat(self, args: tuple[object, ...]) -> tuple[object, ...]:
         """The leaves of all positional arguments."""
@@ -39,17 +45,17 @@ class Call:
         if len(args) < len(self.op._defaults):
             args += self.op._defaults[len(args) :]
         if not self.op._has_lists:
-            self.sizes = None
             return args
         leaves, self.sizes = flattened(args, self.op._are_lists)
         return leaves
 
     def compute(self, leaves: tuple[object, ...]) -> object:
         """The result of the operator: a tensor, or a tuple in which no lists are left."""
-        with AutoDispatchBelowAutograd():
-            output: Any = self.op._opoverload(*nested(leaves, self.sizes), **self.kwargs)
+        if self.is_next:
+            output: Any = self.op._checked(self.op._trusted(*leaves, **self.kwargs))  # type: ignore[misc]
+        else:
+            output = self.op._below(*nested(leaves, self.sizes), **self.kwargs)
         if isinstance(output, Tensor):
-            self.output_sizes = None
             return output
         self.is_tuple = isinstance(output, tuple)
         leaves, self.output_sizes = flattened(output if self.is_tuple else (output,))
@@ -199,6 +205,14 @@ class Differentiable(SingleLevelFunction):
     def forward(ctx: "_FunctionContext", *args: Any) -> Any:
         # The call is last, so that PyTorch's messages number the arguments as the operator does.
         leaves, call = args[:-1], args[-1]
+        op = call.op
+        if call.is_next and op._returns_tensor and not op._keywords:  # as below, in less time
+            ctx._torchpar_call, call.count = call, len(leaves)
+            result = call.compute(leaves)
+            ctx.needs_input_grad = ctx.needs_input_grad[: call.given]
+            if op._setup_context is not None:
+                op._setup_context(ctx=ctx, inputs=leaves, output=result)
+            return result
         if not call.transformed:
             output = call.compute(leaves)
             call.set_up(ctx, leaves, output)

@@ -33,6 +33,7 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.autograd import Function
 from torch.autograd.forward_ad import _set_fwd_grad_enabled as set_fwd_grad_enabled
 from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
+from torch.library import _impls as implementations  # by Python, of all operators
 
 compiled_autograd_key = Function._compiled_autograd_key
 
@@ -52,6 +53,7 @@ __all__ = [
     "enable_single_level_autograd_function",
     "get_fp32_precision",
     "get_inner_triton_kernels",
+    "implementations",
     "is_legacy_batchedtensor",
     "num_dispatch_modes",
     "peek_interpreter_stack",

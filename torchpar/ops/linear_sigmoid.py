@@ -113,18 +113,25 @@ def _kernels() -> ModuleType:
 
 @operator("linear_sigmoid(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor", kernels=_kernels)
 def _op(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, wrap: Wrap) -> Tensor:
-    _check(x, weight, bias)
     if not runs_kernels(x):
+        _check(x, weight, bias)
         if not _is_slow(x):
             return linear_forward(x, weight, bias).sigmoid_()
         bias = None if bias is None else bias.float()
         return linear_forward(x.float(), weight.float(), bias).sigmoid_().bfloat16()
-    from torchpar.kernels.linear_sigmoid import linear_sigmoid
+    from torchpar.kernels import linear_sigmoid as kernel
 
+    precision = fp32_precision(x)
+    if wrap is None and x.dim() == 2:
+        out = kernel.linear_sigmoid_again(x, weight, bias, precision)
+        if out is not None:
+            return out
+    _check(x, weight, bias)
     out = None
     if x.shape[-1] != 0:  # the kernel expects a column
-        operands = rows(x), weight, bias, fp32_precision(x), wrap
-        out = linear_sigmoid(*operands, tma=supports_tma(wrap), only_if_faster=x.is_cuda)
+        operands = rows(x), weight, bias, precision, wrap
+        tma = supports_tma(wrap)
+        out = kernel.linear_sigmoid(*operands, tma=tma, only_if_faster=not x.is_cpu)
     if out is None:
         return F.linear(x, weight, bias).sigmoid_()
     return out if x.dim() == 2 else out.view(*x.shape[:-1], weight.shape[0])
@@ -238,9 +245,9 @@ def _backward_op(g: Tensor, y: Tensor, *, wrap: Wrap) -> tuple[Tensor, Tensor]:
         dz, db = _backward_formula(g, y)
         return dz.contiguous(), db
     dz = torch.empty_like(y, memory_format=torch.contiguous_format)
-    from torchpar.kernels.sigmoid_backward import sigmoid_backward
+    from torchpar.kernels import sigmoid_backward as kernel
 
-    db = sigmoid_backward(rows(g), rows(y), rows(dz), wrap)
+    db = kernel.sigmoid_backward(rows(g), rows(y), rows(dz), wrap)
     return dz, db
 
 

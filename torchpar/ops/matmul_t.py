@@ -65,7 +65,12 @@ def _formula(x: Tensor) -> Tensor:
 
 
 def _is_split_by_rows(x: Tensor) -> "TypeGuard[DTensor]":
-    return is_dtensor(x) and x.dim() >= 2 and any(p.is_shard(x.dim() - 2) for p in x.placements)
+    return (
+        type(x) is not Tensor
+        and is_dtensor(x)
+        and x.dim() >= 2
+        and any(p.is_shard(x.dim() - 2) for p in x.placements)
+    )
 
 
 def _gathered(x: "DTensor") -> "DTensor":
@@ -85,16 +90,20 @@ def _kernels() -> ModuleType:
 # minute.
 @operator("matmul_t(Tensor x) -> Tensor", kernels=_kernels, opaque=cpu.is_halved)
 def _op(x: Tensor, *, wrap: Wrap) -> Tensor:
-    _check(x)
     if not runs_kernels(x):
+        _check(x)
         return cpu.symmetric_matmul(x, x)
-    from torchpar.kernels.matmul_t import matmul_t, mirror
+    from torchpar.kernels import matmul_t as kernel
 
+    precision = fp32_precision(x)
+    if wrap is None and (out := kernel.matmul_t_again(x, precision)) is not None:
+        return out
+    _check(x)
     out = None
     if x.shape[-1] != 0:  # the kernel expects a column
         tma = supports_tma(wrap)
-        out = matmul_t(x, fp32_precision(x), wrap, tma=tma, only_if_faster=x.is_cuda)
-    return mirror(product(x, x), wrap) if out is None else out
+        out = kernel.matmul_t(x, precision, wrap, tma=tma, only_if_faster=not x.is_cpu)
+    return kernel.mirror(product(x, x), wrap) if out is None else out
 
 
 @_op.register_fake
@@ -151,9 +160,9 @@ def _backward_op(g: Tensor, x: Tensor, *, wrap: Wrap) -> Tensor:
         return cpu.symmetrized_product(g, x).contiguous()
     if x.dtype == torch.float16:
         return _backward_formula(g, x).contiguous()
-    from torchpar.kernels.matmul_t import half_sum
+    from torchpar.kernels import matmul_t as kernel
 
-    return product(half_sum(g, wrap), x.mT, None, 2.0, 0.0)
+    return product(kernel.half_sum(g, wrap), x.mT, None, 2.0, 0.0)
 
 
 @_backward_op.register_fake

@@ -83,20 +83,21 @@ def _kernels() -> ModuleType:
 
 @operator("maximum(Tensor a, Tensor b) -> Tensor", kernels=_kernels)
 def _op(a: Tensor, b: Tensor, *, wrap: Wrap) -> Tensor:
-    alike = _are_alike(a, b)
-    device = a.device if alike else _device(a, b)
-    if device.type != "cuda" and not is_emulating():
+    if not (a.is_cuda or b.is_cuda or is_emulating()):
+        device = _device(a, b)
         out = torch.maximum(a, b)
         # An empty result of ATen may have other strides.
         return out if out.numel() else _empty(a, b, device)
-    if alike and a.is_contiguous() and b.is_contiguous():
-        out = torch.empty_like(a, memory_format=torch.contiguous_format)
-    else:
-        out = _empty_elementwise((a, b), torch.result_type(a, b), device)
-        a, b = (t.to(device).expand_as(out) for t in (a, b))
-    from torchpar.kernels.maximum import maximum
+    from torchpar.kernels import maximum as kernel
 
-    maximum(a, b, out, wrap)
+    if wrap is None and (found := kernel.maximum_again(a, b)) is not None:
+        return found
+    device = _device(a, b)
+    out = _empty_elementwise((a, b), torch.result_type(a, b), device)
+    first, second = a.to(device), b.to(device)
+    kernel.maximum(first.expand_as(out), second.expand_as(out), out, wrap)
+    if wrap is None and first is a and second is b and out.numel():
+        kernel.remember_maximum(a, b, out)
     return out
 
 
@@ -105,7 +106,8 @@ def _are_alike(a: Tensor, b: Tensor) -> bool:
 
     To check and to do all of this takes longer than a launch.
     """
-    return a.dtype == b.dtype and a.dtype in _DTYPES and a.shape == b.shape and a.device == b.device
+    dtype = a.dtype
+    return dtype == b.dtype and dtype in _DTYPES and a.shape == b.shape and a.device == b.device
 
 
 def _empty_elementwise(
@@ -212,9 +214,9 @@ def _backward_op(
     da, db = _empty_backward(g, a, b, need_a, need_b)
     if not (_are_alike(a, b) and a.shape == g.shape and a.device == g.device):
         a, b = (t.to(g.device).expand_as(g) for t in (a, b))
-    from torchpar.kernels.maximum import maximum_backward
+    from torchpar.kernels import maximum as kernel
 
-    maximum_backward(g, a, b, da if need_a else None, db if need_b else None, wrap)
+    kernel.maximum_backward(g, a, b, da if need_a else None, db if need_b else None, wrap)
     return da, db
 
 

@@ -185,17 +185,24 @@ def _op(
     beta: float | None = None,
     wrap: Wrap,
 ) -> Tensor:
+    if not runs_kernels(a):
+        _check(a, b, c, beta)
+        return cpu.symmetric_matmul(a, b, c, alpha, beta or 0.0)
+    from torchpar.kernels import matmul_t as kernel
+
+    precision = fp32_precision(a)
+    if wrap is None and alpha and (c is None) == (not beta):
+        out = kernel.symmetric_matmul_again(a, b, c, precision, alpha, beta or 0.0)
+        if out is not None:
+            return out
     _check(a, b, c, beta)
     beta = beta or 0.0
-    if not runs_kernels(a):
-        return cpu.symmetric_matmul(a, b, c, alpha, beta)
-    from torchpar.kernels.matmul_t import mirror, symmetric_matmul
-
     out = None
     if alpha != 0 and a.shape[-1] != 0:  # the kernel would compute 0·NaN, and expects a column
-        operands = a, b, fp32_precision(a), wrap, c, alpha, beta
-        out = symmetric_matmul(*operands, tma=supports_tma(wrap), only_if_faster=a.is_cuda)
-    return mirror(product(a, b, c, alpha, beta), wrap) if out is None else out
+        operands = a, b, precision, wrap, c, alpha, beta
+        tma = supports_tma(wrap)
+        out = kernel.symmetric_matmul(*operands, tma=tma, only_if_faster=not a.is_cpu)
+    return kernel.mirror(product(a, b, c, alpha, beta), wrap) if out is None else out
 
 
 @_op.register_fake
@@ -296,19 +303,19 @@ def _addmm_op(h: Tensor, a: Tensor, b: Tensor, *, alpha: float, beta: float, wra
 
 
 def _addmm_by_kernel(h: Tensor, a: Tensor, b: Tensor, alpha: float, beta: float) -> Tensor:
-    from torchpar.kernels.matmul_t import mirror, symmetric_matmul
+    from torchpar.kernels import matmul_t as kernel
 
     operands = a, b, fp32_precision(a), None, h, alpha, beta
-    out = symmetric_matmul(
+    out = kernel.symmetric_matmul(
         *operands,
         out=h,
         # The kernel by TMA would store the operands' dtype. It might load tiles of H that another
         # program has already stored.
         tma=False,
         # PyTorch's products have one dtype.
-        only_if_faster=h.dtype == a.dtype and h.is_cuda,
+        only_if_faster=h.dtype == a.dtype and not h.is_cpu,
     )
-    return mirror(h.copy_(product(a, b, h, alpha, beta)), None) if out is None else out
+    return kernel.mirror(h.copy_(product(a, b, h, alpha, beta)), None) if out is None else out
 
 
 @_addmm_op.register_fake

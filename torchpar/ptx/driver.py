@@ -745,7 +745,8 @@ class Driver(DriverBase):  # type: ignore[misc]  # Triton has no types
         return torch.cpu
 
     def get_current_device(self) -> int:
-        return 3000 + self.emulator.capability  # no other driver's, whose kernels stay cached
+        """A number for each kind of GPU, and no other driver's: Triton keeps kernels by it."""
+        return 1000 * self.emulator.multiprocessors + self.emulator.capability
 
     def set_current_device(self, device: int) -> None: ...
 

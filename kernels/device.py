@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: MIT
+"""Facts about the device on which a kernel runs, as Triton's driver states them."""
+
+from typing import NamedTuple
+
+import triton
+from torch import Tensor
+
+MULTIPROCESSORS = 132  # of a GPU that is not here, for which a kernel is compiled: an H100's
+
+
+class Device(NamedTuple):
+    """The properties of a device on which tiles depend.
+
+    The capability 90 is sm_90; 0 is a device that is no NVIDIA GPU.
+    """
+
+    name: str
+    capability: int
+    multiprocessors: int
+
+
+def device(t: Tensor) -> Device:
+    """The current device, or Triton's interpreter, on which a kernel would run for ``t``."""
+    if t.is_cpu and triton.runtime.driver._active is None:
+        return Device("interpreter", 0, 3)
+    driver = triton.runtime.driver.active
+    target = driver.get_current_target()
+    capability = target.arch if target.backend == "cuda" else 0
+    utils = getattr(driver, "utils", None)  # a driver that only compiles has none
+    present = utils.get_device_properties(driver.get_current_device()) if utils else {}
+    multiprocessors = present.get("multiprocessor_count", MULTIPROCESSORS)
+    return Device(f"{target.backend} {target.arch}", capability, multiprocessors)
+
+
+def device_index(t: Tensor) -> int:
+    """The number of the device on which a kernel would run for ``t``; -1 for the interpreter."""
+    index = t.get_device()
+    if index >= 0:
+        return index
+    driver = triton.runtime.driver._active
+    return -1 if driver is None else int(driver.get_current_device())
