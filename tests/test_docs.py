@@ -23,7 +23,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 import torchpar
 from benchmarks import ladder, ladder_page, speedrun, student, train
-from benchmarks.results import Result, markdown
+from benchmarks.results import Result, duration, markdown
 from torchpar.testing.operators import RULES
 from torchpar.verify.command import EXPECTED
 
@@ -38,6 +38,7 @@ PAGES = {
 README = PAGES["README.md"]
 RESULTS = ROOT / "benchmarks" / "results" / "cpu-2-cores-amd-epyc-family-26-model-2"
 RESULTS_ZEN3 = RESULTS.with_name("cpu-2-cores-amd-epyc-family-25-model-1")
+RESULTS_H200 = RESULTS.with_name("nvidia-h200")
 SUITE = "".join(path.read_text() for path in sorted((ROOT / "tests").rglob("*.py")))
 FIGURES = ("p50_ms", "speedup", "seconds", "accuracy")
 OTHERS_FLAGS = {  # of the launchers, pip, pytest and Lightning
@@ -290,6 +291,128 @@ def test_the_readme_shows_the_measured_speed_ups(start):
             if all(one.get(key) == value for key, value in case.items())
         ]
         assert measured == ([float(cell)] if cell else []), row
+
+
+def on_h200(benchmark: str, column: str, case: dict[str, str]) -> float:
+    """Return the milliseconds in the only row of an H200's CSV with the columns of ``case``."""
+    with (RESULTS_H200 / f"{benchmark}.csv").open() as file:
+        (row,) = (
+            row
+            for row in csv.DictReader(file)
+            if case.items() <= row.items() and row[column] and row["ok"] == "True"
+        )
+    return float(row[column])
+
+
+def of_operator(operator: str, shape: str, dtype: str = "bfloat16", mode: str = "forward"):
+    return {"operator": operator, "mode": mode, "shape": shape, "dtype": dtype}
+
+
+OURS, TF32X3 = {"contestant": "torchpar"}, {"contestant": "128x128x32 w8 s3 tma"}
+MM, MM_FLOAT32 = {"contestant": "torch.mm"}, {"contestant": "torch.mm, float32"}
+EAGER, TORCH_MUON = {"contestant": "eager"}, {"contestant": "torch.optim.Muon"}
+# The first words of a row, its benchmark, what both have in common, and torchpar's and the other's
+# contestant.
+GPU_SPEED_UPS = {
+    "`matmul_t`, X·Xᵀ of 4096 rows": (
+        "operators",
+        of_operator("matmul_t", "4096x4096"),
+        OURS,
+        MM,
+    ),
+    "X·Xᵀ of 1024 rows": ("operators", of_operator("matmul_t", "1024x1024"), OURS, MM),
+    "the same 1024 rows": (
+        "operators",
+        of_operator("matmul_t", "1024x1024"),
+        OURS,
+        {"contestant": "torch.mm, mirrored"},
+    ),
+    "4096 rows of float32, by three products": (
+        "operators",
+        of_operator("matmul_t", "4096x4096", "tf32x3"),
+        TF32X3,
+        MM_FLOAT32,
+    ),
+    "X·Xᵀ of 4096 rows of float32, [with the same bits": (
+        "operators",
+        of_operator("exact_matmul", "4096x4096->4096", "float32"),
+        {"contestant": "torchpar, exact_matmul_t"},
+        MM_FLOAT32,
+    ),
+    "A·Bᵀ of 1024 rows of float32": (
+        "operators",
+        of_operator("exact_matmul", "1024x1024->1024", "float32"),
+        OURS,
+        MM_FLOAT32,
+    ),
+    "`symmetric_matmul` with C": (
+        "operators",
+        of_operator("symmetric_matmul", "4096x4096"),
+        OURS,
+        {"contestant": "torch.addmm"},
+    ),
+    "`maximum` of 16384 × 16384 numbers and a row": (
+        "operators",
+        of_operator("maximum", "16384x16384 16384", "float32"),
+        OURS,
+        {"contestant": "torch.maximum"},
+    ),
+    "its backward pass, of two times 2²⁶ numbers": (
+        "operators",
+        of_operator("maximum", f"{2**26} {2**26}", "float32", "backward"),
+        OURS,
+        EAGER,
+    ),
+    "`linear_sigmoid`, 4096 × 1024 → 4096": (
+        "operators",
+        of_operator("linear_sigmoid", "4096x1024->4096"),
+        OURS,
+        {"contestant": "addmm, sigmoid_"},
+    ),
+    "`linear_sigmoid`, 256 × 1024 → 4096, as a CUDA graph": (
+        "autotune",
+        {"operator": "linear_sigmoid", "shape": "256x1024->4096"},
+        OURS,
+        {"contestant": "torch.compile"},
+    ),
+    "a layer 1024 × 1024 → 4096, forward and backward": (
+        "operators",
+        of_operator("linear_sigmoid", "1024x1024->4096", mode="full"),
+        OURS,
+        EAGER,
+    ),
+    "a call of `maximum` of 64 × 64 numbers": (
+        "host",
+        {"operator": "maximum", "mode": "no gradient", "n": "64"},
+        OURS,
+        {"contestant": "ATen"},
+    ),
+    "a step of [Muon](docs/muon.md#measured), one weight of 2048 × 2048": (
+        "muon",
+        {"weight": "2048x2048"},
+        OURS,
+        TORCH_MUON,
+    ),
+    "a step of Muon, 50 weights of 128 × 128": (
+        "muon",
+        {"weight": "50 of 128x128"},
+        OURS,
+        TORCH_MUON,
+    ),
+}
+
+
+def test_the_readme_shows_what_an_h200_measured():
+    table = README.partition("\n**Measured on one NVIDIA H200**")[2].partition("\n\n**Run")[0]
+    _, _, *lines = re.findall(r"^\|.*", table, re.MULTILINE)
+    assert len(lines) == len(GPU_SPEED_UPS)
+    for line, (start, (benchmark, case, *both)) in zip(lines, GPU_SPEED_UPS.items(), strict=True):
+        column = "best_ms" if benchmark == "host" else "p20_ms"
+        own, other = (on_h200(benchmark, column, case | one) for one in both)
+        what, *times, ratio, _ = (cell.strip() for cell in line.strip("|").split("|"))
+        assert what.startswith(start)
+        assert times == [duration(own / 1e3), duration(other / 1e3)], line
+        assert float(ratio) == float(f"{other / own:.2g}"), line
 
 
 @pytest.mark.parametrize(
