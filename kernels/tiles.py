@@ -2,7 +2,7 @@
 """Tiles of the matrix kernels: the rule that chooses them, and when PyTorch's library computes.
 
 The rule takes the tiles with the least estimated time. Its numbers come from machine code and data
-sheets; no GPU has measured them. `autotune` measures.
+sheets. An H200 has measured where it is right (docs/tuning.md). `autotune` measures.
 """
 
 from collections.abc import Sequence
@@ -18,8 +18,8 @@ from .device import Device, device
 _WITH_TMA = (90, 100, 103)  # sm_120 has too little shared memory for tiles that gain by it
 # With fewer rows, a matrix has few tiles for the multiprocessors; of 4 × 4 tiles the kernel skips
 # only 6. The best known kernel of this kind, quack's, has 0.31 times cuBLAS's speed at 512 rows,
-# 0.78 at 1024, 1.02 at 2048. A batch has more tiles. A batch follows the same rule, since no such
-# kernel has been timed with a batch.
+# 0.78 at 1024, 1.02 at 2048. A batch has more tiles, and follows the same
+# rule.
 FEWEST_ROWS = 1024
 # Products that an H100's multiprocessor makes, 2048 a cycle, while the L2 cache sends it a number
 # of 16 bits, at 64 bytes a cycle. By this, a tile of 128 × 256 takes seven eighths of the time of

@@ -413,6 +413,86 @@ def test_the_readme_shows_what_an_h200_measured():
         assert what.startswith(start)
         assert times == [duration(own / 1e3), duration(other / 1e3)], line
         assert float(ratio) == float(f"{other / own:.2g}"), line
+    case = of_operator("matmul_t", "4096x4096", "tf32x3")
+    own, other = (on_h200("operators", "max_error", case | one) for one in (TF32X3, MM_FLOAT32))
+    assert f"with {other / own:.2g} times the error" in table
+
+
+# The operators of the tables on a page, in order; and the contestants of their columns.
+H200_TABLES = {
+    "docs/matmul_t.md": ["matmul_t"],
+    "docs/tuning.md": ["matmul_t"],
+    "docs/linear_sigmoid.md": ["linear_sigmoid", "linear_sigmoid_backward"],
+    "docs/symmetric_matmul.md": ["symmetric_matmul"],
+    "docs/maximum.md": ["maximum"],
+    "docs/exact.md": ["exact_matmul"],
+}
+H200_COLUMNS = {
+    "`torch.mm`": {"torch.mm", "torch.bmm", "torch.mm, float32", "eager"},
+    "`torch.mm` and a mirror": {"torch.mm, mirrored", "torch.bmm, mirrored"},
+    "`torch.mm` in float64": {"torch.mm, float64"},
+    "torchpar": {"torchpar", "torchpar, float32"},
+    "`exact_matmul`": {"torchpar"},
+    "`exact_matmul_t`": {"torchpar, exact_matmul_t"},
+    "addmm alone": {"addmm alone"},
+    "addmm, `sigmoid_`": {"addmm, sigmoid_", "eager"},
+    "`torch.addmm`": {"torch.addmm"},
+    "`torch.maximum`": {"torch.maximum", "eager"},
+    "PyTorch": {"eager"},
+}
+POWERS = {f"2{power}": str(2 ** int(n)) for power, n in (("²²", 22), ("²⁶", 26), ("²⁸", 28))}
+
+
+def measured_on_h200(operator: str, what: str, column: str) -> str:
+    """Return the time in a cell: "" if it was not measured."""
+    shapes, dtype, *mode = what.split(", ")
+    shapes = re.sub(r" (×|→) ", lambda match: {"×": "x", "→": "->"}[match[1]], shapes)
+    shape = " ".join(POWERS.get(one, one) for one in shapes.split(" and "))
+    case = of_operator(operator, shape, dtype, *mode)
+    with (RESULTS_H200 / "operators.csv").open() as file:
+        rows = [one for one in csv.DictReader(file) if case.items() <= one.items()]
+    assert rows, what
+    times = [
+        float(one["p20_ms"])
+        for one in rows
+        if one["ok"] == "True"
+        and (
+            one["contestant"] == one["config"]
+            if column == "the fastest kernel"
+            else one["contestant"] in H200_COLUMNS[column]
+        )
+    ]
+    assert len(times) <= 1 or column == "the fastest kernel"
+    return duration(min(times) / 1e3) if times else ""
+
+
+@pytest.mark.parametrize("page", H200_TABLES)
+def test_the_pages_show_what_an_h200_measured(page):
+    tables = re.findall(r"^\| on an H200 \|.*\n(?:\|.*\n)+", PAGES[page], re.MULTILINE)
+    for operator, table in zip(H200_TABLES[page], tables, strict=True):
+        (_, *columns), _, *rows = (
+            [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()
+        )
+        for what, *cells in rows:
+            assert cells == [measured_on_h200(operator, what, one) for one in columns], what
+
+
+def test_the_emulator_counts_what_nsight_counts():
+    page = PAGES["docs/performance.md"].partition("\n## Beside a profiler\n")[2]
+    with (RESULTS_H200 / "ptx-counters.csv").open() as file:
+        rows = [*csv.DictReader(file)]
+    pairs = [both for both in zip(rows[::2], rows[1::2], strict=True)]
+    alike = [both for both in pairs if both[0]["grid"] == both[1]["grid"]]
+    assert (len(pairs), len(alike)) == (16, 9)
+    for nsight, emulated in alike:
+        for name in nsight:
+            if name.startswith("global_") or name == "shared_store_wavefronts":
+                assert nsight[name] == emulated[name], (nsight["case"], name)
+    lines = re.findall(r"^\| `\w+`.*", page, re.MULTILINE)
+    assert [line.replace(",", "").split("|")[2:6] for line in lines] == [
+        [f" {one[name]} " for name in ("shared_load_wavefronts", "registers") for one in both]
+        for both in alike
+    ]
 
 
 @pytest.mark.parametrize(
