@@ -477,6 +477,82 @@ def test_the_pages_show_what_an_h200_measured(page):
             assert cells == [measured_on_h200(operator, what, one) for one in columns], what
 
 
+def rows_of(page: str, header: str) -> list[list[str]]:
+    """Return the cells of the rows of the table on a page whose first line starts so."""
+    (table,) = re.findall(
+        rf"^\| {re.escape(header)}.*\n\|-.*\n((?:\|.*\n)+)", PAGES[page], re.MULTILINE
+    )
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+
+
+def test_tuning_shows_where_the_rule_lost():
+    lines = rows_of("docs/tuning.md", "operands in bfloat16, or TF32")
+    assert len(lines) > 10
+    for operator, shape, *how, rule, fastest, tiles, library in (
+        (*cells[0].split(", "), *cells[1:]) for cells in lines
+    ):
+        shape = re.sub(r" (×|→) ", lambda match: {"×": "x", "→": "->"}[match[1]], shape)
+        case = of_operator(operator.strip("`"), shape, "tf32" if how == ["TF32"] else "bfloat16")
+        name = "operators"
+        if how == ["graph"]:
+            case, name = case | {"mode": "forward, warm"}, "operators-graphs"
+        with (RESULTS_H200 / f"{name}.csv").open() as file:
+            rows = [one for one in csv.DictReader(file) if case.items() <= one.items()]
+        times = {one["contestant"]: float(one["p20_ms"]) for one in rows if one["p20_ms"]}
+        kernels = {one["config"] for one in rows if one["config"] == one["contestant"]}
+        best = min((one for one in times if one in kernels), key=times.__getitem__)
+        assert tiles.split() == re.findall(r"\d+|[a-z_]{3,}", best), shape
+        assert fastest == duration(times[best] / 1e3), shape
+        assert rule in ("the library", duration(times["torchpar"] / 1e3)), shape
+        (other,) = {"torch.mm, mirrored", "torch.bmm, mirrored", "addmm, sigmoid_"} & times.keys()
+        assert library == duration(times[other] / 1e3), shape
+        assert times[best] < times["torchpar"]
+
+
+HOST = {
+    "`maximum` of 64 × 64, float32": ("maximum", "no gradient", "best_ms"),
+    "`maximum`, where an operand requires a gradient": ("maximum", "forward", "mean_ms"),
+    "`matmul_t` of 1024 × 1024, bfloat16": ("matmul_t", "no gradient", "mean_ms"),
+    "`symmetric_matmul` of 1024 × 1024 with C, bfloat16": (
+        "symmetric_matmul",
+        "no gradient",
+        "best_ms",
+    ),
+    "`linear_sigmoid` of 64 × 64 → 64, bfloat16": ("linear_sigmoid", "no gradient", "best_ms"),
+    "`linear_sigmoid`, where its operands require a gradient": (
+        "linear_sigmoid",
+        "forward",
+        "mean_ms",
+    ),
+}
+
+
+def test_operators_shows_what_a_call_takes_an_h200s_host():
+    for what, *cells in rows_of("docs/operators.md", "call | µs | µs of PyTorch's call"):
+        operator, mode, column = HOST[what]
+        case = {"operator": operator, "mode": mode, "n": "1024" if "1024" in what else "64"}
+        times = [on_h200("host", column, case | one) for one in (OURS, {"contestant": "ATen"})]
+        assert cells == [f"{1e3 * ms:.3g}" for ms in times], what
+
+
+def test_muon_shows_what_an_h200_measured():
+    graph = {"mode": "CUDA graph"}
+    ours = [{"contestant": "torchpar, standard"}, {"contestant": "torchpar, gram"}]
+    columns = [{"contestant": "ATen, one by one"}, *ours, {"contestant": "ATen"}, *ours]
+    columns = [case | ({"mode": "eager"} if i < 3 else graph) for i, case in enumerate(columns)]
+    for what, *cells in rows_of("docs/muon.md", "matrices | PyTorch's calls, one by one"):
+        weight = {"weight": what.replace(" × ", "x")}
+        times = [on_h200("muon-newton_schulz", "p20_ms", weight | one) for one in columns]
+        assert cells == [duration(ms / 1e3) for ms in times], what
+    page = PAGES["docs/muon.md"].partition("\n**On a GPU most steps lose.**")[2]
+    shown = re.findall(r"\d[\d.]*(?=×)", page.partition("\nA step launches")[0])
+    weights = ("2048x2048", "1024x4096", "4096x1024", "50 of 128x128", "48 of GPT-2 small")
+    steps = [
+        on_h200("muon", "speedup", {"weight": one, "contestant": "torchpar"}) for one in weights
+    ]
+    assert shown == [f"{ratio:.2g}" for ratio in steps]
+
+
 def test_the_emulator_counts_what_nsight_counts():
     page = PAGES["docs/performance.md"].partition("\n## Beside a profiler\n")[2]
     with (RESULTS_H200 / "ptx-counters.csv").open() as file:
