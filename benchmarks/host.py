@@ -7,32 +7,40 @@ is needed. A call passes through the dispatcher, autograd and the launcher. It i
 ATen's call on 256 elements on the CPU, which takes about as long as to issue ATen's kernel. Left
 out are Triton's own launcher, and the question which GPU is current.
 
+``--before CHECKOUT`` times the same calls of another checkout of this project, in turn with this
+one's. Each has a process of its own (`benchmarks.host_calls`).
+
 Then a launch of X·Xᵀ by itself. A launcher keeps what it decides for tensors of one layout, and
 "without a plan" it decides anew.
 """
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
 
 from benchmarks import driver
-from benchmarks.calls import MODES, time_contestants
 from benchmarks.command import Command, run
-from benchmarks.operators import NATIVE, OURS
 from benchmarks.results import Result, Table, print_results
 from benchmarks.timing import CPU, take_turns, time_calls
+from torchpar.errors import ConfigError
 from torchpar.kernels import Wrap
 
+HERE = Path(__file__).parents[1]
 N = 4096
 ROUNDS = 30
 CALLS = 200
-SMALL = 16
-SMALL_ROUNDS = 400
-SMALL_CALLS = 10  # at a time, which other programs seldom interrupt
+SMALL_ROUNDS = 100
+SMALL_CALLS = 50  # at a time
+BEFORE = ", before"
+OF_PYTORCH = ("ATen", "empty_like", "dispatch to Python")  # the same before
 
 
 @contextmanager
@@ -76,49 +84,91 @@ def gpu_of_cpu_tensors() -> Iterator[None]:
 def main(arguments: Sequence[str] | None = None) -> int:
     description = "Time what the host does in a call of an operator, up to the driver."
     command = Command("host", description, needs=["triton"])
+    command.parser.add_argument(
+        "--before", type=Path, metavar="CHECKOUT", help="time another checkout's calls, too"
+    )
     options = command.parse(arguments)
+    if options.before and not (options.before / "benchmarks" / "host.py").exists():
+        raise ConfigError(
+            f"--before {options.before} is no checkout of this project: it has no "
+            "benchmarks/host.py; name the folder of another commit"
+        )
     torch.set_num_threads(1)
     rounds = 2 if options.quick else ROUNDS
     table = Table(command.csv(options), CPU)
-    with gpu_of_cpu_tensors():
-        for name in ("maximum", "linear_sigmoid", "matmul_t"):
-            table.add(time_operator(name, 2 if options.quick else SMALL_ROUNDS))
-    columns = ("operator", "mode", "contestant", "p20_ms", "p50_ms", "over_us", "over_aten", "ok")
-    title = "a call of an operator on the host, and its µs more than ATen's"
-    print_results(title, table.results, columns)
+    with ExitStack() as stack:
+        caller = stack.enter_context(calls_of(HERE))
+        before = stack.enter_context(calls_of(options.before)) if options.before else None
+        for case in sorted({name.rpartition(", ")[0] for name in caller.names}, key=caller.order):
+            table.add(time_case(case, caller, before, 2 if options.quick else SMALL_ROUNDS))
+    columns = ["operator", "mode", "contestant", "p20_ms", "over_us", "over_aten", "of_before"]
+    title = "a call on the host, its µs more than ATen's, and its part of the time before"
+    print_results(title, table.results, [*columns, "ok"])
     launches = table.add(time_launch(rounds))
     print_results(f"a launch of matmul_t on the host, {N} rows", launches)
     return table.status
 
 
-def time_operator(name: str, rounds: int) -> list[Result]:
-    """Calls of an operator beside ATen's; ``over_us`` and ``over_aten`` are of lower quartiles."""
-    shapes = [(SMALL, SMALL), (SMALL, SMALL), (SMALL,)]
-    count = {"maximum": 2, "linear_sigmoid": 3, "matmul_t": 1}[name]
-    operands = [torch.ones(shape) for shape in shapes[:count]]
-    contestants = {
-        "ATen": NATIVE[name],
-        "torchpar": OURS[name],
-        "torch.ops.torchpar": getattr(torch.ops.torchpar, name),
-    }
-    g = torch.ones(SMALL, SMALL)
+class Caller:
+    """A process that makes the calls of a checkout.
+
+    Attributes:
+        names: of its calls: "OPERATOR, MODE, CONTESTANT".
+    """
+
+    def __init__(self, process: "subprocess.Popen[str]"):
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self._to, self._from = process.stdin, process.stdout
+        answer = self._from.readline()
+        if not answer:
+            raise ConfigError("the process that makes the calls has ended, see its error above")
+        self.names: list[str] = json.loads(answer)
+
+    def order(self, case: str) -> int:
+        """The place of a case among the calls."""
+        return [name.rpartition(", ")[0] for name in self.names].index(case)
+
+    def seconds(self, name: str, index: int) -> list[float]:
+        """The seconds of a call, in round ``index``."""
+        print(f"{name} {SMALL_CALLS if index else 1}", file=self._to, flush=True)
+        return [float(self._from.readline())]
+
+
+@contextmanager
+def calls_of(checkout: Path) -> Iterator[Caller]:
+    command = [sys.executable, str(HERE / "benchmarks" / "host_calls.py"), str(checkout)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
+        yield Caller(process)
+
+
+def time_case(case: str, caller: Caller, before: Caller | None, rounds: int) -> list[Result]:
+    """One operator's calls in one mode; ``over_us``, ``over_aten`` and ``of_before`` are of lower
+    quartiles."""
+    operator, mode = case.split(", ")
+    contestants = [n.rpartition(", ")[2] for n in caller.names if n.startswith(f"{case}, ")]
+    turns = {}
+    for name in contestants:
+        full = f"{case}, {name}"
+        turns[name] = partial(caller.seconds, full)
+        if before is not None and name not in OF_PYTORCH:
+            turns[name + BEFORE] = partial(before.seconds, full)
+    times = take_turns(turns, rounds, label=case)
+    aten = times["ATen"].lower_quartile if "ATen" in times else None
     results = []
-    for mode in MODES:
-        inputs = operands if mode == MODES[0] else [t.clone().requires_grad_() for t in operands]
-        times = time_contestants(contestants, inputs, g, mode, None, rounds, SMALL_CALLS)
-        aten = times["ATen"].lower_quartile
-        for contestant, one in times.items():
-            own = one.lower_quartile
-            over = {"over_us": 1e6 * (own - aten), "over_aten": own / aten}
-            columns = {} if contestant == "ATen" else over
-            case = {"operator": name, "mode": mode, "n": SMALL}
-            results.append(one.result(case, contestant, None, **columns))
+    for name, one in times.items():
+        own, columns = one.lower_quartile, {}
+        if aten is not None and name != "ATen":
+            columns = {"over_us": 1e6 * (own - aten), "over_aten": own / aten}
+        if name + BEFORE in times:
+            columns["of_before"] = own / times[name + BEFORE].lower_quartile
+        results.append(one.result({"operator": operator, "mode": mode}, name, None, **columns))
     return results
 
 
 def time_launch(rounds: int) -> list[Result]:
     """A launch of X·Xᵀ with a plan that was kept, and with a new one."""
-
     from torchpar.kernels.matmul_t import matmul_t
 
     def turn(wrap: Wrap, index: int) -> list[float]:

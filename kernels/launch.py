@@ -8,7 +8,6 @@ within 16 bytes.
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextvars import copy_context
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -30,7 +29,10 @@ class Kernel(Protocol):
 
 _MAX_PLANS = 4096
 _plans: dict[Hashable, "Plan | None"] = {}  # None where the library computes
-_remembered: dict[Hashable, tuple["Plan", Callable[[], Tensor]]] = {}
+# Plans, and the size, strides and dtype of their results.
+_remembered: dict[
+    Hashable, tuple["Plan", tuple[int, ...], tuple[int, ...] | None, torch.dtype]
+] = {}
 
 
 class Plan:
@@ -60,7 +62,7 @@ class Plan:
         self.arguments = arguments
         self.options = options
         self.descriptors = descriptors
-        self._compiled: Any = None
+        self._is_compiled = False
         # Of Triton's functions, the kernel's alone; its interpreter and its autotuner have none.
         self._hooks = getattr(kernel, "pre_run_hooks", ())
 
@@ -70,24 +72,31 @@ class Plan:
         The first real launch compiles the kernel. Later launches skip Triton's inspection of the
         arguments, and changes of its knobs, until `forget_plans`. They call all hooks of Triton.
         """
-        launch: Callable[..., None] = self._launch
-        if wrap is not None or self._compiled is None or self._hooks:
-            launch = partial(self._compile, wrap)
         if self.descriptors:
             # Triton's allocator is a context variable: set in a copy of the context, it does not
             # replace the user's allocator.
-            copy_context().run(_launch_with_scratch, launch, varying)
+            copy_context().run(self._launch_with_scratch, wrap, varying)
+        elif wrap is None and self._is_compiled and not self._hooks:
+            self._launch(*varying)
         else:
-            launch(*varying)
+            self._compile(wrap, *varying)
+
+    def _launch_with_scratch(self, wrap: Wrap, varying: tuple[Tensor | int, ...]) -> None:
+        triton.set_allocator(_scratch)
+        if wrap is None and self._is_compiled and not self._hooks:
+            self._launch(*varying)
+        else:
+            self._compile(wrap, *varying)
 
     def _launch(self, *varying: Tensor | int) -> None:
-        """Launch as Triton does, which would also look for hooks, streams and sizes in turn."""
+        """Launch as Triton does, which would also look for the stream's device and for hooks."""
         enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
-        if _calls_nothing(enter) and _calls_nothing(leave):
+        # A chain of hooks without calls does nothing; older hooks are functions, or None.
+        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
+            self._compiled[self.grid](*varying, *self._rest)
+        else:
             stream = triton.runtime.driver.active.get_current_stream(self._device)
             self._run(*self.grid, stream, *self._handles, *varying, *self._rest)
-        else:
-            self._compiled[self.grid](*varying, *self._rest)
 
     def _compile(self, wrap: Wrap, *varying: Tensor | int) -> None:
         kernel = self.kernel if wrap is None else wrap(self.kernel)
@@ -98,15 +107,11 @@ class Plan:
 
     def _keep(self, compiled: Any) -> None:
         """Launch ``compiled`` from now on."""
-        self._compiled, self._run = compiled, compiled.run
+        self._is_compiled, self._compiled, self._run = True, compiled, compiled.run
         # The function, the metadata for the launch, and no metadata nor functions for hooks.
         self._handles = compiled.function, compiled.packed_metadata, None, None, None
         self._rest = (*self.arguments, *self.constants.values())
         self._device = triton.runtime.driver.active.get_current_device()
-
-
-def _calls_nothing(hook: Any) -> bool:
-    return hook is None or not getattr(hook, "calls", True)
 
 
 def cached_plan(
@@ -150,32 +155,33 @@ def again(key: Hashable, *tensors: Tensor, factors: tuple[int, ...] = ()) -> Ten
     found = _remembered.get(key)
     if found is None:
         return None
-    plan, empty = found
-    out = empty()
+    plan, sizes, strides, dtype = found
+    first = tensors[0]
+    if strides is None:  # the result is contiguous, and has the first tensor's dtype
+        out = first.new_empty(*sizes)  # numbers are converted in half the time of a shape
+    else:
+        out = torch.empty_strided(sizes, strides, dtype=dtype, device=first.device)
     plan.launch(None, *tensors, out, *factors)
     return out
 
 
-def remember(key: Hashable, plan: Plan, out: Tensor) -> None:
+def remember(key: Hashable, plan: Plan, first: Tensor, out: Tensor) -> None:
     """Let `again` launch ``plan``, which is all that a call with this key does.
 
-    The key has the layouts of all arguments. Results are tensors like ``out``.
+    The key has the layouts of all arguments, of which ``first`` is the first one. Results are
+    tensors like ``out``.
     """
     if len(_remembered) >= _MAX_PLANS:
         _remembered.clear()
-    like = partial(torch.empty_strided, out.shape, out.stride(), dtype=out.dtype, device=out.device)
-    _remembered[key] = plan, like
+    is_plain = out.is_contiguous() and out.dtype == first.dtype
+    strides = None if is_plain and out.device == first.device else out.stride()
+    _remembered[key] = plan, tuple(out.shape), strides, out.dtype
 
 
 def forget_plans() -> None:
     """Discard the plans, so that the next launches choose and specialise anew."""
     _plans.clear()
     _remembered.clear()
-
-
-def _launch_with_scratch(launch: Callable[..., object], arguments: tuple[object, ...]) -> None:
-    triton.set_allocator(_scratch)
-    launch(*arguments)
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:

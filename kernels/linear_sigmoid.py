@@ -248,7 +248,7 @@ def linear_sigmoid(
     if count == 1:
         plan.launch(wrap, x, weight, given, out)
         if wrap is None and is_new and x is operands[0] and weight is operands[1]:
-            remember(_key(*operands, precision), plan, out)
+            remember(_key(*operands, precision), plan, x, out)
         return out
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     parts = x.new_empty((count, *out.shape), dtype=dtype)

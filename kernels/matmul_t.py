@@ -201,7 +201,7 @@ def symmetric_matmul(
     third = first if third is None else third
     plan.launch(wrap, first, second, third, out, *_bits(alpha, beta))
     if wrap is None and is_new and first is a and second is b and (c is None or third is c):
-        remember(_key(a, b, c, precision), plan, out)
+        remember(_key(a, b, c, precision), plan, a, out)
     return out
 
 

@@ -420,7 +420,7 @@ def remember_maximum(a: Tensor, b: Tensor, out: Tensor) -> None:
     """Let `maximum_again` launch what `maximum` launched for ``a`` and ``b``, expanded."""
     plan = cached_plan(_plan_forward, None, (a.expand_as(out), b.expand_as(out), out))
     if plan is not None:
-        remember(_key(a, b), plan, out)
+        remember(_key(a, b), plan, a, out)
 
 
 def _key(a: Tensor, b: Tensor) -> Hashable:

@@ -665,8 +665,8 @@ class CustomOpDef(custom_ops.CustomOpDef):
             call = Call(self, kwargs, False, is_next=True)
             output = self._function.apply(*call.flat(args), call)
             return output if self._returns_tensor else call.result(output)
-        assert self._trusted is not None
-        result: Any = self._trusted(*args, **kwargs)
+        trusted: Any = self._trusted
+        result = trusted(*args, **kwargs)
         return result if self._returns_tensor and not result._is_view() else self._checked(result)
 
     def _below(self, *args: object, **kwargs: object) -> Any:
@@ -676,8 +676,8 @@ class CustomOpDef(custom_ops.CustomOpDef):
     def _is_next(self, args: tuple[Any, ...]) -> bool:
         """Whether the dispatcher would find nothing between autograd and the trusted kernel.
 
-        The tensors are to be on the current GPU. No mode, subclass, transform, profiler or other
-        kernel of this operator may be there, and no tensor whose values are still to be computed.
+        The tensors are to be on the current GPU. No mode, subclass, transform or other kernel of
+        this operator may be there, and no tensor whose values are still to be computed.
         """
         for t in args:
             kind = type(t)
@@ -695,7 +695,6 @@ class CustomOpDef(custom_ops.CustomOpDef):
             num_dispatch_modes()
             or peek_interpreter_stack() is not None
             or forward_ad._current_level >= 0
-            or _profiler_enabled()
             or not self._other_kernels.isdisjoint(implementations)
         )
 

@@ -208,7 +208,9 @@ class Differentiable(SingleLevelFunction):
         op = call.op
         if call.is_next and op._returns_tensor and not op._keywords:  # as below, in less time
             ctx._torchpar_call, call.count = call, len(leaves)
-            result = call.compute(leaves)
+            result = op._trusted(*leaves)
+            if result._is_view():
+                result = op._checked(result)
             ctx.needs_input_grad = ctx.needs_input_grad[: call.given]
             if op._setup_context is not None:
                 op._setup_context(ctx=ctx, inputs=leaves, output=result)

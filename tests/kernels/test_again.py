@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: MIT
+"""Calls whose operands have the layouts of an earlier call: they are launched at once, and only
+they."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="the kernels are written in Triton")
+from triton import knobs
+
+import torchpar
+from torchpar import ptx
+from torchpar.kernels import launch, maximum
+
+X = torch.linspace(-1, 1, 40 * 24).view(40, 24)
+W, BIAS, ROW = X[:16].clone(), torch.linspace(0, 1, 16), torch.linspace(-1, 1, 24)
+C = torch.eye(40)
+CALLS: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...], Callable[..., Tensor]]] = {
+    "maximum": (torchpar.maximum, (X, X.flip(0)), torch.maximum),
+    "maximum of a row": (torchpar.maximum, (X, ROW), torch.maximum),
+    "maximum of a column": (torchpar.maximum, (X[:, :1], X.half()), torch.maximum),
+    "matmul_t": (torchpar.matmul_t, (X,), lambda x: x @ x.mT),
+    "symmetric_matmul": (
+        lambda a, b, c: torchpar.symmetric_matmul(a, b, c, alpha=0.5, beta=2.0),
+        (X, X, C),
+        lambda a, b, c: 0.5 * a @ b.mT + 2 * c,
+    ),
+    "linear_sigmoid": (
+        torchpar.linear_sigmoid,
+        (X, W, BIAS),
+        lambda x, w, b: torch.nn.functional.linear(x, w, b).sigmoid(),
+    ),
+}
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """A GPU that is emulated, in TF32, for which no operand is copied; the launches at once."""
+    found: list[int] = []
+    again = launch.again
+
+    def counted(*args: Any, **options: Any) -> Tensor | None:
+        result = again(*args, **options)
+        found.append(result is not None)
+        return result
+
+    for module in ("maximum", "matmul_t", "linear_sigmoid"):
+        monkeypatch.setattr(f"torchpar.kernels.{module}.again", counted)
+    launch.forget_plans()
+    with ptx.emulate(), torch.backends.flags(fp32_precision="tf32"):
+        yield found
+    launch.forget_plans()
+
+
+def layouts(name: str, operands: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
+    """The operands, and their values at other addresses, and in other layouts."""
+    yield operands
+    yield tuple(torch.cat((t.flatten()[:1], t.flatten()))[1:].view_as(t) for t in operands)
+    if name == "maximum":  # its kernels are compiled in the least time
+        yield tuple(t.double() for t in operands)
+        yield tuple(t.mT.contiguous().mT for t in operands)
+        yield tuple(t[:8] for t in operands)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_is_launched_at_once_for_the_same_layouts_alone(name: str, gpu: list[int]) -> None:
+    op, operands, native = CALLS[name]
+    for given in layouts(name, operands):
+        gpu.clear()
+        results = [op(*given) for _ in range(3)]
+        assert gpu == [0, 1, 1]
+        for result in results:
+            expected = native(*given)
+            assert torch.allclose(result, expected, rtol=2**-9, atol=2**-9)
+            assert result.stride() == expected.stride()
+            assert torch.equal(result, results[0])
+
+
+def test_other_values_and_other_factors_are_not_remembered(gpu: list[int]) -> None:
+    for alpha in (1.0, 1.0, -3.0):
+        found = torchpar.symmetric_matmul(X, X, C, alpha=alpha, beta=1.0)
+        assert torch.allclose(found, alpha * X @ X.mT + C, rtol=2**-9, atol=2**-9)
+    for x in (X, -2 * X):
+        assert torch.allclose(torchpar.matmul_t(x), x @ x.mT, rtol=2**-8, atol=2**-8)
+    assert gpu == [0, 1, 1, 0, 1]
+
+
+def test_wrong_arguments_are_refused_after_right_ones(gpu: list[int]) -> None:
+    for _ in range(2):
+        torchpar.linear_sigmoid(X, W, BIAS)
+        torchpar.symmetric_matmul(X, X, C, beta=1.0)
+    for wrong in ((X, W, BIAS[:-1]), (X, W[:, :-1], BIAS), (X.double(), W, BIAS), (X[0, 0], W)):
+        with pytest.raises(RuntimeError, match="linear_sigmoid"):
+            torchpar.linear_sigmoid(*wrong)
+    with pytest.raises(RuntimeError, match="without beta"):
+        torchpar.symmetric_matmul(X, X, C)
+    with pytest.raises(RuntimeError, match="c is None"):
+        torchpar.symmetric_matmul(X, X, beta=1.0)
+
+
+def test_a_factor_of_zero_leaves_its_term_out_after_other_factors(gpu: list[int]) -> None:
+    nan = torch.full_like(X, torch.nan)
+    for _ in range(2):
+        torchpar.symmetric_matmul(nan, nan, C, alpha=1.0, beta=1.0)
+    assert torch.equal(torchpar.symmetric_matmul(nan, nan, C, alpha=0.0, beta=1.0), C)
+    found = torchpar.symmetric_matmul(X, X, torch.full_like(C, torch.nan), alpha=1.0, beta=0.0)
+    assert torch.allclose(found, X @ X.mT, rtol=2**-9, atol=2**-9)
+
+
+def test_a_launch_at_once_calls_tritons_hooks(gpu: list[int]) -> None:
+    entered: list[str] = []
+    ran: list[int] = []
+
+    def enter(metadata: Any) -> None:
+        entered.append(metadata.get()["name"])
+
+    torchpar.maximum(X, X)
+    kernel = maximum.maximum_flat_kernel
+    knobs.runtime.launch_enter_hook.add(enter)
+    kernel.add_pre_run_hook(lambda *args, **options: ran.append(len(args)))
+    try:
+        for _ in range(2):
+            torchpar.maximum(X, X)
+    finally:
+        knobs.runtime.launch_enter_hook.remove(enter)
+        kernel.pre_run_hooks.clear()
+    torchpar.maximum(X, X)
+    assert entered == ["maximum_flat_kernel"] * 2
+    assert len(ran) == 2
+    assert gpu == [0, 1, 1, 1]
+
+
+def test_emulations_of_other_gpus_have_launches_of_their_own() -> None:
+    launch.forget_plans()
+    for arch in ("sm_90", "sm_80", "sm_90"):
+        for multiprocessors in (4, 7):
+            with ptx.emulate(arch, multiprocessors=multiprocessors) as emulated:
+                torchpar.maximum(X, X)
+                assert [one.arch for one in emulated.launches] == [arch]
+    assert len(launch._remembered) == 4
+    launch.forget_plans()

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: MIT
+"""The files between a call of X·Xᵀ and its launch, or its library's product: a reader opens few."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from commands import ROOT
+
+ROOMS = tuple(str(ROOT / name) for name in ("torchpar", "kernels"))
+MOST_FILES = {"cuda": 9, "cpu": 8}
+X = torch.ones(48, 32)
+
+
+def files(call: Callable[[], object]) -> list[str]:
+    """The files whose functions ``call`` enters."""
+    entered: dict[Path, None] = {}
+
+    def note(frame: FrameType, event: str, argument: Any) -> None:
+        file = frame.f_code.co_filename
+        if event == "call" and file.startswith(ROOMS):
+            entered[Path(file).resolve()] = None
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        call()
+    finally:
+        sys.setprofile(before)
+    return [str(path.relative_to(ROOT)) for path in entered]
+
+
+def test_few_files_lead_to_a_product_on_a_cpu() -> None:
+    for x in (X, X.bfloat16(), torch.ones(800, 800)):
+        entered = files(lambda x=x: torch.ops.torchpar.matmul_t(x))
+        assert "torchpar/ops/matmul_t.py" in entered
+        assert len(entered) <= MOST_FILES["cpu"], entered
+
+
+def test_few_files_lead_to_a_launch_on_a_gpu() -> None:
+    """For the first time, when tiles are chosen, and again."""
+    pytest.importorskip(
+        "rich", reason="the benchmark that has the stand-in for a GPU prints tables"
+    )
+    pytest.importorskip("triton", reason="the kernels are written in Triton")
+    import torchpar.kernels.matmul_t
+    from benchmarks.host import gpu_of_cpu_tensors
+
+    torchpar.kernels.launch.forget_plans()
+    with gpu_of_cpu_tensors():
+        for x in (X, X, X.bfloat16()):
+            entered = files(lambda x=x: torch.ops.torchpar.matmul_t(x))
+            assert {"torchpar/ops/matmul_t.py", "kernels/matmul_t.py"} <= {*entered}
+            assert len(entered) <= MOST_FILES["cuda"], entered
