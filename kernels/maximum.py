@@ -129,25 +129,15 @@ def rows_and_columns(col_blocks, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.conste
     return row, col
 
 
+# Tuples are made inside a kernel: Inductor (torch 2.14) passes none to it.
 @triton.jit
-def load_strided(
-    ptr,
-    row,
-    col,
-    rows,
-    size1,
-    size2,
-    size3,
-    stride0,
-    stride1,
-    stride2,
-    stride3,
-    REPEATS: tl.constexpr,
-):
+def load_strided(ptr, strides, row, col, rows, sizes, REPEATS: tl.constexpr):
     """Rows are the elements of dimensions of sizes (size0, size1, size2).
 
-    Divisions by 1 cost nothing.
+    A division by 1, which a size that is not needed is, costs nothing: Triton makes it a constant.
     """
+    size1, size2, size3 = sizes
+    stride0, stride1, stride2, stride3 = strides
     at_row = (
         row // size2 // size1 * stride0 + row // size2 % size1 * stride1 + row % size2 * stride2
     )
@@ -184,34 +174,11 @@ def maximum_strided_kernel(
     BLOCK_COLS: tl.constexpr,
 ):
     row, col = rows_and_columns(col_blocks, BLOCK_ROWS, BLOCK_COLS)
-    a = load_strided(
-        a_ptr,
-        row,
-        col,
-        rows,
-        size1,
-        size2,
-        size3,
-        a_stride0,
-        a_stride1,
-        a_stride2,
-        a_stride3,
-        A_REPEATS,
-    )
-    b = load_strided(
-        b_ptr,
-        row,
-        col,
-        rows,
-        size1,
-        size2,
-        size3,
-        b_stride0,
-        b_stride1,
-        b_stride2,
-        b_stride3,
-        B_REPEATS,
-    )
+    sizes = size1, size2, size3
+    a_strides = a_stride0, a_stride1, a_stride2, a_stride3
+    b_strides = b_stride0, b_stride1, b_stride2, b_stride3
+    a = load_strided(a_ptr, a_strides, row, col, rows, sizes, A_REPEATS)
+    b = load_strided(b_ptr, b_strides, row, col, rows, sizes, B_REPEATS)
     mask = (row < rows)[:, None] & (col < size3)[None, :]
     out = out_ptr + ((row * size3)[:, None] + col[None, :])
     tl.store(out, larger(a, b, out_ptr.dtype.element_ty), mask=mask)
@@ -250,48 +217,13 @@ def maximum_backward_strided_kernel(
     BLOCK_COLS: tl.constexpr,
 ):
     row, col = rows_and_columns(col_blocks, BLOCK_ROWS, BLOCK_COLS)
-    g = load_strided(
-        g_ptr,
-        row,
-        col,
-        rows,
-        size1,
-        size2,
-        size3,
-        g_stride0,
-        g_stride1,
-        g_stride2,
-        g_stride3,
-        G_REPEATS,
-    )
-    a = load_strided(
-        a_ptr,
-        row,
-        col,
-        rows,
-        size1,
-        size2,
-        size3,
-        a_stride0,
-        a_stride1,
-        a_stride2,
-        a_stride3,
-        A_REPEATS,
-    )
-    b = load_strided(
-        b_ptr,
-        row,
-        col,
-        rows,
-        size1,
-        size2,
-        size3,
-        b_stride0,
-        b_stride1,
-        b_stride2,
-        b_stride3,
-        B_REPEATS,
-    )
+    sizes = size1, size2, size3
+    g_strides = g_stride0, g_stride1, g_stride2, g_stride3
+    a_strides = a_stride0, a_stride1, a_stride2, a_stride3
+    b_strides = b_stride0, b_stride1, b_stride2, b_stride3
+    g = load_strided(g_ptr, g_strides, row, col, rows, sizes, G_REPEATS)
+    a = load_strided(a_ptr, a_strides, row, col, rows, sizes, A_REPEATS)
+    b = load_strided(b_ptr, b_strides, row, col, rows, sizes, B_REPEATS)
     da, db = gradients(g, a, b)
     mask = (row < rows)[:, None] & (col < size3)[None, :]
     offsets = (row * size3)[:, None] + col[None, :]
