@@ -40,13 +40,13 @@ from benchmarks.resources import BLOCK_SHARED, Operator, compile_all, describe
 from benchmarks.results import Result, Table, print_results, track
 from benchmarks.timing import Rejected
 from torchpar.errors import ConfigError
-from torchpar.kernels.columns import by_columns
 from torchpar.kernels.device import device
+from torchpar.kernels.gemm import by_columns
 from torchpar.kernels.linear_sigmoid import linear_sigmoid_kernel, linear_sigmoid_tma_kernel
 from torchpar.kernels.matmul_t import mirror, symmetric_matmul_kernel
 from torchpar.kernels.matmul_t_tma import symmetric_matmul_tma_kernel
 from torchpar.kernels.maximum import maximum_flat_kernel
-from torchpar.kernels.tiles import KINDS, Tiles, count_tiles, tile_cost
+from torchpar.kernels.rule import KINDS, Tiles, count_tiles
 from torchpar.ops.matrix import fp32_precision
 from torchpar.ptx.driver import why_not_compiled
 
@@ -150,12 +150,17 @@ def maximum_kernel(a_ptr, b_ptr, out_ptr, numel, BLOCK: tl.constexpr):
         triton.Config({"BLOCK_M": 128, "BLOCK_N": 128, "TMA": True}, num_warps=8, num_stages=4),
         triton.Config({"BLOCK_M": 128, "BLOCK_N": 128, "TMA": True}, num_warps=8, num_stages=3),
         triton.Config({"BLOCK_M": 64, "BLOCK_N": 128, "TMA": True}, num_warps=4, num_stages=4),
-        triton.Config({"BLOCK_M": 64, "BLOCK_N": 128, "TMA": True}, num_warps=4, num_stages=3),
+        triton.Config(
+            {"BLOCK_M": 64, "BLOCK_N": 128, "TMA": True, "FLATTEN": True},
+            num_warps=4,
+            num_stages=3,
+        ),
         triton.Config({"BLOCK_M": 64, "BLOCK_N": 64, "TMA": True}, num_warps=4, num_stages=4),
         # By pointers: square tiles.
         triton.Config({"BLOCK_M": 128, "BLOCK_N": 128, "TMA": False}, num_warps=8, num_stages=3),
+        triton.Config({"BLOCK_M": 64, "BLOCK_N": 64, "TMA": False}, num_warps=4, num_stages=4),
         triton.Config({"BLOCK_M": 64, "BLOCK_N": 64, "TMA": False}, num_warps=4, num_stages=3),
-        triton.Config({"BLOCK_M": 64, "BLOCK_N": 64, "TMA": False}, num_warps=8, num_stages=3),
+        triton.Config({"BLOCK_M": 32, "BLOCK_N": 32, "TMA": False}, num_warps=4, num_stages=4),
     ],
     key=["n", "k", "PRECISION"],
     prune_configs_by={"early_config_prune": that_fit},
@@ -199,14 +204,15 @@ def matmul_t_kernel(
         triton.Config({"BLOCK_M": 128, "BLOCK_N": 256, "TMA": True}, num_warps=8, num_stages=4),
         triton.Config({"BLOCK_M": 128, "BLOCK_N": 256, "TMA": True}, num_warps=8, num_stages=3),
         triton.Config({"BLOCK_M": 128, "BLOCK_N": 128, "TMA": True}, num_warps=8, num_stages=4),
-        triton.Config({"BLOCK_M": 128, "BLOCK_N": 128, "TMA": True}, num_warps=8, num_stages=3),
+        triton.Config({"BLOCK_M": 128, "BLOCK_N": 128, "TMA": True}, num_warps=4, num_stages=3),
         triton.Config({"BLOCK_M": 64, "BLOCK_N": 128, "TMA": True}, num_warps=4, num_stages=4),
         triton.Config({"BLOCK_M": 64, "BLOCK_N": 64, "TMA": True}, num_warps=4, num_stages=4),
         triton.Config({"BLOCK_M": 128, "BLOCK_N": 128, "TMA": False}, num_warps=8, num_stages=3),
         triton.Config({"BLOCK_M": 64, "BLOCK_N": 128, "TMA": False}, num_warps=4, num_stages=3),
         triton.Config({"BLOCK_M": 64, "BLOCK_N": 128, "TMA": False}, num_warps=8, num_stages=2),
-        triton.Config({"BLOCK_M": 64, "BLOCK_N": 64, "TMA": False}, num_warps=4, num_stages=3),
+        triton.Config({"BLOCK_M": 64, "BLOCK_N": 64, "TMA": False}, num_warps=4, num_stages=4),
         triton.Config({"BLOCK_M": 64, "BLOCK_N": 64, "TMA": False}, num_warps=8, num_stages=2),
+        triton.Config({"BLOCK_M": 32, "BLOCK_N": 32, "TMA": False}, num_warps=4, num_stages=4),
     ],
     key=["m", "n", "k", "PRECISION"],
     prune_configs_by={"early_config_prune": that_fit},
@@ -292,6 +298,15 @@ def programs(x: Tensor, m: int, n: int, symmetric: bool, given: dict[str, int]) 
 def tiles(m: int, n: int, symmetric: bool, given: dict[str, int]) -> int:
     variant = "flat" if given.get("FLATTEN") else "tma"
     return count_tiles(Tiles(given["BLOCK_M"], given["BLOCK_N"], 0, 0, 0, variant), m, n, symmetric)
+
+
+def tile_cost(rows: int, columns: int) -> int:
+    """The cost of a tile for each column of x: its products, and 64 for each number loaded.
+
+    An H100's multiprocessor makes so many products, 2048 a cycle, while the L2 cache sends it a
+    number of 16 bits, at 64 bytes a cycle.
+    """
+    return rows * columns + 64 * (rows + columns)
 
 
 # The reports. The first provider is the one that others are compared with.
@@ -398,7 +413,7 @@ def layer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 # What is timed, and checked. `main` sets the dtype, and takes the results.
 
 DEVICE = "cuda"
-kind = "bfloat16"  # of `torchpar.kernels.tiles.KINDS`
+kind = "bfloat16"  # of `torchpar.kernels.rule.KINDS`
 results: list[Result] = []
 
 

@@ -29,7 +29,7 @@ from triton.runtime import Autotuner
 from benchmarks import driver
 from benchmarks.results import CORES, Result, Table, print_results, track
 from benchmarks.timing import CPU
-from torchpar.kernels.tiles import KINDS
+from torchpar.kernels.rule import KINDS
 from torchpar.processes import end_with_parent
 
 BLOCK_SHARED = {80: 166912, 90: 232448, 100: 232448, 103: 232448}  # bytes that a block may have
@@ -146,7 +146,7 @@ def compile_all(names: Sequence[str], kind: str, quick: bool, path: Path | None)
     print(
         "w: warps. s: stages. KB: of shared memory. per SM: blocks of a multiprocessor at a time."
     )
-    print("The estimate is the rule's, at the data sheets' peaks. It ranks tiles, and is no time.")
+    print("The estimate is of products and loads at the data sheets' peaks. It is no time.")
     return table.status
 
 

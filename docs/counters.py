@@ -13,7 +13,7 @@ from torch import Tensor
 
 import torchpar
 from torchpar.kernels import linear_sigmoid, matmul_t
-from torchpar.kernels.tiles import KINDS, Tiles, count_tiles
+from torchpar.kernels.rule import KINDS, Tiles, count_tiles
 from torchpar.ptx.counters import SECTOR
 from torchpar.ptx.report import Launch
 from torchpar.ptx.roofline import DATA_SHEETS, bound

@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 from ptx import cases
 from ptx.launch import Gpu
 
-from torchpar.kernels.tiles import Tiles
+from torchpar.kernels.rule import Tiles
 from torchpar.ptx.machine import SCHEDULES
 from torchpar.ptx.trace import Trace
 

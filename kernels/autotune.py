@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Choose a launch: the library (no plan), the rule's tiles, or tiles that Triton measures.
+"""Tiles that Triton measures, in place of those that the rule chooses.
 
 ``TORCHPAR_AUTOTUNE=1`` turns Triton's autotuner on. At the first launch for a layout of tensors it
 times the kernel with each configuration that suits. Triton keeps the times on disk, in
@@ -11,51 +11,15 @@ launches in Triton's interpreter, take the rule's tiles, too.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import triton
 from torch import Tensor
 
 from . import Wrap
 from .launch import Plan
-from .tiles import Tiles, choose_tiles, library_is_faster, suitable
 
 ENABLED = os.environ.get("TORCHPAR_AUTOTUNE") == "1"  # read when the kernels are imported
-
-
-def choose_plan(
-    make: Callable[[Tiles], Plan],
-    kernel: str,
-    precision: str,
-    sizes: Sequence[int],
-    operands: Sequence[Tensor],
-    tiles: Tiles | None,
-    tma: bool,
-    only_if_faster: bool,
-    traced: bool,
-    restore: Sequence[str] = (),
-) -> Plan | None:
-    """The plan of a launch; None if the library computes.
-
-    Args:
-        make: the plan for given tiles.
-        sizes: m, n, k and batch.
-        tiles, tma, only_if_faster: as the launch functions take them.
-        traced: whether a compiler traces the launch, without tensors to time.
-        restore: the names of tensors that the kernel reads and writes.
-    """
-    if only_if_faster and library_is_faster(kernel, precision, sizes, *operands, tma=tma):
-        return None
-    if tiles is not None:
-        return make(tiles)
-    tiles = choose_tiles(kernel, precision, sizes, *operands, tma=tma)
-    if ENABLED and not traced and not operands[0].is_cpu and tiles.variant != "split_k":
-        possible = suitable(kernel, precision, sizes[1], *operands, tma=tma)
-        same_kernel = [t for t in possible if t.by_tma == tiles.by_tma and t.variant != "split_k"]
-        plans = [make(one) for one in same_kernel]
-        if len(plans) > 1:
-            return AutotunedPlan(plans, restore)
-    return make(tiles)
 
 
 class AutotunedPlan(Plan):

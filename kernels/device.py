@@ -1,23 +1,12 @@
 # SPDX-License-Identifier: MIT
 """Facts about the device on which a kernel runs, as Triton's driver states them."""
 
-from typing import NamedTuple
-
 import triton
 from torch import Tensor
 
+from .rule import Device
+
 MULTIPROCESSORS = 132  # of a GPU that is not here, for which a kernel is compiled: an H100's
-
-
-class Device(NamedTuple):
-    """The properties of a device on which tiles depend.
-
-    The capability 90 is sm_90; 0 is a device that is no NVIDIA GPU.
-    """
-
-    name: str
-    capability: int
-    multiprocessors: int
 
 
 def device(t: Tensor) -> Device:

@@ -23,7 +23,8 @@ from . import Wrap
 from .device import device
 from .gemm import GROUP, grouped_tile, triangle_tile
 from .launch import Plan, cached_plan
-from .tiles import Tiles, aligned, count_tiles
+from .rule import Tiles, count_tiles
+from .tiles import aligned
 
 # Terms: with more, the four products of order 3, of up to 2¹⁴ each, could overflow int32.
 CHAIN = 2**14

@@ -16,12 +16,19 @@ import triton.language as tl
 from torch import Tensor
 
 from . import Wrap
-from .autotune import choose_plan
-from .columns import by_columns, empty_by_columns
 from .device import device, device_index
-from .gemm import GROUP, dot_rows, dot_tiles, grouped_tile, make_descriptor
+from .gemm import (
+    GROUP,
+    by_columns,
+    dot_rows,
+    dot_tiles,
+    empty_by_columns,
+    grouped_tile,
+    make_descriptor,
+)
 from .launch import Plan, again, cached_plan, layout, remember
-from .tiles import Tiles, check_variant, count_tiles, resident_programs, split_k
+from .rule import Tiles, count_tiles, resident_programs, split_k
+from .tiles import check_variant, choose_plan
 
 REDUCE_TILE = (8, 128)  # of the parts of a split product, for each program
 

@@ -14,13 +14,12 @@ import triton.language as tl
 from torch import Tensor
 
 from . import Wrap
-from .autotune import choose_plan
-from .columns import by_columns, empty_by_columns
 from .device import device, device_index
-from .gemm import dot_rows, triangle_of_batch
+from .gemm import by_columns, dot_rows, empty_by_columns, triangle_of_batch
 from .launch import Plan, again, cached_plan, layout, remember
 from .matmul_t_tma import symmetric_matmul_tma_kernel
-from .tiles import Tiles, check_variant, count_tiles, resident_programs
+from .rule import Tiles, count_tiles, resident_programs
+from .tiles import check_variant, choose_plan
 
 SUM_BLOCK = 64  # with 128, float32 and float64 spill
 
@@ -215,16 +214,16 @@ def _plan_product(
     only_if_faster: bool,
     traced: bool = False,
 ) -> Plan | None:
-    a = empty_by_columns(a, precision)
-    b = None if b is None else empty_by_columns(b, precision)
+    if precision == "ieee" and a.dtype == torch.float32:
+        a = empty_by_columns(a, precision)
+        b = None if b is None else empty_by_columns(b, precision)
     operands = [t for t in (a, b, c) if t is not None]
     *_, n, k = a.shape
     sizes = n, n, k, a.shape[0] if a.dim() == 3 else 1
-    restore = [] if c is None else ["out_ptr"]  # the kernel may write the result to C
     make = partial(_plan_tiles, a, b, c, precision)
-    kernel = "symmetric_matmul"
-    choice = tiles, tma, only_if_faster, traced
-    return choose_plan(make, kernel, precision, sizes, operands, *choice, restore)
+    kernel, choice = "symmetric_matmul", (tiles, tma, only_if_faster, traced)
+    with_c = c is not None
+    return choose_plan(make, kernel, precision, sizes, operands, *choice, with_c=with_c)
 
 
 def _plan_tiles(

@@ -16,7 +16,7 @@ from torch import Tensor
 from . import Wrap
 from .device import device
 from .launch import Plan, cached_plan
-from .tiles import hint
+from .rule import hint
 
 TILE_BYTES = 2048  # one access of 16 bytes for each of 128 threads
 SECTOR_BYTES = 32  # the least that memory transfers

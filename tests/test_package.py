@@ -86,7 +86,7 @@ def test_the_wheel_and_the_sdist_hold_the_package_and_nothing_else(
         f"{name}/{path.relative_to(folder).as_posix()}": path.read_bytes()
         for name, folder in folders.items()
         for path in folder.rglob("*.*")
-        if path.suffix in (".c", ".py", ".typed", ".json", ".html")
+        if path.suffix in (".c", ".csv", ".py", ".typed", ".json", ".html")
     }
     assert {name: text for name, text in files.items() if not name.startswith(info)} == package
     with tarfile.open(sdist) as archive:

@@ -19,6 +19,10 @@ COMMANDS = {
     "check": ("torchpar.testing.command", "try an operator of yours with every part of PyTorch"),
     "ptx": ("torchpar.ptx.command", "run a script's Triton kernels as compiled for a GPU, here"),
     "doctor": ("torchpar.doctor", "say what works on this machine, and how to mend what does not"),
+    "explain": (
+        "torchpar.explain",
+        "say who computes a product on a GPU: which tiles, or the library",
+    ),
 }
 
 

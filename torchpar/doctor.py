@@ -151,8 +151,8 @@ def gpus() -> Iterator[Finding]:
     from torchpar.kernels import autotune
 
     measured = "measured by Triton's autotuner at the first call for each layout"
-    estimated = "by estimates; TORCHPAR_AUTOTUNE=1 measures them"
-    yield Finding("tiles", measured if autotune.ENABLED else estimated)
+    predicted = "by the times of an H200, scaled to this GPU; TORCHPAR_AUTOTUNE=1 measures them"
+    yield Finding("tiles", measured if autotune.ENABLED else predicted)
 
 
 def emulator() -> Iterator[Finding]:

@@ -27,8 +27,8 @@ from benchmarks import autotune as benchmark
 from benchmarks import driver, resources
 from benchmarks.results import Table
 from torchpar.errors import ConfigError
-from torchpar.kernels import autotune, launch, linear_sigmoid, matmul_t, tiles
-from torchpar.kernels.tiles import Tiles
+from torchpar.kernels import autotune, launch, linear_sigmoid, matmul_t, rule
+from torchpar.kernels.rule import Speed, Tiles
 from torchpar.ops.cpu import mirror_
 
 SMALL = Tiles(16, 16, 32, 1, 2), Tiles(32, 32, 32, 1, 2)  # quick to compile
@@ -52,9 +52,12 @@ def tuner(tmp_path, monkeypatch) -> Iterator[Any]:
         state.timed += 1
         return [state.times.pop(0)] * 3
 
-    kind = tiles.KINDS["bfloat16"]
+    kind = rule.KINDS["bfloat16"]
+    speeds = dict.fromkeys((*SMALL, SPLIT), Speed(0.1, 0.1))
     monkeypatch.setitem(
-        tiles.KINDS, "bfloat16", kind._replace(unaligned=SMALL[0], tiles=(*SMALL, SPLIT))
+        rule.KINDS,
+        "bfloat16",
+        kind._replace(unaligned=SMALL[0], tiles=dict.fromkeys(rule.KERNELS, speeds)),
     )
     monkeypatch.setattr(autotune, "ENABLED", True)
     monkeypatch.setattr(driver.Driver, "get_benchmarker", lambda self: bench, raising=False)
@@ -299,13 +302,13 @@ def test_the_benchmarks_autotuner_keeps_precisions_apart():
 def test_the_rules_tiles_are_among_the_benchmarks_configurations():
     """Those with rows of 128 bytes, and without a split."""
     for name, kernel in zip(
-        tiles.KERNELS, (benchmark.matmul_t_kernel, benchmark.layer_kernel), strict=True
+        rule.KERNELS, (benchmark.matmul_t_kernel, benchmark.layer_kernel), strict=True
     ):
         listed = [
             (*list(one.kwargs.values())[:2], one.num_warps, resources.describe(one).split()[1])
             for one in kernel.configs
         ]
-        for one in tiles.configurations(name, torch.bfloat16, "ieee", 90):
+        for one in rule.configurations(name, torch.bfloat16, "ieee", 90):
             if one.block_k == 64 and one.variant != "split_k":
                 variant = "ptr" if one.variant == "pointers" else one.variant
                 assert (one.block_m, one.block_n, one.num_warps, variant) in listed

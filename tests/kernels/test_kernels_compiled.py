@@ -24,7 +24,7 @@ from torch import Tensor
 from benchmarks.driver import Compiled, compile_launches, target
 from benchmarks.resources import BLOCK_SHARED, resources
 from torchpar.kernels import Tracer, matmul_t, maximum, sigmoid_backward
-from torchpar.kernels.tiles import KERNELS, KINDS, Tiles, configurations
+from torchpar.kernels.rule import KERNELS, KINDS, Tiles, configurations
 
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 ODD = 509  # no stride is divisible by 16

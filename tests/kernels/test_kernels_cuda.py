@@ -22,7 +22,8 @@ pytest.importorskip("triton", reason="the kernels are written in Triton")
 from ptx import cases
 
 from torchpar.kernels import exact_matmul, launch
-from torchpar.kernels.tiles import KINDS, Tiles, library_is_faster
+from torchpar.kernels.rule import KINDS, Tiles
+from torchpar.kernels.tiles import library_is_faster
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="the kernels take a GPU; there is none"
@@ -104,7 +105,7 @@ def test_exact_product(
 def rule(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let the rule say who computes. The other tests launch the kernels at any size
     (`conftest`)."""
-    monkeypatch.setattr("torchpar.kernels.autotune.library_is_faster", library_is_faster)
+    monkeypatch.setattr("torchpar.kernels.tiles.library_is_faster", library_is_faster)
     launch.forget_plans()
     yield
     launch.forget_plans()

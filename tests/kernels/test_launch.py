@@ -32,16 +32,16 @@ pytest.importorskip("triton", reason="the kernels are written in Triton")
 from ptx.launch import idle_gpu
 
 from torchpar.kernels import (
-    autotune,
     exact_matmul,
     launch,
     linear_sigmoid,
     matmul_t,
     maximum,
     sigmoid_backward,
+    tiles,
 )
 from torchpar.kernels.launch import Plan
-from torchpar.kernels.tiles import Tiles
+from torchpar.kernels.rule import Tiles
 
 ops = torch.ops.torchpar
 N, K = 96, 64
@@ -162,8 +162,8 @@ def test_by_tma_as_many_programs_as_run_at_a_time(launcher, bias):
     """Two of 4 warps, or one of 8, on each of 132 multiprocessors. `ptx` rejects those that do
     nothing."""
     x = meta(4096, 64)
-    for tiles, programs in ((TMA, 264), (Tiles(128, 128, 64, 8, 3, "tma"), 132)):
-        assert programs_and_options(launcher, x, x, *bias, "ieee", tiles=tiles)[0] == programs
+    for one, programs in ((TMA, 264), (Tiles(128, 128, 64, 8, 3, "tma"), 132)):
+        assert programs_and_options(launcher, x, x, *bias, "ieee", tiles=one)[0] == programs
 
 
 @pytest.mark.parametrize(
@@ -281,7 +281,7 @@ ONE_GRADIENT = partial(ops.maximum_backward, need_b=False)
     ],
 )
 def test_tracers_see_the_kernel_and_what_it_writes(op, shapes, kernel, written, monkeypatch):
-    monkeypatch.setattr(autotune, "library_is_faster", lambda *args, **options: False)
+    monkeypatch.setattr(tiles, "library_is_faster", lambda *args, **options: False)
     graph, fakes = trace(op, shapes)
     names, (arguments, *_) = launches(graph)
     assert (names, arguments["tensors_to_clone"]) == (kernel.split(), written)

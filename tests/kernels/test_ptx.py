@@ -15,7 +15,7 @@ from ptx.cases import F16, F32, F64, Case
 from ptx.launch import Gpu
 
 from torchpar.kernels import exact_matmul, matmul_t
-from torchpar.kernels.tiles import KERNELS, KINDS, Tiles, configurations
+from torchpar.kernels.rule import KERNELS, KINDS, Tiles, configurations
 from torchpar.ptx import copies, emulate
 from torchpar.ptx.counters import summarize
 from torchpar.ptx.machine import SCHEDULES, Schedule

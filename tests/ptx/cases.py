@@ -21,7 +21,7 @@ import torchpar
 from torchpar.kernels import exact_matmul, matmul_t, maximum, sigmoid_backward
 from torchpar.kernels import linear_sigmoid as linear
 from torchpar.kernels.device import Device
-from torchpar.kernels.tiles import Tiles
+from torchpar.kernels.rule import Tiles
 from torchpar.ops import exact_digits
 
 from .launch import Gpu

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from torchpar.kernels.tiles import Tiles
+from torchpar.kernels.rule import Tiles
 from torchpar.ptx.counters import Column
 from torchpar.ptx.machine import SCHEDULES
 from torchpar.ptx.parse import PtxError

@@ -12,7 +12,7 @@ from commands import ROOT
 
 from ptx import walk
 from torchpar.kernels import matmul_t
-from torchpar.kernels.tiles import Tiles
+from torchpar.kernels.rule import Tiles
 from torchpar.ptx import command, emulate
 from torchpar.ptx.counters import SECTOR
 from torchpar.ptx.report import Launch

@@ -1,0 +1,466 @@
+# SPDX-License-Identifier: MIT
+"""The rule: predicted times of the configurations, and of PyTorch's library. The least computes.
+
+The times are in µs, of one H200 (sm_90, 132 multiprocessors), with operands that are not in its L2
+cache. For a kernel,
+
+    busy = launch + result·waves + steps·(latency⁴ + (step·waves)⁴)^¼
+    time = busy·(1 + CLOCK·ln(1 + busy/100))
+
+A multiprocessor computes ``waves`` tiles, each of which sums ``steps`` times BLOCK_K columns. A
+step takes ``step`` for each tile, and ``latency`` at least. The second line holds the clock, which
+the GPU lowers in long launches of its tensor cores.
+
+The numbers for 16 bits and TF32 were fitted to all shapes and configurations of
+benchmarks/results/nvidia-h200/operators.csv at once, in relative errors; those near the fastest of
+a shape weigh most. Tiles that are only in operators-graphs.csv, whose operands are in the L2 cache,
+were fitted there, beside tiles that both files have. With each shape left out of the fit in turn,
+the choice took at most 1.06 times the best of that shape, 1.007 times in the geometric mean, and
+never more than the library. The other kinds were timed at one to three shapes: their numbers are
+solved from those.
+
+On other GPUs the times are an estimate: those of the H200, scaled by data sheets.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from math import ceil, log1p
+from typing import NamedTuple
+
+import torch
+
+WITH_TMA = (90, 100, 103)  # sm_120 has too little shared memory for tiles that gain by it
+KERNELS = ("symmetric_matmul", "linear_sigmoid")
+PRECISIONS = ("ieee", "tf32", "tf32x3")  # of float32
+
+
+class Tiles(NamedTuple):
+    """Tile sizes and launch options of a matrix kernel.
+
+    The variants:
+
+    - "pointers": an address for each element, or for each 16 bytes. Any GPU.
+    - "tma": persistent programs that load by TMA, for `WITH_TMA`. If block_n is 2·block_m,
+      `symmetric_matmul` has such tiles below the diagonal and square ones on it.
+    - "flat": as "tma", with wide tiles on the diagonal, too, and the loops over tiles and over k
+      merged: the next tile is loaded while the last one is stored. `symmetric_matmul`.
+    - "split_k": as "pointers", with several programs for a tile (`split_k`). `linear_sigmoid`.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    variant: str = "pointers"
+
+    @property
+    def by_tma(self) -> bool:
+        return self.variant in ("tma", "flat")
+
+    def __str__(self) -> str:
+        sizes = f"{self.block_m}x{self.block_n}x{self.block_k}"
+        return f"{sizes} w{self.num_warps} s{self.num_stages} {self.variant}"
+
+
+class Device(NamedTuple):
+    """The properties of a device on which tiles depend.
+
+    The capability 90 is sm_90; 0 is a device that is no NVIDIA GPU.
+    """
+
+    name: str
+    capability: int
+    multiprocessors: int
+
+
+class Speed(NamedTuple):
+    """µs for BLOCK_K columns of a tile: at least, and of each tile of a multiprocessor."""
+
+    latency: float
+    step: float
+
+
+class Library(NamedTuple):
+    """The speed of PyTorch's library, as if it had `_LIBRARY_TILES`.
+
+    ``area`` and ``edge``: µs for 128 bytes of k, of a tile of 128 × 256, and what its loads add to
+    that. ``streams``: whether it cuts any tiles along k, and not only very few.
+    """
+
+    area: float
+    edge: float
+    latency: float
+    streams: bool
+
+
+class Kind(NamedTuple):
+    """A kind of operands, and the configurations for it by kernel.
+
+    Attributes:
+        unaligned: for operands that no configuration loads. An address for each element takes
+            registers: larger tiles would spill.
+        scale: of all times, beside those of 16 bits.
+        measured: the kernels whose configurations were timed.
+    """
+
+    dtype: torch.dtype
+    precision: str
+    unaligned: Tiles
+    tiles: Mapping[str, Mapping[Tiles, Speed]]
+    library: Library
+    scale: float = 1.0
+    measured: Sequence[str] = KERNELS
+
+
+# Of tiles with the same time the first are taken.
+_SYMMETRIC_16_BIT = {
+    Tiles(128, 256, 64, 8, 4, "tma"): Speed(0.131, 0.604),
+    Tiles(128, 256, 64, 8, 3, "flat"): Speed(0.167, 0.609),
+    Tiles(128, 128, 64, 8, 4, "tma"): Speed(0.070, 0.321),
+    Tiles(64, 128, 64, 4, 4, "tma"): Speed(0.448, 0.225),
+    Tiles(64, 128, 64, 4, 3, "flat"): Speed(0.424, 0.222),
+    Tiles(64, 64, 128, 4, 3, "tma"): Speed(0.332, 0.299),
+    Tiles(128, 128, 64, 8, 3): Speed(0.292, 0.443),
+    Tiles(64, 64, 64, 4, 4): Speed(0.222, 0.180),
+    Tiles(64, 64, 128, 4, 3): Speed(0.308, 0.328),
+    Tiles(32, 32, 64, 4, 4): Speed(0.168, 0.168),
+}
+_LINEAR_16_BIT = {
+    Tiles(128, 256, 64, 8, 4, "tma"): Speed(0.542, 0.624),
+    Tiles(128, 128, 64, 4, 3, "tma"): Speed(0.506, 0.318),
+    Tiles(128, 128, 64, 8, 4, "tma"): Speed(0.380, 0.340),
+    Tiles(64, 64, 128, 4, 3, "tma"): Speed(0.183, 0.299),
+    Tiles(128, 128, 64, 8, 3): Speed(0.334, 0.342),
+    Tiles(64, 64, 64, 4, 4): Speed(0.213, 0.154),
+    Tiles(64, 64, 128, 4, 3): Speed(0.229, 0.315),
+    Tiles(32, 32, 64, 4, 4): Speed(0.149, 0.125),
+    Tiles(64, 64, 64, 4, 4, "split_k"): Speed(0.213, 0.154),
+}
+
+
+def _halved(tiles: Mapping[Tiles, Speed]) -> dict[Tiles, Speed]:
+    """For TF32: half the columns fill as many bytes of shared memory.
+
+    Twice the result's bytes do not fit beside a fourth stage of 128 × 256, nor beside three of
+    "flat" tiles. By 4 warps, tiles of 128 × 128 took 1.4 times as long as those of 128 × 256.
+    """
+    return {
+        one._replace(
+            block_k=one.block_k // 2, num_stages=3 if one.block_n == 256 else one.num_stages
+        ): speed
+        for one, speed in tiles.items()
+        if one.variant != "flat" and one[:5] != (128, 128, 64, 4, 3)
+    }
+
+
+_TF32 = {
+    "symmetric_matmul": _halved(_SYMMETRIC_16_BIT),
+    "linear_sigmoid": _halved(_LINEAR_16_BIT),
+}
+# Three products of TF32 for each of float32: the operands are split in registers, so that larger
+# tiles would spill. The sums of `linear_sigmoid` are the same.
+_SYMMETRIC_TF32X3 = {
+    Tiles(128, 128, 32, 8, 3, "tma"): Speed(0.3, 1.58),
+    Tiles(64, 128, 32, 4, 3, "tma"): Speed(1.6, 0.88),
+    Tiles(128, 128, 32, 8, 3): Speed(0.3, 1.80),
+    Tiles(64, 64, 32, 4, 3): Speed(0.9, 0.56),
+}
+# On FMA units. A tile of 64 × 64 by 8 warps took 1.25 times as long as one by 4.
+_SYMMETRIC_FLOAT32 = {
+    Tiles(128, 128, 16, 8, 3): Speed(0.6, 1.48),
+    Tiles(64, 64, 16, 4, 3): Speed(0.6, 0.40),
+}
+_SYMMETRIC_FLOAT64 = {Tiles(64, 64, 16, 4, 3): Speed(0.3, 0.339)}
+
+
+def _of_both(
+    symmetric: Mapping[Tiles, Speed], split: Tiles, like: Tiles
+) -> dict[str, Mapping[Tiles, Speed]]:
+    return {
+        "symmetric_matmul": symmetric,
+        "linear_sigmoid": {**symmetric, split: symmetric[like]},
+    }
+
+
+_TENSOR_CORES = Library(0.508, 0.194, 0.206, True)
+_FMA = Library(1.2, 2.54, 0.0, False)
+_SMALL = Tiles(64, 64, 16, 4, 3)
+KINDS = {
+    "bfloat16": Kind(
+        torch.bfloat16,
+        "ieee",
+        Tiles(64, 64, 32, 8, 3),
+        {"symmetric_matmul": _SYMMETRIC_16_BIT, "linear_sigmoid": _LINEAR_16_BIT},
+        _TENSOR_CORES,
+    ),
+    "float16": Kind(
+        torch.float16,
+        "ieee",
+        Tiles(64, 64, 32, 8, 3),
+        {"symmetric_matmul": _SYMMETRIC_16_BIT, "linear_sigmoid": _LINEAR_16_BIT},
+        _TENSOR_CORES,
+    ),
+    "tf32": Kind(torch.float32, "tf32", _SMALL, _TF32, _TENSOR_CORES, scale=1.065),
+    "tf32x3": Kind(  # the library has none, and computes in float32
+        torch.float32,
+        "tf32x3",
+        _SMALL,
+        _of_both(_SYMMETRIC_TF32X3, Tiles(64, 64, 32, 4, 3, "split_k"), Tiles(64, 64, 32, 4, 3)),
+        _FMA,
+        measured=("symmetric_matmul",),
+    ),
+    "float32": Kind(
+        torch.float32,
+        "ieee",
+        _SMALL,
+        _of_both(_SYMMETRIC_FLOAT32, Tiles(64, 64, 16, 4, 3, "split_k"), _SMALL),
+        _FMA,
+    ),
+    "float64": Kind(
+        torch.float64,
+        "ieee",
+        _SMALL,
+        _of_both(_SYMMETRIC_FLOAT64, Tiles(64, 64, 16, 4, 3, "split_k"), _SMALL),
+        Library(2.1, 0.03, 0.0, False),
+        measured=("symmetric_matmul",),
+    ),
+}
+
+
+class _Costs(NamedTuple):
+    """µs of a launch, and of the result of 128 × 256 elements."""
+
+    launch: float
+    result: float
+
+
+_COSTS = {
+    ("symmetric_matmul", "pointers"): _Costs(4.5, 5.05),
+    ("symmetric_matmul", "tma"): _Costs(6.4, 5.96),
+    ("symmetric_matmul", "flat"): _Costs(6.4, 4.20),
+    ("linear_sigmoid", "pointers"): _Costs(5.2, 7.54),
+    ("linear_sigmoid", "tma"): _Costs(8.2, 3.9),
+}
+_LIBRARY = _Costs(5.24, 2.01)
+_LIBRARY_TILES = ((64, 64), (64, 128), (128, 64), (128, 128), (128, 192), (128, 256))
+_CUT = 1.68  # µs to sum the parts of tiles that are cut along k
+# A second launch: the mirror, the sigmoid in place, the sum of a split product's parts, a copy by
+# columns.
+_SECOND = 2.53
+_BYTES = 3.88e6  # that it reads or writes in a µs
+_WITH_C = 1.46  # times a result, to read C
+_ADDS_C = 3.3  # the library's passes over C
+# Rows of 16-bit elements that do not begin at multiples of 16 bytes are loaded one by one. Measured
+# at k = 121.
+_UNALIGNED, _LIBRARY_UNALIGNED = 4.9, 9.3
+_CLOCK = 0.056
+# Where programs share a multiprocessor, those of the last wave that are alone are faster. An empty
+# place takes off so much of a wave.
+_ALONE = {"pointers": 0.25, "split_k": 0.25, "tma": 0.52, "flat": 0.52}
+
+# The speed of a multiprocessor beside that of sm_90, by NVIDIA's data sheets of A100, RTX 3090,
+# L40S, B200 and RTX 5090: tensor cores in 16 bits and TF32, float32, float64.
+_RELATIVE = {
+    80: (0.39, 0.36, 0.36),
+    86: (0.12, 0.86, 0.013),
+    89: (0.17, 1.27, 0.020),
+    90: (1.0, 1.0, 1.0),
+    100: (2.03, 1.07, 0.53),
+    103: (2.03, 1.07, 0.02),
+    120: (0.16, 1.22, 0.018),
+}
+
+
+def kind_of(dtype: torch.dtype, precision: str) -> str:
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}, expected one of {PRECISIONS}")
+    if dtype == torch.float32 and precision != "ieee":
+        return precision
+    return str(dtype).removeprefix("torch.")
+
+
+def configurations(kernel: str, dtype: torch.dtype, precision: str, capability: int) -> list[Tiles]:
+    """The configurations of ``kernel`` that a device of ``capability`` can run."""
+
+    def exists(tiles: Tiles) -> bool:
+        if tiles.variant == "flat":
+            return capability == 90
+        # Outside sm_90 tiles of other widths spill.
+        return (
+            not tiles.by_tma
+            or capability == 90
+            or (capability in WITH_TMA and tiles.block_n == 128)
+        )
+
+    def fit(tiles: Tiles) -> Tiles:
+        """With a fourth stage, transposed operands and a matrix C would not fit into sm_100's
+        shared memory."""
+        fits = capability == 90 or precision != "tf32" or not tiles.by_tma
+        return tiles if fits else tiles._replace(num_stages=3)
+
+    return [fit(one) for one in KINDS[kind_of(dtype, precision)].tiles[kernel] if exists(one)]
+
+
+def unaligned_tiles(kernel: str, kind: Kind, capability: int) -> list[Tiles]:
+    """The tiles for operands that no configuration loads."""
+    if kernel == "symmetric_matmul" or kind.dtype.itemsize != 2:
+        return [kind.unaligned]
+    wide, deep = Tiles(64, 64, 64, 4, 4), Tiles(64, 64, 128, 4, 3)
+    return [deep, wide] if capability == 90 else [deep]  # elsewhere the other one spills
+
+
+def count_tiles(tiles: Tiles, m: int, n: int, symmetric: bool) -> int:
+    """The number of tiles of a result; if it is symmetric, only on and below the diagonal."""
+    rows = (m + tiles.block_m - 1) // tiles.block_m
+    columns = (n + tiles.block_n - 1) // tiles.block_n
+    if not symmetric:
+        return rows * columns
+    if tiles.block_m == tiles.block_n:
+        return rows * (rows + 1) // 2
+    if tiles.variant == "flat":
+        return columns * (columns + 1)
+    # Wide tiles, and pairs of square ones on the diagonal.
+    return columns * columns + (columns + 1) // 2
+
+
+def resident_programs(tiles: Tiles) -> int:
+    """The number of persistent programs that a multiprocessor runs at a time."""
+    return 2 if tiles.num_warps == 4 else 1
+
+
+def split_k(tiles: Tiles, present: Device, m: int, n: int, k: int) -> tuple[int, int]:
+    """The number of programs that sum a tile, and the columns of x that each program takes.
+
+    The number is 1 for other variants than "split_k", and for symbolic sizes: another number would
+    make a guard.
+    """
+    if tiles.variant != "split_k" or any(isinstance(size, torch.SymInt) for size in (m, n, k)):
+        return 1, k
+    units = max(1, count_tiles(tiles, m, n, symmetric=False))
+    steps = ceil(k / tiles.block_k)
+    count = max(1, min(present.multiprocessors // units, steps // 4, 16))
+    steps_each = ceil(steps / count)
+    return ceil(steps / steps_each), steps_each * tiles.block_k
+
+
+def kernel_time(
+    kernel: str,
+    kind: str,
+    tiles: Tiles,
+    sizes: Sequence[int],
+    present: Device,
+    *,
+    with_c: bool = False,
+) -> float:
+    """The predicted time of a kernel in µs, for products of ``sizes`` (m, n, k and batch)."""
+    m, n, k, batch = map(hint, sizes)
+    of_kind, symmetric = KINDS[kind], kernel == "symmetric_matmul"
+    count, columns = split_k(tiles, present, m, n, k)
+    filled = count_tiles(tiles, m, n, symmetric) * batch * count / present.multiprocessors
+    waves = float(ceil(filled))
+    has_fast_clock = not of_kind.library.streams
+    shares = tiles.num_warps == 4 or (not tiles.by_tma and not has_fast_clock)
+    if shares and waves > 1:
+        waves -= _ALONE[tiles.variant] * (waves - filled)
+    launch, result = _COSTS[kernel, "pointers" if tiles.variant == "split_k" else tiles.variant]
+    result *= tiles.block_m * tiles.block_n / (128 * 256) * (_WITH_C if with_c else 1)
+    if _has_single_loads(of_kind, n):
+        result *= _UNALIGNED
+    latency, step = _speed(kernel, of_kind, tiles)
+    if _has_single_loads(of_kind, k):
+        latency *= _UNALIGNED
+    steps = ceil(columns / tiles.block_k)
+    busy = result * waves + steps * (latency**4 + (step * waves) ** 4) ** 0.25
+    time = launch + busy * of_kind.scale / _relative(kind, present)
+    if not has_fast_clock:
+        time *= 1 + _CLOCK * log1p(time / 100)
+    if count > 1:  # the parts are written and read
+        time += _second(2 * count * m * n * max(4, of_kind.dtype.itemsize))
+    if kind == "float32":  # copies by columns
+        copied = [m * k * batch] if symmetric else [m * k, n * k]
+        time += sum(_second(2 * numbers * of_kind.dtype.itemsize) for numbers in copied)
+    return float(time)
+
+
+def library_time(
+    kernel: str, kind: str, sizes: Sequence[int], present: Device, *, with_c: bool = False
+) -> tuple[float, float]:
+    """The predicted times of PyTorch's library in µs: of ``mm`` or ``addmm``, and with the pass
+    that follows, a mirror or a sigmoid in place."""
+    m, n, _, batch = map(hint, sizes)
+    of_kind, symmetric = KINDS[kind], kernel == "symmetric_matmul"
+    result = m * n * batch * of_kind.dtype.itemsize
+    products = min(_library_products(of_kind, sizes, present)) / _relative(kind, present)
+    time = _LIBRARY.launch + products + (_ADDS_C * result / _BYTES if with_c else 0)
+    if of_kind.library.streams:
+        time *= 1 + _CLOCK * log1p(time / 100)
+    # The mirror reads half and writes half; the sigmoid reads and writes all.
+    return time, time + _second(result if symmetric else 2 * result)
+
+
+def _library_products(kind: Kind, sizes: Sequence[int], present: Device) -> Iterator[float]:
+    """The times of the library's product, by tiles: in whole waves, or cut along k."""
+    m, n, k, batch = map(hint, sizes)
+    area, edge, latency, streams = kind.library
+    steps = k * kind.dtype.itemsize / 128
+    slower = _LIBRARY_UNALIGNED if _has_single_loads(kind, k) else 1.0
+    for block_m, block_n in _LIBRARY_TILES:
+        if not streams and block_n > 128:
+            continue
+        filled = ceil(m / block_m) * ceil(n / block_n) * batch / present.multiprocessors
+        waves, part = ceil(filled), block_m * block_n / (128 * 256)
+        step = area * (part + edge * (block_m + block_n) / (128 + 256))
+        whole = ceil(steps) * (latency**4 + (step * waves) ** 4) ** 0.25
+        yield _LIBRARY.result * part * waves + slower * whole
+        each = max(filled * steps, steps / 32, 2)  # steps of a multiprocessor
+        if (streams or filled < 0.25) and each < ceil(steps) * waves:
+            cut = each * (step if filled > 1 else (latency**4 + step**4) ** 0.25)
+            yield _LIBRARY.result * part * max(1, filled) + slower * cut + _CUT
+
+
+def is_left_to_the_library(kernel: str, kind: str, sizes: Sequence[int]) -> bool:
+    """Whether the times that were measured do not speak for the kernel.
+
+    Of 32 and 64 bits, other than TF32, no product of fewer than 1024 rows was timed. The float32
+    kernel of a layer took 1.14 times as long as the library at the only shape that was.
+    """
+    if KINDS[kind].library.streams:
+        return False
+    if kernel == "linear_sigmoid":
+        return kind == "float32"
+    return hint(sizes[0]) < 1024
+
+
+def is_measured(kernel: str, kind: str, present: Device) -> bool:
+    """Whether the times are predicted from measurements; otherwise they are an estimate."""
+    return present.capability == 90 and kernel in KINDS[kind].measured
+
+
+def _speed(kernel: str, kind: Kind, tiles: Tiles) -> Speed:
+    known = kind.tiles[kernel]
+    for one in (tiles, tiles._replace(num_stages=4)):
+        if one in known:
+            return known[one]
+    # As much for each product as in the smallest tiles that were timed.
+    like, speed = min(known.items(), key=lambda item: item[0].block_m * item[0].block_n)
+    columns = tiles.block_k / like.block_k
+    area = tiles.block_m * tiles.block_n / (like.block_m * like.block_n)
+    return Speed(speed.latency * columns, speed.step * columns * area)
+
+
+def _has_single_loads(kind: Kind, columns: int) -> bool:
+    return kind.dtype.itemsize == 2 and columns % 8 != 0
+
+
+def _relative(kind: str, present: Device) -> float:
+    tensor, fma, double = _RELATIVE.get(present.capability, _RELATIVE[80])
+    return {"float32": fma, "float64": double}.get(kind, tensor)
+
+
+def _second(moved: int) -> float:
+    return _SECOND + moved / _BYTES
+
+
+def hint(size: int) -> int:
+    """The value that a symbolic size was traced with, without a guard; 1024 where there is none."""
+    return size.node.hint or 1024 if isinstance(size, torch.SymInt) else size

@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: MIT
+"""The rule beside every shape that an H200 has timed: the choice of tiles, and of the library."""
+
+import csv
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from torchpar.kernels import rule
+from torchpar.kernels.rule import KINDS, Device, Speed, Tiles
+
+H200 = Device("NVIDIA H200", 90, 132)
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "nvidia-h200"
+PAIRS = [("symmetric_matmul", "bfloat16"), ("linear_sigmoid", "bfloat16")]
+WORST, MEAN = 1.06, 1.02  # times the fastest of a shape; the geometric mean of all shapes
+
+
+class Group(NamedTuple):
+    """A timed shape: µs of the configurations, and of what PyTorch offers for the same contract.
+
+    `matmul_t` and `symmetric_matmul` are exactly symmetric, so that a product alone does not count.
+    """
+
+    kernel: str
+    kind: str
+    sizes: tuple[int, int, int, int]
+    with_c: bool
+    tiles: dict[Tiles, float]
+    library: float
+
+    def __str__(self) -> str:
+        m, n, k, batch = self.sizes
+        return f"{'c ' * self.with_c}{self.kernel} {self.kind} {batch}x{m}x{k}->{n}"
+
+
+def tiles_of(text: str) -> Tiles:
+    sizes, warps, stages, variant = text.split()
+    return Tiles(*map(int, sizes.split("x")), int(warps[1:]), int(stages[1:]), variant)
+
+
+def load(name: str) -> list[Group]:
+    times: dict[Any, dict[str, float]] = {}
+    with (RESULTS / name).open() as file:
+        for row in csv.DictReader(file):
+            operators = ("matmul_t", "symmetric_matmul", "linear_sigmoid")
+            if row["operator"] in operators and row["mode"].startswith("forward") and row["p20_ms"]:
+                sizes = tuple(int(row[axis]) for axis in ("m", "n", "k", "batch"))
+                group = times.setdefault((row["operator"], row["dtype"], sizes), {})
+                group[row["contestant"]] = 1e3 * float(row["p20_ms"])
+    return [_group(*case, group, times) for case, group in times.items()]
+
+
+def _group(operator: str, kind: str, sizes: Any, found: dict[str, float], all_times: Any) -> Group:
+    tiles: dict[Tiles, float] = {}
+    for contestant, time in found.items():
+        if contestant[0].isdigit():
+            one = tiles_of(contestant)
+            if rule.split_k(one, H200, *sizes[:3])[0] == 1 and one.variant == "split_k":
+                one = one._replace(variant="pointers")  # nothing is split
+            tiles[one] = time
+    of_contract = [time for name, time in found.items() if "mirrored" in name or "sigmoid_" in name]
+    if operator == "symmetric_matmul":  # addmm, and the mirror of the product without C
+        plain = all_times["matmul_t", kind, sizes]
+        mirror = plain["torch.mm, mirrored"] - plain["torch.mm"]
+        of_contract = [found["torch.addmm"] + mirror]
+    kernel = operator.replace("matmul_t", "symmetric_matmul")
+    (library,) = of_contract
+    return Group(kernel, kind, sizes, operator == "symmetric_matmul", tiles, library)
+
+
+GROUPS = load("operators.csv")
+WARM = load("operators-graphs.csv")
+
+
+def possible(group: Group) -> list[Tiles]:
+    """The configurations of the rule that were timed, for operands of these sizes."""
+    kind, k = KINDS[group.kind], group.sizes[2]
+    known = rule.configurations(group.kernel, kind.dtype, kind.precision, 90)
+    if k * kind.dtype.itemsize % 16:
+        known = rule.unaligned_tiles(group.kernel, kind, 90)
+    return [tiles for tiles in known if tiles in group.tiles]
+
+
+def by_the_rule(group: Group) -> tuple[float, str]:
+    """The measured time of the choice, and its name."""
+
+    def predict(tiles: Tiles) -> float:
+        return rule.kernel_time(
+            group.kernel, group.kind, tiles, group.sizes, H200, with_c=group.with_c
+        )
+
+    best = min(possible(group), key=predict)
+    _, library = rule.library_time(group.kernel, group.kind, group.sizes, H200, with_c=group.with_c)
+    left = rule.is_left_to_the_library(group.kernel, group.kind, group.sizes)
+    if left or library < predict(best):
+        return group.library, "library"
+    return group.tiles[best], str(best)
+
+
+def by_waves_and_loads(group: Group) -> tuple[float, str]:
+    """The rule of version 0.4.0, which nothing had measured."""
+    m, n, k, batch = group.sizes
+    symmetric = group.kernel == "symmetric_matmul"
+    if m < 1024 if symmetric else k > 2048:
+        return group.library, "library"
+
+    def estimate(tiles: Tiles) -> float:
+        units = rule.count_tiles(tiles, m, n, symmetric) * batch
+        cost = tiles.block_m * tiles.block_n + 64 * (tiles.block_m + tiles.block_n)
+        return math.ceil(units / H200.multiprocessors) * cost
+
+    best = min(possible(group), key=estimate)
+    return group.tiles[best], str(best)
+
+
+def fastest(group: Group) -> float:
+    return min(group.library, *group.tiles.values())
+
+
+def assert_near_the_fastest(choose: Callable[[Group], tuple[float, str]], mean: float) -> None:
+    ratios = []
+    for group in GROUPS:
+        time, name = choose(group)
+        ratios.append(time / fastest(group))
+        assert ratios[-1] <= WORST, f"{group}: {name} took {ratios[-1]:.3f} times the fastest"
+        assert time <= group.library, f"{group}: {name} took longer than the library"
+    found = math.exp(sum(map(math.log, ratios)) / len(ratios))
+    assert found <= mean, f"{found:.4f} times the fastest in the geometric mean"
+
+
+def test_the_choice_is_near_the_fastest_of_every_timed_shape():
+    assert len(GROUPS) >= 39
+    assert {group.kind for group in GROUPS} == set(KINDS)
+    assert_near_the_fastest(by_the_rule, MEAN)
+
+
+@pytest.mark.parametrize(
+    "choose", [by_waves_and_loads, lambda group: (group.library, "library")], ids=["0.4.0", "never"]
+)
+def test_other_rules_are_not(choose):
+    with pytest.raises(AssertionError, match="times the fastest"):
+        assert_near_the_fastest(choose, MEAN)
+
+
+def test_a_mean_that_is_too_small_is_rejected():
+    with pytest.raises(AssertionError, match="in the geometric mean"):
+        assert_near_the_fastest(by_the_rule, 1.0)
+
+
+@pytest.mark.parametrize("kernel, kind", [("symmetric_matmul", "float32"), *PAIRS])
+def test_swapped_speeds_are_rejected(monkeypatch, kernel, kind):
+    """Each table matters: with the speeds of its first tiles and of its smallest ones swapped, the
+    choice is far from the fastest."""
+    table = dict(KINDS[kind].tiles[kernel])
+    first, last = next(iter(table)), min(table, key=lambda one: one.block_m * one.block_n)
+    table |= {first: table[last], last: Speed(9.0, 9.0)}
+    swapped = KINDS[kind]._replace(tiles={**KINDS[kind].tiles, kernel: table})
+    monkeypatch.setitem(KINDS, kind, swapped)
+    with pytest.raises(AssertionError, match=r"times the fastest|longer than the library"):
+        assert_near_the_fastest(by_the_rule, MEAN)
+
+
+def test_predicted_times_are_near_the_measured_ones():
+    """Of the configurations within 1.2 times the fastest, and of the library."""
+    errors = {}
+    for group in GROUPS:
+        _, library = rule.library_time(
+            group.kernel, group.kind, group.sizes, H200, with_c=group.with_c
+        )
+        errors[f"{group}, library"] = library / group.library
+        for tiles in possible(group):
+            if group.tiles[tiles] <= 1.2 * fastest(group):
+                time = rule.kernel_time(
+                    group.kernel, group.kind, tiles, group.sizes, H200, with_c=group.with_c
+                )
+                errors[f"{group}, {tiles}"] = time / group.tiles[tiles]
+    assert max(errors.values()) < 1.2, max(errors, key=errors.__getitem__)
+    assert min(errors.values()) > 1 / 1.2, min(errors, key=errors.__getitem__)
+    assert len(errors) > 100
+
+
+def test_warm_operands_change_the_choice_little():
+    """The rule is for operands that are not in the L2 cache. The graphs list few configurations:
+    of 24 shapes, the choice is not timed in one case at most."""
+    ratios = [by_the_rule(group)[0] / fastest(group) for group in WARM]
+    assert len(ratios) == 24
+    assert math.exp(sum(map(math.log, ratios)) / len(ratios)) <= MEAN
+    # X·Xᵀ of 768 × 3072, where the library's second launch costs less.
+    assert max(ratios) <= 1.09
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kernel", rule.KERNELS)
+def test_times_grow_with_the_work_and_shrink_with_multiprocessors(kernel, kind):
+    small, large = (2048, 2048, 2048, 1), (8192, 8192, 2048, 1)
+    half = H200._replace(multiprocessors=66)
+    for tiles in KINDS[kind].tiles[kernel]:
+        time = rule.kernel_time(kernel, kind, tiles, large, H200)
+        assert 6 * rule.kernel_time(kernel, kind, tiles, small, H200) < time
+        assert 1.8 * time < rule.kernel_time(kernel, kind, tiles, large, half)
+        assert time < rule.kernel_time(kernel, kind, tiles, large, H200, with_c=True)
+    _, time = rule.library_time(kernel, kind, large, H200)
+    assert 6 * rule.library_time(kernel, kind, small, H200)[1] < time
+    assert 1.5 * time < rule.library_time(kernel, kind, large, half)[1]
+
+
+def test_batches_follow_their_number_of_tiles():
+    one = (4096, 4096, 1024, 1)  # 264 pairs, or squares, of tiles of 128 × 256
+    many = (512, 512, 1024, 53)  # 53 · 5
+    tiles = Tiles(128, 256, 64, 8, 4, "tma")
+    assert rule.count_tiles(tiles, 4096, 4096, True) == 264
+    single, batched = (
+        rule.kernel_time("symmetric_matmul", "bfloat16", tiles, sizes, H200)
+        for sizes in (one, many)
+    )
+    assert 1 < batched / single < 1.5, "three waves in the place of two"
+
+
+@pytest.mark.parametrize(
+    "capability, kernel, kind, expected",
+    [
+        (90, "symmetric_matmul", "bfloat16", True),
+        (90, "linear_sigmoid", "float64", False),
+        (80, "symmetric_matmul", "bfloat16", False),
+        (100, "linear_sigmoid", "tf32", False),
+    ],
+)
+def test_times_that_nothing_measured_are_estimates(capability, kernel, kind, expected):
+    device = Device("GPU", capability, 132)
+    assert rule.is_measured(kernel, kind, device) == expected
+
+
+def test_a_slower_gpu_takes_longer():
+    args = "symmetric_matmul", "bfloat16", Tiles(128, 128, 64, 8, 3), (4096, 4096, 4096, 1)
+    times = [
+        rule.kernel_time(*args, Device("GPU", capability, 132)) for capability in (100, 90, 80, 120)
+    ]
+    assert times == sorted(times)
+    assert rule.kernel_time(*args, Device("GPU", 0, 132)) == times[2], "as an A100"
+
+
+def test_the_parts_of_a_split_product_are_written_and_read():
+    tiles = Tiles(64, 64, 64, 4, 4, "split_k")
+    sizes = (64, 1024, 8192, 1)
+    assert rule.split_k(tiles, H200, *sizes[:3])[0] == 8
+    split, whole = (
+        rule.kernel_time("linear_sigmoid", "bfloat16", one, sizes, H200)
+        for one in (tiles, tiles._replace(variant="pointers"))
+    )
+    assert 2 * split < whole
+    few = (64, 1024, 256, 1)
+    split, whole = (
+        rule.kernel_time("linear_sigmoid", "bfloat16", one, few, H200)
+        for one in (tiles, tiles._replace(variant="pointers"))
+    )
+    assert split == whole, "four steps are not split"

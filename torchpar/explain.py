@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: MIT
+"""The choice for a product on a GPU: ``python -m torchpar explain matmul_t 4096x4096``.
+
+It names the tiles, or PyTorch's library, and the times by which they were chosen. No GPU is needed.
+"""
+
+import argparse
+import csv
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchpar.kernels import rule, tiles
+from torchpar.kernels.rule import KINDS, Device
+from torchpar.ptx.roofline import DATA_SHEETS, GPU_OF
+
+OPERATORS = {
+    "matmul_t": "NxK, or BATCHxNxK",
+    "symmetric_matmul": "NxK, or BATCHxNxK; with a matrix C",
+    "linear_sigmoid": "MxK->N",
+}
+# By the operator: the library's product, and the same with what follows.
+LIBRARY = {
+    "matmul_t": ("torch.mm", "torch.mm and mirror"),
+    "symmetric_matmul": ("torch.addmm", "addmm and mirror"),
+    "linear_sigmoid": ("addmm", "addmm and sigmoid_"),
+}
+# The rule's configurations in benchmarks/results/nvidia-h200/operators.csv, which is not installed.
+MEASURED, MEASURED_ON = Path(__file__).with_name("measured.csv"), "H200"
+RUNNERS_UP = 4
+
+
+class Contestant(NamedTuple):
+    """``is_measured``: whether this shape was timed; otherwise the time is predicted."""
+
+    name: str
+    microseconds: float
+    is_measured: bool
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "python -m torchpar explain",
+        description="Say who computes a product on a GPU, and the times by which it was chosen.",
+    )
+    parser.add_argument("operator", choices=OPERATORS)
+    shapes = "; ".join(f"{name}: {shape}" for name, shape in OPERATORS.items())
+    parser.add_argument("shape", help=f"of the operands, such as 4096x4096. {shapes}")
+    parser.add_argument("--dtype", choices=KINDS, default="bfloat16", help="by default bfloat16")
+    parser.add_argument("--gpu", choices=DATA_SHEETS, default="H200", help="by default H200")
+    options = parser.parse_args(arguments)
+    try:
+        sizes = sizes_of(options.operator, options.shape)
+    except ValueError as e:
+        parser.error(str(e))
+    print(explain(options.operator, sizes, options.dtype, options.gpu))
+    return 0
+
+
+def sizes_of(operator: str, shape: str) -> tuple[int, int, int, int]:
+    """m, n, k and batch, of a shape such as "12x768x768" or "4096x1024->4096"."""
+    is_layer = operator == "linear_sigmoid"
+    pattern = r"(\d+)x(\d+)->(\d+)" if is_layer else r"((?:\d+x)*)(\d+)x(\d+)"
+    match = re.fullmatch(pattern, shape, re.ASCII)
+    example = "4096x1024->4096" if is_layer else "4096x4096 or 12x768x768"
+    if match is None:
+        raise ValueError(f"shape is {shape!r}, expected {OPERATORS[operator]}, such as {example}")
+    if is_layer:
+        m, k, n = map(int, match.groups())
+        batch = 1
+    else:
+        batch = 1
+        for size in match[1].split("x")[:-1]:
+            batch *= int(size)
+        m, k = int(match[2]), int(match[3])
+        n = m
+    if not all(0 < size < 2**31 for size in (m, n, k, batch)):
+        raise ValueError(f"shape is {shape!r}, expected sizes from 1 to 2147483647")
+    return m, n, k, batch
+
+
+def explain(operator: str, sizes: tuple[int, int, int, int], kind: str, gpu: str) -> str:
+    """The line that names who computes, and the runners-up below it."""
+    (arch,) = (arch for arch, names in GPU_OF.items() if gpu in names)
+    sheet = DATA_SHEETS[gpu]
+    device = Device(gpu, int(arch.removeprefix("sm_")), sheet.multiprocessors)
+    kernel = "linear_sigmoid" if operator == "linear_sigmoid" else "symmetric_matmul"
+    operands, precision = _operands(operator, sizes, kind), KINDS[kind].precision
+    with_c = operator == "symmetric_matmul"
+    timed = measured(operator, sizes, kind) if gpu == MEASURED_ON else {}
+    times = tiles.predict(kernel, precision, sizes, *operands, with_c=with_c, present=device)
+    by_library = tiles.library_is_faster(
+        kernel, precision, sizes, *operands, with_c=with_c, present=device
+    )
+    product, whole = (
+        _contestant(name, time, timed)
+        for name, time in zip(
+            LIBRARY[operator],
+            rule.library_time(kernel, kind, sizes, device, with_c=with_c),
+            strict=True,
+        )
+    )
+    of_tiles = {
+        one: _contestant(str(one), time, timed)
+        for one, time in times.items()
+        if one.variant != "split_k" or rule.split_k(one, device, *sizes[:3])[0] > 1
+    }
+    chosen = whole if by_library else of_tiles[min(of_tiles, key=times.__getitem__)]
+    if chosen.is_measured:
+        basis = "measured"
+    elif rule.is_measured(kernel, kind, device) and not rule.is_left_to_the_library(
+        kernel, kind, sizes
+    ):
+        basis = "predicted from measurements"
+    else:
+        basis = "estimated"
+    beside = "" if by_library else f"; {product.name} {_time(product)}"
+    lines = [f"computed by: {chosen.name} ({basis}, {_time(chosen)}{beside})"]
+    others = [one for one in (*of_tiles.values(), whole) if one is not chosen]
+    others.sort(key=lambda one: one.microseconds)
+    kept = others[:RUNNERS_UP]
+    if whole in others and whole not in kept:
+        kept.append(whole)
+    for one in kept:
+        mark = "" if one.is_measured or not chosen.is_measured else ", predicted"
+        lines.append(f"  {one.name:26} {_time(one)}{mark}")
+    return "\n".join(lines)
+
+
+def measured(operator: str, sizes: tuple[int, int, int, int], kind: str) -> dict[str, float]:
+    """µs of an H200 by contestant, for a shape that was timed; else nothing."""
+    m, n, k, batch = sizes
+    shape = f"{m}x{k}->{n}" if operator == "linear_sigmoid" else f"{m}x{k}"
+    shape = f"{batch}x{shape}" if batch > 1 else shape
+    with MEASURED.open(newline="", encoding="utf-8") as file:
+        return {
+            row["contestant"]: float(row["us"])
+            for row in csv.DictReader(file)
+            if (row["operator"], row["dtype"], row["shape"]) == (operator, kind, shape)
+        }
+
+
+def _contestant(name: str, predicted: float, timed: dict[str, float]) -> Contestant:
+    return Contestant(name, timed.get(name, predicted), name in timed)
+
+
+def _operands(operator: str, sizes: tuple[int, int, int, int], kind: str) -> list[Tensor]:
+    m, n, k, batch = sizes
+    rows = [m, n] if operator == "linear_sigmoid" else [m]
+    dtype = KINDS[kind].dtype
+    if kind == "float32":  # the launchers copy operands by columns, which begin at 16 elements
+        return [
+            torch.empty(batch, k, -(-size // 16) * 16, device="meta", dtype=dtype).mT[:, :size]
+            if batch > 1
+            else torch.empty(k, -(-size // 16) * 16, device="meta", dtype=dtype).mT[:size]
+            for size in rows
+        ]
+    leading = [batch] if batch > 1 else []
+    return [torch.empty(*leading, size, k, device="meta", dtype=dtype) for size in rows]
+
+
+def _time(one: Contestant) -> str:
+    if one.microseconds < 1000:
+        return f"{one.microseconds:.1f} µs"
+    return f"{one.microseconds:.0f} µs"
