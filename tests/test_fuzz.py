@@ -5,7 +5,7 @@ import re
 import sys
 
 import pytest
-from commands import ROOT, run
+from commands import ROOT, forked, run
 
 pytest.importorskip("tyro", reason="tyro reads the flags")
 SCRIPTS = {
@@ -20,22 +20,34 @@ SCRIPTS = {
 FAULTS = [(script, fault) for script, faults in SCRIPTS.items() for fault in faults]
 
 
-def fuzz(script: str, *flags: str) -> tuple[int, str]:
-    status, out, err = run(sys.executable, str(ROOT / "tests" / "fuzz" / f"{script}.py"), *flags)
-    assert re.search(r"\d+ trials \| \d+ refused \| \d+ failed \| seed 0", out), out + err
-    return status, out
+# Processes that start and end others, and that remove folders at their end, are not forked.
+OWN_PROCESS = ("training", "flags")
+
+
+@pytest.fixture
+def fuzz(fork_server):
+    """``fuzz(script, *flags)``: the exit status of a script, and its output."""
+
+    def run_script(script: str, *flags: str) -> tuple[int, str]:
+        path = str(ROOT / "tests" / "fuzz" / f"{script}.py")
+        own = script in OWN_PROCESS
+        status, out, err = run(sys.executable, path, *flags) if own else forked(path, *flags)
+        assert re.search(r"\d+ trials \| \d+ refused \| \d+ failed \| seed 0", out), out + err
+        return status, out
+
+    return run_script
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_trials_find_nothing(script):
+def test_trials_find_nothing(fuzz, script):
     status, out = fuzz(script, "--seconds", "5")
     assert status == 0, out
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script, fault", FAULTS)
-def test_trials_find_a_planted_fault(script, fault):
+def test_trials_find_a_planted_fault(fuzz, script, fault):
     status, out = fuzz(script, "--seconds", "60", "--fault", fault, "--until-failure")
     assert status == 1, out
     if script == "operators":  # all have one driver
