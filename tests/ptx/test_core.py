@@ -31,6 +31,9 @@ slow = pytest.mark.slow
 TWO = (SCHEDULES[0], SCHEDULES[-1])
 # Code for another GPU differs from that for sm_90 in instructions, not in schedules.
 OF_ARCHITECTURE = {"sm_90": TWO, "sm_80": TWO[:1], "sm_100": TWO[1:]}
+# Of the instructions of a warp; no kernel without an endless loop has 6,000. Python executes some
+# 10,000 in a second.
+LIMIT = 20_000
 # Faults that take Python minutes.
 ENDLESS = {"search that stays", "more programs than fit"}
 
@@ -70,7 +73,7 @@ def bits(t: Tensor) -> bytes:
 def executed(run: Callable[[], list[tuple[Tensor, ...]]], arch: str) -> tuple[list[Tensor], Report]:
     schedules = OF_ARCHITECTURE[arch]
     with patch.object(driver, "SCHEDULES", schedules), emulate(arch, schedules="all") as gpu:
-        gpu.limit = 200_000
+        gpu.limit = LIMIT
         results = [pair[0].clone() for pair in run()]
     return results, gpu.report()
 
@@ -471,12 +474,12 @@ def test_kernels_of_this_package(name):
 
 @slow
 def test_mutants():
-    for mutant in mutants.draw()[::5]:  # one or two of each kind
+    for mutant in mutants.draw()[:: mutants.OF_A_KIND]:  # about one of each kind
         case = mutants.CASES[mutant.kernel]
 
         def run(gpu: Gpu, case: cases.Case = case, mutant: mutants.Mutant = mutant) -> object:
             gpu.change = mutant.change
-            gpu.limit = 200_000
+            gpu.limit = LIMIT
             return case.execute(gpu)
 
         found = noted(run)

@@ -14,7 +14,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from commands import ROOT, run
+from commands import ROOT, forked, run
 
 from torchpar.ptx import command, emulate
 from torchpar.ptx.cuda import cuda_is_cpu
@@ -341,21 +341,21 @@ SCRIPT = """
 """
 
 
-@pytest.mark.slow  # three processes
-def test_the_command_runs_a_script_that_says_cuda(tmp_path):
+@pytest.mark.slow  # a process of its own
+def test_the_command_runs_a_script_that_says_cuda(tmp_path, fork_server):
     script, page = tmp_path / "script.py", tmp_path / "page.html"
     script.write_text(textwrap.dedent(SCRIPT))
-    command = [sys.executable, "-m", "torchpar", "ptx", "--cuda-is-cpu"]
-    code, out, err = run(*command, "--arch", "sm_80", str(script), "128")
+    command = ["-m", "torchpar", "ptx", "--cuda-is-cpu"]
+    code, out, err = run(sys.executable, *command, "--arch", "sm_80", str(script), "128")
     assert code == 0, err
     assert out.splitlines()[0] == "True True NVIDIA A100"
     assert out.splitlines()[-1] == "launches: 1; 0 errors, 0 warnings, 0 notes"
-    code, out, err = run(*command, "--report", str(page), str(script), "100")
+    code, out, err = forked(*command, "--report", str(page), str(script), "100")
     assert code == 1, err
     store = SCRIPT.splitlines().index("        tl.store(out + i, tl.load(x + i), mask=i < n)")
     assert f"{script.name}:{store + 1} (line" in out
     assert "error: out of bounds in copy" in page.read_text("utf-8")
-    code, _, err = run(*command, str(tmp_path / "none.py"))
+    code, _, err = forked(*command, str(tmp_path / "none.py"))
     assert code == 2
     assert "none.py is no file; name a Python script" in err
 

@@ -52,9 +52,14 @@ KERNELS = {
 }
 
 
-@pytest.mark.parametrize("name", OURS)
 @pytest.mark.parametrize(
-    "arch", [pytest.param(a, marks=[] if a == "sm_90" else slow) for a in ARCHITECTURES]
+    "name, arch",
+    [
+        # The exact product takes longest to compile; tests/kernels/test_ptx.py executes it.
+        pytest.param(name, arch, marks=[slow] * (arch != "sm_90" or name == "exact_matmul"))
+        for arch in ARCHITECTURES
+        for name in OURS
+    ],
 )
 def test_our_operators_run_their_kernels(name, arch):
     op, reference, operands = OURS[name]

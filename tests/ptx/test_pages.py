@@ -110,7 +110,7 @@ def test_kernels_take_what_the_table_says(operands):
     assert rows == lines_of_the_table(operands)
 
 
-@pytest.mark.slow  # products of 1024³
+@pytest.mark.slow  # products of 512³ and 1024³
 @pytest.mark.parametrize("name", COUNTERS["PRODUCTS"])
 def test_products_take_what_the_table_says(name):
     product = COUNTERS["PRODUCTS"][name]
