@@ -119,7 +119,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = command.parse(arguments)
     rounds, epochs = (1, 2) if options.quick else (ROUNDS, EPOCHS)
     table = Table(command.csv(options), CPU, cores=CORES)
-    for network, ranks in itertools.product(QUICK if options.quick else NETWORKS, (1, 2)):
+    cases = itertools.product(QUICK, (2,)) if options.quick else itertools.product(NETWORKS, (1, 2))
+    for network, ranks in cases:
         losses: Losses = {}
         turns = {name: partial(turn, name, network, ranks, epochs, losses) for name in SCRIPTS}
         times = take_turns(

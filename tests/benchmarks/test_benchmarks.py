@@ -12,6 +12,7 @@ from threading import Thread
 
 import pytest
 import torch
+from fake_data import fashion_mnist
 
 pytest.importorskip("rich", reason="rich prints the tables")
 from benchmarks import ddp, muon, operators, products, train
@@ -32,11 +33,11 @@ QUICK = {
     "calls": "mode speedup over_us",
     "products": "operator mode shape dtype threads ratio",
     "muon": "weight distance epoch",
+}
+SLOW = {
     "autotune": (
         "GPU registers spilled_bytes shared_kb blocks blocks_per_multiprocessor waves estimate_ms"
     ),
-}
-SLOW = {
     "host": "operator n mode over_us over_aten",
     "ptx": "kernel ratio",
     "optimizers": "library version promises situation verdict rounding",
@@ -69,16 +70,23 @@ def test_all_benchmarks_are_listed(capsys):
 @pytest.mark.parametrize(
     "name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 )
-def test_a_benchmark_runs_and_its_csv_has_the_columns(tmp_path, monkeypatch, capsys, name):
+def test_a_benchmark_runs_and_its_csv_has_the_columns(
+    tmp_path, tmp_path_factory, monkeypatch, capsys, name
+):
     # Enough to see that each contestant is right. Samples still have one call, and more.
     monkeypatch.setattr(products, "SAMPLE", 2**25)
     monkeypatch.setattr(operators, "WARM_CALLS", 2)
     if not torch.cuda.is_available():
         # A CPU's caches, whose eviction takes longer than a call.
         monkeypatch.setattr("benchmarks.compare.flush", lambda device: None)
-    monkeypatch.setattr(ddp, "QUICK", [ddp.Network((30,), 8192)])
-    scripts = {name: path for name, path in ddp.SCRIPTS.items() if name != "train_fast.py"}
-    monkeypatch.setattr(ddp, "SCRIPTS", scripts)  # whose losses test_examples.py compares
+    if name == "ddp":
+        digits = fashion_mnist(tmp_path_factory.mktemp("data"), train=700)
+        (digits / "FashionMNIST").rename(digits / "MNIST")
+        monkeypatch.setattr(ddp, "DATA", digits)
+        monkeypatch.setattr(ddp, "SAMPLES", 700)
+        monkeypatch.setattr(ddp, "QUICK", [ddp.Network((30,), 128)])
+        scripts = {name: path for name, path in ddp.SCRIPTS.items() if name != "train_fast.py"}
+        monkeypatch.setattr(ddp, "SCRIPTS", scripts)  # whose losses test_examples.py compares
     monkeypatch.setattr(train, "ROUNDS", 1)
     monkeypatch.setattr(train, "QUICK", [train.Training((784, 10, 10), 10, samples=35)])
     flags = ["--quick", f"--output={tmp_path}"]
