@@ -641,7 +641,15 @@ ELSEWHERE = (
 
 # In opcheck.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page) and page not in ELSEWHERE])
+@pytest.mark.parametrize(
+    "page",
+    [
+        # This one tries an operator by all rules.
+        pytest.param(page, marks=[pytest.mark.slow] * (page == "docs/citizen.md"))
+        for page in PAGES
+        if blocks(page) and page not in ELSEWHERE
+    ],
+)
 def test_code_of_pages_runs(page, monkeypatch, tmp_path, request):
     monkeypatch.chdir(tmp_path)
     if page == "docs/muon.md":

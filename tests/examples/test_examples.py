@@ -57,7 +57,7 @@ def data(small) -> list[str]:
 
 RUNS = {  # lesson: flags, pictures
     "train_mpi": ("--epochs 3", ""),
-    "fashion_pooled": ("--samples 50 --iterations 400 --library torch", "costs neurons"),
+    "fashion_pooled": ("--samples 50 --iterations 200 --library torch", "costs neurons"),
     "train_by_hand": ("--epochs 10", ""),
     "quadrants": ("--seed 1 --epochs 10 --processes 1 2 --sizes 2048", "quadrants-boundary"),
     "digits_report": ("--hidden 8 --batch-size 16 --lr 0.2 --epochs 3", "digits"),
@@ -75,8 +75,8 @@ LAST_LINES = {
 
 
 def time_a_short_epoch(*args: Any) -> quadrants.Epoch:
-    """An epoch of the report of quadrants.py with an eighth of its points, on a rank."""
-    with patch.object(quadrants, "draw", lambda n, *seed, **on: draw(n // 8, *seed, **on)):
+    """An epoch of the report of quadrants.py with few of its points, on a rank."""
+    with patch.object(quadrants, "draw", lambda n, *seed, **on: draw(n // 32, *seed, **on)):
         return quadrants.time_epoch(*args)
 
 
@@ -140,7 +140,7 @@ SPLITS = [
     ("train_tensor_parallel", 2, "", "tp"),
     ("train_pipeline", 2, "--draw", "pp"),
     ("train_pipeline", 2, "--pipeline gpipe --micro-batches 2 --draw", "pp"),
-    ("train_parallel", 4, "--dp 2 --tp 2", "dp tp"),
+    pytest.param("train_parallel", 4, "--dp 2 --tp 2", "dp tp", marks=pytest.mark.slow),
     ("train_parallel", 4, f"{MUON} --dp 2 --tp 2", "dp tp"),
     # Rank 0 has one layer, which adds nothing over "tp".
     ("train_parallel", 4, "--tp 2 --pp 2 --micro-batches 3", "pp"),
@@ -251,7 +251,7 @@ def operators_of_each_step(*flags: str) -> list[Counter[str]]:
     [
         ("", {"torchpar::linear_sigmoid": 2}),  # by default
         ("--activation maxout", {"torchpar::maximum": 2}),
-        ("--activation relu", {}),
+        pytest.param("--activation relu", {}, marks=pytest.mark.slow),
     ],
 )
 def test_the_hidden_layers_of_each_step_are_operators(ranks, small, flags, expected):

@@ -335,11 +335,12 @@ CONVOLUTION = matmul_convolution.convolution
             lambda x, w: x @ (2 * w - w.detach()).T,
         ),
         (matmul_attention, "causal attention", "causal_weights", lambda q, k: CAUSAL(k, q)),
-        (
+        pytest.param(
             matmul_attention,
             "causal attention",
             "causal_weights",
             lambda q, k: (q @ k.mT / 4).softmax(-1),
+            marks=pytest.mark.slow,
         ),
         (
             matmul_attention,

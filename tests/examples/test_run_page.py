@@ -32,8 +32,10 @@ LESSONS = {
     "train_by_hand": ("--samples 500 --epochs 2", 1),
     "train_mpi": ("--dataset fashion-mnist --hidden 16 --epochs 2 --batch-size 50", 1),
 }
-# They record the steps and messages that train_ddp and train_parallel do.
-SLOW = ("train_fast", "train_tensor_parallel")
+# They record the steps and messages that train_ddp and train_pipeline do.
+SLOW = ("train_fast", "train_tensor_parallel", "train_parallel")
+# The pages of others have the same parts.
+ON_A_PHONE = ("train_ddp", "train_by_hand")
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +131,11 @@ def browser() -> Iterator[Any]:
         yield started
 
 
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name not in ON_A_PHONE)) for name in LESSONS],
+    indirect=True,
+)
 @pytest.mark.parametrize(
     "scheme",
     [pytest.param(name, marks=[pytest.mark.slow] * (name == "light")) for name in COLORS],

@@ -182,7 +182,7 @@ def integers(*shape: int) -> Tensor:
     return torch.randint(-2, 3, shape).bfloat16()
 
 
-@pytest.mark.parametrize("tma", [True, False])
+@pytest.mark.parametrize("tma", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_benchmarks_kernels_compute_what_the_operators_do(tma):
     torch.manual_seed(0)
     x, weight, bias = integers(72, 72), integers(40, 72) / 16, integers(40)

@@ -550,13 +550,23 @@ FEW = ("attributes", "lists", "result 0 of two", "integers")
 LONG = [("eager forward", name) for name in ASKED if name != "keyword-only"]
 LONG += [(way, name) for way in ("compiled forward", "by the setting") for name in FEW]
 LONG += [("by Inductor", "lists")]
+OF_PYTORCH = [(way, "lists") for way in ("eager forward", "compiled forward", "by the setting")]
 
 
 @of_pytorch
-@both_compiled
 @pytest.mark.parametrize(
-    "way, name",
-    [*QUICK, *(pytest.param(*one, marks=pytest.mark.slow) for one in LONG)],
+    "way, name, library",
+    [
+        *(pytest.param(*one, torchpar.library, id=f"{'-'.join(one)}-torchpar") for one in QUICK),
+        *(
+            pytest.param(*one, library, marks=pytest.mark.slow, id=f"{'-'.join(one)}-{of}")
+            for library, of, ways in (
+                (torchpar.library, "torchpar", LONG),
+                (torch.library, "torch", [*QUICK, *OF_PYTORCH]),
+            )
+            for one in ways
+        ),
+    ],
 )
 def test_compiled_autograd(library: Any, way: str, name: str) -> None:
     loss = ASKED[name].made(library)

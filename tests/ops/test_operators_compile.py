@@ -41,7 +41,7 @@ def _fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 # Inductor compiles C++ for ten seconds. By default tests/testing/test_check_operator.py compiles an
 # operator by it.
 BACKENDS = [
-    ("aot_eager", "matmul_t"),
+    pytest.param("aot_eager", "matmul_t", marks=pytest.mark.slow),
     ("aot_eager", "linear_sigmoid"),
     *(pytest.param("inductor", name, marks=pytest.mark.slow) for name in OPERATORS),
 ]
@@ -127,13 +127,14 @@ def test_compiled_autograd_has_the_bits_of_eager(
             assert_close(arg.grad, gradient, rtol=0, atol=0)
 
 
-LONG = [("aot_eager", False), ("aot_eager", True), ("eager", False), ("inductor", True)]
+LONG = [("aot_eager", False), ("aot_eager", True), ("inductor", True)]
 
 
 @pytest.mark.parametrize(
     "backend, compiles_forward, name",
     [
         ("aot_eager", False, "matmul_t"),
+        pytest.param("eager", False, "linear_sigmoid", marks=pytest.mark.slow),
         *(
             pytest.param(backend, compiles_forward, name, marks=pytest.mark.slow)
             for backend, compiles_forward in LONG

@@ -47,7 +47,7 @@ RUNS = [
 
 
 # The first sample of another operator tries the same by default.
-LIKE_OTHERS = ("exact_matmul", "symmetric_matmul")
+LIKE_OTHERS = ("exact_matmul", "symmetric_matmul", "matmul_t")
 
 
 @pytest.mark.parametrize("chosen", RUNS)

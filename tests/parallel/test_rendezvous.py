@@ -186,7 +186,10 @@ def test_ranks_that_do_not_ask_are_missing(agent, asking):
     assert found == [sorted({0, 1, 2} - set(asking))] * len(asking)
 
 
-@pytest.mark.parametrize("of_agent, missing", [("False", [[1], [0]]), ("True", [[], []])])
+@pytest.mark.parametrize(
+    "of_agent, missing",
+    [("False", [[1], [0]]), pytest.param("True", [[], []], marks=pytest.mark.slow)],
+)
 def test_a_store_that_does_not_answer_is_that_of_rank_0(monkeypatch, of_agent, missing):
     """Unless torchrun's agent hosts it. Requests to the store of a host that was stopped block."""
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", of_agent)

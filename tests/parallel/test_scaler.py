@@ -29,8 +29,14 @@ def logs(ranks, mesh, *arguments):
     return [[step[:2] for step in log] for log in found]
 
 
-BY_DEFAULT = {(mesh, name) for mesh in ("tp", "pp of 3") for name in OPTIMIZERS}
-BY_DEFAULT |= {("tp of 3", "sgd"), ("dp × tp", "muon")}
+BY_DEFAULT = {
+    ("tp", "fused"),
+    ("tp", "adamw"),
+    ("pp of 3", "muon"),
+    ("pp of 3", "sgd"),
+    ("tp of 3", "sgd"),
+    ("dp × tp", "muon"),
+}
 
 
 @pytest.mark.parametrize(

@@ -254,7 +254,7 @@ def test_nothing_is_found_in_a_right_operator(name: str) -> None:
 @pytest.mark.parametrize("name", RIGHT)
 def test_nothing_is_found_in_right_operators_of_other_samples(name: str) -> None:
     op, reference, sample = RIGHT[name]
-    for seed in range(3):
+    for seed in range(2):
         other = tuple(normal(*t.shape, seed=3 * seed + i) for i, t in enumerate(sample))
         if sample[0].is_complex():
             other = tuple(torch.complex(t, normal(*t.shape, seed=999 - seed)) for t in other)
@@ -268,10 +268,9 @@ def test_nothing_is_found_in_right_operators_of_other_samples(name: str) -> None
 def test_nothing_is_found_in_our_operators(name: str) -> None:
     operator = OPERATORS[name]
     for shapes in operator.small:
-        for seed in range(2):
-            sample = tuple(normal(*shape, seed=9 * seed + i) for i, shape in enumerate(shapes))
-            table = rows(operator.op, operator.plain, sample)
-            assert {row.outcome for row in table.rows} <= {"works", "not run"}, str(table)
+        sample = tuple(normal(*shape, seed=i) for i, shape in enumerate(shapes))
+        table = rows(operator.op, operator.plain, sample)
+        assert {row.outcome for row in table.rows} <= {"works", "not run"}, str(table)
 
 
 def test_nothing_is_asked_where_the_reference_is_wrong() -> None:

@@ -78,7 +78,7 @@ def run_alone(
     [
         pytest.param("sgd", torch.tensor(0.3), "constant", marks=pytest.mark.slow),
         ("muon", 0.1, "constant"),
-        ("sgd", 0.3, None),
+        pytest.param("sgd", 0.3, None, marks=pytest.mark.slow),
     ],
 )
 def test_learns_and_resumes_bit_for_bit(world, tmp_path, optimizer, lr, schedule):
