@@ -17,7 +17,7 @@ from pkgutil import resolve_name
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from commands import ROOT, TORCHRUN, blocks, execute, run
+from commands import ROOT, TORCHRUN, blocks, execute, forked
 from operators import OPERATORS, Operator
 from torch.distributed.checkpoint import CheckpointException
 
@@ -679,11 +679,13 @@ def test_a_save_writes_metadata_last(world, monkeypatch, tmp_path):
     "page, accuracy, last_line",
     [("tour", 0.97, r"accuracy (\S+) on 2 ranks\n"), ("own_model", 0.9, r"test accuracy (\S+)\n")],
 )
-def test_scripts_of_pages_learn_on_two_ranks(tmp_path, monkeypatch, page, accuracy, last_line):
+def test_scripts_of_pages_learn_on_two_ranks(
+    fork_server, tmp_path, monkeypatch, page, accuracy, last_line
+):
     code = blocks(f"docs/{page}.md")
     (script,) = (block for block in code if "join_world" in block)
     (tmp_path / "script.py").write_text(script)
-    status, out, err = run(*TORCHRUN, str(tmp_path / "script.py"), cwd=tmp_path)
+    status, out, err = forked(*TORCHRUN[1:], str(tmp_path / "script.py"), cwd=tmp_path)
     assert status == 0, err
     assert float(re.fullmatch(last_line, out).group(1)) > accuracy
     if page == "own_model":  # its model is loaded by the next block

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The corpus of Triton kernels compiles to PTX without a GPU, and each fault is marked once."""
+"""The corpus of Triton kernels compiles to PTX without a GPU, and each fault is marked once.
+
+`test_emulated_corpus` executes the tutorials for all their architectures, and the others for sm_90.
+"""
 
 import inspect
 import tempfile
@@ -20,7 +23,6 @@ from ptx.right import RIGHT
 
 FIRST, *OTHERS = (90, 80, 100)
 LAUNCH = JITFunction.run
-CASES = tutorials.TUTORIALS | tutorials.REFUSED
 slow = pytest.mark.slow
 
 
@@ -62,41 +64,25 @@ def check_compiled(run: Callable[[], object], architecture: int, cache: str) -> 
         assert f".target sm_{architecture}" in text
 
 
-def cases(architectures: list[int]) -> list[tuple[str, int]]:
-    return [
-        (name, architecture)
-        for name, case in CASES.items()
-        for architecture in architectures
-        if architecture in case.architectures
-    ]
-
-
-@slow  # test_emulated_corpus.py executes these, and so compiles them
-@pytest.mark.parametrize("name,architecture", cases([FIRST]))
-def test_tutorial_compiles(name: str, architecture: int, cache: str) -> None:
-    check_compiled(CASES[name].run, architecture, cache)
-
-
 @slow
-@pytest.mark.parametrize("name,architecture", cases(OTHERS))
-def test_tutorial_compiles_for_others(name: str, architecture: int, cache: str) -> None:
-    check_compiled(CASES[name].run, architecture, cache)
+@pytest.mark.parametrize("name", tutorials.REFUSED)
+def test_tutorial_that_is_not_executed_compiles(name: str, cache: str) -> None:
+    for architecture in tutorials.REFUSED[name].architectures:
+        check_compiled(tutorials.REFUSED[name].run, architecture, cache)
 
 
-@slow
 @slow
 @pytest.mark.parametrize("name", FAULTS)
 def test_fault_compiles(name: str, cache: str) -> None:
-    for architecture in (FIRST, *OTHERS):
+    for architecture in OTHERS:
         if architecture >= FAULTS[name].needs_arch:
             check_compiled(FAULTS[name].run, architecture, cache)
 
 
 @slow
-@slow
 @pytest.mark.parametrize("name", RIGHT)
 def test_right_kernel_compiles(name: str, cache: str) -> None:
-    for architecture in (FIRST, *OTHERS):
+    for architecture in OTHERS:
         check_compiled(RIGHT[name], architecture, cache)
 
 
