@@ -103,7 +103,7 @@ DEFAULTS = {
     "matmul_t, unaligned": cases.symmetric(71, 35),
     "matmul_t, by pointers, full tiles": cases.symmetric(64, 128, tiles=Tiles(64, 64, 64, 4, 3)),
     "matmul_t, TF32": cases.symmetric(72, 72, F32, "tf32", WIDE_TF32),
-    "matmul_t, float32": cases.symmetric(40, 20, F32, tiles=Tiles(16, 32, 16, 4, 2)),
+    "matmul_t, float32": cases.symmetric(40, 20, F32, tiles=Tiles(32, 32, 16, 4, 2)),
     "matmul_t, float64": cases.symmetric(17, 17, F64, tiles=SMALL, c=True),
     "matmul_t, no rows": cases.symmetric(0, 3, batch=(3,)),
     "matmul_t, one number": cases.symmetric(1, 1, F64, tiles=SMALL),
@@ -142,7 +142,7 @@ DEFAULTS = {
     "exact_matmul": cases.exact((33, 40), (20, 40)),
     "exact_matmul, symmetric": cases.exact((40, 20)),
     "exact_matmul, special values": cases.exact(
-        (33, 40), (20, 40), special=True, tiles=EXACT_SMALL
+        (33, 40), (20, 40), special=True, tiles=Tiles(16, 16, 32, 1, 2)
     ),
     "exact_matmul, no rows": cases.exact((0, 2), (3, 2)),
     "exact_matmul, no batches": cases.exact((0, 3, 5)),
