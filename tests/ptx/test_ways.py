@@ -190,6 +190,8 @@ def test_a_cache_on_a_full_disk_is_replaced(tmp_path, monkeypatch, capfd):
 def test_a_number_of_multiprocessors_is_checked(number):
     with pytest.raises(ValueError, match=r"multiprocessors is .*, expected an integer from 1 on"):
         emulate(multiprocessors=number).__enter__()
+    with emulate(multiprocessors=1) as gpu:
+        assert gpu.multiprocessors == 1
 
 
 def test_a_negative_grid_is_refused():

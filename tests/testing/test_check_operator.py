@@ -23,7 +23,7 @@ from torch.distributed.tensor import Replicate
 from torchpar import library
 from torchpar.errors import ConfigError
 from torchpar.testing import OperatorTable, Sample, check_operator, command
-from torchpar.testing.case import Outcome, close
+from torchpar.testing.case import Outcome, accurate, close
 from torchpar.testing.rules import RULES
 
 # PyTorch's compiler reads it.
@@ -128,6 +128,14 @@ DERIVATIVES = [
     ),
     *("torch.func: jvp of jvp", "vmap over all operands", "vmap of vmap"),
 ]
+
+
+def test_float64_is_compared_with_the_reference() -> None:
+    """No result is more exact, against which both could be judged."""
+    one = torch.ones(2, dtype=torch.float64)
+    accurate([one], [one], [one])
+    with pytest.raises(Outcome):
+        accurate([one + 1e-4], [one], [one + 1e-4])
 
 
 def test_a_tolerance_follows_the_length_of_sums() -> None:

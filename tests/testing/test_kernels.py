@@ -120,7 +120,7 @@ def test_right_kernels_have_no_wrong_row(arch):
     found = table("", arch)
     assert [row.rule for row in found.rows] == list(ROWS)
     assert found.ok
-    assert found["kernel gradients"].outcome == "works"
+    assert found["kernel values"].outcome == found["kernel gradients"].outcome == "works"
     assert "norm_kernel" in str(found)
     assert found["registers and spills"].outcome in ("works", "not run")  # without ptxas
 
