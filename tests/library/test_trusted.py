@@ -103,6 +103,18 @@ def with_another_kernel(op: CustomOpDef) -> object:
     return torch.equal(packet(op)(X), 3 * X)
 
 
+def with_another_kernel_for_all_devices(op: CustomOpDef) -> object:
+    op.register_kernel(None, lambda x: 3 * x)
+    return torch.equal(packet(op)(X), 3 * X)
+
+
+def with_a_kernel_that_returns_its_argument(op: CustomOpDef) -> object:
+    op.register_kernel("cpu", lambda x: x)
+    with pytest.raises(RuntimeError, match="alias"):
+        packet(op)(X)
+    return True
+
+
 def in_forward_mode(op: CustomOpDef) -> object:
     with forward_ad.dual_level():
         dual = packet(op)(forward_ad.make_dual(X, X))
@@ -117,7 +129,8 @@ def in_a_batch(op: CustomOpDef) -> object:
 
 INTERCEPTED = (
     seen_by_a_mode, seen_by_a_subclass, faked, on_meta, of_a_negative, of_a_zero, profiled,
-    with_a_users_kernel, with_another_kernel, in_forward_mode, in_a_batch,
+    with_a_users_kernel, with_another_kernel, with_another_kernel_for_all_devices,
+    with_a_kernel_that_returns_its_argument, in_forward_mode, in_a_batch,
 )  # fmt: skip
 
 

@@ -312,9 +312,9 @@ class CustomOpDef(custom_ops.CustomOpDef):
         self._function: Any = new_class(generated, (Differentiable,))
         self._mutated = any(writes)
         self._kernels: dict[str | None, Function] = {}  # by device; None for other devices
-        self._trusted: Function | None = None  # the only kernel, if it returns new tensors
-        keys = ("CPU", "CUDA")
-        self._other_kernels = {f"{namespace}/{local_name}/{key}" for key in keys}  # by users
+        self._trusted: Function | None = None  # the kernel for other devices, if it is trusted
+        # Where PyTorch keeps the kernels that Python has registered for these devices.
+        self._on_cpu, self._on_cuda = (f"{namespace}/{local_name}/{key}" for key in ("CPU", "CUDA"))
         self._dispatch_rules: dict[type, Function] = {}  # by tensor subclass or mode
         # PyTorch's tools look for the fake by this name.
         self._abstract_fn: Function | None = None
@@ -362,7 +362,8 @@ class CustomOpDef(custom_ops.CustomOpDef):
                 )
                 self._lib.impl(self._name, partial(self._run, device), key)
             self._kernels[device] = fn
-        self._trusted = None
+            if device is None:
+                self._trusted = None
         return fn
 
     def _check_device(self, name: str, device_types: str | Sequence[str] | None) -> None:
@@ -402,7 +403,7 @@ class CustomOpDef(custom_ops.CustomOpDef):
         finally:
             if records:
                 torch._C._set_grad_enabled(True)
-        if self._trusted is not None:
+        if device is None and self._trusted is not None:
             return self._checked(result)
         results = result if isinstance(result, tuple) else (result,)
         if any_output_is_alias_to_input_or_output(args, kwargs, results):
@@ -679,10 +680,12 @@ class CustomOpDef(custom_ops.CustomOpDef):
         The tensors are to be on the current GPU. No mode, subclass, transform or other kernel of
         this operator may be there, and no tensor whose values are still to be computed.
         """
+        kernel = self._on_cpu
         for t in args:
             kind = type(t)
             if kind is Tensor or kind is Parameter:
                 if t.is_cuda:
+                    kernel = self._on_cuda
                     if t.get_device() != _current_gpu():
                         return False
                 elif not t.is_cpu:
@@ -695,7 +698,7 @@ class CustomOpDef(custom_ops.CustomOpDef):
             num_dispatch_modes()
             or peek_interpreter_stack() is not None
             or forward_ad._current_level >= 0
-            or not self._other_kernels.isdisjoint(implementations)
+            or kernel in implementations
         )
 
     def _check_write(self, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
