@@ -29,10 +29,8 @@ class Kernel(Protocol):
 
 _MAX_PLANS = 4096
 _plans: dict[Hashable, "Plan | None"] = {}  # None where the library computes
-# Plans, and the size, strides and dtype of their results.
-_remembered: dict[
-    Hashable, tuple["Plan", tuple[int, ...], tuple[int, ...] | None, torch.dtype]
-] = {}
+# Plans, and what makes their results from the first argument.
+_remembered: dict[Hashable, tuple["Plan", list[Callable[[Tensor], Tensor]]]] = {}
 
 
 class Plan:
@@ -155,27 +153,44 @@ def again(key: Hashable, *tensors: Tensor, factors: tuple[int, ...] = ()) -> Ten
     found = _remembered.get(key)
     if found is None:
         return None
-    plan, sizes, strides, dtype = found
-    first = tensors[0]
-    if strides is None:  # the result is contiguous, and has the first tensor's dtype
-        out = first.new_empty(*sizes)  # numbers are converted in half the time of a shape
-    else:
-        out = torch.empty_strided(sizes, strides, dtype=dtype, device=first.device)
+    plan, (empty,) = found
+    out = empty(tensors[0])
     plan.launch(None, *tensors, out, *factors)
     return out
 
 
-def remember(key: Hashable, plan: Plan, first: Tensor, out: Tensor) -> None:
+def again_pair(key: Hashable, *tensors: Tensor) -> tuple[Tensor, Tensor] | None:
+    """`again` for a launch that has two results."""
+    found = _remembered.get(key)
+    if found is None:
+        return None
+    plan, (first, second) = found
+    results = first(tensors[0]), second(tensors[0])
+    plan.launch(None, *tensors, *results)
+    return results
+
+
+def remember(key: Hashable, plan: Plan, first: Tensor, *results: Tensor) -> None:
     """Let `again` launch ``plan``, which is all that a call with this key does.
 
-    The key has the layouts of all arguments, of which ``first`` is the first one. Results are
-    tensors like ``out``.
+    The key has the layouts of all arguments, of which ``first`` is the first one. New results are
+    tensors like ``results``.
     """
     if len(_remembered) >= _MAX_PLANS:
         _remembered.clear()
-    is_plain = out.is_contiguous() and out.dtype == first.dtype
-    strides = None if is_plain and out.device == first.device else out.stride()
-    _remembered[key] = plan, tuple(out.shape), strides, out.dtype
+    _remembered[key] = plan, [_maker(first, result) for result in results]
+
+
+def _maker(first: Tensor, result: Tensor) -> Callable[[Tensor], Tensor]:
+    """A function that makes an uninitialised tensor like ``result`` from one like ``first``."""
+    layout = [(t.shape, t.stride(), t.dtype, t.device) for t in (first, result)]
+    if layout[0] == layout[1] and first.is_contiguous():
+        return torch.empty_like
+    if result.is_contiguous() and layout[0][2:] == layout[1][2:]:
+        sizes = tuple(result.shape)  # numbers are converted in half the time of a shape
+        return lambda t: t.new_empty(*sizes)
+    size, stride, dtype, device = layout[1]
+    return lambda t: torch.empty_strided(size, stride, dtype=dtype, device=device)
 
 
 def forget_plans() -> None:

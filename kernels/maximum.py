@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import Wrap
 from .device import device_index
-from .launch import Kernel, Plan, again, cached_plan, layout, remember
+from .launch import Kernel, Plan, again, again_pair, cached_plan, layout, remember
 from .row_sums import (
     add_partial_sums_kernel,
     divide_columns,
@@ -357,6 +357,22 @@ def remember_maximum(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 def _key(a: Tensor, b: Tensor) -> Hashable:
     return maximum, device_index(a), layout(a), layout(b)
+
+
+def maximum_backward_again(g: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Both gradients, for layouts that were launched before; else None."""
+    return again_pair(_backward_key(g, a, b), g, a, b)
+
+
+def remember_backward(g: Tensor, a: Tensor, b: Tensor, da: Tensor, db: Tensor) -> None:
+    """Let `maximum_backward_again` launch what wrote ``da`` and ``db``; all have one shape."""
+    plan = cached_plan(_plan_backward, None, (g, a, b, da, db))
+    if plan is not None and g.numel():
+        remember(_backward_key(g, a, b), plan, g, da, db)
+
+
+def _backward_key(g: Tensor, a: Tensor, b: Tensor) -> Hashable:
+    return maximum_backward, device_index(g), layout(g), layout(a), layout(b)
 
 
 def maximum_backward(

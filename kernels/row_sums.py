@@ -115,22 +115,26 @@ def add_partial_sums_kernel(
 
 def launch_sums(
     plan: Plan, terms: int, sums: int, tensors: tuple[Tensor, ...], out: Tensor, wrap: Wrap
-) -> None:
+) -> bool:
     """Launch ``plan`` with ``tensors`` to write ``out``, which has ``sums`` numbers in a row.
 
     Each is a sum of ``terms`` terms. If several programs share them, another launch adds the sums
     of the programs. The third argument of the plan is `Division.each`.
+
+    Returns:
+        Whether one launch was enough.
     """
     each = plan.arguments[2]
     if not isinstance(terms, torch.SymInt) and terms <= each:  # AOTInductor checks no guards
         plan.launch(wrap, *tensors, out)
-        return
+        return True
     dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
     partial = out.new_empty((triton.cdiv(terms, each), sums), dtype=dtype)
     plan.launch(wrap, *tensors, partial)
     add = cached_plan(_plan, wrap, (partial,), out=out)
     assert add is not None
     add.launch(wrap, partial, out)
+    return False
 
 
 def _plan(partial: Tensor) -> Plan:

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: MIT
 """The first pass of linear_sigmoid's backward: dL/dZ, and its sum over rows, which is dL/db."""
 
+from collections.abc import Hashable
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import Wrap
-from .launch import Plan, cached_plan
+from .device import device_index
+from .launch import Plan, again_pair, cached_plan, layout, remember
 from .row_sums import add_partial_sums_kernel, divide_rows, launch_sums
 
 # Compilers look for an operator's kernels in its module.
@@ -66,8 +69,19 @@ def sigmoid_backward(g: Tensor, y: Tensor, dz: Tensor, wrap: Wrap) -> Tensor:
         return out.zero_()
     plan = cached_plan(_plan, wrap, (g, y), out=dz)
     assert plan is not None
-    launch_sums(plan, m, n, (g, y, dz), out, wrap)
+    is_one_launch = launch_sums(plan, m, n, (g, y, dz), out, wrap)
+    if wrap is None and is_one_launch:
+        remember(_key(g, y), plan, g, dz, out)
     return out
+
+
+def sigmoid_backward_again(g: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
+    """``dz`` and its sum, by one launch, for layouts that were launched before; else None."""
+    return again_pair(_key(g, y), g, y)
+
+
+def _key(g: Tensor, y: Tensor) -> Hashable:
+    return sigmoid_backward, device_index(y), layout(g), layout(y)
 
 
 def _plan(g: Tensor, y: Tensor) -> Plan:

@@ -143,3 +143,25 @@ def test_emulations_of_other_gpus_have_launches_of_their_own() -> None:
                 assert [one.arch for one in emulated.launches] == [arch]
     assert len(launch._remembered) == 4
     launch.forget_plans()
+
+
+def test_gradients_of_the_same_layouts_again(gpu: list[int]) -> None:
+    g = torch.linspace(-2, 2, 40 * 24).view(40, 24)
+    for a, b in ((X, X.flip(0)), (X, ROW), (X, ROW.expand(40, 24)), (X, X.flip(0)), (X[:1], ROW)):
+        of_g = g[: len(a)]
+        for _ in range(2):
+            leaves = [t.detach().requires_grad_() for t in (a, b)]
+            found, expected = (
+                torch.autograd.grad(op(*leaves), leaves, of_g)
+                for op in (torchpar.maximum, torch.maximum)
+            )
+            for one, other in zip(found, expected, strict=True):
+                assert one.shape == other.shape
+                assert torch.allclose(one, other, rtol=2**-18, atol=2**-18)
+    for rows in (40, 40, 7):
+        y = X[:rows].sigmoid()
+        dz, db = torch.ops.torchpar.linear_sigmoid_backward(g[:rows], y)
+        assert torch.allclose(dz, g[:rows] * y * (1 - y), rtol=2**-18)
+        assert torch.allclose(db, dz.sum(0), rtol=2**-14, atol=2**-18)
+        half = torch.ops.torchpar.matmul_t_backward(C[:rows, :rows], X[:rows])
+        assert torch.allclose(half, 2 * X[:rows], rtol=2**-9, atol=2**-9)

@@ -301,7 +301,8 @@ class CustomOpDef(custom_ops.CustomOpDef):
         ]
         self._has_lists = any(self._are_lists)
         self._returns = [str(one.type) for one in parsed.returns]
-        self._returns_tensor = self._returns == ["Tensor"]
+        count = len(self._returns) if set(self._returns) == {"Tensor"} else 0
+        self._returns_tensor, self._returns_tensors = count == 1, count > 1
         # From torch 2.14 on, tensors are not converted for C++. Among other arguments, such as
         # `Tensor?`, they are, and then dispatch in Python takes longer than dispatch in C++.
         only_tensors = {str(one.type) for one in arguments} <= {"Tensor", "List[Tensor]"}
@@ -421,6 +422,13 @@ class CustomOpDef(custom_ops.CustomOpDef):
             # Asking first takes less time than calling `_without_view` for each result.
             return _without_view(result) if result._is_view() else result
         expected = self._returns
+        if (  # as below, in less time
+            self._returns_tensors
+            and type(result) is tuple
+            and len(result) == len(expected)
+            and all([isinstance(one, Tensor) and not one._is_view() for one in result])
+        ):
+            return result
         values = result if len(expected) != 1 else (result,)
         if not expected:
             return result

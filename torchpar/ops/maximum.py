@@ -211,12 +211,19 @@ def _maximum_sharding(a: Spec, b: Spec) -> list[Sharding]:
 def _backward_op(
     g: Tensor, a: Tensor, b: Tensor, need_a: bool = True, need_b: bool = True, *, wrap: Wrap
 ) -> tuple[Tensor, Tensor]:
-    da, db = _empty_backward(g, a, b, need_a, need_b)
-    if not (_are_alike(a, b) and a.shape == g.shape and a.device == g.device):
-        a, b = (t.to(g.device).expand_as(g) for t in (a, b))
     from torchpar.kernels import maximum as kernel
 
+    if wrap is None and need_a and need_b:
+        found = kernel.maximum_backward_again(g, a, b)
+        if found is not None:
+            return found
+    da, db = _empty_backward(g, a, b, need_a, need_b)
+    alike = _are_alike(a, b) and a.shape == g.shape and a.device == g.device
+    if not alike:
+        a, b = (t.to(g.device).expand_as(g) for t in (a, b))
     kernel.maximum_backward(g, a, b, da if need_a else None, db if need_b else None, wrap)
+    if wrap is None and need_a and need_b and alike:
+        kernel.remember_backward(g, a, b, da, db)
     return da, db
 
 
