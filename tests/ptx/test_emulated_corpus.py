@@ -26,6 +26,8 @@ NOT_NAMED = {"empty group", "copy reads what was stored"}
 ALIKE = {
     "03 matmul, float8 e5m2",
     "06 attention",
+    "06 attention, causal",
+    "06 attention by tensor descriptors",
     "08 grouped matmul",
     "09 persistent matmul by pointers",
     "09 persistent matmul by the program's descriptors",
