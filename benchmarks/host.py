@@ -15,6 +15,7 @@ Then a launch of X·Xᵀ by itself. A launcher keeps what it decides for tensors
 """
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -137,9 +138,10 @@ class Caller:
 
 @contextmanager
 def calls_of(checkout: Path) -> Iterator[Caller]:
-    command = [sys.executable, str(HERE / "benchmarks" / "host_calls.py"), str(checkout)]
+    command = [sys.executable, "-P", str(HERE / "benchmarks" / "host_calls.py")]
+    environment = os.environ | {"PYTHONPATH": str(checkout.resolve())}
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as process:
         yield Caller(process)
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The calls of the benchmark `host`, made in a process of its own for each checkout.
 
-``python host_calls.py CHECKOUT`` imports torchpar and its benchmarks from CHECKOUT. It writes the
-names of the calls as a line of JSON. Then it answers each line "NAME COUNT" with the seconds of one
-of COUNT calls.
+``PYTHONPATH=CHECKOUT python -P host_calls.py`` imports torchpar and its benchmarks from there. It
+writes the names of the calls as a line of JSON. Then it answers each line "NAME COUNT" with the
+seconds of one of COUNT calls.
 """
 
 import json
@@ -90,7 +90,6 @@ def layers() -> Calls:
 
 
 def main() -> None:
-    sys.path.insert(0, sys.argv[1])
     from benchmarks.host import gpu_of_cpu_tensors
 
     torch.set_num_threads(1)

@@ -535,6 +535,20 @@ def test_operators_shows_what_a_call_takes_an_h200s_host():
         assert cells == [f"{1e3 * ms:.3g}" for ms in times], what
 
 
+def test_operators_shows_what_a_call_takes_beside_the_time_before():
+    folder = ROOT / "benchmarks" / "results" / "cpu-2-cores-amd-epyc-family-25-model-17"
+    with (folder / "host.csv").open() as file:
+        rows = {(r["operator"], r["mode"], r["contestant"]): r for r in csv.DictReader(file)}
+    lines = rows_of("docs/operators.md", "call | `torch.ops.torchpar`")
+    assert len(lines) == 8
+    for what, *cells in lines:
+        operator = re.findall(r"`(\w+)`", what)[0]
+        mode = "forward" if "gradient" in what else "no gradient"
+        by_packet, own = (rows[operator, mode, n] for n in ("torch.ops.torchpar", "torchpar"))
+        found = by_packet["of_before"], own["of_before"], own["over_aten"]
+        assert cells == [f"{float(ratio):.2g}" for ratio in found], what
+
+
 def test_muon_shows_what_an_h200_measured():
     graph = {"mode": "CUDA graph"}
     ours = [{"contestant": "torchpar, standard"}, {"contestant": "torchpar, gram"}]

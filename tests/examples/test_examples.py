@@ -80,7 +80,16 @@ def time_a_short_epoch(*args: Any) -> quadrants.Epoch:
         return quadrants.time_epoch(*args)
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name",
+    # Tests of the exercises train these two, too.
+    [
+        pytest.param(
+            name, marks=[pytest.mark.slow] if name in ("quadrants", "fashion_pooled") else []
+        )
+        for name in RUNS
+    ],
+)
 def test_it_runs_learns_and_prints_its_last_line(ranks, small, monkeypatch, tmp_path, name):
     monkeypatch.setattr(quadrants, "ROUNDS", 1)
     monkeypatch.setattr(quadrants, "Ranks", lambda: nullcontext(ranks))

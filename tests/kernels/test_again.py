@@ -37,6 +37,9 @@ CALLS: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...], Callable[..., 
 }
 
 
+ALIKE = ("maximum of a column", "symmetric_matmul", "linear_sigmoid")  # as others, here
+
+
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """A GPU that is emulated, in TF32, for which no operand is copied; the launches at once."""
@@ -66,7 +69,10 @@ def layouts(name: str, operands: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, .
         yield tuple(t[:8] for t in operands)
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] if name in ALIKE else []) for name in CALLS],
+)
 def test_a_call_is_launched_at_once_for_the_same_layouts_alone(name: str, gpu: list[int]) -> None:
     op, operands, native = CALLS[name]
     for given in layouts(name, operands):
