@@ -67,6 +67,19 @@ def triangle_of_batch(n, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def float_of_words(low, high):
+    """The float64 whose bits are two int32.
+
+    A launch would round a Python float to float32. `torch.compile` takes a negative integer for an
+    int32, however large, and its version 2.11 takes no integer above int32.
+    """
+    # A launch may make a word that is 1 a constant.
+    high_bits = tl.full((), high, tl.int64) << 32
+    low_bits = tl.full((), low, tl.int64) & 0xFFFFFFFF
+    return (high_bits | low_bits).to(tl.float64, bitcast=True)
+
+
+@triton.jit
 def dot_rows(
     a,
     b,

@@ -179,8 +179,9 @@ def linear_sigmoid_tma_kernel(
     """
     tl.assume(k > 0)  # without it Triton 3.6 waits for each product before it begins the next
     HALF: tl.constexpr = BLOCK_N // 2
-    x = x_ptr, m.to(tl.int64) * x_row, x_row, x_col
-    weight = weight_ptr, n.to(tl.int64) * weight_row, weight_row, weight_col
+    # A compiler may make a size a constant, which has no method `to`.
+    x = x_ptr, tl.cast(m, tl.int64) * x_row, x_row, x_col
+    weight = weight_ptr, tl.cast(n, tl.int64) * weight_row, weight_row, weight_col
     x_tiles = make_descriptor(x, 1, m, k, BLOCK_M, BLOCK_K, X_LAYOUT)
     weight_tiles = make_descriptor(weight, 1, n, k, BLOCK_N, BLOCK_K, WEIGHT_LAYOUT)
     if STORE:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import Wrap
 from .device import device, device_index
-from .gemm import by_columns, dot_rows, empty_by_columns, triangle_of_batch
+from .gemm import by_columns, dot_rows, empty_by_columns, float_of_words, triangle_of_batch
 from .launch import Plan, again, cached_plan, layout, remember
 from .matmul_t_tma import symmetric_matmul_tma_kernel
 from .rule import Tiles, count_tiles, resident_programs
@@ -24,14 +24,16 @@ from .tiles import check_variant, choose_plan
 SUM_BLOCK = 64  # with 128, float32 and float64 spill
 
 
-@triton.jit(do_not_specialize=["alpha_bits", "beta_bits"])
+@triton.jit(do_not_specialize=["alpha_low", "alpha_high", "beta_low", "beta_high"])
 def symmetric_matmul_kernel(
     a_ptr,
     b_ptr,
     c_ptr,
     out_ptr,
-    alpha_bits: tl.int64,
-    beta_bits: tl.int64,
+    alpha_low,
+    alpha_high,
+    beta_low,
+    beta_high,
     n,
     k,
     a_batch,
@@ -58,13 +60,11 @@ def symmetric_matmul_kernel(
     acc = dot_rows(a, b, i, j, n, n, k, BLOCK_K, EVEN_K, PRECISION)
     i, j = i.to(tl.int64), j.to(tl.int64)
     mask = (i < n)[:, None] & (j < n)[None, :]
-    acc *= tl.full((), alpha_bits, tl.int64).to(tl.float64, bitcast=True).to(acc.dtype)
+    acc *= float_of_words(alpha_low, alpha_high).to(acc.dtype)
     if HAS_C:
         c_ptr += batch * c_batch
         c = tl.load(c_ptr + ((i * c_row)[:, None] + (j * c_col)[None, :]), mask=mask, other=0.0)
-        acc += tl.full((), beta_bits, tl.int64).to(tl.float64, bitcast=True).to(acc.dtype) * c.to(
-            acc.dtype
-        )
+        acc += float_of_words(beta_low, beta_high).to(acc.dtype) * c.to(acc.dtype)
     out = acc.to(out_ptr.dtype.element_ty)
     # A diagonal tile is made symmetric and stored once. In all other tiles i > j.
     diagonal = tile_row == tile_col
@@ -138,8 +138,8 @@ def _key(a: Tensor, b: Tensor, c: Tensor | None, precision: str) -> Hashable:
 
 
 def _bits(alpha: float, beta: float) -> tuple[int, ...]:
-    """The factors as the kernel takes them: Triton would round floats to float32."""
-    return struct.unpack("<2q", struct.pack("<2d", alpha, beta))
+    """The factors as the kernel takes them, see `float_of_words`."""
+    return struct.unpack("<4i", struct.pack("<2d", alpha, beta))
 
 
 _PRODUCT_ALONE = _bits(1.0, 0.0)

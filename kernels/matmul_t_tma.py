@@ -10,7 +10,14 @@ Wide tiles read less for each product. With FLATTEN, all tiles are wide, and p(p
 import triton
 import triton.language as tl
 
-from .gemm import GROUP, dot_tiles, load_tile, make_descriptor, triangle_tile
+from .gemm import (
+    GROUP,
+    dot_tiles,
+    float_of_words,
+    load_tile,
+    make_descriptor,
+    triangle_tile,
+)
 
 
 @triton.jit
@@ -123,14 +130,16 @@ def dot_two_tiles(tiles, batch, first, second, k, LAYOUT: tl.constexpr, PRECISIO
     return acc, acc2
 
 
-@triton.jit(do_not_specialize=["alpha_bits", "beta_bits"])
+@triton.jit(do_not_specialize=["alpha_low", "alpha_high", "beta_low", "beta_high"])
 def symmetric_matmul_tma_kernel(
     a_ptr,
     b_ptr,
     c_ptr,
     out_ptr,
-    alpha_bits: tl.int64,  # a Python float would be rounded to float32 on its way here
-    beta_bits: tl.int64,
+    alpha_low,
+    alpha_high,
+    beta_low,
+    beta_high,
     batches,
     n,
     k,
@@ -159,8 +168,8 @@ def symmetric_matmul_tma_kernel(
     over tiles and over k, so that the next tile is loaded while the last one is stored.
     """
     tl.assume(k > 0)  # without it Triton 3.6 waits for each product before it begins the next
-    alpha = tl.full((), alpha_bits, tl.int64).to(tl.float64, bitcast=True).to(tl.float32)
-    beta = tl.full((), beta_bits, tl.int64).to(tl.float64, bitcast=True).to(tl.float32)
+    alpha = float_of_words(alpha_low, alpha_high).to(tl.float32)
+    beta = float_of_words(beta_low, beta_high).to(tl.float32)
     b = b_ptr, b_batch, b_row, b_col
     a_tiles = make_descriptor(
         (a_ptr, a_batch, a_row, a_col), batches, n, k, BLOCK, BLOCK_K, A_LAYOUT
@@ -175,7 +184,7 @@ def symmetric_matmul_tma_kernel(
             (c_ptr, c_batch, c_row, c_col), batches, n, n, BLOCK, BLOCK, C_LAYOUT
         )
     out_tiles = tl.make_tensor_descriptor(
-        out_ptr, [batches, n, n], [n.to(tl.int64) * n, n, 1], [1, BLOCK, BLOCK]
+        out_ptr, [batches, n, n], [tl.cast(n, tl.int64) * n, n, 1], [1, BLOCK, BLOCK]
     )
     pairs = tl.cdiv(n, WIDE)
     full, units = count_units(pairs, BLOCK, WIDE, FLATTEN)

@@ -23,6 +23,7 @@ from .row_sums import (
     divide_rows,
     launch_sums,
 )
+from .tiles import hint
 
 # Compilers look for an operator's kernels in its module.
 __all__ = ["add_partial_sums_kernel", "maximum", "maximum_backward"]
@@ -537,7 +538,7 @@ def _plan(
     padded = [steps[:-1] + [0] * missing + steps[-1:] for steps in strides]
     rows = size0 * size1 * size2
     most = STRIDED_ROW_BYTES // out.element_size()
-    block_cols = next(c for c in (16, 64, 256, 512, most) if c >= size3 or c == most)
+    block_cols = next(c for c in (16, 64, 256, 512, most) if c >= hint(size3) or c == most)
     block = min(STRIDED_BYTES // out.element_size(), STRIDED_ELEMENTS[len(operands) - 1])
     block_rows = block // block_cols if len(sizes) > 1 else 1
     col_blocks = triton.cdiv(size3, block_cols)

@@ -129,16 +129,17 @@ def launch_sums(
         plan.launch(wrap, *tensors, out)
         return True
     dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
-    partial = out.new_empty((triton.cdiv(terms, each), sums), dtype=dtype)
+    parts = triton.cdiv(terms, each)
+    # Of a tensor (parts, sums) PyTorch would guard whether there is one part.
+    partial = out.new_empty(parts * sums, dtype=dtype)
     plan.launch(wrap, *tensors, partial)
-    add = cached_plan(_plan, wrap, (partial,), out=out)
+    add = cached_plan(_plan, wrap, (partial,), parts, sums, out=out)
     assert add is not None
     add.launch(wrap, partial, out)
     return False
 
 
-def _plan(partial: Tensor) -> Plan:
-    m, n = partial.shape
+def _plan(partial: Tensor, m: int, n: int) -> Plan:
     least = LEAST_PROGRAMS * device(partial).multiprocessors
     block_m, block_n = narrow_tile(hint(m), hint(n), partial.element_size(), least)
     steps = stages(hint(n), hint(m), block_m)

@@ -88,8 +88,8 @@ def test_a_kept_plan_passes_what_triton_passed(log, tiles):
     assert len(log.compiled) == 1
     for (x, c, alpha), (grid, arguments) in zip(calls, log.launched, strict=True):
         assert list(map(id, arguments[:4])) == list(map(id, (x, x, c, c)))
-        assert struct.pack("<2q", *arguments[4:6]) == struct.pack("<2d", alpha, -2.0)
-        assert (grid, arguments[6:]) == (log.launched[0][0], log.launched[0][1][6:])
+        assert struct.pack("<4i", *arguments[4:8]) == struct.pack("<2d", alpha, -2.0)
+        assert (grid, arguments[8:]) == (log.launched[0][0], log.launched[0][1][8:])
 
 
 def test_another_layout_or_address_off_16_bytes_has_a_plan_of_its_own(log):
@@ -115,7 +115,7 @@ def test_operands_of_one_layout(log):
     for a, b in ((x, x), (x, meta(N, K)), [meta(N, K).expand(3, N, K)[:1]] * 2):
         matmul_t.symmetric_matmul(a, b, "ieee", None, tiles=TMA)
     assert [plan.constants["SAME"] for plan in log.compiled] == [True, False, True]
-    a_batch = 9  # after four tensors, two factors, batches, n and k
+    a_batch = 11  # after four tensors, two factors in two words each, batches, n and k
     assert [arguments[a_batch] for _, arguments in log.launched] == [N * K] * 3
     assert dict(copy_context()) == context, "the allocator that the user has set"
 
@@ -205,17 +205,25 @@ def test_launchers_refuse_what_their_kernels_cannot_take(log):
 # Graphs of the CUDA path: the kernels in them, what those write, and metadata of results
 
 
+SIZES = {"b": 3, "m": 80, "n": 48, "k": 33, "l": 8192}
+
+
 def trace(
-    op, shapes: tuple[str, ...], dtype: torch.dtype = torch.float32
+    op,
+    shapes: tuple[str, ...],
+    dtype: torch.dtype = torch.float32,
+    hints: dict[str, int] = SIZES,
+    sizes: dict[str, Any] | None = None,
 ) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
     """The graph of ``op`` on fake tensors with symbolic sizes, and what its fake returns.
 
     A tensor on "cuda" has a dimension for each letter of its shape; one without letters is on the
-    CPU.
+    CPU. ``sizes`` is filled with the symbolic sizes.
     """
     env = ShapeEnv()
-    sizes: dict[str, int | torch.SymInt] = {"z": 0}
-    for letter, hint in {"b": 3, "m": 80, "n": 48, "k": 33, "l": 8192}.items():
+    sizes = {} if sizes is None else sizes
+    sizes["z"] = 0
+    for letter, hint in hints.items():
         source = ConstantSource(letter)
         symbol = env.create_symbol(hint, source=source, dynamic_dim=DimDynamic.DYNAMIC)
         sizes[letter] = env.create_symintnode(symbol, hint=hint, source=source)
@@ -232,6 +240,45 @@ def trace(
             for shape in shapes
         ]
         return aot_export_joint_simple(results, args, trace_joint=False), results(*args)
+
+
+def broken_guards(sizes: dict[str, Any], others: dict[str, int]) -> list[str]:
+    """The guards of a trace with ``sizes`` that do not hold for others: PyTorch compiles again."""
+    symbols = {sizes[letter].node.expr: size for letter, size in others.items()}
+    guards = sizes["m"].node.shape_env.guards
+    return [str(guard.expr) for guard in guards if not bool(guard.expr.subs(symbols))]
+
+
+@pytest.mark.parametrize(
+    "op, shapes",
+    [
+        (ops.maximum, ("mk", "k")),
+        (ops.maximum_backward, ("bmk", "bmk", "k")),
+        (ops.maximum_backward, ("mk", "mk", "m1")),
+        (ops.matmul_t, ("bmk",)),
+        (ops.matmul_t_backward, ("bmm", "bmk")),
+        (ops.linear_sigmoid, ("bmk", "nk", "n")),
+        (ops.linear_sigmoid_backward, ("bmn", "bmn")),
+        (ops.exact_matmul, ("bmk", "bnk")),
+    ],
+)
+def test_a_graph_serves_all_sizes_whose_rows_are_aligned_alike(op, shapes, monkeypatch):
+    monkeypatch.setattr(autotune, "library_is_faster", lambda *args, **options: False)
+    # Products of float32 copy their operands, whose alignment depends on the number of rows.
+    dtype = torch.float32 if op is ops.exact_matmul else torch.float64
+    some = {"b": 2, "m": 5, "n": 7, "k": 3}
+    for others in (
+        {"b": 3, "m": 2, "n": 129, "k": 9},
+        {"b": 40, "m": 6000, "n": 4095, "k": 513},
+    ):
+        for hints, later in ((some, others), (others, some)):
+            sizes: dict[str, Any] = {"1": 1}
+            trace(op, shapes, dtype, hints, sizes)
+            assert broken_guards(sizes, later) == []
+    if "k" in shapes[0] and op not in (ops.maximum, ops.maximum_backward, ops.matmul_t_backward):
+        # Aligned rows have kernels of their own.
+        trace(op, shapes, dtype, some, sizes)
+        assert broken_guards(sizes, some | {"k": 512})
 
 
 def launches(graph: fx.GraphModule) -> tuple[list[str], list[Any]]:

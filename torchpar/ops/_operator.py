@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,14 +36,31 @@ def operator(
     """
     name, bracket, rest = schema.partition("(")
     mutated = {one.name for one in torch._C.parse_schema(schema).arguments if one.alias_info}
+
+    def is_opaque(*args: Any, **kwargs: Any) -> bool:
+        return opaque(*args, **kwargs) or (INDUCTOR_NEEDS_INT32 and any(map(_is_huge, args)))
+
     return triton_op(
         f"{NAMESPACE}::{name}",
         mutates_args=mutated,
         schema=bracket + rest,
         kernels=partial(_kernels, kernels),
-        opaque=opaque,
+        opaque=is_opaque,
         trusted=True,
     )
+
+
+# Inductor of torch 2.11 fails for an integer above int32 among the arguments of a kernel; that of
+# 2.14 does not.
+INDUCTOR_NEEDS_INT32 = torch.__version__ < "2.14"
+
+
+def _is_huge(arg: Any) -> bool:
+    """Whether ``arg`` has so many elements that their number, or a stride, may exceed int32."""
+    if not isinstance(arg, Tensor):
+        return False
+    count = arg.numel()  # a symbol is no constant of a kernel
+    return isinstance(count, int) and count >= 2**31
 
 
 def runs_kernels(t: Tensor) -> bool:
