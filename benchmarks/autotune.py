@@ -83,7 +83,8 @@ BORDERS = {
 MAX_AUTOTUNE, MODE = "torch.compile, max-autotune", "max-autotune-no-cudagraphs"
 OURS = "torchpar", "autotuned"
 ROW_BYTES = 128  # of a tile along k: the widest that TMA swizzles
-ONE, ZERO = tl.constexpr(0x3FF0000000000000), tl.constexpr(0)  # the bits of float64 factors
+# Words of factors, see `torchpar.kernels.gemm.float_of_words`: 1.0 has these bits in its high one.
+ONE_HIGH, ZERO = tl.constexpr(0x3FF00000), tl.constexpr(0)
 
 COLUMNS = {  # of a tile along k, by the dtype
     "BLOCK_K": lambda given: ROW_BYTES // given["x_ptr"].element_size(),
@@ -187,12 +188,12 @@ def matmul_t_kernel(
     numel = n.to(tl.int64) * k
     if TMA:
         symmetric_matmul_tma_kernel(
-            x_ptr, x_ptr, x_ptr, out_ptr, ONE, ZERO, 1, n, k, numel, k, 1, numel, k, 1, numel, k, 1,
+            x_ptr, x_ptr, x_ptr, out_ptr, ZERO, ONE_HIGH, ZERO, ZERO, 1, n, k, numel, k, 1, numel, k, 1, numel, k, 1,
             BLOCK_M, BLOCK_N, BLOCK_K, True, "N", "N", "", FLATTEN, PRECISION,
         )
     else:
         symmetric_matmul_kernel(
-            x_ptr, x_ptr, x_ptr, out_ptr, ONE, ZERO, n, k,
+            x_ptr, x_ptr, x_ptr, out_ptr, ZERO, ONE_HIGH, ZERO, ZERO, n, k,
             numel, x_row, x_col, numel, x_row, x_col, numel, x_row, x_col,
             False, BLOCK_M, BLOCK_K, EVEN_K, PRECISION,
         )

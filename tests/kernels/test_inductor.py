@@ -29,7 +29,7 @@ import triton
 from ptx.launch import idle_gpu
 from triton.compiler import ASTSource
 
-from torchpar.kernels import autotune
+from torchpar.kernels import tiles
 from torchpar.ops._operator import INDUCTOR_NEEDS_INT32
 
 ops = torch.ops.torchpar
@@ -67,7 +67,7 @@ class Launch(NamedTuple):
 
 @pytest.fixture(autouse=True)
 def _gpu(tmp_path, monkeypatch) -> Iterator[None]:
-    monkeypatch.setattr(autotune, "library_is_faster", lambda *args, **options: False)
+    monkeypatch.setattr(tiles, "library_is_faster", lambda *args, **options: False)
     with idle_gpu(tmp_path, lambda *args: None):
         yield
 

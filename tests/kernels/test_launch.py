@@ -263,7 +263,7 @@ def broken_guards(sizes: dict[str, Any], others: dict[str, int]) -> list[str]:
     ],
 )
 def test_a_graph_serves_all_sizes_whose_rows_are_aligned_alike(op, shapes, monkeypatch):
-    monkeypatch.setattr(autotune, "library_is_faster", lambda *args, **options: False)
+    monkeypatch.setattr(tiles, "library_is_faster", lambda *args, **options: False)
     # Products of float32 copy their operands, whose alignment depends on the number of rows.
     dtype = torch.float32 if op is ops.exact_matmul else torch.float64
     some = {"b": 2, "m": 5, "n": 7, "k": 3}

@@ -17,6 +17,7 @@ from samples import (
     assert_fakes_agree,
     assert_fresh,
     assert_symmetric,
+    bits,
     halves,
     lower_twice,
     metadata,
@@ -177,6 +178,28 @@ def test_vmap_of_maximum_promotes_as_each_sample_would(device: str) -> None:
         for args in ((a, b), (b, a)):
             samples = torch.stack([torch.maximum(*sample) for sample in zip(*args, strict=True)])
             assert_close(vmap(torchpar.maximum)(*args), samples, rtol=0, atol=0)
+
+
+def one_chain(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x·xᵀ, each product added by itself, and each sum rounded to ``dtype``."""
+    chain = x.new_zeros(x.shape[0], x.shape[0], dtype=torch.float64)
+    for column in x.double().mT:  # the product of two float32 is exact in float64
+        chain = (chain + column[:, None] * column[None, :]).to(dtype).double()
+    return chain.float()
+
+
+@pytest.mark.parametrize("k", [40, 1000])
+def test_the_bound_of_one_chain_rejects_larger_errors(k: int) -> None:
+    """PyTorch's own error counts as 0 here, so that the bound of a chain decides."""
+    (x,) = args = (normal(129, k, dtype=torch.float32),)
+    expected = oracle("matmul_t", args)
+    check = partial(assert_accurate, native=torch.from_numpy(expected), expected=expected, terms=k)
+    check(one_chain(x, torch.float32))
+    tf32 = (bits(x) + 2**12).bitwise_and(-(2**13)).view(torch.float32)
+    without_a_term, of_tf32 = (one_chain(t, torch.float32) for t in (x[:, 1:], tf32))
+    for wrong in (without_a_term, of_tf32, one_chain(x, torch.bfloat16)):
+        with pytest.raises(AssertionError):
+            check(wrong)
 
 
 def test_each_judge_rejects_a_wrong_result() -> None:
