@@ -188,7 +188,8 @@ def matmul_t_kernel(
     numel = n.to(tl.int64) * k
     if TMA:
         symmetric_matmul_tma_kernel(
-            x_ptr, x_ptr, x_ptr, out_ptr, ZERO, ONE_HIGH, ZERO, ZERO, 1, n, k, numel, k, 1, numel, k, 1, numel, k, 1,
+            x_ptr, x_ptr, x_ptr, out_ptr, ZERO, ONE_HIGH, ZERO, ZERO,
+            1, n, k, numel, k, 1, numel, k, 1, numel, k, 1,
             BLOCK_M, BLOCK_N, BLOCK_K, True, "N", "N", "", FLATTEN, PRECISION,
         )
     else:

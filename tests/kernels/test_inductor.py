@@ -178,8 +178,8 @@ ADD = "add_partial_sums out"
 SUMS = "sigmoid_backward dz sum"
 # Operator, shapes, dtype, and the kernels with the tensors that they write.
 LAUNCHES: list[tuple[Any, list[tuple[int, ...]], torch.dtype, list[str]]] = [
-    (matmul_t, [(2048, 64)], F16, [TMA]),
-    (product_and_sum, [(2048, 64), (2048, 64), (2048, 2048)], F16, [TMA]),
+    (matmul_t, [(4096, 2048)], F16, [TMA]),
+    (product_and_sum, [(4096, 2048), (4096, 2048), (4096, 4096)], F16, [TMA]),
     (difference, [(17, 33), (17, 33), (17, 17)], F32, [POINTERS]),
     (layer, [(4096, 1024), (4096, 1024), (4096,)], F16, ["linear_sigmoid_tma out"]),
     (layer, [(64, 8192), (64, 8192), (64,)], F64, ["linear_sigmoid out", "reduce_split_k out"]),
