@@ -14,7 +14,7 @@ import resource
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from importlib.util import find_spec
@@ -40,6 +40,7 @@ from benchmarks.results import CORES, Result, Table, print_cells
 from benchmarks.timing import CPU, Rejected, Times, Turn, flush, take_turns, time_calls
 from torchpar.baselines import numpy_mlp, pure_python
 from torchpar.baselines.numpy_mlp import Array
+from torchpar.errors import ConfigError
 from torchpar.processes import end_with_parent
 
 THREADS = (1, 2, 4, 8)
@@ -200,6 +201,16 @@ def rungs(case: LadderCase, helpers: Helpers, quick: bool) -> Iterator[Rung]:
     yield from on_gpu(case, helpers)
 
 
+def gpu_rungs(case: LadderCase) -> Iterator[Rung]:
+    """A GPU's rungs, and after them those that they are compared with."""
+    yield from on_gpu(case, None)
+    threads = torch.get_num_threads()
+    native = NATIVE["exact_matmul" if case.operator == "matmul" else case.operator]
+    turn = timed_turn(case, partial(native, *map(torch.from_numpy, case.arguments)))
+    yield Rung(name="torch eager", turn=turn, note=threads_note(threads), threads=threads)
+    yield by_pure_python(case)
+
+
 def by_pure_python(case: LadderCase) -> Rung:
     lists = [t.tolist() for t in case.arguments]
     function = getattr(pure_python, case.operator)
@@ -288,8 +299,11 @@ def by_ranks(case: LadderCase, ranks: Group) -> Iterator[Rung]:
     yield Rung(name="2 ranks, joined", turn=joined, threads=2, than="1 rank")
 
 
-def on_gpu(case: LadderCase, helpers: Helpers) -> Iterator[Rung]:
-    """PyTorch's and our operator with and without copies, and the first kernels of a course."""
+def on_gpu(case: LadderCase, helpers: Helpers | None) -> Iterator[Rung]:
+    """PyTorch's and our operator with and without copies, and the first kernels of a course.
+
+    With a GPU no helpers are needed.
+    """
     operator = case.operator
     functions = {"torch eager GPU": NATIVE["exact_matmul" if operator == "matmul" else operator]}
     if operator in OURS:
@@ -298,6 +312,7 @@ def on_gpu(case: LadderCase, helpers: Helpers) -> Iterator[Rung]:
     if not torch.cuda.is_available():
         for name in (*functions, f"{best}, with copies"):
             yield Rung(name=name, threads=None, left_out="no GPU")
+        assert helpers is not None
         for name, launcher in TAUGHT[operator].items():
             yield without_gpu(helpers.interpreter, operator, name, launcher)
         return
@@ -600,7 +615,7 @@ def show(measured: Mapping[str, Sequence[Result]]) -> None:
     """Print the tables, and the README's table."""
     for workload, results in measured.items():
         print_cells(workload, list(ladder_page.lines(results, "contestant")))
-        print(*ladder_page.notes(results), sep="\n", end="\n\n")
+        print(*ladder_page.notes(results), *ladder_page.over_loops(results), sep="\n", end="\n\n")
     print(ladder_page.load_note(next(iter(measured.values()))))
     if table := readme_table(measured):
         print(f"\n{table}", end="")
@@ -628,7 +643,7 @@ def write(
     for operator, case in cases.items():
         if any(one.p50_ms for one in measured[case.label]):
             ladder_page.draw(
-                folder / f"ladder-{operator}.png", measured[case.label], measured[LIMITS]
+                folder / f"ladder-{operator}.png", measured[case.label], measured.get(LIMITS, [])
             )
 
 
@@ -649,8 +664,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="CASE",
         help=f"only these of {', '.join(LABELS)}",
     )
+    add(
+        "--gpu",
+        action="store_true",
+        help="only a GPU's rows, and those that they are compared with: less than a minute",
+    )
     load = os.getloadavg()[0]
     options = command.parse(arguments)
+    if options.gpu and not torch.cuda.is_available():
+        raise ConfigError("--gpu is given, but PyTorch finds no CUDA GPU; leave it out")
     shapes, rounds = (QUICK_SHAPES, 2) if options.quick else (SHAPES, ROUNDS)
     names = options.cases or list(LABELS)
     functions: Mapping[str, Callable[..., object]] = {}
@@ -668,11 +690,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     entries = students_entries(options.path, functions, cases)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     table = Table(command.csv(options), CPU, cores=CORES, gpu=gpu, load_before=round(load, 2))
-    with start_helpers(max(thread_counts(options.quick))) as helpers:
+    with (
+        nullcontext()
+        if options.gpu
+        else start_helpers(max(thread_counts(options.quick))) as helpers
+    ):
         for operator, case in cases.items():
-            compared = [*rungs(case, helpers, options.quick), *entries[operator]]
-            table.add(measure(case, compared, rounds))
-    table.add(limits(options.quick))
+            own = gpu_rungs(case) if helpers is None else rungs(case, helpers, options.quick)
+            table.add(measure(case, [*own, *entries[operator]], rounds))
+    if not options.gpu:
+        table.add(limits(options.quick))
     measured: dict[str, list[Result]] = {}
     for result in table.results:
         columns = {**result.columns, **table.common}

@@ -124,6 +124,19 @@ def notes(results: Sequence[Result]) -> Iterator[str]:
         yield f"Left out ({reason}): {'; '.join(names)}."
 
 
+ASKED = 40  # times the speed of loops in pure Python, which the exercise asks of a GPU
+
+
+def over_loops(results: Sequence[Result]) -> Iterator[str]:
+    """Say by how much a GPU beats the loops of pure Python, and whether that is `ASKED`."""
+    for one in results:
+        times = one.columns.get("over_pure_python")
+        if "torchpar GPU" not in one.contestant or not one.ok or not times:
+            continue
+        judged = "at least" if times >= ASKED else "less than"
+        yield f"{one.contestant}: {number(times)} times as fast as pure Python, {judged} {ASKED}."
+
+
 def load_note(results: Sequence[Result]) -> str:
     """Say how busy the machine was before the measurement."""
     load = float(results[0].columns["load_before"])

@@ -236,6 +236,52 @@ def check_gpu_rows() -> None:
     assert counts == {"maximum": 4, "matmul_t": 4, "matmul": 4, "linear_sigmoid": 3}
 
 
+def check_gpu_command() -> None:
+    """With the CPU in the place of a GPU: only its rows, and those that they are compared with."""
+    with (
+        patch.object(torch.cuda, "is_available", lambda: True),
+        patch.object(torch.cuda, "get_device_name", lambda: "NVIDIA Test"),
+        patch.object(torch.Tensor, "cuda", torch.Tensor.clone),
+        patch.object(ladder, "start_helpers", None),
+        patch.object(ladder, "show", lambda measured: found.update(measured)),
+    ):
+        found: dict[str, Any] = {}
+        assert ladder.main(["--gpu", "--quick", "--cases", "maximum"]) == 0
+    (results,) = found.values()
+    names = [one.contestant for one in results]
+    assert names[0] == "torch eager GPU"
+    assert names[-2:] == ["torch eager", "pure Python"]
+    ours = results[names.index("torchpar GPU")]
+    times = results[-1].p50_ms / ours.p50_ms
+    assert ours.columns["over_pure_python"] == times
+    assert any(line.startswith("torchpar GPU: ") for line in ladder_page.over_loops(results))
+
+
+def test_the_command_for_a_gpu_needs_no_other_rows(interpreter):
+    interpreter(check_gpu_command)
+
+
+def test_the_command_for_a_gpu_needs_one():
+    with (
+        patch.object(torch.cuda, "is_available", lambda: False),
+        pytest.raises(ConfigError, match="finds no CUDA GPU"),
+    ):
+        ladder.main(["--gpu"])
+
+
+def test_a_gpu_is_at_least_40_times_as_fast_as_loops_or_not():
+    def row(contestant: str, times: float | None, ok: bool = True) -> Result:
+        columns = {"over_pure_python": times}
+        return Result(case={"workload": "maximum"}, contestant=contestant, ok=ok, columns=columns)
+
+    rows = [row("torchpar GPU", 9511), row("torchpar GPU, with copies", 28.5), row("njit", 63.0)]
+    rows += [row("torchpar GPU", None), row("torchpar GPU", 99.0, ok=False)]
+    assert list(ladder_page.over_loops(rows)) == [
+        "torchpar GPU: 9,511 times as fast as pure Python, at least 40.",
+        "torchpar GPU, with copies: 28.5 times as fast as pure Python, less than 40.",
+    ]
+
+
 def test_the_rows_of_a_gpu_are_ready(interpreter):
     interpreter(check_gpu_rows)
 
