@@ -11,8 +11,8 @@ from ptx.launch import idle_gpu
 
 from benchmarks.compile_kernels import SIZE, Job, compile_job, jobs
 from torchpar.kernels import launch
-from torchpar.kernels.symmetric_matmul import symmetric_matmul
-from torchpar.kernels.tiles import Tiles
+from torchpar.kernels.matmul_t import symmetric_matmul
+from torchpar.kernels.rule import Tiles
 
 
 def test_all_configurations_are_compiled():

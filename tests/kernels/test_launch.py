@@ -252,14 +252,19 @@ def broken_guards(sizes: dict[str, Any], others: dict[str, int]) -> list[str]:
 @pytest.mark.parametrize(
     "op, shapes",
     [
-        (ops.maximum, ("mk", "k")),
         (ops.maximum_backward, ("bmk", "bmk", "k")),
-        (ops.maximum_backward, ("mk", "mk", "m1")),
         (ops.matmul_t, ("bmk",)),
-        (ops.matmul_t_backward, ("bmm", "bmk")),
         (ops.linear_sigmoid, ("bmk", "nk", "n")),
-        (ops.linear_sigmoid_backward, ("bmn", "bmn")),
-        (ops.exact_matmul, ("bmk", "bnk")),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                (ops.maximum, ("mk", "k")),
+                (ops.maximum_backward, ("mk", "mk", "m1")),
+                (ops.matmul_t_backward, ("bmm", "bmk")),
+                (ops.linear_sigmoid_backward, ("bmn", "bmn")),
+                (ops.exact_matmul, ("bmk", "bnk")),
+            )
+        ),
     ],
 )
 def test_a_graph_serves_all_sizes_whose_rows_are_aligned_alike(op, shapes, monkeypatch):
