@@ -8,6 +8,7 @@ within 16 bytes.
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextvars import copy_context
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -70,21 +71,15 @@ class Plan:
         The first real launch compiles the kernel. Later launches skip Triton's inspection of the
         arguments, and changes of its knobs, until `forget_plans`. They call all hooks of Triton.
         """
+        launch: Callable[..., None] = self._launch
+        if wrap is not None or not self._is_compiled or self._hooks:
+            launch = partial(self._compile, wrap)
         if self.descriptors:
             # Triton's allocator is a context variable: set in a copy of the context, it does not
             # replace the user's allocator.
-            copy_context().run(self._launch_with_scratch, wrap, varying)
-        elif wrap is None and self._is_compiled and not self._hooks:
-            self._launch(*varying)
+            copy_context().run(_launch_with_scratch, launch, varying)
         else:
-            self._compile(wrap, *varying)
-
-    def _launch_with_scratch(self, wrap: Wrap, varying: tuple[Tensor | int, ...]) -> None:
-        triton.set_allocator(_scratch)
-        if wrap is None and self._is_compiled and not self._hooks:
-            self._launch(*varying)
-        else:
-            self._compile(wrap, *varying)
+            launch(*varying)
 
     def _launch(self, *varying: Tensor | int) -> None:
         """Launch as Triton does, which would also look for the stream's device and for hooks."""
@@ -197,6 +192,11 @@ def forget_plans() -> None:
     """Discard the plans, so that the next launches choose and specialise anew."""
     _plans.clear()
     _remembered.clear()
+
+
+def _launch_with_scratch(launch: Callable[..., None], varying: tuple[Tensor | int, ...]) -> None:
+    triton.set_allocator(_scratch)
+    launch(*varying)
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:

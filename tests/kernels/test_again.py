@@ -151,6 +151,12 @@ def test_emulations_of_other_gpus_have_launches_of_their_own() -> None:
     launch.forget_plans()
 
 
+def test_truth_values_are_bytes_each_time(gpu: list[int]) -> None:
+    for _ in range(3):
+        assert torch.equal(torchpar.maximum(X > 0, X < -0.5), (X > 0) | (X < -0.5))
+    assert not any(gpu), "they are converted"
+
+
 def test_gradients_of_the_same_layouts_again(gpu: list[int]) -> None:
     g = torch.linspace(-2, 2, 40 * 24).view(40, 24)
     for a, b in ((X, X.flip(0)), (X, ROW), (X, ROW.expand(40, 24)), (X, X.flip(0)), (X[:1], ROW)):

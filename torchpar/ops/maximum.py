@@ -96,7 +96,8 @@ def _op(a: Tensor, b: Tensor, *, wrap: Wrap) -> Tensor:
     out = _empty_elementwise((a, b), torch.result_type(a, b), device)
     first, second = a.to(device), b.to(device)
     kernel.maximum(first.expand_as(out), second.expand_as(out), out, wrap)
-    if wrap is None and first is a and second is b and a.device == device and out.numel():
+    is_whole = first is a and second is b and a.device == device
+    if wrap is None and is_whole and out.numel() and out.dtype != torch.bool:
         kernel.remember_maximum(a, b, out)
     return out
 
