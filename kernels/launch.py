@@ -121,11 +121,10 @@ def cached_plan(
     """
     if wrap is not None:  # sizes may be symbols
         return make(*tensors, *options)
-    layouts = [
-        t if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() & 15)
-        for t in (tensors if out is None else (*tensors, out))
-    ]
-    key = (make, device_index(tensors[0]), *options, *layouts)
+    given = tensors if out is None else (*tensors, out)
+    # Of tensors on a CPU, the number tells which emulated GPU they stand for.
+    device = device_index(tensors[0])
+    key = (make, device, *options, *[t if t is None else layout(t) for t in given])
     try:
         return _plans[key]
     except KeyError:
@@ -178,13 +177,11 @@ def remember(key: Hashable, plan: Plan, first: Tensor, *results: Tensor) -> None
 
 def _maker(first: Tensor, result: Tensor) -> Callable[[Tensor], Tensor]:
     """A function that makes an uninitialised tensor like ``result`` from one like ``first``."""
-    layout = [(t.shape, t.stride(), t.dtype, t.device) for t in (first, result)]
-    if layout[0] == layout[1] and first.is_contiguous():
-        return torch.empty_like
-    if result.is_contiguous() and layout[0][2:] == layout[1][2:]:
-        sizes = tuple(result.shape)  # numbers are converted in half the time of a shape
-        return lambda t: t.new_empty(*sizes)
-    size, stride, dtype, device = layout[1]
+    size, stride, dtype, device = result.shape, result.stride(), result.dtype, result.device
+    if result.is_contiguous() and (dtype, device) == (first.dtype, first.device):
+        if (size, stride) == (first.shape, first.stride()):
+            return torch.empty_like
+        return lambda t: t.new_empty(*size)  # numbers are converted in half the time of a shape
     return lambda t: torch.empty_strided(size, stride, dtype=dtype, device=device)
 
 

@@ -199,7 +199,8 @@ def symmetric_matmul(
     second = first if second is None else second
     third = first if third is None else third
     plan.launch(wrap, first, second, third, out, *_bits(alpha, beta))
-    if wrap is None and is_new and first is a and second is b and (c is None or third is c):
+    takes_c = c is None or (beta != 0 and third is c)
+    if wrap is None and is_new and first is a and second is b and takes_c:
         remember(_key(a, b, c, precision), plan, a, out)
     return out
 

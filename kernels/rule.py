@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The rule: predicted times of the configurations, and of PyTorch's library. The least computes.
+"""Predict the time of each configuration and of PyTorch's library. The one with the least time
+computes the product.
 
 The times are in µs, of one H200 (sm_90, 132 multiprocessors), with operands that are not in its L2
 cache. For a kernel,

@@ -540,10 +540,10 @@ def test_operators_shows_what_a_call_takes_beside_the_time_before():
     with (folder / "host.csv").open() as file:
         rows = {(r["operator"], r["mode"], r["contestant"]): r for r in csv.DictReader(file)}
     lines = rows_of("docs/operators.md", "call | `torch.ops.torchpar`")
-    assert len(lines) == 8
+    assert len(lines) == 12
     for what, *cells in lines:
         operator = re.findall(r"`(\w+)`", what)[0]
-        mode = "forward" if "gradient" in what else "no gradient"
+        mode = "forward" if "gradient" in what else "full" if "backward" in what else "no gradient"
         by_packet, own = (rows[operator, mode, n] for n in ("torch.ops.torchpar", "torchpar"))
         found = by_packet["of_before"], own["of_before"], own["over_aten"]
         assert cells == [f"{float(ratio):.2g}" for ratio in found], what

@@ -15,6 +15,7 @@ from triton import knobs
 import torchpar
 from torchpar import ptx
 from torchpar.kernels import launch, maximum
+from torchpar.library import CustomOpDef
 
 X = torch.linspace(-1, 1, 40 * 24).view(40, 24)
 W, BIAS, ROW = X[:16].clone(), torch.linspace(0, 1, 16), torch.linspace(-1, 1, 24)
@@ -84,6 +85,38 @@ def test_a_call_is_launched_at_once_for_the_same_layouts_alone(name: str, gpu: l
             assert torch.allclose(result, expected, rtol=2**-9, atol=2**-9)
             assert result.stride() == expected.stride()
             assert torch.equal(result, results[0])
+
+
+@pytest.mark.parametrize("name", ["maximum", "maximum of a row", "matmul_t", "linear_sigmoid"])
+def test_values_of_calls_that_autograd_makes_directly(
+    name: str, gpu: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An emulator has a dispatch mode, which would intercept them; kernels need none."""
+    monkeypatch.setattr("torchpar.library.definition.num_dispatch_modes", lambda: 0)
+    direct = []
+    call = CustomOpDef._call_directly
+    monkeypatch.setattr(
+        CustomOpDef, "_call_directly", lambda *args: direct.append(1) or call(*args)
+    )
+    op, operands, native = CALLS[name]
+    for _ in range(2):
+        assert torch.allclose(op(*operands), native(*operands), rtol=2**-9, atol=2**-9)
+        leaves = [t.detach().requires_grad_() for t in operands]
+        results = op(*leaves), native(*leaves)
+        g = torch.linspace(-1, 1, results[0].numel()).view_as(results[0])
+        found, expected = (torch.autograd.grad(y, leaves, g) for y in results)
+        for one, other in zip(found, expected, strict=True):
+            assert torch.allclose(one, other, rtol=2**-7, atol=2**-7)
+    assert len(direct) == 6, "forward without and with a gradient, and backward, twice"
+
+
+def test_a_matrix_c_is_added_after_a_call_that_left_it_out(gpu: list[int]) -> None:
+    square = X[:24]
+    torchpar.symmetric_matmul(square, square, square, beta=0.0)
+    for _ in range(2):
+        found = torchpar.symmetric_matmul(square, square, C[:24, :24].contiguous(), beta=1.0)
+        expected = square @ square.mT + C[:24, :24]
+        assert torch.allclose(found, expected, rtol=2**-9, atol=2**-9)
 
 
 def test_other_values_and_other_factors_are_not_remembered(gpu: list[int]) -> None:

@@ -83,6 +83,34 @@ def of_a_negative(op: CustomOpDef) -> object:
     return torch.equal(packet(op)(negative), -2 * X) and seen == [False]
 
 
+def of_a_functional_tensor(op: CustomOpDef) -> object:
+    x = torch._to_functional_tensor(X.clone())
+    seen: list[bool] = []
+    op.register_kernel(None, lambda x: seen.append(torch._is_functional_tensor(x)) or 2 * x)
+    op._trusted = op._kernels[None]
+    torch._enable_functionalization(reapply_views=False)
+    try:
+        packet(op)(x)
+    finally:
+        torch._disable_functionalization()
+    return seen == [False]
+
+
+def of_a_sparse_tensor(op: CustomOpDef) -> object:
+    ran: list[int] = []
+    op._trusted = lambda x: ran.append(1) or 2 * x
+    packet(op)(X.to_sparse())
+    return ran == []
+
+
+def with_a_users_kernel_for_another_key(op: CustomOpDef) -> object:
+    library = torch.library.Library("trusted_tests", "IMPL")
+    library.impl(op._name, lambda x: torch.full((4,), 7.0), "BackendSelect")
+    found = packet(op)(X)
+    library._destroy()
+    return bool((found == 7).all())
+
+
 def of_a_zero(op: CustomOpDef) -> object:
     return not packet(op)(torch._efficientzerotensor(4)).any()
 
@@ -128,7 +156,8 @@ def in_a_batch(op: CustomOpDef) -> object:
 
 
 INTERCEPTED = (
-    seen_by_a_mode, seen_by_a_subclass, faked, on_meta, of_a_negative, of_a_zero, profiled,
+    seen_by_a_mode, seen_by_a_subclass, faked, on_meta, of_a_negative, of_a_functional_tensor,
+    of_a_sparse_tensor, of_a_zero, profiled, with_a_users_kernel_for_another_key,
     with_a_users_kernel, with_another_kernel, with_another_kernel_for_all_devices,
     with_a_kernel_that_returns_its_argument, in_forward_mode, in_a_batch,
 )  # fmt: skip
@@ -145,7 +174,7 @@ def test_what_intercepts_a_call_still_does(how: Callable[[CustomOpDef], object])
 def test_without_the_question_calls_are_not_intercepted(
     how: Callable[[CustomOpDef], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(CustomOpDef, "_is_next", lambda self, args: True)
+    monkeypatch.setattr(CustomOpDef, "_is_direct", lambda self, args: True)
     assert not how(make())
 
 
@@ -173,10 +202,16 @@ def test_results_are_no_views_and_are_what_the_schema_says() -> None:
     def both(x: Tensor) -> tuple[Tensor, Tensor]:
         return (2 * x,)  # type: ignore[return-value]
 
+    def nothing(x: Tensor) -> Tensor:
+        return None  # type: ignore[return-value]
+
     for x in (X, X.clone().requires_grad_()):
         assert not packet(make(view))(x)._is_view()
     with pytest.raises(RuntimeError, match="as its schema says"):
         packet(make(both))(X)
+    for x in (X, X.clone().requires_grad_()):
+        with pytest.raises(RuntimeError, match="returns NoneType, expected"):
+            packet(make(nothing))(x)
 
 
 def test_an_operator_that_writes_raises_versions() -> None:

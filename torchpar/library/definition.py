@@ -3,8 +3,9 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from functools import partial
+from functools import partial, reduce
 from inspect import getmodule, signature
+from operator import or_
 from types import new_class
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, overload
 
@@ -50,6 +51,18 @@ _profiler_enabled = torch._C._autograd._profiler_enabled
 # Without CUDA there is no such function, and no tensor on a GPU.
 _current_gpu = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 _SIMPLE = frozenset((type(None), bool, int, float))  # arguments that are no tensors
+_dispatch_keys = torch._C._dispatch_keys
+
+
+def _bit(key: str) -> int:
+    return int(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)).raw_repr())
+
+
+# For which others may register a kernel of an operator, between autograd and the trusted one.
+_KEYS_OF_OTHERS = "CPU", "CUDA", "ADInplaceOrView", "BackendSelect"
+_DENSE_KEYS = "CPU CUDA ADInplaceOrView AutogradCPU AutogradCUDA AutocastCPU AutocastCUDA"
+# All dispatch keys, as bits, except those of a dense tensor on a CPU or an NVIDIA GPU.
+_OTHER_KEYS = ~reduce(or_, map(_bit, _DENSE_KEYS.split()))
 
 
 @overload
@@ -174,9 +187,11 @@ def triton_op(
             the kernels that the function wraps.
         opaque: a function of the arguments; where it returns True, compilers do not look into the
             operator.
-        trusted: whether the function returns new tensors, of the schema's kinds, and takes real
-            tensors. Then results are not searched for aliases, and a call that nothing intercepts
-            is dispatched once, to autograd, which calls the function.
+        trusted: the promise that the function returns new tensors, and that it may be called
+            without the dispatcher. Then results are not searched for memory of the arguments. A
+            call with dense tensors, which nothing intercepts, is dispatched once, to autograd,
+            which calls the function. Grad mode is as the caller has it if no argument requires a
+            gradient. Kernels that C++ registers for this operator are passed over.
 
     Returns:
         A `CustomOpDef`, or a decorator that makes one.
@@ -314,8 +329,7 @@ class CustomOpDef(custom_ops.CustomOpDef):
         self._mutated = any(writes)
         self._kernels: dict[str | None, Function] = {}  # by device; None for other devices
         self._trusted: Function | None = None  # the kernel for other devices, if it is trusted
-        # Where PyTorch keeps the kernels that Python has registered for these devices.
-        self._on_cpu, self._on_cuda = (f"{namespace}/{local_name}/{key}" for key in ("CPU", "CUDA"))
+        self._other_kernels = {f"{namespace}/{local_name}/{key}" for key in _KEYS_OF_OTHERS}
         self._dispatch_rules: dict[type, Function] = {}  # by tensor subclass or mode
         # PyTorch's tools look for the fake by this name.
         self._abstract_fn: Function | None = None
@@ -640,8 +654,8 @@ class CustomOpDef(custom_ops.CustomOpDef):
         return {one.name: one.default_value for one in self._keywords} | kwargs
 
     def _autograd(self, *args: object, **kwargs: object) -> object:
-        if self._trusted is not None and self._is_next(args):
-            return self._autograd_of_next(args, kwargs)
+        if self._trusted is not None and self._is_direct(args):
+            return self._call_directly(args, kwargs)
         register_sharding_rules()
         if self._mutated:
             self._check_write(args, kwargs)
@@ -665,40 +679,35 @@ class CustomOpDef(custom_ops.CustomOpDef):
         with AutoDispatchBelowAutograd():  # as `_below`, whose call would take time
             return self._opoverload(*args, **kwargs)
 
-    def _autograd_of_next(self, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
-        """`_autograd` where the trusted kernel `_is_next`."""
+    def _call_directly(self, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+        """`_autograd` for a call that goes to the trusted kernel, by `_is_direct`."""
         if self._decompose is not None and self._decompose(*args, **kwargs):
             assert self._formula is not None
             return self._formula(*args, **kwargs)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            call = Call(self, kwargs, False, is_next=True)
+            call = Call(self, kwargs, False, is_direct=True)
             output = self._function.apply(*call.flat(args), call)
             return output if self._returns_tensor else call.result(output)
         trusted: Any = self._trusted
-        result = trusted(*args, **kwargs)
-        return result if self._returns_tensor and not result._is_view() else self._checked(result)
+        return self._checked(trusted(*args, **kwargs))
 
     def _below(self, *args: object, **kwargs: object) -> Any:
         with AutoDispatchBelowAutograd():
             return self._opoverload(*args, **kwargs)
 
-    def _is_next(self, args: tuple[Any, ...]) -> bool:
+    def _is_direct(self, args: tuple[Any, ...]) -> bool:
         """Whether the dispatcher would find nothing between autograd and the trusted kernel.
 
-        The tensors are to be on the current GPU. No mode, subclass, transform or other kernel of
-        this operator may be there, and no tensor whose values are still to be computed.
+        The tensors are to be on the current GPU, or on the CPU, and have no other dispatch keys,
+        such as those of sparse, nested, functional or negated tensors. No mode, subclass,
+        transform or other kernel of this operator may be there.
         """
-        kernel = self._on_cpu
         for t in args:
             kind = type(t)
             if kind is Tensor or kind is Parameter:
-                if t.is_cuda:
-                    kernel = self._on_cuda
-                    if t.get_device() != _current_gpu():
-                        return False
-                elif not t.is_cpu:
+                if _dispatch_keys(t).raw_repr() & _OTHER_KEYS:
                     return False
-                if t.is_neg() or t._is_zerotensor():
+                if t.is_cuda and t.get_device() != _current_gpu():
                     return False
             elif kind not in _SIMPLE:
                 return False
@@ -706,7 +715,7 @@ class CustomOpDef(custom_ops.CustomOpDef):
             num_dispatch_modes()
             or peek_interpreter_stack() is not None
             or forward_ad._current_level >= 0
-            or kernel in implementations
+            or not self._other_kernels.isdisjoint(implementations)
         )
 
     def _check_write(self, args: tuple[object, ...], kwargs: dict[str, object]) -> None:

@@ -35,9 +35,13 @@ class Call:
     materializes = False  # whether `backward` makes zeros for results without a gradient
 
     def __init__(
-        self, op: "CustomOpDef", kwargs: dict[str, object], transformed: bool, is_next: bool = False
+        self,
+        op: "CustomOpDef",
+        kwargs: dict[str, object],
+        transformed: bool,
+        is_direct: bool = False,
     ):
-        self.op, self.kwargs, self.transformed, self.is_next = op, kwargs, transformed, is_next
+        self.op, self.kwargs, self.transformed, self.is_direct = op, kwargs, transformed, is_direct
 
     def flat(self, args: tuple[object, ...]) -> tuple[object, ...]:
         """The leaves of all positional arguments."""
@@ -51,7 +55,7 @@ class Call:
 
     def compute(self, leaves: tuple[object, ...]) -> object:
         """The result of the operator: a tensor, or a tuple in which no lists are left."""
-        if self.is_next:
+        if self.is_direct:
             output: Any = self.op._checked(self.op._trusted(*leaves, **self.kwargs))  # type: ignore[misc]
         else:
             output = self.op._below(*nested(leaves, self.sizes), **self.kwargs)
@@ -206,11 +210,9 @@ class Differentiable(SingleLevelFunction):
         # The call is last, so that PyTorch's messages number the arguments as the operator does.
         leaves, call = args[:-1], args[-1]
         op = call.op
-        if call.is_next and op._returns_tensor and not op._keywords:  # as below, in less time
+        if call.is_direct and op._returns_tensor and not op._keywords:  # as below, in less time
             ctx._torchpar_call, call.count = call, len(leaves)
-            result = op._trusted(*leaves)
-            if result._is_view():
-                result = op._checked(result)
+            result = op._checked(op._trusted(*leaves))
             ctx.needs_input_grad = ctx.needs_input_grad[: call.given]
             if op._setup_context is not None:
                 op._setup_context(ctx=ctx, inputs=leaves, output=result)
