@@ -321,7 +321,7 @@ GPU_SPEED_UPS = {
         MM,
     ),
     "X·Xᵀ of 1024 rows": ("operators", of_operator("matmul_t", "1024x1024"), OURS, MM),
-    "the same 1024 rows": (
+    "X·Xᵀ of 1024 rows, exactly symmetric": (
         "operators",
         of_operator("matmul_t", "1024x1024"),
         OURS,
@@ -357,7 +357,7 @@ GPU_SPEED_UPS = {
         OURS,
         {"contestant": "torch.maximum"},
     ),
-    "its backward pass, of two times 2²⁶ numbers": (
+    "the backward pass of `maximum`, of two times 2²⁶ numbers": (
         "operators",
         of_operator("maximum", f"{2**26} {2**26}", "float32", "backward"),
         OURS,
