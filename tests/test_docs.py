@@ -357,7 +357,7 @@ GPU_SPEED_UPS = {
         OURS,
         {"contestant": "torch.maximum"},
     ),
-    "the backward pass of `maximum`, of two times 2²⁶ numbers": (
+    "the backward pass of `maximum`, two operands of 2²⁶ numbers": (
         "operators",
         of_operator("maximum", f"{2**26} {2**26}", "float32", "backward"),
         OURS,
