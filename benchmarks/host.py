@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with ExitStack() as stack:
         caller = stack.enter_context(calls_of(HERE))
         before = stack.enter_context(calls_of(options.before)) if options.before else None
-        for case in sorted({name.rpartition(", ")[0] for name in caller.names}, key=caller.order):
+        for case in dict.fromkeys(name.rpartition(", ")[0] for name in caller.names):
             table.add(time_case(case, caller, before, 2 if options.quick else SMALL_ROUNDS))
     columns = ["operator", "mode", "contestant", "p20_ms", "over_us", "over_aten", "of_before"]
     title = "a call on the host, its µs more than ATen's, and its part of the time before"
@@ -125,10 +125,6 @@ class Caller:
         if not answer:
             raise ConfigError("the process that makes the calls has ended, see its error above")
         self.names: list[str] = json.loads(answer)
-
-    def order(self, case: str) -> int:
-        """The place of a case among the calls."""
-        return [name.rpartition(", ")[0] for name in self.names].index(case)
 
     def seconds(self, name: str, index: int) -> list[float]:
         """The seconds of a call, in round ``index``."""

@@ -13,4 +13,4 @@ Tracer = Callable[[Any], Any]
 """A function to apply to a Triton kernel before its launch."""
 
 Wrap = Tracer | None
-"""What a launcher takes: None for a real launch."""
+"""The argument ``wrap`` of a launcher; None for a real launch."""

@@ -135,7 +135,8 @@ def rows_and_columns(col_blocks, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.conste
 def load_strided(ptr, strides, row, col, rows, sizes, REPEATS: tl.constexpr):
     """Rows are the elements of dimensions of sizes (size0, size1, size2).
 
-    A division by 1, which a size that is not needed is, costs nothing: Triton makes it a constant.
+    The size of a dimension that is not needed is 1. Triton makes it a constant, and divides by it
+    at no cost.
     """
     size1, size2, size3 = sizes
     stride0, stride1, stride2, stride3 = strides
