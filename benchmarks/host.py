@@ -7,8 +7,9 @@ is needed. A call passes through the dispatcher, autograd and the launcher. It i
 ATen's call on 256 elements on the CPU, which takes about as long as to issue ATen's kernel. Left
 out are Triton's own launcher, and the question which GPU is current.
 
-``--before CHECKOUT`` times the same calls of another checkout of this project, in turn with this
-one's. Each has a process of its own (`benchmarks.host_calls`).
+``--device cuda`` times the calls on this machine's GPU, Triton's launcher included, and does not
+wait for the kernels. ``--before CHECKOUT`` times the same calls of another checkout of this
+project, in turn with this one's. Each has a process of its own (`benchmarks.host_calls`).
 
 Then a launch of X·Xᵀ by itself. A launcher keeps what it decides for tensors of one layout, and
 "without a plan" it decides anew.
@@ -30,7 +31,7 @@ import torch
 from benchmarks import driver
 from benchmarks.command import Command, run
 from benchmarks.results import Result, Table, print_results
-from benchmarks.timing import CPU, take_turns, time_calls
+from benchmarks.timing import take_turns, time_calls
 from torchpar.errors import ConfigError
 from torchpar.kernels import Wrap
 
@@ -88,7 +89,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.parser.add_argument(
         "--before", type=Path, metavar="CHECKOUT", help="time another checkout's calls, too"
     )
+    command.parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="cpu: without a GPU"
+    )
     options = command.parse(arguments)
+    device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: PyTorch finds no CUDA GPU; leave the option out")
     if options.before and not (options.before / "benchmarks" / "host.py").exists():
         raise ConfigError(
             f"--before {options.before} is no checkout of this project: it has no "
@@ -96,17 +103,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     torch.set_num_threads(1)
     rounds = 2 if options.quick else ROUNDS
-    table = Table(command.csv(options), CPU)
+    table = Table(command.csv(options), device)
     with ExitStack() as stack:
-        caller = stack.enter_context(calls_of(HERE))
-        before = stack.enter_context(calls_of(options.before)) if options.before else None
+        caller = stack.enter_context(calls_of(HERE, device))
+        before = None
+        if options.before:
+            before = stack.enter_context(calls_of(options.before, device))
         for case in dict.fromkeys(name.rpartition(", ")[0] for name in caller.names):
             table.add(time_case(case, caller, before, 2 if options.quick else SMALL_ROUNDS))
     columns = ["operator", "mode", "contestant", "p20_ms", "over_us", "over_aten", "of_before"]
     title = "a call on the host, its µs more than ATen's, and its part of the time before"
     print_results(title, table.results, [*columns, "ok"])
-    launches = table.add(time_launch(rounds))
-    print_results(f"a launch of matmul_t on the host, {N} rows", launches)
+    if device.type == "cpu":
+        launches = table.add(time_launch(rounds))
+        print_results(f"a launch of matmul_t on the host, {N} rows", launches)
     return table.status
 
 
@@ -133,8 +143,9 @@ class Caller:
 
 
 @contextmanager
-def calls_of(checkout: Path) -> Iterator[Caller]:
-    command = [sys.executable, "-P", str(HERE / "benchmarks" / "host_calls.py")]
+def calls_of(checkout: Path, device: torch.device) -> Iterator[Caller]:
+    script = HERE / "benchmarks" / "host_calls.py"
+    command = [sys.executable, "-P", str(script), device.type]
     environment = os.environ | {"PYTHONPATH": str(checkout.resolve())}
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as process:

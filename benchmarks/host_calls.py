@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: MIT
 """The calls of the benchmark `host`, made in a process of its own for each checkout.
 
-``PYTHONPATH=CHECKOUT python -P host_calls.py`` imports torchpar and its benchmarks from there. It
-writes the names of the calls as a line of JSON. Then it answers each line "NAME COUNT" with the
-seconds of one of COUNT calls.
+``PYTHONPATH=CHECKOUT python -P host_calls.py DEVICE`` imports torchpar and its benchmarks from
+there. It writes the names of the calls as a line of JSON. Then it answers each line "NAME COUNT"
+with the seconds of one of COUNT calls: on "cuda" the host's, which does not wait for the GPU.
 """
 
 import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from time import perf_counter
 
@@ -22,16 +23,32 @@ LIBRARY = torch.library.Library("torchpar_host", "DEF")
 NO_GRADIENT, FORWARD, FULL = "no gradient", "forward", "full"  # the last one with backward
 
 
-def own_calls() -> Calls:
-    """Calls of this checkout, named "OPERATOR, MODE, CONTESTANT", within its stand-in for a GPU."""
+def own_calls(device: str) -> Calls:
+    """Calls of this checkout, named "OPERATOR, MODE, CONTESTANT"; on "cpu" within its stand-in for
+    a GPU.
+
+    On "cuda" in sizes whose kernels mostly end before the next one is issued: 64², and 1024² for
+    products.
+    """
     import torchpar
     from torchpar.kernels import linear_sigmoid, maximum
 
-    x, y, bias, g = torch.ones(N, N), torch.ones(N, N), torch.ones(N), torch.ones(N, N)
+    on_gpu = device == "cuda"
+    small, large = (64, 1024) if on_gpu else (N, N)
+    matrix_dtype = torch.bfloat16 if on_gpu else torch.float32
+    precision = "ieee" if on_gpu else "tf32"
+
+    def ones(*shape: int) -> torch.Tensor:
+        return torch.ones(shape, dtype=matrix_dtype, device=device)
+
+    a, b = torch.ones(2, small, small, device=device)
+    x, weight, bias = ones(small, small), ones(small, small), ones(small)
+    square, c = ones(large, large), ones(large, large)
     calls: Calls = {}
 
     def add(operator: str, native: Callable[..., torch.Tensor], *operands: torch.Tensor) -> None:
         leaves = [t.clone().requires_grad_() for t in operands]
+        g = torch.ones_like(operands[0])  # the results have this shape, too
         contestants = {
             "ATen": native,
             "torchpar": getattr(torchpar, operator),
@@ -46,28 +63,38 @@ def own_calls() -> Calls:
             calls[f"{operator}, {FORWARD}, {name}"] = partial(op, *leaves)
             calls[f"{operator}, {FULL}, {name}"] = partial(forward_and_backward, op, leaves, g)
 
-    add("maximum", torch.maximum, x, y)
-    add("linear_sigmoid", lambda x, w, b: torch.nn.functional.linear(x, w, b).sigmoid(), x, y, bias)
-    add("matmul_t", lambda x: x @ x.mT, x)
-    add("symmetric_matmul", lambda a, b, c: torch.addmm(c, a, b.mT, beta=2, alpha=0.5), x, x, g)
+    def layer(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, weight, bias).sigmoid()
+
+    def product(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(c, a, b.mT, beta=2, alpha=0.5)
+
+    add("maximum", torch.maximum, a, b)
+    add("linear_sigmoid", layer, x, weight, bias)
+    add("matmul_t", lambda x: x @ x.mT, square)
+    add("symmetric_matmul", product, square, square, c)
 
     # The launcher, and the allocation of its result.
     if hasattr(maximum, "maximum_again"):
         from torchpar.kernels import matmul_t
 
         launchers: Calls = {
-            "maximum": lambda: maximum.maximum_again(x, y),
-            "matmul_t": lambda: matmul_t.matmul_t_again(x, "tf32"),
-            "linear_sigmoid": lambda: linear_sigmoid.linear_sigmoid_again(x, y, bias, "tf32"),
+            "maximum": lambda: maximum.maximum_again(a, b),
+            "matmul_t": lambda: matmul_t.matmul_t_again(square, precision),
+            "linear_sigmoid": lambda: linear_sigmoid.linear_sigmoid_again(
+                x, weight, bias, precision
+            ),
         }
     else:  # up to version 0.4
         from importlib import import_module
 
-        product = import_module("torchpar.kernels.symmetric_matmul").symmetric_matmul
+        matmul = import_module("torchpar.kernels.symmetric_matmul").symmetric_matmul
         launchers = {
-            "maximum": lambda: maximum.maximum(x, y, torch.empty_like(x), None),
-            "matmul_t": lambda: product(x, x, "tf32", None),
-            "linear_sigmoid": lambda: linear_sigmoid.linear_sigmoid(x, y, bias, "tf32", None),
+            "maximum": lambda: maximum.maximum(a, b, torch.empty_like(a), None),
+            "matmul_t": lambda: matmul(square, square, precision, None),
+            "linear_sigmoid": lambda: linear_sigmoid.linear_sigmoid(
+                x, weight, bias, precision, None
+            ),
         }
     return calls | {f"{name}, , launcher": call for name, call in launchers.items()}
 
@@ -78,25 +105,28 @@ def forward_and_backward(
     return torch.autograd.grad(op(*leaves), leaves, g)
 
 
-def layers() -> Calls:
+def layers(device: str) -> Calls:
     """What each call contains: PyTorch's allocation, and its dispatch to a function in Python."""
     LIBRARY.define("same(Tensor x) -> Tensor")
     LIBRARY.impl("same", lambda x: x, "Autograd")
-    x, same = torch.ones(N, N), torch.ops.torchpar_host.same
+    x, same = torch.ones(N, N, device=device), torch.ops.torchpar_host.same
     return {
         "layers, , empty_like": lambda: torch.empty_like(x),
         "layers, , dispatch to Python": lambda: same(x),
     }
 
 
-def main() -> None:
-    from benchmarks.host import gpu_of_cpu_tensors
+def main(device: str) -> None:
+    stand_in: AbstractContextManager[object] = nullcontext()
+    if device == "cpu":
+        from benchmarks.host import gpu_of_cpu_tensors
 
+        stand_in = gpu_of_cpu_tensors()
     torch.set_num_threads(1)
     if hasattr(os, "sched_setaffinity"):  # both checkouts are timed on one core
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    with gpu_of_cpu_tensors():
-        calls = own_calls() | layers()
+    with stand_in:
+        calls = own_calls(device) | layers(device)
         for call in calls.values():
             call()
         print(json.dumps(list(calls)), flush=True)
@@ -105,6 +135,8 @@ def main() -> None:
             call, numbers = calls[name], range(int(count))
             for _ in range(WARM_UP):
                 call()
+            if device == "cuda":
+                torch.cuda.synchronize()
             began = perf_counter()
             for _ in numbers:
                 call()
@@ -112,4 +144,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])
