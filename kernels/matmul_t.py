@@ -5,7 +5,7 @@ The kernels for GPUs with TMA are in `matmul_t_tma`.
 """
 
 import struct
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from functools import partial
 
 import torch
@@ -205,6 +205,28 @@ def symmetric_matmul(
     return out
 
 
+def symmetric_matmul_launch(
+    a: Tensor, b: Tensor, c: Tensor | None, out: Tensor
+) -> Callable[[Tensor, Tensor, Tensor | None, Tensor, float, float], None] | None:
+    """A launch of `symmetric_matmul` for 16-bit tensors of these layouts, to be called repeatedly.
+
+    The tensors have at most one batch dimension, and ``out`` is none of the others. The launch takes
+    a, b, c, out, alpha and beta. None where PyTorch's product, which is not made exactly symmetric,
+    is expected to be faster.
+    """
+    operands = a, None if b is a else b, c
+    plan = cached_plan(_plan_product, None, operands, "ieee", None, True, True, False, out=out)
+    if plan is None:
+        return None
+
+    def launch(
+        a: Tensor, b: Tensor, c: Tensor | None, out: Tensor, alpha: float, beta: float
+    ) -> None:
+        plan.launch(None, a, b, a if c is None else c, out, *_bits(alpha, beta))
+
+    return launch
+
+
 def _plan_product(
     a: Tensor,
     b: Tensor | None,
@@ -213,6 +235,8 @@ def _plan_product(
     tiles: Tiles | None,
     tma: bool,
     only_if_faster: bool,
+    exact: bool = True,
+    *,
     traced: bool = False,
 ) -> Plan | None:
     if precision == "ieee" and a.dtype == torch.float32:
@@ -224,7 +248,9 @@ def _plan_product(
     make = partial(_plan_tiles, a, b, c, precision)
     kernel, choice = "symmetric_matmul", (tiles, tma, only_if_faster, traced)
     with_c = c is not None
-    return choose_plan(make, kernel, precision, sizes, operands, *choice, with_c=with_c)
+    return choose_plan(
+        make, kernel, precision, sizes, operands, *choice, with_c=with_c, exact=exact
+    )
 
 
 def _plan_tiles(

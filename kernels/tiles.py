@@ -158,9 +158,13 @@ def library_is_faster(
     *operands: Tensor,
     tma: bool = True,
     with_c: bool = False,
+    exact: bool = True,
     present: Device | None = None,
 ) -> bool:
-    """Whether PyTorch's library is predicted to take less time than the kernel."""
+    """Whether PyTorch's library is predicted to take less time than the kernel.
+
+    ``exact``: whether a symmetric product of the library is mirrored, so that it is exactly so.
+    """
     present, kind = present or device(operands[0]), kind_of(operands[0].dtype, precision)
     times = predict(kernel, precision, sizes, *operands, tma=tma, with_c=with_c, present=present)
     tiles = min(times, key=times.__getitem__)
@@ -168,8 +172,8 @@ def library_is_faster(
         return True  # an address, or a store, for each element; never timed
     if is_left_to_the_library(kernel, kind, sizes):
         return True
-    _, library = library_time(kernel, kind, sizes, present, with_c=with_c)
-    return library < times[tiles]
+    product, both = library_time(kernel, kind, sizes, present, with_c=with_c)
+    return (both if exact else product) < times[tiles]
 
 
 def choose_plan(
@@ -183,6 +187,7 @@ def choose_plan(
     only_if_faster: bool,
     traced: bool,
     with_c: bool = False,
+    exact: bool = True,
 ) -> Plan | None:
     """The plan of a launch; None if the library computes.
 
@@ -192,9 +197,10 @@ def choose_plan(
         tiles, tma, only_if_faster: as the launch functions take them.
         traced: whether a compiler traces the launch, without tensors to time.
         with_c: whether a matrix C is added, to which the kernel may write the result.
+        exact: as `library_is_faster` takes it.
     """
     if only_if_faster and library_is_faster(
-        kernel, precision, sizes, *operands, tma=tma, with_c=with_c
+        kernel, precision, sizes, *operands, tma=tma, with_c=with_c, exact=exact
     ):
         return None
     if tiles is not None:

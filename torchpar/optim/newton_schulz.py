@@ -36,15 +36,16 @@ compares the distance to the result in float64 with the standard iteration's (me
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import chain, islice, repeat
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from torchpar.ops import matmul_t, symmetric_matmul
-from torchpar.ops.cpu import is_halved
+from torchpar.ops._operator import runs_kernels
 from torchpar.ops.processor import has_bfloat16
+from torchpar.optim.products import Products
 
 NewtonSchulz = Literal["auto", "standard", "gram"]
 Triple = tuple[float, float, float]
@@ -70,6 +71,8 @@ _POLAR_EXPRESS = (
 )
 
 _GRAM_ROWS, _GRAM_ASPECT = 256, 2  # below, the standard iteration is as fast
+# In X·Xᵀ of a batch. On an H200 Gram iterations were faster from 14.5e9 on, and slower up to 4.3e9.
+_GRAM_MULTIPLICATIONS = 2**33
 
 
 @torch.no_grad()
@@ -116,14 +119,12 @@ def orthogonalize(
         return orthogonalize(x.flatten(0, -3), coefficients, steps, eps, ns).view(x.shape)
     if x.shape[-2] > x.shape[-1]:
         return orthogonalize(x.mT, coefficients, steps, eps, ns).mT
+    # Products of float32 take a tenth of the time on a CPU without those of bfloat16.
+    wide = x.is_cpu and not runs_kernels(x) and not has_bfloat16()
     x = x.to(torch.bfloat16)
-    if x.device.type == "cpu" and not has_bfloat16():
-        x = x.float()  # products of float32 take a tenth of the time
+    x = x.float() if wide else x
     x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=eps)
-    rest = iter(triples)
-    for i, k in enumerate(_iterations_per_gram(x.shape[-2], x.shape[-1], len(triples), ns)):
-        x = _iterate(x, list(islice(rest, k)), shifted=i == 0 or k == 1)
-    return x.to(torch.bfloat16)
+    return iterate(x, triples, ns).to(torch.bfloat16)
 
 
 def coefficients_per_step(coefficients: Coefficients, steps: int) -> list[Triple]:
@@ -141,9 +142,21 @@ def coefficients_per_step(coefficients: Coefficients, steps: int) -> list[Triple
     return list(islice(chain(triples, repeat(triples[-1])), steps))
 
 
-def _iterations_per_gram(n: int, m: int, steps: int, ns: NewtonSchulz) -> list[int]:
+def iterate(x: Tensor, triples: Sequence[Triple], ns: NewtonSchulz) -> Tensor:
+    """The iterations, of ``x (n, m)`` or a batch, with n ≤ m and a norm of 1; ``x`` is overwritten."""
+    parts = _iterations_per_gram(x, len(triples), ns)
+    products = Products(x, squares=2 if max(parts, default=1) == 1 else 5)
+    rest = iter(triples)
+    with torch.cuda.device_of(x) if products.launches_kernels and x.is_cuda else nullcontext():
+        for i, k in enumerate(parts):
+            x = _iterate(products, x, list(islice(rest, k)), shifted=i == 0 or k == 1)
+    return x
+
+
+def _iterations_per_gram(x: Tensor, steps: int, ns: NewtonSchulz) -> list[int]:
     """The number of iterations on each Gram matrix; their sum is ``steps``."""
-    if ns == "standard" or (ns == "auto" and (n < _GRAM_ROWS or m < _GRAM_ASPECT * n)):
+    n, m = x.shape[-2:]
+    if ns == "standard" or (ns == "auto" and not _gram_is_faster(x)):
         return [1] * steps
     # Three iterations on one Gram matrix leave singular values up to 1.45, and a further iteration
     # diverges from there. After more than five iterations the standard one ends nearer to 1, so
@@ -153,7 +166,14 @@ def _iterations_per_gram(n: int, m: int, steps: int, ns: NewtonSchulz) -> list[i
     return [k for k in (min(steps, 2), *[1] * (steps - 2 - last), last) if k > 0]
 
 
-def _iterate(x: Tensor, triples: list[Triple], shifted: bool) -> Tensor:
+def _gram_is_faster(x: Tensor) -> bool:
+    n, m = x.shape[-2:]
+    if n < _GRAM_ROWS or m < _GRAM_ASPECT * n:
+        return False
+    return not runs_kernels(x) or x.numel() * n >= _GRAM_MULTIPLICATIONS
+
+
+def _iterate(products: Products, x: Tensor, triples: list[Triple], shifted: bool) -> Tensor:
     """``Q·x`` after an iteration for each triple on one Gram matrix, with ``Q = shift·I + p``.
 
     While singular values are small, shift is much larger than p: in their sum the last bits of p
@@ -161,40 +181,20 @@ def _iterate(x: Tensor, triples: list[Triple], shifted: bool) -> Tensor:
     with opposite signs, and apart they would cancel: then the shift is 0, and p is Q. A single
     shifted iteration is the standard iteration.
     """
-    r = matmul_t(x) if _use_symmetric_products(x) else x @ x.mT
+    r = products.gram(x)
     p, shift = r, 0.0
     for step, (a, b, c) in enumerate(triples):
-        z = _symmetric_addmm(r, r, r, alpha=c, beta=b)
+        z = products.symmetric(r, r, r, alpha=c, beta=b, kept=(p,))
         if step > 0:
             # p·z + a·(p + shift/a·z)
-            p = _symmetric_addmm(p, z, torch.add(p, z, alpha=shift / a) if shifted else p, beta=a)
+            sum_ = products.add(p, z, shift / a, kept=(r,)) if shifted else p
+            p = products.symmetric(p, z, sum_, beta=a, kept=(r,))
             shift *= a
         elif shifted:
             p, shift = z, a
         else:
-            p = z.clone()
-            p.diagonal(dim1=-2, dim2=-1).add_(a)
+            p = products.add_diagonal(z, a, kept=(r,))
         if step < len(triples) - 1:
-            rz = _symmetric_addmm(r, z, r, beta=a)
-            r = _symmetric_addmm(rz, z, rz, beta=a)
-    if x.is_contiguous():
-        return _addmm(x, p, x, beta=shift) if shifted else p @ x
-    tall = x.mT  # the result keeps the layout of a tall gradient
-    return (_addmm(tall, tall, p, beta=shift) if shifted else tall @ p).mT
-
-
-def _use_symmetric_products(x: Tensor) -> bool:
-    # On a GPU the operators choose by size. On a CPU, a product of which all is computed need not
-    # be made symmetric here.
-    return x.is_cuda or is_halved(x)
-
-
-def _symmetric_addmm(a: Tensor, b: Tensor, c: Tensor, *, alpha: float = 1.0, beta: float) -> Tensor:
-    """``alpha·a·b + beta·c`` for polynomials in one symmetric matrix: the product is symmetric."""
-    if _use_symmetric_products(a):
-        return symmetric_matmul(a, b, c, alpha=alpha, beta=beta)
-    return _addmm(c, a, b, alpha=alpha, beta=beta)
-
-
-def _addmm(c: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: float) -> Tensor:
-    return (torch.addmm if a.dim() == 2 else torch.baddbmm)(c, a, b, alpha=alpha, beta=beta)
+            rz = products.symmetric(r, z, r, beta=a, kept=(p,))
+            r = products.symmetric(rz, z, rz, beta=a, kept=(p,))
+    return products.apply(p, x, shift if shifted else None)
