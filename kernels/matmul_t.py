@@ -210,9 +210,9 @@ def symmetric_matmul_launch(
 ) -> Callable[[Tensor, Tensor, Tensor | None, Tensor, float, float], None] | None:
     """A launch of `symmetric_matmul` for 16-bit tensors of these layouts, to be called repeatedly.
 
-    The tensors have at most one batch dimension, and ``out`` is none of the others. The launch takes
-    a, b, c, out, alpha and beta. None where PyTorch's product, which is not made exactly symmetric,
-    is expected to be faster.
+    The launch takes a, b, c, out, alpha and beta. The tensors have at most one batch dimension, and
+    ``out`` is none of the others. None where PyTorch's product, which is not made exactly
+    symmetric, is expected to be faster.
     """
     operands = a, None if b is a else b, c
     plan = cached_plan(_plan_product, None, operands, "ieee", None, True, True, False, out=out)

@@ -116,6 +116,8 @@ class Exchange:
     ) -> dict[ParamInfo, Tensor]:
         """Return the unsharded momenta of the parameters that this rank owns, in bfloat16.
 
+        A rank that is alone gets its own tensors, which are not to be written.
+
         Args:
             parts: this rank's parts of the momenta of this step.
             facts: the values that must be the same on all ranks in this step, by a description.
@@ -124,6 +126,10 @@ class Exchange:
             ConfigError: facts that differ; on every rank.
         """
         self._facts, self._present = facts, set(parts)
+        if self.group is None:
+            return {
+                info: t.contiguous() for info in self.owned if (t := parts.get(info)) is not None
+            }
         full: dict[ParamInfo, Tensor] = {}
         for info in self.owned:
             if (t := parts.get(info)) is None:

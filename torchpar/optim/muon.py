@@ -8,6 +8,7 @@ computes.
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torchpar.library.sharding import is_dtensor
 from torchpar.optim.assign import Choice, ModelOptimizer, chain
 from torchpar.optim.chained import Group
 from torchpar.optim.exchange import Exchange
-from torchpar.optim.matrices import ParamInfo, View, orthogonalize_in_place
+from torchpar.optim.matrices import ParamInfo, View, orthogonalize_all
 from torchpar.optim.newton_schulz import COEFFICIENTS, Coefficients, NewtonSchulz, orthogonalize
 from torchpar.parts import local, part_of
 
@@ -294,8 +295,11 @@ class Muon(Optimizer):
         gathered = [exchange.gather(tensors, self._facts(exchange)) for exchange in exchanges]
         tensors = {info: t for of_ranks in gathered for info, t in of_ranks.items()}
         # All exchanges first, so that ranks which own different parameters work at the same time.
-        for group, of_group in self._by_group(tensors):
-            self._orthogonalize(group, of_group)
+        tensors = {
+            info: update
+            for group, of_group in self._by_group(tensors)
+            for info, update in self._orthogonalize(group, of_group).items()
+        }
         tensors = {
             info: t for exchange in exchanges for info, t in exchange.scatter(tensors).items()
         }
@@ -326,7 +330,7 @@ class Muon(Optimizer):
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
         momentum = state["momentum_buffer"]
-        if momentum.shape != p.shape or _layout(momentum) != _layout(p):
+        if momentum.shape != p.shape or not _has_layout_of(momentum, p):
             raise ConfigError(
                 f"Muon: {info.name} is {tuple(p.shape)} {_layout(p)}, and its momentum "
                 f"{tuple(momentum.shape)} {_layout(momentum)}; "
@@ -359,17 +363,35 @@ class Muon(Optimizer):
             facts[f"gradient {i}, of {info.name},"] = None if grad is None else _layout(grad)
         return facts
 
-    def _orthogonalize(self, group: Group, momenta: dict[ParamInfo, Tensor]) -> None:
-        """Orthogonalise unsharded momenta in place."""
-        matrices = [(info, matrix) for info, t in momenta.items() for matrix in info.matrices(t)]
+    def _orthogonalize(
+        self, group: Group, momenta: Mapping[ParamInfo, Tensor]
+    ) -> dict[ParamInfo, Tensor]:
+        """The unsharded momenta, orthogonalised, in bfloat16."""
+        of_each = {info: info.matrices(t) for info, t in momenta.items()}
         coefficients, steps, eps = (group[name] for name in ("ns_coefficients", "ns_steps", "eps"))
-        orthogonalize_in_place(
-            [matrix for _, matrix in matrices], coefficients, steps, eps, self.ns
+        found = iter(
+            orthogonalize_all(
+                [matrix for matrices in of_each.values() for matrix in matrices],
+                coefficients,
+                steps,
+                eps,
+                self.ns,
+            )
         )
-        for info, matrix in matrices:
-            ratio = _ratio(group, matrix.shape) / _ratio(group, info.shapes[0])
-            if ratio != 1:
-                matrix.mul_(ratio)
+        results: dict[ParamInfo, Tensor] = {}
+        for info, matrices in of_each.items():
+            updates = list(islice(found, len(matrices)))
+            if info.view is None:
+                results[info] = updates[0]
+                continue
+            results[info] = momenta[info].new_empty(info.part.whole, dtype=torch.bfloat16)
+            places = info.matrices(results[info])
+            torch._foreach_copy_(places, updates)
+            for place in places:
+                ratio = _ratio(group, place.shape) / _ratio(group, info.shapes[0])
+                if ratio != 1:
+                    place.mul_(ratio)
+        return results
 
     def _check_gradients(self, infos: list[ParamInfo], valid: set[ParamInfo]) -> None:
         """Raise a ConfigError for a gradient of another layout, or a group without gradients."""
@@ -399,13 +421,21 @@ class Muon(Optimizer):
         params = [local(info.p) for info in updates]
         if isinstance(lr, Tensor):  # a tensor is not read back from the device
             lr = lr.reshape(()).to(params[0].device)
-        # Two roundings, as in torch.optim.Muon. A factor of 1 − γ·λ would be rounded to a
-        # parameter's bfloat16.
-        torch._foreach_sub_(params, torch._foreach_mul(params, lr * decay))
-        rates = [lr * _ratio(group, info.shapes[0]) for info in updates]
-        torch._foreach_sub_(
-            params, [t.float() * rate for t, rate in zip(updates.values(), rates, strict=True)]
-        )
+        if any(p.dtype.itemsize == 2 for p in params):
+            # Two roundings: a factor of 1 − γ·λ would be rounded to a parameter's bfloat16.
+            torch._foreach_sub_(params, torch._foreach_mul(params, lr * decay))
+        else:
+            torch._foreach_mul_(params, 1 - lr * decay)
+        # A GPU takes one launch for many tensors where their dtypes are equal.
+        steps = [t.new_empty(t.shape, dtype=torch.float32) for t in updates.values()]
+        torch._foreach_copy_(steps, list(updates.values()))
+        ratios = [_ratio(group, info.shapes[0]) for info in updates]
+        if isinstance(lr, Tensor):
+            torch._foreach_mul_(steps, ratios)
+            torch._foreach_mul_(steps, lr)
+        else:
+            torch._foreach_mul_(steps, [lr * ratio for ratio in ratios])
+        torch._foreach_sub_(params, steps)
         # An earlier graph that holds a DTensor, and not its local part, must notice.
         torch.autograd.graph.increment_version([info.p for info in updates if is_dtensor(info.p)])
 
@@ -419,7 +449,14 @@ def _ratio(group: Group, shape: Sequence[int]) -> float:
 def _valid_gradient(info: ParamInfo) -> Tensor | None:
     """The gradient of a parameter; None without one, and for one of another layout."""
     grad = info.p.grad
-    return grad if grad is not None and _layout(grad) == _layout(info.p) else None
+    return grad if grad is not None and _has_layout_of(grad, info.p) else None
+
+
+def _has_layout_of(t: Tensor, p: Tensor) -> bool:
+    are_sharded = is_dtensor(t), is_dtensor(p)
+    if not any(are_sharded):
+        return t.layout == p.layout
+    return all(are_sharded) and _layout(t) == _layout(p)
 
 
 def _layout(t: Tensor) -> str:

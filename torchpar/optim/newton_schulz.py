@@ -143,7 +143,7 @@ def coefficients_per_step(coefficients: Coefficients, steps: int) -> list[Triple
 
 
 def iterate(x: Tensor, triples: Sequence[Triple], ns: NewtonSchulz) -> Tensor:
-    """The iterations, of ``x (n, m)`` or a batch, with n ≤ m and a norm of 1; ``x`` is overwritten."""
+    """The iterations of ``x (n, m)``, or a batch, with n ≤ m and norms of 1; overwrites ``x``."""
     parts = _iterations_per_gram(x, len(triples), ns)
     products = Products(x, squares=2 if max(parts, default=1) == 1 else 5)
     rest = iter(triples)
