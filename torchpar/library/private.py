@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Private names of PyTorch that operators need; tests/library/test_library.py guards each."""
 
+from torch import _disable_dynamo as disable_dynamo  # type: ignore[attr-defined]
 from torch._C import (
     _after_ADInplaceOrView_keyset as after_ADInplaceOrView_keyset,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "compute_elementwise_output_strides",
     "custom_function_call_vmap_helper",
     "custom_ops",
+    "disable_dynamo",
     "enable_single_level_autograd_function",
     "get_fp32_precision",
     "get_inner_triton_kernels",

@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from torchpar.errors import ConfigError
+from torchpar.library.private import disable_dynamo
 from torchpar.library.sharding import is_dtensor
 from torchpar.optim.assign import Choice, ModelOptimizer, chain
 from torchpar.optim.chained import Group
@@ -179,6 +180,14 @@ class Muon(Optimizer):
         """
         make = partial(cls, lr=lr, **arguments)
         return chain(make, model, others, overrides or {}, views or {})
+
+    @staticmethod
+    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
+        """Let torch.compile pass by a step, hooks included.
+
+        It consists of launches and messages, which a compiler would only break into many graphs.
+        """
+        return disable_dynamo(Optimizer.profile_hook_step(func))
 
     def __getstate__(self) -> dict[str, object]:
         for info in self._param_infos():
@@ -426,16 +435,21 @@ class Muon(Optimizer):
             torch._foreach_sub_(params, torch._foreach_mul(params, lr * decay))
         else:
             torch._foreach_mul_(params, 1 - lr * decay)
-        # A GPU takes one launch for many tensors where their dtypes are equal.
-        steps = [t.new_empty(t.shape, dtype=torch.float32) for t in updates.values()]
-        torch._foreach_copy_(steps, list(updates.values()))
+        steps = list(updates.values())
         ratios = [_ratio(group, info.shapes[0]) for info in updates]
-        if isinstance(lr, Tensor):
+        differ = any(ratio != ratios[0] for ratio in ratios)
+        if len(steps) > 1 or differ or isinstance(lr, Tensor):
+            # Wider, since a product in bfloat16 would be rounded, and of the parameters' dtype, in
+            # which a GPU takes one launch for many tensors.
+            steps = [t.new_empty(t.shape, dtype=torch.float32) for t in steps]
+            torch._foreach_copy_(steps, list(updates.values()))
+        if differ:
             torch._foreach_mul_(steps, ratios)
-            torch._foreach_mul_(steps, lr)
-        else:
-            torch._foreach_mul_(steps, [lr * ratio for ratio in ratios])
-        torch._foreach_sub_(params, steps)
+        rate = lr if differ else lr * ratios[0]
+        if isinstance(rate, Tensor):
+            torch._foreach_mul_(steps, rate)
+            rate = 1.0
+        torch._foreach_sub_(params, steps, alpha=rate)
         # An earlier graph that holds a DTensor, and not its local part, must notice.
         torch.autograd.graph.increment_version([info.p for info in updates if is_dtensor(info.p)])
 

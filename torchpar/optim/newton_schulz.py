@@ -123,7 +123,8 @@ def orthogonalize(
     wide = x.is_cpu and not runs_kernels(x) and not has_bfloat16()
     x = x.to(torch.bfloat16)
     x = x.float() if wide else x
-    x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=eps)
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
+    x = x / norm.clamp_(min=eps)
     return iterate(x, triples, ns).to(torch.bfloat16)
 
 
