@@ -86,6 +86,29 @@ class OrthogonalisesShards(PlainMuon):
         return update
 
 
+class ScalesShardsByWhole(OrthogonalisesShards):
+    """Each rank orthogonalises its rows, and scales them by the shape of the whole matrix."""
+
+    def scale(self, matrix: Tensor, p: Tensor) -> float:
+        return super().scale(p, p)
+
+
+class LeavesOutSmall(PlainMuon):
+    """A rank's part of less than five rows does not move."""
+
+    def direction(self, name: str, p: Tensor, ahead: Tensor) -> Tensor:
+        rows = len(p.to_local() if isinstance(p, DTensor) else p)
+        update = super().direction(name, p, ahead)
+        return update if rows >= 5 else torch.zeros_like(update)
+
+
+class AppliesMomentumOfShards(PlainMuon):
+    """Nothing orthogonalises a DTensor."""
+
+    def direction(self, name: str, p: Tensor, ahead: Tensor) -> Tensor:
+        return ahead if isinstance(ahead, DTensor) else super().direction(name, p, ahead)
+
+
 class AppliesMomentum(PlainMuon):
     """Nothing orthogonalises: the default configuration was SGD with momentum (DeepSpeed#8441)."""
 
@@ -200,6 +223,14 @@ class DoublesDecay(PlainAdamW):
 
     def kept(self, p: Tensor, group: Mapping[str, Any]) -> float:
         return super().kept(p, group) ** (2 if isinstance(p, DTensor) else 1)
+
+
+class DoublesRate(PlainAdamW):
+    """DTensors have twice the learning rate."""
+
+    def update(self, p: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
+        rate = group["lr"] * (2 if isinstance(p, DTensor) else 1)
+        super().update(p, gradient, {**group, "lr": rate})
 
 
 class MuonWithoutDecay(torch.optim.Muon):

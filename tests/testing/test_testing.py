@@ -8,10 +8,12 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import faulty_optimizers as faulty
 import pytest
+import shard_muon
 import torch
 import torch.distributed as dist
 from commands import ROOT, run
@@ -102,8 +104,8 @@ def of(kind: Any, **arguments: Any) -> Any:
 # Faults of published libraries, where they belong, and whether they are slow tests.
 RECONSTRUCTED = [
     # Takes the slice for a matrix (DeepSpeed#8437).
-    (faulty.make, "ColumnParallelLinear", "update off by", False),
-    (of(faulty.OrthogonalisesShards), "Shard(0)", "update off by", True),
+    (faulty.make, "ColumnParallelLinear", "each shard is updated on its own: ", False),
+    (of(faulty.OrthogonalisesShards), "Shard(0)", "each shard is updated on its own: ", True),
     (of(faulty.AppliesMomentum), "polar factor", "cosine 0.", False),
     (of(faulty.MomentumOfMicroBatches), "accumulation", "update off by", True),
     (of(faulty.ViewsShards), "fully_shard, heads", "update off by", False),
@@ -148,6 +150,71 @@ def test_faults_are_found(ranks, make, situation, verdict, detail):
     (row,) = check_optimizer(make, [situation], ranks=ranks)
     assert row.verdict == verdict, row
     assert detail in row.detail
+
+
+PAGE = (ROOT / "docs" / "conformance.md").read_text()
+
+
+def printed(make: Any, row: Row) -> str:
+    """What the page's script prints."""
+    return f"{make.__name__:12}{row.situation:20}{row.verdict:11}{row.detail}".rstrip()
+
+
+def test_the_page_has_a_muon_of_shards_and_the_rows_that_name_its_fault(ranks):
+    """The same optimizer conforms if it gathers its matrices first."""
+    script = Path(shard_muon.__file__).read_text().partition('"""\n\n')[2]
+    assert f"```python\n{script}```" in PAGE
+    for make, verdict in (shard_muon.shard_muon, "wrong"), (shard_muon.whole_muon, "same bits"):
+        rows = check_optimizer(make, ["whole", "parallelize_module"], ranks=ranks)
+        assert [row.verdict for row in rows] == ["same bits", verdict], rows
+        for row in rows:
+            assert f"    {printed(make, row)}\n" in PAGE
+
+
+@pytest.mark.parametrize(
+    "make, situation, detail",
+    [
+        (
+            of(faulty.ScalesShardsByWhole),
+            *("Shard(0)", r"each shard is updated on its own, times 1\.00 to 1\.41: "),
+        ),
+        pytest.param(
+            of(faulty.LeavesOutSmall),
+            *("fully_shard, padded rows", r"each shard is updated on its own: 100% off "),
+            marks=pytest.mark.slow,
+        ),
+        # Neither the directions of the shards' updates alone, nor of the whole matrices'.
+        (of(faulty.AppliesMomentumOfShards), "Shard(0)", r"\w+, .*: update off by "),
+        # Both, because AdamW is elementwise.
+        (
+            partial(faulty.make_adamw, kind=faulty.DoublesRate),
+            *("Shard(0)", r"\w+, .*: update off by 1\.0e\+00"),
+        ),
+        # Each shard is a row, and has the direction of its momentum.
+        pytest.param(
+            of(faulty.AppliesMomentumOfShards),
+            *("fully_shard, fewer rows than ranks", r"\w+, .*: update off by "),
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_shards_are_blamed_only_if_each_is_updated_on_its_own(ranks, make, situation, detail):
+    (row,) = check_optimizer(make, situation, ranks=ranks)
+    assert row.verdict == "wrong", row
+    assert re.match(detail, row.detail), row
+
+
+SHARDED = [
+    *("fully_shard on 2 ranks", "fully_shard on 3 ranks", "fully_shard, padded rows"),
+    *("fully_shard, convolutions", "fully_shard, two groups and a schedule", "Shard(1)"),
+    *("Shard(0), Shard(1)", "Replicate, Shard(1)", "fully_shard over parallelize_module"),
+]
+
+
+@pytest.mark.slow
+def test_shards_are_blamed_in_each_kind_of_situation(ranks):
+    rows = check_optimizer(of(faulty.OrthogonalisesShards), SHARDED, ranks=ranks)
+    assert all(row.detail.startswith("each shard is updated on its own: ") for row in rows), rows
 
 
 # Faults that the first three steps of small weights, with one group and one learning rate, do not
@@ -369,19 +436,23 @@ def test_what_cannot_be_run_is_refused():
 
 
 @pytest.mark.slow
-def test_the_script_of_the_page_prints_its_table(tmp_path):
-    page = (ROOT / "docs" / "conformance.md").read_text()
-    (script,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    (tmp_path / "script.py").write_text(script)
-    status, out, err = run(sys.executable, str(tmp_path / "script.py"), cwd=tmp_path)
+def test_the_scripts_of_the_page_print_its_tables(tmp_path):
+    first, second = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    (tmp_path / "first.py").write_text(first)
+    status, out, err = run(sys.executable, str(tmp_path / "first.py"), cwd=tmp_path)
     assert status == 1
     assert "1 of 3 situations are faulty" in err
+    table = PAGE.partition("\n    situation ")[2].partition("\n\n")[0]
     verdicts = [
         re.findall(r"^ *(.+?)  +(same bits|equal up to rounding|wrong) ", t, re.MULTILINE)
-        for t in (out, page)
+        for t in (out, table)
     ]
     assert verdicts[0] == verdicts[1]
     assert len(verdicts[0]) == 3
+    (tmp_path / "second.py").write_text(second)
+    status, out, err = run(sys.executable, str(tmp_path / "second.py"), cwd=tmp_path)
+    assert status == 0, err
+    assert "".join(f"    {line.rstrip()}\n" for line in out.splitlines()) in PAGE
 
 
 def make_adamw(model: nn.Module) -> torch.optim.Optimizer:

@@ -9,7 +9,7 @@ import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -138,8 +138,9 @@ def check_optimizer(
     An update Δ of each situation is compared with Δ_ref, the update by the same optimizer's step on
     unsharded matrices on one process, with the same gradients. Δ may differ from Δ_ref by four
     times the change that rounding the gradients makes. Where the weights are float32, Δ_ref is
-    itself compared with the formula of ``reference`` in float64. Ranks are processes that import
-    the caller's main module: a script needs ``if __name__ == "__main__":``.
+    itself compared with the formula of ``reference`` in float64. A row that is wrong says so if
+    the updates are those of each shard alone. Ranks are processes that import the caller's main
+    module: a script needs ``if __name__ == "__main__":``.
 
     Args:
         make: returns the optimizer of a model whose parameters are hidden matrices: a module-level
@@ -206,7 +207,14 @@ def _row(ranks: Ranks, name: str, made: bytes, timeout: float) -> Row:
             return _judge_polar(name, records)
         outcomes = ranks.outcomes(1, _follow, name, made, records, **limits)
         _check(outcomes)
-        return _judge(name, records, outcomes[0])
+        row = _judge(name, records, outcomes[0])
+        record, whole = _of_full_rank(records, outcomes[0])
+        shards = record.shards()
+        if row.verdict == "wrong" and shards.weights:
+            (alone,) = ranks.outcomes(1, _follow_shards, name, made, shards, **limits)
+            if isinstance(alone, Steps):  # an optimizer may fail with shards
+                row = _judge_shards(row, shards.weights, record.split(whole), alone)
+        return row
     except Failure as e:
         verdict, detail = e.args
         return Row(name, verdict, detail=detail)
@@ -336,6 +344,14 @@ def _follow(name: str, made: bytes, merged: dict[Key, Record]) -> References:
         )
         label = follow.formula.name if follow.formula and off is not None else ""
         return References(own, label, off or "", unchanged, [*map(follow.changed, records)])
+
+
+def _follow_shards(name: str, made: bytes, shards: Record) -> Steps:
+    """Repeat the steps on shards, each as if it were a whole matrix."""
+    with _failures():
+        follow = Follower(pickle.loads(made)[0], SITUATIONS[name].setup, None)
+        rounded = [follow.weights(shards, draw) for draw in range(1, 1 + DRAWS)]
+        return Steps(follow.weights(shards), rounded)
 
 
 class Follower:
@@ -497,6 +513,8 @@ def _merge(outcomes: list[dict[str, Record]]) -> dict[Key, Record]:
             for name, weights in record.weights.items():
                 if not np.array_equal(weights, first.weights[name], equal_nan=True):
                     raise Failure("wrong", f"the ranks differ in {name}")
+            for name, parts in record.parts.items():
+                first.parts.setdefault(name, set()).update(parts)
     return merged
 
 
@@ -546,6 +564,57 @@ def _judge(name: str, records: dict[Key, Record], references: References) -> Row
         return Row(name, "wrong", compared, *numbers, detail)
     low_rank = f"low rank: {low[3]:.1e} of {low[5]:.1e}"
     return Row(name, "equal up to rounding", compared, *numbers, low_rank)
+
+
+def _of_full_rank(records: dict[Key, Record], references: References) -> tuple[Record, Weights]:
+    """The first record with gradients of full rank, and its steps on unsharded matrices."""
+    pairs = zip(records.items(), references.own, strict=True)
+    return next(
+        (record, own.exact) for ((family, *_), record), own in pairs if family == FAMILIES[0]
+    )
+
+
+def _judge_shards(row: Row, shards: Weights, whole: Weights, alone: Steps) -> Row:
+    """Say in a row that is wrong if each rank took its shard for a whole matrix.
+
+    So it is if the updates of all shards have the directions of the optimizer's updates of each
+    shard alone, up to rounding, and not those of the whole matrices' updates. Norms may differ: an
+    optimizer may still scale by the shape of the whole matrix. The direction of a single row or
+    column shows nothing, since to orthogonalise a vector is to scale it.
+
+    Args:
+        shards: the shards' weights in the situation.
+        whole: the shards of the weights by steps on whole matrices.
+        alone: the weights by steps on the shards alone.
+    """
+    of_shard, of_whole, ratios = list[bool](), list[bool](), list[float]()
+    for name, weights in shards.items():
+        n, *others = weights[0].shape
+        if min(n, math.prod(others)) > 1:
+            norms, directions = _polar(weights)
+            own_norms, own = _polar(alone.exact[name])
+            drawn = max(_distance(_polar(draw[name])[1], own) for draw in alone.rounded)
+            bound = FACTOR * drawn + BFLOAT16
+            of_shard.append(_distance(directions, own) <= bound)
+            of_whole.append(_distance(directions, _polar(whole[name])[1]) <= bound)
+            ratios.extend(norms[own_norms > 0] / own_norms[own_norms > 0])
+    if not all(of_shard) or all(of_whole):
+        return row
+    low, high = (f"{of(ratios, default=1.0):.2f}" for of in (min, max))
+    scaled = "" if low == high == "1.00" else f", times {low} to {high}"
+    off = f"{row.update_error:.0%} off the update of the whole matrix"
+    return replace(row, detail=f"each shard is updated on its own{scaled}: {off}")
+
+
+def _polar(weights: list[Array]) -> tuple[Array, Array]:
+    """The norm of each step's update, and its direction, which is 0 if the weight does not move."""
+    updates = np.diff(weights, axis=0).reshape(len(weights) - 1, -1)
+    norms = np.linalg.norm(updates, axis=1)
+    return norms, updates / np.where(norms > 0, norms, 1.0)[:, None]
+
+
+def _distance(directions: Array, others: Array) -> float:
+    return float(np.linalg.norm(directions - others, axis=1).max())
 
 
 def _check_moves(records: dict[Key, Record], references: References) -> None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, Protocol, Self, TypedDict
+from typing import Any, NamedTuple, NoReturn, Protocol, Self, TypedDict, TypeVar
 from zlib import crc32
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from torchpar.parallel.split.reduction import all_gather
-from torchpar.parts import part_of
+from torchpar.parts import Part, part_of
 
 SHAPES = {
     "square": (32, 32),
@@ -33,6 +33,7 @@ FAMILIES = ("full rank", "low rank", "large weights")
 LARGE = 320.0
 
 Array = NDArray[np.float64]
+T = TypeVar("T", bound=Array | None)
 Batch = dict[str, tuple[Tensor, Tensor]]
 Make = Callable[..., torch.optim.Optimizer]
 View = Callable[[Tensor], Iterable[Tensor]]
@@ -123,10 +124,38 @@ def multiply_rates(optimizer: HasGroups, factor: float) -> None:
 
 @dataclass
 class Record:
-    """The weights before and after each step, and the gradients or None: unsharded, in float64."""
+    """The weights before and after each step, and the gradients or None: unsharded, in float64.
+
+    Attributes:
+        parts: the parts of each matrix that ranks had in a step; empty parts are left out.
+    """
 
     weights: dict[str, list[Array]] = field(default_factory=dict)
     gradients: dict[str, list[Array | None]] = field(default_factory=dict)
+    parts: dict[str, set[Part]] = field(default_factory=dict)
+
+    def shards(self) -> "Record":
+        """The shards of each sharded matrix, as matrices of their own: ``tall_0``, ``tall_1``."""
+        return Record(self.split(self.weights), self.split(self.gradients))
+
+    def split(self, matrices: Mapping[str, list[T]]) -> dict[str, list[T]]:
+        """The shards of ``matrices``, which are named and shaped as the weights."""
+        return {
+            f"{name}_{i}": [_narrow(matrix, part) for matrix in matrices[name]]
+            for name, parts in self.parts.items()
+            if _divide(parts)
+            for i, part in enumerate(sorted(parts, key=lambda part: part.start))
+        }
+
+
+def _divide(parts: set[Part]) -> bool:
+    """Whether a matrix is divided into ``parts``: they overlap if other ranks loaded it later."""
+    sizes = [math.prod(part.size) for part in parts]
+    return len(parts) > 1 and sum(sizes) == math.prod(next(iter(parts)).whole)
+
+
+def _narrow(matrix: T, part: Part) -> T:
+    return None if matrix is None else part.narrow(torch.from_numpy(matrix)).numpy()  # type: ignore[return-value]
 
 
 class Before(NamedTuple):
@@ -280,6 +309,10 @@ class Trial:
                         "wrong", f"autograd does not notice that {name} changes, as by p.data"
                     )
             self._append(self.record.weights, model)
+            for name, p in named_layers(model):
+                part = part_of(p)._replace(mesh=None)  # which other processes cannot unpickle
+                if name in self.record.weights and all(part.size):
+                    self.record.parts.setdefault(name, set()).add(part)
 
     def _append(self, record: dict[str, list[Any]], model: nn.Module, of: str = "data") -> None:
         """Append the unsharded matrices by parameters' names. Views of one get numbers."""
