@@ -185,3 +185,21 @@ def refusals() -> None:
 
 def test_every_rank_names_what_is_wrong(ranks):
     ranks(2, refusals)
+
+
+def differ_later() -> None:
+    p = torch.ones(4, 6).requires_grad_()
+    p.grad = torch.ones(4, 6)
+    optimizer = Muon([("p", p)], lr=0.1, process_group=dist.group.WORLD)
+    (exchange,) = optimizer._exchanges()
+    exchange.reads_later = True  # as between GPUs, for which a step does not wait
+    optimizer.step()
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = 0.1 + dist.get_rank()
+    optimizer.step()
+    with refused(r"lr of group 0 \(p, …\) is 0.1 on rank 0 and 1.1 on rank 1, expected the same"):
+        optimizer.step()
+
+
+def test_a_difference_between_gpus_is_named_in_the_next_step(ranks):
+    ranks(2, differ_later)

@@ -51,6 +51,7 @@ class Exchange:
 
     Attributes:
         owned: the parameters that this rank owns.
+        reads_later: whether a step learns in the next step that the ranks' arguments differed.
 
     Raises:
         ConfigError: on every rank: the ranks have different parameters, or their parts of a
@@ -59,8 +60,16 @@ class Exchange:
 
     def __init__(self, group: dist.ProcessGroup | None, params: list[ParamInfo]):
         self.group, self.params = group, params
+        self._sent: tuple[int, Tensor] | None = None  # the last checksum
+        # Of the last step on a GPU: whether checksums differed, when that is known, and the facts.
+        self._unread: tuple[Tensor, torch.cuda.Event | None, Mapping[str, object]] | None = None
         shards = [info.part._replace(mesh=None) for info in params]
         self.rank, by_rank = 0, [shards]
+        self._wire = torch.device("cpu")
+        if group is not None and dist.get_backend(group) != "gloo":
+            # gloo sends CUDA tensors in all-reduces and broadcasts only.
+            self._wire = params[0].p.device
+        self.reads_later = self._wire.type == "cuda"
         if group is not None:
             same = {f"parameter {i}": info.description for i, info in enumerate(params)}
             check_same_on_all_ranks(group, "Muon", same)
@@ -125,6 +134,7 @@ class Exchange:
         Raises:
             ConfigError: facts that differ; on every rank.
         """
+        self._read()
         self._facts, self._present = facts, set(parts)
         if self.group is None:
             return {
@@ -166,13 +176,8 @@ class Exchange:
             return []
         sends, receives = route
         device = self.params[0].p.device
-        checksum = torch.tensor(
-            [*zlib.crc32(repr(self._facts).encode()).to_bytes(4)], dtype=torch.bfloat16
-        )
-        # gloo sends CUDA tensors in all-reduces and broadcasts only.
-        wire = checksum.new_empty(
-            0, device="cpu" if dist.get_backend(self.group) == "gloo" else device
-        )
+        wire = torch.empty(0, dtype=torch.bfloat16, device=self._wire)
+        checksum = self._checksum(wire)
 
         def flat(message: Message) -> Tensor:
             t = checksum if message.param is None else tensors.get(message.param)
@@ -194,9 +199,47 @@ class Exchange:
             (m, t.view(m.part.size).to(device)) for m, t in zip(messages, parts, strict=True)
         ]
         checksums = [t for m, t in incoming if m.param is None]
-        if checksums and not torch.stack(checksums).cpu().eq(checksum).all():
-            check_same_on_all_ranks(self.group, "Muon", self._facts)
+        if checksums:
+            self._compare(checksum, torch.stack(checksums))
         return incoming
+
+    def _checksum(self, wire: Tensor) -> Tensor:
+        """The checksum of this step's facts; made again only where they have changed."""
+        number = zlib.crc32(repr(self._facts).encode())
+        if self._sent is None or self._sent[0] != number:
+            values = torch.tensor([*number.to_bytes(4)], dtype=torch.bfloat16)
+            self._sent = number, values.to(wire.device)
+        return self._sent[1]
+
+    def _compare(self, checksum: Tensor, received: Tensor) -> None:
+        """Raise a ConfigError if a rank sent another checksum.
+
+        A GPU's values are read in the next step, when they have arrived, so that a step does not
+        wait for the GPU; and not at all while a CUDA graph is captured, which repeats one step.
+        """
+        differ = received.ne(checksum).any()
+        if not self.reads_later:
+            if differ:
+                check_same_on_all_ranks(self.group, "Muon", self._facts)
+        elif not _is_capturing():
+            found = torch.empty((), dtype=torch.bool, pin_memory=differ.is_cuda)
+            found.copy_(differ, non_blocking=True)
+            arrived = torch.cuda.current_stream().record_event() if differ.is_cuda else None
+            self._unread = found, arrived, self._facts
+
+    def _read(self) -> None:
+        """Raise a ConfigError if the facts of the last step differed, on a GPU."""
+        if self._unread is None or _is_capturing():
+            return
+        (differ, arrived, facts), self._unread = self._unread, None
+        if arrived is not None:
+            arrived.synchronize()
+        if differ:
+            check_same_on_all_ranks(self.group, "Muon", facts)
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def assign_owners(costs: Sequence[int], ranks: int) -> list[int]:
