@@ -138,7 +138,9 @@ class Caller:
 
     def seconds(self, name: str, index: int) -> list[float]:
         """The seconds of a call, in round ``index``."""
-        print(f"{name} {SMALL_CALLS if index else 1}", file=self._to, flush=True)
+        # A GPU takes in about a thousand launches before the host must wait.
+        calls = SMALL_CALLS // 10 if name.startswith("Muon") else SMALL_CALLS
+        print(f"{name} {calls if index else 1}", file=self._to, flush=True)
         return [float(self._from.readline())]
 
 

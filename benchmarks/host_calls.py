@@ -99,6 +99,40 @@ def own_calls(device: str) -> Calls:
     return calls | {f"{name}, , launcher": call for name, call in launchers.items()}
 
 
+def muon_calls(device: str) -> Calls:
+    """Steps of Muon for a matrix, and for GPT-2 small's 48; for a stand-in of a 48th of the size,
+    with as much in a batch."""
+    from torchpar.optim import Muon, matrices, newton_schulz
+
+    n = 768 if device == "cuda" else N
+    if device != "cuda":
+        linear, cubic = n / 768, (n / 768) ** 3
+        scales = {
+            (matrices, "_PADDED_UP_TO"): linear,
+            (matrices, "_BATCH_MULTIPLICATIONS"): cubic,
+            (newton_schulz, "_GRAM_ROWS"): linear,
+            (newton_schulz, "_GRAM_MULTIPLICATIONS"): cubic,
+        }
+        for (module, name), scale in scales.items():
+            if hasattr(module, name):  # not in every checkout
+                setattr(module, name, int(getattr(module, name) * scale))
+        newton_schulz.has_bfloat16 = lambda: True  # as a GPU
+    weights = {
+        f"a matrix of {n}x{n}": [(n, n)],
+        "GPT-2 small": [
+            shape for one in ((n, n), (n, 3 * n), (n, 4 * n), (4 * n, n)) for shape in [one] * 12
+        ],
+    }
+    calls: Calls = {}
+    for name, shapes in weights.items():
+        for contestant, make in {"ATen": torch.optim.Muon, "torchpar": Muon}.items():
+            params = [torch.randn(shape, device=device).requires_grad_() for shape in shapes]
+            for p in params:
+                p.grad = torch.randn_like(p)
+            calls[f"Muon, {name}, {contestant}"] = make(params).step
+    return calls
+
+
 def forward_and_backward(
     op: Callable[..., torch.Tensor], leaves: list[torch.Tensor], g: torch.Tensor
 ) -> object:
@@ -126,7 +160,7 @@ def main(device: str) -> None:
     if hasattr(os, "sched_setaffinity"):  # both checkouts are timed on one core
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     with stand_in:
-        calls = own_calls(device) | layers(device)
+        calls = own_calls(device) | muon_calls(device) | layers(device)
         for call in calls.values():
             call()
         print(json.dumps(list(calls)), flush=True)
