@@ -1,31 +1,35 @@
 # SPDX-License-Identifier: MIT
-"""Compare `torchpar.optim.Muon` with torch's Muon, and with SGD on MNIST:
+"""Compare `torchpar.optim.Muon` with other Muons, and with SGD on MNIST:
 ``python -m benchmarks run muon``.
 
-The first table is the time of a step of one weight, or of many small ones; all optimizers get the
-same gradients. After the steps the weights must agree, as far as orthogonalising in bfloat16 lets
-them; the status is 1 if some do not. The second table has the test error and the training loss of a
-network 784-512-10 with sigmoid layers, in batches of 32, with SGD and with Muon, each at its best
-rate.
+The first table is the time of a step of one weight, or of many; all optimizers get the same
+gradients. After the steps the weights must agree with those of `torch.optim.Muon`, as far as
+orthogonalising in bfloat16 lets them; the status is 1 if torchpar's do not. The second table has
+the test error and the training loss of a network 784-512-10 with sigmoid layers, in batches of 32,
+with SGD and with Muon, each at its best rate.
+
+On a GPU each step is timed twice. First the queue is empty, so that the time contains the host's:
+this is what a script sees. Then the GPU sleeps while the host fills the queue, so that the time is
+that of the kernels.
 """
 
-import importlib
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib.util import find_spec
+from statistics import median
 
 import torch
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from benchmarks import muon_others
 from benchmarks.command import Command, run
 from benchmarks.digits import DATA
 from benchmarks.results import Result, Table, print_results, track
-from benchmarks.timing import take_turns, time_calls
+from benchmarks.timing import Timed, Times, take_turns, time_calls
 from torchpar import data
 from torchpar.nn import MLP
 from torchpar.optim import Muon
-from torchpar.optim.newton_schulz import COEFFICIENTS
 from torchpar.parallel.launch.world import join_world
 from torchpar.training import Classification, Run, lr_scheduler, muon, sgd
 
@@ -39,72 +43,130 @@ WEIGHTS: dict[str, Shapes] = {
     # No two have the same shape.
     "126 unequal": [(16 + 5 * i % 113, 16 + i) for i in range(126)],
 }
+GPU_WEIGHTS: dict[str, Shapes] = {
+    "48 of GPT-2 small": [(768, 768), (768, 2304), (768, 3072), (3072, 768)] * 12,
+    "2048x2048": [(2048, 2048)],
+    "1024x4096": [(1024, 4096)],
+    "4096x1024": [(4096, 1024)],
+    "8 of 1024x4096": [(1024, 4096)] * 8,
+    "2048x8192": [(2048, 8192)],
+    "4096x4096": [(4096, 4096)],
+    "4096x11008": [(4096, 11008)],
+    "50 of 128x128": [(128, 128)] * 50,
+    # Of each of 16 layers q and o, k and v, gate and up, and down.
+    "112 of Llama 3.2 1B": [
+        *[(2048, 2048), (2048, 2048), (512, 2048), (512, 2048)] * 16,
+        *[(8192, 2048), (8192, 2048), (2048, 8192)] * 16,
+    ],
+}
 QUICK: dict[str, Shapes] = {"24x64": [(24, 64)], "3 of 64x24": [(64, 24)] * 3}
+# Without the last, whose steps take longest.
+GPU_QUICK = dict(list(GPU_WEIGHTS.items())[:-1])
 # Of the way: bfloat16's roundings of directions, an order less for momenta that are noise.
 DISTANCE = 0.03
 ROUNDS = 15  # steps of each optimizer and weight that are timed
+CYCLES = 2e9  # of a GPU in a second, rather too many
+LONGEST_SLEEP = 0.5  # seconds
 SIZES = (784, 512, 10)
 EPOCHS = 8
 BATCH_SIZE = 32
 SGD_LR, MUON_LR = 0.1, 0.03  # the best of 0.05, 0.1, 0.2 and 0.3, and of 0.01, 0.02 and 0.03
 REFERENCE = "torch.optim.Muon"
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+OPTIMIZERS: dict[str, muon_others.Maker] = {
     REFERENCE: torch.optim.Muon,
     "torchpar, standard": partial(Muon, ns="standard"),
     "torchpar, gram": partial(Muon, ns="gram"),
     "torchpar": Muon,
+    **muon_others.INSTALLED,
 }
 
 
-def gram_newton_schulz(params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """The package's Muon, with the coefficients and the rates of the others."""
-    package = importlib.import_module("gram_newton_schulz")
+class Steps:
+    """Steps of one optimizer, which start at the weights ``start``.
 
-    def adjust(lr: float, shape: tuple[int, ...]) -> float:
-        return lr * math.sqrt(max(1.0, shape[-2] / shape[-1]))
+    Attributes:
+        weights: where they have come to.
+        queued: times of the steps in a full queue, on a GPU.
+    """
 
-    by_kernels = params[0].is_cuda
-    coefficients = [list(COEFFICIENTS)] * 5
-    return package.Muon(  # type: ignore[no-any-return]
-        params, adjust_lr=adjust, ns_coefficients=coefficients, ns_use_kernels=by_kernels
-    )
+    def __init__(self, name: str, start: Sequence[Tensor]):
+        self.name = name
+        self.weights = [torch.nn.Parameter(w.clone()) for w in start]
+        self.queued = Times()
+        self._optimizer: torch.optim.Optimizer | None = None
+
+    def turn(self, gradients: Sequence[Tensor], index: int) -> list[float]:
+        """Time a step, or two on a GPU; the seconds of the first one."""
+        timed = self._step(gradients)
+        seconds = timed.seconds()
+        if torch.cuda.is_available():
+            # The first step may have compiled for minutes.
+            filled = self._step(gradients, sleep=2 * timed.host if index else 0).seconds()
+            if index:
+                self.queued.rounds.append([filled])
+        return [seconds]
+
+    def _step(self, gradients: Sequence[Tensor], sleep: float = 0) -> Timed[None]:
+        if self._optimizer is None:  # not earlier: a package may fail already here
+            self._optimizer = OPTIMIZERS[self.name](self.weights)
+        for weight, gradient in zip(self.weights, gradients, strict=True):
+            weight.grad = gradient.clone()
+        device = self.weights[0].device
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        if sleep and device.type == "cuda":  # and not a CPU that stands for one
+            torch.cuda._sleep(int(min(sleep, LONGEST_SLEEP) * CYCLES))
+        timed = time_calls(self._optimizer.step, device)
+        for weight in self.weights:
+            weight.grad = None
+        return timed
 
 
-if find_spec("gram_newton_schulz"):
-    OPTIMIZERS["gram-newton-schulz"] = gram_newton_schulz
-
-
-def compare_steps(label: str, shapes: Shapes, rounds: int, device: torch.device) -> list[Result]:
-    """Time a step of each optimizer on float32 weights of ``shapes``."""
+def compare_steps(
+    label: str, shapes: Shapes, rounds: int, device: torch.device, names: Sequence[str]
+) -> list[Result]:
+    """Time a step of each of the optimizers ``names`` on float32 weights of ``shapes``."""
     torch.manual_seed(0)
+    if set(names) & set(muon_others.COMPILING):
+        torch.compiler.reset()  # which compiles a function for a few shapes, and then no more
     start = [torch.randn(shape, device=device) for shape in shapes]
-    weights = {name: [torch.nn.Parameter(w.clone()) for w in start] for name in OPTIMIZERS}
-    optimizers = {name: make(weights[name]) for name, make in OPTIMIZERS.items()}
+    steps = {name: Steps(name, start) for name in names}
     gradients = [torch.empty_like(w) for w in start]
 
     def draw_gradients(_: int) -> None:
         for gradient in gradients:
             gradient.normal_()
 
-    def turn(name: str, index: int) -> list[float]:
-        for weight, gradient in zip(weights[name], gradients, strict=True):
-            weight.grad = gradient.clone()
-        if device.type == "cuda":
-            # The queue fills meanwhile, so that no launch is in the time.
-            torch.cuda._sleep(10_000_000)
-        return [time_calls(optimizers[name].step, device).seconds()]
-
-    turns = {name: partial(turn, name) for name in OPTIMIZERS}
+    turns = {name: partial(one.turn, gradients) for name, one in steps.items()}
     times = take_turns(turns, rounds, before=draw_gradients, label=label)
-    ended = {name: torch.cat([w.detach().flatten() for w in weights[name]]) for name in OPTIMIZERS}
-    way = (ended[REFERENCE] - torch.cat([w.flatten() for w in start])).norm()
+    reference = steps[REFERENCE]
+    way = distance(reference.weights, start)
     results = []
     for name, one in times.items():
-        distance = float((ended[name] - ended[REFERENCE]).norm() / way)
-        if not (one.reason or distance < DISTANCE):
-            one.reason = f"the weights ended {distance:.2g} of the way from {REFERENCE}'s"
-        results.append(one.result({"weight": label}, name, times[REFERENCE], distance=distance))
+        columns: dict[str, float | None] = {}
+        if not one.reason:
+            apart = distance(steps[name].weights, reference.weights) / way
+            columns["distance"] = apart
+            if not apart < DISTANCE:
+                one.reason = f"the weights ended {apart:.2g} of the way from {REFERENCE}'s"
+        queued = steps[name].queued
+        if queued.rounds and not one.reason:
+            columns["queued_ms"] = 1e3 * median(queued.all)
+            columns["queued_speedup"] = queued.speedup_over(reference.queued)
+        results.append(one.result({"weight": label}, name, times[REFERENCE], **columns))
     return results
+
+
+def distance(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
+    """The norm of the difference of all weights."""
+    norms = [(mine - other).norm() for mine, other in zip(ours, theirs, strict=True)]
+    return float(torch.stack(norms).detach().norm())
+
+
+def memory(shapes: Shapes, optimizers: int) -> int:
+    """Bytes that `compare_steps` takes: of each optimizer weights and momenta, then the weights at
+    the start, gradients, their copies, and the update of one optimizer."""
+    return 4 * sum(m * n for m, n in shapes) * (2 * optimizers + 4)
 
 
 def train(epochs: int, samples: int | None = None) -> list[Result]:
@@ -148,26 +210,41 @@ def train(epochs: int, samples: int | None = None) -> list[Result]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    command = Command("muon", "Compare Muon with torch.optim.Muon and with SGD.")
+    command = Command("muon", "Compare Muon with other packages' Muons and with SGD.")
+    every = QUICK | WEIGHTS | GPU_WEIGHTS
     command.parser.add_argument(
         "--weights",
         nargs="+",
-        choices=WEIGHTS,
+        choices=every,
         metavar="WEIGHTS",
-        help=f"only steps, of these of {', '.join(WEIGHTS)}",
+        help=f"only steps, of these of {', '.join(every)}",
     )
     options = command.parse(arguments)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
     table = Table(command.csv(options), device, threads=torch.get_num_threads())
-    chosen = {label: WEIGHTS[label] for label in options.weights or WEIGHTS}
-    for label, shapes in (QUICK if options.quick else chosen).items():
-        table.add(compare_steps(label, shapes, 2 if options.quick else ROUNDS, device))
+    of_device = (WEIGHTS, GPU_WEIGHTS)[on_gpu]
+    if options.quick:
+        of_device = (QUICK, GPU_QUICK)[on_gpu]
+    names = list(OPTIMIZERS)
+    if options.quick and (slow := [name for name in muon_others.COMPILING if name in names]):
+        names = [name for name in names if name not in slow]
+        print(f"left out of --quick: {', '.join(slow)}, whose first steps compile")
+    for label in options.weights or of_device:
+        needed = memory(every[label], len(names))
+        if on_gpu and needed > torch.cuda.mem_get_info()[0]:
+            print(f"left out: {label}, which needs {needed / 1e9:.0f} GB of the GPU's memory")
+            continue
+        rounds = 2 if options.quick else ROUNDS
+        table.add(compare_steps(label, every[label], rounds, device, names))
     print_results("a step of Muon", table.results)
-    if options.weights:
-        return table.status
-    curves = train(1, samples=320) if options.quick else train(EPOCHS)
-    print_results("an MLP on MNIST", table.add(curves))
-    return table.status
+    if not options.weights:
+        curves = train(1, samples=320) if options.quick else train(EPOCHS)
+        print_results("an MLP on MNIST", table.add(curves))
+    # The limits of other packages are findings.
+    return int(
+        any(not one.ok for one in table.results if one.contestant not in muon_others.INSTALLED)
+    )
 
 
 if __name__ == "__main__":

@@ -128,10 +128,11 @@ class Table:
 FORMATS: dict[str, tuple[str, Callable[[Any], str]]] = {
     **{
         f"{name}_ms": (name, lambda ms: duration(ms / 1e3))
-        for name in ("p20", "p50", "p80", "mean", "host", "estimate")
+        for name in ("p20", "p50", "p80", "mean", "host", "queued", "estimate")
     },
     "first_s": ("first call", lambda seconds: duration(seconds)),
     "speedup": ("speed-up", "{:.2f}".format),
+    "queued_speedup": ("queued speed-up", "{:.2f}".format),
     "gb_per_s": ("GB/s", lambda x: number(x)),
     "gflop_per_s": ("GFLOP/s", lambda x: number(x)),
     "samples_per_s": ("samples/s", "{:,.0f}".format),
