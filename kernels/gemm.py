@@ -80,6 +80,12 @@ def float_of_words(low, high):
 
 
 @triton.jit
+def is_finite(tile):
+    """Whether all numbers of a float32 tile are finite."""
+    return tl.max(tl.abs(tile).to(tl.int32, bitcast=True)) < 0x7F800000
+
+
+@triton.jit
 def dot_rows(
     a,
     b,
@@ -91,11 +97,17 @@ def dot_rows(
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    STAGES: tl.constexpr = None,
 ):
     """The tile ``A[a_rows] · B[b_rows]ᵀ`` of ``A (m, k)`` and ``B (n, k)``.
 
     Rows past the end are 0. ``a`` and ``b`` hold a pointer and the strides of rows and columns.
     Offsets are int64 before strides multiply: operands may exceed 2³¹ elements.
+
+    "tf32x3" splits a number into the nearest of TF32, and the rest. The rest of an infinity is NaN,
+    and numbers near the largest are rounded to an infinity. So where three products give no finite
+    number, the result is that of one product of TF32. Tensor cores cut its operands off, and do not
+    round them, so that a finite operand stays finite.
     """
     a_ptr, a_row, a_col = a
     b_ptr, b_row, b_col = b
@@ -112,7 +124,7 @@ def dot_rows(
     b_inside = (b_rows < n)[None, :]
     tl.assume(k > 0)  # without it Triton 3.6 waits for each product before it begins the next
     acc = tl.zeros((a_rows.shape[0], b_rows.shape[0]), dtype=acc_dtype)
-    for start in range(0, k, BLOCK_K):
+    for start in tl.range(0, k, BLOCK_K, num_stages=STAGES):
         if EVEN_K:
             a_mask = a_inside
             b_mask = b_inside
@@ -124,6 +136,10 @@ def dot_rows(
         acc = tl.dot(a_values, b_values, acc, input_precision=PRECISION, out_dtype=acc_dtype)
         a_tile += step * a_col
         b_tile += step * b_col
+    if PRECISION == "tf32x3":  # noqa: SIM102  # a constant, and a value known at run time
+        if not is_finite(acc):  # one stage: others would take registers from the loop above
+            single = dot_rows(a, b, a_rows, b_rows, m, n, k, BLOCK_K, EVEN_K, "tf32", 1)
+            acc = tl.where(tl.abs(acc) < float("inf"), acc, single)
     return acc
 
 
@@ -171,8 +187,10 @@ def dot_tiles(
     B_LAYOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The tile ``A[row:] · B[col:]ᵀ``; TMA loads 0 past the ends. SAME if both operands are the
-    same tile."""
+    """The tile ``A[row:] · B[col:]ᵀ``, as in `dot_rows`; TMA loads 0 past the ends.
+
+    SAME if both operands are the same tile.
+    """
     ROWS: tl.constexpr = a_tiles.block_shape[2 if A_LAYOUT == "T" else 1]
     COLS: tl.constexpr = b_tiles.block_shape[2 if B_LAYOUT == "T" else 1]
     BLOCK_K: tl.constexpr = a_tiles.block_shape[1 if A_LAYOUT == "T" else 2]
@@ -181,6 +199,12 @@ def dot_tiles(
         a = load_tile(a_tiles, batch, row, start, A_LAYOUT)
         b = a if SAME else load_tile(b_tiles, batch, col, start, B_LAYOUT)
         acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+    if PRECISION == "tf32x3":  # noqa: SIM102  # a constant, and a value known at run time
+        if not is_finite(acc):
+            single = dot_tiles(
+                a_tiles, b_tiles, batch, row, col, k, SAME, A_LAYOUT, B_LAYOUT, "tf32"
+            )
+            acc = tl.where(tl.abs(acc) < float("inf"), acc, single)
     return acc
 
 

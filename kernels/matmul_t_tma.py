@@ -209,7 +209,7 @@ def symmetric_matmul_tma_kernel(
             )
             acc *= alpha
             store_halves(acc, c_tiles, out_tiles, batch, row, col, n, beta, C_LAYOUT, FLATTEN)
-        elif SAME and C_LAYOUT == "" and BLOCK == 128:
+        elif SAME and C_LAYOUT == "" and BLOCK == 128 and PRECISION != "tf32x3":
             row = (unit - full) * 2 * WIDE
             first, second = dot_two_tiles(a_tiles, batch, row, row + WIDE, k, A_LAYOUT, PRECISION)
             store_twice(
@@ -221,7 +221,7 @@ def symmetric_matmul_tma_kernel(
             )
         else:
             # One loop would have four operands, which do not fit into shared memory, or would
-            # spill: with C, and on sm_100 with tiles of 64 rows.
+            # spill: with C, of tf32x3, and on sm_100 with tiles of 64 rows.
             for half in range(2):
                 row = ((unit - full) * 2 + half) * WIDE
                 acc = dot_tiles(
