@@ -126,20 +126,25 @@ def sources() -> dict[str, str]:
     return files
 
 
-def summary(source: str, function: str) -> str:
-    """The first line of a function's docstring."""
-    (found,) = (
-        n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name == function
-    )
-    return (ast.get_docstring(found) or "").partition("\n")[0]
+def summaries(files: dict[str, str]) -> dict[str, str]:
+    """The first lines of the operators' docstrings, by name."""
+    found = {}
+    for node in ast.walk(ast.parse(files["ops/__init__.py"])):
+        if isinstance(node, ast.ImportFrom):
+            names = {alias.name for alias in node.names}
+            for one in ast.parse(files[f"{str(node.module).replace('.', '/')}.py"]).body:
+                if isinstance(one, ast.FunctionDef) and one.name in names:
+                    found[one.name] = (ast.get_docstring(one) or "").partition("\n")[0]
+    return found
 
 
 def package() -> tuple[str, dict[str, str]]:
     """The package's ``id``, and its files by name."""
     files = sources()
-    exports = ast.walk(ast.parse(files["ops/__init__.py"]))
-    names = sorted(
-        alias.name for node in exports if isinstance(node, ast.ImportFrom) for alias in node.names
+    (names,) = (
+        sorted(ast.literal_eval(node.value))
+        for node in ast.parse(files["ops/__init__.py"]).body
+        if isinstance(node, ast.Assign)  # to __all__
     )
     init = (ROOT / "torchpar" / "__init__.py").read_text()
     version = re.findall(r'^__version__ = "(.+)"$', init, re.MULTILINE)[0]
@@ -169,9 +174,8 @@ def package() -> tuple[str, dict[str, str]]:
             "files": {name: b64encode(value).decode() for name, value in digests.items()},
         },
     }
-    # The function exact_matmul_t stands beside the operator that it calls.
-    texts = {name: files.get(f"ops/{name}.py", files["ops/exact_matmul.py"]) for name in names}
-    rows = [f"| `{name}` | {summary(text, name)} |" for name, text in texts.items()]
+    of_operators = summaries(files)
+    rows = [f"| `{name}` | {of_operators[name]} |" for name in names if name in of_operators]
     card = CARD.format(rows="\n".join(rows), major=major)
     return identifier, {
         "README.md": card,

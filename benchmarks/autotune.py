@@ -267,8 +267,9 @@ def maximum(a: Tensor, b: Tensor, kernel: KernelInterface = maximum_kernel) -> T
 
 def matmul_t(x: Tensor, kernel: KernelInterface = matmul_t_kernel) -> Tensor:
     (n, k), out = x.shape, x.new_empty(len(x), len(x))
-    x = by_columns(x, fp32_precision(x))
-    kernel[partial(programs, x, n, n, True)](x, out, n, k, *x.stride(), PRECISION=fp32_precision(x))
+    precision, _ = fp32_precision(x)
+    x = by_columns(x, precision)
+    kernel[partial(programs, x, n, n, True)](x, out, n, k, *x.stride(), PRECISION=precision)
     return out
 
 
@@ -277,10 +278,11 @@ def linear_sigmoid(
 ) -> Tensor:
     (m, k), n = x.shape, len(weight)
     out = x.new_empty(m, n)
-    x, weight = by_columns(x, fp32_precision(x)), by_columns(weight, fp32_precision(x))
+    precision, _ = fp32_precision(x)
+    x, weight = by_columns(x, precision), by_columns(weight, precision)
     strides = *x.stride(), *weight.stride()
     kernel[partial(programs, x, m, n, False)](
-        x, weight, bias, out, m, n, k, *strides, PRECISION=fp32_precision(x)
+        x, weight, bias, out, m, n, k, *strides, PRECISION=precision
     )
     return out
 

@@ -242,8 +242,7 @@ def linear_sigmoid(
     plan = cached_plan(make, wrap, operands, precision, tiles, tma, only_if_faster, out=out)
     if plan is None:
         return None
-    # As an operator calls this function.
-    is_new = out is None and tiles is None and tma and only_if_faster == (not x.is_cpu)
+    is_of_operator = out is None and tiles is None and tma  # as an operator calls this function
     if out is None:
         out = x.new_empty(x.shape[0], weight.shape[0])
     if out.numel() == 0:
@@ -255,8 +254,8 @@ def linear_sigmoid(
     count = plan.constants.get("SPLIT_K", 1)  # by TMA nothing is split
     if count == 1:
         plan.launch(wrap, x, weight, given, out)
-        if wrap is None and is_new and x is operands[0] and weight is operands[1]:
-            remember(_key(*operands, precision), plan, x, out)
+        if wrap is None and is_of_operator and x is operands[0] and weight is operands[1]:
+            remember(_key(*operands, precision, only_if_faster), plan, x, out)
         return out
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     parts = x.new_empty((count, *out.shape), dtype=dtype)
@@ -268,15 +267,18 @@ def linear_sigmoid(
 
 
 def linear_sigmoid_again(
-    x: Tensor, weight: Tensor, bias: Tensor | None, precision: str
+    x: Tensor, weight: Tensor, bias: Tensor | None, precision: str, only_if_faster: bool = False
 ) -> Tensor | None:
     """`linear_sigmoid` for layouts that an operator launched before; None if it did not."""
-    return again(_key(x, weight, bias, precision), x, weight, weight if bias is None else bias)
+    key = _key(x, weight, bias, precision, only_if_faster)
+    return again(key, x, weight, weight if bias is None else bias)
 
 
-def _key(x: Tensor, weight: Tensor, bias: Tensor | None, precision: str) -> Hashable:
-    of_bias = None if bias is None else layout(bias)
-    return linear_sigmoid, device_index(x), precision, layout(x), layout(weight), of_bias
+def _key(
+    x: Tensor, weight: Tensor, bias: Tensor | None, precision: str, only_if_faster: bool
+) -> Hashable:
+    layouts = layout(x), layout(weight), None if bias is None else layout(bias)
+    return linear_sigmoid, device_index(x), precision, only_if_faster, *layouts
 
 
 def _plan(

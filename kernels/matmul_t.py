@@ -119,22 +119,28 @@ def matmul_t(
     )
 
 
-def matmul_t_again(x: Tensor, precision: str) -> Tensor | None:
+def matmul_t_again(x: Tensor, precision: str, only_if_faster: bool = False) -> Tensor | None:
     """`matmul_t` for a layout that an operator launched before; None if it did not."""
-    return again(_key(x, x, None, precision), x, x, x, factors=_PRODUCT_ALONE)
+    return again(_key(x, x, None, precision, only_if_faster), x, x, x, factors=_PRODUCT_ALONE)
 
 
 def symmetric_matmul_again(
-    a: Tensor, b: Tensor, c: Tensor | None, precision: str, alpha: float, beta: float
+    a: Tensor,
+    b: Tensor,
+    c: Tensor | None,
+    precision: str,
+    alpha: float,
+    beta: float,
+    only_if_faster: bool = False,
 ) -> Tensor | None:
     """`symmetric_matmul` for layouts that an operator launched before; None if it did not."""
-    key = _key(a, b, c, precision)
+    key = _key(a, b, c, precision, only_if_faster)
     return again(key, a, b, a if c is None else c, factors=_bits(alpha, beta))
 
 
-def _key(a: Tensor, b: Tensor, c: Tensor | None, precision: str) -> Hashable:
+def _key(a: Tensor, b: Tensor, c: Tensor | None, precision: str, only_if_faster: bool) -> Hashable:
     others = None if b is a else layout(b), None if c is None else layout(c)
-    return symmetric_matmul, device_index(a), precision, layout(a), *others
+    return symmetric_matmul, device_index(a), precision, only_if_faster, layout(a), *others
 
 
 def _bits(alpha: float, beta: float) -> tuple[int, ...]:
@@ -186,8 +192,7 @@ def symmetric_matmul(
     plan = cached_plan(make, wrap, operands, precision, tiles, tma, only_if_faster, out=out)
     if plan is None:
         return None
-    # As an operator calls this function.
-    is_new = out is None and tiles is None and tma and only_if_faster == (not a.is_cpu)
+    is_of_operator = out is None and tiles is None and tma  # as an operator calls this function
     if out is None:
         out = a.new_empty(*a.shape[:-1], a.shape[-2])
     if out.numel() == 0:
@@ -200,8 +205,8 @@ def symmetric_matmul(
     third = first if third is None else third
     plan.launch(wrap, first, second, third, out, *_bits(alpha, beta))
     takes_c = c is None or (beta != 0 and third is c)
-    if wrap is None and is_new and first is a and second is b and takes_c:
-        remember(_key(a, b, c, precision), plan, a, out)
+    if wrap is None and is_of_operator and first is a and second is b and takes_c:
+        remember(_key(a, b, c, precision, only_if_faster), plan, a, out)
     return out
 
 

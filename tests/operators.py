@@ -274,6 +274,7 @@ KERNELS = {name: op.kernels for name, op in OPERATORS.items()} | {
         "add_partial_sums_kernel",
     },
     "matmul_t_backward": {"symmetric_sum_kernel"},
+    "fp32_matmul": {"fp32_matmul_kernel"},
     "linear_sigmoid_backward": {"sigmoid_backward_kernel", "add_partial_sums_kernel"},
     "symmetric_addmm_": {"symmetric_matmul_kernel"},
 }

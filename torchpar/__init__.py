@@ -16,6 +16,7 @@ if find_spec("torch"):
     from torchpar.ops import (
         exact_matmul,
         exact_matmul_t,
+        fp32_products,
         linear_sigmoid,
         matmul_t,
         maximum,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.4.0"
 __all__ = ["exact_matmul", "exact_matmul_t", "linear_sigmoid", "matmul_t", "maximum"]
+__all__ += ["fp32_products"]
 __all__ += ["exact", "library", "nn", "optim", "parallel", "ptx", "symmetric_matmul", "testing"]
 
 

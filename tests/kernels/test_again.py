@@ -3,6 +3,7 @@
 they."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from triton import knobs
 
 import torchpar
 from torchpar import ptx
-from torchpar.kernels import launch, maximum
+from torchpar.kernels import launch, linear_sigmoid, matmul_t, maximum
 from torchpar.library import CustomOpDef
 
 X = torch.linspace(-1, 1, 40 * 24).view(40, 24)
@@ -126,6 +127,68 @@ def test_other_values_and_other_factors_are_not_remembered(gpu: list[int]) -> No
     for x in (X, -2 * X):
         assert torch.allclose(torchpar.matmul_t(x), x @ x.mT, rtol=2**-8, atol=2**-8)
     assert gpu == [0, 1, 1, 0, 1]
+
+
+@pytest.mark.parametrize("name", ["matmul_t", "symmetric_matmul", "linear_sigmoid"])
+def test_another_precision_is_not_remembered(name: str, gpu: list[int]) -> None:
+    """Without a mode the precision is TF32 here."""
+    op, operands, native = CALLS[name]
+    exact = native(*[t.double() for t in operands])
+    for mode in (None, "tf32x3", "tf32x3", None, "tf32"):
+        with torchpar.fp32_products(mode):
+            error = (op(*operands) - exact).abs().max()
+        assert (error < 2**-17) == (mode == "tf32x3")
+    assert gpu == [0, 0, 1, 1, 1]
+
+
+def test_a_launch_without_a_choice_is_not_remembered_for_calls_with_one(gpu: list[int]) -> None:
+    """A mode beside another flag leaves no choice to the rule."""
+    for launched, again in (
+        (partial(matmul_t.matmul_t, X, "tf32x3", None), matmul_t.matmul_t_again),
+        (
+            partial(linear_sigmoid.linear_sigmoid, X, W, BIAS, "tf32x3", None),
+            linear_sigmoid.linear_sigmoid_again,
+        ),
+        (
+            partial(matmul_t.symmetric_matmul, X, X, "tf32x3", None, C, 0.5, 2.0),
+            lambda *args: matmul_t.symmetric_matmul_again(X, X, C, "tf32x3", 0.5, 2.0, args[-1]),
+        ),
+    ):
+        launched()
+        operands = [a for a in launched.args if a is not None]
+        assert again(*operands, True) is None
+        assert torch.equal(again(*operands, False), launched())
+
+
+@pytest.mark.parametrize("name", ["matmul_t", "linear_sigmoid", "symmetric_matmul"])
+def test_calls_that_autograd_makes_directly_have_the_precision_of_the_mode(
+    name: str, gpu: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torchpar.library.definition.num_dispatch_modes", lambda: 0)
+    direct: list[str] = []
+    call = CustomOpDef._call_directly
+    monkeypatch.setattr(
+        CustomOpDef, "_call_directly", lambda self, *args: direct.append(1) or call(self, *args)
+    )
+    op, operands, native = CALLS[name]
+
+    def results(op: Callable[..., Tensor], dtype: torch.dtype, mode: str | None) -> list[Tensor]:
+        leaves = [t.to(dtype, copy=True).requires_grad_() for t in operands]
+        with torchpar.fp32_products(mode):
+            y, again = op(*leaves), op(*[t.detach() for t in leaves])
+        assert torch.equal(y, again)
+        g = torch.linspace(-1, 1, y.numel(), dtype=dtype).view_as(y)
+        return [y, torch.autograd.grad(y, leaves, g)[0]]
+
+    exact = results(native, torch.float64, None)
+    for mode in ("tf32x3", None):
+        found = results(op, torch.float32, mode)
+        errors = [(a - b).abs().max() for a, b in zip(found, exact, strict=True)]
+        if mode == "tf32x3":
+            assert max(errors) < 2**-15
+            assert len(direct) >= 3, "with and without a gradient, and in the backward"
+        else:
+            assert errors[0] > 2**-15
 
 
 def test_wrong_arguments_are_refused_after_right_ones(gpu: list[int]) -> None:

@@ -421,7 +421,8 @@ def test_the_whole_backward_launches_few_kernels(op, shapes, kernels, others):
 
     def run(g: Tensor, *saved: Tensor) -> tuple[Tensor, ...]:
         needed = tuple(True for _ in inspect.signature(module._formula).parameters)
-        return module._backward(SimpleNamespace(saved_tensors=saved, needs_input_grad=needed), g)
+        ctx = SimpleNamespace(saved_tensors=saved, needs_input_grad=needed, precision=None)
+        return module._backward(ctx, g)
 
     views = ("view", "t", "transpose", "permute", "expand", "_assert_tensor_metadata", "detach")
     with FakeTensorMode():

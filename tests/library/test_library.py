@@ -295,8 +295,9 @@ def test_defaults_are_left_out() -> None:
 
 
 def test_the_record_has_all_operators() -> None:
-    # Which is exact_matmul(x, x).
-    assert set(torchpar.ops.__all__) - {"exact_matmul_t"} == set(OPERATORS)
+    # exact_matmul_t(x) is exact_matmul(x, x), and fp32_products is no operator.
+    others = {"exact_matmul_t", "fp32_products"}
+    assert set(torchpar.ops.__all__) - others == set(OPERATORS)
 
 
 SCRIPT = """
@@ -462,8 +463,8 @@ def test_get_fp32_precision_is_that_of_torch_backends(precision: str) -> None:
     try:
         products.fp32_precision = precision
         assert get_fp32_precision("cuda", "matmul") == precision
-        assert fp32_precision(X.float()) == precision
-        assert fp32_precision(X.bfloat16()) == fp32_precision(X) == "ieee"
+        assert fp32_precision(X.float()) == (precision, True)
+        assert fp32_precision(X.bfloat16()) == fp32_precision(X) == ("ieee", True)
     finally:
         products.fp32_precision = before
 

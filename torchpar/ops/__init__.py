@@ -5,6 +5,8 @@ Importing a file registers its operator.
 """
 
 from torchpar.ops.exact_matmul import exact_matmul, exact_matmul_t
+from torchpar.ops.fp32 import fp32_products
+from torchpar.ops.fp32_matmul import fp32_matmul  # noqa: F401  # an internal operator
 from torchpar.ops.linear_sigmoid import linear_sigmoid
 from torchpar.ops.matmul_t import matmul_t
 from torchpar.ops.maximum import maximum
@@ -13,6 +15,7 @@ from torchpar.ops.symmetric_matmul import symmetric_matmul
 __all__ = [
     "exact_matmul",
     "exact_matmul_t",
+    "fp32_products",
     "linear_sigmoid",
     "matmul_t",
     "maximum",

@@ -13,8 +13,9 @@ second derivatives are derivatives of the plain formula.
 """
 
 import math
+from collections.abc import Mapping
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from torchpar.library import batch_first, sample
 from torchpar.library.rules import Context, Sharding, Spec, VmapInfo
 from torchpar.library.sharding import is_dtensor
 from torchpar.library.transforms import needs_formula
+from torchpar.ops import fp32
 from torchpar.ops._operator import is_emulating, operator, runs_kernels, supports_tma
 from torchpar.ops.cpu import is_eager, linear, linear_forward
 from torchpar.ops.matrix import (
@@ -33,6 +35,7 @@ from torchpar.ops.matrix import (
     fp32_precision,
     is_tiled,
     missing,
+    needs_fp32_kernel,
     product,
     rows,
 )
@@ -49,7 +52,7 @@ def linear_sigmoid(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
 
     Args:
         x: ``(*, in_features)``; float16, bfloat16, float32 or float64. On CUDA, float32 follows
-            `torch.backends.cuda.matmul.fp32_precision`.
+            `torch.backends.cuda.matmul.fp32_precision`, or `torchpar.fp32_products`.
         weight: ``(out_features, in_features)``, of ``x``'s dtype and device.
         bias: ``(out_features)``, of ``x``'s dtype and device, or None.
 
@@ -59,7 +62,10 @@ def linear_sigmoid(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     Raises:
         RuntimeError: an unsupported dtype, shapes that do not fit, or mixed dtypes or devices.
     """
-    return _op(x, weight, bias)  # type: ignore[no-any-return]
+    precision = fp32.chosen
+    if precision is None:
+        return _op(x, weight, bias)  # type: ignore[no-any-return]
+    return _op_of_precision(x, weight, bias, precision=precision)  # type: ignore[no-any-return]
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -76,7 +82,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         check_like("linear_sigmoid", "bias", bias, weight.shape[:1], x)
 
 
-def _is_native(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+def _is_native(x: Tensor, weight: Tensor, bias: Tensor | None = None, **_: object) -> bool:
     """Whether to call PyTorch's operators, with their autograd, in place of this operator.
 
     On CPUs PyTorch's operators are faster. For 16-bit floats they are right if all sizes are
@@ -95,8 +101,14 @@ def _is_slow(t: Tensor) -> bool:
     return t.dtype == torch.bfloat16 and t.is_cpu and not has_bfloat16()
 
 
-def _formula(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _formula(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, precision: str | None = None
+) -> Tensor:
     _check(x, weight, bias)
+    if needs_fp32_kernel(x, precision):
+        z = product(rows(x) if x.dim() == 1 else x, weight, precision=precision)
+        z = z.view(weight.shape[:1]) if x.dim() == 1 else z
+        return (z if bias is None else z + bias).sigmoid()
     if is_tiled(x) and not is_dtensor(x) and not _is_native(x, weight, bias):
         z = product(rows(x), weight, bias, beta=0.0 if bias is None else 1.0)
         return z.view(*x.shape[:-1], weight.shape[0]).sigmoid()
@@ -111,8 +123,14 @@ def _kernels() -> ModuleType:
     return linear_sigmoid
 
 
-@operator("linear_sigmoid(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor", kernels=_kernels)
-def _op(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, wrap: Wrap) -> Tensor:
+def _compute(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    precision: str | None = None,
+    wrap: Wrap,
+) -> Tensor:
     if not runs_kernels(x):
         _check(x, weight, bias)
         if not _is_slow(x):
@@ -121,9 +139,10 @@ def _op(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, wrap: Wrap) ->
         return linear_forward(x.float(), weight.float(), bias).sigmoid_().bfloat16()
     from torchpar.kernels import linear_sigmoid as kernel
 
-    precision = fp32_precision(x)
+    precision, is_native = fp32_precision(x, precision)
+    only_if_faster = is_native and not x.is_cpu
     if wrap is None and x.dim() == 2:
-        out = kernel.linear_sigmoid_again(x, weight, bias, precision)
+        out = kernel.linear_sigmoid_again(x, weight, bias, precision, only_if_faster)
         if out is not None:
             return out
     _check(x, weight, bias)
@@ -131,24 +150,46 @@ def _op(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, wrap: Wrap) ->
     if x.shape[-1] != 0:  # the kernel expects a column
         operands = rows(x), weight, bias, precision, wrap
         tma = supports_tma(wrap)
-        out = kernel.linear_sigmoid(*operands, tma=tma, only_if_faster=not x.is_cpu)
+        out = kernel.linear_sigmoid(*operands, tma=tma, only_if_faster=only_if_faster)
     if out is None:
         return F.linear(x, weight, bias).sigmoid_()
     return out if x.dim() == 2 else out.view(*x.shape[:-1], weight.shape[0])
 
 
+# Two operators of one function, since an operator without keywords is called in less time.
+_op = operator(
+    "linear_sigmoid(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor", kernels=_kernels
+)(_compute)
+_op_of_precision = operator(
+    "linear_sigmoid.precision(Tensor x, Tensor weight, Tensor? bias=None, *, str? precision) "
+    "-> Tensor",
+    kernels=_kernels,
+)(_compute)
 _sigmoid_gradient = torch.ops.aten.sigmoid_backward.default
 
 
 @_op.register_fake
-def _linear_sigmoid_fake(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+@_op_of_precision.register_fake
+def _linear_sigmoid_fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, **_: object
+) -> Tensor:
     _check(x, weight, bias)
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-def _setup_context(ctx: Context, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+class _Context(Context, Protocol):
+    precision: str | None
+
+
+def _setup_context(
+    ctx: _Context,
+    inputs: tuple[Tensor, ...],
+    output: Tensor,
+    keyword_only_inputs: Mapping[str, str | None] = {},
+) -> None:
     x, weight = inputs[:2]
     ctx.save_for_backward(x, weight, output)
+    ctx.precision = keyword_only_inputs.get("precision")
 
 
 def dz_and_db(g: Tensor, y: Tensor, need_bias: bool = True) -> tuple[Tensor, Any]:
@@ -160,7 +201,7 @@ def dz_and_db(g: Tensor, y: Tensor, need_bias: bool = True) -> tuple[Tensor, Any
     return _backward_op(g, y) if is_fused else _backward_formula(g, y)
 
 
-def _backward(ctx: Context, g: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: _Context, g: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, y = ctx.saved_tensors
     # There is no entry for a bias that is not given.
     need_x, need_weight, *need_bias = ctx.needs_input_grad
@@ -169,25 +210,31 @@ def _backward(ctx: Context, g: Tensor) -> tuple[Tensor | None, ...]:
     if _is_slow(x):
         dz, x, weight = dz.float(), x.float(), weight.float()
     # PyTorch's product of a one-dimensional DTensor and a matrix has a wrong shape (2.15).
-    dx = product(rows(dz) if dz.dim() == 1 else dz, weight.mT).to(dtype) if need_x else None
-    if dx is not None and x.dim() == 1:
-        dx = dx.view(x.shape)
-    dw = product(rows(dz).mT, rows(x).mT).to(dtype) if need_weight else None
+    dx = dw = None
+    if need_x:
+        g = rows(dz) if dz.dim() == 1 else dz
+        dx = product(g, weight.mT, precision=ctx.precision).to(dtype)
+        dx = dx.view(x.shape) if x.dim() == 1 else dx
+    if need_weight:
+        dw = product(rows(dz).mT, rows(x).mT, precision=ctx.precision).to(dtype)
     return dx, dw, db
 
 
-_op.register_autograd(
-    _backward, setup_context=_setup_context, formula=_formula, decompose=_is_native
-)
+for _each in (_op, _op_of_precision):
+    _each.register_autograd(
+        _backward, setup_context=_setup_context, formula=_formula, decompose=_is_native
+    )
 
 
 @_op.register_vmap
+@_op_of_precision.register_vmap
 def _linear_sigmoid_vmap(
     info: VmapInfo,
     in_dims: tuple[int | None, ...],
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
+    **precision: Any,
 ) -> tuple[Tensor, int]:
     x_dim, weight_dim, bias_dim = (*in_dims, None)[:3]
     _check(
@@ -197,22 +244,28 @@ def _linear_sigmoid_vmap(
     )
     x = batch_first(x, x_dim, info.batch_size)
     if weight_dim is None and bias_dim is None:
-        return linear_sigmoid(x, weight, bias), 0
+        op = _op_of_precision if precision else _op
+        return op(x, weight, bias, **precision), 0
     # A weight or a bias per sample is a batched product, which the kernel does not compute.
     weight = batch_first(weight, weight_dim, info.batch_size)
     x2 = x.reshape(info.batch_size, math.prod(x.shape[1:-1]), x.shape[-1])
     if bias is None:
-        z = product(x2, weight)
+        z = product(x2, weight, **precision)
     else:
-        z = product(x2, weight, batch_first(bias, bias_dim, info.batch_size).unsqueeze(1), beta=1.0)
+        c = batch_first(bias, bias_dim, info.batch_size).unsqueeze(1)
+        z = product(x2, weight, c, beta=1.0, **precision)
     return z.sigmoid_().reshape(*x.shape[:-1], weight.shape[1]), 0
 
 
 _op.register_autocast()
+_op_of_precision.register_autocast()
 
 
 @_op.register_sharding
-def _linear_sigmoid_sharding(x: Spec, weight: Spec, bias: Spec | None = None) -> list[Sharding]:
+@_op_of_precision.register_sharding
+def _linear_sigmoid_sharding(
+    x: Spec, weight: Spec, bias: Spec | None = None, **_: object
+) -> list[Sharding]:
     from torch.distributed.tensor import Replicate, Shard
 
     def parameters(placement: "Placement") -> "list[Placement | None]":

@@ -9,11 +9,13 @@ With G = dL/dC:
 
 is computed by a second operator: on a GPU one kernel makes (G + Gᵀ)/2, and PyTorch's library
 multiplies (float16 takes two products). The second operator has no gradient: second derivatives are
-derivatives of the plain formula.
+derivatives of the plain formula. The formula is also the gradient in a precision of
+`torchpar.fp32_products` that PyTorch's library has not.
 """
 
+from collections.abc import Mapping
 from types import ModuleType
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, Protocol, TypeGuard
 
 import torch
 from torch import Tensor
@@ -23,9 +25,15 @@ from torchpar.library import sample
 from torchpar.library.rules import Context, Sharding, Spec, VmapInfo
 from torchpar.library.sharding import is_dtensor
 from torchpar.library.transforms import needs_formula
-from torchpar.ops import cpu
-from torchpar.ops._operator import operator, runs_kernels, save_operands, supports_tma
-from torchpar.ops.matrix import check_dtype, fp32_precision, mean_with_transpose, product
+from torchpar.ops import cpu, fp32
+from torchpar.ops._operator import operator, runs_kernels, supports_tma
+from torchpar.ops.matrix import (
+    check_dtype,
+    fp32_precision,
+    mean_with_transpose,
+    needs_fp32_kernel,
+    product,
+)
 
 if TYPE_CHECKING:  # DTensor takes long to import
     from torch.distributed.tensor import DTensor
@@ -42,7 +50,7 @@ def matmul_t(x: Tensor) -> Tensor:
 
     Args:
         x: ``(*, n, k)``; float16, bfloat16, float32 or float64. On CUDA, float32 follows
-            `torch.backends.cuda.matmul.fp32_precision`.
+            `torch.backends.cuda.matmul.fp32_precision`, or `torchpar.fp32_products`.
 
     Returns:
         ``(*, n, n)``, contiguous, of ``x``'s dtype.
@@ -50,7 +58,10 @@ def matmul_t(x: Tensor) -> Tensor:
     Raises:
         RuntimeError: an unsupported dtype, or fewer than two dimensions.
     """
-    return _op(x)  # type: ignore[no-any-return]
+    precision = fp32.chosen
+    if precision is None:
+        return _op(x)  # type: ignore[no-any-return]
+    return _op_of_precision(x, precision=precision)  # type: ignore[no-any-return]
 
 
 def _check(x: Tensor) -> None:
@@ -59,12 +70,12 @@ def _check(x: Tensor) -> None:
         raise RuntimeError(f"torchpar::matmul_t: x has shape {tuple(x.shape)}, expected (*, n, k)")
 
 
-def _formula(x: Tensor) -> Tensor:
+def _formula(x: Tensor, *, precision: str | None = None) -> Tensor:
     _check(x)
-    return product(x, _gathered(x) if _is_split_by_rows(x) else x)
+    return product(x, _gathered(x) if _is_split_by_rows(x) else x, precision=precision)
 
 
-def _is_split_by_rows(x: Tensor) -> "TypeGuard[DTensor]":
+def _is_split_by_rows(x: Tensor, **_: object) -> "TypeGuard[DTensor]":
     return (
         type(x) is not Tensor
         and is_dtensor(x)
@@ -86,53 +97,87 @@ def _kernels() -> ModuleType:
     return matmul_t
 
 
-# Inductor would fuse the blocks of the CPU path into one slower kernel, and compile it for half a
-# minute.
-@operator("matmul_t(Tensor x) -> Tensor", kernels=_kernels, opaque=cpu.is_halved)
-def _op(x: Tensor, *, wrap: Wrap) -> Tensor:
+def _compute(x: Tensor, *, precision: str | None = None, wrap: Wrap) -> Tensor:
     if not runs_kernels(x):
         _check(x)
         return cpu.symmetric_matmul(x, x)
     from torchpar.kernels import matmul_t as kernel
 
-    precision = fp32_precision(x)
-    if wrap is None and (out := kernel.matmul_t_again(x, precision)) is not None:
-        return out
+    precision, is_native = fp32_precision(x, precision)
+    only_if_faster = is_native and not x.is_cpu
+    if wrap is None:
+        out = kernel.matmul_t_again(x, precision, only_if_faster)
+        if out is not None:
+            return out
     _check(x)
     out = None
     if x.shape[-1] != 0:  # the kernel expects a column
         tma = supports_tma(wrap)
-        out = kernel.matmul_t(x, precision, wrap, tma=tma, only_if_faster=not x.is_cpu)
+        out = kernel.matmul_t(x, precision, wrap, tma=tma, only_if_faster=only_if_faster)
     return kernel.mirror(product(x, x), wrap) if out is None else out
 
 
+# Two operators of one function, since an operator of tensors alone is called in less time. Inductor
+# would fuse the blocks of the CPU path into one slower kernel, and compile it for half a minute.
+_op = operator("matmul_t(Tensor x) -> Tensor", kernels=_kernels, opaque=cpu.is_halved)(_compute)
+_op_of_precision = operator(
+    "matmul_t.precision(Tensor x, *, str? precision) -> Tensor",
+    kernels=_kernels,
+    opaque=lambda x, **_: cpu.is_halved(x),
+)(_compute)
+
+
 @_op.register_fake
-def _matmul_t_fake(x: Tensor) -> Tensor:
+@_op_of_precision.register_fake
+def _matmul_t_fake(x: Tensor, **_: object) -> Tensor:
     _check(x)
     return x.new_empty(*x.shape[:-1], x.shape[-2])
 
 
-def _backward(ctx: Context, g: Tensor) -> Tensor:
+class _Context(Context, Protocol):
+    precision: str | None
+
+
+def _setup_context(
+    ctx: _Context,
+    inputs: tuple[Tensor, ...],
+    output: Tensor,
+    keyword_only_inputs: Mapping[str, str | None] = {},
+) -> None:
+    ctx.save_for_backward(*inputs)
+    ctx.precision = keyword_only_inputs.get("precision")
+
+
+def _backward(ctx: _Context, g: Tensor) -> Tensor:
     (x,) = ctx.saved_tensors
-    return _backward_formula(g, x) if needs_formula(g, x) else _backward_op(g, x)
+    if needs_formula(g, x) or needs_fp32_kernel(x, ctx.precision):
+        return _backward_formula(g, x, ctx.precision)
+    return _backward_op(g, x)  # type: ignore[no-any-return]
 
 
-_op.register_autograd(
-    _backward, setup_context=save_operands, formula=_formula, decompose=_is_split_by_rows
-)
+for _each in (_op, _op_of_precision):
+    _each.register_autograd(
+        _backward, setup_context=_setup_context, formula=_formula, decompose=_is_split_by_rows
+    )
 
 
 @_op.register_vmap
-def _matmul_t_vmap(info: VmapInfo, in_dims: tuple[int], x: Tensor) -> tuple[Tensor, int]:
+@_op_of_precision.register_vmap
+def _matmul_t_vmap(
+    info: VmapInfo, in_dims: tuple[int], x: Tensor, **precision: str | None
+) -> tuple[Tensor, int]:
     _check(sample(x, in_dims[0]))
-    return matmul_t(x.movedim(in_dims[0], 0)), 0
+    op = _op_of_precision if precision else _op
+    return op(x.movedim(in_dims[0], 0), **precision), 0
 
 
 _op.register_autocast()
+_op_of_precision.register_autocast()
 
 
 @_op.register_sharding
-def _matmul_t_sharding(x: Spec) -> list[Sharding]:
+@_op_of_precision.register_sharding
+def _matmul_t_sharding(x: Spec, **_: object) -> list[Sharding]:
     from torch.distributed.tensor import Partial, Replicate, Shard
 
     batch = [([Shard(dim)], [Shard(dim)]) for dim in range(x.ndim - 2)]
@@ -142,12 +187,12 @@ def _matmul_t_sharding(x: Spec) -> list[Sharding]:
 # The backward: dX = (G + Gᵀ)·X, with G (*, n, n) and X (*, n, k).
 
 
-def _backward_formula(g: Tensor, x: Tensor) -> Tensor:
+def _backward_formula(g: Tensor, x: Tensor, precision: str | None = None) -> Tensor:
     # G + Gᵀ can overflow where the result does not. Its half cannot, but would lose small float16
     # gradients.
     if x.dtype == torch.float16:
         return product(g, x.mT) + product(g.mT, x.mT)
-    return product(mean_with_transpose(g), x.mT) * 2
+    return product(mean_with_transpose(g), x.mT, precision=precision) * 2
 
 
 @operator(

@@ -14,6 +14,7 @@ from torchpar.library.private import (
 )
 from torchpar.library.sharding import is_dtensor
 from torchpar.library.transforms import is_plain, is_transformed
+from torchpar.ops._operator import runs_kernels
 from torchpar.ops.processor import has_amx
 
 _TILE = 32  # 16-bit floats in a row of a tile of AMX
@@ -37,10 +38,27 @@ def check_like(operator: str, name: str, t: Tensor, shape: tuple[int, ...], like
         raise RuntimeError(f"torchpar::{operator}: {name} is {actual}, expected {expected}")
 
 
-def fp32_precision(x: Tensor) -> str:
-    """The precision of products of ``x`` on CUDA, "ieee" or "tf32", which float32 can have."""
-    is_tf32 = x.dtype == torch.float32 and get_fp32_precision("cuda", "matmul") == "tf32"
-    return "tf32" if is_tf32 else "ieee"
+def fp32_precision(x: Tensor, given: str | None = None) -> tuple[str, bool]:
+    """The precision of products of ``x`` on CUDA, and whether those of PyTorch's library have it.
+
+    The library's products follow PyTorch's flag. So do all products of float32 without a precision
+    that is ``given``, by `torchpar.fp32_products`. Float32 on FMA units serves for "tf32x3", too.
+    Other dtypes are "ieee".
+    """
+    if x.dtype != torch.float32:
+        return "ieee", True
+    flag = "tf32" if get_fp32_precision("cuda", "matmul") == "tf32" else "ieee"
+    if given is None:
+        return flag, True
+    return given, flag == ("ieee" if given == "tf32x3" else given)
+
+
+def needs_fp32_kernel(x: Tensor, given: str | None) -> bool:
+    """Whether products of ``x`` are not left to PyTorch's library, to have the precision that is
+    ``given``, or to be fast in it."""
+    if given is None or x.dtype != torch.float32 or not runs_kernels(x):
+        return False
+    return given == "tf32x3" or not fp32_precision(x, given)[1]
 
 
 def rows(t: Tensor) -> Tensor:
@@ -94,8 +112,11 @@ def product(
     alpha: float = 1.0,
     beta: float = 0.0,
     out: Tensor | None = None,
+    precision: str | None = None,
 ) -> Tensor:
     """``alpha * a @ b.mT + beta * c`` by PyTorch's libraries, for ``a (*, n, k)``, ``b (*, m, k)``.
+
+    On CUDA, float32 has the ``precision`` that is given, if necessary by a kernel.
 
     As in BLAS, a factor of 0 leaves its term out, whatever the operands hold. Nor does it matter
     what lies behind the rows in memory (`is_tiled`), also for the derivatives of the result, unless
@@ -103,6 +124,13 @@ def product(
     """
     if c is not None and beta == 0:
         c = None
+    if alpha != 0 and needs_fp32_kernel(a, precision):
+        assert precision is not None
+        from torchpar.ops.fp32_matmul import fp32_matmul  # which imports this module
+
+        result = fp32_matmul(a, b, precision)
+        result = result if alpha == 1 else alpha * result
+        return result if c is None else result + beta * c
     if not is_tiled(a) or is_dtensor(a) or is_dtensor(b):
         return _product(a, b, c, alpha, beta, out)
     if out is not None:  # which may be C: to compute twice would add the product twice

@@ -15,7 +15,7 @@ A second operator, without a gradient, adds the product to a matrix in place: H 
 """
 
 from types import ModuleType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from torchpar.library import batch_first, sample
 from torchpar.library.rules import Context, Sharding, Spec, VmapInfo
 from torchpar.library.sharding import is_dtensor
 from torchpar.library.transforms import is_transformed
-from torchpar.ops import cpu
+from torchpar.ops import cpu, fp32
 from torchpar.ops._operator import operator, runs_kernels, supports_tma
 from torchpar.ops.matrix import check_dtype, check_like, fp32_precision, product
 
@@ -51,7 +51,7 @@ def symmetric_matmul(
 
     Args:
         a: ``(*, n, k)``; float16, bfloat16, float32 or float64. On CUDA, float32 follows
-            `torch.backends.cuda.matmul.fp32_precision`.
+            `torch.backends.cuda.matmul.fp32_precision`, or `torchpar.fp32_products`.
         b: as ``a``, of its shape, dtype and device.
         c: ``(*, n, n)``, symmetric, of ``a``'s dtype and device, or None.
         alpha, beta: factors of the product and of ``c``.
@@ -79,6 +79,11 @@ def symmetric_matmul(
         _check_symmetry(
             _unsharded(a), _unsharded(b), _unsharded(c) if c is not None and beta else None
         )
+    precision = fp32.chosen
+    if out is None and precision is not None:
+        return _op_of_precision(  # type: ignore[no-any-return]
+            a, b, c, alpha=alpha, beta=beta, precision=precision
+        )
     if out is None and c is None and beta is None and alpha == 1:  # keywords take microseconds
         return _op(a, b)  # type: ignore[no-any-return]
     if out is None:
@@ -97,7 +102,7 @@ def symmetric_matmul(
         return out.copy_(resolved)
     if c is not None and c is not out and beta:
         out.copy_(c)
-    _addmm_op(out, a, b, alpha=alpha, beta=beta or 0.0)
+    _addmm_op(out, a, b, alpha=alpha, beta=beta or 0.0, precision=precision)
     return out
 
 
@@ -158,10 +163,16 @@ def _check_symmetry(a: Tensor, b: Tensor, c: Tensor | None) -> None:
 
 
 def _formula(
-    a: Tensor, b: Tensor, c: Tensor | None = None, *, alpha: float = 1.0, beta: float | None = None
+    a: Tensor,
+    b: Tensor,
+    c: Tensor | None = None,
+    *,
+    alpha: float = 1.0,
+    beta: float | None = None,
+    precision: str | None = None,
 ) -> Tensor:
     _check(a, b, c, beta)
-    return product(a, b, c, alpha, beta or 0.0)
+    return product(a, b, c, alpha, beta or 0.0, precision=precision)
 
 
 def _kernels() -> ModuleType:
@@ -170,19 +181,14 @@ def _kernels() -> ModuleType:
     return matmul_t
 
 
-@operator(
-    "symmetric_matmul(Tensor a, Tensor b, Tensor? c=None, *, float alpha=1.0, float? beta=None) "
-    "-> Tensor",
-    kernels=_kernels,
-    opaque=lambda a, *args, **kwargs: cpu.is_halved(a),
-)
-def _op(
+def _compute(
     a: Tensor,
     b: Tensor,
     c: Tensor | None = None,
     *,
     alpha: float = 1.0,
     beta: float | None = None,
+    precision: str | None = None,
     wrap: Wrap,
 ) -> Tensor:
     if not runs_kernels(a):
@@ -190,9 +196,11 @@ def _op(
         return cpu.symmetric_matmul(a, b, c, alpha, beta or 0.0)
     from torchpar.kernels import matmul_t as kernel
 
-    precision = fp32_precision(a)
+    precision, is_native = fp32_precision(a, precision)
+    only_if_faster = is_native and not a.is_cpu
     if wrap is None and alpha and (c is None) == (not beta):
-        out = kernel.symmetric_matmul_again(a, b, c, precision, alpha, beta or 0.0)
+        factors = alpha, beta or 0.0
+        out = kernel.symmetric_matmul_again(a, b, c, precision, *factors, only_if_faster)
         if out is not None:
             return out
     _check(a, b, c, beta)
@@ -201,11 +209,27 @@ def _op(
     if alpha != 0 and a.shape[-1] != 0:  # the kernel would compute 0·NaN, and expects a column
         operands = a, b, precision, wrap, c, alpha, beta
         tma = supports_tma(wrap)
-        out = kernel.symmetric_matmul(*operands, tma=tma, only_if_faster=not a.is_cpu)
+        out = kernel.symmetric_matmul(*operands, tma=tma, only_if_faster=only_if_faster)
     return kernel.mirror(product(a, b, c, alpha, beta), wrap) if out is None else out
 
 
+# Two operators of one function, since each keyword of an operator takes time.
+_op = operator(
+    "symmetric_matmul(Tensor a, Tensor b, Tensor? c=None, *, float alpha=1.0, float? beta=None) "
+    "-> Tensor",
+    kernels=_kernels,
+    opaque=lambda a, *args, **kwargs: cpu.is_halved(a),
+)(_compute)
+_op_of_precision = operator(
+    "symmetric_matmul.precision(Tensor a, Tensor b, Tensor? c=None, *, float alpha=1.0, "
+    "float? beta=None, str? precision) -> Tensor",
+    kernels=_kernels,
+    opaque=lambda a, *args, **kwargs: cpu.is_halved(a),
+)(_compute)
+
+
 @_op.register_fake
+@_op_of_precision.register_fake
 def _symmetric_matmul_fake(
     a: Tensor, b: Tensor, c: Tensor | None = None, *, beta: float | None = None, **_: object
 ) -> Tensor:
@@ -216,46 +240,53 @@ def _symmetric_matmul_fake(
 class _Context(Context, Protocol):
     alpha: float
     beta: float  # None without a C, of which no gradient is asked then
+    precision: str | None
 
 
 def _setup_context(
-    ctx: _Context, inputs: tuple[Tensor, ...], keyword_only_inputs: dict[str, float], output: Tensor
+    ctx: _Context, inputs: tuple[Tensor, ...], keyword_only_inputs: dict[str, Any], output: Tensor
 ) -> None:
     ctx.save_for_backward(*inputs[:2])
     ctx.alpha, ctx.beta = keyword_only_inputs["alpha"], keyword_only_inputs["beta"]
+    ctx.precision = keyword_only_inputs.get("precision")
 
 
 def _backward(ctx: _Context, g: Tensor) -> tuple[Tensor | None, ...]:
     a, b = ctx.saved_tensors
     need_a, need_b, *need_c = ctx.needs_input_grad  # without an entry for a C that is not given
-    da = ctx.alpha * product(g, b.mT) if need_a else None
-    db = ctx.alpha * product(g.mT, a.mT) if need_b else None
+    da = ctx.alpha * product(g, b.mT, precision=ctx.precision) if need_a else None
+    db = ctx.alpha * product(g.mT, a.mT, precision=ctx.precision) if need_b else None
     return da, db, ctx.beta * g if any(need_c) else None
 
 
-_op.register_autograd(_backward, setup_context=_setup_context, formula=_formula)
+for _each in (_op, _op_of_precision):
+    _each.register_autograd(_backward, setup_context=_setup_context, formula=_formula)
 
 
 @_op.register_vmap
+@_op_of_precision.register_vmap
 def _symmetric_matmul_vmap(
     info: VmapInfo,
     in_dims: tuple[int | None, ...],
     a: Tensor,
     b: Tensor,
     c: Tensor | None = None,
-    **factors: float,
+    **keywords: Any,
 ) -> tuple[Tensor, int]:
     operands = list(zip((a, b, c), (*in_dims, None)[:3], strict=True))
     a1, b1, c1 = (t if t is None else sample(t, dim) for t, dim in operands)
-    _check(a1, b1, c1, factors.get("beta"))  # type: ignore[arg-type]
+    _check(a1, b1, c1, keywords.get("beta"))  # type: ignore[arg-type]
     batched = [t if t is None else batch_first(t, dim, info.batch_size) for t, dim in operands]
-    return _op(*batched, **factors), 0
+    op = _op_of_precision if "precision" in keywords else _op
+    return op(*batched, **keywords), 0
 
 
 _op.register_autocast()
+_op_of_precision.register_autocast()
 
 
 @_op.register_sharding
+@_op_of_precision.register_sharding
 def _symmetric_matmul_sharding(
     a: Spec, b: Spec, c: Spec | None = None, **_: object
 ) -> list[Sharding]:
@@ -272,11 +303,21 @@ def _symmetric_matmul_sharding(
 
 
 @operator(
-    "symmetric_addmm_(Tensor(a!) h, Tensor a, Tensor b, *, float alpha, float beta) -> ()",
+    "symmetric_addmm_(Tensor(a!) h, Tensor a, Tensor b, *, float alpha, float beta, "
+    "str? precision=None) -> ()",
     kernels=_kernels,
     opaque=lambda *args, **kwargs: True,
 )
-def _addmm_op(h: Tensor, a: Tensor, b: Tensor, *, alpha: float, beta: float, wrap: Wrap) -> None:
+def _addmm_op(
+    h: Tensor,
+    a: Tensor,
+    b: Tensor,
+    *,
+    alpha: float,
+    beta: float,
+    precision: str | None = None,
+    wrap: Wrap,
+) -> None:
     _check(a, b, None, None, h)
     if (
         any(t.untyped_storage().data_ptr() == h.untyped_storage().data_ptr() for t in (a, b))
@@ -297,15 +338,18 @@ def _addmm_op(h: Tensor, a: Tensor, b: Tensor, *, alpha: float, beta: float, wra
     elif not runs_kernels(h):
         cpu.symmetric_matmul(a, b, h, alpha, beta, h)
     elif not h.is_contiguous():
-        h.copy_(_addmm_by_kernel(h.contiguous(), a, b, alpha, beta))
+        h.copy_(_addmm_by_kernel(h.contiguous(), a, b, alpha, beta, precision))
     else:
-        _addmm_by_kernel(h, a, b, alpha, beta)
+        _addmm_by_kernel(h, a, b, alpha, beta, precision)
 
 
-def _addmm_by_kernel(h: Tensor, a: Tensor, b: Tensor, alpha: float, beta: float) -> Tensor:
+def _addmm_by_kernel(
+    h: Tensor, a: Tensor, b: Tensor, alpha: float, beta: float, precision: str | None = None
+) -> Tensor:
     from torchpar.kernels import matmul_t as kernel
 
-    operands = a, b, fp32_precision(a), None, h, alpha, beta
+    precision, is_native = fp32_precision(a, precision)
+    operands = a, b, precision, None, h, alpha, beta
     out = kernel.symmetric_matmul(
         *operands,
         out=h,
@@ -313,7 +357,7 @@ def _addmm_by_kernel(h: Tensor, a: Tensor, b: Tensor, alpha: float, beta: float)
         # program has already stored.
         tma=False,
         # PyTorch's products have one dtype.
-        only_if_faster=h.dtype == a.dtype and not h.is_cpu,
+        only_if_faster=is_native and h.dtype == a.dtype and not h.is_cpu,
     )
     return kernel.mirror(h.copy_(product(a, b, h, alpha, beta)), None) if out is None else out
 

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: MIT
+"""A·Bᵀ of float32, in a precision that PyTorch's flag does not name at the moment."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import Wrap
+from .device import device
+from .gemm import GROUP, by_columns, dot_rows, empty_by_columns, grouped_tile
+from .launch import Plan, cached_plan
+from .linear_sigmoid import store_tile
+from .rule import count_tiles, kind_of, library_time
+from .tiles import predict
+
+
+@triton.jit
+def fp32_matmul_kernel(
+    a_ptr,
+    b_ptr,
+    out_ptr,
+    m,
+    n,
+    k,
+    a_batch,
+    a_row,
+    a_col,
+    b_batch,
+    b_row,
+    b_col,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A tile of a product of a batch."""
+    tiles_m, tiles_n = (m - 1) // BLOCK_M + 1, (n - 1) // BLOCK_N + 1  # tl.cdiv may overflow
+    tile = tl.program_id(0) % (tiles_m * tiles_n)
+    batch = (tl.program_id(0) // (tiles_m * tiles_n)).to(tl.int64)
+    tile_m, tile_n = grouped_tile(tile, tiles_m, tiles_n, GROUP)
+    i = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    j = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    a = (a_ptr + batch * a_batch, a_row, a_col)
+    b = (b_ptr + batch * b_batch, b_row, b_col)
+    acc = dot_rows(a, b, i, j, m, n, k, BLOCK_K, EVEN_K, PRECISION)
+    store_tile(out_ptr + batch * m * n, acc, i, j, m, n)
+
+
+def fp32_matmul(
+    a: Tensor, b: Tensor, precision: str, wrap: Wrap, *, only_if_faster: bool = False
+) -> Tensor | None:
+    """``a @ b.mT`` for float32 ``a (batch, m, k)`` and ``b (batch, n, k)``, none of them empty.
+
+    Args:
+        precision: as in `symmetric_matmul`.
+        only_if_faster: launch nothing where PyTorch's library is expected to be faster.
+
+    Returns:
+        None if nothing was launched.
+    """
+    plan = cached_plan(_plan, wrap, (a, b), precision, only_if_faster)
+    if plan is None:
+        return None
+    out = a.new_empty(*a.shape[:-1], b.shape[-2])
+    plan.launch(wrap, by_columns(a, precision), by_columns(b, precision), out)
+    return out
+
+
+def _plan(a: Tensor, b: Tensor, precision: str, only_if_faster: bool) -> Plan | None:
+    a, b = empty_by_columns(a, precision), empty_by_columns(b, precision)
+    batch, m, k = a.shape
+    n = b.shape[-2]
+    # Its tiles are those of a linear layer. A split product would need a second launch.
+    kernel, sizes = "linear_sigmoid", (m, n, k, batch)
+    times = predict(kernel, precision, sizes, a, b, tma=False)
+    tiles = min((one for one in times if one.variant == "pointers"), key=times.__getitem__)
+    if only_if_faster:
+        alone, _ = library_time(kernel, kind_of(a.dtype, precision), sizes, device(a))
+        if alone < times[tiles]:
+            return None
+    constants = {
+        "BLOCK_M": tiles.block_m,
+        "BLOCK_N": tiles.block_n,
+        "BLOCK_K": tiles.block_k,
+        "EVEN_K": bool(k % tiles.block_k == 0),
+        "PRECISION": precision,
+    }
+    return Plan(
+        fp32_matmul_kernel,
+        batch * count_tiles(tiles, m, n, symmetric=False),
+        (m, n, k, *a.stride(), *b.stride()),
+        constants,
+        {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages},
+    )
