@@ -103,6 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     torch.set_num_threads(1)
     rounds = 2 if options.quick else ROUNDS
+    small_rounds = rounds if options.quick or device.type == "cuda" else SMALL_ROUNDS
     table = Table(command.csv(options), device)
     with ExitStack() as stack:
         caller = stack.enter_context(calls_of(HERE, device))
@@ -110,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.before:
             before = stack.enter_context(calls_of(options.before, device))
         for case in dict.fromkeys(name.rpartition(", ")[0] for name in caller.names):
-            table.add(time_case(case, caller, before, 2 if options.quick else SMALL_ROUNDS))
+            table.add(time_case(case, caller, before, small_rounds))
     columns = ["operator", "mode", "contestant", "p20_ms", "over_us", "over_aten", "of_before"]
     title = "a call on the host, its µs more than ATen's, and its part of the time before"
     print_results(title, table.results, [*columns, "ok"])

@@ -116,7 +116,7 @@ def muon_calls(device: str) -> Calls:
         for (module, name), scale in scales.items():
             if hasattr(module, name):  # not in every checkout
                 setattr(module, name, int(getattr(module, name) * scale))
-        newton_schulz.has_bfloat16 = lambda: True  # as a GPU
+        vars(newton_schulz)["has_bfloat16"] = lambda: True  # as a GPU
     weights = {
         f"a matrix of {n}x{n}": [(n, n)],
         "GPT-2 small": [
@@ -167,7 +167,7 @@ def main(device: str) -> None:
         for line in sys.stdin:
             name, _, count = line.strip().rpartition(" ")
             call, numbers = calls[name], range(int(count))
-            for _ in range(WARM_UP):
+            for _ in numbers[:WARM_UP]:
                 call()
             if device == "cuda":
                 torch.cuda.synchronize()
