@@ -109,7 +109,7 @@ def results(
     leaves = [t.detach().clone().requires_grad_() for t in args]
     with torchpar.fp32_products(mode):
         y = call(*leaves)
-    g = normal(*y.shape, seed=5).to(y.dtype)
+    g = normal(*y.shape, seed=5).to(y)
     return [y.detach(), *torch.autograd.grad(y, leaves, g)]
 
 

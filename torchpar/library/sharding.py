@@ -5,6 +5,9 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeGuard
 
+from torch import Tensor
+from torch.nn import Parameter
+
 if TYPE_CHECKING:
     from torch._ops import OpOverload
     from torch.distributed.tensor import DTensor
@@ -12,6 +15,9 @@ if TYPE_CHECKING:
 
 def is_dtensor(t: object) -> "TypeGuard[DTensor]":
     """Whether ``t`` is a DTensor; this does not import DTensor's module."""
+    kind = type(t)
+    if kind is Tensor or kind is Parameter:
+        return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(t, module.DTensor)
 

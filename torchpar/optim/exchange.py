@@ -160,6 +160,8 @@ class Exchange:
         Raises:
             ConfigError: as `gather`, if the parameters are replicated.
         """
+        if self.group is None:
+            return dict(results)
         sent = self._send(self._to_all, results)
         parts = {message.param: t for message, t in sent if message.param is not None}
         parts |= {info: info.part.narrow(results[info]) for info in self.owned if info in results}

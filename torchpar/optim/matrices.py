@@ -100,22 +100,30 @@ def orthogonalize_all(
 ) -> list[Tensor]:
     """`orthogonalize` each matrix, in batches of nearly equal shapes, which keep a device busy.
 
-    The results are of bfloat16, and may be parts of one tensor.
+    Results of a batch are parts of one tensor of float32; their values are those of bfloat16.
     """
-    by_kind: dict[tuple[tuple[int, ...], torch.device], list[int]] = {}
+    kinds: dict[tuple[tuple[int, ...], torch.device], tuple[list[int], list[int]]] = {}
+    on_gpu: dict[torch.device, bool] = {}
     for i, matrix in enumerate(matrices):
-        by_kind.setdefault((_shape_in_batch(matrix), matrix.device), []).append(i)
+        shape, device = tuple(matrix.shape), matrix.device
+        if device not in on_gpu:
+            on_gpu[device] = runs_kernels(matrix)
+        batched = _shape_in_batch(shape, on_gpu[device])
+        is_transposed = batched == shape[::-1] != shape
+        kinds.setdefault((batched, device), ([], []))[is_transposed].append(i)
+
+    def run(x: Tensor) -> Tensor:
+        return orthogonalize(x, coefficients, steps, eps, ns)
+
     results: dict[int, Tensor] = {}
-    for (shape, _), same in by_kind.items():
-        same.sort(key=lambda i: _is_transposed(matrices[i], shape))
-        size = _batch_size(shape, runs_kernels(matrices[same[0]]))
-        for first in range(0, len(same), size):
-            indices = same[first : first + size]
+    for (shape, device), (straight, transposed) in kinds.items():
+        order, size = straight + transposed, _batch_size(shape, on_gpu[device])
+        for first in range(0, len(order), size):
+            indices = order[first : first + size]
             batch = [matrices[i] for i in indices]
-            if _is_transposed(batch[0], shape):  # so all are
-                shape = shape[::-1]
-            updates = orthogonalize(_stacked(batch, shape), coefficients, steps, eps, ns)
-            results |= zip(indices, _unstacked(updates, batch, shape), strict=True)
+            count = max(len(straight) - first, 0)
+            updates = _orthogonalize_batch(batch[:count], batch[count:], shape, run)
+            results |= zip(indices, updates, strict=True)
     return [results[i] for i in range(len(matrices))]
 
 
@@ -126,58 +134,57 @@ def _batch_size(shape: Sequence[int], on_gpu: bool) -> int:
     return max(_BATCH_MULTIPLICATIONS // max(multiplications(shape), 1), 1)
 
 
-def _shape_in_batch(matrix: Tensor) -> tuple[int, ...]:
-    """The shape that a matrix has in a batch.
+def _shape_in_batch(shape: tuple[int, ...], on_gpu: bool) -> tuple[int, ...]:
+    """The shape that a matrix of ``shape`` has in a batch.
 
     Small matrices are padded, so that there are fewer and larger batches. On a GPU tall matrices
     are transposed, so that they join wide ones; on a CPU the copies would take longer.
     """
-    shape = tuple(matrix.shape)
     if max(shape) > _PADDED_UP_TO:
-        return (min(shape), max(shape)) if runs_kernels(matrix) else shape
+        return shape[::-1] if on_gpu and shape[0] > shape[1] else shape
     return tuple(-(-size // _PADDING) * _PADDING for size in shape)
 
 
-def _is_transposed(matrix: Tensor, shape: tuple[int, ...]) -> bool:
-    return matrix.shape == shape[::-1] != shape
+def _orthogonalize_batch(
+    straight: list[Tensor],
+    transposed: list[Tensor],
+    shape: tuple[int, ...],
+    run: Callable[[Tensor], Tensor],
+) -> list[Tensor]:
+    """Orthogonalise matrices of ``shape``, or smaller ones, and those whose transposes have it."""
+    if not straight:
+        straight, transposed, shape = transposed, [], shape[::-1]
+    count = len(straight) + len(transposed)
+    if count == 1 and straight[0].shape == shape:
+        # On a CPU a product of a batch of one takes up to twice the time of a product of matrices.
+        return [run(straight[0])]
+    x = _stacked(straight, shape, count)
+    if transposed:
+        # A GPU copies many matrices by one launch where their layouts are equal, and turns all at
+        # once.
+        x[len(straight) :] = _stacked(transposed, shape[::-1], len(transposed)).mT
+    x = run(x if count > 1 else x[0]).float().view(x.shape)
+    found = _cut(x, straight)
+    return [*found, *x[len(straight) :].mT.contiguous().unbind()] if transposed else found
 
 
-def _stacked(matrices: list[Tensor], shape: tuple[int, ...]) -> Tensor:
-    """A batch of matrices, padded by zeros to ``shape``; the last ones may be transposed to it.
+def _stacked(matrices: list[Tensor], shape: tuple[int, ...], count: int) -> Tensor:
+    """``count`` matrices of ``shape`` in bfloat16, of which the first are copies of ``matrices``,
+    padded by zeros.
 
     The zeros do not change the orthogonalised matrices, and stay zeros.
     """
-    if len(matrices) == 1 and matrices[0].shape == shape:
-        # On a CPU a product of a batch of one takes up to twice the time of a product of matrices.
-        return matrices[0]
-    straight = [matrix for matrix in matrices if not _is_transposed(matrix, shape)]
-    fits = all(matrix.shape == shape for matrix in straight)
-    x = (torch.empty if fits else torch.zeros)(
-        len(matrices), *shape, dtype=torch.bfloat16, device=matrices[0].device
-    )
-    torch._foreach_copy_(_cut(x[: len(straight)], straight), straight)
-    if len(straight) < len(matrices):
-        # A GPU copies many matrices by one launch where their layouts are equal, and turns all at
-        # once.
-        x[len(straight) :] = _stacked(matrices[len(straight) :], shape[::-1]).mT
-    return x if len(matrices) > 1 else x[0]
-
-
-def _unstacked(x: Tensor, matrices: list[Tensor], shape: tuple[int, ...]) -> list[Tensor]:
-    """The matrices of a batch ``x`` that `_stacked` made."""
-    x = x.view(len(matrices), *x.shape[-2:])
-    straight = [matrix for matrix in matrices if not _is_transposed(matrix, shape)]
-    found = _cut(x[: len(straight)], straight)
-    if len(straight) < len(matrices):
-        found += x[len(straight) :].mT.contiguous().unbind()
-    return found
+    make = torch.empty if all(matrix.shape == shape for matrix in matrices) else torch.zeros
+    x = make(count, *shape, dtype=torch.bfloat16, device=matrices[0].device)
+    torch._foreach_copy_(_cut(x, matrices), matrices)
+    return x
 
 
 def _cut(x: Tensor, matrices: list[Tensor]) -> list[Tensor]:
-    """The part of each matrix of ``x`` that has the shape of one of ``matrices``."""
+    """The first matrices of ``x``, each cut to the shape of one of ``matrices``."""
     return [
         t if t.shape == matrix.shape else t[tuple(map(slice, matrix.shape))]
-        for t, matrix in zip(x.unbind(), matrices, strict=True)
+        for t, matrix in zip(x.unbind(), matrices, strict=False)
     ]
 
 

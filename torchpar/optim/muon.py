@@ -244,7 +244,7 @@ class Muon(Optimizer):
         or its place, shape, dtype or device, has changed since.
         """
         facts = [
-            (id(p), index, p.shape, p.dtype, p.device, getattr(p, "placements", None))
+            (id(p), index, p.shape, p.dtype, p.device, p.placements if is_dtensor(p) else None)
             for index, group in enumerate(self.param_groups)
             for p in group["params"]
         ]
@@ -435,14 +435,13 @@ class Muon(Optimizer):
             torch._foreach_sub_(params, torch._foreach_mul(params, lr * decay))
         else:
             torch._foreach_mul_(params, 1 - lr * decay)
-        steps = list(updates.values())
         ratios = [_ratio(group, info.shapes[0]) for info in updates]
         differ = any(ratio != ratios[0] for ratio in ratios)
+        steps = list(updates.values())
         if len(steps) > 1 or differ or isinstance(lr, Tensor):
             # Wider, since a product in bfloat16 would be rounded, and of the parameters' dtype, in
             # which a GPU takes one launch for many tensors.
-            steps = [t.new_empty(t.shape, dtype=torch.float32) for t in steps]
-            torch._foreach_copy_(steps, list(updates.values()))
+            steps = _in_float32(steps)
         if differ:
             torch._foreach_mul_(steps, ratios)
         rate = lr if differ else lr * ratios[0]
@@ -452,6 +451,16 @@ class Muon(Optimizer):
         torch._foreach_sub_(params, steps, alpha=rate)
         # An earlier graph that holds a DTensor, and not its local part, must notice.
         torch.autograd.graph.increment_version([info.p for info in updates if is_dtensor(info.p)])
+
+
+def _in_float32(tensors: list[Tensor]) -> list[Tensor]:
+    wide = [
+        t if t.dtype == torch.float32 else t.new_empty(t.shape, dtype=torch.float32)
+        for t in tensors
+    ]
+    if copied := [(w, t) for w, t in zip(wide, tensors, strict=True) if w is not t]:
+        torch._foreach_copy_(*map(list, zip(*copied, strict=True)))  # type: ignore[arg-type]
+    return wide
 
 
 def _ratio(group: Group, shape: Sequence[int]) -> float:

@@ -110,7 +110,8 @@ class Products:
 
     def _free(self, *used: Tensor) -> Tensor:
         """A buffer that holds none of ``used``."""
-        return next(one for one in self._squares if all(one is not t for t in used))
+        ids = [*map(id, used)]
+        return next(one for one in self._squares if id(one) not in ids)
 
     def _launch(self, a: Tensor, b: Tensor, c: Tensor | None, out: Tensor) -> Launch | None:
         """The launch of the kernel for such operands, whose layouts do not change; None where the
