@@ -80,9 +80,9 @@ def own_calls(device: str) -> Calls:
 
         launchers: Calls = {
             "maximum": lambda: maximum.maximum_again(a, b),
-            "matmul_t": lambda: matmul_t.matmul_t_again(square, precision),
+            "matmul_t": lambda: matmul_t.matmul_t_again(square, precision, on_gpu),
             "linear_sigmoid": lambda: linear_sigmoid.linear_sigmoid_again(
-                x, weight, bias, precision
+                x, weight, bias, precision, on_gpu
             ),
         }
     else:  # up to version 0.4

@@ -71,8 +71,9 @@ _POLAR_EXPRESS = (
 )
 
 _GRAM_ROWS, _GRAM_ASPECT = 256, 2  # below, the standard iteration is as fast
-# In X·Xᵀ of a batch. On an H200 Gram iterations were faster from 14.5e9 on, and slower up to 4.3e9.
-_GRAM_MULTIPLICATIONS = 2**33
+# In X·Xᵀ of a batch. On an H200 Gram iterations took the GPU less time in any batch, and the host
+# more: below this the host decides.
+_GRAM_MULTIPLICATIONS = 5 * 10**9
 
 
 @torch.no_grad()
@@ -97,7 +98,8 @@ def orthogonalize(
         eps: the least norm to divide by, so that 0 stays 0.
         ns: the iteration. "standard" is as accurate as `torch.optim.Muon`. "gram" iterates on the
             Gram matrix: it is less accurate, and faster where one side is at least twice the other.
-            "auto" is "gram" for such matrices if both sides are at least 256, else "standard".
+            "auto" is "gram" for such matrices if both sides are at least 256, else "standard". On a
+            GPU it is "gram" only if x·xᵀ of the batch has at least 5·10⁹ multiplications.
 
     Returns:
         ``(*, n, m)``, bfloat16.
