@@ -22,7 +22,7 @@
 set -uo pipefail
 unset -v CDPATH # with it `cd` prints
 
-stages=(compile values verify ladder matmul_t muon host linear_sigmoid operators autotune autotune_float32 max_autotune huge)
+stages=(compile values verify ladder matmul_t muon linear_sigmoid operators autotune autotune_float32 max_autotune huge)
 # The most seconds that a stage may take: the first five make six minutes.
 declare -A limits=([compile]=60 [values]=150 [verify]=40 [ladder]=50 [matmul_t]=60)
 known() { [[ $1 != *" "* && " ${stages[*]} " == *" $1 "* ]]; }
@@ -120,9 +120,6 @@ run_stage() {
             ;;
         muon) # beside torch.optim.Muon; under 20 s on an H200
             needs rich triton && limited python3 -m benchmarks run muon --quick --output "$outdir/$1"
-            ;;
-        host) # what a call takes the host
-            needs rich triton && limited python3 -m benchmarks run host --device cuda --output "$outdir/$1"
             ;;
         linear_sigmoid) # beside addmm alone
             measure_operators linear_sigmoid --modes forward backward
