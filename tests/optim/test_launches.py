@@ -133,6 +133,25 @@ def test_a_single_matrix_is_few_launches(scaled, kernels, shape):
     assert calls["symmetric_matmul_kernel"] == 10 * kernels, calls
 
 
+def test_matrices_that_lie_side_by_side_are_not_copied():
+    """Those of stacked experts, in bfloat16."""
+    torch.manual_seed(0)
+    stacked = torch.randn(6, 300, 400).bfloat16()
+    arguments = newton_schulz.COEFFICIENTS, 5, 1e-7, "standard"
+    for x, copies in ((stacked, 0), (stacked.mT, 1)):
+        with patch.object(torch, "_foreach_copy_", wraps=torch._foreach_copy_) as copied:
+            found = matrices.orthogonalize_all(list(x), *arguments)
+        assert copied.call_count == copies * (-(-6 // matrices._batch_size((300, 400), False)))
+        expected = [orthogonalize(one, ns="standard") for one in x]
+        for one, other in zip(found, expected, strict=True):
+            # Five iterations of three products round to bfloat16.
+            assert (one - other).norm() <= 15 * 2**-9 * other.float().norm()
+    odd = [stacked[0], stacked[2], stacked[1]]
+    for one, other in zip(matrices.orthogonalize_all(odd, *arguments), odd, strict=True):
+        other = orthogonalize(other, ns="standard")
+        assert (one - other).norm() <= 15 * 2**-9 * other.float().norm()
+
+
 @pytest.mark.parametrize("ns", ["standard", "gram"])
 @pytest.mark.parametrize("shape", [(40, 96), (2, 96, 40), (33, 45)])
 def test_the_kernels_orthogonalise(shape, ns):

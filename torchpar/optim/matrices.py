@@ -158,7 +158,8 @@ def _orthogonalize_batch(
     if count == 1 and straight[0].shape == shape:
         # On a CPU a product of a batch of one takes up to twice the time of a product of matrices.
         return [run(straight[0])]
-    x = _stacked(straight, shape, count)
+    x = None if transposed else _side_by_side(straight, shape)
+    x = _stacked(straight, shape, count) if x is None else x
     if transposed:
         # A GPU copies many matrices by one launch where their layouts are equal, and turns all at
         # once.
@@ -166,6 +167,19 @@ def _orthogonalize_batch(
     x = run(x if count > 1 else x[0]).float().view(x.shape)
     found = _cut(x, straight)
     return [*found, *x[len(straight) :].mT.contiguous().unbind()] if transposed else found
+
+
+def _side_by_side(matrices: list[Tensor], shape: tuple[int, ...]) -> Tensor | None:
+    """The batch that matrices of ``shape`` are already in memory, such as those of a parameter of
+    three dimensions; None if they are not."""
+    first, size = matrices[0], math.prod(shape)
+    start, memory = first.storage_offset(), first.untyped_storage().data_ptr()
+    for i, t in enumerate(matrices):
+        if t.storage_offset() != start + i * size or t.dtype != first.dtype:
+            return None
+        if t.shape != shape or not t.is_contiguous() or t.untyped_storage().data_ptr() != memory:
+            return None
+    return first.as_strided((len(matrices), *shape), (size, shape[1], 1))
 
 
 def _stacked(matrices: list[Tensor], shape: tuple[int, ...], count: int) -> Tensor:
