@@ -562,9 +562,11 @@ def test_muon_shows_what_an_h200_measured():
         other, own = ({"weight": what} | one for one in (TORCH_MUON, OURS))
         times = [on_h200("muon", "p20_ms", case) for case in (other, own)]
         ratio = times[0] / times[1]
-        queued = on_h200("muon", "queued_speedup", own)
-        shown = [*(duration(ms / 1e3) for ms in times), f"{ratio:.2g}", f"{queued:.2g}"]
-        assert cells == shown, what
+        # A queue does not hold the launches of torch.optim.Muon for many matrices.
+        queued = (
+            f"{on_h200('muon', 'queued_speedup', own):.2g}" if what[:2] not in ("48", "50") else ""
+        )
+        assert cells == [*(duration(ms / 1e3) for ms in times), f"{ratio:.2g}", queued], what
     for what, *cells in rows_of("docs/muon.md", "weights | `torch.optim.Muon` | torchpar | torchp"):
         cases = [TORCH_MUON | eager, OURS | eager, OURS | graph]
         times = [on_h200("muon-graphs", "p20_ms", {"weight": what} | case) for case in cases]

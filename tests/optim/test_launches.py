@@ -24,37 +24,35 @@ from torchpar.optim.newton_schulz import _gram_is_faster
 
 N = 16  # for 768
 GPT2_SMALL = [(N, N)] * 12 + [(N, 3 * N)] * 12 + [(N, 4 * N)] * 12 + [(4 * N, N)] * 12
-# Calls of PyTorch that launch nothing.
-VIEWS = set(
-    [
-        "alias",
-        "as_strided",
-        "detach",
-        "diagonal",
-        "expand",
-        "lift_fresh",
-        "mT",
-        "numpy_T",
-        "permute",
-        "select",
-        "slice",
-        "squeeze",
-        "t",
-        "transpose",
-        "unbind",
-        "unsqueeze",
-        "view",
-        "_unsafe_view",
-        "reshape",
-        "empty",
-        "empty_like",
-        "empty_strided",
-        "new_empty",
-        "resize_",
-        "to",
-        "contiguous",
-    ]
-)
+# Calls of PyTorch that launch nothing themselves.
+VIEWS = {
+    "alias",
+    "as_strided",
+    "detach",
+    "diagonal",
+    "expand",
+    "lift_fresh",
+    "mT",
+    "numpy_T",
+    "permute",
+    "select",
+    "slice",
+    "squeeze",
+    "t",
+    "transpose",
+    "unbind",
+    "unsqueeze",
+    "view",
+    "_unsafe_view",
+    "reshape",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "resize_",
+    "to",
+    "contiguous",
+}
 
 
 @pytest.fixture
@@ -128,8 +126,8 @@ def test_gpt2_small_is_few_launches(scaled, kernels, lr):
 def test_a_single_matrix_is_few_launches(scaled, kernels, shape):
     calls = count([shape], kernels)
     # Three products in each of five iterations. Beside them: the momentum, Nesterov's, bfloat16,
-    # three for the norm, the decay and the update.
-    assert calls.total() == 5 * 3 + 8, calls
+    # three for the norm, the decay, and the update: float32, the rate, the difference.
+    assert calls.total() == 5 * 3 + 10, calls
     assert calls["symmetric_matmul_kernel"] == 10 * kernels, calls
 
 
@@ -170,7 +168,7 @@ def test_the_kernels_orthogonalise(shape, ns):
 
 
 def test_the_choice_is_what_was_measured():
-    """On an H200: Gram iterations where they were faster, at least by 3%."""
+    """On an H200: Gram iterations where a step from Python was faster with them."""
     for batch, n, m, gram in (
         (1, 768, 3072, False),
         (1, 1024, 4096, False),
@@ -179,7 +177,7 @@ def test_the_choice_is_what_was_measured():
         (12, 768, 2304, True),
         (24, 768, 3072, True),
         (8, 1024, 4096, True),
-        (1, 1536, 6144, True),
+        (1, 1536, 6144, False),
         (1, 2048, 8192, True),
         (1, 4096, 11008, True),
     ):

@@ -619,3 +619,34 @@ def test_a_step_takes_the_coefficients_given():
         p.grad = torch.randn(20, 30)
         Muon([p], 1.0, 0.0, momentum=0.0, nesterov=False, ns_coefficients=coefficients).step()
         assert_close(-p.detach(), orthogonalize(p.grad, coefficients).float(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1, dtype=torch.float64)])
+def test_an_update_does_not_depend_on_the_other_parameters(lr):
+    torch.manual_seed(0)
+    start, gradient = torch.randn(40, 30), torch.randn(40, 30)
+    found = []
+    for others in ([], [torch.randn(30, 90)]):
+        p = start.clone().requires_grad_()
+        p.grad = gradient.clone()
+        others = [other.requires_grad_() for other in others]
+        fill_gradients(others)
+        Muon([p, *others], lr).step()
+        found.append(p.detach())
+    assert torch.equal(*found)
+
+
+def test_a_rate_in_bfloat16_keeps_the_decay():
+    p = torch.full((4, 4), 100.0).requires_grad_()
+    p.grad = torch.zeros(4, 4)
+    Muon([p], torch.tensor(0.01, dtype=torch.bfloat16), weight_decay=0.1).step()
+    # 0.01 has 8 bits.
+    assert_close(p.detach(), torch.full((4, 4), 99.9), rtol=0, atol=0.1 * 2**-8)
+
+
+def test_vmap_orthogonalises_each():
+    torch.manual_seed(0)
+    x = torch.randn(3, 20, 30)
+    for found, one in zip(torch.vmap(orthogonalize)(x), x, strict=True):
+        # Sums in other orders.
+        assert (found.double() - exact(one)).norm() <= 4 * (torchs(one) - exact(one)).norm()

@@ -203,3 +203,30 @@ def differ_later() -> None:
 
 def test_a_difference_between_gpus_is_named_in_the_next_step(ranks):
     ranks(2, differ_later)
+
+
+def fails_alone(change: Any) -> None:
+    p, q = (torch.ones(4, 6).requires_grad_() for _ in range(2))
+    optimizer = Muon([("p", p), ("q", q)], lr=0.1, process_group=dist.group.WORLD)
+    (exchange,) = optimizer._exchanges()
+    exchange.reads_later = True
+    p.grad, q.grad = torch.ones(4, 6), torch.ones(4, 6)
+    optimizer.step()
+    if dist.get_rank() == 1:
+        change(optimizer, p)
+    with refused(".*on rank 0 and .* on rank 1, expected the same"):
+        for _ in range(2):  # the other rank learns of it in its next step
+            optimizer.step()
+
+
+def has_a_sparse_gradient(optimizer: Muon, p: torch.Tensor) -> None:
+    p.grad = torch.ones(4, 6).to_sparse()
+
+
+def has_fewer_parameters(optimizer: Muon, p: torch.Tensor) -> None:
+    optimizer.param_groups[0]["params"].pop()
+
+
+@pytest.mark.parametrize("change", [has_a_sparse_gradient, has_fewer_parameters])
+def test_a_rank_that_fails_alone_waits_for_the_others_to_notice(ranks, change):
+    ranks(2, partial(fails_alone, change))

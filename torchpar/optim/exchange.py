@@ -134,7 +134,7 @@ class Exchange:
         Raises:
             ConfigError: facts that differ; on every rank.
         """
-        self._read()
+        self.read()
         self._facts, self._present = facts, set(parts)
         if self.group is None:
             return {
@@ -197,13 +197,11 @@ class Exchange:
         dist.all_to_all_single(received, outgoing, lengths, sent, group=self.group)
         messages = [m for of_rank in receives for m in of_rank]
         parts = received.split([prod(m.part.size) for m in messages])
-        incoming = [
-            (m, t.view(m.part.size).to(device)) for m, t in zip(messages, parts, strict=True)
-        ]
+        incoming = [*zip(messages, parts, strict=True)]
         checksums = [t for m, t in incoming if m.param is None]
         if checksums:
             self._compare(checksum, torch.stack(checksums))
-        return incoming
+        return [(m, t.view(m.part.size).to(device)) for m, t in incoming if m.param is not None]
 
     def _checksum(self, wire: Tensor) -> Tensor:
         """The checksum of this step's facts; made again only where they have changed."""
@@ -229,8 +227,12 @@ class Exchange:
             arrived = torch.cuda.current_stream().record_event() if differ.is_cuda else None
             self._unread = found, arrived, self._facts
 
-    def _read(self) -> None:
-        """Raise a ConfigError if the facts of the last step differed, on a GPU."""
+    def read(self) -> None:
+        """Raise a ConfigError if the facts of the last step between GPUs differed; on every rank.
+
+        A rank that is about to raise an error by itself calls this first: the others will wait for
+        it in their next step.
+        """
         if self._unread is None or _is_capturing():
             return
         (differ, arrived, facts), self._unread = self._unread, None

@@ -23,7 +23,8 @@ The matrices are views ``(*, n, m)`` that together hold each element once.
 _PADDED_UP_TO, _PADDING = 256, 32  # columns or rows
 # On a CPU, multiplications in X·Xᵀ of a batch: larger products keep all cores busy by themselves.
 _BATCH_MULTIPLICATIONS = 2**31
-# On a GPU, of a batch in bfloat16. Its iterations take up to five times as much beside it.
+# On a GPU, of a batch in bfloat16. Beside it the iterations take up to six times as much, and the
+# result twice as much.
 _BATCH_BYTES = 2**28
 
 

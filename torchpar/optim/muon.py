@@ -183,9 +183,10 @@ class Muon(Optimizer):
 
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
-        """Let torch.compile pass by a step, hooks included.
+        """Let torch.compile skip a step, hooks included.
 
-        It consists of launches and messages, which a compiler would only break into many graphs.
+        `Optimizer` wraps each ``step`` by this method. A step consists of launches and messages,
+        which a compiler would only break into many graphs.
         """
         return disable_dynamo(Optimizer.profile_hook_step(func))
 
@@ -274,6 +275,8 @@ class Muon(Optimizer):
             exchange.gather({}, facts)
         for exchange in plan:
             exchange.scatter({})
+        for exchange in plan:
+            exchange.read()
         raise ConfigError(
             "Muon: parameters were added, removed or replaced after the first step of several "
             "ranks; make a new Muon of all parameters on every rank"
@@ -375,7 +378,7 @@ class Muon(Optimizer):
     def _orthogonalize(
         self, group: Group, momenta: Mapping[ParamInfo, Tensor]
     ) -> dict[ParamInfo, Tensor]:
-        """The unsharded momenta, orthogonalised, in bfloat16."""
+        """The unsharded momenta, orthogonalised, with values of bfloat16."""
         of_each = {info: info.matrices(t) for info, t in momenta.items()}
         coefficients, steps, eps = (group[name] for name in ("ns_coefficients", "ns_steps", "eps"))
         found = iter(
@@ -406,6 +409,7 @@ class Muon(Optimizer):
         """Raise a ConfigError for a gradient of another layout, or a group without gradients."""
         for info in infos:
             if info.p.grad is not None and info not in valid:
+                self._join_comparison()
                 raise ConfigError(
                     f"Muon: the gradient of {info.name} is {_layout(info.p.grad)}, expected "
                     f"{_layout(info.p)}; before the step, make it dense, or redistribute it to "
@@ -416,6 +420,7 @@ class Muon(Optimizer):
             trainable = any(p.requires_grad for p in group["params"])
             if trainable and index not in updated and (updated or not self._has_updated):
                 first = self._names[group["params"][0]]
+                self._join_comparison()
                 raise ConfigError(
                     f"Muon: no parameter of group {index} has a gradient ({first}, …); call "
                     "backward before the step, let the loss depend on the group or freeze it by "
@@ -424,31 +429,32 @@ class Muon(Optimizer):
                 )
         self._has_updated |= bool(updated)
 
+    def _join_comparison(self) -> None:
+        for exchange in self._plan or ():
+            exchange.read()
+
     def _apply(self, group: Group, updates: dict[ParamInfo, Tensor]) -> None:
         """Apply the weight decay, and subtract the updates."""
         lr, decay = group["lr"], group["weight_decay"]
         params = [local(info.p) for info in updates]
         if isinstance(lr, Tensor):  # a tensor is not read back from the device
-            lr = lr.reshape(()).to(params[0].device)
+            wide = torch.promote_types(lr.dtype, torch.float32)  # bfloat16 would lose the decay
+            lr = lr.reshape(()).to(params[0].device, wide)
         if any(p.dtype.itemsize == 2 for p in params):
             # Two roundings: a factor of 1 − γ·λ would be rounded to a parameter's bfloat16.
             torch._foreach_sub_(params, torch._foreach_mul(params, lr * decay))
         else:
             torch._foreach_mul_(params, 1 - lr * decay)
+        # Wider, since a product in bfloat16 would be rounded. A GPU takes one launch for many
+        # tensors where their dtypes are equal. The roundings do not depend on other parameters.
+        steps = _in_float32(list(updates.values()))
         ratios = [_ratio(group, info.shapes[0]) for info in updates]
-        differ = any(ratio != ratios[0] for ratio in ratios)
-        steps = list(updates.values())
-        if len(steps) > 1 or differ or isinstance(lr, Tensor):
-            # Wider, since a product in bfloat16 would be rounded, and of the parameters' dtype, in
-            # which a GPU takes one launch for many tensors.
-            steps = _in_float32(steps)
-        if differ:
+        if isinstance(lr, Tensor):
             torch._foreach_mul_(steps, ratios)
-        rate = lr if differ else lr * ratios[0]
-        if isinstance(rate, Tensor):
-            torch._foreach_mul_(steps, rate)
-            rate = 1.0
-        torch._foreach_sub_(params, steps, alpha=rate)
+            torch._foreach_mul_(steps, lr)
+        else:
+            torch._foreach_mul_(steps, [lr * ratio for ratio in ratios])
+        torch._foreach_sub_(params, steps)
         # An earlier graph that holds a DTensor, and not its local part, must notice.
         torch.autograd.graph.increment_version([info.p for info in updates if is_dtensor(info.p)])
 

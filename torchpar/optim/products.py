@@ -24,9 +24,9 @@ class Products:
     """Products of matrices like ``x (*, n, m)``, with at most one batch dimension, and of symmetric
     ones ``(*, n, n)``.
 
-    Results are overwritten when they are not among the operands of a later product, and not in
-    ``kept``. Where a compiler, a mode or a subclass intercepts calls, these go through the
-    operators, and each result is a new tensor.
+    A product may overwrite any earlier result that is neither its operand nor in ``kept``. Where a
+    compiler, a mode or a subclass intercepts calls, the operators compute, and each result is a new
+    tensor.
 
     Args:
         squares: how many buffers ``(*, n, n)`` the products take.
