@@ -9,22 +9,20 @@ cache. For a kernel,
     time = busy·(1 + CLOCK·ln(1 + busy/100))
 
 A multiprocessor computes ``waves`` tiles, each of which sums ``steps`` times BLOCK_K columns. A
-step takes ``step`` for each tile, and ``latency`` at least. The second line holds the clock, which
-the GPU lowers in long launches of its tensor cores.
+step takes ``step`` for each tile, and at least ``latency`` and the time of its loads. The second
+line holds the clock, which the GPU lowers in long launches of its tensor cores.
 
-The numbers for 16 bits and TF32 were fitted to all shapes and configurations of
-benchmarks/results/nvidia-h200/operators.csv at once, in relative errors; those near the fastest of
-a shape weigh most. Tiles that are only in operators-graphs.csv, whose operands are in the L2 cache,
-were fitted there, beside tiles that both files have. With each shape left out of the fit in turn,
-the choice took at most 1.06 times the best of that shape, 1.007 times in the geometric mean, and
-never more than the library. The other kinds were timed at one to three shapes: their numbers are
-solved from those.
+The numbers were fitted to all shapes and configurations of operators.csv and operators-queued.csv
+in benchmarks/results/nvidia-h200, in relative errors; those near the fastest of a shape weigh most.
+One fit is of 16 bits and TF32, with operators-graphs.csv, whose operands are in the L2 cache, and
+one of the other kinds. With each shape left out of the fit in turn, the choice took at most 1.06
+times the best of that shape, 1.005 times in the geometric mean, and never more than the library.
 
 On other GPUs the times are an estimate: those of the H200, scaled by data sheets.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from math import ceil, log1p
+from math import ceil, gcd, log1p
 from typing import NamedTuple
 
 import torch
@@ -85,12 +83,14 @@ class Library(NamedTuple):
     """The speed of PyTorch's library, as if it had `_LIBRARY_TILES`.
 
     ``area`` and ``edge``: µs for 128 bytes of k, of a tile of 128 × 256, and what its loads add to
-    that. ``streams``: whether it cuts any tiles along k, and not only very few.
+    that. ``part``: the least steps of 128 bytes in a part of a tile that is cut along k.
+    ``streams``: whether it cuts any tiles, and not only very few.
     """
 
     area: float
     edge: float
     latency: float
+    part: int
     streams: bool
 
 
@@ -100,7 +100,6 @@ class Kind(NamedTuple):
     Attributes:
         unaligned: for operands that no configuration loads. An address for each element takes
             registers: larger tiles would spill.
-        scale: of all times, beside those of 16 bits.
         measured: the kernels whose configurations were timed.
     """
 
@@ -109,33 +108,32 @@ class Kind(NamedTuple):
     unaligned: Tiles
     tiles: Mapping[str, Mapping[Tiles, Speed]]
     library: Library
-    scale: float = 1.0
     measured: Sequence[str] = KERNELS
 
 
 # Of tiles with the same time the first are taken.
 _SYMMETRIC_16_BIT = {
-    Tiles(128, 256, 64, 8, 4, "tma"): Speed(0.131, 0.604),
-    Tiles(128, 256, 64, 8, 3, "flat"): Speed(0.167, 0.609),
-    Tiles(128, 128, 64, 8, 4, "tma"): Speed(0.070, 0.321),
-    Tiles(64, 128, 64, 4, 4, "tma"): Speed(0.448, 0.225),
-    Tiles(64, 128, 64, 4, 3, "flat"): Speed(0.424, 0.222),
-    Tiles(64, 64, 128, 4, 3, "tma"): Speed(0.332, 0.299),
-    Tiles(128, 128, 64, 8, 3): Speed(0.292, 0.443),
-    Tiles(64, 64, 64, 4, 4): Speed(0.222, 0.180),
-    Tiles(64, 64, 128, 4, 3): Speed(0.308, 0.328),
-    Tiles(32, 32, 64, 4, 4): Speed(0.168, 0.168),
+    Tiles(128, 256, 64, 8, 4, "tma"): Speed(0.129, 0.613),
+    Tiles(128, 256, 64, 8, 3, "flat"): Speed(0.165, 0.624),
+    Tiles(128, 128, 64, 8, 4, "tma"): Speed(0.069, 0.322),
+    Tiles(64, 128, 64, 4, 4, "tma"): Speed(0.444, 0.227),
+    Tiles(64, 128, 64, 4, 3, "flat"): Speed(0.460, 0.224),
+    Tiles(64, 64, 128, 4, 3, "tma"): Speed(0.358, 0.288),
+    Tiles(128, 128, 64, 8, 3): Speed(0.243, 0.442),
+    Tiles(64, 64, 64, 4, 4): Speed(0.236, 0.176),
+    Tiles(64, 64, 128, 4, 3): Speed(0.390, 0.330),
+    Tiles(32, 32, 64, 4, 4): Speed(0.211, 0.113),
 }
 _LINEAR_16_BIT = {
-    Tiles(128, 256, 64, 8, 4, "tma"): Speed(0.542, 0.624),
-    Tiles(128, 128, 64, 4, 3, "tma"): Speed(0.506, 0.318),
-    Tiles(128, 128, 64, 8, 4, "tma"): Speed(0.380, 0.340),
-    Tiles(64, 64, 128, 4, 3, "tma"): Speed(0.183, 0.299),
-    Tiles(128, 128, 64, 8, 3): Speed(0.334, 0.342),
-    Tiles(64, 64, 64, 4, 4): Speed(0.213, 0.154),
-    Tiles(64, 64, 128, 4, 3): Speed(0.229, 0.315),
-    Tiles(32, 32, 64, 4, 4): Speed(0.149, 0.125),
-    Tiles(64, 64, 64, 4, 4, "split_k"): Speed(0.213, 0.154),
+    Tiles(128, 256, 64, 8, 4, "tma"): Speed(0.600, 0.627),
+    Tiles(128, 128, 64, 4, 3, "tma"): Speed(0.483, 0.316),
+    Tiles(128, 128, 64, 8, 4, "tma"): Speed(0.327, 0.342),
+    Tiles(64, 64, 128, 4, 3, "tma"): Speed(0.184, 0.313),
+    Tiles(128, 128, 64, 8, 3): Speed(0.406, 0.354),
+    Tiles(64, 64, 64, 4, 4): Speed(0.200, 0.158),
+    Tiles(64, 64, 128, 4, 3): Speed(0.239, 0.313),
+    Tiles(32, 32, 64, 4, 4): Speed(0.151, 0.129),
+    Tiles(64, 64, 64, 4, 4, "split_k"): Speed(0.200, 0.158),
 }
 
 
@@ -161,17 +159,17 @@ _TF32 = {
 # Three products of TF32 for each of float32: the operands are split in registers, so that larger
 # tiles would spill. The sums of `linear_sigmoid` are the same.
 _SYMMETRIC_TF32X3 = {
-    Tiles(128, 128, 32, 8, 3, "tma"): Speed(0.3, 1.58),
-    Tiles(64, 128, 32, 4, 3, "tma"): Speed(1.6, 0.88),
-    Tiles(128, 128, 32, 8, 3): Speed(0.3, 1.80),
-    Tiles(64, 64, 32, 4, 3): Speed(0.9, 0.56),
+    Tiles(128, 128, 32, 8, 3, "tma"): Speed(0.311, 1.599),
+    Tiles(64, 128, 32, 4, 3, "tma"): Speed(1.507, 0.892),
+    Tiles(128, 128, 32, 8, 3): Speed(0.307, 1.795),
+    Tiles(64, 64, 32, 4, 3): Speed(0.871, 0.515),
 }
 # On FMA units. A tile of 64 × 64 by 8 warps took 1.25 times as long as one by 4.
 _SYMMETRIC_FLOAT32 = {
-    Tiles(128, 128, 16, 8, 3): Speed(0.6, 1.48),
-    Tiles(64, 64, 16, 4, 3): Speed(0.6, 0.40),
+    Tiles(128, 128, 16, 8, 3): Speed(0.624, 1.485),
+    Tiles(64, 64, 16, 4, 3): Speed(0.394, 0.395),
 }
-_SYMMETRIC_FLOAT64 = {Tiles(64, 64, 16, 4, 3): Speed(0.3, 0.339)}
+_SYMMETRIC_FLOAT64 = {Tiles(64, 64, 16, 4, 3): Speed(0.398, 0.340)}
 
 
 def _of_both(
@@ -183,8 +181,8 @@ def _of_both(
     }
 
 
-_TENSOR_CORES = Library(0.508, 0.194, 0.206, True)
-_FMA = Library(1.2, 2.54, 0.0, False)
+_TENSOR_CORES = Library(0.457, 0.313, 0.213, 2, True)
+_FMA = Library(5.58, 0.0, 0.563, 11, False)
 _SMALL = Tiles(64, 64, 16, 4, 3)
 KINDS = {
     "bfloat16": Kind(
@@ -201,14 +199,13 @@ KINDS = {
         {"symmetric_matmul": _SYMMETRIC_16_BIT, "linear_sigmoid": _LINEAR_16_BIT},
         _TENSOR_CORES,
     ),
-    "tf32": Kind(torch.float32, "tf32", _SMALL, _TF32, _TENSOR_CORES, scale=1.065),
+    "tf32": Kind(torch.float32, "tf32", _SMALL, _TF32, _TENSOR_CORES),
     "tf32x3": Kind(  # the library has none, and computes in float32
         torch.float32,
         "tf32x3",
         _SMALL,
         _of_both(_SYMMETRIC_TF32X3, Tiles(64, 64, 32, 4, 3, "split_k"), Tiles(64, 64, 32, 4, 3)),
         _FMA,
-        measured=("symmetric_matmul",),
     ),
     "float32": Kind(
         torch.float32,
@@ -222,7 +219,7 @@ KINDS = {
         "ieee",
         _SMALL,
         _of_both(_SYMMETRIC_FLOAT64, Tiles(64, 64, 16, 4, 3, "split_k"), _SMALL),
-        Library(2.1, 0.03, 0.0, False),
+        Library(2.20, 0.03, 0.132, 11, False),
         measured=("symmetric_matmul",),
     ),
 }
@@ -236,28 +233,32 @@ class _Costs(NamedTuple):
 
 
 _COSTS = {
-    ("symmetric_matmul", "pointers"): _Costs(4.5, 5.05),
-    ("symmetric_matmul", "tma"): _Costs(6.4, 5.96),
-    ("symmetric_matmul", "flat"): _Costs(6.4, 4.20),
-    ("linear_sigmoid", "pointers"): _Costs(5.2, 7.54),
-    ("linear_sigmoid", "tma"): _Costs(8.2, 3.9),
+    ("symmetric_matmul", "pointers"): _Costs(4.73, 4.88),
+    ("symmetric_matmul", "tma"): _Costs(6.41, 5.93),
+    ("symmetric_matmul", "flat"): _Costs(6.41, 4.22),
+    ("linear_sigmoid", "pointers"): _Costs(5.20, 6.55),
+    ("linear_sigmoid", "tma"): _Costs(7.47, 3.93),
 }
-_LIBRARY = _Costs(5.24, 2.01)
+_LIBRARY = _Costs(5.30, 2.10)
 _LIBRARY_TILES = ((64, 64), (64, 128), (128, 64), (128, 128), (128, 192), (128, 256))
-_CUT = 1.68  # µs to sum the parts of tiles that are cut along k
+_CUT = 1.60  # µs to sum the parts of tiles that are cut along k
 # A second launch: the mirror, the sigmoid in place, the sum of a split product's parts, a copy by
 # columns.
-_SECOND = 2.53
-_BYTES = 3.88e6  # that it reads or writes in a µs
-_WITH_C = 1.46  # times a result, to read C
-_ADDS_C = 3.3  # the library's passes over C
+_SECOND = 2.63
+_BYTES = 4.09e6  # that it reads or writes in a µs
+_WIDE = 1.72  # times a result, if its numbers have 4 or 8 bytes
+_WITH_C = 1.52  # times a result, to read C
+_WAITS_FOR_C = 0.81
+_ADDS_C = 3.92  # the library's passes over C
 # Rows of 16-bit elements that do not begin at multiples of 16 bytes are loaded one by one. Measured
 # at k = 121.
-_UNALIGNED, _LIBRARY_UNALIGNED = 4.9, 9.3
-_CLOCK = 0.056
+_UNALIGNED, _LIBRARY_UNALIGNED = 5.5, 9.0
+_CLOCK = 0.057
 # Where programs share a multiprocessor, those of the last wave that are alone are faster. An empty
 # place takes off so much of a wave.
-_ALONE = {"pointers": 0.25, "split_k": 0.25, "tma": 0.52, "flat": 0.52}
+_ALONE = {"pointers": 0.26, "split_k": 0.26, "tma": 0.44, "flat": 0.44}
+_LIBRARY_ALONE = 0.23  # the library's, in float32 and float64
+_LINE = 128 / 64 / 1980  # µs to load 128 bytes from the L2 cache: 64 bytes a clock, at 1980 MHz
 
 # The speed of a multiprocessor beside that of sm_90, by NVIDIA's data sheets of A100, RTX 3090,
 # L40S, B200 and RTX 5090: tensor cores in 16 bits and TF32, float32, float64.
@@ -359,21 +360,25 @@ def kernel_time(
     count, columns = split_k(tiles, present, m, n, k)
     filled = count_tiles(tiles, m, n, symmetric) * batch * count / present.multiprocessors
     waves = float(ceil(filled))
-    has_fast_clock = not of_kind.library.streams
-    shares = tiles.num_warps == 4 or (not tiles.by_tma and not has_fast_clock)
-    if shares and waves > 1:
+    streams = of_kind.library.streams
+    if streams and waves > 1 and (tiles.num_warps == 4 or not tiles.by_tma):
         waves -= _ALONE[tiles.variant] * (waves - filled)
     launch, result = _COSTS[kernel, "pointers" if tiles.variant == "split_k" else tiles.variant]
-    result *= tiles.block_m * tiles.block_n / (128 * 256) * (_WITH_C if with_c else 1)
+    result *= tiles.block_m * tiles.block_n / (128 * 256) * _width(of_kind)
+    if with_c:
+        launch, result = launch + _WAITS_FOR_C, result * _WITH_C
     if _has_single_loads(of_kind, n):
         result *= _UNALIGNED
     latency, step = _speed(kernel, of_kind, tiles)
     if _has_single_loads(of_kind, k):
         latency *= _UNALIGNED
+    else:
+        pieces = tiles.block_k * of_kind.dtype.itemsize / 128
+        step = max(step, pieces * _loads(of_kind, k, tiles.block_m + tiles.block_n))
     steps = ceil(columns / tiles.block_k)
     busy = result * waves + steps * (latency**4 + (step * waves) ** 4) ** 0.25
-    time = launch + busy * of_kind.scale / _relative(kind, present)
-    if not has_fast_clock:
+    time = launch + busy / _relative(kind, present)
+    if streams:
         time *= 1 + _CLOCK * log1p(time / 100)
     if count > 1:  # the parts are written and read
         time += _second(2 * count * m * n * max(4, of_kind.dtype.itemsize))
@@ -402,34 +407,26 @@ def library_time(
 def _library_products(kind: Kind, sizes: Sequence[int], present: Device) -> Iterator[float]:
     """The times of the library's product, by tiles: in whole waves, or cut along k."""
     m, n, k, batch = map(hint, sizes)
-    area, edge, latency, streams = kind.library
-    steps = k * kind.dtype.itemsize / 128
-    slower = _LIBRARY_UNALIGNED if _has_single_loads(kind, k) else 1.0
+    area, edge, latency, least, streams = kind.library
+    steps, result = k * kind.dtype.itemsize / 128, _LIBRARY.result * _width(kind)
+    single = _has_single_loads(kind, k)
+    slower = _LIBRARY_UNALIGNED if single else 1.0
     for block_m, block_n in _LIBRARY_TILES:
         if not streams and block_n > 128:
             continue
         filled = ceil(m / block_m) * ceil(n / block_n) * batch / present.multiprocessors
-        waves, part = ceil(filled), block_m * block_n / (128 * 256)
+        waves, part = float(ceil(filled)), block_m * block_n / (128 * 256)
+        if not streams and waves > 1:
+            waves -= _LIBRARY_ALONE * (waves - filled)
         step = area * (part + edge * (block_m + block_n) / (128 + 256))
+        if not single:
+            step = max(step, _loads(kind, k, block_m + block_n))
         whole = ceil(steps) * (latency**4 + (step * waves) ** 4) ** 0.25
-        yield _LIBRARY.result * part * waves + slower * whole
-        each = max(filled * steps, steps / 32, 2)  # steps of a multiprocessor
+        yield result * part * waves + slower * whole
+        each = max(filled * steps, steps / 32, least)  # steps of a multiprocessor
         if (streams or filled < 0.25) and each < ceil(steps) * waves:
             cut = each * (step if filled > 1 else (latency**4 + step**4) ** 0.25)
-            yield _LIBRARY.result * part * max(1, filled) + slower * cut + _CUT
-
-
-def is_left_to_the_library(kernel: str, kind: str, sizes: Sequence[int]) -> bool:
-    """Whether the times that were measured do not speak for the kernel.
-
-    Of 32 and 64 bits, other than TF32, no product of fewer than 1024 rows was timed. The float32
-    kernel of a layer took 1.14 times as long as the library at the only shape that was.
-    """
-    if KINDS[kind].library.streams:
-        return False
-    if kernel == "linear_sigmoid":
-        return kind == "float32"
-    return hint(sizes[0]) < 1024
+            yield result * part * max(1, filled) + slower * cut + _CUT
 
 
 def is_measured(kernel: str, kind: str, present: Device) -> bool:
@@ -451,6 +448,16 @@ def _speed(kernel: str, kind: Kind, tiles: Tiles) -> Speed:
 
 def _has_single_loads(kind: Kind, columns: int) -> bool:
     return kind.dtype.itemsize == 2 and columns % 8 != 0
+
+
+def _width(kind: Kind) -> float:
+    return 1.0 if kind.dtype.itemsize == 2 else _WIDE
+
+
+def _loads(kind: Kind, k: int, rows: int) -> float:
+    """µs to load 128 bytes of each of ``rows`` rows of k numbers, most of which lie in two lines of
+    the cache where rows do not begin at multiples of 128 bytes."""
+    return _LINE * rows * (2 - gcd(k * kind.dtype.itemsize, 128) / 128)
 
 
 def _relative(kind: str, present: Device) -> float:

@@ -14,7 +14,6 @@ from .rule import (
     Device,
     Tiles,
     configurations,
-    is_left_to_the_library,
     kernel_time,
     kind_of,
     library_time,
@@ -170,8 +169,6 @@ def library_is_faster(
     tiles = min(times, key=times.__getitem__)
     if kernel == "symmetric_matmul" and not suits(tiles, kernel, sizes[1], *operands, tma=tma):
         return True  # an address, or a store, for each element; never timed
-    if is_left_to_the_library(kernel, kind, sizes):
-        return True
     product, both = library_time(kernel, kind, sizes, present, with_c=with_c)
     return (both if exact else product) < times[tiles]
 

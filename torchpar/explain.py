@@ -29,7 +29,8 @@ LIBRARY = {
     "symmetric_matmul": ("torch.addmm", "addmm and mirror"),
     "linear_sigmoid": ("addmm", "addmm and sigmoid_"),
 }
-# The rule's configurations in benchmarks/results/nvidia-h200/operators.csv, which is not installed.
+# The rule's configurations in benchmarks/results/nvidia-h200, which is not installed: operators.csv
+# and operators-queued.csv, of which the later one counts.
 MEASURED, MEASURED_ON = Path(__file__).with_name("measured.csv"), "H200"
 RUNNERS_UP = 4
 
@@ -112,9 +113,7 @@ def explain(operator: str, sizes: tuple[int, int, int, int], kind: str, gpu: str
     chosen = whole if by_library else of_tiles[min(of_tiles, key=times.__getitem__)]
     if chosen.is_measured:
         basis = "measured"
-    elif rule.is_measured(kernel, kind, device) and not rule.is_left_to_the_library(
-        kernel, kind, sizes
-    ):
+    elif rule.is_measured(kernel, kind, device):
         basis = "predicted from measurements"
     else:
         basis = "estimated"

@@ -358,22 +358,23 @@ def aten(graph: fx.GraphModule) -> list[str]:
     "op, shapes, small, without_columns",
     [
         # The library's product need not be symmetric: one kernel mirrors it.
-        (ops.matmul_t, ("mk",), ["symmetric_sum_kernel"], {"symmetric_sum_kernel"}),
+        (ops.matmul_t, ("ml",), ["symmetric_sum_kernel"], {"symmetric_sum_kernel"}),
         (ops.linear_sigmoid, ("mk", "nk"), [], set()),
     ],
 )
-def test_launches_of_small_float32_and_without_columns(op, shapes, small, without_columns):
-    """The library multiplies what has no columns, for the kernels assume one, and small float32."""
+def test_launches_of_few_rows_of_float32_and_without_columns(op, shapes, small, without_columns):
+    """The library multiplies what has no columns, for the kernels assume one, and few rows of
+    float32."""
     graph, _ = trace(op, shapes)
     assert launches(graph)[0] == small
     assert "mm" in aten(graph)
-    graph, _ = trace(op, tuple(shape.replace("k", "z") for shape in shapes))
+    graph, _ = trace(op, tuple(shape[0] + "z" for shape in shapes))
     assert set(launches(graph)[0]) <= without_columns
     assert "mm" in aten(graph)
 
 
 def test_a_large_float32_layer_is_the_librarys():
-    graph, _ = trace(ops.linear_sigmoid, ("lk", "lk"))
+    graph, _ = trace(ops.linear_sigmoid, ("ll", "ll"))
     assert launches(graph)[0] == []
     assert {"mm", "sigmoid"} <= set(aten(graph))
 

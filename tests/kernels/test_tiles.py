@@ -72,7 +72,7 @@ def test_configurations_are_those_that_a_device_can_run(kernel, dtype, precision
             LARGE,
         ),  # 561: five waves, and three of wide ones
         ("symmetric_matmul", (2048, 2048, 2048, 1), NARROW),  # 264, of which two run at a time
-        ("symmetric_matmul", (512, 512, 512, 1), DEEP),  # 36
+        ("symmetric_matmul", (768, 768, 768, 1), DEEP),  # 78
         ("symmetric_matmul", (256, 256, 256, 1), TINY),  # 36
         ("symmetric_matmul", (256, 256, 256, 256), Tiles(64, 128, 64, 4, 3, "flat")),
         ("symmetric_matmul", (768, 768, 768, 12), WIDE),  # 132
@@ -146,8 +146,13 @@ BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float6
         ("symmetric_matmul", BF16, "ieee", (1031, 1031), True),  # single elements
         ("symmetric_matmul", F32, "tf32", (1024, 1024), False),
         ("symmetric_matmul", F32, "tf32x3", (1024, 1024), False),
+        ("symmetric_matmul", F32, "tf32x3", (256, 256), False),
+        ("symmetric_matmul", F32, "tf32x3", (256, 4096), True),  # the library cuts long sums
+        ("symmetric_matmul", F32, "ieee", (512, 512), True),
+        ("symmetric_matmul", F32, "ieee", (768, 768), False),
+        ("symmetric_matmul", F64, "ieee", (512, 512), True),
         ("symmetric_matmul", F32, "ieee", (2048, 2048), False),
-        ("symmetric_matmul", F32, "ieee", (1008, 4096), True),  # no fewer rows were timed
+        ("symmetric_matmul", F32, "ieee", (1008, 4096), True),
         ("symmetric_matmul", F64, "ieee", (1008, 4096), True),
         ("symmetric_matmul", F32, "ieee", (4097, 4096), True),
         ("symmetric_matmul", F64, "ieee", (4096, 4096), False),
@@ -164,6 +169,8 @@ BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float6
         ("linear_sigmoid", F32, "ieee", (512, 512, 121), True),
         ("linear_sigmoid", F32, "ieee", (8192, 512, 784), True),
         ("linear_sigmoid", F32, "ieee", (1024, 1024, 1024), True),
+        ("linear_sigmoid", F32, "ieee", (64, 128, 784), False),  # split
+        ("linear_sigmoid", F32, "tf32x3", (1024, 1024, 1024), False),
         ("linear_sigmoid", F64, "ieee", (8192, 4096, 128), False),
         ("linear_sigmoid", F64, "ieee", (8192, 512, 784), True),
     ],
@@ -205,7 +212,8 @@ def test_choice_by_a_symbolic_size_adds_no_guard():
     n = env.create_symintnode(symbol, hint=1040)
     x = operand(1024, 1024)
     choice = "symmetric_matmul", "ieee", (n, n, n, 1), x
-    assert tiles.choose_tiles(*choice) == DEEP
+    numbers = "symmetric_matmul", "ieee", (1040, 1040, 1040, 1), x
+    assert tiles.choose_tiles(*choice) == tiles.choose_tiles(*numbers)
     assert not tiles.library_is_faster(*choice)
     assert rule.split_k(SPLIT, DEVICE, 64, 64, n) == (1, n), (
         "the number of programs would be a guard"
