@@ -167,6 +167,13 @@ def test_the_kernels_orthogonalise(shape, ns):
     assert error <= 2 * allowed
 
 
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (3, 0, 4), (0, 3, 4)])
+def test_no_kernel_is_launched_for_nothing(shape):
+    with ptx.emulate() as gpu, by_kernels(True):
+        assert orthogonalize(torch.ones(shape)).shape == shape
+    assert not gpu.launches
+
+
 def test_the_choice_is_what_was_measured():
     """On an H200: Gram iterations where a step from Python was faster with them."""
     for batch, n, m, gram in (

@@ -440,11 +440,12 @@ class Muon(Optimizer):
         if isinstance(lr, Tensor):  # a tensor is not read back from the device
             wide = torch.promote_types(lr.dtype, torch.float32)  # bfloat16 would lose the decay
             lr = lr.reshape(()).to(params[0].device, wide)
-        if any(p.dtype.itemsize == 2 for p in params):
-            # Two roundings: a factor of 1 − γ·λ would be rounded to a parameter's bfloat16.
-            torch._foreach_sub_(params, torch._foreach_mul(params, lr * decay))
-        else:
-            torch._foreach_mul_(params, 1 - lr * decay)
+        # Two roundings in 16 bits: a factor of 1 − γ·λ would be rounded to a parameter's bfloat16.
+        narrow = [p for p in params if p.dtype.itemsize == 2]
+        if narrow:
+            torch._foreach_sub_(narrow, torch._foreach_mul(narrow, lr * decay))
+        if len(narrow) < len(params):
+            torch._foreach_mul_([p for p in params if p.dtype.itemsize > 2], 1 - lr * decay)
         # Wider, since a product in bfloat16 would be rounded. A GPU takes one launch for many
         # tensors where their dtypes are equal. The roundings do not depend on other parameters.
         steps = _in_float32(list(updates.values()))

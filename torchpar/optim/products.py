@@ -37,7 +37,7 @@ class Products:
 
     def __init__(self, x: Tensor, squares: int):
         self._is_plain = is_plain(x) and not num_dispatch_modes()
-        self.launches_kernels = self._is_plain and runs_kernels(x)
+        self.launches_kernels = self._is_plain and runs_kernels(x) and x.numel() > 0
         self._launches: dict[tuple[bool, bool], Launch | None] = {}
         self._squares: list[Tensor] = []
         self._other: Tensor | None = None
