@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a step of Muon issues on a GPU, counted without one; and the kernels' values, emulated.
+"""Launches and calls of a step of Muon on a GPU, counted without one; the kernels emulated.
 
 Small matrices stand for large ones: sizes are divided by 48, and so is what the rules compare.
 """

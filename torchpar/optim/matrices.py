@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchpar.errors import ConfigError
-from torchpar.ops._operator import runs_kernels
+from torchpar.ops.matrix import runs_kernels
 from torchpar.optim.newton_schulz import Coefficients, NewtonSchulz, orthogonalize
 from torchpar.parts import Part, local
 

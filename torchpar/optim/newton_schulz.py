@@ -43,7 +43,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from torchpar.ops._operator import runs_kernels
+from torchpar.ops.matrix import runs_kernels
 from torchpar.ops.processor import has_bfloat16
 from torchpar.optim.products import Products
 

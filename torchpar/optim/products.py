@@ -15,7 +15,7 @@ from torch import Tensor
 from torchpar.library.private import num_dispatch_modes
 from torchpar.library.transforms import is_plain
 from torchpar.ops import cpu, matmul_t, symmetric_matmul
-from torchpar.ops._operator import runs_kernels
+from torchpar.ops.matrix import runs_kernels
 
 Launch = Callable[[Tensor, Tensor, Tensor | None, Tensor, float, float], None]
 
