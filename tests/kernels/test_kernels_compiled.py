@@ -169,13 +169,16 @@ def assert_pipelined(code: MachineCode, products: int = 1) -> None:
         assert len(waits) <= products, f"wgmmas are serialised: {len(waits)} waits for all of them"
 
 
-def tensor_core(capability: int, kind: str) -> str:
-    """The instruction that multiplies on the tensor cores, as a pattern."""
+def tensor_core(capability: int, kind: str, rows: int) -> str:
+    """The instruction that multiplies tiles of so many rows on the tensor cores, as a pattern.
+
+    That of a whole warpgroup has 64 rows.
+    """
     if kind == "float64":
         return r"DMMA\..*"
-    if capability == 100:
+    if capability == 100 and rows >= 64:
         return "UTCHMMA"
-    mnemonic = "HGMMA" if capability == 90 else "HMMA"
+    mnemonic = "HGMMA" if capability == 90 and rows >= 64 else "HMMA"
     return mnemonic + {"bfloat16": r"\.\w+\.F32\.BF16", "tf32": r"\.\w+\.F32\.TF32"}[kind]
 
 
@@ -187,7 +190,8 @@ def check_default_tiles(kernel: str, kind: str, n: int, capability: int) -> None
             "a tensor core rounds its float32 operands to fewer bits"
         )
     else:
-        assert code.count(tensor_core(capability, kind))
+        rows = code.options.get("BLOCK") or code.options["BLOCK_M"]
+        assert code.count(tensor_core(capability, kind, rows))
     if n != ODD:
         assert_pipelined(code)
         # A mask that varied along a row would split the stores into single elements.
