@@ -116,7 +116,7 @@ def muon_calls(device: str) -> Calls:
         for (module, name), scale in scales.items():
             if hasattr(module, name):  # not in every checkout
                 setattr(module, name, int(getattr(module, name) * scale))
-        vars(newton_schulz)["has_bfloat16"] = lambda: True  # as a GPU
+        vars(newton_schulz)["has_bfloat16"] = lambda: True  # not asked on a GPU
     weights = {
         f"a matrix of {n}x{n}": [(n, n)],
         "GPT-2 small": [

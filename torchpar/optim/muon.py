@@ -275,8 +275,7 @@ class Muon(Optimizer):
             exchange.gather({}, facts)
         for exchange in plan:
             exchange.scatter({})
-        for exchange in plan:
-            exchange.read()
+        self._join_comparison()
         raise ConfigError(
             "Muon: parameters were added, removed or replaced after the first step of several "
             "ranks; make a new Muon of all parameters on every rank"
@@ -430,6 +429,7 @@ class Muon(Optimizer):
         self._has_updated |= bool(updated)
 
     def _join_comparison(self) -> None:
+        """Raise the error of ranks that differed, which the others raise in their next step."""
         for exchange in self._plan or ():
             exchange.read()
 
@@ -483,6 +483,7 @@ def _valid_gradient(info: ParamInfo) -> Tensor | None:
 
 
 def _has_layout_of(t: Tensor, p: Tensor) -> bool:
+    # Of plain tensors without the names of layouts, which take the host longer.
     are_sharded = is_dtensor(t), is_dtensor(p)
     if not any(are_sharded):
         return t.layout == p.layout
