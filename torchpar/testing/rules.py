@@ -1049,13 +1049,18 @@ def _simulated_ranks() -> Iterator["DeviceMesh"]:
 
 def _place(t: Tensor, mesh: "DeviceMesh", placement: "Placement") -> "DTensor":
     """A DTensor of ``t``. The terms of a partial sum differ in every element."""
-    from torch.distributed._local_tensor import LocalTensor
+    from torch.distributed._local_tensor import LocalTensor, maybe_disable_local_tensor_mode
     from torch.distributed.tensor import DTensor, distribute_tensor
 
-    weights = [normal_like(t, seed) for seed in range(RANKS - 1)]
-    weights.append(1 - torch.stack(weights).sum(0))
     is_sum = placement.is_partial()
-    local = LocalTensor({rank: t * w if is_sum else t.clone() for rank, w in enumerate(weights)})
+    with maybe_disable_local_tensor_mode():  # it takes as long for what is no rank's
+        if is_sum:
+            weights = [normal_like(t, seed) for seed in range(RANKS - 1)]
+            weights.append(1 - torch.stack(weights).sum(0))
+            of_ranks = [t * weight for weight in weights]
+        else:
+            of_ranks = [t.clone() for _ in range(RANKS)]
+    local = LocalTensor(dict(enumerate(of_ranks)))
     if is_sum:
         return DTensor.from_local(local, mesh, [placement], run_check=False)
     return distribute_tensor(local, mesh, [placement], src_data_rank=None)
