@@ -84,7 +84,7 @@ class MachineCode:
         tools = Path(str(triton.__file__)).parent / "backends/nvidia/bin"
         with NamedTemporaryFile(suffix=".cubin") as cubin:
             Path(cubin.name).write_bytes(compiled.kernel.asm["cubin"])
-            command = [tools / "nvdisasm", "-c", cubin.name]
+            command = [tools / "nvdisasm", "-c", "-ndf", cubin.name]
             code = subprocess.run(command, check=True, capture_output=True, text=True)
         self.resources = resources(compiled.kernel)
         self.instructions, self.loops = read(code.stdout)
