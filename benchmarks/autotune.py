@@ -2,8 +2,8 @@
 """Autotune the kernels and time them beside PyTorch's own: ``python -m benchmarks run autotune``.
 
 As in Triton's tutorials: three kernels under `triton.autotune`, and a `triton.testing.perf_report`
-of each. Triton keeps the autotuner's times on disk. Each result is compared with float64 before and
-after it is timed.
+of each. The configurations of products are those of the rule. Triton keeps the autotuner's times on
+disk. Each result is compared with float64 before and after it is timed.
 
 Without a GPU each configuration is compiled for GPUs that are not there; see
 `benchmarks.resources`.
@@ -36,17 +36,30 @@ from triton.testing import do_bench, do_bench_cudagraph
 
 import torchpar
 from benchmarks.compare import Work
-from benchmarks.resources import BLOCK_SHARED, Operator, compile_all, describe
+from benchmarks.resources import ARCHITECTURES, Operator, compile_all, describe
 from benchmarks.results import Result, Table, print_results, track
 from benchmarks.timing import Rejected
 from torchpar.errors import ConfigError
 from torchpar.kernels.device import device
 from torchpar.kernels.gemm import by_columns
-from torchpar.kernels.linear_sigmoid import linear_sigmoid_kernel, linear_sigmoid_tma_kernel
-from torchpar.kernels.matmul_t import mirror, symmetric_matmul_kernel
+from torchpar.kernels.linear_sigmoid import (
+    LINEAR_SIGMOID,
+    linear_sigmoid_kernel,
+    linear_sigmoid_tma_kernel,
+)
+from torchpar.kernels.matmul_t import SYMMETRIC_MATMUL, mirror, symmetric_matmul_kernel
 from torchpar.kernels.matmul_t_tma import symmetric_matmul_tma_kernel
-from torchpar.kernels.maximum import maximum_flat_kernel
-from torchpar.kernels.rule import KINDS, Tiles, count_tiles
+from torchpar.kernels.maximum import FLAT_CANDIDATES, maximum_flat_kernel
+from torchpar.kernels.rule import (
+    KINDS,
+    Product,
+    Tiles,
+    configurations,
+    count_tiles,
+    resident_programs,
+    unaligned_tiles,
+)
+from torchpar.kernels.tiles import Choice
 from torchpar.ops.matrix import fp32_precision
 from torchpar.ptx.driver import why_not_compiled
 
@@ -82,53 +95,51 @@ BORDERS = {
 # Inductor's own search for the fastest product. It leaves CUDA graphs to the timer.
 MAX_AUTOTUNE, MODE = "torch.compile, max-autotune", "max-autotune-no-cudagraphs"
 OURS = "torchpar", "autotuned"
-ROW_BYTES = 128  # of a tile along k: the widest that TMA swizzles
 # Words of factors, see `torchpar.kernels.gemm.float_of_words`: 1.0 has these bits in its high one.
 ONE_HIGH, ZERO = tl.constexpr(0x3FF00000), tl.constexpr(0)
 
-COLUMNS = {  # of a tile along k, by the dtype
-    "BLOCK_K": lambda given: ROW_BYTES // given["x_ptr"].element_size(),
-    "EVEN_K": lambda given: given["k"] % given["BLOCK_K"] == 0,
-}
+EVEN_K = {"EVEN_K": lambda given: given["k"] % given["BLOCK_K"] == 0}
 
 # The kernels. Those of the library also take strides, batches, factors and a matrix C.
 
 
-def that_fit(
-    configs: list[triton.Config], arguments: dict[str, Any], **constants: object
-) -> list[triton.Config]:
-    """The configurations whose stages fit into shared memory; by TMA where it is, in 16 bits and in
-    TF32.
-
-    Rows of k numbers that do not begin at multiples of 16 bytes have no TMA.
-    """
-    x = arguments["x_ptr"]
-    capability = device(x).capability
-    tma = capability in (90, 100, 103) and (
-        x.element_size() == 2 or constants["PRECISION"] == "tf32"
+def candidates(matrix_product: Product) -> list[triton.Config]:
+    """The rule's configurations for all dtypes and GPUs, except those that split k."""
+    every = (
+        one
+        for kind, capability in product(KINDS, (90, *ARCHITECTURES))  # sm_90 has the most
+        for rule in (configurations, unaligned_tiles)
+        for one in rule(matrix_product, kind, capability)
+        if one.variant != "split_k"
     )
-    tma = tma and arguments["k"] * x.element_size() % 16 == 0
-    room = BLOCK_SHARED.get(capability, 101376) // ROW_BYTES  # rows of all stages
-    rows = {
-        one: one.num_stages * (one.kwargs["BLOCK_M"] + one.kwargs["BLOCK_N"]) for one in configs
-    }
+    return [
+        triton.Config({**one.blocks, "WARPS": one.num_warps, "VARIANT": one.variant}, **one.options)
+        for one in dict.fromkeys(every)
+    ]
 
-    def fits(one: triton.Config) -> bool:
-        if one.kwargs.get("FLATTEN") and x.element_size() != 2:
-            return False  # twice the result's bytes would not fit beside three stages
-        return rows[one] <= room and (tma or not one.kwargs["TMA"])
 
-    return [one for one in configs if fits(one)]
+def tiles_of(given: Mapping[str, Any], num_stages: int = 0) -> Tiles:
+    """The tiles of a configuration's constants, which do not hold the stages."""
+    blocks = given["BLOCK_M"], given["BLOCK_N"], given["BLOCK_K"]
+    return Tiles(*blocks, given["WARPS"], num_stages, given["VARIANT"])
+
+
+def those_of_the_rule(matrix_product: Product) -> dict[str, Any]:
+    """The configurations among which the rule chooses for the operands of a launch."""
+
+    def prune(
+        configs: list[triton.Config], arguments: dict[str, Any], PRECISION: str, **_: object
+    ) -> list[triton.Config]:
+        operands = [arguments[name] for name in ("x_ptr", "weight_ptr") if name in arguments]
+        sizes = len(operands[0]), arguments["n"], arguments["k"], 1
+        times = Choice(matrix_product, PRECISION, sizes, operands).times
+        return [one for one in configs if tiles_of(one.kwargs, one.num_stages) in times]
+
+    return {"early_config_prune": prune}
 
 
 @triton.autotune(
-    configs=[
-        triton.Config({"BLOCK": 512}, num_warps=4),
-        triton.Config({"BLOCK": 1024}, num_warps=4),
-        triton.Config({"BLOCK": 2048}, num_warps=4),
-        triton.Config({"BLOCK": 2048}, num_warps=8),
-        triton.Config({"BLOCK": 4096}, num_warps=8),
-    ],
+    configs=[triton.Config({"BLOCK": block}, num_warps=warps) for block, warps in FLAT_CANDIDATES],
     key=["numel"],
     cache_results=True,
 )
@@ -138,36 +149,12 @@ def maximum_kernel(a_ptr, b_ptr, out_ptr, numel, BLOCK: tl.constexpr):
 
 
 @triton.autotune(
-    configs=[
-        # By TMA: tiles of BLOCK_M × BLOCK_N below the diagonal, and square ones on it.
-        triton.Config({"BLOCK_M": 128, "BLOCK_N": 256, "TMA": True}, num_warps=8, num_stages=4),
-        triton.Config({"BLOCK_M": 128, "BLOCK_N": 256, "TMA": True}, num_warps=8, num_stages=3),
-        # Wide ones on the diagonal, too, and the next one is loaded while one is stored.
-        triton.Config(
-            {"BLOCK_M": 128, "BLOCK_N": 256, "TMA": True, "FLATTEN": True},
-            num_warps=8,
-            num_stages=3,
-        ),
-        triton.Config({"BLOCK_M": 128, "BLOCK_N": 128, "TMA": True}, num_warps=8, num_stages=4),
-        triton.Config({"BLOCK_M": 128, "BLOCK_N": 128, "TMA": True}, num_warps=8, num_stages=3),
-        triton.Config({"BLOCK_M": 64, "BLOCK_N": 128, "TMA": True}, num_warps=4, num_stages=4),
-        triton.Config(
-            {"BLOCK_M": 64, "BLOCK_N": 128, "TMA": True, "FLATTEN": True},
-            num_warps=4,
-            num_stages=3,
-        ),
-        triton.Config({"BLOCK_M": 64, "BLOCK_N": 64, "TMA": True}, num_warps=4, num_stages=4),
-        # By pointers: square tiles.
-        triton.Config({"BLOCK_M": 128, "BLOCK_N": 128, "TMA": False}, num_warps=8, num_stages=3),
-        triton.Config({"BLOCK_M": 64, "BLOCK_N": 64, "TMA": False}, num_warps=4, num_stages=4),
-        triton.Config({"BLOCK_M": 64, "BLOCK_N": 64, "TMA": False}, num_warps=4, num_stages=3),
-        triton.Config({"BLOCK_M": 32, "BLOCK_N": 32, "TMA": False}, num_warps=4, num_stages=4),
-    ],
+    configs=candidates(SYMMETRIC_MATMUL),
     key=["n", "k", "PRECISION"],
-    prune_configs_by={"early_config_prune": that_fit},
+    prune_configs_by=those_of_the_rule(SYMMETRIC_MATMUL),
     cache_results=True,
 )
-@triton.heuristics(COLUMNS)
+@triton.heuristics(EVEN_K)
 @triton.jit
 def matmul_t_kernel(
     x_ptr,
@@ -180,47 +167,34 @@ def matmul_t_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
-    TMA: tl.constexpr,
+    WARPS: tl.constexpr,
+    VARIANT: tl.constexpr,
     PRECISION: tl.constexpr,
-    FLATTEN: tl.constexpr = False,
 ):
     # fmt: off
     numel = n.to(tl.int64) * k
-    if TMA:
-        symmetric_matmul_tma_kernel(
-            x_ptr, x_ptr, x_ptr, out_ptr, ZERO, ONE_HIGH, ZERO, ZERO,
-            1, n, k, numel, k, 1, numel, k, 1, numel, k, 1,
-            BLOCK_M, BLOCK_N, BLOCK_K, True, "N", "N", "", FLATTEN, PRECISION,
-        )
-    else:
+    if VARIANT == "pointers":
         symmetric_matmul_kernel(
             x_ptr, x_ptr, x_ptr, out_ptr, ZERO, ONE_HIGH, ZERO, ZERO, n, k,
             numel, x_row, x_col, numel, x_row, x_col, numel, x_row, x_col,
             False, BLOCK_M, BLOCK_K, EVEN_K, PRECISION,
         )
+    else:
+        symmetric_matmul_tma_kernel(
+            x_ptr, x_ptr, x_ptr, out_ptr, ZERO, ONE_HIGH, ZERO, ZERO,
+            1, n, k, numel, k, 1, numel, k, 1, numel, k, 1,
+            BLOCK_M, BLOCK_N, BLOCK_K, True, "N", "N", "", VARIANT == "flat", PRECISION,
+        )
     # fmt: on
 
 
 @triton.autotune(
-    configs=[
-        triton.Config({"BLOCK_M": 128, "BLOCK_N": 256, "TMA": True}, num_warps=8, num_stages=4),
-        triton.Config({"BLOCK_M": 128, "BLOCK_N": 256, "TMA": True}, num_warps=8, num_stages=3),
-        triton.Config({"BLOCK_M": 128, "BLOCK_N": 128, "TMA": True}, num_warps=8, num_stages=4),
-        triton.Config({"BLOCK_M": 128, "BLOCK_N": 128, "TMA": True}, num_warps=4, num_stages=3),
-        triton.Config({"BLOCK_M": 64, "BLOCK_N": 128, "TMA": True}, num_warps=4, num_stages=4),
-        triton.Config({"BLOCK_M": 64, "BLOCK_N": 64, "TMA": True}, num_warps=4, num_stages=4),
-        triton.Config({"BLOCK_M": 128, "BLOCK_N": 128, "TMA": False}, num_warps=8, num_stages=3),
-        triton.Config({"BLOCK_M": 64, "BLOCK_N": 128, "TMA": False}, num_warps=4, num_stages=3),
-        triton.Config({"BLOCK_M": 64, "BLOCK_N": 128, "TMA": False}, num_warps=8, num_stages=2),
-        triton.Config({"BLOCK_M": 64, "BLOCK_N": 64, "TMA": False}, num_warps=4, num_stages=4),
-        triton.Config({"BLOCK_M": 64, "BLOCK_N": 64, "TMA": False}, num_warps=8, num_stages=2),
-        triton.Config({"BLOCK_M": 32, "BLOCK_N": 32, "TMA": False}, num_warps=4, num_stages=4),
-    ],
+    configs=candidates(LINEAR_SIGMOID),
     key=["m", "n", "k", "PRECISION"],
-    prune_configs_by={"early_config_prune": that_fit},
+    prune_configs_by=those_of_the_rule(LINEAR_SIGMOID),
     cache_results=True,
 )
-@triton.heuristics(COLUMNS)
+@triton.heuristics(EVEN_K)
 @triton.jit
 def layer_kernel(
     x_ptr,
@@ -238,14 +212,15 @@ def layer_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
-    TMA: tl.constexpr,
+    WARPS: tl.constexpr,
+    VARIANT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     # fmt: off
-    if TMA:
+    if VARIANT == "tma":
         linear_sigmoid_tma_kernel(
             x_ptr, weight_ptr, bias_ptr, out_ptr, m, n, k, k, 1, k, 1, 1,
-            True, BLOCK_M, BLOCK_N, BLOCK_K, "N", "N", True, BLOCK_M == 128, PRECISION,
+            True, BLOCK_M, BLOCK_N, BLOCK_K, "N", "N", True, WARPS == 8, PRECISION,
         )
     else:
         linear_sigmoid_kernel(
@@ -291,17 +266,14 @@ def blocks(numel: int, given: dict[str, int]) -> tuple[int]:
     return (triton.cdiv(numel, given["BLOCK"]),)
 
 
-def programs(x: Tensor, m: int, n: int, symmetric: bool, given: dict[str, int]) -> tuple[int]:
-    """By TMA, programs are persistent. Two with tiles of 64 rows run at a time on a
-    multiprocessor."""
-    resident = device(x).multiprocessors * (2 if given["BLOCK_M"] == 64 else 1)
-    count = tiles(m, n, symmetric, given)
-    return (min(count, resident) if given["TMA"] else count,)
+def programs(x: Tensor, m: int, n: int, symmetric: bool, given: dict[str, Any]) -> tuple[int]:
+    """By TMA, programs are persistent."""
+    one, count = tiles_of(given), blocks_of_result(m, n, symmetric, given)
+    return (min(count, resident_programs(one, device(x))) if one.by_tma else count,)
 
 
-def tiles(m: int, n: int, symmetric: bool, given: dict[str, int]) -> int:
-    variant = "flat" if given.get("FLATTEN") else "tma"
-    return count_tiles(Tiles(given["BLOCK_M"], given["BLOCK_N"], 0, 0, 0, variant), m, n, symmetric)
+def blocks_of_result(m: int, n: int, symmetric: bool, given: dict[str, Any]) -> int:
+    return count_tiles(tiles_of(given), m, n, symmetric)
 
 
 def tile_cost(rows: int, columns: int) -> int:
@@ -518,7 +490,7 @@ OPERATORS = {
         matmul_t_kernel,
         matmul_t,
         ((4096, 4096),),
-        blocks=partial(tiles, 4096, 4096, True),
+        blocks=partial(blocks_of_result, 4096, 4096, True),
         numbers=2 * 4096**2,
         products=lambda given: 4096 * tile_cost(given["BLOCK_M"], given["BLOCK_N"]),
     ),
@@ -526,7 +498,7 @@ OPERATORS = {
         layer_kernel,
         linear_sigmoid,
         LAYER,
-        blocks=partial(tiles, 4096, OUT, False),
+        blocks=partial(blocks_of_result, 4096, OUT, False),
         numbers=sum(map(math.prod, LAYER)) + 4096 * OUT,
         products=lambda given: IN * tile_cost(given["BLOCK_M"], given["BLOCK_N"]),
     ),

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.driver import compile_launches, target
-from torchpar.kernels.linear_sigmoid import linear_sigmoid
-from torchpar.kernels.matmul_t import symmetric_matmul
-from torchpar.kernels.rule import KERNELS, KINDS, Tiles, configurations
+from torchpar.kernels.linear_sigmoid import LINEAR_SIGMOID, linear_sigmoid
+from torchpar.kernels.matmul_t import SYMMETRIC_MATMUL, symmetric_matmul
+from torchpar.kernels.rule import KINDS, Tiles, configurations
 from torchpar.processes import end_with_parent
 
 SIZE = 4096
@@ -39,10 +39,10 @@ class Job(NamedTuple):
 
 def jobs(capability: int) -> list[Job]:
     return [
-        Job(kernel, kind, tiles, capability)
-        for kernel in KERNELS
-        for kind, one in KINDS.items()
-        for tiles in configurations(kernel, one.dtype, one.precision, capability)
+        Job(product.name, kind, tiles, capability)
+        for product in (SYMMETRIC_MATMUL, LINEAR_SIGMOID)
+        for kind in KINDS
+        for tiles in configurations(product, kind, capability)
     ]
 
 
@@ -55,7 +55,7 @@ def compile_job(job: Job) -> int:
 
     x, weight, bias = meta(SIZE, SIZE), meta(SIZE, SIZE), meta(SIZE)
     launch: Callable[[Any], object]
-    if job.kernel == "linear_sigmoid":
+    if job.kernel == LINEAR_SIGMOID.name:
 
         def launch(wrap: Any) -> object:
             return linear_sigmoid(x, weight, bias, precision, wrap, tiles=job.tiles)

@@ -32,7 +32,6 @@ from benchmarks.timing import CPU
 from torchpar.kernels.rule import KINDS
 from torchpar.processes import end_with_parent
 
-BLOCK_SHARED = {80: 166912, 90: 232448, 100: 232448, 103: 232448}  # bytes that a block may have
 # Limits of a multiprocessor, on each of these GPUs.
 REGISTERS, WARPS, BLOCKS, TENSOR_COLUMNS = 65536, 64, 32, 512
 PRINTED = [
@@ -181,12 +180,17 @@ def operands(operator: Operator, kind: str) -> list[torch.Tensor]:
 
 def possible(operator: Operator, capability: int, kind: str) -> list[int]:
     """The places of the configurations that the kernel's autotuner would time."""
-    kernel, x = operator.kernel, operands(operator, kind)[0]
+    kernel, given = operator.kernel, operands(operator, kind)
     if kernel.early_config_prune is None:
         return list(range(len(kernel.configs)))
+    arguments = {
+        **dict(zip(("x_ptr", "weight_ptr"), given, strict=False)),
+        "n": len(given[-1]),
+        "k": given[0].shape[-1],
+    }
     with driver.target(capability):
         fitting = kernel.early_config_prune(
-            kernel.configs, {"x_ptr": x, "k": x.shape[-1]}, PRECISION=KINDS[kind].precision
+            kernel.configs, arguments, PRECISION=KINDS[kind].precision
         )
     return [kernel.configs.index(config) for config in fitting]
 
@@ -235,15 +239,14 @@ def examine(job: Job) -> Result:
 
 
 def describe(config: triton.Config) -> str:
-    """The block, how it is loaded, warps and stages: 128x256 tma w8 s4; without a loop 512 w4."""
+    """The block, warps, stages and variant: 128x256x64 w8 s4 tma; without a loop 512 w4."""
     sizes = "x".join(
         str(value) for name, value in config.kwargs.items() if name.startswith("BLOCK")
     )
-    if "TMA" not in config.kwargs:
-        return f"{sizes} w{config.num_warps}"
-    variant = "tma" if config.kwargs["TMA"] else "ptr"
-    variant = "flat" if config.kwargs.get("FLATTEN") else variant
-    return f"{sizes} {variant} w{config.num_warps} s{config.num_stages}"
+    block = f"{sizes} w{config.num_warps}"
+    if "VARIANT" not in config.kwargs:
+        return block
+    return f"{block} s{config.num_stages} {config.kwargs['VARIANT']}"
 
 
 def resident_blocks(

@@ -6,12 +6,20 @@ import triton.language as tl
 from torch import Tensor
 
 from . import Wrap
-from .device import device
 from .gemm import GROUP, by_columns, dot_rows, empty_by_columns, grouped_tile
 from .launch import Plan, cached_plan
-from .linear_sigmoid import store_tile
-from .rule import count_tiles, kind_of, library_time
-from .tiles import predict
+from .linear_sigmoid import LINEAR_SIGMOID, store_tile
+from .rule import count_tiles
+from .tiles import Choice, library_is_faster
+
+# A split product would need a second launch.
+FP32_MATMUL = LINEAR_SIGMOID._replace(
+    name="fp32_matmul",
+    tiles={
+        kind: {one: speed for one, speed in tiles.items() if one.variant == "pointers"}
+        for kind, tiles in LINEAR_SIGMOID.tiles.items()
+    },
+)
 
 
 @triton.jit
@@ -71,18 +79,12 @@ def _plan(a: Tensor, b: Tensor, precision: str, only_if_faster: bool) -> Plan | 
     a, b = empty_by_columns(a, precision), empty_by_columns(b, precision)
     batch, m, k = a.shape
     n = b.shape[-2]
-    # Its tiles are those of a linear layer. A split product would need a second launch.
-    kernel, sizes = "linear_sigmoid", (m, n, k, batch)
-    times = predict(kernel, precision, sizes, a, b, tma=False)
-    tiles = min((one for one in times if one.variant == "pointers"), key=times.__getitem__)
-    if only_if_faster:
-        alone, _ = library_time(kernel, kind_of(a.dtype, precision), sizes, device(a))
-        if alone < times[tiles]:
-            return None
+    choice = Choice(FP32_MATMUL, precision, (m, n, k, batch), (a, b), tma=False, exact=False)
+    if only_if_faster and library_is_faster(choice):
+        return None
+    tiles = choice.tiles
     constants = {
-        "BLOCK_M": tiles.block_m,
-        "BLOCK_N": tiles.block_n,
-        "BLOCK_K": tiles.block_k,
+        **tiles.blocks,
         "EVEN_K": bool(k % tiles.block_k == 0),
         "PRECISION": precision,
     }
@@ -91,5 +93,5 @@ def _plan(a: Tensor, b: Tensor, precision: str, only_if_faster: bool) -> Plan | 
         batch * count_tiles(tiles, m, n, symmetric=False),
         (m, n, k, *a.stride(), *b.stride()),
         constants,
-        {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages},
+        tiles.options,
     )

@@ -20,6 +20,7 @@ from .device import device, device_index
 from .gemm import (
     GROUP,
     by_columns,
+    descriptor_layout,
     dot_rows,
     dot_tiles,
     empty_by_columns,
@@ -27,9 +28,59 @@ from .gemm import (
     make_descriptor,
 )
 from .launch import Plan, again, cached_plan, layout, remember
-from .rule import Tiles, count_tiles, resident_programs, split_k
-from .tiles import check_variant, choose_plan
+from .matmul_t import SYMMETRIC_MATMUL
+from .rule import (
+    Product,
+    Speed,
+    Tiles,
+    Variant,
+    count_tiles,
+    halved,
+    resident_programs,
+    split_k,
+)
+from .tiles import Choice, check_variant, choose_plan
 
+_16_BIT = {
+    Tiles(128, 256, 64, 8, 4, "tma"): Speed(0.600, 0.627),
+    Tiles(128, 128, 64, 4, 3, "tma"): Speed(0.483, 0.316),
+    Tiles(128, 128, 64, 8, 4, "tma"): Speed(0.327, 0.342),
+    Tiles(64, 64, 128, 4, 3, "tma"): Speed(0.184, 0.313),
+    Tiles(128, 128, 64, 8, 3): Speed(0.406, 0.354),
+    Tiles(64, 64, 64, 4, 4): Speed(0.200, 0.158),
+    Tiles(64, 64, 128, 4, 3): Speed(0.239, 0.313),
+    Tiles(32, 32, 64, 4, 4): Speed(0.151, 0.129),
+    Tiles(64, 64, 64, 4, 4, "split_k"): Speed(0.200, 0.158),
+}
+_BY_POINTERS = Variant(5.20, 6.55)
+LINEAR_SIGMOID = Product(
+    name="linear_sigmoid",
+    variants={
+        "pointers": _BY_POINTERS,
+        "tma": Variant(7.47, 3.93),
+        "split_k": _BY_POINTERS,
+    },
+    tiles={
+        "bfloat16": _16_BIT,
+        "float16": _16_BIT,
+        "tf32": halved(_16_BIT),
+        # The sums are those of a symmetric product. The smallest tiles are also split.
+        **{
+            kind: {**tiles, [*tiles][-1]._replace(variant="split_k"): [*tiles.values()][-1]}
+            for kind, tiles in SYMMETRIC_MATMUL.tiles.items()
+            if kind in ("tf32x3", "float32", "float64")
+        },
+    },
+    unaligned={
+        **SYMMETRIC_MATMUL.unaligned,
+        **dict.fromkeys(
+            ("bfloat16", "float16"), (Tiles(64, 64, 128, 4, 3), Tiles(64, 64, 64, 4, 4))
+        ),
+    },
+    library_passes=2,  # the sigmoid in place
+    estimated=("float64",),
+    single_stores=64 * 128,
+)
 REDUCE_TILE = (8, 128)  # of the parts of a split product, for each program
 
 LOG2_E_HIGH = tl.constexpr(1.44269502162933349609375)  # log2(e) rounded to float32
@@ -237,9 +288,9 @@ def linear_sigmoid(
     Raises:
         ValueError: ``tiles`` of a variant that cannot take these operands.
     """
-    make = _plan if wrap is None else partial(_plan, traced=True)
     operands = x, weight, bias
-    plan = cached_plan(make, wrap, operands, precision, tiles, tma, only_if_faster, out=out)
+    options = precision, tiles, tma, only_if_faster, wrap is not None
+    plan = cached_plan(_plan, wrap, operands, *options, out=out)
     if plan is None:
         return None
     is_of_operator = out is None and tiles is None and tma  # as an operator calls this function
@@ -289,34 +340,28 @@ def _plan(
     tiles: Tiles | None,
     tma: bool,
     only_if_faster: bool,
-    traced: bool = False,
+    traced: bool,
 ) -> Plan | None:
     x, weight = (empty_by_columns(t, precision) for t in (x, weight))
     sizes = x.shape[0], weight.shape[0], x.shape[1], 1
     make = partial(_plan_tiles, x, weight, bias, precision)
-    choice = tiles, tma, only_if_faster, traced
-    return choose_plan(make, "linear_sigmoid", precision, sizes, [x, weight], *choice)
+    choice = Choice(LINEAR_SIGMOID, precision, sizes, (x, weight), tma)
+    return choose_plan(make, choice, tiles, only_if_faster, traced)
 
 
 def _plan_tiles(
     x: Tensor, weight: Tensor, bias: Tensor | None, precision: str, tiles: Tiles
 ) -> Plan:
     (m, k), n = x.shape, weight.shape[0]
-    check_variant(tiles, "linear_sigmoid", n, x, weight)
+    check_variant(tiles, LINEAR_SIGMOID, n, x, weight)
     programs = count_tiles(tiles, m, n, symmetric=False)
     strides = *x.stride(), *weight.stride(), 0 if bias is None else bias.stride(0)
-    blocks: dict[str, int | str] = {
-        "HAS_BIAS": bias is not None,
-        "BLOCK_M": tiles.block_m,
-        "BLOCK_N": tiles.block_n,
-        "BLOCK_K": tiles.block_k,
-    }
-    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    blocks: dict[str, int | str] = {"HAS_BIAS": bias is not None, **tiles.blocks}
     if tiles.by_tma:
         stores = bool(n * x.element_size() % 16 == 0)
         constants = blocks | {
-            "X_LAYOUT": "N" if x.stride(1) == 1 else "T",
-            "WEIGHT_LAYOUT": "N" if weight.stride(1) == 1 else "T",
+            "X_LAYOUT": descriptor_layout(x),
+            "WEIGHT_LAYOUT": descriptor_layout(weight),
             "STORE": stores,
             # Programs of 4 warps run in pairs on a multiprocessor: one multiplies while the other
             # stores.
@@ -324,8 +369,8 @@ def _plan_tiles(
             "PRECISION": precision,
         }
         kernel, arguments = linear_sigmoid_tma_kernel, (m, n, k, *strides)
-        resident = torch.sym_min(programs, device(x).multiprocessors * resident_programs(tiles))
-        return Plan(kernel, resident, arguments, constants, options, descriptors=True)
+        resident = torch.sym_min(programs, resident_programs(tiles, device(x)))
+        return Plan(kernel, resident, arguments, constants, tiles.options, descriptors=True)
     count, k_per_split = split_k(tiles, device(x), m, n, k)
     constants = blocks | {
         "EVEN_K": bool(k % tiles.block_k == 0),
@@ -337,7 +382,7 @@ def _plan_tiles(
         count * programs,
         (m, n, k, k_per_split, *strides),
         constants,
-        options,
+        tiles.options,
     )
 
 

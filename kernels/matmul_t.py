@@ -15,12 +15,65 @@ from torch import Tensor
 
 from . import Wrap
 from .device import device, device_index
-from .gemm import by_columns, dot_rows, empty_by_columns, float_of_words, triangle_of_batch
+from .gemm import (
+    by_columns,
+    descriptor_layout,
+    dot_rows,
+    empty_by_columns,
+    float_of_words,
+    triangle_of_batch,
+)
 from .launch import Plan, again, cached_plan, layout, remember
 from .matmul_t_tma import symmetric_matmul_tma_kernel
-from .rule import Tiles, count_tiles, resident_programs
-from .tiles import check_variant, choose_plan
+from .rule import Product, Speed, Tiles, Variant, count_tiles, halved, resident_programs
+from .tiles import Choice, check_variant, choose_plan
 
+_16_BIT = {
+    Tiles(128, 256, 64, 8, 4, "tma"): Speed(0.129, 0.613),
+    Tiles(128, 256, 64, 8, 3, "flat"): Speed(0.165, 0.624),
+    Tiles(128, 128, 64, 8, 4, "tma"): Speed(0.069, 0.322),
+    Tiles(64, 128, 64, 4, 4, "tma"): Speed(0.444, 0.227),
+    Tiles(64, 128, 64, 4, 3, "flat"): Speed(0.460, 0.224),
+    Tiles(64, 64, 128, 4, 3, "tma"): Speed(0.358, 0.288),
+    Tiles(128, 128, 64, 8, 3): Speed(0.243, 0.442),
+    Tiles(64, 64, 64, 4, 4): Speed(0.236, 0.176),
+    Tiles(64, 64, 128, 4, 3): Speed(0.390, 0.330),
+    Tiles(32, 32, 64, 4, 4): Speed(0.211, 0.113),
+}
+_SMALL = Tiles(64, 64, 16, 4, 3)
+SYMMETRIC_MATMUL = Product(
+    name="symmetric_matmul",
+    variants={
+        "pointers": Variant(4.73, 4.88, widths=(1,)),
+        "tma": Variant(6.41, 5.93, widths=(1, 2)),
+        "flat": Variant(6.41, 4.22, widths=(2,)),
+    },
+    tiles={
+        "bfloat16": _16_BIT,
+        "float16": _16_BIT,
+        "tf32": halved(_16_BIT),
+        # Three products of TF32 for each of float32: the operands are split in registers, so that
+        # larger tiles would spill.
+        "tf32x3": {
+            Tiles(128, 128, 32, 8, 3, "tma"): Speed(0.311, 1.599),
+            Tiles(64, 128, 32, 4, 3, "tma"): Speed(1.507, 0.892),
+            Tiles(128, 128, 32, 8, 3): Speed(0.307, 1.795),
+            Tiles(64, 64, 32, 4, 3): Speed(0.871, 0.515),
+        },
+        # On FMA units. A tile of 64 × 64 by 8 warps took 1.25 times as long as one by 4.
+        "float32": {
+            Tiles(128, 128, 16, 8, 3): Speed(0.624, 1.485),
+            _SMALL: Speed(0.394, 0.395),
+        },
+        "float64": {_SMALL: Speed(0.398, 0.340)},
+    },
+    unaligned={
+        **dict.fromkeys(("bfloat16", "float16"), (Tiles(64, 64, 32, 8, 3),)),
+        **dict.fromkeys(("tf32", "tf32x3", "float32", "float64"), (_SMALL,)),
+    },
+    library_passes=1,  # the mirror reads half and writes half
+    is_symmetric=True,
+)
 SUM_BLOCK = 64  # with 128, float32 and float64 spill
 
 
@@ -187,9 +240,8 @@ def symmetric_matmul(
     first = _few_dims(a)
     second = None if b is a else _few_dims(b)
     third = None if c is None or beta == 0 else _few_dims(c)
-    make = _plan_product if wrap is None else partial(_plan_product, traced=True)
-    operands = first, second, third
-    plan = cached_plan(make, wrap, operands, precision, tiles, tma, only_if_faster, out=out)
+    options = precision, tiles, tma, only_if_faster, wrap is not None
+    plan = cached_plan(_plan_product, wrap, (first, second, third), *options, out=out)
     if plan is None:
         return None
     is_of_operator = out is None and tiles is None and tma  # as an operator calls this function
@@ -220,7 +272,8 @@ def symmetric_matmul_launch(
     symmetric, is expected to be faster.
     """
     operands = a, None if b is a else b, c
-    plan = cached_plan(_plan_product, None, operands, "ieee", None, True, True, False, out=out)
+    options = "ieee", None, True, True, False, False  # see `_plan_product`
+    plan = cached_plan(_plan_product, None, operands, *options, out=out)
     if plan is None:
         return None
 
@@ -240,9 +293,8 @@ def _plan_product(
     tiles: Tiles | None,
     tma: bool,
     only_if_faster: bool,
-    exact: bool = True,
-    *,
     traced: bool = False,
+    exact: bool = True,
 ) -> Plan | None:
     if precision == "ieee" and a.dtype == torch.float32:
         a = empty_by_columns(a, precision)
@@ -251,11 +303,8 @@ def _plan_product(
     *_, n, k = a.shape
     sizes = n, n, k, a.shape[0] if a.dim() == 3 else 1
     make = partial(_plan_tiles, a, b, c, precision)
-    kernel, choice = "symmetric_matmul", (tiles, tma, only_if_faster, traced)
-    with_c = c is not None
-    return choose_plan(
-        make, kernel, precision, sizes, operands, *choice, with_c=with_c, exact=exact
-    )
+    choice = Choice(SYMMETRIC_MATMUL, precision, sizes, operands, tma, c is not None, exact)
+    return choose_plan(make, choice, tiles, only_if_faster, traced)
 
 
 def _plan_tiles(
@@ -265,9 +314,8 @@ def _plan_tiles(
     b = a if b is None else b
     *_, n, k = a.shape
     batch = a.shape[0] if a.dim() == 3 else 1
-    check_variant(tiles, "symmetric_matmul", n, *([a, b] if c is None else [a, b, c]))
+    check_variant(tiles, SYMMETRIC_MATMUL, n, *([a, b] if c is None else [a, b, c]))
     strides = [stride for t in (a, b, a if c is None else c) for stride in _strides(t)]
-    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
     programs = batch * count_tiles(tiles, n, n, symmetric=True)
     if tiles.variant == "pointers":
         constants = {
@@ -277,22 +325,22 @@ def _plan_tiles(
             "EVEN_K": bool(k % tiles.block_k == 0),
             "PRECISION": precision,
         }
-        return Plan(symmetric_matmul_kernel, programs, (n, k, *strides), constants, options)
+        return Plan(symmetric_matmul_kernel, programs, (n, k, *strides), constants, tiles.options)
     constants = {
         "BLOCK": tiles.block_m,
         "WIDE": tiles.block_n,
         "BLOCK_K": tiles.block_k,
         "SAME": same,
-        "A_LAYOUT": _layout(a),
-        "B_LAYOUT": _layout(b),
-        "C_LAYOUT": "" if c is None else _layout(c),
+        "A_LAYOUT": descriptor_layout(a),
+        "B_LAYOUT": descriptor_layout(b),
+        "C_LAYOUT": "" if c is None else descriptor_layout(c),
         "FLATTEN": tiles.variant == "flat",
         "PRECISION": precision,
     }
-    resident = torch.sym_min(programs, device(a).multiprocessors * resident_programs(tiles))
+    resident = torch.sym_min(programs, resident_programs(tiles, device(a)))
     arguments = batch, n, k, *strides
     return Plan(
-        symmetric_matmul_tma_kernel, resident, arguments, constants, options, descriptors=True
+        symmetric_matmul_tma_kernel, resident, arguments, constants, tiles.options, descriptors=True
     )
 
 
@@ -348,7 +396,3 @@ def _strides(t: Tensor) -> tuple[int, ...]:
     """
     *batch, row, col = t.stride()
     return (batch[0] if batch and t.shape[0] != 1 else t.shape[-2] * row), row, col
-
-
-def _layout(t: Tensor) -> str:
-    return "N" if t.stride(-1) == 1 else "T"

@@ -29,6 +29,8 @@ from .rule import hint
 __all__ = ["add_partial_sums_kernel", "maximum", "maximum_backward"]
 
 FLAT_BYTES = 4096  # of a result per program: 2 accesses of 16 bytes for each of 128 threads
+# Blocks and warps that the benchmark `autotune` times; of the operator's blocks all have 4 warps.
+FLAT_CANDIDATES = ((512, 4), (1024, 4), (2048, 4), (2048, 8), (4096, 8))
 # Of a result per program, at most: 4 rows, for which values that repeat along rows are read once.
 STRIDED_BYTES = 8192
 STRIDED_ROW_BYTES = 2048  # one access for each of 128 threads

@@ -28,7 +28,6 @@ from typing import NamedTuple
 import torch
 
 WITH_TMA = (90, 100, 103)  # sm_120 has too little shared memory for tiles that gain by it
-KERNELS = ("symmetric_matmul", "linear_sigmoid")
 PRECISIONS = ("ieee", "tf32", "tf32x3")  # of float32
 
 
@@ -55,6 +54,16 @@ class Tiles(NamedTuple):
     @property
     def by_tma(self) -> bool:
         return self.variant in ("tma", "flat")
+
+    @property
+    def blocks(self) -> dict[str, int]:
+        """The constants of a kernel that takes all three sizes."""
+        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k}
+
+    @property
+    def options(self) -> dict[str, int]:
+        """The options of a launch."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
     def __str__(self) -> str:
         sizes = f"{self.block_m}x{self.block_n}x{self.block_k}"
@@ -95,50 +104,66 @@ class Library(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """A kind of operands, and the configurations for it by kernel.
-
-    Attributes:
-        unaligned: for operands that no configuration loads. An address for each element takes
-            registers: larger tiles would spill.
-        measured: the kernels whose configurations were timed.
-    """
+    """A kind of operands."""
 
     dtype: torch.dtype
     precision: str
-    unaligned: Tiles
-    tiles: Mapping[str, Mapping[Tiles, Speed]]
     library: Library
-    measured: Sequence[str] = KERNELS
 
 
-# Of tiles with the same time the first are taken.
-_SYMMETRIC_16_BIT = {
-    Tiles(128, 256, 64, 8, 4, "tma"): Speed(0.129, 0.613),
-    Tiles(128, 256, 64, 8, 3, "flat"): Speed(0.165, 0.624),
-    Tiles(128, 128, 64, 8, 4, "tma"): Speed(0.069, 0.322),
-    Tiles(64, 128, 64, 4, 4, "tma"): Speed(0.444, 0.227),
-    Tiles(64, 128, 64, 4, 3, "flat"): Speed(0.460, 0.224),
-    Tiles(64, 64, 128, 4, 3, "tma"): Speed(0.358, 0.288),
-    Tiles(128, 128, 64, 8, 3): Speed(0.243, 0.442),
-    Tiles(64, 64, 64, 4, 4): Speed(0.236, 0.176),
-    Tiles(64, 64, 128, 4, 3): Speed(0.390, 0.330),
-    Tiles(32, 32, 64, 4, 4): Speed(0.211, 0.113),
-}
-_LINEAR_16_BIT = {
-    Tiles(128, 256, 64, 8, 4, "tma"): Speed(0.600, 0.627),
-    Tiles(128, 128, 64, 4, 3, "tma"): Speed(0.483, 0.316),
-    Tiles(128, 128, 64, 8, 4, "tma"): Speed(0.327, 0.342),
-    Tiles(64, 64, 128, 4, 3, "tma"): Speed(0.184, 0.313),
-    Tiles(128, 128, 64, 8, 3): Speed(0.406, 0.354),
-    Tiles(64, 64, 64, 4, 4): Speed(0.200, 0.158),
-    Tiles(64, 64, 128, 4, 3): Speed(0.239, 0.313),
-    Tiles(32, 32, 64, 4, 4): Speed(0.151, 0.129),
-    Tiles(64, 64, 64, 4, 4, "split_k"): Speed(0.200, 0.158),
+_TENSOR_CORES = Library(0.457, 0.313, 0.213, 2, True)
+_FMA = Library(5.58, 0.0, 0.563, 11, False)
+KINDS = {
+    "bfloat16": Kind(torch.bfloat16, "ieee", _TENSOR_CORES),
+    "float16": Kind(torch.float16, "ieee", _TENSOR_CORES),
+    "tf32": Kind(torch.float32, "tf32", _TENSOR_CORES),
+    "tf32x3": Kind(torch.float32, "tf32x3", _FMA),  # the library computes in float32
+    "float32": Kind(torch.float32, "ieee", _FMA),
+    "float64": Kind(torch.float64, "ieee", Library(2.20, 0.03, 0.132, 11, False)),
 }
 
 
-def _halved(tiles: Mapping[Tiles, Speed]) -> dict[Tiles, Speed]:
-    """For TF32: half the columns fill as many bytes of shared memory.
+class Variant(NamedTuple):
+    """A variant of a product's kernels.
+
+    ``launch`` and ``result``: µs of a launch, and of the result of 128 × 256 elements. ``widths``:
+    what block_n may be, in multiples of block_m; by default anything.
+    """
+
+    launch: float
+    result: float
+    widths: tuple[int, ...] = ()
+
+
+class Product(NamedTuple):
+    """The kernels of an operator's product: their configurations, and what they cost.
+
+    Attributes:
+        name: of the launch function, for messages.
+        variants: by the ``variant`` of tiles.
+        tiles: the configurations by kind of operands. Of those with the same time the first are
+            taken.
+        unaligned: by kind, for operands that no configuration loads. An address for each element
+            takes registers: larger tiles would spill. All but the first spill outside sm_90.
+        library_passes: what PyTorch's library moves after its product, in bytes of the result.
+        estimated: kinds whose configurations were not timed.
+        is_symmetric: whether only tiles on and below the diagonal are computed.
+        single_stores: the most elements of a tile that stores them one by one. If it is 0, kernels
+            that load by TMA store by TMA alone.
+    """
+
+    name: str
+    variants: Mapping[str, Variant]
+    tiles: Mapping[str, Mapping[Tiles, Speed]]
+    unaligned: Mapping[str, Sequence[Tiles]]
+    library_passes: int
+    estimated: Sequence[str] = ()
+    is_symmetric: bool = False
+    single_stores: int = 0
+
+
+def halved(tiles: Mapping[Tiles, Speed]) -> dict[Tiles, Speed]:
+    """The configurations of TF32, from those of 16 bits: half the columns fill as many bytes.
 
     Twice the result's bytes do not fit beside a fourth stage of 128 × 256, nor beside three of
     "flat" tiles. By 4 warps, tiles of 128 × 128 took 1.4 times as long as those of 128 × 256.
@@ -152,94 +177,7 @@ def _halved(tiles: Mapping[Tiles, Speed]) -> dict[Tiles, Speed]:
     }
 
 
-_TF32 = {
-    "symmetric_matmul": _halved(_SYMMETRIC_16_BIT),
-    "linear_sigmoid": _halved(_LINEAR_16_BIT),
-}
-# Three products of TF32 for each of float32: the operands are split in registers, so that larger
-# tiles would spill. The sums of `linear_sigmoid` are the same.
-_SYMMETRIC_TF32X3 = {
-    Tiles(128, 128, 32, 8, 3, "tma"): Speed(0.311, 1.599),
-    Tiles(64, 128, 32, 4, 3, "tma"): Speed(1.507, 0.892),
-    Tiles(128, 128, 32, 8, 3): Speed(0.307, 1.795),
-    Tiles(64, 64, 32, 4, 3): Speed(0.871, 0.515),
-}
-# On FMA units. A tile of 64 × 64 by 8 warps took 1.25 times as long as one by 4.
-_SYMMETRIC_FLOAT32 = {
-    Tiles(128, 128, 16, 8, 3): Speed(0.624, 1.485),
-    Tiles(64, 64, 16, 4, 3): Speed(0.394, 0.395),
-}
-_SYMMETRIC_FLOAT64 = {Tiles(64, 64, 16, 4, 3): Speed(0.398, 0.340)}
-
-
-def _of_both(
-    symmetric: Mapping[Tiles, Speed], split: Tiles, like: Tiles
-) -> dict[str, Mapping[Tiles, Speed]]:
-    return {
-        "symmetric_matmul": symmetric,
-        "linear_sigmoid": {**symmetric, split: symmetric[like]},
-    }
-
-
-_TENSOR_CORES = Library(0.457, 0.313, 0.213, 2, True)
-_FMA = Library(5.58, 0.0, 0.563, 11, False)
-_SMALL = Tiles(64, 64, 16, 4, 3)
-KINDS = {
-    "bfloat16": Kind(
-        torch.bfloat16,
-        "ieee",
-        Tiles(64, 64, 32, 8, 3),
-        {"symmetric_matmul": _SYMMETRIC_16_BIT, "linear_sigmoid": _LINEAR_16_BIT},
-        _TENSOR_CORES,
-    ),
-    "float16": Kind(
-        torch.float16,
-        "ieee",
-        Tiles(64, 64, 32, 8, 3),
-        {"symmetric_matmul": _SYMMETRIC_16_BIT, "linear_sigmoid": _LINEAR_16_BIT},
-        _TENSOR_CORES,
-    ),
-    "tf32": Kind(torch.float32, "tf32", _SMALL, _TF32, _TENSOR_CORES),
-    "tf32x3": Kind(  # the library has none, and computes in float32
-        torch.float32,
-        "tf32x3",
-        _SMALL,
-        _of_both(_SYMMETRIC_TF32X3, Tiles(64, 64, 32, 4, 3, "split_k"), Tiles(64, 64, 32, 4, 3)),
-        _FMA,
-    ),
-    "float32": Kind(
-        torch.float32,
-        "ieee",
-        _SMALL,
-        _of_both(_SYMMETRIC_FLOAT32, Tiles(64, 64, 16, 4, 3, "split_k"), _SMALL),
-        _FMA,
-    ),
-    "float64": Kind(
-        torch.float64,
-        "ieee",
-        _SMALL,
-        _of_both(_SYMMETRIC_FLOAT64, Tiles(64, 64, 16, 4, 3, "split_k"), _SMALL),
-        Library(2.20, 0.03, 0.132, 11, False),
-        measured=("symmetric_matmul",),
-    ),
-}
-
-
-class _Costs(NamedTuple):
-    """µs of a launch, and of the result of 128 × 256 elements."""
-
-    launch: float
-    result: float
-
-
-_COSTS = {
-    ("symmetric_matmul", "pointers"): _Costs(4.73, 4.88),
-    ("symmetric_matmul", "tma"): _Costs(6.41, 5.93),
-    ("symmetric_matmul", "flat"): _Costs(6.41, 4.22),
-    ("linear_sigmoid", "pointers"): _Costs(5.20, 6.55),
-    ("linear_sigmoid", "tma"): _Costs(7.47, 3.93),
-}
-_LIBRARY = _Costs(5.30, 2.10)
+_LIBRARY_LAUNCH, _LIBRARY_RESULT = 5.30, 2.10
 _LIBRARY_TILES = ((64, 64), (64, 128), (128, 64), (128, 128), (128, 192), (128, 256))
 _CUT = 1.60  # µs to sum the parts of tiles that are cut along k
 # A second launch: the mirror, the sigmoid in place, the sum of a split product's parts, a copy by
@@ -281,8 +219,8 @@ def kind_of(dtype: torch.dtype, precision: str) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def configurations(kernel: str, dtype: torch.dtype, precision: str, capability: int) -> list[Tiles]:
-    """The configurations of ``kernel`` that a device of ``capability`` can run."""
+def configurations(product: Product, kind: str, capability: int) -> list[Tiles]:
+    """The configurations that a device of ``capability`` can run."""
 
     def exists(tiles: Tiles) -> bool:
         if tiles.variant == "flat":
@@ -297,18 +235,15 @@ def configurations(kernel: str, dtype: torch.dtype, precision: str, capability: 
     def fit(tiles: Tiles) -> Tiles:
         """With a fourth stage, transposed operands and a matrix C would not fit into sm_100's
         shared memory."""
-        fits = capability == 90 or precision != "tf32" or not tiles.by_tma
+        fits = capability == 90 or kind != "tf32" or not tiles.by_tma
         return tiles if fits else tiles._replace(num_stages=3)
 
-    return [fit(one) for one in KINDS[kind_of(dtype, precision)].tiles[kernel] if exists(one)]
+    return [fit(one) for one in product.tiles[kind] if exists(one)]
 
 
-def unaligned_tiles(kernel: str, kind: Kind, capability: int) -> list[Tiles]:
+def unaligned_tiles(product: Product, kind: str, capability: int) -> Sequence[Tiles]:
     """The tiles for operands that no configuration loads."""
-    if kernel == "symmetric_matmul" or kind.dtype.itemsize != 2:
-        return [kind.unaligned]
-    wide, deep = Tiles(64, 64, 64, 4, 4), Tiles(64, 64, 128, 4, 3)
-    return [deep, wide] if capability == 90 else [deep]  # elsewhere the other one spills
+    return product.unaligned[kind][: None if capability == 90 else 1]
 
 
 def count_tiles(tiles: Tiles, m: int, n: int, symmetric: bool) -> int:
@@ -325,9 +260,9 @@ def count_tiles(tiles: Tiles, m: int, n: int, symmetric: bool) -> int:
     return columns * columns + (columns + 1) // 2
 
 
-def resident_programs(tiles: Tiles) -> int:
-    """The number of persistent programs that a multiprocessor runs at a time."""
-    return 2 if tiles.num_warps == 4 else 1
+def resident_programs(tiles: Tiles, present: Device) -> int:
+    """The number of persistent programs that run at a time, two of 4 warps on a multiprocessor."""
+    return present.multiprocessors * (2 if tiles.num_warps == 4 else 1)
 
 
 def split_k(tiles: Tiles, present: Device, m: int, n: int, k: int) -> tuple[int, int]:
@@ -346,7 +281,7 @@ def split_k(tiles: Tiles, present: Device, m: int, n: int, k: int) -> tuple[int,
 
 
 def kernel_time(
-    kernel: str,
+    product: Product,
     kind: str,
     tiles: Tiles,
     sizes: Sequence[int],
@@ -356,20 +291,20 @@ def kernel_time(
 ) -> float:
     """The predicted time of a kernel in µs, for products of ``sizes`` (m, n, k and batch)."""
     m, n, k, batch = map(hint, sizes)
-    of_kind, symmetric = KINDS[kind], kernel == "symmetric_matmul"
+    of_kind, symmetric = KINDS[kind], product.is_symmetric
     count, columns = split_k(tiles, present, m, n, k)
     filled = count_tiles(tiles, m, n, symmetric) * batch * count / present.multiprocessors
     waves = float(ceil(filled))
     streams = of_kind.library.streams
     if streams and waves > 1 and (tiles.num_warps == 4 or not tiles.by_tma):
         waves -= _ALONE[tiles.variant] * (waves - filled)
-    launch, result = _COSTS[kernel, "pointers" if tiles.variant == "split_k" else tiles.variant]
+    launch, result, _ = product.variants[tiles.variant]
     result *= tiles.block_m * tiles.block_n / (128 * 256) * _width(of_kind)
     if with_c:
         launch, result = launch + _WAITS_FOR_C, result * _WITH_C
     if _has_single_loads(of_kind, n):
         result *= _UNALIGNED
-    latency, step = _speed(kernel, of_kind, tiles)
+    latency, step = _speed(product.tiles[kind], tiles)
     if _has_single_loads(of_kind, k):
         latency *= _UNALIGNED
     else:
@@ -389,26 +324,25 @@ def kernel_time(
 
 
 def library_time(
-    kernel: str, kind: str, sizes: Sequence[int], present: Device, *, with_c: bool = False
+    product: Product, kind: str, sizes: Sequence[int], present: Device, *, with_c: bool = False
 ) -> tuple[float, float]:
     """The predicted times of PyTorch's library in µs: of ``mm`` or ``addmm``, and with the pass
     that follows, a mirror or a sigmoid in place."""
     m, n, _, batch = map(hint, sizes)
-    of_kind, symmetric = KINDS[kind], kernel == "symmetric_matmul"
+    of_kind = KINDS[kind]
     result = m * n * batch * of_kind.dtype.itemsize
     products = min(_library_products(of_kind, sizes, present)) / _relative(kind, present)
-    time = _LIBRARY.launch + products + (_ADDS_C * result / _BYTES if with_c else 0)
+    time = _LIBRARY_LAUNCH + products + (_ADDS_C * result / _BYTES if with_c else 0)
     if of_kind.library.streams:
         time *= 1 + _CLOCK * log1p(time / 100)
-    # The mirror reads half and writes half; the sigmoid reads and writes all.
-    return time, time + _second(result if symmetric else 2 * result)
+    return time, time + _second(product.library_passes * result)
 
 
 def _library_products(kind: Kind, sizes: Sequence[int], present: Device) -> Iterator[float]:
     """The times of the library's product, by tiles: in whole waves, or cut along k."""
     m, n, k, batch = map(hint, sizes)
     area, edge, latency, least, streams = kind.library
-    steps, result = k * kind.dtype.itemsize / 128, _LIBRARY.result * _width(kind)
+    steps, result = k * kind.dtype.itemsize / 128, _LIBRARY_RESULT * _width(kind)
     single = _has_single_loads(kind, k)
     slower = _LIBRARY_UNALIGNED if single else 1.0
     for block_m, block_n in _LIBRARY_TILES:
@@ -429,13 +363,12 @@ def _library_products(kind: Kind, sizes: Sequence[int], present: Device) -> Iter
             yield result * part * max(1, filled) + slower * cut + _CUT
 
 
-def is_measured(kernel: str, kind: str, present: Device) -> bool:
+def is_measured(product: Product, kind: str, present: Device) -> bool:
     """Whether the times are predicted from measurements; otherwise they are an estimate."""
-    return present.capability == 90 and kernel in KINDS[kind].measured
+    return present.capability == 90 and kind not in product.estimated
 
 
-def _speed(kernel: str, kind: Kind, tiles: Tiles) -> Speed:
-    known = kind.tiles[kernel]
+def _speed(known: Mapping[Tiles, Speed], tiles: Tiles) -> Speed:
     for one in (tiles, tiles._replace(num_stages=4)):
         if one in known:
             return known[one]

@@ -2,6 +2,8 @@
 """The choice of tiles for given tensors, and of the library. The rule itself is in `rule`."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -10,8 +12,8 @@ from . import autotune
 from .device import device
 from .launch import Plan
 from .rule import (
-    KINDS,
     Device,
+    Product,
     Tiles,
     configurations,
     kernel_time,
@@ -55,158 +57,140 @@ def _begins_on_16_bytes(t: Tensor) -> bool:
         return bool(t.storage_offset() * t.element_size() % 16 == 0)
 
 
-def allows_tma(kernel: str, n: int, *operands: Tensor) -> bool:
-    """Whether a kernel by TMA takes the operands, and can store ``n`` columns.
-
-    A symmetric product stores by TMA, and a linear layer also by pointers.
-    """
-    stores = kernel == "linear_sigmoid" or n * operands[0].element_size() % 16 == 0
-    return stores and operands[0].dtype != torch.float64 and all(map(loads_by_tma, operands))
+def allows_tma(product: Product, n: int, *operands: Tensor) -> bool:
+    """Whether a kernel by TMA takes the operands, and can store ``n`` columns."""
+    stores = product.single_stores or n * operands[0].element_size() % 16 == 0
+    return bool(stores and operands[0].dtype != torch.float64 and all(map(loads_by_tma, operands)))
 
 
-def suits(tiles: Tiles, kernel: str, n: int, *operands: Tensor, tma: bool = True) -> bool:
+def suits(tiles: Tiles, product: Product, n: int, *operands: Tensor, tma: bool = True) -> bool:
     """Whether ``tiles`` load the operands, and store ``n`` columns, without spills.
 
-    A small tile of a linear layer may store single elements: their addresses are few.
+    A small tile may store single elements: their addresses are few.
     """
     unit = 16 // operands[0].element_size()
     if tiles.by_tma:
-        loads = tma and allows_tma(kernel, n, *operands)
+        loads = tma and allows_tma(product, n, *operands)
     else:
         unit = 16 if unit == 8 else unit  # single elements of 2 bytes are not loaded asynchronously
         loads = all(aligned(t, unit) for t in operands)
-    small = kernel == "linear_sigmoid" and tiles.block_m * tiles.block_n <= 64 * 128
+    small = tiles.block_m * tiles.block_n <= product.single_stores
     return loads and bool(small or n % unit == 0)
 
 
-def check_variant(tiles: Tiles, kernel: str, n: int, *operands: Tensor) -> None:
+def check_variant(tiles: Tiles, product: Product, n: int, *operands: Tensor) -> None:
     """Raise a ValueError if ``tiles`` are of a shape or variant that cannot take the operands."""
-    symmetric = kernel == "symmetric_matmul"
-    variants = ("pointers", "tma", "flat" if symmetric else "split_k")
+    name, variants = product.name, product.variants
     if tiles.variant not in variants:
-        raise ValueError(f"{kernel} has no {tiles}, expected one of the variants {variants}")
-    widths = {"pointers": (1,), "tma": (1, 2), "flat": (2,)}.get(tiles.variant, ())
-    if symmetric and tiles.block_n not in [tiles.block_m * width for width in widths]:
+        raise ValueError(f"{name} has no {tiles}, expected one of the variants {(*variants,)}")
+    widths = variants[tiles.variant].widths
+    if widths and tiles.block_n not in [tiles.block_m * width for width in widths]:
         expected = " or ".join(f"{width}·block_m" for width in widths)
-        raise ValueError(f"{kernel} has no {tiles}, expected a block_n of {expected}")
-    if tiles.by_tma and not allows_tma(kernel, n, *operands):
+        raise ValueError(f"{name} has no {tiles}, expected a block_n of {expected}")
+    if tiles.by_tma and not allows_tma(product, n, *operands):
         raise ValueError(
-            f"{kernel} cannot take these operands by {tiles}, expected the variant pointers"
+            f"{name} cannot take these operands by {tiles}, expected the variant pointers"
         )
 
 
-def suitable(
-    kernel: str,
-    precision: str,
-    n: int,
-    *operands: Tensor,
-    tma: bool = True,
-    present: Device | None = None,
-) -> list[Tiles]:
-    """The configurations of a device that suit the operands, and ``n`` columns of a result.
+@dataclass
+class Choice:
+    """A choice to be made: of tiles for given operands, and of PyTorch's library.
 
-    ``present``: by default the operands' device.
+    Attributes:
+        sizes: m, n, k and batch.
+        tma: whether the kernel may make TMA descriptors.
+        with_c: whether a matrix C is added, to which the kernel may write the result.
+        exact: whether a symmetric product of the library is mirrored, so that it is exactly so.
+        present: the device; by default that of the operands.
     """
-    capability = (present or device(operands[0])).capability
-    possible = configurations(kernel, operands[0].dtype, precision, capability)
-    return [tiles for tiles in possible if suits(tiles, kernel, n, *operands, tma=tma)]
+
+    product: Product
+    precision: str
+    sizes: Sequence[int]
+    operands: Sequence[Tensor]
+    tma: bool = True
+    with_c: bool = False
+    exact: bool = True
+    present: Device | None = None
+
+    @cached_property
+    def kind(self) -> str:
+        return kind_of(self.operands[0].dtype, self.precision)
+
+    @cached_property
+    def device(self) -> Device:
+        return self.present or device(self.operands[0])
+
+    @cached_property
+    def suitable(self) -> list[Tiles]:
+        """The configurations of the device that suit the operands, and the columns of a result."""
+        possible = configurations(self.product, self.kind, self.device.capability)
+        return [tiles for tiles in possible if self._suits(tiles)]
+
+    @cached_property
+    def times(self) -> dict[Tiles, float]:
+        """The predicted µs of the configurations."""
+        possible = self.suitable or unaligned_tiles(self.product, self.kind, self.device.capability)
+        case = self.sizes, self.device
+        return {
+            one: kernel_time(self.product, self.kind, one, *case, with_c=self.with_c)
+            for one in possible
+        }
+
+    @property
+    def library_times(self) -> tuple[float, float]:
+        """As `library_time`."""
+        return library_time(self.product, self.kind, self.sizes, self.device, with_c=self.with_c)
+
+    @property
+    def tiles(self) -> Tiles:
+        """The tiles with the least predicted time.
+
+        A compiled graph keeps the tiles of the sizes that it was traced with; only their alignment
+        is guarded.
+        """
+        return min(self.times, key=self.times.__getitem__)
+
+    def _suits(self, tiles: Tiles) -> bool:
+        return suits(tiles, self.product, self.sizes[1], *self.operands, tma=self.tma)
 
 
-def predict(
-    kernel: str,
-    precision: str,
-    sizes: Sequence[int],
-    *operands: Tensor,
-    tma: bool = True,
-    with_c: bool = False,
-    present: Device | None = None,
-) -> dict[Tiles, float]:
-    """The predicted µs of the configurations for products of ``sizes`` (m, n, k and batch).
-
-    ``present``: by default the operands' device.
-    """
-    present, kind = present or device(operands[0]), kind_of(operands[0].dtype, precision)
-    possible = suitable(kernel, precision, sizes[1], *operands, tma=tma, present=present)
-    possible = possible or unaligned_tiles(kernel, KINDS[kind], present.capability)
-    return {
-        tiles: kernel_time(kernel, kind, tiles, sizes, present, with_c=with_c) for tiles in possible
-    }
-
-
-def choose_tiles(
-    kernel: str,
-    precision: str,
-    sizes: Sequence[int],
-    *operands: Tensor,
-    tma: bool = True,
-    with_c: bool = False,
-) -> Tiles:
-    """The tiles with the least predicted time.
-
-    A compiled graph keeps the tiles of the sizes that it was traced with; only their alignment is
-    guarded.
-    """
-    times = predict(kernel, precision, sizes, *operands, tma=tma, with_c=with_c)
-    return min(times, key=times.__getitem__)
-
-
-def library_is_faster(
-    kernel: str,
-    precision: str,
-    sizes: Sequence[int],
-    *operands: Tensor,
-    tma: bool = True,
-    with_c: bool = False,
-    exact: bool = True,
-    present: Device | None = None,
-) -> bool:
-    """Whether PyTorch's library is predicted to take less time than the kernel.
-
-    ``exact``: whether a symmetric product of the library is mirrored, so that it is exactly so.
-    """
-    present, kind = present or device(operands[0]), kind_of(operands[0].dtype, precision)
-    times = predict(kernel, precision, sizes, *operands, tma=tma, with_c=with_c, present=present)
-    tiles = min(times, key=times.__getitem__)
-    if kernel == "symmetric_matmul" and not suits(tiles, kernel, sizes[1], *operands, tma=tma):
+def library_is_faster(choice: Choice) -> bool:
+    """Whether PyTorch's library is predicted to take less time than the kernel."""
+    if choice.product.is_symmetric and not choice.suitable:
         return True  # an address, or a store, for each element; never timed
-    product, both = library_time(kernel, kind, sizes, present, with_c=with_c)
-    return (both if exact else product) < times[tiles]
+    product, both = choice.library_times
+    return (both if choice.exact else product) < choice.times[choice.tiles]
 
 
 def choose_plan(
     make: Callable[[Tiles], Plan],
-    kernel: str,
-    precision: str,
-    sizes: Sequence[int],
-    operands: Sequence[Tensor],
+    choice: Choice,
     tiles: Tiles | None,
-    tma: bool,
     only_if_faster: bool,
     traced: bool,
-    with_c: bool = False,
-    exact: bool = True,
 ) -> Plan | None:
     """The plan of a launch; None if the library computes.
 
     Args:
         make: the plan for given tiles.
-        sizes: m, n, k and batch.
-        tiles, tma, only_if_faster: as the launch functions take them.
+        tiles, only_if_faster: as the launch functions take them.
         traced: whether a compiler traces the launch, without tensors to time.
-        with_c: whether a matrix C is added, to which the kernel may write the result.
-        exact: as `library_is_faster` takes it.
     """
-    if only_if_faster and library_is_faster(
-        kernel, precision, sizes, *operands, tma=tma, with_c=with_c, exact=exact
-    ):
+    if only_if_faster and library_is_faster(choice):
         return None
     if tiles is not None:
         return make(tiles)
-    tiles = choose_tiles(kernel, precision, sizes, *operands, tma=tma, with_c=with_c)
-    if autotune.ENABLED and not traced and not operands[0].is_cpu and tiles.variant != "split_k":
-        possible = suitable(kernel, precision, sizes[1], *operands, tma=tma)
-        same_kernel = [t for t in possible if t.by_tma == tiles.by_tma and t.variant != "split_k"]
+    tiles = choice.tiles
+    on_cpu = choice.operands[0].is_cpu
+    if autotune.ENABLED and not traced and not on_cpu and tiles.variant != "split_k":
+        same_kernel = [
+            one
+            for one in choice.suitable
+            if one.by_tma == tiles.by_tma and one.variant != "split_k"
+        ]
         plans = [make(one) for one in same_kernel]
         if len(plans) > 1:
-            return autotune.AutotunedPlan(plans, restore=["out_ptr"] if with_c else [])
+            return autotune.AutotunedPlan(plans, restore=["out_ptr"] if choice.with_c else [])
     return make(tiles)

@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("triton", reason="the rule is part of the kernels")
 
 from torchpar import explain
+from torchpar.kernels.matmul_t import SYMMETRIC_MATMUL
 from torchpar.kernels.rule import KINDS
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "nvidia-h200"
@@ -160,7 +161,7 @@ def test_the_packages_times_are_those_of_the_results():
 
 def test_all_choices_of_the_rule_have_measured_times_if_the_csv_has_them():
     timed = explain.measured("matmul_t", (4096, 4096, 4096, 1), "bfloat16")
-    names = {str(tiles) for tiles in KINDS["bfloat16"].tiles["symmetric_matmul"]}
+    names = {str(tiles) for tiles in SYMMETRIC_MATMUL.tiles["bfloat16"]}
     only_warm = {"64x64x128 w4 s3 pointers", "32x32x64 w4 s4 pointers"}
     assert set(timed) == names - only_warm | {"torch.mm", "torch.mm and mirror"}
     assert explain.measured("matmul_t", (4096, 4096, 4095, 1), "bfloat16") == {}

@@ -14,20 +14,32 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchpar.kernels import rule, tiles
-from torchpar.kernels.rule import KINDS, Device
+from torchpar.kernels import rule
+from torchpar.kernels.linear_sigmoid import LINEAR_SIGMOID
+from torchpar.kernels.matmul_t import SYMMETRIC_MATMUL
+from torchpar.kernels.rule import KINDS, Device, Product
+from torchpar.kernels.tiles import Choice, library_is_faster
 from torchpar.ptx.roofline import DATA_SHEETS, GPU_OF
 
+
+class Operator(NamedTuple):
+    """``library``: PyTorch's product, and the same with what follows."""
+
+    product: Product
+    shape: str
+    library: tuple[str, str]
+
+
 OPERATORS = {
-    "matmul_t": "NxK, or BATCHxNxK",
-    "symmetric_matmul": "NxK, or BATCHxNxK; with a matrix C",
-    "linear_sigmoid": "MxK->N",
-}
-# By the operator: the library's product, and the same with what follows.
-LIBRARY = {
-    "matmul_t": ("torch.mm", "torch.mm and mirror"),
-    "symmetric_matmul": ("torch.addmm", "addmm and mirror"),
-    "linear_sigmoid": ("addmm", "addmm and sigmoid_"),
+    "matmul_t": Operator(
+        SYMMETRIC_MATMUL, "NxK, or BATCHxNxK", ("torch.mm", "torch.mm and mirror")
+    ),
+    "symmetric_matmul": Operator(
+        SYMMETRIC_MATMUL,
+        "NxK, or BATCHxNxK; with a matrix C",
+        ("torch.addmm", "addmm and mirror"),
+    ),
+    "linear_sigmoid": Operator(LINEAR_SIGMOID, "MxK->N", ("addmm", "addmm and sigmoid_")),
 }
 # The rule's configurations in benchmarks/results/nvidia-h200, which is not installed: operators.csv
 # and operators-queued.csv, of which the later one counts.
@@ -49,7 +61,7 @@ def main(arguments: Sequence[str]) -> int:
         description="Say who computes a product on a GPU, and the times by which it was chosen.",
     )
     parser.add_argument("operator", choices=OPERATORS)
-    shapes = "; ".join(f"{name}: {shape}" for name, shape in OPERATORS.items())
+    shapes = "; ".join(f"{name}: {one.shape}" for name, one in OPERATORS.items())
     parser.add_argument("shape", help=f"of the operands, such as 4096x4096. {shapes}")
     parser.add_argument("--dtype", choices=KINDS, default="bfloat16", help="by default bfloat16")
     parser.add_argument("--gpu", choices=DATA_SHEETS, default="H200", help="by default H200")
@@ -69,7 +81,9 @@ def sizes_of(operator: str, shape: str) -> tuple[int, int, int, int]:
     match = re.fullmatch(pattern, shape, re.ASCII)
     example = "4096x1024->4096" if is_layer else "4096x4096 or 12x768x768"
     if match is None:
-        raise ValueError(f"shape is {shape!r}, expected {OPERATORS[operator]}, such as {example}")
+        raise ValueError(
+            f"shape is {shape!r}, expected {OPERATORS[operator].shape}, such as {example}"
+        )
     if is_layer:
         m, k, n = map(int, match.groups())
         batch = 1
@@ -89,35 +103,34 @@ def explain(operator: str, sizes: tuple[int, int, int, int], kind: str, gpu: str
     (arch,) = (arch for arch, names in GPU_OF.items() if gpu in names)
     sheet = DATA_SHEETS[gpu]
     device = Device(gpu, int(arch.removeprefix("sm_")), sheet.multiprocessors)
-    kernel = "linear_sigmoid" if operator == "linear_sigmoid" else "symmetric_matmul"
-    operands, precision = _operands(operator, sizes, kind), KINDS[kind].precision
-    with_c = operator == "symmetric_matmul"
-    timed = measured(operator, sizes, kind) if gpu == MEASURED_ON else {}
-    times = tiles.predict(kernel, precision, sizes, *operands, with_c=with_c, present=device)
-    by_library = tiles.library_is_faster(
-        kernel, precision, sizes, *operands, with_c=with_c, present=device
+    product, _, library = OPERATORS[operator]
+    choice = Choice(
+        product,
+        KINDS[kind].precision,
+        sizes,
+        _operands(operator, sizes, kind),
+        with_c=operator == "symmetric_matmul",
+        present=device,
     )
-    product, whole = (
+    timed = measured(operator, sizes, kind) if gpu == MEASURED_ON else {}
+    by_library = library_is_faster(choice)
+    alone, whole = (
         _contestant(name, time, timed)
-        for name, time in zip(
-            LIBRARY[operator],
-            rule.library_time(kernel, kind, sizes, device, with_c=with_c),
-            strict=True,
-        )
+        for name, time in zip(library, choice.library_times, strict=True)
     )
     of_tiles = {
         one: _contestant(str(one), time, timed)
-        for one, time in times.items()
+        for one, time in choice.times.items()
         if one.variant != "split_k" or rule.split_k(one, device, *sizes[:3])[0] > 1
     }
-    chosen = whole if by_library else of_tiles[min(of_tiles, key=times.__getitem__)]
+    chosen = whole if by_library else of_tiles[min(of_tiles, key=choice.times.__getitem__)]
     if chosen.is_measured:
         basis = "measured"
-    elif rule.is_measured(kernel, kind, device):
+    elif rule.is_measured(product, kind, device):
         basis = "predicted from measurements"
     else:
         basis = "estimated"
-    beside = "" if by_library else f"; {product.name} {_time(product)}"
+    beside = "" if by_library else f"; {alone.name} {_time(alone)}"
     lines = [f"computed by: {chosen.name} ({basis}, {_time(chosen)}{beside})"]
     others = [one for one in (*of_tiles.values(), whole) if one is not chosen]
     others.sort(key=lambda one: one.microseconds)

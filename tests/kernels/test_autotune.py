@@ -27,8 +27,10 @@ from benchmarks import autotune as benchmark
 from benchmarks import driver, resources
 from benchmarks.results import Table
 from torchpar.errors import ConfigError
-from torchpar.kernels import autotune, launch, linear_sigmoid, matmul_t, rule
-from torchpar.kernels.rule import Speed, Tiles
+from torchpar.kernels import autotune, launch, linear_sigmoid, matmul_t, maximum
+from torchpar.kernels.linear_sigmoid import LINEAR_SIGMOID
+from torchpar.kernels.matmul_t import SYMMETRIC_MATMUL
+from torchpar.kernels.rule import KINDS, Speed, Tiles, configurations, unaligned_tiles
 from torchpar.ops.cpu import mirror_
 
 SMALL = Tiles(16, 16, 32, 1, 2), Tiles(32, 32, 32, 1, 2)  # quick to compile
@@ -52,13 +54,9 @@ def tuner(tmp_path, monkeypatch) -> Iterator[Any]:
         state.timed += 1
         return [state.times.pop(0)] * 3
 
-    kind = rule.KINDS["bfloat16"]
-    speeds = dict.fromkeys((*SMALL, SPLIT), Speed(0.1, 0.1))
-    monkeypatch.setitem(
-        rule.KINDS,
-        "bfloat16",
-        kind._replace(unaligned=SMALL[0], tiles=dict.fromkeys(rule.KERNELS, speeds)),
-    )
+    for one, tiles in ((SYMMETRIC_MATMUL, SMALL), (LINEAR_SIGMOID, (*SMALL, SPLIT))):
+        monkeypatch.setitem(one.unaligned, "bfloat16", SMALL[:1])
+        monkeypatch.setitem(one.tiles, "bfloat16", dict.fromkeys(tiles, Speed(0.1, 0.1)))
     monkeypatch.setattr(autotune, "ENABLED", True)
     monkeypatch.setattr(driver.Driver, "get_benchmarker", lambda self: bench, raising=False)
     launch.forget_plans()
@@ -145,7 +143,7 @@ def test_without_triton_the_command_ends_with_one_line():
     )
 
 
-def configurations(kernel: Any, **wanted: Any) -> Any:
+def first_configuration(kernel: Any, **wanted: Any) -> Any:
     (first, *_) = [one for one in kernel.configs if one.all_kwargs().items() >= wanted.items()]
     return first
 
@@ -182,19 +180,19 @@ def integers(*shape: int) -> Tensor:
     return torch.randint(-2, 3, shape).bfloat16()
 
 
-@pytest.mark.parametrize("tma", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_the_benchmarks_kernels_compute_what_the_operators_do(tma):
+@pytest.mark.parametrize("variant", ["tma", pytest.param("pointers", marks=pytest.mark.slow)])
+def test_the_benchmarks_kernels_compute_what_the_operators_do(variant):
     torch.manual_seed(0)
     x, weight, bias = integers(72, 72), integers(40, 72) / 16, integers(40)
-    config = configurations(benchmark.matmul_t_kernel, BLOCK_M=64, BLOCK_N=64, TMA=tma)
+    config = first_configuration(benchmark.matmul_t_kernel, BLOCK_M=64, BLOCK_N=64, VARIANT=variant)
     found = execute(benchmark.matmul_t, benchmark.matmul_t_kernel, config, x)
     assert torch.equal(found, lower_twice(x.double() @ x.double().T).bfloat16())
-    config = configurations(benchmark.layer_kernel, BLOCK_M=64, BLOCK_N=64, TMA=tma)
+    config = first_configuration(benchmark.layer_kernel, BLOCK_M=64, BLOCK_N=64, VARIANT=variant)
     y = execute(benchmark.linear_sigmoid, benchmark.layer_kernel, config, x, weight, bias)
     exact = (x.double() @ weight.double().T + bias.double()).sigmoid()
     assert (y.double() - exact).abs().max() <= 2**-8 * exact.max()
     a, b = integers(1000), integers(1000)
-    config = configurations(benchmark.maximum_kernel, BLOCK=512)
+    config = first_configuration(benchmark.maximum_kernel, BLOCK=512)
     assert torch.equal(
         execute(benchmark.maximum, benchmark.maximum_kernel, config, a, b), torch.maximum(a, b)
     )
@@ -299,31 +297,43 @@ def test_the_benchmarks_autotuner_keeps_precisions_apart():
         assert set(kernel.keys) <= set(kernel.arg_names), "others would not be looked at"
 
 
-def test_the_rules_tiles_are_among_the_benchmarks_configurations():
-    """Those with rows of 128 bytes, and without a split."""
-    for name, kernel in zip(
-        rule.KERNELS, (benchmark.matmul_t_kernel, benchmark.layer_kernel), strict=True
-    ):
-        listed = [
-            (*list(one.kwargs.values())[:2], one.num_warps, resources.describe(one).split()[1])
-            for one in kernel.configs
-        ]
-        for one in rule.configurations(name, torch.bfloat16, "ieee", 90):
-            if one.block_k == 64 and one.variant != "split_k":
-                variant = "ptr" if one.variant == "pointers" else one.variant
-                assert (one.block_m, one.block_n, one.num_warps, variant) in listed
-    x = meta(64, 64)
-    for capability, tma, most in ((80, False, 166912), (90, True, 232448), (120, False, 101376)):
-        with driver.target(capability):
-            fitting = benchmark.that_fit(benchmark.matmul_t_kernel.configs, {"x_ptr": x, "k": 64})
-            assert any(one.kwargs["TMA"] for one in fitting) == tma
-            for other, k in ((x.float(), 64), (x.double(), 64), (x, 121)):
-                left = benchmark.that_fit(fitting, {"x_ptr": other, "k": k}, PRECISION="ieee")
-                assert left
-                assert not any(one.kwargs["TMA"] for one in left)
-        assert all(
-            128 * one.num_stages * sum(list(one.kwargs.values())[:2]) <= most for one in fitting
-        )
+@pytest.mark.parametrize("capability", [80, 90, 100, 120])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_benchmark_times_the_rules_configurations(kind, capability):
+    """All that suit, except those that split k; for operands that none suits, those of the rule."""
+    dtype, precision = KINDS[kind][:2]
+    with driver.target(capability):
+        for k, rule in ((64, configurations), (121, unaligned_tiles)):
+            x, weight = (torch.empty(rows, k, dtype=dtype, device="meta") for rows in (64, 128))
+            for one, kernel, operands in (
+                (SYMMETRIC_MATMUL, benchmark.matmul_t_kernel, {"x_ptr": x, "n": 64}),
+                (
+                    LINEAR_SIGMOID,
+                    benchmark.layer_kernel,
+                    {"x_ptr": x, "weight_ptr": weight, "n": 128},
+                ),
+            ):
+                chosen = kernel.early_config_prune(
+                    kernel.configs, operands | {"k": k}, PRECISION=precision, grid=None
+                )
+                names = [resources.describe(config) for config in chosen]
+                expected = [
+                    str(tiles)
+                    for tiles in rule(one, kind, capability)
+                    if tiles.variant != "split_k"
+                ]
+                assert sorted(names) == sorted(expected)
+                for config in chosen:
+                    assert config.kwargs["WARPS"] == config.num_warps
+
+
+def test_the_operators_blocks_are_among_those_that_the_benchmark_times():
+    listed = {(one.kwargs["BLOCK"], one.num_warps) for one in benchmark.maximum_kernel.configs}
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        a = torch.empty(2**20, dtype=dtype, device="meta")
+        plan = maximum._plan_forward(a, a, a)
+        assert plan is not None
+        assert (plan.constants["BLOCK"], 4) in listed, "Triton's default is 4 warps"
 
 
 @pytest.mark.parametrize(

@@ -18,13 +18,14 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import triton
+from products import PRODUCTS
 from ptx import cases
 from torch import Tensor
 
 from benchmarks.driver import Compiled, compile_launches, target
-from benchmarks.resources import BLOCK_SHARED, resources
+from benchmarks.resources import resources
 from torchpar.kernels import Tracer, matmul_t, maximum, sigmoid_backward
-from torchpar.kernels.rule import KERNELS, KINDS, Tiles, configurations
+from torchpar.kernels.rule import KINDS, Tiles, configurations
 
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 ODD = 509  # no stride is divisible by 16
@@ -33,6 +34,9 @@ newest = pytest.mark.skipif(TRITON < (3, 9), reason="earlier compilers spill mor
 not_3_8 = pytest.mark.skipif(
     TRITON == (3, 8), reason="Triton 3.8 spills, and keeps the digits of A twice"
 )
+
+# Bytes of shared memory that a block may have
+BLOCK_SHARED = {80: 166912, 90: 232448, 100: 232448, 103: 232448}
 
 # Machine code: instructions and loops
 
@@ -206,9 +210,9 @@ def check_tiles_of_most_registers(kernel: str, kind: str, capability: int) -> No
         loaded = (tiles.block_m + tiles.block_n) * tiles.block_k * tiles.num_stages
         return tiles.block_m * tiles.block_n / tiles.num_warps, loaded
 
-    launches: list[Any] = [((ODD, ODD, ODD), KINDS[kind].unaligned, {})]
+    launches: list[Any] = [((ODD, ODD, ODD), PRODUCTS[kernel].unaligned[kind][0], {})]
     most: dict[str, Tiles] = {}
-    for tiles in configurations(kernel, *KINDS[kind][:2], capability):
+    for tiles in configurations(PRODUCTS[kernel], kind, capability):
         most[tiles.variant] = max(tiles, most.get(tiles.variant, tiles), key=sums_of_a_thread)
     for tiles in most.values():
         launches.append(((4096, 4096, 4096), tiles, {}))
@@ -390,10 +394,10 @@ TABLE = [
     *rows(check_default_tiles, ["linear_sigmoid"], ["bfloat16"], [ODD]),
     *rows(check_default_tiles, ["linear_sigmoid"], ["float32"], [4096], slow=True),
     # float16 has bfloat16's tiles
-    *rows(check_tiles_of_most_registers, KERNELS, ["bfloat16"], slow=True),
+    *rows(check_tiles_of_most_registers, PRODUCTS, ["bfloat16"], slow=True),
     *rows(
         check_tiles_of_most_registers,
-        KERNELS,
+        PRODUCTS,
         ["tf32", "tf32x3", "float32", "float64"],
         at=[90],
         slow=True,

@@ -10,12 +10,14 @@ import pytest
 import torch
 from exact_operands import HARD
 from operators import FLOATS, INTEGERS
+from products import PRODUCTS
 from ptx import cases, mutants
 from ptx.cases import F16, F32, F64, Case
 from ptx.launch import Gpu
 
 from torchpar.kernels import exact_matmul, matmul_t
-from torchpar.kernels.rule import KERNELS, KINDS, Tiles, configurations
+from torchpar.kernels.matmul_t import SYMMETRIC_MATMUL
+from torchpar.kernels.rule import KINDS, Tiles, configurations
 from torchpar.ptx import copies, emulate
 from torchpar.ptx.counters import summarize
 from torchpar.ptx.machine import SCHEDULES, Schedule
@@ -192,8 +194,8 @@ def candidates_of(kernel: str, capability: int) -> dict[str, Case]:
     """
     found = {}
     for name, kind in KINDS.items():
-        possible = configurations(kernel, kind.dtype, kind.precision, capability)
-        chosen = [*dict.fromkeys([kind.unaligned, *possible])]
+        possible = configurations(PRODUCTS[kernel], name, capability)
+        chosen = [*dict.fromkeys([SYMMETRIC_MATMUL.unaligned[name][0], *possible])]
         if not name.startswith("tf32"):
             chosen = chosen[(capability == 80) ^ (name == "float16") :: 2]
         for tiles in chosen:
@@ -345,7 +347,7 @@ OTHERS = {
 }
 PIPELINED = {
     name: case
-    for kernel in KERNELS
+    for kernel in PRODUCTS
     for capability in (90, 80)
     for name, case in candidates_of(kernel, capability).items()
 }

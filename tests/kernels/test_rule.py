@@ -9,8 +9,14 @@ from typing import Any, NamedTuple
 
 import pytest
 
+pytest.importorskip("triton", reason="the rule's configurations stand beside the kernels")
+
+from products import PRODUCTS
+
 from torchpar.kernels import rule
-from torchpar.kernels.rule import KINDS, Device, Speed, Tiles
+from torchpar.kernels.linear_sigmoid import LINEAR_SIGMOID
+from torchpar.kernels.matmul_t import SYMMETRIC_MATMUL
+from torchpar.kernels.rule import KINDS, Device, Product, Speed, Tiles
 
 H200 = Device("NVIDIA H200", 90, 132)
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "nvidia-h200"
@@ -29,7 +35,7 @@ class Group(NamedTuple):
     `matmul_t` and `symmetric_matmul` are exactly symmetric, so that a product alone does not count.
     """
 
-    kernel: str
+    product: Product
     kind: str
     sizes: tuple[int, int, int, int]
     with_c: bool
@@ -38,7 +44,7 @@ class Group(NamedTuple):
 
     def __str__(self) -> str:
         m, n, k, batch = self.sizes
-        return f"{'c ' * self.with_c}{self.kernel} {self.kind} {batch}x{m}x{k}->{n}"
+        return f"{'c ' * self.with_c}{self.product.name} {self.kind} {batch}x{m}x{k}->{n}"
 
 
 def tiles_of(text: str) -> Tiles:
@@ -76,7 +82,7 @@ def _group(
         of_contract = [found["torch.addmm"] + mirror]
     kernel = operator.replace("matmul_t", "symmetric_matmul")
     (library,) = of_contract
-    return Group(kernel, kind, sizes, operator == "symmetric_matmul", tiles, library)
+    return Group(PRODUCTS[kernel], kind, sizes, operator == "symmetric_matmul", tiles, library)
 
 
 GROUPS = load("operators.csv") + load("operators-queued.csv")
@@ -85,10 +91,9 @@ WARM = load("operators-graphs.csv")
 
 def possible(group: Group) -> list[Tiles]:
     """The configurations of the rule that were timed, for operands of these sizes."""
-    kind, k = KINDS[group.kind], group.sizes[2]
-    known = rule.configurations(group.kernel, kind.dtype, kind.precision, 90)
-    if k * kind.dtype.itemsize % 16:
-        known = rule.unaligned_tiles(group.kernel, kind, 90)
+    case = group.product, group.kind, 90
+    by_16_bytes = group.sizes[2] * KINDS[group.kind].dtype.itemsize % 16 == 0
+    known = rule.configurations(*case) if by_16_bytes else rule.unaligned_tiles(*case)
     return [tiles for tiles in known if tiles in group.tiles]
 
 
@@ -97,11 +102,13 @@ def by_the_rule(group: Group) -> tuple[float, str]:
 
     def predict(tiles: Tiles) -> float:
         return rule.kernel_time(
-            group.kernel, group.kind, tiles, group.sizes, H200, with_c=group.with_c
+            group.product, group.kind, tiles, group.sizes, H200, with_c=group.with_c
         )
 
     best = min(possible(group), key=predict)
-    _, library = rule.library_time(group.kernel, group.kind, group.sizes, H200, with_c=group.with_c)
+    _, library = rule.library_time(
+        group.product, group.kind, group.sizes, H200, with_c=group.with_c
+    )
     if library < predict(best):
         return group.library, "library"
     return group.tiles[best], str(best)
@@ -110,7 +117,7 @@ def by_the_rule(group: Group) -> tuple[float, str]:
 def by_waves_and_loads(group: Group) -> tuple[float, str]:
     """The rule of version 0.4.0, which nothing had measured."""
     m, n, k, batch = group.sizes
-    symmetric = group.kernel == "symmetric_matmul"
+    symmetric = group.product.is_symmetric
     if m < 1024 if symmetric else k > 2048:
         return group.library, "library"
 
@@ -161,11 +168,11 @@ def test_a_mean_that_is_too_small_is_rejected():
 def test_swapped_speeds_are_rejected(monkeypatch, kernel, kind):
     """Each table matters: with the speeds of its first tiles and of its smallest ones swapped, the
     choice is far from the fastest."""
-    table = dict(KINDS[kind].tiles[kernel])
+    tables = PRODUCTS[kernel].tiles
+    table = dict(tables[kind])
     first, last = next(iter(table)), min(table, key=lambda one: one.block_m * one.block_n)
     table |= {first: table[last], last: Speed(9.0, 9.0)}
-    swapped = KINDS[kind]._replace(tiles={**KINDS[kind].tiles, kernel: table})
-    monkeypatch.setitem(KINDS, kind, swapped)
+    monkeypatch.setitem(tables, kind, table)
     with pytest.raises(AssertionError, match=r"times the fastest|longer than the library"):
         assert_near_the_fastest(by_the_rule, MEAN)
 
@@ -186,13 +193,13 @@ def test_predicted_times_are_near_the_measured_ones():
     errors = []
     for group in GROUPS:
         _, library = rule.library_time(
-            group.kernel, group.kind, group.sizes, H200, with_c=group.with_c
+            group.product, group.kind, group.sizes, H200, with_c=group.with_c
         )
         errors.append((f"{group}, library", library / group.library))
         for tiles in possible(group):
             if group.tiles[tiles] <= 1.2 * fastest(group):
                 time = rule.kernel_time(
-                    group.kernel, group.kind, tiles, group.sizes, H200, with_c=group.with_c
+                    group.product, group.kind, tiles, group.sizes, H200, with_c=group.with_c
                 )
                 errors.append((f"{group}, {tiles}", time / group.tiles[tiles]))
     for case, error in errors:
@@ -211,18 +218,18 @@ def test_warm_operands_change_the_choice_little():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("kernel", rule.KERNELS)
-def test_times_grow_with_the_work_and_shrink_with_multiprocessors(kernel, kind):
+@pytest.mark.parametrize("product", PRODUCTS.values(), ids=PRODUCTS)
+def test_times_grow_with_the_work_and_shrink_with_multiprocessors(product, kind):
     small, large = (2048, 2048, 2048, 1), (8192, 8192, 2048, 1)
     half = H200._replace(multiprocessors=66)
-    for tiles in KINDS[kind].tiles[kernel]:
-        time = rule.kernel_time(kernel, kind, tiles, large, H200)
-        assert 6 * rule.kernel_time(kernel, kind, tiles, small, H200) < time
-        assert 1.8 * time < rule.kernel_time(kernel, kind, tiles, large, half)
-        assert time < rule.kernel_time(kernel, kind, tiles, large, H200, with_c=True)
-    _, time = rule.library_time(kernel, kind, large, H200)
-    assert 6 * rule.library_time(kernel, kind, small, H200)[1] < time
-    assert 1.5 * time < rule.library_time(kernel, kind, large, half)[1]
+    for tiles in product.tiles[kind]:
+        time = rule.kernel_time(product, kind, tiles, large, H200)
+        assert 6 * rule.kernel_time(product, kind, tiles, small, H200) < time
+        assert 1.8 * time < rule.kernel_time(product, kind, tiles, large, half)
+        assert time < rule.kernel_time(product, kind, tiles, large, H200, with_c=True)
+    _, time = rule.library_time(product, kind, large, H200)
+    assert 6 * rule.library_time(product, kind, small, H200)[1] < time
+    assert 1.5 * time < rule.library_time(product, kind, large, half)[1]
 
 
 def test_batches_follow_their_number_of_tiles():
@@ -231,8 +238,7 @@ def test_batches_follow_their_number_of_tiles():
     tiles = Tiles(128, 256, 64, 8, 4, "tma")
     assert rule.count_tiles(tiles, 4096, 4096, True) == 264
     single, batched = (
-        rule.kernel_time("symmetric_matmul", "bfloat16", tiles, sizes, H200)
-        for sizes in (one, many)
+        rule.kernel_time(SYMMETRIC_MATMUL, "bfloat16", tiles, sizes, H200) for sizes in (one, many)
     )
     assert 1 < batched / single < 1.5, "three waves in the place of two"
 
@@ -248,11 +254,11 @@ def test_batches_follow_their_number_of_tiles():
 )
 def test_times_that_nothing_measured_are_estimates(capability, kernel, kind, expected):
     device = Device("GPU", capability, 132)
-    assert rule.is_measured(kernel, kind, device) == expected
+    assert rule.is_measured(PRODUCTS[kernel], kind, device) == expected
 
 
 def test_a_slower_gpu_takes_longer():
-    args = "symmetric_matmul", "bfloat16", Tiles(128, 128, 64, 8, 3), (4096, 4096, 4096, 1)
+    args = SYMMETRIC_MATMUL, "bfloat16", Tiles(128, 128, 64, 8, 3), (4096, 4096, 4096, 1)
     times = [
         rule.kernel_time(*args, Device("GPU", capability, 132)) for capability in (100, 90, 80, 120)
     ]
@@ -265,13 +271,13 @@ def test_the_parts_of_a_split_product_are_written_and_read():
     sizes = (64, 1024, 8192, 1)
     assert rule.split_k(tiles, H200, *sizes[:3])[0] == 8
     split, whole = (
-        rule.kernel_time("linear_sigmoid", "bfloat16", one, sizes, H200)
+        rule.kernel_time(LINEAR_SIGMOID, "bfloat16", one, sizes, H200)
         for one in (tiles, tiles._replace(variant="pointers"))
     )
     assert 2 * split < whole
     few = (64, 1024, 256, 1)
     split, whole = (
-        rule.kernel_time("linear_sigmoid", "bfloat16", one, few, H200)
+        rule.kernel_time(LINEAR_SIGMOID, "bfloat16", one, few, H200)
         for one in (tiles, tiles._replace(variant="pointers"))
     )
     assert split == whole, "four steps are not split"

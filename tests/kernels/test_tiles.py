@@ -7,8 +7,13 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton compiles the configurations")
 
+from products import PRODUCTS
+
 from torchpar.kernels import rule, tiles
-from torchpar.kernels.rule import Tiles
+from torchpar.kernels.linear_sigmoid import LINEAR_SIGMOID
+from torchpar.kernels.matmul_t import SYMMETRIC_MATMUL
+from torchpar.kernels.rule import KINDS, Tiles
+from torchpar.kernels.tiles import Choice
 
 DEVICE = rule.Device("NVIDIA Test", 90, 132)
 WIDE, LARGE = Tiles(128, 256, 64, 8, 4, "tma"), Tiles(128, 128, 64, 8, 4, "tma")
@@ -21,7 +26,6 @@ SQUARE, DEEP, TINY = (
     Tiles(32, 32, 64, 4, 4),
 )
 UNALIGNED, SPLIT = Tiles(64, 64, 32, 8, 3), Tiles(64, 64, 64, 4, 4, "split_k")
-KINDS = [pytest.param(*kind[:2], id=name) for name, kind in rule.KINDS.items()]
 
 
 @pytest.fixture(autouse=True)
@@ -34,29 +38,32 @@ def operand(n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 @pytest.mark.parametrize("capability", [0, 80, 90, 100, 120])
-@pytest.mark.parametrize("dtype, precision", KINDS)
-@pytest.mark.parametrize("kernel", rule.KERNELS)
-def test_configurations_are_those_that_a_device_can_run(kernel, dtype, precision, capability):
-    found = rule.configurations(kernel, dtype, precision, capability)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("product", PRODUCTS.values(), ids=PRODUCTS)
+def test_configurations_are_those_that_a_device_can_run(product, kind, capability):
+    found = rule.configurations(product, kind, capability)
+    itemsize, is_symmetric = KINDS[kind].dtype.itemsize, product is SYMMETRIC_MATMUL
     assert 1 <= len(set(found)) == len(found) <= 10
     for one in found:
         assert all(size.bit_count() == 1 for size in one[:4]), "a power of 2, as Triton takes them"
         elements = (one.num_stages - (capability == 0)) * (one.block_m + one.block_n) * one.block_k
         if one.by_tma:  # which stores from shared memory
-            elements += (
-                one.block_m**2 if kernel == "symmetric_matmul" else one.block_m * one.block_n // 2
-            )
-        shared = rule.resident_programs(one) * elements if one.by_tma else elements
+            elements += one.block_m**2 if is_symmetric else one.block_m * one.block_n // 2
+        shared = (
+            rule.resident_programs(one, DEVICE._replace(multiprocessors=1)) * elements
+            if one.by_tma
+            else elements
+        )
         # By the makers' documents.
         limit = {0: 65536, 80: 166912, 120: 101376}.get(capability, 232448)
-        assert shared * dtype.itemsize <= limit
-        assert kernel == "linear_sigmoid" or one.block_n == one.block_m or one.by_tma
+        assert shared * itemsize <= limit
+        assert not is_symmetric or one.block_n == one.block_m or one.by_tma
     similar = {80: 87, 100: 103}.get(capability, capability)
-    assert rule.configurations(kernel, dtype, precision, similar) == found
-    variants = {"pointers"} if kernel == "symmetric_matmul" else {"pointers", "split_k"}
-    if capability in (90, 100) and (dtype.itemsize == 2 or precision != "ieee"):
+    assert rule.configurations(product, kind, similar) == found
+    variants = {"pointers"} if is_symmetric else {"pointers", "split_k"}
+    if capability in (90, 100) and (itemsize == 2 or kind.startswith("tf32")):
         variants.add("tma")
-        if (kernel, capability, dtype.itemsize) == ("symmetric_matmul", 90, 2):
+        if (is_symmetric, capability, itemsize) == (True, 90, 2):
             variants.add("flat")
     assert {one.variant for one in found} == variants
 
@@ -87,12 +94,13 @@ def test_configurations_are_those_that_a_device_can_run(kernel, dtype, precision
 )
 def test_the_rule_takes_the_least_predicted_time(monkeypatch, kernel, sizes, expected):
     m, n, k, _ = sizes
-    choice = kernel, "ieee", sizes, operand(m, k), operand(n, k)
-    assert tiles.choose_tiles(*choice) == expected
-    times = tiles.predict(*choice)
+    case = PRODUCTS[kernel], "ieee", sizes, (operand(m, k), operand(n, k))
+    choice = Choice(*case)
+    assert choice.tiles == expected
+    times = choice.times
     assert times[expected] == min(times.values()) < max(times.values())
     monkeypatch.setattr(tiles, "device", lambda t: DEVICE._replace(capability=80))
-    assert not tiles.choose_tiles(*choice).by_tma
+    assert not Choice(*case).tiles.by_tma
 
 
 @pytest.mark.parametrize(
@@ -109,23 +117,22 @@ def test_the_rule_takes_the_least_predicted_time(monkeypatch, kernel, sizes, exp
 )
 def test_tiles_and_the_library_by_alignment(n, stride, expected, by_pointers):
     x = torch.empty(2**25, dtype=torch.bfloat16, device="meta").as_strided((n, 1024), stride)
-    choice = "symmetric_matmul", "ieee", (n, n, 1024, 1), x
-    assert tiles.choose_tiles(*choice) == expected
-    assert tiles.choose_tiles(*choice, tma=False) == by_pointers
-    assert tiles.library_is_faster(*choice) == (expected == UNALIGNED)
-    assert tiles.library_is_faster(*choice, tma=False) == (by_pointers == UNALIGNED)
+    for tma, chosen in ((True, expected), (False, by_pointers)):
+        choice = Choice(SYMMETRIC_MATMUL, "ieee", (n, n, 1024, 1), [x], tma)
+        assert choice.tiles == chosen
+        assert tiles.library_is_faster(choice) == (chosen == UNALIGNED)
 
 
 @pytest.mark.parametrize("m, n, k", [(0, 64, 64), (1, 12288, 4096), (8, 2**31, 16)])
 def test_sizes_that_no_descriptor_has_go_by_pointers(m, n, k):
-    found = tiles.choose_tiles("linear_sigmoid", "ieee", (m, n, k, 1), operand(m, k), operand(n, k))
-    assert found.variant == "pointers"
+    choice = Choice(LINEAR_SIGMOID, "ieee", (m, n, k, 1), [operand(m, k), operand(n, k)])
+    assert choice.tiles.variant == "pointers"
 
 
 def test_a_fourth_stage_of_tf32_is_for_sm_90():
     """With transposed operands and a matrix C it takes 262,224 bytes of sm_100's 232,448."""
     for capability, stages in ((90, 4), (100, 3), (103, 3)):
-        found = rule.configurations("symmetric_matmul", torch.float32, "tf32", capability)
+        found = rule.configurations(SYMMETRIC_MATMUL, "tf32", capability)
         assert Tiles(128, 128, 32, 8, stages, "tma") in found
         assert Tiles(128, 128, 32, 8, 7 - stages, "tma") not in found
 
@@ -180,7 +187,8 @@ def test_the_library_computes_where_the_kernel_is_not_expected_to_win(
 ):
     m, n, k = shape if len(shape) == 3 else (shape[0], *shape)
     operands = [operand(m, k, dtype), operand(n, k, dtype)][: len(shape) - 1]
-    assert tiles.library_is_faster(kernel, precision, (m, n, k, 1), *operands) == library
+    choice = Choice(PRODUCTS[kernel], precision, (m, n, k, 1), operands)
+    assert tiles.library_is_faster(choice) == library
 
 
 @pytest.mark.parametrize(
@@ -196,7 +204,7 @@ def test_the_library_computes_where_the_kernel_is_not_expected_to_win(
 def test_tiles_that_a_kernel_does_not_have_are_refused(kernel, wrong, expected):
     x = operand(1024, 1024)
     with pytest.raises(ValueError, match=expected):
-        tiles.check_variant(wrong, kernel, 1024, x)
+        tiles.check_variant(wrong, PRODUCTS[kernel], 1024, x)
 
 
 def test_an_unknown_precision_is_refused():
@@ -211,10 +219,9 @@ def test_choice_by_a_symbolic_size_adds_no_guard():
     symbol = env.create_unspecified_symbol(1040, source=torch._dynamo.source.ConstantSource("n"))
     n = env.create_symintnode(symbol, hint=1040)
     x = operand(1024, 1024)
-    choice = "symmetric_matmul", "ieee", (n, n, n, 1), x
-    numbers = "symmetric_matmul", "ieee", (1040, 1040, 1040, 1), x
-    assert tiles.choose_tiles(*choice) == tiles.choose_tiles(*numbers)
-    assert not tiles.library_is_faster(*choice)
+    choice = Choice(SYMMETRIC_MATMUL, "ieee", (n, n, n, 1), [x])
+    assert choice.tiles == Choice(SYMMETRIC_MATMUL, "ieee", (1040, 1040, 1040, 1), [x]).tiles
+    assert not tiles.library_is_faster(choice)
     assert rule.split_k(SPLIT, DEVICE, 64, 64, n) == (1, n), (
         "the number of programs would be a guard"
     )
