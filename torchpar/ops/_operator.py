@@ -50,6 +50,17 @@ def operator(
     )
 
 
+def overloads(schema: str, **options: Any) -> Callable[[Function], list[CustomOpDef]]:
+    """Two operators of one function: `operator`, and one that also takes a keyword ``precision``.
+
+    Each keyword of an operator takes time, so that a call without a precision is of the first one.
+    """
+    arguments, arrow, result = schema.replace("(", ".precision(", 1).partition(") ->")
+    star = "" if "*" in arguments else "*, "
+    schemas = schema, f"{arguments}, {star}str? precision{arrow}{result}"
+    return lambda function: [operator(one, **options)(function) for one in schemas]
+
+
 # Inductor of torch 2.11 fails for an integer above int32 among the arguments of a kernel; that of
 # 2.14 does not.
 INDUCTOR_NEEDS_INT32 = torch.__version__ < "2.14"

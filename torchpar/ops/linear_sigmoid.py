@@ -27,7 +27,7 @@ from torchpar.library.rules import Context, Sharding, Spec, VmapInfo
 from torchpar.library.sharding import is_dtensor
 from torchpar.library.transforms import needs_formula
 from torchpar.ops import fp32
-from torchpar.ops._operator import is_emulating, operator, runs_kernels, supports_tma
+from torchpar.ops._operator import is_emulating, operator, overloads, runs_kernels, supports_tma
 from torchpar.ops.cpu import is_eager, linear, linear_forward
 from torchpar.ops.matrix import (
     check_dtype,
@@ -156,20 +156,12 @@ def _compute(
     return out if x.dim() == 2 else out.view(*x.shape[:-1], weight.shape[0])
 
 
-# Two operators of one function, since an operator without keywords is called in less time.
-_op = operator(
+_op, _op_of_precision = overloads(
     "linear_sigmoid(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor", kernels=_kernels
-)(_compute)
-_op_of_precision = operator(
-    "linear_sigmoid.precision(Tensor x, Tensor weight, Tensor? bias=None, *, str? precision) "
-    "-> Tensor",
-    kernels=_kernels,
 )(_compute)
 _sigmoid_gradient = torch.ops.aten.sigmoid_backward.default
 
 
-@_op.register_fake
-@_op_of_precision.register_fake
 def _linear_sigmoid_fake(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, **_: object
 ) -> Tensor:
@@ -220,14 +212,6 @@ def _backward(ctx: _Context, g: Tensor) -> tuple[Tensor | None, ...]:
     return dx, dw, db
 
 
-for _each in (_op, _op_of_precision):
-    _each.register_autograd(
-        _backward, setup_context=_setup_context, formula=_formula, decompose=_is_native
-    )
-
-
-@_op.register_vmap
-@_op_of_precision.register_vmap
 def _linear_sigmoid_vmap(
     info: VmapInfo,
     in_dims: tuple[int | None, ...],
@@ -257,12 +241,6 @@ def _linear_sigmoid_vmap(
     return z.sigmoid_().reshape(*x.shape[:-1], weight.shape[1]), 0
 
 
-_op.register_autocast()
-_op_of_precision.register_autocast()
-
-
-@_op.register_sharding
-@_op_of_precision.register_sharding
 def _linear_sigmoid_sharding(
     x: Spec, weight: Spec, bias: Spec | None = None, **_: object
 ) -> list[Sharding]:
@@ -274,6 +252,16 @@ def _linear_sigmoid_sharding(
     rows = [([Shard(dim)], [Shard(dim), *parameters(Replicate())]) for dim in range(x.ndim - 1)]
     columns = ([Shard(x.ndim - 1)], [Replicate(), *parameters(Shard(0))])
     return [([Replicate()], [Replicate(), *parameters(Replicate())]), columns, *rows]
+
+
+for _each in (_op, _op_of_precision):
+    _each.register_fake(_linear_sigmoid_fake)
+    _each.register_autograd(
+        _backward, setup_context=_setup_context, formula=_formula, decompose=_is_native
+    )
+    _each.register_vmap(_linear_sigmoid_vmap)
+    _each.register_autocast()
+    _each.register_sharding(_linear_sigmoid_sharding)
 
 
 # The backward's first pass: dL/dZ (*, out) and dL/db (out) from g and y (*, out).

@@ -26,7 +26,7 @@ from torchpar.library.rules import Context, Sharding, Spec, VmapInfo
 from torchpar.library.sharding import is_dtensor
 from torchpar.library.transforms import needs_formula
 from torchpar.ops import cpu, fp32
-from torchpar.ops._operator import operator, runs_kernels, supports_tma
+from torchpar.ops._operator import operator, overloads, runs_kernels, supports_tma
 from torchpar.ops.matrix import (
     check_dtype,
     fp32_precision,
@@ -117,18 +117,13 @@ def _compute(x: Tensor, *, precision: str | None = None, wrap: Wrap) -> Tensor:
     return kernel.mirror(product(x, x), wrap) if out is None else out
 
 
-# Two operators of one function, since an operator of tensors alone is called in less time. Inductor
-# would fuse the blocks of the CPU path into one slower kernel, and compile it for half a minute.
-_op = operator("matmul_t(Tensor x) -> Tensor", kernels=_kernels, opaque=cpu.is_halved)(_compute)
-_op_of_precision = operator(
-    "matmul_t.precision(Tensor x, *, str? precision) -> Tensor",
-    kernels=_kernels,
-    opaque=lambda x, **_: cpu.is_halved(x),
+# Inductor would fuse the blocks of the CPU path into one slower kernel, and compile it for half a
+# minute.
+_op, _op_of_precision = overloads(
+    "matmul_t(Tensor x) -> Tensor", kernels=_kernels, opaque=lambda x, **_: cpu.is_halved(x)
 )(_compute)
 
 
-@_op.register_fake
-@_op_of_precision.register_fake
 def _matmul_t_fake(x: Tensor, **_: object) -> Tensor:
     _check(x)
     return x.new_empty(*x.shape[:-1], x.shape[-2])
@@ -155,14 +150,6 @@ def _backward(ctx: _Context, g: Tensor) -> Tensor:
     return _backward_op(g, x)  # type: ignore[no-any-return]
 
 
-for _each in (_op, _op_of_precision):
-    _each.register_autograd(
-        _backward, setup_context=_setup_context, formula=_formula, decompose=_is_split_by_rows
-    )
-
-
-@_op.register_vmap
-@_op_of_precision.register_vmap
 def _matmul_t_vmap(
     info: VmapInfo, in_dims: tuple[int], x: Tensor, **precision: str | None
 ) -> tuple[Tensor, int]:
@@ -171,17 +158,21 @@ def _matmul_t_vmap(
     return op(x.movedim(in_dims[0], 0), **precision), 0
 
 
-_op.register_autocast()
-_op_of_precision.register_autocast()
-
-
-@_op.register_sharding
-@_op_of_precision.register_sharding
 def _matmul_t_sharding(x: Spec, **_: object) -> list[Sharding]:
     from torch.distributed.tensor import Partial, Replicate, Shard
 
     batch = [([Shard(dim)], [Shard(dim)]) for dim in range(x.ndim - 2)]
     return [([Replicate()], [Replicate()]), ([Partial()], [Shard(x.ndim - 1)]), *batch]
+
+
+for _each in (_op, _op_of_precision):
+    _each.register_fake(_matmul_t_fake)
+    _each.register_autograd(
+        _backward, setup_context=_setup_context, formula=_formula, decompose=_is_split_by_rows
+    )
+    _each.register_vmap(_matmul_t_vmap)
+    _each.register_autocast()
+    _each.register_sharding(_matmul_t_sharding)
 
 
 # The backward: dX = (G + Gᵀ)·X, with G (*, n, n) and X (*, n, k).

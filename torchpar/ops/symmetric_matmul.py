@@ -26,7 +26,7 @@ from torchpar.library.rules import Context, Sharding, Spec, VmapInfo
 from torchpar.library.sharding import is_dtensor
 from torchpar.library.transforms import is_transformed
 from torchpar.ops import cpu, fp32
-from torchpar.ops._operator import operator, runs_kernels, supports_tma
+from torchpar.ops._operator import operator, overloads, runs_kernels, supports_tma
 from torchpar.ops.matrix import check_dtype, check_like, fp32_precision, product
 
 if TYPE_CHECKING:  # DTensor takes long to import
@@ -213,23 +213,14 @@ def _compute(
     return kernel.mirror(product(a, b, c, alpha, beta), wrap) if out is None else out
 
 
-# Two operators of one function, since each keyword of an operator takes time.
-_op = operator(
+_op, _op_of_precision = overloads(
     "symmetric_matmul(Tensor a, Tensor b, Tensor? c=None, *, float alpha=1.0, float? beta=None) "
     "-> Tensor",
     kernels=_kernels,
     opaque=lambda a, *args, **kwargs: cpu.is_halved(a),
 )(_compute)
-_op_of_precision = operator(
-    "symmetric_matmul.precision(Tensor a, Tensor b, Tensor? c=None, *, float alpha=1.0, "
-    "float? beta=None, str? precision) -> Tensor",
-    kernels=_kernels,
-    opaque=lambda a, *args, **kwargs: cpu.is_halved(a),
-)(_compute)
 
 
-@_op.register_fake
-@_op_of_precision.register_fake
 def _symmetric_matmul_fake(
     a: Tensor, b: Tensor, c: Tensor | None = None, *, beta: float | None = None, **_: object
 ) -> Tensor:
@@ -259,12 +250,6 @@ def _backward(ctx: _Context, g: Tensor) -> tuple[Tensor | None, ...]:
     return da, db, ctx.beta * g if any(need_c) else None
 
 
-for _each in (_op, _op_of_precision):
-    _each.register_autograd(_backward, setup_context=_setup_context, formula=_formula)
-
-
-@_op.register_vmap
-@_op_of_precision.register_vmap
 def _symmetric_matmul_vmap(
     info: VmapInfo,
     in_dims: tuple[int | None, ...],
@@ -281,12 +266,6 @@ def _symmetric_matmul_vmap(
     return op(*batched, **keywords), 0
 
 
-_op.register_autocast()
-_op_of_precision.register_autocast()
-
-
-@_op.register_sharding
-@_op_of_precision.register_sharding
 def _symmetric_matmul_sharding(
     a: Spec, b: Spec, c: Spec | None = None, **_: object
 ) -> list[Sharding]:
@@ -297,6 +276,14 @@ def _symmetric_matmul_sharding(
 
     batch = [rule(Shard(dim), Shard(dim)) for dim in range(a.ndim - 2)]
     return [rule(Replicate(), Replicate()), rule(Partial(), Shard(a.ndim - 1)), *batch]
+
+
+for _each in (_op, _op_of_precision):
+    _each.register_fake(_symmetric_matmul_fake)
+    _each.register_autograd(_backward, setup_context=_setup_context, formula=_formula)
+    _each.register_vmap(_symmetric_matmul_vmap)
+    _each.register_autocast()
+    _each.register_sharding(_symmetric_matmul_sharding)
 
 
 # In place. Compilers do not look into the operator, since it writes to an operand.
