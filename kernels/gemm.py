@@ -143,11 +143,6 @@ def dot_rows(
     return acc
 
 
-def descriptor_layout(t: Tensor) -> str:
-    """The layout of a matrix, or of a batch, as `make_descriptor` takes it."""
-    return "N" if t.stride(-1) == 1 else "T"
-
-
 @triton.jit
 def make_descriptor(
     t, batches, rows, cols, ROWS: tl.constexpr, COLS: tl.constexpr, LAYOUT: tl.constexpr

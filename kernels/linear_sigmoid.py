@@ -16,11 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import Wrap
-from .device import device, device_index
+from .device import device_index
 from .gemm import (
     GROUP,
     by_columns,
-    descriptor_layout,
     dot_rows,
     dot_tiles,
     empty_by_columns,
@@ -39,7 +38,7 @@ from .rule import (
     resident_programs,
     split_k,
 )
-from .tiles import Choice, check_variant, choose_plan
+from .tiles import Choice, choose_plan, descriptor_layout
 
 _16_BIT = {
     Tiles(128, 256, 64, 8, 4, "tma"): Speed(0.600, 0.627),
@@ -344,16 +343,14 @@ def _plan(
 ) -> Plan | None:
     x, weight = (empty_by_columns(t, precision) for t in (x, weight))
     sizes = x.shape[0], weight.shape[0], x.shape[1], 1
-    make = partial(_plan_tiles, x, weight, bias, precision)
     choice = Choice(LINEAR_SIGMOID, precision, sizes, (x, weight), tma)
-    return choose_plan(make, choice, tiles, only_if_faster, traced)
+    return choose_plan(partial(_plan_tiles, x, weight, bias), choice, tiles, only_if_faster, traced)
 
 
 def _plan_tiles(
-    x: Tensor, weight: Tensor, bias: Tensor | None, precision: str, tiles: Tiles
+    x: Tensor, weight: Tensor, bias: Tensor | None, choice: Choice, tiles: Tiles
 ) -> Plan:
-    (m, k), n = x.shape, weight.shape[0]
-    check_variant(tiles, LINEAR_SIGMOID, n, x, weight)
+    m, n, k, _ = choice.sizes
     programs = count_tiles(tiles, m, n, symmetric=False)
     strides = *x.stride(), *weight.stride(), 0 if bias is None else bias.stride(0)
     blocks: dict[str, int | str] = {"HAS_BIAS": bias is not None, **tiles.blocks}
@@ -366,15 +363,15 @@ def _plan_tiles(
             # Programs of 4 warps run in pairs on a multiprocessor: one multiplies while the other
             # stores.
             "FLATTEN": stores and tiles.num_warps == 8,
-            "PRECISION": precision,
+            "PRECISION": choice.precision,
         }
         kernel, arguments = linear_sigmoid_tma_kernel, (m, n, k, *strides)
-        resident = torch.sym_min(programs, resident_programs(tiles, device(x)))
+        resident = torch.sym_min(programs, resident_programs(tiles, choice.device))
         return Plan(kernel, resident, arguments, constants, tiles.options, descriptors=True)
-    count, k_per_split = split_k(tiles, device(x), m, n, k)
+    count, k_per_split = split_k(tiles, choice.device, m, n, k)
     constants = blocks | {
         "EVEN_K": bool(k % tiles.block_k == 0),
-        "PRECISION": precision,
+        "PRECISION": choice.precision,
         "SPLIT_K": count,
     }
     return Plan(

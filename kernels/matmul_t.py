@@ -14,10 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import Wrap
-from .device import device, device_index
+from .device import device_index
 from .gemm import (
     by_columns,
-    descriptor_layout,
     dot_rows,
     empty_by_columns,
     float_of_words,
@@ -26,7 +25,7 @@ from .gemm import (
 from .launch import Plan, again, cached_plan, layout, remember
 from .matmul_t_tma import symmetric_matmul_tma_kernel
 from .rule import Product, Speed, Tiles, Variant, count_tiles, halved, resident_programs
-from .tiles import Choice, check_variant, choose_plan
+from .tiles import Choice, choose_plan, descriptor_layout
 
 _16_BIT = {
     Tiles(128, 256, 64, 8, 4, "tma"): Speed(0.129, 0.613),
@@ -302,19 +301,16 @@ def _plan_product(
     operands = [t for t in (a, b, c) if t is not None]
     *_, n, k = a.shape
     sizes = n, n, k, a.shape[0] if a.dim() == 3 else 1
-    make = partial(_plan_tiles, a, b, c, precision)
     choice = Choice(SYMMETRIC_MATMUL, precision, sizes, operands, tma, c is not None, exact)
-    return choose_plan(make, choice, tiles, only_if_faster, traced)
+    return choose_plan(partial(_plan_tiles, a, b, c), choice, tiles, only_if_faster, traced)
 
 
 def _plan_tiles(
-    a: Tensor, b: Tensor | None, c: Tensor | None, precision: str, tiles: Tiles
+    a: Tensor, b: Tensor | None, c: Tensor | None, choice: Choice, tiles: Tiles
 ) -> Plan:
     same = b is None
     b = a if b is None else b
-    *_, n, k = a.shape
-    batch = a.shape[0] if a.dim() == 3 else 1
-    check_variant(tiles, SYMMETRIC_MATMUL, n, *([a, b] if c is None else [a, b, c]))
+    _, n, k, batch = choice.sizes
     strides = [stride for t in (a, b, a if c is None else c) for stride in _strides(t)]
     programs = batch * count_tiles(tiles, n, n, symmetric=True)
     if tiles.variant == "pointers":
@@ -323,7 +319,7 @@ def _plan_tiles(
             "BLOCK": tiles.block_m,
             "BLOCK_K": tiles.block_k,
             "EVEN_K": bool(k % tiles.block_k == 0),
-            "PRECISION": precision,
+            "PRECISION": choice.precision,
         }
         return Plan(symmetric_matmul_kernel, programs, (n, k, *strides), constants, tiles.options)
     constants = {
@@ -335,9 +331,9 @@ def _plan_tiles(
         "B_LAYOUT": descriptor_layout(b),
         "C_LAYOUT": "" if c is None else descriptor_layout(c),
         "FLATTEN": tiles.variant == "flat",
-        "PRECISION": precision,
+        "PRECISION": choice.precision,
     }
-    resident = torch.sym_min(programs, resident_programs(tiles, device(a)))
+    resident = torch.sym_min(programs, resident_programs(tiles, choice.device))
     arguments = batch, n, k, *strides
     return Plan(
         symmetric_matmul_tma_kernel, resident, arguments, constants, tiles.options, descriptors=True

@@ -50,47 +50,16 @@ def loads_by_tma(t: Tensor) -> bool:
     )
 
 
+def descriptor_layout(t: Tensor) -> str:
+    """The layout of a matrix, or of a batch, as `gemm.make_descriptor` takes it."""
+    return "N" if t.stride(-1) == 1 else "T"
+
+
 def _begins_on_16_bytes(t: Tensor) -> bool:
     try:
         return t.data_ptr() % 16 == 0
     except RuntimeError:  # a tracer's tensor has no address; the compiler will allocate it aligned
         return bool(t.storage_offset() * t.element_size() % 16 == 0)
-
-
-def allows_tma(product: Product, n: int, *operands: Tensor) -> bool:
-    """Whether a kernel by TMA takes the operands, and can store ``n`` columns."""
-    stores = product.single_stores or n * operands[0].element_size() % 16 == 0
-    return bool(stores and operands[0].dtype != torch.float64 and all(map(loads_by_tma, operands)))
-
-
-def suits(tiles: Tiles, product: Product, n: int, *operands: Tensor, tma: bool = True) -> bool:
-    """Whether ``tiles`` load the operands, and store ``n`` columns, without spills.
-
-    A small tile may store single elements: their addresses are few.
-    """
-    unit = 16 // operands[0].element_size()
-    if tiles.by_tma:
-        loads = tma and allows_tma(product, n, *operands)
-    else:
-        unit = 16 if unit == 8 else unit  # single elements of 2 bytes are not loaded asynchronously
-        loads = all(aligned(t, unit) for t in operands)
-    small = tiles.block_m * tiles.block_n <= product.single_stores
-    return loads and bool(small or n % unit == 0)
-
-
-def check_variant(tiles: Tiles, product: Product, n: int, *operands: Tensor) -> None:
-    """Raise a ValueError if ``tiles`` are of a shape or variant that cannot take the operands."""
-    name, variants = product.name, product.variants
-    if tiles.variant not in variants:
-        raise ValueError(f"{name} has no {tiles}, expected one of the variants {(*variants,)}")
-    widths = variants[tiles.variant].widths
-    if widths and tiles.block_n not in [tiles.block_m * width for width in widths]:
-        expected = " or ".join(f"{width}·block_m" for width in widths)
-        raise ValueError(f"{name} has no {tiles}, expected a block_n of {expected}")
-    if tiles.by_tma and not allows_tma(product, n, *operands):
-        raise ValueError(
-            f"{name} cannot take these operands by {tiles}, expected the variant pointers"
-        )
 
 
 @dataclass
@@ -123,10 +92,35 @@ class Choice:
         return self.present or device(self.operands[0])
 
     @cached_property
+    def allows_tma(self) -> bool:
+        """Whether a kernel by TMA takes the operands, and can store the columns of the result."""
+        first, n = self.operands[0], self.sizes[1]
+        stores = self.product.single_stores or n * first.element_size() % 16 == 0
+        return bool(
+            stores and first.dtype != torch.float64 and all(map(loads_by_tma, self.operands))
+        )
+
+    @cached_property
     def suitable(self) -> list[Tiles]:
-        """The configurations of the device that suit the operands, and the columns of a result."""
+        """The configurations of the device that load the operands, and store the columns of a
+        result, without spills.
+
+        A small tile may store single elements: their addresses are few.
+        """
+        unit = 16 // self.operands[0].element_size()
+        # Single elements of 2 bytes are not loaded asynchronously.
+        by_pointers = 16 if unit == 8 else unit
+        are_aligned = all(aligned(t, by_pointers) for t in self.operands)
+
+        def suits(tiles: Tiles) -> bool:
+            loads = self.tma and self.allows_tma if tiles.by_tma else are_aligned
+            small = tiles.block_m * tiles.block_n <= self.product.single_stores
+            return loads and bool(
+                small or self.sizes[1] % (unit if tiles.by_tma else by_pointers) == 0
+            )
+
         possible = configurations(self.product, self.kind, self.device.capability)
-        return [tiles for tiles in possible if self._suits(tiles)]
+        return [tiles for tiles in possible if suits(tiles)]
 
     @cached_property
     def times(self) -> dict[Tiles, float]:
@@ -152,8 +146,19 @@ class Choice:
         """
         return min(self.times, key=self.times.__getitem__)
 
-    def _suits(self, tiles: Tiles) -> bool:
-        return suits(tiles, self.product, self.sizes[1], *self.operands, tma=self.tma)
+    def check(self, tiles: Tiles) -> None:
+        """Raise a ValueError for tiles of a shape or variant that cannot take the operands."""
+        name, variants = self.product.name, self.product.variants
+        if tiles.variant not in variants:
+            raise ValueError(f"{name} has no {tiles}, expected one of the variants {(*variants,)}")
+        widths = variants[tiles.variant].widths
+        if widths and tiles.block_n not in [tiles.block_m * width for width in widths]:
+            expected = " or ".join(f"{width}·block_m" for width in widths)
+            raise ValueError(f"{name} has no {tiles}, expected a block_n of {expected}")
+        if tiles.by_tma and not self.allows_tma:
+            raise ValueError(
+                f"{name} cannot take these operands by {tiles}, expected the variant pointers"
+            )
 
 
 def library_is_faster(choice: Choice) -> bool:
@@ -165,7 +170,7 @@ def library_is_faster(choice: Choice) -> bool:
 
 
 def choose_plan(
-    make: Callable[[Tiles], Plan],
+    make: Callable[[Choice, Tiles], Plan],
     choice: Choice,
     tiles: Tiles | None,
     only_if_faster: bool,
@@ -181,7 +186,8 @@ def choose_plan(
     if only_if_faster and library_is_faster(choice):
         return None
     if tiles is not None:
-        return make(tiles)
+        choice.check(tiles)
+        return make(choice, tiles)
     tiles = choice.tiles
     on_cpu = choice.operands[0].is_cpu
     if autotune.ENABLED and not traced and not on_cpu and tiles.variant != "split_k":
@@ -190,7 +196,7 @@ def choose_plan(
             for one in choice.suitable
             if one.by_tma == tiles.by_tma and one.variant != "split_k"
         ]
-        plans = [make(one) for one in same_kernel]
+        plans = [make(choice, one) for one in same_kernel]
         if len(plans) > 1:
             return autotune.AutotunedPlan(plans, restore=["out_ptr"] if choice.with_c else [])
-    return make(tiles)
+    return make(choice, tiles)

@@ -204,7 +204,7 @@ def test_the_library_computes_where_the_kernel_is_not_expected_to_win(
 def test_tiles_that_a_kernel_does_not_have_are_refused(kernel, wrong, expected):
     x = operand(1024, 1024)
     with pytest.raises(ValueError, match=expected):
-        tiles.check_variant(wrong, PRODUCTS[kernel], 1024, x)
+        Choice(PRODUCTS[kernel], "ieee", (1024, 1024, 1024, 1), [x]).check(wrong)
 
 
 def test_an_unknown_precision_is_refused():
