@@ -25,7 +25,7 @@ from torch import Tensor
 from benchmarks.driver import Compiled, compile_launches, target
 from benchmarks.resources import resources
 from torchpar.kernels import Tracer, matmul_t, maximum, sigmoid_backward
-from torchpar.kernels.rule import KINDS, Tiles, configurations
+from torchpar.kernels.rule import KINDS, Tiles, configurations, unaligned_tiles
 
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 ODD = 509  # no stride is divisible by 16
@@ -210,9 +210,10 @@ def check_tiles_of_most_registers(kernel: str, kind: str, capability: int) -> No
         loaded = (tiles.block_m + tiles.block_n) * tiles.block_k * tiles.num_stages
         return tiles.block_m * tiles.block_n / tiles.num_warps, loaded
 
-    launches: list[Any] = [((ODD, ODD, ODD), PRODUCTS[kernel].unaligned[kind][0], {})]
+    case = PRODUCTS[kernel], kind, capability
+    launches: list[Any] = [((ODD, ODD, ODD), tiles, {}) for tiles in unaligned_tiles(*case)]
     most: dict[str, Tiles] = {}
-    for tiles in configurations(PRODUCTS[kernel], kind, capability):
+    for tiles in configurations(*case):
         most[tiles.variant] = max(tiles, most.get(tiles.variant, tiles), key=sums_of_a_thread)
     for tiles in most.values():
         launches.append(((4096, 4096, 4096), tiles, {}))

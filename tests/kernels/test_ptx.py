@@ -16,8 +16,7 @@ from ptx.cases import F16, F32, F64, Case
 from ptx.launch import Gpu
 
 from torchpar.kernels import exact_matmul, matmul_t
-from torchpar.kernels.matmul_t import SYMMETRIC_MATMUL
-from torchpar.kernels.rule import KINDS, Tiles, configurations
+from torchpar.kernels.rule import KINDS, Tiles, configurations, unaligned_tiles
 from torchpar.ptx import copies, emulate
 from torchpar.ptx.counters import summarize
 from torchpar.ptx.machine import SCHEDULES, Schedule
@@ -195,7 +194,8 @@ def candidates_of(kernel: str, capability: int) -> dict[str, Case]:
     found = {}
     for name, kind in KINDS.items():
         possible = configurations(PRODUCTS[kernel], name, capability)
-        chosen = [*dict.fromkeys([SYMMETRIC_MATMUL.unaligned[name][0], *possible])]
+        unaligned = unaligned_tiles(PRODUCTS[kernel], name, capability)
+        chosen = [*dict.fromkeys([*unaligned, *possible])]
         if not name.startswith("tf32"):
             chosen = chosen[(capability == 80) ^ (name == "float16") :: 2]
         for tiles in chosen:
