@@ -249,7 +249,7 @@ def load_tile(ptr, row, col, m, n, row_stride, col_stride, REPEATS: tl.constexpr
 
 
 @triton.jit
-def maximum_backward_rows_kernel(
+def maximum_backward_sums_kernel(
     g_ptr,
     full_ptr,
     repeated_ptr,
@@ -257,87 +257,58 @@ def maximum_backward_rows_kernel(
     sum_ptr,
     m,
     n,
-    rows,
+    each,
     g_row,
     g_col,
     full_row,
     full_col,
     repeated_step,
+    OF_ROWS: tl.constexpr,
     G_REPEATS: tl.constexpr,
     WRITES_FULL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """The gradients of a matrix and of a row that repeats along its rows, which is summed.
+    """The gradients of a matrix, and of what repeats along it, which is summed.
 
-    A program's sums over ``rows`` rows go to its row of ``sum``.
+    With OF_ROWS a row repeats along the rows, and otherwise a column along the columns. A program's
+    sums over ``each`` rows, or columns, go to its part's row of ``sum``.
     """
     acc_dtype: tl.constexpr = tl.float64 if g_ptr.dtype.element_ty == tl.float64 else tl.float32
-    col_blocks = (n - 1) // BLOCK_N + 1  # tl.cdiv overflows just below 2³¹
-    chunk = (tl.program_id(0) // col_blocks).to(tl.int64)
-    col = (tl.program_id(0) % col_blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    repeated = tl.load(repeated_ptr + col * repeated_step, mask=col < n, other=0.0)[None, :]
+    if OF_ROWS:
+        col_blocks = (n - 1) // BLOCK_N + 1  # tl.cdiv overflows just below 2³¹
+        chunk = (tl.program_id(0) // col_blocks).to(tl.int64)
+        col = (tl.program_id(0) % col_blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        repeated = tl.load(repeated_ptr + col * repeated_step, mask=col < n, other=0.0)[None, :]
+        count = tl.minimum(m - chunk * each, each).to(tl.int32)
+    else:
+        chunks = (n - 1) // each + 1
+        chunk = (tl.program_id(0) % chunks).to(tl.int64)
+        row = (tl.program_id(0) // chunks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        repeated = tl.load(repeated_ptr + row * repeated_step, mask=row < m, other=0.0)[:, None]
+        count = tl.minimum(n - chunk * each, each)
+    STEP: tl.constexpr = BLOCK_M if OF_ROWS else BLOCK_N
     # To sum over rows takes barriers: it is done once.
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=acc_dtype)
-    count = tl.minimum(m - chunk * rows, rows).to(tl.int32)
-    for start in tl.range(0, count, BLOCK_M, num_stages=STAGES):
-        row = chunk * rows + start + tl.arange(0, BLOCK_M)
-        g = load_tile(g_ptr, row, col, m, n, g_row, g_col, G_REPEATS)
-        full = load_tile(full_ptr, row, col, m, n, full_row, full_col, "")
-        d_full, d_repeated = gradients(g, full, repeated)
-        if WRITES_FULL:
-            mask = (row < m)[:, None] & (col < n)[None, :]
-            tl.store(d_full_ptr + ((row * n)[:, None] + col[None, :]), d_full, mask=mask)
-        total += d_repeated
-    sums = tl.sum(total, axis=0).to(sum_ptr.dtype.element_ty)
-    tl.store(sum_ptr + (chunk * n + col), sums, mask=col < n)
-
-
-@triton.jit
-def maximum_backward_columns_kernel(
-    g_ptr,
-    full_ptr,
-    repeated_ptr,
-    d_full_ptr,
-    sum_ptr,
-    m,
-    n,
-    cols,
-    g_row,
-    g_col,
-    full_row,
-    full_col,
-    repeated_step,
-    G_REPEATS: tl.constexpr,
-    WRITES_FULL: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """The gradients of a matrix and of a column that repeats along its columns, which is summed.
-
-    A program's sums over ``cols`` columns go to its part's row of ``sum``.
-    """
-    acc_dtype: tl.constexpr = tl.float64 if g_ptr.dtype.element_ty == tl.float64 else tl.float32
-    chunks = (n - 1) // cols + 1
-    chunk = (tl.program_id(0) % chunks).to(tl.int64)
-    row = (tl.program_id(0) // chunks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    repeated = tl.load(repeated_ptr + row * repeated_step, mask=row < m, other=0.0)[:, None]
-    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=acc_dtype)
-    count = tl.minimum(n - chunk * cols, cols)
-    for start in tl.range(0, count, BLOCK_N, num_stages=STAGES):
-        col = chunk * cols + start + tl.arange(0, BLOCK_N)
+    for start in tl.range(0, count, STEP, num_stages=STAGES):
+        if OF_ROWS:
+            row = chunk * each + start + tl.arange(0, BLOCK_M)
+        else:
+            col = chunk * each + start + tl.arange(0, BLOCK_N)
         g = load_tile(g_ptr, row, col, m, n, g_row, g_col, G_REPEATS)
         full = load_tile(full_ptr, row, col, m, n, full_row, full_col, "")
         d_full, d_repeated = gradients(g, full, repeated)
         mask = (row < m)[:, None] & (col < n)[None, :]
         if WRITES_FULL:
             tl.store(d_full_ptr + ((row * n)[:, None] + col[None, :]), d_full, mask=mask)
-        # A g of one column is not 0 outside the matrix.
-        total += d_repeated if G_REPEATS == "" else tl.where(mask, d_repeated, 0.0)
-    sums = tl.sum(total, axis=1).to(sum_ptr.dtype.element_ty)
-    tl.store(sum_ptr + (chunk * m + row), sums, mask=row < m)
+        # A g of one column is not 0 outside the matrix. Sums of columns outside are not stored.
+        total += d_repeated if OF_ROWS or G_REPEATS == "" else tl.where(mask, d_repeated, 0.0)
+    sums = tl.sum(total, axis=0 if OF_ROWS else 1).to(sum_ptr.dtype.element_ty)
+    if OF_ROWS:
+        tl.store(sum_ptr + (chunk * n + col), sums, mask=col < n)
+    else:
+        tl.store(sum_ptr + (chunk * m + row), sums, mask=row < m)
 
 
 def maximum(a: Tensor, b: Tensor, out: Tensor, wrap: Wrap) -> None:
@@ -438,7 +409,7 @@ def _launch_sum(
     if plan is None:
         return False
     m, n = plan.arguments[:2]
-    terms, sums = (m, n) if plan.kernel is maximum_backward_rows_kernel else (n, m)
+    terms, sums = (m, n) if plan.constants["OF_ROWS"] else (n, m)
     # The kernels take a pointer even where they write nothing.
     operands = g, full, repeated, g if d_full is None else d_full
     launch_sums(plan, terms, sums, operands, total, wrap)
@@ -505,15 +476,16 @@ def _plan_sum(
     else:
         programs = triton.cdiv(m, block_m) * triton.cdiv(n, each)
     constants = {
+        "OF_ROWS": by_rows,
         "G_REPEATS": "columns" if strides[0][1] == 0 else "",
         "WRITES_FULL": d_full is not None,
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "STAGES": stages,
     }
-    kernel = maximum_backward_rows_kernel if by_rows else maximum_backward_columns_kernel
     step = strides[2][1 if by_rows else 0]
-    return Plan(kernel, programs, (m, n, each, *strides[0], *strides[1], step), constants, {})
+    arguments = m, n, each, *strides[0], *strides[1], step
+    return Plan(maximum_backward_sums_kernel, programs, arguments, constants, {})
 
 
 def _plan(

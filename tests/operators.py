@@ -269,8 +269,7 @@ KERNELS = {name: op.kernels for name, op in OPERATORS.items()} | {
     "maximum_backward": {
         "maximum_backward_flat_kernel",
         "maximum_backward_strided_kernel",
-        "maximum_backward_rows_kernel",
-        "maximum_backward_columns_kernel",
+        "maximum_backward_sums_kernel",
         "add_partial_sums_kernel",
     },
     "matmul_t_backward": {"symmetric_sum_kernel"},

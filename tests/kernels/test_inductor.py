@@ -187,7 +187,7 @@ LAUNCHES: list[tuple[Any, list[tuple[int, ...]], torch.dtype, list[str]]] = [
         maximum_backward,
         [(1000, 40), (1000, 40), (40,)],
         F32,
-        ["maximum_backward_rows d_full sum", ADD],
+        ["maximum_backward_sums d_full sum", ADD],
     ),
 ]
 SLOW: list[tuple[Any, list[tuple[int, ...]], torch.dtype, list[str]]] = [

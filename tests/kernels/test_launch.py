@@ -312,13 +312,13 @@ ONE_GRADIENT = partial(ops.maximum_backward, need_b=False)
         (
             ops.maximum_backward,
             ("bmk", "bmk", "k"),
-            "maximum_backward_rows_kernel add_partial_sums_kernel",
+            "maximum_backward_sums_kernel add_partial_sums_kernel",
             ["d_full_ptr", "sum_ptr"],
         ),
         (
             ops.maximum_backward,
             ("mk", "mk", ""),
-            "maximum_backward_columns_kernel add_partial_sums_kernel",
+            "maximum_backward_sums_kernel add_partial_sums_kernel",
             ["d_full_ptr", "sum_ptr"],
         ),
         (ops.matmul_t, ("bmk",), "symmetric_matmul_kernel", ["out_ptr"]),
@@ -402,13 +402,13 @@ def test_in_place_the_library_adds_and_mirrors(log, monkeypatch):
             "mm mm",
         ),
         ("maximum", ((64, 48), (64, 48)), "maximum_backward_flat", ""),
-        ("maximum", ((48,), (64, 48)), "maximum_backward_rows", ""),
-        ("maximum", ((64, 1), (64, 48)), "maximum_backward_columns", ""),
+        ("maximum", ((48,), (64, 48)), "maximum_backward_sums", ""),
+        ("maximum", ((64, 1), (64, 48)), "maximum_backward_sums", ""),
         pytest.param(
             *("maximum", ((1, 64, 48), (64, 48)), "maximum_backward_flat", ""),
             marks=pytest.mark.slow,
         ),
-        ("maximum", ((1, 64, 1), (64, 48)), "maximum_backward_columns", ""),
+        ("maximum", ((1, 64, 1), (64, 48)), "maximum_backward_sums", ""),
         pytest.param(
             *("maximum", ((3, 1, 48), (3, 64, 48)), "maximum_backward_strided", "sum"),
             marks=pytest.mark.slow,

@@ -48,7 +48,7 @@ OURS = {
 }
 # What is launched, forward and backward.
 KERNELS = {
-    "maximum": {"maximum_strided_kernel", "maximum_backward_rows_kernel"},
+    "maximum": {"maximum_strided_kernel", "maximum_backward_sums_kernel"},
 }
 
 
