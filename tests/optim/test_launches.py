@@ -5,7 +5,8 @@ Small matrices stand for large ones: sizes are divided by 48, and so is what the
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from unittest.mock import patch
 
 import pytest
@@ -19,7 +20,8 @@ from benchmarks.host import gpu_of_cpu_tensors
 from torchpar import ptx, reference
 from torchpar.kernels import tiles
 from torchpar.kernels.launch import Plan
-from torchpar.optim import Muon, matrices, newton_schulz, orthogonalize
+from torchpar.optim import Muon, elementwise, matrices, newton_schulz, orthogonalize
+from torchpar.optim.muon import _update_all
 from torchpar.optim.newton_schulz import _gram_is_faster
 
 N = 16  # for 768
@@ -66,6 +68,19 @@ def scaled(monkeypatch):
 
 def by_kernels(do: bool) -> object:
     return patch.object(tiles, "library_is_faster", lambda *args, **kwargs: not do)
+
+
+@contextmanager
+def emulated() -> Iterator[ptx.Emulator]:
+    """Execute kernels that are launched straight, although the emulator observes PyTorch's calls by
+    a mode."""
+    with (
+        ptx.emulate() as gpu,
+        patch.object(elementwise, "num_dispatch_modes", lambda: 0),
+        by_kernels(True),
+    ):
+        yield gpu
+    assert not gpu.faults
 
 
 def count(shapes: Sequence[tuple[int, int]], kernels: bool, lr: float | Tensor = 0.1) -> Counter:
@@ -122,12 +137,14 @@ def test_gpt2_small_is_few_launches(scaled, kernels, lr):
 
 
 @pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
 @pytest.mark.parametrize("shape", [(N, N), (N, 4 * N), (4 * N, N)])
-def test_a_single_matrix_is_few_launches(scaled, kernels, shape):
-    calls = count([shape], kernels)
-    # Three products in each of five iterations. Beside them: the momentum, Nesterov's, bfloat16,
-    # three for the norm, the decay, and the update: float32, the rate, the difference.
-    assert calls.total() == 5 * 3 + 10, calls
+def test_a_single_matrix_is_few_launches(scaled, kernels, lr, shape):
+    calls = count([shape], kernels, lr)
+    # Three products in each of five iterations. Beside them: the momentum, Nesterov's, the norm,
+    # the division by it, and the update.
+    assert calls.total() == 5 * 3 + 5, calls
+    assert calls["normalize_kernel"] == calls["update_kernel"] == 1, calls
     assert calls["symmetric_matmul_kernel"] == 10 * kernels, calls
 
 
@@ -156,15 +173,98 @@ def test_the_kernels_orthogonalise(shape, ns):
     """Executed on an emulated H100, from buffers that are written again."""
     torch.manual_seed(0)
     x = torch.randn(shape)
-    with ptx.emulate() as gpu, by_kernels(True):
+    with emulated() as gpu:
         found = orthogonalize(x, ns=ns)
-    assert not gpu.faults
-    expected = 10 if ns == "standard" else 12 if shape == (33, 45) else 16
+    expected = 1 + (10 if ns == "standard" else 12 if shape == (33, 45) else 16)
     assert len(gpu.launches) == expected, gpu.launches
     by_library = orthogonalize(x, ns=ns)
     ideal = reference.orthogonalize(x.double())
     error, allowed = ((t.double() - ideal).norm() for t in (found, by_library))
     assert error <= 2 * allowed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 127), (40, 129), (3, 33, 45)])
+def test_the_kernel_normalises(shape, dtype):
+    torch.manual_seed(0)
+    x = torch.randn(shape, dtype=dtype)
+    for given in (x, x.mT):
+        with emulated() as gpu:
+            found = elementwise.normalized(given, 1e-7, torch.bfloat16)
+        assert len(gpu.launches) == 1
+        wide = given.double()
+        expected = wide / wide.square().sum((-2, -1), keepdim=True).sqrt()
+        # Rounded to bfloat16 once. The norm's terms are added in some tree, which is less deep
+        # than a chain of them.
+        limit = 2**-8 + x.numel() * torch.finfo(torch.float32).eps
+        assert ((found.double() - expected).abs() <= limit * expected.abs()).all()
+
+
+def test_the_kernel_divides_by_eps_at_least():
+    x = torch.tensor([0.0, 2.0**-8, 2.0**-6, float("nan")]).view(4, 1, 1) * torch.ones(4, 1, 2)
+    with emulated():
+        found = elementwise.normalized(x, 2**-7, torch.bfloat16)
+    # The second norm is below eps, and the third is √2/64.
+    expected = torch.tensor([0, 0.5, 0.5**0.5, float("nan")]).bfloat16()
+    assert torch.equal(found[:, 0].nan_to_num(7), expected[:, None].expand(4, 2).nan_to_num(7))
+
+
+@pytest.mark.parametrize("lr", [0.3, torch.tensor(0.3), torch.tensor(0.3, dtype=torch.float64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_the_kernel_updates_with_the_bits_of_pytorch(dtype, lr):
+    """A rank that launches it, and another that cannot, keep the same parameters."""
+    torch.manual_seed(0)
+    is_left = isinstance(lr, Tensor) and dtype.itemsize == 2
+    for shape in ((1, 1), (40, 129), (129, 40)):
+        for of_update in (torch.bfloat16, torch.float32):
+            p, update = torch.randn(shape, dtype=dtype), torch.randn(shape).to(of_update)
+            for given, step in ((p, update), (p.mT, update.mT)):
+                expected, found = given.clone(), given.clone()
+                version = found._version
+                _update_all([expected], [step.clone()], lr, 0.1, [1.7])
+                with emulated() as gpu:
+                    done = elementwise.update_alone(found, step, lr, 0.1, 1.7)
+                assert done == (not is_left)
+                assert len(gpu.launches) == done
+                if done:
+                    assert torch.equal(found, expected)
+                    assert found._version > version  # autograd notices
+
+
+@pytest.mark.parametrize("lr", [0.3, torch.tensor(0.3)], ids=["number", "tensor"])
+@pytest.mark.parametrize("shape", [(40, 72), (72, 40)])
+def test_a_step_of_a_single_matrix_is_that_of_pytorch(monkeypatch, shape, lr):
+    monkeypatch.setattr(matrices, "_PADDED_UP_TO", 0)
+    torch.manual_seed(0)
+    start, grads = torch.randn(shape), [torch.randn(shape) for _ in range(3)]
+
+    def train(optimizer: type[torch.optim.Optimizer], dtype: torch.dtype) -> Tensor:
+        p = start.to(dtype, copy=True).requires_grad_()
+        of_p = optimizer([p], lr=lr, weight_decay=0.1)
+        for grad in grads:
+            p.grad = grad.to(dtype)
+            of_p.step()
+        return p.detach()
+
+    with emulated() as gpu:
+        found = train(Muon, torch.float32)
+    kernels = Counter(launch.kernel for launch in gpu.launches)
+    assert kernels["normalize_kernel"] == kernels["update_kernel"] == 3
+    with emulated(), patch("torchpar.optim.muon.update_alone", lambda *args: False):
+        assert torch.equal(train(Muon, torch.float32), found)
+    with patch("torch.Tensor.bfloat16", lambda x: x):  # no step rounds to bfloat16
+        ideal = train(torch.optim.Muon, torch.float64)
+    error = (found - ideal).norm()
+    assert error <= 2 * (train(torch.optim.Muon, torch.float32) - ideal).norm()
+
+
+def test_the_kernel_updates_no_other_layouts():
+    p, update = torch.ones(4, 6), torch.ones(6, 4).mT
+    for params, steps in ((p, update), (p[:, ::2], p[:, ::2]), (p[:0], p[:0])):
+        with emulated() as gpu:
+            assert not elementwise.update_alone(params, steps, 0.1, 0.1, 1.0)
+        assert not gpu.launches
+    assert torch.equal(p, torch.ones(4, 6))
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (3, 0, 4), (0, 3, 4)])

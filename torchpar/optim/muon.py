@@ -22,6 +22,7 @@ from torchpar.library.private import disable_dynamo
 from torchpar.library.sharding import is_dtensor
 from torchpar.optim.assign import Choice, ModelOptimizer, chain
 from torchpar.optim.chained import Group
+from torchpar.optim.elementwise import update_alone
 from torchpar.optim.exchange import Exchange
 from torchpar.optim.matrices import ParamInfo, View, orthogonalize_all
 from torchpar.optim.newton_schulz import COEFFICIENTS, Coefficients, NewtonSchulz, orthogonalize
@@ -438,26 +439,41 @@ class Muon(Optimizer):
         lr, decay = group["lr"], group["weight_decay"]
         params = [local(info.p) for info in updates]
         if isinstance(lr, Tensor):  # a tensor is not read back from the device
-            wide = torch.promote_types(lr.dtype, torch.float32)  # bfloat16 would lose the decay
+            # bfloat16 would lose the decay
+            wide = torch.float64 if lr.dtype == torch.float64 else torch.float32
             lr = lr.reshape(()).to(params[0].device, wide)
-        # Two roundings in 16 bits: a factor of 1 − γ·λ would be rounded to a parameter's bfloat16.
-        narrow = [p for p in params if p.dtype.itemsize == 2]
-        if narrow:
-            torch._foreach_sub_(narrow, torch._foreach_mul(narrow, lr * decay))
-        if len(narrow) < len(params):
-            torch._foreach_mul_([p for p in params if p.dtype.itemsize > 2], 1 - lr * decay)
-        # Wider, since a product in bfloat16 would be rounded. A GPU takes one launch for many
-        # tensors where their dtypes are equal. The roundings do not depend on other parameters.
-        steps = _in_float32(list(updates.values()))
         ratios = [_ratio(group, info.shapes[0]) for info in updates]
-        if isinstance(lr, Tensor):
-            torch._foreach_mul_(steps, ratios)
-            torch._foreach_mul_(steps, lr)
-        else:
-            torch._foreach_mul_(steps, [lr * ratio for ratio in ratios])
-        torch._foreach_sub_(params, steps)
+        steps = list(updates.values())
+        if len(params) != 1 or not update_alone(params[0], steps[0], lr, decay, ratios[0]):
+            _update_all(params, steps, lr, decay, ratios)
         # An earlier graph that holds a DTensor, and not its local part, must notice.
         torch.autograd.graph.increment_version([info.p for info in updates if is_dtensor(info.p)])
+
+
+def _update_all(
+    params: list[Tensor],
+    updates: list[Tensor],
+    lr: float | Tensor,
+    decay: float,
+    ratios: list[float],
+) -> None:
+    """``p ← (1 − lr·decay)·p − lr·ratio·update``; the roundings do not depend on other
+    parameters."""
+    # Two roundings in 16 bits: a factor of 1 − γ·λ would be rounded to a parameter's bfloat16.
+    narrow = [p for p in params if p.dtype.itemsize == 2]
+    if narrow:
+        torch._foreach_sub_(narrow, torch._foreach_mul(narrow, lr * decay))
+    if len(narrow) < len(params):
+        torch._foreach_mul_([p for p in params if p.dtype.itemsize > 2], 1 - lr * decay)
+    # Wider, since a product in bfloat16 would be rounded. A GPU takes one launch for many tensors
+    # where their dtypes are equal.
+    steps = _in_float32(updates)
+    if isinstance(lr, Tensor):
+        torch._foreach_mul_(steps, ratios)
+        torch._foreach_mul_(steps, lr)
+    else:
+        torch._foreach_mul_(steps, [lr * ratio for ratio in ratios])
+    torch._foreach_sub_(params, steps)
 
 
 def _in_float32(tensors: list[Tensor]) -> list[Tensor]:

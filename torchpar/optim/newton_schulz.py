@@ -45,6 +45,7 @@ from torch import Tensor
 
 from torchpar.ops.matrix import runs_kernels
 from torchpar.ops.processor import has_bfloat16
+from torchpar.optim.elementwise import normalized, on_device_of
 from torchpar.optim.products import Products
 
 NewtonSchulz = Literal["auto", "standard", "gram"]
@@ -123,10 +124,7 @@ def orthogonalize(
         return orthogonalize(x.mT, coefficients, steps, eps, ns).mT
     # Products of float32 take a tenth of the time on a CPU without those of bfloat16.
     wide = x.is_cpu and not runs_kernels(x) and not has_bfloat16()
-    x = x.to(torch.bfloat16)
-    x = x.float() if wide else x
-    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
-    x = x / norm.clamp(min=eps)
+    x = normalized(x, eps, torch.float32 if wide else torch.bfloat16)
     return iterate(x, triples, ns).to(torch.bfloat16)
 
 
@@ -150,7 +148,7 @@ def iterate(x: Tensor, triples: Sequence[Triple], ns: NewtonSchulz) -> Tensor:
     parts = _iterations_per_gram(x, len(triples), ns)
     products = Products(x, squares=2 if max(parts, default=1) == 1 else 5)
     rest = iter(triples)
-    with torch.cuda.device_of(x) if products.launches_kernels and x.is_cuda else nullcontext():
+    with on_device_of(x) if products.launches_kernels else nullcontext():
         for i, k in enumerate(parts):
             x = _iterate(products, x, list(islice(rest, k)), shifted=i == 0 or k == 1)
     return x

@@ -12,10 +12,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from torchpar.library.private import num_dispatch_modes
-from torchpar.library.transforms import is_plain
 from torchpar.ops import cpu, matmul_t, symmetric_matmul
 from torchpar.ops.matrix import runs_kernels
+from torchpar.optim.elementwise import is_direct
 
 Launch = Callable[[Tensor, Tensor, Tensor | None, Tensor, float, float], None]
 
@@ -36,19 +35,19 @@ class Products:
     """
 
     def __init__(self, x: Tensor, squares: int):
-        self._is_plain = is_plain(x) and not num_dispatch_modes()
-        self.launches_kernels = self._is_plain and runs_kernels(x) and x.numel() > 0
+        self._is_direct = is_direct(x)
+        self.launches_kernels = self._is_direct and runs_kernels(x) and x.numel() > 0
         self._launches: dict[tuple[bool, bool], Launch | None] = {}
         self._squares: list[Tensor] = []
         self._other: Tensor | None = None
-        if self._is_plain:
+        if self._is_direct:
             shape = *x.shape[:-1], x.shape[-2]
             self._squares = [x.new_empty(shape) for _ in range(squares)]
             self._other = torch.empty_like(x)
 
     def gram(self, x: Tensor) -> Tensor:
         """``x @ x.mT``."""
-        if not self._is_plain:
+        if not self._is_direct:
             return matmul_t(x) if _is_for_operators(x) else x @ x.mT
         out = self._free()
         if self.launches_kernels:
@@ -71,7 +70,7 @@ class Products:
         kept: tuple[Tensor, ...] = (),
     ) -> Tensor:
         """``alpha·a·b + beta·c`` for polynomials in one symmetric matrix."""
-        if not self._is_plain:
+        if not self._is_direct:
             if _is_for_operators(a):
                 return symmetric_matmul(a, b, c, alpha=alpha, beta=beta)
             return _addmm(c, a, b, alpha=alpha, beta=beta)
@@ -87,18 +86,18 @@ class Products:
 
     def add(self, p: Tensor, z: Tensor, alpha: float, kept: tuple[Tensor, ...]) -> Tensor:
         """``p + alpha·z``."""
-        out = self._free(p, z, *kept) if self._is_plain else None
+        out = self._free(p, z, *kept) if self._is_direct else None
         return torch.add(p, z, alpha=alpha, out=out)
 
     def add_diagonal(self, z: Tensor, a: float, kept: tuple[Tensor, ...]) -> Tensor:
         """``z + a·I``."""
-        out = self._free(z, *kept).copy_(z) if self._is_plain else z.clone()
+        out = self._free(z, *kept).copy_(z) if self._is_direct else z.clone()
         out.diagonal(dim1=-2, dim2=-1).add_(a)
         return out
 
     def apply(self, p: Tensor, x: Tensor, shift: float | None) -> Tensor:
         """``p·x + shift·x``; ``x`` is overwritten by the next result."""
-        out, self._other = self._other, x if self._is_plain else None
+        out, self._other = self._other, x if self._is_direct else None
         if not x.is_contiguous():  # the result keeps the layout of a tall gradient
             tall, out = x.mT, None if out is None else out.mT
             if shift is None:

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: MIT
+"""The parts of a step of Muon that are no products: a launch divides matrices by their norms, and
+another one updates a parameter.
+
+PyTorch's functions take four launches and three for these.
+"""
+
+import struct
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .gemm import float_of_words
+from .launch import Plan, cached_plan
+
+BLOCK = 1024  # elements: 8 for each of 128 threads, which is one access of 16 bytes to bfloat16
+
+
+@triton.jit(do_not_specialize=["eps_low", "eps_high"])
+def normalize_kernel(x_ptr, norm_ptr, out_ptr, eps_low, eps_high, size, BLOCK: tl.constexpr):
+    """``x / max(norm, eps)`` for matrices of ``size`` elements, each with a norm of its own."""
+    blocks = (size - 1) // BLOCK + 1  # tl.cdiv overflows just below 2³¹
+    matrix = (tl.program_id(0) // blocks).to(tl.int64)
+    place = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    norm = tl.load(norm_ptr + matrix)
+    eps = float_of_words(eps_low, eps_high).to(norm.dtype)
+    # Of a NaN and eps, PyTorch's clamp takes the NaN.
+    norm = tl.where(norm < eps, eps, norm)
+    x = tl.load(x_ptr + matrix * size + place, mask=place < size).to(norm.dtype)
+    out = (x / norm).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + matrix * size + place, out, mask=place < size)
+
+
+@triton.jit(do_not_specialize=["first_low", "first_high", "second_low", "second_high"])
+def update_kernel(
+    p_ptr,
+    update_ptr,
+    lr_ptr,
+    first_low,
+    first_high,
+    second_low,
+    second_high,
+    size,
+    LOAD_LR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """``p ← (1 − lr·decay)·p − lr·ratio·update``, with the roundings of PyTorch's functions.
+
+    The two factors are lr·decay and lr·ratio; with LOAD_LR, decay and ratio.
+    """
+    p_dtype: tl.constexpr = p_ptr.dtype.element_ty
+    dtype: tl.constexpr = tl.float64 if p_dtype == tl.float64 else tl.float32
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    share = float_of_words(first_low, first_high)
+    rate = float_of_words(second_low, second_high)
+    p = tl.load(p_ptr + place, mask=place < size)
+    step = tl.load(update_ptr + place, mask=place < size).to(tl.float32) * rate.to(tl.float32)
+    if LOAD_LR:
+        lr = tl.load(lr_ptr)
+        share = lr * share.to(lr.dtype)
+        step *= lr.to(tl.float32)
+    if p_dtype.primitive_bitwidth == 16:
+        p -= (p.to(dtype) * share.to(dtype)).to(p_dtype)
+    else:
+        p *= (1.0 - share).to(dtype)
+    tl.store(p_ptr + place, (p.to(dtype) - step).to(p_dtype), mask=place < size)
+
+
+def normalize(x: Tensor, norm: Tensor, out: Tensor, eps: float) -> None:
+    """Write ``x / max(norm, eps)`` to ``out``.
+
+    ``x (*, n, m)`` is not empty, fills its memory matrix by matrix, and has ``out``'s strides.
+    ``norm`` has a contiguous number for each matrix, in at least the precision of float32.
+    """
+    plan = cached_plan(_plan_normalize, None, (x, norm), out=out)
+    assert plan is not None
+    plan.launch(None, x, norm, out, *struct.unpack("<2i", struct.pack("<d", eps)))
+
+
+def update(p: Tensor, update: Tensor, lr: float | Tensor, decay: float, ratio: float) -> None:
+    """``p ← (1 − lr·decay)·p − lr·ratio·update``, where ``update`` is of at most float32.
+
+    ``p`` is not empty, fills its memory, and has ``update``'s strides. A tensor ``lr`` has at least
+    the precision of float32, and is on the device of ``p``, which is not of 16 bits then.
+    """
+    of_gpu = lr if isinstance(lr, Tensor) else None
+    factors = (decay, ratio) if isinstance(lr, Tensor) else (lr * decay, lr * ratio)
+    plan = cached_plan(_plan_update, None, (p, update, of_gpu))
+    assert plan is not None
+    words = struct.unpack("<4i", struct.pack("<2d", *factors))
+    # The kernel takes a tensor for the rate, also where it does not read it.
+    plan.launch(None, p, update, p if of_gpu is None else of_gpu, *words)
+
+
+def _plan_normalize(x: Tensor, norm: Tensor) -> Plan:
+    size = x.shape[-2] * x.shape[-1]
+    programs = norm.numel() * triton.cdiv(size, BLOCK)
+    return Plan(normalize_kernel, programs, (size,), {"BLOCK": BLOCK}, {})
+
+
+def _plan_update(p: Tensor, update: Tensor, lr: Tensor | None) -> Plan:
+    constants = {"LOAD_LR": lr is not None, "BLOCK": BLOCK}
+    # Each product is rounded before it is added, as between PyTorch's functions.
+    options = {"enable_fp_fusion": False}
+    return Plan(update_kernel, triton.cdiv(p.numel(), BLOCK), (p.numel(),), constants, options)
