@@ -204,10 +204,9 @@ def test_shards_are_blamed_only_if_each_is_updated_on_its_own(ranks, make, situa
     assert re.match(detail, row.detail), row
 
 
-# Padded rows, on 4 ranks, are above.
 SHARDED = [
-    *("fully_shard on 2 ranks", "fully_shard, convolutions"),
-    *("fully_shard, two groups and a schedule", "Shard(1)"),
+    *("fully_shard on 2 ranks", "fully_shard on 3 ranks", "fully_shard, padded rows"),
+    *("fully_shard, convolutions", "fully_shard, two groups and a schedule", "Shard(1)"),
     *("Shard(0), Shard(1)", "Replicate, Shard(1)", "fully_shard over parallelize_module"),
 ]
 
