@@ -6,6 +6,9 @@ batches. The loss of each batch is checked with float64; of MPI and Lightning, w
 programs, the mean loss. They take turns of an epoch each. A time is the median over the turns, and
 a speed-up the median of the ratios. One thread, unless ``--threads`` says otherwise; two ranks have
 one each.
+
+With ``--device cuda`` the same step is launched in other ways: eagerly, compiled, and as a CUDA
+graph by PyTorch's own means and by `torchpar.training.graphed`.
 """
 
 import argparse
@@ -33,7 +36,7 @@ from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -43,7 +46,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from benchmarks.command import Command, run
+from benchmarks.command import Command, require, run
 from benchmarks.digits import DATA, Digits
 from benchmarks.ranks import Group, current_world, start_ranks
 from benchmarks.results import CORES, Result, Table, markdown, number, print_results
@@ -56,8 +59,9 @@ from torchpar.errors import ConfigError
 from torchpar.nn import MLP
 from torchpar.parallel.launch.world import World, join_world
 from torchpar.parallel.split.shared_memory import register_shared_memory_hook
-from torchpar.training import Classification, Run, sgd
+from torchpar.training import Classification, Run, graphed, sgd
 from torchpar.training.fused import FusedGradients
+from torchpar.training.graphed import WARMUP
 
 LR = 0.1
 ROUNDS = 4  # epochs
@@ -272,6 +276,50 @@ def by_lesson(world: World, fused: bool) -> Train:
     return train
 
 
+# Contestants on a GPU
+
+COMPILED = {
+    "torch.compile": None,
+    "torch.compile, reduce-overhead": "reduce-overhead",
+}
+CALLABLES, GRAPH = "make_graphed_callables", "torchpar.training.graphed"
+
+
+def by_gpu(training: Training, way: str) -> Train:
+    """Train `torchpar.nn.MLP` on a GPU. What is compiled or captured serves all epochs."""
+    model = MLP(training.sizes, device="cuda")
+    # Its update is one kernel, in all ways.
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR, fused=True)
+    eager = model.forward
+    forward: Callable[..., Any] = eager
+    if way in COMPILED:
+        forward = torch.compile(model, mode=COMPILED[way])
+    elif way == CALLABLES:
+        sample = torch.zeros(training.batch_size, training.sizes[0], device="cuda")
+        forward = torch.cuda.make_graphed_callables(model, (sample,))
+
+    def step(x: Tensor, labels: Tensor) -> Tensor:
+        # PyTorch's graph takes batches of one size.
+        is_last = way == CALLABLES and len(x) != training.batch_size
+        loss = cross_entropy((eager if is_last else forward)(x), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    take_step = graphed(step, optimizer) if way == GRAPH else step
+
+    def train(inputs: Inputs, order: Order) -> Iterator[Tensor | None]:
+        inputs.start.copy_to(model)
+        x, labels = (torch.from_numpy(one).to("cuda") for one in (inputs.x, inputs.labels))
+        batches = [torch.from_numpy(indices).to("cuda") for indices in order]
+        yield None
+        for indices in batches:
+            yield take_step(x[indices], labels[indices])
+
+    return train
+
+
 # Contestants on two ranks
 
 ON_RANKS = (
@@ -437,15 +485,30 @@ def contestants(
         yield Contestant(f"{FUSED}, 2 ranks", turn, note)
 
 
-def epoch_turn(inputs: Inputs, order: Order, epoch: Callable[[Order], tuple[float, Array]]) -> Turn:
+def contestants_on_gpu(inputs: Inputs, compiled: bool = True) -> Iterator[Contestant]:
+    """Yield the ways to launch a step on a GPU; without ``compiled`` less torch.compile."""
+    for way in (PLAIN, *(COMPILED if compiled else ()), CALLABLES, GRAPH):
+        train = by_gpu(inputs.training, way)
+        epoch = partial(_epoch, train, inputs)
+        turn = epoch_turn(inputs, inputs.order, epoch, warmup=WARMUP + 1)
+        yield Contestant(way, turn, compiles=way in COMPILED)
+
+
+def _epoch(train: Train, inputs: Inputs, order: Order) -> tuple[float, Array]:
+    return timed_epoch(train(inputs, order))
+
+
+def epoch_turn(
+    inputs: Inputs, order: Order, epoch: Callable[[Order], tuple[float, Array]], warmup: int = 1
+) -> Turn:
     """Return turns of an epoch each: the seconds of a step of a whole batch, if each loss is right.
 
-    The warm-up trains on a batch of either size.
+    The warm-up trains on ``warmup`` batches, and on one of the last one's size.
     """
 
     def turn(index: int) -> list[float]:
         if index == 0:
-            epoch([order[0], order[-1]])
+            epoch([*order[:warmup], order[-1]])
             return []
         seconds, losses = epoch(order)
         inputs.check(losses, len(order))
@@ -543,16 +606,41 @@ def summary(tables: Sequence[Sequence[Result]], threads: int) -> str:
     return markdown(lines)
 
 
+def add(table: Table, inputs: Inputs, compared: Sequence[Contestant]) -> list[Result]:
+    """Measure, and add and print the results."""
+    results = table.add(measure(inputs, compared))
+    case = results[-1].case
+    print_results(f"{case['network']}, batch {case['batch']}", results, COLUMNS)
+    return results
+
+
+def main_on_gpu(command: Command, options: argparse.Namespace) -> int:
+    if not torch.cuda.is_available():
+        raise ConfigError("--device is cuda, but PyTorch finds no GPU; take cpu")
+    name = "train-gpu"
+    table, tables = Table(command.csv(options, name), torch.device("cuda")), []
+    for training in QUICK if options.quick else FULL[1:]:  # batches of 10 take a minute
+        inputs = Inputs(training)
+        ways = list(contestants_on_gpu(inputs, compiled=not options.quick))
+        tables.append(add(table, inputs, ways))
+    if options.output:
+        (options.output / f"{name}.md").write_text(summary(tables, 1))
+    return table.status
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    needs = ["numba", "torchvision"]
-    command = Command("train", "Train MLPs on MNIST in many ways, side by side.", needs)
+    command = Command("train", "Train MLPs on MNIST in many ways, side by side.")
     flag = command.parser.add_argument
     flag("--threads", type=int, default=1, help="of each process; ranks have one; by default 1")
+    flag("--device", choices=("cpu", "cuda"), default="cpu", help="by default the CPU")
     options = command.parse(arguments)
     if (threads := options.threads) > CORES:
         raise ConfigError(
             f"--threads is {threads}, expected at most {CORES}, the cores of this machine"
         )
+    if options.device == "cuda":
+        return main_on_gpu(command, options)
+    require("numba", "torchvision")
     before = torch.get_num_threads()
     name = "train" if threads == 1 else f"train-{threads}-threads"
     table = Table(command.csv(options, name), CPU, cores=CORES, threads=threads)
@@ -562,9 +650,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             torch.set_num_threads(threads)
             inputs = Inputs(training)
             compared = list(contestants(inputs, world, ranks, compiled=not options.quick))
-            tables.append(table.add(measure(inputs, compared)))
-            case = tables[-1][0].case
-            print_results(f"{case['network']}, batch {case['batch']}", tables[-1], COLUMNS)
+            tables.append(add(table, inputs, compared))
     torch.set_num_threads(before)
     for program, found in INSTALLED.items():
         if not found:

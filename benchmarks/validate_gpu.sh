@@ -22,9 +22,9 @@
 set -uo pipefail
 unset -v CDPATH # with it `cd` prints
 
-stages=(compile values verify ladder matmul_t muon linear_sigmoid operators autotune autotune_float32 max_autotune huge)
+stages=(compile values verify ladder matmul_t muon graphs linear_sigmoid operators autotune autotune_float32 max_autotune huge)
 # The most seconds that a stage may take: the first five make six minutes.
-declare -A limits=([compile]=60 [values]=150 [verify]=40 [ladder]=50 [matmul_t]=60)
+declare -A limits=([compile]=60 [values]=150 [verify]=40 [ladder]=50 [matmul_t]=60 [graphs]=120)
 known() { [[ $1 != *" "* && " ${stages[*]} " == *" $1 "* ]]; }
 if ! case $#,${1:-} in
     2,--wheels) true ;;
@@ -107,7 +107,7 @@ run_stage() {
         values) # on the GPU: its own kernels first, then what runs on every device
             needs execnet xdist && run_tests values.xml -n "$workers" --dist worksteal -k "cuda or another_stream" \
                 tests/kernels/test_kernels_cuda.py tests/ops/test_operators_{values,errors,autograd,compile}.py tests/ops/test_our_operators.py \
-                tests/ops/test_symmetric_*.py tests/test_nn.py tests/training/test_training.py tests/benchmarks/test_compare.py
+                tests/ops/test_symmetric_*.py tests/test_nn.py tests/training/test_{graphed,training}.py tests/benchmarks/test_compare.py
             ;;
         huge) # one after the other: a test takes up to 32 GiB
             run_tests huge.xml tests/ops/test_operators_huge.py
@@ -120,6 +120,14 @@ run_stage() {
             ;;
         muon) # beside torch.optim.Muon; under 20 s on an H200
             needs rich triton && limited python3 -m benchmarks run muon --quick --output "$outdir/$1"
+            ;;
+        graphs) # a step as one launch: the lessons, the speedrun's records, and PyTorch's own means
+            needs rich triton tyro && mkdir -p "$outdir/$1" && limited bash -e -c '
+                python3 examples/train_ddp.py --metrics "$0/train_ddp.jsonl"
+                python3 examples/train_ddp.py --graph --metrics "$0/train_ddp_graph.jsonl"
+                python3 examples/train_fast.py --metrics "$0/train_fast.jsonl"
+                python3 -m benchmarks run speedrun --recipe gpu --seeds 5 --output "$0"
+                python3 -m benchmarks run train --device cuda --output "$0"' "$outdir/$1"
             ;;
         linear_sigmoid) # beside addmm alone
             measure_operators linear_sigmoid --modes forward backward

@@ -23,13 +23,15 @@ from typing import ClassVar, Literal
 
 import torch
 from support import cli, session
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from torchpar import training
+from torchpar.errors import ConfigError
 from torchpar.nn import MLP, Hidden
 from torchpar.parallel import join_world, register_shared_memory_hook
-from torchpar.training import Classification, Run
+from torchpar.training import Classification, Run, graphed, side_stream
 
 
 # docs/training.md compares the defaults with others, on training images that were left out.
@@ -51,11 +53,23 @@ class Flags(cli.TrainFlags):
     activation: Hidden = "sigmoid"
     # Part of a target that is spread evenly over all classes; the test loss is without it.
     label_smoothing: float = 0.05
+    # Capture a step in a CUDA graph, and launch it as one; on a CPU, steps are as without it.
+    graph: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.graph and self.recorded:
+            raise ConfigError(
+                f"{self.recorded} looks into a step, and --graph launches it as one; drop one"
+            )
         if self.optimizer == "muon" and self.lr is None and self.activation != "sigmoid":
             self.lr = 0.2  # their slopes are up to 1, the sigmoid's up to 1/4
+
+    @property
+    def recorded(self) -> str:
+        """The first flag that records what happens within a step, or ""."""
+        names = ("phases", "collectives", "memory", "report")
+        return next((f"--{name}" for name in names if getattr(self, name)), "")
 
 
 def main(flags: Flags) -> None:
@@ -64,7 +78,8 @@ def main(flags: Flags) -> None:
         torch.manual_seed(flags.seed)  # the same weights on every rank
         model = MLP(flags.layer_sizes(train), flags.activation).to(world.device)
         # Its forward pass is the model's. Its backward pass averages the gradients over the ranks.
-        ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        with side_stream(flags.graph):
+            ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
         register_shared_memory_hook(ddp, world)  # faster than gloo between the CPUs of one machine
         if flags.compile:
             ddp.compile()
@@ -73,23 +88,28 @@ def main(flags: Flags) -> None:
         optimizer = session.make_optimizer(flags, model)
         lr_scheduler = training.lr_scheduler(optimizer, flags.schedule, flags.total_steps(train))
 
+        def step(x: Tensor, labels: Tensor, global_size: int) -> Tensor:
+            outputs = ddp(x)
+            loss = cross_entropy(
+                outputs, labels, reduction="sum", label_smoothing=flags.label_smoothing
+            )
+            # The mean over the global batch: DDP divides by the number of ranks, whose shares of
+            # the batch may differ in size.
+            (loss * (world.dp_size / global_size)).backward()
+            session.adjust_gradients(flags, model, world)  # --clip and --orthogonality
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss
+
+        take_step = graphed(step, optimizer) if flags.graph else step
         task = Classification(train, test, flags.batch_size, seed=flags.seed)
         parts = (model, optimizer, lr_scheduler, world, task)
         with Run(*parts, log=session.Log(flags, world), **flags.run_options()) as run:
             run.resume()
             for epoch in run.epochs():
                 for x, labels, global_size in run.batches(epoch):
-                    outputs = ddp(x)
-                    loss = cross_entropy(
-                        outputs, labels, reduction="sum", label_smoothing=flags.label_smoothing
-                    )
-                    # The mean over the global batch: DDP divides by the number of ranks, whose
-                    # shares of the batch may differ in size.
-                    (loss * (world.dp_size / global_size)).backward()
-                    session.adjust_gradients(flags, model, world)  # --clip and --orthogonality
-                    optimizer.step()
+                    loss = take_step(x, labels, global_size)
                     lr_scheduler.step()
-                    optimizer.zero_grad()
                     run.end_step(loss)
                 run.end_epoch()
 

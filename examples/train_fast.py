@@ -13,8 +13,11 @@ last one:
 - "gradients by hand": the gradients of an MLP follow from its activations by a few products.
   Without autograd nothing is recorded, and all gradients are added over the ranks at once
   (`torchpar.training.fused`).
+- "CUDA graph of …": on a GPU, the step of the way before it or of the first one, captured and then
+  launched as one (`torchpar.training.graphed`).
 """
 
+import sys
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, islice
@@ -22,6 +25,7 @@ from statistics import median
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 import train_ddp
 from support import cli, console, session
 from support.measure import now
@@ -36,10 +40,12 @@ from torchpar.nn import MLP
 from torchpar.parallel import join_world, register_shared_memory_hook
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.split.shared_memory import can_share_memory
-from torchpar.training import Classification, Run
+from torchpar.training import Classification, Run, graphed, side_stream
 from torchpar.training.fused import FusedGradients, why_not_fused
 
 ROUNDS, STEPS = 5, 4  # how often each way is timed, and its steps each time
+WARMUP = 13  # steps of each way before it is timed; a graph is replayed in the last ones
+GRAPH_OF = "CUDA graph of "
 
 
 @dataclass(kw_only=True)
@@ -51,7 +57,7 @@ class Flags(train_ddp.Flags):
 
 
 def find_ways(flags: Flags, world: World, train: Samples) -> list[str]:
-    """Return the ways that are possible here. Rank 0 prints why gradients by hand are not."""
+    """Return the ways that are possible here. Rank 0 prints why some are not."""
     ways = ["DistributedDataParallel"]
     if world.device.type == "cpu" and can_share_memory(world.dp_size):
         ways.append("shared memory")
@@ -63,23 +69,38 @@ def find_ways(flags: Flags, world: World, train: Samples) -> list[str]:
         ways.append("gradients by hand")
     elif world.rank == 0:
         print(f"no gradients by hand: {reason}")
+    no_graph = f"{flags.recorded} looks into a step" if flags.recorded else ""
+    if world.world_size > 1 and dist.get_backend() != "nccl":
+        no_graph = "gloo's messages cannot be captured"
+    if not next(model.parameters()).is_cuda:
+        no_graph = "the device is a CPU"
+    if not no_graph:
+        ways += [f"{GRAPH_OF}{way}" for way in ways if way != "shared memory"]
+    elif world.rank == 0:
+        print(f"no CUDA graph: {no_graph}")
     return ways
 
 
 class Trainer:
     """A model, its optimizer, and one of the ways to compute a step."""
 
-    def __init__(self, flags: Flags, world: World, train: Samples, way: str):
+    def __init__(self, flags: Flags, world: World, train: Samples, way: str, captures: bool = True):
         self.flags, self.world = flags, world
         torch.manual_seed(flags.seed)  # the same weights on every rank, and in every way
         self.model = MLP(flags.layer_sizes(train), flags.activation).to(world.device)
         # Muon for weights, SGD for biases.
         self.optimizer = session.make_optimizer(flags, self.model)
         self.fused = None
-        if way == "gradients by hand":
+        self.step = self._step
+        if way.startswith(GRAPH_OF):
+            # What is not captured is the same step, launched kernel by kernel.
+            warmup = None if captures else sys.maxsize
+            self.step = graphed(self._step, self.optimizer, warmup=warmup)
+        if way.endswith("gradients by hand"):
             self.fused = FusedGradients(self.model, world, flags.label_smoothing)
             return
-        self.replica = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
+        with side_stream():
+            self.replica = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
         if way == "shared memory":
             register_shared_memory_hook(self.replica, world)
         if flags.compile:
@@ -95,7 +116,7 @@ class Trainer:
         (loss * (self.world.dp_size / global_size)).backward()
         return loss.detach()
 
-    def step(self, x: Tensor, labels: Tensor, global_size: int) -> Tensor:
+    def _step(self, x: Tensor, labels: Tensor, global_size: int) -> Tensor:
         loss = self.gradients(x, labels, global_size)
         session.adjust_gradients(self.flags, self.model, self.world)  # --clip and --orthogonality
         self.optimizer.step()
@@ -110,7 +131,8 @@ def compare(flags: Flags, world: World, train: Samples, ways: list[str]) -> list
         For each way, the median of a step's milliseconds, and its speed-up over the first way.
 
     Raises:
-        TorchparError: the gradients of two ways differ by more than rounding.
+        TorchparError: the gradients of two ways, or the weights by a graph and without it, differ
+            by more than rounding.
     """
     batches = partial(
         data.batches, train, flags.batch_size, seed=flags.seed, epoch=1, share=world.share
@@ -118,15 +140,22 @@ def compare(flags: Flags, world: World, train: Samples, ways: list[str]) -> list
     trainers = {way: Trainer(flags, world, train, way) for way in ways}
     check_gradients(trainers, next(batches()))
     shares = {way: cycle(batches()) for way in ways}
+    # Kernels are compiled, the wrapper sets itself up, and graphs are captured.
+    for way, trainer in trainers.items():
+        for batch in islice(shares[way], WARMUP):
+            trainer.step(*batch)
+        if way.startswith(GRAPH_OF):
+            eager = Trainer(flags, world, train, way, captures=False)
+            for batch in islice(cycle(batches()), WARMUP):
+                eager.step(*batch)
+            check_graph(way, trainer, eager)
     times: dict[str, list[float]] = {way: [] for way in ways}
-    # In the first, kernels are compiled, and the wrapper sets itself up.
-    for number in range(ROUNDS + 1):
+    for _ in range(ROUNDS):
         for way, trainer in trainers.items():
             start = now(world.device)
             for batch in islice(shares[way], STEPS):
                 trainer.step(*batch)
-            if number:
-                times[way].append(1e3 * (now(world.device) - start) / STEPS)
+            times[way].append(1e3 * (now(world.device) - start) / STEPS)
     ms = {way: median(times[way]) for way in ways}
     return [{"way": way, "ms": ms[way], "speed_up": ms[ways[0]] / ms[way]} for way in ways]
 
@@ -149,6 +178,20 @@ def check_gradients(trainers: dict[str, Trainer], batch: Batch) -> None:
             raise TorchparError(
                 f"the gradient with {way} is off by {off:.1e} of its norm; report this"
             )
+
+
+def check_graph(way: str, captured: Trainer, eager: Trainer) -> None:
+    """Compare the weights after as many steps by a graph and without it.
+
+    The limit is the rounding of as many steps.
+    """
+    mine, theirs = (
+        torch.cat([p.detach().flatten() for p in one.model.parameters()])
+        for one in (captured, eager)
+    )
+    off = ((mine - theirs).norm() / theirs.norm()).item()
+    if not off <= WARMUP * max(eager.model.sizes) * torch.finfo(mine.dtype).eps:
+        raise TorchparError(f"the weights by the {way} are off by {off:.1e}; report this")
 
 
 def main(flags: Flags) -> None:

@@ -48,6 +48,7 @@ MAY_DIFFER_ON_RESUME = {
     "dry_run",
     "epochs",
     "fused",
+    "graph",
     "timeout",
     # What is shown and saved
     "async_save",

@@ -17,7 +17,7 @@ from commands import ROOT, import_path
 
 SCRIPT = ROOT / "benchmarks" / "validate_gpu.sh"
 # Each stage, and how many tests it collects at least.
-FIRST = ("verify", "ladder", "matmul_t", "muon", "linear_sigmoid", "operators")
+FIRST = ("verify", "ladder", "matmul_t", "muon", "graphs", "linear_sigmoid", "operators")
 LATER = ("autotune", "autotune_float32", "max_autotune")
 STAGES = {"compile": 0, "values": 500, **dict.fromkeys(FIRST + LATER, 0), "huge": 4}
 

@@ -18,6 +18,7 @@ import plain_loop
 import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchpar import training
 from torchpar.data import Samples
@@ -478,6 +479,38 @@ def test_a_run_stops_and_saves_after_a_step_of_accumulated_gradients(world, tmp_
     assert (tmp_path / "latest").read_text() == "step-6\n"
     resumed = run(tmp_path)
     assert all(map(torch.equal, whole.parameters(), resumed.parameters()))
+
+
+class Reads(TorchDispatchMode):
+    """Counts what would let the host wait for a GPU: numbers that Python asks for."""
+
+    count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        asks = {torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero}
+        self.count += func.overloadpacket in asks
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_steps_read_no_number_back(world, optimizer):
+    """The losses of an epoch are added up where they are, and read at its end."""
+    model = MLP(SIZES)
+    task = Classification(samples(150, 1), samples(50, 2), 30)
+    parts = (model, OPTIMIZERS[optimizer](model), None, world, task)
+    with training.Run(*parts, epochs=1) as run, Reads() as reads:
+        for epoch in run.epochs():
+            for x, labels, _ in run.batches(epoch):
+                loss = torch.nn.functional.cross_entropy(model(x), labels, reduction="sum")
+                loss.backward()
+                run.state.optimizer.step()
+                run.state.optimizer.zero_grad()
+                run.end_step(loss)
+            assert reads.count == 0
+            run.end_epoch()
+    assert reads.count > 0  # the mode sees them
 
 
 def test_an_optimizer_that_has_no_frozen_parameter_is_saved(world, tmp_path):

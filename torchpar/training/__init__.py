@@ -5,6 +5,7 @@ from torchpar.outcome import EpochResult, Evaluation, Stopped
 from torchpar.parallel.save.checkpoint import CheckpointConfig
 from torchpar.training.classification import Classification, evaluate
 from torchpar.training.fused import FusedGradients
+from torchpar.training.graphed import graphed, side_stream
 from torchpar.training.optimizers import LRSchedule, lr_scheduler, muon, sgd
 from torchpar.training.orthogonality import add_orthogonality_gradient, orthogonality_penalty
 from torchpar.training.run import Run, RunLog, Task
@@ -22,8 +23,10 @@ __all__ = [
     "Task",
     "add_orthogonality_gradient",
     "evaluate",
+    "graphed",
     "lr_scheduler",
     "muon",
     "orthogonality_penalty",
     "sgd",
+    "side_stream",
 ]

@@ -43,6 +43,7 @@ from torchpar.parallel.launch.world import World
 from torchpar.parallel.save.checkpoint import CheckpointConfig, Checkpoints
 from torchpar.parts import local
 from torchpar.training import state
+from torchpar.training.graphed import count_replays
 from torchpar.training.state import TrainState
 from torchpar.training.stop import StopSignal
 
@@ -162,6 +163,7 @@ class Run:
         self._start = 0.0  # when it did
         self._is_within_epoch = False
         self._has_stepped = False  # since the last batch was taken
+        self._replays = 0  # of the optimizer, when the last batch was taken
         self._save_is_late = False  # until the optimizer has stepped
         self._is_first_step = True
         if checkpoint is not None:
@@ -255,6 +257,7 @@ class Run:
                     f"({self.task.samples}) and batch_size ({self.task.batch_size})"
                 )
             self._has_stepped = False
+            self._replays = count_replays(self.state.optimizer)
             yield batch
             if self.state.step != number + 1:
                 raise RuntimeError(
@@ -338,7 +341,8 @@ class Run:
         if not (stopping or at_end or self._save_is_late or self.total_steps % every == 0):
             return
         # Gradients that no step has taken are not saved: wait for the step.
-        self._save_is_late = not at_end and not self._has_stepped and self._has_gradients()
+        has_stepped = self._has_stepped or count_replays(self.state.optimizer) != self._replays
+        self._save_is_late = not at_end and not has_stepped and self._has_gradients()
         if self._save_is_late:
             return
         if self.state.step:  # at an epoch's end the evaluation has done so

@@ -165,7 +165,9 @@ def join_world(
         rank_device, backend = torch.device("cpu"), "gloo"
     else:
         rank_device = torch.device("cuda", info.local_rank % torch.cuda.device_count())
-        backend = "gloo" if info.local_world_size > torch.cuda.device_count() else "nccl"
+        # The device of an emulated GPU is the CPU.
+        has_own = rank_device.type == "cuda" and info.local_world_size <= torch.cuda.device_count()
+        backend = "nccl" if has_own else "gloo"
         torch.cuda.set_device(rank_device)
     limit, store = timedelta(seconds=timeout), None
     if not dist.is_initialized():

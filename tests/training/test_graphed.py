@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: MIT
+"""Steps that a CUDA graph replays beside eager ones, on a GPU for which the CPU stands in."""
+
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import train_ddp
+from commands import lesson
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.nn.utils import clip_grad_norm_
+
+from torchpar.data import Samples
+from torchpar.errors import ConfigError
+from torchpar.nn import MLP
+from torchpar.ptx import emulate
+from torchpar.ptx.cuda import cuda_is_cpu
+from torchpar.training import (
+    CheckpointConfig,
+    Classification,
+    Run,
+    Stopped,
+    graphed,
+    lr_scheduler,
+    muon,
+)
+from torchpar.training.graphed import WARMUP, WARMUP_DDP, count_replays
+
+SIZES, BATCH, LAST = (12, 16, 4), 8, 3
+EPOCHS, STEPS = 2, 5  # whole batches of an epoch, beside one of `LAST` samples
+LR, TOTAL = 0.25, 32  # float32 holds these rates exactly
+# What `graphed` would set is set here, for the plain loop.
+OPTIMIZERS = {
+    "muon": lambda model: muon(model, LR, momentum=0.5, weight_decay=0.125),
+    "sgd": lambda model: torch.optim.SGD(model.parameters(), LR, momentum=0.5, fused=True),
+    "adamw": lambda model: torch.optim.AdamW(model.parameters(), LR / 16, capturable=True),
+    "nadam": lambda model: torch.optim.NAdam(model.parameters(), LR / 16, capturable=True),
+}
+
+
+def batches() -> list[tuple[Tensor, Tensor]]:
+    """The batches of an epoch."""
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (
+            torch.randn(size, SIZES[0], generator=generator),
+            torch.randint(SIZES[-1], (size,), generator=generator),
+        )
+        for size in [BATCH] * STEPS + [LAST]
+    ]
+
+
+class Training:
+    """A model, its optimizer, and a step."""
+
+    def __init__(self, optimizer: str = "sgd"):
+        torch.manual_seed(0)
+        self.model = MLP(SIZES).to("cuda")
+        self.optimizer = OPTIMIZERS[optimizer](self.model)
+
+    def step(self, x: Tensor, labels: Tensor) -> Tensor:
+        loss = cross_entropy(self.model(x), labels)
+        loss.backward()
+        clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss
+
+    def weights(self) -> Tensor:
+        return torch.cat([p.detach().flatten() for p in self.model.parameters()])
+
+
+@pytest.fixture
+def gpu():
+    with emulate() as gpu, cuda_is_cpu(gpu):
+        yield gpu
+    assert gpu.faults == []
+
+
+def run(training, step) -> list[Tensor]:
+    """Train for `EPOCHS`, at a rate that falls after each step; the losses."""
+    scheduler = lr_scheduler(training.optimizer, "linear", TOTAL)
+    losses = []
+    for _ in range(EPOCHS):
+        for x, labels in batches():
+            losses.append(step(x, labels))
+            scheduler.step()
+    return losses
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_graphed_step_trains_as_the_plain_one(gpu, optimizer):
+    plain, ours = Training(optimizer), Training(optimizer)
+    for group in plain.optimizer.param_groups:
+        group["lr"] = torch.tensor(group["lr"], device="cuda")
+        if "nesterov" in group and "ns_steps" not in group:  # SGD, also for Muon's biases
+            group["fused"] = True
+    expected = run(plain, plain.step)
+    losses = run(ours, graphed(ours.step, ours.optimizer))
+    assert torch.equal(torch.stack(losses), torch.stack(expected).detach())
+    assert torch.equal(ours.weights(), plain.weights())
+    # All but those that warm up and each epoch's last batch.
+    assert count_replays(ours.optimizer) == EPOCHS * STEPS - WARMUP
+    assert not any(loss.requires_grad for loss in losses)
+
+
+def test_settings_that_read_back_are_changed(gpu):
+    """SGD would read its rate, and AdamW its count of steps."""
+    sgd, adam = Training(), Training()
+    sgd.optimizer = torch.optim.SGD(sgd.model.parameters(), LR, foreach=True)
+    adam.optimizer = torch.optim.AdamW(adam.model.parameters(), LR)
+    adam.step(*batches()[0])  # its state has a count, on the CPU
+    for training in (sgd, adam):
+        run(training, graphed(training.step, training.optimizer))
+        assert count_replays(training.optimizer) == EPOCHS * STEPS - WARMUP
+    assert sgd.optimizer.param_groups[0]["fused"]
+    assert adam.optimizer.param_groups[0]["capturable"]
+    assert isinstance(sgd.optimizer.param_groups[0]["lr"], float)
+
+
+def test_a_setting_that_changes_is_captured_again(gpu):
+    """A graph holds the momentum of its capture; the arguments that are no tensors, too."""
+
+    def train(graph: bool) -> tuple[Tensor, int]:
+        training = Training()
+
+        def step(x: Tensor, labels: Tensor, factor: float) -> Tensor:
+            loss = factor * cross_entropy(training.model(x), labels)
+            loss.backward()
+            training.optimizer.step()
+            training.optimizer.zero_grad()
+            return loss
+
+        taken = graphed(step, training.optimizer) if graph else step
+        for momentum, factor in ((0.5, 1.0), (0.25, 1.0), (0.25, 0.5)):
+            training.optimizer.param_groups[0]["momentum"] = momentum
+            for batch in batches()[:STEPS]:
+                taken(*batch, factor)
+        return training.weights(), count_replays(training.optimizer)
+
+    (expected, _), (found, replays) = train(False), train(True)
+    assert torch.equal(found, expected)
+    assert replays == 3 * (STEPS - WARMUP)
+
+
+def test_a_rate_that_is_the_users_tensor_is_left_to_the_user(gpu):
+    plain, ours = Training(), Training()
+    rate = torch.tensor(LR, device="cuda")
+    ours.optimizer.param_groups[0]["lr"] = rate
+    step = graphed(ours.step, ours.optimizer)
+    for number, batch in enumerate(batches()[:STEPS] * 2):
+        value = LR / 2 ** (number % 3)
+        plain.optimizer.param_groups[0]["lr"] = value
+        rate.fill_(value)
+        plain.step(*batch)
+        step(*batch)
+    assert torch.equal(ours.weights(), plain.weights())
+    assert ours.optimizer.param_groups[0]["lr"] is rate
+
+
+def test_inputs_and_outputs_may_be_nested(gpu):
+    training = Training()
+
+    def step(batch: dict[str, object], *, scale: float) -> dict[str, object]:
+        loss = training.step(*batch["of"])  # type: ignore[misc]
+        return {"loss": loss, "parts": (loss * scale, None), "scale": scale}
+
+    plain = Training()
+    taken = graphed(step, training.optimizer)
+    for x, labels in batches()[:STEPS]:
+        expected = plain.step(x, labels).detach()
+        found = taken({"of": (x, labels)}, scale=2.0)
+        assert torch.equal(found["loss"], expected)
+        assert torch.equal(found["parts"][0], 2 * expected)
+        assert found["parts"][1] is None
+        assert found["scale"] == 2.0
+    assert count_replays(training.optimizer) == STEPS - WARMUP
+
+
+def test_dropout_draws_anew_in_each_replay(gpu):
+    training = Training()
+
+    def step(x: Tensor) -> Tensor:
+        training.optimizer.step()
+        return torch.nn.functional.dropout(x, 0.5)
+
+    taken = graphed(step, training.optimizer)
+    drawn = [taken(torch.ones(64)) for _ in range(WARMUP + 3)]
+    assert not any(torch.equal(a, b) for i, a in enumerate(drawn) for b in drawn[:i])
+
+
+def test_a_step_that_reads_back_is_refused_in_one_line():
+    with emulate() as gpu, cuda_is_cpu(gpu):
+        training = Training()
+
+        def step(x: Tensor, labels: Tensor) -> float:
+            return training.step(x, labels).item()
+
+        taken = graphed(step, training.optimizer)
+        with pytest.raises(ConfigError, match=r"cannot be captured.*docs/graphs\.md") as refused:
+            [taken(*batch) for batch in batches()]
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("flags", ["", "--optimizer sgd --clip 1 --weight-decay 0"])
+def test_the_lesson_trains_as_without_a_graph(gpu, monkeypatch, flags):
+    """`train_ddp.py`, at a rate that float32 holds; DistributedDataParallel averages in its step."""
+    small = "--epochs 2 --samples 840 --batch-size 64 --hidden 8 --lr 0.25 --schedule constant"
+    trained: list[Run] = []
+
+    class Kept(Run):
+        def __init__(self, *parts: object, **options: object):
+            super().__init__(*parts, **options)  # type: ignore[arg-type]
+            trained.append(self)
+
+    monkeypatch.setattr(train_ddp, "Run", Kept)
+    for graph in ((), ("--graph",)):
+        code, _, err = lesson("train_ddp", *small.split(), *flags.split(), *graph)
+        assert code == 0, err
+    eager, captured = trained
+    assert count_replays(eager.state.optimizer) == 0
+    # Of 13 whole batches in each of two epochs.
+    assert count_replays(captured.state.optimizer) == 2 * 13 - WARMUP_DDP
+    assert [one.test_loss for one in captured.results] == pytest.approx(
+        [one.test_loss for one in eager.results], rel=1e-3
+    )
+    pairs = zip(eager.state.model.parameters(), captured.state.model.parameters(), strict=True)
+    for mine, theirs in pairs:
+        assert torch.equal(mine, theirs) or "muon" not in flags
+
+
+def test_a_run_with_a_graph_is_saved_in_any_step(gpu, world, tmp_path):
+    """A step whose gradients stay is a step all the same, and is not waited for."""
+
+    def train(folder: Path, stop_after: int = 0) -> Run:
+        training = Training()
+        generator = torch.Generator().manual_seed(1)
+        features = torch.randn(2 * BATCH * STEPS, SIZES[0], generator=generator)
+        labels = torch.randint(SIZES[-1], (len(features),), generator=generator)
+        samples = Samples(features, labels, tuple("abcd"))
+
+        def step(x: Tensor, labels: Tensor, global_size: int) -> Tensor:
+            training.optimizer.zero_grad()
+            loss = cross_entropy(training.model(x), labels, reduction="sum")
+            (loss / global_size).backward()
+            training.optimizer.step()
+            return loss
+
+        taken = graphed(step, training.optimizer)
+        task = Classification(samples, samples[:BATCH], BATCH)
+        parts = training.model, training.optimizer, None, world, task
+        number = 0
+        with Run(*parts, epochs=1, checkpoint=CheckpointConfig(folder, every=100)) as run:
+            run.resume()
+            for epoch in run.epochs():
+                for batch in run.batches(epoch):
+                    loss = taken(*batch)
+                    number += 1
+                    if number == stop_after:
+                        signal.raise_signal(signal.SIGTERM)
+                    run.end_step(loss)
+                run.end_epoch()
+        return run
+
+    whole = train(tmp_path / "whole")
+    assert count_replays(whole.state.optimizer) == 2 * STEPS - WARMUP
+    with pytest.raises(Stopped):
+        train(tmp_path / "stopped", stop_after=STEPS)
+    assert (tmp_path / "stopped" / "latest").read_text() == f"step-{STEPS}\n"
+    resumed = train(tmp_path / "stopped")
+    pairs = zip(whole.state.model.parameters(), resumed.state.model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_on_a_cpu_it_is_the_step_itself():
+    model = torch.nn.Linear(3, 2)
+    step = model.forward
+    assert graphed(step, torch.optim.SGD(model.parameters(), LR)) is step
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"optimizer": None}, "optimizer is None, expected"),
+        ({"optimizer": []}, r"optimizer is \[\], expected"),
+        ({"warmup": 0}, "warmup is 0, expected a whole number from 1 on"),
+        ({"warmup": 2.0}, r"warmup is 2\.0, expected"),
+    ],
+)
+def test_wrong_arguments_are_named(change, named):
+    optimizer = torch.optim.SGD(torch.nn.Linear(3, 2).parameters(), LR)
+    with pytest.raises(ConfigError, match=named):
+        graphed(lambda: None, **{"optimizer": optimizer, **change})
