@@ -7,7 +7,7 @@ with cuda_is_cpu(gpu):
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from threading import Thread
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +18,7 @@ from torch.autograd import graph
 from torch.overrides import TorchFunctionMode
 
 from torchpar.ptx.driver import SHARED_BYTES, Emulator
+from torchpar.ptx.graphs import Graphs
 
 NAMES = {80: "NVIDIA A100", 90: "NVIDIA H100", 100: "NVIDIA B200"}
 GIB, MIB = 2**30, 2**20
@@ -105,25 +106,6 @@ def _always(value: Any) -> Callable[..., Any]:
     return lambda *args, **kwargs: value
 
 
-class _Stream:
-    """A stream of a device that does everything at once."""
-
-    cuda_stream = stream_id = priority = 0
-    device = torch.device("cpu")
-    synchronize = wait_stream = wait_event = _always(None)
-    query = _always(True)
-
-    def __init__(self, *args: Any, **kwargs: Any): ...
-
-    def __enter__(self) -> "_Stream":
-        return self
-
-    def __exit__(self, *error: object) -> None: ...
-
-    def record_event(self, event: Any = None) -> Any:
-        return event or _Event()
-
-
 class _Device:
     """A block whose current device is the only one."""
 
@@ -133,17 +115,6 @@ class _Device:
     def __enter__(self) -> None: ...
 
     def __exit__(self, *error: object) -> None: ...
-
-
-class _Event:
-    """An event that has happened; no time passes between two of them."""
-
-    cuda_event = event_id = 0
-    record = wait = synchronize = _always(None)
-    query = _always(True)
-    elapsed_time = _always(1e-3)
-
-    def __init__(self, *args: Any, **kwargs: Any): ...
 
 
 def _answers(emulator: Emulator) -> dict[str, Any]:
@@ -181,7 +152,6 @@ def _answers(emulator: Emulator) -> dict[str, Any]:
         "get_device_properties": _always(properties),
         "get_arch_list": _always([emulator.arch]),
         "is_bf16_supported": _always(True),
-        "synchronize": _always(None),
         # Memory
         "empty_cache": _always(None),
         "ipc_collect": _always(None),
@@ -206,14 +176,6 @@ def _answers(emulator: Emulator) -> dict[str, Any]:
         "get_rng_state_all": lambda: [torch.get_rng_state()],
         "set_rng_state": lambda state, device=0: torch.set_rng_state(state),
         "set_rng_state_all": lambda states: torch.set_rng_state(states[0]),
-        # Streams
-        "current_stream": _always(_Stream()),
-        "default_stream": _always(_Stream()),
-        "set_stream": _always(None),
-        "stream": lambda stream: nullcontext(),
-        "is_current_stream_capturing": _always(False),
-        "Stream": _Stream,
-        "Event": _Event,
         **{name: getattr(torch, name) for name in TENSORS},
     }
 
@@ -329,7 +291,8 @@ def cuda_is_cpu(emulator: Emulator) -> Iterator[None]:
         call()
         return [1.0] * len(quantiles) if quantiles else [1.0] if return_mode == "all" else 1.0
 
-    cuda = _answers(emulator)
+    graphs = Graphs(emulator)
+    cuda = _answers(emulator) | graphs.answers()
     autocast = torch.amp.autocast_mode.autocast
     changes: list[tuple[Any, dict[str, Any]]] = [
         (torch.cuda, cuda),
@@ -341,6 +304,8 @@ def cuda_is_cpu(emulator: Emulator) -> Iterator[None]:
         (autocast, {"__init__": _autocast_on_cpu(autocast.__init__)}),
         (torch.autograd, {"_engine_run_backward": _with_mode(graph._engine_run_backward)}),
         (Thread, {"start": _start_with_mode(Thread.start)}),
+        *graphs.changes(),
+        (emulator, {"watcher": graphs}),
         (triton.testing, {"do_bench": bench, "do_bench_cudagraph": bench}),
     ]
     with ExitStack() as stack:

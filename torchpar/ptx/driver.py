@@ -24,7 +24,7 @@ from functools import lru_cache
 from itertools import compress
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 from unittest.mock import patch
 from weakref import WeakKeyDictionary
 
@@ -121,12 +121,21 @@ def storage_of(t: Tensor) -> Storage:
     return Storage(storage.data_ptr(), storage.nbytes())
 
 
+class Watcher(Protocol):
+    """Something that executes operators and launches in the place of the emulator."""
+
+    def operator(self, func: Any, args: Any, kwargs: Any) -> Any: ...
+
+    def launch(self, execute: Callable[..., None], arguments: Sequence[Any]) -> None: ...
+
+
 class Emulator(gpu.Gpu):
     """A GPU that `emulate` stands in for: its launches, and the faults that were found in them.
 
     Attributes:
         launches: in their order.
         faults: each of them once, by its name, its line of the source, and what was accessed.
+        watcher: that records operators and launches for CUDA graphs.
     """
 
     def __init__(
@@ -150,6 +159,7 @@ class Emulator(gpu.Gpu):
             WeakKeyDictionary()
         )  # autotuners' caches
         self._by_place: dict[tuple[object, ...], Fault] = {}
+        self.watcher: Watcher | None = None
         self._name = self._file = ""
         self._launched: tuple[str, int] | None = None
         # The memory before a launch, for its other schedules.
@@ -523,19 +533,10 @@ class Launcher:
             )
         _check_grid(x, y, z)
         name = getattr(self.source.fn, "__name__", "kernel")
-        launch = Launch(
-            name,
-            emulator.arch,
-            (x, y, z),
-            metadata.num_warps,
-            metadata.shared,
-            ptx=module.text,
-            launched=_launching_line(),
-        )
         names = list(self.source.fn.arg_names)
         programs = x * y * z
 
-        def parameters() -> list[int]:
+        def parameters(arguments: Sequence[Any]) -> list[int]:
             values: list[int] = []
             maps = list(getattr(metadata, "tensordesc_meta", None) or [])
             has_maps = bool(maps)
@@ -550,12 +551,27 @@ class Launcher:
                 values.append(emulator.allocate(what, total).base if total else 0)
             return values
 
-        if enter is not None:
-            enter(launch_metadata)
-        if x * y * z:
+        def execute(arguments: Sequence[Any]) -> None:
+            launch = Launch(
+                name,
+                emulator.arch,
+                (x, y, z),
+                metadata.num_warps,
+                metadata.shared,
+                ptx=module.text,
+                launched=_launching_line(),
+            )
             function = getattr(self.source.fn, "fn", None)
             code = getattr(function, "__code__", None)
-            emulator.run(launch, parameters, code.co_filename if code else "")
+            file = code.co_filename if code else ""
+            emulator.run(launch, lambda: parameters(arguments), file)
+
+        if enter is not None:
+            enter(launch_metadata)
+        if x * y * z and emulator.watcher is not None:
+            emulator.watcher.launch(execute, arguments)
+        elif x * y * z:
+            execute(arguments)
         if leave is not None:
             leave(launch_metadata)
 
@@ -782,12 +798,14 @@ class _Host(TorchDispatchMode):
         if func.namespace not in BUILT_IN and _has_kernel_in_python(func, args, kwargs or {}):
             with self:  # also in what the kernel's function does
                 result = func.redispatch(ON_CUDA, *args, **(kwargs or {}))
+        elif self.emulator.watcher is not None:
+            result = self.emulator.watcher.operator(func, args, kwargs or {})
         else:
             result = func(*args, **(kwargs or {}))
         if self.emulator.unwritten:
             for t in _written(func._schema, args, kwargs or {}, result):
                 self.emulator.note_written(t)
-        if func.overloadpacket in EMPTY and _is_plain(result):
+        if func.overloadpacket in EMPTY and is_plain(result):
             storage = storage_of(result)
             if storage.nbytes:
                 pattern = PATTERNS[min(result.element_size(), 8)]
@@ -808,7 +826,7 @@ def _has_kernel_in_python(func: Any, args: Sequence[Any], kwargs: dict[str, Any]
     One in C++ would take the addresses for those of a GPU.
     """
     operands = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    if not operands or not all(map(_is_plain, operands)):
+    if not operands or not all(map(is_plain, operands)):
         return False
     lines = torch._C._dispatch_dump(func.name()).splitlines()
     kernels = dict(line.split(": ", 1) for line in lines if ": " in line)
@@ -816,7 +834,7 @@ def _has_kernel_in_python(func: Any, args: Sequence[Any], kwargs: dict[str, Any]
     return ".py:" in kernels.get("CUDA", composite)
 
 
-def _is_plain(t: Any) -> bool:
+def is_plain(t: Any) -> bool:
     """Whether ``t`` is a tensor with memory on the CPU: not sparse, fake, or autograd's zero."""
     is_tensor = type(t) in (Tensor, torch.nn.Parameter)
     is_strided = is_tensor and t.layout == torch.strided and t.device.type == "cpu"
@@ -837,7 +855,7 @@ def _written(
     if all(one.alias_info is None for one in schema.returns):
         values.append(result)
     for t in tree_leaves(values):
-        if _is_plain(t):
+        if is_plain(t):
             yield t
 
 
