@@ -15,8 +15,13 @@ from unittest.mock import patch
 
 import torch
 from torch.autograd import graph
+from torch.nn.utils import clip_grad
+from torch.optim import optimizer
 from torch.overrides import TorchFunctionMode
+from torch.utils import _foreach_utils
+from torch.utils._pytree import tree_leaves
 
+from torchpar.ptx import places
 from torchpar.ptx.driver import SHARED_BYTES, Emulator
 from torchpar.ptx.graphs import Graphs
 
@@ -56,43 +61,118 @@ def _check_device(device: Any = None) -> None:
         _on_cpu(device)
 
 
+def _on_device(value: Any) -> Any:
+    """Return the emulated device for a CUDA device, by whatever name; other values unchanged."""
+    on_cpu = _on_cpu(value)
+    return places.DEVICE if on_cpu is not value and _is_cpu(on_cpu) else on_cpu
+
+
 def _unchanged(t: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     return t
 
 
-def _to_cuda(t: torch.Tensor, device: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
-    _check_device(device)
-    return t
-
-
-# What functions do of which only a GPU has something to do.
+# What functions say of which only a GPU has something to do.
 INSTEAD: dict[Any, Callable[..., Any]] = {
     torch.Tensor.is_cuda.__get__: lambda t: True,  # type: ignore[attr-defined]
     torch.Tensor.get_device: lambda t: 0,
-    torch.Tensor.cuda: _to_cuda,
     torch.Tensor.pin_memory: _unchanged,
 }
+DEVICE_OF = torch.Tensor.device.__get__  # type: ignore[attr-defined]
+COPIES = (torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.cuda)
 
 
 class _OnCpu(TorchFunctionMode):
     """Functions of PyTorch whose device is CUDA take the CPU."""
 
+    def __init__(self, graphs: Graphs):
+        super().__init__()
+        self.graphs = graphs
+
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        kwargs = kwargs or {}
         if func in INSTEAD:
-            return INSTEAD[func](*args, **(kwargs or {}))
+            return INSTEAD[func](*args, **kwargs)
+        if func == DEVICE_OF:
+            return places.device_of(args[0], func(*args))
         if func is torch.device:
-            return _on_cpu(func(*args, **(kwargs or {})))
-        given = {name: _on_cpu(value) for name, value in (kwargs or {}).items()}
+            return _on_device(func(*args, **kwargs))
+        given = {name: _on_device(value) for name, value in kwargs.items()}
         given.pop("pin_memory", None)  # of a factory
-        if isinstance(given.get("device"), int):
+        if type(given.get("device")) is int:
             _check_index(given["device"])
-            given["device"] = "cpu"
-        if func == torch.Tensor.to and len(args) > 1 and type(args[1]) is int:
-            _check_index(args[1])
-            args = (args[0], "cpu", *args[2:])
-        return func(*map(_on_cpu, args), **given)
+            given["device"] = places.DEVICE
+        args = tuple(map(_on_device, args))
+        self.graphs.function(func, args, given)
+        if func in COPIES:
+            return self._copy(func, args, given)
+        with places.in_function(args):
+            result = func(*args, **given)
+        named = [one for one in (*args, given.get("device")) if _is_cpu(one)]
+        if named:
+            for t in tree_leaves(result):
+                places.put(t, torch.device(named[-1]))
+        elif func in DEEP_COPIES and places.is_on_device(args[0]):
+            places.put(result, places.DEVICE)
+        return result
+
+    def _copy(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Copy a tensor to the host or the device, if it is not there."""
+        t, *others = args
+        if func is torch.Tensor.cpu:
+            others = [places.HOST]
+        elif func is torch.Tensor.cuda:
+            index = others.pop(0) if others else kwargs.pop("device", None)
+            _check_device(index)
+            others = [places.DEVICE, *others]
+        elif others and type(others[0]) is int:
+            _check_index(others[0])
+            others[0] = places.DEVICE
+        if func is not torch.Tensor.to:  # whose arguments have another order
+            names = ("device", "non_blocking", "memory_format")
+            kwargs = {**dict(zip(names, others, strict=False)), **kwargs}
+            kwargs = {name: value for name, value in kwargs.items() if value is not None}
+            others = []
+        before = places.DEVICE if places.is_on_device(t) else places.HOST
+        after = _destination(others, kwargs)
+        if after is None or not isinstance(t, torch.Tensor) or t.device.type != "cpu":
+            return torch.Tensor.to(t, *others, **kwargs)
+        self.graphs.copy_between(t, before, after, _is_asynchronous(others, kwargs))
+        # To the device that a tensor has it is itself, and to another one a copy.
+        device = places.HOST if before == after else places.DEVICE
+        others = [device if _is_cpu(one) else one for one in others]
+        if "device" in kwargs:
+            kwargs["device"] = device
+        if others and isinstance(others[0], torch.Tensor):
+            others[0:1] = [device, others[0].dtype]
+        result = torch.Tensor.to(t, *others, **kwargs)
+        places.put(result, after)
+        return result
+
+
+DEEP_COPIES = (torch.Tensor.__deepcopy__, torch.nn.Parameter.__deepcopy__)
+
+
+def _is_cpu(value: Any) -> bool:
+    if isinstance(value, torch.device):
+        return value.type == "cpu"
+    return isinstance(value, str) and value == "cpu"
+
+
+def _destination(args: list[Any], kwargs: dict[str, Any]) -> torch.device | None:
+    """Return where `torch.Tensor.to` with these arguments puts a tensor; None if it stays."""
+    for one in (*args[:1], kwargs.get("device"), kwargs.get("other")):
+        if isinstance(one, torch.Tensor):
+            return places.DEVICE if places.is_on_device(one) else places.HOST
+        if _is_cpu(one):
+            return torch.device(one)
+    return None
+
+
+def _is_asynchronous(args: list[Any], kwargs: dict[str, Any]) -> bool:
+    flags = [one for one in args if type(one) is bool]  # non_blocking is before copy
+    return bool(kwargs.get("non_blocking", flags[0] if flags else False))
 
 
 class _Generator(torch.Generator):
@@ -100,6 +180,9 @@ class _Generator(torch.Generator):
 
     def __new__(cls, device: Any = "cpu") -> "_Generator":
         return super().__new__(cls, device=_on_cpu(device))  # type: ignore[call-arg]  # its stub has no arguments
+
+    def __init__(self, device: Any = "cpu"):
+        self.is_on_device = _on_device(device) == places.DEVICE
 
 
 def _always(value: Any) -> Callable[..., Any]:
@@ -197,7 +280,7 @@ def _of_accelerator(cuda: dict[str, Any]) -> dict[str, Any]:
     """Return what `torch.accelerator` says about the GPU."""
     return {
         **{name: cuda[name] for name in OF_ACCELERATOR},
-        "current_accelerator": _always(torch.device("cpu")),
+        "current_accelerator": _always(places.DEVICE),
         "current_device_index": _always(0),
         "current_device_idx": _always(0),
         "set_device_index": _always(None),
@@ -242,11 +325,15 @@ def _load_on_cpu(load: Callable[..., Any]) -> Callable[..., Any]:
     """Let `torch.load` put tensors of a GPU on the CPU."""
 
     def loaded(f: Any, map_location: Any = "cpu", *args: Any, **kwargs: Any) -> Any:
+        to_device = _on_device(map_location) == places.DEVICE
         if isinstance(map_location, dict):
             map_location = {name: _on_cpu(place) for name, place in map_location.items()}
         elif map_location is None or isinstance(map_location, (str, torch.device)):
             map_location = "cpu"
-        return load(f, map_location, *args, **kwargs)
+        result = load(f, map_location, *args, **kwargs)
+        for t in tree_leaves(result) if to_device else ():
+            places.put(t, places.DEVICE)
+        return result
 
     return loaded
 
@@ -256,24 +343,40 @@ def _fork_of_cpu(fork: Callable[..., Any]) -> Callable[..., Any]:
     return lambda devices=None, enabled=True, **kwargs: fork([], enabled)
 
 
-def _with_mode(function: Callable[..., Any]) -> Callable[..., Any]:
+def _with_mode(function: Callable[..., Any], graphs: Graphs) -> Callable[..., Any]:
     """Let a function call back with the mode, which PyTorch leaves before it calls it."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        with _OnCpu():
+        with _OnCpu(graphs):
             return function(*args, **kwargs)
 
     return call
 
 
-def _start_with_mode(start: Callable[[Thread], None]) -> Callable[[Thread], None]:
+def _start_with_mode(start: Callable[[Thread], None], graphs: Graphs) -> Callable[[Thread], None]:
     """Let new threads have the mode, because each thread has modes of its own."""
 
     def started(thread: Thread) -> None:
-        thread.run = _with_mode(thread.run)  # type: ignore[method-assign]
+        thread.run = _with_mode(thread.run, graphs)  # type: ignore[method-assign]
         start(thread)
 
     return started
+
+
+GROUPS = "_group_tensors_by_device_and_dtype"
+
+
+def _grouped(group: Callable[..., Any]) -> Callable[..., Any]:
+    """Let tensors be grouped by where they would be."""
+
+    def grouped(lists: Any, with_indices: bool = False) -> Any:
+        found = group(lists, with_indices)
+        first = lists[0][0] if lists and lists[0] else None
+        if first is None:
+            return found
+        return {(places.device_of(first, key[0]), *key[1:]): one for key, one in found.items()}
+
+    return grouped
 
 
 @contextmanager
@@ -299,11 +402,15 @@ def cuda_is_cpu(emulator: Emulator) -> Iterator[None]:
         (torch.accelerator, _of_accelerator(cuda)),
         (torch, {"Generator": _Generator, "load": _load_on_cpu(torch.load), **_autocasts()}),
         (torch.Tensor, {"record_stream": lambda t, stream: None}),
+        *(
+            (module, {GROUPS: _grouped(getattr(module, GROUPS))})
+            for module in (_foreach_utils, clip_grad, optimizer)
+        ),
         *((place, _customs(torch.amp)) for place in (torch.amp, torch.cuda.amp)),
         (torch.random, {"fork_rng": _fork_of_cpu(torch.random.fork_rng)}),
         (autocast, {"__init__": _autocast_on_cpu(autocast.__init__)}),
-        (torch.autograd, {"_engine_run_backward": _with_mode(graph._engine_run_backward)}),
-        (Thread, {"start": _start_with_mode(Thread.start)}),
+        (torch.autograd, {"_engine_run_backward": _with_mode(graph._engine_run_backward, graphs)}),
+        (Thread, {"start": _start_with_mode(Thread.start, graphs)}),
         *graphs.changes(),
         (emulator, {"watcher": graphs}),
         (triton.testing, {"do_bench": bench, "do_bench_cudagraph": bench}),
@@ -313,5 +420,5 @@ def cuda_is_cpu(emulator: Emulator) -> Iterator[None]:
             for name, value in attributes.items():
                 if hasattr(place, name):  # PyTorch's versions have different ones
                     stack.enter_context(patch.object(place, name, value))
-        stack.enter_context(_OnCpu())
+        stack.enter_context(_OnCpu(graphs))
         yield

@@ -334,9 +334,6 @@ class Emulator(gpu.Gpu):
         # messages differ in their numbers alone. Names such as x1 keep their digits.
         source = self._sources.get(line)
         key = self._name, kind, name, source or line, re.sub(NUMBER, "", message)
-        if key in self._by_place:
-            self._by_place[key].count += 1
-            return
         fault = Fault(
             _kind(kind),
             name,
@@ -347,6 +344,13 @@ class Emulator(gpu.Gpu):
             source,
             launched=self._launched,
         )
+        self.note(fault, key)
+
+    def note(self, fault: Fault, key: tuple[object, ...]) -> None:
+        """Note a fault, or count it if there is one with the key."""
+        if key in self._by_place:
+            self._by_place[key].count += 1
+            return
         self._by_place[key] = fault
         self.faults.append(fault)
 
@@ -480,7 +484,8 @@ def _launching_line() -> tuple[str, int] | None:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         name = frame.f_globals.get("__name__", "")
-        if name.partition(".")[0] not in ("torch", "triton") and name != __name__:
+        is_of_emulator = name.startswith(f"{__package__}.")
+        if name.partition(".")[0] not in ("torch", "triton") and not is_of_emulator:
             return frame.f_code.co_filename, frame.f_lineno
         frame = frame.f_back
     return None
@@ -800,6 +805,8 @@ class _Host(TorchDispatchMode):
                 result = func.redispatch(ON_CUDA, *args, **(kwargs or {}))
         elif self.emulator.watcher is not None:
             result = self.emulator.watcher.operator(func, args, kwargs or {})
+            if result is NotImplemented:  # a subclass of tensors does it, with other operators
+                return result
         else:
             result = func(*args, **(kwargs or {}))
         if self.emulator.unwritten:
@@ -841,17 +848,22 @@ def is_plain(t: Any) -> bool:
     return is_strided and not t._is_zerotensor()
 
 
-def _written(
-    schema: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any
-) -> Iterator[Tensor]:
-    """Yield the tensors that an operator has written: its new ones, and those that it changes."""
+def changed(schema: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
+    """Return the arguments of an operator that it changes in place."""
     given = dict(zip((argument.name for argument in schema.arguments), args, strict=False))
     given |= kwargs
-    values = [
+    return [
         given.get(argument.name)
         for argument in schema.arguments
         if argument.alias_info is not None and argument.alias_info.is_write
     ]
+
+
+def _written(
+    schema: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any
+) -> Iterator[Tensor]:
+    """Yield the tensors that an operator has written: its new ones, and those that it changes."""
+    values = changed(schema, args, kwargs)
     if all(one.alias_info is None for one in schema.returns):
         values.append(result)
     for t in tree_leaves(values):

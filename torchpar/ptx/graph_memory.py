@@ -7,7 +7,6 @@ as long as a tensor in it. Memory outside may be freed; the graph does not keep 
 
 import ctypes
 import itertools
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -38,49 +37,82 @@ class Memory:
 
     Attributes:
         content: all its bytes, at the same address.
-        is_in_pool: whether the capture has allocated it.
-        graph: that has allocated it.
+        graph: the graph in whose pool it is; None if it is outside of the pools.
         before: what it held before the capture wrote to it; None if that did not.
-        captured: what the operators of a capture have computed here; the GPU computes nothing then.
+        captured: what a capture has computed here; on a GPU a capture computes nothing.
         made: the line of the program that allocated it in the capture.
-        read: the first line of the capture that reads it.
-        overwritten: the line of a replay of another graph that has used the same memory since.
+        read: the first line of the capture that uses it.
+        is_kept: whether the graph keeps it alive.
+        replayed: the last replay that wrote it, as a number of its stream and of the work there.
+        overwritten: the line of the replay of another graph that has used the memory since.
     """
 
-    def __init__(self, storage: Any, graph: Any, line: Line, *, keep: bool, is_in_pool: bool):
+    def __init__(self, storage: Any, line: Line, *, keep: bool = True, graph: Any = None):
         self.address, self.nbytes = storage.data_ptr(), storage.nbytes()
         self.content = bytes_at(self.address, self.nbytes, storage if keep else None)
-        self.is_in_pool, self.graph, self.made = is_in_pool, graph, line
-        self.is_kept = keep
+        self.graph, self.is_kept = graph, keep
+        self.made = self.read = line
         self.of = StorageWeakRef(storage)
         self.before: Tensor | None = None
         self.captured: Tensor | None = None
-        self.read: Line = None
+        self.replayed: tuple[int, int] | None = None
         self.overwritten: Line = None
-        self.name = ""
 
     def given_out(self) -> Any:
         """Return another storage with this memory, whose end can be seen."""
-        storage = bytes_at(self.address, self.nbytes, self.content).untyped_storage()
+        storage: Any = bytes_at(self.address, self.nbytes, self.content).untyped_storage()
         self.of = StorageWeakRef(storage)
+        setattr(storage, OF_GRAPH, self)
         return storage
 
-    @property
-    def is_alive(self) -> bool:
-        """Whether a tensor has the memory, besides the graph."""
-        storage = torch.UntypedStorage._new_with_weak_ptr(self.of.cdata)
-        return storage is not None and int(storage.data_ptr()) == self.address
+    def storage(self) -> Any:
+        """Return the storage of the tensors that have the memory; None if there are none."""
+        storage: Any = torch.UntypedStorage._new_with_weak_ptr(self.of.cdata)
+        return storage if self.is_memory_of(storage) else None
+
+    def is_memory_of(self, storage: Any) -> bool:
+        if storage is None:
+            return False
+        return bool((storage.data_ptr(), storage.nbytes()) == (self.address, self.nbytes))
 
     def keep_before(self) -> None:
         """Remember the content, unless that has been done."""
-        if not self.is_in_pool and self.before is None:
+        if self.graph is None and self.before is None:
             self.before = self.content.clone()
+
+    def restore(self) -> None:
+        """Let the memory be as before the capture; in a pool nobody has written it then."""
+        if self.before is not None and (self.is_kept or self.storage() is not None):
+            self.content.copy_(self.before)
+        self.before = None
+
+    def hide(self) -> None:
+        """Keep what the capture has computed for other captures, and let nobody else see it."""
+        self.captured = self.content.clone()
+        poison(self.content)
+
+    def show(self) -> None:
+        """Show what the capture has computed, on which the operators of another one depend."""
+        if self.captured is not None:
+            self.content.copy_(self.captured)
+
+    def keep_copy(self) -> None:
+        """Keep what a host's number is now, as a launch on a GPU does."""
+        self.content, self.is_kept = self.content.clone(), True
 
     def replace(self) -> None:
         """Take other memory, because this has been freed; what it holds is no number."""
-        self.content = torch.empty(self.nbytes, dtype=torch.uint8)
+        self.content, self.is_kept = torch.empty(self.nbytes, dtype=torch.uint8), True
         poison(self.content)
-        self.is_kept = True
+
+
+OF_GRAPH = "torchpar_memory"
+
+
+def memory_of(t: Tensor) -> Memory | None:
+    """Return the memory of a tensor that is in the pool of a graph."""
+    found: Memory | None = getattr(t.untyped_storage(), OF_GRAPH, None)
+    return found
 
 
 class Slot:
@@ -110,7 +142,7 @@ class Block:
 
     @property
     def is_free(self) -> bool:
-        return not any(one.is_alive for one in self.held)
+        return not any(one.storage() is not None for one in self.held)
 
 
 class Pool:
@@ -139,11 +171,3 @@ class Pool:
             if any(one.graph is graph for one in block.held):
                 for one in block.held:
                     one.overwritten = None if one.graph is graph else line
-
-    def forget(self, graph: Any) -> None:
-        for block in self.blocks:
-            block.held = [one for one in block.held if one.graph is not graph]
-
-
-def addresses(tensors: Iterable[Tensor]) -> set[int]:
-    return {t.untyped_storage().data_ptr() for t in tensors}

@@ -15,20 +15,38 @@ needed; at the end of the capture all memory is as before, and the results hold 
 import copy
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map
 
-from torchpar.ptx.driver import EMPTY, Emulator, is_plain
-from torchpar.ptx.graph_memory import Line, Memory, Pool, Slot, poison
+from torchpar.ptx import captures, places
+from torchpar.ptx.driver import EMPTY, Emulator, changed, is_plain
+from torchpar.ptx.graph_memory import Line, Memory, Pool, Slot, memory_of
+from torchpar.ptx.report import HostFault, Kind
+from torchpar.ptx.steps import Step
 from torchpar.ptx.streams import Stream, Streams
 
-ADVICE = "capture within `with torch.cuda.graph(graph):`, which takes a stream of its own"
+LIBRARIES = ("torch", "triton", "torchpar", "contextlib", "runpy", "copy")
+MODES = ("global", "thread_local", "relaxed")
+WITHIN = "capture within `with torch.cuda.graph(graph):`, which takes a stream of its own"
+EMPTY_GRAPH = (
+    "The CUDA Graph is empty. This usually means that the graph was attempted to be captured on "
+    "wrong device or stream."
+)
+# Operators that take the shape of a tensor, and not its values.
+SHAPES = {*EMPTY, *(getattr(torch.ops.aten, f"{one}_like") for one in ("zeros", "ones", "full"))}
+SHAPES |= {getattr(torch.ops.aten, f"{one}_like") for one in ("rand", "randn", "randint")}
+SHAPES |= {getattr(torch.ops.aten, f"new_{one}") for one in ("zeros", "ones", "full")}
+REPLAYED = "torchpar_replayed"  # of a storage: the last replay that used it
+WRITTEN = "torchpar_written"  # of a storage: the last work that wrote it
 
 
 def user_line() -> Line:
@@ -40,16 +58,6 @@ def user_line() -> Line:
             return frame.f_code.co_filename, frame.f_lineno
         frame = frame.f_back
     return None
-
-
-LIBRARIES = ("torch", "triton", "torchpar", "contextlib", "runpy")
-
-
-def _and_cpu(devices: Callable[..., list[str]]) -> Callable[..., list[str]]:
-    return lambda *args, **kwargs: [*devices(*args, **kwargs), "cpu"]
-
-
-DEVICES = "_get_capturable_supported_devices"
 
 
 class Operation:
@@ -75,45 +83,61 @@ def _filled(values: Any) -> Any:
 
 def with_tensors(value: Any, change: Callable[[Any], Any]) -> Any:
     """Return an argument of a launch, with other tensors: it may be a tuple or a descriptor."""
-    if isinstance(value, (tuple, list)) and not hasattr(value, "base"):
-        return tuple(with_tensors(one, change) for one in value)
     if isinstance(value, (Tensor, Slot)):
         return change(value)
     if isinstance(getattr(value, "base", None), (Tensor, Slot)):
-        changed = copy.copy(value)
-        changed.base = change(value.base)
-        return changed
+        other = copy.copy(value)
+        other.base = change(value.base)
+        return other
+    if isinstance(value, (tuple, list)):
+        return tuple(with_tensors(one, change) for one in value)
     return value
 
 
 class Capture:
-    """A capture under way."""
+    """A capture under way.
 
-    def __init__(self, graphs: "Graphs", graph: Any, pool: Pool, line: Line):
+    Attributes:
+        memories: by the storages' addresses in C++.
+        parameters: leaves of autograd that operators take.
+        has_failed: whether the program has done what a capture forbids.
+    """
+
+    def __init__(self, graphs: "Graphs", graph: "CUDAGraph", pool: Pool, line: Line):
         self.graphs, self.graph, self.pool, self.line = graphs, graph, pool, line
         self.origin = graphs.streams.current
         self.streams = {self.origin}
         self.operations: list[Operation] = []
-        self.memories: dict[int, Memory] = {}  # by the storages' addresses in C++
-        self.states: list[tuple[torch.Generator, Tensor]] = [
+        self.memories: dict[int, Memory] = {}
+        self.parameters: dict[int, weakref.ref[Tensor]] = {}
+        self.steps: list[Step] = []
+        self.has_failed = False
+        self._states: list[tuple[torch.Generator, Tensor]] = [
             (one, one.get_state()) for one in (torch.default_generator, *graph.generators)
         ]
+        self._hooks = ExitStack()
+        self._hooks.callback(register_optimizer_step_post_hook(self._note_step).remove)
+
+    def _note_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        if self.graphs.is_capturing:
+            self.steps.append(Step(optimizer, user_line()))
 
     # Memory
 
     def memory(self, t: Tensor) -> Memory:
         """Return the memory of a tensor that the graph reads or writes."""
         storage = t.untyped_storage()
-        found = self.memories.get(storage._cdata)
-        if found is None:
-            known = self.graphs.of_graphs.get(storage._cdata)
-            found = known or Memory(storage, self.graph, None, keep=True, is_in_pool=False)
-            self.memories[storage._cdata] = found
+        found = memory_of(t) or self.memories.get(storage._cdata)
+        if found is None or not found.is_memory_of(storage):
+            found = Memory(storage, user_line(), keep=False)
+        self.memories[storage._cdata] = found
         return found
 
     def slot(self, value: Any) -> Any:
         if not is_plain(value) or not value.untyped_storage().nbytes():
             return value
+        if value.requires_grad and value.is_leaf:
+            self.parameters[id(value)] = weakref.ref(value)
         return Slot(value, self.memory(value))
 
     def adopted(self, result: Any, given: set[int]) -> Any:
@@ -129,14 +153,13 @@ class Capture:
                 return value
             storage = value.untyped_storage()
             number = storage._cdata
-            if number in given or number in self.memories or not storage.nbytes():
+            if number in given or memory_of(value) or not storage.nbytes():
                 return value
             if number not in made:
-                memory = Memory(storage, self.graph, user_line(), keep=True, is_in_pool=True)
+                memory = Memory(storage, user_line(), graph=self.graph)
                 made[number] = memory.given_out()
                 self.pool.place(memory)
                 self.memories[made[number]._cdata] = memory
-                self.graphs.of_graphs[made[number]._cdata] = memory
             place = value.storage_offset(), value.size(), value.stride()
             return torch.empty(0, dtype=value.dtype).set_(made[number], *place)
 
@@ -145,13 +168,15 @@ class Capture:
     # What is recorded
 
     def operator(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Execute an operator, and record it if it is more than a view."""
         operands = [t for t in tree_leaves((args, kwargs)) if is_plain(t)]
         given = {t.untyped_storage()._cdata for t in operands}
-        slots = tree_map(self.slot, (args, kwargs))
-        if func._schema.is_mutable:
-            for t in operands:
-                if t.untyped_storage().nbytes():
-                    self.memory(t).keep_before()
+        slots: Any = tree_map(self.slot, (args, kwargs))
+        if func.overloadpacket is not torch.ops.aten.copy_:
+            self._keep_numbers(operands)
+        for t in tree_leaves(changed(func._schema, args, kwargs)):
+            if is_plain(t) and t.untyped_storage().nbytes():
+                self.memory(t).keep_before()
         result = self.adopted(func(*args, **kwargs), given)
         results = [
             None if not is_plain(t) or t.untyped_storage()._cdata in given else self.slot(t)
@@ -159,14 +184,20 @@ class Capture:
         ]
         computes = any(isinstance(one, Slot) for one in results)
         if func._schema.is_mutable or (computes and func.overloadpacket not in EMPTY):
-            self.operations.append(Operation(func, *slots, results))
+            self.operations.append(Operation(func, slots[0], slots[1], results))
         return result
+
+    def _keep_numbers(self, operands: list[Tensor]) -> None:
+        """Keep numbers of the host as they are: a launch takes their values."""
+        for t in operands:
+            if t.dim() == 0 and not places.is_on_device(t) and memory_of(t) is None:
+                self.memory(t).keep_copy()
 
     def launch(self, execute: Callable[..., None], arguments: Sequence[Any]) -> None:
         operands: list[Tensor] = []
         with_tensors(tuple(arguments), operands.append)
         outside = [self.memory(t) for t in operands if t.untyped_storage().nbytes()]
-        outside = [one for one in outside if not one.is_in_pool and one.before is None]
+        outside = [one for one in outside if one.graph is None and one.before is None]
         for one in outside:
             one.keep_before()
         execute(arguments)
@@ -174,38 +205,85 @@ class Capture:
             if one.before is not None and torch.equal(one.before, one.content):
                 one.before = None
         slots = with_tensors(tuple(arguments), self.slot)
-
-        def again() -> None:
-            execute(with_tensors(slots, lambda one: one.tensor()))
-
+        again = lambda: execute(with_tensors(slots, lambda one: one.tensor()))  # noqa: E731
         self.operations.append(Operation(again, (), {}, []))
 
+    # The end
+
     def end(self) -> None:
-        """Let all memory be as before the capture, and its results hold no numbers."""
+        """Let all memory be as before the capture, and what it has computed be hidden."""
+        self._hooks.close()
         for memory in self.memories.values():
-            if memory.is_in_pool and memory.graph is self.graph:
-                memory.captured = memory.content.clone()
-            elif memory.before is not None:
-                memory.content.copy_(memory.before)
-                memory.before = None
-        for generator, state in self.states:
+            if memory.graph is self.graph:
+                memory.hide()
+            else:
+                memory.restore()
+        for generator, state in self._states:
             generator.set_state(state)
+
+    def unjoined(self) -> list[Stream]:
+        """Return streams whose work the stream of the capture does not wait for."""
+        clock = self.origin.clock
+        return [
+            one
+            for one in self.streams - {self.origin}
+            if clock.get(one.stream_id, 0) < one.clock.get(one.stream_id, 0)
+        ]
 
 
 class Graphs:
-    """The CUDA graphs of an emulator, and what watches its operators and launches for them.
-
-    Attributes:
-        of_graphs: memory in pools, by the storages' addresses in C++.
-    """
+    """The CUDA graphs of an emulator, and what watches its operators and launches for them."""
 
     def __init__(self, emulator: Emulator):
         self.emulator, self.streams = emulator, Streams()
         self.capture: Capture | None = None
         self.streams.is_capturing = self._captures
-        self.of_graphs: dict[int, Memory] = {}
+        self.streams.refuse = self._refuse_waiting
+        self.streams.forks = self._fork
         self.pools: dict[Any, Pool] = {}
+        self.graphs: weakref.WeakSet[CUDAGraph] = weakref.WeakSet()
         self.CUDAGraph = type("CUDAGraph", (CUDAGraph,), {"_graphs": self})
+
+    # Faults
+
+    def note(
+        self, kind: Kind, name: str, message: str, line: Line, earlier: Any = None, key: Any = None
+    ) -> None:
+        """Note a fault of the program at a line of it."""
+        fault = HostFault(kind, name, message, source=line, earlier=earlier)
+        self.emulator.note(fault, (name, line, earlier, key))
+
+    def refuse(self, name: str, message: str) -> None:
+        """Note a fault, and raise an error, as a GPU does."""
+        line = user_line()
+        if self.capture is not None:
+            self.capture.has_failed = True
+        begun = None if self.capture is None else self.capture.line
+        self.note("error", name, message, line, None if begun is None else ("captured", begun))
+        raise RuntimeError(
+            f"CUDA error: operation not permitted when stream is capturing: {message}"
+        )
+
+    def _refuse_waiting(self, what: str) -> None:
+        if self.capture is not None:
+            message = f"{what} waits for the GPU, which computes nothing before a replay; call it "
+            self.refuse("wait in a capture", message + "after graph.replay()")
+
+    def _refuse_read(self, what: str) -> None:
+        self.refuse(
+            "read-back in a capture",
+            f"{what} reads values, and nothing is computed before a replay; keep the tensor, and "
+            "read it after graph.replay()",
+        )
+
+    def _refuse_copy(self, what: str) -> None:
+        self.refuse(
+            "host's copy in a capture",
+            f"{what} is one that the program waits for; copy before the capture, into a tensor "
+            "that the graph reads",
+        )
+
+    # The current capture
 
     @property
     def is_capturing(self) -> bool:
@@ -214,28 +292,165 @@ class Graphs:
     def _captures(self, stream: Stream) -> bool:
         return self.capture is not None and stream in self.capture.streams
 
-    def pool(self, handle: Any = None) -> Pool:
-        """Return the pool of a handle, or a new one."""
-        handle = getattr(handle, "id", handle)  # of torch.cuda.MemPool
-        if handle is None:
-            made = Pool()
-            return self.pools.setdefault(made.handle, made)
-        return self.pools.setdefault(tuple(handle), Pool())
+    def _fork(self, stream: Stream, other: Stream, is_captured: bool) -> None:
+        """Let a stream take part in the capture of another one that it waits for."""
+        if self.capture is None:
+            return
+        if is_captured and not self._captures(stream):
+            self.capture.streams.add(stream)
+            stream.clock[stream.stream_id] = stream.clock.get(stream.stream_id, 0) + 1
+        elif self._captures(stream) and not is_captured:
+            self.refuse(
+                "wait in a capture",
+                "the captured stream waits for work that is not captured; let it wait before the "
+                "capture",
+            )
+
+    # What the program does
+
+    def function(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        """Check a function of PyTorch before it is called."""
+        what = captures.read_by_function(func, args)
+        if self.is_capturing:
+            if what:
+                self._refuse_read(what)
+            if captures.makes_from_host(func, args, kwargs):
+                self._refuse_copy(captures.TO_DEVICE)
+        elif what:
+            self._check_operands([args[0]], [])
+
+    def copy_between(
+        self, t: Tensor, before: torch.device, after: torch.device, is_asynchronous: bool
+    ) -> None:
+        """Check a copy between the host and the device, which may be to where the tensor is."""
+        if before == after:
+            return
+        if before == places.DEVICE:
+            self._check_operands([t], [])
+        if self.is_capturing and not is_asynchronous:
+            if after == places.DEVICE:
+                self._refuse_copy(captures.TO_DEVICE)
+            else:
+                self._refuse_read("a copy to the host")
 
     def operator(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Execute an operator of PyTorch."""
-        if self.is_capturing:
-            assert self.capture is not None
-            return self.capture.operator(func, args, kwargs)
-        return func(*args, **kwargs)
+        leaves = tree_leaves((args, kwargs))
+        if any(is_traceable_wrapper_subclass(one) for one in leaves):
+            return NotImplemented
+        operands = [t for t in leaves if is_plain(t)]
+        device = places.device_of_results(operands, kwargs.get("device"))
+        is_of_device = device == places.DEVICE or any(map(places.is_on_device, operands))
+        if not is_of_device:
+            return func(*args, **kwargs)
+        written = [t for t in tree_leaves(changed(func._schema, args, kwargs)) if is_plain(t)]
+        capture = self.capture if self.is_capturing else None
+        if capture is not None:
+            self._check_captured(func, args, kwargs)
+            result = capture.operator(func, args, kwargs)
+        else:
+            reads = [] if _is_view(func) or func.overloadpacket in SHAPES else operands
+            numbers = {id(t) for t in written}
+            self._check_operands([t for t in reads if id(t) not in numbers], written)
+            result = func(*args, **kwargs)
+        self._note_results(func, result, written, device)
+        return result
+
+    def _check_captured(self, func: Any, args: Any, kwargs: Any) -> None:
+        if what := captures.read_by_operator(func, args, kwargs):
+            self._refuse_read(what)
+        if what := captures.copied_by_operator(func, args, kwargs):
+            self._refuse_copy(what)
+        assert self.capture is not None
+        known = [torch.default_generator, *self.capture.graph.generators]
+        for generator in captures.generators_of(args, kwargs):
+            if not any(generator is one for one in known):
+                self.refuse(
+                    "unregistered generator",
+                    "each replay would draw the same random numbers from this generator; call "
+                    "graph.register_generator_state(generator) before the capture",
+                )
+
+    def _note_results(
+        self, func: Any, result: Any, written: list[Tensor], device: torch.device
+    ) -> None:
+        if not _is_view(func):
+            for t in tree_leaves(result):
+                if is_plain(t):
+                    places.put(t, device)
+                    written.append(t)
+        self._note_written(written)
+
+    def _note_written(self, tensors: list[Tensor]) -> None:
+        """Note the work of the current stream that writes tensors; a capture writes none."""
+        work = self.streams.work()
+        if not self.is_capturing:
+            for t in tensors:
+                setattr(t.untyped_storage(), WRITTEN, work)
 
     def launch(self, execute: Callable[..., None], arguments: Sequence[Any]) -> None:
         """Execute a launch of a Triton kernel."""
+        operands: list[Tensor] = []
+        with_tensors(tuple(arguments), operands.append)
         if self.is_capturing:
             assert self.capture is not None
             self.capture.launch(execute, arguments)
         else:
+            # Which of them it reads is not known.
+            self._check_operands([], operands)
             execute(arguments)
+        self._note_written(operands)
+
+    def _check_operands(self, read: list[Tensor], written: list[Tensor]) -> None:
+        """Check what is read and written outside of a capture, but for what graphs made of it."""
+        for t in read:
+            memory = memory_of(t)
+            if memory is not None:
+                self._check_read(t, memory)
+        for t in (*read, *written):
+            work = getattr(t.untyped_storage(), REPLAYED, None)
+            if work is not None and not self.streams.is_ordered(work[0]):
+                use = "reads" if any(t is one for one in read) else "writes"
+                self.note(
+                    "error",
+                    "missing wait",
+                    f"the current stream {use} {_shown(t)} while the replay of the graph may still "
+                    "run on another stream; call torch.cuda.current_stream().wait_stream(stream) "
+                    "first",
+                    user_line(),
+                    ("replayed", work[1]) if work[1] else None,
+                )
+
+    def _check_read(self, t: Tensor, memory: Memory) -> None:
+        graph: CUDAGraph = memory.graph
+        earlier = None if memory.made is None else ("captured", memory.made)
+        if graph.is_reset:
+            self.note(
+                "warning",
+                "result of a reset graph",
+                f"{_shown(t)} is in the pool of a graph that was reset, and no replay computes it "
+                "any more; clone it before reset()",
+                user_line(),
+                earlier,
+            )
+        elif not graph.replays and self.capture is None:
+            self.note(
+                "error",
+                "result before a replay",
+                f"{_shown(t)} has no values yet: a capture computes nothing; call graph.replay() "
+                "first",
+                user_line(),
+                earlier,
+            )
+        elif memory.overwritten is not None:
+            self.note(
+                "error",
+                "overwritten result",
+                f"another graph with the same pool has used the memory of {_shown(t)} since its "
+                "replay; read it before the other graph's replay, or give that another pool",
+                user_line(),
+                ("overwritten by the replay", memory.overwritten),
+            )
 
     @contextmanager
     def unwatched(self) -> Iterator[None]:
@@ -247,6 +462,25 @@ class Graphs:
                 yield
         finally:
             self.emulator.watcher = watcher
+
+    def show_captured(self, is_shown: bool) -> None:
+        """Show or hide what captures without a replay have computed, for another capture.
+
+        That of a backward pass depends on what the capture of the forward pass has computed.
+        """
+        for graph in self.graphs:
+            if graph.replays == 0:
+                for memory in graph.memories:
+                    if memory.graph is graph:
+                        memory.show() if is_shown else memory.hide()
+
+    # What PyTorch is told
+
+    def pool(self, handle: Any = None) -> Pool:
+        """Return the pool of a handle, or a new one."""
+        handle = getattr(handle, "id", handle)  # of torch.cuda.MemPool
+        made = Pool()
+        return self.pools.setdefault(made.handle if handle is None else tuple(handle), made)
 
     def answers(self) -> dict[str, Any]:
         """Return what `torch.cuda` says of graphs and streams."""
@@ -278,8 +512,9 @@ class Graphs:
     def _of_optimizers(self) -> Iterator[tuple[Any, dict[str, Any]]]:
         """Yield what lets optimizers take the CPU for a device with graphs."""
         for name, module in list(sys.modules.items()):
-            if name.startswith("torch.optim.") and hasattr(module, DEVICES):
-                yield module, {DEVICES: _and_cpu(getattr(module, DEVICES))}
+            if name.startswith("torch.optim.") or name == "torch.utils._foreach_utils":
+                lists = [one for one in DEVICES if hasattr(module, one)]
+                yield module, {one: _and_cpu(getattr(module, one)) for one in lists}
         checks = ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
         yield torch.optim.Optimizer, dict.fromkeys(checks, self._check_optimizer())
 
@@ -288,24 +523,46 @@ class Graphs:
             groups = optimizer.param_groups
             if self.is_capturing and not all(group["capturable"] for group in groups):
                 name = type(optimizer).__name__
-                raise RuntimeError(
-                    f"Attempting CUDA graph capture of step() for an instance of {name} but "
-                    f"param_groups' capturable is False. Make it by {name}(…, capturable=True)"
+                self.refuse(
+                    "optimizer that is not capturable",
+                    f"{name} counts its steps on the host, and a replay does not; make it by "
+                    f"{name}(…, capturable=True)",
                 )
 
         return check
 
 
+DEVICES = ("_get_capturable_supported_devices", "_get_foreach_kernels_supported_devices")
+
+
+def _and_cpu(devices: Callable[..., list[str]]) -> Callable[..., list[str]]:
+    return lambda *args, **kwargs: [*devices(*args, **kwargs), "cpu"]
+
+
+def _is_view(func: Any) -> bool:
+    """Whether an operator returns parts of its operands, and changes none."""
+    schema = func._schema
+    return not schema.is_mutable and any(one.alias_info is not None for one in schema.returns)
+
+
+def _shown(t: Tensor) -> str:
+    return f"a tensor of {str(t.dtype).removeprefix('torch.')} {list(t.shape)}"
+
+
 class CUDAGraph:
     """A CUDA graph."""
 
-    _graphs: "Graphs"  # of the emulator
+    _graphs: Graphs  # of the emulator
 
     def __init__(self, keep_graph: bool = False):
         self.operations: list[Operation] = []
         self.memories: list[Memory] = []
         self.generators: list[torch.Generator] = []
+        self.steps: list[Step] = []
         self.replays = 0
+        self.is_reset = False
+        self._gradients: list[tuple[weakref.ref[Tensor], Memory]] = []
+        self._is_captured = False
         self._pool: Pool | None = None
 
     def capture_begin(
@@ -314,66 +571,197 @@ class CUDAGraph:
         capture_error_mode: str = "global",
         check_input_liveness: bool = False,
     ) -> None:
-        if capture_error_mode not in ("global", "thread_local", "relaxed"):
+        """Begin to record what the current stream does."""
+        graphs = self._graphs
+        if capture_error_mode not in MODES:
             raise RuntimeError(
-                f"capture_error_mode is {capture_error_mode!r}, expected 'global', "
-                "'thread_local' or 'relaxed'"
+                f"capture_error_mode is {capture_error_mode!r}, expected one of {', '.join(MODES)}"
             )
-        if self._graphs.capture is not None:
+        if graphs.capture is not None:
             raise RuntimeError("another capture is under way; end it before this one")
-        if self._graphs.streams.current is self._graphs.streams.default:
+        if graphs.streams.current is graphs.streams.default:
             raise RuntimeError(
-                "CUDA graphs must be captured on a non-default stream. (However, after "
-                f"capture, it's ok to replay them on the default stream.) {ADVICE}"
+                "CUDA graphs must be captured on a non-default stream. (However, after capture, "
+                f"it's ok to replay them on the default stream.) {WITHIN}"
             )
-        if self.operations:
+        if self._is_captured:
             raise RuntimeError(
-                "This CUDAGraph instance already owns a captured graph. To capture a new "
-                "graph, create a new instance, or call reset()"
+                "This CUDAGraph instance already owns a captured graph. To capture a new graph, "
+                "create a new instance, or call reset()"
             )
-        self._pool = self._graphs.pool(pool)
-        self._graphs.capture = Capture(self._graphs, self, self._pool, user_line())
+        with graphs.unwatched():
+            graphs.show_captured(True)
+        self._pool = graphs.pool(pool)
+        graphs.capture = Capture(graphs, self, self._pool, user_line())
 
     def capture_end(self) -> None:
-        capture = self._graphs.capture
+        """End the capture; a replay computes what it has recorded."""
+        graphs, capture = self._graphs, self._graphs.capture
         if capture is None or capture.graph is not self:
             raise RuntimeError("no capture of this graph is under way; call capture_begin()")
-        self._graphs.capture = None
-        with self._graphs.unwatched():
+        graphs.capture = None
+        with graphs.unwatched():
             capture.end()
-        self.operations = capture.operations
-        self.memories = list(capture.memories.values())
-        if not self.operations:
-            warnings.warn(
-                "The CUDA Graph is empty. This usually means that the graph was attempted to "
-                "be captured on wrong device or stream.",
-                stacklevel=2,
+            graphs.show_captured(False)
+        if sys.exc_info()[0] is not None:  # the program is leaving the capture by an error
+            return
+        if capture.has_failed:
+            raise RuntimeError(
+                "CUDA error: operation failed due to a previous error during capture; mend that one"
             )
-        for memory in self.memories:
-            if memory.captured is not None:
-                poison(memory.content)
+        self._check_joined(capture)
+        self.operations, self.steps = capture.operations, capture.steps
+        self.memories = list({id(one): one for one in capture.memories.values()}.values())
+        self._is_captured = True
+        graphs.graphs.add(self)
+        if not self.operations:
+            warnings.warn(EMPTY_GRAPH, stacklevel=2)
+            graphs.note("warning", "empty graph", EMPTY_GRAPH, capture.line)
+        self._check_steps()
+        self._keep_gradients(capture)
+
+    def _check_joined(self, capture: Capture) -> None:
+        if capture.unjoined():
+            message = (
+                "the capture ends before the work that it began on another stream; call "
+                "torch.cuda.current_stream().wait_stream(other) within the capture"
+            )
+            begun = None if capture.line is None else ("captured", capture.line)
+            self._graphs.note("error", "unjoined work", message, user_line(), begun)
+            raise RuntimeError(f"CUDA error: capturing stream has unjoined work: {message}")
+
+    def _check_steps(self) -> None:
+        """Check that optimizers had their state before the capture."""
+        for step in self.steps:
+            for key, t in step.state():
+                memory = memory_of(t)
+                if memory is not None and memory.graph is self:
+                    self._graphs.note(
+                        "error",
+                        "state made in a capture",
+                        f"{step.name} made {key} in the capture, so that each replay makes it "
+                        "anew; call step() a few times before the capture, on another stream",
+                        step.line,
+                    )
+                    break
+
+    def _keep_gradients(self, capture: Capture) -> None:
+        """Remember gradients that the graph computes, and no optimizer within it takes."""
+        taken = {id(p) for step in self.steps for p in step.parameters()}
+        for reference in capture.parameters.values():
+            p = reference()
+            if p is None or id(p) in taken or p.grad is None or not is_plain(p.grad):
+                continue
+            memory = memory_of(p.grad)
+            if memory is not None and memory.graph is self:
+                self._gradients.append((reference, memory))
 
     def instantiate(self) -> None: ...
 
     def replay(self) -> None:
-        with self._graphs.unwatched():
+        """Compute what the capture has recorded, in the same memory."""
+        graphs, line = self._graphs, user_line()
+        if not self._is_captured:
+            raise RuntimeError(
+                "Called CUDAGraph::replay without a preceding successful capture. Capture it first"
+            )
+        if graphs.capture is not None:
+            raise RuntimeError("a replay within a capture is not emulated; replay it outside")
+        self._check_inputs(line)
+        self._check_gradients(line)
+        for step in self.steps:
+            for key, before, now in step.changes():
+                graphs.note(
+                    "warning",
+                    "number in a graph",
+                    f"the graph still computes with {key}={before}, and {step.name} has "
+                    f"{key}={now}; make it a tensor on the device before the capture, and change "
+                    "it in place",
+                    line,
+                    None if step.line is None else ("captured", step.line),
+                    (key, step.name),
+                )
+        with graphs.unwatched():
             for operation in self.operations:
                 operation()
         self.replays += 1
+        self._note_replay(line)
+
+    def _check_inputs(self, line: Line) -> None:
+        """Check that what the graph uses outside of its pool is there, and written."""
+        streams = self._graphs.streams
+        for memory in self.memories:
+            if memory.graph is not None or memory.is_kept:
+                continue
+            earlier = None if memory.read is None else ("captured", memory.read)
+            storage = memory.storage()
+            if storage is None:
+                self._graphs.note(
+                    "error",
+                    "freed input",
+                    f"the graph reads or writes {memory.nbytes:,} bytes that have been freed since "
+                    "the capture; keep the tensor, and change it in place: x.copy_(new), not x = "
+                    "new",
+                    line,
+                    earlier,
+                )
+                memory.replace()
+                continue
+            work = getattr(storage, WRITTEN, None)
+            if work is not None and not streams.is_ordered(work):
+                self._graphs.note(
+                    "error",
+                    "missing wait",
+                    "the graph reads or writes a tensor that another stream may still write; call "
+                    "torch.cuda.current_stream().wait_stream(stream) before the replay",
+                    line,
+                    earlier,
+                )
+
+    def _check_gradients(self, line: Line) -> None:
+        for reference, memory in self._gradients:
+            p = reference()
+            if p is None:
+                continue
+            if p.grad is None or memory_of(p.grad) is not memory:
+                self._graphs.note(
+                    "error",
+                    "replaced gradient",
+                    f"the graph writes the gradient of a parameter {list(p.shape)} into memory "
+                    "that its .grad does not have any more; call zero_grad(set_to_none=False), or "
+                    "none: a replay overwrites gradients",
+                    line,
+                    None if memory.made is None else ("captured", memory.made),
+                )
+
+    def _note_replay(self, line: Line) -> None:
+        work = self._graphs.streams.work()
+        for memory in self.memories:
+            storage = memory.storage()
+            if storage is not None:
+                setattr(storage, REPLAYED, (work, line))
+                setattr(storage, WRITTEN, work)
+        assert self._pool is not None
+        self._pool.overwrite(self, line)
 
     def reset(self) -> None:
-        self.operations, self.memories = [], []
+        """Forget what was captured."""
+        self.is_reset, self._is_captured = self._is_captured, False
+        self.operations, self.memories, self.steps, self._gradients = [], [], [], []
 
     def pool(self) -> Any:
+        """Return a handle of the graph's pool, which other graphs may share."""
         if self._pool is None:
-            raise RuntimeError("the graph has no pool before its capture")
+            raise RuntimeError("the graph has no pool before its capture; capture it first")
         return self._pool.handle
 
     def register_generator_state(self, generator: torch.Generator) -> None:
+        """Let replays draw new numbers from a generator."""
         self.generators.append(generator)
 
     def enable_debug_mode(self) -> None: ...
 
     def debug_dump(self, debug_path: str) -> None:
+        """Write the names of the recorded operators."""
         with open(debug_path, "w", encoding="utf-8") as file:
             file.writelines(f"{one.call}\n" for one in self.operations)

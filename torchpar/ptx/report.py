@@ -72,6 +72,35 @@ class Fault:
         return "\n".join(lines)
 
 
+@dataclass
+class HostFault(Fault):
+    """Something that the program around the kernels does wrong.
+
+    Attributes:
+        source: the line of the program.
+        earlier: a word on an earlier line of the program, such as "captured", and that line.
+    """
+
+    kernel: str = ""
+    program: tuple[int, ...] = ()
+    line: int = 0
+    source: tuple[str, int] | None = None
+    earlier: tuple[str, tuple[str, int]] | None = None
+
+    def __str__(self) -> str:
+        times = f", {self.count} times" if self.count > 1 else ""
+        lines = [f"{MARKS[self.kind]} {self.kind}: {self.name}{times}"]
+        places = [("", self.source), self.earlier or ("", None)]
+        for word, place in places:
+            if place is not None:
+                word = f"{word} at " if word else ""
+                lines += [
+                    f"    {word}{shown_path(place[0])}:{place[1]}",
+                    f"        {line_of(*place)}",
+                ]
+        return "\n".join([*lines, f"    {self.message}"])
+
+
 def shown_path(path: str) -> str:
     """Return the name of a file, without the folder that Python was started in."""
     with suppress(ValueError):

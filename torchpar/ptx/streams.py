@@ -29,13 +29,13 @@ class Streams:
         default: the stream of work that names no other.
         host: the work that the program has waited for.
         refuse: called with the name of what waits for the GPU, before it does; it may raise.
-        forks: called with a stream and one that it waits for.
+        forks: called with a stream, one that it waits for, and whether that one's work is captured.
         is_capturing: whether a stream's work is captured.
     """
 
     def __init__(self) -> None:
         self.refuse: Callable[[str], None] = lambda what: None
-        self.forks: Callable[[Stream, Stream], None] = lambda stream, other: None
+        self.forks: Callable[[Stream, Stream, bool], None] = lambda *streams: None
         self.is_capturing: Callable[[Stream], bool] = lambda stream: False
         self.host: Clock = {}
         self._local = threading.local()
@@ -120,7 +120,7 @@ class Stream:
         join(self._streams.host, self.clock)
 
     def wait_stream(self, stream: "Stream") -> None:
-        self._streams.forks(self, stream)
+        self._streams.forks(self, stream, stream.is_capturing())
         join(self.clock, stream.clock)
 
     def wait_event(self, event: "Event") -> None:
@@ -148,15 +148,16 @@ class Event:
     def __init__(self, *args: Any, **kwargs: Any):
         self.clock: Clock = {}
         self.stream: Stream | None = None
+        self.is_captured = False
 
     def record(self, stream: Stream | None = None) -> None:
         self.stream = self._streams.current if stream is None else stream
-        self.clock = dict(self.stream.clock)
+        self.clock, self.is_captured = dict(self.stream.clock), self.stream.is_capturing()
 
     def wait(self, stream: Stream | None = None) -> None:
         stream = self._streams.current if stream is None else stream
         if self.stream is not None:
-            self._streams.forks(stream, self.stream)
+            self._streams.forks(stream, self.stream, self.is_captured)
         join(stream.clock, self.clock)
 
     def synchronize(self) -> None:
