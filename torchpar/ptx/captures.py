@@ -87,16 +87,34 @@ def _fills(func: Any, args: Sequence[Any]) -> bool:
 
 
 def copied_by_operator(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> str:
-    """Name a copy between host and device that the program waits for."""
-    if func.overloadpacket is not torch.ops.aten.copy_ or len(args) < 2:
+    """Name a copy between host and device that the program waits for.
+
+    A number of the host that is put into elements is none.
+    """
+    if func.overloadpacket is not torch.ops.aten.copy_ or args[1].dim() == 0:
         return ""
+    return _copied(args, kwargs)
+
+
+def copied_by_function(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> str:
+    """Name a copy as `copied_by_operator` does; also one of a single number."""
+    if func != torch.Tensor.copy_ or len(args) < 2 or not isinstance(args[1], Tensor):
+        return ""
+    return _copied(args, kwargs)
+
+
+def _copied(args: Sequence[Any], kwargs: dict[str, Any]) -> str:
     to, source = args[:2]
     if places.is_on_device(to) == places.is_on_device(source) or not to.numel():
         return ""
-    is_asynchronous = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
-    if is_asynchronous:
+    if is_asynchronous(args, kwargs):
         return ""
     return TO_DEVICE if places.is_on_device(to) else "copy_ of a tensor to the host"
+
+
+def is_asynchronous(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether copy_ with these arguments returns before it has copied."""
+    return bool(args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
 
 
 TO_DEVICE = "a copy from the host's memory"
@@ -113,4 +131,4 @@ def makes_from_host(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> b
 
 
 def generators_of(args: Any, kwargs: Any) -> list[torch.Generator]:
-    return [one for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Generator)]
+    return [one for one in tree_leaves((args, kwargs)) if isinstance(one, torch._C.Generator)]

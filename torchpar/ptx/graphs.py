@@ -172,7 +172,8 @@ class Capture:
         operands = [t for t in tree_leaves((args, kwargs)) if is_plain(t)]
         given = {t.untyped_storage()._cdata for t in operands}
         slots: Any = tree_map(self.slot, (args, kwargs))
-        if func.overloadpacket is not torch.ops.aten.copy_:
+        is_copy = func.overloadpacket is torch.ops.aten.copy_
+        if not (is_copy and captures.is_asynchronous(args, kwargs)):
             self._keep_numbers(operands)
         for t in tree_leaves(changed(func._schema, args, kwargs)):
             if is_plain(t) and t.untyped_storage().nbytes():
@@ -316,6 +317,8 @@ class Graphs:
                 self._refuse_read(what)
             if captures.makes_from_host(func, args, kwargs):
                 self._refuse_copy(captures.TO_DEVICE)
+            if copied := captures.copied_by_function(func, args, kwargs):
+                self._refuse_copy(copied)
         elif what:
             self._check_operands([args[0]], [])
 
@@ -362,9 +365,10 @@ class Graphs:
         if what := captures.copied_by_operator(func, args, kwargs):
             self._refuse_copy(what)
         assert self.capture is not None
-        known = [torch.default_generator, *self.capture.graph.generators]
+        registered = (torch.default_generator, *self.capture.graph.generators)
+        numbers = {one._cdata for one in registered}  # the operator has other objects of Python
         for generator in captures.generators_of(args, kwargs):
-            if not any(generator is one for one in known):
+            if generator._cdata not in numbers:
                 self.refuse(
                     "unregistered generator",
                     "each replay would draw the same random numbers from this generator; call "
@@ -496,6 +500,7 @@ class Graphs:
             "is_current_stream_capturing": lambda: self.is_capturing,
             "graph_pool_handle": lambda: self.pool().handle,
             "CUDAGraph": self.CUDAGraph,
+            "default_generators": (torch.default_generator,),
         }
 
     def changes(self) -> list[tuple[Any, dict[str, Any]]]:
