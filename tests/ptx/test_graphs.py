@@ -339,3 +339,311 @@ def test_what_a_replay_does_wrong_is_named_at_its_line(case):
         function()
     (fault,) = gpu.faults
     check(fault, function, name)
+
+
+# Right programs
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.3), nn.ReLU(), nn.Linear(16, 4)).cuda()
+
+
+def batches(count=4):
+    torch.manual_seed(1)
+    return [(numbers(6, 8), torch.randint(4, (6,), device="cuda")) for _ in range(count)]
+
+
+def warm_up(step, times=3):
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(times):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+
+
+def train(model, optimizer, data, is_graphed, after=lambda: None):
+    """Whole-network capture, as in PyTorch's documentation; or the plain loop with the same steps.
+
+    Returns:
+        the losses.
+    """
+    x, y = (t.clone() for t in data[0])
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    warm_up(step, 11 if isinstance(model, nn.parallel.DistributedDataParallel) else 3)
+    if is_graphed:
+        graph = torch.cuda.CUDAGraph()
+        optimizer.zero_grad(set_to_none=True)
+        with torch.cuda.graph(graph):
+            loss = step()
+    losses = []
+    for new in data:
+        x.copy_(new[0])
+        y.copy_(new[1])
+        if is_graphed:
+            graph.replay()
+        else:
+            loss = step()
+        after()
+        losses.append(loss.item())
+    return losses
+
+
+def whole_network(is_graphed):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    return train(model, optimizer, batches(), is_graphed), model.state_dict()
+
+
+def capturable_with_scheduler(is_graphed):
+    model = network()
+    rate = torch.tensor(0.1, device="cuda")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, capturable=True)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    return train(model, optimizer, batches(), is_graphed, scheduler.step), model.state_dict()
+
+
+def own_operators(is_graphed):
+    """torchpar's operators launch Triton kernels; Muon's rate is on the device."""
+    model = network()
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    rate = torch.tensor(0.1, device="cuda")
+    optimizer = torchpar.optim.Muon(matrices, lr=rate)
+    data = batches(2)
+
+    def after():
+        rate.mul_(0.5)
+
+    def forward(x):
+        hidden = torch.ops.torchpar.matmul_t(model[0](x)) / 16
+        return nn.functional.pad(hidden, (0, 2))[:, :8] @ model[3].weight[:, :8].T
+
+    class Model(nn.Module):
+        def forward(self, x):
+            return forward(x)
+
+    return train(Model(), optimizer, data, is_graphed, after), model.state_dict()
+
+
+def partial(is_graphed):
+    """Parts of a network, one of which is chosen by a value, as in PyTorch's documentation."""
+    torch.manual_seed(0)
+    first, second, third = nn.Linear(8, 8).cuda(), nn.Linear(8, 8).cuda(), nn.Linear(8, 8).cuda()
+    parts = [first, second, third]
+    optimizer = torch.optim.SGD([p for one in parts for p in one.parameters()], lr=0.1)
+    x = numbers(6, 8)
+    hidden = torch.randn(6, 8, device="cuda", requires_grad=True)
+    if is_graphed:
+        first = torch.cuda.make_graphed_callables(first, (x,))
+        second = torch.cuda.make_graphed_callables(second, (hidden,))
+        third = torch.cuda.make_graphed_callables(third, (hidden,))
+    losses = []
+    for data, _ in batches():
+        optimizer.zero_grad(set_to_none=True)
+        between = first(data)
+        chosen = second if between.sum().item() > 0 else third
+        loss = chosen(between).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, {str(n): one.weight for n, one in enumerate(parts)}
+
+
+def mixed_precision(is_graphed):
+    """The forward and the backward pass are captured; the scaler's step reads values back."""
+    model, data = network(), batches()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cuda", init_scale=256.0)
+    x, y = (t.clone() for t in data[0])
+
+    def backward():
+        with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+            loss = nn.functional.cross_entropy(model(x), y)
+        scaler.scale(loss).backward()
+        return loss
+
+    def again():
+        optimizer.zero_grad(set_to_none=True)
+        return backward()
+
+    warm_up(again)
+    if is_graphed:
+        optimizer.zero_grad(set_to_none=True)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            loss = backward()
+    losses = []
+    for new in data:
+        x.copy_(new[0])
+        y.copy_(new[1])
+        if is_graphed:
+            graph.replay()
+        else:
+            loss = again()
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(loss.item())
+    return losses, model.state_dict()
+
+
+def distributed(is_graphed):
+    torch.cuda.set_device(0)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # as PyTorch's documentation has it
+        model = nn.parallel.DistributedDataParallel(network())
+    torch.cuda.current_stream().wait_stream(side)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    return train(model, optimizer, batches(), is_graphed), model.state_dict()
+
+
+def shared_by_two(is_graphed):
+    """Inference for two sizes of batches; the graphs share a pool, and results are read at once."""
+    model = network().eval()
+    sizes = (2, 6)
+    graphs, pool = {}, torch.cuda.graph_pool_handle()
+    with torch.inference_mode():
+        for size in sizes if is_graphed else ():
+            x = torch.zeros(size, 8, device="cuda")
+            warm_up(lambda x=x: model(x))
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                out = model(x)
+            graphs[size] = graph, x, out
+        found = {}
+        for n, (data, _) in enumerate(batches()):
+            part = data[: sizes[n % 2]]
+            if is_graphed:
+                graph, x, out = graphs[len(part)]
+                x.copy_(part)
+                graph.replay()
+            else:
+                out = model(part)
+            found[str(n)] = out.clone()
+    return [], found
+
+
+def own_kernel(is_graphed):
+    x = torch.zeros(100, device="cuda")
+
+    def twice():
+        out = torch.empty_like(x)
+        scale[(1,)](x, out, 100, BLOCK=128)
+        scale[(1,)](out, out, 100, BLOCK=128)
+        return out + 1
+
+    warm_up(twice)
+    if is_graphed:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = twice()
+    found = {}
+    for n in range(3):
+        x.copy_(torch.arange(100.0) + n)
+        if is_graphed:
+            graph.replay()
+        else:
+            out = twice()
+        assert torch.equal(out.cpu(), 4 * (torch.arange(100.0) + n) + 1)
+        found[str(n)] = out.clone()
+    return [], found
+
+
+def random_numbers(is_graphed):
+    """Of the device's generator, and of another one that is registered."""
+    generator = torch.Generator(device="cuda")
+    x = torch.ones(64, device="cuda")
+
+    def draw():
+        other = torch.rand(64, device="cuda", generator=generator)
+        return nn.functional.dropout(x) + other
+
+    warm_up(draw)
+    generator.manual_seed(1)
+    torch.cuda.manual_seed(2)
+    if is_graphed:
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(generator)
+        with torch.cuda.graph(graph):
+            out = draw()
+    found = {}
+    for n in range(3):
+        if is_graphed:
+            graph.replay()
+        else:
+            out = draw()
+        found[str(n)] = out.clone()
+    assert not torch.equal(found["0"], found["1"])
+    return [], found
+
+
+def streams_and_host(is_graphed):
+    """A branch on another stream that is joined, and copies from and to pinned memory."""
+    pinned, host = torch.zeros(8).pin_memory(), torch.zeros(8).pin_memory()
+    x, side = torch.zeros(8, device="cuda"), torch.cuda.Stream()
+
+    def both():
+        current = torch.cuda.current_stream()
+        x.copy_(pinned, non_blocking=True)
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            other = x * 3
+        here = x.exp()
+        here[0] = 1.0
+        here[here > 2] = 0.5
+        current.wait_event(side.record_event())
+        host.copy_(other, non_blocking=True)
+        return here + other
+
+    warm_up(both)
+    if is_graphed:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = both()
+    found = {}
+    for n in range(3):
+        pinned.copy_(torch.linspace(-1, 1, 8) + n)
+        if is_graphed:
+            graph.replay()
+        else:
+            out = both()
+        torch.cuda.synchronize()
+        found[str(n)], found[f"host {n}"] = out.clone(), host.clone()
+    return [], found
+
+
+RIGHT = (
+    *(whole_network, capturable_with_scheduler, own_operators, partial, mixed_precision),
+    *(shared_by_two, own_kernel, random_numbers, streams_and_host),
+)
+
+
+@pytest.mark.parametrize("program", RIGHT)
+def test_right_programs_have_no_faults_and_the_values_of_the_plain_loop(program):
+    check_right(program)
+
+
+def test_a_step_of_distributed_data_parallel_has_the_values_of_the_plain_loop(world):
+    check_right(distributed)
+
+
+def check_right(program):
+    found = []
+    with emulate() as gpu, cuda_is_cpu(gpu):
+        for is_graphed in (False, True):
+            torch.manual_seed(0)
+            losses, state = program(is_graphed)
+            found.append((losses, {name: t.detach().cpu() for name, t in state.items()}))
+    assert gpu.faults == []
+    (plain_losses, plain), (losses, graphed) = found
+    assert losses == plain_losses
+    assert plain.keys() == graphed.keys()
+    assert [name for name in plain if not torch.equal(plain[name], graphed[name])] == []
