@@ -4,9 +4,7 @@
 The line with the fault ends in ``# fault``; that of the capture which it names, in ``# captured``.
 """
 
-import copy
 import inspect
-import os
 
 import pytest
 import torch
@@ -201,7 +199,7 @@ def gradients_made_anew():
 def replaced_parameter():
     model = nn.Linear(4, 1, bias=False).cuda()
     x = numbers(2, 4)
-    graph, out = capture(lambda: model(x))  # captured
+    graph, _ = capture(lambda: model(x))  # captured
     model.weight.data = numbers(1, 4)
     graph.replay()  # fault
 
@@ -258,7 +256,7 @@ def shared_pool():
 
 def input_of_another_stream():
     x, side = numbers(4), torch.cuda.Stream()
-    graph, out = capture(lambda: x + 1)  # captured
+    graph, _ = capture(lambda: x + 1)  # captured
     with torch.cuda.stream(side):
         x.copy_(numbers(4))
     graph.replay()  # fault
@@ -275,7 +273,7 @@ def result_on_another_stream():
 
 def input_written_too_early():
     x, side = numbers(4), torch.cuda.Stream()
-    graph, out = capture(lambda: x + 1)
+    graph, _ = capture(lambda: x + 1)
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         graph.replay()  # captured
@@ -633,6 +631,25 @@ def test_right_programs_have_no_faults_and_the_values_of_the_plain_loop(program)
 
 def test_a_step_of_distributed_data_parallel_has_the_values_of_the_plain_loop(world):
     check_right(distributed)
+
+
+@pytest.mark.parametrize("is_view", [False, True])
+def test_collectives_of_distributed_data_parallel_are_captured(world, tmp_path, is_view):
+    with emulate() as gpu, cuda_is_cpu(gpu):
+        model = nn.parallel.DistributedDataParallel(
+            nn.Linear(4, 4).cuda(), device_ids=[0], gradient_as_bucket_view=is_view
+        )
+        x = numbers(2, 4)
+
+        def backward():
+            model.zero_grad()
+            model(x).sum().backward()
+
+        graph, _ = capture(backward)
+        graph.replay()
+        graph.debug_dump(str(tmp_path / "graph"))
+    assert "c10d.allreduce_" in (tmp_path / "graph").read_text("utf-8")
+    assert gpu.faults == []
 
 
 def check_right(program):

@@ -130,5 +130,5 @@ def makes_from_host(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> b
     return bool(kwargs.get("device") == places.DEVICE and not is_there)
 
 
-def generators_of(args: Any, kwargs: Any) -> list[torch.Generator]:
+def generators_of(args: Any, kwargs: Any) -> list[Any]:
     return [one for one in tree_leaves((args, kwargs)) if isinstance(one, torch._C.Generator)]

@@ -15,6 +15,8 @@ from unittest.mock import patch
 
 import torch
 from torch.autograd import graph
+from torch.distributed import init_process_group
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad
 from torch.optim import optimizer
 from torch.overrides import TorchFunctionMode
@@ -77,7 +79,7 @@ INSTEAD: dict[Any, Callable[..., Any]] = {
     torch.Tensor.get_device: lambda t: 0,
     torch.Tensor.pin_memory: _unchanged,
 }
-DEVICE_OF = torch.Tensor.device.__get__  # type: ignore[attr-defined]
+DEVICE_OF = torch.Tensor.device.__get__
 COPIES = (torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.cuda)
 
 
@@ -338,6 +340,30 @@ def _load_on_cpu(load: Callable[..., Any]) -> Callable[..., Any]:
     return loaded
 
 
+def _without_devices(make: Callable[..., None]) -> Callable[..., None]:
+    """Let DistributedDataParallel take the CPU where a script names a device."""
+
+    def init(
+        self: Any, module: Any, device_ids: Any = None, output_device: Any = None, **kwargs: Any
+    ) -> None:
+        for device in (*(device_ids or ()), output_device):
+            _check_device(device)
+        make(self, module, **kwargs)
+
+    return init
+
+
+def _by_gloo(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Let processes that ask for NCCL talk by gloo."""
+
+    def init(backend: Any = None, *args: Any, device_id: Any = None, **kwargs: Any) -> Any:
+        _check_device(device_id)
+        is_of_device = backend is None or "nccl" in str(backend)
+        return make("gloo" if is_of_device else backend, *args, **kwargs)
+
+    return init
+
+
 def _fork_of_cpu(fork: Callable[..., Any]) -> Callable[..., Any]:
     """Let `torch.random.fork_rng` keep the CPU's state alone."""
     return lambda devices=None, enabled=True, **kwargs: fork([], enabled)
@@ -408,6 +434,8 @@ def cuda_is_cpu(emulator: Emulator) -> Iterator[None]:
         ),
         *((place, _customs(torch.amp)) for place in (torch.amp, torch.cuda.amp)),
         (torch.random, {"fork_rng": _fork_of_cpu(torch.random.fork_rng)}),
+        (DistributedDataParallel, {"__init__": _without_devices(DistributedDataParallel.__init__)}),
+        (torch.distributed, {"init_process_group": _by_gloo(init_process_group)}),
         (autocast, {"__init__": _autocast_on_cpu(autocast.__init__)}),
         (torch.autograd, {"_engine_run_backward": _with_mode(graph._engine_run_backward, graphs)}),
         (Thread, {"start": _start_with_mode(Thread.start, graphs)}),

@@ -175,8 +175,9 @@ class Capture:
         is_copy = func.overloadpacket is torch.ops.aten.copy_
         if not (is_copy and captures.is_asynchronous(args, kwargs)):
             self._keep_numbers(operands)
-        for t in tree_leaves(changed(func._schema, args, kwargs)):
-            if is_plain(t) and t.untyped_storage().nbytes():
+        written = _written(func, args, kwargs)
+        for t in written:
+            if t.untyped_storage().nbytes():
                 self.memory(t).keep_before()
         result = self.adopted(func(*args, **kwargs), given)
         results = [
@@ -184,7 +185,7 @@ class Capture:
             for t in tree_leaves(result)
         ]
         computes = any(isinstance(one, Slot) for one in results)
-        if func._schema.is_mutable or (computes and func.overloadpacket not in EMPTY):
+        if written or (computes and func.overloadpacket not in EMPTY):
             self.operations.append(Operation(func, slots[0], slots[1], results))
         return result
 
@@ -346,7 +347,7 @@ class Graphs:
         is_of_device = device == places.DEVICE or any(map(places.is_on_device, operands))
         if not is_of_device:
             return func(*args, **kwargs)
-        written = [t for t in tree_leaves(changed(func._schema, args, kwargs)) if is_plain(t)]
+        written = _written(func, args, kwargs)
         capture = self.capture if self.is_capturing else None
         if capture is not None:
             self._check_captured(func, args, kwargs)
@@ -365,7 +366,7 @@ class Graphs:
         if what := captures.copied_by_operator(func, args, kwargs):
             self._refuse_copy(what)
         assert self.capture is not None
-        registered = (torch.default_generator, *self.capture.graph.generators)
+        registered: tuple[Any, ...] = (torch.default_generator, *self.capture.graph.generators)
         numbers = {one._cdata for one in registered}  # the operator has other objects of Python
         for generator in captures.generators_of(args, kwargs):
             if generator._cdata not in numbers:
@@ -379,10 +380,11 @@ class Graphs:
         self, func: Any, result: Any, written: list[Tensor], device: torch.device
     ) -> None:
         if not _is_view(func):
-            for t in tree_leaves(result):
-                if is_plain(t):
-                    places.put(t, device)
-                    written.append(t)
+            made = [t for t in tree_leaves(result) if is_plain(t)]
+            is_copy = func.overloadpacket is torch.ops.aten.copy_
+            for t in made if is_copy else (*made, *written):
+                places.put(t, device)
+            written += made
         self._note_written(written)
 
     def _note_written(self, tensors: list[Tensor]) -> None:
@@ -542,6 +544,13 @@ DEVICES = ("_get_capturable_supported_devices", "_get_foreach_kernels_supported_
 
 def _and_cpu(devices: Callable[..., list[str]]) -> Callable[..., list[str]]:
     return lambda *args, **kwargs: [*devices(*args, **kwargs), "cpu"]
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """Return the operands that an operator writes; those of collectives do not say so."""
+    is_collective = func.namespace == "c10d"
+    found = (args, kwargs) if is_collective else changed(func._schema, args, kwargs)
+    return [t for t in tree_leaves(found) if is_plain(t)]
 
 
 def _is_view(func: Any) -> bool:

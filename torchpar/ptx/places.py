@@ -19,9 +19,12 @@ MARK = "torchpar_is_on_device"
 
 
 class _Function(threading.local):
-    """Whether this thread is in a function of PyTorch that was given a tensor of the device."""
+    """Whether this thread is in a function of PyTorch that was given a tensor of the device.
 
-    has_device = False
+    C++ that no function has called, such as that of DistributedDataParallel, works on the device.
+    """
+
+    has_device = True
 
 
 _function = _Function()
