@@ -186,3 +186,25 @@ def test_the_walk_of_the_transpose_is_true():
         assert lines == [
             line for line in step.splitlines() if line.startswith(("| load", "| store"))
         ]
+
+
+def test_the_example_of_graphs_is_what_the_command_prints(tmp_path, monkeypatch, capsys):
+    page = (ROOT / "docs" / "graphs.md").read_text("utf-8")
+    (code,) = re.findall(r"```py\n(# train.py\n.*?)```", page, re.DOTALL)
+    (shown,) = re.findall(r"```\n\$ python -m torchpar ptx [^\n]*\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "train.py").write_text(code, "utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torchpar.ptx.report.STARTED_IN", str(tmp_path))
+    assert command.main(["--cuda-is-cpu", "train.py"]) == 1
+    assert capsys.readouterr().out == shown
+
+
+def test_each_fault_of_graphs_is_explained():
+    page = (ROOT / "docs" / "graphs.md").read_text("utf-8")
+    table = page.partition("## What is found")[2].partition("\n\nWhat a replay")[0]
+    explained = re.findall(r"^\| ([a-z][^|]+) \| [a-z`]", table, re.MULTILINE)[1:]
+    code = (ROOT / "torchpar" / "ptx" / "graphs.py").read_text("utf-8")
+    refused = re.findall(r"""\.refuse\(\s*"([^"]+)",""", code)
+    noted = re.findall(r"""note\(\s*"(?:error|warning)",\s*"([^"]+)",""", code)
+    assert len(set(refused)) > 4 < len(set(noted))
+    assert sorted({*refused, *noted}) == sorted(explained)

@@ -156,7 +156,7 @@ def _show(report: Report, options: argparse.Namespace, stdout: TextIO, advice: s
         if options.counters:
             print(report.counted(), end="\n\n")
         print(report)
-        if advice and not report.launches:
+        if advice and not (report.launches or report.graphs):
             print(f"no kernel was launched; {advice}")
     finally:
         if options.report is not None:

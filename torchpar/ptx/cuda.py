@@ -109,8 +109,11 @@ class _OnCpu(TorchFunctionMode):
         self.graphs.function(func, args, given)
         if func in COPIES:
             return self._copy(func, args, given)
-        with places.in_function(args):
+        before = places.enter_function(args)
+        try:
             result = func(*args, **given)
+        finally:
+            places.leave_function(before)
         named = [one for one in (*args, given.get("device")) if _is_cpu(one)]
         if named:
             for t in tree_leaves(result):

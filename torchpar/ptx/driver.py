@@ -53,7 +53,7 @@ from torchpar.ptx.memory import (
 )
 from torchpar.ptx.native import FIELDS, cache_folder, writable
 from torchpar.ptx.parse import PtxError
-from torchpar.ptx.report import Fault, Kind, Launch, Report, moved
+from torchpar.ptx.report import CapturedGraph, Fault, Kind, Launch, Report, moved
 from torchpar.ptx.tensors import STRIDES_END, TF32
 from torchpar.ptx.trace import Trace
 
@@ -135,6 +135,7 @@ class Emulator(gpu.Gpu):
     Attributes:
         launches: in their order.
         faults: each of them once, by its name, its line of the source, and what was accessed.
+        graphs: CUDA graphs that were captured, in their order.
         watcher: that records operators and launches for CUDA graphs.
     """
 
@@ -159,6 +160,7 @@ class Emulator(gpu.Gpu):
             WeakKeyDictionary()
         )  # autotuners' caches
         self._by_place: dict[tuple[object, ...], Fault] = {}
+        self.graphs: list[CapturedGraph] = []
         self.watcher: Watcher | None = None
         self._name = self._file = ""
         self._launched: tuple[str, int] | None = None
@@ -167,7 +169,7 @@ class Emulator(gpu.Gpu):
         self._saves = False
 
     def report(self) -> Report:
-        return Report(self.launches, self.faults)
+        return Report(self.launches, self.faults, self.graphs)
 
     def assert_counters(self, kernel: Any = None, **limits: float | None) -> None:
         """Check that launches keep limits, so that a test holds how efficient a kernel is.
@@ -804,7 +806,8 @@ class _Host(TorchDispatchMode):
             with self:  # also in what the kernel's function does
                 result = func.redispatch(ON_CUDA, *args, **(kwargs or {}))
         elif self.emulator.watcher is not None:
-            result = self.emulator.watcher.operator(func, args, kwargs or {})
+            with torch._C.DisableTorchFunction():  # autograd calls operators within its modes
+                result = self.emulator.watcher.operator(func, args, kwargs or {})
             if result is NotImplemented:  # a subclass of tensors does it, with other operators
                 return result
         else:

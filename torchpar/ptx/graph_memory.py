@@ -43,8 +43,8 @@ class Memory:
         made: the line of the program that allocated it in the capture.
         read: the first line of the capture that uses it.
         is_kept: whether the graph keeps it alive.
-        replayed: the last replay that wrote it, as a number of its stream and of the work there.
         overwritten: the line of the replay of another graph that has used the memory since.
+        name: of a tensor outside of the pools.
     """
 
     def __init__(self, storage: Any, line: Line, *, keep: bool = True, graph: Any = None):
@@ -55,8 +55,8 @@ class Memory:
         self.of = StorageWeakRef(storage)
         self.before: Tensor | None = None
         self.captured: Tensor | None = None
-        self.replayed: tuple[int, int] | None = None
         self.overwritten: Line = None
+        self.name = ""
 
     def given_out(self) -> Any:
         """Return another storage with this memory, whose end can be seen."""

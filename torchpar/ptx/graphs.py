@@ -16,7 +16,7 @@ import copy
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any
@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torchpar.ptx import captures, places
 from torchpar.ptx.driver import EMPTY, Emulator, changed, is_plain
 from torchpar.ptx.graph_memory import Line, Memory, Pool, Slot, memory_of
-from torchpar.ptx.report import HostFault, Kind
+from torchpar.ptx.report import CapturedGraph, HostFault, Kind
 from torchpar.ptx.steps import Step
 from torchpar.ptx.streams import Stream, Streams
 
@@ -60,11 +60,47 @@ def user_line() -> Line:
     return None
 
 
+class OperatorKind:
+    """What an operator does, by its schema.
+
+    Attributes:
+        is_view: it returns parts of its operands, and changes none.
+        reads_nothing: of its operands but the shapes.
+    """
+
+    def __init__(self, func: Any):
+        schema, self.func = func._schema, func
+        self.is_copy = func.overloadpacket is torch.ops.aten.copy_
+        self.may_write = schema.is_mutable or func.namespace == "c10d"
+        aliases = any(one.alias_info is not None for one in schema.returns)
+        self.is_view = aliases and not schema.is_mutable
+        self.reads_nothing = self.is_view or func.overloadpacket in SHAPES
+
+
+def tensors_in(values: Iterable[Any]) -> list[Tensor]:
+    """Return the tensors of an operator's arguments or results, which hold no dictionaries."""
+    found: list[Tensor] = []
+    for one in values:
+        if isinstance(one, Tensor):
+            found.append(one)
+        elif isinstance(one, (list, tuple)):
+            found += tensors_in(one)
+    return found
+
+
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
 class Operation:
-    """An operator of PyTorch, or a launch, with what it takes in its places."""
+    """An operator of PyTorch, with the places of what it takes and returns."""
 
     def __init__(self, call: Callable[..., Any], args: Any, kwargs: Any, results: list[Any]):
         self.call, self.args, self.kwargs, self.results = call, args, kwargs, results
+
+    is_launch = False
+
+    def __str__(self) -> str:
+        return str(self.call)
 
     def __call__(self) -> None:
         made = self.call(*_filled(self.args), **_filled(self.kwargs))
@@ -75,6 +111,21 @@ class Operation:
         for one in leaves:
             if isinstance(one, torch.ScriptObject) and hasattr(one, "wait"):
                 one.wait()  # for a collective
+
+
+class LaunchOperation(Operation):
+    """A launch of a Triton kernel."""
+
+    is_launch = True
+
+    def __init__(self, execute: Callable[..., None], arguments: Any):
+        super().__init__(execute, arguments, {}, [])
+
+    def __str__(self) -> str:
+        return "a launch of a Triton kernel"
+
+    def __call__(self) -> None:
+        self.call(with_tensors(self.args, lambda one: one.tensor()))
 
 
 def _filled(values: Any) -> Any:
@@ -130,6 +181,7 @@ class Capture:
         found = memory_of(t) or self.memories.get(storage._cdata)
         if found is None or not found.is_memory_of(storage):
             found = Memory(storage, user_line(), keep=False)
+            found.name = _shown(t)
         self.memories[storage._cdata] = found
         return found
 
@@ -207,8 +259,7 @@ class Capture:
             if one.before is not None and torch.equal(one.before, one.content):
                 one.before = None
         slots = with_tensors(tuple(arguments), self.slot)
-        again = lambda: execute(with_tensors(slots, lambda one: one.tensor()))  # noqa: E731
-        self.operations.append(Operation(again, (), {}, []))
+        self.operations.append(LaunchOperation(execute, slots))
 
     # The end
 
@@ -244,6 +295,7 @@ class Graphs:
         self.streams.forks = self._fork
         self.pools: dict[Any, Pool] = {}
         self.graphs: weakref.WeakSet[CUDAGraph] = weakref.WeakSet()
+        self._kinds: dict[int, OperatorKind] = {}  # by the operators' numbers in Python
         self.CUDAGraph = type("CUDAGraph", (CUDAGraph,), {"_graphs": self})
 
     # Faults
@@ -289,7 +341,7 @@ class Graphs:
 
     @property
     def is_capturing(self) -> bool:
-        return self._captures(self.streams.current)
+        return self.capture is not None and self._captures(self.streams.current)
 
     def _captures(self, stream: Stream) -> bool:
         return self.capture is not None and stream in self.capture.streams
@@ -313,7 +365,7 @@ class Graphs:
     def function(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         """Check a function of PyTorch before it is called."""
         what = captures.read_by_function(func, args)
-        if self.is_capturing:
+        if self.capture is not None and self.is_capturing:
             if what:
                 self._refuse_read(what)
             if captures.makes_from_host(func, args, kwargs):
@@ -339,26 +391,41 @@ class Graphs:
 
     def operator(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Execute an operator of PyTorch."""
-        leaves = tree_leaves((args, kwargs))
-        if any(is_traceable_wrapper_subclass(one) for one in leaves):
+        given = tensors_in((*args, *kwargs.values()))
+        if not all(type(t) in PLAIN for t in given) and any(
+            map(is_traceable_wrapper_subclass, given)
+        ):
             return NotImplemented
-        operands = [t for t in leaves if is_plain(t)]
+        operands = [t for t in given if is_plain(t)]
         device = places.device_of_results(operands, kwargs.get("device"))
         is_of_device = device == places.DEVICE or any(map(places.is_on_device, operands))
         if not is_of_device:
             return func(*args, **kwargs)
-        written = _written(func, args, kwargs)
+        kind = self._kind_of(func)
+        written = _written(func, args, kwargs) if kind.may_write else []
         capture = self.capture if self.is_capturing else None
         if capture is not None:
             self._check_captured(func, args, kwargs)
             result = capture.operator(func, args, kwargs)
         else:
-            reads = [] if _is_view(func) or func.overloadpacket in SHAPES else operands
+            reads = [] if kind.reads_nothing else operands
             numbers = {id(t) for t in written}
             self._check_operands([t for t in reads if id(t) not in numbers], written)
             result = func(*args, **kwargs)
-        self._note_results(func, result, written, device)
+        if not kind.is_view:
+            made = [t for t in tensors_in((result,)) if is_plain(t)]
+            # Only a copy may be from the device to the host.
+            for t in made if kind.is_copy else (*made, *written):
+                places.put(t, device)
+            written += made
+        self._note_written(written)
         return result
+
+    def _kind_of(self, func: Any) -> "OperatorKind":
+        found = self._kinds.get(id(func))
+        if found is None:
+            found = self._kinds[id(func)] = OperatorKind(func)
+        return found
 
     def _check_captured(self, func: Any, args: Any, kwargs: Any) -> None:
         if what := captures.read_by_operator(func, args, kwargs):
@@ -375,17 +442,6 @@ class Graphs:
                     "each replay would draw the same random numbers from this generator; call "
                     "graph.register_generator_state(generator) before the capture",
                 )
-
-    def _note_results(
-        self, func: Any, result: Any, written: list[Tensor], device: torch.device
-    ) -> None:
-        if not _is_view(func):
-            made = [t for t in tree_leaves(result) if is_plain(t)]
-            is_copy = func.overloadpacket is torch.ops.aten.copy_
-            for t in made if is_copy else (*made, *written):
-                places.put(t, device)
-            written += made
-        self._note_written(written)
 
     def _note_written(self, tensors: list[Tensor]) -> None:
         """Note the work of the current stream that writes tensors; a capture writes none."""
@@ -553,10 +609,8 @@ def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
     return [t for t in tree_leaves(found) if is_plain(t)]
 
 
-def _is_view(func: Any) -> bool:
-    """Whether an operator returns parts of its operands, and changes none."""
-    schema = func._schema
-    return not schema.is_mutable and any(one.alias_info is not None for one in schema.returns)
+def _number(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _shown(t: Tensor) -> str:
@@ -628,6 +682,9 @@ class CUDAGraph:
         self.memories = list({id(one): one for one in capture.memories.values()}.values())
         self._is_captured = True
         graphs.graphs.add(self)
+        launches = sum(one.is_launch for one in self.operations)
+        self.counted = CapturedGraph(capture.line, len(self.operations) - launches, launches)
+        graphs.emulator.graphs.append(self.counted)
         if not self.operations:
             warnings.warn(EMPTY_GRAPH, stacklevel=2)
             graphs.note("warning", "empty graph", EMPTY_GRAPH, capture.line)
@@ -688,9 +745,9 @@ class CUDAGraph:
                 graphs.note(
                     "warning",
                     "number in a graph",
-                    f"the graph still computes with {key}={before}, and {step.name} has "
-                    f"{key}={now}; make it a tensor on the device before the capture, and change "
-                    "it in place",
+                    f"the graph still computes with {key}={_number(before)}, and {step.name} has "
+                    f"{key}={_number(now)}; make it a tensor on the device before the capture, "
+                    "and change it in place",
                     line,
                     None if step.line is None else ("captured", step.line),
                     (key, step.name),
@@ -699,6 +756,7 @@ class CUDAGraph:
             for operation in self.operations:
                 operation()
         self.replays += 1
+        self.counted.replays += 1
         self._note_replay(line)
 
     def _check_inputs(self, line: Line) -> None:
@@ -713,9 +771,8 @@ class CUDAGraph:
                 self._graphs.note(
                     "error",
                     "freed input",
-                    f"the graph reads or writes {memory.nbytes:,} bytes that have been freed since "
-                    "the capture; keep the tensor, and change it in place: x.copy_(new), not x = "
-                    "new",
+                    f"the graph uses the memory of {memory.name}, which has been freed since the "
+                    "capture; keep the tensor, and change it in place: x.copy_(new), not x = new",
                     line,
                     earlier,
                 )
@@ -726,7 +783,7 @@ class CUDAGraph:
                 self._graphs.note(
                     "error",
                     "missing wait",
-                    "the graph reads or writes a tensor that another stream may still write; call "
+                    f"the graph uses {memory.name}, which another stream may still write; call "
                     "torch.cuda.current_stream().wait_stream(stream) before the replay",
                     line,
                     earlier,
@@ -778,4 +835,4 @@ class CUDAGraph:
     def debug_dump(self, debug_path: str) -> None:
         """Write the names of the recorded operators."""
         with open(debug_path, "w", encoding="utf-8") as file:
-            file.writelines(f"{one.call}\n" for one in self.operations)
+            file.writelines(f"{one}\n" for one in self.operations)

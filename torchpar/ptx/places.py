@@ -7,8 +7,7 @@ device is there, too.
 """
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -32,8 +31,10 @@ _function = _Function()
 
 def is_on_device(t: Any) -> bool:
     """Whether a tensor would be on the GPU."""
+    if not isinstance(t, Tensor):
+        return False
     try:
-        return isinstance(t, Tensor) and getattr(t.untyped_storage(), MARK, False)
+        return getattr(t.untyped_storage(), MARK, False)
     except (RuntimeError, NotImplementedError):  # sparse tensors, for example, have no storage
         return False
 
@@ -65,12 +66,11 @@ def device_of_results(operands: list[Tensor], device: Any) -> torch.device:
     return DEVICE if device is not None and _function.has_device else HOST
 
 
-@contextmanager
-def in_function(args: tuple[Any, ...]) -> Iterator[None]:
-    """Let the block be that of a function of PyTorch with these arguments."""
-    before = _function.has_device
-    _function.has_device = any(map(is_on_device, args))
-    try:
-        yield
-    finally:
-        _function.has_device = before
+def enter_function(args: Iterable[Any]) -> bool:
+    """Begin a function of PyTorch with these arguments; return what `leave_function` needs."""
+    before, _function.has_device = _function.has_device, any(map(is_on_device, args))
+    return before
+
+
+def leave_function(before: bool) -> None:
+    _function.has_device = before

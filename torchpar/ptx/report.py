@@ -284,11 +284,37 @@ def _place(source: Source) -> str:
 
 
 @dataclass
+class CapturedGraph:
+    """A CUDA graph that the program has captured.
+
+    Attributes:
+        captured: the file and the line where the capture began.
+        operators: of PyTorch, in a replay.
+        launches: of Triton kernels, in a replay.
+    """
+
+    captured: tuple[str, int] | None
+    operators: int
+    launches: int
+    replays: int = 0
+
+    def __str__(self) -> str:
+        numbers = (self.operators, "operator"), (self.launches, "launch"), (self.replays, "replay")
+        endings = {"launch": "es"}
+        words = [f"{n} {word}{endings.get(word, 's') * (n != 1)}" for n, word in numbers]
+        where = ""
+        if self.captured is not None:
+            where = f" captured at {shown_path(self.captured[0])}:{self.captured[1]}"
+        return f"CUDA graph{where}: {', '.join(words)}"
+
+
+@dataclass
 class Report:
-    """What was launched, and what is wrong with it."""
+    """What was launched and captured, and what is wrong with it."""
 
     launches: list[Launch]
     faults: list[Fault]
+    graphs: list[CapturedGraph] = field(default_factory=list)
 
     @property
     def errors(self) -> list[Fault]:
@@ -326,6 +352,7 @@ class Report:
     def __str__(self) -> str:
         lines = [str(launch) for launch in self.launches]
         lines += [f"  {line}" for launch in self.launches for line in launch.printed]
+        lines += map(str, self.graphs)
         lines += map(str, self.in_order())
         return "\n".join([*lines, self.summary])
 
