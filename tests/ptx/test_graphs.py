@@ -4,6 +4,8 @@
 The line with the fault ends in ``# fault``; that of the capture which it names, in ``# captured``.
 """
 
+import copy
+import gc
 import inspect
 
 import pytest
@@ -11,12 +13,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 import torchpar
 from torchpar.ptx import emulate
 from torchpar.ptx.cuda import cuda_is_cpu
-
-RAISES = "operation not permitted when stream is capturing"
 
 
 @triton.jit
@@ -337,6 +338,135 @@ def test_what_a_replay_does_wrong_is_named_at_its_line(case):
         function()
     (fault,) = gpu.faults
     check(fault, function, name)
+
+
+def test_a_capture_leaves_memory_and_random_numbers_as_they_were():
+    """And its results hold no numbers: a GPU computes nothing in a capture."""
+    with emulate() as gpu, cuda_is_cpu(gpu):
+        p = nn.Parameter(torch.ones(4, device="cuda"))
+        p.grad = torch.ones(4, device="cuda")
+        optimizer = torch.optim.AdamW([p], lr=0.5, capturable=True)
+        optimizer.step()
+        before = copy.deepcopy((p, optimizer.state[p], torch.get_rng_state()))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            optimizer.step()
+            noise = torch.rand(4, device="cuda")
+        after = p, optimizer.state[p], torch.get_rng_state()
+        for one, other in zip(tree_leaves(before), tree_leaves(after), strict=True):
+            assert torch.equal(one, other)
+        assert gpu.faults == []
+        assert noise.isnan().all()
+        graph.replay()
+        assert optimizer.state[p]["step"] == 2
+        assert not torch.equal(before[0], p)
+
+
+def test_the_memory_of_a_result_may_outlive_its_graph():
+    with emulate() as gpu, cuda_is_cpu(gpu):
+        x = numbers(1000)
+        graph, out = capture(lambda: x + 1)
+        graph.replay()
+        del graph
+        gc.collect()
+        assert torch.equal(out, x + 1)
+    assert torch.equal(out, x + 1)
+    assert gpu.faults == []
+
+
+def test_two_replays_do_not_change_versions_of_autograd():
+    """As on a GPU: what autograd has saved before is not said to be changed."""
+    with emulate() as gpu, cuda_is_cpu(gpu):
+        x = numbers(4)
+        graph, _ = capture(lambda: x.mul_(2))
+        y = torch.ones(4, device="cuda", requires_grad=True)
+        product, before = (x * y).sum(), x._version
+        graph.replay()
+        assert x._version == before
+        product.backward()
+        assert torch.equal(y.grad, x)
+
+
+MISUSES = {
+    "the default stream": (lambda graph: graph.capture_begin(), "on a non-default stream"),
+    "no capture": (lambda graph: graph.replay(), "without a preceding successful capture"),
+    "no begin": (lambda graph: graph.capture_end(), r"call capture_begin\(\)"),
+    "no pool": (lambda graph: graph.pool(), "has no pool before its capture"),
+    "twice": (lambda graph: (capture_into(graph), capture_into(graph)), "already owns a captured"),
+    "within": (
+        lambda graph: capture_into(graph, torch.cuda.CUDAGraph().capture_begin),
+        "under way",
+    ),
+    "mode": (lambda graph: capture_into(graph, capture_error_mode="none"), "expected one of"),
+}
+
+
+def capture_into(graph, function=lambda: None, **options):
+    x = numbers(4)
+    with torch.cuda.graph(graph, **options):
+        x.add_(1)
+        function()
+
+
+@pytest.mark.parametrize("name", MISUSES)
+def test_what_pytorch_refuses_is_refused(name):
+    call, reason = MISUSES[name]
+    with emulate() as gpu, cuda_is_cpu(gpu), pytest.raises(RuntimeError, match=reason):
+        call(torch.cuda.CUDAGraph())
+
+
+ON_DEVICE = {
+    "a factory": lambda: torch.zeros(4, device="cuda"),
+    "a copy": lambda: torch.zeros(4).cuda(),
+    "to": lambda: torch.zeros(4).to("cuda"),
+    "to another type": lambda: torch.zeros(4).to("cuda", torch.float64),
+    "like another": lambda: torch.zeros(4).to(numbers(4)),
+    "a module": lambda: nn.Linear(2, 2).to("cuda").weight,
+    "a block": lambda: within_a_block(),
+    "a result": lambda: numbers(4) + torch.ones(()),
+    "a view": lambda: numbers(4)[1:],
+    "a gradient": lambda: torch.autograd.grad((x := numbers(4).requires_grad_()).square().sum(), x)[
+        0
+    ],
+    "a deep copy": lambda: copy.deepcopy(numbers(4)),
+    "a function of Python": lambda: nn.functional.one_hot(torch.arange(4, device="cuda"), 4),
+}
+ON_HOST = {
+    "a factory": lambda: torch.zeros(4),
+    "a copy": lambda: numbers(4).cpu(),
+    "to": lambda: numbers(4).to("cpu"),
+    "NumPy": lambda: torch.from_numpy(numbers(4).numpy().copy()),
+    "like another, but there": lambda: torch.zeros_like(numbers(4), device="cpu"),
+}
+
+
+def within_a_block():
+    with torch.device("cuda"):
+        return torch.zeros(4)
+
+
+@pytest.mark.parametrize("name", ON_DEVICE)
+def test_tensors_of_the_device_are_known(name):
+    with emulate() as gpu, cuda_is_cpu(gpu):
+        assert ON_DEVICE[name]().device == torch.device("cuda")
+
+
+@pytest.mark.parametrize("name", ON_HOST)
+def test_tensors_of_the_host_are_known(name):
+    with emulate() as gpu, cuda_is_cpu(gpu):
+        assert ON_HOST[name]().device == torch.device("cpu")
+
+
+def test_a_tensor_of_the_device_shares_no_memory_with_the_host():
+    with emulate() as gpu, cuda_is_cpu(gpu):
+        data = torch.ones(4)
+        x = data.cuda()
+        x.zero_()
+        assert data.sum() == 4
+        x.cpu().fill_(3)
+        assert x.sum() == 0
+        assert x.to("cuda") is x
+        assert x.to("cuda", copy=True) is not x
 
 
 # Right programs

@@ -203,7 +203,8 @@ def test_each_fault_of_graphs_is_explained():
     page = (ROOT / "docs" / "graphs.md").read_text("utf-8")
     table = page.partition("## What is found")[2].partition("\n\nWhat a replay")[0]
     explained = re.findall(r"^\| ([a-z][^|]+) \| [a-z`]", table, re.MULTILINE)[1:]
-    code = (ROOT / "torchpar" / "ptx" / "graphs.py").read_text("utf-8")
+    folder = ROOT / "torchpar" / "ptx"
+    code = "".join((folder / f"{name}.py").read_text("utf-8") for name in ("graphs", "cuda_graph"))
     refused = re.findall(r"""\.refuse\(\s*"([^"]+)",""", code)
     noted = re.findall(r"""note\(\s*"(?:error|warning)",\s*"([^"]+)",""", code)
     assert len(set(refused)) > 4 < len(set(noted))

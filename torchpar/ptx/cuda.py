@@ -79,7 +79,6 @@ INSTEAD: dict[Any, Callable[..., Any]] = {
     torch.Tensor.get_device: lambda t: 0,
     torch.Tensor.pin_memory: _unchanged,
 }
-DEVICE_OF = torch.Tensor.device.__get__
 COPIES = (torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.cuda)
 
 
@@ -96,8 +95,6 @@ class _OnCpu(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in INSTEAD:
             return INSTEAD[func](*args, **kwargs)
-        if func == DEVICE_OF:
-            return places.device_of(args[0], func(*args))
         if func is torch.device:
             return _on_device(func(*args, **kwargs))
         given = {name: _on_device(value) for name, value in kwargs.items()}
@@ -403,7 +400,7 @@ def _grouped(group: Callable[..., Any]) -> Callable[..., Any]:
         first = lists[0][0] if lists and lists[0] else None
         if first is None:
             return found
-        return {(places.device_of(first, key[0]), *key[1:]): one for key, one in found.items()}
+        return {(first.device, *key[1:]): one for key, one in found.items()}
 
     return grouped
 
@@ -430,6 +427,8 @@ def cuda_is_cpu(emulator: Emulator) -> Iterator[None]:
         (torch.cuda, cuda),
         (torch.accelerator, _of_accelerator(cuda)),
         (torch, {"Generator": _Generator, "load": _load_on_cpu(torch.load), **_autocasts()}),
+        # Functions of PyTorch's, within which there is no mode, ask for the device, too.
+        (torch.Tensor, {"device": property(places.device_of)}),
         (torch.Tensor, {"record_stream": lambda t, stream: None}),
         *(
             (module, {GROUPS: _grouped(getattr(module, GROUPS))})

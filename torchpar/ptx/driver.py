@@ -436,7 +436,7 @@ def _live_tensors() -> list[tuple[int, int, Tensor]]:
     objects = gc.get_objects()
     are_tensors = map((Tensor, torch.nn.Parameter).__contains__, map(type, objects))
     for one in compress(objects, are_tensors):
-        if one.device.type != "cpu":
+        if not one.is_cpu:
             continue
         try:
             start, nbytes = storage_of(one)
@@ -847,7 +847,7 @@ def _has_kernel_in_python(func: Any, args: Sequence[Any], kwargs: dict[str, Any]
 def is_plain(t: Any) -> bool:
     """Whether ``t`` is a tensor with memory on the CPU: not sparse, fake, or autograd's zero."""
     is_tensor = type(t) in (Tensor, torch.nn.Parameter)
-    is_strided = is_tensor and t.layout == torch.strided and t.device.type == "cpu"
+    is_strided = is_tensor and t.layout == torch.strided and t.is_cpu
     return is_strided and not t._is_zerotensor()
 
 

@@ -16,6 +16,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 ROUNDED = 512  # bytes, to a multiple of which an allocation on a GPU is rounded
 NO_NUMBER = b"\xc7\xa3\xd5\xff"  # a NaN of float32, of bfloat16 and, twice, of float64
 
+REPLAYED = "torchpar_replayed"  # of a storage: the last replay that used it
+WRITTEN = "torchpar_written"  # of a storage: the last work that wrote it
+
 Line = tuple[str, int] | None  # a file and a line of it
 
 
@@ -171,3 +174,7 @@ class Pool:
             if any(one.graph is graph for one in block.held):
                 for one in block.held:
                     one.overwritten = None if one.graph is graph else line
+
+
+def shown(t: Tensor) -> str:
+    return f"a tensor of {str(t.dtype).removeprefix('torch.')} {list(t.shape)}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Where tensors on the CPU would be if there were a GPU: on the host or on the device.
+"""Places of tensors on the CPU: where they would be if there were a GPU, on the host or the device.
 
 The device is "cpu:0" to PyTorch, which is another name of the CPU. Its tensors are on "cpu", so
 that a mark on their storage says where they are. What an operator computes from a tensor on the
@@ -49,9 +49,14 @@ def put(t: Any, device: torch.device | None) -> None:
         return
 
 
-def device_of(t: Tensor, device: torch.device) -> torch.device:
+def device_of(t: Tensor) -> torch.device:
     """Return the device of a tensor; of one that is on the CPU to PyTorch, where it would be."""
-    return DEVICE if device == HOST and is_on_device(t) else device
+    with torch._C.DisableTorchFunction():
+        device: torch.device = OF_PYTORCH(t)
+        return DEVICE if device == HOST and is_on_device(t) else device
+
+
+OF_PYTORCH: Any = torch._C.TensorBase.device.__get__
 
 
 def device_of_results(operands: list[Tensor], device: Any) -> torch.device:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a GPU forbids while a CUDA graph is captured: reading values back, and waiting.
+"""Rules of a capture of a CUDA graph: a GPU forbids to read values back, and to wait.
 
 Each rule returns words on what the program does, or "" if that is allowed.
 """
