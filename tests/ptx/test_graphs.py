@@ -227,6 +227,16 @@ def read_too_early():
     assert out.isnan().all()  # fault
 
 
+def second_graph_first():
+    x = numbers(4)
+    one, two = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(one):
+        hidden = x.exp()  # captured
+    with torch.cuda.graph(two, pool=one.pool()):
+        hidden.log()
+    two.replay()  # fault
+
+
 def state_without_warm_up():
     p = nn.Parameter(numbers(4))
     optimizer = torch.optim.SGD([p], lr=0.1, momentum=0.9)
@@ -294,6 +304,7 @@ WRONG = {
     "p.data = new": (replaced_parameter, "freed input"),
     "lr": (rate_of_python, "number in a graph"),
     "too early": (read_too_early, "result before a replay"),
+    "two graphs": (second_graph_first, "result before a replay"),
     "momentum": (state_without_warm_up, "state made in a capture"),
     "reset": (read_after_reset, "result of a reset graph"),
     "pool": (shared_pool, "overwritten result"),
@@ -396,6 +407,10 @@ MISUSES = {
     "within": (
         lambda graph: capture_into(graph, torch.cuda.CUDAGraph().capture_begin),
         "under way",
+    ),
+    "a host's generator": (
+        lambda graph: numbers(4).normal_(generator=torch.Generator()),
+        "Expected a 'cuda' device type for generator but found 'cpu'",
     ),
     "mode": (lambda graph: capture_into(graph, capture_error_mode="none"), "expected one of"),
 }

@@ -37,7 +37,7 @@ READING_FUNCTIONS = {
 }
 # Operators that do, also where another function of PyTorch or autograd calls them.
 READING_OPERATORS = {
-    "_local_scalar_dense": "a read of a number",
+    "_local_scalar_dense": "a function of PyTorch, which takes a number from a tensor,",
     "item": ".item()",
     "is_nonzero": "bool(tensor)",
     "equal": "torch.equal",

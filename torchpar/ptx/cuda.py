@@ -103,6 +103,7 @@ class _OnCpu(TorchFunctionMode):
             _check_index(given["device"])
             given["device"] = places.DEVICE
         args = tuple(map(_on_device, args))
+        _check_generator(args, given)
         self.graphs.function(func, args, given)
         if func in COPIES:
             return self._copy(func, args, given)
@@ -185,6 +186,18 @@ class _Generator(torch.Generator):
 
     def __init__(self, device: Any = "cpu"):
         self.is_on_device = _on_device(device) == places.DEVICE
+
+
+def _check_generator(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse to draw random numbers of the device from a generator of the host, as PyTorch does."""
+    generator = kwargs.get("generator")
+    if not isinstance(generator, _Generator) or generator.is_on_device:
+        return
+    if kwargs.get("device") == places.DEVICE or any(map(places.is_on_device, args[:1])):
+        raise RuntimeError(
+            "Expected a 'cuda' device type for generator but found 'cpu'; make it by "
+            "torch.Generator(device='cuda')"
+        )
 
 
 def _always(value: Any) -> Callable[..., Any]:

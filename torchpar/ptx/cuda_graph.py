@@ -137,6 +137,11 @@ class CUDAGraph:
             if memory is not None and memory.graph is self:
                 self._gradients.append((reference, memory))
 
+    @property
+    def waits(self) -> bool:
+        """Whether the graph was captured, and no replay has computed its results."""
+        return self._is_captured and self.replays == 0
+
     def instantiate(self) -> None: ...
 
     def replay(self) -> None:
@@ -173,9 +178,20 @@ class CUDAGraph:
         """Check that what the graph uses outside of its pool is there, and written."""
         streams = self._graphs.streams
         for memory in self.memories:
-            if memory.graph is not None or memory.is_kept:
-                continue
             earlier = None if memory.read is None else ("captured", memory.read)
+            if memory.graph is not None:
+                if memory.graph is not self and memory.graph.waits:
+                    self._graphs.note(
+                        "error",
+                        "result before a replay",
+                        "the graph uses a result of another graph that has no values yet: a "
+                        "capture computes nothing; replay the other graph first",
+                        line,
+                        earlier,
+                    )
+                continue
+            if memory.is_kept:
+                continue
             storage = memory.storage()
             if storage is None:
                 self._graphs.note(

@@ -245,7 +245,7 @@ class Graphs:
                 user_line(),
                 earlier,
             )
-        elif not graph.replays and self.capture is None:
+        elif graph.waits and self.capture is None:
             self.note(
                 "error",
                 "result before a replay",
