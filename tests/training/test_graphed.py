@@ -15,6 +15,7 @@ from torch.nn.utils import clip_grad_norm_
 from torchpar.data import Samples
 from torchpar.errors import ConfigError
 from torchpar.nn import MLP
+from torchpar.parallel import join_world
 from torchpar.ptx import emulate
 from torchpar.ptx.cuda import cuda_is_cpu
 from torchpar.training import (
@@ -40,13 +41,13 @@ OPTIMIZERS = {
 }
 
 
-def batches() -> list[tuple[Tensor, Tensor]]:
+def batches(device: str = "cuda") -> list[tuple[Tensor, Tensor]]:
     """The batches of an epoch."""
     generator = torch.Generator().manual_seed(1)
     return [
         (
-            torch.randn(size, SIZES[0], generator=generator),
-            torch.randint(SIZES[-1], (size,), generator=generator),
+            torch.randn(size, SIZES[0], generator=generator).to(device),
+            torch.randint(SIZES[-1], (size,), generator=generator).to(device),
         )
         for size in [BATCH] * STEPS + [LAST]
     ]
@@ -161,6 +162,7 @@ def test_a_rate_that_is_the_users_tensor_is_left_to_the_user(gpu):
 
 
 def test_inputs_and_outputs_may_be_nested(gpu):
+    """The inputs may be on the host, too."""
     training = Training()
 
     def step(batch: dict[str, object], *, scale: float) -> dict[str, object]:
@@ -169,9 +171,10 @@ def test_inputs_and_outputs_may_be_nested(gpu):
 
     plain = Training()
     taken = graphed(step, training.optimizer)
-    for x, labels in batches()[:STEPS]:
-        expected = plain.step(x, labels).detach()
-        found = taken({"of": (x, labels)}, scale=2.0)
+    pairs = zip(batches()[:STEPS], batches("cpu"), strict=False)
+    for on_gpu, on_host in pairs:
+        expected = plain.step(*on_gpu).detach()
+        found = taken({"of": on_host}, scale=2.0)
         assert torch.equal(found["loss"], expected)
         assert torch.equal(found["parts"][0], 2 * expected)
         assert found["parts"][1] is None
@@ -206,7 +209,7 @@ def test_a_step_that_reads_back_is_refused_in_one_line():
 
 @pytest.mark.parametrize("flags", ["", "--optimizer sgd --clip 1 --weight-decay 0"])
 def test_the_lesson_trains_as_without_a_graph(gpu, monkeypatch, flags):
-    """`train_ddp.py`, at a rate that float32 holds; DistributedDataParallel averages in its step."""
+    """The rate is one that float32 holds. DistributedDataParallel averages in the step."""
     small = "--epochs 2 --samples 840 --batch-size 64 --hidden 8 --lr 0.25 --schedule constant"
     trained: list[Run] = []
 
@@ -231,7 +234,7 @@ def test_the_lesson_trains_as_without_a_graph(gpu, monkeypatch, flags):
         assert torch.equal(mine, theirs) or "muon" not in flags
 
 
-def test_a_run_with_a_graph_is_saved_in_any_step(gpu, world, tmp_path):
+def test_a_run_with_a_graph_is_saved_in_any_step(gpu, tmp_path):
     """A step whose gradients stay is a step all the same, and is not waited for."""
 
     def train(folder: Path, stop_after: int = 0) -> Run:
@@ -239,7 +242,7 @@ def test_a_run_with_a_graph_is_saved_in_any_step(gpu, world, tmp_path):
         generator = torch.Generator().manual_seed(1)
         features = torch.randn(2 * BATCH * STEPS, SIZES[0], generator=generator)
         labels = torch.randint(SIZES[-1], (len(features),), generator=generator)
-        samples = Samples(features, labels, tuple("abcd"))
+        samples = Samples(features, labels, tuple("abcd")).to("cuda")
 
         def step(x: Tensor, labels: Tensor, global_size: int) -> Tensor:
             training.optimizer.zero_grad()
@@ -250,9 +253,15 @@ def test_a_run_with_a_graph_is_saved_in_any_step(gpu, world, tmp_path):
 
         taken = graphed(step, training.optimizer)
         task = Classification(samples, samples[:BATCH], BATCH)
-        parts = training.model, training.optimizer, None, world, task
-        number = 0
-        with Run(*parts, epochs=1, checkpoint=CheckpointConfig(folder, every=100)) as run:
+        number, checkpoint = 0, CheckpointConfig(folder, every=100)
+        with (
+            join_world("cuda") as world,
+            Run(
+                *(training.model, training.optimizer, None, world, task),
+                epochs=1,
+                checkpoint=checkpoint,
+            ) as run,
+        ):
             run.resume()
             for epoch in run.epochs():
                 for batch in run.batches(epoch):
@@ -268,7 +277,8 @@ def test_a_run_with_a_graph_is_saved_in_any_step(gpu, world, tmp_path):
     assert count_replays(whole.state.optimizer) == 2 * STEPS - WARMUP
     with pytest.raises(Stopped):
         train(tmp_path / "stopped", stop_after=STEPS)
-    assert (tmp_path / "stopped" / "latest").read_text() == f"step-{STEPS}\n"
+    # The ranks agree to stop in the next step.
+    assert (tmp_path / "stopped" / "latest").read_text() == f"step-{STEPS + 1}\n"
     resumed = train(tmp_path / "stopped")
     pairs = zip(whole.state.model.parameters(), resumed.state.model.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)

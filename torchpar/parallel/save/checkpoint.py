@@ -41,6 +41,7 @@ from torchpar.parallel.launch.world import World
 
 T = TypeVar("T")
 MANIFEST = "manifest.json"
+COPY_AHEAD = 10_000_000  # bytes of a GPU's tensors, as PyTorch has it by default
 _UNSIGNED = "0" * 64  # in place of the manifest's SHA-256 while this is computed
 # The classes in torch.distributed.checkpoint's metadata of tensors. BytesStorageMetadata, for other
 # objects, is left out, because PyTorch would unpickle those objects without an allow-list.
@@ -212,7 +213,10 @@ class Checkpoints:
         unfinished = path.with_suffix(".tmp")
         try:
             self._on_rank_0(lambda: self._make_folder(unfinished))
-            writer = _Writer(unfinished, sync_files=True)
+            # Only a GPU's tensors are copied ahead.
+            from_gpu = any(t.device.type == "cuda" for t in tensors.values())
+            ahead = COPY_AHEAD if from_gpu else 0
+            writer = _Writer(unfinished, sync_files=True, per_thread_copy_ahead=ahead)
             save(dict(tensors), storage_writer=writer, process_group=self._group)
             self._on_rank_0(lambda: self._publish(unfinished, path, state))
         except (CheckpointException, Exception) as e:  # the first is a BaseException
