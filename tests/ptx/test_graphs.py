@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import torchpar
-from torchpar.ptx import emulate
+from torchpar.ptx import emulate, places
 from torchpar.ptx.cuda import cuda_is_cpu
 
 
@@ -197,6 +197,15 @@ def gradients_made_anew():
     graph.replay()  # fault
 
 
+def rebound_labels():
+    """Labels that have been freed are zeros: there is another class on a GPU, or a crash."""
+    x, y = numbers(4, 3), torch.tensor([2, 1, 0, 2], device="cuda")
+    graph, _ = capture(lambda: nn.functional.cross_entropy(x, y))  # captured
+    y = torch.tensor([1, 1, 0, 2], device="cuda")
+    graph.replay()  # fault
+    return y
+
+
 def replaced_parameter():
     model = nn.Linear(4, 1, bias=False).cuda()
     x = numbers(2, 4)
@@ -299,6 +308,7 @@ def nothing():
 
 WRONG = {
     "x = new": (rebound_input, "freed input"),
+    "y = new": (rebound_labels, "freed input"),
     "grad = None": (freed_gradients, "freed input"),
     "grad of the graph": (gradients_made_anew, "replaced gradient"),
     "p.data = new": (replaced_parameter, "freed input"),
@@ -472,6 +482,16 @@ def test_tensors_of_the_host_are_known(name):
         assert ON_HOST[name]().device == torch.device("cpu")
 
 
+def test_what_no_function_of_pytorch_has_called_is_on_the_device():
+    """Such as what DistributedDataParallel allocates in C++; a function has what it was given."""
+    plain = torch.device("cpu")
+    assert places.device_of_results([], plain) == places.DEVICE
+    before = places.enter_function([torch.ones(2)])
+    assert places.device_of_results([], plain) == places.HOST
+    places.leave_function(before)
+    assert places.device_of_results([], plain) == places.DEVICE
+
+
 def test_a_tensor_of_the_device_shares_no_memory_with_the_host():
     with emulate() as gpu, cuda_is_cpu(gpu):
         data = torch.ones(4)
@@ -598,6 +618,18 @@ def partial(is_graphed):
         optimizer.step()
         losses.append(loss.item())
     return losses, {str(n): one.weight for n, one in enumerate(parts)}
+
+
+def positions_from_forward(is_graphed):
+    """The capture of the backward pass runs on positions that the forward pass has found."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(2, 3, 3), nn.MaxPool1d(2)).cuda()
+    called = model
+    if is_graphed:
+        called = torch.cuda.make_graphed_callables(model, (numbers(4, 2, 9),))
+    torch.manual_seed(1)
+    called(numbers(4, 2, 9)).square().sum().backward()
+    return [], {name: p.grad for name, p in model.named_parameters()}
 
 
 def mixed_precision(is_graphed):
@@ -765,7 +797,7 @@ def streams_and_host(is_graphed):
 
 RIGHT = (
     *(whole_network, capturable_with_scheduler, own_operators, partial, mixed_precision),
-    *(shared_by_two, own_kernel, random_numbers, streams_and_host),
+    *(shared_by_two, own_kernel, random_numbers, streams_and_host, positions_from_forward),
 )
 
 

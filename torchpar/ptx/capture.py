@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from torchpar.ptx import capture_rules, places
 from torchpar.ptx.driver import EMPTY, is_plain
-from torchpar.ptx.graph_memory import Line, Memory, Pool, Slot, memory_of, shown
+from torchpar.ptx.graph_memory import Line, Memory, Pool, Slot, memory_of
 from torchpar.ptx.operations import LaunchOperation, Operation, with_tensors, written_by
 from torchpar.ptx.steps import Step
 from torchpar.ptx.streams import Stream
@@ -73,8 +73,7 @@ class Capture:
         storage = t.untyped_storage()
         found = memory_of(t) or self.memories.get(storage._cdata)
         if found is None or not found.is_memory_of(storage):
-            found = Memory(storage, user_line(), keep=False)
-            found.name = shown(t)
+            found = Memory(t, user_line(), keep=False)
         self.memories[storage._cdata] = found
         return found
 
@@ -101,7 +100,7 @@ class Capture:
             if number in given or memory_of(value) or not storage.nbytes():
                 return value
             if number not in made:
-                memory = Memory(storage, user_line(), graph=self.graph)
+                memory = Memory(value, user_line(), graph=self.graph)
                 made[number] = memory.given_out()
                 self.pool.place(memory)
                 self.memories[made[number]._cdata] = memory

@@ -29,8 +29,11 @@ def bytes_at(address: int, nbytes: int, owner: Any = None) -> Tensor:
     return torch.frombuffer(raw, dtype=torch.uint8)
 
 
-def poison(content: Tensor) -> None:
-    """Fill bytes with what is no number."""
+def poison(content: Tensor, dtype: torch.dtype) -> None:
+    """Fill bytes with what is no number; those of integers, which may be indices, with zeros."""
+    if not (dtype.is_floating_point or dtype.is_complex):
+        content.zero_()
+        return
     pattern = torch.frombuffer(bytearray(NO_NUMBER * 2), dtype=torch.uint8)
     content.copy_(pattern.repeat(-(-content.numel() // 8))[: content.numel()])
 
@@ -47,11 +50,12 @@ class Memory:
         read: the first line of the capture that uses it.
         is_kept: whether the graph keeps it alive.
         overwritten: the line of the replay of another graph that has used the memory since.
-        name: of a tensor outside of the pools.
+        name: of the first tensor in it.
     """
 
-    def __init__(self, storage: Any, line: Line, *, keep: bool = True, graph: Any = None):
-        self.address, self.nbytes = storage.data_ptr(), storage.nbytes()
+    def __init__(self, t: Tensor, line: Line, *, keep: bool = True, graph: Any = None):
+        storage = t.untyped_storage()
+        self.address, self.nbytes, self.dtype = storage.data_ptr(), storage.nbytes(), t.dtype
         self.content = bytes_at(self.address, self.nbytes, storage if keep else None)
         self.graph, self.is_kept = graph, keep
         self.made = self.read = line
@@ -59,7 +63,7 @@ class Memory:
         self.before: Tensor | None = None
         self.captured: Tensor | None = None
         self.overwritten: Line = None
-        self.name = ""
+        self.name = shown(t)
 
     def given_out(self) -> Any:
         """Return another storage with this memory, whose end can be seen."""
@@ -92,7 +96,7 @@ class Memory:
     def hide(self) -> None:
         """Keep what the capture has computed for other captures, and let nobody else see it."""
         self.captured = self.content.clone()
-        poison(self.content)
+        poison(self.content, self.dtype)
 
     def show(self) -> None:
         """Show what the capture has computed, on which the operators of another one depend."""
@@ -106,7 +110,7 @@ class Memory:
     def replace(self) -> None:
         """Take other memory, because this has been freed; what it holds is no number."""
         self.content, self.is_kept = torch.empty(self.nbytes, dtype=torch.uint8), True
-        poison(self.content)
+        poison(self.content, self.dtype)
 
 
 OF_GRAPH = "torchpar_memory"
