@@ -196,7 +196,9 @@ def register_shared_memory_hook(replica: DistributedDataParallel, world: World) 
         done.set_result(gradients)
         return done
 
-    if world.device.type == "cpu" and group.size() > 1:
+    # Of an emulated GPU, too, messages go between the devices: a CUDA graph holds them.
+    is_on_gpu = any(p.is_cuda for p in replica.parameters())
+    if world.device.type == "cpu" and not is_on_gpu and group.size() > 1:
         replica.register_comm_hook(None, average)
         # PyTorch does not tell a hook what `join` was asked for, nor that this rank has joined.
         replica.join_hook = MethodType(partial(_join_hook, divisor), replica)  # type: ignore[method-assign]
