@@ -321,3 +321,26 @@ def test_wrong_arguments_are_named(change, named):
     optimizer = torch.optim.SGD(torch.nn.Linear(3, 2).parameters(), LR)
     with pytest.raises(ConfigError, match=named):
         graphed(lambda: None, **{"optimizer": optimizer, **change})
+
+
+@pytest.mark.slow
+def test_train_fast_shows_what_a_graph_gains():
+    with emulate() as gpu, cuda_is_cpu(gpu):
+        code, out, err = lesson(
+            "train_fast",
+            *"--epochs 1 --samples 500 --batch-size 64 --hidden 8 --optimizer sgd".split(),
+        )
+    assert (code, gpu.faults) == (0, []), err
+    assert "CUDA graph of DistributedDataParallel" in out
+    assert "training with CUDA graph of gradients by hand" in out
+
+
+@pytest.mark.slow
+def test_ways_to_launch_a_step_on_a_gpu_are_compared(capsys):
+    from benchmarks import train
+
+    with emulate() as gpu, cuda_is_cpu(gpu):
+        assert train.main(["--device", "cuda", "--quick"]) == 0  # each loss is right
+    assert gpu.faults == []
+    printed = capsys.readouterr().out
+    assert all(way in printed for way in (train.PLAIN, train.CALLABLES, train.GRAPH))
