@@ -325,11 +325,9 @@ def test_wrong_arguments_are_named(change, named):
 
 @pytest.mark.slow
 def test_train_fast_shows_what_a_graph_gains():
+    small = "--epochs 1 --samples 500 --batch-size 64 --hidden 8 --optimizer sgd"
     with emulate() as gpu, cuda_is_cpu(gpu):
-        code, out, err = lesson(
-            "train_fast",
-            *"--epochs 1 --samples 500 --batch-size 64 --hidden 8 --optimizer sgd".split(),
-        )
+        code, out, err = lesson("train_fast", *small.split())
     assert (code, gpu.faults) == (0, []), err
     assert "CUDA graph of DistributedDataParallel" in out
     assert "training with CUDA graph of gradients by hand" in out
