@@ -18,7 +18,7 @@ pytest.importorskip("tyro", reason="tyro reads the flags")
 import train_ddp
 
 ROOMS = tuple(str(ROOT / name) for name in ("examples", "torchpar"))
-MOST_FILES = 30
+MOST_FILES = 32
 # From the lesson to the line: its loop, the run, the log, the console.
 LINE = ["console.py", "session.py", "run.py", "train_ddp.py"]
 
@@ -55,7 +55,10 @@ def test_a_run_enters_few_files_and_its_line_is_near_its_loop(tmp_path, monkeypa
     monkeypatch.setattr(train_ddp, "main", main)
     root = fashion_mnist(tmp_path, train=100, test=50)
     data = ["--dataset", "fashion-mnist", "--data", str(root), "--device", "cpu"]
-    code, _, err = lesson("train_ddp", *data, "--dry-run", "--batch-size", "10")
-    assert code == 0, err
+    for _ in range(2):  # in the first run, files of what is done once a process are entered, too
+        entered.clear()
+        above_line.clear()
+        code, _, err = lesson("train_ddp", *data, "--dry-run", "--batch-size", "10")
+        assert code == 0, err
     assert len(entered) <= MOST_FILES, sorted(path.name for path in entered)
     assert [path.name for path in above_line] == LINE
