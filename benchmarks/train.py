@@ -487,7 +487,7 @@ def contestants(
 
 def contestants_on_gpu(inputs: Inputs, compiled: bool = True) -> Iterator[Contestant]:
     """Yield the ways to launch a step on a GPU; without ``compiled`` less torch.compile."""
-    for way in (PLAIN, *(COMPILED if compiled else ()), CALLABLES, GRAPH):
+    for way in (PLAIN, CALLABLES, GRAPH, *(COMPILED if compiled else ())):
         train = by_gpu(inputs.training, way)
         epoch = partial(_epoch, train, inputs)
         turn = epoch_turn(inputs, inputs.order, epoch, warmup=WARMUP + 1)

@@ -18,6 +18,7 @@ of two linear functions.
 Without torchrun, ``python examples/train_ddp.py`` is one process with all threads.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -78,7 +79,7 @@ def main(flags: Flags) -> None:
         torch.manual_seed(flags.seed)  # the same weights on every rank
         model = MLP(flags.layer_sizes(train), flags.activation).to(world.device)
         # Its forward pass is the model's. Its backward pass averages the gradients over the ranks.
-        with side_stream(flags.graph):
+        with side_stream() if flags.graph else nullcontext():
             ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
         register_shared_memory_hook(ddp, world)  # faster than gloo between the CPUs of one machine
         if flags.compile:

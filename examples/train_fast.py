@@ -18,6 +18,7 @@ last one:
 """
 
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, islice
@@ -99,7 +100,7 @@ class Trainer:
         if way.endswith("gradients by hand"):
             self.fused = FusedGradients(self.model, world, flags.label_smoothing)
             return
-        with side_stream():
+        with side_stream() if way.startswith(GRAPH_OF) else nullcontext():
             self.replica = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
         if way == "shared memory":
             register_shared_memory_hook(self.replica, world)
@@ -142,11 +143,12 @@ def compare(flags: Flags, world: World, train: Samples, ways: list[str]) -> list
     shares = {way: cycle(batches()) for way in ways}
     # Kernels are compiled, the wrapper sets itself up, and graphs are captured.
     for way, trainer in trainers.items():
-        for batch in islice(shares[way], WARMUP):
+        batch = next(batches())
+        for _ in range(WARMUP):
             trainer.step(*batch)
         if way.startswith(GRAPH_OF):
             eager = Trainer(flags, world, train, way, captures=False)
-            for batch in islice(cycle(batches()), WARMUP):
+            for _ in range(WARMUP):
                 eager.step(*batch)
             check_graph(way, trainer, eager)
     times: dict[str, list[float]] = {way: [] for way in ways}

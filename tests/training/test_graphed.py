@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Steps that a CUDA graph replays beside eager ones, on a GPU for which the CPU stands in."""
 
+import copy
 import signal
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -183,6 +186,134 @@ def test_inputs_and_outputs_may_be_nested(gpu):
     assert count_replays(training.optimizer) == STEPS - WARMUP
 
 
+def train(training: Training, step: Callable[..., object], count: int = STEPS) -> None:
+    for batch in batches()[:count]:
+        step(*batch)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_state_that_is_loaded_is_followed(gpu, when):
+    """The groups and the state are other objects then."""
+    weights = []
+    for graph in (False, True):
+        training = Training("adamw")
+        step = graphed(training.step, training.optimizer) if graph else training.step
+        if when == "after":
+            train(training, step)
+        training.optimizer.load_state_dict(copy.deepcopy(training.optimizer.state_dict()))
+        for rate in (LR / 16, LR / 32):
+            training.optimizer.param_groups[0]["lr"] = rate
+            train(training, step)
+        weights.append(training.weights())
+    assert torch.allclose(*weights, rtol=0, atol=1e-6)  # of rates that are rounded to float32
+    assert count_replays(training.optimizer) > 0
+
+
+def test_the_last_batch_of_an_epoch_is_never_captured(gpu):
+    training = Training()
+    step = graphed(training.step, training.optimizer)
+    for _ in range(3 * WARMUP):
+        for batch in batches():
+            step(*batch)
+    assert count_replays(training.optimizer) == 3 * WARMUP * STEPS - WARMUP
+    assert len(gpu.graphs) == 1
+
+
+def test_gradients_and_running_statistics_are_those_of_the_last_call(gpu):
+    """An eager call makes other gradients, and a capture computes none."""
+    found = []
+    for graph in (False, True):
+        training = Training()
+        training.model = torch.nn.Sequential(torch.nn.BatchNorm1d(12), training.model)
+
+        def step(x: Tensor, labels: Tensor, training: Training = training) -> None:
+            training.optimizer.zero_grad()
+            cross_entropy(training.model(x), labels).backward()
+            training.optimizer.step()
+
+        taken = graphed(step, training.optimizer) if graph else step
+        sums = []
+        for batch in batches() * 2:
+            taken(*batch)
+            sums += [p.grad.clone() for p in training.model[1].parameters()]
+        found.append((sums, training.model[0].running_mean))
+    assert all(map(torch.equal, found[0][0], found[1][0]))
+    assert torch.equal(found[0][1], found[1][1])
+
+
+class CountsOnHost(torch.optim.SGD):
+    """Steps with a rate that falls with a number of Python."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                state["n"] = state.get("n", 0) + 1
+                p.data.sub_(p.grad * group["lr"] / state["n"])
+
+
+def moves_rate(training: Training, x: Tensor, labels: Tensor) -> None:
+    training.step(x, labels)
+    training.optimizer.param_groups[0]["lr"] *= 0.5
+
+
+def forgets_step(training: Training, x: Tensor, labels: Tensor) -> None:
+    cross_entropy(training.model(x), labels).backward()
+
+
+def counts(training: Training, x: Tensor, labels: Tensor) -> None:
+    training.optimizer = training.counting
+    training.step(x, labels)
+
+
+@pytest.mark.parametrize(
+    "step, said",
+    [
+        (moves_rate, "call the scheduler after the step"),
+        (forgets_step, r"does not call optimizer\.step\(\)"),
+        (counts, "counts its n on the host"),
+        (lambda training, *batch: object(), "takes or returns a object"),
+    ],
+)
+def test_steps_that_a_graph_would_get_wrong_are_refused(gpu, step, said):
+    training = Training()
+    training.counting = CountsOnHost(training.model.parameters(), LR)
+    optimizers = [training.counting if step is counts else training.optimizer]
+    taken = graphed(partial(step, training), optimizers)
+    with pytest.raises(ConfigError, match=said):
+        train(training, taken)
+
+
+def test_a_step_may_ask_for_the_gradient_of_its_copy_of_an_input(gpu):
+    training = Training()
+
+    def step(x: Tensor, labels: Tensor) -> Tensor:
+        training.step(x.requires_grad_(), labels)
+        return x.grad
+
+    taken = graphed(step, training.optimizer)
+    for x, labels in batches()[:STEPS]:
+        assert taken(x, labels).shape == x.shape
+        assert not x.requires_grad
+    assert count_replays(training.optimizer) == STEPS - WARMUP
+    with pytest.raises(ConfigError, match="an input of the step requires a gradient"):
+        taken(x.requires_grad_(), labels)
+
+
+def test_a_momentum_that_changes_in_each_step_is_warned_of(gpu):
+    training = Training()
+    step = graphed(training.step, training.optimizer)
+
+    def cycle() -> None:
+        for number in range(41):
+            training.optimizer.param_groups[0]["momentum"] = number / 64
+            step(*batches()[0])
+
+    with pytest.warns(UserWarning, match="momentum under OneCycleLR"):
+        cycle()
+    assert count_replays(training.optimizer) == 0
+
+
 def test_dropout_draws_anew_in_each_replay(gpu):
     training = Training()
 
@@ -313,6 +444,7 @@ def test_on_a_cpu_it_is_the_step_itself():
     [
         ({"optimizer": None}, "optimizer is None, expected"),
         ({"optimizer": []}, r"optimizer is \[\], expected"),
+        ({"optimizer": torch.optim.SGD([{"params": []}])}, "the optimizer has no parameters"),
         ({"warmup": 0}, "warmup is 0, expected a whole number from 1 on"),
         ({"warmup": 2.0}, r"warmup is 2\.0, expected"),
     ],

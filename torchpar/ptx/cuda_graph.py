@@ -70,6 +70,7 @@ class CUDAGraph:
         with graphs.unwatched():
             graphs.show_captured(True)
         self._pool = graphs.pool(pool)
+        self._handled = sys.exc_info()[1]  # an error that the program is handling anyway
         graphs.capture = Capture(graphs, self, self._pool, user_line())
 
     def capture_end(self) -> None:
@@ -81,7 +82,7 @@ class CUDAGraph:
         with graphs.unwatched():
             capture.end()
             graphs.show_captured(False)
-        if sys.exc_info()[0] is not None:  # the program is leaving the capture by an error
+        if sys.exc_info()[1] is not self._handled:  # the program leaves the capture by an error
             return
         if capture.has_failed:
             raise RuntimeError(

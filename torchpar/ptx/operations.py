@@ -17,6 +17,8 @@ SHAPES = {*EMPTY, *(getattr(torch.ops.aten, f"{one}_like") for one in ("zeros", 
 SHAPES |= {getattr(torch.ops.aten, f"{one}_like") for one in ("rand", "randn", "randint")}
 SHAPES |= {getattr(torch.ops.aten, f"new_{one}") for one in ("zeros", "ones", "full")}
 
+BATCH_NORMS = {torch.ops.aten.native_batch_norm, torch.ops.aten.cudnn_batch_norm}
+
 
 class OperatorKind:
     """What an operator does, by its schema.
@@ -29,7 +31,7 @@ class OperatorKind:
     def __init__(self, func: Any):
         schema, self.func = func._schema, func
         self.is_copy = func.overloadpacket is torch.ops.aten.copy_
-        self.may_write = schema.is_mutable or func.namespace == "c10d"
+        self.may_write = schema.is_mutable or _writes_secretly(func)
         aliases = any(one.alias_info is not None for one in schema.returns)
         self.is_view = aliases and not schema.is_mutable
         self.reads_nothing = self.is_view or func.overloadpacket in SHAPES
@@ -47,10 +49,18 @@ def tensors_in(values: Iterable[Any]) -> list[Tensor]:
 
 
 def written_by(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
-    """Return the operands that an operator writes; those of collectives do not say so."""
-    is_collective = func.namespace == "c10d"
-    found = (args, kwargs) if is_collective else changed(func._schema, args, kwargs)
+    """Return the operands that an operator writes, also where its schema does not say so."""
+    if func.overloadpacket in BATCH_NORMS:
+        found = args[3:5]  # the running mean and variance
+    elif func.namespace == "c10d":
+        found = (args, kwargs)
+    else:
+        found = changed(func._schema, args, kwargs)
     return [t for t in tree_leaves(found) if is_plain(t)]
+
+
+def _writes_secretly(func: Any) -> bool:
+    return func.namespace == "c10d" or func.overloadpacket in BATCH_NORMS
 
 
 class Operation:

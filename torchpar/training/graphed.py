@@ -13,13 +13,17 @@
         loss = step(x, labels)
         lr_scheduler.step()
 
-A step of a small network is hundreds of short kernels, each of which the host launches in more time
-than it runs. A replay launches all of them at once.
+A step of a small network is hundreds of short kernels. To launch one takes the host longer than the
+GPU needs to run it. A replay launches all of them at once.
 """
 
+import copy
+import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -30,11 +34,16 @@ from torch.optim import Optimizer
 
 from torchpar.errors import ConfigError, first_line
 from torchpar.optim import ChainedOptimizer
+from torchpar.parallel.launch.world import hold_communicators
 
 T = TypeVar("T")
-# The calls before a capture. Until the 11th, DistributedDataParallel times its steps by events,
-# which no capture may hold (PyTorch's notes on CUDA graphs).
+# Eager calls before a capture. In its first ten steps, and in each hundredth,
+# DistributedDataParallel records events to time them, which a capture must not do (PyTorch's notes
+# on CUDA graphs).
 WARMUP, WARMUP_DDP = 3, 11
+PATIENCE = 10  # times the warm-up, without a capture, before a warning
+_VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+_CPU = torch.device("cpu")
 _replays: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
 
 
@@ -48,75 +57,79 @@ def graphed(
 
     ``step`` computes a loss, its gradients and an update, all on the GPU. Its first calls run
     eagerly, on a stream of their own. After ``warmup`` calls with inputs of the same shapes, the
-    next one that follows such a call captures the step. From then on a call copies its inputs to
-    where the graph reads them, and replays it. A call with inputs of other shapes, such as an
-    epoch's last batch, runs eagerly. Each call is one step, and no step is repeated.
+    step is captured in the next call that is like the one before it. From then on a call copies its
+    inputs to where the graph reads them, and replays it. A call with inputs of other shapes, such
+    as an epoch's last batch, runs eagerly. Each call is one step, and no step is repeated.
 
-    Numbers that the graph has captured do not change any more. So:
+    A graph keeps the numbers of its capture. So:
 
     - Learning rates may change between calls, by a scheduler or by hand: within the step they are
       float32 tensors on the GPU, which get the value of each group's ``lr`` before a replay.
     - Other settings of a group, and arguments that are no tensors, are compared at each call. When
-      one has changed, calls warm up again, and the step is captured anew.
-    - Whatever else the step reads from Python is that of the capture.
+      one has changed, or a parameter or a tensor of the optimizer's state is another one, as after
+      ``load_state_dict``, calls warm up again, and the step is captured anew. While a momentum
+      changes in each step, as by default under ``OneCycleLR``, no step is captured; a warning says
+      so.
+    - All else that the step reads from Python is as it was in the capture: ``model.train()``,
+      ``requires_grad``, and numbers that it returns.
 
     ``capturable`` becomes True in the optimizers' groups that have it, and the groups of SGD become
-    ``fused``: its other implementations read the rate back.
+    ``fused``: its other implementations read the rate back, and it takes no sparse gradients. With
+    `torch.amp.GradScaler`, make the optimizer with ``fused=True``.
 
     DistributedDataParallel needs NCCL for this, and must be made within `side_stream`. Its ranks
     must call the step equally often; a call that runs eagerly on one must do so on all.
 
     Args:
-        step: takes and returns tensors and other values, also in tuples, lists and dicts. Tensors
-            that it is given may be on any device, and are moved to the GPU. Hooks of the optimizer
-            run when it is captured, and not when it is replayed.
-        optimizer: all that ``step`` steps.
-        warmup: eager calls before a capture; by default 3, and 11 where there are several ranks or
-            `torch.distributed` is initialized, for DistributedDataParallel.
+        step: takes and returns tensors, numbers, strings and None, also in tuples, lists and dicts.
+            It gets copies of the tensors, on the GPU; tensors in pinned memory are read after the
+            call has returned. Hooks of the optimizer run when it is captured, and not when it is
+            replayed. A loss of an earlier pass that is still alive would tie the gradients to that
+            pass's stream: delete it.
+        optimizer: each optimizer that the step updates parameters with.
+        warmup: eager calls before a capture; by default 3, and 11 where `torch.distributed` is
+            initialized, for DistributedDataParallel.
 
     Returns:
         ``step``, whose tensors are copies that later calls do not change, without autograd's graph.
 
     Raises:
-        ConfigError: an ``optimizer`` that is none; ``warmup`` below 1. From a call: a step that
-            cannot be captured.
+        ConfigError: ``optimizer`` is not an optimizer, or has no parameters; ``warmup`` is below 1.
+            From a call: the step cannot be captured, changes a rate, or counts steps on the host;
+            an argument or a result of another kind.
     """
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
     if not optimizers or not all(isinstance(one, Optimizer) for one in optimizers):
         raise ConfigError(
-            f"optimizer is {optimizer!r}, expected the optimizer that the step steps, or a list"
+            f"optimizer is {optimizer!r}, expected the optimizer that the step calls, or a list"
         )
     if warmup is None:
         warmup = WARMUP_DDP if dist.is_available() and dist.is_initialized() else WARMUP
     if type(warmup) is not int or warmup < 1:
         raise ConfigError(f"warmup is {warmup!r}, expected a whole number from 1 on")
     parameters = [p for one in optimizers for group in one.param_groups for p in group["params"]]
+    if not parameters:
+        raise ConfigError("the optimizer has no parameters, expected those that the step updates")
     if not parameters[0].is_cuda:
         return step
     return _GraphedStep(step, optimizers, warmup, parameters[0].device)
 
 
-def side_stream(wanted: bool = True) -> AbstractContextManager[None]:
-    """Let a block run on a stream of its own if it is ``wanted``, and if there is a GPU.
+def side_stream() -> AbstractContextManager[None]:
+    """Let a block run on the stream on which `graphed` warms up and captures; nothing on a CPU.
 
     Where DistributedDataParallel was made on the default stream, its gradients are added up there,
     which no capture on another stream may do (PyTorch's notes on CUDA graphs).
     """
-    return _side_stream() if wanted and torch.cuda.is_available() else nullcontext()
-
-
-@contextmanager
-def _side_stream() -> Iterator[None]:
-    current, side = torch.cuda.current_stream(), torch.cuda.Stream()
-    side.wait_stream(current)
-    with torch.cuda.stream(side):
-        yield
-    current.wait_stream(side)
+    if not torch.cuda.is_available():
+        return nullcontext()
+    return _on(torch.device("cuda", torch.cuda.current_device()))
 
 
 def count_replays(optimizer: Optimizer) -> int:
     """Return how often a replay has stepped ``optimizer``; its hooks have not seen those steps."""
-    return _replays.get(optimizer, 0)
+    parts = optimizer.optimizers if isinstance(optimizer, ChainedOptimizer) else ()
+    return max([_replays.get(optimizer, 0), *map(count_replays, parts)])
 
 
 class _GraphedStep:
@@ -128,78 +141,172 @@ class _GraphedStep:
         device: torch.device,
     ):
         self._step, self._optimizers, self._warmup, self._device = step, optimizers, warmup, device
-        self._groups = [group for one in optimizers for group in one.param_groups]
-        self._rates = [_Rate(device) for _ in self._groups]
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._stream = torch.cuda.Stream(device)
-        self._captured: Hashable = None  # the signature of the graph
-        self._last: Hashable = None  # that of the last eager call
+        self._parts = [part for one in optimizers for part in _parts(one)]
+        self._rates: list[_Rate] = []
+        self._last: Hashable = None  # the signature of the last call
         self._calls: Counter[Hashable] = Counter()  # eager ones, by their signature
-        for one in optimizers:
-            _let_capture(one, device)
+        self._since_capture = 0  # eager calls
+        self._captured: Hashable = None  # the graph's signature
+        self.release()
+        hold_communicators(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._graph is not None and not self._has_its_memory():
+            self.release()
+            self._calls.clear()
+        if self._graph is None:
+            for part in self._parts:
+                _let_capture(part, self._device)
         signature = self._signature(args, kwargs)
+        is_like_last, self._last = signature == self._last, signature
         if self._graph is not None and signature == self._captured:
             return self._replay(args, kwargs)
-        if self._calls[signature] < self._warmup or signature != self._last:
-            self._calls[signature] += 1
-            self._last = signature
-            return self._run(args, kwargs)
-        self._capture(args, kwargs)
-        self._captured = signature
-        return self._replay(args, kwargs)
+        if self._calls[signature] >= self._warmup and is_like_last:
+            self._capture(args, kwargs)
+            self._captured = signature
+            return self._replay(args, kwargs)
+        self._count(signature)
+        return self._run(args, kwargs)
+
+    def release(self) -> None:
+        """Free the graph and its memory. The next calls warm up for another one."""
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._captured = None
+        self._inputs: Any = None
+        self._outputs: Any = None
+        self._gradients: list[tuple[Tensor, Tensor | None]] = []
+        self._memory: list[tuple[Tensor, int]] = []  # what the graph reads, and where
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return [group for one in self._optimizers for group in one.param_groups]
+
+    def _parameters(self) -> Iterator[Tensor]:
+        for group in self._groups():
+            yield from group["params"]
+
+    def _count(self, signature: Hashable) -> None:
+        if len(self._calls) > PATIENCE:  # of calls that are all different
+            self._calls.clear()
+        self._calls[signature] += 1
+        self._since_capture += 1
+        if self._since_capture == PATIENCE * (self._warmup + 1) and self._graph is None:
+            warnings.warn(
+                f"{self._since_capture} calls of a step were not captured: from call to call its "
+                "inputs had other shapes, or an argument that is no tensor changed, or a setting "
+                "of the optimizer, such as the momentum under OneCycleLR; take "
+                "cycle_momentum=False, or the step without graphed",
+                stacklevel=3,
+            )
 
     def _signature(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
-        """Return what a graph holds for ever."""
+        """Return what must be equal for a replay."""
         settings = tuple(
-            # The graph reads a tensor's memory.
-            id(value) if isinstance(value, Tensor) else _describe(value)
-            for group in self._groups
+            str(value) if not isinstance(value, float | int) else value
+            for group in self._groups()
             for name, value in group.items()
-            if name != "params" and (name != "lr" or isinstance(value, Tensor))
+            if name not in ("params", "param_names", "lr") and not isinstance(value, Tensor)
         )
-        modes = torch.is_grad_enabled(), torch.is_autocast_enabled("cuda")
-        return _describe(args), _describe(kwargs), settings, modes
+        autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
+        return _describe(args), _describe(kwargs), settings, torch.is_grad_enabled(), autocast
+
+    def _tensors(self) -> Iterator[Tensor]:
+        """Yield the tensors that a step reads beside its inputs and gradients."""
+        for one in self._optimizers:
+            for group in one.param_groups:
+                yield from group["params"]
+                yield from (value for value in group.values() if isinstance(value, Tensor))
+            for of_parameter in one.state.values():
+                yield from (value for value in of_parameter.values() if isinstance(value, Tensor))
+
+    def _has_its_memory(self) -> bool:
+        """Whether the tensors that the graph reads are the same, in the same places."""
+        before, now = self._memory, list(self._tensors())
+        return len(before) == len(now) and all(
+            t is mine and t.data_ptr() == place
+            for t, (mine, place) in zip(now, before, strict=True)
+        )
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        current = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream), self._with_rates():
-            moved = _mapped(lambda t: t.to(self._device, non_blocking=True), (args, kwargs))
-            outputs = _mapped(_detached_copy, self._step(*moved[0], **moved[1]))
-        current.wait_stream(self._stream)
-        return outputs
+        with _on(self._device), self._with_rates(), _without_autocast_cache():
+            given, named = _mapped(self._copy, (args, kwargs))
+            return _mapped(_detached_copy, self._step(*given, **named))
+
+    def _copy(self, t: Tensor) -> Tensor:
+        if t.requires_grad:
+            raise ConfigError(
+                "an input of the step requires a gradient, and the step computes those of the "
+                "optimizer's parameters; detach it"
+            )
+        return t.to(self._device, copy=True, non_blocking=True)
 
     def _capture(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._graph = None  # its memory first
-        graph = torch.cuda.CUDAGraph()
-        self._inputs = _mapped(lambda t: t.detach().to(self._device, copy=True), (args, kwargs))
-        given, named = self._inputs
-        # NCCL's own thread asks for events meanwhile, which the mode "global" forbids to all.
-        mode = "thread_local" if dist.is_available() and dist.is_initialized() else "global"
-        with self._with_rates():
-            try:
-                with torch.cuda.graph(graph, stream=self._stream, capture_error_mode=mode):
-                    self._outputs = _mapped(Tensor.detach, self._step(*given, **named))
-            except RuntimeError as e:
-                first: BaseException = e  # the capture's end raises a second one
-                while first.__context__ is not None:
-                    first = first.__context__
+        self.release()
+        outside = sys.exc_info()[1]
+        counts, stepped = self._host_counts(), []
+        hooks = [
+            part.register_step_post_hook(lambda *_: stepped.append(True)) for part in self._parts
+        ]
+        inputs = _mapped(self._copy, (args, kwargs))
+        graph, stream = torch.cuda.CUDAGraph(), _stream(torch.cuda.Stream, self._device)
+        # Threads of NCCL, and those that pin memory, go on meanwhile; the mode "global" would
+        # forbid it.
+        on_graph = torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
+        gradients = [(p, p.grad) for p in self._parameters()]
+        try:
+            with self._with_rates(), _without_autocast_cache(), on_graph:
+                outputs = _mapped(Tensor.detach, self._step(*inputs[0], **inputs[1]))
+        except BaseException as e:
+            for p, gradient in gradients:  # those of the capture have never been computed
+                p.grad = gradient
+            if isinstance(e, torch.OutOfMemoryError) or not isinstance(e, RuntimeError):
+                raise
+            first: BaseException = e  # the capture's end raises a second one
+            while first.__context__ is not None and first.__context__ is not outside:
+                first = first.__context__
+            raise ConfigError(
+                f"the step cannot be captured in a CUDA graph ({first_line(first)}); if it reads a "
+                "value back, as .item(), print and some optimizers do, leave that out; "
+                "docs/graphs.md finds the line without a GPU"
+            ) from e
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if not stepped:
+            raise ConfigError(
+                "the step does not call optimizer.step(): gradients would not add up from call to "
+                "call; let a call of the step accumulate and update"
+            )
+        for name, value in self._host_counts().items():
+            if name in counts and counts[name] != value:
                 raise ConfigError(
-                    f"the step cannot be captured in a CUDA graph ({first_line(first)}); leave out "
-                    "what reads a value back, such as .item(), print and a branch on a tensor, and "
-                    "an optimizer that does so; docs/graphs.md finds the line without a GPU"
-                ) from e
-        self._graph = graph
+                    f"the optimizer counts its {name[1]} on the host, and a replay does not; take "
+                    "one that is capturable, or the step without graphed"
+                )
+        self._graph, self._inputs, self._outputs = graph, inputs, outputs
+        self._since_capture = 0
+        self._gradients = [(p, p.grad) for p in self._parameters()]
+        self._memory = [(t, t.data_ptr()) for t in self._tensors()]
+
+    def _host_counts(self) -> dict[tuple[int, str], float]:
+        """The numbers of the optimizers' state that are not on the GPU."""
+        found = {}
+        for one in self._optimizers:
+            for p, of_parameter in one.state.items():
+                for name, value in of_parameter.items():
+                    is_count = isinstance(value, Tensor) and value.numel() == 1
+                    if isinstance(value, int | float) or (is_count and value.device == _CPU):
+                        found[id(p), str(name)] = float(value)
+        return found
 
     def _replay(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         assert self._graph is not None
         for static, t in zip(_tensors(self._inputs), _tensors((args, kwargs)), strict=True):
-            static.copy_(t.detach(), non_blocking=True)
-        for group, rate in zip(self._groups, self._rates, strict=True):
+            static.detach().copy_(t, non_blocking=True)  # the step may ask for its gradient
+        for group, rate in zip(self._groups(), self._rates, strict=True):
             rate.follow(group["lr"])
         self._graph.replay()
+        for p, gradient in self._gradients:
+            p.grad = gradient  # an eager call may have made another one
         for one in self._optimizers:
             _replays[one] = _replays.get(one, 0) + 1
         return _mapped(_detached_copy, self._outputs)
@@ -207,13 +314,24 @@ class _GraphedStep:
     @contextmanager
     def _with_rates(self) -> Iterator[None]:
         """Let the groups' rates be tensors."""
-        numbers = [group["lr"] for group in self._groups]
-        for group, rate in zip(self._groups, self._rates, strict=True):
-            group["lr"] = rate.follow(group["lr"])
+        groups = self._groups()
+        self._rates += [_Rate(self._device) for _ in groups[len(self._rates) :]]
+        del self._rates[len(groups) :]
+        numbers = [group["lr"] for group in groups]
+        tensors = [rate.follow(number) for rate, number in zip(self._rates, numbers, strict=True)]
+        versions = [t._version for t in tensors]
+        for group, t in zip(groups, tensors, strict=True):
+            group["lr"] = t
         try:
             yield
+            for group, t, version in zip(groups, tensors, versions, strict=True):
+                if group["lr"] is not t or t._version != version:
+                    raise ConfigError(
+                        "the step changes a learning rate, which a replay does not do; call the "
+                        "scheduler after the step"
+                    )
         finally:
-            for group, number in zip(self._groups, numbers, strict=True):
+            for group, number in zip(groups, numbers, strict=True):
                 group["lr"] = number
 
 
@@ -233,12 +351,15 @@ class _Rate:
         return self._tensor
 
 
+def _parts(optimizer: Optimizer) -> list[Optimizer]:
+    """The optimizer, or the optimizers of a chain."""
+    if isinstance(optimizer, ChainedOptimizer):
+        return [part for one in optimizer.optimizers for part in _parts(one)]
+    return [optimizer]
+
+
 def _let_capture(optimizer: Optimizer, device: torch.device) -> None:
     """Change the settings with which ``optimizer`` would read its rate or its steps back."""
-    if isinstance(optimizer, ChainedOptimizer):
-        for one in optimizer.optimizers:
-            _let_capture(one, device)
-        return
     for group in optimizer.param_groups:
         if "capturable" in group:
             group["capturable"] = True
@@ -250,22 +371,50 @@ def _let_capture(optimizer: Optimizer, device: torch.device) -> None:
             group["fused"], group["foreach"] = True, False
 
 
+@cache
+def _stream(make: type[torch.cuda.Stream], device: torch.device) -> torch.cuda.Stream:
+    return make(device)
+
+
+@contextmanager
+def _on(device: torch.device) -> Iterator[None]:
+    """Let a block run on the side stream, after what the current one has, and before its next."""
+    current, side = torch.cuda.current_stream(device), _stream(torch.cuda.Stream, device)
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        yield
+    current.wait_stream(side)
+
+
+@contextmanager
+def _without_autocast_cache() -> Iterator[None]:
+    """Let a context of `torch.autocast` around the step keep no casts, which it would free."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
 def _describe(value: Any) -> Hashable:
     """Return what two values must have in common for a graph that was captured with one of them."""
     if isinstance(value, Tensor):
-        return value.shape, value.dtype
+        return value.shape, value.dtype, value.requires_grad
     if isinstance(value, tuple | list):
         return type(value), *map(_describe, value)
     if isinstance(value, dict):
         return tuple((name, _describe(one)) for name, one in value.items())
-    try:
-        hash(value)
-    except TypeError as e:
-        raise ConfigError(
-            f"an argument of the step or a setting of its optimizer is a {type(value).__name__}, "
-            "expected a tensor or a hashable value"
-        ) from e
-    return type(value), value
+    return type(_known(value)), value
+
+
+def _known(value: Any) -> Any:
+    if isinstance(value, _VALUES):
+        return value
+    raise ConfigError(
+        f"the step takes or returns a {type(value).__name__}, expected tensors, numbers, strings "
+        "and None, also in tuples, lists and dicts; pass and return its tensors"
+    )
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -282,11 +431,14 @@ def _mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, dict):
-        return {name: _mapped(function, one) for name, one in value.items()}
+        mapped = copy.copy(value)
+        for name, one in value.items():
+            mapped[name] = _mapped(function, one)
+        return mapped
     if isinstance(value, tuple | list):
-        mapped = [_mapped(function, one) for one in value]
-        return type(value)(*mapped) if hasattr(value, "_fields") else type(value)(mapped)
-    return value
+        parts = [_mapped(function, one) for one in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return _known(value)
 
 
 def _detached_copy(t: Tensor) -> Tensor:

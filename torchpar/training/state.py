@@ -23,6 +23,8 @@ from torchpar.parallel.launch.world import World
 from torchpar.parallel.save.checkpoint import Checkpoint, Checkpoints
 from torchpar.parts import as_dtensor, part_of
 
+IMPLEMENTATION = ("capturable", "foreach", "fused")  # how a group's update is computed
+
 
 @dataclass
 class TrainState:
@@ -179,7 +181,8 @@ def resume(state: TrainState, checkpoints: Checkpoints) -> bool:
         saved.read({**tensors, **extra_tensors, **random})
         _set_extra_states(state.model, extra_tensors, facts.get("extra", {}))
         for group, values in zip(state.optimizer.param_groups, facts["groups"], strict=True):
-            group.update(_like(group, values))
+            kept = {key: value for key, value in values.items() if key not in IMPLEMENTATION}
+            group.update(_like(group, kept))
         if state.lr_scheduler:
             rate = _like(state.lr_scheduler.state_dict(), facts["rate"])
             state.lr_scheduler.load_state_dict(rate)
@@ -315,8 +318,9 @@ def _schedule_kinds(lr_scheduler: LRScheduler | None) -> list[str]:
 
 
 def _settings(optimizer: Optimizer) -> list[dict[str, object]]:
-    """The settings of each group, without its parameters, which differ between ranks."""
-    excluded = ("params", "param_names")
+    """The settings of each group, without its parameters, which differ between ranks, and without
+    what another device, or a CUDA graph, sets otherwise."""
+    excluded = ("params", "param_names", *IMPLEMENTATION)
     return [
         {key: x for key, x in group.items() if key not in excluded}
         for group in optimizer.param_groups

@@ -12,6 +12,7 @@ from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,7 @@ from torchpar.parallel.launch.agreement import check_same_on_all_ranks
 from torchpar.rank_info import RankInfo, find_rank_info
 
 T = TypeVar("T")
+_holders: WeakSet[Any] = WeakSet()
 TIMEOUT = 1800.0
 PATIENCE = 1.5  # seconds in which each rank whose collective failed reports to the store
 
@@ -193,9 +195,23 @@ def join_world(
         # The threads of a process group end with its last reference. If this reference ends after
         # the interpreter has begun to exit, the threads abort the process. DistributedDataParallel
         # keeps a reference in a reference cycle.
-        gc.collect()
+        _release_communicators()
         if store is not None and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def hold_communicators(holder: Any) -> None:
+    """Call ``holder.release()`` before `join_world` ends the process group.
+
+    NCCL waits at its end for the CUDA graphs that hold its communicators (pytorch#115388).
+    """
+    _holders.add(holder)
+
+
+def _release_communicators() -> None:
+    for holder in list(_holders):
+        holder.release()
+    gc.collect()
 
 
 def _explain(error: RuntimeError, store: Store, info: RankInfo) -> TorchparError:
