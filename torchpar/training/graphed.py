@@ -265,8 +265,8 @@ class _GraphedStep:
                 first = first.__context__
             raise ConfigError(
                 f"the step cannot be captured in a CUDA graph ({first_line(first)}); if it reads a "
-                "value back, as .item(), print and some optimizers do, leave that out; "
-                "docs/graphs.md finds the line without a GPU"
+                "value back, as .item(), print and some optimizers do, leave that out; python -m "
+                "torchpar ptx --cuda-is-cpu names the line (docs/graphs.md)"
             ) from e
         finally:
             for hook in hooks:
