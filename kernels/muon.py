@@ -2,7 +2,7 @@
 """The parts of a step of Muon that are no products: a launch divides matrices by their norms, and
 another one updates a parameter.
 
-PyTorch's functions take four launches and three for these.
+PyTorch's functions take three launches and four for these.
 """
 
 import struct
@@ -28,42 +28,48 @@ def normalize_kernel(x_ptr, norm_ptr, out_ptr, eps_low, eps_high, size, BLOCK: t
     # Of a NaN and eps, PyTorch's clamp takes the NaN.
     norm = tl.where(norm < eps, eps, norm)
     x = tl.load(x_ptr + matrix * size + place, mask=place < size).to(norm.dtype)
-    out = (x / norm).to(out_ptr.dtype.element_ty)
+    # Of float32, `/` is an approximation.
+    out = x / norm if norm.dtype == tl.float64 else tl.div_rn(x, norm)
+    # PyTorch rounds float64 to 16 bits by float32.
+    out = out.to(tl.float32).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + matrix * size + place, out, mask=place < size)
 
 
-@triton.jit(do_not_specialize=["first_low", "first_high", "second_low", "second_high"])
+@triton.jit(do_not_specialize=["decay_low", "decay_high", "rate_low", "rate_high"])
 def update_kernel(
     p_ptr,
-    update_ptr,
+    direction_ptr,
     lr_ptr,
-    first_low,
-    first_high,
-    second_low,
-    second_high,
+    decay_low,
+    decay_high,
+    rate_low,
+    rate_high,
     size,
     LOAD_LR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """``p ← (1 − lr·decay)·p − lr·ratio·update``, with the roundings of PyTorch's functions.
+    """``p ← (1 − lr·decay)·p − lr·ratio·direction``, with the roundings of PyTorch's functions.
 
-    The two factors are lr·decay and lr·ratio; with LOAD_LR, decay and ratio.
+    The two numbers of two words are lr·decay and lr·ratio; with LOAD_LR, decay and ratio.
     """
     p_dtype: tl.constexpr = p_ptr.dtype.element_ty
     dtype: tl.constexpr = tl.float64 if p_dtype == tl.float64 else tl.float32
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    share = float_of_words(first_low, first_high)
-    rate = float_of_words(second_low, second_high)
+    decay = float_of_words(decay_low, decay_high)
+    rate = float_of_words(rate_low, rate_high)
     p = tl.load(p_ptr + place, mask=place < size)
-    step = tl.load(update_ptr + place, mask=place < size).to(tl.float32) * rate.to(tl.float32)
+    step = tl.load(direction_ptr + place, mask=place < size).to(tl.float32) * rate.to(tl.float32)
     if LOAD_LR:
         lr = tl.load(lr_ptr)
-        share = lr * share.to(lr.dtype)
+        decay = lr * decay.to(lr.dtype)
         step *= lr.to(tl.float32)
     if p_dtype.primitive_bitwidth == 16:
-        p -= (p.to(dtype) * share.to(dtype)).to(p_dtype)
+        decay = decay.to(dtype)
+        if LOAD_LR:  # PyTorch rounds the tensor lr·decay to the parameter's dtype
+            decay = decay.to(p_dtype).to(dtype)
+        p -= (p.to(dtype) * decay).to(p_dtype)
     else:
-        p *= (1.0 - share).to(dtype)
+        p *= (1.0 - decay).to(dtype)
     tl.store(p_ptr + place, (p.to(dtype) - step).to(p_dtype), mask=place < size)
 
 
@@ -78,19 +84,19 @@ def normalize(x: Tensor, norm: Tensor, out: Tensor, eps: float) -> None:
     plan.launch(None, x, norm, out, *struct.unpack("<2i", struct.pack("<d", eps)))
 
 
-def update(p: Tensor, update: Tensor, lr: float | Tensor, decay: float, ratio: float) -> None:
-    """``p ← (1 − lr·decay)·p − lr·ratio·update``, where ``update`` is of at most float32.
+def update(p: Tensor, direction: Tensor, lr: float | Tensor, decay: float, ratio: float) -> None:
+    """``p ← (1 − lr·decay)·p − lr·ratio·direction``, where ``direction`` is of at most float32.
 
-    ``p`` is not empty, fills its memory, and has ``update``'s strides. A tensor ``lr`` has at least
-    the precision of float32, and is on the device of ``p``, which is not of 16 bits then.
+    ``p`` is not empty, fills its memory, and has ``direction``'s strides. A tensor ``lr`` has at
+    least the precision of float32, and is on the device of ``p``.
     """
     of_gpu = lr if isinstance(lr, Tensor) else None
     factors = (decay, ratio) if isinstance(lr, Tensor) else (lr * decay, lr * ratio)
-    plan = cached_plan(_plan_update, None, (p, update, of_gpu))
+    plan = cached_plan(_plan_update, None, (p, direction, of_gpu))
     assert plan is not None
     words = struct.unpack("<4i", struct.pack("<2d", *factors))
     # The kernel takes a tensor for the rate, also where it does not read it.
-    plan.launch(None, p, update, p if of_gpu is None else of_gpu, *words)
+    plan.launch(None, p, direction, p if of_gpu is None else of_gpu, *words)
 
 
 def _plan_normalize(x: Tensor, norm: Tensor) -> Plan:
@@ -99,7 +105,7 @@ def _plan_normalize(x: Tensor, norm: Tensor) -> Plan:
     return Plan(normalize_kernel, programs, (size,), {"BLOCK": BLOCK}, {})
 
 
-def _plan_update(p: Tensor, update: Tensor, lr: Tensor | None) -> Plan:
+def _plan_update(p: Tensor, direction: Tensor, lr: Tensor | None) -> Plan:
     constants = {"LOAD_LR": lr is not None, "BLOCK": BLOCK}
     # Each product is rounded before it is added, as between PyTorch's functions.
     options = {"enable_fp_fusion": False}

@@ -35,6 +35,7 @@ import torchpar
 from torchpar.library import CustomOpDef
 from torchpar.library.private import (
     SingleLevelFunction,
+    dispatch_modes,
     get_fp32_precision,
     is_legacy_batchedtensor,
     num_dispatch_modes,
@@ -500,10 +501,11 @@ def test_num_dispatch_modes_counts_the_active_modes() -> None:
 
     counts: list[int] = []
     assert num_dispatch_modes() == 0
-    with Mode():
+    with Mode() as outer:
         assert num_dispatch_modes() == 1
-        with FakeTensorMode():
+        with FakeTensorMode() as inner:
             assert num_dispatch_modes() == 2
+            assert {*dispatch_modes()} == {outer, inner}
         double(X)
     assert counts == [0]
     assert num_dispatch_modes() == 0

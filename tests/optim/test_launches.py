@@ -6,13 +6,15 @@ Small matrices stand for large ones: sizes are divided by 48, and so is what the
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton")
 
@@ -21,7 +23,7 @@ from torchpar import ptx, reference
 from torchpar.kernels import tiles
 from torchpar.kernels.launch import Plan
 from torchpar.optim import Muon, elementwise, matrices, newton_schulz, orthogonalize
-from torchpar.optim.muon import _update_all
+from torchpar.optim.muon import _is_read_at_once, _update_all
 from torchpar.optim.newton_schulz import _gram_is_faster
 
 N = 16  # for 768
@@ -72,37 +74,49 @@ def by_kernels(do: bool) -> object:
 
 @contextmanager
 def emulated() -> Iterator[ptx.Emulator]:
-    """Execute kernels that are launched straight, although the emulator observes PyTorch's calls by
-    a mode."""
-    with (
-        ptx.emulate() as gpu,
-        patch.object(elementwise, "num_dispatch_modes", lambda: 0),
-        by_kernels(True),
-    ):
+    """Execute kernels that are launched straight, at any size."""
+    with ptx.emulate() as gpu, by_kernels(True):
         yield gpu
     assert not gpu.faults
 
 
-def count(shapes: Sequence[tuple[int, int]], kernels: bool, lr: float | Tensor = 0.1) -> Counter:
-    """The launches of our kernels, and the calls of PyTorch that launch some, in a step."""
-    params = [torch.randn(shape).requires_grad_() for shape in shapes]
-    for p in params:
-        p.grad = torch.randn_like(p)
+@contextmanager
+def counted() -> Iterator[Counter[str]]:
+    """The launches of our kernels, by their names."""
     calls: Counter[str] = Counter()
     launch = Plan.launch
 
-    def counted(plan: Plan, *args: object) -> None:
+    def launch_one(plan: Plan, *args: object) -> None:
         calls[plan.kernel.__name__] += 1
         launch(plan, *args)
 
+    with patch.object(Plan, "launch", launch_one):
+        yield calls
+
+
+def launching(
+    device: str, lr: float | Tensor
+) -> tuple[AbstractContextManager[object], float | Tensor]:
+    """A context in which kernels are launched for tensors on ``device``, and ``lr`` on it."""
+    lr = lr.to(device) if isinstance(lr, Tensor) else lr
+    return (emulated() if device == "cpu" else nullcontext()), lr
+
+
+def count(
+    shapes: Sequence[tuple[int, int]],
+    kernels: bool,
+    lr: float | Tensor = 0.1,
+    dtype: torch.dtype = torch.float32,
+) -> Counter:
+    """The launches of our kernels, and the calls of PyTorch that launch some, in a step."""
+    params = [torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes]
+    for p in params:
+        p.grad = torch.randn_like(p)
     with gpu_of_cpu_tensors(), by_kernels(kernels):
         optimizer = Muon(params, lr)
         optimizer.step()  # makes momenta
         activities = [ProfilerActivity.CPU]
-        with (
-            patch.object(Plan, "launch", counted),
-            profile(activities=activities, acc_events=True) as profiled,
-        ):
+        with counted() as calls, profile(activities=activities, acc_events=True) as profiled:
             optimizer.step()
     for event in profiled.events():
         name = event.name.removeprefix("aten::")
@@ -138,9 +152,19 @@ def test_gpt2_small_is_few_launches(scaled, kernels, lr):
 
 @pytest.mark.parametrize("kernels", [True, False])
 @pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
-@pytest.mark.parametrize("shape", [(N, N), (N, 4 * N), (4 * N, N)])
-def test_a_single_matrix_is_few_launches(scaled, kernels, lr, shape):
-    calls = count([shape], kernels, lr)
+@pytest.mark.parametrize(
+    "shape, dtype",
+    [
+        ((N, N), torch.float32),
+        ((N, N), torch.bfloat16),
+        ((N, N), torch.float16),
+        ((N, 4 * N), torch.float32),
+        ((4 * N, N), torch.float32),
+        ((4 * N, N), torch.bfloat16),
+    ],
+)
+def test_a_single_matrix_is_few_launches(scaled, kernels, lr, shape, dtype):
+    calls = count([shape], kernels, lr, dtype)
     # Three products in each of five iterations. Beside them: the momentum, Nesterov's, the norm,
     # the division by it, and the update.
     assert calls.total() == 5 * 3 + 5, calls
@@ -185,19 +209,59 @@ def test_the_kernels_orthogonalise(shape, ns):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 127), (40, 129), (3, 33, 45)])
-def test_the_kernel_normalises(shape, dtype):
+def test_the_kernel_normalises(shape, dtype, device):
     torch.manual_seed(0)
-    x = torch.randn(shape, dtype=dtype)
+    x = torch.randn(shape, dtype=dtype).to(device)
     for given in (x, x.mT):
-        with emulated() as gpu:
+        with launching(device, 0.0)[0], counted() as launches:
             found = elementwise.normalized(given, 1e-7, torch.bfloat16)
-        assert len(gpu.launches) == 1
+            with FlopCounterMode(display=False):
+                by_functions = elementwise.normalized(given, 1e-7, torch.bfloat16)
+        assert launches == {"normalize_kernel": 1}
+        assert torch.equal(found, by_functions)  # a mode may be active on one rank alone
         wide = given.double()
         expected = wide / wide.square().sum((-2, -1), keepdim=True).sqrt()
         # Rounded to bfloat16 once. The norm's terms are added in some tree, which is less deep
         # than a chain of them.
         limit = 2**-8 + x.numel() * torch.finfo(torch.float32).eps
         assert ((found.double() - expected).abs() <= limit * expected.abs()).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_a_matrix_in_a_batch_is_normalised_as_one_alone(dtype):
+    """With zeros around it, and beside a matrix of another dtype."""
+    generator = torch.Generator().manual_seed(0)
+    # Of 10 bits, so that bfloat16 would round them. Any tree adds the squares without rounding.
+    x = torch.randint(-511, 512, (7, 20), generator=generator).to(dtype)
+    arguments = newton_schulz.COEFFICIENTS, 0, 1e-7, "standard"  # no iterations
+    with emulated() as gpu:
+        alone = orthogonalize(x, *arguments)
+        others = [[], [x], [x.mT], [x.bfloat16()]]
+        batched = [matrices.orthogonalize_all([x, *other], *arguments)[0] for other in others]
+    assert len(gpu.launches) == 1 + 1 + 1 + 1 + 2
+    for one in batched:
+        assert torch.equal(one.bfloat16(), alone)
+
+
+def test_a_negated_view_is_orthogonalised_with_its_sign():
+    x = torch.randn(8, 12, generator=torch.Generator().manual_seed(0))
+    with emulated():
+        expected = orthogonalize(-x)
+        assert torch.equal(orthogonalize(torch._neg_view(x)), expected)
+        assert not elementwise.update_alone(x, torch._neg_view(x), 0.1, 0.1, 1.0)
+
+
+def test_an_inference_tensor_is_updated_in_inference_mode_alone():
+    with torch.inference_mode():
+        p, update = torch.ones(4, 6), torch.ones(4, 6)
+    with emulated() as gpu:
+        assert not elementwise.update_alone(p, update, 0.5, 0.0, 1.0)
+        assert not gpu.launches
+        with torch.inference_mode():
+            assert elementwise.update_alone(p, update, 0.5, 0.0, 1.0)
+    assert torch.equal(p, torch.full((4, 6), 0.5))
+    with pytest.raises(RuntimeError, match="Inplace update to inference tensor"):
+        _update_all([p], [update], 0.5, 0.0, [1.0])
 
 
 def test_the_kernel_divides_by_eps_at_least():
@@ -211,24 +275,23 @@ def test_the_kernel_divides_by_eps_at_least():
 
 @pytest.mark.parametrize("lr", [0.3, torch.tensor(0.3), torch.tensor(0.3, dtype=torch.float64)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_the_kernel_updates_with_the_bits_of_pytorch(dtype, lr):
+def test_the_kernel_updates_with_the_bits_of_pytorch(dtype, lr, device):
     """A rank that launches it, and another that cannot, keep the same parameters."""
     torch.manual_seed(0)
-    is_left = isinstance(lr, Tensor) and dtype.itemsize == 2
     for shape in ((1, 1), (40, 129), (129, 40)):
         for of_update in (torch.bfloat16, torch.float32):
-            p, update = torch.randn(shape, dtype=dtype), torch.randn(shape).to(of_update)
+            p = torch.randn(shape, dtype=dtype).to(device)
+            update = torch.randn(shape).to(device, of_update)
             for given, step in ((p, update), (p.mT, update.mT)):
                 expected, found = given.clone(), given.clone()
                 version = found._version
-                _update_all([expected], [step.clone()], lr, 0.1, [1.7])
-                with emulated() as gpu:
-                    done = elementwise.update_alone(found, step, lr, 0.1, 1.7)
-                assert done == (not is_left)
-                assert len(gpu.launches) == done
-                if done:
-                    assert torch.equal(found, expected)
-                    assert found._version > version  # autograd notices
+                context, rate = launching(device, lr)
+                _update_all([expected], [step.clone()], rate, 0.1, [1.7])
+                with context, counted() as launches:
+                    assert elementwise.update_alone(found, step, rate, 0.1, 1.7)
+                assert launches == {"update_kernel": 1}
+                assert torch.equal(found, expected)
+                assert found._version > version  # autograd notices
 
 
 @pytest.mark.parametrize("lr", [0.3, torch.tensor(0.3)], ids=["number", "tensor"])
@@ -256,6 +319,17 @@ def test_a_step_of_a_single_matrix_is_that_of_pytorch(monkeypatch, shape, lr):
         ideal = train(torch.optim.Muon, torch.float64)
     error = (found - ideal).norm()
     assert error <= 2 * (train(torch.optim.Muon, torch.float32) - ideal).norm()
+
+
+@pytest.mark.parametrize("is_capturing", [False, True])
+def test_a_rate_on_the_cpu_is_not_copied_to_a_gpu(monkeypatch, is_capturing):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: is_capturing)
+    lr = torch.tensor(0.1)
+    with FakeTensorMode():
+        p, of_gpu = torch.empty(2, 2, device="cuda"), torch.empty((), device="cuda")
+    assert _is_read_at_once(lr, p) == (not is_capturing)  # a graph would keep the number
+    assert not _is_read_at_once(of_gpu, p)
+    assert not _is_read_at_once(lr, torch.empty(2, 2))
 
 
 def test_the_kernel_updates_no_other_layouts():

@@ -35,6 +35,9 @@ from torch.autograd import Function
 from torch.autograd.forward_ad import _set_fwd_grad_enabled as set_fwd_grad_enabled
 from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
 from torch.library import _impls as implementations  # by Python, of all operators
+from torch.utils._python_dispatch import (
+    _get_current_dispatch_mode_stack as dispatch_modes,
+)
 
 compiled_autograd_key = Function._compiled_autograd_key
 
@@ -52,6 +55,7 @@ __all__ = [
     "custom_function_call_vmap_helper",
     "custom_ops",
     "disable_dynamo",
+    "dispatch_modes",
     "enable_single_level_autograd_function",
     "get_fp32_precision",
     "get_inner_triton_kernels",

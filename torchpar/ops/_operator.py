@@ -13,7 +13,7 @@ from torch import Tensor
 from torchpar.kernels import Wrap
 from torchpar.library import CustomOpDef, triton_op
 from torchpar.library.definition import Function
-from torchpar.library.private import FakeTensorMode
+from torchpar.library.private import FakeTensorMode, dispatch_modes, num_dispatch_modes
 from torchpar.library.rules import Context
 
 NAMESPACE = "torchpar"
@@ -53,7 +53,7 @@ def operator(
 def overloads(schema: str, **options: Any) -> Callable[[Function], list[CustomOpDef]]:
     """Two operators of one function: `operator`, and one that also takes a keyword ``precision``.
 
-    Each keyword of an operator takes time, so that a call without a precision is of the first one.
+    Each keyword slows a call down. Calls without a precision therefore use the first operator.
     """
     arguments, arrow, result = schema.replace("(", ".precision(", 1).partition(") ->")
     star = "" if "*" in arguments else "*, "
@@ -83,6 +83,16 @@ def is_emulating() -> bool:
     """Whether Triton's launches on CPU tensors are executed by an emulator of a GPU."""
     module = sys.modules.get("triton.runtime.driver")  # importing it would take long
     return module is not None and hasattr(module.driver._active, "emulator")
+
+
+def is_intercepted() -> bool:
+    """Whether a mode intercepts PyTorch's calls, and would miss Triton's launches.
+
+    The mode of an emulator does not count: its emulator executes the launches.
+    """
+    return num_dispatch_modes() > 0 and not all(
+        getattr(mode, "sees_launches", False) for mode in dispatch_modes()
+    )
 
 
 def save_operands(ctx: Context, inputs: tuple[Tensor, ...], output: Tensor) -> None:

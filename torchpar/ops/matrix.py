@@ -14,7 +14,8 @@ from torchpar.library.private import (
 )
 from torchpar.library.sharding import is_dtensor
 from torchpar.library.transforms import is_plain, is_transformed
-from torchpar.ops._operator import runs_kernels as runs_kernels  # for optim, too
+from torchpar.ops._operator import is_intercepted as is_intercepted  # these two for optim, too
+from torchpar.ops._operator import runs_kernels as runs_kernels
 from torchpar.ops.processor import has_amx
 
 _TILE = 32  # 16-bit floats in a row of a tile of AMX

@@ -9,20 +9,22 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from torchpar.library.private import num_dispatch_modes
 from torchpar.library.transforms import is_plain
-from torchpar.ops.matrix import runs_kernels
+from torchpar.ops.matrix import is_intercepted, runs_kernels
 
 
 def is_direct(*tensors: Tensor) -> bool:
     """Whether no compiler, mode or subclass intercepts calls with these tensors."""
-    return is_plain(*tensors) and not num_dispatch_modes()
+    return is_plain(*tensors) and not is_intercepted()
 
 
 def launches_kernels(*tensors: Tensor) -> bool:
     """Whether kernels are launched straight for such tensors, without the dispatcher."""
     first = tensors[0]
-    return runs_kernels(first) and first.numel() > 0 and is_direct(*tensors)
+    if not runs_kernels(first) or first.numel() == 0 or not is_direct(*tensors):
+        return False
+    # A kernel would read the memory of these as it is.
+    return not any(t.is_neg() or t._is_zerotensor() for t in tensors)
 
 
 def on_device_of(t: Tensor) -> AbstractContextManager[object]:
@@ -33,14 +35,17 @@ def on_device_of(t: Tensor) -> AbstractContextManager[object]:
 def normalized(x: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """``x / max(‖x‖, eps)`` for ``x (n, m)``, or for each matrix of a batch, in ``dtype``.
 
-    PyTorch's functions take x rounded to bfloat16, and round the norm to ``dtype``. The kernel
-    rounds the result alone.
+    On a CPU x is rounded to bfloat16 first, and the norm to ``dtype``. On a GPU only the result is
+    rounded, with the same bits whether the kernel or PyTorch's functions compute it: a mode may be
+    active on one rank alone, and replicas must stay equal.
     """
-    if launches_kernels(x) and (x.is_contiguous() or x.mT.is_contiguous()):
-        from torchpar.kernels import muon as kernel
-
+    if runs_kernels(x):
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         norm = torch.linalg.vector_norm(x, dim=(-2, -1), dtype=wide)
+        if not launches_kernels(x) or not (x.is_contiguous() or x.mT.is_contiguous()):
+            return x.to(wide).div(norm.clamp(min=eps)[..., None, None]).to(dtype)
+        from torchpar.kernels import muon as kernel
+
         out = torch.empty_like(x, dtype=dtype)
         with on_device_of(x):
             kernel.normalize(x, norm, out, eps)
@@ -50,25 +55,27 @@ def normalized(x: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     return x.div(norm.clamp(min=eps))
 
 
-def update_alone(p: Tensor, update: Tensor, lr: float | Tensor, decay: float, ratio: float) -> bool:
-    """``p ← (1 − lr·decay)·p − lr·ratio·update`` by a kernel, if one takes these tensors.
+def update_alone(
+    p: Tensor, direction: Tensor, lr: float | Tensor, decay: float, ratio: float
+) -> bool:
+    """``p ← (1 − lr·decay)·p − lr·ratio·direction`` by a kernel, if one takes these tensors.
 
     The bits are those of PyTorch's functions: ranks that hold the same parameter may receive
-    updates of other layouts, and their parameters must stay equal.
+    directions of other layouts, and their parameters must stay equal.
 
     Returns:
         Whether a kernel did it.
     """
     rates = [lr] if isinstance(lr, Tensor) else []
-    if not launches_kernels(p, update, *rates) or p.stride() != update.stride():
+    if not launches_kernels(p, direction, *rates) or p.stride() != direction.stride():
         return False
     if not (p.is_contiguous() or (p.dim() == 2 and p.mT.is_contiguous())):
         return False
-    if rates and p.dtype.itemsize == 2:  # PyTorch rounds the tensor lr·decay to 16 bits, too
-        return False
+    if p.is_inference() and not torch.is_inference_mode_enabled():
+        return False  # PyTorch's functions raise an error
     from torchpar.kernels import muon as kernel
 
     with on_device_of(p):
-        kernel.update(p, update, lr, decay, ratio)
+        kernel.update(p, direction, lr, decay, ratio)
     torch.autograd.graph.increment_version(p)  # a launch does not
     return True

@@ -24,7 +24,7 @@ _PADDED_UP_TO, _PADDING = 256, 32  # columns or rows
 # On a CPU, multiplications in X·Xᵀ of a batch: larger products keep all cores busy by themselves.
 _BATCH_MULTIPLICATIONS = 2**31
 # On a GPU, of a batch in bfloat16. Beside it the iterations take up to six times as much, and the
-# result twice as much.
+# result, and the copies of matrices of float32, twice as much each.
 _BATCH_BYTES = 2**28
 
 
@@ -103,7 +103,7 @@ def orthogonalize_all(
 
     Results of a batch are parts of one tensor of float32; their values are those of bfloat16.
     """
-    kinds: dict[tuple[tuple[int, ...], torch.device], tuple[list[int], list[int]]] = {}
+    kinds: dict[tuple[tuple[int, ...], torch.device, torch.dtype], tuple[list[int], list[int]]] = {}
     on_gpu: dict[torch.device, bool] = {}
     for i, matrix in enumerate(matrices):
         shape, device = tuple(matrix.shape), matrix.device
@@ -111,19 +111,21 @@ def orthogonalize_all(
             on_gpu[device] = runs_kernels(matrix)
         batched = _shape_in_batch(shape, on_gpu[device])
         is_transposed = batched == shape[::-1] != shape
-        kinds.setdefault((batched, device), ([], []))[is_transposed].append(i)
+        # On a GPU a matrix is rounded when it is divided by its norm, as it is if it is alone.
+        dtype = matrix.dtype if on_gpu[device] else torch.bfloat16
+        kinds.setdefault((batched, device, dtype), ([], []))[is_transposed].append(i)
 
     def run(x: Tensor) -> Tensor:
         return orthogonalize(x, coefficients, steps, eps, ns)
 
     results: dict[int, Tensor] = {}
-    for (shape, device), (straight, transposed) in kinds.items():
+    for (shape, device, dtype), (straight, transposed) in kinds.items():
         order, size = straight + transposed, _batch_size(shape, on_gpu[device])
         for first in range(0, len(order), size):
             indices = order[first : first + size]
             batch = [matrices[i] for i in indices]
             count = max(len(straight) - first, 0)
-            updates = _orthogonalize_batch(batch[:count], batch[count:], shape, run)
+            updates = _orthogonalize_batch(batch[:count], batch[count:], shape, dtype, run)
             results |= zip(indices, updates, strict=True)
     return [results[i] for i in range(len(matrices))]
 
@@ -150,9 +152,11 @@ def _orthogonalize_batch(
     straight: list[Tensor],
     transposed: list[Tensor],
     shape: tuple[int, ...],
+    dtype: torch.dtype,
     run: Callable[[Tensor], Tensor],
 ) -> list[Tensor]:
-    """Orthogonalise matrices of ``shape``, or smaller ones, and those whose transposes have it."""
+    """Orthogonalise matrices of ``shape``, or smaller ones, and those whose transposes have it, in
+    batches of ``dtype``."""
     if not straight:
         straight, transposed, shape = transposed, [], shape[::-1]
     count = len(straight) + len(transposed)
@@ -160,11 +164,11 @@ def _orthogonalize_batch(
         # On a CPU a product of a batch of one takes up to twice the time of a product of matrices.
         return [run(straight[0])]
     x = None if transposed else _side_by_side(straight, shape)
-    x = _stacked(straight, shape, count) if x is None else x
+    x = _stacked(straight, shape, count, dtype) if x is None else x
     if transposed:
         # A GPU copies many matrices by one launch where their layouts are equal, and turns all at
         # once.
-        x[len(straight) :] = _stacked(transposed, shape[::-1], len(transposed)).mT
+        x[len(straight) :] = _stacked(transposed, shape[::-1], len(transposed), dtype).mT
     x = run(x if count > 1 else x[0]).float().view(x.shape)
     found = _cut(x, straight)
     return [*found, *x[len(straight) :].mT.contiguous().unbind()] if transposed else found
@@ -183,14 +187,16 @@ def _side_by_side(matrices: list[Tensor], shape: tuple[int, ...]) -> Tensor | No
     return first.as_strided((len(matrices), *shape), (size, shape[1], 1))
 
 
-def _stacked(matrices: list[Tensor], shape: tuple[int, ...], count: int) -> Tensor:
-    """``count`` matrices of ``shape`` in bfloat16, of which the first are copies of ``matrices``,
-    padded by zeros.
+def _stacked(
+    matrices: list[Tensor], shape: tuple[int, ...], count: int, dtype: torch.dtype
+) -> Tensor:
+    """``count`` matrices of ``shape``, of which the first are copies of ``matrices``, padded by
+    zeros.
 
     The zeros do not change the orthogonalised matrices, and stay zeros.
     """
     make = torch.empty if all(matrix.shape == shape for matrix in matrices) else torch.zeros
-    x = make(count, *shape, dtype=torch.bfloat16, device=matrices[0].device)
+    x = make(count, *shape, dtype=dtype, device=matrices[0].device)
     torch._foreach_copy_(_cut(x, matrices), matrices)
     return x
 

@@ -64,7 +64,8 @@ class Muon(Optimizer):
 
     Args:
         params, lr, weight_decay, momentum, nesterov, eps, ns_steps, adjust_lr_fn: as in
-            `torch.optim.Muon`.
+            `torch.optim.Muon`. A step that a CUDA graph captures needs an ``lr`` that is a number,
+            which the graph keeps, or a tensor on the GPU.
         ns_coefficients: as in `orthogonalize`: a triple, a triple for each iteration, or
             "polar_express".
         ns: the Newton–Schulz iteration, "auto", "standard" or "gram", see `orthogonalize`.
@@ -438,6 +439,8 @@ class Muon(Optimizer):
         """Apply the weight decay, and subtract the updates."""
         lr, decay = group["lr"], group["weight_decay"]
         params = [local(info.p) for info in updates]
+        if isinstance(lr, Tensor) and _is_read_at_once(lr, params[0]):
+            lr = float(lr)
         if isinstance(lr, Tensor):  # a tensor is not read back from the device
             # bfloat16 would lose the decay
             wide = torch.float64 if lr.dtype == torch.float64 else torch.float32
@@ -448,6 +451,16 @@ class Muon(Optimizer):
             _update_all(params, steps, lr, decay, ratios)
         # An earlier graph that holds a DTensor, and not its local part, must notice.
         torch.autograd.graph.increment_version([info.p for info in updates if is_dtensor(info.p)])
+
+
+def _is_read_at_once(lr: Tensor, p: Tensor) -> bool:
+    """Whether to take the number of a learning rate on the CPU, for a parameter on a GPU.
+
+    A copy from the CPU waits for the stream. A captured step would keep the number for ever: there
+    the copy remains, which CUDA refuses.
+    """
+    is_on_cpu = type(lr) is Tensor and lr.device.type == "cpu"
+    return is_on_cpu and p.device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
 
 
 def _update_all(

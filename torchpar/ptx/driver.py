@@ -797,6 +797,8 @@ class _Host(TorchDispatchMode):
     The memory of torch.empty is unwritten, until an operator writes to it.
     """
 
+    sees_launches = True  # as the emulator executes them
+
     def __init__(self, emulator: Emulator):
         super().__init__()
         self.emulator = emulator
