@@ -7,7 +7,7 @@ and `reduce_split_k_kernel` adds the parts in a fixed order, so that the bits ar
 run.
 """
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from functools import partial
 
 import torch
@@ -52,6 +52,12 @@ _16_BIT = {
     Tiles(64, 64, 64, 4, 4, "split_k"): Speed(0.200, 0.158),
 }
 _BY_POINTERS = Variant(5.20, 6.55)
+
+
+def _smallest(tiles: Iterable[Tiles]) -> Tiles:
+    return min(tiles, key=lambda one: one.block_m * one.block_n)
+
+
 LINEAR_SIGMOID = Product(
     name="linear_sigmoid",
     variants={
@@ -65,7 +71,7 @@ LINEAR_SIGMOID = Product(
         "tf32": halved(_16_BIT),
         # The sums are those of a symmetric product. The smallest tiles are also split.
         **{
-            kind: {**tiles, [*tiles][-1]._replace(variant="split_k"): [*tiles.values()][-1]}
+            kind: {**tiles, _smallest(tiles)._replace(variant="split_k"): tiles[_smallest(tiles)]}
             for kind, tiles in SYMMETRIC_MATMUL.tiles.items()
             if kind in ("tf32x3", "float32", "float64")
         },

@@ -141,8 +141,7 @@ class Product(NamedTuple):
     Attributes:
         name: of the launch function, for messages.
         variants: by the ``variant`` of tiles.
-        tiles: the configurations by kind of operands. Of those with the same time the first are
-            taken.
+        tiles: the configurations by kind of operands. The first wins a tie.
         unaligned: by kind, for operands that no configuration loads. An address for each element
             takes registers: larger tiles would spill. All but the first spill outside sm_90.
         library_passes: what PyTorch's library moves after its product, in bytes of the result.

@@ -192,9 +192,7 @@ def choose_plan(
     on_cpu = choice.operands[0].is_cpu
     if autotune.ENABLED and not traced and not on_cpu and tiles.variant != "split_k":
         same_kernel = [
-            one
-            for one in choice.suitable
-            if one.by_tma == tiles.by_tma and one.variant != "split_k"
+            one for one in choice.times if one.by_tma == tiles.by_tma and one.variant != "split_k"
         ]
         plans = [make(choice, one) for one in same_kernel]
         if len(plans) > 1:

@@ -91,6 +91,14 @@ def test_the_first_launch_times_all_configurations_and_keeps_the_fastest(tuner):
         x, tuner.timed = meta(64, 64), 0  # another layout
 
 
+def test_operands_that_no_configuration_loads_are_tuned(tuner, monkeypatch):
+    monkeypatch.setitem(SYMMETRIC_MATMUL.unaligned, "bfloat16", SMALL)
+    tuner.times = [2.0, 1.0]
+    product(meta(64, 33))
+    assert tuner.timed == 2
+    assert LAUNCHED[-1][0] == 3, "tiles of 32 rows"
+
+
 def test_triton_keeps_the_times_on_disk(tuner):
     for count in (2, 2):
         tuner.times = [2.0, 1.0]

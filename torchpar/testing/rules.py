@@ -1053,7 +1053,7 @@ def _place(t: Tensor, mesh: "DeviceMesh", placement: "Placement") -> "DTensor":
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     is_sum = placement.is_partial()
-    with maybe_disable_local_tensor_mode():  # it takes as long for what is no rank's
+    with maybe_disable_local_tensor_mode():  # the mode would draw the weights once for each rank
         if is_sum:
             weights = [normal_like(t, seed) for seed in range(RANKS - 1)]
             weights.append(1 - torch.stack(weights).sum(0))
