@@ -107,7 +107,7 @@ run_stage() {
         values) # on the GPU: its own kernels first, then what runs on every device
             needs execnet xdist && run_tests values.xml -n "$workers" --dist worksteal -k "cuda or another_stream" \
                 tests/kernels/test_kernels_cuda.py tests/ops/test_operators_{values,errors,autograd,compile}.py tests/ops/test_our_operators.py \
-                tests/ops/test_symmetric_*.py tests/test_nn.py tests/training/test_{graphed,training}.py tests/benchmarks/test_compare.py
+                tests/ops/test_symmetric_*.py tests/optim/test_launches.py tests/test_nn.py tests/training/test_{graphed,training}.py tests/benchmarks/test_compare.py
             ;;
         huge) # one after the other: a test takes up to 32 GiB
             run_tests huge.xml tests/ops/test_operators_huge.py

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from benchmarks.driver import Compiled, compile_launches, target
 from benchmarks.resources import resources
-from torchpar.kernels import Tracer, matmul_t, maximum, sigmoid_backward
+from torchpar.kernels import Tracer, matmul_t, maximum, muon, sigmoid_backward
 from torchpar.kernels.rule import KINDS, Tiles, configurations, unaligned_tiles
 
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
@@ -363,18 +363,54 @@ def check_maximum(strides: tuple[int, ...], dtype: torch.dtype, capability: int)
         assert loads >= results * accesses + (of_b if strides != (1, 0) else 0)
 
 
+def check_muon(dtype: torch.dtype, capability: int) -> None:
+    """Accesses are of 16 bytes where a thread has as many, and nothing is rounded otherwise than by
+    PyTorch's functions."""
+    x, out = meta(1024, 4096, dtype=dtype), meta(1024, 4096, dtype=torch.bfloat16)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    norm, lr = meta(dtype=wide), meta(dtype=torch.float32)
+    words = [1, 2, 3, 4]
+
+    def launch(wrap: Tracer) -> None:
+        muon._plan_normalize(x, norm).launch(wrap, x, norm, out, *words[:2])
+        for rate in (None, lr):
+            plan = muon._plan_update(x, out, rate)
+            plan.launch(wrap, x, out, x if rate is None else rate, *words)
+
+    compiled = compile_launches(launch)
+    assert len(compiled) == 3
+    for number, code in enumerate(map(MachineCode, compiled)):
+        assert_fits(code, capability)
+        of_x = dtype.itemsize // 2  # accesses of a thread, which has 8 elements
+        loads, stores = (code.count(rf"{name}\.E.*\.128.*") for name in ("LDG", "STG"))
+        assert loads == of_x + (number > 0)  # of the result in bfloat16
+        assert stores == (of_x if number else 1)
+        assert code.count("STG.*") == stores
+        ptx = compiled[number].kernel.asm["ptx"]
+        divided = re.findall(r"\bdiv\.\w+\.f\d+", ptx)
+        assert set(divided) == ({f"div.rn.f{wide.itemsize * 8}"} if number == 0 else set())
+        # sm_80 subtracts numbers of bfloat16 by fma, with a factor of -1.
+        fused = re.search(r"\bfma\.rn\.f\d+", ptx)
+        assert number == 0 or not fused, "a product is not rounded"
+
+
 # All kernels, and the checks that must fail
 
 
 def rows(
-    check: Any, *choices: Any, at: Any = (90, 80, 100), slow: bool = False, marks: Any = ()
+    check: Any,
+    *choices: Any,
+    at: Any = (90, 80, 100),
+    slow: bool = False,
+    marks: Any = (),
+    spills: bool = True,
 ) -> Iterator[Any]:
     """A check for all combinations and capabilities; unless ``slow``, the first one is not slow on
-    sm_90."""
+    sm_90. ``spills``: whether earlier compilers spill more outside sm_90."""
     for number, args in enumerate(product(*choices)):
         for capability in at:
             own = [pytest.mark.slow] if slow or number or capability != 90 else []
-            own += [newest] if capability != 90 else []
+            own += [newest] if spills and capability != 90 else []
             name = "-".join(
                 str(getattr(one, "__name__", one)) for one in (check, *args, capability)
             )
@@ -412,6 +448,8 @@ TABLE = [
     *rows(check_exact, [LONG], [False], [F32], [True], at=[103, 100]),
     *rows(check_vectorised, [torch.bfloat16, F64], slow=True),
     *rows(check_vectorised_sums, [torch.bfloat16, F64], slow=True),
+    *rows(check_muon, [torch.bfloat16, F32, F64], at=[90]),
+    *rows(check_muon, [torch.bfloat16, F32, F64], at=[80, 100], slow=True, spills=False),
     # Flat; a row, a column, and a row for each of a batch
     *rows(check_maximum, [(), (0, 1), (1, 0), (16384, 0, 1)], OF_MAXIMUM),
 ]
