@@ -22,16 +22,16 @@ from torch import Tensor
 from benchmarks.driver import compile_launches, target
 from torchpar.kernels.linear_sigmoid import LINEAR_SIGMOID, linear_sigmoid
 from torchpar.kernels.matmul_t import SYMMETRIC_MATMUL, symmetric_matmul
-from torchpar.kernels.rule import KINDS, Tiles, configurations
+from torchpar.kernels.rule import KINDS, Product, Tiles, configurations
 from torchpar.processes import end_with_parent
 
 SIZE = 4096
 
 
 class Job(NamedTuple):
-    """One configuration of an operator in one kind of operands, for a capability."""
+    """One configuration of a product in one kind of operands, for a capability."""
 
-    kernel: str
+    product: Product
     kind: str
     tiles: Tiles
     capability: int
@@ -39,7 +39,7 @@ class Job(NamedTuple):
 
 def jobs(capability: int) -> list[Job]:
     return [
-        Job(product.name, kind, tiles, capability)
+        Job(product, kind, tiles, capability)
         for product in (SYMMETRIC_MATMUL, LINEAR_SIGMOID)
         for kind in KINDS
         for tiles in configurations(product, kind, capability)
@@ -55,14 +55,14 @@ def compile_job(job: Job) -> int:
 
     x, weight, bias = meta(SIZE, SIZE), meta(SIZE, SIZE), meta(SIZE)
     launch: Callable[[Any], object]
-    if job.kernel == LINEAR_SIGMOID.name:
-
-        def launch(wrap: Any) -> object:
-            return linear_sigmoid(x, weight, bias, precision, wrap, tiles=job.tiles)
-    else:
+    if job.product.is_symmetric:
 
         def launch(wrap: Any) -> object:
             return symmetric_matmul(x, x, precision, wrap, tiles=job.tiles)
+    else:
+
+        def launch(wrap: Any) -> object:
+            return linear_sigmoid(x, weight, bias, precision, wrap, tiles=job.tiles)
 
     with target(job.capability):
         return len(compile_launches(launch))
@@ -83,7 +83,7 @@ def main(capability: int, seconds: float) -> int:
                 found += future.result()
             except Exception as e:
                 failed += 1
-                print(f"{job.kernel}, {job.kind}, {job.tiles}: {type(e).__name__}: {e}")
+                print(f"{job.product.name}, {job.kind}, {job.tiles}: {type(e).__name__}: {e}")
             if time.monotonic() > deadline:
                 for other in futures:
                     other.cancel()

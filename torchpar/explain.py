@@ -23,11 +23,15 @@ from torchpar.ptx.roofline import DATA_SHEETS, GPU_OF
 
 
 class Operator(NamedTuple):
-    """``library``: PyTorch's product, and the same with what follows."""
+    """``library``: PyTorch's product, and the same with what follows.
+
+    ``with_c``: whether a matrix C is added.
+    """
 
     product: Product
     shape: str
     library: tuple[str, str]
+    with_c: bool = False
 
 
 OPERATORS = {
@@ -38,6 +42,7 @@ OPERATORS = {
         SYMMETRIC_MATMUL,
         "NxK, or BATCHxNxK; with a matrix C",
         ("torch.addmm", "addmm and mirror"),
+        with_c=True,
     ),
     "linear_sigmoid": Operator(LINEAR_SIGMOID, "MxK->N", ("addmm", "addmm and sigmoid_")),
 }
@@ -76,7 +81,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def sizes_of(operator: str, shape: str) -> tuple[int, int, int, int]:
     """m, n, k and batch, of a shape such as "12x768x768" or "4096x1024->4096"."""
-    is_layer = operator == "linear_sigmoid"
+    is_layer = not OPERATORS[operator].product.is_symmetric
     pattern = r"(\d+)x(\d+)->(\d+)" if is_layer else r"((?:\d+x)*)(\d+)x(\d+)"
     match = re.fullmatch(pattern, shape, re.ASCII)
     example = "4096x1024->4096" if is_layer else "4096x4096 or 12x768x768"
@@ -103,13 +108,13 @@ def explain(operator: str, sizes: tuple[int, int, int, int], kind: str, gpu: str
     (arch,) = (arch for arch, names in GPU_OF.items() if gpu in names)
     sheet = DATA_SHEETS[gpu]
     device = Device(gpu, int(arch.removeprefix("sm_")), sheet.multiprocessors)
-    product, _, library = OPERATORS[operator]
+    product, _, library, with_c = OPERATORS[operator]
     choice = Choice(
         product,
         KINDS[kind].precision,
         sizes,
-        _operands(operator, sizes, kind),
-        with_c=operator == "symmetric_matmul",
+        _operands(product, sizes, kind),
+        with_c=with_c,
         present=device,
     )
     timed = measured(operator, sizes, kind) if gpu == MEASURED_ON else {}
@@ -146,7 +151,7 @@ def explain(operator: str, sizes: tuple[int, int, int, int], kind: str, gpu: str
 def measured(operator: str, sizes: tuple[int, int, int, int], kind: str) -> dict[str, float]:
     """µs of an H200 by contestant, for a shape that was timed; else nothing."""
     m, n, k, batch = sizes
-    shape = f"{m}x{k}->{n}" if operator == "linear_sigmoid" else f"{m}x{k}"
+    shape = f"{m}x{k}" if OPERATORS[operator].product.is_symmetric else f"{m}x{k}->{n}"
     shape = f"{batch}x{shape}" if batch > 1 else shape
     with MEASURED.open(newline="", encoding="utf-8") as file:
         return {
@@ -160,9 +165,9 @@ def _contestant(name: str, predicted: float, timed: dict[str, float]) -> Contest
     return Contestant(name, timed.get(name, predicted), name in timed)
 
 
-def _operands(operator: str, sizes: tuple[int, int, int, int], kind: str) -> list[Tensor]:
+def _operands(product: Product, sizes: tuple[int, int, int, int], kind: str) -> list[Tensor]:
     m, n, k, batch = sizes
-    rows = [m, n] if operator == "linear_sigmoid" else [m]
+    rows = [m] if product.is_symmetric else [m, n]
     dtype = KINDS[kind].dtype
     if kind == "float32":  # the launchers copy operands by columns, which begin at 16 elements
         return [
