@@ -35,6 +35,7 @@ from torch.optim import Optimizer
 from torchpar.errors import ConfigError, first_line
 from torchpar.optim import ChainedOptimizer
 from torchpar.parallel.launch.world import hold_communicators
+from torchpar.parts import local
 
 T = TypeVar("T")
 # Eager calls before a capture. In its first ten steps, and in each hundredth,
@@ -222,7 +223,7 @@ class _GraphedStep:
         """Whether the tensors that the graph reads are the same, in the same places."""
         before, now = self._memory, list(self._tensors())
         return len(before) == len(now) and all(
-            t is mine and t.data_ptr() == place
+            t is mine and local(t).data_ptr() == place
             for t, (mine, place) in zip(now, before, strict=True)
         )
 
@@ -285,7 +286,7 @@ class _GraphedStep:
         self._graph, self._inputs, self._outputs = graph, inputs, outputs
         self._since_capture = 0
         self._gradients = [(p, p.grad) for p in self._parameters()]
-        self._memory = [(t, t.data_ptr()) for t in self._tensors()]
+        self._memory = [(t, local(t).data_ptr()) for t in self._tensors()]
 
     def _host_counts(self) -> dict[tuple[int, str], float]:
         """The numbers of the optimizers' state that are not on the GPU."""
