@@ -222,9 +222,9 @@ SLOW: list[tuple[Any, list[tuple[int, ...]], torch.dtype, list[str]]] = [
         for m, n, other, kind in [
             (1000, 1000, (1000, 1000), "flat da db"),
             (1, 1, (1,), "flat da db"),
-            (1, 1000, (1, 1), "columns d_full sum"),
-            (1000, 1, (1,), "columns d_full sum"),
-            (1000, 1000, (1000, 1), "columns d_full sum"),
+            (1, 1000, (1, 1), "sums d_full sum"),
+            (1000, 1, (1,), "sums d_full sum"),
+            (1000, 1000, (1000, 1), "sums d_full sum"),
         ]
     ),
     *(
