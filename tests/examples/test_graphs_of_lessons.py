@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: MIT
+"""The lessons by a CUDA graph, on an emulated GPU."""
+
+from unittest.mock import patch
+
+import pytest
+import torch
+import train_ddp
+from commands import lesson
+from torch import Tensor
+
+from torchpar.ptx import emulate
+from torchpar.ptx.cuda import cuda_is_cpu
+from torchpar.training import Run
+from torchpar.training.graphed import WARMUP_DDP, count_replays
+
+
+def train_lesson(*flags: str) -> tuple[list[Tensor], int]:
+    """Train by `train_ddp.py`; the weights, and the number of replays."""
+    runs: list[Run] = []
+
+    class Kept(Run):
+        def __init__(self, *parts: object, **options: object):
+            super().__init__(*parts, **options)  # type: ignore[arg-type]
+            runs.append(self)
+
+    with emulate() as gpu, cuda_is_cpu(gpu), patch.object(train_ddp, "Run", Kept):
+        code, _, err = lesson("train_ddp", *flags)
+        assert (code, gpu.faults) == (0, []), err
+    (run,) = runs
+    weights = [p.detach().cpu() for p in run.state.model.parameters()]
+    return weights, count_replays(run.state.optimizer)
+
+
+# A rate that float32 holds, and 13 whole batches in each of two epochs.
+LESSON = "--epochs 2 --samples 840 --batch-size 64 --hidden 8 --lr 0.25 --schedule constant"
+
+
+@pytest.mark.parametrize(
+    "world_size, flags",
+    [
+        (1, "--optimizer sgd --clip 1 --weight-decay 0"),
+        (2, "--optimizer sgd --weight-decay 0"),
+        pytest.param(1, "", marks=pytest.mark.slow),
+    ],
+)
+def test_the_lesson_trains_as_without_a_graph(ranks, world_size, flags):
+    """DistributedDataParallel averages in the graph, too."""
+    shared = *LESSON.split(), *flags.split()
+    if world_size == 1:
+        (eager, none), (captured, replays) = train_lesson(*shared), train_lesson(*shared, "--graph")
+    else:
+        (eager, none), _ = ranks(world_size, train_lesson, *shared)
+        (captured, replays), (other, _) = ranks(world_size, train_lesson, *shared, "--graph")
+        assert all(map(torch.equal, captured, other))
+    assert (none, replays) == (0, 2 * 13 - WARMUP_DDP)
+    for a, b in zip(captured, eager, strict=True):
+        # Muon's rate is rounded to float32, and bfloat16 makes more of that.
+        assert torch.equal(a, b) if flags else (a - b).norm() < 1e-2 * b.norm()
+
+
+@pytest.mark.slow
+def test_train_fast_shows_what_a_graph_gains():
+    small = "--epochs 1 --samples 500 --batch-size 64 --hidden 8 --optimizer sgd"
+    with emulate() as gpu, cuda_is_cpu(gpu):
+        code, out, err = lesson("train_fast", *small.split())
+    assert (code, gpu.faults) == (0, []), err
+    assert "CUDA graph of DistributedDataParallel" in out
+    assert "training with CUDA graph of gradients by hand" in out
