@@ -33,9 +33,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torchpar.errors import ConfigError, first_line
-from torchpar.optim import ChainedOptimizer
 from torchpar.parallel.launch.world import hold_communicators
 from torchpar.parts import local
+from torchpar.training.state import optimizers_of
 
 T = TypeVar("T")
 # Eager calls before a capture. In its first ten steps, and in each hundredth,
@@ -129,8 +129,7 @@ def side_stream() -> AbstractContextManager[None]:
 
 def count_replays(optimizer: Optimizer) -> int:
     """Return how often a replay has stepped ``optimizer``; its hooks have not seen those steps."""
-    parts = optimizer.optimizers if isinstance(optimizer, ChainedOptimizer) else ()
-    return max([_replays.get(optimizer, 0), *map(count_replays, parts)])
+    return max(_replays.get(one, 0) for one in optimizers_of(optimizer))
 
 
 class _GraphedStep:
@@ -142,7 +141,7 @@ class _GraphedStep:
         device: torch.device,
     ):
         self._step, self._optimizers, self._warmup, self._device = step, optimizers, warmup, device
-        self._parts = [part for one in optimizers for part in _parts(one)]
+        self._parts = [part for one in optimizers for part in optimizers_of(one)]
         self._rates: list[_Rate] = []
         self._last: Hashable = None  # the signature of the last call
         self._calls: Counter[Hashable] = Counter()  # eager ones, by their signature
@@ -308,8 +307,8 @@ class _GraphedStep:
         self._graph.replay()
         for p, gradient in self._gradients:
             p.grad = gradient  # an eager call may have made another one
-        for one in self._optimizers:
-            _replays[one] = _replays.get(one, 0) + 1
+        for part in self._parts:
+            _replays[part] = _replays.get(part, 0) + 1
         return _mapped(_detached_copy, self._outputs)
 
     @contextmanager
@@ -350,13 +349,6 @@ class _Rate:
             self._value = value
             self._tensor.fill_(value)
         return self._tensor
-
-
-def _parts(optimizer: Optimizer) -> list[Optimizer]:
-    """The optimizer, or the optimizers of a chain."""
-    if isinstance(optimizer, ChainedOptimizer):
-        return [part for one in optimizer.optimizers for part in _parts(one)]
-    return [optimizer]
 
 
 def _let_capture(optimizer: Optimizer, device: torch.device) -> None:

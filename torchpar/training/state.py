@@ -72,7 +72,7 @@ def check_saveable(state: TrainState) -> None:
             is neither a tensor nor JSON; a sparse tensor.
     """
     reshard(state.model)
-    for optimizer in _optimizers(state.optimizer):
+    for optimizer in optimizers_of(state.optimizer):
         if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
             raise ConfigError(
                 "ZeroRedundancyOptimizer shards its state over the ranks, and checkpoints do not "
@@ -296,14 +296,14 @@ def _plain(name: str) -> str:
     return rest if kind == "model" else f"the extra state of {rest}"
 
 
-def _optimizers(optimizer: Optimizer) -> list[Optimizer]:
+def optimizers_of(optimizer: Optimizer) -> list[Optimizer]:
     """The optimizer, or the optimizers of a chain."""
     parts = getattr(optimizer, "optimizers", None)
-    return [optimizer] if parts is None else [one for part in parts for one in _optimizers(part)]
+    return [optimizer] if parts is None else [one for part in parts for one in optimizers_of(part)]
 
 
 def _kinds(optimizer: Optimizer) -> list[str]:
-    return [type(one).__name__ for one in _optimizers(optimizer)]
+    return [type(one).__name__ for one in optimizers_of(optimizer)]
 
 
 def _schedule_kinds(lr_scheduler: LRScheduler | None) -> list[str]:
