@@ -13,8 +13,8 @@ last one:
 - "gradients by hand": the gradients of an MLP follow from its activations by a few products.
   Without autograd nothing is recorded, and all gradients are added over the ranks at once
   (`torchpar.training.fused`).
-- "CUDA graph of …": on a GPU, the step of the way before it or of the first one, captured and then
-  launched as one (`torchpar.training.graphed`).
+- "CUDA graph of …": on a GPU, a whole step of DistributedDataParallel or of gradients by hand is
+  one launch (`torchpar.training.graphed`).
 """
 
 import sys
