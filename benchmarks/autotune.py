@@ -61,7 +61,7 @@ from torchpar.kernels.rule import (
 )
 from torchpar.kernels.tiles import Choice
 from torchpar.ops.matrix import fp32_precision
-from torchpar.ptx.driver import why_not_compiled
+from torchpar.ptx.triton.driver import why_not_compiled
 
 Call = Callable[[], Tensor]
 Speeds = tuple[float, float, float]  # the median, the slowest and the fastest

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Draw one tile of `matmul_t` as a timeline: ``PYTHONPATH=.:tests python docs/timeline.py``.
 
-`torchpar.ptx.trace` says what the time is.
+`torchpar.ptx.machine.trace` says what the time is.
 """
 
 from pathlib import Path
@@ -11,8 +11,8 @@ from ptx import cases
 from ptx.launch import Gpu
 
 from torchpar.kernels.rule import Tiles
-from torchpar.ptx.machine import SCHEDULES
-from torchpar.ptx.trace import Trace
+from torchpar.ptx.machine.block import SCHEDULES
+from torchpar.ptx.machine.trace import Trace
 
 PICTURE = Path(__file__).parent / "operators" / "timeline-matmul_t.png"
 TILES = Tiles(128, 256, 64, 8, 4, "tma")

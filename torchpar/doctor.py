@@ -159,8 +159,9 @@ def emulator() -> Iterator[Finding]:
     """Whether Triton kernels can be compiled for a GPU that is not here, and executed."""
     if importlib.util.find_spec("triton") is None:
         return  # as "versions" says
-    from torchpar.ptx import emulate, native
-    from torchpar.ptx.driver import why_not_compiled
+    from torchpar.ptx import emulate
+    from torchpar.ptx.native import core as native
+    from torchpar.ptx.triton.driver import why_not_compiled
 
     if reason := why_not_compiled():
         value, _, remedy = reason.partition("; ")

@@ -19,7 +19,7 @@ from torchpar.kernels.linear_sigmoid import LINEAR_SIGMOID
 from torchpar.kernels.matmul_t import SYMMETRIC_MATMUL
 from torchpar.kernels.rule import KINDS, Device, Product
 from torchpar.kernels.tiles import Choice, library_is_faster
-from torchpar.ptx.roofline import DATA_SHEETS, GPU_OF
+from torchpar.ptx.report.roofline import DATA_SHEETS, GPU_OF
 
 
 class Operator(NamedTuple):

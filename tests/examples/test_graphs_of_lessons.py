@@ -10,7 +10,7 @@ from commands import lesson
 from torch import Tensor
 
 from torchpar.ptx import emulate
-from torchpar.ptx.cuda import cuda_is_cpu
+from torchpar.ptx.cuda.stand_in import cuda_is_cpu
 from torchpar.training import Run
 from torchpar.training.graphed import WARMUP_DDP, count_replays
 

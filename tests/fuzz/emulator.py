@@ -28,7 +28,10 @@ import triton
 from driver import Found, run
 from torch import Tensor
 
-from torchpar.ptx import Report, arithmetic, driver, emulate, native
+from torchpar.ptx import Report, emulate
+from torchpar.ptx.instructions import arithmetic
+from torchpar.ptx.native import core as native
+from torchpar.ptx.triton import driver
 
 FOLDER = Path(tempfile.mkdtemp(prefix="torchpar-fuzz-"))
 register(shutil.rmtree, FOLDER, ignore_errors=True)

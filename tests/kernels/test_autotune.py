@@ -19,7 +19,7 @@ from ptx.cases import lower_twice
 from ptx.launch import Gpu, idle_gpu
 from torch import Tensor
 
-from torchpar.ptx.machine import SCHEDULES
+from torchpar.ptx.machine.block import SCHEDULES
 
 pytest.importorskip("rich", reason="rich prints the tables")
 

@@ -17,11 +17,12 @@ from ptx.launch import Gpu
 
 from torchpar.kernels import exact_matmul, matmul_t
 from torchpar.kernels.rule import KINDS, Tiles, configurations, unaligned_tiles
-from torchpar.ptx import copies, emulate
-from torchpar.ptx.counters import summarize
-from torchpar.ptx.machine import SCHEDULES, Schedule
-from torchpar.ptx.parse import PtxError
-from torchpar.ptx.trace import Trace
+from torchpar.ptx import emulate
+from torchpar.ptx.instructions import copies
+from torchpar.ptx.machine.block import SCHEDULES, Schedule
+from torchpar.ptx.machine.counters import summarize
+from torchpar.ptx.machine.parse import PtxError
+from torchpar.ptx.machine.trace import Trace
 
 slow = pytest.mark.slow
 LARGE, WIDE_TF32 = Tiles(128, 256, 64, 8, 4, "tma"), Tiles(64, 128, 32, 4, 3, "tma")

@@ -21,10 +21,10 @@ from triton.backends.nvidia.compiler import CUDABackend
 
 from benchmarks.driver import Driver, compile_launches, target
 from benchmarks.host import idle_driver
-from torchpar.ptx import gpu
-from torchpar.ptx.machine import Schedule
-from torchpar.ptx.memory import Allocation
-from torchpar.ptx.native import cache_folder, writable
+from torchpar.ptx.machine import gpu
+from torchpar.ptx.machine.block import Schedule
+from torchpar.ptx.machine.memory import Allocation
+from torchpar.ptx.native.core import cache_folder, writable
 
 
 class Copies(TorchDispatchMode):

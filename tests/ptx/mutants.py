@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from torchpar.kernels.rule import Tiles
-from torchpar.ptx.counters import Column
-from torchpar.ptx.machine import SCHEDULES
-from torchpar.ptx.parse import PtxError
+from torchpar.ptx.machine.block import SCHEDULES
+from torchpar.ptx.machine.counters import Column
+from torchpar.ptx.machine.parse import PtxError
 
 from . import cases
 from .launch import Gpu

@@ -18,10 +18,13 @@ from ptx import cases, mutants, tutorials
 from ptx.faults import FAULTS
 from ptx.launch import Gpu
 from ptx.right import RIGHT
-from torchpar.ptx import Report, driver, emulate, native, tensor_cores
-from torchpar.ptx.counters import Counts
-from torchpar.ptx.machine import SCHEDULES, Block
-from torchpar.ptx.parse import PtxError
+from torchpar.ptx import Report, emulate
+from torchpar.ptx.instructions import tensor_cores
+from torchpar.ptx.machine.block import SCHEDULES, Block
+from torchpar.ptx.machine.counters import Counts
+from torchpar.ptx.machine.parse import PtxError
+from torchpar.ptx.native import core as native
+from torchpar.ptx.triton import driver
 
 pytestmark = pytest.mark.skipif(
     native.library() is None, reason="no C compiler, or TORCHPAR_PTX=python"

@@ -9,7 +9,9 @@ import triton
 import triton.language as tl
 
 from ptx.test_core import bits, numbers, said
-from torchpar.ptx import Report, cores, emulate, gpu, native
+from torchpar.ptx import Report, emulate
+from torchpar.ptx.machine import cores, gpu
+from torchpar.ptx.native import core as native
 
 pytestmark = pytest.mark.skipif(
     native.library() is None, reason="no C compiler, or TORCHPAR_PTX=python"

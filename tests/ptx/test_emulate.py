@@ -17,8 +17,8 @@ import triton.language as tl
 from commands import ROOT, forked, run
 
 from torchpar.ptx import command, emulate
-from torchpar.ptx.cuda import cuda_is_cpu
-from torchpar.ptx.report import STARTED_IN, Fault
+from torchpar.ptx.cuda.stand_in import cuda_is_cpu
+from torchpar.ptx.report.report import STARTED_IN, Fault
 
 pytest_plugins = ["pytester"]
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")

@@ -15,8 +15,9 @@ import torch
 from ptx import interpreted, packages, table, tutorials
 from ptx.faults import FAULTS, VALUES
 from ptx.right import RIGHT
-from torchpar.ptx import Fault, driver, emulate
-from torchpar.ptx.cuda import cuda_is_cpu
+from torchpar.ptx import Fault, emulate
+from torchpar.ptx.cuda.stand_in import cuda_is_cpu
+from torchpar.ptx.triton import driver
 
 slow = pytest.mark.slow
 # Faults of no access and no order: PTX leaves the quotient open. A fence of shared memory counts

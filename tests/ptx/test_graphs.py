@@ -16,8 +16,9 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import torchpar
-from torchpar.ptx import emulate, places
-from torchpar.ptx.cuda import cuda_is_cpu
+from torchpar.ptx import emulate
+from torchpar.ptx.cuda import places
+from torchpar.ptx.cuda.stand_in import cuda_is_cpu
 
 
 @triton.jit

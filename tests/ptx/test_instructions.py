@@ -21,8 +21,9 @@ from triton.language.extra.cuda import libdevice
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ptx.launch import Gpu
-from torchpar.ptx import emulate, native
-from torchpar.ptx.machine import SCHEDULES
+from torchpar.ptx import emulate
+from torchpar.ptx.machine.block import SCHEDULES
+from torchpar.ptx.native import core as native
 
 EXECUTORS = ("core", "python")
 

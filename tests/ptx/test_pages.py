@@ -14,8 +14,8 @@ from ptx import walk
 from torchpar.kernels import matmul_t
 from torchpar.kernels.rule import Tiles
 from torchpar.ptx import command, emulate
-from torchpar.ptx.counters import SECTOR
-from torchpar.ptx.report import Launch
+from torchpar.ptx.machine.counters import SECTOR
+from torchpar.ptx.report.report import Launch
 
 COUNTERS = runpy.run_path(str(ROOT / "docs" / "counters.py"))
 SECTION = re.compile(
@@ -56,7 +56,7 @@ def test_the_first_fault_of_the_page_is_what_the_command_prints(tmp_path, monkey
     (shown,) = re.findall(r"```\n\$ python -m torchpar ptx scale.py\n(.*?)```", page, re.DOTALL)
     (tmp_path / "scale.py").write_text(code, "utf-8")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("torchpar.ptx.report.STARTED_IN", str(tmp_path))
+    monkeypatch.setattr("torchpar.ptx.report.report.STARTED_IN", str(tmp_path))
     assert command.main(["scale.py"]) == 1
 
     def same_everywhere(text: str) -> list[str]:
@@ -74,7 +74,7 @@ def test_each_name_of_a_fault_is_explained():
         for names in re.findall(r"^\| ([^|]+) \|", table, re.MULTILINE)
         for name in names.split(", ")
     }
-    code = "".join(path.read_text("utf-8") for path in (ROOT / "torchpar" / "ptx").glob("*.py"))
+    code = "".join(path.read_text("utf-8") for path in (ROOT / "torchpar" / "ptx").rglob("*.py"))
     noted = re.findall(r"""\.fault\(\s*(?:"\w+"|kind), "([a-z ]+)",""", code)
     causes = re.findall(r"""Cause\(\s*"([a-z ]+)",""", code)
     raised = re.findall(r"""PtxError\((?:[^()]|\([^()]*\))*?, "([a-z ]+)"\s*\)""", code)
@@ -194,7 +194,7 @@ def test_the_example_of_graphs_is_what_the_command_prints(tmp_path, monkeypatch,
     (shown,) = re.findall(r"```\n\$ python -m torchpar ptx [^\n]*\n(.*?)```", page, re.DOTALL)
     (tmp_path / "train.py").write_text(code, "utf-8")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("torchpar.ptx.report.STARTED_IN", str(tmp_path))
+    monkeypatch.setattr("torchpar.ptx.report.report.STARTED_IN", str(tmp_path))
     assert command.main(["--cuda-is-cpu", "train.py"]) == 1
     assert capsys.readouterr().out == shown
 
@@ -203,8 +203,8 @@ def test_each_fault_of_graphs_is_explained():
     page = (ROOT / "docs" / "graphs.md").read_text("utf-8")
     table = page.partition("## What is found")[2].partition("\n\nWhat a replay")[0]
     explained = re.findall(r"^\| ([a-z][^|]+) \| [a-z`]", table, re.MULTILINE)[1:]
-    folder = ROOT / "torchpar" / "ptx"
-    code = "".join((folder / f"{name}.py").read_text("utf-8") for name in ("graphs", "cuda_graph"))
+    folder = ROOT / "torchpar" / "ptx" / "cuda"
+    code = "".join((folder / f"{name}.py").read_text("utf-8") for name in ("graphs", "graph"))
     refused = re.findall(r"""\.refuse\(\s*"([^"]+)",""", code)
     noted = re.findall(r"""note\(\s*"(?:error|warning)",\s*"([^"]+)",""", code)
     assert len(set(refused)) > 4 < len(set(noted))

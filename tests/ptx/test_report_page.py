@@ -13,7 +13,8 @@ import torchpar  # noqa: F401  # its operators
 from benchmarks.ptx_kernels import softmax_kernel
 from ptx.walk import by_rows
 from torchpar.drawing import INK
-from torchpar.ptx import Report, emulate, page
+from torchpar.ptx import Report, emulate
+from torchpar.ptx.report import page
 
 
 def transpose() -> None:

@@ -25,8 +25,11 @@ from commands import ROOT, forked
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.driver import driver as active_driver
 
-from torchpar.ptx import command, driver, emulate, gpu, memory, native
-from torchpar.ptx.cuda import cuda_is_cpu
+from torchpar.ptx import command, emulate
+from torchpar.ptx.cuda.stand_in import cuda_is_cpu
+from torchpar.ptx.machine import gpu, memory
+from torchpar.ptx.native import core as native
+from torchpar.ptx.triton import driver
 
 pytest_plugins = ["pytester"]
 

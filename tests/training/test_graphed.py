@@ -18,7 +18,7 @@ from torchpar.errors import ConfigError
 from torchpar.nn import MLP
 from torchpar.parallel import join_world
 from torchpar.ptx import emulate
-from torchpar.ptx.cuda import cuda_is_cpu
+from torchpar.ptx.cuda.stand_in import cuda_is_cpu
 from torchpar.training import (
     CheckpointConfig,
     Classification,

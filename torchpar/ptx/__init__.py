@@ -5,25 +5,27 @@
         kernel[grid](x, y, n, BLOCK=1024)
     print(gpu.report())
 
-Read in this order: `parse` (text to instructions), `registers` (kinds of numbers), `machine`
-(warps, barriers, masks, schedules and asynchronous operations), `arithmetic`, `rounding`,
-`conversions`, `bits`, `memory` (who may read and write which byte), `taint` (undefined bits),
-`copies` (loads, stores and copies), `atomics`, `tensors` (TMA), `tensor_cores`, `tensor_memory` (of
-sm_100), and `gpu`, which launches kernels. `native` and core.c execute the common instructions in
-C. `blocks` and blocks.c execute whole blocks, with knowledge.c, atomics.c and tensors.c, and
-`cores` executes blocks on all cores of the CPU. `driver` lets Triton launch kernels, `report` says
-what is wrong with them, and `cuda` lets scripts run that say "cuda".
-`counters` counts what a launch takes, `resources` asks ptxas, `roofline` has the bounds by data
-sheets, and `limits` holds them. `trace` records a program, and `page` draws it. `command` and
-`pytest` are the ways to run it.
+A launch passes these folders, one after the other:
+
+- `triton`: the driver by which Triton launches its kernels, and the memory of their arguments.
+  `cuda` stands in for `torch.cuda`, CUDA graphs included, in scripts that say "cuda".
+- `machine`: one launch. `parse` (text to instructions), `registers` (kinds of numbers), `block`
+  (warps, barriers, masks and schedules), `memory` (who may read and write which byte),
+  `definedness` (undefined bits), `counters`, `trace` (a record of one program), `gpu` (launches),
+  and `cores` (a launch on all cores of the CPU).
+- `instructions`: what each instruction of PTX does, in Python.
+- `native`: the common instructions, and whole blocks, in C.
+- `report`: faults and counters, bounds by data sheets, limits, ptxas's figures, and the page.
+
+`command` and `pytest` are the ways to run it.
 
 Sections are those of NVIDIA's "PTX ISA", release 9.0.
 """
 
-from torchpar.ptx.counters import Access, Counters, Line
-from torchpar.ptx.driver import Emulator, emulate
-from torchpar.ptx.limits import Limits
-from torchpar.ptx.report import Fault, Launch, Report
+from torchpar.ptx.machine.counters import Access, Counters, Line
+from torchpar.ptx.report.limits import Limits
+from torchpar.ptx.report.report import Fault, Launch, Report
+from torchpar.ptx.triton.driver import Emulator, emulate
 
 __all__ = [
     "Access",

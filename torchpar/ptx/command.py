@@ -15,9 +15,9 @@ from typing import Any, TextIO
 
 import torch
 
-from torchpar.ptx.cuda import cuda_is_cpu
-from torchpar.ptx.driver import ARCHITECTURES, emulate, why_not_compiled
-from torchpar.ptx.report import Report
+from torchpar.ptx.cuda.stand_in import cuda_is_cpu
+from torchpar.ptx.report.report import Report
+from torchpar.ptx.triton.driver import ARCHITECTURES, emulate, why_not_compiled
 
 NEEDS_CUDA = 'a script that launches kernels only for device="cuda" needs --cuda-is-cpu'
 WITHIN = "only kernels that the script's own process launches are executed"

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from torchpar.ptx.driver import ARCHITECTURES, Emulator, emulate, why_not_compiled
-from torchpar.ptx.report import Report
+from torchpar.ptx.report.report import Report
+from torchpar.ptx.triton.driver import ARCHITECTURES, Emulator, emulate, why_not_compiled
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -53,7 +53,7 @@ class Kernel(Protocol):
 
 def check_arch(arch: str) -> None:
     """Refuse an unknown architecture."""
-    from torchpar.ptx.driver import ARCHITECTURES
+    from torchpar.ptx.triton.driver import ARCHITECTURES
 
     if arch not in ARCHITECTURES:
         raise ConfigError(f"arch is {arch!r}, expected one of {', '.join(ARCHITECTURES)}")
@@ -81,7 +81,7 @@ def _said(fault: "Fault") -> str:
 
 def resource_row(gpus: Sequence["Emulator"]) -> tuple[str, str, str]:
     """The row of what each kernel takes of a multiprocessor, by ptxas."""
-    from torchpar.ptx.resources import resources
+    from torchpar.ptx.report.resources import resources
 
     found: dict[str, str] = {}
     for launch in (launch for gpu in gpus for launch in gpu.launches):

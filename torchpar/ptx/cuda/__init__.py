@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""The stand-in for `torch.cuda`, and CUDA graphs."""

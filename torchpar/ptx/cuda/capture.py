@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: MIT
+"""Captures of CUDA graphs: operators and launches are executed, recorded, and undone at the end."""
+
+import sys
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils._pytree import tree_leaves, tree_map
+
+from torchpar.ptx.cuda import capture_rules, places
+from torchpar.ptx.cuda.graph_memory import Line, Memory, Pool, Slot, memory_of
+from torchpar.ptx.cuda.operations import LaunchOperation, Operation, with_tensors, written_by
+from torchpar.ptx.cuda.steps import Step
+from torchpar.ptx.cuda.streams import Stream
+from torchpar.ptx.triton.driver import EMPTY, is_plain
+
+if TYPE_CHECKING:
+    from torchpar.ptx.cuda.graph import CUDAGraph
+    from torchpar.ptx.cuda.graphs import Graphs
+
+LIBRARIES = ("torch", "triton", "torchpar", "contextlib", "runpy", "copy")
+
+
+def user_line() -> Line:
+    """Return the file and the line of the program that is executed, outside of the libraries."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_globals.get("__name__", "")
+        if name.partition(".")[0] not in LIBRARIES:
+            return frame.f_code.co_filename, frame.f_lineno
+        frame = frame.f_back
+    return None
+
+
+class Capture:
+    """A capture under way.
+
+    Attributes:
+        memories: by the storages' addresses in C++.
+        parameters: leaves of autograd that operators take.
+        has_failed: whether the program has done what a capture forbids.
+    """
+
+    def __init__(self, graphs: "Graphs", graph: "CUDAGraph", pool: Pool, line: Line):
+        self.graphs, self.graph, self.pool, self.line = graphs, graph, pool, line
+        self.origin = graphs.streams.current
+        self.streams = {self.origin}
+        self.operations: list[Operation] = []
+        self.memories: dict[int, Memory] = {}
+        self.parameters: dict[int, weakref.ref[Tensor]] = {}
+        self.steps: list[Step] = []
+        self.has_failed = False
+        self._states: list[tuple[torch.Generator, Tensor]] = [
+            (one, one.get_state()) for one in (torch.default_generator, *graph.generators)
+        ]
+        self._hooks = ExitStack()
+        self._hooks.callback(register_optimizer_step_post_hook(self._note_step).remove)
+
+    def _note_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        if self.graphs.is_capturing:
+            self.steps.append(Step(optimizer, user_line()))
+
+    # Memory
+
+    def memory(self, t: Tensor) -> Memory:
+        """Return the memory of a tensor that the graph reads or writes."""
+        storage = t.untyped_storage()
+        found = memory_of(t) or self.memories.get(storage._cdata)
+        if found is None or not found.is_memory_of(storage):
+            found = Memory(t, user_line(), keep=False)
+        self.memories[storage._cdata] = found
+        return found
+
+    def slot(self, value: Any) -> Any:
+        if not is_plain(value) or not value.untyped_storage().nbytes():
+            return value
+        if value.requires_grad and value.is_leaf:
+            self.parameters[id(value)] = weakref.ref(value)
+        return Slot(value, self.memory(value))
+
+    def adopted(self, result: Any, given: set[int]) -> Any:
+        """Return results whose new memory belongs to the graph.
+
+        Args:
+            given: the storages of the operands, in C++.
+        """
+        made: dict[int, Any] = {}
+
+        def adopt(value: Any) -> Any:
+            if not is_plain(value):
+                return value
+            storage = value.untyped_storage()
+            number = storage._cdata
+            if number in given or memory_of(value) or not storage.nbytes():
+                return value
+            if number not in made:
+                memory = Memory(value, user_line(), graph=self.graph)
+                made[number] = memory.given_out()
+                self.pool.place(memory)
+                self.memories[made[number]._cdata] = memory
+            place = value.storage_offset(), value.size(), value.stride()
+            return torch.empty(0, dtype=value.dtype).set_(made[number], *place)
+
+        return tree_map(adopt, result)
+
+    # What is recorded
+
+    def operator(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Execute an operator, and record it if it is more than a view."""
+        operands = [t for t in tree_leaves((args, kwargs)) if is_plain(t)]
+        given = {t.untyped_storage()._cdata for t in operands}
+        slots: Any = tree_map(self.slot, (args, kwargs))
+        is_copy = func.overloadpacket is torch.ops.aten.copy_
+        if not (is_copy and capture_rules.is_asynchronous(args, kwargs)):
+            self._keep_numbers(operands)
+        written = written_by(func, args, kwargs)
+        for t in written:
+            if t.untyped_storage().nbytes():
+                self.memory(t).keep_before()
+        result = self.adopted(func(*args, **kwargs), given)
+        results = [
+            None if not is_plain(t) or t.untyped_storage()._cdata in given else self.slot(t)
+            for t in tree_leaves(result)
+        ]
+        computes = any(isinstance(one, Slot) for one in results)
+        if written or (computes and func.overloadpacket not in EMPTY):
+            self.operations.append(Operation(func, slots[0], slots[1], results))
+        return result
+
+    def _keep_numbers(self, operands: list[Tensor]) -> None:
+        """Keep numbers of the host as they are: a launch takes their values."""
+        for t in operands:
+            if t.dim() == 0 and not places.is_on_device(t) and memory_of(t) is None:
+                self.memory(t).keep_copy()
+
+    def launch(self, execute: Callable[..., None], arguments: Sequence[Any]) -> None:
+        operands: list[Tensor] = []
+        with_tensors(tuple(arguments), operands.append)
+        outside = [self.memory(t) for t in operands if t.untyped_storage().nbytes()]
+        outside = [one for one in outside if one.graph is None and one.before is None]
+        for one in outside:
+            one.keep_before()
+        execute(arguments)
+        for one in outside:
+            if one.before is not None and torch.equal(one.before, one.content):
+                one.before = None
+        slots = with_tensors(tuple(arguments), self.slot)
+        self.operations.append(LaunchOperation(execute, slots))
+
+    # The end
+
+    def end(self) -> None:
+        """Let all memory be as before the capture, and what it has computed be hidden."""
+        self._hooks.close()
+        for memory in self.memories.values():
+            if memory.graph is self.graph:
+                memory.hide()
+            else:
+                memory.restore()
+        for generator, state in self._states:
+            generator.set_state(state)
+
+    def unjoined(self) -> list[Stream]:
+        """Return streams whose work the stream of the capture does not wait for."""
+        clock = self.origin.clock
+        return [
+            one
+            for one in self.streams - {self.origin}
+            if clock.get(one.stream_id, 0) < one.clock.get(one.stream_id, 0)
+        ]

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: MIT
+"""Rules of a capture of a CUDA graph: a GPU forbids to read values back, and to wait.
+
+Each rule returns words on what the program does, or "" if that is allowed.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from torchpar.ptx.cuda import places
+
+# Functions in Python that read a tensor's values, by their names.
+READING_FUNCTIONS = {
+    "item": ".item()",
+    "tolist": ".tolist()",
+    "numpy": ".numpy()",
+    "__array__": "numpy.asarray(tensor)",
+    "__bool__": "bool(tensor), as an `if` calls it,",
+    "__float__": "float(tensor)",
+    "__int__": "int(tensor)",
+    "__index__": "a tensor as an index of Python",
+    "__complex__": "complex(tensor)",
+    "__repr__": "printing a tensor",
+    "__format__": "printing a tensor",
+    "equal": "torch.equal",
+    "allclose": "torch.allclose",
+    "nonzero": "nonzero, whose shape depends on values,",
+    "argwhere": "argwhere, whose shape depends on values,",
+    "masked_select": "masked_select, whose shape depends on values,",
+    "unique": "unique, whose shape depends on values,",
+    "unique_consecutive": "unique_consecutive, whose shape depends on values,",
+    "bincount": "bincount, whose shape depends on values,",
+}
+# Operators that do, also where another function of PyTorch or autograd calls them.
+READING_OPERATORS = {
+    "_local_scalar_dense": "a function of PyTorch, which takes a number from a tensor,",
+    "item": ".item()",
+    "is_nonzero": "bool(tensor)",
+    "equal": "torch.equal",
+    "nonzero": READING_FUNCTIONS["nonzero"],
+    "nonzero_numpy": READING_FUNCTIONS["nonzero"],
+    "argwhere": READING_FUNCTIONS["argwhere"],
+    "masked_select": READING_FUNCTIONS["masked_select"],
+    "_unique2": READING_FUNCTIONS["unique"],
+    "unique_dim": READING_FUNCTIONS["unique"],
+    "unique_consecutive": READING_FUNCTIONS["unique_consecutive"],
+    "bincount": READING_FUNCTIONS["bincount"],
+    "_linalg_check_errors": "the check of a matrix that may be singular",
+}
+INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_"}
+MAKING = {"tensor", "as_tensor", "asarray", "new_tensor"}  # tensors from numbers of Python
+
+
+def read_by_function(func: Any, args: Sequence[Any]) -> str:
+    """Name what a function of PyTorch reads back of a tensor on the device."""
+    name = getattr(func, "__name__", "")
+    if name in READING_FUNCTIONS and args and places.is_on_device(args[0]):
+        return READING_FUNCTIONS[name]
+    return ""
+
+
+def read_by_operator(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> str:
+    """Name what an operator reads back, some of whose operands are on the device."""
+    name = func.overloadpacket.__name__
+    if name in INDEXED and _has_mask(args[1]) and not _fills(func, args):
+        return "indexing by a mask, whose number of elements depends on values,"
+    if func is torch.ops.aten.repeat_interleave.Tensor and kwargs.get("output_size") is None:
+        return "repeat_interleave without output_size"
+    return READING_OPERATORS.get(name, "") if func.namespace == "aten" else ""
+
+
+def _has_mask(indices: Any) -> bool:
+    masks = (torch.bool, torch.uint8)
+    return any(isinstance(t, Tensor) and t.dtype in masks for t in indices)
+
+
+def _fills(func: Any, args: Sequence[Any]) -> bool:
+    """Whether one number is put where a mask is true, for which PyTorch calls masked_fill."""
+    value = args[2] if len(args) > 2 else None
+    if not isinstance(value, Tensor) or value.numel() != 1 or places.is_on_device(value):
+        return False
+    return len(args) < 4 or not args[3]
+
+
+def copied_by_operator(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> str:
+    """Name a copy between host and device that the program waits for.
+
+    A number of the host that is put into elements is none.
+    """
+    if func.overloadpacket is not torch.ops.aten.copy_ or args[1].dim() == 0:
+        return ""
+    return _copied(args, kwargs)
+
+
+def copied_by_function(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> str:
+    """Name a copy as `copied_by_operator` does; also one of a single number."""
+    if func != torch.Tensor.copy_ or len(args) < 2 or not isinstance(args[1], Tensor):
+        return ""
+    return _copied(args, kwargs)
+
+
+def _copied(args: Sequence[Any], kwargs: dict[str, Any]) -> str:
+    to, source = args[:2]
+    if places.is_on_device(to) == places.is_on_device(source) or not to.numel():
+        return ""
+    if is_asynchronous(args, kwargs):
+        return ""
+    return TO_DEVICE if places.is_on_device(to) else "copy_ of a tensor to the host"
+
+
+def is_asynchronous(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether copy_ with these arguments returns before it has copied."""
+    return bool(args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
+
+
+TO_DEVICE = "a copy from the host's memory"
+
+
+def makes_from_host(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether a function makes a tensor on the device from numbers of Python."""
+    if getattr(func, "__name__", "") not in MAKING:
+        return False
+    if func is torch.Tensor.new_tensor and kwargs.get("device") is None:
+        return places.is_on_device(args[0])
+    is_there = len(args) > 0 and places.is_on_device(args[0])
+    return bool(kwargs.get("device") == places.DEVICE and not is_there)
+
+
+def generators_of(args: Any, kwargs: Any) -> list[Any]:
+    return [one for one in tree_leaves((args, kwargs)) if isinstance(one, torch._C.Generator)]

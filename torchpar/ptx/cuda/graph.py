@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: MIT
+"""`torch.cuda.CUDAGraph` on a CPU: a replay executes what was captured, in the same memory."""
+
+import sys
+import warnings
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from torchpar.ptx.cuda.capture import Capture, user_line
+from torchpar.ptx.cuda.graph_memory import REPLAYED, WRITTEN, Line, Memory, Pool, memory_of
+from torchpar.ptx.cuda.operations import Operation
+from torchpar.ptx.cuda.steps import Step
+from torchpar.ptx.report.report import CapturedGraph
+from torchpar.ptx.triton.driver import is_plain
+
+if TYPE_CHECKING:
+    from torchpar.ptx.cuda.graphs import Graphs
+
+MODES = ("global", "thread_local", "relaxed")
+WITHIN = "capture within `with torch.cuda.graph(graph):`, which takes a stream of its own"
+EMPTY_GRAPH = (
+    "The CUDA Graph is empty. This usually means that the graph was attempted to be captured on "
+    "wrong device or stream."
+)
+
+
+class CUDAGraph:
+    """A CUDA graph."""
+
+    _graphs: "Graphs"  # of the emulator
+
+    def __init__(self, keep_graph: bool = False):
+        self.operations: list[Operation] = []
+        self.memories: list[Memory] = []
+        self.generators: list[torch.Generator] = []
+        self.steps: list[Step] = []
+        self.replays = 0
+        self.is_reset = False
+        self._gradients: list[tuple[weakref.ref[Tensor], Memory]] = []
+        self._is_captured = False
+        self._pool: Pool | None = None
+
+    def capture_begin(
+        self,
+        pool: Any = None,
+        capture_error_mode: str = "global",
+        check_input_liveness: bool = False,
+    ) -> None:
+        """Begin to record what the current stream does."""
+        graphs = self._graphs
+        if capture_error_mode not in MODES:
+            raise RuntimeError(
+                f"capture_error_mode is {capture_error_mode!r}, expected one of {', '.join(MODES)}"
+            )
+        if graphs.capture is not None:
+            raise RuntimeError("another capture is under way; end it before this one")
+        if graphs.streams.current is graphs.streams.default:
+            raise RuntimeError(
+                "CUDA graphs must be captured on a non-default stream. (However, after capture, "
+                f"it's ok to replay them on the default stream.) {WITHIN}"
+            )
+        if self._is_captured:
+            raise RuntimeError(
+                "This CUDAGraph instance already owns a captured graph. To capture a new graph, "
+                "create a new instance, or call reset()"
+            )
+        with graphs.unwatched():
+            graphs.show_captured(True)
+        self._pool = graphs.pool(pool)
+        self._handled = sys.exc_info()[1]  # an error that the program is handling anyway
+        graphs.capture = Capture(graphs, self, self._pool, user_line())
+
+    def capture_end(self) -> None:
+        """End the capture; a replay computes what it has recorded."""
+        graphs, capture = self._graphs, self._graphs.capture
+        if capture is None or capture.graph is not self:
+            raise RuntimeError("no capture of this graph is under way; call capture_begin()")
+        graphs.capture = None
+        with graphs.unwatched():
+            capture.end()
+            graphs.show_captured(False)
+        if sys.exc_info()[1] is not self._handled:  # the program leaves the capture by an error
+            return
+        if capture.has_failed:
+            raise RuntimeError(
+                "CUDA error: operation failed due to a previous error during capture; mend that one"
+            )
+        self._check_joined(capture)
+        self.operations, self.steps = capture.operations, capture.steps
+        self.memories = list({id(one): one for one in capture.memories.values()}.values())
+        self._is_captured = True
+        graphs.graphs.add(self)
+        launches = sum(one.is_launch for one in self.operations)
+        self.counted = CapturedGraph(capture.line, len(self.operations) - launches, launches)
+        graphs.emulator.graphs.append(self.counted)
+        if not self.operations:
+            warnings.warn(EMPTY_GRAPH, stacklevel=2)
+            graphs.note("warning", "empty graph", EMPTY_GRAPH, capture.line)
+        self._check_steps()
+        self._keep_gradients(capture)
+
+    def _check_joined(self, capture: Capture) -> None:
+        if capture.unjoined():
+            message = (
+                "the capture ends before the work that it began on another stream; call "
+                "torch.cuda.current_stream().wait_stream(other) within the capture"
+            )
+            begun = None if capture.line is None else ("captured", capture.line)
+            self._graphs.note("error", "unjoined work", message, user_line(), begun)
+            raise RuntimeError(f"CUDA error: capturing stream has unjoined work: {message}")
+
+    def _check_steps(self) -> None:
+        """Check that optimizers had their state before the capture."""
+        for step in self.steps:
+            for key, t in step.state():
+                memory = memory_of(t)
+                if memory is not None and memory.graph is self:
+                    self._graphs.note(
+                        "error",
+                        "state made in a capture",
+                        f"{step.name} made {key} in the capture, so that each replay makes it "
+                        "anew; call step() a few times before the capture, on another stream",
+                        step.line,
+                    )
+                    break
+
+    def _keep_gradients(self, capture: Capture) -> None:
+        """Remember gradients that the graph computes, and no optimizer within it takes."""
+        taken = {id(p) for step in self.steps for p in step.parameters()}
+        for reference in capture.parameters.values():
+            p = reference()
+            if p is None or id(p) in taken or p.grad is None or not is_plain(p.grad):
+                continue
+            memory = memory_of(p.grad)
+            if memory is not None and memory.graph is self:
+                self._gradients.append((reference, memory))
+
+    @property
+    def waits(self) -> bool:
+        """Whether the graph was captured, and no replay has computed its results."""
+        return self._is_captured and self.replays == 0
+
+    def instantiate(self) -> None: ...
+
+    def replay(self) -> None:
+        """Compute what the capture has recorded, in the same memory."""
+        graphs, line = self._graphs, user_line()
+        if not self._is_captured:
+            raise RuntimeError(
+                "Called CUDAGraph::replay without a preceding successful capture. Capture it first"
+            )
+        if graphs.capture is not None:
+            raise RuntimeError("a replay within a capture is not emulated; replay it outside")
+        self._check_inputs(line)
+        self._check_gradients(line)
+        for step in self.steps:
+            for key, before, now in step.changes():
+                graphs.note(
+                    "warning",
+                    "number in a graph",
+                    f"the graph still computes with {key}={_number(before)}, and {step.name} has "
+                    f"{key}={_number(now)}; make it a tensor on the device before the capture, "
+                    "and change it in place",
+                    line,
+                    None if step.line is None else ("captured", step.line),
+                    (key, step.name),
+                )
+        with graphs.unwatched():
+            for operation in self.operations:
+                operation()
+        self.replays += 1
+        self.counted.replays += 1
+        self._note_replay(line)
+
+    def _check_inputs(self, line: Line) -> None:
+        """Check that what the graph uses outside of its pool is there, and written."""
+        streams = self._graphs.streams
+        for memory in self.memories:
+            earlier = None if memory.read is None else ("captured", memory.read)
+            if memory.graph is not None:
+                if memory.graph is not self and memory.graph.waits:
+                    self._graphs.note(
+                        "error",
+                        "result before a replay",
+                        "the graph uses a result of another graph that has no values yet: a "
+                        "capture computes nothing; replay the other graph first",
+                        line,
+                        earlier,
+                    )
+                continue
+            if memory.is_kept:
+                continue
+            storage = memory.storage()
+            if storage is None:
+                self._graphs.note(
+                    "error",
+                    "freed input",
+                    f"the graph uses the memory of {memory.name}, which has been freed since the "
+                    "capture; keep the tensor, and change it in place: x.copy_(new), not x = new",
+                    line,
+                    earlier,
+                )
+                memory.replace()
+                continue
+            work = getattr(storage, WRITTEN, None)
+            if work is not None and not streams.is_ordered(work):
+                self._graphs.note(
+                    "error",
+                    "missing wait",
+                    f"the graph uses {memory.name}, which another stream may still write; call "
+                    "torch.cuda.current_stream().wait_stream(stream) before the replay",
+                    line,
+                    earlier,
+                )
+
+    def _check_gradients(self, line: Line) -> None:
+        for reference, memory in self._gradients:
+            p = reference()
+            if p is None:
+                continue
+            if p.grad is None or memory_of(p.grad) is not memory:
+                self._graphs.note(
+                    "error",
+                    "replaced gradient",
+                    f"the graph writes the gradient of a parameter {list(p.shape)} into memory "
+                    "that its .grad does not have any more; call zero_grad(set_to_none=False), or "
+                    "none: a replay overwrites gradients",
+                    line,
+                    None if memory.made is None else ("captured", memory.made),
+                )
+
+    def _note_replay(self, line: Line) -> None:
+        work = self._graphs.streams.work()
+        for memory in self.memories:
+            storage = memory.storage()
+            if storage is not None:
+                setattr(storage, REPLAYED, (work, line))
+                setattr(storage, WRITTEN, work)
+        assert self._pool is not None
+        self._pool.overwrite(self, line)
+
+    def reset(self) -> None:
+        """Forget what was captured."""
+        self.is_reset, self._is_captured = self._is_captured, False
+        self.operations, self.memories, self.steps, self._gradients = [], [], [], []
+
+    def pool(self) -> Any:
+        """Return a handle of the graph's pool, which other graphs may share."""
+        if self._pool is None:
+            raise RuntimeError("the graph has no pool before its capture; capture it first")
+        return self._pool.handle
+
+    def register_generator_state(self, generator: torch.Generator) -> None:
+        """Let replays draw new numbers from a generator."""
+        self.generators.append(generator)
+
+    def enable_debug_mode(self) -> None: ...
+
+    def debug_dump(self, debug_path: str) -> None:
+        """Write the names of the recorded operators."""
+        with open(debug_path, "w", encoding="utf-8") as file:
+            file.writelines(f"{one}\n" for one in self.operations)
+
+
+def _number(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,352 @@
+# SPDX-License-Identifier: MIT
+"""CUDA graphs on a CPU: a capture records operators and launches, and a replay executes them again.
+
+    with emulate() as gpu, cuda_is_cpu(gpu):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = x.exp()
+        x.copy_(new)
+        graph.replay()
+
+On a GPU nothing is computed during a capture. Here operators are, because their results' shapes are
+needed; at the end of the capture all memory is as before, and the results hold no numbers.
+"""
+
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from torchpar.ptx.cuda import capture_rules, places
+from torchpar.ptx.cuda.capture import Capture, user_line
+from torchpar.ptx.cuda.graph import CUDAGraph
+from torchpar.ptx.cuda.graph_memory import REPLAYED, WRITTEN, Line, Memory, Pool, memory_of, shown
+from torchpar.ptx.cuda.operations import OperatorKind, tensors_in, with_tensors, written_by
+from torchpar.ptx.cuda.streams import Stream, Streams
+from torchpar.ptx.report.report import HostFault, Kind
+from torchpar.ptx.triton.driver import Emulator, is_plain
+
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
+class Graphs:
+    """The CUDA graphs of an emulator, and what watches its operators and launches for them."""
+
+    def __init__(self, emulator: Emulator):
+        self.emulator, self.streams = emulator, Streams()
+        self.capture: Capture | None = None
+        self.streams.is_capturing = self._captures
+        self.streams.refuse = self._refuse_waiting
+        self.streams.forks = self._fork
+        self.pools: dict[Any, Pool] = {}
+        self.graphs: weakref.WeakSet[CUDAGraph] = weakref.WeakSet()
+        self._kinds: dict[int, OperatorKind] = {}  # by the operators' numbers in Python
+        self.CUDAGraph = type("CUDAGraph", (CUDAGraph,), {"_graphs": self})
+
+    # Faults
+
+    def note(
+        self, kind: Kind, name: str, message: str, line: Line, earlier: Any = None, key: Any = None
+    ) -> None:
+        """Note a fault of the program at a line of it."""
+        fault = HostFault(kind, name, message, source=line, earlier=earlier)
+        self.emulator.note(fault, (name, line, earlier, key))
+
+    def refuse(self, name: str, message: str) -> None:
+        """Note a fault, and raise an error, as a GPU does."""
+        line = user_line()
+        if self.capture is not None:
+            self.capture.has_failed = True
+        begun = None if self.capture is None else self.capture.line
+        self.note("error", name, message, line, None if begun is None else ("captured", begun))
+        raise RuntimeError(
+            f"CUDA error: operation not permitted when stream is capturing: {message}"
+        )
+
+    def _refuse_waiting(self, what: str) -> None:
+        if self.capture is not None:
+            message = f"{what} waits for the GPU, which computes nothing before a replay; call it "
+            self.refuse("wait in a capture", message + "after graph.replay()")
+
+    def _refuse_read(self, what: str) -> None:
+        self.refuse(
+            "read-back in a capture",
+            f"{what} reads values, and nothing is computed before a replay; keep the tensor, and "
+            "read it after graph.replay()",
+        )
+
+    def _refuse_copy(self, what: str) -> None:
+        self.refuse(
+            "host's copy in a capture",
+            f"{what} is one that the program waits for; copy before the capture, into a tensor "
+            "that the graph reads",
+        )
+
+    # The current capture
+
+    @property
+    def is_capturing(self) -> bool:
+        return self.capture is not None and self._captures(self.streams.current)
+
+    def _captures(self, stream: Stream) -> bool:
+        return self.capture is not None and stream in self.capture.streams
+
+    def _fork(self, stream: Stream, other: Stream, is_captured: bool) -> None:
+        """Let a stream take part in the capture of another one that it waits for."""
+        if self.capture is None:
+            return
+        if is_captured and not self._captures(stream):
+            self.capture.streams.add(stream)
+            stream.clock[stream.stream_id] = stream.clock.get(stream.stream_id, 0) + 1
+        elif self._captures(stream) and not is_captured:
+            self.refuse(
+                "wait in a capture",
+                "the captured stream waits for work that is not captured; let it wait before the "
+                "capture",
+            )
+
+    # What the program does
+
+    def function(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        """Check a function of PyTorch before it is called."""
+        what = capture_rules.read_by_function(func, args)
+        if self.capture is not None and self.is_capturing:
+            if what:
+                self._refuse_read(what)
+            if capture_rules.makes_from_host(func, args, kwargs):
+                self._refuse_copy(capture_rules.TO_DEVICE)
+            if copied := capture_rules.copied_by_function(func, args, kwargs):
+                self._refuse_copy(copied)
+        elif what:
+            self._check_operands([args[0]], [])
+
+    def copy_between(
+        self, t: Tensor, before: torch.device, after: torch.device, is_asynchronous: bool
+    ) -> None:
+        """Check a copy between the host and the device, which may be to where the tensor is."""
+        if before == after:
+            return
+        if before == places.DEVICE:
+            self._check_operands([t], [])
+        if self.is_capturing and not is_asynchronous:
+            if after == places.DEVICE:
+                self._refuse_copy(capture_rules.TO_DEVICE)
+            else:
+                self._refuse_read("a copy to the host")
+
+    def operator(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Execute an operator of PyTorch."""
+        given = tensors_in((*args, *kwargs.values()))
+        if not all(type(t) in PLAIN for t in given) and any(
+            map(is_traceable_wrapper_subclass, given)
+        ):
+            return NotImplemented
+        operands = [t for t in given if is_plain(t)]
+        device = places.device_of_results(operands, kwargs.get("device"))
+        is_of_device = device == places.DEVICE or any(map(places.is_on_device, operands))
+        if not is_of_device:
+            return func(*args, **kwargs)
+        kind = self._kind_of(func)
+        written = written_by(func, args, kwargs) if kind.may_write else []
+        capture = self.capture if self.is_capturing else None
+        if capture is not None:
+            self._check_captured(func, args, kwargs)
+            result = capture.operator(func, args, kwargs)
+        else:
+            reads = [] if kind.reads_nothing else operands
+            numbers = {id(t) for t in written}
+            self._check_operands([t for t in reads if id(t) not in numbers], written)
+            result = func(*args, **kwargs)
+        if not kind.is_view:
+            made = [t for t in tensors_in((result,)) if is_plain(t)]
+            # Only a copy may be from the device to the host.
+            for t in made if kind.is_copy else (*made, *written):
+                places.put(t, device)
+            written += made
+        self._note_written(written)
+        return result
+
+    def _kind_of(self, func: Any) -> "OperatorKind":
+        found = self._kinds.get(id(func))
+        if found is None:
+            found = self._kinds[id(func)] = OperatorKind(func)
+        return found
+
+    def _check_captured(self, func: Any, args: Any, kwargs: Any) -> None:
+        if what := capture_rules.read_by_operator(func, args, kwargs):
+            self._refuse_read(what)
+        if what := capture_rules.copied_by_operator(func, args, kwargs):
+            self._refuse_copy(what)
+        assert self.capture is not None
+        registered: tuple[Any, ...] = (torch.default_generator, *self.capture.graph.generators)
+        numbers = {one._cdata for one in registered}  # the operator has other objects of Python
+        for generator in capture_rules.generators_of(args, kwargs):
+            if generator._cdata not in numbers:
+                self.refuse(
+                    "unregistered generator",
+                    "each replay would draw the same random numbers from this generator; call "
+                    "graph.register_generator_state(generator) before the capture",
+                )
+
+    def _note_written(self, tensors: list[Tensor]) -> None:
+        """Note the work of the current stream that writes tensors; a capture writes none."""
+        work = self.streams.work()
+        if not self.is_capturing:
+            for t in tensors:
+                setattr(t.untyped_storage(), WRITTEN, work)
+
+    def launch(self, execute: Callable[..., None], arguments: Sequence[Any]) -> None:
+        """Execute a launch of a Triton kernel."""
+        operands: list[Tensor] = []
+        with_tensors(tuple(arguments), operands.append)
+        if self.is_capturing:
+            assert self.capture is not None
+            self.capture.launch(execute, arguments)
+        else:
+            # Which of them it reads is not known.
+            self._check_operands([], operands)
+            execute(arguments)
+        self._note_written(operands)
+
+    def _check_operands(self, read: list[Tensor], written: list[Tensor]) -> None:
+        """Check what is read and written outside of a capture, but for what graphs made of it."""
+        for t in read:
+            memory = memory_of(t)
+            if memory is not None:
+                self._check_read(t, memory)
+        for t in (*read, *written):
+            work = getattr(t.untyped_storage(), REPLAYED, None)
+            if work is not None and not self.streams.is_ordered(work[0]):
+                use = "reads" if any(t is one for one in read) else "writes"
+                self.note(
+                    "error",
+                    "missing wait",
+                    f"the current stream {use} {shown(t)} while the replay of the graph may still "
+                    "run on another stream; call torch.cuda.current_stream().wait_stream(stream) "
+                    "first",
+                    user_line(),
+                    ("replayed", work[1]) if work[1] else None,
+                )
+
+    def _check_read(self, t: Tensor, memory: Memory) -> None:
+        graph: CUDAGraph = memory.graph
+        earlier = None if memory.made is None else ("captured", memory.made)
+        if graph.is_reset:
+            self.note(
+                "warning",
+                "result of a reset graph",
+                f"{shown(t)} is in the pool of a graph that was reset, and no replay computes it "
+                "any more; clone it before reset()",
+                user_line(),
+                earlier,
+            )
+        elif graph.waits and self.capture is None:
+            self.note(
+                "error",
+                "result before a replay",
+                f"{shown(t)} has no values yet: a capture computes nothing; call graph.replay() "
+                "first",
+                user_line(),
+                earlier,
+            )
+        elif memory.overwritten is not None:
+            self.note(
+                "error",
+                "overwritten result",
+                f"another graph with the same pool has used the memory of {shown(t)} since its "
+                "replay; read it before the other graph's replay, or give that another pool",
+                user_line(),
+                ("overwritten by the replay", memory.overwritten),
+            )
+
+    @contextmanager
+    def unwatched(self) -> Iterator[None]:
+        """Let the block's operators change memory alone, without autograd and versions."""
+        watcher, self.emulator.watcher = self.emulator.watcher, None
+        keys = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+        try:
+            with torch._C._AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(keys):
+                yield
+        finally:
+            self.emulator.watcher = watcher
+
+    def show_captured(self, is_shown: bool) -> None:
+        """Show or hide what captures without a replay have computed, for another capture.
+
+        That of a backward pass depends on what the capture of the forward pass has computed.
+        """
+        for graph in self.graphs:
+            if graph.replays == 0:
+                for memory in graph.memories:
+                    if memory.graph is graph:
+                        memory.show() if is_shown else memory.hide()
+
+    # What PyTorch is told
+
+    def pool(self, handle: Any = None) -> Pool:
+        """Return the pool of a handle, or a new one."""
+        handle = getattr(handle, "id", handle)  # of torch.cuda.MemPool
+        made = Pool()
+        return self.pools.setdefault(made.handle if handle is None else tuple(handle), made)
+
+    def answers(self) -> dict[str, Any]:
+        """Return what `torch.cuda` says of graphs and streams."""
+        streams = self.streams
+        return {
+            "synchronize": streams.synchronize,
+            "current_stream": lambda device=None: streams.current,
+            "default_stream": lambda device=None: streams.default,
+            "set_stream": streams.set,
+            "stream": streams.entered,
+            "Stream": streams.Stream,
+            "Event": streams.Event,
+            "is_current_stream_capturing": lambda: self.is_capturing,
+            "graph_pool_handle": lambda: self.pool().handle,
+            "CUDAGraph": self.CUDAGraph,
+            "default_generators": (torch.default_generator,),
+        }
+
+    def changes(self) -> list[tuple[Any, dict[str, Any]]]:
+        """Return what else of PyTorch is replaced, by its module."""
+        cuda = self.answers()
+        ours = ("is_current_stream_capturing", "graph_pool_handle", "CUDAGraph")
+        return [
+            (torch.cuda.graphs, {name: cuda[name] for name in ours}),
+            (torch.cuda.graph, {"default_capture_stream": None}),
+            (torch._C, {"_host_emptyCache": lambda: None}),
+            *self._of_optimizers(),
+        ]
+
+    def _of_optimizers(self) -> Iterator[tuple[Any, dict[str, Any]]]:
+        """Yield what lets optimizers take the CPU for a device with graphs."""
+        for name, module in list(sys.modules.items()):
+            if name.startswith("torch.optim.") or name == "torch.utils._foreach_utils":
+                lists = [one for one in DEVICES if hasattr(module, one)]
+                yield module, {one: _and_cpu(getattr(module, one)) for one in lists}
+        checks = ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
+        yield torch.optim.Optimizer, dict.fromkeys(checks, self._check_optimizer())
+
+    def _check_optimizer(self) -> Callable[[Any], None]:
+        def check(optimizer: Any) -> None:
+            groups = optimizer.param_groups
+            if self.is_capturing and not all(group["capturable"] for group in groups):
+                name = type(optimizer).__name__
+                self.refuse(
+                    "optimizer that is not capturable",
+                    f"{name} counts its steps on the host, and a replay does not; make it by "
+                    f"{name}(…, capturable=True)",
+                )
+
+        return check
+
+
+DEVICES = ("_get_capturable_supported_devices", "_get_foreach_kernels_supported_devices")
+
+
+def _and_cpu(devices: Callable[..., list[str]]) -> Callable[..., list[str]]:
+    return lambda *args, **kwargs: [*devices(*args, **kwargs), "cpu"]

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: MIT
+"""Operations of a CUDA graph: operators of PyTorch and launches, with the memory that they use."""
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from torchpar.ptx.cuda.graph_memory import Slot
+from torchpar.ptx.triton.driver import EMPTY, changed, is_plain
+
+# Operators that take the shape of a tensor, and not its values.
+SHAPES = {*EMPTY, *(getattr(torch.ops.aten, f"{one}_like") for one in ("zeros", "ones", "full"))}
+SHAPES |= {getattr(torch.ops.aten, f"{one}_like") for one in ("rand", "randn", "randint")}
+SHAPES |= {getattr(torch.ops.aten, f"new_{one}") for one in ("zeros", "ones", "full")}
+
+BATCH_NORMS = {torch.ops.aten.native_batch_norm, torch.ops.aten.cudnn_batch_norm}
+
+
+class OperatorKind:
+    """What an operator does, by its schema.
+
+    Attributes:
+        is_view: it returns parts of its operands, and changes none.
+        reads_nothing: of its operands but the shapes.
+    """
+
+    def __init__(self, func: Any):
+        schema, self.func = func._schema, func
+        self.is_copy = func.overloadpacket is torch.ops.aten.copy_
+        self.may_write = schema.is_mutable or _writes_secretly(func)
+        aliases = any(one.alias_info is not None for one in schema.returns)
+        self.is_view = aliases and not schema.is_mutable
+        self.reads_nothing = self.is_view or func.overloadpacket in SHAPES
+
+
+def tensors_in(values: Iterable[Any]) -> list[Tensor]:
+    """Return the tensors of an operator's arguments or results, which hold no dictionaries."""
+    found: list[Tensor] = []
+    for one in values:
+        if isinstance(one, Tensor):
+            found.append(one)
+        elif isinstance(one, (list, tuple)):
+            found += tensors_in(one)
+    return found
+
+
+def written_by(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """Return the operands that an operator writes, also where its schema does not say so."""
+    if func.overloadpacket in BATCH_NORMS:
+        found = args[3:5]  # the running mean and variance
+    elif func.namespace == "c10d":
+        found = (args, kwargs)
+    else:
+        found = changed(func._schema, args, kwargs)
+    return [t for t in tree_leaves(found) if is_plain(t)]
+
+
+def _writes_secretly(func: Any) -> bool:
+    return func.namespace == "c10d" or func.overloadpacket in BATCH_NORMS
+
+
+class Operation:
+    """An operator of PyTorch, with the places of what it takes and returns."""
+
+    def __init__(self, call: Callable[..., Any], args: Any, kwargs: Any, results: list[Any]):
+        self.call, self.args, self.kwargs, self.results = call, args, kwargs, results
+
+    is_launch = False
+
+    def __str__(self) -> str:
+        return str(self.call)
+
+    def __call__(self) -> None:
+        made = self.call(*_filled(self.args), **_filled(self.kwargs))
+        leaves = tree_leaves(made)
+        for slot, new in zip(self.results, leaves, strict=False):
+            if slot is not None:
+                slot.tensor().copy_(new)
+        for one in leaves:
+            if isinstance(one, torch.ScriptObject) and hasattr(one, "wait"):
+                one.wait()  # for a collective
+
+
+class LaunchOperation(Operation):
+    """A launch of a Triton kernel."""
+
+    is_launch = True
+
+    def __init__(self, execute: Callable[..., None], arguments: Any):
+        super().__init__(execute, arguments, {}, [])
+
+    def __str__(self) -> str:
+        return "a launch of a Triton kernel"
+
+    def __call__(self) -> None:
+        self.call(with_tensors(self.args, lambda one: one.tensor()))
+
+
+def _filled(values: Any) -> Any:
+    return tree_map(lambda one: one.tensor() if isinstance(one, Slot) else one, values)
+
+
+def with_tensors(value: Any, change: Callable[[Any], Any]) -> Any:
+    """Return an argument of a launch, with other tensors: it may be a tuple or a descriptor."""
+    if isinstance(value, (Tensor, Slot)):
+        return change(value)
+    if isinstance(getattr(value, "base", None), (Tensor, Slot)):
+        other = copy.copy(value)
+        other.base = change(value.base)
+        return other
+    if isinstance(value, (tuple, list)):
+        return tuple(with_tensors(one, change) for one in value)
+    return value

@@ -1,0 +1,467 @@
+# SPDX-License-Identifier: MIT
+"""Scripts that say "cuda", on a CPU: the device means the CPU, and `torch.cuda` answers for a GPU.
+
+with cuda_is_cpu(gpu):
+    x = torch.randn(1000, device="cuda")  # a tensor on the CPU, whose is_cuda is True
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from threading import Thread
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch.autograd import graph
+from torch.distributed import init_process_group
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad
+from torch.optim import optimizer
+from torch.overrides import TorchFunctionMode
+from torch.utils import _foreach_utils
+from torch.utils._pytree import tree_leaves
+
+from torchpar.ptx.cuda import places
+from torchpar.ptx.cuda.graphs import Graphs
+from torchpar.ptx.triton.driver import SHARED_BYTES, Emulator
+
+NAMES = {80: "NVIDIA A100", 90: "NVIDIA H100", 100: "NVIDIA B200"}
+GIB, MIB = 2**30, 2**20
+# By the data sheets: bytes of memory, of the L2 cache, and of a multiprocessor's shared memory.
+MEMORY = {80: 80 * GIB, 90: 80 * GIB, 100: 180 * GIB}
+L2_CACHE = {80: 40 * MIB, 90: 50 * MIB, 100: 126 * MIB}
+SHARED = {80: 167_936, 90: 233_472, 100: 233_472}
+
+
+def _on_cpu(value: Any) -> Any:
+    """Return the CPU for a CUDA device, by whatever name; other values unchanged."""
+    if isinstance(value, str) and value.partition(":")[0] == "cuda":
+        _check_index(torch.device(value).index)
+        return "cpu"
+    if isinstance(value, str) and value.startswith("torch.cuda."):  # such as torch.cuda.FloatTensor
+        return value.replace("torch.cuda.", "torch.")
+    if isinstance(value, torch.device) and value.type == "cuda":
+        _check_index(value.index)
+        return torch.device("cpu")
+    return value
+
+
+def _check_index(index: int | None) -> None:
+    if index not in (None, 0):
+        raise RuntimeError(
+            f"the device is cuda:{index}, expected cuda:0: one GPU is emulated; "
+            "ask torch.cuda.device_count()"
+        )
+
+
+def _check_device(device: Any = None) -> None:
+    if isinstance(device, int):
+        _check_index(device if device >= 0 else None)  # a negative one is ignored
+    else:
+        _on_cpu(device)
+
+
+def _on_device(value: Any) -> Any:
+    """Return the emulated device for a CUDA device, by whatever name; other values unchanged."""
+    on_cpu = _on_cpu(value)
+    return places.DEVICE if on_cpu is not value and _is_cpu(on_cpu) else on_cpu
+
+
+def _unchanged(t: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return t
+
+
+# What functions say of which only a GPU has something to do.
+INSTEAD: dict[Any, Callable[..., Any]] = {
+    torch.Tensor.is_cuda.__get__: lambda t: True,  # type: ignore[attr-defined]
+    torch.Tensor.get_device: lambda t: 0,
+    torch.Tensor.pin_memory: _unchanged,
+}
+COPIES = (torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.cuda)
+
+
+class _OnCpu(TorchFunctionMode):
+    """Functions of PyTorch whose device is CUDA take the CPU."""
+
+    def __init__(self, graphs: Graphs):
+        super().__init__()
+        self.graphs = graphs
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in INSTEAD:
+            return INSTEAD[func](*args, **kwargs)
+        if func is torch.device:
+            return _on_device(func(*args, **kwargs))
+        given = {name: _on_device(value) for name, value in kwargs.items()}
+        given.pop("pin_memory", None)  # of a factory
+        if type(given.get("device")) is int:
+            _check_index(given["device"])
+            given["device"] = places.DEVICE
+        args = tuple(map(_on_device, args))
+        _check_generator(args, given)
+        self.graphs.function(func, args, given)
+        if func in COPIES:
+            return self._copy(func, args, given)
+        before = places.enter_function(args)
+        try:
+            result = func(*args, **given)
+        finally:
+            places.leave_function(before)
+        named = [one for one in (*args, given.get("device")) if _is_cpu(one)]
+        if named:
+            for t in tree_leaves(result):
+                places.put(t, torch.device(named[-1]))
+        elif func in DEEP_COPIES and places.is_on_device(args[0]):
+            places.put(result, places.DEVICE)
+        return result
+
+    def _copy(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Copy a tensor to the host or the device, if it is not there."""
+        t, *others = args
+        if func is torch.Tensor.cpu:
+            others = [places.HOST]
+        elif func is torch.Tensor.cuda:
+            index = others.pop(0) if others else kwargs.pop("device", None)
+            _check_device(index)
+            others = [places.DEVICE, *others]
+        elif others and type(others[0]) is int:
+            _check_index(others[0])
+            others[0] = places.DEVICE
+        if func is not torch.Tensor.to:  # whose arguments have another order
+            names = ("device", "non_blocking", "memory_format")
+            kwargs = {**dict(zip(names, others, strict=False)), **kwargs}
+            kwargs = {name: value for name, value in kwargs.items() if value is not None}
+            others = []
+        before = places.DEVICE if places.is_on_device(t) else places.HOST
+        after = _destination(others, kwargs)
+        if after is None or not isinstance(t, torch.Tensor) or t.device.type != "cpu":
+            return torch.Tensor.to(t, *others, **kwargs)
+        self.graphs.copy_between(t, before, after, _is_asynchronous(others, kwargs))
+        # To the device that a tensor has it is itself, and to another one a copy.
+        device = places.HOST if before == after else places.DEVICE
+        others = [device if _is_cpu(one) else one for one in others]
+        if "device" in kwargs:
+            kwargs["device"] = device
+        if others and isinstance(others[0], torch.Tensor):
+            others[0:1] = [device, others[0].dtype]
+        result = torch.Tensor.to(t, *others, **kwargs)
+        places.put(result, after)
+        return result
+
+
+DEEP_COPIES = (torch.Tensor.__deepcopy__, torch.nn.Parameter.__deepcopy__)
+
+
+def _is_cpu(value: Any) -> bool:
+    if isinstance(value, torch.device):
+        return value.type == "cpu"
+    return isinstance(value, str) and value == "cpu"
+
+
+def _destination(args: list[Any], kwargs: dict[str, Any]) -> torch.device | None:
+    """Return where `torch.Tensor.to` with these arguments puts a tensor; None if it stays."""
+    for one in (*args[:1], kwargs.get("device"), kwargs.get("other")):
+        if isinstance(one, torch.Tensor):
+            return places.DEVICE if places.is_on_device(one) else places.HOST
+        if _is_cpu(one):
+            return torch.device(one)
+    return None
+
+
+def _is_asynchronous(args: list[Any], kwargs: dict[str, Any]) -> bool:
+    flags = [one for one in args if type(one) is bool]  # non_blocking is before copy
+    return bool(kwargs.get("non_blocking", flags[0] if flags else False))
+
+
+class _Generator(torch.Generator):
+    """A generator of the CPU, also where one of the device is asked for."""
+
+    def __new__(cls, device: Any = "cpu") -> "_Generator":
+        return super().__new__(cls, device=_on_cpu(device))  # type: ignore[call-arg]  # its stub has no arguments
+
+    def __init__(self, device: Any = "cpu"):
+        self.is_on_device = _on_device(device) == places.DEVICE
+
+
+def _check_generator(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse to draw random numbers of the device from a generator of the host, as PyTorch does."""
+    generator = kwargs.get("generator")
+    if not isinstance(generator, _Generator) or generator.is_on_device:
+        return
+    if kwargs.get("device") == places.DEVICE or any(map(places.is_on_device, args[:1])):
+        raise RuntimeError(
+            "Expected a 'cuda' device type for generator but found 'cpu'; make it by "
+            "torch.Generator(device='cuda')"
+        )
+
+
+def _always(value: Any) -> Callable[..., Any]:
+    return lambda *args, **kwargs: value
+
+
+class _Device:
+    """A block whose current device is the only one."""
+
+    def __init__(self, device: Any):
+        _check_device(device)
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+def _answers(emulator: Emulator) -> dict[str, Any]:
+    """Return what `torch.cuda` says about the GPU."""
+    major, minor = divmod(emulator.capability, 10)
+    properties = SimpleNamespace(
+        name=NAMES[emulator.capability],
+        major=major,
+        minor=minor,
+        multi_processor_count=emulator.multiprocessors,
+        total_memory=MEMORY[emulator.capability],
+        shared_memory_per_block=49_152,
+        shared_memory_per_block_optin=SHARED_BYTES[emulator.capability],
+        shared_memory_per_multiprocessor=SHARED[emulator.capability],
+        regs_per_multiprocessor=65_536,
+        max_threads_per_multi_processor=2048,
+        max_threads_per_block=1024,
+        warp_size=32,
+        L2_cache_size=L2_CACHE[emulator.capability],
+        gcnArchName="",
+    )
+    memory = MEMORY[emulator.capability]
+    return {
+        "is_available": _always(True),
+        "is_initialized": _always(True),
+        "init": _always(None),
+        "_lazy_init": _always(None),
+        "device_count": _always(1),
+        "current_device": _always(0),
+        "set_device": _check_device,
+        "device": _Device,
+        "device_of": _Device,
+        "get_device_capability": _always((major, minor)),
+        "get_device_name": _always(properties.name),
+        "get_device_properties": _always(properties),
+        "get_arch_list": _always([emulator.arch]),
+        "is_bf16_supported": _always(True),
+        # Memory
+        "empty_cache": _always(None),
+        "ipc_collect": _always(None),
+        "mem_get_info": _always((memory, memory)),
+        "memory_allocated": _always(0),
+        "max_memory_allocated": _always(0),
+        "memory_reserved": _always(0),
+        "max_memory_reserved": _always(0),
+        "memory_stats": lambda *args: Counter(),  # 0 by any name
+        "memory_summary": _always("the memory is the CPU's"),
+        "reset_peak_memory_stats": _always(None),
+        "reset_accumulated_memory_stats": _always(None),
+        "reset_max_memory_allocated": _always(None),
+        "reset_max_memory_cached": _always(None),
+        # Random numbers, which are the CPU's
+        "manual_seed": lambda seed: torch.default_generator.manual_seed(seed) and None,
+        "manual_seed_all": lambda seed: torch.default_generator.manual_seed(seed) and None,
+        "seed": lambda: torch.default_generator.seed() and None,
+        "seed_all": lambda: torch.default_generator.seed() and None,
+        "initial_seed": torch.initial_seed,
+        "get_rng_state": lambda device=0: torch.get_rng_state(),
+        "get_rng_state_all": lambda: [torch.get_rng_state()],
+        "set_rng_state": lambda state, device=0: torch.set_rng_state(state),
+        "set_rng_state_all": lambda states: torch.set_rng_state(states[0]),
+        **{name: getattr(torch, name) for name in TENSORS},
+    }
+
+
+TENSORS = (
+    *("BoolTensor", "ByteTensor", "CharTensor", "ShortTensor", "IntTensor", "LongTensor"),
+    *("HalfTensor", "BFloat16Tensor", "FloatTensor", "DoubleTensor"),
+)
+# What `torch.accelerator` says as `torch.cuda` does.
+OF_ACCELERATOR = (
+    *("is_available", "device_count", "synchronize", "current_stream", "set_stream"),
+    *("empty_cache", "memory_stats", "memory_allocated", "max_memory_allocated"),
+    *("memory_reserved", "max_memory_reserved", "reset_peak_memory_stats"),
+    "reset_accumulated_memory_stats",
+)
+
+
+def _of_accelerator(cuda: dict[str, Any]) -> dict[str, Any]:
+    """Return what `torch.accelerator` says about the GPU."""
+    return {
+        **{name: cuda[name] for name in OF_ACCELERATOR},
+        "current_accelerator": _always(places.DEVICE),
+        "current_device_index": _always(0),
+        "current_device_idx": _always(0),
+        "set_device_index": _always(None),
+        "set_device_idx": _always(None),
+        "get_memory_info": cuda["mem_get_info"],
+    }
+
+
+def _autocasts() -> dict[str, Any]:
+    """Return functions that ask and set the CPU's autocast for that of CUDA, also by default."""
+
+    def of_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda device_type="cuda", *args: function(_on_cpu(device_type), *args)
+
+    names = ("is_autocast_enabled", "get_autocast_dtype", "set_autocast_dtype")
+    return {name: of_cpu(getattr(torch, name)) for name in names}
+
+
+def _autocast_on_cpu(make: Callable[..., None]) -> Callable[..., None]:
+    """Let an autocast of CUDA be that of the CPU, with the type that CUDA's has by default."""
+
+    def init(self: Any, device_type: Any, dtype: Any = None, *args: Any, **kwargs: Any) -> None:
+        if _on_cpu(device_type) != device_type:
+            device_type, dtype = "cpu", dtype or torch.float16
+        make(self, device_type, dtype, *args, **kwargs)
+
+    return init
+
+
+def _customs(amp: Any) -> dict[str, Any]:
+    """Return the decorators of functions that an autocast of CUDA calls, for that of the CPU."""
+
+    def of_cpu(decorate: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, device_type="cuda", **kwargs: decorate(
+            *args, device_type=_on_cpu(device_type), **kwargs
+        )
+
+    return {name: of_cpu(getattr(amp, name)) for name in ("custom_fwd", "custom_bwd")}
+
+
+def _load_on_cpu(load: Callable[..., Any]) -> Callable[..., Any]:
+    """Let `torch.load` put tensors of a GPU on the CPU."""
+
+    def loaded(f: Any, map_location: Any = "cpu", *args: Any, **kwargs: Any) -> Any:
+        to_device = _on_device(map_location) == places.DEVICE
+        if isinstance(map_location, dict):
+            map_location = {name: _on_cpu(place) for name, place in map_location.items()}
+        elif map_location is None or isinstance(map_location, (str, torch.device)):
+            map_location = "cpu"
+        result = load(f, map_location, *args, **kwargs)
+        for t in tree_leaves(result) if to_device else ():
+            places.put(t, places.DEVICE)
+        return result
+
+    return loaded
+
+
+def _without_devices(make: Callable[..., None]) -> Callable[..., None]:
+    """Let DistributedDataParallel take the CPU where a script names a device."""
+
+    def init(
+        self: Any, module: Any, device_ids: Any = None, output_device: Any = None, **kwargs: Any
+    ) -> None:
+        for device in (*(device_ids or ()), output_device):
+            _check_device(device)
+        make(self, module, **kwargs)
+
+    return init
+
+
+def _by_gloo(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Let processes that ask for NCCL talk by gloo."""
+
+    def init(backend: Any = None, *args: Any, device_id: Any = None, **kwargs: Any) -> Any:
+        _check_device(device_id)
+        is_of_device = backend is None or "nccl" in str(backend)
+        return make("gloo" if is_of_device else backend, *args, **kwargs)
+
+    return init
+
+
+def _fork_of_cpu(fork: Callable[..., Any]) -> Callable[..., Any]:
+    """Let `torch.random.fork_rng` keep the CPU's state alone."""
+    return lambda devices=None, enabled=True, **kwargs: fork([], enabled)
+
+
+def _with_mode(function: Callable[..., Any], graphs: Graphs) -> Callable[..., Any]:
+    """Let a function call back with the mode, which PyTorch leaves before it calls it."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with _OnCpu(graphs):
+            return function(*args, **kwargs)
+
+    return call
+
+
+def _start_with_mode(start: Callable[[Thread], None], graphs: Graphs) -> Callable[[Thread], None]:
+    """Let new threads have the mode, because each thread has modes of its own."""
+
+    def started(thread: Thread) -> None:
+        thread.run = _with_mode(thread.run, graphs)  # type: ignore[method-assign]
+        start(thread)
+
+    return started
+
+
+GROUPS = "_group_tensors_by_device_and_dtype"
+
+
+def _grouped(group: Callable[..., Any]) -> Callable[..., Any]:
+    """Let tensors be grouped by where they would be."""
+
+    def grouped(lists: Any, with_indices: bool = False) -> Any:
+        found = group(lists, with_indices)
+        first = lists[0][0] if lists and lists[0] else None
+        if first is None:
+            return found
+        return {(first.device, *key[1:]): one for key, one in found.items()}
+
+    return grouped
+
+
+@contextmanager
+def cuda_is_cpu(emulator: Emulator) -> Iterator[None]:
+    """Let the block's "cuda" be the CPU, on which ``emulator`` executes the launches."""
+    import triton
+
+    def bench(
+        call: Callable[[], Any],
+        *args: Any,
+        quantiles: Any = None,
+        return_mode: str = "mean",
+        **kwargs: Any,
+    ) -> Any:
+        call()
+        return [1.0] * len(quantiles) if quantiles else [1.0] if return_mode == "all" else 1.0
+
+    graphs = Graphs(emulator)
+    cuda = _answers(emulator) | graphs.answers()
+    autocast = torch.amp.autocast_mode.autocast
+    changes: list[tuple[Any, dict[str, Any]]] = [
+        (torch.cuda, cuda),
+        (torch.accelerator, _of_accelerator(cuda)),
+        (torch, {"Generator": _Generator, "load": _load_on_cpu(torch.load), **_autocasts()}),
+        # Functions of PyTorch's, within which there is no mode, ask for the device, too.
+        (torch.Tensor, {"device": property(places.device_of)}),
+        (torch.Tensor, {"record_stream": lambda t, stream: None}),
+        *(
+            (module, {GROUPS: _grouped(getattr(module, GROUPS))})
+            for module in (_foreach_utils, clip_grad, optimizer)
+        ),
+        *((place, _customs(torch.amp)) for place in (torch.amp, torch.cuda.amp)),
+        (torch.random, {"fork_rng": _fork_of_cpu(torch.random.fork_rng)}),
+        (DistributedDataParallel, {"__init__": _without_devices(DistributedDataParallel.__init__)}),
+        (torch.distributed, {"init_process_group": _by_gloo(init_process_group)}),
+        (autocast, {"__init__": _autocast_on_cpu(autocast.__init__)}),
+        (torch.autograd, {"_engine_run_backward": _with_mode(graph._engine_run_backward, graphs)}),
+        (Thread, {"start": _start_with_mode(Thread.start, graphs)}),
+        *graphs.changes(),
+        (emulator, {"watcher": graphs}),
+        (triton.testing, {"do_bench": bench, "do_bench_cudagraph": bench}),
+    ]
+    with ExitStack() as stack:
+        for place, attributes in changes:
+            for name, value in attributes.items():
+                if hasattr(place, name):  # PyTorch's versions have different ones
+                    stack.enter_context(patch.object(place, name, value))
+        stack.enter_context(_OnCpu(graphs))
+        yield

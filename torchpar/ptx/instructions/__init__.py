@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""The instructions of PTX, in Python."""

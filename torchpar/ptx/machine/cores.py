@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: MIT
+"""The blocks of a launch on all cores of this CPU.
+
+Each core has blocks that follow each other, and a copy of the shadow of global memory. If no core
+has written what another one has accessed, then the order of the blocks makes no difference, and
+the results are those of one core. Otherwise, and if a block needs Python, all of it is undone, and
+the blocks are executed one after the other. So the faults and their order are the same each time.
+"""
+
+import copy
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from torchpar.ptx.machine.counters import Column, Counts
+from torchpar.ptx.machine.memory import GIVEN, Allocation, Events, Space
+from torchpar.ptx.native.blocks import Blocks
+from torchpar.ptx.native.core import LaunchState
+
+if TYPE_CHECKING:
+    from torchpar.ptx.machine.gpu import Gpu
+
+LEAST_SECONDS = 0.004  # of the blocks that are left, below which one core executes them
+# To copy the shadow of an element, and to compare it; a few times what memory takes.
+SECONDS_OF_ELEMENT = 3e-8
+MOST_BYTES = 2**29  # of copies, of memory and of shadows
+
+
+def core_count() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def least_seconds(places: list[Allocation]) -> float:
+    """Return for how long blocks must run on one core, so that it is worth to take all."""
+    elements = sum(len(place.writes) for place in places)
+    count = core_count()
+    return LEAST_SECONDS + SECONDS_OF_ELEMENT * elements * count * count / max(count - 1, 1)
+
+
+class Core:
+    """A core's blocks of a launch, and what it knows of global memory."""
+
+    def __init__(self, gpu: "Gpu", make: Callable[["Gpu"], Blocks]):
+        self.gpu = copy.copy(gpu)
+        self.gpu.changes = self.gpu.executed_instructions = 0
+        self.gpu.counts = Counts(gpu.kernel)
+        self.gpu.released = dict(gpu.released)
+        self.gpu.events = _copy_of(gpu.events)
+        self.gpu.space = Space(gpu.space.name)
+        for place in gpu.space.allocations:
+            self.gpu.space.allocations.append(_mirror(place))
+        assert gpu.core is not None
+        program = gpu.core.program
+        self.gpu.core = LaunchState(program, self.gpu.events, self.gpu.space, self.gpu.counts)
+        self.blocks = make(self.gpu)
+        self.blocks.may_refine = False  # shadows are compared in the end
+
+    def changes(self, n: int, place: Allocation) -> tuple[Any, Any]:
+        """Return which elements of the n-th allocation it has written, and which it has read."""
+        mine = self.gpu.space.allocations[n]
+        reads = mine.reads != place.reads
+        if mine.others is not None:
+            reads |= mine.others != (0 if place.others is None else place.others)
+        return mine.writes != place.writes, reads
+
+
+def _copy_of(events: Events) -> Events:
+    made = copy.copy(events)
+    made.names, made.numbers, made.view = list(events.names), dict(events.numbers), None
+    for name in ("lines", "what", "agents", "times", "blocks", "atomic"):
+        setattr(made, name, getattr(events, name).copy())
+    return made
+
+
+def _mirror(place: Allocation) -> Allocation:
+    """Return an allocation of the same bytes, with a shadow of its own."""
+    made = copy.copy(place)
+    made.view = None
+    made.writes, made.reads = place.writes.copy(), place.reads.copy()
+    made.others = None if place.others is None else place.others.copy()
+    made.touched = np.zeros_like(place.touched)
+    made.published, made.acquired = set(place.published), dict(place.acquired)
+    return made
+
+
+def run_on_all_cores(
+    gpu: "Gpu", positions: Any, number: int, make: Callable[["Gpu"], Blocks]
+) -> bool | None:
+    """Execute all blocks that are left, and return whether that was possible; None: not tried.
+
+    Args:
+        positions: of the blocks ``(n, 3)``, int32.
+        number: of the first one.
+        make: a function of a GPU that returns its `Blocks`.
+    """
+    places = gpu.space.allocations
+    count = min(core_count(), len(positions))
+    copied = sum(len(place.data) + 8 * count * len(place.writes) for place in places)
+    if count < 2 or copied > MOST_BYTES:
+        return None
+    before = [place.content().copy() for place in places]
+    cores = [Core(gpu, make) for _ in range(count)]
+    shares = np.array_split(positions, count)
+    starts = number + np.cumsum([0, *map(len, shares[:-1])])
+    stopped = Event()
+
+    def work(core: Core, share: Any, start: int) -> bool:
+        done = core.blocks.run(np.ascontiguousarray(share), start, lambda: not stopped.is_set())
+        if done < len(share):
+            stopped.set()
+        return done == len(share)
+
+    try:
+        with ThreadPoolExecutor(count) as pool:
+            try:
+                ended = list(pool.map(work, cores, shares, starts.tolist()))
+            except BaseException:
+                stopped.set()
+                raise
+    except BaseException:
+        _restore(places, before)
+        raise
+    written = (
+        [_written(n, place, cores) for n, place in enumerate(places)] if all(ended) else [None]
+    )
+    if any(one is None for one in written):
+        _restore(places, before)
+        return False
+    for place, mask in zip(places, written, strict=True):
+        place.writes[mask] = GIVEN
+    for core in cores:
+        _add(gpu, core)
+        for place, mine in zip(places, core.gpu.space.allocations, strict=True):
+            place.touched |= mine.touched
+            place.published |= mine.published
+    return True
+
+
+def _written(n: int, place: Allocation, cores: list[Core]) -> Any:
+    """Return which elements of the n-th allocation the cores have written.
+
+    It is None if a core has written what another one has accessed.
+    """
+    written = np.zeros(len(place.writes), np.bool_)
+    accessed = written.copy()
+    for core in cores:
+        writes, reads = core.changes(n, place)
+        both = writes | reads
+        if (writes & accessed).any() or (both & written).any():
+            return None
+        written |= writes
+        accessed |= both
+    return written
+
+
+def _restore(places: list[Allocation], before: list[Any]) -> None:
+    for place, data in zip(places, before, strict=True):
+        content = place.content()
+        changed = content != data  # memory may be read-only
+        content[changed] = data[changed]
+
+
+def _add(gpu: "Gpu", core: Core) -> None:
+    """Add what a core has counted."""
+    most = Column.MOST_IN_FLIGHT
+    together, mine = gpu.counts.table, core.gpu.counts.table
+    largest = np.maximum(together[:, most], mine[:, most])
+    together += mine
+    together[:, most] = largest
+    gpu.changes += core.gpu.changes
+    gpu.executed_instructions += core.gpu.executed_instructions

@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: MIT
+"""Undefined bits of registers, followed until they matter.
+
+A bit is undefined in a register that was never written, in the threads that a predicate left out,
+and in what a thread has loaded from memory that nobody has written, or that another one writes at
+the same time. Kernels compute with undefined bits and discard the results: that is no fault. It is
+one where an undefined bit is stored, where it is a part of an address, and where it decides what
+is executed. Valgrind's Memcheck follows bits in this way (Seward and Nethercote, "Using Valgrind to
+detect undefined value errors with bit-precision", USENIX 2005).
+
+Instructions take NumPy arrays, and a `Tainted` register is none. So one that takes it fails, and is
+executed once more, with the bits and without the taint; then the results are tainted.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from torchpar.ptx.machine.parse import Address, Instruction, Register, flat
+from torchpar.ptx.machine.registers import DTYPES, FLOATS, UNWRITTEN, Cause, Tainted
+
+# Instructions whose operands matter: they write memory, or send messages.
+SINKS = ("st", "atom", "red", "stmatrix", "cp", "call", "mbarrier")
+# Instructions that move bits, which they move of a mask, too; and which operands are moved.
+MOVES = {"mov": (1,), "prmt": (1, 2), "shfl": (1,), "shl": (1,), "shr": (1,), "cvta": (1,)}
+
+
+def tainted(warp: Any, index: int, value: Any) -> Tainted | None:
+    """Return the content of a register with its undefined bits, or None if it has none."""
+    if isinstance(value, Tainted):
+        return value
+    if value is UNWRITTEN:
+        dtype = DTYPES[warp.block.gpu.kernel.registers[index]]
+        cause = Cause("uninitialised register", "a register that was never written", 0)
+        return Tainted(np.zeros(32, dtype), full(dtype), cause)
+    return None
+
+
+def full(dtype: Any) -> Any:
+    """Return a mask of all bits."""
+    if dtype == np.bool_:
+        return np.ones(32, np.bool_)
+    return np.full(32, -1, f"i{dtype.itemsize}").view(f"u{dtype.itemsize}")
+
+
+def execute(warp: Any, i: Instruction, step: Callable[[], bool]) -> bool | None:
+    """Execute an instruction whose registers have undefined bits, by ``step``.
+
+    Returns:
+        What ``step`` returns; None if no register has undefined bits.
+    """
+    registers = warp.registers
+    held = {one.index: registers[one.index] for one in i.registers}
+    found = {index: t for index, value in held.items() if (t := tainted(warp, index, value))}
+    if not found:
+        return None
+    for index, t in found.items():
+        registers[index] = t.values
+    read = {index: t for index, t in found.items() if index not in i.writes or _reads(i, index)}
+    values = {index: registers[index] for index in held}
+    guard = i.guard.index if i.guard is not None else -1
+    if guard in found and (found[guard].mask & warp.active).any():
+        report(warp, i, found[guard].cause, DECIDES)
+    result = step()
+    _check_sink(warp, i, read)
+    masks = _propagate(warp, i, values, read) if i.writes else {}
+    for index, t in found.items():
+        if index not in i.writes:
+            registers[index] = t
+    _taint_results(warp, i, found, masks)
+    return result
+
+
+def _taint_results(
+    warp: Any, i: Instruction, found: dict[int, Tainted], masks: dict[int, tuple[Any, Cause]]
+) -> None:
+    """Taint what the instruction has written; threads that it left out keep their taint."""
+    registers = warp.registers
+    for index in i.writes:
+        value = registers[index]
+        if not isinstance(value, np.ndarray):  # of an asynchronous product, or a load's
+            continue
+        mask, cause = masks.get(index, (None, None))
+        if mask is not None:
+            mask = np.where(warp.mask, mask, mask.dtype.type(0))
+        kept = found.get(index)
+        if kept is not None and not warp.mask.all():
+            others = np.where(warp.mask, kept.mask.dtype.type(0), kept.mask)
+            mask = others if mask is None else mask | others
+            cause = cause or kept.cause
+        if mask is not None and cause is not None and mask.any():
+            registers[index] = Tainted(value, mask, cause)
+
+
+def _reads(i: Instruction, index: int) -> bool:
+    sources = [one for operand in i.operands[1:] for one in flat(operand)]
+    return any(isinstance(one, Register) and one.index == index for one in sources)
+
+
+def _check_sink(warp: Any, i: Instruction, read: dict[int, Tainted]) -> None:
+    """Report undefined bits that are stored, or are a part of an address."""
+    matter: dict[int, str] = {}
+    if i.parts[0] in SINKS:
+        given = [one for operand in i.operands for one in flat(operand)]
+        matter = {one.index: "is stored" for one in given if isinstance(one, Register)}
+    for operand in i.operands:
+        if isinstance(operand, Address) and isinstance(operand.base, Register):
+            matter[operand.base.index] = "is a part of an address"
+    for index, what in matter.items():
+        if index in read and index not in i.writes and read[index].mask[warp.mask].any():
+            report(warp, i, read[index].cause, what)
+            return
+
+
+DECIDES = "decides what is executed"
+
+
+def report(warp: Any, i: Instruction, cause: Cause, what: str) -> None:
+    is_elsewhere = cause.line and cause.line != i.line
+    where = f" ({warp.block.gpu.place_of(i.line)})" if is_elsewhere else ""
+    kind = "warning" if cause.is_weak and what == DECIDES else "error"
+    message = f"{cause.message}; it {what}{where}"
+    warp.block.gpu.fault(kind, cause.name, cause.line or i.line, message, warp)
+
+
+def _propagate(
+    warp: Any, i: Instruction, values: dict[int, Any], read: dict[int, Tainted]
+) -> dict[int, tuple[Any, Cause]]:
+    """Return the undefined bits of the registers that the instruction writes."""
+    if not read:
+        return {}
+    cause = next(iter(read.values())).cause
+    name = i.parts[0]
+    if name in MOVES and not any(part in FLOATS for part in i.parts[1:-1]):
+        moved = _move(warp, i, read)
+        if moved is not None:
+            return {index: (mask, cause) for index, mask in moved.items()}
+    bitwise = {"and": _and, "or": _or, "xor": _either, "not": _either, "lop3": _either}
+    kinds = warp.block.gpu.kernel.registers
+    if name in bitwise and len(i.writes) == 1:
+        width = DTYPES[kinds[i.writes[0]]]
+        sources = [_operand(one, values, read, width) for one in i.operands[1:4]]
+        return {i.writes[0]: (bitwise[name](sources), cause)}
+    if name == "selp":
+        width = DTYPES[kinds[i.writes[0]]]
+        (_, a), (_, b) = (_operand(one, values, read, width) for one in i.operands[1:3])
+        choice = i.operands[3]
+        if isinstance(choice, Register) and choice.index not in read:
+            mask = np.where(values[choice.index], a, b)
+            return {i.writes[0]: (mask, cause)}
+    if _is_of_pairs(i, kinds, read):
+        return {i.writes[0]: (_of_pairs(read), cause)}
+    return {index: (mask, cause) for index, mask in _of_threads(warp, i, read).items()}
+
+
+def _of_threads(warp: Any, i: Instruction, read: dict[int, Tainted]) -> dict[int, Any]:
+    """All bits of a thread's results are undefined where one bit of its operands is."""
+    lanes = np.zeros(32, np.bool_)
+    for t in read.values():
+        lanes |= t.mask != 0
+    if i.whole and i.parts[0] != "shfl":  # the threads' values mix
+        lanes[:] = lanes.any()
+    result = {}
+    for index in i.writes:
+        mask = full(DTYPES[warp.block.gpu.kernel.registers[index]])
+        result[index] = np.where(lanes, mask, mask.dtype.type(0))
+    return result
+
+
+def _operand(
+    operand: Any, values: dict[int, Any], read: dict[int, Tainted], dtype: Any
+) -> tuple[Any, Any]:
+    """Return the bits of an operand, and those that are undefined."""
+    unsigned = np.bool_ if dtype == np.bool_ else np.dtype(f"u{dtype.itemsize}")
+    zeros = np.zeros(32, unsigned)
+    if isinstance(operand, Register):
+        bits = values[operand.index]
+        bits = bits if bits.dtype == unsigned else bits.view(unsigned)
+        mask = read[operand.index].mask if operand.index in read else zeros
+        return bits, mask
+    number = getattr(operand, "bits", 0)
+    if dtype == np.bool_:
+        return zeros | bool(number), zeros
+    return np.full(32, number % 2 ** (8 * dtype.itemsize), unsigned), zeros
+
+
+def _and(sources: list[tuple[Any, Any]]) -> Any:
+    """A bit is defined where one operand is a defined 0."""
+    (a, of_a), (b, of_b) = sources
+    return (of_a | of_b) & (of_a | a) & (of_b | b)
+
+
+def _or(sources: list[tuple[Any, Any]]) -> Any:
+    """A bit is defined where one operand is a defined 1."""
+    (a, of_a), (b, of_b) = sources
+    return (of_a | of_b) & (of_a | ~a) & (of_b | ~b)
+
+
+def _either(sources: list[tuple[Any, Any]]) -> Any:
+    mask = sources[0][1]
+    for _, of_other in sources[1:]:
+        mask = mask | of_other
+    return mask
+
+
+def _is_of_pairs(i: Instruction, kinds: Any, read: dict[int, Tainted]) -> bool:
+    """Whether the instruction computes the halves of its result from the same halves of
+    operands."""
+    if i.parts[0] in (*SINKS, "cvt", "set", "setp") or len(i.writes) != 1:
+        return False
+    size = DTYPES[kinds[i.writes[0]]].itemsize
+    alike = all(t.mask.dtype.itemsize == size for t in read.values())  # and no predicate
+    return alike and any(part.endswith("x2") for part in i.parts[1:])
+
+
+def _of_pairs(read: dict[int, Tainted]) -> Any:
+    """The undefined halves of a pair of numbers; each is computed of the operands' same halves."""
+    masks = [t.mask for t in read.values()]
+    whole = masks[0].dtype
+    half = np.dtype(f"u{whole.itemsize // 2}")
+    halves = np.any([mask.view(half).reshape(32, 2) for mask in masks], axis=0)
+    return np.where(halves, half.type(np.iinfo(half).max), half.type(0)).view(whole)[:, 0]
+
+
+def _move(warp: Any, i: Instruction, read: dict[int, Tainted]) -> dict[int, Any] | None:
+    """Execute a move on the masks of its operands, or return None if another operand is undefined.
+
+    A predicate that it writes, such as that of a shuffle, is defined.
+    """
+    moved = {
+        one.index
+        for n in MOVES[i.parts[0]]
+        for one in flat(i.operands[n])
+        if isinstance(one, Register)
+    }
+    if not set(read) <= moved:
+        return None
+    registers, kinds = warp.registers, warp.block.gpu.kernel.registers
+    before = {index: registers[index] for index in (*moved, *i.writes)}
+    for index in moved:
+        dtype = DTYPES[kinds[index]]
+        mask = read[index].mask if index in read else np.zeros(32, full(dtype).dtype)
+        registers[index] = mask.view(dtype)
+    for index in i.writes:
+        if index not in moved:
+            registers[index] = np.zeros(32, DTYPES[kinds[index]])
+    i.run(warp)
+    found = {}
+    for index in i.writes:
+        result = registers[index]
+        if kinds[index] == "pred":
+            found[index] = np.zeros(32, np.bool_)
+        else:
+            found[index] = np.ascontiguousarray(result).view(f"u{result.dtype.itemsize}")
+    for index, value in before.items():
+        registers[index] = value
+    return found
+
+
+def mark(warp: Any, index: int, lanes: Any, undefined: Any, cause: Cause) -> None:
+    """Taint a register that has just been loaded.
+
+    Args:
+        undefined: bytes ``(len(lanes), width)`` that have no defined value.
+    """
+    value = warp.registers[index]
+    if not isinstance(value, np.ndarray):
+        return
+    size = value.dtype.itemsize
+    mask = np.zeros((32, size), np.uint8)
+    width = min(undefined.shape[1], size)
+    mask[lanes, :width] = undefined[:, :width] * np.uint8(0xFF)
+    if width < size and undefined[:, -1].any():  # extended by the sign
+        mask[lanes, width:] = (undefined[:, -1:] * np.uint8(0xFF)).repeat(size - width, 1)
+    if mask.any():
+        warp.registers[index] = Tainted(value, mask.view(f"u{size}")[:, 0], cause)

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: MIT
+"""Global memory of a stand-in for a GPU, and launches of PTX kernels on it."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
+from random import Random
+from typing import Any
+
+import numpy as np
+
+# Importing these registers their instructions.
+from torchpar.ptx.instructions import (  # noqa: F401
+    arithmetic,
+    atomics,
+    bits,
+    calls,
+    conversions,
+    copies,
+    tensor_cores,
+    tensor_memory,
+    tma,
+)
+from torchpar.ptx.machine.block import LIMIT, Block, Schedule, decode
+from torchpar.ptx.machine.cores import least_seconds, run_on_all_cores
+from torchpar.ptx.machine.counters import Counts
+from torchpar.ptx.machine.memory import Allocation, Events, Space
+from torchpar.ptx.machine.parse import Kernel, PtxError, parse
+from torchpar.ptx.machine.trace import Trace
+from torchpar.ptx.native.blocks import Blocks
+from torchpar.ptx.native.core import LaunchState, program_of
+
+# The memory of the launches has addresses that no process has; between allocations are gaps.
+FIRST_ADDRESS, GAP = 2**56, 2**20
+
+
+def _blocks(gpu: "Gpu", position: tuple[int, ...]) -> Blocks:
+    return Blocks(Block(gpu, position, 0), copies.COPIES_NEED_FENCE)
+
+
+@lru_cache(8)
+def _decoded(text: str) -> Kernel:
+    return decode(parse(text))
+
+
+class Gpu:
+    """Global memory, and the launches on it: what the blocks of the present launch share.
+
+    Args:
+        change: of the PTX of each kernel, before it is executed.
+    """
+
+    limit = LIMIT
+    multiprocessors = 132
+    resident_blocks = 132
+
+    def __init__(self, schedule: Schedule, change: Callable[[str], str] = lambda text: text):
+        self.schedule, self.change = schedule, change
+        self.space = Space("global memory")
+        self.next = FIRST_ADDRESS
+        self.counts: Any = None  # of the last launch
+        self.counted: list[Counts] = []  # of all launches
+        self.symbols: dict[str, int] = {}  # addresses of the kernel's constants
+        self.released: dict[int, Any] = {}  # what blocks have released, by address
+        self.changes = 0  # stores, and atomics that changed a value
+        self.printed: list[str] = []  # by the program that is executed
+        self.executed_instructions = 0  # of the warps of the present launch
+        self.trace: Trace | None = None  # of the first program of the next launch
+
+    def prepare(self, kernel: Kernel) -> None:
+        """A launch of ``kernel`` begins."""
+
+    def fault(self, kind: str, name: str, line: int, message: str, warp: Any) -> None:
+        """A fault was found: an error or a warning ends the launch."""
+        if kind != "note":
+            raise PtxError(line, message)
+
+    def place_of(self, line: int) -> str:
+        """Name a line of the PTX in a message."""
+        return f"line {line} of the PTX"
+
+    def allocate(self, name: str, size: int) -> Allocation:
+        """Return memory that nobody has written."""
+        allocation = self.space.add(Allocation(name, self.next, size))
+        self.next += -(-size // GAP) * GAP + GAP
+        return allocation
+
+    def launch(
+        self,
+        text: str,
+        parameters: Sequence[int],
+        grid: tuple[int, int, int] = (1, 1, 1),
+        shared: int = 0,
+    ) -> None:
+        """Execute the kernel of ``text`` on ``grid`` blocks.
+
+        Args:
+            parameters: the bits of each one.
+            shared: bytes of dynamic shared memory.
+        """
+        self.kernel, self.grid, self.shared_bytes = _decoded(self.change(text)), grid, shared
+        self.symbols = {}
+        for name, content in self.kernel.constants.items():
+            place = self.allocate(name, len(content))
+            place.content()[:] = np.frombuffer(content, np.uint8)
+            place.give()
+            self.symbols[name] = place.base
+        self.prepare(self.kernel)
+        self.parameters = dict(zip(self.kernel.parameters, parameters, strict=True))
+        self.executed_instructions = 0
+        self.random = Random(self.schedule.seed)
+        self.counts = self.space.counts = Counts(self.kernel)
+        self.counted.append(self.counts)
+        for allocation in self.space.allocations:
+            self.counts.watch(allocation)
+        blocks = [index[::-1] for index in np.ndindex(grid[::-1])]
+        if self.schedule.order == "reverse":
+            blocks.reverse()
+        elif self.schedule.order == "random":
+            self.random.shuffle(blocks)
+        self.events, self.released = Events(), {}
+        program = program_of(self.kernel)
+        self.core = LaunchState(program, self.events, self.space, self.counts) if program else None
+        try:
+            with np.errstate(all="ignore"):
+                self._run(blocks)
+        finally:
+            self.counts.end(self.space.allocations)
+            self.space.counts = None
+        for allocation in self.space.allocations:
+            allocation.end_launch()
+
+    def _run(self, positions: list[tuple[int, ...]]) -> None:
+        """Run blocks one after the other; where one waits for another, run those in turn."""
+        resident: deque[tuple[Block, Iterator[bool]]] = deque()
+        started = idle = 0  # turns in which no block has changed anything
+        count, as_array, blocks = len(positions), np.array(positions, np.int32), None
+        while started < count or resident:
+            before = self.changes, started
+            is_full = started == count or len(resident) >= self.resident_blocks
+            if not is_full and blocks is None and self._can_run_blocks(started):
+                blocks = _blocks(self, positions[started])
+            if not is_full and blocks is not None and blocks.works:
+                may_share = not resident  # whose blocks must be able to see who has written what
+                started += self._run_blocks(blocks, as_array[started:], started, may_share)
+                is_full = started == count
+                if is_full and not resident:
+                    break
+            if not is_full:
+                block = Block(
+                    self, positions[started], started, self.trace if started == 0 else None
+                )
+                resident.appendleft((block, block.turns()))
+                started += 1
+            block, turns = resident.popleft()
+            try:
+                has_ended = next(turns, True)
+            except PtxError as e:
+                e.program = block.position
+                raise
+            if not has_ended:
+                resident.append((block, turns))
+            is_idle = is_full and not has_ended and before == (self.changes, started)
+            idle = idle + 1 if is_idle else 0
+            if idle > 3 * len(resident):
+                reason = "each program waits for a value that no other program writes"
+                if started < count:
+                    reason += f"; {count - started} programs wait for a place on the GPU"
+                raise PtxError(block.spin_line, reason, "deadlock")
+
+    def _run_blocks(self, blocks: Blocks, positions: Any, number: int, may_share: bool) -> int:
+        """Let the core execute blocks as a whole, and return how many.
+
+        Args:
+            may_share: all cores may execute them.
+        """
+        if len(positions) < 4 or not blocks.program.is_for_cores or not may_share:
+            done = blocks.run(positions, number)
+            if not may_share:
+                blocks.tell_releases()
+            return done
+        # The first blocks say how long the others will take.
+        start = time.perf_counter()
+        first = blocks.run(positions[:2], number)
+        left = (time.perf_counter() - start) / 2 * (len(positions) - 2)
+        if first < 2:
+            return first
+        if left > least_seconds(self.space.allocations):
+            blocks.tell_releases()
+            make = partial(_blocks, position=tuple(positions[2].tolist()))
+            was_possible = run_on_all_cores(self, positions[2:], number + 2, make)
+            if was_possible:
+                return len(positions)
+            blocks.program.is_for_cores = was_possible is None
+        return 2 + blocks.run(positions[2:], number + 2)
+
+    def _can_run_blocks(self, started: int) -> bool:
+        """Whether the core may execute the next blocks as a whole."""
+        return (
+            self.core is not None
+            and self.core.program.is_for_blocks
+            and (self.schedule.completion, self.schedule.order) == ("early", "forward")
+            and (started > 0 or self.trace is None)
+        )

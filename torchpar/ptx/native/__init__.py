@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""The instructions that C executes, and whole CTAs."""

@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: MIT
+"""Blocks that the core in C executes as a whole (blocks.c), one after the other.
+
+A block that needs Python is undone, and Python executes it from its beginning.
+"""
+
+import ctypes
+import time
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from torchpar.ptx.native import core as native
+
+if TYPE_CHECKING:
+    from torchpar.ptx.machine.block import Block
+
+SECONDS = 0.1  # of a call of the core, about, so that Ctrl-C has its effect
+MOST_FAILURES = 4  # blocks of a launch that are left to Python, after which all of them are
+BARRIERS, MOST_WARPS, MOST_MBARRIERS = 16, 64, 64
+
+
+class _Family(ctypes.Structure):
+    _fields_ = (
+        ("operations", ctypes.c_void_p),
+        ("ends", ctypes.c_void_p),
+        *((name, ctypes.c_int32) for name in ("count", "operation_capacity", "groups")),
+        *((name, ctypes.c_int32) for name in ("group_capacity", "first_group", "first")),
+    )
+
+
+class _State(ctypes.Structure):
+    _fields_ = (
+        ("families", _Family * 2),
+        ("copies", native.CopiesStruct),
+        *((name, ctypes.c_int32) for name in ("copy_name", "product_name", "has_fence")),
+        ("fence_versions", ctypes.c_void_p),
+        ("owners", ctypes.c_void_p),
+        *((name, ctypes.c_int32) for name in ("done", "waiting", "mbarrier", "parity")),
+        ("bulk", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("bulk_count", "bulk_capacity")),
+        *((name, ctypes.c_int32 * 32) for name in ("committed", "deleted")),
+    )
+
+
+class _Mbarrier(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("offset", "bytes")),
+        *((name, ctypes.c_int32) for name in ("pending", "count", "phase")),
+        *((name, ctypes.c_int32) for name in ("is_live", "has_parts", "is_loading")),
+        ("parts", ctypes.c_void_p),
+        ("known", ctypes.c_void_p * 2),
+    )
+
+
+class _Tensormap(ctypes.Structure):
+    _fields_ = (
+        ("place", ctypes.c_void_p),
+        ("row", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("published", "acquired")),
+    )
+
+
+class _Coordinate(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_int32) for name in ("row", "width", "axis"))
+
+
+class _Release(ctypes.Structure):
+    _fields_ = (("address", ctypes.c_uint64), ("known", ctypes.c_void_p))
+
+
+class _Past(ctypes.Structure):
+    _fields_ = (("block", ctypes.c_int64), ("times", ctypes.c_void_p))
+
+
+class _Counted(ctypes.Structure):
+    """The beginning of `Known` and `Times`."""
+
+    _fields_ = (("moved", ctypes.c_void_p), ("count", ctypes.c_int64))
+
+
+class _Releases(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("table", "before")),
+        *((name, ctypes.c_int64) for name in ("count", "capacity", "changes", "change_capacity")),
+        ("chunks", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("bytes", "live_bytes")),
+        ("merged", ctypes.c_void_p * 3),
+    )
+
+
+class _Runner(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("warps", "states", "template_states")),
+        *((name, ctypes.c_void_p) for name in ("coordinates", "shared", "events")),
+        *((name, ctypes.c_void_p) for name in ("counts", "total_counts")),
+        *((name, ctypes.c_int64) for name in ("count_size", "rows", "limit")),
+        *((name, ctypes.c_int32) for name in ("warp_count", "coordinate_count")),
+        *((name, ctypes.c_int32) for name in ("copies_need_fence", "atomics")),
+        *((name, ctypes.c_int32) for name in ("agents", "capacity")),
+        *((name, ctypes.c_void_p) for name in ("times", "fenced")),
+        ("arrived", ctypes.c_int32 * BARRIERS),
+        ("arrivals", ctypes.c_int32 * MOST_WARPS * BARRIERS),
+        ("undo", native.UndoStruct),
+        *((name, ctypes.c_int64) for name in ("executed", "stores")),
+        *((name, ctypes.c_int32) for name in ("fault_pc", "spins", "finer")),
+        *((name, ctypes.c_void_p) for name in ("coarse", "found")),
+        ("releases", _Releases),
+        *((name, ctypes.c_void_p) for name in ("maps", "maps_before")),
+        *((name, ctypes.c_int64) for name in ("map_count", "map_capacity", "map_count_before")),
+        ("runs", ctypes.c_void_p),
+        ("run_count", ctypes.c_int64),
+        ("box", ctypes.c_void_p),
+        ("mbarriers", _Mbarrier * MOST_MBARRIERS),
+        ("places", ctypes.c_int64 * MOST_MBARRIERS),
+    )
+
+
+def _free(library: ctypes.CDLL, runner: _Runner, states: Any) -> None:
+    """Free what the core has allocated; ``states`` live so long."""
+    library.free_runner(ctypes.addressof(runner))
+
+
+def _array(kind: Any, address: int | None, count: int) -> Any:
+    """Return the ``count`` structures that lie at an address of the core."""
+    return (kind * count).from_address(address) if count else ()
+
+
+def _pasts_of(known: int, taken: dict[int, Any]) -> dict[int, Any]:
+    """Return by block the times of its agents, as `memory.Knowledge.foreign` has them.
+
+    Args:
+        taken: the times that were taken before, by their addresses.
+    """
+    found, size = {}, ctypes.sizeof(_Counted)
+    for past in _array(_Past, known + size, _Counted.from_address(known).count):
+        if past.times not in taken:
+            count = _Counted.from_address(past.times).count
+            taken[past.times] = np.array(_array(ctypes.c_int32, past.times + size, count), np.int32)
+        found[past.block] = taken[past.times]
+    return found
+
+
+class Blocks:
+    """The blocks of a launch.
+
+    Args:
+        template: a block that has not begun, whose arrays become those of all blocks.
+        copies_need_fence: those of `cp.async`, before tensor cores read what was copied.
+
+    Attributes:
+        may_refine: an element of a shadow may become one of fewer bytes.
+    """
+
+    def __init__(self, template: "Block", copies_need_fence: bool):
+        gpu = template.gpu
+        assert template.core is not None
+        self.gpu, self.template, self.launch = gpu, template, gpu.core
+        self.program, self.library = self.launch.program, self.launch.program.core
+        self.failures, self.may_refine = 0, True
+        warps, rows = template.core.states.shape
+        self.counts = np.zeros_like(gpu.counts.table)
+        self.owners = np.zeros((warps, rows), np.int32)
+        self.fences = np.zeros((warps, rows), np.uint32)
+        self.states = (_State * warps)()
+        self.coordinates = (_Coordinate * max(len(self.launch.positions), 1))(
+            *self.launch.positions
+        )
+        events = self.launch.events
+        self.struct = _Runner(
+            warps=ctypes.addressof(template.core.warps),
+            states=ctypes.addressof(self.states),
+            template_states=self.launch.states.ctypes.data,
+            coordinates=ctypes.addressof(self.coordinates),
+            shared=ctypes.addressof(template.memory.view.struct),
+            events=ctypes.addressof(events.struct),
+            counts=self.counts.ctypes.data,
+            total_counts=gpu.counts.table.ctypes.data,
+            count_size=self.counts.size,
+            rows=rows,
+            limit=gpu.limit + 1,
+            warp_count=warps,
+            coordinate_count=len(self.launch.positions),
+            copies_need_fence=copies_need_fence,
+            atomics=self.program.atomics,
+        )
+        self.is_told = True  # Python knows what the core's blocks have released
+        for n, (warp, state) in enumerate(zip(template.core.warps, self.states, strict=True)):
+            warp.runner = ctypes.addressof(self.struct)
+            warp.undo = ctypes.addressof(self.struct) + _Runner.undo.offset
+            warp.counts = self.counts.ctypes.data
+            state.copy_name = events.events.name(f"a copy of warp {n}")
+            state.product_name = events.events.name(f"a product of warp {n}")
+            state.owners = self.owners[n].ctypes.data
+            state.fence_versions = self.fences[n].ctypes.data
+        weakref.finalize(self, _free, self.library, self.struct, self.states)
+
+    def run(self, positions: Any, number: int, goes_on: Callable[[], bool] = lambda: True) -> int:
+        """Execute blocks, of which the first one has this number, and return how many.
+
+        Args:
+            positions: of all blocks that are left ``(n, 3)``, int32.
+            goes_on: a function that is asked from time to time.
+        """
+        events, done, why = self.launch.events, 0, ctypes.c_int(native.BUDGET)
+        together = 1
+        self._take_releases()
+        self._take_maps()
+        self._lend_spare_arrays()
+        while why.value != native.PYTHON and done < len(positions) and goes_on():
+            start = time.perf_counter()
+            events.struct.count = events.events.count
+            done += self.library.run_blocks(
+                ctypes.addressof(self.struct),
+                positions.ctypes.data + 12 * done,
+                min(together, len(positions) - done),
+                number + done,
+                ctypes.byref(why),
+            )
+            events.events.count = events.struct.count
+            if why.value == native.GROW:
+                events.events.grow()
+            elif why.value == native.REFINE:
+                if not self.may_refine:
+                    break
+                self._refine()
+            elif time.perf_counter() - start < SECONDS / 4:
+                together *= 4
+        self._take_spare_arrays()
+        self._tell_maps()
+        self.gpu.changes += self.struct.stores
+        self.gpu.executed_instructions += self.struct.executed
+        self.struct.stores = self.struct.executed = 0
+        if why.value == native.PYTHON:
+            self._note_failure()
+            self.tell_releases()
+        return done
+
+    def tell_releases(self) -> None:
+        """Let Python know what the core's blocks have released."""
+        if self.is_told:
+            return
+        self.is_told = True
+        all_of_them, known = self.struct.releases, dict[int, dict[int, Any]]()
+        times: dict[int, Any] = {}
+        for entry in _array(_Release, all_of_them.table, all_of_them.capacity):
+            if entry.known:
+                if entry.known not in known:
+                    known[entry.known] = _pasts_of(entry.known, times)
+                self.gpu.released[entry.address] = dict(known[entry.known])
+
+    def _take_releases(self) -> None:
+        """Let the core know what Python's blocks have released."""
+        if not self.is_told or not self.program.atomics:
+            return
+        self.is_told = False
+        runner, taken = ctypes.addressof(self.struct), dict[int, int]()
+        self.library.clear_releases(runner)
+        for address, known in self.gpu.released.items():
+            numbers = sorted(known)
+            for times in known.values():
+                if id(times) not in taken:
+                    array = np.ascontiguousarray(times, np.int32)
+                    taken[id(times)] = self.library.add_times(runner, array.ctypes.data, len(array))
+            blocks = np.array(numbers, np.int64)
+            pointers = np.array([taken[id(known[number])] for number in numbers], np.uint64)
+            self.library.add_release(
+                runner, address, len(numbers), blocks.ctypes.data, pointers.ctypes.data
+            )
+
+    def _take_maps(self) -> None:
+        """Let the core know which tensormaps Python knows."""
+        self.struct.map_count = 0
+        for place in self.gpu.space.allocations:
+            for row in place.published:
+                self.library.add_map(
+                    ctypes.addressof(self.struct),
+                    ctypes.addressof(place.view.struct),
+                    row,
+                    True,
+                    place.acquired.get(row, -1),
+                )
+
+    def _tell_maps(self) -> None:
+        """Let Python know which tensormaps the core knows."""
+        places = {
+            ctypes.addressof(place.view.struct): place for place in self.gpu.space.allocations
+        }
+        for one in _array(_Tensormap, self.struct.maps, self.struct.map_count):
+            place = places[one.place]
+            place.published.add(one.row)
+            if one.acquired < 0:
+                place.acquired.pop(one.row, None)
+            else:
+                place.acquired[one.row] = one.acquired
+
+    def _refine(self) -> None:
+        """Let an element of a shadow stand for fewer bytes."""
+        self._take_spare_arrays()
+        for place in self.gpu.space.allocations:
+            if ctypes.addressof(place.view.struct) == self.struct.coarse:
+                place.refine(self.struct.finer)
+        self._lend_spare_arrays()
+
+    def _note_failure(self) -> None:
+        """Leave all blocks to Python where the reason is in each of them."""
+        self.failures += 1
+        pc = self.struct.fault_pc
+        if pc >= 0 and self.program.instructions[pc].kind == native.LEFT:
+            self.program.is_for_blocks = False
+
+    @property
+    def works(self) -> bool:
+        return self.failures < MOST_FAILURES and self.program.is_for_blocks
+
+    def _lend_spare_arrays(self) -> None:
+        """Give the core arrays for second reads, which it takes where it needs them."""
+        for one in self.gpu.space.allocations:
+            if one.others is None:
+                one.view.spare = np.zeros_like(one.reads)
+                one.view.struct.spare = one.view.spare.ctypes.data
+
+    def _take_spare_arrays(self) -> None:
+        for one in self.gpu.space.allocations:
+            struct = one.view.struct
+            if one.others is None and struct.others:
+                one.others = one.view.spare
+            struct.spare = one.view.spare = None

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""Faults, counters, bounds and pictures of launches."""

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""From a launch of Triton to the kernel's memory and parameters: the driver."""
