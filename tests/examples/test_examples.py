@@ -150,7 +150,7 @@ SPLITS = [
     ("train_pipeline", 2, "--draw", "pp"),
     ("train_pipeline", 2, "--pipeline gpipe --micro-batches 2 --draw", "pp"),
     pytest.param("train_parallel", 4, "--dp 2 --tp 2", "dp tp", marks=pytest.mark.slow),
-    ("train_parallel", 4, f"{MUON} --dp 2 --tp 2", "dp tp"),
+    pytest.param("train_parallel", 4, f"{MUON} --dp 2 --tp 2", "dp tp", marks=pytest.mark.slow),
     # Rank 0 has one layer, which adds nothing over "tp".
     ("train_parallel", 4, "--tp 2 --pp 2 --micro-batches 3", "pp"),
     pytest.param(

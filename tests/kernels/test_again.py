@@ -42,6 +42,11 @@ CALLS: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...], Callable[..., 
 ALIKE = ("maximum of a column", "symmetric_matmul", "linear_sigmoid")  # as others, here
 
 
+def mostly(name: str, *others: str) -> list[Any]:
+    """In any run ``name``, and in slow tests the others, whose calls pass the same lines."""
+    return [name, *(pytest.param(other, marks=pytest.mark.slow) for other in others)]
+
+
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """A GPU that is emulated, in TF32, for which no operand is copied; the launches at once."""
@@ -88,7 +93,9 @@ def test_a_call_is_launched_at_once_for_the_same_layouts_alone(name: str, gpu: l
             assert torch.equal(result, results[0])
 
 
-@pytest.mark.parametrize("name", ["maximum", "maximum of a row", "matmul_t", "linear_sigmoid"])
+@pytest.mark.parametrize(
+    "name", ["maximum", *mostly("matmul_t", "maximum of a row", "linear_sigmoid")]
+)
 def test_values_of_calls_that_autograd_makes_directly(
     name: str, gpu: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,7 +136,7 @@ def test_other_values_and_other_factors_are_not_remembered(gpu: list[int]) -> No
     assert gpu == [0, 1, 1, 0, 1]
 
 
-@pytest.mark.parametrize("name", ["matmul_t", "symmetric_matmul", "linear_sigmoid"])
+@pytest.mark.parametrize("name", mostly("matmul_t", "symmetric_matmul", "linear_sigmoid"))
 def test_another_precision_is_not_remembered(name: str, gpu: list[int]) -> None:
     """Without a mode the precision is TF32 here."""
     op, operands, native = CALLS[name]
@@ -160,7 +167,7 @@ def test_a_launch_without_a_choice_is_not_remembered_for_calls_with_one(gpu: lis
         assert torch.equal(again(*operands, False), launched())
 
 
-@pytest.mark.parametrize("name", ["matmul_t", "linear_sigmoid", "symmetric_matmul"])
+@pytest.mark.parametrize("name", mostly("linear_sigmoid", "matmul_t", "symmetric_matmul"))
 def test_calls_that_autograd_makes_directly_have_the_precision_of_the_mode(
     name: str, gpu: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -379,6 +379,9 @@ def check(
 # Slow tests, since another case has the same kernel in another dtype, size or layout.
 ALIKE = {
     "matmul_t, small",
+    "matmul_t, in place",
+    "exact_matmul by float16, batches",
+    "sigmoid of torch.float64",
     "matmul_t, by pointers, full tiles",
     "matmul_t, float64",
     "matmul_t, factors (0.0, -0.3333333333333333)",

@@ -161,10 +161,13 @@ def test_results_and_gradients_have_the_precision_of_the_mode(name: str) -> None
             assert all(e <= 2 * n + 2**-24 for e, n in zip(found, native, strict=True)), mode
 
 
+FEW = (("ieee", "matmul_t"), ("tf32", "linear_sigmoid"))  # which are compiled in any run
+
+
 @pytest.mark.parametrize(
     "of_pytorch, name",
     [
-        pytest.param(flag, name, marks=[slow] * ((flag == "ieee") != (name == "matmul_t")))
+        pytest.param(flag, name, marks=[slow] * ((flag, name) not in FEW))
         for flag in ("ieee", "tf32")
         for name in CALLS
     ],
@@ -191,13 +194,13 @@ def test_products_that_are_added_in_place_have_the_precision_of_the_mode() -> No
         assert torch.equal(h, torchpar.symmetric_matmul(X, X, C, alpha=0.5, beta=-1.5))
 
 
-def test_other_dtypes_have_no_mode() -> None:
-    for dtype in (torch.float64, torch.bfloat16):
-        x = X[:, :33].to(dtype)
-        with emulate("sm_90"):
-            expected = results(torchpar.matmul_t, (x,))
-            found = results(torchpar.matmul_t, (x,), "tf32")
-        assert all(map(torch.equal, found, expected))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float64, marks=slow)])
+def test_other_dtypes_have_no_mode(dtype: torch.dtype) -> None:
+    x = X[:, :33].to(dtype)
+    with emulate("sm_90"):
+        expected = results(torchpar.matmul_t, (x,))
+        found = results(torchpar.matmul_t, (x,), "tf32")
+    assert all(map(torch.equal, found, expected))
 
 
 def test_autocast_leaves_the_mode_alone() -> None:
@@ -388,11 +391,19 @@ TRANSFORMS: dict[str, Callable[[Callable[..., Tensor], Tensor], Tensor]] = {
 }
 
 
+# With others the same rules call the same kernels.
+ALWAYS = [("matmul_t", one) for one in ("vmap", "jvp", "second derivatives")]
+ALWAYS += [("linear_sigmoid", "grad")]
+
+
 @pytest.mark.parametrize(
-    "transform",
-    [pytest.param(one, marks=[slow] * (one in ("hessian", "vmap of grad"))) for one in TRANSFORMS],
+    "name, transform",
+    [
+        pytest.param(name, one, marks=[slow] * ((name, one) not in ALWAYS))
+        for name in CALLS
+        for one in TRANSFORMS
+    ],
 )
-@by_name
 def test_transforms_have_the_precision_of_the_mode(name: str, transform: str) -> None:
     def small(function: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
         others = [t[..., :3, :3] if t is C else t[..., :20] for t in CALLS[name][1][1:2]]
@@ -463,19 +474,22 @@ def in_a_thread(function: Callable[[], Any]) -> Any:
     return found[0]
 
 
-def test_threads_share_the_mode_and_a_backward_has_that_of_its_forward() -> None:
+@pytest.mark.parametrize(
+    "name", [pytest.param(one, marks=[slow] * (one != "matmul_t")) for one in CALLS]
+)
+def test_threads_share_the_mode_and_a_backward_has_that_of_its_forward(name: str) -> None:
     assert in_a_thread(torchpar.fp32_products.get) is None
     with torchpar.fp32_products("tf32x3"):
         assert in_a_thread(torchpar.fp32_products.get) == "tf32x3"
-    for call, args in NARROW.values():
-        leaves = [t.detach().requires_grad_() for t in args]
-        with emulate("sm_90") as gpu:
-            with torchpar.fp32_products("tf32x3"):
-                y = call(*leaves)
-            with torchpar.fp32_products("tf32"):
-                in_a_thread(lambda y=y, leaves=leaves: torch.autograd.grad(y.sum(), leaves))
-        assert len(precisions(gpu)) > 1
-        assert set(precisions(gpu)) == {"tf32x3"}
+    call, args = NARROW[name]
+    leaves = [t.detach().requires_grad_() for t in args]
+    with emulate("sm_90") as gpu:
+        with torchpar.fp32_products("tf32x3"):
+            y = call(*leaves)
+        with torchpar.fp32_products("tf32"):
+            in_a_thread(lambda: torch.autograd.grad(y.sum(), leaves))
+    assert len(precisions(gpu)) > 1
+    assert set(precisions(gpu)) == {"tf32x3"}
 
 
 def test_a_checkpoint_computes_again_in_the_mode_of_its_backward() -> None:

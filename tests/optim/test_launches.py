@@ -26,6 +26,8 @@ from torchpar.optim import Muon, elementwise, matrices, newton_schulz, orthogona
 from torchpar.optim.muon import _is_read_at_once, _update_all
 from torchpar.optim.newton_schulz import _gram_is_faster
 
+slow = pytest.mark.slow
+
 N = 16  # for 768
 GPT2_SMALL = [(N, N)] * 12 + [(N, 3 * N)] * 12 + [(N, 4 * N)] * 12 + [(4 * N, N)] * 12
 # Calls of PyTorch that launch nothing themselves.
@@ -191,8 +193,17 @@ def test_matrices_that_lie_side_by_side_are_not_copied():
         assert (one - other).norm() <= 15 * 2**-9 * other.float().norm()
 
 
-@pytest.mark.parametrize("ns", ["standard", "gram"])
-@pytest.mark.parametrize("shape", [(40, 96), (2, 96, 40), (33, 45)])
+@pytest.mark.parametrize(
+    "shape, ns",
+    [
+        ((40, 96), "standard"),
+        ((2, 96, 40), "gram"),
+        ((33, 45), "gram"),
+        pytest.param((40, 96), "gram", marks=slow),
+        pytest.param((2, 96, 40), "standard", marks=slow),
+        pytest.param((33, 45), "standard", marks=slow),
+    ],
+)
 def test_the_kernels_orthogonalise(shape, ns):
     """Executed on an emulated H100, from buffers that are written again."""
     torch.manual_seed(0)
@@ -273,8 +284,18 @@ def test_the_kernel_divides_by_eps_at_least():
     assert torch.equal(found[:, 0].nan_to_num(7), expected[:, None].expand(4, 2).nan_to_num(7))
 
 
-@pytest.mark.parametrize("lr", [0.3, torch.tensor(0.3), torch.tensor(0.3, dtype=torch.float64)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+RATES = 0.3, torch.tensor(0.3), torch.tensor(0.3, dtype=torch.float64)
+UPDATED = torch.float32, torch.bfloat16, torch.float16, torch.float64
+
+
+@pytest.mark.parametrize(
+    "dtype, lr",
+    [  # in any run each dtype, and each kind of rate
+        pytest.param(dtype, lr, marks=[slow] * ((i + j) % 3 > 0))
+        for i, dtype in enumerate(UPDATED)
+        for j, lr in enumerate(RATES)
+    ],
+)
 def test_the_kernel_updates_with_the_bits_of_pytorch(dtype, lr, device):
     """A rank that launches it, and another that cannot, keep the same parameters."""
     torch.manual_seed(0)

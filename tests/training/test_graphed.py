@@ -96,7 +96,10 @@ def run(training, step) -> list[Tensor]:
     return losses
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "optimizer",
+    [pytest.param(one, marks=[pytest.mark.slow] * (one == "nadam")) for one in OPTIMIZERS],
+)
 def test_a_graphed_step_trains_as_the_plain_one(gpu, optimizer):
     plain, ours = Training(optimizer), Training(optimizer)
     for group in plain.optimizer.param_groups:
@@ -192,7 +195,7 @@ def train(training: Training, step: Callable[..., object], count: int = STEPS) -
         step(*batch)
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("when", [pytest.param("before", marks=pytest.mark.slow), "after"])
 def test_a_state_that_is_loaded_is_followed(gpu, when):
     """The groups and the state are other objects then."""
     weights = []
