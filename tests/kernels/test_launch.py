@@ -499,7 +499,10 @@ def test_float16_gradients_take_two_products():
 
 @pytest.mark.parametrize(
     "cpp_wrapper, expected",
-    [(False, "symmetric_matmul_tma_kernel"), (True, "symmetric_matmul_kernel")],
+    [
+        pytest.param(False, "symmetric_matmul_tma_kernel", marks=pytest.mark.slow),
+        (True, "symmetric_matmul_kernel"),
+    ],
     ids=str,
 )
 def test_inductor_takes_tma_where_its_wrapper_allocates_for_it(cpp_wrapper, expected):

@@ -95,10 +95,9 @@ NARROW = {
     name: (call, tuple(t[:, :33] if t.shape[-1] == 200 else t for t in args))
     for name, (call, args) in CALLS.items()
 }
+# Quick to compile. The others call kernels alike.
 by_name = pytest.mark.parametrize(
-    "name",
-    # It differs from matmul_t by its factors and C.
-    [pytest.param(one, marks=[slow] * (one == "symmetric_matmul")) for one in CALLS],
+    "name", [pytest.param(one, marks=[slow] * (one != "matmul_t")) for one in CALLS]
 )
 
 
@@ -161,7 +160,7 @@ def test_results_and_gradients_have_the_precision_of_the_mode(name: str) -> None
             assert all(e <= 2 * n + 2**-24 for e, n in zip(found, native, strict=True)), mode
 
 
-FEW = (("ieee", "matmul_t"), ("tf32", "linear_sigmoid"))  # which are compiled in any run
+FEW = [("ieee", "matmul_t")]  # which is compiled in any run
 
 
 @pytest.mark.parametrize(
@@ -474,9 +473,7 @@ def in_a_thread(function: Callable[[], Any]) -> Any:
     return found[0]
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(one, marks=[slow] * (one != "matmul_t")) for one in CALLS]
-)
+@by_name
 def test_threads_share_the_mode_and_a_backward_has_that_of_its_forward(name: str) -> None:
     assert in_a_thread(torchpar.fp32_products.get) is None
     with torchpar.fp32_products("tf32x3"):
