@@ -24,7 +24,7 @@ from benchmarks.host import idle_driver
 from torchpar.ptx.machine import gpu
 from torchpar.ptx.machine.block import Schedule
 from torchpar.ptx.machine.memory import Allocation
-from torchpar.ptx.native.core import cache_folder, writable
+from torchpar.ptx.native.cache import cache_folder, writable
 
 
 class Copies(TorchDispatchMode):

@@ -4,6 +4,7 @@
 Each case runs twice, from the same memory.
 """
 
+import ctypes
 from collections.abc import Callable
 from unittest.mock import patch
 
@@ -24,6 +25,7 @@ from torchpar.ptx.machine.block import SCHEDULES, Block
 from torchpar.ptx.machine.counters import Counts
 from torchpar.ptx.machine.parse import PtxError
 from torchpar.ptx.native import core as native
+from torchpar.ptx.native import layout
 from torchpar.ptx.triton import driver
 
 pytestmark = pytest.mark.skipif(
@@ -496,3 +498,26 @@ def test_mutants():
         found = noted(run)
         with in_python():
             assert found == noted(run), mutant.describe()
+
+
+def test_what_python_takes_for_the_layout_in_c_is_checked(monkeypatch):
+    core = native.library()
+    layout.check(core)
+
+    class SpaceStruct(ctypes.Structure):
+        _fields_ = (
+            ("allocations", ctypes.c_void_p),
+            ("count", ctypes.c_int32),
+            ("last", ctypes.c_void_p),
+        )
+
+    others = [SpaceStruct if one is layout.SpaceStruct else one for one in layout.STRUCTURES]
+    monkeypatch.setattr(layout, "STRUCTURES", others)
+    with pytest.raises(
+        RuntimeError, match=r"Space.count has offset and size \[8, 8\] in C, and \[8, 4\]"
+    ):
+        layout.check(core)
+    monkeypatch.undo()
+    monkeypatch.setattr(layout, "REDUCE", 7)
+    with pytest.raises(RuntimeError, match=r"REDUCE is 13 in C, and 7 in native/layout\.py"):
+        layout.check(core)

@@ -28,6 +28,7 @@ from triton.runtime.driver import driver as active_driver
 from torchpar.ptx import command, emulate
 from torchpar.ptx.cuda.stand_in import cuda_is_cpu
 from torchpar.ptx.machine import gpu, memory
+from torchpar.ptx.native import cache
 from torchpar.ptx.native import core as native
 from torchpar.ptx.triton import driver
 
@@ -181,8 +182,8 @@ def test_a_cache_on_a_full_disk_is_replaced(tmp_path, monkeypatch, capfd):
     if not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full")
     with open("/dev/full", "wb") as full:
-        monkeypatch.setattr(native.tempfile, "TemporaryFile", lambda dir: full)
-        assert native.writable.__wrapped__(tmp_path) != tmp_path
+        monkeypatch.setattr(cache.tempfile, "TemporaryFile", lambda dir: full)
+        assert cache.writable.__wrapped__(tmp_path) != tmp_path
     assert f"{tmp_path} cannot be written (No space left on device)" in capfd.readouterr().err
 
 

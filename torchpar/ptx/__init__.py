@@ -14,7 +14,8 @@ A launch passes these folders, one after the other:
   `definedness` (undefined bits), `counters`, `trace` (a record of one program), `gpu` (launches),
   and `cores` (a launch on all cores of the CPU).
 - `instructions`: what each instruction of PTX does, in Python.
-- `native`: the common instructions, and whole blocks, in C.
+- `native`: the common instructions, and whole blocks, in C: `layout` (what Python and C share),
+  `core` (built once, and loaded), `encoding`, `warps`, `blocks`.
 - `report`: faults and counters, bounds by data sheets, limits, ptxas's figures, and the page.
 
 `command` and `pytest` are the ways to run it.

@@ -13,7 +13,7 @@ import numpy as np
 from torchpar.ptx.machine.block import Run, Warp, action, instruction
 from torchpar.ptx.machine.parse import Instruction, PtxError, Symbol, flat
 from torchpar.ptx.machine.registers import DTYPES, reader, writer
-from torchpar.ptx.native.core import HINTS
+from torchpar.ptx.native.encoding import HINTS
 
 # A conversion of a format: flags and width, the length of an integer, and the letter. Other signs
 # "%" are text.

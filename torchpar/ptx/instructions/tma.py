@@ -15,7 +15,7 @@ from torchpar.ptx.instructions.copies import Copy, Places
 from torchpar.ptx.machine.block import Operation, Run, Warp, action, instruction
 from torchpar.ptx.machine.parse import Instruction, PtxError
 from torchpar.ptx.machine.registers import DTYPES, HALVES, SHARED_BASE, reader, writer
-from torchpar.ptx.native.core import FIELDS
+from torchpar.ptx.native.encoding import FIELDS
 
 # mbarrier: counts arrivals, and bytes of bulk copies
 

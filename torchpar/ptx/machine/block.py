@@ -31,7 +31,7 @@ from torchpar.ptx.machine.registers import (
     writer,
 )
 from torchpar.ptx.machine.trace import Trace
-from torchpar.ptx.native.core import BlockState
+from torchpar.ptx.native.warps import BlockState
 
 LIMIT = 3_000_000  # instructions of a warp
 SPINS = 4  # accesses that find what they found before, after which other programs run

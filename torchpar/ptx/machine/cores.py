@@ -19,7 +19,7 @@ import numpy as np
 from torchpar.ptx.machine.counters import Column, Counts
 from torchpar.ptx.machine.memory import GIVEN, Allocation, Events, Space
 from torchpar.ptx.native.blocks import Blocks
-from torchpar.ptx.native.core import LaunchState
+from torchpar.ptx.native.warps import LaunchState
 
 if TYPE_CHECKING:
     from torchpar.ptx.machine.gpu import Gpu

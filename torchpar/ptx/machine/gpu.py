@@ -29,7 +29,8 @@ from torchpar.ptx.machine.memory import Allocation, Events, Space
 from torchpar.ptx.machine.parse import Kernel, PtxError, parse
 from torchpar.ptx.machine.trace import Trace
 from torchpar.ptx.native.blocks import Blocks
-from torchpar.ptx.native.core import LaunchState, program_of
+from torchpar.ptx.native.encoding import program_of
+from torchpar.ptx.native.warps import LaunchState
 
 # The memory of the launches has addresses that no process has; between allocations are gaps.
 FIRST_ADDRESS, GAP = 2**56, 2**20

@@ -12,113 +12,29 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from torchpar.ptx.native import core as native
+from torchpar.ptx.native.layout import (
+    BUDGET,
+    GROW,
+    LEFT,
+    PYTHON,
+    REFINE,
+    CoordinateStruct,
+    CountedStruct,
+    PastStruct,
+    ReleaseStruct,
+    RunnerStruct,
+    StateStruct,
+    TensormapStruct,
+)
 
 if TYPE_CHECKING:
     from torchpar.ptx.machine.block import Block
 
 SECONDS = 0.1  # of a call of the core, about, so that Ctrl-C has its effect
 MOST_FAILURES = 4  # blocks of a launch that are left to Python, after which all of them are
-BARRIERS, MOST_WARPS, MOST_MBARRIERS = 16, 64, 64
 
 
-class _Family(ctypes.Structure):
-    _fields_ = (
-        ("operations", ctypes.c_void_p),
-        ("ends", ctypes.c_void_p),
-        *((name, ctypes.c_int32) for name in ("count", "operation_capacity", "groups")),
-        *((name, ctypes.c_int32) for name in ("group_capacity", "first_group", "first")),
-    )
-
-
-class _State(ctypes.Structure):
-    _fields_ = (
-        ("families", _Family * 2),
-        ("copies", native.CopiesStruct),
-        *((name, ctypes.c_int32) for name in ("copy_name", "product_name", "has_fence")),
-        ("fence_versions", ctypes.c_void_p),
-        ("owners", ctypes.c_void_p),
-        *((name, ctypes.c_int32) for name in ("done", "waiting", "mbarrier", "parity")),
-        ("bulk", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("bulk_count", "bulk_capacity")),
-        *((name, ctypes.c_int32 * 32) for name in ("committed", "deleted")),
-    )
-
-
-class _Mbarrier(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("offset", "bytes")),
-        *((name, ctypes.c_int32) for name in ("pending", "count", "phase")),
-        *((name, ctypes.c_int32) for name in ("is_live", "has_parts", "is_loading")),
-        ("parts", ctypes.c_void_p),
-        ("known", ctypes.c_void_p * 2),
-    )
-
-
-class _Tensormap(ctypes.Structure):
-    _fields_ = (
-        ("place", ctypes.c_void_p),
-        ("row", ctypes.c_int64),
-        *((name, ctypes.c_int32) for name in ("published", "acquired")),
-    )
-
-
-class _Coordinate(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_int32) for name in ("row", "width", "axis"))
-
-
-class _Release(ctypes.Structure):
-    _fields_ = (("address", ctypes.c_uint64), ("known", ctypes.c_void_p))
-
-
-class _Past(ctypes.Structure):
-    _fields_ = (("block", ctypes.c_int64), ("times", ctypes.c_void_p))
-
-
-class _Counted(ctypes.Structure):
-    """The beginning of `Known` and `Times`."""
-
-    _fields_ = (("moved", ctypes.c_void_p), ("count", ctypes.c_int64))
-
-
-class _Releases(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("table", "before")),
-        *((name, ctypes.c_int64) for name in ("count", "capacity", "changes", "change_capacity")),
-        ("chunks", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("bytes", "live_bytes")),
-        ("merged", ctypes.c_void_p * 3),
-    )
-
-
-class _Runner(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("warps", "states", "template_states")),
-        *((name, ctypes.c_void_p) for name in ("coordinates", "shared", "events")),
-        *((name, ctypes.c_void_p) for name in ("counts", "total_counts")),
-        *((name, ctypes.c_int64) for name in ("count_size", "rows", "limit")),
-        *((name, ctypes.c_int32) for name in ("warp_count", "coordinate_count")),
-        *((name, ctypes.c_int32) for name in ("copies_need_fence", "atomics")),
-        *((name, ctypes.c_int32) for name in ("agents", "capacity")),
-        *((name, ctypes.c_void_p) for name in ("times", "fenced")),
-        ("arrived", ctypes.c_int32 * BARRIERS),
-        ("arrivals", ctypes.c_int32 * MOST_WARPS * BARRIERS),
-        ("undo", native.UndoStruct),
-        *((name, ctypes.c_int64) for name in ("executed", "stores")),
-        *((name, ctypes.c_int32) for name in ("fault_pc", "spins", "finer")),
-        *((name, ctypes.c_void_p) for name in ("coarse", "found")),
-        ("releases", _Releases),
-        *((name, ctypes.c_void_p) for name in ("maps", "maps_before")),
-        *((name, ctypes.c_int64) for name in ("map_count", "map_capacity", "map_count_before")),
-        ("runs", ctypes.c_void_p),
-        ("run_count", ctypes.c_int64),
-        ("box", ctypes.c_void_p),
-        ("mbarriers", _Mbarrier * MOST_MBARRIERS),
-        ("places", ctypes.c_int64 * MOST_MBARRIERS),
-    )
-
-
-def _free(library: ctypes.CDLL, runner: _Runner, states: Any) -> None:
+def _free(library: ctypes.CDLL, runner: RunnerStruct, states: Any) -> None:
     """Free what the core has allocated; ``states`` live so long."""
     library.free_runner(ctypes.addressof(runner))
 
@@ -134,10 +50,10 @@ def _pasts_of(known: int, taken: dict[int, Any]) -> dict[int, Any]:
     Args:
         taken: the times that were taken before, by their addresses.
     """
-    found, size = {}, ctypes.sizeof(_Counted)
-    for past in _array(_Past, known + size, _Counted.from_address(known).count):
+    found, size = {}, ctypes.sizeof(CountedStruct)
+    for past in _array(PastStruct, known + size, CountedStruct.from_address(known).count):
         if past.times not in taken:
-            count = _Counted.from_address(past.times).count
+            count = CountedStruct.from_address(past.times).count
             taken[past.times] = np.array(_array(ctypes.c_int32, past.times + size, count), np.int32)
         found[past.block] = taken[past.times]
     return found
@@ -164,12 +80,12 @@ class Blocks:
         self.counts = np.zeros_like(gpu.counts.table)
         self.owners = np.zeros((warps, rows), np.int32)
         self.fences = np.zeros((warps, rows), np.uint32)
-        self.states = (_State * warps)()
-        self.coordinates = (_Coordinate * max(len(self.launch.positions), 1))(
+        self.states = (StateStruct * warps)()
+        self.coordinates = (CoordinateStruct * max(len(self.launch.positions), 1))(
             *self.launch.positions
         )
         events = self.launch.events
-        self.struct = _Runner(
+        self.struct = RunnerStruct(
             warps=ctypes.addressof(template.core.warps),
             states=ctypes.addressof(self.states),
             template_states=self.launch.states.ctypes.data,
@@ -189,7 +105,7 @@ class Blocks:
         self.is_told = True  # Python knows what the core's blocks have released
         for n, (warp, state) in enumerate(zip(template.core.warps, self.states, strict=True)):
             warp.runner = ctypes.addressof(self.struct)
-            warp.undo = ctypes.addressof(self.struct) + _Runner.undo.offset
+            warp.undo = ctypes.addressof(self.struct) + RunnerStruct.undo.offset
             warp.counts = self.counts.ctypes.data
             state.copy_name = events.events.name(f"a copy of warp {n}")
             state.product_name = events.events.name(f"a product of warp {n}")
@@ -204,12 +120,12 @@ class Blocks:
             positions: of all blocks that are left ``(n, 3)``, int32.
             goes_on: a function that is asked from time to time.
         """
-        events, done, why = self.launch.events, 0, ctypes.c_int(native.BUDGET)
+        events, done, why = self.launch.events, 0, ctypes.c_int(BUDGET)
         together = 1
         self._take_releases()
         self._take_maps()
         self._lend_spare_arrays()
-        while why.value != native.PYTHON and done < len(positions) and goes_on():
+        while why.value != PYTHON and done < len(positions) and goes_on():
             start = time.perf_counter()
             events.struct.count = events.events.count
             done += self.library.run_blocks(
@@ -220,9 +136,9 @@ class Blocks:
                 ctypes.byref(why),
             )
             events.events.count = events.struct.count
-            if why.value == native.GROW:
+            if why.value == GROW:
                 events.events.grow()
-            elif why.value == native.REFINE:
+            elif why.value == REFINE:
                 if not self.may_refine:
                     break
                 self._refine()
@@ -233,7 +149,7 @@ class Blocks:
         self.gpu.changes += self.struct.stores
         self.gpu.executed_instructions += self.struct.executed
         self.struct.stores = self.struct.executed = 0
-        if why.value == native.PYTHON:
+        if why.value == PYTHON:
             self._note_failure()
             self.tell_releases()
         return done
@@ -245,7 +161,7 @@ class Blocks:
         self.is_told = True
         all_of_them, known = self.struct.releases, dict[int, dict[int, Any]]()
         times: dict[int, Any] = {}
-        for entry in _array(_Release, all_of_them.table, all_of_them.capacity):
+        for entry in _array(ReleaseStruct, all_of_them.table, all_of_them.capacity):
             if entry.known:
                 if entry.known not in known:
                     known[entry.known] = _pasts_of(entry.known, times)
@@ -288,7 +204,7 @@ class Blocks:
         places = {
             ctypes.addressof(place.view.struct): place for place in self.gpu.space.allocations
         }
-        for one in _array(_Tensormap, self.struct.maps, self.struct.map_count):
+        for one in _array(TensormapStruct, self.struct.maps, self.struct.map_count):
             place = places[one.place]
             place.published.add(one.row)
             if one.acquired < 0:
@@ -308,7 +224,7 @@ class Blocks:
         """Leave all blocks to Python where the reason is in each of them."""
         self.failures += 1
         pc = self.struct.fault_pc
-        if pc >= 0 and self.program.instructions[pc].kind == native.LEFT:
+        if pc >= 0 and self.program.instructions[pc].kind == LEFT:
             self.program.is_for_blocks = False
 
     @property

@@ -53,7 +53,8 @@ from torchpar.ptx.machine.memory import (
 )
 from torchpar.ptx.machine.parse import PtxError
 from torchpar.ptx.machine.trace import Trace
-from torchpar.ptx.native.core import FIELDS, cache_folder, writable
+from torchpar.ptx.native.cache import cache_folder, writable
+from torchpar.ptx.native.encoding import FIELDS
 from torchpar.ptx.report.limits import Limits
 from torchpar.ptx.report.report import CapturedGraph, Fault, Kind, Launch, Report, moved
 

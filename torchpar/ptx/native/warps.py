@@ -1,0 +1,329 @@
+# SPDX-License-Identifier: MIT
+"""Warps, blocks and launches for the core in C: their registers and memory, and what they know."""
+
+import ctypes
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from torchpar.ptx.machine.registers import DTYPES, UNWRITTEN
+from torchpar.ptx.native.encoding import KIND_BYTES, KINDS, Program, elected
+from torchpar.ptx.native.layout import (
+    GROW,
+    IN_LIST,
+    IN_ROW,
+    ROW,
+    AllocationStruct,
+    CopiesStruct,
+    EventsStruct,
+    SpaceStruct,
+    WarpStruct,
+)
+
+if TYPE_CHECKING:
+    from torchpar.ptx.machine.block import Block, Warp
+    from torchpar.ptx.machine.counters import Counts
+    from torchpar.ptx.machine.memory import Allocation, Events, Space
+
+NO_LIMIT = 2**31 - 1  # of an instruction's index
+
+
+class Registers:
+    """The registers of a warp: a row of the core, or an object in a list, or both.
+
+    Objects of Python, such as `registers.Tainted`, are in the list alone.
+    """
+
+    def __init__(self, dtypes: list[Any], rows: Any, states: Any, versions: Any):
+        self.dtypes, self.rows, self.states, self.versions = dtypes, rows, states, versions
+        self.held: list[Any] = [UNWRITTEN] * len(dtypes)
+
+    def __getitem__(self, index: int) -> Any:
+        if self.states[index] & IN_LIST:
+            return self.held[index]
+        dtype = self.dtypes[index]
+        value = self.rows[index, : 32 * dtype.itemsize].view(dtype).copy()
+        self.held[index] = value
+        self.states[index] |= IN_LIST
+        return value
+
+    def __setitem__(self, index: int, value: Any) -> None:
+        self.held[index] = value
+        self.versions[index] += 1
+        if isinstance(value, np.ndarray):
+            dtype = self.dtypes[index]
+            self.rows[index, : 32 * dtype.itemsize].view(dtype)[:] = value
+            self.states[index] = IN_ROW | IN_LIST
+        else:
+            self.states[index] = IN_LIST
+
+    def get_many(self, indices: Any) -> list[Any]:
+        if (self.states[indices] & IN_LIST).all():
+            return [self.held[index] for index in indices]
+        return [self[index] for index in indices]
+
+    def set_many(self, indices: Any, values: Any) -> None:
+        """Put rows of 32 values of 32 bits into registers."""
+        self.rows[indices, :128] = values.view(np.uint8)
+        self.versions[indices] += 1
+        self.states[indices] = IN_ROW
+
+    def set_same(self, indices: Any, value: Any) -> None:
+        """Let all of these registers hold an object of Python."""
+        for index in indices:
+            self.held[index] = value
+        self.versions[indices] += 1
+        self.states[indices] = IN_LIST
+
+    def stamp(self) -> Any:
+        """Return what tells later which registers have been written since."""
+        return self.versions.copy()
+
+    def is_unchanged(self, index: int, stamp: Any) -> bool:
+        return bool(self.versions[index] == stamp[index])
+
+    def restamp(self, index: int, stamp: Any) -> None:
+        """Let a register count as unchanged."""
+        stamp[index] = self.versions[index]
+
+
+class LaunchState:
+    """What the core knows of a launch: its events and its global memory."""
+
+    def __init__(self, program: Program, events: "Events", space: "Space", counts: "Counts"):
+        self.program = program
+        self.dtypes = [DTYPES[kind] for kind in program.kernel.registers]
+        self.events, self.space = EventsView(events), SpaceView(space)
+        self.counts = counts
+        self.no_space = SpaceStruct()
+        self.rows: Any = None  # of the warps of a block, when it begins
+
+    def begin(self, block: "Block") -> None:
+        """Make what all blocks begin with, when the first one begins."""
+        program, warps = self.program, len(block.warps)
+        self.rows = np.repeat(program.rows[None], warps, 0)
+        for warp, rows in zip(block.warps, self.rows, strict=True):
+            for (name, width), row in program.specials.items():
+                values = warp.special(name).astype(f"u{width}")
+                rows[row, : 32 * width] = values.view(np.uint8)
+        self.states = np.repeat(program.states[None], warps, 0)
+        self.positions = [  # what differs by block
+            (row, width, "xyz".index(name[-1]))
+            for (name, width), row in program.specials.items()
+            if name.startswith("%ctaid.")
+        ]
+        self.warps = (WarpStruct * warps)()
+        code, widths = program.addresses
+        for n, struct in enumerate(self.warps):
+            struct.program, struct.widths, struct.index = code, widths, n
+            struct.counts = self.counts.table.ctypes.data
+            struct.events = ctypes.addressof(self.events.struct)
+            struct.spaces[0] = ctypes.addressof(self.space.struct)
+            struct.spaces[2] = ctypes.addressof(self.no_space)
+            struct.load_name = self.events.events.name(f"a load of warp {n}")
+            struct.store_name = self.events.events.name(f"a store of warp {n}")
+            struct.atomic_name = self.events.events.name(f"an atomic of warp {n}")
+            struct.load_box_name = self.events.events.name(f"a bulk load of warp {n}")
+            struct.store_box_name = self.events.events.name(f"a bulk store of warp {n}")
+            struct.fence_name = self.events.events.name(f"the fence of warp {n}")
+            struct.elected = elected(block.gpu.schedule.completion, n)
+
+
+class EventsView:
+    """`memory.Events` for the core."""
+
+    def __init__(self, events: "Events"):
+        self.events, self.struct = events, EventsStruct()
+        events.view = self
+        self.update()
+
+    def update(self) -> None:
+        for name in ("lines", "what", "agents", "times", "blocks", "atomic"):
+            setattr(self.struct, name, getattr(self.events, name).ctypes.data)
+        self.struct.capacity = len(self.events.lines)
+
+
+class AllocationView:
+    """A `memory.Allocation` for the core."""
+
+    def __init__(self, allocation: "Allocation"):
+        self.allocation, self.struct = allocation, AllocationStruct()
+        self.spare: Any = None  # lent by `blocks`
+        allocation.view = self
+        self.update()
+
+    def update(self) -> None:
+        """Take its arrays anew, some of which have been replaced."""
+        struct, one = self.struct, self.allocation
+        struct.start, struct.base, struct.end = one.start, one.base, one.end
+        struct.data, struct.writes = one.data.ctypes.data, one.writes.ctypes.data
+        struct.reads = one.reads.ctypes.data
+        if one.touched is not None:
+            struct.touched, struct.sectors = one.touched.ctypes.data, one.touched.shape[1]
+        else:
+            struct.touched = None
+        struct.others = None if one.others is None else one.others.ctypes.data
+        struct.unit, struct.barrier_count = one.unit, len(one.barriers)
+        self.barriers = np.array(list(one.barriers), np.int64)
+        struct.barriers = self.barriers.ctypes.data
+
+
+class SpaceView:
+    """A `memory.Space` for the core."""
+
+    def __init__(self, space: "Space"):
+        self.space, self.struct = space, SpaceStruct()
+        space.view = self
+        self.update()
+
+    def update(self) -> None:
+        """Take its allocations anew."""
+        views = [one.view or AllocationView(one) for one in self.space.allocations]
+        self.pointer = ctypes.addressof(self.struct)
+        self.pointers = (ctypes.c_void_p * max(len(views), 1))(
+            *(ctypes.addressof(view.struct) for view in views)
+        )
+        self.struct.allocations = ctypes.addressof(self.pointers)
+        self.struct.count, self.struct.last = len(views), None
+
+
+class BlockState:
+    """The registers of a block's warps, and what the core knows of its memory."""
+
+    def __init__(self, launch: LaunchState, block: "Block"):
+        if launch.rows is None:
+            launch.begin(block)
+        self.rows, self.states = launch.rows.copy(), launch.states.copy()
+        self.versions = np.zeros(self.states.shape, np.uint32)
+        for row, width, axis in launch.positions:
+            self.rows[:, row, : 32 * width].view(f"u{width}")[:] = block.position[axis]
+        self.warps = type(launch.warps).from_buffer_copy(launch.warps)
+        self.spaces = [SpaceView(block.shared)]
+        if block.local.allocations:
+            self.spaces.append(SpaceView(block.local))
+        addresses = [ctypes.addressof(view.struct) for view in self.spaces]
+        rows, states, versions = (
+            array.ctypes.data for array in (self.rows, self.states, self.versions)
+        )
+        size = self.states.shape[1]
+        for n, (warp, struct) in enumerate(zip(block.warps, self.warps, strict=True)):
+            struct.rows, struct.states = rows + n * size * ROW, states + n * size
+            struct.versions, struct.block = versions + n * size * 4, block.number
+            struct.spaces[1 : 1 + len(addresses)] = addresses
+            warp.registers = Registers(
+                launch.dtypes, self.rows[n], self.states[n], self.versions[n]
+            )
+            warp.core = WarpState(launch, struct)
+
+
+class WarpState:
+    """A warp for the core."""
+
+    def __init__(self, launch: LaunchState, struct: WarpStruct):
+        self.launch, self.struct, self.pointer = launch, struct, ctypes.addressof(struct)
+        self.library = launch.program.core
+
+    def run(self, warp: "Warp", budget: int) -> int:
+        """Execute instructions of the core, at most ``budget``, and return how many."""
+        struct, events = self.struct, self.launch.events
+        struct.pc, struct.active = warp.pc, warp.active_bits()
+        self._tell_knowledge(warp)
+        events.struct.count = events.events.count
+        limit = min(warp.parked) if warp.parked else NO_LIMIT
+        struct.count = 0
+        why = self.library.run(self.pointer, budget, limit)
+        events.events.count = events.struct.count
+        while why == GROW:
+            events.events.grow()
+            why = self.library.run(self.pointer, budget - struct.count, limit)
+            events.events.count = events.struct.count
+        if struct.stores:
+            warp.block.gpu.changes += struct.stores
+            struct.stores = 0
+        warp.pc, done = struct.pc, int(struct.count)
+        warp.count += done
+        return done
+
+    def repeat(self, warp: "Warp") -> bool:
+        """Let the core execute the instruction that Python has begun, and return whether it did."""
+        struct, events = self.struct, self.launch.events
+        struct.pc, struct.active, struct.count = warp.pc - 1, warp.active_bits(), 0
+        self._tell_knowledge(warp)
+        events.struct.count = events.events.count
+        self.library.run(self.pointer, 1, NO_LIMIT)
+        events.events.count = events.struct.count
+        if struct.count:  # Python counts it
+            self.launch.counts.execute(warp.pc - 1, -len(warp.lanes()), -1)
+        return bool(struct.count)
+
+    def _tell_knowledge(self, warp: "Warp") -> None:
+        knowledge = warp.knowledge
+        self.struct.times = knowledge.address + warp.index * knowledge.stride
+        self.struct.knows_others = bool(knowledge.foreign[warp.index])
+
+    def read(
+        self, warp: "Warp", space: "Space", addresses: Any, width: int, event: int, fence: bool
+    ) -> bool:
+        """`Space.read` of an asynchronous operation, if it is no fault."""
+        at = np.ascontiguousarray(addresses, np.int64)
+        return self.read_at(warp, space, at.ctypes.data, at.size, width, event, fence)
+
+    def read_at(
+        self,
+        warp: "Warp",
+        space: "Space",
+        addresses: int,
+        count: int,
+        width: int,
+        event: int,
+        fence: bool,
+    ) -> bool:
+        """The same, of ``count`` addresses that lie in memory."""
+        if space.view is None:
+            return False
+        self._tell_knowledge(warp)
+        knowledge = warp.knowledge
+        fenced = knowledge.fenced_address + warp.index * knowledge.stride if fence else None
+        pointer = space.view.pointer
+        return bool(
+            self.library.read_many(self.pointer, pointer, addresses, count, width, event, fenced)
+        )
+
+    def numbers(self, space: "Space", chunks: int, rows: int, by_rows: bool, kind: str) -> Any:
+        """`tensor_cores.Matrix.read`, or None if the core does not know the kind."""
+        if kind not in KINDS or space.view is None:
+            return None
+        found = np.empty((rows, 32 // KIND_BYTES[kind]))
+        done = self.library.decode_matrix(
+            found.ctypes.data, space.view.pointer, chunks, rows, by_rows, KINDS[kind]
+        )
+        return found if done else None
+
+    def tell_fence(self, versions: Any) -> None:
+        """Note the versions of the registers at a wgmma.fence."""
+        self.struct.fence = versions.ctypes.data
+
+    def copies(self, group: Any) -> "CopiesState":
+        """Begin a group of copies, to which the core adds."""
+        found = CopiesState(self.library, self.launch.events.events, group)
+        self.struct.copies = ctypes.addressof(found.struct)
+        return found
+
+    def end_copies(self) -> None:
+        self.struct.copies = None
+
+
+class CopiesState:
+    """What the core has added to a group of copies."""
+
+    def __init__(self, core: ctypes.CDLL, events: "Events", group: Any):
+        name = events.name(group.name)
+        self.core, self.struct = core, CopiesStruct(None, 0, 0, group.agent, name, group.time, 0)
+        weakref.finalize(self, core.free_copies, self.struct)  # of a launch that has failed
+
+    def read(self) -> None:
+        self.core.read_copies(ctypes.addressof(self.struct))
+
+    def write(self) -> None:
+        self.core.write_copies(ctypes.addressof(self.struct))
