@@ -537,7 +537,7 @@ def _elect(i: Instruction) -> Run:
     assert i.operands[2] == Constant(-1)
 
     def run(warp: Warp) -> None:
-        chosen = elected(warp.block.gpu.schedule.completion, warp.index)
+        chosen = elected(warp.block.gpu.schedule.completion, warp.number)
         put_lane(warp, np.full(32, chosen, np.uint32))
         put(warp, chosen == LANES)
 

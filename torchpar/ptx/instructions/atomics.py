@@ -171,3 +171,4 @@ def _fence(warp: Warp, i: Instruction) -> None:
 @action("fence.mbarrier_init")
 def _fence_init(warp: Warp, i: Instruction) -> None:
     """It orders the initialisation of mbarriers for other blocks of a cluster."""
+    warp.released_mbarriers |= warp.own_mbarriers

@@ -88,8 +88,8 @@ def _converted(match: re.Match[str], value: Any) -> str:
 def _fail(warp: Warp, i: Instruction) -> None:
     lane = warp.lanes()[0]
     message = _text(warp, int(warp.arguments["param0", 0][lane]), i.line)
-    thread = 32 * warp.index + int(lane)
-    warp.block.gpu.fault("error", "assertion", i.line, f"thread {thread}: {message}", warp)
+    thread = f"thread {warp.first_thread + int(lane)}{warp.block.suffix}"
+    warp.block.gpu.fault("error", "assertion", i.line, f"{thread}: {message}", warp)
 
 
 @action("trap", "brkpt")

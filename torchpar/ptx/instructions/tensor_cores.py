@@ -161,14 +161,18 @@ class Matrix:
     leading one that of blocks along the columns.
 
     ``chunks`` are the addresses of its units of 16 bytes: of a row if ``by_rows``, or of a column.
+    A descriptor has too few bits for the block's ``window`` of addresses, to which it belongs.
     """
 
-    def __init__(self, descriptor: Any, rows: range, by_rows: bool, kind: str, line: int):
+    def __init__(
+        self, descriptor: Any, rows: range, by_rows: bool, kind: str, line: int, window: int
+    ):
         if descriptor.tobytes() != descriptor[:1].tobytes() * len(descriptor):
             raise PtxError(line, "the threads of a warp give different descriptors")
         self.by_rows, self.kind = by_rows, kind
         self.of_chunk = 16 // np.dtype(OPERANDS[kind]).itemsize  # numbers
-        self.chunks = _chunks(int(descriptor[0]), rows, 0 if by_rows else self.of_chunk, line)
+        rows_of_chunk = 0 if by_rows else self.of_chunk
+        self.chunks = _chunks(int(descriptor[0]), rows, rows_of_chunk, line, window)
         self.address, self.rows = self.chunks.ctypes.data, len(rows)
 
     def check(self, warp: Warp, event: int, line: int) -> None:
@@ -191,12 +195,14 @@ class Matrix:
 
 
 @lru_cache(4096)
-def _chunks(bits: int, rows: range, rows_of_chunk: int, line: int) -> Any:
+def _chunks(bits: int, rows: range, rows_of_chunk: int, line: int, window: int = 0) -> Any:
     """Return the addresses of an operand's chunks, by its descriptor.
 
-    A chunk has ``rows_of_chunk`` numbers of a column; if that is 0, numbers of a row.
+    A chunk has ``rows_of_chunk`` numbers of a column; if that is 0, numbers of a row. ``window`` is
+    that of the block.
     """
     start, leading, stride = ((bits >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
+    start |= window
     mode = bits >> 62 & 3
     unknown = 3 << 14 | 3 << 30 | 0x7FFF << 47  # bit 46 is the version of sm_100's descriptors
     if not mode:  # bits 49 to 51 are where the pattern of the swizzle begins
@@ -303,13 +309,14 @@ def _multiply_async(i: Instruction) -> Run:
     keep = reader(accumulate, "pred")
 
     def run(warp: Warp) -> None:
-        matrix = Matrix(right(warp), range(n), by_rows[-1], b_kind, i.line)
+        window = warp.block.window
+        matrix = Matrix(right(warp), range(n), by_rows[-1], b_kind, i.line, window)
         first: Any = None
         if left is None:
             first = [one.index for one in a]
         else:
             rows = range(64)[16 * (warp.index % 4) :][:16]
-            first = Matrix(left(warp), rows, by_rows[0], kind, i.line)
+            first = Matrix(left(warp), rows, by_rows[0], kind, i.line, window)
         adds = bool(keep(warp)[0])
         warp.last_product = Product(warp, i, kind, SUMS[sums], first, matrix, adds)
         warp.groups["wgmma"][-1].append(warp.last_product)

@@ -200,14 +200,15 @@ class Product(Operation):
         memory.check_allocated(i.line, self.to[1])
         if adds:
             self._check_known(warp, self.to)
-        self.b = Matrix(b, range(n), not bits >> 16 & 1, self.kinds[1], i.line)
+        window = warp.block.window
+        self.b = Matrix(b, range(n), not bits >> 16 & 1, self.kinds[1], i.line, window)
         operands = [self.b]
         self.a: Any = a
         if isinstance(a, int):
             self.from_memory = (a >> 16) + lanes[:, None], (a & 0xFFFF) + np.arange(8)[None, :]
             self._check_known(warp, self.from_memory)
         else:
-            self.a = Matrix(a, range(m), not bits >> 15 & 1, self.kinds[0], i.line)
+            self.a = Matrix(a, range(m), not bits >> 15 & 1, self.kinds[0], i.line, window)
             operands.append(self.a)
         for matrix in operands:
             matrix.check(warp, self.read, i.line)
@@ -284,9 +285,11 @@ class Commit(Operation):
 
 
 @action("tcgen05.commit.cta_group::1", single=True)
-def _commit(warp: Warp, i: Instruction, address: Any) -> None:
+def _commit(warp: Warp, i: Instruction, address: Any, mask: Any = None) -> None:
+    if mask is not None:  # of the CTAs whose mbarriers count it
+        raise PtxError(i.line, f"the executor does not know {i.opcode}", "unknown instruction")
     barrier = barrier_at(warp, address, i.line)
     commit = Commit(warp, i.line, barrier)
     # Who waits for the products knows what their operands waited for.
-    barrier.copies += [commit, Arrival(warp)]
+    barrier.copies += [commit, Arrival(warp, i.line)]
     commit.start(warp.block)

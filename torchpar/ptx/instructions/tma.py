@@ -14,10 +14,12 @@ from torchpar.ptx.instructions.atomics import combination
 from torchpar.ptx.instructions.copies import Copy, Places
 from torchpar.ptx.machine.block import Operation, Run, Warp, action, instruction
 from torchpar.ptx.machine.parse import Instruction, PtxError
-from torchpar.ptx.machine.registers import DTYPES, HALVES, SHARED_BASE, reader, writer
+from torchpar.ptx.machine.registers import DTYPES, HALVES, reader, writer
 from torchpar.ptx.native.encoding import FIELDS
 
 # mbarrier: counts arrivals, and bytes of bulk copies
+
+SHARED = ("shared::cta", "shared", "shared::cluster")
 
 
 class Barrier:
@@ -41,11 +43,38 @@ class Barrier:
             self.ended += self.copies
             self.copies = []
 
+    def missing(self) -> str:
+        """Say why the phase has not ended."""
+        found = []
+        if self.pending:
+            found.append(f"{self.pending} arrival{'s' * (self.pending != 1)}")
+        if self.transactions > 0:
+            found.append(f"{self.transactions:,} bytes")
+        text = f"expects {' and '.join(found)}" if found else ""
+        if self.transactions < 0:
+            text += f"{' and ' * bool(text)}got {-self.transactions:,} bytes that it did not expect"
+        return f" (its mbarrier {text})"
+
+
+class Ended:
+    """Whether the phase of an mbarrier with a parity has ended."""
+
+    def __init__(self, barrier: Barrier, odd: int):
+        self.barrier, self.odd = barrier, odd
+
+    def __call__(self) -> bool:
+        return self.barrier.phase % 2 != self.odd
+
+    def missing(self) -> str:
+        return self.barrier.missing()
+
 
 class Arrival:
     """An arrival of a warp. Who waits for the phase learns what the warp knew then."""
 
-    def __init__(self, warp: Warp):
+    def __init__(self, warp: Warp, line: int):
+        self.agent, self.line, self.name = warp.index, line, f"an arrival of {warp.name}"
+        self.time = int(warp.knowledge.times[warp.index, warp.index])
         self.known = warp.knowledge.snapshot(warp.index)
         self.fenced = warp.knowledge.fenced[warp.index].copy()
 
@@ -56,8 +85,10 @@ class Arrival:
 
 
 def barrier_at(warp: Warp, address: Any, line: int) -> Barrier:
-    place, rows = warp.block.shared.check_read(warp, address, 8, line)
+    place, rows = warp.block.shared.locate(address, 8, line)
     barrier: Barrier | None = place.barriers.get(8 * int(rows[0]))
+    if barrier is None or barrier not in warp.known_mbarriers:
+        warp.block.shared.check_read(warp, address, 8, line)
     if barrier is None:
         raise PtxError(line, "there is no mbarrier at this address")
     return barrier
@@ -66,8 +97,10 @@ def barrier_at(warp: Warp, address: Any, line: int) -> Barrier:
 @action("mbarrier.init.shared::cta.b64", single=True)
 def _init(warp: Warp, i: Instruction, address: Any, count: Any) -> None:
     warp.block.shared.store(warp, address, np.zeros((1, 8), np.uint8), i.line)
-    warp.block.memory.barriers[int(address[0]) - SHARED_BASE] = Barrier(i.line, int(count[0]))
-    warp.block.memory.changed()
+    memory, barrier = warp.block.memory, Barrier(i.line, int(count[0]))
+    memory.barriers[int(address[0]) - memory.base] = barrier
+    memory.changed()
+    warp.own_mbarriers.add(barrier)
 
 
 @action("mbarrier.inval.shared::cta.b64", single=True)
@@ -75,23 +108,24 @@ def _invalidate(warp: Warp, i: Instruction, address: Any) -> None:
     barrier = barrier_at(warp, address, i.line)
     if barrier.copies or barrier.pending != barrier.count:
         raise PtxError(i.line, f"the mbarrier of line {barrier.line} is in use")
-    del warp.block.memory.barriers[int(address[0]) - SHARED_BASE]
+    del warp.block.memory.barriers[int(address[0]) - warp.block.memory.base]
     warp.block.memory.changed()
 
 
 @action(
-    "mbarrier.arrive.expect_tx.shared::cta.b64", "mbarrier.arrive.expect_tx.shared.b64", single=True
+    *(f"mbarrier.arrive.expect_tx.{shared}.b64" for shared in SHARED),
+    single=True,
 )
 def _expect(warp: Warp, i: Instruction, address: Any, count: Any) -> None:
     barrier = barrier_at(warp, address, i.line)
-    barrier.copies.append(Arrival(warp))
+    barrier.copies.append(Arrival(warp, i.line))
     barrier.update(arrivals=1, transactions=int(count[0]))
 
 
-@action("mbarrier.arrive.shared::cta.b64", "mbarrier.arrive.shared.b64")
+@action(*(f"mbarrier.arrive.{shared}.b64" for shared in SHARED))
 def _arrive(warp: Warp, i: Instruction, address: Any, count: Any = None) -> None:
     barrier = barrier_at(warp, address[:1], i.line)
-    barrier.copies.append(Arrival(warp))
+    barrier.copies.append(Arrival(warp, i.line))
     barrier.update(arrivals=len(address) if count is None else int(count[0]))
 
 
@@ -107,9 +141,7 @@ def _try_wait(i: Instruction) -> Run:
     def run(warp: Warp) -> bool:
         barrier, odd = barrier_at(warp, address(warp)[:1], i.line), int(parity(warp)[0])
 
-        def ended() -> bool:
-            return barrier.phase % 2 != odd
-
+        ended = Ended(barrier, odd)
         put(warp, np.full(32, ended()))
         if ended():
             for copy in barrier.ended:

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from torchpar.ptx.machine import definedness
-from torchpar.ptx.machine.memory import Allocation, Events, Knowledge, Space, merge
+from torchpar.ptx.machine.cluster import Cluster, Phase
+from torchpar.ptx.machine.memory import Allocation, Events, Space, merge
 from torchpar.ptx.machine.parse import Instruction, Kernel, PtxError, Register, Symbol, flat
 from torchpar.ptx.machine.registers import (
     ALL,
@@ -23,6 +24,7 @@ from torchpar.ptx.machine.registers import (
     NO_CAUSE,
     SHARED_BASE,
     UNWRITTEN,
+    WINDOW_BITS,
     Cause,
     Registers,
     Tainted,
@@ -118,7 +120,7 @@ def action(*opcodes: str, whole: bool = False, single: bool = False) -> Callable
                 lanes = warp.lanes()
                 if single and len(lanes) != 1:
                     raise PtxError(
-                        i.line, f"{len(lanes)} threads of warp {warp.index} execute {i.opcode}"
+                        i.line, f"{len(lanes)} threads of {warp.name} execute {i.opcode}"
                     )
                 return function(warp, i, *[read(warp)[lanes] for read in reads])
 
@@ -180,6 +182,8 @@ class Operation:
             who knows this one's events knows those of ``continues``.
     """
 
+    targets: frozenset[int] = frozenset()  # ranks of blocks of the cluster to which it writes
+
     def __init__(
         self,
         warp: "Warp",
@@ -190,9 +194,10 @@ class Operation:
         continues: "Operation | None" = None,
     ):
         self.what, self.after, self.line = what, after, line
-        self.name, block = f"{what} of warp {warp.index}", warp.block
+        self.name, block = f"{what} of {warp.name}", warp.block
         if continues is None:
             self.agent, self.time = block.knowledge.add_agent(generic), 0
+            block.cluster.owners.append(block.rank)
         else:
             self.agent, self.time = continues.agent, continues.time + 2
         self.read, self.written = (
@@ -234,10 +239,18 @@ class Operation:
 
 
 class Warp:
-    """32 threads: their registers, and the groups of them that have diverged."""
+    """32 threads: their registers, and the groups of them that have diverged.
 
-    def __init__(self, index: int, block: "Block"):
-        self.index, self.block = index, block
+    Attributes:
+        number: in its block.
+        index: in its cluster, and of its vector clock.
+        first_thread: the number of its first thread in its block.
+    """
+
+    def __init__(self, number: int, block: "Block"):
+        self.number, self.first_thread, self.block = number, 32 * number, block
+        self.index = number + block.rank * (block.gpu.kernel.threads // 32)
+        self.name = f"warp {number}{block.suffix}"
         self.registers: Any = None
         if not block.has_core:
             self.registers = Registers([UNWRITTEN] * len(block.gpu.kernel.registers))
@@ -263,11 +276,17 @@ class Warp:
         self.arguments: dict[tuple[str, int], Any] = {}  # of a call, by their places
         self.relaxed: list[int] = []  # what it has read by relaxed accesses since its last fence
         self.released: dict[int, Any] | None = None  # what its last fence releases
+        self.phase: Phase | None = None  # of the cluster barrier, at which it has arrived
+        # Mbarriers that it has initialised; those whose initialisation it has released by a fence,
+        # and those of other blocks that it may use because it was released.
+        self.own_mbarriers: set[Any] = set()
+        self.released_mbarriers: set[Any] = set()
+        self.known_mbarriers: set[Any] = set()
 
     def event(self, line: int, what: str, atomic: bool = False) -> int:
         """Return a new event of this warp, which it knows."""
         time = int(self.knowledge.times[self.index, self.index])
-        name = f"{what} of warp {self.index}"
+        name = f"{what} of {self.name}"
         events: Events = self.block.gpu.events
         return events.add(self.block.number, self.index, time, line, name, atomic)
 
@@ -297,7 +316,7 @@ class Warp:
             return np.full(32, block.gpu.symbols[name], np.uint64)
         if name in block.gpu.kernel.locals:
             offset = block.gpu.kernel.locals[name]
-            stacks = LOCAL_BASE + (LANES + 32 * self.index) * block.gpu.kernel.local_bytes
+            stacks = LOCAL_BASE + (LANES + self.first_thread) * block.gpu.kernel.local_bytes
             return (stacks + offset).astype(np.uint64)
         if name in LANE_MASKS:
             return LANE_MASKS[name]
@@ -305,28 +324,32 @@ class Warp:
             return np.full(32, self.count)
         what, _, axis = name.removeprefix("%").partition(".")
         if (what, axis) == ("tid", "x"):
-            return LANES + 32 * self.index
+            return LANES + self.first_thread
         axes = {
             "tid": (0, 0, 0),
             "ntid": (block.gpu.kernel.threads, 1, 1),
             "ctaid": block.position,
             "nctaid": block.gpu.grid,
+            "clusterid": block.program,
+            "nclusterid": block.gpu.programs,
+            "cluster_ctaid": tuple(map(int.__mod__, block.position, block.gpu.kernel.cluster)),
+            "cluster_nctaid": block.gpu.kernel.cluster,
         }
         if what in axes:
             return np.full(32, axes[what]["xyz".index(axis)])
-        alone = {  # of a cluster of one block
-            "warpid": self.index,
+        size = block.cluster.size
+        others = {
+            "warpid": self.number,
             "nwarpid": len(block.warps),
-            "smid": block.number % block.gpu.multiprocessors,
+            "smid": (block.number * size + block.rank) % block.gpu.multiprocessors,
             "nsmid": block.gpu.multiprocessors,
-            "cluster_ctarank": 0,
-            "cluster_nctarank": 1,
-            "cluster_ctaid": 0,
-            "cluster_nctaid": 1,
+            "cluster_ctarank": block.rank,
+            "cluster_nctarank": size,
+            "is_explicit_cluster": size > 1,
             "dynamic_smem_size": block.gpu.shared_bytes,
             "total_smem_size": block.gpu.shared_bytes,
         }
-        return np.full(32, alone[what])
+        return np.full(32, others[what])
 
     def active_bits(self) -> int:
         """Return the threads at the program counter as bits."""
@@ -433,7 +456,7 @@ class Warp:
         if mask is not ALL:
             self.fill(i.writes, i.opcode)
             if i.whole:
-                raise PtxError(i.line, f"a part of warp {self.index} executes {i.opcode}")
+                raise PtxError(i.line, f"a part of {self.name} executes {i.opcode}")
         pc, threads = self.pc, 32 if mask is ALL else mask.tobytes().count(1)
         self.pc += 1
         stop = False
@@ -462,7 +485,7 @@ class Warp:
         self.gathered[self.pc] = here
         if not self.parked:
             first = self.block.gpu.kernel.instructions[min(self.gathered)]
-            reason = f"a part of warp {self.index} executes {first.opcode}"
+            reason = f"a part of {self.name} executes {first.opcode}"
             raise PtxError(first.line, reason, "diverged warp")
         self.pc = min(self.parked)
         self.active = self.parked.pop(self.pc)
@@ -495,21 +518,39 @@ class Block:
     """A block of threads with its shared memory, and the stacks of its threads.
 
     Args:
-        number: in the launch.
+        number: in the launch; the blocks of a cluster have one number.
         trace: a record of what it does, for which Python executes all of it.
+        cluster: that has begun; the block is the next one of it.
+
+    Attributes:
+        rank: in its cluster.
+        window: where its shared addresses begin.
+        program: the position of its cluster, which is a program of Triton.
+        suffix: behind the number of a warp in messages, "" without a cluster.
     """
 
     def __init__(
-        self, gpu: Any, position: tuple[int, ...], number: int, trace: Trace | None = None
+        self,
+        gpu: Any,
+        position: tuple[int, ...],
+        number: int,
+        trace: Trace | None = None,
+        cluster: Cluster | None = None,
     ):
         self.gpu, self.position, self.number, self.space = gpu, position, number, gpu.space
+        self.cluster = Cluster(gpu, number, 1) if cluster is None else cluster
+        self.rank = len(self.cluster.blocks)
+        self.cluster.blocks.append(self)
+        self.window = self.rank << WINDOW_BITS
+        self.program = tuple(map(int.__floordiv__, position, gpu.kernel.cluster))
+        self.suffix = f" of CTA {self.rank}" if self.cluster.size > 1 else ""
         self.trace = trace
         launch = gpu.core if trace is None else None  # of the core in C
         self.has_core = launch is not None
         warps = gpu.kernel.threads // 32
-        self.knowledge = Knowledge(gpu.events, number, warps)
-        self.shared = Space("shared memory")
-        self.memory = Allocation("shared memory", SHARED_BASE, gpu.shared_bytes)
+        self.knowledge, self.shared = self.cluster.knowledge, self.cluster.shared
+        name = f"shared memory{self.suffix}"
+        self.memory = Allocation(name, SHARED_BASE | self.window, gpu.shared_bytes)
         if launch is not None:  # which leaves what is made later to Python
             self.memory.refine(launch.program.shared_unit)
             self.memory.others = np.zeros_like(self.memory.reads)
@@ -523,7 +564,7 @@ class Block:
         # By barrier the warps that have arrived, and whether they wait.
         self.at_barrier: dict[int, list[tuple[Warp, bool]]] = {}
         self.tensor_memory: Any = None  # of sm_100
-        self.flying: list[Operation] = []  # asynchronous operations, some of which have completed
+        self.flying = self.cluster.flying  # asynchronous operations
         self.loads: set[Any] = set()  # mbarriers whose boxes nobody has waited for
         self.spins, self.spin_line = 0, 0
         self.found: dict[tuple[int, int], bytes] = {}  # by what a warp has accessed at a place
@@ -557,21 +598,25 @@ class Block:
         if self.found.get(place) != found:
             self.found[place] = found
             return False
-        self.spins += 1
-        self.spin_line = line
-        return self.spins >= SPINS
+        first = self.cluster.blocks[0]
+        first.spins += 1
+        first.spin_line = line
+        return first.spins >= SPINS
 
     def turns(self) -> Iterator[bool]:
-        """Run the block, and yield False where other blocks should run."""
+        """Run the blocks of the cluster, and yield False where other clusters should run.
+
+        The first block does that for all of them.
+        """
         schedule, rng = self.gpu.schedule, self.gpu.random
         choose = {
             "forward": lambda ready: ready[0],
             "reverse": lambda ready: ready[-1],
             "random": rng.choice,
         }
-        spun: Warp | None = None
-        while running := [warp for warp in self.warps if not warp.done]:
-            self.flying = [one for one in self.flying if one.steps]
+        warps, spun = self.cluster.warps, None
+        while running := [warp for warp in warps if not warp.done]:
+            self.flying[:] = [one for one in self.flying if one.steps]
             if schedule.completion == "random":
                 for one in rng.sample(self.flying, rng.randint(0, len(self.flying))):
                     one.advance(rng.randrange(2))
@@ -592,13 +637,14 @@ class Block:
             else:
                 lines = [self.gpu.kernel.instructions[warp.pc - 1].line for warp in running]
                 waiting = (
-                    f"{w.index} at {self.gpu.place_of(n)}"
+                    f"{w.name.removeprefix('warp ')} at {self.gpu.place_of(n)}{_missing(w)}"
                     for w, n in zip(running, lines, strict=True)
                 )
                 message = f"warps wait for what nobody will do: {', '.join(waiting)}"
                 self.gpu.fault("error", "deadlock", min(lines), message, running[0])
                 return
-        self.end()
+        for block in self.cluster.blocks:
+            block.end()
 
     def end(self) -> None:
         """Complete the asynchronous stores to global memory."""
@@ -606,18 +652,30 @@ class Block:
         warp = self.warps[0]
         for address, barrier in self.memory.barriers.items():
             if barrier.transactions:
-                message = f"the mbarrier at {address} still expects bytes"
+                what = "still expects" if barrier.transactions > 0 else "has got unexpected"
+                message = f"the mbarrier at {address}{self.suffix} {what} bytes"
                 self.gpu.fault("error", "unfinished copy", barrier.line, message, warp)
-        for one in self.flying:
+        mine = [one for one in self.flying if self.cluster.owners[one.agent] == self.rank]
+        for one in mine:
             if one.steps and not self.knowledge.times[:, one.agent].any():
                 message = "its block ends before it has read shared memory"
                 self.gpu.fault("error", "unfinished copy", one.line, message, warp)
             one.advance()
 
 
+def _missing(warp: Warp) -> str:
+    """Say what an mbarrier misses for which a warp waits; "" for other waits."""
+    found = getattr(warp.waiting, "missing", None)
+    return "" if found is None else str(found())
+
+
 @action("ret", whole=True)
 def _return(warp: Warp, i: Instruction) -> bool:
     warp.done = True
+    if all(one.done for one in warp.block.warps):
+        warp.block.cluster.leave(warp.block)
+    else:
+        warp.block.cluster.complete()
     return True
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Global memory of a stand-in for a GPU, and launches of PTX kernels on it."""
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ from torchpar.ptx.instructions import (  # noqa: F401
     atomics,
     bits,
     calls,
+    clusters,
     conversions,
     copies,
     tensor_cores,
@@ -23,6 +25,7 @@ from torchpar.ptx.instructions import (  # noqa: F401
     tma,
 )
 from torchpar.ptx.machine.block import LIMIT, Block, Schedule, decode
+from torchpar.ptx.machine.cluster import Cluster
 from torchpar.ptx.machine.cores import least_seconds, run_on_all_cores
 from torchpar.ptx.machine.counters import Counts
 from torchpar.ptx.machine.memory import Allocation, Events, Space
@@ -96,6 +99,8 @@ class Gpu:
     ) -> None:
         """Execute the kernel of ``text`` on ``grid`` blocks.
 
+        Those of a cluster, whose size the text gives, run together.
+
         Args:
             parameters: the bits of each one.
             shared: bytes of dynamic shared memory.
@@ -115,7 +120,12 @@ class Gpu:
         self.counted.append(self.counts)
         for allocation in self.space.allocations:
             self.counts.watch(allocation)
-        blocks = [index[::-1] for index in np.ndindex(grid[::-1])]
+        self.programs = self._programs()
+        # The first block of each cluster.
+        blocks = [
+            tuple(map(int.__mul__, index[::-1], self.kernel.cluster))
+            for index in np.ndindex(self.programs[::-1])
+        ]
         if self.schedule.order == "reverse":
             blocks.reverse()
         elif self.schedule.order == "random":
@@ -132,14 +142,39 @@ class Gpu:
         for allocation in self.space.allocations:
             allocation.end_launch()
 
+    def _programs(self) -> tuple[int, int, int]:
+        """Return how many clusters the grid has in each dimension.
+
+        Raises:
+            ValueError: a part of a cluster is left.
+        """
+        if any(map(int.__mod__, self.grid, self.kernel.cluster)):
+            raise ValueError(
+                f"the grid is {self.grid} CTAs, expected a multiple of {self.kernel.cluster}, "
+                "which is a cluster"
+            )
+        x, y, z = map(int.__floordiv__, self.grid, self.kernel.cluster)
+        return x, y, z
+
+    def _begin(self, position: tuple[int, ...], number: int) -> Block:
+        """Return the block at a position, having begun the others of its cluster, too."""
+        trace = self.trace if number == 0 else None
+        sizes = self.kernel.cluster
+        cluster = Cluster(self, number, sizes[0] * sizes[1] * sizes[2])
+        for index in np.ndindex(sizes[::-1]):
+            place = tuple(map(int.__add__, position, index[::-1]))
+            Block(self, place, number, None if any(index) else trace, cluster)
+        return cluster.blocks[0]
+
     def _run(self, positions: list[tuple[int, ...]]) -> None:
         """Run blocks one after the other; where one waits for another, run those in turn."""
         resident: deque[tuple[Block, Iterator[bool]]] = deque()
         started = idle = 0  # turns in which no block has changed anything
         count, as_array, blocks = len(positions), np.array(positions, np.int32), None
+        most = max(self.resident_blocks // math.prod(self.kernel.cluster), 1)  # clusters
         while started < count or resident:
             before = self.changes, started
-            is_full = started == count or len(resident) >= self.resident_blocks
+            is_full = started == count or len(resident) >= most
             if not is_full and blocks is None and self._can_run_blocks(started):
                 blocks = _blocks(self, positions[started])
             if not is_full and blocks is not None and blocks.works:
@@ -149,16 +184,14 @@ class Gpu:
                 if is_full and not resident:
                     break
             if not is_full:
-                block = Block(
-                    self, positions[started], started, self.trace if started == 0 else None
-                )
+                block = self._begin(positions[started], started)
                 resident.appendleft((block, block.turns()))
                 started += 1
             block, turns = resident.popleft()
             try:
                 has_ended = next(turns, True)
             except PtxError as e:
-                e.program = block.position
+                e.program = block.program
                 raise
             if not has_ended:
                 resident.append((block, turns))
@@ -201,6 +234,7 @@ class Gpu:
         return (
             self.core is not None
             and self.core.program.is_for_blocks
+            and self.kernel.cluster == (1, 1, 1)
             and (self.schedule.completion, self.schedule.order) == ("early", "forward")
             and (started > 0 or self.trace is None)
         )

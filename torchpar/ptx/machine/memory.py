@@ -93,8 +93,8 @@ class Knowledge:
 
     def __init__(self, events: Events, block: int, warps: int):
         self.events, self.block, self.warps, self.agents = events, block, warps, warps
-        self.times = np.zeros((warps, 64), np.int32)
-        self.fenced = np.zeros((warps, 64), np.int32)
+        self.times = np.zeros((warps, max(64, 2 * warps)), np.int32)
+        self.fenced = np.zeros_like(self.times)
         self.times[range(warps), range(warps)] = 1
         self.foreign: list[dict[int, Any]] = [{} for _ in range(warps)]
         self._tell()
@@ -405,7 +405,7 @@ class Space:
         what: str,
         lane: int,
     ) -> None:
-        thread = 32 * warp.index + int(warp.lanes()[lane % len(warp.lanes())])
+        thread = warp.first_thread + int(warp.lanes()[lane % len(warp.lanes())])
         if place is not None and (address - place.base) % width:
             message = f"an address in {place.name} is not a multiple of {width}"
             warp.block.gpu.fault("error", "misaligned access", line, message, warp)
@@ -414,7 +414,7 @@ class Space:
             message = f"{width} bytes that begin in {place.name} and end outside of it"
         else:
             message = self.outside(address, width)
-        message = f"thread {thread} {what}s {message}"
+        message = f"thread {thread}{warp.block.suffix} {what}s {message}"
         warp.block.gpu.fault("error", "out of bounds", line, message, warp)
 
     # Accesses of a warp, and the bytes without an access
@@ -459,7 +459,7 @@ class Space:
             data = place.data.reshape(-1, width)
             data[rows] = mine
             if not all_true(data[rows] == mine):
-                who = f"threads of warp {warp.index}"
+                who = f"threads of {warp.name}"
                 self._differ(warp, line, data[rows], mine, who)
 
     def _differ(self, warp: Any, line: int, a: Any, b: Any, who: str) -> None:
@@ -707,7 +707,7 @@ class Space:
         row, column = (int(i[0]) for i in np.nonzero(~known.reshape(-1, known.shape[-1])))
         number = int(numbers.reshape(-1, known.shape[-1])[row, column])
         place_of = int(rows.reshape(-1)[row]) * width + column * place.unit
-        here = f"warp {warp.index} "
+        here = f"{warp.name} "
         here += "reads" if what == "read" else "overwrites"
         where = place.where(place_of)
         gpu = warp.block.gpu

@@ -104,6 +104,7 @@ class Kernel:
     text: str
     threads: int
     parameters: list[str]
+    cluster: tuple[int, int, int] = (1, 1, 1)  # of blocks
     instructions: list[Instruction] = field(default_factory=list)
     registers: list[str] = field(default_factory=list)  # their kinds
     constants: dict[str, bytes] = field(default_factory=dict)  # texts, in global memory
@@ -240,13 +241,14 @@ def parse(text: str) -> Kernel:  # noqa: C901  # a case for each kind of stateme
     ones. Calls of other functions of ``text`` are replaced by their bodies, in the calls' lines.
     """
     whole, text = text, inline(text)
-    head = re.search(r"\.entry\s+\w+\(([^)]*)\)\s*(?:\.\w+\s+[\d, ]+\s*)*", text)
+    head = re.search(r"\.entry\s+\w+\(([^)]*)\)\s*(?:\.\w+(?:\s+[\d, ]+)?\s*)*", text)
     assert head is not None
     threads = re.search(r"\.reqntid\s+(\d+)", head[0])
     kernel = Kernel(
         whole,
         int(threads[1]) if threads else 0,
         re.findall(r"(\w+)(?:\[\d+\])?\s*(?:,|$)", head[1]),
+        _cluster(head[0]),
     )
     for name, numbers in CONSTANT.findall(text):
         kernel.constants[name] = bytes(int(one) % 256 for one in numbers.split(",") if one.strip())
@@ -285,6 +287,14 @@ def parse(text: str) -> Kernel:  # noqa: C901  # a case for each kind of stateme
         table = kernel.instructions[scope[branch.operands[1].name]]
         branch.table = [scope[label.name] for label in table.operands]
     return kernel
+
+
+def _cluster(head: str) -> tuple[int, int, int]:
+    """Return how many blocks a cluster has in each dimension."""
+    given = re.search(r"\.reqnctapercluster\s+([\d, ]+)", head)
+    sizes = [int(one) for one in given[1].split(",")] if given else []
+    x, y, z = [*sizes, 1, 1, 1][:3]
+    return x, y, z
 
 
 def _declare(statement: str, kernel: Kernel, scope: ChainMap[str, Any], line: int) -> None:

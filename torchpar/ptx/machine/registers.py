@@ -12,6 +12,7 @@ from torchpar.ptx.machine.parse import Address, Constant, Register, Symbol
 LANES = np.arange(32)
 ALL = np.ones(32, np.bool_)  # the mask of a warp whose threads all execute an instruction
 SHARED_BASE = 1024  # not 0, so that an offset that is taken for an address is noticed
+WINDOW_BITS = 24  # of the addresses of a block's shared memory; above them is its rank
 
 DTYPES = {
     f"{kind}{8 * size}": np.dtype(f"{code}{size}")
@@ -164,7 +165,7 @@ def reader(operand: Any, kind: str = "u32") -> Read:  # noqa: PLR0911  # a case 
     assert isinstance(operand, Symbol), operand
     if operand.name == "global_smem":
         value = np.full(32, SHARED_BASE + operand.offset, dtype)
-        return lambda warp: value
+        return lambda warp: value | dtype.type(warp.block.window) if warp.block.rank else value
     return lambda warp: warp.special(operand.name).astype(dtype)
 
 

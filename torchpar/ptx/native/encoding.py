@@ -122,6 +122,7 @@ class Program:
         self.core, self.kernel = core, kernel
         self.widths = [DTYPES[kind].itemsize for kind in kernel.registers]
         self.constants: dict[tuple[int, int], int] = {}  # rows by bits and width
+        self.places: dict[tuple[int, int], int] = {}  # likewise, in a block's shared memory
         self.specials: dict[tuple[str, int], int] = {}  # rows by name and width
         self.instructions = (InstructionStruct * len(kernel.instructions))()
         self.is_for_blocks = not kernel.local_bytes  # for blocks.c, as far as is known
@@ -144,7 +145,7 @@ class Program:
         self.shared_unit = min(self.shared_unit, LARGEST_UNIT)
         self.width_array = np.array(self.widths, np.uint8)
         self.rows = np.zeros((len(self.widths), ROW), np.uint8)
-        for (bits, width), row in self.constants.items():
+        for (bits, width), row in (*self.constants.items(), *self.places.items()):
             self.rows[row, : 32 * width] = np.frombuffer(
                 bits.to_bytes(width, "little") * 32, np.uint8
             )
@@ -175,7 +176,7 @@ class Program:
         if not isinstance(operand, Symbol) or operand.name == "_":
             raise LookupError
         if operand.name == "global_smem":
-            return self._new(self.constants, (SHARED_BASE + operand.offset, width), width)
+            return self._new(self.places, (SHARED_BASE + operand.offset, width), width)
         is_known = operand.name in (*self.kernel.parameters, *self.kernel.constants)
         is_known |= operand.name in self.kernel.locals
         is_known |= operand.name.startswith(("%tid", "%ctaid", "%ntid", "%nctaid", "%laneid"))
@@ -385,7 +386,7 @@ class Program:
         return WAIT
 
     def _fence(self, code: InstructionStruct, i: Instruction) -> int:
-        if i.opcode.startswith("fence.mbarrier_init"):
+        if i.opcode.startswith("fence.mbarrier_init") and self.kernel.cluster == (1, 1, 1):
             return NOTHING
         if i.opcode == "fence.proxy.async.shared::cta":
             return PROXY_FENCE

@@ -121,9 +121,10 @@ class LaunchState:
             struct.events = ctypes.addressof(self.events.struct)
             struct.spaces[0] = ctypes.addressof(self.space.struct)
             struct.spaces[2] = ctypes.addressof(self.no_space)
-            struct.load_name = self.events.events.name(f"a load of warp {n}")
-            struct.store_name = self.events.events.name(f"a store of warp {n}")
-            struct.atomic_name = self.events.events.name(f"an atomic of warp {n}")
+            name = block.warps[n].name
+            struct.load_name = self.events.events.name(f"a load of {name}")
+            struct.store_name = self.events.events.name(f"a store of {name}")
+            struct.atomic_name = self.events.events.name(f"an atomic of {name}")
             struct.load_box_name = self.events.events.name(f"a bulk load of warp {n}")
             struct.store_box_name = self.events.events.name(f"a bulk store of warp {n}")
             struct.fence_name = self.events.events.name(f"the fence of warp {n}")
@@ -198,8 +199,11 @@ class BlockState:
         self.versions = np.zeros(self.states.shape, np.uint32)
         for row, width, axis in launch.positions:
             self.rows[:, row, : 32 * width].view(f"u{width}")[:] = block.position[axis]
+        if block.window:
+            for (_, width), row in launch.program.places.items():
+                self.rows[:, row, : 32 * width].view(f"u{width}")[:] |= block.window
         self.warps = type(launch.warps).from_buffer_copy(launch.warps)
-        self.spaces = [SpaceView(block.shared)]
+        self.spaces = [block.shared.view or SpaceView(block.shared)]
         if block.local.allocations:
             self.spaces.append(SpaceView(block.local))
         addresses = [ctypes.addressof(view.struct) for view in self.spaces]
@@ -211,6 +215,11 @@ class BlockState:
             struct.rows, struct.states = rows + n * size * ROW, states + n * size
             struct.versions, struct.block = versions + n * size * 4, block.number
             struct.spaces[1 : 1 + len(addresses)] = addresses
+            if block.window:  # `launch` has those of the first block
+                struct.index = warp.index
+                struct.load_name = launch.events.events.name(f"a load of {warp.name}")
+                struct.store_name = launch.events.events.name(f"a store of {warp.name}")
+                struct.atomic_name = launch.events.events.name(f"an atomic of {warp.name}")
             warp.registers = Registers(
                 launch.dtypes, self.rows[n], self.states[n], self.versions[n]
             )

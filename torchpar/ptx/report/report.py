@@ -121,8 +121,8 @@ class Launch:
 
     Attributes:
         grid: programs in each dimension.
-        warps: of a program.
-        shared: bytes of shared memory of a program.
+        warps: of a program, or of each CTA of its cluster.
+        shared: bytes of shared memory of a CTA.
         seconds: that executing it took, under all schedules.
         instructions: of warps that were executed, under all schedules.
         configuration: that an autotuner has chosen, the first one it has.
@@ -132,6 +132,7 @@ class Launch:
         file: of the kernel's source.
         launched: the file and the line of the program that launched it.
         trace: of the first program, if the emulator records it.
+        ctas: of the cluster that a program is.
     """
 
     kernel: str
@@ -148,6 +149,7 @@ class Launch:
     file: str = field(default="", repr=False)
     launched: tuple[str, int] | None = field(default=None, repr=False)
     trace: Trace | None = field(default=None, repr=False)
+    ctas: int = 1
 
     @property
     def key(self) -> tuple[str, str]:
@@ -183,13 +185,15 @@ class Launch:
     @cached_property
     def bounds(self) -> list[Bound]:
         """The least time on each GPU of the architecture."""
-        return bounds(self.counters, self.programs, self.arch)
+        return bounds(self.counters, self.programs * self.ctas, self.arch)
 
     def __str__(self) -> str:
         grid = "×".join(map(str, self.grid))
+        clusters = f"clusters of {self.ctas} CTAs, " if self.ctas > 1 else ""
         text = (
-            f"{self.kernel}[{grid}] for {self.arch}: {self.warps} warps, {self.shared:,} bytes of "
-            f"shared memory, {self.instructions:,} instructions of warps, {self.seconds:.2f} s"
+            f"{self.kernel}[{grid}] for {self.arch}: {clusters}{self.warps} warps, "
+            f"{self.shared:,} bytes of shared memory, {self.instructions:,} instructions of warps, "
+            f"{self.seconds:.2f} s"
         )
         return f"{text}; autotuned: {self.configuration}" if self.configuration else text
 

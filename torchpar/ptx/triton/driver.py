@@ -328,7 +328,7 @@ class Emulator(gpu.Gpu):
 
     def fault(self, kind: str, name: str, line: int, message: str, warp: Any) -> None:
         """Note a fault of a warp; the launch goes on."""
-        self._note(kind, name, line, message, warp.block.position)
+        self._note(kind, name, line, message, warp.block.program)
 
     def _note(
         self, kind: str, name: str, line: int, message: str, program: tuple[int, ...]
@@ -396,7 +396,8 @@ class Emulator(gpu.Gpu):
             self._reset()
             values = parameters()
             try:
-                self.launch(launch.ptx, values, launch.grid, launch.shared)
+                x, y, z = launch.grid
+                self.launch(launch.ptx, values, (x * launch.ctas, y, z), launch.shared)
             except PtxError as e:
                 self._note("error", e.name, e.line, e.reason, e.program)
             finally:
@@ -534,15 +535,11 @@ class Launcher:
     ) -> None:
         emulator: Emulator = active_driver.active.emulator
         metadata = self.metadata
-        if getattr(metadata, "num_ctas", 1) > 1:
-            raise NotImplementedError(
-                f"num_ctas is {metadata.num_ctas}, expected 1: clusters of programs are not "
-                "emulated; launch with num_ctas=1"
-            )
+        ctas = int(getattr(metadata, "num_ctas", 1))
         _check_grid(x, y, z)
         name = getattr(self.source.fn, "__name__", "kernel")
         names = list(self.source.fn.arg_names)
-        programs = x * y * z
+        programs = x * y * z * ctas
 
         def parameters(arguments: Sequence[Any]) -> list[int]:
             values: list[int] = []
@@ -568,6 +565,7 @@ class Launcher:
                 metadata.shared,
                 ptx=module.text,
                 launched=_launching_line(),
+                ctas=ctas,
             )
             function = getattr(self.source.fn, "fn", None)
             code = getattr(function, "__code__", None)
