@@ -65,13 +65,6 @@ def check_compiled(run: Callable[[], object], architecture: int, cache: str) -> 
 
 
 @slow
-@pytest.mark.parametrize("name", tutorials.REFUSED)
-def test_tutorial_that_is_not_executed_compiles(name: str, cache: str) -> None:
-    for architecture in tutorials.REFUSED[name].architectures:
-        check_compiled(tutorials.REFUSED[name].run, architecture, cache)
-
-
-@slow
 @pytest.mark.parametrize("name", FAULTS)
 def test_fault_compiles(name: str, cache: str) -> None:
     for architecture in OTHERS:

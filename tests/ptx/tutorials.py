@@ -954,9 +954,7 @@ def persistent_device() -> list[Result]:
     return results
 
 
-# Clusters of programs are not modelled: a launch of this is refused in one line.
-
-
+@tutorial("03 matmul by clusters of two CTAs", (90, 100))
 def clusters() -> list[Result]:
     a, b = normal(128, 64, dtype=torch.float16), normal(64, 128, dtype=torch.float16, seed=1)
     c = torch.empty(128, 128, dtype=torch.float16)
@@ -965,6 +963,3 @@ def clusters() -> list[Result]:
         BM=128, BN=128, BK=64, GROUP=1, num_ctas=2,
     )  # fmt: skip
     return [(c, a.double() @ b.double(), product_bound(a, b))]
-
-
-REFUSED = {"num_ctas of 2": Tutorial(clusters, (90, 100))}
