@@ -19,7 +19,7 @@ from torchpar.ptx.machine.parse import (
     qualifiers,
 )
 from torchpar.ptx.machine.registers import DTYPES, HALVES, SHARED_BASE
-from torchpar.ptx.native.core import library
+from torchpar.ptx.native import core as native
 from torchpar.ptx.native.layout import (
     ASYNC_PRODUCT,
     ATOMIC,
@@ -571,7 +571,7 @@ class Program:
 
 def program_of(kernel: Kernel) -> Program | None:
     """Return the kernel for the core, if there is one."""
-    core = library()
+    core = native.library()
     if core is None:
         return None
     if kernel.program is None:

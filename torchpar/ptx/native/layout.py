@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What Python and C share: numbers with a name, and structures.
+"""Named numbers and structures that Python and C share.
 
 C is the one that lays structures out: it is compiled with a table of what Python takes for sizes,
 offsets and numbers (`table`), which `check` compares when the core is loaded.
