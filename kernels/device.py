@@ -4,9 +4,11 @@
 import triton
 from torch import Tensor
 
+from .data_sheets import DATA_SHEETS
 from .rule import Device
 
-MULTIPROCESSORS = 132  # of a GPU that is not here, for which a kernel is compiled: an H100's
+# Of a GPU that is not here, for which a kernel is compiled.
+MULTIPROCESSORS = DATA_SHEETS["H100"].multiprocessors
 
 
 def device(t: Tensor) -> Device:

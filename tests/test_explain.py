@@ -139,7 +139,7 @@ def test_wrong_arguments_end_in_one_line(capsys, monkeypatch, arguments, expecte
 
 
 def test_the_packages_times_are_those_of_the_results():
-    """The package holds the rule's configurations, and the library, of each shape."""
+    """The package holds the configurations, and the library, of each shape."""
     ours: dict[tuple[str, str, str], set[float]] = {}
     with explain.MEASURED.open() as file:
         for row in csv.DictReader(file):
@@ -163,5 +163,5 @@ def test_all_choices_of_the_rule_have_measured_times_if_the_csv_has_them():
     timed = explain.measured("matmul_t", (4096, 4096, 4096, 1), "bfloat16")
     names = {str(tiles) for tiles in SYMMETRIC_MATMUL.tiles["bfloat16"]}
     only_warm = {"64x64x128 w4 s3 pointers", "32x32x64 w4 s4 pointers"}
-    assert set(timed) == names - only_warm | {"torch.mm", "torch.mm and mirror"}
+    assert set(timed) >= names - only_warm | {"torch.mm", "torch.mm and mirror"}
     assert explain.measured("matmul_t", (4096, 4096, 4095, 1), "bfloat16") == {}

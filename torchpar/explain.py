@@ -14,12 +14,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torchpar.estimate import candidates, estimate_tiles
 from torchpar.kernels import rule
+from torchpar.kernels.data_sheets import DATA_SHEETS
 from torchpar.kernels.linear_sigmoid import LINEAR_SIGMOID
 from torchpar.kernels.matmul_t import SYMMETRIC_MATMUL
 from torchpar.kernels.rule import KINDS, Device, Product
 from torchpar.kernels.tiles import Choice, library_is_faster
-from torchpar.ptx.report.roofline import DATA_SHEETS, GPU_OF
+from torchpar.ptx.report.time import TRUST, shown
 
 
 class Operator(NamedTuple):
@@ -46,8 +48,8 @@ OPERATORS = {
     ),
     "linear_sigmoid": Operator(LINEAR_SIGMOID, "MxK->N", ("addmm", "addmm and sigmoid_")),
 }
-# The rule's configurations in benchmarks/results/nvidia-h200, which is not installed: operators.csv
-# and operators-queued.csv, of which the later one counts.
+# The configurations in benchmarks/results/nvidia-h200, which is not installed: operators.csv and
+# operators-queued.csv, of which the later one counts.
 MEASURED, MEASURED_ON = Path(__file__).with_name("measured.csv"), "H200"
 RUNNERS_UP = 4
 
@@ -70,12 +72,16 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("shape", help=f"of the operands, such as 4096x4096. {shapes}")
     parser.add_argument("--dtype", choices=KINDS, default="bfloat16", help="by default bfloat16")
     parser.add_argument("--gpu", choices=DATA_SHEETS, default="H200", help="by default H200")
+    parser.add_argument(
+        "--all", action="store_true", help="estimate each configuration, also those not chosen from"
+    )
     options = parser.parse_args(arguments)
     try:
         sizes = sizes_of(options.operator, options.shape)
     except ValueError as e:
         parser.error(str(e))
-    print(explain(options.operator, sizes, options.dtype, options.gpu))
+    say = estimates if options.all else explain
+    print(say(options.operator, sizes, options.dtype, options.gpu))
     return 0
 
 
@@ -105,27 +111,24 @@ def sizes_of(operator: str, shape: str) -> tuple[int, int, int, int]:
 
 def explain(operator: str, sizes: tuple[int, int, int, int], kind: str, gpu: str) -> str:
     """The line that names who computes, and the runners-up below it."""
-    (arch,) = (arch for arch, names in GPU_OF.items() if gpu in names)
-    sheet = DATA_SHEETS[gpu]
-    device = Device(gpu, int(arch.removeprefix("sm_")), sheet.multiprocessors)
+    choice = _choice(operator, sizes, kind, gpu)
     product, _, library, with_c = OPERATORS[operator]
-    choice = Choice(
-        product,
-        KINDS[kind].precision,
-        sizes,
-        _operands(product, sizes, kind),
-        with_c=with_c,
-        present=device,
-    )
+    device = choice.device
     timed = measured(operator, sizes, kind) if gpu == MEASURED_ON else {}
     by_library = library_is_faster(choice)
     alone, whole = (
         _contestant(name, time, timed)
         for name, time in zip(library, choice.library_times, strict=True)
     )
+    predicted = choice.times
+    if not rule.is_measured(product, kind, device):
+        predicted = {
+            one: estimate_tiles(product, kind, one, sizes, gpu, with_c=with_c).microseconds
+            for one in predicted
+        }
     of_tiles = {
         one: _contestant(str(one), time, timed)
-        for one, time in choice.times.items()
+        for one, time in predicted.items()
         if one.variant != "split_k" or rule.split_k(one, device, *sizes[:3])[0] > 1
     }
     chosen = whole if by_library else of_tiles[min(of_tiles, key=choice.times.__getitem__)]
@@ -146,6 +149,44 @@ def explain(operator: str, sizes: tuple[int, int, int, int], kind: str, gpu: str
         mark = "" if one.is_measured or not chosen.is_measured else ", predicted"
         lines.append(f"  {one.name:26} {_time(one)}{mark}")
     return "\n".join(lines)
+
+
+def estimates(operator: str, sizes: tuple[int, int, int, int], kind: str, gpu: str) -> str:
+    """A line for each configuration: the estimate, and the measured time where there is one."""
+    choice, with_c = _choice(operator, sizes, kind, gpu), OPERATORS[operator].with_c
+    timed = measured(operator, sizes, kind) if gpu == MEASURED_ON else {}
+    with MEASURED.open(newline="", encoding="utf-8") as file:
+        tried = [
+            row["contestant"]
+            for row in csv.DictReader(file)
+            if OPERATORS[row["operator"]].product is choice.product
+            and KINDS[row["dtype"]].dtype.itemsize == KINDS[kind].dtype.itemsize
+            and KINDS[row["dtype"]].precision == KINDS[kind].precision
+        ]
+    found = [
+        (one, estimate_tiles(choice.product, kind, one, sizes, gpu, with_c=with_c).microseconds)
+        for one in candidates(choice, tried)
+    ]
+    lines = []
+    for tiles, time in sorted(found, key=lambda one: one[1]):
+        line = f"{tiles!s:26} {shown(time):>10}"
+        if str(tiles) in timed:
+            line += f"  measured {shown(timed[str(tiles)])}"
+        lines.append(line)
+    return "\n".join([*lines, TRUST])
+
+
+def _choice(operator: str, sizes: tuple[int, int, int, int], kind: str, gpu: str) -> Choice:
+    product, _, _, with_c = OPERATORS[operator]
+    sheet = DATA_SHEETS[gpu]
+    return Choice(
+        product,
+        KINDS[kind].precision,
+        sizes,
+        _operands(product, sizes, kind),
+        with_c=with_c,
+        present=Device(gpu, sheet.capability, sheet.multiprocessors),
+    )
 
 
 def measured(operator: str, sizes: tuple[int, int, int, int], kind: str) -> dict[str, float]:

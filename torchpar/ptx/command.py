@@ -17,6 +17,7 @@ import torch
 
 from torchpar.ptx.cuda.stand_in import cuda_is_cpu
 from torchpar.ptx.report.report import Report
+from torchpar.ptx.report.time import timed
 from torchpar.ptx.triton.driver import ARCHITECTURES, emulate, why_not_compiled
 
 NEEDS_CUDA = 'a script that launches kernels only for device="cuda" needs --cuda-is-cpu'
@@ -42,6 +43,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--cuda-is-cpu", action="store_true", help='let device="cuda" mean the CPU')
     parser.add_argument("--counters", action="store_true", help="print what each launch does")
+    parser.add_argument("--time", action="store_true", help="print an estimate of each time")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write the report as a page")
     parser.add_argument("script", type=Path)
     flags = parser.add_argument("flags", nargs=argparse.REMAINDER, help="the script's own")
@@ -155,6 +157,8 @@ def _show(report: Report, options: argparse.Namespace, stdout: TextIO, advice: s
         sys.stdout = sys.stderr if stdout.closed else stdout
         if options.counters:
             print(report.counted(), end="\n\n")
+        if options.time:
+            print(timed(report), end="\n\n")
         print(report)
         if advice and not (report.launches or report.graphs):
             print(f"no kernel was launched; {advice}")

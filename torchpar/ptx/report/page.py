@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from torchpar.drawing import Drawing
+from torchpar.kernels.data_sheets import DATA_SHEETS
 from torchpar.ptx.machine.counters import BANKS, SECTOR, WORD, Access, Line, kind_of, operation
 from torchpar.ptx.machine.trace import Request, Trace
 from torchpar.ptx.report.report import Launch, Report, counted, line_of, moved, shown_path
-from torchpar.ptx.report.roofline import DATA_SHEETS, GPU_OF
+from torchpar.ptx.report.roofline import GPU_OF
 
 TEMPLATE = Path(__file__).with_name("report.html")
 # Colors of what a warp does, legible on light and dark pages.

@@ -14,6 +14,7 @@ from torchpar.ptx.machine.counters import KINDS, Counters, Source, summarize
 from torchpar.ptx.machine.trace import Trace
 from torchpar.ptx.report.resources import Resources, programs_of, resources
 from torchpar.ptx.report.roofline import GPU_OF, Bound, bounds
+from torchpar.ptx.report.time import Estimate, estimates
 from torchpar.tables import in_columns
 
 Kind = Literal["error", "warning", "note"]
@@ -186,6 +187,11 @@ class Launch:
     def bounds(self) -> list[Bound]:
         """The least time on each GPU of the architecture."""
         return bounds(self.counters, self.programs * self.ctas, self.arch)
+
+    @cached_property
+    def time(self) -> dict[str, Estimate]:
+        """The estimated time by GPU, first on those of the architecture."""
+        return estimates(self)
 
     def __str__(self) -> str:
         grid = "×".join(map(str, self.grid))

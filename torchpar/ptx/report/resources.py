@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from triton.backends.nvidia.compiler import get_ptxas
 
+from torchpar.kernels.data_sheets import DATA_SHEETS, PROGRAMS, REGISTERS, RESERVED, WARPS
+
 
 class Resources(NamedTuple):
     """Registers of a thread, and bytes of its memory for registers that do not fit."""
@@ -22,41 +24,20 @@ class Resources(NamedTuple):
         return f"{self.registers} registers, {spills}"
 
 
-class Multiprocessor(NamedTuple):
-    """What the programs on a multiprocessor share: bytes of shared memory, registers, and warps.
-
-    Each program takes ``reserved`` bytes more of shared memory.
-    """
-
-    shared: int
-    reserved: int = 1024
-    registers: int = 65_536
-    warps: int = 64
-    programs: int = 32
-
-
-# NVIDIA, "CUDA C++ Programming Guide", "Technical Specifications per Compute Capability".
-MULTIPROCESSORS = {
-    "sm_80": Multiprocessor(167_936),
-    "sm_90": Multiprocessor(233_472),
-    "sm_100": Multiprocessor(233_472),
-}
-
-
 def programs_of(used: Resources, warps: int, shared: int, arch: str) -> int:
     """Return how many programs a multiprocessor has at once: its theoretical occupancy.
 
     A quarter of the registers serves each fourth warp. A warp's registers come in units of 256, and
     shared memory in units of 128 bytes.
     """
-    one = MULTIPROCESSORS[arch]
+    shared_of = {f"sm_{one.capability}": one.shared for one in DATA_SHEETS.values()}[arch]
     of_warp = -(-used.registers * 32 // 256) * 256
-    warps_of_quarter = one.registers // 4 // max(of_warp, 1)
+    warps_of_quarter = REGISTERS // 4 // max(of_warp, 1)
     return min(
-        one.programs,
-        one.warps // warps,
+        PROGRAMS,
+        WARPS // warps,
         4 * warps_of_quarter // warps,
-        one.shared // (-(-shared // 128) * 128 + one.reserved),
+        shared_of // (-(-shared // 128) * 128 + RESERVED),
     )
 
 

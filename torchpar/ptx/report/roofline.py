@@ -6,54 +6,18 @@ the last clock, and alone. The launch takes at least the longest of these times 
 and Patterson, "Roofline", Communications of the ACM 52, 2009).
 """
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
+from torchpar.kernels.data_sheets import DATA_SHEETS
 from torchpar.ptx.machine.counters import SECTOR, Counters
 
 SPECIAL = 16  # results of special functions in a clock and multiprocessor
 
 
-class DataSheet(NamedTuple):
-    """What NVIDIA says of a GPU.
-
-    Attributes:
-        ghz: the highest clock.
-        memory: bandwidth in TB/s.
-        tensor: TFLOP/s of tensor cores by format, without sparsity.
-        flops: TFLOP/s of the other units, by format.
-    """
-
-    multiprocessors: int
-    ghz: float
-    memory: float
-    tensor: Mapping[str, float]
-    flops: Mapping[str, float]
-
-
-_HOPPER = {"f16": 989.4, "tf32": 494.7, "int8": 1978.9, "fp8": 1978.9, "f64": 66.9}
-_HOPPER_FLOPS = {"f32": 66.9, "f16": 133.8, "f64": 33.5}
-# "NVIDIA A100 Tensor Core GPU Architecture" (SXM, 80 GB), "NVIDIA H100 Tensor Core GPU
-# Architecture" (SXM), and the data sheets of H200 (SXM) and HGX B200.
-DATA_SHEETS = {
-    "A100": DataSheet(
-        108,
-        1.41,
-        2.039,
-        {"f16": 312.0, "tf32": 156.0, "int8": 624.0, "f64": 19.5},
-        {"f32": 19.5, "f16": 78.0, "f64": 9.7},
-    ),
-    "H100": DataSheet(132, 1.98, 3.35, _HOPPER, _HOPPER_FLOPS),
-    "H200": DataSheet(132, 1.98, 4.8, _HOPPER, _HOPPER_FLOPS),
-    "B200": DataSheet(
-        148,
-        1.98,
-        8.0,
-        {"f16": 2250.0, "tf32": 1125.0, "int8": 4500.0, "fp8": 4500.0, "f64": 40.0},
-        {"f32": 80.0, "f16": 160.0, "f64": 40.0},
-    ),
-}
-GPU_OF = {"sm_80": ("A100",), "sm_90": ("H100", "H200"), "sm_100": ("B200",)}
+GPU_OF: dict[str, tuple[str, ...]] = {}  # by architecture
+for _name, _sheet in DATA_SHEETS.items():
+    _arch = f"sm_{_sheet.capability}"
+    GPU_OF[_arch] = (*GPU_OF.get(_arch, ()), _name)
 
 
 class Bound(NamedTuple):
