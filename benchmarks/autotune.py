@@ -40,6 +40,7 @@ from benchmarks.resources import ARCHITECTURES, Operator, compile_all, describe
 from benchmarks.results import Result, Table, print_results, track
 from benchmarks.timing import Rejected
 from torchpar.errors import ConfigError
+from torchpar.estimate import estimate_tiles
 from torchpar.kernels.device import device
 from torchpar.kernels.gemm import by_columns
 from torchpar.kernels.linear_sigmoid import (
@@ -276,13 +277,16 @@ def blocks_of_result(m: int, n: int, symmetric: bool, given: dict[str, Any]) -> 
     return count_tiles(tiles_of(given), m, n, symmetric)
 
 
-def tile_cost(rows: int, columns: int) -> int:
-    """The cost of a tile for each column of x: its products, and 64 for each number loaded.
-
-    An H100's multiprocessor makes so many products, 2048 a cycle, while the L2 cache sends it a
-    number of 16 bits, at 64 bytes a cycle.
-    """
-    return rows * columns + 64 * (rows + columns)
+def estimated(
+    matrix_product: Product,
+    sizes: tuple[int, int, int, int],
+    config: triton.Config,
+    of_kind: str,
+    gpu: str,
+) -> float:
+    """The estimated µs of a configuration for products of ``sizes`` (m, n, k and batch)."""
+    tiles = tiles_of(config.kwargs, config.num_stages)
+    return estimate_tiles(matrix_product, of_kind, tiles, sizes, gpu).microseconds
 
 
 # The reports. The first provider is the one that others are compared with.
@@ -492,7 +496,7 @@ OPERATORS = {
         ((4096, 4096),),
         blocks=partial(blocks_of_result, 4096, 4096, True),
         numbers=2 * 4096**2,
-        products=lambda given: 4096 * tile_cost(given["BLOCK_M"], given["BLOCK_N"]),
+        estimate=partial(estimated, SYMMETRIC_MATMUL, (4096, 4096, 4096, 1)),
     ),
     "linear_sigmoid": Operator(
         layer_kernel,
@@ -500,7 +504,7 @@ OPERATORS = {
         LAYER,
         blocks=partial(blocks_of_result, 4096, OUT, False),
         numbers=sum(map(math.prod, LAYER)) + 4096 * OUT,
-        products=lambda given: IN * tile_cost(given["BLOCK_M"], given["BLOCK_N"]),
+        estimate=partial(estimated, LINEAR_SIGMOID, (4096, OUT, IN, 1)),
     ),
 }
 

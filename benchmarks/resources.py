@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Compile kernels for GPUs that are not here: registers, spills, shared memory, blocks and waves.
 
-They come from the machine code and the makers' documents. The estimate is of the products and their
-loads, in full waves at the processor's peak, or of the operands and the result, at the memory's
-bandwidth.
+They come from the machine code and the makers' documents. The estimate of a product is that of
+`torchpar.estimate`; of others it is the time of the operands and the result at the memory's peak.
 """
 
 import os
@@ -29,11 +28,18 @@ from triton.runtime import Autotuner
 from benchmarks import driver
 from benchmarks.results import CORES, Result, Table, print_results, track
 from benchmarks.timing import CPU
+from torchpar.kernels.data_sheets import (
+    DATA_SHEETS,
+    PROGRAMS,
+    REGISTERS,
+    RESERVED,
+    WARPS,
+    DataSheet,
+)
 from torchpar.kernels.rule import KINDS
 from torchpar.processes import end_with_parent
 
-# Limits of a multiprocessor, on each of these GPUs.
-REGISTERS, WARPS, BLOCKS, TENSOR_COLUMNS = 65536, 64, 32, 512
+TENSOR_COLUMNS = 512  # of a multiprocessor
 PRINTED = [
     "contestant",
     "registers",
@@ -43,45 +49,23 @@ PRINTED = [
     "waves",
     "estimate_ms",
 ]
-RESERVED_SHARED = 1024  # bytes of each block, for the system
 
 
 class Architecture(NamedTuple):
-    """A GPU by its data sheet; ``shared`` bytes are a multiprocessor's, ``flops`` those without
-    sparsity."""
+    """A GPU for which kernels are compiled: its name in `DATA_SHEETS`, and in tables."""
 
+    gpu: str
     name: str
-    multiprocessors: int
-    shared: int
-    bytes_per_s: float
-    flops: dict[str, float]
+
+    @property
+    def sheet(self) -> DataSheet:
+        return DATA_SHEETS[self.gpu]
 
 
 ARCHITECTURES = {
-    80: Architecture(
-        *("A100 SXM (sm_80)", 108, 167936, 2.04e12),
-        {
-            "bfloat16": 312e12,
-            "float16": 312e12,
-            "tf32": 156e12,
-            "float32": 19.5e12,
-            "float64": 19.5e12,
-        },
-    ),
-    90: Architecture(
-        *("H100 SXM (sm_90)", 132, 233472, 3.35e12),
-        {"bfloat16": 989e12, "float16": 989e12, "tf32": 495e12, "float32": 67e12, "float64": 67e12},
-    ),
-    100: Architecture(
-        *("B200 (sm_100)", 148, 233472, 8.0e12),
-        {
-            "bfloat16": 2250e12,
-            "float16": 2250e12,
-            "tf32": 1120e12,
-            "float32": 75e12,
-            "float64": 37e12,
-        },
-    ),
+    80: Architecture("A100", "A100 SXM (sm_80)"),
+    90: Architecture("H100", "H100 SXM (sm_90)"),
+    100: Architecture("B200", "B200 (sm_100)"),
 }
 
 
@@ -94,7 +78,7 @@ class Operator:
         shapes: of the operands.
         blocks: the number of blocks, or of tiles of persistent ones, by configuration.
         numbers: how many numbers must pass through memory.
-        products: cost of a block by `tile_cost`, by configuration.
+        estimate: µs of a configuration, for a kind of operands, on a GPU.
     """
 
     kernel: Autotuner
@@ -102,7 +86,7 @@ class Operator:
     shapes: Sequence[tuple[int, ...]]
     blocks: Callable[[dict[str, int]], int]
     numbers: int
-    products: Callable[[dict[str, int]], int] = lambda given: 0
+    estimate: Callable[[triton.Config, str, str], float] | None = None
 
 
 class Job(NamedTuple):
@@ -145,7 +129,7 @@ def compile_all(names: Sequence[str], kind: str, quick: bool, path: Path | None)
     print(
         "w: warps. s: stages. KB: of shared memory. per SM: blocks of a multiprocessor at a time."
     )
-    print("The estimate is of products and loads at the data sheets' peaks. It is no time.")
+    print("The estimate is of a model, and for other operators of the memory. Nothing was timed.")
     return table.status
 
 
@@ -221,7 +205,7 @@ def examine(job: Job) -> Result:
         gpu, used["REG"], config.num_warps, shared, compiled.metadata.tmem_size or 0
     )
     blocks = operator.blocks(config.kwargs)
-    waves = blocks / (at_a_time * gpu.multiprocessors) if at_a_time else None
+    waves = blocks / (at_a_time * gpu.sheet.multiprocessors) if at_a_time else None
     columns = {
         "registers": used["REG"],
         "spilled_bytes": used["STACK"] + used["LOCAL"],
@@ -231,10 +215,11 @@ def examine(job: Job) -> Result:
         "waves": waves,
     }
     if waves:
-        work = ceil(waves) * at_a_time * operator.products(config.kwargs)  # of a multiprocessor
-        by_products = 2 * work / (gpu.flops[job.kind] / gpu.multiprocessors)
-        by_memory = operator.numbers * KINDS[job.kind].dtype.itemsize / gpu.bytes_per_s
-        columns["estimate_ms"] = 1e3 * max(by_products, by_memory)
+        if operator.estimate is None:
+            moved = operator.numbers * KINDS[job.kind].dtype.itemsize
+            columns["estimate_ms"] = moved / (gpu.sheet.memory * 1e9)
+        else:
+            columns["estimate_ms"] = operator.estimate(config, job.kind, gpu.gpu) / 1e3
     return Result(case=case, contestant=contestant, columns=columns)
 
 
@@ -255,10 +240,10 @@ def resident_blocks(
     """The blocks that a multiprocessor runs at a time, by registers, warps, shared and tensor
     memory."""
     limits = [
-        BLOCKS,
+        PROGRAMS,
         WARPS // warps,
         REGISTERS // (ceil(32 * registers / 256) * 256 * warps),  # a warp gets multiples of 256
-        gpu.shared // (shared + RESERVED_SHARED),
+        gpu.sheet.shared // (shared + RESERVED),
     ]
     return min([*limits, TENSOR_COLUMNS // tensor_columns] if tensor_columns else limits)
 

@@ -115,6 +115,23 @@ def test_the_runners_up_stand_below_in_the_order_of_their_times(capsys):
     ]
 
 
+def test_all_prints_an_estimate_of_each_configuration_and_what_was_measured(capsys):
+    *lines, trust = run(capsys, "matmul_t", "4096x4096", "--all")
+    assert "estimates" in trust
+    found = {line[:26].strip(): line[26:].split() for line in lines}
+    assert set(map(str, SYMMETRIC_MATMUL.tiles["bfloat16"])) < set(found)
+    time, unit, *measured = found["128x256x64 w8 s4 tma"]
+    assert unit == "µs"
+    assert float(time) == pytest.approx(100.6, rel=0.1)
+    assert measured == ["measured", "100.6", "µs"]
+    assert "measured" not in found["32x32x64 w4 s4 pointers"]
+    times = [float(time) for time, *_ in found.values()]
+    assert times == sorted(times)
+    *lines, _ = run(capsys, "matmul_t", "4096x4096", "--all", "--gpu", "A100")
+    assert lines
+    assert not any("tma" in line or "measured" in line for line in lines)
+
+
 @pytest.mark.parametrize(
     "arguments, expected",
     [
