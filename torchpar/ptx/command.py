@@ -41,6 +41,12 @@ def main(arguments: Sequence[str]) -> int:
         default="one",
         help="all: execute each launch three times, in other orders",
     )
+    parser.add_argument(
+        "--configurations",
+        choices=("first", "all"),
+        default="first",
+        help="all: execute every configuration of autotuned kernels",
+    )
     parser.add_argument("--cuda-is-cpu", action="store_true", help='let device="cuda" mean the CPU')
     parser.add_argument("--counters", action="store_true", help="print what each launch does")
     parser.add_argument("--time", action="store_true", help="print an estimate of each time")
@@ -60,7 +66,12 @@ def main(arguments: Sequence[str]) -> int:
     others = set(threading.enumerate())
     with (
         _terminable(),
-        emulate(options.arch, options.schedules, traces=options.report is not None) as gpu,
+        emulate(
+            options.arch,
+            options.schedules,
+            traces=options.report is not None,
+            configurations=options.configurations,
+        ) as gpu,
     ):
         try:
             sys.argv = [str(options.script), *options.flags]

@@ -41,6 +41,7 @@ class Fault:
         source: the file and the line of the Python source; None if the compiler gave none.
         count: how often it happened.
         launched: the file and the line of the program that launched the kernel, in the first case.
+        configuration: of an autotuned kernel, in the first case.
     """
 
     kind: Kind
@@ -52,6 +53,7 @@ class Fault:
     source: tuple[str, int] | None
     count: int = 1
     launched: tuple[str, int] | None = None
+    configuration: str = ""
 
     def __str__(self) -> str:
         where = f"line {self.line} of the PTX"
@@ -68,6 +70,7 @@ class Fault:
             f"{MARKS[self.kind]} {self.kind}: {self.name} in {self.kernel}{times}",
             f"    {where}",
             *([f"        {code}"] if code else []),
+            *([f"    configuration {self.configuration}"] if self.configuration else []),
             f"    program {self.program}: {self.message}",
         ]
         return "\n".join(lines)
@@ -102,6 +105,14 @@ class HostFault(Fault):
         return "\n".join([*lines, f"    {self.message}"])
 
 
+@dataclass
+class ConfigurationNote(Fault):
+    """A configuration that an autotuned kernel leaves out, and why."""
+
+    def __str__(self) -> str:
+        return f"{MARKS[self.kind]} {self.kind}: {self.name} in {self.kernel}: {self.message}"
+
+
 def shown_path(path: str) -> str:
     """Return the name of a file, without the folder that Python was started in."""
     with suppress(ValueError):
@@ -126,7 +137,7 @@ class Launch:
         shared: bytes of shared memory of a CTA.
         seconds: that executing it took, under all schedules.
         instructions: of warps that were executed, under all schedules.
-        configuration: that an autotuner has chosen, the first one it has.
+        configuration: that an autotuner has chosen: the first one that fits, or each of them.
         printed: by ``tl.device_print``.
         ptx: the text that was executed.
         counts: by instruction, under the first schedule.

@@ -37,7 +37,6 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import CompiledKernel
-from triton.runtime.autotuner import Autotuner
 from triton.runtime.driver import driver as active_driver
 
 from torchpar.ptx.instructions.tma import STRIDES_END, TF32
@@ -57,6 +56,7 @@ from torchpar.ptx.native.cache import cache_folder, writable
 from torchpar.ptx.native.encoding import FIELDS
 from torchpar.ptx.report.limits import Limits
 from torchpar.ptx.report.report import CapturedGraph, Fault, Kind, Launch, Report, moved
+from torchpar.ptx.triton import autotuner
 
 ARCHITECTURES = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 SHARED_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}  # of a program at most
@@ -146,8 +146,10 @@ class Emulator(gpu.Gpu):
         schedules: Sequence[Schedule],
         multiprocessors: int,
         traces: bool = False,
+        configurations: str = "first",
     ):
         super().__init__(schedules[0])
+        self.configurations = configurations
         self.traces = traces
         self._lock = threading.Lock()
         self._counted_before: dict[Any, Any] = {}  # of the first launch by its key
@@ -168,6 +170,8 @@ class Emulator(gpu.Gpu):
         # The memory before a launch, for its other schedules.
         self._before: list[tuple[Allocation, Any]] = []
         self._saves = False
+        # The memory before each launch of a block that is undone; None outside of one.
+        self._undo: list[tuple[Allocation, Any]] | None = None
 
     def report(self) -> Report:
         return Report(self.launches, self.faults, self.graphs)
@@ -346,6 +350,7 @@ class Emulator(gpu.Gpu):
             line,
             source,
             launched=self._launched,
+            configuration=autotuner.configuration(),
         )
         self.note(fault, key)
 
@@ -356,6 +361,20 @@ class Emulator(gpu.Gpu):
             return
         self._by_place[key] = fault
         self.faults.append(fault)
+
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """Let memory be after the block as it was before, but for what is written without launches.
+
+        The faults and the launches stay.
+        """
+        unwritten, self._undo = dict(self.unwritten), []
+        try:
+            yield
+        finally:
+            before, self._undo = self._undo, None
+            _restore(before[::-1])
+            self.unwritten = unwritten
 
     def run(self, launch: Launch, parameters: Callable[[], list[int]], file: str) -> None:
         """Execute a launch under each schedule, from the same memory.
@@ -379,20 +398,21 @@ class Emulator(gpu.Gpu):
             if self.counts is not last:
                 self._end(launch, started)
             raise
+        finally:
+            if self._undo is not None:
+                self._undo += self._before
         self._keep_unwritten()
         self._end(launch, started)
 
     def _execute(self, launch: Launch, parameters: Callable[[], list[int]]) -> None:
         for number, schedule in enumerate(self.schedules):
             self.schedule, self.printed = schedule, []
-            self._saves = number == 0 and len(self.schedules) > 1
+            repeats = len(self.schedules) > 1 or self._undo is not None
+            self._saves = number == 0 and repeats
             is_new = launch.key not in self._counted_before
             self.trace = Trace() if number == 0 and self.traces and is_new else None
             launch.trace = launch.trace or self.trace
-            for place, data in self._before:
-                content = place.content()
-                changed = content != data  # memory may be read-only
-                content[changed] = data[changed]
+            _restore(self._before)
             self._reset()
             values = parameters()
             try:
@@ -421,6 +441,14 @@ class Emulator(gpu.Gpu):
         self._sources = {
             i.line: moved(i.source, kernel.file, self._file) for i in kernel.instructions
         }
+
+
+def _restore(before: list[tuple[Allocation, Any]]) -> None:
+    """Give memory the content that it had before."""
+    for place, data in before:
+        content = place.content()
+        changed = content != data  # memory may be read-only
+        content[changed] = data[changed]
 
 
 def _at(address: int, live: list[tuple[int, int, Tensor]]) -> Tensor | None:
@@ -537,6 +565,8 @@ class Launcher:
         metadata = self.metadata
         ctas = int(getattr(metadata, "num_ctas", 1))
         _check_grid(x, y, z)
+        if autotuner.is_trial():
+            return
         name = getattr(self.source.fn, "__name__", "kernel")
         names = list(self.source.fn.arg_names)
         programs = x * y * z * ctas
@@ -884,26 +914,6 @@ EMPTY = {
 }
 
 
-def _tuned(run: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the method of an autotuner that says which configuration the launches take.
-
-    What it has chosen for a GPU stays as it is.
-    """
-
-    def tuned(autotuner: Any, *args: Any, **kwargs: Any) -> Any:
-        emulator = _present()
-        first, cache = len(emulator.launches), autotuner.cache
-        autotuner.cache = emulator.tuned.setdefault(autotuner, {})
-        try:
-            return run(autotuner, *args, **kwargs)
-        finally:
-            autotuner.cache = cache
-            for launch in emulator.launches[first:]:
-                launch.configuration = str(autotuner.best_config)
-
-    return tuned
-
-
 @lru_cache(1)
 def _let_kernels_end() -> None:
     """Let Triton forget kernels of an emulator also when it has no driver, or that of a GPU."""
@@ -935,7 +945,11 @@ def why_not_compiled() -> str:
 
 @contextmanager
 def emulate(
-    arch: str = "sm_90", schedules: str = "one", multiprocessors: int = 4, traces: bool = False
+    arch: str = "sm_90",
+    schedules: str = "one",
+    multiprocessors: int = 4,
+    traces: bool = False,
+    configurations: str = "first",
 ) -> Iterator[Emulator]:
     """Execute the launches of Triton kernels in the block on this CPU, as compiled for a GPU.
 
@@ -947,21 +961,25 @@ def emulate(
             that complete early, late and at random, and warps in other orders.
         multiprocessors: of the GPU, which persistent kernels ask for.
         traces: record the first program of each kernel, for the pictures of the report's page.
+        configurations: of an autotuned kernel: "first", the first one that compiles and fits; or
+            "all": the others are executed before it, and what they write is undone.
 
     Raises:
-        ValueError: another architecture or schedule, or no multiprocessors; TRITON_INTERPRET is
+        ValueError: another architecture, schedule or word for configurations, or no multiprocessors; TRITON_INTERPRET is
             set.
     """
     if arch not in tuple(ARCHITECTURES):
         raise ValueError(f"arch is {arch!r}, expected one of {', '.join(ARCHITECTURES)}")
     if schedules not in ("one", "all"):
         raise ValueError(f"schedules is {schedules!r}, expected 'one' or 'all'")
+    if configurations not in ("first", "all"):
+        raise ValueError(f"configurations is {configurations!r}, expected 'first' or 'all'")
     if reason := why_not_compiled():
         raise ValueError(reason)
     if type(multiprocessors) is not int or multiprocessors < 1:
         raise ValueError(f"multiprocessors is {multiprocessors!r}, expected an integer from 1 on")
     chosen = SCHEDULES if schedules == "all" else SCHEDULES[:1]
-    emulator = Emulator(arch, chosen, multiprocessors, traces)
+    emulator = Emulator(arch, chosen, multiprocessors, traces, configurations)
     entered = Entered(threading.get_ident(), emulator)
     with _entering:
         if not _entered:
@@ -992,7 +1010,7 @@ def _install() -> None:
                 lambda self, src, metadata, opt, capability: src.encode(),
             )
         )
-        stack.enter_context(patch.object(Autotuner, "run", _tuned(Autotuner.run)))
+        stack.enter_context(autotuner.changes(_present))
         stack.callback(setattr, active_driver, "_active", active_driver._active)
         active_driver.set_active(Driver())
         _installed.push(stack.pop_all())

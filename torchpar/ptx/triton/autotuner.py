@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: MIT
+"""Triton's autotuner within an emulator: the first configuration that fits, or every one.
+
+A configuration is tried without a launch: it is compiled, and the driver asks whether it fits.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+from triton.compiler.errors import CompileTimeAssertionFailure
+from triton.runtime.autotuner import Autotuner
+
+from torchpar.ptx.report.report import ConfigurationNote
+
+if TYPE_CHECKING:
+    from torchpar.ptx.triton.driver import Emulator
+
+# Of configurations that are executed before the chosen one, and of those that are not.
+CHOSEN, OTHER, LEFT_OUT = 1.0, 2.0, float("inf")
+
+
+class Tuning:
+    """A call of an autotuned kernel.
+
+    Attributes:
+        config: that is tried now.
+        has_chosen: a configuration that fits was found.
+        is_trial: nothing is launched.
+    """
+
+    def __init__(self, autotuner: Any):
+        self.autotuner, self.config = autotuner, None
+        self.has_chosen = self.is_trial = False
+
+    @property
+    def configuration(self) -> str:
+        config = self.config or getattr(self.autotuner, "best_config", None)
+        return "" if config is None else str(config)
+
+
+_tuning: ContextVar[Tuning | None] = ContextVar("tuning", default=None)
+
+
+def configuration() -> str:
+    """Return the configuration that is executed now; "" if no autotuner has called."""
+    tuning = _tuning.get()
+    return "" if tuning is None else tuning.configuration
+
+
+def is_trial() -> bool:
+    """Whether a launch asks only whether the kernel compiles and fits."""
+    tuning = _tuning.get()
+    return tuning is not None and tuning.is_trial
+
+
+def changes(present: Callable[[], "Emulator"]) -> ExitStack:
+    """Let autotuners ask the emulator that ``present`` returns, until the stack is closed."""
+    stack = ExitStack()
+    for name, change in (("run", _run), ("_bench", _bench)):
+        function = change(getattr(Autotuner, name), present)
+        stack.enter_context(patch.object(Autotuner, name, function))
+    return stack
+
+
+def _run(run: Callable[..., Any], present: Callable[[], "Emulator"]) -> Callable[..., Any]:
+    """Return the method of an autotuner that says which configuration the launches take.
+
+    What it has chosen for a GPU stays as it is.
+    """
+
+    def tuned(autotuner: Any, *args: Any, **kwargs: Any) -> Any:
+        emulator, tuning = present(), Tuning(autotuner)
+        first, cache = len(emulator.launches), autotuner.cache
+        keeps = getattr(autotuner, "cache_results", False)
+        autotuner.cache = emulator.tuned.setdefault(autotuner, {})
+        autotuner.cache_results = False  # there are no times to keep
+        token = _tuning.set(tuning)
+        try:
+            return run(autotuner, *args, **kwargs)
+        finally:
+            _tuning.reset(token)
+            autotuner.cache, autotuner.cache_results = cache, keeps
+            for launch in emulator.launches[first:]:
+                launch.configuration = launch.configuration or str(autotuner.best_config)
+
+    return tuned
+
+
+def _bench(bench: Callable[..., Any], present: Callable[[], "Emulator"]) -> Callable[..., Any]:
+    """Return the method of an autotuner that times a configuration, for one that tries it.
+
+    As Triton's, it leaves out those that do not compile or do not fit.
+    """
+
+    def tried(autotuner: Any, *args: Any, config: Any, **kwargs: Any) -> Any:
+        emulator, tuning = present(), _tuning.get()
+        assert tuning is not None
+        executes, reasons = tuning.has_chosen, list[Exception]()
+        if executes and emulator.configurations == "first":
+            return [LEFT_OUT] * 3
+
+        def call_once(call: Callable[[], Any], **options: Any) -> list[float]:
+            try:
+                with _executed(emulator) if executes else _trial(tuning):
+                    call()
+            except Exception as e:
+                reasons.append(e)
+                raise
+            return [OTHER if executes else CHOSEN] * 3
+
+        tuning.config = config
+        try:
+            with patch.dict(vars(autotuner), {"do_bench": call_once}):
+                times = bench(autotuner, *args, config=config, **kwargs)
+        finally:
+            tuning.config = None
+        if reasons:
+            kernel = autotuner.base_fn.__name__
+            emulator.note(*left_out(kernel, str(config), reasons[0]))
+        else:
+            tuning.has_chosen = True
+        return times
+
+    return tried
+
+
+def left_out(kernel: str, config: str, reason: Exception) -> tuple[ConfigurationNote, Any]:
+    """Return the note that a configuration was left out, and its key."""
+    said = " ".join(str(reason).split()) or type(reason).__name__
+    if isinstance(reason, CompileTimeAssertionFailure) and reason.src is not None:
+        code = reason.src.split("\n")[reason.node.lineno - 1].strip()
+        said = " ".join(filter(None, (code, "fails", reason.error_message)))
+    message = f"{config}: {said}"
+    note = ConfigurationNote("note", "configuration left out", message, kernel, (), 0, None)
+    return note, (note.name, kernel, config)
+
+
+@contextmanager
+def _trial(tuning: Tuning) -> Iterator[None]:
+    """Launch nothing. Hooks that reset tensors have nothing to do; those of users may have."""
+    autotuner = tuning.autotuner
+    names = [
+        name
+        for name in ("pre_hook", "post_hook")
+        if not getattr(autotuner, f"user_defined_{name}", False)
+    ]
+    idle = {name: lambda *args, **kwargs: None for name in names}
+    tuning.is_trial = True
+    try:
+        with patch.dict(vars(autotuner), idle):
+            yield
+    finally:
+        tuning.is_trial = False
+
+
+@contextmanager
+def _executed(emulator: "Emulator") -> Iterator[None]:
+    """Execute a configuration that is not the chosen one: memory is afterwards as before."""
+    first = len(emulator.launches)
+    with emulator.undone():
+        yield
+    for launch in emulator.launches[first:]:
+        launch.configuration = configuration()
