@@ -15,12 +15,12 @@ from typing import Any, TextIO
 
 import torch
 
+from torchpar.ptx.cuda.advice import NEEDS_CUDA, advise, says_cuda
 from torchpar.ptx.cuda.stand_in import cuda_is_cpu
 from torchpar.ptx.report.report import Report
 from torchpar.ptx.report.time import timed
 from torchpar.ptx.triton.driver import ARCHITECTURES, emulate, why_not_compiled
 
-NEEDS_CUDA = 'a script that launches kernels only for device="cuda" needs --cuda-is-cpu'
 WITHIN = "only kernels that the script's own process launches are executed"
 
 
@@ -85,8 +85,8 @@ def main(arguments: Sequence[str]) -> int:
             if os.getpid() != process:  # a fork of the script, which has no report
                 raise
             if not isinstance(e, SystemExit) or e.code:
-                _advise(e, options)
-                _show(gpu.report(), options, stdout, "")
+                advice = advise(e) if _lacks_cuda(e, options, gpu.report()) else ""
+                _show(gpu.report(), options, stdout, advice)
                 if isinstance(e, KeyboardInterrupt):
                     return 130
                 raise
@@ -99,13 +99,14 @@ def main(arguments: Sequence[str]) -> int:
     return int(bool(report.errors))
 
 
-def _advise(error: BaseException, options: argparse.Namespace) -> None:
-    """Name --cuda-is-cpu in an error by which PyTorch says that there is no GPU."""
+def _lacks_cuda(error: BaseException, options: argparse.Namespace, report: Report) -> bool:
+    """Whether a script has ended because it says "cuda", and the flag is missing."""
     if options.cuda_is_cpu or torch.cuda.is_available():
-        return
-    said = str(error) if isinstance(error, (AssertionError, RuntimeError)) else ""
-    if "NVIDIA driver" in said or "CUDA" in said:
-        error.add_note(NEEDS_CUDA)
+        return False
+    if says_cuda(error):
+        return True
+    has_launched = bool(report.launches or report.graphs)  # or it ends for another reason
+    return not has_launched and "cuda" in options.script.read_text("utf-8", errors="replace")
 
 
 def _join_threads(others: set[threading.Thread]) -> None:

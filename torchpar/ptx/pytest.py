@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Plugin of pytest that executes the launches of each test, and of its fixtures.
 
-    pytest -p torchpar.ptx.pytest --ptx=sm_90
+    pytest -p torchpar.ptx.pytest --ptx=sm_90 --cuda-is-cpu
 
-A test fails if one of its kernels has an error. The warnings and notes are in the test's report.
+With ``--cuda-is-cpu`` the device "cuda" means the CPU, also where test modules are imported. A test fails if one of its kernels has an error. The warnings and notes are in the test's report.
 A fixture of a module or a session belongs to the test that sets it up, or that tears it down.
 """
 
@@ -15,7 +15,10 @@ from inspect import iscoroutinefunction
 from typing import Any
 
 import pytest
+import torch
 
+from torchpar.ptx.cuda.advice import advise, says_cuda
+from torchpar.ptx.cuda.stand_in import cuda_is_cpu
 from torchpar.ptx.report.report import Report
 from torchpar.ptx.triton.driver import ARCHITECTURES, Emulator, emulate, why_not_compiled
 
@@ -28,14 +31,43 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--ptx-schedules", choices=["one", "all"], default="one", help="orders of each launch"
     )
+    group.addoption(
+        "--ptx-configurations",
+        choices=["first", "all"],
+        default="first",
+        help="those of autotuned kernels that are executed",
+    )
+    group.addoption(
+        "--cuda-is-cpu", action="store_true", help='let device="cuda" mean the CPU, with --ptx'
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
+    """Begin before the first conftest.py is imported, which may ask `torch.cuda`."""
+    _begin(early_config)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if arch := config.getoption("--ptx"):
-        if reason := why_not_compiled():
-            raise pytest.UsageError(f"--ptx: {reason}")
-        hooks = _Hooks(arch, config.getoption("--ptx-schedules"))
-        config.pluginmanager.register(hooks, "torchpar.ptx.hooks")
+    _begin(config)  # where a conftest.py names the plugin
+
+
+def _begin(config: pytest.Config) -> None:
+    options = config.known_args_namespace
+    if config.pluginmanager.has_plugin(HOOKS) or not options.ptx:
+        if options.cuda_is_cpu and not options.ptx:
+            raise pytest.UsageError("--cuda-is-cpu needs a GPU; name it, as by --ptx=sm_90")
+        return
+    if reason := why_not_compiled():
+        raise pytest.UsageError(f"--ptx: {reason}")
+    hooks = _Hooks(options)
+    config.pluginmanager.register(hooks, HOOKS)
+    if options.cuda_is_cpu:  # modules ask `torch.cuda` when they are imported
+        hooks.enter()
+        config.add_cleanup(hooks.active.close)
+
+
+HOOKS = "torchpar.ptx.hooks"
 
 
 class _Phase:
@@ -65,12 +97,22 @@ class _Hooks:
     mode of PyTorch in one test and leave it in another, and modes are left in reverse order.
     """
 
-    def __init__(self, arch: str, schedules: str):
-        self.arch, self.schedules, self.active = arch, schedules, ExitStack()
+    def __init__(self, options: Any):
+        self.options, self.active = options, ExitStack()
+
+    def enter(self) -> None:
+        options = self.options
+        emulator = emulate(
+            options.ptx, options.ptx_schedules, configurations=options.ptx_configurations
+        )
+        self.gpu = self.active.enter_context(emulator)
+        if options.cuda_is_cpu:
+            self.active.enter_context(cuda_is_cpu(self.gpu))
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self) -> None:
-        self.gpu = self.active.enter_context(emulate(self.arch, self.schedules))
+        if not self.options.cuda_is_cpu:
+            self.enter()
 
     @pytest.hookimpl(wrapper=True)
     def pytest_sessionfinish(self) -> Generator[None, object, object]:
@@ -102,6 +144,10 @@ class _Hooks:
             result = yield
             phase.check()
             return result
+        except Exception as e:
+            if not self.options.cuda_is_cpu and says_cuda(e) and not torch.cuda.is_available():
+                advise(e)
+            raise
         finally:
             rest = phase.rest()
             if rest.faults:

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from torchpar.ptx.cuda import places
 from torchpar.ptx.cuda.graphs import Graphs
+from torchpar.ptx.cuda.libraries import CublasLt, CudaKernel
 from torchpar.ptx.triton.driver import SHARED_BYTES, Emulator
 
 NAMES = {80: "NVIDIA A100", 90: "NVIDIA H100", 100: "NVIDIA B200"}
@@ -250,6 +251,7 @@ def _answers(emulator: Emulator) -> dict[str, Any]:
         "get_device_properties": _always(properties),
         "get_arch_list": _always([emulator.arch]),
         "is_bf16_supported": _always(True),
+        "_compile_kernel": CudaKernel,
         # Memory
         "empty_cache": _always(None),
         "ipc_collect": _always(None),
@@ -422,6 +424,7 @@ def _grouped(group: Callable[..., Any]) -> Callable[..., Any]:
 def cuda_is_cpu(emulator: Emulator) -> Iterator[None]:
     """Let the block's "cuda" be the CPU, on which ``emulator`` executes the launches."""
     import triton
+    from triton._C.libtriton import nvidia
 
     def bench(
         call: Callable[[], Any],
@@ -456,6 +459,7 @@ def cuda_is_cpu(emulator: Emulator) -> Iterator[None]:
         (Thread, {"start": _start_with_mode(Thread.start, graphs)}),
         *graphs.changes(),
         (emulator, {"watcher": graphs}),
+        (nvidia.cublas, {"CublasLt": CublasLt}),
         (triton.testing, {"do_bench": bench, "do_bench_cudagraph": bench}),
     ]
     with ExitStack() as stack:
