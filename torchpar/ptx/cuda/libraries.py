@@ -26,9 +26,7 @@ class CublasLt:
         self._check(a, b, out)
         out.copy_(_wide(a) @ _wide(b).T)
 
-    def gemm(
-        self, a: Tensor, b: Tensor, c: Tensor, out: Tensor, alpha: float, beta: float
-    ) -> None:
+    def gemm(self, a: Tensor, b: Tensor, c: Tensor, out: Tensor, alpha: float, beta: float) -> None:
         """Write alpha·A·Bᵀ + beta·C to ``out``."""
         self._check(a, b, out)
         out.copy_(alpha * (_wide(a) @ _wide(b).T) + beta * _wide(c))

@@ -19,11 +19,15 @@ import numpy as np
 
 from torchpar.ptx.machine.parse import Address, Instruction, Register, flat
 from torchpar.ptx.machine.registers import DTYPES, FLOATS, UNWRITTEN, Cause, Tainted
+from torchpar.ptx.machine.undefined import SUMS, of_conversion, of_sum, of_table
 
 # Instructions whose operands matter: they write memory, or send messages.
 SINKS = ("st", "atom", "red", "stmatrix", "cp", "call", "mbarrier")
 # Instructions that move bits, which they move of a mask, too; and which operands are moved.
-MOVES = {"mov": (1,), "prmt": (1, 2), "shfl": (1,), "shl": (1,), "shr": (1,), "cvta": (1,)}
+MOVES = {
+    **{"mov": (1,), "prmt": (1, 2), "shfl": (1,), "shl": (1,), "shr": (1,), "cvta": (1,)},
+    **{"bfe": (1,), "bfi": (1, 2), "brev": (1,), "shf": (1, 2)},
+}
 
 
 def tainted(warp: Any, index: int, value: Any) -> Tainted | None:
@@ -108,7 +112,12 @@ def _check_sink(warp: Any, i: Instruction, read: dict[int, Tainted]) -> None:
         if isinstance(operand, Address) and isinstance(operand.base, Register):
             matter[operand.base.index] = "is a part of an address"
     for index, what in matter.items():
-        if index in read and index not in i.writes and read[index].mask[warp.mask].any():
+        if index not in read or index in i.writes:
+            continue
+        mask = read[index].mask[warp.mask]
+        if what == "is stored" and i.parts[0] == "st" and i.parts[-1] in DTYPES:
+            mask = mask & full(DTYPES[i.parts[-1]])[0].astype(mask.dtype)  # bits above stay
+        if mask.any():
             report(warp, i, read[index].cause, what)
             return
 
@@ -136,12 +145,21 @@ def _propagate(
         moved = _move(warp, i, read)
         if moved is not None:
             return {index: (mask, cause) for index, mask in moved.items()}
-    bitwise = {"and": _and, "or": _or, "xor": _either, "not": _either, "lop3": _either}
+    bitwise = {"and": _and, "or": _or, "xor": _either, "not": _either}
     kinds = warp.block.gpu.kernel.registers
     if name in bitwise and len(i.writes) == 1:
         width = DTYPES[kinds[i.writes[0]]]
         sources = [_operand(one, values, read, width) for one in i.operands[1:4]]
         return {i.writes[0]: (bitwise[name](sources), cause)}
+    if name == "lop3":
+        sources = [_operand(one, values, read, DTYPES["b32"]) for one in i.operands[1:4]]
+        return {i.writes[0]: (of_table(i.operands[4].bits, sources), cause)}
+    if len(i.writes) == 1 and name in ("cvt", *SUMS):
+        result = DTYPES[kinds[i.writes[0]]]
+        masks = [_mask(one, read, kinds) for one in i.operands[1:]]
+        mask = (of_conversion if name == "cvt" else of_sum)(i.parts, masks, result)
+        if mask is not None:
+            return {i.writes[0]: (mask, cause)}
     if name == "selp":
         width = DTYPES[kinds[i.writes[0]]]
         (_, a), (_, b) = (_operand(one, values, read, width) for one in i.operands[1:3])
@@ -166,6 +184,16 @@ def _of_threads(warp: Any, i: Instruction, read: dict[int, Tainted]) -> dict[int
         mask = full(DTYPES[warp.block.gpu.kernel.registers[index]])
         result[index] = np.where(lanes, mask, mask.dtype.type(0))
     return result
+
+
+def _mask(operand: Any, read: dict[int, Tainted], kinds: Any) -> Any:
+    """Return the undefined bits of an operand."""
+    if isinstance(operand, Register):
+        if operand.index in read:
+            return read[operand.index].mask
+        dtype = DTYPES[kinds[operand.index]]
+        return np.zeros(32, np.bool_ if dtype == np.bool_ else f"u{dtype.itemsize}")
+    return np.zeros(32, np.uint64)
 
 
 def _operand(
