@@ -172,7 +172,7 @@ def _show(report: Report, options: argparse.Namespace, stdout: TextIO, advice: s
         if options.time:
             print(timed(report), end="\n\n")
         print(report)
-        if advice and not (report.launches or report.graphs):
+        if advice and not (report.launches or report.graphs or report.faults):
             print(f"no kernel was launched; {advice}")
     finally:
         if options.report is not None:

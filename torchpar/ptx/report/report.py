@@ -71,7 +71,9 @@ class Fault:
             f"    {where}",
             *([f"        {code}"] if code else []),
             *([f"    configuration {self.configuration}"] if self.configuration else []),
-            f"    program {self.program}: {self.message}",
+            f"    program {self.program}: {self.message}"
+            if self.program
+            else f"    {self.message}",
         ]
         return "\n".join(lines)
 

@@ -41,13 +41,11 @@ def programs_of(used: Resources, warps: int, shared: int, arch: str) -> int:
     )
 
 
-@lru_cache(256)
-def resources(ptx: str, arch: str) -> Resources:
-    """Assemble PTX for ``arch``, such as "sm_90", and return what the kernel takes.
+def assemble(ptx: str, arch: str) -> tuple[int, str]:
+    """Assemble PTX for ``arch``, such as "sm_90", and return ptxas's status, and what it says.
 
     Raises:
         OSError: there is no ptxas.
-        RuntimeError: ptxas refuses the text.
     """
     tool = get_ptxas(int(arch.removeprefix("sm_"))).path
     target = re.search(r"^\.target\s+(\w+)", ptx, re.MULTILINE)
@@ -57,10 +55,22 @@ def resources(ptx: str, arch: str) -> Resources:
         name = target[1] if target else arch
         command = [tool, "-v", f"--gpu-name={name}", str(text), "-o", str(text.with_suffix(".o"))]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"ptxas refuses the kernel: {done.stderr.strip().splitlines()[0]}")
-    registers = re.search(r"Used (\d+) registers", done.stderr)
-    spilled = re.search(r"(\d+) bytes spill stores", done.stderr)
+    return done.returncode, done.stderr
+
+
+@lru_cache(256)
+def resources(ptx: str, arch: str) -> Resources:
+    """Assemble PTX for ``arch``, such as "sm_90", and return what the kernel takes.
+
+    Raises:
+        OSError: there is no ptxas.
+        RuntimeError: ptxas refuses the text.
+    """
+    status, said = assemble(ptx, arch)
+    if status:
+        raise RuntimeError(f"ptxas refuses the kernel: {said.strip().splitlines()[0]}")
+    registers = re.search(r"Used (\d+) registers", said)
+    spilled = re.search(r"(\d+) bytes spill stores", said)
     if registers is None:
         raise RuntimeError("ptxas does not say how many registers the kernel uses")
     return Resources(int(registers[1]), int(spilled[1]) if spilled else 0)

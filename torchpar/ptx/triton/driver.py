@@ -20,7 +20,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import compress
 from pathlib import Path
 from types import FrameType
@@ -38,6 +38,7 @@ from triton.backends.driver import DriverBase
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver as active_driver
+from triton.runtime.errors import PTXASError
 
 from torchpar.ptx.instructions.tma import STRIDES_END, TF32
 from torchpar.ptx.machine import gpu
@@ -54,9 +55,11 @@ from torchpar.ptx.machine.parse import PtxError
 from torchpar.ptx.machine.trace import Trace
 from torchpar.ptx.native.cache import cache_folder, writable
 from torchpar.ptx.native.encoding import FIELDS
+from torchpar.ptx.report.assembly import refusals
 from torchpar.ptx.report.limits import Limits
 from torchpar.ptx.report.report import CapturedGraph, Fault, Kind, Launch, Report, moved
 from torchpar.ptx.triton import autotuner
+from torchpar.ptx.triton.stages import Stages
 
 ARCHITECTURES = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 SHARED_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}  # of a program at most
@@ -547,6 +550,11 @@ class Launcher:
 
     def __init__(self, source: Any, metadata: Any):
         self.source, self.metadata = source, metadata
+        self._refused: str | None = None
+
+    @cached_property
+    def stages(self) -> Stages:
+        return Stages(self.source, self.metadata)
 
     def __call__(
         self,
@@ -565,7 +573,10 @@ class Launcher:
         metadata = self.metadata
         ctas = int(getattr(metadata, "num_ctas", 1))
         _check_grid(x, y, z)
+        refused = self.refused(module, emulator.arch)
         if autotuner.is_trial():
+            if refused:
+                raise PTXASError(refused)
             return
         name = getattr(self.source.fn, "__name__", "kernel")
         names = list(self.source.fn.arg_names)
@@ -600,6 +611,12 @@ class Launcher:
             function = getattr(self.source.fn, "fn", None)
             code = getattr(function, "__code__", None)
             file = code.co_filename if code else ""
+            for fault in refusals(refused, module.text, name, file) if refused else ():
+                fault.launched = launch.launched
+                fault.configuration = autotuner.configuration()
+                emulator.note(fault, (fault.kernel, fault.name, fault.source, fault.message))
+            if refused:  # a GPU could not launch it, either
+                return
             emulator.run(launch, lambda: parameters(arguments), file)
 
         if enter is not None:
@@ -610,6 +627,12 @@ class Launcher:
             execute(arguments)
         if leave is not None:
             leave(launch_metadata)
+
+    def refused(self, module: Module, arch: str) -> str:
+        """Return what ptxas says against the kernel, which has inline assembly."""
+        if self._refused is None:
+            self._refused = self.stages.refused(module.text, arch)
+        return self._refused
 
 
 def _check_memory(name: str, elements: int) -> None:
