@@ -18,7 +18,7 @@ import threading
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import fields
 from functools import cached_property, lru_cache
 from itertools import compress
@@ -59,6 +59,7 @@ from torchpar.ptx.report.assembly import refusals
 from torchpar.ptx.report.limits import Limits
 from torchpar.ptx.report.report import CapturedGraph, Fault, Kind, Launch, Report, moved
 from torchpar.ptx.triton import autotuner
+from torchpar.ptx.triton.assumptions import Assertions, assertions_of
 from torchpar.ptx.triton.stages import Stages
 
 ARCHITECTURES = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
@@ -173,6 +174,7 @@ class Emulator(gpu.Gpu):
         # The memory before a launch, for its other schedules.
         self._before: list[tuple[Allocation, Any]] = []
         self._saves = False
+        self._asserts = False  # what a kernel assumes is executed, and not the kernel
         # The memory before each launch of a block that is undone; None outside of one.
         self._undo: list[tuple[Allocation, Any]] | None = None
 
@@ -335,6 +337,10 @@ class Emulator(gpu.Gpu):
 
     def fault(self, kind: str, name: str, line: int, message: str, warp: Any) -> None:
         """Note a fault of a warp; the launch goes on."""
+        if self._asserts and name == "assertion":
+            name, message = "false assumption", "this is false, and the compiler relies on it"
+        elif self._asserts:  # the launch itself finds it
+            return
         self._note(kind, name, line, message, warp.block.program)
 
     def _note(
@@ -379,14 +385,43 @@ class Emulator(gpu.Gpu):
             _restore(before[::-1])
             self.unwritten = unwritten
 
-    def run(self, launch: Launch, parameters: Callable[[], list[int]], file: str) -> None:
+    def run(
+        self,
+        launch: Launch,
+        parameters: Callable[[], list[int]],
+        file: str,
+        assertions: Assertions | None = None,
+    ) -> None:
         """Execute a launch under each schedule, from the same memory.
 
         Args:
             file: of the kernel's source.
+            assertions: a kernel that asserts what this one assumes.
         """
         with self._lock:  # threads may launch at the same time
+            if assertions is not None:
+                self._check_assumptions(launch, assertions, parameters, file)
             self._run_schedules(launch, parameters, file)
+
+    def _check_assumptions(
+        self,
+        launch: Launch,
+        assertions: Assertions,
+        parameters: Callable[[], list[int]],
+        file: str,
+    ) -> None:
+        """Execute the assertions, and nothing else: memory is afterwards as before."""
+        self._name, self._file, self._launched = launch.kernel, file, launch.launched
+        self.schedule, self.printed, self.trace = self.schedules[0], [], None
+        self._before.clear()
+        self._saves, self._asserts = assertions.writes, True
+        try:
+            self._reset()
+            with suppress(PtxError):  # such as the trap behind an assertion
+                self.launch(assertions.ptx, parameters(), launch.grid, assertions.shared)
+        finally:
+            self._asserts = False
+            _restore(self._before)
 
     def _run_schedules(
         self, launch: Launch, parameters: Callable[[], list[int]], file: str
@@ -556,6 +591,10 @@ class Launcher:
     def stages(self) -> Stages:
         return Stages(self.source, self.metadata)
 
+    @cached_property
+    def assertions(self) -> Assertions | None:
+        return assertions_of(self.stages, self.metadata)
+
     def __call__(
         self,
         x: int,
@@ -617,7 +656,7 @@ class Launcher:
                 emulator.note(fault, (fault.kernel, fault.name, fault.source, fault.message))
             if refused:  # a GPU could not launch it, either
                 return
-            emulator.run(launch, lambda: parameters(arguments), file)
+            emulator.run(launch, lambda: parameters(arguments), file, self.assertions)
 
         if enter is not None:
             enter(launch_metadata)
