@@ -133,6 +133,7 @@ class Copy(Operation):
             self.block.shared.read(warp, self.units, self.unit, self.read, line, fence=True)
             self.block.space.write(warp, self.elements, self.width, self.written, line)
         warp.count_copy(self.elements, self.width, self.units, self.unit)
+        self.block.bulk.append((self.agent, line, "written" if to_shared else "read"))
 
     def fetch(self) -> None:
         if self.to_shared:

@@ -357,6 +357,7 @@ class Reduction(Operation):
             place, rows = space.locate(self.elements, self.width, line)
             space.change(warp, place, rows, self.width, self.written, line, True, True)
         warp.count_copy(self.elements, self.width, self.units, self.unit)
+        self.block.bulk.append((self.agent, line, "read"))
 
     def fetch(self) -> None:
         values = self.block.shared.peek(self.units, self.unit, self.line)

@@ -565,6 +565,7 @@ class Block:
         self.at_barrier: dict[int, list[tuple[Warp, bool]]] = {}
         self.tensor_memory: Any = None  # of sm_100
         self.flying = self.cluster.flying  # asynchronous operations
+        self.bulk: list[tuple[int, int, str]] = []  # bulk copies: agent, line, what must have ended
         self.loads: set[Any] = set()  # mbarriers whose boxes nobody has waited for
         self.spins, self.spin_line = 0, 0
         self.found: dict[tuple[int, int], bytes] = {}  # by what a warp has accessed at a place
@@ -655,12 +656,20 @@ class Block:
                 what = "still expects" if barrier.transactions > 0 else "has got unexpected"
                 message = f"the mbarrier at {address}{self.suffix} {what} bytes"
                 self.gpu.fault("error", "unfinished copy", barrier.line, message, warp)
+        of_bulk = {agent for agent, _, _ in self.bulk}
+        known: Any = self.knowledge.times.any(0)
+        for agent, line, what in self.bulk:  # also those that this schedule has completed
+            if not known[agent]:
+                self._note_unfinished(line, what)
         mine = [one for one in self.flying if self.cluster.owners[one.agent] == self.rank]
         for one in mine:
-            if one.steps and not self.knowledge.times[:, one.agent].any():
-                message = "its block ends before it has read shared memory"
-                self.gpu.fault("error", "unfinished copy", one.line, message, warp)
+            if one.steps and one.agent not in of_bulk and not known[one.agent]:
+                self._note_unfinished(one.line, "read")
             one.advance()
+
+    def _note_unfinished(self, line: int, what: str) -> None:
+        message = f"its block ends before it has {what} shared memory"
+        self.gpu.fault("error", "unfinished copy", line, message, self.warps[0])
 
 
 def _missing(warp: Warp) -> str:

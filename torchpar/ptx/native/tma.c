@@ -633,12 +633,25 @@ static void begin_tensors(Runner *r)
     }
 }
 
-/* Whether the mbarriers expect no more bytes. */
+/* Whether a warp knows that an asynchronous operation has read its sources. */
+static int is_known(const Runner *r, int32_t agent)
+{
+    for (int n = 0; n < r->warp_count; n++)
+        if (r->times[(int64_t)n * r->capacity + agent])
+            return 1;
+    return 0;
+}
+
+/* Whether the mbarriers expect no more bytes, and all boxes have been waited for. */
 static int may_end(const Runner *r)
 {
     for (int n = 0; n < MOST_MBARRIERS; n++)
-        if (r->mbarriers[n].is_live && r->mbarriers[n].bytes)
+        if (r->mbarriers[n].is_loading || (r->mbarriers[n].is_live && r->mbarriers[n].bytes))
             return 0;
+    for (int n = 0; n < r->warp_count; n++)
+        for (int64_t k = 0; k < r->states[n].bulk_count; k++)
+            if (!is_known(r, r->states[n].bulk[k].agent))
+                return 0;
     return 1;
 }
 
