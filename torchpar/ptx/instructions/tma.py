@@ -13,6 +13,7 @@ import numpy as np
 from torchpar.ptx.instructions.atomics import combination
 from torchpar.ptx.instructions.copies import Copy, Places
 from torchpar.ptx.machine.block import Operation, Run, Warp, action, instruction
+from torchpar.ptx.machine.memory import UNWRITTEN
 from torchpar.ptx.machine.parse import Instruction, PtxError
 from torchpar.ptx.machine.registers import DTYPES, HALVES, reader, writer
 from torchpar.ptx.native.encoding import FIELDS
@@ -281,6 +282,25 @@ class Tensor:
         units = swizzle(shared + np.arange(0, self.bytes * at.size, 16), self.swizzle)
         return Places(at.reshape(-1), inside.reshape(-1), self.bytes, units, 16)
 
+    def rest(self, corner: list[int]) -> Any:
+        """Which elements of the box at ``corner`` a store writes outside of the tensor.
+
+        It writes whole pieces of 16 bytes, also where a row of the tensor ends within one
+        (triton-lang/triton#11583).
+        """
+        end = -(-self.sizes[0] * self.bytes // 16) * 16 // self.bytes
+        outside = np.ones(self.box[::-1], np.bool_)
+        for d, index in enumerate(np.indices(self.box[::-1])[::-1]):
+            position = index + corner[d]
+            first = 0 if d else self.sizes[0]
+            outside &= (position >= first) & (position < (self.sizes[d] if d else end))
+        return outside.reshape(-1)
+
+    @property
+    def has_padded_rows(self) -> bool:
+        """Whether nothing but what fills up 16 bytes lies behind a row."""
+        return self.rank > 1 and self.strides[1] == -(-self.sizes[0] * self.bytes // 16) * 16
+
 
 def places_of(
     warp: Warp, i: Instruction, address: Any, corner: tuple[Any, ...], shared: Any
@@ -332,12 +352,46 @@ def _load_box(warp: Warp, i: Instruction, shared: Any, address: Any, *others: An
 
 @action(*(f"{tile}.global.shared::cta.bulk_group" for tile in TILES), single=True)
 def _store_box(warp: Warp, i: Instruction, address: Any, *others: Any) -> None:
-    """What is outside of the tensor is not stored."""
+    """What is outside of the tensor is not stored, but for the rest of 16 bytes."""
     *corner, shared = others
-    places, _ = places_of(warp, i, address, tuple(corner), shared)
+    places, tensor = places_of(warp, i, address, tuple(corner), shared)
+    places = _with_rest(warp, i, places, tensor, tuple(corner))
     operation = Copy(warp, i.line, "a bulk store", places, to_shared=False)
     warp.groups["cp.async.bulk", int(warp.lanes()[0])][-1].append(operation)
     operation.start(warp.block)
+
+
+def _with_rest(
+    warp: Warp, i: Instruction, places: Places, tensor: Tensor, corner: tuple[Any, ...]
+) -> Places:
+    """Return the places of a store with what it writes outside of the tensor.
+
+    What lies behind the storage, and what nobody has written, is left out: nobody minds.
+    """
+    if tensor.sizes[0] * tensor.bytes % 16 == 0:
+        return places
+    rest = tensor.rest([int(one.view(np.int32)[0]) for one in corner])
+    space = warp.block.space
+    place = space.known(tensor.base)
+    if place is None or not rest.any():
+        return places
+    rest &= (places.elements >= place.start) & (places.elements + places.width <= place.end)
+    if not rest.any():
+        return places
+    if places.width < place.unit:
+        place.refine(places.width)
+    rows = (places.elements[rest] - place.base) // places.width
+    rest[rest] = (place.shadow(place.writes, places.width)[rows] != UNWRITTEN).any(1)
+    if not rest.any():
+        return places
+    first = place.where(int(places.elements[rest][0]) - place.base)
+    message = (
+        f"writes {first}, which is outside of the descriptor's tensor: TMA stores whole pieces of "
+        f"16 bytes, and a row of it has {tensor.sizes[0] * tensor.bytes} bytes"
+    )
+    kind = "warning" if tensor.has_padded_rows else "error"
+    warp.block.gpu.fault(kind, "out of bounds", i.line, message, warp)
+    return places._replace(inside=places.inside | rest)
 
 
 class Reduction(Operation):

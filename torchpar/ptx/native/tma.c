@@ -540,6 +540,29 @@ static int load_box(Warp *w, const Instruction *i, uint32_t mask)
     return BUDGET;
 }
 
+/* Whether a store writes the rest of 16 bytes behind a row of the tensor, where somebody has
+   written: `tma._with_rest`. */
+static int writes_rest(const Runner *r, const Box *box)
+{
+    const Tensor *t = &box->tensor;
+    const int64_t of_box = (int64_t)t->box[0] * t->width;
+    if ((int64_t)t->sizes[0] * t->width % 16 == 0)
+        return 0;
+    for (int64_t n = 0; n < r->run_count; n++) {
+        const Stretch *one = &r->runs[n];
+        const int64_t end = one->offset + one->bytes;
+        const int64_t left = of_box - (one->start % of_box + one->bytes); /* of the box's row */
+        int64_t rest = (16 - end % 16) % 16;
+        if (left < rest)
+            rest = left;
+        for (int64_t at = end; at < end + rest; at += t->width)
+            if (box->place->base + at + t->width <= box->place->end &&
+                box->place->writes[at / box->place->unit] != UNWRITTEN)
+                return 1;
+    }
+    return 0;
+}
+
 static int store_box(Warp *w, const Instruction *i, uint32_t mask)
 {
     Runner *r = w->runner;
@@ -550,7 +573,8 @@ static int store_box(Warp *w, const Instruction *i, uint32_t mask)
     const int32_t *fenced;
     if (w->events->count + 2 > w->events->capacity)
         return GROW;
-    if (!is_single(mask) || !find_box(w, i, lane, i->from[0], i->from[1], &box))
+    if (!is_single(mask) || !find_box(w, i, lane, i->from[0], i->from[1], &box) ||
+        writes_rest(r, &box))
         return PYTHON;
     const int32_t read = begin_box(w, i, w->store_box_name, &agent);
     fenced = r->fenced + (int64_t)w->index * r->capacity;
