@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ptx import cases, mutants, tutorials
-from ptx.faults import FAULTS
+from ptx.faults import FAULTS, scratch_memory
 from ptx.launch import Gpu
 from ptx.right import RIGHT
 from torchpar.ptx import Report, emulate
@@ -404,6 +404,7 @@ def add_tiles_kernel(x, out, rows, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
 def test_tensormaps_of_programs(rows):
     def run() -> list[tuple[Tensor, ...]]:
         x, out = torch.arange(rows * 160.0).reshape(rows, 160), torch.zeros(rows, 32)
+        triton.set_allocator(scratch_memory)
         add_tiles_kernel[(triton.cdiv(rows, 16),)](x, out, rows, 160, 16, num_warps=2)
         return [(out,)]
 

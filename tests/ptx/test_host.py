@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ptx.faults import scratch_memory
 from ptx.test_core import in_python
 from torchpar.ptx import emulate
 
@@ -101,6 +102,7 @@ def load_own_box_kernel(x, out, rows, stride, BM: tl.constexpr, BN: tl.constexpr
 def test_boxes_of_descriptors_may_have_nan_outside_of_the_tensor(dtype):
     x = torch.randn(24, 16).to(dtype)
     by_host, by_device = torch.empty(2, 16, 16, dtype=dtype)
+    triton.set_allocator(scratch_memory)
     with emulate() as gpu:
         box = TensorDescriptor.from_tensor(x, [16, 16], padding="nan")
         load_box_kernel[(1,)](box, by_host, 16, 16, 16)

@@ -3,8 +3,10 @@
 
     pytest -p torchpar.ptx.pytest --ptx=sm_90 --cuda-is-cpu
 
-With ``--cuda-is-cpu`` the device "cuda" means the CPU, also where test modules are imported. A test fails if one of its kernels has an error. The warnings and notes are in the test's report.
-A fixture of a module or a session belongs to the test that sets it up, or that tears it down.
+With ``--cuda-is-cpu`` the device "cuda" means the CPU, also where test modules are imported.
+
+A test fails if one of its kernels has an error. The warnings and notes are in the test's report. A
+fixture of a module or a session belongs to the test that sets it up, or that tears it down.
 """
 
 import unittest

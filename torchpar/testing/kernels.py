@@ -2,6 +2,7 @@
 """Check Triton kernels without a GPU: they are compiled for one, and executed on this CPU."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import copy_context
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -169,18 +170,28 @@ def check_kernel(
     right = _expected(reference, arguments, given)
     exact = _expected(reference, arguments, given, torch.float64)
     with emulate(arch, schedules="all") as gpu:
-        kernel[grid](*launched, **options)
+        copy_context().run(_launch_alone, kernel, grid, launched, options)
     written, before = (
         {name: a for name, a in zip(names, one, strict=False) if isinstance(a, Tensor)}
         for one in (launched, arguments)
     )
     rows = [Row("values", *outcome_of(partial(_compare, written, before, right, exact)))]
-    if gpu.launches:
+    if gpu.launches or gpu.faults:
         rows += [Row(*one) for one in fault_rows(gpu.report().faults)]
         rows.append(Row(*resource_row([gpu])))
     else:  # Triton launches nothing
         rows += [Row(row, "not run", EMPTY_GRID) for row in (*ROWS, OTHERS, RESOURCES)]
     return OperatorTable(f"{_function(kernel).__name__} for {arch}", rows)
+
+
+def _launch_alone(
+    kernel: Kernel, grid: object, arguments: Sequence[object], options: Mapping[str, object]
+) -> None:
+    """Launch a kernel whose descriptors may need an allocator, which its program would set."""
+    import triton
+
+    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8))
+    kernel[grid](*arguments, **options)
 
 
 def _copies(arguments: Sequence[object]) -> list[object]:

@@ -145,21 +145,10 @@ def _propagate(
         moved = _move(warp, i, read)
         if moved is not None:
             return {index: (mask, cause) for index, mask in moved.items()}
-    bitwise = {"and": _and, "or": _or, "xor": _either, "not": _either}
     kinds = warp.block.gpu.kernel.registers
-    if name in bitwise and len(i.writes) == 1:
-        width = DTYPES[kinds[i.writes[0]]]
-        sources = [_operand(one, values, read, width) for one in i.operands[1:4]]
-        return {i.writes[0]: (bitwise[name](sources), cause)}
-    if name == "lop3":
-        sources = [_operand(one, values, read, DTYPES["b32"]) for one in i.operands[1:4]]
-        return {i.writes[0]: (of_table(i.operands[4].bits, sources), cause)}
-    if len(i.writes) == 1 and name in ("cvt", *SUMS):
-        result = DTYPES[kinds[i.writes[0]]]
-        masks = [_mask(one, read, kinds) for one in i.operands[1:]]
-        mask = (of_conversion if name == "cvt" else of_sum)(i.parts, masks, result)
-        if mask is not None:
-            return {i.writes[0]: (mask, cause)}
+    mask = _of_bits(i, values, read, kinds) if len(i.writes) == 1 else None
+    if mask is not None:
+        return {i.writes[0]: (mask, cause)}
     if name == "selp":
         width = DTYPES[kinds[i.writes[0]]]
         (_, a), (_, b) = (_operand(one, values, read, width) for one in i.operands[1:3])
@@ -184,6 +173,21 @@ def _of_threads(warp: Any, i: Instruction, read: dict[int, Tainted]) -> dict[int
         mask = full(DTYPES[warp.block.gpu.kernel.registers[index]])
         result[index] = np.where(lanes, mask, mask.dtype.type(0))
     return result
+
+
+def _of_bits(i: Instruction, values: dict[int, Any], read: dict[int, Tainted], kinds: Any) -> Any:
+    """Return the undefined bits of a result where the instruction keeps bits apart, or None."""
+    name, dtype = i.parts[0], DTYPES[kinds[i.writes[0]]]
+    bitwise = {"and": _and, "or": _or, "xor": _either, "not": _either}
+    if name in bitwise:
+        return bitwise[name]([_operand(one, values, read, dtype) for one in i.operands[1:4]])
+    if name == "lop3":
+        sources = [_operand(one, values, read, dtype) for one in i.operands[1:4]]
+        return of_table(i.operands[4].bits, sources)
+    if name in ("cvt", *SUMS):
+        masks = [_mask(one, read, kinds) for one in i.operands[1:]]
+        return (of_conversion if name == "cvt" else of_sum)(i.parts, masks, dtype)
+    return None
 
 
 def _mask(operand: Any, read: dict[int, Tainted], kinds: Any) -> Any:

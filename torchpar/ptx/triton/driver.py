@@ -37,6 +37,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import CompiledKernel
+from triton.runtime._allocation import NullAllocator, _allocator
 from triton.runtime.driver import driver as active_driver
 from triton.runtime.errors import PTXASError
 
@@ -57,7 +58,15 @@ from torchpar.ptx.native.cache import cache_folder, writable
 from torchpar.ptx.native.encoding import FIELDS
 from torchpar.ptx.report.assembly import refusals
 from torchpar.ptx.report.limits import Limits
-from torchpar.ptx.report.report import CapturedGraph, Fault, Kind, Launch, Report, moved
+from torchpar.ptx.report.report import (
+    CapturedGraph,
+    Fault,
+    HostFault,
+    Kind,
+    Launch,
+    Report,
+    moved,
+)
 from torchpar.ptx.triton import autotuner
 from torchpar.ptx.triton.assumptions import Assertions, assertions_of
 from torchpar.ptx.triton.stages import Stages
@@ -612,10 +621,8 @@ class Launcher:
         metadata = self.metadata
         ctas = int(getattr(metadata, "num_ctas", 1))
         _check_grid(x, y, z)
-        refused = self.refused(module, emulator.arch)
+        self._try(module, emulator.arch)
         if autotuner.is_trial():
-            if refused:
-                raise PTXASError(refused)
             return
         name = getattr(self.source.fn, "__name__", "kernel")
         names = list(self.source.fn.arg_names)
@@ -628,12 +635,7 @@ class Launcher:
             signature = self.source.signature.values()
             for name, kind, value in zip(names, signature, arguments, strict=True):
                 _flatten(emulator, name, kind, value, maps if has_maps else None, values)
-            for what, size in (
-                ("scratch memory", metadata.global_scratch_size),
-                ("memory of profiles", metadata.profile_scratch_size),
-            ):
-                total = size * programs
-                values.append(emulator.allocate(what, total).base if total else 0)
+            values += self._scratch(emulator, programs)
             return values
 
         def execute(arguments: Sequence[Any]) -> None:
@@ -647,16 +649,7 @@ class Launcher:
                 launched=_launching_line(),
                 ctas=ctas,
             )
-            function = getattr(self.source.fn, "fn", None)
-            code = getattr(function, "__code__", None)
-            file = code.co_filename if code else ""
-            for fault in refusals(refused, module.text, name, file) if refused else ():
-                fault.launched = launch.launched
-                fault.configuration = autotuner.configuration()
-                emulator.note(fault, (fault.kernel, fault.name, fault.source, fault.message))
-            if refused:  # a GPU could not launch it, either
-                return
-            emulator.run(launch, lambda: parameters(arguments), file, self.assertions)
+            self._execute(emulator, launch, lambda: parameters(arguments))
 
         if enter is not None:
             enter(launch_metadata)
@@ -667,11 +660,51 @@ class Launcher:
         if leave is not None:
             leave(launch_metadata)
 
-    def refused(self, module: Module, arch: str) -> str:
-        """Return what ptxas says against the kernel, which has inline assembly."""
+    def _scratch(self, emulator: Emulator, programs: int) -> list[int]:
+        """Return the addresses of memory that the compiler asks for, and that nobody has written."""
+        sizes = {
+            "scratch memory": self.metadata.global_scratch_size * programs,
+            "memory of profiles": self.metadata.profile_scratch_size * programs,
+        }
+        return [emulator.allocate(what, n).base if n else 0 for what, n in sizes.items()]
+
+    def _try(self, module: Module, arch: str) -> None:
+        """Ask ptxas, once, whether it refuses a kernel with inline assembly.
+
+        Raises:
+            PTXASError: it does, so that an autotuner takes another configuration.
+        """
         if self._refused is None:
             self._refused = self.stages.refused(module.text, arch)
-        return self._refused
+        if self._refused and autotuner.is_trial():
+            raise PTXASError(self._refused)
+
+    def _execute(
+        self, emulator: Emulator, launch: Launch, parameters: Callable[[], list[int]]
+    ) -> None:
+        code = getattr(getattr(self.source.fn, "fn", None), "__code__", None)
+        file = code.co_filename if code else ""
+        if self._refused:  # a GPU could not launch it, either
+            for fault in refusals(self._refused, launch.ptx, launch.kernel, file):
+                fault.launched = launch.launched
+                fault.configuration = autotuner.configuration()
+                emulator.note(fault, (fault.kernel, fault.name, fault.source, fault.message))
+            return
+        self._check_allocator(emulator, launch)
+        emulator.run(launch, parameters, file, self.assertions)
+
+    def _check_allocator(self, emulator: Emulator, launch: Launch) -> None:
+        """Note that nobody has given Triton an allocator, which this kernel's scratch memory needs.
+
+        Descriptors that are made on the device lie there. Here the memory is the emulator's own.
+        """
+        if self.metadata.global_scratch_size and isinstance(_allocator.get(), NullAllocator):
+            message = (
+                "Triton would raise: Kernel requires a runtime memory allocation, but no allocator "
+                "was set; call triton.set_allocator in this thread"
+            )
+            name, place = f"no allocator for {launch.kernel}", launch.launched
+            emulator.note(HostFault("error", name, message, source=place), (name, place))
 
 
 def _check_memory(name: str, elements: int) -> None:
@@ -1027,8 +1060,8 @@ def emulate(
             "all": the others are executed before it, and what they write is undone.
 
     Raises:
-        ValueError: another architecture, schedule or word for configurations, or no multiprocessors; TRITON_INTERPRET is
-            set.
+        ValueError: another architecture, schedule or word for configurations, or no
+            multiprocessors; TRITON_INTERPRET is set.
     """
     if arch not in tuple(ARCHITECTURES):
         raise ValueError(f"arch is {arch!r}, expected one of {', '.join(ARCHITECTURES)}")

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: MIT
+"""Scripts and tests that say "cuda": the plugin's flag, stand-ins for libraries, and advice."""
+
+import textwrap
+
+import pytest
+import torch
+from commands import ROOT
+
+from torchpar.ptx import command
+
+pytest_plugins = ["pytester"]
+
+NEEDS_CUDA = 'a script that launches kernels only for device="cuda" needs --cuda-is-cpu'
+TEST = """
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+DEVICE = torch.device("cuda")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+@triton.jit
+def scale(x, out, n, B: tl.constexpr):
+    i = tl.program_id(0) * B + tl.arange(0, B)
+    tl.store(out + i, 2 * tl.load(x + i, mask=i < n), mask=i < n)
+
+
+def test_scale():
+    x = torch.randn(1000, device="cuda")
+    out = torch.empty_like(x)
+    scale[(4,)](x, out, 1000, B=256)
+    torch.testing.assert_close(out, 2 * x)
+
+
+def test_wrong():
+    x = torch.randn(1000, device=DEVICE)
+    scale[(4,)](x, torch.empty_like(x), 1001, B=256)
+"""
+
+
+def run_tests(pytester, tests: str, *flags: str):
+    pytester.makeconftest("import torch\nFOUND = torch.cuda.is_available()")
+    pytester.makepyfile(tests)
+    pytester.makeini(f"[pytest]\npythonpath = {ROOT}")
+    return pytester.runpytest_inprocess("-p", "torchpar.ptx.pytest", *flags)
+
+
+def test_the_plugin_lets_cuda_be_the_cpu(pytester):
+    """Also where modules are imported, and afterwards no more."""
+    found = run_tests(pytester, TEST, "--ptx=sm_90", "--cuda-is-cpu")
+    found.assert_outcomes(passed=1, failed=1)
+    assert "out of bounds in scale" in found.stdout.str()
+    assert torch.cuda.is_available.__module__ == "torch.cuda"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the test's tensor would be made")
+def test_a_test_that_says_cuda_is_told_of_the_flag(pytester):
+    test = "import torch\ndef test():\n    torch.ones(3, device='cuda')"
+    found = run_tests(pytester, test, "--ptx=sm_90")
+    found.assert_outcomes(failed=1)
+    assert NEEDS_CUDA in found.stdout.str()
+
+
+def test_the_flag_alone_names_no_gpu(pytester):
+    found = run_tests(pytester, "def test(): ...", "--cuda-is-cpu")
+    assert found.ret == pytest.ExitCode.USAGE_ERROR
+    found.stderr.fnmatch_lines(["*--cuda-is-cpu needs a GPU; name it, as by --ptx=sm_90*"])
+
+
+def run_script(tmp_path, code: str, *flags: str) -> int:
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(code), "utf-8")
+    return command.main([*flags, str(script)])
+
+
+def test_stand_ins_for_libraries_multiply_or_fail_when_they_are_used(tmp_path):
+    code = """
+        import torch
+        from triton._C.libtriton import nvidia
+
+        cublas = nvidia.cublas.CublasLt(torch.empty(1024, device="cuda", dtype=torch.uint8))
+        add = torch.cuda._compile_kernel('extern "C"', "add")
+        a, b, c = (torch.randn(n, 7, device="cuda").half() for n in (5, 3, 5))
+        out = torch.empty(5, 3, device="cuda", dtype=torch.half)
+        cublas.matmul(a, b, out)
+        assert torch.equal(out, (a.float() @ b.float().T).half())
+        cublas.gemm(a, b, c[:, :3], out, 2.0, 0.5)
+        assert torch.equal(out, (2 * (a.float() @ b.float().T) + 0.5 * c[:, :3].float()).half())
+        for use in (lambda: add((1,), (1,), []), lambda: cublas.block_scaled_matmul_nvfp4(a)):
+            try:
+                use()
+            except NotImplementedError as e:
+                assert "not emulated" in str(e)
+            else:
+                raise AssertionError("not refused")
+        try:
+            cublas.matmul(a, c[:, :3], out)
+        except RuntimeError as e:
+            assert "expected (M, K), (N, K) and (M, N)" in str(e)
+    """
+    assert run_script(tmp_path, code, "--cuda-is-cpu") == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("end", ["sys.exit('no GPU')", "sys.exit(0)", "raise ValueError('no GPU')"])
+def test_a_script_that_ends_itself_without_a_gpu_is_told_of_the_flag(end, tmp_path, capsys):
+    code = f"import sys, torch\nif not torch.cuda.is_available(): {end}"
+    try:
+        assert run_script(tmp_path, code) == 0
+    except (SystemExit, ValueError) as e:
+        notes = getattr(e, "__notes__", [])
+    else:
+        notes = []
+    assert NEEDS_CUDA in capsys.readouterr().out + "".join(notes)

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: MIT
+"""Autotuned kernels: the first configuration that fits, and all of them."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from torchpar.ptx import command, emulate
+
+
+@triton.autotune([triton.Config({"B": size}) for size in (4096, 512, 256)], key=["n"])
+@triton.jit
+def twice_kernel(x, out, n, B: tl.constexpr):
+    tl.static_assert(B <= 1024)
+    i = tl.program_id(0) * B + tl.arange(0, B)
+    is_mine = i < n if B != 256 else i < n + 1  # FAULT: of one configuration
+    tl.store(out + i, 2 * tl.load(x + i, is_mine), is_mine)
+
+
+TILES = [triton.Config({"B": 128, "K": 128}, num_stages=4), triton.Config({"B": 16, "K": 32})]
+
+
+@triton.autotune(TILES, key=["n"], reset_to_zero=["total"])
+@triton.jit
+def square_kernel(x, out, total, n, B: tl.constexpr, K: tl.constexpr):
+    i, k = tl.arange(0, B), tl.arange(0, K)
+    row, col = tl.program_id(0) * B + i[:, None], tl.program_id(1) * B + i[None, :]
+    acc = tl.zeros((B, B), tl.float32)
+    for s in range(0, n, K):
+        a, b = tl.load(x + row * n + s + k[None, :]), tl.load(x + (s + k[:, None]) * n + col)
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+    tl.store(out + row * n + col, acc)
+    tl.atomic_add(total, 1.0)
+
+
+def launch_twice(n: int = 1000) -> tuple[torch.Tensor, torch.Tensor]:
+    x, out = torch.randn(n), torch.zeros(n)
+    twice_kernel[lambda m: (triton.cdiv(n, m["B"]),)](x, out, n)
+    return x, out
+
+
+def test_a_configuration_that_does_not_compile_is_left_out_in_one_line():
+    with emulate() as gpu:
+        for _ in range(2):
+            x, out = launch_twice()
+            assert torch.equal(out, 2 * x)
+    assert [launch.configuration[:6] for launch in gpu.launches] == ["B: 512"] * 2
+    (note,) = gpu.faults
+    assert (note.kind, note.name) == ("note", "configuration left out")
+    assert str(note).startswith("· note: configuration left out in twice_kernel: B: 4096, ")
+    assert str(note).endswith("tl.static_assert(B <= 1024) fails")
+
+
+def test_all_configurations_are_executed_from_the_same_memory():
+    """And the fault of the last one, which is not taken, is named with it."""
+    with emulate(configurations="all") as gpu:
+        x, out = launch_twice()
+    assert torch.equal(out, 2 * x)
+    assert [one.configuration[:6] for one in gpu.launches] == ["B: 256", "B: 512"]
+    errors = gpu.report().errors
+    assert {fault.name for fault in errors} == {"out of bounds"}
+    assert all("B: 256" in fault.configuration in str(fault) for fault in errors)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("configurations", ["first", "all"])
+def test_a_configuration_that_does_not_fit_is_left_out(configurations):
+    x, out, total = torch.randn(128, 128), torch.empty(128, 128), torch.full((1,), 5.0)
+    with emulate(configurations=configurations) as gpu:
+        square_kernel[lambda m: (128 // m["B"], 128 // m["B"])](x, out, total, 128)
+    torch.testing.assert_close(out, x @ x, atol=1e-4, rtol=0)
+    assert total.item() == 64
+    assert ["out of resource: shared memory" in one.message for one in gpu.faults] == [True]
+
+
+@pytest.mark.slow
+def test_the_command_executes_all_configurations(tmp_path, capsys):
+    script = tmp_path / "script.py"
+    code = "from ptx.test_tuned import launch_twice\nlaunch_twice()"
+    script.write_text(code, "utf-8")
+    assert command.main([str(script)]) == 0
+    assert "1 note\n" in capsys.readouterr().out
+    assert command.main(["--configurations", "all", str(script)]) == 1
+    assert "configuration B: 256" in capsys.readouterr().out
+
+
+def test_another_word_for_configurations_is_refused():
+    with pytest.raises(ValueError, match="expected 'first' or 'all'"), emulate(configurations="x"):
+        raise AssertionError("not reached")
