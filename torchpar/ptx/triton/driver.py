@@ -661,7 +661,7 @@ class Launcher:
             leave(launch_metadata)
 
     def _scratch(self, emulator: Emulator, programs: int) -> list[int]:
-        """Return the addresses of memory that the compiler asks for, and that nobody has written."""
+        """Return the addresses of memory that the compiler asks for; nobody has written it."""
         sizes = {
             "scratch memory": self.metadata.global_scratch_size * programs,
             "memory of profiles": self.metadata.profile_scratch_size * programs,
