@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What ptxas of Triton's wheel refuses of a kernel, in its words."""
+"""Refusals of a kernel by ptxas of Triton's wheel, in its words."""
 
 import re
 

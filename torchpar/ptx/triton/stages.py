@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What Triton's cache has of a compiled kernel: its first stage, and files of ours beside it."""
+"""A compiled kernel in Triton's cache: its first stage, and files of ours beside it."""
 
 from collections.abc import Callable
 from contextlib import suppress
