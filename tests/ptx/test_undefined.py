@@ -89,6 +89,10 @@ def dots_kernel(x, y, out, B: tl.constexpr):
     tl.store(out + tl.program_id(0), tl.sum(tl.load(x + i) * tl.load(y + i)))
 
 
+@pytest.mark.skipif(
+    tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8),
+    reason="warps have no copies of this sum",
+)
 def test_copies_near_zero_in_several_warps_are_a_note():
     """Warps 2 and 3 have copies of 64 products; another order of sums changes more than the last
     bits of a sum near zero."""
