@@ -457,6 +457,8 @@ class Warp:
             self.fill(i.writes, i.opcode)
             if i.whole:
                 raise PtxError(i.line, f"a part of {self.name} executes {i.opcode}")
+            if any(type(registers[index]) is Tainted for index in i.writes):
+                raise TypeError(f"{i.opcode} writes a part of undefined bits")  # to `advance`
         pc, threads = self.pc, 32 if mask is ALL else mask.tobytes().count(1)
         self.pc += 1
         stop = False

@@ -8,8 +8,9 @@ Global memory moves in sectors of 32 bytes: an instruction of a warp is one requ
 many sectors as its threads touch. Shared memory has 32 banks of 4 bytes. Threads that access
 several words of a bank take turns, each of which is a wavefront. The threads of a warp access 4
 bytes or less together, 8 bytes by halves of the warp, and 16 bytes by quarters. A word is read once
-for all threads that ask for it, and no turn is taken for a half or a quarter that asks for what the
-one before it has asked for (NVIDIA, "Nsight Compute: Profiling Guide", "Memory Tables").
+for all threads that ask for it, and no turn is taken for a half or a quarter that reads what the
+one before it has read (NVIDIA, "Nsight Compute: Profiling Guide", "Memory Tables"). Each half or
+quarter that stores takes its turn, as an H200 counts (tests/ptx/test_nsight.py).
 """
 
 from collections import defaultdict
@@ -66,11 +67,12 @@ def least_sectors(addresses: Any, width: int) -> int:
     return -(-_distinct(addresses) * width // SECTOR)
 
 
-def wavefronts(addresses: Any, lanes: Any, width: int) -> tuple[int, int]:
+def wavefronts(addresses: Any, lanes: Any, width: int, is_store: bool = False) -> tuple[int, int]:
     """Return the number of wavefronts of a request, and the least that its words need.
 
     Args:
         lanes: the threads; None for a box, whose rows are stored side by side.
+        is_store: by threads, so that no half or quarter of a warp is served by another one's turn.
     """
     if lanes is None or width > WAVEFRONT // 8:
         count = -(-len(addresses) * width // WAVEFRONT)
@@ -82,7 +84,7 @@ def wavefronts(addresses: Any, lanes: Any, width: int) -> tuple[int, int]:
         mine = addresses[(lanes >= first) & (lanes < first + together)]
         words = np.unique(mine // WORD + np.arange(-(-width // WORD))[:, None])
         asked = set(words.tolist())
-        if asked <= before:  # also if there are none
+        if not asked or (asked <= before and not is_store):
             continue
         before = asked
         found += int(np.bincount(words % BANKS).max())
@@ -132,7 +134,8 @@ class Counts:
 
     def access_shared(self, pc: int, addresses: Any, lanes: Any, width: int) -> None:
         row = self.table[pc]
-        found, possible = wavefronts(addresses, lanes, width)
+        is_store = self.kernel.instructions[pc].parts[0] == "st"
+        found, possible = wavefronts(addresses, lanes, width, is_store)
         row[Column.SHARED_REQUESTS] += 1
         row[Column.SHARED_BYTES] += addresses.size * width
         row[Column.WAVEFRONTS] += found

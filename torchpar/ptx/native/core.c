@@ -1098,7 +1098,7 @@ static void count_global(const Warp *w, const Instruction *i, const Access *at, 
     row[LEAST_SECTORS] += ((int64_t)distinct(at->offsets, at->count) * width + 31) / 32;
 }
 
-/* `counters.wavefronts`: threads go together that access 128 bytes, and a group that asks only for
+/* `counters.wavefronts`: threads go together that access 128 bytes, and a group that reads only
    words of the last group that was served takes no turn. */
 static void count_shared(const Warp *w, const Instruction *i, const Access *at, int width)
 {
@@ -1107,7 +1107,7 @@ static void count_shared(const Warp *w, const Instruction *i, const Access *at, 
     int count_before = 0;
     for (int n = 0; n < at->count;) {
         const int group = at->lanes[n] / together;
-        int count = 0, is_new = 0, ordered = 1;
+        int count = 0, is_new = i->kind == STORE, ordered = 1;
         for (; n < at->count && at->lanes[n] / together == group; n++)
             for (int k = 0; k < each; k++) {
                 words[count] = at->offsets[n] / 4 + k;
