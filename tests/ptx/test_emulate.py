@@ -258,7 +258,11 @@ def test_a_program_may_wait_for_a_later_one_but_not_for_none():
         assert flag.item() == 1
         flag.zero_()
         wait_for_nobody[(4,)](flag)
-    assert "no other program writes" in only(gpu.faults, "deadlock").message
+    fault = only(gpu.faults, "deadlock")
+    assert "no other program writes" in fault.message
+    assert fault.program in [(n, 0, 0) for n in range(4)]
+    assert fault.launch == 2
+    assert "(launch 2)" in str(fault)
 
 
 def test_copies_of_a_small_tensor_in_several_warps_are_no_fault():

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from torchpar.errors import ConfigError
-from torchpar.testing import OperatorTable, check_kernel, check_operator
+from torchpar.testing import case, OperatorTable, check_kernel, check_operator
 
 
 @triton.jit
@@ -283,3 +283,9 @@ def test_integers_are_compared_exactly():
         BLOCK=16,
     )
     assert found["values"].detail.startswith("out: ")
+
+
+def test_an_infinity_is_off_by_infinity():
+    infinite, finite = torch.tensor([1.0, float("inf")]), torch.tensor([1.0, 2.0])
+    assert case._difference(infinite, finite) == "off by inf, of 2.0e+00"
+    assert case._difference(infinite, infinite + finite) == "off by 1.0e+00, of inf"

@@ -429,13 +429,16 @@ def _difference(actual: Tensor, expected: Tensor) -> str:  # noqa: PLR0911  # on
             f"NaN at {int(a.isnan().sum())} of {a.numel()} places, expected at "
             f"{int(e.isnan().sum())}"
         )
+    size = float(e.nan_to_num(0, math.inf, -math.inf).abs().max())
+    is_infinite = a.isinf() | e.isinf()
+    at_infinity = bool((a != e)[is_infinite].any())
     a, e = a.nan_to_num(0), e.nan_to_num(0)  # infinities count as the largest numbers
-    size = float(e.abs().max())
     if not a.any():
         return f"0, of {size:.1e}"
     is_conjugate = actual.is_complex() and near(actual.conj(), expected, ALIKE)
     cause = "conjugated" if is_conjugate else likely_cause(a, e)
-    return with_cause(f"off by {float((a - e).abs().max()):.1e}, of {size:.1e}", cause)
+    off = math.inf if at_infinity else float((a - e).abs().max())
+    return with_cause(f"off by {off:.1e}, of {size:.1e}", cause)
 
 
 def with_cause(message: str, cause: str) -> str:

@@ -201,7 +201,9 @@ class Gpu:
                 reason = "each program waits for a value that no other program writes"
                 if started < count:
                     reason += f"; {count - started} programs wait for a place on the GPU"
-                raise PtxError(block.spin_line, reason, "deadlock")
+                deadlock = PtxError(block.spin_line, reason, "deadlock")
+                deadlock.program = block.position
+                raise deadlock
 
     def _run_blocks(self, blocks: Blocks, positions: Any, number: int, may_share: bool) -> int:
         """Let the core execute blocks as a whole, and return how many.

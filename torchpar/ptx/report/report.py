@@ -42,6 +42,7 @@ class Fault:
         count: how often it happened.
         launched: the file and the line of the program that launched the kernel, in the first case.
         configuration: of an autotuned kernel, in the first case.
+        launch: the number of that launch among all launches, from 1 on.
     """
 
     kind: Kind
@@ -54,6 +55,7 @@ class Fault:
     count: int = 1
     launched: tuple[str, int] | None = None
     configuration: str = ""
+    launch: int = 1
 
     def __str__(self) -> str:
         where = f"line {self.line} of the PTX"
@@ -65,6 +67,7 @@ class Fault:
         if self.launched is not None:
             path, number = self.launched
             where += f", launched at {shown_path(path)}:{number}"
+            where += f" (launch {self.launch:,})" if self.launch > 1 else ""
         times = f", {self.count} times" if self.count > 1 else ""
         lines = [
             f"{MARKS[self.kind]} {self.kind}: {self.name} in {self.kernel}{times}",

@@ -369,6 +369,7 @@ class Emulator(gpu.Gpu):
             source,
             launched=self._launched,
             configuration=autotuner.configuration(),
+            launch=len(self.launches) + 1,
         )
         self.note(fault, key)
 
@@ -1042,7 +1043,7 @@ def why_not_compiled() -> str:
 def emulate(
     arch: str = "sm_90",
     schedules: str = "one",
-    multiprocessors: int = 4,
+    multiprocessors: int | None = None,
     traces: bool = False,
     configurations: str = "first",
 ) -> Iterator[Emulator]:
@@ -1054,7 +1055,8 @@ def emulate(
         arch: "sm_80" (A100), "sm_90" (H100) or "sm_100" (B200).
         schedules: "one", or "all": execute each launch three times, with asynchronous operations
             that complete early, late and at random, and warps in other orders.
-        multiprocessors: of the GPU, which persistent kernels ask for.
+        multiprocessors: of the GPU, which persistent kernels and torchpar's rules ask for; None:
+            108 of an A100, 132 of an H100, 148 of a B200.
         traces: record the first program of each kernel, for the pictures of the report's page.
         configurations: of an autotuned kernel: "first", the first one that compiles and fits; or
             "all": the others are executed before it, and what they write is undone.
@@ -1071,6 +1073,8 @@ def emulate(
         raise ValueError(f"configurations is {configurations!r}, expected 'first' or 'all'")
     if reason := why_not_compiled():
         raise ValueError(reason)
+    if multiprocessors is None:
+        multiprocessors = MULTIPROCESSORS[ARCHITECTURES[arch]]
     if type(multiprocessors) is not int or multiprocessors < 1:
         raise ValueError(f"multiprocessors is {multiprocessors!r}, expected an integer from 1 on")
     chosen = SCHEDULES if schedules == "all" else SCHEDULES[:1]
