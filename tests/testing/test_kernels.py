@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from torchpar.errors import ConfigError
-from torchpar.testing import case, OperatorTable, check_kernel, check_operator
+from torchpar.testing import OperatorTable, case, check_kernel, check_operator
 
 
 @triton.jit
