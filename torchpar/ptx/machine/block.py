@@ -16,7 +16,15 @@ import numpy as np
 from torchpar.ptx.machine import definedness
 from torchpar.ptx.machine.cluster import Cluster, Phase
 from torchpar.ptx.machine.memory import Allocation, Events, Space, merge
-from torchpar.ptx.machine.parse import Instruction, Kernel, PtxError, Register, Symbol, flat
+from torchpar.ptx.machine.parse import (
+    Instruction,
+    Kernel,
+    PtxError,
+    Register,
+    Symbol,
+    flat,
+    own_error,
+)
 from torchpar.ptx.machine.registers import (
     ALL,
     DTYPES,
@@ -349,6 +357,10 @@ class Warp:
             "dynamic_smem_size": block.gpu.shared_bytes,
             "total_smem_size": block.gpu.shared_bytes,
         }
+        if what not in others:
+            i = block.gpu.kernel.instructions[self.pc - 1]
+            message = f"the executor does not know the operand {name} of {i.opcode}"
+            raise PtxError(i.line, message, "unknown instruction")
         return np.full(32, others[what])
 
     def active_bits(self) -> int:
@@ -629,9 +641,14 @@ class Block:
                 warp = choose[schedule.order](others or ready)
                 warp.waiting = None
                 spun = None
-                warp.advance(
-                    rng.randint(1, 400) if schedule.order == "random" else self.gpu.limit + 1
-                )
+                budget = rng.randint(1, 400) if schedule.order == "random" else self.gpu.limit + 1
+                try:
+                    warp.advance(budget)
+                except (PtxError, MemoryError):
+                    raise
+                except Exception as e:
+                    line = self.gpu.kernel.instructions[max(warp.pc - 1, 0)].line
+                    raise own_error(e, line) from e
                 if self.spins >= SPINS:
                     self.spins, spun = 0, warp
                     yield False

@@ -3,9 +3,11 @@
 
 import re
 import struct
+import traceback
 from bisect import bisect
 from collections import ChainMap
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 # Kinds of registers, by their sizes. Instructions take 8 bits from registers of 16 bits, too.
@@ -34,7 +36,10 @@ CALL = re.compile(r"\bcall(?:\.uni)?\s*(?:\(([\w$]+)\),\s*)?([\w$]+),\s*\(([^)]*
 PARAMETER = re.compile(r"\.param\s+\.(\w+)\s+([\w$]+)")
 STORE_PARAMETER = re.compile(r"\bst\.param\.(\w+)\s*\[([\w$]+)\],\s*([^;]+);")
 LOAD_PARAMETER = re.compile(r"\bld\.param\.(\w+)\s*([^,;]+),\s*\[([\w$]+)\];")
-OPERAND = re.compile(r"\[[^\]]*\]|\{[^}]*\}|[^,\s|]+(?:\s*\+\s*\d+)?")
+OPERAND = re.compile(r"\[[^\]]*\]|\{[^}]*\}|[^,\s|]+(?:\s*\+\s*\w+)?")
+# 4.5.1 of the PTX ISA: hexadecimal, binary, octal and decimal integers
+INTEGER = re.compile(r"(-?)(?:0[xX]([\da-fA-F]+)|0[bB]([01]+)|(0[0-7]*)|([1-9]\d*))U?$")
+BASES = (16, 2, 8, 10)
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,19 @@ class Address:
     base: Any
     offset: int
     coordinates: list[Any]
+
+
+EVERY_THREAD = Constant(-1), Constant(0xFFFFFFFF)  # of a warp, as a mask
+
+
+def integer(text: str) -> int | None:
+    """Return the value of an integer, or None if ``text`` is none."""
+    match = INTEGER.match(text.strip())
+    if match is None:
+        return None
+    sign, *digits = match.groups()
+    size = next(int(one, base) for one, base in zip(digits, BASES, strict=True) if one)
+    return -size if sign else size
 
 
 def flat(operand: Any) -> list[Any]:
@@ -130,6 +148,9 @@ def qualifiers(i: Instruction) -> tuple[list[str], str, bool]:
     return rest, order, shared
 
 
+UNKNOWN = "unknown instruction"
+
+
 class PtxError(Exception):
     """A fault of the program that is executed, with its line, its reason and its name."""
 
@@ -137,6 +158,14 @@ class PtxError(Exception):
         super().__init__(f"line {line}: {reason}")
         self.line, self.reason, self.name = line, reason, name
         self.program: tuple[int, ...] = ()  # that was executed
+
+
+def own_error(error: Exception, line: int = 0) -> PtxError:
+    """Return the fault for an error of the executor's own, so that no report is without it."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{Path(last.filename).name}:{last.lineno}"
+    reason = f"the executor ends with {type(error).__name__}: {error} ({where})"
+    return PtxError(line, reason, "error of the executor")
 
 
 class Sources:
@@ -234,7 +263,7 @@ def _moved(code: str) -> str:
     return LOAD_PARAMETER.sub(r"mov.\1 \2, \3;", code)
 
 
-def parse(text: str) -> Kernel:  # noqa: C901  # a case for each kind of statement
+def parse(text: str) -> Kernel:  # noqa: C901, PLR0912  # a case for each kind of statement
     """The one kernel of ``text``.
 
     Registers and labels of inner blocks ``{ … }``, which inline assembly has, hide those of outer
@@ -275,7 +304,11 @@ def parse(text: str) -> Kernel:  # noqa: C901  # a case for each kind of stateme
             kernel.locals[name] = kernel.local_bytes
             kernel.local_bytes += -(-int(size) // 16) * 16
         elif statement:
-            instruction = _instruction(statement, scope, bisect(ends, match.start(3)) + 1)
+            line = bisect(ends, match.start(3)) + 1
+            try:
+                instruction = _instruction(statement, scope, line)
+            except AssertionError as e:
+                raise PtxError(line, f"the executor cannot parse {statement!r}", UNKNOWN) from e
             instruction.source = sources.at(match.start(3))
             kernel.instructions.append(instruction)
             if instruction.parts[0] in ("bra", "brx"):
@@ -308,6 +341,13 @@ def _declare(statement: str, kernel: Kernel, scope: ChainMap[str, Any], line: in
             kernel.registers.append(REGISTERS[kind[1:]])
 
 
+def _offset(text: str, line: int) -> int:
+    number = integer(text or "0")
+    if number is None:
+        raise PtxError(line, f"the offset {text.strip()} is no integer", UNKNOWN)
+    return number
+
+
 def _instruction(statement: str, scope: ChainMap[str, Any], line: int) -> Instruction:
     def operand(text: str) -> Any:  # noqa: PLR0911  # a case for each kind of operand
         text = text.strip()
@@ -316,22 +356,22 @@ def _instruction(statement: str, scope: ChainMap[str, Any], line: int) -> Instru
         if text.startswith("["):
             base, _, coordinates = text[1:-1].partition(",")
             base, _, offset = base.partition("+")
-            return Address(operand(base), int(offset or 0), operand(coordinates or "{}"))
+            return Address(operand(base), _offset(offset, line), operand(coordinates or "{}"))
         if isinstance(scope.get(text), Register):
             return scope[text]
-        if re.match(r"0[fd][0-9A-Fa-f]+$", text):
+        if re.match(r"0[fFdD][0-9A-Fa-f]+$", text):
             return Constant(int(text[2:], 16))
-        if re.match(r"-?(0x[0-9A-Fa-f]+|\d+)U?$", text):
-            return Constant(int(text.rstrip("U"), 0))
+        if (number := integer(text)) is not None:
+            return Constant(number)
         if DECIMAL.match(text):  # of 64 bits, but where a float32 is expected
             is_short = opcode.endswith("f32")
             raw = struct.pack("<f" if is_short else "<d", float(text))
             return Constant(int.from_bytes(raw, "little"))
         name, _, offset = text.partition("+")
-        return Symbol(name.strip(), int(offset or 0))
+        return Symbol(name.strip(), _offset(offset, line))
 
     match = re.match(r"(?:@(!?)([\w%]+)\s+)?([\w.:]+)\s*(.*)", statement, re.DOTALL)
-    assert match is not None, f"line {line}: cannot parse {statement!r}"
+    assert match is not None, f"cannot parse {statement!r}"
     negated, guard, opcode, operands = match.groups("")
     found = [operand(one) for one in OPERAND.findall(operands)]
     if "cache_hint" in opcode:  # the last operand, a policy of caches, changes no result

@@ -52,7 +52,7 @@ from torchpar.ptx.machine.memory import (
     Space,
     free_memory,
 )
-from torchpar.ptx.machine.parse import PtxError
+from torchpar.ptx.machine.parse import PtxError, own_error
 from torchpar.ptx.machine.trace import Trace
 from torchpar.ptx.native.cache import cache_folder, writable
 from torchpar.ptx.native.encoding import FIELDS
@@ -229,6 +229,7 @@ class Emulator(gpu.Gpu):
         self.space.is_deferred = True
         self.space.find = self._find
         self.counted.clear()
+        self._sources: dict[int, tuple[str, int] | None] = {}  # by lines of the PTX
         self._places: dict[Storage, Allocation] = {}
         self._live: list[tuple[int, int, Tensor]] | None = None
         self._is_tidy = False  # without tensors that nothing refers to
@@ -468,6 +469,11 @@ class Emulator(gpu.Gpu):
                 self.launch(launch.ptx, values, (x * launch.ctas, y, z), launch.shared)
             except PtxError as e:
                 self._note("error", e.name, e.line, e.reason, e.program)
+            except MemoryError:
+                raise
+            except Exception as e:
+                own = own_error(e)
+                self._note("error", own.name, own.line, own.reason, own.program)
             finally:
                 if number == 0:
                     launch.counts, launch.file = self.counts, self._file
