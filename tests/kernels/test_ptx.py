@@ -508,7 +508,7 @@ FAULTS = {
         "vadd4.u32 %r3, %r0, %r0, %r0;",
         "line 22: the executor does not know vadd4.u32",
     ),
-    "an unknown form": ("slct.b32.s32 %r3, %r0, %r0, %r0;", "does not know slct.b32.s32"),
+    "an unknown form": ("slct.b32.u32 %r3, %r0, %r0, %r0;", "does not know slct.b32.u32"),
     "an unwritten register": (
         "add.s32 %r3, %r4, 1; st.global.b32 [%rd4], %r3;",
         "a register that was never written; it is stored",

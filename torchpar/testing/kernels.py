@@ -7,8 +7,10 @@ from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
+from unittest.mock import patch
 
 import torch
+import triton
 from torch import Tensor
 
 from torchpar.errors import ConfigError
@@ -126,9 +128,10 @@ def check_kernel(
     kernel: Kernel,
     grid: object,
     arguments: Sequence[object],
-    reference: Callable[..., Mapping[str, Tensor]],
+    reference: Callable[..., Mapping[str, Tensor]] | None = None,
     *,
     arch: str = "sm_90",
+    equals: "Kernel | Callable[..., object] | None" = None,
     **options: object,
 ) -> "OperatorTable":
     """Execute a kernel as compiled for a GPU, and compare what it writes with a reference.
@@ -151,31 +154,46 @@ def check_kernel(
             tensors of float64, whose results count as exact. The kernel's error may be twice that
             of the reference.
         arch: "sm_80" (A100), "sm_90" (H100) or "sm_100" (B200).
+        equals: another kernel, which is launched likewise, or a function of the same arguments that
+            launches kernels. The row "formula" says whether both compute the same formula, in any
+            order of its sums and products. It compares all bits, with Triton's FpSan: floats become
+            integers modulo a power of two, of which sums and products are exact.
         options: constants of the kernel by name, and Triton's options, such as ``num_warps``.
 
     Returns:
-        A table with the rows "values", "races", "bounds", "uninitialised memory", "execution" and
-        "registers and spills". ``ok`` says whether none is wrong.
+        A table with the rows "values", "formula", "races", "bounds", "uninitialised memory",
+        "execution" and "registers and spills". ``ok`` says whether none is wrong.
 
     Raises:
-        ConfigError: another architecture; a reference that returns something else.
+        ConfigError: another architecture; a reference that returns something else; neither
+            ``reference`` nor ``equals``; ``equals`` with a Triton that has no FpSan.
     """
     from torchpar.ptx import emulate
     from torchpar.testing.operators import OperatorTable, Row, outcome_of
 
     check_arch(arch)
+    if reference is None and equals is None:
+        raise ConfigError("there is no reference; give one, or equals=another_kernel")
+    if equals is not None and not has_fpsan():
+        raise ConfigError(f"equals needs FpSan of Triton 3.8, and Triton is {triton.__version__}")
     names = list(signature(_function(kernel)).parameters)
     launched = _copies(arguments)
     given = dict(zip(names, launched, strict=False))
-    right = _expected(reference, arguments, given)
-    exact = _expected(reference, arguments, given, torch.float64)
+    if reference is not None:
+        right = _expected(reference, arguments, given)
+        exact = _expected(reference, arguments, given, torch.float64)
     with emulate(arch, schedules="all") as gpu:
         copy_context().run(_launch_alone, kernel, grid, launched, options)
     written, before = (
         {name: a for name, a in zip(names, one, strict=False) if isinstance(a, Tensor)}
         for one in (launched, arguments)
     )
-    rows = [Row("values", *outcome_of(partial(_compare, written, before, right, exact)))]
+    rows = []
+    if reference is not None:
+        rows.append(Row("values", *outcome_of(partial(_compare, written, before, right, exact))))
+    if equals is not None:
+        formula = partial(_same_formula, kernel, equals, grid, arguments, names, arch, options)
+        rows.append(Row("formula", *outcome_of(formula)))
     if gpu.launches or gpu.faults:
         rows += [Row(*one) for one in fault_rows(gpu.report().faults)]
         rows.append(Row(*resource_row([gpu])))
@@ -192,6 +210,48 @@ def _launch_alone(
 
     triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8))
     kernel[grid](*arguments, **options)
+
+
+def has_fpsan() -> bool:
+    """Whether Triton has its sanitizer of formulas."""
+    return tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
+
+
+def _same_formula(
+    kernel: Kernel,
+    other: Kernel | Callable[..., object],
+    grid: object,
+    arguments: Sequence[object],
+    names: Sequence[str],
+    arch: str,
+    options: Mapping[str, object],
+) -> None:
+    """Compare the bits of what both write with FpSan."""
+    from torchpar.ptx import emulate
+
+    found = []
+    with patch.object(triton.knobs.compilation, "instrumentation_mode", "fpsan"):
+        for one in (kernel, other):
+            launched = _copies(arguments)
+            with emulate(arch) as gpu:
+                if hasattr(one, "fn"):  # a jitted or autotuned kernel
+                    one[grid](*launched, **options)  # type: ignore[index]
+                else:
+                    one(*launched)  # type: ignore[operator]
+            errors = [fault for fault in gpu.report().faults if fault.kind == "error"]
+            if errors or not gpu.launches:
+                said = _said(errors[0]) if errors else NO_LAUNCH
+                raise Outcome("wrong", f"with FpSan: {said}")
+            found.append(launched)
+    for name, a, b in zip(names, *found, strict=False):
+        if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+            continue
+        left, right = (
+            one.contiguous().flatten().view(torch.uint8).view(-1, one.element_size())
+            for one in (a, b)
+        )
+        if differs := int((left != right).any(1).sum()):
+            raise Outcome("wrong", f"{name}: another formula in {differs} of {a.numel()} elements")
 
 
 def _copies(arguments: Sequence[object]) -> list[object]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from torchpar.ptx.instructions.rounding import directed, fused, fused_halves
 from torchpar.ptx.machine.block import Run, Warp, elementwise, instruction
-from torchpar.ptx.machine.parse import Constant, Instruction, Register
+from torchpar.ptx.machine.parse import EVERY_THREAD, Constant, Instruction, Register
 from torchpar.ptx.machine.registers import (
     DTYPES,
     FLOATS,
@@ -451,7 +451,7 @@ def _shuffle(i: Instruction) -> Run:
     """Each thread takes the value of another one of its segment; its own, if that is outside."""
     mode = i.parts[2]
     to, source, lane, clamp, members = i.operands[0], *i.operands[-4:]
-    assert members == Constant(-1)
+    assert members in EVERY_THREAD
     assert mode in ("up", "down", "bfly", "idx")
     targets = to if isinstance(to, list) else [to, *i.operands[1:-4]]
     put = writer(targets[0], "u32")
@@ -534,7 +534,7 @@ def _elect(i: Instruction) -> Run:
     """One thread is chosen, the same one each time. Which one is left open: it depends on the
     schedule."""
     put_lane, put = writer(i.operands[0], "u32"), writer(i.operands[1], "pred")
-    assert i.operands[2] == Constant(-1)
+    assert i.operands[2] in EVERY_THREAD
 
     def run(warp: Warp) -> None:
         chosen = elected(warp.block.gpu.schedule.completion, warp.number)

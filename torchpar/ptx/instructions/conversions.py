@@ -6,7 +6,16 @@ from collections.abc import Callable
 import numpy as np
 
 from torchpar.ptx.instructions.arithmetic import flush, positive, saturate
-from torchpar.ptx.instructions.rounding import FLOAT8, TO_INTEGER, encode_float8, rounded
+from torchpar.ptx.instructions.rounding import (
+    E8M0,
+    FLOAT8,
+    NARROW,
+    TO_INTEGER,
+    encode_e8m0,
+    encode_float8,
+    encode_narrow,
+    rounded,
+)
 from torchpar.ptx.machine.block import Run, elementwise, instruction
 from torchpar.ptx.machine.parse import Instruction
 from torchpar.ptx.machine.registers import DTYPES, FLOATS, HALVES, PAIRS, Values, encode
@@ -15,11 +24,12 @@ MODES = ("rn", "rz", "rm", "rp", "rna")
 INTEGER_MODES = {f"{mode}i": mode for mode in ("rn", "rz", "rm", "rp")}
 OTHERS = ("ftz", "sat", "satfinite", "relu")
 FLOAT8_PAIRS = {"e4m3x2": "e4m3", "e5m2x2": "e5m2"}
+NARROW_PAIRS = {"e2m1x2": "e2m1", "e2m3x2": "e2m3", "e3m2x2": "e3m2"}
 NAN = 0x7FFF  # of halves
 
 
 @instruction("cvt")
-def _convert(i: Instruction) -> Run:
+def _convert(i: Instruction) -> Run:  # noqa: C901, PLR0911  # by kinds
     _, *modifiers, to, source = i.parts
     assert set(modifiers) <= {*MODES, *INTEGER_MODES, *OTHERS}
     mode = next((part for part in modifiers if part in MODES), "rn")
@@ -28,6 +38,10 @@ def _convert(i: Instruction) -> Run:
         return _to_float8(i, to, source, modifiers)
     if source in FLOAT8_PAIRS:
         return _of_float8(i, to, source, modifiers)
+    if to in NARROW_PAIRS or source in NARROW_PAIRS:
+        return _of_narrow(i, to, source, modifiers)
+    if "ue8m0x2" in (to, source):
+        return _of_e8m0(i, to, source, mode, modifiers)
     if to == "tf32":
         return _to_tf32(i, mode, modifiers)
     ftz = "ftz" in modifiers and source == "f32"
@@ -138,3 +152,54 @@ def _of_float8(i: Instruction, to: str, source: str, modifiers: list[str]) -> Ru
     table = positive(table) if "relu" in modifiers else table
     codes = np.where(np.isnan(table), np.uint16(NAN), encode("f16", table)).astype(np.uint32)
     return elementwise(i, lambda x: codes[x & 255] | codes[x >> 8] << np.uint32(16), "b32", "b16")
+
+
+def _of_narrow(i: Instruction, to: str, source: str, modifiers: list[str]) -> Run:
+    """Two codes of 4 bits in a byte, or of 6 bits in two bytes; the upper one is the first
+    operand's."""
+    relu = "relu" in modifiers
+    assert set(modifiers) <= {"rn", "satfinite", "relu"}
+    if to in NARROW_PAIRS:
+        assert source == "f32"
+        assert "satfinite" in modifiers
+        kind = NARROW_PAIRS[to]
+        held, shift = ("b8", np.uint16(4)) if kind == "e2m1" else ("b16", np.uint16(8))
+
+        def encode_both(high: Values, low: Values) -> Values:
+            x, y = (positive(one) if relu else one for one in (high, low))
+            both = encode_narrow(kind, x).astype(np.uint16) << shift | encode_narrow(kind, y)
+            return both.astype(DTYPES[held])
+
+        return elementwise(i, encode_both, held, "f32", "f32")
+    assert to == "f16x2"  # which has all numbers of them
+    kind = NARROW_PAIRS[source]
+    table = NARROW[kind].astype(np.float32)
+    table = positive(table) if relu else table
+    codes, last = encode("f16", table).astype(np.uint32), len(table) - 1
+    held = "b8" if kind == "e2m1" else "b16"
+    place = np.uint16(4 if kind == "e2m1" else 8)
+    return elementwise(
+        i, lambda x: codes[x & last] | codes[x >> place & last] << np.uint32(16), "b32", held
+    )
+
+
+def _of_e8m0(i: Instruction, to: str, source: str, mode: str, modifiers: list[str]) -> Run:
+    """Two powers of two. The sign of a number is dropped."""
+    if source == "ue8m0x2":
+        assert (to, modifiers) == ("bf16x2", ["rn"])
+        codes = encode("bf16", E8M0.astype(np.float32)).astype(np.uint32)
+        return elementwise(
+            i, lambda x: codes[x & 255] | codes[x >> 8] << np.uint32(16), "b32", "b16"
+        )
+    assert mode in ("rz", "rp")
+    assert set(modifiers) <= {mode, "satfinite"}
+
+    def code(x: Values) -> Values:
+        return encode_e8m0(x, mode, "satfinite" in modifiers).astype(np.uint16)
+
+    if source == "bf16x2":
+        return elementwise(i, lambda x: code(x[0]) | code(x[1]) << np.uint16(8), "b16", source)
+    assert source == "f32"
+    return elementwise(
+        i, lambda high, low: code(low) | code(high) << np.uint16(8), "b16", source, source
+    )

@@ -34,6 +34,9 @@ FORMATS = {
     "f16": Format(11, -14, 65504.0),
     "e5m2": Format(3, -14, 57344.0),
     "e4m3": Format(4, -6, 448.0),
+    "e3m2": Format(3, -2, 28.0),
+    "e2m3": Format(4, 0, 7.5),
+    "e2m1": Format(2, 0, 6.0),
 }
 TO_INTEGER: dict[str, Callable[[Values], Values]] = {
     "rn": np.rint,
@@ -69,6 +72,42 @@ def encode_float8(kind: str, values: Values) -> Values:
     codes = np.searchsorted(positive, np.abs(values)).astype(np.uint8)
     codes |= np.signbit(values).astype(np.uint8) << np.uint8(7)
     return np.where(np.isnan(values), np.uint8(127), codes)
+
+
+def _finite(exponent_bits: int, mantissa_bits: int) -> Values:
+    """Return the numbers of all codes of 4 or 6 bits, none of which is an infinity or NaN."""
+    codes = np.arange(1 << exponent_bits + mantissa_bits)
+    exponent, bias = codes >> mantissa_bits, 2 ** (exponent_bits - 1) - 1
+    fraction = (codes & (1 << mantissa_bits) - 1) / (1 << mantissa_bits)
+    numbers = np.ldexp((exponent > 0) + fraction, np.maximum(exponent, 1) - bias)
+    return np.concatenate([numbers, -numbers])
+
+
+NARROW = {"e3m2": _finite(3, 2), "e2m3": _finite(2, 3), "e2m1": _finite(2, 1)}
+
+
+def encode_narrow(kind: str, values: Values) -> Values:
+    """The codes, uint8, of numbers that are rounded to ``kind``; of NaN that of the largest."""
+    positive = NARROW[kind][: len(NARROW[kind]) // 2]
+    nearest = rounded(np.nan_to_num(values, nan=np.inf), kind, "rn", saturates=True)
+    codes = np.searchsorted(positive, np.abs(nearest)).astype(np.uint8)
+    return codes | (np.signbit(nearest) & ~np.isnan(values)) * np.uint8(len(positive))
+
+
+# The exponents of blocks of MXFP8 and MXFP4: a code is 127 more than the exponent, and 255 is NaN.
+E8M0 = np.concatenate([np.ldexp(1.0, np.arange(255) - 127), [np.nan]])
+
+
+def encode_e8m0(values: Values, mode: str, saturates: bool) -> Values:
+    """The codes, uint8, of powers of two at most ("rz") or at least ("rp") as large as numbers."""
+    size = np.abs(values.astype(np.float64))
+    if mode == "rp":
+        codes = np.searchsorted(E8M0[:255], size, "left")
+    else:
+        codes = np.searchsorted(E8M0[:255], size, "right") - 1
+    codes = np.where(np.isinf(size), 255, np.clip(codes, 0, 255))
+    codes = np.where((codes == 255) & saturates, 254, codes)
+    return np.where(np.isnan(size), 255, codes).astype(np.uint8)
 
 
 def rounded(values: Values, kind: str, mode: str, saturates: bool = False) -> Values:

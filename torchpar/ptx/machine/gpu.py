@@ -20,6 +20,7 @@ from torchpar.ptx.instructions import (  # noqa: F401
     clusters,
     conversions,
     copies,
+    rare,
     tensor_cores,
     tensor_memory,
     tma,

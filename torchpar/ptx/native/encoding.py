@@ -9,6 +9,7 @@ import numpy as np
 
 from torchpar.ptx.machine.memory import LARGEST_UNIT
 from torchpar.ptx.machine.parse import (
+    EVERY_THREAD,
     Address,
     Constant,
     Instruction,
@@ -310,7 +311,7 @@ class Program:
         source, lane, clamp, members = i.operands[-4:]
         targets = [one for operand in i.operands[:-4] for one in flat(operand)]
         modes = ("up", "down", "bfly", "idx")
-        if members != Constant(-1) or i.parts[2] not in modes or i.parts[3] != "b32":
+        if members not in EVERY_THREAD or i.parts[2] not in modes or i.parts[3] != "b32":
             raise LookupError
         code.mode = modes.index(i.parts[2])
         results = [self._row(one, width) for one, width in zip(targets, (4, 1), strict=False)]
@@ -333,7 +334,7 @@ class Program:
 
     def _elect(self, code: InstructionStruct, i: Instruction) -> int:
         lane, chosen, members = i.operands
-        if members != Constant(-1):
+        if members not in EVERY_THREAD:
             raise LookupError
         self._operands(code, [self._result(lane, 4), self._row(chosen, 1)], [])
         return ELECT
@@ -341,7 +342,7 @@ class Program:
     def _reduce(self, code: InstructionStruct, i: Instruction) -> int:
         name, kind = i.parts[2:]
         to, source, members = i.operands
-        if members != Constant(-1) or kind not in ("s32", "u32", "b32"):
+        if members not in EVERY_THREAD or kind not in ("s32", "u32", "b32"):
             raise LookupError
         entry = self.core.entry_of(f"{name}.{kind}".encode(), (ctypes.c_uint8 * 4)())
         if entry < 0:

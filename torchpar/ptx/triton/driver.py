@@ -77,6 +77,10 @@ MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 LARGEST_GRID_X, LARGEST_GRID_YZ = 2**31 - 1, 65_535  # of each NVIDIA GPU
 LARGEST_SIZE = 2**32 - 1  # of a dimension of a tensormap
 NUMBER = r"\b(0x[0-9a-f]+|\d+)\b"  # in a message
+NO_GSAN = (
+    "TRITON_INSTRUMENTATION_MODE is gsan, whose kernels need memory of a GPU; unset it: races "
+    "between programs are found without it"
+)
 ALIGNED = 128  # to which an allocation's base is rounded down
 
 
@@ -577,6 +581,12 @@ def _launching_line() -> tuple[str, int] | None:
     return None
 
 
+def _check_mode(metadata: Any) -> None:
+    """Refuse the sanitizer of Triton whose kernels have another parameter."""
+    if "gsan" in getattr(metadata, "instrumentation_mode", ""):
+        raise NotImplementedError(NO_GSAN)
+
+
 def _check_grid(x: int, y: int, z: int) -> None:
     """Refuse what no GPU can launch."""
     if min(x, y, z) < 0:
@@ -627,6 +637,7 @@ class Launcher:
         emulator: Emulator = active_driver.active.emulator
         metadata = self.metadata
         ctas = int(getattr(metadata, "num_ctas", 1))
+        _check_mode(metadata)
         _check_grid(x, y, z)
         self._try(module, emulator.arch)
         if autotuner.is_trial():
@@ -1040,9 +1051,9 @@ def _set_variable(name: str, value: str | None) -> None:
 
 def why_not_compiled() -> str:
     """Return why Triton compiles no kernels, and what to do; "" if it does."""
-    if os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
-        return ""
-    return "TRITON_INTERPRET is set, so that kernels are not compiled; unset it"
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        return "TRITON_INTERPRET is set, so that kernels are not compiled; unset it"
+    return NO_GSAN if "gsan" in os.environ.get("TRITON_INSTRUMENTATION_MODE", "") else ""
 
 
 @contextmanager

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: MIT
+"""`check_kernel(equals=…)` tells the same formula from another one, by Triton's FpSan."""
+
+import os
+import subprocess
+import sys
+from unittest.mock import patch
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from torchpar.errors import ConfigError
+from torchpar.ptx import emulate
+from torchpar.testing import check_kernel, kernels
+
+needs_fpsan = pytest.mark.skipif(not kernels.has_fpsan(), reason="Triton before 3.8")
+
+
+@triton.jit
+def variance(x, out, N: tl.constexpr, ORDER: tl.constexpr):
+    """(a - b)², or a² - ab - ab + b², or with a wrong sign."""
+    i = tl.arange(0, N)
+    a = tl.load(x + i)
+    b = tl.load(x + N + i)
+    if ORDER == 0:
+        y = (a - b) * (a - b)
+    elif ORDER == 1:
+        y = a * a - a * b - a * b + b * b
+    else:
+        y = a * a + a * b + a * b + b * b
+    tl.store(out + i, y)
+
+
+def by(order: int):
+    def launch(x, out, N):
+        variance[(1,)](x, out, N, order)
+
+    return launch
+
+
+def row(order: int) -> tuple[str, str]:
+    x, out = torch.randn(256), torch.empty(128)
+    table = check_kernel(variance, (1,), (x, out, 128), equals=by(order), ORDER=0)
+    return table["formula"].outcome, table["formula"].detail
+
+
+@needs_fpsan
+def test_another_order_is_the_same_formula():
+    assert row(1) == ("works", "")
+
+
+@needs_fpsan
+def test_another_sign_is_another_formula():
+    outcome, detail = row(2)
+    assert outcome == "wrong"
+    assert detail.startswith("out: another formula in 12")  # of 128; few agree by chance
+
+
+@needs_fpsan
+def test_a_kernel_is_launched_likewise():
+    """With the same options; and the reference is judged beside the formula."""
+    x, out = torch.randn(256), torch.empty(128)
+    table = check_kernel(
+        variance, (1,), (x, out, 128), lambda x, out, n: {"out": (x[:n] - x[n:]) ** 2},
+        equals=variance, ORDER=0,
+    )  # fmt: skip
+    assert table.ok
+    assert table["values"].outcome == table["formula"].outcome == "works"
+
+
+def test_what_is_refused():
+    with pytest.raises(ConfigError, match="no reference"):
+        check_kernel(variance, (1,), (torch.ones(256), torch.ones(128), 128))
+    with (
+        patch.object(kernels.triton, "__version__", "3.6.0"),
+        pytest.raises(ConfigError, match="equals needs FpSan of Triton"),
+    ):
+        row(1)
+
+
+def test_gsan_is_refused_in_a_line(tmp_path):
+    with (
+        patch.dict(os.environ, TRITON_INSTRUMENTATION_MODE="gsan"),
+        pytest.raises(ValueError, match="TRITON_INSTRUMENTATION_MODE is gsan"),
+        emulate("sm_90"),
+    ):
+        pass
+
+
+@needs_fpsan
+def test_gsan_of_a_launch_is_refused():
+    with (
+        patch.object(triton.knobs.compilation, "instrumentation_mode", "gsan"),
+        emulate("sm_90") as gpu,
+        pytest.raises(NotImplementedError, match="is gsan"),
+    ):
+        variance[(1,)](torch.ones(256), torch.ones(128), 128, 0)
+    assert not gpu.launches
+
+
+@pytest.mark.slow
+def test_the_command_says_so(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("print('ran')")
+    command = [sys.executable, "-m", "torchpar", "ptx", str(script)]
+    environment = os.environ | {"TRITON_INSTRUMENTATION_MODE": "gsan"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "ran" not in done.stdout
+    assert "TRITON_INSTRUMENTATION_MODE is gsan" in done.stderr.splitlines()[-1]

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: MIT
+"""Gluon on the emulator: right kernels have right values and no error, wrong ones are named.
+
+The kernels are of the subjects of Triton's Gluon tutorials: `gluon_cases`. Gluon changes from one
+version of Triton to the next, and these are of 3.8.
+"""
+
+from pathlib import Path
+
+import pytest
+import triton
+
+from torchpar.ptx import emulate
+
+if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8):
+    pytest.skip("Gluon of Triton 3.8", allow_module_level=True)
+
+from ptx import gluon_cases
+
+FAST = ("03 asynchronous copies", "04 boxes by TMA")
+
+
+@pytest.mark.parametrize(
+    "name, arch",
+    [
+        pytest.param(
+            name, arch, marks=[] if name in FAST and arch == 90 else pytest.mark.slow
+        )
+        for name, case in gluon_cases.CASES.items()
+        for arch in case.architectures
+    ],
+)  # fmt: skip
+def test_tutorials_have_right_values_and_no_errors(name, arch):
+    with emulate(f"sm_{arch}", schedules="all") as gpu:
+        results = gluon_cases.CASES[name].run()
+    assert [str(fault) for fault in gpu.faults if fault.kind == "error"] == []
+    for found, expected, bound in results:
+        assert ((found.double() - expected).abs() <= bound).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", gluon_cases.FAULTS)
+def test_a_fault_is_named_at_its_line(name):
+    run, arch, kind = gluon_cases.FAULTS[name]
+    with emulate(f"sm_{arch}") as gpu:
+        run()
+    errors = [fault for fault in gpu.faults if fault.kind == "error"]
+    assert kind in {fault.name for fault in errors}
+    assert {Path(fault.source[0]).name for fault in errors if fault.source} == {"gluon_cases.py"}
