@@ -2,7 +2,7 @@
 """The subjects of Triton's Gluon tutorials for Hopper and Blackwell, written anew, in small.
 
 A case returns what it has found, what is right in float64, and the greatest error. `FAULTS` leave a
-wait or a fence out.
+wait out. (Triton makes the fences, also where a kernel of Gluon has none.)
 """
 
 from collections.abc import Callable
@@ -131,7 +131,7 @@ FAULTS["a wait for a group too few"] = lambda: doubled(2), 90, "race"
 
 
 @gluon.jit
-def box_kernel(x, out, FENCE: gl.constexpr, WAIT: gl.constexpr):
+def box_kernel(x, out, WAIT: gl.constexpr):
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0])
     shared = gl.allocate_shared_memory(x.dtype, x.block_type.shape, x.layout)
     barrier = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -142,17 +142,16 @@ def box_kernel(x, out, FENCE: gl.constexpr, WAIT: gl.constexpr):
         mbarrier.wait(barrier, phase=0)
     values = shared.load(layout)
     shared.store(values + 1)
-    if FENCE:
-        fence_async_shared()
+    fence_async_shared()
     tma.async_store(out, [0, 32], shared)
     tma.store_wait(pendings=0)
 
 
-def boxes(fence: bool = True, wait: bool = True) -> list[Result]:
+def boxes(wait: bool = True) -> list[Result]:
     x, out = normal(48, 32), torch.zeros(16, 64)
     layout = gl.NVMMASharedLayout.get_default_for([16, 32], gl.float32)
     given = [TensorDescriptor.from_tensor(one, [16, 32], layout) for one in (x, out)]
-    box_kernel[(1,)](*given, fence, wait)
+    box_kernel[(1,)](*given, wait)
     expected = torch.zeros(16, 64, dtype=torch.float64)
     expected[:, 32:] = (x[16:32] + 1).double()
     return [(out, expected, 0.0)]

@@ -5,12 +5,13 @@ The kernels are of the subjects of Triton's Gluon tutorials: `gluon_cases`. Gluo
 version of Triton to the next, and these are of 3.8.
 """
 
+import re
 from pathlib import Path
 
 import pytest
 import triton
 
-from torchpar.ptx import emulate
+from torchpar.ptx import command, emulate
 
 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8):
     pytest.skip("Gluon of Triton 3.8", allow_module_level=True)
@@ -36,6 +37,22 @@ def test_tutorials_have_right_values_and_no_errors(name, arch):
     assert [str(fault) for fault in gpu.faults if fault.kind == "error"] == []
     for found, expected, bound in results:
         assert ((found.double() - expected).abs() <= bound).all()
+
+
+@pytest.mark.slow
+def test_the_example_of_the_page_is_what_the_command_prints(tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parents[2] / "docs" / "ptx.md").read_text("utf-8")
+    (code,) = re.findall(r"```py\n(# double.py\n.*?)```", page, re.DOTALL)
+    (shown,) = re.findall(r"```\n\$ python -m torchpar ptx double.py\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "double.py").write_text(code, "utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torchpar.ptx.report.report.STARTED_IN", str(tmp_path))
+    assert command.main(["double.py"]) == 1
+
+    def same_everywhere(text: str) -> list[str]:
+        return re.sub(r"\d+ instructions of warps, [\d.]+ s|line \d+ of the PTX", "", text).split()
+
+    assert same_everywhere(capsys.readouterr().out) == same_everywhere(shown)
 
 
 @pytest.mark.slow
