@@ -7,8 +7,10 @@ version of Triton to the next, and these are of 3.8.
 
 import re
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
+import torch
 import triton
 
 from torchpar.ptx import command, emulate
@@ -37,6 +39,24 @@ def test_tutorials_have_right_values_and_no_errors(name, arch):
     assert [str(fault) for fault in gpu.faults if fault.kind == "error"] == []
     for found, expected, bound in results:
         assert ((found.double() - expected).abs() <= bound).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("left", [1, 2])
+def test_consan_runs_and_says_the_same(left):
+    """Its checks are assertions of the kernel; a wait for a group too few fails one."""
+    with (
+        patch.object(triton.knobs.compilation, "instrumentation_mode", "consan"),
+        emulate("sm_90") as gpu,
+    ):
+        results = gluon_cases.doubled(left)
+    errors = [f"{one.name}: {one.message}" for one in gpu.faults if one.kind == "error"]
+    if left == 1:
+        assert errors == []
+        assert all(torch.equal(found.double(), expected) for found, expected, _ in results)
+    else:
+        assert errors[0].startswith("assertion: ")
+        assert "Accessing buffer with pending access" in errors[0]
 
 
 @pytest.mark.slow

@@ -33,6 +33,7 @@ DECIMAL = re.compile(r"-?\d+(?:\.\d*(?:[eE][-+]?\d+)?|[eE][-+]?\d+)$")
 FUNCTION = re.compile(r"\.func\s*(?:\(([^)]*)\)\s*)?([\w$]+)\s*\(([^)]*)\)[^{;]*\{")
 SEQUENCE = re.compile(r"\{\s*// callseq.*?\}\s*// callseq", re.DOTALL)
 CALL = re.compile(r"\bcall(?:\.uni)?\s*(?:\(([\w$]+)\),\s*)?([\w$]+),\s*\(([^)]*)\);")
+BYTES = re.compile(r"\.param\s+\.align\s+\d+\s+\.b8\s+([\w$]+)\[([1248])\]")
 PARAMETER = re.compile(r"\.param\s+\.(\w+)\s+([\w$]+)")
 STORE_PARAMETER = re.compile(r"\bst\.param\.(\w+)\s*\[([\w$]+)\],\s*([^;]+);")
 LOAD_PARAMETER = re.compile(r"\bld\.param\.(\w+)\s*([^,;]+),\s*\[([\w$]+)\];")
@@ -226,6 +227,8 @@ def inline(text: str) -> str:
 
     Parameters become registers. Limitation: those that are no numbers are left.
     """
+    # A parameter of so many bytes, as the structures of ConSan are, is one number.
+    text = BYTES.sub(lambda match: f".param .b{8 * int(match[2])} {match[1]}", text)
     functions: dict[str, tuple[str, str, str]] = {}
     for match in FUNCTION.finditer(text):
         depth, end = 1, match.end()
