@@ -5,7 +5,9 @@
 """
 
 from torchpar.ptx.machine.block import _builder, _unknown
+from torchpar.ptx.native.encoding import PUBLICATION
 
+PUBLISH = f"tensormap.cp_fenceproxy:{PUBLICATION}"
 MBARRIER, TMA = "shared::cta.b64", "global.shared::cta.bulk_group"
 # By section; a form behind ":" where the name alone is not enough to tell.
 SECTIONS = {
@@ -31,14 +33,15 @@ SECTIONS = {
     "9.7.10 and 9.7.11 textures and surfaces": "tex tld4 txq istypep suld sust sured suq",
     "9.7.12 control flow": "bra brx.idx call ret exit",
     "9.7.13 synchronisation": f"""bar:bar.sync barrier:barrier.sync bar.warp.sync bar.red
-        barrier.cluster:barrier.cluster.arrive membar fence atom red red.async:red.async.relaxed vote.sync match.any.sync
+        barrier.cluster:barrier.cluster.arrive membar fence atom red red.async:red.async.relaxed
+    vote.sync match.any.sync
         match.all.sync activemask:activemask.b32 redux.sync griddepcontrol elect.sync
         mbarrier.init:mbarrier.init.{MBARRIER} mbarrier.inval:mbarrier.inval.{MBARRIER}
         mbarrier.expect_tx mbarrier.complete_tx mbarrier.arrive:mbarrier.arrive.{MBARRIER}
         mbarrier.arrive.expect_tx:mbarrier.arrive.expect_tx.{MBARRIER} mbarrier.arrive_drop
         mbarrier.test_wait mbarrier.try_wait:mbarrier.try_wait.parity.{MBARRIER}
         mbarrier.pending_count cp.async.mbarrier.arrive
-        tensormap.cp_fenceproxy:tensormap.cp_fenceproxy.global.shared::cta.tensormap::generic.release.gpu.sync.aligned
+        {PUBLISH}
         clusterlaunchcontrol.try_cancel clusterlaunchcontrol.query_cancel""",
     "9.7.14 products of a warp": """wmma.load wmma.store wmma.mma mma:mma.sync.aligned mma.sp
         ldmatrix stmatrix movmatrix""",
@@ -86,13 +89,15 @@ griddepcontrol.wait; nanosleep.u32 100; setmaxnreg.inc.sync.aligned.u32 64;
 vabsdiff4.u32.u32.u32 r2, r1, r1, r1; tcgen05.fence::after_thread_sync;
 mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32
     {f1, f2, f3, f4}, {z, z, z, z}, {z, z}, {z, z, z, z};
-elect.sync r2|p, -1; @p mbarrier.init.shared::cta.b64 [m], 1; bar.sync 0;
+elect.sync r2|p, -1;
+@p mbarrier.init.shared::cta.b64 [m], 1; bar.sync 0;
 @p mbarrier.arrive.shared::cta.b64 _, [m]; mbarrier.try_wait.parity.shared::cta.b64 q, [m], 0;
 @p mbarrier.arrive.expect_tx.shared::cta.b64 _, [m], 4;
 @p st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.u32 [s], r1, [m];
 mbarrier.try_wait.parity.shared::cta.b64 q, [m], 1; mapa.shared::cluster.u32 r2, s, 0;
 getctarank.shared::cluster.u32 r2, s; barrier.cluster.arrive.release.aligned;
-barrier.cluster.wait.acquire.aligned; bar.sync 0; @p mbarrier.inval.shared::cta.b64 [m]; mov.u32 r2, 0;
+barrier.cluster.wait.acquire.aligned; bar.sync 0; @p mbarrier.inval.shared::cta.b64 [m];
+mov.u32 r2, 0;
 list: .branchtargets last, last;
 brx.idx r2, list;
 last: ret;
