@@ -15,8 +15,8 @@ from ptx.test_core import in_python
 from torchpar.ptx import emulate
 from torchpar.ptx.machine.block import SCHEDULES
 from torchpar.ptx.machine.counters import Access, summarize
-from torchpar.ptx.report.report import moved
 from torchpar.ptx.report.resources import Resources, programs_of
+from torchpar.ptx.report.source import moved
 
 slow = pytest.mark.slow
 ARCHITECTURES = ["sm_90", *(pytest.param(arch, marks=slow) for arch in ("sm_80", "sm_100"))]

@@ -18,7 +18,8 @@ from commands import ROOT, forked, run
 
 from torchpar.ptx import command, emulate
 from torchpar.ptx.cuda.stand_in import cuda_is_cpu
-from torchpar.ptx.report.report import STARTED_IN, Fault
+from torchpar.ptx.report.faults import Fault
+from torchpar.ptx.report.source import STARTED_IN
 
 pytest_plugins = ["pytester"]
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")

@@ -63,6 +63,7 @@ def test_a_page_shows_each_kernel_once(report, found):
     grid = " × ".join(map(str, launch.grid))
     assert found.headings == [
         "kernels <of a script>",
+        "Kernels",
         f"{launch.kernel}[{grid}]",
         "Accesses to memory",
         "Lines of the source",
@@ -73,7 +74,8 @@ def test_a_page_shows_each_kernel_once(report, found):
     assert "kernels &lt;of a script&gt;" in found.text
     assert all(a.startswith(("#", "data:")) for a in found.addresses)
     assert INK not in found.text
-    *lines, times, launches = found.tables
+    groups, *lines, times, launches = found.tables
+    assert [row[0] for row in groups[1:]] == [str(len(report.launches))]
     assert len(launches) == 1 + len(report.launches)
     assert [row[0] for row in times] == ["GPU", "H100", "H200", "A100", "B200"]
     numbers = [int(row[1].replace(",", "")) for one in lines for row in one[1:] if row[1].strip()]

@@ -24,8 +24,10 @@ Sections are those of NVIDIA's "PTX ISA", release 9.0.
 """
 
 from torchpar.ptx.machine.counters import Access, Counters, Line
+from torchpar.ptx.report.faults import Fault
+from torchpar.ptx.report.launch import Launch
 from torchpar.ptx.report.limits import Limits
-from torchpar.ptx.report.report import Fault, Launch, Report
+from torchpar.ptx.report.report import Report
 from torchpar.ptx.triton.driver import Emulator, emulate
 
 __all__ = [

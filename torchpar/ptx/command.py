@@ -23,6 +23,9 @@ from torchpar.ptx.triton.driver import ARCHITECTURES, emulate, why_not_compiled
 
 WITHIN = "only kernels that the script's own process launches are executed"
 
+# What a file of the report is, and how its name ends; others are not overwritten.
+FILES = {"report": ("page", ".html", ".htm"), "json": ("file of JSON", ".json")}
+
 
 def main(arguments: Sequence[str]) -> int:
     """Run a script, and print what its kernels do wrong.
@@ -50,7 +53,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--cuda-is-cpu", action="store_true", help='let device="cuda" mean the CPU')
     parser.add_argument("--counters", action="store_true", help="print what each launch does")
     parser.add_argument("--time", action="store_true", help="print an estimate of each time")
+    parser.add_argument("--launches", action="store_true", help="list each launch, too")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write the report as a page")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report for machines")
     parser.add_argument("script", type=Path)
     flags = parser.add_argument("flags", nargs=argparse.REMAINDER, help="the script's own")
     flags.required = False  # or a message says that it is
@@ -59,8 +64,9 @@ def main(arguments: Sequence[str]) -> int:
         options.flags.insert(0, "--")
     if fault := _fault_of(options):
         parser.error(fault)
-    if options.report is not None:
-        options.report = options.report.absolute()  # the script may change the folder
+    for name in FILES:
+        if (file := getattr(options, name)) is not None:
+            setattr(options, name, file.absolute())  # the script may change the folder
     before, process = (sys.argv, list(sys.path)), os.getpid()
     stdout = sys.stdout  # the script may set another one, or close it
     others = set(threading.enumerate())
@@ -122,17 +128,20 @@ def _join_threads(others: set[threading.Thread]) -> None:
 
 def _fault_of(options: argparse.Namespace) -> str:
     """Return what is wrong with the arguments, and what to do; "" if nothing is."""
-    page: Path | None = options.report
     if not options.script.is_file():
         return f"{options.script} is no file; name a Python script"
     if reason := why_not_compiled():
         return reason
-    if page is None:
-        return ""
-    if page.is_dir() or not page.resolve().parent.is_dir():
-        return f"--report {page} cannot be written; name a file in a folder"
-    if page.is_file() and page.suffix.lower() not in (".html", ".htm"):
-        return f"--report {page} exists, and is no page; name a file that ends in .html"
+    for name, (what, *endings) in FILES.items():
+        file: Path | None = getattr(options, name)
+        if file is None:
+            continue
+        if file.is_dir() or not file.resolve().parent.is_dir():
+            return f"--{name} {file} cannot be written; name a file in a folder"
+        if file.is_file() and file.suffix.lower() not in endings:
+            return (
+                f"--{name} {file} exists, and is no {what}; name a file that ends in {endings[0]}"
+            )
     return ""
 
 
@@ -160,7 +169,7 @@ def _terminable() -> Iterator[None]:
 
 
 def _show(report: Report, options: argparse.Namespace, stdout: TextIO, advice: str) -> None:
-    """Print the report, and write its page, also if nobody reads what is printed.
+    """Print the report, and write its files, also if nobody reads what is printed.
 
     Args:
         advice: where the script has ended without a launch.
@@ -171,28 +180,29 @@ def _show(report: Report, options: argparse.Namespace, stdout: TextIO, advice: s
             print(report.counted(), end="\n\n")
         if options.time:
             print(timed(report), end="\n\n")
-        print(report)
+        print(report.as_text(options.launches))
         if advice and not (report.launches or report.graphs or report.faults):
             print(f"no kernel was launched; {advice}")
     finally:
+        if options.json is not None:
+            _write(options.json, report.as_json())
         if options.report is not None:
-            _write(report, options)
+            _write(options.report, report.as_html(str(options.script)))
 
 
-def _write(report: Report, options: argparse.Namespace) -> None:
-    """Write the report's page; an earlier one stays as it is if that fails."""
-    page, text = options.report, report.as_html(str(options.script))
-    is_whole = page.is_file() or not page.exists()  # and not a device or a pipe
-    page = page.resolve() if is_whole else page  # a link stays one, and a pipe has no other name
-    written = page.with_name(f"{page.name}.{os.getpid()}") if is_whole else page
+def _write(path: Path, text: str) -> None:
+    """Write a file; an earlier one stays as it is if that fails."""
+    is_whole = path.is_file() or not path.exists()  # and not a device or a pipe
+    file = path.resolve() if is_whole else path  # a link stays one, and a pipe has no other name
+    written = file.with_name(f"{file.name}.{os.getpid()}") if is_whole else file
     try:
         try:
             written.write_text(text, "utf-8", errors="replace")  # names may be no UTF-8
             if is_whole:
-                written.replace(page)
+                written.replace(file)
         finally:
             if is_whole:
                 written.unlink(missing_ok=True)
     except OSError as e:
-        reason = f"{options.report} cannot be written ({e.strerror}); name another file"
+        reason = f"{path} cannot be written ({e.strerror}); name another file"
         sys.exit(f"python -m torchpar ptx: error: {reason}")

@@ -13,7 +13,7 @@ from torchpar.ptx.cuda.capture import Capture, user_line
 from torchpar.ptx.cuda.graph_memory import REPLAYED, WRITTEN, Line, Memory, Pool, memory_of
 from torchpar.ptx.cuda.operations import Operation
 from torchpar.ptx.cuda.steps import Step
-from torchpar.ptx.report.report import CapturedGraph
+from torchpar.ptx.report.launch import CapturedGraph
 from torchpar.ptx.triton.driver import is_plain
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ from torchpar.ptx.cuda.graph import CUDAGraph
 from torchpar.ptx.cuda.graph_memory import REPLAYED, WRITTEN, Line, Memory, Pool, memory_of, shown
 from torchpar.ptx.cuda.operations import OperatorKind, tensors_in, with_tensors, written_by
 from torchpar.ptx.cuda.streams import Stream, Streams
-from torchpar.ptx.report.report import HostFault, Kind
+from torchpar.ptx.report.faults import HostFault, Kind
 from torchpar.ptx.triton.driver import Emulator, is_plain
 
 PLAIN = (Tensor, torch.nn.Parameter)

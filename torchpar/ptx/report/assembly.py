@@ -4,8 +4,9 @@
 import re
 
 from torchpar.ptx.machine.parse import Sources
-from torchpar.ptx.report.report import Fault, moved
+from torchpar.ptx.report.faults import Fault
 from torchpar.ptx.report.resources import assemble
+from torchpar.ptx.report.source import moved
 
 NAME = "refused by ptxas"
 SAID = re.compile(r"line (\d+); (?:error|fatal)\s*: (.*)")

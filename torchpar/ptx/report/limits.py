@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torchpar.ptx.machine.counters import Source
-from torchpar.ptx.report.report import Launch, line_of
+from torchpar.ptx.report.launch import Launch
+from torchpar.ptx.report.source import line_of
 
 
 @dataclass

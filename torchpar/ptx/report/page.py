@@ -16,8 +16,12 @@ from torchpar.drawing import Drawing
 from torchpar.kernels.data_sheets import DATA_SHEETS
 from torchpar.ptx.machine.counters import BANKS, SECTOR, WORD, Access, Line, kind_of, operation
 from torchpar.ptx.machine.trace import Request, Trace
-from torchpar.ptx.report.report import Launch, Report, counted, line_of, moved, shown_path
+from torchpar.ptx.report.faults import Fault
+from torchpar.ptx.report.groups import Group, longest, shown_line
+from torchpar.ptx.report.launch import CapturedGraph, Launch, counted
 from torchpar.ptx.report.roofline import GPU_OF
+from torchpar.ptx.report.source import line_of, moved, shown_path
+from torchpar.ptx.report.text import in_order, summary
 
 TEMPLATE = Path(__file__).with_name("report.html")
 # Colors of what a warp does, legible on light and dark pages.
@@ -33,7 +37,9 @@ COLORS = {
 ROOFS = ("#b99316", "#3f87c9", "#46a36b", "#dd7733")
 OPERATIONS = {"a copy": "#3f87c9", "a bulk load": "#3f87c9", "a bulk store": "#46a36b"}
 OPERATIONS |= {"a product": "#dd7733", "a commit": "#888c"}
-SECTIONS, PICTURES = 24, 8  # kernels, and accesses of each that have a picture, at most
+SECTIONS, PICTURES = 24, 8  # groups, and accesses of each that have a picture, at most
+DRAWN = 8  # groups that have pictures, at most: a picture takes a tenth of a second
+LISTED = 5000  # launches at most
 GAP = 3  # lines between two that execute something; more are left out
 COLUMNS, BARS = 1200, 60  # pixels and operations of a timeline, at most
 THREADS, ROWS = 128, 600  # of a map of addresses, at most
@@ -50,10 +56,10 @@ class Row(NamedTuple):
 
 @dataclass
 class Section:
-    """A kernel on the page."""
+    """The first launch of a group on the page."""
 
+    group: Group
     launch: Launch
-    count: int
     facts: list[str]
     rows: dict[str, list[Row]]  # by file
     times: list[list[str]]  # of the bounds, the head first
@@ -63,19 +69,31 @@ class Section:
     legend: dict[str, str] = field(default_factory=dict)  # colors of the timeline
 
 
-def as_html(report: Report, title: str) -> str:
+def as_html(
+    groups: Sequence[Group],
+    launches: Sequence[Launch],
+    graphs: Sequence[CapturedGraph],
+    faults: Sequence[Fault],
+    title: str,
+) -> str:
     """Return the page."""
     from jinja2 import Template  # PyTorch needs it, too
 
-    draws, kernels = find_spec("matplotlib") is not None, report.distinct()
+    draws = find_spec("matplotlib") is not None
     template = Template(TEMPLATE.read_text("utf-8"), autoescape=True)
     page: str = template.render(
         title=title,
-        summary=report.summary,
-        faults=report.in_order(),
-        sections=[section(launch, count, draws) for launch, count in kernels[:SECTIONS]],
-        left_out=len(kernels) - SECTIONS,
-        launches=report.launches,
+        summary=summary(launches, faults),
+        faults=in_order(faults),
+        graphs=graphs,
+        groups=groups,
+        sections=[section(one, draws and n < DRAWN) for n, one in enumerate(groups[:SECTIONS])],
+        left_out=len(groups) - SECTIONS,
+        longest=longest(launches),
+        launches=list(enumerate(launches, 1)),
+        listed=LISTED,
+        drawn=DRAWN,
+        line=shown_line,
         code=lambda source: line_of(*source),
         path=shown_path,
         draws=draws,
@@ -83,14 +101,15 @@ def as_html(report: Report, title: str) -> str:
     return page
 
 
-def section(launch: Launch, count: int, draws: bool) -> Section:
-    """Return what the page shows of a launch."""
+def section(group: Group, draws: bool) -> Section:
+    """Return what the page shows of a group's first launch."""
+    launch = group.first
     trace = launch.trace if draws else None
     accesses = worst(launch)
     pictures = [draw_access(launch, trace, one) if trace else "" for one in accesses[:PICTURES]]
     pictures += [""] * (len(accesses) - len(pictures))
     drawn = list(zip(accesses, pictures, strict=True))
-    found = Section(launch, count, counted(launch), rows(launch), times(launch), drawn)
+    found = Section(group, launch, counted(launch), rows(launch), times(launch), drawn)
     if draws:
         found.roofline = draw_roofline(launch)
     if trace is not None and trace.executed:

@@ -30,7 +30,8 @@ from torchpar.ptx.machine.parse import Instruction
 from torchpar.tables import in_columns
 
 if TYPE_CHECKING:
-    from torchpar.ptx.report.report import Launch, Report
+    from torchpar.ptx.report.launch import Launch
+    from torchpar.ptx.report.report import Report
 
 # Of a multiprocessor in a clock. NVIDIA, "CUDA C++ Programming Guide", "Arithmetic Instructions";
 # "Nsight Compute: Profiling Guide"; the L2 cache's bytes by "NVIDIA A100 Tensor Core GPU
@@ -303,7 +304,8 @@ TERMS = 3  # of each GPU, in a table
 def timed(report: "Report") -> str:
     """Return the estimates of the launches as text, one table for each kernel."""
     blocks = []
-    for launch, count in report.distinct():
+    for group in report.groups():
+        launch, count = group.first, len(group.launches)
         title = launch.kernel if count == 1 else f"{launch.kernel}; the first of {count} launches"
         table = [["GPU", "about", "bound by", "waves", "terms, which overlap"]]
         for one in launch.time.values():

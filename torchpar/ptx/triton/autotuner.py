@@ -13,7 +13,7 @@ from unittest.mock import patch
 from triton.compiler.errors import CompileTimeAssertionFailure
 from triton.runtime.autotuner import Autotuner
 
-from torchpar.ptx.report.report import ConfigurationNote
+from torchpar.ptx.report.faults import ConfigurationNote
 
 if TYPE_CHECKING:
     from torchpar.ptx.triton.driver import Emulator

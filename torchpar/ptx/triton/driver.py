@@ -57,16 +57,11 @@ from torchpar.ptx.machine.trace import Trace
 from torchpar.ptx.native.cache import cache_folder, writable
 from torchpar.ptx.native.encoding import FIELDS
 from torchpar.ptx.report.assembly import refusals
+from torchpar.ptx.report.faults import Fault, HostFault, Kind
+from torchpar.ptx.report.launch import CapturedGraph, Launch
 from torchpar.ptx.report.limits import Limits
-from torchpar.ptx.report.report import (
-    CapturedGraph,
-    Fault,
-    HostFault,
-    Kind,
-    Launch,
-    Report,
-    moved,
-)
+from torchpar.ptx.report.report import Report
+from torchpar.ptx.report.source import moved
 from torchpar.ptx.triton import autotuner
 from torchpar.ptx.triton.assumptions import Assertions, assertions_of
 from torchpar.ptx.triton.stages import Stages
@@ -569,13 +564,18 @@ def _index_of(t: Tensor, name: str) -> Callable[[int], str]:
     return index
 
 
+LIBRARIES = ("torch", "triton", __name__.partition(".")[0])  # whose lines launch for a program
+
+
 def _launching_line() -> tuple[str, int] | None:
-    """Return the file and the line of the statement that launches the kernel."""
+    """Return the file and the line of the program that launches the kernel.
+
+    For an operator of this library, that is the line that calls the operator.
+    """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         name = frame.f_globals.get("__name__", "")
-        is_of_emulator = name.startswith(f"{__package__}.")
-        if name.partition(".")[0] not in ("torch", "triton") and not is_of_emulator:
+        if name.partition(".")[0] not in LIBRARIES:
             return frame.f_code.co_filename, frame.f_lineno
         frame = frame.f_back
     return None
@@ -585,6 +585,29 @@ def _check_mode(metadata: Any) -> None:
     """Refuse the sanitizer of Triton whose kernels have another parameter."""
     if "gsan" in getattr(metadata, "instrumentation_mode", ""):
         raise NotImplementedError(NO_GSAN)
+
+
+def _constants(source: Any) -> dict[str, str]:
+    """Return the arguments whose values a kernel was compiled for, as text."""
+    found = {}
+    for path, value in source.constants.items():
+        name = source.fn.arg_names[path[0]] + "".join(f"[{i}]" for i in path[1:])
+        found[name] = str(getattr(value, "__name__", value))
+    return found
+
+
+def _specialization(source: Any, metadata: Any) -> dict[str, str]:
+    """Return what else a kernel was compiled for: types, divisibility and options."""
+    found = {}
+    for position, (name, kind) in enumerate(source.signature.items()):
+        if kind == "constexpr":
+            continue
+        attributes = dict(source.attrs.get((position,), ()))
+        divisor = attributes.get("tt.divisibility")
+        found[name] = f"{kind}, a multiple of {divisor}" if divisor else str(kind)
+    options = ("num_stages", "maxnreg")
+    values = {name: getattr(metadata, name, None) for name in options}
+    return found | {name: str(value) for name, value in values.items() if value is not None}
 
 
 def _check_grid(x: int, y: int, z: int) -> None:
@@ -611,6 +634,8 @@ class Launcher:
 
     def __init__(self, source: Any, metadata: Any):
         self.source, self.metadata = source, metadata
+        self.constants = _constants(source)
+        self.specialization = _specialization(source, metadata)
         self._refused: str | None = None
 
     @cached_property
@@ -666,6 +691,8 @@ class Launcher:
                 ptx=module.text,
                 launched=_launching_line(),
                 ctas=ctas,
+                constants=self.constants,
+                specialization=self.specialization,
             )
             self._execute(emulator, launch, lambda: parameters(arguments))
 

@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: MIT
+"""The report of many launches: groups, those that took longest, faults last, and JSON."""
+
+import json
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from commands import ROOT
+from pages import Page
+
+from torchpar.ptx import Fault, Launch, Report, command
+from torchpar.ptx.machine.counters import Counts
+from torchpar.ptx.machine.parse import parse
+from torchpar.ptx.report import page
+from torchpar.ptx.report.faults import HostFault
+from torchpar.ptx.report.launch import CapturedGraph
+from torchpar.ptx.triton import driver
+
+PTX = """
+.version 8.4
+.target sm_90
+.address_size 64
+.visible .entry NAME()
+{
+  ret;
+}
+"""
+
+
+def launch(kernel="scale", grid=(4, 1, 1), block=64, line=1, **others) -> Launch:
+    """A launch whose PTX depends on its block."""
+    made = Launch(
+        kernel,
+        "sm_90",
+        grid,
+        4,
+        0,
+        ptx=PTX.replace("NAME", f"{kernel}_{block}"),
+        launched=("/tmp/a.py", line),
+        constants={"BLOCK": str(block)},
+        **others,
+    )
+    made.counts = Counts(parse(made.ptx))
+    return made
+
+
+def fault(kind="error", **others) -> Fault:
+    return Fault(kind, "race", "two warps write", "scale", (1, 0, 0), 7, None, **others)
+
+
+def thousand() -> Report:
+    """1,000 launches of two kernels, each in two configurations, and two faults."""
+    draw = random.Random(0)
+    launches = [
+        launch(
+            ("scale", "add")[k % 2],
+            (1 + k // 250, 1, 1),
+            (64, 128)[k // 2 % 2],
+            line=k + 1,
+            seconds=draw.random(),
+            instructions=1 + k % 4,
+        )
+        for k in range(1000)
+    ]
+    return Report(launches, [fault(), fault("note")])
+
+
+def test_launches_are_grouped_by_kernel_and_configuration():
+    report = thousand()
+    groups = report.groups()
+    assert [(one.first.kernel, one.first.constants["BLOCK"]) for one in groups] == [
+        ("add", "128"),
+        ("scale", "128"),
+        ("add", "64"),
+        ("scale", "64"),
+    ]
+    assert [one.instructions for one in groups] == [1000, 750, 500, 250]
+    assert sorted(n for one in groups for n in one.numbers) == list(range(1, 1001))
+    scale = groups[3]
+    assert scale.numbers == list(range(1, 1001, 4))
+    assert scale.seconds == sum(one.seconds for one in report.launches[::4])
+    assert scale.name == "scale[1×1×1 to 4×1×1]"
+    assert scale.launched == "launched first at /tmp/a.py:1, last at /tmp/a.py:997"
+    assert scale.configuration == "BLOCK=64, 4 warps"
+
+
+def test_an_autotuned_configuration_is_a_group():
+    launches = [launch(configuration=name) for name in ("BLOCK: 64", "BLOCK: 64, num_stages: 2")]
+    configurations = [one.configuration for one in Report(launches, []).groups()]
+    assert [one.partition("autotuned: ")[2] for one in configurations] == [
+        "BLOCK: 64",
+        "BLOCK: 64, num_stages: 2",
+    ]
+
+
+def test_groups_of_a_kernel_are_told_apart_by_types():
+    launches = [
+        launch(block=64, specialization={"x": "*fp32", "n": "i32", "num_stages": "3"}),
+        launch(block=65, specialization={"x": "*fp16", "n": "i32", "num_stages": "3"}),
+        launch("add", specialization={"x": "*fp64", "n": "i32"}),
+    ]
+    words = [one.configuration for one in Report(launches, []).groups()]
+    assert words == [
+        "BLOCK=64, x: *fp32, 4 warps",
+        "BLOCK=65, x: *fp16, 4 warps",
+        "BLOCK=64, 4 warps",
+    ]
+
+
+def test_a_thousand_launches_are_a_screen_that_ends_with_the_errors():
+    report = thousand()
+    lines = str(report).splitlines()
+    head, *rows = lines[:9]
+    assert head.split() == ["launches", "instructions", "seconds", "kernel,", "for", "sm_90"]
+    assert [row.split()[0] for row in rows[::2]] == ["250"] * 4
+    assert lines[9] == "the 10 launches that took longest:"
+    slowest = sorted(range(1000), key=lambda k: -report.launches[k].seconds)[:10]
+    assert [int(row.split()[0]) - 1 for row in lines[11:21]] == slowest
+    assert lines[21:] == [
+        "· note: race in scale",
+        "    line 7 of the PTX",
+        "    program (1, 0, 0): two warps write",
+        "✗ error: race in scale",
+        "    line 7 of the PTX",
+        "    program (1, 0, 0): two warps write",
+        "launches: 1000; 1 error, 0 warnings, 1 note",
+    ]
+
+
+def test_all_launches_are_listed_on_demand():
+    report = thousand()
+    lines = report.as_text(lists_launches=True).splitlines()
+    assert [int(row.split()[0]) for row in lines[1:1001]] == list(range(1, 1001))
+    assert lines[1000].endswith("add[4×1×1], launched at /tmp/a.py:1000")
+    assert lines[1001:] == str(report).splitlines()
+
+
+@pytest.mark.parametrize("count", [0, 1, 10, 11])
+def test_those_that_took_longest_are_named_where_there_are_more_than_ten(count):
+    text = str(Report([launch(line=1) for _ in range(count)], []))
+    assert ("that took longest" in text) == (count > 10)
+    assert ("launches  instructions" in text) == (count > 0)
+    assert text.endswith(f"launches: {count}; 0 errors, 0 warnings, 0 notes")
+
+
+def test_what_a_kernel_has_printed_names_its_launch():
+    text = str(Report([launch(), launch(printed=["x: 1"])], []))
+    assert text.startswith("printed by launch 2, scale[4×1×1]:\n  x: 1\nlaunches")
+
+
+def test_json_has_everything():
+    report = thousand()
+    at = ("/tmp/a.py", 3)
+    of_program = HostFault("warning", "freed input", "freed", source=at, earlier=("captured", at))
+    report.faults.append(of_program)
+    report.graphs.append(CapturedGraph(at, 7, 2, 3))
+    found = json.loads(report.as_json())
+    assert found["version"] == 1
+    assert found["counts"] == {"launches": 1000, "errors": 1, "warnings": 1, "notes": 1}
+    line = {"file": "/tmp/a.py", "line": 3}
+    assert found["launches"][2] == {
+        "kernel": "scale",
+        "grid": [1, 1, 1],
+        "instructions": 3,
+        "seconds": report.launches[2].seconds,
+        "launched": line,
+        "printed": [],
+    }
+    group = found["groups"][1]
+    assert group["launches"] == list(range(2, 1000, 4))
+    assert group["seconds"] == report.groups()[1].seconds
+    assert group["grids"] == [[n, 1, 1] for n in (1, 2, 3, 4)]
+    assert (group["first_launched"], group["last_launched"]["line"]) == (line, 999)
+    assert found["graphs"] == [{"captured": line, "operators": 7, "launches": 2, "replays": 3}]
+    first, _, last = found["faults"]
+    assert (first["kind"], first["program"], first["ptx_line"]) == ("error", [1, 0, 0], 7)
+    assert first["earlier"] is None
+    assert (last["kernel"], last["program"], last["source"]) == (None, None, line)
+    assert last["earlier"] == {"word": "captured", **line}
+
+
+def test_each_key_of_json_is_documented():
+    section = (ROOT / "docs" / "ptx.md").read_text("utf-8").partition("### For machines")[2]
+    table = section.partition("\n## ")[0]
+    report = thousand()
+    report.graphs.append(CapturedGraph(None, 7, 2, 3))
+    found = json.loads(report.as_json())
+    for name, value in found.items():
+        (row,) = [line for line in table.splitlines() if line.startswith(f"| `{name}` |")]
+        for key in value[0] if isinstance(value, list) else value if name == "counts" else ():
+            assert f"`{key}`" in row, (name, key)
+
+
+def test_a_page_of_a_thousand_launches_lists_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "section", lambda group, draws: drawn.append(draws))
+    monkeypatch.setattr(page, "SECTIONS", 3)
+    monkeypatch.setattr(page, "DRAWN", 1)
+    monkeypatch.setattr(page, "find_spec", lambda name: True)
+    monkeypatch.setattr(page, "TEMPLATE", tmp_path / "template.html")
+    text = page.Path(page.__file__).with_name("report.html").read_text("utf-8")
+    before, _, rest = text.partition("{% for one in sections %}")
+    page.TEMPLATE.write_text(before + rest.partition("</section>\n{% endfor %}")[2], "utf-8")
+    drawn: list[bool] = []
+    report = thousand()
+    path = tmp_path / "page.html"
+    path.write_text(report.as_html("many"), "utf-8")
+    found = Page(path)
+    groups, slowest, launches = found.tables
+    assert drawn == [True, False, False]
+    assert [row[3] for row in groups[1:]] == [one.name for one in report.groups()]
+    assert len(slowest) == 11
+    assert [row[0] for row in launches[1:]] == [str(n) for n in range(1, 1001)]
+    assert "counters are left out here: 1" in found.text
+    assert found.addresses == ["#kernel-1", "#kernel-2", "#kernel-3"]
+
+
+def test_the_command_writes_json_and_lists_launches(tmp_path, capsys):
+    script, file = tmp_path / "script.py", tmp_path / "report.json"
+    script.write_text("import torch\nprint(1)", "utf-8")
+    assert command.main(["--launches", "--json", str(file), str(script)]) == 0
+    assert json.loads(file.read_text("utf-8"))["counts"]["launches"] == 0
+    assert capsys.readouterr().out.startswith("1\nlaunches: 0")
+    precious = tmp_path / "precious.py"
+    precious.touch()
+    with pytest.raises(SystemExit, match="2"):
+        command.main([f"--json={precious}", str(script)])
+    assert (
+        "exists, and is no file of JSON; name a file that ends in .json" in capsys.readouterr().err
+    )
+
+
+def test_lines_of_libraries_launch_for_the_program():
+    def place_from(module: str) -> tuple[str, int] | None:
+        code = compile("def call(function): return function()", "library.py", "exec")
+        exec(code, names := {"__name__": module})
+        return names["call"](driver._launching_line)
+
+    for module in ("torchpar.kernels.launch", "torchpar.ptx.cuda.graph", "triton.runtime.jit"):
+        assert place_from(module)[0] == __file__
+    assert place_from("other_library") == ("library.py", 1)
+
+
+def test_constants_and_types_are_those_of_the_compiled_kernel():
+    source = SimpleNamespace(
+        fn=SimpleNamespace(arg_names=["x", "n", "pair", "ACT"]),
+        signature={"x": "*fp32", "n": "i32", "pair": ("i32", "constexpr"), "ACT": "constexpr"},
+        constants={(2, 1): 1, (3,): len},
+        attrs={(0,): [["tt.divisibility", 16]], (1,): []},
+    )
+    assert driver._constants(source) == {"pair[1]": "1", "ACT": "len"}
+    assert driver._specialization(source, SimpleNamespace(num_stages=3, maxnreg=None)) == {
+        "x": "*fp32, a multiple of 16",
+        "n": "i32",
+        "pair": "('i32', 'constexpr')",
+        "num_stages": "3",
+    }
+
+
+@pytest.mark.slow  # it compiles
+def test_a_launch_of_an_operator_names_the_line_of_the_program():
+    import torchpar
+    from torchpar.ptx import emulate
+
+    x = torch.ones(8)
+    with emulate() as gpu:
+        torchpar.maximum(x, x)
+    (one,) = gpu.launches
+    assert one.launched is not None
+    assert one.launched[0] == __file__
+    assert "BLOCK" in one.constants
+    assert one.specialization["a_ptr"].startswith("*fp32")
