@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What was launched and captured, and what is wrong with it: as text, as a page, and as JSON."""
+"""The report of launches, captured graphs and faults: as text, as a page, and as JSON."""
 
 from dataclasses import dataclass, field
 
@@ -13,7 +13,7 @@ from torchpar.ptx.report.text import as_text, summary
 
 @dataclass
 class Report:
-    """What was launched and captured, and what is wrong with it."""
+    """Launches and captured graphs, and what is wrong with them."""
 
     launches: list[Launch]
     faults: list[Fault]
