@@ -16,8 +16,9 @@ A launch passes these folders, one after the other:
 - `instructions`: what each instruction of PTX does, in Python.
 - `native`: the common instructions, and whole blocks, in C: `layout` (what Python and C share),
   `core` (built once, and loaded), `encoding`, `warps`, `blocks`.
-- `report`: `faults`, `launch` (the record of one), `groups` (of launches), `roofline` (bounds by data
-  sheets), `limits`, `resources` (by ptxas); and `report`, as `text`, as a `page`, or as JSON (`data`).
+- `report`: `faults`, `launch` (the record of one), `groups` (of launches), `roofline` (bounds by
+  data sheets), `limits`, `resources` (by ptxas); and `report`, as `text`, as a `page`, or as JSON
+  (`data`).
 
 `command` and `pytest` are the ways to run it.
 
