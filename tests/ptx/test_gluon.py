@@ -68,11 +68,11 @@ def test_the_example_of_the_page_is_what_the_command_prints(tmp_path, monkeypatc
     (shown,) = re.findall(r"```\n\$ python -m torchpar ptx double.py\n(.*?)```", page, re.DOTALL)
     (tmp_path / "double.py").write_text(code, "utf-8")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("torchpar.ptx.report.report.STARTED_IN", str(tmp_path))
+    monkeypatch.setattr("torchpar.ptx.report.source.STARTED_IN", str(tmp_path))
     assert command.main(["double.py"]) == 1
 
     def same_everywhere(text: str) -> list[str]:
-        return re.sub(r"\d+ instructions of warps, [\d.]+ s|line \d+ of the PTX", "", text).split()
+        return re.sub(r"[\d,]+ +\d+\.\d{3}|line \d+ of the PTX", "", text).split()
 
     assert same_everywhere(capsys.readouterr().out) == same_everywhere(shown)
 
