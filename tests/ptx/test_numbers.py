@@ -83,6 +83,6 @@ def test_an_error_of_the_executor_is_an_error(what):
         raise KeyError("its own")
 
     with patch(f"torchpar.ptx.machine.{what}", fail):
-        (found,) = faults_of("and.b32 $0, $1, 8;")
+        (found,) = faults_of("szext.clamp.s32 $0, $1, 8;")
     assert found.startswith("error of the executor: the executor ends with KeyError: 'its own' (")
     assert "test_numbers.py:" in found
