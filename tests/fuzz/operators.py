@@ -174,7 +174,7 @@ def trial(rng: random.Random) -> str:
     ideal = torchs(*wide, **options)
     # PyTorch rounds a 16-bit product before or after it adds the bias, by layout and size.
     is_layer = name == "linear_sigmoid" and args[0].dtype in HALVES
-    others = [nn.functional.linear(*args).sigmoid()] * is_layer
+    others = [nn.functional.linear(*args).sigmoid()] if is_layer else []
     judge(what, found, plain, ideal, name == "maximum", *others)
     if name == "exact_matmul" and found.dtype == torch.float32:
         judge_exact(what, found, ideal, *wide)
