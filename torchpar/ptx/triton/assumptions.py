@@ -2,7 +2,8 @@
 """Kernels whose assumptions, of ``tl.assume``, are assertions, compiled beside the real ones.
 
 The compiler uses an assumption and drops it, so that nothing in the PTX says that it is false. The
-second kernel does not store, so that little more than the assumptions is left of it.
+second kernel does not store, so that little more than the assumptions is left of it. Assumptions on
+scalar arguments that `conditions` finds true need none.
 """
 
 import re

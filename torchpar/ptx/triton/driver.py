@@ -64,6 +64,7 @@ from torchpar.ptx.report.report import Report
 from torchpar.ptx.report.source import moved
 from torchpar.ptx.triton import autotuner
 from torchpar.ptx.triton.assumptions import Assertions, assertions_of
+from torchpar.ptx.triton.conditions import Conditions, conditions_of
 from torchpar.ptx.triton.stages import Stages
 
 ARCHITECTURES = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
@@ -643,8 +644,18 @@ class Launcher:
         return Stages(self.source, self.metadata)
 
     @cached_property
+    def conditions(self) -> Conditions | None:
+        return conditions_of(self.stages.text, self.source.fn.arg_names)
+
+    @cached_property
     def assertions(self) -> Assertions | None:
         return assertions_of(self.stages, self.metadata)
+
+    def _assertions_for(self, arguments: Sequence[Any]) -> Assertions | None:
+        """Return the assertions unless it is plain that none fails; a second compile makes them."""
+        if self.conditions is not None and self.conditions.hold(arguments):
+            return None
+        return self.assertions
 
     def __call__(
         self,
@@ -694,7 +705,12 @@ class Launcher:
                 constants=self.constants,
                 specialization=self.specialization,
             )
-            self._execute(emulator, launch, lambda: parameters(arguments))
+            self._execute(
+                emulator,
+                launch,
+                lambda: parameters(arguments),
+                lambda: self._assertions_for(arguments),
+            )
 
         if enter is not None:
             enter(launch_metadata)
@@ -725,7 +741,11 @@ class Launcher:
             raise PTXASError(self._refused)
 
     def _execute(
-        self, emulator: Emulator, launch: Launch, parameters: Callable[[], list[int]]
+        self,
+        emulator: Emulator,
+        launch: Launch,
+        parameters: Callable[[], list[int]],
+        assertions: Callable[[], Assertions | None],
     ) -> None:
         code = getattr(getattr(self.source.fn, "fn", None), "__code__", None)
         file = code.co_filename if code else ""
@@ -736,7 +756,7 @@ class Launcher:
                 emulator.note(fault, (fault.kernel, fault.name, fault.source, fault.message))
             return
         self._check_allocator(emulator, launch)
-        emulator.run(launch, parameters, file, self.assertions)
+        emulator.run(launch, parameters, file, assertions())
 
     def _check_allocator(self, emulator: Emulator, launch: Launch) -> None:
         """Note that nobody has given Triton an allocator, which this kernel's scratch memory needs.
