@@ -9,6 +9,7 @@ from torchpar.ptx.instructions.arithmetic import flush, positive, saturate
 from torchpar.ptx.instructions.rounding import (
     E8M0,
     FLOAT8,
+    NAN,
     NARROW,
     TO_INTEGER,
     encode_e8m0,
@@ -25,7 +26,6 @@ INTEGER_MODES = {f"{mode}i": mode for mode in ("rn", "rz", "rm", "rp")}
 OTHERS = ("ftz", "sat", "satfinite", "relu")
 FLOAT8_PAIRS = {"e4m3x2": "e4m3", "e5m2x2": "e5m2"}
 NARROW_PAIRS = {"e2m1x2": "e2m1", "e2m3x2": "e2m3", "e3m2x2": "e3m2"}
-NAN = 0x7FFF  # of halves
 
 
 @instruction("cvt")
@@ -50,7 +50,7 @@ def _convert(i: Instruction) -> Run:  # noqa: C901, PLR0911  # by kinds
         convert = _to_integer(to, to_whole, ftz) if to_whole else _between_integers(to, modifiers)
         return elementwise(i, convert, to, source)
     assert source not in PAIRS
-    finish = _finish(to, modifiers)
+    finish = _finish(to, source, modifiers)
     # Through a wider format, so that it is rounded once.
     is_nearest = mode == "rn" and "satfinite" not in modifiers
     is_short = is_nearest and (
@@ -79,13 +79,15 @@ def _convert(i: Instruction) -> Run:  # noqa: C901, PLR0911  # by kinds
     return elementwise(i, convert_float, to, source)
 
 
-def _finish(to: str, modifiers: list[str]) -> Callable[[Values], Values]:
+def _finish(to: str, source: str, modifiers: list[str]) -> Callable[[Values], Values]:
     """What modifiers make of a float, which is encoded then."""
     ftz = "ftz" in modifiers and to == "f32"
 
     def finish(x: Values) -> Values:
         if to == "f32" and x.dtype != np.float32:
             x = x.astype(np.float32)
+        if (to, source) == ("f32", "f16"):
+            x = np.where(np.isnan(x), NAN, x)
         x = flush(x) if ftz else x
         x = saturate(x) if "sat" in modifiers else x
         x = positive(x) if "relu" in modifiers else x
@@ -150,7 +152,7 @@ def _of_float8(i: Instruction, to: str, source: str, modifiers: list[str]) -> Ru
     assert to == "f16x2"  # which has all numbers of both
     table = FLOAT8[FLOAT8_PAIRS[source]].astype(np.float32)
     table = positive(table) if "relu" in modifiers else table
-    codes = np.where(np.isnan(table), np.uint16(NAN), encode("f16", table)).astype(np.uint32)
+    codes = encode("f16", table).astype(np.uint32)
     return elementwise(i, lambda x: codes[x & 255] | codes[x >> 8] << np.uint32(16), "b32", "b16")
 
 

@@ -127,9 +127,10 @@ def encode(kind: str, values: Values) -> Values:
         bits = values.view(np.uint32)
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
         return np.where(np.isnan(values), np.uint16(0x7FFF), rounded)
-    return (
-        values.astype(np.float16).view(np.uint16) if kind == "f16" else values.astype(DTYPES[kind])
-    )
+    if kind == "f16":
+        bits = values.astype(np.float16).view(np.uint16)
+        return np.where(np.isnan(values), np.uint16(0x7FFF), bits)
+    return values.astype(DTYPES[kind])
 
 
 def reader(operand: Any, kind: str = "u32") -> Read:  # noqa: PLR0911  # a case for each kind of operand

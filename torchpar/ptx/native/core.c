@@ -314,7 +314,7 @@ static inline float larger_f32(float a, float b)
 {
     if (a == b && a == 0)
         return signbit(a) ? b : a;
-    return fmaxf(a, b);
+    return isnan(a) || b > a ? b : a; /* where fmax makes NaN of a signalling one */
 }
 static inline float larger_or_nan_f32(float a, float b)
 {
@@ -324,7 +324,7 @@ static inline double larger_f64(double a, double b)
 {
     if (a == b && a == 0)
         return signbit(a) ? b : a;
-    return fmax(a, b);
+    return isnan(a) || b > a ? b : a;
 }
 static inline double larger_or_nan_f64(double a, double b)
 {
@@ -438,13 +438,21 @@ static inline uint16_t to_f16(float x)
     _Float16 half = (_Float16)x;
     uint16_t bits;
     memcpy(&bits, &half, 2);
-    return bits;
+    return isnan(x) ? 0x7FFF : bits;
 }
 static inline float of_f16(uint16_t x)
 {
     _Float16 half;
     memcpy(&half, &x, 2);
     return (float)half;
+}
+/* The bits of float32, where NaN has all but the sign, as a GPU's. */
+static inline uint32_t bits_of_f16(uint16_t x)
+{
+    const float value = of_f16(x);
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return isnan(value) ? 0x7FFFFFFF : bits;
 }
 #define TRUNCATE(NAME, TO, FROM, LEAST, MOST)                                              \
     MAP(NAME, TO, FROM,                                                                    \
@@ -475,7 +483,7 @@ MAP(f64_u32, double, uint32_t, (double)a[n])
 MAP(f64_s64, double, int64_t, (double)a[n])
 MAP(f64_f32, double, float, (double)a[n])
 MAP(f32_f64, float, double, (float)a[n])
-MAP(f32_f16, float, uint16_t, of_f16(a[n]))
+MAP(f32_f16, uint32_t, uint16_t, bits_of_f16(a[n]))
 MAP(f32_bf16, float, uint16_t, of_bf16(a[n]))
 MAP(f16_f32, uint16_t, float, to_f16(a[n]))
 MAP(bf16_f32, uint16_t, float, to_bf16(a[n]))
