@@ -24,7 +24,7 @@ IGNORED = re.compile(r"//.*$|^\s*\.(?:loc|file|pragma|section)\b.*$", re.MULTILI
 # A brace, a label, or a statement, whose vectors have braces, too.
 STATEMENT = re.compile(r"\s*(?:([{}])|([\w$]+):(?!:)|([^;{}]*(?:\{[^}]*\}[^;{}]*)*);)")
 STACK = re.compile(r"(\w+)\[(\d+)\]")
-CONSTANT = re.compile(r"\.(?:global|const)[^;=]*\.b8\s+(\w+)\[\d*\]\s*=\s*\{([^}]*)\}")
+CONSTANT = re.compile(r"\.(?:global|const)[^;=]*\.b8\s+(\w+)\[(\d*)\]\s*=\s*\{([^}]*)\}")
 ORDERS = {"relaxed", "acquire", "release", "acq_rel"}
 # What does not change an access to memory: hints for caches, and scopes.
 HINTS = {"ca", "cg", "cs", "cv", "lu", "wb", "wt", "nc", "weak", "cta", "gpu", "sys", "noftz"}
@@ -282,8 +282,10 @@ def parse(text: str) -> Kernel:  # noqa: C901, PLR0912  # a case for each kind o
         re.findall(r"(\w+)(?:\[\d+\])?\s*(?:,|$)", head[1]),
         _cluster(head[0]),
     )
-    for name, numbers in CONSTANT.findall(text):
-        kernel.constants[name] = bytes(int(one) % 256 for one in numbers.split(",") if one.strip())
+    for name, size, numbers in CONSTANT.findall(text):
+        content = bytes(int(one) % 256 for one in numbers.split(",") if one.strip())
+        # Zeros at the end are left out, as in C.
+        kernel.constants[name] = content.ljust(int(size or 0), b"\0")
     code = IGNORED.sub(lambda match: " " * len(match[0]), text)
     ends = [match.start() for match in re.finditer("\n", text)]
     sources = Sources(text)
