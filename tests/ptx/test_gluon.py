@@ -44,7 +44,7 @@ def test_tutorials_have_right_values_and_no_errors(name, arch):
 @pytest.mark.slow
 @pytest.mark.parametrize("waits", [True, False])
 def test_consan_finds_what_the_page_shows(waits, tmp_path):
-    """Its checks are assertions of the kernel. Of one buffer: others need tables of constants."""
+    """Its checks are assertions of the kernel."""
     page = (Path(__file__).parents[2] / "docs" / "ptx.md").read_text("utf-8")
     (code,) = re.findall(r"```py\n(# double.py\n.*?)```", page, re.DOTALL)
     missing = "    async_copy.commit_group()\n"

@@ -17,6 +17,7 @@ from torchpar.ptx.machine import definedness
 from torchpar.ptx.machine.cluster import Cluster, Phase
 from torchpar.ptx.machine.memory import Allocation, Events, Space, merge
 from torchpar.ptx.machine.parse import (
+    Constant,
     Instruction,
     Kernel,
     PtxError,
@@ -497,13 +498,92 @@ class Warp:
             self.active = ALL
             return True
         self.gathered[self.pc] = here
-        if not self.parked:
+        if not self.parked and not self.shuffle_apart():
             first = self.block.gpu.kernel.instructions[min(self.gathered)]
             reason = f"a part of {self.name} executes {first.opcode}"
             raise PtxError(first.line, reason, "diverged warp")
         self.pc = min(self.parked)
         self.active = self.parked.pop(self.pc)
         return False
+
+    def shuffle_apart(self) -> bool:
+        """Execute shfl.sync that the threads have reached at several places of the program.
+
+        They may, as all of them execute it with the same mask: LLVM copies it into both sides of a
+        branch.
+
+        Returns:
+            Whether that was it.
+        """
+        instructions = self.block.gpu.kernel.instructions
+        places = [(pc, instructions[pc], mask) for pc, mask in sorted(self.gathered.items())]
+        _, first, _ = places[0]
+        # Of the operands all but the result, the value and the lane are the same constants.
+        is_same = first.opcode.startswith("shfl.sync.") and all(
+            i.opcode == first.opcode
+            and i.guard is None
+            and isinstance(i.operands[0], Register)
+            and i.operands[3:] == first.operands[3:]
+            for _, i, _ in places
+        )
+        is_whole = np.any([mask for *_, mask in places], 0).all()
+        given = [self._given(n, places) for n in (1, 2)] if is_same and is_whole else [None]
+        if any(one is None for one in given):
+            return False
+        self.gathered.clear()
+        self.mask = self.active = ALL
+        for pc, i, mask in places:
+            self._shuffle_at(i, mask, given)
+            self.block.gpu.counts.execute(pc, int(mask.sum()))
+            if self.block.trace is not None:
+                self.block.trace.execute(self, pc)
+            self.park(pc + 1, mask)
+        return True
+
+    def _given(self, n: int, places: list[tuple[int, Instruction, Any]]) -> Any:
+        """Return the threads' values of an operand at several places; None if one is undefined."""
+        given = np.zeros(32, np.uint32)
+        for _, i, mask in places:
+            operand = i.operands[n]
+            held: Any = None
+            if isinstance(operand, Constant):
+                held = np.full(32, operand.bits % 2**32, np.uint32)
+            elif isinstance(operand, Register):
+                held = self.registers[operand.index]
+            if isinstance(held, Tainted) and not held.mask[mask].any():
+                held = held.values
+            if not isinstance(held, np.ndarray):
+                return None
+            given = np.where(mask, held.view(np.uint32), given)
+        return given
+
+    def _shuffle_at(self, i: Instruction, mask: Any, given: list[Any]) -> None:
+        """Give the threads of ``mask`` what they take of the values ``given`` by all threads."""
+        if i.run is None:
+            prepare(i)
+        to = i.operands[0].index
+        self.fill([to], i.opcode)
+        sources = {
+            one.index: values
+            for one, values in zip(i.operands[1:3], given, strict=True)
+            if isinstance(one, Register)
+        }
+        kept = {
+            index: held.copy() if isinstance(held := self.registers[index], np.ndarray) else held
+            for index in (*sources, to)
+        }
+        for index, values in sources.items():
+            self.registers[index] = values.view(DTYPES[self.block.gpu.kernel.registers[index]])
+        i.run(self)
+        taken, before = self.registers[to].copy(), kept.pop(to)
+        for index, held in kept.items():
+            self.registers[index] = held
+        if isinstance(before, Tainted):
+            undefined = np.where(mask, 0, before.mask).astype(before.mask.dtype)
+            values = np.where(mask, taken, before.values)
+            self.registers[to] = Tainted(values, undefined, before.cause)
+        else:
+            self.registers[to] = np.where(mask, taken, before)
 
     def step_tainted(self, i: Instruction, pc: int, error: Exception) -> bool:
         """Execute an instruction that has failed, if its registers have undefined bits."""
