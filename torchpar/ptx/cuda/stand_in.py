@@ -420,9 +420,15 @@ def _grouped(group: Callable[..., Any]) -> Callable[..., Any]:
     return grouped
 
 
-@contextmanager
-def cuda_is_cpu(emulator: Emulator) -> Iterator[None]:
-    """Let the block's "cuda" be the CPU, on which ``emulator`` executes the launches."""
+# The versions of torch that the names below were read in.
+MADE_FOR = ("2.11", "2.14")
+# Names that some of these versions lack, and a version without them. A test fails for another name
+# that the installed version lacks: a script that asks by its new name would ask PyTorch itself.
+LACKING = {"_cuda_graph_capture_health_check": "2.11"}
+
+
+def replacements(emulator: Emulator, graphs: Graphs) -> list[tuple[Any, dict[str, Any]]]:
+    """Return what is replaced: modules and classes, and their attributes by name."""
     import triton
     from triton._C.libtriton import nvidia
 
@@ -436,10 +442,9 @@ def cuda_is_cpu(emulator: Emulator) -> Iterator[None]:
         call()
         return [1.0] * len(quantiles) if quantiles else [1.0] if return_mode == "all" else 1.0
 
-    graphs = Graphs(emulator)
     cuda = _answers(emulator) | graphs.answers()
     autocast = torch.amp.autocast_mode.autocast
-    changes: list[tuple[Any, dict[str, Any]]] = [
+    return [
         (torch.cuda, cuda),
         (torch.accelerator, _of_accelerator(cuda)),
         (torch, {"Generator": _Generator, "load": _load_on_cpu(torch.load), **_autocasts()}),
@@ -462,10 +467,26 @@ def cuda_is_cpu(emulator: Emulator) -> Iterator[None]:
         (nvidia.cublas, {"CublasLt": CublasLt}),
         (triton.testing, {"do_bench": bench, "do_bench_cudagraph": bench}),
     ]
+
+
+def missing_names(changes: list[tuple[Any, dict[str, Any]]]) -> list[str]:
+    """Return the names that the installed versions lack, some of which `LACKING` explains."""
+    return [
+        f"{place.__name__}.{name}"
+        for place, attributes in changes
+        for name in attributes
+        if not hasattr(place, name) and name not in LACKING
+    ]
+
+
+@contextmanager
+def cuda_is_cpu(emulator: Emulator) -> Iterator[None]:
+    """Let the block's "cuda" be the CPU, on which ``emulator`` executes the launches."""
+    graphs = Graphs(emulator)
     with ExitStack() as stack:
-        for place, attributes in changes:
+        for place, attributes in replacements(emulator, graphs):
             for name, value in attributes.items():
-                if hasattr(place, name):  # PyTorch's versions have different ones
+                if hasattr(place, name):  # `LACKING` says which may be missing
                     stack.enter_context(patch.object(place, name, value))
         stack.enter_context(_OnCpu(graphs))
         yield

@@ -1074,11 +1074,19 @@ EMPTY = {
 }
 
 
+# The first version of Triton whose CompiledKernel has a method __del__, which unloads `module`.
+UNLOADS_SINCE = (3, 8)
+
+
 @lru_cache(1)
 def _let_kernels_end() -> None:
-    """Let Triton forget kernels of an emulator also when it has no driver, or that of a GPU."""
+    """Let Triton forget kernels of an emulator also when it has no driver, or that of a GPU.
+
+    The change lasts as long as the process, because kernels live longer than an emulator. It was
+    made for Triton 3.8, and reads the attributes ``function`` and ``module`` of a kernel.
+    """
     unload = getattr(CompiledKernel, "__del__", None)
-    if unload is None:  # before Triton 3.8
+    if unload is None:  # before `UNLOADS_SINCE`
         return
 
     def forget(kernel: Any) -> None:
