@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: MIT
+"""The files that a launch of a common kernel passes: a reader of the emulator opens few of them."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from commands import ROOT
+
+pytest.importorskip("triton", reason="the kernel is written in Triton")
+
+import triton
+import triton.language as tl
+
+from torchpar import ptx
+from torchpar.ptx.native import core as native
+
+pytestmark = pytest.mark.skipif(
+    native.library() is None, reason="no C compiler, or TORCHPAR_PTX=python"
+)
+
+ROOM = str(ROOT / "torchpar" / "ptx")
+MOST_FILES = 14
+N = 1000
+X, Y = torch.rand(N), torch.rand(N)
+
+
+@triton.jit
+def add(x, y, z, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < n
+    tl.store(z + i, tl.load(x + i, mask) + tl.load(y + i, mask), mask)
+
+
+def files(call: Callable[[], object]) -> list[str]:
+    """The files of the emulator whose functions ``call`` enters, in the order of their entry."""
+    entered: dict[str, None] = {}
+
+    def note(frame: FrameType, event: str, argument: Any) -> None:
+        file = frame.f_code.co_filename
+        if event == "call" and file.startswith(ROOM):
+            entered[str(Path(file).relative_to(ROOM))] = None
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        call()
+    finally:
+        sys.setprofile(before)
+    return [*entered]
+
+
+def launch(gpu: ptx.Emulator) -> str:
+    """A launch, its values and its report."""
+    z = torch.empty(N)
+    add[(8,)](X, Y, z, N, BLOCK=128)
+    assert torch.equal(z, X + Y)
+    return str(gpu.report())
+
+
+def test_a_launch_and_its_report_enter_few_files():
+    with ptx.emulate() as gpu:
+        launch(gpu)  # at first, files of what is done once for a kernel are entered, too
+        entered = files(lambda: launch(gpu))
+    assert len(entered) <= MOST_FILES, entered
+    # It goes from Triton to the machine, and from there to the core in C.
+    rooms = dict.fromkeys(Path(name).parts[0] for name in entered)
+    assert [one for one in rooms if one != "report"] == ["triton", "machine", "native"], entered
+    assert "report/report.py" in entered
+
+
+def test_a_launch_that_python_executes_enters_more():
+    """So the number can be exceeded."""
+    with ptx.emulate(traces=True) as gpu:
+        entered = files(lambda: launch(gpu))
+    assert {"machine/trace.py", "instructions/arithmetic.py"} <= {*entered}
+    assert len(entered) > MOST_FILES, entered
