@@ -11,7 +11,8 @@ A launch passes these folders, one after the other:
   `cuda` stands in for `torch.cuda`, CUDA graphs included, in scripts that say "cuda".
 - `machine`: one launch. `parse` (text to instructions), `registers` (kinds of numbers), `block`
   (warps, barriers, masks and schedules), `memory` (who may read and write which byte),
-  `definedness` (undefined bits), `counters`, `trace` (a record of one program), `gpu` (launches),
+  `definedness` (undefined bits), `counters`, `trace` (a record of one program), `protocols` (a GPU,
+  a block and a warp, for type checkers), `gpu` (launches),
   and `cores` (a launch on all cores of the CPU).
 - `instructions`: what each instruction of PTX does, in Python.
 - `native`: the common instructions, and whole blocks, in C: `layout` (what Python and C share),

@@ -539,6 +539,6 @@ def _elect(i: Instruction) -> Run:
     def run(warp: Warp) -> None:
         chosen = elected(warp.block.gpu.schedule.completion, warp.number)
         put_lane(warp, np.full(32, chosen, np.uint32))
-        put(warp, chosen == LANES)
+        put(warp, np.equal(LANES, chosen))
 
     return run

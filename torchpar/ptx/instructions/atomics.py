@@ -106,7 +106,11 @@ def _atomic(i: Instruction, to: list[Any], operands: list[Any]) -> Run:
 def combination(name: str, kind: str) -> Callable[..., Values]:
     """Return the function of the old value and the operands, as bits, that gives the new value."""
     if name == "cas":
-        return lambda old, compared, new: np.where(old == compared, new, old)
+
+        def swap(old: Values, compared: Values, new: Values) -> Values:
+            return np.where(old == compared, new, old)
+
+        return swap
     if name == "exch":
         return lambda old, new: new
     function = (OF_FLOATS if _is_float(kind) else FUNCTIONS)[name]

@@ -15,7 +15,7 @@ import numpy as np
 
 from torchpar.ptx.machine import definedness
 from torchpar.ptx.machine.cluster import Cluster, Phase
-from torchpar.ptx.machine.memory import Allocation, Events, Space, merge
+from torchpar.ptx.machine.memory import Allocation, Events, Knowledge, Space, merge
 from torchpar.ptx.machine.parse import (
     Constant,
     Instruction,
@@ -26,6 +26,8 @@ from torchpar.ptx.machine.parse import (
     flat,
     own_error,
 )
+from torchpar.ptx.machine.protocols import Gpu, RegisterFile
+from torchpar.ptx.machine.protocols import Warp as AnyWarp
 from torchpar.ptx.machine.registers import (
     ALL,
     DTYPES,
@@ -38,6 +40,7 @@ from torchpar.ptx.machine.registers import (
     Registers,
     Tainted,
     Unready,
+    Values,
     reader,
     writer,
 )
@@ -199,11 +202,12 @@ class Operation:
         line: int,
         what: str,
         generic: bool = False,
-        after: Any = None,
+        after: "Operation | None" = None,
         continues: "Operation | None" = None,
     ):
+        block: Block = warp.block
         self.what, self.after, self.line = what, after, line
-        self.name, block = f"{what} of {warp.name}", warp.block
+        self.name = f"{what} of {warp.name}"
         if continues is None:
             self.agent, self.time = block.knowledge.add_agent(generic), 0
             block.cluster.owners.append(block.rank)
@@ -258,17 +262,18 @@ class Warp:
 
     def __init__(self, number: int, block: "Block"):
         self.number, self.first_thread, self.block = number, 32 * number, block
+        self.knowledge: Knowledge = block.knowledge
         self.index = number + block.rank * (block.gpu.kernel.threads // 32)
-        self.name = f"warp {number}{block.suffix}"
-        self.registers: Any = None
-        if not block.has_core:
+        self.name: str = f"warp {number}{block.suffix}"
+        self.registers: RegisterFile
+        if not block.has_core:  # which gives it others
             self.registers = Registers([UNWRITTEN] * len(block.gpu.kernel.registers))
         self.core: Any = None  # which executes common instructions in C
         self.pc = 0
         self.active = ALL  # the threads at `pc`
-        self.parked: dict[int, Any] = {}  # the others, by their program counters
+        self.parked: dict[int, Values] = {}  # the others, by their program counters
         # Of the others those that wait for the whole warp, by their program counters.
-        self.gathered: dict[int, Any] = {}
+        self.gathered: dict[int, Values] = {}
         self.mask = ALL  # the threads that execute the current instruction
         self.done = False
         self.waiting: Callable[[], bool] | None = None  # until it returns True
@@ -279,12 +284,11 @@ class Warp:
         self.groups: defaultdict[Any, list[list[Operation]]] = defaultdict(lambda: [[]])
         self.last_product: Operation | None = None
         self.fence: Any = None  # the stamp of the registers at the last wgmma.fence
-        self.knowledge = block.knowledge
         self.carry = ~ALL  # of the last addition with ".cc"
         self.cause = NO_CAUSE  # why the last load is undefined
         self.arguments: dict[tuple[str, int], Any] = {}  # of a call, by their places
         self.relaxed: list[int] = []  # what it has read by relaxed accesses since its last fence
-        self.released: dict[int, Any] | None = None  # what its last fence releases
+        self.released: dict[int, Values] | None = None  # what its last fence releases
         self.phase: Phase | None = None  # of the cluster barrier, at which it has arrived
         # Mbarriers that it has initialised; those whose initialisation it has released by a fence,
         # and those of other blocks that it may use because it was released.
@@ -303,7 +307,7 @@ class Warp:
         """Let those who acquire from ``address`` know what this warp knows."""
         self.publish(address, self.knowledge.snapshot(self.index))
 
-    def publish(self, address: int, known: dict[int, Any]) -> None:
+    def publish(self, address: int, known: dict[int, Values]) -> None:
         merge(self.block.gpu.released.setdefault(address, {}), known)
 
     def acquire(self, address: int) -> None:
@@ -317,7 +321,7 @@ class Warp:
         self.relaxed.clear()
         self.released = self.knowledge.snapshot(self.index)
 
-    def special(self, name: str) -> Any:  # noqa: PLR0911  # a case for each kind of symbol
+    def special(self, name: str) -> Values:  # noqa: PLR0911  # a case for each kind of symbol
         if name in self.block.gpu.parameters:
             return np.full(32, self.block.gpu.parameters[name], np.uint64)
         block = self.block
@@ -370,7 +374,7 @@ class Warp:
             return 2**32 - 1
         return int(np.packbits(self.active, bitorder="little").view(np.uint32)[0])
 
-    def count_access(self, space: Space, addresses: Any, width: int) -> None:
+    def count_access(self, space: Space, addresses: Values, width: int) -> None:
         """Count an access of the instruction that is executed."""
         counts = self.block.gpu.counts
         lanes = self.lanes()[: len(addresses)]
@@ -382,7 +386,7 @@ class Warp:
             name = space.name.removesuffix(" memory")
             self.block.trace.access(self, self.pc - 1, name, addresses, lanes, width)
 
-    def count_copy(self, elements: Any, width: int, units: Any, unit: int) -> None:
+    def count_copy(self, elements: Values, width: int, units: Values, unit: int) -> None:
         """Count a copy between global and shared memory, of `cp.async` or a box."""
         counts, space = self.block.gpu.counts, self.block.space
         counts.access_global(self.pc - 1, elements, width)
@@ -397,11 +401,11 @@ class Warp:
             trace.access(self, self.pc - 1, "global", elements, inside, width)
             trace.access(self, self.pc - 1, "shared", units, by_lane, unit)
 
-    def count_place(self, place: Allocation, offsets: Any) -> None:
+    def count_place(self, place: Allocation, offsets: Values) -> None:
         """Note which part of an allocation the instruction accesses."""
         self.block.gpu.counts.touch(self.pc - 1, place, offsets)
 
-    def lanes(self) -> Any:
+    def lanes(self) -> Values:
         """The threads that execute the instruction."""
         return LANES if self.mask is ALL else LANES[self.mask]
 
@@ -603,7 +607,7 @@ class Warp:
             self.park(self.pc, others)
         self.pc, self.active = target, self.mask
 
-    def park(self, pc: int, mask: Any) -> None:
+    def park(self, pc: int, mask: Values) -> None:
         both = self.parked.get(pc, False) | mask
         self.parked[pc] = ALL if both.all() else both
 
@@ -625,7 +629,7 @@ class Block:
 
     def __init__(
         self,
-        gpu: Any,
+        gpu: Gpu,
         position: tuple[int, ...],
         number: int,
         trace: Trace | None = None,
@@ -637,12 +641,13 @@ class Block:
         self.cluster.blocks.append(self)
         self.window = self.rank << WINDOW_BITS
         self.program = tuple(map(int.__floordiv__, position, gpu.kernel.cluster))
-        self.suffix = f" of CTA {self.rank}" if self.cluster.size > 1 else ""
+        self.suffix: str = f" of CTA {self.rank}" if self.cluster.size > 1 else ""
         self.trace = trace
         launch = gpu.core if trace is None else None  # of the core in C
-        self.has_core = launch is not None
+        self.has_core: bool = launch is not None
         warps = gpu.kernel.threads // 32
-        self.knowledge, self.shared = self.cluster.knowledge, self.cluster.shared
+        self.knowledge: Knowledge = self.cluster.knowledge
+        self.shared = self.cluster.shared
         name = f"shared memory{self.suffix}"
         self.memory = Allocation(name, SHARED_BASE | self.window, gpu.shared_bytes)
         if launch is not None:  # which leaves what is made later to Python
@@ -771,7 +776,7 @@ class Block:
         self.gpu.fault("error", "unfinished copy", line, message, self.warps[0])
 
 
-def _missing(warp: Warp) -> str:
+def _missing(warp: AnyWarp) -> str:
     """Say what an mbarrier misses for which a warp waits; "" for other waits."""
     found = getattr(warp.waiting, "missing", None)
     return "" if found is None else str(found())
@@ -788,14 +793,14 @@ def _return(warp: Warp, i: Instruction) -> bool:
 
 
 @action("bar.sync", "barrier.sync", whole=True)
-def _synchronize(warp: Warp, i: Instruction, number: Any, count: Any = None) -> bool:
+def _synchronize(warp: Warp, i: Instruction, number: Values, count: Values | None = None) -> bool:
     warps = len(warp.block.warps) if count is None else int(count[0]) // 32
     warp.block.arrive(warp, int(number[0]), warps)
     return True
 
 
 @action("bar.arrive", "barrier.arrive", whole=True)
-def _arrive(warp: Warp, i: Instruction, number: Any, count: Any) -> None:
+def _arrive(warp: Warp, i: Instruction, number: Values, count: Values) -> None:
     warp.block.arrive(warp, int(number[0]), int(count[0]) // 32, waits=False)
 
 

@@ -10,16 +10,14 @@ sm_90 and sm_100, where Triton finds the address of the first block by a mask. A
 memory exists until its last warp ends. Accesses by others of its cluster must be known to it then.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from torchpar.ptx.machine.memory import Allocation, Knowledge, Space, merge
 from torchpar.ptx.machine.parse import PtxError
-from torchpar.ptx.machine.registers import WINDOW_BITS
-
-if TYPE_CHECKING:
-    from torchpar.ptx.machine.block import Block, Warp
+from torchpar.ptx.machine.protocols import Block, Gpu, Warp
+from torchpar.ptx.machine.registers import WINDOW_BITS, Values
 
 ENDED = "ended CTA"  # the name of a fault
 
@@ -45,7 +43,7 @@ class SharedMemory(Space):
                 return f"{one.where(address - one.base)}, which has ended"
         return ""
 
-    def locate(self, addresses: Any, width: int, line: int) -> Any:
+    def locate(self, addresses: Values, width: int, line: int) -> tuple[Allocation, Values]:
         try:
             return super().locate(addresses, width, line)
         except PtxError as e:
@@ -54,7 +52,14 @@ class SharedMemory(Space):
             raise
 
     def tell(
-        self, warp: Any, place: Any, address: int, width: int, line: int, what: str, lane: int
+        self,
+        warp: Warp,
+        place: Allocation | None,
+        address: int,
+        width: int,
+        line: int,
+        what: str,
+        lane: int,
     ) -> None:
         if why := self.why_ended(address):
             message = f"{warp.name} {what}s {why}"
@@ -73,11 +78,11 @@ class Phase:
     def __init__(self) -> None:
         self.arrived: set[int] = set()
         self.is_complete = False
-        self.known: dict[int, Any] = {}
+        self.known: dict[int, Values] = {}
         self.fenced = np.zeros(0, np.int32)
         self.initialised: set[Any] = set()
 
-    def arrive(self, warp: "Warp", releases: bool) -> None:
+    def arrive(self, warp: Warp, releases: bool) -> None:
         self.arrived.add(warp.index)
         self.initialised |= warp.released_mbarriers
         if releases:
@@ -87,7 +92,7 @@ class Phase:
             fenced[: len(self.fenced)] = np.maximum(fenced[: len(self.fenced)], self.fenced)
             self.fenced = fenced
 
-    def learn(self, warp: "Warp") -> None:
+    def learn(self, warp: Warp) -> None:
         """A warp has waited for the phase."""
         knowledge = warp.knowledge
         knowledge.learn(warp.index, self.known)
@@ -104,7 +109,7 @@ class Cluster:
         size: blocks.
     """
 
-    def __init__(self, gpu: Any, number: int, size: int):
+    def __init__(self, gpu: Gpu, number: int, size: int):
         warps = gpu.kernel.threads // 32
         self.gpu, self.number, self.size = gpu, number, size
         self.blocks: list[Block] = []  # by their ranks
@@ -115,10 +120,10 @@ class Cluster:
         self.phase = Phase()
 
     @property
-    def warps(self) -> list["Warp"]:
+    def warps(self) -> list[Warp]:
         return [warp for block in self.blocks for warp in block.warps]
 
-    def arrive(self, warp: "Warp", releases: bool, line: int) -> None:
+    def arrive(self, warp: Warp, releases: bool, line: int) -> None:
         """``barrier.cluster.arrive``."""
         if warp.phase is not None:
             message = f"{warp.name} arrives twice at the cluster barrier, and does not wait"
@@ -134,7 +139,7 @@ class Cluster:
             phase.is_complete = True
             self.phase = Phase()
 
-    def leave(self, block: "Block") -> None:
+    def leave(self, block: Block) -> None:
         """The last warp of a block has ended, and with it the block's shared memory."""
         self.complete()
         if self.size == 1:
@@ -150,7 +155,7 @@ class Cluster:
                 self._check_arrival(block, known, arrival)
         self.shared.remove(block.memory)
 
-    def _check_accesses(self, block: "Block", known: Any) -> None:
+    def _check_accesses(self, block: Block, known: Values) -> None:
         """Refuse accesses by other blocks that the block does not know when it ends."""
         events, memory, warp = self.gpu.events, block.memory, block.warps[0]
         owners = np.array(self.owners)
@@ -173,7 +178,7 @@ class Cluster:
                 line = int(events.lines[number])
                 self.gpu.fault("error", ENDED, line, message, warp)
 
-    def _check_arrival(self, block: "Block", known: Any, arrival: Any) -> None:
+    def _check_arrival(self, block: Block, known: Values, arrival: Any) -> None:
         agent = arrival.agent
         if self.owners[agent] != block.rank and arrival.time > known[agent]:
             message = (

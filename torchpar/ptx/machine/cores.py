@@ -12,17 +12,15 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from torchpar.ptx.machine.counters import Column, Counts
 from torchpar.ptx.machine.memory import GIVEN, Allocation, Events, Space
+from torchpar.ptx.machine.protocols import Gpu
+from torchpar.ptx.machine.registers import Values
 from torchpar.ptx.native.blocks import Blocks
 from torchpar.ptx.native.warps import LaunchState
-
-if TYPE_CHECKING:
-    from torchpar.ptx.machine.gpu import Gpu
 
 LEAST_SECONDS = 0.004  # of the blocks that are left, below which one core executes them
 # To copy the shadow of an element, and to compare it; a few times what memory takes.
@@ -44,7 +42,7 @@ def least_seconds(places: list[Allocation]) -> float:
 class Core:
     """A core's blocks of a launch, and what it knows of global memory."""
 
-    def __init__(self, gpu: "Gpu", make: Callable[["Gpu"], Blocks]):
+    def __init__(self, gpu: Gpu, make: Callable[[Gpu], Blocks]):
         self.gpu = copy.copy(gpu)
         self.gpu.changes = self.gpu.executed_instructions = 0
         self.gpu.counts = Counts(gpu.kernel)
@@ -59,7 +57,7 @@ class Core:
         self.blocks = make(self.gpu)
         self.blocks.may_refine = False  # shadows are compared in the end
 
-    def changes(self, n: int, place: Allocation) -> tuple[Any, Any]:
+    def changes(self, n: int, place: Allocation) -> tuple[Values, Values]:
         """Return which elements of the n-th allocation it has written, and which it has read."""
         mine = self.gpu.space.allocations[n]
         reads = mine.reads != place.reads
@@ -88,7 +86,7 @@ def _mirror(place: Allocation) -> Allocation:
 
 
 def run_on_all_cores(
-    gpu: "Gpu", positions: Any, number: int, make: Callable[["Gpu"], Blocks]
+    gpu: Gpu, positions: Values, number: int, make: Callable[[Gpu], Blocks]
 ) -> bool | None:
     """Execute all blocks that are left, and return whether that was possible; None: not tried.
 
@@ -108,7 +106,7 @@ def run_on_all_cores(
     starts = number + np.cumsum([0, *map(len, shares[:-1])])
     stopped = Event()
 
-    def work(core: Core, share: Any, start: int) -> bool:
+    def work(core: Core, share: Values, start: int) -> bool:
         done = core.blocks.run(np.ascontiguousarray(share), start, lambda: not stopped.is_set())
         if done < len(share):
             stopped.set()
@@ -135,12 +133,13 @@ def run_on_all_cores(
     for core in cores:
         _add(gpu, core)
         for place, mine in zip(places, core.gpu.space.allocations, strict=True):
+            assert place.touched is not None
             place.touched |= mine.touched
             place.published |= mine.published
     return True
 
 
-def _written(n: int, place: Allocation, cores: list[Core]) -> Any:
+def _written(n: int, place: Allocation, cores: list[Core]) -> Values | None:
     """Return which elements of the n-th allocation the cores have written.
 
     It is None if a core has written what another one has accessed.
@@ -157,14 +156,14 @@ def _written(n: int, place: Allocation, cores: list[Core]) -> Any:
     return written
 
 
-def _restore(places: list[Allocation], before: list[Any]) -> None:
+def _restore(places: list[Allocation], before: list[Values]) -> None:
     for place, data in zip(places, before, strict=True):
         content = place.content()
         changed = content != data  # memory may be read-only
         content[changed] = data[changed]
 
 
-def _add(gpu: "Gpu", core: Core) -> None:
+def _add(gpu: Gpu, core: Core) -> None:
     """Add what a core has counted."""
     most = Column.MOST_IN_FLIGHT
     together, mine = gpu.counts.table, core.gpu.counts.table

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from torchpar.ptx.machine.parse import Address, Instruction, Register, flat
+from torchpar.ptx.machine.protocols import Warp
 from torchpar.ptx.machine.registers import DTYPES, FLOATS, UNWRITTEN, Cause, Tainted
 from torchpar.ptx.machine.undefined import SUMS, of_conversion, of_sum, of_table
 
@@ -30,7 +31,7 @@ MOVES = {
 }
 
 
-def tainted(warp: Any, index: int, value: Any) -> Tainted | None:
+def tainted(warp: Warp, index: int, value: Any) -> Tainted | None:
     """Return the content of a register with its undefined bits, or None if it has none."""
     if isinstance(value, Tainted):
         return value
@@ -48,7 +49,7 @@ def full(dtype: Any) -> Any:
     return np.full(32, -1, f"i{dtype.itemsize}").view(f"u{dtype.itemsize}")
 
 
-def execute(warp: Any, i: Instruction, step: Callable[[], bool]) -> bool | None:
+def execute(warp: Warp, i: Instruction, step: Callable[[], bool]) -> bool | None:
     """Execute an instruction whose registers have undefined bits, by ``step``.
 
     Returns:
@@ -77,7 +78,7 @@ def execute(warp: Any, i: Instruction, step: Callable[[], bool]) -> bool | None:
 
 
 def _taint_results(
-    warp: Any, i: Instruction, found: dict[int, Tainted], masks: dict[int, tuple[Any, Cause]]
+    warp: Warp, i: Instruction, found: dict[int, Tainted], masks: dict[int, tuple[Any, Cause]]
 ) -> None:
     """Taint what the instruction has written; threads that it left out keep their taint."""
     registers = warp.registers
@@ -102,7 +103,7 @@ def _reads(i: Instruction, index: int) -> bool:
     return any(isinstance(one, Register) and one.index == index for one in sources)
 
 
-def _check_sink(warp: Any, i: Instruction, read: dict[int, Tainted]) -> None:
+def _check_sink(warp: Warp, i: Instruction, read: dict[int, Tainted]) -> None:
     """Report undefined bits that are stored, or are a part of an address."""
     matter: dict[int, str] = {}
     if i.parts[0] in SINKS:
@@ -125,7 +126,7 @@ def _check_sink(warp: Any, i: Instruction, read: dict[int, Tainted]) -> None:
 DECIDES = "decides what is executed"
 
 
-def report(warp: Any, i: Instruction, cause: Cause, what: str) -> None:
+def report(warp: Warp, i: Instruction, cause: Cause, what: str) -> None:
     is_elsewhere = cause.line and cause.line != i.line
     where = f" ({warp.block.gpu.place_of(i.line)})" if is_elsewhere else ""
     kind = "warning" if cause.is_weak and what == DECIDES else "error"
@@ -134,7 +135,7 @@ def report(warp: Any, i: Instruction, cause: Cause, what: str) -> None:
 
 
 def _propagate(
-    warp: Any, i: Instruction, values: dict[int, Any], read: dict[int, Tainted]
+    warp: Warp, i: Instruction, values: dict[int, Any], read: dict[int, Tainted]
 ) -> dict[int, tuple[Any, Cause]]:
     """Return the undefined bits of the registers that the instruction writes."""
     if not read:
@@ -161,7 +162,7 @@ def _propagate(
     return {index: (mask, cause) for index, mask in _of_threads(warp, i, read).items()}
 
 
-def _of_threads(warp: Any, i: Instruction, read: dict[int, Tainted]) -> dict[int, Any]:
+def _of_threads(warp: Warp, i: Instruction, read: dict[int, Tainted]) -> dict[int, Any]:
     """All bits of a thread's results are undefined where one bit of its operands is."""
     lanes = np.zeros(32, np.bool_)
     for t in read.values():
@@ -255,7 +256,7 @@ def _of_pairs(read: dict[int, Tainted]) -> Any:
     return np.where(halves, half.type(np.iinfo(half).max), half.type(0)).view(whole)[:, 0]
 
 
-def _move(warp: Any, i: Instruction, read: dict[int, Tainted]) -> dict[int, Any] | None:
+def _move(warp: Warp, i: Instruction, read: dict[int, Tainted]) -> dict[int, Any] | None:
     """Execute a move on the masks of its operands, or return None if another operand is undefined.
 
     A predicate that it writes, such as that of a shuffle, is defined.
@@ -290,7 +291,7 @@ def _move(warp: Any, i: Instruction, read: dict[int, Tainted]) -> dict[int, Any]
     return found
 
 
-def mark(warp: Any, index: int, lanes: Any, undefined: Any, cause: Cause) -> None:
+def mark(warp: Warp, index: int, lanes: Any, undefined: Any, cause: Cause) -> None:
     """Taint a register that has just been loaded.
 
     Args:

@@ -31,6 +31,8 @@ from torchpar.ptx.machine.cores import least_seconds, run_on_all_cores
 from torchpar.ptx.machine.counters import Counts
 from torchpar.ptx.machine.memory import Allocation, Events, Space
 from torchpar.ptx.machine.parse import Kernel, PtxError, parse
+from torchpar.ptx.machine.protocols import Warp
+from torchpar.ptx.machine.registers import Values
 from torchpar.ptx.machine.trace import Trace
 from torchpar.ptx.native.blocks import Blocks
 from torchpar.ptx.native.encoding import program_of
@@ -67,7 +69,7 @@ class Gpu:
         self.counts: Any = None  # of the last launch
         self.counted: list[Counts] = []  # of all launches
         self.symbols: dict[str, int] = {}  # addresses of the kernel's constants
-        self.released: dict[int, Any] = {}  # what blocks have released, by address
+        self.released: dict[int, dict[int, Values]] = {}  # what blocks have released, by address
         self.changes = 0  # stores, and atomics that changed a value
         self.printed: list[str] = []  # by the program that is executed
         self.executed_instructions = 0  # of the warps of the present launch
@@ -76,7 +78,7 @@ class Gpu:
     def prepare(self, kernel: Kernel) -> None:
         """A launch of ``kernel`` begins."""
 
-    def fault(self, kind: str, name: str, line: int, message: str, warp: Any) -> None:
+    def fault(self, kind: str, name: str, line: int, message: str, warp: Warp) -> None:
         """A fault was found: an error or a warning ends the launch."""
         if kind != "note":
             raise PtxError(line, message)
@@ -162,10 +164,13 @@ class Gpu:
         trace = self.trace if number == 0 else None
         sizes = self.kernel.cluster
         cluster = Cluster(self, number, sizes[0] * sizes[1] * sizes[2])
+        first: Block | None = None
         for index in np.ndindex(sizes[::-1]):
             place = tuple(map(int.__add__, position, index[::-1]))
-            Block(self, place, number, None if any(index) else trace, cluster)
-        return cluster.blocks[0]
+            block = Block(self, place, number, None if any(index) else trace, cluster)
+            first = first or block
+        assert first is not None
+        return first
 
     def _run(self, positions: list[tuple[int, ...]]) -> None:
         """Run blocks one after the other; where one waits for another, run those in turn."""
@@ -206,7 +211,7 @@ class Gpu:
                 deadlock.program = block.position
                 raise deadlock
 
-    def _run_blocks(self, blocks: Blocks, positions: Any, number: int, may_share: bool) -> int:
+    def _run_blocks(self, blocks: Blocks, positions: Values, number: int, may_share: bool) -> int:
         """Let the core execute blocks as a whole, and return how many.
 
         Args:

@@ -16,7 +16,7 @@ not know each other. Of further ones some are forgotten, so that other schedules
 """
 
 from bisect import bisect_right, insort
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,17 +24,18 @@ from typing import Any
 import numpy as np
 
 from torchpar.ptx.machine.parse import PtxError
-from torchpar.ptx.machine.registers import Cause
+from torchpar.ptx.machine.protocols import AllocationView, SpaceView, View, Warp
+from torchpar.ptx.machine.registers import Cause, Values
 
 # Numbers of events: what the host did before the launch; what nobody did.
 GIVEN, UNWRITTEN = 0, 1
 POISON = 0xFF  # NaN in each format, and −1
 LARGEST_UNIT = 16  # bytes that an element of the shadow stands for at first
 
-Rows = Any  # positions in an allocation, in units of an access
+Rows = Values  # positions in an allocation, in units of an access
 
 
-def all_true(mask: Any) -> bool:
+def all_true(mask: Values) -> bool:
     return b"\0" not in mask.tobytes()  # for short arrays several times as fast as their method
 
 
@@ -45,7 +46,7 @@ class Events:
         self.count = 2
         self.names: list[str] = ["the host", "nobody"]  # of what accesses
         self.numbers = {name: n for n, name in enumerate(self.names)}
-        self.view: Any = None  # for the core in C, which takes the arrays
+        self.view: View | None = None  # for the core in C, which takes the arrays
         self.lines = np.zeros(2**12, np.int32)
         self.what = np.arange(2**12, dtype=np.int32)  # by their numbers
         self.agents = np.zeros(2**12, np.int32)
@@ -96,7 +97,7 @@ class Knowledge:
         self.times = np.zeros((warps, max(64, 2 * warps)), np.int32)
         self.fenced = np.zeros_like(self.times)
         self.times[range(warps), range(warps)] = 1
-        self.foreign: list[dict[int, Any]] = [{} for _ in range(warps)]
+        self.foreign: list[dict[int, Values]] = [{} for _ in range(warps)]
         self._tell()
 
     def _tell(self) -> None:
@@ -117,7 +118,7 @@ class Knowledge:
             self.fenced[:, agent] = 2
         return agent
 
-    def knows(self, warp: int, numbers: Any) -> Any:
+    def knows(self, warp: int, numbers: Values) -> Values:
         """Return for each event whether the warp knows it."""
         events = self.events
         if not numbers.any():  # the host's
@@ -133,7 +134,7 @@ class Knowledge:
                     known |= numbers == number
         return known
 
-    def is_fenced(self, warp: int, numbers: Any) -> Any:
+    def is_fenced(self, warp: int, numbers: Values) -> Values:
         """Return for each event, which the warp knows, whether a fence between proxies is after."""
         mine = self.events.blocks[numbers] == self.block
         agents = np.where(mine, self.events.agents[numbers], 0)
@@ -144,19 +145,19 @@ class Knowledge:
         self.times[warps] = self.times[warps].max(0)
         self.fenced[warps] = self.fenced[warps].max(0)
         self.times[warps, warps] += 1
-        together: dict[int, Any] = {}
+        together: dict[int, Values] = {}
         for warp in warps:
             merge(together, self.foreign[warp])
         for warp in warps:
             self.foreign[warp] = dict(together) if together else {}
 
-    def snapshot(self, warp: int) -> dict[int, Any]:
+    def snapshot(self, warp: int) -> dict[int, Values]:
         """Return what the warp knows now; it begins another time, which nobody knows yet."""
         found = {**self.foreign[warp], self.block: self.times[warp, : self.agents].copy()}
         self.times[warp, warp] += 1
         return found
 
-    def learn(self, warp: int, known: dict[int, Any]) -> None:
+    def learn(self, warp: int, known: dict[int, Values]) -> None:
         for block, times in known.items():
             if block == self.block:
                 mine = self.times[warp, : len(times)]
@@ -165,7 +166,7 @@ class Knowledge:
                 merge(self.foreign[warp], {block: times})
 
 
-def merge(into: dict[int, Any], known: dict[int, Any]) -> None:
+def merge(into: dict[int, Values], known: dict[int, Values]) -> None:
     for block, times in known.items():
         before = into.get(block)
         if before is times:
@@ -215,7 +216,7 @@ class Allocation:
         base: int,
         size: int,
         unit: int = LARGEST_UNIT,
-        data: Any = None,
+        data: Values | None = None,
         start: int | None = None,
     ):
         self.name, self.base, self.size, self.unit = name, base, size, unit
@@ -225,13 +226,17 @@ class Allocation:
         first = UNWRITTEN if data is None else GIVEN
         self.writes = np.full(len(self.data) // unit, first, np.int32)
         self.reads = np.zeros(len(self.writes), np.int32)
-        self.others: Any = None  # reads that the last read did not know; made when there are any
+        self.others: Values | None = (
+            None  # reads that the last read did not know; made when there are any
+        )
         self.barriers: dict[int, Any] = {}  # the mbarriers in it, by their offsets
         self.published: set[int] = set()  # the tensormaps in it, by their places
         self.acquired: dict[int, int] = {}  # the event of the last fence for each of these
-        self.index: Any = None  # a function that names the element at an offset
-        self.touched: Any = None  # sectors, by slots of the counters
-        self.view: Any = None  # for the core in C
+        self.index: Callable[[int], str] | None = (
+            None  # a function that names the element at an offset
+        )
+        self.touched: Values | None = None  # sectors, by slots of the counters
+        self.view: AllocationView | None = None  # for the core in C
 
     def changed(self) -> None:
         """Tell the core that one of the arrays is another one, or a barrier was made."""
@@ -243,7 +248,7 @@ class Allocation:
         """The first address behind it."""
         return self.base + self.size
 
-    def content(self) -> Any:
+    def content(self) -> Values:
         """Return the bytes that belong to it, without those that pad them."""
         return self.data[self.start - self.base : self.size]
 
@@ -257,11 +262,11 @@ class Allocation:
             self.others = np.repeat(self.others, count)
         self.changed()
 
-    def shadow(self, array: Any, width: int) -> Any:
+    def shadow(self, array: Values, width: int) -> Values:
         """Return a view of ``array`` with a row for each ``width`` bytes."""
         return array.reshape(-1, width // self.unit)
 
-    def give(self, written: Any = None) -> None:
+    def give(self, written: Values | None = None) -> None:
         """Let the host have written all bytes, or those that are ``written``."""
         if written is None:
             self.writes[:] = GIVEN
@@ -289,9 +294,11 @@ class Space:
         self.name = name
         self.allocations: list[Allocation] = []  # in the order of their addresses
         self.last: Allocation | None = None
-        self.find: Any = None  # of an address in no allocation: another allocation, or None
+        self.find: Callable[[int], Allocation | None] | None = (
+            None  # of an address in no allocation: another allocation, or None
+        )
         self.counts: Any = None  # of the launch
-        self.view: Any = None  # for the core in C
+        self.view: SpaceView | None = None  # for the core in C
 
     def add(self, allocation: Allocation) -> Allocation:
         insort(self.allocations, allocation, key=lambda one: one.start)
@@ -316,7 +323,7 @@ class Space:
         found = self.known(address)
         return found if found is not None or self.find is None else self.find(address)
 
-    def locate(self, addresses: Any, width: int, line: int) -> tuple[Allocation, Rows]:
+    def locate(self, addresses: Values, width: int, line: int) -> tuple[Allocation, Rows]:
         """Return the allocation of all addresses, and their positions in units of ``width``.
 
         Raises:
@@ -359,8 +366,8 @@ class Space:
         return f"{text}: {address + width - near.base - near.size} bytes after {near.name}"
 
     def pieces(
-        self, warp: Any, addresses: Any, width: int, line: int, what: str
-    ) -> Iterator[tuple[Allocation, Rows, Any]]:
+        self, warp: Warp, addresses: Values, width: int, line: int, what: str
+    ) -> Iterator[tuple[Allocation, Rows, Rows | slice]]:
         """Yield the allocations of the addresses, the positions there, and the threads.
 
         Threads outside of all allocations, or misaligned, are faults, and left out.
@@ -373,8 +380,8 @@ class Space:
         yield place, rows, slice(None)
 
     def _each(
-        self, warp: Any, addresses: Any, width: int, line: int, what: str, first: PtxError
-    ) -> Iterator[tuple[Allocation, Rows, Any]]:
+        self, warp: Warp, addresses: Values, width: int, line: int, what: str, first: PtxError
+    ) -> Iterator[tuple[Allocation, Rows, Rows | slice]]:
         groups: dict[int, tuple[Allocation, list[int], list[int]]] = {}
         told = False
         for n, address in enumerate(addresses.tolist()):
@@ -397,7 +404,7 @@ class Space:
 
     def tell(
         self,
-        warp: Any,
+        warp: Warp,
         place: Allocation | None,
         address: int,
         width: int,
@@ -420,8 +427,8 @@ class Space:
     # Accesses of a warp, and the bytes without an access
 
     def load(
-        self, warp: Any, addresses: Any, width: int, line: int, atomic: bool = False
-    ) -> tuple[Any, Any]:
+        self, warp: Warp, addresses: Values, width: int, line: int, atomic: bool = False
+    ) -> tuple[Values, Values | None]:
         """Return the bytes ``(len(addresses), width)``, and those whose value is undefined.
 
         The latter is a mask, or None. A value is undefined that nobody has written, or that
@@ -447,7 +454,7 @@ class Space:
         return raw, undefined
 
     def store(
-        self, warp: Any, addresses: Any, values: Any, line: int, atomic: bool = False
+        self, warp: Warp, addresses: Values, values: Values, line: int, atomic: bool = False
     ) -> None:
         width = values.shape[1]
         event = warp.event(line, "a store", atomic)
@@ -462,7 +469,7 @@ class Space:
                 who = f"threads of {warp.name}"
                 self._differ(warp, line, data[rows], mine, who)
 
-    def _differ(self, warp: Any, line: int, a: Any, b: Any, who: str) -> None:
+    def _differ(self, warp: Warp, line: int, a: Values, b: Values, who: str) -> None:
         """Two agents store different values to the same bytes: by rounding, or others.
 
         No kernel has pointers to shared memory: there a warp stores copies of one number. Those of
@@ -478,7 +485,7 @@ class Space:
 
     def change(
         self,
-        warp: Any,
+        warp: Warp,
         place: Allocation,
         rows: Rows,
         width: int,
@@ -493,18 +500,18 @@ class Space:
             warp.block.gpu.fault("error", warp.cause.name, line, message, warp)
         self._write(warp, place, rows, width, event, line, atomic=atomic)
 
-    def peek(self, addresses: Any, width: int, line: int) -> Any:
+    def peek(self, addresses: Values, width: int, line: int) -> Values:
         place, rows = self.locate(addresses, width, line)
         return place.data.reshape(-1, width)[rows]
 
-    def poke(self, addresses: Any, values: Any, line: int) -> None:
+    def poke(self, addresses: Values, values: Values, line: int) -> None:
         place, rows = self.locate(addresses, values.shape[1], line)
         place.data.reshape(-1, values.shape[1])[rows] = values
 
     # The rules, of the accesses of a warp and of its asynchronous operations
 
     def read(
-        self, warp: Any, addresses: Any, width: int, event: int, line: int, fence: bool = False
+        self, warp: Warp, addresses: Values, width: int, event: int, line: int, fence: bool = False
     ) -> None:
         """An asynchronous operation reads at any time until it has been waited for."""
         if warp.core is not None and warp.core.read(warp, self, addresses, width, event, fence):
@@ -513,7 +520,7 @@ class Space:
         self._note_read(warp, place, rows, width, event)
 
     def check_read(
-        self, warp: Any, addresses: Any, width: int, line: int, fence: bool = False
+        self, warp: Warp, addresses: Values, width: int, line: int, fence: bool = False
     ) -> tuple[Allocation, Rows]:
         """Refuse to read what the warp does not know.
 
@@ -535,7 +542,7 @@ class Space:
 
     def _read(
         self,
-        warp: Any,
+        warp: Warp,
         place: Allocation,
         rows: Rows,
         width: int,
@@ -561,7 +568,7 @@ class Space:
 
     is_deferred = False  # what is undefined counts where it is used, and not where it is loaded
 
-    def _note_read(self, warp: Any, place: Allocation, rows: Rows, width: int, event: int) -> None:
+    def _note_read(self, warp: Warp, place: Allocation, rows: Rows, width: int, event: int) -> None:
         reads = place.shadow(place.reads, width)
         before = reads[rows]
         if before.any():
@@ -577,7 +584,7 @@ class Space:
                     others[rows] = np.where(replaced, before, kept)
         reads[rows] = event
 
-    def write(self, warp: Any, addresses: Any, width: int, event: int, line: int) -> None:
+    def write(self, warp: Warp, addresses: Values, width: int, event: int, line: int) -> None:
         """An asynchronous operation writes at any time until it has been waited for."""
         place, rows = self.locate(addresses, width, line)
         self._write(warp, place, rows, width, event, line)
@@ -585,13 +592,13 @@ class Space:
 
     def _write(
         self,
-        warp: Any,
+        warp: Warp,
         place: Allocation,
         rows: Rows,
         width: int,
         event: int,
         line: int,
-        values: Any = None,
+        values: Values | None = None,
         atomic: bool = False,
     ) -> None:
         """Warps may store the same ``values`` unordered: Triton's layouts have copies in several
@@ -614,7 +621,7 @@ class Space:
         place.shadow(place.writes, width)[rows] = event
 
     def _check_readers(
-        self, warp: Any, place: Allocation, rows: Rows, width: int, line: int, atomic: bool
+        self, warp: Warp, place: Allocation, rows: Rows, width: int, line: int, atomic: bool
     ) -> None:
         """Refuse to overwrite what others may still read; nobody has read it afterwards."""
         for array in (place.reads, place.others):
@@ -631,7 +638,7 @@ class Space:
             place.shadow(array, width)[rows] = GIVEN
 
     def _check_barriers(
-        self, warp: Any, place: Allocation, offsets: Any, width: int, line: int
+        self, warp: Warp, place: Allocation, offsets: Values, width: int, line: int
     ) -> None:
         for address, barrier in place.barriers.items():
             if ((offsets <= address + 7) & (offsets + width > address)).any():
@@ -640,14 +647,14 @@ class Space:
 
     def _same(
         self,
-        warp: Any,
+        warp: Warp,
         place: Allocation,
         rows: Rows,
         width: int,
-        writers: Any,
-        known: Any,
+        writers: Values,
+        known: Values,
         line: int,
-        values: Any,
+        values: Values,
     ) -> Any:
         """Return ``known``, and what is overwritten by the value that it has, or nearly that."""
         events, block = warp.block.gpu.events, warp.block.number
@@ -672,7 +679,13 @@ class Space:
         return known | same
 
     def _are_copies(
-        self, events: Events, writers: Any, known: Any, line: int, held: Any, values: Any
+        self,
+        events: Events,
+        writers: Values,
+        known: Values,
+        line: int,
+        held: Values,
+        values: Values,
     ) -> bool:
         """Whether what is overwritten are copies of one number that other warps have rounded.
 
@@ -683,12 +696,12 @@ class Space:
 
     def describe(
         self,
-        warp: Any,
+        warp: Warp,
         place: Allocation,
         rows: Rows,
         width: int,
-        numbers: Any,
-        known: Any,
+        numbers: Values,
+        known: Values,
         line: int,
     ) -> Cause:
         """Return why what a warp has loaded is undefined."""
@@ -707,12 +720,12 @@ class Space:
 
     def conflict(
         self,
-        warp: Any,
+        warp: Warp,
         place: Allocation,
         rows: Rows,
         width: int,
-        numbers: Any,
-        known: Any,
+        numbers: Values,
+        known: Values,
         line: int,
         what: str,
         other: str,
@@ -743,7 +756,7 @@ class Space:
         gpu.fault("warning" if is_weak else "error", name, line, message, warp)
 
 
-def _are_close(a: Any, b: Any) -> bool:
+def _are_close(a: Values, b: Values) -> bool:
     """Whether two arrays of bytes are alike as floating-point numbers, but for the last bits."""
     if a.shape[1] % 4:
         if a.shape[1] % 2:
@@ -755,7 +768,7 @@ def _are_close(a: Any, b: Any) -> bool:
         return bool((np.abs(a - b) <= 2.0**-18 * np.maximum(np.abs(a), np.abs(b))).all())
 
 
-def _are_floats(a: Any, b: Any) -> bool:
+def _are_floats(a: Values, b: Values) -> bool:
     """Whether the bytes that differ can be floating-point numbers, and not small integers."""
     for bits, dtype in ((np.uint16, np.float16), (np.uint32, np.float32), (np.uint64, np.float64)):
         if a.shape[1] % np.dtype(dtype).itemsize:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from torchpar.ptx.machine.parse import Address, Constant, Register, Symbol
 
@@ -24,7 +25,7 @@ PAIRS = {"bf16x2": "bf16", "f16x2": "f16"}
 HALVES = {"bf16": "b16", "f16": "b16", "bf16x2": "b32", "f16x2": "b32"}  # and their bits
 FLOATS = ("f32", "f64", *HALVES)
 
-Values = Any
+Values = npt.NDArray[Any]
 Read = Callable[[Any], Values]  # of a warp
 
 

@@ -7,9 +7,12 @@ may be complete earlier.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+
+from torchpar.ptx.machine.protocols import Operation, Warp
+from torchpar.ptx.machine.registers import Values
 
 LONGEST = 100_000  # instructions of a warp that are recorded
 
@@ -25,8 +28,8 @@ class Request(NamedTuple):
     """
 
     space: str
-    lanes: Any
-    addresses: Any
+    lanes: Values | None
+    addresses: Values
     width: int
 
 
@@ -56,7 +59,7 @@ class Trace:
     _begun: dict[int, Span] = field(default_factory=dict, repr=False)  # by events
 
     def access(
-        self, warp: Any, pc: int, space: str, addresses: Any, lanes: Any, width: int
+        self, warp: Warp, pc: int, space: str, addresses: Values, lanes: Values | None, width: int
     ) -> None:
         """Note an access, if it is the first one of the warp and the instruction."""
         found = self.requests.setdefault((pc, warp.index), [])
@@ -64,13 +67,13 @@ class Trace:
             kept = None if lanes is None else np.array(lanes)
             found.append(Request(space, kept, np.array(addresses), width))
 
-    def execute(self, warp: Any, pc: int) -> None:
+    def execute(self, warp: Warp, pc: int) -> None:
         """Note an instruction."""
         times = self.executed.setdefault(warp.index, [])
         if len(times) < LONGEST:
             times.append((warp.count + warp.waited, pc))
 
-    def operate(self, warp: Any, operation: Any) -> None:
+    def operate(self, warp: Warp, operation: Operation) -> None:
         """An operation begins, or has been waited for."""
         now = warp.count + warp.waited
         span = self._begun.get(operation.read)
@@ -80,7 +83,7 @@ class Trace:
         elif span.end is None:
             span.end = now
 
-    def wait(self, warp: Any, until: int) -> None:
+    def wait(self, warp: Warp, until: int) -> None:
         """A warp waits at a barrier."""
         begin = warp.count + warp.waited
         if until > begin:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from torchpar.ptx.machine.protocols import AllocationView, Block
+from torchpar.ptx.machine.registers import Values
 from torchpar.ptx.native.layout import (
     BUDGET,
     GROW,
@@ -28,7 +30,7 @@ from torchpar.ptx.native.layout import (
 )
 
 if TYPE_CHECKING:
-    from torchpar.ptx.machine.block import Block
+    from torchpar.ptx.machine.memory import Allocation
 
 SECONDS = 0.1  # of a call of the core, about, so that Ctrl-C has its effect
 MOST_FAILURES = 4  # blocks of a launch that are left to Python, after which all of them are
@@ -39,12 +41,18 @@ def _free(library: ctypes.CDLL, runner: RunnerStruct, states: Any) -> None:
     library.free_runner(ctypes.addressof(runner))
 
 
+def _view(place: "Allocation") -> AllocationView:
+    """Return what the core knows of an allocation; each one of a launch has been told to it."""
+    assert place.view is not None
+    return place.view
+
+
 def _array(kind: Any, address: int | None, count: int) -> Any:
     """Return the ``count`` structures that lie at an address of the core."""
     return (kind * count).from_address(address) if count else ()
 
 
-def _pasts_of(known: int, taken: dict[int, Any]) -> dict[int, Any]:
+def _pasts_of(known: int, taken: dict[int, Values]) -> dict[int, Values]:
     """Return by block the times of its agents, as `memory.Knowledge.foreign` has them.
 
     Args:
@@ -70,7 +78,7 @@ class Blocks:
         may_refine: an element of a shadow may become one of fewer bytes.
     """
 
-    def __init__(self, template: "Block", copies_need_fence: bool):
+    def __init__(self, template: Block, copies_need_fence: bool):
         gpu = template.gpu
         assert template.core is not None
         self.gpu, self.template, self.launch = gpu, template, gpu.core
@@ -90,7 +98,7 @@ class Blocks:
             states=ctypes.addressof(self.states),
             template_states=self.launch.states.ctypes.data,
             coordinates=ctypes.addressof(self.coordinates),
-            shared=ctypes.addressof(template.memory.view.struct),
+            shared=ctypes.addressof(_view(template.memory).struct),
             events=ctypes.addressof(events.struct),
             counts=self.counts.ctypes.data,
             total_counts=gpu.counts.table.ctypes.data,
@@ -113,7 +121,9 @@ class Blocks:
             state.fence_versions = self.fences[n].ctypes.data
         weakref.finalize(self, _free, self.library, self.struct, self.states)
 
-    def run(self, positions: Any, number: int, goes_on: Callable[[], bool] = lambda: True) -> int:
+    def run(
+        self, positions: Values, number: int, goes_on: Callable[[], bool] = lambda: True
+    ) -> int:
         """Execute blocks, of which the first one has this number, and return how many.
 
         Args:
@@ -159,8 +169,8 @@ class Blocks:
         if self.is_told:
             return
         self.is_told = True
-        all_of_them, known = self.struct.releases, dict[int, dict[int, Any]]()
-        times: dict[int, Any] = {}
+        all_of_them, known = self.struct.releases, dict[int, dict[int, Values]]()
+        times: dict[int, Values] = {}
         for entry in _array(ReleaseStruct, all_of_them.table, all_of_them.capacity):
             if entry.known:
                 if entry.known not in known:
@@ -193,7 +203,7 @@ class Blocks:
             for row in place.published:
                 self.library.add_map(
                     ctypes.addressof(self.struct),
-                    ctypes.addressof(place.view.struct),
+                    ctypes.addressof(_view(place).struct),
                     row,
                     True,
                     place.acquired.get(row, -1),
@@ -202,7 +212,7 @@ class Blocks:
     def _tell_maps(self) -> None:
         """Let Python know which tensormaps the core knows."""
         places = {
-            ctypes.addressof(place.view.struct): place for place in self.gpu.space.allocations
+            ctypes.addressof(_view(place).struct): place for place in self.gpu.space.allocations
         }
         for one in _array(TensormapStruct, self.struct.maps, self.struct.map_count):
             place = places[one.place]
@@ -216,7 +226,7 @@ class Blocks:
         """Let an element of a shadow stand for fewer bytes."""
         self._take_spare_arrays()
         for place in self.gpu.space.allocations:
-            if ctypes.addressof(place.view.struct) == self.struct.coarse:
+            if ctypes.addressof(_view(place).struct) == self.struct.coarse:
                 place.refine(self.struct.finer)
         self._lend_spare_arrays()
 
@@ -235,12 +245,12 @@ class Blocks:
         """Give the core arrays for second reads, which it takes where it needs them."""
         for one in self.gpu.space.allocations:
             if one.others is None:
-                one.view.spare = np.zeros_like(one.reads)
-                one.view.struct.spare = one.view.spare.ctypes.data
+                view, spare = _view(one), np.zeros_like(one.reads)
+                view.spare, view.struct.spare = spare, spare.ctypes.data
 
     def _take_spare_arrays(self) -> None:
         for one in self.gpu.space.allocations:
-            struct = one.view.struct
-            if one.others is None and struct.others:
-                one.others = one.view.spare
-            struct.spare = one.view.spare = None
+            view = _view(one)
+            if one.others is None and view.struct.others:
+                one.others = view.spare
+            view.struct.spare = view.spare = None

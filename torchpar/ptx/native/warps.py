@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from torchpar.ptx.machine.registers import DTYPES, UNWRITTEN
+from torchpar.ptx.machine.protocols import Block, Operation, Warp
+from torchpar.ptx.machine.registers import DTYPES, UNWRITTEN, Values
 from torchpar.ptx.native.encoding import KIND_BYTES, KINDS, Program, elected
 from torchpar.ptx.native.layout import (
     GROW,
@@ -22,7 +23,6 @@ from torchpar.ptx.native.layout import (
 )
 
 if TYPE_CHECKING:
-    from torchpar.ptx.machine.block import Block, Warp
     from torchpar.ptx.machine.counters import Counts
     from torchpar.ptx.machine.memory import Allocation, Events, Space
 
@@ -35,7 +35,7 @@ class Registers:
     Objects of Python, such as `registers.Tainted`, are in the list alone.
     """
 
-    def __init__(self, dtypes: list[Any], rows: Any, states: Any, versions: Any):
+    def __init__(self, dtypes: list[Any], rows: Values, states: Values, versions: Values):
         self.dtypes, self.rows, self.states, self.versions = dtypes, rows, states, versions
         self.held: list[Any] = [UNWRITTEN] * len(dtypes)
 
@@ -63,7 +63,7 @@ class Registers:
             return [self.held[index] for index in indices]
         return [self[index] for index in indices]
 
-    def set_many(self, indices: Any, values: Any) -> None:
+    def set_many(self, indices: Any, values: Values) -> None:
         """Put rows of 32 values of 32 bits into registers."""
         self.rows[indices, :128] = values.view(np.uint8)
         self.versions[indices] += 1
@@ -76,14 +76,14 @@ class Registers:
         self.versions[indices] += 1
         self.states[indices] = IN_LIST
 
-    def stamp(self) -> Any:
+    def stamp(self) -> Values:
         """Return what tells later which registers have been written since."""
         return self.versions.copy()
 
-    def is_unchanged(self, index: int, stamp: Any) -> bool:
+    def is_unchanged(self, index: int, stamp: Values) -> bool:
         return bool(self.versions[index] == stamp[index])
 
-    def restamp(self, index: int, stamp: Any) -> None:
+    def restamp(self, index: int, stamp: Values) -> None:
         """Let a register count as unchanged."""
         stamp[index] = self.versions[index]
 
@@ -97,9 +97,9 @@ class LaunchState:
         self.events, self.space = EventsView(events), SpaceView(space)
         self.counts = counts
         self.no_space = SpaceStruct()
-        self.rows: Any = None  # of the warps of a block, when it begins
+        self.rows: Values | None = None  # of the warps of a block, when it begins
 
-    def begin(self, block: "Block") -> None:
+    def begin(self, block: Block) -> None:
         """Make what all blocks begin with, when the first one begins."""
         program, warps = self.program, len(block.warps)
         self.rows = np.repeat(program.rows[None], warps, 0)
@@ -150,7 +150,7 @@ class AllocationView:
 
     def __init__(self, allocation: "Allocation"):
         self.allocation, self.struct = allocation, AllocationStruct()
-        self.spare: Any = None  # lent by `blocks`
+        self.spare: Values | None = None  # lent by `blocks`
         allocation.view = self
         self.update()
 
@@ -192,9 +192,10 @@ class SpaceView:
 class BlockState:
     """The registers of a block's warps, and what the core knows of its memory."""
 
-    def __init__(self, launch: LaunchState, block: "Block"):
+    def __init__(self, launch: LaunchState, block: Block):
         if launch.rows is None:
             launch.begin(block)
+        assert launch.rows is not None
         self.rows, self.states = launch.rows.copy(), launch.states.copy()
         self.versions = np.zeros(self.states.shape, np.uint32)
         for row, width, axis in launch.positions:
@@ -233,7 +234,7 @@ class WarpState:
         self.launch, self.struct, self.pointer = launch, struct, ctypes.addressof(struct)
         self.library = launch.program.core
 
-    def run(self, warp: "Warp", budget: int) -> int:
+    def run(self, warp: Warp, budget: int) -> int:
         """Execute instructions of the core, at most ``budget``, and return how many."""
         struct, events = self.struct, self.launch.events
         struct.pc, struct.active = warp.pc, warp.active_bits()
@@ -254,7 +255,7 @@ class WarpState:
         warp.count += done
         return done
 
-    def repeat(self, warp: "Warp") -> bool:
+    def repeat(self, warp: Warp) -> bool:
         """Let the core execute the instruction that Python has begun, and return whether it did."""
         struct, events = self.struct, self.launch.events
         struct.pc, struct.active, struct.count = warp.pc - 1, warp.active_bits(), 0
@@ -266,13 +267,13 @@ class WarpState:
             self.launch.counts.execute(warp.pc - 1, -len(warp.lanes()), -1)
         return bool(struct.count)
 
-    def _tell_knowledge(self, warp: "Warp") -> None:
+    def _tell_knowledge(self, warp: Warp) -> None:
         knowledge = warp.knowledge
         self.struct.times = knowledge.address + warp.index * knowledge.stride
         self.struct.knows_others = bool(knowledge.foreign[warp.index])
 
     def read(
-        self, warp: "Warp", space: "Space", addresses: Any, width: int, event: int, fence: bool
+        self, warp: Warp, space: "Space", addresses: Values, width: int, event: int, fence: bool
     ) -> bool:
         """`Space.read` of an asynchronous operation, if it is no fault."""
         at = np.ascontiguousarray(addresses, np.int64)
@@ -280,7 +281,7 @@ class WarpState:
 
     def read_at(
         self,
-        warp: "Warp",
+        warp: Warp,
         space: "Space",
         addresses: int,
         count: int,
@@ -299,7 +300,9 @@ class WarpState:
             self.library.read_many(self.pointer, pointer, addresses, count, width, event, fenced)
         )
 
-    def numbers(self, space: "Space", chunks: int, rows: int, by_rows: bool, kind: str) -> Any:
+    def numbers(
+        self, space: "Space", chunks: int, rows: int, by_rows: bool, kind: str
+    ) -> Values | None:
         """`tensor_cores.Matrix.read`, or None if the core does not know the kind."""
         if kind not in KINDS or space.view is None:
             return None
@@ -309,11 +312,11 @@ class WarpState:
         )
         return found if done else None
 
-    def tell_fence(self, versions: Any) -> None:
+    def tell_fence(self, versions: Values) -> None:
         """Note the versions of the registers at a wgmma.fence."""
         self.struct.fence = versions.ctypes.data
 
-    def copies(self, group: Any) -> "CopiesState":
+    def copies(self, group: Operation) -> "CopiesState":
         """Begin a group of copies, to which the core adds."""
         found = CopiesState(self.library, self.launch.events.events, group)
         self.struct.copies = ctypes.addressof(found.struct)
@@ -326,7 +329,7 @@ class WarpState:
 class CopiesState:
     """What the core has added to a group of copies."""
 
-    def __init__(self, core: ctypes.CDLL, events: "Events", group: Any):
+    def __init__(self, core: ctypes.CDLL, events: "Events", group: Operation):
         name = events.name(group.name)
         self.core, self.struct = core, CopiesStruct(None, 0, 0, group.agent, name, group.time, 0)
         weakref.finalize(self, core.free_copies, self.struct)  # of a launch that has failed

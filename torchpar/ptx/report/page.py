@@ -202,6 +202,7 @@ def draw_sectors(found: dict[int, Request]) -> str:
     threads = 32 * len(picked)
     image = np.full((len(touched), threads), np.nan)
     for column, (_, one) in enumerate(picked):
+        assert one.lanes is not None
         at = np.searchsorted(touched, one.addresses // SECTOR)
         np.add.at(image, (at, 32 * column + one.lanes), 0)
         image[at, 32 * column + one.lanes] = one.width
@@ -222,6 +223,7 @@ def draw_banks(found: dict[int, Request]) -> str:
     image = np.full((BANKS, 32), np.nan)
     together = 32 * WORD // max(one.width, WORD)  # threads
     turns: dict[tuple[int, int], list[int]] = {}
+    assert one.lanes is not None
     for lane, address in zip(one.lanes.tolist(), one.addresses.tolist(), strict=True):
         for k in range(max(one.width // WORD, 1)):
             word = address // WORD + k
