@@ -18,6 +18,7 @@ from torchpar.ptx.machine.registers import (
     DTYPES,
     HALVES,
     PAIRS,
+    DType,
     Values,
     decode,
     encode,
@@ -134,13 +135,13 @@ def _numbers(kind: str, raw: Values) -> Values:
     return decode(kind, raw) if kind in HALVES else raw.view(DTYPES[kind])
 
 
-def _raw(kind: str, numbers: Values, raw: Any) -> Values:
+def _raw(kind: str, numbers: Values, raw: DType) -> Values:
     if kind in PAIRS or kind in HALVES:
         return encode(kind, numbers)
     return np.asarray(numbers, DTYPES[kind]).view(raw)
 
 
-def before_access(warp: Warp, addresses: Any, order: str, writes: bool) -> None:
+def before_access(warp: Warp, addresses: Values, order: str, writes: bool) -> None:
     """Release what an atomic access at ``addresses`` releases."""
     if not writes:
         return
@@ -154,7 +155,7 @@ def before_access(warp: Warp, addresses: Any, order: str, writes: bool) -> None:
             warp.publish(address, known)
 
 
-def after_access(warp: Warp, addresses: Any, order: str, reads: bool) -> None:
+def after_access(warp: Warp, addresses: Values, order: str, reads: bool) -> None:
     """Acquire what an atomic access at ``addresses`` acquires."""
     if not reads:
         return

@@ -20,7 +20,7 @@ from torchpar.ptx.instructions.tma import (
 from torchpar.ptx.machine.block import Operation, Run, Warp, action, elementwise, instruction
 from torchpar.ptx.machine.cluster import rank_of
 from torchpar.ptx.machine.parse import Instruction, PtxError, flat
-from torchpar.ptx.machine.registers import DTYPES, WINDOW_BITS, reader
+from torchpar.ptx.machine.registers import DTYPES, WINDOW_BITS, Values, reader
 
 OFFSETS = 2**WINDOW_BITS - 1  # the bits of an address within a window
 
@@ -57,7 +57,7 @@ def _map(i: Instruction) -> Run:
     """The address of the same place in the shared memory of the block of a rank."""
     size_of = reader(i.operands[2], "u32")
 
-    def mapped(address: Any, rank: Any) -> Any:
+    def mapped(address: Values, rank: Values) -> Values:
         return address & np.uint32(OFFSETS) | rank << np.uint32(WINDOW_BITS)
 
     compute = elementwise(i, mapped, "u32", "u32", "u32")
@@ -112,7 +112,9 @@ class Multicast(Load):
     ),
     single=True,
 )
-def _load_boxes(warp: Warp, i: Instruction, shared: Any, address: Any, *others: Any) -> None:
+def _load_boxes(
+    warp: Warp, i: Instruction, shared: Values, address: Values, *others: Values
+) -> None:
     """Each bit of a mask is a rank. The offsets of the box and of the mbarrier are the same in
     all blocks."""
     *corner, counting, mask = others
@@ -136,7 +138,9 @@ class RemoteStore(Operation):
     It is of the generic proxy. The mbarriers count its bytes.
     """
 
-    def __init__(self, warp: Warp, line: int, addresses: Any, values: Any, counting: list[Barrier]):
+    def __init__(
+        self, warp: Warp, line: int, addresses: Values, values: Values, counting: list[Barrier]
+    ):
         super().__init__(warp, line, "an asynchronous store", generic=True)
         self.block, self.addresses, self.values = warp.block, addresses, values
         self.counting, self.width = counting, values.shape[1]

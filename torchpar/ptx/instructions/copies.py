@@ -13,7 +13,7 @@ from torchpar.ptx.machine import definedness
 from torchpar.ptx.machine.block import Operation, Run, Warp, action, instruction
 from torchpar.ptx.machine.memory import Space
 from torchpar.ptx.machine.parse import Instruction, PtxError, Register, flat, qualifiers
-from torchpar.ptx.machine.registers import DTYPES, reader, writer
+from torchpar.ptx.machine.registers import DTYPES, Values, reader, writer
 
 # Triton 3.6 makes no proxy fence between cp.async and a wgmma that reads what was copied, where a
 # tile has no mask. 9.7.15.4 demands it, and Triton 3.8 makes it (triton-lang/triton#9610, #10537).
@@ -28,7 +28,7 @@ def _load_parameter(i: Instruction) -> Run:
     return lambda warp: put(warp, read(warp))
 
 
-def _access(i: Instruction, count: int) -> tuple[Callable[[Warp, Any], Space], str, str]:
+def _access(i: Instruction, count: int) -> tuple[Callable[[Warp, Values], Space], str, str]:
     """The address space, the kind and the order of a load or store of ``count`` elements."""
     (*rest, kind), order, in_shared = qualifiers(i)
     in_local = rest[:1] == ["local"]
@@ -43,7 +43,7 @@ def _access(i: Instruction, count: int) -> tuple[Callable[[Warp, Any], Space], s
     return lambda warp, at: warp.block.space, kind, order
 
 
-def _space_of(warp: Warp, at: Any) -> Space:
+def _space_of(warp: Warp, at: Values) -> Space:
     """The space of generic addresses. Limitation: that of the first one is that of all."""
     block = warp.block
     spaces: tuple[Space, ...] = (block.local, block.shared)
@@ -103,10 +103,10 @@ class Places(NamedTuple):
     memory.
     """
 
-    elements: Any
-    inside: Any
+    elements: Values
+    inside: Values
     width: int
-    units: Any
+    units: Values
     unit: int
 
 
@@ -164,7 +164,7 @@ class Copies(Operation):
     def __init__(self, warp: Warp, line: int):
         super().__init__(warp, line, "a copy", generic=COPIES_NEED_FENCE)
         self.block, self.parts, self.done = warp.block, list[tuple[Places, int]](), 0
-        self.values: list[Any] = []
+        self.values: list[Values] = []
         self.of_core = warp.core.copies(self) if warp.core is not None else None
 
     def add(self, warp: Warp, line: int, places: Places) -> None:
@@ -261,7 +261,7 @@ def _commit(warp: Warp, i: Instruction) -> None:
 
 @action("cp.async.bulk.wait_group")
 @action("cp.async.wait_group", "wgmma.wait_group.sync.aligned", whole=True)
-def _wait(warp: Warp, i: Instruction, count: Any) -> None:
+def _wait(warp: Warp, i: Instruction, count: Values) -> None:
     """Wait for all groups but the last ``count``; with `read` only until shared memory has been
     read."""
     left = int("read" in i.parts)

@@ -15,6 +15,7 @@ import numpy as np
 from torchpar.ptx.instructions.rounding import FLOAT8
 from torchpar.ptx.instructions.tma import swizzle
 from torchpar.ptx.machine.block import Operation, Run, Warp, action, instruction
+from torchpar.ptx.machine.memory import Space
 from torchpar.ptx.machine.parse import Instruction, PtxError
 from torchpar.ptx.machine.registers import UNWRITTEN, Unready, Values, reader, writer
 from torchpar.ptx.machine.registers import decode as decode_float
@@ -33,7 +34,7 @@ OPERANDS = {
 SUMS = {"f16": "f2", "f32": "f4", "s32": "i4", "f64": "f8"}
 
 
-def numbers(kind: str, raw: Any) -> Values:
+def numbers(kind: str, raw: Values) -> Values:
     """The numbers, in float64, that tensor cores take from operands; of tf32 they ignore the last
     13 bits."""
     if kind == "tf32":
@@ -43,7 +44,7 @@ def numbers(kind: str, raw: Any) -> Values:
     return (decode_float(kind, raw) if kind in ("bf16", "f16") else raw).astype(np.float64)
 
 
-def gather(registers: list[Any], dtype: str, rows: int = 8, together: int = 1) -> Values:
+def gather(registers: list[Values], dtype: str, rows: int = 8, together: int = 1) -> Values:
     """The matrix of which registers hold the fragments: blocks of 8 rows, the columns of blocks in
     turn.
 
@@ -54,7 +55,7 @@ def gather(registers: list[Any], dtype: str, rows: int = 8, together: int = 1) -
     return held.transpose(3, 0, 2, 1, 4).reshape(rows, -1)
 
 
-def scatter(matrix: Values) -> Any:
+def scatter(matrix: Values) -> Values:
     """The registers of a matrix of sums, two of which hold a thread's part of a block; of float16
     one holds both numbers."""
     rows, columns = matrix.shape
@@ -63,7 +64,7 @@ def scatter(matrix: Values) -> Any:
     return np.ascontiguousarray(held.T)
 
 
-def gather_sums(registers: list[Any], dtype: str, rows: int) -> Values:
+def gather_sums(registers: list[Values], dtype: str, rows: int) -> Values:
     """The matrix of the sums that registers hold."""
     return gather(registers, dtype, rows, 1 if dtype == SUMS["f16"] else 2)
 
@@ -165,7 +166,7 @@ class Matrix:
     """
 
     def __init__(
-        self, descriptor: Any, rows: range, by_rows: bool, kind: str, line: int, window: int
+        self, descriptor: Values, rows: range, by_rows: bool, kind: str, line: int, window: int
     ):
         if descriptor.tobytes() != descriptor[:1].tobytes() * len(descriptor):
             raise PtxError(line, "the threads of a warp give different descriptors")
@@ -183,7 +184,7 @@ class Matrix:
         ):
             space.read(warp, self.chunks, 16, event, line, fence=True)
 
-    def read(self, warp: Warp, space: Any, line: int) -> Values:
+    def read(self, warp: Warp, space: Space, line: int) -> Values:
         """Its numbers ``(rows, k)``."""
         if warp.core is not None:
             found = warp.core.numbers(space, self.address, self.rows, self.by_rows, self.kind)
@@ -195,7 +196,7 @@ class Matrix:
 
 
 @lru_cache(4096)
-def _chunks(bits: int, rows: range, rows_of_chunk: int, line: int, window: int = 0) -> Any:
+def _chunks(bits: int, rows: range, rows_of_chunk: int, line: int, window: int = 0) -> Values:
     """Return the addresses of an operand's chunks, by its descriptor.
 
     A chunk has ``rows_of_chunk`` numbers of a column; if that is 0, numbers of a row. ``window`` is

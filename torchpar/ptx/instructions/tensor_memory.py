@@ -56,7 +56,7 @@ class TensorMemory:
         self.last: Operation | None = None  # product or commit
         self.products: dict[int, Operation] = {}  # the last one of each warp
 
-    def check(self, warp: Warp, line: int, lanes: Any, columns: Any) -> None:
+    def check(self, warp: Warp, line: int, lanes: Values, columns: Values) -> None:
         """Refuse cells that were not allocated, or written by what the warp does not know."""
         self.check_allocated(line, columns)
         writers = self.writers[lanes, columns]
@@ -73,7 +73,7 @@ class TensorMemory:
         message = f"tensor memory is written by {what}, not waited for"
         gpu.fault("error", "race", line, message, warp)
 
-    def check_allocated(self, line: int, columns: Any) -> None:
+    def check_allocated(self, line: int, columns: Values) -> None:
         if (columns >= COLUMNS).any() or not self.allocated[columns].all():
             raise PtxError(line, "tensor memory that is not allocated", "out of bounds")
 
@@ -87,7 +87,7 @@ def memory_of(warp: Warp) -> TensorMemory:
 
 
 @action("tcgen05.alloc", whole=True)
-def _allocate(warp: Warp, i: Instruction, to: Any, count: Any) -> None:
+def _allocate(warp: Warp, i: Instruction, to: Values, count: Values) -> None:
     """Write the address of so many free columns to shared memory."""
     memory, columns = memory_of(warp), int(count[0])
     starts = range(0, COLUMNS - columns + 1, max(columns, 32))
@@ -100,7 +100,7 @@ def _allocate(warp: Warp, i: Instruction, to: Any, count: Any) -> None:
 
 
 @action("tcgen05.dealloc", whole=True)
-def _free(warp: Warp, i: Instruction, address: Any, count: Any) -> None:
+def _free(warp: Warp, i: Instruction, address: Values, count: Values) -> None:
     memory, start = memory_of(warp), int(address[0]) & 0xFFFF
     columns = slice(start, start + int(count[0]))
     if not memory.allocated[columns].all():
@@ -122,7 +122,7 @@ def _nothing(i: Instruction) -> Run:
     return lambda warp: None
 
 
-def _places(i: Instruction, address: Values, count: int, split: int) -> tuple[Any, Any]:
+def _places(i: Instruction, address: Values, count: int, split: int) -> tuple[Values, Values]:
     """Return the lane and the column of each of a thread's ``count`` registers."""
     lane, column = address >> 16, address & 0xFFFF
     registers = np.arange(count)
@@ -214,7 +214,7 @@ class Product(Operation):
             matrix.check(warp, self.read, i.line)
         memory.writers[self.to] = self.written
 
-    def _check_known(self, warp: Warp, places: tuple[Any, Any]) -> None:
+    def _check_known(self, warp: Warp, places: tuple[Values, Values]) -> None:
         """Operands that an earlier product writes are in order; others must be known."""
         writers = self.memory.writers[places]
         events = warp.block.gpu.events
@@ -285,7 +285,7 @@ class Commit(Operation):
 
 
 @action("tcgen05.commit.cta_group::1", single=True)
-def _commit(warp: Warp, i: Instruction, address: Any, mask: Any = None) -> None:
+def _commit(warp: Warp, i: Instruction, address: Values, mask: Values | None = None) -> None:
     if mask is not None:  # of the CTAs whose mbarriers count it
         raise PtxError(i.line, f"the executor does not know {i.opcode}", "unknown instruction")
     barrier = barrier_at(warp, address, i.line)

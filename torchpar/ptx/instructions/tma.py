@@ -15,7 +15,7 @@ from torchpar.ptx.instructions.copies import Copy, Places
 from torchpar.ptx.machine.block import Operation, Run, Warp, action, instruction
 from torchpar.ptx.machine.memory import UNWRITTEN
 from torchpar.ptx.machine.parse import Instruction, PtxError
-from torchpar.ptx.machine.registers import DTYPES, HALVES, reader, writer
+from torchpar.ptx.machine.registers import DTYPES, HALVES, Values, reader, writer
 from torchpar.ptx.native.encoding import FIELDS
 
 # mbarrier: counts arrivals, and bytes of bulk copies
@@ -85,7 +85,7 @@ class Arrival:
         np.maximum(fenced, self.fenced, out=fenced)
 
 
-def barrier_at(warp: Warp, address: Any, line: int) -> Barrier:
+def barrier_at(warp: Warp, address: Values, line: int) -> Barrier:
     place, rows = warp.block.shared.locate(address, 8, line)
     barrier: Barrier | None = place.barriers.get(8 * int(rows[0]))
     if barrier is None or barrier not in warp.known_mbarriers:
@@ -96,7 +96,7 @@ def barrier_at(warp: Warp, address: Any, line: int) -> Barrier:
 
 
 @action("mbarrier.init.shared::cta.b64", single=True)
-def _init(warp: Warp, i: Instruction, address: Any, count: Any) -> None:
+def _init(warp: Warp, i: Instruction, address: Values, count: Values) -> None:
     warp.block.shared.store(warp, address, np.zeros((1, 8), np.uint8), i.line)
     memory, barrier = warp.block.memory, Barrier(i.line, int(count[0]))
     memory.barriers[int(address[0]) - memory.base] = barrier
@@ -105,7 +105,7 @@ def _init(warp: Warp, i: Instruction, address: Any, count: Any) -> None:
 
 
 @action("mbarrier.inval.shared::cta.b64", single=True)
-def _invalidate(warp: Warp, i: Instruction, address: Any) -> None:
+def _invalidate(warp: Warp, i: Instruction, address: Values) -> None:
     barrier = barrier_at(warp, address, i.line)
     if barrier.copies or barrier.pending != barrier.count:
         raise PtxError(i.line, f"the mbarrier of line {barrier.line} is in use")
@@ -117,14 +117,14 @@ def _invalidate(warp: Warp, i: Instruction, address: Any) -> None:
     *(f"mbarrier.arrive.expect_tx.{shared}.b64" for shared in SHARED),
     single=True,
 )
-def _expect(warp: Warp, i: Instruction, address: Any, count: Any) -> None:
+def _expect(warp: Warp, i: Instruction, address: Values, count: Values) -> None:
     barrier = barrier_at(warp, address, i.line)
     barrier.copies.append(Arrival(warp, i.line))
     barrier.update(arrivals=1, transactions=int(count[0]))
 
 
 @action(*(f"mbarrier.arrive.{shared}.b64" for shared in SHARED))
-def _arrive(warp: Warp, i: Instruction, address: Any, count: Any = None) -> None:
+def _arrive(warp: Warp, i: Instruction, address: Values, count: Values | None = None) -> None:
     barrier = barrier_at(warp, address[:1], i.line)
     barrier.copies.append(Arrival(warp, i.line))
     barrier.update(arrivals=len(address) if count is None else int(count[0]))
@@ -171,7 +171,7 @@ TF32 = 11  # the elemtype of float32 whose loads are rounded
 STRIDES_END = 2**40  # bytes, which a stride does not reach
 
 
-def swizzle(addresses: Any, size: int) -> Any:
+def swizzle(addresses: Values, size: int) -> Values:
     """5.5.6: bits 4, 5 and 6 of an address are changed by bits 7, 8 and 9, as many as ``size``
     has."""
     return addresses ^ (addresses >> 3 & (size - 16))
@@ -199,7 +199,7 @@ def _replace(i: Instruction) -> Run:
     "tensormap.cp_fenceproxy.global.shared::cta.tensormap::generic.release.gpu.sync.aligned",
     whole=True,
 )
-def _publish(warp: Warp, i: Instruction, to: Any, source: Any, size: Any) -> None:
+def _publish(warp: Warp, i: Instruction, to: Values, source: Values, size: Values) -> None:
     """Copy a tensormap to global memory, for the tensormap proxy to acquire."""
     space = warp.block.space
     content, _ = warp.block.shared.load(warp, source[:1], int(size[0]), i.line)
@@ -210,7 +210,7 @@ def _publish(warp: Warp, i: Instruction, to: Any, source: Any, size: Any) -> Non
 
 
 @action("fence.proxy.tensormap::generic.acquire.gpu")
-def _acquire(warp: Warp, i: Instruction, address: Any, size: Any) -> None:
+def _acquire(warp: Warp, i: Instruction, address: Values, size: Values) -> None:
     place, rows = warp.block.space.check_read(warp, address[:1], int(size[0]), i.line)
     if int(rows[0]) not in place.published:
         raise PtxError(i.line, "acquires a tensormap that was not published")
@@ -226,7 +226,7 @@ def _fence_async(warp: Warp, i: Instruction) -> None:
 class Tensor:
     """A tensor as its tensormap describes it. Dimension 0 is contiguous."""
 
-    def __init__(self, warp: Warp, address: Any, line: int):
+    def __init__(self, warp: Warp, address: Values, line: int):
         space = warp.block.space
         place, rows = space.check_read(warp, address, 128, line)
         fence = place.acquired.get(int(rows[0]))
@@ -282,7 +282,7 @@ class Tensor:
         units = swizzle(shared + np.arange(0, self.bytes * at.size, 16), self.swizzle)
         return Places(at.reshape(-1), inside.reshape(-1), self.bytes, units, 16)
 
-    def rest(self, corner: list[int]) -> Any:
+    def rest(self, corner: list[int]) -> Values:
         """Which elements of the box at ``corner`` a store writes outside of the tensor.
 
         It writes whole pieces of 16 bytes, also where a row of the tensor ends within one
@@ -303,7 +303,7 @@ class Tensor:
 
 
 def places_of(
-    warp: Warp, i: Instruction, address: Any, corner: tuple[Any, ...], shared: Any
+    warp: Warp, i: Instruction, address: Values, corner: tuple[Values, ...], shared: Values
 ) -> tuple[Places, Tensor]:
     """Return the places of a box, and its tensor."""
     tensor = Tensor(warp, address, i.line)
@@ -340,7 +340,7 @@ LOADED = "global.mbarrier::complete_tx::bytes"
     *(f"{tile}.shared::{scope}.{LOADED}" for tile in TILES for scope in ("cta", "cluster")),
     single=True,
 )
-def _load_box(warp: Warp, i: Instruction, shared: Any, address: Any, *others: Any) -> None:
+def _load_box(warp: Warp, i: Instruction, shared: Values, address: Values, *others: Values) -> None:
     """The mbarrier counts the bytes of the whole box."""
     *corner, counting = others
     barrier = barrier_at(warp, counting, i.line)
@@ -351,7 +351,7 @@ def _load_box(warp: Warp, i: Instruction, shared: Any, address: Any, *others: An
 
 
 @action(*(f"{tile}.global.shared::cta.bulk_group" for tile in TILES), single=True)
-def _store_box(warp: Warp, i: Instruction, address: Any, *others: Any) -> None:
+def _store_box(warp: Warp, i: Instruction, address: Values, *others: Values) -> None:
     """What is outside of the tensor is not stored, but for the rest of 16 bytes."""
     *corner, shared = others
     places, tensor = places_of(warp, i, address, tuple(corner), shared)
@@ -362,7 +362,7 @@ def _store_box(warp: Warp, i: Instruction, address: Any, *others: Any) -> None:
 
 
 def _with_rest(
-    warp: Warp, i: Instruction, places: Places, tensor: Tensor, corner: tuple[Any, ...]
+    warp: Warp, i: Instruction, places: Places, tensor: Tensor, corner: tuple[Values, ...]
 ) -> Places:
     """Return the places of a store with what it writes outside of the tensor.
 
@@ -430,7 +430,7 @@ class Reduction(Operation):
     *(f"cp.reduce.async.bulk.tensor.{count}d.global.shared::cta" for count in DIMENSIONS),
     single=True,
 )
-def _reduce_box(warp: Warp, i: Instruction, address: Any, *others: Any) -> None:
+def _reduce_box(warp: Warp, i: Instruction, address: Values, *others: Values) -> None:
     """What is outside of the tensor is left out."""
     *corner, shared = others
     name, *mode = i.parts[8:]

@@ -16,7 +16,7 @@ import numpy as np
 
 from torchpar.ptx.machine.memory import Allocation, Knowledge, Space, merge
 from torchpar.ptx.machine.parse import PtxError
-from torchpar.ptx.machine.protocols import Block, Gpu, Warp
+from torchpar.ptx.machine.protocols import Block, Gpu, Operation, Warp
 from torchpar.ptx.machine.registers import WINDOW_BITS, Values
 
 ENDED = "ended CTA"  # the name of a fault
@@ -115,7 +115,7 @@ class Cluster:
         self.blocks: list[Block] = []  # by their ranks
         self.knowledge = Knowledge(gpu.events, number, size * warps)
         self.shared = SharedMemory()
-        self.flying: list[Any] = []  # asynchronous operations, some of which have completed
+        self.flying: list[Operation] = []  # asynchronous operations, some of which have completed
         self.owners = np.repeat(np.arange(size), warps).tolist()  # ranks, by the agents
         self.phase = Phase()
 

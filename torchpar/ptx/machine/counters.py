@@ -17,12 +17,15 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from torchpar.ptx.machine.parse import Instruction, Kernel, qualifiers
-from torchpar.ptx.machine.registers import FLOATS, PAIRS
+from torchpar.ptx.machine.registers import FLOATS, PAIRS, Values
+
+if TYPE_CHECKING:
+    from torchpar.ptx.machine.memory import Allocation
 
 SECTOR, WORD, BANKS = 32, 4, 32  # bytes, bytes, and a number
 WAVEFRONT = WORD * BANKS  # bytes at most
@@ -49,7 +52,7 @@ class Column(IntEnum):
     MOST_IN_FLIGHT = 13
 
 
-def _distinct(numbers: Any) -> int:
+def _distinct(numbers: Values) -> int:
     """Return how many different numbers there are."""
     steps = np.diff(numbers)
     if (steps >= 0).all():
@@ -57,17 +60,19 @@ def _distinct(numbers: Any) -> int:
     return len(np.unique(numbers[np.flatnonzero(np.append(True, steps != 0))]))
 
 
-def sectors(addresses: Any, width: int) -> int:
+def sectors(addresses: Values, width: int) -> int:
     """Return the number of sectors that aligned accesses touch."""
     return _distinct(addresses // SECTOR) * -(-width // SECTOR)
 
 
-def least_sectors(addresses: Any, width: int) -> int:
+def least_sectors(addresses: Values, width: int) -> int:
     """Return the number of sectors that the bytes would fill side by side."""
     return -(-_distinct(addresses) * width // SECTOR)
 
 
-def wavefronts(addresses: Any, lanes: Any, width: int, is_store: bool = False) -> tuple[int, int]:
+def wavefronts(
+    addresses: Values, lanes: Values | None, width: int, is_store: bool = False
+) -> tuple[int, int]:
     """Return the number of wavefronts of a request, and the least that its words need.
 
     Args:
@@ -109,7 +114,7 @@ class Counts:
         self.distinct: Any = None  # by slot, when the launch has ended
         self.distinct_read = self.distinct_written = 0
 
-    def watch(self, place: Any) -> None:
+    def watch(self, place: "Allocation") -> None:
         """Note which sectors of an allocation are touched, by slot."""
         place.touched = np.zeros((self.slot_count, -(-len(place.data) // SECTOR)), np.uint8)
         place.changed()
@@ -117,7 +122,7 @@ class Counts:
     def execute(self, pc: int, threads: int, times: int = 1) -> None:
         self.table[pc, :2] += times, threads  # EXECUTIONS and THREADS
 
-    def access_global(self, pc: int, addresses: Any, width: int) -> None:
+    def access_global(self, pc: int, addresses: Values, width: int) -> None:
         """Count the request of an instruction."""
         if addresses.size:  # `cp.async` may fill with zeros instead
             row = self.table[pc]
@@ -126,13 +131,13 @@ class Counts:
             row[Column.SECTORS] += sectors(addresses, width)
             row[Column.LEAST_SECTORS] += least_sectors(addresses, width)
 
-    def touch(self, pc: int, place: Any, offsets: Any) -> None:
+    def touch(self, pc: int, place: "Allocation", offsets: Values) -> None:
         """Note which sectors of an allocation an instruction touches."""
         slot = int(self.slots[pc])
         if slot >= 0 and place.touched is not None:
             place.touched[slot, offsets // SECTOR] = 1
 
-    def access_shared(self, pc: int, addresses: Any, lanes: Any, width: int) -> None:
+    def access_shared(self, pc: int, addresses: Values, lanes: Values | None, width: int) -> None:
         row = self.table[pc]
         is_store = self.kernel.instructions[pc].parts[0] == "st"
         found, possible = wavefronts(addresses, lanes, width, is_store)
@@ -159,7 +164,7 @@ class Counts:
         )
         return mine == others and np.array_equal(self.table, other.table)
 
-    def end(self, places: Iterable[Any]) -> None:
+    def end(self, places: Iterable["Allocation"]) -> None:
         """The launch has ended: count the distinct sectors."""
         self.distinct = np.zeros(self.slot_count, np.int64)
         writes = np.zeros(self.slot_count, np.bool_)
@@ -180,7 +185,7 @@ class Counts:
             place.changed()
 
 
-def _slots(kernel: Kernel) -> tuple[Any, int]:
+def _slots(kernel: Kernel) -> tuple[Values, int]:
     numbers: dict[tuple[Source, str], int] = {}
     slots = np.full(len(kernel.instructions), -1, np.int32)
     for n, i in enumerate(kernel.instructions):

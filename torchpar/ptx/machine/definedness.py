@@ -19,7 +19,15 @@ import numpy as np
 
 from torchpar.ptx.machine.parse import Address, Instruction, Register, flat
 from torchpar.ptx.machine.protocols import Warp
-from torchpar.ptx.machine.registers import DTYPES, FLOATS, UNWRITTEN, Cause, Tainted
+from torchpar.ptx.machine.registers import (
+    DTYPES,
+    FLOATS,
+    UNWRITTEN,
+    Cause,
+    DType,
+    Tainted,
+    Values,
+)
 from torchpar.ptx.machine.undefined import SUMS, of_conversion, of_sum, of_table
 
 # Instructions whose operands matter: they write memory, or send messages.
@@ -42,7 +50,7 @@ def tainted(warp: Warp, index: int, value: Any) -> Tainted | None:
     return None
 
 
-def full(dtype: Any) -> Any:
+def full(dtype: DType) -> Values:
     """Return a mask of all bits."""
     if dtype == np.bool_:
         return np.ones(32, np.bool_)
@@ -78,7 +86,7 @@ def execute(warp: Warp, i: Instruction, step: Callable[[], bool]) -> bool | None
 
 
 def _taint_results(
-    warp: Warp, i: Instruction, found: dict[int, Tainted], masks: dict[int, tuple[Any, Cause]]
+    warp: Warp, i: Instruction, found: dict[int, Tainted], masks: dict[int, tuple[Values, Cause]]
 ) -> None:
     """Taint what the instruction has written; threads that it left out keep their taint."""
     registers = warp.registers
@@ -135,8 +143,8 @@ def report(warp: Warp, i: Instruction, cause: Cause, what: str) -> None:
 
 
 def _propagate(
-    warp: Warp, i: Instruction, values: dict[int, Any], read: dict[int, Tainted]
-) -> dict[int, tuple[Any, Cause]]:
+    warp: Warp, i: Instruction, values: dict[int, Values], read: dict[int, Tainted]
+) -> dict[int, tuple[Values, Cause]]:
     """Return the undefined bits of the registers that the instruction writes."""
     if not read:
         return {}
@@ -162,7 +170,7 @@ def _propagate(
     return {index: (mask, cause) for index, mask in _of_threads(warp, i, read).items()}
 
 
-def _of_threads(warp: Warp, i: Instruction, read: dict[int, Tainted]) -> dict[int, Any]:
+def _of_threads(warp: Warp, i: Instruction, read: dict[int, Tainted]) -> dict[int, Values]:
     """All bits of a thread's results are undefined where one bit of its operands is."""
     lanes = np.zeros(32, np.bool_)
     for t in read.values():
@@ -176,7 +184,9 @@ def _of_threads(warp: Warp, i: Instruction, read: dict[int, Tainted]) -> dict[in
     return result
 
 
-def _of_bits(i: Instruction, values: dict[int, Any], read: dict[int, Tainted], kinds: Any) -> Any:
+def _of_bits(
+    i: Instruction, values: dict[int, Values], read: dict[int, Tainted], kinds: list[str]
+) -> Values | None:
     """Return the undefined bits of a result where the instruction keeps bits apart, or None."""
     name, dtype = i.parts[0], DTYPES[kinds[i.writes[0]]]
     bitwise = {"and": _and, "or": _or, "xor": _either, "not": _either}
@@ -191,7 +201,7 @@ def _of_bits(i: Instruction, values: dict[int, Any], read: dict[int, Tainted], k
     return None
 
 
-def _mask(operand: Any, read: dict[int, Tainted], kinds: Any) -> Any:
+def _mask(operand: object, read: dict[int, Tainted], kinds: list[str]) -> Values:
     """Return the undefined bits of an operand."""
     if isinstance(operand, Register):
         if operand.index in read:
@@ -202,8 +212,8 @@ def _mask(operand: Any, read: dict[int, Tainted], kinds: Any) -> Any:
 
 
 def _operand(
-    operand: Any, values: dict[int, Any], read: dict[int, Tainted], dtype: Any
-) -> tuple[Any, Any]:
+    operand: object, values: dict[int, Values], read: dict[int, Tainted], dtype: DType
+) -> tuple[Values, Values]:
     """Return the bits of an operand, and those that are undefined."""
     unsigned = np.bool_ if dtype == np.bool_ else np.dtype(f"u{dtype.itemsize}")
     zeros = np.zeros(32, unsigned)
@@ -218,26 +228,26 @@ def _operand(
     return np.full(32, number % 2 ** (8 * dtype.itemsize), unsigned), zeros
 
 
-def _and(sources: list[tuple[Any, Any]]) -> Any:
+def _and(sources: list[tuple[Values, Values]]) -> Values:
     """A bit is defined where one operand is a defined 0."""
     (a, of_a), (b, of_b) = sources
     return (of_a | of_b) & (of_a | a) & (of_b | b)
 
 
-def _or(sources: list[tuple[Any, Any]]) -> Any:
+def _or(sources: list[tuple[Values, Values]]) -> Values:
     """A bit is defined where one operand is a defined 1."""
     (a, of_a), (b, of_b) = sources
     return (of_a | of_b) & (of_a | ~a) & (of_b | ~b)
 
 
-def _either(sources: list[tuple[Any, Any]]) -> Any:
+def _either(sources: list[tuple[Values, Values]]) -> Values:
     mask = sources[0][1]
     for _, of_other in sources[1:]:
         mask = mask | of_other
     return mask
 
 
-def _is_of_pairs(i: Instruction, kinds: Any, read: dict[int, Tainted]) -> bool:
+def _is_of_pairs(i: Instruction, kinds: list[str], read: dict[int, Tainted]) -> bool:
     """Whether the instruction computes the halves of its result from the same halves of
     operands."""
     if i.parts[0] in (*SINKS, "cvt", "set", "setp") or len(i.writes) != 1:
@@ -247,7 +257,7 @@ def _is_of_pairs(i: Instruction, kinds: Any, read: dict[int, Tainted]) -> bool:
     return alike and any(part.endswith("x2") for part in i.parts[1:])
 
 
-def _of_pairs(read: dict[int, Tainted]) -> Any:
+def _of_pairs(read: dict[int, Tainted]) -> Values:
     """The undefined halves of a pair of numbers; each is computed of the operands' same halves."""
     masks = [t.mask for t in read.values()]
     whole = masks[0].dtype
@@ -256,7 +266,7 @@ def _of_pairs(read: dict[int, Tainted]) -> Any:
     return np.where(halves, half.type(np.iinfo(half).max), half.type(0)).view(whole)[:, 0]
 
 
-def _move(warp: Warp, i: Instruction, read: dict[int, Tainted]) -> dict[int, Any] | None:
+def _move(warp: Warp, i: Instruction, read: dict[int, Tainted]) -> dict[int, Values] | None:
     """Execute a move on the masks of its operands, or return None if another operand is undefined.
 
     A predicate that it writes, such as that of a shuffle, is defined.
@@ -291,7 +301,7 @@ def _move(warp: Warp, i: Instruction, read: dict[int, Tainted]) -> dict[int, Any
     return found
 
 
-def mark(warp: Warp, index: int, lanes: Any, undefined: Any, cause: Cause) -> None:
+def mark(warp: Warp, index: int, lanes: Values, undefined: Values, cause: Cause) -> None:
     """Taint a register that has just been loaded.
 
     Args:

@@ -85,7 +85,7 @@ def integer(text: str) -> int | None:
     return -size if sign else size
 
 
-def flat(operand: Any) -> list[Any]:
+def flat(operand: object) -> list[Any]:
     return operand if isinstance(operand, list) else [operand]
 
 

@@ -2,7 +2,7 @@
 """Registers of a warp, one NumPy vector each, and the kinds of numbers that instructions take from
 them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +26,7 @@ HALVES = {"bf16": "b16", "f16": "b16", "bf16x2": "b32", "f16x2": "b32"}  # and t
 FLOATS = ("f32", "f64", *HALVES)
 
 Values = npt.NDArray[Any]
+DType = np.dtype[Any]
 Read = Callable[[Any], Values]  # of a warp
 
 
@@ -52,7 +53,7 @@ class Unready:
     def __init__(self, operation: Any = None):
         self.operation = operation
 
-    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+    def __array__(self, *args: object, **kwargs: object) -> Values:
         raise TypeError
 
     __array_ufunc__ = None
@@ -67,10 +68,10 @@ class Tainted:
         cause: why they are undefined.
     """
 
-    def __init__(self, values: Any, mask: Any, cause: Cause):
+    def __init__(self, values: Values, mask: Values, cause: Cause):
         self.values, self.mask, self.cause = values, mask, cause
 
-    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+    def __array__(self, *args: object, **kwargs: object) -> Values:
         raise TypeError
 
     __array_ufunc__ = None
@@ -82,15 +83,15 @@ UNWRITTEN = Unready()
 class Registers(list[Any]):
     """The registers of a warp, by their numbers."""
 
-    def get_many(self, indices: Any) -> list[Any]:
+    def get_many(self, indices: Sequence[int]) -> list[Any]:
         return [self[index] for index in indices]
 
-    def set_many(self, indices: Any, values: Any) -> None:
+    def set_many(self, indices: Sequence[int], values: Values) -> None:
         """Put rows of 32 values of 32 bits into registers."""
         for index, row in zip(indices, values, strict=True):
             self[index] = row
 
-    def set_same(self, indices: Any, value: Any) -> None:
+    def set_same(self, indices: Sequence[int], value: Any) -> None:
         """Let all of these registers hold the same object."""
         for index in indices:
             self[index] = value
@@ -134,7 +135,7 @@ def encode(kind: str, values: Values) -> Values:
     return values.astype(DTYPES[kind])
 
 
-def reader(operand: Any, kind: str = "u32") -> Read:  # noqa: PLR0911  # a case for each kind of operand
+def reader(operand: object, kind: str = "u32") -> Read:  # noqa: PLR0911  # a case for each kind of operand
     """A function that gives the operand's value in each thread of a warp; of an address that,
     int64."""
     if isinstance(operand, Address):
@@ -172,7 +173,7 @@ def reader(operand: Any, kind: str = "u32") -> Read:  # noqa: PLR0911  # a case 
 
 
 def writer(
-    operand: Any, kind: str
+    operand: object, kind: str
 ) -> Callable[[Any, Values], None]:  # a case for each kind of operand
     """A function that puts values into a register, extended to its width by their sign.
 

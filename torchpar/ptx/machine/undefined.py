@@ -5,18 +5,16 @@ Inline assembly with ``pack=4`` computes with four numbers of a register, some o
 not have. So a number of a result is undefined only where the same number of an operand is.
 """
 
-from typing import Any
-
 import numpy as np
 
-from torchpar.ptx.machine.registers import DTYPES
+from torchpar.ptx.machine.registers import DTYPES, DType, Values
 
 # The bits of one of two numbers in a register, by the end of an opcode; of others they are 8.
 BITS_OF_PAIRS = {"f16x2": 16, "bf16x2": 16, "e2m1x2": 4}
 SUMS = ("add", "sub", "mul", "mad")
 
 
-def of_table(table: int, sources: list[tuple[Any, Any]]) -> Any:
+def of_table(table: int, sources: list[tuple[Values, Values]]) -> Values:
     """``lop3``: a bit is undefined where the undefined bits of the operands decide it.
 
     Args:
@@ -33,7 +31,7 @@ def of_table(table: int, sources: list[tuple[Any, Any]]) -> Any:
     return may_be[0] & may_be[1]
 
 
-def of_sum(parts: list[str], masks: list[Any], result: Any) -> Any:
+def of_sum(parts: list[str], masks: list[Values], result: DType) -> Values | None:
     """Sums and products of integers: bits below the lowest undefined one are defined; or None."""
     kind = parts[-1]
     is_plain = kind[0] in "sub" and kind in DTYPES and not {"sat", "cc", "hi"} & set(parts)
@@ -48,7 +46,7 @@ def of_sum(parts: list[str], masks: list[Any], result: Any) -> Any:
     return together | (of_result.type(0) - together)
 
 
-def of_conversion(parts: list[str], masks: list[Any], result: Any) -> Any:
+def of_conversion(parts: list[str], masks: list[Values], result: DType) -> Values | None:
     """``cvt`` of integers, and of pairs of numbers; or None.
 
     Args:

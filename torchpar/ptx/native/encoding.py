@@ -160,7 +160,7 @@ class Program:
 
     # Operands
 
-    def _row(self, operand: Any, width: int) -> int:
+    def _row(self, operand: object, width: int) -> int:
         """Return the row of an operand of ``width`` bytes.
 
         Raises:
@@ -299,7 +299,7 @@ class Program:
         code.space = SPACES["shared" if in_shared else "local" if in_local else "global"]
         code.width, code.is_signed = dtype.itemsize, dtype.kind == "i"
 
-    def _base(self, code: InstructionStruct, address: Any) -> int:
+    def _base(self, code: InstructionStruct, address: Address) -> int:
         if not isinstance(address, Address) or address.coordinates:
             raise LookupError
         code.offset = address.offset
@@ -497,7 +497,7 @@ class Program:
         code.target, self.atomics = self.atomics, self.atomics + 1
         return ATOMIC
 
-    def _result(self, operand: Any, width: int) -> int:
+    def _result(self, operand: object, width: int) -> int:
         return -1 if operand == Symbol("_") else self._row(operand, width)
 
     def _async_product(self, code: InstructionStruct, i: Instruction) -> int:

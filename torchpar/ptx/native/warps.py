@@ -3,12 +3,13 @@
 
 import ctypes
 import weakref
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from torchpar.ptx.machine.protocols import Block, Operation, Warp
-from torchpar.ptx.machine.registers import DTYPES, UNWRITTEN, Values
+from torchpar.ptx.machine.registers import DTYPES, UNWRITTEN, DType, Values
 from torchpar.ptx.native.encoding import KIND_BYTES, KINDS, Program, elected
 from torchpar.ptx.native.layout import (
     GROW,
@@ -35,7 +36,7 @@ class Registers:
     Objects of Python, such as `registers.Tainted`, are in the list alone.
     """
 
-    def __init__(self, dtypes: list[Any], rows: Values, states: Values, versions: Values):
+    def __init__(self, dtypes: list[DType], rows: Values, states: Values, versions: Values):
         self.dtypes, self.rows, self.states, self.versions = dtypes, rows, states, versions
         self.held: list[Any] = [UNWRITTEN] * len(dtypes)
 
@@ -58,18 +59,18 @@ class Registers:
         else:
             self.states[index] = IN_LIST
 
-    def get_many(self, indices: Any) -> list[Any]:
+    def get_many(self, indices: Sequence[int]) -> list[Any]:
         if (self.states[indices] & IN_LIST).all():
             return [self.held[index] for index in indices]
         return [self[index] for index in indices]
 
-    def set_many(self, indices: Any, values: Values) -> None:
+    def set_many(self, indices: Sequence[int], values: Values) -> None:
         """Put rows of 32 values of 32 bits into registers."""
         self.rows[indices, :128] = values.view(np.uint8)
         self.versions[indices] += 1
         self.states[indices] = IN_ROW
 
-    def set_same(self, indices: Any, value: Any) -> None:
+    def set_same(self, indices: Sequence[int], value: Any) -> None:
         """Let all of these registers hold an object of Python."""
         for index in indices:
             self.held[index] = value

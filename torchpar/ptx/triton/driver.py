@@ -52,7 +52,9 @@ from torchpar.ptx.machine.memory import (
     Space,
     free_memory,
 )
-from torchpar.ptx.machine.parse import PtxError, own_error
+from torchpar.ptx.machine.parse import Kernel, PtxError, own_error
+from torchpar.ptx.machine.protocols import Warp
+from torchpar.ptx.machine.registers import Values
 from torchpar.ptx.machine.trace import Trace
 from torchpar.ptx.native.cache import cache_folder, writable
 from torchpar.ptx.native.encoding import FIELDS
@@ -107,7 +109,7 @@ PATTERNS = {
 }
 
 
-def _repeated(pattern: bytes, size: int) -> Any:
+def _repeated(pattern: bytes, size: int) -> Values:
     """Return ``size`` bytes of a pattern; `numpy.resize` takes many times as long."""
     return np.frombuffer(pattern * -(-size // len(pattern)), np.uint8)[:size]
 
@@ -121,9 +123,9 @@ class Unwritten(NamedTuple):
     """
 
     pattern: bytes
-    mask: Any = None
+    mask: Values | None = None
 
-    def is_untouched(self, held: Any) -> bool:
+    def is_untouched(self, held: Values) -> bool:
         """Whether the bytes still hold the pattern: NumPy may have written them."""
         expected = _repeated(self.pattern, held.size)
         same = held == expected
@@ -181,11 +183,11 @@ class Emulator(gpu.Gpu):
         self._name = self._file = ""
         self._launched: tuple[str, int] | None = None
         # The memory before a launch, for its other schedules.
-        self._before: list[tuple[Allocation, Any]] = []
+        self._before: list[tuple[Allocation, Values]] = []
         self._saves = False
         self._asserts = False  # what a kernel assumes is executed, and not the kernel
         # The memory before each launch of a block that is undone; None outside of one.
-        self._undo: list[tuple[Allocation, Any]] | None = None
+        self._undo: list[tuple[Allocation, Values]] | None = None
 
     def report(self) -> Report:
         return Report(self.launches, self.faults, self.graphs)
@@ -312,7 +314,7 @@ class Emulator(gpu.Gpu):
             mask = mask[start : start + storage.nbytes]
             self._keep(storage, mask)
 
-    def _keep(self, storage: Storage, mask: Any) -> None:
+    def _keep(self, storage: Storage, mask: Values) -> None:
         """Let the bytes of a mask be unwritten, and the others of the storage not."""
         if mask.all():
             self.unwritten[storage] = self.unwritten[storage]._replace(mask=None)
@@ -345,7 +347,7 @@ class Emulator(gpu.Gpu):
         source = self._sources.get(line)
         return super().place_of(line) if source is None else f"{Path(source[0]).name}:{source[1]}"
 
-    def fault(self, kind: str, name: str, line: int, message: str, warp: Any) -> None:
+    def fault(self, kind: str, name: str, line: int, message: str, warp: Warp) -> None:
         """Note a fault of a warp; the launch goes on."""
         if self._asserts and name == "assertion":
             name, message = "false assumption", "this is false, and the compiler relies on it"
@@ -488,7 +490,7 @@ class Emulator(gpu.Gpu):
             launch.counts = before
         self.launches.append(launch)
 
-    def prepare(self, kernel: Any) -> None:
+    def prepare(self, kernel: Kernel) -> None:
         threads, shared = kernel.threads, self.shared_bytes
         held = min(32, 2048 // max(threads, 1), SHARED_BYTES[self.capability] // max(shared, 1))
         self.resident_blocks = MULTIPROCESSORS[self.capability] * max(held, 1)
@@ -497,7 +499,7 @@ class Emulator(gpu.Gpu):
         }
 
 
-def _restore(before: list[tuple[Allocation, Any]]) -> None:
+def _restore(before: list[tuple[Allocation, Values]]) -> None:
     """Give memory the content that it had before."""
     for place, data in before:
         content = place.content()
