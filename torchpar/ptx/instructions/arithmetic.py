@@ -415,7 +415,11 @@ def _test(i: Instruction) -> Run:
 @instruction("selp")
 def _select(i: Instruction) -> Run:
     kind = i.parts[1]
-    return elementwise(i, lambda a, b, choice: np.where(choice, a, b), kind, kind, kind, "pred")
+
+    def select(a: Values, b: Values, choice: Values) -> Values:
+        return np.where(choice, a, b)
+
+    return elementwise(i, select, kind, kind, kind, "pred")
 
 
 @instruction("mov", "cvta")

@@ -5,15 +5,15 @@ Sections 9.7.13 of the PTX ISA (barrier.cluster), 9.7.9 (mapa, getctarank, st.as
 multicast of cp.async.bulk.tensor).
 """
 
-from typing import Any
-
 import numpy as np
 
+from torchpar.ptx.instructions.copies import Places
 from torchpar.ptx.instructions.tma import (
     DIMENSIONS,
     LOADED,
     Barrier,
     Load,
+    Tensor,
     barrier_at,
     places_of,
 )
@@ -83,8 +83,8 @@ class Multicast(Load):
         self,
         warp: Warp,
         line: int,
-        places: Any,
-        tensor: Any,
+        places: Places,
+        tensor: Tensor,
         to: list[tuple[int, Barrier]],
     ):
         (first, barrier), *self.rest = to

@@ -20,7 +20,7 @@ import numpy as np
 
 from torchpar.ptx.instructions.tensor_cores import OPERANDS, Matrix, add, numbers
 from torchpar.ptx.instructions.tensor_cores import SUMS as SUM_TYPES
-from torchpar.ptx.instructions.tma import Arrival, barrier_at
+from torchpar.ptx.instructions.tma import Arrival, Barrier, barrier_at
 from torchpar.ptx.machine.block import Operation, Run, Warp, action, instruction
 from torchpar.ptx.machine.memory import UNWRITTEN
 from torchpar.ptx.machine.parse import Instruction, PtxError, flat
@@ -269,7 +269,7 @@ def _multiply(i: Instruction) -> Run:
 class Commit(Operation):
     """An arrival at an mbarrier, when all products of the warp before it have ended."""
 
-    def __init__(self, warp: Warp, line: int, barrier: Any):
+    def __init__(self, warp: Warp, line: int, barrier: Barrier):
         memory = memory_of(warp)
         super().__init__(warp, line, "a commit", after=memory.last)
         self.barrier, self.product = barrier, memory.products.get(warp.index)

@@ -6,8 +6,6 @@ Sections 9.7.9 of the PTX ISA (cp.async.bulk.tensor, tensormap.replace), 9.7.13 
 tensormap.cp_fenceproxy) and 5.5 (tensors, boxes and swizzling).
 """
 
-from typing import Any
-
 import numpy as np
 
 from torchpar.ptx.instructions.atomics import combination
@@ -32,8 +30,8 @@ class Barrier:
     def __init__(self, line: int, count: int):
         self.line, self.count = line, count
         self.pending, self.transactions, self.phase = count, 0, 0
-        self.copies: list[Any] = []  # operations, and arrivals
-        self.ended: list[Any] = []
+        self.copies: list[Operation | Arrival] = []  # operations, and arrivals
+        self.ended: list[Operation | Arrival] = []
 
     def update(self, arrivals: int = 0, transactions: int = 0) -> None:
         self.pending -= arrivals
@@ -345,8 +343,9 @@ def _load_box(warp: Warp, i: Instruction, shared: Values, address: Values, *othe
     *corner, counting = others
     barrier = barrier_at(warp, counting, i.line)
     places, tensor = places_of(warp, i, address, tuple(corner), shared)
-    barrier.copies.append(Load(warp, i.line, places, tensor, barrier))
-    barrier.copies[-1].start(warp.block)
+    load = Load(warp, i.line, places, tensor, barrier)
+    barrier.copies.append(load)
+    load.start(warp.block)
     warp.block.loads.add(barrier)
 
 

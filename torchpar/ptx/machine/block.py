@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -69,7 +69,7 @@ SCHEDULES = (
     Schedule("random", "random", 1),
 )
 
-Run = Callable[["Warp"], Any]  # It returns True where another warp may run first.
+Run = Callable[["Warp"], object]  # It returns True where another warp may run first.
 LANE_MASKS = {
     "WARP_SZ": np.full(32, 32),
     "%laneid": LANES,
@@ -80,10 +80,14 @@ LANE_MASKS = {
     "%lanemask_ge": ~((np.uint32(1) << LANES.astype(np.uint32)) - np.uint32(1)),
 }
 Results = int | Callable[[Instruction], int]
+Build = Callable[[Instruction], Run]
+Action = TypeVar("Action", bound=Callable[..., object])
 BUILDERS: dict[str, tuple[Callable[[Instruction], Run], Results, bool]] = {}
 
 
-def instruction(*opcodes: str, results: Results = 1, whole: bool = False) -> Callable[[Any], Any]:
+def instruction(
+    *opcodes: str, results: Results = 1, whole: bool = False
+) -> Callable[[Build], Build]:
     """Register a function that makes an instruction of one of the ``opcodes`` executable.
 
     It raises an error for a form of it that is not known.
@@ -93,7 +97,7 @@ def instruction(*opcodes: str, results: Results = 1, whole: bool = False) -> Cal
         whole: all threads of a warp must execute it together (".aligned").
     """
 
-    def register(build: Any) -> Any:
+    def register(build: Build) -> Build:
         for opcode in opcodes:
             BUILDERS[opcode] = build, results, whole
         return build
@@ -101,7 +105,7 @@ def instruction(*opcodes: str, results: Results = 1, whole: bool = False) -> Cal
     return register
 
 
-def elementwise(i: Instruction, function: Callable[..., Any], result: str, *sources: str) -> Run:
+def elementwise(i: Instruction, function: Callable[..., Values], result: str, *sources: str) -> Run:
     """Apply ``function`` to the operands but the first, which it gives its result; by their
     kinds."""
     put = writer(i.operands[0], result)
@@ -109,7 +113,7 @@ def elementwise(i: Instruction, function: Callable[..., Any], result: str, *sour
     return lambda warp: put(warp, function(*[read(warp) for read in reads]))
 
 
-def action(*opcodes: str, whole: bool = False, single: bool = False) -> Callable[[Any], Any]:
+def action(*opcodes: str, whole: bool = False, single: bool = False) -> Callable[[Action], Action]:
     """Register a function of a warp, an instruction, and its operands' values in the threads that
     execute it.
 
@@ -117,7 +121,7 @@ def action(*opcodes: str, whole: bool = False, single: bool = False) -> Callable
     instruction.
     """
 
-    def register(function: Any) -> Any:
+    def register(function: Action) -> Action:
         @instruction(*opcodes, results=0, whole=whole)
         def build(i: Instruction) -> Run:
             reads = []
@@ -128,7 +132,7 @@ def action(*opcodes: str, whole: bool = False, single: bool = False) -> Callable
                         *(reader(one) for one in getattr(operand, "coordinates", [])),
                     ]
 
-            def run(warp: Warp) -> Any:
+            def run(warp: Warp) -> object:
                 lanes = warp.lanes()
                 if single and len(lanes) != 1:
                     raise PtxError(
