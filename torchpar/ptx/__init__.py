@@ -12,8 +12,8 @@ A launch passes these folders, one after the other:
 - `machine`: one launch. `parse` (text to instructions), `registers` (kinds of numbers), `block`
   (warps, barriers, masks and schedules), `memory` (who may read and write which byte),
   `definedness` (undefined bits), `counters`, `trace` (a record of one program), `protocols` (a GPU,
-  a block and a warp, for type checkers), `gpu` (launches),
-  and `cores` (a launch on all cores of the CPU).
+  a block and a warp, for type checkers), `gpu` (launches), and `cores` (a launch on all cores of
+  the CPU).
 - `instructions`: what each instruction of PTX does, in Python.
 - `native`: the common instructions, and whole blocks, in C: `layout` (what Python and C share),
   `core` (built once, and loaded), `encoding`, `warps`, `blocks`.
@@ -21,7 +21,9 @@ A launch passes these folders, one after the other:
   data sheets), `limits`, `resources` (by ptxas); and `report`, as `text`, as a `page`, or as JSON
   (`data`).
 
-`command` and `pytest` are the ways to run it.
+`command` and `pytest` are the ways to run it. Imports go one way, which import-linter checks:
+`cuda`, `triton` and `report` import those after them, and the modules of `machine`, `instructions`
+and `native` have the order of pyproject.toml.
 
 Sections are those of NVIDIA's "PTX ISA", release 9.0.
 """
