@@ -160,7 +160,7 @@ def _checked(test: Callable[..., Any], phase: _Phase) -> Callable[..., Any]:
     """Let a method of unittest fail itself, because `unittest.expectedFailure` asks it alone."""
 
     @wraps(test)
-    def checked(*args: Any, **kwargs: Any) -> Any:
+    def checked(*args: object, **kwargs: object) -> Any:
         result = test(*args, **kwargs)
         phase.check()
         return result

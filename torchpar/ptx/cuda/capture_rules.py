@@ -55,7 +55,7 @@ INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_"}
 MAKING = {"tensor", "as_tensor", "asarray", "new_tensor"}  # tensors from numbers of Python
 
 
-def read_by_function(func: Any, args: Sequence[Any]) -> str:
+def read_by_function(func: Any, args: Sequence[object]) -> str:
     """Name what a function of PyTorch reads back of a tensor on the device."""
     name = getattr(func, "__name__", "")
     if name in READING_FUNCTIONS and args and places.is_on_device(args[0]):
@@ -63,7 +63,7 @@ def read_by_function(func: Any, args: Sequence[Any]) -> str:
     return ""
 
 
-def read_by_operator(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> str:
+def read_by_operator(func: Any, args: Sequence[object], kwargs: dict[str, object]) -> str:
     """Name what an operator reads back, some of whose operands are on the device."""
     name = func.overloadpacket.__name__
     if name in INDEXED and _has_mask(args[1]) and not _fills(func, args):
@@ -78,7 +78,7 @@ def _has_mask(indices: Any) -> bool:
     return any(isinstance(t, Tensor) and t.dtype in masks for t in indices)
 
 
-def _fills(func: Any, args: Sequence[Any]) -> bool:
+def _fills(func: Any, args: Sequence[object]) -> bool:
     """Whether one number is put where a mask is true, for which PyTorch calls masked_fill."""
     value = args[2] if len(args) > 2 else None
     if not isinstance(value, Tensor) or value.numel() != 1 or places.is_on_device(value):
@@ -86,7 +86,7 @@ def _fills(func: Any, args: Sequence[Any]) -> bool:
     return len(args) < 4 or not args[3]
 
 
-def copied_by_operator(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> str:
+def copied_by_operator(func: Any, args: Sequence[Any], kwargs: dict[str, object]) -> str:
     """Name a copy between host and device that the program waits for.
 
     A number of the host that is put into elements is none.
@@ -96,14 +96,14 @@ def copied_by_operator(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -
     return _copied(args, kwargs)
 
 
-def copied_by_function(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> str:
+def copied_by_function(func: Any, args: Sequence[object], kwargs: dict[str, object]) -> str:
     """Name a copy as `copied_by_operator` does; also one of a single number."""
     if func != torch.Tensor.copy_ or len(args) < 2 or not isinstance(args[1], Tensor):
         return ""
     return _copied(args, kwargs)
 
 
-def _copied(args: Sequence[Any], kwargs: dict[str, Any]) -> str:
+def _copied(args: Sequence[Any], kwargs: dict[str, object]) -> str:
     to, source = args[:2]
     if places.is_on_device(to) == places.is_on_device(source) or not to.numel():
         return ""
@@ -112,7 +112,7 @@ def _copied(args: Sequence[Any], kwargs: dict[str, Any]) -> str:
     return TO_DEVICE if places.is_on_device(to) else "copy_ of a tensor to the host"
 
 
-def is_asynchronous(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+def is_asynchronous(args: Sequence[object], kwargs: dict[str, object]) -> bool:
     """Whether copy_ with these arguments returns before it has copied."""
     return bool(args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
 
@@ -120,7 +120,7 @@ def is_asynchronous(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
 TO_DEVICE = "a copy from the host's memory"
 
 
-def makes_from_host(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+def makes_from_host(func: Any, args: Sequence[object], kwargs: dict[str, object]) -> bool:
     """Whether a function makes a tensor on the device from numbers of Python."""
     if getattr(func, "__name__", "") not in MAKING:
         return False

@@ -265,5 +265,5 @@ class CUDAGraph:
             file.writelines(f"{one}\n" for one in self.operations)
 
 
-def _number(value: Any) -> str:
+def _number(value: object) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -112,7 +112,7 @@ class Graphs:
 
     # What the program does
 
-    def function(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    def function(self, func: Any, args: Sequence[Any], kwargs: dict[str, object]) -> None:
         """Check a function of PyTorch before it is called."""
         what = capture_rules.read_by_function(func, args)
         if self.capture is not None and self.is_capturing:
@@ -200,7 +200,7 @@ class Graphs:
             for t in tensors:
                 setattr(t.untyped_storage(), WRITTEN, work)
 
-    def launch(self, execute: Callable[..., None], arguments: Sequence[Any]) -> None:
+    def launch(self, execute: Callable[..., None], arguments: Sequence[object]) -> None:
         """Execute a launch of a Triton kernel."""
         operands: list[Tensor] = []
         with_tensors(tuple(arguments), operands.append)
@@ -294,7 +294,7 @@ class Graphs:
         made = Pool()
         return self.pools.setdefault(made.handle if handle is None else tuple(handle), made)
 
-    def answers(self) -> dict[str, Any]:
+    def answers(self) -> dict[str, object]:
         """Return what `torch.cuda` says of graphs and streams."""
         streams = self.streams
         return {
@@ -311,7 +311,7 @@ class Graphs:
             "default_generators": (torch.default_generator,),
         }
 
-    def changes(self) -> list[tuple[Any, dict[str, Any]]]:
+    def changes(self) -> list[tuple[Any, dict[str, object]]]:
         """Return what else of PyTorch is replaced, by its module."""
         cuda = self.answers()
         ours = ("is_current_stream_capturing", "graph_pool_handle", "CUDAGraph")
@@ -322,7 +322,7 @@ class Graphs:
             *self._of_optimizers(),
         ]
 
-    def _of_optimizers(self) -> Iterator[tuple[Any, dict[str, Any]]]:
+    def _of_optimizers(self) -> Iterator[tuple[Any, dict[str, object]]]:
         """Yield what lets optimizers take the CPU for a device with graphs."""
         for name, module in list(sys.modules.items()):
             if name.startswith("torch.optim.") or name == "torch.utils._foreach_utils":

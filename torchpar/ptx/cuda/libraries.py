@@ -53,13 +53,13 @@ def _wide(t: Tensor) -> Tensor:
 class CudaKernel:
     """A stand-in for a kernel in CUDA C++, which `torch.cuda._compile_kernel` would compile."""
 
-    def __init__(self, kernel_source: str, kernel_name: str, *args: Any, **kwargs: Any):
+    def __init__(self, kernel_source: str, kernel_name: str, *args: object, **kwargs: object):
         self.name = kernel_name
 
     def set_shared_memory_config(self, shared_mem_bytes: int) -> None:
         """A GPU would set it for later calls."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
+    def __call__(self, *args: object, **kwargs: object) -> None:
         raise NotImplementedError(
             f"{self.name} is a kernel in CUDA C++, which is not emulated; only Triton kernels are"
         )

@@ -37,7 +37,7 @@ class OperatorKind:
         self.reads_nothing = self.is_view or func.overloadpacket in SHAPES
 
 
-def tensors_in(values: Iterable[Any]) -> list[Tensor]:
+def tensors_in(values: Iterable[object]) -> list[Tensor]:
     """Return the tensors of an operator's arguments or results, which hold no dictionaries."""
     found: list[Tensor] = []
     for one in values:

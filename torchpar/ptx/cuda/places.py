@@ -29,7 +29,7 @@ class _Function(threading.local):
 _function = _Function()
 
 
-def is_on_device(t: Any) -> bool:
+def is_on_device(t: object) -> bool:
     """Whether a tensor would be on the GPU."""
     if not isinstance(t, Tensor):
         return False
@@ -59,7 +59,7 @@ def device_of(t: Tensor) -> torch.device:
 OF_PYTORCH: Any = torch._C.TensorBase.device.__get__
 
 
-def device_of_results(operands: list[Tensor], device: Any) -> torch.device:
+def device_of_results(operands: list[Tensor], device: object) -> torch.device:
     """Return where the results of an operator are.
 
     Args:
@@ -71,7 +71,7 @@ def device_of_results(operands: list[Tensor], device: Any) -> torch.device:
     return DEVICE if device is not None and _function.has_device else HOST
 
 
-def enter_function(args: Iterable[Any]) -> bool:
+def enter_function(args: Iterable[object]) -> bool:
     """Begin a function of PyTorch with these arguments; return what `leave_function` needs."""
     before, _function.has_device = _function.has_device, any(map(is_on_device, args))
     return before

@@ -57,7 +57,7 @@ class Streams:
         """Return a block whose current stream is another one, as `torch.cuda.stream` does."""
         return Entered(self, stream)
 
-    def synchronize(self, device: Any = None) -> None:
+    def synchronize(self, device: object = None) -> None:
         """Let the program wait for all streams."""
         self.refuse("torch.cuda.synchronize()")
         self.join_all()
@@ -102,7 +102,7 @@ class Stream:
     device = torch.device("cpu")
     device_index, device_type = 0, 1
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: object, **kwargs: object):
         self.clock: Clock = {}
         self.stream_id = self.cuda_stream = len(self._streams.all)
         self._streams.all.append(self)
@@ -145,7 +145,7 @@ class Event:
     _streams: Streams  # of the emulator
     cuda_event = event_id = 0
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: object, **kwargs: object):
         self.clock: Clock = {}
         self.stream: Stream | None = None
         self.is_captured = False

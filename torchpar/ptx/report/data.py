@@ -6,7 +6,6 @@ A key is only added to a version; `VERSION` grows if one is removed, or gets ano
 
 import json
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from torchpar.ptx.report.faults import MARKS, Fault, HostFault
 from torchpar.ptx.report.groups import Group
@@ -34,7 +33,7 @@ def as_json(
     return f"{json.dumps(report, indent=1)}\n"
 
 
-def of_group(group: Group) -> dict[str, Any]:
+def of_group(group: Group) -> dict[str, object]:
     first = group.first
     return {
         "kernel": first.kernel,
@@ -54,7 +53,7 @@ def of_group(group: Group) -> dict[str, Any]:
     }
 
 
-def of_launch(launch: Launch) -> dict[str, Any]:
+def of_launch(launch: Launch) -> dict[str, object]:
     return {
         "kernel": launch.kernel,
         "grid": list(launch.grid),
@@ -65,7 +64,7 @@ def of_launch(launch: Launch) -> dict[str, Any]:
     }
 
 
-def of_graph(graph: CapturedGraph) -> dict[str, Any]:
+def of_graph(graph: CapturedGraph) -> dict[str, object]:
     return {
         "captured": place(graph.captured),
         "operators": graph.operators,
@@ -74,7 +73,7 @@ def of_graph(graph: CapturedGraph) -> dict[str, Any]:
     }
 
 
-def of_fault(fault: Fault) -> dict[str, Any]:
+def of_fault(fault: Fault) -> dict[str, object]:
     """Return a fault; one of the program has no kernel."""
     found = {
         "kind": fault.kind,
@@ -96,6 +95,6 @@ def of_fault(fault: Fault) -> dict[str, Any]:
     return found
 
 
-def place(where: tuple[str, int] | None) -> dict[str, Any] | None:
+def place(where: tuple[str, int] | None) -> dict[str, object] | None:
     """Return a file and a line."""
     return None if where is None else {"file": where[0], "line": where[1]}
