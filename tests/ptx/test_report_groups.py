@@ -5,15 +5,18 @@ import json
 import random
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from commands import ROOT
 from pages import Page
 
 from torchpar.ptx import Fault, Launch, Report, command
-from torchpar.ptx.machine.counters import Counts
+from torchpar.kernels.data_sheets import DATA_SHEETS
+from torchpar.ptx.machine.counters import Column, Counts
 from torchpar.ptx.machine.parse import parse
 from torchpar.ptx.report import page
+from torchpar.ptx.report.data import COUNTED
 from torchpar.ptx.report.faults import HostFault
 from torchpar.ptx.report.launch import CapturedGraph
 from torchpar.ptx.triton import driver
@@ -183,14 +186,86 @@ def test_json_has_everything():
 
 def test_each_key_of_json_is_documented():
     section = (ROOT / "docs" / "ptx.md").read_text("utf-8").partition("### For machines")[2]
-    table = section.partition("\n## ")[0]
+    table, _, of_group = section.partition("\n## ")[0].partition("| key of a group |")
     report = thousand()
     report.graphs.append(CapturedGraph(None, 7, 2, 3))
     found = json.loads(report.as_json())
     for name, value in found.items():
-        (row,) = [line for line in table.splitlines() if line.startswith(f"| `{name}` |")]
+        row = of_group if name == "groups" else row_of(table, name)
         for key in value[0] if isinstance(value, list) else value if name == "counts" else ():
             assert f"`{key}`" in row, (name, key)
+    group = found["groups"][0]
+    assert set(group["time"]) == set(DATA_SHEETS)
+    for key in (*(group["counters"].keys() - COUNTED), *group["time"]["H100"]):
+        assert f"`{key}`" in row_of(of_group, "counters") + row_of(of_group, "time"), key
+
+
+def row_of(table: str, key: str) -> str:
+    (row,) = [line for line in table.splitlines() if line.startswith(f"| `{key}` |")]
+    return row
+
+
+def test_json_has_the_sums_of_counters_and_the_time_of_the_first_launch():
+    shared = """
+.version 8.4
+.target sm_90
+.address_size 64
+.visible .entry touch(.param .u64 p)
+.reqntid 32
+{
+  .reg .b64 %rd<2>;
+  .reg .b32 %r<3>;
+  .reg .f32 %f<2>;
+  ld.param.b64 %rd1, [p];
+  mov.b32 %r1, %tid.x;
+  ld.global.f32 %f1, [%rd1];
+  add.f32 %f1, %f1, %f1;
+  bar.sync 0;
+  ret;
+}
+"""
+    made = []
+    for executions in (1, 2):
+        one = launch()
+        one.ptx = shared
+        one.counts = Counts(parse(shared))
+        loads, adds = (
+            n
+            for n, i in enumerate(one.counts.kernel.instructions)
+            if i.opcode in ("ld.global.f32", "add.f32")
+        )
+        one.counts.table[loads, Column.EXECUTIONS] = executions
+        one.counts.table[loads, Column.REQUESTS : Column.REQUESTS + 4] = (
+            executions,
+            4 * executions,
+            executions,
+            executions,
+        )
+        one.counts.table[adds, Column.EXECUTIONS] = executions
+        one.counts.table[adds, Column.THREADS] = 32 * executions
+        one.counts.distinct, one.counts.distinct_read = np.ones(1, np.int64), 1
+        made.append(one)
+    report = Report([*made, made[1]], [])
+    (group,) = json.loads(report.as_json())["groups"]
+    found = group["counters"]
+    assert found["instructions"] == {"global memory": 5, "floating point": 5}
+    assert (found["threads"], found["flops"], found["barriers"]) == (160, {"f32": 160}, 0)
+    assert found["global"] == {
+        "requests": 5,
+        "bytes": 20,
+        "transactions": 5,
+        "least": 5,
+        "distinct": 3,
+    }
+    assert set(found["shared"].values()) == {0}
+    assert (found["distinct_read"], found["distinct_written"]) == (3, 0)
+    first = made[0].time["H200"]
+    assert group["time"]["H200"] == {
+        "microseconds": first.microseconds,
+        "binds": "launch",
+        "waves": first.waves,
+        "terms": first.terms,
+    }
 
 
 def test_a_page_of_a_thousand_launches_lists_them(tmp_path, monkeypatch):

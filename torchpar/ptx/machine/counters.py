@@ -329,6 +329,10 @@ class Access:
     least: int = 0
     distinct: int = 0
 
+    def add(self, other: "Access") -> None:
+        for name in ("requests", "bytes", "transactions", "least", "distinct"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
     @property
     def per_request(self) -> float:
         return self.transactions / max(self.requests, 1)
@@ -376,6 +380,15 @@ class Line:
     in_flight: int = 0
     most_in_flight: int = 0
 
+    def add(self, other: "Line") -> None:
+        for name in ("instructions", "flops", "tensor_flops"):
+            sums = getattr(self, name)
+            for key, value in getattr(other, name).items():
+                sums[key] += value
+        for name in ("threads", "special", "barriers", "waits", "in_flight"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.most_in_flight = max(self.most_in_flight, other.most_in_flight)
+
     @property
     def instruction_count(self) -> int:
         return sum(self.instructions.values())
@@ -405,26 +418,16 @@ class Counters:
         """Return the sums of all lines."""
         result = Line(None)
         for line in self.lines:
-            for name in ("instructions", "flops", "tensor_flops"):
-                sums, mine = getattr(result, name), getattr(line, name)
-                for key, value in mine.items():
-                    sums[key] += value
-            result.threads += line.threads
-            result.special += line.special
-            result.barriers += line.barriers
-            result.waits += line.waits
-            result.in_flight += line.in_flight
-            result.most_in_flight = max(result.most_in_flight, line.most_in_flight)
+            result.add(line)
         return result
 
     def sums(self, space: str) -> Access:
         """Return the sums of the accesses to a memory."""
         result = Access(None, space, "all")
         for one in self.in_space(space):
-            for name in ("requests", "bytes", "transactions", "least"):
-                setattr(result, name, getattr(result, name) + getattr(one, name))
-        if space == "global":
-            result.distinct = self.distinct_read + self.distinct_written
+            result.add(one)
+        # A sector that several lines access counts once.
+        result.distinct = self.distinct_read + self.distinct_written if space == "global" else 0
         return result
 
 

@@ -7,11 +7,24 @@ A key is only added to a version; `VERSION` grows if one is removed, or gets ano
 import json
 from collections.abc import Iterable, Sequence
 
+from torchpar.ptx.machine.counters import Access, Line
 from torchpar.ptx.report.faults import MARKS, Fault, HostFault
 from torchpar.ptx.report.groups import Group
 from torchpar.ptx.report.launch import CapturedGraph, Launch
 
 VERSION = 1
+COUNTED = (
+    "instructions",
+    "threads",
+    "flops",
+    "tensor_flops",
+    "special",
+    "barriers",
+    "waits",
+    "in_flight",
+    "most_in_flight",
+)
+ACCESSED = ("requests", "bytes", "transactions", "least", "distinct")
 
 
 def as_json(
@@ -50,7 +63,37 @@ def of_group(group: Group) -> dict[str, object]:
         "seconds": group.seconds,
         "first_launched": place(first.launched),
         "last_launched": place(group.last.launched),
+        "counters": of_counters(group.launches),
+        "time": of_time(first),
     }
+
+
+def of_counters(launches: Iterable[Launch]) -> dict[str, object]:
+    """Return the sums of the launches' counters, by the names of `Line` and `Access`."""
+    total = Line(None)
+    spaces = {space: Access(None, space, "all") for space in ("global", "shared")}
+    distinct_read = distinct_written = 0
+    for counters in (launch.counters for launch in launches):
+        total.add(counters.total)
+        for space, access in spaces.items():
+            access.add(counters.sums(space))
+        distinct_read += counters.distinct_read
+        distinct_written += counters.distinct_written
+    return {
+        **{name: getattr(total, name) for name in COUNTED},
+        "distinct_read": distinct_read,
+        "distinct_written": distinct_written,
+        **{
+            space: {name: getattr(access, name) for name in ACCESSED}
+            for space, access in spaces.items()
+        },
+    }
+
+
+def of_time(launch: Launch) -> dict[str, object]:
+    """Return the estimated time by GPU."""
+    names = ("microseconds", "binds", "waves", "terms")
+    return {gpu: {name: getattr(one, name) for name in names} for gpu, one in launch.time.items()}
 
 
 def of_launch(launch: Launch) -> dict[str, object]:
