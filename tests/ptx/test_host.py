@@ -150,7 +150,8 @@ def test_a_box_that_tma_cannot_copy_is_a_fault():
         load_own_box_kernel[(1,)](x, out, 16, -16, 16, 16)
         load_box_kernel[(1,)](TensorDescriptor.from_tensor(x, [16, 2]), out, 0, 16, 2)
     negative, narrow = gpu.faults
-    assert negative.message == "a stride of the tensor is -64 bytes, expected 0 to 2⁴⁰ - 16"
+    assert "the descriptor of x (float32 [16, 16]), made at test_host.py:" in negative.message
+    assert negative.message.endswith("has a stride of -64 bytes, expected 0 to 2⁴⁰ - 16")
     assert narrow.message == "a row of the box has 8 bytes, expected a multiple of 16"
 
 

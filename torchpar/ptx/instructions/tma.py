@@ -252,20 +252,28 @@ class Tensor:
             raise PtxError(
                 line, f"NaN cannot fill a box of {self.kind}, expected f16, bf16, f32 or f64"
             )
-        for stride in self.strides:
-            if stride >= STRIDES_END:
-                signed = stride - 2**64 if stride >> 63 else stride
-                raise PtxError(
-                    line, f"a stride of the tensor is {signed} bytes, expected 0 to 2⁴⁰ - 16"
-                )
-        if any(address % 16 for address in (self.base, *self.strides[1:])):
-            raise PtxError(
-                line, "the address or a stride of the tensor is not a multiple of 16 bytes"
-            )
+        if wrong := self._wrong_address():
+            found = space.at(self.base)
+            made = int(warp.block.gpu.events.lines[fence])  # 0 if the host has made it
+            whose = "the descriptor" if found is None else f"the descriptor of {found.name}"
+            where = f", made at {warp.block.gpu.place_of(made)}," if made else ""
+            raise PtxError(line, f"{whose}{where} has {wrong}")
         if row % 16:
             raise PtxError(line, f"a row of the box has {row} bytes, expected a multiple of 16")
         if not all(0 < n <= 256 for n in self.box) or (self.swizzle > 16 and row > self.swizzle):
             raise PtxError(line, f"a box {self.box} cannot have a swizzle of {self.swizzle} bytes")
+
+    def _wrong_address(self) -> str:
+        """Say which address or stride TMA refuses; "" if it takes all of them."""
+        for stride in self.strides[1:]:
+            if stride >= STRIDES_END:
+                signed = stride - 2**64 if stride >> 63 else stride
+                return f"a stride of {signed} bytes, expected 0 to 2⁴⁰ - 16"
+            if stride % 16:
+                return f"a stride of {stride} bytes, expected a multiple of 16"
+        if rest := self.base % 16:
+            return f"an address {rest} bytes behind a multiple of 16, expected a multiple of 16"
+        return ""
 
     def places(self, corner: list[int], shared: int, line: int) -> Places:
         """The elements of the box at ``corner``, and its units at ``shared``."""

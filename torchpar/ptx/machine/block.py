@@ -776,7 +776,7 @@ class Block:
             one.advance()
 
     def _note_unfinished(self, line: int, what: str) -> None:
-        message = f"its block ends before it has {what} shared memory"
+        message = f"the program may end before this copy has {what} its shared memory"
         self.gpu.fault("error", "unfinished copy", line, message, self.warps[0])
 
 
