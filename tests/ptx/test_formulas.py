@@ -73,11 +73,32 @@ def test_a_kernel_is_launched_likewise():
 def test_what_is_refused():
     with pytest.raises(ConfigError, match="no reference"):
         check_kernel(variance, (1,), (torch.ones(256), torch.ones(128), 128))
+    with pytest.raises(ConfigError, match="equals is an object of type int, expected a kernel"):
+        check_kernel(variance, (1,), (torch.ones(256), torch.ones(128), 128), equals=3)
     with (
         patch.object(kernels.triton, "__version__", "3.6.0"),
         pytest.raises(ConfigError, match="equals needs FpSan of Triton"),
     ):
         row(1)
+
+
+def nothing(x, out, n):
+    pass
+
+
+@needs_fpsan
+@pytest.mark.parametrize(
+    "grid, other, outcome, detail",
+    [
+        ((0,), by(0), "not run", "the grid has no programs"),
+        ((1,), nothing, "wrong", "equals launches no kernel"),
+        ((1,), by(0), "not run", "neither kernel changes a tensor"),
+    ],
+)
+def test_a_comparison_of_nothing_is_no_success(grid, other, outcome, detail):
+    x, out = torch.zeros(256), torch.zeros(128)
+    table = check_kernel(variance, grid, (x, out, 128), equals=other, ORDER=0)
+    assert (table["formula"].outcome, table["formula"].detail) == (outcome, detail)
 
 
 def test_gsan_is_refused_in_a_line(tmp_path):

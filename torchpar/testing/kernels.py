@@ -166,7 +166,8 @@ def check_kernel(
 
     Raises:
         ConfigError: another architecture; a reference that returns something else; neither
-            ``reference`` nor ``equals``; ``equals`` with a Triton that has no FpSan.
+            ``reference`` nor ``equals``; ``equals`` that is no kernel and no function, or with a
+            Triton that has no FpSan.
     """
     from torchpar.ptx import emulate
     from torchpar.testing.operators import OperatorTable, Row, outcome_of
@@ -176,6 +177,11 @@ def check_kernel(
         raise ConfigError("there is no reference; give one, or equals=another_kernel")
     if equals is not None and not has_fpsan():
         raise ConfigError(f"equals needs FpSan of Triton 3.8, and Triton is {triton.__version__}")
+    if not (equals is None or hasattr(equals, "fn") or callable(equals)):
+        given_type = type(equals).__name__
+        raise ConfigError(
+            f"equals is an object of type {given_type}, expected a kernel or a function"
+        )
     names = list(signature(_function(kernel)).parameters)
     launched = _copies(arguments)
     given = dict(zip(names, launched, strict=False))
@@ -238,20 +244,26 @@ def _same_formula(
                     one[grid](*launched, **options)  # type: ignore[index]
                 else:
                     one(*launched)  # type: ignore[operator]
-            errors = [fault for fault in gpu.report().faults if fault.kind == "error"]
-            if errors or not gpu.launches:
-                said = _said(errors[0]) if errors else NO_LAUNCH
-                raise Outcome("wrong", f"with FpSan: {said}")
+            if errors := gpu.report().errors:
+                raise Outcome("wrong", f"with FpSan: {_said(errors[0])}")
+            if not gpu.launches and one is kernel:
+                raise Outcome("not run", EMPTY_GRID)
+            if not gpu.launches:
+                raise Outcome("wrong", "equals launches no kernel")
             found.append(launched)
-    for name, a, b in zip(names, *found, strict=False):
-        if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+    has_changed = False
+    for name, a, b, given in zip(names, *found, arguments, strict=False):
+        if not (isinstance(a, Tensor) and isinstance(b, Tensor) and isinstance(given, Tensor)):
             continue
-        left, right = (
+        left, right, before = (
             one.contiguous().flatten().view(torch.uint8).view(-1, one.element_size())
-            for one in (a, b)
+            for one in (a, b, given)
         )
         if differs := int((left != right).any(1).sum()):
             raise Outcome("wrong", f"{name}: another formula in {differs} of {a.numel()} elements")
+        has_changed |= not torch.equal(left, before)
+    if not has_changed:
+        raise Outcome("not run", "neither kernel changes a tensor")
 
 
 def _copies(arguments: Sequence[object]) -> list[object]:
