@@ -13,6 +13,7 @@ pytest.importorskip("triton", reason="the rule is part of the kernels")
 from torchpar import explain
 from torchpar.kernels.matmul_t import SYMMETRIC_MATMUL
 from torchpar.kernels.rule import KINDS
+from torchpar.ptx.report.time import TRUST
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "nvidia-h200"
 
@@ -38,11 +39,11 @@ def run(capsys, *arguments: str) -> list[str]:
         ),
         (
             "matmul_t 4096x4096 --dtype tf32x3",
-            "128x128x32 w8 s3 tma (measured, 825.7 µs; torch.mm 2701 µs)",
+            "128x128x32 w8 s3 tma (measured, 825.7 µs; torch.mm 2,701 µs)",
         ),
         (
             "matmul_t 4096x4096 --dtype float64",
-            "64x64x16 w4 s3 pointers (measured, 1403 µs; torch.mm 2437 µs)",
+            "64x64x16 w4 s3 pointers (measured, 1,403 µs; torch.mm 2,437 µs)",
         ),
         (
             "symmetric_matmul 4096x4096",
@@ -95,7 +96,7 @@ def test_other_times_are_named_as_what_they_are(capsys, arguments, basis):
     first, *others = run(capsys, *arguments.split())
     assert f"({basis}, " in first
     assert not any("predicted" in line for line in others)
-    times = [float(line.split(" µs")[0].split()[-1]) for line in others]
+    times = [float(line.split(" µs")[0].split()[-1].replace(",", "")) for line in others]
     assert times[: explain.RUNNERS_UP] == sorted(times[: explain.RUNNERS_UP])
 
 
@@ -115,9 +116,17 @@ def test_the_runners_up_stand_below_in_the_order_of_their_times(capsys):
     ]
 
 
+def configurations(capsys, *arguments):
+    """Return the lines of configurations, and what is said below them."""
+    lines = run(capsys, *arguments)
+    said = TRUST.count("\n") + 1
+    return lines[:-said], "\n".join(lines[-said:])
+
+
 def test_all_prints_an_estimate_of_each_configuration_and_what_was_measured(capsys):
-    *lines, trust = run(capsys, "matmul_t", "4096x4096", "--all")
-    assert "estimates" in trust
+    lines, trust = configurations(capsys, "matmul_t", "4096x4096", "--all")
+    assert trust == TRUST
+    assert not any("split_k" in line for line in lines)  # nothing is split here
     found = {line[:26].strip(): line[26:].split() for line in lines}
     assert set(map(str, SYMMETRIC_MATMUL.tiles["bfloat16"])) < set(found)
     time, unit, *measured = found["128x256x64 w8 s4 tma"]
@@ -127,7 +136,7 @@ def test_all_prints_an_estimate_of_each_configuration_and_what_was_measured(caps
     assert "measured" not in found["32x32x64 w4 s4 pointers"]
     times = [float(time) for time, *_ in found.values()]
     assert times == sorted(times)
-    *lines, _ = run(capsys, "matmul_t", "4096x4096", "--all", "--gpu", "A100")
+    lines, _ = configurations(capsys, "matmul_t", "4096x4096", "--all", "--gpu", "A100")
     assert lines
     assert not any("tma" in line or "measured" in line for line in lines)
 

@@ -19,7 +19,7 @@ from torchpar.kernels import rule
 from torchpar.kernels.data_sheets import DATA_SHEETS
 from torchpar.kernels.linear_sigmoid import LINEAR_SIGMOID
 from torchpar.kernels.matmul_t import SYMMETRIC_MATMUL
-from torchpar.kernels.rule import KINDS, Device, Product
+from torchpar.kernels.rule import KINDS, Device, Product, Tiles
 from torchpar.kernels.tiles import Choice, library_is_faster
 from torchpar.ptx.report.time import TRUST, shown
 
@@ -129,7 +129,7 @@ def explain(operator: str, sizes: tuple[int, int, int, int], kind: str, gpu: str
     of_tiles = {
         one: _contestant(str(one), time, timed)
         for one, time in predicted.items()
-        if one.variant != "split_k" or rule.split_k(one, device, *sizes[:3])[0] > 1
+        if _splits(one, device, sizes)
     }
     chosen = whole if by_library else of_tiles[min(of_tiles, key=choice.times.__getitem__)]
     if chosen.is_measured:
@@ -138,8 +138,8 @@ def explain(operator: str, sizes: tuple[int, int, int, int], kind: str, gpu: str
         basis = "predicted from measurements"
     else:
         basis = "estimated"
-    beside = "" if by_library else f"; {alone.name} {_time(alone)}"
-    lines = [f"computed by: {chosen.name} ({basis}, {_time(chosen)}{beside})"]
+    beside = "" if by_library else f"; {alone.name} {shown(alone.microseconds)}"
+    lines = [f"computed by: {chosen.name} ({basis}, {shown(chosen.microseconds)}{beside})"]
     others = [one for one in (*of_tiles.values(), whole) if one is not chosen]
     others.sort(key=lambda one: one.microseconds)
     kept = others[:RUNNERS_UP]
@@ -147,7 +147,7 @@ def explain(operator: str, sizes: tuple[int, int, int, int], kind: str, gpu: str
         kept.append(whole)
     for one in kept:
         mark = "" if one.is_measured or not chosen.is_measured else ", predicted"
-        lines.append(f"  {one.name:26} {_time(one)}{mark}")
+        lines.append(f"  {one.name:26} {shown(one.microseconds)}{mark}")
     return "\n".join(lines)
 
 
@@ -166,6 +166,7 @@ def estimates(operator: str, sizes: tuple[int, int, int, int], kind: str, gpu: s
     found = [
         (one, estimate_tiles(choice.product, kind, one, sizes, gpu, with_c=with_c).microseconds)
         for one in candidates(choice, tried)
+        if _splits(one, choice.device, sizes)
     ]
     lines = []
     for tiles, time in sorted(found, key=lambda one: one[1]):
@@ -221,7 +222,6 @@ def _operands(product: Product, sizes: tuple[int, int, int, int], kind: str) -> 
     return [torch.empty(*leading, size, k, device="meta", dtype=dtype) for size in rows]
 
 
-def _time(one: Contestant) -> str:
-    if one.microseconds < 1000:
-        return f"{one.microseconds:.1f} µs"
-    return f"{one.microseconds:.0f} µs"
+def _splits(tiles: Tiles, device: Device, sizes: tuple[int, int, int, int]) -> bool:
+    """Whether a configuration that splits k does so; otherwise it is that of pointers."""
+    return tiles.variant != "split_k" or rule.split_k(tiles, device, *sizes[:3])[0] > 1
