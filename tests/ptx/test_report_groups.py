@@ -11,8 +11,8 @@ import torch
 from commands import ROOT
 from pages import Page
 
-from torchpar.ptx import Fault, Launch, Report, command
 from torchpar.kernels.data_sheets import DATA_SHEETS
+from torchpar.ptx import Fault, Launch, Report, command
 from torchpar.ptx.machine.counters import Column, Counts
 from torchpar.ptx.machine.parse import parse
 from torchpar.ptx.report import page
@@ -297,6 +297,9 @@ def test_the_command_writes_json_and_lists_launches(tmp_path, capsys):
     assert command.main(["--launches", "--json", str(file), str(script)]) == 0
     assert json.loads(file.read_text("utf-8"))["counts"]["launches"] == 0
     assert capsys.readouterr().out.startswith("1\nlaunches: 0")
+    with pytest.raises(SystemExit, match="2"):
+        command.main([f"--json={file}", f"--report={file}", str(script)])
+    assert f"--report and --json both name {file}; name two files" in capsys.readouterr().err
     precious = tmp_path / "precious.py"
     precious.touch()
     with pytest.raises(SystemExit, match="2"):

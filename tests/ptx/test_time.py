@@ -163,7 +163,7 @@ def test_a_launch_has_its_estimate_on_each_gpu():
     assert memory == pytest.approx(4.8 / 2.039)
 
     text = timed(gpu.report())
-    assert text.startswith("scale\n")
+    assert text.startswith("scale[4×1×1]: BLOCK=1024, 4 warps\n")
     assert TRUST in text
     row = next(line for line in text.splitlines() if line.startswith("H200"))
     assert shown(launch.time["H200"].microseconds) in row

@@ -51,12 +51,16 @@ def main(arguments: Sequence[str]) -> int:
         help="all: execute every configuration of autotuned kernels",
     )
     parser.add_argument("--cuda-is-cpu", action="store_true", help='let device="cuda" mean the CPU')
-    parser.add_argument("--counters", action="store_true", help="print what each launch does")
-    parser.add_argument("--time", action="store_true", help="print an estimate of each time")
+    parser.add_argument(
+        "--counters", action="store_true", help="print what each kernel's first launch does"
+    )
+    parser.add_argument(
+        "--time", action="store_true", help="estimate the time of each kernel's first launch"
+    )
     parser.add_argument("--launches", action="store_true", help="list each launch, too")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write the report as a page")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report for machines")
-    parser.add_argument("script", type=Path)
+    parser.add_argument("script", type=Path, help="a file of Python")
     flags = parser.add_argument("flags", nargs=argparse.REMAINDER, help="the script's own")
     flags.required = False  # or a message says that it is
     options = parser.parse_args(arguments)
@@ -132,6 +136,9 @@ def _fault_of(options: argparse.Namespace) -> str:
         return f"{options.script} is no file; name a Python script"
     if reason := why_not_compiled():
         return reason
+    files = [getattr(options, name) for name in FILES]
+    if None not in files and len({file.resolve() for file in files}) < len(files):
+        return f"--report and --json both name {options.json}; name two files"
     for name, (what, *endings) in FILES.items():
         file: Path | None = getattr(options, name)
         if file is None:

@@ -81,7 +81,7 @@ class Launch:
 
     @property
     def programs_of_multiprocessor(self) -> int | None:
-        """How many programs a multiprocessor has at once; None if there is no ptxas."""
+        """How many programs, or CTAs, a multiprocessor has at once; None if there is no ptxas."""
         if self.resources is None:
             return None
         return programs_of(self.resources, self.warps, self.shared, self.arch)
@@ -123,7 +123,8 @@ def counted(launch: Launch) -> list[str]:
     lines = []
     if launch.resources is not None:
         each = launch.programs_of_multiprocessor
-        lines.append(f"{launch.resources}; programs on a multiprocessor at once: {each}")
+        what = "CTAs" if launch.ctas > 1 else "programs"
+        lines.append(f"{launch.resources}; {what} on a multiprocessor at once: {each}")
     lines += map(str, launch.bounds[: len(GPU_OF[launch.arch])])
     of_tensor, others = sum(total.tensor_flops.values()), sum(total.flops.values())
     if of_tensor or others:
@@ -138,7 +139,7 @@ def counted(launch: Launch) -> list[str]:
             f"global memory: {memory.transactions:,} sectors, {memory.distinct:,} of them distinct"
         )
     if total.barriers:
-        of_warp = total.barriers / (launch.programs * launch.warps)
+        of_warp = total.barriers / (launch.programs * launch.ctas * launch.warps)
         lines.append(f"barriers: each warp arrives at {of_warp:.4g}")
     if total.waits:
         average = total.in_flight / total.waits

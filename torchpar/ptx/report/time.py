@@ -216,8 +216,8 @@ def _units(work: Work, sheet: DataSheet, fitted: Fitted) -> dict[str, float]:
 
 
 def work_of(launch: "Launch") -> Work:
-    """Return what an executed launch does, by its counters."""
-    counters, programs, warps = launch.counters, launch.programs, launch.warps
+    """Return what an executed launch does, by its counters. Each CTA of a cluster is a program."""
+    counters, programs, warps = launch.counters, launch.programs * launch.ctas, launch.warps
     total = counters.total
     loads = stores = waits = 0.0  # of a program
     copies = loaded = stored = operands = 0.0
@@ -293,20 +293,21 @@ def estimates(launch: "Launch") -> dict[str, Estimate]:
     return {name: estimate(work, name) for name in names}
 
 
-TRUST = (
-    "The times are estimates. Of matrix kernels whose counts follow from their tiles, half were "
-    "within 7% of an H200's times, and nine of ten within 18%. Other kernels, other GPUs, and "
-    "programs of unequal length were not compared."
-)
+TRUST = """\
+The times are estimates. Of matrix kernels whose counts follow from their tiles, half were within 7%
+of an H200's times, and nine of ten within 18%. Other kernels, other GPUs, programs of unequal
+length and clusters were not compared."""
 TERMS = 3  # of each GPU, in a table
 
 
 def timed(report: "Report") -> str:
-    """Return the estimates of the launches as text, one table for each kernel."""
+    """Return the estimates of each group's first launch as text."""
     blocks = []
     for group in report.groups():
         launch, count = group.first, len(group.launches)
-        title = launch.kernel if count == 1 else f"{launch.kernel}; the first of {count} launches"
+        grid = "×".join(map(str, launch.grid))
+        title = f"{launch.kernel}[{grid}]: {group.configuration}"
+        title += f"; the first of {count:,} launches" if count > 1 else ""
         table = [["GPU", "about", "bound by", "waves", "terms, which overlap"]]
         for one in launch.time.values():
             terms = list(one.terms.items())[:TERMS]
