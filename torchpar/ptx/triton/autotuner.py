@@ -132,7 +132,8 @@ def left_out(kernel: str, config: str, reason: Exception) -> tuple[Configuration
     said = " ".join(str(reason).split()) or type(reason).__name__
     if isinstance(reason, CompileTimeAssertionFailure) and reason.src is not None:
         code = reason.src.split("\n")[reason.node.lineno - 1].strip()
-        said = " ".join(filter(None, (code, "fails", reason.error_message)))
+        why = f": {reason.error_message}" if reason.error_message else ""
+        said = f"{code} fails{why}"
     message = f"{config}: {said}"
     note = ConfigurationNote("note", "configuration left out", message, kernel, (), 0, None)
     return note, (note.name, kernel, config)
