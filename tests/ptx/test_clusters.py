@@ -253,7 +253,7 @@ def test_special_registers(name, expected):
 def test_addresses_have_the_rank_of_their_cta():
     code = "getctarank.shared::cluster.u32 %v, [%theirs]; st.global.b32 [%at], %v;"
     assert executed(code.replace("[%theirs]", "%theirs"))[:, 0].tolist() == [1, 0]
-    with pytest.raises(PtxError, match="rank 2 in a cluster of 2 CTAs"):
+    with pytest.raises(PtxError, match="a cluster of 2 CTAs has no rank 2"):
         executed("mapa.shared::cluster.u32 %v, %mine, 2;")
 
 
@@ -321,11 +321,11 @@ FAULTS = {
     "a read after a relaxed barrier": (FILL + RELAXED + READ + SYNC, "which a store of warp 0"),
     "no barrier behind a read": (
         FILL + SYNC + READ,
-        "(which has ended|which may have ended: it does not wait for that)",
+        "(which has ended|which may have ended: this CTA does not wait for the access)",
     ),
     "a write that nobody waits for": (
         "st.shared::cluster.b32 [%theirs], %lane;",
-        "(which has ended|which may have ended: it does not wait for that)",
+        "(which has ended|which may have ended: this CTA does not wait for the access)",
     ),
     "an arrival that nobody waits for": (exchange(wait=True, take=True), "ended"),
     "an mbarrier without a fence": (exchange(fence=True), "which a store of warp 0 of CTA"),

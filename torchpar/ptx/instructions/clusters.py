@@ -65,7 +65,7 @@ def _map(i: Instruction) -> Run:
     def run(warp: Warp) -> None:
         size = warp.block.cluster.size
         if (ranks := size_of(warp)[warp.lanes()]).max(initial=0) >= size:
-            raise PtxError(i.line, f"rank {int(ranks.max())} in a cluster of {size} CTAs")
+            raise PtxError(i.line, f"a cluster of {size} CTAs has no rank {int(ranks.max())}")
         compute(warp)
 
     return run
@@ -120,7 +120,10 @@ def _load_boxes(
     *corner, counting, mask = others
     cluster, bits = warp.block.cluster, int(mask[0]) & 0xFFFF
     if bits == 0 or bits >> cluster.size:
-        raise PtxError(i.line, f"the mask {bits:#x} of a cluster of {cluster.size} CTAs")
+        raise PtxError(
+            i.line,
+            f"the mask is {bits:#x}, expected bits of the {cluster.size} CTAs of the cluster",
+        )
     ranks = [rank for rank in range(cluster.size) if bits >> rank & 1]
     at = counting.astype(np.int64) & OFFSETS
     to = [(rank, barrier_at(warp, at | rank << WINDOW_BITS, i.line)) for rank in ranks]

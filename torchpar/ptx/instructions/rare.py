@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Instructions that inline assembly has, and Triton's own code hardly: 9.7.1 (bmsk, szext), 9.7.6
-(slct), 9.7.13 (match.sync) and 9.7.18 (vabsdiff4) of the PTX ISA."""
+"""Rare instructions, which inline assembly uses: 9.7.1 (bmsk, szext), 9.7.6 (slct), 9.7.13
+(match.sync) and 9.7.18 (vabsdiff4) of the PTX ISA."""
 
 import numpy as np
 

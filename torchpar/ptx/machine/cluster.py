@@ -173,7 +173,7 @@ class Cluster:
             for number in numbers[foreign & (events.times[numbers] > known[agents])].tolist():
                 message = (
                     f"{events.who(number)} {what} shared memory of CTA {block.rank}, which may "
-                    "have ended: it does not wait for that"
+                    "have ended: this CTA does not wait for the access"
                 )
                 line = int(events.lines[number])
                 self.gpu.fault("error", ENDED, line, message, warp)
@@ -183,7 +183,7 @@ class Cluster:
         if self.owners[agent] != block.rank and arrival.time > known[agent]:
             message = (
                 f"{arrival.name} reaches an mbarrier of CTA {block.rank}, which may have ended: "
-                "it does not wait for that"
+                "this CTA does not wait for the arrival"
             )
             self.gpu.fault("error", ENDED, arrival.line, message, block.warps[0])
 

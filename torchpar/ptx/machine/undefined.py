@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Which bits of a result are undefined, for instructions that pack, unpack and add numbers.
+"""Undefined bits of results of instructions that pack, unpack and add numbers.
 
 Inline assembly with ``pack=4`` computes with four numbers of a register, some of which a thread may
 not have. So a number of a result is undefined only where the same number of an operand is.
