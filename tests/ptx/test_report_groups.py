@@ -18,7 +18,8 @@ from torchpar.ptx.machine.parse import parse
 from torchpar.ptx.report import page
 from torchpar.ptx.report.data import COUNTED
 from torchpar.ptx.report.faults import HostFault
-from torchpar.ptx.report.launch import CapturedGraph
+from torchpar.ptx.report.launch import CapturedGraph, counted
+from torchpar.ptx.report.time import work_of
 from torchpar.ptx.triton import driver
 
 PTX = """
@@ -266,6 +267,16 @@ def test_json_has_the_sums_of_counters_and_the_time_of_the_first_launch():
         "waves": first.waves,
         "terms": first.terms,
     }
+
+
+@pytest.mark.parametrize("ctas", [1, 2])
+def test_each_cta_of_a_cluster_is_counted(ctas):
+    one = launch(ctas=ctas)
+    one.ptx = PTX.replace("NAME", "wait").replace("  ret;", "  bar.sync 0;\n  ret;")
+    one.counts = Counts(parse(one.ptx))
+    one.counts.table[0, Column.EXECUTIONS] = one.programs * ctas * one.warps * 3
+    assert "barriers: each warp arrives at 3" in counted(one)
+    assert work_of(one).programs == 4 * ctas
 
 
 def test_a_page_of_a_thousand_launches_lists_them(tmp_path, monkeypatch):
