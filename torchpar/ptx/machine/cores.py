@@ -8,6 +8,7 @@ the blocks are executed one after the other. So the faults and their order are t
 """
 
 import copy
+import ctypes
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ import numpy as np
 
 from torchpar.ptx.machine.counters import Column, Counts
 from torchpar.ptx.machine.memory import GIVEN, Allocation, Events, Space
+from torchpar.ptx.machine.pages import zeros
 from torchpar.ptx.machine.protocols import Gpu
 from torchpar.ptx.machine.registers import Values
 from torchpar.ptx.native.blocks import Blocks
@@ -57,13 +59,18 @@ class Core:
         self.blocks = make(self.gpu)
         self.blocks.may_refine = False  # shadows are compared in the end
 
-    def changes(self, n: int, place: Allocation) -> tuple[Values, Values]:
-        """Return which elements of the n-th allocation it has written, and which it has read."""
+    def changes(self, n: int, place: Allocation, pages: Values) -> tuple[Values, Values]:
+        """Return which elements of pages of the n-th allocation it has written, and which read."""
+
+        def differs(mine: Values, theirs: Values) -> Values:
+            return place.by_page(mine)[pages] != place.by_page(theirs)[pages]
+
         mine = self.gpu.space.allocations[n]
-        reads = mine.reads != place.reads
+        reads = differs(mine.reads, place.reads)
         if mine.others is not None:
-            reads |= mine.others != (0 if place.others is None else place.others)
-        return mine.writes != place.writes, reads
+            others = zeros(len(mine.others), np.int32) if place.others is None else place.others
+            reads |= differs(mine.others, others)
+        return differs(mine.writes, place.writes), reads
 
 
 def _copy_of(events: Events) -> Events:
@@ -78,9 +85,11 @@ def _mirror(place: Allocation) -> Allocation:
     """Return an allocation of the same bytes, with a shadow of its own."""
     made = copy.copy(place)
     made.view = None
-    made.writes, made.reads = place.writes.copy(), place.reads.copy()
-    made.others = None if place.others is None else place.others.copy()
-    made.touched = np.zeros_like(place.touched)
+    made.writes, made.reads = place.copy_of(place.writes), place.copy_of(place.reads)
+    made.others = None if place.others is None else place.copy_of(place.others)
+    made.pages = None if place.pages is None else place.pages.copy()
+    assert place.touched is not None
+    made.touched = zeros(place.touched.size, np.uint8).reshape(place.touched.shape)
     made.published, made.acquired = set(place.published), dict(place.acquired)
     return made
 
@@ -100,6 +109,7 @@ def run_on_all_cores(
     copied = sum(len(place.data) + 8 * count * len(place.writes) for place in places)
     if count < 2 or copied > MOST_BYTES:
         return None
+    _begin_pages(gpu)
     before = [place.content().copy() for place in places]
     cores = [Core(gpu, make) for _ in range(count)]
     shares = np.array_split(positions, count)
@@ -128,32 +138,43 @@ def run_on_all_cores(
     if any(one is None for one in written):
         _restore(places, before)
         return False
-    for place, mask in zip(places, written, strict=True):
-        place.writes[mask] = GIVEN
+    for place, (pages, mask) in zip(places, filter(None, written), strict=True):
+        writes = place.by_page(place.writes)
+        writes[pages] = np.where(mask, GIVEN, writes[pages])
     for core in cores:
         _add(gpu, core)
         for place, mine in zip(places, core.gpu.space.allocations, strict=True):
-            assert place.touched is not None
-            place.touched |= mine.touched
+            place.touch_also(mine)
             place.published |= mine.published
     return True
 
 
-def _written(n: int, place: Allocation, cores: list[Core]) -> Values | None:
-    """Return which elements of the n-th allocation the cores have written.
+def _begin_pages(gpu: Gpu) -> None:
+    """Find what is unwritten of each page before one of the cores writes there."""
+    assert gpu.core is not None
+    for place in gpu.space.allocations:
+        if place.unwritten is not None or place.saved is not None:
+            assert place.view is not None
+            gpu.core.program.core.begin_pages(ctypes.addressof(place.view.struct))
+
+
+def _written(n: int, place: Allocation, cores: list[Core]) -> tuple[Values, Values] | None:
+    """Return the pages of the n-th allocation that the cores have accessed, and what they wrote.
 
     It is None if a core has written what another one has accessed.
     """
-    written = np.zeros(len(place.writes), np.bool_)
+    mirrors = [core.gpu.space.allocations[n] for core in cores]
+    pages = np.unique(np.concatenate([mine.touched_pages() for mine in mirrors]))
+    written = np.zeros_like(place.by_page(place.writes)[pages], np.bool_)
     accessed = written.copy()
     for core in cores:
-        writes, reads = core.changes(n, place)
+        writes, reads = core.changes(n, place, pages)
         both = writes | reads
         if (writes & accessed).any() or (both & written).any():
             return None
         written |= writes
         accessed |= both
-    return written
+    return pages, written
 
 
 def _restore(places: list[Allocation], before: list[Values]) -> None:

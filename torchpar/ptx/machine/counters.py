@@ -21,8 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from torchpar.ptx.machine.pages import page_count, zeros
 from torchpar.ptx.machine.parse import Instruction, Kernel, qualifiers
 from torchpar.ptx.machine.registers import FLOATS, PAIRS, Values
+from torchpar.ptx.native.layout import PAGE
 
 if TYPE_CHECKING:
     from torchpar.ptx.machine.memory import Allocation
@@ -116,7 +118,8 @@ class Counts:
 
     def watch(self, place: "Allocation") -> None:
         """Note which sectors of an allocation are touched, by slot."""
-        place.touched = np.zeros((self.slot_count, -(-len(place.data) // SECTOR)), np.uint8)
+        count = page_count(len(place.data)) * PAGE // SECTOR
+        place.touched = zeros(self.slot_count * count, np.uint8).reshape(-1, count)
         place.changed()
 
     def execute(self, pc: int, threads: int, times: int = 1) -> None:
@@ -177,10 +180,11 @@ class Counts:
         for place in places:
             if place.touched is None:
                 continue
-            if place.touched.any():
-                self.distinct += place.touched.sum(1, dtype=np.int64)
-                self.distinct_read += int(place.touched[reads].any(0).sum())
-                self.distinct_written += int(place.touched[writes].any(0).sum())
+            touched = place.touched_sectors()
+            if touched.any():
+                self.distinct += touched.sum((1, 2), dtype=np.int64)
+                self.distinct_read += int(touched[reads].any(0).sum())
+                self.distinct_written += int(touched[writes].any(0).sum())
             place.touched = None
             place.changed()
 

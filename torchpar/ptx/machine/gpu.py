@@ -61,6 +61,7 @@ class Gpu:
     limit = LIMIT
     multiprocessors = 132
     resident_blocks = 132
+    keeps_allocations = True  # for the next launch
 
     def __init__(self, schedule: Schedule, change: Callable[[str], str] = lambda text: text):
         self.schedule, self.change = schedule, change
@@ -142,8 +143,9 @@ class Gpu:
         finally:
             self.counts.end(self.space.allocations)
             self.space.counts = None
-        for allocation in self.space.allocations:
-            allocation.end_launch()
+        if self.keeps_allocations:
+            for allocation in self.space.allocations:
+                allocation.end_launch()
 
     def _programs(self) -> tuple[int, int, int]:
         """Return how many clusters the grid has in each dimension.

@@ -23,9 +23,11 @@ from typing import Any
 
 import numpy as np
 
+from torchpar.ptx.machine.pages import Unwritten, by_page, page_count, zeros
 from torchpar.ptx.machine.parse import PtxError
 from torchpar.ptx.machine.protocols import AllocationView, SpaceView, View, Warp
 from torchpar.ptx.machine.registers import Cause, Values
+from torchpar.ptx.native.layout import PAGE
 
 # Numbers of events: what the host did before the launch; what nobody did.
 GIVEN, UNWRITTEN = 0, 1
@@ -208,6 +210,11 @@ class Allocation:
         unit: bytes; accesses of fewer bytes make it smaller.
         data: the bytes; by default they are new, and nobody has written them.
         start: the first address that belongs to it, where ``base`` is rounded down.
+
+    Attributes:
+        pages: of memory that is given, whether each page was accessed; None: all were.
+        unwritten: what nobody has written of it, for pages that are accessed later.
+        saved: the bytes of each page before its first access, or None.
     """
 
     def __init__(
@@ -223,12 +230,17 @@ class Allocation:
         self.start = base if start is None else start
         padded = -(-size // 128) * 128
         self.data = np.full(padded, POISON, np.uint8) if data is None else data
-        first = UNWRITTEN if data is None else GIVEN
-        self.writes = np.full(len(self.data) // unit, first, np.int32)
-        self.reads = np.zeros(len(self.writes), np.int32)
-        self.others: Values | None = (
-            None  # reads that the last read did not know; made when there are any
-        )
+        self.pages: Values | None = None
+        self.unwritten: Unwritten | None = None
+        self.saved: Values | None = None
+        if data is None:
+            self.writes = np.full(padded // unit, UNWRITTEN, np.int32)
+        else:
+            self.pages = np.zeros(page_count(len(data)), np.bool_)
+            self.writes = zeros(len(self.pages) * PAGE // unit, np.int32)
+        self.reads = zeros(len(self.writes), np.int32)
+        # Reads that the last read did not know; made when there are any.
+        self.others: Values | None = None
         self.barriers: dict[int, Any] = {}  # the mbarriers in it, by their offsets
         self.published: set[int] = set()  # the tensormaps in it, by their places
         self.acquired: dict[int, int] = {}  # the event of the last fence for each of these
@@ -257,10 +269,94 @@ class Allocation:
         count, self.unit = self.unit // unit, unit
         if count == 1:
             return
-        self.writes, self.reads = (np.repeat(a, count) for a in (self.writes, self.reads))
+        self.writes, self.reads = (self._repeat(a, count) for a in (self.writes, self.reads))
         if self.others is not None:
-            self.others = np.repeat(self.others, count)
+            self.others = self._repeat(self.others, count)
         self.changed()
+
+    def _repeat(self, array: Values, count: int) -> Values:
+        if self.pages is None:
+            return np.repeat(array, count)
+        made = zeros(len(array) * count, array.dtype)
+        touched = self.touched_pages()
+        self.by_page(made)[touched] = np.repeat(self.by_page(array)[touched], count, 1)
+        return made
+
+    # Pages
+
+    def by_page(self, array: Values) -> Values:
+        """Return a view of ``array`` with a row for each page."""
+        return by_page(array, 1 if self.pages is None else len(self.pages))
+
+    def touched_pages(self) -> Values:
+        """Return the numbers of the pages that were accessed."""
+        return np.zeros(1, np.int64) if self.pages is None else np.flatnonzero(self.pages)
+
+    def copy_of(self, array: Values) -> Values:
+        """Return a copy of ``array``, which is zero in other pages."""
+        if self.pages is None:
+            return array.copy()
+        made, touched = zeros(len(array), array.dtype), self.touched_pages()
+        self.by_page(made)[touched] = self.by_page(array)[touched]
+        return made
+
+    def touch_also(self, other: "Allocation") -> None:
+        """Note what was touched of another allocation of the same bytes."""
+        assert self.touched is not None
+        assert other.touched is not None
+        if self.pages is None or other.pages is None:
+            self.touched |= other.touched
+            return
+        self.pages |= other.pages
+        pages = other.touched_pages()
+        for mine, its in zip(self.touched, other.touched, strict=True):
+            self.by_page(mine)[pages] |= self.by_page(its)[pages]
+
+    def touched_sectors(self) -> Values:
+        """Return which sectors were touched, ``(slots, touched pages, sectors of a page)``."""
+        assert self.touched is not None
+        if self.pages is None:
+            return self.touched[:, None]
+        rows = self.touched.reshape(len(self.touched), len(self.pages), -1)
+        return rows if self.pages.all() else rows[:, self.touched_pages()]
+
+    def touch(self, offsets: Values, width: int) -> None:
+        """Begin the pages of accesses, each of which is in one page."""
+        if self.pages is None:
+            return
+        numbers = offsets // PAGE
+        if not all_true(self.pages[numbers]):
+            for page in np.unique(numbers[~self.pages[numbers]]).tolist():
+                self.begin(page)
+
+    def begin(self, page: int) -> None:
+        """Find what is unwritten of a page before its first access, as `begin_page` of core.c."""
+        start = page * PAGE
+        data = self.data[start : start + PAGE]
+        assert self.pages is not None
+        self.pages[page] = True
+        if self.saved is not None:
+            self.saved[start : start + len(data)] = data
+        if self.unwritten is not None and page < self.unwritten.pages:
+            of_page = self.unwritten.of_page(page, data)[:: self.unit]
+            rows = self.writes[start // self.unit :][: len(of_page)]
+            rows[of_page] = UNWRITTEN
+
+    def begin_all(self) -> None:
+        """Begin each page."""
+        assert self.pages is not None
+        for page in np.flatnonzero(~self.pages).tolist():
+            self.begin(page)
+
+    def restore(self) -> None:
+        """Give the pages that were accessed what was saved of them."""
+        assert self.saved is not None
+        for page in self.touched_pages().tolist():
+            first = max(page * PAGE, self.start - self.base)
+            held = self.data[first : min((page + 1) * PAGE, self.size)]
+            saved = self.saved[first:][: len(held)]
+            changed = held != saved  # memory may be read-only
+            held[changed] = saved[changed]
 
     def shadow(self, array: Values, width: int) -> Values:
         """Return a view of ``array`` with a row for each ``width`` bytes."""
@@ -275,8 +371,11 @@ class Allocation:
         self.writes[: len(written)][written] = GIVEN
 
     def end_launch(self) -> None:
-        self.writes[self.writes != UNWRITTEN] = GIVEN
-        self.reads[:] = GIVEN
+        pages = self.touched_pages()
+        for array in (self.by_page(self.writes), self.by_page(self.reads)):
+            events = array[pages]
+            events[events != UNWRITTEN] = GIVEN
+            array[pages] = events
         self.others = None
         self.changed()
 
@@ -347,6 +446,7 @@ class Space:
         if not all_true(rows * width == offsets):
             message = f"an address in {last.name} is not a multiple of {width}"
             raise PtxError(line, message, "misaligned access")
+        last.touch(offsets, width)
         return last, rows
 
     def outside(self, address: int, width: int) -> str:
@@ -394,6 +494,7 @@ class Space:
                 continue
             if width < place.unit:
                 place.refine(width)
+            place.touch(np.array([offset]), width)
             _, rows, lanes = groups.setdefault(id(place), (place, [], []))
             rows.append(offset // width)
             lanes.append(n)
@@ -575,7 +676,7 @@ class Space:
             known = warp.knowledge.knows(warp.index, before)
             if not all_true(known):
                 if place.others is None:
-                    place.others = np.zeros_like(place.reads)
+                    place.others = zeros(len(place.reads), np.int32)
                     place.changed()
                 others = place.shadow(place.others, width)
                 kept = others[rows]

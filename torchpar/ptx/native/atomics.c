@@ -90,6 +90,7 @@ static int may_change(const Warp *w, const Access *at, int width, int reads, int
         return 0;
     for (int n = 0; n < at->count; n++) {
         const int64_t first = at->offsets[n] / place->unit;
+        begin(place, first, first + width / place->unit);
         for (int64_t k = first; k < first + width / place->unit; k++) {
             const int32_t writer = place->writes[k], reader = place->reads[k];
             const int32_t other = place->others ? place->others[k] : GIVEN;

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from torchpar.ptx.machine.pages import zeros
 from torchpar.ptx.machine.protocols import AllocationView, Block
 from torchpar.ptx.machine.registers import Values
 from torchpar.ptx.native.layout import (
@@ -245,7 +246,7 @@ class Blocks:
         """Give the core arrays for second reads, which it takes where it needs them."""
         for one in self.gpu.space.allocations:
             if one.others is None:
-                view, spare = _view(one), np.zeros_like(one.reads)
+                view, spare = _view(one), zeros(len(one.reads), np.int32)
                 view.spare, view.struct.spare = spare, spare.ctypes.data
 
     def _take_spare_arrays(self) -> None:

@@ -25,6 +25,7 @@
 #define MOST_STORED 128       /* bytes that a thread stores */
 #define GIVEN 0
 #define UNWRITTEN 1
+#define PAGE 4096 /* bytes */
 
 /* Why `run` returns. */
 enum { BUDGET, PYTHON, GROW, REACHED, STOPPED, REFINE };
@@ -68,6 +69,11 @@ typedef struct {
     uint8_t *touched;  /* sectors, by slots */
     int64_t sectors;
     int32_t *spare; /* becomes `others` when it is needed; or null */
+    uint8_t *pages; /* whether each was accessed; or null */
+    const uint8_t *written; /* by bytes: of those from the first to the last that torch.empty gave */
+    uint8_t *saved;         /* the bytes of each page before its first access; or null */
+    int64_t unwritten_first, unwritten_end;
+    uint8_t pattern[8]; /* that these hold until they are written */
     int32_t unit, barrier_count;
 } Allocation;
 
@@ -896,6 +902,43 @@ static inline int64_t end_of_run(const int64_t *offsets, int64_t n, int64_t coun
     return n + 1;
 }
 
+/* `memory.Allocation.begin`. */
+static __attribute__((noinline)) void begin_page(const Allocation *place, int64_t page)
+{
+    const int64_t start = page * PAGE, size = (int64_t)(place->end - place->base) - start;
+    place->pages[page] = 1;
+    if (place->saved)
+        memcpy(place->saved + start, place->data + start, (size_t)(size < PAGE ? size : PAGE));
+    const int64_t lowest = place->unwritten_first, highest = place->unwritten_end;
+    const int64_t first = start > lowest ? start : lowest;
+    const int64_t end = start + PAGE < highest ? start + PAGE : highest;
+    for (int64_t k = first; k < end; k++)
+        if (!place->written[k] && place->data[k] != place->pattern[(k - lowest) & 7])
+            return; /* the host has written the page by other means than PyTorch's operators */
+    for (int64_t k = first / place->unit; k * place->unit < end; k++)
+        if (!place->written[k * place->unit])
+            place->writes[k] = UNWRITTEN;
+}
+
+/* Begin all pages, because the first access to one may be by several cores of the CPU. */
+void begin_pages(const Allocation *place)
+{
+    for (int64_t page = 0; place->pages && page * PAGE < (int64_t)(place->end - place->base); page++)
+        if (!place->pages[page])
+            begin_page(place, page);
+}
+
+/* Begin the pages of units that are accessed the first time. */
+static inline void begin(const Allocation *place, int64_t first, int64_t end)
+{
+    if (!place->pages)
+        return;
+    const int64_t last = (end * place->unit - 1) / PAGE;
+    for (int64_t page = first * place->unit / PAGE; page <= last; page++)
+        if (!place->pages[page])
+            begin_page(place, page);
+}
+
 static inline int all_given(const int32_t *events, int64_t first, int64_t end)
 {
     int32_t any = GIVEN;
@@ -910,6 +953,7 @@ static int knows_writers(const Warp *w, const Allocation *place, int64_t first, 
                          const int32_t *fenced)
 {
     const Events *events = w->events;
+    begin(place, first, end);
     for (int64_t k = first; k < end; k++) {
         const int32_t writer = place->writes[k];
         if (writer == GIVEN)
@@ -927,6 +971,7 @@ static int knows_writers(const Warp *w, const Allocation *place, int64_t first, 
 static int may_read_units(const Warp *w, Allocation *place, int64_t first, int64_t end,
                           const int32_t *fenced)
 {
+    begin(place, first, end);
     if (!all_given(place->writes, first, end) && !knows_writers(w, place, first, end, fenced))
         return 0;
     if (all_given(place->reads, first, end))
@@ -991,6 +1036,7 @@ static int hits_barrier(const Allocation *place, int64_t first, int64_t end)
 
 static int may_write_units(const Warp *w, const Allocation *place, int64_t first, int64_t end)
 {
+    begin(place, first, end);
     if (all_given(place->writes, first, end) && all_given(place->reads, first, end) &&
         (!place->others || all_given(place->others, first, end)))
         return 1;

@@ -55,6 +55,7 @@ def library() -> ctypes.CDLL | None:
     )
     core.run_blocks.restype = ctypes.c_int64
     core.free_runner.argtypes = core.clear_releases.argtypes = (ctypes.c_void_p,)
+    core.begin_pages.argtypes = (ctypes.c_void_p,)
     core.add_times.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
     core.add_times.restype = ctypes.c_void_p
     core.add_map.argtypes = (

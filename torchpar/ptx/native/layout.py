@@ -49,6 +49,7 @@ OF_COPIES, OF_PRODUCTS = range(2)  # families of groups
 MOST_ELEMENTS = 4  # of an atomic
 IN_ROW, IN_LIST = 1, 2
 BARRIERS, MOST_WARPS, MOST_MBARRIERS = 16, 64, 64
+PAGE = 4096  # bytes of an allocation whose first access is noted
 
 
 class InstructionStruct(ctypes.Structure):
@@ -75,6 +76,9 @@ class AllocationStruct(ctypes.Structure):
         ("touched", ctypes.c_void_p),
         ("sectors", ctypes.c_int64),
         ("spare", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("pages", "written", "saved")),
+        *((name, ctypes.c_int64) for name in ("unwritten_first", "unwritten_end")),
+        ("pattern", ctypes.c_uint8 * 8),
         *((name, ctypes.c_int32) for name in ("unit", "barrier_count")),
     )
 

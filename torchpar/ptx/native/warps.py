@@ -166,6 +166,14 @@ class AllocationView:
         else:
             struct.touched = None
         struct.others = None if one.others is None else one.others.ctypes.data
+        struct.pages = None if one.pages is None else one.pages.ctypes.data
+        struct.saved = None if one.saved is None else one.saved.ctypes.data
+        struct.unwritten_first = struct.unwritten_end = 0
+        if one.unwritten is not None:
+            struct.written = one.unwritten.written.ctypes.data
+            struct.unwritten_first = one.unwritten.first
+            struct.unwritten_end = one.unwritten.end
+            struct.pattern[:] = one.unwritten.pattern
         struct.unit, struct.barrier_count = one.unit, len(one.barriers)
         self.barriers = np.array(list(one.barriers), np.int64)
         struct.barriers = self.barriers.ctypes.data

@@ -52,12 +52,13 @@ from torchpar.ptx.machine.memory import (
     Space,
     free_memory,
 )
+from torchpar.ptx.machine.pages import ALIGNED, Unwritten, page_count, zeros
 from torchpar.ptx.machine.parse import Kernel, PtxError, own_error
 from torchpar.ptx.machine.protocols import Warp
-from torchpar.ptx.machine.registers import Values
 from torchpar.ptx.machine.trace import Trace
 from torchpar.ptx.native.cache import cache_folder, writable
 from torchpar.ptx.native.encoding import FIELDS
+from torchpar.ptx.native.layout import PAGE
 from torchpar.ptx.report.assembly import refusals
 from torchpar.ptx.report.faults import Fault, HostFault, Kind
 from torchpar.ptx.report.launch import CapturedGraph, Launch
@@ -79,7 +80,6 @@ NO_GSAN = (
     "TRITON_INSTRUMENTATION_MODE is gsan, whose kernels need memory of a GPU; unset it: races "
     "between programs are found without it"
 )
-ALIGNED = 128  # to which an allocation's base is rounded down
 
 
 class Module(NamedTuple):
@@ -109,29 +109,6 @@ PATTERNS = {
 }
 
 
-def _repeated(pattern: bytes, size: int) -> Values:
-    """Return ``size`` bytes of a pattern; `numpy.resize` takes many times as long."""
-    return np.frombuffer(pattern * -(-size // len(pattern)), np.uint8)[:size]
-
-
-class Unwritten(NamedTuple):
-    """Memory that nobody has written.
-
-    Attributes:
-        pattern: that its elements hold.
-        mask: of its bytes, or None for all of them.
-    """
-
-    pattern: bytes
-    mask: Values | None = None
-
-    def is_untouched(self, held: Values) -> bool:
-        """Whether the bytes still hold the pattern: NumPy may have written them."""
-        expected = _repeated(self.pattern, held.size)
-        same = held == expected
-        return bool((same if self.mask is None else same[self.mask]).all())
-
-
 def storage_of(t: Tensor) -> Storage:
     storage = t.untyped_storage()
     return Storage(storage.data_ptr(), storage.nbytes())
@@ -154,6 +131,8 @@ class Emulator(gpu.Gpu):
         graphs: CUDA graphs that were captured, in their order.
         watcher: that records operators and launches for CUDA graphs.
     """
+
+    keeps_allocations = False  # `_reset` begins each launch
 
     def __init__(
         self,
@@ -182,12 +161,11 @@ class Emulator(gpu.Gpu):
         self.watcher: Watcher | None = None
         self._name = self._file = ""
         self._launched: tuple[str, int] | None = None
-        # The memory before a launch, for its other schedules.
-        self._before: list[tuple[Allocation, Values]] = []
+        self._before: list[Allocation] = []  # whose bytes are saved, for the next schedule
         self._saves = False
         self._asserts = False  # what a kernel assumes is executed, and not the kernel
-        # The memory before each launch of a block that is undone; None outside of one.
-        self._undo: list[tuple[Allocation, Values]] | None = None
+        # The memory of each launch of a block that is undone; None outside of one.
+        self._undo: list[Allocation] | None = None
 
     def report(self) -> Report:
         return Report(self.launches, self.faults, self.graphs)
@@ -265,31 +243,27 @@ class Emulator(gpu.Gpu):
         merged = [other for other, place in self._places.items() if place in overlapping]
         for member in (storage, *merged):
             self._places[member] = made
-            self._mark_unwritten(member, made)
         if self._saves:
-            self._before.append((made, made.content().copy()))
+            made.saved = zeros(page_count(len(data)) * PAGE, np.uint8)
+            self._before.append(made)
+        self._mark_unwritten([storage, *merged], made)
         return self.space.add(made)
 
-    def _mark_unwritten(self, storage: Storage, place: Allocation) -> None:
-        """Let nobody have written those bytes of ``storage`` that hold what `_Host` put there.
-
-        If one of these bytes has changed, then the host has written them by other means than
-        PyTorch's operators, such as NumPy, or another tensor has the address now.
-        """
-        if storage not in self.unwritten:
-            return
-        mask = self.unwritten[storage].mask
-        offset = storage.address - place.base
-        held = place.data[offset : offset + storage.nbytes]
-        if not self.unwritten[storage].is_untouched(held):
-            del self.unwritten[storage]
-        elif mask is None and offset % place.unit == 0:
-            rows = slice(offset // place.unit, -(-(offset + storage.nbytes) // place.unit))
-            place.writes[rows] = UNWRITTEN
-        else:
+    def _mark_unwritten(self, storages: Sequence[Storage], place: Allocation) -> None:
+        """Let nobody have written those bytes that hold what `_Host` put there."""
+        found = [self.unwritten[one] for one in storages if one in self.unwritten]
+        if len(found) == 1 and found[0].base == place.base:
+            place.unwritten = found[0]
+            place.refine(min(place.unit, found[0].unit))
+        elif found:  # storages that share memory
             place.refine(1)
-            bytes_of = place.writes[offset : offset + storage.nbytes]
-            bytes_of[... if mask is None else mask] = UNWRITTEN
+            place.begin_all()
+            for one in found:
+                start = one.base - place.base
+                for n in range(one.pages):
+                    held = place.data[start : start + one.end][n * PAGE : (n + 1) * PAGE]
+                    of_page = one.of_page(n, held)
+                    place.writes[start + n * PAGE :][: len(held)][of_page] = UNWRITTEN
 
     def _find(self, address: int) -> Allocation | None:
         """Return the memory of a live tensor that has the address, which a kernel has loaded."""
@@ -309,19 +283,29 @@ class Emulator(gpu.Gpu):
         for storage, place in self._places.items():
             if storage not in self.unwritten:
                 continue
-            mask = np.repeat(place.writes == UNWRITTEN, place.unit)
-            start = storage.address - place.base
-            mask = mask[start : start + storage.nbytes]
-            self._keep(storage, mask)
+            one, unit = self.unwritten[storage], place.unit
+            if one is place.unwritten:
+                pages = place.touched_pages()
+                pages = pages[pages < one.pages]
+                rows = place.by_page(place.writes)
+                rows = rows[pages] if len(pages) < len(rows) else rows
+            else:  # it shares memory with others
+                pages, first = np.arange(one.pages), (one.base - place.base) // unit
+                elements = np.arange(first, first + one.pages * PAGE // unit)
+                rows = one.by_page(place.writes[np.minimum(elements, len(place.writes) - 1)])
+            written = rows != UNWRITTEN
+            is_whole = len(pages) == one.pages and written.all()
+            if not is_whole:
+                one = self._own(storage)
+                one.note(pages, np.repeat(written, unit, 1), unit)
+            if is_whole or not one.left:
+                del self.unwritten[storage]
 
-    def _keep(self, storage: Storage, mask: Values) -> None:
-        """Let the bytes of a mask be unwritten, and the others of the storage not."""
-        if mask.all():
-            self.unwritten[storage] = self.unwritten[storage]._replace(mask=None)
-        elif mask.any():
-            self.unwritten[storage] = self.unwritten[storage]._replace(mask=mask)
-        else:
-            del self.unwritten[storage]
+    def _own(self, storage: Storage) -> Unwritten:
+        """Return what is unwritten of a storage, to be changed: `undone` keeps what it was."""
+        if self._undo is not None:
+            self.unwritten[storage] = self.unwritten[storage].copy()
+        return self.unwritten[storage]
 
     def note_written(self, t: Tensor) -> None:
         """An operator has written a tensor, which may be a part of its storage."""
@@ -332,13 +316,15 @@ class Emulator(gpu.Gpu):
         if storage.nbytes % size or (t.is_contiguous() and t.numel() * size == storage.nbytes):
             del self.unwritten[storage]
             return
-        mask = np.ones(storage.nbytes, np.bool_) if entry.mask is None else entry.mask.copy()
+        entry = self._own(storage)
         strides = (*(size * stride for stride in t.stride()), 1)
-        of_t = torch.from_numpy(mask).as_strided(
-            (*t.shape, size), strides, size * t.storage_offset()
+        of_t = torch.from_numpy(entry.written).as_strided(
+            (*t.shape, size), strides, entry.first + size * t.storage_offset()
         )
-        of_t.fill_(False)
-        self._keep(storage, mask)
+        written = int((~of_t).sum())
+        of_t.fill_(True)
+        if entry.note_count(written, size) == 0:
+            del self.unwritten[storage]
 
     # Launches
 
@@ -395,7 +381,7 @@ class Emulator(gpu.Gpu):
             yield
         finally:
             before, self._undo = self._undo, None
-            _restore(before[::-1])
+            _restore(before)
             self.unwritten = unwritten
 
     def run(
@@ -458,8 +444,7 @@ class Emulator(gpu.Gpu):
     def _execute(self, launch: Launch, parameters: Callable[[], list[int]]) -> None:
         for number, schedule in enumerate(self.schedules):
             self.schedule, self.printed = schedule, []
-            repeats = len(self.schedules) > 1 or self._undo is not None
-            self._saves = number == 0 and repeats
+            self._saves = number + 1 < len(self.schedules) or self._undo is not None
             is_new = launch.key not in self._counted_before
             self.trace = Trace() if number == 0 and self.traces and is_new else None
             launch.trace = launch.trace or self.trace
@@ -499,12 +484,10 @@ class Emulator(gpu.Gpu):
         }
 
 
-def _restore(before: list[tuple[Allocation, Values]]) -> None:
-    """Give memory the content that it had before."""
-    for place, data in before:
-        content = place.content()
-        changed = content != data  # memory may be read-only
-        content[changed] = data[changed]
+def _restore(before: list[Allocation]) -> None:
+    """Give memory the content that it had before, the last one first."""
+    while before:
+        before.pop().restore()
 
 
 def _at(address: int, live: list[tuple[int, int, Tensor]]) -> Tensor | None:
@@ -1013,9 +996,9 @@ class _Host(TorchDispatchMode):
             if storage.nbytes:
                 pattern = PATTERNS[min(result.element_size(), 8)]
                 raw: Any = (ctypes.c_uint8 * storage.nbytes).from_address(storage.address)
-                memory = np.frombuffer(raw, np.uint8)
-                memory[:] = _repeated(pattern, memory.size)
-                self.emulator.unwritten[storage] = Unwritten(pattern)
+                elements = np.frombuffer(raw, f"u{len(pattern)}", storage.nbytes // len(pattern))
+                elements[:] = np.frombuffer(pattern, elements.dtype)
+                self.emulator.unwritten[storage] = Unwritten(*storage, pattern)
         return result
 
 
