@@ -82,7 +82,7 @@ def test_a_page_that_numpy_has_written_is_written(way, schedules):
 
 @triton.jit
 def add_one_kernel(x, stride, B: tl.constexpr):
-    i = tl.arange(0, B) * stride
+    i = tl.program_id(0) + tl.arange(0, B) * stride
     tl.store(x + i, tl.load(x + i) + 1)
 
 
@@ -98,9 +98,10 @@ def test_schedules_restore_the_pages_that_were_touched(way, monkeypatch):
     monkeypatch.setattr(Allocation, "restore", count)
     x = torch.zeros(16 * FAR)
     with WAYS[way](), emulate(schedules="all") as gpu:
-        add_one_kernel[(1,)](x, FAR, B=16, num_warps=1)
+        add_one_kernel[(2,)](x, FAR, B=16, num_warps=1)
     assert x[::FAR].eq(1).all()  # three schedules would be 3
-    assert float(x.sum()) == 16
+    assert x[1::FAR].eq(1).all()  # of the second program, in the same pages
+    assert float(x.sum()) == 32
     assert restored == [pages_of(x, FAR, 16)] * 2
     assert gpu.faults == []
 
