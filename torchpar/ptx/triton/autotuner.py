@@ -41,19 +41,13 @@ class Tuning:
         return "" if config is None else str(config)
 
 
-_tuning: ContextVar[Tuning | None] = ContextVar("tuning", default=None)
+called: ContextVar[Tuning | None] = ContextVar("called", default=None)  # by this thread
 
 
 def configuration() -> str:
     """Return the configuration that is executed now; "" if no autotuner has called."""
-    tuning = _tuning.get()
+    tuning = called.get()
     return "" if tuning is None else tuning.configuration
-
-
-def is_trial() -> bool:
-    """Whether a launch asks only whether the kernel compiles and fits."""
-    tuning = _tuning.get()
-    return tuning is not None and tuning.is_trial
 
 
 def changes(present: Callable[[], "Emulator"]) -> ExitStack:
@@ -77,11 +71,11 @@ def _run(run: Callable[..., Any], present: Callable[[], "Emulator"]) -> Callable
         keeps = getattr(autotuner, "cache_results", False)
         autotuner.cache = emulator.tuned.setdefault(autotuner, {})
         autotuner.cache_results = False  # there are no times to keep
-        token = _tuning.set(tuning)
+        token = called.set(tuning)
         try:
             return run(autotuner, *args, **kwargs)
         finally:
-            _tuning.reset(token)
+            called.reset(token)
             autotuner.cache, autotuner.cache_results = cache, keeps
             for launch in emulator.launches[first:]:
                 launch.configuration = launch.configuration or str(autotuner.best_config)
@@ -96,7 +90,7 @@ def _bench(bench: Callable[..., Any], present: Callable[[], "Emulator"]) -> Call
     """
 
     def tried(autotuner: Any, *args: Any, config: Any, **kwargs: Any) -> Any:
-        emulator, tuning = present(), _tuning.get()
+        emulator, tuning = present(), called.get()
         assert tuning is not None
         executes, reasons = tuning.has_chosen, list[Exception]()
         if executes and emulator.configurations == "first":
