@@ -12,10 +12,12 @@ import signal
 import subprocess
 import sys
 import traceback
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import FrameType
 from typing import Any
 from unittest.mock import patch
 
@@ -39,6 +41,25 @@ def import_path(*folders: Path) -> str:
     """A PYTHONPATH of ``folders`` and of what it has already: some machines carry their packages
     there."""
     return os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def entered_files(call: Callable[[], object], *rooms: str) -> list[str]:
+    """The files of these folders whose functions ``call`` enters, in the order of their entry."""
+    entered: dict[str, None] = {}
+    folders = tuple(str(ROOT / room) for room in rooms)
+
+    def note(frame: FrameType, event: str, argument: object) -> None:
+        file = frame.f_code.co_filename
+        if event == "call" and file.startswith(folders):
+            entered[str(Path(file).resolve().relative_to(ROOT))] = None
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        call()
+    finally:
+        sys.setprofile(before)
+    return [*entered]
 
 
 def run(*command: str, cwd: Path | str = "/") -> tuple[int, str, str]:

@@ -1,37 +1,18 @@
 # SPDX-License-Identifier: MIT
 """The files between a call of X·Xᵀ and its launch, or its library's product: a reader opens few."""
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import pytest
 import torch
-from commands import ROOT
+from commands import entered_files
 
-ROOMS = tuple(str(ROOT / name) for name in ("torchpar", "kernels"))
 MOST_FILES = {"cuda": 9, "cpu": 8}
 X = torch.ones(48, 32)
 
 
 def files(call: Callable[[], object]) -> list[str]:
-    """The files whose functions ``call`` enters."""
-    entered: dict[Path, None] = {}
-
-    def note(frame: FrameType, event: str, argument: Any) -> None:
-        file = frame.f_code.co_filename
-        if event == "call" and file.startswith(ROOMS):
-            entered[Path(file).resolve()] = None
-
-    before = sys.getprofile()
-    sys.setprofile(note)
-    try:
-        call()
-    finally:
-        sys.setprofile(before)
-    return [str(path.relative_to(ROOT)) for path in entered]
+    return entered_files(call, "torchpar", "kernels")
 
 
 def test_few_files_lead_to_a_product_on_a_cpu() -> None:

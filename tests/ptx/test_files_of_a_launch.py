@@ -1,15 +1,12 @@
 # SPDX-License-Identifier: MIT
 """The files that a launch of a common kernel passes: a reader of the emulator opens few of them."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import pytest
 import torch
-from commands import ROOT
+from commands import entered_files
 
 pytest.importorskip("triton", reason="the kernel is written in Triton")
 
@@ -23,7 +20,7 @@ pytestmark = pytest.mark.skipif(
     native.library() is None, reason="no C compiler, or TORCHPAR_PTX=python"
 )
 
-ROOM = str(ROOT / "torchpar" / "ptx")
+ROOM = "torchpar/ptx"
 MOST_FILES = {"launch": 14, "report": 6}
 N = 1500
 X, Y = torch.rand(N), torch.rand(N)
@@ -37,21 +34,8 @@ def add(x, y, z, n, BLOCK: tl.constexpr):
 
 
 def files(call: Callable[[], object]) -> list[str]:
-    """The files of the emulator whose functions ``call`` enters, in the order of their entry."""
-    entered: dict[str, None] = {}
-
-    def note(frame: FrameType, event: str, argument: Any) -> None:
-        file = frame.f_code.co_filename
-        if event == "call" and file.startswith(ROOM):
-            entered[str(Path(file).relative_to(ROOM))] = None
-
-    before = sys.getprofile()
-    sys.setprofile(note)
-    try:
-        call()
-    finally:
-        sys.setprofile(before)
-    return [*entered]
+    """The files of the emulator that ``call`` enters."""
+    return [name.removeprefix(f"{ROOM}/") for name in entered_files(call, ROOM)]
 
 
 def launch() -> None:
