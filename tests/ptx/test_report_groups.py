@@ -15,7 +15,7 @@ from torchpar.kernels.data_sheets import DATA_SHEETS
 from torchpar.ptx import Fault, Launch, Report, command
 from torchpar.ptx.machine.counters import Column, Counts
 from torchpar.ptx.machine.parse import parse
-from torchpar.ptx.report import page
+from torchpar.ptx.report import page, source
 from torchpar.ptx.report.data import COUNTED
 from torchpar.ptx.report.faults import HostFault
 from torchpar.ptx.report.launch import CapturedGraph, counted
@@ -324,7 +324,7 @@ def test_lines_of_libraries_launch_for_the_program():
     def place_from(module: str) -> tuple[str, int] | None:
         code = compile("def call(function): return function()", "library.py", "exec")
         exec(code, names := {"__name__": module})
-        return names["call"](driver._launching_line)
+        return names["call"](source.program_line)
 
     for module in ("torchpar.kernels.launch", "torchpar.ptx.cuda.graph", "triton.runtime.jit"):
         assert place_from(module)[0] == __file__

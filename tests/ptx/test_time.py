@@ -22,7 +22,7 @@ from torchpar.kernels.linear_sigmoid import LINEAR_SIGMOID, linear_sigmoid
 from torchpar.kernels.matmul_t import SYMMETRIC_MATMUL, matmul_t
 from torchpar.kernels.rule import Tiles
 from torchpar.ptx import emulate
-from torchpar.ptx.report.time import FITTED, TRUST, Fitted, Work, estimate, shown, timed, work_of
+from torchpar.ptx.report.time import FITTED, TRUST, Fitted, Work, estimate, shown, work_of
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "nvidia-h200"
 PATTERN = re.compile(r"(\d+)x(\d+)x(\d+) w(\d+) s(\d+) (\w+)")
@@ -162,7 +162,7 @@ def test_a_launch_has_its_estimate_on_each_gpu():
     memory = launch.time["A100"].terms["memory"] / launch.time["H200"].terms["memory"]
     assert memory == pytest.approx(4.8 / 2.039)
 
-    text = timed(gpu.report())
+    text = gpu.report().timed()
     assert text.startswith("scale[4×1×1]: BLOCK=1024, 4 warps\n")
     assert TRUST in text
     row = next(line for line in text.splitlines() if line.startswith("H200"))

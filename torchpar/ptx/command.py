@@ -18,7 +18,6 @@ import torch
 from torchpar.ptx.cuda.advice import NEEDS_CUDA, advise, says_cuda
 from torchpar.ptx.cuda.stand_in import cuda_is_cpu
 from torchpar.ptx.report.report import Report
-from torchpar.ptx.report.time import timed
 from torchpar.ptx.triton.driver import ARCHITECTURES, emulate, why_not_compiled
 
 WITHIN = "only kernels that the script's own process launches are executed"
@@ -186,7 +185,7 @@ def _show(report: Report, options: argparse.Namespace, stdout: TextIO, advice: s
         if options.counters:
             print(report.counted(), end="\n\n")
         if options.time:
-            print(timed(report), end="\n\n")
+            print(report.timed(), end="\n\n")
         print(report.as_text(options.launches))
         if advice and not (report.launches or report.graphs or report.faults):
             print(f"no kernel was launched; {advice}")

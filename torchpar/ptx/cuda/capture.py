@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Captures of CUDA graphs: operators and launches are executed, recorded, and undone at the end."""
 
-import sys
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,24 +16,12 @@ from torchpar.ptx.cuda.graph_memory import Line, Memory, Pool, Slot, memory_of
 from torchpar.ptx.cuda.operations import LaunchOperation, Operation, with_tensors, written_by
 from torchpar.ptx.cuda.steps import Step
 from torchpar.ptx.cuda.streams import Stream
+from torchpar.ptx.report.source import program_line
 from torchpar.ptx.triton.driver import EMPTY, is_plain
 
 if TYPE_CHECKING:
     from torchpar.ptx.cuda.graph import CUDAGraph
     from torchpar.ptx.cuda.graphs import Graphs
-
-LIBRARIES = ("torch", "triton", "torchpar", "contextlib", "runpy", "copy")
-
-
-def user_line() -> Line:
-    """Return the file and the line of the program that is executed, outside of the libraries."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        name = frame.f_globals.get("__name__", "")
-        if name.partition(".")[0] not in LIBRARIES:
-            return frame.f_code.co_filename, frame.f_lineno
-        frame = frame.f_back
-    return None
 
 
 class Capture:
@@ -64,7 +50,7 @@ class Capture:
 
     def _note_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         if self.graphs.is_capturing:
-            self.steps.append(Step(optimizer, user_line()))
+            self.steps.append(Step(optimizer, program_line()))
 
     # Memory
 
@@ -73,7 +59,7 @@ class Capture:
         storage = t.untyped_storage()
         found = memory_of(t) or self.memories.get(storage._cdata)
         if found is None or not found.is_memory_of(storage):
-            found = Memory(t, user_line(), keep=False)
+            found = Memory(t, program_line(), keep=False)
         self.memories[storage._cdata] = found
         return found
 
@@ -100,7 +86,7 @@ class Capture:
             if number in given or memory_of(value) or not storage.nbytes():
                 return value
             if number not in made:
-                memory = Memory(value, user_line(), graph=self.graph)
+                memory = Memory(value, program_line(), graph=self.graph)
                 made[number] = memory.given_out()
                 self.pool.place(memory)
                 self.memories[made[number]._cdata] = memory

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from torchpar.ptx.cuda.capture import Capture, user_line
+from torchpar.ptx.cuda.capture import Capture
 from torchpar.ptx.cuda.graph_memory import REPLAYED, WRITTEN, Line, Memory, Pool, memory_of
 from torchpar.ptx.cuda.operations import Operation
 from torchpar.ptx.cuda.steps import Step
 from torchpar.ptx.report.launch import CapturedGraph
+from torchpar.ptx.report.source import program_line
 from torchpar.ptx.triton.driver import is_plain
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ class CUDAGraph:
             graphs.show_captured(True)
         self._pool = graphs.pool(pool)
         self._handled = sys.exc_info()[1]  # an error that the program is handling anyway
-        graphs.capture = Capture(graphs, self, self._pool, user_line())
+        graphs.capture = Capture(graphs, self, self._pool, program_line())
 
     def capture_end(self) -> None:
         """End the capture; a replay computes what it has recorded."""
@@ -109,7 +110,7 @@ class CUDAGraph:
                 "torch.cuda.current_stream().wait_stream(other) within the capture"
             )
             begun = None if capture.line is None else ("captured", capture.line)
-            self._graphs.note("error", "unjoined work", message, user_line(), begun)
+            self._graphs.note("error", "unjoined work", message, program_line(), begun)
             raise RuntimeError(f"CUDA error: capturing stream has unjoined work: {message}")
 
     def _check_steps(self) -> None:
@@ -147,7 +148,7 @@ class CUDAGraph:
 
     def replay(self) -> None:
         """Compute what the capture has recorded, in the same memory."""
-        graphs, line = self._graphs, user_line()
+        graphs, line = self._graphs, program_line()
         if not self._is_captured:
             raise RuntimeError(
                 "Called CUDAGraph::replay without a preceding successful capture. Capture it first"

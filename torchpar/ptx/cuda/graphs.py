@@ -23,12 +23,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from torchpar.ptx.cuda import capture_rules, places
-from torchpar.ptx.cuda.capture import Capture, user_line
+from torchpar.ptx.cuda.capture import Capture
 from torchpar.ptx.cuda.graph import CUDAGraph
 from torchpar.ptx.cuda.graph_memory import REPLAYED, WRITTEN, Line, Memory, Pool, memory_of, shown
 from torchpar.ptx.cuda.operations import OperatorKind, tensors_in, with_tensors, written_by
 from torchpar.ptx.cuda.streams import Stream, Streams
 from torchpar.ptx.report.faults import HostFault, Kind
+from torchpar.ptx.report.source import program_line
 from torchpar.ptx.triton.driver import Emulator, is_plain
 
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -59,7 +60,7 @@ class Graphs:
 
     def refuse(self, name: str, message: str) -> None:
         """Note a fault, and raise an error, as a GPU does."""
-        line = user_line()
+        line = program_line()
         if self.capture is not None:
             self.capture.has_failed = True
         begun = None if self.capture is None else self.capture.line
@@ -229,7 +230,7 @@ class Graphs:
                     f"the current stream {use} {shown(t)} while the replay of the graph may still "
                     "run on another stream; call torch.cuda.current_stream().wait_stream(stream) "
                     "first",
-                    user_line(),
+                    program_line(),
                     ("replayed", work[1]) if work[1] else None,
                 )
 
@@ -242,7 +243,7 @@ class Graphs:
                 "result of a reset graph",
                 f"{shown(t)} is in the pool of a graph that was reset, and no replay computes it "
                 "any more; clone it before reset()",
-                user_line(),
+                program_line(),
                 earlier,
             )
         elif graph.waits and self.capture is None:
@@ -251,7 +252,7 @@ class Graphs:
                 "result before a replay",
                 f"{shown(t)} has no values yet: a capture computes nothing; call graph.replay() "
                 "first",
-                user_line(),
+                program_line(),
                 earlier,
             )
         elif memory.overwritten is not None:
@@ -260,7 +261,7 @@ class Graphs:
                 "overwritten result",
                 f"another graph with the same pool has used the memory of {shown(t)} since its "
                 "replay; read it before the other graph's replay, or give that another pool",
-                user_line(),
+                program_line(),
                 ("overwritten by the replay", memory.overwritten),
             )
 

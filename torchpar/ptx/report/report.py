@@ -8,7 +8,7 @@ from torchpar.ptx.report.data import as_json
 from torchpar.ptx.report.faults import Fault
 from torchpar.ptx.report.groups import Group, grouped
 from torchpar.ptx.report.launch import CapturedGraph, Launch
-from torchpar.ptx.report.text import as_text, summary
+from torchpar.ptx.report.text import as_text, of_times, summary
 
 
 @dataclass
@@ -40,6 +40,10 @@ class Report:
             title = str(launch) if count == 1 else f"{launch}; the first of {count} launches"
             blocks.append(f"{title}\n{launch.counted()}")
         return "\n\n".join(blocks)
+
+    def timed(self) -> str:
+        """Return the estimated times of each group's first launch as text."""
+        return of_times(self.groups())
 
     def as_text(self, lists_launches: bool = False) -> str:
         """Return what ``print(report)`` prints.

@@ -3,14 +3,34 @@
 
 import linecache
 import os
+import sys
 from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 
 from torchpar.ptx.machine.counters import Source
 
 STARTED_IN = os.environ.get("PWD", "/")
 with suppress(OSError):  # the folder may be gone
     STARTED_IN = os.getcwd()
+
+
+# Their lines stand between a program's line and what it calls.
+LIBRARIES = ("torch", "triton", __name__.partition(".")[0], "contextlib", "runpy", "copy")
+
+
+def program_line() -> tuple[str, int] | None:
+    """Return the file and the line of the program that is executed, outside of the libraries.
+
+    Of an operator of this library, that is the line that calls the operator.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_globals.get("__name__", "")
+        if name.partition(".")[0] not in LIBRARIES:
+            return frame.f_code.co_filename, frame.f_lineno
+        frame = frame.f_back
+    return None
 
 
 def shown_path(path: str) -> str:

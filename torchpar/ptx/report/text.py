@@ -11,10 +11,13 @@ from collections.abc import Iterable, Sequence
 from torchpar.ptx.report.faults import MARKS, Fault
 from torchpar.ptx.report.groups import Group, Numbered, longest, shown_line
 from torchpar.ptx.report.launch import CapturedGraph, Launch, shown_grid
+from torchpar.ptx.report.time import TRUST, shown
+from torchpar.tables import in_columns
 
 WIDTH = 100  # of lines that can be broken
 GAP = "  "  # between columns
 INDENT = "    "
+TERMS = 3  # of an estimate, in a table
 
 
 def as_text(
@@ -86,6 +89,23 @@ def of_groups(groups: Sequence[Group]) -> list[str]:
     for line, more in zip(aligned(rows), below, strict=True):
         lines += [line, *wrapped(more)]
     return lines
+
+
+def of_times(groups: Iterable[Group]) -> str:
+    """Return the estimated times of each group's first launch as text."""
+    blocks = []
+    for group in groups:
+        launch, count = group.first, len(group.launches)
+        title = f"{launch.kernel}[{shown_grid(launch.grid)}]: {group.configuration}"
+        title += f"; the first of {count:,} launches" if count > 1 else ""
+        table = [["GPU", "about", "bound by", "waves", "terms, which overlap"]]
+        for one in launch.time.values():
+            terms = list(one.terms.items())[:TERMS]
+            words = ", ".join(f"{name} {shown(value)}" for name, value in terms)
+            waves = f"{one.waves:.2f}"
+            table.append([one.gpu, shown(one.microseconds), one.binds, waves, words])
+        blocks.append(f"{title}\n{in_columns(table)}")
+    return "\n\n".join([*blocks, TRUST])
 
 
 def wrapped(text: str) -> list[str]:

@@ -27,11 +27,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from torchpar.kernels.data_sheets import DATA_SHEETS, DataSheet
 from torchpar.ptx.machine.counters import SECTOR, WAVEFRONT, Column, operation, tensor_flops
 from torchpar.ptx.machine.parse import Instruction
-from torchpar.tables import in_columns
 
 if TYPE_CHECKING:
     from torchpar.ptx.report.launch import Launch
-    from torchpar.ptx.report.report import Report
 
 # Of a multiprocessor in a clock. NVIDIA, "CUDA C++ Programming Guide", "Arithmetic Instructions";
 # "Nsight Compute: Profiling Guide"; the L2 cache's bytes by "NVIDIA A100 Tensor Core GPU
@@ -297,22 +295,3 @@ TRUST = """\
 The times are estimates. Of matrix kernels whose counts follow from their tiles, half were within 7%
 of an H200's times, and nine of ten within 18%. Other kernels, other GPUs, programs of unequal
 length and clusters were not compared."""
-TERMS = 3  # of each GPU, in a table
-
-
-def timed(report: "Report") -> str:
-    """Return the estimates of each group's first launch as text."""
-    blocks = []
-    for group in report.groups():
-        launch, count = group.first, len(group.launches)
-        grid = "×".join(map(str, launch.grid))
-        title = f"{launch.kernel}[{grid}]: {group.configuration}"
-        title += f"; the first of {count:,} launches" if count > 1 else ""
-        table = [["GPU", "about", "bound by", "waves", "terms, which overlap"]]
-        for one in launch.time.values():
-            terms = list(one.terms.items())[:TERMS]
-            words = ", ".join(f"{name} {shown(value)}" for name, value in terms)
-            waves = f"{one.waves:.2f}"
-            table.append([one.gpu, shown(one.microseconds), one.binds, waves, words])
-        blocks.append(f"{title}\n{in_columns(table)}")
-    return "\n\n".join([*blocks, TRUST])

@@ -13,7 +13,6 @@ import ctypes
 import gc
 import os
 import re
-import sys
 import threading
 import time
 from bisect import bisect_right
@@ -23,7 +22,6 @@ from dataclasses import fields
 from functools import cached_property, lru_cache
 from itertools import compress
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple, Protocol
 from unittest.mock import patch
 from weakref import WeakKeyDictionary
@@ -41,6 +39,7 @@ from triton.runtime._allocation import NullAllocator, _allocator
 from triton.runtime.driver import driver as active_driver
 from triton.runtime.errors import PTXASError
 
+from torchpar.kernels.data_sheets import DATA_SHEETS, PROGRAMS, REGISTERS, RESERVED, WARPS
 from torchpar.ptx.instructions.tma import STRIDES_END, TF32
 from torchpar.ptx.machine import gpu
 from torchpar.ptx.machine.block import SCHEDULES, Schedule
@@ -64,15 +63,16 @@ from torchpar.ptx.report.faults import Fault, HostFault, Kind
 from torchpar.ptx.report.launch import CapturedGraph, Launch
 from torchpar.ptx.report.limits import Limits
 from torchpar.ptx.report.report import Report
-from torchpar.ptx.report.source import moved
+from torchpar.ptx.report.source import moved, program_line
 from torchpar.ptx.triton import autotuner
 from torchpar.ptx.triton.assumptions import Assertions, assertions_of
 from torchpar.ptx.triton.conditions import Conditions, conditions_of
 from torchpar.ptx.triton.stages import Stages
 
 ARCHITECTURES = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
-SHARED_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}  # of a program at most
-MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
+# By capability; shared memory of a program at most.
+SHARED_BYTES = {sheet.capability: sheet.shared - RESERVED for sheet in DATA_SHEETS.values()}
+MULTIPROCESSORS = {sheet.capability: sheet.multiprocessors for sheet in DATA_SHEETS.values()}
 LARGEST_GRID_X, LARGEST_GRID_YZ = 2**31 - 1, 65_535  # of each NVIDIA GPU
 LARGEST_SIZE = 2**32 - 1  # of a dimension of a tensormap
 NUMBER = r"\b(0x[0-9a-f]+|\d+)\b"  # in a message
@@ -477,7 +477,9 @@ class Emulator(gpu.Gpu):
 
     def prepare(self, kernel: Kernel) -> None:
         threads, shared = kernel.threads, self.shared_bytes
-        held = min(32, 2048 // max(threads, 1), SHARED_BYTES[self.capability] // max(shared, 1))
+        held = min(
+            PROGRAMS, 32 * WARPS // max(threads, 1), SHARED_BYTES[self.capability] // max(shared, 1)
+        )
         self.resident_blocks = MULTIPROCESSORS[self.capability] * max(held, 1)
         self._sources = {
             i.line: moved(i.source, kernel.file, self._file) for i in kernel.instructions
@@ -548,23 +550,6 @@ def _index_of(t: Tensor, name: str) -> Callable[[int], str]:
         return f"element {offset // width} of the storage of {name}"
 
     return index
-
-
-LIBRARIES = ("torch", "triton", __name__.partition(".")[0])  # whose lines launch for a program
-
-
-def _launching_line() -> tuple[str, int] | None:
-    """Return the file and the line of the program that launches the kernel.
-
-    For an operator of this library, that is the line that calls the operator.
-    """
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        name = frame.f_globals.get("__name__", "")
-        if name.partition(".")[0] not in LIBRARIES:
-            return frame.f_code.co_filename, frame.f_lineno
-        frame = frame.f_back
-    return None
 
 
 def _check_mode(metadata: Any) -> None:
@@ -686,7 +671,7 @@ class Launcher:
                 metadata.num_warps,
                 metadata.shared,
                 ptx=module.text,
-                launched=_launching_line(),
+                launched=program_line(),
                 ctas=ctas,
                 constants=self.constants,
                 specialization=self.specialization,
@@ -906,7 +891,7 @@ class Utils:
             "max_shared_mem": SHARED_BYTES[self.emulator.capability],
             "multiprocessor_count": self.emulator.multiprocessors,
             "warpSize": 32,
-            "max_num_regs": 65_536,
+            "max_num_regs": REGISTERS,
             "sm_clock_rate": 1,
             "mem_clock_rate": 1,
             "mem_bus_width": 1,
