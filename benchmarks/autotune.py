@@ -40,7 +40,6 @@ from benchmarks.resources import ARCHITECTURES, Operator, compile_all, describe
 from benchmarks.results import Result, Table, print_results, track
 from benchmarks.timing import Rejected
 from torchpar.errors import ConfigError
-from torchpar.estimate import estimate_tiles
 from torchpar.kernels.device import device
 from torchpar.kernels.gemm import by_columns
 from torchpar.kernels.linear_sigmoid import (
@@ -62,6 +61,7 @@ from torchpar.kernels.rule import (
 )
 from torchpar.kernels.tiles import Choice
 from torchpar.ops.matrix import fp32_precision
+from torchpar.ptx.estimate import estimate_tiles
 from torchpar.ptx.triton.driver import why_not_compiled
 
 Call = Callable[[], Tensor]

@@ -11,8 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
 
-from torchpar.errors import ConfigError, TorchparError
-from torchpar.machine import printing
+from torchpar.errors import ConfigError, TorchparError, printing
 
 
 class Command:

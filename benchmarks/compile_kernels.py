@@ -23,7 +23,7 @@ from benchmarks.driver import compile_launches, target
 from torchpar.kernels.linear_sigmoid import LINEAR_SIGMOID, linear_sigmoid
 from torchpar.kernels.matmul_t import SYMMETRIC_MATMUL, symmetric_matmul
 from torchpar.kernels.rule import KINDS, Product, Tiles, configurations
-from torchpar.processes import end_with_parent
+from torchpar.parallel.launch.processes import end_with_parent
 
 SIZE = 4096
 

@@ -41,7 +41,7 @@ from benchmarks.timing import CPU, Rejected, Times, Turn, flush, take_turns, tim
 from torchpar.baselines import numpy_mlp, pure_python
 from torchpar.baselines.numpy_mlp import Array
 from torchpar.errors import ConfigError
-from torchpar.processes import end_with_parent
+from torchpar.parallel.launch.processes import end_with_parent
 
 THREADS = (1, 2, 4, 8)
 ROUNDS = 20

@@ -2,7 +2,8 @@
 """Compile kernels for GPUs that are not here: registers, spills, shared memory, blocks and waves.
 
 They come from the machine code and the makers' documents. The estimate of a product is that of
-`torchpar.estimate`; of others it is the time of the operands and the result at the memory's peak.
+`torchpar.ptx.estimate`; of others it is the time of the operands and the result at the memory's
+peak.
 """
 
 import os
@@ -37,7 +38,7 @@ from torchpar.kernels.data_sheets import (
     DataSheet,
 )
 from torchpar.kernels.rule import KINDS
-from torchpar.processes import end_with_parent
+from torchpar.parallel.launch.processes import end_with_parent
 
 TENSOR_COLUMNS = 512  # of a multiprocessor
 PRINTED = [

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from torchpar.errors import ConfigError
-from torchpar.machine import cpuinfo
+from torchpar.ops.machine import cpuinfo
 
 T = TypeVar("T")
 Cells = Mapping[str, Any]  # of a row, by column: texts, numbers, or None

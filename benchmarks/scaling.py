@@ -28,14 +28,14 @@ from benchmarks.timing import CPU, Rejected, Times, take_turns, time_calls
 from torchpar.nn import MLP
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.split.mlp import parallel_mlp
+from torchpar.parallel.split.parts import part_of
 from torchpar.parallel.split.shared_memory import (
     SUPPORTED,
     make_shared_sum,
     register_shared_memory_hook,
 )
-from torchpar.parts import part_of
-from torchpar.profile.collectives import Collectives
 from torchpar.training.classification import cross_entropy_sum
+from torchpar.training.profile.collectives import Collectives
 
 BLOCK_SECONDS = 0.15  # of one case's steps in a round, about
 ALL_REDUCES = 20  # of a size in a round

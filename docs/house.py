@@ -13,13 +13,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "CONTRIBUTING.md"
 BEGIN, END = "<!-- by docs/house.py -->\n", "<!-- end -->\n"
-PARTS = ("torchpar.parallel",)  # whose folders are rooms of their own
 
 
 def room(module: str) -> str:
     """The room of a module such as torchpar.ops.maximum; "" for names of the package itself."""
-    depth = 3 if module.startswith(PARTS) else 2
-    return ".".join(module.split(".")[1:depth])
+    return [*module.split("."), ""][1]
 
 
 def modules() -> dict[str, Path]:
@@ -57,8 +55,7 @@ def arrows() -> dict[str, set[str]]:
             continue
         used = {room(name) for name in imports(path, module) if name in known or room(name)}
         rooms = {room(name) for name in known}
-        direct.setdefault(own, set()).update((used & rooms) - {own, "", "__main__", "parallel"})
-    direct.pop("parallel", None)  # names of its folders
+        direct.setdefault(own, set()).update((used & rooms) - {own, "", "__main__"})
     return {name: used - reached(direct, used) for name, used in direct.items()}
 
 

@@ -52,9 +52,9 @@ from support import cli, console, one_process, plots
 
 from torchpar.baselines import mpi, numpy_mlp
 from torchpar.baselines.numpy_mlp import Array
-from torchpar.datasets import FOLDERS, Dataset, Images, checksums, read
+from torchpar.data.files import FOLDERS, Dataset, Images, checksums, read
 from torchpar.errors import ConfigError, check_finite
-from torchpar.profile.phases import Phases, phase
+from torchpar.training.profile.phases import Phases, phase
 
 if TYPE_CHECKING:
     from torchpar.parallel import World

@@ -40,11 +40,11 @@ from torch.nn.functional import one_hot
 
 import torchpar
 from torchpar.data import Samples, batches, load
-from torchpar.datasets import Dataset
+from torchpar.data.files import Dataset
 from torchpar.errors import ConfigError, check_finite
 from torchpar.parallel.launch.world import join_world
-from torchpar.profile.phases import Phases, phase
 from torchpar.training import EpochResult, Evaluation
+from torchpar.training.profile.phases import Phases, phase
 
 Errors = dict[str, float]  # by the name of a tensor: "input", "weight", "bias"
 # The best h in float64: its error h² and its roundoff eps/h are alike, some 1e-11

@@ -31,7 +31,7 @@ from torch import distributed as dist
 from torch.nn.functional import cross_entropy
 
 from torchpar.data import Batch, Samples, batches, load
-from torchpar.datasets import Dataset
+from torchpar.data.files import Dataset
 from torchpar.errors import ConfigError, TorchparError, check_finite
 from torchpar.nn import MLP
 from torchpar.training import LRSchedule, lr_scheduler, sgd

@@ -44,11 +44,11 @@ from support import cli, console, one_process, report
 
 from torchpar.baselines import mpi
 from torchpar.baselines.numpy_mlp import SGD, Array, Hidden, Init, NumpyMLP, batches
-from torchpar.datasets import Images, checksums, read
+from torchpar.data.files import Images, checksums, read
 from torchpar.errors import ConfigError, check_finite
-from torchpar.outcome import EpochResult
-from torchpar.profile.phases import Phases, phase
-from torchpar.profile.record import Call, RankRecord
+from torchpar.training.outcome import EpochResult
+from torchpar.training.profile.phases import Phases, phase
+from torchpar.training.profile.record import Call, RankRecord
 
 T = TypeVar("T")
 Split = Literal["data", "model"]

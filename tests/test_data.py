@@ -13,7 +13,8 @@ import pytest
 import torch
 from fake_data import fashion_mnist
 
-from torchpar import data, datasets
+from torchpar import data
+from torchpar.data import files as datasets
 from torchpar.errors import ConfigError
 from torchpar.parallel import World
 

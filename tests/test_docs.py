@@ -24,8 +24,8 @@ from torch.distributed.checkpoint import CheckpointException
 import torchpar
 from benchmarks import ladder, ladder_page, speedrun, student, train
 from benchmarks.results import Result, duration, markdown
+from torchpar.exact.verify.verify import EXPECTED
 from torchpar.testing.operators import RULES
-from torchpar.verify.command import EXPECTED
 
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text()

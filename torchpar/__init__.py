@@ -4,12 +4,19 @@
 Importing this package registers ``torch.ops.torchpar.*``. Triton is imported on the first call that
 needs a kernel, and `torchpar.optim`, `torchpar.parallel` and others on first use: so
 ``import torchpar`` is cheap, and works where Triton is not installed. Where PyTorch is not
-installed, `torchpar.baselines` and `torchpar.datasets` still work.
+installed, `torchpar.baselines` and `torchpar.data.files` still work.
 """
 
 import importlib
+import sys
+import warnings
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from torchpar.errors import needs_torch
 
 if find_spec("torch"):
     from torchpar import library, nn
@@ -33,8 +40,44 @@ __all__ += ["exact", "library", "nn", "optim", "parallel", "ptx", "symmetric_mat
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__ and not find_spec("torch"):
-        raise ImportError(f"torchpar.{name} needs PyTorch; pip install torch")
-    if name in ("exact", "optim", "parallel", "ptx", "testing"):
-        return importlib.import_module(f"torchpar.{name}")
-    raise AttributeError(f"module 'torchpar' has no attribute {name!r}")
+    if name not in ("exact", "optim", "parallel", "ptx", "testing") or not find_spec("torch"):
+        needs_torch(__name__, __all__)(name)
+    return importlib.import_module(f"torchpar.{name}")
+
+
+# Modules that moved in version 0.5. Their old names work until version 0.6.
+MOVED = {
+    "torchpar.datasets": "torchpar.data.files",
+    "torchpar.doctor": "torchpar.testing.doctor",
+    "torchpar.drawing": "torchpar.ptx.report.drawing",
+    "torchpar.explain": "torchpar.ptx.explain",
+    "torchpar.machine": "torchpar.ops.machine",
+    "torchpar.outcome": "torchpar.training.outcome",
+    "torchpar.parts": "torchpar.parallel.split.parts",
+    "torchpar.processes": "torchpar.parallel.launch.processes",
+    "torchpar.profile": "torchpar.training.profile",
+    "torchpar.rank_info": "torchpar.parallel.launch.rank_info",
+    "torchpar.verify": "torchpar.exact.verify",
+}
+
+
+class _Moved(MetaPathFinder, Loader):
+    """Let a module that moved be imported by its old name, with a DeprecationWarning."""
+
+    def find_spec(self, name: str, *_: object) -> ModuleSpec | None:
+        moved = ".".join(name.split(".")[:2]) in MOVED
+        return ModuleSpec(name, self, is_package=True) if moved else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        old = ".".join(module.__name__.split(".")[:2])
+        new = importlib.import_module(MOVED[old] + module.__name__.removeprefix(old))
+        warnings.warn(
+            f"{module.__name__} is now {new.__name__}; the old name goes in version 0.6",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        names = {name: value for name, value in vars(new).items() if not name.startswith("__")}
+        vars(module).update(names)
+
+
+sys.meta_path.append(_Moved())

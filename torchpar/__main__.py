@@ -9,18 +9,21 @@ import importlib
 import signal
 import sys
 
-from torchpar.machine import printing
+from torchpar.errors import printing
 
 COMMANDS = {
     "verify": (
-        "torchpar.verify.command",
+        "torchpar.exact.verify.verify",
         "train on any mesh of ranks, and compare the weights' hash",
     ),
-    "check": ("torchpar.testing.command", "try an operator of yours with every part of PyTorch"),
+    "check": ("torchpar.testing.check", "try an operator of yours with every part of PyTorch"),
     "ptx": ("torchpar.ptx.command", "run a script's Triton kernels as compiled for a GPU, here"),
-    "doctor": ("torchpar.doctor", "say what works on this machine, and how to mend what does not"),
+    "doctor": (
+        "torchpar.testing.doctor",
+        "say what works on this machine, and how to mend what does not",
+    ),
     "explain": (
-        "torchpar.explain",
+        "torchpar.ptx.explain",
         "say who computes a product on a GPU: which tiles, or the library",
     ),
 }

@@ -1,8 +1,20 @@
 # SPDX-License-Identifier: MIT
-"""The errors of torchpar. A message is one line: what was wrong, what was expected, what to do."""
+"""The errors of torchpar, and the lines that its commands print.
 
+The message of an error is one line: what was wrong, what was expected, what to do.
+"""
+
+import io
 import math
-from collections.abc import Sequence
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NoReturn
+
+__all__ = ["AllRanksError", "ConfigError", "DivergedError", "RankLostError", "TorchparError"]
+__all__ += ["check_finite", "first_line"]
 
 
 class TorchparError(Exception):
@@ -43,3 +55,61 @@ class RankLostError(TorchparError, RuntimeError):
 def first_line(error: BaseException) -> str:
     """The type of an error, and the first line of its message."""
     return f"{type(error).__name__}: {error}".partition("\n")[0]
+
+
+def in_columns(rows: Sequence[Sequence[str]]) -> str:
+    """The cells of a table in columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def stop_printing() -> None:
+    """Let what is printed from now on go nowhere, as after a reader has closed the pipe."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextmanager
+def printing(command: str) -> Iterator[None]:
+    """Let the block print; end the process in one line where the output cannot be written.
+
+    Where nobody reads on, such as head, that has read enough, the process ends without a line.
+
+    Args:
+        command: whose block it is, for the message.
+    """
+    if sys.stdout is None:  # it was closed
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # until this process ends
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # where there is only ASCII, print ? for others
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        stop_printing()
+        sys.exit(128 + signal.SIGPIPE)
+    except OSError as e:
+        if e.filename is not None or _can_print():  # then it is another file's
+            raise
+        stop_printing()
+        print(f"{command}: error: the output cannot be written: {e}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _can_print() -> bool:
+    try:
+        print(flush=True)  # a flush alone would find an empty buffer
+    except OSError:
+        return False
+    return True
+
+
+def needs_torch(package: str, names: Sequence[str]) -> Callable[[str], NoReturn]:
+    """A package's `__getattr__` where PyTorch is not installed, which its ``names`` need."""
+
+    def missing(name: str) -> NoReturn:
+        if name in names:
+            raise ImportError(f"{package}.{name} needs PyTorch; pip install torch")
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+    return missing

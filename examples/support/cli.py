@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, TypedDict, TypeVar
 
 from torchpar import __version__
-from torchpar.datasets import Dataset
+from torchpar.data.files import Dataset
 from torchpar.errors import AllRanksError, ConfigError, TorchparError, first_line
-from torchpar.outcome import Stopped
-from torchpar.rank_info import find_rank_info
+from torchpar.parallel.launch.rank_info import find_rank_info
+from torchpar.training.outcome import Stopped
 
 if TYPE_CHECKING:
     from torchpar.data import Samples

@@ -16,8 +16,8 @@ from rich.progress import Progress, track
 from rich.table import Table
 
 from torchpar.errors import ConfigError
-from torchpar.outcome import EpochResult
-from torchpar.profile.record import RankRecord
+from torchpar.training.outcome import EpochResult
+from torchpar.training.profile.record import RankRecord
 
 T = TypeVar("T")
 Row = Mapping[str, object]  # cells by column

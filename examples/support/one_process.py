@@ -13,7 +13,7 @@ import numpy as np
 
 from torchpar.baselines import mpi
 from torchpar.errors import ConfigError, DivergedError
-from torchpar.processes import end_with_parent
+from torchpar.parallel.launch.processes import end_with_parent
 
 T = TypeVar("T")
 # Of the largest loss. Roundings of 6e-8 leave some 1e-7 of a mean over an epoch, 1e-5 at most in

@@ -7,8 +7,8 @@ from typing import TypeVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from torchpar.profile.record import RankRecord
-from torchpar.profile.recorder import Recorder
+from torchpar.training.profile.record import RankRecord
+from torchpar.training.profile.recorder import Recorder
 
 B = TypeVar("B")
 

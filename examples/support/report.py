@@ -18,15 +18,15 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from support import console, plots
-from torchpar.drawing import Drawing
-from torchpar.outcome import EpochResult
-from torchpar.profile.record import RankRecord, Timeline, timeline
+from torchpar.ptx.report.drawing import Drawing
+from torchpar.training.outcome import EpochResult
+from torchpar.training.profile.record import RankRecord, Timeline, timeline
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from torchpar.data import Samples
-    from torchpar.datasets import Images
+    from torchpar.data.files import Images
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 WORST = 24  # number of worst-classified samples to show

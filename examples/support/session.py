@@ -20,9 +20,9 @@ from torchpar.parallel.launch.agreement import check_same_on_all_ranks
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.split.clip import clip_grad_norm_
 from torchpar.parallel.split.shared_memory import can_share_memory
-from torchpar.profile.record import RankRecord
-from torchpar.profile.recorder import Recorder
 from torchpar.training import EpochResult, Run
+from torchpar.training.profile.record import RankRecord
+from torchpar.training.profile.recorder import Recorder
 
 B = TypeVar("B")
 # Steps that are not traced: two in which DistributedDataParallel sets itself up, one warms up.

@@ -8,7 +8,7 @@ import numpy as np
 
 from torchpar.errors import ConfigError
 from torchpar.parallel.launch.world import World
-from torchpar.profile.record import RankRecord, Step
+from torchpar.training.profile.record import RankRecord, Step
 
 LETTERS = {"forward": "F", "backward": "B"}
 # F0, B0 and so on, by micro-batch: start and end in seconds.

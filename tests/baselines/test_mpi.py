@@ -20,12 +20,12 @@ from commands import LAST_LINE, MPIRUN, ROOT, import_path, lesson, needs_mpirun,
 from fake_data import fashion_mnist
 
 import torchpar
-from torchpar import datasets
 from torchpar.baselines import mpi, numpy_mlp
 from torchpar.baselines.numpy_mlp import NumpyMLP
+from torchpar.data import files as datasets
 from torchpar.errors import ConfigError, DivergedError
+from torchpar.parallel.launch.rank_info import first_difference
 from torchpar.parallel.launch.world import join_world
-from torchpar.rank_info import first_difference
 
 pytest.importorskip("tyro", reason="tyro reads the flags")
 
@@ -84,12 +84,20 @@ def test_the_package_without_torch_has_the_baselines_alone():
     program += "print(numpy_mlp.NumpyMLP((3, 2)).parameters.size)\n"
     names = sorted(torchpar.__all__)
     assert {"maximum", "nn", "optim", "exact", "parallel", "testing"} <= set(names)
+    program += "from torchpar.data import files\nimport torchpar.ptx\n"
+    # Of a package that is imported, its names need PyTorch.
+    for package in (torchpar.data, torchpar.parallel, torchpar.ptx):
+        prefix = package.__name__.partition(".")[2]
+        names += [f"{prefix}.{name}" for name in package.__all__]
+    names = [name for name in names if name not in ("parallel", "ptx")]
     program += f"for name in {names}:\n"
     program += (
-        "    try:\n        getattr(torchpar, name)\n    except ImportError as e:\n        "
+        "    try:\n        attrgetter(name)(torchpar)\n    except ImportError as e:\n        "
         "print(e)\n"
     )
-    code, out, err = run_without_torch(sys.executable, "-c", program)
+    code, out, err = run_without_torch(
+        sys.executable, "-c", f"from operator import attrgetter\n{program}"
+    )
     assert code == 0, err
     assert out.splitlines() == [
         "8",
@@ -156,7 +164,7 @@ import sys
 import numpy as np, fashion_pooled, train_mpi
 from fashion_pooled import Plan, Result
 from pathlib import Path
-from torchpar import datasets
+from torchpar.data import files as datasets
 from torchpar.baselines import mpi
 CASES = {cases}
 {functions}

@@ -16,8 +16,8 @@ from torchpar import exact
 from torchpar.errors import ConfigError
 from torchpar.exact import tensor_parallel
 from torchpar.exact.data_parallel import BinnedSum
+from torchpar.exact.verify import models, verify
 from torchpar.parallel import join_world
-from torchpar.verify import command, models
 
 
 def binned(parts: list[list[Tensor]]) -> Tensor:
@@ -174,7 +174,7 @@ def short(model: str, mesh: Mesh, threads: int = 1, rounded: bool = False) -> st
         patch.multiple(models, GPT_STEPS=2, SEQUENCES=3, MLP_STEPS=3, BATCH_SIZE=72),
         patch.object(tensor_parallel, "all_reduce", add_rounded if rounded else add),
     ):
-        return command.trained(world, command.Plan(model, *mesh))
+        return verify.trained(world, verify.Plan(model, *mesh))
 
 
 RECORDED = "65a787ab658864f495a1276584fa9b5d2871142c4f294e6ac18c58b651540074"  # of the MLP

@@ -20,7 +20,7 @@ from torchpar.errors import ConfigError
 from torchpar.nn import MLP, LinearMaxout
 from torchpar.optim import Muon, muon
 from torchpar.optim.assign import Assignment
-from torchpar.parts import Part, mark_slice
+from torchpar.parallel.split.parts import Part, mark_slice
 
 
 def test_the_example_prints_its_table_and_trains_every_parameter():

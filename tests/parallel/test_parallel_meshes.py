@@ -32,12 +32,12 @@ from torchpar.parallel import World, clip_grad_norm_, join_world, parallel_mlp
 from torchpar.parallel.split import clip as clip_module
 from torchpar.parallel.split import shared_memory
 from torchpar.parallel.split.layers import meshes_of_shards
+from torchpar.parallel.split.parts import local, part_of, slice_along
 from torchpar.parallel.split.pipeline import Pipeline, check_one_rank_per_gpu, stage_mlp
 from torchpar.parallel.split.shared_memory import register_shared_memory_hook
-from torchpar.parts import local, part_of, slice_along
-from torchpar.profile.collectives import Collectives
 from torchpar.training import add_orthogonality_gradient
 from torchpar.training.fused import FusedGradients
+from torchpar.training.profile.collectives import Collectives
 
 SIZES = (25, 33, 7, 5, 10)
 # Sums of at most 33 terms in two orders differ by 33·eps. In five steps at a rate of 0.3 and a

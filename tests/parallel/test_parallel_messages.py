@@ -14,7 +14,7 @@ from torchpar import training
 from torchpar.nn import MLP
 from torchpar.parallel import join_world
 from torchpar.parallel.split import shared_memory
-from torchpar.profile.collectives import Collectives
+from torchpar.training.profile.collectives import Collectives
 
 SIZES = (6, 8, 4, 10, 2)  # 56 + 36 + 50 + 22 parameters
 SQUARE = (8,) * 5

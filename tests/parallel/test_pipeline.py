@@ -14,8 +14,8 @@ from torchpar import reference
 from torchpar.errors import ConfigError
 from torchpar.parallel import join_world
 from torchpar.parallel.split.schedules import P2PCommunicator, gpipe, one_forward_one_backward
-from torchpar.profile.phases import Phases, phase
-from torchpar.profile.record import RankRecord, Span, Step
+from torchpar.training.profile.phases import Phases, phase
+from torchpar.training.profile.record import RankRecord, Span, Step
 
 SCHEDULES = {"gpipe": gpipe, "1f1b": one_forward_one_backward}
 LARGE = (2048, 2048)  # 16 MiB

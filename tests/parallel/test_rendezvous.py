@@ -27,8 +27,8 @@ from torchpar.errors import ConfigError, RankLostError
 from torchpar.parallel import join_world
 from torchpar.parallel.launch import rendezvous
 from torchpar.parallel.launch.local import Ranks
+from torchpar.parallel.launch.rank_info import RankInfo, find_rank_info
 from torchpar.parallel.launch.rendezvous import connect, missing_ranks
-from torchpar.rank_info import RankInfo, find_rank_info
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
 TORCHRUN |= {"MASTER_ADDR": "a", "MASTER_PORT": "29400", "TORCHELASTIC_USE_AGENT_STORE": "True"}
@@ -311,7 +311,7 @@ def test_an_interface_that_is_not_there_is_named(monkeypatch):
 
 ADD_UP = """
 import torch
-from torchpar.rank_info import find_rank_info
+from torchpar.parallel.launch.rank_info import find_rank_info
 from torchpar.parallel.launch.world import join_world
 with join_world("cpu") as world:
     total = world.sum(torch.tensor(world.rank + 1.0))

@@ -12,9 +12,9 @@ pytest.importorskip("matplotlib", reason="matplotlib draws")
 import torchpar  # noqa: F401  # its operators
 from benchmarks.ptx_kernels import softmax_kernel
 from ptx.walk import by_rows
-from torchpar.drawing import INK
 from torchpar.ptx import Report, emulate
 from torchpar.ptx.report import page
+from torchpar.ptx.report.drawing import INK
 
 
 def transpose() -> None:

@@ -16,12 +16,12 @@ import torch
 import triton
 import triton.language as tl
 
-from torchpar.estimate import device_of, estimate_tiles, work_of_tiles
 from torchpar.kernels.data_sheets import DATA_SHEETS
 from torchpar.kernels.linear_sigmoid import LINEAR_SIGMOID, linear_sigmoid
 from torchpar.kernels.matmul_t import SYMMETRIC_MATMUL, matmul_t
 from torchpar.kernels.rule import Tiles
 from torchpar.ptx import emulate
+from torchpar.ptx.estimate import device_of, estimate_tiles, work_of_tiles
 from torchpar.ptx.report.time import FITTED, TRUST, Fitted, Work, estimate, shown, work_of
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "nvidia-h200"

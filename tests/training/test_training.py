@@ -24,12 +24,12 @@ from torchpar import training
 from torchpar.data import Samples
 from torchpar.errors import ConfigError, DivergedError
 from torchpar.nn import MLP
-from torchpar.outcome import EpochResult, Stopped
 from torchpar.parallel import full_state_dict
 from torchpar.parallel.launch.world import join_world
 from torchpar.parallel.split import shared_memory
 from torchpar.training import CheckpointConfig, Classification
 from torchpar.training.classification import EVALUATION_BATCH
+from torchpar.training.outcome import EpochResult, Stopped
 from torchpar.training.stop import StopSignal
 
 SIZES = [784, 20, 10]

@@ -16,7 +16,7 @@ import numpy as np
 
 from torchpar.baselines.numpy_mlp import Array, NumpyMLP
 from torchpar.errors import AllRanksError, ConfigError
-from torchpar.rank_info import find_rank_info, first_difference
+from torchpar.parallel.launch.rank_info import find_rank_info, first_difference
 
 T = TypeVar("T")
 Communicator = Any  # mpi4py's `MPI.Intracomm`, which need not be installed, or `OneProcess`

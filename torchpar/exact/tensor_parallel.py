@@ -21,8 +21,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torchpar.exact.dispatch import ordinary
 from torchpar.ops import exact_digits, exact_matmul
 from torchpar.ops.matrix import rows
+from torchpar.parallel.split.parts import mark_slice, slice_along
 from torchpar.parallel.split.reduction import all_reduce
-from torchpar.parts import mark_slice, slice_along
 
 
 def _product(a: Tensor, b: Tensor, mesh: DeviceMesh | None) -> Tensor:

@@ -4,13 +4,18 @@
 Importing a file registers its operator.
 """
 
-from torchpar.ops.exact_matmul import exact_matmul, exact_matmul_t
-from torchpar.ops.fp32 import fp32_products
-from torchpar.ops.fp32_matmul import fp32_matmul  # noqa: F401  # an internal operator
-from torchpar.ops.linear_sigmoid import linear_sigmoid
-from torchpar.ops.matmul_t import matmul_t
-from torchpar.ops.maximum import maximum
-from torchpar.ops.symmetric_matmul import symmetric_matmul
+from importlib.util import find_spec
+
+from torchpar.errors import needs_torch
+
+if find_spec("torch"):
+    from torchpar.ops.exact_matmul import exact_matmul, exact_matmul_t
+    from torchpar.ops.fp32 import fp32_products
+    from torchpar.ops.fp32_matmul import fp32_matmul  # noqa: F401  # an internal operator
+    from torchpar.ops.linear_sigmoid import linear_sigmoid
+    from torchpar.ops.matmul_t import matmul_t
+    from torchpar.ops.maximum import maximum
+    from torchpar.ops.symmetric_matmul import symmetric_matmul
 
 __all__ = [
     "exact_matmul",
@@ -21,3 +26,6 @@ __all__ = [
     "maximum",
     "symmetric_matmul",
 ]
+
+if not find_spec("torch"):
+    __getattr__ = needs_torch(__name__, __all__)

@@ -31,8 +31,8 @@ from torch import Tensor
 
 from torchpar.errors import ConfigError
 from torchpar.kernels import Wrap
-from torchpar.machine import cpuinfo
 from torchpar.ops._operator import runs_kernels
+from torchpar.ops.machine import cpuinfo
 
 DIGITS, BITS = 4, 8
 SCALE = DIGITS * BITS - 1  # |X| < 2^SCALE

@@ -5,7 +5,7 @@ from functools import cache
 
 import torch
 
-from torchpar.machine import cpuinfo
+from torchpar.ops.machine import cpuinfo
 
 
 @cache

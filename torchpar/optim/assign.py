@@ -18,12 +18,11 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import Optimizer
 
-from torchpar.errors import ConfigError
+from torchpar.errors import ConfigError, in_columns
 from torchpar.library.sharding import is_dtensor
 from torchpar.optim.chained import ChainedOptimizer, Group
 from torchpar.optim.matrices import View
-from torchpar.parts import part_of
-from torchpar.tables import in_columns
+from torchpar.parallel.split.parts import part_of
 
 Choice = Literal["muon", "others"]
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torchpar.errors import ConfigError
 from torchpar.optim.matrices import ParamInfo
 from torchpar.parallel.launch.agreement import check_same_on_all_ranks
-from torchpar.parts import Part
+from torchpar.parallel.split.parts import Part
 
 # Four bytes, each a bfloat16, which holds the integers up to 256.
 _CHECKSUM_PART = Part((4,), (0,), (4,))

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchpar.errors import ConfigError
 from torchpar.ops.matrix import runs_kernels
 from torchpar.optim.newton_schulz import Coefficients, NewtonSchulz, orthogonalize
-from torchpar.parts import Part, local
+from torchpar.parallel.split.parts import Part, local
 
 View = Callable[[Tensor], Tensor | Sequence[Tensor]]
 """A function from a parameter to its matrices.

@@ -26,7 +26,7 @@ from torchpar.optim.elementwise import update_alone
 from torchpar.optim.exchange import Exchange
 from torchpar.optim.matrices import ParamInfo, View, orthogonalize_all
 from torchpar.optim.newton_schulz import COEFFICIENTS, Coefficients, NewtonSchulz, orthogonalize
-from torchpar.parts import local, part_of
+from torchpar.parallel.split.parts import local, part_of
 
 # The factor of the learning rate of a matrix (n, m), by the names of `torch.optim.Muon`.
 _RATIOS: dict[str, Callable[[int, int], float]] = {

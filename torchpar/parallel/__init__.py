@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: MIT
 """Training on several processes: connect them, divide the model, write checkpoints."""
 
-from torchpar.parallel.launch.world import World, join_world
-from torchpar.parallel.split.clip import clip_grad_norm_
-from torchpar.parallel.split.layers import ColumnParallelLinear, RowParallelLinear
-from torchpar.parallel.split.mlp import full_state_dict, load_full_state_dict, parallel_mlp
-from torchpar.parallel.split.pipeline import Pipeline, stage_mlp
-from torchpar.parallel.split.scaler import GradScaler
-from torchpar.parallel.split.shared_memory import register_shared_memory_hook
+from importlib.util import find_spec
+
+from torchpar.errors import needs_torch
+
+if find_spec("torch"):
+    from torchpar.parallel.launch.world import World, join_world
+    from torchpar.parallel.split.clip import clip_grad_norm_
+    from torchpar.parallel.split.layers import ColumnParallelLinear, RowParallelLinear
+    from torchpar.parallel.split.mlp import full_state_dict, load_full_state_dict, parallel_mlp
+    from torchpar.parallel.split.pipeline import Pipeline, stage_mlp
+    from torchpar.parallel.split.scaler import GradScaler
+    from torchpar.parallel.split.shared_memory import register_shared_memory_hook
 
 __all__ = [
     "ColumnParallelLinear",
@@ -23,3 +28,6 @@ __all__ = [
     "register_shared_memory_hook",
     "stage_mlp",
 ]
+
+if not find_spec("torch"):
+    __getattr__ = needs_torch(__name__, __all__)

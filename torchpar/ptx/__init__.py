@@ -28,12 +28,17 @@ and `native` have the order of pyproject.toml.
 Sections are those of NVIDIA's "PTX ISA", release 9.0.
 """
 
-from torchpar.ptx.machine.counters import Access, Counters, Line
-from torchpar.ptx.report.faults import Fault
-from torchpar.ptx.report.launch import Launch
-from torchpar.ptx.report.limits import Limits
-from torchpar.ptx.report.report import Report
-from torchpar.ptx.triton.driver import Emulator, emulate
+from importlib.util import find_spec
+
+from torchpar.errors import needs_torch
+
+if find_spec("torch"):
+    from torchpar.ptx.machine.counters import Access, Counters, Line
+    from torchpar.ptx.report.faults import Fault
+    from torchpar.ptx.report.launch import Launch
+    from torchpar.ptx.report.limits import Limits
+    from torchpar.ptx.report.report import Report
+    from torchpar.ptx.triton.driver import Emulator, emulate
 
 __all__ = [
     "Access",
@@ -46,3 +51,6 @@ __all__ = [
     "Report",
     "emulate",
 ]
+
+if not find_spec("torch"):
+    __getattr__ = needs_torch(__name__, __all__)

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch._library.triton import triton_ops_to_kernels
 
-from torchpar.errors import ConfigError, first_line
-from torchpar.tables import in_columns
+from torchpar.errors import ConfigError, first_line, in_columns
 from torchpar.testing import kernels
 from torchpar.testing.case import (
     FALLS_BACK,

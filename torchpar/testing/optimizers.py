@@ -18,10 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchpar.errors import ConfigError
+from torchpar.errors import ConfigError, in_columns
 from torchpar.optim.newton_schulz import COEFFICIENTS
 from torchpar.parallel.launch.local import Ranks
-from torchpar.tables import in_columns
 from torchpar.testing.formulas import FORMULAS, ByFormula, Formula, Settings, defaults_of
 from torchpar.testing.situations import SITUATIONS
 from torchpar.testing.trial import (

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from torchpar.parallel.split.parts import Part, part_of
 from torchpar.parallel.split.reduction import all_gather
-from torchpar.parts import Part, part_of
 
 SHAPES = {
     "square": (32, 32),

@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: MIT
 """Training: tasks, optimizers, and the `Run` that evaluates, saves and resumes."""
 
-from torchpar.outcome import EpochResult, Evaluation, Stopped
-from torchpar.parallel.save.checkpoint import CheckpointConfig
-from torchpar.training.classification import Classification, evaluate
-from torchpar.training.fused import FusedGradients
-from torchpar.training.graphed import graphed, side_stream
-from torchpar.training.optimizers import LRSchedule, lr_scheduler, muon, sgd
-from torchpar.training.orthogonality import add_orthogonality_gradient, orthogonality_penalty
-from torchpar.training.run import Run, RunLog, Task
+from importlib.util import find_spec
+
+from torchpar.errors import needs_torch
+
+if find_spec("torch"):
+    from torchpar.parallel.save.checkpoint import CheckpointConfig
+    from torchpar.training.classification import Classification, evaluate
+    from torchpar.training.fused import FusedGradients
+    from torchpar.training.graphed import graphed, side_stream
+    from torchpar.training.optimizers import LRSchedule, lr_scheduler, muon, sgd
+    from torchpar.training.orthogonality import add_orthogonality_gradient, orthogonality_penalty
+    from torchpar.training.outcome import EpochResult, Evaluation, Stopped
+    from torchpar.training.run import Run, RunLog, Task
 
 __all__ = [
     "CheckpointConfig",
@@ -30,3 +35,6 @@ __all__ = [
     "sgd",
     "side_stream",
 ]
+
+if not find_spec("torch"):
+    __getattr__ = needs_torch(__name__, __all__)

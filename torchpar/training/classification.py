@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from torchpar.data import Batch, Samples, batches
 from torchpar.errors import ConfigError
-from torchpar.outcome import Evaluation
 from torchpar.parallel.launch.agreement import check_same_bits, check_same_on_all_ranks
 from torchpar.parallel.launch.world import World
+from torchpar.training.outcome import Evaluation
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 # Samples per forward pass; 1, 2, 4 and 8 ranks share a test set of 10 000 evenly.

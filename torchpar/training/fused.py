@@ -31,7 +31,7 @@ from torchpar.ops.linear_sigmoid import dz_and_db
 from torchpar.parallel.launch.agreement import check_same_on_all_ranks
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.split.shared_memory import make_shared_sum
-from torchpar.profile.phases import phase
+from torchpar.training.profile.phases import phase
 
 MAX_CLASSES = 1000  # the table of targets has a row and a column for each
 # Up to so many classes the softmax is taken along dim 0. Along dim 0 PyTorch adds one number after

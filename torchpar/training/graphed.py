@@ -34,7 +34,7 @@ from torch.optim import Optimizer
 
 from torchpar.errors import ConfigError, first_line
 from torchpar.parallel.launch.world import hold_communicators
-from torchpar.parts import local
+from torchpar.parallel.split.parts import local
 from torchpar.training.state import optimizers_of
 
 T = TypeVar("T")

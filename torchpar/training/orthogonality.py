@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from torchpar.ops import matmul_t
+from torchpar.parallel.split.parts import part_of
 from torchpar.parallel.split.reduction import all_gather
-from torchpar.parts import part_of
 
 
 def orthogonality_penalty(model: torch.nn.Module) -> Tensor:

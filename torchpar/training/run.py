@@ -37,13 +37,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from torchpar.errors import ConfigError, DivergedError, check_finite
-from torchpar.outcome import EpochResult, Evaluation, Stopped
 from torchpar.parallel.launch.agreement import check_same_bits, check_same_on_all_ranks
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.save.checkpoint import CheckpointConfig, Checkpoints
-from torchpar.parts import local
+from torchpar.parallel.split.parts import local
 from torchpar.training import state
 from torchpar.training.graphed import count_replays
+from torchpar.training.outcome import EpochResult, Evaluation, Stopped
 from torchpar.training.state import TrainState
 from torchpar.training.stop import StopSignal
 

@@ -18,10 +18,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from torchpar.errors import ConfigError, first_line
-from torchpar.outcome import EpochResult
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.save.checkpoint import Checkpoint, Checkpoints
-from torchpar.parts import as_dtensor, part_of
+from torchpar.parallel.split.parts import as_dtensor, part_of
+from torchpar.training.outcome import EpochResult
 
 IMPLEMENTATION = ("capturable", "foreach", "fused")  # how a group's update is computed
 

@@ -11,8 +11,8 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from torchpar.outcome import Stopped
 from torchpar.parallel.launch.world import World
+from torchpar.training.outcome import Stopped
 
 Handler = Callable[[int, FrameType | None], object] | int | None
 

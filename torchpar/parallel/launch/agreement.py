@@ -15,7 +15,7 @@ from torch import Tensor
 
 from torchpar.errors import ConfigError
 from torchpar.library.sharding import is_dtensor
-from torchpar.rank_info import first_difference
+from torchpar.parallel.launch.rank_info import first_difference
 
 
 def check_same_on_all_ranks(

@@ -20,7 +20,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
-from torchpar.processes import end_with_parent
+from torchpar.parallel.launch.processes import end_with_parent
 
 # Imports that take longer than most calls. DistributedDataParallel imports the compiler.
 PRELOAD = [f"torch.{name}" for name in ("_dynamo", "testing")]

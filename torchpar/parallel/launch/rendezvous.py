@@ -16,7 +16,7 @@ from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from torchpar.errors import ConfigError, RankLostError
-from torchpar.rank_info import RankInfo
+from torchpar.parallel.launch.rank_info import RankInfo
 
 T = TypeVar("T")
 # Family, kind, protocol, canonical name, and host and port: of `socket.getaddrinfo`.

@@ -23,7 +23,7 @@ from torch.distributed.distributed_c10d import Store
 from torchpar.errors import ConfigError, RankLostError, TorchparError
 from torchpar.parallel.launch import rendezvous
 from torchpar.parallel.launch.agreement import check_same_on_all_ranks
-from torchpar.rank_info import RankInfo, find_rank_info
+from torchpar.parallel.launch.rank_info import RankInfo, find_rank_info
 
 T = TypeVar("T")
 _holders: WeakSet[Any] = WeakSet()

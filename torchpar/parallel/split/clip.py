@@ -11,7 +11,7 @@ from torchpar.errors import ConfigError
 from torchpar.library.sharding import is_dtensor
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.split.layers import meshes_of_shards
-from torchpar.parts import local, part_of
+from torchpar.parallel.split.parts import local, part_of
 
 
 @torch.no_grad()

@@ -24,9 +24,9 @@ from torchpar.ops import linear_sigmoid
 from torchpar.ops.linear_sigmoid import dz_and_db
 from torchpar.ops.matrix import rows
 from torchpar.parallel.launch.agreement import check_same_bits, check_same_on_all_ranks
+from torchpar.parallel.split.parts import mark_slice, slice_along
 from torchpar.parallel.split.reduction import reduce_from_region, start_all_reduce
 from torchpar.parallel.split.scaler import skip_together
-from torchpar.parts import mark_slice, slice_along
 
 Activation = Literal["sigmoid", "relu", "tanh"] | None
 _FUNCTIONS = {"sigmoid": torch.sigmoid, "relu": torch.relu, "tanh": torch.tanh}

@@ -21,8 +21,8 @@ from torchpar.parallel.split.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
 )
+from torchpar.parallel.split.parts import part_of
 from torchpar.parallel.split.reduction import all_gather
-from torchpar.parts import part_of
 
 M = TypeVar("M", nn.MLP, torch.nn.Sequential)
 _KINDS = (*LINEAR_LAYERS, torch.nn.Sigmoid, torch.nn.ReLU, torch.nn.Tanh)

@@ -26,7 +26,7 @@ from torchpar.parallel.launch.world import World
 from torchpar.parallel.split.reduction import all_reduce
 from torchpar.parallel.split.scaler import skip_together
 from torchpar.parallel.split.schedules import P2PCommunicator, gpipe, one_forward_one_backward
-from torchpar.profile.phases import phase
+from torchpar.training.profile.phases import phase
 
 LossSum = Callable[[Tensor, Tensor], Tensor]  # outputs, labels → the loss summed over samples
 PipelineSchedule = Literal["gpipe", "1f1b"]

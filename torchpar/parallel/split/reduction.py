@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from torchpar.parallel.launch.agreement import check_shape
-from torchpar.parts import Part
+from torchpar.parallel.split.parts import Part
 
 
 def all_reduce(

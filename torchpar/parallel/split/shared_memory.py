@@ -27,7 +27,7 @@ from torch.distributed.algorithms.join import JoinHook
 from torch.nn.parallel import DistributedDataParallel
 
 from torchpar.parallel.launch.world import World
-from torchpar.profile.collectives import all_reduced
+from torchpar.training.profile.collectives import all_reduced
 
 # On x86 other cores see writes in the order in which they were made.
 SUPPORTED = sys.platform == "linux" and platform.machine() == "x86_64"

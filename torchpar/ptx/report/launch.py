@@ -6,13 +6,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from torchpar.errors import in_columns
 from torchpar.ptx.machine.counters import KINDS, Counters, Source, summarize
 from torchpar.ptx.machine.trace import Trace
 from torchpar.ptx.report.resources import Resources, programs_of, resources
 from torchpar.ptx.report.roofline import GPU_OF, Bound, bounds
 from torchpar.ptx.report.source import moved, shown_path
 from torchpar.ptx.report.time import Estimate, estimates
-from torchpar.tables import in_columns
 
 
 @dataclass

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from torchpar.drawing import Drawing
 from torchpar.kernels.data_sheets import DATA_SHEETS
 from torchpar.ptx.machine.counters import BANKS, SECTOR, WORD, Access, Line, kind_of, operation
 from torchpar.ptx.machine.trace import Request, Trace
+from torchpar.ptx.report.drawing import Drawing
 from torchpar.ptx.report.faults import Fault
 from torchpar.ptx.report.groups import Group, longest, shown_line
 from torchpar.ptx.report.launch import CapturedGraph, Launch, counted

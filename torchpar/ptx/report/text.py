@@ -8,11 +8,11 @@ import re
 import textwrap
 from collections.abc import Iterable, Sequence
 
+from torchpar.errors import in_columns
 from torchpar.ptx.report.faults import MARKS, Fault
 from torchpar.ptx.report.groups import Group, Numbered, longest, shown_line
 from torchpar.ptx.report.launch import CapturedGraph, Launch, shown_grid
 from torchpar.ptx.report.time import TRUST, shown
-from torchpar.tables import in_columns
 
 WIDTH = 100  # of lines that can be broken
 GAP = "  "  # between columns

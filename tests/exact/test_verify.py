@@ -13,8 +13,7 @@ import pytest
 import torch
 from torch.distributed.elastic.utils.distributed import get_free_port
 
-from torchpar.verify import command as verify
-from torchpar.verify import drawn
+from torchpar.exact.verify import drawn, verify
 
 DRAWN = "b00ea11d8ef0502d459f757a0642a9cacfcf5d62f74946764dd4d3d7116819ee"  # of what is drawn
 

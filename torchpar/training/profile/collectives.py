@@ -12,8 +12,8 @@ from torch.profiler import record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from torchpar.profile.phases import phase
-from torchpar.profile.record import Call
+from torchpar.training.profile.phases import phase
+from torchpar.training.profile.record import Call
 
 if TYPE_CHECKING:
     from torchpar.parallel.launch.world import World

@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from torch.optim import Optimizer
 
-from torchpar.profile.collectives import Collectives
-from torchpar.profile.memory import Memory
-from torchpar.profile.phases import Phases
-from torchpar.profile.record import RankRecord
+from torchpar.training.profile.collectives import Collectives
+from torchpar.training.profile.memory import Memory
+from torchpar.training.profile.phases import Phases
+from torchpar.training.profile.record import RankRecord
 
 if TYPE_CHECKING:
     from torchpar.parallel.launch.world import World

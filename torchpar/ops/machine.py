@@ -1,14 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""This machine: its processor, its GPU, its output, and the versions of what computes on it."""
+"""This machine: its processor, its GPU, and the versions of what computes on it."""
 
 import importlib.metadata
-import io
 import os
 import platform
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 PACKAGES = ("torch", "triton", "numpy")
@@ -23,46 +19,6 @@ def cpuinfo(key: str) -> str:
     return next(
         (line.partition(": ")[2] for line in lines if line.partition(":")[0].strip() == key), ""
     )
-
-
-def stop_printing() -> None:
-    """Let what is printed from now on go nowhere, as after a reader has closed the pipe."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-@contextmanager
-def printing(command: str) -> Iterator[None]:
-    """Let the block print; end the process in one line where the output cannot be written.
-
-    Where nobody reads on, such as head, that has read enough, the process ends without a line.
-
-    Args:
-        command: whose block it is, for the message.
-    """
-    if sys.stdout is None:  # it was closed
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # until this process ends
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # where there is only ASCII, print ? for others
-    try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:
-        stop_printing()
-        sys.exit(128 + signal.SIGPIPE)
-    except OSError as e:
-        if e.filename is not None or _can_print():  # then it is another file's
-            raise
-        stop_printing()
-        print(f"{command}: error: the output cannot be written: {e}", file=sys.stderr)
-        sys.exit(1)
-
-
-def _can_print() -> bool:
-    try:
-        print(flush=True)  # a flush alone would find an empty buffer
-    except OSError:
-        return False
-    return True
 
 
 def processor() -> str:

@@ -10,12 +10,12 @@ import pytest
 
 pytest.importorskip("triton", reason="the rule is part of the kernels")
 
-from torchpar import explain
 from torchpar.kernels.matmul_t import SYMMETRIC_MATMUL
 from torchpar.kernels.rule import KINDS
+from torchpar.ptx import explain
 from torchpar.ptx.report.time import TRUST
 
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "nvidia-h200"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "nvidia-h200"
 
 
 def run(capsys, *arguments: str) -> list[str]:

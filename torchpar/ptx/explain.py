@@ -14,13 +14,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchpar.estimate import candidates, estimate_tiles
 from torchpar.kernels import rule
 from torchpar.kernels.data_sheets import DATA_SHEETS
 from torchpar.kernels.linear_sigmoid import LINEAR_SIGMOID
 from torchpar.kernels.matmul_t import SYMMETRIC_MATMUL
 from torchpar.kernels.rule import KINDS, Device, Product, Tiles
 from torchpar.kernels.tiles import Choice, library_is_faster
+from torchpar.ptx.estimate import candidates, estimate_tiles
 from torchpar.ptx.report.time import TRUST, shown
 
 

@@ -14,8 +14,8 @@ import torch
 from operators import OPERATORS
 
 import torchpar
-from torchpar import doctor
-from torchpar.doctor import Finding
+from torchpar.testing import doctor
+from torchpar.testing.doctor import Finding
 
 SPEC = importlib.util.find_spec
 WITHOUT_TRITON = "problem" if torch.cuda.is_available() else "note"

@@ -20,11 +20,11 @@ import torch
 from torch.distributed.elastic.utils.distributed import get_free_port
 
 from torchpar.errors import ConfigError, TorchparError
+from torchpar.exact.verify import models
 from torchpar.parallel.launch.local import Ranks, set_variables
 from torchpar.parallel.launch.world import World, is_communication_error, join_world
+from torchpar.parallel.split.parts import part_of
 from torchpar.parallel.split.reduction import all_gather
-from torchpar.parts import part_of
-from torchpar.verify import models
 
 EXPECTED = {
     "mlp": "bc4ee285d71761b56caa7f8a0cb6e357e7a23bb0a3b925ca8c22ddecc176b2ab",

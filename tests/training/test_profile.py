@@ -11,11 +11,11 @@ import torch
 from commands import lesson, rows_of
 from fake_data import fashion_mnist
 
-from torchpar.profile.collectives import SHARED
-from torchpar.profile.memory import Memory
-from torchpar.profile.phases import Phases, phase
-from torchpar.profile.record import Call, RankRecord, Span, Step, timeline
-from torchpar.profile.recorder import Recorder
+from torchpar.training.profile.collectives import SHARED
+from torchpar.training.profile.memory import Memory
+from torchpar.training.profile.phases import Phases, phase
+from torchpar.training.profile.record import Call, RankRecord, Span, Step, timeline
+from torchpar.training.profile.recorder import Recorder
 
 PRODUCT = r"aten::(add)?mm|mkldnn::_linear_pointwise"
 
@@ -66,7 +66,7 @@ def test_a_step_is_divided_at_its_backward_pass(monkeypatch):
         nonlocal now
         now += seconds
 
-    monkeypatch.setattr("torchpar.profile.phases.time.perf_counter", lambda: now)
+    monkeypatch.setattr("torchpar.training.profile.phases.time.perf_counter", lambda: now)
     x, backward = torch.ones(1, requires_grad=True), torch.Tensor.backward
     with Phases(torch.device("cpu")) as phases:
         (x * 2).backward()  # outside of a step

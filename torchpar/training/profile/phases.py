@@ -18,8 +18,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from torchpar import machine
-from torchpar.profile.record import STEPS, WARM_UP, RankRecord, Span, Step, peak_resident_bytes
+from torchpar.ops import machine
+from torchpar.training.profile.record import (
+    STEPS,
+    WARM_UP,
+    RankRecord,
+    Span,
+    Step,
+    peak_resident_bytes,
+)
 
 if TYPE_CHECKING:
     import torch

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Data sets as tensors: MNIST and its relatives, and the batches of each rank and epoch."""
+"""Samples on a device, and the batches of each rank and epoch."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchpar.datasets import Dataset, read
+from torchpar.data.files import Dataset, read
 from torchpar.errors import ConfigError
 
 _READ_CHUNK = 256  # samples; as float32 they fit in a core's cache

@@ -13,10 +13,10 @@ from torchpar.data import batches
 from torchpar.exact.data_parallel import DataParallel
 from torchpar.exact.dispatch import mode
 from torchpar.exact.tensor_parallel import Linear
+from torchpar.exact.verify.drawn import CHARACTERS, draw_pictures, draw_text
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.split.schedules import P2PCommunicator, gpipe
 from torchpar.training import lr_scheduler
-from torchpar.verify.drawn import CHARACTERS, draw_pictures, draw_text
 
 SIZES = (784, 128, 64, 10)  # of the MLP's layers
 MLP_STEPS, BATCH_SIZE = 100, 128  # of the MLP's training; samples of a step

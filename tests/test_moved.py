@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: MIT
+"""Modules that moved: their old names work, with a DeprecationWarning at the line that imports."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+import torchpar
+
+
+@pytest.mark.parametrize("old", torchpar.MOVED)
+def test_an_old_name_is_that_of_the_new_module(old, monkeypatch):
+    monkeypatch.delitem(sys.modules, old, raising=False)
+    new = importlib.import_module(torchpar.MOVED[old])
+    with pytest.warns(DeprecationWarning, match=f"^{old} is now {new.__name__}; "):
+        moved = importlib.import_module(old)
+    own = {name: value for name, value in vars(new).items() if not name.startswith("__")}
+    assert {name: vars(moved)[name] for name in own} == own
+
+
+def test_a_module_within_a_moved_package_is_the_same_and_the_warning_names_the_line():
+    for name in [name for name in sys.modules if name.startswith("torchpar.profile")]:
+        del sys.modules[name]
+    with pytest.warns(DeprecationWarning, match="^torchpar.profile.* is now ") as found:
+        from torchpar.profile.phases import Phases
+    from torchpar.training.profile import phases
+
+    assert Phases is phases.Phases
+    assert {Path(one.filename).name for one in found} == {"test_moved.py"}
+
+
+def test_a_module_that_never_was_is_not_found():
+    with pytest.raises(ModuleNotFoundError, match=r"torchpar\.nothing"):
+        importlib.import_module("torchpar.nothing")
