@@ -19,6 +19,7 @@ import torch
 from saved import latest, same, steps, tensors
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from torchpar.data import Samples
 from torchpar.errors import ConfigError
@@ -438,3 +439,14 @@ def test_keys_that_are_numbers_come_back_as_such(world, tmp_path):
     scheduler.step()
     group = optimizer.param_groups[0]
     assert (group["lr"], group["betas"]) == (pytest.approx(0.01), (0.9, 0.99))
+
+
+def test_pytorchs_own_state_of_an_optimizer_takes_a_step():
+    """Which is why `torchpar.training.state` has its own; if this fails, PyTorch's may do."""
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.Adam(model.parameters())
+    hooks = []
+    optimizer.register_step_pre_hook(lambda *_: hooks.append("step"))
+    found = get_optimizer_state_dict(model, optimizer)["state"]
+    assert hooks == ["step"]
+    assert {float(values["step"]) for values in found.values()} == {1.0}

@@ -3,6 +3,11 @@
 
 The state is the parameters, the optimizer, the learning rate, the random state, and the position in
 the data.
+
+`torch.distributed.checkpoint.state_dict` was tried in place of this file. Where an optimizer has no
+state yet, `get_optimizer_state_dict` makes it by a step with a learning rate of 0: Adam then counts
+a step that never was, and hooks of the step run. A run that resumes from such a checkpoint has
+other bits. Besides, it takes the tensors of split layers, which are no DTensors, for whole ones.
 """
 
 import json

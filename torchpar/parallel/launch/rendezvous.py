@@ -1,5 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""The store through which the ranks connect."""
+"""The store through which the ranks connect.
+
+`init_process_group("env://")` makes such a store itself. It was tried, and lacks four things. It
+waits for ever for a port that another program holds and does not answer. A rank that torchrun has
+started again can read the address of a dead rank. Its errors do not say which ranks are missing.
+And it does not read the environment of mpirun.
+"""
 
 import errno
 import os
