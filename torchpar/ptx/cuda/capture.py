@@ -4,24 +4,34 @@
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._pytree import tree_leaves, tree_map
 
 from torchpar.ptx.cuda import capture_rules, places
 from torchpar.ptx.cuda.graph_memory import Line, Memory, Pool, Slot, memory_of
-from torchpar.ptx.cuda.operations import LaunchOperation, Operation, with_tensors, written_by
+from torchpar.ptx.cuda.operations import (
+    LaunchOperation,
+    Operation,
+    tensors_of_launch,
+    with_tensors,
+    written_by,
+)
 from torchpar.ptx.cuda.steps import Step
 from torchpar.ptx.cuda.streams import Stream
+from torchpar.ptx.cuda.types import Arguments, Keywords, Operator
 from torchpar.ptx.report.source import program_line
 from torchpar.ptx.triton.driver import EMPTY, is_plain
 
 if TYPE_CHECKING:
     from torchpar.ptx.cuda.graph import CUDAGraph
     from torchpar.ptx.cuda.graphs import Graphs
+
+T = TypeVar("T")
 
 
 class Capture:
@@ -48,7 +58,7 @@ class Capture:
         self._hooks = ExitStack()
         self._hooks.callback(register_optimizer_step_post_hook(self._note_step).remove)
 
-    def _note_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+    def _note_step(self, optimizer: Optimizer, args: Arguments, kwargs: Keywords) -> None:
         if self.graphs.is_capturing:
             self.steps.append(Step(optimizer, program_line()))
 
@@ -63,23 +73,29 @@ class Capture:
         self.memories[storage._cdata] = found
         return found
 
-    def slot(self, value: Any) -> Any:
-        if not is_plain(value) or not value.untyped_storage().nbytes():
-            return value
+    def slot(self, value: object) -> object:
+        """Return where a tensor lies in its memory; other values as they are."""
+        return self._slot_of(value) or value
+
+    def _slot_of(self, value: object) -> Slot | None:
+        if not isinstance(value, Tensor) or not is_plain(value):
+            return None
+        if not value.untyped_storage().nbytes():
+            return None
         if value.requires_grad and value.is_leaf:
             self.parameters[id(value)] = weakref.ref(value)
         return Slot(value, self.memory(value))
 
-    def adopted(self, result: Any, given: set[int]) -> Any:
+    def adopted(self, result: T, given: set[int]) -> T:
         """Return results whose new memory belongs to the graph.
 
         Args:
             given: the storages of the operands, in C++.
         """
-        made: dict[int, Any] = {}
+        made: dict[int, torch.UntypedStorage] = {}
 
-        def adopt(value: Any) -> Any:
-            if not is_plain(value):
+        def adopt(value: object) -> object:
+            if not isinstance(value, Tensor) or not is_plain(value):
                 return value
             storage = value.untyped_storage()
             number = storage._cdata
@@ -93,15 +109,16 @@ class Capture:
             place = value.storage_offset(), value.size(), value.stride()
             return torch.empty(0, dtype=value.dtype).set_(made[number], *place)
 
-        return tree_map(adopt, result)
+        found: T = tree_map(adopt, result)
+        return found
 
     # What is recorded
 
-    def operator(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def operator(self, func: Operator, args: Arguments, kwargs: Keywords) -> object:
         """Execute an operator, and record it if it is more than a view."""
-        operands = [t for t in tree_leaves((args, kwargs)) if is_plain(t)]
+        operands: list[Tensor] = [t for t in tree_leaves((args, kwargs)) if is_plain(t)]
         given = {t.untyped_storage()._cdata for t in operands}
-        slots: Any = tree_map(self.slot, (args, kwargs))
+        slots: tuple[Arguments, Keywords] = tree_map(self.slot, (args, kwargs))
         is_copy = func.overloadpacket is torch.ops.aten.copy_
         if not (is_copy and capture_rules.is_asynchronous(args, kwargs)):
             self._keep_numbers(operands)
@@ -111,12 +128,12 @@ class Capture:
                 self.memory(t).keep_before()
         result = self.adopted(func(*args, **kwargs), given)
         results = [
-            None if not is_plain(t) or t.untyped_storage()._cdata in given else self.slot(t)
+            None if is_plain(t) and t.untyped_storage()._cdata in given else self._slot_of(t)
             for t in tree_leaves(result)
         ]
-        computes = any(isinstance(one, Slot) for one in results)
+        computes = any(one is not None for one in results)
         if written or (computes and func.overloadpacket not in EMPTY):
-            self.operations.append(Operation(func, slots[0], slots[1], results))
+            self.operations.append(Operation(func, *slots, results))
         return result
 
     def _keep_numbers(self, operands: list[Tensor]) -> None:
@@ -125,10 +142,10 @@ class Capture:
             if t.dim() == 0 and not places.is_on_device(t) and memory_of(t) is None:
                 self.memory(t).keep_copy()
 
-    def launch(self, execute: Callable[..., None], arguments: Sequence[Any]) -> None:
-        operands: list[Tensor] = []
-        with_tensors(tuple(arguments), operands.append)
-        outside = [self.memory(t) for t in operands if t.untyped_storage().nbytes()]
+    def launch(self, execute: Callable[..., None], arguments: Sequence[object]) -> None:
+        outside = [
+            self.memory(t) for t in tensors_of_launch(arguments) if t.untyped_storage().nbytes()
+        ]
         outside = [one for one in outside if one.graph is None and one.before is None]
         for one in outside:
             one.keep_before()
@@ -136,7 +153,7 @@ class Capture:
         for one in outside:
             if one.before is not None and torch.equal(one.before, one.content):
                 one.before = None
-        slots = with_tensors(tuple(arguments), self.slot)
+        slots = tuple(with_tensors(one, self.slot) for one in arguments)
         self.operations.append(LaunchOperation(execute, slots))
 
     # The end

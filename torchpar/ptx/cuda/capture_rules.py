@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from torchpar.ptx.cuda import places
+from torchpar.ptx.cuda.operations import tensors_in
+from torchpar.ptx.cuda.types import Function, Keywords, Operator
 
 # Functions in Python that read a tensor's values, by their names.
 READING_FUNCTIONS = {
@@ -55,7 +57,7 @@ INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_"}
 MAKING = {"tensor", "as_tensor", "asarray", "new_tensor"}  # tensors from numbers of Python
 
 
-def read_by_function(func: Any, args: Sequence[object]) -> str:
+def read_by_function(func: Function, args: Sequence[object]) -> str:
     """Name what a function of PyTorch reads back of a tensor on the device."""
     name = getattr(func, "__name__", "")
     if name in READING_FUNCTIONS and args and places.is_on_device(args[0]):
@@ -63,7 +65,7 @@ def read_by_function(func: Any, args: Sequence[object]) -> str:
     return ""
 
 
-def read_by_operator(func: Any, args: Sequence[object], kwargs: dict[str, object]) -> str:
+def read_by_operator(func: Operator, args: Sequence[object], kwargs: Keywords) -> str:
     """Name what an operator reads back, some of whose operands are on the device."""
     name = func.overloadpacket.__name__
     if name in INDEXED and _has_mask(args[1]) and not _fills(func, args):
@@ -73,12 +75,12 @@ def read_by_operator(func: Any, args: Sequence[object], kwargs: dict[str, object
     return READING_OPERATORS.get(name, "") if func.namespace == "aten" else ""
 
 
-def _has_mask(indices: Any) -> bool:
+def _has_mask(indices: object) -> bool:
     masks = (torch.bool, torch.uint8)
-    return any(isinstance(t, Tensor) and t.dtype in masks for t in indices)
+    return any(t.dtype in masks for t in tensors_in([indices]))
 
 
-def _fills(func: Any, args: Sequence[object]) -> bool:
+def _fills(func: Operator, args: Sequence[object]) -> bool:
     """Whether one number is put where a mask is true, for which PyTorch calls masked_fill."""
     value = args[2] if len(args) > 2 else None
     if not isinstance(value, Tensor) or value.numel() != 1 or places.is_on_device(value):
@@ -86,33 +88,35 @@ def _fills(func: Any, args: Sequence[object]) -> bool:
     return len(args) < 4 or not args[3]
 
 
-def copied_by_operator(func: Any, args: Sequence[Any], kwargs: dict[str, object]) -> str:
+def copied_by_operator(func: Operator, args: Sequence[object], kwargs: Keywords) -> str:
     """Name a copy between host and device that the program waits for.
 
     A number of the host that is put into elements is none.
     """
-    if func.overloadpacket is not torch.ops.aten.copy_ or args[1].dim() == 0:
+    if func.overloadpacket is not torch.ops.aten.copy_:
         return ""
-    return _copied(args, kwargs)
-
-
-def copied_by_function(func: Any, args: Sequence[object], kwargs: dict[str, object]) -> str:
-    """Name a copy as `copied_by_operator` does; also one of a single number."""
-    if func != torch.Tensor.copy_ or len(args) < 2 or not isinstance(args[1], Tensor):
-        return ""
-    return _copied(args, kwargs)
-
-
-def _copied(args: Sequence[Any], kwargs: dict[str, object]) -> str:
     to, source = args[:2]
-    if places.is_on_device(to) == places.is_on_device(source) or not to.numel():
+    is_number = isinstance(source, Tensor) and source.dim() == 0
+    return "" if is_number else _copied(to, source, is_asynchronous(args, kwargs))
+
+
+def copied_by_function(func: Function, args: Sequence[object], kwargs: Keywords) -> str:
+    """Name a copy as `copied_by_operator` does; also one of a single number."""
+    if func != torch.Tensor.copy_ or len(args) < 2:
         return ""
-    if is_asynchronous(args, kwargs):
+    to, source = args[:2]
+    return _copied(to, source, is_asynchronous(args, kwargs))
+
+
+def _copied(to: object, source: object, is_asynchronous: bool) -> str:
+    if is_asynchronous or not isinstance(to, Tensor) or not isinstance(source, Tensor):
+        return ""
+    if places.is_on_device(to) == places.is_on_device(source) or not to.numel():
         return ""
     return TO_DEVICE if places.is_on_device(to) else "copy_ of a tensor to the host"
 
 
-def is_asynchronous(args: Sequence[object], kwargs: dict[str, object]) -> bool:
+def is_asynchronous(args: Sequence[object], kwargs: Keywords) -> bool:
     """Whether copy_ with these arguments returns before it has copied."""
     return bool(args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
 
@@ -120,7 +124,7 @@ def is_asynchronous(args: Sequence[object], kwargs: dict[str, object]) -> bool:
 TO_DEVICE = "a copy from the host's memory"
 
 
-def makes_from_host(func: Any, args: Sequence[object], kwargs: dict[str, object]) -> bool:
+def makes_from_host(func: Function, args: Sequence[object], kwargs: Keywords) -> bool:
     """Whether a function makes a tensor on the device from numbers of Python."""
     if getattr(func, "__name__", "") not in MAKING:
         return False
@@ -130,5 +134,5 @@ def makes_from_host(func: Any, args: Sequence[object], kwargs: dict[str, object]
     return bool(kwargs.get("device") == places.DEVICE and not is_there)
 
 
-def generators_of(args: Any, kwargs: Any) -> list[Any]:
+def generators_of(args: Sequence[object], kwargs: Keywords) -> list[Any]:
     return [one for one in tree_leaves((args, kwargs)) if isinstance(one, torch._C.Generator)]

@@ -4,7 +4,7 @@
 import sys
 import warnings
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torchpar.ptx.cuda.capture import Capture
 from torchpar.ptx.cuda.graph_memory import REPLAYED, WRITTEN, Line, Memory, Pool, memory_of
 from torchpar.ptx.cuda.operations import Operation
 from torchpar.ptx.cuda.steps import Step
+from torchpar.ptx.cuda.types import PoolHandle
 from torchpar.ptx.report.launch import CapturedGraph
 from torchpar.ptx.report.source import program_line
 from torchpar.ptx.triton.driver import is_plain
@@ -46,7 +47,7 @@ class CUDAGraph:
 
     def capture_begin(
         self,
-        pool: Any = None,
+        pool: PoolHandle | torch.cuda.MemPool | None = None,
         capture_error_mode: str = "global",
         check_input_liveness: bool = False,
     ) -> None:
@@ -248,7 +249,7 @@ class CUDAGraph:
         self.is_reset, self._is_captured = self._is_captured, False
         self.operations, self.memories, self.steps, self._gradients = [], [], [], []
 
-    def pool(self) -> Any:
+    def pool(self) -> PoolHandle:
         """Return a handle of the graph's pool, which other graphs may share."""
         if self._pool is None:
             raise RuntimeError("the graph has no pool before its capture; capture it first")

@@ -7,11 +7,14 @@ as long as a tensor in it. Memory outside may be freed; the graph does not keep 
 
 import ctypes
 import itertools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+
+if TYPE_CHECKING:
+    from torchpar.ptx.cuda.graph import CUDAGraph
 
 ROUNDED = 512  # bytes, to a multiple of which an allocation on a GPU is rounded
 NO_NUMBER = b"\xc7\xa3\xd5\xff"  # a NaN of float32, of bfloat16 and, twice, of float64
@@ -22,7 +25,7 @@ WRITTEN = "torchpar_written"  # of a storage: the last work that wrote it
 Line = tuple[str, int] | None  # a file and a line of it
 
 
-def bytes_at(address: int, nbytes: int, owner: Any = None) -> Tensor:
+def bytes_at(address: int, nbytes: int, owner: object = None) -> Tensor:
     """Return the bytes at an address as a tensor, which keeps ``owner`` alive."""
     raw: Any = (ctypes.c_uint8 * nbytes).from_address(address)
     raw.owner = owner
@@ -53,7 +56,9 @@ class Memory:
         name: of the first tensor in it.
     """
 
-    def __init__(self, t: Tensor, line: Line, *, keep: bool = True, graph: Any = None):
+    def __init__(
+        self, t: Tensor, line: Line, *, keep: bool = True, graph: "CUDAGraph | None" = None
+    ):
         storage = t.untyped_storage()
         self.address, self.nbytes, self.dtype = storage.data_ptr(), storage.nbytes(), t.dtype
         self.content = bytes_at(self.address, self.nbytes, storage if keep else None)
@@ -65,19 +70,19 @@ class Memory:
         self.overwritten: Line = None
         self.name = shown(t)
 
-    def given_out(self) -> Any:
+    def given_out(self) -> torch.UntypedStorage:
         """Return another storage with this memory, whose end can be seen."""
-        storage: Any = bytes_at(self.address, self.nbytes, self.content).untyped_storage()
+        storage = bytes_at(self.address, self.nbytes, self.content).untyped_storage()
         self.of = StorageWeakRef(storage)
         setattr(storage, OF_GRAPH, self)
         return storage
 
-    def storage(self) -> Any:
+    def storage(self) -> torch.UntypedStorage | None:
         """Return the storage of the tensors that have the memory; None if there are none."""
-        storage: Any = torch.UntypedStorage._new_with_weak_ptr(self.of.cdata)
+        storage = torch.UntypedStorage._new_with_weak_ptr(self.of.cdata)
         return storage if self.is_memory_of(storage) else None
 
-    def is_memory_of(self, storage: Any) -> bool:
+    def is_memory_of(self, storage: torch.UntypedStorage | None) -> bool:
         if storage is None:
             return False
         return bool((storage.data_ptr(), storage.nbytes()) == (self.address, self.nbytes))
@@ -172,7 +177,7 @@ class Pool:
             self.blocks.append(block)
         block.held.append(memory)
 
-    def overwrite(self, graph: Any, line: Line) -> None:
+    def overwrite(self, graph: "CUDAGraph", line: Line) -> None:
         """Note what a replay of a graph overwrites of others that lies in the same blocks."""
         for block in self.blocks:
             if any(one.graph is graph for one in block.held):

@@ -26,8 +26,16 @@ from torchpar.ptx.cuda import capture_rules, places
 from torchpar.ptx.cuda.capture import Capture
 from torchpar.ptx.cuda.graph import CUDAGraph
 from torchpar.ptx.cuda.graph_memory import REPLAYED, WRITTEN, Line, Memory, Pool, memory_of, shown
-from torchpar.ptx.cuda.operations import OperatorKind, tensors_in, with_tensors, written_by
+from torchpar.ptx.cuda.operations import OperatorKind, tensors_in, tensors_of_launch, written_by
 from torchpar.ptx.cuda.streams import Stream, Streams
+from torchpar.ptx.cuda.types import (
+    Arguments,
+    Attributes,
+    Function,
+    Keywords,
+    Operator,
+    PoolHandle,
+)
 from torchpar.ptx.report.faults import HostFault, Kind
 from torchpar.ptx.report.source import program_line
 from torchpar.ptx.triton.driver import Emulator, is_plain
@@ -44,7 +52,7 @@ class Graphs:
         self.streams.is_capturing = self._captures
         self.streams.refuse = self._refuse_waiting
         self.streams.forks = self._fork
-        self.pools: dict[Any, Pool] = {}
+        self.pools: dict[tuple[int, ...], Pool] = {}
         self.graphs: weakref.WeakSet[CUDAGraph] = weakref.WeakSet()
         self._kinds: dict[int, OperatorKind] = {}  # by the operators' numbers in Python
         self.CUDAGraph = type("CUDAGraph", (CUDAGraph,), {"_graphs": self})
@@ -52,7 +60,13 @@ class Graphs:
     # Faults
 
     def note(
-        self, kind: Kind, name: str, message: str, line: Line, earlier: Any = None, key: Any = None
+        self,
+        kind: Kind,
+        name: str,
+        message: str,
+        line: Line,
+        earlier: tuple[str, tuple[str, int]] | None = None,
+        key: object = None,
     ) -> None:
         """Note a fault of the program at a line of it."""
         fault = HostFault(kind, name, message, source=line, earlier=earlier)
@@ -113,7 +127,7 @@ class Graphs:
 
     # What the program does
 
-    def function(self, func: Any, args: Sequence[Any], kwargs: dict[str, object]) -> None:
+    def function(self, func: Function, args: Arguments, kwargs: Keywords) -> None:
         """Check a function of PyTorch before it is called."""
         what = capture_rules.read_by_function(func, args)
         if self.capture is not None and self.is_capturing:
@@ -124,7 +138,7 @@ class Graphs:
             if copied := capture_rules.copied_by_function(func, args, kwargs):
                 self._refuse_copy(copied)
         elif what:
-            self._check_operands([args[0]], [])
+            self._check_operands(tensors_in(args[:1]), [])
 
     def copy_between(
         self, t: Tensor, before: torch.device, after: torch.device, is_asynchronous: bool
@@ -140,7 +154,7 @@ class Graphs:
             else:
                 self._refuse_read("a copy to the host")
 
-    def operator(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def operator(self, func: Operator, args: Arguments, kwargs: Keywords) -> object:
         """Execute an operator of PyTorch."""
         given = tensors_in((*args, *kwargs.values()))
         if not all(type(t) in PLAIN for t in given) and any(
@@ -172,13 +186,13 @@ class Graphs:
         self._note_written(written)
         return result
 
-    def _kind_of(self, func: Any) -> "OperatorKind":
+    def _kind_of(self, func: Operator) -> "OperatorKind":
         found = self._kinds.get(id(func))
         if found is None:
             found = self._kinds[id(func)] = OperatorKind(func)
         return found
 
-    def _check_captured(self, func: Any, args: Any, kwargs: Any) -> None:
+    def _check_captured(self, func: Operator, args: Arguments, kwargs: Keywords) -> None:
         if what := capture_rules.read_by_operator(func, args, kwargs):
             self._refuse_read(what)
         if what := capture_rules.copied_by_operator(func, args, kwargs):
@@ -203,8 +217,7 @@ class Graphs:
 
     def launch(self, execute: Callable[..., None], arguments: Sequence[object]) -> None:
         """Execute a launch of a Triton kernel."""
-        operands: list[Tensor] = []
-        with_tensors(tuple(arguments), operands.append)
+        operands = tensors_of_launch(arguments)
         if self.is_capturing:
             assert self.capture is not None
             self.capture.launch(execute, arguments)
@@ -235,7 +248,8 @@ class Graphs:
                 )
 
     def _check_read(self, t: Tensor, memory: Memory) -> None:
-        graph: CUDAGraph = memory.graph
+        graph = memory.graph
+        assert graph is not None
         earlier = None if memory.made is None else ("captured", memory.made)
         if graph.is_reset:
             self.note(
@@ -289,13 +303,14 @@ class Graphs:
 
     # What PyTorch is told
 
-    def pool(self, handle: Any = None) -> Pool:
+    def pool(self, handle: PoolHandle | torch.cuda.MemPool | None = None) -> Pool:
         """Return the pool of a handle, or a new one."""
-        handle = getattr(handle, "id", handle)  # of torch.cuda.MemPool
         made = Pool()
+        if isinstance(handle, torch.cuda.MemPool):
+            handle = handle.id
         return self.pools.setdefault(made.handle if handle is None else tuple(handle), made)
 
-    def answers(self) -> dict[str, object]:
+    def answers(self) -> Attributes:
         """Return what `torch.cuda` says of graphs and streams."""
         streams = self.streams
         return {
@@ -312,7 +327,7 @@ class Graphs:
             "default_generators": (torch.default_generator,),
         }
 
-    def changes(self) -> list[tuple[Any, dict[str, object]]]:
+    def changes(self) -> list[tuple[object, Attributes]]:
         """Return what else of PyTorch is replaced, by its module."""
         cuda = self.answers()
         ours = ("is_current_stream_capturing", "graph_pool_handle", "CUDAGraph")
@@ -323,7 +338,7 @@ class Graphs:
             *self._of_optimizers(),
         ]
 
-    def _of_optimizers(self) -> Iterator[tuple[Any, dict[str, object]]]:
+    def _of_optimizers(self) -> Iterator[tuple[object, Attributes]]:
         """Yield what lets optimizers take the CPU for a device with graphs."""
         for name, module in list(sys.modules.items()):
             if name.startswith("torch.optim.") or name == "torch.utils._foreach_utils":
@@ -332,8 +347,8 @@ class Graphs:
         checks = ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
         yield torch.optim.Optimizer, dict.fromkeys(checks, self._check_optimizer())
 
-    def _check_optimizer(self) -> Callable[[Any], None]:
-        def check(optimizer: Any) -> None:
+    def _check_optimizer(self) -> Callable[[torch.optim.Optimizer], None]:
+        def check(optimizer: torch.optim.Optimizer) -> None:
             groups = optimizer.param_groups
             if self.is_capturing and not all(group["capturable"] for group in groups):
                 name = type(optimizer).__name__

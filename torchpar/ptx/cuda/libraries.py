@@ -5,7 +5,7 @@ Scripts make them when they are imported, and many never use them. cuBLAS multip
 kernels in CUDA C++ are refused when they are called.
 """
 
-from typing import Any
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ class CublasLt:
         workspace: that cuBLAS would take.
     """
 
-    def __init__(self, workspace: Any):
+    def __init__(self, workspace: Tensor):
         self.workspace = workspace
 
     def matmul(self, a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -39,7 +39,7 @@ class CublasLt:
                 f"cuBLAS is given matrices of shapes {shapes}, expected (M, K), (N, K) and (M, N)"
             )
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> NoReturn:
         raise NotImplementedError(
             f"CublasLt.{name} is not emulated, only matmul and gemm are; use torch.matmul"
         )

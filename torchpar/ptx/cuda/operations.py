@@ -2,15 +2,18 @@
 """Operations of a CUDA graph: operators of PyTorch and launches, with the memory that they use."""
 
 import copy
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from torchpar.ptx.cuda.graph_memory import Slot
+from torchpar.ptx.cuda.types import Arguments, Function, Keywords, Operator
 from torchpar.ptx.triton.driver import EMPTY, changed, is_plain
+
+T = TypeVar("T")
 
 # Operators that take the shape of a tensor, and not its values.
 SHAPES = {*EMPTY, *(getattr(torch.ops.aten, f"{one}_like") for one in ("zeros", "ones", "full"))}
@@ -28,7 +31,7 @@ class OperatorKind:
         reads_nothing: of its operands but the shapes.
     """
 
-    def __init__(self, func: Any):
+    def __init__(self, func: Operator):
         schema, self.func = func._schema, func
         self.is_copy = func.overloadpacket is torch.ops.aten.copy_
         self.may_write = schema.is_mutable or _writes_secretly(func)
@@ -48,8 +51,9 @@ def tensors_in(values: Iterable[object]) -> list[Tensor]:
     return found
 
 
-def written_by(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+def written_by(func: Operator, args: Arguments, kwargs: Keywords) -> list[Tensor]:
     """Return the operands that an operator writes, also where its schema does not say so."""
+    found: Sequence[object]
     if func.overloadpacket in BATCH_NORMS:
         found = args[3:5]  # the running mean and variance
     elif func.namespace == "c10d":
@@ -59,14 +63,20 @@ def written_by(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
     return [t for t in tree_leaves(found) if is_plain(t)]
 
 
-def _writes_secretly(func: Any) -> bool:
+def _writes_secretly(func: Operator) -> bool:
     return func.namespace == "c10d" or func.overloadpacket in BATCH_NORMS
 
 
 class Operation:
-    """An operator of PyTorch, with the places of what it takes and returns."""
+    """An operator of PyTorch, with the places of what it takes and returns.
 
-    def __init__(self, call: Callable[..., Any], args: Any, kwargs: Any, results: list[Any]):
+    Args:
+        results: None for one without memory, and for one in the memory of an operand.
+    """
+
+    def __init__(
+        self, call: Function, args: Arguments, kwargs: Keywords, results: list[Slot | None]
+    ):
         self.call, self.args, self.kwargs, self.results = call, args, kwargs, results
 
     is_launch = False
@@ -90,28 +100,55 @@ class LaunchOperation(Operation):
 
     is_launch = True
 
-    def __init__(self, execute: Callable[..., None], arguments: Any):
+    def __init__(self, execute: Function, arguments: Arguments):
         super().__init__(execute, arguments, {}, [])
 
     def __str__(self) -> str:
         return "a launch of a Triton kernel"
 
     def __call__(self) -> None:
-        self.call(with_tensors(self.args, lambda one: one.tensor()))
+        self.call(with_tensors(self.args, _filled_in))
 
 
-def _filled(values: Any) -> Any:
-    return tree_map(lambda one: one.tensor() if isinstance(one, Slot) else one, values)
+def _filled(values: T) -> T:
+    filled: T = tree_map(_filled_in, values)
+    return filled
 
 
-def with_tensors(value: Any, change: Callable[[Any], Any]) -> Any:
+def _filled_in(one: object) -> object:
+    return one.tensor() if isinstance(one, Slot) else one
+
+
+class _Descriptor(Protocol):
+    """A tensor's descriptor, or the tensor with another type."""
+
+    base: object
+
+
+def _is_descriptor(value: object) -> TypeGuard[_Descriptor]:
+    return isinstance(getattr(value, "base", None), (Tensor, Slot))
+
+
+def with_tensors(value: object, change: Callable[[object], object]) -> object:
     """Return an argument of a launch, with other tensors: it may be a tuple or a descriptor."""
     if isinstance(value, (Tensor, Slot)):
         return change(value)
-    if isinstance(getattr(value, "base", None), (Tensor, Slot)):
+    if _is_descriptor(value):
         other = copy.copy(value)
         other.base = change(value.base)
         return other
     if isinstance(value, (tuple, list)):
         return tuple(with_tensors(one, change) for one in value)
     return value
+
+
+def tensors_of_launch(arguments: Iterable[object]) -> list[Tensor]:
+    found: list[Tensor] = []
+    for value in arguments:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif _is_descriptor(value):
+            found += tensors_of_launch((value.base,))
+        elif isinstance(value, (tuple, list)):
+            found += tensors_of_launch(value)
+    return found

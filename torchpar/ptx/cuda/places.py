@@ -7,8 +7,7 @@ device is there, too.
 """
 
 import threading
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -39,7 +38,7 @@ def is_on_device(t: object) -> bool:
         return False
 
 
-def put(t: Any, device: torch.device | None) -> None:
+def put(t: object, device: torch.device | None) -> None:
     """Let a tensor be on the host or the device."""
     if not isinstance(t, Tensor) or is_on_device(t) is (device == DEVICE):
         return
@@ -52,11 +51,11 @@ def put(t: Any, device: torch.device | None) -> None:
 def device_of(t: Tensor) -> torch.device:
     """Return the device of a tensor; of one that is on the CPU to PyTorch, where it would be."""
     with torch._C.DisableTorchFunction():
-        device: torch.device = OF_PYTORCH(t)
+        device = OF_PYTORCH(t)
         return DEVICE if device == HOST and is_on_device(t) else device
 
 
-OF_PYTORCH: Any = torch._C.TensorBase.device.__get__
+OF_PYTORCH: Callable[[Tensor], torch.device] = torch._C.TensorBase.device.__get__
 
 
 def device_of_results(operands: list[Tensor], device: object) -> torch.device:

@@ -6,14 +6,16 @@ with cuda_is_cpu(gpu):
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from os import PathLike
 from threading import Thread
-from types import SimpleNamespace
-from typing import Any
+from types import ModuleType, SimpleNamespace
+from typing import IO, ParamSpec, TypeGuard, TypeVar
 from unittest.mock import patch
 
 import torch
+from torch import Tensor
 from torch.autograd import graph
 from torch.distributed import init_process_group
 from torch.nn.parallel import DistributedDataParallel
@@ -26,7 +28,11 @@ from torch.utils._pytree import tree_leaves
 from torchpar.ptx.cuda import places
 from torchpar.ptx.cuda.graphs import Graphs
 from torchpar.ptx.cuda.libraries import CublasLt, CudaKernel
+from torchpar.ptx.cuda.types import Arguments, Attributes, Device, Function, Keywords
 from torchpar.ptx.triton.driver import SHARED_BYTES, Emulator
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 NAMES = {80: "NVIDIA A100", 90: "NVIDIA H100", 100: "NVIDIA B200"}
 GIB, MIB = 2**30, 2**20
@@ -36,7 +42,7 @@ L2_CACHE = {80: 40 * MIB, 90: 50 * MIB, 100: 126 * MIB}
 SHARED = {80: 167_936, 90: 233_472, 100: 233_472}
 
 
-def _on_cpu(value: Any) -> Any:
+def _on_cpu(value: T) -> T | str | torch.device:
     """Return the CPU for a CUDA device, by whatever name; other values unchanged."""
     if isinstance(value, str) and value.partition(":")[0] == "cuda":
         _check_index(torch.device(value).index)
@@ -57,30 +63,33 @@ def _check_index(index: int | None) -> None:
         )
 
 
-def _check_device(device: Any = None) -> None:
+def _check_device(device: object = None) -> None:
     if isinstance(device, int):
         _check_index(device if device >= 0 else None)  # a negative one is ignored
     else:
         _on_cpu(device)
 
 
-def _on_device(value: Any) -> Any:
+def _on_device(value: T) -> T | str | torch.device:
     """Return the emulated device for a CUDA device, by whatever name; other values unchanged."""
     on_cpu = _on_cpu(value)
     return places.DEVICE if on_cpu is not value and _is_cpu(on_cpu) else on_cpu
 
 
-def _unchanged(t: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+def _unchanged(t: Tensor, *args: object, **kwargs: object) -> Tensor:
     return t
 
 
 # What functions say of which only a GPU has something to do.
-INSTEAD: dict[Any, Callable[..., Any]] = {
-    torch.Tensor.is_cuda.__get__: lambda t: True,  # type: ignore[attr-defined]
-    torch.Tensor.get_device: lambda t: 0,
-    torch.Tensor.pin_memory: _unchanged,
+INSTEAD: dict[Function, Function] = {
+    Tensor.is_cuda.__get__: lambda t: True,  # type: ignore[attr-defined]
+    Tensor.get_device: lambda t: 0,
+    Tensor.pin_memory: _unchanged,
 }
-COPIES = (torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.cuda)
+# By types that take any arguments, as the mode is given them.
+MAKE_DEVICE: Function = torch.device
+TO: Callable[..., Tensor] = Tensor.to
+COPIES = (TO, Tensor.cpu, Tensor.cuda)
 
 
 class _OnCpu(TorchFunctionMode):
@@ -91,17 +100,22 @@ class _OnCpu(TorchFunctionMode):
         self.graphs = graphs
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+        self,
+        func: Function,
+        types: Iterable[type],
+        args: Arguments = (),
+        kwargs: Keywords | None = None,
+    ) -> object:
         kwargs = kwargs or {}
         if func in INSTEAD:
             return INSTEAD[func](*args, **kwargs)
-        if func is torch.device:
+        if func is MAKE_DEVICE:
             return _on_device(func(*args, **kwargs))
         given = {name: _on_device(value) for name, value in kwargs.items()}
         given.pop("pin_memory", None)  # of a factory
-        if type(given.get("device")) is int:
-            _check_index(given["device"])
+        index = given.get("device")
+        if type(index) is int:
+            _check_index(index)
             given["device"] = places.DEVICE
         args = tuple(map(_on_device, args))
         _check_generator(args, given)
@@ -121,60 +135,59 @@ class _OnCpu(TorchFunctionMode):
             places.put(result, places.DEVICE)
         return result
 
-    def _copy(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _copy(self, func: Function, args: Arguments, kwargs: Keywords) -> Tensor:
         """Copy a tensor to the host or the device, if it is not there."""
         t, *others = args
-        if func is torch.Tensor.cpu:
+        if func is Tensor.cpu:
             others = [places.HOST]
-        elif func is torch.Tensor.cuda:
-            index = others.pop(0) if others else kwargs.pop("device", None)
-            _check_device(index)
+        elif func is Tensor.cuda:
+            _check_device(others.pop(0) if others else kwargs.pop("device", None))
             others = [places.DEVICE, *others]
         elif others and type(others[0]) is int:
             _check_index(others[0])
             others[0] = places.DEVICE
-        if func is not torch.Tensor.to:  # whose arguments have another order
+        if func is not TO:  # whose arguments have another order
             names = ("device", "non_blocking", "memory_format")
             kwargs = {**dict(zip(names, others, strict=False)), **kwargs}
             kwargs = {name: value for name, value in kwargs.items() if value is not None}
             others = []
         before = places.DEVICE if places.is_on_device(t) else places.HOST
         after = _destination(others, kwargs)
-        if after is None or not isinstance(t, torch.Tensor) or t.device.type != "cpu":
-            return torch.Tensor.to(t, *others, **kwargs)
+        if after is None or not isinstance(t, Tensor) or t.device.type != "cpu":
+            return TO(t, *others, **kwargs)
         self.graphs.copy_between(t, before, after, _is_asynchronous(others, kwargs))
         # To the device that a tensor has it is itself, and to another one a copy.
         device = places.HOST if before == after else places.DEVICE
         others = [device if _is_cpu(one) else one for one in others]
         if "device" in kwargs:
             kwargs["device"] = device
-        if others and isinstance(others[0], torch.Tensor):
+        if others and isinstance(others[0], Tensor):
             others[0:1] = [device, others[0].dtype]
-        result = torch.Tensor.to(t, *others, **kwargs)
+        result = TO(t, *others, **kwargs)
         places.put(result, after)
         return result
 
 
-DEEP_COPIES = (torch.Tensor.__deepcopy__, torch.nn.Parameter.__deepcopy__)
+DEEP_COPIES = (Tensor.__deepcopy__, torch.nn.Parameter.__deepcopy__)
 
 
-def _is_cpu(value: Any) -> bool:
+def _is_cpu(value: object) -> TypeGuard[torch.device | str]:
     if isinstance(value, torch.device):
         return value.type == "cpu"
     return isinstance(value, str) and value == "cpu"
 
 
-def _destination(args: list[Any], kwargs: dict[str, Any]) -> torch.device | None:
+def _destination(args: list[object], kwargs: Keywords) -> torch.device | None:
     """Return where `torch.Tensor.to` with these arguments puts a tensor; None if it stays."""
     for one in (*args[:1], kwargs.get("device"), kwargs.get("other")):
-        if isinstance(one, torch.Tensor):
+        if isinstance(one, Tensor):
             return places.DEVICE if places.is_on_device(one) else places.HOST
         if _is_cpu(one):
             return torch.device(one)
     return None
 
 
-def _is_asynchronous(args: list[Any], kwargs: dict[str, Any]) -> bool:
+def _is_asynchronous(args: list[object], kwargs: Keywords) -> bool:
     flags = [one for one in args if type(one) is bool]  # non_blocking is before copy
     return bool(kwargs.get("non_blocking", flags[0] if flags else False))
 
@@ -182,14 +195,14 @@ def _is_asynchronous(args: list[Any], kwargs: dict[str, Any]) -> bool:
 class _Generator(torch.Generator):
     """A generator of the CPU, also where one of the device is asked for."""
 
-    def __new__(cls, device: Any = "cpu") -> "_Generator":
+    def __new__(cls, device: Device = "cpu") -> "_Generator":
         return super().__new__(cls, device=_on_cpu(device))  # type: ignore[call-arg]  # its stub has no arguments
 
-    def __init__(self, device: Any = "cpu"):
+    def __init__(self, device: Device = "cpu"):
         self.is_on_device = _on_device(device) == places.DEVICE
 
 
-def _check_generator(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _check_generator(args: Arguments, kwargs: Keywords) -> None:
     """Refuse to draw random numbers of the device from a generator of the host, as PyTorch does."""
     generator = kwargs.get("generator")
     if not isinstance(generator, _Generator) or generator.is_on_device:
@@ -201,14 +214,14 @@ def _check_generator(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         )
 
 
-def _always(value: Any) -> Callable[..., Any]:
+def _always(value: T) -> Callable[..., T]:
     return lambda *args, **kwargs: value
 
 
 class _Device:
     """A block whose current device is the only one."""
 
-    def __init__(self, device: Any):
+    def __init__(self, device: Device | Tensor):
         _check_device(device)
 
     def __enter__(self) -> None: ...
@@ -216,7 +229,7 @@ class _Device:
     def __exit__(self, *error: object) -> None: ...
 
 
-def _answers(emulator: Emulator) -> dict[str, Any]:
+def _answers(emulator: Emulator) -> Attributes:
     """Return what `torch.cuda` says about the GPU."""
     major, minor = divmod(emulator.capability, 10)
     properties = SimpleNamespace(
@@ -293,7 +306,7 @@ OF_ACCELERATOR = (
 )
 
 
-def _of_accelerator(cuda: dict[str, Any]) -> dict[str, Any]:
+def _of_accelerator(cuda: Attributes) -> Attributes:
     """Return what `torch.accelerator` says about the GPU."""
     return {
         **{name: cuda[name] for name in OF_ACCELERATOR},
@@ -306,10 +319,10 @@ def _of_accelerator(cuda: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _autocasts() -> dict[str, Any]:
+def _autocasts() -> Attributes:
     """Return functions that ask and set the CPU's autocast for that of CUDA, also by default."""
 
-    def of_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    def of_cpu(function: Callable[..., T]) -> Callable[..., T]:
         return lambda device_type="cuda", *args: function(_on_cpu(device_type), *args)
 
     names = ("is_autocast_enabled", "get_autocast_dtype", "set_autocast_dtype")
@@ -319,7 +332,13 @@ def _autocasts() -> dict[str, Any]:
 def _autocast_on_cpu(make: Callable[..., None]) -> Callable[..., None]:
     """Let an autocast of CUDA be that of the CPU, with the type that CUDA's has by default."""
 
-    def init(self: Any, device_type: Any, dtype: Any = None, *args: Any, **kwargs: Any) -> None:
+    def init(
+        self: torch.autocast,
+        device_type: str,
+        dtype: torch.dtype | None = None,
+        *args: object,
+        **kwargs: object,
+    ) -> None:
         if _on_cpu(device_type) != device_type:
             device_type, dtype = "cpu", dtype or torch.float16
         make(self, device_type, dtype, *args, **kwargs)
@@ -327,10 +346,10 @@ def _autocast_on_cpu(make: Callable[..., None]) -> Callable[..., None]:
     return init
 
 
-def _customs(amp: Any) -> dict[str, Any]:
+def _customs(amp: ModuleType) -> Attributes:
     """Return the decorators of functions that an autocast of CUDA calls, for that of the CPU."""
 
-    def of_cpu(decorate: Callable[..., Any]) -> Callable[..., Any]:
+    def of_cpu(decorate: Callable[..., T]) -> Callable[..., T]:
         return lambda *args, device_type="cuda", **kwargs: decorate(
             *args, device_type=_on_cpu(device_type), **kwargs
         )
@@ -338,16 +357,26 @@ def _customs(amp: Any) -> dict[str, Any]:
     return {name: of_cpu(getattr(amp, name)) for name in ("custom_fwd", "custom_bwd")}
 
 
-def _load_on_cpu(load: Callable[..., Any]) -> Callable[..., Any]:
+# Where `torch.load` puts a tensor that was at a place, by its name.
+MapLocation = Function | torch.device | str | Mapping[str, torch.device | str] | None
+
+
+def _load_on_cpu(load: Callable[..., T]) -> Callable[..., T]:
     """Let `torch.load` put tensors of a GPU on the CPU."""
 
-    def loaded(f: Any, map_location: Any = "cpu", *args: Any, **kwargs: Any) -> Any:
+    def loaded(
+        f: str | PathLike[str] | IO[bytes],
+        map_location: MapLocation = "cpu",
+        *args: object,
+        **kwargs: object,
+    ) -> T:
         to_device = _on_device(map_location) == places.DEVICE
+        place: MapLocation = map_location
         if isinstance(map_location, dict):
-            map_location = {name: _on_cpu(place) for name, place in map_location.items()}
+            place = {name: _on_cpu(one) for name, one in map_location.items()}
         elif map_location is None or isinstance(map_location, (str, torch.device)):
-            map_location = "cpu"
-        result = load(f, map_location, *args, **kwargs)
+            place = "cpu"
+        result = load(f, place, *args, **kwargs)
         for t in tree_leaves(result) if to_device else ():
             places.put(t, places.DEVICE)
         return result
@@ -359,7 +388,11 @@ def _without_devices(make: Callable[..., None]) -> Callable[..., None]:
     """Let DistributedDataParallel take the CPU where a script names a device."""
 
     def init(
-        self: Any, module: Any, device_ids: Any = None, output_device: Any = None, **kwargs: Any
+        self: DistributedDataParallel,
+        module: torch.nn.Module,
+        device_ids: Sequence[Device] | None = None,
+        output_device: Device = None,
+        **kwargs: object,
     ) -> None:
         for device in (*(device_ids or ()), output_device):
             _check_device(device)
@@ -368,26 +401,28 @@ def _without_devices(make: Callable[..., None]) -> Callable[..., None]:
     return init
 
 
-def _by_gloo(make: Callable[..., Any]) -> Callable[..., Any]:
+def _by_gloo(make: Callable[..., None]) -> Callable[..., None]:
     """Let processes that ask for NCCL talk by gloo."""
 
-    def init(backend: Any = None, *args: Any, device_id: Any = None, **kwargs: Any) -> Any:
+    def init(
+        backend: str | None = None, *args: object, device_id: Device = None, **kwargs: object
+    ) -> None:
         _check_device(device_id)
         is_of_device = backend is None or "nccl" in str(backend)
-        return make("gloo" if is_of_device else backend, *args, **kwargs)
+        make("gloo" if is_of_device else backend, *args, **kwargs)
 
     return init
 
 
-def _fork_of_cpu(fork: Callable[..., Any]) -> Callable[..., Any]:
+def _fork_of_cpu(fork: Callable[..., T]) -> Callable[..., T]:
     """Let `torch.random.fork_rng` keep the CPU's state alone."""
     return lambda devices=None, enabled=True, **kwargs: fork([], enabled)
 
 
-def _with_mode(function: Callable[..., Any], graphs: Graphs) -> Callable[..., Any]:
+def _with_mode(function: Callable[P, T], graphs: Graphs) -> Callable[P, T]:
     """Let a function call back with the mode, which PyTorch leaves before it calls it."""
 
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
         with _OnCpu(graphs):
             return function(*args, **kwargs)
 
@@ -407,17 +442,23 @@ def _start_with_mode(start: Callable[[Thread], None], graphs: Graphs) -> Callabl
 GROUPS = "_group_tensors_by_device_and_dtype"
 
 
-def _grouped(group: Callable[..., Any]) -> Callable[..., Any]:
-    """Let tensors be grouped by where they would be."""
+# What the function is given and returns: the tensors, and their indices in the lists.
+Lists = Sequence[Sequence[Tensor | None]]
+Groups = dict[tuple[torch.device, torch.dtype], tuple[Lists, Sequence[int]]]
 
-    def grouped(lists: Any, with_indices: bool = False) -> Any:
+
+def _grouped(module: ModuleType) -> Attributes:
+    """Return the function that groups tensors, which groups them by where they would be."""
+    group: Callable[[Lists, bool], Groups] = getattr(module, GROUPS)
+
+    def grouped(lists: Lists, with_indices: bool = False) -> Groups:
         found = group(lists, with_indices)
         first = lists[0][0] if lists and lists[0] else None
         if first is None:
             return found
-        return {(first.device, *key[1:]): one for key, one in found.items()}
+        return {(first.device, dtype): one for (_, dtype), one in found.items()}
 
-    return grouped
+    return {GROUPS: grouped}
 
 
 # The versions of torch that the names below were read in.
@@ -427,18 +468,18 @@ MADE_FOR = ("2.11", "2.14")
 LACKING = {"_cuda_graph_capture_health_check": "2.11"}
 
 
-def replacements(emulator: Emulator, graphs: Graphs) -> list[tuple[Any, dict[str, Any]]]:
+def replacements(emulator: Emulator, graphs: Graphs) -> list[tuple[object, Attributes]]:
     """Return what is replaced: modules and classes, and their attributes by name."""
     import triton
     from triton._C.libtriton import nvidia
 
     def bench(
-        call: Callable[[], Any],
-        *args: Any,
-        quantiles: Any = None,
+        call: Callable[[], object],
+        *args: object,
+        quantiles: Sequence[float] | None = None,
         return_mode: str = "mean",
-        **kwargs: Any,
-    ) -> Any:
+        **kwargs: object,
+    ) -> float | list[float]:
         call()
         return [1.0] * len(quantiles) if quantiles else [1.0] if return_mode == "all" else 1.0
 
@@ -449,12 +490,9 @@ def replacements(emulator: Emulator, graphs: Graphs) -> list[tuple[Any, dict[str
         (torch.accelerator, _of_accelerator(cuda)),
         (torch, {"Generator": _Generator, "load": _load_on_cpu(torch.load), **_autocasts()}),
         # Functions of PyTorch's, within which there is no mode, ask for the device, too.
-        (torch.Tensor, {"device": property(places.device_of)}),
-        (torch.Tensor, {"record_stream": lambda t, stream: None}),
-        *(
-            (module, {GROUPS: _grouped(getattr(module, GROUPS))})
-            for module in (_foreach_utils, clip_grad, optimizer)
-        ),
+        (Tensor, {"device": property(places.device_of)}),
+        (Tensor, {"record_stream": lambda t, stream: None}),
+        *((module, _grouped(module)) for module in (_foreach_utils, clip_grad, optimizer)),
         *((place, _customs(torch.amp)) for place in (torch.amp, torch.cuda.amp)),
         (torch.random, {"fork_rng": _fork_of_cpu(torch.random.fork_rng)}),
         (DistributedDataParallel, {"__init__": _without_devices(DistributedDataParallel.__init__)}),
@@ -469,10 +507,10 @@ def replacements(emulator: Emulator, graphs: Graphs) -> list[tuple[Any, dict[str
     ]
 
 
-def missing_names(changes: list[tuple[Any, dict[str, Any]]]) -> list[str]:
+def missing_names(changes: list[tuple[object, Attributes]]) -> list[str]:
     """Return the names that the installed versions lack, some of which `LACKING` explains."""
     return [
-        f"{place.__name__}.{name}"
+        f"{getattr(place, '__name__', place)}.{name}"
         for place, attributes in changes
         for name in attributes
         if not hasattr(place, name) and name not in LACKING

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from torchpar.ptx.cuda import places
@@ -14,9 +15,9 @@ from torchpar.ptx.cuda.graph_memory import Line
 UNUSED = ("params", "initial_lr", "param_names")  # of a group: no step computes with them
 
 
-def _numbers(group: dict[str, Any]) -> dict[str, Any]:
+def _numbers(group: dict[str, Any]) -> dict[str, object]:
     """Return the numbers of a group that a graph would take as they are."""
-    found = {}
+    found: dict[str, object] = {}
     for key, value in group.items():
         leaves = [_number(one) for one in tree_leaves(value)] if key not in UNUSED else []
         if leaves and None not in leaves:
@@ -24,7 +25,7 @@ def _numbers(group: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _number(value: Any) -> int | float | None:
+def _number(value: object) -> int | float | None:
     if isinstance(value, Tensor) and value.numel() == 1 and not places.is_on_device(value):
         return float(value)  # a number of the host, which a launch takes by its value
     if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -35,12 +36,12 @@ def _number(value: Any) -> int | float | None:
 class Step:
     """A step of an optimizer in a capture."""
 
-    def __init__(self, optimizer: Any, line: Line):
+    def __init__(self, optimizer: Optimizer, line: Line):
         self.optimizer, self.line = weakref.ref(optimizer), line
         self.name = type(optimizer).__name__
         self.numbers = [_numbers(group) for group in optimizer.param_groups]
 
-    def changes(self) -> Iterator[tuple[str, Any, Any]]:
+    def changes(self) -> Iterator[tuple[str, object, object]]:
         """Yield numbers that are other ones now: their names, and both values."""
         optimizer = self.optimizer()
         groups = () if optimizer is None else optimizer.param_groups

@@ -8,7 +8,6 @@ GPU.
 
 import threading
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -39,8 +38,8 @@ class Streams:
         self.is_capturing: Callable[[Stream], bool] = lambda stream: False
         self.host: Clock = {}
         self._local = threading.local()
-        self.Stream = type("Stream", (Stream,), {"_streams": self})
-        self.Event = type("Event", (Event,), {"_streams": self})
+        self.Stream: type[Stream] = type("Stream", (Stream,), {"_streams": self})
+        self.Event: type[Event] = type("Event", (Event,), {"_streams": self})
         self.all: list[Stream] = []
         self.default = self.Stream()
 
@@ -49,11 +48,11 @@ class Streams:
         found: Stream = getattr(self._local, "stream", self.default)
         return found
 
-    def set(self, stream: Any) -> None:
+    def set(self, stream: "Stream | None") -> None:
         if stream is not None:
             self._local.stream = stream
 
-    def entered(self, stream: Any) -> "Entered":
+    def entered(self, stream: "Stream | None") -> "Entered":
         """Return a block whose current stream is another one, as `torch.cuda.stream` does."""
         return Entered(self, stream)
 
@@ -82,10 +81,10 @@ class Streams:
 class Entered:
     """A block whose current stream is another one."""
 
-    def __init__(self, streams: Streams, stream: Any):
+    def __init__(self, streams: Streams, stream: "Stream | None"):
         self.streams, self.stream = streams, stream
 
-    def __enter__(self) -> Any:
+    def __enter__(self) -> "Stream | None":
         self.before = self.streams.current
         self.streams.set(self.stream)
         return self.stream
@@ -130,7 +129,7 @@ class Stream:
         self._streams.refuse("Stream.query()")
         return True
 
-    def record_event(self, event: Any = None) -> Any:
+    def record_event(self, event: "Event | None" = None) -> "Event":
         event = self._streams.Event() if event is None else event
         event.record(self)
         return event
@@ -168,5 +167,5 @@ class Event:
         self._streams.refuse("Event.query()")
         return True
 
-    def elapsed_time(self, other: Any) -> float:
+    def elapsed_time(self, other: "Event") -> float:
         return 1e-3
