@@ -416,6 +416,12 @@ def test_bits(width):
             lambda v, a, n, letter=letter: extracted(v, a, n, width, letter == "s"),
             *(given, start, count),
         )
+        # The core knows constants alone.
+        of_integers(
+            f"bfe.{letter}{width} y, x0, x1, 5;",
+            lambda v, a, letter=letter: extracted(v, a, 5, width, letter == "s"),
+            *(given, start),
+        )
 
     def inserted(a: int, b: int, at: int, n: int) -> int:
         mask = (1 << n) - 1 << at

@@ -2,8 +2,8 @@
 """Encode the instructions of a kernel for the core in C."""
 
 import ctypes
-from collections.abc import Iterable
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable
+from typing import ClassVar, TypeVar
 
 import numpy as np
 
@@ -116,6 +116,9 @@ def _thread_bytes(code: InstructionStruct) -> int:
     return int(code.width * (code.results if code.kind == LOAD else code.sources - 1))
 
 
+K = TypeVar("K")
+
+
 class Program:
     """A kernel's instructions for the core, and the rows of its constants and special registers."""
 
@@ -129,7 +132,9 @@ class Program:
         self.is_for_blocks = not kernel.local_bytes  # for blocks.c, as far as is known
         self.is_for_cores = True  # for cores.py, as far as is known
         self.atomics = 0  # instructions of blocks.c, which are numbered
-        self._tables: list[Any] = []  # of registers, which the instructions point to
+        self._tables: list[
+            ctypes.Array[ctypes.c_int32]
+        ] = []  # of registers, which the instructions point to
         slots, _ = kernel.slots
         for code, i, slot in zip(self.instructions, kernel.instructions, slots, strict=True):
             code.slot = slot
@@ -185,7 +190,7 @@ class Program:
             raise LookupError
         return self._new(self.specials, (operand.name, width), width)
 
-    def _new(self, rows: dict[Any, int], key: Any, width: int) -> int:
+    def _new(self, rows: dict[K, int], key: K, width: int) -> int:
         if key not in rows:
             rows[key] = len(self.widths)
             self.widths.append(width)
@@ -219,7 +224,7 @@ class Program:
         return self._apply(code, ".".join(parts), i.operands, "ftz" in i.parts)
 
     def _apply(
-        self, code: InstructionStruct, name: str, operands: list[Any], flush: bool = False
+        self, code: InstructionStruct, name: str, operands: list[object], flush: bool = False
     ) -> int:
         widths = (ctypes.c_uint8 * 4)()
         entry = self.core.entry_of(name.encode(), widths)
@@ -229,7 +234,7 @@ class Program:
         if name.startswith(("bfe", "prmt")) and not isinstance(operands[-1], Constant):
             raise LookupError
         if name.startswith("bfe"):
-            start, count = (one.bits for one in operands[2:])
+            start, count = (one.bits for one in operands[2:] if isinstance(one, Constant))
             if not 0 < count <= 8 * expected[0] - start:
                 raise LookupError
         if not isinstance(operands[0], Register):
@@ -299,7 +304,7 @@ class Program:
         code.space = SPACES["shared" if in_shared else "local" if in_local else "global"]
         code.width, code.is_signed = dtype.itemsize, dtype.kind == "i"
 
-    def _base(self, code: InstructionStruct, address: Address) -> int:
+    def _base(self, code: InstructionStruct, address: object) -> int:
         if not isinstance(address, Address) or address.coordinates:
             raise LookupError
         code.offset = address.offset
@@ -467,7 +472,7 @@ class Program:
         code.mode = len(corner)
         return STORE_BOX if is_store else LOAD_BOX
 
-    def _bases(self, code: InstructionStruct, first: Any, second: Any) -> list[int]:
+    def _bases(self, code: InstructionStruct, first: object, second: object) -> list[int]:
         """Return the rows of two addresses, of which ``code`` takes the offsets."""
         other = self._base(code, second)
         code.second_offset = code.offset
@@ -545,7 +550,7 @@ class Program:
         self._operands(code, [], rows)
         return COPY
 
-    ENCODERS: ClassVar[dict[str, Any]] = {
+    ENCODERS: ClassVar[dict[str, Callable[["Program", InstructionStruct, Instruction], int]]] = {
         "mov": _move,
         "bra": _branch,
         "ld": _load,
