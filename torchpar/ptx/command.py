@@ -11,7 +11,8 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, TextIO
+from types import FrameType
+from typing import TextIO
 
 import torch
 
@@ -156,7 +157,7 @@ def _terminable() -> Iterator[None]:
     """Let SIGTERM end the script as an exception does, so that the report is shown."""
     process = os.getpid()
 
-    def end(number: int, frame: Any) -> None:
+    def end(number: int, frame: FrameType | None) -> None:
         if os.getpid() == process:
             sys.exit(128 + number)
         signal.signal(number, signal.SIG_DFL)  # a fork of the script, which has no report

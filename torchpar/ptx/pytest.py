@@ -9,12 +9,13 @@ A test fails if one of its kernels has an error. The warnings and notes are in t
 fixture of a module or a session belongs to the test that sets it up, or that tears it down.
 """
 
+import argparse
 import unittest
 from collections.abc import Callable, Generator
 from contextlib import ExitStack
 from functools import wraps
 from inspect import iscoroutinefunction
-from typing import Any
+from typing import ParamSpec, TypeVar
 
 import pytest
 import torch
@@ -23,6 +24,9 @@ from torchpar.ptx.cuda.advice import advise, says_cuda
 from torchpar.ptx.cuda.stand_in import cuda_is_cpu
 from torchpar.ptx.report.report import Report
 from torchpar.ptx.triton.driver import ARCHITECTURES, Emulator, emulate, why_not_compiled
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -99,7 +103,7 @@ class _Hooks:
     mode of PyTorch in one test and leave it in another, and modes are left in reverse order.
     """
 
-    def __init__(self, options: Any):
+    def __init__(self, options: argparse.Namespace):
         self.options, self.active = options, ExitStack()
 
     def enter(self) -> None:
@@ -156,11 +160,11 @@ class _Hooks:
                 item.add_report_section(when, "kernels", str(rest))
 
 
-def _checked(test: Callable[..., Any], phase: _Phase) -> Callable[..., Any]:
+def _checked(test: Callable[P, T], phase: _Phase) -> Callable[P, T]:
     """Let a method of unittest fail itself, because `unittest.expectedFailure` asks it alone."""
 
     @wraps(test)
-    def checked(*args: object, **kwargs: object) -> Any:
+    def checked(*args: P.args, **kwargs: P.kwargs) -> T:
         result = test(*args, **kwargs)
         phase.check()
         return result

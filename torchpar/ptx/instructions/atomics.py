@@ -7,7 +7,6 @@ with a fence: one before a relaxed write releases, and one after a relaxed read 
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
@@ -57,7 +56,7 @@ def _reduce(i: Instruction) -> Run:
     return _atomic(i, [], i.operands)
 
 
-def _atomic(i: Instruction, to: list[Any], operands: list[Any]) -> Run:
+def _atomic(i: Instruction, to: list[object], operands: list[object]) -> Run:
     (name, *vector, kind), order, in_shared = qualifiers(i)
     raw = DTYPES[HALVES.get(kind, kind)]
     address = reader(operands[0])

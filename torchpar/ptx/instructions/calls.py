@@ -6,7 +6,6 @@ stack of each thread.
 """
 
 import re
-from typing import Any
 
 import numpy as np
 
@@ -60,7 +59,7 @@ def _print(warp: Warp, i: Instruction) -> None:
     form = _text(warp, int(warp.arguments["param0", 0][warp.lanes()[0]]), i.line)
     for lane in warp.lanes():
         address = int(warp.arguments["param1", 0][lane])
-        values: list[Any] = []
+        values: list[int | float] = []
         for _, length, letter in CONVERSION.findall(form):
             if letter == "%":
                 continue
@@ -76,7 +75,7 @@ def _print(warp: Warp, i: Instruction) -> None:
         warp.block.gpu.printed.append(text.rstrip("\n"))
 
 
-def _converted(match: re.Match[str], value: Any) -> str:
+def _converted(match: re.Match[str], value: int | float) -> str:
     flags, letter = match[1], match[3]
     if letter in "aA":
         return float(value).hex()

@@ -3,7 +3,7 @@
 ISA."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import triton
@@ -110,6 +110,12 @@ class Places(NamedTuple):
     unit: int
 
 
+class Barrier(Protocol):
+    """A `tma.Barrier`, as copies see it."""
+
+    def update(self, arrivals: int = 0, transactions: int = 0) -> None: ...
+
+
 class Copy(Operation):
     """A bulk copy. A ``barrier`` counts the bytes that have been copied."""
 
@@ -120,7 +126,7 @@ class Copy(Operation):
         what: str,
         places: Places,
         to_shared: bool = True,
-        barrier: Any = None,
+        barrier: Barrier | None = None,
     ):
         super().__init__(warp, line, what)
         self.block, self.to_shared, self.barrier = warp.block, to_shared, barrier

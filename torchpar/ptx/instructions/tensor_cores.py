@@ -8,7 +8,6 @@ of which each thread holds some consecutive bytes: the (lane % 4)-th ones of row
 """
 
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 
@@ -243,7 +242,7 @@ class Product(Operation):
         i: Instruction,
         kind: str,
         dtype: str,
-        left: Any,
+        left: list[int] | Matrix,
         right: Matrix,
         adds: bool,
     ):
@@ -255,7 +254,7 @@ class Product(Operation):
         of_a = left if isinstance(left, list) else []
         self.taken = dict(zip(of_a, registers.get_many(of_a), strict=True)) if of_a else {}
         self.sums = registers.get_many(self.to) if adds else None
-        for matrix in (right, *([] if self.taken else [left])):
+        for matrix in (right, *([] if isinstance(left, list) else [left])):
             matrix.check(warp, self.read, i.line)
         held = [*self.taken.items(), *zip(self.to, self.sums or [], strict=adds)]
         ready = [n for n, value in held if not isinstance(value, Unready)]
@@ -269,7 +268,7 @@ class Product(Operation):
         registers.set_same(self.to, self.token)
 
     def fetch(self) -> None:
-        if self.taken:
+        if isinstance(self.left, list):
             now = [self.warp.registers[index] for index in self.taken]
             if any(a is not b for a, b in zip(now, self.taken.values(), strict=True)):
                 raise PtxError(self.line, "a register of A changes while it is multiplied")
@@ -277,7 +276,7 @@ class Product(Operation):
         else:
             left = self.left.read(self.warp, self.warp.block.shared, self.line)
         product = left @ self.right.read(self.warp, self.warp.block.shared, self.line).T
-        old: Any = np.zeros(product.shape, self.dtype)
+        old: Values = np.zeros(product.shape, self.dtype)
         if self.sums is not None:
             # Another product, which has completed.
             before = getattr(self.sums[0], "operation", None)
@@ -312,7 +311,7 @@ def _multiply_async(i: Instruction) -> Run:
     def run(warp: Warp) -> None:
         window = warp.block.window
         matrix = Matrix(right(warp), range(n), by_rows[-1], b_kind, i.line, window)
-        first: Any = None
+        first: list[int] | Matrix = []
         if left is None:
             first = [one.index for one in a]
         else:

@@ -14,8 +14,6 @@ not waited for, is an error, as in `memory`. Limitation: a load is at once, wher
 `tcgen05.wait::ld`; and who overwrites what a product still reads is not noticed.
 """
 
-from typing import Any
-
 import numpy as np
 
 from torchpar.ptx.instructions.tensor_cores import OPERANDS, Matrix, add, numbers
@@ -176,7 +174,16 @@ def _store(i: Instruction) -> Run:
 class Product(Operation):
     """D = A·B + D, or A·B: D in tensor memory, A there or in shared memory, B in shared memory."""
 
-    def __init__(self, warp: Warp, i: Instruction, d: int, a: Any, b: Any, bits: int, adds: bool):
+    def __init__(
+        self,
+        warp: Warp,
+        i: Instruction,
+        d: int,
+        a: int | Values,
+        b: Values,
+        bits: int,
+        adds: bool,
+    ):
         memory = memory_of(warp)
         earlier = memory.products.get(warp.index)
         super().__init__(warp, i.line, "a product", after=memory.last, continues=earlier)
@@ -203,8 +210,9 @@ class Product(Operation):
         window = warp.block.window
         self.b = Matrix(b, range(n), not bits >> 16 & 1, self.kinds[1], i.line, window)
         operands = [self.b]
-        self.a: Any = a
+        self.a: int | Matrix
         if isinstance(a, int):
+            self.a = a
             self.from_memory = (a >> 16) + lanes[:, None], (a & 0xFFFF) + np.arange(8)[None, :]
             self._check_known(warp, self.from_memory)
         else:

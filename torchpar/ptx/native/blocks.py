@@ -8,7 +8,7 @@ import ctypes
 import time
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -33,11 +33,13 @@ from torchpar.ptx.native.layout import (
 if TYPE_CHECKING:
     from torchpar.ptx.machine.memory import Allocation
 
+C = TypeVar("C", PastStruct, ReleaseStruct, TensormapStruct, ctypes.c_int32)
+
 SECONDS = 0.1  # of a call of the core, about, so that Ctrl-C has its effect
 MOST_FAILURES = 4  # blocks of a launch that are left to Python, after which all of them are
 
 
-def _free(library: ctypes.CDLL, runner: RunnerStruct, states: Any) -> None:
+def _free(library: ctypes.CDLL, runner: RunnerStruct, states: "ctypes.Array[StateStruct]") -> None:
     """Free what the core has allocated; ``states`` live so long."""
     library.free_runner(ctypes.addressof(runner))
 
@@ -48,9 +50,12 @@ def _view(place: "Allocation") -> AllocationView:
     return place.view
 
 
-def _array(kind: Any, address: int | None, count: int) -> Any:
+def _array(kind: type[C], address: int | None, count: int) -> "ctypes.Array[C] | tuple[()]":
     """Return the ``count`` structures that lie at an address of the core."""
-    return (kind * count).from_address(address) if count else ()
+    if not count:
+        return ()
+    assert address is not None
+    return (kind * count).from_address(address)
 
 
 def _pasts_of(known: int, taken: dict[int, Values]) -> dict[int, Values]:

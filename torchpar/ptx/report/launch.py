@@ -4,10 +4,9 @@
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from torchpar.errors import in_columns
-from torchpar.ptx.machine.counters import KINDS, Counters, Source, summarize
+from torchpar.ptx.machine.counters import KINDS, Counters, Counts, Source, summarize
 from torchpar.ptx.machine.trace import Trace
 from torchpar.ptx.report.resources import Resources, programs_of, resources
 from torchpar.ptx.report.roofline import GPU_OF, Bound, bounds
@@ -47,7 +46,7 @@ class Launch:
     configuration: str = ""
     printed: list[str] = field(default_factory=list)
     ptx: str = field(default="", repr=False)
-    counts: Any = field(default=None, repr=False)
+    counts: Counts = field(init=False, repr=False)  # since the launch has begun
     file: str = field(default="", repr=False)
     launched: tuple[str, int] | None = field(default=None, repr=False)
     trace: Trace | None = field(default=None, repr=False)

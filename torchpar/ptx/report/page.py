@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from torchpar.kernels.data_sheets import DATA_SHEETS
 from torchpar.ptx.machine.counters import BANKS, SECTOR, WORD, Access, Line, kind_of, operation
-from torchpar.ptx.machine.trace import Request, Trace
+from torchpar.ptx.machine.trace import Request, Span, Trace
 from torchpar.ptx.report.drawing import Drawing
 from torchpar.ptx.report.faults import Fault
 from torchpar.ptx.report.groups import Group, longest, shown_line
@@ -318,7 +318,7 @@ def draw_timeline(launch: Launch, trace: Trace) -> tuple[str, dict[str, str]]:
     return drawing.svg, {name: COLORS[name] for name in COLORS if name in used}
 
 
-def operations(trace: Trace, first: int) -> list[tuple[Any, int]]:
+def operations(trace: Trace, first: int) -> list[tuple[Span, int]]:
     """Return asynchronous operations, and of each one a row in which it overlaps with none.
 
     Those that all warps issue are shown of the first warp.
