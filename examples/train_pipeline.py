@@ -34,6 +34,7 @@ import torch
 from support import cli, session
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.profiler import record_function
 
 from torchpar import training
 from torchpar.nn import MLP
@@ -61,8 +62,6 @@ def by_hand(flags: Flags, world: World, stage: MLP) -> tuple[Gradients, Predict]
     """Return the functions that compute the gradients of a batch, and the outputs of a batch."""
     check_one_rank_per_gpu(world)
     schedule = gpipe if flags.pipeline == "gpipe" else one_forward_one_backward
-    # Messages, and the time in which this rank waits for them.
-    run_schedule = phase("pipeline")(schedule)
     p2p = P2PCommunicator(world.mesh.get_group("pp"), world.device)
     width = next(stage.parameters()).shape[1]  # of the activations that the previous stage sends
 
@@ -74,7 +73,7 @@ def by_hand(flags: Flags, world: World, stage: MLP) -> tuple[Gradients, Predict]
         )
         losses = []
 
-        @phase("forward")
+        @record_function("forward")  # its name in a trace, and a phase of a step
         def forward(i: int, activations: Tensor | None) -> Tensor:
             outputs: Tensor = stage(parts[i] if activations is None else activations)
             if not p2p.is_last:
@@ -91,7 +90,9 @@ def by_hand(flags: Flags, world: World, stage: MLP) -> tuple[Gradients, Predict]
         # For each micro-batch: receive the input, forward, send the output; receive the gradient of
         # the output, backward, send the gradient of the input. No two ranks have the same layer, so
         # that there is nothing to average.
-        run_schedule(forward, backward, [(len(part), width) for part in parts], p2p)
+        shapes = [(len(part), width) for part in parts]
+        with record_function("pipeline"):  # messages, and the time in which this rank waits
+            schedule(forward, backward, shapes, p2p)
         return torch.stack(losses).sum() if losses else x.new_zeros(())
 
     def predict(x: Tensor) -> Tensor | None:

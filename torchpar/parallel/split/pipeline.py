@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.profiler import record_function
 
 from torchpar.errors import ConfigError
 from torchpar.nn import MLP
@@ -26,7 +27,6 @@ from torchpar.parallel.launch.world import World
 from torchpar.parallel.split.reduction import all_reduce
 from torchpar.parallel.split.scaler import skip_together
 from torchpar.parallel.split.schedules import P2PCommunicator, gpipe, one_forward_one_backward
-from torchpar.training.profile.phases import phase
 
 LossSum = Callable[[Tensor, Tensor], Tensor]  # outputs, labels → the loss summed over samples
 PipelineSchedule = Literal["gpipe", "1f1b"]
@@ -149,7 +149,7 @@ class Pipeline:
             # The average over the replicas divides by their number.
             return loss * (self.replicas.size() / global_size)
 
-        with phase("pipeline"):
+        with record_function("pipeline"):  # its name in a trace, and a phase of a step
             shapes = [(len(one), self.width) for one in inputs]
             self._schedule(forward, torch.Tensor.backward, shapes, self._p2p)
             self._average_gradients()

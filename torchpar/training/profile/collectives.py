@@ -3,8 +3,8 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, ClassVar
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,7 @@ from torch.profiler import record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from torchpar.parallel.split.shared_memory import TRACED_AS, SharedSum
 from torchpar.training.profile.phases import phase
 from torchpar.training.profile.record import Call
 
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from torchpar.parallel.launch.world import World
 
 
-_NOTHING = nullcontext()
-SHARED = "shared_memory:all_reduce"  # its name in a trace
 _OPERATIONS = {"allreduce": "all_reduce", "allgather": "all_gather", "alltoall_base": "all_to_all"}
 
 
@@ -37,8 +36,6 @@ class Collectives(TorchDispatchMode):
         calls: in the order of the calls.
     """
 
-    active: ClassVar["Collectives | None"] = None
-
     def __init__(self, world: "World | None" = None):
         super().__init__()
         self.calls: list[Call] = []
@@ -51,18 +48,24 @@ class Collectives(TorchDispatchMode):
             self._dimensions[dist.group.WORLD.group_name] = "dp"
 
     def __enter__(self) -> "Collectives":
-        Collectives.active = self
+        SharedSum.watch = self._record_shared
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        Collectives.active = None
+        SharedSum.watch = None
         super().__exit__(*error)
 
     @contextmanager
-    def record(self, dimension: str, operation: str, nbytes: int, name: str = "") -> Iterator[None]:
-        """Record the block as a `Call`, and under ``name`` in a trace."""
-        with phase("collectives"), record_function(name) if name else _NOTHING:
+    def _record_shared(self, nbytes: int) -> Iterator[None]:
+        """Record the block as an all-reduce through shared memory, also in a trace."""
+        with record_function(TRACED_AS), self.record("dp", "all_reduce", nbytes):
+            yield
+
+    @contextmanager
+    def record(self, dimension: str, operation: str, nbytes: int) -> Iterator[None]:
+        """Record the block as a `Call`."""
+        with phase("collectives"):
             start = time.perf_counter()
             yield
             seconds = time.perf_counter() - start
@@ -93,13 +96,3 @@ class Collectives(TorchDispatchMode):
                 if torch.cuda.is_available():  # NCCL's wait only blocks the stream
                     torch.cuda.synchronize()
         return result
-
-
-def all_reduced(dimension: str, nbytes: int) -> AbstractContextManager[None]:
-    """Record the block as an all-reduce, for `Collectives` and `torch.profiler`: both see operators
-    only."""
-    if Collectives.active is not None:
-        return Collectives.active.record(dimension, "all_reduce", nbytes, SHARED)
-    if torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
-        return record_function(SHARED)
-    return _NOTHING

@@ -15,7 +15,7 @@ A step is divided at its backward pass: what comes before it is "forward", what 
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torchpar.ops import machine
@@ -54,7 +54,7 @@ class Phases:
     The device is synchronised at both ends of a phase, so the phases add up but no longer overlap.
     A phase inside another one (a collective in the backward pass) is counted once, as the inner
     phase. The backward pass is a call of `torch.Tensor.backward`; one by `torch.autograd.backward`
-    is not noticed.
+    is not noticed. A block of `torch.profiler.record_function` that is named as a phase is one.
 
     Attributes:
         seconds: of each phase.
@@ -82,7 +82,7 @@ class Phases:
     def __enter__(self) -> "Phases":
         Phases.active = self
         if self.device is not None:
-            self._mode = _backward_mode(self)
+            self._mode = _watching_mode(self)
             self._mode.__enter__()
         return self
 
@@ -175,8 +175,9 @@ class Phases:
         return time.perf_counter()
 
 
-def _backward_mode(phases: Phases) -> Any:
-    """A context that counts calls of `torch.Tensor.backward` as phase "backward".
+def _watching_mode(phases: Phases) -> Any:
+    """A context that counts calls of `torch.Tensor.backward` as phase "backward", and blocks of
+    `torch.profiler.record_function` that are named as a phase.
 
     PyTorch has hooks around a forward pass and an optimizer's step, but none around a backward
     pass. A hook of the loss would need the loss, which only the loop has.
@@ -184,13 +185,23 @@ def _backward_mode(phases: Phases) -> Any:
     import torch
     from torch.overrides import TorchFunctionMode
 
-    class BackwardMode(TorchFunctionMode):
+    recorded = torch.ops.profiler
+    blocks: list[tuple[Any, AbstractContextManager[None]]] = []  # that are open, and their records
+
+    class WatchingMode(TorchFunctionMode):
         def __torch_function__(
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
-            if func is not torch.Tensor.backward:
-                return func(*args, **(kwargs or {}))
-            with phases.measure("backward"):
-                return func(*args, **(kwargs or {}))
+            if func is torch.Tensor.backward:
+                with phases.measure("backward"):
+                    return func(*args, **(kwargs or {}))
+            is_exit = func is recorded._record_function_exit._RecordFunction
+            if is_exit and blocks and args[0] is blocks[-1][0]:
+                blocks.pop()[1].__exit__(None, None, None)
+            result = func(*args, **(kwargs or {}))
+            if func is recorded._record_function_enter_new and args[0] in phases.seconds:
+                blocks.append((result, phases.measure(args[0])))
+                blocks[-1][1].__enter__()
+            return result
 
-    return BackwardMode()
+    return WatchingMode()
