@@ -20,6 +20,13 @@ from matplotlib.patches import FancyArrowPatch, Rectangle
 FOLDER = Path(__file__).parent
 COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:red")  # of rank 0, 1, …
 WHOLE = "0.75"  # the same on every rank
+VERDICTS = {  # of docs/muon.md
+    "same": "#7fbf7b",
+    "equal": "#7fbf7b",
+    "refuses": "#c9c9c9",
+    "crashes": "#fdb863",
+    "wrong": "#e66101",
+}
 Point = tuple[float, float]
 
 
@@ -313,6 +320,31 @@ def same_bits() -> Figure:
     return figure
 
 
+def who_is_right() -> Figure:
+    """The table of muon.md, of libraries that were tried in most situations."""
+    page = (FOLDER / "muon.md").read_text("utf-8")
+    lines = page.partition("\n## Who is right where\n")[2].partition("\n\n- ")[0].splitlines()
+    header, _, *rows = (
+        [cell.strip() for cell in line.strip("|").split("|")] for line in lines if line[:1] == "|"
+    )
+    rows = [row for row in rows if sum(map(bool, row[2:])) > 4]
+    situations = header[2:]  # without the library's name and its promise
+    width, height, names = 1.75, 0.62, 5.2
+    figure, axes = canvas(names + width * len(situations) + 0.2, height * len(rows) + 1.2)
+    for column, situation in enumerate(situations):
+        x = names + width * (column + 0.5)
+        label(axes, x, height * len(rows) + 0.65, "\n".join(situation.split(" ", 1)))
+    for number, (library, _, *cells) in enumerate(rows):
+        y = height * (len(rows) - 1 - number) + 0.1
+        label(axes, names - 0.2, y + height / 2, library.partition(",")[0], "right")
+        for column, cell in enumerate(cells):
+            if cell:
+                x = names + width * column
+                right = situations[column] == "mistakes" and cell == "refuses"
+                box(axes, x, y, width, height, VERDICTS["same" if right else cell], cell)
+    return figure
+
+
 def losses(path: Path) -> Figure:
     """The losses of Muon and of AdamW on the training text and on the validation text."""
     rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
@@ -337,6 +369,7 @@ def main() -> None:
         ("operators", (maximum, matmul_t, linear_sigmoid), 110),
         ("parallel", (data, tensor, pipeline, mesh), 110),
         ("exact", (digits, orders, ranks), 110),
+        ("muon", (who_is_right,), 110),
     ):
         folder = FOLDER / page
         folder.mkdir(exist_ok=True)

@@ -247,7 +247,7 @@ def test_the_ladder_shows_the_measured_tables():
 
 
 def test_the_readme_shows_the_ladder():
-    section = README.partition("\n## From loops to processes\n")[2].partition("\n## ")[0]
+    section = README.partition("\n**From loops to processes.**")[2].partition("\n## ")[0]
     assert f"\n\n{ladder.readme_table(ladder_page.read(RESULTS / 'ladder.csv'))}\n" in section
 
 
@@ -403,7 +403,7 @@ GPU_SPEED_UPS = {
 
 
 def test_the_readme_shows_what_an_h200_measured():
-    table = README.partition("\n**Measured on one NVIDIA H200**")[2].partition("\n\n**Run")[0]
+    table = README.partition("\n**Measured on one NVIDIA H200**")[2].partition("\n\n**From")[0]
     _, _, *lines = re.findall(r"^\|.*", table, re.MULTILINE)
     assert len(lines) == len(GPU_SPEED_UPS)
     for line, (start, (benchmark, case, *both)) in zip(lines, GPU_SPEED_UPS.items(), strict=True):
@@ -604,9 +604,26 @@ def test_the_pages_show_the_measured_recipes(name, page):
     assert f"\n\n{table}\n" in PAGES[f"docs/{page}.md"]
 
 
-def test_the_first_screen_shows_what_the_page_of_kernels_shows():
-    (shown,) = re.findall(r"```\n(\$ python -m torchpar ptx .*?)```", README, re.DOTALL)
-    assert shown in PAGES["docs/ptx.md"]  # whose commands tests/ptx runs
+def test_the_readme_leads_with_the_mission():
+    """In a stranger's order, and every command follows the installation."""
+    order = (
+        *("python3 -m venv", "examples/train_ddp.py", "import torchpar", "linear_sigmoid("),
+        *("matmul_t(", "maximum(", "**Measured on one", "**From loops", "torchpar ptx"),
+        *("torchpar verify", "benchmarks run optimizers"),
+    )
+    places = [README.index(part) for part in order]
+    assert places == sorted(places)
+    assert len(README.splitlines()) <= 200
+    lines = [line for line in README.splitlines() if line[:1] not in ("", "|", "<")]
+    sentences = re.split(r"(?<=[.:]) ", " ".join(lines))
+    assert len(set(sentences)) == len(sentences) > 50  # none is read twice
+
+
+def test_the_readmes_command_runs_the_script_of_the_page_of_kernels():
+    (script,) = re.findall(r"`python -m torchpar ptx [^`]*\b(examples/\S+\.py)`", README)
+    (shown,) = re.findall(r"```py\n(# scale.py\n.*?)```", PAGES["docs/ptx.md"], re.DOTALL)
+    _, *lines = (ROOT / script).read_text().splitlines()  # the first one is the licence
+    assert [line.partition("  #")[0] for line in lines] == shown.splitlines()[1:]
 
 
 # The README's table of operators
