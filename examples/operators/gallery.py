@@ -19,6 +19,9 @@ RULES = [rule for rule in ALL_RULES if rule not in SKIPPED]
 PAGE = Path(__file__).parents[2] / "docs" / "gallery.md"
 TEXT = """# A gallery of operators
 
+This page is for people who want an example near to their own operator. After it you know which gaps
+of `torch.library` it would have, and which file to copy.
+
 Each file of [examples/operators](../examples/operators) takes a function, in Triton, Numba,
 torchvision or PyTorch. The same lines make two operators of it: one by `torch.library`, and one by
 `torchpar.library`. [From a function to an operator](citizen.md) explains each rule.
