@@ -5,7 +5,8 @@ true."""
 import csv
 import re
 import tomllib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -614,9 +615,34 @@ def test_the_readme_leads_with_the_mission():
     places = [README.index(part) for part in order]
     assert places == sorted(places)
     assert len(README.splitlines()) <= 200
-    lines = [line for line in README.splitlines() if line[:1] not in ("", "|", "<")]
-    sentences = re.split(r"(?<=[.:]) ", " ".join(lines))
-    assert len(set(sentences)) == len(sentences) > 50  # none is read twice
+
+
+def said_twice(texts: Iterable[str]) -> list[str]:
+    """Return the sentences of more than 60 characters that stand in the texts more than once."""
+    counts: Counter[str] = Counter()
+    for text in texts:
+        prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+        lines = [line for line in prose.splitlines() if line[:1] not in ("", "|", "<", "#", " ")]
+        counts.update(re.split(r"(?<=[.:]) ", " ".join(lines)))
+    return [sentence for sentence, count in counts.items() if count > 1 and len(sentence) > 60]
+
+
+def test_what_a_page_says_no_other_says_again():
+    assert said_twice(PAGES.values()) == []
+    again = "A rank that has no batch left still takes part in each message of the others."
+    assert said_twice([f"One. {again}", f"{again.replace(' each', chr(10) + 'each')} Two."]) == [
+        again
+    ]
+
+
+def test_each_page_of_the_site_says_first_for_whom_it_is():
+    def first_paragraph(text: str) -> str:
+        return text.partition("\n# ")[2].split("\n\n")[1]
+
+    for page, text in PAGES.items():
+        if page.startswith("docs/"):
+            assert re.search(r"\b(is for|[Ff]or readers)\b", first_paragraph(f"\n{text}")), page
+    assert first_paragraph("\n# A\n\nOne.\n\nThis is for you.") == "One."
 
 
 def test_the_readmes_command_runs_the_script_of_the_page_of_kernels():
