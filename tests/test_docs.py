@@ -550,6 +550,22 @@ def test_operators_shows_what_a_call_takes_beside_the_time_before():
         assert cells == [f"{float(ratio):.2g}" for ratio in found], what
 
 
+def test_muon_shows_what_a_cpu_measured():
+    with (RESULTS / "muon.csv").open() as file:
+        speedups = {
+            row["weight"]: f"{float(row['speedup']):.2g}×"
+            for row in csv.DictReader(file)
+            if row["contestant"] == "torchpar"
+        }
+    names = {"126 of different shapes, up to 128 × 141": "126 unequal"}
+    shown = {
+        names.get(weight, weight.replace(" × ", "x")): cell
+        for weights, cells in rows_of("docs/muon.md", "weights | speed-up |")
+        for weight, cell in zip(weights.split("; "), cells.split("; "), strict=True)
+    }
+    assert shown == speedups
+
+
 def test_muon_shows_what_an_h200_measured():
     graph, eager = {"mode": "CUDA graph"}, {"mode": "eager"}
     for what, *cells in rows_of("docs/muon.md", "matrices | PyTorch's, in a batch"):
