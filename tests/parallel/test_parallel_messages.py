@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Messages of a training step, counted: the tables of docs/parallel.md and docs/muon.md, in bytes."""
+"""Messages of a training step, counted: the tables of docs/parallel.md and docs/muon.md."""
 
 import math
 from collections import Counter
