@@ -226,7 +226,7 @@ def test_the_picture_of_the_rooms_is_true():
     house = runpy.run_path(str(ROOT / "docs" / "house.py"))
     page = house["page"]()
     assert page == (ROOT / "CONTRIBUTING.md").read_text()
-    assert "\n    nn --> ops\n" in page
+    assert "\n    testing --> optim\n" in page
     assert len(house["arrows"]()) <= 14
     found = house["imports"](ROOT / "torchpar" / "optim" / "muon.py", "torchpar.optim.muon")
     assert "torchpar.parallel.split.parts" in found
