@@ -5,7 +5,7 @@ Each case runs twice, from the same memory.
 """
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from unittest.mock import patch
 
 import pytest
@@ -21,7 +21,7 @@ from ptx.launch import Gpu
 from ptx.right import RIGHT
 from torchpar.ptx import Report, emulate
 from torchpar.ptx.instructions import tensor_cores
-from torchpar.ptx.machine.block import SCHEDULES, Block
+from torchpar.ptx.machine.block import SCHEDULES, Block, Schedule
 from torchpar.ptx.machine.counters import Counts
 from torchpar.ptx.machine.parse import PtxError
 from torchpar.ptx.native import core as native
@@ -34,7 +34,8 @@ pytestmark = pytest.mark.skipif(
 slow = pytest.mark.slow
 # The core executes whole blocks under the first one, and under the others what warps do meanwhile.
 TWO = (SCHEDULES[0], SCHEDULES[-1])
-# Code for another GPU differs from that for sm_90 in instructions, not in schedules.
+# Code for another GPU differs from that for sm_90 in instructions, not in schedules. A tutorial for
+# all three has both schedules among them.
 OF_ARCHITECTURE = {"sm_90": TWO, "sm_80": TWO[:1], "sm_100": TWO[1:]}
 # Tutorials whose instructions for sm_80 and sm_100 are all among those of the others.
 OF_SM_90 = {
@@ -82,18 +83,24 @@ def bits(t: Tensor) -> bytes:
     return t.contiguous().view(torch.uint8).numpy().tobytes() if t.numel() else b""
 
 
-def executed(run: Callable[[], list[tuple[Tensor, ...]]], arch: str) -> tuple[list[Tensor], Report]:
-    schedules = OF_ARCHITECTURE[arch]
+def executed(
+    run: Callable[[], list[tuple[Tensor, ...]]], arch: str, schedules: Sequence[Schedule]
+) -> tuple[list[Tensor], Report]:
     with patch.object(driver, "SCHEDULES", schedules), emulate(arch, schedules="all") as gpu:
         gpu.limit = LIMIT
         results = [pair[0].clone() for pair in run()]
     return results, gpu.report()
 
 
-def check(run: Callable[[], list[tuple[Tensor, ...]]], arch: str = "sm_90") -> None:
-    values, report = executed(run, arch)
+def check(
+    run: Callable[[], list[tuple[Tensor, ...]]],
+    arch: str = "sm_90",
+    schedules: Sequence[Schedule] | None = None,
+) -> None:
+    chosen = schedules or OF_ARCHITECTURE[arch]
+    values, report = executed(run, arch, chosen)
     with in_python():
-        expected, expected_report = executed(run, arch)
+        expected, expected_report = executed(run, arch, chosen)
     assert outside(report) == outside(expected_report)
     if not outside(report):
         assert said(report) == said(expected_report)
@@ -110,7 +117,9 @@ def check(run: Callable[[], list[tuple[Tensor, ...]]], arch: str = "sm_90") -> N
     ],
 )
 def test_tutorials(name, arch):
-    check(tutorials.TUTORIALS[name].run, f"sm_{arch}")
+    case = tutorials.TUTORIALS[name]
+    is_for_all = case.architectures == tutorials.ALL and name not in OF_SM_90
+    check(case.run, f"sm_{arch}", TWO[1:] if is_for_all and arch == 90 else None)
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=slow) for name in RIGHT])
@@ -464,10 +473,10 @@ def test_faults(name):
     check(FAULTS[name].run)
 
 
-def noted(run: Callable[[Gpu], object]) -> list[object]:
+def noted(run: Callable[[Gpu], object], schedules: Sequence[Schedule] = TWO) -> list[object]:
     """The results under each schedule, or the errors, and what was counted."""
     found: list[object] = []
-    for schedule in TWO:
+    for schedule in schedules:
         gpu = Gpu(schedule)
         try:
             results = run(gpu)
@@ -488,7 +497,9 @@ def test_kernels_of_this_package(name):
 
 @slow
 def test_mutants():
-    for mutant in mutants.draw()[:: mutants.OF_A_KIND]:  # about one of each kind
+    # About one of each kind, by turns whole blocks and what warps do meanwhile.
+    for number, mutant in enumerate(mutants.draw()[:: mutants.OF_A_KIND]):
+        schedule = TWO[number % 2 : number % 2 + 1]
         case = mutants.CASES[mutant.kernel]
 
         def run(gpu: Gpu, case: cases.Case = case, mutant: mutants.Mutant = mutant) -> object:
@@ -496,9 +507,9 @@ def test_mutants():
             gpu.limit = LIMIT
             return case.execute(gpu)
 
-        found = noted(run)
+        found = noted(run, schedule)
         with in_python():
-            assert found == noted(run), mutant.describe()
+            assert found == noted(run, schedule), mutant.describe()
 
 
 def test_what_python_takes_for_the_layout_in_c_is_checked(monkeypatch):
