@@ -204,10 +204,10 @@ def test_shards_are_blamed_only_if_each_is_updated_on_its_own(ranks, make, situa
     assert re.match(detail, row.detail), row
 
 
+# Padded rows are among the faults above.
 SHARDED = [
-    *("fully_shard on 2 ranks", "fully_shard on 3 ranks", "fully_shard, padded rows"),
-    *("fully_shard, convolutions", "fully_shard, two groups and a schedule", "Shard(1)"),
-    *("Shard(0), Shard(1)", "Replicate, Shard(1)", "fully_shard over parallelize_module"),
+    *("fully_shard on 3 ranks", "fully_shard, convolutions", "Shard(1)", "Shard(0), Shard(1)"),
+    *("fully_shard, two groups and a schedule", "fully_shard over parallelize_module"),
 ]
 
 
@@ -310,16 +310,17 @@ ONE_PROCESS = [
 ]
 
 
-# By default one of each class.
+# By default one of each class, in some situations.
 CHOSEN_OF_PYTORCH = [
     pytest.param(
         make,
         names,
-        marks=[pytest.mark.slow] * (names is ONE_PROCESS or n in (1, 3, 4)),
+        marks=[pytest.mark.slow] * (names is ONE_PROCESS),
         id="-".join([which, *map(str, make.keywords.values())]),
     )
     for n, make in enumerate(RIGHT)
     for which, names in (("some", ["whole", "two groups"]), ("all", ONE_PROCESS))
+    if names is ONE_PROCESS or n not in (1, 3, 4)
 ]
 
 
@@ -378,7 +379,7 @@ def test_no_fault_is_found_on_whole_matrices(ranks, make):
 def test_a_plain_muon_conforms(ranks):
     """It gathers whole matrices, so that updates have the same bits wherever gradients have.
 
-    Of half of the situations; our Muon is tried in all.
+    Of a third of the situations; our Muon is tried in all.
     """
     own = {
         "ColumnParallelLinear",
@@ -386,7 +387,7 @@ def test_a_plain_muon_conforms(ranks):
         LOST,
         *(n for n in EXPECTED if EXPECTED[n] == "refuses"),
     }
-    chosen = dict.fromkeys([*[*SITUATIONS][::2], "DDP, sharing the work"])
+    chosen = dict.fromkeys([*[*SITUATIONS][::3], "DDP, sharing the work"])
     table = check_optimizer(faulty.make, [name for name in chosen if name not in own], ranks=ranks)
     table.assert_conforms()
     others = [row.situation for row in table if row.verdict not in optimizers.RIGHT]
