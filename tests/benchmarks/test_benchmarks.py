@@ -6,19 +6,23 @@ import errno
 import importlib
 import os
 import signal
+import socket
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO, TextIOWrapper
+from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 
 import pytest
 import torch
+from commands import forked
 from fake_data import fashion_mnist
 
 pytest.importorskip("rich", reason="rich prints the tables")
 from benchmarks import ddp, muon, operators, products, train
 from benchmarks.__main__ import main
 from benchmarks.command import Command, run
-from benchmarks.ladder_case import LABELS
 from benchmarks.names import NAMES
 from benchmarks.results import Result, Table, print_bounds
 from torchpar.errors import ConfigError
@@ -45,15 +49,11 @@ SLOW = {
     "ddp": "network batch ranks ratio",
     "speedrun": "seed seconds accuracy",
     "scaling": "kind batch dp tp threads nbytes",
-    "ladder": (
-        "workload note threads left_out over_pure_python than faster switches intensity load_before"
-    ),
 }
 OTHERS = {
     "operators": ["crossover.png"],
     "train": ["train.md"],
     "speedrun": ["speedrun.md"],
-    "ladder": ["ladder.md", *(f"ladder-{case}.png" for case in LABELS)],
 }
 
 
@@ -61,17 +61,37 @@ def test_all_benchmarks_are_listed(capsys):
     assert main(["list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert tuple(line.split()[0] for line in lines[: len(NAMES)]) == NAMES
-    assert set(NAMES) == {*QUICK, *SLOW}
+    assert set(NAMES) == {*QUICK, *SLOW, "ladder"}  # which test_ladder.py runs
     assert "train       Train MLPs on MNIST in many ways, side by side" in lines
     assert not any(line.endswith((":", ",")) for line in lines[: len(NAMES)])
     assert "benchmarks/results/cpu-" in lines[-1] or torch.cuda.is_available()
+
+
+def run_forked(
+    command: list[str], *, env: dict[str, str], cwd: Path, **_: object
+) -> SimpleNamespace:
+    """Do what torchrun does on two ranks, without the time of their imports."""
+    *launcher, _log_dir = command[:5]
+    assert launcher == [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    shared = env | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    with ThreadPoolExecutor(2) as pool:
+        ranks = [
+            pool.submit(
+                forked, *command[5:], cwd=cwd, **shared | {"RANK": rank, "LOCAL_RANK": rank}
+            )
+            for rank in "01"
+        ]
+        (status, out, err), other = (rank.result() for rank in ranks)
+    return SimpleNamespace(returncode=status or other[0], stdout=out, stderr=err or other[2])
 
 
 @pytest.mark.parametrize(
     "name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 )
 def test_a_benchmark_runs_and_its_csv_has_the_columns(
-    tmp_path, tmp_path_factory, monkeypatch, capsys, name
+    request, tmp_path, tmp_path_factory, monkeypatch, capsys, name
 ):
     # Enough to see that each contestant is right. Samples still have one call, and more.
     monkeypatch.setattr(products, "SAMPLE", 2**25)
@@ -80,6 +100,8 @@ def test_a_benchmark_runs_and_its_csv_has_the_columns(
         # A CPU's caches, whose eviction takes longer than a call.
         monkeypatch.setattr("benchmarks.compare.flush", lambda device: None)
     if name == "ddp":
+        request.getfixturevalue("fork_server")
+        monkeypatch.setattr(ddp, "subprocess", SimpleNamespace(run=run_forked))
         digits = fashion_mnist(tmp_path_factory.mktemp("data"), train=700)
         (digits / "FashionMNIST").rename(digits / "MNIST")
         monkeypatch.setattr(ddp, "DATA", digits)
