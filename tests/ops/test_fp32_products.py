@@ -652,9 +652,9 @@ def of_two_ranks() -> list[str]:
     found = []
     for name, (call, args) in CALLS.items():
         exact = exact_results(name)
-        for place in (Replicate(), Shard(0), Shard(1)):
-            if place != Replicate() and name == "symmetric_matmul":
-                continue
+        # Replicated operands are those of one process.
+        places = (Replicate(),) if name == "symmetric_matmul" else (Shard(0), Shard(1))
+        for place in places:
             leaves = [
                 distribute_tensor(
                     t, mesh, [Replicate() if t.dim() == 1 else place]
