@@ -21,11 +21,18 @@ from commands import run
 
 pytest.importorskip("rich", reason="rich prints the tables")
 from benchmarks import ladder, ladder_page, student
-from benchmarks.ladder_case import QUICK_SHAPES, SHAPES, make_case
+from benchmarks.ladder_case import LABELS, QUICK_SHAPES, SHAPES, make_case
 from benchmarks.results import Result
 from benchmarks.timing import Rejected
 from torchpar.baselines import numpy_mlp, pure_python
 from torchpar.errors import ConfigError
+
+# Columns of the CSV
+COLUMNS = ("contestant", "p20_ms", "p50_ms", "p80_ms", "samples", "ok", "torch", "device", "date")
+LADDER = (
+    *("workload", "note", "threads", "left_out", "over_pure_python", "than", "faster", "switches"),
+    *("intensity", "load_before"),
+)
 
 # Rows
 
@@ -566,17 +573,37 @@ def test_the_command_times_a_students_functions_beside_ours(tmp_path):
     path = tmp_path / "my.py"
     path.write_text(RIGHT + "\n\ndef maximum(A, B):\n    return A\n")
     command = [sys.executable, "-m", "benchmarks", "run", "ladder", "--quick", f"--with={path}"]
-    status, out, err = run(*command, f"--output={tmp_path / 'out'}")
+    status, out, err = run(*command, f"--output={tmp_path / 'out'}", "--cases", *LABELS)
     assert status == 1, err
     assert (tmp_path / "my.py.log").read_text() == "run\n"  # no process executes it again
     assert "my.py: max_cpu is right (first call " in out
     assert "my.py: maximum is not right: result[0, " in out
-    assert "A·Bᵀ" not in out  # of which the file has nothing
     rows = list(csv.DictReader((tmp_path / "out" / "ladder.csv").read_text().splitlines()))
     own = {row["contestant"]: row for row in rows if row["contestant"].startswith("my.py: ")}
     assert own["my.py: max_cpu"]["than"] == "pure Python"
     assert float(own["my.py: max_cpu"]["faster"]) > 0
     assert own["my.py: maximum"]["ok"] == "False"
+    labels = {make_case(name, QUICK_SHAPES[name]).label for name in LABELS}
+    assert {row["workload"] for row in rows} == {*labels, ladder_page.LIMITS}
+    others = [row for row in rows if row is not own["my.py: maximum"]]
+    assert all((row["ok"], row["reason"]) == ("True", "") for row in others)
+    for column in (*COLUMNS, *LADDER):
+        assert any(row[column] for row in rows), f"nothing in {column}"
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        *("ladder.csv", "ladder.md", "ladder-maximum.png", "ladder-matmul_t.png"),
+        *("ladder.csv", "ladder.md", *(f"ladder-{case}.png" for case in LABELS)),
     }
+
+
+class Stopped(Exception):
+    """Enough of a command."""
+
+
+def test_a_students_file_chooses_the_cases(tmp_path):
+    path = tmp_path / "my.py"
+    path.write_text(RIGHT)
+    with (
+        patch.object(ladder, "students_entries", side_effect=Stopped) as entries,
+        pytest.raises(Stopped),
+    ):
+        ladder.main(["--quick", f"--with={path}"])
+    assert [*entries.call_args.args[2]] == ["maximum", "matmul_t"]
