@@ -5,6 +5,7 @@ import linecache
 import os
 import sys
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from types import FrameType
 
@@ -55,5 +56,10 @@ def moved(source: Source, before: str, file: str) -> Source:
     """
     if source is None or not file:
         return source
-    is_moved = source[0] == before or Path(source[0]).name == Path(file).name
+    is_moved = source[0] in (before, file) or _name(source[0]) == _name(file)
     return (file, source[1]) if is_moved else source
+
+
+@lru_cache
+def _name(path: str) -> str:  # each launch asks for each of its instructions
+    return Path(path).name
