@@ -417,12 +417,12 @@ def test_the_slow_cases_are_cases() -> None:
     ],
 )
 def test_kernel(name):
-    """Under the two schedules that differ most. The slow cases are alike, and take the third.
+    """Under the two schedules that differ most. The slow cases are alike, and take the third alone.
 
     The configurations take turns with the schedules.
     """
     is_slow = name in ALIKE or name in OTHERS
-    schedules = SCHEDULES[is_slow : 2 + is_slow]
+    schedules = SCHEDULES[2:] if is_slow else SCHEDULES[:2]
     if name in PIPELINED:
         schedules = [SCHEDULES[[*PIPELINED].index(name) % len(SCHEDULES)]]
     check((DEFAULTS | OTHERS)[name], name in PIPELINED, schedules)

@@ -15,7 +15,7 @@ from . import cases
 from .launch import Gpu
 
 SEED = 1
-OF_A_KIND = 7  # mutants of each kind, over all kernels
+OF_A_KIND = 5  # mutants of each kind, over all kernels
 
 TMA, WIDE = Tiles(64, 64, 64, 4, 3, "tma"), Tiles(64, 128, 64, 4, 4, "tma")
 SPLIT = Tiles(64, 64, 64, 4, 4, "split_k")
