@@ -75,12 +75,6 @@ def chromium() -> Iterator[Any]:
         yield browser
 
 
-def check_on_a_phone(text: str, folder: Path, scheme: str) -> None:
-    """Start Chromium for one page, and check it there."""
-    with chromium() as browser:
-        check_in(browser, text, folder, scheme)
-
-
 def check_in(browser: Any, text: str, folder: Path, scheme: str) -> None:
     """In Chromium nothing is wider than the screen, and all text has the page's color."""
     path = folder / "page.html"

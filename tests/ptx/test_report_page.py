@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: MIT
 """The page of executed kernels: its tables are those of the counters, and it is legible."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
-from pages import Page, check_on_a_phone
+from pages import Page, check_in, chromium
 
 pytest.importorskip("matplotlib", reason="matplotlib draws")
 
@@ -51,9 +52,9 @@ def report(call) -> Report:
     return gpu.report()
 
 
-@pytest.fixture
-def found(report, tmp_path) -> Page:
-    path = tmp_path / "page.html"
+@pytest.fixture(scope="module")
+def found(report, tmp_path_factory) -> Page:
+    path = tmp_path_factory.mktemp("page") / "page.html"
     path.write_text(report.as_html("kernels <of a script>"), "utf-8")
     return Page(path)
 
@@ -94,9 +95,15 @@ def test_pictures_are_of_accesses_by_threads(report, found):
     assert found.pictures == len(by_threads) + 1 + bool(computes)
 
 
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chromium() as started:
+        yield started
+
+
 @pytest.mark.parametrize("scheme", ["dark", pytest.param("light", marks=pytest.mark.slow)])
-def test_the_page_is_legible_on_a_phone(found, tmp_path, scheme):
-    check_on_a_phone(found.text, tmp_path, scheme)
+def test_the_page_is_legible_on_a_phone(found, browser, tmp_path, scheme):
+    check_in(browser, found.text, tmp_path, scheme)
 
 
 def test_a_record_changes_no_number(call, report):
