@@ -93,6 +93,8 @@ def run_forked(
 def test_a_benchmark_runs_and_its_csv_has_the_columns(
     request, tmp_path, tmp_path_factory, monkeypatch, capsys, name
 ):
+    if name in SLOW:  # most of these start ranks
+        request.getfixturevalue("fork_server")
     # Enough to see that each contestant is right. Samples still have one call, and more.
     monkeypatch.setattr(products, "SAMPLE", 2**25)
     monkeypatch.setattr(operators, "WARM_CALLS", 2)
@@ -100,7 +102,6 @@ def test_a_benchmark_runs_and_its_csv_has_the_columns(
         # A CPU's caches, whose eviction takes longer than a call.
         monkeypatch.setattr("benchmarks.compare.flush", lambda device: None)
     if name == "ddp":
-        request.getfixturevalue("fork_server")
         monkeypatch.setattr(ddp, "subprocess", SimpleNamespace(run=run_forked))
         digits = fashion_mnist(tmp_path_factory.mktemp("data"), train=700)
         (digits / "FashionMNIST").rename(digits / "MNIST")
