@@ -450,7 +450,7 @@ def _move(i: Instruction) -> Run:
 # Among the threads of a warp: 9.7.9.6 (shfl.sync), 9.7.13 (elect.sync, redux.sync)
 
 
-@instruction("shfl.sync", results=1, whole=True)
+@instruction("shfl.sync", results=lambda i: len(i.operands) - 4, whole=True)
 def _shuffle(i: Instruction) -> Run:
     """Each thread takes the value of another one of its segment; its own, if that is outside."""
     mode = i.parts[2]

@@ -34,7 +34,7 @@ from torchpar.ptx.machine.undefined import SUMS, of_conversion, of_sum, of_table
 SINKS = ("st", "atom", "red", "stmatrix", "cp", "call", "mbarrier")
 # Instructions that move bits, which they move of a mask, too; and which operands are moved.
 MOVES = {
-    **{"mov": (1,), "prmt": (1, 2), "shfl": (1,), "shl": (1,), "shr": (1,), "cvta": (1,)},
+    **{"mov": (1,), "prmt": (1, 2), "shfl": (-4,), "shl": (1,), "shr": (1,), "cvta": (1,)},
     **{"bfe": (1,), "bfi": (1, 2), "brev": (1,), "shf": (1, 2)},
 }
 
@@ -107,8 +107,9 @@ def _taint_results(
 
 
 def _reads(i: Instruction, index: int) -> bool:
-    sources = [one for operand in i.operands[1:] for one in flat(operand)]
-    return any(isinstance(one, Register) and one.index == index for one in sources)
+    given = [one for operand in i.operands for one in flat(operand)]
+    registers = [one.index for one in given if isinstance(one, Register)]
+    return index in registers[len(i.writes) :]  # behind those that it writes
 
 
 def _check_sink(warp: Warp, i: Instruction, read: dict[int, Tainted]) -> None:
