@@ -169,6 +169,8 @@ def test_json_has_everything():
         "grid": [1, 1, 1],
         "instructions": 3,
         "seconds": report.launches[2].seconds,
+        "sampled_programs": None,
+        "ended": None,
         "launched": line,
         "printed": [],
     }

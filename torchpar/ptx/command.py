@@ -18,6 +18,7 @@ import torch
 
 from torchpar.ptx.cuda.advice import NEEDS_CUDA, advise, says_cuda
 from torchpar.ptx.cuda.stand_in import cuda_is_cpu
+from torchpar.ptx.machine.sample import LEAST
 from torchpar.ptx.report.report import Report
 from torchpar.ptx.triton.driver import ARCHITECTURES, emulate, why_not_compiled
 
@@ -57,6 +58,12 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--time", action="store_true", help="estimate the time of each kernel's first launch"
     )
+    parser.add_argument(
+        "--sample",
+        type=_size_of_sample,
+        metavar="N",
+        help="execute at most N programs of a launch, and scale what is counted",
+    )
     parser.add_argument("--launches", action="store_true", help="list each launch, too")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write the report as a page")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report for machines")
@@ -81,6 +88,7 @@ def main(arguments: Sequence[str]) -> int:
             options.schedules,
             traces=options.report is not None,
             configurations=options.configurations,
+            sample=options.sample,
         ) as gpu,
     ):
         try:
@@ -107,6 +115,12 @@ def main(arguments: Sequence[str]) -> int:
     report = gpu.report()
     _show(report, options, stdout, WITHIN if options.cuda_is_cpu else NEEDS_CUDA)
     return int(bool(report.errors))
+
+
+def _size_of_sample(text: str) -> int:
+    if not text.isdecimal() or int(text) < LEAST:
+        raise argparse.ArgumentTypeError(f"is {text}, expected an integer from {LEAST} on")
+    return int(text)
 
 
 def _lacks_cuda(error: BaseException, options: argparse.Namespace, report: Report) -> bool:

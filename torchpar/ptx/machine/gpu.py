@@ -33,6 +33,7 @@ from torchpar.ptx.machine.memory import Allocation, Events, Space
 from torchpar.ptx.machine.parse import Kernel, PtxError, parse
 from torchpar.ptx.machine.protocols import Warp
 from torchpar.ptx.machine.registers import Values
+from torchpar.ptx.machine.sample import Sample
 from torchpar.ptx.machine.trace import Trace
 from torchpar.ptx.native.blocks import Blocks
 from torchpar.ptx.native.encoding import program_of
@@ -62,6 +63,8 @@ class Gpu:
     multiprocessors = 132
     resident_blocks = 132
     keeps_allocations = True  # for the next launch
+    most_programs: int | None = None  # of a launch that are executed; None: all
+    sample: Sample | None = None  # of the last launch; None: all were executed
 
     def __init__(self, schedule: Schedule, change: Callable[[str], str] = lambda text: text):
         self.schedule, self.change = schedule, change
@@ -125,11 +128,10 @@ class Gpu:
         for allocation in self.space.allocations:
             self.counts.watch(allocation)
         self.programs = self._programs()
-        # The first block of each cluster.
-        blocks = [
-            tuple(map(int.__mul__, index[::-1], self.kernel.cluster))
-            for index in np.ndindex(self.programs[::-1])
-        ]
+        self.sample, most = None, self.most_programs
+        if most is not None and most < math.prod(self.programs):
+            self.sample = Sample(self.programs, most, self.counts)
+        blocks = self._positions()
         if self.schedule.order == "reverse":
             blocks.reverse()
         elif self.schedule.order == "random":
@@ -137,12 +139,18 @@ class Gpu:
         self.events, self.released = Events(), {}
         program = program_of(self.kernel)
         self.core = LaunchState(program, self.events, self.space, self.counts) if program else None
+        has_ended = False
         try:
             with np.errstate(all="ignore"):
                 self._run(blocks)
+            has_ended = True
         finally:
+            if self.sample is not None and not has_ended:  # the counts are of what was executed
+                self.sample.give_back()
             self.counts.end(self.space.allocations)
             self.space.counts = None
+            if self.sample is not None and has_ended:
+                self.sample.scale()
         if self.keeps_allocations:
             for allocation in self.space.allocations:
                 allocation.end_launch()
@@ -160,6 +168,12 @@ class Gpu:
             )
         x, y, z = map(int.__floordiv__, self.grid, self.kernel.cluster)
         return x, y, z
+
+    def _positions(self) -> list[tuple[int, ...]]:
+        """Return the first block of each cluster that is executed, in the order of the grid."""
+        indices = (index[::-1] for index in np.ndindex(self.programs[::-1]))
+        chosen = indices if self.sample is None else self.sample.positions
+        return [tuple(map(int.__mul__, index, self.kernel.cluster)) for index in chosen]
 
     def _begin(self, position: tuple[int, ...], number: int) -> Block:
         """Return the block at a position, having begun the others of its cluster, too."""
@@ -179,10 +193,9 @@ class Gpu:
         resident: deque[tuple[Block, Iterator[bool]]] = deque()
         started = idle = 0  # turns in which no block has changed anything
         count, as_array, blocks = len(positions), np.array(positions, np.int32), None
-        most = max(self.resident_blocks // math.prod(self.kernel.cluster), 1)  # clusters
         while started < count or resident:
             before = self.changes, started
-            is_full = started == count or len(resident) >= most
+            is_full = started == count or len(resident) >= self._most_resident()
             if not is_full and blocks is None and self._can_run_blocks(started):
                 blocks = _blocks(self, positions[started])
             if not is_full and blocks is not None and blocks.works:
@@ -196,22 +209,54 @@ class Gpu:
                 resident.appendleft((block, block.turns()))
                 started += 1
             block, turns = resident.popleft()
-            try:
-                has_ended = next(turns, True)
-            except PtxError as e:
-                e.program = block.program
-                raise
+            has_ended = self._turn(block, turns)
             if not has_ended:
                 resident.append((block, turns))
             is_idle = is_full and not has_ended and before == (self.changes, started)
             idle = idle + 1 if is_idle else 0
             if idle > 3 * len(resident):
-                reason = "each program waits for a value that no other program writes"
-                if started < count:
-                    reason += f"; {count - started} programs wait for a place on the GPU"
-                deadlock = PtxError(block.spin_line, reason, "deadlock")
-                deadlock.program = block.position
-                raise deadlock
+                if self.sample is None:
+                    raise self._deadlock(block, count - started)
+                positions = self._take_all(positions)
+                count, as_array, idle = len(positions), np.array(positions, np.int32), 0
+
+    def _most_resident(self) -> int:
+        """Return how many clusters run at a time.
+
+        That is one of a sample, or what each of them has counted would not be known.
+        """
+        size = math.prod(self.kernel.cluster)
+        return max(self.resident_blocks // size, 1) if self.sample is None else 1
+
+    def _turn(self, block: Block, turns: Iterator[bool]) -> bool:
+        """Let a cluster go on until it waits, and return whether it has ended."""
+        try:
+            has_ended = next(turns, True)
+        except PtxError as e:
+            e.program = block.program
+            raise
+        if has_ended and self.sample is not None:
+            self.sample.end(block.program, self.space.allocations)
+        return has_ended
+
+    def _deadlock(self, block: Block, left: int) -> PtxError:
+        reason = "each program waits for a value that no other program writes"
+        if left:
+            reason += f"; {left} programs wait for a place on the GPU"
+        deadlock = PtxError(block.spin_line, reason, "deadlock")
+        deadlock.program = block.position
+        return deadlock
+
+    def _take_all(self, positions: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """A program of the sample waits for one that may be outside of it: execute the others, too.
+
+        Returns:
+            The positions with those that were left out behind them.
+        """
+        assert self.sample is not None
+        self.sample.give_back()
+        self.sample, taken = None, set(positions)
+        return [*positions, *(one for one in self._positions() if one not in taken)]
 
     def _run_blocks(self, blocks: Blocks, positions: Values, number: int, may_share: bool) -> int:
         """Let the core execute blocks as a whole, and return how many.
@@ -219,6 +264,12 @@ class Gpu:
         Args:
             may_share: all cores may execute them.
         """
+        if self.sample is not None:
+            done = 0
+            while done < len(positions) and blocks.run(positions[done:][:1], number + done):
+                self.sample.end(tuple(positions[done].tolist()), self.space.allocations)
+                done += 1
+            return done
         if len(positions) < 4 or not blocks.program.is_for_cores or not may_share:
             done = blocks.run(positions, number)
             if not may_share:

@@ -63,6 +63,8 @@ def of_group(group: Group) -> dict[str, object]:
         "seconds": group.seconds,
         "first_launched": place(first.launched),
         "last_launched": place(group.last.launched),
+        "sampled_programs": first.executed,
+        "ended": first.ended or None,
         "counters": of_counters(group.launches),
         "time": of_time(first),
     }
@@ -100,6 +102,8 @@ def of_launch(launch: Launch) -> dict[str, object]:
     return {
         "kernel": launch.kernel,
         "grid": list(launch.grid),
+        "sampled_programs": launch.executed,
+        "ended": launch.ended or None,
         "instructions": launch.instructions,
         "seconds": launch.seconds,
         "launched": place(launch.launched),

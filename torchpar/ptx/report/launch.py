@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Records of what a program has launched and captured, and a launch's counters as text."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +35,8 @@ class Launch:
         ctas: of the cluster that a program is.
         constants: by their names, as text: arguments that the kernel was compiled for.
         specialization: types of the other arguments, such as "*fp32, a multiple of 16", and stages.
+        executed: programs of a sample, whose counts were scaled; None: all were executed.
+        ended: the fault or the exception that has ended the launch, or a program of it, early.
     """
 
     kernel: str
@@ -53,6 +56,8 @@ class Launch:
     ctas: int = 1
     constants: dict[str, str] = field(default_factory=dict)
     specialization: dict[str, str] = field(default_factory=dict, repr=False)
+    executed: int | None = None
+    ended: str = ""
 
     @property
     def key(self) -> tuple[str, str]:
@@ -92,8 +97,8 @@ class Launch:
 
     @cached_property
     def time(self) -> dict[str, Estimate]:
-        """The estimated time by GPU, first on those of the architecture."""
-        return estimates(self)
+        """The estimated time by GPU, first on those of the architecture; none if it has `ended`."""
+        return {} if self.ended else estimates(self)
 
     def __str__(self) -> str:
         name = f"{self.kernel}[{shown_grid(self.grid)}]"
@@ -119,7 +124,7 @@ def shown_grid(grid: tuple[int, int, int]) -> str:
 def counted(launch: Launch) -> list[str]:
     """Return sentences on what a launch takes of a GPU."""
     counters, total = launch.counters, launch.counters.total
-    lines = []
+    lines = list(filter(None, [of_sample([launch])]))
     if launch.resources is not None:
         each = launch.programs_of_multiprocessor
         what = "CTAs" if launch.ctas > 1 else "programs"
@@ -147,6 +152,19 @@ def counted(launch: Launch) -> list[str]:
             f"{total.most_in_flight}"
         )
     return lines
+
+
+def of_sample(launches: Sequence[Launch]) -> str:
+    """Return a sentence on programs that were not executed; "" if all were."""
+    sampled = [one for one in launches if one.executed is not None and not one.ended]
+    if not sampled:
+        return ""
+    executed = sum(one.executed or 0 for one in sampled)
+    programs = sum(one.programs for one in sampled)
+    return (
+        f"{executed:,} of {programs:,} programs were executed: counts are scaled, and the memory "
+        "of the others is as it was"
+    )
 
 
 def access_rows(launch: Launch) -> list[list[str]]:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from torchpar.errors import in_columns
 from torchpar.ptx.report.faults import MARKS, Fault
 from torchpar.ptx.report.groups import Group, Numbered, longest, shown_line
-from torchpar.ptx.report.launch import CapturedGraph, Launch, shown_grid
+from torchpar.ptx.report.launch import CapturedGraph, Launch, of_sample, shown_grid
 from torchpar.ptx.report.time import TRUST, shown
 
 WIDTH = 100  # of lines that can be broken
@@ -74,7 +74,7 @@ def of_groups(groups: Sequence[Group]) -> list[str]:
         return []
     archs = ", ".join(dict.fromkeys(group.first.arch for group in groups))
     rows = [("launches", "instructions", "seconds", f"kernel, for {archs}")]
-    below = [""]
+    below = [("", "")]
     for group in groups:
         rows.append(
             (
@@ -84,10 +84,11 @@ def of_groups(groups: Sequence[Group]) -> list[str]:
                 group.name,
             )
         )
-        below.append("; ".join(filter(None, (group.configuration, group.launched))))
+        more = "; ".join(filter(None, (group.configuration, group.launched)))
+        below.append((more, of_sample(group.launches)))
     lines = []
-    for line, more in zip(aligned(rows), below, strict=True):
-        lines += [line, *wrapped(more)]
+    for line, sentences in zip(aligned(rows), below, strict=True):
+        lines += [line, *(part for text in sentences for part in wrapped(text))]
     return lines
 
 
@@ -98,6 +99,9 @@ def of_times(groups: Iterable[Group]) -> str:
         launch, count = group.first, len(group.launches)
         title = f"{launch.kernel}[{shown_grid(launch.grid)}]: {group.configuration}"
         title += f"; the first of {count:,} launches" if count > 1 else ""
+        if launch.ended:
+            blocks.append(f"{title}\nno estimate: {launch.ended} has ended the launch early")
+            continue
         table = [["GPU", "about", "bound by", "waves", "terms, which overlap"]]
         for one in launch.time.values():
             terms = list(one.terms.items())[:TERMS]

@@ -54,6 +54,7 @@ from torchpar.ptx.machine.memory import (
 from torchpar.ptx.machine.pages import ALIGNED, Unwritten, page_count, zeros
 from torchpar.ptx.machine.parse import Kernel, PtxError, own_error
 from torchpar.ptx.machine.protocols import Warp
+from torchpar.ptx.machine.sample import LEAST
 from torchpar.ptx.machine.trace import Trace
 from torchpar.ptx.native.cache import cache_folder, writable
 from torchpar.ptx.native.encoding import FIELDS
@@ -141,8 +142,10 @@ class Emulator(gpu.Gpu):
         multiprocessors: int,
         traces: bool = False,
         configurations: str = "first",
+        sample: int | None = None,
     ):
         super().__init__(schedules[0])
+        self.most_programs = sample
         self.configurations = configurations
         self.traces = traces
         self._lock = threading.Lock()
@@ -163,6 +166,7 @@ class Emulator(gpu.Gpu):
         self._launched: tuple[str, int] | None = None
         self._before: list[Allocation] = []  # whose bytes are saved, for the next schedule
         self._saves = False
+        self._ended = ""  # the fault that has ended a program or the present launch
         self._asserts = False  # what a kernel assumes is executed, and not the kernel
         # The memory of each launch of a block that is undone; None outside of one.
         self._undo: list[Allocation] | None = None
@@ -283,6 +287,9 @@ class Emulator(gpu.Gpu):
         for storage, place in self._places.items():
             if storage not in self.unwritten:
                 continue
+            if self.sample is not None:  # the others might have written it
+                del self.unwritten[storage]
+                continue
             one, unit = self.unwritten[storage], place.unit
             if one is place.unwritten:
                 pages = place.touched_pages()
@@ -339,6 +346,8 @@ class Emulator(gpu.Gpu):
             name, message = "false assumption", "this is false, and the compiler relies on it"
         elif self._asserts:  # the launch itself finds it
             return
+        if name == "deadlock":  # its program has not ended
+            self._ended = name
         self._note(kind, name, line, message, warp.block.program)
 
     def _note(
@@ -426,13 +435,14 @@ class Emulator(gpu.Gpu):
         self, launch: Launch, parameters: Callable[[], list[int]], file: str
     ) -> None:
         self._name, self._file, started = launch.kernel, file, time.perf_counter()
-        self._launched = launch.launched
+        self._launched, self._ended = launch.launched, ""
         self._before.clear()
         last = self.counts
         try:
             self._execute(launch, parameters)
-        except BaseException:  # such as KeyboardInterrupt: an interrupted launch is shown, too
+        except BaseException as e:  # such as KeyboardInterrupt: this launch is shown, too
             if self.counts is not last:
+                launch.ended = type(e).__name__
                 self._end(launch, started)
             raise
         finally:
@@ -455,15 +465,19 @@ class Emulator(gpu.Gpu):
                 x, y, z = launch.grid
                 self.launch(launch.ptx, values, (x * launch.ctas, y, z), launch.shared)
             except PtxError as e:
+                self._ended = e.name
                 self._note("error", e.name, e.line, e.reason, e.program)
             except MemoryError:
                 raise
             except Exception as e:
                 own = own_error(e)
+                self._ended = own.name
                 self._note("error", own.name, own.line, own.reason, own.program)
             finally:
                 if number == 0:
                     launch.counts, launch.file = self.counts, self._file
+                    launch.executed = None if self.sample is None else self.sample.executed
+                launch.ended = self._ended
                 launch.instructions += self.executed_instructions
                 launch.printed = self.printed
 
@@ -1090,6 +1104,7 @@ def emulate(
     multiprocessors: int | None = None,
     traces: bool = False,
     configurations: str = "first",
+    sample: int | None = None,
 ) -> Iterator[Emulator]:
     """Execute the launches of Triton kernels in the block on this CPU, as compiled for a GPU.
 
@@ -1104,10 +1119,12 @@ def emulate(
         traces: record the first program of each kernel, for the pictures of the report's page.
         configurations: of an autotuned kernel: "first", the first one that compiles and fits; or
             "all": the others are executed before it, and what they write is undone.
+        sample: execute at most so many programs of a launch, at least 6, and scale the counters to
+            all of them. The memory that the others would write stays as it is. None: execute all.
 
     Raises:
-        ValueError: another architecture, schedule or word for configurations, or no
-            multiprocessors; TRITON_INTERPRET is set.
+        ValueError: another architecture, schedule or word for configurations, no multiprocessors,
+            or a sample that is too small; TRITON_INTERPRET is set.
     """
     if arch not in tuple(ARCHITECTURES):
         raise ValueError(f"arch is {arch!r}, expected one of {', '.join(ARCHITECTURES)}")
@@ -1121,8 +1138,10 @@ def emulate(
         multiprocessors = MULTIPROCESSORS[ARCHITECTURES[arch]]
     if type(multiprocessors) is not int or multiprocessors < 1:
         raise ValueError(f"multiprocessors is {multiprocessors!r}, expected an integer from 1 on")
+    if sample is not None and (type(sample) is not int or sample < LEAST):
+        raise ValueError(f"sample is {sample!r}, expected an integer from {LEAST} on, or None")
     chosen = SCHEDULES if schedules == "all" else SCHEDULES[:1]
-    emulator = Emulator(arch, chosen, multiprocessors, traces, configurations)
+    emulator = Emulator(arch, chosen, multiprocessors, traces, configurations, sample)
     entered = Entered(threading.get_ident(), emulator)
     with _entering:
         if not _entered:

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: MIT
+"""A launch that a fault has ended has no estimated time, and its reports say why."""
+
+import json
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from ptx.faults import next_program_first_kernel
+from torchpar.ptx import emulate
+from torchpar.ptx.machine.gpu import Gpu
+from torchpar.ptx.report.report import Report
+
+NO_TIME = "no estimate: {} has ended the launch early"
+
+
+@triton.jit
+def check(x, out, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(x + i)
+    tl.device_assert(value < 40.0, "too large")
+    tl.store(out + i, 2 * value)
+
+
+@gluon.jit
+def wait_for_nobody(out):
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    barrier = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(barrier, count=1)
+    mbarrier.wait(barrier, 0)
+    gl.store(out + gl.arange(0, 128, layout), gl.full([128], 1.0, gl.float32, layout))
+
+
+def shown(report: Report, ended: str) -> tuple[bool, list[bool]]:
+    """Whether the table of times says why there is none, and whether JSON has a time by launch."""
+    groups = json.loads(report.as_json())["groups"]
+    assert [one["ended"] for one in groups] == [ended or None]
+    return NO_TIME.format(ended) in report.timed(), [bool(one["time"]) for one in groups]
+
+
+@pytest.mark.parametrize("most, ended", [(1.0, ""), (50.0, "trap")])
+def test_an_assertion_ends_a_launch_and_its_time(most, ended):
+    x = torch.linspace(0, most, 512)
+    with emulate() as gpu:
+        check[(4,)](x, torch.empty(512), BLOCK=128, debug=True)
+    assert bool(gpu.faults) == bool(ended)
+    assert gpu.launches[0].ended == ended
+    assert bool(gpu.launches[0].time) != bool(ended)
+    assert shown(gpu.report(), ended) == (bool(ended), [not ended])
+
+
+def test_programs_that_wait_in_a_circle_have_no_time():
+    x, flags = torch.ones(4, 64), torch.zeros(4, dtype=torch.int32)
+    with emulate() as gpu:
+        next_program_first_kernel[(4,)](x, flags, torch.zeros(4, 64), BLOCK=64, num_warps=1)
+    assert [fault.name for fault in gpu.faults] == ["deadlock"]
+    assert not gpu.launches[0].time
+    assert shown(gpu.report(), "deadlock") == (True, [False])
+
+
+def test_warps_that_wait_for_nobody_have_no_time():
+    with emulate() as gpu:
+        wait_for_nobody[(2,)](torch.zeros(128))
+    assert [fault.name for fault in gpu.faults] == ["deadlock"]
+    assert shown(gpu.report(), "deadlock") == (True, [False])
+
+
+def test_an_interrupted_launch_has_no_time(monkeypatch):
+    def interrupt(gpu, positions):
+        raise KeyboardInterrupt
+
+    with emulate() as gpu:
+        monkeypatch.setattr(Gpu, "_run", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            check[(4,)](torch.ones(512), torch.empty(512), BLOCK=128, debug=True)
+    assert shown(gpu.report(), "KeyboardInterrupt") == (True, [False])
