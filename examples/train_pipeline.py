@@ -42,7 +42,6 @@ from torchpar.parallel import World, join_world
 from torchpar.parallel.split.pipeline import PipelineSchedule, check_one_rank_per_gpu, stage_mlp
 from torchpar.parallel.split.schedules import P2PCommunicator, gpipe, one_forward_one_backward
 from torchpar.training import Classification, Run
-from torchpar.training.profile.phases import phase
 
 Gradients = Callable[[Tensor, Tensor, int], Tensor]
 Predict = Callable[[Tensor], Tensor | None]
