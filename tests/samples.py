@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
-from torchpar.testing import case
+from torchpar.testing.operators import case
 
 
 def normal(

@@ -26,7 +26,7 @@ import torchpar
 from benchmarks import ladder, ladder_page, speedrun, student, train
 from benchmarks.results import Result, duration, markdown
 from torchpar.exact.verify.verify import EXPECTED
-from torchpar.testing.operators import RULES
+from torchpar.testing.operators.rules import RULES
 
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text()

@@ -16,7 +16,10 @@ COMMANDS = {
         "torchpar.exact.verify.verify",
         "train on any mesh of ranks, and compare the weights' hash",
     ),
-    "check": ("torchpar.testing.check", "try an operator of yours with every part of PyTorch"),
+    "check": (
+        "torchpar.testing.operators.command_line",
+        "try an operator of yours with every part of PyTorch",
+    ),
     "ptx": ("torchpar.ptx.command", "run a script's Triton kernels as compiled for a GPU, here"),
     "doctor": (
         "torchpar.testing.doctor",

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from torchpar.testing import OperatorTable, check_operator
-from torchpar.testing.rules import RULES as ALL_RULES
+from torchpar.testing.operators.rules import RULES as ALL_RULES
 
 OPERATORS = ("softmax", "numba_kernel", "roi_align", "list_of_tensors")
 SKIPPED = ("torch.compile by Inductor", "CUDA graph")

@@ -14,7 +14,7 @@ from samples import widest_arguments
 from torch import Tensor
 
 from torchpar.testing import check_operator
-from torchpar.testing.rules import RULES
+from torchpar.testing.operators.rules import RULES
 
 # PyTorch's compiler reads it.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")

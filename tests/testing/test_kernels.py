@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from torchpar.errors import ConfigError
-from torchpar.testing import OperatorTable, case, check_kernel, check_operator
+from torchpar.testing import OperatorTable, check_kernel, check_operator
+from torchpar.testing.operators import case
 
 
 @triton.jit

@@ -8,23 +8,23 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torchpar.testing.case import Sample
-    from torchpar.testing.formulas import Formula
     from torchpar.testing.kernels import check_kernel
-    from torchpar.testing.operators import OperatorTable, check_operator
-    from torchpar.testing.optimizers import Conformance, Row, check_optimizer
-    from torchpar.testing.situations import SITUATIONS
+    from torchpar.testing.operators.case import Sample
+    from torchpar.testing.operators.check_operator import OperatorTable, check_operator
+    from torchpar.testing.optimizers.check_optimizer import Conformance, Row, check_optimizer
+    from torchpar.testing.optimizers.formulas import Formula
+    from torchpar.testing.optimizers.situations import SITUATIONS
 
 _MODULES = {
-    "SITUATIONS": "situations",
-    "Conformance": "optimizers",
-    "Formula": "formulas",
-    "OperatorTable": "operators",
-    "Row": "optimizers",
-    "Sample": "case",
+    "SITUATIONS": "optimizers.situations",
+    "Conformance": "optimizers.check_optimizer",
+    "Formula": "optimizers.formulas",
+    "OperatorTable": "operators.check_operator",
+    "Row": "optimizers.check_optimizer",
+    "Sample": "operators.case",
     "check_kernel": "kernels",
-    "check_operator": "operators",
-    "check_optimizer": "optimizers",
+    "check_operator": "operators.check_operator",
+    "check_optimizer": "optimizers.check_optimizer",
 }
 __all__ = [
     "SITUATIONS",

@@ -24,7 +24,7 @@ from torch import Tensor
 import torchpar
 from torchpar.errors import first_line
 from torchpar.ops.machine import cpuinfo
-from torchpar.testing.case import accurate, normal_like, same_bits
+from torchpar.testing.operators.case import accurate, normal_like, same_bits
 
 # The oldest and the newest versions that the tests have run with.
 TESTED = {

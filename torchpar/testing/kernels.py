@@ -14,12 +14,12 @@ import triton
 from torch import Tensor
 
 from torchpar.errors import ConfigError
-from torchpar.testing.case import Case, Outcome, Tensors, cast, close, same_bits
-from torchpar.testing.rules import pulled_back
+from torchpar.testing.operators.case import Case, Outcome, Tensors, cast, close, same_bits
+from torchpar.testing.operators.rules import pulled_back
 
 if TYPE_CHECKING:
     from torchpar.ptx import Emulator, Fault
-    from torchpar.testing.operators import OperatorTable
+    from torchpar.testing.operators.check_operator import OperatorTable
 
 # The faults of `torchpar.ptx` by row; docs/ptx.md says what each means. Those of no row are of
 # "execution".
@@ -170,7 +170,7 @@ def check_kernel(
             Triton that has no FpSan.
     """
     from torchpar.ptx import emulate
-    from torchpar.testing.operators import OperatorTable, Row, outcome_of
+    from torchpar.testing.operators.check_operator import OperatorTable, Row, outcome_of
 
     check_arch(arch)
     if reference is None and equals is None:

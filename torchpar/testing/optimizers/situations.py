@@ -33,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
 from torchpar.parallel.split.layers import ColumnParallelLinear, RowParallelLinear
-from torchpar.testing.trial import SHAPES, STEPS, Failure, Setup, Trial, multiply_rates
+from torchpar.testing.optimizers.trial import SHAPES, STEPS, Failure, Setup, Trial, multiply_rates
 
 
 def trained(

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from torchpar.errors import ConfigError
 from torchpar.optim import Muon
-from torchpar.testing import SITUATIONS, Conformance, Formula, Row, check_optimizer, optimizers
+from torchpar.testing import SITUATIONS, Conformance, Formula, Row, check_optimizer
+from torchpar.testing.optimizers import check_optimizer as check
 
 
 def make_muon(
@@ -330,7 +331,7 @@ def test_the_optimizers_of_pytorch_follow_their_formulas(ranks, make, names):
     # PyTorch's fused steps do not count versions: a later backward pass takes the new weights for
     # the old.
     wrong = ["version counters"] if "fused" in make.keywords and "version counters" in names else []
-    assert [row.situation for row in rows if row.verdict not in optimizers.RIGHT] == wrong, rows
+    assert [row.situation for row in rows if row.verdict not in check.RIGHT] == wrong, rows
     assert rows[0].compared_with == f"own step, {make.keywords['kind'].__name__} in float64"
 
 
@@ -390,7 +391,7 @@ def test_a_plain_muon_conforms(ranks):
     chosen = dict.fromkeys([*[*SITUATIONS][::3], "DDP, sharing the work"])
     table = check_optimizer(faulty.make, [name for name in chosen if name not in own], ranks=ranks)
     table.assert_conforms()
-    others = [row.situation for row in table if row.verdict not in optimizers.RIGHT]
+    others = [row.situation for row in table if row.verdict not in check.RIGHT]
     assert others == ["DDP, sharing the work"]  # make has no process_group
 
 
@@ -471,7 +472,7 @@ def test_an_elementwise_optimizer_conforms_in_the_general_part(ranks):
 
 
 def test_muon_refuses_a_group_that_one_rank_adds(ranks, monkeypatch):
-    monkeypatch.setattr(optimizers, "GRACE", 0.5)
+    monkeypatch.setattr(check, "GRACE", 0.5)
     (row,) = check_optimizer(partial(make_muon, ns="standard"), LOST, ranks=ranks)
     assert row.verdict == "refuses", row
 
@@ -501,7 +502,7 @@ class Failing(faulty.PlainMuon):
     ],
 )
 def test_ranks_that_are_lost_are_found(ranks, monkeypatch, instead, verdict, detail):
-    monkeypatch.setattr(optimizers, "GRACE", 0.5)
+    monkeypatch.setattr(check, "GRACE", 0.5)
     (row,) = check_optimizer(
         of(Failing, instead=instead),
         "Replicate",

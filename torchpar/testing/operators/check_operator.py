@@ -15,7 +15,7 @@ from torch._library.triton import triton_ops_to_kernels
 
 from torchpar.errors import ConfigError, first_line, in_columns
 from torchpar.testing import kernels
-from torchpar.testing.case import (
+from torchpar.testing.operators.case import (
     FALLS_BACK,
     INTERNAL,
     REFUSALS,
@@ -26,7 +26,7 @@ from torchpar.testing.case import (
     Outcome,
     Sample,
 )
-from torchpar.testing.rules import ONCE, RULES
+from torchpar.testing.operators.rules import ONCE, RULES
 
 if TYPE_CHECKING:
     from torchpar.ptx import Emulator

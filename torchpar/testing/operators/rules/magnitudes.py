@@ -14,7 +14,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from torchpar.testing.case import (
+from torchpar.testing.operators.case import (
     LOW,
     REFUSALS,
     Attempts,

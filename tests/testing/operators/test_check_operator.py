@@ -22,9 +22,10 @@ from torch.distributed.tensor import Replicate
 
 from torchpar import library
 from torchpar.errors import ConfigError
-from torchpar.testing import OperatorTable, Sample, check, check_operator
-from torchpar.testing.case import Outcome, accurate, close
-from torchpar.testing.rules import RULES
+from torchpar.testing import OperatorTable, Sample, check_operator
+from torchpar.testing.operators import command_line
+from torchpar.testing.operators.case import Outcome, accurate, close
+from torchpar.testing.operators.rules import RULES
 
 # PyTorch's compiler reads it.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -368,10 +369,13 @@ def test_the_command(capsys: Any) -> None:
     """The table, or JSON, and exit status 1 if a row is wrong."""
     here = f"{__name__}:"
     given = ["--samples", f"{here}samples", "--reference", "faulty_operators:kernel"]
-    assert check.main([f"{here}ALMOST", *given, "--rules", "values", "schema"]) == 0
+    assert command_line.main([f"{here}ALMOST", *given, "--rules", "values", "schema"]) == 0
     expected = check_operator(ALMOST, SAMPLES, reference=faulty.kernel, rules=["values", "schema"])
     assert capsys.readouterr().out == f"{expected}\n"
-    assert check.main([f"{here}ALMOST", *given, "--rules", "values", "gradcheck", "--json"]) == 1
+    assert (
+        command_line.main([f"{here}ALMOST", *given, "--rules", "values", "gradcheck", "--json"])
+        == 1
+    )
     found = json.loads(capsys.readouterr().out)
     assert (found["ok"], found["notes"]) == (False, [])
     assert [row["outcome"] for row in found["rows"]] == ["works", "wrong"]
@@ -433,7 +437,7 @@ def test_an_error_of_the_command_is_one_line(
     arguments: list[str], message: str, capsys: Any
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        check.main([argument.format(here=__name__) for argument in arguments])
+        command_line.main([argument.format(here=__name__) for argument in arguments])
     assert ended.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("python -m torchpar check: error: ")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from torchpar.testing.case import (
+from torchpar.testing.operators.case import (
     LOW,
     REFUSALS,
     Attempts,

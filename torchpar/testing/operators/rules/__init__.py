@@ -28,7 +28,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
-from torchpar.testing.case import (
+from torchpar.testing.operators.case import (
     LAYOUTS,
     LOW,
     REFUSALS,
@@ -55,8 +55,8 @@ from torchpar.testing.case import (
     same_metadata,
     with_cause,
 )
-from torchpar.testing.magnitudes import large_and_small_numbers
-from torchpar.testing.writes import undeclared_writes
+from torchpar.testing.operators.rules.magnitudes import large_and_small_numbers
+from torchpar.testing.operators.rules.writes import undeclared_writes
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

@@ -21,9 +21,9 @@ from torch import Tensor
 from torchpar.errors import ConfigError, in_columns
 from torchpar.optim.newton_schulz import COEFFICIENTS
 from torchpar.parallel.launch.local import Ranks
-from torchpar.testing.formulas import FORMULAS, ByFormula, Formula, Settings, defaults_of
-from torchpar.testing.situations import SITUATIONS
-from torchpar.testing.trial import (
+from torchpar.testing.optimizers.formulas import FORMULAS, ByFormula, Formula, Settings, defaults_of
+from torchpar.testing.optimizers.situations import SITUATIONS
+from torchpar.testing.optimizers.trial import (
     FAMILIES,
     Array,
     Failure,

@@ -9,7 +9,7 @@ from functools import reduce
 from typing import Any, NoReturn
 
 from torchpar.errors import ConfigError, TorchparError, first_line
-from torchpar.testing.operators import OperatorTable, check_operator
+from torchpar.testing.operators.check_operator import OperatorTable, check_operator
 
 
 class Parser(argparse.ArgumentParser):
