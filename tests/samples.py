@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
-from torchpar.testing.operators import case
+from torchpar.testing.operators.layouts import LAYOUTS as OF_LAYOUTS
 
 
 def normal(
@@ -57,7 +57,7 @@ def widest_arguments(
     return arguments(shapes, dtype, device, make=make, requires_grad=requires_grad)
 
 
-LAYOUTS = {"contiguous": torch.Tensor.contiguous, **case.LAYOUTS}
+LAYOUTS = {"contiguous": torch.Tensor.contiguous, **OF_LAYOUTS}
 
 
 def to_numpy(t: Tensor) -> Any:

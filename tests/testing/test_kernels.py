@@ -16,7 +16,7 @@ from torch import Tensor
 
 from torchpar.errors import ConfigError
 from torchpar.testing import OperatorTable, check_kernel, check_operator
-from torchpar.testing.operators import case
+from torchpar.testing.operators.compare import difference
 
 
 @triton.jit
@@ -288,5 +288,5 @@ def test_integers_are_compared_exactly():
 
 def test_an_infinity_is_off_by_infinity():
     infinite, finite = torch.tensor([1.0, float("inf")]), torch.tensor([1.0, 2.0])
-    assert case._difference(infinite, finite) == "off by inf, of 2.0e+00"
-    assert case._difference(infinite, infinite + finite) == "off by 1.0e+00, of inf"
+    assert difference(infinite, finite) == "off by inf, of 2.0e+00"
+    assert difference(infinite, infinite + finite) == "off by 1.0e+00, of inf"

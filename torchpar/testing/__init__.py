@@ -10,17 +10,19 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torchpar.testing.kernels import check_kernel
     from torchpar.testing.operators.case import Sample
-    from torchpar.testing.operators.check_operator import OperatorTable, check_operator
-    from torchpar.testing.optimizers.check_optimizer import Conformance, Row, check_optimizer
+    from torchpar.testing.operators.check_operator import check_operator
+    from torchpar.testing.operators.table import OperatorTable
+    from torchpar.testing.optimizers.check_optimizer import check_optimizer
+    from torchpar.testing.optimizers.conformance import Conformance, Row
     from torchpar.testing.optimizers.formulas import Formula
     from torchpar.testing.optimizers.situations import SITUATIONS
 
 _MODULES = {
     "SITUATIONS": "optimizers.situations",
-    "Conformance": "optimizers.check_optimizer",
+    "Conformance": "optimizers.conformance",
     "Formula": "optimizers.formulas",
-    "OperatorTable": "operators.check_operator",
-    "Row": "optimizers.check_optimizer",
+    "OperatorTable": "operators.table",
+    "Row": "optimizers.conformance",
     "Sample": "operators.case",
     "check_kernel": "kernels",
     "check_operator": "operators.check_operator",

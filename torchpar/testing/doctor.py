@@ -24,7 +24,8 @@ from torch import Tensor
 import torchpar
 from torchpar.errors import first_line
 from torchpar.ops.machine import cpuinfo
-from torchpar.testing.operators.case import accurate, normal_like, same_bits
+from torchpar.testing.operators.compare import accurate, same_bits
+from torchpar.testing.operators.tensors import normal_like
 
 # The oldest and the newest versions that the tests have run with.
 TESTED = {

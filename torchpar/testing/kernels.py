@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Check Triton kernels without a GPU: they are compiled for one, and executed on this CPU."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import copy_context
 from functools import partial
 from inspect import signature
-from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 from unittest.mock import patch
 
 import torch
@@ -14,126 +13,38 @@ import triton
 from torch import Tensor
 
 from torchpar.errors import ConfigError
-from torchpar.testing.operators.case import Case, Outcome, Tensors, cast, close, same_bits
-from torchpar.testing.operators.rules import pulled_back
-
-if TYPE_CHECKING:
-    from torchpar.ptx import Emulator, Fault
-    from torchpar.testing.operators.check_operator import OperatorTable
-
-# The faults of `torchpar.ptx` by row; docs/ptx.md says what each means. Those of no row are of
-# "execution".
-ROWS = {
-    "races": (
-        "race",
-        "race between programs",
-        "missing fence",
-        "different values",
-        "unfinished copy",
-        "overwritten mbarrier",
-    ),
-    "bounds": ("out of bounds", "misaligned access"),
-    "uninitialised memory": (
-        "uninitialised memory",
-        "uninitialised register",
-        "undefined value",
-    ),
-}
-OTHERS = "execution"  # deadlocks, endless loops, assertions, and what is not emulated
-RESOURCES = "registers and spills"
-NO_LAUNCH = (
-    "no Triton kernel was launched; "
-    'register a path for CPUs by op.register_kernel("cpu"), not by x.is_cuda'
+from torchpar.testing.operators.attempts import OutcomeException, outcome_of
+from torchpar.testing.operators.compare import close, same_bits
+from torchpar.testing.operators.emulated import (
+    EMPTY_GRID,
+    FAULT_ROWS,
+    OTHERS,
+    RESOURCES,
+    check_arch,
+    described,
+    fault_rows,
+    resource_row,
 )
-EMPTY_GRID = "the grid has no programs"
+from torchpar.testing.operators.table import OperatorTable, RuleResult
+from torchpar.testing.operators.tensors import Tensors, cast
 
 
-class Kernel(Protocol):
+class JittedKernel(Protocol):
     """A jitted Triton kernel."""
 
     def __getitem__(self, grid: object, /) -> Callable[..., object]: ...
 
 
-def check_arch(arch: str) -> None:
-    """Refuse an unknown architecture."""
-    from torchpar.ptx.triton.driver import ARCHITECTURES
-
-    if arch not in ARCHITECTURES:
-        raise ConfigError(f"arch is {arch!r}, expected one of {', '.join(ARCHITECTURES)}")
-
-
-def fault_rows(faults: Sequence["Fault"]) -> Iterator[tuple[str, str, str]]:
-    """Yield for each kind of faults the row, its outcome, and the first fault with its line."""
-    named = {name for names in ROWS.values() for name in names}
-    for row, names in {**ROWS, OTHERS: ()}.items():
-        mine = [one for one in faults if (one.name in names if names else one.name not in named)]
-        mine = [one for one in mine if one.kind != "note"]
-        errors = [one for one in mine if one.kind == "error"]
-        first = next(iter(errors or mine), None)
-        yield row, "wrong" if errors else "works", "" if first is None else _said(first)
-
-
-def _said(fault: "Fault") -> str:
-    where = f"line {fault.line} of the PTX"
-    if fault.source is not None:
-        path, line = fault.source
-        where = f"{Path(path).name}:{line}"
-    kind = "" if fault.kind == "error" else f"{fault.kind}: "
-    return f"{where}, {fault.kernel}: {kind}{fault.name}: {fault.message}"
-
-
-def resource_row(gpus: Sequence["Emulator"]) -> tuple[str, str, str]:
-    """The row of what each kernel takes of a multiprocessor, by ptxas."""
-    from torchpar.ptx.report.resources import resources
-
-    found: dict[str, str] = {}
-    for launch in (launch for gpu in gpus for launch in gpu.launches):
-        try:
-            found[launch.kernel] = str(resources(launch.ptx, launch.arch))
-        except (OSError, RuntimeError) as e:
-            return RESOURCES, "not run", f"ptxas: {e}"
-    if not found:
-        return RESOURCES, "not run", NO_LAUNCH
-    return RESOURCES, "works", "; ".join(f"{name}: {text}" for name, text in found.items())
-
-
-# An operator's kernels
-
-
-def kernel_values(case: Case, gpu: "Emulator") -> None:
-    """The results of the operator, whose kernels are executed under all schedules."""
-    actual = case.op(*case.operands)
-    if not gpu.launches:
-        raise Outcome("not run", NO_LAUNCH)
-    if case.reference is None:
-        raise Outcome("not run", "no reference")
-    case.close(actual, case.plain(*case.operands), lambda: case.wide.plain(*case.wide.operands))
-
-
-def kernel_gradients(case: Case, gpu: "Emulator") -> str:
-    """The gradients of the operator, with incoming gradients that are not all alike."""
-    oracle = case.oracle
-    case.op(*case.operands)
-    of_values = len(gpu.launches)
-    actual = pulled_back(case.smooth(case.op), case)
-    case.close(actual, pulled_back(oracle, case), lambda: pulled_back(case.wide.oracle, case.wide))
-    has_more = len(gpu.launches) > 2 * of_values
-    return "" if has_more else "the backward launches no kernel"
-
-
-# A kernel alone
-
-
 def check_kernel(
-    kernel: Kernel,
+    kernel: JittedKernel,
     grid: object,
     arguments: Sequence[object],
     reference: Callable[..., Mapping[str, Tensor]] | None = None,
     *,
     arch: str = "sm_90",
-    equals: "Kernel | Callable[..., object] | None" = None,
+    equals: JittedKernel | Callable[..., object] | None = None,
     **options: object,
-) -> "OperatorTable":
+) -> OperatorTable:
     """Execute a kernel as compiled for a GPU, and compare what it writes with a reference.
 
         check_kernel(
@@ -170,7 +81,6 @@ def check_kernel(
             Triton that has no FpSan.
     """
     from torchpar.ptx import emulate
-    from torchpar.testing.operators.check_operator import OperatorTable, Row, outcome_of
 
     check_arch(arch)
     if reference is None and equals is None:
@@ -196,20 +106,22 @@ def check_kernel(
     )
     rows = []
     if reference is not None:
-        rows.append(Row("values", *outcome_of(partial(_compare, written, before, right, exact))))
+        rows.append(
+            RuleResult("values", *outcome_of(partial(_compare, written, before, right, exact)))
+        )
     if equals is not None:
         formula = partial(_same_formula, kernel, equals, grid, arguments, names, arch, options)
-        rows.append(Row("formula", *outcome_of(formula)))
+        rows.append(RuleResult("formula", *outcome_of(formula)))
     if gpu.launches or gpu.faults:
-        rows += [Row(*one) for one in fault_rows(gpu.report().faults)]
-        rows.append(Row(*resource_row([gpu])))
+        rows += [RuleResult(*one) for one in fault_rows(gpu.report().faults)]
+        rows.append(RuleResult(*resource_row([gpu])))
     else:  # Triton launches nothing
-        rows += [Row(row, "not run", EMPTY_GRID) for row in (*ROWS, OTHERS, RESOURCES)]
+        rows += [RuleResult(row, "not run", EMPTY_GRID) for row in (*FAULT_ROWS, OTHERS, RESOURCES)]
     return OperatorTable(f"{_function(kernel).__name__} for {arch}", rows)
 
 
 def _launch_alone(
-    kernel: Kernel, grid: object, arguments: Sequence[object], options: Mapping[str, object]
+    kernel: JittedKernel, grid: object, arguments: Sequence[object], options: Mapping[str, object]
 ) -> None:
     """Launch a kernel whose descriptors may need an allocator, which its program would set."""
     import triton
@@ -224,8 +136,8 @@ def has_fpsan() -> bool:
 
 
 def _same_formula(
-    kernel: Kernel,
-    other: Kernel | Callable[..., object],
+    kernel: JittedKernel,
+    other: JittedKernel | Callable[..., object],
     grid: object,
     arguments: Sequence[object],
     names: Sequence[str],
@@ -245,11 +157,11 @@ def _same_formula(
                 else:
                     one(*launched)  # type: ignore[operator]
             if errors := gpu.report().errors:
-                raise Outcome("wrong", f"with FpSan: {_said(errors[0])}")
+                raise OutcomeException("wrong", f"with FpSan: {described(errors[0])}")
             if not gpu.launches and one is kernel:
-                raise Outcome("not run", EMPTY_GRID)
+                raise OutcomeException("not run", EMPTY_GRID)
             if not gpu.launches:
-                raise Outcome("wrong", "equals launches no kernel")
+                raise OutcomeException("wrong", "equals launches no kernel")
             found.append(launched)
     has_changed = False
     for name, a, b, given in zip(names, *found, arguments, strict=False):
@@ -260,10 +172,12 @@ def _same_formula(
             for one in (a, b, given)
         )
         if differs := int((left != right).any(1).sum()):
-            raise Outcome("wrong", f"{name}: another formula in {differs} of {a.numel()} elements")
+            raise OutcomeException(
+                "wrong", f"{name}: another formula in {differs} of {a.numel()} elements"
+            )
         has_changed |= not torch.equal(left, before)
     if not has_changed:
-        raise Outcome("not run", "neither kernel changes a tensor")
+        raise OutcomeException("not run", "neither kernel changes a tensor")
 
 
 def _copies(arguments: Sequence[object]) -> list[object]:
@@ -335,9 +249,9 @@ def _compare(
             continue  # its memory is that of a tensor that the reference names
         try:
             same_bits((written[name],), (before[name],))
-        except Outcome as e:
+        except OutcomeException as e:
             message = f"{name}: has changed, and the reference does not name it"
-            raise Outcome("wrong", message) from e
+            raise OutcomeException("wrong", message) from e
     operands = [t for name, t in before.items() if name not in right]
     for name, tensor in right.items():
         held = written[name]
@@ -351,5 +265,5 @@ def _compare(
                 close((held,), (expected,), wide, operands=operands)
             else:
                 same_bits((held,), (expected,))
-        except Outcome as e:
-            raise Outcome("wrong", f"{name}: {e.args[1]}") from e
+        except OutcomeException as e:
+            raise OutcomeException("wrong", f"{name}: {e.args[1]}") from e

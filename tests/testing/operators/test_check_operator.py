@@ -24,7 +24,8 @@ from torchpar import library
 from torchpar.errors import ConfigError
 from torchpar.testing import OperatorTable, Sample, check_operator
 from torchpar.testing.operators import command_line
-from torchpar.testing.operators.case import Outcome, accurate, close
+from torchpar.testing.operators.attempts import OutcomeException
+from torchpar.testing.operators.compare import accurate, close
 from torchpar.testing.operators.rules import RULES
 
 # PyTorch's compiler reads it.
@@ -135,7 +136,7 @@ def test_float64_is_compared_with_the_reference() -> None:
     """No result is more exact, against which both could be judged."""
     one = torch.ones(2, dtype=torch.float64)
     accurate([one], [one], [one])
-    with pytest.raises(Outcome):
+    with pytest.raises(OutcomeException):
         accurate([one + 1e-4], [one], [one + 1e-4])
 
 
@@ -493,7 +494,7 @@ A, B = normal(3, 3), normal(4, 3)
     ],
 )
 def test_a_likely_cause_is_named(actual: Tensor, expected: Tensor, detail: str) -> None:
-    with pytest.raises(Outcome) as found:
+    with pytest.raises(OutcomeException) as found:
         close(actual, expected)
     outcome, message = found.value.args
     assert outcome == "wrong"

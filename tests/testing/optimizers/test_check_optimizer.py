@@ -23,6 +23,7 @@ from torchpar.errors import ConfigError
 from torchpar.optim import Muon
 from torchpar.testing import SITUATIONS, Conformance, Formula, Row, check_optimizer
 from torchpar.testing.optimizers import check_optimizer as check
+from torchpar.testing.optimizers.conformance import RIGHT as COMPARED
 
 
 def make_muon(
@@ -331,7 +332,7 @@ def test_the_optimizers_of_pytorch_follow_their_formulas(ranks, make, names):
     # PyTorch's fused steps do not count versions: a later backward pass takes the new weights for
     # the old.
     wrong = ["version counters"] if "fused" in make.keywords and "version counters" in names else []
-    assert [row.situation for row in rows if row.verdict not in check.RIGHT] == wrong, rows
+    assert [row.situation for row in rows if row.verdict not in COMPARED] == wrong, rows
     assert rows[0].compared_with == f"own step, {make.keywords['kind'].__name__} in float64"
 
 
@@ -391,7 +392,7 @@ def test_a_plain_muon_conforms(ranks):
     chosen = dict.fromkeys([*[*SITUATIONS][::3], "DDP, sharing the work"])
     table = check_optimizer(faulty.make, [name for name in chosen if name not in own], ranks=ranks)
     table.assert_conforms()
-    others = [row.situation for row in table if row.verdict not in check.RIGHT]
+    others = [row.situation for row in table if row.verdict not in COMPARED]
     assert others == ["DDP, sharing the work"]  # make has no process_group
 
 

@@ -1,98 +1,21 @@
 # SPDX-License-Identifier: MIT
-"""Check an operator by the rules of each part of PyTorch, and print the table of outcomes."""
+"""Trial of an operator by the rules of each part of PyTorch."""
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from functools import partial
-from textwrap import shorten
-from typing import TYPE_CHECKING
 
 import torch
 from torch._library.triton import triton_ops_to_kernels
 
-from torchpar.errors import ConfigError, first_line, in_columns
-from torchpar.testing import kernels
-from torchpar.testing.operators.case import (
-    FALLS_BACK,
-    INTERNAL,
-    REFUSALS,
-    Attempts,
-    Calls,
-    Case,
-    Operator,
-    Outcome,
-    Sample,
-)
-from torchpar.testing.operators.rules import ONCE, RULES
+from torchpar.errors import ConfigError, first_line
+from torchpar.testing.operators.case import Calls, Case, Operator, Sample
+from torchpar.testing.operators.emulated import KERNEL_ROWS, emulated_rows
+from torchpar.testing.operators.rules import RULES, try_rule
+from torchpar.testing.operators.table import OperatorTable
 
-if TYPE_CHECKING:
-    from torchpar.ptx import Emulator
-
-# From the best to the worst.
-OUTCOMES = ("not run", "works", FALLS_BACK, "refuses", "crashes", "wrong")
-LONGEST = 110  # characters of a message that is printed
 BUILT_IN = ("aten", "prim", "prims", "profiler")  # namespaces of PyTorch's own operators
-
-
-@dataclass(frozen=True)
-class Row:
-    """The outcome of a rule.
-
-    Attributes:
-        outcome: the worst outcome over all samples; export and Inductor try the first sample only.
-            "works"; "falls back", if the result is right, but was computed without the operator;
-            "refuses", by an error with a message; "wrong"; "crashes", by any other error; or "not
-            run".
-        detail: a message, or a remark.
-        sample: the index of the first sample with this outcome.
-    """
-
-    rule: str
-    outcome: str
-    detail: str = ""
-    sample: int = 0
-
-
-@dataclass(frozen=True)
-class OperatorTable:
-    """The rows of an operator's table, which `str` prints.
-
-    ``table["values"].outcome`` is the outcome of the row "values".
-
-    Attributes:
-        notes: sentences on what no row has tried, such as kernels for a GPU on a machine without.
-    """
-
-    name: str
-    rows: list[Row]
-    notes: tuple[str, ...] = ()
-
-    @property
-    def ok(self) -> bool:
-        """Whether no row is wrong or crashes."""
-        return not any(row.outcome in ("wrong", "crashes") for row in self.rows)
-
-    def __getitem__(self, rule: str) -> Row:
-        return {row.rule: row for row in self.rows}[rule]
-
-    def __str__(self) -> str:
-        table = [["rule", "outcome", "sample", "detail"]]
-        cut = partial(shorten, width=LONGEST, placeholder="…")
-        table += [[row.rule, row.outcome, str(row.sample), cut(row.detail)] for row in self.rows]
-        return "\n".join([self.name, in_columns(table), *self.notes])
-
-    def as_dict(self) -> dict[str, object]:
-        """The table as JSON objects: ``name``, ``ok``, ``rows`` and ``notes``."""
-        found = asdict(self)
-        return {
-            "name": found["name"],
-            "ok": self.ok,
-            "rows": found["rows"],
-            "notes": list(self.notes),
-        }
 
 
 def check_operator(
@@ -159,9 +82,9 @@ def check_operator(
     try:
         with warnings.catch_warnings(action="ignore"), _without_warnings_of_loops():
             if emulate is None:
-                rows, notes = [_row(rule, cases) for rule in names], _notes(overload, cases)
+                rows, notes = [try_rule(rule, cases) for rule in names], _notes(overload, cases)
             else:
-                rows, notes = _emulated_rows(names, cases, emulate), ()
+                rows, notes = emulated_rows(names, cases, emulate), ()
             return OperatorTable(name, rows, notes)
     finally:
         logging.disable(disabled)
@@ -179,56 +102,6 @@ def _without_warnings_of_loops() -> Iterator[None]:
         yield
     finally:
         set_enabled(True)
-
-
-KERNEL_RULES: dict[str, Callable[[Case, "Emulator"], str | None]] = {
-    "kernel values": kernels.kernel_values,
-    "kernel gradients": kernels.kernel_gradients,
-}
-KERNEL_ROWS = (*KERNEL_RULES, *kernels.ROWS, kernels.OTHERS, kernels.RESOURCES)
-# These trace the operator, or compute by several ranks.
-NOT_EMULATED = (
-    "torch.compile",
-    "torch.compile, dynamic",
-    "torch.compile by Inductor",
-    "torch.export, save and load",
-    "functionalize, and a copied graph",
-    "DTensor",
-    "CUDA graph",
-)
-
-
-def _emulated_rows(names: Sequence[str], cases: Sequence[Case], arch: str) -> list[Row]:
-    """The rows of the rules, whose calls run the operator's kernels, and those of the kernels."""
-    from torchpar.ptx import emulate
-
-    kernels.check_arch(arch)
-    gpus: list[Emulator] = []
-    rows = []
-    for name in names:
-        if name in KERNEL_ROWS:
-            continue
-        if name in NOT_EMULATED:
-            rows.append(_row(name, cases))
-            continue
-        with emulate(arch) as gpu:
-            rows.append(_row(name, cases))
-        gpus.append(gpu)
-    if not set(names) & set(KERNEL_ROWS):
-        return rows
-    for title, rule in KERNEL_RULES.items():
-        with emulate(arch, schedules="all") as gpu:
-            found = [
-                Row(title, *outcome_of(partial(rule, case, gpu)), i) for i, case in enumerate(cases)
-            ]
-        rows.append(_worst_of(found))
-        gpus.append(gpu)
-    faults = [fault for gpu in gpus for fault in gpu.report().faults]
-    launched = any(gpu.launches for gpu in gpus)
-    for title, outcome, detail in kernels.fault_rows(faults):
-        rows.append(Row(title, outcome if launched else "not run", detail))
-    rows.append(Row(*kernels.resource_row(gpus)))
-    return [row for row in rows if row.rule in names]
 
 
 def find_overload(op: Callable[..., object], sample: Sample) -> Operator | None:
@@ -269,61 +142,3 @@ def _notes(overload: Operator | None, cases: list[Case]) -> tuple[str, ...]:
     kind = "Triton" if is_triton else "CUDA"
     way = 'emulate="sm_90", or --emulate sm_90, executes Triton kernels on this CPU'
     return (f"{reason}: the operator's {kind} kernels were not run; {way}",)
-
-
-def _row(name: str, cases: Sequence[Case]) -> Row:
-    tried = cases[:1] if name in ONCE else cases
-    return _worst_of(
-        [Row(name, *outcome_of(partial(RULES[name], case)), i) for i, case in enumerate(tried)]
-    )
-
-
-def _worst_of(rows: Sequence[Row]) -> Row:
-    return max(rows, key=lambda row: (OUTCOMES.index(row.outcome), -row.sample))
-
-
-def outcome_of(attempt: Callable[[], Attempts | str | None]) -> tuple[str, str]:
-    """The outcome of a rule or of one of its attempts, and what happened."""
-    try:
-        returned = attempt()
-        return _worst(returned) if isinstance(returned, Iterator) else ("works", returned or "")
-    except Outcome as e:
-        outcome, message = e.args
-        return outcome, _headline(message)
-    except REFUSALS as e:
-        return "crashes" if INTERNAL in str(e) else "refuses", _message(e)
-    except Exception as e:
-        return "crashes", f"{type(e).__name__}: {_message(e)}"
-
-
-def _worst(attempts: Attempts) -> tuple[str, str]:
-    """The worst outcome of attempts, the first attempt with it, and the number of such attempts."""
-    found = []
-    while True:
-        try:
-            label, attempt = next(attempts)
-        except StopIteration as end:
-            remark = end.value or ""
-            break
-        found.append((label, *outcome_of(attempt)))
-    if not found:
-        return "not run", "nothing to try"
-    label, outcome, detail = max(found, key=lambda one: OUTCOMES.index(one[1]))
-    if outcome == "works":
-        return outcome, remark
-    alike = sum(one[1] == outcome for one in found)
-    return outcome, f"{label}{': ' * bool(detail)}{detail} ({alike} of {len(found)})"
-
-
-def _message(e: BaseException) -> str:
-    """The first line of an error's note or message. Of the compiler's errors the first counts."""
-    if type(e).__name__ == "TorchRuntimeError":
-        while e.__context__:
-            e = e.__context__
-    return _headline(
-        "\n".join([*getattr(e, "__notes__", []), str(getattr(e, "inner_exception", e))])
-    )
-
-
-def _headline(message: str) -> str:
-    return next((" ".join(line.split()) for line in message.splitlines() if line.strip()), "")

@@ -9,7 +9,8 @@ from functools import reduce
 from typing import Any, NoReturn
 
 from torchpar.errors import ConfigError, TorchparError, first_line
-from torchpar.testing.operators.check_operator import OperatorTable, check_operator
+from torchpar.testing.operators.check_operator import check_operator
+from torchpar.testing.operators.table import OperatorTable
 
 
 class Parser(argparse.ArgumentParser):

@@ -1,304 +1,18 @@
 # SPDX-License-Identifier: MIT
-"""An operator with one sample of arguments: its calls, layouts, right derivatives, comparisons."""
+"""Comparison of results with right ones: how far they may differ, and a likely cause if they do."""
 
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_leaves
 
-Tensors = tuple[Tensor, ...]
-Function = Callable[..., Tensors]
-"""A function of tensors to a tuple of tensors."""
+from torchpar.testing.operators.attempts import OutcomeException
+from torchpar.testing.operators.tensors import Tensors, is_differentiable, real
 
-Layout = Callable[[Tensor], Tensor]
-Operator = OpOverload[..., object]
-Attempt = tuple[str, Callable[[], None]]  # a label, and a trial
-Attempts = Iterator[Attempt]
-AttemptsAndRemark = Generator[Attempt, None, str]
-
-REFUSALS = (RuntimeError, NotImplementedError, ValueError)  # a TypeError is a mistake in a rule
-INTERNAL = "INTERNAL ASSERT FAILED"  # in a message of PyTorch: a crash, not a refusal
-FALLS_BACK = "falls back"  # the result is right, but was computed without the operator
 ALIKE = 1e-3  # relative difference up to which numbers are equal when a cause is named
-LOW = (torch.bfloat16, torch.float16)
-
-
-class Outcome(Exception):
-    """An outcome of the table, and what happened."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Arguments of an operator. Lists may hold tensors."""
-
-    args: Sequence[object]
-    kwargs: Mapping[str, object] = field(default_factory=dict)
-
-
-def _with_memory(t: Tensor) -> Tensor:
-    return torch.zeros(t.shape, dtype=t.dtype, device=t.device) if torch._is_zerotensor(t) else t
-
-
-def is_differentiable(t: Tensor) -> bool:
-    """Whether a tensor's dtype is a floating or a complex one."""
-    return t.is_floating_point() or t.is_complex()
-
-
-class Calls(TorchDispatchMode):
-    """Record the operators that are called below autograd and all transforms."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        # The last arguments of each.
-        self.seen: dict[Operator, tuple[Sequence[object], Mapping[str, object]]] = {}
-
-    def __torch_dispatch__(
-        self,
-        func: Operator,
-        types: Sequence[type],
-        args: Sequence[object] = (),
-        kwargs: Mapping[str, object] | None = None,
-    ) -> object:
-        # Forward mode makes zeros without memory, on which some operators end the process if a mode
-        # is active.
-        args, kwargs = tree_map_only(Tensor, _with_memory, (args, kwargs or {}))
-        self.seen[func] = args, kwargs
-        return func(*args, **kwargs)
-
-
-class Case:
-    """An operator and a sample.
-
-    Attributes:
-        overload: the operator in PyTorch's registry, if it is known.
-        operands: all tensors among the arguments, detached.
-        floating: the operands of a floating-point or complex dtype.
-        op: the operator, as a function of ``operands`` to the tensors that it returns.
-        plain: the reference, as such a function; the operator if there is no reference.
-    """
-
-    def __init__(
-        self,
-        op: Callable[..., object],
-        overload: Operator | None,
-        reference: Callable[..., object] | None,
-        sample: Sample,
-    ) -> None:
-        self._leaves, self._spec = tree_flatten((tuple(sample.args), dict(sample.kwargs)))
-        self.callable, self.overload, self.reference = op, overload, reference
-        self.operands: Tensors = tuple(t.detach() for t in self._leaves if isinstance(t, Tensor))
-        self.floating: Tensors = tuple(filter(is_differentiable, self.operands))
-        self.op = self.bind(op)
-        self.plain = self.bind(op if reference is None else reference)
-
-    def arguments(self, tensors: Sequence[Tensor]) -> tuple[tuple[object, ...], dict[str, object]]:
-        """The arguments of a call, with ``tensors`` for the operands."""
-        given = iter(tensors)
-        leaves = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
-        args, kwargs = tree_unflatten(leaves, self._spec)
-        return args, kwargs
-
-    def bind(self, function: Callable[..., object]) -> Function:
-        """A function of the operator's arguments, as a function of ``operands``."""
-
-        def bound(*tensors: Tensor) -> Tensors:
-            args, kwargs = self.arguments(tensors)
-            return tuple(
-                leaf for leaf in tree_leaves(function(*args, **kwargs)) if isinstance(leaf, Tensor)
-            )
-
-        return bound
-
-    @cached_property
-    def is_smooth(self) -> list[bool]:
-        """For each result, whether it is differentiable: floating, and not marked as constant."""
-        leaves = iter(self.leaves())
-        results = self.plain(*(next(leaves) if is_differentiable(t) else t for t in self.operands))
-        marked = [is_differentiable(y) and y.requires_grad for y in results]
-        return marked if any(marked) else list(map(is_differentiable, results))
-
-    def smooth(self, function: Function) -> Function:
-        """A function of the floating operands alone, to its differentiable results alone."""
-        is_smooth = self.is_smooth
-        if not any(is_smooth):
-            raise Outcome("not run", "no differentiable result")
-
-        def of_floating(*floating: Tensor) -> Tensors:
-            given = iter(floating)
-            results = function(*(next(given) if is_differentiable(t) else t for t in self.operands))
-            return tuple(y for y, smooth in zip(results, is_smooth, strict=True) if smooth)
-
-        return of_floating
-
-    def leaves(self, operands: Sequence[Tensor] | None = None) -> Tensors:
-        """Copies of the floating operands that require a gradient."""
-        chosen = self.floating if operands is None else list(filter(is_differentiable, operands))
-        return tuple(t.detach().clone().requires_grad_() for t in chosen)
-
-    def of(self, operands: Sequence[Tensor]) -> "Case":
-        """The same operator and sample, with ``operands`` as its tensors."""
-        return Case(self.callable, self.overload, self.reference, Sample(*self.arguments(operands)))
-
-    @cached_property
-    def wide(self) -> "Case":
-        """This case in float64. The results of its reference count as exact."""
-        return self.of(cast(self.operands, torch.float64))
-
-    def takes(self, operands: Sequence[Tensor], function: Function | None = None) -> Tensors:
-        """The results of the operator, or of ``function``, for operands that it may refuse."""
-        try:
-            return (function or self.op)(*operands)
-        except (*REFUSALS, TypeError, IndexError) as e:  # IndexError: too few dimensions
-            if INTERNAL in str(e):
-                raise  # a crash
-            raise Outcome("not run", f"eager mode refuses: {e}") from e
-
-    @cached_property
-    def is_visible(self) -> bool:
-        """Whether a call of the operator can be recorded."""
-        with Calls() as calls:
-            self.op(*self.operands)
-        return self.overload in calls.seen
-
-    @cached_property
-    def oracle(self) -> Function:
-        """The reference, a differentiable function, of the floating operands."""
-        self.expect_reference()
-        return self.smooth(self.plain)
-
-    def expect_reference(self) -> None:
-        if not self.floating:
-            raise Outcome("not run", "no floating operand")
-        if self.reference is None:
-            raise Outcome("not run", "no reference")
-
-    def close(
-        self, actual: object, expected: object, exact: Callable[[], object] | None = None
-    ) -> None:
-        """`close` for results or derivatives, whose sums may have any order."""
-        close(actual, expected, exact, operands=self.operands)
-
-    def transformed(
-        self,
-        transform: Callable[..., object],
-        numerical: Callable[..., tuple[object, float]] | None = None,
-        **how: object,
-    ) -> None:
-        """Compare ``transform(f, case, **how)`` of the operator with that of the reference.
-
-        ``numerical`` computes the same by finite differences. If operator and reference differ, and
-        the differences tell that the reference is wrong, the operator is compared with them.
-        """
-        oracle = self.oracle
-        try:
-            expected = transform(oracle, self, **how)
-        except Outcome:
-            raise
-        except Exception as e:  # a gap of PyTorch, such as an IndexError of an empty hessian
-            raise Outcome("not run", f"the reference refuses: {e}") from e
-        actual = transform(self.smooth(self.op), self, **how)
-        try:
-            self.close(actual, expected, lambda: transform(self.wide.oracle, self.wide, **how))
-        except Outcome:
-            if numerical is None or not {t.dtype for t in self.floating} <= {
-                torch.float64,
-                torch.float32,
-            }:
-                raise
-            wide = self.wide
-            by_differences, rtol = numerical(wide.oracle, wide, **how)
-            theirs, mine = (
-                transform(wide.oracle, wide, **how),
-                cast(tuple(tree_leaves(actual)), torch.float64),
-            )
-            if near(theirs, by_differences, rtol) or not near(
-                mine, by_differences, max(rtol, ALIKE)
-            ):
-                raise
-        self.expect_call(lambda: transform(self.smooth(self.op), self, **how))
-
-    def expect_call(self, compute: Callable[[], object]) -> None:
-        """Raise an `Outcome` if a computation whose result was right skips the operator."""
-        calls = Calls()
-        try:
-            with calls:
-                compute()
-        except Exception:  # some computations do not work within a mode
-            return
-        if self.overload is not None and self.is_visible and self.overload not in calls.seen:
-            raise Outcome(FALLS_BACK, "")
-
-    def resized(self, change: Callable[[Tensor, int], Tensor]) -> Iterator[tuple[str, Tensors]]:
-        """For each size, operands whose dimensions of that size are changed by ``change(t, dim)``.
-
-        Dimensions of equal size change together, so that the changed operands still fit.
-        """
-        for size in sorted({size for t in self.operands for size in t.shape}):
-            changed = []
-            for t in self.operands:
-                for dim in range(t.dim()):
-                    t = change(t, dim) if t.shape[dim] == size else t
-                changed.append(t)
-            yield f"every size of {size}", tuple(changed)
-
-
-def normal_like(t: Tensor, seed: int = 9) -> Tensor:
-    """Normally distributed numbers like ``t`` in shape, dtype and device, the same in each run."""
-    generator = torch.Generator().manual_seed(seed)
-    # Rounded to float32, so that a tensor and its copy in float64 get the same numbers.
-    found = torch.randn(
-        (*t.shape, 1 + t.is_complex()), generator=generator, dtype=torch.float64
-    ).float()
-    return (torch.view_as_complex(found) if t.is_complex() else found[..., 0]).to(t.device, t.dtype)
-
-
-def moved_by_a_rounding(t: Tensor, seed: int) -> Tensor:
-    """Change each number by about one rounding, otherwise for each seed."""
-    return t * (1 + torch.finfo(t.dtype).eps * normal_like(t, seed)) if is_differentiable(t) else t
-
-
-def cast(operands: Tensors, dtype: torch.dtype) -> Tensors:
-    """Convert floating tensors to ``dtype``, and complex tensors to its complex counterpart.
-
-    The counterpart is complex128 for float64, and complex64 for all other dtypes.
-    """
-    of_complex = torch.complex128 if dtype == torch.float64 else torch.complex64
-    dtypes = [
-        dtype if t.is_floating_point() else of_complex if t.is_complex() else t.dtype
-        for t in operands
-    ]
-    return tuple(t.to(to) for t, to in zip(operands, dtypes, strict=True))
-
-
-def real(t: Tensor) -> Tensor:
-    """A real tensor, or the real and imaginary parts of a complex one."""
-    return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
-
-
-def rolled(t: Tensor, by: int) -> Tensor:
-    """The same numbers in another order, so that they stay in the domain of an operator."""
-    return t.flatten().roll(by).view(t.shape)
-
-
-def gradients(
-    ys: Sequence[Tensor], xs: Sequence[Tensor], incoming: Sequence[Tensor], **how: bool
-) -> Tensors:
-    dependent = [i for i, y in enumerate(ys) if y.requires_grad] or range(len(ys))
-    ys, incoming = [ys[i] for i in dependent], [incoming[i] for i in dependent]
-    found: Tensors = torch.autograd.grad(
-        ys, xs, incoming, allow_unused=True, materialize_grads=True, **how
-    )
-    return found
-
-
-# Judges
 
 
 def close(
@@ -340,7 +54,7 @@ def close(
                 if mine <= max(limits) < math.inf:
                     continue
             which = f"[{i}] " if len(pairs) > 1 else ""
-            raise Outcome("wrong", which + _difference(a, e)) from error
+            raise OutcomeException("wrong", which + difference(a, e)) from error
 
 
 LARGEST_CHAIN_ERROR = 5e-5  # so that a relative error of 1e-4 is always found
@@ -403,11 +117,11 @@ def _errors(actual: Tensor, native: Tensor, exact: Tensor) -> tuple[float, float
 def _pairs(actual: object, expected: object) -> Iterator[tuple[Tensor, Tensor]]:
     found, right = tree_leaves(actual), tree_leaves(expected)
     if len(found) != len(right):
-        raise Outcome("wrong", f"{len(found)} results, expected {len(right)}")
+        raise OutcomeException("wrong", f"{len(found)} results, expected {len(right)}")
     return zip(found, right, strict=True)
 
 
-def _difference(actual: Tensor, expected: Tensor) -> str:  # noqa: PLR0911  # one for each mistake
+def difference(actual: Tensor, expected: Tensor) -> str:  # noqa: PLR0911  # one for each mistake
     if actual.shape != expected.shape:
         if (
             actual.dim() > 1
@@ -476,10 +190,10 @@ def same_metadata(actual: Tensors, expected: Tensors) -> None:
     """Compare shape, dtype, device, and the strides that matter."""
     for a, e in _pairs(actual, expected):
         if (a.shape, a.dtype, a.device) != (e.shape, e.dtype, e.device):
-            raise Outcome("wrong", _difference(a, e))
+            raise OutcomeException("wrong", difference(a, e))
         long = [dim for dim, size in enumerate(e.shape) if size != 1 and e.numel()]
         if any(a.stride(dim) != e.stride(dim) for dim in long):
-            raise Outcome("wrong", f"strides {a.stride()}, expected {e.stride()}")
+            raise OutcomeException("wrong", f"strides {a.stride()}, expected {e.stride()}")
 
 
 def same_bits(actual: Tensors, expected: Tensors) -> None:
@@ -489,7 +203,7 @@ def same_bits(actual: Tensors, expected: Tensors) -> None:
             for t in (a, e)
         ]
         if not torch.equal(*bits):
-            raise Outcome("wrong", f"other bits: {_difference(a, e)}")
+            raise OutcomeException("wrong", f"other bits: {difference(a, e)}")
 
 
 def accurate(
@@ -501,7 +215,7 @@ def accurate(
     """
     for (a, n), wide in zip(_pairs(actual, native), exact, strict=True):
         if (a.shape, a.dtype) != (n.shape, n.dtype):
-            raise Outcome("wrong", _difference(a, n))
+            raise OutcomeException("wrong", difference(a, n))
         if a.dtype == torch.float64:  # ``exact`` is not more exact
             close(a, n)
         elif a.numel() and is_differentiable(a):
@@ -510,48 +224,4 @@ def accurate(
                 limit = max(limit, chain_error(operands) * float(real(wide.detach()).abs().max()))
                 if error <= limit:
                     continue
-                raise Outcome("wrong", f"off by {error:.1e}, expected at most {limit:.1e}")
-
-
-# Layouts
-
-
-def _permuted(t: Tensor, dims: list[int]) -> Tensor:
-    return t.permute(dims).contiguous().permute([dims.index(dim) for dim in range(t.dim())])
-
-
-def _stepped(t: Tensor) -> Tensor:
-    """A view of every second element, between which the buffer holds NaN."""
-    every_second = (slice(None, None, 2),) * t.dim()
-    buffer = t.new_full([2 * size for size in t.shape], math.nan if is_differentiable(t) else 1)
-    buffer[every_second] = t
-    return buffer[every_second]
-
-
-def _channels_last(t: Tensor) -> Tensor:
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    return t.clone(memory_format=formats.get(t.dim(), torch.contiguous_format))
-
-
-# Functions of a tensor to a tensor of the same shape and, if not expanded, of the same values.
-LAYOUTS: dict[str, Layout] = {
-    "transposed": lambda t: t.mT.contiguous().mT if t.dim() > 1 else t.clone(),
-    "permuted": lambda t: _permuted(t, [*range(t.dim())][1:] + [*range(t.dim())][:1]),
-    "channels last": _channels_last,
-    "stepped": _stepped,
-    "expanded": lambda t: t[:1].expand_as(t) if t.dim() and t.numel() else t,
-    "expanded last": lambda t: t[..., :1].expand_as(t) if t.dim() and t.numel() else t,
-    # At an address that is not aligned.
-    "offset": lambda t: torch.cat([t.new_zeros(3), t.flatten()])[3:].view(t.shape),
-    # Like z.conj().imag, whose sign is pending.
-    "negated": lambda t: torch._neg_view(-t) if is_differentiable(t) else t,
-    # Like z.conj(), whose sign of the imaginary part is pending.
-    "conjugated": lambda t: t.conj().resolve_conj().conj() if t.is_complex() else t,
-}
-
-
-def layouts(tensors: Sequence[Tensor]) -> dict[str, Layout]:
-    """The layouts that differ from the contiguous layout for these tensors."""
-    dims, is_complex = {t.dim() for t in tensors}, any(t.is_complex() for t in tensors)
-    unlike = {"channels last": dims & {4, 5}, "conjugated": is_complex}
-    return {name: layout for name, layout in LAYOUTS.items() if unlike.get(name, True)}
+                raise OutcomeException("wrong", f"off by {error:.1e}, expected at most {limit:.1e}")

@@ -33,6 +33,11 @@ class Formula(NamedTuple):
     step: Callable[[Tensor, Tensor, State, Settings], Tensor]
     dtype: torch.dtype = torch.float32
 
+    @property
+    def precision(self) -> float:
+        """The relative distance of neighbouring numbers of ``dtype``."""
+        return float(torch.finfo(self.dtype).eps)
+
 
 def sgd(weight: Tensor, gradient: Tensor, state: State, settings: Settings) -> Tensor:
     """``g ← g + λ·W``, ``v ← μ·v + (1−τ)·g``, ``W ← W − γ·v``.

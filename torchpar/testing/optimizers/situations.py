@@ -313,8 +313,6 @@ TWO_GROUPS: Setup = {"groups": True}
 # Elements near 1e-8, as large as the usual ε. Such updates move only weights of 0.
 TINY: Setup = {"size": 1e-7, "scale": 0.0}
 HEADS: Setup = {"shapes": {"qkv": (60, 20)}, "views": {"qkv.weight": lambda w: w.view(12, 5, 20)}}
-
-
 SITUATIONS = {
     "whole": Situation(trained),
     "polar factor": Situation(trained, setup={"decades": 1.5, "scale": 0.0}, orthogonal=True),

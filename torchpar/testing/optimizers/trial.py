@@ -31,7 +31,6 @@ STEPS = range(3)
 FAMILIES = ("full rank", "low rank", "large weights")
 # Factor of the third family's weights: the decay of small weights hides in the rounding of updates.
 LARGE = 320.0
-
 Array = NDArray[np.float64]
 T = TypeVar("T", bound=Array | None)
 Batch = dict[str, tuple[Tensor, Tensor]]

@@ -14,16 +14,18 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from torchpar.testing.operators.case import (
-    LOW,
+from torchpar.testing.operators.attempts import (
     REFUSALS,
     Attempts,
-    Case,
+    OutcomeException,
+)
+from torchpar.testing.operators.case import Case
+from torchpar.testing.operators.gradients import gradients
+from torchpar.testing.operators.tensors import (
+    LOW,
     Function,
-    Outcome,
     Tensors,
     cast,
-    gradients,
     is_differentiable,
     moved_by_a_rounding,
     normal_like,
@@ -72,7 +74,7 @@ def _results(
         found[GRADIENTS] = gradients(ys, xs, cotangents)
     except (*REFUSALS, TypeError) as e:  # the rows of gradients say why
         if kind is not None:
-            raise Outcome("not run", f"eager mode refuses the backward: {e}") from e
+            raise OutcomeException("not run", f"eager mode refuses the backward: {e}") from e
     return found
 
 
@@ -137,7 +139,7 @@ class Ladder:
         scaled = [floating[i] for i in self.chosen] if self.chosen else self.incoming
         size = max(map(largest, scaled), default=0.0)
         if not 0 < size < math.inf:
-            raise Outcome("not run", "no number to multiply")
+            raise OutcomeException("not run", "no number to multiply")
         top = math.floor(math.log2(self.info.max) - math.log2(size))
         normal = math.ceil(math.log2(self.info.smallest_normal) - math.log2(size))
         subnormal = normal + math.floor(math.log2(self.info.eps))
@@ -192,12 +194,12 @@ class Ladder:
                 found = _results(self.case.op, self.case, operands, step.incoming, kind)[kind]
                 try:
                     self.compare(kind, step, found, bounds)
-                except Outcome as e:
+                except OutcomeException as e:
                     outcome, message = e.args
-                    raise Outcome(outcome, f"times 2**{step.exponent}: {message}") from e
+                    raise OutcomeException(outcome, f"times 2**{step.exponent}: {message}") from e
                 is_compared = True
         if not is_compared:
-            raise Outcome("not run", "the reference is not accurate for such numbers")
+            raise OutcomeException("not run", "the reference is not accurate for such numbers")
 
     def bounds(self, kind: str, step: Step) -> list[tuple[float, float] | None]:
         """For each output the relative error that is accepted, and the number that it is of.
@@ -207,7 +209,7 @@ class Ladder:
         around = self.around(step)
         kinds = (VALUES,) if kind == VALUES else (VALUES, GRADIENTS)
         if any(k not in step.errors for k in kinds):
-            raise Outcome("not run", "the reference has no derivative")
+            raise OutcomeException("not run", "the reference has no derivative")
         nothing: list[tuple[float, float] | None] = [None] * len(step.sizes[kind])
         if not around or any(e == math.inf for one in around for k in kinds for e in one.errors[k]):
             return nothing
@@ -254,7 +256,7 @@ class Ladder:
     ) -> None:
         right, flushed = step.exact[kind], self._flushed(step, kind)
         if len(found) != len(right):
-            raise Outcome("wrong", f"{len(found)} results, expected {len(right)}")
+            raise OutcomeException("wrong", f"{len(found)} results, expected {len(right)}")
         for i, (actual, exact, other, bound) in enumerate(
             zip(found, right, flushed, bounds, strict=True)
         ):
@@ -263,20 +265,22 @@ class Ladder:
             which = f"[{i}] " if len(found) > 1 else ""
             if actual.shape != exact.shape:
                 shapes = f"shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
-                raise Outcome("wrong", which + shapes)
+                raise OutcomeException("wrong", which + shapes)
             moved = (wide(other) - wide(exact)).abs()
             compared = moved.isfinite()
             error = (wide(actual) - wide(exact)).abs().where(compared, 0)
             if bad := int((~error.isfinite()).sum()):
                 numbers = f"{bad} of {error.numel()} numbers"
-                raise Outcome("wrong", f"{which}{numbers} are not finite, expected all to be")
+                raise OutcomeException(
+                    "wrong", f"{which}{numbers} are not finite, expected all to be"
+                )
             limit = self._limit(actual.dtype, *bound) + 2 * largest(moved.where(compared, 0))
             most = largest(error)
             if most > limit:
                 limit += 2 * self._change_by_roundings(step, kind, i, actual.dtype)
             if most > limit:
                 off = f"off by {most:.1e}, of {largest(exact):.1e}"
-                raise Outcome("wrong", f"{which}{off}; expected at most {limit:.1e}")
+                raise OutcomeException("wrong", f"{which}{off}; expected at most {limit:.1e}")
 
     def _limit(self, dtype: torch.dtype, relative: float, size: float) -> float:
         """Twice the error of the reference, and half of the digits.

@@ -8,19 +8,21 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from torchpar.testing.operators.case import (
-    LOW,
+from torchpar.testing.operators.attempts import (
     REFUSALS,
     Attempts,
-    Case,
+    OutcomeException,
+)
+from torchpar.testing.operators.case import Case
+from torchpar.testing.operators.compare import close
+from torchpar.testing.operators.gradients import gradients
+from torchpar.testing.operators.layouts import layouts
+from torchpar.testing.operators.tensors import (
+    LOW,
     Layout,
-    Outcome,
     Tensors,
     cast,
-    close,
-    gradients,
     is_differentiable,
-    layouts,
     normal_like,
 )
 
@@ -83,8 +85,8 @@ def _check(case: Case, operands: Tensors, layout: Layout, of_gradients: Layout) 
     watched.expect("the last backward", freed="saved tensor")
     try:
         close(again, first, operands=operands)  # a sum may run in another order each time
-    except Outcome as e:
-        raise Outcome("wrong", f"backward() called again: {e.args[1]}") from e
+    except OutcomeException as e:
+        raise OutcomeException("wrong", f"backward() called again: {e.args[1]}") from e
 
 
 class _Watched:
@@ -110,7 +112,7 @@ class _Watched:
         try:
             with saved_tensors_hooks(pack, lambda t: t):
                 ys = case.takes(xs)
-        except Outcome as e:
+        except OutcomeException as e:
             if "hooks" not in e.args[1]:  # torch.func within the operator allows none
                 raise
             saved.clear()
@@ -120,7 +122,7 @@ class _Watched:
         return ys
 
     def expect(self, who: str, freed: str = "") -> None:
-        """Raise an `Outcome` if memory has changed, unless it is of a kind that is freed."""
+        """Raise "wrong" if memory has changed, unless it is of a kind that is freed."""
         for what, memory, before in self.memory:
             if what != freed and not torch.equal(memory, before):
-                raise Outcome("wrong", f"{who} writes to its {what}")
+                raise OutcomeException("wrong", f"{who} writes to its {what}")
