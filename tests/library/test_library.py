@@ -313,6 +313,7 @@ y = torchpar.linear_sigmoid(x, x, x[:, 0])
 torchpar.maximum(torchpar.matmul_t(y), y).sum().backward()
 torchpar.symmetric_matmul(torch.ones(300, 2), torch.ones(300, 2), check=True)
 import torchpar.optim, torchpar.testing.doctor
+from torchpar.testing import check_operator, check_optimizer
 import torch.distributed.tensor
 from torchpar.library.sharding import sharding_rules
 waiting = len(sharding_rules)
