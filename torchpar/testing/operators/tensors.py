@@ -10,7 +10,6 @@ Tensors = tuple[Tensor, ...]
 Function = Callable[..., Tensors]
 """A function of tensors to a tuple of tensors."""
 
-
 Layout = Callable[[Tensor], Tensor]
 LOW = (torch.bfloat16, torch.float16)
 

@@ -12,22 +12,12 @@ import torch
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from torchpar.testing.operators.attempts import (
-    Attempts,
-    AttemptsAndRemark,
-    OutcomeException,
-)
+from torchpar.testing.operators.attempts import Attempts, AttemptsAndRemark, OutcomeException
 from torchpar.testing.operators.case import Case
-from torchpar.testing.operators.compare import (
-    close,
-    same_metadata,
-)
+from torchpar.testing.operators.compare import close, same_metadata
 from torchpar.testing.operators.gradients import pulled_back
 from torchpar.testing.operators.layouts import LAYOUTS
-from torchpar.testing.operators.tensors import (
-    Tensors,
-    rolled,
-)
+from torchpar.testing.operators.tensors import Tensors, rolled
 
 
 def functionalize_and_a_copied_graph(case: Case) -> None:

@@ -14,11 +14,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from torchpar.testing.operators.attempts import (
-    REFUSALS,
-    Attempts,
-    OutcomeException,
-)
+from torchpar.testing.operators.attempts import REFUSALS, Attempts, OutcomeException
 from torchpar.testing.operators.case import Case
 from torchpar.testing.operators.gradients import gradients
 from torchpar.testing.operators.tensors import (

@@ -8,11 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from torchpar.testing.operators.attempts import (
-    REFUSALS,
-    Attempts,
-    OutcomeException,
-)
+from torchpar.testing.operators.attempts import REFUSALS, Attempts, OutcomeException
 from torchpar.testing.operators.case import Case
 from torchpar.testing.operators.compare import close
 from torchpar.testing.operators.gradients import gradients
