@@ -73,9 +73,10 @@ def main(arguments: Sequence[str]) -> int:
     if options.command == "run":
         return run(list(dict.fromkeys(options.names)), flags)
     if options.command == "report":
-        from benchmarks import command, report
+        from benchmarks import report
+        from benchmarks.flags import run as run_command
 
-        command.run(lambda: report.main(flags), "report")
+        run_command(lambda: report.main(flags), "report")
     if flags:
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
     return list_benchmarks()

@@ -14,13 +14,11 @@ import torch
 from torch import Tensor
 
 import torchpar.library
-from benchmarks.command import Command, run
-from benchmarks.operators import NATIVE, OURS
+from benchmarks.flags import Command, run
+from benchmarks.records import OPERATORS, Operator, SmallCall
 from benchmarks.results import Result, Table, print_bounds, print_results
 from benchmarks.timing import CPU, Rejected, Times, take_turns, time_calls
 from torchpar.library.rules import Context
-from torchpar.ops.cpu import mirror_
-from torchpar.ops.exact_digits import product_of_exponents, row_exponents
 
 REFERENCE, OWN, TORCH = "torch.autograd.Function", "torchpar.library", "torch.library"
 ROUNDS = 200
@@ -29,14 +27,6 @@ MODES = ("no gradient", "forward", "full")  # "full" is forward and backward
 # Of what ours may take more than ATen's calls, in µs; the backward passes differ in what they
 # compute.
 BOUNDS = {"no gradient": 6.0, "forward": 10.0}
-ATEN: dict[str, Callable[..., Tensor]] = {
-    **{name: NATIVE[name] for name in ("maximum", "linear_sigmoid")},
-    "matmul_t": lambda x: mirror_(x @ x.mT),
-    "symmetric_matmul": lambda a, b: mirror_(a @ b.mT),
-    # ATen has none: the function that computes it.
-    "exact_matmul": lambda a, b: product_of_exponents(a, b, row_exponents(a), row_exponents(b)),
-}
-OPERATORS = {**OURS, "symmetric_matmul": torchpar.symmetric_matmul}
 
 
 def compute(x: Tensor) -> Tensor:
@@ -77,9 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rounds = 2 if options.quick else ROUNDS
     table = Table(command.csv(options), CPU)
     table.add(time_registrations(rounds))
-    for name in ATEN:
-        for rows in (64, 128) if name == "matmul_t" else (64,):
-            table.add(time_operator(name, rows, rounds))
+    for operator in OPERATORS.values():
+        if operator.call is not None:
+            for rows in operator.call.rows:
+                table.add(time_operator(operator, operator.call, rows, rounds))
     first = len(MODES[1:]) * 4
     print_results("a call of a small operator", table.results[:first])
     columns = [
@@ -119,21 +110,17 @@ def time_registrations(rounds: int) -> list[Result]:
     return results
 
 
-def time_operator(name: str, rows: int, rounds: int) -> list[Result]:
+def time_operator(operator: Operator, call: SmallCall, rows: int, rounds: int) -> list[Result]:
     """An operator beside ATen; ``over_us`` is what its call takes more, by lower quartiles."""
     generator = torch.Generator().manual_seed(0)
-    count = {"matmul_t": 1, "linear_sigmoid": 3}.get(name, 2)
-    shapes = [(rows, rows), (rows, rows), (rows,)][:count]
-    operands = [torch.randn(shape, generator=generator) for shape in shapes]
-    if name == "symmetric_matmul":
-        operands[1] = operands[0].clone()
-    contestants = {"ATen": ATEN[name], "torchpar": OPERATORS[name]}
-    expected = ATEN[name](*operands)
+    drawn = [torch.randn(shape, generator=generator) for shape in call.shapes(rows)]
+    operands = call.operands(*drawn)
+    ours = partial(operator.function, **call.options) if call.options else operator.function
+    contestants = {"ATen": call.aten, "torchpar": ours}
+    expected = call.aten(*operands)
     g = torch.ones_like(expected)
     results = []
-    for mode in MODES:
-        if name == "exact_matmul" and mode != MODES[0]:  # ATen's has no gradient
-            continue
+    for mode in MODES if call.differentiable else MODES[:1]:
         inputs = operands if mode == MODES[0] else [t.clone().requires_grad_() for t in operands]
         wanted = expected if mode != "full" else None
         times = time_contestants(contestants, inputs, g, mode, wanted, rounds)
@@ -142,7 +129,7 @@ def time_operator(name: str, rows: int, rounds: int) -> list[Result]:
             columns = (
                 {"over_us": over, "bound_us": BOUNDS.get(mode)} if contestant == "torchpar" else {}
             )
-            case = {"operator": name, "mode": mode, "rows": rows}
+            case = {"operator": operator.name, "mode": mode, "rows": rows}
             results.append(one.result(case, contestant, times["ATen"], **columns))
     return results
 

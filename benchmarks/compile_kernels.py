@@ -1,71 +1,257 @@
 # SPDX-License-Identifier: MIT
-"""Compile the kernels of the matrix operators on all cores:
-``python -m benchmarks.compile_kernels CAPABILITY SECONDS``.
+"""Compile the configurations of the records' kernels on all cores, without a GPU.
 
-The first launch of a kernel compiles it, on one core, while the GPU waits. Here the configurations
-of each operator and dtype are compiled at once for a GPU of this capability, such as 90, and Triton
-keeps them on disk. Operands are on the meta device: no GPU is needed. Launches whose tensors have
-the same alignment find what was compiled here.
+The benchmark `autotune` shows registers, spills, shared memory, blocks and waves for GPUs that are
+not here. They come from the machine code and the makers' documents. The estimate of a product is
+that of `torchpar.estimate`; of others it is the time of the operands and the result at the memory's
+peak.
+
+    python -m benchmarks.compile_kernels CAPABILITY SECONDS
+
+fills Triton's cache on disk for a GPU of this capability, such as 90, and begins no kernel after so
+many seconds. The first launch of a kernel would compile it on one core, while the GPU waits.
+Launches whose tensors have the same alignment find what was compiled here.
 """
 
 import os
+import re
+import signal
+import subprocess
 import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager, nullcontext
+from math import ceil
+from multiprocessing import active_children, get_context
+from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
-from benchmarks.driver import compile_launches, target
-from torchpar.kernels.linear_sigmoid import LINEAR_SIGMOID, linear_sigmoid
-from torchpar.kernels.matmul_t import SYMMETRIC_MATMUL, symmetric_matmul
-from torchpar.kernels.rule import KINDS, Product, Tiles, configurations
-from torchpar.parallel.launch.processes import end_with_parent
+from benchmarks.driver import Compiled, compile_launches, target
+from benchmarks.records import OPERATORS, Tuned
+from benchmarks.results import CORES, Result, Table, print_results, track
+from benchmarks.timing import CPU
+from torchpar.kernels.data_sheets import (
+    DATA_SHEETS,
+    PROGRAMS,
+    REGISTERS,
+    RESERVED,
+    WARPS,
+    DataSheet,
+)
+from torchpar.kernels.rule import KINDS, configurations
+from torchpar.processes import end_with_parent
 
-SIZE = 4096
+TENSOR_COLUMNS = 512  # of a multiprocessor
+PRINTED = [
+    "contestant",
+    "registers",
+    "spilled_bytes",
+    "shared_kb",
+    "blocks_per_multiprocessor",
+    "waves",
+    "estimate_ms",
+]
+
+
+class Architecture(NamedTuple):
+    """A GPU for which kernels are compiled: its name in `DATA_SHEETS`, and in tables."""
+
+    gpu: str
+    name: str
+
+    @property
+    def sheet(self) -> DataSheet:
+        return DATA_SHEETS[self.gpu]
+
+
+ARCHITECTURES = {
+    80: Architecture("A100", "A100 SXM (sm_80)"),
+    90: Architecture("H100", "H100 SXM (sm_90)"),
+    100: Architecture("B200", "B200 (sm_100)"),
+}
 
 
 class Job(NamedTuple):
-    """One configuration of a product in one kind of operands, for a capability."""
+    """One configuration of an operator's kernel for a kind of operands, compiled for a GPU."""
 
-    product: Product
+    operator: str
+    config: Any
     kind: str
-    tiles: Tiles
     capability: int
 
+    @property
+    def tuned(self) -> Tuned:
+        return tuned_of(self.operator)
 
-def jobs(capability: int) -> list[Job]:
+    def compile(self) -> list[Compiled]:
+        """Compile the kernels of a launch."""
+        given = operands(self.tuned, self.kind)
+        precision = KINDS[self.kind].precision
+        with target(self.capability):
+            return compile_launches(
+                lambda wrap: self.tuned.launch(self.config, given, precision, wrap)
+            )
+
+
+def tuned_of(operator: str) -> Tuned:
+    tuned = OPERATORS[operator].tuned
+    assert tuned is not None
+    return tuned
+
+
+def operands(tuned: Tuned, kind: str) -> list[Tensor]:
+    """The operands, without memory, for which kernels are compiled."""
+    dtype = KINDS[kind].dtype
+    return [torch.empty(s, dtype=dtype, device="meta") for s in tuned.shapes(tuned.compiled)]
+
+
+def tuned_jobs(names: Sequence[str], kind: str, capabilities: Iterable[int]) -> Iterator[Job]:
+    """The configurations that `autotune` would time."""
+    for name in names:
+        given = operands(tuned_of(name), kind)
+        for capability in capabilities:
+            with target(capability):
+                found = tuned_of(name).candidates(given, KINDS[kind].precision)
+            yield from (Job(name, config, kind, capability) for config in found)
+
+
+def all_jobs(capability: int) -> list[Job]:
+    """All configurations of the rule for all kinds of operands."""
     return [
-        Job(product, kind, tiles, capability)
-        for product in (SYMMETRIC_MATMUL, LINEAR_SIGMOID)
+        Job(name, tiles, kind, capability)
+        for name, operator in OPERATORS.items()
+        if operator.tuned is not None and operator.tuned.product is not None
         for kind in KINDS
-        for tiles in configurations(product, kind, capability)
+        for tiles in configurations(operator.tuned.product(), kind, capability)
     ]
 
 
-def compile_job(job: Job) -> int:
-    """Compile the kernels of a launch; the number of them."""
-    dtype, precision = KINDS[job.kind].dtype, KINDS[job.kind].precision
-
-    def meta(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    x, weight, bias = meta(SIZE, SIZE), meta(SIZE, SIZE), meta(SIZE)
-    launch: Callable[[Any], object]
-    if job.product.is_symmetric:
-
-        def launch(wrap: Any) -> object:
-            return symmetric_matmul(x, x, precision, wrap, tiles=job.tiles)
+def compile_all(names: Sequence[str], kind: str, quick: bool, path: Path | None) -> int:
+    """Compile all configurations for all architectures (``quick``: one for sm_90); print what they
+    take."""
+    print(
+        "No GPU ran, for PyTorch finds none: kernels are compiled for GPUs that are not here, and "
+        "not timed."
+    )
+    if quick:
+        jobs = [next(tuned_jobs([name], kind, [90])) for name in names]
     else:
+        jobs = list(tuned_jobs(names, kind, ARCHITECTURES))
+    table = Table(path, CPU)
+    with nullcontext(map(examine, jobs)) if quick else examine_in_pool(jobs) as found:
+        for result in track(found, "compile", len(jobs)):
+            table.add([result])
+    for name in names:
+        tuned = tuned_of(name)
+        shapes = " ".join("x".join(map(str, shape)) for shape in tuned.shapes(tuned.compiled))
+        for gpu in ARCHITECTURES.values():
+            own = [
+                one
+                for one in table.results
+                if (one.case["operator"], one.case["GPU"]) == (name, gpu.name)
+            ]
+            print_results(f"{name} of {shapes} in {kind}, for {gpu.name}; no GPU ran", own, PRINTED)
+    print(
+        "w: warps. s: stages. KB: of shared memory. per SM: blocks of a multiprocessor at a time."
+    )
+    print("The estimate is of a model, and for other operators of the memory. Nothing was timed.")
+    return table.status
 
-        def launch(wrap: Any) -> object:
-            return linear_sigmoid(x, weight, bias, precision, wrap, tiles=job.tiles)
 
-    with target(job.capability):
-        return len(compile_launches(launch))
+def begin_process() -> None:
+    """Let Ctrl-C reach neither this process nor ptxas, which ignores no signal."""
+    os.setpgrp()
+    end_with_parent()
+
+
+@contextmanager
+def examine_in_pool(jobs: Sequence[Job]) -> Iterator[Iterator[Result]]:
+    """The results of `examine`, from processes that end with the block, also in a job."""
+    others = set(active_children())
+    with ProcessPoolExecutor(min(CORES, len(jobs)), get_context("spawn"), begin_process) as pool:
+        # Ctrl-C would reach the processes while they start, too: each would print a traceback.
+        interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            found = [pool.submit(examine, job) for job in jobs]
+        finally:
+            signal.signal(signal.SIGINT, interrupt)
+        try:
+            yield (one.result() for one in found)
+        except BaseException:
+            for process in set(active_children()) - others:
+                process.terminate()
+            raise
+
+
+def examine(job: Job) -> Result:
+    """Compile a configuration; what it takes."""
+    gpu, tuned = ARCHITECTURES[job.capability], job.tuned
+    case, contestant = {"operator": job.operator, "GPU": gpu.name}, str(job.config)
+    try:
+        (launched,) = job.compile()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        return Result(case=case, contestant=contestant, ok=False, reason=reason)
+    compiled, given = launched.kernel, operands(tuned, job.kind)
+    used, shared = resources(compiled), compiled.metadata.shared
+    at_a_time = resident_blocks(
+        gpu, used["REG"], job.config.num_warps, shared, compiled.metadata.tmem_size or 0
+    )
+    blocks = tuned.blocks(job.config, given)
+    waves = blocks / (at_a_time * gpu.sheet.multiprocessors) if at_a_time else None
+    columns = {
+        "registers": used["REG"],
+        "spilled_bytes": used["STACK"] + used["LOCAL"],
+        "shared_kb": shared / 1024,
+        "blocks": blocks,
+        "blocks_per_multiprocessor": at_a_time,
+        "waves": waves,
+    }
+    if waves:
+        if tuned.estimate is None:
+            moved = tuned.work(*given)[0] * KINDS[job.kind].dtype.itemsize
+            columns["estimate_ms"] = moved / (gpu.sheet.memory * 1e9)
+        else:
+            columns["estimate_ms"] = tuned.estimate(job.config, given, job.kind, gpu.gpu) / 1e3
+    return Result(case=case, contestant=contestant, columns=columns)
+
+
+def resident_blocks(
+    gpu: Architecture, registers: int, warps: int, shared: int, tensor_columns: int
+) -> int:
+    """The blocks that a multiprocessor runs at a time, by registers, warps, shared and tensor
+    memory."""
+    limits = [
+        PROGRAMS,
+        WARPS // warps,
+        REGISTERS // (ceil(32 * registers / 256) * 256 * warps),  # a warp gets multiples of 256
+        gpu.sheet.shared // (shared + RESERVED),
+    ]
+    return min([*limits, TENSOR_COLUMNS // tensor_columns] if tensor_columns else limits)
+
+
+def resources(compiled: CompiledKernel) -> dict[str, int]:
+    """Of a compiled kernel's thread REG, its registers; STACK and LOCAL, bytes that did not fit
+    into them."""
+    tool = Path(str(triton.__file__)).parent / "backends/nvidia/bin/cuobjdump"
+    with NamedTemporaryFile(suffix=".cubin") as cubin:
+        Path(cubin.name).write_bytes(compiled.asm["cubin"])
+        command = [str(tool), "-res-usage", cubin.name]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return {
+        name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", done.stdout)
+    }
+
+
+def count_kernels(job: Job) -> int:
+    return len(job.compile())
 
 
 def main(capability: int, seconds: float) -> int:
@@ -74,7 +260,9 @@ def main(capability: int, seconds: float) -> int:
     deadline = time.monotonic() + seconds
     workers = max(1, len(os.sched_getaffinity(0)) - 1)
     with ProcessPoolExecutor(workers, get_context("spawn"), end_with_parent) as pool:
-        futures = {pool.submit(compile_job, job): job for job in jobs(capability)}
+        futures: dict[Future[int], Job] = {
+            pool.submit(count_kernels, job): job for job in all_jobs(capability)
+        }
         for future in as_completed(futures):
             job = futures[future]
             if future.cancelled():
@@ -83,7 +271,7 @@ def main(capability: int, seconds: float) -> int:
                 found += future.result()
             except Exception as e:
                 failed += 1
-                print(f"{job.product.name}, {job.kind}, {job.tiles}: {type(e).__name__}: {e}")
+                print(f"{job.operator}, {job.kind}, {job.config}: {type(e).__name__}: {e}")
             if time.monotonic() > deadline:
                 for other in futures:
                     other.cancel()

@@ -18,8 +18,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-from benchmarks.command import Command, run
 from benchmarks.digits import DATA
+from benchmarks.flags import Command, run
 from benchmarks.results import CORES, Table, print_bounds, print_results
 from benchmarks.timing import CPU, Rejected, take_turns
 

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: MIT
-"""A stand-in for a GPU's driver, for which kernels are compiled without a GPU."""
+"""Stand-ins for a GPU's driver: kernels are compiled without a GPU, or launched by nothing."""
 
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, NamedTuple
 from unittest.mock import patch
+
+import torch
 
 from torchpar.kernels import Tracer
 
@@ -46,16 +49,58 @@ class Driver:
 
 
 @contextmanager
-def target(architecture: int | str) -> Iterator[None]:
-    """Compile the kernels of the block, whose tensors may be on "meta", for ``architecture``."""
+def target(architecture: int | str, driver: type[Driver] | None = None) -> Iterator[None]:
+    """Compile the kernels of the block, whose tensors may be on "meta", for ``architecture``.
+
+    Args:
+        driver: the stand-in, by default `Driver`, which launches nothing.
+    """
     import triton
 
     with (
-        patch.object(triton.runtime.driver, "_active", Driver(architecture)),
+        patch.object(triton.runtime.driver, "_active", (driver or Driver)(architecture)),
         # Triton 3.9 warns if this is unset, because the default changes in 3.10.
         patch.dict(os.environ, TRITON_DEFAULT_FP_FUSION="1"),
     ):
         yield
+
+
+@contextmanager
+def idle_driver(launched: Callable[..., object] = lambda *args: None) -> Iterator[None]:
+    """Compile kernels for sm_90; ``launched`` takes what a launch passes to the driver."""
+
+    class Idle(Driver):
+        utils = SimpleNamespace(
+            # Module, function, registers, spills, threads.
+            load_binary=lambda *args: (1, 1, 0, 0, 1024),
+            get_device_properties=lambda device: {"max_shared_mem": 232448},
+            unload_module=lambda module: None,
+        )
+
+        def launcher_cls(self, source: object, metadata: object) -> Callable[..., object]:
+            return launched
+
+    with target(90, Idle):
+        yield
+
+
+@contextmanager
+def gpu_of_cpu_tensors() -> Iterator[None]:
+    """Let operators launch kernels for tensors on the CPU, and launchers keep plans for them.
+
+    In TF32, for PyTorch computes `linear_sigmoid` of float32 without it.
+    """
+    from triton.runtime import driver as active
+
+    from torchpar.kernels.launch import forget_plans
+
+    with (
+        idle_driver(),
+        patch.object(active._active, "emulator", None, create=True),
+        torch.backends.flags(fp32_precision="tf32"),
+    ):
+        yield
+        forget_plans()
 
 
 class Compiled(NamedTuple):

@@ -19,17 +19,15 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from unittest.mock import patch
 
 import torch
 
-from benchmarks import driver
-from benchmarks.command import Command, run
+from benchmarks.driver import idle_driver
+from benchmarks.flags import Command, run
 from benchmarks.results import Result, Table, print_results
 from benchmarks.timing import take_turns, time_calls
 from torchpar.errors import ConfigError
@@ -43,44 +41,6 @@ SMALL_ROUNDS = 100
 SMALL_CALLS = 50  # at a time
 BEFORE = ", before"
 OF_PYTORCH = ("ATen", "empty_like", "dispatch to Python")  # the same before
-
-
-@contextmanager
-def idle_driver(launched: Callable[..., object] = lambda *args: None) -> Iterator[None]:
-    """Compile kernels for sm_90; ``launched`` takes what a launch passes to the driver."""
-
-    class Idle(driver.Driver):
-        utils = SimpleNamespace(
-            # Module, function, registers, spills, threads.
-            load_binary=lambda *args: (1, 1, 0, 0, 1024),
-            get_device_properties=lambda device: {"max_shared_mem": 232448},
-            unload_module=lambda module: None,
-        )
-
-        def launcher_cls(self, source: object, metadata: object) -> Callable[..., object]:
-            return launched
-
-    with patch.object(driver, "Driver", Idle), driver.target(90):
-        yield
-
-
-@contextmanager
-def gpu_of_cpu_tensors() -> Iterator[None]:
-    """Let operators launch kernels for tensors on the CPU, and launchers keep plans for them.
-
-    In TF32, for PyTorch computes `linear_sigmoid` of float32 without it.
-    """
-    from triton.runtime import driver as active
-
-    from torchpar.kernels.launch import forget_plans
-
-    with (
-        idle_driver(),
-        patch.object(active._active, "emulator", None, create=True),
-        torch.backends.flags(fp32_precision="tf32"),
-    ):
-        yield
-        forget_plans()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

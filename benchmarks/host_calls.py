@@ -12,7 +12,10 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
 
@@ -23,58 +26,44 @@ LIBRARY = torch.library.Library("torchpar_host", "DEF")
 NO_GRADIENT, FORWARD, FULL = "no gradient", "forward", "full"  # the last one with backward
 
 
-def own_calls(device: str) -> Calls:
-    """Calls of this checkout, named "OPERATOR, MODE, CONTESTANT"; on "cpu" within its stand-in for
-    a GPU.
+def operators_calls(device: str) -> Calls:
+    """Calls of the records' operators, named "OPERATOR, MODE, CONTESTANT"; on "cpu" within the
+    checkout's stand-in for a GPU.
 
-    On "cuda" in sizes whose kernels mostly end before the next one is issued: 64², and 1024² for
-    products.
+    On "cuda" in sizes whose kernels mostly end before the next one is issued.
     """
     import torchpar
-    from torchpar.kernels import linear_sigmoid, maximum
 
-    on_gpu = device == "cuda"
-    small, large = (64, 1024) if on_gpu else (N, N)
-    matrix_dtype = torch.bfloat16 if on_gpu else torch.float32
-    precision = "ieee" if on_gpu else "tf32"
-
-    def ones(*shape: int) -> torch.Tensor:
-        return torch.ones(shape, dtype=matrix_dtype, device=device)
-
-    a, b = torch.ones(2, small, small, device=device)
-    x, weight, bias = ones(small, small), ones(small, small), ones(small)
-    square, c = ones(large, large), ones(large, large)
     calls: Calls = {}
-
-    def add(operator: str, native: Callable[..., torch.Tensor], *operands: torch.Tensor) -> None:
+    for operator, record in records().OPERATORS.items():
+        if (call := record.host) is None:
+            continue
+        (rows,), dtype = (call.rows, call.dtype) if device == "cuda" else ([N], torch.float32)
+        operands = [torch.ones(shape, dtype=dtype, device=device) for shape in call.shapes(rows)]
         leaves = [t.clone().requires_grad_() for t in operands]
-        g = torch.ones_like(operands[0])  # the results have this shape, too
-        contestants = {
-            "ATen": native,
-            "torchpar": getattr(torchpar, operator),
-            "torch.ops.torchpar": getattr(torch.ops.torchpar, operator),
-        }
-        if operator == "symmetric_matmul":
-            options = {"alpha": 0.5, "beta": 2.0}
-            for name in ("torchpar", "torch.ops.torchpar"):
-                contestants[name] = partial(contestants[name], **options)
+        g = torch.ones_like(operands[0])
+        contestants = {"ATen": call.aten}
+        for name, module in (("torchpar", torchpar), ("torch.ops.torchpar", torch.ops.torchpar)):
+            ours = getattr(module, operator)
+            contestants[name] = partial(ours, **call.options) if call.options else ours
         for name, op in contestants.items():
             calls[f"{operator}, {NO_GRADIENT}, {name}"] = partial(op, *operands)
             calls[f"{operator}, {FORWARD}, {name}"] = partial(op, *leaves)
             calls[f"{operator}, {FULL}, {name}"] = partial(forward_and_backward, op, leaves, g)
+    return calls
 
-    def layer(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.linear(x, weight, bias).sigmoid()
 
-    def product(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        return torch.addmm(c, a, b.mT, beta=2, alpha=0.5)
+def launchers_calls(device: str) -> Calls:
+    """Calls of the launchers, and the allocations of their results, after the operators' calls of
+    tensors with the same layouts."""
+    from torchpar.kernels import linear_sigmoid, maximum
 
-    add("maximum", torch.maximum, a, b)
-    add("linear_sigmoid", layer, x, weight, bias)
-    add("matmul_t", lambda x: x @ x.mT, square)
-    add("symmetric_matmul", product, square, square, c)
-
-    # The launcher, and the allocation of its result.
+    on_gpu = device == "cuda"
+    small, large = (64, 1024) if on_gpu else (N, N)
+    dtype, precision = (torch.bfloat16, "ieee") if on_gpu else (torch.float32, "tf32")
+    a, b = torch.ones(2, small, small, device=device)
+    x, weight = torch.ones(2, small, small, dtype=dtype, device=device)
+    bias, square = (torch.ones(s, dtype=dtype, device=device) for s in ((small,), (large, large)))
     if hasattr(maximum, "maximum_again"):
         from torchpar.kernels import matmul_t
 
@@ -96,7 +85,18 @@ def own_calls(device: str) -> Calls:
                 x, weight, bias, precision, None
             ),
         }
-    return calls | {f"{name}, , launcher": call for name, call in launchers.items()}
+    return {f"{name}, , launcher": call for name, call in launchers.items()}
+
+
+def records() -> Any:
+    """The records of this file's checkout, whose calls are made of each checkout alike."""
+    folder = Path(__file__).parent / "records"
+    spec = spec_from_file_location("records", folder / "__init__.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules["records"] = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def muon_calls(device: str) -> Calls:
@@ -153,14 +153,18 @@ def layers(device: str) -> Calls:
 def main(device: str) -> None:
     stand_in: AbstractContextManager[object] = nullcontext()
     if device == "cpu":
-        from benchmarks.host import gpu_of_cpu_tensors
+        try:
+            from benchmarks.driver import gpu_of_cpu_tensors
+        except ImportError:  # up to version 0.4
+            from benchmarks.host import gpu_of_cpu_tensors
 
         stand_in = gpu_of_cpu_tensors()
     torch.set_num_threads(1)
     if hasattr(os, "sched_setaffinity"):  # both checkouts are timed on one core
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     with stand_in:
-        calls = own_calls(device) | muon_calls(device) | layers(device)
+        calls = operators_calls(device) | launchers_calls(device)
+        calls |= muon_calls(device) | layers(device)
         for call in calls.values():
             call()
         print(json.dumps(list(calls)), flush=True)

@@ -31,10 +31,17 @@ from torch import Tensor
 
 import torchpar
 from benchmarks import ladder_page, student
-from benchmarks.command import Command, run
-from benchmarks.ladder_case import LABELS, QUICK_SHAPES, SHAPES, WARM_SECONDS, LadderCase, make_case
+from benchmarks.flags import Command, run
+from benchmarks.ladder_case import (
+    LABELS,
+    QUICK_SHAPES,
+    SHAPES,
+    WARM_SECONDS,
+    LadderCase,
+    make_case,
+    workload_of,
+)
 from benchmarks.ladder_page import LIMITS
-from benchmarks.operators import NATIVE, OURS
 from benchmarks.ranks import Group, current_world, start_ranks
 from benchmarks.results import CORES, Result, Table, print_cells
 from benchmarks.timing import CPU, Rejected, Times, Turn, flush, take_turns, time_calls
@@ -162,8 +169,8 @@ def rungs(case: LadderCase, helpers: Helpers, quick: bool) -> Iterator[Rung]:
     """All rungs, first pure Python, and those left out. The seconds of a turn are of the whole
     case."""
     operator, arrays = case.operator, case.arguments
-    ours, threads = OURS.get(operator), torch.get_num_threads()
-    native = NATIVE["exact_matmul" if operator == "matmul" else operator]
+    ours, threads = ours_of(operator), torch.get_num_threads()
+    native = workload_of(operator).native
     note = threads_note(threads)
 
     def by(
@@ -205,10 +212,15 @@ def gpu_rungs(case: LadderCase) -> Iterator[Rung]:
     """A GPU's rungs, and after them those that they are compared with."""
     yield from on_gpu(case, None)
     threads = torch.get_num_threads()
-    native = NATIVE["exact_matmul" if case.operator == "matmul" else case.operator]
+    native = workload_of(case.operator).native
     turn = timed_turn(case, partial(native, *map(torch.from_numpy, case.arguments)))
     yield Rung(name="torch eager", turn=turn, note=threads_note(threads), threads=threads)
     yield by_pure_python(case)
+
+
+def ours_of(operator: str) -> Callable[..., Tensor] | None:
+    """torchpar's operator; there is none for the general product."""
+    return None if operator == "matmul" else workload_of(operator).ours
 
 
 def by_pure_python(case: LadderCase) -> Rung:
@@ -305,9 +317,9 @@ def on_gpu(case: LadderCase, helpers: Helpers | None) -> Iterator[Rung]:
     With a GPU no helpers are needed.
     """
     operator = case.operator
-    functions = {"torch eager GPU": NATIVE["exact_matmul" if operator == "matmul" else operator]}
-    if operator in OURS:
-        functions["torchpar GPU"] = OURS[operator]
+    functions = {"torch eager GPU": workload_of(operator).native}
+    if ours := ours_of(operator):
+        functions["torchpar GPU"] = ours
     best = list(functions)[-1]
     if not torch.cuda.is_available():
         for name in (*functions, f"{best}, with copies"):

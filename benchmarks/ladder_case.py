@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from benchmarks import operators
 from benchmarks.compare import Work
+from benchmarks.operators import make_case as make_operator_case
+from benchmarks.records import Workload, workloads
 from benchmarks.timing import CPU, Rejected
 from torchpar.baselines.numpy_mlp import Array
 
@@ -66,6 +67,12 @@ class LadderCase:
             raise Rejected(f"{first}; {wrong.sum():,} of {wrong.size:,} numbers are wrong")
 
 
+def workload_of(operator: str) -> Workload:
+    """The workload of an operator of the ladder. The general product is `exact_matmul`'s, whose
+    ``ours`` is not in the ladder."""
+    return workloads()["exact_matmul" if operator == "matmul" else operator]
+
+
 def make_case(operator: str, shape: Sequence[int]) -> LadderCase:
     """The case of an operator of `SHAPES`. Of maximum the numbers are integers from 0 to 255.
 
@@ -75,9 +82,8 @@ def make_case(operator: str, shape: Sequence[int]) -> LadderCase:
     """
     integers = operator == "maximum"
     shapes = (shape, shape) if integers else tuple(shape)
-    # The general product among the operators.
-    name = "exact_matmul" if operator == "matmul" else operator
-    case = operators.make_case(name, shapes, torch.int32 if integers else torch.float32, CPU)
+    dtype = torch.int32 if integers else torch.float32
+    case = make_operator_case(workload_of(operator), shapes, dtype, CPU)
     arguments = tuple(t.numpy() for t in case.inputs(0)[:-1])
     expected = case.oracle(*(torch.from_numpy(t.astype(np.float64)) for t in arguments)).numpy()
     sizes = [np.abs(t.astype(np.float64)) for t in arguments]

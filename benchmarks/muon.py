@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from benchmarks import muon_others
-from benchmarks.command import Command, run
 from benchmarks.digits import DATA
+from benchmarks.flags import Command, run
 from benchmarks.results import Result, Table, print_results, track
 from benchmarks.timing import Timed, Times, take_turns, time_calls
 from torchpar import data

@@ -25,7 +25,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 import torchpar
-from benchmarks.command import Command, run
+from benchmarks.flags import Command, run
 from benchmarks.results import Result, Table, print_results, track
 from torchpar.optim.matrices import View
 from torchpar.testing import SITUATIONS, check_optimizer

@@ -12,10 +12,10 @@ from dataclasses import replace
 
 import torch
 
-from benchmarks import operators
-from benchmarks.command import Command, run
-from benchmarks.compare import Mode, OperatorCase, compare
-from benchmarks.operators import MIRRORED
+from benchmarks.compare import OperatorCase, compare
+from benchmarks.flags import Command, run
+from benchmarks.operators import make_case
+from benchmarks.records import Bounded, Workload, workloads
 from benchmarks.results import CORES, Result, Table, print_bounds, print_results
 from benchmarks.timing import CPU
 
@@ -23,46 +23,46 @@ ROUNDS = 20
 SECONDS = 1.0  # of a contestant's turns
 SAMPLE = 2**31  # operations of a sample: as many calls as make so many, at least one
 BOUND = 0.97
-BOUNDED_FROM = 384  # rows of matmul_t; below, its call takes longer than it saves
-ROWS = (64, 128, 256, 384, 512, 768, 1000, 1024, 2048)
-MATMUL_T = [*((n, n) for n in ROWS), (300, 5000), (1024, 4096)]
-LAYERS = [(64, 784, 128), (128, 784, 512), (1024, 1024, 1024), (4096, 2048, 2048)]
 
 
-def cases(quick: bool) -> Iterator[tuple[OperatorCase, Mode]]:
-    dtypes = [torch.float32] if quick else [torch.float32, torch.bfloat16, torch.float64]
-    for dtype in dtypes:
-        for shape in [(384, 64)] if quick else MATMUL_T:
-            yield operators.make_case("matmul_t", shape, dtype, CPU), "forward"
-    for layer in LAYERS[:1] if quick else LAYERS:
-        case = operators.make_case("linear_sigmoid", layer, torch.float32, CPU)
-        yield case, "forward"
-        yield case, "full"
+def cases(quick: bool) -> Iterator[tuple[Workload, Bounded, OperatorCase, bool]]:
+    """Every case, and whether its bound holds."""
+    for one in workloads().values():
+        if (bounded := one.bounded) is None:
+            continue
+        for dtype in bounded.dtypes[:1] if quick else bounded.dtypes:
+            for sizes in bounded.quick if quick else bounded.sizes:
+                is_bounded = sizes[0] >= bounded.bounded_from
+                yield one, bounded, make_case(one, sizes, dtype, CPU), is_bounded
 
 
-def measure(case: OperatorCase, mode: Mode, rounds: int) -> list[Result]:
+def measure(
+    workload: Workload, bounded: Bounded, case: OperatorCase, is_bounded: bool, rounds: int
+) -> Iterator[Result]:
     """Time one case; ``ratio`` is the time of the plain calls, with a mirror of a product, over
     ours."""
-    contestants = operators.contestants(case, quick=True)
-    plain = MIRRORED if case.operator == "matmul_t" else "eager"
-    results = compare(
-        case,
-        {name: contestants[name] for name in ("eager", plain, "torchpar")},
-        reference="eager",
-        rivals=[plain],
-        mode=mode,
-        rounds=rounds,
-        seconds=SECONDS,
-        calls=max(SAMPLE // case.work(mode).flops, 1),
-    )
-    is_bounded = case.operator != "matmul_t" or int(case.shape.partition("x")[0]) >= BOUNDED_FROM
-    bound = BOUND if is_bounded else None
-    return [
-        replace(one, columns={**one.columns, "ratio": one.columns[f"over {plain}"], "bound": bound})
-        if one.contestant == "torchpar"
-        else one
-        for one in results
-    ]
+    plain = bounded.plain
+    rivals = {name: rival.function for name, rival in workload.rivals.items()}
+    contestants = {"eager": workload.native, **rivals, "torchpar": workload.ours}
+    for mode in bounded.modes:
+        results = compare(
+            case,
+            {name: contestants[name] for name in ("eager", plain, "torchpar")},
+            reference="eager",
+            rivals=[plain],
+            mode=mode,
+            rounds=rounds,
+            seconds=SECONDS,
+            calls=max(SAMPLE // case.work(mode).flops, 1),
+        )
+        for one in results:
+            if one.contestant == "torchpar":
+                ratio = {
+                    "ratio": one.columns[f"over {plain}"],
+                    "bound": BOUND if is_bounded else None,
+                }
+                one = replace(one, columns={**one.columns, **ratio})
+            yield one
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -71,8 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     table = Table(command.csv(options), CPU)
     for threads in sorted({1, CORES}):
         torch.set_num_threads(threads)
-        for case, mode in cases(options.quick):
-            table.add(measure(case, mode, 2 if options.quick else ROUNDS))
+        for case in cases(options.quick):
+            table.add(measure(*case, 2 if options.quick else ROUNDS))
     columns = ["operator", "mode", "shape", "dtype", "threads", "p20_ms", "gflop_per_s"]
     columns += ["over eager", "ratio", "bound", "ok"]
     ours = [one for one in table.results if one.contestant == "torchpar" or not one.ok]

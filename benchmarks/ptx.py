@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
-from benchmarks.command import Command, run
+from benchmarks.flags import Command, run
 from benchmarks.ptx_kernels import NAMES, WAYS
 from benchmarks.results import Table, print_bounds, print_results
 from benchmarks.timing import CPU, Rejected, take_turns

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.command import Command, run
+from benchmarks.flags import Command, run
 from benchmarks.ranks import Group, current_world, start_ranks
 from benchmarks.results import CORES, Result, Table, print_results
 from benchmarks.timing import CPU, Rejected, Times, take_turns, time_calls

@@ -26,8 +26,8 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
-from benchmarks.command import Command, require, run
 from benchmarks.digits import DATA, Digits
+from benchmarks.flags import Command, require, run
 from benchmarks.ranks import current_world, start_ranks
 from benchmarks.results import CORES, Result, Table, markdown, number, print_cells, print_failures
 from benchmarks.timing import CPU, take_turns

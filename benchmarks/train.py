@@ -46,8 +46,8 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from benchmarks.command import Command, require, run
 from benchmarks.digits import DATA, Digits
+from benchmarks.flags import Command, require, run
 from benchmarks.ranks import Group, current_world, start_ranks
 from benchmarks.results import CORES, Result, Table, markdown, number, print_results
 from benchmarks.timing import CPU, Contestant, Rejected, Turn, take_turns, time_calls

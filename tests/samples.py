@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from operators import OPERATORS, Shapes
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
+from benchmarks.records import OPERATORS, Shapes
 from torchpar.testing.operators.layouts import LAYOUTS as OF_LAYOUTS
 
 

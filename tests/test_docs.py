@@ -19,11 +19,11 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from commands import ROOT, TORCHRUN, blocks, execute, forked
-from operators import OPERATORS, Operator
 from torch.distributed.checkpoint import CheckpointException
 
 import torchpar
 from benchmarks import ladder, ladder_page, speedrun, student, train
+from benchmarks.records import OPERATORS, Operator
 from benchmarks.results import Result, duration, markdown
 from torchpar.exact.verify.verify import EXPECTED
 from torchpar.testing.operators.rules import RULES

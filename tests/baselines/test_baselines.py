@@ -5,11 +5,11 @@ PyTorch."""
 import numpy as np
 import pytest
 import torch
-from operators import OPERATORS
 from samples import assert_accurate, oracle
 from torch.nn import functional as F
 
 import torchpar.nn
+from benchmarks.records import OPERATORS
 
 pytest.importorskip("numba", reason="Numba compiles the loops")
 from torchpar.baselines import numba_njit, numpy_mlp, pure_python

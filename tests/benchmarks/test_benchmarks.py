@@ -22,7 +22,7 @@ from fake_data import fashion_mnist
 pytest.importorskip("rich", reason="rich prints the tables")
 from benchmarks import ddp, muon, operators, products, train
 from benchmarks.__main__ import main
-from benchmarks.command import Command, run
+from benchmarks.flags import Command, run
 from benchmarks.names import NAMES
 from benchmarks.results import Result, Table, print_bounds
 from torchpar.errors import ConfigError

@@ -22,8 +22,8 @@ from products import PRODUCTS
 from ptx import cases
 from torch import Tensor
 
+from benchmarks.compile_kernels import resources
 from benchmarks.driver import Compiled, compile_launches, target
-from benchmarks.resources import resources
 from torchpar.kernels import Tracer, matmul_t, maximum, muon, sigmoid_backward
 from torchpar.kernels.rule import KINDS, Tiles, configurations, unaligned_tiles
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from commands import run
-from operators import OPERATORS
 from samples import widest_arguments
 from torch import Tensor
 from torch.testing import assert_close
 
 import torchpar
+from benchmarks.records import OPERATORS
 
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 from ptx import cases

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 import pytest
 import torch
 from exact_operands import HARD
-from operators import FLOATS, INTEGERS
 from products import PRODUCTS
 from ptx import cases, mutants
 from ptx.cases import F16, F32, F64, Case
 from ptx.launch import Gpu
 
+from benchmarks.records import FLOATS, INTEGERS
 from torchpar.kernels import exact_matmul, matmul_t
 from torchpar.kernels.rule import KINDS, Tiles, configurations, unaligned_tiles
 from torchpar.ptx import emulate

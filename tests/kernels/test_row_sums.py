@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from operators import FLOATS, Shapes
 from samples import LAYOUTS, assert_accurate, bits, metadata, normal, to_numpy
 from torch import Tensor
 
 import torchpar
+from benchmarks.records import FLOATS, Shapes
 
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 

@@ -20,7 +20,6 @@ from unittest.mock import Mock
 import pytest
 import torch
 from commands import run
-from operators import KERNELS, OPERATORS
 from samples import LAYOUTS
 from torch import Tensor
 from torch._inductor.compile_fx import compile_fx, compile_fx_aot
@@ -32,6 +31,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchpar
+from benchmarks.records import OPERATORS, kernel_names
 from torchpar.library import CustomOpDef
 from torchpar.library.private import (
     SingleLevelFunction,
@@ -357,7 +357,7 @@ def test_import_adds_only_what_is_ours_and_the_cpu_paths_need_no_triton(script: 
     assert [module for module in imported if module.startswith("torchpar.kernels.")] == []
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", kernel_names())
 def test_compilers_find_the_kernels_source(name: str) -> None:
     # AOTAutograd's cache key holds this source; without it an edited kernel would run as it was
     # before.
@@ -370,7 +370,7 @@ def test_compilers_find_the_kernels_source(name: str) -> None:
     assert f"torchpar::{name}" in triton_ops_to_kernels
     kernels = list(get_triton_kernels_for_op(f"torchpar::{name}"))
     assert all(isinstance(kernel, JITFunction) for kernel in kernels)
-    assert {kernel.fn.__name__ for kernel in kernels} >= KERNELS[name]
+    assert {kernel.fn.__name__ for kernel in kernels} >= kernel_names()[name]
     for kernel in kernels:
         assert (
             f"def {kernel.fn.__name__}"

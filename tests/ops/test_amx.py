@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from operators import OPERATORS
 from samples import halves
 from torch import Tensor
 from torch.func import jvp, vjp, vmap
 from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.records import OPERATORS
 
 NAMES = ("matmul_t", "symmetric_matmul", "linear_sigmoid")
 # Rows, columns, and rows of a weight, none of them a multiple of 32. The results of the second are

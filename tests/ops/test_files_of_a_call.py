@@ -29,7 +29,7 @@ def test_few_files_lead_to_a_launch_on_a_gpu() -> None:
     )
     pytest.importorskip("triton", reason="the kernels are written in Triton")
     import torchpar.kernels.matmul_t
-    from benchmarks.host import gpu_of_cpu_tensors
+    from benchmarks.driver import gpu_of_cpu_tensors
 
     torchpar.kernels.launch.forget_plans()
     with gpu_of_cpu_tensors():

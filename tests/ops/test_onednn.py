@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from operators import OPERATORS
 from samples import assert_accurate, bits, error, halves, normal, to_numpy
 from test_symmetric_matmul import contract
 from test_symmetric_matmul import operands as symmetric
@@ -20,6 +19,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 import torchpar
+from benchmarks.records import OPERATORS
 from torchpar.nn import Linear, LinearSigmoid
 from torchpar.ops import cpu, processor
 from torchpar.ops.cpu import linear

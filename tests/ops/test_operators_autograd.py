@@ -9,20 +9,20 @@ from typing import Any
 
 import pytest
 import torch
-from operators import BY_CASE, FLOATS, OPERATORS, Shapes
 from samples import arguments, assert_accurate, halves, normal, to_numpy
 from torch import Tensor
 from torch.profiler import profile
 from torch.testing import assert_close
 
 import torchpar
+from benchmarks.records import FLOATS, OPERATORS, Shapes, by_case
 
 
 def gradients(op: Any, args: tuple[Tensor, ...], incoming: Tensor) -> tuple[Tensor, ...]:
     return torch.autograd.grad(op(*args), [arg for arg in args if arg.requires_grad], incoming)
 
 
-@pytest.mark.parametrize("name, shapes", BY_CASE, ids=str)
+@pytest.mark.parametrize("name, shapes", by_case(), ids=str)
 def test_gradients_are_as_accurate_as_pytorchs(name: str, shapes: Shapes, device: str) -> None:
     for dtype in {*FLOATS[:-1]} & {*OPERATORS[name].dtypes}:  # gradcheck judges fp64
         args = arguments(shapes, dtype, device, make=halves, requires_grad=True)

@@ -10,7 +10,6 @@ from functools import partial
 
 import pytest
 import torch
-from operators import BY_DTYPE, FLOATS, OPERATORS
 from samples import LAYOUTS, assert_symmetric, normal, widest_arguments
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -19,6 +18,7 @@ from torch.func import grad, jvp, vmap
 from torch.testing import assert_close
 
 import torchpar
+from benchmarks.records import FLOATS, OPERATORS, by_dtype
 
 # Of PyTorch's own compiler, and of its own export (2.11).
 pytestmark = [
@@ -111,7 +111,7 @@ def weighted(name: str, *args: Tensor) -> Tensor:
     "name, dtype",
     [
         pytest.param(name, dtype, marks=[pytest.mark.slow] * (dtype != torch.float32))
-        for name, dtype in BY_DTYPE
+        for name, dtype in by_dtype()
         if dtype in FLOATS
     ],
 )

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from operators import OPERATORS, Shapes
 from samples import widest_arguments
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -15,6 +14,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 import torchpar
+from benchmarks.records import OPERATORS, Shapes
 from torchpar.parallel.launch.local import Ranks
 
 # Of PyTorch's own compiler.

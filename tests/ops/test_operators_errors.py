@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from operators import OPERATORS, Refused
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import grad, vmap
 
 import torchpar
+from benchmarks.records import OPERATORS, Refused
 
 ones = torch.ones
 REFUSED = [(name, refused) for name, operator in OPERATORS.items() for refused in operator.refused]

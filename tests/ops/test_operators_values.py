@@ -8,7 +8,6 @@ from functools import partial
 
 import pytest
 import torch
-from operators import BY_CASE, BY_DTYPE, FLOATS, INTEGERS, OPERATORS, Shapes
 from samples import (
     LAYOUTS,
     arguments,
@@ -29,9 +28,10 @@ from torch.func import vmap
 from torch.testing import assert_close
 
 import torchpar
+from benchmarks.records import FLOATS, INTEGERS, OPERATORS, Shapes, by_case, by_dtype
 
 
-@pytest.mark.parametrize("name, shapes", BY_CASE, ids=str)
+@pytest.mark.parametrize("name, shapes", by_case(), ids=str)
 def test_awkward_sizes(name: str, shapes: Shapes, device: str) -> None:
     operator = OPERATORS[name]
     for dtype in operator.dtypes:
@@ -73,7 +73,7 @@ def test_both_tails_of_sigmoid_keep_their_precision(dtype: torch.dtype, device: 
 
 
 @pytest.mark.parametrize(
-    "name, dtype", [case for case in BY_DTYPE if case[0] != "maximum"], ids=str
+    "name, dtype", [case for case in by_dtype() if case[0] != "maximum"], ids=str
 )
 def test_results_and_gradients_that_are_not_finite_are_those_of_float64(
     name: str, dtype: torch.dtype, device: str

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from operators import OPERATORS, Shapes
 from samples import widest_arguments
 from torch import Tensor
 
+from benchmarks.records import OPERATORS, Shapes
 from torchpar.testing import check_operator
 from torchpar.testing.operators.rules import RULES
 

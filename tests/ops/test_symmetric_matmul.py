@@ -11,7 +11,6 @@ from unittest.mock import patch
 import pytest
 import torch
 from commands import blocks, execute
-from operators import FLOATS, symmetric_operands
 from samples import (
     LAYOUTS,
     arguments,
@@ -29,6 +28,7 @@ from torch.profiler import profile
 from torch.testing import assert_close
 
 import torchpar
+from benchmarks.records import FLOATS, symmetric_operands
 from torchpar import reference, symmetric_matmul
 from torchpar.ops import cpu
 

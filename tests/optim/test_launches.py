@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton")
 
-from benchmarks.host import gpu_of_cpu_tensors
+from benchmarks.driver import gpu_of_cpu_tensors
 from torchpar import ptx, reference
 from torchpar.kernels import tiles
 from torchpar.kernels.launch import Plan

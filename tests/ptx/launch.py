@@ -19,8 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.nvidia.compiler import CUDABackend
 
-from benchmarks.driver import Driver, compile_launches, target
-from benchmarks.host import idle_driver
+from benchmarks.driver import Driver, compile_launches, idle_driver, target
 from torchpar.ptx.machine import gpu
 from torchpar.ptx.machine.block import Schedule
 from torchpar.ptx.machine.memory import Allocation

@@ -11,9 +11,9 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from operators import OPERATORS
 
 import torchpar
+from benchmarks.records import OPERATORS
 from torchpar.testing import doctor
 from torchpar.testing.doctor import Finding
 

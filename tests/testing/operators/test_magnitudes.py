@@ -9,11 +9,11 @@ from typing import Any
 import faulty_operators as faulty
 import pytest
 import torch
-from operators import OPERATORS
 from samples import normal
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks.records import OPERATORS
 from torchpar.testing import check_operator
 
 LARGE, SMALL = "large numbers", "small numbers"
