@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from benchmarks.names import NAMES, first_line
+from benchmarks import NAMES, first_line, module_of
 
 # In these benchmarks libraries with threads of their own take turns, and idle threads of OpenMP and
 # OpenBLAS sleep soon. By default they spin for milliseconds on the core that the next call needs;
@@ -35,7 +35,7 @@ def list_benchmarks() -> int:
 
 def run(names: Sequence[str], flags: Sequence[str]) -> int:
     """Run the benchmarks, each in a process, with ``flags``."""
-    commands = {name: [sys.executable, "-m", f"benchmarks.{name}", *flags] for name in names}
+    commands = {name: [sys.executable, "-m", module_of(name), *flags] for name in names}
     environments = {
         name: {**(SHORT_SPINS if name in MIXED else {}), **os.environ} for name in names
     }

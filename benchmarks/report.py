@@ -16,7 +16,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, NotRequired, TypedDict
 
-from benchmarks.names import NAMES, first_line
+from benchmarks import NAMES, first_line
 from benchmarks.results import duration, number
 from torchpar.errors import ConfigError
 

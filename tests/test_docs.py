@@ -22,7 +22,9 @@ from commands import ROOT, TORCHRUN, blocks, execute, forked
 from torch.distributed.checkpoint import CheckpointException
 
 import torchpar
-from benchmarks import ladder, ladder_page, speedrun, student, train
+from benchmarks import speedrun, train
+from benchmarks.ladder import page as ladder_page
+from benchmarks.ladder import rungs, student
 from benchmarks.records import OPERATORS, Operator
 from benchmarks.results import Result, duration, markdown
 from torchpar.exact.verify.verify import EXPECTED
@@ -239,7 +241,7 @@ def test_the_page_shows_the_measured_trainings():
 
 def test_the_ladder_shows_the_measured_tables():
     measured = ladder_page.read(RESULTS / "ladder.csv")
-    readme = ladder.readme_table(measured)
+    readme = rungs.readme_table(measured)
     load = ladder_page.load_note(measured[ladder_page.LIMITS])
     tables = [ladder_page.as_markdown(rows) for rows in measured.values()]
     assert (RESULTS / "ladder.md").read_text() == "\n".join([readme, f"{load}\n", *tables])
@@ -249,7 +251,7 @@ def test_the_ladder_shows_the_measured_tables():
 
 def test_the_readme_shows_the_ladder():
     section = README.partition("\n**From loops to processes.**")[2].partition("\n## ")[0]
-    assert f"\n\n{ladder.readme_table(ladder_page.read(RESULTS / 'ladder.csv'))}\n" in section
+    assert f"\n\n{rungs.readme_table(ladder_page.read(RESULTS / 'ladder.csv'))}\n" in section
 
 
 def of_matmul_t(shape: str) -> dict[str, str]:

@@ -10,7 +10,7 @@ pytest.importorskip("rich", reason="rich prints the tables")
 pytest.importorskip("numba", reason="Numba compiles the loops")
 
 from benchmarks import scaling, train
-from benchmarks.ladder_case import make_case
+from benchmarks.ladder.cases import make_case
 from benchmarks.timing import Rejected, Times, take_turns
 from benchmarks.train import Inputs, Training
 from torchpar.baselines import numpy_mlp

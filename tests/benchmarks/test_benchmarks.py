@@ -20,10 +20,9 @@ from commands import forked
 from fake_data import fashion_mnist
 
 pytest.importorskip("rich", reason="rich prints the tables")
-from benchmarks import ddp, muon, operators, products, train
+from benchmarks import NAMES, ddp, module_of, muon, operators, products, train
 from benchmarks.__main__ import main
 from benchmarks.flags import Command, run
-from benchmarks.names import NAMES
 from benchmarks.results import Result, Table, print_bounds
 from torchpar.errors import ConfigError
 
@@ -114,7 +113,7 @@ def test_a_benchmark_runs_and_its_csv_has_the_columns(
     monkeypatch.setattr(train, "QUICK", [train.Training((784, 10, 10), 10, samples=35)])
     flags = ["--quick", f"--output={tmp_path}"]
     flags += ["--only=torch"] * (name == "optimizers")
-    assert importlib.import_module(f"benchmarks.{name}").main(flags) == 0
+    assert importlib.import_module(module_of(name)).main(flags) == 0
     rows = list(csv.DictReader((tmp_path / f"{name}.csv").read_text().splitlines()))
     own = (QUICK | SLOW)[name].split()
     assert rows[0].keys() >= {*COLUMNS.split(), *own}

@@ -20,8 +20,8 @@ import torch
 from commands import run
 
 pytest.importorskip("rich", reason="rich prints the tables")
-from benchmarks import ladder, ladder_page, student
-from benchmarks.ladder_case import LABELS, QUICK_SHAPES, SHAPES, make_case
+from benchmarks.ladder import page, rungs, student
+from benchmarks.ladder.cases import LABELS, QUICK_SHAPES, SHAPES, make_case
 from benchmarks.results import Result
 from benchmarks.timing import Rejected
 from torchpar.baselines import numpy_mlp, pure_python
@@ -55,12 +55,12 @@ def test_each_row_is_compared_with_a_row_above_and_what_is_left_out_has_a_reason
     pytest.importorskip("numba", reason="Numba compiles the loops")
     small = {"maximum": (5, 7), "matmul_t": (5, 7), "matmul": (5, 7, 3)}  # larger ones are below
     with (
-        patch.object(ladder, "CORES", 2),
+        patch.object(rungs, "CORES", 2),
         patch.object(torch.cuda, "is_available", lambda: False),
-        patch.dict(ladder.INTERPRETED, small),
+        patch.dict(rungs.INTERPRETED, small),
     ):
         rows = list(
-            ladder.rungs(make_case(operator, QUICK_SHAPES[operator]), helpers(interpreter), False)
+            rungs.rungs(make_case(operator, QUICK_SHAPES[operator]), helpers(interpreter), False)
         )
     names: set[str] = set()
     for one in rows:
@@ -76,7 +76,7 @@ def test_each_row_is_compared_with_a_row_above_and_what_is_left_out_has_a_reason
     assert "njit, parallel, 4 threads on 2 cores" in names
     assert reasons["torch eager GPU"] == "no GPU"
     taught = [reason for name, reason in reasons.items() if name.startswith("Triton")]
-    assert len(taught) == len(ladder.TAUGHT[operator])
+    assert len(taught) == len(rungs.TAUGHT[operator])
     assert all("right in Triton's interpreter at" in reason for reason in taught)
 
 
@@ -84,22 +84,22 @@ def test_each_row_is_compared_with_a_row_above_and_what_is_left_out_has_a_reason
     "cores, counts", [(1, [1, 2]), (2, [1, 2, 4]), (4, [1, 2, 4, 8]), (8, [1, 2, 4, 8])]
 )
 def test_threads_go_up_to_the_cores_and_once_above(cores, counts):
-    with patch.object(ladder, "CORES", cores):
-        assert ladder.thread_counts(quick=False) == counts
+    with patch.object(rungs, "CORES", cores):
+        assert rungs.thread_counts(quick=False) == counts
 
 
 def test_without_numba_the_other_rows_are_there(interpreter):
-    with patch.object(ladder, "find_spec", lambda name: None):
-        rows = list(ladder.by_njit(make_case("matmul", (5, 7, 3)), helpers(interpreter), False))
+    with patch.object(rungs, "find_spec", lambda name: None):
+        rows = list(rungs.by_njit(make_case("matmul", (5, 7, 3)), helpers(interpreter), False))
     assert [one.left_out for one in rows] == ["numba is not installed"] * 3
 
 
 def test_a_wrong_kernel_of_the_course_is_a_row_that_is_not_right():
     pytest.importorskip("triton", reason="the course's kernels are written in Triton")
-    name, launcher = next(iter(ladder.TAUGHT["maximum"].items()))
+    name, launcher = next(iter(rungs.TAUGHT["maximum"].items()))
 
     def wrong(*_: Any) -> Any:
-        return 1 + numpy_mlp.maximum(*make_case("maximum", ladder.INTERPRETED["maximum"]).arguments)
+        return 1 + numpy_mlp.maximum(*make_case("maximum", rungs.INTERPRETED["maximum"]).arguments)
 
     def failing(*_: Any) -> Any:
         raise ValueError("no such kernel\nand more")
@@ -112,8 +112,8 @@ def test_a_wrong_kernel_of_the_course_is_a_row_that_is_not_right():
     case = make_case("maximum", QUICK_SHAPES["maximum"])
     for function, reason in reasons.items():
         stand_in = helpers(lambda _, *args, function=function: function(*args)).interpreter
-        row = ladder.without_gpu(stand_in, "maximum", name, launcher)
-        (result,) = ladder.measure(case, [row], rounds=1)
+        row = rungs.without_gpu(stand_in, "maximum", name, launcher)
+        (result,) = rungs.measure(case, [row], rounds=1)
         assert (result.ok, result.columns["left_out"]) == (False, "")
         assert re.match(reason, result.reason), result.reason
 
@@ -122,21 +122,21 @@ def test_halves_left_apart_have_no_speed_up():
     """Nobody has the whole result."""
     case = make_case("maximum", QUICK_SHAPES["maximum"])
     one, apart, joined = (
-        replace(rung, turn=lambda index: [1.0]) for rung in ladder.by_ranks(case, None)
+        replace(rung, turn=lambda index: [1.0]) for rung in rungs.by_ranks(case, None)
     )
     alone = replace(one, name="pure Python")
-    results = ladder.measure(case, [alone, one, apart, joined], rounds=1)
+    results = rungs.measure(case, [alone, one, apart, joined], rounds=1)
     compared = [(x.columns["over_pure_python"], x.columns["faster"]) for x in results[1:]]
     assert compared == [(1.0, None), (None, None), (1.0, 1.0)]
-    assert ladder_page.label(results[2]) == "2 ranks, halves left apart, no speed-up of the whole"
+    assert page.label(results[2]) == "2 ranks, halves left apart, no speed-up of the whole"
 
 
 def test_limits_are_medians():
     """So that the speed of a row is that of its time."""
     seconds = cycle([1.0, *(2.0, 4.0, 8.0) * 3])  # one chooses how many calls, and nine are kept
     timed = SimpleNamespace(seconds=lambda: next(seconds))
-    with patch.object(ladder, "time_calls", lambda *_, **options: timed):
-        copy, *_ = ladder.limits(quick=True)
+    with patch.object(rungs, "time_calls", lambda *_, **options: timed):
+        copy, *_ = rungs.limits(quick=True)
     assert (copy.contestant, copy.p50_ms) == ("copy in memory", 4000.0)
     assert copy.columns["gb_per_s"] == pytest.approx(2 * 2**20 / 4e9)
 
@@ -178,7 +178,7 @@ def test_tables_name_the_other_row_the_spread_the_load_and_what_is_left_out():
         result("njit, parallel", 0.5, **threads),
         result("torchpar GPU", None, left_out="no GPU", threads=None),
     ]
-    text = ladder_page.as_markdown(rows)
+    text = page.as_markdown(rows)
     cells = [
         "njit, parallel, 4 threads on 2 cores",
         "500 µs",
@@ -188,9 +188,9 @@ def test_tables_name_the_other_row_the_spread_the_load_and_what_is_left_out():
     ]
     assert f"| {' | '.join(cells)} |" in text
     assert "\nLeft out (no GPU): torchpar GPU.\n" in text
-    assert "was 1.50: other programs disturb the times" in ladder_page.load_note(rows)
-    assert "quiet" in ladder_page.load_note([result("njit", 1.0, load_before=0.2)])
-    summary = ladder_page.summary({"X": rows}, ["X"])
+    assert "was 1.50: other programs disturb the times" in page.load_note(rows)
+    assert "quiet" in page.load_note([result("njit", 1.0, load_before=0.2)])
+    summary = page.summary({"X": rows}, ["X"])
     assert summary.splitlines()[2:] == [
         "| pure Python | 8 ms | 1 |",
         "| njit, the loops in 2 threads | 250 µs | 32 |",
@@ -209,7 +209,7 @@ def check_taught_kernels() -> None:
         # Whole tiles, and some above them in each dimension; a tile has 64 × 32 numbers at most.
         "matmul": [(1, 1, 1), (64, 32, 64), (70, 35, 41), (5, 67, 65)],
     }
-    for operator, launchers in ladder.TAUGHT.items():
+    for operator, launchers in rungs.TAUGHT.items():
         for launcher in launchers.values():
             for shape in shapes[operator]:
                 case = make_case(operator, shape)
@@ -231,11 +231,11 @@ def check_gpu_rows() -> None:
     with (
         patch.object(torch.cuda, "is_available", lambda: True),
         patch.object(torch.Tensor, "cuda", torch.Tensor.clone),
-        patch.object(ladder, "flush", lambda device: None),  # which takes longer than a row
+        patch.object(rungs, "flush", lambda device: None),  # which takes longer than a row
     ):
         for operator in SHAPES:
             case = make_case(operator, (5, 7, 3)[: len(SHAPES[operator])])
-            rows = list(ladder.on_gpu(case, None))
+            rows = list(rungs.on_gpu(case, None))
             counts[operator] = len(rows)
             assert sum("with copies" in one.name for one in rows) == 1
             for one in rows:
@@ -249,11 +249,11 @@ def check_gpu_command() -> None:
         patch.object(torch.cuda, "is_available", lambda: True),
         patch.object(torch.cuda, "get_device_name", lambda: "NVIDIA Test"),
         patch.object(torch.Tensor, "cuda", torch.Tensor.clone),
-        patch.object(ladder, "start_helpers", None),
-        patch.object(ladder, "show", lambda measured: found.update(measured)),
+        patch.object(rungs, "start_helpers", None),
+        patch.object(rungs, "show", lambda measured: found.update(measured)),
     ):
         found: dict[str, Any] = {}
-        assert ladder.main(["--gpu", "--quick", "--cases", "maximum"]) == 0
+        assert rungs.main(["--gpu", "--quick", "--cases", "maximum"]) == 0
     (results,) = found.values()
     names = [one.contestant for one in results]
     assert names[0] == "torch eager GPU"
@@ -261,7 +261,7 @@ def check_gpu_command() -> None:
     ours = results[names.index("torchpar GPU")]
     times = results[-1].p50_ms / ours.p50_ms
     assert ours.columns["over_pure_python"] == times
-    assert any(line.startswith("torchpar GPU: ") for line in ladder_page.over_loops(results))
+    assert any(line.startswith("torchpar GPU: ") for line in page.over_loops(results))
 
 
 def test_the_command_for_a_gpu_needs_no_other_rows(interpreter):
@@ -273,7 +273,7 @@ def test_the_command_for_a_gpu_needs_one():
         patch.object(torch.cuda, "is_available", lambda: False),
         pytest.raises(ConfigError, match="finds no CUDA GPU"),
     ):
-        ladder.main(["--gpu"])
+        rungs.main(["--gpu"])
 
 
 def test_a_gpu_is_at_least_40_times_as_fast_as_loops_or_not():
@@ -283,7 +283,7 @@ def test_a_gpu_is_at_least_40_times_as_fast_as_loops_or_not():
 
     rows = [row("torchpar GPU", 9511), row("torchpar GPU, with copies", 28.5), row("njit", 63.0)]
     rows += [row("torchpar GPU", None), row("torchpar GPU", 99.0, ok=False)]
-    assert list(ladder_page.over_loops(rows)) == [
+    assert list(page.over_loops(rows)) == [
         "torchpar GPU: 9,511 times as fast as pure Python, at least 40.",
         "torchpar GPU, with copies: 28.5 times as fast as pure Python, less than 40.",
     ]
@@ -445,12 +445,12 @@ def test_a_function_that_is_endless_above_some_size_is_rejected(tmp_path, capsys
             "my.py: matmul_t is too slow: it takes more than 0 s for 40×40"
             in capsys.readouterr().out
         )
-        (result,) = ladder.measure(
-            case, [ladder.Rung(name="my.py: matmul_t", turn=slow.turn)], rounds=1
+        (result,) = rungs.measure(
+            case, [rungs.Rung(name="my.py: matmul_t", turn=slow.turn)], rounds=1
         )
     assert result.reason == "SlowCall: it takes more than 0 s for 40×40"
     line = "Too slow: my.py: matmul_t: it takes more than 0 s for 40×40"
-    assert list(ladder_page.notes([result])) == [line]
+    assert list(page.notes([result])) == [line]
 
 
 def test_the_verdict_on_a_wrong_slow_function_names_the_smaller_size(tmp_path, capsys):
@@ -505,11 +505,11 @@ def test_caches_and_calls_of_a_turn_are_those_of_the_other_rows(operator, flushe
     with (
         patch.object(student, "flush", counted.append),
         patch.object(student, "time_calls", time_calls),
-        patch.object(ladder, "flush", counted.append),
-        patch.object(ladder, "time_calls", time_calls),
+        patch.object(rungs, "flush", counted.append),
+        patch.object(rungs, "time_calls", time_calls),
     ):
         one = entry(operator, getattr(numpy_mlp, operator))
-        theirs = ladder.timed_turn(one.case, partial(one.function, *one.case.arguments))
+        theirs = rungs.timed_turn(one.case, partial(one.function, *one.case.arguments))
         for turn in (one.turn, theirs):
             counted.clear()
             timed.clear()
@@ -560,7 +560,7 @@ def test_a_gpus_function_without_a_gpu_is_left_out(tmp_path, capsys):
         "matmul_t": numpy_mlp.matmul_t,
     }
     with patch.object(torch.cuda, "is_available", lambda: False):
-        entries = ladder.students_entries(tmp_path / "my.py", functions, cases)
+        entries = rungs.students_entries(tmp_path / "my.py", functions, cases)
     assert [one.left_out for one in entries["maximum"]] == ["no GPU", ""]
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "my.py: max_gpu is left out: there is no GPU"

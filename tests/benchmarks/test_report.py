@@ -8,8 +8,7 @@ import pytest
 pytest.importorskip("pandas", reason="pandas reads the CSVs")
 pytest.importorskip("itables", reason="itables makes tables that can be sorted")
 
-from benchmarks import report
-from benchmarks.names import NAMES
+from benchmarks import NAMES, report
 from torchpar.errors import ConfigError
 
 

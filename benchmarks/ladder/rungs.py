@@ -6,7 +6,7 @@ Four cases: elementwise maximum, X·Xᵀ, A·Bᵀ and linear+sigmoid; `benchmark
 networks. The result of every call that is timed is checked against float64 (whole numbers:
 exactly). Contestants take turns, and medians are quoted. Caches are flushed before all but
 linear+sigmoid, whose arguments stay in them, as in training. ``--with my.py`` adds the functions of
-a student's file (`benchmarks.student`).
+a student's file (`benchmarks.ladder.student`).
 """
 
 import os
@@ -30,9 +30,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 import torchpar
-from benchmarks import ladder_page, student
 from benchmarks.flags import Command, run
-from benchmarks.ladder_case import (
+from benchmarks.ladder import page, student
+from benchmarks.ladder.cases import (
     LABELS,
     QUICK_SHAPES,
     SHAPES,
@@ -41,7 +41,7 @@ from benchmarks.ladder_case import (
     make_case,
     workload_of,
 )
-from benchmarks.ladder_page import LIMITS
+from benchmarks.ladder.page import LIMITS
 from benchmarks.ranks import Group, current_world, start_ranks
 from benchmarks.results import CORES, Result, Table, print_cells
 from benchmarks.timing import CPU, Rejected, Times, Turn, flush, take_turns, time_calls
@@ -543,7 +543,7 @@ def measure(case: LadderCase, rungs: Sequence[Rung], rounds: int = ROUNDS) -> li
             continue
         added = {}
         for name, other in (("over_pure_python", "pure Python"), ("faster", one.than)):
-            found = ladder_page.find(results, other) if one.whole else None
+            found = page.find(results, other) if one.whole else None
             added[name] = found.p50_ms / result.p50_ms if found and found.p50_ms else None
         if case.operator == "maximum":
             added["gb_per_s"] = case.work.bytes / result.p50_ms / 1e6
@@ -626,9 +626,9 @@ def students_entries(
 def show(measured: Mapping[str, Sequence[Result]]) -> None:
     """Print the tables, and the README's table."""
     for workload, results in measured.items():
-        print_cells(workload, list(ladder_page.lines(results, "contestant")))
-        print(*ladder_page.notes(results), *ladder_page.over_loops(results), sep="\n", end="\n\n")
-    print(ladder_page.load_note(next(iter(measured.values()))))
+        print_cells(workload, list(page.lines(results, "contestant")))
+        print(*page.notes(results), *page.over_loops(results), sep="\n", end="\n\n")
+    print(page.load_note(next(iter(measured.values()))))
     if table := readme_table(measured):
         print(f"\n{table}", end="")
 
@@ -638,15 +638,15 @@ def readme_table(measured: Mapping[str, Sequence[Result]]) -> str:
     labels = [
         next((one for one in measured if one.startswith(text)), "") for text in ("maximum", "X·Xᵀ")
     ]
-    return ladder_page.summary(measured, labels) if all(labels) else ""
+    return page.summary(measured, labels) if all(labels) else ""
 
 
 def write(
     folder: Path, measured: Mapping[str, Sequence[Result]], cases: Mapping[str, LadderCase]
 ) -> None:
     """Write the tables in Markdown, and a picture of each case if matplotlib is installed."""
-    load = ladder_page.load_note(next(iter(measured.values())))
-    tables = [ladder_page.as_markdown(results) for results in measured.values()]
+    load = page.load_note(next(iter(measured.values())))
+    tables = [page.as_markdown(results) for results in measured.values()]
     parts = [readme_table(measured), f"{load}\n", *tables]
     (folder / "ladder.md").write_text("\n".join(filter(None, parts)), "utf-8")
     if find_spec("matplotlib") is None:
@@ -654,7 +654,7 @@ def write(
         return
     for operator, case in cases.items():
         if any(one.p50_ms for one in measured[case.label]):
-            ladder_page.draw(
+            page.draw(
                 folder / f"ladder-{operator}.png", measured[case.label], measured.get(LIMITS, [])
             )
 
@@ -725,4 +725,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, "run ladder")

@@ -22,7 +22,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from benchmarks.ladder_case import WARM_SECONDS, LadderCase, make_case
+from benchmarks.ladder.cases import WARM_SECONDS, LadderCase, make_case
 from benchmarks.results import duration
 from benchmarks.timing import CPU, Rejected, flush, time_calls
 from torchpar.baselines.numpy_mlp import Array
