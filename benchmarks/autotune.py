@@ -14,7 +14,7 @@ import argparse
 import importlib.util
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
@@ -32,9 +32,9 @@ if importlib.util.find_spec("triton") is None:
 import triton
 from triton.testing import do_bench, do_bench_cudagraph
 
-from benchmarks.compare import Work
-from benchmarks.compile_kernels import compile_all, tuned_of
-from benchmarks.records import OPERATORS, Operator, Tuned
+from benchmarks.compile_kernels import compile_all, shapes_of, tuned_of, work_of
+from benchmarks.records import OPERATORS
+from benchmarks.records.record import Operator, Sizes, Tuned
 from benchmarks.results import Result, Table, print_results, track
 from benchmarks.timing import Rejected
 from torchpar.errors import ConfigError
@@ -64,13 +64,13 @@ COMPILED, OURS, AUTOTUNED = "torch.compile", "torchpar", "autotuned"
 MAX_AUTOTUNE, MODE = "torch.compile, max-autotune", "max-autotune-no-cudagraphs"
 
 
-def draw(tuned: Tuned, kind: str, sizes: Mapping[str, int]) -> Sequence[Tensor]:
+def draw(operator: Operator, sizes: Sizes, dtype: torch.dtype) -> Sequence[Tensor]:
     generator = torch.Generator(DEVICE).manual_seed(0)
     drawn = [
-        torch.randn(shape, device=DEVICE, generator=generator).to(KINDS[kind].dtype)
-        for shape in tuned.shapes(**sizes)
+        torch.randn(shape, device=DEVICE, generator=generator).to(dtype)
+        for shape in shapes_of(operator.name, sizes)
     ]
-    return tuned.operands(*drawn)
+    return operator.workloads[0].operands(*drawn)
 
 
 def providers(tuned: Tuned) -> list[str]:
@@ -130,19 +130,20 @@ class Tuning:
         )
         return triton.testing.perf_report(picture)(self.measured)
 
-    def measure(self, provider: str, **sizes: int) -> tuple[float, float, float]:
+    def measure(self, provider: str, **named: int) -> tuple[float, float, float]:
         """Check and time a provider, and before it the first one.
 
         Returns the speeds at the median, the slowest and the fastest time.
         """
         tuned, kind = self.tuned, KINDS[self.kind]
-        operands = draw(tuned, self.kind, sizes)
+        sizes = tuned.sizes(**named)
+        operands = draw(self.operator, sizes, kind.dtype)
         first = call_of(self.operator, tuned, operands, next(iter(tuned.native)))
-        moved, flops = tuned.work(*operands)
-        work = Work(moved * kind.dtype.itemsize, flops)
+        work = work_of(self.operator.name, sizes, kind.dtype)
         times, columns, reason = [math.nan] * 3, {}, ""
         try:
-            exact = tuned.oracle(*(t.double() for t in operands))  # a small GPU may lack the memory
+            # A small GPU may lack the memory.
+            exact = tuned.compiled_native(*(t.double() for t in operands))
             allowed = (
                 2 * error_of(first, exact, kind.dtype)
                 + exact.abs().max().item() * torch.finfo(exact.dtype).eps
@@ -175,7 +176,7 @@ class Tuning:
         measured = (
             {} if reason else {"p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "speedup": before / p50}
         )
-        case = {"operator": self.operator.name, "shape": tuned.text(*operands), "dtype": self.kind}
+        case = {"operator": self.operator.name, "shape": tuned.text(sizes), "dtype": self.kind}
         result = Result(
             case=case,
             contestant=provider,
@@ -254,7 +255,7 @@ def time_operator(name: str, table: Table, options: argparse.Namespace) -> Tunin
     """Time all sizes, a small one if ``quick``; add the results, print them, and draw them."""
     tuning = Tuning(name, options.dtype)
     tuned, names = tuning.tuned, providers(tuning.tuned)
-    values, borders = list(tuned.sizes), list(tuned.borders)
+    values, borders = list(tuned.values), list(tuned.borders)
     if options.quick:
         values, borders = values[:1], []
     if options.max_autotune:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 import torchpar.library
 from benchmarks.flags import Command, run
-from benchmarks.records import OPERATORS, Operator, SmallCall
+from benchmarks.records import OPERATORS
+from benchmarks.records.record import Operator, SmallCall
 from benchmarks.results import Result, Table, print_bounds, print_results
 from benchmarks.timing import CPU, Rejected, Times, take_turns, time_calls
 from torchpar.library.rules import Context

@@ -33,8 +33,10 @@ import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
+from benchmarks.compare import Work
 from benchmarks.driver import Compiled, compile_launches, target
-from benchmarks.records import OPERATORS, Tuned
+from benchmarks.records import OPERATORS
+from benchmarks.records.record import Sizes, Tuned
 from benchmarks.results import CORES, Result, Table, print_results, track
 from benchmarks.timing import CPU
 from torchpar.kernels.data_sheets import (
@@ -92,7 +94,7 @@ class Job(NamedTuple):
 
     def compile(self) -> list[Compiled]:
         """Compile the kernels of a launch."""
-        given = operands(self.tuned, self.kind)
+        given = operands(self.operator, self.kind)
         precision = KINDS[self.kind].precision
         with target(self.capability):
             return compile_launches(
@@ -106,16 +108,32 @@ def tuned_of(operator: str) -> Tuned:
     return tuned
 
 
-def operands(tuned: Tuned, kind: str) -> list[Tensor]:
+def shapes_of(operator: str, sizes: Sizes) -> Sequence[tuple[int, ...]]:
+    """The shapes of an operator's operands."""
+    return OPERATORS[operator].workloads[0].drawn(*sizes)[:-1]
+
+
+def work_of(operator: str, sizes: Sizes, dtype: torch.dtype) -> Work:
+    """The bytes and the operations of an operator's forward pass."""
+    moved, flops = OPERATORS[operator].workloads[0].work(*sizes)[0]
+    return Work(moved * dtype.itemsize, flops if tuned_of(operator).estimate else 0)
+
+
+def compiled_sizes(operator: str) -> Sizes:
+    """The sizes for which kernels are compiled where no GPU is."""
+    return tuned_of(operator).sizes(tuned_of(operator).compiled)
+
+
+def operands(operator: str, kind: str) -> list[Tensor]:
     """The operands, without memory, for which kernels are compiled."""
-    dtype = KINDS[kind].dtype
-    return [torch.empty(s, dtype=dtype, device="meta") for s in tuned.shapes(tuned.compiled)]
+    shapes, dtype = shapes_of(operator, compiled_sizes(operator)), KINDS[kind].dtype
+    return [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes]
 
 
 def tuned_jobs(names: Sequence[str], kind: str, capabilities: Iterable[int]) -> Iterator[Job]:
     """The configurations that `autotune` would time."""
     for name in names:
-        given = operands(tuned_of(name), kind)
+        given = operands(name, kind)
         for capability in capabilities:
             with target(capability):
                 found = tuned_of(name).candidates(given, KINDS[kind].precision)
@@ -149,8 +167,8 @@ def compile_all(names: Sequence[str], kind: str, quick: bool, path: Path | None)
         for result in track(found, "compile", len(jobs)):
             table.add([result])
     for name in names:
-        tuned = tuned_of(name)
-        shapes = " ".join("x".join(map(str, shape)) for shape in tuned.shapes(tuned.compiled))
+        given = shapes_of(name, compiled_sizes(name))
+        shapes = " ".join("x".join(map(str, shape)) for shape in given)
         for gpu in ARCHITECTURES.values():
             own = [
                 one
@@ -199,7 +217,7 @@ def examine(job: Job) -> Result:
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         return Result(case=case, contestant=contestant, ok=False, reason=reason)
-    compiled, given = launched.kernel, operands(tuned, job.kind)
+    compiled, given = launched.kernel, operands(job.operator, job.kind)
     used, shared = resources(compiled), compiled.metadata.shared
     at_a_time = resident_blocks(
         gpu, used["REG"], job.config.num_warps, shared, compiled.metadata.tmem_size or 0
@@ -216,8 +234,8 @@ def examine(job: Job) -> Result:
     }
     if waves:
         if tuned.estimate is None:
-            moved = tuned.work(*given)[0] * KINDS[job.kind].dtype.itemsize
-            columns["estimate_ms"] = moved / (gpu.sheet.memory * 1e9)
+            work = work_of(job.operator, compiled_sizes(job.operator), KINDS[job.kind].dtype)
+            columns["estimate_ms"] = work.bytes / (gpu.sheet.memory * 1e9)
         else:
             columns["estimate_ms"] = tuned.estimate(job.config, given, job.kind, gpu.gpu) / 1e3
     return Result(case=case, contestant=contestant, columns=columns)

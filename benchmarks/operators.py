@@ -15,8 +15,9 @@ from torch import Tensor
 
 from benchmarks.compare import MODES, OperatorCase, Work, compare
 from benchmarks.flags import Command, run
-from benchmarks.records import Implementation, Sizes, Workload, workloads
+from benchmarks.records import workloads
 from benchmarks.records.matmul_t import MIRRORED
+from benchmarks.records.record import Implementation, Sizes, Workload
 from benchmarks.results import Result, Table, print_results
 from torchpar.errors import ConfigError
 

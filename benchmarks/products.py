@@ -15,7 +15,8 @@ import torch
 from benchmarks.compare import OperatorCase, compare
 from benchmarks.flags import Command, run
 from benchmarks.operators import make_case
-from benchmarks.records import Bounded, Workload, workloads
+from benchmarks.records import workloads
+from benchmarks.records.record import Bounded, Workload
 from benchmarks.results import CORES, Result, Table, print_bounds, print_results
 from benchmarks.timing import CPU
 

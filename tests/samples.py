@@ -10,7 +10,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
-from benchmarks.records import OPERATORS, Shapes
+from benchmarks.records import OPERATORS
+from benchmarks.records.record import Shapes
 from torchpar.testing.operators.layouts import LAYOUTS as OF_LAYOUTS
 
 

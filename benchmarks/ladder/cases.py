@@ -9,7 +9,8 @@ import torch
 
 from benchmarks.compare import Work
 from benchmarks.operators import make_case as make_operator_case
-from benchmarks.records import Workload, workloads
+from benchmarks.records import workloads
+from benchmarks.records.record import Workload
 from benchmarks.timing import CPU, Rejected
 from torchpar.baselines.numpy_mlp import Array
 

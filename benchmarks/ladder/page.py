@@ -1,11 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Tables and pictures of the ladder's results."""
 
-import csv
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import fields
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,35 +41,6 @@ def find(results: Sequence[Result], name: str) -> Result | None:
     """The row with this label, or else the first of this contestant."""
     by_label = (one for one in results if label(one) == name)
     return next(by_label, next((one for one in results if one.contestant == name), None))
-
-
-def read(path: Path) -> dict[str, list[Result]]:
-    """The results in a CSV of the ladder, by workload."""
-    attributes = {"workload", *(field.name for field in fields(Result))}
-
-    def parsed(cell: str) -> float | str | None:
-        with suppress(ValueError):
-            return float(cell)
-        return cell or None
-
-    def milliseconds(cell: str) -> float | None:
-        return float(cell) if cell else None
-
-    with path.open() as file:
-        results = [
-            Result(
-                case={"workload": row["workload"]},
-                contestant=row["contestant"],
-                p20_ms=milliseconds(row["p20_ms"]),
-                p50_ms=milliseconds(row["p50_ms"]),
-                p80_ms=milliseconds(row["p80_ms"]),
-                ok=row["ok"] == "True",
-                reason=row["reason"],
-                columns={name: parsed(row[name]) for name in row if name not in attributes},
-            )
-            for row in csv.DictReader(file)
-        ]
-    return {name: [*group] for name, group in groupby(results, lambda one: one.case["workload"])}
 
 
 # Tables

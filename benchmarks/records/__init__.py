@@ -7,44 +7,10 @@ from .exact_matmul import EXACT_MATMUL
 from .linear_sigmoid import LINEAR_SIGMOID
 from .matmul_t import MATMUL_T
 from .maximum import MAXIMUM
-from .record import (
-    FLOATS,
-    INTEGERS,
-    Bounded,
-    Implementation,
-    Operator,
-    Refused,
-    Rival,
-    Shapes,
-    Sizes,
-    SmallCall,
-    Tuned,
-    Workload,
-)
-from .symmetric_matmul import SYMMETRIC_MATMUL, symmetric_operands
+from .record import Operator, Shapes, Workload
+from .symmetric_matmul import SYMMETRIC_MATMUL
 
-__all__ = [
-    "FLOATS",
-    "INTEGERS",
-    "OPERATORS",
-    "Bounded",
-    "Implementation",
-    "Operator",
-    "Refused",
-    "Rival",
-    "Shapes",
-    "Sizes",
-    "SmallCall",
-    "Tuned",
-    "Workload",
-    "by_case",
-    "by_dtype",
-    "kernel_names",
-    "symmetric_operands",
-    "workloads",
-]
-
-OPERATORS = {
+OPERATORS: dict[str, Operator] = {
     op.name: op for op in (MAXIMUM, MATMUL_T, SYMMETRIC_MATMUL, LINEAR_SIGMOID, EXACT_MATMUL)
 }
 

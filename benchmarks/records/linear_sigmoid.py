@@ -52,9 +52,9 @@ def _work(m: int, k: int, n: int) -> Sequence[tuple[int, int]]:
     return forward, (2 * m * n + 2 * m * k + 2 * n * k + n, 4 * m * n * k)
 
 
-def _scaled(x: Tensor, weight: Tensor, bias: Tensor, *gradient: Tensor) -> Sequence[Tensor]:
+def _scaled(x: Tensor, weight: Tensor, *others: Tensor) -> Sequence[Tensor]:
     """So scaled, the sigmoid does not saturate."""
-    return [x, weight / math.sqrt(weight.shape[1]), bias, *gradient]
+    return [x, weight / math.sqrt(weight.shape[1]), *others]
 
 
 def _backward(g: Tensor, y: Tensor) -> Tensor:
@@ -70,11 +70,6 @@ def _our_backward(g: Tensor, y: Tensor) -> Tensor:
 
 def _layer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return linear(x, weight, bias).sigmoid_()
-
-
-def _layer_work(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[int, int]:
-    (m, k), n = x.shape, len(weight)
-    return m * k + n * k + n + m * n, 2 * m * k * n
 
 
 def _product() -> "Product":
@@ -165,14 +160,11 @@ LINEAR_SIGMOID = Operator(
         launch=_launch,
         sizes_of=lambda x, weight, bias: (len(x), len(weight), x.shape[1]),
         axis="m",
-        sizes=[64, 256, 1024, 4096, 16384],
-        shapes=lambda m, k=IN, n=OUT: ((m, k), (n, k), (n,)),
+        values=[64, 256, 1024, 4096, 16384],
+        sizes=lambda m, k=IN, n=OUT: (m, k, n),
         native={"addmm, sigmoid": _layer, "addmm alone": linear},
         compiled_native=_layer,
-        oracle=_layer,
-        work=_layer_work,
         compiled=4096,
-        operands=_scaled,
         unfinished=("addmm alone",),
         # Where the rule of docs/tuning.md changes: at the kernel's longest sums and beyond them,
         # and the lesson's hidden layer on two ranks and on one.
@@ -182,6 +174,6 @@ LINEAR_SIGMOID = Operator(
             {"m": 512, "k": 121, "n": 512},
             {"m": 1024, "k": 121, "n": 512},
         ],
-        text=lambda x, weight, bias: layer_text((*x.shape, len(weight))),
+        text=layer_text,
     ),
 )

@@ -132,44 +132,37 @@ class Tuned(NamedTuple):
             are their names in tables.
         launch: ``launch(config, operands, precision, wrap)`` returns the result.
         axis: the name of the size that varies.
-        sizes: its values on a GPU.
-        shapes: of the operands, for a value of ``axis``; of ``borders`` for each one's sizes.
+        values: of ``axis``, on a GPU.
+        sizes: those of the operator's first workload, for a value of ``axis``, and for ``borders``.
         native: what is timed beside it, by name: the first is the reference.
-        compiled_native: PyTorch's calls as Inductor compiles them.
-        oracle: computes it of operands in float64.
-        work: numbers through memory, and operations, of operands; without operations the unit of
-            the plot is GB/s.
+        compiled_native: PyTorch's calls as Inductor compiles them, and as the oracle in float64.
         compiled: the value of ``axis`` for which kernels are compiled where no GPU is.
         blocks: the number of blocks, or of tiles of persistent ones, of a configuration.
         estimate: µs of a configuration, for operands, a kind of them and a GPU; by default those of
-            the memory.
-        operands: makes operands of those that are drawn.
+            the memory, whose GB/s are then plotted.
         unfinished: those of ``native`` that do not take the sigmoid, which is taken outside of the
             time.
         borders: further sizes that are timed, and are not in the plot.
         symmetric: those whose result must equal its transpose, bit for bit.
         product: returns the `torchpar.kernels.rule.Product`, if it is one.
-        text: of the sizes of operands, in tables.
+        text: of sizes, in tables.
     """
 
     candidates: Callable[[Sequence[Tensor], str], Sequence[Any]]
     launch: Callable[..., Tensor]
     axis: str
-    sizes: Sequence[int]
-    shapes: Callable[..., Shapes]
+    values: Sequence[int]
+    sizes: Callable[..., Sizes]
     native: Mapping[str, Implementation]
     compiled_native: Implementation
-    oracle: Implementation
-    work: Callable[..., tuple[int, int]]
     compiled: int
     blocks: Callable[[Any, Sequence[Tensor]], int]
     estimate: Callable[[Any, Sequence[Tensor], str, str], float] | None = None
-    operands: Callable[..., Sequence[Tensor]] = lambda *drawn: drawn
     unfinished: Collection[str] = ()
     borders: Sequence[Mapping[str, int]] = ()
     symmetric: Collection[str] = ()
     product: Callable[[], Any] | None = None
-    text: Callable[..., str] = lambda *operands: "x".join(map(str, operands[0].shape))
+    text: Callable[[Sizes], str] = lambda sizes: "x".join(map(str, sizes))
 
 
 class Operator(NamedTuple):

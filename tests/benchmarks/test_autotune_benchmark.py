@@ -62,7 +62,7 @@ def small_sizes(monkeypatch) -> None:
     monkeypatch.setattr(matmul_t, "mirror", lambda c, wrap: mirror_(c.clone()))
     for name in NAMES:
         tuned = tuned_of(name)
-        small: dict[str, Any] = {"sizes": [48], "candidates": lambda *_: ["one", "other"]}
+        small: dict[str, Any] = {"values": [48], "candidates": lambda *_: ["one", "other"]}
         small["launch"] = lambda config, given, *_, name=name: OPERATORS[name].native(*given)
         if tuned.borders:
             small["borders"] = [{"m": 8, "k": 9, "n": 5}]

@@ -14,7 +14,7 @@ from ptx import cases, mutants
 from ptx.cases import F16, F32, F64, Case
 from ptx.launch import Gpu
 
-from benchmarks.records import FLOATS, INTEGERS
+from benchmarks.records.record import FLOATS, INTEGERS
 from torchpar.kernels import exact_matmul, matmul_t
 from torchpar.kernels.rule import KINDS, Tiles, configurations, unaligned_tiles
 from torchpar.ptx import emulate

@@ -14,7 +14,7 @@ from samples import LAYOUTS, assert_accurate, bits, metadata, normal, to_numpy
 from torch import Tensor
 
 import torchpar
-from benchmarks.records import FLOATS, Shapes
+from benchmarks.records.record import FLOATS, Shapes
 
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 

@@ -15,7 +15,8 @@ from torch.profiler import profile
 from torch.testing import assert_close
 
 import torchpar
-from benchmarks.records import FLOATS, OPERATORS, Shapes, by_case
+from benchmarks.records import OPERATORS, by_case
+from benchmarks.records.record import FLOATS, Shapes
 
 
 def gradients(op: Any, args: tuple[Tensor, ...], incoming: Tensor) -> tuple[Tensor, ...]:

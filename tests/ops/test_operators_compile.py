@@ -18,7 +18,8 @@ from torch.func import grad, jvp, vmap
 from torch.testing import assert_close
 
 import torchpar
-from benchmarks.records import FLOATS, OPERATORS, by_dtype
+from benchmarks.records import OPERATORS, by_dtype
+from benchmarks.records.record import FLOATS
 
 # Of PyTorch's own compiler, and of its own export (2.11).
 pytestmark = [

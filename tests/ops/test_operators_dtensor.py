@@ -14,7 +14,8 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 import torchpar
-from benchmarks.records import OPERATORS, Shapes
+from benchmarks.records import OPERATORS
+from benchmarks.records.record import Shapes
 from torchpar.parallel.launch.local import Ranks
 
 # Of PyTorch's own compiler.

@@ -17,7 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import grad, vmap
 
 import torchpar
-from benchmarks.records import OPERATORS, Refused
+from benchmarks.records import OPERATORS
+from benchmarks.records.record import Refused
 
 ones = torch.ones
 REFUSED = [(name, refused) for name, operator in OPERATORS.items() for refused in operator.refused]

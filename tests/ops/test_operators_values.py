@@ -28,7 +28,8 @@ from torch.func import vmap
 from torch.testing import assert_close
 
 import torchpar
-from benchmarks.records import FLOATS, INTEGERS, OPERATORS, Shapes, by_case, by_dtype
+from benchmarks.records import OPERATORS, by_case, by_dtype
+from benchmarks.records.record import FLOATS, INTEGERS, Shapes
 
 
 @pytest.mark.parametrize("name, shapes", by_case(), ids=str)

@@ -12,7 +12,8 @@ import torch
 from samples import widest_arguments
 from torch import Tensor
 
-from benchmarks.records import OPERATORS, Shapes
+from benchmarks.records import OPERATORS
+from benchmarks.records.record import Shapes
 from torchpar.testing import check_operator
 from torchpar.testing.operators.rules import RULES
 

@@ -28,7 +28,8 @@ from torch.profiler import profile
 from torch.testing import assert_close
 
 import torchpar
-from benchmarks.records import FLOATS, symmetric_operands
+from benchmarks.records.record import FLOATS
+from benchmarks.records.symmetric_matmul import symmetric_operands
 from torchpar import reference, symmetric_matmul
 from torchpar.ops import cpu
 
