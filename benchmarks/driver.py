@@ -104,9 +104,9 @@ def gpu_of_cpu_tensors() -> Iterator[None]:
 
 
 class Compiled(NamedTuple):
-    """A kernel, or one for each configuration, and the launch for which it was compiled."""
+    """A kernel, and the launch for which it was compiled."""
 
-    kernel: "CompiledKernel | list[CompiledKernel]"
+    kernel: "CompiledKernel"
     grid: Grid
     arguments: tuple[object, ...]
     options: dict[str, object]

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from time import perf_counter
@@ -75,8 +76,6 @@ def launchers_calls(device: str) -> Calls:
             ),
         }
     else:  # up to version 0.4
-        from importlib import import_module
-
         matmul = import_module("torchpar.kernels.symmetric_matmul").symmetric_matmul
         launchers = {
             "maximum": lambda: maximum.maximum(a, b, torch.empty_like(a), None),
@@ -153,12 +152,12 @@ def layers(device: str) -> Calls:
 def main(device: str) -> None:
     stand_in: AbstractContextManager[object] = nullcontext()
     if device == "cpu":
-        try:
-            from benchmarks.driver import gpu_of_cpu_tensors
-        except ImportError:  # up to version 0.4
-            from benchmarks.host import gpu_of_cpu_tensors
+        from benchmarks import driver
 
-        stand_in = gpu_of_cpu_tensors()
+        # Up to version 0.4 it was in another module.
+        is_old = not hasattr(driver, "gpu_of_cpu_tensors")
+        home: Any = import_module("benchmarks.host") if is_old else driver
+        stand_in = home.gpu_of_cpu_tensors()
     torch.set_num_threads(1)
     if hasattr(os, "sched_setaffinity"):  # both checkouts are timed on one core
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
