@@ -33,13 +33,11 @@ import torchpar
 from benchmarks.flags import Command, run
 from benchmarks.ladder import page, student
 from benchmarks.ladder.cases import (
-    LABELS,
-    QUICK_SHAPES,
-    SHAPES,
+    LADDERS,
+    TILE,
     WARM_SECONDS,
     LadderCase,
     make_case,
-    workload_of,
 )
 from benchmarks.ladder.page import LIMITS
 from benchmarks.ranks import Group, current_world, start_ranks
@@ -55,37 +53,6 @@ ROUNDS = 20
 SECONDS = 2.0  # of a rung's turns, after which it has no more
 WARM_CALLS = 100  # in another process
 PRODUCTS = 10_000_000  # about a second of pure Python
-# Numba's loops of each case: their function, and needed operations for each byte that they load
-# into registers. A multiply-add is two operations and loads two numbers of 4 bytes; a tile of t × t
-# sums loads 2t numbers for t² multiply-adds. Of a multiply-add of X·Xᵀ, one operation is needed:
-# the result is symmetric.
-TILE = 4  # as in `numba_njit`, which can be imported only where Numba is
-LOOPS: dict[str, dict[str, tuple[str, float | None]]] = {
-    "maximum": {"njit": ("maximum", None)},
-    "matmul_t": {
-        "njit": ("matmul_t", 1 / 8),
-        "njit, blocked": ("matmul_blocked", 1 / 8),
-        "njit, in registers": ("matmul_in_registers", TILE / 8),
-        "njit, triangular": ("matmul_t_triangular", TILE / 4),
-    },
-    "matmul": {
-        "njit": ("matmul", 1 / 4),
-        "njit, blocked": ("matmul_blocked", 1 / 4),
-        "njit, in registers": ("matmul_in_registers", TILE / 4),
-    },
-    "linear_sigmoid": {"njit": ("linear_sigmoid", None)},
-}
-# In threads beside the plain loops.
-BEST = {"matmul_t": "njit, triangular", "matmul": "njit, in registers"}
-# The first kernels of a course, in `torchpar.baselines.triton_kernels`, and small sizes for the
-# interpreter.
-TAUGHT = {
-    "maximum": {"Triton, a program for each row": "maximum_by_rows"},
-    "matmul_t": {"Triton, one program in all": "matmul_t_by_one_program"},
-    "matmul": {"Triton, naive": "matmul_naive", "Triton, tiled": "matmul_tiled"},
-    "linear_sigmoid": {},
-}
-INTERPRETED = {"maximum": (20, 30), "matmul_t": (33, 17), "matmul": (70, 75, 41)}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -169,8 +136,8 @@ def rungs(case: LadderCase, helpers: Helpers, quick: bool) -> Iterator[Rung]:
     """All rungs, first pure Python, and those left out. The seconds of a turn are of the whole
     case."""
     operator, arrays = case.operator, case.arguments
-    ours, threads = ours_of(operator), torch.get_num_threads()
-    native = workload_of(operator).native
+    ladder, threads = LADDERS[operator], torch.get_num_threads()
+    native = ladder.functions.native
     note = threads_note(threads)
 
     def by(
@@ -202,8 +169,8 @@ def rungs(case: LadderCase, helpers: Helpers, quick: bool) -> Iterator[Rung]:
     else:
         compiled = torch.compile(native, dynamic=False)
         yield by("torch.compile", compiled, *tensors, than="torch eager", compiles=True)
-    if ours:
-        yield by("torchpar CPU", ours, *tensors, than="torch eager")
+    if ladder.ours:
+        yield by("torchpar CPU", ladder.functions.ours, *tensors, than="torch eager")
     yield from by_ranks(case, helpers.ranks)
     yield from on_gpu(case, helpers)
 
@@ -212,15 +179,10 @@ def gpu_rungs(case: LadderCase) -> Iterator[Rung]:
     """A GPU's rungs, and after them those that they are compared with."""
     yield from on_gpu(case, None)
     threads = torch.get_num_threads()
-    native = workload_of(case.operator).native
+    native = LADDERS[case.operator].functions.native
     turn = timed_turn(case, partial(native, *map(torch.from_numpy, case.arguments)))
     yield Rung(name="torch eager", turn=turn, note=threads_note(threads), threads=threads)
     yield by_pure_python(case)
-
-
-def ours_of(operator: str) -> Callable[..., Tensor] | None:
-    """torchpar's operator; there is none for the general product."""
-    return None if operator == "matmul" else workload_of(operator).ours
 
 
 def by_pure_python(case: LadderCase) -> Rung:
@@ -242,7 +204,8 @@ def threads_note(count: int) -> str:
 
 def by_njit(case: LadderCase, helpers: Helpers, quick: bool) -> Iterator[Rung]:
     """Numba's loops: each in one thread, then the plain and the best ones in several."""
-    loops = LOOPS[case.operator]
+    ladder = LADDERS[case.operator]
+    loops = ladder.loops
     if find_spec("numba") is None:
         yield from (Rung(name=name, left_out="numba is not installed") for name in loops)
         return
@@ -255,7 +218,7 @@ def by_njit(case: LadderCase, helpers: Helpers, quick: bool) -> Iterator[Rung]:
         turn = timed_turn(case, call)
         yield Rung(name=name, turn=turn, than=before, compiles=True, intensity=intensity)
         before = name
-    for name in dict.fromkeys(["njit", BEST.get(case.operator, "njit")]):
+    for name in dict.fromkeys(["njit", ladder.best]):
         yield from in_threads(case, helpers.threads, name, quick)
     if case.operator == "maximum":
         yield from in_threads(case, helpers.threads, "njit", quick, warm=True)
@@ -269,7 +232,7 @@ def in_threads(
     Args:
         warm: the caches are not flushed, so that memory limits less.
     """
-    loop, intensity = LOOPS[case.operator][name]
+    loop, intensity = LADDERS[case.operator].loops[name]
     parallel = f"{name}, parallel{', warm caches' * warm}"
     before = f"{name}, parallel, {threads_note(1)}" if warm else name
     for count in THREADS:
@@ -317,15 +280,16 @@ def on_gpu(case: LadderCase, helpers: Helpers | None) -> Iterator[Rung]:
     With a GPU no helpers are needed.
     """
     operator = case.operator
-    functions = {"torch eager GPU": workload_of(operator).native}
-    if ours := ours_of(operator):
-        functions["torchpar GPU"] = ours
+    ladder = LADDERS[operator]
+    functions = {"torch eager GPU": ladder.functions.native}
+    if ladder.ours:
+        functions["torchpar GPU"] = ladder.functions.ours
     best = list(functions)[-1]
     if not torch.cuda.is_available():
         for name in (*functions, f"{best}, with copies"):
             yield Rung(name=name, threads=None, left_out="no GPU")
         assert helpers is not None
-        for name, launcher in TAUGHT[operator].items():
+        for name, launcher in ladder.taught.items():
             yield without_gpu(helpers.interpreter, operator, name, launcher)
         return
     tensors = [torch.from_numpy(t).cuda() for t in case.arguments]
@@ -344,7 +308,7 @@ def on_gpu(case: LadderCase, helpers: Helpers | None) -> Iterator[Rung]:
     if find_spec("triton") is not None:
         from torchpar.baselines import triton_kernels
 
-        for name, launcher in TAUGHT[operator].items():
+        for name, launcher in ladder.taught.items():
             turn = timed_turn(
                 case, partial(getattr(triton_kernels, launcher), *tensors), device=device
             )
@@ -355,7 +319,7 @@ def without_gpu(interpreter: ProcessPoolExecutor, operator: str, name: str, func
     """A kernel of a course that is not timed: its result is checked in Triton's interpreter."""
     if find_spec("triton") is None:
         return Rung(name=name, threads=None, left_out="Triton is not installed")
-    shape = INTERPRETED[operator]
+    shape = LADDERS[operator].interpreted
     size = "×".join(map(str, shape))
     try:
         make_case(operator, shape).check(
@@ -672,9 +636,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add(
         "--cases",
         nargs="+",
-        choices=LABELS,
+        choices=LADDERS,
         metavar="CASE",
-        help=f"only these of {', '.join(LABELS)}",
+        help=f"only these of {', '.join(LADDERS)}",
     )
     add(
         "--gpu",
@@ -685,8 +649,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = command.parse(arguments)
     if options.gpu and not torch.cuda.is_available():
         raise ConfigError("--gpu is given, but PyTorch finds no CUDA GPU; leave it out")
-    shapes, rounds = (QUICK_SHAPES, 2) if options.quick else (SHAPES, ROUNDS)
-    names = options.cases or list(LABELS)
+    rounds = 2 if options.quick else ROUNDS
+    names = options.cases or list(LADDERS)
     functions: Mapping[str, Callable[..., object]] = {}
     status = 0
     if options.path:
@@ -696,9 +660,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             status = 1
         if not options.cases:
             names = [
-                name for name in LABELS if name in {student.OPERATORS[own][0] for own in functions}
+                name for name in LADDERS if name in {student.OPERATORS[own][0] for own in functions}
             ]
-    cases = {operator: make_case(operator, shapes[operator]) for operator in names}
+    cases = {
+        name: make_case(name, LADDERS[name].quick if options.quick else LADDERS[name].shape)
+        for name in names
+    }
     entries = students_entries(options.path, functions, cases)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     table = Table(command.csv(options), CPU, cores=CORES, gpu=gpu, load_before=round(load, 2))

@@ -21,7 +21,7 @@ from commands import run
 
 pytest.importorskip("rich", reason="rich prints the tables")
 from benchmarks.ladder import page, rungs, student
-from benchmarks.ladder.cases import LABELS, QUICK_SHAPES, SHAPES, make_case
+from benchmarks.ladder.cases import LADDERS, make_case
 from benchmarks.results import Result
 from benchmarks.timing import Rejected
 from torchpar.baselines import numpy_mlp, pure_python
@@ -48,19 +48,20 @@ def helpers(interpreter: Callable[..., Any]) -> Any:
     return SimpleNamespace(ranks=None, threads=None, interpreter=SimpleNamespace(submit=submit))
 
 
-@pytest.mark.parametrize("operator", SHAPES)
+@pytest.mark.parametrize("operator", LADDERS)
 def test_each_row_is_compared_with_a_row_above_and_what_is_left_out_has_a_reason(
     operator, interpreter
 ):
     pytest.importorskip("numba", reason="Numba compiles the loops")
-    small = {"maximum": (5, 7), "matmul_t": (5, 7), "matmul": (5, 7, 3)}  # larger ones are below
+    shapes = {"maximum": (5, 7), "matmul_t": (5, 7), "matmul": (5, 7, 3)}  # larger ones are below
+    small = {name: LADDERS[name]._replace(interpreted=shape) for name, shape in shapes.items()}
     with (
         patch.object(rungs, "CORES", 2),
         patch.object(torch.cuda, "is_available", lambda: False),
-        patch.dict(rungs.INTERPRETED, small),
+        patch.dict(LADDERS, small),
     ):
         rows = list(
-            rungs.rungs(make_case(operator, QUICK_SHAPES[operator]), helpers(interpreter), False)
+            rungs.rungs(make_case(operator, LADDERS[operator].quick), helpers(interpreter), False)
         )
     names: set[str] = set()
     for one in rows:
@@ -76,7 +77,7 @@ def test_each_row_is_compared_with_a_row_above_and_what_is_left_out_has_a_reason
     assert "njit, parallel, 4 threads on 2 cores" in names
     assert reasons["torch eager GPU"] == "no GPU"
     taught = [reason for name, reason in reasons.items() if name.startswith("Triton")]
-    assert len(taught) == len(rungs.TAUGHT[operator])
+    assert len(taught) == len(LADDERS[operator].taught)
     assert all("right in Triton's interpreter at" in reason for reason in taught)
 
 
@@ -96,10 +97,12 @@ def test_without_numba_the_other_rows_are_there(interpreter):
 
 def test_a_wrong_kernel_of_the_course_is_a_row_that_is_not_right():
     pytest.importorskip("triton", reason="the course's kernels are written in Triton")
-    name, launcher = next(iter(rungs.TAUGHT["maximum"].items()))
+    name, launcher = next(iter(LADDERS["maximum"].taught.items()))
 
     def wrong(*_: Any) -> Any:
-        return 1 + numpy_mlp.maximum(*make_case("maximum", rungs.INTERPRETED["maximum"]).arguments)
+        return 1 + numpy_mlp.maximum(
+            *make_case("maximum", LADDERS["maximum"].interpreted).arguments
+        )
 
     def failing(*_: Any) -> Any:
         raise ValueError("no such kernel\nand more")
@@ -109,7 +112,7 @@ def test_a_wrong_kernel_of_the_course_is_a_row_that_is_not_right():
         r"expected \d+; 600",
         failing: "Rejected: ValueError in Triton's interpreter, 20×30: no such kernel$",
     }
-    case = make_case("maximum", QUICK_SHAPES["maximum"])
+    case = make_case("maximum", LADDERS["maximum"].quick)
     for function, reason in reasons.items():
         stand_in = helpers(lambda _, *args, function=function: function(*args)).interpreter
         row = rungs.without_gpu(stand_in, "maximum", name, launcher)
@@ -120,7 +123,7 @@ def test_a_wrong_kernel_of_the_course_is_a_row_that_is_not_right():
 
 def test_halves_left_apart_have_no_speed_up():
     """Nobody has the whole result."""
-    case = make_case("maximum", QUICK_SHAPES["maximum"])
+    case = make_case("maximum", LADDERS["maximum"].quick)
     one, apart, joined = (
         replace(rung, turn=lambda index: [1.0]) for rung in rungs.by_ranks(case, None)
     )
@@ -209,8 +212,8 @@ def check_taught_kernels() -> None:
         # Whole tiles, and some above them in each dimension; a tile has 64 × 32 numbers at most.
         "matmul": [(1, 1, 1), (64, 32, 64), (70, 35, 41), (5, 67, 65)],
     }
-    for operator, launchers in rungs.TAUGHT.items():
-        for launcher in launchers.values():
+    for operator, ladder in LADDERS.items():
+        for launcher in ladder.taught.values():
             for shape in shapes[operator]:
                 case = make_case(operator, shape)
                 arguments = [torch.from_numpy(t) for t in case.arguments]
@@ -233,8 +236,8 @@ def check_gpu_rows() -> None:
         patch.object(torch.Tensor, "cuda", torch.Tensor.clone),
         patch.object(rungs, "flush", lambda device: None),  # which takes longer than a row
     ):
-        for operator in SHAPES:
-            case = make_case(operator, (5, 7, 3)[: len(SHAPES[operator])])
+        for operator in LADDERS:
+            case = make_case(operator, (5, 7, 3)[: len(LADDERS[operator].shape)])
             rows = list(rungs.on_gpu(case, None))
             counts[operator] = len(rows)
             assert sum("with copies" in one.name for one in rows) == 1
@@ -388,7 +391,7 @@ def entry(
     name: str, function: Callable[..., Any], file: str = "my.py", **shape: Any
 ) -> student.Entry:
     case = make_case(
-        student.OPERATORS[name][0], shape.get("shape", QUICK_SHAPES[student.OPERATORS[name][0]])
+        student.OPERATORS[name][0], shape.get("shape", LADDERS[student.OPERATORS[name][0]].quick)
     )
     return student.Entry(file, name, function, case, case)
 
@@ -573,7 +576,7 @@ def test_the_command_times_a_students_functions_beside_ours(tmp_path):
     path = tmp_path / "my.py"
     path.write_text(RIGHT + "\n\ndef maximum(A, B):\n    return A\n")
     command = [sys.executable, "-m", "benchmarks", "run", "ladder", "--quick", f"--with={path}"]
-    status, out, err = run(*command, f"--output={tmp_path / 'out'}", "--cases", *LABELS)
+    status, out, err = run(*command, f"--output={tmp_path / 'out'}", "--cases", *LADDERS)
     assert status == 1, err
     assert (tmp_path / "my.py.log").read_text() == "run\n"  # no process executes it again
     assert "my.py: max_cpu is right (first call " in out
@@ -583,14 +586,14 @@ def test_the_command_times_a_students_functions_beside_ours(tmp_path):
     assert own["my.py: max_cpu"]["than"] == "pure Python"
     assert float(own["my.py: max_cpu"]["faster"]) > 0
     assert own["my.py: maximum"]["ok"] == "False"
-    labels = {make_case(name, QUICK_SHAPES[name]).label for name in LABELS}
+    labels = {make_case(name, QUICK_SHAPES[name]).label for name in LADDERS}
     assert {row["workload"] for row in rows} == {*labels, ladder_page.LIMITS}
     others = [row for row in rows if row is not own["my.py: maximum"]]
     assert all((row["ok"], row["reason"]) == ("True", "") for row in others)
     for column in (*COLUMNS, *LADDER):
         assert any(row[column] for row in rows), f"nothing in {column}"
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        *("ladder.csv", "ladder.md", *(f"ladder-{case}.png" for case in LABELS)),
+        *("ladder.csv", "ladder.md", *(f"ladder-{case}.png" for case in LADDERS)),
     }
 
 
