@@ -98,7 +98,14 @@ def fastest(tuned: Tuned, operands: Sequence[Tensor]) -> tuple[Any, Call]:
         config: partial(tuned.launch, config, operands, precision, None)
         for config in tuned.candidates(operands, precision)
     }
-    config = min(launches, key=lambda one: do_bench(launches[one], quantiles=QUANTILES)[0])
+
+    def median(config: Any) -> float:
+        try:
+            return do_bench(launches[config], quantiles=QUANTILES)[0]  # type: ignore[no-any-return]
+        except triton.OutOfResources:  # it does not fit into this GPU
+            return math.inf
+
+    config = min(launches, key=median)
     return config, launches[config]
 
 

@@ -586,8 +586,8 @@ def test_the_command_times_a_students_functions_beside_ours(tmp_path):
     assert own["my.py: max_cpu"]["than"] == "pure Python"
     assert float(own["my.py: max_cpu"]["faster"]) > 0
     assert own["my.py: maximum"]["ok"] == "False"
-    labels = {make_case(name, QUICK_SHAPES[name]).label for name in LADDERS}
-    assert {row["workload"] for row in rows} == {*labels, ladder_page.LIMITS}
+    labels = {make_case(name, LADDERS[name].quick).label for name in LADDERS}
+    assert {row["workload"] for row in rows} == {*labels, page.LIMITS}
     others = [row for row in rows if row is not own["my.py: maximum"]]
     assert all((row["ok"], row["reason"]) == ("True", "") for row in others)
     for column in (*COLUMNS, *LADDER):
@@ -608,5 +608,5 @@ def test_a_students_file_chooses_the_cases(tmp_path):
         patch.object(ladder, "students_entries", side_effect=Stopped) as entries,
         pytest.raises(Stopped),
     ):
-        ladder.main(["--quick", f"--with={path}"])
+        rungs.main(["--quick", f"--with={path}"])
     assert [*entries.call_args.args[2]] == ["maximum", "matmul_t"]
