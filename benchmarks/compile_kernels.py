@@ -3,8 +3,8 @@
 
 The benchmark `autotune` shows registers, spills, shared memory, blocks and waves for GPUs that are
 not here. They come from the machine code and the makers' documents. The estimate of a product is
-that of `torchpar.estimate`; of others it is the time of the operands and the result at the memory's
-peak.
+that of `torchpar.ptx.estimate`; of others it is the time of the operands and the result at the
+memory's peak.
 
     python -m benchmarks.compile_kernels CAPABILITY SECONDS
 
@@ -48,7 +48,7 @@ from torchpar.kernels.data_sheets import (
     DataSheet,
 )
 from torchpar.kernels.rule import KINDS, configurations
-from torchpar.processes import end_with_parent
+from torchpar.parallel.launch.processes import end_with_parent
 
 TENSOR_COLUMNS = 512  # of a multiprocessor
 PRINTED = [
