@@ -605,7 +605,7 @@ def test_a_students_file_chooses_the_cases(tmp_path):
     path = tmp_path / "my.py"
     path.write_text(RIGHT)
     with (
-        patch.object(ladder, "students_entries", side_effect=Stopped) as entries,
+        patch.object(rungs, "students_entries", side_effect=Stopped) as entries,
         pytest.raises(Stopped),
     ):
         rungs.main(["--quick", f"--with={path}"])
