@@ -40,7 +40,7 @@ from benchmarks.timing import Rejected
 from torchpar.errors import ConfigError
 from torchpar.kernels.rule import KINDS
 from torchpar.ops.matrix import fp32_precision
-from torchpar.ptx.triton.driver import why_not_compiled
+from torchpar.ptx.triton.emulate import why_not_compiled
 
 Call = Callable[[], Tensor]
 

@@ -31,7 +31,7 @@ from torch import Tensor
 from torchpar.ptx import Report, emulate
 from torchpar.ptx.instructions import arithmetic
 from torchpar.ptx.native import core as native
-from torchpar.ptx.triton import driver
+from torchpar.ptx.triton import emulator
 
 FOLDER = Path(tempfile.mkdtemp(prefix="torchpar-fuzz-"))
 register(shutil.rmtree, FOLDER, ignore_errors=True)
@@ -401,7 +401,7 @@ def trial(rng: random.Random) -> str:
     kernel.options = {"num_warps": rng.choice(warps), "enable_fp_fusion": False}
     if not kernel.names and rng.random() < 0.3:
         plant(rng, kernel, kept)
-    arch = rng.choice(list(driver.ARCHITECTURES))
+    arch = rng.choice(list(emulator.ARCHITECTURES))
     function = made(kernel)
     out, report = executed(function, kernel, arch)
     names = {one.name for one in report.faults}
@@ -428,7 +428,7 @@ def wrong_minimum() -> None:
 
 def silent() -> None:
     """No fault is reported."""
-    driver.Emulator.fault = lambda *args: None  # type: ignore[method-assign]
+    emulator.Emulator.fault = lambda *args: None  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

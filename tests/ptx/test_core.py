@@ -26,7 +26,6 @@ from torchpar.ptx.machine.counters import Counts
 from torchpar.ptx.machine.parse import PtxError
 from torchpar.ptx.native import core as native
 from torchpar.ptx.native import layout
-from torchpar.ptx.triton import driver
 
 pytestmark = pytest.mark.skipif(
     native.library() is None, reason="no C compiler, or TORCHPAR_PTX=python"
@@ -86,7 +85,10 @@ def bits(t: Tensor) -> bytes:
 def executed(
     run: Callable[[], list[tuple[Tensor, ...]]], arch: str, schedules: Sequence[Schedule]
 ) -> tuple[list[Tensor], Report]:
-    with patch.object(driver, "SCHEDULES", schedules), emulate(arch, schedules="all") as gpu:
+    with (
+        patch("torchpar.ptx.triton.emulate.SCHEDULES", schedules),
+        emulate(arch, schedules="all") as gpu,
+    ):
         gpu.limit = LIMIT
         results = [pair[0].clone() for pair in run()]
     return results, gpu.report()

@@ -17,7 +17,7 @@ from ptx.faults import FAULTS, VALUES
 from ptx.right import RIGHT
 from torchpar.ptx import Fault, emulate
 from torchpar.ptx.cuda.stand_in import cuda_is_cpu
-from torchpar.ptx.triton import driver
+from torchpar.ptx.triton import emulator
 
 slow = pytest.mark.slow
 # Faults of no access and no order: PTX leaves the quotient open. A fence of shared memory counts
@@ -80,7 +80,7 @@ def test_right_kernels_that_look_faulty_have_no_errors(name):
 def test_a_fault_is_named_at_its_line(name):
     """And docs/ptx.md says so. Programs that must not fit wait on a twelfth of an H100."""
     few = {90: 11} if name == "more programs than fit" else {}
-    with patch.dict(driver.MULTIPROCESSORS, few):
+    with patch.dict(emulator.MULTIPROCESSORS, few):
         found, is_at_line = table.emulated(name)
     assert is_at_line, found
     assert table.rows()[name][0] == table.cell(found, is_at_line)

@@ -22,7 +22,7 @@ from torchpar.ptx.machine.counters import SECTOR, Counts
 from torchpar.ptx.machine.memory import Allocation
 from torchpar.ptx.machine.parse import parse
 from torchpar.ptx.report.launch import Launch
-from torchpar.ptx.triton.driver import Emulator
+from torchpar.ptx.triton.emulator import Emulator
 
 
 @triton.jit

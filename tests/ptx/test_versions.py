@@ -12,7 +12,7 @@ from triton.runtime.driver import driver as triton_driver
 
 from torchpar.ptx.cuda import stand_in
 from torchpar.ptx.cuda.graphs import Graphs
-from torchpar.ptx.triton import driver
+from torchpar.ptx.triton import driver, emulate
 
 
 def version(of: str) -> tuple[int, int]:
@@ -21,7 +21,7 @@ def version(of: str) -> tuple[int, int]:
 
 
 def test_torch_has_each_name_that_is_replaced():
-    with driver.emulate() as gpu:
+    with emulate.emulate() as gpu:
         changes = stand_in.replacements(gpu, Graphs(gpu))
     names = [name for _, attributes in changes for name in attributes]
     assert {"is_available", "CUDAGraph", "do_bench", *stand_in.LACKING} <= {*names}
@@ -44,17 +44,17 @@ def test_the_installed_torch_is_not_older_than_what_the_names_were_made_for():
 
 def test_triton_unloads_a_kernel_as_the_driver_expects():
     """By __del__, since a version, with the attributes that the driver's change reads."""
-    has_one = version(triton.__version__) >= driver.UNLOADS_SINCE
+    has_one = version(triton.__version__) >= emulate.UNLOADS_SINCE
     assert hasattr(CompiledKernel, "__del__") == has_one
     attributes = CompiledKernel.__init__.__code__.co_names
     assert {"module", "function"} <= {*attributes}
 
 
 @pytest.mark.skipif(
-    version(triton.__version__) < driver.UNLOADS_SINCE, reason="Triton unloads no kernel"
+    version(triton.__version__) < emulate.UNLOADS_SINCE, reason="Triton unloads no kernel"
 )
 def test_a_kernel_of_an_emulator_ends_without_a_driver(monkeypatch):
-    driver._let_kernels_end()
+    emulate._let_kernels_end()
     unloaded = []
     utils = type("Utils", (), {"unload_module": unloaded.append})
     active = type("Active", (), {"utils": utils})

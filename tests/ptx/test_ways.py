@@ -30,7 +30,6 @@ from torchpar.ptx.cuda.stand_in import cuda_is_cpu
 from torchpar.ptx.machine import gpu, memory
 from torchpar.ptx.native import cache
 from torchpar.ptx.native import core as native
-from torchpar.ptx.triton import driver
 
 pytest_plugins = ["pytester"]
 
@@ -42,7 +41,7 @@ def double(x, out, BLOCK: tl.constexpr):
 
 
 def test_a_tensor_too_large_to_be_emulated_is_refused(monkeypatch):
-    monkeypatch.setattr(driver, "free_memory", lambda: 2**27)
+    monkeypatch.setattr("torchpar.ptx.triton.host_memory.free_memory", lambda: 2**27)
     x = torch.zeros(2**25)
     with (
         emulate("sm_90"),

@@ -38,7 +38,8 @@ if find_spec("torch"):
     from torchpar.ptx.report.launch import Launch
     from torchpar.ptx.report.limits import Limits
     from torchpar.ptx.report.report import Report
-    from torchpar.ptx.triton.driver import Emulator, emulate
+    from torchpar.ptx.triton.emulate import emulate
+    from torchpar.ptx.triton.emulator import Emulator
 
 __all__ = [
     "Access",

@@ -20,7 +20,8 @@ from torchpar.ptx.cuda.advice import NEEDS_CUDA, advise, says_cuda
 from torchpar.ptx.cuda.stand_in import cuda_is_cpu
 from torchpar.ptx.machine.sample import LEAST
 from torchpar.ptx.report.report import Report
-from torchpar.ptx.triton.driver import ARCHITECTURES, emulate, why_not_compiled
+from torchpar.ptx.triton.emulate import emulate, why_not_compiled
+from torchpar.ptx.triton.emulator import ARCHITECTURES
 
 WITHIN = "only kernels that the script's own process launches are executed"
 

@@ -23,7 +23,8 @@ import torch
 from torchpar.ptx.cuda.advice import advise, says_cuda
 from torchpar.ptx.cuda.stand_in import cuda_is_cpu
 from torchpar.ptx.report.report import Report
-from torchpar.ptx.triton.driver import ARCHITECTURES, Emulator, emulate, why_not_compiled
+from torchpar.ptx.triton.emulate import emulate, why_not_compiled
+from torchpar.ptx.triton.emulator import ARCHITECTURES, Emulator
 
 P = ParamSpec("P")
 T = TypeVar("T")

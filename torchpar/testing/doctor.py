@@ -162,7 +162,7 @@ def emulator() -> Iterator[Finding]:
         return  # as "versions" says
     from torchpar.ptx import emulate
     from torchpar.ptx.native import core as native
-    from torchpar.ptx.triton.driver import why_not_compiled
+    from torchpar.ptx.triton.emulate import why_not_compiled
 
     if reason := why_not_compiled():
         value, _, remedy = reason.partition("; ")

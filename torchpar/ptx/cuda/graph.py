@@ -16,7 +16,7 @@ from torchpar.ptx.cuda.steps import Step
 from torchpar.ptx.cuda.types import PoolHandle
 from torchpar.ptx.report.launch import CapturedGraph
 from torchpar.ptx.report.source import program_line
-from torchpar.ptx.triton.driver import is_plain
+from torchpar.ptx.triton.dispatch import is_plain
 
 if TYPE_CHECKING:
     from torchpar.ptx.cuda.graphs import Graphs

@@ -29,7 +29,7 @@ from torchpar.ptx.cuda import places
 from torchpar.ptx.cuda.graphs import Graphs
 from torchpar.ptx.cuda.libraries import CublasLt, CudaKernel
 from torchpar.ptx.cuda.types import Arguments, Attributes, Device, Function, Keywords
-from torchpar.ptx.triton.driver import SHARED_BYTES, Emulator
+from torchpar.ptx.triton.emulator import SHARED_BYTES, Emulator
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -24,7 +24,7 @@ from torchpar.ptx.machine.registers import (
     reader,
     writer,
 )
-from torchpar.ptx.native.encoding import elected
+from torchpar.ptx.native.warps import elected
 
 
 def quotient(a: Values, b: Values) -> Values:

@@ -5,6 +5,7 @@ Each warp has a program counter of its own. Where the 32 threads of a warp diver
 smallest program counter run first, so that they meet again behind the branch.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from torchpar.ptx.machine.parse import (
     own_error,
 )
 from torchpar.ptx.machine.protocols import Gpu, RegisterFile
+from torchpar.ptx.machine.protocols import Operation as AnyOperation
 from torchpar.ptx.machine.protocols import Warp as AnyWarp
 from torchpar.ptx.machine.registers import (
     ALL,
@@ -354,7 +356,7 @@ class Warp:
         }
         if what in axes:
             return np.full(32, axes[what]["xyz".index(axis)])
-        size = block.cluster.size
+        size = block.cluster_size
         others = {
             "warpid": self.number,
             "nwarpid": len(block.warps),
@@ -622,9 +624,11 @@ class Block:
     Args:
         number: in the launch; the blocks of a cluster have one number.
         trace: a record of what it does, for which Python executes all of it.
-        cluster: that has begun; the block is the next one of it.
+        cluster: that has begun; the block is the next one of it. None: it is not executed, but
+            shows the core in C how each block begins.
 
     Attributes:
+        flying: asynchronous operations of the cluster.
         rank: in its cluster.
         window: where its shared addresses begin.
         program: the position of its cluster, which is a program of Triton.
@@ -640,18 +644,22 @@ class Block:
         cluster: Cluster | None = None,
     ):
         self.gpu, self.position, self.number, self.space = gpu, position, number, gpu.space
-        self.cluster = Cluster(gpu, number, 1) if cluster is None else cluster
-        self.rank = len(self.cluster.blocks)
-        self.cluster.blocks.append(self)
+        warps, self.cluster_size = gpu.kernel.threads // 32, math.prod(gpu.kernel.cluster)
+        self.cluster: Cluster
+        self.knowledge: Knowledge
+        if cluster is None:
+            self.knowledge = Knowledge(gpu.events, number, warps)
+            self.shared, self.flying, self.rank = Space("shared memory"), list[AnyOperation](), 0
+        else:
+            self.cluster, self.knowledge, self.shared = cluster, cluster.knowledge, cluster.shared
+            self.flying, self.rank = cluster.flying, len(cluster.blocks)
+            cluster.blocks.append(self)
         self.window = self.rank << WINDOW_BITS
         self.program = tuple(map(int.__floordiv__, position, gpu.kernel.cluster))
-        self.suffix: str = f" of CTA {self.rank}" if self.cluster.size > 1 else ""
+        self.suffix: str = f" of CTA {self.rank}" if self.cluster_size > 1 else ""
         self.trace = trace
         launch = gpu.core if trace is None else None  # of the core in C
         self.has_core: bool = launch is not None
-        warps = gpu.kernel.threads // 32
-        self.knowledge: Knowledge = self.cluster.knowledge
-        self.shared = self.cluster.shared
         name = f"shared memory{self.suffix}"
         self.memory = Allocation(name, SHARED_BASE | self.window, gpu.shared_bytes)
         if launch is not None:  # which leaves what is made later to Python
@@ -667,7 +675,6 @@ class Block:
         # By barrier the warps that have arrived, and whether they wait.
         self.at_barrier: dict[int, list[tuple[Warp, bool]]] = {}
         self.tensor_memory: Any = None  # of sm_100
-        self.flying = self.cluster.flying  # asynchronous operations
         self.bulk: list[tuple[int, int, str]] = []  # bulk copies: agent, line, what must have ended
         self.loads: set[Any] = set()  # mbarriers whose boxes nobody has waited for
         self.spins, self.spin_line = 0, 0

@@ -17,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -112,8 +112,9 @@ class Counts:
         self.table = np.zeros((len(kernel.instructions), len(Column)), np.int64)
         if kernel.slots is None:
             kernel.slots = _slots(kernel)
-        self.slots, self.slot_count = kernel.slots
-        self.distinct: Any = None  # by slot, when the launch has ended
+        self.slots, self.slot_count = kernel.slots.of_instructions, len(kernel.slots.reads)
+        # Sectors by slot, when the launch has ended.
+        self.distinct = np.zeros(self.slot_count, np.int64)
         self.distinct_read = self.distinct_written = 0
 
     def watch(self, place: "Allocation") -> None:
@@ -169,14 +170,7 @@ class Counts:
 
     def end(self, places: Iterable["Allocation"]) -> None:
         """The launch has ended: count the distinct sectors."""
-        self.distinct = np.zeros(self.slot_count, np.int64)
-        writes = np.zeros(self.slot_count, np.bool_)
-        reads = np.zeros(self.slot_count, np.bool_)
-        for slot, i in zip(self.slots.tolist(), self.kernel.instructions, strict=True):
-            if slot >= 0:
-                what = operation(i)
-                writes[slot] |= what in ("store", "atomic", "TMA store", "TMA reduction")
-                reads[slot] |= what not in ("store", "TMA store")
+        reads, writes = self.kernel.slots.reads, self.kernel.slots.writes
         for place in places:
             if place.touched is None:
                 continue
@@ -189,13 +183,30 @@ class Counts:
             place.changed()
 
 
-def _slots(kernel: Kernel) -> tuple[Values, int]:
+class Slots(NamedTuple):
+    """The kinds of accesses to global memory in a kernel, which are numbered by line and operation.
+
+    Attributes:
+        of_instructions: the number of each instruction's kind, or -1.
+        reads, writes: whether those of a kind read, and write.
+    """
+
+    of_instructions: Values
+    reads: Values
+    writes: Values
+
+
+def _slots(kernel: Kernel) -> Slots:
     numbers: dict[tuple[Source, str], int] = {}
     slots = np.full(len(kernel.instructions), -1, np.int32)
     for n, i in enumerate(kernel.instructions):
         if "global" in spaces(i):
             slots[n] = numbers.setdefault((i.source, operation(i)), len(numbers))
-    return slots, max(len(numbers), 1)
+    reads, writes = (np.zeros(max(len(numbers), 1), np.bool_) for _ in range(2))
+    for (_, what), slot in numbers.items():
+        reads[slot] = what not in ("store", "TMA store")
+        writes[slot] = what in ("store", "atomic", "TMA store", "TMA reduction")
+    return Slots(slots, reads, writes)
 
 
 # What an instruction is, by its opcode

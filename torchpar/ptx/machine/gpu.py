@@ -35,8 +35,9 @@ from torchpar.ptx.machine.protocols import Warp
 from torchpar.ptx.machine.registers import Values
 from torchpar.ptx.machine.sample import Sample
 from torchpar.ptx.machine.trace import Trace
+from torchpar.ptx.native import core as native
 from torchpar.ptx.native.blocks import Blocks
-from torchpar.ptx.native.encoding import program_of
+from torchpar.ptx.native.encoding import Program
 from torchpar.ptx.native.warps import LaunchState
 
 # The memory of the launches has addresses that no process has; between allocations are gaps.
@@ -137,8 +138,11 @@ class Gpu:
         elif self.schedule.order == "random":
             self.random.shuffle(blocks)
         self.events, self.released = Events(), {}
-        program = program_of(self.kernel)
-        self.core = LaunchState(program, self.events, self.space, self.counts) if program else None
+        self.core = None
+        if (library := native.library()) is not None:
+            if self.kernel.program is None:
+                self.kernel.program = Program(self.kernel, library)
+            self.core = LaunchState(self.kernel.program, self.events, self.space, self.counts)
         has_ended = False
         try:
             with np.errstate(all="ignore"):

@@ -20,7 +20,6 @@ from torchpar.ptx.machine.parse import (
     qualifiers,
 )
 from torchpar.ptx.machine.registers import DTYPES, HALVES, SHARED_BASE
-from torchpar.ptx.native import core as native
 from torchpar.ptx.native.layout import (
     ASYNC_PRODUCT,
     ATOMIC,
@@ -102,11 +101,6 @@ KIND_BYTES = {kind: 4 if kind == "tf32" else 2 if "f16" in kind else 1 for kind 
 SPACES = {"global": 0, "shared": 1, "local": 2}
 
 
-def elected(completion: str, warp: int) -> int:
-    """Return the thread that `elect` chooses: the PTX ISA leaves it open."""
-    return {"early": 0, "late": 31}.get(completion, 7 * warp % 32)
-
-
 def _thread_bytes(code: InstructionStruct) -> int:
     """Return how many bytes of memory a thread accesses at least at once."""
     if code.kind == MBARRIER_INIT:
@@ -135,7 +129,7 @@ class Program:
         self._tables: list[
             ctypes.Array[ctypes.c_int32]
         ] = []  # of registers, which the instructions point to
-        slots, _ = kernel.slots
+        slots = kernel.slots.of_instructions
         for code, i, slot in zip(self.instructions, kernel.instructions, slots, strict=True):
             code.slot = slot
             self._encode(code, i)
@@ -573,14 +567,3 @@ class Program:
         **dict.fromkeys(HINTS, _hint),
         "wgmma": _async_product,
     }
-
-
-def program_of(kernel: Kernel) -> Program | None:
-    """Return the kernel for the core, if there is one."""
-    core = native.library()
-    if core is None:
-        return None
-    if kernel.program is None:
-        kernel.program = Program(kernel, core)
-    found: Program = kernel.program
-    return found

@@ -10,7 +10,7 @@ import numpy as np
 
 from torchpar.ptx.machine.protocols import Block, Operation, Warp
 from torchpar.ptx.machine.registers import DTYPES, UNWRITTEN, DType, Values
-from torchpar.ptx.native.encoding import KIND_BYTES, KINDS, Program, elected
+from torchpar.ptx.native.encoding import KIND_BYTES, KINDS, Program
 from torchpar.ptx.native.layout import (
     GROW,
     IN_LIST,
@@ -28,6 +28,11 @@ if TYPE_CHECKING:
     from torchpar.ptx.machine.memory import Allocation, Events, Space
 
 NO_LIMIT = 2**31 - 1  # of an instruction's index
+
+
+def elected(completion: str, warp: int) -> int:
+    """Return the thread that `elect` chooses: the PTX ISA leaves it open."""
+    return {"early": 0, "late": 31}.get(completion, 7 * warp % 32)
 
 
 class Registers:

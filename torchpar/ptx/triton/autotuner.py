@@ -16,7 +16,7 @@ from triton.runtime.autotuner import Autotuner
 from torchpar.ptx.report.faults import ConfigurationNote
 
 if TYPE_CHECKING:
-    from torchpar.ptx.triton.driver import Emulator
+    from torchpar.ptx.triton.emulator import Emulator
 
 # Of configurations that are executed before the chosen one, and of those that are not.
 CHOSEN, OTHER, LEFT_OUT = 1.0, 2.0, float("inf")

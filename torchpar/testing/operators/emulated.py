@@ -46,7 +46,7 @@ EMPTY_GRID = "the grid has no programs"
 
 def check_arch(arch: str) -> None:
     """Refuse an unknown architecture."""
-    from torchpar.ptx.triton.driver import ARCHITECTURES
+    from torchpar.ptx.triton.emulator import ARCHITECTURES
 
     if arch not in ARCHITECTURES:
         raise ConfigError(f"arch is {arch!r}, expected one of {', '.join(ARCHITECTURES)}")

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: MIT
+"""`emulate`: let Triton take the emulated GPU for its own."""
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import lru_cache
+from typing import Any
+from unittest.mock import patch
+
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.compiler import CompiledKernel
+from triton.runtime.driver import driver as active_driver
+
+from torchpar.ptx.machine.block import SCHEDULES
+from torchpar.ptx.machine.sample import LEAST
+from torchpar.ptx.native.cache import cache_folder, writable
+from torchpar.ptx.triton import autotuner
+from torchpar.ptx.triton.dispatch import Host
+from torchpar.ptx.triton.driver import (
+    NO_GSAN,
+    Driver,
+    Entered,
+    Module,
+    emulations,
+    lock,
+    patches,
+    present,
+)
+from torchpar.ptx.triton.emulator import ARCHITECTURES, MULTIPROCESSORS, Emulator
+
+# The first version of Triton whose CompiledKernel has a method __del__, which unloads `module`.
+UNLOADS_SINCE = (3, 8)
+
+
+@lru_cache(1)
+def _let_kernels_end() -> None:
+    """Let Triton forget kernels of an emulator also when it has no driver, or that of a GPU.
+
+    The change lasts as long as the process, because kernels live longer than an emulator. It was
+    made for Triton 3.8, and reads the attributes ``function`` and ``module`` of a kernel.
+    """
+    unload = getattr(CompiledKernel, "__del__", None)
+    if unload is None:  # before `UNLOADS_SINCE`
+        return
+
+    def forget(kernel: Any) -> None:
+        if isinstance(kernel.function, Module):
+            kernel.module = None  # nothing was loaded
+        unload(kernel)
+
+    CompiledKernel.__del__ = forget
+
+
+def _set_variable(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value
+
+
+def why_not_compiled() -> str:
+    """Return why Triton compiles no kernels, and what to do; "" if it does."""
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        return "TRITON_INTERPRET is set, so that kernels are not compiled; unset it"
+    return NO_GSAN if "gsan" in os.environ.get("TRITON_INSTRUMENTATION_MODE", "") else ""
+
+
+@contextmanager
+def emulate(
+    arch: str = "sm_90",
+    schedules: str = "one",
+    multiprocessors: int | None = None,
+    traces: bool = False,
+    configurations: str = "first",
+    sample: int | None = None,
+) -> Iterator[Emulator]:
+    """Execute the launches of Triton kernels in the block on this CPU, as compiled for a GPU.
+
+    A thread within a block of its own launches there; another thread, in the block entered last.
+
+    Args:
+        arch: "sm_80" (A100), "sm_90" (H100) or "sm_100" (B200).
+        schedules: "one", or "all": execute each launch three times, with asynchronous operations
+            that complete early, late and at random, and warps in other orders.
+        multiprocessors: of the GPU, which persistent kernels and torchpar's rules ask for; None:
+            108 of an A100, 132 of an H100, 148 of a B200.
+        traces: record the first program of each kernel, for the pictures of the report's page.
+        configurations: of an autotuned kernel: "first", the first one that compiles and fits; or
+            "all": the others are executed before it, and what they write is undone.
+        sample: execute at most so many programs of a launch, at least 6, and scale the counters to
+            all of them. The memory that the others would write stays as it is. None: execute all.
+
+    Raises:
+        ValueError: another architecture, schedule or word for configurations, no multiprocessors,
+            or a sample that is too small; TRITON_INTERPRET is set.
+    """
+    if arch not in tuple(ARCHITECTURES):
+        raise ValueError(f"arch is {arch!r}, expected one of {', '.join(ARCHITECTURES)}")
+    if schedules not in ("one", "all"):
+        raise ValueError(f"schedules is {schedules!r}, expected 'one' or 'all'")
+    if configurations not in ("first", "all"):
+        raise ValueError(f"configurations is {configurations!r}, expected 'first' or 'all'")
+    if reason := why_not_compiled():
+        raise ValueError(reason)
+    if multiprocessors is None:
+        multiprocessors = MULTIPROCESSORS[ARCHITECTURES[arch]]
+    if type(multiprocessors) is not int or multiprocessors < 1:
+        raise ValueError(f"multiprocessors is {multiprocessors!r}, expected an integer from 1 on")
+    if sample is not None and (type(sample) is not int or sample < LEAST):
+        raise ValueError(f"sample is {sample!r}, expected an integer from {LEAST} on, or None")
+    chosen = SCHEDULES if schedules == "all" else SCHEDULES[:1]
+    emulator = Emulator(arch, chosen, multiprocessors, traces, configurations, sample)
+    entered = Entered(threading.get_ident(), emulator)
+    with lock:
+        if not emulations:
+            _install()
+        emulations.append(entered)
+    try:
+        with Host(emulator):
+            yield emulator
+    finally:
+        with lock:
+            emulations.remove(entered)
+            if not emulations:
+                patches.close()
+
+
+def _install() -> None:
+    """Let Triton compile and launch for the emulators, until `patches` is closed."""
+    folder = writable(cache_folder("ptx"))
+    _let_kernels_end()
+    with ExitStack() as stack:
+        for name, value in (("TRITON_CACHE_DIR", str(folder)), ("TRITON_DEFAULT_FP_FUSION", "1")):
+            stack.callback(_set_variable, name, os.environ.get(name))
+            os.environ[name] = value
+        stack.enter_context(
+            patch.object(
+                CUDABackend,
+                "make_cubin",
+                lambda self, src, metadata, opt, capability: src.encode(),
+            )
+        )
+        stack.enter_context(autotuner.changes(present))
+        stack.callback(setattr, active_driver, "_active", active_driver._active)
+        active_driver.set_active(Driver())
+        patches.push(stack.pop_all())

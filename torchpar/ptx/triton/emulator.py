@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: MIT
+"""An emulated GPU: its launches, and their faults."""
+
+import re
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, suppress
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+from torchpar.kernels.data_sheets import DATA_SHEETS, PROGRAMS, RESERVED, WARPS
+from torchpar.ptx.machine import gpu
+from torchpar.ptx.machine.block import Schedule
+from torchpar.ptx.machine.counters import Counts, Source
+from torchpar.ptx.machine.memory import Space
+from torchpar.ptx.machine.parse import Kernel, PtxError, own_error
+from torchpar.ptx.machine.protocols import Warp
+from torchpar.ptx.machine.trace import Trace
+from torchpar.ptx.report.faults import Fault, Kind
+from torchpar.ptx.report.launch import CapturedGraph, Launch
+from torchpar.ptx.report.limits import Limits
+from torchpar.ptx.report.report import Report
+from torchpar.ptx.report.source import moved
+from torchpar.ptx.triton import autotuner
+from torchpar.ptx.triton.assumptions import Assertions
+from torchpar.ptx.triton.host_memory import HostMemory
+
+ARCHITECTURES = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
+# By capability; shared memory of a program at most.
+SHARED_BYTES = {sheet.capability: sheet.shared - RESERVED for sheet in DATA_SHEETS.values()}
+MULTIPROCESSORS = {sheet.capability: sheet.multiprocessors for sheet in DATA_SHEETS.values()}
+NUMBER = r"\b(0x[0-9a-f]+|\d+)\b"  # in a message
+
+
+class Watcher(Protocol):
+    """Something that executes operators and launches in the place of the emulator."""
+
+    def operator(self, func: Any, args: Any, kwargs: Any) -> Any: ...
+
+    def launch(self, execute: Callable[..., None], arguments: Sequence[Any]) -> None: ...
+
+
+class Emulator(gpu.Gpu):
+    """A GPU that `emulate` stands in for: its launches, and the faults that were found in them.
+
+    Attributes:
+        launches: in their order.
+        faults: each of them once, by its name, its line of the source, and what was accessed.
+        graphs: CUDA graphs that were captured, in their order.
+        watcher: that records operators and launches for CUDA graphs.
+    """
+
+    keeps_allocations = False  # `_reset` begins each launch
+
+    def __init__(
+        self,
+        arch: str,
+        schedules: Sequence[Schedule],
+        multiprocessors: int,
+        traces: bool = False,
+        configurations: str = "first",
+        sample: int | None = None,
+    ):
+        super().__init__(schedules[0])
+        self.most_programs = sample
+        self.configurations = configurations
+        self.traces = traces
+        self._lock = threading.Lock()
+        # Of the first launch of each kernel, by its name and its PTX.
+        self._counted_before: dict[tuple[str, str], Counts] = {}
+        # The present launch's lines of the PTX and what they come from; None until that is asked.
+        self._sources: dict[int, Source] | None = {}
+        self.arch, self.capability = arch, ARCHITECTURES[arch]
+        self.schedules, self.multiprocessors = schedules, multiprocessors
+        self.launches: list[Launch] = []
+        self.faults: list[Fault] = []
+        self.printed: list[str] = []
+        self.host_memory = HostMemory()
+        # Autotuners' caches.
+        self.tuned: WeakKeyDictionary[object, dict[object, object]] = WeakKeyDictionary()
+        self._by_place: dict[tuple[object, ...], Fault] = {}
+        self.graphs: list[CapturedGraph] = []
+        self.watcher: Watcher | None = None
+        self._name = self._file = ""
+        self._launched: tuple[str, int] | None = None
+        self._ended = ""  # the fault that has ended a program or the present launch
+        self._asserts = False  # what a kernel assumes is executed, and not the kernel
+
+    def report(self) -> Report:
+        return Report(self.launches, self.faults, self.graphs)
+
+    def assert_counters(self, kernel: Any = None, **limits: float | None) -> None:
+        """Check that launches keep limits, so that a test holds how efficient a kernel is.
+
+            gpu.assert_counters(max_sector_ratio=1, max_bank_conflicts=0)
+
+        Args:
+            kernel: a kernel, or its name; None: each one.
+            limits: `Limits` has them.
+
+        Raises:
+            AssertionError: a launch does not keep a limit; the lines of the source are named. Or
+                there is no launch.
+            TypeError: a limit is not known, or there is none.
+        """
+        known = [one.name for one in fields(Limits)]
+        given = {key: limit for key, limit in limits.items() if limit is not None}
+        if not given or not set(given) <= set(known):
+            unknown = sorted(set(given) - set(known))
+            what = f"{', '.join(unknown)} is no limit" if unknown else "there is no limit"
+            raise TypeError(f"{what}, expected some of {', '.join(known)}")
+        held = Limits(**given)  # type: ignore[arg-type]  # which counts are integers
+        kernel = getattr(kernel, "__name__", kernel)
+        launches = [one for one in self.launches if kernel in (None, one.kernel)]
+        if not launches:
+            names = sorted({one.kernel for one in self.launches})
+            raise AssertionError(
+                f"no launch of {kernel or 'a kernel'}; launched: {', '.join(names) or 'nothing'}"
+            )
+        broken = [f"{launch.kernel}: {text}" for launch in launches for text in held.broken(launch)]
+        if broken:
+            raise AssertionError("\n".join(dict.fromkeys(broken)))
+
+    def undone(self) -> AbstractContextManager[None]:
+        """Let memory be after the block as it was before, but for what is written without launches.
+
+        The faults and the launches stay.
+        """
+        return self.host_memory.undone()
+
+    def _reset(self) -> None:
+        self.space = Space("global memory")
+        self.space.is_deferred = True
+        self.host_memory.begin(self.space)
+        self.counted.clear()
+        self._sources = {}
+
+    def _source_of(self, line: int) -> Source:
+        """Return the file and the line of the source from which a line of the PTX was compiled."""
+        if self._sources is None:
+            self._sources = {
+                i.line: moved(i.source, self.kernel.file, self._file)
+                for i in self.kernel.instructions
+            }
+        return self._sources.get(line)
+
+    def place_of(self, line: int) -> str:
+        """Name a line of the PTX in a message, by that of the source if there is one."""
+        source = self._source_of(line)
+        return super().place_of(line) if source is None else f"{Path(source[0]).name}:{source[1]}"
+
+    def fault(self, kind: str, name: str, line: int, message: str, warp: Warp) -> None:
+        """Note a fault of a warp; the launch goes on."""
+        if self._asserts and name == "assertion":
+            name, message = "false assumption", "this is false, and the compiler relies on it"
+        elif self._asserts:  # the launch itself finds it
+            return
+        if name == "deadlock":  # its program has not ended
+            self._ended = name
+        self._note(kind, name, line, message, warp.block.program)
+
+    def _note(
+        self, kind: str, name: str, line: int, message: str, program: tuple[int, ...]
+    ) -> None:
+        # A line of the source becomes several of the PTX, one for each element of a thread, whose
+        # messages differ in their numbers alone. Names such as x1 keep their digits.
+        source = self._source_of(line)
+        key = self._name, kind, name, source or line, re.sub(NUMBER, "", message)
+        fault = Fault(
+            _kind(kind),
+            name,
+            message,
+            self._name,
+            program,
+            line,
+            source,
+            launched=self._launched,
+            configuration=autotuner.configuration(),
+            launch=len(self.launches) + 1,
+        )
+        self.note(fault, key)
+
+    def note(self, fault: Fault, key: tuple[object, ...]) -> None:
+        """Note a fault, or count it if there is one with the key."""
+        if key in self._by_place:
+            self._by_place[key].count += 1
+            return
+        self._by_place[key] = fault
+        self.faults.append(fault)
+
+    def run(
+        self,
+        launch: Launch,
+        parameters: Callable[[], list[int]],
+        file: str,
+        assertions: Assertions | None = None,
+    ) -> None:
+        """Execute a launch under each schedule, from the same memory.
+
+        Args:
+            file: of the kernel's source.
+            assertions: a kernel that asserts what this one assumes.
+        """
+        with self._lock:  # threads may launch at the same time
+            if assertions is not None:
+                self._check_assumptions(launch, assertions, parameters, file)
+            self._run_schedules(launch, parameters, file)
+
+    def _check_assumptions(
+        self,
+        launch: Launch,
+        assertions: Assertions,
+        parameters: Callable[[], list[int]],
+        file: str,
+    ) -> None:
+        """Execute the assertions, and nothing else: memory is afterwards as before."""
+        self._name, self._file, self._launched = launch.kernel, file, launch.launched
+        self.schedule, self.printed, self.trace = self.schedules[0], [], None
+        self.host_memory.saves, self._asserts = assertions.writes, True
+        try:
+            self._reset()
+            with suppress(PtxError):  # such as the trap behind an assertion
+                self.launch(assertions.ptx, parameters(), launch.grid, assertions.shared)
+        finally:
+            self._asserts = False
+            self.host_memory.restore()
+
+    def _run_schedules(
+        self, launch: Launch, parameters: Callable[[], list[int]], file: str
+    ) -> None:
+        self._name, self._file, started = launch.kernel, file, time.perf_counter()
+        self._launched, self._ended = launch.launched, ""
+        last = self.counts
+        try:
+            self._execute(launch, parameters)
+        except BaseException as e:  # such as KeyboardInterrupt: this launch is shown, too
+            if self.counts is not last:
+                launch.ended = type(e).__name__
+                self._end(launch, started)
+            raise
+        finally:
+            self.host_memory.forget_saved()
+        if self.sample is None:
+            self.host_memory.keep_unwritten()
+        else:  # the others might have written it
+            self.host_memory.forget_unwritten()
+        self._end(launch, started)
+
+    def _execute(self, launch: Launch, parameters: Callable[[], list[int]]) -> None:
+        for number, schedule in enumerate(self.schedules):
+            self.schedule, self.printed = schedule, []
+            self.host_memory.saves = number + 1 < len(self.schedules)
+            is_new = (launch.kernel, launch.ptx) not in self._counted_before
+            self.trace = Trace() if number == 0 and self.traces and is_new else None
+            launch.trace = launch.trace or self.trace
+            self.host_memory.restore()
+            self._reset()
+            values = parameters()
+            try:
+                x, y, z = launch.grid
+                self.launch(launch.ptx, values, (x * launch.ctas, y, z), launch.shared)
+            except PtxError as e:
+                self._ended = e.name
+                self._note("error", e.name, e.line, e.reason, e.program)
+            except MemoryError:
+                raise
+            except Exception as e:
+                own = own_error(e)
+                self._ended = own.name
+                self._note("error", own.name, own.line, own.reason, own.program)
+            finally:
+                if number == 0:
+                    launch.counts, launch.file = self.counts, self._file
+                    launch.executed = None if self.sample is None else self.sample.executed
+                launch.ended = self._ended
+                launch.instructions += self.executed_instructions
+                launch.printed = self.printed
+
+    def _end(self, launch: Launch, started: float) -> None:
+        launch.seconds = time.perf_counter() - started
+        # Launches that do the same share what was counted, so that many need little memory.
+        kind = launch.kernel, launch.ptx
+        before = self._counted_before.setdefault(kind, launch.counts)
+        if before is not launch.counts and before.equals(launch.counts):
+            launch.counts = before
+        self.launches.append(launch)
+
+    def prepare(self, kernel: Kernel) -> None:
+        threads, shared = kernel.threads, self.shared_bytes
+        held = min(
+            PROGRAMS, 32 * WARPS // max(threads, 1), SHARED_BYTES[self.capability] // max(shared, 1)
+        )
+        self.resident_blocks = MULTIPROCESSORS[self.capability] * max(held, 1)
+        self._sources = None
+
+
+def _kind(text: str) -> Kind:
+    assert text in ("error", "warning", "note")
+    return text  # type: ignore[return-value]
