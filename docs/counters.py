@@ -15,7 +15,7 @@ import torchpar
 from torchpar.kernels import linear_sigmoid, matmul_t
 from torchpar.kernels.data_sheets import DATA_SHEETS
 from torchpar.kernels.rule import KINDS, Tiles, count_tiles
-from torchpar.ptx.machine.counters import SECTOR
+from torchpar.ptx.machine.counts import SECTOR
 from torchpar.ptx.report.launch import Launch
 from torchpar.ptx.report.roofline import bound
 

@@ -4,7 +4,7 @@
 `page` is what docs/ptx_instructions.md says of them.
 """
 
-from torchpar.ptx.machine.block import _builder, _unknown
+from torchpar.ptx.machine.decode import builder_of, unknown
 from torchpar.ptx.native.encoding import PUBLICATION
 
 PUBLISH = f"tensormap.cp_fenceproxy:{PUBLICATION}"
@@ -127,7 +127,7 @@ def entries() -> list[tuple[str, str, str]]:
 
 def is_known(form: str) -> bool:
     is_refused = any(form == one or form.startswith(f"{one}.") for one in REFUSED)
-    return _builder(form)[0] is not _unknown and not is_refused
+    return builder_of(form)[0] is not unknown and not is_refused
 
 
 def name_of(opcode: str) -> str:

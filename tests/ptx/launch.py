@@ -21,8 +21,8 @@ from triton.backends.nvidia.compiler import CUDABackend
 
 from benchmarks.driver import Driver, compile_launches, idle_driver, target
 from torchpar.ptx.machine import gpu
+from torchpar.ptx.machine.allocation import Allocation
 from torchpar.ptx.machine.block import Schedule
-from torchpar.ptx.machine.memory import Allocation
 from torchpar.ptx.native.cache import cache_folder, writable
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torchpar.kernels.rule import Tiles
 from torchpar.ptx.machine.block import SCHEDULES
-from torchpar.ptx.machine.counters import Column
+from torchpar.ptx.machine.counts import Column
 from torchpar.ptx.machine.parse import PtxError
 
 from . import cases

@@ -22,7 +22,7 @@ from ptx.right import RIGHT
 from torchpar.ptx import Report, emulate
 from torchpar.ptx.instructions import tensor_cores
 from torchpar.ptx.machine.block import SCHEDULES, Block, Schedule
-from torchpar.ptx.machine.counters import Counts
+from torchpar.ptx.machine.counts import Counts
 from torchpar.ptx.machine.parse import PtxError
 from torchpar.ptx.native import core as native
 from torchpar.ptx.native import layout

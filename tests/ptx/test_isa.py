@@ -12,7 +12,7 @@ from ptx.launch import Gpu
 from ptx.test_instructions import multiply, print_percent, reduce_boxes
 from torchpar.ptx import emulate
 from torchpar.ptx.machine.block import SCHEDULES
-from torchpar.ptx.machine.counters import Column
+from torchpar.ptx.machine.counts import Column
 from torchpar.ptx.machine.gpu import _decoded
 from torchpar.ptx.machine.parse import PtxError
 

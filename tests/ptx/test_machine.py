@@ -15,9 +15,9 @@ from ptx.launch import Gpu
 from ptx.test_consan import APART
 from torchpar.ptx import emulate
 from torchpar.ptx.machine import cores, gpu
+from torchpar.ptx.machine.allocation import Allocation
 from torchpar.ptx.machine.block import SCHEDULES
 from torchpar.ptx.machine.definedness import full
-from torchpar.ptx.machine.memory import Allocation
 from torchpar.ptx.machine.parse import PtxError, parse
 from torchpar.ptx.machine.trace import Trace
 from torchpar.ptx.native.blocks import Blocks

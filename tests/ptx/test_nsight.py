@@ -15,9 +15,9 @@ import pytest
 import triton
 
 from torchpar.ptx import emulate
-from torchpar.ptx.machine import counters
+from torchpar.ptx.machine import counts
 from torchpar.ptx.machine.block import SCHEDULES
-from torchpar.ptx.machine.counters import Column, Counts, sectors, wavefronts
+from torchpar.ptx.machine.counts import Column, Counts, sectors, wavefronts
 from torchpar.ptx.machine.gpu import Gpu
 from torchpar.ptx.native import core
 
@@ -196,7 +196,7 @@ def test_a_count_that_is_off_by_one_is_noticed():
 def test_a_fault_of_counting_is_noticed():
     """Each request takes a sector more, as a planted fault."""
     with (
-        patch.object(counters, "sectors", lambda *given: sectors(*given) + 1),
+        patch.object(counts, "sectors", lambda *given: sectors(*given) + 1),
         patch.object(core, "library", lambda: None),
     ):
         (launch,) = measured.launches("strided33")

@@ -77,7 +77,7 @@ def test_an_unknown_operand_is_an_error():
             executed(code, x, out=np.int32)
 
 
-@pytest.mark.parametrize("what", ["block.Warp.step", "gpu._decoded"])
+@pytest.mark.parametrize("what", ["execute.step", "gpu._decoded"])
 def test_an_error_of_the_executor_is_an_error(what):
     def fail(*args: object) -> None:
         raise KeyError("its own")

@@ -14,7 +14,7 @@ from ptx import walk
 from torchpar.kernels import matmul_t
 from torchpar.kernels.rule import Tiles
 from torchpar.ptx import command, emulate
-from torchpar.ptx.machine.counters import SECTOR
+from torchpar.ptx.machine.counts import SECTOR
 from torchpar.ptx.report.launch import Launch
 
 COUNTERS = runpy.run_path(str(ROOT / "docs" / "counters.py"))

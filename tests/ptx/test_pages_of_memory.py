@@ -11,9 +11,9 @@ import triton.language as tl
 
 from ptx.test_core import in_python
 from torchpar.ptx import emulate
+from torchpar.ptx.machine.allocation import ALIGNED, Allocation, Unwritten
 from torchpar.ptx.machine.cores import _mirror
-from torchpar.ptx.machine.memory import GIVEN, UNWRITTEN, Allocation
-from torchpar.ptx.machine.pages import ALIGNED, Unwritten
+from torchpar.ptx.machine.vector_clocks import GIVEN, UNWRITTEN
 from torchpar.ptx.native.layout import PAGE
 
 PATTERN = b"\xc7\xa3\xd5\xff"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from torchpar.ptx import Launch, Report
-from torchpar.ptx.machine.counters import BANKS, SECTOR, Column, Counts
+from torchpar.ptx.machine.counts import BANKS, SECTOR, Column, Counts
 from torchpar.ptx.machine.parse import parse
 from torchpar.ptx.machine.trace import Request
 from torchpar.ptx.report import page, text

@@ -13,7 +13,7 @@ from pages import Page
 
 from torchpar.kernels.data_sheets import DATA_SHEETS
 from torchpar.ptx import Fault, Launch, Report, command
-from torchpar.ptx.machine.counters import Column, Counts
+from torchpar.ptx.machine.counts import Column, Counts
 from torchpar.ptx.machine.parse import parse
 from torchpar.ptx.report import page, source
 from torchpar.ptx.report.data import COUNTED

@@ -18,8 +18,8 @@ from benchmarks.ptx_kernels import matmul_kernel
 from ptx.right import chain_kernel, lock_kernel
 from torchpar.ptx import command, emulate
 from torchpar.ptx.machine import sample
-from torchpar.ptx.machine.counters import SECTOR, Counts
-from torchpar.ptx.machine.memory import Allocation
+from torchpar.ptx.machine.allocation import Allocation
+from torchpar.ptx.machine.counts import SECTOR, Counts
 from torchpar.ptx.machine.parse import parse
 from torchpar.ptx.report.launch import Launch
 from torchpar.ptx.triton.emulator import Emulator

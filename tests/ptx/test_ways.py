@@ -27,9 +27,10 @@ from triton.runtime.driver import driver as active_driver
 
 from torchpar.ptx import command, emulate
 from torchpar.ptx.cuda.stand_in import cuda_is_cpu
-from torchpar.ptx.machine import gpu, memory
+from torchpar.ptx.machine import gpu
 from torchpar.ptx.native import cache
 from torchpar.ptx.native import core as native
+from torchpar.ptx.triton import host_memory
 
 pytest_plugins = ["pytester"]
 
@@ -55,16 +56,16 @@ def test_a_tensor_too_large_to_be_emulated_is_refused(monkeypatch):
 
 def test_free_memory_is_that_of_the_machine_or_of_its_container(tmp_path):
     machine, container = tmp_path / "meminfo", tmp_path / "cgroup"
-    assert memory.free_memory(machine, container) is None
+    assert host_memory.free_memory(machine, container) is None
     machine.write_text("MemTotal:  9000 kB\nMemAvailable:  5000 kB\n", "utf-8")
-    assert memory.free_memory(machine, container) == 5000 * 1024
+    assert host_memory.free_memory(machine, container) == 5000 * 1024
     container.mkdir()
     for name, text in {"max": "max\n", "current": "3000\n", "stat": "inactive_file 500\n"}.items():
         (container / f"memory.{name}").write_text(text, "utf-8")
-    assert memory.free_memory(machine, container) == 5000 * 1024
+    assert host_memory.free_memory(machine, container) == 5000 * 1024
     (container / "memory.max").write_text("4000\n", "utf-8")
-    assert memory.free_memory(machine, container) == 1500
-    assert 0 < memory.free_memory() < 2**50
+    assert host_memory.free_memory(machine, container) == 1500
+    assert 0 < host_memory.free_memory() < 2**50
 
 
 def test_the_command_does_not_wait_for_threads_from_before_the_script(tmp_path):

@@ -12,7 +12,8 @@ from collections.abc import Callable
 import numpy as np
 
 from torchpar.ptx.instructions.rounding import directed, fused, fused_halves
-from torchpar.ptx.machine.block import Run, Warp, elementwise, instruction
+from torchpar.ptx.machine.block import Warp
+from torchpar.ptx.machine.decode import Run, elementwise, instruction
 from torchpar.ptx.machine.parse import EVERY_THREAD, Constant, Instruction, Register
 from torchpar.ptx.machine.registers import (
     DTYPES,

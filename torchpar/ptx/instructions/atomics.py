@@ -11,7 +11,8 @@ from collections.abc import Callable
 import numpy as np
 
 from torchpar.ptx.instructions.arithmetic import larger
-from torchpar.ptx.machine.block import Run, Warp, action, instruction
+from torchpar.ptx.machine.block import Warp
+from torchpar.ptx.machine.decode import Run, action, instruction
 from torchpar.ptx.machine.parse import Instruction, flat, qualifiers
 from torchpar.ptx.machine.registers import (
     DTYPES,

@@ -4,7 +4,8 @@ shifts) and 9.7.9.7 (prmt) of the PTX ISA."""
 
 import numpy as np
 
-from torchpar.ptx.machine.block import Run, Warp, elementwise, instruction
+from torchpar.ptx.machine.block import Warp
+from torchpar.ptx.machine.decode import Run, elementwise, instruction
 from torchpar.ptx.machine.parse import Constant, Instruction
 from torchpar.ptx.machine.registers import DTYPES, Values, reader, writer
 

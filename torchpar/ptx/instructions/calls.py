@@ -9,7 +9,8 @@ import re
 
 import numpy as np
 
-from torchpar.ptx.machine.block import Run, Warp, action, instruction
+from torchpar.ptx.machine.block import Warp
+from torchpar.ptx.machine.decode import Run, action, instruction
 from torchpar.ptx.machine.parse import Instruction, PtxError, Symbol, flat
 from torchpar.ptx.machine.registers import DTYPES, reader, writer
 from torchpar.ptx.native.encoding import HINTS

@@ -17,8 +17,10 @@ from torchpar.ptx.instructions.tma import (
     barrier_at,
     places_of,
 )
-from torchpar.ptx.machine.block import Operation, Run, Warp, action, elementwise, instruction
+from torchpar.ptx.machine.block import Warp
 from torchpar.ptx.machine.cluster import rank_of
+from torchpar.ptx.machine.decode import Run, action, elementwise, instruction
+from torchpar.ptx.machine.operation import Operation
 from torchpar.ptx.machine.parse import Instruction, PtxError, flat
 from torchpar.ptx.machine.registers import DTYPES, WINDOW_BITS, Values, reader
 

@@ -17,7 +17,7 @@ from torchpar.ptx.instructions.rounding import (
     encode_narrow,
     rounded,
 )
-from torchpar.ptx.machine.block import Run, elementwise, instruction
+from torchpar.ptx.machine.decode import Run, elementwise, instruction
 from torchpar.ptx.machine.parse import Instruction
 from torchpar.ptx.machine.registers import DTYPES, FLOATS, HALVES, PAIRS, Values, encode
 

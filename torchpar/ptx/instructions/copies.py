@@ -10,8 +10,10 @@ import triton
 
 from torchpar.ptx.instructions.atomics import after_access, before_access
 from torchpar.ptx.machine import definedness
-from torchpar.ptx.machine.block import Operation, Run, Warp, action, instruction
+from torchpar.ptx.machine.block import Warp
+from torchpar.ptx.machine.decode import Run, action, instruction
 from torchpar.ptx.machine.memory import Space
+from torchpar.ptx.machine.operation import Operation
 from torchpar.ptx.machine.parse import Instruction, PtxError, Register, flat, qualifiers
 from torchpar.ptx.machine.registers import DTYPES, Values, reader, writer
 

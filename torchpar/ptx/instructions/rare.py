@@ -5,7 +5,8 @@
 import numpy as np
 
 from torchpar.ptx.instructions.arithmetic import flush
-from torchpar.ptx.machine.block import Run, Warp, elementwise, instruction
+from torchpar.ptx.machine.block import Warp
+from torchpar.ptx.machine.decode import Run, elementwise, instruction
 from torchpar.ptx.machine.parse import EVERY_THREAD, Instruction
 from torchpar.ptx.machine.registers import DTYPES, Values, reader, writer
 

@@ -13,8 +13,10 @@ import numpy as np
 
 from torchpar.ptx.instructions.rounding import FLOAT8
 from torchpar.ptx.instructions.tma import swizzle
-from torchpar.ptx.machine.block import Operation, Run, Warp, action, instruction
+from torchpar.ptx.machine.block import Warp
+from torchpar.ptx.machine.decode import Run, action, instruction
 from torchpar.ptx.machine.memory import Space
+from torchpar.ptx.machine.operation import Operation
 from torchpar.ptx.machine.parse import Instruction, PtxError
 from torchpar.ptx.machine.registers import UNWRITTEN, Unready, Values, reader, writer
 from torchpar.ptx.machine.registers import decode as decode_float

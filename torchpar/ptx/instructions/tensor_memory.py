@@ -19,10 +19,12 @@ import numpy as np
 from torchpar.ptx.instructions.tensor_cores import OPERANDS, Matrix, add, numbers
 from torchpar.ptx.instructions.tensor_cores import SUMS as SUM_TYPES
 from torchpar.ptx.instructions.tma import Arrival, Barrier, barrier_at
-from torchpar.ptx.machine.block import Operation, Run, Warp, action, instruction
-from torchpar.ptx.machine.memory import UNWRITTEN
+from torchpar.ptx.machine.block import Warp
+from torchpar.ptx.machine.decode import Run, action, instruction
+from torchpar.ptx.machine.operation import Operation
 from torchpar.ptx.machine.parse import Instruction, PtxError, flat
 from torchpar.ptx.machine.registers import LANES, Values, reader, writer
+from torchpar.ptx.machine.vector_clocks import UNWRITTEN
 
 LANE_COUNT, COLUMNS = 128, 512
 # By the kind of a product, the types of A and B by their numbers in the instruction descriptor.

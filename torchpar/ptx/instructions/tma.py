@@ -10,10 +10,12 @@ import numpy as np
 
 from torchpar.ptx.instructions.atomics import combination
 from torchpar.ptx.instructions.copies import Copy, Places
-from torchpar.ptx.machine.block import Operation, Run, Warp, action, instruction
-from torchpar.ptx.machine.memory import UNWRITTEN
+from torchpar.ptx.machine.block import Warp
+from torchpar.ptx.machine.decode import Run, action, instruction
+from torchpar.ptx.machine.operation import Operation
 from torchpar.ptx.machine.parse import Instruction, PtxError
 from torchpar.ptx.machine.registers import DTYPES, HALVES, Values, reader, writer
+from torchpar.ptx.machine.vector_clocks import UNWRITTEN
 from torchpar.ptx.native.encoding import FIELDS
 
 # mbarrier: counts arrivals, and bytes of bulk copies

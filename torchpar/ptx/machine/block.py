@@ -1,30 +1,24 @@
 # SPDX-License-Identifier: MIT
-"""A block of threads: its warps, the barriers at which they meet, and the order in which they run.
+"""A block of threads: its warps, and the barriers at which they meet, in turns.
 
-Each warp has a program counter of its own. Where the 32 threads of a warp diverge, those with the
-smallest program counter run first, so that they meet again behind the branch.
+`execute` has what Python does for an instruction of a warp, and `native` what C does.
 """
 
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
-from torchpar.ptx.machine import definedness
+from torchpar.ptx.machine.allocation import Allocation
 from torchpar.ptx.machine.cluster import Cluster, Phase
-from torchpar.ptx.machine.memory import Allocation, Events, Knowledge, Space, merge
+from torchpar.ptx.machine.execute import advance
+from torchpar.ptx.machine.memory import Space
+from torchpar.ptx.machine.operation import Operation
 from torchpar.ptx.machine.parse import (
-    Constant,
-    Instruction,
-    Kernel,
     PtxError,
-    Register,
-    Symbol,
-    flat,
     own_error,
 )
 from torchpar.ptx.machine.protocols import Gpu, RegisterFile
@@ -32,27 +26,21 @@ from torchpar.ptx.machine.protocols import Operation as AnyOperation
 from torchpar.ptx.machine.protocols import Warp as AnyWarp
 from torchpar.ptx.machine.registers import (
     ALL,
-    DTYPES,
     LANES,
     NO_CAUSE,
     SHARED_BASE,
     UNWRITTEN,
     WINDOW_BITS,
-    Cause,
     Registers,
-    Tainted,
-    Unready,
     Values,
-    reader,
-    writer,
 )
 from torchpar.ptx.machine.trace import Trace
+from torchpar.ptx.machine.vector_clocks import Events, Knowledge, merge
 from torchpar.ptx.native.warps import BlockState
 
 LIMIT = 3_000_000  # instructions of a warp
 SPINS = 4  # accesses that find what they found before, after which other programs run
 LOCAL_BASE = 2**20  # of the threads' stacks
-ALL_BYTES, NO_BYTES = ALL.tobytes(), bytes(32)
 
 
 @dataclass(frozen=True)
@@ -70,8 +58,6 @@ SCHEDULES = (
     Schedule("late", "reverse"),
     Schedule("random", "random", 1),
 )
-
-Run = Callable[["Warp"], object]  # It returns True where another warp may run first.
 LANE_MASKS = {
     "WARP_SZ": np.full(32, 32),
     "%laneid": LANES,
@@ -81,180 +67,6 @@ LANE_MASKS = {
     "%lanemask_gt": ~((np.uint64(2) << LANES.astype(np.uint64)) - np.uint64(1)).astype(np.uint32),
     "%lanemask_ge": ~((np.uint32(1) << LANES.astype(np.uint32)) - np.uint32(1)),
 }
-Results = int | Callable[[Instruction], int]
-Build = Callable[[Instruction], Run]
-Action = TypeVar("Action", bound=Callable[..., object])
-BUILDERS: dict[str, tuple[Callable[[Instruction], Run], Results, bool]] = {}
-
-
-def instruction(
-    *opcodes: str, results: Results = 1, whole: bool = False
-) -> Callable[[Build], Build]:
-    """Register a function that makes an instruction of one of the ``opcodes`` executable.
-
-    It raises an error for a form of it that is not known.
-
-    Args:
-        results: how many operands, the first ones, are written; or a function that says it.
-        whole: all threads of a warp must execute it together (".aligned").
-    """
-
-    def register(build: Build) -> Build:
-        for opcode in opcodes:
-            BUILDERS[opcode] = build, results, whole
-        return build
-
-    return register
-
-
-def elementwise(i: Instruction, function: Callable[..., Values], result: str, *sources: str) -> Run:
-    """Apply ``function`` to the operands but the first, which it gives its result; by their
-    kinds."""
-    put = writer(i.operands[0], result)
-    reads = [reader(operand, kind) for operand, kind in zip(i.operands[1:], sources, strict=True)]
-    return lambda warp: put(warp, function(*[read(warp) for read in reads]))
-
-
-def action(*opcodes: str, whole: bool = False, single: bool = False) -> Callable[[Action], Action]:
-    """Register a function of a warp, an instruction, and its operands' values in the threads that
-    execute it.
-
-    An address is followed by its coordinates. ``single``: one thread alone may execute the
-    instruction.
-    """
-
-    def register(function: Action) -> Action:
-        @instruction(*opcodes, results=0, whole=whole)
-        def build(i: Instruction) -> Run:
-            reads = []
-            for operand in i.operands:
-                if operand != Symbol("_"):
-                    reads += [
-                        reader(operand),
-                        *(reader(one) for one in getattr(operand, "coordinates", [])),
-                    ]
-
-            def run(warp: Warp) -> object:
-                lanes = warp.lanes()
-                if single and len(lanes) != 1:
-                    raise PtxError(
-                        i.line, f"{len(lanes)} threads of {warp.name} execute {i.opcode}"
-                    )
-                return function(warp, i, *[read(warp)[lanes] for read in reads])
-
-            return run
-
-        return function
-
-    return register
-
-
-@lru_cache(None)
-def _builder(opcode: str) -> tuple[Callable[[Instruction], Run], Results, bool]:
-    """Return what was registered for an opcode, or for the longest beginning of it."""
-    parts = opcode.split(".")
-    prefixes = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
-    found = (BUILDERS[prefix] for prefix in prefixes if prefix in BUILDERS)
-    return next(found, (_unknown, 1, False))
-
-
-def decode(kernel: Kernel) -> Kernel:
-    """Note which instructions of a kernel whole warps execute."""
-    for i in kernel.instructions:
-        _, _, i.whole = _builder(i.opcode)
-    return kernel
-
-
-def prepare(i: Instruction) -> None:
-    """Make an instruction executable, when Python executes it first: the core in C does most."""
-    try:
-        build, results, _ = _builder(i.opcode)
-        i.run = build(i)
-        count = results if isinstance(results, int) else results(i)
-    except (LookupError, ValueError, AssertionError, TypeError):
-        count, i.run = 1, _unknown(i)
-    written = [one for operand in i.operands[:count] for one in flat(operand)]
-    i.writes = [one.index for one in written if isinstance(one, Register)]
-
-
-def _unknown(i: Instruction) -> Run:
-    """An instruction that is not modelled is an error only where it is executed."""
-
-    def run(warp: Warp) -> None:
-        message = f"the executor does not know {i.opcode}"
-        raise PtxError(i.line, message, "unknown instruction")
-
-    return run
-
-
-class Operation:
-    """An asynchronous operation of a warp: `cp.async`, a bulk copy or `wgmma`. It has two events.
-
-    It reads its sources and later writes its targets, at times that a schedule chooses. Who knows
-    `read` may write its sources, and who knows `written` may read its targets.
-
-    Args:
-        generic: its accesses are not of the asynchronous proxy.
-        after: an operation that completes before this one.
-        continues: an operation of the same kind and warp, which this one always follows, so that
-            who knows this one's events knows those of ``continues``.
-    """
-
-    targets: frozenset[int] = frozenset()  # ranks of blocks of the cluster to which it writes
-
-    def __init__(
-        self,
-        warp: "Warp",
-        line: int,
-        what: str,
-        generic: bool = False,
-        after: "Operation | None" = None,
-        continues: "Operation | None" = None,
-    ):
-        block: Block = warp.block
-        self.what, self.after, self.line = what, after, line
-        self.name = f"{what} of {warp.name}"
-        if continues is None:
-            self.agent, self.time = block.knowledge.add_agent(generic), 0
-            block.cluster.owners.append(block.rank)
-        else:
-            self.agent, self.time = continues.agent, continues.time + 2
-        self.read, self.written = (
-            block.gpu.events.add(block.number, self.agent, self.time + n, line, self.name)
-            for n in (1, 2)
-        )
-        self.steps: list[Callable[[], None]] = []
-        warp.trace(self)
-
-    def fetch(self) -> None:
-        """Read the sources."""
-
-    def store(self) -> None:
-        """Write the targets."""
-
-    def start(self, block: "Block") -> None:
-        """Issue it. Its two steps are done at once, or when something waits for them, or at
-        random."""
-        self.steps = [self.fetch, self.store]
-        block.flying.append(self)
-        if block.gpu.schedule.completion == "early":
-            self.advance()
-
-    def advance(self, left: int = 0) -> None:  # the machine's states in one place
-        """Do its steps but for the last ``left`` ones."""
-        if self.after is not None:
-            self.after.advance()
-            self.after = None
-        while len(self.steps) > left:
-            self.steps.pop(0)()
-
-    def wait(self, warp: "Warp", left: int = 0) -> None:
-        """From now on the warp knows that the operation has read, or, with no step ``left``, is
-        done."""
-        self.advance(left)
-        times = warp.knowledge.times[warp.index]
-        times[self.agent] = max(times[self.agent], self.time + (1 if left else 2))
-        warp.trace(self)
 
 
 class Warp:
@@ -420,203 +232,6 @@ class Warp:
         if self.block.trace is not None:
             self.block.trace.operate(self, operation)
 
-    def fill(self, registers: list[int], what: str) -> None:
-        """Give undefined bits to registers that were not written, in the threads left out now."""
-        for index in registers:
-            if self.registers[index] is UNWRITTEN:
-                raw = np.frombuffer(self.block.gpu.random.randbytes(256), np.uint8)
-                dtype = DTYPES[self.block.gpu.kernel.registers[index]]
-                values = raw[:32] > 127 if dtype == np.bool_ else raw.view(dtype)[:32]
-                message = f"the result of {what} in a thread whose mask is false"
-                cause = Cause("undefined value", message, 0)
-                self.registers[index] = Tainted(values, definedness.full(dtype), cause)
-
-    def advance(self, budget: int) -> None:
-        """Run until the warp waits, ends, or has executed ``budget`` instructions."""
-        gpu, instructions = self.block.gpu, self.block.gpu.kernel.instructions
-        left = budget
-        while left > 0:
-            if self.parked:
-                self.park(self.pc, self.active)
-                self.pc = min(self.parked)
-                self.active = self.parked.pop(self.pc)
-            if self.core is not None:
-                done = self.core.run(self, left)
-                left -= done
-                if left == 0 or (done and self.parked):
-                    continue
-            left -= 1
-            i, pc = instructions[self.pc], self.pc
-            self.count += 1
-            try:
-                stop = self.step(i)
-            except (TypeError, AttributeError) as e:
-                stop = self.step_tainted(i, pc, e)
-            if stop:
-                break
-        if self.count > gpu.limit:
-            reason = f"does not end after {self.count:,} instructions"
-            raise PtxError(instructions[self.pc].line, reason, "endless loop")
-
-    def step(self, i: Instruction) -> bool:
-        """Execute an instruction. Return whether another warp may run first."""
-        if i.run is None:
-            prepare(i)
-        if i.whole and self.active is not ALL and not self.gather(i):
-            return False
-        registers, mask = self.registers, self.active
-        if i.guard is not None:
-            mask = ~registers[i.guard.index] if i.negated else registers[i.guard.index]
-            mask = mask if self.active is ALL else mask & self.active
-            bits = mask.tobytes()
-            mask = ALL if bits == ALL_BYTES else mask
-            if bits == NO_BYTES:
-                self.fill(i.writes, i.opcode)
-                self.mask = mask
-                self.pc += 1
-                return False
-        self.mask = mask
-        if mask is not ALL:
-            self.fill(i.writes, i.opcode)
-            if i.whole:
-                raise PtxError(i.line, f"a part of {self.name} executes {i.opcode}")
-            if any(type(registers[index]) is Tainted for index in i.writes):
-                raise TypeError(f"{i.opcode} writes a part of undefined bits")  # to `advance`
-        pc, threads = self.pc, 32 if mask is ALL else mask.tobytes().count(1)
-        self.pc += 1
-        stop = False
-        if i.target >= 0:
-            self.branch(i.target)
-        else:
-            stop = bool(i.run(self))
-        self.block.gpu.counts.execute(pc, threads)
-        if self.block.trace is not None:
-            self.block.trace.execute(self, pc)
-        return stop
-
-    def gather(self, i: Instruction) -> bool:
-        """Wait with an instruction of all threads for those that have diverged.
-
-        Where a branch's blocks lie behind their join, those with the smallest program counter
-        reach it first.
-
-        Returns:
-            Whether all threads are here; otherwise others have become active.
-        """
-        here = self.gathered.pop(self.pc, False) | self.active
-        if here.all():
-            self.active = ALL
-            return True
-        self.gathered[self.pc] = here
-        if not self.parked and not self.shuffle_apart():
-            first = self.block.gpu.kernel.instructions[min(self.gathered)]
-            reason = f"a part of {self.name} executes {first.opcode}"
-            raise PtxError(first.line, reason, "diverged warp")
-        self.pc = min(self.parked)
-        self.active = self.parked.pop(self.pc)
-        return False
-
-    def shuffle_apart(self) -> bool:
-        """Execute shfl.sync that the threads have reached at several places of the program.
-
-        They may, as all of them execute it with the same mask: LLVM copies it into both sides of a
-        branch.
-
-        Returns:
-            Whether that was it.
-        """
-        instructions = self.block.gpu.kernel.instructions
-        places = [(pc, instructions[pc], mask) for pc, mask in sorted(self.gathered.items())]
-        _, first, _ = places[0]
-        # Of the operands all but the result, the value and the lane are the same constants.
-        is_same = first.opcode.startswith("shfl.sync.") and all(
-            i.opcode == first.opcode
-            and i.guard is None
-            and isinstance(i.operands[0], Register)
-            and i.operands[3:] == first.operands[3:]
-            for _, i, _ in places
-        )
-        is_whole = np.any([mask for *_, mask in places], 0).all()
-        given = [self._given(n, places) for n in (1, 2)] if is_same and is_whole else [None]
-        if any(one is None for one in given):
-            return False
-        self.gathered.clear()
-        self.mask = self.active = ALL
-        for pc, i, mask in places:
-            self._shuffle_at(i, mask, given)
-            self.block.gpu.counts.execute(pc, int(mask.sum()))
-            if self.block.trace is not None:
-                self.block.trace.execute(self, pc)
-            self.park(pc + 1, mask)
-        return True
-
-    def _given(self, n: int, places: list[tuple[int, Instruction, Any]]) -> Any:
-        """Return the threads' values of an operand at several places; None if one is undefined."""
-        given = np.zeros(32, np.uint32)
-        for _, i, mask in places:
-            operand = i.operands[n]
-            held: Any = None
-            if isinstance(operand, Constant):
-                held = np.full(32, operand.bits % 2**32, np.uint32)
-            elif isinstance(operand, Register):
-                held = self.registers[operand.index]
-            if isinstance(held, Tainted) and not held.mask[mask].any():
-                held = held.values
-            if not isinstance(held, np.ndarray):
-                return None
-            given = np.where(mask, held.view(np.uint32), given)
-        return given
-
-    def _shuffle_at(self, i: Instruction, mask: Any, given: list[Any]) -> None:
-        """Give the threads of ``mask`` what they take of the values ``given`` by all threads."""
-        if i.run is None:
-            prepare(i)
-        to = i.operands[0].index
-        self.fill([to], i.opcode)
-        sources = {
-            one.index: values
-            for one, values in zip(i.operands[1:3], given, strict=True)
-            if isinstance(one, Register)
-        }
-        kept = {
-            index: held.copy() if isinstance(held := self.registers[index], np.ndarray) else held
-            for index in (*sources, to)
-        }
-        for index, values in sources.items():
-            self.registers[index] = values.view(DTYPES[self.block.gpu.kernel.registers[index]])
-        i.run(self)
-        taken, before = self.registers[to].copy(), kept.pop(to)
-        for index, held in kept.items():
-            self.registers[index] = held
-        if isinstance(before, Tainted):
-            undefined = np.where(mask, 0, before.mask).astype(before.mask.dtype)
-            values = np.where(mask, taken, before.values)
-            self.registers[to] = Tainted(values, undefined, before.cause)
-        else:
-            self.registers[to] = np.where(mask, taken, before)
-
-    def step_tainted(self, i: Instruction, pc: int, error: Exception) -> bool:
-        """Execute an instruction that has failed, if its registers have undefined bits."""
-        held = [self.registers[one.index] for one in i.registers]
-        if any(isinstance(one, Unready) and one.operation is not None for one in held):
-            message = f"{i.opcode} takes a register of an asynchronous product"
-            raise PtxError(i.line, message) from error
-        self.pc = pc
-        stop = definedness.execute(self, i, lambda: self.step(i))
-        if stop is None:
-            raise error
-        return stop
-
-    def branch(self, target: int) -> None:
-        others = self.active & ~self.mask
-        if others.any():
-            self.park(self.pc, others)
-        self.pc, self.active = target, self.mask
-
-    def park(self, pc: int, mask: Values) -> None:
-        both = self.parked.get(pc, False) | mask
-        self.parked[pc] = ALL if both.all() else both
-
 
 class Block:
     """A block of threads with its shared memory, and the stacks of its threads.
@@ -739,7 +354,7 @@ class Block:
                 spun = None
                 budget = rng.randint(1, 400) if schedule.order == "random" else self.gpu.limit + 1
                 try:
-                    warp.advance(budget)
+                    advance(warp, budget)
                 except (PtxError, MemoryError):
                     raise
                 except Exception as e:
@@ -791,45 +406,3 @@ def _missing(warp: AnyWarp) -> str:
     """Say what an mbarrier misses for which a warp waits; "" for other waits."""
     found = getattr(warp.waiting, "missing", None)
     return "" if found is None else str(found())
-
-
-@action("ret", whole=True)
-def _return(warp: Warp, i: Instruction) -> bool:
-    warp.done = True
-    if all(one.done for one in warp.block.warps):
-        warp.block.cluster.leave(warp.block)
-    else:
-        warp.block.cluster.complete()
-    return True
-
-
-@action("bar.sync", "barrier.sync", whole=True)
-def _synchronize(warp: Warp, i: Instruction, number: Values, count: Values | None = None) -> bool:
-    warps = len(warp.block.warps) if count is None else int(count[0]) // 32
-    warp.block.arrive(warp, int(number[0]), warps)
-    return True
-
-
-@action("bar.arrive", "barrier.arrive", whole=True)
-def _arrive(warp: Warp, i: Instruction, number: Values, count: Values) -> None:
-    warp.block.arrive(warp, int(number[0]), int(count[0]) // 32, waits=False)
-
-
-@instruction("brx.idx", results=0)
-def _branch_by_index(i: Instruction) -> Run:
-    index = reader(i.operands[0])
-
-    def run(warp: Warp) -> None:
-        chosen = set(index(warp)[warp.lanes()].tolist())
-        if len(chosen) > 1:
-            raise PtxError(i.line, "threads of a warp branch by different indices", "diverged warp")
-        warp.pc = i.table[chosen.pop()]
-
-    return run
-
-
-@instruction("bra", results=0)
-@instruction("bar.warp.sync", results=0, whole=True)
-def _pass(i: Instruction) -> Run:
-    """`Warp.branch` follows a branch. Limitation: a missing `bar.warp.sync` is not detected."""
-    return lambda warp: None

@@ -14,10 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from torchpar.ptx.machine.memory import Allocation, Knowledge, Space, merge
+from torchpar.ptx.machine.allocation import Allocation
+from torchpar.ptx.machine.memory import Space
 from torchpar.ptx.machine.parse import PtxError
 from torchpar.ptx.machine.protocols import Block, Gpu, Operation, Warp
 from torchpar.ptx.machine.registers import WINDOW_BITS, Values
+from torchpar.ptx.machine.vector_clocks import Knowledge, merge
 
 ENDED = "ended CTA"  # the name of a fault
 

@@ -16,11 +16,12 @@ from threading import Event
 
 import numpy as np
 
-from torchpar.ptx.machine.counters import Column, Counts
-from torchpar.ptx.machine.memory import GIVEN, Allocation, Events, Space
-from torchpar.ptx.machine.pages import zeros
+from torchpar.ptx.machine.allocation import Allocation, zeros
+from torchpar.ptx.machine.counts import Column, Counts
+from torchpar.ptx.machine.memory import Space
 from torchpar.ptx.machine.protocols import Gpu
 from torchpar.ptx.machine.registers import Values
+from torchpar.ptx.machine.vector_clocks import GIVEN, Events
 from torchpar.ptx.native.blocks import Blocks
 from torchpar.ptx.native.warps import LaunchState
 

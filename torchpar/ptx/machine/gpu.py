@@ -18,6 +18,7 @@ from torchpar.ptx.instructions import (  # noqa: F401
     bits,
     calls,
     clusters,
+    control,
     conversions,
     copies,
     rare,
@@ -25,16 +26,19 @@ from torchpar.ptx.instructions import (  # noqa: F401
     tensor_memory,
     tma,
 )
-from torchpar.ptx.machine.block import LIMIT, Block, Schedule, decode
+from torchpar.ptx.machine.allocation import Allocation
+from torchpar.ptx.machine.block import LIMIT, Block, Schedule
 from torchpar.ptx.machine.cluster import Cluster
 from torchpar.ptx.machine.cores import least_seconds, run_on_all_cores
-from torchpar.ptx.machine.counters import Counts
-from torchpar.ptx.machine.memory import Allocation, Events, Space
+from torchpar.ptx.machine.counts import Counts
+from torchpar.ptx.machine.decode import decode
+from torchpar.ptx.machine.memory import Space
 from torchpar.ptx.machine.parse import Kernel, PtxError, parse
 from torchpar.ptx.machine.protocols import Warp
 from torchpar.ptx.machine.registers import Values
 from torchpar.ptx.machine.sample import Sample
 from torchpar.ptx.machine.trace import Trace
+from torchpar.ptx.machine.vector_clocks import Events
 from torchpar.ptx.native import core as native
 from torchpar.ptx.native.blocks import Blocks
 from torchpar.ptx.native.encoding import Program

@@ -72,6 +72,7 @@ class Address:
     coordinates: list[Any]
 
 
+Source = tuple[str, int] | None  # a file of the user's Python, and a line
 EVERY_THREAD = Constant(-1), Constant(0xFFFFFFFF)  # of a warp, as a mask
 
 
@@ -100,7 +101,7 @@ class Instruction:
     negated: bool
     target: int = -1  # of a branch
     table: list[int] = field(default_factory=list)  # targets of a branch by an index
-    source: tuple[str, int] | None = None  # the file and the line of the user's Python
+    source: Source = None
     # What `machine` adds: how a warp executes it, whether only as a whole, and what it writes
     run: Any = None
     whole: bool = False

@@ -14,9 +14,11 @@ from torchpar.ptx.machine.registers import Cause, Values
 if TYPE_CHECKING:
     from random import Random
 
-    from torchpar.ptx.machine.counters import Counts
-    from torchpar.ptx.machine.memory import Allocation, Events, Knowledge, Space
+    from torchpar.ptx.machine.allocation import Allocation
+    from torchpar.ptx.machine.counts import Counts
+    from torchpar.ptx.machine.memory import Space
     from torchpar.ptx.machine.trace import Trace
+    from torchpar.ptx.machine.vector_clocks import Events, Knowledge
 
 
 class View(Protocol):
@@ -240,6 +242,9 @@ class Warp(Protocol):
 
     @property
     def parked(self) -> dict[int, Values]: ...
+
+    @property
+    def gathered(self) -> dict[int, Values]: ...
 
     def lanes(self) -> Values: ...
 

@@ -20,9 +20,9 @@ from random import Random
 
 import numpy as np
 
-from torchpar.ptx.machine.counters import SECTOR, Column, Counts, operation
-from torchpar.ptx.machine.memory import Allocation
-from torchpar.ptx.machine.pages import zeros
+from torchpar.ptx.machine.allocation import Allocation, zeros
+from torchpar.ptx.machine.counts import SECTOR, Column, Counts
+from torchpar.ptx.machine.kinds import operation
 from torchpar.ptx.machine.registers import Values
 
 LEAST = 6  # programs of a sample: two of each kind of one dimension

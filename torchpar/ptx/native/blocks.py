@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from torchpar.ptx.machine.pages import zeros
+from torchpar.ptx.machine.allocation import zeros
 from torchpar.ptx.machine.protocols import AllocationView, Block
 from torchpar.ptx.machine.registers import Values
 from torchpar.ptx.native.layout import (
@@ -31,7 +31,7 @@ from torchpar.ptx.native.layout import (
 )
 
 if TYPE_CHECKING:
-    from torchpar.ptx.machine.memory import Allocation
+    from torchpar.ptx.machine.allocation import Allocation
 
 C = TypeVar("C", PastStruct, ReleaseStruct, TensormapStruct, ctypes.c_int32)
 

@@ -7,7 +7,7 @@ from typing import ClassVar, TypeVar
 
 import numpy as np
 
-from torchpar.ptx.machine.memory import LARGEST_UNIT
+from torchpar.ptx.machine.allocation import LARGEST_UNIT
 from torchpar.ptx.machine.parse import (
     EVERY_THREAD,
     Address,

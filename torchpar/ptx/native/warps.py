@@ -24,8 +24,10 @@ from torchpar.ptx.native.layout import (
 )
 
 if TYPE_CHECKING:
-    from torchpar.ptx.machine.counters import Counts
-    from torchpar.ptx.machine.memory import Allocation, Events, Space
+    from torchpar.ptx.machine.allocation import Allocation
+    from torchpar.ptx.machine.counts import Counts
+    from torchpar.ptx.machine.memory import Space
+    from torchpar.ptx.machine.vector_clocks import Events
 
 NO_LIMIT = 2**31 - 1  # of an instruction's index
 

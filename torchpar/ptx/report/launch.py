@@ -7,7 +7,10 @@ from functools import cached_property
 from pathlib import Path
 
 from torchpar.errors import in_columns
-from torchpar.ptx.machine.counters import KINDS, Counters, Counts, Source, summarize
+from torchpar.ptx.machine.counters import Counters, summarize
+from torchpar.ptx.machine.counts import Counts
+from torchpar.ptx.machine.kinds import KINDS
+from torchpar.ptx.machine.parse import Source
 from torchpar.ptx.machine.trace import Trace
 from torchpar.ptx.report.resources import Resources, programs_of, resources
 from torchpar.ptx.report.roofline import GPU_OF, Bound, bounds

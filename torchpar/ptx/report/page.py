@@ -13,7 +13,9 @@ from typing import NamedTuple
 import numpy as np
 
 from torchpar.kernels.data_sheets import DATA_SHEETS
-from torchpar.ptx.machine.counters import BANKS, SECTOR, WORD, Access, Line, kind_of, operation
+from torchpar.ptx.machine.counters import Access, Line
+from torchpar.ptx.machine.counts import BANKS, SECTOR, WORD
+from torchpar.ptx.machine.kinds import kind_of, operation
 from torchpar.ptx.machine.trace import Request, Span, Trace
 from torchpar.ptx.report.drawing import Drawing
 from torchpar.ptx.report.faults import Fault

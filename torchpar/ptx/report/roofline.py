@@ -9,7 +9,8 @@ and Patterson, "Roofline", Communications of the ACM 52, 2009).
 from typing import NamedTuple
 
 from torchpar.kernels.data_sheets import DATA_SHEETS
-from torchpar.ptx.machine.counters import SECTOR, Counters
+from torchpar.ptx.machine.counters import Counters
+from torchpar.ptx.machine.counts import SECTOR
 
 SPECIAL = 16  # results of special functions in a clock and multiprocessor
 

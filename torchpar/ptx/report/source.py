@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from types import FrameType
 
-from torchpar.ptx.machine.counters import Source
+from torchpar.ptx.machine.parse import Source
 
 STARTED_IN = os.environ.get("PWD", "/")
 with suppress(OSError):  # the folder may be gone

@@ -25,7 +25,8 @@ from math import ceil, log1p
 from typing import TYPE_CHECKING, NamedTuple
 
 from torchpar.kernels.data_sheets import DATA_SHEETS, DataSheet
-from torchpar.ptx.machine.counters import SECTOR, WAVEFRONT, Column, operation, tensor_flops
+from torchpar.ptx.machine.counts import SECTOR, WAVEFRONT, Column
+from torchpar.ptx.machine.kinds import operation, tensor_flops
 from torchpar.ptx.machine.parse import Instruction
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from weakref import WeakKeyDictionary
 from torchpar.kernels.data_sheets import DATA_SHEETS, PROGRAMS, RESERVED, WARPS
 from torchpar.ptx.machine import gpu
 from torchpar.ptx.machine.block import Schedule
-from torchpar.ptx.machine.counters import Counts, Source
+from torchpar.ptx.machine.counts import Counts
 from torchpar.ptx.machine.memory import Space
-from torchpar.ptx.machine.parse import Kernel, PtxError, own_error
+from torchpar.ptx.machine.parse import Kernel, PtxError, Source, own_error
 from torchpar.ptx.machine.protocols import Warp
 from torchpar.ptx.machine.trace import Trace
 from torchpar.ptx.report.faults import Fault, Kind

@@ -5,23 +5,26 @@ import ctypes
 import gc
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import compress
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from torchpar.ptx.machine.memory import (
+from torchpar.ptx.machine.allocation import (
+    ALIGNED,
     LARGEST_UNIT,
-    UNWRITTEN,
     Allocation,
-    Space,
-    free_memory,
+    Unwritten,
+    page_count,
+    zeros,
 )
-from torchpar.ptx.machine.pages import ALIGNED, Unwritten, page_count, zeros
+from torchpar.ptx.machine.memory import Space
 from torchpar.ptx.machine.registers import Values
+from torchpar.ptx.machine.vector_clocks import UNWRITTEN
 from torchpar.ptx.native.layout import PAGE
 
 
@@ -291,6 +294,27 @@ def _index_of(t: Tensor, name: str) -> Callable[[int], str]:
         return f"element {offset // width} of the storage of {name}"
 
     return index
+
+
+def free_memory(
+    machine: Path = Path("/proc/meminfo"), container: Path = Path("/sys/fs/cgroup")
+) -> int | None:
+    """Return the bytes of memory that this process can get, or None if the system does not say so.
+
+    A container may have a limit below what the machine has (files ``memory.*`` of cgroup v2).
+    """
+    found = []
+    with suppress(OSError):
+        sizes = dict(line.split(":") for line in machine.read_text("utf-8").splitlines())
+        found += [1024 * int(sizes["MemAvailable"].split()[0])] if "MemAvailable" in sizes else []
+    with suppress(OSError):
+        limit, used = ((container / f"memory.{name}").read_text() for name in ("max", "current"))
+        if limit.strip() != "max":
+            uses = (container / "memory.stat").read_text("utf-8").splitlines()
+            # Copies of files, which the system drops when it needs their memory.
+            dropped = int(dict(line.split() for line in uses)["inactive_file"])
+            found.append(max(0, int(limit) - int(used) + dropped))
+    return min(found, default=None)
 
 
 def _check_memory(name: str, elements: int) -> None:

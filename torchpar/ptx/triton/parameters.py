@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from torchpar.ptx.instructions.tma import STRIDES_END, TF32
-from torchpar.ptx.machine.memory import (
-    GIVEN,
-)
+from torchpar.ptx.machine.vector_clocks import GIVEN
 from torchpar.ptx.native.encoding import FIELDS
 
 if TYPE_CHECKING:

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: MIT
+"""Branches, the end of a warp, and barriers of a block.
+
+Sections 9.7.12 and 9.7.13 of the PTX ISA.
+"""
+
+from torchpar.ptx.machine.block import Warp
+from torchpar.ptx.machine.decode import Run, action, instruction
+from torchpar.ptx.machine.parse import (
+    Instruction,
+    PtxError,
+)
+from torchpar.ptx.machine.registers import (
+    Values,
+    reader,
+)
+
+
+@action("ret", whole=True)
+def _return(warp: Warp, i: Instruction) -> bool:
+    warp.done = True
+    if all(one.done for one in warp.block.warps):
+        warp.block.cluster.leave(warp.block)
+    else:
+        warp.block.cluster.complete()
+    return True
+
+
+@action("bar.sync", "barrier.sync", whole=True)
+def _synchronize(warp: Warp, i: Instruction, number: Values, count: Values | None = None) -> bool:
+    warps = len(warp.block.warps) if count is None else int(count[0]) // 32
+    warp.block.arrive(warp, int(number[0]), warps)
+    return True
+
+
+@action("bar.arrive", "barrier.arrive", whole=True)
+def _arrive(warp: Warp, i: Instruction, number: Values, count: Values) -> None:
+    warp.block.arrive(warp, int(number[0]), int(count[0]) // 32, waits=False)
+
+
+@instruction("brx.idx", results=0)
+def _branch_by_index(i: Instruction) -> Run:
+    index = reader(i.operands[0])
+
+    def run(warp: Warp) -> None:
+        chosen = set(index(warp)[warp.lanes()].tolist())
+        if len(chosen) > 1:
+            raise PtxError(i.line, "threads of a warp branch by different indices", "diverged warp")
+        warp.pc = i.table[chosen.pop()]
+
+    return run
+
+
+@instruction("bra", results=0)
+@instruction("bar.warp.sync", results=0, whole=True)
+def _pass(i: Instruction) -> Run:
+    """`execute` follows a branch. Limitation: a missing `bar.warp.sync` is not detected."""
+    return lambda warp: None

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: MIT
+"""Events of a launch, and the vector clocks by which warps know of each other's events.
+
+Each access of a warp or of an asynchronous operation is an event: an agent at a time. Agents are
+the warps of a block, and its asynchronous operations. A warp knows its own events. It learns those
+of the block's other warps at a barrier, those of asynchronous operations when it waits for them,
+and those of other blocks by an atomic that acquires what they have released at its address.
+"""
+
+import numpy as np
+
+from torchpar.ptx.machine.protocols import View
+from torchpar.ptx.machine.registers import Values, all_true
+
+# Numbers of events: what the host did before the launch; what nobody did.
+GIVEN, UNWRITTEN = 0, 1
+
+
+class Events:
+    """The accesses of a launch, by their numbers: their block, agent, time and line."""
+
+    def __init__(self) -> None:
+        self.count = 2
+        self.names: list[str] = ["the host", "nobody"]  # of what accesses
+        self.numbers = {name: n for n, name in enumerate(self.names)}
+        self.view: View | None = None  # for the core in C, which takes the arrays
+        self.lines = np.zeros(2**12, np.int32)
+        self.what = np.arange(2**12, dtype=np.int32)  # by their numbers
+        self.agents = np.zeros(2**12, np.int32)
+        self.times = np.zeros(2**12, np.int32)
+        self.blocks = np.full(2**12, -1, np.int32)
+        self.atomic = np.zeros(2**12, np.bool_)
+        self.blocks[UNWRITTEN] = -2
+
+    def add(
+        self, block: int, agent: int, time: int, line: int, what: str, atomic: bool = False
+    ) -> int:
+        number = self.count
+        if number == len(self.agents):
+            self.grow()
+        self.count += 1
+        self.lines[number], self.what[number] = line, self.name(what)
+        self.agents[number], self.times[number] = agent, time
+        self.blocks[number], self.atomic[number] = block, atomic
+        return number
+
+    def name(self, what: str) -> int:
+        """Return the number of a name."""
+        if what not in self.numbers:
+            self.numbers[what] = len(self.names)
+            self.names.append(what)
+        return self.numbers[what]
+
+    def who(self, number: int) -> str:
+        """Name what has accessed memory."""
+        return self.names[int(self.what[number])]
+
+    def grow(self) -> None:
+        for name in ("lines", "what", "agents", "times", "blocks", "atomic"):
+            setattr(self, name, np.concatenate([getattr(self, name)] * 2))
+        if self.view is not None:
+            self.view.update()
+
+
+class Knowledge:
+    """What each warp of a block knows: of each agent of the block the last time, and of others'.
+
+    ``fenced`` has the times of what each warp knew at its last fence between the proxies.
+    ``foreign`` has by block the times of its agents.
+    """
+
+    def __init__(self, events: Events, block: int, warps: int):
+        self.events, self.block, self.warps, self.agents = events, block, warps, warps
+        self.times = np.zeros((warps, max(64, 2 * warps)), np.int32)
+        self.fenced = np.zeros_like(self.times)
+        self.times[range(warps), range(warps)] = 1
+        self.foreign: list[dict[int, Values]] = [{} for _ in range(warps)]
+        self._tell()
+
+    def _tell(self) -> None:
+        """Note where the arrays lie, for the core in C."""
+        self.address, self.stride = self.times.ctypes.data, self.times.strides[0]
+        self.fenced_address = self.fenced.ctypes.data
+
+    def add_agent(self, generic: bool) -> int:
+        """Return the number of a new asynchronous operation, of which no warp knows."""
+        agent = self.agents
+        self.agents += 1
+        if agent == self.times.shape[1]:
+            self.times, self.fenced = (
+                np.hstack([a, np.zeros_like(a)]) for a in (self.times, self.fenced)
+            )
+            self._tell()
+        if not generic:
+            self.fenced[:, agent] = 2
+        return agent
+
+    def knows(self, warp: int, numbers: Values) -> Values:
+        """Return for each event whether the warp knows it."""
+        events = self.events
+        if not numbers.any():  # the host's
+            return np.ones(numbers.shape, np.bool_)
+        mine = events.blocks[numbers] == self.block
+        agents = np.where(mine, events.agents[numbers], 0)
+        known = mine & (events.times[numbers] <= self.times[warp][agents]) | (numbers == GIVEN)
+        if self.foreign[warp] and not all_true(known):
+            for number in np.unique(numbers[~known & ~mine]).tolist():
+                times = self.foreign[warp].get(int(events.blocks[number]), ())
+                agent = int(events.agents[number])
+                if agent < len(times) and events.times[number] <= times[agent]:
+                    known |= numbers == number
+        return known
+
+    def is_fenced(self, warp: int, numbers: Values) -> Values:
+        """Return for each event, which the warp knows, whether a fence between proxies is after."""
+        mine = self.events.blocks[numbers] == self.block
+        agents = np.where(mine, self.events.agents[numbers], 0)
+        return ~mine | (self.events.times[numbers] <= self.fenced[warp][agents])
+
+    def share(self, warps: list[int]) -> None:
+        """At a barrier, each of these warps learns what one of them knows."""
+        self.times[warps] = self.times[warps].max(0)
+        self.fenced[warps] = self.fenced[warps].max(0)
+        self.times[warps, warps] += 1
+        together: dict[int, Values] = {}
+        for warp in warps:
+            merge(together, self.foreign[warp])
+        for warp in warps:
+            self.foreign[warp] = dict(together) if together else {}
+
+    def snapshot(self, warp: int) -> dict[int, Values]:
+        """Return what the warp knows now; it begins another time, which nobody knows yet."""
+        found = {**self.foreign[warp], self.block: self.times[warp, : self.agents].copy()}
+        self.times[warp, warp] += 1
+        return found
+
+    def learn(self, warp: int, known: dict[int, Values]) -> None:
+        for block, times in known.items():
+            if block == self.block:
+                mine = self.times[warp, : len(times)]
+                np.maximum(mine, times, out=mine)
+            else:
+                merge(self.foreign[warp], {block: times})
+
+
+def merge(into: dict[int, Values], known: dict[int, Values]) -> None:
+    for block, times in known.items():
+        before = into.get(block)
+        if before is times:
+            continue
+        if before is None:
+            into[block] = times
+            continue
+        longer, shorter = (before, times) if len(before) >= len(times) else (times, before)
+        together = longer.copy()
+        np.maximum(together[: len(shorter)], shorter, out=together[: len(shorter)])
+        into[block] = together
