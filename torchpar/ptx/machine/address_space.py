@@ -3,11 +3,11 @@
 
 from bisect import bisect_right, insort
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 
 from torchpar.ptx.machine.allocation import Allocation
+from torchpar.ptx.machine.counts import Counts
 from torchpar.ptx.machine.parse import PtxError
 from torchpar.ptx.machine.protocols import SpaceView, Warp
 from torchpar.ptx.machine.registers import Values, all_true
@@ -25,7 +25,7 @@ class AddressSpace:
         self.find: Callable[[int], Allocation | None] | None = (
             None  # of an address in no allocation: another allocation, or None
         )
-        self.counts: Any = None  # of the launch
+        self.counts: Counts | None = None  # of the launch
         self.view: SpaceView | None = None  # for the core in C
 
     def add(self, allocation: Allocation) -> Allocation:

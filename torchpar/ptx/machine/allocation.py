@@ -15,6 +15,7 @@ from contextlib import suppress
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from torchpar.ptx.machine.protocols import AllocationView
 from torchpar.ptx.machine.registers import Values, all_true
@@ -26,7 +27,7 @@ LARGEST = 16  # bytes of an element
 LARGE = 2**25  # bytes, from which on no huge pages are taken
 
 
-def zeros(count: int, dtype: Any) -> Values:
+def zeros(count: int, dtype: npt.DTypeLike) -> Values:
     """Return zeros of which the system makes those pages that are touched.
 
     `numpy.zeros` asks for huge pages, of 2 MiB each, which take less time where all are touched.

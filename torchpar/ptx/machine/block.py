@@ -36,7 +36,7 @@ from torchpar.ptx.machine.registers import (
 )
 from torchpar.ptx.machine.trace import Trace
 from torchpar.ptx.machine.vector_clocks import Events, Knowledge, merge
-from torchpar.ptx.native.warps import BlockState
+from torchpar.ptx.native.warps import BlockState, WarpState
 
 LIMIT = 3_000_000  # instructions of a warp
 SPINS = 4  # accesses that find what they found before, after which other programs run
@@ -86,7 +86,7 @@ class Warp:
         self.registers: RegisterFile
         if not block.has_core:  # which gives it others
             self.registers = Registers([UNWRITTEN] * len(block.gpu.kernel.registers))
-        self.core: Any = None  # which executes common instructions in C
+        self.core: WarpState | None = None  # which executes common instructions in C
         self.pc = 0
         self.active = ALL  # the threads at `pc`
         self.parked: dict[int, Values] = {}  # the others, by their program counters
@@ -387,7 +387,7 @@ class Block:
                 message = f"the mbarrier at {address}{self.suffix} {what} bytes"
                 self.gpu.fault("error", "unfinished copy", barrier.line, message, warp)
         of_bulk = {agent for agent, _, _ in self.bulk}
-        known: Any = self.knowledge.times.any(0)
+        known = self.knowledge.times.max(0)
         for agent, line, what in self.bulk:  # also those that this schedule has completed
             if not known[agent]:
                 self._note_unfinished(line, what)

@@ -17,7 +17,7 @@ import numpy as np
 from torchpar.ptx.machine.allocation import Allocation
 from torchpar.ptx.machine.memory import Space
 from torchpar.ptx.machine.parse import PtxError
-from torchpar.ptx.machine.protocols import Block, Gpu, Operation, Warp
+from torchpar.ptx.machine.protocols import Arrival, Block, Gpu, Operation, Warp
 from torchpar.ptx.machine.registers import WINDOW_BITS, Values
 from torchpar.ptx.machine.vector_clocks import Knowledge, merge
 
@@ -180,7 +180,7 @@ class Cluster:
                 line = int(events.lines[number])
                 self.gpu.fault("error", ENDED, line, message, warp)
 
-    def _check_arrival(self, block: Block, known: Values, arrival: Any) -> None:
+    def _check_arrival(self, block: Block, known: Values, arrival: Arrival) -> None:
         agent = arrival.agent
         if self.owners[agent] != block.rank and arrival.time > known[agent]:
             message = (

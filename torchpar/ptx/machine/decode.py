@@ -107,16 +107,17 @@ def decode(kernel: Kernel) -> Kernel:
     return kernel
 
 
-def prepare(i: Instruction) -> None:
+def prepare(i: Instruction) -> Run:
     """Make an instruction executable, when Python executes it first: the core in C does most."""
     try:
         build, results, _ = builder_of(i.opcode)
-        i.run = build(i)
+        run = build(i)
         count = results if isinstance(results, int) else results(i)
     except (LookupError, ValueError, AssertionError, TypeError):
-        count, i.run = 1, unknown(i)
+        count, run = 1, unknown(i)
     written = [one for operand in i.operands[:count] for one in flat(operand)]
-    i.writes = [one.index for one in written if isinstance(one, Register)]
+    i.run, i.writes = run, [one.index for one in written if isinstance(one, Register)]
+    return run
 
 
 def unknown(i: Instruction) -> Run:

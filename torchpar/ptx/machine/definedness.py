@@ -13,7 +13,6 @@ executed once more, with the bits and without the taint; then the results are ta
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
@@ -39,7 +38,7 @@ MOVES = {
 }
 
 
-def tainted(warp: Warp, index: int, value: Any) -> Tainted | None:
+def tainted(warp: Warp, index: int, value: object) -> Tainted | None:
     """Return the content of a register with its undefined bits, or None if it has none."""
     if isinstance(value, Tainted):
         return value
@@ -289,6 +288,7 @@ def _move(warp: Warp, i: Instruction, read: dict[int, Tainted]) -> dict[int, Val
     for index in i.writes:
         if index not in moved:
             registers[index] = np.zeros(32, DTYPES[kinds[index]])
+    assert i.run is not None
     i.run(warp)
     found = {}
     for index in i.writes:

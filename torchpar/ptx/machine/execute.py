@@ -5,20 +5,22 @@ Each warp has a program counter of its own. Where the 32 threads of a warp diver
 smallest program counter run first, so that they meet again behind the branch.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from torchpar.ptx.machine import definedness
 from torchpar.ptx.machine.decode import prepare
 from torchpar.ptx.machine.parse import Constant, Instruction, PtxError, Register
-from torchpar.ptx.machine.protocols import Warp
 from torchpar.ptx.machine.registers import ALL, DTYPES, UNWRITTEN, Cause, Tainted, Unready, Values
+
+if TYPE_CHECKING:
+    from torchpar.ptx.machine.block import Warp
 
 ALL_BYTES, NO_BYTES = ALL.tobytes(), bytes(32)
 
 
-def advance(warp: Warp, budget: int) -> None:
+def advance(warp: "Warp", budget: int) -> None:
     """Run until the warp waits, ends, or has executed ``budget`` instructions."""
     gpu, instructions = warp.block.gpu, warp.block.gpu.kernel.instructions
     left = budget
@@ -46,10 +48,9 @@ def advance(warp: Warp, budget: int) -> None:
         raise PtxError(instructions[warp.pc].line, reason, "endless loop")
 
 
-def step(warp: Warp, i: Instruction) -> bool:
+def step(warp: "Warp", i: Instruction) -> bool:
     """Execute an instruction. Return whether another warp may run first."""
-    if i.run is None:
-        prepare(i)
+    execute = i.run or prepare(i)
     if i.whole and warp.active is not ALL and not _gather(warp, i):
         return False
     registers, mask = warp.registers, warp.active
@@ -76,14 +77,14 @@ def step(warp: Warp, i: Instruction) -> bool:
     if i.target >= 0:
         _branch(warp, i.target)
     else:
-        stop = bool(i.run(warp))
+        stop = bool(execute(warp))
     warp.block.gpu.counts.execute(pc, threads)
     if warp.block.trace is not None:
         warp.block.trace.execute(warp, pc)
     return stop
 
 
-def _gather(warp: Warp, i: Instruction) -> bool:
+def _gather(warp: "Warp", i: Instruction) -> bool:
     """Wait with an instruction of all threads for those that have diverged.
 
     Where a branch's blocks lie behind their join, those with the smallest program counter
@@ -106,7 +107,7 @@ def _gather(warp: Warp, i: Instruction) -> bool:
     return False
 
 
-def _shuffle_apart(warp: Warp) -> bool:
+def _shuffle_apart(warp: "Warp") -> bool:
     """Execute shfl.sync that the threads have reached at several places of the program.
 
     They may, as all of them execute it with the same mask: LLVM copies it into both sides of a
@@ -127,13 +128,15 @@ def _shuffle_apart(warp: Warp) -> bool:
         for _, i, _ in places
     )
     is_whole = np.any([mask for *_, mask in places], 0).all()
-    given = [_given(warp, n, places) for n in (1, 2)] if is_same and is_whole else [None]
-    if any(one is None for one in given):
+    if not is_same or not is_whole:
+        return False
+    given = [_given(warp, n, places) for n in (1, 2)]
+    if given[0] is None or given[1] is None:
         return False
     warp.gathered.clear()
     warp.mask = warp.active = ALL
     for pc, i, mask in places:
-        _shuffle_at(warp, i, mask, given)
+        _shuffle_at(warp, i, mask, [given[0], given[1]])
         warp.block.gpu.counts.execute(pc, int(mask.sum()))
         if warp.block.trace is not None:
             warp.block.trace.execute(warp, pc)
@@ -141,12 +144,12 @@ def _shuffle_apart(warp: Warp) -> bool:
     return True
 
 
-def _given(warp: Warp, n: int, places: list[tuple[int, Instruction, Any]]) -> Any:
+def _given(warp: "Warp", n: int, places: list[tuple[int, Instruction, Values]]) -> Values | None:
     """Return the threads' values of an operand at several places; None if one is undefined."""
     given = np.zeros(32, np.uint32)
     for _, i, mask in places:
         operand = i.operands[n]
-        held: Any = None
+        held: object = None
         if isinstance(operand, Constant):
             held = np.full(32, operand.bits % 2**32, np.uint32)
         elif isinstance(operand, Register):
@@ -159,10 +162,9 @@ def _given(warp: Warp, n: int, places: list[tuple[int, Instruction, Any]]) -> An
     return given
 
 
-def _shuffle_at(warp: Warp, i: Instruction, mask: Any, given: list[Any]) -> None:
+def _shuffle_at(warp: "Warp", i: Instruction, mask: Values, given: list[Values]) -> None:
     """Give the threads of ``mask`` what they take of the values ``given`` by all threads."""
-    if i.run is None:
-        prepare(i)
+    execute = i.run or prepare(i)
     to = i.operands[0].index
     _fill(warp, [to], i.opcode)
     sources = {
@@ -176,7 +178,7 @@ def _shuffle_at(warp: Warp, i: Instruction, mask: Any, given: list[Any]) -> None
     }
     for index, values in sources.items():
         warp.registers[index] = values.view(DTYPES[warp.block.gpu.kernel.registers[index]])
-    i.run(warp)
+    execute(warp)
     taken, before = warp.registers[to].copy(), kept.pop(to)
     for index, held in kept.items():
         warp.registers[index] = held
@@ -188,7 +190,7 @@ def _shuffle_at(warp: Warp, i: Instruction, mask: Any, given: list[Any]) -> None
         warp.registers[to] = np.where(mask, taken, before)
 
 
-def _step_tainted(warp: Warp, i: Instruction, pc: int, error: Exception) -> bool:
+def _step_tainted(warp: "Warp", i: Instruction, pc: int, error: Exception) -> bool:
     """Execute an instruction that has failed, if its registers have undefined bits."""
     held = [warp.registers[one.index] for one in i.registers]
     if any(isinstance(one, Unready) and one.operation is not None for one in held):
@@ -201,19 +203,19 @@ def _step_tainted(warp: Warp, i: Instruction, pc: int, error: Exception) -> bool
     return stop
 
 
-def _branch(warp: Warp, target: int) -> None:
+def _branch(warp: "Warp", target: int) -> None:
     others = warp.active & ~warp.mask
     if others.any():
         _park(warp, warp.pc, others)
     warp.pc, warp.active = target, warp.mask
 
 
-def _park(warp: Warp, pc: int, mask: Values) -> None:
+def _park(warp: "Warp", pc: int, mask: Values) -> None:
     both = warp.parked.get(pc, False) | mask
     warp.parked[pc] = ALL if both.all() else both
 
 
-def _fill(warp: Warp, registers: list[int], what: str) -> None:
+def _fill(warp: "Warp", registers: list[int], what: str) -> None:
     """Give undefined bits to registers that were not written, in the threads left out now."""
     for index in registers:
         if warp.registers[index] is UNWRITTEN:

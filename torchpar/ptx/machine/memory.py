@@ -11,8 +11,6 @@ work in this way (Flanagan and Freund, "FastTrack", PLDI 2009). An element keeps
 not know each other. Of further ones some are forgotten, so that other schedules may notice more.
 """
 
-from typing import Any
-
 import numpy as np
 
 from torchpar.ptx.machine.address_space import AddressSpace, Rows
@@ -144,7 +142,7 @@ class Space(AddressSpace):
         event: int,
         line: int,
         atomic: bool,
-    ) -> Any:
+    ) -> Values | None:
         """Note a load. Return the bytes whose value is undefined, or None."""
         writers = place.shadow(place.writes, width)[rows]
         undefined = None
@@ -248,7 +246,7 @@ class Space(AddressSpace):
         known: Values,
         line: int,
         values: Values,
-    ) -> Any:
+    ) -> Values:
         """Return ``known``, and what is overwritten by the value that it has, or nearly that."""
         events, block = warp.block.gpu.events, warp.block.number
         held = place.data.reshape(-1, width)[rows]

@@ -6,6 +6,7 @@ import struct
 import traceback
 from bisect import bisect
 from collections import ChainMap
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ class Symbol:
 class Address:
     """``[base + offset]``, or of a tensor ``[base, {coordinates}]``."""
 
-    base: Any
+    base: "Register | Constant | Symbol"
     offset: int
     coordinates: list[Any]
 
@@ -97,13 +98,13 @@ class Instruction:
     line: int
     opcode: str
     operands: list[Any]
-    guard: Any
+    guard: Register | None
     negated: bool
     target: int = -1  # of a branch
     table: list[int] = field(default_factory=list)  # targets of a branch by an index
     source: Source = None
     # What `machine` adds: how a warp executes it, whether only as a whole, and what it writes
-    run: Any = None
+    run: Callable[..., object] | None = None
     whole: bool = False
     writes: list[int] = field(default_factory=list)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torchpar.ptx.machine.parse import Kernel
 from torchpar.ptx.machine.registers import Cause, Values
+from torchpar.ptx.native.layout import AllocationStruct, SpaceStruct
 
 if TYPE_CHECKING:
     from random import Random
@@ -24,18 +25,21 @@ if TYPE_CHECKING:
 class View(Protocol):
     """Events, an allocation or a space for the core in C."""
 
-    @property
-    def struct(self) -> Any: ...
-
     def update(self) -> None:
         """Take arrays anew that have been replaced."""
 
 
 class AllocationView(View, Protocol):
+    @property
+    def struct(self) -> AllocationStruct: ...
+
     spare: Values | None
 
 
 class SpaceView(View, Protocol):
+    @property
+    def struct(self) -> SpaceStruct: ...
+
     @property
     def pointer(self) -> int: ...
 
@@ -53,13 +57,13 @@ class RegisterFile(Protocol):
 
     def __getitem__(self, index: int, /) -> Any: ...
 
-    def __setitem__(self, index: int, value: Any, /) -> None: ...
+    def __setitem__(self, index: int, value: object, /) -> None: ...
 
     def get_many(self, indices: Sequence[int]) -> list[Any]: ...
 
     def set_many(self, indices: Sequence[int], values: Values) -> None: ...
 
-    def set_same(self, indices: Sequence[int], value: Any) -> None: ...
+    def set_same(self, indices: Sequence[int], value: object) -> None: ...
 
     def stamp(self) -> Any: ...
 
@@ -167,8 +171,8 @@ class Block(Protocol):
     def end(self) -> None: ...
 
 
-class Operation(Protocol):
-    """An asynchronous operation, as those see it that wait for it."""
+class Arrival(Protocol):
+    """An arrival at an mbarrier: of a thread, or of an asynchronous operation."""
 
     @property
     def agent(self) -> int: ...
@@ -181,6 +185,10 @@ class Operation(Protocol):
 
     @property
     def line(self) -> int: ...
+
+
+class Operation(Arrival, Protocol):
+    """An asynchronous operation, as those see it that wait for it."""
 
     @property
     def what(self) -> str: ...
@@ -201,7 +209,7 @@ class WarpCore(Protocol):
     """What the core in C does for a warp."""
 
     def read(
-        self, warp: Any, space: "Space", addresses: Values, width: int, event: int, fence: bool
+        self, warp: "Warp", space: "Space", addresses: Values, width: int, event: int, fence: bool
     ) -> bool: ...
 
 
@@ -242,9 +250,6 @@ class Warp(Protocol):
 
     @property
     def parked(self) -> dict[int, Values]: ...
-
-    @property
-    def gathered(self) -> dict[int, Values]: ...
 
     def lanes(self) -> Values: ...
 

@@ -54,7 +54,7 @@ class Unready:
     """The content of a register that was not written, or that an asynchronous ``operation`` will
     write."""
 
-    def __init__(self, operation: Any = None):
+    def __init__(self, operation: object = None):
         self.operation = operation
 
     def __array__(self, *args: object, **kwargs: object) -> Values:
@@ -95,7 +95,7 @@ class Registers(list[Any]):
         for index, row in zip(indices, values, strict=True):
             self[index] = row
 
-    def set_same(self, indices: Sequence[int], value: Any) -> None:
+    def set_same(self, indices: Sequence[int], value: object) -> None:
         """Let all of these registers hold the same object."""
         for index in indices:
             self[index] = value

@@ -7,11 +7,11 @@ scalar arguments that `conditions` finds true need none.
 """
 
 import re
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import triton
 
-from torchpar.ptx.triton.stages import Stages
+from torchpar.ptx.triton.stages import Metadata, Stages
 
 ASSUME = re.compile(r"^(\s*)llvm\.intr\.assume (%[\w.#]+) : i1", re.MULTILINE)
 # What nothing else in a program depends on.
@@ -35,7 +35,7 @@ class Assertions(NamedTuple):
     writes: bool
 
 
-def assertions_of(stages: Stages, metadata: Any) -> Assertions | None:
+def assertions_of(stages: Stages, metadata: Metadata) -> Assertions | None:
     """Return the kernel that asserts what a kernel assumes; None if it assumes nothing."""
     if not ASSUME.search(stages.text):
         return None

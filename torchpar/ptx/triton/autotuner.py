@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 from triton.compiler.errors import CompileTimeAssertionFailure
-from triton.runtime.autotuner import Autotuner
+from triton.runtime.autotuner import Autotuner, Config
 
 from torchpar.ptx.report.faults import ConfigurationNote
 
@@ -31,7 +31,7 @@ class Tuning:
         is_trial: nothing is launched.
     """
 
-    def __init__(self, autotuner: Any):
+    def __init__(self, autotuner: Autotuner):
         self.autotuner, self.config = autotuner, None
         self.has_chosen = self.is_trial = False
 
@@ -65,7 +65,7 @@ def _run(run: Callable[..., Any], present: Callable[[], "Emulator"]) -> Callable
     What it has chosen for a GPU stays as it is.
     """
 
-    def tuned(autotuner: Any, *args: Any, **kwargs: Any) -> Any:
+    def tuned(autotuner: Autotuner, *args: object, **kwargs: object) -> object:
         emulator, tuning = present(), Tuning(autotuner)
         first, cache = len(emulator.launches), autotuner.cache
         keeps = getattr(autotuner, "cache_results", False)
@@ -89,14 +89,14 @@ def _bench(bench: Callable[..., Any], present: Callable[[], "Emulator"]) -> Call
     As Triton's, it leaves out those that do not compile or do not fit.
     """
 
-    def tried(autotuner: Any, *args: Any, config: Any, **kwargs: Any) -> Any:
+    def tried(autotuner: Autotuner, *args: object, config: Config, **kwargs: object) -> object:
         emulator, tuning = present(), called.get()
         assert tuning is not None
         executes, reasons = tuning.has_chosen, list[Exception]()
         if executes and emulator.configurations == "first":
             return [LEFT_OUT] * 3
 
-        def call_once(call: Callable[[], Any], **options: Any) -> list[float]:
+        def call_once(call: Callable[[], object], **options: object) -> list[float]:
             try:
                 with _executed(emulator) if executes else _trial(tuning):
                     call()
@@ -121,7 +121,9 @@ def _bench(bench: Callable[..., Any], present: Callable[[], "Emulator"]) -> Call
     return tried
 
 
-def left_out(kernel: str, config: str, reason: Exception) -> tuple[ConfigurationNote, Any]:
+def left_out(
+    kernel: str, config: str, reason: Exception
+) -> tuple[ConfigurationNote, tuple[object, ...]]:
     """Return the note that a configuration was left out, and its key."""
     said = " ".join(str(reason).split()) or type(reason).__name__
     if isinstance(reason, CompileTimeAssertionFailure) and reason.src is not None:

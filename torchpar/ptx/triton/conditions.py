@@ -165,7 +165,7 @@ def _needed(terms: Sequence[Term], assumed: Iterable[int]) -> dict[int, Term]:
     return {number: terms[number] for number in sorted(needed)}
 
 
-def _value(argument: Any, kind: str) -> Value:
+def _value(argument: Value, kind: str) -> Value:
     if kind[0] == "f":
         return float(np.float32(argument) if kind == "f32" else argument)
     bits: int = int(argument) % 2 ** int(kind[1:])
@@ -199,7 +199,9 @@ def _of_floats(what: str, how: str | None) -> Callable[..., Value] | None:
     return COMPARISONS[how[1:]] if is_known and how else None
 
 
-def _of_integers(what: str, how: str | None, kind: str, to: str | None) -> Any:
+def _of_integers(
+    what: str, how: str | None, kind: str, to: str | None
+) -> Callable[..., Value] | None:
     bits = int(kind[1:])
     if what == "cmpi" and how is not None:
         is_signed = how not in ("eq", "ne") and how[0] == "s"

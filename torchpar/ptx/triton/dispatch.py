@@ -2,15 +2,14 @@
 """PyTorch's operators beside launches: which memory they write."""
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-if TYPE_CHECKING:
-    from torchpar.ptx.triton.emulator import Emulator
+from torchpar.ptx.triton.emulator import Emulator, Operator
 
 
 class Host(TorchDispatchMode):
@@ -23,11 +22,17 @@ class Host(TorchDispatchMode):
 
     sees_launches = True  # as the emulator executes them
 
-    def __init__(self, emulator: "Emulator"):
+    def __init__(self, emulator: Emulator):
         super().__init__()
         self.emulator = emulator
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: Operator,
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         if func.namespace not in BUILT_IN and _has_kernel_in_python(func, args, kwargs or {}):
             with self:  # also in what the kernel's function does
                 result = func.redispatch(ON_CUDA, *args, **(kwargs or {}))
@@ -51,7 +56,9 @@ ON_CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 BUILT_IN = ("aten", "prim", "prims", "profiler")  # namespaces of PyTorch's operators
 
 
-def _has_kernel_in_python(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+def _has_kernel_in_python(
+    func: Operator, args: Sequence[object], kwargs: dict[str, object]
+) -> bool:
     """Whether an operator on plain CPU tensors has a function in Python for CUDA or all devices.
 
     One in C++ would take the addresses for those of a GPU.
@@ -65,14 +72,16 @@ def _has_kernel_in_python(func: Any, args: Sequence[Any], kwargs: dict[str, Any]
     return ".py:" in kernels.get("CUDA", composite)
 
 
-def is_plain(t: Any) -> bool:
+def is_plain(t: object) -> TypeGuard[Tensor]:
     """Whether ``t`` is a tensor with memory on the CPU: not sparse, fake, or autograd's zero."""
-    is_tensor = type(t) in (Tensor, torch.nn.Parameter)
-    is_strided = is_tensor and t.layout == torch.strided and t.is_cpu
-    return is_strided and not t._is_zerotensor()
+    if not isinstance(t, Tensor) or type(t) not in (Tensor, torch.nn.Parameter):
+        return False
+    return t.layout == torch.strided and t.is_cpu and not t._is_zerotensor()
 
 
-def changed(schema: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
+def changed(
+    schema: torch.FunctionSchema, args: Sequence[object], kwargs: dict[str, object]
+) -> list[object]:
     """Return the arguments of an operator that it changes in place."""
     given = dict(zip((argument.name for argument in schema.arguments), args, strict=False))
     given |= kwargs
@@ -84,7 +93,7 @@ def changed(schema: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[An
 
 
 def _written(
-    schema: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any
+    schema: torch.FunctionSchema, args: Sequence[object], kwargs: dict[str, object], result: object
 ) -> Iterator[Tensor]:
     """Yield the tensors that an operator has written: its new ones, and those that it changes."""
     values = changed(schema, args, kwargs)

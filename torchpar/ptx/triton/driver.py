@@ -13,7 +13,8 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import cached_property
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from triton.backends.compiler import GPUTarget
@@ -32,7 +33,7 @@ from torchpar.ptx.triton.assumptions import Assertions, assertions_of
 from torchpar.ptx.triton.conditions import Conditions, conditions_of
 from torchpar.ptx.triton.emulator import SHARED_BYTES, Emulator
 from torchpar.ptx.triton.parameters import flatten
-from torchpar.ptx.triton.stages import Stages
+from torchpar.ptx.triton.stages import KernelSource, Metadata, Stages
 
 LARGEST_GRID_X, LARGEST_GRID_YZ = 2**31 - 1, 65_535  # of each NVIDIA GPU
 NO_GSAN = (
@@ -47,13 +48,13 @@ class Module(NamedTuple):
     text: str
 
 
-def _check_mode(metadata: Any) -> None:
+def _check_mode(metadata: Metadata) -> None:
     """Refuse the sanitizer of Triton whose kernels have another parameter."""
     if "gsan" in getattr(metadata, "instrumentation_mode", ""):
         raise NotImplementedError(NO_GSAN)
 
 
-def _constants(source: Any) -> dict[str, str]:
+def _constants(source: KernelSource) -> dict[str, str]:
     """Return the arguments whose values a kernel was compiled for, as text."""
     found = {}
     for path, value in source.constants.items():
@@ -62,7 +63,7 @@ def _constants(source: Any) -> dict[str, str]:
     return found
 
 
-def _specialization(source: Any, metadata: Any) -> dict[str, str]:
+def _specialization(source: KernelSource, metadata: Metadata) -> dict[str, str]:
     """Return what else a kernel was compiled for: types, divisibility and options."""
     found = {}
     for position, (name, kind) in enumerate(source.signature.items()):
@@ -98,7 +99,7 @@ def _check_grid(x: int, y: int, z: int) -> None:
 class Launcher:
     """What Triton calls for a launch."""
 
-    def __init__(self, source: Any, metadata: Any):
+    def __init__(self, source: KernelSource, metadata: Metadata):
         self.source, self.metadata = source, metadata
         self.constants = _constants(source)
         self.specialization = _specialization(source, metadata)
@@ -116,7 +117,7 @@ class Launcher:
     def assertions(self) -> Assertions | None:
         return assertions_of(self.stages, self.metadata)
 
-    def _assertions_for(self, arguments: Sequence[Any]) -> Assertions | None:
+    def _assertions_for(self, arguments: Sequence[object]) -> Assertions | None:
         """Return the assertions unless it is plain that none fails; a second compile makes them."""
         known = self.conditions
         if known is not None and (not known.assumed or known.hold(arguments)):
@@ -130,11 +131,11 @@ class Launcher:
         z: int,
         stream: int,
         module: Module,
-        packed: Any,
-        launch_metadata: Any,
-        enter: Any,
-        leave: Any,
-        *arguments: Any,
+        packed: object,
+        launch_metadata: object,
+        enter: Callable[[object], object] | None,
+        leave: Callable[[object], object] | None,
+        *arguments: object,
     ) -> None:
         emulator: Emulator = active_driver.active.emulator
         metadata = self.metadata
@@ -149,7 +150,7 @@ class Launcher:
         names = list(self.source.fn.arg_names)
         programs = x * y * z * ctas
 
-        def parameters(arguments: Sequence[Any]) -> list[int]:
+        def parameters(arguments: Sequence[object]) -> list[int]:
             values: list[int] = []
             maps = list(getattr(metadata, "tensordesc_meta", None) or [])
             has_maps = bool(maps)
@@ -159,7 +160,7 @@ class Launcher:
             values += self._scratch(emulator, programs)
             return values
 
-        def execute(arguments: Sequence[Any]) -> None:
+        def execute(arguments: Sequence[object]) -> None:
             launch = Launch(
                 name,
                 emulator.arch,
@@ -312,7 +313,7 @@ class Driver(DriverBase):  # type: ignore[misc]  # Triton has no types
     def get_active_torch_device(self) -> torch.device:
         return torch.device("cpu")
 
-    def get_device_interface(self) -> Any:
+    def get_device_interface(self) -> ModuleType:
         return torch.cpu
 
     def get_current_device(self) -> int:
@@ -327,11 +328,10 @@ class Driver(DriverBase):  # type: ignore[misc]  # Triton has no types
     def get_device_capability(self, device: int | None = None) -> tuple[int, int]:
         return divmod(self.emulator.capability, 10)
 
-    def get_benchmarker(self) -> Callable[..., Any]:
+    def get_benchmarker(self) -> Callable[..., list[float]]:
         """An autotuner takes the first configuration."""
         return lambda call, quantiles=None, **options: [1.0] * len(quantiles or [1])
 
-    def get_empty_cache_for_benchmark(self) -> Any:
-        return None
+    def get_empty_cache_for_benchmark(self) -> None: ...
 
-    def clear_cache(self, cache: Any) -> None: ...
+    def clear_cache(self, cache: object) -> None: ...

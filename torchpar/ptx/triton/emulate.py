@@ -6,7 +6,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
-from typing import Any
 from unittest.mock import patch
 
 from triton.backends.nvidia.compiler import CUDABackend
@@ -45,7 +44,7 @@ def _let_kernels_end() -> None:
     if unload is None:  # before `UNLOADS_SINCE`
         return
 
-    def forget(kernel: Any) -> None:
+    def forget(kernel: CompiledKernel) -> None:
         if isinstance(kernel.function, Module):
             kernel.module = None  # nothing was loaded
         unload(kernel)

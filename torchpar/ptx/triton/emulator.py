@@ -8,8 +8,10 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 from weakref import WeakKeyDictionary
+
+import torch
 
 from torchpar.kernels.data_sheets import DATA_SHEETS, PROGRAMS, RESERVED, WARPS
 from torchpar.ptx.machine import gpu
@@ -33,14 +35,17 @@ ARCHITECTURES = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 SHARED_BYTES = {sheet.capability: sheet.shared - RESERVED for sheet in DATA_SHEETS.values()}
 MULTIPROCESSORS = {sheet.capability: sheet.multiprocessors for sheet in DATA_SHEETS.values()}
 NUMBER = r"\b(0x[0-9a-f]+|\d+)\b"  # in a message
+Operator: TypeAlias = "torch._ops.OpOverload[..., Any]"  # of PyTorch
 
 
 class Watcher(Protocol):
     """Something that executes operators and launches in the place of the emulator."""
 
-    def operator(self, func: Any, args: Any, kwargs: Any) -> Any: ...
+    def operator(
+        self, func: Operator, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> object: ...
 
-    def launch(self, execute: Callable[..., None], arguments: Sequence[Any]) -> None: ...
+    def launch(self, execute: Callable[..., None], arguments: Sequence[object]) -> None: ...
 
 
 class Emulator(gpu.Gpu):
@@ -92,7 +97,7 @@ class Emulator(gpu.Gpu):
     def report(self) -> Report:
         return Report(self.launches, self.faults, self.graphs)
 
-    def assert_counters(self, kernel: Any = None, **limits: float | None) -> None:
+    def assert_counters(self, kernel: object = None, **limits: float | None) -> None:
         """Check that launches keep limits, so that a test holds how efficient a kernel is.
 
             gpu.assert_counters(max_sector_ratio=1, max_bank_conflicts=0)

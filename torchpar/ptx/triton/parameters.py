@@ -2,7 +2,7 @@
 """Arguments of a launch as a kernel's parameters: numbers, addresses and tensormaps."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from torchpar.ptx.instructions.tma import STRIDES_END, TF32
 from torchpar.ptx.machine.vector_clocks import GIVEN
 from torchpar.ptx.native.encoding import FIELDS
+from torchpar.ptx.triton.stages import Kind
 
 if TYPE_CHECKING:
     from torchpar.ptx.triton.emulator import Emulator
@@ -19,8 +20,31 @@ if TYPE_CHECKING:
 LARGEST_SIZE = 2**32 - 1  # of a dimension of a tensormap
 
 
+class TensorDescriptor(Protocol):
+    """A tensor descriptor that the host has made."""
+
+    base: Tensor
+    shape: Sequence[int]
+    strides: Sequence[int]
+    padding: str
+
+
+class TensormapLayout(TypedDict):
+    """How a kernel expects a tensormap."""
+
+    swizzle: int
+    elem_size: int
+    elem_type: int
+    block_size: Sequence[int]
+
+
 def flatten(
-    emulator: "Emulator", name: str, kind: Any, value: Any, maps: list[Any] | None, to: list[int]
+    emulator: "Emulator",
+    name: str,
+    kind: Kind,
+    value: Any,
+    maps: list[TensormapLayout] | None,
+    to: list[int],
 ) -> None:
     """Append the bits of the parameters that an argument of ``kind`` becomes."""
     if isinstance(kind, tuple):
@@ -65,7 +89,9 @@ def bits(emulator: "Emulator", name: str, kind: str, value: Any) -> int:
     return int(value) % 2**64
 
 
-def _tensormap(emulator: "Emulator", name: str, descriptor: Any, meta: Any) -> int:
+def _tensormap(
+    emulator: "Emulator", name: str, descriptor: TensorDescriptor, meta: TensormapLayout
+) -> int:
     """Return the address of a tensormap, as the host makes it from a descriptor.
 
     Raises:
