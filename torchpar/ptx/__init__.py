@@ -7,13 +7,17 @@
 
 A launch passes these folders, one after the other:
 
-- `triton`: the driver by which Triton launches its kernels, and the memory of their arguments.
+- `triton`: `emulate`, which lets Triton take an emulated GPU for its own; `driver` (what Triton asks
+  and launches), `parameters` (of a launch, from its arguments), `emulator` (the GPU, its launches
+  and faults), `host_memory` (of tensors), `dispatch` (operators beside launches), and `autotuner`.
   `cuda` stands in for `torch.cuda`, CUDA graphs included, in scripts that say "cuda".
-- `machine`: one launch. `parse` (text to instructions), `registers` (kinds of numbers), `block`
-  (warps, barriers, masks and schedules), `memory` (who may read and write which byte),
-  `definedness` (undefined bits), `counters`, `trace` (a record of one program), `protocols` (a GPU,
-  a block and a warp, for type checkers), `gpu` (launches), and `cores` (a launch on all cores of
-  the CPU).
+- `machine`: one launch, `gpu`. What is executed: `parse` (text to instructions), `decode`
+  (instructions to functions), `registers` (kinds of numbers), `block` (warps, barriers and
+  schedules), `cluster`, `execute` (steps of a warp), and `cores` (a launch on all cores of the
+  CPU). What is watched: `allocation` (bytes, and who has accessed them), `address_space`, `memory`
+  (the rules of accesses), `vector_clocks` (who knows of which access), `operation` (asynchronous
+  ones), `definedness` (undefined bits), `counts`, their sums in `counters`, and `trace` (a record
+  of one program). `protocols` has a GPU, a block and a warp for type checkers.
 - `instructions`: what each instruction of PTX does, in Python.
 - `native`: the common instructions, and whole blocks, in C: `layout` (what Python and C share),
   `core` (built once, and loaded), `encoding`, `warps`, `blocks`.
@@ -22,8 +26,9 @@ A launch passes these folders, one after the other:
   (`data`).
 
 `command` and `pytest` are the ways to run it. Imports go one way, which import-linter checks:
-`cuda`, `triton` and `report` import those after them, and the modules of `machine`, `instructions`
-and `native` have the order of pyproject.toml.
+`cuda`, `triton` and `report` import those after them, and the modules of `triton`, `machine`,
+`instructions` and `native` have the order of pyproject.toml. A launch of a common kernel enters at
+most 14 files, which tests/ptx/test_files_of_a_launch.py holds.
 
 Sections are those of NVIDIA's "PTX ISA", release 9.0.
 """
