@@ -7,9 +7,10 @@
 
 A launch passes these folders, one after the other:
 
-- `triton`: `emulate`, which lets Triton take an emulated GPU for its own; `driver` (what Triton asks
-  and launches), `parameters` (of a launch, from its arguments), `emulator` (the GPU, its launches
-  and faults), `host_memory` (of tensors), `dispatch` (operators beside launches), and `autotuner`.
+- `triton`: `emulate`, which lets Triton take an emulated GPU for its own; `driver` (what Triton
+  asks and launches), `parameters` (of a launch, from its arguments), `emulator` (the GPU, its
+  launches and faults), `host_memory` (of tensors), `dispatch` (operators beside launches), and
+  `autotuner`.
   `cuda` stands in for `torch.cuda`, CUDA graphs included, in scripts that say "cuda".
 - `machine`: one launch, `gpu`. What is executed: `parse` (text to instructions), `decode`
   (instructions to functions), `registers` (kinds of numbers), `block` (warps, barriers and

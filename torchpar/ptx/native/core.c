@@ -38,7 +38,7 @@ enum {
     MBARRIER_INIT, MBARRIER_INVAL, MBARRIER_ARRIVE, MBARRIER_WAIT, LOAD_BOX, STORE_BOX,
     BULK_COMMIT, BULK_WAIT, MAP_REPLACE, MAP_PUBLISH, MAP_ACQUIRE
 };
-/* The numbers of an instruction, as in `counters.Column`. */
+/* The numbers of an instruction, as in `counts.Column`. */
 enum {
     EXECUTIONS, THREADS, REQUESTS, BYTES, SECTORS, LEAST_SECTORS, SHARED_REQUESTS, SHARED_BYTES,
     WAVEFRONTS, LEAST_WAVEFRONTS, TENSOR_FLOPS, WAITS, IN_FLIGHT, MOST_IN_FLIGHT, COLUMNS
@@ -60,7 +60,7 @@ typedef struct {
     const int32_t *table; /* the registers of a wgmma: its sums, and those of A if it has some */
 } Instruction;
 
-/* An allocation, as in `memory.Allocation`. */
+/* An allocation, as in `allocation.Allocation`. */
 typedef struct {
     uint64_t start, base, end;
     uint8_t *data;
@@ -83,7 +83,7 @@ typedef struct {
     Allocation *last;
 } Space;
 
-/* The accesses of a launch, as in `memory.Events`. */
+/* The accesses of a launch, as in `vector_clocks.Events`. */
 typedef struct {
     int32_t *lines, *what, *agents, *times, *blocks;
     uint8_t *atomic;
@@ -902,7 +902,7 @@ static inline int64_t end_of_run(const int64_t *offsets, int64_t n, int64_t coun
     return n + 1;
 }
 
-/* `memory.Allocation.begin`. */
+/* `allocation.Allocation.begin`. */
 static __attribute__((noinline)) void begin_page(const Allocation *place, int64_t page)
 {
     const int64_t start = page * PAGE, size = (int64_t)(place->end - place->base) - start;
@@ -1101,7 +1101,7 @@ static inline void copy_value(uint8_t *values, int lane, const uint8_t *from, in
     }
 }
 
-/* What `counters` counts of an access. */
+/* What `counts` counts of an access. */
 
 static inline int64_t *counts_of(const Warp *w, const Instruction *i)
 {
@@ -1152,7 +1152,7 @@ static void count_global(const Warp *w, const Instruction *i, const Access *at, 
     row[LEAST_SECTORS] += ((int64_t)distinct(at->offsets, at->count) * width + 31) / 32;
 }
 
-/* `counters.wavefronts`: threads go together that access 128 bytes, and a group that reads only
+/* `counts.wavefronts`: threads go together that access 128 bytes, and a group that reads only
    words of the last group that was served takes no turn. */
 static void count_shared(const Warp *w, const Instruction *i, const Access *at, int width)
 {

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT
  *
- * What the warps of a block know: of its agents, as `memory.Knowledge` has it, and of other blocks,
- * by what those have released at an address (`atomics`).
+ * What the warps of a block know: of its agents, as `vector_clocks.Knowledge` has it, and of other
+ * blocks, by what those have released at an address (`atomics`).
  */
 
 #include "core.c"

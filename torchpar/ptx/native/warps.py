@@ -140,7 +140,7 @@ class LaunchState:
 
 
 class EventsView:
-    """`memory.Events` for the core."""
+    """`vector_clocks.Events` for the core."""
 
     def __init__(self, events: "Events"):
         self.events, self.struct = events, EventsStruct()
@@ -154,7 +154,7 @@ class EventsView:
 
 
 class AllocationView:
-    """A `memory.Allocation` for the core."""
+    """A `allocation.Allocation` for the core."""
 
     def __init__(self, allocation: "Allocation"):
         self.allocation, self.struct = allocation, AllocationStruct()
