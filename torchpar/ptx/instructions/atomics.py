@@ -147,7 +147,7 @@ def before_access(warp: Warp, addresses: Values, order: str, writes: bool) -> No
         return
     known = None
     if order in ("release", "acq_rel"):
-        known = warp.knowledge.snapshot(warp.index)
+        known = warp.clocks.release(warp.index)
     elif warp.released is not None:  # a fence was before
         known = warp.released
     if known is not None:

@@ -46,7 +46,7 @@ def _wait(warp: Warp, i: Instruction) -> bool:
         if not phase.is_complete:
             return False
         if warp.phase is phase:
-            phase.learn(warp)
+            phase.acquire(warp)
             warp.phase = None
         return True
 

@@ -60,7 +60,7 @@ class TensorMemory:
         """Refuse cells that were not allocated, or written by what the warp does not know."""
         self.check_allocated(line, columns)
         writers = self.writers[lanes, columns]
-        known = warp.knowledge.knows(warp.index, writers)
+        known = warp.clocks.knows(warp.index, writers)
         if known.all():
             return
         number = int(writers[~known][0])
@@ -230,7 +230,7 @@ class Product(Operation):
         events = warp.block.gpu.events
         of_products = np.array([events.who(int(n)).startswith("a product") for n in writers.flat])
         others = writers.reshape(-1)[~of_products]
-        known = warp.knowledge.knows(warp.index, others)
+        known = warp.clocks.knows(warp.index, others)
         if not known.all():
             message = "takes tensor memory that was not written, or not waited for"
             warp.block.gpu.fault("error", "race", self.line, message, warp)

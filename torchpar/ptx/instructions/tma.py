@@ -75,13 +75,13 @@ class Arrival:
 
     def __init__(self, warp: Warp, line: int):
         self.agent, self.line, self.name = warp.index, line, f"an arrival of {warp.name}"
-        self.time = int(warp.knowledge.times[warp.index, warp.index])
-        self.known = warp.knowledge.snapshot(warp.index)
-        self.fenced = warp.knowledge.fenced[warp.index].copy()
+        self.time = int(warp.clocks.times[warp.index, warp.index])
+        self.known = warp.clocks.release(warp.index)
+        self.fenced = warp.clocks.fenced[warp.index].copy()
 
     def wait(self, warp: Warp) -> None:
-        warp.knowledge.learn(warp.index, self.known)
-        fenced = warp.knowledge.fenced[warp.index, : len(self.fenced)]
+        warp.clocks.acquire(warp.index, self.known)
+        fenced = warp.clocks.fenced[warp.index, : len(self.fenced)]
         np.maximum(fenced, self.fenced, out=fenced)
 
 
@@ -219,8 +219,8 @@ def _acquire(warp: Warp, i: Instruction, address: Values, size: Values) -> None:
 
 @action("fence.proxy.async.shared::cta")
 def _fence_async(warp: Warp, i: Instruction) -> None:
-    fenced = warp.knowledge.fenced[warp.index]
-    np.maximum(fenced, warp.knowledge.times[warp.index], out=fenced)
+    fenced = warp.clocks.fenced[warp.index]
+    np.maximum(fenced, warp.clocks.times[warp.index], out=fenced)
 
 
 class Tensor:
@@ -230,7 +230,7 @@ class Tensor:
         space = warp.block.space
         place, rows = space.check_read(warp, address, 128, line)
         fence = place.acquired.get(int(rows[0]))
-        if fence is None or not warp.knowledge.knows(warp.index, np.array([fence])).all():
+        if fence is None or not warp.clocks.knows(warp.index, np.array([fence])).all():
             raise PtxError(line, "uses a tensormap that was not acquired by the tensormap proxy")
         raw = space.peek(address, 128, line).tobytes()
 

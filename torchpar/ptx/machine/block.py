@@ -35,7 +35,7 @@ from torchpar.ptx.machine.registers import (
     Values,
 )
 from torchpar.ptx.machine.trace import Trace
-from torchpar.ptx.machine.vector_clocks import Events, Knowledge, merge
+from torchpar.ptx.machine.vector_clocks import Events, VectorClocks, merge
 from torchpar.ptx.native.warps import BlockState, WarpState
 
 LIMIT = 3_000_000  # instructions of a warp
@@ -80,7 +80,7 @@ class Warp:
 
     def __init__(self, number: int, block: "Block"):
         self.number, self.first_thread, self.block = number, 32 * number, block
-        self.knowledge: Knowledge = block.knowledge
+        self.clocks: VectorClocks = block.clocks
         self.index = number + block.rank * (block.gpu.kernel.threads // 32)
         self.name: str = f"warp {number}{block.suffix}"
         self.registers: RegisterFile
@@ -116,28 +116,28 @@ class Warp:
 
     def event(self, line: int, what: str, atomic: bool = False) -> int:
         """Return a new event of this warp, which it knows."""
-        time = int(self.knowledge.times[self.index, self.index])
+        time = int(self.clocks.times[self.index, self.index])
         name = f"{what} of {self.name}"
         events: Events = self.block.gpu.events
         return events.add(self.block.number, self.index, time, line, name, atomic)
 
     def release(self, address: int) -> None:
         """Let those who acquire from ``address`` know what this warp knows."""
-        self.publish(address, self.knowledge.snapshot(self.index))
+        self.publish(address, self.clocks.release(self.index))
 
     def publish(self, address: int, known: dict[int, Values]) -> None:
         merge(self.block.gpu.released.setdefault(address, {}), known)
 
     def acquire(self, address: int) -> None:
         if known := self.block.gpu.released.get(address):
-            self.knowledge.learn(self.index, known)
+            self.clocks.acquire(self.index, known)
 
     def fence_memory(self) -> None:
         """``fence.acq_rel``: relaxed accesses before it acquire, and those after it release."""
         for address in self.relaxed:
             self.acquire(address)
         self.relaxed.clear()
-        self.released = self.knowledge.snapshot(self.index)
+        self.released = self.clocks.release(self.index)
 
     def special(self, name: str) -> Values:  # noqa: PLR0911  # a case for each kind of symbol
         if name in self.block.gpu.parameters:
@@ -261,12 +261,12 @@ class Block:
         self.gpu, self.position, self.number, self.space = gpu, position, number, gpu.space
         warps, self.cluster_size = gpu.kernel.threads // 32, math.prod(gpu.kernel.cluster)
         self.cluster: Cluster
-        self.knowledge: Knowledge
+        self.clocks: VectorClocks
         if cluster is None:
-            self.knowledge = Knowledge(gpu.events, number, warps)
+            self.clocks = VectorClocks(gpu.events, number, warps)
             self.shared, self.flying, self.rank = Space("shared memory"), list[AnyOperation](), 0
         else:
-            self.cluster, self.knowledge, self.shared = cluster, cluster.knowledge, cluster.shared
+            self.cluster, self.clocks, self.shared = cluster, cluster.clocks, cluster.shared
             self.flying, self.rank = cluster.flying, len(cluster.blocks)
             cluster.blocks.append(self)
         self.window = self.rank << WINDOW_BITS
@@ -306,7 +306,7 @@ class Block:
         del self.at_barrier[barrier]
         latest = max(one.count + one.waited for one, _ in arrived)
         learned = [one.index for one, _ in arrived]
-        self.knowledge.share(learned)
+        self.clocks.join(learned)
         for one, was_waiting in arrived:
             if was_waiting:
                 if self.trace is not None:
@@ -387,7 +387,7 @@ class Block:
                 message = f"the mbarrier at {address}{self.suffix} {what} bytes"
                 self.gpu.fault("error", "unfinished copy", barrier.line, message, warp)
         of_bulk = {agent for agent, _, _ in self.bulk}
-        known = self.knowledge.times.max(0)
+        known = self.clocks.times.max(0)
         for agent, line, what in self.bulk:  # also those that this schedule has completed
             if not known[agent]:
                 self._note_unfinished(line, what)

@@ -19,7 +19,7 @@ from torchpar.ptx.machine.memory import Space
 from torchpar.ptx.machine.parse import PtxError
 from torchpar.ptx.machine.protocols import Arrival, Block, Gpu, Operation, Warp
 from torchpar.ptx.machine.registers import WINDOW_BITS, Values
-from torchpar.ptx.machine.vector_clocks import Knowledge, merge
+from torchpar.ptx.machine.vector_clocks import VectorClocks, merge
 
 ENDED = "ended CTA"  # the name of a fault
 
@@ -88,17 +88,17 @@ class Phase:
         self.arrived.add(warp.index)
         self.initialised |= warp.released_mbarriers
         if releases:
-            knowledge = warp.knowledge
-            merge(self.known, knowledge.snapshot(warp.index))
-            fenced = knowledge.fenced[warp.index].copy()
+            clocks = warp.clocks
+            merge(self.known, clocks.release(warp.index))
+            fenced = clocks.fenced[warp.index].copy()
             fenced[: len(self.fenced)] = np.maximum(fenced[: len(self.fenced)], self.fenced)
             self.fenced = fenced
 
-    def learn(self, warp: Warp) -> None:
+    def acquire(self, warp: Warp) -> None:
         """A warp has waited for the phase."""
-        knowledge = warp.knowledge
-        knowledge.learn(warp.index, self.known)
-        fenced = knowledge.fenced[warp.index, : len(self.fenced)]
+        clocks = warp.clocks
+        clocks.acquire(warp.index, self.known)
+        fenced = clocks.fenced[warp.index, : len(self.fenced)]
         np.maximum(fenced, self.fenced, out=fenced)
         warp.known_mbarriers |= self.initialised
 
@@ -115,7 +115,7 @@ class Cluster:
         warps = gpu.kernel.threads // 32
         self.gpu, self.number, self.size = gpu, number, size
         self.blocks: list[Block] = []  # by their ranks
-        self.knowledge = Knowledge(gpu.events, number, size * warps)
+        self.clocks = VectorClocks(gpu.events, number, size * warps)
         self.shared = SharedMemory()
         self.flying: list[Operation] = []  # asynchronous operations, some of which have completed
         self.owners = np.repeat(np.arange(size), warps).tolist()  # ranks, by the agents
@@ -150,7 +150,7 @@ class Cluster:
             if block.rank in one.targets:
                 one.advance()
         mine = [warp.index for warp in block.warps]
-        known = self.knowledge.times[mine].max(0)
+        known = self.clocks.times[mine].max(0)
         self._check_accesses(block, known)
         for barrier in block.memory.barriers.values():
             for arrival in (*barrier.copies, *barrier.ended):

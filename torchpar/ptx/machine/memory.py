@@ -121,10 +121,10 @@ class Space(AddressSpace):
         """
         place, rows = self.locate(addresses, width, line)
         writers = place.shadow(place.writes, width)[rows]
-        known = warp.knowledge.knows(warp.index, writers)
+        known = warp.clocks.knows(warp.index, writers)
         if not all_true(known):
             self.conflict(warp, place, rows, width, writers, known, line, "read", "written")
-        elif fence and not all_true(fenced := warp.knowledge.is_fenced(warp.index, writers)):
+        elif fence and not all_true(fenced := warp.clocks.is_fenced(warp.index, writers)):
             number = int(writers[~fenced][0])
             events = warp.block.gpu.events
             where = warp.block.gpu.place_of(int(events.lines[number]))
@@ -147,7 +147,7 @@ class Space(AddressSpace):
         writers = place.shadow(place.writes, width)[rows]
         undefined = None
         if writers.any():
-            known = warp.knowledge.knows(warp.index, writers)
+            known = warp.clocks.knows(warp.index, writers)
             if atomic:
                 known |= warp.block.gpu.events.atomic[writers]
             if not all_true(known):
@@ -163,14 +163,14 @@ class Space(AddressSpace):
         reads = place.shadow(place.reads, width)
         before = reads[rows]
         if before.any():
-            known = warp.knowledge.knows(warp.index, before)
+            known = warp.clocks.knows(warp.index, before)
             if not all_true(known):
                 if place.others is None:
                     place.others = zeros(len(place.reads), np.int32)
                     place.changed()
                 others = place.shadow(place.others, width)
                 kept = others[rows]
-                replaced = ~known & warp.knowledge.knows(warp.index, kept)
+                replaced = ~known & warp.clocks.knows(warp.index, kept)
                 if replaced.any():
                     others[rows] = np.where(replaced, before, kept)
         reads[rows] = event
@@ -194,10 +194,10 @@ class Space(AddressSpace):
     ) -> None:
         """Warps may store the same ``values`` unordered: Triton's layouts have copies in several
         warps."""
-        knowledge, events = warp.knowledge, warp.block.gpu.events
+        clocks, events = warp.clocks, warp.block.gpu.events
         writers = place.shadow(place.writes, width)[rows]
         if writers.any():
-            known = knowledge.knows(warp.index, writers) | (writers == UNWRITTEN)
+            known = clocks.knows(warp.index, writers) | (writers == UNWRITTEN)
             if atomic:
                 known |= events.atomic[writers]
             if not all_true(known) and values is not None:
@@ -221,7 +221,7 @@ class Space(AddressSpace):
             readers = place.shadow(array, width)[rows]
             if not readers.any():
                 continue
-            known = warp.knowledge.knows(warp.index, readers)
+            known = warp.clocks.knows(warp.index, readers)
             if atomic:
                 known |= warp.block.gpu.events.atomic[readers]
             if not all_true(known):

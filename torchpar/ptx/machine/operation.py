@@ -36,7 +36,7 @@ class Operation:
         self.what, self.after, self.line = what, after, line
         self.name = f"{what} of {warp.name}"
         if continues is None:
-            self.agent, self.time = block.knowledge.add_agent(generic), 0
+            self.agent, self.time = block.clocks.add_agent(generic), 0
             block.cluster.owners.append(block.rank)
         else:
             self.agent, self.time = continues.agent, continues.time + 2
@@ -73,6 +73,6 @@ class Operation:
         """From now on the warp knows that the operation has read, or, with no step ``left``, is
         done."""
         self.advance(left)
-        times = warp.knowledge.times[warp.index]
+        times = warp.clocks.times[warp.index]
         times[self.agent] = max(times[self.agent], self.time + (1 if left else 2))
         warp.trace(self)

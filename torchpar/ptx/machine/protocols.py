@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torchpar.ptx.machine.counts import Counts
     from torchpar.ptx.machine.memory import Space
     from torchpar.ptx.machine.trace import Trace
-    from torchpar.ptx.machine.vector_clocks import Events, Knowledge
+    from torchpar.ptx.machine.vector_clocks import Events, VectorClocks
 
 
 class View(Protocol):
@@ -237,7 +237,7 @@ class Warp(Protocol):
     core: Any  # a `WarpCore`, or None where Python executes everything
 
     @property
-    def knowledge(self) -> "Knowledge": ...
+    def clocks(self) -> "VectorClocks": ...
 
     @property
     def index(self) -> int: ...

@@ -62,11 +62,13 @@ class Events:
             self.view.update()
 
 
-class Knowledge:
-    """What each warp of a block knows: of each agent of the block the last time, and of others'.
+class VectorClocks:
+    """The vector clock of each warp of a block: of each agent, the last time that the warp knows.
 
-    ``fenced`` has the times of what each warp knew at its last fence between the proxies.
-    ``foreign`` has by block the times of its agents.
+    Attributes:
+        times: of the block's agents ``(warps, agents)``.
+        fenced: the times that each warp knew at its last fence between the proxies.
+        foreign: of each warp the times of other blocks' agents, by block.
     """
 
     def __init__(self, events: Events, block: int, warps: int):
@@ -117,7 +119,7 @@ class Knowledge:
         agents = np.where(mine, self.events.agents[numbers], 0)
         return ~mine | (self.events.times[numbers] <= self.fenced[warp][agents])
 
-    def share(self, warps: list[int]) -> None:
+    def join(self, warps: list[int]) -> None:
         """At a barrier, each of these warps learns what one of them knows."""
         self.times[warps] = self.times[warps].max(0)
         self.fenced[warps] = self.fenced[warps].max(0)
@@ -128,13 +130,13 @@ class Knowledge:
         for warp in warps:
             self.foreign[warp] = dict(together) if together else {}
 
-    def snapshot(self, warp: int) -> dict[int, Values]:
+    def release(self, warp: int) -> dict[int, Values]:
         """Return what the warp knows now; it begins another time, which nobody knows yet."""
         found = {**self.foreign[warp], self.block: self.times[warp, : self.agents].copy()}
         self.times[warp, warp] += 1
         return found
 
-    def learn(self, warp: int, known: dict[int, Values]) -> None:
+    def acquire(self, warp: int, known: dict[int, Values]) -> None:
         for block, times in known.items():
             if block == self.block:
                 mine = self.times[warp, : len(times)]

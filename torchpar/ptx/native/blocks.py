@@ -59,7 +59,7 @@ def _array(kind: type[C], address: int | None, count: int) -> "ctypes.Array[C] |
 
 
 def _pasts_of(known: int, taken: dict[int, Values]) -> dict[int, Values]:
-    """Return by block the times of its agents, as `vector_clocks.Knowledge.foreign` has them.
+    """Return by block the times of its agents, as `vector_clocks.VectorClocks.foreign` has them.
 
     Args:
         taken: the times that were taken before, by their addresses.

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT
  *
- * What the warps of a block know: of its agents, as `vector_clocks.Knowledge` has it, and of other
+ * What the warps of a block know: of its agents, as `vector_clocks.VectorClocks` has it, and of other
  * blocks, by what those have released at an address (`atomics`).
  */
 
@@ -288,7 +288,7 @@ static Known *merge(Releases *all, Known *a, Known *b)
     return all->merged[2] = is_a ? a : is_b ? b : made;
 }
 
-/* `Knowledge.snapshot`: what the warp knows now; it begins another time, which nobody knows yet. */
+/* `VectorClocks.release`: what the warp knows now; it begins another time, which nobody knows. */
 static Known *snapshot(Warp *w)
 {
     Runner *r = w->runner;
@@ -300,7 +300,7 @@ static Known *snapshot(Warp *w)
     return merge(&r->releases, w->foreign, mine);
 }
 
-/* `Knowledge.learn`. What is known of the warp's own block stays among that of the others. */
+/* `VectorClocks.acquire`. What is known of the warp's own block stays among that of the others. */
 static void learn(Warp *w, Known *known)
 {
     if (!known || known == w->foreign)

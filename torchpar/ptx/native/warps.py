@@ -254,7 +254,7 @@ class WarpState:
         """Execute instructions of the core, at most ``budget``, and return how many."""
         struct, events = self.struct, self.launch.events
         struct.pc, struct.active = warp.pc, warp.active_bits()
-        self._tell_knowledge(warp)
+        self._tell_clocks(warp)
         events.struct.count = events.events.count
         limit = min(warp.parked) if warp.parked else NO_LIMIT
         struct.count = 0
@@ -275,7 +275,7 @@ class WarpState:
         """Let the core execute the instruction that Python has begun, and return whether it did."""
         struct, events = self.struct, self.launch.events
         struct.pc, struct.active, struct.count = warp.pc - 1, warp.active_bits(), 0
-        self._tell_knowledge(warp)
+        self._tell_clocks(warp)
         events.struct.count = events.events.count
         self.library.run(self.pointer, 1, NO_LIMIT)
         events.events.count = events.struct.count
@@ -283,10 +283,10 @@ class WarpState:
             self.launch.counts.execute(warp.pc - 1, -len(warp.lanes()), -1)
         return bool(struct.count)
 
-    def _tell_knowledge(self, warp: Warp) -> None:
-        knowledge = warp.knowledge
-        self.struct.times = knowledge.address + warp.index * knowledge.stride
-        self.struct.knows_others = bool(knowledge.foreign[warp.index])
+    def _tell_clocks(self, warp: Warp) -> None:
+        clocks = warp.clocks
+        self.struct.times = clocks.address + warp.index * clocks.stride
+        self.struct.knows_others = bool(clocks.foreign[warp.index])
 
     def read(
         self, warp: Warp, space: "Space", addresses: Values, width: int, event: int, fence: bool
@@ -308,9 +308,9 @@ class WarpState:
         """The same, of ``count`` addresses that lie in memory."""
         if space.view is None:
             return False
-        self._tell_knowledge(warp)
-        knowledge = warp.knowledge
-        fenced = knowledge.fenced_address + warp.index * knowledge.stride if fence else None
+        self._tell_clocks(warp)
+        clocks = warp.clocks
+        fenced = clocks.fenced_address + warp.index * clocks.stride if fence else None
         pointer = space.view.pointer
         return bool(
             self.library.read_many(self.pointer, pointer, addresses, count, width, event, fenced)
