@@ -5,7 +5,7 @@ import re
 
 from commands import ROOT
 
-MOST = 120
+MOST = 30
 ANY = re.compile(r"(?:: |-> )Any\b")
 
 
