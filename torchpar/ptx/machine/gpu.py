@@ -142,11 +142,7 @@ class Gpu:
         elif self.schedule.order == "random":
             self.random.shuffle(blocks)
         self.events, self.released = Events(), {}
-        self.core = None
-        if (library := native.library()) is not None:
-            if self.kernel.program is None:
-                self.kernel.program = Program(self.kernel, library)
-            self.core = LaunchState(self.kernel.program, self.events, self.space, self.counts)
+        self.core = self._core()
         has_ended = False
         try:
             with np.errstate(all="ignore"):
@@ -162,6 +158,15 @@ class Gpu:
         if self.keeps_allocations:
             for allocation in self.space.allocations:
                 allocation.end_launch()
+
+    def _core(self) -> LaunchState | None:
+        """Return what the core in C needs of the launch; None: Python executes all of it."""
+        library = native.library()
+        if library is None:
+            return None
+        if self.kernel.program is None:
+            self.kernel.program = Program(self.kernel, library)
+        return LaunchState(self.kernel.program, self.events, self.space, self.counts)
 
     def _programs(self) -> tuple[int, int, int]:
         """Return how many clusters the grid has in each dimension.

@@ -21,14 +21,12 @@ from random import Random
 import numpy as np
 
 from torchpar.ptx.machine.allocation import Allocation, zeros
-from torchpar.ptx.machine.counts import SECTOR, Column, Counts
-from torchpar.ptx.machine.kinds import operation
+from torchpar.ptx.machine.counts import SECTOR, Column, Counts, Slots
 from torchpar.ptx.machine.registers import Values
 
 LEAST = 6  # programs of a sample: two of each kind of one dimension
 SEED = 0  # a sample is the same each time
 MOST_TIMES = 3  # to which it is counted how many programs touch a sector
-WRITES = ("store", "atomic", "TMA store", "TMA reduction")
 Position = tuple[int, ...]
 
 
@@ -167,12 +165,8 @@ class _Touches:
     def __init__(self, place: Allocation, counts: Counts):
         assert place.touched is not None
         self.place, slots = place, counts.slot_count
-        self.reads, self.writes = np.zeros(slots, np.bool_), np.zeros(slots, np.bool_)
-        for slot, i in zip(counts.slots.tolist(), counts.kernel.instructions, strict=True):
-            if slot >= 0:
-                what = operation(i)
-                self.writes[slot] |= what in WRITES
-                self.reads[slot] |= what not in ("store", "TMA store")
+        of_kernel: Slots = counts.kernel.slots
+        self.reads, self.writes = of_kernel.reads, of_kernel.writes
         size = (slots + 2) * place.touched.shape[1]
         self.times, self.kinds = (self._by_page(zeros(size, np.uint8), slots + 2) for _ in "12")
 
