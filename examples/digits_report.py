@@ -21,7 +21,7 @@ from itertools import groupby, product
 from math import inf
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from support import cli, console, plots
@@ -44,20 +44,20 @@ best = partial(max, key=itemgetter("validation_accuracy"))
 class Flags(cli.DataFlags):
     """Choose and train a digit classifier."""
 
-    hidden: tuple[int, ...] = (32, 128)  # Widths to choose from.
-    depth: int = 1  # Hidden layers, all of one width.
-    batch_size: tuple[int, ...] = (32, 128, 512)  # Samples per step to choose from.
-    lr: tuple[float, ...] = (0.05, 0.2, 0.8)  # Learning rates at the start to choose from.
+    hidden: tuple[cli.Size, ...] = (32, 128)  # Widths to choose from.
+    depth: Annotated[int, cli.Bounds(1, 2**16)] = 1  # Hidden layers, all of one width.
+    batch_size: tuple[cli.Count, ...] = (32, 128, 512)  # Samples per step to choose from.
+    lr: tuple[cli.Number, ...] = (0.05, 0.2, 0.8)  # Learning rates at the start to choose from.
     # Values of λ to choose from; the sweep takes the first.
-    weight_decay: tuple[float, ...] = (0.0, 3e-5, 3e-4)
+    weight_decay: tuple[cli.Number, ...] = (0.0, 3e-5, 3e-4)
     decay_biases: bool = False  # Count the biases in the penalty λ/2·‖p‖², too.
-    sweep_epochs: int = 2  # Epochs to choose width, batch size and rate by.
-    epochs: int = 10  # Epochs to choose λ by.
-    samples: int | None = None  # Training samples to use at most.
-    plots: Path | None = None  # Folder for pictures.
+    sweep_epochs: cli.Count = 2  # Epochs to choose width, batch size and rate by.
+    epochs: cli.Count = 10  # Epochs to choose λ by.
+    samples: cli.Count | None = None  # Training samples to use at most.
+    plots: cli.Plots = None  # Folder for pictures.
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        super().check()
         if not all(getattr(self, name) for name in CHOICE):
             raise ConfigError(
                 "--hidden, --batch-size, --lr and --weight-decay take one value or more each"

@@ -39,7 +39,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 # NumPy reads it when it is imported. With a process per core each process needs one thread. One
@@ -73,16 +72,16 @@ Exchange = Literal["allreduce", "gather"]
 class Flags(cli.ExampleFlags):
     """Train a small network on pooled images by full-batch descent."""
 
-    data: Path = cli.DataFlags.data  # Folder of the data sets, as torchvision's root.
+    data: cli.DataFolder = cli.DATA  # Folder of the data sets, as torchvision's root.
     # Data set; auto takes Fashion-MNIST if its files are there, else MNIST.
     dataset: Dataset | Literal["auto"] = "auto"
     library: Literal["numpy", "torch"] = "numpy"  # Library that computes.
-    plots: Path | None = None  # Folder for pictures.
+    plots: cli.Plots = None  # Folder for pictures.
     exchange: Exchange = "allreduce"  # MPI's messages of an iteration.
-    samples: int = 5000  # Number of training images, the first ones.
-    iterations: int = 800  # Iterations of the second run.
-    lr: float = 0.1  # Learning rate of the second run.
-    momentum: float = 0.9  # Momentum of the second run.
+    samples: cli.Count = 5000  # Number of training images, the first ones.
+    iterations: cli.Count = 800  # Iterations of the second run.
+    lr: cli.Number = 0.1  # Learning rate of the second run.
+    momentum: cli.Share = 0.9  # Momentum of the second run.
 
 
 class Pixels(NamedTuple):

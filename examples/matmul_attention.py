@@ -17,7 +17,6 @@ digit gives to other digits goes to its own class.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from support import checks, cli, console, plots
@@ -33,8 +32,8 @@ from torchpar.parallel.launch.world import join_world
 class Flags(cli.DataFlags):
     """Compute the attention of images to each other."""
 
-    samples: int = 100  # Number of test images, the first ones.
-    plots: Path | None = None  # Folder for pictures.
+    samples: cli.Count = 100  # Number of test images, the first ones.
+    plots: cli.Plots = None  # Folder for pictures.
 
 
 def attention_weights(x: Tensor) -> Tensor:

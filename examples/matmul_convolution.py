@@ -12,7 +12,6 @@ and the most bytes that a call allocates.
 
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from support import checks, cli, console, measure, plots
@@ -29,11 +28,11 @@ from torchpar.training import Classification, Run, lr_scheduler, sgd
 class Flags(cli.DataFlags):
     """Train a convolutional network that consists of linear layers."""
 
-    samples: int | None = None  # Number of training samples, the first ones; by default all.
-    plots: Path | None = None  # Folder for pictures.
-    epochs: int = 5  # Passes over the training samples.
-    batch_size: int = 64  # Samples per step.
-    lr: float = 0.3  # Learning rate at the start; it falls to 0 linearly.
+    samples: cli.Count | None = None  # Number of training samples, the first ones; by default all.
+    plots: cli.Plots = None  # Folder for pictures.
+    epochs: cli.Count = 5  # Passes over the training samples.
+    batch_size: cli.Count = 64  # Samples per step.
+    lr: cli.Number = 0.3  # Learning rate at the start; it falls to 0 linearly.
 
 
 def windows(x: Tensor, size: int, stride: int) -> Tensor:

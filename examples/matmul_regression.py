@@ -40,12 +40,12 @@ LINE = (1.5, -1.0)  # w and b of the picture
 class Flags(cli.ExampleFlags):
     """Fit a linear model by gradient descent."""
 
-    lr: tuple[float, ...] = (0.01, 0.1)  # Learning rates to compare.
-    batch_size: tuple[int, ...] = (1024, 64, 4)  # Batch sizes to compare, of 1024 samples.
-    plots: Path | None = None  # Folder for pictures.
+    lr: tuple[cli.Number, ...] = (0.01, 0.1)  # Learning rates to compare.
+    batch_size: tuple[cli.Count, ...] = (1024, 64, 4)  # Batch sizes to compare, of 1024 samples.
+    plots: cli.Plots = None  # Folder for pictures.
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        super().check()
         if not (self.lr and self.batch_size):
             raise ConfigError("--lr and --batch-size take one value or more each")
 

@@ -31,9 +31,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import pairwise, product
-from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from rich.console import Console
@@ -57,6 +56,8 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 ROUNDS = 8  # of the report, after one that is not counted
 LOSS_ERROR = 1e-4  # of a loss in float64; another share of a batch, or fewer samples, is 1e-2
 PASSES = ("forward", "backward")
+
+Processes = Annotated[int, cli.Bounds(1, 65)]  # each takes a quarter of a gigabyte
 
 
 def process_counts(cores: int) -> tuple[int, ...]:
@@ -93,14 +94,18 @@ class Flags(cli.ExampleFlags):
 
     noise: bool = False  # Learn few noisy points by networks of several widths and λ; no report.
     # Passes over the points; three times as many with --noise, where the points are few.
-    epochs: int = 60
+    epochs: cli.Count = 60
     # Processes in the report, and threads of one process: 1, then multiples of the last.
-    processes: tuple[int, ...] = process_counts(CORES)
-    sizes: tuple[int, ...] = (512, 4096, 32768)  # Batch sizes of the report, over all processes.
-    plots: Path | None = None  # Folder for pictures.
+    processes: tuple[Processes, ...] = process_counts(CORES)
+    sizes: tuple[cli.Count, ...] = (
+        512,
+        4096,
+        32768,
+    )  # Batch sizes of the report, over all processes.
+    plots: cli.Plots = None  # Folder for pictures.
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        super().check()
         n, sizes = self.processes, self.sizes
         if len(n) < 2 or n[0] != 1 or any(b <= a or b % a for a, b in pairwise(n)):
             raise ConfigError(

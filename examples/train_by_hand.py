@@ -30,7 +30,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -226,23 +225,23 @@ class Flags(cli.ExampleFlags):
     """Train a network whose gradients are computed by its layers, without autograd."""
 
     dataset: Dataset | Literal["quadrants"] = "quadrants"  # Points of the plane, or images.
-    data: Path = cli.DataFlags.data  # Folder of the data sets, as torchvision's root.
+    data: cli.DataFolder = cli.DATA  # Folder of the data sets, as torchvision's root.
     # Train on the first ones only; by default on 4000 points, or on all images.
-    samples: int | None = None
+    samples: cli.Count | None = None
     # Widths of the hidden layers; by default 30, for images 128.
-    hidden: tuple[int, ...] | None = None
+    hidden: tuple[cli.Size, ...] | None = None
     # Function between the layers: relu, sigmoid, tanh, or one of your own.
     activation: str = "relu"
     fused: bool = False  # Compute a linear layer and its sigmoid by torchpar.linear_sigmoid.
     # Passes over the training samples; by default 60 over points, 5 over images.
-    epochs: int | None = None
-    batch_size: int = 64  # Samples per step.
+    epochs: cli.Count | None = None
+    batch_size: cli.Count = 64  # Samples per step.
     # Learning rate at the start; it falls linearly. By default 1, for images 0.4.
-    lr: float | None = None
-    report: Path | None = None  # Folder for a page of the run, run.html.
+    lr: cli.Number | None = None
+    report: cli.Report = None  # Folder for a page of the run, run.html.
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        super().check()
         if self.activation not in ACTIVATIONS:
             known = ", ".join(ACTIVATIONS)
             found = f"--activation is {self.activation!r}, expected one of {known}"

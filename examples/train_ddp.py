@@ -4,11 +4,18 @@
     torchrun --nproc_per_node=2 examples/train_ddp.py
 
 All ranks draw the same weights, because they start from the same seed. In every step a rank
-computes the gradient of its own samples. The ranks exchange their gradients, and
-DistributedDataParallel averages them during the backward pass, so all ranks take the same step.
-`torchpar.reference.average_gradients` shows the average in a few lines. Two ranks compute the same
-as one, up to rounding. In large batches of 784-512-10 they take six tenths of the time that one
-rank takes with one thread, and nine tenths of the time that it takes with two
+computes the gradient of its own samples. DistributedDataParallel averages the gradients over the
+ranks during the backward pass, so all ranks take the same step:
+
+    rank 0   x⁽⁰⁾ ─ forward ─ loss ─ backward: dL/dW₁ ─┐   dL/dW₀ ─┐
+                                                      mean        mean ─ optimizer.step()
+    rank 1   x⁽¹⁾ ─ forward ─ loss ─ backward: dL/dW₁ ─┘   dL/dW₀ ─┘
+
+Gradients are averaged in buckets. A bucket's all-reduce starts when the backward pass has made its
+last gradient, and runs while the pass goes on to the layers below. Here the whole model is one or
+two buckets. `torchpar.reference.average_gradients` shows the average in a few lines. Two ranks
+compute the same as one, up to rounding. In large batches of 784-512-10 they take six tenths of the
+time that one rank takes with one thread, and nine tenths of the time that it takes with two
 (docs/measurements.md). `train_fast.py` makes the same steps faster.
 
 The model is an MLP. Its inputs are averages of 2 × 2 pixels. Its hidden layer calls
@@ -20,15 +27,16 @@ Without torchrun, ``python examples/train_ddp.py`` is one process with all threa
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
-from support import cli, session
+from support import cli, lesson
+from support.cli import Bounds, Count, Free, Share, Size, Switch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from torchpar import training
+from torchpar import data, training
 from torchpar.errors import ConfigError
 from torchpar.nn import MLP, Hidden
 from torchpar.parallel import join_world, register_shared_memory_hook
@@ -37,28 +45,29 @@ from torchpar.training import Classification, Run, graphed, side_stream
 
 # docs/training.md compares the defaults with others, on training images that were left out.
 @dataclass(kw_only=True)
-class Flags(cli.TrainFlags):
+class Flags(lesson.TrainFlags):
     """Train a digit classifier by data parallelism."""
 
     SGD: ClassVar = {"lr": 0.2, "momentum": 0.9, "weight_decay": 3e-5}
     MUON: ClassVar = {"lr": 0.5, "momentum": 0.8, "weight_decay": 0.0}
 
-    epochs: int = 3  # Passes over the training samples.
-    batch_size: int = 1024  # Samples per step, over all ranks.
+    epochs: Annotated[Count, Free()] = 3  # Passes over the training samples.
+    batch_size: Count = 1024  # Samples per step, over all ranks.
     # Optimizer; muon updates the weight matrices, and SGD updates the biases.
     optimizer: Literal["muon", "sgd"] = "muon"
-    hidden: tuple[int, ...] = (512,)  # Widths of the hidden layers.
-    crop: int = 3  # Pixels to leave out on each side of an image.
-    pool: int = 2  # Side of the squares of pixels that are averaged to one.
+    hidden: tuple[Size, ...] = (512,)  # Widths of the hidden layers.
+    # Pixels to leave out on each side of an image.
+    crop: Annotated[int, Bounds(0, 2**31)] = 3
+    pool: Size = 2  # Side of the squares of pixels that are averaged to one.
     # Hidden layers: sigmoid calls torchpar.linear_sigmoid, and maxout calls torchpar.maximum.
     activation: Hidden = "sigmoid"
     # Part of a target that is spread evenly over all classes; the test loss is without it.
-    label_smoothing: float = 0.05
+    label_smoothing: Share = 0.05
     # Capture a step in a CUDA graph, and launch it as one; on a CPU, steps are as without it.
-    graph: bool = False
+    graph: Switch = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        super().check()
         if self.graph and self.recorded:
             raise ConfigError(
                 f"{self.recorded} looks into a step, and --graph launches it as one; drop one"
@@ -75,7 +84,7 @@ class Flags(cli.TrainFlags):
 
 def main(flags: Flags) -> None:
     with join_world(flags.device, flags.timeout, gloo_yields=True) as world:
-        train, test = session.load(flags, world)
+        train, test = flags.load(world)
         torch.manual_seed(flags.seed)  # the same weights on every rank
         model = MLP(flags.layer_sizes(train), flags.activation).to(world.device)
         # Its forward pass is the model's. Its backward pass averages the gradients over the ranks.
@@ -86,7 +95,7 @@ def main(flags: Flags) -> None:
             ddp.compile()
         # Muon for the weight matrices and SGD for the biases, at a rate that falls to 0 linearly,
         # unless --optimizer, --lr and --schedule say otherwise.
-        optimizer = session.make_optimizer(flags, model)
+        optimizer = flags.make_optimizer(model)
         lr_scheduler = training.lr_scheduler(optimizer, flags.schedule, flags.total_steps(train))
 
         def step(x: Tensor, labels: Tensor, global_size: int) -> Tensor:
@@ -97,22 +106,40 @@ def main(flags: Flags) -> None:
             # The mean over the global batch: DDP divides by the number of ranks, whose shares of
             # the batch may differ in size.
             (loss * (world.dp_size / global_size)).backward()
-            session.adjust_gradients(flags, model, world)  # --clip and --orthogonality
+            flags.adjust_gradients(model, world)  # --clip and --orthogonality
             optimizer.step()
             optimizer.zero_grad()
             return loss
 
         take_step = graphed(step, optimizer) if flags.graph else step
         task = Classification(train, test, flags.batch_size, seed=flags.seed)
-        parts = (model, optimizer, lr_scheduler, world, task)
-        with Run(*parts, log=session.Log(flags, world), **flags.run_options()) as run:
+        run = Run(
+            model=model,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            world=world,
+            task=task,  # by which an epoch's end judges the model
+            epochs=flags.epochs,
+            checkpoint=flags.saving(),
+            config=flags.config(),
+        )
+        with run, lesson.Log(flags, run) as log:
             run.resume()
             for epoch in run.epochs():
-                for x, labels, global_size in run.batches(epoch):
+                for x, labels, global_size in data.batches(
+                    train,
+                    flags.batch_size,
+                    seed=flags.seed,
+                    epoch=epoch,
+                    share=world.share,
+                    start=run.begin_epoch(epoch),
+                ):
                     loss = take_step(x, labels, global_size)
                     lr_scheduler.step()
                     run.end_step(loss)
+                    log()
                 run.end_epoch()
+                log()
 
 
 if __name__ == "__main__":

@@ -23,12 +23,12 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, islice
 from statistics import median
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.distributed as dist
 import train_ddp
-from support import cli, console, session
+from support import cli, console, lesson
 from support.measure import now
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -54,7 +54,7 @@ class Flags(train_ddp.Flags):
     """Train a digit classifier by data parallelism, in the last way that is possible."""
 
     # Gradients by hand where the model allows it, or always by autograd.
-    fused: Literal["auto", "off"] = "auto"
+    fused: Annotated[Literal["auto", "off"], cli.Free()] = "auto"
 
 
 def find_ways(flags: Flags, world: World, train: Samples) -> list[str]:
@@ -90,7 +90,7 @@ class Trainer:
         torch.manual_seed(flags.seed)  # the same weights on every rank, and in every way
         self.model = MLP(flags.layer_sizes(train), flags.activation).to(world.device)
         # Muon for weights, SGD for biases.
-        self.optimizer = session.make_optimizer(flags, self.model)
+        self.optimizer = flags.make_optimizer(self.model)
         self.fused = None
         self.step = self._step
         if way.startswith(GRAPH_OF):
@@ -119,7 +119,7 @@ class Trainer:
 
     def _step(self, x: Tensor, labels: Tensor, global_size: int) -> Tensor:
         loss = self.gradients(x, labels, global_size)
-        session.adjust_gradients(self.flags, self.model, self.world)  # --clip and --orthogonality
+        self.flags.adjust_gradients(self.model, self.world)  # --clip and --orthogonality
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss
@@ -198,7 +198,7 @@ def check_graph(way: str, captured: Trainer, eager: Trainer) -> None:
 
 def main(flags: Flags) -> None:
     with join_world(flags.device, flags.timeout, gloo_yields=True) as world:
-        train, test = session.load(flags, world)
+        train, test = flags.load(world)
         ways = find_ways(flags, world, train)
         rows = compare(flags, world, train, ways)
         if world.rank == 0:
@@ -210,15 +210,26 @@ def main(flags: Flags) -> None:
         )
 
         task = Classification(train, test, flags.batch_size, seed=flags.seed)
-        parts = (trainer.model, trainer.optimizer, lr_scheduler, world, task)
-        with Run(*parts, log=session.Log(flags, world), **flags.run_options()) as run:
+        run = Run(
+            model=trainer.model,
+            optimizer=trainer.optimizer,
+            lr_scheduler=lr_scheduler,
+            world=world,
+            task=task,
+            epochs=flags.epochs,
+            checkpoint=flags.saving(),
+            config=flags.config(),
+        )
+        with run, lesson.Log(flags, run) as log:
             run.resume()
             for epoch in run.epochs():
                 for batch in run.batches(epoch):
                     loss = trainer.step(*batch)
                     lr_scheduler.step()
                     run.end_step(loss)
+                    log()
                 run.end_epoch()
+                log()
 
 
 if __name__ == "__main__":

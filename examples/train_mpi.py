@@ -31,7 +31,6 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
 # NumPy reads it when it is imported. With a process per core each process needs one thread. One
@@ -64,18 +63,18 @@ class Flags(cli.DataFlags):
     # Train on one process with one thread and with all, then by both splits; print their times side
     # by side.
     compare: bool = False
-    epochs: int = 10  # Passes over the training samples.
-    batch_size: int = 512  # Samples per step, over all processes.
-    lr: float = 0.5  # Learning rate.
-    momentum: float = 0.9  # Momentum.
-    weight_decay: float = 1e-5  # L2 penalty λ of the weights: λ/2·‖W‖² in the loss.
+    epochs: cli.Count = 10  # Passes over the training samples.
+    batch_size: cli.Count = 512  # Samples per step, over all processes.
+    lr: cli.Number = 0.5  # Learning rate.
+    momentum: cli.Share = 0.9  # Momentum.
+    weight_decay: cli.Number = 1e-5  # L2 penalty λ of the weights: λ/2·‖W‖² in the loss.
     decay_biases: bool = False  # Penalise the biases, too.
-    hidden: tuple[int, ...] = (256,)  # Widths of the hidden layers.
+    hidden: tuple[cli.Size, ...] = (256,)  # Widths of the hidden layers.
     activation: Hidden = "sigmoid"  # Activation of the hidden layers.
     init: Init = "xavier"  # First weights; zero shows why they are drawn at random.
-    samples: int | None = None  # Train on the first ones only.
-    log_dir: Path | None = None  # Folder for TensorBoard: losses, accuracy and speed.
-    report: Path | None = None  # Folder for a page of the run, run.html.
+    samples: cli.Count | None = None  # Train on the first ones only.
+    log_dir: cli.LogDir = None  # Folder for TensorBoard: losses, accuracy and speed.
+    report: cli.Report = None  # Folder for a page of the run, run.html.
 
 
 class Messages:

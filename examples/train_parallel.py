@@ -15,9 +15,10 @@ the optimizer's state.
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 import torch
-from support import cli, session
+from support import cli, lesson
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
@@ -30,21 +31,24 @@ from torchpar.training import Classification, Run
 
 
 @dataclass(kw_only=True)
-class Flags(cli.TrainFlags):
+class Flags(lesson.TrainFlags):
     """Train a digit classifier on a mesh of ranks."""
 
-    dp: int | None = None  # Ranks that share each batch; by default all that --tp and --pp leave.
-    tp: int = 1  # Ranks that share each layer.
-    pp: int = 1  # Stages of a pipeline.
-    pipeline: PipelineSchedule = "1f1b"  # Order of a pipeline's forward and backward passes.
-    micro_batches: int = 4  # Parts into which a pipeline cuts a replica's share of a batch.
+    # Ranks that share each batch; by default all that --tp and --pp leave.
+    dp: cli.Ranks | None = None
+    tp: cli.Ranks = 1  # Ranks that share each layer.
+    pp: cli.Ranks = 1  # Stages of a pipeline.
+    # Order of a pipeline's forward and backward passes.
+    pipeline: Annotated[PipelineSchedule, cli.Free()] = "1f1b"
+    # Parts into which a pipeline cuts a replica's share of a batch.
+    micro_batches: cli.MicroBatches = 4
 
 
 def main(flags: Flags) -> None:
     with join_world(flags.device, flags.timeout, gloo_yields=True) as world:
         dp = flags.dp or max(world.world_size // (flags.tp * flags.pp), 1)
         world = world.with_mesh(dp=dp, tp=flags.tp, pp=flags.pp)
-        train, test = session.load(flags, world)
+        train, test = flags.load(world)
         torch.manual_seed(flags.seed)
         # This rank's slice of its stage: the tp dimension splits each layer, the pp dimension the
         # layers.
@@ -64,7 +68,7 @@ def main(flags: Flags) -> None:
             )
             register_shared_memory_hook(ddp, world)  # on CPUs
         # Ranks of one stage share the work of Muon.
-        optimizer = session.make_optimizer(flags, model, world.mesh["dp", "tp"])
+        optimizer = flags.make_optimizer(model, world.mesh["dp", "tp"])
         lr_scheduler = training.lr_scheduler(optimizer, flags.schedule, flags.total_steps(train))
 
         def gradients(x: Tensor, labels: Tensor, global_size: int) -> Tensor:
@@ -78,18 +82,29 @@ def main(flags: Flags) -> None:
 
         predict = pipeline.predict if pipeline else model
         task = Classification(train, test, flags.batch_size, predict=predict, seed=flags.seed)
-        parts = (model, optimizer, lr_scheduler, world, task)
-        with Run(*parts, log=session.Log(flags, world), **flags.run_options()) as run:
+        run = Run(
+            model=model,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            world=world,
+            task=task,
+            epochs=flags.epochs,
+            checkpoint=flags.saving(),
+            config=flags.config(),
+        )
+        with run, lesson.Log(flags, run) as log:
             run.resume()
             for epoch in run.epochs():
                 for x, labels, global_size in run.batches(epoch):
                     loss = gradients(x, labels, global_size)
-                    session.adjust_gradients(flags, model, world)  # --clip, --orthogonality
+                    flags.adjust_gradients(model, world)  # --clip, --orthogonality
                     optimizer.step()
                     lr_scheduler.step()
                     optimizer.zero_grad()
                     run.end_step(loss)
+                    log()
                 run.end_epoch()
+                log()
 
 
 if __name__ == "__main__":

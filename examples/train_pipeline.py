@@ -29,9 +29,10 @@ micro-batches.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
-from support import cli, session
+from support import cli, lesson
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.profiler import record_function
@@ -48,13 +49,14 @@ Predict = Callable[[Tensor], Tensor | None]
 
 
 @dataclass(kw_only=True)
-class Flags(cli.TrainFlags):
+class Flags(lesson.TrainFlags):
     """Train a digit classifier by pipeline parallelism."""
 
-    pipeline: PipelineSchedule = "1f1b"  # Order of the forward and backward passes.
-    micro_batches: int = 4  # Parts into which a batch is cut.
+    # Order of the forward and backward passes.
+    pipeline: Annotated[PipelineSchedule, cli.Free()] = "1f1b"
+    micro_batches: cli.MicroBatches = 4  # Parts into which a batch is cut.
     # Print the measured timeline of a step, a line per rank; for ranks of one machine.
-    draw: bool = False
+    draw: cli.Switch = False
 
 
 def by_hand(flags: Flags, world: World, stage: MLP) -> tuple[Gradients, Predict]:
@@ -107,30 +109,40 @@ def by_hand(flags: Flags, world: World, stage: MLP) -> tuple[Gradients, Predict]
 def main(flags: Flags) -> None:
     with join_world(flags.device, flags.timeout, gloo_yields=True) as world:
         world = world.with_mesh(pp=world.world_size)
-        train, test = session.load(flags, world)
-        log = session.Log(flags, world, flags.draw)
+        train, test = flags.load(world)
         torch.manual_seed(flags.seed)
         # Every rank draws all weights, the same on all, and keeps the layers of its stage.
         stage = stage_mlp(MLP(flags.layer_sizes(train)).to(world.device), world.mesh["pp"])
         if flags.compile:
             stage.compile()
         gradients, predict = by_hand(flags, world, stage)
-        optimizer = session.make_optimizer(flags, stage)
+        optimizer = flags.make_optimizer(stage)
         lr_scheduler = training.lr_scheduler(optimizer, flags.schedule, flags.total_steps(train))
 
         task = Classification(train, test, flags.batch_size, predict=predict, seed=flags.seed)
-        parts = (stage, optimizer, lr_scheduler, world, task)
-        with Run(*parts, log=log, **flags.run_options()) as run:
+        run = Run(
+            model=stage,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            world=world,
+            task=task,
+            epochs=flags.epochs,
+            checkpoint=flags.saving(),
+            config=flags.config(),
+        )
+        with run, lesson.Log(flags, run, flags.draw) as log:
             run.resume()
             for epoch in run.epochs():
                 for x, labels, global_size in run.batches(epoch):
                     loss = gradients(x, labels, global_size)  # of all micro-batches
-                    session.adjust_gradients(flags, stage, world)  # --clip and --orthogonality
+                    flags.adjust_gradients(stage, world)  # --clip and --orthogonality
                     optimizer.step()
                     lr_scheduler.step()
                     optimizer.zero_grad()
                     run.end_step(loss)
+                    log()
                 run.end_epoch()
+                log()
 
 
 if __name__ == "__main__":

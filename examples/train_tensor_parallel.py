@@ -24,7 +24,7 @@ The model has one hidden layer: a pair is two layers.
 from dataclasses import dataclass
 
 import torch
-from support import cli, session
+from support import cli, lesson
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.functional import cross_entropy
@@ -36,10 +36,10 @@ from torchpar.training import Classification, Run
 
 
 @dataclass(kw_only=True)
-class Flags(cli.TrainFlags):
+class Flags(lesson.TrainFlags):
     """Train a digit classifier by tensor parallelism."""
 
-    hidden: tuple[int, ...] = (128,)  # Width of the hidden layer.
+    hidden: tuple[cli.Size, ...] = (128,)  # Width of the hidden layer.
 
 
 class SplitMLP(torch.nn.Module):
@@ -65,18 +65,27 @@ def main(flags: Flags) -> None:
         )
     with join_world(flags.device, flags.timeout, gloo_yields=True) as world:
         world = world.with_mesh(tp=world.world_size)
-        train, test = session.load(flags, world)
+        train, test = flags.load(world)
         torch.manual_seed(flags.seed)
         # Every rank draws the whole weights, the same on all, and keeps its slice.
         model = SplitMLP(flags.layer_sizes(train), world.mesh["tp"]).to(world.device)
         if flags.compile:
             model.compile()
-        optimizer = session.make_optimizer(flags, model, world.mesh["tp"])
+        optimizer = flags.make_optimizer(model, world.mesh["tp"])
         lr_scheduler = training.lr_scheduler(optimizer, flags.schedule, flags.total_steps(train))
 
         task = Classification(train, test, flags.batch_size, seed=flags.seed)
-        parts = (model, optimizer, lr_scheduler, world, task)
-        with Run(*parts, log=session.Log(flags, world), **flags.run_options()) as run:
+        run = Run(
+            model=model,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            world=world,
+            task=task,
+            epochs=flags.epochs,
+            checkpoint=flags.saving(),
+            config=flags.config(),
+        )
+        with run, lesson.Log(flags, run) as log:
             run.resume()
             for epoch in run.epochs():
                 for x, labels, global_size in run.batches(epoch):
@@ -84,12 +93,14 @@ def main(flags: Flags) -> None:
                     # average.
                     loss = cross_entropy(model(x), labels, reduction="sum")
                     (loss / global_size).backward()
-                    session.adjust_gradients(flags, model, world)  # --clip and --orthogonality
+                    flags.adjust_gradients(model, world)  # --clip and --orthogonality
                     optimizer.step()
                     lr_scheduler.step()
                     optimizer.zero_grad()
                     run.end_step(loss)
+                    log()
                 run.end_epoch()
+                log()
 
 
 if __name__ == "__main__":

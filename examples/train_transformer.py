@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from support import cli, console, report, session
+from support import cli, console, report
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
@@ -35,6 +35,7 @@ from torchpar.optim import Muon
 from torchpar.parallel import join_world
 from torchpar.parallel.launch.world import World
 from torchpar.training import Evaluation, Run, lr_scheduler
+from torchpar.training.profile.recorder import Recorder
 
 BOOK = Path(__file__).parent / "data" / "alice.txt"
 # Characters of a window, their features; of the model.
@@ -47,12 +48,12 @@ UNIT = 4  # windows whose gradient is rounded once in exact arithmetic, whatever
 class Flags(cli.ExampleFlags):
     """Train a character-level transformer by Muon, and by AdamW."""
 
-    steps: int = 300  # Steps of each optimizer, rounded up to a multiple of its tenth.
-    batch_size: int = 32  # Windows of a step, of all ranks together.
-    lr: float = 0.02  # Learning rate of Muon at the start; it falls to 0.
-    adamw_lr: float = 6e-3  # Learning rate of AdamW, likewise.
-    log_dir: Path | None = None  # Folder for TensorBoard: losses.
-    report: Path | None = None  # Folder for a page of the runs, run.html.
+    steps: cli.Count = 300  # Steps of each optimizer, rounded up to a multiple of its tenth.
+    batch_size: cli.Count = 32  # Windows of a step, of all ranks together.
+    lr: cli.Number = 0.02  # Learning rate of Muon at the start; it falls to 0.
+    adamw_lr: cli.Number = 6e-3  # Learning rate of AdamW, likewise.
+    log_dir: cli.LogDir = None  # Folder for TensorBoard: losses.
+    report: cli.Report = None  # Folder for a page of the runs, run.html.
     # Exact: the same bits everywhere, many times slower.
     arithmetic: Literal["fast", "exact"] = "fast"
 
@@ -182,10 +183,12 @@ def train(name: str, flags: Flags, world: World) -> report.Run:
     replica = DistributedDataParallel(model) if world.world_size > 1 and not is_exact else model
     parallel = exact.DataParallel(model, world.mesh["dp"].get_group()) if is_exact else None
     mine = slice(world.rank, None, world.world_size)
-    log = session.Recording(world, wanted=flags.report is not None)
-    with Run(model, optimizer, schedule, world, task, epochs=epochs, log=log) as run:
+    run = Run(model, optimizer, schedule, world, task, epochs=epochs)
+    recorder = Recorder(model, optimizer, world) if flags.report else None
+    with run, recorder or nullcontext():
         for epoch in run.epochs():
-            for starts in run.batches(epoch):
+            batches = task.batches(epoch, run.begin_epoch(epoch), world)
+            for starts in recorder.steps(batches) if recorder else batches:
                 with task.arithmetic():
                     if parallel:
                         for unit in starts.split(UNIT)[mine]:
@@ -216,7 +219,7 @@ def train(name: str, flags: Flags, world: World) -> report.Run:
         "training loss {train_loss:.3f}, validation loss {validation_loss:.3f} after {step} steps, "
         "{seconds:.1f} s"
     )
-    return report.Run(rows, summary.format(**rows[-1]), log.records)
+    return report.Run(rows, summary.format(**rows[-1]), recorder.gather() if recorder else [])
 
 
 def main(flags: Flags) -> None:

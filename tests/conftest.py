@@ -148,7 +148,7 @@ def fork_server() -> None:
     modules = ["torchpar.parallel.split.pipeline", "torchpar.training", "torchvision.datasets"]
     # Without its own packages, ``support`` would end the server.
     if find_spec("rich") and find_spec("tyro"):
-        modules += ["rich.progress", "tyro", "support.session"]
+        modules += ["rich.progress", "tyro", "support.lesson"]
     # Until Python 3.14 the server ignores the parent's sys.path.
     paths = import_path(*(ROOT / folder for folder in (".", "examples", "tests")))
     with patch.dict(os.environ, PYTHONPATH=paths):

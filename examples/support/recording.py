@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Callback of Lightning's Trainer that records the steps of a training, for the page of a run."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from typing import TypeVar
 
@@ -35,10 +35,6 @@ class Recording(Callback):
         self._recorder = Recorder(pl_module, trainer.optimizers[0])
         self._active.enter_context(self._recorder)
 
-    def on_train_batch_end(self, *_: object) -> None:
-        assert self._recorder is not None
-        self._recorder.end_step()
-
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002  # the hook's signature
         logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
         self.figures.append({"epoch": trainer.current_epoch + 1, **logged})
@@ -50,11 +46,3 @@ class Recording(Callback):
 
     def on_exception(self, *_: object) -> None:
         self._active.close()
-
-
-def steps_of(trainer: Trainer) -> Callable[[Iterable[B]], Iterator[B]]:
-    """Return the function that records the steps of ``trainer``; iter, if nothing does."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, Recording):
-            return callback.steps
-    return iter

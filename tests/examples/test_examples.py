@@ -6,6 +6,7 @@ The Lightning lesson, and what is peculiar to an exercise, have files of their o
 """
 
 import errno
+import importlib
 import os
 import re
 from collections import Counter
@@ -34,7 +35,6 @@ from support.points import draw
 
 from torchpar.errors import ConfigError
 from torchpar.parallel import join_world
-from torchpar.training import LRSchedule
 
 TRAIN_DDP = str(ROOT / "examples" / "train_ddp.py")
 TWO_EPOCHS = ["--epochs", "2", "--batch-size", "100"]
@@ -550,10 +550,12 @@ def line_of(err: str) -> str:
     return " ".join(re.sub(r"[╭╮│╰╯─]", " ", err).split())
 
 
-def test_the_flags_name_all_schedules():
-    """They are written twice, as the flags import no torch."""
-    assert cli.TrainFlags.__annotations__["schedule"] == LRSchedule
-    assert cli.TrainFlags.__annotations__["optimizer"] != LRSchedule
+@pytest.mark.parametrize("name", ["train_ddp", "train_parallel", "digits_report", "train_mpi"])
+def test_the_type_of_each_number_has_its_bounds(name):
+    for flag, value, marks in importlib.import_module(name).Flags().marked():
+        numbers = value if isinstance(value, tuple) else (value,)
+        if any(type(number) in (int, float) for number in numbers):
+            assert any(isinstance(mark, cli.Bounds) for mark in marks), flag
 
 
 @pytest.mark.parametrize("name, flags, message", ERRORS)

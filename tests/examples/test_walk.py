@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: MIT
 """The files that a reader of `train_ddp.py` passes: those that its run enters, and those of a line.
+And the generators that a batch passes.
 
 One process computes by torchpar's operators and by Muon, whose files are most of them.
 """
 
 import sys
+from collections.abc import Iterator
+from inspect import CO_GENERATOR
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,48 +20,68 @@ pytest.importorskip("tyro", reason="tyro reads the flags")
 
 import train_ddp
 
+from torchpar.data import Samples
+
 ROOMS = tuple(str(ROOT / name) for name in ("examples", "torchpar"))
 MOST_FILES = 32
-# From the lesson to the line: its loop, the run, the log, the console.
-LINE = ["console.py", "session.py", "run.py", "train_ddp.py"]
+MOST_GENERATORS = 2
+# From the lesson to the line: its loop, the log, the console.
+LINE = ["console.py", "lesson.py", "train_ddp.py"]
 
 
-def test_a_run_enters_few_files_and_its_line_is_near_its_loop(tmp_path, monkeypatch):
-    entered: set[Path] = set()
-    above_line: list[Path] = []
+class Walk:
+    """A profile function that notes the calls within ``main``.
 
-    def path_of(frame: FrameType) -> Path | None:
-        file = frame.f_code.co_filename
-        return Path(file) if file.startswith(ROOMS) else None
+    Attributes:
+        entered: the files of `ROOMS`.
+        line: the files above the line of an epoch, from it to the lesson.
+        generators: the generators above the reading of a batch's features.
+    """
 
-    def note(frame: FrameType, event: str, argument: Any) -> None:
-        path = path_of(frame)
-        if event != "call" or path is None:
-            return
-        entered.add(path)
-        if frame.f_code.co_name == "epoch_line":
-            at: FrameType | None = frame
-            while at is not None and at.f_code is not main.__code__:
-                if (found := path_of(at)) and found not in above_line:
-                    above_line.append(found)
-                at = at.f_back
+    def __init__(self) -> None:
+        self.entered: set[Path] = set()
+        self.line: list[str] = []
+        self.generators: set[str] = set()
 
-    def main(flags: train_ddp.Flags) -> None:
+    def main(self, flags: train_ddp.Flags) -> None:
         before = sys.getprofile()
-        sys.setprofile(note)
+        sys.setprofile(self.note)
         try:
-            run(flags)
+            MAIN(flags)
         finally:
             sys.setprofile(before)
 
-    run = train_ddp.main
-    monkeypatch.setattr(train_ddp, "main", main)
+    def note(self, frame: FrameType, event: str, argument: Any) -> None:
+        file = frame.f_code.co_filename
+        if event != "call" or not file.startswith(ROOMS):
+            return
+        self.entered.add(Path(file))
+        above = [at.f_code for at in frames_above(frame)]
+        if frame.f_code.co_name == "epoch_line":
+            names = [code.co_filename for code in above if code.co_filename.startswith(ROOMS)]
+            self.line = [Path(name).name for name in dict.fromkeys(names)]
+        if frame.f_code is Samples.inputs.__code__:
+            self.generators |= {one.co_qualname for one in above if one.co_flags & CO_GENERATOR}
+
+
+MAIN = train_ddp.main
+
+
+def frames_above(frame: FrameType) -> Iterator[FrameType]:
+    at: FrameType | None = frame
+    while at is not None and at.f_code is not Walk.main.__code__:
+        yield at
+        at = at.f_back
+
+
+def test_a_run_enters_few_files_and_its_line_is_near_its_loop(tmp_path, monkeypatch):
     root = fashion_mnist(tmp_path, train=100, test=50)
     data = ["--dataset", "fashion-mnist", "--data", str(root), "--device", "cpu"]
     for _ in range(2):  # in the first run, files of what is done once a process are entered, too
-        entered.clear()
-        above_line.clear()
+        walk = Walk()
+        monkeypatch.setattr(train_ddp, "main", walk.main)
         code, _, err = lesson("train_ddp", *data, "--dry-run", "--batch-size", "10")
         assert code == 0, err
-    assert len(entered) <= MOST_FILES, sorted(path.name for path in entered)
-    assert [path.name for path in above_line] == LINE
+    assert len(walk.entered) <= MOST_FILES, sorted(path.name for path in walk.entered)
+    assert walk.line == LINE
+    assert 1 <= len(walk.generators) <= MOST_GENERATORS, walk.generators

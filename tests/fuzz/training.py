@@ -40,7 +40,7 @@ MODULES = [
     "torchpar.training",
     "torchpar.parallel.split.pipeline",
     "torchvision.datasets",
-    "support.session",
+    "support.lesson",
 ]
 # Two orders of float32 sums of at most 784 terms typically differ by √784·2⁻²⁴, in each of at most
 # 5 layers and 16 steps; the learning rates below do not let a difference grow.

@@ -185,7 +185,6 @@ def test_a_recorder_measures_memory_in_the_first_step_and_times_from_the_third_o
             model(x).sum().backward()
             optimizer.step()
             optimizer.zero_grad()
-            recorder.end_step()
             torch.ones(1, requires_grad=True).exp().backward()  # no part of a step
     (found,) = recorder.gather()
     weights = 4 * (4 * 2 + 2)

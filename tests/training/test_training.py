@@ -373,9 +373,9 @@ def test_runs_that_are_used_wrongly(world, tmp_path):
                 run.end_epoch()
 
     wrong: list[tuple[Any, str]] = [
-        ({"ended": 0}, "after batch 1, 0 steps of the epoch have ended; call run.end_step"),
-        ({"ended": 2}, "after batch 1, 2 steps of the epoch have ended"),
-        ({"taken": 2}, "epoch 1 ends after 2 of 3 batches; take all"),
+        ({"ended": 0}, "epoch 1 ends after 0 of 3 batches"),
+        ({"ended": 2}, "step 4 ends in an epoch of 3 batches; call run.begin_epoch(epoch)"),
+        ({"taken": 2}, "epoch 1 ends after 2 of 3 batches"),
         (
             {"ends": False},
             "0 epochs have ended, and the batches are of epoch 2; call run.end_epoch",
@@ -386,6 +386,10 @@ def test_runs_that_are_used_wrongly(world, tmp_path):
         with expected, training.Run(*parts, epochs=2) as run:
             loop(run, **mistake)
         assert run.results == []
+    with training.Run(*parts, epochs=1) as run:
+        with pytest.raises(RuntimeError, match=r"call run\.begin_epoch\(epoch\) before the batch"):
+            run.end_step(torch.zeros(()))
+        loop(run)
     run = training.Run(*parts, epochs=1, checkpoint=CheckpointConfig(tmp_path))
     with pytest.raises(RuntimeError, match="with Run"):
         run.resume()
@@ -431,7 +435,8 @@ def test_any_task_is_trained_and_resumed(world, tmp_path):
     assert run(whole, 2) == [0, 1, 2, 0, 1, 2]
     assert run(whole, 3) == [0, 1, 2]
     with pytest.raises(
-        RuntimeError, match=r"yields 3 batches, and 5 by its samples \(20\) and bat"
+        RuntimeError,
+        match=r"after 3 of 5 batches, which the task has by its samples \(20\) and bat",
     ):
         run(Short(), 4)
     with pytest.raises(
@@ -785,7 +790,9 @@ def test_loops_that_are_left(world, tmp_path):
             pytest.raises(RuntimeError, match=message) if message else contextlib.nullcontext()
         )
         parts = parts_of(MLP(SIZES), world)
-        with expected, training.Run(*parts, epochs=3, log=log) as run:
+        with pytest.warns(DeprecationWarning, match="call your log in the loop"):
+            run = training.Run(*parts, epochs=3, log=log)
+        with expected, run:
             run.resume()
             for epoch in run.epochs():
                 if epoch == 2 and not leave:
@@ -812,9 +819,9 @@ def test_the_body_of_a_resumed_epoch_does_not_change_what_is_drawn(world, tmp_pa
                 torch.rand(5)  # which a resumed epoch does again
                 for x, _, _ in one.batches(epoch):
                     drawn.append(torch.rand(()).item())
-                    one.end_step(model(x).sum() * 0)
                     if len(drawn) == stop_after:
                         os.kill(os.getpid(), signal.SIGTERM)
+                    one.end_step(model(x).sum() * 0)
                 one.end_epoch()
         return drawn
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Samples on a device, and the batches of each rank and epoch."""
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -17,6 +18,8 @@ from torchpar.errors import ConfigError
 _READ_CHUNK = 256  # samples; as float32 they fit in a core's cache
 # Images; each chunk reuses the memory of the chunk before, which saves page faults.
 _POOL_CHUNK = 1000
+# Set by a profiler: called before a batch is yielded, with the time at which its making began.
+watch: Callable[[float], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -184,6 +187,7 @@ def _batches(
     share: Callable[[Tensor], Tensor],
     start: int,
 ) -> Iterator[Batch]:
+    began = time.perf_counter()
     # The order is drawn on the CPU, so that it is the same on every device.
     (state,) = np.random.SeedSequence((seed, epoch)).generate_state(1)
     generator = torch.Generator().manual_seed(int(state))
@@ -199,7 +203,11 @@ def _batches(
         rank_batches = map(Batch, x.split(sizes), labels.split(sizes), map(len, global_batches))
         # Keep the batch's offset in memory: alignment can change low bits, and a resumed run must
         # match.
-        yield from islice(rank_batches, max(skipped - first, 0) // batch_size, None)
+        for batch in islice(rank_batches, max(skipped - first, 0) // batch_size, None):
+            if watch is not None:
+                watch(began)
+            yield batch
+            began = time.perf_counter()
 
 
 def load(

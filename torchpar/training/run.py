@@ -1,31 +1,34 @@
 # SPDX-License-Identifier: MIT
-"""`Run`: what surrounds a training loop, such as its position, evaluation and checkpoints.
+"""`Run`: the position of a training loop, its checkpoints, and its evaluation.
 
     task = Classification(train, test, batch_size=128)
     with Run(model, optimizer, lr_scheduler, world, task, epochs=10) as run:
         run.resume()  # from the newest checkpoint, if there is one
         for epoch in run.epochs():
-            for x, labels, global_size in run.batches(epoch):
+            start = run.begin_epoch(epoch)  # 0, or the batch before which the run was stopped
+            for x, labels, global_size in task.batches(epoch, start, world):
                 loss = cross_entropy(model(x), labels, reduction="sum")
                 (loss / global_size).backward()
                 optimizer.step()
                 lr_scheduler.step()
                 optimizer.zero_grad()
-                run.end_step(loss)  # counts, checks, reports; saves and stops if it is time to
-            run.end_epoch()  # evaluates, reports and saves
+                run.end_step(loss)  # counts and checks; saves and stops if it is time to
+            result = run.end_epoch()  # evaluates and saves
 
 The model, the optimizer and the loop are the program's own. A `Task` says what is trained on and
 how it is judged. A loop that accumulates the gradients of several batches calls `end_step` after
 each batch, and is saved and stopped after a step of the optimizer.
 
-A ``break`` before `Run.batches` ends the run after the last whole epoch, as to stop early. What an
-epoch's body does before `Run.batches` is done again when a run resumes within that epoch;
+A ``break`` before `Run.begin_epoch` ends the run after the last whole epoch, as to stop early. What
+an epoch's body does before `Run.begin_epoch` is done again when a run resumes within that epoch;
 afterwards the random state is the saved one.
 """
 
 import json
 import math
+import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, Protocol, Self
@@ -72,7 +75,10 @@ class Task(Protocol):
 
 
 class RunLog:
-    """Callbacks of a `Run`. Each does nothing unless it is overridden."""
+    """Callbacks of a `Run`. Each does nothing unless it is overridden.
+
+    Deprecated: a loop calls its own log, as the examples' loops do.
+    """
 
     def active(self, run: "Run") -> AbstractContextManager[Any]:  # noqa: ARG002  # for those that override it
         """Return a context that lasts as long as the run's."""
@@ -82,7 +88,7 @@ class RunLog:
         """The run's state is that of a checkpoint."""
 
     def steps(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """Yield the batches of an epoch; a step lasts from one to the next."""
+        """Yield the batches of `Run.batches`; a step lasts from one to the next."""
         return batches
 
     def on_step(self, run: "Run", epoch: int, samples: int) -> None:
@@ -111,7 +117,10 @@ class Run:
             (docs/checkpoints.md).
         config: values that identify the run, as JSON, the same on all ranks; a checkpoint with
             other values is refused.
-        log: is told what happens; by default nothing is shown.
+        log: is told what happens; deprecated.
+
+    Attributes:
+        resumed_from: the step at which the run was resumed; None if it was not.
 
     Raises:
         ConfigError: ranks with different models, arguments or samples; gradients that differ
@@ -120,7 +129,8 @@ class Run:
             checkpoint would lose something. On every rank.
         DivergedError: the training or the test loss of an epoch is not finite, or a weight or a
             loss when it is to be saved. On every rank.
-        RuntimeError: a loop that leaves out a step's or an epoch's end, or was left in an epoch.
+        RuntimeError: a loop that leaves out a step's end, or an epoch's beginning or end, or was
+            left in an epoch.
         Stopped: after SIGTERM or SIGINT, if there is a ``checkpoint``. On every rank.
     """
 
@@ -154,7 +164,15 @@ class Run:
         self.task = task
         self.num_epochs = epochs
         self.steps_per_epoch = math.ceil(task.samples / task.batch_size)
+        if log is not None:
+            warnings.warn(
+                "Run(log=…) is deprecated; call your log in the loop, after run.end_step and "
+                "run.end_epoch",
+                DeprecationWarning,
+                stacklevel=2,
+            )
         self._log = log or RunLog()
+        self.resumed_from: int | None = None
         self._stack = ExitStack()
         self._checkpoints = Checkpoints(checkpoint, world) if checkpoint else None
         self._is_resumed = checkpoint is None  # there is nothing to resume from
@@ -195,15 +213,19 @@ class Run:
         self._stack.close()
         if error is not None:
             return
-        if self._checkpoints is not None:
-            self._checkpoints.wait()
+        self.wait()
         if self._is_within_epoch:
             raise RuntimeError(
                 f"the loop was left in epoch {len(self.results) + 1}, after {self.state.step} of "
                 f"{self.steps_per_epoch} batches: they were not evaluated, and not saved; take all "
-                "batches of an epoch and call run.end_epoch(), or leave before run.batches"
+                "batches of an epoch and call run.end_epoch(), or leave before run.begin_epoch"
             )
         self._log.on_end(self)
+
+    def wait(self) -> None:
+        """Wait for a save that is under way."""
+        if self._checkpoints is not None:
+            self._checkpoints.wait()
 
     def resume(self) -> None:
         """Continue from the newest checkpoint, if there is one."""
@@ -221,6 +243,7 @@ class Run:
                 f"{self._checkpoints.folder} holds {len(self.results)} epochs, more than the "
                 f"{self.num_epochs} asked for; ask for more, or use another folder"
             )
+        self.resumed_from = self.total_steps
         self._log.on_resume(self)
 
     def epochs(self) -> range:
@@ -231,11 +254,11 @@ class Run:
             )
         return range(len(self.results) + 1, self.num_epochs + 1)
 
-    def batches(self, epoch: int) -> Iterator[Any]:
-        """Yield this rank's share of each remaining batch of ``epoch``, the current one."""
-        return self._log.steps(self._take(epoch))
+    def begin_epoch(self, epoch: int) -> int:
+        """Begin ``epoch``; return the number of its first batch, which is 0 unless it is resumed.
 
-    def _take(self, epoch: int) -> Iterator[Any]:
+        Where it is resumed, random numbers go on as they would have.
+        """
         if epoch != len(self.results) + 1:
             raise RuntimeError(
                 f"{len(self.results)} epochs have ended, and the batches are of epoch {epoch}; "
@@ -246,49 +269,54 @@ class Run:
             state.restore_random_states(self.state.random_states)
         self._first, self._start = first, time.perf_counter()
         self._is_within_epoch = True
-        shares = iter(self.task.batches(epoch, first, self.world))
-        for number in range(first, self.steps_per_epoch):
-            if self._stop:
-                self._stop.start_all_reduce()
-            batch = next(shares, None)
-            if batch is None:
-                raise RuntimeError(
-                    f"the task yields {number} batches, and {self.steps_per_epoch} by its samples "
-                    f"({self.task.samples}) and batch_size ({self.task.batch_size})"
-                )
+        self._begin_step()
+        return first
+
+    def batches(self, epoch: int) -> Iterator[Any]:
+        """Begin ``epoch``; return this rank's share of each of the task's remaining batches."""
+        first = self.begin_epoch(epoch)
+        return self._log.steps(iter(self.task.batches(epoch, first, self.world)))
+
+    def _begin_step(self) -> None:
+        """Let the ranks agree, while the step computes, whether they stop after it."""
+        if self._stop is not None:
             self._has_stepped = False
             self._replays = count_replays(self.state.optimizer)
-            yield batch
-            if self.state.step != number + 1:
-                raise RuntimeError(
-                    f"after batch {number + 1}, {self.state.step} steps of the epoch have ended; "
-                    "call run.end_step(loss) once for each batch"
-                )
+            self._stop.start_all_reduce()
 
     def end_step(self, loss: Tensor) -> None:
-        """End a step: count it, check and report it, and save and stop if it is time to.
+        """End a step: count it and check it, and save and stop if it is time to.
 
         Args:
             loss: this rank's part of the sum of the step's losses; the ranks' parts add up to it.
         """
-        self.state.step += 1
+        step = self.state.step + 1
+        if not self._is_within_epoch or step > self.steps_per_epoch:
+            raise RuntimeError(
+                f"step {step} ends in an epoch of {self.steps_per_epoch} batches; call "
+                "run.begin_epoch(epoch) before the batches, and run.end_step(loss) once for each"
+            )
+        self.state.step = step
         if self.world.owns_outputs:
             # A tensor: the host waits for no GPU.
             self.state.loss_sum = self.state.loss_sum + loss.detach().double()
-        trained = min(self.state.step * self.task.batch_size, self.task.samples)
+        trained = min(step * self.task.batch_size, self.task.samples)
         self._log.on_step(self, len(self.results) + 1, trained)
-        if self.state.step == self._first + 1:
+        if step == self._first + 1:
             self._check_replicas()
-        if self.state.step < self.steps_per_epoch:  # the last step's comes after the evaluation
+        if step < self.steps_per_epoch:  # the last step's comes after the evaluation
             self._save_if_due()
+            self._begin_step()
 
-    def end_epoch(self) -> None:
-        """End an epoch: evaluate the model, report the epoch's figures, and save."""
+    def end_epoch(self) -> EpochResult:
+        """End an epoch: evaluate the model, and save. Return the epoch's figures."""
         epoch, step = len(self.results) + 1, self.state.step
         if step != self.steps_per_epoch:
             raise RuntimeError(
-                f"epoch {epoch} ends after {step} of {self.steps_per_epoch} batches; take all of "
-                "them, and call run.end_step(loss) after each"
+                f"epoch {epoch} ends after {step} of {self.steps_per_epoch} batches, which the "
+                f"task has by its samples ({self.task.samples}) and batch_size "
+                f"({self.task.batch_size}); take all of them, and call run.end_step(loss) once "
+                "after each"
             )
         self._is_within_epoch = False
         loss = torch.tensor(
@@ -314,6 +342,7 @@ class Run:
         self.state.step, self.state.loss_sum = 0, 0.0
         self._log.on_epoch(self, result)
         self._save_if_due()
+        return result
 
     def evaluate(self) -> Evaluation:
         """Judge the model by the task, on every rank, in evaluation mode.
@@ -331,7 +360,8 @@ class Run:
         finally:
             for module, training in modes:
                 module.training = training
-            state.reshard(model)
+            if "torch.distributed.fsdp" in sys.modules:
+                state.reshard(model)
 
     def _save_if_due(self) -> None:
         if self._checkpoints is None or self._stop is None:

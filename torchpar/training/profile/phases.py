@@ -104,6 +104,13 @@ class Phases:
             with self.step():
                 yield batch
 
+    def begin_step(self, began: float) -> None:
+        """Begin a step, whose batch was made since ``began``; end the step before it."""
+        self.end_step()
+        self.current = Step()  # without what was measured between the steps
+        self._add("data", began, sum(self.seconds.values()))
+        self._begin("forward")
+
     @contextmanager
     def step(self) -> Iterator[None]:
         """Count the block as "forward" until its backward pass or pipeline, and from there as

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """`Recorder`: the times, messages and memory of a training's steps, measured while it runs."""
 
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Self, TypeVar
@@ -9,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.optim import Optimizer
 
+from torchpar.data import samples
 from torchpar.training.profile.collectives import Collectives
 from torchpar.training.profile.memory import Memory
 from torchpar.training.profile.phases import Phases
@@ -24,15 +26,16 @@ class Recorder:
     """Record the steps of a training on this rank.
 
         with Recorder(model, optimizer, world) as recorder:
-            for x, labels in recorder.steps(batches):
+            for x, labels, global_size in torchpar.data.batches(samples, 64, seed=0, epoch=1):
                 cross_entropy(model(x), labels).backward()
                 optimizer.step()
-                recorder.end_step()
         records = recorder.gather()  # of all ranks
 
-    Memory is measured in the first step, until the optimizer has stepped: this takes time, and the
-    first steps' times do not count. See `Phases`, `Collectives` and `Memory` for what is measured,
-    and what measuring changes.
+    A step lasts from the making of its batch until the optimizer has stepped. A loop over other
+    batches takes them from `steps`.
+
+    Memory is measured in the first step: this takes time, and the first steps' times do not count.
+    See `Phases`, `Collectives` and `Memory` for what is measured, and what measuring changes.
 
     Args:
         model: this rank's part of the model.
@@ -57,34 +60,44 @@ class Recorder:
         self._phases = Phases(device)
         self._is_first = True
         self._step = ExitStack()  # what is active within a step
-        self._first = ExitStack()  # what measures the memory of the first step
 
     def __enter__(self) -> Self:
         self._phases.__enter__()
-        self._hook = self._optimizer.register_step_post_hook(lambda *_: self._first.close())
+        samples.watch = self._begin_step
+        self._hook = self._optimizer.register_step_post_hook(lambda *_: self._end_step())
         return self
 
     def __exit__(self, *error: object) -> None:
         self._hook.remove()
-        self._first.close()
-        self._step.close()
+        samples.watch = None
+        self._end_step()
         self._phases.__exit__(*error)
 
     def steps(self, batches: Iterable[B]) -> Iterator[B]:
-        """Yield ``batches``; a step lasts from one to the next, unless `end_step` ends it."""
-        for batch in self._phases.steps(batches):
-            with self._step:
-                collectives = self._step.enter_context(Collectives(self._world))
-                self._phases.current.calls = collectives.calls
-                if self._is_first:
-                    self._first.enter_context(self._memory.measure(self._activations))
-                    self._is_first = False
-                yield batch
+        """Yield ``batches``, and record the steps that are taken with them."""
+        remaining = iter(batches)
+        while True:
+            self._end_step()
+            samples.watch, began = None, time.perf_counter()
+            try:
+                batch = next(remaining)
+            except StopIteration:
+                return
+            self._begin_step(began)
+            yield batch
 
-    def end_step(self) -> None:
-        """Count nothing more of the current step, whose block has not ended yet."""
-        self._phases.end_step()
+    def _begin_step(self, began: float) -> None:
+        self._end_step()
+        self._phases.begin_step(began)
+        collectives = self._step.enter_context(Collectives(self._world))
+        self._phases.current.calls = collectives.calls
+        if self._is_first:
+            self._step.enter_context(self._memory.measure(self._activations))
+            self._is_first = False
+
+    def _end_step(self) -> None:
         self._step.close()
+        self._phases.end_step()
 
     def record(self) -> RankRecord:
         """Return what has been recorded on this rank."""

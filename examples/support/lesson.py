@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: MIT
+"""Parts that the training lessons share: flags, data, optimizers, adjusted gradients, and the log.
+
+The model, its split and the loop are the lessons' own.
+"""
+
+import math
+import os
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal, Self
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import Optimizer
+
+from support import cli, console, report, timeline
+from support.cli import Above0, Bounds, Count, Free, Number, Output, Share, Size, Switch
+from torchpar import data, training
+from torchpar.data import Samples
+from torchpar.errors import ConfigError
+from torchpar.parallel.launch.agreement import check_same_on_all_ranks
+from torchpar.parallel.launch.world import World
+from torchpar.parallel.split.clip import clip_grad_norm_
+from torchpar.parallel.split.shared_memory import can_share_memory
+from torchpar.training import CheckpointConfig, Classification, LRSchedule, Run, Stopped
+from torchpar.training.profile.recorder import Recorder
+
+# Steps that are not traced: two in which DistributedDataParallel sets itself up, one warms up.
+SKIP = 3
+Shared = Annotated[Path | None, Output(is_folder=True), Free()]  # a folder of all ranks
+
+
+@dataclass(kw_only=True)
+class TrainFlags(cli.DataFlags):
+    """Flags of every training lesson."""
+
+    # Each optimizer's defaults, for a deep sigmoid MLP.
+    SGD: ClassVar = {"lr": 0.5, "momentum": 0.9, "weight_decay": 3e-5}
+    MUON: ClassVar = {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.01}
+
+    epochs: Annotated[Count, Free()] = 10  # Passes over the training samples.
+    batch_size: Count = 128  # Samples per step, over all ranks.
+    samples: Count | None = None  # Train on the first ones only.
+    # Optimizer; muon updates the weight matrices, and SGD updates the biases.
+    optimizer: Literal["sgd", "muon"] = "sgd"
+    lr: Number | None = None  # Learning rate at the start; the default depends on the optimizer.
+    momentum: Share | None = None  # Nesterov momentum; the default depends on the optimizer.
+    # Learning-rate schedule over the run; linear and cosine end at 0.
+    schedule: LRSchedule = "linear"
+    # λ of the weights: for muon decoupled decay, for sgd an L2 penalty λ/2·‖W‖² in the loss.
+    weight_decay: Number | None = None
+    # Count the biases in the L2 penalty of sgd, too. Muon's decay is no part of the loss, so it
+    # refuses this.
+    decay_biases: bool = False
+    orthogonality: Number = 0.0  # Factor of the penalty Σ‖W·Wᵀ − I‖² in the loss.
+    hidden: tuple[Size, ...] = (128, 64)  # Widths of the hidden layers.
+    # Pixels to leave out on each side of an image.
+    crop: Annotated[int, Bounds(0, 2**31)] = 0
+    pool: Size = 1  # Side of the squares of pixels that are averaged to one.
+    compile: Switch = False  # Compile the model by torch.compile.
+    # Train on ten batches and evaluate; write no metrics, logs, report, profile or checkpoint.
+    dry_run: Switch = False
+    # Measure the time of each phase of a step (data, forward, backward, collectives, optimizer).
+    phases: Switch = False
+    collectives: Switch = False  # Count and time the collectives of a step.
+    # Measure the bytes of weights, gradients, optimizer state and activations on each rank.
+    memory: Switch = False
+    report: cli.Report = None  # Folder for a page of the run, run.html.
+    log_dir: cli.LogDir = None  # Folder for TensorBoard: losses, accuracy and speed.
+    # Folder for torch.profiler's trace of some steps, one file per rank.
+    profile: Shared = None
+    # Folder of checkpoints, to save to and to resume from, on a file system of all ranks.
+    checkpoint: Shared = None
+    # Steps between two saves; by default one save per epoch.
+    save_every: Annotated[Count | None, Free()] = None
+    keep: Annotated[Count, Free()] = 2  # Checkpoints to keep.
+    async_save: Switch = False  # Save while training continues.
+    # Norm to which larger gradients are scaled down.
+    clip: Annotated[float | None, Above0(0, 1e38)] = None
+    # Seconds after which a rank that waits for another gives up.
+    timeout: Annotated[float, Bounds(1, 1e6), Free()] = 600.0
+
+    def check(self) -> None:
+        if self.dry_run:
+            self.epochs = 1
+            self.metrics = self.log_dir = self.report = self.profile = self.checkpoint = None
+        if self.decay_biases and self.optimizer == "muon":
+            raise ConfigError(
+                "--decay-biases changes sgd's L2 penalty, and the optimizer is muon; take "
+                "--optimizer sgd"
+            )
+        if self.memory and self.compile:
+            raise ConfigError(
+                "--memory sees no activations of compiled code; drop --compile or --memory"
+            )
+        super().check()
+
+    def load(self, world: World) -> tuple[Samples, Samples]:
+        """Return the training and test samples on the device of this rank.
+
+        First compare the flags of all ranks.
+
+        Raises:
+            ConfigError: different flags, or no data; on every rank.
+        """
+        if world.world_size > 1:
+            check_same_on_all_ranks(None, "the ranks' flags", self.shared())
+        loaded: list[Samples] = []
+
+        def read() -> None:
+            for samples in data.load(self.dataset, self.data, world.device):
+                fewer = self.crop or self.pool > 1
+                loaded.append(samples.pooled(self.crop, self.pool) if fewer else samples)
+
+        world.gather_results(read)  # an error is raised on every rank
+        train, test = loaded
+        train = train[: self.samples]
+        return train[: 10 * self.batch_size] if self.dry_run else train, test
+
+    def layer_sizes(self, train: Samples) -> list[int]:
+        """Return the widths of the MLP: of its input, its hidden layers and its output.
+
+        Raises:
+            ConfigError: the weights do not fit into this machine's memory.
+        """
+        sizes = [train.inputs(slice(0, 1)).shape[1], *self.hidden, len(train.classes)]
+        cli.check_memory(sizes)
+        return sizes
+
+    def make_optimizer(self, model: torch.nn.Module, mesh: DeviceMesh | None = None) -> Optimizer:
+        """Return SGD, or Muon for the weights and SGD for the biases.
+
+        Args:
+            mesh: ranks that share the work of Muon's iterations on a split matrix.
+        """
+        defaults = self.SGD if self.optimizer == "sgd" else self.MUON
+        given = {name: getattr(self, name) for name in defaults}
+        options = {name: defaults[name] if v is None else v for name, v in given.items()}
+        if self.optimizer == "sgd":
+            return training.sgd(model, **options, decay_biases=self.decay_biases, fused=True)
+        return training.muon(model, **options, mesh=mesh)
+
+    def total_steps(self, train: Samples) -> int:
+        """Return the number of steps of the run."""
+        return self.epochs * math.ceil(len(train) / self.batch_size)
+
+    def saving(self) -> CheckpointConfig | None:
+        """Return where and when to save, if at all."""
+        how = self.save_every, self.keep, self.async_save
+        return CheckpointConfig(self.checkpoint, *how) if self.checkpoint else None
+
+    def config(self) -> dict[str, object]:
+        """Return the flags that a resumed run must share with the saved one."""
+        # Of the lessons that lack these flags
+        config: dict[str, object] = {"activation": "sigmoid", "label_smoothing": 0.0}
+        for flag, value, marks in self.marked():
+            if not any(isinstance(mark, Free) for mark in marks):
+                config[flag.removeprefix("--").replace("-", "_")] = value
+        if self.schedule != "constant":
+            config["epochs"] = self.epochs  # the schedule depends on them
+        return config
+
+    def adjust_gradients(self, model: torch.nn.Module, world: World) -> None:
+        """Add the orthogonality penalty's gradient and clip the gradient's norm, if asked for."""
+        if self.orthogonality:
+            training.add_orthogonality_gradient(model, self.orthogonality)
+        if self.clip is not None:
+            clip_grad_norm_(model, self.clip, world)
+
+
+class Log:
+    """The output of a run: on a terminal, in files, and as a page.
+
+        with Run(…) as run, Log(flags, run) as log:
+            …
+                log()  # after each step, and after each epoch
+
+    The last lines follow where the context ends without an error.
+
+    Args:
+        draw: print the timeline of a pipeline's step, too.
+    """
+
+    def __init__(self, flags: TrainFlags, run: Run, draw: bool = False):
+        self.flags, self.run, self.world, self.draws = flags, run, run.world, draw
+        self.speaks = run.world.rank == 0
+        self.bar = console.progress_bar(hidden=not self.speaks)
+        self.recorder: Recorder | None = None
+        self.profiler: torch.profiler.profile | None = None
+        self._shown: int | None = None  # epochs; None until something is shown
+        self._active = ExitStack()
+        if draw:
+            timeline.check_one_machine(run.world)
+        if draw or flags.phases or flags.collectives or flags.memory or flags.report:
+            parts = run.state.model, run.state.optimizer, run.world
+            self.recorder = Recorder(*parts, activations=not flags.compile)
+        if flags.profile:
+            # Otherwise it logs each start and end to stderr.
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+            when = torch.profiler.schedule(wait=SKIP - 1, warmup=1, active=10, repeat=1)
+            self.profiler = torch.profiler.profile(schedule=when)
+
+    def __enter__(self) -> Self:
+        self.task = self.bar.add_task("samples", total=self.run.num_epochs * self.run.task.samples)
+        for context in (self.bar, self.recorder, self.profiler):
+            if context is not None:
+                self._active.enter_context(context)
+        return self
+
+    def __call__(self) -> None:
+        """Show how far the run is."""
+        run = self.run
+        if run.state.step and self.profiler is not None:
+            self.profiler.step()
+        if self._shown is None:
+            self._begin()
+        if self._shown != len(run.results):
+            self._shown = len(run.results)
+            self._show(console.epoch_line(run.results[-1], run.num_epochs))
+            self._write(first=-1)
+        if not self.bar.disable:
+            samples = min(run.state.step * run.task.batch_size, run.task.samples)
+            done = len(run.results) * run.task.samples + samples
+            self.bar.update(self.task, completed=done)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and not issubclass(kind, Stopped):
+            self._active.close()
+            return
+        if self._shown != len(self.run.results):
+            self()  # of a run that was complete, or whose last save stopped it
+        self._active.close()
+        if kind is None:
+            self.run.wait()
+            self._end()
+
+    def _begin(self) -> None:
+        """Say where a run was resumed."""
+        run, step = self.run, self.run.resumed_from
+        self._shown = (step or 0) // run.steps_per_epoch
+        if step is None:
+            return
+        complete = self._shown == run.num_epochs
+        self._show(f"complete already, at step {step}" if complete else f"resumed from step {step}")
+        if self.world.dp_size > 2 and not can_share_memory(self.world.dp_size):
+            self._show(
+                "the weights may differ in the last bits from those of a run that was not stopped"
+            )
+        self._write(first=0)
+
+    def _show(self, line: str) -> None:
+        if self.speaks:
+            console.show(line, self.bar)
+
+    def _write(self, first: int) -> None:
+        rows = [asdict(result) for result in self.run.results]
+        if self.speaks:
+            console.write_metrics(self.flags.metrics, rows)
+            console.write_log(self.flags.log_dir, rows[first:], "epoch")
+
+    def _end(self) -> None:
+        flags, results = self.flags, self.run.results
+        records = self.recorder.gather() if self.recorder else []
+        traces = self.world.gather_results(self._save_trace) if self.profiler else []
+        outputs = self.run.evaluate().outputs if flags.report else None
+        if not self.speaks:
+            return
+        if flags.report:
+            assert isinstance(self.run.task, Classification)
+            page = {"": report.as_run(results, records)}
+            report.write(flags.report, page, outputs, self.run.task.test)
+        if flags.collectives:
+            console.print_messages(records[0])
+        if flags.phases:
+            console.print_phases(records[0].seconds)
+        if flags.memory:
+            console.print_memory(records)
+        for line in [*(timeline.draw(records) if self.draws else ()), *traces[:1]]:
+            console.show(line)
+        console.show(console.summary(results))
+
+    def _save_trace(self) -> str:
+        """Write this rank's trace, and return a table of its costliest operators."""
+        assert self.profiler is not None
+        assert self.flags.profile is not None
+        if self.profiler.step_num <= SKIP:  # complete already, or a short run
+            return f"profile: nothing was recorded, no more than {SKIP} steps were trained"
+        path = self.flags.profile / f"rank-{self.world.rank}.json.gz"
+        self.profiler.export_chrome_trace(str(path))
+        by = "self_device_time_total" if self.world.device.type == "cuda" else "self_cpu_time_total"
+        table = self.profiler.key_averages().table(by, row_limit=10, max_name_column_width=40)
+        return f"costliest operators of rank {self.world.rank}\n{table.rstrip()}"
