@@ -37,12 +37,11 @@ from typing import Annotated, NamedTuple
 import torch
 from rich.console import Console
 from support import cli, console, plots
-from support.points import draw
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim import Optimizer
-from train_by_hand import BinaryCrossEntropy, build_network
+from train_by_hand import BinaryCrossEntropy, build_network, draw
 
 from torchpar.data import Samples, batches
 from torchpar.errors import ConfigError, check_finite

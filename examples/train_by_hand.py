@@ -33,7 +33,7 @@ from itertools import pairwise
 from typing import Literal
 
 import torch
-from support import cli, console, points, report
+from support import cli, console, report
 from torch import Tensor
 from torch.nn.functional import one_hot
 
@@ -51,6 +51,7 @@ Errors = dict[str, float]  # by the name of a tensor: "input", "weight", "bias"
 H = torch.finfo(torch.float64).eps ** (1 / 3)
 # Of a gradient, relative to its largest element; a wrong factor gives 0.1 or more.
 LARGEST_ERROR = 1e-7
+MARGIN = 0.02  # between points and the axes, of a square of side 2
 
 
 class Layer(ABC):
@@ -363,11 +364,25 @@ def check_gradients(device: torch.device) -> dict[str, Errors]:
     return errors
 
 
+def draw(n: int, seed: int, wrong: float = 0.0, device: torch.device | str = "cpu") -> Samples:
+    """Return points of [−1, 1]² with the label x·y < 0, which is inverted for a share ``wrong`` of
+    them.
+
+    All points keep the distance `MARGIN` from the axes: labels of nearer points cannot be learned
+    from a finite set.
+    """
+    generator = torch.Generator().manual_seed(seed % 2**64)
+    signs = torch.randint(0, 2, (n, 2), generator=generator) * 2 - 1
+    points = signs * (MARGIN + (1 - MARGIN) * torch.rand(n, 2, generator=generator))
+    labels = (points.prod(1) < 0) ^ (torch.rand(n, generator=generator) < wrong)
+    return Samples(points.to(device), labels.long().to(device), ("I, III", "II, IV"))
+
+
 def load_samples(flags: Flags, device: torch.device) -> tuple[Samples, Samples]:
     """Return the training and test samples."""
     if flags.dataset == "quadrants":
         train, test = (
-            points.draw(n, 2 * flags.seed + i, device=device) for i, n in enumerate((4000, 2500))
+            draw(n, 2 * flags.seed + i, device=device) for i, n in enumerate((4000, 2500))
         )
     else:
         train, test = load(flags.dataset, flags.data, device)

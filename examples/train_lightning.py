@@ -16,16 +16,16 @@ checkpoints and early stopping. ``fit --report DIR`` writes a page of the run, D
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from support import console, report
-from support.recording import Recording
 from torch import Tensor
 from torch import distributed as dist
 from torch.nn.functional import cross_entropy
@@ -35,6 +35,8 @@ from torchpar.data.files import Dataset
 from torchpar.errors import ConfigError, TorchparError, check_finite
 from torchpar.nn import MLP
 from torchpar.training import LRSchedule, lr_scheduler, sgd
+from torchpar.training.profile.record import RankRecord
+from torchpar.training.profile.recorder import Recorder
 
 
 class LitMLP(LightningModule):
@@ -97,6 +99,41 @@ class LitMLP(LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
+
+
+class Recording(Callback):
+    """Records of a training's steps, and its figures after each epoch, for the page of a run.
+
+    Attributes:
+        figures: what the model has logged, by name, of each epoch.
+        records: of all ranks, after the training.
+    """
+
+    def __init__(self) -> None:
+        self.figures: list[dict[str, float]] = []
+        self.records: list[RankRecord] = []
+        self._recorder: Recorder | None = None
+        self._active = ExitStack()
+
+    def steps(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield the training batches, and record the steps that take them."""
+        return self._recorder.steps(batches) if self._recorder else iter(batches)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._recorder = Recorder(pl_module, trainer.optimizers[0])
+        self._active.enter_context(self._recorder)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        self.figures.append({"epoch": trainer.current_epoch + 1, **logged})
+
+    def on_train_end(self, *_: object) -> None:
+        self._active.close()
+        assert self._recorder is not None
+        self.records = self._recorder.gather()
+
+    def on_exception(self, *_: object) -> None:
+        self._active.close()
 
 
 class Epochs:

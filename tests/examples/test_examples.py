@@ -31,7 +31,7 @@ pytest.importorskip("matplotlib", reason="--plots and --report draw with it")
 import quadrants
 import train_transformer
 from support import cli
-from support.points import draw
+from train_by_hand import draw
 
 from torchpar.errors import ConfigError
 from torchpar.parallel import join_world

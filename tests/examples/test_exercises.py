@@ -31,7 +31,7 @@ from matmul_convolution import windows
 from quadrants import Epoch, Way
 from support.checks import compare, compare_gradients
 from support.measure import peak_bytes
-from support.points import MARGIN, draw
+from train_by_hand import MARGIN, draw
 
 from torchpar.data import Batch, batches
 from torchpar.errors import ConfigError

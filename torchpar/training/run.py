@@ -26,7 +26,6 @@ afterwards the random state is the saved one.
 
 import json
 import math
-import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator
@@ -360,8 +359,7 @@ class Run:
         finally:
             for module, training in modes:
                 module.training = training
-            if "torch.distributed.fsdp" in sys.modules:
-                state.reshard(model)
+            state.reshard(model)
 
     def _save_if_due(self) -> None:
         if self._checkpoints is None or self._stop is None:
