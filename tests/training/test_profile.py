@@ -11,6 +11,7 @@ import torch
 from commands import lesson, rows_of
 from fake_data import fashion_mnist
 
+from torchpar.data import Samples, batches
 from torchpar.parallel.split.shared_memory import TRACED_AS
 from torchpar.training.profile.memory import Memory
 from torchpar.training.profile.phases import Phases, phase
@@ -200,6 +201,37 @@ def test_a_recorder_measures_memory_in_the_first_step_and_times_from_the_third_o
     names = [[span.name for span in step.spans] for step in found.steps]
     assert names == [["data", "forward", "backward", "optimizer"]] * 3
     assert found.machine["torch"] == torch.__version__.partition("+")[0]
+
+
+def test_a_recorder_follows_the_batches_of_torchpar(monkeypatch):
+    """Also small ones, several of which are read together; making the first takes the time."""
+    now = 1000.0
+
+    def spend(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    def share(indices: torch.Tensor) -> torch.Tensor:
+        spend(1.0)  # for each of the batches that are read together
+        return indices
+
+    for module in ("torchpar.data.samples", "torchpar.training.profile.phases"):
+        monkeypatch.setattr(f"{module}.time.perf_counter", lambda: now)
+    samples = Samples(torch.ones(20, 3), torch.zeros(20, dtype=torch.int64), ("a",))
+    model = torch.nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.register_step_pre_hook(lambda *_: spend(0.25))
+    with Recorder(model, optimizer) as recorder:
+        for x, _, _ in batches(samples, 4, seed=0, epoch=1, share=share):
+            model(x).sum().backward()
+            optimizer.step()
+            spend(8.0)  # no part of a step
+    assert next(iter(batches(samples, 4, seed=0, epoch=1))).global_size == 4  # nothing watches
+    found = recorder.record()
+    assert (found.seconds["data"], found.seconds["optimizer"]) == (5.0, 5 * 0.25)
+    assert [[span.name for span in step.spans] for step in found.steps] == [
+        ["data", "forward", "backward", "optimizer"]
+    ] * 3
 
 
 def test_a_loop_that_is_left_early_counts_its_last_step():

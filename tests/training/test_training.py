@@ -20,7 +20,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchpar import training
+from torchpar import data, training
 from torchpar.data import Samples
 from torchpar.errors import ConfigError, DivergedError
 from torchpar.nn import MLP
@@ -829,6 +829,40 @@ def test_the_body_of_a_resumed_epoch_does_not_change_what_is_drawn(world, tmp_pa
     with pytest.raises(Stopped):
         run(tmp_path, stop_after=4)  # which the ranks learn in the step after
     assert run(tmp_path) == whole[5:]
+
+
+def test_a_loop_that_draws_its_batches_resumes_within_an_epoch(world, tmp_path):
+    """`Run.begin_epoch` says where; the weights have the bits of the run that was not stopped."""
+    train = samples(150, 1)
+
+    def run(folder: Path | None = None, stop_after: int = 0) -> tuple[MLP, list[int]]:
+        torch.manual_seed(0)
+        model, starts, taken = MLP(SIZES), list[int](), itertools.count(1)
+        checkpoint = CheckpointConfig(folder) if folder else None
+        with training.Run(*parts_of(model, world), epochs=3, checkpoint=checkpoint) as one:
+            one.resume()
+            for epoch in one.epochs():
+                starts.append(one.begin_epoch(epoch))
+                for x, labels, size in data.batches(
+                    train, 50, seed=0, epoch=epoch, start=starts[-1]
+                ):
+                    loss = torch.nn.functional.cross_entropy(model(x), labels, reduction="sum")
+                    (loss / size).backward()
+                    one.state.optimizer.step()
+                    one.state.optimizer.zero_grad()
+                    if next(taken) == stop_after:
+                        os.kill(os.getpid(), signal.SIGTERM)
+                    one.end_step(loss)
+                result = one.end_epoch()
+        assert one.results[-1] is result
+        return model, starts
+
+    whole, starts = run()
+    with pytest.raises(Stopped):
+        run(tmp_path, stop_after=4)  # the ranks agree on the stop in the step after
+    resumed, resumed_starts = run(tmp_path)
+    assert (starts, resumed_starts) == ([0, 0, 0], [2, 0])
+    assert all(map(torch.equal, whole.parameters(), resumed.parameters()))
 
 
 def losses_of(kind: str, sizes: list[int]) -> list[float]:
