@@ -9,7 +9,7 @@ import os
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -137,7 +137,9 @@ class TrainFlags(cli.DataFlags):
         """
         defaults = self.SGD if self.optimizer == "sgd" else self.MUON
         given = {name: getattr(self, name) for name in defaults}
-        options = {name: defaults[name] if v is None else v for name, v in given.items()}
+        options: dict[str, Any] = {
+            name: defaults[name] if value is None else value for name, value in given.items()
+        }
         if self.optimizer == "sgd":
             return training.sgd(model, **options, decay_biases=self.decay_biases, fused=True)
         return training.muon(model, **options, mesh=mesh)
