@@ -7,16 +7,16 @@ All ranks draw the same weights, because they start from the same seed. In every
 computes the gradient of its own samples. DistributedDataParallel averages the gradients over the
 ranks during the backward pass, so all ranks take the same step:
 
-    rank 0   x⁽⁰⁾ ─ forward ─ loss ─ backward: dL/dW₁ ─┐   dL/dW₀ ─┐
-                                                      mean        mean ─ optimizer.step()
-    rank 1   x⁽¹⁾ ─ forward ─ loss ─ backward: dL/dW₁ ─┘   dL/dW₀ ─┘
+    rank 0   x⁽⁰⁾ ─ forward ─ loss ─ backward ─ dL/dW₁, dL/dW₀ ─┐                ┌─ optimizer.step()
+                                                                ├─ all-reduce: ──┤
+    rank 1   x⁽¹⁾ ─ forward ─ loss ─ backward ─ dL/dW₁, dL/dW₀ ─┘  their mean    └─ optimizer.step()
 
-Gradients are averaged in buckets. A bucket's all-reduce starts when the backward pass has made its
-last gradient, and runs while the pass goes on to the layers below. Here the whole model is one or
-two buckets. `torchpar.reference.average_gradients` shows the average in a few lines. Two ranks
-compute the same as one, up to rounding. In large batches of 784-512-10 they take six tenths of the
-time that one rank takes with one thread, and nine tenths of the time that it takes with two
-(docs/measurements.md). `train_fast.py` makes the same steps faster.
+The gradients are averaged in buckets. A bucket's all-reduce starts when the backward pass has made
+the bucket's last gradient, and runs while the pass goes on to earlier layers. The first bucket
+takes 1 MiB, and so all 270 kB of this model. `torchpar.reference.average_gradients` shows the
+average in a few lines. Two ranks compute the same as one, up to rounding. In large batches of
+784-512-10 they take six tenths of the time that one rank takes with one thread, and nine tenths of
+the time that it takes with two (docs/measurements.md). `train_fast.py` makes the same steps faster.
 
 The model is an MLP. Its inputs are averages of 2 × 2 pixels. Its hidden layer calls
 `torchpar.linear_sigmoid`. With ``--activation maxout`` it calls `torchpar.maximum`, for the larger
