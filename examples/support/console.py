@@ -156,17 +156,7 @@ def print_phases(seconds: Mapping[str, float]) -> None:
 
 def print_messages(record: RankRecord) -> None:
     """Print a table of the messages of a step on rank 0."""
-    rows = [
-        {
-            "dimension": sent.dimension or "several",
-            "operation": sent.operation,
-            "count": f"{sent.calls:g}",
-            "bytes": f"{sent.bytes:,.0f}",
-            # A receiver waits for its neighbour's work more than for the message.
-            "ms": "-" if sent.operation == "recv" else f"{1e3 * sent.seconds:.2f}",
-        }
-        for sent in record.messages()
-    ]
+    rows = record.message_rows()
     if rows:
         print_rows(rows, list(rows[0]), "collectives of a step, rank 0")
     else:

@@ -172,12 +172,13 @@ def worst(
 def step_parts(records: Sequence[RankRecord]) -> dict[str, object]:
     """Return the timeline of a step as an SVG, and tables of its phases, messages and memory."""
     found = timeline(records)
+    messages = [{"rank": one.rank, **row} for one in records for row in one.message_rows()]
     memory = [{"rank": record.rank, **record.memory} for record in records if record.memory]
     return {
         "timeline": found,
         "drawing": draw_timeline(found) if found else "",
         "times": as_table(times(found)) if found else [],
-        "messages": as_table(messages(records)),
+        "messages": as_table(messages),
         "memory": as_table(memory),
     }
 
@@ -208,22 +209,6 @@ def times(found: Timeline) -> list[Row]:
         named = {PHASES[name][1]: f"{value:.3f}" for name, value in ms.items()}
         rows.append({"rank": rank, **named})
     return rows
-
-
-def messages(records: Sequence[RankRecord]) -> list[Row]:
-    """Return the messages of a step by rank, dimension of the mesh and operation."""
-    return [
-        {
-            "rank": record.rank,
-            "dimension": sent.dimension or "several",
-            "operation": sent.operation,
-            "count": f"{sent.calls:g}",
-            "bytes": f"{sent.bytes:,.0f}",
-            "ms": f"{1e3 * sent.seconds:.3f}",
-        }
-        for record in records
-        for sent in record.messages()
-    ]
 
 
 def machines(records: Iterable[RankRecord]) -> list[Row]:

@@ -173,8 +173,13 @@ def test_messages_of_a_step_are_medians_by_dimension_and_operation():
         sums = [Call("dp", "all_reduce", nbytes, 0.0, 0.5)] * 2
         return Step([], [*sums, Call("tp", "all_gather", 1, 0.0, 0.1)])
 
-    found = record(0, step(4), step(6), step(100)).messages()
+    measured = record(0, step(4), step(6), step(1500))
+    found = measured.messages()
     assert found == [("dp", "all_reduce", 2, 12, 1.0), ("tp", "all_gather", 1, 1, 0.1)]
+    assert [list(row.values()) for row in measured.message_rows()] == [
+        ["dp", "all_reduce", "2", "12", "1000.000"],
+        ["tp", "all_gather", "1", "1", "100.000"],
+    ]
 
 
 def test_a_recorder_measures_memory_in_the_first_step_and_times_from_the_third_on():

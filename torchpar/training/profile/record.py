@@ -105,6 +105,20 @@ class RankRecord:
             found.append(Messages(*kind, median(map(len, steps)), nbytes, seconds))
         return found
 
+    def message_rows(self) -> list[dict[str, str]]:
+        """Return `messages` as a table: names and figures by column."""
+        return [
+            {
+                "dimension": sent.dimension or "several",
+                "operation": sent.operation,
+                "count": f"{sent.calls:g}",
+                "bytes": f"{sent.bytes:,.0f}",
+                # A receiver waits for its neighbour's work more than for the message.
+                "ms": "-" if sent.operation == "recv" else f"{1e3 * sent.seconds:.3f}",
+            }
+            for sent in self.messages()
+        ]
+
 
 def peak_resident_bytes() -> int:
     """Return the most memory that this process has had at a time."""
