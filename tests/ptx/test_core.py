@@ -149,7 +149,7 @@ def wrap_kernel(out, first, places, BLOCK: tl.constexpr):
 
 
 @pytest.mark.parametrize("first, places", [(0, 31), (5, 13), (25, 30), (0, 32)])
-def test_threads_of_a_warp_store_into_one_place(first, places):
+def test_workers_of_a_warp_store_into_one_place(first, places):
     """Also where the first thread after the wrap has a place of its own."""
 
     def run() -> list[tuple[Tensor, ...]]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The machine in what no kernel's values show: numbers of programs, stacks, records and cores."""
+"""The machine in what no kernel's values show: numbers of programs, stacks, records and workers."""
 
 import os
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ import triton.language as tl
 from ptx.launch import Gpu
 from ptx.test_consan import APART
 from torchpar.ptx import emulate
-from torchpar.ptx.machine import cores, gpu
+from torchpar.ptx.machine import gpu, workers
 from torchpar.ptx.machine.allocation import Allocation
 from torchpar.ptx.machine.block import SCHEDULES
 from torchpar.ptx.machine.definedness import full
@@ -112,20 +112,20 @@ def test_a_span_ends_when_a_warp_has_waited_first():
 
 def test_cores_are_those_that_the_process_may_use(monkeypatch):
     if hasattr(os, "sched_getaffinity"):
-        assert cores.core_count() == len(os.sched_getaffinity(0))
+        assert workers.worker_count() == len(os.sched_getaffinity(0))
         monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
     for found, expected in ((5, 5), (None, 1)):
         monkeypatch.setattr(os, "cpu_count", lambda found=found: found)
-        assert cores.core_count() == expected
+        assert workers.worker_count() == expected
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 16])
 def test_all_cores_are_taken_where_they_save_the_time_of_their_copies(monkeypatch, count):
-    """Each of n cores copies and compares the shadows of all elements, and the blocks take
+    """Each of n workers copies and compares the shadows of all elements, and the blocks take
     1 − 1/n less time than on one core: t (1 − 1/n) > n · copies, but for n = 1."""
-    monkeypatch.setattr(cores, "core_count", lambda: count)
+    monkeypatch.setattr(workers, "worker_count", lambda: count)
     place = Allocation("x", 0, 16 * 1000)
-    copies = cores.SECONDS_OF_ELEMENT * 1000
+    copies = workers.SECONDS_OF_ELEMENT * 1000
     saved = max(1 - 1 / count, 1) if count == 1 else 1 - 1 / count
-    expected = cores.LEAST_SECONDS + count * copies / saved
-    assert cores.least_seconds([place]) == pytest.approx(expected)
+    expected = workers.LEAST_SECONDS + count * copies / saved
+    assert workers.least_seconds([place]) == pytest.approx(expected)

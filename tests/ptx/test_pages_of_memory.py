@@ -12,8 +12,8 @@ import triton.language as tl
 from ptx.test_core import in_python
 from torchpar.ptx import emulate
 from torchpar.ptx.machine.allocation import ALIGNED, Allocation, Unwritten
-from torchpar.ptx.machine.cores import _mirror
 from torchpar.ptx.machine.vector_clocks import GIVEN, UNWRITTEN
+from torchpar.ptx.machine.workers import _mirror
 from torchpar.ptx.native.layout import PAGE
 
 PATTERN = b"\xc7\xa3\xd5\xff"

@@ -14,12 +14,12 @@ A launch passes these folders, one after the other:
   `cuda` stands in for `torch.cuda`, CUDA graphs included, in scripts that say "cuda".
 - `machine`: one launch, `gpu`. What is executed: `parse` (text to instructions), `decode`
   (instructions to functions), `registers` (kinds of numbers), `block` (warps, barriers and
-  schedules), `cluster`, `execute` (steps of a warp), and `cores` (a launch on all cores of the
-  CPU). What is watched: `allocation` (bytes, and who has accessed them), `address_space`, `memory`
-  (the rules of accesses), `vector_clocks` (who knows of which access), `operation` (asynchronous
-  ones), `definedness` (undefined bits), `counts`, their sums in `counters`, `sample` (of programs,
-  for the counts of all), and `trace` (a record of one program). `protocols` has a GPU, a block and
-  a warp for type checkers.
+  schedules), `cluster`, `execute` (steps of a warp), and `workers` (threads that divide a launch).
+  What is watched: `allocation` (bytes, and who has accessed them), `address_space`, `memory` (the
+  rules of accesses), `vector_clocks` (who knows of which access), `operation` (asynchronous ones),
+  `definedness` (undefined bits), `counts`, their sums in `counters`, `sample` (of programs, for the
+  counts of all), and `trace` (a record of one program). `protocols` has a GPU, a block and a warp
+  for type checkers.
 - `instructions`: what each instruction of PTX does, in Python.
 - `native`: the common instructions, and whole blocks, in C: `layout` (what Python and C share),
   `core` (built once, and loaded), `encoding`, `warps`, `blocks`.

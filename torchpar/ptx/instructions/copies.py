@@ -173,7 +173,7 @@ class Copies(Operation):
         super().__init__(warp, line, "a copy", generic=COPIES_NEED_FENCE)
         self.block, self.parts, self.done = warp.block, list[tuple[Places, int]](), 0
         self.values: list[Values] = []
-        self.of_core = warp.core.copies(self) if warp.core is not None else None
+        self.native = warp.native.copies(self) if warp.native is not None else None
 
     def add(self, warp: Warp, line: int, places: Places) -> None:
         """Copy something more; as far as the other copies are done, at once."""
@@ -191,14 +191,14 @@ class Copies(Operation):
 
     def fetch(self) -> None:
         self._fetch_parts()
-        if self.of_core is not None:
-            self.of_core.read()
+        if self.native is not None:
+            self.native.read()
         self.done = 1
 
     def store(self) -> None:
         self._store_parts()
-        if self.of_core is not None:
-            self.of_core.write()
+        if self.native is not None:
+            self.native.write()
         self.done = 2
 
     def _fetch_parts(self) -> None:
@@ -237,7 +237,7 @@ def _copy(i: Instruction) -> Run:
             copies = Copies(warp, i.line)
             group.append(copies)
             copies.start(warp.block)
-            if warp.core is not None and warp.core.repeat(warp):
+            if warp.native is not None and warp.native.repeat(warp):
                 return
         copies.add(warp, i.line, places)
 
@@ -263,8 +263,8 @@ def groups_of(warp: Warp, i: Instruction) -> list[list[list[Operation]]]:
 def _commit(warp: Warp, i: Instruction) -> None:
     for groups in groups_of(warp, i):
         groups.append([])
-    if warp.core is not None and i.parts[2] == "commit_group":
-        warp.core.end_copies()
+    if warp.native is not None and i.parts[2] == "commit_group":
+        warp.native.end_copies()
 
 
 @action("cp.async.bulk.wait_group")

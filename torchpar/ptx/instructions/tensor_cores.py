@@ -180,15 +180,15 @@ class Matrix:
     def check(self, warp: Warp, event: int, line: int) -> None:
         """Note that an operation reads it."""
         space = warp.block.shared
-        if warp.core is None or not warp.core.read_at(
+        if warp.native is None or not warp.native.read_at(
             warp, space, self.address, self.chunks.size, 16, event, True
         ):
             space.read(warp, self.chunks, 16, event, line, fence=True)
 
     def read(self, warp: Warp, space: Space, line: int) -> Values:
         """Its numbers ``(rows, k)``."""
-        if warp.core is not None:
-            found = warp.core.numbers(space, self.address, self.rows, self.by_rows, self.kind)
+        if warp.native is not None:
+            found = warp.native.numbers(space, self.address, self.rows, self.by_rows, self.kind)
             if found is not None:
                 return found
         raw = space.peek(self.chunks, 16, line).view(OPERANDS[self.kind])
@@ -227,8 +227,8 @@ def _chunks(bits: int, rows: range, rows_of_chunk: int, line: int, window: int =
 @action("wgmma.fence.sync.aligned", whole=True)
 def _fence(warp: Warp, i: Instruction) -> None:
     warp.fence = warp.registers.stamp()
-    if warp.core is not None:
-        warp.core.tell_fence(warp.fence)
+    if warp.native is not None:
+        warp.native.tell_fence(warp.fence)
 
 
 class Product(Operation):

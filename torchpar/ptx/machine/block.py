@@ -84,9 +84,9 @@ class Warp:
         self.index = number + block.rank * (block.gpu.kernel.threads // 32)
         self.name: str = f"warp {number}{block.suffix}"
         self.registers: RegisterFile
-        if not block.has_core:  # which gives it others
+        if not block.is_native:  # which gives it others
             self.registers = Registers([UNWRITTEN] * len(block.gpu.kernel.registers))
-        self.core: WarpState | None = None  # which executes common instructions in C
+        self.native: WarpState | None = None  # which executes common instructions in C
         self.pc = 0
         self.active = ALL  # the threads at `pc`
         self.parked: dict[int, Values] = {}  # the others, by their program counters
@@ -273,8 +273,8 @@ class Block:
         self.program = tuple(map(int.__floordiv__, position, gpu.kernel.cluster))
         self.suffix: str = f" of CTA {self.rank}" if self.cluster_size > 1 else ""
         self.trace = trace
-        launch = gpu.core if trace is None else None  # of the core in C
-        self.has_core: bool = launch is not None
+        launch = gpu.native if trace is None else None  # of the core in C
+        self.is_native: bool = launch is not None
         name = f"shared memory{self.suffix}"
         self.memory = Allocation(name, SHARED_BASE | self.window, gpu.shared_bytes)
         if launch is not None:  # which leaves what is made later to Python
@@ -286,7 +286,7 @@ class Block:
             size = gpu.kernel.local_bytes * gpu.kernel.threads
             self.local.add(Allocation("local memory", LOCAL_BASE, size))
         self.warps = [Warp(i, self) for i in range(warps)]
-        self.core = None if launch is None else BlockState(launch, self)
+        self.native = None if launch is None else BlockState(launch, self)
         # By barrier the warps that have arrived, and whether they wait.
         self.at_barrier: dict[int, list[tuple[Warp, bool]]] = {}
         self.tensor_memory: Any = None  # of sm_100

@@ -29,8 +29,8 @@ def advance(warp: "Warp", budget: int) -> None:
             _park(warp, warp.pc, warp.active)
             warp.pc = min(warp.parked)
             warp.active = warp.parked.pop(warp.pc)
-        if warp.core is not None:
-            done = warp.core.run(warp, left)
+        if warp.native is not None:
+            done = warp.native.run(warp, left)
             left -= done
             if left == 0 or (done and warp.parked):
                 continue

@@ -29,7 +29,6 @@ from torchpar.ptx.instructions import (  # noqa: F401
 from torchpar.ptx.machine.allocation import Allocation
 from torchpar.ptx.machine.block import LIMIT, Block, Schedule
 from torchpar.ptx.machine.cluster import Cluster
-from torchpar.ptx.machine.cores import least_seconds, run_on_all_cores
 from torchpar.ptx.machine.counts import Counts
 from torchpar.ptx.machine.decode import decode
 from torchpar.ptx.machine.memory import Space
@@ -39,6 +38,7 @@ from torchpar.ptx.machine.registers import Values
 from torchpar.ptx.machine.sample import Sample
 from torchpar.ptx.machine.trace import Trace
 from torchpar.ptx.machine.vector_clocks import Events
+from torchpar.ptx.machine.workers import least_seconds, run_by_workers
 from torchpar.ptx.native import core as native
 from torchpar.ptx.native.blocks import Blocks
 from torchpar.ptx.native.encoding import Program
@@ -142,7 +142,7 @@ class Gpu:
         elif self.schedule.order == "random":
             self.random.shuffle(blocks)
         self.events, self.released = Events(), {}
-        self.core = self._core()
+        self.native = self._native_state()
         has_ended = False
         try:
             with np.errstate(all="ignore"):
@@ -159,7 +159,7 @@ class Gpu:
             for allocation in self.space.allocations:
                 allocation.end_launch()
 
-    def _core(self) -> LaunchState | None:
+    def _native_state(self) -> LaunchState | None:
         """Return what the core in C needs of the launch; None: Python executes all of it."""
         library = native.library()
         if library is None:
@@ -275,7 +275,7 @@ class Gpu:
         """Let the core execute blocks as a whole, and return how many.
 
         Args:
-            may_share: all cores may execute them.
+            may_share: several workers may execute them.
         """
         if self.sample is not None:
             done = 0
@@ -283,7 +283,7 @@ class Gpu:
                 self.sample.end(tuple(positions[done].tolist()), self.space.allocations)
                 done += 1
             return done
-        if len(positions) < 4 or not blocks.program.is_for_cores or not may_share:
+        if len(positions) < 4 or not blocks.program.is_for_workers or not may_share:
             done = blocks.run(positions, number)
             if not may_share:
                 blocks.tell_releases()
@@ -297,17 +297,17 @@ class Gpu:
         if left > least_seconds(self.space.allocations):
             blocks.tell_releases()
             make = partial(_blocks, position=tuple(positions[2].tolist()))
-            was_possible = run_on_all_cores(self, positions[2:], number + 2, make)
+            was_possible = run_by_workers(self, positions[2:], number + 2, make)
             if was_possible:
                 return len(positions)
-            blocks.program.is_for_cores = was_possible is None
+            blocks.program.is_for_workers = was_possible is None
         return 2 + blocks.run(positions[2:], number + 2)
 
     def _can_run_blocks(self, started: int) -> bool:
         """Whether the core may execute the next blocks as a whole."""
         return (
-            self.core is not None
-            and self.core.program.is_for_blocks
+            self.native is not None
+            and self.native.program.is_for_blocks
             and self.kernel.cluster == (1, 1, 1)
             and (self.schedule.completion, self.schedule.order) == ("early", "forward")
             and (started > 0 or self.trace is None)

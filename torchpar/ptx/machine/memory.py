@@ -107,7 +107,7 @@ class Space(AddressSpace):
         self, warp: Warp, addresses: Values, width: int, event: int, line: int, fence: bool = False
     ) -> None:
         """An asynchronous operation reads at any time until it has been waited for."""
-        if warp.core is not None and warp.core.read(warp, self, addresses, width, event, fence):
+        if warp.native is not None and warp.native.read(warp, self, addresses, width, event, fence):
             return
         place, rows = self.check_read(warp, addresses, width, line, fence)
         self._note_read(warp, place, rows, width, event)

@@ -82,7 +82,7 @@ class Gpu(Protocol):
     space: "Space"
     counts: "Counts"
     random: "Random"
-    core: Any  # what the core in C knows of the launch, or None
+    native: Any  # what the core in C knows of the launch, or None
 
     @property
     def kernel(self) -> Kernel: ...
@@ -129,7 +129,7 @@ class Block(Protocol):
     def gpu(self) -> Gpu: ...
 
     @property
-    def core(self) -> Any:
+    def native(self) -> Any:
         """What the core in C knows of the block, or None."""
 
     @property
@@ -205,7 +205,7 @@ class Operation(Arrival, Protocol):
     def advance(self, left: int = 0) -> None: ...
 
 
-class WarpCore(Protocol):
+class NativeWarp(Protocol):
     """What the core in C does for a warp."""
 
     def read(
@@ -234,7 +234,7 @@ class Warp(Protocol):
     @property
     def block(self) -> Block: ...
 
-    core: Any  # a `WarpCore`, or None where Python executes everything
+    native: Any  # a `NativeWarp`, or None where Python executes everything
 
     @property
     def clocks(self) -> "VectorClocks": ...

@@ -86,11 +86,11 @@ class Blocks:
 
     def __init__(self, template: Block, copies_need_fence: bool):
         gpu = template.gpu
-        assert template.core is not None
-        self.gpu, self.template, self.launch = gpu, template, gpu.core
-        self.program, self.library = self.launch.program, self.launch.program.core
+        assert template.native is not None
+        self.gpu, self.template, self.launch = gpu, template, gpu.native
+        self.program, self.library = self.launch.program, self.launch.program.library
         self.failures, self.may_refine = 0, True
-        warps, rows = template.core.states.shape
+        warps, rows = template.native.states.shape
         self.counts = np.zeros_like(gpu.counts.table)
         self.owners = np.zeros((warps, rows), np.int32)
         self.fences = np.zeros((warps, rows), np.uint32)
@@ -100,7 +100,7 @@ class Blocks:
         )
         events = self.launch.events
         self.struct = RunnerStruct(
-            warps=ctypes.addressof(template.core.warps),
+            warps=ctypes.addressof(template.native.warps),
             states=ctypes.addressof(self.states),
             template_states=self.launch.states.ctypes.data,
             coordinates=ctypes.addressof(self.coordinates),
@@ -117,7 +117,7 @@ class Blocks:
             atomics=self.program.atomics,
         )
         self.is_told = True  # Python knows what the core's blocks have released
-        for n, (warp, state) in enumerate(zip(template.core.warps, self.states, strict=True)):
+        for n, (warp, state) in enumerate(zip(template.native.warps, self.states, strict=True)):
             warp.runner = ctypes.addressof(self.struct)
             warp.undo = ctypes.addressof(self.struct) + RunnerStruct.undo.offset
             warp.counts = self.counts.ctypes.data

@@ -117,14 +117,14 @@ class Program:
     """A kernel's instructions for the core, and the rows of its constants and special registers."""
 
     def __init__(self, kernel: Kernel, core: ctypes.CDLL):
-        self.core, self.kernel = core, kernel
+        self.library, self.kernel = core, kernel
         self.widths = [DTYPES[kind].itemsize for kind in kernel.registers]
         self.constants: dict[tuple[int, int], int] = {}  # rows by bits and width
         self.places: dict[tuple[int, int], int] = {}  # likewise, in a block's shared memory
         self.specials: dict[tuple[str, int], int] = {}  # rows by name and width
         self.instructions = (InstructionStruct * len(kernel.instructions))()
         self.is_for_blocks = not kernel.local_bytes  # for blocks.c, as far as is known
-        self.is_for_cores = True  # for cores.py, as far as is known
+        self.is_for_workers = True  # for workers.py, as far as is known
         self.atomics = 0  # instructions of blocks.c, which are numbered
         self._tables: list[
             ctypes.Array[ctypes.c_int32]
@@ -221,7 +221,7 @@ class Program:
         self, code: InstructionStruct, name: str, operands: list[object], flush: bool = False
     ) -> int:
         widths = (ctypes.c_uint8 * 4)()
-        entry = self.core.entry_of(name.encode(), widths)
+        entry = self.library.entry_of(name.encode(), widths)
         expected = [width for width in widths if width]
         if entry < 0 or len(operands) != len(expected):
             raise LookupError
@@ -238,7 +238,7 @@ class Program:
             raise LookupError
         to, *sources = map(self._row, operands, expected)
         self._operands(code, [to], sources)
-        code.flush, code.function = flush, self.core.function_of(entry)
+        code.flush, code.function = flush, self.library.function_of(entry)
         return ELEMENTWISE
 
     def _move(self, code: InstructionStruct, i: Instruction) -> int:
@@ -343,10 +343,10 @@ class Program:
         to, source, members = i.operands
         if members not in EVERY_THREAD or kind not in ("s32", "u32", "b32"):
             raise LookupError
-        entry = self.core.entry_of(f"{name}.{kind}".encode(), (ctypes.c_uint8 * 4)())
+        entry = self.library.entry_of(f"{name}.{kind}".encode(), (ctypes.c_uint8 * 4)())
         if entry < 0:
             raise LookupError
-        code.function = self.core.function_of(entry)
+        code.function = self.library.function_of(entry)
         self._operands(code, [self._row(to, 4)], [self._row(source, 4)])
         return REDUCE
 
@@ -480,7 +480,7 @@ class Program:
         is_red = i.parts[0] == "red"
         address, *operands = i.operands if is_red else i.operands[1:]
         values, count = [flat(one) for one in operands], len(flat(operands[0]))
-        function = self.core.atomic_of(f"{name}.{kind}".encode())
+        function = self.library.atomic_of(f"{name}.{kind}".encode())
         if not function or vector not in ([], [f"v{count}"]) or count > MOST_ELEMENTS:
             raise LookupError
         code.width, code.count = DTYPES[HALVES.get(kind, kind)].itemsize, count

@@ -240,7 +240,7 @@ class BlockState:
             warp.registers = Registers(
                 launch.dtypes, self.rows[n], self.states[n], self.versions[n]
             )
-            warp.core = WarpState(launch, struct)
+            warp.native = WarpState(launch, struct)
 
 
 class WarpState:
@@ -248,7 +248,7 @@ class WarpState:
 
     def __init__(self, launch: LaunchState, struct: WarpStruct):
         self.launch, self.struct, self.pointer = launch, struct, ctypes.addressof(struct)
-        self.library = launch.program.core
+        self.library = launch.program.library
 
     def run(self, warp: Warp, budget: int) -> int:
         """Execute instructions of the core, at most ``budget``, and return how many."""
@@ -347,11 +347,11 @@ class CopiesState:
 
     def __init__(self, core: ctypes.CDLL, events: "Events", group: Operation):
         name = events.name(group.name)
-        self.core, self.struct = core, CopiesStruct(None, 0, 0, group.agent, name, group.time, 0)
+        self.library, self.struct = core, CopiesStruct(None, 0, 0, group.agent, name, group.time, 0)
         weakref.finalize(self, core.free_copies, self.struct)  # of a launch that has failed
 
     def read(self) -> None:
-        self.core.read_copies(ctypes.addressof(self.struct))
+        self.library.read_copies(ctypes.addressof(self.struct))
 
     def write(self) -> None:
-        self.core.write_copies(ctypes.addressof(self.struct))
+        self.library.write_copies(ctypes.addressof(self.struct))

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""The blocks of a launch on all cores of this CPU.
+"""The blocks of a launch, executed by several workers, which are threads of this CPU.
 
-Each core has blocks that follow each other, and a copy of the shadow of global memory. If no core
-has written what another one has accessed, then the order of the blocks makes no difference, and
-the results are those of one core. Otherwise, and if a block needs Python, all of it is undone, and
-the blocks are executed one after the other. So the faults and their order are the same each time.
+Each worker has blocks that follow each other, and a copy of the shadow of global memory. If no
+worker has written what another one has accessed, then the order of the blocks makes no difference,
+and the results are those of one worker. Otherwise, and if a block needs Python, all of it is
+undone, and the blocks are executed one after the other. So the faults and their order are the same
+each time.
 """
 
 import copy
@@ -25,25 +26,25 @@ from torchpar.ptx.machine.vector_clocks import GIVEN, Events
 from torchpar.ptx.native.blocks import Blocks
 from torchpar.ptx.native.warps import LaunchState
 
-LEAST_SECONDS = 0.004  # of the blocks that are left, below which one core executes them
+LEAST_SECONDS = 0.004  # of the blocks that are left, below which one worker executes them
 # To copy the shadow of an element, and to compare it; a few times what memory takes.
 SECONDS_OF_ELEMENT = 3e-8
 MOST_BYTES = 2**29  # of copies, of memory and of shadows
 
 
-def core_count() -> int:
+def worker_count() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def least_seconds(places: list[Allocation]) -> float:
-    """Return for how long blocks must run on one core, so that it is worth to take all."""
+    """Return for how long one worker must run before it is worth to take all."""
     elements = sum(len(place.writes) for place in places)
-    count = core_count()
+    count = worker_count()
     return LEAST_SECONDS + SECONDS_OF_ELEMENT * elements * count * count / max(count - 1, 1)
 
 
-class Core:
-    """A core's blocks of a launch, and what it knows of global memory."""
+class Worker:
+    """A worker's blocks of a launch, and what it knows of global memory."""
 
     def __init__(self, gpu: Gpu, make: Callable[[Gpu], Blocks]):
         self.gpu = copy.copy(gpu)
@@ -54,9 +55,9 @@ class Core:
         self.gpu.space = Space(gpu.space.name)
         for place in gpu.space.allocations:
             self.gpu.space.allocations.append(_mirror(place))
-        assert gpu.core is not None
-        program = gpu.core.program
-        self.gpu.core = LaunchState(program, self.gpu.events, self.gpu.space, self.gpu.counts)
+        assert gpu.native is not None
+        program = gpu.native.program
+        self.gpu.native = LaunchState(program, self.gpu.events, self.gpu.space, self.gpu.counts)
         self.blocks = make(self.gpu)
         self.blocks.may_refine = False  # shadows are compared in the end
 
@@ -95,7 +96,7 @@ def _mirror(place: Allocation) -> Allocation:
     return made
 
 
-def run_on_all_cores(
+def run_by_workers(
     gpu: Gpu, positions: Values, number: int, make: Callable[[Gpu], Blocks]
 ) -> bool | None:
     """Execute all blocks that are left, and return whether that was possible; None: not tried.
@@ -106,19 +107,19 @@ def run_on_all_cores(
         make: a function of a GPU that returns its `Blocks`.
     """
     places = gpu.space.allocations
-    count = min(core_count(), len(positions))
+    count = min(worker_count(), len(positions))
     copied = sum(len(place.data) + 8 * count * len(place.writes) for place in places)
     if count < 2 or copied > MOST_BYTES:
         return None
     _begin_pages(gpu)
     before = [place.content().copy() for place in places]
-    cores = [Core(gpu, make) for _ in range(count)]
+    workers = [Worker(gpu, make) for _ in range(count)]
     shares = np.array_split(positions, count)
     starts = number + np.cumsum([0, *map(len, shares[:-1])])
     stopped = Event()
 
-    def work(core: Core, share: Values, start: int) -> bool:
-        done = core.blocks.run(np.ascontiguousarray(share), start, lambda: not stopped.is_set())
+    def work(worker: Worker, share: Values, start: int) -> bool:
+        done = worker.blocks.run(np.ascontiguousarray(share), start, lambda: not stopped.is_set())
         if done < len(share):
             stopped.set()
         return done == len(share)
@@ -126,7 +127,7 @@ def run_on_all_cores(
     try:
         with ThreadPoolExecutor(count) as pool:
             try:
-                ended = list(pool.map(work, cores, shares, starts.tolist()))
+                ended = list(pool.map(work, workers, shares, starts.tolist()))
             except BaseException:
                 stopped.set()
                 raise
@@ -134,7 +135,7 @@ def run_on_all_cores(
         _restore(places, before)
         raise
     written = (
-        [_written(n, place, cores) for n, place in enumerate(places)] if all(ended) else [None]
+        [_written(n, place, workers) for n, place in enumerate(places)] if all(ended) else [None]
     )
     if any(one is None for one in written):
         _restore(places, before)
@@ -142,34 +143,34 @@ def run_on_all_cores(
     for place, (pages, mask) in zip(places, filter(None, written), strict=True):
         writes = place.by_page(place.writes)
         writes[pages] = np.where(mask, GIVEN, writes[pages])
-    for core in cores:
-        _add(gpu, core)
-        for place, mine in zip(places, core.gpu.space.allocations, strict=True):
+    for worker in workers:
+        _add(gpu, worker)
+        for place, mine in zip(places, worker.gpu.space.allocations, strict=True):
             place.touch_also(mine)
             place.published |= mine.published
     return True
 
 
 def _begin_pages(gpu: Gpu) -> None:
-    """Find what is unwritten of each page before one of the cores writes there."""
-    assert gpu.core is not None
+    """Find what is unwritten of each page before one of the workers writes there."""
+    assert gpu.native is not None
     for place in gpu.space.allocations:
         if place.unwritten is not None or place.saved is not None:
             assert place.view is not None
-            gpu.core.program.core.begin_pages(ctypes.addressof(place.view.struct))
+            gpu.native.program.library.begin_pages(ctypes.addressof(place.view.struct))
 
 
-def _written(n: int, place: Allocation, cores: list[Core]) -> tuple[Values, Values] | None:
-    """Return the pages of the n-th allocation that the cores have accessed, and what they wrote.
+def _written(n: int, place: Allocation, workers: list[Worker]) -> tuple[Values, Values] | None:
+    """Return the pages of the n-th allocation that the workers have accessed, and what they wrote.
 
-    It is None if a core has written what another one has accessed.
+    It is None if a worker has written what another one has accessed.
     """
-    mirrors = [core.gpu.space.allocations[n] for core in cores]
+    mirrors = [worker.gpu.space.allocations[n] for worker in workers]
     pages = np.unique(np.concatenate([mine.touched_pages() for mine in mirrors]))
     written = np.zeros_like(place.by_page(place.writes)[pages], np.bool_)
     accessed = written.copy()
-    for core in cores:
-        writes, reads = core.changes(n, place, pages)
+    for worker in workers:
+        writes, reads = worker.changes(n, place, pages)
         both = writes | reads
         if (writes & accessed).any() or (both & written).any():
             return None
@@ -185,12 +186,12 @@ def _restore(places: list[Allocation], before: list[Values]) -> None:
         content[changed] = data[changed]
 
 
-def _add(gpu: Gpu, core: Core) -> None:
-    """Add what a core has counted."""
+def _add(gpu: Gpu, worker: Worker) -> None:
+    """Add what a worker has counted."""
     most = Column.MOST_IN_FLIGHT
-    together, mine = gpu.counts.table, core.gpu.counts.table
+    together, mine = gpu.counts.table, worker.gpu.counts.table
     largest = np.maximum(together[:, most], mine[:, most])
     together += mine
     together[:, most] = largest
-    gpu.changes += core.gpu.changes
-    gpu.executed_instructions += core.gpu.executed_instructions
+    gpu.changes += worker.gpu.changes
+    gpu.executed_instructions += worker.gpu.executed_instructions

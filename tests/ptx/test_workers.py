@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Blocks on several cores give the results, faults and counters of one core."""
+"""Blocks of several workers give the results, faults and counters of one worker."""
 
 from unittest.mock import patch
 
@@ -10,7 +10,7 @@ import triton.language as tl
 
 from ptx.test_core import bits, numbers, said
 from torchpar.ptx import Report, emulate
-from torchpar.ptx.machine import cores, gpu
+from torchpar.ptx.machine import gpu, workers
 from torchpar.ptx.native import core as native
 
 pytestmark = pytest.mark.skipif(
@@ -27,20 +27,20 @@ def double_rows_kernel(x, out, SHIFT: tl.constexpr, EVERY: tl.constexpr, BLOCK: 
 
 
 def executed(count: int, shift: int, every: int, in_place: bool) -> tuple[bytes, Report, int]:
-    """The result on ``count`` cores, what was found, and how often all cores were taken."""
+    """The result of ``count`` workers, what was found, and how often all workers were taken."""
     x = torch.arange(64 * 128, dtype=torch.float32)
     out = x if in_place else torch.zeros(64 * 128)
     done = []
 
     def run(*args):
-        done.append(cores.run_on_all_cores(*args))
+        done.append(workers.run_by_workers(*args))
         return done[-1]
 
     with (
         emulate() as emulator,
-        patch.object(cores, "core_count", lambda: count),
+        patch.object(workers, "worker_count", lambda: count),
         patch.object(gpu, "least_seconds", lambda places: 0.0),
-        patch.object(gpu, "run_on_all_cores", run),
+        patch.object(gpu, "run_by_workers", run),
     ):
         emulator.launches.clear()
         double_rows_kernel[(64,)](x, out, shift, every, 128)
@@ -74,7 +74,7 @@ def test_what_was_loaded_by_all_is_counted_once():
     for count in (1, 3):
         with (
             emulate() as emulator,
-            patch.object(cores, "core_count", lambda count=count: count),
+            patch.object(workers, "worker_count", lambda count=count: count),
             patch.object(gpu, "least_seconds", lambda places: 0.0),
         ):
             load_row_kernel[(64,)](x, out, 128)
@@ -100,16 +100,16 @@ def test_atomics_of_several_cores(every, is_independent):
     found, done = [], []
 
     def run(*args):
-        done.append(cores.run_on_all_cores(*args))
+        done.append(workers.run_by_workers(*args))
         return done[-1]
 
     for count in (1, 3):
         counts = torch.zeros(every * 32, dtype=torch.int32)
         with (
             emulate() as emulator,
-            patch.object(cores, "core_count", lambda count=count: count),
+            patch.object(workers, "worker_count", lambda count=count: count),
             patch.object(gpu, "least_seconds", lambda places: 0.0),
-            patch.object(gpu, "run_on_all_cores", run),
+            patch.object(gpu, "run_by_workers", run),
         ):
             count_kernel[(32,)](counts, every, 32)
         found.append((counts.tolist(), said(emulator.report())))
@@ -138,7 +138,7 @@ def test_a_race_with_a_waiting_program_is_found_on_several_cores():
         flags, data, out = torch.zeros(1, dtype=torch.int32), torch.zeros(40 * 32), torch.zeros(32)
         with (
             emulate() as emulator,
-            patch.object(cores, "core_count", lambda count=count: count),
+            patch.object(workers, "worker_count", lambda count=count: count),
             patch.object(gpu, "least_seconds", lambda places: 0.0),
         ):
             wait_for_next_kernel[(40,)](flags, data, out, 32)
@@ -164,7 +164,7 @@ def test_what_is_undone_is_not_counted():
         x, out = torch.zeros(32 * 32), torch.zeros(20_000)
         with (
             emulate() as emulator,
-            patch.object(cores, "core_count", lambda count=count: count),
+            patch.object(workers, "worker_count", lambda count=count: count),
             patch.object(gpu, "least_seconds", lambda places: 0.0),
         ):
             late_kernel[(64,)](x, out, 64, 32)
