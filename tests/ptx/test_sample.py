@@ -3,6 +3,7 @@
 
 import json
 import math
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 from itertools import product
@@ -92,6 +93,22 @@ def test_counts_of_programs_that_repeat_are_those_of_all(schedules):
     # 15 whole programs and the last one have values; the others' memory is as it was.
     assert (out == 2).sum() == 15 * 128 + 100
     assert (out == -1).sum() == 241 * 128
+
+
+def test_the_memory_of_a_sample_does_not_grow_with_the_grid():
+    """Only the first program has elements; each other one stores none."""
+    x, out = torch.ones(32), torch.zeros(32)
+    few = launched(scale, (64,), lambda: (x, out, 32), 8, BLOCK=32)
+    tracemalloc.start()
+    try:
+        many = launched(scale, (2**24,), lambda: (x, out, 32), 8, BLOCK=32)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2**24  # less than a byte for each program
+    assert (out == 2).all()
+    found, expected = (one.counters.total.instructions["control"] for one in (many, few))
+    assert found * 64 == expected * 2**24
 
 
 def test_programs_of_a_grid_of_two_dimensions_are_scaled_by_kind():

@@ -184,8 +184,10 @@ class Gpu:
 
     def _positions(self) -> list[tuple[int, ...]]:
         """Return the first block of each cluster that is executed, in the order of the grid."""
-        indices = (index[::-1] for index in np.ndindex(self.programs[::-1]))
-        chosen = indices if self.sample is None else self.sample.positions
+        if self.sample is None:
+            chosen = [index[::-1] for index in np.ndindex(self.programs[::-1])]
+        else:  # `np.ndindex` would hold a number for each program of the grid
+            chosen = self.sample.positions
         return [tuple(map(int.__mul__, index, self.kernel.cluster)) for index in chosen]
 
     def _begin(self, position: tuple[int, ...], number: int) -> Block:
