@@ -101,6 +101,37 @@ def test_a_comparison_of_nothing_is_no_success(grid, other, outcome, detail):
     assert (table["formula"].outcome, table["formula"].detail) == (outcome, detail)
 
 
+@triton.jit
+def total(x, out, BLOCK: tl.constexpr, FLOATS: tl.constexpr):
+    value = tl.sum(tl.load(x + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)))
+    if FLOATS:
+        tl.atomic_add(out, value)
+    else:
+        tl.store(out, value)
+        tl.atomic_add(out + 1, 1)
+
+
+@needs_fpsan
+@pytest.mark.parametrize(
+    "dtype, programs, expected",
+    [
+        (torch.float32, 4, ("not run", kernels.ATOMICS)),
+        (torch.float16, 4, ("not run", kernels.ATOMICS)),
+        (torch.int32, 1, ("works", "")),  # of integers, which need no sanitizer
+    ],
+)
+def test_sums_of_floats_by_atomics_are_not_compared(dtype, programs, expected):
+    """Their rounding would make one formula look like two, or two like one."""
+    x, out = torch.ones(1024, dtype=dtype), torch.zeros(2, dtype=dtype)
+    size, floats = 1024 // programs, dtype.is_floating_point
+
+    def in_one(x, out):
+        total[(1,)](x, out, 1024, floats)
+
+    table = check_kernel(total, (programs,), (x, out), equals=in_one, BLOCK=size, FLOATS=floats)
+    assert (table["formula"].outcome, table["formula"].detail) == expected
+
+
 def test_gsan_is_refused_in_a_line(tmp_path):
     with (
         patch.dict(os.environ, TRITON_INSTRUMENTATION_MODE="gsan"),
