@@ -115,3 +115,10 @@ def test_a_script_that_ends_itself_without_a_gpu_is_told_of_the_flag(end, tmp_pa
     else:
         notes = []
     assert NEEDS_CUDA in capsys.readouterr().out + "".join(notes)
+
+
+def test_a_file_that_is_no_program_is_not_told_of_the_flag(tmp_path, capsys):
+    with pytest.raises(SyntaxError) as caught:
+        run_script(tmp_path, "This page says cuda")
+    assert not getattr(caught.value, "__notes__", [])
+    assert NEEDS_CUDA not in capsys.readouterr().out

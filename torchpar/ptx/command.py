@@ -126,7 +126,7 @@ def _size_of_sample(text: str) -> int:
 
 def _lacks_cuda(error: BaseException, options: argparse.Namespace, report: Report) -> bool:
     """Whether a script has ended because it says "cuda", and the flag is missing."""
-    if options.cuda_is_cpu or torch.cuda.is_available():
+    if options.cuda_is_cpu or torch.cuda.is_available() or isinstance(error, SyntaxError):
         return False
     if says_cuda(error):
         return True
