@@ -506,6 +506,7 @@ def test_an_interrupted_launch_is_shown(name, status, script, capsys, monkeypatc
     printed = capsys.readouterr().out
     assert "copy[2×1×1] for sm_90" in printed
     assert "launches: 1; 0 errors" in printed
+    assert " has ended the launch early: counts are incomplete\n" in printed
     assert "no kernel was launched" not in printed
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 

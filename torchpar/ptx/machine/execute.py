@@ -44,7 +44,7 @@ def advance(warp: "Warp", budget: int) -> None:
         if stop:
             break
     if warp.count > gpu.limit:
-        reason = f"does not end after {warp.count:,} instructions"
+        reason = f"does not end after {warp.count:,} instructions; if it would, give it less work"
         raise PtxError(instructions[warp.pc].line, reason, "endless loop")
 
 

@@ -170,6 +170,15 @@ def of_sample(launches: Sequence[Launch]) -> str:
     )
 
 
+def of_interruption(launches: Sequence[Launch]) -> str:
+    """Return a sentence on launches that an exception of Python has ended; "" if there are none."""
+    names = [one.ended for one in launches if one.ended and one.ended != one.ended.lower()]
+    if not names:
+        return ""
+    count = f"{len(names):,} launches" if len(names) > 1 else "the launch"
+    return f"{' and '.join(dict.fromkeys(names))} has ended {count} early: counts are incomplete"
+
+
 def access_rows(launch: Launch) -> list[list[str]]:
     """Return a table of the accesses to memory by line, its head first."""
     rows = [

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from torchpar.errors import in_columns
 from torchpar.ptx.report.faults import MARKS, Fault
 from torchpar.ptx.report.groups import Group, Numbered, longest, shown_line
-from torchpar.ptx.report.launch import CapturedGraph, Launch, of_sample, shown_grid
+from torchpar.ptx.report.launch import CapturedGraph, Launch, of_interruption, of_sample, shown_grid
 from torchpar.ptx.report.time import TRUST, shown
 
 WIDTH = 100  # of lines that can be broken
@@ -74,7 +74,7 @@ def of_groups(groups: Sequence[Group]) -> list[str]:
         return []
     archs = ", ".join(dict.fromkeys(group.first.arch for group in groups))
     rows = [("launches", "instructions", "seconds", f"kernel, for {archs}")]
-    below = [("", "")]
+    below: list[tuple[str, ...]] = [()]
     for group in groups:
         rows.append(
             (
@@ -85,7 +85,7 @@ def of_groups(groups: Sequence[Group]) -> list[str]:
             )
         )
         more = "; ".join(filter(None, (group.configuration, group.launched)))
-        below.append((more, of_sample(group.launches)))
+        below.append((more, of_sample(group.launches), of_interruption(group.launches)))
     lines = []
     for line, sentences in zip(aligned(rows), below, strict=True):
         lines += [line, *(part for text in sentences for part in wrapped(text))]
