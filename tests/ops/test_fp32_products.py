@@ -174,7 +174,7 @@ FEW = [("ieee", "matmul_t")]  # which is compiled in any run
 def test_the_mode_stands_above_pytorchs_flag(of_pytorch: str, name: str) -> None:
     """Without a mode the flag decides. In a mode that the flag does not name, kernels compute the
     gradients, too, since PyTorch's products have the flag's precision."""
-    call, args = NARROW[name]
+    call, args = CALLS[name]  # whose kernels other tests have compiled
     with flag(of_pytorch):
         for mode in (None, "ieee", "tf32", "tf32x3"):
             with emulate("sm_90") as gpu:
@@ -195,7 +195,7 @@ def test_products_that_are_added_in_place_have_the_precision_of_the_mode() -> No
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float64, marks=slow)])
 def test_other_dtypes_have_no_mode(dtype: torch.dtype) -> None:
-    x = X[:, :33].to(dtype)
+    x = X.to(dtype)
     with emulate("sm_90"):
         expected = results(torchpar.matmul_t, (x,))
         found = results(torchpar.matmul_t, (x,), "tf32")
@@ -365,7 +365,8 @@ def test_tiny_numbers_are_0_beside_an_infinity() -> None:
     """They are 0 for TF32, of which the smallest number is 2⁻¹³⁶."""
     tiny = torch.tensor([[2.0**-136], [2.0**-138], [-(2.0**-149)], [0.0]])
     with emulate("sm_90"):
-        found = fp32_matmul(torch.full((1, 1), math.inf), tiny, "tf32x3")
+        found = fp32_matmul(torch.full((64, 1), math.inf), tiny.repeat(16, 1), "tf32x3")
+    found = found[:, :4]
     assert found[0, 0] == math.inf
     assert found[0, 1:].isnan().all()
 
@@ -404,23 +405,28 @@ ALWAYS += [("linear_sigmoid", "grad")]
     ],
 )
 def test_transforms_have_the_precision_of_the_mode(name: str, transform: str) -> None:
-    def small(function: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
-        others = [t[..., :3, :3] if t is C else t[..., :20] for t in CALLS[name][1][1:2]]
+    # Of the size of other tests, whose kernels are compiled, but where numbers are squared.
+    operand = SMALL if transform in ("hessian", "vmap of grad") else X / 4
+    m, k = operand.shape
+
+    def of_one(function: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
+        others = [t[:m, :m] if t is C else t[:, :k] for t in CALLS[name][1][1:2]]
         return lambda x: function(
             x, *(t.to(x.dtype) for t in others), *[None] * (name == "linear_sigmoid")
         )
 
-    plain = small(PLAIN[name])
-    exact = [TRANSFORMS[transform](plain, SMALL.double())]
-    native = [TRANSFORMS[transform](plain, SMALL)]
+    plain = of_one(PLAIN[name])
+    exact = [TRANSFORMS[transform](plain, operand.double())]
+    native = [TRANSFORMS[transform](plain, operand)]
     with flag("tf32"), emulate("sm_90") as gpu, torchpar.fp32_products("tf32x3"):
-        found = [TRANSFORMS[transform](small(CALLS[name][0]), SMALL)]
+        found = [TRANSFORMS[transform](of_one(CALLS[name][0]), operand)]
     assert set(precisions(gpu)) == {"tf32x3"}
     assert errors(found, exact)[0] <= 2 * errors(native, exact)[0] + LOST
 
 
 def test_a_weight_for_each_sample() -> None:
-    x, weight, bias = numbers(2, 5, 20), numbers(2, 4, 20, seed=1), numbers(2, 4, seed=2)
+    x, weight = numbers(2, *X.shape), numbers(2, *WEIGHT.shape, seed=1) / 8
+    bias = numbers(2, *BIAS.shape, seed=2)
     exact = vmap(PLAIN["linear_sigmoid"])(x.double(), weight.double(), bias.double())
     with emulate("sm_90") as gpu, torchpar.fp32_products("tf32x3"):
         found = vmap(torchpar.linear_sigmoid)(x, weight, bias)
@@ -478,7 +484,7 @@ def test_threads_share_the_mode_and_a_backward_has_that_of_its_forward(name: str
     assert in_a_thread(torchpar.fp32_products.get) is None
     with torchpar.fp32_products("tf32x3"):
         assert in_a_thread(torchpar.fp32_products.get) == "tf32x3"
-    call, args = NARROW[name]
+    call, args = CALLS[name]
     leaves = [t.detach().requires_grad_() for t in args]
     with emulate("sm_90") as gpu:
         with torchpar.fp32_products("tf32x3"):
@@ -490,7 +496,7 @@ def test_threads_share_the_mode_and_a_backward_has_that_of_its_forward(name: str
 
 
 def test_a_checkpoint_computes_again_in_the_mode_of_its_backward() -> None:
-    x = X[:, :33].clone().requires_grad_()
+    x = X.clone().requires_grad_()
     found = []
     for mode in ("tf32x3", None):
         with emulate("sm_90") as gpu:
@@ -550,9 +556,9 @@ def test_an_exported_program_keeps_its_mode() -> None:
     class Model(torch.nn.Module):
         def forward(self, *args: Tensor) -> list[Tensor]:
             at = iter(args)
-            return [call(*(next(at) for _ in own)) for call, own in NARROW.values()]
+            return [call(*(next(at) for _ in own)) for call, own in CALLS.values()]
 
-    args = tuple(t for _, own in NARROW.values() for t in own)
+    args = tuple(t for _, own in CALLS.values() for t in own)
     with torchpar.fp32_products("tf32x3"):
         program = torch.export.export(Model(), args)
     calls = [n for n in program.graph.nodes if n.op == "call_function"]
