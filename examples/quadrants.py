@@ -52,6 +52,7 @@ from torchpar.training import lr_scheduler, sgd
 
 WIDTHS, PENALTIES = (1, 4, 8, 32), (0.0, 1e-3, 1e-2, 1e-1)  # with --noise
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+COURSE_P, COURSE_THREADS = 0.9801, 768  # of the report that this exercise is from
 ROUNDS = 8  # of the report, after one that is not counted
 LOSS_ERROR = 1e-4  # of a loss in float64; another share of a batch, or fewer samples, is 1e-2
 PASSES = ("forward", "backward")
@@ -317,6 +318,11 @@ def report(flags: Flags) -> list[console.Row]:
     ms = {way: 1000 * median(e.seconds for e in epochs[1:]) for way, epochs in rounds.items()}
     shares = {size: profile(rounds[Way(size, profiled=True)][1:]) for size in flags.sizes}
     print_profile(shares[flags.sizes[-1]], flags.sizes[-1])
+    measured_p, threads = sum(shares[flags.sizes[-1]].values()), COURSE_THREADS
+    print(
+        f"by the law {threads} threads would gain {amdahl(measured_p, threads):.2f} times with "
+        f"p = {measured_p:.4f}, and {amdahl(COURSE_P, threads):.2f} times with p = {COURSE_P}"
+    )
     speedups: list[console.Row] = []
     fits: list[console.Row] = []
     for size in flags.sizes:

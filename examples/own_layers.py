@@ -1,0 +1,476 @@
+# SPDX-License-Identifier: MIT
+"""Layers by kernels of one's own in Triton, checked, counted and trained without a GPU.
+
+    python examples/own_layers.py                   compiled for an H100, executed on this CPU
+    python examples/own_layers.py --device cuda     the same, and trained on a GPU
+
+The layers are those of train_by_hand.py, which has their formulas. Here each forward and each
+backward pass is a kernel of this file. The kernels are plain: replace one by your own. Products
+have blocks of 16 × 16 threads, and each thread sums one number of the result. The other kernels
+have blocks of 64 threads, and each thread computes one number.
+
+The gradient of a bias sums G over the samples. `bias_by_one_program_kernel` does so by one program,
+while the other multiprocessors are idle. `bias_by_atomics_kernel` divides the samples among
+programs, which add their sums by atomics.
+
+Before it trains, the script executes each kernel as compiled for an H100, and compares its results
+with PyTorch's in float64. It names races, accesses out of bounds and uninitialised memory. Then it
+counts what each kernel takes. "at least" is a bound by the GPU's data sheet, and not a time.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from support import checks, cli, console, points
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy
+from train_by_hand import Layer, Network
+from train_by_hand import Linear as PlainLinear
+
+from torchpar.data import Samples, batches
+from torchpar.errors import ConfigError, check_finite
+from torchpar.parallel.launch.world import join_world
+from torchpar.ptx import emulate
+from torchpar.testing import check_kernel
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    sys.exit(f"own_layers.py needs Triton ({error}); pip install triton")
+
+TILE, BLOCK = 16, 64
+OF_TILES, OF_BLOCKS = {"num_warps": 8}, {"num_warps": 2}  # 256 and 64 threads
+
+# The kernels. Matrices are contiguous: x (n, inputs), w (outputs, inputs), y and g (n, outputs).
+
+
+@triton.jit
+def linear_kernel(x, w, b, y, n, inputs, outputs, TILE: tl.constexpr):
+    """Y = X·Wᵀ + b."""
+    row = tl.program_id(0) * TILE + tl.arange(0, TILE)[:, None]
+    column = tl.program_id(1) * TILE + tl.arange(0, TILE)[None, :]
+    total = tl.zeros((TILE, TILE), tl.float32)
+    for k in range(inputs):
+        total += tl.load(x + row * inputs + k, row < n, 0.0) * tl.load(
+            w + column * inputs + k, column < outputs, 0.0
+        )
+    total += tl.load(b + column, column < outputs, 0.0)
+    tl.store(y + row * outputs + column, total, (row < n) & (column < outputs))
+
+
+@triton.jit
+def linear_input_kernel(g, w, dx, n, inputs, outputs, TILE: tl.constexpr):
+    """∂L/∂X = G·W."""
+    row = tl.program_id(0) * TILE + tl.arange(0, TILE)[:, None]
+    column = tl.program_id(1) * TILE + tl.arange(0, TILE)[None, :]
+    total = tl.zeros((TILE, TILE), tl.float32)
+    for k in range(outputs):
+        total += tl.load(g + row * outputs + k, row < n, 0.0) * tl.load(
+            w + k * inputs + column, column < inputs, 0.0
+        )
+    tl.store(dx + row * inputs + column, total, (row < n) & (column < inputs))
+
+
+@triton.jit
+def linear_weight_kernel(g, x, dw, n, inputs, outputs, TILE: tl.constexpr):
+    """∂L/∂W = Gᵀ·X."""
+    row = tl.program_id(0) * TILE + tl.arange(0, TILE)[:, None]
+    column = tl.program_id(1) * TILE + tl.arange(0, TILE)[None, :]
+    total = tl.zeros((TILE, TILE), tl.float32)
+    for k in range(n):
+        total += tl.load(g + k * outputs + row, row < outputs, 0.0) * tl.load(
+            x + k * inputs + column, column < inputs, 0.0
+        )
+    tl.store(dw + row * inputs + column, total, (row < outputs) & (column < inputs))
+
+
+@triton.jit
+def bias_by_one_program_kernel(g, db, n, outputs, BLOCK: tl.constexpr):
+    """∂L/∂b = Σ G over rows: one program, of which each thread sums a column."""
+    for start in range(0, outputs, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        total = tl.zeros((BLOCK,), tl.float32)
+        for k in range(n):
+            total += tl.load(g + k * outputs + column, column < outputs, 0.0)
+        tl.store(db + column, total, column < outputs)
+
+
+@triton.jit
+def bias_by_atomics_kernel(g, db, n, outputs, TILE: tl.constexpr):
+    """∂L/∂b = Σ G over rows: each program adds the sums of its rows to ``db``, which was 0."""
+    row = tl.program_id(0) * TILE + tl.arange(0, TILE)[:, None]
+    column = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    inside = (row < n) & (column < outputs)[None, :]
+    total = tl.sum(tl.load(g + row * outputs + column[None, :], inside, 0.0), 0)
+    tl.atomic_add(db + column, total, column < outputs)
+
+
+@triton.jit
+def relu_kernel(x, y, size, BLOCK: tl.constexpr):
+    """Y = max(X, 0)."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + i, tl.maximum(tl.load(x + i, i < size), 0.0), i < size)
+
+
+@triton.jit
+def relu_backward_kernel(g, y, dx, size, BLOCK: tl.constexpr):
+    """∂L/∂X = G where Y > 0, else 0."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    g_i, y_i = tl.load(g + i, i < size), tl.load(y + i, i < size)
+    tl.store(dx + i, tl.where(y_i > 0, g_i, 0.0), i < size)
+
+
+@triton.jit
+def sigmoid_kernel(x, y, size, BLOCK: tl.constexpr):
+    """Y = σ(X)."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + i, tl.sigmoid(tl.load(x + i, i < size, 0.0)), i < size)
+
+
+@triton.jit
+def sigmoid_backward_kernel(g, y, dx, size, BLOCK: tl.constexpr):
+    """∂L/∂X = G ⊙ Y ⊙ (1 − Y)."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    g_i, y_i = tl.load(g + i, i < size, 0.0), tl.load(y + i, i < size, 0.0)
+    tl.store(dx + i, g_i * y_i * (1 - y_i), i < size)
+
+
+@triton.jit
+def bce_kernel(p, t, loss, size, BLOCK: tl.constexpr):
+    """L = −1/n · Σ (t·ln p + (1 − t)·ln(1 − p)): each program adds its samples' part to L."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    p_i, t_i = tl.load(p + i, i < size, 0.5), tl.load(t + i, i < size, 0.0)
+    # ln 0 is −∞. As in PyTorch, a logarithm is at least −100.
+    log_p, log_q = tl.maximum(tl.log(p_i), -100.0), tl.maximum(tl.log(1 - p_i), -100.0)
+    each = tl.where(i < size, t_i * log_p + (1 - t_i) * log_q, 0.0)
+    tl.atomic_add(loss, -tl.sum(each, 0) / size)
+
+
+@triton.jit
+def bce_backward_kernel(p, t, dp, size, BLOCK: tl.constexpr):
+    """∂L/∂p = (p − t)/(p·(1 − p))/n."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    p_i, t_i = tl.load(p + i, i < size, 0.5), tl.load(t + i, i < size, 0.0)
+    # In float32 p can be 0 or 1. Divide by no less than PyTorch does.
+    tl.store(dp + i, (p_i - t_i) / tl.maximum(p_i * (1 - p_i), 1e-12) / size, i < size)
+
+
+# The layers, which launch them
+
+
+def tiles(rows: int, columns: int) -> tuple[int, int]:
+    return triton.cdiv(rows, TILE), triton.cdiv(columns, TILE)
+
+
+def blocks(size: int) -> tuple[int]:
+    return (triton.cdiv(size, BLOCK),)
+
+
+class Linear(PlainLinear):
+    """Y = X·Wᵀ + b, by blocks of 16 × 16 threads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.x = x
+        n, (outputs, inputs) = len(x), self.weight.shape
+        y = x.new_empty(n, outputs)
+        linear_kernel[tiles(n, outputs)](
+            x, self.weight, self.bias, y, n, inputs, outputs, TILE, **OF_TILES
+        )
+        return y
+
+    def backward(self, g: Tensor) -> Tensor:
+        n, (outputs, inputs) = len(g), self.weight.shape
+        self.weight_gradient, dx = torch.empty_like(self.weight), torch.empty_like(self.x)
+        self.bias_gradient = bias_gradient(g)
+        linear_weight_kernel[tiles(outputs, inputs)](
+            g, self.x, self.weight_gradient, n, inputs, outputs, TILE, **OF_TILES
+        )
+        linear_input_kernel[tiles(n, inputs)](
+            g, self.weight, dx, n, inputs, outputs, TILE, **OF_TILES
+        )
+        return dx
+
+
+def bias_gradient(g: Tensor) -> Tensor:
+    """Return the sum ``(outputs)`` over the rows of ``g (n, outputs)``."""
+    db = g.new_zeros(g.shape[1])
+    bias_by_atomics_kernel[tiles(*g.shape)](g, db, *g.shape, TILE, **OF_TILES)
+    return db
+
+
+class ReLU(Layer):
+    """Y = max(X, 0), by blocks of 64 threads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.y = torch.empty_like(x)
+        relu_kernel[blocks(x.numel())](x, self.y, x.numel(), BLOCK, **OF_BLOCKS)
+        return self.y
+
+    def backward(self, g: Tensor) -> Tensor:
+        dx = torch.empty_like(g)
+        relu_backward_kernel[blocks(g.numel())](g, self.y, dx, g.numel(), BLOCK, **OF_BLOCKS)
+        return dx
+
+
+class Sigmoid(Layer):
+    """Y = σ(X), by blocks of 64 threads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.y = torch.empty_like(x)
+        sigmoid_kernel[blocks(x.numel())](x, self.y, x.numel(), BLOCK, **OF_BLOCKS)
+        return self.y
+
+    def backward(self, g: Tensor) -> Tensor:
+        dx = torch.empty_like(g)
+        sigmoid_backward_kernel[blocks(g.numel())](g, self.y, dx, g.numel(), BLOCK, **OF_BLOCKS)
+        return dx
+
+
+class BinaryCrossEntropy:
+    """The loss of probabilities ``p (n, 1)`` and labels 0 and 1, ``(n)``."""
+
+    def forward(self, p: Tensor, labels: Tensor) -> Tensor:
+        self.p, self.t, loss = p, labels.to(p), p.new_zeros(())
+        bce_kernel[blocks(len(p))](p, self.t, loss, len(p), BLOCK, **OF_BLOCKS)
+        return loss
+
+    def backward(self) -> Tensor:
+        dp = torch.empty_like(self.p)
+        bce_backward_kernel[blocks(len(dp))](self.p, self.t, dp, len(dp), BLOCK, **OF_BLOCKS)
+        return dp
+
+
+# What each kernel must write
+
+
+class Case(NamedTuple):
+    """A launch of a kernel, and what it writes.
+
+    Attributes:
+        right: a function of the arguments, by PyTorch's operators, as `check_kernel` takes it.
+    """
+
+    kernel: object
+    grid: tuple[int, ...]
+    arguments: Sequence[object]
+    right: Callable[..., Mapping[str, Tensor]]
+    options: Mapping[str, int]
+
+
+def cases(n: int, inputs: int, outputs: int) -> list[Case]:
+    """Return a launch of each kernel for ``n`` samples."""
+    x, w, b = torch.randn(n, inputs), torch.randn(outputs, inputs), torch.randn(outputs)
+    g, t = torch.randn(n, outputs), torch.randint(0, 2, (n,)).float()
+    y, p, size = g.new_empty(n, outputs), torch.rand(n), n * outputs
+    of_tiles, of_blocks = OF_TILES | {"TILE": TILE}, OF_BLOCKS | {"BLOCK": BLOCK}
+    sizes = (n, inputs, outputs)
+    one, two = g.relu(), g.sigmoid()
+    return [
+        Case(
+            linear_kernel,
+            tiles(n, outputs),
+            (x, w, b, y, *sizes),
+            lambda x, w, b, y, *_: {"y": torch.nn.functional.linear(x, w, b)},
+            of_tiles,
+        ),
+        Case(
+            linear_input_kernel,
+            tiles(n, inputs),
+            (g, w, torch.empty_like(x), *sizes),
+            lambda g, w, *_: {"dx": g @ w},
+            of_tiles,
+        ),
+        Case(
+            linear_weight_kernel,
+            tiles(outputs, inputs),
+            (g, x, torch.empty_like(w), *sizes),
+            lambda g, x, *_: {"dw": g.T @ x},
+            of_tiles,
+        ),
+        Case(
+            bias_by_one_program_kernel,
+            (1,),
+            (g, torch.empty_like(b), n, outputs),
+            lambda g, *_: {"db": g.sum(0)},
+            of_blocks,
+        ),
+        Case(
+            bias_by_atomics_kernel,
+            tiles(n, outputs),
+            (g, torch.zeros_like(b), n, outputs),
+            lambda g, *_: {"db": g.sum(0)},
+            of_tiles,
+        ),
+        Case(relu_kernel, blocks(size), (g, y, size), lambda x, *_: {"y": x.relu()}, of_blocks),
+        Case(
+            relu_backward_kernel,
+            blocks(size),
+            (g, one, torch.empty_like(g), size),
+            lambda g, y, *_: {"dx": g * (y > 0)},
+            of_blocks,
+        ),
+        Case(
+            sigmoid_kernel, blocks(size), (g, y, size), lambda x, *_: {"y": x.sigmoid()}, of_blocks
+        ),
+        Case(
+            sigmoid_backward_kernel,
+            blocks(size),
+            (g, two, torch.empty_like(g), size),
+            lambda g, y, *_: {"dx": g * y * (1 - y)},
+            of_blocks,
+        ),
+        Case(
+            bce_kernel,
+            blocks(n),
+            (p, t, torch.zeros(()), n),
+            lambda p, t, *_: {"loss": binary_cross_entropy(p, t)},
+            of_blocks,
+        ),
+        Case(
+            bce_backward_kernel,
+            blocks(n),
+            (p, t, torch.empty_like(p), n),
+            lambda p, t, *_: {"dp": (p - t) / (p * (1 - p)) / len(p)},
+            of_blocks,
+        ),
+    ]
+
+
+def check_kernels() -> None:
+    """Execute each kernel as compiled for an H100, at two sizes that fill no block.
+
+    Raises:
+        ConfigError: a kernel that writes wrong values, or breaks a rule.
+    """
+    checked = [case for sizes in ((37, 5, 20), (1, 17, 1)) for case in cases(*sizes)]
+    for case in console.progress(checked, "kernels"):
+        kernel, grid, arguments, right, options = case
+        table = check_kernel(kernel, grid, arguments, right, **options)  # type: ignore[arg-type]
+        for row in table.rows:
+            if row.outcome in ("wrong", "crashes"):
+                name = kernel.__name__  # type: ignore[attr-defined]
+                raise ConfigError(f"{name}: {row.rule}: {row.detail}; mend the kernel")
+    print(f"{len(checked)} launches of {len(checked) // 2} kernels are right, and break no rule")
+
+
+def count(n: int, hidden: int) -> list[console.Row]:
+    """Print what each kernel takes for the hidden layer of a batch, and return the rows."""
+    rows: list[console.Row] = []
+    with emulate("sm_90") as gpu:
+        for case in cases(n, 2, hidden):
+            case.kernel[case.grid](*case.arguments, **case.options)  # type: ignore[index]
+    for launch in gpu.launches:
+        counters, bound = launch.counters, launch.bounds[0]
+        warps = launch.programs * launch.warps
+        rows.append(
+            {
+                "kernel": launch.kernel.removesuffix("_kernel"),
+                "programs": launch.programs,
+                "per_warp": round(counters.total.instruction_count / warps),
+                "sectors": counters.sums("global").transactions,
+                "atomics": sum(one.requests for one in counters.accesses if one.what == "atomic"),
+                "at_least": f"{1000 * bound.least:,.0f} ns",
+            }
+        )
+    console.print_rows(rows, list(rows[0]), f"{n} samples, {hidden} units, an {bound.gpu}")
+    print("per warp: instructions; atomics: requests; at least: a bound by the data sheet, no time")
+    return rows
+
+
+# Training
+
+
+def build_network(hidden: int, device: torch.device) -> Network:
+    network = Network()
+    for layer in (Linear(2, hidden, device), ReLU(), Linear(hidden, 1, device), Sigmoid()):
+        network.add(layer)
+    return network
+
+
+def check_network(network: Network, loss: BinaryCrossEntropy, samples: Samples) -> None:
+    """Compare the loss and the gradients of all layers together with those of autograd in float64.
+
+    Raises:
+        ConfigError: an error above rounding.
+    """
+    x, labels = samples.features, samples.labels
+    value = loss.forward(network.forward(x), labels)
+    network.backward(loss.backward())
+    parameters = network.parameters()
+
+    def reference(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+        y = torch.nn.functional.linear(x, w1, b1).relu()
+        p = torch.nn.functional.linear(y, w2, b2).sigmoid()
+        return binary_cross_entropy(p[:, 0], labels.to(p))
+
+    checks.compare("loss", value, reference, x, *parameters.values(), terms=len(x))
+    for i, (name, gradient) in enumerate(network.gradients().items()):
+
+        def gradient_of(*tensors: Tensor, i: int = i) -> Tensor:
+            leaves = [t.detach().requires_grad_() for t in tensors]
+            return torch.autograd.grad(reference(*leaves), leaves[1 + i])[0]
+
+        # A mean over samples of products of a sum over units
+        terms = len(x) * len(parameters["0.bias"])
+        part = f"gradient of {name}"
+        checks.compare(part, gradient, gradient_of, x, *parameters.values(), terms=terms)
+
+
+@dataclass(kw_only=True)
+class Flags(cli.ExampleFlags):
+    """Learn the quadrants by kernels of one's own."""
+
+    samples: int = 1000  # Points to learn.
+    hidden: int = 30  # Units of the hidden layer.
+    epochs: int = 20  # Passes over the points.
+    batch_size: int = 100  # Points per step.
+    lr: float = 2.0  # Learning rate at the start; it falls linearly.
+
+
+def train(network: Network, loss: BinaryCrossEntropy, samples: Samples, flags: Flags) -> None:
+    for epoch in console.progress(range(1, flags.epochs + 1), "epochs"):
+        lr = flags.lr * (1 - (epoch - 1) / flags.epochs)
+        for x, labels, _ in batches(samples, flags.batch_size, seed=flags.seed, epoch=epoch):
+            loss.forward(network.forward(x), labels)
+            network.backward(loss.backward())
+            network.step(lr)
+
+
+def main(flags: Flags) -> None:
+    torch.manual_seed(flags.seed)
+    check_kernels()
+    rows = count(4000, flags.hidden)
+    with join_world(flags.device, alone=True) as world:
+        samples, test = (
+            points.draw(n, 2 * flags.seed + i, device=world.device)
+            for i, n in enumerate((flags.samples, 2500))
+        )
+        network, loss = build_network(flags.hidden, world.device), BinaryCrossEntropy()
+        start = time.perf_counter()
+        # Without a GPU, the launches of a block `with emulate` are executed on the CPU.
+        with nullcontext() if world.device.type == "cuda" else emulate("sm_90") as gpu:
+            check_network(network, loss, samples)
+            train(network, loss, samples, flags)
+            p = network.forward(test.features)
+            test_loss = loss.forward(p, test.labels).item()
+        check_finite("the test loss", test_loss)
+        seconds = time.perf_counter() - start
+        accuracy = ((p[:, 0] > 0.5) == test.labels).double().mean().item()
+    if gpu is not None:
+        report = gpu.report()
+        if report.errors:
+            raise ConfigError(f"{report.errors[0]}; mend the kernel")
+        print(f"{len(gpu.launches):,} launches were executed on the CPU, without a fault")
+    figures: console.Row = {"test_accuracy": accuracy, "test_loss": test_loss}
+    console.write_metrics(flags.metrics, [*rows, figures])
+    print(console.last_line(accuracy, test_loss, seconds, 1, world.device.type))
+
+
+if __name__ == "__main__":
+    cli.main(main, Flags)

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: MIT
+"""The lesson of layers by one's own kernels: what it refuses, counts and learns."""
+
+import re
+
+import pytest
+import torch
+from commands import LAST_LINE, lesson, rows_of
+
+pytest.importorskip("tyro", reason="tyro reads the flags")
+pytest.importorskip("triton", reason="the kernels are Triton's")
+
+import own_layers
+import triton
+import triton.language as tl
+
+from torchpar.errors import ConfigError
+
+CASES = own_layers.cases
+
+
+@triton.jit
+def bias_by_stores_kernel(g, db, n, outputs, TILE: tl.constexpr):
+    row = tl.program_id(0) * TILE + tl.arange(0, TILE)[:, None]
+    column = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    inside = (row < n) & (column < outputs)[None, :]
+    total = tl.sum(tl.load(g + row * outputs + column[None, :], inside, 0.0), 0)
+    tl.store(db + column, tl.load(db + column, column < outputs) + total, column < outputs)
+
+
+@triton.jit
+def bias_without_mask_kernel(g, db, n, outputs, BLOCK: tl.constexpr):
+    column = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for k in range(n):
+        total += tl.load(g + k * outputs + column)
+    tl.store(db + column, total, column < outputs)
+
+
+def only(monkeypatch: pytest.MonkeyPatch, name: str, kernel: object = None) -> None:
+    """Let the lesson have one kernel, which ``kernel`` replaces."""
+
+    def cases(*sizes: int) -> list[own_layers.Case]:
+        (case,) = (one for one in CASES(*sizes) if one.kernel is getattr(own_layers, name))
+        return [case._replace(kernel=kernel or case.kernel)]
+
+    monkeypatch.setattr(own_layers, "cases", cases)
+
+
+def test_a_bias_gradient_by_atomics_is_right_and_by_stores_is_not(monkeypatch, capsys):
+    torch.manual_seed(0)
+    only(monkeypatch, "bias_by_atomics_kernel")
+    own_layers.check_kernels()
+    assert capsys.readouterr().out == "2 launches of 1 kernels are right, and break no rule\n"
+    only(monkeypatch, "bias_by_atomics_kernel", bias_by_stores_kernel)
+    with pytest.raises(ConfigError, match=r"^bias_by_stores_kernel: .*; mend the kernel$"):
+        own_layers.check_kernels()
+
+
+def test_a_missing_mask_is_named(monkeypatch):
+    only(monkeypatch, "bias_by_one_program_kernel", bias_without_mask_kernel)
+    with pytest.raises(ConfigError, match=r"^bias_without_mask_kernel: bounds: .*outside of g"):
+        own_layers.check_kernels()
+
+
+def test_the_programs_and_atomics_of_a_bias_are_counted(monkeypatch):
+    n, hidden = 100, 30
+    only(monkeypatch, "bias_by_atomics_kernel")
+    (atomics,) = own_layers.count(n, hidden)
+    only(monkeypatch, "bias_by_one_program_kernel")
+    (one,) = own_layers.count(n, hidden)
+    assert (one["programs"], one["atomics"]) == (1, 0)
+    # 7 × 2 tiles of 16 × 16, each of which adds its 16 sums by one warp
+    assert (atomics["programs"], atomics["atomics"]) == (14, 14)
+    assert one["per_warp"] > 10 * n > 10 * atomics["per_warp"]
+
+
+@pytest.mark.slow
+def test_the_kernels_learn_the_quadrants(tmp_path):
+    flags = "--device", "cpu", "--metrics", str(tmp_path / "metrics")
+    code, out, err = lesson("own_layers", *flags)
+    assert (code, err) == (0, "")
+    assert "22 launches of 11 kernels are right" in out
+    assert re.fullmatch(LAST_LINE, out.splitlines()[-1])
+    *kernels, last = rows_of(tmp_path / "metrics")
+    assert len(kernels) == 11
+    assert last["test_accuracy"] > 0.98
+    assert last["test_loss"] < 0.106  # the report's
