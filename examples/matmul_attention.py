@@ -10,6 +10,10 @@ In a transformer queries, keys and values are three products of x and matrices t
 a causal mask hides from each row those after it: their scores become −∞, and their weights 0. Here
 the sequence is the 28 rows of an image, and the three matrices are random.
 
+Sparse attention hides more: a window shows to each row its neighbours, and blocks show to each row
+those of its own block. A mask saves no work, since all n² scores are computed before it. Blocks are
+products of their own: n/b products of b × b scores are n·b scores in all.
+
 If queries, keys and values are the same ``x (n, d)``, the entries of x·xᵀ say how similar the rows
 are, and similar rows count most. x·xᵀ is symmetric, and `torchpar.matmul_t` computes half of it.
 The samples are 100 digits, sorted by class. Nothing is trained, and yet most of the weight that a
@@ -17,6 +21,7 @@ digit gives to other digits goes to its own class.
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from support import checks, cli, console, plots
@@ -25,7 +30,10 @@ from torch.nn.functional import layer_norm, linear, normalize, scaled_dot_produc
 
 from torchpar import matmul_t
 from torchpar.data import load
+from torchpar.errors import ConfigError
 from torchpar.parallel.launch.world import join_world
+
+ROWS = 28  # of an image, and pixels of a row
 
 
 @dataclass(kw_only=True)
@@ -33,7 +41,16 @@ class Flags(cli.DataFlags):
     """Compute the attention of images to each other."""
 
     samples: cli.Count = 100  # Number of test images, the first ones.
+    # Rows on each side that a row sees in sparse attention.
+    window: Annotated[int, cli.Bounds(0, ROWS)] = 2
+    # Rows of a block in sparse attention, a divisor of 28.
+    block: Annotated[int, cli.Bounds(1, ROWS + 1)] = 7
     plots: cli.Plots = None  # Folder for pictures.
+
+    def check(self) -> None:
+        super().check()
+        if ROWS % self.block:
+            raise ConfigError(f"--block is {self.block}, expected a divisor of {ROWS}")
 
 
 def attention_weights(x: Tensor) -> Tensor:
@@ -47,13 +64,36 @@ def attention(x: Tensor) -> Tensor:
     return attention_weights(x) @ x
 
 
+def masked_weights(q: Tensor, k: Tensor, hidden: Tensor) -> Tensor:
+    """Return softmax(q·kᵀ/√d) ``(*, n, n)`` for q and k ``(*, n, d)``, with 0 where ``hidden (n,
+    n)`` is true."""
+    scores: Tensor = q @ k.mT / q.shape[-1] ** 0.5
+    return scores.masked_fill(hidden, -torch.inf).softmax(-1)
+
+
 def causal_weights(q: Tensor, k: Tensor) -> Tensor:
-    """Return softmax(q·kᵀ/√d) ``(*, n, n)`` for q and k ``(*, n, d)``, with 0 for the rows after
-    each row."""
-    n, d = q.shape[-2:]
-    later = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
-    scores: Tensor = q @ k.mT / d**0.5
-    return scores.masked_fill(later, -torch.inf).softmax(-1)
+    """Return the weights with 0 for the rows after each row."""
+    n = q.shape[-2]
+    return masked_weights(q, k, torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1))
+
+
+def outside_window(n: int, window: int) -> Tensor:
+    """Return the mask ``(n, n)`` that hides from row i each row j with |i − j| > window."""
+    i = torch.arange(n)
+    return (i[:, None] - i).abs() > window
+
+
+def outside_block(n: int, block: int) -> Tensor:
+    """Return the mask ``(n, n)`` that hides from a row those of other blocks."""
+    i = torch.arange(n) // block
+    return i[:, None] != i
+
+
+def block_attention(q: Tensor, k: Tensor, v: Tensor, block: int) -> Tensor:
+    """Return the attention ``(*, n, d)`` under the mask of `outside_block`, of which only the
+    scores within blocks are computed."""
+    q, k, v = (t.unflatten(-2, (-1, block)) for t in (q, k, v))  # (*, n / block, block, d)
+    return ((q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v).flatten(-3, -2)
 
 
 def causal_attention(x: Tensor, wq: Tensor, wk: Tensor, wv: Tensor) -> Tensor:
@@ -63,11 +103,11 @@ def causal_attention(x: Tensor, wq: Tensor, wk: Tensor, wv: Tensor) -> Tensor:
     return causal_weights(q, k) @ v
 
 
-def compare_causal(images: Tensor) -> tuple[list[dict[str, str | float]], Tensor]:
-    """Compare causal attention and its gradients with PyTorch's, and return the errors and the
-    weights."""
-    x = layer_norm(images, (28,))
-    projections = {name: torch.randn(16, 28).to(x) / 28**0.5 for name in ("wq", "wk", "wv")}
+def compare_causal(images: Tensor) -> tuple[list[dict[str, str | float]], list[Tensor]]:
+    """Compare causal attention and its gradients with PyTorch's, and return the errors, and the
+    queries, keys and values."""
+    x = layer_norm(images, (ROWS,))
+    projections = {name: torch.randn(16, ROWS).to(x) / ROWS**0.5 for name in ("wq", "wk", "wv")}
 
     def reference(x: Tensor, *projections: Tensor) -> Tensor:
         q, k, v = (linear(x, w) for w in projections)
@@ -79,7 +119,31 @@ def compare_causal(images: Tensor) -> tuple[list[dict[str, str | float]], Tensor
     rows = checks.compare_gradients(
         "causal attention", causal_attention, reference, inputs, terms=len(x) * 28
     )
-    return [row, *rows], causal_weights(x @ projections["wq"].mT, x @ projections["wk"].mT)
+    return [row, *rows], [x @ w.mT for w in projections.values()]
+
+
+def compare_sparse(qkv: list[Tensor], window: int, block: int) -> list[dict[str, str | float]]:
+    """Compare attention in a window and in blocks with PyTorch's under the same masks, and return
+    the errors and the numbers of scores."""
+    q, k, v = qkv
+    near, same = (
+        m.to(q.device) for m in (outside_window(ROWS, window), outside_block(ROWS, block))
+    )
+    rows = []
+    for part, hidden, y, scores in (
+        ("window attention", near, masked_weights(q, k, near) @ v, ROWS**2),
+        ("block attention", same, masked_weights(q, k, same) @ v, ROWS**2),
+        ("products of blocks", same, block_attention(q, k, v, block), ROWS * block),
+    ):
+
+        def reference(q: Tensor, k: Tensor, v: Tensor, shown: Tensor = ~hidden) -> Tensor:
+            return scaled_dot_product_attention(q, k, v, attn_mask=shown)
+
+        row = checks.compare(part, y, reference, q, k, v, terms=ROWS)
+        shown = int((~hidden).sum())
+        print(f"{part}: {scores} scores of an image are computed, {shown} are shown")
+        rows.append(row | {"scores": scores, "shown": shown})
+    return rows
 
 
 def main(flags: Flags) -> None:
@@ -88,7 +152,8 @@ def main(flags: Flags) -> None:
         order = test.labels[: flags.samples].argsort()
         labels = test.labels[order]
         torch.manual_seed(flags.seed)
-        causal, weights = compare_causal(test.inputs(order).unflatten(1, (28, 28)))
+        causal, qkv = compare_causal(test.inputs(order).unflatten(1, (ROWS, ROWS)))
+        sparse = compare_sparse(qkv, flags.window, flags.block)
         x = layer_norm(test.inputs(order), (784,))
         row = checks.compare(
             "attention",
@@ -100,14 +165,20 @@ def main(flags: Flags) -> None:
         to_others = normalize(attention_weights(x).fill_diagonal_(0), p=1)
         to_class = to_others[labels == labels[:, None]].sum().item() / len(labels)
     print(f"{to_class:.0%} of the weight that an image gives to others goes to its class")
-    console.write_metrics(flags.metrics, [*causal, row | {"to_own_class": to_class}])
+    console.write_metrics(flags.metrics, [*causal, *sparse, row | {"to_own_class": to_class}])
     if flags.plots:
         title = "Weights of images, sorted by class, for each other"
         plots.save_matrices(flags.plots / "attention.png", to_others[None].sqrt(), title)
+        q, k, _ = qkv
+        weights = causal_weights(q, k)
         title = "Causal weights of the rows of four images"
         plots.save_matrices(
             flags.plots / "causal.png", weights[:: max(len(weights) // 4, 1)][:4], title
         )
+        masks = outside_window(ROWS, flags.window), outside_block(ROWS, flags.block)
+        weights = torch.stack([masked_weights(q[0], k[0], mask.to(q.device)) for mask in masks])
+        title = "Weights in a window and in blocks"
+        plots.save_matrices(flags.plots / "sparse.png", weights, title)
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ RUNS = {  # lesson: flags, pictures
     "digits_report": ("--hidden 8 --batch-size 16 --lr 0.2 --epochs 3", "digits"),
     "matmul_regression": ("", "regression regression-path"),
     "matmul_convolution": ("--epochs 3 --batch-size 20", "kernels"),
-    "matmul_attention": ("", "attention causal"),
+    "matmul_attention": ("", "attention causal sparse"),
 }
 LAST_LINES = {
     # The report reaches 1 and 0.106.

@@ -320,6 +320,31 @@ def test_a_causal_row_does_not_depend_on_later_rows():
     assert not torch.isclose(y[:, 3:], changed[:, 3:]).any(-1).any()
 
 
+def test_a_sparse_row_depends_on_the_rows_that_it_sees():
+    q, k, v = normal(2, 8, 6), normal(2, 8, 6), normal(2, 8, 6)
+    window, block = matmul_attention.outside_window(8, 1), matmul_attention.outside_block(8, 4)
+    assert (~window).sum() == 8 + 7 + 7
+    assert (~block).sum() == 2 * 4 * 4
+
+    def outputs() -> list[torch.Tensor]:
+        masked = [matmul_attention.masked_weights(q, k, m) @ v for m in (window, block)]
+        return [*masked, matmul_attention.block_attention(q, k, v, 4)]
+
+    before = outputs()
+    torch.testing.assert_close(before[1], before[2])
+    k[:, 3] += 1  # rows 2 to 4 have it in their windows, rows 0 to 3 in their block
+    for first, end, y, changed in zip((2, 0, 0), (5, 4, 4), before, outputs(), strict=True):
+        same = torch.isclose(y, changed).all(-1).all(0)
+        assert [i for i in range(8) if not same[i]] == [*range(first, end)]
+
+
+def test_a_block_that_divides_no_image_is_refused():
+    for flag, value in (("block", 5), ("block", 0), ("window", 28)):
+        code, _, err = lesson("matmul_attention", f"--{flag}", str(value))
+        assert code == 2
+        assert re.search(rf"error: --{flag} is {value}, expected (a divisor of 28|at least 1|less than 28)\n$", err)
+
+
 CAUSAL = matmul_attention.causal_weights
 CONVOLUTION = matmul_convolution.convolution
 
@@ -347,6 +372,19 @@ CONVOLUTION = matmul_convolution.convolution
             "causal attention, gradient of x",
             "causal_weights",
             lambda q, k: CAUSAL(q, k).detach(),
+        ),
+        (
+            matmul_attention,
+            "products of blocks",
+            "block_attention",
+            lambda q, k, v, block: (q @ k.mT / 4).softmax(-1) @ v,
+        ),
+        pytest.param(
+            matmul_attention,
+            "window attention",
+            "outside_window",
+            lambda n, window: torch.ones(n, n, dtype=torch.bool),
+            marks=pytest.mark.slow,
         ),
         (matmul_regression, "gradient", "mse_gradient", lambda x, y, w: x.T @ (x @ w - y) / len(y)),
         (matmul_convolution, "convolution", "windows", lambda x, **at: windows(x, **at).flip(-1)),
