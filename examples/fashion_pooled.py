@@ -26,6 +26,11 @@ the shares and gives all processes the sum, so all take the same step. ``--excha
 project's: Bcast sends the weights in each iteration. Gather brings the gradients of the shares to
 process 0, which adds them up and takes the step.
 
+--images takes a file of MATLAB in place of a data set: X (n, 400) and y (n, 1), of which every
+fifth sample is for tests. --weights takes one with the first weights: Theta1 (25, 401) and Theta2
+(10, 26), whose first columns are the biases. --every-iteration prints the cost and the milliseconds
+of all phases in each iteration.
+
 Under mpirun process 0 first trains alone, while the others wait: with one thread, and in a process
 of its own with all threads. A table sets the times by phase side by side. ``--library torch`` needs
 PyTorch, by which ``--device cuda`` takes a GPU. NumPy alone needs a checkout, and
@@ -36,9 +41,11 @@ PyTorch, by which ``--device cuda`` takes a GPU. NumPy alone needs a checkout, a
 import os
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 # NumPy reads it when it is imported. With a process per core each process needs one thread. One
@@ -47,7 +54,7 @@ if any(os.environ.get(size, "1") != "1" for size in ("PMI_SIZE", "OMPI_COMM_WORL
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
-from support import cli, console, one_process, plots
+from support import cli, console, mat, one_process, plots
 
 from torchpar.baselines import mpi, numpy_mlp
 from torchpar.baselines.numpy_mlp import Array
@@ -75,6 +82,8 @@ class Flags(cli.ExampleFlags):
     data: cli.DataFolder = cli.DATA  # Folder of the data sets, as torchvision's root.
     # Data set; auto takes Fashion-MNIST if its files are there, else MNIST.
     dataset: Dataset | Literal["auto"] = "auto"
+    images: Path | None = None  # A .mat file with X (n, 400) and y (n, 1), in place of a data set.
+    weights: Path | None = None  # A .mat file with Theta1 (25, 401) and Theta2 (10, 26).
     library: Literal["numpy", "torch"] = "numpy"  # Library that computes.
     plots: cli.Plots = None  # Folder for pictures.
     exchange: Exchange = "allreduce"  # MPI's messages of an iteration.
@@ -82,6 +91,8 @@ class Flags(cli.ExampleFlags):
     iterations: cli.Count = 800  # Iterations of the second run.
     lr: cli.Number = 0.1  # Learning rate of the second run.
     momentum: cli.Share = 0.9  # Momentum of the second run.
+    # Print all iterations, and the milliseconds of their phases.
+    every_iteration: cli.Switch = False
 
 
 class Pixels(NamedTuple):
@@ -97,12 +108,13 @@ class Pixels(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Settings of a run: full-batch steps of SGD, and the seed of the first weights."""
+    """Settings of a run: full-batch steps of SGD, and the seed or the file of the first weights."""
 
     iterations: int
     lr: float
     momentum: float
     seed: int
+    weights: str = ""
 
 
 class Result(NamedTuple):
@@ -113,6 +125,7 @@ class Result(NamedTuple):
     # Mean cost and accuracy at the end, on training and on test samples.
     ends: Sequence[Sequence[float]]
     weights: Array  # of the first layer, (400, 25)
+    phases: Sequence[dict[str, float]] = ()  # seconds of each iteration by phase, if they are timed
 
 
 def averages(side: int, pooled: int) -> Array:
@@ -148,11 +161,37 @@ def find_dataset(flags: Flags) -> tuple[Dataset, str]:
 
 def load(flags: Flags, speaks: bool = True) -> tuple[Pixels, Pixels]:
     """Return the pooled training and test images. Say so, if they are not the project's."""
-    dataset, line = find_dataset(flags)
-    train, test = map(pool, read(dataset, flags.data))
+    if flags.images:
+        pixels = Pixels(*mat.read_images(flags.images, SIZES[0]))
+        is_test = np.arange(len(pixels.labels)) % 5 == 4  # files may be sorted by class
+        train, test = (Pixels(*(t[chosen] for t in pixels)) for chosen in (~is_test, is_test))
+        if not len(test.labels):
+            raise ConfigError(f"{flags.images} has fewer than five samples, expected more")
+        line = f"{flags.images}: {len(train.labels)} samples, and every fifth one for tests"
+    else:
+        dataset, line = find_dataset(flags)
+        train, test = map(pool, read(dataset, flags.data))
     if line and speaks:
         print(line)
     return Pixels(*(t[: flags.samples] for t in train)), test
+
+
+def first_model(plan: Plan) -> numpy_mlp.NumpyMLP:
+    """Return the network with the first weights of a run: of a file, or drawn."""
+    model = numpy_mlp.NumpyMLP(SIZES, loss="bce", seed=plan.seed)
+    if plan.weights:
+        mat.load_weights(Path(plan.weights), model)
+    return model
+
+
+def seconds_since(before: dict[str, float]) -> dict[str, float]:
+    """Return the seconds by phase since ``before``, and set it to now."""
+    if Phases.active is None:
+        return {}
+    now = Phases.active.seconds
+    found = {name: s - before.get(name, 0.0) for name, s in now.items() if s > before.get(name, 0)}
+    before.update(now)
+    return found
 
 
 def train_numpy(
@@ -168,19 +207,18 @@ def train_numpy(
         shares = [[mpi.scatter(world, array) for array in pair] for pair in pairs]
     counts = world.bcast([len(labels) for _, labels in splits] if splits else None)
     (x, labels), count = shares[0], counts[0]
-    # Process 0 draws the weights. One vector has both matrices and both biases, so one message
+    # Process 0 has the weights. One vector has both matrices and both biases, so one message
     # carries them.
-    model = numpy_mlp.NumpyMLP(
-        SIZES, loss="bce", init="zero" if world.rank else "xavier", seed=plan.seed
-    )
+    model = numpy_mlp.NumpyMLP(SIZES, loss="bce", init="zero") if world.rank else first_model(plan)
     optimizer = numpy_mlp.SGD(model, plan.lr, plan.momentum)
     # The gradient and the cost of this process's share.
     summed = np.empty(model.parameters.size + 1, model.parameters.dtype)
     total = np.empty_like(summed)
     rows = np.empty((world.size, summed.size), summed.dtype) if world.rank == 0 else None
-    costs, times = [], []
+    costs, times, by_phase = [], [], []
     with phase("broadcast"):
         world.Bcast(model.parameters)
+    seconds_since(before := {})
     for iteration in range(plan.iterations):
         start = time.perf_counter()
         if exchange == "gather" and iteration:
@@ -206,10 +244,11 @@ def train_numpy(
                 optimizer.step(total[:-1] / count)
             costs.append(float(total[-1]) / count)
         times.append(time.perf_counter() - start)
+        by_phase.append(seconds_since(before))
     world.Bcast(model.parameters)
     ends = [mpi.evaluate(world, model, *pair) for pair in zip(shares, counts, strict=True)]
     check_finite(f"a cost at the rate {plan.lr:g}", *costs, *(cost for cost, _ in ends))
-    return Result(costs, times, ends, model.weights[0])
+    return Result(costs, times, ends, model.weights[0], by_phase)
 
 
 def train_plans(
@@ -244,10 +283,10 @@ def train_torch(world: "World", splits: Sequence[Pixels], plan: Plan) -> Result:
         return -torch.where(is_right, p, 1 - p).log().sum()
 
     model = MLP(SIZES, output="sigmoid").to(world.device)
-    numpy_mlp.NumpyMLP(SIZES, seed=plan.seed).copy_to(model)
+    first_model(plan).copy_to(model)
     replica = DistributedDataParallel(model) if world.world_size > 1 else model
     optimizer = torch.optim.SGD(model.parameters(), plan.lr, plan.momentum)
-    costs, times = torch.zeros(plan.iterations, device=world.device), []
+    costs, times, by_phase = torch.zeros(plan.iterations, device=world.device), [], []
     train, test = (
         Samples(torch.from_numpy(split.x), torch.from_numpy(split.labels), DIGITS).to(world.device)
         for split in splits
@@ -255,16 +294,19 @@ def train_torch(world: "World", splits: Sequence[Pixels], plan: Plan) -> Result:
     x, labels = map(world.share, (train.features, train.labels))
     cost_sum(replica(x), labels).backward()  # a GPU's kernels are compiled in the first call
     optimizer.zero_grad()
+    seconds_since(before := {})
     for i in range(plan.iterations):
         start = time.perf_counter()
-        loss = cost_sum(replica(x), labels)
-        (loss * (world.dp_size / len(train))).backward()  # the wrapper averages over the ranks
-        optimizer.step()
-        optimizer.zero_grad()
+        with nullcontext() if Phases.active is None else Phases.active.step():
+            loss = cost_sum(replica(x), labels)
+            (loss * (world.dp_size / len(train))).backward()  # the wrapper averages over the ranks
+            optimizer.step()
+            optimizer.zero_grad()
         costs[i] = loss.detach()
         if world.device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
+        by_phase.append(seconds_since(before))
     costs = world.sum(costs) / len(train)
     ends = []
     for samples in (train, test):
@@ -272,7 +314,7 @@ def train_torch(world: "World", splits: Sequence[Pixels], plan: Plan) -> Result:
         ends.append((cost, (p.argmax(1) == samples.labels).double().mean().item()))
     check_finite(f"a cost at the rate {plan.lr:g}", *costs.tolist(), *(cost for cost, _ in ends))
     weights = next(model.parameters()).detach().cpu().numpy().T
-    return Result(costs.tolist(), times, ends, weights)
+    return Result(costs.tolist(), times, ends, weights, by_phase)
 
 
 def costs_of(runs: dict[Plan, Result]) -> list[float]:
@@ -284,7 +326,12 @@ def iteration_rows(runs: dict[Plan, Result], **labels: object) -> Iterator[conso
     """Yield the cost and the seconds of every iteration of every run."""
     for plan, run in runs.items():
         for i, (cost, seconds) in enumerate(zip(run.costs, run.times, strict=True), 1):
-            yield labels | plan._asdict() | {"iteration": i, "cost": cost, "seconds": seconds}
+            row = labels | plan._asdict() | {"iteration": i, "cost": cost, "seconds": seconds}
+            yield row | {f"{name}_seconds": s for name, s in phases_of(run, i).items()}
+
+
+def phases_of(run: Result, iteration: int) -> dict[str, float]:
+    return run.phases[iteration - 1] if run.phases else {}
 
 
 def print_phases(exchange: Exchange, columns: dict[str, tuple[Phases, dict[Plan, Result]]]) -> None:
@@ -318,7 +365,7 @@ def report(
 ) -> None:
     """Print the figures of the runs, and write the metrics and plots that the flags ask for."""
     rows: list[console.Row] = []
-    for plan, (costs, times, (train, test), _) in runs.items():
+    for plan, (costs, times, (train, test), *_) in runs.items():
         figures = {"first_cost": costs[0], "last_cost": costs[-1], "train_accuracy": train[1]}
         figures |= {"test_loss": test[0], "test_accuracy": test[1], "seconds": sum(times)}
         rows.append(plan._asdict() | figures | {"library": flags.library, "ranks": ranks})
@@ -343,12 +390,15 @@ def report(
     print(console.last_line(test[1], test[0], sum(times), ranks, device))
 
 
-def print_iterations(plan: Plan, run: Result) -> None:
-    """Print the cost and the time of some iterations; --metrics has all."""
+def print_iterations(plan: Plan, run: Result, every: bool = False) -> None:
+    """Print the cost and the time of some iterations, or of ``every`` one with its phases;
+    --metrics has all."""
     print(f"rate {plan.lr:g}, momentum {plan.momentum:g}")
     for i, (cost, seconds) in enumerate(zip(run.costs, run.times, strict=True), 1):
-        if i in SHOWN or i == plan.iterations:
-            print(f"iteration {i}/{plan.iterations} | cost {cost:.4f} | {1000 * seconds:.2f} ms")
+        if every or i in SHOWN or i == plan.iterations:
+            line = f"iteration {i}/{plan.iterations} | cost {cost:.4f} | {1000 * seconds:.2f} ms"
+            parts = [f"{name} {1000 * s:.2f}" for name, s in phases_of(run, i).items()] * every
+            print(" | ".join([line, *parts]))
 
 
 def run_numpy(flags: Flags, plans: Sequence[Plan]) -> None:
@@ -372,9 +422,13 @@ def run_numpy(flags: Flags, plans: Sequence[Plan]) -> None:
             )
             for name, (_, of_one) in alone.items():
                 metrics += iteration_rows(of_one, run=name, ranks=1)
+                if flags.every_iteration:
+                    print(name)
+                    for plan, run in of_one.items():
+                        print_iterations(plan, run, every=True)
             print(f"{world.size} processes")
         for plan, run in runs.items():
-            print_iterations(plan, run)
+            print_iterations(plan, run, flags.every_iteration)
         print_phases(flags.exchange, columns)
         if agreement:
             print(agreement)
@@ -389,10 +443,12 @@ def run_torch(flags: Flags, plans: Sequence[Plan]) -> None:
     with join_world(flags.device, gloo_yields=True) as world:
         splits = load(flags, speaks=world.rank == 0)
         check_same_on_all_ranks(None, "the flags and the data", flags.shared() | checksums(splits))
-        runs = {plan: train_torch(world, splits, plan) for plan in plans}
+        # Phases wait for the device, which costs time.
+        with Phases(world.device) if flags.every_iteration else nullcontext():
+            runs = {plan: train_torch(world, splits, plan) for plan in plans}
         if world.rank == 0:
             for plan, run in runs.items():
-                print_iterations(plan, run)
+                print_iterations(plan, run, flags.every_iteration)
             report(flags, world.device.type, world.world_size, runs, ())
 
 
@@ -405,9 +461,10 @@ def main(flags: Flags) -> None:
         )
     if flags.library == "torch" and find_spec("torch") is None:
         raise ConfigError("--library torch needs PyTorch; pip install torch")
+    first = flags.seed, str(flags.weights or "")
     plans = (
-        Plan(60, 0.1, 0.0, flags.seed),
-        Plan(flags.iterations, flags.lr, flags.momentum, flags.seed),
+        Plan(60, 0.1, 0.0, *first),
+        Plan(flags.iterations, flags.lr, flags.momentum, *first),
     )
     (run_torch if flags.library == "torch" else run_numpy)(flags, plans)
 

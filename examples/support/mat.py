@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: MIT
+"""MATLAB's files: images with labels, and the weights of a network with biases as first columns.
+
+SciPy reads them. Files of version 7.3 are HDF5, which it does not read.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from torchpar.baselines.numpy_mlp import Array, NumpyMLP
+from torchpar.errors import ConfigError
+
+
+def read(path: Path) -> dict[str, Array]:
+    """Return the arrays of a file by name.
+
+    Raises:
+        ConfigError: there is no SciPy, or the file is missing, damaged or of version 7.3.
+    """
+    try:
+        from scipy.io import loadmat
+    except ImportError as e:
+        raise ConfigError(f"{path} needs SciPy's reader ({e}); pip install scipy") from e
+    try:
+        found = loadmat(str(path))
+    except NotImplementedError as e:
+        raise ConfigError(f"{path} is of version 7.3; save it in MATLAB with '-v7'") from e
+    except Exception as e:  # of a damaged file SciPy raises errors of many kinds
+        raise ConfigError(f"{path} cannot be read ({e}); name a file of MATLAB") from e
+    return {name: array for name, array in found.items() if not name.startswith("__")}
+
+
+def read_images(path: Path, features: int) -> tuple[Array, Array]:
+    """Return the images ``X (n, features)`` as float32, and the labels ``y (n)`` as int64, 0 to 9.
+
+    MATLAB counts from 1, so that in some files the label of the digit 0 is 10.
+
+    Raises:
+        ConfigError: as from `read`, or the file has no such X and y.
+    """
+    arrays = read(path)
+    x, y = arrays.get("X"), arrays.get("y")
+    if x is None or y is None or x.ndim != 2 or x.shape[1] != features or y.size != len(x):
+        raise ConfigError(
+            f"{path} holds {described(arrays)}, expected X (n, {features}) and y (n, 1)"
+        )
+    labels = y.reshape(-1).astype(np.int64)
+    if labels.max(initial=0) == 10:
+        labels %= 10
+    if not (labels.size and labels.min() >= 0 and labels.max() < 10):
+        raise ConfigError(f"{path}: y has other labels, expected 0 to 9, or 1 to 10 with 10 for 0")
+    return x.astype(np.float32), labels
+
+
+def load_weights(path: Path, model: NumpyMLP) -> None:
+    """Copy the matrices ``Theta1, Theta2, … (size_i+1, 1 + size_i)`` of a file to ``model``.
+
+    Their first columns are the biases.
+
+    Raises:
+        ConfigError: as from `read`, or the file has no such matrices.
+    """
+    arrays = read(path)
+    for i, (weight, bias) in enumerate(zip(model.weights, model.biases, strict=True), start=1):
+        theta, expected = arrays.get(f"Theta{i}"), (weight.shape[1], 1 + weight.shape[0])
+        if theta is None or theta.shape != expected:
+            raise ConfigError(f"{path} holds {described(arrays)}, expected Theta{i} {expected}")
+        bias[:], weight[:] = theta[:, 0], theta[:, 1:].T
+
+
+def described(arrays: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {array.shape}" for name, array in arrays.items()) or "no arrays"

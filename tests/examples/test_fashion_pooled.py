@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: MIT
+"""Files of MATLAB, and the phases of each iteration, in the lesson of full-batch descent."""
+
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import lesson, rows_of
+
+pytest.importorskip("tyro", reason="tyro reads the flags")
+
+from support import mat
+
+from torchpar.baselines.numpy_mlp import NumpyMLP
+from torchpar.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> tuple[Path, Path, dict[str, np.ndarray]]:
+    """Images and weights as a course's exercise has them, and their arrays."""
+    scipy = pytest.importorskip("scipy.io", reason="SciPy reads files of MATLAB")
+    folder, generator = tmp_path_factory.mktemp("mat"), np.random.default_rng(0)
+    y = np.arange(50)[:, None] // 5 + 1  # sorted by class, from 1 to 10
+    arrays = {"X": generator.random((50, 400)), "y": y}
+    thetas = {"Theta1": generator.normal(size=(25, 401)), "Theta2": generator.normal(size=(10, 26))}
+    scipy.savemat(folder / "images.mat", arrays)
+    scipy.savemat(folder / "weights.mat", thetas)
+    return folder / "images.mat", folder / "weights.mat", arrays | thetas
+
+
+def sigmoid(z: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-z))
+
+
+def outputs(arrays: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
+    """The network's outputs before their sigmoids, where a column of ones carries the biases."""
+    a, ones = x, np.ones((len(x), 1))
+    a = sigmoid(np.hstack([ones, a]) @ arrays["Theta1"].T)
+    return np.hstack([ones, a]) @ arrays["Theta2"].T
+
+
+def test_weights_of_a_file_have_their_biases_first(files):
+    images, weights, arrays = files
+    model = NumpyMLP((400, 25, 10), dtype=np.float64)
+    mat.load_weights(weights, model)
+    x, labels = mat.read_images(images, 400)
+    assert x.dtype == np.float32
+    assert labels.tolist() == [n for n in (*range(1, 10), 0) for _ in range(5)]  # 10 is the digit 0
+    np.testing.assert_allclose(model.forward(arrays["X"])[1], outputs(arrays, arrays["X"]))
+
+
+def test_other_files_are_refused_by_what_they_hold(files, tmp_path, monkeypatch):
+    images, weights, _ = files
+    model = NumpyMLP((400, 25, 10))
+    (damaged := tmp_path / "damaged.mat").write_bytes(b"MATLAB" * 100)
+    for call, message in (
+        (lambda: mat.load_weights(images, model), r"X \(50, 400\).*, expected Theta1 \(25, 401\)"),
+        (lambda: mat.load_weights(weights, NumpyMLP((400, 9))), r"expected Theta1 \(9, 401\)"),
+        (lambda: mat.read_images(weights, 400), r"expected X \(n, 400\) and y"),
+        (lambda: mat.read_images(images, 784), r"expected X \(n, 784\) and y"),
+        (lambda: mat.read(damaged), "cannot be read"),
+        (lambda: mat.read(tmp_path / "none.mat"), "cannot be read"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            call()
+
+
+def test_a_missing_scipy_is_one_line(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    code, _, err = lesson("fashion_pooled", f"--images={tmp_path / 'x.mat'}")
+    assert code == 2
+    assert re.fullmatch(
+        r"fashion_pooled\.py: error: \S+x\.mat needs .*; pip install scipy\n", err
+    )
+
+
+@pytest.mark.parametrize(
+    "library, phases",
+    [
+        ("numpy", "hidden layer|output layer|cost|backward|exchange|descent"),
+        ("torch", "forward|backward|optimizer"),
+    ],
+)
+def test_every_iteration_has_its_phases(files, tmp_path, library, phases):
+    images, weights, arrays = files
+    flags = [f"--images={images}", f"--weights={weights}", f"--metrics={tmp_path / 'metrics'}"]
+    flags += ["--every-iteration", "--iterations=2", f"--library={library}", "--device=cpu"]
+    code, out, err = lesson("fashion_pooled", *flags)
+    assert (code, err) == (0, "")
+    assert out.startswith(f"{images}: 40 samples, and every fifth one for tests\n")
+    names = phases.split("|")
+    parts = "".join(rf" \| {name} (\d+\.\d\d)" for name in names)
+    lines = re.findall(rf"^iteration \d+/(?:60|2) \| cost (\S+) \| \S+ ms{parts}$", out, re.M)
+    assert len(lines) == 62
+    rows = rows_of(tmp_path / "metrics")[:62]
+    for (cost, *shown), row in zip(lines, rows, strict=True):
+        seconds = [row[f"{name}_seconds"] for name in names]
+        assert [f"{1000 * s:.2f}" for s in seconds] == shown
+        assert f"{row['cost']:.4f}" == cost
+        assert 0 < sum(seconds) < row["seconds"]
+    # The first cost is that of the file's weights, of the samples that are not for tests.
+    train = np.arange(50) % 5 != 4
+    z, t = outputs(arrays, arrays["X"][train]), np.eye(10)[arrays["y"][train, 0] % 10]
+    cost = (np.logaddexp(0, z) - t * z).sum() / 40
+    assert rows[0]["cost"] == pytest.approx(cost, rel=1e-5)  # of 250 products in float32
+    assert rows[60]["cost"] == rows[0]["cost"]
