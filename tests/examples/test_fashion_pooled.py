@@ -71,9 +71,7 @@ def test_a_missing_scipy_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "scipy.io", None)
     code, _, err = lesson("fashion_pooled", f"--images={tmp_path / 'x.mat'}")
     assert code == 2
-    assert re.fullmatch(
-        r"fashion_pooled\.py: error: \S+x\.mat needs .*; pip install scipy\n", err
-    )
+    assert re.fullmatch(r"fashion_pooled\.py: error: \S+x\.mat needs .*; pip install scipy\n", err)
 
 
 @pytest.mark.parametrize(

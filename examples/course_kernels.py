@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: MIT
+"""The first kernels of GPU courses, counted and bounded without a GPU: maximum, X·Xᵀ and A·Bᵀ.
+
+    python examples/course_kernels.py
+    python examples/course_kernels.py --plots pictures     the roofline, too
+    python examples/course_kernels.py --device cuda        times on a GPU, too
+
+A course launches the maximum by 1000 blocks of 1000 threads, X·Xᵀ by one block of 1024 threads, and
+A·Bᵀ by a thread for each number (naive) or by tiles. Beside each stands this library's kernel. All
+are compiled for an H100 and executed on this CPU. Their results are compared with PyTorch's in
+float64.
+
+Arithmetic intensity is the number of operations for each byte that is loaded. A b × b block of the
+result needs b rows of A and b rows of B. For each column it loads 2b numbers for b² multiply-adds:
+
+    2·b² operations / (2·b numbers of 4 bytes) = b/4 operations per byte of float32
+
+With b = 1 that is the naive kernel's 1/4. The table has the counted intensity: operations by the
+bytes of all sectors of 32 bytes that the loads take. It is less than b/4 where a thread takes a
+sector for 4 of its bytes, and a product that is one launch of square tiles reaches b/4. Reuse is
+the share of all sectors that a perfect cache would not fetch again from memory.
+
+No time is measured without a GPU. "at least" is a bound by the data sheet: each unit works at its
+peak, and memory delivers each sector once, as if the caches took no time. So the naive kernel has a
+low bound. "about" is the emulator's estimate, whose model counts the caches and the latency.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from support import checks, cli, console
+from support.measure import interleaved_ms
+from torch import Tensor
+
+import torchpar
+from torchpar.baselines import triton_kernels
+from torchpar.errors import ConfigError
+from torchpar.kernels.data_sheets import DATA_SHEETS
+from torchpar.parallel.launch.world import join_world
+from torchpar.ptx import emulate
+
+GPU, SECTOR = "H100", 32  # bytes
+HALF = "in float16"  # of which the roofline of float32 has no point
+Product = Callable[..., Tensor]
+
+
+@dataclass(kw_only=True)
+class Flags(cli.ExampleFlags):
+    """Count what the first kernels of GPU courses take of an H100."""
+
+    size: int = 256  # Rows and columns of A and B.
+    rows: int = 128  # Rows of X, at most 1024, as one block has a thread for each.
+    columns: int = 784  # Columns of X.
+    side: int = 1000  # Rows and columns of the maximum's matrices.
+    plots: Path | None = None  # Folder for the picture of the roofline.
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, most in (("size", 4096), ("rows", 1024), ("columns", 4096), ("side", 1024)):
+            if not 1 <= getattr(self, name) <= most:
+                raise ConfigError(f"--{name} is {getattr(self, name)}, expected 1 to {most}")
+
+
+class Work(NamedTuple):
+    """A function, its operands, and ways to compute it by kernels.
+
+    Attributes:
+        reference: of PyTorch.
+        ways: by name.
+    """
+
+    name: str
+    reference: Product
+    operands: Sequence[Tensor]
+    ways: dict[str, Product]
+
+
+def linear_sigmoid(a: Tensor, b: Tensor) -> Tensor:
+    return torchpar.linear_sigmoid(a, b, None)  # type: ignore[no-any-return]
+
+
+def works(flags: Flags) -> list[Work]:
+    """Return what is counted. Add a way of your own here."""
+    n = flags.size
+    integers = [torch.randint(0, 256, (flags.side,) * 2, dtype=torch.int32) for _ in range(2)]
+    x, a, b = torch.randn(flags.rows, flags.columns), torch.randn(n, n), torch.randn(n, n)
+    return [
+        Work(
+            f"maximum, {flags.side} × {flags.side}",
+            torch.maximum,
+            integers,
+            {"by rows": triton_kernels.maximum_by_rows, "torchpar": torchpar.maximum},
+        ),
+        Work(
+            f"X·Xᵀ, {flags.rows} × {flags.columns}",
+            lambda x: x @ x.T,
+            [x],
+            {"one block": triton_kernels.matmul_t_by_one_program, "torchpar": torchpar.matmul_t},
+        ),
+        Work(
+            f"A·Bᵀ, {n}³",
+            lambda a, b: a @ b.T,
+            [a, b],
+            {"naive": triton_kernels.matmul_naive, "tiled": triton_kernels.matmul_tiled},
+        ),
+        Work(
+            f"σ(A·Bᵀ), {n}³",
+            lambda a, b: (a @ b.T).sigmoid(),
+            [a, b],
+            {"torchpar": linear_sigmoid},
+        ),
+        Work(
+            f"σ(A·Bᵀ), {n}³",
+            lambda a, b: (a @ b.T).sigmoid(),
+            [a.half(), b.half()],
+            {HALF: linear_sigmoid},
+        ),
+    ]
+
+
+def check(name: str, result: Tensor, work: Work) -> None:
+    """Compare a result with PyTorch's in float64.
+
+    Raises:
+        ConfigError: an error above rounding; another number.
+    """
+    if result.is_floating_point():
+        terms = work.operands[0].shape[-1]
+        checks.compare(name, result, work.reference, *work.operands, terms=terms)
+    elif not torch.equal(result, expected := work.reference(*work.operands)):
+        wrong = int((result != expected).sum())
+        raise ConfigError(f"{name}: {wrong} numbers are wrong; mend the kernel")
+
+
+def count(work: Work) -> list[console.Row]:
+    """Execute each way as compiled for an H100, check its result, and return what it takes.
+
+    Raises:
+        ConfigError: a wrong result, or a fault.
+    """
+    rows: list[console.Row] = []
+    for name, way in work.ways.items():
+        with emulate("sm_90") as gpu:
+            result = way(*work.operands)
+        check(f"{work.name} by {name}", result, work)
+        if errors := gpu.report().errors:
+            raise ConfigError(f"{work.name} by {name}: {errors[0]}; mend the kernel")
+        loads = sectors = distinct = 0
+        operations = 0.0
+        for launch in gpu.launches:
+            counters, total = launch.counters, launch.counters.total
+            operations += sum(total.flops.values()) + sum(total.tensor_flops.values())
+            memory = counters.sums("global")
+            sectors, distinct = sectors + memory.transactions, distinct + memory.distinct
+            loads += sum(
+                one.transactions
+                for one in counters.in_space("global")
+                if one.what in ("load", "copy", "TMA load")
+            )
+        rows.append(
+            {
+                "work": work.name,
+                "by": name,
+                "programs": max(launch.programs for launch in gpu.launches),
+                "sectors": sectors,
+                "reuse": 1 - distinct / sectors,
+                "intensity": operations / (SECTOR * loads),
+                "at_least_µs": sum(launch.bounds[0].least for launch in gpu.launches),
+                "about_µs": sum(launch.time[GPU].microseconds for launch in gpu.launches),
+            }
+        )
+    return rows
+
+
+def shown_row(row: console.Row) -> console.Row:
+    """Return the cells of a row of the table."""
+    intensity = f"{row['intensity']:.3g}" if row["intensity"] else ""
+    return {
+        "by": row["by"],
+        "blocks": row["programs"],
+        "sectors": f"{row['sectors']:,}",
+        "reuse": f"{row['reuse']:.0%}",
+        "intensity": intensity,
+        "at_least": f"{row['at_least_µs']:.2f} µs",
+        "about": f"{row['about_µs']:.0f} µs",
+    }
+
+
+def measure(work: Work, device: torch.device) -> list[console.Row]:
+    """Return the measured milliseconds of each way on a GPU, and of PyTorch's operator."""
+    operands = [t.to(device) for t in work.operands]
+    ways = work.ways | {"PyTorch": work.reference}
+    calls = {name: lambda way=way: way(*operands) for name, way in ways.items()}
+    times = interleaved_ms(calls, device)
+    return [{"work": work.name, "by": name, "ms": ms} for name, ms in times.items()]
+
+
+def save_roofline(path: Path, rows: Sequence[console.Row]) -> None:
+    """Draw the roof of the GPU's data sheet, and each product at its intensity below it."""
+    from matplotlib.figure import Figure
+
+    sheet = DATA_SHEETS[GPU]
+    peak, memory = sheet.flops["f32"], sheet.memory  # TFLOP/s and TB/s
+    figure = Figure(figsize=(6.2, 3.7), layout="constrained", dpi=120)
+    axes = figure.subplots()
+    x = [0.01, peak / memory, 100]
+    axes.loglog(x, [min(peak, one * memory) for one in x], "k-")
+    for i, row in enumerate(rows):
+        at, label = float(row["intensity"]), f"{row['work']}: {row['by']}"  # type: ignore[arg-type]
+        # Rings of several sizes show points that coincide.
+        y, size = min(peak, at * memory), 5 + 4 * i
+        axes.plot([at], [y], "o", fillstyle="none", markersize=size, label=label)
+    axes.set(
+        xlabel="operations per byte that is loaded",
+        ylabel="TFLOP/s at most, if memory loads it",
+        title=f"{GPU}, float32, by its data sheet",
+    )
+    axes.legend(fontsize=7)
+    axes.grid(alpha=0.3)
+    with console.writing(path, "--plots"):
+        figure.savefig(path)
+
+
+def main(flags: Flags) -> None:
+    torch.manual_seed(flags.seed)
+    found = works(flags)
+    rows: list[console.Row] = []
+    for work in console.progress(found, "kernels"):
+        rows += count(work)
+    for work in dict.fromkeys(row["work"] for row in rows):
+        shown = [shown_row(row) for row in rows if row["work"] == work]
+        console.print_rows(shown, list(shown[0]), str(work))
+    sheet = DATA_SHEETS[GPU]
+    ridge = sheet.flops["f32"] / sheet.memory
+    print(f"by its data sheet an {GPU} needs {ridge:.0f} operations per byte to reach its peak")
+    with join_world(flags.device, alone=True) as world:
+        if world.device.type == "cuda":
+            times = [row for work in found for row in measure(work, world.device)]
+            console.print_rows(times, ("work", "by", "ms"), "measured on this GPU")
+            rows += times
+        else:
+            print("left out: times, as PyTorch finds no GPU or --device is cpu")
+    if flags.plots:
+        save_roofline(
+            flags.plots / "roofline.png",
+            [row for row in rows if row.get("intensity") and row["by"] != HALF],
+        )
+    console.write_metrics(flags.metrics, rows)
+
+
+if __name__ == "__main__":
+    cli.main(main, Flags)

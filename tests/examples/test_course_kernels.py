@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: MIT
+"""The lesson that counts the first kernels of GPU courses."""
+
+import pytest
+import torch
+from commands import lesson, rows_of
+
+pytest.importorskip("tyro", reason="tyro reads the flags")
+pytest.importorskip("triton", reason="the kernels are Triton's")
+
+import course_kernels
+
+from torchpar.errors import ConfigError
+
+
+def products(**ways: course_kernels.Product) -> course_kernels.Work:
+    """A·Bᵀ of 64 rows by the lesson's ways, or by others."""
+    torch.manual_seed(0)
+    (work,) = (
+        one for one in course_kernels.works(course_kernels.Flags(size=64)) if "tiled" in one.ways
+    )
+    return work._replace(ways=ways or work.ways)
+
+
+def test_a_tile_of_64_has_16_operations_a_byte():
+    naive, tiled = course_kernels.count(products())
+    # A block of 64 × 64 sums loads 2·64 numbers for 64² multiply-adds: 64/4.
+    assert tiled["intensity"] == 16
+    assert (tiled["programs"], naive["programs"]) == (1, 4)
+    # Both read and write 3 matrices of 64 × 64 numbers; one of 8 numbers is a sector.
+    distinct = 3 * 64 * 64 / 8
+    for row in (naive, tiled):
+        assert row["reuse"] == pytest.approx(1 - distinct / row["sectors"], abs=1e-12)
+    assert tiled["sectors"] == distinct  # one program loads each number once
+    # Each multiply-add loads two numbers, and takes no less than 4 bytes of them a thread.
+    assert naive["intensity"] <= 1 / 4
+    assert 0 < tiled["at_least_µs"] < tiled["about_µs"]
+
+
+def test_a_wrong_way_is_refused():
+    wrong = products(mine=lambda a, b: (a @ b.T).sub_(1e-3))
+    with pytest.raises(ConfigError, match=r"^A·Bᵀ, 64³ by mine is off by"):
+        course_kernels.count(wrong)
+    maximum, *_ = course_kernels.works(course_kernels.Flags(side=10))
+    with pytest.raises(ConfigError, match=r"^maximum, 10 × 10 by mine: \d+ numbers are wrong"):
+        course_kernels.count(maximum._replace(ways={"mine": torch.minimum}))
+
+
+@pytest.mark.slow
+def test_the_kernels_are_counted_and_drawn(tmp_path):
+    pytest.importorskip("matplotlib", reason="--plots draws with it")
+    flags = ["--device=cpu", "--size=128", "--rows=40", "--columns=50", "--side=100"]
+    files = [f"--metrics={tmp_path / 'metrics'}", f"--plots={tmp_path / 'plots'}"]
+    code, out, err = lesson("course_kernels", *flags, *files)
+    assert (code, err) == (0, "")
+    assert "an H100 needs 20 operations per byte" in out
+    assert out.endswith("left out: times, as PyTorch finds no GPU or --device is cpu\n")
+    rows = {(row["work"], row["by"]): row for row in rows_of(tmp_path / "metrics")}
+    assert len(rows) == 8
+    # Two matrices are read and one is written, each number once: 3 · 100² / 8 sectors.
+    for by in ("by rows", "torchpar"):
+        assert rows["maximum, 100 × 100", by]["sectors"] >= 3750
+        assert rows["maximum, 100 × 100", by]["intensity"] == 0
+    assert rows["X·Xᵀ, 40 × 50", "one block"]["programs"] == 1
+    assert (tmp_path / "plots" / "roofline.png").read_bytes().startswith(b"\x89PNG")
