@@ -28,7 +28,7 @@ low bound. "about" is the emulator's estimate, whose model counts the caches and
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from support import checks, cli, console
@@ -44,6 +44,8 @@ from torchpar.ptx import emulate
 
 GPU, SECTOR = "H100", 32  # bytes
 HALF = "in float16"  # of which the roofline of float32 has no point
+Side = Annotated[int, cli.Bounds(1, 4097)]
+Threads = Annotated[int, cli.Bounds(1, 1025)]
 Product = Callable[..., Tensor]
 
 
@@ -51,17 +53,13 @@ Product = Callable[..., Tensor]
 class Flags(cli.ExampleFlags):
     """Count what the first kernels of GPU courses take of an H100."""
 
-    size: int = 256  # Rows and columns of A and B.
-    rows: int = 128  # Rows of X, at most 1024, as one block has a thread for each.
-    columns: int = 784  # Columns of X.
-    side: int = 1000  # Rows and columns of the maximum's matrices.
-    plots: Path | None = None  # Folder for the picture of the roofline.
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, most in (("size", 4096), ("rows", 1024), ("columns", 4096), ("side", 1024)):
-            if not 1 <= getattr(self, name) <= most:
-                raise ConfigError(f"--{name} is {getattr(self, name)}, expected 1 to {most}")
+    size: Side = 256  # Rows and columns of A and B.
+    # Rows of X, at most 1024, as one block has a thread for each.
+    rows: Threads = 128
+    columns: Side = 784  # Columns of X.
+    # Rows and columns of the maximum's matrices, with a thread for each column.
+    side: Threads = 1000
+    plots: cli.Plots = None  # Folder for the picture of the roofline.
 
 
 class Work(NamedTuple):
@@ -79,7 +77,7 @@ class Work(NamedTuple):
 
 
 def linear_sigmoid(a: Tensor, b: Tensor) -> Tensor:
-    return torchpar.linear_sigmoid(a, b, None)  # type: ignore[no-any-return]
+    return torchpar.linear_sigmoid(a, b, None)
 
 
 def works(flags: Flags) -> list[Work]:
@@ -230,9 +228,9 @@ def main(flags: Flags) -> None:
     rows: list[console.Row] = []
     for work in console.progress(found, "kernels"):
         rows += count(work)
-    for work in dict.fromkeys(row["work"] for row in rows):
-        shown = [shown_row(row) for row in rows if row["work"] == work]
-        console.print_rows(shown, list(shown[0]), str(work))
+    for name in dict.fromkeys(row["work"] for row in rows):
+        shown = [shown_row(row) for row in rows if row["work"] == name]
+        console.print_rows(shown, list(shown[0]), str(name))
     sheet = DATA_SHEETS[GPU]
     ridge = sheet.flops["f32"] / sheet.memory
     print(f"by its data sheet an {GPU} needs {ridge:.0f} operations per byte to reach its peak")

@@ -218,7 +218,8 @@ def train_numpy(
     costs, times, by_phase = [], [], []
     with phase("broadcast"):
         world.Bcast(model.parameters)
-    seconds_since(before := {})
+    before: dict[str, float] = {}
+    seconds_since(before)
     for iteration in range(plan.iterations):
         start = time.perf_counter()
         if exchange == "gather" and iteration:
@@ -294,7 +295,8 @@ def train_torch(world: "World", splits: Sequence[Pixels], plan: Plan) -> Result:
     x, labels = map(world.share, (train.features, train.labels))
     cost_sum(replica(x), labels).backward()  # a GPU's kernels are compiled in the first call
     optimizer.zero_grad()
-    seconds_since(before := {})
+    before: dict[str, float] = {}
+    seconds_since(before)
     for i in range(plan.iterations):
         start = time.perf_counter()
         with nullcontext() if Phases.active is None else Phases.active.step():

@@ -93,7 +93,8 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, block: int) -> Tensor:
     """Return the attention ``(*, n, d)`` under the mask of `outside_block`, of which only the
     scores within blocks are computed."""
     q, k, v = (t.unflatten(-2, (-1, block)) for t in (q, k, v))  # (*, n / block, block, d)
-    return ((q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v).flatten(-3, -2)
+    weights: Tensor = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
+    return (weights @ v).flatten(-3, -2)
 
 
 def causal_attention(x: Tensor, wq: Tensor, wk: Tensor, wv: Tensor) -> Tensor:

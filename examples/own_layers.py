@@ -26,10 +26,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from support import checks, cli, console, points
+from support import checks, cli, console
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy
-from train_by_hand import Layer, Network
+from train_by_hand import Layer, Network, draw
 from train_by_hand import Linear as PlainLinear
 
 from torchpar.data import Samples, batches
@@ -426,11 +426,11 @@ def check_network(network: Network, loss: BinaryCrossEntropy, samples: Samples) 
 class Flags(cli.ExampleFlags):
     """Learn the quadrants by kernels of one's own."""
 
-    samples: int = 1000  # Points to learn.
-    hidden: int = 30  # Units of the hidden layer.
-    epochs: int = 20  # Passes over the points.
-    batch_size: int = 100  # Points per step.
-    lr: float = 2.0  # Learning rate at the start; it falls linearly.
+    samples: cli.Count = 1000  # Points to learn.
+    hidden: cli.Size = 30  # Units of the hidden layer.
+    epochs: cli.Count = 20  # Passes over the points.
+    batch_size: cli.Count = 100  # Points per step.
+    lr: cli.Number = 2.0  # Learning rate at the start; it falls linearly.
 
 
 def train(network: Network, loss: BinaryCrossEntropy, samples: Samples, flags: Flags) -> None:
@@ -448,7 +448,7 @@ def main(flags: Flags) -> None:
     rows = count(4000, flags.hidden)
     with join_world(flags.device, alone=True) as world:
         samples, test = (
-            points.draw(n, 2 * flags.seed + i, device=world.device)
+            draw(n, 2 * flags.seed + i, device=world.device)
             for i, n in enumerate((flags.samples, 2500))
         )
         network, loss = build_network(flags.hidden, world.device), BinaryCrossEntropy()

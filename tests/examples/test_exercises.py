@@ -342,7 +342,10 @@ def test_a_block_that_divides_no_image_is_refused():
     for flag, value in (("block", 5), ("block", 0), ("window", 28)):
         code, _, err = lesson("matmul_attention", f"--{flag}", str(value))
         assert code == 2
-        assert re.search(rf"error: --{flag} is {value}, expected (a divisor of 28|at least 1|less than 28)\n$", err)
+        assert re.search(
+            rf"error: --{flag} is {value}, expected (a divisor of 28|at least 1|less than 28)\n$",
+            err,
+        )
 
 
 CAUSAL = matmul_attention.causal_weights
