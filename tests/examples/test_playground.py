@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: MIT
+"""The lesson of the playground's points and features."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from commands import lesson, rows_of
+
+pytest.importorskip("tyro", reason="tyro reads the flags")
+
+import playground
+
+
+def drawn(*how: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    samples = playground.draw(*how)
+    return samples.features, samples.labels
+
+
+def test_labels_are_those_of_the_points_without_noise():
+    x, labels = drawn("quadrants", 400, 0)
+    assert torch.equal(labels == 1, x.prod(1) < 0)
+    assert x.abs().min() >= 0.3 / playground.SIDE - 1e-6  # the gap, but for rounding
+    x, labels = drawn("circle", 400, 0)
+    radius = x.norm(dim=1) * playground.SIDE
+    assert torch.equal(labels == 1, radius < 2.5)
+    assert not ((radius > 2.51) & (radius < 3.49)).any()
+    x, labels = drawn("gauss", 400, 0)
+    for label, middle in ((0, -2.0), (1, 2.0)):
+        mean = (x[labels == label] * playground.SIDE).mean(0)
+        # 200 points of variance 0.5: 5 standard deviations of their mean
+        assert (mean - middle).abs().max() < 5 * (0.5 / 200) ** 0.5
+    x, labels = drawn("spiral", 400, 0)
+    torch.testing.assert_close(x[labels == 0], -x[labels == 1])  # half a turn apart
+
+
+@pytest.mark.parametrize("kind", ["quadrants", "circle"])
+def test_noise_gives_other_labels_and_the_same_points(kind):
+    (x, labels), (noisy_x, noisy) = (drawn(kind, 400, 0, noise) for noise in (0.0, 0.5))
+    assert torch.equal(x, noisy_x)
+    assert 40 < (labels != noisy).sum() < 200
+
+
+def test_the_features_are_functions_of_the_coordinates():
+    found = playground.with_features(torch.tensor([[0.5, -0.25]]), tuple(playground.FEATURES))
+    expected = [0.5, -0.25, 0.25, 0.0625, -0.125, math.sin(3), math.sin(-1.5)]
+    torch.testing.assert_close(found, torch.tensor([expected]))
+
+
+def test_a_line_through_squares_learns_circles(tmp_path):
+    flags = ["--points=circle", "--features", "x1^2", "x2^2", "--epochs=15", "--samples=100"]
+    flags += ["--lr=0.5", "--device=cpu", f"--metrics={tmp_path / 'metrics'}"]
+    code, _, err = lesson("playground", *flags)
+    assert (code, err) == (0, "")
+    line, squares, _, _ = rows_of(tmp_path / "metrics")
+    assert (line["hidden"], squares["hidden"]) == ("-", "-")
+    assert line["test_accuracy"] < 0.75 < 0.9 < squares["test_accuracy"]
+    code, _, err = lesson("playground", "--noise=0.6")
+    assert code == 2
+    assert "--noise is 0.6, expected less than 0.5" in err
