@@ -22,6 +22,16 @@ from torchpar.training.profile.record import RankRecord
 T = TypeVar("T")
 Row = Mapping[str, object]  # cells by column
 
+# By phase, what usually bounds it, and how to lift that.
+LIFTED_BY = {
+    "data": "bound by reading and copying; keep the samples on the device, or take larger batches",
+    "forward": "bound by products, in small batches by memory; larger batches, or fewer bytes each",
+    "backward": "bound as forward, with two products for each of its; what lifts forward lifts it",
+    "pipeline": "bound by waiting for neighbours; more micro-batches, or stages that take alike",
+    "collectives": "bound by bytes, if they are few by latency; larger batches, or another split",
+    "optimizer": "bound by the memory of each weight, Muon by its products; larger batches",
+}
+
 
 def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
     """Yield ``items``, and show a progress bar on a terminal."""
@@ -152,6 +162,9 @@ def print_phases(seconds: Mapping[str, float]) -> None:
         if s
     ]
     print_rows(rows, ("phase", "seconds", "share"), "time by phase, rank 0")
+    for row in rows:
+        if row["phase"] in LIFTED_BY:
+            print(f"{row['phase']}: {LIFTED_BY[row['phase']]}")
 
 
 def print_messages(record: RankRecord) -> None:
