@@ -78,7 +78,7 @@ def test_a_missing_scipy_is_one_line(monkeypatch, tmp_path):
     "library, phases",
     [
         ("numpy", "hidden layer|output layer|cost|backward|exchange|descent"),
-        ("torch", "forward|backward|optimizer"),
+        pytest.param("torch", "forward|backward|optimizer", marks=pytest.mark.slow),
     ],
 )
 def test_every_iteration_has_its_phases(files, tmp_path, library, phases):

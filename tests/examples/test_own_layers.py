@@ -63,6 +63,7 @@ def test_a_missing_mask_is_named(monkeypatch):
         own_layers.check_kernels()
 
 
+@pytest.mark.slow
 def test_the_programs_and_atomics_of_a_bias_are_counted(monkeypatch):
     n, hidden = 100, 30
     only(monkeypatch, "bias_by_atomics_kernel")
