@@ -49,9 +49,11 @@ def find(results: Sequence[Result], name: str) -> Result | None:
 def lines(results: Sequence[Result], head: str) -> Iterator[dict[str, str]]:
     """The cells of the measured rows of a case, by header; ``head`` is that of the contestants."""
     for one in results:
-        if one.columns.get("left_out") or not one.ok:
-            continue
         cells = one.columns
+        if one.ok and cells.get("least_us"):
+            yield {head: label(one), "time": f"at least {seconds(cells['least_us'] / 1e3)} (H100)"}
+        if cells.get("left_out") or not one.ok:
+            continue
         speed = next((name for name in ("gb_per_s", "gflop_per_s") if cells.get(name)), None)
         faster = cells.get("faster") and f"{number(cells['faster'])} × {cells['than']}"
         yield {
@@ -81,7 +83,9 @@ def notes(results: Sequence[Result]) -> Iterator[str]:
     """Say which rows were left out and why, and which are wrong or too slow."""
     left_out: dict[str, list[str]] = {}
     for one in results:
-        if reason := one.columns.get("left_out"):
+        if one.ok and (executed := one.columns.get("executed")):
+            yield f"Without a GPU: {one.contestant} is {executed}."
+        elif reason := one.columns.get("left_out"):
             left_out.setdefault(reason, []).append(label(one))
         elif one.reason.startswith("SlowCall: "):
             yield f"Too slow: {label(one)}: {one.reason.removeprefix('SlowCall: ')}"

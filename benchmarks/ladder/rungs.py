@@ -31,7 +31,7 @@ from torch import Tensor
 
 import torchpar
 from benchmarks.flags import Command, run
-from benchmarks.ladder import page, student
+from benchmarks.ladder import emulated, homework, page, student
 from benchmarks.ladder.cases import (
     LADDERS,
     TILE,
@@ -69,6 +69,8 @@ class Rung:
         switches: context switches of each call, if they are counted.
         whole: whether it ends with the whole result in one place; without it its time is no
             speed-up.
+        executed: what a student's function for a GPU has done without one, or "".
+        least_us: microseconds that its kernels take on an H100, at least; None if unknown.
     """
 
     name: str
@@ -81,6 +83,8 @@ class Rung:
     left_out: str = ""
     switches: list[float] = field(default_factory=list)
     whole: bool = True
+    executed: str = ""
+    least_us: float | None = None
 
 
 class Helpers(NamedTuple):
@@ -501,6 +505,7 @@ def measure(case: LadderCase, rungs: Sequence[Rung], rounds: int = ROUNDS) -> li
         columns |= {"than": one.than, "intensity": one.intensity}
         columns["first_s"] = times[one].first if one.compiles and one.turn else None
         columns["switches"] = mean(one.switches) if one.switches else None
+        columns |= {"executed": one.executed or None, "least_us": one.least_us}
         results.append(replace(result, columns=columns))
     for i, (one, result) in enumerate(zip(rungs, results, strict=True)):
         if not result.p50_ms:
@@ -575,23 +580,71 @@ def students_entries(
         operator, than = student.OPERATORS[name]
         if operator not in cases:
             continue
-        shown = f"{path.name}: {name}"
+        case = cases[operator]
         if name.endswith("_gpu") and not torch.cuda.is_available():
-            print(f"{shown} is left out: there is no GPU", flush=True)
-            entries[operator].append(Rung(name=shown, threads=None, left_out="no GPU"))
+            entries[operator].append(student_without_gpu(path, name, function, case))
             continue
-        entry = student.enter(path, name, function, cases[operator])
-        entries[operator].append(
-            Rung(name=shown, turn=entry.turn, than=than, note=entry.note, threads=None)
-        )
+        entry = student.enter(path, name, function, case)
+        entries[operator] += entry_rungs(entry, than)
     return entries
 
 
-def show(measured: Mapping[str, Sequence[Result]]) -> None:
-    """Print the tables, and the README's table."""
+def entry_rungs(entry: student.Entry, than: str) -> Iterator[Rung]:
+    """The rows of a student's function: on all cores, on fewer, and on a GPU without its copies."""
+    shown = f"{Path(entry.file).name}: {entry.name}"
+    yield Rung(name=shown, turn=entry.turn, than=than, note=entry.note, threads=None)
+    before = shown
+    for count in THREADS if entry.name.endswith("_numba") else ():  # loops of Python take one
+        plural = f"{count} core{'s' * (count > 1)}"
+        note = ", ".join(filter(None, (entry.note, plural)))
+        if count > CORES:
+            reason = f"this machine has {CORES} cores"
+            yield Rung(name=shown, note=note, threads=None, left_out=reason)
+            continue
+        turn = replace(entry, cores=count).turn
+        yield Rung(name=shown, turn=turn, than=before, note=note, threads=None)
+        before = f"{shown}, {note}"
+    if entry.name.endswith("_gpu"):
+        note = ", ".join(filter(None, (entry.note, "without copies")))
+        yield Rung(name=shown, turn=entry.turn_of_kernels, than=shown, note=note, threads=None)
+
+
+def student_without_gpu(
+    path: Path, name: str, function: Callable[..., object], case: LadderCase
+) -> Rung:
+    """A function for a GPU, which is executed without one; its time is unknown."""
+    source = student.source_of(name, function, path)
+    shown = f"{source.name}: {name}"
+    try:
+        done = emulated.execute(student.Entry(str(source), name, function, case, case))
+    except (Rejected, student.TooSlow) as e:
+        reason = str(e) or f"it takes more than {emulated.LIMIT:.0f} s without a GPU"
+        print(f"{shown} is not right: {reason}", flush=True)
+        return Rung(name=shown, threads=None, turn=partial(reject, reason))
+    print(f"{shown} is {done}", flush=True)
+    note = "" if done.tried.shape == case.shape else f"at {done.size}"
+    return Rung(
+        name=shown,
+        threads=None,
+        note=note,
+        left_out="no GPU",
+        executed=str(done),
+        least_us=done.least,
+    )
+
+
+def show(
+    measured: Mapping[str, Sequence[Result]], own: Mapping[str, Sequence[str]] | None = None
+) -> None:
+    """Print the tables, and the README's table.
+
+    Args:
+        own: of a student's functions, the lines below the table of their workload.
+    """
     for workload, results in measured.items():
         print_cells(workload, list(page.lines(results, "contestant")))
-        print(*page.notes(results), *page.over_loops(results), sep="\n", end="\n\n")
+        lines = [*page.notes(results), *page.over_loops(results), *(own or {}).get(workload, ())]
+        print(*lines, sep="\n", end="\n\n")
     print(page.load_note(next(iter(measured.values()))))
     if table := readme_table(measured):
         print(f"\n{table}", end="")
@@ -606,11 +659,17 @@ def readme_table(measured: Mapping[str, Sequence[Result]]) -> str:
 
 
 def write(
-    folder: Path, measured: Mapping[str, Sequence[Result]], cases: Mapping[str, LadderCase]
+    folder: Path,
+    measured: Mapping[str, Sequence[Result]],
+    cases: Mapping[str, LadderCase],
+    own: Mapping[str, Sequence[str]],
 ) -> None:
     """Write the tables in Markdown, and a picture of each case if matplotlib is installed."""
     load = page.load_note(next(iter(measured.values())))
-    tables = [page.as_markdown(results) for results in measured.values()]
+    tables = [
+        "\n\n".join([page.as_markdown(results).rstrip(), *own.get(workload, ())]) + "\n"
+        for workload, results in measured.items()
+    ]
     parts = [readme_table(measured), f"{load}\n", *tables]
     (folder / "ladder.md").write_text("\n".join(filter(None, parts)), "utf-8")
     if find_spec("matplotlib") is None:
@@ -623,15 +682,37 @@ def write(
             )
 
 
+def load_files(paths: Sequence[Path]) -> tuple[list[tuple[Path, student.Student]], int]:
+    """Execute a student's files, and print their errors; 1 if there are any.
+
+    A function that one file imports from another is tried once.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault(emulated.SIMULATOR, "1")  # which Numba reads when it is imported
+    files, status, known = [], 0, set[int]()
+    for path in dict.fromkeys(one.resolve() for one in paths):
+        functions, error = student.load(path)
+        if error:
+            print(f"{error}\nThe functions above that line are tried.")
+            status = 1
+        new = {name: one for name, one in functions.items() if id(one) not in known}
+        known |= set(map(id, functions.values()))
+        files.append((path, student.Student(new, error)))
+    return files, status
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     command = Command("ladder", "Compute the same in every way.")
     add = command.parser.add_argument
     add(
         "--with",
-        dest="path",
+        dest="paths",
         type=Path,
+        nargs="+",
+        action="extend",
+        default=[],
         metavar="FILE.py",
-        help=f"also functions of yours: {student.NAMES}",
+        help=f"also functions of yours, from one or more files: {student.NAMES}",
     )
     add(
         "--cases",
@@ -651,22 +732,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise ConfigError("--gpu is given, but PyTorch finds no CUDA GPU; leave it out")
     rounds = 2 if options.quick else ROUNDS
     names = options.cases or list(LADDERS)
-    functions: Mapping[str, Callable[..., object]] = {}
-    status = 0
-    if options.path:
-        functions, error = student.load(options.path)
-        if error:
-            print(f"{error}\nThe functions above that line are tried.")
-            status = 1
-        if not options.cases:
-            names = [
-                name for name in LADDERS if name in {student.OPERATORS[own][0] for own in functions}
-            ]
+    files, status = load_files(options.paths)
+    if files and not options.cases:
+        used = {student.OPERATORS[own][0] for _, one in files for own in one.functions}
+        names = [name for name in LADDERS if name in used]
     cases = {
         name: make_case(name, LADDERS[name].quick if options.quick else LADDERS[name].shape)
         for name in names
     }
-    entries = students_entries(options.path, functions, cases)
+    entries: dict[str, list[Rung]] = {name: [] for name in names}
+    for path, one in files:
+        for name, added in students_entries(path, one.functions, cases).items():
+            entries[name] += added
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     table = Table(command.csv(options), CPU, cores=CORES, gpu=gpu, load_before=round(load, 2))
     with (
@@ -683,9 +760,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for result in table.results:
         columns = {**result.columns, **table.common}
         measured.setdefault(result.case["workload"], []).append(replace(result, columns=columns))
-    show(measured)
+    own_lines = {
+        case.label: list(homework.lines(case, measured[case.label]))
+        for operator, case in cases.items()
+        if entries[operator]
+    }
+    show(measured, own_lines)
     if options.output:
-        write(options.output, measured, cases)
+        write(options.output, measured, cases, own_lines)
     else:
         print("\n--output DIR writes the tables, a CSV and pictures.")
     return status or table.status

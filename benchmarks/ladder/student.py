@@ -1,26 +1,32 @@
 # SPDX-License-Identifier: MIT
-"""Functions of a student's file, checked and timed in the ladder: ``run ladder --with my.py``.
+"""Functions of a student's files, checked and timed in the ladder: ``run ladder --with my.py``.
 
 A function gets copies of the arguments, as NumPy arrays. It returns an array, nested lists, or a
 tensor or array on a GPU, which is copied back within the time. Caches are flushed, or warm, as for
-the other rows. The file is executed once, in this process alone. Modules beside it can be imported.
+the other rows. A file is executed once, in this process alone. Modules beside it can be imported,
+and functions that it imports from them are the student's, too.
 """
 
 import importlib.util
+import os
 import re
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import numpy as np
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.ladder.cases import WARM_SECONDS, LadderCase, make_case
 from benchmarks.results import duration
@@ -44,6 +50,7 @@ OPERATORS = {
 NAMES = ", ".join(OPERATORS)
 LIMIT = 10.0  # seconds of a call, after which smaller arguments are tried
 SMALL = 32  # rows and columns of the smaller arguments that come first
+COPIES = ("Memcpy", "Memset")  # what the profiler calls those of a GPU
 SECONDS = 0.5  # of a call with smaller arguments
 
 
@@ -66,7 +73,7 @@ def load(path: Path) -> Student:
     """Execute a file, and return those of its functions that the ladder knows.
 
     If a line fails, the functions above it are there. Code behind ``if __name__ == "__main__"``
-    does not run. What the file only imports is not its own.
+    does not run. What the file imports is its own only if it comes from a file beside it.
 
     Raises:
         ConfigError: there is no such file, or it defines none of the functions.
@@ -76,24 +83,14 @@ def load(path: Path) -> Student:
             f"--with {path} is no file; name a Python file that defines any of {NAMES}"
         )
     file = str(path.resolve())
-    name = f"with_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, file, loader=SourceFileLoader(name, file))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # Numba and pickle look there
-    error = ""
-    try:
-        # The file may have flags of its own.
-        with patch.object(sys, "argv", [file]), modules_beside(file):
-            spec.loader.exec_module(module)
-    except (Exception, SystemExit) as e:
-        error = describe(e, file)
+    module, error = loaded(file), ""
+    if module is None:
+        module, error = execute(file)
     defined = {known: getattr(module, known, None) for known in OPERATORS}
     functions = {
         known: function
         for known, function in defined.items()
-        if callable(function) and not is_imported(known, function, name)
+        if callable(function) and not is_imported(known, function, file)
     }
     if not functions:
         raise ConfigError(
@@ -102,10 +99,68 @@ def load(path: Path) -> Student:
     return Student(functions, error)
 
 
-def is_imported(known: str, function: Callable[..., object], file_module: str) -> bool:
-    """Whether another module than the file's has this function under this name."""
-    others = [module for name, module in list(sys.modules.items()) if name != file_module]
-    return any(getattr(module, "__dict__", {}).get(known) is function for module in others)
+def loaded(file: str) -> ModuleType | None:
+    """The module of a file that another one has imported."""
+    return next((one for one in list(sys.modules.values()) if file_of_module(one) == file), None)
+
+
+def execute(file: str) -> tuple[ModuleType, str]:
+    """Execute a file as a module, and return the error that ended it, or "".
+
+    Others import it by its name, where no library has that name, and it is not executed again.
+    """
+    stem = Path(file).stem
+    name = stem if stem not in sys.modules and is_free(stem, file) else f"with_{stem}"
+    spec = importlib.util.spec_from_file_location(name, file, loader=SourceFileLoader(name, file))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # Numba and pickle look there
+    try:
+        # The file may have flags of its own.
+        with patch.object(sys, "argv", [file]), modules_beside(file):
+            spec.loader.exec_module(module)
+    except (Exception, SystemExit) as e:
+        return module, describe(e, file)
+    return module, ""
+
+
+def is_free(stem: str, file: str) -> bool:
+    """Whether no library is imported by this name."""
+    if "." in stem:
+        return False
+    spec = importlib.util.find_spec(stem)
+    return spec is None or spec.origin == file
+
+
+def file_of_module(module: object) -> str:
+    file = getattr(module, "__file__", None)
+    return os.path.realpath(file) if isinstance(file, str) else ""
+
+
+def is_imported(known: str, function: Callable[..., object], file: str) -> bool:
+    """Whether a module has this function under this name that is not the student's."""
+    files = [
+        file_of_module(module)
+        for module in list(sys.modules.values())
+        if getattr(module, "__dict__", {}).get(known) is function
+    ]
+    return not all(is_beside(other, file) for other in files)
+
+
+def is_beside(other: str, file: str) -> bool:
+    """Whether a file is in the folder of ``file``; packages there may be anybody's."""
+    return bool(other) and Path(other).parent == Path(file).parent
+
+
+def source_of(known: str, function: Callable[..., object], path: Path) -> Path:
+    """The file that defines a function: ``path``, or one beside it from which that imports."""
+    file = str(path.resolve())
+    code = getattr(getattr(function, "py_func", function), "__code__", None)
+    written = os.path.realpath(code.co_filename) if code else ""
+    if is_beside(written, file):
+        return Path(written)
+    return path.resolve()
 
 
 @contextmanager
@@ -117,12 +172,13 @@ def modules_beside(file: str) -> Iterator[None]:
 
 def describe(error: BaseException, file: str, function: Callable[..., object] | None = None) -> str:
     """The error in one line, with the file's name and the line where it happened."""
-    lines = [
-        frame.lineno
+    frames = [
+        (Path(frame.filename).name, frame.lineno)
         for frame in traceback.extract_tb(error.__traceback__)
-        if frame.filename == file
+        if is_beside(os.path.realpath(frame.filename), file)
     ]
-    name = Path(file).name
+    name = frames[-1][0] if frames else Path(file).name
+    lines = [line for _, line in frames]
     if isinstance(error, SyntaxError) and error.lineno:
         lines.append(error.lineno)
     if not lines:  # an error of Numba's compiler names the line in its text
@@ -136,15 +192,59 @@ def describe(error: BaseException, file: str, function: Callable[..., object] | 
     return f"{place}: {type(error).__name__}{': ' * bool(text)}{text}"
 
 
+class Compilation:
+    """Seconds in which Numba compiles, which are no part of a call's time and of its limit."""
+
+    def __init__(self) -> None:
+        self.done = 0.0
+        self.begun = 0.0
+        self.depth = 0
+
+    @property
+    def seconds(self) -> float:
+        return self.done + (time.perf_counter() - self.begun if self.depth else 0.0)
+
+    def notify(self, event: Any) -> None:
+        """Take an event of Numba; compilations are nested."""
+        if event.is_start and self.depth == 0:
+            self.begun = time.perf_counter()
+        self.depth += 1 if event.is_start else -1
+        if self.depth == 0:
+            self.done += time.perf_counter() - self.begun
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Let Numba tell of its compilations in the block."""
+        if "numba" not in sys.modules:
+            yield
+            return
+        from numba.core.event import Listener, install_listener
+
+        Listener.register(Compilation)
+        with install_listener("numba:compile", self):
+            yield
+
+
 @contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Raise `TooSlow` in the block after ``seconds``; compiled code ends first. Without effect on
-    Windows."""
+def time_limit(seconds: float, compilation: Compilation | None = None) -> Iterator[None]:
+    """Raise `TooSlow` in the block after ``seconds``, beside those of the ``compilation``.
+
+    Compiled code ends first. Without effect on Windows.
+    """
     if not hasattr(signal, "setitimer"):
         yield
         return
+    start = time.perf_counter()
 
     def stop(*_: object) -> None:
+        compiled = compilation.seconds if compilation else 0.0
+        left = seconds + compiled - (time.perf_counter() - start)
+        if compiled and left > 0:
+            signal.setitimer(signal.ITIMER_REAL, max(left, 0.01))
+            return
+        if compilation and compilation.depth:  # whose result would be lost
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            return
         raise TooSlow
 
     before = signal.signal(signal.SIGALRM, stop)
@@ -173,6 +273,8 @@ class Entry:
         case: that of the ladder.
         tried: the case that is computed: a smaller one if the function takes longer than `LIMIT`.
         calls: of a turn.
+        cores: on which it runs, with as many threads of Numba; None: all.
+        compiled: seconds in which Numba has compiled it.
     """
 
     file: str
@@ -181,6 +283,8 @@ class Entry:
     case: LadderCase
     tried: LadderCase
     calls: int = 1
+    cores: int | None = None
+    compiled: float = 0.0
 
     @property
     def note(self) -> str:
@@ -194,9 +298,19 @@ class Entry:
     def begin(self) -> float:
         """Call the function for the first time, and settle its case; the seconds of the whole case.
 
+        Before that a call with a small case compiles it, which nobody times. It may fail where the
+        whole case does not.
+
         Raises:
             Rejected: as `turn`.
         """
+        self.tried = self.small()
+        with suppress(Rejected):
+            try:
+                self.call()
+            except TooSlow:  # in which another compiler may have had a part
+                self.limited_call()
+        self.tried = self.case
         try:
             seconds = self.call()
         except TooSlow:
@@ -218,15 +332,32 @@ class Entry:
             self.calls = 1 + int(WARM_SECONDS / self.limited_call())
         return [self.whole(seconds)]
 
+    def turn_of_kernels(self, index: int) -> list[float]:
+        """As `turn`, but the seconds are those of the kernels on a GPU alone, without copies."""
+        with profile(activities=[ProfilerActivity.CUDA]) as record:
+            self.limited_call()
+        microseconds = [
+            one.time_range.elapsed_us()
+            for one in record.events() or []
+            if one.device_type == DeviceType.CUDA and not one.name.startswith(COPIES)
+        ]
+        if not microseconds:
+            raise Rejected("no kernel ran on the GPU")
+        return [self.whole(sum(microseconds) / 1e6)]
+
     def whole(self, seconds: float) -> float:
         """The seconds of the whole case by those of the case that is computed."""
         return seconds * self.case.work.flops / self.tried.work.flops
 
+    def small(self) -> LadderCase:
+        shape = tuple(min(size, SMALL) for size in self.case.shape)
+        return make_case(self.case.operator, shape)
+
     def shrink(self) -> None:
         """Take the largest case that a call computes in `SECONDS`, by the time of a small one."""
         operator, shape = self.case.operator, self.case.shape
-        small = tuple(min(size, SMALL) for size in shape)
-        self.tried = make_case(operator, small)
+        self.tried = self.small()
+        small = self.tried.shape
         self.limited_call()  # which may compile
         factor = max(
             1.0,
@@ -243,14 +374,24 @@ class Entry:
         except TooSlow:
             raise SlowCall(f"it takes more than {LIMIT:.0f} s for {self.size}") from None
 
-    def call(self, calls: int = 1) -> float:
+    def call(self, calls: int = 1, limit: float | None = None) -> float:
         """Call the function ``calls`` times, check its last result, and return the seconds of a
-        call."""
+        call, without those in which Numba compiles.
+
+        Args:
+            limit: seconds; by default `LIMIT`.
+        """
         arguments = [t.copy() for t in self.tried.arguments]
         if self.case.cold:
             flush(CPU)
+        compilation = Compilation()
         try:
-            with time_limit(LIMIT), modules_beside(self.file):
+            with (
+                on_cores(self.cores),
+                modules_beside(self.file),
+                compilation.watched(),
+                time_limit(limit or LIMIT, compilation),
+            ):
                 timed = time_calls(lambda: as_array(self.function(*arguments)), calls=calls)
         except Rejected:
             raise
@@ -262,22 +403,59 @@ class Entry:
         if timed.result.dtype.kind not in "biuf":
             raise Rejected(f"the result has dtype {timed.result.dtype}, expected numbers")
         self.tried.check(timed.result)
-        return timed.seconds()
+        self.compiled += compilation.seconds
+        return timed.seconds() - compilation.seconds / calls
+
+
+@contextmanager
+def on_cores(count: int | None) -> Iterator[None]:
+    """Let all threads of this process share ``count`` cores, and Numba have as many threads.
+
+    Args:
+        count: None: all. Numba's threads are at most as many as it has started.
+    """
+    if count is None or not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    allowed = os.sched_getaffinity(0)
+    limit_threads(count)
+    set_affinity(set(sorted(allowed)[:count]))
+    try:
+        yield
+    finally:
+        set_affinity(allowed)
+        limit_threads(len(allowed))
+
+
+def set_affinity(cores: set[int]) -> None:
+    for thread in os.listdir("/proc/self/task"):
+        with suppress(OSError):  # it has ended
+            os.sched_setaffinity(int(thread), cores)
+
+
+def limit_threads(count: int) -> None:
+    if "numba" in sys.modules:
+        import numba
+
+        numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
 
 
 def enter(path: Path, name: str, function: Callable[..., object], case: LadderCase) -> Entry:
     """Call a function once, say whether its result is right, and return it."""
-    entry = Entry(str(path.resolve()), name, function, case, case)
+    source = source_of(name, function, path)
+    entry = Entry(str(source), name, function, case, case)
+    shown = f"{source.name}: {name}"
     try:
         seconds = entry.begin()
         extrapolated = f"{entry.note}, " * bool(entry.note)
+        compiled = f", compiled in {duration(entry.compiled)}" * bool(entry.compiled)
         print(
-            f"{path.name}: {name} is right ({extrapolated}first call {duration(seconds)})",
+            f"{shown} is right ({extrapolated}first call {duration(seconds)}{compiled})",
             flush=True,
         )
     except SlowCall as e:
-        print(f"{path.name}: {name} is too slow: {e}", flush=True)
+        print(f"{shown} is too slow: {e}", flush=True)
     except Rejected as e:
         at = f" at {entry.size}" * bool(entry.note)
-        print(f"{path.name}: {name} is not right{at}: {e}", flush=True)
+        print(f"{shown} is not right{at}: {e}", flush=True)
     return entry

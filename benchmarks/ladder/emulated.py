@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: MIT
+"""Functions of a student's file for a GPU, executed without one.
+
+`torchpar.ptx` executes what they launch by Triton, with faults, counters and the least time on a
+GPU. Numba's simulator executes what they launch by ``numba.cuda``, of which it tells values alone.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+import numpy as np
+
+from benchmarks.ladder.cases import LadderCase, make_case
+from benchmarks.ladder.student import Entry, TooSlow
+from benchmarks.timing import Rejected
+
+if TYPE_CHECKING:
+    from torchpar.ptx import Emulator, Report
+
+BUDGET = 20.0  # seconds that the next larger size may take
+LIMIT = 90.0  # seconds of any call
+GROWTH = 4
+SIMULATOR = "NUMBA_ENABLE_CUDASIM"  # of the environment, when Numba is imported
+
+
+@dataclass
+class Executed:
+    """What a function for a GPU has done without one; its result was right.
+
+    Attributes:
+        tried: the case that was executed.
+        by: who executed its kernels.
+        least: microseconds on an H100 of all kernels together, at least; None if unknown.
+        text: the bound and the counters, or "".
+    """
+
+    tried: LadderCase
+    by: str
+    least: float | None = None
+    text: str = ""
+
+    @property
+    def size(self) -> str:
+        return "×".join(map(str, self.tried.shape))
+
+    def __str__(self) -> str:
+        tells = self.text or "which tells no time"
+        return f"{self.by} at {self.size}, {tells}"
+
+
+def execute(entry: Entry) -> Executed:
+    """Execute a function at 32 rows and columns, and at larger sizes while that takes seconds.
+
+    If it fails at that size it may be written for the whole case alone, which is tried then. The
+    times of sizes that only fixed costs make slow are over-estimated, so that sizes grow in steps.
+
+    Raises:
+        Rejected: a fault of a kernel, an error of the function, or a wrong result.
+    """
+    whole = entry.case
+    entry.tried = entry.small()
+    try:
+        found, seconds = execute_once(entry)
+    except Rejected as small:
+        entry.tried = whole
+        try:
+            return execute_once(entry)[0]
+        except TooSlow:
+            size = "×".join(map(str, entry.small().shape))
+            raise Rejected(
+                f"{small} (at {size}; the whole size takes more than {LIMIT:.0f} s without a GPU)"
+            ) from None
+    while found.tried.shape != whole.shape:
+        shape = tuple(
+            min(most, size * GROWTH)
+            for most, size in zip(whole.shape, found.tried.shape, strict=True)
+        )
+        larger = whole if shape == whole.shape else make_case(whole.operator, shape)
+        if seconds * larger.work.flops / found.tried.work.flops > BUDGET:
+            break
+        entry.tried = larger
+        try:
+            found, seconds = execute_once(entry)
+        except TooSlow:
+            break
+    return found
+
+
+def execute_once(entry: Entry) -> tuple[Executed, float]:
+    """Execute a function for its case; also the seconds of its kernels."""
+    with ExitStack() as stack:
+        launched: list[object] = []
+        stack.enter_context(simulated(launched))
+        gpu = stack.enter_context(emulated()) if find_spec("triton") else None
+        try:
+            seconds = entry.call(limit=LIMIT)
+        except Rejected as e:
+            if gpu is not None and gpu.report().errors:
+                raise Rejected(faults_of(gpu.report())) from None
+            raise e from None
+    report = gpu.report() if gpu is not None else None
+    if report is not None and report.errors:
+        raise Rejected(faults_of(report))
+    if report is not None and report.launches:
+        seconds = sum(one.seconds for one in report.launches)
+        least, text = counted(report)
+        return Executed(entry.tried, "right in torchpar.ptx", least, text), seconds
+    if launched:
+        return Executed(entry.tried, "right in Numba's simulator"), seconds
+    nothing = "and has launched no kernel of Triton or Numba"
+    return Executed(entry.tried, "right", text=nothing), seconds
+
+
+@contextmanager
+def emulated() -> Iterator["Emulator"]:
+    """Execute Triton's kernels as compiled for an H100, and let "cuda" mean the CPU."""
+    from torchpar.ptx import emulate
+    from torchpar.ptx.cuda.stand_in import cuda_is_cpu
+
+    with emulate("sm_90") as gpu, cuda_is_cpu(gpu):
+        yield gpu
+
+
+def faults_of(report: "Report") -> str:
+    """The first fault in one line, and how many there are."""
+    first, *others = report.errors
+    place = ""
+    if first.source is not None:
+        file, line = first.source
+        place = f"{file.rpartition('/')[2]}, line {line}: "
+    more = f"; {len(others)} more faults" if others else ""
+    return f"{place}{first.name}: {' '.join(first.message.split())}{more}"
+
+
+def counted(report: "Report") -> tuple[float, str]:
+    """The least microseconds on an H100 of all launches, and a sentence with their counters."""
+    launches = report.launches
+    bounds = [one.bounds[0] for one in launches]
+    sums = [one.counters.sums("global") for one in launches]
+    sectors = sum(one.transactions for one in sums)
+    distinct = sum(one.distinct for one in sums)
+    least = sum(one.least for one in bounds)
+    if len(launches) == 1:
+        text = str(bounds[0])
+    else:
+        text = f"at least {least:.3g} µs on an {bounds[0].gpu} for {len(launches)} launches"
+    text += f"; {sectors:,} sectors of global memory, {distinct:,} of them distinct"
+    warned = [one for one in report.faults if one.kind == "warning"]
+    if warned:
+        text += f"; warning: {' '.join(warned[0].message.split())}"
+    return least, text
+
+
+@contextmanager
+def simulated(launched: list[object]) -> Iterator[None]:
+    """Let Numba's simulator execute the threads of a block one after the other, if none waits.
+
+    It starts a thread of Python for each, and a million of them take minutes.
+
+    Args:
+        launched: gets the kernel of each launch.
+    """
+    if "numba.cuda.simulator.kernel" not in sys.modules:
+        yield
+        return
+    from numba.cuda.simulator import kernel, kernelapi
+
+    in_threads = kernel.BlockManager.run
+    call = kernel.FakeCUDAKernel.__call__
+
+    def called(self: Any, *args: object) -> object:
+        if not self._device:
+            launched.append(self)
+        return call(self, *args)
+
+    def run(self: Any, grid_point: tuple[int, ...], *args: object) -> None:
+        if waits(self._f, kernel.FakeCUDAKernel):
+            in_threads(self, grid_point, *args)
+            return
+        one = SimpleNamespace(blockIdx=kernel.Dim3(*grid_point))
+        standing_in = SimpleNamespace(current_thread=lambda: one)
+        with patch.object(kernelapi, "threading", standing_in):
+            for at in np.ndindex(*self._block_dim):
+                one.threadIdx = kernel.Dim3(*at)
+                try:
+                    self._f(*args)
+                except Exception as e:
+                    where = f"thread {at[0]}, block {grid_point[0]}"
+                    raise type(e)(f"{e} ({where})").with_traceback(e.__traceback__) from None
+
+    with (
+        patch.object(kernel.BlockManager, "run", run),
+        patch.object(kernel.FakeCUDAKernel, "__call__", called),
+    ):
+        yield
+
+
+def waits(function: Callable[..., object], kernels: type) -> bool:
+    """Whether threads of a kernel need others of its block, by the names that it mentions."""
+    names = function.__code__.co_names
+    needing = ("sync", "shfl", "vote", "shared", "grid_group", "cg", "laneid", "warp")
+    if any(word in name.lower() for name in names for word in needing):
+        return True
+    used = (function.__globals__.get(name) for name in names)
+    return any(isinstance(one, kernels) and waits(one.py_func, kernels) for one in used)

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: MIT
+"""Sentences for a report on a student's own functions: their ratios, and what explains them."""
+
+import csv
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+
+from benchmarks.ladder.cases import LadderCase
+from benchmarks.ladder.page import ASKED, seconds
+from benchmarks.results import Result, number
+
+# The functions of one homework, by operator: for a GPU, by Numba, and in pure Python.
+KINDS = {
+    "maximum": ("max_gpu", "max_numba", "max_cpu"),
+    "matmul_t": ("matmul_transpose_gpu", "matmul_transpose_numba", "matmul_transpose_trivial"),
+}
+MEASURED = Path(__file__).parents[1] / "results" / "nvidia-h200" / "ladder.csv"
+SLOW = 0.5  # times the speed of pure Python over lists, below which loops have a sentence
+
+
+def lines(case: LadderCase, results: Sequence[Result]) -> Iterator[str]:
+    """The ratios of a student's functions of a case; an H200's times where there is no GPU."""
+    own = [one for one in results if ": " in one.contestant and one.ok]
+    gpu, numba, loops = (
+        [one for one in own if one.contestant.endswith(f": {name}")]
+        for name in KINDS.get(case.operator, ("", "", ""))
+    )
+    yield from ratios(gpu, numba)
+    yield from ratios(gpu, loops, asked=True)
+    yield from ratios(numba, loops)
+    yield from on_cores(numba)
+    yield from over_lists(loops)
+    if case.operator in KINDS and not any(one.p50_ms for one in gpu):
+        yield from elsewhere(case)
+
+
+def ratios(fast: Sequence[Result], slow: Sequence[Result], asked: bool = False) -> Iterator[str]:
+    """Say how many times as fast as the second function the first one is, on all cores.
+
+    Args:
+        asked: also say whether that is as many times as the exercise asks for.
+    """
+    second = next((one for one in slow if is_whole(one)), None)
+    for one in fast:
+        if second is None or not second.p50_ms or not one.p50_ms or not is_whole(one):
+            continue
+        times = second.p50_ms / one.p50_ms
+        judged = f", {'at least' if times >= ASKED else 'less than'} {ASKED}" if asked else ""
+        name = one.contestant.partition(": ")[2]
+        note = ", without copies" * str(one.columns["note"]).endswith("without copies")
+        other = second.contestant.partition(": ")[2]
+        yield f"{name}{note}: {number(times)} times as fast as {other}{judged}."
+
+
+def is_whole(one: Result) -> bool:
+    """Whether the row is that of all cores."""
+    return not str(one.columns["note"]).endswith(("core", "cores"))
+
+
+def on_cores(rows: Sequence[Result]) -> Iterator[str]:
+    """Say what the most cores gain over one."""
+    counted = [one for one in rows if not is_whole(one) and one.p50_ms]
+    if len(counted) < 2:
+        return
+    first, last = counted[0], counted[-1]
+    assert first.p50_ms
+    assert last.p50_ms
+    times = first.p50_ms / last.p50_ms
+    cores = str(last.columns["note"]).rpartition(", ")[2]
+    yield (
+        f"{last.contestant.partition(': ')[2]}: on {cores} {number(times)} times as fast as on 1 "
+        "core. Only njit(parallel=True) with prange takes more than one."
+    )
+
+
+def over_lists(rows: Sequence[Result]) -> Iterator[str]:
+    """Say why loops over arrays are slower than the ladder's, which are over lists."""
+    for one in rows:
+        times = one.columns.get("faster")
+        if one.columns.get("than") == "pure Python" and times and times < SLOW:
+            name = one.contestant.partition(": ")[2]
+            yield (
+                f"{name} is {number(times)} times as fast as pure Python, whose loops are over "
+                "lists: each A[i, j] of an array makes a new object, and a list has it already. "
+                "Loops over A.tolist(), or njit, do without."
+            )
+
+
+@cache
+def measured_on_gpu() -> dict[tuple[str, str], dict[str, str]]:
+    """The rows of an H200 by workload and contestant; none where the file is not."""
+    if not MEASURED.is_file():
+        return {}
+    with MEASURED.open(encoding="utf-8", newline="") as file:
+        return {(row["workload"], row["contestant"]): row for row in csv.DictReader(file)}
+
+
+def elsewhere(case: LadderCase) -> Iterator[str]:
+    """Say what an H200 took for the case, and why copies cost so much."""
+    rows = measured_on_gpu()
+    alone = rows.get((case.label, "torchpar GPU"))
+    copied = rows.get((case.label, "torchpar GPU, with copies"))
+    if alone is None or copied is None:
+        return
+    times, with_copies = float(alone["over_pure_python"]), float(copied["over_pure_python"])
+    took, whole = float(alone["p50_ms"]), float(copied["p50_ms"])
+    moved = sum(one.nbytes for one in case.arguments) + 4 * case.expected.size
+    judged = [
+        f"{'at least' if one >= ASKED else 'less than'} {ASKED}" for one in (times, with_copies)
+    ]
+    yield (
+        f"Measured on an H200: torchpar GPU {seconds(took)}, {number(times)} times as fast as pure "
+        f"Python on its host, {judged[0]}; with copies {seconds(whole)}, {number(with_copies)} "
+        f"times, {judged[1]}."
+    )
+    yield (
+        f"Copies take {100 * (1 - took / whole):.1f}% of that: {moved / 1e6:.0f} MB pass from the "
+        f"computer's memory to the GPU and back at {moved / whole / 1e6:.2g} GB/s. Keep arrays on "
+        "the GPU between operators."
+    )
