@@ -24,9 +24,7 @@ class Command:
 
     def __init__(self, name: str, description: str, needs: Sequence[str] = ()):
         self.name, self.needs = name, ("rich", *needs)
-        self.parser = argparse.ArgumentParser(
-            f"python -m benchmarks run {name}", description=description
-        )
+        self.parser = argparse.ArgumentParser(called(f"run {name}"), description=description)
         self.parser.add_argument("--quick", action="store_true", help="small sizes: does it run?")
         self.parser.add_argument(
             "--output", type=Path, metavar="DIR", help="for the CSV and other files"
@@ -67,6 +65,11 @@ class Command:
         return path
 
 
+def called(command: str) -> str:
+    """The command as it was typed, which may be one of torchpar's."""
+    return os.environ.get("TORCHPAR_COMMAND", f"python -m benchmarks {command}")
+
+
 def require(*packages: str) -> None:
     """Raise a ConfigError if a package is not installed."""
     if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
@@ -88,13 +91,13 @@ def run(main: Callable[[], int | None], command: str = "") -> None:
     command = command or f"run {Path(sys.argv[0]).stem}"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        with printing(f"python -m benchmarks {command}"):
+        with printing(called(command)):
             status = main()
         sys.exit(status)
     except TorchparError as e:
-        print(f"python -m benchmarks {command}: error: {e}", file=sys.stderr)
+        print(f"{called(command)}: error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         kept = "a CSV in --output holds complete cases only"
-        print(f"python -m benchmarks {command}: interrupted; {kept}", file=sys.stderr)
+        print(f"{called(command)}: interrupted; {kept}", file=sys.stderr)
         sys.exit(130)

@@ -25,6 +25,14 @@ COMMANDS = {
         "torchpar.testing.doctor",
         "say what works on this machine, and how to mend what does not",
     ),
+    "ladder": (
+        "torchpar.baselines.ladder",
+        "time an operator from loops to a GPU, and functions of yours beside it",
+    ),
+    "exercises": (
+        "torchpar.baselines.exercises",
+        "check the functions of a NumPy network of yours, and train through them",
+    ),
     "explain": (
         "torchpar.ptx.explain",
         "say who computes a product on a GPU: which tiles, or the library",

@@ -101,7 +101,11 @@ def load(path: Path) -> Student:
 
 def loaded(file: str) -> ModuleType | None:
     """The module of a file that another one has imported."""
-    return next((one for one in list(sys.modules.values()) if file_of_module(one) == file), None)
+    for module in list(sys.modules.values()):
+        named_alike = str(getattr(module, "__file__", "")).endswith(os.path.basename(file))
+        if named_alike and file_of_module(module) == file:
+            return module
+    return None
 
 
 def execute(file: str) -> tuple[ModuleType, str]:
@@ -130,7 +134,7 @@ def is_free(stem: str, file: str) -> bool:
     if "." in stem:
         return False
     spec = importlib.util.find_spec(stem)
-    return spec is None or spec.origin == file
+    return spec is None or spec.origin in (None, file)  # None: a folder, which files go before
 
 
 def file_of_module(module: object) -> str:
@@ -379,10 +383,10 @@ class Entry:
         call, without those in which Numba compiles.
 
         Args:
-            limit: seconds; by default `LIMIT`.
+            limit: seconds of a call whose time does not count; by default `LIMIT`.
         """
         arguments = [t.copy() for t in self.tried.arguments]
-        if self.case.cold:
+        if self.case.cold and limit is None:
             flush(CPU)
         compilation = Compilation()
         try:

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: MIT
+"""The checks of a student's NumPy network, and a training through its functions."""
+
+import re
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+
+from torchpar.baselines import exercises
+from torchpar.data.files import Images
+
+RIGHT = """
+import numpy as np
+
+def sigmoid(z):
+    return 1 / (1 + np.exp(-z))
+
+def sigmoid_prime(z):
+    return sigmoid(z) * (1 - sigmoid(z))
+
+def random_weights(sizes):
+    rng = np.random.default_rng(0)
+    return [rng.uniform(-1, 1, (m, n)) / m**0.5 for m, n in zip(sizes, sizes[1:])]
+
+def zeros_weights(sizes):
+    return [np.zeros((m, n)) for m, n in zip(sizes, sizes[1:])]
+
+def zeros_biases(sizes):
+    return [np.zeros(n) for n in sizes[1:]]
+
+def create_batches(data, labels, batch_size):
+    starts = range(0, len(data), batch_size)
+    return [(data[i : i + batch_size], labels[i : i + batch_size]) for i in starts]
+
+def add_elementwise(a, b):
+    return [x + y for x, y in zip(a, b)]
+"""
+# A line, what stands there instead, and what is said of it.
+MISTAKES = [
+    ("return 1 / (1 + np.exp(-z))", "return 1 / (1 + np.exp(z))", "sigmoid is not right: at z: "),
+    ("return 1 / (1 + np.exp(-z))", "pass", "sigmoid is not right: it returns None"),
+    ("return sigmoid(z) * (1 - sigmoid(z))", "return z * (1 - z)", "its argument a = σ(z)"),
+    ("return sigmoid(z) * (1 - sigmoid(z))", "return sigmoid(z)", "sigmoid_prime is not right: at"),
+    ("rng.uniform(-1, 1, (m, n)) / m**0.5", "rng.normal(size=(m, n))", "expected 0.01 to 0.37, as Xavier's"),
+    ("rng.uniform(-1, 1,", "rng.uniform(0, 2,", "weights[0] have the mean 0.035"),
+    (
+        "[np.zeros((m, n)) for",
+        "[np.zeros((n, m)) for",
+        "[(30, 784), (10, 30)], expected [(784, 30)",
+    ),
+    ("np.zeros(n) for", "np.ones(n) for", "array 0 has numbers that are not 0"),
+    ("np.zeros(n) for", "np.zeros((n, 1)) for", "have shapes [(30, 1), (10, 1)], expected [(30,)"),
+    ("range(0, len(data),", "range(0, len(data) - batch_size + 1,", "[20, 21, 22] are in no batch"),
+    ("labels[i : i + batch_size])", "labels[: batch_size])", "differ in number"),
+    ("data[i : i + batch_size]", "data[::-1][i : i + batch_size]", "not that of its sample"),
+    (
+        "starts = range(",
+        "batch_size = 4; starts = range(",
+        "expected 5 each, and the remainder last",
+    ),
+    ("[x + y for x, y in zip(a, b)]", "a + b", "add_elementwise is not right: the arrays have"),
+    ("[x + y for x, y in zip(a, b)]", "[x - y for x, y in zip(a, b)]", "is -10, expected 10"),
+    ("[x + y for x, y in zip(a, b)]", "a[len(a)]", r"my.py, line 25: IndexError: list index"),
+]
+
+
+def check(folder: Path, text: str) -> None:
+    path = folder / "my.py"
+    path.write_text(text)
+    with patch.object(exercises, "check_training", lambda *_: exercises.Verdict("it", True, "")):
+        exercises.main(["--with", str(path)])
+
+
+def test_right_functions_are_right_and_say_what_they_chose(tmp_path, capsys):
+    check(tmp_path, RIGHT)
+    assert capsys.readouterr().out.splitlines() == [
+        "my.py: sigmoid is right",
+        "my.py: sigmoid_prime is right: it takes z",
+        "my.py: random_weights is right",
+        "my.py: zeros_weights is right",
+        "my.py: zeros_biases is right: no vector for the first size",
+        "my.py: create_batches is right: the last of 5 batches has 3 of 23 samples",
+        "my.py: add_elementwise is right",
+        "it is right",
+    ]
+
+
+@pytest.mark.parametrize("line, instead, reason", MISTAKES)
+def test_a_mistake_is_told_with_what_was_expected(tmp_path, capsys, line, instead, reason):
+    assert line in RIGHT
+    check(tmp_path, RIGHT.replace(line, instead))
+    wrong = [one for one in capsys.readouterr().out.splitlines() if "is not right" in one]
+    assert any(reason in one for one in wrong), wrong
+    assert len(wrong) == 1 + (instead == "pass")  # sigmoid_prime calls that, too
+
+
+def test_the_last_batch_may_take_the_remainder(tmp_path, capsys):
+    larger = """
+def create_batches(data, labels, batch_size):
+    ends = [*range(batch_size, len(data) - batch_size + 1, batch_size)]
+    return [*zip(np.split(data, ends), np.split(labels, ends))]
+"""
+    check(tmp_path, RIGHT + larger)
+    assert "is right: the last of 4 batches has 8 of 23 samples" in capsys.readouterr().out
+
+
+def functions(text: str) -> dict[str, exercises.Function]:
+    space: dict[str, exercises.Function] = {}
+    exec(text, space)
+    return {name: space[name] for name in exercises.CHECKS}
+
+
+def images(count: int) -> Images:
+    """A white bar in a row of its own for each class."""
+    labels = np.arange(count) % 10
+    features = np.zeros((count, 28, 28), np.uint8)
+    features[np.arange(count), labels * 2] = 255
+    return Images(features, labels.astype(np.int64), ())
+
+
+@pytest.mark.parametrize("biases", ["sizes[1:]", "sizes"])
+def test_a_network_is_trained_through_the_functions(biases):
+    text = RIGHT.replace("np.zeros(n) for n in sizes[1:]", f"np.zeros(n) for n in {biases}")
+    with patch.object(exercises, "read", lambda *_: (images(2000), images(100))):
+        verdict = exercises.check_training(functions(text), Path())
+    assert verdict.is_right
+    assert re.match(r"accuracy 1\.0000 after epoch \d; above 0\.95 is asked", verdict.text)
+
+
+def test_a_training_that_learns_nothing_is_not_right():
+    text = RIGHT.replace("[x + y for x, y in zip(a, b)]", "a")
+    with (
+        patch.object(exercises, "read", lambda *_: (images(100), images(100))),
+        patch.object(exercises, "EPOCHS", 2),
+    ):
+        verdict = exercises.check_training(functions(text), Path())
+    assert not verdict.is_right
+    assert "after epoch 2" in verdict.text
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        (None, "is no file; name a Python file with sigmoid, "),
+        ("def other(): pass", "has none of sigmoid, "),
+        ("1 / 0", "fails: ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_file_without_functions_is_refused_in_one_line(tmp_path, capsys, text, reason):
+    path = tmp_path / "my.py"
+    if text is not None:
+        path.write_text(text)
+    assert exercises.main(["--with", str(path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert reason in line
+
+
+@pytest.mark.slow
+def test_mnist_is_learnt_to_95_percent():
+    assert exercises.check_training(functions(RIGHT), exercises.DATA).is_right

@@ -1,0 +1,408 @@
+# SPDX-License-Identifier: MIT
+"""A student's files in the ladder: several of them, compilation, a GPU's functions, and ratios."""
+
+import os
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from commands import run
+
+pytest.importorskip("rich", reason="rich prints the tables")
+from benchmarks.ladder import emulated, homework, page, rungs, student
+from benchmarks.ladder.cases import LADDERS, make_case
+from benchmarks.results import Result
+from benchmarks.timing import Rejected
+from torchpar.baselines import ladder, numpy_mlp
+from torchpar.errors import ConfigError
+
+FIRST = """
+with open(__file__ + ".log", "a") as file:
+    file.write("run ")
+
+def max_cpu(A, B):
+    return [[max(a, b) for a, b in zip(*rows)] for rows in zip(A.tolist(), B.tolist())]
+"""
+SECOND = """
+from first_of_two import max_cpu
+from torchpar import linear_sigmoid
+
+def matmul_transpose_numba(X):
+    return X @ X.T
+"""
+
+
+@pytest.fixture(autouse=True)
+def forgotten_modules(tmp_path):
+    """Modules of a test's files are no others' afterwards."""
+    yield
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", "")).startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+def test_two_files_work_together_and_one_that_imports_is_followed(tmp_path):
+    (tmp_path / "first_of_two.py").write_text(FIRST)
+    (tmp_path / "second_of_two.py").write_text(SECOND)
+    paths = [tmp_path / f"{name}.py" for name in ("first_of_two", "second_of_two")]
+    with patch.dict(os.environ):
+        files, status = rungs.load_files(paths)
+        assert [set(one.functions) for _, one in files] == [
+            {"max_cpu"},
+            {"matmul_transpose_numba"},
+        ]
+    assert status == 0
+    assert (tmp_path / "first_of_two.py.log").read_text() == "run "
+
+
+def test_a_file_alone_has_the_functions_that_it_imports_from_one_beside_it(tmp_path, capsys):
+    (tmp_path / "first_of_two.py").write_text(FIRST)
+    (tmp_path / "second_of_two.py").write_text(SECOND)
+    path = tmp_path / "second_of_two.py"
+    with patch.dict(os.environ):
+        ((_, one),), _ = rungs.load_files([path])
+        cases = {"maximum": make_case("maximum", (3, 5))}
+        (row,) = rungs.students_entries(path, one.functions, cases)["maximum"]
+    assert set(one.functions) == {"max_cpu", "matmul_transpose_numba"}  # not torchpar's
+    assert row.name == "first_of_two.py: max_cpu"
+    assert capsys.readouterr().out.startswith("first_of_two.py: max_cpu is right (first call ")
+
+
+def test_an_error_in_an_imported_file_names_its_line(tmp_path):
+    (tmp_path / "broken_part.py").write_text("\n\n1 / 0\n")
+    (tmp_path / "whole.py").write_text("import broken_part\n")
+    with pytest.raises(ConfigError, match=r"broken_part.py, line 3: ZeroDivisionError"):
+        student.load(tmp_path / "whole.py")
+
+
+# Compilation
+
+
+def entry(name: str, function: Any, shape: tuple[int, ...]) -> student.Entry:
+    case = make_case(student.OPERATORS[name][0], shape)
+    return student.Entry("my.py", name, function, case, case)
+
+
+@pytest.mark.parametrize("compiles", [True, False])
+def test_compilation_is_outside_of_times_and_limits(compiles):
+    pytest.importorskip("numba", reason="Numba tells of its compilations")
+    from numba.core import event
+
+    def slow(x: Any) -> Any:
+        with event.trigger_event("numba:compile") if compiles else nullcontext():
+            time.sleep(0.15)
+        return x @ x.T
+
+    one = entry("matmul_t", slow, (5, 7))
+    with patch.object(student, "LIMIT", 0.1):
+        if compiles:
+            assert one.call() < 0.1
+            assert one.compiled > 0.14
+        else:
+            with pytest.raises(student.TooSlow):
+                one.call()
+
+
+def test_compilation_inside_another_one_counts_once():
+    compilation = student.Compilation()
+    with patch.object(student.time, "perf_counter", iter([1.0, 6.0]).__next__):
+        for is_start in (True, True, False, False):
+            compilation.notify(SimpleNamespace(is_start=is_start))
+    assert compilation.seconds == 5.0
+
+
+def test_a_function_is_compiled_before_its_first_call_is_timed():
+    sizes: list[int] = []
+
+    def function(x: Any) -> Any:
+        sizes.append(len(x))
+        return x @ x.T
+
+    entry("matmul_t", function, (40, 40)).begin()
+    assert sizes == [student.SMALL, 40]
+
+
+# Cores
+
+
+def test_a_row_for_each_number_of_cores():
+    with patch.object(rungs, "CORES", 2):
+        one = entry("max_numba", np.maximum, (3, 5))
+        rows = list(rungs.entry_rungs(one, "njit"))
+        loops = list(rungs.entry_rungs(entry("max_cpu", np.maximum, (3, 5)), "pure Python"))
+    assert [(row.note, row.left_out) for row in rows] == [
+        ("", ""),
+        ("1 core", ""),
+        ("2 cores", ""),
+        ("4 cores", "this machine has 2 cores"),
+        ("8 cores", "this machine has 2 cores"),
+    ]
+    assert [row.than for row in rows[:3]] == [
+        "njit",
+        "my.py: max_numba",
+        "my.py: max_numba, 1 core",
+    ]
+    assert len(loops) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux has it")
+def test_a_function_has_the_cores_of_its_row_and_others_have_all():
+    before, seen = os.sched_getaffinity(0), set[int]()
+
+    def function(a: Any, b: Any) -> Any:
+        seen.update(os.sched_getaffinity(0))
+        return np.maximum(a, b)
+
+    one = entry("max_numba", function, (3, 5))
+    one.cores = 1
+    one.turn(0)
+    assert seen == {min(before)}
+    assert os.sched_getaffinity(0) == before
+
+
+# A GPU's functions
+
+TRITON = """
+import torch, triton, triton.language as tl
+
+@triton.jit
+def kernel(a, b, c, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    here = i < n
+    tl.store(c + i, tl.maximum(tl.load(a + i, here), tl.load(b + i, here)), MASK)
+
+def max_gpu(A, B):
+    a, b = torch.from_numpy(A).cuda(), torch.from_numpy(B).cuda()
+    c = torch.empty_like(a)
+    kernel[(1,)](a, b, c, a.numel(), BLOCK=64)
+    return c.cpu().numpy()
+"""
+
+
+def triton_row(folder: Path, mask: str) -> rungs.Rung:
+    path = folder / "tri.py"
+    path.write_text(TRITON.replace("MASK", mask))
+    functions, error = student.load(path)
+    assert error == ""
+    case = make_case("maximum", (3, 5))
+    return rungs.student_without_gpu(path, "max_gpu", functions["max_gpu"], case)
+
+
+def test_a_triton_file_is_executed_with_counters_and_a_bound(tmp_path, capsys):
+    pytest.importorskip("triton", reason="the file has a kernel in Triton")
+    row = triton_row(tmp_path, "here")
+    assert "tri.py: max_gpu is right in torchpar.ptx at 3×5, at least " in capsys.readouterr().out
+    # In each matrix 15 numbers of 4 bytes lie in two sectors of 32 bytes, or in three.
+    distinct = row.executed.rpartition(" of them distinct")[0].rpartition(" ")[2]
+    assert 6 <= int(distinct) <= 9
+    (result,) = rungs.measure(make_case("maximum", (3, 5)), [row], rounds=1)
+    assert result.columns["least_us"] == row.least_us > 0
+    (cells,) = page.lines([result], "contestant")
+    assert cells["time"].startswith("at least ")
+    (note,) = page.notes([result])
+    assert note.startswith("Without a GPU: tri.py: max_gpu is right in torchpar.ptx at 3×5, ")
+
+
+@pytest.mark.slow
+def test_a_fault_of_a_triton_file_is_its_verdict(tmp_path):
+    pytest.importorskip("triton", reason="the file has a kernel in Triton")
+    row = triton_row(tmp_path, "i < n + 1")
+    with pytest.raises(Rejected, match=r"^tri.py, line 8: out of bounds: "):
+        row.turn(0)
+
+
+def test_sizes_grow_while_the_next_takes_seconds_and_a_whole_one_is_tried_after_a_failure():
+    sizes: list[tuple[int, ...]] = []
+
+    def execute_once(one: student.Entry) -> tuple[emulated.Executed, float]:
+        sizes.append(one.tried.shape)
+        if one.tried.shape == (32, 32) and fails:
+            raise Rejected("it is for 1000×1000")
+        return emulated.Executed(one.tried, "right"), seconds
+
+    def of(one: student.Entry) -> list[tuple[int, ...]]:
+        sizes.clear()
+        emulated.execute(one)
+        return list(sizes)
+
+    with patch.object(emulated, "execute_once", execute_once):
+        one = entry("max_gpu", np.maximum, (300, 300))
+        fails, seconds = False, 0.1
+        assert of(one) == [(32, 32), (128, 128), (300, 300)]
+        seconds = 2.0  # 16 times as many numbers would take 32 s
+        assert of(one) == [(32, 32)]
+        fails = True
+        assert of(one) == [(32, 32), (300, 300)]
+
+
+def test_threads_that_need_others_are_told_by_the_names_in_a_kernel():
+    def waiting(cuda: Any) -> None:
+        cuda.syncthreads()
+
+    def alone(cuda: Any) -> None:
+        cuda.grid(1)
+
+    assert emulated.waits(waiting, type(None))
+    assert not emulated.waits(alone, int)
+
+
+def test_the_time_of_kernels_has_no_copies():
+    def event(name: str, device: Any, microseconds: float) -> Any:
+        time_range = SimpleNamespace(elapsed_us=lambda: microseconds)
+        return SimpleNamespace(name=name, device_type=device, time_range=time_range)
+
+    cuda, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+    events = [event("kernel", cuda, 3.0), event("Memcpy HtoD (Pageable -> Device)", cuda, 900.0)]
+    events += [event("aten::max", cpu, 50.0), event("another", cuda, 4.0)]
+    record = nullcontext(SimpleNamespace(events=lambda: events))
+    with patch.object(student, "profile", lambda activities: record):
+        one = entry("max_gpu", np.maximum, (3, 5))
+        assert one.turn_of_kernels(1) == [pytest.approx(7e-6)]
+        events = events[1:3]
+        with pytest.raises(Rejected, match="no kernel ran on the GPU"):
+            one.turn_of_kernels(1)
+
+
+NUMBA_CUDA = """
+import numpy as np
+from numba import cuda
+
+@cuda.jit
+def rows(A, B, C):
+    i, j = cuda.blockIdx.x, cuda.threadIdx.x
+    if i < A.shape[0] and j < A.shape[1]:
+        C[i, j] = max(A[i, j], B[i, j])
+
+def max_gpu(A, B):
+    C = np.zeros_like(A)
+    rows[1000, 1000](A, B, C)
+    return C
+
+@cuda.jit
+def one_block(X, C):
+    tile = cuda.shared.array(4, np.float32)
+    cuda.syncthreads()
+    for p in range(cuda.threadIdx.x, C.size, 64):
+        i, j = p // C.shape[1], p % C.shape[1]
+        total = 0.0
+        for m in range(X.shape[1]):
+            total += X[i, m] * X[j, m]
+        C[i, j] = total + 1
+
+def matmul_transpose_gpu(X):
+    C = cuda.device_array((len(X), len(X)), np.float32)
+    one_block[1, 64](cuda.to_device(X), C)
+    return C.copy_to_host()
+"""
+
+
+@pytest.mark.slow
+def test_the_command_works_from_a_students_folder_with_a_file_for_numbas_gpu(tmp_path):
+    pytest.importorskip("numba", reason="the file has kernels for Numba")
+    (tmp_path / "kernels.py").write_text(NUMBA_CUDA.replace("1000, 1000", "30, 30"))
+    (tmp_path / "loops.py").write_text("from kernels import *\n" + FIRST)
+    command = [sys.executable, "-m", "torchpar", "ladder", "--quick", "--with"]
+    status, out, err = run(*command, "kernels.py", "loops.py", cwd=tmp_path)
+    assert status == 1, err
+    assert "kernels.py: max_gpu is right in Numba's simulator at 20×30, which tells no time" in out
+    assert "kernels.py: matmul_transpose_gpu is not right: result[0, 0] is " in out
+    assert "loops.py: max_cpu is right (first call " in out
+    assert out.count("Without a GPU: ") == 1
+
+
+# Ratios
+
+
+def row(contestant: str, ms: float | None, note: str = "", **columns: Any) -> Result:
+    label = LADDERS["maximum"].label.format(1000, 1000)
+    return Result(
+        case={"workload": label},
+        contestant=contestant,
+        p50_ms=ms,
+        columns={"note": note, **columns},
+    )
+
+
+def test_the_ratios_of_a_report_are_those_of_the_students_functions():
+    case = make_case("maximum", (20, 30))
+    slow = {"than": "pure Python", "faster": 0.1}
+    rows = [
+        row("pure Python", 25.0),
+        row("a.py: max_cpu", 250.0, **slow),
+        row("b.py: max_numba", 1.0),
+        row("b.py: max_numba", 2.0, "1 core"),
+        row("b.py: max_numba", 1.0, "2 cores"),
+        row("c.py: max_gpu", 10.0),
+        row("c.py: max_gpu", 0.01, "without copies"),
+    ]
+    loops = "over lists: each A[i, j] of an array makes a new object, and a list has it already"
+    assert [line.partition(". Loops")[0] for line in homework.lines(case, rows)] == [
+        "max_gpu: 0.1 times as fast as max_numba.",
+        "max_gpu, without copies: 100 times as fast as max_numba.",
+        "max_gpu: 25 times as fast as max_cpu, less than 40.",
+        "max_gpu, without copies: 25,000 times as fast as max_cpu, at least 40.",
+        "max_numba: 250 times as fast as max_cpu.",
+        "max_numba: on 2 cores 2 times as fast as on 1 core.",
+        f"max_cpu is 0.1 times as fast as pure Python, whose loops are {loops}",
+    ]
+
+
+def test_more_cores_that_gain_nothing_have_advice():
+    rows = [row("b.py: max_numba", 1.0, "1 core"), row("b.py: max_numba", 1.0, "2 cores")]
+    (line,) = homework.on_cores(rows)
+    assert line.endswith("1 core. Only loops over prange, by njit(parallel=True), take several.")
+
+
+def test_without_a_gpu_the_times_of_an_h200_stand_beside():
+    whole = SimpleNamespace(
+        operator="maximum",
+        label="maximum of 1000×1000 int32",
+        arguments=(np.zeros((1000, 1000), np.int32),) * 2,
+        expected=np.zeros((1000, 1000)),
+    )
+    lines = list(homework.lines(whole, [row("a.py: max_cpu", 250.0)]))
+    assert lines == [
+        "Measured on an H200: torchpar GPU 7.15 µs, 9,511 times as fast as pure Python on its "
+        "host, at least 40; with copies 2.38 ms, 28.5 times, less than 40.",
+        "Copies take 99.7% of that: 12 MB pass from the computer's memory to the GPU and back at "
+        "5 GB/s. Keep arrays on the GPU between operators.",
+    ]
+    measured = [row("a.py: max_gpu", 1.0)]
+    assert list(homework.lines(whole, measured)) == []
+
+
+# The command
+
+
+def test_the_command_finds_the_benchmarks_and_names_itself(tmp_path, capsys):
+    found = ladder.environment({"PYTHONPATH": "there", "OTHER": "1"})
+    assert found["PYTHONPATH"] == f"{ladder.CHECKOUT}{os.pathsep}there"
+    assert found["OTHER"] == "1"
+    with patch.object(ladder, "CHECKOUT", tmp_path), patch.object(os, "execve") as replaced:
+        assert ladder.main(["--with", "my.py"]) == 2
+    assert not replaced.called
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("python -m torchpar ladder: error: the ladder is in the repository")
+    with patch.object(os, "execve", side_effect=SystemExit) as replaced, pytest.raises(SystemExit):
+        ladder.main(["--with", "my.py"])
+    assert replaced.call_args.args[1][1:] == [
+        *("-m", "benchmarks", "run", "ladder"),
+        "--with",
+        "my.py",
+    ]
+    from benchmarks.flags import called
+
+    assert called("run ladder") == "python -m benchmarks run ladder"
+    with patch.dict(os.environ, TORCHPAR_COMMAND=found["TORCHPAR_COMMAND"]):
+        assert called("run ladder") == "python -m torchpar ladder"
+
+
+def test_a_right_function_of_the_library_is_no_student():
+    assert student.is_imported("maximum", numpy_mlp.maximum, "/nowhere/my.py")

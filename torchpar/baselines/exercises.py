@@ -1,0 +1,334 @@
+# SPDX-License-Identifier: MIT
+"""Check a student's NumPy network: ``python -m torchpar exercises --with utils.py``.
+
+The functions are those of a course's first assignment. Each is compared with a plain formula, at
+the sizes of a network [784, 30, 10]. Then the network is trained through them on MNIST.
+"""
+
+import argparse
+import importlib.util
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from torchpar.baselines import numpy_mlp
+from torchpar.data.files import read
+from torchpar.errors import ConfigError, TorchparError
+
+Array = numpy_mlp.Array
+Function = Callable[..., Any]
+
+SIZES = (784, 30, 10)
+DATA = Path(__file__).parents[2] / "examples" / "data"
+EPOCHS, BATCH_SIZE, LR = 10, 16, 1.0
+ASKED = 0.95  # of the test images
+# σ has a relative error of a few roundings in whatever form; float32 has 2⁻²⁴.
+TOLERANCE = 16 * 2.0**-24
+
+
+class Wrong(Exception):
+    """A function of the student's is not right; says what, and what was expected."""
+
+
+class Verdict(NamedTuple):
+    """What was found of a function; a remark says what a right one chose."""
+
+    name: str
+    is_right: bool
+    text: str
+
+    def __str__(self) -> str:
+        verdict = "right" if self.is_right else "not right"
+        return f"{self.name} is {verdict}{': ' * bool(self.text)}{self.text}"
+
+
+# The checks: each returns a remark, or raises Wrong.
+
+
+def check_sigmoid(sigmoid: Function) -> str:
+    z = np.array([[-1000.0, -30.0, -1.5, 0.0], [0.25, 2.0, 30.0, 1000.0]])
+    compare("at z", as_array(sigmoid(z.copy())), numpy_mlp.sigmoid(z), TOLERANCE)
+    compare("of a number", as_array(sigmoid(0.5)), numpy_mlp.sigmoid(np.array(0.5)), TOLERANCE)
+    return ""
+
+
+def check_sigmoid_prime(sigmoid_prime: Function) -> str:
+    """The assignment's takes z. One that takes a = σ(z), as `numpy_mlp`'s, is told apart."""
+    z = np.array([[-30.0, -1.5, 0.0], [0.25, 2.0, 30.0]])
+    found = as_array(sigmoid_prime(z.copy()))
+    if found.shape == z.shape and np.allclose(found, z * (1 - z), rtol=1e-6):
+        raise Wrong(
+            "it computes a·(1 − a) of its argument a = σ(z), as torchpar's does; the assignment's "
+            "takes z"
+        )
+    a = numpy_mlp.sigmoid(z)
+    compare("at z", found, numpy_mlp.sigmoid_prime(a), TOLERANCE)
+    return "it takes z"
+
+
+def check_random_weights(random_weights: Function) -> str:
+    """Xavier's rules draw with variances of 1/(3m) to 2/(m + n), or with n in m's place."""
+    weights = check_shapes(random_weights(list(SIZES)), weight_shapes())
+    for i, weight in enumerate(weights):
+        spread, (m, n) = float(weight.std()), weight.shape
+        least, most = 0.5 * (1 / (3 * max(m, n))) ** 0.5, 2 * (1 / min(m, n)) ** 0.5
+        if not least <= spread <= most:
+            raise Wrong(
+                f"the numbers of weights[{i}] have the standard deviation {spread:.3g}, expected "
+                f"{least:.2g} to {most:.2g}, as Xavier's rule draws them"
+            )
+        if abs(float(weight.mean())) > 6 * spread / weight.size**0.5:
+            raise Wrong(f"weights[{i}] have the mean {weight.mean():.3g}, expected 0")
+    return ""
+
+
+def check_zeros_weights(zeros_weights: Function) -> str:
+    check_zeros(check_shapes(zeros_weights(list(SIZES)), weight_shapes()))
+    return ""
+
+
+def check_zeros_biases(zeros_biases: Function) -> str:
+    """The function takes the sizes of the biases, or those of the network, whose first has none."""
+    found = zeros_biases(list(SIZES))
+    is_whole = isinstance(found, list | tuple) and len(found) == len(SIZES)
+    sizes = SIZES if is_whole else SIZES[1:]
+    check_zeros(check_shapes(found, [(size,) for size in sizes]))
+    return "a vector for each size" if is_whole else "no vector for the first size"
+
+
+def check_create_batches(create_batches: Function) -> str:
+    """23 samples in batches of 5: the rest of 3 is a batch, or the last batch takes it."""
+    samples, size = 23, 5
+    data = np.arange(samples * 4.0).reshape(samples, 4)
+    labels = np.arange(samples) * 10
+    try:
+        batches = [(as_array(x), as_array(y)) for x, y in create_batches(data, labels, size)]
+    except (TypeError, ValueError) as e:
+        raise Wrong(f"expected a list of pairs (data, labels): {e}") from None
+    counts = [len(x) for x, _ in batches]
+    if [len(y) for _, y in batches] != counts:
+        raise Wrong("the data and the labels of a batch differ in number")
+    seen = sorted(int(label) // 10 for _, y in batches for label in y.ravel())
+    if seen != list(range(samples)):
+        missing = sorted(set(range(samples)) - set(seen))
+        what = f"samples {missing} are in no batch" if missing else "a sample is in two batches"
+        raise Wrong(f"{what}; the batches have {counts} of {samples} samples")
+    whole, rest = divmod(samples, size)
+    if counts not in ([size] * whole + [rest], [size] * (whole - 1) + [size + rest]):
+        raise Wrong(
+            f"the batches have {counts} samples, expected {size} each, and the remainder last"
+        )
+    for x, y in batches:
+        if not np.array_equal(x, data[y.ravel() // 10]):
+            raise Wrong("a label is not that of its sample")
+    return f"the last of {len(batches)} batches has {counts[-1]} of {samples} samples"
+
+
+def check_add_elementwise(add_elementwise: Function) -> str:
+    first = [np.arange(6.0).reshape(2, 3), np.array([0.5])]
+    second = [np.full((2, 3), 10.0), np.array([-2.0])]
+    found = add_elementwise([t.copy() for t in first], [t.copy() for t in second])
+    arrays = check_shapes(found, [(2, 3), (1,)])
+    for i, (mine, a, b) in enumerate(zip(arrays, first, second, strict=True)):
+        compare(f"of list element {i}", mine, a + b, 0.0)
+    return ""
+
+
+CHECKS: dict[str, Callable[[Function], str]] = {
+    "sigmoid": check_sigmoid,
+    "sigmoid_prime": check_sigmoid_prime,
+    "random_weights": check_random_weights,
+    "zeros_weights": check_zeros_weights,
+    "zeros_biases": check_zeros_biases,
+    "create_batches": check_create_batches,
+    "add_elementwise": check_add_elementwise,
+}
+
+
+def weight_shapes() -> list[tuple[int, ...]]:
+    return list(pairwise(SIZES))
+
+
+def as_array(value: object) -> Array:
+    if value is None:
+        raise Wrong("it returns None, expected an array")
+    return np.asarray(value)
+
+
+def compare(where: str, found: Array, expected: Array, tolerance: float) -> None:
+    """Raise Wrong, with the first wrong number, if ``found`` is not ``expected``."""
+    if found.shape != expected.shape:
+        raise Wrong(f"the result {where} has shape {found.shape}, expected {expected.shape}")
+    if found.dtype.kind not in "biuf":
+        raise Wrong(f"the result {where} has dtype {found.dtype}, expected numbers")
+    # Below 1e-12 a form such as a·(1 − a) has no right digits left.
+    wrong = ~(np.abs(found - expected) <= tolerance * np.abs(expected) + 1e-12 * bool(tolerance))
+    if wrong.any():
+        at = tuple(map(int, np.argwhere(wrong)[0]))
+        place = f"result[{', '.join(map(str, at))}]" if at else "the result"
+        raise Wrong(f"{where}: {place} is {found[at]:.7g}, expected {expected[at]:.7g}")
+
+
+def check_shapes(found: object, shapes: Sequence[tuple[int, ...]]) -> list[Array]:
+    """The arrays of a list of these shapes."""
+    if not isinstance(found, list | tuple):
+        raise Wrong(f"it returns {type(found).__name__}, expected a list of arrays")
+    arrays = [as_array(one) for one in found]
+    if (have := [one.shape for one in arrays]) != list(shapes):
+        raise Wrong(f"the arrays have shapes {have}, expected {list(shapes)}")
+    return arrays
+
+
+def check_zeros(arrays: Sequence[Array]) -> None:
+    for i, one in enumerate(arrays):
+        if one.any():
+            raise Wrong(f"array {i} has numbers that are not 0")
+
+
+# Training
+
+
+def train(
+    functions: dict[str, Function], x: Array, labels: Array, epochs: int
+) -> Iterator[tuple[list[Array], list[Array]]]:
+    """Train a network by the student's functions; yield weights and biases after each epoch.
+
+    Descent of the binary cross-entropy, whose gradient by the last z is a − t. Gradients of a
+    batch's samples are means; `add_elementwise` adds them to zeros, and takes the step.
+    """
+    f = functions
+    weights = [np.array(one, np.float32) for one in f["random_weights"](list(SIZES))]
+    biases = layers_of(f["zeros_biases"](list(SIZES)))
+    for _ in range(epochs):
+        for inputs, targets in f["create_batches"](x, labels, BATCH_SIZE):
+            zs, activations = forward(f["sigmoid"], weights, biases, inputs)
+            delta = activations[-1] - np.eye(SIZES[-1], dtype=np.float32)[targets]
+            d_weights = f["zeros_weights"](list(SIZES))
+            d_biases = layers_of(f["zeros_biases"](list(SIZES)))
+            for i in reversed(range(len(weights))):
+                d_weights[i] = activations[i].T @ delta * np.float32(-LR / len(inputs))
+                d_biases[i] = delta.sum(0) * np.float32(-LR / len(inputs))
+                if i > 0:
+                    delta = delta @ weights[i].T * f["sigmoid_prime"](zs[i - 1])
+            weights = f["add_elementwise"](weights, d_weights)
+            biases = f["add_elementwise"](biases, d_biases)
+        yield weights, biases
+
+
+def layers_of(biases: Sequence[Array]) -> list[Array]:
+    """The biases of the layers; the input, of which some functions make one, has none."""
+    return [np.array(one, np.float32) for one in biases[-(len(SIZES) - 1) :]]
+
+
+def forward(
+    sigmoid: Function, weights: Sequence[Array], biases: Sequence[Array], x: Array
+) -> tuple[list[Array], list[Array]]:
+    """The z of each layer, and the inputs of each layer with the output."""
+    zs: list[Array] = []
+    activations = [x]
+    for weight, bias in zip(weights, biases, strict=True):
+        zs.append(activations[-1] @ weight + bias)
+        activations.append(sigmoid(zs[-1]))
+    return zs, activations
+
+
+def check_training(functions: dict[str, Function], data: Path) -> Verdict:
+    """Train on MNIST until `ASKED` is reached, for at most `EPOCHS`."""
+    training, test = read("mnist", data)
+    x, accuracies = test.inputs(), list[float]()
+    results = train(functions, training.inputs(), training.labels, EPOCHS)
+    for weights, biases in results:
+        output = forward(functions["sigmoid"], weights, biases, x)[1][-1]
+        accuracies.append(float((np.argmax(output, 1) == test.labels).mean()))
+        if accuracies[-1] > ASKED:
+            break
+    text = f"accuracy {accuracies[-1]:.4f} after epoch {len(accuracies)}"
+    return Verdict("the training", accuracies[-1] > ASKED, f"{text}; above {ASKED:.2f} is asked")
+
+
+# The command
+
+
+def load(path: Path) -> ModuleType:
+    """Execute a student's file.
+
+    Raises:
+        ConfigError: it is no file, or a line of it fails.
+    """
+    if not path.is_file():
+        raise ConfigError(f"--with {path} is no file; name a Python file with {', '.join(CHECKS)}")
+    spec = importlib.util.spec_from_file_location(f"with_{path.stem}", path.resolve())
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"--with {path} is no Python file; name one that ends in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.resolve().parent))
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as e:
+        raise ConfigError(f"--with {path} fails: {type(e).__name__}: {e}") from None
+    return module
+
+
+def judge(name: str, check: Callable[[], str]) -> Verdict:
+    """The verdict of a check; an error of the function is one, too."""
+    try:
+        with np.errstate(all="ignore"):
+            return Verdict(name, True, check())
+    except Wrong as e:
+        return Verdict(name, False, str(e))
+    except Exception as e:
+        *_, last = traceback.extract_tb(e.__traceback__)
+        where = f"{Path(last.filename).name}, line {last.lineno}"
+        return Verdict(name, False, f"{where}: {type(e).__name__}: {e}".partition("\n")[0])
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "python -m torchpar exercises",
+        description="Check the functions of a NumPy network of yours, and train through them.",
+    )
+    parser.add_argument(
+        "--with",
+        dest="path",
+        type=Path,
+        required=True,
+        metavar="FILE.py",
+        help=f"a file with any of {', '.join(CHECKS)}",
+    )
+    parser.add_argument(
+        "--data", type=Path, default=DATA, help="the folder that holds MNIST/raw, as torchvision's"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        return check_file(options.path, options.data)
+    except TorchparError as e:
+        print(f"{parser.prog}: error: {e}", file=sys.stderr)
+        return 2
+
+
+def check_file(path: Path, data: Path) -> int:
+    """Check the functions of a file, print a line for each, and train; 1 if one is not right."""
+    module = load(path)
+    functions = {name: getattr(module, name) for name in CHECKS if hasattr(module, name)}
+    if not functions:
+        raise ConfigError(f"--with {path} has none of {', '.join(CHECKS)}; define any of them")
+    verdicts = []
+    for name, function in functions.items():
+        verdicts.append(judge(name, lambda name=name, function=function: CHECKS[name](function)))
+        print(f"{path.name}: {verdicts[-1]}", flush=True)
+    missing = [name for name in CHECKS if name not in functions]
+    wrong = [one.name for one in verdicts if not one.is_right]
+    if missing or wrong:
+        why = f"{', '.join(missing)} missing" if missing else f"{', '.join(wrong)} not right"
+        print(f"The training is left out: {why}.")
+        return int(bool(wrong))
+    with np.errstate(all="ignore"):
+        trained = check_training(functions, data)
+    print(trained)
+    return 0 if trained.is_right else 1
