@@ -43,7 +43,11 @@ MISTAKES = [
     ("return 1 / (1 + np.exp(-z))", "pass", "sigmoid is not right: it returns None"),
     ("return sigmoid(z) * (1 - sigmoid(z))", "return z * (1 - z)", "its argument a = σ(z)"),
     ("return sigmoid(z) * (1 - sigmoid(z))", "return sigmoid(z)", "sigmoid_prime is not right: at"),
-    ("rng.uniform(-1, 1, (m, n)) / m**0.5", "rng.normal(size=(m, n))", "expected 0.01 to 0.37, as Xavier's"),
+    (
+        "rng.uniform(-1, 1, (m, n)) / m**0.5",
+        "rng.normal(size=(m, n))",
+        "expected 0.01 to 0.37, as Xavier's",
+    ),
     ("rng.uniform(-1, 1,", "rng.uniform(0, 2,", "weights[0] have the mean 0.035"),
     (
         "[np.zeros((m, n)) for",

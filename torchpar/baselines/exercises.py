@@ -10,6 +10,7 @@ import importlib.util
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -320,7 +321,7 @@ def check_file(path: Path, data: Path) -> int:
         raise ConfigError(f"--with {path} has none of {', '.join(CHECKS)}; define any of them")
     verdicts = []
     for name, function in functions.items():
-        verdicts.append(judge(name, lambda name=name, function=function: CHECKS[name](function)))
+        verdicts.append(judge(name, partial(CHECKS[name], function)))
         print(f"{path.name}: {verdicts[-1]}", flush=True)
     missing = [name for name in CHECKS if name not in functions]
     wrong = [one.name for one in verdicts if not one.is_right]
