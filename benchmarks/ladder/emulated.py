@@ -183,11 +183,11 @@ def simulated(launched: list[object]) -> Iterator[None]:
         if waits(self._f, kernel.FakeCUDAKernel):
             in_threads(self, grid_point, *args)
             return
-        one = SimpleNamespace(blockIdx=kernel.Dim3(*grid_point))
+        one = SimpleNamespace(blockIdx=kernelapi.Dim3(*grid_point))
         standing_in = SimpleNamespace(current_thread=lambda: one)
         with patch.object(kernelapi, "threading", standing_in):
             for at in np.ndindex(*self._block_dim):
-                one.threadIdx = kernel.Dim3(*at)
+                one.threadIdx = kernelapi.Dim3(*at)
                 try:
                     self._f(*args)
                 except Exception as e:
@@ -201,7 +201,7 @@ def simulated(launched: list[object]) -> Iterator[None]:
         yield
 
 
-def waits(function: Callable[..., object], kernels: type) -> bool:
+def waits(function: Callable[..., object], kernels: Any) -> bool:
     """Whether threads of a kernel need others of its block, by the names that it mentions."""
     names = function.__code__.co_names
     needing = ("sync", "shfl", "vote", "shared", "grid_group", "cg", "laneid", "warp")

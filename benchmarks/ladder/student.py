@@ -25,7 +25,6 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.ladder.cases import WARM_SECONDS, LadderCase, make_case
@@ -343,7 +342,7 @@ class Entry:
         microseconds = [
             one.time_range.elapsed_us()
             for one in record.events() or []
-            if one.device_type == DeviceType.CUDA and not one.name.startswith(COPIES)
+            if str(one.device_type) == "DeviceType.CUDA" and not one.name.startswith(COPIES)
         ]
         if not microseconds:
             raise Rejected("no kernel ran on the GPU")
@@ -441,7 +440,8 @@ def limit_threads(count: int) -> None:
     if "numba" in sys.modules:
         import numba
 
-        numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
+        config: Any = numba.config  # whose names are those of the environment
+        numba.set_num_threads(min(count, config.NUMBA_NUM_THREADS))
 
 
 def enter(path: Path, name: str, function: Callable[..., object], case: LadderCase) -> Entry:
