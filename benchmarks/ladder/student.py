@@ -110,7 +110,7 @@ def loaded(file: str) -> ModuleType | None:
 def execute(file: str) -> tuple[ModuleType, str]:
     """Execute a file as a module, and return the error that ended it, or "".
 
-    Others import it by its name, where no library has that name, and it is not executed again.
+    Others import it by its name, and it is not executed again.
     """
     stem = Path(file).stem
     name = stem if stem not in sys.modules and is_free(stem, file) else f"with_{stem}"
@@ -168,9 +168,23 @@ def source_of(known: str, function: Callable[..., object], path: Path) -> Path:
 
 @contextmanager
 def modules_beside(file: str) -> Iterator[None]:
-    """Let the block import modules from the file's folder, as ``python my.py`` does."""
-    with patch.object(sys, "path", [str(Path(file).parent), *sys.path]):
-        yield
+    """Let the block import modules from the file's folder, as ``python my.py`` does.
+
+    Those that were executed here under other names have their own in the block.
+    """
+    own = {
+        name.removeprefix("with_"): module
+        for name, module in list(sys.modules.items())
+        if name.startswith("with_") and is_beside(file_of_module(module), file)
+    }
+    own = {name: module for name, module in own.items() if name not in sys.modules}
+    sys.modules.update(own)
+    try:
+        with patch.object(sys, "path", [str(Path(file).parent), *sys.path]):
+            yield
+    finally:
+        for name in own:
+            sys.modules.pop(name, None)
 
 
 def describe(error: BaseException, file: str, function: Callable[..., object] | None = None) -> str:

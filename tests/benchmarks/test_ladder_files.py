@@ -62,6 +62,17 @@ def test_two_files_work_together_and_one_that_imports_is_followed(tmp_path):
     assert (tmp_path / "first_of_two.py.log").read_text() == "run "
 
 
+def test_a_file_with_the_name_of_a_library_is_executed_once(tmp_path):
+    (tmp_path / "wave.py").write_text(FIRST)  # of the standard library
+    (tmp_path / "second_of_two.py").write_text(SECOND.replace("first_of_two", "wave"))
+    before = sys.modules.get("wave")
+    with patch.dict(os.environ):
+        files, _ = rungs.load_files([tmp_path / "wave.py", tmp_path / "second_of_two.py"])
+    assert [len(one.functions) for _, one in files] == [1, 1]
+    assert (tmp_path / "wave.py.log").read_text() == "run "
+    assert sys.modules.get("wave") is before
+
+
 def test_a_file_alone_has_the_functions_that_it_imports_from_one_beside_it(tmp_path, capsys):
     (tmp_path / "first_of_two.py").write_text(FIRST)
     (tmp_path / "second_of_two.py").write_text(SECOND)
