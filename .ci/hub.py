@@ -130,7 +130,7 @@ def summaries(files: dict[str, str]) -> dict[str, str]:
     """The first lines of the operators' docstrings, by name."""
     found = {}
     for node in ast.walk(ast.parse(files["ops/__init__.py"])):
-        if isinstance(node, ast.ImportFrom):
+        if isinstance(node, ast.ImportFrom) and node.level:
             names = {alias.name for alias in node.names}
             for one in ast.parse(files[f"{str(node.module).replace('.', '/')}.py"]).body:
                 if isinstance(one, ast.FunctionDef) and one.name in names:

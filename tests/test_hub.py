@@ -41,6 +41,15 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_the_card_has_the_first_line_of_each_operator(package: Path) -> None:
+    from torchpar import ops  # not where this file is a script
+
+    card = (package / "README.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| (.+) \|$", card, re.MULTILINE)
+    functions = {name: getattr(ops, name) for name in ops.__all__ if name != "fp32_products"}
+    assert dict(rows) == {name: one.__doc__.partition("\n")[0] for name, one in functions.items()}
+
+
 @pytest.mark.slow
 def test_the_package_loads_and_its_operators_give_the_values(package: Path) -> None:
     path = [
