@@ -57,6 +57,7 @@ MOVED = {
     "torchpar.processes": "torchpar.parallel.launch.processes",
     "torchpar.profile": "torchpar.training.profile",
     "torchpar.rank_info": "torchpar.parallel.launch.rank_info",
+    "torchpar.tables": "torchpar.errors",
     "torchpar.verify": "torchpar.exact.verify",
 }
 
