@@ -39,7 +39,7 @@ def _fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch._dynamo.reset()
 
 
-# Inductor compiles C++ for ten seconds. By default tests/testing/test_check_operator.py compiles an
+# Inductor compiles C++ for ten seconds. By default tests/testing/operators/test_check_operator.py compiles an
 # operator by it.
 BACKENDS = [
     pytest.param("aot_eager", "matmul_t", marks=pytest.mark.slow),
