@@ -39,8 +39,8 @@ def _fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch._dynamo.reset()
 
 
-# Inductor compiles C++ for ten seconds. By default tests/testing/operators/test_check_operator.py compiles an
-# operator by it.
+# Inductor compiles C++ for ten seconds. By default only
+# tests/testing/operators/test_check_operator.py compiles an operator by it.
 BACKENDS = [
     pytest.param("aot_eager", "matmul_t", marks=pytest.mark.slow),
     ("aot_eager", "linear_sigmoid"),
