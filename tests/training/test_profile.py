@@ -239,6 +239,25 @@ def test_a_recorder_follows_the_batches_of_torchpar(monkeypatch):
     ] * 3
 
 
+def test_a_recorder_does_not_count_the_batches_of_an_evaluation():
+    samples = Samples(torch.ones(20, 3), torch.zeros(20, dtype=torch.int64), ("a",))
+    model = torch.nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Recorder(model, optimizer) as recorder:
+        for epoch in (1, 2):
+            with torch.no_grad():
+                for x, _, _ in batches(samples, 10, seed=0, epoch=epoch):
+                    model(x)
+            for x, _, _ in batches(samples, 4, seed=0, epoch=epoch):
+                model(x).sum().backward()
+                optimizer.step()
+    found = recorder.record()
+    assert [[span.name for span in step.spans] for step in found.steps] == [
+        ["data", "forward", "backward", "optimizer"]
+    ] * 8  # without two that warm up
+    assert found.memory["gradients"] == 16  # of the first step that has any: 4 numbers of 4 bytes
+
+
 def test_a_loop_that_is_left_early_counts_its_last_step():
     model = torch.nn.Linear(2, 2)
     with Recorder(model, torch.optim.SGD(model.parameters(), 0.1)) as recorder:

@@ -31,8 +31,9 @@ class Recorder:
                 optimizer.step()
         records = recorder.gather()  # of all ranks
 
-    A step lasts from the making of its batch until the optimizer has stepped. A loop over other
-    batches takes them from `steps`.
+    A step lasts from the making of its batch until the optimizer has stepped. Batches that are
+    made under `torch.no_grad`, as in an evaluation, begin none. A loop over other batches takes
+    them from `steps`.
 
     Memory is measured in the first step: this takes time, and the first steps' times do not count.
     See `Phases`, `Collectives` and `Memory` for what is measured, and what measuring changes.
@@ -63,7 +64,7 @@ class Recorder:
 
     def __enter__(self) -> Self:
         self._phases.__enter__()
-        samples.watch = self._begin_step
+        samples.watch = self._follow
         self._hook = self._optimizer.register_step_post_hook(lambda *_: self._end_step())
         return self
 
@@ -85,6 +86,11 @@ class Recorder:
                 return
             self._begin_step(began)
             yield batch
+
+    def _follow(self, began: float) -> None:
+        """Begin a step, unless the batch is of an evaluation."""
+        if torch.is_grad_enabled():
+            self._begin_step(began)
 
     def _begin_step(self, began: float) -> None:
         self._end_step()
