@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Private names of PyTorch that operators need; tests/library/test_library.py guards each."""
 
-from torch import _disable_dynamo as disable_dynamo  # type: ignore[attr-defined]
 from torch._C import (
     _after_ADInplaceOrView_keyset as after_ADInplaceOrView_keyset,
 )
@@ -54,7 +53,6 @@ __all__ = [
     "compute_elementwise_output_strides",
     "custom_function_call_vmap_helper",
     "custom_ops",
-    "disable_dynamo",
     "dispatch_modes",
     "enable_single_level_autograd_function",
     "get_fp32_precision",

@@ -18,7 +18,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from torchpar.errors import ConfigError
-from torchpar.library.private import disable_dynamo
 from torchpar.library.sharding import is_dtensor
 from torchpar.optim.assign import Choice, ModelOptimizer, chain
 from torchpar.optim.chained import Group
@@ -190,7 +189,7 @@ class Muon(Optimizer):
         `Optimizer` wraps each ``step`` by this method. A step consists of launches and messages,
         which a compiler would only break into many graphs.
         """
-        return disable_dynamo(Optimizer.profile_hook_step(func))
+        return torch.compiler.disable(Optimizer.profile_hook_step(func))
 
     def __getstate__(self) -> dict[str, object]:
         for info in self._param_infos():
