@@ -23,14 +23,11 @@ from torchpar.library.private import (
     after_ADInplaceOrView_keyset,
     any_output_is_alias_to_input_or_output,
     check_aliasing_constraint,
-    custom_function_call_vmap_helper,
-    custom_ops,
     enable_single_level_autograd_function,
     get_inner_triton_kernels,
     implementations,
     num_dispatch_modes,
     peek_interpreter_stack,
-    retrieve_current_functorch_interpreter,
     set_wrap_triton_enabled,
     triton_ops_to_kernels,
 )
@@ -264,11 +261,14 @@ def _schema(name: str, fn: Function, mutates_args: str | Iterable[str], schema: 
     return schema
 
 
-class CustomOpDef(custom_ops.CustomOpDef):
+class CustomOpDef(torch.library.CustomOpDef):
     """An operator, ``torch.ops.<namespace>.<name>``, and its rules.
 
     `custom_op` and `triton_op` make it. Because of its base class, `opcheck` and the functions of
-    `torch.library` accept it. Each method of the base class is replaced.
+    `torch.library` accept it. The base class's
+    constructor names the operator and keeps it; `_register_to_dispatcher`, which it calls, defines
+    the operator. `register_torch_dispatch` is the base class's, and `register_vmap` calls the base
+    class's. All other methods are replaced.
     """
 
     def __init__(
@@ -300,14 +300,9 @@ class CustomOpDef(custom_ops.CustomOpDef):
         self._needs_device = not any("Tensor" in str(one.type) for one in arguments)
         self._has_device = any(one.name == "device" for one in arguments)
         self._check_device(name, device_types)
-        self._namespace, self._name = namespace, local_name
         self.__name__, self.__doc__ = base, function.__doc__
-        # A notebook may define the operator again.
-        self._lib = custom_ops.get_library_allowing_overwrite(namespace, local_name)
-        self._lib.define(local_name + schema, tags={torch.Tag.pt2_compliant_tag, *tags})
-        self._opoverload = getattr(
-            getattr(getattr(torch.ops, namespace), base), overload or "default"
-        )
+        # A notebook may define the operator again: then PyTorch ends the operator before.
+        super().__init__(namespace, local_name, schema, function, tags)
         self._positional = [one for one in arguments if not one.kwarg_only]
         self._defaults = tuple(one.default_value for one in self._positional)
         self._keywords = [one for one in arguments if one.kwarg_only]
@@ -330,10 +325,6 @@ class CustomOpDef(custom_ops.CustomOpDef):
         self._kernels: dict[str | None, Function] = {}  # by device; None for other devices
         self._trusted: Function | None = None  # the kernel for other devices, if it is trusted
         self._other_kernels = {f"{namespace}/{local_name}/{key}" for key in _KEYS_OF_OTHERS}
-        self._dispatch_rules: dict[type, Function] = {}  # by tensor subclass or mode
-        # PyTorch's tools look for the fake by this name.
-        self._abstract_fn: Function | None = None
-        self._vmap: Function | None = None
         self._backward: Callable[..., Gradient | tuple[Gradient, ...]] | None = None
         self._setup_context: Callable[..., None] | None = None
         self._jvp: Function | None = None
@@ -345,7 +336,13 @@ class CustomOpDef(custom_ops.CustomOpDef):
             self._lib.impl(local_name, self._raise_versions, "ADInplaceOrView", with_keyset=True)
         if self._mutated and not parsed.returns:
             self.register_fake(lambda *args, **kwargs: None)
-        custom_ops.OPDEFS[self._qualname] = self  # where torch.library's functions look names up
+
+    def _register_to_dispatcher(self, tags: Sequence[torch.Tag]) -> None:
+        """Define the operator alone: called by PyTorch's constructor, whose rules are not ours."""
+        self._lib.define(self._name + self._schema, tags={torch.Tag.pt2_compliant_tag, *tags})
+        base, _, overload = self._name.partition(".")
+        packet = getattr(getattr(torch.ops, self._namespace), base)
+        self._opoverload: OpOverload[..., Any] = getattr(packet, overload or "default")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         register_sharding_rules()  # in inference mode the Autograd key is passed over
@@ -487,40 +484,16 @@ class CustomOpDef(custom_ops.CustomOpDef):
         if func is None:
             return self.register_vmap
 
-        if self._vmap is None:
-            self._lib.impl(self._name, self._run_vmap, "FuncTorchBatched", with_keyset=True)
-        self._vmap = func
-        return func
-
-    def _run_vmap(
-        self, _keyset: torch._C.DispatchKeySet, /, *args: object, **kwargs: object
-    ) -> object:
         def with_defaults(
             info: VmapInfo, in_dims: tuple[object, ...], *args: object, **kwargs: object
         ) -> object:
-            assert self._vmap is not None
             rest = self._defaults[len(args) :]
-            return self._vmap(
+            return func(
                 info, in_dims + (None,) * len(rest), *args, *rest, **self._keyword_only(kwargs)
             )
 
-        interpreter: Any = retrieve_current_functorch_interpreter()
-        return custom_function_call_vmap_helper(
-            interpreter, with_defaults, self._opoverload, *args, **kwargs
-        )
-
-    def register_torch_dispatch(self, cls: type, fn: Function | None = None) -> Callable[..., Any]:
-        """Register a function to call in place of the kernel, for a subclass or in a mode."""
-        if fn is None:
-            return partial(self.register_torch_dispatch, cls)
-        if cls not in self._dispatch_rules:
-            rule = partial(self._run_dispatch_rule, cls)
-            self._lib._register_torch_dispatch_rule(self._name, cls, rule)
-        self._dispatch_rules[cls] = fn
-        return fn
-
-    def _run_dispatch_rule(self, cls: type, /, *args: object, **kwargs: object) -> object:
-        return self._dispatch_rules[cls](*args, **kwargs)
+        super().register_vmap(with_defaults)
+        return func
 
     def register_autograd(
         self,

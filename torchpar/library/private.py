@@ -17,10 +17,7 @@ from torch._C import (
     _len_torch_dispatch_stack as num_dispatch_modes,
 )
 from torch._C._functorch import is_legacy_batchedtensor, peek_interpreter_stack
-from torch._functorch.autograd_function import custom_function_call_vmap_helper
-from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch._functorch.utils import enable_single_level_autograd_function
-from torch._library import custom_ops
 from torch._library.triton import (
     get_inner_triton_kernels,
     set_wrap_triton_enabled,
@@ -51,8 +48,6 @@ __all__ = [
     "check_aliasing_constraint",
     "compiled_autograd_key",
     "compute_elementwise_output_strides",
-    "custom_function_call_vmap_helper",
-    "custom_ops",
     "dispatch_modes",
     "enable_single_level_autograd_function",
     "get_fp32_precision",
@@ -61,7 +56,6 @@ __all__ = [
     "is_legacy_batchedtensor",
     "num_dispatch_modes",
     "peek_interpreter_stack",
-    "retrieve_current_functorch_interpreter",
     "set_fwd_grad_enabled",
     "set_wrap_triton_enabled",
     "triton_ops_to_kernels",
