@@ -18,11 +18,9 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from torchpar.library.derivatives import Call, Differentiable, flattened
 from torchpar.library.private import (
     AutoDispatchBelowAutograd,
-    FakeTensor,
     FunctionalTensorMode,
     after_ADInplaceOrView_keyset,
     any_output_is_alias_to_input_or_output,
-    check_aliasing_constraint,
     enable_single_level_autograd_function,
     get_inner_triton_kernels,
     implementations,
@@ -409,7 +407,7 @@ class CustomOpDef(torch.library.CustomOpDef):
             result = kernel(*args, **kwargs)
         except Exception as e:
             tensors = [t for t in tree_flatten(args)[0] if isinstance(t, Tensor)]
-            if any(isinstance(t, FakeTensor) or t.is_meta for t in tensors):
+            if any(t.is_meta for t in tensors):  # a kernel also sees fake tensors as such
                 e.add_note(f"{self._qualname} has no fake; register one by register_fake")
             raise
         finally:
@@ -419,8 +417,9 @@ class CustomOpDef(torch.library.CustomOpDef):
             return self._checked(result)
         results = result if isinstance(result, tuple) else (result,)
         if any_output_is_alias_to_input_or_output(args, kwargs, results):
-            check_aliasing_constraint(
-                self._qualname, args, kwargs, result, partial(getmodule, kernel)
+            raise RuntimeError(
+                f"{self._qualname} (implemented in {getmodule(kernel)}): a result may not alias any "
+                "inputs or another result; return a clone"
             )
         return self._checked(result)
 

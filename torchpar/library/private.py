@@ -23,9 +23,7 @@ from torch._library.triton import (
     set_wrap_triton_enabled,
     triton_ops_to_kernels,
 )
-from torch._library.utils import _c_check_aliasing_constraint as check_aliasing_constraint
 from torch._prims_common import compute_elementwise_output_strides
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.autograd import Function
 from torch.autograd.forward_ad import _set_fwd_grad_enabled as set_fwd_grad_enabled
@@ -39,13 +37,10 @@ compiled_autograd_key = Function._compiled_autograd_key
 
 __all__ = [
     "AutoDispatchBelowAutograd",
-    "FakeTensor",
-    "FakeTensorMode",
     "FunctionalTensorMode",
     "SingleLevelFunction",
     "after_ADInplaceOrView_keyset",
     "any_output_is_alias_to_input_or_output",
-    "check_aliasing_constraint",
     "compiled_autograd_key",
     "compute_elementwise_output_strides",
     "dispatch_modes",

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchpar.kernels import Wrap
 from torchpar.library import CustomOpDef, triton_op
 from torchpar.library.definition import Function
-from torchpar.library.private import FakeTensorMode, dispatch_modes, num_dispatch_modes
+from torchpar.library.private import dispatch_modes, num_dispatch_modes
 from torchpar.library.rules import Context
 
 NAMESPACE = "torchpar"
@@ -118,4 +118,5 @@ def supports_tma(wrap: Wrap) -> bool:
     from torch._inductor import config
     from torch._inductor.virtualized import V
 
-    return isinstance(V.fake_mode, FakeTensorMode) and not (config.fx_wrapper or config.cpp_wrapper)
+    is_inductor = hasattr(V.fake_mode, "from_tensor")  # else no mode stands there
+    return is_inductor and not (config.fx_wrapper or config.cpp_wrapper)
