@@ -16,14 +16,13 @@ from torch._C import (
 from torch._C import (
     _len_torch_dispatch_stack as num_dispatch_modes,
 )
-from torch._C._functorch import is_legacy_batchedtensor, peek_interpreter_stack
+from torch._C._functorch import peek_interpreter_stack
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch._library.triton import (
     get_inner_triton_kernels,
     set_wrap_triton_enabled,
     triton_ops_to_kernels,
 )
-from torch._prims_common import compute_elementwise_output_strides
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.autograd import Function
 from torch.autograd.forward_ad import _set_fwd_grad_enabled as set_fwd_grad_enabled
@@ -42,13 +41,11 @@ __all__ = [
     "after_ADInplaceOrView_keyset",
     "any_output_is_alias_to_input_or_output",
     "compiled_autograd_key",
-    "compute_elementwise_output_strides",
     "dispatch_modes",
     "enable_single_level_autograd_function",
     "get_fp32_precision",
     "get_inner_triton_kernels",
     "implementations",
-    "is_legacy_batchedtensor",
     "num_dispatch_modes",
     "peek_interpreter_stack",
     "set_fwd_grad_enabled",

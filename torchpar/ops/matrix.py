@@ -9,7 +9,6 @@ from torch import Tensor
 
 from torchpar.library.private import (
     get_fp32_precision,
-    is_legacy_batchedtensor,
     num_dispatch_modes,
 )
 from torchpar.library.sharding import is_dtensor
@@ -150,15 +149,22 @@ def of_rows_alone(compute: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Ten
     """
     if not is_tiled(a) or not missing(a.shape[-1]):
         return compute(a, b)
-    # Batched gradients have no numbers to be read.
-    is_batched = is_legacy_batchedtensor(a) or is_legacy_batchedtensor(b)
-    if is_plain(a, b) and not is_batched and not num_dispatch_modes():
+    if is_plain(a, b) and _has_numbers(a) and _has_numbers(b) and not num_dispatch_modes():
         size = a.numel() // a.shape[-1] * b.shape[-2]
         if size <= 2 * (a.numel() + b.numel()):
             result = compute(a, b)
             if not math.isnan(result.sum().item()):
                 return result
     return compute(*pad_to_tiles(a, b))
+
+
+def _has_numbers(t: Tensor) -> bool:
+    """Whether ``t`` has memory; a batch of gradients, by ``is_grads_batched``, has none."""
+    try:
+        t.data_ptr()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _may_be_differentiated(*tensors: Tensor | None) -> bool:
