@@ -32,6 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import torchpar
 from benchmarks.records import OPERATORS, kernel_names
 from torchpar.library import CustomOpDef
+from torchpar.library.definition import _BELOW_ADINPLACEORVIEW, _key_of
 from torchpar.library.private import (
     SingleLevelFunction,
     dispatch_modes,
@@ -488,6 +489,15 @@ def test_compiled_autograd_tells_functions_apart_by_a_key_that_single_level_func
         op.register_autograd(lambda ctx, g: 2 * g)
     keys = [op(x).grad_fn._compiled_autograd_key() for op in (*ops, ops[0])]
     assert keys[0] == keys[2] != keys[1]
+
+
+def test_the_keys_below_adinplaceorview_are_pytorchs() -> None:
+    assert _BELOW_ADINPLACEORVIEW.raw_repr() == torch._C._after_ADInplaceOrView_keyset.raw_repr()
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda", "meta", "mps", "xpu", "hpu"])
+def test_the_key_of_a_device_is_pytorchs(kind: str) -> None:
+    assert _key_of(kind) == torch._C._dispatch_key_for_device(kind)
 
 
 def test_num_dispatch_modes_counts_the_active_modes() -> None:

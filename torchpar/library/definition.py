@@ -13,13 +13,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
-from torch.utils._pytree import tree_flatten, tree_map_only
 
 from torchpar.library.derivatives import Call, Differentiable, flattened
 from torchpar.library.private import (
     AutoDispatchBelowAutograd,
     FunctionalTensorMode,
-    after_ADInplaceOrView_keyset,
     any_output_is_alias_to_input_or_output,
     enable_single_level_autograd_function,
     get_inner_triton_kernels,
@@ -31,7 +29,7 @@ from torchpar.library.private import (
 )
 from torchpar.library.rules import Gradient, VmapInfo
 from torchpar.library.sharding import is_dtensor, register_sharding_rules, sharding_rules
-from torchpar.library.transforms import is_transformed
+from torchpar.library.transforms import is_transformed, tensors_of
 
 if TYPE_CHECKING:
     from torch._ops import OpOverload
@@ -43,14 +41,12 @@ _F = TypeVar("_F", bound=Function)
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
 _profiler_enabled = torch._C._autograd._profiler_enabled
-# Without CUDA there is no such function, and no tensor on a GPU.
-_current_gpu = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 _SIMPLE = frozenset((type(None), bool, int, float))  # arguments that are no tensors
 _dispatch_keys = torch._C._dispatch_keys
 
 
 def _bit(key: str) -> int:
-    return int(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)).raw_repr())
+    return int(torch.DispatchKeySet(getattr(torch.DispatchKey, key)).raw_repr())
 
 
 # For which others may register a kernel of an operator, between autograd and the trusted one.
@@ -58,6 +54,17 @@ _KEYS_OF_OTHERS = "CPU", "CUDA", "ADInplaceOrView", "BackendSelect"
 _DENSE_KEYS = "CPU CUDA ADInplaceOrView AutogradCPU AutogradCUDA AutocastCPU AutocastCUDA"
 # All dispatch keys, as bits, except those of a dense tensor on a CPU or an NVIDIA GPU.
 _OTHER_KEYS = ~reduce(or_, map(_bit, _DENSE_KEYS.split()))
+# The dispatcher takes the highest bit first. PythonDispatcher passes each call on to the next key.
+_BELOW_ADINPLACEORVIEW = torch.DispatchKeySet.from_raw_repr(
+    (_bit("ADInplaceOrView") - 1) | _bit("PythonDispatcher")
+)
+
+
+def _key_of(device: str) -> str:
+    """The dispatch key of a type of device."""
+    torch.device(device)  # raises for what is no type of device
+    names = {name.lower(): name for name in torch.DispatchKey.__members__}
+    return names.get(device, "PrivateUse1")  # which a library has given its own name
 
 
 @overload
@@ -215,7 +222,7 @@ def triton_op(
             from torch.export._trace import custom_triton_ops_decomposition_disabled
             from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-            tensors = [arg for arg in tree_flatten(args)[0] if isinstance(arg, Tensor)]
+            tensors = list(tensors_of(args))
             if (
                 any(map(is_dtensor, tensors))
                 or free_unbacked_symbols(tensors)
@@ -247,7 +254,7 @@ def _schema(name: str, fn: Function, mutates_args: str | Iterable[str], schema: 
     """The schema that is given, or the annotations' schema; it must agree with ``mutates_args``."""
     if schema is None:
         return torch.library.infer_schema(fn, mutates_args=mutates_args)
-    arguments = torch._C.parse_schema("f" + schema).arguments
+    arguments = torch.parse_schema("f" + schema).arguments
     mutated = {one.name for one in arguments if one.alias_info and one.alias_info.is_write}
     if mutates_args == "unknown":  # infer_schema then takes all tensors as written
         expected = {one.name for one in arguments if "Tensor" in str(one.type)}
@@ -289,7 +296,7 @@ class CustomOpDef(torch.library.CustomOpDef):
             )
         tags = [tags] if isinstance(tags, torch.Tag) else tags or ()
         # Before an earlier operator is replaced.
-        parsed = torch._C.parse_schema(local_name + schema)
+        parsed = torch.parse_schema(local_name + schema)
         arguments = parsed.arguments
         _refuse(name, parsed, tags)
         writes = [bool(one.alias_info and one.alias_info.is_write) for one in arguments]
@@ -365,11 +372,7 @@ class CustomOpDef(torch.library.CustomOpDef):
             self._lib.impl(self._name, self._select_device, "BackendSelect")
         for device in devices:
             if device not in self._kernels:
-                key = (
-                    torch._C._dispatch_key_for_device(device)
-                    if device
-                    else "CompositeExplicitAutograd"
-                )
+                key = _key_of(device) if device else "CompositeExplicitAutograd"
                 self._lib.impl(self._name, partial(self._run, device), key)
             self._kernels[device] = fn
             if device is None:
@@ -386,17 +389,15 @@ class CustomOpDef(torch.library.CustomOpDef):
     def _select_device(self, *args: object, **kwargs: object) -> object:
         """Call the kernel of a function without tensors, for the device among its arguments."""
         # The defaults are for the choice only: the call passes on the arguments that were given.
-        given = {one.name: one.default_value for one in self._opoverload._schema.arguments}
+        given = {one.name: one.default_value for one in self._positional + self._keywords}
         given |= dict(zip(given, args, strict=False)) | kwargs
         device = torch.device(given["device"] or "cpu").type
         chosen = device if device in self._kernels else None
         if chosen not in self._kernels:
             has = f"{self._qualname} does not have a kernel registered for {device}"
             raise RuntimeError(f"{has}; register one by register_kernel")
-        key = torch._C._dispatch_key_for_device(device)
-        return self._opoverload.redispatch(
-            torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)), *args, **kwargs
-        )
+        keyset = torch.DispatchKeySet(getattr(torch.DispatchKey, _key_of(device)))
+        return self._opoverload.redispatch(keyset, *args, **kwargs)
 
     def _run(self, device: str | None, /, *args: object, **kwargs: object) -> object:
         kernel = self._kernels[device]
@@ -406,8 +407,7 @@ class CustomOpDef(torch.library.CustomOpDef):
         try:
             result = kernel(*args, **kwargs)
         except Exception as e:
-            tensors = [t for t in tree_flatten(args)[0] if isinstance(t, Tensor)]
-            if any(t.is_meta for t in tensors):  # a kernel also sees fake tensors as such
+            if any(t.is_meta for t in tensors_of(args)):  # a kernel also sees fake tensors as such
                 e.add_note(f"{self._qualname} has no fake; register one by register_fake")
             raise
         finally:
@@ -563,18 +563,23 @@ class CustomOpDef(torch.library.CustomOpDef):
             )
         for device in ("cpu", "cuda") if device_type is None else (device_type,):
             rule = partial(self._autocast, device, cast_inputs, cast)
-            self._lib.impl(self._name, rule, f"Autocast{torch._C._dispatch_key_for_device(device)}")
+            self._lib.impl(self._name, rule, f"Autocast{_key_of(device)}")
 
     def _autocast(
         self, device: str, dtype: torch.dtype | None, cast: bool, /, *args: object, **kwargs: object
     ) -> object:
         chosen = dtype or torch.get_autocast_dtype(device)
 
-        def converted(t: Tensor) -> Tensor:
-            return t.to(chosen) if t.is_floating_point() and t.dtype != torch.float64 else t
+        def converted(value: object) -> object:
+            if isinstance(value, list | tuple):
+                return [converted(one) for one in value]
+            if not isinstance(value, Tensor):
+                return value
+            is_cast = value.is_floating_point() and value.dtype != torch.float64
+            return value.to(chosen) if is_cast else value
 
-        if cast:
-            args, kwargs = tree_map_only(Tensor, converted, (args, kwargs))
+        if cast:  # no keyword-only argument is a tensor
+            args = tuple([converted(one) for one in args])
         with torch.autocast(device, enabled=False):
             return self._opoverload(*args, **kwargs)
 
@@ -589,8 +594,7 @@ class CustomOpDef(torch.library.CustomOpDef):
         Raises:
             ValueError: the operator has no result (pytorch#167219).
         """
-        schema = self._opoverload._schema
-        if not schema.returns:
+        if not self._returns:
             raise ValueError(
                 f"{self._qualname}: DTensor shards results, and there is none; return a tensor"
             )
@@ -598,10 +602,9 @@ class CustomOpDef(torch.library.CustomOpDef):
         def with_defaults(*args: object, **kwargs: object) -> object:
             found: Any = rule(*args, *self._defaults[len(args) :], **self._keyword_only(kwargs))
             # A tensor comes as a spec. In a list that also holds None, it comes as a strategy.
-            is_tensor = [
-                hasattr(t, "placements") or hasattr(t, "strategies") for t in tree_flatten(args)[0]
-            ]
-            sizes = [len(schema.returns), sum(is_tensor)]
+            leaves = flattened(args, self._are_lists)[0]
+            is_tensor = [hasattr(t, "placements") or hasattr(t, "strategies") for t in leaves]
+            sizes = [len(self._returns), sum(is_tensor)]
             for pair in found if isinstance(found, list | tuple) else [found]:
                 lists = isinstance(pair, list | tuple) and [
                     isinstance(one, list | tuple) for one in pair
@@ -630,8 +633,8 @@ class CustomOpDef(torch.library.CustomOpDef):
             return self._call_directly(args, kwargs)
         register_sharding_rules()
         if self._mutated:
-            self._check_write(args, kwargs)
-            if not self._opoverload._schema.returns:
+            self._check_write(args)
+            if not self._returns:
                 return self._below(*args, **kwargs)
         transformed = is_transformed(args) and not self._mutated
         if self._formula and (
@@ -674,13 +677,16 @@ class CustomOpDef(torch.library.CustomOpDef):
         such as those of sparse, nested, functional or negated tensors. No mode, subclass,
         transform or other kernel of this operator may be there.
         """
+        gpu = None
         for t in args:
             kind = type(t)
             if kind is Tensor or kind is Parameter:
                 if _dispatch_keys(t).raw_repr() & _OTHER_KEYS:
                     return False
-                if t.is_cuda and t.get_device() != _current_gpu():
-                    return False
+                if t.is_cuda:
+                    gpu = torch.cuda.current_device() if gpu is None else gpu
+                    if t.get_device() != gpu:
+                        return False
             elif kind not in _SIMPLE:
                 return False
         return not (
@@ -690,9 +696,9 @@ class CustomOpDef(torch.library.CustomOpDef):
             or not self._other_kernels.isdisjoint(implementations)
         )
 
-    def _check_write(self, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+    def _check_write(self, args: tuple[object, ...]) -> None:
         """Refuse a call that would write to a tensor and leave its derivative as it was."""
-        if is_transformed((args, kwargs)):
+        if is_transformed(args):
             raise RuntimeError(
                 f"{self._qualname} writes to an argument, which torch.func and forward mode cannot "
                 "differentiate; call it outside of them"
@@ -707,17 +713,17 @@ class CustomOpDef(torch.library.CustomOpDef):
         # No keyword-only argument is a tensor.
         found: list[Any] = [args[i] for i in self._written_at if i < len(args)]
         if not all(isinstance(t, Tensor) for t in found):
-            found = [t for t in tree_flatten(found)[0] if t is not None]
+            found = list(tensors_of(found))
         return found
 
     def _raise_versions(
-        self, keyset: torch._C.DispatchKeySet, /, *args: object, **kwargs: object
+        self, keyset: torch.DispatchKeySet, /, *args: object, **kwargs: object
     ) -> object:
         torch.autograd.graph.increment_version(self._written(args))
-        return self._opoverload.redispatch(keyset & after_ADInplaceOrView_keyset, *args, **kwargs)
+        return self._opoverload.redispatch(keyset & _BELOW_ADINPLACEORVIEW, *args, **kwargs)
 
 
-def _refuse(name: str, schema: torch._C.FunctionSchema, tags: Sequence[torch.Tag]) -> None:
+def _refuse(name: str, schema: torch.FunctionSchema, tags: Sequence[torch.Tag]) -> None:
     """Refuse the schemas that the rules here do not support."""
     tensors = [one.name for one in schema.arguments if one.kwarg_only and "Tensor" in str(one.type)]
     if tensors:

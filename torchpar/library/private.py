@@ -2,9 +2,6 @@
 """Private names of PyTorch that operators need; tests/library/test_library.py guards each."""
 
 from torch._C import (
-    _after_ADInplaceOrView_keyset as after_ADInplaceOrView_keyset,
-)
-from torch._C import (
     _any_output_is_alias_to_input_or_output as any_output_is_alias_to_input_or_output,
 )
 from torch._C import (
@@ -38,7 +35,6 @@ __all__ = [
     "AutoDispatchBelowAutograd",
     "FunctionalTensorMode",
     "SingleLevelFunction",
-    "after_ADInplaceOrView_keyset",
     "any_output_is_alias_to_input_or_output",
     "compiled_autograd_key",
     "dispatch_modes",

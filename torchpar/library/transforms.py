@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: MIT
 """Transforms of torch.func and forward mode: detect them, and help rules of vmap."""
 
+from collections.abc import Iterable, Iterator
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils._pytree import tree_flatten
 
 from torchpar.library.private import peek_interpreter_stack
 from torchpar.library.sharding import any_dtensor
 
-_is_tracing = torch._C._is_tracing
 _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
 
@@ -30,22 +30,32 @@ def sample(t: Tensor, dim: int | None) -> Tensor:
     )
 
 
-def is_transformed(values: object) -> bool:
+def tensors_of(values: Iterable[object]) -> Iterator[Tensor]:
+    """The tensors among the values, and in the lists among these."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from tensors_of(value)
+
+
+def is_transformed(values: Iterable[object]) -> bool:
     """Whether torch.func transforms or forward mode act on a call with these arguments."""
     if peek_interpreter_stack() is not None:
         return True
     if forward_ad._current_level < 0:
         return False
     # PyTorch counts the levels of forward mode for all threads together, so the tangents decide.
-    tensors = [t for t in tree_flatten(values)[0] if isinstance(t, Tensor)]
-    return any(forward_ad.unpack_dual(t, level=0).tangent is not None for t in tensors)
+    return any(
+        forward_ad.unpack_dual(t, level=0).tangent is not None for t in tensors_of(values)
+    )
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
     """Whether no compiler, transform or tensor subclass intercepts calls with these tensors."""
     if torch.compiler.is_compiling() or not _PLAIN.issuperset(map(type, tensors)):
         return False
-    return not (_is_tracing() or is_transformed(tensors))
+    return not (torch.jit.is_tracing() or is_transformed(tensors))
 
 
 def needs_formula(*tensors: Tensor) -> bool:

@@ -35,7 +35,7 @@ def operator(
             operator.
     """
     name, bracket, rest = schema.partition("(")
-    mutated = {one.name for one in torch._C.parse_schema(schema).arguments if one.alias_info}
+    mutated = {one.name for one in torch.parse_schema(schema).arguments if one.alias_info}
 
     def is_opaque(*args: Any, **kwargs: Any) -> bool:
         return opaque(*args, **kwargs) or (INDUCTOR_NEEDS_INT32 and any(map(_is_huge, args)))
