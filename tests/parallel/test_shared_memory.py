@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -201,5 +202,5 @@ def begin_and_end(how: str) -> None:
     ],
 )
 def test_a_rank_that_is_lost(ranks, how, message):
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(dist.DistNetworkError, match=message):
         ranks(2, begin_and_end, how)

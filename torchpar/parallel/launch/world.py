@@ -28,6 +28,7 @@ from torchpar.parallel.launch.rank_info import RankInfo, find_rank_info
 T = TypeVar("T")
 _holders: WeakSet[Any] = WeakSet()
 TIMEOUT = 1800.0
+_GLOOS_FILE = re.compile(r"\[[^]]*[/\\]gloo[/\\][^]]*:\d+\]")  # and line
 PATIENCE = 1.5  # seconds in which each rank whose collective failed reports to the store
 
 
@@ -266,10 +267,11 @@ def _schedule_gloo_as_batch() -> None:
 
 
 def is_communication_error(error: RuntimeError) -> bool:
-    """Whether ranks lost each other, judged by the type and the message of PyTorch's error.
+    """Whether ranks lost each other: PyTorch's ``DistError``, or an error of gloo.
 
-    gloo's errors, and some of the store's errors, are plain RuntimeErrors, so that only their
-    messages tell them from other errors.
+    The errors of NCCL, of the TCP store and of its sockets are of classes below `dist.DistError`.
+    All errors that gloo raises are plain RuntimeErrors: a rank that ended, a rank that does not
+    answer in time, an interface that is not there. Only gloo's own file, which their messages
+    name first, tells them from other errors.
     """
-    signs = r"gloo|NCCL|[Cc]onnection|[Ss]ocket|[Tt]imed out|[Tt]imeout|pair closure"
-    return isinstance(error, dist.DistError) or re.search(signs, str(error)) is not None
+    return isinstance(error, dist.DistError) or bool(_GLOOS_FILE.search(str(error)))

@@ -123,12 +123,13 @@ class SharedSum:
             if looked > _YIELDS:
                 time.sleep(_PAUSE)
                 if self._has_ended(rank) and self._numbers[rank] < self._number:
-                    raise RuntimeError(
+                    raise dist.DistNetworkError(
                         f"Connection closed by rank {dist.get_global_rank(self.group, rank)}"
                     )
                 if time.monotonic() - start > self.timeout:
                     lost = dist.get_global_rank(self.group, rank)
-                    raise RuntimeError(f"Timed out waiting {self.timeout:g} s for rank {lost}")
+                    waited = f"Timed out waiting {self.timeout:g} s for rank {lost}"
+                    raise dist.DistNetworkError(waited)
 
     def _has_ended(self, rank: int) -> bool:
         try:

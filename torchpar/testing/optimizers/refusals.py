@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from torchpar.parallel.launch.world import is_communication_error
 from torchpar.testing.optimizers.trial import Failure
 
 RAISE = dis.opmap["RAISE_VARARGS"]  # the instruction of each `raise`, however it is written
@@ -23,7 +24,8 @@ def failures() -> Iterator[None]:
         raise
     except Exception as e:
         message = " ".join(f"{type(e).__name__}: {e}".split())[:300]
-        lost = "gloo/transport" in message  # another rank has failed
+        # Another rank has failed.
+        lost = isinstance(e, RuntimeError) and is_communication_error(e)
         raise Failure(
             "hangs" if lost else "refuses" if is_refusal(e) else "crashes", message
         ) from None
