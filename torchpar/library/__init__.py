@@ -14,7 +14,7 @@ sharding rules that wait for DTensor. docs/citizen.md shows each rule.
 
 `definition` has operators and their rules, `rules` the types of the rules, `derivatives` the path
 of a call through autograd and the transforms, `sharding` DTensor's rules. `private` imports all
-private names of PyTorch that operators need; tests/library/test_library.py guards each name.
+private names of PyTorch that operators need, and says for each name which public way does not do.
 """
 
 from torchpar.library.definition import CustomOpDef, custom_op, triton_op

@@ -19,11 +19,16 @@ from torchpar.library.private import (
     AutoDispatchBelowAutograd,
     FunctionalTensorMode,
     any_output_is_alias_to_input_or_output,
+    any_requires_grad,
+    dispatch_keys,
     enable_single_level_autograd_function,
     get_inner_triton_kernels,
     implementations,
+    is_decomposition_disabled,
     num_dispatch_modes,
     peek_interpreter_stack,
+    profiler_enabled,
+    set_grad_enabled,
     set_wrap_triton_enabled,
     triton_ops_to_kernels,
 )
@@ -40,9 +45,7 @@ Function = Callable[..., object]
 _F = TypeVar("_F", bound=Function)
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
-_profiler_enabled = torch._C._autograd._profiler_enabled
 _SIMPLE = frozenset((type(None), bool, int, float))  # arguments that are no tensors
-_dispatch_keys = torch._C._dispatch_keys
 
 
 def _bit(key: str) -> int:
@@ -219,14 +222,13 @@ def triton_op(
             args: tuple[object, ...],
             kwargs: dict[str, object],
         ) -> object:
-            from torch.export._trace import custom_triton_ops_decomposition_disabled
             from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
             tensors = list(tensors_of(args))
             if (
                 any(map(is_dtensor, tensors))
                 or free_unbacked_symbols(tensors)
-                or custom_triton_ops_decomposition_disabled()
+                or is_decomposition_disabled()
                 or opaque(*args, **kwargs)
                 or any(t.device.type in op._kernels for t in tensors)
             ):
@@ -351,7 +353,7 @@ class CustomOpDef(torch.library.CustomOpDef):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         register_sharding_rules()  # in inference mode the Autograd key is passed over
-        if not torch.compiler.is_compiling() and _profiler_enabled():
+        if not torch.compiler.is_compiling() and profiler_enabled():
             # PyTorch's dispatch in Python (2.14) records no event.
             return getattr(self._opoverload, "_cpp_dispatch_handle", self._opoverload)(
                 *args, **kwargs
@@ -403,7 +405,7 @@ class CustomOpDef(torch.library.CustomOpDef):
         kernel = self._kernels[device]
         records = torch.is_grad_enabled()
         if records:  # `torch.no_grad` would take a microsecond
-            torch._C._set_grad_enabled(False)
+            set_grad_enabled(False)
         try:
             result = kernel(*args, **kwargs)
         except Exception as e:
@@ -412,7 +414,7 @@ class CustomOpDef(torch.library.CustomOpDef):
             raise
         finally:
             if records:
-                torch._C._set_grad_enabled(True)
+                set_grad_enabled(True)
         if device is None and self._trusted is not None:
             return self._checked(result)
         results = result if isinstance(result, tuple) else (result,)
@@ -648,7 +650,7 @@ class CustomOpDef(torch.library.CustomOpDef):
         if torch.is_grad_enabled():
             # A list with None among its tensors is no list of tensors to PyTorch.
             leaves = flattened(args, self._are_lists)[0] if self._has_lists else args
-            if torch._C._any_requires_grad(*leaves):
+            if any_requires_grad(*leaves):
                 call = Call(self, kwargs, transformed)
                 return call.result(self._function.apply(*call.flat(args), call))
         with AutoDispatchBelowAutograd():  # as `_below`, whose call would take time
@@ -659,7 +661,7 @@ class CustomOpDef(torch.library.CustomOpDef):
         if self._decompose is not None and self._decompose(*args, **kwargs):
             assert self._formula is not None
             return self._formula(*args, **kwargs)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        if torch.is_grad_enabled() and any_requires_grad(*args):
             call = Call(self, kwargs, False, is_direct=True)
             output = self._function.apply(*call.flat(args), call)
             return output if self._returns_tensor else call.result(output)
@@ -681,7 +683,7 @@ class CustomOpDef(torch.library.CustomOpDef):
         for t in args:
             kind = type(t)
             if kind is Tensor or kind is Parameter:
-                if _dispatch_keys(t).raw_repr() & _OTHER_KEYS:
+                if dispatch_keys(t).raw_repr() & _OTHER_KEYS:
                     return False
                 if t.is_cuda:
                     gpu = torch.cuda.current_device() if gpu is None else gpu
@@ -703,7 +705,7 @@ class CustomOpDef(torch.library.CustomOpDef):
                 f"{self._qualname} writes to an argument, which torch.func and forward mode cannot "
                 "differentiate; call it outside of them"
             )
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*self._written(args)):
+        if torch.is_grad_enabled() and any_requires_grad(*self._written(args)):
             raise RuntimeError(
                 f"{self._qualname} has no gradient, and an argument that it writes to requires "
                 "a gradient; detach it, or call the operator under torch.no_grad()"

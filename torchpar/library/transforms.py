@@ -46,9 +46,7 @@ def is_transformed(values: Iterable[object]) -> bool:
     if forward_ad._current_level < 0:
         return False
     # PyTorch counts the levels of forward mode for all threads together, so the tangents decide.
-    return any(
-        forward_ad.unpack_dual(t, level=0).tangent is not None for t in tensors_of(values)
-    )
+    return any(forward_ad.unpack_dual(t, level=0).tangent is not None for t in tensors_of(values))
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
