@@ -420,8 +420,8 @@ class CustomOpDef(torch.library.CustomOpDef):
         results = result if isinstance(result, tuple) else (result,)
         if any_output_is_alias_to_input_or_output(args, kwargs, results):
             raise RuntimeError(
-                f"{self._qualname} (implemented in {getmodule(kernel)}): a result may not alias any "
-                "inputs or another result; return a clone"
+                f"{self._qualname} (implemented in {getmodule(kernel)}): a result may not alias "
+                "any inputs or another result; return a clone"
             )
         return self._checked(result)
 
