@@ -268,7 +268,7 @@ def _schema(name: str, fn: Function, mutates_args: str | Iterable[str], schema: 
     return schema
 
 
-class CustomOpDef(torch.library.CustomOpDef):
+class CustomOpDef(torch.library.CustomOpDef):  # type: ignore[name-defined, misc]
     """An operator, ``torch.ops.<namespace>.<name>``, and its rules.
 
     `custom_op` and `triton_op` make it. Because of its base class, `opcheck` and the functions of
@@ -277,6 +277,10 @@ class CustomOpDef(torch.library.CustomOpDef):
     the operator. `register_torch_dispatch` is the base class's, and `register_vmap` calls the base
     class's. All other methods are replaced.
     """
+
+    _abstract_fn: (
+        Function | None
+    )  # the base class's; PyTorch's tools look for the fake by this name
 
     def __init__(
         self,

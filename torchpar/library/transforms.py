@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.jit import is_tracing  # type: ignore[attr-defined]
 
 from torchpar.library.private import peek_interpreter_stack
 from torchpar.library.sharding import any_dtensor
@@ -53,7 +54,7 @@ def is_plain(*tensors: Tensor | None) -> bool:
     """Whether no compiler, transform or tensor subclass intercepts calls with these tensors."""
     if torch.compiler.is_compiling() or not _PLAIN.issuperset(map(type, tensors)):
         return False
-    return not (torch.jit.is_tracing() or is_transformed(tensors))
+    return not (is_tracing() or is_transformed(tensors))
 
 
 def needs_formula(*tensors: Tensor) -> bool:

@@ -189,7 +189,8 @@ class Muon(Optimizer):
         `Optimizer` wraps each ``step`` by this method. A step consists of launches and messages,
         which a compiler would only break into many graphs.
         """
-        return torch.compiler.disable(Optimizer.profile_hook_step(func))
+        step: Callable[..., Any] = torch.compiler.disable(Optimizer.profile_hook_step(func))
+        return step
 
     def __getstate__(self) -> dict[str, object]:
         for info in self._param_infos():
