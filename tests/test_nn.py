@@ -54,7 +54,7 @@ def maxout_of_torchs_modules(mlp: MLP, x: torch.Tensor) -> torch.Tensor:
 
 def test_maxout_equals_the_maximum_of_two_layers(device):
     torch.manual_seed(0)
-    for sizes in [(3, 2), (5, 0, 1), (5, 7, 1), (127, 129, 64, 10)]:
+    for sizes in [(3, 2), (5, 1, 1), (5, 7, 1), (127, 129, 64, 10)]:
         mlp = MLP(sizes, "maxout", device=device, dtype=torch.float64)
         state = {}
         for i, (before, after) in enumerate(pairwise(sizes)):
@@ -139,6 +139,10 @@ def test_biases_begin_at_0_or_are_left_out():
 @pytest.mark.parametrize(
     "arguments, message",
     [
+        (([4, 0, 2],), r"sizes is \[4, 0, 2\], expected widths of at least 1"),
+        (([4, 2.5, 2],), r"sizes is \[4, 2.5, 2\], expected widths of at least 1"),
+        (("abc",), "sizes is 'abc', expected widths of at least 1"),
+        ((784,), "sizes is 784, expected widths of at least 1"),
         (([3],), r"sizes is \[3\], expected at least"),
         (
             ([3, 2], "gelu"),

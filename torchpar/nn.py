@@ -2,9 +2,9 @@
 """Linear layers and a multilayer perceptron on torchpar's operators."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -122,6 +122,10 @@ HIDDEN_LAYERS: dict[Hidden, type[Linear]] = {
 }
 
 
+def _is_width(size: object) -> bool:
+    return isinstance(size, SupportsIndex) and size.__index__() >= 1
+
+
 class MLP(torch.nn.Module):
     """A multilayer perceptron: linear layers with an activation between them.
 
@@ -136,7 +140,8 @@ class MLP(torch.nn.Module):
         output: "logits" for no activation after the last layer, or "sigmoid".
 
     Raises:
-        ValueError: fewer than two sizes; an unknown ``hidden`` or ``output``.
+        ValueError: fewer than two sizes, or one that is no integer of 1 or more; an
+            unknown ``hidden`` or ``output``.
     """
 
     def __init__(
@@ -150,6 +155,9 @@ class MLP(torch.nn.Module):
     ):
         super().__init__()
         output_layers = {"logits": Linear, "sigmoid": LinearSigmoid}
+        if not isinstance(sizes, Iterable) or not all(map(_is_width, sizes)):
+            shown = list(sizes) if isinstance(sizes, list | tuple) else repr(sizes)
+            raise ValueError(f"sizes is {shown}, expected widths of at least 1, as [784, 128, 10]")
         if len(sizes) < 2:
             raise ValueError(
                 f"sizes is {list(sizes)}, expected at least an input and an output size"

@@ -198,7 +198,6 @@ CHANGES = [
         "the model is a Subclass",
     ),
     (lambda model: torch.nn.Linear(4, 3), "the model is a Linear, not a torchpar.nn.MLP"),
-    (lambda model: MLP((4, 0)), "the model has 0 classes, not 1 to 1000"),
     (lambda model: MLP((4, 1001)), "the model has 1001 classes, not 1 to 1000"),
     (lambda model: MLP((4, 3, 2), output="sigmoid"), "the model has sigmoid outputs, not logits"),
     (
