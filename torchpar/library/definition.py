@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Operators and their rules: `custom_op`, `triton_op` and the `CustomOpDef` that they make."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial, reduce
@@ -45,6 +46,9 @@ Function = Callable[..., object]
 _F = TypeVar("_F", bound=Function)
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
+_MISFIT = re.compile(
+    r".*\(\) Expected a value of type '(.+)' for argument '(.+)' but instead found type '(.+)'\."
+)
 _SIMPLE = frozenset((type(None), bool, int, float))  # arguments that are no tensors
 
 
@@ -357,12 +361,31 @@ class CustomOpDef(torch.library.CustomOpDef):  # type: ignore[name-defined, misc
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         register_sharding_rules()  # in inference mode the Autograd key is passed over
-        if not torch.compiler.is_compiling() and profiler_enabled():
+        if torch.compiler.is_compiling():
+            return self._opoverload(*args, **kwargs)
+        op: Any = self._opoverload
+        if profiler_enabled():
             # PyTorch's dispatch in Python (2.14) records no event.
-            return getattr(self._opoverload, "_cpp_dispatch_handle", self._opoverload)(
-                *args, **kwargs
-            )
-        return self._opoverload(*args, **kwargs)
+            op = getattr(op, "_cpp_dispatch_handle", op)
+        try:
+            return op(*args, **kwargs)
+        except RuntimeError as e:
+            if line := self._misfit(str(e)):
+                raise RuntimeError(line) from None
+            raise
+
+    def _misfit(self, message: str) -> str:
+        """The line for an argument whose type the schema refuses, or "" for another error.
+
+        PyTorch's own message (2.14) has five lines.
+        """
+        match = _MISFIT.match(message)
+        if match is None:
+            return ""
+        expected, name, found = match.groups()
+        is_tensor = expected in ("Tensor", "Optional[Tensor]")
+        remedy = "; pass a tensor, as by torch.tensor" if is_tensor else ""
+        return f"{self._qualname}: {name} has type {found}, expected {expected}{remedy}"
 
     def register_kernel(
         self, device_types: str | Sequence[str] | None, fn: Function | None = None, /

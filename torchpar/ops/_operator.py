@@ -79,6 +79,15 @@ def runs_kernels(t: Tensor) -> bool:
     return t.is_cuda or (t.is_cpu and is_emulating())
 
 
+def check_strided(operator: str, name: str, t: Tensor) -> None:
+    """Raise a RuntimeError if ``t``, the argument ``name``, is sparse, or of oneDNN's layout."""
+    if t.layout is not torch.strided:
+        raise RuntimeError(
+            f"torchpar::{operator}: {name} has layout {t.layout}, expected torch.strided; pass "
+            f"{name}.to_dense()"
+        )
+
+
 def is_emulating() -> bool:
     """Whether Triton's launches on CPU tensors are executed by an emulator of a GPU."""
     module = sys.modules.get("triton.runtime.driver")  # importing it would take long

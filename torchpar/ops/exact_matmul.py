@@ -19,7 +19,7 @@ from torchpar.kernels import Wrap
 from torchpar.library import batch_first, sample
 from torchpar.library.rules import Context, Sharding, Spec, VmapInfo
 from torchpar.ops import exact_digits
-from torchpar.ops._operator import operator, save_operands
+from torchpar.ops._operator import check_strided, operator, save_operands
 
 
 def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -71,6 +71,7 @@ def _check(a: Tensor, b: Tensor) -> None:
             raise RuntimeError(
                 f"torchpar::exact_matmul: {name} has dtype {t.dtype}, expected torch.float32"
             )
+        check_strided("exact_matmul", name, t)
         if t.dim() < 2:
             raise RuntimeError(
                 f"torchpar::exact_matmul: {name} has shape {tuple(t.shape)}, expected {shape}"

@@ -13,6 +13,7 @@ from torchpar.library.private import (
 )
 from torchpar.library.sharding import is_dtensor
 from torchpar.library.transforms import is_plain, is_transformed
+from torchpar.ops._operator import check_strided
 from torchpar.ops._operator import is_intercepted as is_intercepted  # these two for optim, too
 from torchpar.ops._operator import runs_kernels as runs_kernels
 from torchpar.ops.processor import has_amx
@@ -22,16 +23,19 @@ DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_dtype(operator: str, name: str, x: Tensor) -> None:
-    """Raise a RuntimeError unless ``x``, the argument ``name``, has a dtype of the kernels."""
+    """Raise a RuntimeError unless ``x``, the argument ``name``, is strided, and has a dtype of the
+    kernels."""
     if x.dtype not in DTYPES:
         raise RuntimeError(
             f"torchpar::{operator}: {name} has dtype {x.dtype}, expected float16, bfloat16, "
             "float32 or float64"
         )
+    check_strided(operator, name, x)
 
 
 def check_like(operator: str, name: str, t: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
     """Raise a RuntimeError unless ``t`` has ``shape``, and ``like``'s dtype and device."""
+    check_strided(operator, name, t)
     if t.shape != shape or t.dtype != like.dtype or t.device != like.device:
         actual = (tuple(t.shape), t.dtype, t.device)
         expected = (tuple(shape), like.dtype, like.device)

@@ -25,7 +25,13 @@ from torchpar.kernels import Wrap
 from torchpar.library import sample
 from torchpar.library.rules import Context, Sharding, Spec, VmapInfo
 from torchpar.library.transforms import needs_formula
-from torchpar.ops._operator import is_emulating, operator, runs_kernels, save_operands
+from torchpar.ops._operator import (
+    check_strided,
+    is_emulating,
+    operator,
+    runs_kernels,
+    save_operands,
+)
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
 _DTYPES = frozenset((*_INTEGERS, torch.float16, torch.bfloat16, torch.float32, torch.float64))
@@ -60,6 +66,8 @@ def _device(a: Tensor, b: Tensor) -> torch.device:
             f"torchpar::maximum: {name} has dtype {dtype}, expected a real integer dtype up to 64 "
             "bits, bool, float16, bfloat16, float32 or float64"
         )
+    check_strided("maximum", "a", a)
+    check_strided("maximum", "b", b)
     if a.shape != b.shape:  # broadcast_shapes takes longer than the rest of a small call
         try:
             torch.broadcast_shapes(a.shape, b.shape)
