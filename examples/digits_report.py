@@ -146,7 +146,8 @@ def main(flags: Flags) -> None:
     start = time.perf_counter()
     with join_world(flags.device, alone=True) as world:
         file, test_set = load(flags.dataset, flags.data, world.device)
-        rest = len(file) - len(file) // 6
+        rest = len(file) - len(file) // 6  # the others are for validation
+        cli.check_samples(flags.samples, rest)
         study = partial(
             train, flags=flags, sets=(file[:rest][: flags.samples], file[rest:]), world=world
         )

@@ -173,6 +173,7 @@ def load(flags: Flags, speaks: bool = True) -> tuple[Pixels, Pixels]:
         train, test = map(pool, read(dataset, flags.data))
     if line and speaks:
         print(line)
+    cli.check_samples(flags.samples, len(train.labels))
     return Pixels(*(t[: flags.samples] for t in train)), test
 
 

@@ -150,6 +150,7 @@ def compare_sparse(qkv: list[Tensor], window: int, block: int) -> list[dict[str,
 def main(flags: Flags) -> None:
     with join_world(flags.device, alone=True) as world:
         _, test = load(flags.dataset, flags.data, world.device)
+        cli.check_samples(flags.samples, len(test), "test")
         order = test.labels[: flags.samples].argsort()
         labels = test.labels[order]
         torch.manual_seed(flags.seed)

@@ -117,6 +117,7 @@ class ConvNet(torch.nn.Module):
 def main(flags: Flags) -> None:
     with join_world(flags.device, alone=True) as world:
         train, test = load(flags.dataset, flags.data, world.device)
+        cli.check_samples(flags.samples, len(train))
         train = train[: flags.samples]
         torch.manual_seed(flags.seed)
         errors = compare_with_conv2d(world.device)

@@ -227,7 +227,7 @@ class Flags(cli.ExampleFlags):
 
     dataset: Dataset | Literal["quadrants"] = "quadrants"  # Points of the plane, or images.
     data: cli.DataFolder = cli.DATA  # Folder of the data sets, as torchvision's root.
-    # Train on the first ones only; by default on 4000 points, or on all images.
+    # Number of training samples; by default 4000 points, or all images.
     samples: cli.Count | None = None
     # Widths of the hidden layers; by default 30, for images 128.
     hidden: tuple[cli.Size, ...] | None = None
@@ -381,11 +381,13 @@ def draw(n: int, seed: int, wrong: float = 0.0, device: torch.device | str = "cp
 def load_samples(flags: Flags, device: torch.device) -> tuple[Samples, Samples]:
     """Return the training and test samples."""
     if flags.dataset == "quadrants":
+        count = flags.samples or 4000
         train, test = (
-            draw(n, 2 * flags.seed + i, device=device) for i, n in enumerate((4000, 2500))
+            draw(n, 2 * flags.seed + i, device=device) for i, n in enumerate((count, 2500))
         )
     else:
         train, test = load(flags.dataset, flags.data, device)
+        cli.check_samples(flags.samples, len(train))
     return train[: flags.samples], test
 
 

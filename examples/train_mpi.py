@@ -180,6 +180,7 @@ def train(
 ) -> Training:
     """Train on the processes of ``world``; all of them call this."""
     train, test = data
+    cli.check_samples(flags.samples, len(train.labels))
     count = len(train.labels[: flags.samples])
     x, labels = train.inputs()[:count], train.labels[:count]
     test_x = test.inputs()

@@ -174,6 +174,15 @@ class DataFlags(ExampleFlags):
     dataset: Dataset = "mnist"  # Data set.
 
 
+def check_samples(asked: int | None, there: int, kind: str = "training") -> None:
+    """Raise ConfigError if --samples asks for more than there are."""
+    if asked is not None and asked > there:
+        raise ConfigError(
+            f"--samples is {asked}, and the data set has {there} {kind} samples; take at most "
+            f"{there}"
+        )
+
+
 def check_memory(sizes: Sequence[int], flags: str = "") -> None:
     """Raise ConfigError if the float32 weights of an MLP of these widths do not fit into the
     memory.

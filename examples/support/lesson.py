@@ -113,6 +113,7 @@ class TrainFlags(cli.DataFlags):
             for samples in data.load(self.dataset, self.data, world.device):
                 fewer = self.crop or self.pool > 1
                 loaded.append(samples.pooled(self.crop, self.pool) if fewer else samples)
+            cli.check_samples(self.samples, len(loaded[0]))
 
         world.gather_results(read)  # an error is raised on every rank
         train, test = loaded

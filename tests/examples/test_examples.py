@@ -484,6 +484,7 @@ def test_the_validation_loss_is_that_of_each_character():
 
 # Errors
 
+HAS = "and the data set has {0} {1} samples; take at most {0}$"
 ERRORS = [
     ("train_ddp", "--epoch 3", "Unrecognized options: --epoch"),
     ("train_ddp", "--epochs 0", "--epochs is 0, expected at least 1"),
@@ -509,6 +510,11 @@ ERRORS = [
     ),
     ("train_mpi", "--compare", "--compare needs several processes; mpirun -n 2"),
     ("fashion_pooled", "--exchange gather --library torch", "--exchange gather is MPI's"),
+    ("train_ddp", "--samples 601", f"--samples is 601, {HAS.format(600, 'training')}"),
+    ("train_mpi", "--samples 601", f"--samples is 601, {HAS.format(600, 'training')}"),
+    ("digits_report", "--samples 501", f"--samples is 501, {HAS.format(500, 'training')}"),
+    ("matmul_convolution", "--samples 601", f"--samples is 601, {HAS.format(600, 'training')}"),
+    ("matmul_attention", "--samples 101", f"--samples is 101, {HAS.format(100, 'test')}"),
     ("quadrants", "--processes 2 4", "expected 1 and then multiples of the last"),
     ("quadrants", "--processes 1 2 4 --sizes 3 16", "expected at least 4, one sample a process"),
     (
