@@ -5,7 +5,7 @@
     python examples/train_lightning.py fit --trainer.accelerator cpu --trainer.devices 2
     python examples/train_lightning.py fit --config examples/lightning.yaml
     python examples/train_lightning.py fit --config examples/lightning.yaml --ckpt_path PATH
-    python examples/train_lightning.py test --ckpt_path /tmp/torchpar/lightning_logs/…/last.ckpt
+    python examples/train_lightning.py test --ckpt_path runs/lightning_logs/…/last.ckpt
 
 The other lessons write the loop out. The weights are the same, to the bit; the Trainer's hooks cost
 some tenths of a millisecond per step. LightningCLI makes a flag of each argument. ``fit`` ends with
@@ -15,11 +15,18 @@ checkpoints and early stopping. ``fit --report DIR`` writes a page of the run, D
 
 import logging
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
+
+if missing := [name for name in ("lightning", "jsonargparse", "rich") if find_spec(name) is None]:
+    sys.exit(
+        f"train_lightning.py needs {', '.join(missing)}; pip install 'torchpar[examples,lightning]'"
+    )
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
@@ -136,6 +143,27 @@ class Recording(Callback):
         self._active.close()
 
 
+class Lines(Callback):
+    """A line after each epoch, above the progress bar if there is one."""
+
+    def on_train_epoch_start(self, *_: object) -> None:
+        self._start = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        figures = trainer.callback_metrics
+        logged = [
+            f"{name.replace('_', ' ')} {figures[name].item():.4f}"
+            for name in ("train_loss", "train_accuracy", "val_loss", "val_accuracy")
+            if name in figures
+        ]
+        epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+        line = " | ".join([epoch, *logged, f"{time.perf_counter() - self._start:.1f} s"])
+        if bar := trainer.progress_bar_callback:
+            bar.print(line)
+        elif trainer.is_global_zero:
+            print(line, flush=True)
+
+
 class Epochs:
     """The batches of each epoch on this rank, as `torchpar.training.Run` takes them.
 
@@ -228,6 +256,10 @@ class CLI(LightningCLI):
 
     def before_fit(self) -> None:
         if folder := self.config.fit.report:
+            if find_spec("matplotlib") is None or find_spec("jinja2") is None:
+                raise ConfigError(
+                    "--report needs matplotlib and jinja2; pip install matplotlib jinja2"
+                )
             with console.writing(folder, "--report"):
                 folder.mkdir(parents=True, exist_ok=True)
             self.recording = Recording()
@@ -244,12 +276,19 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="lightning")
     timer = Timer()
     silent = dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary"), False)
-    shown = {"max_epochs": 10, "enable_progress_bar": sys.stdout.isatty(), "callbacks": timer}
+    shown = {
+        "max_epochs": 10,
+        "enable_progress_bar": sys.stdout.isatty(),
+        "callbacks": [timer, Lines()],
+    }
     options = {"seed_everything_default": 0, "trainer_defaults": silent | shown}
     try:
         # The logger keeps the hyperparameters.
         cli = CLI(LitMLP, MNIST, save_config_callback=None, **options)  # type: ignore[arg-type]
         trainer = cli.trainer
+        # Of all epochs, also those before a checkpoint from which the run was resumed. It is read
+        # here, because a test of the best weights loads the timer from their checkpoint.
+        trained = timer.time_elapsed("train") if cli.subcommand == "fit" else 0.0
         if cli.subcommand == "fit":
             best = getattr(trainer.checkpoint_callback, "best_model_path", None)
             trainer.test(cli.model, cli.datamodule, ckpt_path=best or None, verbose=False)
@@ -258,7 +297,7 @@ def main() -> None:
             accuracy, loss = (
                 trainer.callback_metrics[f"test_{name}"].item() for name in ("accuracy", "loss")
             )
-            seconds = timer.time_elapsed("train") + timer.time_elapsed("test")
+            seconds = trained + timer.time_elapsed("test")
             device = trainer.strategy.root_device.type
             last_line = console.last_line(accuracy, loss, seconds, trainer.world_size, device)
             if cli.recording is not None:

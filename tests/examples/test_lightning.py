@@ -121,7 +121,7 @@ def test_the_configuration_saves_the_best_and_a_resumed_run_ends_as_the_whole_on
 ):
     root, config = tmp_path_factory.mktemp("root"), ROOT / "examples" / "lightning.yaml"
     (default,) = re.findall(r"default_root_dir: (\S+)", config.read_text())
-    assert Path(default).is_absolute()
+    assert default == "runs"  # beside the user's other files; another user may own a folder in /tmp
     flags = (f"--config={config}", f"--trainer.default_root_dir={root}", "--data.validation=21")
 
     def fit(epochs: int, *more: str) -> tuple[str, Path]:
