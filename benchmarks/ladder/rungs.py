@@ -206,12 +206,15 @@ def threads_note(count: int) -> str:
     return f"{count} thread{'s' * (count > 1)}{f' on {CORES} cores' * (count > CORES)}"
 
 
+NO_NUMBA = "numba is not installed; pip install numba"
+
+
 def by_njit(case: LadderCase, helpers: Helpers, quick: bool) -> Iterator[Rung]:
     """Numba's loops: each in one thread, then the plain and the best ones in several."""
     ladder = LADDERS[case.operator]
     loops = ladder.loops
     if find_spec("numba") is None:
-        yield from (Rung(name=name, left_out="numba is not installed") for name in loops)
+        yield from (Rung(name=name, left_out=NO_NUMBA) for name in loops)
         return
     from torchpar.baselines import numba_njit
 

@@ -9,7 +9,10 @@ With G = dL/dy, the gradient of x is the recurrence from the end, s_t = a_{t+1}Â
 from types import ModuleType
 from typing import Any
 
-import numba
+try:
+    import numba
+except ModuleNotFoundError as e:
+    raise SystemExit(f"this example needs Numba ({e}); pip install numba") from e
 import numpy as np
 import torch
 from numpy.typing import NDArray

@@ -92,7 +92,7 @@ def test_threads_go_up_to_the_cores_and_once_above(cores, counts):
 def test_without_numba_the_other_rows_are_there(interpreter):
     with patch.object(rungs, "find_spec", lambda name: None):
         rows = list(rungs.by_njit(make_case("matmul", (5, 7, 3)), helpers(interpreter), False))
-    assert [one.left_out for one in rows] == ["numba is not installed"] * 3
+    assert [one.left_out for one in rows] == ["numba is not installed; pip install numba"] * 3
 
 
 def test_a_wrong_kernel_of_the_course_is_a_row_that_is_not_right():

@@ -12,7 +12,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from numba import njit, prange
+
+try:
+    from numba import njit, prange
+except ModuleNotFoundError as e:
+    raise ModuleNotFoundError(
+        f"these loops need Numba ({e}); pip install numba", name="numba"
+    ) from e
 
 from torchpar.baselines.numpy_mlp import Array
 
