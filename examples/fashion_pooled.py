@@ -409,6 +409,8 @@ def run_numpy(flags: Flags, plans: Sequence[Plan]) -> None:
     # A loss that is not finite is an error of its own.
     with mpi.join() as world, np.errstate(over="ignore", invalid="ignore"):
         splits = load(flags) if world.rank == 0 else None
+        if world.rank == 0:
+            console.print_load()
         train = partial(train_plans, splits=splits, plans=plans, exchange=flags.exchange)
         columns = alone = one_process.train_on_one(world, train)
         if world.size > 1:

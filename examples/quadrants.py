@@ -307,6 +307,7 @@ def report(flags: Flags) -> list[console.Row]:
 
     The times are medians of all rounds but the first, which gives the losses.
     """
+    console.print_load()
     rounds = measure(flags)
     off = max(
         abs(first.loss / rounds[Way(way.size)][0].loss - 1) for way, (first, *_) in rounds.items()
@@ -325,6 +326,7 @@ def report(flags: Flags) -> list[console.Row]:
     )
     speedups: list[console.Row] = []
     fits: list[console.Row] = []
+    no_law: set[int] = set()  # rows of `fits`
     for size in flags.sizes:
         of_processes = {n: ms[Way(size)] / ms[Way(size, processes=n)] for n in flags.processes}
         of_threads = {n: ms[Way(size)] / ms[Way(size, threads=n)] for n in flags.processes}
@@ -332,17 +334,25 @@ def report(flags: Flags) -> list[console.Row]:
         for n in flags.processes[1:]:
             row = {"batch_size": size, "ms_on_1": ms[Way(size)], "N": n, "predicted": amdahl(p, n)}
             speedups.append(row | {"N_processes": of_processes[n], "N_threads": of_threads[n]})
-        for by, share in (
-            ("profile", p),
-            ("processes", fit(of_processes)),
-            ("threads", fit(of_threads)),
+        for by, share, gains in (
+            ("profile", p, {}),
+            ("processes", fit(of_processes), of_processes),
+            ("threads", fit(of_threads), of_threads),
         ):
+            if gains and (share == 0 or any(s > n for n, s in gains.items())):
+                no_law.add(len(fits))
             fits.append({"batch_size": size, "by": by, "p": share, "limit": limit(share)})
     console.print_rows(
         speedups, list(speedups[0]), "speed-up, predicted by the profile and measured"
     )
     shown = [{**row, "limit": "∞"} if row["limit"] is None else row for row in fits]
+    shown = [{**row, "p": "?", "limit": "?"} if i in no_law else row for i, row in enumerate(shown)]
     console.print_rows(shown, list(fits[0]), "p, and the limit 1/(1 − p)")
+    if no_law:
+        print(
+            "?: no p fits, as N took longer than one, or less than an N-th of its time; messages, "
+            "or other programs, took the rest"
+        )
     print(
         f"all numbers of processes and threads reach the same loss (largest difference {off:.0e})"
     )

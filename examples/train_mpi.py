@@ -51,6 +51,7 @@ from torchpar.training.profile.record import Call, RankRecord
 
 T = TypeVar("T")
 Split = Literal["data", "model"]
+NO_RESULT = "?"  # in place of a figure that the work itself cannot have
 PHASES = ("data", "forward", "backward", "collectives", "optimizer")
 
 
@@ -231,6 +232,8 @@ def compare(
     flags: Flags, world: mpi.Communicator, data: tuple[Images, Images]
 ) -> dict[str, Training]:
     """Train on one process, while the others wait, and by each split. Process 0 prints a table."""
+    if world.rank == 0:
+        console.print_load()
     alone = one_process.train_on_one(world, partial(train, flags, "data", data=data))
     splits: dict[str, Training] = {}
     ways: tuple[Split, ...] = ("data", "model")
@@ -269,10 +272,19 @@ def print_comparison(flags: Flags, processes: int, runs: dict[str, Training], ba
         add(f"{name}, ms", (f"{of_run[name]:.3f}" for of_run in ms))
     add("a step, ms", (f"{step:.3f}" for step in steps.values()))
     all_threads = base.removeprefix("1 process, ")
-    add(f"speed-up over {all_threads}", (f"{steps[base] / step:.2f}" for step in steps.values()))
+    gains = [steps[base] / step for step in steps.values()]
+    add(
+        f"speed-up over {all_threads}",
+        (f"{gain:.2f}" if gain <= processes else NO_RESULT for gain in gains),
+    )
     add("messages a step", (str(len(run.sent)) for run in runs.values()))
     add("bytes a step", (f"{run.bytes:,}" for run in runs.values()))
     console.print_rows(rows, list(rows[0]), f"{processes} processes, batches of {flags.batch_size}")
+    if max(gains) > processes:
+        print(
+            f"{NO_RESULT}: a speed-up above {processes} on {processes} processes is no result; "
+            "other programs have disturbed the times, so repeat it on an idle machine"
+        )
 
 
 def main(flags: Flags) -> None:

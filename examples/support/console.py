@@ -5,6 +5,7 @@ It imports torch only to write for TensorBoard.
 """
 
 import json
+import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from torchpar.training.outcome import EpochResult
 from torchpar.training.profile.record import RankRecord
 
 T = TypeVar("T")
+QUIET = 0.5  # load average; above it other programs disturb the times
 Row = Mapping[str, object]  # cells by column
 
 # By phase, what usually bounds it, and how to lift that.
@@ -134,6 +136,12 @@ def print_rows(rows: Iterable[Row], columns: Sequence[str], title: str = "") -> 
             *(f"{value:.4g}" if isinstance(value, float) else str(value) for value in values)
         )
     Console().print(table)
+
+
+def print_load() -> None:
+    """Say that the machine is busy, before a comparison of times."""
+    if (load := os.getloadavg()[0]) > QUIET:
+        print(f"The load average is {load:.1f}: other programs may disturb the timings.")
 
 
 def summary(results: list[EpochResult]) -> str:

@@ -465,9 +465,17 @@ def test_the_report_fits_the_medians_of_all_rounds_but_the_first(monkeypatch, ca
         "p = 0.9801\n"
     ) in out
     assert "left out: the speed-up from CPU to GPU, as --device is cpu" in out
+    assert re.search(r"│ 64 +│ processes │ 0\.75 +│ 4 +│", out)
+    assert re.search(r"│ 64 +│ threads +│ \? +│ \? +│", out)  # they gain nothing
     rounds[two][1:] = [Epoch(1.0, 0.1)]
     assert report()[2]["limit"] is None  # everything is divided
     assert re.search(r"│ 64 +│ processes │ 1 +│ ∞ +│", capsys.readouterr().out)
+    # A half of the time on two processes is the most that the law allows.
+    rounds[two][1:] = [Epoch(0.9, 0.1)]
+    report()
+    out = capsys.readouterr().out
+    assert re.search(r"│ 64 +│ processes │ \? +│ \? +│", out)
+    assert "?: no p fits, as N took longer than one, or less than an N-th of its time;" in out
     rounds[two][0] = Epoch(9.0, 0.5001)
     with pytest.raises(ConfigError, match="is off by 2e-04 of that on one"):
         report()

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: MIT
+"""Comparisons of times on a busy machine: they say so, and print no impossible gain as a result."""
+
+import os
+
+import pytest
+
+pytest.importorskip("rich", reason="it prints the tables")
+
+import train_mpi
+from support import console
+
+
+class Trained:
+    """A run of one step, of which the forward pass took these seconds."""
+
+    steps, sent, bytes = 1, (), 0
+
+    def __init__(self, seconds: float):
+        self.seconds = dict.fromkeys(train_mpi.PHASES, 0.0) | {"forward": seconds}
+
+
+@pytest.mark.parametrize("seconds, cell", [(0.5, "2.00"), (0.165, "?")])
+def test_a_gain_of_more_than_the_processes_is_no_result(capsys, seconds, cell):
+    runs = {"1 process, 2 threads": Trained(1.0), "--split data": Trained(seconds)}
+    train_mpi.print_comparison(train_mpi.Flags(), 2, runs, base="1 process, 2 threads")
+    out = capsys.readouterr().out
+    (row,) = (line for line in out.splitlines() if line.startswith("│ speed-up"))
+    assert [one.strip() for one in row.split("│")[2:4]] == ["1.00", cell]
+    assert ("?: a speed-up above 2 on 2 processes is no result;" in out) == (cell == "?")
+
+
+@pytest.mark.parametrize("load, said", [(0.2, ""), (6.06, "The load average is 6.1: ")])
+def test_a_busy_machine_is_named(monkeypatch, capsys, load, said):
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    console.print_load()
+    out = capsys.readouterr().out
+    assert out.startswith(said)
+    assert bool(out) == bool(said)
