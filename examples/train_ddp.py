@@ -2,6 +2,18 @@
 """Data parallelism: every rank holds the whole model and takes a share of each batch.
 
     torchrun --nproc_per_node=2 examples/train_ddp.py
+    torchrun --nproc_per_node=2 examples/train_ddp.py --plain
+
+The second command is the textbook's loop: SGD on all pixels, with the labels as they are. The first
+reaches a higher accuracy in three epochs, by four things that are not data parallelism:
+
+    --optimizer muon         turns the gradient of each weight matrix into one with equal singular
+                             values, so that few epochs suffice
+    --crop 3 --pool 2        leave out the empty margin, and average 2 × 2 pixels: 121 inputs
+                             in place of 784, and less to learn by heart
+    --label-smoothing 0.05   keeps the outputs from growing without end; the train loss counts it,
+                             and the test loss does not
+    a hook                   sends DistributedDataParallel's messages through shared memory
 
 All ranks draw the same weights, because they start from the same seed. In every step a rank
 computes the gradient of its own samples. DistributedDataParallel averages the gradients over the
@@ -63,10 +75,20 @@ class Flags(lesson.TrainFlags):
     activation: Hidden = "sigmoid"
     # Part of a target that is spread evenly over all classes; the test loss is without it.
     label_smoothing: Share = 0.05
+    # The textbook's loop: SGD, all pixels, no label smoothing, and DistributedDataParallel alone.
+    plain: Switch = False
     # Capture a step in a CUDA graph, and launch it as one; on a CPU, steps are as without it.
     graph: Switch = False
 
+    # By --plain.
+    PLAIN: ClassVar = {"optimizer": "sgd", "crop": 0, "pool": 1, "label_smoothing": 0.0}
+
     def check(self) -> None:
+        for name, value in self.PLAIN.items() if self.plain else ():
+            if getattr(self, name) not in (value, getattr(Flags, name)):
+                flag = f"--{name.replace('_', '-')}"
+                raise ConfigError(f"--plain sets {flag} to {value}; drop one of the two")
+            setattr(self, name, value)
         super().check()
         if self.graph and self.recorded:
             raise ConfigError(
@@ -90,7 +112,10 @@ def main(flags: Flags) -> None:
         # Its forward pass is the model's. Its backward pass averages the gradients over the ranks.
         with side_stream() if flags.graph else nullcontext():
             ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        register_shared_memory_hook(ddp, world)  # faster than gloo between the CPUs of one machine
+        if not flags.plain:
+            register_shared_memory_hook(
+                ddp, world
+            )  # faster than gloo between the CPUs of one machine
         if flags.compile:
             ddp.compile()
         # Muon for the weight matrices and SGD for the biases, at a rate that falls to 0 linearly,

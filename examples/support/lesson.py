@@ -282,6 +282,12 @@ class Log:
             console.print_memory(records)
         for line in [*(timeline.draw(records) if self.draws else ()), *traces[:1]]:
             console.show(line)
+        total = self.run.num_epochs * self.run.steps_per_epoch
+        if getattr(flags, "label_smoothing", 0.0) and (self.run.resumed_from or 0) < total:
+            console.show(
+                "train loss: the mean over an epoch's steps, with smoothed labels; test loss: "
+                "after it, with the labels as they are"
+            )
         console.show(console.summary(results))
 
     def _save_trace(self) -> str:

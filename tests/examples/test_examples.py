@@ -510,6 +510,11 @@ ERRORS = [
     ),
     ("train_mpi", "--compare", "--compare needs several processes; mpirun -n 2"),
     ("fashion_pooled", "--exchange gather --library torch", "--exchange gather is MPI's"),
+    (
+        "train_ddp",
+        "--plain --label-smoothing 0.1",
+        "--plain sets --label-smoothing to 0.0; drop one of the two",
+    ),
     ("train_ddp", "--samples 601", f"--samples is 601, {HAS.format(600, 'training')}"),
     ("train_mpi", "--samples 601", f"--samples is 601, {HAS.format(600, 'training')}"),
     ("digits_report", "--samples 501", f"--samples is 501, {HAS.format(500, 'training')}"),
