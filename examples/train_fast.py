@@ -222,6 +222,7 @@ def main(flags: Flags) -> None:
         )
         with run, lesson.Log(flags, run) as log:
             run.resume()
+            log()
             for epoch in run.epochs():
                 for batch in run.batches(epoch):
                     loss = trainer.step(*batch)

@@ -132,6 +132,7 @@ def main(flags: Flags) -> None:
         )
         with run, lesson.Log(flags, run, flags.draw) as log:
             run.resume()
+            log()
             for epoch in run.epochs():
                 for x, labels, global_size in run.batches(epoch):
                     loss = gradients(x, labels, global_size)  # of all micro-batches

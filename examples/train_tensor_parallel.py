@@ -87,6 +87,7 @@ def main(flags: Flags) -> None:
         )
         with run, lesson.Log(flags, run) as log:
             run.resume()
+            log()
             for epoch in run.epochs():
                 for x, labels, global_size in run.batches(epoch):
                     # Every rank has the whole batch, and so the whole gradient of its slices: no

@@ -177,6 +177,8 @@ class Log:
     """The output of a run: on a terminal, in files, and as a page.
 
         with Run(…) as run, Log(flags, run) as log:
+            run.resume()
+            log()
             …
                 log()  # after each step, and after each epoch
 
@@ -213,12 +215,12 @@ class Log:
         return self
 
     def __call__(self) -> None:
-        """Show how far the run is."""
+        """Show how far the run is; at first, where it was resumed."""
         run = self.run
-        if run.state.step and self.profiler is not None:
-            self.profiler.step()
         if self._shown is None:
             self._begin()
+        elif run.state.step and self.profiler is not None:
+            self.profiler.step()
         if self._shown != len(run.results):
             self._shown = len(run.results)
             self._show(console.epoch_line(run.results[-1], run.num_epochs))

@@ -48,12 +48,12 @@ class Collectives(TorchDispatchMode):
             self._dimensions[dist.group.WORLD.group_name] = "dp"
 
     def __enter__(self) -> "Collectives":
-        SharedSum.watch = self._record_shared
+        self._watch_before, SharedSum.watch = SharedSum.watch, self._record_shared
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        SharedSum.watch = None
+        SharedSum.watch = self._watch_before
         super().__exit__(*error)
 
     @contextmanager

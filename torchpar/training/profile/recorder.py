@@ -64,13 +64,13 @@ class Recorder:
 
     def __enter__(self) -> Self:
         self._phases.__enter__()
-        samples.watch = self._follow
+        self._watch_before, samples.watch = samples.watch, self._follow
         self._hook = self._optimizer.register_step_post_hook(lambda *_: self._end_step())
         return self
 
     def __exit__(self, *error: object) -> None:
         self._hook.remove()
-        samples.watch = None
+        samples.watch = self._watch_before
         self._end_step()
         self._phases.__exit__(*error)
 
