@@ -65,6 +65,7 @@ from torchpar.training.profile.phases import Phases, phase
 if TYPE_CHECKING:
     from torchpar.parallel import World
 
+DEFAULT_SAMPLES = 5000  # of the exercise
 SIZES = (400, 25, 10)
 SIDE = 20  # of the pooled images
 DIGITS = tuple("0123456789")
@@ -87,7 +88,8 @@ class Flags(cli.ExampleFlags):
     library: Literal["numpy", "torch"] = "numpy"  # Library that computes.
     plots: cli.Plots = None  # Folder for pictures.
     exchange: Exchange = "allreduce"  # MPI's messages of an iteration.
-    samples: cli.Count = 5000  # Number of training images, the first ones.
+    # Number of training images, the first ones; by default at most 5000.
+    samples: cli.Count | None = None
     iterations: cli.Count = 800  # Iterations of the second run.
     lr: cli.Number = 0.1  # Learning rate of the second run.
     momentum: cli.Share = 0.9  # Momentum of the second run.
@@ -174,7 +176,7 @@ def load(flags: Flags, speaks: bool = True) -> tuple[Pixels, Pixels]:
     if line and speaks:
         print(line)
     cli.check_samples(flags.samples, len(train.labels))
-    return Pixels(*(t[: flags.samples] for t in train)), test
+    return Pixels(*(t[: flags.samples or DEFAULT_SAMPLES] for t in train)), test
 
 
 def first_model(plan: Plan) -> numpy_mlp.NumpyMLP:

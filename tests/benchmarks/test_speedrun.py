@@ -39,10 +39,12 @@ def test_the_lessons_recipe_has_the_defaults_of_train_ddp():
     }
     rates = {"lr": recipe.lr, "momentum": recipe.momentum, "weight_decay": 0.0}
     tried = {one.activation: one.lr for one in speedrun.LESSON_TRIED if one.activation != "sigmoid"}
-    assert {
-        name: train_ddp.Flags(activation=name).lr for name in ("relu", "tanh", "maxout")
-    } == tried
-    assert flags.optimizer_options(flags.MUON) == rates
+    others = {name: train_ddp.Flags(activation=name) for name in ("relu", "tanh", "maxout")}
+    for one in others.values():
+        one.check()
+    assert {name: one.lr for name, one in others.items()} == tried
+    assert rates == flags.MUON
+    assert (flags.lr, flags.momentum, flags.weight_decay) == (None, None, None)
     assert (flags.schedule, recipe.decay, recipe.warmup) == ("linear", True, 0.0)
     assert (recipe.dtype, recipe.ns_steps) == (torch.float32, 5)
 

@@ -82,7 +82,7 @@ def test_what_is_drawn_is_the_same_everywhere():
             "error: a rank was killed, or has ended in an error; run it again",
         ),
         (
-            RuntimeError("Connection closed by peer"),
+            RuntimeError("[/gloo/transport/tcp/pair.cc:534] Connection closed by peer"),
             2,
             "error: a rank was killed, or has ended in an error",
         ),

@@ -66,7 +66,6 @@ def gradients(model: MLP) -> list[Tensor]:
         ((5, 3), 1, 0.0, torch.float32),
         ((127, 1), 129, 0.1, torch.float32),
         ((33, 17, 10), 0, 0.0, torch.float32),
-        ((20, 0, 3), 5, 0.1, torch.float32),
         ((65, 127, 129, 10), 128, 1.0, torch.float32),
         ((784, 512, 10), 128, 0.0, torch.float32),  # layers that oneDNN takes where it is used
         ((20, 16, 16), 300, 0.1, torch.float32),  # the most classes in columns

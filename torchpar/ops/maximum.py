@@ -130,10 +130,11 @@ def _empty_elementwise(
             operands[0], dtype=dtype, device=device, memory_format=torch.contiguous_format
         )
     shape = torch.broadcast_shapes(*(t.shape for t in operands))
+    layouts = [(t.shape, t.stride()) for t in operands]
     try:
-        strides = _strides(*[(t.shape, t.stride()) for t in operands])
+        strides = _strides(*layouts)
     except TypeError:  # the sizes of a compiler, which have no hash
-        strides = torch.maximum(*operands).stride()
+        strides = _strides.__wrapped__(*layouts)
     return torch.empty_strided(shape, strides, dtype=dtype, device=device)
 
 
@@ -141,7 +142,8 @@ def _empty_elementwise(
 def _strides(*layouts: tuple[torch.Size, tuple[int, ...]]) -> tuple[int, ...]:
     """ATen's strides of an elementwise result, for the shapes and strides of the operands."""
     operands = [torch.empty_strided(*layout, device="meta") for layout in layouts]
-    return torch.maximum(*operands).stride()
+    elementwise = torch.maximum if len(operands) == 2 else torch.addcmul  # of two, or of three
+    return elementwise(*operands).stride()
 
 
 @_op.register_fake
