@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial, reduce
 from inspect import getmodule, signature
+from itertools import chain
 from operator import or_
 from types import new_class
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, overload
@@ -631,15 +632,16 @@ class CustomOpDef(torch.library.CustomOpDef):  # type: ignore[name-defined, misc
         def with_defaults(*args: object, **kwargs: object) -> object:
             found: Any = rule(*args, *self._defaults[len(args) :], **self._keyword_only(kwargs))
             # A tensor comes as a spec. In a list that also holds None, it comes as a strategy.
-            leaves = flattened(args, self._are_lists)[0]
+            lists = [one if isinstance(one, list | tuple) else [one] for one in args]
+            leaves = list(chain(*lists))
             is_tensor = [hasattr(t, "placements") or hasattr(t, "strategies") for t in leaves]
             sizes = [len(self._returns), sum(is_tensor)]
             for pair in found if isinstance(found, list | tuple) else [found]:
-                lists = isinstance(pair, list | tuple) and [
+                are_lists = isinstance(pair, list | tuple) and [
                     isinstance(one, list | tuple) for one in pair
                 ]
                 if (
-                    lists != [True, True]
+                    are_lists != [True, True]
                     or [len(pair[0]), sum(p is not None for p in pair[1])] != sizes
                 ):
                     expected = "two lists, the placements of {} results and of {} tensors".format(
