@@ -212,9 +212,10 @@ def test_the_kernels_orthogonalise(shape, ns):
         found = orthogonalize(x, ns=ns)
     expected = 1 + (10 if ns == "standard" else 12 if shape == (33, 45) else 16)
     assert len(gpu.launches) == expected, gpu.launches
-    by_library = orthogonalize(x, ns=ns)
+    # Muon on this CPU may compute in float32. The kernels round to bfloat16.
+    plain = reference.orthogonalize(x.bfloat16())
     ideal = reference.orthogonalize(x.double())
-    error, allowed = ((t.double() - ideal).norm() for t in (found, by_library))
+    error, allowed = ((t.double() - ideal).norm() for t in (found, plain))
     assert error <= 2 * allowed
 
 
