@@ -169,6 +169,13 @@ def test_a_launch_has_its_estimate_on_each_gpu():
     assert shown(launch.time["H200"].microseconds) in row
 
 
+def test_a_launch_of_clusters_has_no_estimate_on_a_gpu_without_them():
+    x = torch.randn(4096)
+    with emulate("sm_90") as gpu:
+        scale[(2,)](x, torch.empty_like(x), 4096, BLOCK=2048, num_ctas=2)
+    assert list(gpu.launches[0].time) == ["H100", "H200", "B200"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "tiles", ["64x64x64 w4 s4 pointers", "64x64x64 w4 s4 tma", "128x128x64 w8 s4 tma"]

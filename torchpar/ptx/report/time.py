@@ -286,9 +286,13 @@ def _operands(i: Instruction) -> float:
 
 
 def estimates(launch: "Launch") -> dict[str, Estimate]:
-    """Return the estimate by GPU, first of those for which the kernel was compiled."""
+    """Return the estimate by GPU, first of those for which the kernel was compiled.
+
+    GPUs before Hopper have no clusters.
+    """
     work, capability = work_of(launch), int(launch.arch.removeprefix("sm_"))
-    names = sorted(DATA_SHEETS, key=lambda name: DATA_SHEETS[name].capability != capability)
+    names = [name for name in DATA_SHEETS if launch.ctas == 1 or DATA_SHEETS[name].capability >= 90]
+    names.sort(key=lambda name: DATA_SHEETS[name].capability != capability)
     return {name: estimate(work, name) for name in names}
 
 
