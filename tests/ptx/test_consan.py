@@ -23,7 +23,7 @@ JOINED:
 """
 
 
-def test_workers_shuffle_at_several_places():
+def test_threads_shuffle_at_several_places():
     """Threads 20 and 21 take numbers of the other side of the branch."""
     lane = np.arange(32, dtype=np.uint32)
     found = executed(APART.format("bfly.b32"), lane, out=np.uint32)

@@ -149,7 +149,7 @@ def wrap_kernel(out, first, places, BLOCK: tl.constexpr):
 
 
 @pytest.mark.parametrize("first, places", [(0, 31), (5, 13), (25, 30), (0, 32)])
-def test_workers_of_a_warp_store_into_one_place(first, places):
+def test_threads_of_a_warp_store_into_one_place(first, places):
     """Also where the first thread after the wrap has a place of its own."""
 
     def run() -> list[tuple[Tensor, ...]]:
@@ -345,12 +345,14 @@ def last_sums_kernel(
 )
 def test_what_blocks_learn_of_each_other(sem, programs, in_python):
     """The core knows what an atomic has acquired, and leaves a race to Python."""
+    # Between warps, older versions shuffle registers that no thread has written: Python's part.
+    warps = 2 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8) else 1
     x = torch.arange(programs * 64) % 7 + 1.0
 
     def run() -> list[tuple[Tensor, ...]]:
         sums, out, arrived = torch.zeros(programs), torch.zeros(1), torch.zeros(1, dtype=INT32)
         size = triton.next_power_of_2(programs)
-        last_sums_kernel[(programs,)](x, sums, arrived, out, sem, 64, size, num_warps=1)
+        last_sums_kernel[(programs,)](x, sums, arrived, out, sem, 64, size, num_warps=warps)
         return [(sums,), (out,)]
 
     check(run)

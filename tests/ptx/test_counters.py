@@ -175,7 +175,7 @@ def launched(stride: int, kind: str, by_core: bool) -> list[Access]:
         (0, "v2.b64", 1, 1),
     ],
 )
-def test_workers_that_share_a_bank_take_turns(stride, kind, wavefronts, least, by_core):
+def test_threads_that_share_a_bank_take_turns(stride, kind, wavefronts, least, by_core):
     accesses = launched(stride, kind, by_core)
     turns = {"b64": 2, "v2.b64": 4}.get(kind, 1)  # each part of a warp that stores takes one
     for what, at_least in (("store", turns), ("load", 1)):

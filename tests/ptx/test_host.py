@@ -49,7 +49,7 @@ def test_a_part_that_nobody_has_written_is_found(write, missing):
             )
 
 
-def test_workers_may_launch_at_the_same_time():
+def test_threads_may_launch_at_the_same_time():
     wrong = []
 
     def launch(number: int) -> None:

@@ -434,7 +434,7 @@ def test_a_full_disk_is_named_in_one_line(tmp_path):
     assert "Traceback" not in error
 
 
-def test_workers_of_the_script_are_waited_for(script, capsys):
+def test_threads_of_the_script_are_waited_for(script, capsys):
     text = f"""
         from concurrent.futures import ThreadPoolExecutor
 
