@@ -9,6 +9,8 @@ import pytest
 
 import torchpar
 
+MOVED_PARTS = [name.split(".") for name in torchpar.MOVED]
+
 
 @pytest.mark.parametrize("old", torchpar.MOVED)
 def test_an_old_name_is_that_of_the_new_module(old, monkeypatch):
@@ -34,3 +36,31 @@ def test_a_module_within_a_moved_package_is_the_same_and_the_warning_names_the_l
 def test_a_module_that_never_was_is_not_found():
     with pytest.raises(ModuleNotFoundError, match=r"torchpar\.nothing"):
         importlib.import_module("torchpar.nothing")
+
+
+def test_all_modules_of_the_root_of_0_4_can_be_imported():
+    """Those that stayed, and those that moved; each has the name that it is known for."""
+    known = {
+        "data": "Samples",
+        "datasets": "read",
+        "doctor": "Finding",
+        "drawing": "Drawing",
+        "errors": "ConfigError",
+        "explain": "main",
+        "machine": "describe",
+        "nn": "MLP",
+        "outcome": "EpochResult",
+        "parts": "part_of",
+        "processes": "end_with_parent",
+        "profile.phases": "Phases",
+        "rank_info": "find_rank_info",
+        "reference": "orthogonalize",
+        "tables": "in_columns",
+        "verify.models": "MLP_STEPS",
+    }
+    for name in [name for name in sys.modules if name.split(".")[:2] in MOVED_PARTS]:
+        del sys.modules[name]
+    with pytest.warns(DeprecationWarning, match="the old name goes in version 0.6$"):
+        modules = [importlib.import_module(f"torchpar.{module}") for module in known]
+    for module, name in zip(modules, known.values(), strict=True):
+        assert hasattr(module, name), f"{module.__name__} lacks {name}"
