@@ -4,7 +4,9 @@
 What is timed are the records' `benchmarks.records.Tuned`. As `triton.autotune` does, each
 configuration is timed by `triton.testing.do_bench`, and the fastest is kept. A
 `triton.testing.perf_report` of each operator draws it. The configurations of products are those of
-the rule. Each result is compared with float64 before and after it is timed.
+the rule. Each result is compared with float64 before and after it is timed. With
+``--configurations`` the time of each configuration is a row, beside its estimate, so that the rule
+and the model of `torchpar.ptx.estimate` can be judged on this GPU.
 
 Without a GPU each configuration is compiled for GPUs that are not there; see
 `benchmarks.compile_kernels`.
@@ -14,7 +16,7 @@ import argparse
 import importlib.util
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
@@ -38,6 +40,7 @@ from benchmarks.records.record import Operator, Sizes, Tuned
 from benchmarks.results import Result, Table, print_results, track
 from benchmarks.timing import Rejected
 from torchpar.errors import ConfigError
+from torchpar.kernels.data_sheets import DATA_SHEETS
 from torchpar.kernels.rule import KINDS
 from torchpar.ops.matrix import fp32_precision
 from torchpar.ptx.triton.emulate import why_not_compiled
@@ -91,33 +94,39 @@ def call_of(operator: Operator, tuned: Tuned, operands: Sequence[Tensor], provid
     return partial(function, *operands)
 
 
-def fastest(tuned: Tuned, operands: Sequence[Tensor]) -> tuple[Any, Call]:
-    """The configuration that takes the least median, and its launch."""
+def launches_of(tuned: Tuned, operands: Sequence[Tensor]) -> dict[Any, Call]:
+    """The launch of each configuration."""
     precision, _ = fp32_precision(operands[0])
-    launches = {
+    return {
         config: partial(tuned.launch, config, operands, precision, None)
         for config in tuned.candidates(operands, precision)
     }
 
-    def median(config: Any) -> float:
-        try:
-            return do_bench(launches[config], quantiles=QUANTILES)[0]  # type: ignore[no-any-return]
-        except triton.OutOfResources:  # it does not fit into this GPU
-            return math.inf
 
-    config = min(launches, key=median)
-    return config, launches[config]
+def times_of(launch: Call) -> Sequence[float]:
+    """The `QUANTILES` of a launch's times in ms."""
+    try:
+        return do_bench(launch, quantiles=QUANTILES)  # type: ignore[no-any-return]
+    except triton.OutOfResources:  # it does not fit into this GPU
+        return [math.inf] * 3
+
+
+def data_sheet_of(name: str) -> str | None:
+    """The name of a GPU's data sheet, for the model of times."""
+    return next((sheet for sheet in DATA_SHEETS if sheet in name), None)
 
 
 class Tuning:
     """The measurements of one operator in one kind of operands.
 
     Attributes:
+        each: whether each configuration is a result.
         results: of all measurements so far.
     """
 
-    def __init__(self, name: str, kind: str):
+    def __init__(self, name: str, kind: str, each: bool = False):
         self.operator, self.tuned, self.kind = OPERATORS[name], tuned_of(name), kind
+        self.each = each
         self.results: list[Result] = []
         self.measured = cache(self.measure)  # a picture takes the times of the table
 
@@ -157,11 +166,21 @@ class Tuning:
             )
             config, call = None, first
             if provider == AUTOTUNED:
-                config, call = fastest(tuned, operands)
+                launches = launches_of(tuned, operands)
+                found = {config: times_of(launch) for config, launch in launches.items()}
+                config = min(found, key=lambda config: found[config][0])
+                call = launches[config]
             else:
                 call = call_of(self.operator, tuned, operands, provider)
             whole = (lambda: call().sigmoid()) if provider in tuned.unfinished else call
-            judge = partial(check, whole, exact, kind.dtype, allowed, provider in tuned.symmetric)
+            judge_of = partial(
+                check,
+                exact=exact,
+                dtype=kind.dtype,
+                allowed=allowed,
+                symmetric=provider in tuned.symmetric,
+            )
+            judge = partial(judge_of, whole)
             judge()
             is_short = do_bench(first, quantiles=QUANTILES)[0] < SHORT
             timer = do_bench_cudagraph if is_short else do_bench
@@ -184,6 +203,8 @@ class Tuning:
             {} if reason else {"p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "speedup": before / p50}
         )
         case = {"operator": self.operator.name, "shape": tuned.text(sizes), "dtype": self.kind}
+        if provider == AUTOTUNED and self.each and not reason:
+            self.add_each(case, launches, found, operands, judge_of)
         result = Result(
             case=case,
             contestant=provider,
@@ -195,6 +216,41 @@ class Tuning:
         self.results.append(result)
         speed = work.flops * 1e-9 or work.bytes * 1e-6
         return speed / p50, speed / p80, speed / p20
+
+    def add_each(
+        self,
+        case: Mapping[str, str],
+        launches: Mapping[Any, Call],
+        found: Mapping[Any, Sequence[float]],
+        operands: Sequence[Tensor],
+        judge: Callable[[Call], float],
+    ) -> None:
+        """Add a result for each configuration that fits into this GPU; its value is checked."""
+        gpu = data_sheet_of(torch.cuda.get_device_name())
+        for config, (p50, p20, p80) in found.items():
+            if math.isinf(p50):
+                continue
+            columns: dict[str, Any] = {"config": str(config), "timer": do_bench.__name__}
+            if gpu is not None and self.tuned.estimate is not None:
+                estimated = self.tuned.estimate(config, operands, self.kind, gpu)
+                columns["estimate_ms"] = estimated / 1e3
+            reason = ""
+            try:
+                columns["max_error"] = judge(launches[config])
+            except Rejected as failure:
+                reason = str(failure)
+            self.results.append(
+                Result(
+                    case=case,
+                    contestant=str(config),
+                    p20_ms=p20,
+                    p50_ms=p50,
+                    p80_ms=p80,
+                    columns=columns,
+                    ok=not reason,
+                    reason=reason,
+                )
+            )
 
 
 def check(call: Call, exact: Tensor, dtype: torch.dtype, allowed: float, symmetric: bool) -> float:
@@ -235,6 +291,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="time torch.compile(mode='max-autotune') of large products, beside the library and "
         "torchpar alone",
     )
+    command.parser.add_argument(
+        "--configurations",
+        action="store_true",
+        help="a row for each configuration, with the model's estimate of its time, beside the "
+        "library and torchpar",
+    )
     options = command.parse(arguments)
     kind, operators = options.dtype, list(dict.fromkeys(options.operators))
     if reason := why_not_compiled():
@@ -260,18 +322,21 @@ def missing_to_draw() -> list[str]:
 
 def time_operator(name: str, table: Table, options: argparse.Namespace) -> Tuning:
     """Time all sizes, a small one if ``quick``; add the results, print them, and draw them."""
-    tuning = Tuning(name, options.dtype)
+    tuning = Tuning(name, options.dtype, options.configurations)
     tuned, names = tuning.tuned, providers(tuning.tuned)
     values, borders = list(tuned.values), list(tuned.borders)
     if options.quick:
         values, borders = values[:1], []
+    if options.configurations:
+        names.remove(COMPILED)  # each shape would be compiled for seconds
     if options.max_autotune:
         names = [names[0], MAX_AUTOTUNE, OURS]
         values, borders = values[-3:], []  # it searches for half a minute
     sizes = [{tuned.axis: value} for value in values] + borders
+    already = len(table.results)
     for size, provider in track(list(product(sizes, names)), name):
         tuning.measured(**size, provider=provider)
-        table.add(tuning.results[-1:])
+        table.add(tuning.results[len(table.results) - already :])
     print_results(f"{name} in {options.dtype}", tuning.results, PRINTED)
     if options.output and not missing_to_draw():
         with TemporaryDirectory() as folder:  # for the picture alone: our CSV has more columns

@@ -2,19 +2,21 @@
 # SPDX-License-Identifier: MIT
 # Tests and measures the operators on the GPU of this machine. Needs no network and installs nothing.
 #
-#   bash benchmarks/validate_gpu.sh OUTDIR [STAGE]
-#   STAGE: one of `stages` below
+#   bash benchmarks/validate_gpu.sh OUTDIR [STAGE ...]
+#   STAGE: of `stages` below
 #   bash benchmarks/validate_gpu.sh --wheels DIR
 #
 # Without a stage all run in turn; none needs the files of another. What matters most comes first: values,
-# the published hash, the ladder, and the products take at most six minutes, the compilation before them
-# included. It fills Triton's cache on all cores but one. Later stages may take nine minutes each, so that
-# Ctrl-C ends the script wherever there is no more time. A stage that reaches its limit is interrupted, and
-# what it has measured is kept. On an H200 with 16 cores the values took under 150 s.
+# the published hash, calls, the rule and the model of times, Muon, graphs, and Nsight's counts take at most
+# eight minutes, the compilation before them included. It fills Triton's cache on all cores but one. Later
+# stages may take nine minutes each, so that Ctrl-C ends the script wherever there is no more time. A stage
+# that reaches its limit is interrupted, and what it has measured is kept. On an H200 with 16 cores the values
+# took under 150 s.
 #
 # OUTDIR gets validate.log, {values,huge}.xml, and what the benchmarks write into a folder of the stage's
-# name. The log, the XML and the CSV name the commit, which is $TORCHPAR_COMMIT where the checkout has no
-# .git, the versions and the clocks. PYTHONPATH is kept. No setting of the GPU is touched.
+# name; validate.tar.gz has all of it after each stage. The log, the XML and the CSV name the commit, which is
+# $TORCHPAR_COMMIT where the checkout has no .git, the versions and the clocks. PYTHONPATH is kept. No setting
+# of the GPU is touched.
 # The status is 0 if all stages passed, 1 if one failed, 2 if there is nothing to run on.
 #
 # With --wheels it collects what a machine with torch lacks (CPython 3.12, Linux x86-64) and prints how to
@@ -22,18 +24,21 @@
 set -uo pipefail
 unset -v CDPATH # with it `cd` prints
 
-stages=(compile values verify ladder matmul_t muon graphs linear_sigmoid operators autotune autotune_float32 max_autotune huge)
-# The most seconds that a stage may take: the first five make six minutes.
-declare -A limits=([compile]=60 [values]=150 [verify]=40 [ladder]=50 [matmul_t]=60 [graphs]=120)
-known() { [[ $1 != *" "* && " ${stages[*]} " == *" $1 "* ]]; }
+stages=(compile values verify calls rule muon graphs captures counters
+    ladder matmul_t linear_sigmoid operators autotune autotune_float32 max_autotune huge)
+# The most seconds that a stage may take: the first nine make eight minutes.
+declare -A limits=([compile]=50 [values]=120 [verify]=30 [calls]=35 [rule]=90 [muon]=30 [graphs]=60 [captures]=30
+    [counters]=35 [ladder]=50 [matmul_t]=60)
+known() { # whether each argument is a stage
+    for one in "$@"; do [[ $one != *" "* && " ${stages[*]} " == *" $one "* ]] || return; done
+}
 if ! case $#,${1:-} in
     2,--wheels) true ;;
-    [12],-*) false ;;
-    1,?*) true ;;
-    2,?*) known "$2" ;;
+    *,-*) false ;;
+    *,?*) known "${@:2}" ;;
     *) false ;;
 esac; then
-    echo "usage: bash benchmarks/validate_gpu.sh OUTDIR [$(IFS="|"; echo "${stages[*]}")] | --wheels DIR" >&2
+    echo "usage: bash benchmarks/validate_gpu.sh OUTDIR [STAGE ...] | --wheels DIR; STAGE: ${stages[*]}" >&2
     exit 2
 fi
 
@@ -47,7 +52,7 @@ if [[ $1 == --wheels ]]; then
 fi
 
 outdir=$1
-[[ $# == 2 ]] && stages=("$2")
+(($# > 1)) && stages=("${@:2}")
 mkdir -p "$outdir" && outdir=$(cd "$outdir" && pwd) || exit 2
 given=
 while IFS= read -r -d : folder; do
@@ -118,6 +123,23 @@ run_stage() {
         matmul_t) # beside torch.mm alone
             measure_operators matmul_t --modes forward
             ;;
+        calls) # what the host takes for a call, beside ATen's
+            needs rich triton && limited python3 -m benchmarks run host --device cuda --output "$outdir/$1"
+            ;;
+        rule) # all configurations beside the library, what the rule chose, and the model's times
+            tune --operators matmul_t linear_sigmoid --configurations
+            ;;
+        captures) # what CUDA forbids and allows in a graph, beside what the emulator says
+            needs pytest triton && limited python3 -m tests.ptx.graphs_on_gpu
+            ;;
+        counters) # what Nsight Compute counts, and what the emulator counts with this Triton
+            needs triton && mkdir -p "$outdir/$1" && limited bash -e -c '
+                python3 -m tests.ptx.measured emulated >"$0/emulated.jsonl" &
+                ncu --clock-control none --profile-from-start off --csv --metrics "$1" \
+                    python3 -m tests.ptx.measured real >"$0/nsight.csv"
+                wait $!
+                grep -c "" "$0/nsight.csv" "$0/emulated.jsonl"' "$outdir/$1" "$(IFS=,; echo "${metrics[*]}")"
+            ;;
         muon) # beside torch.optim.Muon; under 20 s on an H200
             needs rich triton && limited python3 -m benchmarks run muon --quick --output "$outdir/$1"
             ;;
@@ -150,6 +172,13 @@ run_stage() {
     esac
 }
 
+metrics=(
+    l1tex__t_{requests,sectors}_pipe_lsu_mem_global_op_{ld,st}.sum
+    l1tex__data_pipe_lsu_wavefronts_mem_shared_op_{ld,st}.sum
+    l1tex__data_bank_conflicts_pipe_lsu_mem_shared_op_{ld,st}.sum
+    launch__registers_per_thread smsp__inst_executed.sum gpu__time_duration.sum
+    dram__bytes_{read,write}.sum lts__t_sectors_op_{read,write}.sum
+)
 capability=$(python3 -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
 log=$outdir/validate.log
 failed=()
@@ -165,6 +194,7 @@ for stage in "${stages[@]}"; do
     printf '%s: status %s, %s s, %s\n' "$stage" "$status" $((SECONDS - start)) "$(tail -n 1 "$log")"
     [[ $stage == verify ]] && grep "^SHA-256 of the weights" "$log" | tail -n 1
     [[ $stage == ladder ]] && grep "times as fast as pure Python" "$log"
+    tar -C "$outdir" --exclude validate.tar.gz -czf "$outdir/validate.tar.gz" .
 done
 
 if ((${#failed[@]})); then

@@ -146,10 +146,18 @@ MATMUL_T = Operator(
         sizes_of=lambda x: (len(x), len(x), x.shape[1]),
         axis="n",
         values=[256, 512, 1024, 2048, 4096, 8192],
-        sizes=lambda n: (n, n),
+        sizes=lambda n, k=None: (n, k or n),
         native={"torch.mm": _mm, "torch.mm, mirrored": _mm_mirrored},
         compiled_native=_mm,
         compiled=4096,
         symmetric=("torch.mm, mirrored", "torchpar", "autotuned"),
+        # Where the rule changes, and the weights of networks that Muon trains.
+        borders=[
+            {"n": 768},
+            {"n": 1536},
+            {"n": 768, "k": 3072},
+            {"n": 1024, "k": 4096},
+            {"n": 2048, "k": 8192},
+        ],
     ),
 )

@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Sequence
 from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,9 @@ def test_without_triton_the_command_ends_with_one_line():
 
 def options(**given: Any) -> Namespace:
     return Namespace(
-        **{"quick": True, "output": None, "max_autotune": False, "dtype": "bfloat16"} | given
+        **{"quick": True, "output": None, "max_autotune": False, "dtype": "bfloat16"}
+        | {"configurations": False}
+        | given
     )
 
 
@@ -67,7 +70,7 @@ def small_sizes(monkeypatch) -> None:
         small: dict[str, Any] = {"values": [48], "candidates": lambda *_: ["one", "other"]}
         small["launch"] = lambda config, given, *_, name=name: OPERATORS[name].native(*given)
         if tuned.borders:
-            small["borders"] = [{"m": 8, "k": 9, "n": 5}]
+            small["borders"] = [{"k": 9, "n": 5} | ({"m": 8} if tuned.axis == "m" else {})]
         change(monkeypatch, name, **small)
     change(monkeypatch, "matmul_t", launch=lambda config, given, *_: mirror_(given[0] @ given[0].T))
 
@@ -83,8 +86,8 @@ def test_a_report_checks_times_and_draws_each_provider(small_sizes, tmp_path, na
     pytest.importorskip("pandas", reason="perf_report makes a table by it")
     table = Table(tmp_path / "autotune.csv", torch.device("cpu"))
     tuning = autotune.time_operator(name, table, options(quick=False, output=tmp_path))
-    layers = 2 if name == "linear_sigmoid" else 1
-    assert [one.contestant for one in table.results] == autotune.providers(tuning.tuned) * layers
+    shapes = 1 + len(tuning.tuned.borders)
+    assert [one.contestant for one in table.results] == autotune.providers(tuning.tuned) * shapes
     assert len(tuning.results) == len(table.results), "drawing measures nothing again"
     assert all(
         (one.ok, one.p20_ms, one.p50_ms, one.p80_ms) == (True, 1.0, 2.0, 4.0)
@@ -116,6 +119,31 @@ def test_the_fastest_configuration_is_kept(small_sizes, monkeypatch):
     tuning.measure("autotuned", numel=48)
     (result,) = tuning.results
     assert (result.columns["config"], result.p50_ms) == ("fast", 1.0)
+
+
+def test_each_configuration_is_a_row_with_an_estimate(small_sizes, monkeypatch):
+    """Its value is checked, too; ours of the first operand times two is wrong."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+
+    def launch(config: str, given: Sequence[torch.Tensor], *_: Any) -> torch.Tensor:
+        return mirror_(given[0] @ given[0].T) * (2 if config == "wrong" else 1)
+
+    change(
+        monkeypatch,
+        "matmul_t",
+        borders=[],
+        launch=launch,
+        candidates=lambda *_: ["right", "wrong"],
+        estimate=lambda config, given, kind, gpu: {"right": 5.0, "wrong": 7.0}[config],
+    )
+    table = Table(None, torch.device("cpu"))
+    autotune.time_operator("matmul_t", table, options(quick=False, configurations=True))
+    names = ["torch.mm", "torch.mm, mirrored", "torchpar", "right", "wrong", "autotuned"]
+    assert [one.contestant for one in table.results] == names
+    right, wrong = table.results[3:5]
+    assert (right.ok, right.p50_ms, right.columns["estimate_ms"]) == (True, 2.0, 0.005)
+    assert (wrong.ok, wrong.columns["estimate_ms"]) == (False, 0.007)
+    assert "an error of" in wrong.reason
 
 
 def test_max_autotune_is_timed_beside_two_others(small_sizes):

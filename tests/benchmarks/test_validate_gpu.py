@@ -17,9 +17,10 @@ from commands import ROOT, import_path
 
 SCRIPT = ROOT / "benchmarks" / "validate_gpu.sh"
 # Each stage, and how many tests it collects at least.
-FIRST = ("verify", "ladder", "matmul_t", "muon", "graphs", "linear_sigmoid", "operators")
+FIRST = ("verify", "calls", "rule", "muon", "graphs", "captures", "counters")
+THEN = ("ladder", "matmul_t", "linear_sigmoid", "operators")
 LATER = ("autotune", "autotune_float32", "max_autotune")
-STAGES = {"compile": 0, "values": 500, **dict.fromkeys(FIRST + LATER, 0), "huge": 4}
+STAGES = {"compile": 0, "values": 500, **dict.fromkeys(FIRST + THEN + LATER, 0), "huge": 4}
 
 
 def validate(*arguments: str, cwd: Path, gpu: bool = True, **environment: str) -> tuple[int, str]:
@@ -42,12 +43,12 @@ def validate(*arguments: str, cwd: Path, gpu: bool = True, **environment: str) -
 
 
 @pytest.mark.parametrize(
-    "arguments", ["", "out no_stage", "out values huge", "out values\\ huge", "--wheels"]
+    "arguments", ["", "out no_stage", "out values no_stage", "out values\\ huge", "--wheels"]
 )
 def test_a_wrong_usage_is_refused(tmp_path, arguments):
     status, printed = validate(*shlex.split(arguments), cwd=tmp_path)
     assert status == 2
-    expected = f"OUTDIR [{'|'.join(STAGES)}] | --wheels DIR"
+    expected = f"OUTDIR [STAGE ...] | --wheels DIR; STAGE: {' '.join(STAGES)}"
     assert printed == f"usage: bash benchmarks/validate_gpu.sh {expected}\n"
 
 

@@ -1,9 +1,17 @@
 # SPDX-License-Identifier: MIT
 """Launches that Nsight Compute has counted on an H200, to be executed by the emulator.
 
-`benchmarks/results/nvidia-h200/ptx-counters.csv` has what was counted.
+`benchmarks/results/nvidia-h200/ptx-counters.csv` has what was counted. On a GPU's machine
+
+    ncu --csv --profile-from-start off --metrics METRICS python -m tests.ptx.measured real
+    python -m tests.ptx.measured emulated
+
+count them anew; `benchmarks/validate_gpu.sh OUTDIR counters` does both. The second command prints a
+line of JSON for each launch.
 """
 
+import json
+import sys
 from collections.abc import Callable
 
 import torch
@@ -59,24 +67,32 @@ def naive_mm(a, b, c, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.conste
     tl.store(c + i[:, None] * N + j[None, :], acc)
 
 
+device = "cpu"  # within `emulate`
+
+
 def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    numbers = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return numbers.to(device, dtype)
+
+
+def zeros(*shape: int) -> Tensor:
+    return torch.zeros(shape, device=device)
 
 
 def transposed(kernel, grid: tuple[int, ...], **blocks: int) -> Callable[[], object]:
-    return lambda: kernel[grid](normal(512, 512), torch.zeros(512, 512), 512, **blocks)
+    return lambda: kernel[grid](normal(512, 512), zeros(512, 512), 512, **blocks)
 
 
 def by_33() -> None:
-    strided[(4,)](normal(4096 * 33), torch.zeros(4096), 4096, S=33, BLOCK=1024)
+    strided[(4,)](normal(4096 * 33), zeros(4096), 4096, S=33, BLOCK=1024)
 
 
 def softmax() -> None:
-    softmax_k[(300,)](normal(300, 1000), torch.zeros(300, 1000), 1000, BLOCK=1024)
+    softmax_k[(300,)](normal(300, 1000), zeros(300, 1000), 1000, BLOCK=1024)
 
 
 def product() -> None:
-    a, c = normal(128, 128), torch.zeros(128, 128)
+    a, c = normal(128, 128), zeros(128, 128)
     naive_mm[(2, 2)](a, a, c, 128, 128, 128, BM=64, BN=64, BK=32)
 
 
@@ -152,3 +168,27 @@ def counted(launch: Launch) -> dict[str, int | str]:
         "shared_load_conflicts": load_conflicts,
         "shared_store_conflicts": store_conflicts,
     }
+
+
+def run_on_gpu() -> None:
+    """Compile all, then launch all once, which the profiler watches."""
+    global device
+    device = "cuda"
+    for call in CALLS.values():
+        call()
+    torch.cuda.synchronize()
+    torch.cuda.profiler.start()
+    for case, call in CALLS.items():
+        with torch.cuda.nvtx.range(case):
+            call()
+    torch.cuda.synchronize()
+    torch.cuda.profiler.stop()
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["real"]:
+        run_on_gpu()
+    else:
+        for case in CALLS:
+            for launch in launches(case):
+                print(json.dumps({"case": case, "kernel": launch.kernel} | counted(launch)))
