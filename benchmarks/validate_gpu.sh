@@ -27,8 +27,8 @@ unset -v CDPATH # with it `cd` prints
 stages=(compile values verify calls rule muon graphs captures counters
     ladder matmul_t linear_sigmoid operators autotune autotune_float32 max_autotune huge)
 # The most seconds that a stage may take: the first nine make eight minutes.
-declare -A limits=([compile]=50 [values]=120 [verify]=30 [calls]=35 [rule]=90 [muon]=30 [graphs]=60 [captures]=30
-    [counters]=35 [ladder]=50 [matmul_t]=60)
+declare -A limits=([compile]=30 [values]=95 [verify]=30 [calls]=40 [rule]=70 [muon]=30 [graphs]=85 [captures]=40
+    [counters]=60 [ladder]=50 [matmul_t]=60)
 known() { # whether each argument is a stage
     for one in "$@"; do [[ $one != *" "* && " ${stages[*]} " == *" $one "* ]] || return; done
 }

@@ -176,6 +176,35 @@ def test_a_report_rejects_a_wrong_result_and_goes_on(small_sizes, monkeypatch):
         assert table.results[-1].reason.startswith(message[:25])
 
 
+@pytest.mark.parametrize(
+    "kind, name, part, is_right",
+    [
+        ("float32", "matmul_t", 0.5, True),  # one chain of 48 terms rounds as much
+        ("float32", "matmul_t", 2.0, False),
+        ("float32", "maximum", 0.5, False),  # which rounds nothing
+    ],
+)
+def test_a_chain_of_sums_may_have_its_own_error(
+    small_sizes, monkeypatch, kind, name, part, is_right
+):
+    off = part * 48**0.5 * 2**-24  # of the largest result
+    native = OPERATORS[name].native
+
+    def launch(config: str, given: Sequence[torch.Tensor], *_: Any) -> torch.Tensor:
+        exact = native(*(t.double() for t in given))
+        wrong = exact + off * exact.abs().max() * torch.eye(*exact.shape[-2:]).reshape(exact.shape)
+        return wrong.float()
+
+    monkeypatch.setattr(autotune, "draw", lambda *_: operands)
+    shapes = [(48, 48)] * (2 if name == "maximum" else 1)
+    operands = [torch.randn(shape, dtype=torch.float32) for shape in shapes]
+    sizes = ((48, 48), (48, 48)) if name == "maximum" else (48, 48)
+    change(monkeypatch, name, launch=launch, sizes=lambda **_: sizes)
+    tuning = autotune.Tuning(name, kind)
+    tuning.measure("autotuned")
+    assert tuning.results[-1].ok == is_right, tuning.results[-1].reason
+
+
 def test_without_memory_for_the_oracle_the_other_sizes_go_on(small_sizes, monkeypatch):
     class OutOfMemory(RuntimeError):
         pass

@@ -26,7 +26,7 @@ STAGES = {"compile": 0, "values": 500, **dict.fromkeys(FIRST + THEN + LATER, 0),
 def validate(*arguments: str, cwd: Path, gpu: bool = True, **environment: str) -> tuple[int, str]:
     folders = [Path(os.path.relpath(ROOT / "tests" / "rehearsal", cwd))] if gpu else []
     path = {
-        "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
+        "PATH": f"{Path(sys.executable).parent}:{ROOT}/tests/rehearsal:/usr/bin:/bin",
         "PYTHONPATH": f":{import_path(*folders)}:",
         "CDPATH": str(cwd),
     }
@@ -88,12 +88,21 @@ def test_a_stage_needs_nothing_of_another(tmp_path, stage):
     status, printed = validate("o u t", stage, cwd=folder)
     out = folder / "o u t"
     log = (out / "validate.log").read_text()
-    in_a_rank = {"verify": 2, "graphs": 1}.get(stage, 0)  # which ends there, and is missed
+    # What comes to the GPU in a process of its own is missed.
+    in_a_rank = {"verify": 2, "calls": 2, "graphs": 1, "captures": 1}.get(stage, 0)
     assert status == bool(in_a_rank), log
     first, last = printed.splitlines()
     assert last == (f"failed: {stage} (status {in_a_rank})" if in_a_rank else f"passed: {stage}")
     if stage == "graphs":  # the lessons come to the GPU, and then a rank of the speedrun does
         assert log.count("the rehearsal ends at the GPU") == 4, log
+    elif stage == "calls":
+        assert "the process that makes the calls has ended" in first
+    elif stage == "captures":
+        assert re.search(r"\d+ programs, \d+ of them otherwise than emulated", first)
+        assert "right, own_kernel: ended with status 0" in log
+    elif stage == "counters":
+        assert "the rehearsal ends at the GPU" in (out / stage / "nsight.csv").read_text()
+        assert len((out / stage / "emulated.jsonl").read_text().splitlines()) == 15
     elif in_a_rank:
         assert (
             "the rehearsal ends at the GPU\npython -m torchpar verify: error: a rank was killed"

@@ -97,13 +97,19 @@ def product() -> None:
 
 
 def symmetric(n: int, dtype: torch.dtype, *tiles: int | str) -> Callable[[], object]:
-    x = normal(n, n, dtype=dtype)
-    return lambda: matmul_t.symmetric_matmul(x, x, "ieee", None, tiles=Tiles(*tiles))
+    def call() -> object:
+        x = normal(n, n, dtype=dtype)
+        return matmul_t.symmetric_matmul(x, x, "ieee", None, tiles=Tiles(*tiles))
+
+    return call
 
 
 def layer(*tiles: int | str) -> Callable[[], object]:
-    x, bias = normal(512, 512, dtype=torch.bfloat16), normal(512, dtype=torch.bfloat16)
-    return lambda: linear_sigmoid.linear_sigmoid(x, x, bias, "ieee", None, tiles=Tiles(*tiles))
+    def call() -> object:
+        x, bias = normal(512, 512, dtype=torch.bfloat16), normal(512, dtype=torch.bfloat16)
+        return linear_sigmoid.linear_sigmoid(x, x, bias, "ieee", None, tiles=Tiles(*tiles))
+
+    return call
 
 
 def sigmoid_backward() -> None:
