@@ -42,7 +42,7 @@ from .tiles import Choice, choose_plan, descriptor_layout
 
 _16_BIT = {
     Tiles(128, 256, 64, 8, 4, "tma"): Speed(0.600, 0.627),
-    Tiles(128, 128, 64, 4, 3, "tma"): Speed(0.483, 0.316),
+    Tiles(128, 128, 64, 4, 3, "tma"): Speed(0.483, 0.320),
     Tiles(128, 128, 64, 8, 4, "tma"): Speed(0.327, 0.342),
     Tiles(64, 64, 128, 4, 3, "tma"): Speed(0.184, 0.313),
     Tiles(128, 128, 64, 8, 3): Speed(0.406, 0.354),

@@ -45,6 +45,7 @@ README = PAGES["README.md"]
 RESULTS = ROOT / "benchmarks" / "results" / "cpu-2-cores-amd-epyc-family-26-model-2"
 RESULTS_ZEN3 = RESULTS.with_name("cpu-2-cores-amd-epyc-family-25-model-1")
 RESULTS_H200 = RESULTS.with_name("nvidia-h200")
+RESULTS_H100 = RESULTS.with_name("nvidia-h100")
 SUITE = "".join(path.read_text() for path in sorted((ROOT / "tests").rglob("*.py")))
 FIGURES = ("p50_ms", "speedup", "seconds", "accuracy")
 OTHERS_FLAGS = {  # of the launchers, pip, pytest and Lightning
@@ -328,9 +329,11 @@ def test_the_readme_shows_the_measured_speed_ups(start):
         assert measured == ([float(cell)] if cell else []), row
 
 
-def on_h200(benchmark: str, column: str, case: dict[str, str]) -> float:
+def on_h200(
+    benchmark: str, column: str, case: dict[str, str], folder: Path = RESULTS_H200
+) -> float:
     """Return the milliseconds in the only row of an H200's CSV with the columns of ``case``."""
-    with (RESULTS_H200 / f"{benchmark}.csv").open() as file:
+    with (folder / f"{benchmark}.csv").open() as file:
         (row,) = (
             row
             for row in csv.DictReader(file)
@@ -609,19 +612,47 @@ def test_muon_shows_what_an_h200_measured():
             on_h200("muon-newton_schulz", "p20_ms", weight | {"contestant": one}) for one in columns
         ]
         assert cells == [duration(ms / 1e3) for ms in times], what
-    for what, *cells in rows_of("docs/muon.md", "weights | `torch.optim.Muon` | torchpar | speed-"):
-        other, own = ({"weight": what} | one for one in (TORCH_MUON, OURS))
-        times = [on_h200("muon", "p20_ms", case) for case in (other, own)]
-        ratio = times[0] / times[1]
-        # A queue does not hold the launches of torch.optim.Muon for many matrices.
-        queued = (
-            f"{on_h200('muon', 'queued_speedup', own):.2g}" if what[:2] not in ("48", "50") else ""
-        )
-        assert cells == [*(duration(ms / 1e3) for ms in times), f"{ratio:.2g}", queued], what
     for what, *cells in rows_of("docs/muon.md", "weights | `torch.optim.Muon` | torchpar | torchp"):
         cases = [TORCH_MUON | eager, OURS | eager, OURS | graph]
         times = [on_h200("muon-graphs", "p20_ms", {"weight": what} | case) for case in cases]
         assert cells == [duration(ms / 1e3) for ms in times], what
+
+
+@pytest.mark.parametrize("gpu, folder", [("H200", RESULTS_H200), ("H100", RESULTS_H100)])
+def test_muon_shows_steps_of_each_gpu(gpu, folder):
+    lines = rows_of("docs/muon.md", f"on an {gpu} | `torch.optim.Muon` | torchpar | speed-")
+    assert len(lines) == 9
+    for what, *cells in lines:
+        other, own = ({"weight": what} | one for one in (TORCH_MUON, OURS))
+        times = [on_h200("muon", "p20_ms", case, folder) for case in (other, own)]
+        ratio, queued = f"{times[0] / times[1]:.2g}", ""
+        # A queue does not hold the launches of torch.optim.Muon for many matrices.
+        if what[:2] not in ("48", "50"):
+            queued = f"{on_h200('muon', 'queued_speedup', own, folder):.2g}"
+        assert cells == [*(duration(ms / 1e3) for ms in times), ratio, queued], what
+
+
+def test_tuning_shows_where_the_rule_lost_on_an_h100():
+    lines = rows_of("docs/tuning.md", "on an H100, in bfloat16")
+    assert len(lines) == 4
+    for what, *cells in lines:
+        operator, shape = what.strip("`").replace("`", "").split(", ")
+        shape = shape.replace(" × ", "x").replace(" → ", "->")
+        chosen = {"matmul_t": "64x128x64 w4 s4 tma", "linear_sigmoid": "128x128x64 w4 s3 tma"}
+        m, n, k, warps, stages, variant = cells[2].split()
+        fastest = f"{m}x{n}x{k} w{warps} s{stages} {variant}"
+        library = {"matmul_t": "torch.mm, mirrored", "linear_sigmoid": "addmm, sigmoid"}
+        times = [
+            on_h200(
+                "autotune",
+                "p20_ms",
+                {"operator": operator, "shape": shape, "contestant": one},
+                RESULTS_H100,
+            )
+            for one in (chosen[operator], fastest, library[operator])
+        ]
+        expected = [duration(ms / 1e3) for ms in times]
+        assert [cells[0], cells[1], cells[3]] == expected, what
 
 
 def test_the_page_shows_what_nsight_and_the_emulator_count():

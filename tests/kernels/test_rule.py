@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The rule beside every shape that an H200 has timed: the choice of tiles, and of the library."""
+"""The rule beside every shape that GPUs have timed: the choice of tiles, and of the library."""
 
 import csv
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +20,9 @@ from torchpar.kernels.matmul_t import SYMMETRIC_MATMUL
 from torchpar.kernels.rule import KINDS, Device, Product, Speed, Tiles
 
 H200 = Device("NVIDIA H200", 90, 132)
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "nvidia-h200"
+H100 = H200._replace(name="NVIDIA H100")
+MEASURED = Path(__file__).parents[2] / "benchmarks" / "results"
+RESULTS = MEASURED / "nvidia-h200"
 PAIRS = [
     ("symmetric_matmul", "bfloat16"),
     ("linear_sigmoid", "bfloat16"),
@@ -149,6 +152,56 @@ def test_the_choice_is_near_the_fastest_of_every_timed_shape():
     assert len(GROUPS) >= 65
     assert {group.kind for group in GROUPS} == set(KINDS)
     assert_near_the_fastest(by_the_rule, MEAN)
+
+
+class OnH100(NamedTuple):
+    """The µs of the configurations that `autotune --configurations` timed for a shape."""
+
+    product: Product
+    kind: str
+    sizes: tuple[int, int, int, int]
+    tiles: dict[Tiles, float]
+
+    def ratio(self, cost: Callable[[Tiles], float]) -> float:
+        """The time of the configuration that costs least, beside the fastest one's."""
+        return self.tiles[min(self.tiles, key=cost)] / min(self.tiles.values())
+
+
+def groups_of_h100() -> list[OnH100]:
+    found: dict[Any, OnH100] = {}
+    for path in sorted((MEASURED / "nvidia-h100").glob("autotune*.csv")):
+        with path.open() as file:
+            for row in csv.DictReader(file):
+                if not row["contestant"][0].isdigit() or row["ok"] != "True":
+                    continue
+                m, k, *n = map(int, re.findall(r"\d+", row["shape"]))
+                kernel = row["operator"].replace("matmul_t", "symmetric_matmul")
+                sizes = (m, n[0] if n else m, k, 1)
+                group = OnH100(PRODUCTS[kernel], row["dtype"], sizes, {})
+                group = found.setdefault((kernel, row["dtype"], sizes), group)
+                group.tiles[tiles_of(row["contestant"])] = 1e3 * float(row["p20_ms"])
+    return [group for group in found.values() if len(group.tiles) > 1]
+
+
+def assert_near_the_fastest_of_h100(choose: Callable[[OnH100], float]) -> None:
+    ratios = [choose(group) for group in groups_of_h100()]
+    assert max(ratios) <= 1.10
+    assert math.exp(sum(map(math.log, ratios)) / len(ratios)) <= 1.01
+
+
+def test_the_choice_is_near_the_fastest_configuration_of_another_gpu():
+    """Its shapes and its clock were not in the fit, but for one speed."""
+
+    def choose(group: OnH100) -> float:
+        case = group.product, group.kind
+        return group.ratio(lambda tiles: rule.kernel_time(*case, tiles, group.sizes, H100))
+
+    groups = groups_of_h100()
+    assert len(groups) >= 30
+    assert {group.kind for group in groups} == {"bfloat16", "float32", "tf32"}
+    assert_near_the_fastest_of_h100(choose)
+    with pytest.raises(AssertionError):
+        assert_near_the_fastest_of_h100(lambda group: group.ratio(lambda one: -one.block_m))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Estimates of times are held to those that an H200 measured, and to what launches count."""
+"""Estimates of times are held to those that GPUs measured, and to what launches count."""
 
 import csv
 import re
@@ -24,7 +24,8 @@ from torchpar.ptx import emulate
 from torchpar.ptx.estimate import device_of, estimate_tiles, work_of_tiles
 from torchpar.ptx.report.time import FITTED, TRUST, Fitted, Work, estimate, shown, work_of
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "nvidia-h200"
+MEASURED = Path(__file__).parents[2] / "benchmarks" / "results"
+RESULTS = MEASURED / "nvidia-h200"
 PATTERN = re.compile(r"(\d+)x(\d+)x(\d+) w(\d+) s(\d+) (\w+)")
 
 
@@ -35,6 +36,7 @@ class Group(NamedTuple):
     kind: str
     sizes: Sequence[int]
     times: dict[Tiles, float]
+    gpu: str = "H200"
 
     def estimates(self, fitted: Fitted = FITTED) -> list[float]:
         is_layer = self.operator == "linear_sigmoid"
@@ -44,7 +46,7 @@ class Group(NamedTuple):
                 self.kind,
                 tiles,
                 self.sizes,
-                "H200",
+                self.gpu,
                 with_c=self.operator == "symmetric_matmul",
                 fitted=fitted,
             ).microseconds
@@ -67,6 +69,24 @@ def groups() -> list[Group]:
                 tiles = Tiles(*map(int, match.groups()[:5]), match[6])
                 group.times[tiles] = 1e3 * float(row["p20_ms"])
     return [group for group in found.values() if len(group.times) >= 3]
+
+
+def groups_of_h100() -> list[Group]:
+    """Those of `autotune --configurations`."""
+    found: dict[tuple[str, ...], Group] = {}
+    for path in sorted((MEASURED / "nvidia-h100").glob("autotune*.csv")):
+        with path.open() as file:
+            for row in csv.DictReader(file):
+                match = PATTERN.fullmatch(row["contestant"])
+                if match is None or row["ok"] != "True":
+                    continue
+                m, k, *n = map(int, re.findall(r"\d+", row["shape"]))
+                sizes = [m, n[0] if n else m, k, 1]
+                key = row["operator"], row["shape"], row["dtype"]
+                group = Group(row["operator"], row["dtype"], sizes, {}, "H100")
+                tiles = Tiles(*map(int, match.groups()[:5]), match[6])
+                found.setdefault(key, group).times[tiles] = 1e3 * float(row["p20_ms"])
+    return list(found.values())
 
 
 def ranks(values: Sequence[float]) -> np.ndarray:
@@ -102,6 +122,19 @@ def test_estimates_of_groups_left_out_of_the_fit_are_near_an_h200s_times():
     assert median <= 0.075, median
     assert most <= 0.185, most
     assert correlation >= 0.89, correlation
+
+
+def test_estimates_for_another_gpu_are_near_its_times():
+    """No time of an H100 was known to the fit."""
+    found = groups_of_h100()
+    assert sum(len(group.times) for group in found) == 204
+    median, most, correlation = errors(found)
+    assert median <= 0.075, median
+    assert most <= 0.20, most
+    assert correlation >= 0.92, correlation
+    median, most, _ = errors([group._replace(gpu="A100") for group in found])
+    assert median > 0.5
+    assert most > 1
 
 
 @pytest.mark.parametrize(
