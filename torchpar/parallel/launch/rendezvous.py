@@ -8,6 +8,7 @@ And it does not read the environment of mpirun.
 """
 
 import errno
+import logging
 import os
 import socket
 import threading
@@ -25,19 +26,22 @@ from torchpar.errors import ConfigError, RankLostError
 from torchpar.parallel.launch.rank_info import RankInfo
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 # Family, kind, protocol, canonical name, and host and port: of `socket.getaddrinfo`.
 _Address = tuple[Any, Any, int, str, Any]
 POLL = 0.02  # seconds between two requests to the store
 KNOCK = 0.1  # seconds between two attempts to reach a host that does not listen yet
 LOOKUP = 10.0  # seconds for a name server that does not answer, or not now
 REACH = 5.0  # seconds in which rank 0 reaches itself by an address that its machine does not have
+SILENCE = 5.0  # seconds after which a rank says for whom it waits
 LATER = 1.0  # seconds that other ranks wait longer than rank 0, which tells them the missing ranks
 
 
 def connect(info: RankInfo, timeout: timedelta) -> Store:
     """Connect to the other ranks and return the store for `init_process_group`.
 
-    The store is empty at each start of the processes, also when torchrun starts them again.
+    The store is empty at each start of the processes, also when torchrun starts them again. After
+    `SILENCE` seconds a rank logs a warning that says for which ranks it waits.
 
     Args:
         timeout: the time to wait for the other ranks; also the store's timeout.
@@ -71,7 +75,7 @@ def connect(info: RankInfo, timeout: timedelta) -> Store:
         if info.rank == 0:
             start = _welcome(store, info.world_size, timeout)
         else:  # requests to a host that was stopped block whatever the timeout is
-            start = run_in_daemon(lambda: _join(store, info.rank, timeout)).result(2 * limit)
+            start = run_in_daemon(lambda: _join(store, info, timeout)).result(2 * limit)
     except (DistError, OSError) as e:  # TimeoutError is an OSError
         raise ConfigError(
             f"rank {info.rank} did not meet the others at {info.address}:{info.port}: "
@@ -170,6 +174,7 @@ def _wait_for_host(info: RankInfo, timeout: timedelta) -> None:
         OSError: the host cannot be found, or no program listens there within the timeout.
     """
     deadline = time.monotonic() + timeout.total_seconds()
+    silent_until = time.monotonic() + SILENCE
     while True:
         left = max(deadline - time.monotonic(), KNOCK)
         try:
@@ -178,6 +183,9 @@ def _wait_for_host(info: RankInfo, timeout: timedelta) -> None:
         except OSError:
             if time.monotonic() > deadline:
                 raise
+        if time.monotonic() > silent_until:
+            _say(info.rank, f"0, expected at {info.address}:{info.port}")
+            silent_until = deadline
         time.sleep(KNOCK)
 
 
@@ -236,36 +244,71 @@ def run_in_daemon(function: Callable[[], T]) -> "Future[T]":
 def _welcome(store: Store, world_size: int, timeout: timedelta) -> int:
     start: int = store.add("starts", 1)
     deadline = time.monotonic() + timeout.total_seconds()
+    silent_until = time.monotonic() + SILENCE
     missing = list(range(1, world_size))
     while missing:
+        # For ranks that say for whom they wait.
+        store.set(f"awaited/{start}", ", ".join(map(str, missing)))
         for rank in missing:
             # The counter may belong to a dead process; retry until the live process answers.
             store.set(f"welcome/{rank}/{store.add(f'processes/{rank}', 0)}", str(start))
         time.sleep(POLL)
         missing = [rank for rank in missing if not store.check([f"joined/{rank}/{start}"])]
-        if missing and time.monotonic() > deadline:
-            ranks = ", ".join(map(str, missing))
+        ranks, now = ", ".join(map(str, missing)), time.monotonic()
+        if missing and now > deadline:
             store.set(f"missing/{start}", ranks)
             # The other ranks read the key before this process, which may host the store, ends.
             time.sleep(LATER)
             raise _did_not_join(ranks, timeout)
+        if missing and now > silent_until:
+            _say(0, ranks)
+            silent_until = deadline
     store.set(f"missing/{start}", "")
     return start
 
 
-def _join(store: Store, rank: int, timeout: timedelta) -> int:
+def _join(store: Store, info: RankInfo, timeout: timedelta) -> int:
     """Return the number of the start, once rank 0 says that all ranks have joined."""
-    process = store.add(f"processes/{rank}", 1)
+    process = store.add(f"processes/{info.rank}", 1)
+    welcome = f"welcome/{info.rank}/{process}"
     try:
-        start = int(store.get(f"welcome/{rank}/{process}"))
-        store.set(f"joined/{rank}/{start}", "")
-        store.wait([f"missing/{start}"], timeout + timedelta(seconds=LATER))
+        _wait(store, welcome, timeout, lambda: _say(info.rank, "0"))
+        start = int(store.get(welcome))
+        store.set(f"joined/{info.rank}/{start}", "")
+
+        def say() -> None:
+            if info.local_rank == 0:  # one rank of each machine; rank 0 says it on its own
+                _say(info.rank, store.get(f"awaited/{start}").decode())
+
+        _wait(store, f"missing/{start}", timeout + timedelta(seconds=LATER), say)
         missing = store.get(f"missing/{start}").decode()
     except DistError as e:
         raise _did_not_join("0", timeout) from e
     if missing:
         raise _did_not_join(missing, timeout)
     return start
+
+
+def _wait(store: Store, key: str, timeout: timedelta, say: Callable[[], None]) -> None:
+    """Wait for ``key``; call ``say`` after `SILENCE` seconds.
+
+    Raises:
+        DistError: the store's host has ended, or nobody sets the key within the timeout.
+    """
+    began = time.monotonic()
+    patience = timeout.total_seconds()
+    # A wait that times out would print the frames of PyTorch's error.
+    while not store.check([key]) and time.monotonic() < began + patience:
+        if time.monotonic() > began + SILENCE:
+            say()
+            break
+        time.sleep(POLL)
+    left = max(began + patience - time.monotonic(), POLL)
+    store.wait([key], timedelta(seconds=left))
+
+
+def _say(rank: int, awaited: str) -> None:
+    logger.warning("rank %d waits for rank %s", rank, awaited)
 
 
 def _did_not_join(ranks: str, timeout: timedelta) -> RankLostError:
