@@ -23,15 +23,18 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-if missing := [name for name in ("lightning", "jsonargparse", "rich") if find_spec(name) is None]:
+if missing := [
+    name for name in ("lightning", "jsonargparse", "rich", "tyro") if find_spec(name) is None
+]:
     sys.exit(
         f"train_lightning.py needs {', '.join(missing)}; pip install 'torchpar[examples,lightning]'"
     )
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from support import cli as command_line
 from support import console, report
 from torch import Tensor
 from torch import distributed as dist
@@ -39,7 +42,7 @@ from torch.nn.functional import cross_entropy
 
 from torchpar.data import Batch, Samples, batches, load
 from torchpar.data.files import Dataset
-from torchpar.errors import ConfigError, TorchparError, check_finite
+from torchpar.errors import ConfigError, check_finite
 from torchpar.nn import MLP
 from torchpar.training import LRSchedule, lr_scheduler, sgd
 from torchpar.training.profile.record import RankRecord
@@ -254,6 +257,10 @@ class CLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--report", type=Path | None, help="folder for a page of the run")
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        with command_line.parsing():
+            super().parse_arguments(parser, args)
+
     def before_fit(self) -> None:
         if folder := self.config.fit.report:
             if find_spec("matplotlib") is None or find_spec("jinja2") is None:
@@ -282,7 +289,7 @@ def main() -> None:
         "callbacks": [timer, Lines()],
     }
     options = {"seed_everything_default": 0, "trainer_defaults": silent | shown}
-    try:
+    with command_line.ending():
         # The logger keeps the hyperparameters.
         cli = CLI(LitMLP, MNIST, save_config_callback=None, **options)  # type: ignore[arg-type]
         trainer = cli.trainer
@@ -306,9 +313,6 @@ def main() -> None:
                 outputs = cli.model.mlp(test.inputs(slice(None)))
                 report.write(cli.config.fit.report, page, outputs, test)
             print(last_line)
-    except TorchparError as e:
-        print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr)
-        sys.exit(2)
     # Until the interpreter's end the group's threads could abort the process.
     if dist.is_initialized():
         dist.destroy_process_group()

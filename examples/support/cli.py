@@ -9,17 +9,20 @@ installed.
 import gc
 import importlib.util
 import io
+import json
 import os
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import (
     AbstractContextManager,
-    ExitStack,
+    contextmanager,
     nullcontext,
     redirect_stderr,
     redirect_stdout,
+    suppress,
 )
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -28,8 +31,8 @@ from typing import Annotated, Any, Literal, NamedTuple, NoReturn, TypeVar, get_a
 
 from torchpar import __version__
 from torchpar.data.files import Dataset
-from torchpar.errors import AllRanksError, ConfigError, TorchparError, first_line
-from torchpar.parallel.launch.rank_info import find_rank_info
+from torchpar.errors import AllRanksError, ConfigError, RankLostError, TorchparError, first_line
+from torchpar.parallel.launch.rank_info import RankInfo, find_rank_info
 from torchpar.training.outcome import Stopped
 
 try:
@@ -40,7 +43,7 @@ except ImportError as error:
 
 F = TypeVar("F", bound="ExampleFlags")
 Check = Callable[[Mapping[str, object]], None]
-GRACE = 2.0  # seconds in which a launcher ends the other ranks after rank 0 has failed
+GRACE = 10.0  # seconds in which a launcher ends the other ranks after rank 0 has failed
 
 
 class Bounds(NamedTuple):
@@ -208,49 +211,87 @@ def main(
     flags: type[F],
     agreeing: Callable[[], AbstractContextManager[Check]] = lambda: nullcontext(lambda _: None),
 ) -> None:
-    """Parse ``flags`` from the command line and call ``run`` with them.
-
-    A `TorchparError`, a file that cannot be read or written, too little memory, or a model that
-    cannot be compiled ends every rank with status 2. Rank 0 prints it as one line. Another rank
-    waits `GRACE` seconds before it prints: if rank 0 has failed too, the launcher has ended this
-    rank by then. It does not wait for a rank 0 that does not answer. SIGINT ends with status 130.
+    """Parse ``flags`` from the command line and call ``run`` with them; errors end as by `ending`.
 
     Args:
         agreeing: yields a function that compares flags between ranks, such as `mpi.agreeing`; the
             flags are read in this context.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # terminals that have only ASCII print ? for λ
-    try:
+    with ending():
         with agreeing() as check:
-            parsed = _parse(flags)
+            with parsing():
+                parsed = tyro.cli(flags, config=(tyro.conf.FlagCreatePairsOff,))
             parsed.check()
             check({"the version of torchpar": __version__, **parsed.shared()})
         gc.freeze()  # Python's collector would look through all imported modules again and again
         run(parsed)
-    except _Usage as e:
-        time.sleep(GRACE)
-        print(e.said, end="", file=sys.stderr, flush=True)
-        raise
+
+
+@contextmanager
+def ending() -> Iterator[None]:
+    """End every rank with status 2 where the block raises an error that a person can mend.
+
+    These are a `TorchparError`, a file that cannot be read or written, too little memory, a model
+    that cannot be compiled, and wrong flags. One line says what is wrong, once: rank 0 prints it,
+    or torchrun as the last line of its report. Another rank waits `GRACE` seconds before it speaks:
+    if rank 0 has failed too, the launcher has ended this rank by then. It does not wait for a rank
+    0 that does not answer. SIGINT ends with status 130.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # terminals that have only ASCII print ? for λ
+    try:
+        yield
+    except WrongFlags as e:
+        _end(e.said)
     except AllRanksError as e:  # rank 0 has the same error
-        sys.exit(2) if _rank() > 0 else _end(str(e))
-    except (TorchparError, OSError) as e:
-        _end(str(e), is_rank_0_lost=0 in getattr(e, "missing", ()))
-    except (MemoryError, RuntimeError) as e:
-        _end(_reason(e))
+        sys.exit(2) if _rank() > 0 else _end(_line(e))
+    except (TorchparError, OSError, MemoryError, RuntimeError) as e:
+        _end(_line(_reason(e)), is_rank_0_lost=isinstance(e, RankLostError) and 0 in e.missing)
     except Stopped as e:
         if _rank() == 0:
             print(f"{e}; the state is saved, the same command resumes from it", flush=True)
-        sys.exit(130 if e.signal == 2 else 0)
+        sys.exit(130 if e.signal == signal.SIGINT else 0)
     except KeyboardInterrupt:
         sys.exit(130)  # as a shell reports SIGINT
 
 
-def _reason(error: MemoryError | RuntimeError) -> str:
-    """What to print of an error of Python's, NumPy's or PyTorch's; it is raised again if it is a
-    fault of the program."""
+class WrongFlags(SystemExit):
+    """The flags of a rank are wrong; ``said`` is what the parser says of them."""
+
+    def __init__(self, said: str):
+        super().__init__(2)
+        self.said = said
+
+
+@contextmanager
+def parsing() -> Iterator[None]:
+    """Keep what a parser prints from being printed by every rank.
+
+    Raises:
+        SystemExit: after the help, which rank 0 prints; without a launcher also for wrong flags.
+        WrongFlags: for wrong flags, on each rank.
+    """
+    if _launched() is None:
+        yield
+        return
+    said = io.StringIO()
+    try:
+        with redirect_stdout(said), redirect_stderr(said):
+            yield
+    except SystemExit as e:
+        if e.code:
+            raise WrongFlags(said.getvalue()) from e
+        if _rank() == 0:
+            print(said.getvalue(), end="")
+        raise
+
+
+def _reason(error: Exception) -> str:
+    """What to print of an error; it is raised again if it is a fault of the program."""
     kind = type(error)
+    if isinstance(error, TorchparError | OSError):
+        return str(error)
     if isinstance(error, MemoryError) or kind.__name__ == "OutOfMemoryError":
         remedy = "take a smaller model, smaller batches or fewer samples"
         return f"the memory does not suffice; {remedy} ({first_line(error)})"
@@ -260,45 +301,48 @@ def _reason(error: MemoryError | RuntimeError) -> str:
     raise error
 
 
+def _launched() -> RankInfo | None:
+    """Return this process's rank, if a launcher started it and its variables are right."""
+    with suppress(ConfigError):  # which join_world raises
+        return find_rank_info()
+    return None
+
+
 def _rank() -> int:
-    """Return this process's rank. Where its variables are wrong, join_world has refused them."""
-    try:
-        info = find_rank_info()
-    except ConfigError:
-        return 0
+    info = _launched()
     return info.rank if info else 0
 
 
-def _end(error: str, is_rank_0_lost: bool = False) -> NoReturn:
+def _line(error: object) -> str:
+    return f"{Path(sys.argv[0]).name}: error: {error}\n"
+
+
+def _end(said: str, is_rank_0_lost: bool = False) -> NoReturn:
+    """End this rank with status 2, and let one rank say why."""
+    failed = time.time()
     if _rank() > 0 and not is_rank_0_lost:
         time.sleep(GRACE)
-    print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
+    if not _is_told_by_torchrun(said, failed):
+        print(said, end="", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
-class _Usage(SystemExit):
-    """A wrong flag on a rank that waits before it prints."""
+def _is_told_by_torchrun(said: str, failed: float) -> bool:
+    """Hand over to torchrun what it prints at the end, if it does not start the ranks again.
 
-    said = ""
-
-
-def _parse(flags: type[F]) -> F:
-    """Return the flags of the command line. Rank 0 alone prints the help and the wrong flags.
-
-    Raises:
-        SystemExit: --help; on rank 0 also a wrong flag.
-        _Usage: a wrong flag on another rank.
+    After the ranks torchrun prints a traceback of its own, and a table of those that failed. The
+    last lines of the table are the error file of the rank that was the first to fail.
     """
-    with ExitStack() as stack:
-        said = io.StringIO()
-        if _rank() > 0:
-            stack.enter_context(redirect_stdout(said))
-            stack.enter_context(redirect_stderr(said))
-        try:
-            return tyro.cli(flags, config=(tyro.conf.FlagCreatePairsOff,))
-        except SystemExit as e:
-            if not e.code or _rank() == 0:
-                raise
-            usage = _Usage(e.code)
-            usage.said = said.getvalue()
-            raise usage from e
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    starts, restarts = (
+        int(os.environ.get(f"TORCHELASTIC_{name}", "0"))
+        for name in ("RESTART_COUNT", "MAX_RESTARTS")
+    )
+    if not file or starts < restarts:
+        return False
+    more = {"py_callstack": f"\n{said.rstrip()}", "timestamp": str(int(failed))}
+    try:
+        Path(file).write_text(json.dumps({"message": {"message": said, "extraInfo": more}}))
+    except OSError:
+        return False
+    return True

@@ -22,7 +22,7 @@ from unittest.mock import Mock, patch
 
 import pytest
 import torch
-from commands import LAST_LINE, ROOT, TORCHRUN, lesson, rows_of, run, scalars
+from commands import LAST_LINE, ROOT, lesson, rows_of, scalars
 from fake_data import fashion_mnist
 
 pytest.importorskip("tyro", reason="tyro reads the flags")
@@ -36,7 +36,6 @@ from train_by_hand import draw
 from torchpar.errors import ConfigError
 from torchpar.parallel import join_world
 
-TRAIN_DDP = str(ROOT / "examples" / "train_ddp.py")
 TWO_EPOCHS = ["--epochs", "2", "--batch-size", "100"]
 
 
@@ -625,18 +624,6 @@ def test_an_error_ends_every_rank(ranks, name, flags, message):
     for code, out, err in ranks(2, lesson, name, "--device", "cpu", *flags.split()):
         assert (code, out) == (2, "")
         assert message in line_of(err)
-
-
-@pytest.mark.slow
-def test_under_torchrun_rank_0_alone_prints_an_error(tmp_path):
-    script = tmp_path / "script.py"
-    path = (
-        f"import runpy, sys; sys.path.insert(0, {str(ROOT / 'examples')!r}); from support import "
-        f"cli"
-    )
-    script.write_text(f"{path}; cli.GRACE = 60; runpy.run_path({TRAIN_DDP!r}, run_name='__main__')")
-    code, out, err = run(*TORCHRUN, str(script), "--data", "/nonexistent")
-    assert (code, out, err.count("train_ddp.py: error: ")) == (1, "", 1)
 
 
 # Checkpoints
