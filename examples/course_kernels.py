@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import torch
-from support import checks, cli, console
+from support import checks, cli, console, plots
 from support.measure import interleaved_ms
 from torch import Tensor
 
@@ -198,28 +198,24 @@ def measure(work: Work, device: torch.device) -> list[console.Row]:
 
 def save_roofline(path: Path, rows: Sequence[console.Row]) -> None:
     """Draw the roof of the GPU's data sheet, and each product at its intensity below it."""
-    from matplotlib.figure import Figure
-
     sheet = DATA_SHEETS[GPU]
     peak, memory = sheet.flops["f32"], sheet.memory  # TFLOP/s and TB/s
-    figure = Figure(figsize=(6.2, 3.7), layout="constrained", dpi=120)
-    axes = figure.subplots()
     x = [0.01, peak / memory, 100]
-    axes.loglog(x, [min(peak, one * memory) for one in x], "k-")
-    for i, row in enumerate(rows):
-        at, label = float(row["intensity"]), f"{row['work']}: {row['by']}"  # type: ignore[arg-type]
-        # Rings of several sizes show points that coincide.
-        y, size = min(peak, at * memory), 5 + 4 * i
-        axes.plot([at], [y], "o", fillstyle="none", markersize=size, label=label)
-    axes.set(
-        xlabel="operations per byte that is loaded",
-        ylabel="TFLOP/s at most, if memory loads it",
-        title=f"{GPU}, float32, by its data sheet",
-    )
-    axes.legend(fontsize=7)
-    axes.grid(alpha=0.3)
-    with console.writing(path, "--plots"):
-        figure.savefig(path)
+    with plots.picture(path, (6.2, 3.7)) as (axes,):
+        axes.loglog(x, [min(peak, one * memory) for one in x], "k-")
+        for i, row in enumerate(rows):
+            at = float(row["intensity"])  # type: ignore[arg-type]
+            label = f"{row['work']}: {row['by']}"
+            # Rings of several sizes show points that coincide.
+            y, size = min(peak, at * memory), 5 + 4 * i
+            axes.plot([at], [y], "o", fillstyle="none", markersize=size, label=label)
+        axes.set(
+            xlabel="operations per byte that is loaded",
+            ylabel="TFLOP/s at most, if memory loads it",
+            title=f"{GPU}, float32, by its data sheet",
+        )
+        axes.legend(fontsize=7)
+        axes.grid(alpha=0.3)
 
 
 def main(flags: Flags) -> None:
@@ -230,14 +226,14 @@ def main(flags: Flags) -> None:
         rows += count(work)
     for name in dict.fromkeys(row["work"] for row in rows):
         shown = [shown_row(row) for row in rows if row["work"] == name]
-        console.print_rows(shown, list(shown[0]), str(name))
+        console.print_rows(shown, str(name))
     sheet = DATA_SHEETS[GPU]
     ridge = sheet.flops["f32"] / sheet.memory
     print(f"by its data sheet an {GPU} needs {ridge:.0f} operations per byte to reach its peak")
     with join_world(flags.device, alone=True) as world:
         if world.device.type == "cuda":
             times = [row for work in found for row in measure(work, world.device)]
-            console.print_rows(times, ("work", "by", "ms"), "measured on this GPU")
+            console.print_rows(times, "measured on this GPU")
             rows += times
         else:
             print("left out: times, as PyTorch finds no GPU or --device is cpu")

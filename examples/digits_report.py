@@ -28,7 +28,6 @@ from support import cli, console, plots
 from torch.nn.functional import cross_entropy
 
 from torchpar.data import Samples, load
-from torchpar.errors import ConfigError
 from torchpar.nn import MLP
 from torchpar.parallel import World
 from torchpar.parallel.launch.world import join_world
@@ -44,12 +43,12 @@ best = partial(max, key=itemgetter("validation_accuracy"))
 class Flags(cli.DataFlags):
     """Choose and train a digit classifier."""
 
-    hidden: tuple[cli.Size, ...] = (32, 128)  # Widths to choose from.
+    hidden: cli.Sizes = (32, 128)  # Widths to choose from.
     depth: Annotated[int, cli.Bounds(1, 2**16)] = 1  # Hidden layers, all of one width.
-    batch_size: tuple[cli.Count, ...] = (32, 128, 512)  # Samples per step to choose from.
-    lr: tuple[cli.Number, ...] = (0.05, 0.2, 0.8)  # Learning rates at the start to choose from.
+    batch_size: cli.Counts = (32, 128, 512)  # Samples per step to choose from.
+    lr: cli.Numbers = (0.05, 0.2, 0.8)  # Learning rates at the start to choose from.
     # Values of λ to choose from; the sweep takes the first.
-    weight_decay: tuple[cli.Number, ...] = (0.0, 3e-5, 3e-4)
+    weight_decay: cli.Numbers = (0.0, 3e-5, 3e-4)
     decay_biases: bool = False  # Count the biases in the penalty λ/2·‖p‖², too.
     sweep_epochs: cli.Count = 2  # Epochs to choose width, batch size and rate by.
     epochs: cli.Count = 10  # Epochs to choose λ by.
@@ -58,10 +57,6 @@ class Flags(cli.DataFlags):
 
     def check(self) -> None:
         super().check()
-        if not all(getattr(self, name) for name in CHOICE):
-            raise ConfigError(
-                "--hidden, --batch-size, --lr and --weight-decay take one value or more each"
-            )
         widest = max(self.hidden)
         given = f"--hidden {widest} --depth {self.depth}"
         cli.check_memory([784, *[widest] * self.depth, 10], given)
@@ -104,7 +99,7 @@ def sweep(flags: Flags, study: partial[tuple[MLP, list[Row]]]) -> list[Row]:
     ]
     top = [best(rows) for _, rows in groupby(swept, itemgetter("hidden", "batch_size"))]
     console.print_rows(
-        top, (*CHOICE[:3], "validation_accuracy", "steps", "ms_per_step", "s_per_epoch")
+        top, columns=(*CHOICE[:3], "validation_accuracy", "steps", "ms_per_step", "s_per_epoch")
     )
     rows = [row for row in top if row["hidden"] == best(swept)["hidden"]]
     ratio = rows[-1]["s_per_epoch"] / rows[0]["s_per_epoch"]
@@ -128,7 +123,7 @@ def penalties(
         row["asks_for"] = (
             "more λ" if loss < row["validation_loss"] / 4 else "less λ" if high else "this λ"
         )
-    console.print_rows(lasts, ("weight_decay", *CURVES, "asks_for"))
+    console.print_rows(lasts, columns=("weight_decay", *CURVES, "asks_for"))
     return runs
 
 
@@ -139,7 +134,8 @@ def draw(path: Path, swept: list[Row], epochs: list[Row]) -> None:
     by_epoch = [
         plots.Panel(epochs, "epoch", ys, ["weight_decay"]) for ys in (CURVES[:2], CURVES[2:])
     ]
-    plots.save_panels(path, [by_rate, by_size, *by_epoch])
+    with plots.picture(path, (12, 9), rows=2, columns=2) as grid:
+        plots.draw_panels(grid, [by_rate, by_size, *by_epoch])
 
 
 def main(flags: Flags) -> None:

@@ -358,7 +358,7 @@ def print_phases(exchange: Exchange, columns: dict[str, tuple[Phases, dict[Plan,
         values += [sum(sum(run.times) for run in runs.values()) / count]
         for row, seconds in zip(rows, values, strict=True):
             row[column.replace(", ", ",\n")] = f"{1000 * seconds:.3f}"
-    console.print_rows(rows, list(rows[0]), "milliseconds by phase, process 0")
+    console.print_rows(rows, "milliseconds by phase, process 0")
 
 
 def report(
@@ -383,7 +383,7 @@ def report(
         "train_accuracy",
         "test_accuracy",
     )
-    console.print_rows(rows, columns)
+    console.print_rows(rows, columns=columns)
     console.write_metrics(flags.metrics, [*metrics, *iteration_rows(runs, ranks=ranks), *rows])
     if flags.plots:
         curves = {

@@ -91,7 +91,7 @@ def compare_costs(device: torch.device, batch_size: int = 64) -> list[console.Ro
             row = {"layer": layer, "way": way, "ms": ms[way], "input_bytes": x.nbytes}
             rows.append(row | {"allocated_bytes": measure.peak_bytes(function, device)})
     shown = [{key: f"{v:,}" if "bytes" in key else v for key, v in row.items()} for row in rows]
-    console.print_rows(shown, list(rows[0]), f"a convolution of {batch_size} inputs")
+    console.print_rows(shown, f"a convolution of {batch_size} inputs")
     return rows
 
 
@@ -139,7 +139,9 @@ def main(flags: Flags) -> None:
                     run.end_step(loss)
                 run.end_epoch()
     epochs = [asdict(result) for result in run.results]
-    console.print_rows(epochs, ("epoch", "train_loss", "test_loss", "test_accuracy", "seconds"))
+    console.print_rows(
+        epochs, columns=("epoch", "train_loss", "test_loss", "test_accuracy", "seconds")
+    )
     if flags.plots:
         kernels = model.first.weight.unflatten(1, (5, 5))
         plots.save_matrices(flags.plots / "kernels.png", kernels, "Kernels of the first layer")

@@ -29,7 +29,7 @@ from support import checks, cli, console, plots
 from torch import Tensor
 from torch.nn.functional import mse_loss, pad
 
-from torchpar.errors import ConfigError, check_finite
+from torchpar.errors import check_finite
 from torchpar.parallel.launch.world import join_world
 
 SAMPLES = 1024
@@ -40,14 +40,9 @@ LINE = (1.5, -1.0)  # w and b of the picture
 class Flags(cli.ExampleFlags):
     """Fit a linear model by gradient descent."""
 
-    lr: tuple[cli.Number, ...] = (0.01, 0.1)  # Learning rates to compare.
-    batch_size: tuple[cli.Count, ...] = (1024, 64, 4)  # Batch sizes to compare, of 1024 samples.
+    lr: cli.Numbers = (0.01, 0.1)  # Learning rates to compare.
+    batch_size: cli.Counts = (1024, 64, 4)  # Batch sizes to compare, of 1024 samples.
     plots: cli.Plots = None  # Folder for pictures.
-
-    def check(self) -> None:
-        super().check()
-        if not (self.lr and self.batch_size):
-            raise ConfigError("--lr and --batch-size take one value or more each")
 
 
 def predict(x: Tensor, w: Tensor) -> Tensor:
@@ -109,7 +104,7 @@ def compare_norms(x: Tensor, y: Tensor, batch_sizes: tuple[int, ...]) -> list[di
         rows.append(
             row | {"mean_norm": norms.mean().item(), "spread": norms.std(correction=0).item()}
         )
-    console.print_rows(rows, list(rows[0]), "norm of the gradient at the start")
+    console.print_rows(rows, "norm of the gradient at the start")
     return rows
 
 
@@ -117,12 +112,22 @@ def save_paths(file: Path, batch_sizes: tuple[int, ...], lr: float, device: torc
     """Draw how each batch size moves (w, b) in one pass over the samples of a line."""
     x, y = make_samples(torch.tensor(LINE, device=device))
     paths = {f"batches of {n}": descend(x, y, n, lr)[1] for n in batch_sizes}
-    plots.save_paths(
-        file,
-        paths,
-        lambda w: mse_loss(x @ w.to(x).T, y[:, None].expand(-1, len(w)), reduction="none").mean(0),
-        f"one pass, learning rate {lr:g}\n(grey: lines of equal cost)",
+    points = torch.cat(list(paths.values()))
+    low, high = points.amin(0), points.amax(0)
+    margin = 0.3 * (high - low).max()
+    ranges = zip((low - margin).tolist(), (high + margin).tolist(), strict=True)
+    plane = plots.on_grid(
+        lambda w: (w.to(x) @ x.T - y).square().mean(1).sqrt(),
+        *(torch.linspace(*ends, 101) for ends in ranges),
     )
+    with plots.picture(file, (4.3, 4.3)) as (axes,):
+        axes.contour(*plane, levels=8, colors="0.8")
+        for name, path in paths.items():
+            line = plots.as_array(path.T)
+            axes.plot(*line, ".-", markersize=4, label=name, zorder=-len(path))
+        title = f"one pass, learning rate {lr:g}\n(grey: lines of equal cost)"
+        axes.set(xlabel="w", ylabel="b", title=title)
+        axes.legend()
 
 
 def main(flags: Flags) -> None:

@@ -378,7 +378,7 @@ def count(n: int, hidden: int) -> list[console.Row]:
                 "at_least": f"{1000 * bound.least:,.0f} ns",
             }
         )
-    console.print_rows(rows, list(rows[0]), f"{n} samples, {hidden} units, an {bound.gpu}")
+    console.print_rows(rows, f"{n} samples, {hidden} units, an {bound.gpu}")
     print("per warp: instructions; atomics: requests; at least: a bound by the data sheet, no time")
     return rows
 

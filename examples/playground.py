@@ -28,7 +28,7 @@ from support import cli, console, plots
 from torch import Tensor
 
 from torchpar.data import Samples
-from torchpar.errors import ConfigError, check_finite
+from torchpar.errors import check_finite
 from torchpar.nn import MLP
 from torchpar.parallel.launch.world import join_world
 from torchpar.training import sgd
@@ -54,21 +54,21 @@ COORDINATES: tuple[Feature, ...] = ("x1", "x2")
 class Flags(cli.ExampleFlags):
     """Learn points of the plane by features and by hidden layers."""
 
-    points: tuple[Points, ...] = ("quadrants", "circle", "gauss", "spiral")  # Sets of points.
+    points: Annotated[tuple[Points, ...], cli.Filled()] = (
+        "quadrants",
+        "circle",
+        "gauss",
+        "spiral",
+    )  # Sets of points.
     # Features that the coordinates are compared with.
-    features: tuple[Feature, ...] = tuple(FEATURES)
-    hidden: tuple[cli.Size, ...] = (8, 8)  # Widths of the hidden layers.
+    features: Annotated[tuple[Feature, ...], cli.Filled()] = tuple(FEATURES)
+    hidden: cli.Sizes = (8, 8)  # Widths of the hidden layers.
     noise: Annotated[float, cli.Bounds(0, 0.5000001)] = 0.0  # Noise of the points, 0 to 0.5.
     penalty: cli.Number = 0.0  # λ of the weights.
     samples: Annotated[int, cli.Bounds(2, 2**31)] = 250  # Points to learn, and as many for tests.
     epochs: cli.Count = 60  # Passes over the points.
     lr: cli.Number = 0.05  # Learning rate at the start; it falls linearly.
     plots: cli.Plots = None  # Folder for pictures.
-
-    def check(self) -> None:
-        super().check()
-        if not self.points or not self.features or not self.hidden:
-            raise ConfigError("--points, --features or --hidden is empty, expected one at least")
 
 
 def draw(
@@ -159,7 +159,7 @@ def main(flags: Flags) -> None:
                 panels[f"{len(features)} features\nhidden: {layers}"] = points, probability
             if flags.plots:
                 plots.save_boundaries(flags.plots / f"playground-{kind}.png", panels)
-    console.print_rows(rows, list(rows[0]), f"noise {flags.noise:g}, λ {flags.penalty:g}")
+    console.print_rows(rows, f"noise {flags.noise:g}, λ {flags.penalty:g}")
     console.write_metrics(flags.metrics, rows)
     last, seconds = rows[-1], time.perf_counter() - start
     accuracy, loss = float(str(last["test_accuracy"])), float(str(last["test_loss"]))

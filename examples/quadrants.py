@@ -37,6 +37,7 @@ from typing import Annotated, NamedTuple
 import torch
 from rich.console import Console
 from support import cli, console, plots
+from support.measure import now
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
@@ -205,7 +206,7 @@ def time_epoch(
         for part, name in product((*network.layers, loss), PASSES):
             setattr(part, name, timed(getattr(part, name), parts, (type(part).__name__, name)))
     with join_world(device, gloo_yields=True) as world:
-        start = now(device)
+        start = now(world.device)
         for x, labels, global_size in batches(
             samples, way.size, seed=seed, epoch=1, share=world.share
         ):
@@ -216,17 +217,10 @@ def time_epoch(
                 gradients = list(network.gradients().values())
                 vector_to_parameters(world.sum(parameters_to_vector(gradients)), gradients)
             network.step(lr=0.2)
-        seconds, parts = now(device) - start, {**parts}  # without those of the evaluation
+        seconds, parts = now(world.device) - start, {**parts}  # without those of the evaluation
     return Epoch(
         seconds, loss.forward(network.forward(samples.features), samples.labels).item(), parts
     )
-
-
-def now(device: str) -> float:
-    """Return the seconds of a clock, after the device has finished its work."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def timed(
@@ -342,12 +336,10 @@ def report(flags: Flags) -> list[console.Row]:
             if gains and (share == 0 or any(s > n for n, s in gains.items())):
                 no_law.add(len(fits))
             fits.append({"batch_size": size, "by": by, "p": share, "limit": limit(share)})
-    console.print_rows(
-        speedups, list(speedups[0]), "speed-up, predicted by the profile and measured"
-    )
+    console.print_rows(speedups, "speed-up, predicted by the profile and measured")
     shown = [{**row, "limit": "∞"} if row["limit"] is None else row for row in fits]
     shown = [{**row, "p": "?", "limit": "?"} if i in no_law else row for i, row in enumerate(shown)]
-    console.print_rows(shown, list(fits[0]), "p, and the limit 1/(1 − p)")
+    console.print_rows(shown, "p, and the limit 1/(1 − p)")
     if no_law:
         print(
             "?: no p fits, as N took longer than one, or less than an N-th of its time; messages, "
@@ -381,7 +373,7 @@ def print_profile(shares: Mapping[tuple[str, str], float], size: int) -> None:
         | {name: f"{x:.2%}" for name, x in zip((*PASSES, "both"), (*row, sum(row)), strict=True)}
         for kind, row in ((kind, table[kind]) for kind in (*kinds, "all: p"))
     ]
-    console.print_rows(rows, list(rows[0]), f"share of a serial epoch, batches of {size}")
+    console.print_rows(rows, f"share of a serial epoch, batches of {size}")
 
 
 def compare_devices(flags: Flags, ms: Mapping[Way, float]) -> list[console.Row]:
@@ -399,7 +391,7 @@ def compare_devices(flags: Flags, ms: Mapping[Way, float]) -> list[console.Row]:
         row = {"batch_size": size, "ms_on_1": ms[Way(size)]}
         row["ms_on_GPU"] = 1000 * median(epoch.seconds for epoch in epochs[1:])
         rows.append(row | {"speedup": row["ms_on_1"] / row["ms_on_GPU"]})
-    console.print_rows(rows, list(rows[0]), "from one thread of the CPU to the GPU")
+    console.print_rows(rows, "from one thread of the CPU to the GPU")
     return rows
 
 

@@ -352,7 +352,7 @@ def check_gradients(device: torch.device) -> dict[str, Errors]:
         {"layer": name} | {part: f"{found[part]:.1e}" if part in found else "" for part in parts}
         for name, found in errors.items()
     ]
-    console.print_rows(rows, ("layer", *parts), "relative errors of gradients, in float64")
+    console.print_rows(rows, "relative errors of gradients, in float64")
     for name, found in errors.items():
         for part, error in found.items():
             if not error <= LARGEST_ERROR:

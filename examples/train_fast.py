@@ -202,7 +202,7 @@ def main(flags: Flags) -> None:
         ways = find_ways(flags, world, train)
         rows = compare(flags, world, train, ways)
         if world.rank == 0:
-            console.print_rows(rows, ["way", "ms", "speed_up"])
+            console.print_rows(rows)
             print(f"training with {ways[-1]}")
         trainer = Trainer(flags, world, train, ways[-1])
         lr_scheduler = training.lr_scheduler(

@@ -279,7 +279,7 @@ def print_comparison(flags: Flags, processes: int, runs: dict[str, Training], ba
     )
     add("messages a step", (str(len(run.sent)) for run in runs.values()))
     add("bytes a step", (f"{run.bytes:,}" for run in runs.values()))
-    console.print_rows(rows, list(rows[0]), f"{processes} processes, batches of {flags.batch_size}")
+    console.print_rows(rows, f"{processes} processes, batches of {flags.batch_size}")
     if max(gains) > processes:
         print(
             f"{NO_RESULT}: a speed-up above {processes} on {processes} processes is no result; "

@@ -60,13 +60,12 @@ class Bounds(NamedTuple):
             raise ConfigError(f"{flag} is {value}, expected less than {self.end}")
 
 
-class Above0(Bounds):
-    """More than 0, and the first value that is too large."""
+class Filled(NamedTuple):
+    """A flag of several values takes one at least."""
 
-    def check(self, flag: str, value: Any) -> None:
-        if not value > 0:
-            raise ConfigError(f"{flag} is {value}, expected more than 0")
-        super().check(flag, value)
+    def check(self, flag: str, value: tuple[object, ...]) -> None:
+        if not value:
+            raise ConfigError(f"{flag} is empty, expected one value or more")
 
 
 class Needs(NamedTuple):
@@ -85,13 +84,11 @@ class Output(NamedTuple):
     is_folder: bool
 
     def check(self, flag: str, value: Path) -> None:  # noqa: ARG002  # as of the others
+        folder = value if self.is_folder else value.parent
         try:
-            if self.is_folder:
-                value.mkdir(parents=True, exist_ok=True)
-                tempfile.TemporaryFile(dir=value).close()
-            else:
-                value.parent.mkdir(parents=True, exist_ok=True)
-                value.open("a").close()
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) if self.is_folder else value.open("a"):
+                pass
         except OSError as e:
             raise ConfigError(
                 f"a run's outputs cannot be written ({e}); name another folder"
@@ -103,13 +100,14 @@ class Free(NamedTuple):
 
     on_ranks: bool = False
 
-    def check(self, flag: str, value: object) -> None: ...
-
 
 Count = Annotated[int, Bounds(1, 2**63)]
 Size = Annotated[int, Bounds(1, 2**31)]
 Number = Annotated[float, Bounds(0, 1e38)]  # float32 ends at 3.4e38
 Share = Annotated[float, Bounds(0, 1)]
+Sizes = Annotated[tuple[Size, ...], Filled()]
+Counts = Annotated[tuple[Count, ...], Filled()]
+Numbers = Annotated[tuple[Number, ...], Filled()]
 Switch = Annotated[bool, Free()]  # of what is computed faster, or shown
 # Of the mesh. Each micro-batch is a view and two messages, even one without samples.
 Ranks = Annotated[Size, Free()]
@@ -142,7 +140,7 @@ class ExampleFlags:
             ConfigError: a flag out of its bounds, a package that is missing, or an output that
                 cannot be written.
         """
-        for kind in (Bounds, Needs, Output):
+        for kind in (Bounds, Filled, Needs, Output):
             for flag, value, marks in self.marked():
                 for mark in marks:
                     if isinstance(mark, kind) and value is not None:
@@ -289,13 +287,14 @@ def parsing() -> Iterator[None]:
 
 def _reason(error: Exception) -> str:
     """What to print of an error; it is raised again if it is a fault of the program."""
-    kind = type(error)
     if isinstance(error, TorchparError | OSError):
         return str(error)
-    if isinstance(error, MemoryError) or kind.__name__ == "OutOfMemoryError":
+    # Where an error is of PyTorch or of its compiler, they have been imported.
+    torch, compiler = map(sys.modules.get, ("torch", "torch._dynamo.exc"))
+    if isinstance(error, MemoryError) or (torch and isinstance(error, torch.OutOfMemoryError)):
         remedy = "take a smaller model, smaller batches or fewer samples"
         return f"the memory does not suffice; {remedy} ({first_line(error)})"
-    if kind.__module__.startswith(("torch._dynamo", "torch._inductor")):
+    if compiler and isinstance(error, compiler.TorchDynamoException):
         reason = " ".join(str(error).partition("\n\n")[0].split())
         return f"the model cannot be compiled: {reason}; drop --compile"
     raise error

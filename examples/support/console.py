@@ -41,17 +41,8 @@ def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterabl
 
 
 def progress_bar(hidden: bool) -> Progress:
-    """Return a progress bar that is hidden, or shows on a terminal."""
-    terminal = Console()
-    return Progress(console=terminal, transient=True, disable=hidden or not terminal.is_terminal)
-
-
-def show(line: str, above: Progress | None = None) -> None:
-    """Print a line of text; ``above`` a progress bar, if there is one."""
-    if above is None:
-        print(line)
-    else:
-        above.console.print(line, soft_wrap=True)
+    """Return a progress bar that is hidden, or shows on a terminal, where print writes above it."""
+    return Progress(transient=True, disable=hidden or not Console().is_terminal)
 
 
 def epoch_line(result: EpochResult, epochs: int) -> str:
@@ -80,20 +71,6 @@ def writing(path: Path, flag: str) -> Iterator[None]:
         raise ConfigError(
             f"{path} cannot be written ({reason}); make room there, or name another place by {flag}"
         ) from e
-
-
-def replace(path: Path, text: str) -> None:
-    """Write ``text`` to ``path``; an earlier file stays as it is if that fails.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    new = path.with_name(f"{path.name}.new")
-    try:
-        new.write_text(text, "utf-8")
-        new.replace(path)
-    finally:
-        new.unlink(missing_ok=True)
 
 
 def write_metrics(path: Path | None, lines: Iterable[Row]) -> None:
@@ -127,8 +104,9 @@ def write_log(log_dir: Path | None, rows: Sequence[Row], x: str) -> None:
         threading.excepthook = hook
 
 
-def print_rows(rows: Iterable[Row], columns: Sequence[str], title: str = "") -> None:
-    """Print a table of these columns; floating-point numbers with four digits."""
+def print_rows(rows: Sequence[Row], title: str = "", columns: Sequence[str] | None = None) -> None:
+    """Print a table of these columns, by default all; floating-point numbers with four digits."""
+    columns = columns or list(rows[0])
     table = Table(*(column.replace("_", " ") for column in columns), title=title or None)
     for row in rows:
         values = (row[column] for column in columns)
@@ -162,14 +140,13 @@ def last_line(accuracy: float | None, loss: float, seconds: float, ranks: int, d
 def print_phases(seconds: Mapping[str, float]) -> None:
     """Print a table of the seconds and the share of each phase of rank 0."""
     total = sum(seconds.values())
-    if not total:  # the run was complete already
-        return
     rows = [
         {"phase": phase, "seconds": f"{s:.2f}", "share": f"{s / total:.1%}"}
         for phase, s in seconds.items()
         if s
     ]
-    print_rows(rows, ("phase", "seconds", "share"), "time by phase, rank 0")
+    if rows:  # the run was not complete already
+        print_rows(rows, "time by phase, rank 0")
     for row in rows:
         if row["phase"] in LIFTED_BY:
             print(f"{row['phase']}: {LIFTED_BY[row['phase']]}")
@@ -177,14 +154,11 @@ def print_phases(seconds: Mapping[str, float]) -> None:
 
 def print_messages(record: RankRecord) -> None:
     """Print a table of the messages of a step on rank 0."""
-    rows = record.message_rows()
-    if rows:
-        print_rows(rows, list(rows[0]), "collectives of a step, rank 0")
+    if rows := record.message_rows():
+        print_rows(rows, "collectives of a step, rank 0")
     else:
-        print(
-            "collectives per step: none was recorded, as there is one rank, or no more than two "
-            "steps"
-        )
+        why = "there is one rank, or no more than two steps"
+        print(f"collectives per step: none was recorded, as {why}")
 
 
 def print_memory(records: Sequence[RankRecord]) -> None:
@@ -194,4 +168,4 @@ def print_memory(records: Sequence[RankRecord]) -> None:
         place = " ".join(map(str, record.place.values()))
         rank = {f"rank: {' '.join(record.place)}": f"{record.rank}: {place}"}
         rows.append(rank | {name: f"{nbytes:,}" for name, nbytes in record.memory.items()})
-    print_rows(rows, list(rows[0]), "bytes of each rank")
+    print_rows(rows, "bytes of each rank")

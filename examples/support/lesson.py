@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from support import cli, console, report, timeline
-from support.cli import Above0, Bounds, Count, Free, Number, Output, Share, Size, Switch
+from support.cli import Bounds, Count, Free, Number, Output, Share, Size, Switch
 from torchpar import data, training
 from torchpar.data import Samples
 from torchpar.errors import ConfigError
@@ -78,7 +78,7 @@ class TrainFlags(cli.DataFlags):
     keep: Annotated[Count, Free()] = 2  # Checkpoints to keep.
     async_save: Switch = False  # Save while training continues.
     # Norm to which larger gradients are scaled down.
-    clip: Annotated[float | None, Above0(0, 1e38)] = None
+    clip: Number | None = None
     # Seconds after which a rank that waits for another gives up.
     timeout: Annotated[float, Bounds(1, 1e6), Free()] = 600.0
 
@@ -91,6 +91,8 @@ class TrainFlags(cli.DataFlags):
                 "--decay-biases changes sgd's L2 penalty, and the optimizer is muon; take "
                 "--optimizer sgd"
             )
+        if self.clip == 0:
+            raise ConfigError("--clip is 0.0, expected more than 0")
         if self.memory and self.compile:
             raise ConfigError(
                 "--memory sees no activations of compiled code; drop --compile or --memory"
@@ -223,20 +225,18 @@ class Log:
             self.profiler.step()
         if self._shown != len(run.results):
             self._shown = len(run.results)
-            self._show(console.epoch_line(run.results[-1], run.num_epochs))
+            self._print(console.epoch_line(run.results[-1], run.num_epochs))
             self._write(first=-1)
         if not self.bar.disable:
             samples = min(run.state.step * run.task.batch_size, run.task.samples)
-            done = len(run.results) * run.task.samples + samples
-            self.bar.update(self.task, completed=done)
+            self.bar.update(self.task, completed=len(run.results) * run.task.samples + samples)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and not issubclass(kind, Stopped):
-            self._active.close()
-            return
-        if self._shown != len(self.run.results):
-            self()  # of a run that was complete, or whose last save stopped it
-        self._active.close()
+        with self._active:
+            if kind is not None and not issubclass(kind, Stopped):
+                return
+            if self._shown != len(self.run.results):
+                self()  # of a run that was complete, or whose last save stopped it
         if kind is None:
             self.run.wait()
             self._end()
@@ -248,16 +248,17 @@ class Log:
         if step is None:
             return
         complete = self._shown == run.num_epochs
-        self._show(f"complete already, at step {step}" if complete else f"resumed from step {step}")
+        where = f"complete already, at step {step}" if complete else f"resumed from step {step}"
+        self._print(where)
         if self.world.dp_size > 2 and not can_share_memory(self.world.dp_size):
-            self._show(
+            self._print(
                 "the weights may differ in the last bits from those of a run that was not stopped"
             )
         self._write(first=0)
 
-    def _show(self, line: str) -> None:
-        if self.speaks:
-            console.show(line, self.bar)
+    def _print(self, *lines: str) -> None:
+        for line in lines if self.speaks else ():
+            print(line)
 
     def _write(self, first: int) -> None:
         rows = [asdict(result) for result in self.run.results]
@@ -266,31 +267,31 @@ class Log:
             console.write_log(self.flags.log_dir, rows[first:], "epoch")
 
     def _end(self) -> None:
-        flags, results = self.flags, self.run.results
+        flags, run = self.flags, self.run
         records = self.recorder.gather() if self.recorder else []
         traces = self.world.gather_results(self._save_trace) if self.profiler else []
-        outputs = self.run.evaluate().outputs if flags.report else None
+        outputs = run.evaluate().outputs if flags.report else None
         if not self.speaks:
             return
         if flags.report:
-            assert isinstance(self.run.task, Classification)
-            page = {"": report.as_run(results, records)}
-            report.write(flags.report, page, outputs, self.run.task.test)
+            assert isinstance(run.task, Classification)
+            page = {"": report.as_run(run.results, records)}
+            report.write(flags.report, page, outputs, run.task.test)
         if flags.collectives:
             console.print_messages(records[0])
         if flags.phases:
             console.print_phases(records[0].seconds)
         if flags.memory:
             console.print_memory(records)
-        for line in [*(timeline.draw(records) if self.draws else ()), *traces[:1]]:
-            console.show(line)
-        total = self.run.num_epochs * self.run.steps_per_epoch
-        if getattr(flags, "label_smoothing", 0.0) and (self.run.resumed_from or 0) < total:
-            console.show(
+        if self.draws:
+            self._print(*timeline.draw(records))
+        self._print(*traces[:1])
+        if getattr(flags, "label_smoothing", 0.0) and run.resumed_from != run.total_steps:
+            self._print(
                 "train loss: the mean over an epoch's steps, with smoothed labels; test loss: "
                 "after it, with the labels as they are"
             )
-        console.show(console.summary(results))
+        self._print(console.summary(run.results))
 
     def _save_trace(self) -> str:
         """Write this rank's trace, and return a table of its costliest operators."""

@@ -2,7 +2,8 @@
 """Plots of the examples, by matplotlib."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -15,7 +16,6 @@ from support.console import writing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
     from torch import Tensor
 
     from torchpar.data import Samples
@@ -28,11 +28,21 @@ def as_array(t: "Tensor | Array") -> Array:
     return t if isinstance(t, np.ndarray) else t.detach().cpu().numpy()
 
 
-def _subplots(rows: int, columns: int, size: tuple[float, float]) -> "tuple[Figure, list[Axes]]":
+@contextmanager
+def picture(
+    path: Path, size: tuple[float, float], rows: int = 1, columns: int = 1
+) -> "Iterator[list[Axes]]":
+    """Yield the axes of a picture of ``size`` inches, row by row, and write it at the end.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained", dpi=120)
-    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+    yield list(figure.subplots(rows, columns, squeeze=False).flat)
+    with writing(path, "--plots"):
+        figure.savefig(path)
 
 
 class Panel(NamedTuple):
@@ -48,24 +58,6 @@ class Panel(NamedTuple):
     ys: Sequence[str]
     by: Sequence[str] = ()
     log: bool = False
-
-
-def _write(figure: "Figure", path: Path) -> None:
-    """Write a picture.
-
-    Raises:
-        ConfigError: the file cannot be written.
-    """
-    with writing(path, "--plots"):
-        figure.savefig(path)
-
-
-def save_panels(path: Path, panels: Sequence[Panel]) -> None:
-    """Draw ``panels``, two in a row."""
-    height = math.ceil(len(panels) / 2)
-    figure, grid = _subplots(height, 2, (12, 4.5 * height))
-    draw_panels(grid, panels)
-    _write(figure, path)
 
 
 def draw_panels(grid: "Sequence[Axes]", panels: Sequence[Panel]) -> None:
@@ -96,35 +88,21 @@ def draw_panels(grid: "Sequence[Axes]", panels: Sequence[Panel]) -> None:
 
 def save_curves(path: Path, curves: Mapping[str, Sequence[float]], x: str, y: str) -> None:
     """Draw ``curves`` by name, on logarithmic axes; their x is 1, 2, 3, …"""
-    figure, (axes,) = _subplots(1, 1, (6.2, 3.7))
-    for label, values in curves.items():
-        axes.loglog(range(1, 1 + len(values)), values, ".-", label=label, zorder=-len(values))
-    axes.set(xlabel=x, ylabel=y)
-    axes.legend(fontsize=8)
-    axes.grid(alpha=0.3)
-    _write(figure, path)
+    with picture(path, (6.2, 3.7)) as (axes,):
+        for label, values in curves.items():
+            axes.loglog(range(1, 1 + len(values)), values, ".-", label=label, zorder=-len(values))
+        axes.set(xlabel=x, ylabel=y)
+        axes.legend(fontsize=8)
+        axes.grid(alpha=0.3)
 
 
-def save_paths(
-    path: Path, paths: "Mapping[str, Tensor]", cost: "Callable[[Tensor], Tensor]", title: str
-) -> None:
-    """Draw paths ``(steps, 2)`` by name over lines of equal ``cost``, a function ``(n, 2)`` →
-    ``(n)``."""
+def on_grid(function: "Callable[[Tensor], Tensor]", x: "Tensor", y: "Tensor") -> list[Array]:
+    """Return x, y and a function ``(n, 2)`` → ``(n)`` of them, each on a grid for contours."""
     import torch
 
-    figure, (axes,) = _subplots(1, 1, (4.3, 4.3))
-    points = torch.cat(list(paths.values())).cpu()
-    low, high = points.amin(0), points.amax(0)
-    margin = 0.3 * (high - low).max()
-    w, b = (torch.linspace(*ends, 101) for ends in zip(low - margin, high + margin, strict=True))
-    b_grid, w_grid = torch.meshgrid(b, w, indexing="ij")
-    costs = cost(torch.stack([w_grid, b_grid], -1).flatten(0, 1)).view(w_grid.shape).cpu()
-    axes.contour(w.numpy(), b.numpy(), costs.sqrt().numpy(), levels=8, colors="0.8")
-    for name, one in paths.items():
-        axes.plot(*one.T.cpu().numpy(), ".-", markersize=4, label=name, zorder=-len(one))
-    axes.set(xlabel="w", ylabel="b", title=title)
-    axes.legend()
-    _write(figure, path)
+    ys, xs = torch.meshgrid(y, x, indexing="ij")
+    z = function(torch.stack([xs, ys], -1).flatten(0, 1)).view(xs.shape)
+    return [as_array(t) for t in (xs, ys, z)]
 
 
 def save_matrices(
@@ -137,15 +115,14 @@ def save_matrices(
     """
     columns = math.ceil(math.sqrt(len(matrices)))
     rows = math.ceil(len(matrices) / columns)
-    figure, grid = _subplots(rows, columns, (8, 8 * rows / columns + 0.4))
-    for axes in grid:
-        axes.axis("off")
-    for axes, matrix in zip(grid, as_array(matrices), strict=False):
-        axes.imshow(matrix, cmap="gray_r")
-    for axes, text in zip(grid, texts, strict=False):
-        axes.set_title(text, fontsize=7)
-    figure.suptitle(f"{title} (dark is large)")
-    _write(figure, path)
+    with picture(path, (8, 8 * rows / columns + 0.4), rows, columns) as grid:
+        for axes in grid:
+            axes.axis("off")
+        for axes, matrix in zip(grid, as_array(matrices), strict=False):
+            axes.imshow(matrix, cmap="gray_r")
+        for axes, text in zip(grid, texts, strict=False):
+            axes.set_title(text, fontsize=7)
+        grid[0].figure.suptitle(f"{title} (dark is large)")
 
 
 def save_boundaries(
@@ -160,28 +137,18 @@ def save_boundaries(
     """
     import torch
 
-    figure, grid = _subplots(1, len(panels), (4.2 * len(panels), 5))
     side = torch.linspace(-1, 1, 201)
-    y, x = torch.meshgrid(side, side, indexing="ij")
-    for axes, (title, (points, probability)) in zip(grid, panels.items(), strict=True):
-        p = probability(torch.stack([x, y], -1).flatten(0, 1)).view(x.shape).numpy()
-        levels = torch.linspace(0, 1, 11).tolist()
-        axes.contourf(x.numpy(), y.numpy(), p, levels=levels, cmap="RdBu_r", vmin=-0.6, vmax=1.6)
-        axes.contour(x.numpy(), y.numpy(), p, levels=[0.5], colors="black")
-        for label, (name, color) in enumerate(
-            zip(points.classes, ("tab:blue", "tab:red"), strict=True)
-        ):
-            mine = points.features[:shown][points.labels[:shown] == label].cpu()
-            axes.plot(
-                *mine.T.numpy(), ".", markersize=5, color=color, label=f"label {label}: {name}"
-            )
-        axes.set(
-            title=title,
-            xlabel="x",
-            ylabel="y",
-            xticks=(-1, 0, 1),
-            yticks=(-1, 0, 1),
-            aspect="equal",
-        )
-    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    _write(figure, path)
+    levels = torch.linspace(0, 1, 11).tolist()
+    with picture(path, (4.2 * len(panels), 5), columns=len(panels)) as grid:
+        for axes, (title, (points, probability)) in zip(grid, panels.items(), strict=True):
+            plane = on_grid(probability, side, side)
+            axes.contourf(*plane, levels=levels, cmap="RdBu_r", vmin=-0.6, vmax=1.6)
+            axes.contour(*plane, levels=[0.5], colors="black")
+            for label, color in enumerate(("tab:blue", "tab:red")):
+                mine = points.features[:shown][points.labels[:shown] == label]
+                name = f"label {label}: {points.classes[label]}"
+                axes.plot(*as_array(mine.T), ".", markersize=5, color=color, label=name)
+            ticks = {"xticks": (-1, 0, 1), "yticks": (-1, 0, 1), "aspect": "equal"}
+            axes.set(title=title, xlabel="x", ylabel="y", **ticks)
+        labels = grid[0].get_legend_handles_labels()
+        grid[0].figure.legend(*labels, loc="outside lower center", ncols=2)

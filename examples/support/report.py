@@ -9,7 +9,7 @@ import base64
 import io
 import shlex
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -102,15 +102,19 @@ def write(
         summaries={name: run.summary for name, run in runs.items()},
         curves=draw_curves(runs),
         steps={name: step_parts(run.records) for name, run in runs.items() if run.records},
-        machines=machines(last.records),
+        records=last.records,
         phases=PHASES,
         confusion=confusion,
         worst=pictures,
     )
-    path = folder / "run.html"
+    path, new = folder / "run.html", folder / "run.html.new"
     with console.writing(path, "--report"):
         folder.mkdir(parents=True, exist_ok=True)
-        console.replace(path, page)
+        try:  # an earlier page stays as it is if this fails
+            new.write_text(page, "utf-8")
+            new.replace(path)
+        finally:
+            new.unlink(missing_ok=True)
 
 
 def draw_curves(runs: Mapping[str, Run]) -> str:
@@ -172,14 +176,16 @@ def worst(
 def step_parts(records: Sequence[RankRecord]) -> dict[str, object]:
     """Return the timeline of a step as an SVG, and tables of its phases, messages and memory."""
     found = timeline(records)
-    messages = [{"rank": one.rank, **row} for one in records for row in one.message_rows()]
-    memory = [{"rank": record.rank, **record.memory} for record in records if record.memory]
     return {
         "timeline": found,
         "drawing": draw_timeline(found) if found else "",
-        "times": as_table(times(found)) if found else [],
-        "messages": as_table(messages),
-        "memory": as_table(memory),
+        "times": times(found) if found else [],
+        "messages": [{"rank": one.rank, **row} for one in records for row in one.message_rows()],
+        "memory": [
+            {"rank": one.rank, **{name: f"{nbytes:,}" for name, nbytes in one.memory.items()}}
+            for one in records
+            if one.memory
+        ],
     }
 
 
@@ -203,26 +209,8 @@ def times(found: Timeline) -> list[Row]:
     """Return the milliseconds of each phase of the step, a row for each rank."""
     rows: list[Row] = []
     for rank, spans in enumerate(found.ranks):
-        ms = dict.fromkeys(PHASES, 0.0)
-        for name, start, end in spans:
-            ms[name] = ms.get(name, 0.0) + 1e3 * (end - start)
-        named = {PHASES[name][1]: f"{value:.3f}" for name, value in ms.items()}
-        rows.append({"rank": rank, **named})
+        ms = {
+            phase: 1e3 * sum(s.end - s.start for s in spans if s.name == phase) for phase in PHASES
+        }
+        rows.append({"rank": rank} | {PHASES[phase][1]: f"{t:.3f}" for phase, t in ms.items()})
     return rows
-
-
-def machines(records: Iterable[RankRecord]) -> list[Row]:
-    """Return what is known of each machine, and which ranks ran there."""
-    found: dict[str, dict[str, str]] = {}
-    for record in records:
-        lines = found.setdefault(record.machine["host"], {**record.machine, "ranks": ""})
-        lines["ranks"] += f"{', ' * bool(lines['ranks'])}{record.rank}"
-    return list(found.values())
-
-
-def as_table(rows: Sequence[Row]) -> list[list[str]]:
-    """Return the cells of a table, its head first; numbers of bytes have separators."""
-    if not rows:
-        return []
-    cells = [[f"{v:,}" if isinstance(v, int) else str(v) for v in row.values()] for row in rows]
-    return [list(rows[0]), *cells]

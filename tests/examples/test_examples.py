@@ -536,7 +536,7 @@ ERRORS = [
         "--memory --compile",
         "--memory sees no activations of compiled code; drop --compile",
     ),
-    ("digits_report", "--hidden", "take one value or more each"),
+    ("digits_report", "--hidden", "--hidden is empty, expected one value or more"),
     ("digits_report", "--lr 0.1 nan", r"--lr is \(0\.1, nan\), expected at least 0"),
     (
         "digits_report",

@@ -42,7 +42,7 @@ from torchpar.errors import ConfigError, DivergedError, check_finite
 from torchpar.parallel.launch.agreement import check_same_bits, check_same_on_all_ranks
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.save.checkpoint import CheckpointConfig, Checkpoints
-from torchpar.parallel.split.parts import local
+from torchpar.parallel.split.parts import local, reshard
 from torchpar.training import state
 from torchpar.training.graphed import count_replays
 from torchpar.training.outcome import EpochResult, Evaluation, Stopped
@@ -359,7 +359,7 @@ class Run:
         finally:
             for module, training in modes:
                 module.training = training
-            state.reshard(model)
+            reshard(model)
 
     def _save_if_due(self) -> None:
         if self._checkpoints is None or self._stop is None:

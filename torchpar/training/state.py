@@ -11,7 +11,6 @@ other bits. Besides, it takes the tensors of split layers, which are no DTensors
 """
 
 import json
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,7 +24,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchpar.errors import ConfigError, first_line
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.save.checkpoint import Checkpoint, Checkpoints
-from torchpar.parallel.split.parts import as_dtensor, part_of
+from torchpar.parallel.split.parts import as_dtensor, part_of, reshard
 from torchpar.training.outcome import EpochResult
 
 IMPLEMENTATION = ("capturable", "foreach", "fused")  # how a group's update is computed
@@ -54,18 +53,6 @@ class TrainState:
     step: int = 0
     loss_sum: float | Tensor = 0.0
     random_states: dict[str, Tensor] = field(default_factory=dict)
-
-
-def reshard(model: torch.nn.Module) -> None:
-    """Put the shards of `fully_shard` back in place of unsharded parameters.
-
-    A forward pass without a backward pass leaves the outermost module unsharded, and the optimizer
-    has its state by shards.
-    """
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    for module in model.modules() if fsdp else ():
-        if isinstance(module, fsdp.FSDPModule):  # type: ignore[union-attr]
-            module.reshard()
 
 
 def check_saveable(state: TrainState) -> None:

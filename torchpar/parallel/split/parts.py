@@ -4,6 +4,7 @@
 Optimizer, clipping and checkpoints all read `part_of`.
 """
 
+import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -96,3 +97,15 @@ def part_of(p: Tensor) -> Part:
 def local(t: Tensor) -> Tensor:
     """This rank's elements of ``t``."""
     return t.to_local() if is_dtensor(t) else t
+
+
+def reshard(model: torch.nn.Module) -> None:
+    """Put the shards of `fully_shard` back in place of unsharded parameters.
+
+    A forward pass without a backward pass leaves the outermost module unsharded, and the optimizer
+    has its state by shards.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    for module in model.modules() if fsdp else ():
+        if isinstance(module, fsdp.FSDPModule):  # type: ignore[union-attr]
+            module.reshard()
