@@ -36,6 +36,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from support import cli as command_line
 from support import console, report
+from support.cli import Needs, Output
 from torch import Tensor
 from torch import distributed as dist
 from torch.nn.functional import cross_entropy
@@ -263,12 +264,8 @@ class CLI(LightningCLI):
 
     def before_fit(self) -> None:
         if folder := self.config.fit.report:
-            if find_spec("matplotlib") is None or find_spec("jinja2") is None:
-                raise ConfigError(
-                    "--report needs matplotlib and jinja2; pip install matplotlib jinja2"
-                )
-            with console.writing(folder, "--report"):
-                folder.mkdir(parents=True, exist_ok=True)
+            for mark in (Needs("matplotlib"), Needs("jinja2"), Output(is_folder=True)):
+                mark.check("--report", folder)
             self.recording = Recording()
             self.trainer.callbacks.append(self.recording)  # type: ignore[attr-defined]
 

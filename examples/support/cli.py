@@ -46,6 +46,23 @@ Check = Callable[[Mapping[str, object]], None]
 GRACE = 10.0  # seconds in which a launcher ends the other ranks after rank 0 has failed
 
 
+@contextmanager
+def writing(path: Path, flag: str) -> Iterator[None]:
+    """Name ``path`` and what to do in the error of a file that cannot be written, such as on a full
+    disk.
+
+    Raises:
+        ConfigError: instead of an OSError.
+    """
+    try:
+        yield
+    except OSError as e:
+        reason = e.strerror or e
+        raise ConfigError(
+            f"{path} cannot be written ({reason}); make room there, or name another place by {flag}"
+        ) from e
+
+
 class Bounds(NamedTuple):
     """The least value of a flag, and the first one that is too large."""
 
@@ -83,16 +100,12 @@ class Output(NamedTuple):
 
     is_folder: bool
 
-    def check(self, flag: str, value: Path) -> None:  # noqa: ARG002  # as of the others
+    def check(self, flag: str, value: Path) -> None:
         folder = value if self.is_folder else value.parent
-        try:
+        with writing(value, flag):
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder) if self.is_folder else value.open("a"):
                 pass
-        except OSError as e:
-            raise ConfigError(
-                f"a run's outputs cannot be written ({e}); name another folder"
-            ) from e
 
 
 class Free(NamedTuple):
@@ -232,8 +245,9 @@ def ending() -> Iterator[None]:
     These are a `TorchparError`, a file that cannot be read or written, too little memory, a model
     that cannot be compiled, and wrong flags. One line says what is wrong, once: rank 0 prints it,
     or torchrun as the last line of its report. Another rank waits `GRACE` seconds before it speaks:
-    if rank 0 has failed too, the launcher has ended this rank by then. It does not wait for a rank
-    0 that does not answer. SIGINT ends with status 130.
+    if rank 0 has failed too, the launcher has ended this rank by then. It does not wait with an
+    error of its own, of which rank 0 would only say that this rank is lost. SIGINT ends with status
+    130.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -245,7 +259,7 @@ def ending() -> Iterator[None]:
     except AllRanksError as e:  # rank 0 has the same error
         sys.exit(2) if _rank() > 0 else _end(_line(e))
     except (TorchparError, OSError, MemoryError, RuntimeError) as e:
-        _end(_line(_reason(e)), is_rank_0_lost=isinstance(e, RankLostError) and 0 in e.missing)
+        _end(_line(_reason(e)), is_own=_is_own(e))
     except Stopped as e:
         if _rank() == 0:
             print(f"{e}; the state is saved, the same command resumes from it", flush=True)
@@ -289,15 +303,26 @@ def _reason(error: Exception) -> str:
     """What to print of an error; it is raised again if it is a fault of the program."""
     if isinstance(error, TorchparError | OSError):
         return str(error)
-    # Where an error is of PyTorch or of its compiler, they have been imported.
-    torch, compiler = map(sys.modules.get, ("torch", "torch._dynamo.exc"))
-    if isinstance(error, MemoryError) or (torch and isinstance(error, torch.OutOfMemoryError)):
+    if _is_of_memory(error):
         remedy = "take a smaller model, smaller batches or fewer samples"
         return f"the memory does not suffice; {remedy} ({first_line(error)})"
+    compiler = sys.modules.get("torch._dynamo.exc")
     if compiler and isinstance(error, compiler.TorchDynamoException):
         reason = " ".join(str(error).partition("\n\n")[0].split())
         return f"the model cannot be compiled: {reason}; drop --compile"
     raise error
+
+
+def _is_of_memory(error: Exception) -> bool:
+    torch = sys.modules.get("torch")
+    return isinstance(error, (MemoryError, *([torch.OutOfMemoryError] if torch else [])))
+
+
+def _is_own(error: Exception) -> bool:
+    """Whether rank 0 may not say the same."""
+    if isinstance(error, RankLostError):
+        return 0 in error.missing
+    return isinstance(error, OSError) or _is_of_memory(error)
 
 
 def _launched() -> RankInfo | None:
@@ -316,10 +341,10 @@ def _line(error: object) -> str:
     return f"{Path(sys.argv[0]).name}: error: {error}\n"
 
 
-def _end(said: str, is_rank_0_lost: bool = False) -> NoReturn:
+def _end(said: str, is_own: bool = False) -> NoReturn:
     """End this rank with status 2, and let one rank say why."""
     failed = time.time()
-    if _rank() > 0 and not is_rank_0_lost:
+    if _rank() > 0 and not is_own:
         time.sleep(GRACE)
     if not _is_told_by_torchrun(said, failed):
         print(said, end="", file=sys.stderr, flush=True)
@@ -330,7 +355,8 @@ def _is_told_by_torchrun(said: str, failed: float) -> bool:
     """Hand over to torchrun what it prints at the end, if it does not start the ranks again.
 
     After the ranks torchrun prints a traceback of its own, and a table of those that failed. The
-    last lines of the table are the error file of the rank that was the first to fail.
+    last lines of the table are the error file of the rank that was the first to fail. Ranks that
+    torchrun ends count as failed, too, by whole seconds; so this one has failed a second before.
     """
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     starts, restarts = (
@@ -339,7 +365,7 @@ def _is_told_by_torchrun(said: str, failed: float) -> bool:
     )
     if not file or starts < restarts:
         return False
-    more = {"py_callstack": f"\n{said.rstrip()}", "timestamp": str(int(failed))}
+    more = {"py_callstack": f"\n{said.rstrip()}", "timestamp": str(int(failed) - 1)}
     try:
         Path(file).write_text(json.dumps({"message": {"message": said, "extraInfo": more}}))
     except OSError:

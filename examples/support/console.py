@@ -7,8 +7,7 @@ It imports torch only to write for TensorBoard.
 import json
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,7 +15,7 @@ from rich.console import Console
 from rich.progress import Progress, track
 from rich.table import Table
 
-from torchpar.errors import ConfigError
+from support.cli import writing
 from torchpar.training.outcome import EpochResult
 from torchpar.training.profile.record import RankRecord
 
@@ -54,23 +53,6 @@ def epoch_line(result: EpochResult, epochs: int) -> str:
         + ("" if accuracy is None else f"test accuracy {accuracy:.4f} | ")
         + f"{result.samples_per_s:,.0f} samples/s | {result.seconds:.1f} s"
     )
-
-
-@contextmanager
-def writing(path: Path, flag: str) -> Iterator[None]:
-    """Name ``path`` and what to do in the error of a file that cannot be written, such as on a full
-    disk.
-
-    Raises:
-        ConfigError: instead of an OSError.
-    """
-    try:
-        yield
-    except OSError as e:
-        reason = e.strerror or e
-        raise ConfigError(
-            f"{path} cannot be written ({reason}); make room there, or name another place by {flag}"
-        ) from e
 
 
 def write_metrics(path: Path | None, lines: Iterable[Row]) -> None:

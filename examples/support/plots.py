@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from support.console import writing
+from support.cli import writing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

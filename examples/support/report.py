@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from support import console, plots
+from support.cli import writing
 from torchpar.ptx.report.drawing import Drawing
 from torchpar.training.outcome import EpochResult
 from torchpar.training.profile.record import RankRecord, Timeline, timeline
@@ -108,7 +109,7 @@ def write(
         worst=pictures,
     )
     path, new = folder / "run.html", folder / "run.html.new"
-    with console.writing(path, "--report"):
+    with writing(path, "--report"):
         folder.mkdir(parents=True, exist_ok=True)
         try:  # an earlier page stays as it is if this fails
             new.write_text(page, "utf-8")

@@ -3,40 +3,71 @@
 
 import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+import torch
 from commands import ROOT, TORCHRUN, lesson, run
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 pytest.importorskip("tyro", reason="tyro reads the flags")
 
+import train_ddp
+from support import cli
+
+from torchpar.errors import ConfigError, RankLostError
+
 ERROR = "train_ddp.py: error: --epochs is 0, expected at least 1"
-RANK_0 = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400"}
+LAUNCHED = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400"}
 
 
-def report_of_torchrun(file: Path) -> str:
-    """What torchrun prints when rank 0 has failed, and it has ended rank 1."""
-    failures = {0: ProcessFailure(0, 10, 2, str(file)), 1: ProcessFailure(1, 11, -15, "none")}
-    return str(ChildFailedError("train_ddp.py", failures))
+def root_cause(rank: int, file: Path) -> list[str]:
+    """The last lines of torchrun's report of ``rank``, after which it has ended the other rank."""
+    ended = ProcessFailure(1 - rank, 10, -15, "none")
+    failures = {rank: ProcessFailure(rank, 11, 2, str(file)), 1 - rank: ended}
+    report = str(ChildFailedError("train_ddp.py", dict(sorted(failures.items()))))
+    root = report.rpartition("Root Cause")[2].partition("traceback : ")[2]
+    *said, border = root.strip().splitlines()
+    assert set(border) == {"="}
+    return said
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_last_lines_of_torchruns_report_are_the_error(tmp_path, monkeypatch, rank):
+    file = tmp_path / "error.json"
+    for name, value in (
+        LAUNCHED | {"RANK": str(rank), "TORCHELASTIC_ERROR_FILE": str(file)}
+    ).items():
+        monkeypatch.setenv(name, value)
+    assert lesson("train_ddp", "--epochs", "0") == (2, "", "")
+    assert root_cause(rank, file) == [ERROR]
+    assert lesson("train_ddp", "--epoch", "3") == (2, "", "")
+    _, _, first, *_, last = root_cause(rank, file)
+    assert "Unrecognized options: --epoch" in first
+    assert "For full helptext" in last
 
 
 @pytest.mark.parametrize(
-    "flag, lines",
+    "error, waits",
     [
-        (["--epochs", "0"], [ERROR]),
-        (["--epoch", "3"], ["Unrecognized options: --epoch", "For full helptext"]),
+        (ConfigError("the ranks' flags differ"), True),
+        (RankLostError("rank 1 does not answer", [1]), True),
+        (RankLostError("rank 0 does not answer", [0]), False),
+        (MemoryError(), False),
+        (torch.OutOfMemoryError(), False),
+        (OSError(28, "no space"), False),
     ],
 )
-def test_the_last_lines_of_torchruns_report_are_the_error(tmp_path, monkeypatch, flag, lines):
-    file = tmp_path / "error.json"
-    for name, value in (RANK_0 | {"TORCHELASTIC_ERROR_FILE": str(file)}).items():
+def test_another_rank_waits_with_an_error_that_rank_0_has_too(monkeypatch, error, waits):
+    for name, value in (LAUNCHED | {"RANK": "1"}).items():
         monkeypatch.setenv(name, value)
-    assert lesson("train_ddp", *flag) == (2, "", "")
-    root = report_of_torchrun(file).rpartition("Root Cause")[2]
-    *said, border = root.partition("traceback : ")[2].strip().splitlines()
-    assert set(border) == {"="}
-    assert lines[0] in said[0 if len(lines) == 1 else 2]
-    assert lines[-1] in said[-1]
+    slept: list[float] = []
+    monkeypatch.setattr(cli.time, "sleep", slept.append)
+    monkeypatch.setattr(train_ddp, "main", Mock(side_effect=error))
+    code, _, err = lesson("train_ddp")
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith("train_ddp.py: error: ")
+    assert len(slept) == waits
 
 
 @pytest.mark.parametrize("file", ["error.json", "no folder/error.json"])
