@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Command lines of the examples: flags by tyro, and errors in one line from rank 0.
+"""Command lines of the examples: flags by tyro, and errors in one line that is said once.
 
 The type of a flag says what it may be: its bounds, the packages that it needs, and the comparisons
 that it is left out of. It imports no torch, so that the examples in NumPy run where PyTorch is not

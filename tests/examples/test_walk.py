@@ -23,9 +23,8 @@ import train_ddp
 from torchpar.data import Samples
 
 ROOMS = tuple(str(ROOT / name) for name in ("examples", "torchpar"))
-MOST_FILES = 31
-# Beside those of the operators and of Muon: the lesson, its data and its run.
-MOST_OF_THE_LESSON = 16
+# By flags: all files, and those beside the operators and Muon: the lesson, its data and its run.
+MOST_FILES = {"": (30, 15), "--plain": (21, 14)}
 MOST_GENERATORS = 2
 # From the lesson to the line: its loop, the log, the console.
 LINE = ["console.py", "lesson.py", "train_ddp.py"]
@@ -76,17 +75,19 @@ def frames_above(frame: FrameType) -> Iterator[FrameType]:
         at = at.f_back
 
 
-def test_a_run_enters_few_files_and_its_line_is_near_its_loop(tmp_path, monkeypatch):
+@pytest.mark.parametrize("flags", MOST_FILES)
+def test_a_run_enters_few_files_and_its_line_is_near_its_loop(tmp_path, monkeypatch, flags):
     root = fashion_mnist(tmp_path, train=100, test=50)
-    data = ["--dataset", "fashion-mnist", "--data", str(root), "--device", "cpu"]
+    data = ["--dataset", "fashion-mnist", "--data", str(root), "--device", "cpu", *flags.split()]
     for _ in range(2):  # in the first run, files of what is done once a process are entered, too
         walk = Walk()
         monkeypatch.setattr(train_ddp, "main", walk.main)
         code, _, err = lesson("train_ddp", *data, "--dry-run", "--batch-size", "10")
         assert code == 0, err
-    assert len(walk.entered) <= MOST_FILES, sorted(path.name for path in walk.entered)
+    most, most_of_lesson = MOST_FILES[flags]
+    assert len(walk.entered) <= most, sorted(path.name for path in walk.entered)
     computing = ("library", "ops", "optim")
     of_lesson = [path for path in walk.entered if path.parent.name not in computing]
-    assert len(of_lesson) <= MOST_OF_THE_LESSON, sorted(path.name for path in of_lesson)
+    assert len(of_lesson) <= most_of_lesson, sorted(path.name for path in of_lesson)
     assert walk.line == LINE
     assert 1 <= len(walk.generators) <= MOST_GENERATORS, walk.generators
