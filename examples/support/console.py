@@ -34,9 +34,9 @@ LIFTED_BY = {
 }
 
 
-def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
+def progress(items: Sequence[T], what: str) -> Iterable[T]:
     """Yield ``items``, and show a progress bar on a terminal."""
-    return track(items, what, total, transient=True, disable=not Console().is_terminal)
+    return track(items, what, transient=True, disable=not Console().is_terminal)
 
 
 def progress_bar(hidden: bool) -> Progress:

@@ -13,17 +13,16 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 Function = Callable[[], object]
+ROUNDS = 30
 
 
-def interleaved_ms(
-    functions: Mapping[str, Function], device: torch.device, rounds: int = 30
-) -> dict[str, float]:
+def interleaved_ms(functions: Mapping[str, Function], device: torch.device) -> dict[str, float]:
     """Return the median milliseconds of each function, for lessons: they are called in turn.
 
     The first calls are not counted.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(1 + rounds):
+    for _ in range(1 + ROUNDS):
         for name, function in functions.items():
             start = now(device)
             function()

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torchpar.data import Samples
 
 Array = NDArray[Any]
+SHOWN = 500  # points of a set
 
 
 def as_array(t: "Tensor | Array") -> Array:
@@ -126,13 +127,13 @@ def save_matrices(
 
 
 def save_boundaries(
-    path: Path, panels: "Mapping[str, tuple[Samples, Callable[[Tensor], Tensor]]]", shown: int = 500
+    path: Path, panels: "Mapping[str, tuple[Samples, Callable[[Tensor], Tensor]]]"
 ) -> None:
     """Draw points of [−1, 1]² by label, the probability of label 1, and the decision boundary,
     where it is ½.
 
     Args:
-        panels: by title, the points, of which the first ``shown`` are drawn, and a function
+        panels: by title, the points, of which the first `SHOWN` are drawn, and a function
             ``(n, 2)`` → ``(n)``.
     """
     import torch
@@ -145,7 +146,7 @@ def save_boundaries(
             axes.contourf(*plane, levels=levels, cmap="RdBu_r", vmin=-0.6, vmax=1.6)
             axes.contour(*plane, levels=[0.5], colors="black")
             for label, color in enumerate(("tab:blue", "tab:red")):
-                mine = points.features[:shown][points.labels[:shown] == label]
+                mine = points.features[:SHOWN][points.labels[:SHOWN] == label]
                 name = f"label {label}: {points.classes[label]}"
                 axes.plot(*as_array(mine.T), ".", markersize=5, color=color, label=name)
             ticks = {"xticks": (-1, 0, 1), "yticks": (-1, 0, 1), "aspect": "equal"}
