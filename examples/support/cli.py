@@ -12,6 +12,7 @@ import io
 import json
 import os
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -229,11 +230,16 @@ def main(
             flags are read in this context.
     """
     with ending():
-        with agreeing() as check:
-            with parsing():
-                parsed = tyro.cli(flags, config=(tyro.conf.FlagCreatePairsOff,))
-            parsed.check()
-            check({"the version of torchpar": __version__, **parsed.shared()})
+        try:
+            with agreeing() as check:
+                with parsing():
+                    parsed = tyro.cli(flags, config=(tyro.conf.FlagCreatePairsOff,))
+                parsed.check()
+                check({"the version of torchpar": __version__, **parsed.shared()})
+        except AllRanksError:
+            raise
+        except ConfigError as e:
+            raise WrongFlags(_line(e)) from e
         gc.freeze()  # Python's collector would look through all imported modules again and again
         run(parsed)
 
@@ -245,9 +251,9 @@ def ending() -> Iterator[None]:
     These are a `TorchparError`, a file that cannot be read or written, too little memory, a model
     that cannot be compiled, and wrong flags. One line says what is wrong, once: rank 0 prints it,
     or torchrun as the last line of its report. Another rank waits `GRACE` seconds before it speaks:
-    if rank 0 has failed too, the launcher has ended this rank by then. It does not wait with an
-    error of its own, of which rank 0 would only say that this rank is lost. SIGINT ends with status
-    130.
+    if rank 0 has failed too, the launcher has ended this rank by then. mpirun may not; then wrong
+    flags are of this rank alone where rank 0 waits for it. It does not wait with an error of its
+    own, of which rank 0 would only say that this rank is lost. SIGINT ends with status 130.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -255,7 +261,7 @@ def ending() -> Iterator[None]:
     try:
         yield
     except WrongFlags as e:
-        _end(e.said)
+        _end(e.said, is_of_flags=True)
     except AllRanksError as e:  # rank 0 has the same error
         sys.exit(2) if _rank() > 0 else _end(_line(e))
     except (TorchparError, OSError, MemoryError, RuntimeError) as e:
@@ -269,7 +275,7 @@ def ending() -> Iterator[None]:
 
 
 class WrongFlags(SystemExit):
-    """The flags of a rank are wrong; ``said`` is what the parser says of them."""
+    """The flags of a rank are wrong; ``said`` is what to print of them."""
 
     def __init__(self, said: str):
         super().__init__(2)
@@ -341,14 +347,25 @@ def _line(error: object) -> str:
     return f"{Path(sys.argv[0]).name}: error: {error}\n"
 
 
-def _end(said: str, is_own: bool = False) -> NoReturn:
+def _end(said: str, is_own: bool = False, is_of_flags: bool = False) -> NoReturn:
     """End this rank with status 2, and let one rank say why."""
-    failed = time.time()
-    if _rank() > 0 and not is_own:
-        time.sleep(GRACE)
+    failed, info = time.time(), _launched()
+    if info and info.rank > 0 and not is_own:
+        # torchrun ends this rank meanwhile; under mpirun a person waits for it.
+        time.sleep(GRACE if info.launcher == "torchrun" else GRACE / 5)
+        if is_of_flags and info.launcher in ("openmpi", "mpich") and not _is_awaited(info):
+            sys.exit(2)
     if not _is_told_by_torchrun(said, failed):
         print(said, end="", file=sys.stderr, flush=True)
     sys.exit(2)
+
+
+def _is_awaited(info: RankInfo) -> bool:
+    """Whether rank 0 waits at the address of the store, which it hosts under mpirun."""
+    with suppress(OSError):
+        socket.create_connection((info.address, info.port), timeout=1).close()
+        return True
+    return False
 
 
 def _is_told_by_torchrun(said: str, failed: float) -> bool:

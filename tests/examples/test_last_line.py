@@ -2,12 +2,14 @@
 """Under torchrun the error of a lesson is what a person sees last, and once."""
 
 import re
+import socket
+import sys
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import torch
-from commands import ROOT, TORCHRUN, lesson, run
+from commands import MPIRUN, ROOT, TORCHRUN, lesson, needs_mpirun, run
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 pytest.importorskip("tyro", reason="tyro reads the flags")
@@ -79,6 +81,29 @@ def test_a_rank_speaks_itself_where_torchrun_would_not(tmp_path, monkeypatch, fi
     assert lesson("train_ddp", "--epochs", "0") == (2, "", f"{ERROR}\n")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
     assert lesson("train_ddp", "--epochs", "0")[2] == ("" if restarts == "3" else f"{ERROR}\n")
+
+
+@pytest.mark.parametrize("rank_0_waits", [True, False])
+def test_under_mpirun_a_rank_is_silent_unless_rank_0_waits_for_it(monkeypatch, rank_0_waits):
+    """Where rank 0 does not wait, its flags are wrong, too."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        places = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
+        for name, value in (places | {"MASTER_PORT": str(server.getsockname()[1])}).items():
+            monkeypatch.setenv(name, value)
+        if not rank_0_waits:
+            server.close()
+        expected = f"{ERROR}\n" if rank_0_waits else ""
+        assert lesson("train_ddp", "--epochs", "0") == (2, "", expected)
+
+
+@pytest.mark.slow
+@needs_mpirun
+@pytest.mark.parametrize("flag", ["--epochs=0", "--epochz=3"])
+def test_mpirun_says_it_once(flag):
+    script = str(ROOT / "examples" / "train_ddp.py")
+    code, out, err = run(MPIRUN, "-n", "2", sys.executable, script, flag)
+    assert code == 2
+    assert (out + err).count(flag.partition("=")[0]) == 1
 
 
 @pytest.mark.slow
