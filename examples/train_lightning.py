@@ -34,8 +34,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from support import cli as command_line
-from support import console, report
+from support import console, ending, report
 from support.cli import Needs, Output
 from torch import Tensor
 from torch import distributed as dist
@@ -259,7 +258,7 @@ class CLI(LightningCLI):
         parser.add_argument("--report", type=Path | None, help="folder for a page of the run")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        with command_line.parsing():
+        with ending.parsing():
             super().parse_arguments(parser, args)
 
     def before_fit(self) -> None:
@@ -286,7 +285,7 @@ def main() -> None:
         "callbacks": [timer, Lines()],
     }
     options = {"seed_everything_default": 0, "trainer_defaults": silent | shown}
-    with command_line.ending():
+    with ending.ending():
         # The logger keeps the hyperparameters.
         cli = CLI(LitMLP, MNIST, save_config_callback=None, **options)  # type: ignore[arg-type]
         trainer = cli.trainer

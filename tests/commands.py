@@ -129,13 +129,13 @@ def lesson(name: str, *flags: str) -> tuple[int, str, str]:
     On the ranks of a pool it trains on all of them. A rank does not wait for rank 0 to print an
     error first.
     """
-    from support import cli
+    from support import cli, ending
 
     module, out, err = importlib.import_module(name), StringIO(), StringIO()
     status: Any = 0
     with (
         patch.object(sys, "argv", [f"{name}.py", *flags]),
-        patch.object(cli, "GRACE", 0.0),
+        patch.object(ending, "GRACE", 0.0),
         patch.dict(os.environ, COLUMNS="80"),
         redirect_stdout(out),
         redirect_stderr(err),
