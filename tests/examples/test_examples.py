@@ -496,7 +496,7 @@ ERRORS = [
     ("train_ddp", "--label-smoothing 1", r"--label-smoothing is 1\.0, expected less than 1"),
     ("train_ddp", "--crop 14", "crop 14 and pool 2 leave nothing of images of 28 × 28"),
     ("train_ddp", "--data /nonexistent", "/FashionMNIST/raw/train-images-idx3-ubyte.gz is missing"),
-    ("train_ddp", "--metrics /dev/null/m.jsonl", "/dev/null/m.jsonl cannot be written .Not a dir"),
+    ("train_ddp", "--metrics /dev/null/m.jsonl", "/dev/null/m.jsonl cannot be written"),
     ("digits_report", "--depth 65536", "--depth is 65536, expected less than 65536"),
     ("digits_report", "--hidden 4 65536 --depth 999", r"--hidden 65536 --depth 999 makes weights"),
     ("quadrants", "--processes 1 65", r"--processes is \(1, 65\), expected less than 65"),
