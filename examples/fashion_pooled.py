@@ -83,8 +83,8 @@ class Flags(cli.ExampleFlags):
     data: cli.DataFolder = cli.DATA  # Folder of the data sets, as torchvision's root.
     # Data set; auto takes Fashion-MNIST if its files are there, else MNIST.
     dataset: Dataset | Literal["auto"] = "auto"
-    images: Path | None = None  # A .mat file with X (n, 400) and y (n, 1), in place of a data set.
-    weights: Path | None = None  # A .mat file with Theta1 (25, 401) and Theta2 (10, 26).
+    images: cli.MatFile = None  # A .mat file with X (n, 400) and y (n, 1), in place of a data set.
+    weights: cli.MatFile = None  # A .mat file with Theta1 (25, 401) and Theta2 (10, 26).
     library: Literal["numpy", "torch"] = "numpy"  # Library that computes.
     plots: cli.Plots = None  # Folder for pictures.
     exchange: Exchange = "allreduce"  # MPI's messages of an iteration.

@@ -117,6 +117,7 @@ File = Annotated[Path | None, Output(is_folder=False), Free(on_ranks=True)]
 Folder = Annotated[Path | None, Output(is_folder=True), Free(on_ranks=True)]
 Plots = Annotated[Folder, Needs("matplotlib")]
 Report = Annotated[Folder, Needs("matplotlib"), Needs("jinja2")]
+MatFile = Annotated[Path | None, Needs("scipy")]  # of MATLAB
 LogDir = Annotated[Folder, Needs("torch"), Needs("tensorboard")]
 DataFolder = Annotated[Path, Free(on_ranks=True)]  # of which the contents are compared
 DATA = Path(__file__).parent.parent / "data"

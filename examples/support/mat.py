@@ -18,12 +18,10 @@ def read(path: Path) -> dict[str, Array]:
     """Return the arrays of a file by name.
 
     Raises:
-        ConfigError: there is no SciPy, or the file is missing, damaged or of version 7.3.
+        ConfigError: the file is missing, damaged or of version 7.3.
     """
-    try:
-        from scipy.io import loadmat
-    except ImportError as e:
-        raise ConfigError(f"{path} needs SciPy's reader ({e}); pip install scipy") from e
+    from scipy.io import loadmat
+
     try:
         found = loadmat(str(path))
     except NotImplementedError as e:
