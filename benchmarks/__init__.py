@@ -6,26 +6,28 @@ import ast
 from importlib.util import find_spec
 from pathlib import Path
 
-NAMES = (
-    "operators",
-    "autotune",
-    "calls",
-    "products",
-    "ddp",
-    "muon",
-    "optimizers",
-    "train",
-    "speedrun",
-    "scaling",
-    "ptx",
-    "ladder",
-    "host",
-)
+# The module of each benchmark, by its name.
+MODULES = {
+    "operators": "operators",
+    "autotune": "autotune",
+    "calls": "calls",
+    "products": "products",
+    "ddp": "ddp.lessons",
+    "muon": "muon.steps",
+    "optimizers": "optimizers",
+    "train": "train",
+    "speedrun": "speedrun",
+    "scaling": "scaling",
+    "ptx": "ptx.speed",
+    "ladder": "ladder.rungs",
+    "host": "host.callers",
+}
+NAMES = tuple(MODULES)
 
 
 def module_of(name: str) -> str:
     """The module that runs a benchmark."""
-    return "benchmarks.ladder.rungs" if name == "ladder" else f"benchmarks.{name}"
+    return f"benchmarks.{MODULES[name]}"
 
 
 def first_line(name: str) -> str:

@@ -20,9 +20,11 @@ from commands import forked
 from fake_data import fashion_mnist
 
 pytest.importorskip("rich", reason="rich prints the tables")
-from benchmarks import NAMES, ddp, module_of, muon, operators, products, train
+from benchmarks import NAMES, module_of, operators, products, train
 from benchmarks.__main__ import main
+from benchmarks.ddp import lessons as ddp
 from benchmarks.flags import Command, run
+from benchmarks.muon import steps as muon
 from benchmarks.results import Result, Table, print_bounds
 from torchpar.errors import ConfigError
 

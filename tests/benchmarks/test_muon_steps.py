@@ -8,7 +8,8 @@ import pytest
 import torch
 
 pytest.importorskip("rich", reason="rich prints the tables")
-from benchmarks import muon, muon_others
+from benchmarks.muon import others
+from benchmarks.muon import steps as muon
 
 CPU = torch.device("cpu")
 
@@ -27,7 +28,7 @@ def gpu_in_name(monkeypatch):
 
 def add_other(monkeypatch, make):
     monkeypatch.setitem(muon.OPTIMIZERS, "other", make)
-    monkeypatch.setitem(muon_others.INSTALLED, "other", make)
+    monkeypatch.setitem(others.INSTALLED, "other", make)
 
 
 def broken(params):
@@ -130,9 +131,9 @@ def test_weights_too_large_for_the_gpu_are_left_out(monkeypatch, capsys, gpu_in_
 
 @pytest.mark.slow  # two of them compile
 @pytest.mark.filterwarnings("ignore:bf16 and fp16 are mixed")  # of compiling gram-newton-schulz
-@pytest.mark.parametrize("name", [name for name, _ in muon_others.MAKERS.values()])
+@pytest.mark.parametrize("name", [name for name, _ in others.MAKERS.values()])
 def test_another_package_ends_where_pytorch_does(name):
-    if name not in muon_others.INSTALLED:
+    if name not in others.INSTALLED:
         pytest.skip(f"{name} is not installed")
     for shapes in ([(24, 64)], [(64, 24)] * 2, [(24, 64), (33, 33)]):
         _, other = muon.compare_steps("some", shapes, 2, CPU, [muon.REFERENCE, name])

@@ -11,7 +11,8 @@ from commands import ROOT
 
 pytest.importorskip("rich", reason="rich prints the tables")
 
-from benchmarks import calls, host_calls, operators, products
+from benchmarks import calls, operators, products
+from benchmarks.host import calls as host_calls
 from benchmarks.records import OPERATORS, workloads
 from benchmarks.timing import CPU
 

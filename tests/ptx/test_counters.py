@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from benchmarks.ptx_kernels import matmul_kernel
+from benchmarks.ptx.kernels import matmul_kernel
 from ptx.launch import Gpu
 from ptx.test_core import in_python
 from torchpar.ptx import emulate

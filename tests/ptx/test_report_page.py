@@ -11,7 +11,7 @@ from pages import Page, check_in, chromium
 pytest.importorskip("matplotlib", reason="matplotlib draws")
 
 import torchpar  # noqa: F401  # its operators
-from benchmarks.ptx_kernels import softmax_kernel
+from benchmarks.ptx.kernels import softmax_kernel
 from ptx.walk import by_rows
 from torchpar.ptx import Report, emulate
 from torchpar.ptx.report import page

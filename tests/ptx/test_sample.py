@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from benchmarks.ptx_kernels import matmul_kernel
+from benchmarks.ptx.kernels import matmul_kernel
 from ptx.right import chain_kernel, lock_kernel
 from torchpar.ptx import command, emulate
 from torchpar.ptx.machine import sample

@@ -9,7 +9,7 @@ out are Triton's own launcher, and the question which GPU is current.
 
 ``--device cuda`` times the calls on this machine's GPU, Triton's launcher included, and does not
 wait for the kernels. ``--before CHECKOUT`` times the same calls of another checkout of this
-project, in turn with this one's. Each has a process of its own (`benchmarks.host_calls`).
+project, in turn with this one's. Each has a process of its own (`benchmarks.host.calls`).
 
 Then a launch of X·Xᵀ by itself. A launcher keeps what it decides for tensors of one layout, and
 "without a plan" it decides anew.
@@ -33,7 +33,7 @@ from benchmarks.timing import take_turns, time_calls
 from torchpar.errors import ConfigError
 from torchpar.kernels import Wrap
 
-HERE = Path(__file__).parents[1]
+HERE = Path(__file__).parents[2]
 N = 4096
 ROUNDS = 30
 CALLS = 200
@@ -56,10 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: PyTorch finds no CUDA GPU; leave the option out")
-    if options.before and not (options.before / "benchmarks" / "host.py").exists():
+    if options.before and not (options.before / "benchmarks" / "driver.py").exists():
         raise ConfigError(
             f"--before {options.before} is no checkout of this project: it has no "
-            "benchmarks/host.py; name the folder of another commit"
+            "benchmarks/driver.py; name the folder of another commit"
         )
     torch.set_num_threads(1)
     rounds = 2 if options.quick else ROUNDS
@@ -108,7 +108,7 @@ class Caller:
 
 @contextmanager
 def calls_of(checkout: Path, device: torch.device) -> Iterator[Caller]:
-    script = HERE / "benchmarks" / "host_calls.py"
+    script = Path(__file__).with_name("calls.py")
     command = [sys.executable, "-P", str(script), device.type]
     environment = os.environ | {"PYTHONPATH": str(checkout.resolve())}
     pipe = subprocess.PIPE
@@ -157,4 +157,4 @@ def time_launch(rounds: int) -> list[Result]:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, "run host")

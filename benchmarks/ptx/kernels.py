@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Triton kernels of the benchmark `ptx`, and a process that runs them in one of three ways.
 
-    python -m benchmarks.ptx_kernels core | python | interpreter
+    python -m benchmarks.ptx.kernels core | python | interpreter
 
 It reads names of cases, runs each one once, checks the result, and writes the seconds.
 """

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""The training of ``examples/train_ddp.py`` as a plain script: `benchmarks.ddp` compares the two.
+"""The training of ``examples/train_ddp.py`` as a plain script: `lessons` compares the two.
 
-    torchrun --nproc_per_node=2 -m benchmarks.ddp_plain --hidden 512 --batch-size 1024
+    torchrun --nproc_per_node=2 -m benchmarks.ddp.plain --hidden 512 --batch-size 1024
 
 The model, the first weights, the optimizer, the schedule and the batches are those of the example
 with ``--optimizer sgd``. Everything else is PyTorch's own, without checks, log and checkpoints. It

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The calls of the benchmark `host`, made in a process of its own for each checkout.
 
-``PYTHONPATH=CHECKOUT python -P host_calls.py DEVICE`` imports torchpar and its benchmarks from
+``PYTHONPATH=CHECKOUT python -P calls.py DEVICE`` imports torchpar and its benchmarks from
 there. It writes the names of the calls as a line of JSON. Then it answers each line "NAME COUNT"
 with the seconds of one of COUNT calls: on "cuda" the host's, which does not wait for the GPU.
 """
@@ -89,7 +89,7 @@ def launchers_calls(device: str) -> Calls:
 
 def records() -> Any:
     """The records of this file's checkout, whose calls are made of each checkout alike."""
-    folder = Path(__file__).parent / "records"
+    folder = Path(__file__).parents[1] / "records"
     spec = spec_from_file_location("records", folder / "__init__.py")
     assert spec is not None
     assert spec.loader is not None

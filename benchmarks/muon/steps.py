@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from benchmarks import muon_others
 from benchmarks.digits import DATA
 from benchmarks.flags import Command, run
+from benchmarks.muon import others
 from benchmarks.results import Result, Table, print_results, track
 from benchmarks.timing import Timed, Times, take_turns, time_calls
 from torchpar import data
@@ -72,12 +72,12 @@ EPOCHS = 8
 BATCH_SIZE = 32
 SGD_LR, MUON_LR = 0.1, 0.03  # the best of 0.05, 0.1, 0.2 and 0.3, and of 0.01, 0.02 and 0.03
 REFERENCE = "torch.optim.Muon"
-OPTIMIZERS: dict[str, muon_others.Maker] = {
+OPTIMIZERS: dict[str, others.Maker] = {
     REFERENCE: torch.optim.Muon,
     "torchpar, standard": partial(Muon, ns="standard"),
     "torchpar, gram": partial(Muon, ns="gram"),
     "torchpar": Muon,
-    **muon_others.INSTALLED,
+    **others.INSTALLED,
 }
 
 
@@ -127,7 +127,7 @@ def compare_steps(
 ) -> list[Result]:
     """Time a step of each of the optimizers ``names`` on float32 weights of ``shapes``."""
     torch.manual_seed(0)
-    if set(names) & set(muon_others.COMPILING):
+    if set(names) & set(others.COMPILING):
         torch.compiler.reset()  # which compiles a function for a few shapes, and then no more
     start = [torch.randn(shape, device=device) for shape in shapes]
     steps = {name: Steps(name, start) for name in names}
@@ -227,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.quick:
         of_device = (QUICK, GPU_QUICK)[on_gpu]
     names = list(OPTIMIZERS)
-    if options.quick and (slow := [name for name in muon_others.COMPILING if name in names]):
+    if options.quick and (slow := [name for name in others.COMPILING if name in names]):
         names = [name for name in names if name not in slow]
         print(f"left out of --quick: {', '.join(slow)}, whose first steps compile")
     for label in options.weights or of_device:
@@ -242,10 +242,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         curves = train(1, samples=320) if options.quick else train(EPOCHS)
         print_results("an MLP on MNIST", table.add(curves))
     # The limits of other packages are findings.
-    return int(
-        any(not one.ok for one in table.results if one.contestant not in muon_others.INSTALLED)
-    )
+    return int(any(not one.ok for one in table.results if one.contestant not in others.INSTALLED))
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, "run muon")

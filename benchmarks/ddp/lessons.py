@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Time the lessons' steps beside a plain script with DDP: ``python -m benchmarks run ddp``.
 
-The plain script is `benchmarks.ddp_plain`. It and the lessons train the same model from the same
+The plain script is `benchmarks.ddp.plain`. It and the lessons train the same model from the same
 first weights, by the same optimizer and on the same batches, so that their mean losses are equal up
 to rounding. Each run is a process, or two by torchrun of one thread each. Runs take turns. The
 first epoch of a run warms up.
@@ -23,7 +23,7 @@ from benchmarks.flags import Command, run
 from benchmarks.results import CORES, Table, print_bounds, print_results
 from benchmarks.timing import CPU, Rejected, take_turns
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = DATA.parent
 PLAIN = "plain script"
 SCRIPTS = {
     PLAIN: "",
@@ -74,7 +74,7 @@ def train(contestant: str, network: Network, ranks: int, epochs: int) -> list[tu
     with TemporaryDirectory() as folder:
         metrics = Path(folder, "metrics.jsonl")
         if contestant == PLAIN:
-            command = [*launcher, "-m", "benchmarks.ddp_plain", *flags]
+            command = [*launcher, "-m", "benchmarks.ddp.plain", *flags]
         else:
             sizes = ["--crop", "0", "--pool", "1", "--optimizer", "sgd", "--metrics", str(metrics)]
             command = [*launcher, str(SCRIPTS[contestant]), *flags, *sizes]
@@ -137,4 +137,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, "run ddp")

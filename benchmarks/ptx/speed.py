@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 from benchmarks.flags import Command, run
-from benchmarks.ptx_kernels import NAMES, WAYS
+from benchmarks.ptx.kernels import NAMES, WAYS
 from benchmarks.results import Table, print_bounds, print_results
 from benchmarks.timing import CPU, Rejected, take_turns
 
@@ -51,7 +51,7 @@ def _worker(way: str) -> subprocess.Popen[str]:
     if way == "interpreter":
         environment["TRITON_INTERPRET"] = "1"
     return subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.ptx_kernels", way],
+        [sys.executable, "-m", "benchmarks.ptx.kernels", way],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -72,4 +72,4 @@ def _turn(worker: subprocess.Popen[str], name: str, index: int) -> list[float]:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, "run ptx")

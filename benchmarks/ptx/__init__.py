@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""Executed kernels: the benchmark, its kernels, and the process that launches them."""
