@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.flags import Command, run
-from benchmarks.ranks import Group, current_world, start_ranks
+from benchmarks.processes import Group, current_world, start_ranks
 from benchmarks.results import CORES, Result, Table, print_results
 from benchmarks.timing import CPU, Rejected, Times, take_turns, time_calls
 from torchpar.nn import MLP

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 
 from benchmarks.digits import DATA, Digits
 from benchmarks.flags import Command, require, run
-from benchmarks.ranks import current_world, start_ranks
+from benchmarks.processes import current_world, start_ranks
 from benchmarks.results import CORES, Result, Table, markdown, number, print_cells, print_failures
 from benchmarks.timing import CPU, take_turns
 from torchpar import data, training

@@ -48,7 +48,7 @@ from torch.utils.data import DataLoader
 
 from benchmarks.digits import DATA, Digits
 from benchmarks.flags import Command, require, run
-from benchmarks.ranks import Group, current_world, start_ranks
+from benchmarks.processes import Group, current_world, start_ranks
 from benchmarks.results import CORES, Result, Table, markdown, number, print_results
 from benchmarks.timing import CPU, Contestant, Rejected, Turn, take_turns, time_calls
 from torchpar import data

@@ -11,18 +11,15 @@ a student's file (`benchmarks.ladder.student`).
 
 import os
 import resource
-import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from importlib.util import find_spec
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, median
 from typing import NamedTuple
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -40,13 +37,12 @@ from benchmarks.ladder.cases import (
     make_case,
 )
 from benchmarks.ladder.page import LIMITS
-from benchmarks.ranks import Group, current_world, start_ranks
+from benchmarks.processes import Group, current_world, start_ranks, start_worker
 from benchmarks.results import CORES, Result, Table, print_cells
 from benchmarks.timing import CPU, Rejected, Times, Turn, flush, take_turns, time_calls
 from torchpar.baselines import numpy_mlp, pure_python
 from torchpar.baselines.numpy_mlp import Array
 from torchpar.errors import ConfigError
-from torchpar.parallel.launch.processes import end_with_parent
 
 THREADS = (1, 2, 4, 8)
 ROUNDS = 20
@@ -109,19 +105,6 @@ def start_helpers(most_threads: int) -> Iterator[Helpers]:
         start_worker(TRITON_INTERPRET="1") as interpreter,
     ):
         yield Helpers(ranks, threads, interpreter)
-
-
-@contextmanager
-def start_worker(**environment: str) -> Iterator[ProcessPoolExecutor]:
-    """Start a process whose libraries find ``environment`` when they are imported."""
-    with ProcessPoolExecutor(1, get_context("spawn"), end_with_parent) as worker:
-        with patch.dict(os.environ, environment):
-            worker.submit(ignore_interrupts).result()
-        yield worker
-
-
-def ignore_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 # Rungs

@@ -1,25 +1,22 @@
 # SPDX-License-Identifier: MIT
-"""Triton kernels of the benchmark `ptx`, and a process that runs them in one of three ways.
-
-    python -m benchmarks.ptx.kernels core | python | interpreter
-
-It reads names of cases, runs each one once, checks the result, and writes the seconds.
-"""
+"""Triton kernels of the benchmark `ptx`, and the launch of each, whose result is checked."""
 
 import math
-import os
-import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.knobs import runtime
 
-WAYS = ("core", "python", "interpreter")
+from benchmarks.timing import Rejected
+
+NAMES = ("vector add", "softmax", "dropout", "layer norm", "matmul", "attention")
 
 
 @triton.jit
@@ -127,6 +124,7 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+@cache
 def cases() -> dict[str, Case]:
     x, y = normal(2**17), normal(2**17, seed=1)
     rows, weight, bias = normal(64, 1000), normal(1000, seed=2), normal(1000, seed=3)
@@ -168,42 +166,22 @@ def cases() -> dict[str, Case]:
     }
 
 
-NAMES = ("vector add", "softmax", "dropout", "layer norm", "matmul", "attention")
-
-
-def seconds(case: Case, way: str) -> float:
-    """Launch once, and return the seconds it took.
+def seconds(name: str) -> float:
+    """Launch a case once, and return the seconds it took.
 
     Raises:
-        ValueError: the result is wrong, or the emulator has found an error.
+        Rejected: the result is wrong, or the emulator has found an error.
     """
-    out = torch.zeros(case.shape, dtype=case.dtype)
-    context: AbstractContextManager[Any] = nullcontext()
-    if way != "interpreter":
-        from torchpar.ptx import emulate
+    from torchpar.ptx import emulate
 
-        context = emulate("sm_90")
-    with context as gpu:
+    case = cases()[name]
+    out = torch.zeros(case.shape, dtype=case.dtype)
+    with nullcontext() if runtime.interpret else emulate("sm_90") as gpu:
         start = time.perf_counter()
         case.launch(out)
         taken = time.perf_counter() - start
     if fault := case.fault(out):
-        raise ValueError(fault)
+        raise Rejected(fault)
     if gpu is not None and gpu.report().errors:
-        raise ValueError(str(gpu.report().errors[0]))
+        raise Rejected(str(gpu.report().errors[0]))
     return taken
-
-
-def main(way: str) -> None:
-    if way == "python":
-        os.environ["TORCHPAR_PTX"] = "python"
-    known = cases()
-    for line in sys.stdin:
-        try:
-            print(seconds(known[line.strip()], way), flush=True)
-        except ValueError as e:
-            print(f"wrong: {e}", flush=True)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

@@ -7,23 +7,28 @@ Each of the three is a process of its own; they take turns. The first turn compi
 timed.
 """
 
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 from benchmarks.flags import Command, run
-from benchmarks.ptx.kernels import NAMES, WAYS
+from benchmarks.processes import start_worker
+from benchmarks.ptx.kernels import NAMES, seconds
 from benchmarks.results import Table, print_bounds, print_results
-from benchmarks.timing import CPU, Rejected, take_turns
+from benchmarks.timing import CPU, take_turns
 
 ROUNDS = 10
 # Of Python's time over the core's, and of the interpreter's time over the core's.
 BOUNDS = {"python": 20.0, "interpreter": 1.0}
-CORE = WAYS[0]
+CORE = "core"
+# What each way finds in the environment.
+WAYS: dict[str, dict[str, str]] = {
+    CORE: {},
+    "python": {"TORCHPAR_PTX": "python"},
+    "interpreter": {"TRITON_INTERPRET": "1"},
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,9 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     table = Table(command.csv(options), CPU)
     names = NAMES[:1] if options.quick else NAMES
     with ExitStack() as stack:
-        workers = {way: stack.enter_context(_worker(way)) for way in WAYS}
+        workers = {
+            way: stack.enter_context(start_worker(**variables)) for way, variables in WAYS.items()
+        }
         for name in names:
-            turns = {way: partial(_turn, worker, name) for way, worker in workers.items()}
+            turns = {way: partial(turn, worker, name) for way, worker in workers.items()}
             times = take_turns(turns, 2 if options.quick else ROUNDS, label=name)
             for way, one in times.items():
                 ratio: dict[str, Any] = {}
@@ -46,29 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return max(table.status, 0 if options.quick else print_bounds(table))
 
 
-def _worker(way: str) -> subprocess.Popen[str]:
-    environment = dict(os.environ)
-    if way == "interpreter":
-        environment["TRITON_INTERPRET"] = "1"
-    return subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.ptx.kernels", way],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
-
-
-def _turn(worker: subprocess.Popen[str], name: str, index: int) -> list[float]:
-    assert worker.stdin is not None
-    assert worker.stdout is not None
-    worker.stdin.write(f"{name}\n")
-    worker.stdin.flush()
-    said = worker.stdout.readline().strip()
-    try:
-        return [float(said)]
-    except ValueError:
-        raise Rejected(said or "the process has ended") from None
+def turn(worker: ProcessPoolExecutor, name: str, index: int) -> list[float]:
+    return [worker.submit(seconds, name).result()]
 
 
 if __name__ == "__main__":

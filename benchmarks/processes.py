@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: MIT
-"""Ranks of this machine that stay in one world from call to call.
+"""Processes beside a benchmark's own: ranks that stay in one world, and workers.
 
-`start_ranks` starts them, and their functions ask for `current_world`.
+`start_ranks` starts ranks, whose functions ask for `current_world`. `start_worker` starts a process
+whose libraries find other variables in the environment.
 """
 
 import os
 import signal
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager, suppress
+from multiprocessing import get_context
 from typing import TypeVar
 from unittest.mock import patch
 
@@ -16,6 +19,7 @@ import torch
 from torch.distributed.elastic.utils.distributed import get_free_port
 
 from torchpar.parallel.launch.local import Ranks
+from torchpar.parallel.launch.processes import end_with_parent
 from torchpar.parallel.launch.world import World, join_world
 
 T = TypeVar("T")
@@ -69,6 +73,15 @@ def start_ranks(ranks: int, threads: int = 1, device: str = "cpu") -> Iterator[G
                 started.run(_leave)
 
 
+@contextmanager
+def start_worker(**environment: str) -> Iterator[ProcessPoolExecutor]:
+    """Start a process whose libraries find ``environment`` when they are imported."""
+    with ProcessPoolExecutor(1, get_context("spawn"), _begin_worker) as worker:
+        with patch.dict(os.environ, environment):
+            worker.submit(int).result()
+        yield worker
+
+
 def current_world() -> World:
     """Return the world of the rank that this process is."""
     if _world is None:
@@ -88,3 +101,8 @@ def _join(rank: int, ranks: int, threads: int, port: int, device: str) -> None:
 
 def _leave() -> None:
     _joined.close()
+
+
+def _begin_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
