@@ -30,8 +30,8 @@ def module_of(name: str) -> str:
     return f"benchmarks.{MODULES[name]}"
 
 
-def first_line(name: str) -> str:
-    """Return the first line of a benchmark's docstring, without importing the benchmark."""
+def title(name: str) -> str:
+    """The first line of a benchmark's docstring, without an import of the benchmark."""
     spec = find_spec(module_of(name))
     assert spec is not None
     docstring = ast.get_docstring(ast.parse(Path(str(spec.origin)).read_text("utf-8"))) or ""

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from benchmarks import NAMES, first_line, module_of
+from benchmarks import NAMES, module_of, title
 
 # In these benchmarks libraries with threads of their own take turns, and idle threads of OpenMP and
 # OpenBLAS sleep soon. By default they spin for milliseconds on the core that the next call needs;
@@ -28,7 +28,7 @@ def list_benchmarks() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with printing("python -m benchmarks list"):
         for name in NAMES:
-            print(f"{name:{width}}  {first_line(name)}")
+            print(f"{name:{width}}  {title(name)}")
         print(f"\nThis machine's results go to benchmarks/results/{machine(device)}.")
     return 0
 

@@ -39,7 +39,7 @@ from benchmarks.records import OPERATORS
 from benchmarks.records.record import Operator, Sizes, Tuned
 from benchmarks.results import Result, Table, print_results, track
 from benchmarks.timing import Rejected
-from torchpar.errors import ConfigError
+from torchpar.errors import ConfigError, first_line
 from torchpar.kernels.data_sheets import DATA_SHEETS
 from torchpar.kernels.rule import KINDS, Kind
 from torchpar.ops.matrix import fp32_precision
@@ -207,10 +207,7 @@ class Tuning:
                 "config": "" if config is None else str(config),
             }
         except Exception as failure:  # of one provider; the others go on
-            times, reason = (
-                [math.nan] * 3,
-                f"{type(failure).__name__}: {failure}".partition("\n")[0],
-            )
+            times, reason = [math.nan] * 3, first_line(failure)
         p50, p20, p80 = times
         measured = (
             {} if reason else {"p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "speedup": before / p50}
@@ -286,7 +283,7 @@ def error_of(call: Call, exact: Tensor, dtype: torch.dtype, symmetric: bool = Fa
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    command = Command("autotune", "Autotune the kernels, and time them beside PyTorch's own.")
+    command = Command("autotune")
     names = [name for name, one in OPERATORS.items() if one.tuned is not None]
     command.parser.add_argument(
         "--operators", nargs="+", choices=names, default=names, help="by default all"

@@ -62,7 +62,7 @@ def registered(library: ModuleType, name: str) -> Callable[..., Tensor]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    command = Command("calls", "Time calls of small operators, by each way to make one.")
+    command = Command("calls")
     options = command.parse(arguments)
     torch.set_num_threads(1)
     rounds = 2 if options.quick else ROUNDS

@@ -39,6 +39,7 @@ from benchmarks.records import OPERATORS
 from benchmarks.records.record import Sizes, Tuned
 from benchmarks.results import CORES, Result, Table, print_results, track
 from benchmarks.timing import CPU
+from torchpar.errors import first_line
 from torchpar.kernels.data_sheets import (
     DATA_SHEETS,
     PROGRAMS,
@@ -215,8 +216,7 @@ def examine(job: Job) -> Result:
     try:
         (launched,) = job.compile()
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        return Result(case=case, contestant=contestant, ok=False, reason=reason)
+        return Result(case=case, contestant=contestant, ok=False, reason=first_line(error))
     compiled, given = launched.kernel, operands(job.operator, job.kind)
     used, shared = resources(compiled), compiled.metadata.shared
     at_a_time = resident_blocks(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
 
+from benchmarks import title
 from torchpar.errors import ConfigError, TorchparError, printing
 
 
@@ -18,12 +19,13 @@ class Command:
     """The flags that all benchmarks share; a benchmark adds its own to ``parser``.
 
     Args:
-        name: of the module in `benchmarks`.
+        name: of the benchmark, whose docstring's first line is the description.
         needs: the packages that it imports beside rich.
     """
 
-    def __init__(self, name: str, description: str, needs: Sequence[str] = ()):
+    def __init__(self, name: str, needs: Sequence[str] = ()):
         self.name, self.needs = name, ("rich", *needs)
+        description = f"{title(name)}."
         self.parser = argparse.ArgumentParser(called(f"run {name}"), description=description)
         self.parser.add_argument("--quick", action="store_true", help="small sizes: does it run?")
         self.parser.add_argument(

@@ -98,7 +98,7 @@ def contestants(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    command = Command("operators", "Compare the operators with PyTorch's own.")
+    command = Command("operators")
     parser = command.parser
     names = list(workloads())
     parser.add_argument(

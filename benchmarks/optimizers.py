@@ -157,7 +157,7 @@ def version_of(library: Library) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    command = Command("optimizers", "Run the conformance kit on every installed Muon.")
+    command = Command("optimizers")
     command.parser.add_argument("--only", nargs="+", metavar="NAME", choices=LIBRARIES)
     options = command.parse(arguments)
     asked = options.only or list(LIBRARIES)

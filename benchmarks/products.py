@@ -67,7 +67,7 @@ def measure(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    command = Command("products", "Time the CPU's products beside the plain calls, with bounds.")
+    command = Command("products")
     options = command.parse(arguments)
     table = Table(command.csv(options), CPU)
     for threads in sorted({1, CORES}):

@@ -16,7 +16,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, NotRequired, TypedDict
 
-from benchmarks import NAMES, first_line
+from benchmarks import NAMES, title
 from benchmarks.results import duration, number
 from torchpar.errors import ConfigError
 
@@ -285,7 +285,7 @@ def content(results: Path) -> Content:
         sections.append(
             {
                 "name": stem,
-                "title": first_line(benchmark(stem)) if benchmark(stem) else "",
+                "title": title(benchmark(stem)) if benchmark(stem) else "",
                 "table": as_html(side_by_side(frames)),
                 "failed": sum(int(frame["failed"].sum()) for frame in frames.values()),
                 "origins": {name: origin(frame) for name, frame in frames.items()},

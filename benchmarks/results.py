@@ -20,12 +20,11 @@ import numpy as np
 import torch
 
 from torchpar.errors import ConfigError
-from torchpar.ops.machine import cpuinfo
+from torchpar.ops.machine import cpuinfo, num_cores, processor
 
 T = TypeVar("T")
 Cells = Mapping[str, Any]  # of a row, by column: texts, numbers, or None
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-KIND = {"family": "cpu family", "model": "model"}  # their names in /proc/cpuinfo
+CORES = num_cores()
 WIDTH = 170  # columns of a table that is not printed to a terminal
 # The flags in /proc/cpuinfo that stand for each instruction set.
 INSTRUCTION_SETS = {
@@ -261,12 +260,6 @@ def instruction_sets() -> list[str]:
     """The names in INSTRUCTION_SETS that the processor supports."""
     flags = set(cpuinfo("flags").split())
     return [name for name, either in INSTRUCTION_SETS.items() if flags & either]
-
-
-def processor() -> str:
-    """Its name, family and model: one name, such as AMD EPYC, stands for several kinds."""
-    kind = [f"{name} {number}" for name in ("family", "model") if (number := cpuinfo(KIND[name]))]
-    return ", ".join([cpuinfo("model name") or platform.machine(), *kind])
 
 
 @cache

@@ -335,7 +335,7 @@ def measure(plan: Plan, default_polling: bool) -> list[Result]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    command = Command("scaling", "Measure the speed-up of a training step on more ranks.")
+    command = Command("scaling")
     polling = "also time all-reduces with gloo's default thread scheduling"
     command.parser.add_argument("--default-polling", action="store_true", help=polling)
     options = command.parse(arguments)

@@ -447,7 +447,7 @@ def summary(results: Sequence[Result], changes: dict[str, str]) -> list[dict[str
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    command = Command("speedrun", "Train an MLP on MNIST in as few seconds as possible.")
+    command = Command("speedrun")
     flag = command.parser.add_argument
     chooses = f"a recipe, a .py file, or {', '.join(GROUPS)}; by default records"
     flag("--recipe", action="append", metavar="NAME", help=chooses)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.results import Cells, Result, track
+from torchpar.errors import first_line
 
 K = TypeVar("K", bound=Hashable)
 R = TypeVar("R")
@@ -143,7 +144,7 @@ def take_turns(
             try:
                 calls = turn(index)
             except Exception as error:
-                times[key].reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+                times[key].reason = first_line(error)
                 del going[key]
                 continue
             turn_seconds = time.perf_counter() - start

@@ -629,7 +629,7 @@ def main_on_gpu(command: Command, options: argparse.Namespace) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    command = Command("train", "Train MLPs on MNIST in many ways, side by side.")
+    command = Command("train")
     flag = command.parser.add_argument
     flag("--threads", type=int, default=1, help="of each process; ranks have one; by default 1")
     flag("--device", choices=("cpu", "cuda"), default="cpu", help="by default the CPU")

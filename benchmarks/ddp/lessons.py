@@ -113,9 +113,7 @@ def turn(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    command = Command(
-        "ddp", "Time the lessons' steps beside a plain script with DDP.", needs=("tyro",)
-    )
+    command = Command("ddp", needs=("tyro",))
     options = command.parse(arguments)
     rounds, epochs = (1, 2) if options.quick else (ROUNDS, EPOCHS)
     table = Table(command.csv(options), CPU, cores=CORES)

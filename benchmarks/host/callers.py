@@ -44,8 +44,7 @@ OF_PYTORCH = ("ATen", "empty_like", "dispatch to Python")  # the same before
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    description = "Time what the host does in a call of an operator, up to the driver."
-    command = Command("host", description, needs=["triton"])
+    command = Command("host", needs=["triton"])
     command.parser.add_argument(
         "--before", type=Path, metavar="CHECKOUT", help="time another checkout's calls, too"
     )

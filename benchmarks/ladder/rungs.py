@@ -688,7 +688,7 @@ def load_files(paths: Sequence[Path]) -> tuple[list[tuple[Path, student.Student]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    command = Command("ladder", "Compute the same in every way.")
+    command = Command("ladder")
     add = command.parser.add_argument
     add(
         "--with",

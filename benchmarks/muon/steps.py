@@ -210,7 +210,7 @@ def train(epochs: int, samples: int | None = None) -> list[Result]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    command = Command("muon", "Compare Muon with other packages' Muons and with SGD.")
+    command = Command("muon")
     every = QUICK | WEIGHTS | GPU_WEIGHTS
     command.parser.add_argument(
         "--weights",

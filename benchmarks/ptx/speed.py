@@ -32,7 +32,7 @@ WAYS: dict[str, dict[str, str]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    command = Command("ptx", "Time executed kernels beside Triton's interpreter.", ["triton"])
+    command = Command("ptx", needs=["triton"])
     options = command.parse(arguments)
     table = Table(command.csv(options), CPU)
     names = NAMES[:1] if options.quick else NAMES

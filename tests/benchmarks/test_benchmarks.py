@@ -169,7 +169,7 @@ def full(*args):
 
 def test_a_folder_in_the_place_of_the_csv_is_refused(tmp_path):
     (tmp_path / "muon.csv").mkdir()
-    command = Command("muon", "")
+    command = Command("muon")
     with pytest.raises(ConfigError, match=r"muon\.csv is a folder, expected a file"):
         command.csv(command.parse(["--output", str(tmp_path)]))
 
