@@ -22,7 +22,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager, nullcontext
-from math import ceil
 from multiprocessing import active_children, get_context
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -40,14 +39,7 @@ from benchmarks.records.record import Sizes, Tuned
 from benchmarks.results import CORES, Result, Table, print_results, track
 from benchmarks.timing import CPU
 from torchpar.errors import first_line
-from torchpar.kernels.data_sheets import (
-    DATA_SHEETS,
-    PROGRAMS,
-    REGISTERS,
-    RESERVED,
-    WARPS,
-    DataSheet,
-)
+from torchpar.kernels.data_sheets import DATA_SHEETS, DataSheet
 from torchpar.kernels.rule import KINDS, configurations
 from torchpar.parallel.launch.processes import end_with_parent
 
@@ -220,7 +212,7 @@ def examine(job: Job) -> Result:
     compiled, given = launched.kernel, operands(job.operator, job.kind)
     used, shared = resources(compiled), compiled.metadata.shared
     at_a_time = resident_blocks(
-        gpu, used["REG"], job.config.num_warps, shared, compiled.metadata.tmem_size or 0
+        job.capability, used["REG"], job.config.num_warps, shared, compiled.metadata.tmem_size or 0
     )
     blocks = tuned.blocks(job.config, given)
     waves = blocks / (at_a_time * gpu.sheet.multiprocessors) if at_a_time else None
@@ -242,17 +234,14 @@ def examine(job: Job) -> Result:
 
 
 def resident_blocks(
-    gpu: Architecture, registers: int, warps: int, shared: int, tensor_columns: int
+    capability: int, registers: int, warps: int, shared: int, tensor_columns: int
 ) -> int:
     """The blocks that a multiprocessor runs at a time, by registers, warps, shared and tensor
     memory."""
-    limits = [
-        PROGRAMS,
-        WARPS // warps,
-        REGISTERS // (ceil(32 * registers / 256) * 256 * warps),  # a warp gets multiples of 256
-        gpu.sheet.shared // (shared + RESERVED),
-    ]
-    return min([*limits, TENSOR_COLUMNS // tensor_columns] if tensor_columns else limits)
+    from torchpar.ptx.report.resources import Resources, programs_of
+
+    blocks = programs_of(Resources(registers, 0), warps, shared, f"sm_{capability}")
+    return min(blocks, TENSOR_COLUMNS // tensor_columns) if tensor_columns else blocks
 
 
 def resources(compiled: CompiledKernel) -> dict[str, int]:

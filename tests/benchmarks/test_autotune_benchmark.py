@@ -297,8 +297,7 @@ def test_a_launch_finds_what_was_compiled(tmp_path: Path):
 )
 def test_blocks_of_a_multiprocessor(registers, warps, shared, columns, blocks):
     """By NVIDIA's calculator."""
-    gpu = compile_kernels.ARCHITECTURES[90]
-    assert compile_kernels.resident_blocks(gpu, registers, warps, shared, columns) == blocks
+    assert compile_kernels.resident_blocks(90, registers, warps, shared, columns) == blocks
 
 
 def test_a_kernel_that_does_not_compile_is_named():
