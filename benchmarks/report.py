@@ -7,14 +7,13 @@ benchmark, its headline and its chart. Tables show the machines side by side.
 
 import argparse
 import importlib.util
-import io
 import math
 import tempfile
 import tomllib
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any
 
 from benchmarks import NAMES, title
 from benchmarks.results import duration, number
@@ -33,79 +32,31 @@ SHOWN = {"p50_ms": "ms", "speedup": "speed-up", "accuracy": "accuracy", "wrong":
 HIDDEN = ("mean_ms", "samples", "ok", "reason", "seed", "load")
 VERSIONS = ("torch", "triton", "numpy", "python", "commit", "dirty")
 ORIGIN = ("device", "processor", "instruction_sets", "cores", "gpu", *VERSIONS, "clocks", "date")
+PANELS = tomllib.loads((Path(__file__).parent / "panels.toml").read_text("utf-8"))
+Part = dict[str, Any]  # of the page, which the template reads
 
 
-class Spec(TypedDict):
-    """A panel in ``panels.toml``, which explains the keys."""
-
-    rows: Mapping[str, str]
-    bar: str
-    best: Mapping[str, str]
-    text: str
-    over: NotRequired[str]
-    value: NotRequired[str]
-
-
-PANELS: dict[str, list[Spec]] = tomllib.loads(
-    (Path(__file__).parent / "panels.toml").read_text("utf-8")
-)
-
-
-class Bar(NamedTuple):
-    """A bar of a chart: its place and its length in percent of the axis, its color and its text."""
-
-    left: float
-    width: float
-    color: str
-    text: str
-
-
-class Panel(NamedTuple):
-    """A headline, the machines that it tells of, and a chart: names, and the bars of each name.
-
-    ``over`` names what the values are relative to, or is "".
-    """
-
-    headline: str
-    machines: list[str]
-    chart: list[tuple[str, list[Bar]]]
-    over: str
-
-
-class Section(TypedDict):
-    """All results of one kind of CSV; ``origins`` are the environments by machine."""
-
-    name: str
-    title: str
-    table: str
-    failed: int
-    origins: dict[str, str]
-    panels: list[Panel]
-
-
-class Content(TypedDict):
-    """The parts of the page, and the processors and the colors of the machines by name."""
-
-    sections: list[Section]
-    machines: dict[str, str]
-    colors: dict[str, str]
-
-
-def read_csv(text: str) -> "DataFrame":
+def load(path: Path) -> "DataFrame":
     """Return the rows of a benchmark's CSV by their case, as a table of pandas.
 
     Rows that differ only by seed become one, whose speed-up is over the first contestant: the
     median of the seeds' ratios.
 
     Raises:
-        ValueError: it is no CSV of a benchmark.
+        ConfigError: it is no CSV of a benchmark.
     """
     import pandas
 
-    frame = pandas.read_csv(io.StringIO(text), dtype=str, keep_default_na=False)
-    columns = list(frame.columns)
-    if "p20_ms" not in columns or "contestant" not in columns:
-        raise ValueError("expected the columns contestant and p20_ms")
+    try:
+        frame = pandas.read_csv(path, dtype=str, keep_default_na=False)
+        columns = list(frame.columns)
+        if not {"contestant", "p20_ms"} <= set(columns):
+            raise ValueError("expected the columns contestant and p20_ms")
+    except (OSError, ValueError) as e:
+        reason = str(e).partition("\n")[0]
+        raise ConfigError(
+            f"{path} is no CSV of a benchmark ({reason}); measure again, or remove it"
+        ) from e
     names = (*columns[: columns.index("p20_ms")], *(name for name in CASE if name in columns))
     case = list(dict.fromkeys(names))
     for name in dict.fromkeys((*TIMES, *columns)):
@@ -127,21 +78,6 @@ def read_csv(text: str) -> "DataFrame":
     frame["failed"] = wrong.groupby(groups).transform("any")
     frame["wrong"] = frame["failed"].map({True: "NOT OK", False: ""})
     return frame.drop_duplicates(case).set_index(case)
-
-
-def load(path: Path) -> "DataFrame":
-    """Return `read_csv` of a file.
-
-    Raises:
-        ConfigError: it is no CSV of a benchmark.
-    """
-    try:
-        return read_csv(path.read_text("utf-8"))
-    except (OSError, ValueError) as e:
-        reason = str(e).partition("\n")[0]
-        raise ConfigError(
-            f"{path} is no CSV of a benchmark ({reason}); measure again, or remove it"
-        ) from e
 
 
 def origin(frame: "DataFrame") -> str:
@@ -204,8 +140,9 @@ def as_html(table: "DataFrame") -> str:
     )
 
 
-def panel(spec: Spec, frames: Mapping[str, "DataFrame"], colors: Mapping[str, str]) -> Panel | None:
-    """Return a panel; None if no machine has its best row."""
+def panel(spec: Part, frames: Mapping[str, "DataFrame"], colors: Mapping[str, str]) -> Part | None:
+    """Return a headline, the machines that it tells of, and a chart; None if no machine has the
+    best row."""
     spec = {"over": "", "value": "speedup", **spec}
     bars: dict[str, dict[str, float]] = {}
     best = {}
@@ -224,11 +161,15 @@ def panel(spec: Spec, frames: Mapping[str, "DataFrame"], colors: Mapping[str, st
     (low, text), (high, _) = min(best.values()), max(best.values())
     ends = dict.fromkeys(amount(value, spec) for value in (low, high))
     over = f" times {spec['over']}" if spec["over"] else ""
-    headline = f"{text}: {' to '.join(ends)}{over}"
-    return Panel(headline, list(bars), chart(bars, spec, colors), spec["over"])
+    return {
+        "headline": f"{text}: {' to '.join(ends)}{over}",
+        "machines": list(bars),
+        "chart": chart(bars, spec, colors),
+        "over": spec["over"],
+    }
 
 
-def amount(value: float, spec: Spec) -> str:
+def amount(value: float, spec: Part) -> str:
     if spec["value"] == "bytes":
         return f"{number(value / 1e9)} GB"
     if spec["value"] == "p50_ms":
@@ -237,10 +178,11 @@ def amount(value: float, spec: Spec) -> str:
 
 
 def chart(
-    bars: Mapping[str, Mapping[str, float]], spec: Spec, colors: Mapping[str, str]
-) -> list[tuple[str, list[Bar]]]:
-    """Return the bars of each name on a logarithmic axis, from 1 on if the values are relative, in
-    percent.
+    bars: Mapping[str, Mapping[str, float]], spec: Part, colors: Mapping[str, str]
+) -> list[tuple[str, list[Part]]]:
+    """Return the bars of each name on a logarithmic axis, from 1 on if the values are relative.
+
+    Places and lengths are in percent of the axis.
 
     Args:
         bars: the values by machine and name.
@@ -250,17 +192,16 @@ def chart(
     start = 1.0 if spec["over"] else min(values) / 2
     low, high = min(start, *values), max(start, *values)
 
-    def bar(machine: str, value: float) -> Bar:
+    def bar(machine: str, value: float) -> Part:
         left, right = (100 * math.log(x / low, high / low) for x in sorted((start, value)))
         text = amount(value, spec) + "×" * bool(spec["over"])
-        return Bar(left, right - left, colors[machine], text)
+        return {"left": left, "width": right - left, "color": colors[machine], "text": text}
 
     return [(name, [bar(m, of[name]) for m, of in bars.items() if name in of]) for name in names]
 
 
-def content(results: Path) -> Content:
-    """Return the parts of the page, one for each kind of CSV, and the machines with their
-    colors."""
+def content(results: Path) -> Part:
+    """Return a section for each kind of CSV, and the processors and the colors of the machines."""
 
     def benchmark(stem: str) -> str:
         """Return the benchmark that wrote a CSV, such as "train" of "train-2-threads", or ""."""
@@ -275,7 +216,7 @@ def content(results: Path) -> Content:
     )
     order = [*dict.fromkeys(map(benchmark, PANELS)), *NAMES, ""]
     processors: dict[str, dict[str, None]] = {}
-    sections: list[Section] = []
+    sections: list[Part] = []
     for stem in sorted(paths, key=lambda stem: (order.index(benchmark(stem)), stem)):
         frames = {machine: load(path) for machine, path in paths[stem].items()}
         for machine, frame in frames.items():

@@ -82,7 +82,8 @@ class Trainable(Protocol):
 
 @dataclass(kw_only=True, eq=False)
 class Recipe:
-    """The settings of a training of a `torchpar.nn.MLP`, and the loop that follows them."""
+    """A `Trainable`: the settings of a training of a `torchpar.nn.MLP`, and the loop that follows
+    them."""
 
     name: str  # in tables
     change: str  # from the recipe before
@@ -107,12 +108,11 @@ class Recipe:
     # Decay of a moving average of the parameters, which is then scored; 0 for none.
     average: float = 0.0
 
-    def prepare(self, samples: Samples, world: World) -> None:
-        """Compile and allocate; compute nothing from ``samples``, the training images. No clock
-        runs.
+    def but(self, name: str, change: str, **settings: Any) -> "Recipe":
+        """The recipe with other settings."""
+        return replace(self, name=name, change=change, **settings)
 
-        ``world``'s ranks share each batch.
-        """
+    def prepare(self, samples: Samples, world: World) -> None:
         if not self.fused and (world.world_size > 1 or self.dtype != torch.float32):
             raise ConfigError(
                 f"{self.name} computes gradients by autograd, here on one rank and in float32 "
@@ -141,7 +141,6 @@ class Recipe:
         self.take_step = training.graphed(self.step, self.update)  # on a GPU one launch
 
     def train(self, seed: int) -> None:
-        """Train a new network. The clock runs."""
         torch.manual_seed(seed)
         for layer in self.model.layers:
             layer.reset_parameters()  # type: ignore[operator]
@@ -168,7 +167,6 @@ class Recipe:
                     average.update_parameters(self.model)
 
     def outputs(self, samples: Samples) -> Tensor:
-        """Return the outputs ``(n, classes)`` of that network for images ``(n, 28, 28)`` uint8."""
         x = self.pooled(samples).inputs(slice(None)).float()
         return self.scored(x)  # type: ignore[no-any-return]
 
@@ -229,7 +227,7 @@ RECIPES = [Recipe(name="in-memory", change=change, epochs=8)]
 
 def then(name: str, change: str, **settings: Any) -> None:
     """Add the last recipe with other settings."""
-    RECIPES.append(replace(RECIPES[-1], name=name, change=change, **settings))
+    RECIPES.append(RECIPES[-1].but(name, change, **settings))
 
 
 then("by-hand", "gradients by hand, not autograd", fused=True)
@@ -247,25 +245,21 @@ then("record-98.7", change, shift=True, hidden=(512,), epochs=6)
 LADDER: list[Trainable] = [Tutorial(), *RECIPES]
 RECORD_98, RECORD_98_7 = RECIPES[-2:]
 # For GPUs, where more units cost little.
-change = "18 epochs; 1024 units"
-RECORD_99 = replace(RECORD_98_7, name="record-99.0", change=change, hidden=(1024,), epochs=18)
+RECORD_99 = RECORD_98_7.but("record-99.0", "18 epochs; 1024 units", hidden=(1024,), epochs=18)
 TRIED = [  # the 98.0% record with another choice
-    replace(RECORD_98, name=name, change=change, **settings)
-    for name, change, settings in (
-        ("sigmoid", "sigmoid layers, a rate of 1", {"activation": "sigmoid", "lr": 1.0}),
-        ("28x28", "all pixels", {"crop": 0, "pool": 1}),
-        ("14x14", "14 × 14 pixels: averages of 2 × 2 alone", {"crop": 0}),
-        ("10x10", "10 × 10 pixels: 4 less on each side", {"crop": 4}),
-        ("no-smoothing", "no label smoothing", {"label_smoothing": 0.0}),
-        ("two-iterations", "2 iterations of Newton–Schulz", {"ns_steps": 2}),
-        ("two-layers", "two hidden layers of 256", {"hidden": (256, 256)}),
-        ("one-epoch", "1 epoch in batches of 768", {"epochs": 1, "batch_size": 768}),
-        ("larger-batches", "batches of 3072, a rate of 0.4", {"batch_size": 3072, "lr": 0.4}),
-        ("warm-up", "the rate rises in the first fifth of the steps", {"warmup": 0.2}),
-        ("averaged", "an exponential moving average of the weights", {"average": 0.9}),
-        ("adam", "Adam, a rate of 0.01", {"optimizer": "adam", "lr": 0.01}),
-        ("shifted", "the images are moved in the first epoch", {"shift": True}),
-    )
+    RECORD_98.but("sigmoid", "sigmoid layers, a rate of 1", activation="sigmoid", lr=1.0),
+    RECORD_98.but("28x28", "all pixels", crop=0, pool=1),
+    RECORD_98.but("14x14", "14 × 14 pixels: averages of 2 × 2 alone", crop=0),
+    RECORD_98.but("10x10", "10 × 10 pixels: 4 less on each side", crop=4),
+    RECORD_98.but("no-smoothing", "no label smoothing", label_smoothing=0.0),
+    RECORD_98.but("two-iterations", "2 iterations of Newton–Schulz", ns_steps=2),
+    RECORD_98.but("two-layers", "two hidden layers of 256", hidden=(256, 256)),
+    RECORD_98.but("one-epoch", "1 epoch in batches of 768", epochs=1, batch_size=768),
+    RECORD_98.but("larger-batches", "batches of 3072, a rate of 0.4", batch_size=3072, lr=0.4),
+    RECORD_98.but("warm-up", "the rate rises in the first fifth of the steps", warmup=0.2),
+    RECORD_98.but("averaged", "an exponential moving average of the weights", average=0.9),
+    RECORD_98.but("adam", "Adam, a rate of 0.01", optimizer="adam", lr=0.01),
+    RECORD_98.but("shifted", "the images are moved in the first epoch", shift=True),
 ]
 # The first training of README, whose loop is examples/train_ddp.py. Here the gradients are computed
 # by hand, which makes a step faster.
@@ -286,31 +280,26 @@ LESSON = Recipe(
     fused=True,
 )
 LESSON_TRIED = [  # the same with another choice
-    replace(LESSON, name=f"{LESSON.name}-{name}", change=change, **settings)
-    for name, change, settings in (
-        ("relu", "ReLU layers, a rate of 0.2", {"activation": "relu", "lr": 0.2}),
-        ("tanh", "tanh layers, a rate of 0.2", {"activation": "tanh", "lr": 0.2}),
-        (
-            "maxout",
-            "maxout layers, a rate of 0.2",
-            {"activation": "maxout", "lr": 0.2, "fused": False},
-        ),
-        ("320", "320 units", {"hidden": (320,)}),
-        ("1024", "1024 units", {"hidden": (1024,)}),
-        ("two-layers", "two hidden layers of 256", {"hidden": (256, 256)}),
-        ("rate-0.3", "a rate of 0.3", {"lr": 0.3}),
-        ("rate-0.4", "a rate of 0.4", {"lr": 0.4}),
-        ("rate-0.7", "a rate of 0.7", {"lr": 0.7}),
-        ("momentum", "a momentum of 0.9", {"momentum": 0.9}),
-        ("2-epochs", "2 epochs", {"epochs": 2}),
-        ("4-epochs", "4 epochs, a rate of 0.4", {"epochs": 4, "lr": 0.4}),
-        ("768-samples", "batches of 768", {"batch_size": 768}),
-        ("1536-samples", "batches of 1536", {"batch_size": 1536}),
-        ("no-smoothing", "no label smoothing", {"label_smoothing": 0.0}),
-        ("smoothing", "label smoothing of 0.1", {"label_smoothing": 0.1}),
-        ("14x14", "14 × 14 pixels: averages of 2 × 2 alone", {"crop": 0}),
-        ("10x10", "10 × 10 pixels: 4 less on each side", {"crop": 4}),
-    )
+    LESSON.but("train_ddp-relu", "ReLU layers, a rate of 0.2", activation="relu", lr=0.2),
+    LESSON.but("train_ddp-tanh", "tanh layers, a rate of 0.2", activation="tanh", lr=0.2),
+    LESSON.but(
+        "train_ddp-maxout", "maxout layers, a rate of 0.2", activation="maxout", lr=0.2, fused=False
+    ),
+    LESSON.but("train_ddp-320", "320 units", hidden=(320,)),
+    LESSON.but("train_ddp-1024", "1024 units", hidden=(1024,)),
+    LESSON.but("train_ddp-two-layers", "two hidden layers of 256", hidden=(256, 256)),
+    LESSON.but("train_ddp-rate-0.3", "a rate of 0.3", lr=0.3),
+    LESSON.but("train_ddp-rate-0.4", "a rate of 0.4", lr=0.4),
+    LESSON.but("train_ddp-rate-0.7", "a rate of 0.7", lr=0.7),
+    LESSON.but("train_ddp-momentum", "a momentum of 0.9", momentum=0.9),
+    LESSON.but("train_ddp-2-epochs", "2 epochs", epochs=2),
+    LESSON.but("train_ddp-4-epochs", "4 epochs, a rate of 0.4", epochs=4, lr=0.4),
+    LESSON.but("train_ddp-768-samples", "batches of 768", batch_size=768),
+    LESSON.but("train_ddp-1536-samples", "batches of 1536", batch_size=1536),
+    LESSON.but("train_ddp-no-smoothing", "no label smoothing", label_smoothing=0.0),
+    LESSON.but("train_ddp-smoothing", "label smoothing of 0.1", label_smoothing=0.1),
+    LESSON.but("train_ddp-14x14", "14 × 14 pixels: averages of 2 × 2 alone", crop=0),
+    LESSON.but("train_ddp-10x10", "10 × 10 pixels: 4 less on each side", crop=4),
 ]
 GROUPS: dict[str, list[Trainable]] = {
     "records": [RECORD_98, RECORD_98_7],
@@ -421,29 +410,23 @@ def forget() -> None:
     prepared.cache_clear()
 
 
-def of_seeds(results: Sequence[Result]) -> dict[str, tuple[list[float], list[float]]]:
-    """Return the seconds and the accuracies, in percent, of each recipe."""
-    scores: dict[str, tuple[list[float], list[float]]] = {}
-    for result in results:
-        if result.ok:
-            seconds, percents = scores.setdefault(result.contestant, ([], []))
-            seconds.append(result.columns["seconds"])
-            percents.append(100 * result.columns["accuracy"])
-    return scores
-
-
 def summary(results: Sequence[Result], changes: dict[str, str]) -> list[dict[str, str]]:
     """Return a line for each recipe: mean ± standard deviation over the seeds."""
-    return [
-        {
-            "recipe": name,
-            "change": changes[name],
-            "seconds": f"{number(mean(seconds))} ± {pstdev(seconds):.2g}",
-            "accuracy, %": f"{mean(percents):.2f} ± {pstdev(percents):.2f}",
-            "seeds": str(len(seconds)),
-        }
-        for name, (seconds, percents) in of_seeds(results).items()
-    ]
+    lines = []
+    for name in dict.fromkeys(one.contestant for one in results if one.ok):
+        scores = [one.columns for one in results if one.ok and one.contestant == name]
+        seconds = [score["seconds"] for score in scores]
+        percents = [100 * score["accuracy"] for score in scores]
+        lines.append(
+            {
+                "recipe": name,
+                "change": changes[name],
+                "seconds": f"{number(mean(seconds))} ± {pstdev(seconds):.2g}",
+                "accuracy, %": f"{mean(percents):.2f} ± {pstdev(percents):.2f}",
+                "seeds": str(len(scores)),
+            }
+        )
+    return lines
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

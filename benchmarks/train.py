@@ -30,6 +30,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache, cached_property, lru_cache, partial
 from importlib.util import find_spec
@@ -50,7 +51,7 @@ from benchmarks.digits import DATA, Digits
 from benchmarks.flags import Command, require, run
 from benchmarks.processes import Group, current_world, start_ranks
 from benchmarks.results import CORES, Result, Table, markdown, number, print_results
-from benchmarks.timing import CPU, Contestant, Rejected, Turn, take_turns, time_calls
+from benchmarks.timing import Contestant, Rejected, Turn, take_turns, time_calls
 from torchpar import data
 from torchpar.baselines import numpy_mlp, pure_python
 from torchpar.baselines.numpy_mlp import Array
@@ -86,6 +87,8 @@ Order = Sequence[Array]  # the indices of each batch
 # Prepares, yields None, then trains on the batches and yields the mean loss of each.
 Losses = Iterator[Tensor | None] | Iterator[float | None]
 Train = Callable[["Inputs", Order], Losses]
+Epoch = Callable[[Order], tuple[float, Array]]  # the seconds, and the mean loss of each batch
+Step = Callable[[Tensor, Tensor], Tensor]  # trains on a batch; its mean loss
 
 
 class Training(NamedTuple):
@@ -228,23 +231,38 @@ def native(sizes: tuple[int, ...]) -> torch.nn.Module:
     return torch.nn.Sequential(*layers[:-1])
 
 
-def by_torch(model: torch.nn.Module) -> Train:
-    """Train a network whose parameters are weight and bias of each layer in turn."""
+def step_of(forward: Callable[..., Any], optimizer: torch.optim.Optimizer) -> Step:
+    """The step that most scripts take."""
+
+    def step(x: Tensor, labels: Tensor) -> Tensor:
+        loss = cross_entropy(forward(x), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+def by_steps(model: torch.nn.Module, step: Step, device: str = "cpu") -> Train:
+    """Train a network, whose parameters are weight and bias of each layer in turn, by ``step``."""
 
     def train(inputs: Inputs, order: Order) -> Iterator[Tensor | None]:
         inputs.start.copy_to(model)
-        optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-        x, labels = torch.from_numpy(inputs.x), torch.from_numpy(inputs.labels)
-        batches = list(map(torch.from_numpy, order))
+        x, labels = (torch.from_numpy(one).to(device) for one in (inputs.x, inputs.labels))
+        batches = [torch.from_numpy(indices).to(device) for indices in order]
         yield None
         for indices in batches:
-            loss = cross_entropy(model(x[indices]), labels[indices])
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            yield loss.detach()
+            yield step(x[indices], labels[indices])
 
     return train
+
+
+def by_torch(sizes: tuple[int, ...], compiled: bool = False) -> Train:
+    model = native(sizes)
+    if compiled:
+        model.compile()
+    return by_steps(model, step_of(model, torch.optim.SGD(model.parameters(), lr=LR)))
 
 
 def by_lesson(world: World, fused: bool) -> Train:
@@ -296,28 +314,16 @@ def by_gpu(training: Training, way: str) -> Train:
         forward = torch.compile(model, mode=COMPILED[way])
     elif way == CALLABLES:
         sample = torch.zeros(training.batch_size, training.sizes[0], device="cuda")
-        forward = torch.cuda.make_graphed_callables(model, (sample,))
+        captured = torch.cuda.make_graphed_callables(model, (sample,))
 
-    def step(x: Tensor, labels: Tensor) -> Tensor:
-        # PyTorch's graph takes batches of one size.
-        is_last = way == CALLABLES and len(x) != training.batch_size
-        loss = cross_entropy((eager if is_last else forward)(x), labels)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach()
+        def forward_in_graph(x: Tensor) -> Any:
+            # PyTorch's graph takes batches of one size.
+            return (captured if len(x) == training.batch_size else eager)(x)
 
-    take_step = graphed(step, optimizer) if way == GRAPH else step
+        forward = forward_in_graph
 
-    def train(inputs: Inputs, order: Order) -> Iterator[Tensor | None]:
-        inputs.start.copy_to(model)
-        x, labels = (torch.from_numpy(one).to("cuda") for one in (inputs.x, inputs.labels))
-        batches = [torch.from_numpy(indices).to("cuda") for indices in order]
-        yield None
-        for indices in batches:
-            yield take_step(x[indices], labels[indices])
-
-    return train
+    step = step_of(forward, optimizer)
+    return by_steps(model, graphed(step, optimizer) if way == GRAPH else step, "cuda")
 
 
 # Contestants on two ranks
@@ -455,7 +461,7 @@ def contestants(
             if end < len(inputs.order)
             else note
         )
-        turn = epoch_turn(inputs, order, lambda order: timed_epoch(train(inputs, order), threads))
+        turn = epoch_turn(inputs, order, by_epochs(inputs, train, threads))
         return Contestant(name, turn, note, compiles)
 
     if len(sizes) == 3:  # a step of the others takes a minute
@@ -473,11 +479,9 @@ def contestants(
         yield Contestant(
             "Lightning", program_turn(inputs, inputs.order, partial(lightning_epoch, inputs))
         )
-    yield by(by_torch(native(sizes)), PLAIN, "nn.Sequential, SGD")
+    yield by(by_torch(sizes), PLAIN, "nn.Sequential, SGD")
     if compiled:
-        fast = native(sizes)
-        fast.compile()
-        yield by(by_torch(fast), "torch.compile", compiles=True)
+        yield by(by_torch(sizes, compiled=True), "torch.compile", compiles=True)
     yield by(by_lesson(world, fused=False), "torchpar, autograd")
     yield by(by_lesson(world, fused=True), FUSED, "gradients by hand")
     for note in ON_RANKS:
@@ -488,19 +492,16 @@ def contestants(
 def contestants_on_gpu(inputs: Inputs, compiled: bool = True) -> Iterator[Contestant]:
     """Yield the ways to launch a step on a GPU; without ``compiled`` less torch.compile."""
     for way in (PLAIN, CALLABLES, GRAPH, *(COMPILED if compiled else ())):
-        train = by_gpu(inputs.training, way)
-        epoch = partial(_epoch, train, inputs)
+        epoch = by_epochs(inputs, by_gpu(inputs.training, way))
         turn = epoch_turn(inputs, inputs.order, epoch, warmup=WARMUP + 1)
         yield Contestant(way, turn, compiles=way in COMPILED)
 
 
-def _epoch(train: Train, inputs: Inputs, order: Order) -> tuple[float, Array]:
-    return timed_epoch(train(inputs, order))
+def by_epochs(inputs: Inputs, train: Train, threads: int = 1) -> Epoch:
+    return lambda order: timed_epoch(train(inputs, order), threads)
 
 
-def epoch_turn(
-    inputs: Inputs, order: Order, epoch: Callable[[Order], tuple[float, Array]], warmup: int = 1
-) -> Turn:
+def epoch_turn(inputs: Inputs, order: Order, epoch: Epoch, warmup: int = 1) -> Turn:
     """Return turns of an epoch each: the seconds of a step of a whole batch, if each loss is right.
 
     The warm-up trains on ``warmup`` batches, and on one of the last one's size.
@@ -579,6 +580,10 @@ def measure(inputs: Inputs, contestants: Sequence[Contestant]) -> list[Result]:
     return results
 
 
+def title(result: Result) -> str:
+    return f"{result.case['network']}, batch {result.case['batch']}"
+
+
 def summary(tables: Sequence[Sequence[Result]], threads: int) -> str:
     """Return milliseconds a step in Markdown, a column for each network, and speed-ups over plain
     eager."""
@@ -589,9 +594,7 @@ def summary(tables: Sequence[Sequence[Result]], threads: int) -> str:
             filter(None, (result.contestant, result.columns["note"].partition("from ")[0]))
         )
 
-    heads = [
-        f"{results[0].case['network']}, batch {results[0].case['batch']}" for results in tables
-    ]
+    heads = [title(results[0]) for results in tables]
     lines = [[f"ms a step, {threads} thread{'s' * (threads > 1)}", *heads]]
     columns = [{name(result): result for result in results} for results in tables]
     for one in dict.fromkeys(one for by_name in columns for one in by_name):
@@ -606,28 +609,6 @@ def summary(tables: Sequence[Sequence[Result]], threads: int) -> str:
     return markdown(lines)
 
 
-def add(table: Table, inputs: Inputs, compared: Sequence[Contestant]) -> list[Result]:
-    """Measure, and add and print the results."""
-    results = table.add(measure(inputs, compared))
-    case = results[-1].case
-    print_results(f"{case['network']}, batch {case['batch']}", results, COLUMNS)
-    return results
-
-
-def main_on_gpu(command: Command, options: argparse.Namespace) -> int:
-    if not torch.cuda.is_available():
-        raise ConfigError("--device is cuda, but PyTorch finds no GPU; take cpu")
-    name = "train-gpu"
-    table, tables = Table(command.csv(options, name), torch.device("cuda")), []
-    for training in QUICK if options.quick else FULL[1:]:  # batches of 10 take a minute
-        inputs = Inputs(training)
-        ways = list(contestants_on_gpu(inputs, compiled=not options.quick))
-        tables.append(add(table, inputs, ways))
-    if options.output:
-        (options.output / f"{name}.md").write_text(summary(tables, 1))
-    return table.status
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     command = Command("train")
     flag = command.parser.add_argument
@@ -638,22 +619,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise ConfigError(
             f"--threads is {threads}, expected at most {CORES}, the cores of this machine"
         )
-    if options.device == "cuda":
-        return main_on_gpu(command, options)
-    require("numba", "torchvision")
-    before = torch.get_num_threads()
-    name = "train" if threads == 1 else f"train-{threads}-threads"
-    table = Table(command.csv(options, name), CPU, cores=CORES, threads=threads)
-    tables = []
-    with start_ranks(2) as ranks, join_world("cpu", alone=True) as world:
-        for training in QUICK if options.quick else FULL:
+    on_gpu, compiled = options.device == "cuda", not options.quick
+    if on_gpu and not torch.cuda.is_available():
+        raise ConfigError("--device is cuda, but PyTorch finds no GPU; take cpu")
+    if not on_gpu:
+        require("numba", "torchvision")
+    name = "train-gpu" if on_gpu else "train" if threads == 1 else f"train-{threads}-threads"
+    columns = {} if on_gpu else {"cores": CORES, "threads": threads}
+    table = Table(command.csv(options, name), torch.device(options.device), **columns)
+    trainings = FULL[1:] if on_gpu else FULL  # on a GPU batches of 10 take a minute
+    tables, before = [], torch.get_num_threads()
+    with ExitStack() as stack:
+        compared: Callable[..., Iterator[Contestant]] = contestants_on_gpu
+        if not on_gpu:
+            ranks = stack.enter_context(start_ranks(2))
+            world = stack.enter_context(join_world("cpu", alone=True))
+            compared = partial(contestants, world=world, ranks=ranks)
+        for training in QUICK if options.quick else trainings:
             torch.set_num_threads(threads)
             inputs = Inputs(training)
-            compared = list(contestants(inputs, world, ranks, compiled=not options.quick))
-            tables.append(add(table, inputs, compared))
+            results = table.add(measure(inputs, list(compared(inputs, compiled=compiled))))
+            tables.append(results)
+            print_results(title(results[0]), results, COLUMNS)
     torch.set_num_threads(before)
     for program, found in INSTALLED.items():
-        if not found:
+        if not found and not on_gpu:
             print(f"not measured: {program}; pip install 'torchpar[baselines,lightning]'")
     if options.output:
         (options.output / f"{name}.md").write_text(summary(tables, threads))
