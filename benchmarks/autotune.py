@@ -285,9 +285,7 @@ def error_of(call: Call, exact: Tensor, dtype: torch.dtype, symmetric: bool = Fa
 def main(arguments: Sequence[str] | None = None) -> int:
     command = Command("autotune")
     names = [name for name, one in OPERATORS.items() if one.tuned is not None]
-    command.parser.add_argument(
-        "--operators", nargs="+", choices=names, default=names, help="by default all"
-    )
+    command.choose("--operators", names)
     of_pytorch = [name for name, one in KINDS.items() if one.precision in ("ieee", "tf32")]
     command.parser.add_argument(
         "--dtype",

@@ -18,7 +18,7 @@ Caches are flushed before each sample.
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
 from typing import Literal, NamedTuple
@@ -147,16 +147,17 @@ def compare(
     work = case.work(mode)
     results = []
     for name, one in checked.items():
-        result = times[name].result(labels, name, times[reference])
-        columns: dict[str, object] = {"host_ms": one.host_ms}
+        result = times[name].result(labels, name, times[reference], host_ms=one.host_ms)
         if p50 := result.p50_ms:
-            columns |= {"gb_per_s": work.bytes / p50 * 1e-6, "gflop_per_s": work.flops / p50 * 1e-6}
-        columns |= {
+            result = result.plus(
+                gb_per_s=work.bytes / p50 * 1e-6, gflop_per_s=work.flops / p50 * 1e-6
+            )
+        over = {
             f"over {other}": times[name].ratio_over(times[other]) for other in (reference, *rivals)
         }
-        columns |= {"max_error": one.errors.max().item() if len(one.errors) else None}
-        columns |= {"peak_memory_mb": one.peak_memory_mb, **settings}
-        results.append(replace(result, columns=columns))
+        error = one.errors.max().item() if len(one.errors) else None
+        memory = one.peak_memory_mb
+        results.append(result.plus(**over, max_error=error, peak_memory_mb=memory, **settings))
     return results
 
 

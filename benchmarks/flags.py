@@ -7,7 +7,7 @@ import importlib.util
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -31,6 +31,11 @@ class Command:
         self.parser.add_argument(
             "--output", type=Path, metavar="DIR", help="for the CSV and other files"
         )
+
+    def choose(self, flag: str, names: Iterable[str], meaning: str = "by default all") -> None:
+        """Add a flag that takes some of ``names``."""
+        choices = list(names)
+        self.parser.add_argument(flag, nargs="+", choices=choices, default=choices, help=meaning)
 
     def parse(self, arguments: Sequence[str] | None) -> argparse.Namespace:
         """The flags; ``output``, if given, is a folder that can be written. Warns if the machine is

@@ -7,6 +7,7 @@ Operators, sizes and work are those of `benchmarks.records`.
 
 import argparse
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -99,26 +100,13 @@ def contestants(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     command = Command("operators")
-    parser = command.parser
-    names = list(workloads())
-    parser.add_argument(
-        "--operators", nargs="+", choices=names, default=names, help="by default all"
-    )
-    parser.add_argument("--shapes", nargs="+", help="as in the tables; by default all")
-    parser.add_argument(
-        "--dtypes", nargs="+", choices=DTYPES, default=DTYPES, help="by default all"
-    )
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="a GPU if there is one"
-    )
-    modes = (*MODES, "warm")
-    parser.add_argument(
-        "--modes",
-        nargs="+",
-        choices=modes,
-        default=modes,
-        help="full: forward and backward; warm: operands in the cache; by default all",
-    )
+    flag = command.parser.add_argument
+    command.choose("--operators", workloads())
+    flag("--shapes", nargs="+", help="as in the tables; by default all")
+    command.choose("--dtypes", DTYPES)
+    flag("--device", choices=("auto", "cpu", "cuda"), default="auto", help="a GPU if there is one")
+    meaning = "full: forward and backward; warm: operands in the cache; by default all"
+    command.choose("--modes", (*MODES, "warm"), meaning)
     options = command.parse(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device is cuda, but PyTorch finds no GPU; take cpu")
@@ -186,33 +174,24 @@ def draw_crossover(path: Path, results: Sequence[Result]) -> None:
     rows."""
     from matplotlib.figure import Figure
 
-    curves: dict[tuple[int, str], dict[int, tuple[float, float]]] = {}
+    curves = defaultdict(list)  # rows and both speed-ups, by threads and dtype
     speedups = {(*one.case.values(), one.contestant): one.speedup for one in results}
     for one in results:
-        n, *rest = (
-            map(int, one.case["shape"].split("x")) if one.case["operator"] == "matmul_t" else [0, 0]
-        )
+        rows, *columns = one.case["shape"].split("x")
         mirrored = speedups.get((*one.case.values(), MIRRORED))
-        if (
-            one.contestant == "torchpar"
-            and one.case["mode"] == "forward"
-            and rest == [n]
-            and mirrored
-        ):
-            key = one.case["threads"], one.case["dtype"]
-            if one.speedup:
-                curves.setdefault(key, {})[n] = one.speedup / mirrored, one.speedup
+        is_drawn = (one.contestant, one.case["mode"], columns) == ("torchpar", "forward", [rows])
+        if is_drawn and one.speedup and mirrored:
+            line = curves[one.case["threads"], one.case["dtype"]]
+            line.append((int(rows), one.speedup / mirrored, one.speedup))
     counts = sorted({threads for threads, _ in curves})
     figure = Figure(figsize=(4.2 * max(len(counts), 1), 3.8), layout="constrained")
     for place, count in enumerate(counts, 1):
         axes = figure.add_subplot(1, len(counts), place, title=f"threads: {count}")
-        for color, dtype in enumerate(
-            sorted(dtype for threads, dtype in curves if threads == count)
-        ):
-            rows = sorted(curves[count, dtype].items())
-            ns = [n for n, _ in rows]
-            axes.plot(ns, [by for _, (by, _) in rows], f"C{color}-", label=dtype)
-            axes.plot(ns, [by for _, (_, by) in rows], f"C{color}:")
+        dtypes = sorted(dtype for threads, dtype in curves if threads == count)
+        for color, dtype in enumerate(dtypes):
+            ns, over_mirrored, over_mm = zip(*sorted(curves[count, dtype]), strict=True)
+            axes.plot(ns, over_mirrored, f"C{color}-", label=dtype)
+            axes.plot(ns, over_mm, f"C{color}:")
         axes.axhline(1, color="gray", lw=1)
         axes.set(xscale="log", yscale="log", xlabel="rows and columns", ylabel="speed-up")
         axes.set_xticks(TICKS, map(str, TICKS), minor=False)

@@ -8,7 +8,6 @@ in a row, so that operands lie in the cache.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 import torch
 
@@ -58,11 +57,8 @@ def measure(
         )
         for one in results:
             if one.contestant == "torchpar":
-                ratio = {
-                    "ratio": one.columns[f"over {plain}"],
-                    "bound": BOUND if is_bounded else None,
-                }
-                one = replace(one, columns={**one.columns, **ratio})
+                bound = BOUND if is_bounded else None
+                one = one.plus(ratio=one.columns[f"over {plain}"], bound=bound)
             yield one
 
 

@@ -2,14 +2,13 @@
 """Results of all benchmarks: their table, their CSV, and where they were measured."""
 
 import csv
-import importlib.util
 import os
 import platform
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -63,6 +62,10 @@ class Result:
     columns: Cells = field(default_factory=dict)
     ok: bool = True
     reason: str = ""
+
+    def plus(self, **columns: object) -> "Result":
+        """The result with further columns."""
+        return replace(self, columns={**self.columns, **columns})
 
     def row(self) -> dict[str, object]:
         """The cells by column, in the order of the CSV."""
@@ -211,9 +214,7 @@ def print_cells(title: str, lines: Sequence[Mapping[str, str]]) -> None:
     from rich.console import Console
 
     table = rich.table.Table()
-    headers = [
-        h for h in dict.fromkeys(h for line in lines for h in line) if any(x.get(h) for x in lines)
-    ]
+    headers = headers_of(lines)
     for header in headers:
         cells = [line[header] for line in lines if line.get(header)]
         # A number with its unit; other cells are text, which a narrow terminal wraps.
@@ -224,6 +225,12 @@ def print_cells(title: str, lines: Sequence[Mapping[str, str]]) -> None:
     console = Console(width=None if sys.stdout.isatty() else WIDTH, markup=False)
     console.print(title, style="italic", soft_wrap=True, highlight=False)
     console.print(table)
+
+
+def headers_of(lines: Sequence[Mapping[str, str]]) -> list[str]:
+    """The headers of lines of cells, without those of empty columns."""
+    filled = {header for line in lines for header, cell in line.items() if cell}
+    return [one for one in dict.fromkeys(one for line in lines for one in line) if one in filled]
 
 
 def markdown(rows: Iterable[Sequence[str]]) -> str:
@@ -248,7 +255,7 @@ def number(x: float | None) -> str:
 
 def track(items: Iterable[T], label: str, total: int | None = None) -> Iterable[T]:
     """The items, with a progress bar on stderr if that is a terminal."""
-    if not sys.stderr.isatty() or importlib.util.find_spec("rich") is None:
+    if not sys.stderr.isatty():
         return items
     from rich.console import Console
     from rich.progress import track as rich_track

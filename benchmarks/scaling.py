@@ -73,18 +73,7 @@ class Plan(NamedTuple):
     width_batch: int = 512
     most: int = 4  # ranks
     # Bytes of each all-reduce.
-    all_reduces: Sequence[int] = (
-        2**2,
-        2**6,
-        2**10,
-        2**12,
-        2**14,
-        2**16,
-        2**18,
-        2**20,
-        2**22,
-        2**24,
-    )
+    all_reduces: Sequence[int] = tuple(2**power for power in (2, 6, *range(10, 26, 2)))
     rounds: int = 12
 
     def cases(self) -> Iterator[StepCase]:

@@ -31,7 +31,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import cache, cached_property, lru_cache, partial
 from importlib.util import find_spec
 from itertools import pairwise
@@ -87,6 +86,7 @@ Order = Sequence[Array]  # the indices of each batch
 # Prepares, yields None, then trains on the batches and yields the mean loss of each.
 Losses = Iterator[Tensor | None] | Iterator[float | None]
 Train = Callable[["Inputs", Order], Losses]
+Gradients = Callable[[Tensor, Tensor, int], Tensor]  # sets them; the sum of the losses
 Epoch = Callable[[Order], tuple[float, Array]]  # the seconds, and the mean loss of each batch
 Step = Callable[[Tensor, Tensor], Tensor]  # trains on a batch; its mean loss
 
@@ -265,6 +265,18 @@ def by_torch(sizes: tuple[int, ...], compiled: bool = False) -> Train:
     return by_steps(model, step_of(model, torch.optim.SGD(model.parameters(), lr=LR)))
 
 
+def by_autograd(model: torch.nn.Module, ranks: int = 1) -> Gradients:
+    """Gradients as `FusedGradients` computes them: of the mean loss over the batch of all ranks."""
+
+    def gradients(x: Tensor, labels: Tensor, size: int) -> Tensor:
+        loss = cross_entropy(model(x), labels, reduction="sum")
+        # DistributedDataParallel averages over the ranks, whose shares may differ in size.
+        (loss * (ranks / size)).backward()
+        return loss.detach()
+
+    return gradients
+
+
 def by_lesson(world: World, fused: bool) -> Train:
     """Train by the loop of the lessons. It has an order of its own, that of `Inputs.order`."""
 
@@ -273,17 +285,13 @@ def by_lesson(world: World, fused: bool) -> Train:
         model = MLP(sizes)
         inputs.start.copy_to(model)
         optimizer = sgd(model, LR, momentum=0, weight_decay=0)
-        gradients = FusedGradients(model)
+        gradients = FusedGradients(model) if fused else by_autograd(model)
         yield None
         task = Classification(inputs.train, inputs.test[:10], batch_size)
         with Run(model, optimizer, None, world, task, epochs=1) as run:
             for epoch in run.epochs():
                 for x, labels, size in run.batches(epoch):
-                    if fused:
-                        loss = gradients(x, labels, size)
-                    else:
-                        loss = cross_entropy(model(x), labels, reduction="sum")
-                        (loss / size).backward()
+                    loss = gradients(x, labels, size)
                     optimizer.step()
                     optimizer.zero_grad()
                     run.end_step(loss)
@@ -345,12 +353,14 @@ def epoch_on_rank(training: Training, contestant: str) -> tuple[float, Array]:
 
 def data_parallel(training: Training, contestant: str) -> Iterator[Tensor | None]:
     world, inputs = current_world(), inputs_on_rank(training)
-    model: torch.nn.Module = MLP(training.sizes)
+    model = MLP(training.sizes)
     inputs.start.copy_to(model)
-    fused = FusedGradients(model, world) if contestant == ON_RANKS[2] else None
-    wrapped = model
-    if fused is None:
-        wrapped = replica = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    gradients: Gradients
+    if contestant == ON_RANKS[2]:
+        gradients = FusedGradients(model, world)
+    else:
+        replica = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        gradients = by_autograd(replica, world.world_size)
         if contestant == ON_RANKS[1]:
             register_shared_memory_hook(replica, world)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
@@ -358,15 +368,10 @@ def data_parallel(training: Training, contestant: str) -> Iterator[Tensor | None
     for x, labels, size in data.batches(
         inputs.train, training.batch_size, seed=0, epoch=1, share=world.share
     ):
-        if fused is not None:
-            loss = fused(x, labels, size)
-        else:
-            loss = cross_entropy(wrapped(x), labels, reduction="sum")
-            # The wrapper averages over the ranks, whose shares may differ in size.
-            (loss * (world.world_size / size)).backward()
+        loss = gradients(x, labels, size)
         optimizer.step()
         optimizer.zero_grad()
-        yield loss.detach() / size
+        yield loss / size
 
 
 # Whole programs, which train for an epoch in loops of their own: the seconds, and the mean loss
@@ -574,9 +579,8 @@ def measure(inputs: Inputs, contestants: Sequence[Contestant]) -> list[Result]:
     for one in contestants:
         columns = {"note": one.note, "first_s": times[one].first if one.compiles else None}
         result = times[one].result(case, one.name, plain, **columns)
-        if result.p50_ms:
-            columns["samples_per_s"] = 1e3 * batch_size / result.p50_ms
-        results.append(replace(result, columns=columns))
+        speed = 1e3 * batch_size / result.p50_ms if result.p50_ms else None
+        results.append(result.plus(samples_per_s=speed))
     return results
 
 

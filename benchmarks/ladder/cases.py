@@ -126,6 +126,10 @@ class LadderCase:
     work: Work
     cold: bool
 
+    @property
+    def size(self) -> str:
+        return "×".join(map(str, self.shape))
+
     def check(self, result: Array, rows: slice = slice(None)) -> None:
         """Raise if ``result`` is not that of these rows, and name its first wrong number."""
         expected = self.expected[rows]

@@ -45,13 +45,9 @@ class Executed:
     least: float | None = None
     text: str = ""
 
-    @property
-    def size(self) -> str:
-        return "×".join(map(str, self.tried.shape))
-
     def __str__(self) -> str:
         tells = self.text or "which tells no time"
-        return f"{self.by} at {self.size}, {tells}"
+        return f"{self.by} at {self.tried.size}, {tells}"
 
 
 def execute(entry: Entry) -> Executed:
@@ -63,19 +59,17 @@ def execute(entry: Entry) -> Executed:
     Raises:
         Rejected: a fault of a kernel, an error of the function, or a wrong result.
     """
-    whole = entry.case
-    entry.tried = entry.small()
+    whole, small = entry.case, entry.small()
+    entry.tried = small
     try:
         found, seconds = execute_once(entry)
-    except Rejected as small:
+    except Rejected as error:
         entry.tried = whole
         try:
             return execute_once(entry)[0]
         except TooSlow:
-            size = "×".join(map(str, entry.small().shape))
-            raise Rejected(
-                f"{small} (at {size}; the whole size takes more than {LIMIT:.0f} s without a GPU)"
-            ) from None
+            limit = f"the whole size takes more than {LIMIT:.0f} s without a GPU"
+            raise Rejected(f"{error} (at {small.size}; {limit})") from None
     while found.tried.shape != whole.shape:
         shape = tuple(
             min(most, size * GROWTH)

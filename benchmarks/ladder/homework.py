@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from benchmarks.ladder.cases import LadderCase
-from benchmarks.ladder.page import ASKED, seconds
+from benchmarks.ladder.page import beside_asked, seconds
 from benchmarks.results import Result, number
 
 # The functions of one homework, by operator: for a GPU, by Numba, and in pure Python.
@@ -47,11 +47,15 @@ def ratios(fast: Sequence[Result], slow: Sequence[Result], asked: bool = False) 
         if second is None or not second.p50_ms or not one.p50_ms or not is_whole(one):
             continue
         times = second.p50_ms / one.p50_ms
-        judged = f", {'at least' if times >= ASKED else 'less than'} {ASKED}" if asked else ""
-        name = one.contestant.partition(": ")[2]
+        judged = f", {beside_asked(times)}" * asked
         note = ", without copies" * str(one.columns["note"]).endswith("without copies")
-        other = second.contestant.partition(": ")[2]
-        yield f"{name}{note}: {number(times)} times as fast as {other}{judged}."
+        faster = f"{number(times)} times as fast as {name_of(second)}"
+        yield f"{name_of(one)}{note}: {faster}{judged}."
+
+
+def name_of(one: Result) -> str:
+    """The name of a student's function, without its file."""
+    return one.contestant.partition(": ")[2]
 
 
 def is_whole(one: Result) -> bool:
@@ -70,8 +74,7 @@ def on_cores(rows: Sequence[Result]) -> Iterator[str]:
     times = first.p50_ms / last.p50_ms
     cores = str(last.columns["note"]).rpartition(", ")[2]
     advice = " Only loops over prange, by njit(parallel=True), take several." * (times < GAIN)
-    name = last.contestant.partition(": ")[2]
-    yield f"{name}: on {cores} {number(times)} times as fast as on 1 core.{advice}"
+    yield f"{name_of(last)}: on {cores} {number(times)} times as fast as on 1 core.{advice}"
 
 
 def over_lists(rows: Sequence[Result]) -> Iterator[str]:
@@ -79,11 +82,10 @@ def over_lists(rows: Sequence[Result]) -> Iterator[str]:
     for one in rows:
         times = one.columns.get("faster")
         if one.columns.get("than") == "pure Python" and times and times < SLOW:
-            name = one.contestant.partition(": ")[2]
             yield (
-                f"{name} is {number(times)} times as fast as pure Python, whose loops are over "
-                "lists: each A[i, j] of an array makes a new object, and a list has it already. "
-                "Loops over A.tolist(), or njit, do without."
+                f"{name_of(one)} is {number(times)} times as fast as pure Python, whose loops are "
+                "over lists: each A[i, j] of an array makes a new object, and a list has it "
+                "already. Loops over A.tolist(), or njit, do without."
             )
 
 
@@ -106,13 +108,10 @@ def elsewhere(case: LadderCase) -> Iterator[str]:
     times, with_copies = float(alone["over_pure_python"]), float(copied["over_pure_python"])
     took, whole = float(alone["p50_ms"]), float(copied["p50_ms"])
     moved = sum(one.nbytes for one in case.arguments) + 4 * case.expected.size
-    judged = [
-        f"{'at least' if one >= ASKED else 'less than'} {ASKED}" for one in (times, with_copies)
-    ]
     yield (
         f"Measured on an H200: torchpar GPU {seconds(took)}, {number(times)} times as fast as pure "
-        f"Python on its host, {judged[0]}; with copies {seconds(whole)}, {number(with_copies)} "
-        f"times, {judged[1]}."
+        f"Python on its host, {beside_asked(times)}; with copies {seconds(whole)}, "
+        f"{number(with_copies)} times, {beside_asked(with_copies)}."
     )
     yield (
         f"Copies take {100 * (1 - took / whole):.1f}% of that: {moved / 1e6:.0f} MB pass from the "

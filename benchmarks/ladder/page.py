@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.results import Result, duration, markdown, number
+from benchmarks.results import Result, duration, headers_of, markdown, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -102,10 +102,13 @@ def over_loops(results: Sequence[Result]) -> Iterator[str]:
     """Say by how much a GPU beats the loops of pure Python, and whether that is `ASKED`."""
     for one in results:
         times = one.columns.get("over_pure_python")
-        if "torchpar GPU" not in one.contestant or not one.ok or not times:
-            continue
-        judged = "at least" if times >= ASKED else "less than"
-        yield f"{one.contestant}: {number(times)} times as fast as pure Python, {judged} {ASKED}."
+        if "torchpar GPU" in one.contestant and one.ok and times:
+            faster = f"{number(times)} times as fast as pure Python"
+            yield f"{one.contestant}: {faster}, {beside_asked(times)}."
+
+
+def beside_asked(times: float) -> str:
+    return f"{'at least' if times >= ASKED else 'less than'} {ASKED}"
 
 
 def load_note(results: Sequence[Result]) -> str:
@@ -122,11 +125,8 @@ def load_note(results: Sequence[Result]) -> str:
 def as_markdown(results: Sequence[Result]) -> str:
     """The table of one case, and its notes."""
     rows = list(lines(results, results[0].case["workload"]))
-    headers = dict.fromkeys(header for row in rows for header in row)
-    headers = dict.fromkeys(header for header in headers if any(row.get(header) for row in rows))
-    table = markdown(
-        [list(headers), *([row.get(header, "") for header in headers] for row in rows)]
-    )
+    headers = headers_of(rows)
+    table = markdown([headers, *([row.get(header, "") for header in headers] for row in rows)])
     return "\n".join([table, *(f"{note}\n" for note in notes(results))])
 
 

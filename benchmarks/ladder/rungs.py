@@ -146,13 +146,8 @@ def rungs(case: LadderCase, helpers: Helpers, quick: bool) -> Iterator[Rung]:
     yield replace(numpy, note="", threads=1) if operator == "maximum" else numpy
     yield by("torch eager", native, *tensors, than="NumPy")
     if quick:
-        yield Rung(
-            name="torch.compile",
-            than="torch eager",
-            note=note,
-            threads=threads,
-            left_out="--quick",
-        )
+        left_out = by("torch.compile", native, *tensors, than="torch eager")
+        yield replace(left_out, turn=None, left_out="--quick")
     else:
         compiled = torch.compile(native, dynamic=False)
         yield by("torch.compile", compiled, *tensors, than="torch eager", compiles=True)
@@ -179,10 +174,9 @@ def by_pure_python(case: LadderCase) -> Rung:
         return Rung(name="pure Python", turn=timed_turn(case, partial(function, *lists)))
     total = len(case.expected)  # some rows take long enough
     rows = max(1, min(total, PRODUCTS * total // (case.expected.size * case.arguments[0].shape[1])))
+    turn = timed_turn(case, partial(function, *lists, rows), rows)
     note = "" if rows == total else f"from {rows} of {total} rows"
-    return Rung(
-        name="pure Python", turn=timed_turn(case, partial(function, *lists, rows), rows), note=note
-    )
+    return Rung(name="pure Python", turn=turn, note=note)
 
 
 def threads_note(count: int) -> str:
@@ -309,20 +303,14 @@ def without_gpu(interpreter: ProcessPoolExecutor, operator: str, name: str, func
     """A kernel of a course that is not timed: its result is checked in Triton's interpreter."""
     if find_spec("triton") is None:
         return Rung(name=name, threads=None, left_out="Triton is not installed")
-    shape = LADDERS[operator].interpreted
-    size = "×".join(map(str, shape))
+    case = make_case(operator, LADDERS[operator].interpreted)
     try:
-        make_case(operator, shape).check(
-            interpreter.submit(interpret, operator, shape, function).result()
-        )
+        case.check(interpreter.submit(interpret, operator, case.shape, function).result())
     except Exception as e:
-        reason = f"{type(e).__name__} in Triton's interpreter, {size}: {e}".partition("\n")[0]
+        reason = f"{type(e).__name__} in Triton's interpreter, {case.size}: {e}".partition("\n")[0]
         return Rung(name=name, threads=None, turn=partial(reject, reason))
-    return Rung(
-        name=name,
-        threads=None,
-        left_out=f"no GPU; right in Triton's interpreter at {size}, which tells no time",
-    )
+    reason = f"no GPU; right in Triton's interpreter at {case.size}, which tells no time"
+    return Rung(name=name, threads=None, left_out=reason)
 
 
 def reject(reason: str, index: int) -> list[float]:
@@ -477,22 +465,19 @@ def measure(case: LadderCase, rungs: Sequence[Rung], rounds: int = ROUNDS) -> li
     times = take_turns(turns, rounds, seconds=SECONDS, label=case.label)
     results: list[Result] = []
     for one in rungs:
-        named = {"workload": case.label}
-        result = (
-            times[one].result(named, one.name)
-            if one.turn
-            else Result(case=named, contestant=one.name)
-        )
-        columns: dict[str, object] = {
+        timed = times.get(one, Times())
+        columns = {
             "note": one.note,
             "threads": one.threads,
             "left_out": one.left_out,
+            "than": one.than,
+            "intensity": one.intensity,
+            "first_s": timed.first if one.compiles and one.turn else None,
+            "switches": mean(one.switches) if one.switches else None,
+            "executed": one.executed or None,
+            "least_us": one.least_us,
         }
-        columns |= {"than": one.than, "intensity": one.intensity}
-        columns["first_s"] = times[one].first if one.compiles and one.turn else None
-        columns["switches"] = mean(one.switches) if one.switches else None
-        columns |= {"executed": one.executed or None, "least_us": one.least_us}
-        results.append(replace(result, columns=columns))
+        results.append(timed.result({"workload": case.label}, one.name, **columns))
     for i, (one, result) in enumerate(zip(rungs, results, strict=True)):
         if not result.p50_ms:
             continue
@@ -504,7 +489,7 @@ def measure(case: LadderCase, rungs: Sequence[Rung], rounds: int = ROUNDS) -> li
             added["gb_per_s"] = case.work.bytes / result.p50_ms / 1e6
         else:
             added["gflop_per_s"] = case.work.flops / result.p50_ms / 1e6
-        results[i] = replace(result, columns={**result.columns, **added})
+        results[i] = result.plus(**added)
     return results
 
 
@@ -608,7 +593,7 @@ def student_without_gpu(
         print(f"{shown} is not right: {reason}", flush=True)
         return Rung(name=shown, threads=None, turn=partial(reject, reason))
     print(f"{shown} is {done}", flush=True)
-    note = "" if done.tried.shape == case.shape else f"at {done.size}"
+    note = "" if done.tried.shape == case.shape else f"at {done.tried.size}"
     return Rung(
         name=shown,
         threads=None,
@@ -744,8 +729,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         table.add(limits(options.quick))
     measured: dict[str, list[Result]] = {}
     for result in table.results:
-        columns = {**result.columns, **table.common}
-        measured.setdefault(result.case["workload"], []).append(replace(result, columns=columns))
+        measured.setdefault(result.case["workload"], []).append(result.plus(**table.common))
     own_lines = {
         case.label: list(homework.lines(case, measured[case.label]))
         for operator, case in cases.items()

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -158,12 +158,14 @@ def is_beside(other: str, file: str) -> bool:
 
 def source_of(known: str, function: Callable[..., object], path: Path) -> Path:
     """The file that defines a function: ``path``, or one beside it from which that imports."""
-    file = str(path.resolve())
-    code = getattr(getattr(function, "py_func", function), "__code__", None)
+    code = code_of(function)
     written = os.path.realpath(code.co_filename) if code else ""
-    if is_beside(written, file):
-        return Path(written)
-    return path.resolve()
+    return Path(written) if is_beside(written, str(path.resolve())) else path.resolve()
+
+
+def code_of(function: object) -> CodeType | None:
+    """The code of a function, or of that which Numba compiles."""
+    return getattr(getattr(function, "py_func", function), "__code__", None)
 
 
 @contextmanager
@@ -201,7 +203,7 @@ def describe(error: BaseException, file: str, function: Callable[..., object] | 
     if not lines:  # an error of Numba's compiler names the line in its text
         lines += map(int, re.findall(rf'File "[^"]*{re.escape(name)}", line (\d+)', str(error)))
     if not lines and function is not None:  # it was called with other arguments than it takes
-        code = getattr(getattr(function, "py_func", function), "__code__", None)
+        code = code_of(function)
         lines += [code.co_firstlineno] if code else []
     place = f"{name}, line {lines[-1]}" if lines else name
     plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # Numba's errors are coloured
@@ -306,11 +308,7 @@ class Entry:
     @property
     def note(self) -> str:
         """The smaller case, from which the time is extrapolated."""
-        return "" if self.tried is self.case else f"from {self.size}"
-
-    @property
-    def size(self) -> str:
-        return "×".join(map(str, self.tried.shape))
+        return "" if self.tried is self.case else f"from {self.tried.size}"
 
     def begin(self) -> float:
         """Call the function for the first time, and settle its case; the seconds of the whole case.
@@ -389,7 +387,7 @@ class Entry:
         try:
             return self.call(calls)
         except TooSlow:
-            raise SlowCall(f"it takes more than {LIMIT:.0f} s for {self.size}") from None
+            raise SlowCall(f"it takes more than {LIMIT:.0f} s for {self.tried.size}") from None
 
     def call(self, calls: int = 1, limit: float | None = None) -> float:
         """Call the function ``calls`` times, check its last result, and return the seconds of a
@@ -474,6 +472,6 @@ def enter(path: Path, name: str, function: Callable[..., object], case: LadderCa
     except SlowCall as e:
         print(f"{shown} is too slow: {e}", flush=True)
     except Rejected as e:
-        at = f" at {entry.size}" * bool(entry.note)
+        at = f" at {entry.tried.size}" * bool(entry.note)
         print(f"{shown} is not right{at}: {e}", flush=True)
     return entry
