@@ -35,8 +35,9 @@ import triton
 from triton.testing import do_bench, do_bench_cudagraph
 
 from benchmarks.compile_kernels import compile_all, shapes_of, tuned_of, work_of
+from benchmarks.operators import draw
 from benchmarks.records import OPERATORS
-from benchmarks.records.record import Operator, Sizes, Tuned
+from benchmarks.records.record import Operator, Tuned
 from benchmarks.results import Result, Table, print_results, track
 from benchmarks.timing import Rejected
 from torchpar.errors import ConfigError, first_line
@@ -65,15 +66,6 @@ DEVICE = "cuda"
 COMPILED, OURS, AUTOTUNED = "torch.compile", "torchpar", "autotuned"
 # Inductor's own search for the fastest product. It leaves CUDA graphs to the timer.
 MAX_AUTOTUNE, MODE = "torch.compile, max-autotune", "max-autotune-no-cudagraphs"
-
-
-def draw(operator: Operator, sizes: Sizes, dtype: torch.dtype) -> Sequence[Tensor]:
-    generator = torch.Generator(DEVICE).manual_seed(0)
-    drawn = [
-        torch.randn(shape, device=DEVICE, generator=generator).to(dtype)
-        for shape in shapes_of(operator.name, sizes)
-    ]
-    return operator.workloads[0].operands(*drawn)
 
 
 def providers(tuned: Tuned) -> list[str]:
@@ -167,7 +159,8 @@ class Tuning:
         """
         tuned, kind = self.tuned, KINDS[self.kind]
         sizes = tuned.sizes(**named)
-        operands = draw(self.operator, sizes, kind.dtype)
+        drawn = draw(0, kind.dtype, torch.device(DEVICE), shapes_of(self.operator.name, sizes))
+        operands = self.operator.workloads[0].operands(*drawn)
         first = call_of(self.operator, tuned, operands, next(iter(tuned.native)))
         work = work_of(self.operator.name, sizes, kind.dtype)
         times, columns, reason = [math.nan] * 3, {}, ""

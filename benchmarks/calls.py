@@ -15,6 +15,7 @@ from torch import Tensor
 
 import torchpar.library
 from benchmarks.flags import Command, run
+from benchmarks.operators import draw
 from benchmarks.records import OPERATORS
 from benchmarks.records.record import Operator, SmallCall
 from benchmarks.results import Result, Table, print_bounds, print_results
@@ -113,9 +114,7 @@ def time_registrations(rounds: int) -> list[Result]:
 
 def time_operator(operator: Operator, call: SmallCall, rows: int, rounds: int) -> list[Result]:
     """An operator beside ATen; ``over_us`` is what its call takes more, by lower quartiles."""
-    generator = torch.Generator().manual_seed(0)
-    drawn = [torch.randn(shape, generator=generator) for shape in call.shapes(rows)]
-    operands = call.operands(*drawn)
+    operands = call.operands(*draw(0, torch.float32, CPU, call.shapes(rows)))
     ours = partial(operator.function, **call.options) if call.options else operator.function
     contestants = {"ATen": call.aten, "torchpar": ours}
     expected = call.aten(*operands)

@@ -9,6 +9,7 @@ import argparse
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,15 +39,9 @@ def draw(
 ) -> list[Tensor]:
     """Normally distributed; integers are uniform in [0, 255], those of 8 bits in [0, 126]."""
     generator = torch.Generator(device).manual_seed(seed)
-    if dtype.is_floating_point:
-        return [
-            torch.randn(shape, dtype=dtype, device=device, generator=generator) for shape in shapes
-        ]
     high = 127 if dtype.itemsize == 1 else 256
-    return [
-        torch.randint(high, shape, dtype=dtype, device=device, generator=generator)
-        for shape in shapes
-    ]
+    draw_one = torch.randn if dtype.is_floating_point else partial(torch.randint, high)
+    return [draw_one(one, dtype=dtype, device=device, generator=generator) for one in shapes]
 
 
 def make_case(
@@ -174,7 +169,8 @@ def draw_crossover(path: Path, results: Sequence[Result]) -> None:
     rows."""
     from matplotlib.figure import Figure
 
-    curves = defaultdict(list)  # rows and both speed-ups, by threads and dtype
+    # Rows and both speed-ups, by threads and dtype.
+    curves = defaultdict[tuple[int, str], list[tuple[int, float, float]]](list)
     speedups = {(*one.case.values(), one.contestant): one.speedup for one in results}
     for one in results:
         rows, *columns = one.case["shape"].split("x")

@@ -11,11 +11,11 @@ import os
 import signal
 import tomllib
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -113,38 +113,28 @@ def applies(library: Library, situation: str) -> bool:
     return not library.only or SITUATIONS[situation].ranks == 1 or shared
 
 
-def work(connection: Connection, name: str, situations: Sequence[str]) -> None:
+def begin_group() -> None:
     os.setpgrp()
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # libraries print
-    connection.send(check(name, situations))
 
 
 def check_in_own_group(name: str, situations: Sequence[str]) -> list[Result]:
     """The results of a library, in a process group that ends with all that the library has
     started."""
-    context = get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=work, args=(sender, name, situations))
-    process.start()
-    sender.close()
-    try:
-        rows = receiver.recv()
-    finally:
-        assert process.pid is not None
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.join()
+    with ProcessPoolExecutor(1, get_context("spawn"), begin_group) as pool:
+        group = pool.submit(os.getpid).result()
+        try:
+            rows = pool.submit(check, name, situations).result()
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL)
     library, results = LIBRARIES[name], []
     about = {"version": version_of(library), "promises": library.promises}
     for row in rows:
         case = {"library": name, "situation": row.pop("situation")}
         reason = row["detail"] if library.package == "torchpar" and row["verdict"] in FAULTS else ""
-        columns = about | row
-        results.append(
-            Result(
-                case=case, contestant=library.path, columns=columns, ok=not reason, reason=reason
-            )
-        )
+        result = Result(case=case, contestant=library.path, ok=not reason, reason=reason)
+        results.append(result.plus(**about, **row))
     return results
 
 

@@ -38,7 +38,8 @@ from torchpar.training.classification import cross_entropy_sum
 from torchpar.training.profile.collectives import Collectives
 
 BLOCK_SECONDS = 0.15  # of one case's steps in a round, about
-ALL_REDUCES = 20  # of a size in a round
+ALL_REDUCES = [2**power for power in (2, 6, *range(10, 26, 2))]  # bytes of each
+COUNT = 20  # all-reduces of a size in a round
 THREADS = 2  # of the one process with which every step is compared
 GLOO = "gloo"
 
@@ -72,8 +73,7 @@ class Plan(NamedTuple):
     widths: Sequence[int] = (512, 1024, 2048, 4096)
     width_batch: int = 512
     most: int = 4  # ranks
-    # Bytes of each all-reduce.
-    all_reduces: Sequence[int] = tuple(2**power for power in (2, 6, *range(10, 26, 2)))
+    all_reduces: Sequence[int] = ALL_REDUCES
     rounds: int = 12
 
     def cases(self) -> Iterator[StepCase]:
@@ -306,7 +306,7 @@ def measure(plan: Plan, default_polling: bool) -> list[Result]:
             contestants["gloo's default"] = ranks, False
 
         def all_reduce(ranks: Group, shared: bool, nbytes: int, index: int) -> list[float]:
-            return slowest(ranks.run(time_all_reduces, shared, nbytes, ALL_REDUCES if index else 1))
+            return slowest(ranks.run(time_all_reduces, shared, nbytes, COUNT if index else 1))
 
         turns = {one: StepTurn(one, groups[one.ranks, one.threads]) for one in cases}
         all_reduces = {

@@ -19,7 +19,7 @@ from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean, median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -466,7 +466,7 @@ def measure(case: LadderCase, rungs: Sequence[Rung], rounds: int = ROUNDS) -> li
     results: list[Result] = []
     for one in rungs:
         timed = times.get(one, Times())
-        columns = {
+        columns: dict[str, Any] = {
             "note": one.note,
             "threads": one.threads,
             "left_out": one.left_out,

@@ -10,6 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from torchpar.optim.newton_schulz import COEFFICIENTS
 Params = list[torch.nn.Parameter]
 Maker = Callable[[Params], torch.optim.Optimizer]
 LR, MOMENTUM, WEIGHT_DECAY, STEPS = 1e-3, 0.95, 0.1, 5  # the defaults of torch.optim.Muon
+SAME: dict[str, Any] = {"lr": LR, "momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY}
+SAME["nesterov"] = True
 
 
 def rate(shape: tuple[int, ...]) -> float:
@@ -30,10 +33,7 @@ def gram_newton_schulz(params: Params) -> torch.optim.Optimizer:
     package = importlib.import_module("gram_newton_schulz")
     return package.Muon(  # type: ignore[no-any-return]
         params,
-        lr=LR,
-        momentum=MOMENTUM,
-        weight_decay=WEIGHT_DECAY,
-        nesterov=True,
+        **SAME,
         adjust_lr=lambda lr, shape: lr * rate(shape),
         ns_coefficients=[list(COEFFICIENTS)] * STEPS,
         ns_use_kernels=params[0].is_cuda,
@@ -44,10 +44,7 @@ def emerging_optimizers(params: Params) -> torch.optim.Optimizer:
     package = importlib.import_module("emerging_optimizers.orthogonalized_optimizers")
     return package.Muon(  # type: ignore[no-any-return]
         params,
-        lr=LR,
-        momentum=MOMENTUM,
-        weight_decay=WEIGHT_DECAY,
-        nesterov=True,
+        **SAME,
         coefficient_type="simple",  # COEFFICIENTS
         num_ns_steps=STEPS,
         scale_mode="shape_scaling",  # `rate`
