@@ -132,7 +132,8 @@ def check_in_own_group(name: str, situations: Sequence[str]) -> list[Result]:
     about = {"version": version_of(library), "promises": library.promises}
     for row in rows:
         case = {"library": name, "situation": row.pop("situation")}
-        reason = row["detail"] if library.package == "torchpar" and row["verdict"] in FAULTS else ""
+        is_failure = library.package == "torchpar" and row["verdict"] in FAULTS
+        reason = str(row["detail"]) if is_failure else ""
         result = Result(case=case, contestant=library.path, ok=not reason, reason=reason)
         results.append(result.plus(**about, **row))
     return results

@@ -470,13 +470,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = "-".join(["speedrun", *groups, *suffixes])
     device = torch.device("cuda") if torch.cuda.is_available() and options.ranks == 1 else CPU
     threads = THREADS // options.ranks
-    columns = {
-        "cores": CORES,
-        "ranks": options.ranks,
-        "threads": threads,
-        "validate": options.validate,
-    }
-    table = Table(command.csv(options, name), device, **columns)
+    columns = {"ranks": options.ranks, "threads": threads, "validate": options.validate}
+    table = Table(command.csv(options, name), device, cores=CORES, **columns)
     results = table.add(
         measure(list(chosen.values()), seeds, options.ranks, options.validate, options.quick)
     )

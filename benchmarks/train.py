@@ -33,7 +33,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import cache, cached_property, lru_cache, partial
 from importlib.util import find_spec
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -594,23 +594,20 @@ def summary(tables: Sequence[Sequence[Result]], threads: int) -> str:
 
     def name(result: Result) -> str:
         """Without how much was extrapolated."""
-        return ", ".join(
-            filter(None, (result.contestant, result.columns["note"].partition("from ")[0]))
-        )
+        note = result.columns["note"].partition("from ")[0]
+        return ", ".join(filter(None, (result.contestant, note)))
 
-    heads = [title(results[0]) for results in tables]
-    lines = [[f"ms a step, {threads} thread{'s' * (threads > 1)}", *heads]]
+    def cell(result: Result | None) -> str:
+        if result is None or not result.p50_ms:
+            return ""
+        is_compared = result.speedup and result.contestant != PLAIN
+        gain = f" ({number(result.speedup)}×)" if is_compared else ""
+        return f"{number(result.p50_ms)}{gain}"
+
     columns = [{name(result): result for result in results} for results in tables]
-    for one in dict.fromkeys(one for by_name in columns for one in by_name):
-        line = [one]
-        for by_name in columns:
-            result = by_name.get(one)
-            gain = ""
-            if result and result.speedup and result.contestant != PLAIN:
-                gain = f" ({number(result.speedup)}×)"
-            line.append(f"{number(result.p50_ms)}{gain}" if result and result.p50_ms else "")
-        lines.append(line)
-    return markdown(lines)
+    head = [f"ms a step, {threads} thread{'s' * (threads > 1)}", *(title(one[0]) for one in tables)]
+    names = dict.fromkeys(chain.from_iterable(columns))
+    return markdown([head, *([one, *(cell(of.get(one)) for of in columns)] for one in names)])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
