@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
 
+import torch
+
 from benchmarks import title
 from torchpar.errors import ConfigError, TorchparError, printing
 
@@ -42,10 +44,13 @@ class Command:
         busy.
 
         Raises:
-            ConfigError: a package is not installed, or the folder cannot be made or written.
+            ConfigError: a package is not installed, there is no GPU for ``--device cuda``, or the
+                folder cannot be made or written.
         """
         options = self.parser.parse_args(arguments)
         require(*self.needs)
+        if getattr(options, "device", "cpu") == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("--device is cuda, but PyTorch finds no GPU; take cpu")
         if options.output:
             try:
                 options.output.mkdir(parents=True, exist_ok=True)

@@ -103,8 +103,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     meaning = "full: forward and backward; warm: operands in the cache; by default all"
     command.choose("--modes", (*MODES, "warm"), meaning)
     options = command.parse(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device is cuda, but PyTorch finds no GPU; take cpu")
     on_gpu = options.device != "cpu" and torch.cuda.is_available()
     every = torch.get_num_threads()
     threads = [every] if on_gpu or options.quick else sorted({1, every})

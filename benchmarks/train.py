@@ -621,8 +621,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"--threads is {threads}, expected at most {CORES}, the cores of this machine"
         )
     on_gpu, compiled = options.device == "cuda", not options.quick
-    if on_gpu and not torch.cuda.is_available():
-        raise ConfigError("--device is cuda, but PyTorch finds no GPU; take cpu")
     if not on_gpu:
         require("numba", "torchvision")
     name = "train-gpu" if on_gpu else "train" if threads == 1 else f"train-{threads}-threads"

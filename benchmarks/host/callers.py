@@ -53,8 +53,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = command.parse(arguments)
     device = torch.device(options.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: PyTorch finds no CUDA GPU; leave the option out")
     if options.before and not (options.before / "benchmarks" / "driver.py").exists():
         raise ConfigError(
             f"--before {options.before} is no checkout of this project: it has no "
