@@ -309,6 +309,7 @@ COMPILED = {
     "torch.compile, reduce-overhead": "reduce-overhead",
 }
 CALLABLES, GRAPH = "make_graphed_callables", "torchpar.training.graphed"
+WAYS = (CALLABLES, GRAPH, *COMPILED)
 
 
 def by_gpu(training: Training, way: str) -> Train:
@@ -494,9 +495,12 @@ def contestants(
         yield Contestant(f"{FUSED}, 2 ranks", turn, note)
 
 
-def contestants_on_gpu(inputs: Inputs, compiled: bool = True) -> Iterator[Contestant]:
-    """Yield the ways to launch a step on a GPU; without ``compiled`` less torch.compile."""
-    for way in (PLAIN, CALLABLES, GRAPH, *(COMPILED if compiled else ())):
+def contestants_on_gpu(
+    inputs: Inputs, compiled: bool = True, ways: Sequence[str] = WAYS
+) -> Iterator[Contestant]:
+    """Yield the plain way to launch a step on a GPU, and others; without ``compiled`` less
+    torch.compile."""
+    for way in (PLAIN, *(way for way in ways if compiled or way not in COMPILED)):
         epoch = by_epochs(inputs, by_gpu(inputs.training, way))
         turn = epoch_turn(inputs, inputs.order, epoch, warmup=WARMUP + 1)
         yield Contestant(way, turn, compiles=way in COMPILED)
@@ -615,6 +619,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flag = command.parser.add_argument
     flag("--threads", type=int, default=1, help="of each process; ranks have one; by default 1")
     flag("--device", choices=("cpu", "cuda"), default="cpu", help="by default the CPU")
+    flag(
+        "--ways",
+        nargs="+",
+        choices=WAYS,
+        default=WAYS,
+        metavar="WAY",
+        help=f"on a GPU, only these of {', '.join(WAYS)}",
+    )
     options = command.parse(arguments)
     if (threads := options.threads) > CORES:
         raise ConfigError(
@@ -629,7 +641,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     trainings = FULL[1:] if on_gpu else FULL  # on a GPU batches of 10 take a minute
     tables, before = [], torch.get_num_threads()
     with ExitStack() as stack:
-        compared: Callable[..., Iterator[Contestant]] = contestants_on_gpu
+        compared: Callable[..., Iterator[Contestant]] = partial(
+            contestants_on_gpu, ways=options.ways
+        )
         if not on_gpu:
             ranks = stack.enter_context(start_ranks(2))
             world = stack.enter_context(join_world("cpu", alone=True))

@@ -132,11 +132,11 @@ run_stage() {
         captures) # what CUDA forbids and allows in a graph, beside what the emulator says
             needs pytest triton && limited python3 -m tests.ptx.graphs_on_gpu
             ;;
-        counters) # what Nsight Compute counts, and what the emulator counts with this Triton
+        counters) # what Nsight Compute counts, and what the emulator counts; $CASE is the only launch
             needs triton && mkdir -p "$outdir/$1" && limited bash -e -c '
-                python3 -m tests.ptx.measured emulated >"$0/emulated.jsonl" &
+                python3 -m tests.ptx.measured emulated ${CASE:+"$CASE"} >"$0/emulated.jsonl" &
                 ncu --clock-control none --profile-from-start off --csv --metrics "$1" \
-                    python3 -m tests.ptx.measured real >"$0/nsight.csv"
+                    python3 -m tests.ptx.measured real ${CASE:+"$CASE"} >"$0/nsight.csv"
                 wait $!
                 grep -c "" "$0/nsight.csv" "$0/emulated.jsonl"' "$outdir/$1" "$(IFS=,; echo "${metrics[*]}")"
             ;;
@@ -149,7 +149,13 @@ run_stage() {
                 python3 examples/train_ddp.py --graph --metrics "$0/train_ddp_graph.jsonl"
                 python3 examples/train_fast.py --metrics "$0/train_fast.jsonl"
                 python3 -m benchmarks run speedrun --recipe gpu --seeds 5 --output "$0"
-                python3 -m benchmarks run train --device cuda --output "$0"' "$outdir/$1"
+                ends=0
+                for way in make_graphed_callables torchpar.training.graphed torch.compile \
+                    "torch.compile, reduce-overhead"; do # apart: on an H100 all in one process crashed
+                    mkdir -p "$0/$way"
+                    python3 -X faulthandler -m benchmarks run train --device cuda --ways "$way" --output "$0/$way" || ends=1
+                done
+                exit "$ends"' "$outdir/$1"
             ;;
         linear_sigmoid) # beside addmm alone
             measure_operators linear_sigmoid --modes forward backward

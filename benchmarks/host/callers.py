@@ -107,7 +107,8 @@ class Caller:
 def calls_of(checkout: Path, device: torch.device) -> Iterator[Caller]:
     script = Path(__file__).with_name("calls.py")
     command = [sys.executable, "-P", str(script), device.type]
-    environment = os.environ | {"PYTHONPATH": str(checkout.resolve())}
+    path = filter(None, [str(checkout.resolve()), os.environ.get("PYTHONPATH")])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path)}
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as process:
         yield Caller(process)
