@@ -31,6 +31,7 @@ def lines(case: LadderCase, results: Sequence[Result]) -> Iterator[str]:
     yield from ratios(gpu, loops, asked=True)
     yield from ratios(numba, loops)
     yield from on_cores(numba)
+    yield from on_one_core(loops)
     yield from over_lists(loops)
     if case.operator in KINDS and not any(one.p50_ms for one in gpu):
         yield from elsewhere(case)
@@ -65,7 +66,11 @@ def is_whole(one: Result) -> bool:
 
 def on_cores(rows: Sequence[Result]) -> Iterator[str]:
     """Say what the most cores gain over one."""
-    counted = [one for one in rows if not is_whole(one) and one.p50_ms]
+    counted = [
+        one
+        for one in rows
+        if not is_whole(one) and one.p50_ms and "thread" not in str(one.columns["note"])
+    ]
     if len(counted) < 2:
         return
     first, last = counted[0], counted[-1]
@@ -73,8 +78,19 @@ def on_cores(rows: Sequence[Result]) -> Iterator[str]:
     assert last.p50_ms
     times = first.p50_ms / last.p50_ms
     cores = str(last.columns["note"]).rpartition(", ")[2]
-    advice = " Only loops over prange, by njit(parallel=True), take several." * (times < GAIN)
+    advice = (
+        " Only loops over prange, by njit(parallel=True), take several; the memory, or other "
+        "programs, may bound those."
+    ) * (times < GAIN)
     yield f"{name_of(last)}: on {cores} {number(times)} times as fast as on 1 core.{advice}"
+
+
+def on_one_core(rows: Sequence[Result]) -> Iterator[str]:
+    """Say why functions in pure Python have no rows by cores."""
+    for one in rows:
+        if one.p50_ms:
+            reason = "it is one thread of Python"
+            yield f"{name_of(one)} takes one core, however many there are: {reason}."
 
 
 def over_lists(rows: Sequence[Result]) -> Iterator[str]:

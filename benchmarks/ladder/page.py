@@ -82,7 +82,11 @@ def span(low: float | None, high: float | None) -> str:
 def notes(results: Sequence[Result]) -> Iterator[str]:
     """Say which rows were left out and why, and which are wrong or too slow."""
     left_out: dict[str, list[str]] = {}
+    said = set[tuple[str, str]]()  # rows by cores have the mistake of their function, too
     for one in results:
+        if not one.ok and (one.contestant, one.reason) in said:
+            continue
+        said.add((one.contestant, one.reason))
         if one.ok and (executed := one.columns.get("executed")):
             yield f"Without a GPU: {one.contestant} is {executed}."
         elif reason := one.columns.get("left_out"):

@@ -111,12 +111,8 @@ def start_helpers(most_threads: int) -> Iterator[Helpers]:
 
 
 def thread_counts(quick: bool) -> list[int]:
-    """The counts up to the cores, and the first one above, which shows what too many threads
-    cost."""
-    if quick:
-        return [1]
-    above = [count for count in THREADS if count > CORES]
-    return [count for count in THREADS if count <= CORES] + above[:1]
+    """The counts of a course. Those above the cores show what too many threads cost."""
+    return [1] if quick else list(THREADS)
 
 
 def rungs(case: LadderCase, helpers: Helpers, quick: bool) -> Iterator[Rung]:
@@ -221,9 +217,8 @@ def in_threads(
     before = f"{name}, parallel, {threads_note(1)}" if warm else name
     for count in THREADS:
         if count not in thread_counts(quick):
-            reason = "--quick" if quick else f"this machine has {CORES} cores"
             plural = f"{count} thread{'s' * (count > 1)}"
-            yield Rung(name=parallel, note=plural, threads=count, left_out=reason)
+            yield Rung(name=parallel, note=plural, threads=count, left_out="--quick")
             continue
         note, switches = threads_note(count), list[float]()
         yield Rung(
@@ -567,11 +562,8 @@ def entry_rungs(entry: student.Entry, than: str) -> Iterator[Rung]:
     before = shown
     for count in THREADS if entry.name.endswith("_numba") else ():  # loops of Python take one
         plural = f"{count} core{'s' * (count > 1)}"
-        note = ", ".join(filter(None, (entry.note, plural)))
-        if count > CORES:
-            reason = f"this machine has {CORES} cores"
-            yield Rung(name=shown, note=note, threads=None, left_out=reason)
-            continue
+        by_count = plural if count <= CORES else threads_note(count)
+        note = ", ".join(filter(None, (entry.note, by_count)))
         turn = replace(entry, cores=count).turn
         yield Rung(name=shown, turn=turn, than=before, note=note, threads=None)
         before = f"{shown}, {note}"
@@ -590,6 +582,9 @@ def student_without_gpu(
         done = emulated.execute(student.Entry(str(source), name, function, case, case))
     except (Rejected, student.TooSlow) as e:
         reason = str(e) or f"it takes more than {emulated.LIMIT:.0f} s without a GPU"
+        if (whole := LADDERS[case.operator].shape) != case.shape:  # for which it may be written
+            sizes = ["×".join(map(str, shape)) for shape in (case.shape, whole)]
+            reason += f" (at {sizes[0]}; without --quick {sizes[1]} is tried)"
         print(f"{shown} is not right: {reason}", flush=True)
         return Rung(name=shown, threads=None, turn=partial(reject, reason))
     print(f"{shown} is {done}", flush=True)
@@ -644,7 +639,7 @@ def write(
     parts = [readme_table(measured), f"{load}\n", *tables]
     (folder / "ladder.md").write_text("\n".join(filter(None, parts)), "utf-8")
     if find_spec("matplotlib") is None:
-        print("matplotlib is not installed, so that no picture is drawn")
+        print("No picture is drawn: matplotlib is not installed; pip install matplotlib")
         return
     for operator, case in cases.items():
         if any(one.p50_ms for one in measured[case.label]):
@@ -660,6 +655,7 @@ def load_files(paths: Sequence[Path]) -> tuple[list[tuple[Path, student.Student]
     """
     if not torch.cuda.is_available():
         os.environ.setdefault(emulated.SIMULATOR, "1")  # which Numba reads when it is imported
+    os.environ.setdefault("NUMBA_NUM_THREADS", str(max(*THREADS, CORES)))  # and this
     files, status, known = [], 0, set[int]()
     for path in dict.fromkeys(one.resolve() for one in paths):
         functions, error = student.load(path)
@@ -669,6 +665,7 @@ def load_files(paths: Sequence[Path]) -> tuple[list[tuple[Path, student.Student]
         new = {name: one for name, one in functions.items() if id(one) not in known}
         known |= set(map(id, functions.values()))
         files.append((path, student.Student(new, error)))
+    student.limit_threads(CORES)
     return files, status
 
 

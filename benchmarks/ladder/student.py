@@ -51,6 +51,7 @@ LIMIT = 10.0  # seconds of a call, after which smaller arguments are tried
 SMALL = 32  # rows and columns of the smaller arguments that come first
 COPIES = ("Memcpy", "Memset")  # what the profiler calls those of a GPU
 SECONDS = 0.5  # of a call with smaller arguments
+PACKAGES = ("matplotlib", "numba", "scipy", "triton")  # whose names pip knows
 
 
 class TooSlow(BaseException):
@@ -93,7 +94,7 @@ def load(path: Path) -> Student:
     }
     if not functions:
         raise ConfigError(
-            f"--with {path}: {error or 'it has no function that is known'}; define any of {NAMES}"
+            f"--with {path}: {error or f'it has no function that is known; define any of {NAMES}'}"
         )
     return Student(functions, error)
 
@@ -208,6 +209,8 @@ def describe(error: BaseException, file: str, function: Callable[..., object] | 
     place = f"{name}, line {lines[-1]}" if lines else name
     plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # Numba's errors are coloured
     text = " ".join(" ".join(plain.splitlines()[:2]).split())
+    if isinstance(error, ModuleNotFoundError) and error.name in PACKAGES:
+        text += f"; pip install {error.name}"
     return f"{place}: {type(error).__name__}{': ' * bool(text)}{text}"
 
 
@@ -402,6 +405,7 @@ class Entry:
         compilation = Compilation()
         try:
             with (
+                same_threads_of_torch(),
                 on_cores(self.cores),
                 modules_beside(self.file),
                 compilation.watched(),
@@ -427,7 +431,7 @@ def on_cores(count: int | None) -> Iterator[None]:
     """Let all threads of this process share ``count`` cores, and Numba have as many threads.
 
     Args:
-        count: None: all. Numba's threads are at most as many as it has started.
+        count: None: all, and a Numba thread for each. Above the cores, the threads share them.
     """
     if count is None or not hasattr(os, "sched_setaffinity"):
         yield
@@ -442,12 +446,24 @@ def on_cores(count: int | None) -> Iterator[None]:
         limit_threads(len(allowed))
 
 
+@contextmanager
+def same_threads_of_torch() -> Iterator[None]:
+    """Leave PyTorch its number of threads, which those that Numba starts would change."""
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        if torch.get_num_threads() != before:
+            torch.set_num_threads(before)
+
+
 def set_affinity(cores: set[int]) -> None:
     for thread in os.listdir("/proc/self/task"):
         with suppress(OSError):  # it has ended
             os.sched_setaffinity(int(thread), cores)
 
 
+@same_threads_of_torch()
 def limit_threads(count: int) -> None:
     if "numba" in sys.modules:
         import numba

@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -148,18 +149,14 @@ def test_a_row_for_each_number_of_cores():
         one = entry("max_numba", np.maximum, (3, 5))
         rows = list(rungs.entry_rungs(one, "njit"))
         loops = list(rungs.entry_rungs(entry("max_cpu", np.maximum, (3, 5)), "pure Python"))
-    assert [(row.note, row.left_out) for row in rows] == [
-        ("", ""),
-        ("1 core", ""),
-        ("2 cores", ""),
-        ("4 cores", "this machine has 2 cores"),
-        ("8 cores", "this machine has 2 cores"),
-    ]
+    notes = ["", "1 core", "2 cores", "4 threads on 2 cores", "8 threads on 2 cores"]
+    assert [row.note for row in rows] == notes
     assert [row.than for row in rows[:3]] == [
         "njit",
         "my.py: max_numba",
         "my.py: max_numba, 1 core",
     ]
+    assert all(row.turn and not row.left_out for row in rows)
     assert len(loops) == 1
 
 
@@ -176,6 +173,49 @@ def test_a_function_has_the_cores_of_its_row_and_others_have_all():
     one.turn(0)
     assert seen == {min(before)}
     assert os.sched_getaffinity(0) == before
+
+
+def test_more_threads_than_cores_share_them_and_pytorch_keeps_its_own():
+    numba = pytest.importorskip("numba", reason="it has the threads")
+    before, seen = torch.get_num_threads(), list[int]()
+
+    def function(a: Any, b: Any) -> Any:
+        seen.append(numba.get_num_threads())
+        torch.set_num_threads(before + 1)  # as the start of Numba's threads does
+        return np.maximum(a, b)
+
+    one = entry("max_numba", function, (3, 5))
+    most = numba.config.NUMBA_NUM_THREADS
+    for one.cores in (1, most, most + 1):
+        one.turn(0)
+    assert seen == [1, most, most]
+    assert torch.get_num_threads() == before
+
+
+# Mistakes
+
+
+def test_a_mistake_of_a_function_with_rows_by_cores_is_said_once():
+    wrong = [row("b.py: max_numba", None, note) for note in ("", "1 core", "2 cores")]
+    wrong = [replace(one, ok=False, reason="Rejected: it returns None") for one in wrong]
+    wrong[2] = replace(wrong[2], reason="SlowCall: it takes more than 10 s")
+    for one in wrong:
+        one.columns["left_out"] = ""
+    assert list(page.notes(wrong)) == [
+        "Not right: b.py: max_numba: it returns None",
+        "Too slow: b.py: max_numba, 2 cores: it takes more than 10 s",
+    ]
+
+
+@pytest.mark.parametrize("name, advice", [("numba", "; pip install numba"), ("my_part", "")])
+def test_a_missing_package_of_a_students_file_has_the_pip_command(
+    tmp_path, monkeypatch, name, advice
+):
+    monkeypatch.setitem(sys.modules, name, None)
+    (tmp_path / "first_of_two.py").write_text(f"import {name}\n")
+    with pytest.raises(ConfigError) as raised:
+        student.load(tmp_path / "first_of_two.py")
+    assert str(raised.value).endswith(f"; None in sys.modules{advice}")
 
 
 # A GPU's functions
@@ -350,6 +390,7 @@ def test_the_ratios_of_a_report_are_those_of_the_students_functions():
         row("b.py: max_numba", 1.0),
         row("b.py: max_numba", 2.0, "1 core"),
         row("b.py: max_numba", 1.0, "2 cores"),
+        row("b.py: max_numba", 4.0, "4 threads on 2 cores"),
         row("c.py: max_gpu", 10.0),
         row("c.py: max_gpu", 0.01, "without copies"),
     ]
@@ -361,6 +402,7 @@ def test_the_ratios_of_a_report_are_those_of_the_students_functions():
         "max_gpu, without copies: 25,000 times as fast as max_cpu, at least 40.",
         "max_numba: 250 times as fast as max_cpu.",
         "max_numba: on 2 cores 2 times as fast as on 1 core.",
+        "max_cpu takes one core, however many there are: it is one thread of Python.",
         f"max_cpu is 0.1 times as fast as pure Python, whose loops are {loops}",
     ]
 
@@ -368,7 +410,7 @@ def test_the_ratios_of_a_report_are_those_of_the_students_functions():
 def test_more_cores_that_gain_nothing_have_advice():
     rows = [row("b.py: max_numba", 1.0, "1 core"), row("b.py: max_numba", 1.0, "2 cores")]
     (line,) = homework.on_cores(rows)
-    assert line.endswith("1 core. Only loops over prange, by njit(parallel=True), take several.")
+    assert ". Only loops over prange, by njit(parallel=True), take several; the memory" in line
 
 
 def test_without_a_gpu_the_times_of_an_h200_stand_beside():
@@ -379,7 +421,7 @@ def test_without_a_gpu_the_times_of_an_h200_stand_beside():
         expected=np.zeros((1000, 1000)),
     )
     lines = list(homework.lines(whole, [row("a.py: max_cpu", 250.0)]))
-    assert lines == [
+    assert lines[1:] == [
         "Measured on an H200: torchpar GPU 7.15 µs, 9,511 times as fast as pure Python on its "
         "host, at least 40; with copies 2.38 ms, 28.5 times, less than 40.",
         "Copies take 99.7% of that: 12 MB pass from the computer's memory to the GPU and back at "
@@ -393,14 +435,14 @@ def test_without_a_gpu_the_times_of_an_h200_stand_beside():
 
 
 def test_the_command_finds_the_benchmarks_and_names_itself(tmp_path, capsys):
-    found = ladder.environment({"PYTHONPATH": "there", "OTHER": "1"})
-    assert found["PYTHONPATH"] == f"{ladder.CHECKOUT}{os.pathsep}there"
+    found = ladder.environment(tmp_path, {"PYTHONPATH": "there", "OTHER": "1"})
+    assert found["PYTHONPATH"] == f"{tmp_path}{os.pathsep}there"
     assert found["OTHER"] == "1"
-    with patch.object(ladder, "CHECKOUT", tmp_path), patch.object(os, "execve") as replaced:
+    with patch.object(ladder, "PLACES", (tmp_path,)), patch.object(os, "execve") as replaced:
         assert ladder.main(["--with", "my.py"]) == 2
     assert not replaced.called
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("python -m torchpar ladder: error: the ladder is in the repository")
+    assert line.startswith("python -m torchpar ladder: error: this installation lacks the bench")
     with patch.object(os, "execve", side_effect=SystemExit) as replaced, pytest.raises(SystemExit):
         ladder.main(["--with", "my.py"])
     assert replaced.call_args.args[1][1:] == [
