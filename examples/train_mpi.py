@@ -20,6 +20,9 @@ the messages cost more time than two processes save. The third trains on one pro
 thread, on one with all threads, and by both splits. It sets them side by side, and checks that all
 losses are the same.
 
+NumPy computes on the CPU. A GPU for each process is what torchrun gives to `train_ddp.py --plain`,
+which divides the samples, and to `train_tensor_parallel.py`, which divides the hidden units.
+
 PyTorch is needed for --log-dir alone. --report needs matplotlib and jinja2. Otherwise a checkout
 needs
 
@@ -291,7 +294,10 @@ def main(flags: Flags) -> None:
     # A loss that is not finite is an error of its own.
     with mpi.join() as world, np.errstate(over="ignore", invalid="ignore"):
         if flags.device == "cuda":
-            raise ConfigError("--device cuda: NumPy computes on the CPU; train_ddp.py takes a GPU")
+            raise ConfigError(
+                "--device cuda: NumPy computes on the CPU; torchrun examples/train_ddp.py takes a "
+                "GPU for each process"
+            )
         if flags.compare and world.size == 1:
             raise ConfigError(
                 "--compare needs several processes; mpirun -n 2 python examples/train_mpi.py"

@@ -88,15 +88,47 @@ def test_the_wheel_and_the_sdist_hold_the_package_and_nothing_else(
         for path in folder.rglob("*.*")
         if path.suffix in (".c", ".csv", ".py", ".typed", ".json", ".html")
     }
+    # For `python -m torchpar ladder`, and in no package of the name `benchmarks`.
+    folder = "torchpar/baselines/checkout"
+    table = ROOT / "benchmarks" / "results" / "nvidia-h200" / "ladder.csv"
+    package |= {
+        f"{folder}/{path.relative_to(ROOT).as_posix()}": path.read_bytes()
+        for path in (*(ROOT / "benchmarks").rglob("*.py"), table)
+    }
     assert {name: text for name, text in files.items() if not name.startswith(info)} == package
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert package.keys() | {"pyproject.toml", "README.md", "LICENSE"} <= names
+    package = {name.removeprefix(f"{folder}/") for name in package}
+    assert package | {"pyproject.toml", "setup.py", "README.md", "LICENSE"} <= names
     # No top-level kernels, no examples, no tests.
     assert {name.partition("/")[0] for name in names if "/" in name} == {
+        "benchmarks",
         "torchpar",
         "torchpar.egg-info",
     }
+
+
+@pytest.mark.slow  # the command imports PyTorch
+def test_the_ladder_runs_from_the_wheel(built: tuple[Path, Path], tmp_path: Path) -> None:
+    pytest.importorskip("rich", reason="the ladder prints by it")
+    with ZipFile(built[1]) as archive:
+        archive.extractall(tmp_path / "installed")
+    command = [sys.executable, "-m", "torchpar", "ladder"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
+    done = subprocess.run(
+        [*command, "--with", "missing.py"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("python -m torchpar ladder: error: --with ")
+    assert "missing.py is no file; name a Python file that defines any of max_cpu" in done.stderr
+    shutil.rmtree(tmp_path / "installed" / "torchpar" / "baselines" / "checkout")
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "this installation lacks the benchmarks" in done.stderr
 
 
 def test_what_names_the_version_agrees() -> None:

@@ -33,7 +33,7 @@ def join() -> Iterator[Communicator]:
 
     Raises:
         ConfigError: mpi4py or an MPI library is missing, or MPI connects other processes than were
-            started, as under torchrun.
+            started, as under torchrun. An AllRanksError where all are on one machine.
     """
     info = find_rank_info()
     if not info:
@@ -44,16 +44,19 @@ def join() -> Iterator[Communicator]:
             f"torchrun started {info.world_size} of these processes, which exchange arrays by MPI; "
             f"start them by mpirun -n {info.world_size} python …, or one process by python …"
         )
+    # The processes of one machine have the same packages, so that one line suffices.
+    is_alike = info.local_world_size == info.world_size
+    refusal = AllRanksError if is_alike else ConfigError
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as e:  # mpi4py raises RuntimeError if it finds no library
         reason = str(e).partition("\n")[0]  # the other lines list the places where it looked
-        raise ConfigError(
+        raise refusal(
             f"the processes need mpi4py and an MPI ({reason}); pip install mpi4py mpich"
         ) from e
     world = MPI.COMM_WORLD
     if world.size != info.world_size:  # under torchrun, or the mpirun of another MPI
-        raise ConfigError(
+        raise refusal(
             f"MPI connects {world.size} process{'es' if world.size > 1 else ''}, the launcher "
             f"started {info.world_size}; start by the mpirun of mpi4py's MPI: mpirun -n "
             f"{info.world_size} python …"
