@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import TextIO
@@ -209,6 +210,9 @@ def _show(report: Report, options: argparse.Namespace, stdout: TextIO, advice: s
         if options.json is not None:
             _write(options.json, report.as_json())
         if options.report is not None:
+            if find_spec("matplotlib") is None:
+                lacks = "has no pictures: matplotlib is not installed; pip install matplotlib"
+                print(f"{options.report} {lacks}", file=sys.stderr)
             _write(options.report, report.as_html(str(options.script)))
 
 
