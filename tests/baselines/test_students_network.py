@@ -100,6 +100,37 @@ def test_a_mistake_is_told_with_what_was_expected(tmp_path, capsys, line, instea
     assert len(wrong) == 1 + (instead == "pass")  # sigmoid_prime calls that, too
 
 
+def test_an_endless_function_is_stopped_and_the_others_are_tried(tmp_path, capsys):
+    alarm = "signal.raise_signal(signal.SIGALRM)"  # as the timer does
+    text = f"""
+    try:
+        import signal; {alarm}
+    except Exception:
+        pass
+"""
+    check(tmp_path, RIGHT.replace("    return 1 / (1 + np.exp(-z))", text))
+    out = capsys.readouterr().out
+    assert "my.py: sigmoid is not right: it takes more than 10 s for a few numbers\n" in out
+    assert "my.py: add_elementwise is right\n" in out
+
+
+def test_an_error_in_the_training_is_one_line_and_one_of_ours_is_none_of_the_students(
+    tmp_path, capsys
+):
+    path = tmp_path / "my.py"
+    late = "z[2000] if np.shape(z)[:1] == (100,) else 1 / (1 + np.exp(-z))"  # of the test images
+    path.write_text(RIGHT.replace("return 1 / (1 + np.exp(-z))", f"return {late}"))
+    with patch.object(exercises, "read", lambda *_: (images(2000), images(100))):
+        assert exercises.main(["--with", str(path)]) == 1
+    *_, last = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(
+        r"the training is not right: my\.py, line 5: IndexError: index 2000 is .*", last
+    )
+    path.write_text(RIGHT)
+    assert exercises.main(["--with", str(path), "--data", str(tmp_path)]) == 2
+    assert "the training" not in capsys.readouterr().out
+
+
 def test_the_last_batch_may_take_the_remainder(tmp_path, capsys):
     larger = """
 def create_batches(data, labels, batch_size):

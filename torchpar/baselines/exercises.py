@@ -7,9 +7,11 @@ the sizes of a network [784, 30, 10]. Then the network is trained through them o
 
 import argparse
 import importlib.util
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +22,7 @@ import numpy as np
 
 from torchpar.baselines import numpy_mlp
 from torchpar.data.files import read
-from torchpar.errors import ConfigError, TorchparError
+from torchpar.errors import ConfigError, TorchparError, first_line
 
 Array = numpy_mlp.Array
 Function = Callable[..., Any]
@@ -30,12 +32,17 @@ IN_CHECKOUT = Path(__file__).parents[2] / "examples" / "data"
 DATA = IN_CHECKOUT if IN_CHECKOUT.is_dir() else Path("data")  # no wheel has the digits
 EPOCHS, BATCH_SIZE, LR = 20, 32, 1.0
 ASKED = 0.95  # of the test images
+LIMIT = 10.0  # seconds of a check, which take milliseconds
 # σ has a relative error of a few roundings in whatever form; float32 has 2⁻²⁴.
 TOLERANCE = 16 * 2.0**-24
 
 
 class Wrong(Exception):
     """A function of the student's is not right; says what, and what was expected."""
+
+
+class TooSlow(BaseException):
+    """A check took longer than `LIMIT`. No ``except Exception`` of the student catches it."""
 
 
 class Verdict(NamedTuple):
@@ -245,9 +252,10 @@ def check_training(functions: dict[str, Function], data: Path) -> Verdict:
     training, test = read("mnist", data)
     x, accuracies = test.inputs(), list[float]()
     results = train(functions, training.inputs(), training.labels, EPOCHS)
-    for weights, biases in results:
+    for epoch, (weights, biases) in enumerate(results, 1):
         output = forward(functions["sigmoid"], weights, biases, x)[1][-1]
         accuracies.append(float((np.argmax(output, 1) == test.labels).mean()))
+        print(f"epoch {epoch}: accuracy {accuracies[-1]:.4f}", flush=True)
         if accuracies[-1] > ASKED:
             break
     text = f"accuracy {accuracies[-1]:.4f} after epoch {len(accuracies)}"
@@ -280,14 +288,40 @@ def load(path: Path) -> ModuleType:
 def judge(name: str, check: Callable[[], str]) -> Verdict:
     """The verdict of a check; an error of the function is one, too."""
     try:
-        with np.errstate(all="ignore"):
+        with np.errstate(all="ignore"), time_limit(LIMIT):
             return Verdict(name, True, check())
     except Wrong as e:
         return Verdict(name, False, str(e))
+    except TooSlow:
+        return Verdict(name, False, f"it takes more than {LIMIT:.0f} s for a few numbers")
     except Exception as e:
-        *_, last = traceback.extract_tb(e.__traceback__)
-        where = f"{Path(last.filename).name}, line {last.lineno}"
-        return Verdict(name, False, f"{where}: {type(e).__name__}: {e}".partition("\n")[0])
+        return failed(name, e)
+
+
+def failed(name: str, error: Exception) -> Verdict:
+    """The verdict of an error in a student's function, with the line of the error."""
+    *_, last = traceback.extract_tb(error.__traceback__)
+    where = f"{Path(last.filename).name}, line {last.lineno}"
+    return Verdict(name, False, f"{where}: {first_line(error)}")
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise `TooSlow` in the block after ``seconds``. Without effect on Windows."""
+
+    def stop(*_: object) -> None:
+        raise TooSlow
+
+    if not hasattr(signal, "setitimer"):
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -330,7 +364,12 @@ def check_file(path: Path, data: Path) -> int:
         why = f"{', '.join(missing)} missing" if missing else f"{', '.join(wrong)} not right"
         print(f"The training is left out: {why}.")
         return int(bool(wrong))
-    with np.errstate(all="ignore"):
-        trained = check_training(functions, data)
+    try:
+        with np.errstate(all="ignore"):
+            trained = check_training(functions, data)
+    except TorchparError:
+        raise
+    except Exception as e:
+        trained = failed("the training", e)
     print(trained)
     return 0 if trained.is_right else 1
