@@ -336,14 +336,15 @@ def report(flags: Flags) -> list[console.Row]:
             if gains and (share == 0 or any(s > n for n, s in gains.items())):
                 no_law.add(len(fits))
             fits.append({"batch_size": size, "by": by, "p": share, "limit": limit(share)})
-    console.print_rows(speedups, "speed-up, predicted by the profile and measured")
+    believable = [*map(believed, speedups)]
+    console.print_rows(believable, "speed-up, predicted by the profile and measured")
     shown = [{**row, "limit": "∞"} if row["limit"] is None else row for row in fits]
     shown = [{**row, "p": "?", "limit": "?"} if i in no_law else row for i, row in enumerate(shown)]
     console.print_rows(shown, "p, and the limit 1/(1 − p)")
     if no_law:
         print(
-            "?: no p fits, as N took longer than one, or less than an N-th of its time; messages, "
-            "or other programs, took the rest"
+            "?: no p fits, as N took longer than one, or less than an N-th of its time, which is "
+            "no speed-up; messages, or other programs, took the rest"
         )
     print(
         f"all numbers of processes and threads reach the same loss (largest difference {off:.0e})"
@@ -360,6 +361,12 @@ def report(flags: Flags) -> list[console.Row]:
             "the law"
         )
     return [*speedups, *fits, *compare_devices(flags, ms)]
+
+
+def believed(row: console.Row) -> console.Row:
+    """The row with "?" for a measured speed-up above N, which N cannot have."""
+    ways = [name for name in row if name.startswith("N_")]
+    return {**row, **{name: "?" for name in ways if (row[name] or 0) > row["N"]}}
 
 
 def print_profile(shares: Mapping[tuple[str, str], float], size: int) -> None:

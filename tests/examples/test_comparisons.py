@@ -7,6 +7,7 @@ import pytest
 
 pytest.importorskip("rich", reason="it prints the tables")
 
+import quadrants
 import train_mpi
 from support import console
 
@@ -37,3 +38,9 @@ def test_a_busy_machine_is_named(monkeypatch, capsys, load, said):
     out = capsys.readouterr().out
     assert out.startswith(said)
     assert bool(out) == bool(said)
+
+
+def test_quadrants_shows_no_speed_up_of_more_than_the_processes():
+    row = {"batch_size": 512, "N": 2, "predicted": 1.7, "N_processes": 2.0, "N_threads": 3.386}
+    assert quadrants.believed(row) == {**row, "N_threads": "?"}
+    assert quadrants.believed({"N": 1, "N_threads": None}) == {"N": 1, "N_threads": None}
