@@ -32,7 +32,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import pairwise, product
 from statistics import median
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -336,7 +336,7 @@ def report(flags: Flags) -> list[console.Row]:
             if gains and (share == 0 or any(s > n for n, s in gains.items())):
                 no_law.add(len(fits))
             fits.append({"batch_size": size, "by": by, "p": share, "limit": limit(share)})
-    believable = [*map(believed, speedups)]
+    believable = [believed(row, row["N"]) for row in speedups]
     console.print_rows(believable, "speed-up, predicted by the profile and measured")
     shown = [{**row, "limit": "∞"} if row["limit"] is None else row for row in fits]
     shown = [{**row, "p": "?", "limit": "?"} if i in no_law else row for i, row in enumerate(shown)]
@@ -363,10 +363,10 @@ def report(flags: Flags) -> list[console.Row]:
     return [*speedups, *fits, *compare_devices(flags, ms)]
 
 
-def believed(row: console.Row) -> console.Row:
-    """The row with "?" for a measured speed-up above N, which N cannot have."""
-    ways = [name for name in row if name.startswith("N_")]
-    return {**row, **{name: "?" for name in ways if (row[name] or 0) > row["N"]}}
+def believed(row: console.Row, most: Any) -> console.Row:
+    """The row with "?" for a measured speed-up above ``most``, which as many cannot have."""
+    gains: dict[str, Any] = {name: row[name] for name in ("N_processes", "N_threads")}
+    return {**row, **{name: "?" for name, gain in gains.items() if gain > most}}
 
 
 def print_profile(shares: Mapping[tuple[str, str], float], size: int) -> None:

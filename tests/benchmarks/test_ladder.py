@@ -73,8 +73,7 @@ def test_each_row_is_compared_with_a_row_above_and_what_is_left_out_has_a_reason
         assert (one.turn is None) == bool(one.left_out)
         names |= {one.name, label} if one.turn else set()
     reasons = {f"{one.name}, {one.note}".rstrip(", "): one.left_out for one in rows if one.left_out}
-    assert reasons["njit, parallel, 8 threads"] == "this machine has 2 cores"
-    assert "njit, parallel, 4 threads on 2 cores" in names
+    assert {f"njit, parallel, {count} threads on 2 cores" for count in (4, 8)} <= names
     assert reasons["torch eager GPU"] == "no GPU"
     taught = [reason for name, reason in reasons.items() if name.startswith("Triton")]
     assert len(taught) == len(LADDERS[operator].taught)

@@ -42,5 +42,5 @@ def test_a_busy_machine_is_named(monkeypatch, capsys, load, said):
 
 def test_quadrants_shows_no_speed_up_of_more_than_the_processes():
     row = {"batch_size": 512, "N": 2, "predicted": 1.7, "N_processes": 2.0, "N_threads": 3.386}
-    assert quadrants.believed(row) == {**row, "N_threads": "?"}
-    assert quadrants.believed({"N": 1, "N_threads": None}) == {"N": 1, "N_threads": None}
+    assert quadrants.believed(row, 2) == {**row, "N_threads": "?"}
+    assert quadrants.believed(row, 4) == row
