@@ -9,7 +9,6 @@ installed.
 import gc
 import importlib.util
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -22,12 +21,18 @@ from support.ending import WrongFlags, ending, line_of, parsing
 from torchpar import __version__
 from torchpar.data.files import Dataset
 from torchpar.errors import AllRanksError, ConfigError, TorchparError
+from torchpar.parallel.launch.rank_info import find_rank_info
 
 try:
     import rich  # noqa: F401  # console.py needs it
     import tyro
 except ImportError as error:
-    sys.exit(f"the examples need rich and tyro ({error}); pip install rich tyro")
+    with ending():
+        info = find_rank_info()
+        is_alike = info is None or info.local_world_size == info.world_size  # on one machine
+        raise (AllRanksError if is_alike else ConfigError)(
+            f"the examples need rich and tyro ({error}); pip install rich tyro"
+        ) from error
 
 F = TypeVar("F", bound="ExampleFlags")
 Check = Callable[[Mapping[str, object]], None]

@@ -28,24 +28,21 @@ PYTHON = [sys.executable]
 TORCHPAR = [*PYTHON, "-m", "torchpar"]
 EXAMPLES = f"{ROOT}/examples"
 # The package, the command, and what its line says.
-COMMANDS = {
-    "tyro": ([*PYTHON, f"{EXAMPLES}/matmul_regression.py"], "pip install rich tyro"),
-    "rich": ([*TORCHPAR, "ladder"], "this benchmark needs rich; pip install rich"),
-    "matplotlib": ([*PYTHON, f"{EXAMPLES}/playground.py", "--plots", "p"], "install matplotlib"),
-    "scipy": ([*PYTHON, f"{EXAMPLES}/fashion_pooled.py", "--images", "x.mat"], "install scipy"),
-    "numba": ([*TORCHPAR, "ladder", "--with", "my.py"], "named 'numba'; pip install numba"),
-    "lightning": ([*PYTHON, f"{EXAMPLES}/train_lightning.py", "fit"], "torchpar[examples,light"),
-    "mpi4py": (
-        [MPIRUN, "-n", "2", *PYTHON, f"{EXAMPLES}/train_mpi.py"],
-        "pip install mpi4py mpich",
-    ),
-}
+COMMANDS = [
+    ("tyro", [*PYTHON, f"{EXAMPLES}/matmul_regression.py"], "pip install rich tyro"),
+    ("tyro", [MPIRUN, "-n", "2", *PYTHON, f"{EXAMPLES}/train_mpi.py"], "pip install rich tyro"),
+    ("rich", [*TORCHPAR, "ladder"], "this benchmark needs rich; pip install rich"),
+    ("matplotlib", [*PYTHON, f"{EXAMPLES}/playground.py", "--plots", "p"], "install matplotlib"),
+    ("scipy", [*PYTHON, f"{EXAMPLES}/fashion_pooled.py", "--images", "x.mat"], "install scipy"),
+    ("numba", [*TORCHPAR, "ladder", "--with", "my.py"], "named 'numba'; pip install numba"),
+    ("lightning", [*PYTHON, f"{EXAMPLES}/train_lightning.py", "fit"], "torchpar[examples,light"),
+    ("mpi4py", [MPIRUN, "-n", "2", *PYTHON, f"{EXAMPLES}/train_mpi.py"], "install mpi4py mpich"),
+]
 
 
 @pytest.mark.slow  # each imports PyTorch
-@pytest.mark.parametrize("package", COMMANDS)
-def test_a_missing_package_is_one_line_with_the_pip_command(tmp_path, package):
-    words, said = COMMANDS[package]
+@pytest.mark.parametrize("package, words, said", COMMANDS)
+def test_a_missing_package_is_one_line_with_the_pip_command(tmp_path, package, words, said):
     if words[0] is None:
         pytest.skip("no mpirun; pip install mpich")
     (tmp_path / "hiding").mkdir()
