@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
 """The ladder's rows, a course's first kernels, and the functions of a student's file."""
 
-import csv
 import re
 import sys
 import time
@@ -17,7 +16,6 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from commands import run
 
 pytest.importorskip("rich", reason="rich prints the tables")
 from benchmarks.ladder import emulated, page, rungs, student
@@ -26,13 +24,6 @@ from benchmarks.results import Result
 from benchmarks.timing import Rejected
 from torchpar.baselines import numpy_mlp, pure_python
 from torchpar.errors import ConfigError
-
-# Columns of the CSV
-COLUMNS = ("contestant", "p20_ms", "p50_ms", "p80_ms", "samples", "ok", "torch", "device", "date")
-LADDER = (
-    *("workload", "note", "threads", "left_out", "over_pure_python", "than", "faster", "switches"),
-    *("intensity", "load_before"),
-)
 
 # Rows
 
@@ -574,33 +565,6 @@ def test_a_gpus_function_without_a_gpu_is_executed_and_has_no_time(tmp_path, cap
     nothing = "and has launched no kernel of Triton or Numba"
     assert lines[0] == f"my.py: max_gpu is right at 3×5, {nothing}"
     assert lines[1].startswith("my.py: max_cpu is right (first call ")
-
-
-@pytest.mark.slow
-def test_the_command_times_a_students_functions_beside_ours(tmp_path):
-    pytest.importorskip("matplotlib", reason="matplotlib draws the pictures")
-    path = tmp_path / "my.py"
-    path.write_text(RIGHT + "\n\ndef maximum(A, B):\n    return A\n")
-    command = [sys.executable, "-m", "benchmarks", "run", "ladder", "--quick", f"--with={path}"]
-    status, out, err = run(*command, f"--output={tmp_path / 'out'}", "--cases", *LADDERS)
-    assert status == 1, err
-    assert (tmp_path / "my.py.log").read_text() == "run\n"  # no process executes it again
-    assert "my.py: max_cpu is right (first call " in out
-    assert "my.py: maximum is not right: result[0, " in out
-    rows = list(csv.DictReader((tmp_path / "out" / "ladder.csv").read_text().splitlines()))
-    own = {row["contestant"]: row for row in rows if row["contestant"].startswith("my.py: ")}
-    assert own["my.py: max_cpu"]["than"] == "pure Python"
-    assert float(own["my.py: max_cpu"]["faster"]) > 0
-    assert own["my.py: maximum"]["ok"] == "False"
-    labels = {make_case(name, LADDERS[name].quick).label for name in LADDERS}
-    assert {row["workload"] for row in rows} == {*labels, page.LIMITS}
-    others = [row for row in rows if row is not own["my.py: maximum"]]
-    assert all((row["ok"], row["reason"]) == ("True", "") for row in others)
-    for column in (*COLUMNS, *LADDER):
-        assert any(row[column] for row in rows), f"nothing in {column}"
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        *("ladder.csv", "ladder.md", *(f"ladder-{case}.png" for case in LADDERS)),
-    }
 
 
 class Stopped(Exception):

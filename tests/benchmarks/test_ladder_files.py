@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """A student's files in the ladder: several of them, compilation, a GPU's functions, and ratios."""
 
+import csv
 import os
 import sys
 import time
@@ -24,12 +25,23 @@ from benchmarks.timing import Rejected
 from torchpar.baselines import ladder, numpy_mlp
 from torchpar.errors import ConfigError
 
+# Columns of the CSV
+COLUMNS = ("contestant", "p20_ms", "p50_ms", "p80_ms", "samples", "ok", "torch", "device", "date")
+LADDER = (
+    *("workload", "note", "threads", "left_out", "over_pure_python", "than", "faster", "switches"),
+    *("intensity", "load_before"),
+)
+
 FIRST = """
 with open(__file__ + ".log", "a") as file:
     file.write("run ")
 
 def max_cpu(A, B):
     return [[max(a, b) for a, b in zip(*rows)] for rows in zip(A.tolist(), B.tolist())]
+"""
+WRONG = """
+def maximum(A, B):
+    return A
 """
 SECOND = """
 from first_of_two import max_cpu
@@ -355,17 +367,36 @@ def matmul_transpose_gpu(X):
 
 
 @pytest.mark.slow
-def test_the_command_works_from_a_students_folder_with_a_file_for_numbas_gpu(tmp_path):
-    pytest.importorskip("numba", reason="the file has kernels for Numba")
+def test_the_command_works_from_a_students_folder_with_files_for_the_cpu_and_numbas_gpu(tmp_path):
+    """It times the students' functions beside ours, in all cases."""
+    pytest.importorskip("numba", reason="a file has kernels for Numba")
+    pytest.importorskip("matplotlib", reason="matplotlib draws the pictures")
     (tmp_path / "kernels.py").write_text(NUMBA_CUDA.replace("1000, 1000", "30, 30"))
-    (tmp_path / "loops.py").write_text("from kernels import *\n" + FIRST)
+    (tmp_path / "loops.py").write_text(f"from kernels import *\n{FIRST}{WRONG}")
     command = [sys.executable, "-m", "torchpar", "ladder", "--quick", "--with"]
-    status, out, err = run(*command, "kernels.py", "loops.py", cwd=tmp_path)
+    command += ["kernels.py", "loops.py", "--output=out", "--cases", *LADDERS]
+    status, out, err = run(*command, cwd=tmp_path)
     assert status == 1, err
+    assert (tmp_path / "loops.py.log").read_text() == "run "  # no process executes it again
     assert "kernels.py: max_gpu is right in Numba's simulator at 20×30, which tells no time" in out
     assert "kernels.py: matmul_transpose_gpu is not right: result[0, 0] is " in out
     assert "loops.py: max_cpu is right (first call " in out
+    assert "loops.py: maximum is not right: result[0, " in out
     assert out.count("Without a GPU: ") == 1
+    rows = list(csv.DictReader((tmp_path / "out" / "ladder.csv").read_text().splitlines()))
+    own = {row["contestant"]: row for row in rows if ".py: " in row["contestant"]}
+    assert own["loops.py: max_cpu"]["than"] == "pure Python"
+    assert float(own["loops.py: max_cpu"]["faster"]) > 0
+    labels = {make_case(name, LADDERS[name].quick).label for name in LADDERS}
+    assert {row["workload"] for row in rows} == {*labels, page.LIMITS}
+    wrong = {row["contestant"] for row in rows if row["ok"] == "False"}
+    assert wrong == {"loops.py: maximum", "kernels.py: matmul_transpose_gpu"}
+    assert all((row["ok"], row["reason"]) == ("True", "") for row in rows if row["ok"] != "False")
+    for column in (*COLUMNS, *LADDER):
+        assert any(row[column] for row in rows), f"nothing in {column}"
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *("ladder.csv", "ladder.md", *(f"ladder-{case}.png" for case in LADDERS)),
+    }
 
 
 # Ratios

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import faulty_optimizers as faulty
@@ -156,20 +157,18 @@ def test_faults_are_found(ranks, make, situation, verdict, detail):
 PAGE = (ROOT / "docs" / "conformance.md").read_text()
 
 
-def printed(make: Any, row: Row) -> str:
-    """What the page's script prints."""
-    return f"{make.__name__:12}{row.situation:20}{row.verdict:11}{row.detail}".rstrip()
-
-
-def test_the_page_has_a_muon_of_shards_and_the_rows_that_name_its_fault(ranks):
+def test_the_page_has_a_muon_of_shards_and_the_rows_that_name_its_fault(ranks, capsys):
     """The same optimizer conforms if it gathers its matrices first."""
     script = Path(shard_muon.__file__).read_text().partition('"""\n\n')[2]
     assert f"```python\n{script}```" in PAGE
-    for make, verdict in (shard_muon.shard_muon, "wrong"), (shard_muon.whole_muon, "same bits"):
-        rows = check_optimizer(make, ["whole", "parallelize_module"], ranks=ranks)
-        assert [row.verdict for row in rows] == ["same bits", verdict], rows
-        for row in rows:
-            assert f"    {printed(make, row)}\n" in PAGE
+    # What the script does as a program, on ranks that are there.
+    program = dedent(script.partition('if __name__ == "__main__":\n')[2])
+    exec(program, vars(shard_muon) | {"check_optimizer": partial(check_optimizer, ranks=ranks)})
+    out = capsys.readouterr().out
+    verdicts = re.findall(r"^(\w+) +(?:whole|parallelize_module) +(same bits|wrong) ", out, re.M)
+    expected = {"shard_muon": ["same bits", "wrong"], "whole_muon": ["same bits", "same bits"]}
+    assert verdicts == [(make, one) for make, both in expected.items() for one in both]
+    assert "".join(f"    {line.rstrip()}\n" for line in out.splitlines()) in PAGE
 
 
 @pytest.mark.parametrize(
@@ -206,9 +205,9 @@ def test_shards_are_blamed_only_if_each_is_updated_on_its_own(ranks, make, situa
     assert re.match(detail, row.detail), row
 
 
-# Padded rows are among the faults above.
+# Padded rows are among the faults above. The last one has shards of two dimensions.
 SHARDED = [
-    *("fully_shard on 3 ranks", "fully_shard, convolutions", "Shard(1)", "Shard(0), Shard(1)"),
+    *("fully_shard on 3 ranks", "fully_shard, convolutions", "Shard(1)"),
     *("fully_shard, two groups and a schedule", "fully_shard over parallelize_module"),
 ]
 
@@ -381,7 +380,7 @@ def test_no_fault_is_found_on_whole_matrices(ranks, make):
 def test_a_plain_muon_conforms(ranks):
     """It gathers whole matrices, so that updates have the same bits wherever gradients have.
 
-    Of a third of the situations; our Muon is tried in all.
+    Of a sixth of the situations; our Muon is tried in all.
     """
     own = {
         "ColumnParallelLinear",
@@ -389,7 +388,7 @@ def test_a_plain_muon_conforms(ranks):
         LOST,
         *(n for n in EXPECTED if EXPECTED[n] == "refuses"),
     }
-    chosen = dict.fromkeys([*[*SITUATIONS][::3], "DDP, sharing the work"])
+    chosen = dict.fromkeys([*[*SITUATIONS][::6], "DDP, sharing the work"])
     table = check_optimizer(faulty.make, [name for name in chosen if name not in own], ranks=ranks)
     table.assert_conforms()
     others = [row.situation for row in table if row.verdict not in COMPARED]
@@ -439,8 +438,8 @@ def test_what_cannot_be_run_is_refused():
 
 
 @pytest.mark.slow
-def test_the_scripts_of_the_page_print_its_tables(tmp_path):
-    first, second = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+def test_the_first_script_of_the_page_prints_its_table(tmp_path):
+    first, _ = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     (tmp_path / "first.py").write_text(first)
     status, out, err = run(sys.executable, str(tmp_path / "first.py"), cwd=tmp_path)
     assert status == 1
@@ -452,10 +451,6 @@ def test_the_scripts_of_the_page_print_its_tables(tmp_path):
     ]
     assert verdicts[0] == verdicts[1]
     assert len(verdicts[0]) == 3
-    (tmp_path / "second.py").write_text(second)
-    status, out, err = run(sys.executable, str(tmp_path / "second.py"), cwd=tmp_path)
-    assert status == 0, err
-    assert "".join(f"    {line.rstrip()}\n" for line in out.splitlines()) in PAGE
 
 
 def make_adamw(model: nn.Module) -> torch.optim.Optimizer:
