@@ -9,10 +9,12 @@ import re
 import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -90,6 +92,22 @@ def forked(*arguments: str, cwd: Path | str = "/", **variables: str) -> tuple[in
             raise TimeoutError(f"{arguments} takes more than 240 s")
         out, err = (stream.read_text(errors="replace") for stream in streams)
     return process.exitcode, out, err
+
+
+def forked_ranks(
+    world_size: int, *arguments: str, cwd: Path | str = "/"
+) -> list[tuple[int, str, str]]:
+    """The exit status and the streams of each rank of ``torchrun ARGUMENTS``, without the time of
+    imports."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world_size)}
+    with ThreadPoolExecutor(world_size) as pool:
+        ranks = [
+            pool.submit(forked, *arguments, cwd=cwd, **address, RANK=rank, LOCAL_RANK=rank)
+            for rank in map(str, range(world_size))
+        ]
+        return [rank.result() for rank in ranks]
 
 
 def _python(

@@ -20,7 +20,7 @@ from pkgutil import resolve_name
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from commands import ROOT, TORCHRUN, blocks, execute, forked
+from commands import ROOT, blocks, execute, forked_ranks
 from torch.distributed.checkpoint import CheckpointException
 
 import torchpar
@@ -828,9 +828,9 @@ def test_scripts_of_pages_learn_on_two_ranks(
     code = blocks(f"docs/{page}.md")
     (script,) = (block for block in code if "join_world" in block)
     (tmp_path / "script.py").write_text(script)
-    status, out, err = forked(*TORCHRUN[1:], str(tmp_path / "script.py"), cwd=tmp_path)
-    assert status == 0, err
-    assert float(re.fullmatch(last_line, out).group(1)) > accuracy
+    ranks = forked_ranks(2, str(tmp_path / "script.py"), cwd=tmp_path)
+    assert [status for status, _, _ in ranks] == [0, 0], ranks
+    assert float(re.fullmatch(last_line, "".join(out for _, out, _ in ranks)).group(1)) > accuracy
     if page == "own_model":  # its model is loaded by the next block
         monkeypatch.chdir(tmp_path)
         names = execute(script.partition("with join_world()")[0] + code[-1])

@@ -6,10 +6,9 @@ those of the same flags without the emulator.
 """
 
 import re
-import sys
 
 import pytest
-from commands import ROOT, rows_of, run
+from commands import ROOT, forked, rows_of
 from fake_data import fashion_mnist
 
 pytest.importorskip("tyro", reason="tyro reads the flags")
@@ -30,9 +29,9 @@ LESSONS = {
 }
 
 
-@pytest.mark.slow  # two processes each, of 5 s and more
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LESSONS)
-def test_a_lesson_runs_on_the_emulated_gpu(tmp_path, name):
+def test_a_lesson_runs_on_the_emulated_gpu(fork_server, tmp_path, name):
     words, kernels = LESSONS[name]
     data = fashion_mnist(tmp_path / "data", train=32, test=16)
     losses = []
@@ -40,7 +39,7 @@ def test_a_lesson_runs_on_the_emulated_gpu(tmp_path, name):
         metrics = tmp_path / f"{device}.jsonl"
         flags = f"{words} --dataset fashion-mnist --data {data} --device {device}".split()
         script = str(ROOT / "examples" / f"{name}.py")
-        code, out, err = run(sys.executable, *command, script, *flags, "--metrics", str(metrics))
+        code, out, err = forked(*command, script, *flags, "--metrics", str(metrics))
         assert code == 0, out + err
         *_, last = rows_of(metrics)
         losses.append((last["train_loss"], last["test_loss"]))
