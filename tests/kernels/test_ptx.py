@@ -5,6 +5,7 @@ notice."""
 import math
 import re
 from collections.abc import Sequence
+from itertools import cycle
 
 import pytest
 import torch
@@ -189,15 +190,24 @@ DEFAULTS = {
 def candidates_of(kernel: str, capability: int) -> dict[str, Case]:
     """Configurations of a matrix kernel, with edges, and with more steps than stages.
 
-    Those of TF32 are all there. bfloat16 and float16 share their configurations: each has every
-    second one, and the other ones on the other capability. So have float32 and float64.
+    Those of TF32 are all there; those that two capabilities have take turns with them. bfloat16 and
+    float16 share their configurations: each has every second one, and the other ones on the other
+    capability. So have float32 and float64.
     """
     found = {}
     for name, kind in KINDS.items():
         possible = configurations(PRODUCTS[kernel], name, capability)
         unaligned = unaligned_tiles(PRODUCTS[kernel], name, capability)
         chosen = [*dict.fromkeys([*unaligned, *possible])]
-        if not name.startswith("tf32"):
+        if name.startswith("tf32"):
+            of_80 = configurations(PRODUCTS[kernel], name, 80)
+            shared = [tiles for tiles in possible if tiles in of_80]
+            chosen = [
+                tiles
+                for tiles in chosen
+                if tiles not in shared or shared.index(tiles) % 2 == (capability == 80)
+            ]
+        else:
             chosen = chosen[(capability == 80) ^ (name == "float16") :: 2]
         for tiles in chosen:
             m, n, k = (
@@ -273,11 +283,10 @@ OTHERS = {
     # Each dtype with some operands, and each operand with some dtypes.
     **{
         f"maximum, {name} of {dtypes}": cases.larger(draw, *dtypes)
-        for n, (name, draw) in enumerate(OPERANDS.items())
-        for dtypes in (MIXED[n % 4], MIXED[(n + 1) % 4])
+        for dtypes, (name, draw) in zip(cycle(MIXED[:4]), OPERANDS.items(), strict=False)
     },
     **{
-        f"maximum, {name} of {dtypes}": cases.larger(OPERANDS[name], *dtypes)
+        f"maximum, {name} of {dtypes}": cases.larger(OPERANDS[name], *dtypes, layouts=1)
         for n, dtypes in enumerate(DTYPES)
         for name in ("a last block of one", "a row", "a column")[n % 3 : n % 3 + 2]
     },
