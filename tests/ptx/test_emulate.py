@@ -4,8 +4,8 @@
 Kernels are compiled for each architecture, and their PTX is executed.
 """
 
+import os
 import re
-import sys
 import textwrap
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from commands import ROOT, forked, run
+from commands import ROOT, forked
 
 from torchpar.ptx import command, emulate
 from torchpar.ptx.cuda.stand_in import cuda_is_cpu
@@ -348,7 +348,7 @@ def test_the_command_runs_a_script_that_says_cuda(tmp_path, fork_server):
     script, page = tmp_path / "script.py", tmp_path / "page.html"
     script.write_text(textwrap.dedent(SCRIPT))
     command = ["-m", "torchpar", "ptx", "--cuda-is-cpu"]
-    code, out, err = run(sys.executable, *command, "--arch", "sm_80", str(script), "128")
+    code, out, err = forked(*command, "--arch", "sm_80", str(script), "128")
     assert code == 0, err
     assert out.splitlines()[0] == "True True NVIDIA A100"
     assert out.splitlines()[-1] == "launches: 1; 0 errors, 0 warnings, 0 notes"
@@ -362,8 +362,16 @@ def test_the_command_runs_a_script_that_says_cuda(tmp_path, fork_server):
     assert "none.py is no file; name a Python script" in err
 
 
-@pytest.mark.slow  # three processes
-def test_the_plugin_fails_tests_whose_kernels_are_wrong(pytester):
+@pytest.fixture
+def home(monkeypatch, request):
+    """The home folder, whose caches hold the emulator's library: that of `pytester` is empty."""
+    before = os.environ["HOME"]
+    request.getfixturevalue("pytester")
+    monkeypatch.setenv("HOME", before)
+
+
+@pytest.mark.slow  # a process of its own
+def test_the_plugin_fails_tests_whose_kernels_are_wrong(home, pytester):
     imports = "import torch, triton, triton.language as tl\n"
     kernel = textwrap.dedent(SCRIPT).partition("@triton.jit")[2].partition("x = torch")[0]
     tests = """
