@@ -7,6 +7,7 @@ import pytest
 import torch
 import train_ddp
 from commands import lesson
+from fake_data import fashion_mnist
 from torch import Tensor
 
 from torchpar.ptx import emulate
@@ -37,6 +38,13 @@ BATCHES = 14
 LESSON = "--epochs 1 --samples 226 --batch-size 16 --hidden 8 --lr 0.25 --schedule constant"
 
 
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> list[str]:
+    """Flags of a data set with few test samples, which are evaluated on the emulated GPU, too."""
+    root = fashion_mnist(tmp_path_factory.mktemp("data"), train=500, test=20)
+    return ["--dataset", "fashion-mnist", "--data", str(root)]
+
+
 @pytest.mark.parametrize(
     "world_size, flags",
     [
@@ -45,9 +53,9 @@ LESSON = "--epochs 1 --samples 226 --batch-size 16 --hidden 8 --lr 0.25 --schedu
         pytest.param(1, "", marks=pytest.mark.slow),
     ],
 )
-def test_the_lesson_trains_as_without_a_graph(ranks, world_size, flags):
+def test_the_lesson_trains_as_without_a_graph(ranks, data, world_size, flags):
     """DistributedDataParallel averages in the graph, too."""
-    shared = *LESSON.split(), *flags.split()
+    shared = *LESSON.split(), *flags.split(), *data
     if world_size == 1:
         (eager, none), (captured, replays) = train_lesson(*shared), train_lesson(*shared, "--graph")
     else:
@@ -61,10 +69,10 @@ def test_the_lesson_trains_as_without_a_graph(ranks, world_size, flags):
 
 
 @pytest.mark.slow
-def test_train_fast_shows_what_a_graph_gains():
+def test_train_fast_shows_what_a_graph_gains(data):
     small = "--epochs 1 --samples 500 --batch-size 64 --hidden 8 --optimizer sgd"
     with emulate() as gpu, cuda_is_cpu(gpu):
-        code, out, err = lesson("train_fast", *small.split())
+        code, out, err = lesson("train_fast", *small.split(), *data)
     assert (code, gpu.faults) == (0, []), err
     assert "CUDA graph of DistributedDataParallel" in out
     assert "training with CUDA graph of gradients by hand" in out
