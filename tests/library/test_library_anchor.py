@@ -2,13 +2,12 @@
 """Behaviours of `torch.library`'s decorators, each also asked of `torchpar.library`'s."""
 
 import itertools
-import sys
 import threading
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from commands import run
+from commands import forked
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -206,12 +205,12 @@ print(double(torch.ones(1)).item(), double(torch.ones(1, device="meta")).device)
 
 
 @pytest.mark.slow
-def test_a_script_defines_operators_at_its_top(tmp_path: Any) -> None:
+def test_a_script_defines_operators_at_its_top(fork_server: None, tmp_path: Any) -> None:
     """PyTorch looks for the caller of `register_fake` some frames above; test_library.py asks
     the same of ours."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    assert run(sys.executable, str(script))[:2] == (0, "2.0 meta\n")
+    assert forked(str(script))[:2] == (0, "2.0 meta\n")
 
 
 @both
