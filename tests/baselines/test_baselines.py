@@ -109,7 +109,13 @@ def test_all_levels_compute_the_same(name, level):
                 assert_right(name, wrong, *args)
 
 
-@pytest.mark.parametrize("level", levels("linear_sigmoid"))
+@pytest.mark.parametrize(
+    "level",
+    [
+        pytest.param(level, marks=[pytest.mark.slow] * ("parallel" in level))
+        for level in levels("linear_sigmoid")
+    ],
+)
 def test_sigmoid_of_large_numbers_is_0_or_1(level):
     x = np.array([[-3e38], [-1e4], [-110], [0], [1e4], [3e38]], np.float32)
     args = (x, np.ones((1, 1), np.float32), np.zeros(1, np.float32))

@@ -148,26 +148,32 @@ def test_another_precision_is_not_remembered(name: str, gpu: list[int]) -> None:
     assert gpu == [0, 0, 1, 1, 1]
 
 
-def test_a_launch_without_a_choice_is_not_remembered_for_calls_with_one(gpu: list[int]) -> None:
+WITHOUT_CHOICE: dict[str, tuple[partial[Tensor], Callable[..., Tensor | None]]] = {
+    "matmul_t": (partial(matmul_t.matmul_t, X, "tf32x3", None), matmul_t.matmul_t_again),
+    "linear_sigmoid": (
+        partial(linear_sigmoid.linear_sigmoid, X, W, BIAS, "tf32x3", None),
+        linear_sigmoid.linear_sigmoid_again,
+    ),
+    "symmetric_matmul": (
+        partial(matmul_t.symmetric_matmul, X, X, "tf32x3", None, C, 0.5, 2.0),
+        lambda *args: matmul_t.symmetric_matmul_again(X, X, C, "tf32x3", 0.5, 2.0, args[-1]),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", mostly("matmul_t", "linear_sigmoid", "symmetric_matmul"))
+def test_a_launch_without_a_choice_is_not_remembered_for_calls_with_one(
+    name: str, gpu: list[int]
+) -> None:
     """A mode beside another flag leaves no choice to the rule."""
-    for launched, again in (
-        (partial(matmul_t.matmul_t, X, "tf32x3", None), matmul_t.matmul_t_again),
-        (
-            partial(linear_sigmoid.linear_sigmoid, X, W, BIAS, "tf32x3", None),
-            linear_sigmoid.linear_sigmoid_again,
-        ),
-        (
-            partial(matmul_t.symmetric_matmul, X, X, "tf32x3", None, C, 0.5, 2.0),
-            lambda *args: matmul_t.symmetric_matmul_again(X, X, C, "tf32x3", 0.5, 2.0, args[-1]),
-        ),
-    ):
-        launched()
-        operands = [a for a in launched.args if a is not None]
-        assert again(*operands, True) is None
-        assert torch.equal(again(*operands, False), launched())
+    launched, again = WITHOUT_CHOICE[name]
+    launched()
+    operands = [a for a in launched.args if a is not None]
+    assert again(*operands, True) is None
+    assert torch.equal(again(*operands, False), launched())
 
 
-@pytest.mark.parametrize("name", mostly("linear_sigmoid", "matmul_t", "symmetric_matmul"))
+@pytest.mark.parametrize("name", mostly("matmul_t", "linear_sigmoid", "symmetric_matmul"))
 def test_calls_that_autograd_makes_directly_have_the_precision_of_the_mode(
     name: str, gpu: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

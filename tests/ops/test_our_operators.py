@@ -48,7 +48,7 @@ RUNS = [
 
 
 # The first sample of another operator tries the same by default.
-LIKE_OTHERS = ("exact_matmul", "symmetric_matmul", "matmul_t")
+LIKE_OTHERS = ("exact_matmul", "symmetric_matmul", "matmul_t", "maximum")
 
 
 @pytest.mark.parametrize("chosen", RUNS)

@@ -198,7 +198,7 @@ def test_matrices_that_lie_side_by_side_are_not_copied():
     [
         ((40, 96), "standard"),
         ((2, 96, 40), "gram"),
-        ((33, 45), "gram"),
+        pytest.param((33, 45), "gram", marks=slow),
         pytest.param((40, 96), "gram", marks=slow),
         pytest.param((2, 96, 40), "standard", marks=slow),
         pytest.param((33, 45), "standard", marks=slow),

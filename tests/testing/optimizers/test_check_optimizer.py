@@ -53,7 +53,7 @@ EXPECTED = dict.fromkeys(SITUATIONS, "same bits") | {
 # A situation of most kinds. The tests of faulty optimizers have others.
 SOME = [
     "whole",
-    "fully_shard on 3 ranks",
+    "fully_shard on 2 ranks",
     "ColumnParallelLinear",
     "pipeline stages",
 ]
@@ -458,9 +458,9 @@ def make_adamw(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def test_an_elementwise_optimizer_conforms_in_the_general_part(ranks):
-    names = ["polar factor", "fully_shard on 2 ranks", "Shard(0), two learning rates"]
+    names = ["polar factor", "DDP", "Shard(0), two learning rates"]
     (row,) = rows = check_optimizer(make_adamw, names, orthogonal=False, ranks=ranks)
-    assert (row.situation, row.verdict) == ("fully_shard on 2 ranks", "same bits")
+    assert (row.situation, row.verdict) == ("DDP", "same bits")
     rows.assert_conforms()
 
 
