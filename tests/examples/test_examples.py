@@ -258,7 +258,7 @@ def operators_of_each_step(*flags: str) -> list[Counter[str]]:
     "flags, expected",
     [
         ("", {"torchpar::linear_sigmoid": 2}),  # by default
-        ("--activation maxout", {"torchpar::maximum": 2}),
+        pytest.param(*("--activation maxout", {"torchpar::maximum": 2}), marks=pytest.mark.slow),
         pytest.param("--activation relu", {}, marks=pytest.mark.slow),
     ],
 )

@@ -426,10 +426,7 @@ def test_supports_tma_where_a_compiler_allocates_for_descriptors(
 # One elementwise operator, and one product.
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] * (name not in ("maximum", "exact_matmul")))
-        for name in OPERATORS
-    ],
+    [pytest.param(name, marks=[pytest.mark.slow] * (name != "maximum")) for name in OPERATORS],
 )
 @torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
 def test_compilers_take_operands_of_data_dependent_size(name: str) -> None:

@@ -802,7 +802,11 @@ RIGHT = (
 )
 
 
-@pytest.mark.parametrize("program", RIGHT)
+# tests/training/test_graphed.py trains by our operators in a graph, too.
+@pytest.mark.parametrize(
+    "program",
+    [pytest.param(one, marks=[pytest.mark.slow] * (one is own_operators)) for one in RIGHT],
+)
 def test_right_programs_have_no_faults_and_the_values_of_the_plain_loop(program):
     check_right(program)
 
