@@ -9,7 +9,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from commands import MPIRUN, ROOT, TORCHRUN, lesson, needs_mpirun, run
+from commands import MPIRUN, ROOT, TORCHRUN, forked, lesson, needs_mpirun, run
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 pytest.importorskip("tyro", reason="tyro reads the flags")
@@ -95,31 +95,29 @@ def test_under_mpirun_a_rank_is_silent_unless_rank_0_waits_for_it(monkeypatch, r
 
 @pytest.mark.slow
 @needs_mpirun
-@pytest.mark.parametrize("flag", ["--epochs=0", "--epochz=3"])
-def test_mpirun_says_it_once(flag):
+def test_mpirun_says_it_once():
     script = str(ROOT / "examples" / "train_ddp.py")
-    code, out, err = run(MPIRUN, "-n", "2", sys.executable, script, flag)
+    code, out, err = run(MPIRUN, "-n", "2", sys.executable, script, "--epochz=3")
     assert code == 2
-    assert (out + err).count(flag.partition("=")[0]) == 1
+    assert (out + err).count("--epochz") == 1
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name, flags, line",
     [
-        ("train_ddp", "--epochs 0", ERROR),
+        # One of each kind of error: other wrong flags and other lessons are tried in this process.
         ("train_ddp", "--epoch 3", "Unrecognized options: --epoch"),
         ("train_parallel", "--tp 3", "train_parallel.py: error: dp"),
-        ("train_transformer", "--batch-size 33", "train_transformer.py: error: --batch-size is 33"),
         ("train_mpi", "", "train_mpi.py: error: torchrun started 2 of these processes"),
         ("train_lightning", "fit --data.root /nonexistent", "train_lightning.py: error: /nonexist"),
         ("train_lightning", "fit --no_such 1", "error: "),
     ],
 )
-def test_torchrun_says_it_once_and_last(name, flags, line):
+def test_torchrun_says_it_once_and_last(fork_server, name, flags, line):
     if name == "train_lightning":
         pytest.importorskip("lightning", reason="lightning is not installed")
-    code, out, err = run(*TORCHRUN, str(ROOT / "examples" / f"{name}.py"), *flags.split())
+    code, out, err = forked(*TORCHRUN[1:], str(ROOT / "examples" / f"{name}.py"), *flags.split())
     assert code == 1
     assert (out + err).count(line) == 1, out + err
     *_, report = err.partition("Root Cause")
