@@ -17,6 +17,7 @@ import torchpar
 from torchpar import ptx
 from torchpar.kernels import launch, linear_sigmoid, matmul_t, maximum
 from torchpar.library import CustomOpDef
+from torchpar.library.definition import _OTHER_KEYS
 
 X = torch.linspace(-1, 1, 40 * 24).view(40, 24)
 W, BIAS, ROW = X[:16].clone(), torch.linspace(0, 1, 16), torch.linspace(-1, 1, 24)
@@ -93,6 +94,12 @@ def test_a_call_is_launched_at_once_for_the_same_layouts_alone(name: str, gpu: l
             assert torch.equal(result, results[0])
 
 
+def pass_over_modes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Call trusted kernels directly although a dispatch mode is active."""
+    python = torch.DispatchKeySet(torch.DispatchKey.Python).raw_repr()
+    monkeypatch.setattr("torchpar.library.definition._OTHER_KEYS", _OTHER_KEYS & ~python)
+
+
 @pytest.mark.parametrize(
     "name", ["maximum", *mostly("matmul_t", "maximum of a row", "linear_sigmoid")]
 )
@@ -100,7 +107,7 @@ def test_values_of_calls_that_autograd_makes_directly(
     name: str, gpu: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An emulator has a dispatch mode, which would intercept them; kernels need none."""
-    monkeypatch.setattr("torchpar.library.definition.num_dispatch_modes", lambda: 0)
+    pass_over_modes(monkeypatch)
     direct = []
     call = CustomOpDef._call_directly
     monkeypatch.setattr(
@@ -177,7 +184,7 @@ def test_a_launch_without_a_choice_is_not_remembered_for_calls_with_one(
 def test_calls_that_autograd_makes_directly_have_the_precision_of_the_mode(
     name: str, gpu: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("torchpar.library.definition.num_dispatch_modes", lambda: 0)
+    pass_over_modes(monkeypatch)
     direct: list[str] = []
     call = CustomOpDef._call_directly
     monkeypatch.setattr(

@@ -32,13 +32,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import torchpar
 from benchmarks.records import OPERATORS, kernel_names
 from torchpar.library import CustomOpDef
-from torchpar.library.definition import _BELOW_ADINPLACEORVIEW, _key_of
-from torchpar.library.private import (
-    SingleLevelFunction,
-    dispatch_modes,
-    get_fp32_precision,
-    num_dispatch_modes,
-)
+from torchpar.library.definition import _BELOW_ADINPLACEORVIEW, _BELOW_AUTOGRAD, _key_of
+from torchpar.library.private import dispatch_modes
 from torchpar.ops._operator import supports_tma
 from torchpar.ops.matrix import _has_numbers, fp32_precision
 from torchpar.ops.maximum import _empty_elementwise
@@ -455,12 +450,11 @@ def test_an_elementwise_result_has_atens_strides() -> None:
 
 
 @pytest.mark.parametrize("precision", ["tf32", "ieee"])
-def test_get_fp32_precision_is_that_of_torch_backends(precision: str) -> None:
+def test_the_flag_of_float32_is_that_of_torch_backends(precision: str) -> None:
     products: Any = torch.backends.cuda.matmul
     before = products.fp32_precision
     try:
         products.fp32_precision = precision
-        assert get_fp32_precision("cuda", "matmul") == precision
         assert fp32_precision(X.float()) == (precision, True)
         assert fp32_precision(X.bfloat16()) == fp32_precision(X) == ("ieee", True)
     finally:
@@ -477,10 +471,7 @@ def test_a_batch_of_gradients_has_no_numbers() -> None:
     assert found == [False, True]
 
 
-def test_compiled_autograd_tells_functions_apart_by_a_key_that_single_level_functions_lack() -> (
-    None
-):
-    assert not hasattr(SingleLevelFunction, "_compiled_autograd_key")
+def test_compiled_autograd_tells_functions_apart_by_their_keys() -> None:
     ops, x = [make(), make()], X.clone().requires_grad_()
     for op in ops:
         op.register_autograd(lambda ctx, g: 2 * g)
@@ -488,8 +479,12 @@ def test_compiled_autograd_tells_functions_apart_by_a_key_that_single_level_func
     assert keys[0] == keys[2] != keys[1]
 
 
-def test_the_keys_below_adinplaceorview_are_pytorchs() -> None:
-    assert _BELOW_ADINPLACEORVIEW.raw_repr() == torch._C._after_ADInplaceOrView_keyset.raw_repr()
+def test_the_keys_below_a_key_are_pytorchs() -> None:
+    expected = torch._C._after_ADInplaceOrView_keyset.raw_repr()
+    assert _BELOW_ADINPLACEORVIEW.raw_repr() == expected
+    python = torch.DispatchKeySet(torch.DispatchKey.PythonDispatcher).raw_repr()
+    # PyTorch's own rules of autograd pass over PythonDispatcher.
+    assert _BELOW_AUTOGRAD.raw_repr() == torch._C._after_autograd_keyset.raw_repr() | python
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda", "meta", "mps", "xpu", "hpu"])
@@ -497,24 +492,23 @@ def test_the_key_of_a_device_is_pytorchs(kind: str) -> None:
     assert _key_of(kind) == torch._C._dispatch_key_for_device(kind)
 
 
-def test_num_dispatch_modes_counts_the_active_modes() -> None:
+def test_dispatch_modes_are_those_that_are_active() -> None:
     class Mode(TorchDispatchMode):
         def __torch_dispatch__(
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
-            counts.append(num_dispatch_modes())  # the mode rests while it handles a call
+            seen.append(dispatch_modes())  # the mode rests while it handles a call
             return func(*args, **(kwargs or {}))
 
-    counts: list[int] = []
-    assert num_dispatch_modes() == 0
+    seen: list[object] = []
+    assert dispatch_modes() == []
     with Mode() as outer:
-        assert num_dispatch_modes() == 1
+        assert dispatch_modes() == [outer]
         with FakeTensorMode() as inner:
-            assert num_dispatch_modes() == 2
             assert {*dispatch_modes()} == {outer, inner}
         double(X)
-    assert counts == [0]
-    assert num_dispatch_modes() == 0
+    assert seen == [[]]
+    assert dispatch_modes() == []
 
 
 @pytest.mark.skipif(

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+import torchpar
 from torchpar import library
 from torchpar.library import private
 
-COUNT = 20
+COUNT = 10
 FOLDER = Path(library.__file__).parent
 X = torch.linspace(1, 2, 3)
 NAMES = (f"private_names::op{i}" for i in itertools.count())
@@ -112,7 +113,7 @@ def test_a_function_called_before_the_transforms_loses_forward_over_forward_mode
     assert not forward_over_forward.any(), "it is right now: no SingleLevelFunction is needed"
 
 
-def test_forward_mode_is_off_within_a_jvp() -> None:
+def test_forward_mode_is_off_within_a_jvp_and_on_without_inference_mode() -> None:
     seen: list[bool] = []
 
     class Double(torch.autograd.Function):
@@ -123,16 +124,31 @@ def test_forward_mode_is_off_within_a_jvp() -> None:
         @staticmethod
         def jvp(ctx: Any, t: Tensor) -> Tensor:
             seen.append(torch._C._is_fwd_grad_enabled())
+            with torch.inference_mode(False):
+                seen.append(torch._C._is_fwd_grad_enabled())
             return 2 * t
 
     with forward_ad.dual_level():
         Double.apply(forward_ad.make_dual(X, X))
-    assert seen == [False], "it is on now: no set_fwd_grad_enabled is needed"
+    assert seen == [False, True], "it is on now: no `_forward_mode` is needed"
 
 
-def test_single_level_functions_have_no_key_for_compiled_autograd() -> None:
-    lacks = not hasattr(private.SingleLevelFunction, "_compiled_autograd_key")
-    assert lacks, "it has one now: no compiled_autograd_key is needed"
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec")  # PyTorch's own (2.11)
+def test_is_exporting_is_true_where_an_export_looks_into_an_operator(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answers: list[tuple[bool, bool]] = []
+
+    def ask() -> bool:
+        answers.append((private.is_decomposition_disabled(), torch.compiler.is_exporting()))
+        return answers[-1][0]
+
+    monkeypatch.setattr("torchpar.library.definition.is_decomposition_disabled", ask)
+    exported = torch.export.export(torchpar.nn.LinearSigmoid(2, 4), (torch.ones(3, 2),))
+    exported.run_decompositions()
+    exported.run_decompositions(decompose_custom_triton_ops=True)
+    assert set(answers) == {(True, True), (False, True)}, "is_exporting may do now"
 
 
 def gradient_of_a_transform(op: Callable[..., Any]) -> Tensor:

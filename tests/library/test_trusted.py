@@ -174,7 +174,7 @@ def test_what_intercepts_a_call_still_does(how: Callable[[CustomOpDef], object])
 def test_without_the_question_calls_are_not_intercepted(
     how: Callable[[CustomOpDef], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(CustomOpDef, "_is_direct", lambda self, args: True)
+    monkeypatch.setattr(CustomOpDef, "_is_direct", lambda self, keyset, args: True)
     assert not how(make())
 
 

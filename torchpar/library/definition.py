@@ -14,29 +14,24 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, overload
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 from torch.nn import Parameter
 
-from torchpar.library.derivatives import Call, Differentiable, flattened
+from torchpar.library.derivatives import Call, Differentiable, DifferentiableOnce
 from torchpar.library.private import (
-    AutoDispatchBelowAutograd,
     FunctionalTensorMode,
-    any_output_is_alias_to_input_or_output,
-    any_requires_grad,
-    dispatch_keys,
     enable_single_level_autograd_function,
-    get_inner_triton_kernels,
     implementations,
     is_decomposition_disabled,
-    num_dispatch_modes,
     peek_interpreter_stack,
     profiler_enabled,
-    set_grad_enabled,
     set_wrap_triton_enabled,
     triton_ops_to_kernels,
 )
 from torchpar.library.rules import Gradient, VmapInfo
 from torchpar.library.sharding import is_dtensor, register_sharding_rules, sharding_rules
 from torchpar.library.transforms import is_transformed, tensors_of
+from torchpar.library.triton_kernels import TritonKernels
 
 if TYPE_CHECKING:
     from torch._ops import OpOverload
@@ -51,21 +46,36 @@ _MISFIT = re.compile(
     r".*\(\) Expected a value of type '(.+)' for argument '(.+)' but instead found type '(.+)'\."
 )
 _SIMPLE = frozenset((type(None), bool, int, float))  # arguments that are no tensors
+_LISTS = frozenset((list, tuple))
 
 
 def _bit(key: str) -> int:
     return int(torch.DispatchKeySet(getattr(torch.DispatchKey, key)).raw_repr())
 
 
-# For which others may register a kernel of an operator, between autograd and the trusted one.
-_KEYS_OF_OTHERS = "CPU", "CUDA", "ADInplaceOrView", "BackendSelect"
-_DENSE_KEYS = "CPU CUDA ADInplaceOrView AutogradCPU AutogradCUDA AutocastCPU AutocastCUDA"
+# Keys of the trusted kernel's tensors, for which others may register a kernel of the operator.
+_KEYS_OF_OTHERS = "CPU", "CUDA"
+_DENSE_KEYS = "CPU CUDA AutogradCPU AutogradCUDA AutocastCPU AutocastCUDA"
 # All dispatch keys, as bits, except those of a dense tensor on a CPU or an NVIDIA GPU.
 _OTHER_KEYS = ~reduce(or_, map(_bit, _DENSE_KEYS.split()))
-# The dispatcher takes the highest bit first. PythonDispatcher passes each call on to the next key.
-_BELOW_ADINPLACEORVIEW = torch.DispatchKeySet.from_raw_repr(
-    (_bit("ADInplaceOrView") - 1) | _bit("PythonDispatcher")
-)
+
+
+def _keys_below(key: str) -> torch.DispatchKeySet:
+    """The keys that the dispatcher takes after ``key``: it takes the highest bit first."""
+    # PythonDispatcher passes each call on to the next key.
+    return torch.DispatchKeySet.from_raw_repr((_bit(key) - 1) | _bit("PythonDispatcher"))
+
+
+_BELOW_ADINPLACEORVIEW = _keys_below("ADInplaceOrView")
+_BELOW_AUTOGRAD = _keys_below("AutogradOther")  # the last of the keys of autograd
+_without_autograd: dict[int, torch.DispatchKeySet] = {}  # by the bits of the keys of a call
+
+# To leave one of these sets gradients off or on again, in a third of the time of a new
+# `torch.set_grad_enabled`.
+with torch.no_grad():
+    _gradients_off = torch.set_grad_enabled(False)
+with torch.enable_grad():
+    _gradients_on = torch.set_grad_enabled(True)
 
 
 def _key_of(device: str) -> str:
@@ -248,7 +258,7 @@ def triton_op(
         op.register_torch_dispatch(FunctionalTensorMode, trace)
         if trusted and not op._mutated:
             op._trusted = untraced
-        found = _Kernels(kernels or partial(get_inner_triton_kernels, fn))
+        found = _Kernels(kernels) if kernels else TritonKernels(fn)
         triton_ops_to_kernels[op._qualname] = found  # type: ignore[assignment]
         if not takes_wrap:
             op.register_fake(fn)
@@ -336,7 +346,11 @@ class CustomOpDef(torch.library.CustomOpDef):  # type: ignore[name-defined, misc
             self._opoverload._enable_pyobj_dispatch(True)
         # Errors and `grad_fn` show this name, which is made as PyTorch makes it.
         generated = f"GeneratedBackwardFor_{namespace}_{base}_{overload or 'default'}"
-        self._function: Any = new_class(generated, (Differentiable,))
+        self._apply_once: Any = new_class(generated, (DifferentiableOnce,)).apply
+        # Up to torch 2.13 the method of `torch.autograd.Function` is written in Python, and takes
+        # 3 µs longer than its base's.
+        differentiable = new_class(generated, (Differentiable,))
+        self._apply: Any = super(torch.autograd.Function, differentiable).apply
         self._mutated = any(writes)
         self._kernels: dict[str | None, Function] = {}  # by device; None for other devices
         self._trusted: Function | None = None  # the kernel for other devices, if it is trusted
@@ -347,7 +361,7 @@ class CustomOpDef(torch.library.CustomOpDef):  # type: ignore[name-defined, misc
         self._formula: Function | None = None
         self._decompose: Callable[..., bool] | None = None
         self.register_kernel(device_types, function)
-        self._lib.impl(local_name, self._autograd, "Autograd")
+        self._lib.impl(local_name, self._autograd, "Autograd", with_keyset=True)
         if self._mutated:  # below Autograd, since inference mode passes over the Autograd key
             self._lib.impl(local_name, self._raise_versions, "ADInplaceOrView", with_keyset=True)
         if self._mutated and not parsed.returns:
@@ -361,9 +375,12 @@ class CustomOpDef(torch.library.CustomOpDef):  # type: ignore[name-defined, misc
         self._opoverload: OpOverload[..., Any] = getattr(packet, overload or "default")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        register_sharding_rules()  # in inference mode the Autograd key is passed over
-        if torch.compiler.is_compiling():
+        # Here, too, since in inference mode the Autograd key is passed over.
+        if is_compiling():  # Dynamo, which would otherwise follow changes of `sharding_rules`
+            register_sharding_rules()
             return self._opoverload(*args, **kwargs)
+        if sharding_rules:
+            register_sharding_rules()
         op: Any = self._opoverload
         if profiler_enabled():
             # PyTorch's dispatch in Python (2.14) records no event.
@@ -432,26 +449,42 @@ class CustomOpDef(torch.library.CustomOpDef):  # type: ignore[name-defined, misc
     def _run(self, device: str | None, /, *args: object, **kwargs: object) -> object:
         kernel = self._kernels[device]
         records = torch.is_grad_enabled()
-        if records:  # `torch.no_grad` would take a microsecond
-            set_grad_enabled(False)
+        if records:
+            _gradients_off.__exit__(None, None, None)
         try:
             result = kernel(*args, **kwargs)
         except Exception as e:
-            if any(t.is_meta for t in tensors_of(args)):  # a kernel also sees fake tensors as such
-                e.add_note(f"{self._qualname} has no fake; register one by register_fake")
+            self._add_note(e, args)
             raise
         finally:
             if records:
-                set_grad_enabled(True)
-        if device is None and self._trusted is not None:
+                _gradients_on.__exit__(None, None, None)
+        if (device is None and self._trusted is not None) or not self._returns:
             return self._checked(result)
-        results = result if isinstance(result, tuple) else (result,)
-        if any_output_is_alias_to_input_or_output(args, kwargs, results):
-            raise RuntimeError(
-                f"{self._qualname} (implemented in {getmodule(kernel)}): a result may not alias "
-                "any inputs or another result; return a clone"
-            )
+        try:
+            if self._returns_tensor and isinstance(result, Tensor) and not self._has_lists:
+                # As by `_share_memory` and `_checked`, in less time.
+                storage = result.untyped_storage()
+                for t in args:
+                    if isinstance(t, Tensor) and t.untyped_storage() is storage:
+                        raise self._alias_error(kernel)
+                return _without_view(result) if result._is_view() else result
+            shares = _share_memory(args, result)
+        except NotImplementedError:  # a sparse tensor has no storage
+            shares = _share_memory(args, result)
+        if shares:
+            raise self._alias_error(kernel)
         return self._checked(result)
+
+    def _alias_error(self, kernel: Function) -> RuntimeError:
+        return RuntimeError(
+            f"{self._qualname} (implemented in {getmodule(kernel)}): a result may not alias "
+            "any inputs or another result; return a clone"
+        )
+
+    def _add_note(self, error: Exception, args: tuple[object, ...]) -> None:
+        if any(t.is_meta for t in tensors_of(args)):  # a kernel also sees fake tensors as such
+            error.add_note(f"{self._qualname} has no fake; register one by register_fake")
 
     def _checked(self, result: Any) -> object:
         """Check that the kernel's result is what the schema says, and return it without views.
@@ -659,73 +692,86 @@ class CustomOpDef(torch.library.CustomOpDef):  # type: ignore[name-defined, misc
         """All keyword-only arguments: PyTorch leaves out arguments that equal their defaults."""
         return {one.name: one.default_value for one in self._keywords} | kwargs
 
-    def _autograd(self, *args: object, **kwargs: object) -> object:
-        if self._trusted is not None and self._is_direct(args):
-            return self._call_directly(args, kwargs)
-        register_sharding_rules()
+    def _autograd(self, keyset: torch.DispatchKeySet, /, *args: object, **kwargs: object) -> object:
+        if self._trusted is not None and self._is_direct(keyset, args):
+            return self._call_directly(keyset, args, kwargs)
+        if sharding_rules:
+            register_sharding_rules()
         if self._mutated:
             self._check_write(args)
             if not self._returns:
-                return self._below(*args, **kwargs)
-        transformed = is_transformed(args) and not self._mutated
+                return self._below(keyset, *args, **kwargs)
+        transformed = (
+            (forward_ad._current_level >= 0 or peek_interpreter_stack() is not None)
+            and not self._mutated
+            and is_transformed(args)
+        )
         if self._formula and (
             transformed or (self._decompose and self._decompose(*args, **kwargs))
         ):
             return self._formula(*args, **kwargs)
         if transformed:
-            call = Call(self, kwargs, transformed)
-            with enable_single_level_autograd_function():
-                return call.result(self._function.apply(*call.flat(args), call))
+            return self._call_transformed(keyset, args, kwargs)
         if torch.is_grad_enabled():
-            # A list with None among its tensors is no list of tensors to PyTorch.
-            leaves = flattened(args, self._are_lists)[0] if self._has_lists else args
-            if any_requires_grad(*leaves):
-                call = Call(self, kwargs, transformed)
-                return call.result(self._function.apply(*call.flat(args), call))
-        with AutoDispatchBelowAutograd():  # as `_below`, whose call would take time
-            return self._opoverload(*args, **kwargs)
+            for t in args:  # as by `_any_requires_grad`, whose call would take time
+                if t.requires_grad if isinstance(t, Tensor) else _any_requires_grad((t,)):
+                    call = Call(self, keyset, kwargs, False)
+                    return call.result(self._apply(*call.flat(args), call))
+        # As `_below`, whose call would take time.
+        below = _without_autograd.get(keyset.raw_repr()) or _below_autograd(keyset)
+        return self._opoverload.redispatch(below, *args, **kwargs)
 
-    def _call_directly(self, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+    def _call_transformed(
+        self, keyset: torch.DispatchKeySet, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> object:
+        """`_autograd` for a call that torch.func or forward mode differentiates."""
+        call = Call(self, keyset, kwargs, transformed=True)
+        if peek_interpreter_stack() is None:  # forward mode without torch.func
+            return call.result(self._apply(*call.flat(args), call))
+        call.is_once = True
+        with enable_single_level_autograd_function():
+            return call.result(self._apply_once(*call.flat(args), call))
+
+    def _call_directly(
+        self, keyset: torch.DispatchKeySet, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> object:
         """`_autograd` for a call that goes to the trusted kernel, by `_is_direct`."""
         if self._decompose is not None and self._decompose(*args, **kwargs):
             assert self._formula is not None
             return self._formula(*args, **kwargs)
-        if torch.is_grad_enabled() and any_requires_grad(*args):
-            call = Call(self, kwargs, False, is_direct=True)
-            output = self._function.apply(*call.flat(args), call)
+        if torch.is_grad_enabled() and _any_requires_grad(args):
+            call = Call(self, keyset, kwargs, False, is_direct=True)
+            output = self._apply(*call.flat(args), call)
             return output if self._returns_tensor else call.result(output)
         trusted: Any = self._trusted
         return self._checked(trusted(*args, **kwargs))
 
-    def _below(self, *args: object, **kwargs: object) -> Any:
-        with AutoDispatchBelowAutograd():
-            return self._opoverload(*args, **kwargs)
+    def _below(self, keyset: torch.DispatchKeySet, /, *args: object, **kwargs: object) -> Any:
+        """Call what the dispatcher finds below autograd, where it has called with ``keyset``."""
+        below = _without_autograd.get(keyset.raw_repr()) or _below_autograd(keyset)
+        return self._opoverload.redispatch(below, *args, **kwargs)
 
-    def _is_direct(self, args: tuple[Any, ...]) -> bool:
+    def _is_direct(self, keyset: torch.DispatchKeySet, args: tuple[Any, ...]) -> bool:
         """Whether the dispatcher would find nothing between autograd and the trusted kernel.
 
-        The tensors are to be on the current GPU, or on the CPU, and have no other dispatch keys,
-        such as those of sparse, nested, functional or negated tensors. No mode, subclass,
-        transform or other kernel of this operator may be there.
+        The tensors are to be on the current GPU, or on the CPU. No mode, subclass, transform or
+        other kernel of this operator may be there.
         """
+        # The keys of modes and transforms, of sparse, nested, functional or negated tensors, and
+        # those for which others have registered a kernel in Python or C++, except for a device.
+        if keyset.raw_repr() & _OTHER_KEYS:
+            return False
         gpu = None
         for t in args:
             kind = type(t)
             if kind is Tensor or kind is Parameter:
-                if dispatch_keys(t).raw_repr() & _OTHER_KEYS:
-                    return False
                 if t.is_cuda:
                     gpu = torch.cuda.current_device() if gpu is None else gpu
                     if t.get_device() != gpu:
                         return False
             elif kind not in _SIMPLE:
                 return False
-        return not (
-            num_dispatch_modes()
-            or peek_interpreter_stack() is not None
-            or forward_ad._current_level >= 0
-            or not self._other_kernels.isdisjoint(implementations)
-        )
+        return forward_ad._current_level < 0 and self._other_kernels.isdisjoint(implementations)
 
     def _check_write(self, args: tuple[object, ...]) -> None:
         """Refuse a call that would write to a tensor and leave its derivative as it was."""
@@ -734,7 +780,7 @@ class CustomOpDef(torch.library.CustomOpDef):  # type: ignore[name-defined, misc
                 f"{self._qualname} writes to an argument, which torch.func and forward mode cannot "
                 "differentiate; call it outside of them"
             )
-        if torch.is_grad_enabled() and any_requires_grad(*self._written(args)):
+        if torch.is_grad_enabled() and _any_requires_grad(self._written(args)):
             raise RuntimeError(
                 f"{self._qualname} has no gradient, and an argument that it writes to requires "
                 "a gradient; detach it, or call the operator under torch.no_grad()"
@@ -778,6 +824,33 @@ class _Kernels:
 
     def __iter__(self) -> Iterator[object]:
         return iter(self.kernels())
+
+
+def _below_autograd(keyset: torch.DispatchKeySet) -> torch.DispatchKeySet:
+    return _without_autograd.setdefault(keyset.raw_repr(), keyset & _BELOW_AUTOGRAD)
+
+
+def _any_requires_grad(values: Iterable[object]) -> bool:
+    for value in values:  # `any` of a generator would take longer
+        if isinstance(value, Tensor):
+            if value.requires_grad:
+                return True
+        elif type(value) in _LISTS and _any_requires_grad(value):  # type: ignore[arg-type]
+            return True
+    return False
+
+
+def _share_memory(args: Iterable[object], result: object) -> bool:
+    """Whether a result has the storage of an argument or of another result."""
+    # Sparse tensors have none.
+    known = [t.untyped_storage() for t in tensors_of(args) if t.layout is torch.strided]
+    for t in tensors_of(result if isinstance(result, tuple) else (result,)):
+        if t.layout is torch.strided:
+            storage = t.untyped_storage()
+            if any([storage is one for one in known]):  # `in` would compare the bytes
+                return True
+            known.append(storage)
+    return False
 
 
 def _without_view(t: Any) -> Any:

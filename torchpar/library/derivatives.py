@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The path of a call through autograd, torch.func and forward mode."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain, islice
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -11,11 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import BackwardCFunction
 
-from torchpar.library.private import (
-    SingleLevelFunction,
-    compiled_autograd_key,
-    set_fwd_grad_enabled,
-)
+from torchpar.library.private import SingleLevelFunction
 from torchpar.library.rules import Context
 
 if TYPE_CHECKING:
@@ -27,6 +24,7 @@ _T = TypeVar("_T")
 class Call:
     """A call on its way through `Differentiable`, as flat leaves; it keeps no argument."""
 
+    is_once = False  # whether it is for one transform of torch.func, by `DifferentiableOnce`
     are_smooth: list[bool]  # of a transformed call: whether each result has a derivative
 
     # Of a call without lists, whose result is one tensor.
@@ -37,11 +35,13 @@ class Call:
     def __init__(
         self,
         op: "CustomOpDef",
+        keyset: torch.DispatchKeySet,
         kwargs: dict[str, object],
         transformed: bool,
         is_direct: bool = False,
     ):
-        self.op, self.kwargs, self.transformed, self.is_direct = op, kwargs, transformed, is_direct
+        self.op, self.keyset, self.kwargs = op, keyset, kwargs
+        self.transformed, self.is_direct = transformed, is_direct
 
     def flat(self, args: tuple[object, ...]) -> tuple[object, ...]:
         """The leaves of all positional arguments."""
@@ -58,7 +58,8 @@ class Call:
         if self.is_direct:
             output: Any = self.op._checked(self.op._trusted(*leaves, **self.kwargs))  # type: ignore[misc]
         else:
-            output = self.op._below(*nested(leaves, self.sizes), **self.kwargs)
+            args = leaves if self.sizes is None else nested(leaves, self.sizes)
+            output = self.op._below(self.keyset, *args, **self.kwargs)
         if isinstance(output, Tensor):
             return output
         self.is_tuple = isinstance(output, tuple)
@@ -198,12 +199,17 @@ class _FunctionContext(Context, Protocol):
     def save_for_forward(self, *tensors: Tensor | None) -> None: ...
 
 
-# `torch.autograd.Function` would call the transforms again, from which this call comes.
-class Differentiable(SingleLevelFunction):
-    """An operator with its derivatives, also under transforms."""
+@contextmanager
+def _forward_mode() -> Iterator[None]:
+    """Turn forward mode on where PyTorch has turned it off; gradients stay as they are."""
+    records = torch.is_grad_enabled()
+    # To turn inference mode off turns gradients and forward mode on.
+    with torch.inference_mode(False), torch.set_grad_enabled(records):
+        yield
 
-    # Compiled autograd asks for it, and `_SingleLevelFunction` has none.
-    _compiled_autograd_key = staticmethod(compiled_autograd_key)
+
+class _Rules:
+    """The methods of `torch.autograd.Function` for an operator with its derivatives."""
 
     @staticmethod
     def forward(ctx: "_FunctionContext", *args: Any) -> Any:
@@ -221,8 +227,10 @@ class Differentiable(SingleLevelFunction):
             output = call.compute(leaves)
             call.set_up(ctx, leaves, output)
             return output
-        # Transforms below this one may differentiate, too.
-        with torch.enable_grad(), set_fwd_grad_enabled(True):
+        if call.is_once:  # transforms below this one may differentiate, too
+            with torch.enable_grad(), _forward_mode():
+                output = call.compute(leaves)
+        else:
             output = call.compute(leaves)
         call.set_up(ctx, leaves, output)
         ctx.save_for_forward(*(ctx.to_save or ()))
@@ -250,10 +258,21 @@ class Differentiable(SingleLevelFunction):
         needs = nested([t is not None for t in tangents], call.sizes)[: call.given]
         context = SimpleNamespace(**vars(ctx), saved_tensors=saved, needs_input_grad=needs)
         # PyTorch turns forward mode off here. The tangents of the transforms below would be 0.
-        with set_fwd_grad_enabled(True):
+        with _forward_mode():
             if call.op._jvp:
                 return call.op._jvp(context, *nested(tangents, call.sizes))
             return _transposed_backward(context, tangents)
+
+
+class Differentiable(_Rules, torch.autograd.Function):  # type: ignore[misc]
+    """An operator with its derivatives."""
+
+
+class DifferentiableOnce(_Rules, SingleLevelFunction):  # type: ignore[misc]
+    """An operator with its derivatives for the transform that calls it.
+
+    `torch.autograd.Function` would call the transforms again.
+    """
 
 
 def _transposed_backward(

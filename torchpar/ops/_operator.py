@@ -13,7 +13,7 @@ from torch import Tensor
 from torchpar.kernels import Wrap
 from torchpar.library import CustomOpDef, triton_op
 from torchpar.library.definition import Function
-from torchpar.library.private import dispatch_modes, num_dispatch_modes
+from torchpar.library.private import dispatch_modes
 from torchpar.library.rules import Context
 
 NAMESPACE = "torchpar"
@@ -99,9 +99,8 @@ def is_intercepted() -> bool:
 
     The mode of an emulator does not count: its emulator executes the launches.
     """
-    return num_dispatch_modes() > 0 and not all(
-        getattr(mode, "sees_launches", False) for mode in dispatch_modes()
-    )
+    modes = dispatch_modes()
+    return bool(modes) and not all([getattr(mode, "sees_launches", False) for mode in modes])
 
 
 def save_operands(ctx: Context, inputs: tuple[Tensor, ...], output: Tensor) -> None:
