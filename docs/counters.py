@@ -16,7 +16,7 @@ from torchpar.kernels import linear_sigmoid, matmul_t
 from torchpar.kernels.data_sheets import DATA_SHEETS
 from torchpar.kernels.rule import KINDS, Tiles, count_tiles
 from torchpar.ptx.machine.counts import SECTOR
-from torchpar.ptx.report.launch import Launch
+from torchpar.ptx.report.launch_record import Launch
 from torchpar.ptx.report.roofline import bound
 
 TRITON = "3.8."  # which compiles the kernels; another one may need other registers

@@ -20,7 +20,7 @@ from . import Wrap
 from .device import device_index
 
 
-class Kernel(Protocol):
+class TritonKernel(Protocol):
     """A jitted Triton kernel: ``kernel[grid](*arguments, **options)`` launches it."""
 
     arg_names: Sequence[str]
@@ -48,7 +48,7 @@ class Plan:
 
     def __init__(
         self,
-        kernel: Kernel,
+        kernel: TritonKernel,
         programs: int | torch.SymInt,
         arguments: tuple[int, ...],
         constants: Mapping[str, Any],

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import Wrap
 from .device import device_index
-from .launch import Kernel, Plan, again, again_pair, cached_plan, layout, remember
+from .launch import Plan, TritonKernel, again, again_pair, cached_plan, layout, remember
 from .row_sums import (
     add_partial_sums_kernel,
     divide_columns,
@@ -489,8 +489,8 @@ def _plan_sum(
 
 
 def _plan(
-    flat: Kernel,
-    strided: Kernel,
+    flat: TritonKernel,
+    strided: TritonKernel,
     operands: dict[str, Tensor],
     out: Tensor,
     writes: dict[str, bool],

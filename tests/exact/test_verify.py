@@ -119,4 +119,4 @@ def test_variables_of_another_launcher_do_not_matter():
         patch.object(signal, "signal"),
         patch.object(verify, "trained", lambda world, plan: (world.rank, world.world_size)),
     ):
-        assert verify._on_rank(0, plan) == (0, 1)
+        assert verify._trained_on_rank(0, plan) == (0, 1)

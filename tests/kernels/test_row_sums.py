@@ -22,7 +22,7 @@ import triton
 
 from torchpar.kernels import row_sums
 from torchpar.ptx import emulate
-from torchpar.ptx.report.launch import Launch
+from torchpar.ptx.report.launch_record import Launch
 
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 

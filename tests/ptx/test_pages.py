@@ -15,7 +15,7 @@ from torchpar.kernels import matmul_t
 from torchpar.kernels.rule import Tiles
 from torchpar.ptx import command, emulate
 from torchpar.ptx.machine.counts import SECTOR
-from torchpar.ptx.report.launch import Launch
+from torchpar.ptx.report.launch_record import Launch
 
 COUNTERS = runpy.run_path(str(ROOT / "docs" / "counters.py"))
 SECTION = re.compile(

@@ -18,7 +18,7 @@ from torchpar.ptx.machine.parse import parse
 from torchpar.ptx.report import page, source
 from torchpar.ptx.report.data import COUNTED
 from torchpar.ptx.report.faults import HostFault
-from torchpar.ptx.report.launch import CapturedGraph, counted
+from torchpar.ptx.report.launch_record import CapturedGraph, counted
 from torchpar.ptx.report.time import work_of
 from torchpar.ptx.triton import driver
 

@@ -22,7 +22,7 @@ from torchpar.ptx.machine import sample
 from torchpar.ptx.machine.allocation import Allocation
 from torchpar.ptx.machine.counts import SECTOR, Counts
 from torchpar.ptx.machine.parse import parse
-from torchpar.ptx.report.launch import Launch
+from torchpar.ptx.report.launch_record import Launch
 from torchpar.ptx.triton.emulator import Emulator
 
 

@@ -13,10 +13,10 @@ from fake_data import fashion_mnist
 
 from torchpar.data import Samples, batches
 from torchpar.parallel.split.shared_memory import TRACED_AS
-from torchpar.training.profile.memory import Memory
 from torchpar.training.profile.phases import Phases, phase
 from torchpar.training.profile.record import Call, RankRecord, Span, Step, timeline
 from torchpar.training.profile.recorder import Recorder
+from torchpar.training.profile.step_memory import Memory
 
 PRODUCT = r"aten::(add)?mm|mkldnn::_linear_pointwise"
 

@@ -26,6 +26,7 @@ from torchpar.exact import products as products  # which register rules
 from torchpar.exact import random as random
 from torchpar.exact import reductions as reductions
 from torchpar.exact.attention import scaled_dot_product_attention
+from torchpar.exact.loader_workers import workers_enter
 from torchpar.exact.native import Metadata, check_native, like_native
 from torchpar.exact.reductions import group_norm
 from torchpar.exact.registry import (
@@ -39,7 +40,6 @@ from torchpar.exact.registry import (
 )
 from torchpar.exact.watch import Watch, marks
 from torchpar.exact.within import within
-from torchpar.exact.workers import workers_enter
 
 _FUNCTIONS: dict[object, Callable[..., Tensor]] = {
     F.scaled_dot_product_attention: scaled_dot_product_attention,
@@ -161,7 +161,7 @@ class _Operators(TorchDispatchMode):
             if own_rule is not None:
                 # Rules do not call attention, and their calls are many.
                 with torch._C.DisableTorchFunction():
-                    return _call(own_rule, func, args, kwargs, native)
+                    return _call_rule(own_rule, func, args, kwargs, native)
         if not foreign and kind == known:
             with self:  # without autograd, composite operators arrive here undecomposed
                 result = _composition(func)(*args, **kwargs)
@@ -263,7 +263,7 @@ def _composition(func: Operator) -> Callable[..., object]:
     return composition
 
 
-def _call(
+def _call_rule(
     own_rule: Rule,
     func: Operator,
     args: Sequence[Any],

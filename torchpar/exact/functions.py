@@ -204,13 +204,13 @@ def erfinv64(x: Tensor) -> Tensor:
     """
     q = x * 0.5
     r = sqrt64(-log64((0.5 - q.abs()).clamp(min=2.0**-60)))
-    tail = torch.where(r > 5, _quotient(r - 5, _FAR), _quotient(r - 1.6, _TAIL))
-    y = torch.where(q.abs() <= 0.425, q * _quotient(0.180625 - q * q, _CENTRE), x.sign() * tail)
+    tail = torch.where(r > 5, _rational(r - 5, _FAR), _rational(r - 1.6, _TAIL))
+    y = torch.where(q.abs() <= 0.425, q * _rational(0.180625 - q * q, _CENTRE), x.sign() * tail)
     y = torch.where(x.abs() == 1, x * math.inf, y * math.sqrt(0.5))
     return torch.where(x.abs() > 1, math.nan, y)
 
 
-def _quotient(x: Tensor, coefficients: tuple[list[float], list[float]]) -> Tensor:
+def _rational(x: Tensor, coefficients: tuple[list[float], list[float]]) -> Tensor:
     numerator, denominator = coefficients
     return _polynomial(x, numerator) / _polynomial(x, denominator)
 

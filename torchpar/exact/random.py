@@ -29,14 +29,14 @@ def philox(counters: Tensor, key: tuple[int, int]) -> Tensor:
     c0, c1, c2, c3 = counters & _WORD, counters >> 32, zero, zero
     k0, k1 = key
     for _ in range(_ROUNDS):
-        high0, low0 = _product(c0, _MULTIPLIERS[0])
-        high1, low1 = _product(c2, _MULTIPLIERS[1])
+        high0, low0 = _wide_product(c0, _MULTIPLIERS[0])
+        high1, low1 = _wide_product(c2, _MULTIPLIERS[1])
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
         k0, k1 = (k0 + _WEYL[0]) & _WORD, (k1 + _WEYL[1]) & _WORD
     return torch.stack([c0, c1, c2, c3])
 
 
-def _product(x: Tensor, m: int) -> tuple[Tensor, Tensor]:
+def _wide_product(x: Tensor, m: int) -> tuple[Tensor, Tensor]:
     """The upper and the lower 32 bits of ``x·m``, for words x and m: x·m would overflow int64."""
     low, high = x * (m & 0xFFFF), x * (m >> 16)
     middle = low + ((high & 0xFFFF) << 16)

@@ -25,7 +25,7 @@ from torchpar.parallel.split.parts import mark_slice, slice_along
 from torchpar.parallel.split.reduction import all_reduce
 
 
-def _product(a: Tensor, b: Tensor, mesh: DeviceMesh | None) -> Tensor:
+def _sharded_product(a: Tensor, b: Tensor, mesh: DeviceMesh | None) -> Tensor:
     """``a @ b.T``, whose terms are divided over the ranks of ``mesh``."""
     if mesh is None or mesh.size() == 1:
         return exact_matmul(a, b)
@@ -42,14 +42,18 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.inputs = inputs
-        return _product(rows(x), weight, outputs).view(*x.shape[:-1], len(weight))
+        return _sharded_product(rows(x), weight, outputs).view(*x.shape[:-1], len(weight))
 
     @staticmethod
     @ordinary()
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
         x, weight = ctx.saved_tensors
         dz = rows(g)
-        dx = _product(dz, weight.T, ctx.inputs).view(x.shape) if ctx.needs_input_grad[0] else None
+        dx = (
+            _sharded_product(dz, weight.T, ctx.inputs).view(x.shape)
+            if ctx.needs_input_grad[0]
+            else None
+        )
         return dx, exact_matmul(dz.T, rows(x).T), None, None
 
 

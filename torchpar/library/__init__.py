@@ -13,7 +13,7 @@ has derivatives under torch.func and in forward mode (pytorch#168393, #170834, #
 sharding rules that wait for DTensor. docs/citizen.md shows each rule.
 
 `definition` has operators and their rules, `rules` the types of the rules, `derivatives` the path
-of a call through autograd and the transforms, `sharding` DTensor's rules, `triton_kernels` the
+of a call through autograd and the transforms, `sharding` DTensor's rules, `kernel_search` the
 search for an operator's kernels. `private` imports all private names of PyTorch that operators
 need, and says for each name which public way does not do.
 """

@@ -18,6 +18,7 @@ from torch.compiler import is_compiling
 from torch.nn import Parameter
 
 from torchpar.library.derivatives import Call, Differentiable, DifferentiableOnce
+from torchpar.library.kernel_search import TritonKernels
 from torchpar.library.private import (
     FunctionalTensorMode,
     enable_single_level_autograd_function,
@@ -31,7 +32,6 @@ from torchpar.library.private import (
 from torchpar.library.rules import Gradient, VmapInfo
 from torchpar.library.sharding import is_dtensor, register_sharding_rules, sharding_rules
 from torchpar.library.transforms import is_transformed, tensors_of
-from torchpar.library.triton_kernels import TritonKernels
 
 if TYPE_CHECKING:
     from torch._ops import OpOverload
@@ -346,11 +346,12 @@ class CustomOpDef(torch.library.CustomOpDef):  # type: ignore[name-defined, misc
             self._opoverload._enable_pyobj_dispatch(True)
         # Errors and `grad_fn` show this name, which is made as PyTorch makes it.
         generated = f"GeneratedBackwardFor_{namespace}_{base}_{overload or 'default'}"
-        self._apply_once: Any = new_class(generated, (DifferentiableOnce,)).apply
+        once: Any = new_class(generated, (DifferentiableOnce,))
+        self._apply_once = once.apply
         # Up to torch 2.13 the method of `torch.autograd.Function` is written in Python, and takes
         # 3 µs longer than its base's.
-        differentiable = new_class(generated, (Differentiable,))
-        self._apply: Any = super(torch.autograd.Function, differentiable).apply
+        differentiable: Any = new_class(generated, (Differentiable,))
+        self._apply: Any = super(torch.autograd.Function, differentiable).apply  # type: ignore[misc]
         self._mutated = any(writes)
         self._kernels: dict[str | None, Function] = {}  # by device; None for other devices
         self._trusted: Function | None = None  # the kernel for other devices, if it is trusted

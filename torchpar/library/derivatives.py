@@ -264,11 +264,11 @@ class _Rules:
             return _transposed_backward(context, tangents)
 
 
-class Differentiable(_Rules, torch.autograd.Function):  # type: ignore[misc]
+class Differentiable(_Rules, torch.autograd.Function):
     """An operator with its derivatives."""
 
 
-class DifferentiableOnce(_Rules, SingleLevelFunction):  # type: ignore[misc]
+class DifferentiableOnce(_Rules, SingleLevelFunction):
     """An operator with its derivatives for the transform that calls it.
 
     `torch.autograd.Function` would call the transforms again.

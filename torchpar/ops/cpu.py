@@ -83,7 +83,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not chains:
         return F.linear(x, weight, bias)
     bias = None if bias is None else bias.contiguous()  # oneDNN reads it as if it were contiguous
-    y = _product(rows(x), weight, chains, bias)
+    y = _blocked_product(rows(x), weight, chains, bias)
     if x.dim() == 2:
         return y
     # No view: autograd refuses to change a view that a Function returns.
@@ -95,7 +95,7 @@ def mm(a: Tensor, b: Tensor, most: int = CHAIN) -> Tensor:
     chains = (
         _chains(b.mT, a, most) if not torch.is_grad_enabled() and _is_for_onednn(b.mT, a) else 0
     )
-    return _product(a, b.mT, chains) if chains else a.mm(b)
+    return _blocked_product(a, b.mT, chains) if chains else a.mm(b)
 
 
 def _is_for_onednn(b: Tensor, a: Tensor, bias: Tensor | None = None) -> bool:
@@ -125,7 +125,7 @@ def _chains(b: Tensor, a: Tensor, most: int = CHAIN) -> int:
     return chains if is_large else 0
 
 
-def _product(a: Tensor, b: Tensor, chains: int, bias: Tensor | None = None) -> Tensor:
+def _blocked_product(a: Tensor, b: Tensor, chains: int, bias: Tensor | None = None) -> Tensor:
     """``a @ b.T + bias``."""
     terms = cut(a, b, chains)
     if chains == 1 or len(a) <= _BLOCK:
@@ -237,7 +237,7 @@ def mirror_(h: Tensor) -> Tensor:
     """Copy the lower triangle of ``h (*, n, n)`` to the upper one; return ``h``."""
     n = h.shape[-1]
     if type(h) is not Tensor or n < _STRIPED_FROM or not h.is_cpu or h.stride(-1) != 1:
-        return _mirror(h)  # also in compilers, for which stripes would fix n
+        return _mirror_lower(h)  # also in compilers, for which stripes would fix n
     # Rows lie an odd number of cache lines apart: with a large power of two between rows, the
     # elements of a column share one cache set, and a transposed copy takes up to four times as
     # long.
@@ -247,13 +247,13 @@ def mirror_(h: Tensor) -> Tensor:
         one = h[index]
         for lo in range(0, n, _STRIPE):
             stripe = slice(lo, lo + _STRIPE)
-            _mirror(one[stripe, stripe])
+            _mirror_lower(one[stripe, stripe])
             before = space[: n - lo, :lo].copy_(one[stripe, :lo])
             one[:lo, stripe] = before.T
     return h
 
 
-def _mirror(h: Tensor) -> Tensor:
+def _mirror_lower(h: Tensor) -> Tensor:
     upper = h.mT.triu(1)
     return h.tril_().add_(upper)
 

@@ -65,7 +65,7 @@ def exact_matmul_t(x: Tensor) -> Tensor:
     return exact_matmul(x, x)
 
 
-def _check(a: Tensor, b: Tensor) -> None:
+def _check_operands(a: Tensor, b: Tensor) -> None:
     for name, t, shape in (("a", a, "(*, m, k)"), ("b", b, "(*, n, k)")):
         if t.dtype != torch.float32:
             raise RuntimeError(
@@ -95,7 +95,7 @@ def _kernels() -> ModuleType:
     opaque=lambda a, b: not a.is_cuda,
 )
 def _op(a: Tensor, b: Tensor, *, wrap: Wrap) -> Tensor:
-    _check(a, b)
+    _check_operands(a, b)
     e = exact_digits.row_exponents(a)
     f = e if b is a else exact_digits.row_exponents(b)
     return exact_digits.product_of_exponents(a, b, e, f, wrap)
@@ -103,7 +103,7 @@ def _op(a: Tensor, b: Tensor, *, wrap: Wrap) -> Tensor:
 
 @_op.register_fake
 def _exact_matmul_fake(a: Tensor, b: Tensor) -> Tensor:
-    _check(a, b)
+    _check_operands(a, b)
     return a.new_empty(*a.shape[:-1], b.shape[-2])
 
 
@@ -127,7 +127,7 @@ _op.register_autograd(_backward, setup_context=save_operands, jvp=_jvp)
 def _exact_matmul_vmap(
     info: VmapInfo, in_dims: tuple[int | None, int | None], a: Tensor, b: Tensor
 ) -> tuple[Tensor, int]:
-    _check(sample(a, in_dims[0]), sample(b, in_dims[1]))
+    _check_operands(sample(a, in_dims[0]), sample(b, in_dims[1]))
     first = batch_first(a, in_dims[0], info.batch_size)
     is_same = b is a and in_dims[0] == in_dims[1]  # other slices of one tensor are other matrices
     return exact_matmul(first, first if is_same else batch_first(b, in_dims[1], info.batch_size)), 0

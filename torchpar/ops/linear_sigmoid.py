@@ -68,7 +68,7 @@ def linear_sigmoid(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     return _op_of_precision(x, weight, bias, precision=precision)  # type: ignore[no-any-return]
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def _check_operands(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     check_dtype("linear_sigmoid", "x", x)
     if x.dim() < 1:
         raise RuntimeError("torchpar::linear_sigmoid: x has shape (), expected (*, in_features)")
@@ -104,7 +104,7 @@ def _is_slow(t: Tensor) -> bool:
 def _formula(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, precision: str | None = None
 ) -> Tensor:
-    _check(x, weight, bias)
+    _check_operands(x, weight, bias)
     if needs_fp32_kernel(x, precision):
         z = product(rows(x) if x.dim() == 1 else x, weight, precision=precision)
         z = z.view(weight.shape[:1]) if x.dim() == 1 else z
@@ -132,7 +132,7 @@ def _compute(
     wrap: Wrap,
 ) -> Tensor:
     if not runs_kernels(x):
-        _check(x, weight, bias)
+        _check_operands(x, weight, bias)
         if not _is_slow(x):
             return linear_forward(x, weight, bias).sigmoid_()
         bias = None if bias is None else bias.float()
@@ -145,7 +145,7 @@ def _compute(
         out = kernel.linear_sigmoid_again(x, weight, bias, precision, only_if_faster)
         if out is not None:
             return out
-    _check(x, weight, bias)
+    _check_operands(x, weight, bias)
     out = None
     if x.shape[-1] != 0:  # the kernel expects a column
         operands = rows(x), weight, bias, precision, wrap
@@ -165,7 +165,7 @@ _sigmoid_gradient = torch.ops.aten.sigmoid_backward.default
 def _linear_sigmoid_fake(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, **_: object
 ) -> Tensor:
-    _check(x, weight, bias)
+    _check_operands(x, weight, bias)
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
@@ -221,7 +221,7 @@ def _linear_sigmoid_vmap(
     **precision: Any,
 ) -> tuple[Tensor, int]:
     x_dim, weight_dim, bias_dim = (*in_dims, None)[:3]
-    _check(
+    _check_operands(
         sample(x, x_dim),
         sample(weight, weight_dim),
         None if bias is None else sample(bias, bias_dim),

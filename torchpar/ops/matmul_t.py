@@ -64,14 +64,14 @@ def matmul_t(x: Tensor) -> Tensor:
     return _op_of_precision(x, precision=precision)  # type: ignore[no-any-return]
 
 
-def _check(x: Tensor) -> None:
+def _check_operands(x: Tensor) -> None:
     check_dtype("matmul_t", "x", x)
     if x.dim() < 2:
         raise RuntimeError(f"torchpar::matmul_t: x has shape {tuple(x.shape)}, expected (*, n, k)")
 
 
 def _formula(x: Tensor, *, precision: str | None = None) -> Tensor:
-    _check(x)
+    _check_operands(x)
     return product(x, _gathered(x) if _is_split_by_rows(x) else x, precision=precision)
 
 
@@ -99,7 +99,7 @@ def _kernels() -> ModuleType:
 
 def _compute(x: Tensor, *, precision: str | None = None, wrap: Wrap) -> Tensor:
     if not runs_kernels(x):
-        _check(x)
+        _check_operands(x)
         return cpu.symmetric_matmul(x, x)
     from torchpar.kernels import matmul_t as kernel
 
@@ -109,7 +109,7 @@ def _compute(x: Tensor, *, precision: str | None = None, wrap: Wrap) -> Tensor:
         out = kernel.matmul_t_again(x, precision, only_if_faster)
         if out is not None:
             return out
-    _check(x)
+    _check_operands(x)
     out = None
     if x.shape[-1] != 0:  # the kernel expects a column
         tma = supports_tma(wrap)
@@ -125,7 +125,7 @@ _op, _op_of_precision = overloads(
 
 
 def _matmul_t_fake(x: Tensor, **_: object) -> Tensor:
-    _check(x)
+    _check_operands(x)
     return x.new_empty(*x.shape[:-1], x.shape[-2])
 
 
@@ -153,7 +153,7 @@ def _backward(ctx: _Context, g: Tensor) -> Tensor:
 def _matmul_t_vmap(
     info: VmapInfo, in_dims: tuple[int], x: Tensor, **precision: str | None
 ) -> tuple[Tensor, int]:
-    _check(sample(x, in_dims[0]))
+    _check_operands(sample(x, in_dims[0]))
     op = _op_of_precision if precision else _op
     return op(x.movedim(in_dims[0], 0), **precision), 0
 

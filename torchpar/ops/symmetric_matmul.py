@@ -74,7 +74,7 @@ def symmetric_matmul(
             a ``c`` that is not symmetric; with ``out``, an argument that requires a gradient.
     """
     if check and not (torch.compiler.is_compiling() or is_transformed((a, b, c))):
-        _check(a, b, c, beta, out)
+        _check_operands(a, b, c, beta, out)
         # Unsharded, since a DTensor's shards need not be symmetric.
         _check_symmetry(
             _unsharded(a), _unsharded(b), _unsharded(c) if c is not None and beta else None
@@ -88,7 +88,7 @@ def symmetric_matmul(
         return _op(a, b)  # type: ignore[no-any-return]
     if out is None:
         return _op(a, b, c, alpha=alpha, beta=beta)  # type: ignore[no-any-return]
-    _check(a, b, c, beta, out)
+    _check_operands(a, b, c, beta, out)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (out, a, b, c)):
         raise RuntimeError(
             "symmetric_matmul(): functions with out=... arguments don't support automatic "
@@ -106,7 +106,7 @@ def symmetric_matmul(
     return out
 
 
-def _check(
+def _check_operands(
     a: Tensor, b: Tensor, c: Tensor | None, beta: float | None, out: Tensor | None = None
 ) -> None:
     check_dtype("symmetric_matmul", "a", a)
@@ -171,7 +171,7 @@ def _formula(
     beta: float | None = None,
     precision: str | None = None,
 ) -> Tensor:
-    _check(a, b, c, beta)
+    _check_operands(a, b, c, beta)
     return product(a, b, c, alpha, beta or 0.0, precision=precision)
 
 
@@ -192,7 +192,7 @@ def _compute(
     wrap: Wrap,
 ) -> Tensor:
     if not runs_kernels(a):
-        _check(a, b, c, beta)
+        _check_operands(a, b, c, beta)
         return cpu.symmetric_matmul(a, b, c, alpha, beta or 0.0)
     from torchpar.kernels import matmul_t as kernel
 
@@ -203,7 +203,7 @@ def _compute(
         out = kernel.symmetric_matmul_again(a, b, c, precision, *factors, only_if_faster)
         if out is not None:
             return out
-    _check(a, b, c, beta)
+    _check_operands(a, b, c, beta)
     beta = beta or 0.0
     out = None
     if alpha != 0 and a.shape[-1] != 0:  # the kernel would compute 0·NaN, and expects a column
@@ -224,7 +224,7 @@ _op, _op_of_precision = overloads(
 def _symmetric_matmul_fake(
     a: Tensor, b: Tensor, c: Tensor | None = None, *, beta: float | None = None, **_: object
 ) -> Tensor:
-    _check(a, b, c, beta)
+    _check_operands(a, b, c, beta)
     return a.new_empty(*a.shape[:-1], a.shape[-2])
 
 
@@ -260,7 +260,7 @@ def _symmetric_matmul_vmap(
 ) -> tuple[Tensor, int]:
     operands = list(zip((a, b, c), (*in_dims, None)[:3], strict=True))
     a1, b1, c1 = (t if t is None else sample(t, dim) for t, dim in operands)
-    _check(a1, b1, c1, keywords.get("beta"))  # type: ignore[arg-type]
+    _check_operands(a1, b1, c1, keywords.get("beta"))  # type: ignore[arg-type]
     batched = [t if t is None else batch_first(t, dim, info.batch_size) for t, dim in operands]
     op = _op_of_precision if "precision" in keywords else _op
     return op(*batched, **keywords), 0
@@ -305,7 +305,7 @@ def _addmm_op(
     precision: str | None = None,
     wrap: Wrap,
 ) -> None:
-    _check(a, b, None, None, h)
+    _check_operands(a, b, None, None, h)
     if (
         any(t.untyped_storage().data_ptr() == h.untyped_storage().data_ptr() for t in (a, b))
         and h.numel()
@@ -351,7 +351,7 @@ def _addmm_by_kernel(
 
 @_addmm_op.register_fake
 def _symmetric_addmm_fake(h: Tensor, a: Tensor, b: Tensor, **_: object) -> None:
-    _check(a, b, None, None, h)
+    _check_operands(a, b, None, None, h)
 
 
 _addmm_op.register_autocast(cast=False)

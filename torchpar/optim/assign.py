@@ -240,7 +240,7 @@ def _uses_of(model: nn.Module) -> dict[Tensor, list[_Use]]:
     return uses
 
 
-def _at(pattern: str) -> Callable[[_Use], bool]:
+def _at_place(pattern: str) -> Callable[[_Use], bool]:
     """A rule: the layer multiplies by the parameter, and its place fits ``pattern``.
 
     `fully_shard` prefixes the names of the classes in the place.
@@ -279,24 +279,24 @@ _RULES: list[
     (lambda use: use.groups and use.role == "weight", "convolution", 1),
     (lambda use: use.is_stack and use.role != "gate_up_proj", "experts", 1),
     (lambda use: use.is_stack and use.layer.is_concatenated, "gate and up of experts", 2),
-    (_at("*.lora_[AB].*"), "LoRA factor", 1),
-    (_at("*Router.*"), "router of experts", 1),
+    (_at_place("*.lora_[AB].*"), "LoRA factor", 1),
+    (_at_place("*Router.*"), "router of experts", 1),
     (
-        _at("*.weight_[ih]h*"),
+        _at_place("*.weight_[ih]h*"),
         "gates",
         lambda use, n, _: [use.layer.hidden_size] * (n // use.layer.hidden_size),
     ),
-    (_at("*.in_proj_weight"), "query, key and value", 3),
-    (_at("*Phi*Attention.*.qkv_proj.weight"), "query, key and value", _query_key_value),
-    (_at("*.qkv.weight"), "query, key and value", _query_key_value),
-    (_at("*.Wqkv.weight"), "query, key and value", _query_key_value),
+    (_at_place("*.in_proj_weight"), "query, key and value", 3),
+    (_at_place("*Phi*Attention.*.qkv_proj.weight"), "query, key and value", _query_key_value),
+    (_at_place("*.qkv.weight"), "query, key and value", _query_key_value),
+    (_at_place("*.Wqkv.weight"), "query, key and value", _query_key_value),
     # In GPT-2 and nanoGPT; in cross-attention only key and value.
-    (_at("*.c_attn.weight"), "query, key and value", lambda _, n, m: [m] * (n // m)),
-    (_at("*.gate_up_proj.weight"), "gate and up", 2),
+    (_at_place("*.c_attn.weight"), "query, key and value", lambda _, n, m: [m] * (n // m)),
+    (_at_place("*.gate_up_proj.weight"), "gate and up", 2),
     # Two linear functions of x, as gate and up.
-    (_at("*LinearMaxout.*.weight"), "both pieces of maxout", 2),
-    (_at("*ModernBertMLP.*.Wi.weight"), "input and gate", 2),
-    (_at("*MambaMixer.*.in_proj.weight"), "hidden states and gate", 2),
+    (_at_place("*LinearMaxout.*.weight"), "both pieces of maxout", 2),
+    (_at_place("*ModernBertMLP.*.Wi.weight"), "input and gate", 2),
+    (_at_place("*MambaMixer.*.in_proj.weight"), "hidden states and gate", 2),
     (_Use.multiplies, "hidden matrix", 1),
 ]
 
@@ -355,7 +355,7 @@ def _heads(model: nn.Module) -> dict[str, str]:
     parts = linear[-1].split(".")
     for depth in range(1, len(parts)):
         parent, block = (model.get_submodule(".".join(parts[:end])) for end in (depth - 1, depth))
-        if sum(_kinds(child) == _kinds(block) for child in parent.children()) > 1:
+        if sum(_module_classes(child) == _module_classes(block) for child in parent.children()) > 1:
             return {}
     heads = {linear[-1]: "the last linear layer"}
     word = parts[-1].rpartition("_")[2]
@@ -366,5 +366,5 @@ def _heads(model: nn.Module) -> dict[str, str]:
     return heads
 
 
-def _kinds(module: nn.Module) -> list[tuple[str, type]]:
+def _module_classes(module: nn.Module) -> list[tuple[str, type]]:
     return [(name, type(child)) for name, child in module.named_modules()]

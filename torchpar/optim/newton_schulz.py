@@ -45,8 +45,8 @@ from torch import Tensor
 
 from torchpar.ops.matrix import runs_kernels
 from torchpar.ops.processor import has_bfloat16
+from torchpar.optim.buffered_products import Products
 from torchpar.optim.elementwise import normalized, on_device_of
-from torchpar.optim.products import Products
 
 NewtonSchulz = Literal["auto", "standard", "gram"]
 Triple = tuple[float, float, float]

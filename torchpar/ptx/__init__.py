@@ -42,7 +42,7 @@ from torchpar.errors import needs_torch
 if find_spec("torch"):
     from torchpar.ptx.machine.counters import Access, Counters, Line
     from torchpar.ptx.report.faults import Fault
-    from torchpar.ptx.report.launch import Launch
+    from torchpar.ptx.report.launch_record import Launch
     from torchpar.ptx.report.limits import Limits
     from torchpar.ptx.report.report import Report
     from torchpar.ptx.triton.emulate import emulate

@@ -111,7 +111,7 @@ def work_of_tiles(
         instructions=0,
         loaded=loads * lines * all_steps,
         stored=stored * count,
-        shared=_operands(kind, tiles, has_wgmma) * item * all_steps,
+        shared=_numbers_read(kind, tiles, has_wgmma) * item * all_steps,
         memory=read + written,
         has_descriptors=tiles.by_tma,
         late_rounds=_late(product, kind, tiles),
@@ -119,7 +119,7 @@ def work_of_tiles(
     )
 
 
-def _operands(kind: str, tiles: Tiles, has_wgmma: bool) -> float:
+def _numbers_read(kind: str, tiles: Tiles, has_wgmma: bool) -> float:
     """Return how many numbers of shared memory the products of a step read."""
     if has_wgmma:  # each 64 rows read all columns
         return tiles.block_k * (tiles.block_m + tiles.block_m // 64 * tiles.block_n)

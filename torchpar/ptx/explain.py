@@ -184,7 +184,7 @@ def _choice(operator: str, sizes: tuple[int, int, int, int], kind: str, gpu: str
         product,
         KINDS[kind].precision,
         sizes,
-        _operands(product, sizes, kind),
+        _meta_operands(product, sizes, kind),
         with_c=with_c,
         present=Device(gpu, sheet.capability, sheet.multiprocessors),
     )
@@ -207,7 +207,7 @@ def _contestant(name: str, predicted: float, timed: dict[str, float]) -> Contest
     return Contestant(name, timed.get(name, predicted), name in timed)
 
 
-def _operands(product: Product, sizes: tuple[int, int, int, int], kind: str) -> list[Tensor]:
+def _meta_operands(product: Product, sizes: tuple[int, int, int, int], kind: str) -> list[Tensor]:
     m, n, k, batch = sizes
     rows = [m] if product.is_symmetric else [m, n]
     dtype = KINDS[kind].dtype

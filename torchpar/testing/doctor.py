@@ -111,7 +111,7 @@ def versions() -> Iterator[Finding]:
                 name, "missing; the operators have no GPU kernels", state, f"pip install {name}"
             )
             continue
-        if _numbers(oldest) <= _numbers(text) <= _numbers(newest):
+        if _major_and_minor(oldest) <= _major_and_minor(text) <= _major_and_minor(newest):
             yield Finding(name, text)
         else:
             remedy = f"if something fails, take a version from {oldest} to {newest}"
@@ -219,6 +219,6 @@ def operators() -> Iterator[Finding]:
                 yield Finding(f"{name}, {device}", first_line(e), "problem", REPORT)
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def _major_and_minor(text: str) -> tuple[int, ...]:
     """Major and minor version."""
     return tuple(int(part) for part in text.split(".")[:2])

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchpar.errors import ConfigError
 from torchpar.testing.operators.attempts import OutcomeException, outcome_of
 from torchpar.testing.operators.compare import close, same_bits
-from torchpar.testing.operators.emulated import (
+from torchpar.testing.operators.kernel_rules import (
     EMPTY_GRID,
     FAULT_ROWS,
     OTHERS,
@@ -101,7 +101,7 @@ def check_kernel(
         raise ConfigError(
             f"equals is an object of type {given_type}, expected a kernel or a function"
         )
-    names = list(signature(_function(kernel)).parameters)
+    names = list(signature(_python_function(kernel)).parameters)
     launched = _copies(arguments)
     given = dict(zip(names, launched, strict=False))
     if reference is not None:
@@ -116,7 +116,9 @@ def check_kernel(
     rows = []
     if reference is not None:
         rows.append(
-            RuleResult("values", *outcome_of(partial(_compare, written, before, right, exact)))
+            RuleResult(
+                "values", *outcome_of(partial(_compare_written, written, before, right, exact))
+            )
         )
     if equals is not None:
         formula = partial(_same_formula, kernel, equals, grid, arguments, names, arch, options)
@@ -126,7 +128,7 @@ def check_kernel(
         rows.append(RuleResult(*resource_row([gpu])))
     else:  # Triton launches nothing
         rows += [RuleResult(row, "not run", EMPTY_GRID) for row in (*FAULT_ROWS, OTHERS, RESOURCES)]
-    return OperatorTable(f"{_function(kernel).__name__} for {arch}", rows)
+    return OperatorTable(f"{_python_function(kernel).__name__} for {arch}", rows)
 
 
 def _launch_alone(
@@ -226,7 +228,7 @@ def _copies(arguments: Sequence[object]) -> list[object]:
     return found
 
 
-def _function(kernel: object) -> Callable[..., object]:
+def _python_function(kernel: object) -> Callable[..., object]:
     """The Python function of a jitted or autotuned kernel."""
     function = kernel
     while hasattr(function, "fn"):
@@ -266,7 +268,7 @@ def _expected(
     return found
 
 
-def _compare(
+def _compare_written(
     written: Mapping[str, Tensor],
     before: Mapping[str, Tensor],
     right: Mapping[str, Tensor],

@@ -134,7 +134,7 @@ def save(state: TrainState, checkpoints: Checkpoints, number: int) -> None:
     tensors |= _random_states(state.world.rank)
     facts = {
         "run": state.config,
-        "optimizer": _kinds(state.optimizer),
+        "optimizer": _optimizer_classes(state.optimizer),
         "schedule": _schedule_kinds(state.lr_scheduler),
         "members": _members(state),
         "extra": extra,
@@ -247,7 +247,7 @@ def _check_names(
     numbered = _members(state)
     of_ranks = state.world.gather_results(lambda: [*tensors, *(f"json.{name}" for name in extra)])
     present = {
-        "optimizer": _kinds(state.optimizer),
+        "optimizer": _optimizer_classes(state.optimizer),
         "schedule": _schedule_kinds(state.lr_scheduler),
     }
     for key, kinds in present.items():
@@ -294,7 +294,7 @@ def optimizers_of(optimizer: Optimizer) -> list[Optimizer]:
     return [optimizer] if parts is None else [one for part in parts for one in optimizers_of(part)]
 
 
-def _kinds(optimizer: Optimizer) -> list[str]:
+def _optimizer_classes(optimizer: Optimizer) -> list[str]:
     return [type(one).__name__ for one in optimizers_of(optimizer)]
 
 

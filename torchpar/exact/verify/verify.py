@@ -98,7 +98,7 @@ def verify(model: str, ranks: int | None, tp: int, pp: int, threads: int, device
         raise ConfigError(f"--ranks is {ranks}, expected a multiple of --tp {tp} times --pp {pp}")
     start = time.perf_counter()
     plan = Plan(model, ranks // stages, tp, pp, device, threads, get_free_port())
-    digest = _train(plan, ranks)
+    digest = _train_on_ranks(plan, ranks)
     capability = torch.backends.cpu.get_cpu_capability()
     where = f"dp {plan.dp} × tp {tp} × pp {pp} on {device}, {capability}"
     print(f"{where}, torch {torch.__version__}: {time.perf_counter() - start:.0f} s")
@@ -114,13 +114,13 @@ def verify(model: str, ranks: int | None, tp: int, pp: int, threads: int, device
     return 0 if same else 1
 
 
-def _train(plan: Plan, ranks: int) -> str:
+def _train_on_ranks(plan: Plan, ranks: int) -> str:
     """Start the ranks, and return the SHA-256 of rank 0."""
     try:
         with Ranks(preload=()) as pool:
             pool.start(ranks)
             calls = enumerate(pool.workers)
-            futures = [worker.submit(_on_rank, rank, plan) for rank, worker in calls]
+            futures = [worker.submit(_trained_on_rank, rank, plan) for rank, worker in calls]
             digest, *_ = [future.result() for future in futures]
     except OSError as e:  # no folder for temporary files, or too many open files
         raise ConfigError(
@@ -129,7 +129,7 @@ def _train(plan: Plan, ranks: int) -> str:
     return digest
 
 
-def _on_rank(rank: int, plan: Plan) -> str:
+def _trained_on_rank(rank: int, plan: Plan) -> str:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # at Ctrl-C the pool ends the ranks
     torch.set_num_threads(plan.threads)
     set_variables(rank, plan.dp * plan.tp * plan.pp, MASTER_PORT=str(plan.port))

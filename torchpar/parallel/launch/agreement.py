@@ -95,7 +95,9 @@ def check_shape(t: Tensor, group: dist.ProcessGroup) -> None:
     if mine in checked:
         return
     checked.append("")  # a shape that is refused is checked again, under another key
-    _compare(mine, group, f"shape/{len(checked)}", "ranks of a group send different shapes")
+    _compare_in_store(
+        mine, group, f"shape/{len(checked)}", "ranks of a group send different shapes"
+    )
     checked[-1] = mine
 
 
@@ -114,12 +116,12 @@ def check_same_each_time(mine: str, group: dist.ProcessGroup, what: str, timeout
     if dist.get_backend(group) == "fake":
         return
     number = _calls[group] = _calls.get(group, 0) + 1
-    _compare(mine, group, f"call/{number}", what, timedelta(seconds=timeout))
+    _compare_in_store(mine, group, f"call/{number}", what, timedelta(seconds=timeout))
     if number > 1:  # all ranks have read the values of the previous call
         group.get_group_store().delete_key(f"call/{number - 1}/{group.rank()}")
 
 
-def _compare(
+def _compare_in_store(
     mine: str, group: dist.ProcessGroup, key: str, what: str, timeout: timedelta | None = None
 ) -> None:
     """Compare values through the group's store, under a key that no earlier comparison had."""

@@ -123,7 +123,7 @@ class Ranks(ExitStack):
         self.workers += added  # which Ctrl-C has not interrupted
 
     def _start_one(self) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(1, self._context, _begin, (self._stores,))
+        return ProcessPoolExecutor(1, self._context, _begin_rank, (self._stores,))
 
     def __exit__(
         self,
@@ -143,7 +143,7 @@ class Ranks(ExitStack):
         self.workers, self._pids = [], []
 
 
-def _begin(folder: Path) -> None:
+def _begin_rank(folder: Path) -> None:
     """Begin a rank's process."""
     # What the server has imported stays. `join_world` ends with a collection of garbage, which
     # would visit all of it in each call. `gc.get_objects` leaves it out from now on.

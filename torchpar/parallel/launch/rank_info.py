@@ -77,7 +77,7 @@ def find_rank_info(env: Mapping[str, str] = os.environ) -> RankInfo | None:
     else:
         return None
     rank, world_size, local_rank, local_world_size = (
-        _number(env, name) for name in _VARIABLES[launcher]
+        _number_in_environment(env, name) for name in _VARIABLES[launcher]
     )
     if world_size == 1 and launcher != "env":
         return None
@@ -96,7 +96,7 @@ def find_rank_info(env: Mapping[str, str] = os.environ) -> RankInfo | None:
         )
     # Linux gives ports from 32768 on to outgoing connections.
     default = 20000 + zlib.crc32((job or launcher).encode()) % 12000
-    port = _number({"MASTER_PORT": str(default), **env}, "MASTER_PORT")
+    port = _number_in_environment({"MASTER_PORT": str(default), **env}, "MASTER_PORT")
     if not 0 < port < 2**16:
         raise ConfigError(f"MASTER_PORT is {port}, expected 1 to 65535")
     if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and launcher == "env":
@@ -106,7 +106,7 @@ def find_rank_info(env: Mapping[str, str] = os.environ) -> RankInfo | None:
     )
 
 
-def _number(env: Mapping[str, str], name: str) -> int:
+def _number_in_environment(env: Mapping[str, str], name: str) -> int:
     if name not in env:
         raise ConfigError(f"{name} is not set, expected an integer from the launcher")
     if not env[name].isdecimal():

@@ -75,17 +75,17 @@ def connect(info: RankInfo, timeout: timedelta) -> Store:
         if info.rank == 0:
             start = _welcome(store, info.world_size, timeout)
         else:  # requests to a host that was stopped block whatever the timeout is
-            start = run_in_daemon(lambda: _join(store, info, timeout)).result(2 * limit)
+            start = run_in_daemon(lambda: _join_start(store, info, timeout)).result(2 * limit)
     except (DistError, OSError) as e:  # TimeoutError is an OSError
         raise ConfigError(
             f"rank {info.rank} did not meet the others at {info.address}:{info.port}: "
-            f"{_reason(e)}; MASTER_ADDR and MASTER_PORT must be the host of rank 0 and a port that "
-            "is free there"
+            f"{_why_not_connected(e)}; MASTER_ADDR and MASTER_PORT must be the host of rank 0 and "
+            "a port that is free there"
         ) from e
     return PrefixStore(f"start{start}", store)
 
 
-def _reason(error: Exception) -> str:
+def _why_not_connected(error: Exception) -> str:
     """Why a rank did not connect, from the first line of an error of TCPStore or of a socket."""
     line = str(error).partition("\n")[0]
     code = errno.errorcode.get(error.errno or 0, "") if isinstance(error, OSError) else ""
@@ -267,7 +267,7 @@ def _welcome(store: Store, world_size: int, timeout: timedelta) -> int:
     return start
 
 
-def _join(store: Store, info: RankInfo, timeout: timedelta) -> int:
+def _join_start(store: Store, info: RankInfo, timeout: timedelta) -> int:
     """Return the number of the start, once rank 0 says that all ranks have joined."""
     process = store.add(f"processes/{info.rank}", 1)
     welcome = f"welcome/{info.rank}/{process}"

@@ -206,7 +206,7 @@ class Checkpoints:
     def _paths(self) -> list[Path]:
         """Return the checkpoints, oldest first."""
         paths = [p for p in self.folder.glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
-        return sorted(paths, key=_step)
+        return sorted(paths, key=_step_of)
 
     def _save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, object]) -> None:
         path = self.folder / f"step-{step}"
@@ -271,7 +271,7 @@ class Checkpoints:
         _sync(self.folder / "latest")
         _sync(self.folder)
         # Checkpoints of later steps were damaged when this run began: they do not count as kept.
-        until_now = [p for p in self._paths() if _step(p) <= _step(path)]
+        until_now = [p for p in self._paths() if _step_of(p) <= _step_of(path)]
         for old in until_now[: -self.config.keep]:
             # A half-removed checkpoint must not look damaged.
             os.replace(old, old.with_suffix(".tmp"))
@@ -369,7 +369,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _step(path: Path) -> int:
+def _step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 

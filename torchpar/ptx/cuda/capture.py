@@ -25,7 +25,7 @@ from torchpar.ptx.cuda.steps import Step
 from torchpar.ptx.cuda.streams import Stream
 from torchpar.ptx.cuda.types import Arguments, Keywords, Operator
 from torchpar.ptx.report.source import program_line
-from torchpar.ptx.triton.dispatch import EMPTY, is_plain
+from torchpar.ptx.triton.torch_operators import EMPTY, is_plain
 
 if TYPE_CHECKING:
     from torchpar.ptx.cuda.graph import CUDAGraph

@@ -14,9 +14,9 @@ from torchpar.ptx.cuda.graph_memory import REPLAYED, WRITTEN, Line, Memory, Pool
 from torchpar.ptx.cuda.operations import Operation
 from torchpar.ptx.cuda.steps import Step
 from torchpar.ptx.cuda.types import PoolHandle
-from torchpar.ptx.report.launch import CapturedGraph
+from torchpar.ptx.report.launch_record import CapturedGraph
 from torchpar.ptx.report.source import program_line
-from torchpar.ptx.triton.dispatch import is_plain
+from torchpar.ptx.triton.torch_operators import is_plain
 
 if TYPE_CHECKING:
     from torchpar.ptx.cuda.graphs import Graphs
@@ -163,8 +163,8 @@ class CUDAGraph:
                 graphs.note(
                     "warning",
                     "number in a graph",
-                    f"the graph still computes with {key}={_number(before)}, and {step.name} has "
-                    f"{key}={_number(now)}; make it a tensor on the device before the capture, "
+                    f"the graph still computes with {key}={_as_text(before)}, and {step.name} has "
+                    f"{key}={_as_text(now)}; make it a tensor on the device before the capture, "
                     "and change it in place",
                     line,
                     None if step.line is None else ("captured", step.line),
@@ -267,5 +267,5 @@ class CUDAGraph:
             file.writelines(f"{one}\n" for one in self.operations)
 
 
-def _number(value: object) -> str:
+def _as_text(value: object) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)

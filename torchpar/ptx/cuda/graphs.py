@@ -38,8 +38,8 @@ from torchpar.ptx.cuda.types import (
 )
 from torchpar.ptx.report.faults import HostFault, Kind
 from torchpar.ptx.report.source import program_line
-from torchpar.ptx.triton.dispatch import is_plain
 from torchpar.ptx.triton.emulator import Emulator
+from torchpar.ptx.triton.torch_operators import is_plain
 
 PLAIN = (Tensor, torch.nn.Parameter)
 

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from torchpar.ptx.cuda.graph_memory import Slot
 from torchpar.ptx.cuda.types import Arguments, Function, Keywords, Operator
-from torchpar.ptx.triton.dispatch import EMPTY, changed, is_plain
+from torchpar.ptx.triton.torch_operators import EMPTY, changed, is_plain
 
 T = TypeVar("T")
 

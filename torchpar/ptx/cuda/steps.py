@@ -15,7 +15,7 @@ from torchpar.ptx.cuda.graph_memory import Line
 UNUSED = ("params", "initial_lr", "param_names")  # of a group: no step computes with them
 
 
-def _numbers(group: dict[str, Any]) -> dict[str, object]:
+def _numbers_of_group(group: dict[str, Any]) -> dict[str, object]:
     """Return the numbers of a group that a graph would take as they are."""
     found: dict[str, object] = {}
     for key, value in group.items():
@@ -39,14 +39,14 @@ class Step:
     def __init__(self, optimizer: Optimizer, line: Line):
         self.optimizer, self.line = weakref.ref(optimizer), line
         self.name = type(optimizer).__name__
-        self.numbers = [_numbers(group) for group in optimizer.param_groups]
+        self.numbers = [_numbers_of_group(group) for group in optimizer.param_groups]
 
     def changes(self) -> Iterator[tuple[str, object, object]]:
         """Yield numbers that are other ones now: their names, and both values."""
         optimizer = self.optimizer()
         groups = () if optimizer is None else optimizer.param_groups
         for before, group in zip(self.numbers, groups, strict=False):
-            now = _numbers(group)
+            now = _numbers_of_group(group)
             for key, value in before.items():
                 if key in now and now[key] != value:
                     yield key, value, now[key]

@@ -25,7 +25,7 @@ from torchpar.ptx.machine.registers import (
     reader,
     writer,
 )
-from torchpar.ptx.native.warps import elected
+from torchpar.ptx.native.warps import elected_lane
 
 
 def quotient(a: Values, b: Values) -> Values:
@@ -542,7 +542,7 @@ def _elect(i: Instruction) -> Run:
     assert i.operands[2] in EVERY_THREAD
 
     def run(warp: Warp) -> None:
-        chosen = elected(warp.block.gpu.schedule.completion, warp.number)
+        chosen = elected_lane(warp.block.gpu.schedule.completion, warp.number)
         put_lane(warp, np.full(32, chosen, np.uint32))
         put(warp, np.equal(LANES, chosen))
 

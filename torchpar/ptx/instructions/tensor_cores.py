@@ -231,7 +231,7 @@ def _fence(warp: Warp, i: Instruction) -> None:
         warp.native.tell_fence(warp.fence)
 
 
-class Product(Operation):
+class Wgmma(Operation):
     """A wgmma of a warp. It reads A and B until it is waited for; then the registers of D have the
     sums.
 
@@ -320,7 +320,7 @@ def _multiply_async(i: Instruction) -> Run:
             rows = range(64)[16 * (warp.index % 4) :][:16]
             first = Matrix(left(warp), rows, by_rows[0], kind, i.line, window)
         adds = bool(keep(warp)[0])
-        warp.last_product = Product(warp, i, kind, SUMS[sums], first, matrix, adds)
+        warp.last_product = Wgmma(warp, i, kind, SUMS[sums], first, matrix, adds)
         warp.groups["wgmma"][-1].append(warp.last_product)
         warp.last_product.start(warp.block)
 

@@ -173,7 +173,7 @@ def _store(i: Instruction) -> Run:
     return run
 
 
-class Product(Operation):
+class Tcgen05Mma(Operation):
     """D = A·B + D, or A·B: D in tensor memory, A there or in shared memory, B in shared memory."""
 
     def __init__(
@@ -269,7 +269,7 @@ def _multiply(i: Instruction) -> Run:
 
         first = int(left(warp)[lane]) if in_memory else one(left(warp))
         arguments = int(bits(warp)[lane]), bool(keep(warp)[lane])
-        product = Product(warp, i, int(to(warp)[lane]), first, one(right(warp)), *arguments)
+        product = Tcgen05Mma(warp, i, int(to(warp)[lane]), first, one(right(warp)), *arguments)
         product.start(warp.block)
         warp.block.gpu.counts.multiply(warp.pc - 1, product.flops)
 

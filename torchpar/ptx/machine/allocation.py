@@ -196,7 +196,7 @@ class Allocation:
     # Pages
 
     def by_page(self, array: Values) -> Values:
-        """Return a view of ``array`` with a row for each page."""
+        """Return a view of ``array`` with a row for each page that has memory, or with one row."""
         return by_page(array, 1 if self.pages is None else len(self.pages))
 
     def touched_pages(self) -> Values:

@@ -228,7 +228,7 @@ class Warp:
         return LANES if self.mask is ALL else LANES[self.mask]
 
     def trace(self, operation: Operation) -> None:
-        """An operation begins, or has been waited for."""
+        """Note that an operation begins, or was waited for, if the launch is traced."""
         if self.block.trace is not None:
             self.block.trace.operate(self, operation)
 

@@ -35,7 +35,7 @@ class Request(NamedTuple):
 
 @dataclass
 class Span:
-    """An asynchronous operation of a warp, or its wait at a barrier."""
+    """A bar of the timeline: when an asynchronous operation, or a wait at a barrier, took place."""
 
     warp: int
     what: str
@@ -74,7 +74,7 @@ class Trace:
             times.append((warp.count + warp.waited, pc))
 
     def operate(self, warp: Warp, operation: Operation) -> None:
-        """An operation begins, or has been waited for."""
+        """Begin the bar of an operation, or end it if the operation has one."""
         now = warp.count + warp.waited
         span = self._begun.get(operation.read)
         if span is None:

@@ -135,7 +135,9 @@ def run_by_workers(
         _restore(places, before)
         raise
     written = (
-        [_written(n, place, workers) for n, place in enumerate(places)] if all(ended) else [None]
+        [_written_pages(n, place, workers) for n, place in enumerate(places)]
+        if all(ended)
+        else [None]
     )
     if any(one is None for one in written):
         _restore(places, before)
@@ -160,7 +162,9 @@ def _begin_pages(gpu: Gpu) -> None:
             gpu.native.program.library.begin_pages(ctypes.addressof(place.view.struct))
 
 
-def _written(n: int, place: Allocation, workers: list[Worker]) -> tuple[Values, Values] | None:
+def _written_pages(
+    n: int, place: Allocation, workers: list[Worker]
+) -> tuple[Values, Values] | None:
     """Return the pages of the n-th allocation that the workers have accessed, and what they wrote.
 
     It is None if a worker has written what another one has accessed.

@@ -32,12 +32,15 @@ if TYPE_CHECKING:
 NO_LIMIT = 2**31 - 1  # of an instruction's index
 
 
-def elected(completion: str, warp: int) -> int:
-    """Return the thread that `elect` chooses: the PTX ISA leaves it open."""
+def elected_lane(completion: str, warp: int) -> int:
+    """Return the lane of a warp that the instruction ``elect.sync`` chooses.
+
+    The PTX ISA leaves the choice open; a schedule of an emulator makes it.
+    """
     return {"early": 0, "late": 31}.get(completion, 7 * warp % 32)
 
 
-class Registers:
+class NativeRegisters:
     """The registers of a warp: a row of the core, or an object in a list, or both.
 
     Objects of Python, such as `registers.Tainted`, are in the list alone.
@@ -72,7 +75,7 @@ class Registers:
         return [self[index] for index in indices]
 
     def set_many(self, indices: Sequence[int], values: Values) -> None:
-        """Put rows of 32 values of 32 bits into registers."""
+        """Write rows of 32 values of 32 bits to the core's rows of registers."""
         self.rows[indices, :128] = values.view(np.uint8)
         self.versions[indices] += 1
         self.states[indices] = IN_ROW
@@ -85,14 +88,14 @@ class Registers:
         self.states[indices] = IN_LIST
 
     def stamp(self) -> Values:
-        """Return what tells later which registers have been written since."""
+        """Return the number of writes to each register, so far."""
         return self.versions.copy()
 
     def is_unchanged(self, index: int, stamp: Values) -> bool:
         return bool(self.versions[index] == stamp[index])
 
     def restamp(self, index: int, stamp: Values) -> None:
-        """Let a register count as unchanged."""
+        """Count the writes to a register up to now in ``stamp``."""
         stamp[index] = self.versions[index]
 
 
@@ -136,7 +139,7 @@ class LaunchState:
             struct.load_box_name = self.events.events.name(f"a bulk load of warp {n}")
             struct.store_box_name = self.events.events.name(f"a bulk store of warp {n}")
             struct.fence_name = self.events.events.name(f"the fence of warp {n}")
-            struct.elected = elected(block.gpu.schedule.completion, n)
+            struct.elected = elected_lane(block.gpu.schedule.completion, n)
 
 
 class EventsView:
@@ -237,7 +240,7 @@ class BlockState:
                 struct.load_name = launch.events.events.name(f"a load of {warp.name}")
                 struct.store_name = launch.events.events.name(f"a store of {warp.name}")
                 struct.atomic_name = launch.events.events.name(f"an atomic of {warp.name}")
-            warp.registers = Registers(
+            warp.registers = NativeRegisters(
                 launch.dtypes, self.rows[n], self.states[n], self.versions[n]
             )
             warp.native = WarpState(launch, struct)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from torchpar.ptx.machine.counters import Access, Line
 from torchpar.ptx.report.faults import MARKS, Fault, HostFault
 from torchpar.ptx.report.groups import Group
-from torchpar.ptx.report.launch import CapturedGraph, Launch
+from torchpar.ptx.report.launch_record import CapturedGraph, Launch
 
 VERSION = 1
 COUNTED = (

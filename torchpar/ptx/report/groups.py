@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from torchpar.ptx.report.launch import Launch, shown_grid
+from torchpar.ptx.report.launch_record import Launch, shown_grid
 from torchpar.ptx.report.source import shown_path
 
 LONGEST = 10  # launches that a report names one by one

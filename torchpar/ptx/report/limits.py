@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torchpar.ptx.machine.parse import Source
-from torchpar.ptx.report.launch import Launch
+from torchpar.ptx.report.launch_record import Launch
 from torchpar.ptx.report.source import line_of
 
 

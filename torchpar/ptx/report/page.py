@@ -20,7 +20,7 @@ from torchpar.ptx.machine.trace import Request, Span, Trace
 from torchpar.ptx.report.drawing import Drawing
 from torchpar.ptx.report.faults import Fault
 from torchpar.ptx.report.groups import Group, longest, shown_line
-from torchpar.ptx.report.launch import CapturedGraph, Launch, counted
+from torchpar.ptx.report.launch_record import CapturedGraph, Launch, counted
 from torchpar.ptx.report.roofline import GPU_OF
 from torchpar.ptx.report.source import line_of, moved, shown_path
 from torchpar.ptx.report.text import in_order, summary
@@ -47,7 +47,7 @@ COLUMNS, BARS = 1200, 60  # pixels and operations of a timeline, at most
 THREADS, ROWS = 128, 600  # of a map of addresses, at most
 
 
-class Row(NamedTuple):
+class SourceLine(NamedTuple):
     """A line of the source and what it takes."""
 
     number: int
@@ -63,7 +63,7 @@ class Section:
     group: Group
     launch: Launch
     facts: list[str]
-    rows: dict[str, list[Row]]  # by file
+    rows: dict[str, list[SourceLine]]  # by file
     times: list[list[str]]  # of the bounds, the head first
     accesses: list[tuple[Access, str]]  # with their pictures
     roofline: str = ""
@@ -124,7 +124,7 @@ def worst(launch: Launch) -> list[Access]:
     return sorted(launch.counters.accesses, key=lambda one: (-one.conflicts, -one.transactions))
 
 
-def rows(launch: Launch) -> dict[str, list[Row]]:
+def rows(launch: Launch) -> dict[str, list[SourceLine]]:
     """Return the lines of each file that execute something, and few ones between them."""
     lines = {line.source: line for line in launch.counters.lines if line.source is not None}
     files: dict[str, list[int]] = {}
@@ -132,17 +132,17 @@ def rows(launch: Launch) -> dict[str, list[Row]]:
         files.setdefault(file, []).append(number)
     found = {}
     for file, numbers in files.items():
-        shown: list[Row] = []
+        shown: list[SourceLine] = []
         before = min(numbers) - 1
         for number in sorted(numbers):
             if number - before > GAP:
-                shown.append(Row(0, "⋮", None, ()))
+                shown.append(SourceLine(0, "⋮", None, ()))
                 before = number - 1
             for one in range(before + 1, number + 1):
                 source = file, one
                 mine = [access for access in launch.counters.accesses if access.source == source]
                 code = line_of(*source, strip=False)
-                shown.append(Row(one, code, lines.get(source), mine))
+                shown.append(SourceLine(one, code, lines.get(source), mine))
             before = number
         found[file] = shown
     return found

@@ -7,7 +7,7 @@ from torchpar.ptx.report import page
 from torchpar.ptx.report.data import as_json
 from torchpar.ptx.report.faults import Fault
 from torchpar.ptx.report.groups import Group, grouped
-from torchpar.ptx.report.launch import CapturedGraph, Launch
+from torchpar.ptx.report.launch_record import CapturedGraph, Launch
 from torchpar.ptx.report.text import as_text, of_times, summary
 
 
@@ -42,7 +42,7 @@ class Report:
         return "\n\n".join(blocks)
 
     def timed(self) -> str:
-        """Return the estimated times of each group's first launch as text."""
+        """Return what ``--time`` prints: the estimates of `text.of_times`."""
         return of_times(self.groups())
 
     def as_text(self, lists_launches: bool = False) -> str:

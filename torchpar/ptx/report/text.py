@@ -11,7 +11,13 @@ from collections.abc import Iterable, Sequence
 from torchpar.errors import in_columns
 from torchpar.ptx.report.faults import MARKS, Fault
 from torchpar.ptx.report.groups import Group, Numbered, longest, shown_line
-from torchpar.ptx.report.launch import CapturedGraph, Launch, of_interruption, of_sample, shown_grid
+from torchpar.ptx.report.launch_record import (
+    CapturedGraph,
+    Launch,
+    of_interruption,
+    of_sample,
+    shown_grid,
+)
 from torchpar.ptx.report.time import TRUST, shown
 
 WIDTH = 100  # of lines that can be broken

@@ -30,7 +30,7 @@ from torchpar.ptx.machine.kinds import operation, tensor_flops
 from torchpar.ptx.machine.parse import Instruction
 
 if TYPE_CHECKING:
-    from torchpar.ptx.report.launch import Launch
+    from torchpar.ptx.report.launch_record import Launch
 
 # Of a multiprocessor in a clock. NVIDIA, "CUDA C++ Programming Guide", "Arithmetic Instructions";
 # "Nsight Compute: Profiling Guide"; the L2 cache's bytes by "NVIDIA A100 Tensor Core GPU
@@ -225,7 +225,7 @@ def work_of(launch: "Launch") -> Work:
         name, requests = i.parts[0], row[Column.REQUESTS]
         if name == "wgmma" and i.parts[1] == "mma_async":
             has_wgmma = True
-            operands += row[Column.EXECUTIONS] * _operands(i)
+            operands += row[Column.EXECUTIONS] * _operand_bytes(i)
         if name in ("mbarrier", "cp") and "bulk" not in i.parts:
             waits += row[Column.WAITS] / programs / (1 if name == "mbarrier" else warps)
         if not requests or name == "tensormap":
@@ -273,7 +273,7 @@ def work_of(launch: "Launch") -> Work:
     )
 
 
-def _operands(i: Instruction) -> float:
+def _operand_bytes(i: Instruction) -> float:
     """Return the bytes of shared memory that a warp's part of a product reads.
 
     All four warps of a group read B once, and each a quarter of A.

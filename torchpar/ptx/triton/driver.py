@@ -26,7 +26,7 @@ from triton.runtime.errors import PTXASError
 from torchpar.kernels.data_sheets import REGISTERS
 from torchpar.ptx.report.assembly import refusals
 from torchpar.ptx.report.faults import HostFault
-from torchpar.ptx.report.launch import Launch
+from torchpar.ptx.report.launch_record import Launch
 from torchpar.ptx.report.source import program_line
 from torchpar.ptx.triton import autotuner
 from torchpar.ptx.triton.assumptions import Assertions, assertions_of

@@ -16,7 +16,6 @@ from torchpar.ptx.machine.block import SCHEDULES
 from torchpar.ptx.machine.sample import LEAST
 from torchpar.ptx.native.cache import cache_folder, writable
 from torchpar.ptx.triton import autotuner
-from torchpar.ptx.triton.dispatch import Host
 from torchpar.ptx.triton.driver import (
     NO_GSAN,
     Driver,
@@ -28,6 +27,7 @@ from torchpar.ptx.triton.driver import (
     present,
 )
 from torchpar.ptx.triton.emulator import ARCHITECTURES, MULTIPROCESSORS, Emulator
+from torchpar.ptx.triton.torch_operators import Host
 
 # The first version of Triton whose CompiledKernel has a method __del__, which unloads `module`.
 UNLOADS_SINCE = (3, 8)

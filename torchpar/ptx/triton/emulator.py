@@ -22,7 +22,7 @@ from torchpar.ptx.machine.parse import Kernel, PtxError, Source, own_error
 from torchpar.ptx.machine.protocols import Warp
 from torchpar.ptx.machine.trace import Trace
 from torchpar.ptx.report.faults import Fault, Kind
-from torchpar.ptx.report.launch import CapturedGraph, Launch
+from torchpar.ptx.report.launch_record import CapturedGraph, Launch
 from torchpar.ptx.report.limits import Limits
 from torchpar.ptx.report.report import Report
 from torchpar.ptx.report.source import moved
@@ -130,10 +130,7 @@ class Emulator(gpu.Gpu):
             raise AssertionError("\n".join(dict.fromkeys(broken)))
 
     def undone(self) -> AbstractContextManager[None]:
-        """Let memory be after the block as it was before, but for what is written without launches.
-
-        The faults and the launches stay.
-        """
+        """Undo in memory what launches within the block write; their faults stay."""
         return self.host_memory.undone()
 
     def _reset(self) -> None:

@@ -11,7 +11,7 @@ from torch._library.triton import triton_ops_to_kernels
 
 from torchpar.errors import ConfigError, first_line
 from torchpar.testing.operators.case import Calls, Case, Operator, Sample
-from torchpar.testing.operators.emulated import KERNEL_ROWS, emulated_rows
+from torchpar.testing.operators.kernel_rules import KERNEL_ROWS, emulated_rows
 from torchpar.testing.operators.rules import RULES, try_rule
 from torchpar.testing.operators.table import OperatorTable
 

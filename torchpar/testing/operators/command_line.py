@@ -66,14 +66,14 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print the table as JSON")
     flags = parser.parse_args(arguments)
     try:
-        table = _check(flags)
+        table = _check_named(flags)
     except TorchparError as e:
         parser.error(str(e))
     print(json.dumps(table.as_dict(), indent=1) if flags.json else table)
     return 0 if table.ok else 1
 
 
-def _check(flags: argparse.Namespace) -> OperatorTable:
+def _check_named(flags: argparse.Namespace) -> OperatorTable:
     op, samples = find(flags.operator), find(flags.samples)
     reference = None if flags.reference is None else find(flags.reference)
     if callable(samples):

@@ -129,7 +129,7 @@ def difference(actual: Tensor, expected: Tensor) -> str:  # noqa: PLR0911  # one
             and near(actual.mT, expected, ALIKE)
         ):
             return f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}; transposed"
-        summed = _summed(actual, expected)
+        summed = _sum_to_shape(actual, expected)
         if summed is not None and near(summed, expected, ALIKE):
             missing = "the sum over a broadcast dimension is missing"
             return f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}; {missing}"
@@ -160,7 +160,7 @@ def with_cause(message: str, cause: str) -> str:
     return f"{message}; {cause}" if cause else message
 
 
-def _summed(t: Tensor, like: Tensor) -> Tensor | None:
+def _sum_to_shape(t: Tensor, like: Tensor) -> Tensor | None:
     try:
         return t.sum_to_size(like.shape)
     except RuntimeError:  # the shape of ``like`` does not broadcast to the shape of t

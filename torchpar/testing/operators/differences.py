@@ -10,7 +10,9 @@ from torchpar.testing.operators.case import Case
 from torchpar.testing.operators.tensors import Function, Tensors, normal_like
 
 
-def _moved(f: Function, xs: Tensors, step: float, chosen: Sequence[int]) -> list[Tensor]:
+def _at_moved_operands(
+    f: Function, xs: Tensors, step: float, chosen: Sequence[int]
+) -> list[Tensor]:
     moved = [x + step * normal_like(x) if i in chosen else x for i, x in enumerate(xs)]
     return [y.double() for y in f(*moved)]
 
@@ -25,7 +27,7 @@ def difference_of(
     """
     h = torch.finfo(torch.float64).eps ** (1 / 3)
     every = case.indices if chosen is None else chosen
-    after, before = (_moved(f, case.floating, step, every) for step in (h, -h))
+    after, before = (_at_moved_operands(f, case.floating, step, every) for step in (h, -h))
     return [(a - b) / (2 * h) for a, b in zip(after, before, strict=True)], 1000 * h**2
 
 
@@ -40,6 +42,8 @@ def second_difference_of(f: Function, case: Case) -> tuple[list[Tensor], float]:
     For h = ε^¼ the errors of the difference and of the roundings are both about √ε.
     """
     h = torch.finfo(torch.float64).eps ** (1 / 4)
-    after, middle, before = (_moved(f, case.floating, step, case.indices) for step in (h, 0.0, -h))
+    after, middle, before = (
+        _at_moved_operands(f, case.floating, step, case.indices) for step in (h, 0.0, -h)
+    )
     second = [(a - 2 * m + b) / h**2 for a, m, b in zip(after, middle, before, strict=True)]
     return [*difference_of(f, case)[0], *second], 1000 * h**2

@@ -109,12 +109,12 @@ def _row(ranks: Ranks, name: str, pickled: bytes, timeout: float) -> Row:
                 outcomes = ranks.outcomes(
                     world_size, _try, name, pickled, folder, records, **limits
                 )
-                _check(outcomes, situation.one_may_refuse)
+                _raise_failure(outcomes, situation.one_may_refuse)
                 records = _merge(outcomes)
         if name == "polar factor":
             return judge_polar(name, records)
         outcomes = ranks.outcomes(1, replay, name, pickled, records, **limits)
-        _check(outcomes)
+        _raise_failure(outcomes)
         row = judge(name, records, outcomes[0])
         record, whole = of_full_rank(records, outcomes[0])
         shards = record.shards()
@@ -142,7 +142,7 @@ def _try(name: str, pickled: bytes, folder: str, earlier: dict[Key, Record]) -> 
     return records
 
 
-def _check(outcomes: Sequence[object], one_may_refuse: bool = False) -> None:
+def _raise_failure(outcomes: Sequence[object], one_may_refuse: bool = False) -> None:
     """Raise the failure of ranks that have failed or hang."""
     ranks: dict[str, dict[int, str]] = {}  # by verdict
     for rank, outcome in enumerate(outcomes):

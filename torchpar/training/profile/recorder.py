@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 
 from torchpar.data import samples
 from torchpar.training.profile.collectives import Collectives
-from torchpar.training.profile.memory import Memory
 from torchpar.training.profile.phases import Phases
 from torchpar.training.profile.record import RankRecord
+from torchpar.training.profile.step_memory import Memory
 
 if TYPE_CHECKING:
     from torchpar.parallel.launch.world import World

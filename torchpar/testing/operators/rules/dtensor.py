@@ -59,7 +59,7 @@ def dtensor(case: Case) -> AttemptsAndRemark:
     with _simulated_ranks() as mesh:
         for placements in combinations:
             label = ", ".join(map(str, placements))
-            yield label, partial(_compare, case, mesh, placements, expected, local)
+            yield label, partial(_compare_on_ranks, case, mesh, placements, expected, local)
     return f"{len(local)} of {len(combinations)} placements take no communication"
 
 
@@ -87,7 +87,7 @@ def _simulated_ranks() -> Iterator["DeviceMesh"]:
         sys.excepthook = hook
 
 
-def _place(t: Tensor, mesh: "DeviceMesh", placement: "Placement") -> "DTensor":
+def _distributed(t: Tensor, mesh: "DeviceMesh", placement: "Placement") -> "DTensor":
     """A DTensor of ``t``. The terms of a partial sum differ in every element."""
     from torch.distributed._local_tensor import LocalTensor, maybe_disable_local_tensor_mode
     from torch.distributed.tensor import DTensor, distribute_tensor
@@ -106,7 +106,7 @@ def _place(t: Tensor, mesh: "DeviceMesh", placement: "Placement") -> "DTensor":
     return distribute_tensor(local, mesh, [placement], src_data_rank=None)
 
 
-def _compare(
+def _compare_on_ranks(
     case: Case,
     mesh: "DeviceMesh",
     placements: tuple["Placement", ...],
@@ -118,7 +118,7 @@ def _compare(
     from torch.distributed.tensor.debug import CommDebugMode
 
     values, incoming, of_operands = expected
-    placed = [_place(t, mesh, p) for t, p in zip(case.operands, placements, strict=True)]
+    placed = [_distributed(t, mesh, p) for t, p in zip(case.operands, placements, strict=True)]
     xs = [t.requires_grad_() for t in placed if is_differentiable(t)]
     try:
         with CommDebugMode() as communication:
@@ -136,7 +136,7 @@ def _compare(
     if communication.get_total_counts() == 0:
         local.append(placements)
     smooth = [y for y, smooth in zip(replicated, case.is_smooth, strict=True) if smooth]
-    placed = [_place(g, mesh, Replicate()) for g in incoming]
+    placed = [_distributed(g, mesh, Replicate()) for g in incoming]
     for some, right in of_operands:
         given = [smooth[i] for i in some], xs, [placed[i] for i in some]
         found: Sequence[Any] = gradients(*given, retain_graph=True)

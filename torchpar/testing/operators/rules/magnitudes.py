@@ -87,7 +87,7 @@ class Step:
         self, case: Case, exponent: int, given: Tensors, operands: Tensors, incoming: Tensors
     ) -> None:
         self.exponent, self.operands, self.incoming = exponent, operands, incoming
-        self.has_new_ties = exponent < 0 and _distinct(operands) < _distinct(given)
+        self.has_new_ties = exponent < 0 and _count_distinct(operands) < _count_distinct(given)
         native = _results(case.plain, case, operands, incoming)
         self.exact = exact_results(case, operands, incoming)
         self.sizes = {kind: list(map(largest, self.exact[kind])) for kind in native}
@@ -316,7 +316,7 @@ class Ladder:
         return torch.view_as_complex(parts) if t.is_complex() else parts
 
 
-def _distinct(tensors: Tensors) -> int:
+def _count_distinct(tensors: Tensors) -> int:
     numbers = [wide(t).flatten() for t in tensors if is_differentiable(t)]
     return len(torch.cat(numbers).unique())
 

@@ -21,17 +21,17 @@ def of_vjp(f: Function, case: Case) -> object:
     return pull(tuple(map(normal_like, ys)))
 
 
-def _jvp(f: Function, xs: Tensors) -> tuple[Tensors, Tensors]:
+def _jvp_of_operator(f: Function, xs: Tensors) -> tuple[Tensors, Tensors]:
     ys, pushed, *_ = jvp(f, xs, tuple(map(normal_like, xs)))
     return ys, pushed
 
 
 def of_jvp(f: Function, case: Case) -> object:
-    return _jvp(f, case.floating)
+    return _jvp_of_operator(f, case.floating)
 
 
 def of_jvp_of_jvp(f: Function, case: Case) -> object:
-    return _jvp(lambda *xs: _jvp(f, xs)[1], case.floating)
+    return _jvp_of_operator(lambda *xs: _jvp_of_operator(f, xs)[1], case.floating)
 
 
 def of_jacrev(f: Function, case: Case) -> object:

@@ -32,17 +32,26 @@ def undeclared_writes(case: Case) -> Attempts:
     contiguous: Layout = lambda t: t.clone(memory_format=torch.contiguous_format)  # noqa: E731  # one of a table
     of_case = {"contiguous": contiguous, **layouts(case.operands)}
     for name, layout in of_case.items():
-        yield f"{name} operands", partial(_check, case, case.operands, layout, contiguous)
+        yield (
+            f"{name} operands",
+            partial(_check_no_writes, case, case.operands, layout, contiguous),
+        )
         if name != "contiguous":
-            yield f"{name} gradients", partial(_check, case, case.operands, contiguous, layout)
+            yield (
+                f"{name} gradients",
+                partial(_check_no_writes, case, case.operands, contiguous, layout),
+            )
             yield (
                 f"{name} operands and gradients",
-                partial(_check, case, case.operands, layout, layout),
+                partial(_check_no_writes, case, case.operands, layout, layout),
             )
     for dtype in _other_dtypes(case):
         operands = cast(case.operands, dtype)
         for name, layout in of_case.items():
-            yield f"{dtype}, {name}", partial(_check, case, operands, layout, layout)
+            yield (
+                f"{dtype}, {name}",
+                partial(_check_no_writes, case, operands, layout, layout),
+            )
 
 
 def _other_dtypes(case: Case) -> Iterator[torch.dtype]:
@@ -52,7 +61,7 @@ def _other_dtypes(case: Case) -> Iterator[torch.dtype]:
             yield dtype
 
 
-def _check(case: Case, operands: Tensors, layout: Layout, of_gradients: Layout) -> None:
+def _check_no_writes(case: Case, operands: Tensors, layout: Layout, of_gradients: Layout) -> None:
     """Call the operator, and its backward three times; the last call may free what is saved."""
     leaves = iter(case.leaves(operands))
     chosen = [next(leaves) if is_differentiable(t) else t for t in operands]

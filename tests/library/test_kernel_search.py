@@ -10,7 +10,7 @@ import torch
 from torch.library import wrap_triton
 
 import torchpar
-from torchpar.library.triton_kernels import TritonKernels
+from torchpar.library.kernel_search import TritonKernels
 
 triton: Any = pytest.importorskip("triton", reason="the kernels are written in Triton")
 

@@ -45,7 +45,7 @@ class Host(TorchDispatchMode):
             result = func(*args, **(kwargs or {}))
         memory = self.emulator.host_memory
         if memory.unwritten:
-            for t in _written(func._schema, args, kwargs or {}, result):
+            for t in _written_tensors(func._schema, args, kwargs or {}, result):
                 memory.note_written(t)
         if func.overloadpacket in EMPTY and is_plain(result):
             memory.note_empty(result)
@@ -92,7 +92,7 @@ def changed(
     ]
 
 
-def _written(
+def _written_tensors(
     schema: torch.FunctionSchema, args: Sequence[object], kwargs: dict[str, object], result: object
 ) -> Iterator[Tensor]:
     """Yield the tensors that an operator has written: its new ones, and those that it changes."""

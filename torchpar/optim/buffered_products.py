@@ -73,7 +73,7 @@ class Products:
         if not self._is_direct:
             if _is_for_operators(a):
                 return symmetric_matmul(a, b, c, alpha=alpha, beta=beta)
-            return _addmm(c, a, b, alpha=alpha, beta=beta)
+            return _addmm_into(c, a, b, alpha=alpha, beta=beta)
         out = self._free(a, b, c, *kept)
         if self.launches_kernels:
             launch = self._launch(a, b, c, out)
@@ -82,7 +82,7 @@ class Products:
                 return out
         elif cpu.is_halved(a):
             return cpu.symmetric_matmul(a, b, c, alpha, beta, out)
-        return _addmm(c, a, b, alpha=alpha, beta=beta, out=out)
+        return _addmm_into(c, a, b, alpha=alpha, beta=beta, out=out)
 
     def add(self, p: Tensor, z: Tensor, alpha: float, kept: tuple[Tensor, ...]) -> Tensor:
         """``p + alpha·z``."""
@@ -102,10 +102,10 @@ class Products:
             tall, out = x.mT, None if out is None else out.mT
             if shift is None:
                 return torch.matmul(tall, p, out=out).mT
-            return _addmm(tall, tall, p, beta=shift, out=out).mT
+            return _addmm_into(tall, tall, p, beta=shift, out=out).mT
         if shift is None:
             return torch.matmul(p, x, out=out)
-        return _addmm(x, p, x, beta=shift, out=out)
+        return _addmm_into(x, p, x, beta=shift, out=out)
 
     def _free(self, *used: Tensor) -> Tensor:
         """A buffer that holds none of ``used``."""
@@ -129,7 +129,7 @@ def _is_for_operators(x: Tensor) -> bool:
     return runs_kernels(x) or cpu.is_halved(x)
 
 
-def _addmm(
+def _addmm_into(
     c: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: float, out: Tensor | None = None
 ) -> Tensor:
     of_library = torch.addmm if a.dim() == 2 else torch.baddbmm
