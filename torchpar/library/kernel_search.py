@@ -42,14 +42,20 @@ class TritonKernels:
             elif isinstance(value, JITFunction):
                 yield value
             elif isinstance(value, FunctionType):
-                if value.__module__.partition(".")[0] not in _NOT_SEARCHED:
+                if (value.__module__ or "").partition(".")[0] not in _NOT_SEARCHED:
                     rest += [*_named(value), getattr(value, "__wrapped__", None)]
             elif isinstance(value, torch.library.CustomOpDef):  # type: ignore[attr-defined]
-                rest += triton_ops_to_kernels.get(value._qualname, ())
+                rest += _of_operator(value._qualname)
             elif isinstance(value, _Packet):
-                rest += triton_ops_to_kernels.get(value._qualified_op_name, ())
+                rest += _of_operator(value._qualified_op_name)
             elif type(value).__module__.partition(".")[0] == "triton":  # Autotuner, Heuristics
                 rest.append(getattr(value, "fn", None))
+
+
+def _of_operator(name: str) -> list[object]:
+    """The kernels of an operator, or the function that names them: it may name the operator."""
+    kernels: Any = triton_ops_to_kernels.get(name, ())
+    return [kernels.function] if isinstance(kernels, TritonKernels) else list(kernels)
 
 
 def _named(function: FunctionType) -> Iterator[object]:
