@@ -228,7 +228,9 @@ def test_gradients_and_running_statistics_are_those_of_the_last_call(gpu):
     found = []
     for graph in (False, True):
         training = Training()
-        training.model = torch.nn.Sequential(torch.nn.BatchNorm1d(12), training.model)
+        training.model = torch.nn.Sequential(
+            torch.nn.BatchNorm1d(12, device="cuda"), training.model
+        )
 
         def step(x: Tensor, labels: Tensor, training: Training = training) -> None:
             training.optimizer.zero_grad()
