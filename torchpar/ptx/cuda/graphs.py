@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from torchpar.ptx.cuda import capture_rules, places
+from torchpar.ptx.cuda import capture_rules, devices, places
 from torchpar.ptx.cuda.capture import Capture
+from torchpar.ptx.cuda.devices import Devices
 from torchpar.ptx.cuda.graph import CUDAGraph
 from torchpar.ptx.cuda.graph_memory import REPLAYED, WRITTEN, Line, Memory, Pool, memory_of, shown
 from torchpar.ptx.cuda.operations import OperatorKind, tensors_in, tensors_of_launch, written_by
@@ -42,6 +43,7 @@ from torchpar.ptx.triton.emulator import Emulator
 from torchpar.ptx.triton.torch_operators import is_plain
 
 PLAIN = (Tensor, torch.nn.Parameter)
+OF_BOTH = {False, True}  # operands of the host and of the device
 
 
 class Graphs:
@@ -55,6 +57,7 @@ class Graphs:
         self.streams.forks = self._fork
         self.pools: dict[tuple[int, ...], Pool] = {}
         self.graphs: weakref.WeakSet[CUDAGraph] = weakref.WeakSet()
+        self.has_default_type = False  # whether a script has set that of its tensors
         self._kinds: dict[int, OperatorKind] = {}  # by the operators' numbers in Python
         self.CUDAGraph = type("CUDAGraph", (CUDAGraph,), {"_graphs": self})
 
@@ -163,12 +166,17 @@ class Graphs:
         ):
             return NotImplemented
         operands = [t for t in given if is_plain(t)]
-        device = places.device_of_results(operands, kwargs.get("device"))
-        is_of_device = device == places.DEVICE or any(map(places.is_on_device, operands))
-        if not is_of_device:
-            return func(*args, **kwargs)
+        marks = set(map(places.mark_of, operands))
+        place = places.of_results(marks, kwargs.get("device"))
+        if not place:
+            result = func(*args, **kwargs)
+            if place is False and not self._kind_of(func).is_view:
+                places.put_results(tensors_in((result,)), False)
+            return result
         kind = self._kind_of(func)
         written = written_by(func, args, kwargs) if kind.may_write else []
+        if marks >= OF_BOTH and kind.devices is not Devices.ANY:
+            devices.check_operator(func, args, kwargs, written)
         capture = self.capture if self.is_capturing else None
         if capture is not None:
             self._check_captured(func, args, kwargs)
@@ -180,9 +188,10 @@ class Graphs:
             result = func(*args, **kwargs)
         if not kind.is_view:
             made = [t for t in tensors_in((result,)) if is_plain(t)]
-            # Only a copy may be from the device to the host.
-            for t in made if kind.is_copy else (*made, *written):
-                places.put(t, device)
+            if kind.devices is Devices.ONE or len(marks) < 2:
+                places.put_results((*made, *written), place)
+            elif isinstance(result, Tensor) and not written:
+                places.put_results(made, places.mark_of(operands[0]))
             written += made
         self._note_written(written)
         return result
@@ -219,6 +228,7 @@ class Graphs:
     def launch(self, execute: Callable[..., None], arguments: Sequence[object]) -> None:
         """Execute a launch of a Triton kernel."""
         operands = tensors_of_launch(arguments)
+        devices.check_launch(arguments)
         if self.is_capturing:
             assert self.capture is not None
             self.capture.launch(execute, arguments)
@@ -230,6 +240,8 @@ class Graphs:
 
     def _check_operands(self, read: list[Tensor], written: list[Tensor]) -> None:
         """Check what is read and written outside of a capture, but for what graphs made of it."""
+        if not self.pools:  # nothing has been captured
+            return
         for t in read:
             memory = memory_of(t)
             if memory is not None:

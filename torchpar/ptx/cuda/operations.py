@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from torchpar.ptx.cuda.devices import Devices, devices_of
 from torchpar.ptx.cuda.graph_memory import Slot
 from torchpar.ptx.cuda.types import Arguments, Function, Keywords, Operator
 from torchpar.ptx.triton.torch_operators import EMPTY, changed, is_plain
@@ -29,15 +30,16 @@ class OperatorKind:
     Attributes:
         is_view: it returns parts of its operands, and changes none.
         reads_nothing: of its operands but the shapes.
+        devices: that its operands may be on.
     """
 
     def __init__(self, func: Operator):
         schema, self.func = func._schema, func
-        self.is_copy = func.overloadpacket is torch.ops.aten.copy_
         self.may_write = schema.is_mutable or _writes_secretly(func)
         aliases = any(one.alias_info is not None for one in schema.returns)
         self.is_view = aliases and not schema.is_mutable
         self.reads_nothing = self.is_view or func.overloadpacket in SHAPES
+        self.devices = Devices.ANY if self.reads_nothing else devices_of(func)
 
 
 def tensors_in(values: Iterable[object]) -> list[Tensor]:

@@ -16,19 +16,24 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import graph
 from torch.distributed import init_process_group
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad
 from torch.optim import optimizer
 from torch.overrides import TorchFunctionMode
+from torch.utils import _device as default_device
 from torch.utils import _foreach_utils
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import unserializable_hook
 
 from torchpar.ptx.cuda import places
 from torchpar.ptx.cuda.graphs import Graphs
 from torchpar.ptx.cuda.libraries import CublasLt, CudaKernel
+from torchpar.ptx.cuda.operations import tensors_in
 from torchpar.ptx.cuda.types import Arguments, Attributes, Device, Function, Keywords
+from torchpar.ptx.triton.driver import Driver
 from torchpar.ptx.triton.emulator import SHARED_BYTES, Emulator
 
 P = ParamSpec("P")
@@ -76,7 +81,8 @@ def _on_device(value: T) -> T | str | torch.device:
     return places.DEVICE if on_cpu is not value and _is_cpu(on_cpu) else on_cpu
 
 
-def _unchanged(t: Tensor, *args: object, **kwargs: object) -> Tensor:
+def _pinned(t: Tensor, *args: object, **kwargs: object) -> Tensor:
+    places.pin(t)
     return t
 
 
@@ -84,12 +90,16 @@ def _unchanged(t: Tensor, *args: object, **kwargs: object) -> Tensor:
 INSTEAD: dict[Function, Function] = {
     Tensor.is_cuda.__get__: lambda t: True,  # type: ignore[attr-defined]
     Tensor.get_device: lambda t: 0,
-    Tensor.pin_memory: _unchanged,
+    Tensor.pin_memory: _pinned,
 }
 # By types that take any arguments, as the mode is given them.
 MAKE_DEVICE: Function = torch.device
 TO: Callable[..., Tensor] = Tensor.to
-COPIES = (TO, Tensor.cpu, Tensor.cuda)
+COPIES = (TO, Tensor.cpu, Tensor.cuda, Tensor.type_as)
+CONVERSIONS = (torch.as_tensor, torch.asarray)
+TYPE: Function = Tensor.type
+# Copies to a tensor, and the position of their source among the arguments.
+WRITES: dict[Function, int] = {Tensor.copy_: 1, Tensor.__setitem__: 2}
 
 
 class _OnCpu(TorchFunctionMode):
@@ -112,7 +122,7 @@ class _OnCpu(TorchFunctionMode):
         if func is MAKE_DEVICE:
             return _on_device(func(*args, **kwargs))
         given = {name: _on_device(value) for name, value in kwargs.items()}
-        given.pop("pin_memory", None)  # of a factory
+        is_pinned = given.pop("pin_memory", False)  # of a factory
         index = given.get("device")
         if type(index) is int:
             _check_index(index)
@@ -120,24 +130,62 @@ class _OnCpu(TorchFunctionMode):
         args = tuple(map(_on_device, args))
         _check_generator(args, given)
         self.graphs.function(func, args, given)
-        if func in COPIES:
+        if func in COPIES or (func in CONVERSIONS and _moves(args, given)):
             return self._copy(func, args, given)
+        if func in WRITES:
+            args = self._with_source(args, WRITES[func])
         before = places.enter_function(args)
         try:
             result = func(*args, **given)
         finally:
             places.leave_function(before)
-        named = [one for one in (*args, given.get("device")) if _is_cpu(one)]
-        if named:
-            for t in tree_leaves(result):
-                places.put(t, torch.device(named[-1]))
-        elif func in DEEP_COPIES and places.is_on_device(args[0]):
-            places.put(result, places.DEVICE)
+        if is_pinned:
+            places.pin(result)
+        self._note_places(func, args, given, result)
         return result
+
+    def _note_places(
+        self, func: Function, args: Arguments, kwargs: Keywords, result: object
+    ) -> None:
+        """Note where the results of a function are, if its operators do not say so."""
+        named = [one for one in (*args, kwargs.get("device")) if _is_cpu(one)]
+        if named:
+            # The type of the device, which scripts give on, is "cpu", too.
+            mark = True if torch.device(named[-1]) == places.DEVICE else None
+            for t in tree_leaves(result):
+                places.put(t, mark)
+        elif func in FACTORIES and not tensors_in((*args, *kwargs.values())):
+            places.put_results(tensors_in((result,)), self._default())
+        elif func in DEEP_COPIES:
+            places.put(result, places.mark_of(args[0]))
+        elif func is TYPE and args[1:]:  # torch.cuda.FloatTensor is torch.FloatTensor here
+            places.put(result, None)
+
+    def _default(self) -> places.Mark:
+        """Return where factories make tensors that name no device."""
+        device = default_device.CURRENT_DEVICE
+        if device is None and not self.graphs.has_default_type:
+            return False
+        return True if device == places.DEVICE else None
+
+    def _with_source(self, args: Arguments, position: int) -> Arguments:
+        """Return the arguments of a copy whose source has followed to where it is copied to.
+
+        So its gradient comes back. Autograd's own copy takes host and device for one.
+        """
+        to, source = args[0], args[position] if len(args) > position else None
+        if not isinstance(source, Tensor) or not source.requires_grad or self.graphs.is_capturing:
+            return args
+        if places.is_on_device(to) is places.is_on_device(source) or not torch.is_grad_enabled():
+            return args
+        device = places.DEVICE if places.is_on_device(to) else places.HOST
+        moved = self._copy(TO, (source,), {"device": device})
+        return (*args[:position], moved, *args[position + 1 :])
 
     def _copy(self, func: Function, args: Arguments, kwargs: Keywords) -> Tensor:
         """Copy a tensor to the host or the device, if it is not there."""
         t, *others = args
+        func = TO if func in CONVERSIONS or func is Tensor.type_as else func
         if func is Tensor.cpu:
             others = [places.HOST]
         elif func is Tensor.cuda:
@@ -164,11 +212,35 @@ class _OnCpu(TorchFunctionMode):
         if others and isinstance(others[0], Tensor):
             others[0:1] = [device, others[0].dtype]
         result = TO(t, *others, **kwargs)
-        places.put(result, after)
+        if before != after or (func is TO and after == places.HOST):
+            on_host = False if func is Tensor.cpu else None
+            places.put(result, True if after == places.DEVICE else on_host)
+        if before != after:
+            self._let_gradient_follow(result, before)
         return result
+
+    def _let_gradient_follow(self, result: Tensor, device: torch.device) -> None:
+        """Copy the gradient of a copy to where its source is, as autograd does on a GPU."""
+        if result.requires_grad and not is_functorch_wrapped_tensor(result):
+            back = {"device": device, "non_blocking": True}
+            follow = unserializable_hook(lambda grad: self._copy(TO, (grad,), back))
+            result.register_hook(follow)
 
 
 DEEP_COPIES = (Tensor.__deepcopy__, torch.nn.Parameter.__deepcopy__)
+# Functions whose results are on the host if no device is named.
+FACTORIES = {
+    *(torch.arange, torch.as_tensor, torch.asarray, torch.empty, torch.empty_strided, torch.eye),
+    *(torch.full, torch.linspace, torch.logspace, torch.normal, torch.ones, torch.rand),
+    *(torch.randint, torch.randn, torch.randperm, torch.scalar_tensor, torch.tensor, torch.zeros),
+    *(torch.tril_indices, torch.triu_indices, torch.hann_window, torch.hamming_window),
+}
+
+
+def _moves(args: Arguments, kwargs: Keywords) -> bool:
+    """Whether a conversion of a tensor, which may be that tensor itself, names a device."""
+    is_given = kwargs.get("device") is not None and kwargs.keys() <= {"device", "dtype"}
+    return is_given and len(args) == 1 and isinstance(args[0], Tensor)
 
 
 def _is_cpu(value: object) -> TypeGuard[torch.device | str]:
@@ -378,10 +450,31 @@ def _load_on_cpu(load: Callable[..., T]) -> Callable[..., T]:
             place = "cpu"
         result = load(f, place, *args, **kwargs)
         for t in tree_leaves(result) if to_device else ():
-            places.put(t, places.DEVICE)
+            places.put(t, True)
         return result
 
     return loaded
+
+
+def _of_host(make: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """Let it be known of a function's results that they are on the host."""
+
+    def made(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        result = make(*args, **kwargs)
+        places.put(result, False)
+        return result
+
+    return made
+
+
+def _with_type(set_type: Function, graphs: Graphs) -> Function:
+    """Let factories be on the device, perhaps, after a script has set the default type."""
+
+    def set_default(t: object) -> None:
+        graphs.has_default_type = True
+        set_type(_on_cpu(t))
+
+    return set_default
 
 
 def _without_devices(make: Callable[..., None]) -> Callable[..., None]:
@@ -489,6 +582,8 @@ def replacements(emulator: Emulator, graphs: Graphs) -> list[tuple[object, Attri
         (torch.cuda, cuda),
         (torch.accelerator, _of_accelerator(cuda)),
         (torch, {"Generator": _Generator, "load": _load_on_cpu(torch.load), **_autocasts()}),
+        (torch, {"from_numpy": _of_host(torch.from_numpy)}),
+        (torch, {"set_default_tensor_type": _with_type(torch.set_default_tensor_type, graphs)}),
         # Functions of PyTorch's, within which there is no mode, ask for the device, too.
         (Tensor, {"device": property(places.device_of)}),
         (Tensor, {"record_stream": lambda t, stream: None}),
@@ -502,6 +597,7 @@ def replacements(emulator: Emulator, graphs: Graphs) -> list[tuple[object, Attri
         (Thread, {"start": _start_with_mode(Thread.start, graphs)}),
         *graphs.changes(),
         (emulator, {"watcher": graphs}),
+        (Driver, {"get_active_torch_device": _always(places.DEVICE)}),
         (nvidia.cublas, {"CublasLt": CublasLt}),
         (triton.testing, {"do_bench": bench, "do_bench_cudagraph": bench}),
     ]
