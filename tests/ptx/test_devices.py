@@ -48,6 +48,10 @@ def a_linear_layer():
     nn.Linear(4, 2)(numbers(3, 4))  # refused
 
 
+def a_deep_copy():
+    copy.deepcopy(torch.zeros(4)) + numbers(4)  # refused
+
+
 def a_convolution():
     nn.Conv2d(3, 2, 3).cuda()(torch.zeros(1, 3, 8, 8))  # refused
 
@@ -146,6 +150,7 @@ TWO_DEVICES = "Expected all tensors to be on the same device, but got {} is on {
 REFUSED = {
     a_module: ("weight", "cpu"),
     a_linear_layer: ("mat1", "cuda:0"),
+    a_deep_copy: ("other", "cuda:0"),
     a_convolution: ("weight", "cuda:0"),
     a_hidden_state: (".*", "cpu"),
     a_position: ("indices", "cpu"),
@@ -206,6 +211,7 @@ def test_a_launch_takes_pinned_memory_and_empty_tensors():
             assert torch.equal(out.cpu(), 2 * x)
         scale[(1,)](torch.empty(0), torch.empty(0), 0, BLOCK=8)
         device = triton.runtime.driver.active.get_active_torch_device()
+        assert device == torch.device("cuda")
         x = torch.ones(8, device=device)
         scale[(1,)](x, x, 8, BLOCK=8)
         assert x.tolist() == [2.0] * 8
@@ -241,6 +247,8 @@ def copies():
     for one in on_device:
         one + x
     h + torch.ones(4)
+    assert torch.as_tensor(x, device="cuda") is x
+    assert x.device.index == 0
 
 
 def indices():
@@ -269,6 +277,7 @@ def default_devices():
         made += torch.ones(4), torch.tensor([1.0, 2, 3, 4])
     finally:
         torch.set_default_device(None)
+    made += (torch.zeros(4).type(torch.cuda.FloatTensor),)
     torch.set_default_tensor_type(torch.cuda.FloatTensor)
     try:
         made += torch.ones(4), torch.cuda.FloatTensor([1, 2, 3, 4])
