@@ -156,8 +156,6 @@ class _OnCpu(TorchFunctionMode):
                 places.put(t, mark)
         elif func in FACTORIES and not tensors_in((*args, *kwargs.values())):
             places.put_results(tensors_in((result,)), self._default())
-        elif func in DEEP_COPIES:
-            places.put(result, places.mark_of(args[0]))
         elif func is TYPE and args[1:]:  # torch.cuda.FloatTensor is torch.FloatTensor here
             places.put(result, None)
 
@@ -227,7 +225,6 @@ class _OnCpu(TorchFunctionMode):
             result.register_hook(follow)
 
 
-DEEP_COPIES = (Tensor.__deepcopy__, torch.nn.Parameter.__deepcopy__)
 # Functions whose results are on the host if no device is named.
 FACTORIES = {
     *(torch.arange, torch.as_tensor, torch.asarray, torch.empty, torch.empty_strided, torch.eye),
