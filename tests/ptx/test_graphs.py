@@ -109,6 +109,14 @@ def from_host():
         x.copy_(batch)  # fault
 
 
+def into_one_element():
+    """PyTorch copies the number; into a slice it puts it by a kernel."""
+    x = numbers(4)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):  # captured
+        x[0:1] = 1.0
+        x[0] = 1.0  # fault
+
+
 def from_numbers():
     x = numbers(4)
     with torch.cuda.graph(torch.cuda.CUDAGraph()):  # captured
@@ -158,6 +166,7 @@ FORBIDDEN = {
     "synchronize": (synchronize, "wait in a capture"),
     "event": (wait_for_event, "wait in a capture"),
     "host's memory": (from_host, "host's copy in a capture"),
+    "an element": (into_one_element, "host's copy in a capture"),
     "Python's numbers": (from_numbers, "host's copy in a capture"),
     "a function's": (clipped_by_a_condition, "read-back in a capture"),
     "optimizer": (optimizer_on_the_host, "optimizer that is not capturable"),
@@ -802,7 +811,7 @@ def pinned_copies(is_graphed):
         x.copy_(pinned, non_blocking=True)
         other = x * 3
         here = x.exp()
-        here[0] = 1.0
+        here[0:1] = 1.0
         here[here > 2] = 0.5
         host.copy_(other, non_blocking=True)
         return here + other

@@ -91,13 +91,18 @@ def _fills(func: Operator, args: Sequence[object]) -> bool:
 def copied_by_operator(func: Operator, args: Sequence[object], kwargs: Keywords) -> str:
     """Name a copy between host and device that the program waits for.
 
-    A number of the host that is put into elements is none.
+    PyTorch puts a number of Python into several elements by a kernel, and into one element, as in
+    x[0] = 1.0, by such a copy.
     """
     if func.overloadpacket is not torch.ops.aten.copy_:
         return ""
     to, source = args[:2]
-    is_number = isinstance(source, Tensor) and source.dim() == 0
-    return "" if is_number else _copied(to, source, is_asynchronous(args, kwargs))
+    if isinstance(source, Tensor) and source.dim() == 0:
+        if not isinstance(to, Tensor) or to.dim() > 0:
+            return ""  # a number beside tensors of the device
+        copied = _copied(to, source, is_asynchronous(args, kwargs))
+        return copied and ONE_ELEMENT
+    return _copied(to, source, is_asynchronous(args, kwargs))
 
 
 def copied_by_function(func: Function, args: Sequence[object], kwargs: Keywords) -> str:
@@ -122,6 +127,9 @@ def is_asynchronous(args: Sequence[object], kwargs: Keywords) -> bool:
 
 
 TO_DEVICE = "a copy from the host's memory"
+ONE_ELEMENT = (
+    "the copy of a number into one element (x[0:1] = number makes none, x[0] = number does)"
+)
 
 
 def makes_from_host(func: Function, args: Sequence[object], kwargs: Keywords) -> bool:
