@@ -475,7 +475,7 @@ def test_the_report_fits_the_medians_of_all_rounds_but_the_first(monkeypatch, ca
     report()
     out = capsys.readouterr().out
     assert re.search(r"│ 64 +│ processes │ \? +│ \? +│", out)
-    assert "?: no p fits, as N took longer than one, or less than an N-th of its time;" in out
+    assert "?: no p fits, as N took longer than one, or less than an N-th of its time, " in out
     rounds[two][0] = Epoch(9.0, 0.5001)
     with pytest.raises(ConfigError, match="is off by 2e-04 of that on one"):
         report()

@@ -83,7 +83,8 @@ def test_configurations_are_those_that_a_device_can_run(product, kind, capabilit
         ("symmetric_matmul", (256, 256, 256, 1), TINY),  # 36
         ("symmetric_matmul", (256, 256, 256, 256), Tiles(64, 128, 64, 4, 3, "flat")),
         ("symmetric_matmul", (768, 768, 768, 12), WIDE),  # 132
-        ("linear_sigmoid", (8192, 4096, 1024, 1), PAIRED),
+        ("linear_sigmoid", (8192, 4096, 1024, 1), WIDE),
+        ("linear_sigmoid", (1024, 4096, 1024, 1), PAIRED),
         ("linear_sigmoid", (512, 4096, 1024, 1), SQUARE),  # 128
         ("linear_sigmoid", (64, 1001, 784, 1), TINY),  # few tiles, which store single elements
         ("linear_sigmoid", (64, 1024, 8192, 1), SPLIT),  # few tiles, and a second launch
