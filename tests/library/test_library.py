@@ -265,6 +265,8 @@ def test_errors() -> None:
     assert torch.equal(op._opoverload(X), 2 * X)
     with pytest.raises(ValueError, match="there is none"):
         make(double, schema="(Tensor x) -> ()").register_sharding(double)
+    with pytest.raises(ValueError, match="a list of results as one tensor; return a tuple"):
+        make(double, schema="(Tensor[] xs) -> Tensor[]").register_sharding(double)
 
 
 def test_a_list_may_hold_none() -> None:

@@ -884,3 +884,42 @@ def check_right(program):
     assert losses == plain_losses
     assert plain.keys() == graphed.keys()
     assert [name for name in plain if not torch.equal(plain[name], graphed[name])] == []
+
+
+def test_a_graph_whose_neighbour_on_the_stream_is_gone_replays():
+    """On a GPU it was left without the memory of its products (pytorch#193402)."""
+    with emulate() as gpu, cuda_is_cpu(gpu):
+        stream = torch.cuda.Stream()
+        x, y = torch.ones(8, 8, device="cuda"), torch.ones(8, 8, device="cuda")
+        kept, other = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(kept, stream=stream):
+            product = x @ y
+        with torch.cuda.graph(other, stream=stream):
+            y @ x
+        other.replay()
+        other.reset()
+        del other
+        gc.collect()
+        filler = torch.full((8, 8), 5.0, device="cuda")
+        x.fill_(3.0)
+        kept.replay()
+        assert product.eq(24).all()
+        assert filler.eq(5).all()
+    assert gpu.faults == []
+
+
+def test_a_graph_whose_capture_an_error_has_ended_captures_again():
+    """On a GPU its memory stayed reserved (pytorch#190308)."""
+    with emulate() as gpu, cuda_is_cpu(gpu):
+        x, graph = torch.ones(4, device="cuda"), torch.cuda.CUDAGraph()
+        with pytest.raises(KeyError, match="mine"), torch.cuda.graph(graph):
+            x.mul_(2)
+            raise KeyError("mine")
+        assert not torch.cuda.is_current_stream_capturing()
+        assert x.eq(1).all()
+        with torch.cuda.graph(graph):
+            y = 3 * x
+        x.fill_(2.0)
+        graph.replay()
+        assert y.eq(6).all()
+    assert gpu.faults == []

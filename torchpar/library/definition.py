@@ -656,11 +656,16 @@ class CustomOpDef(torch.library.CustomOpDef):  # type: ignore[name-defined, misc
         Autograd key comes before DTensor's dispatch.
 
         Raises:
-            ValueError: the operator has no result (pytorch#167219).
+            ValueError: the operator has no result (pytorch#167219), or a list of them
+                (pytorch#191488).
         """
         if not self._returns:
             raise ValueError(
                 f"{self._qualname}: DTensor shards results, and there is none; return a tensor"
+            )
+        if "List[Tensor]" in self._returns:
+            raise ValueError(
+                f"{self._qualname}: DTensor counts a list of results as one tensor; return a tuple"
             )
 
         def with_defaults(*args: object, **kwargs: object) -> object:

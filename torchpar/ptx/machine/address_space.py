@@ -80,6 +80,7 @@ class AddressSpace:
 
     def outside(self, address: int, width: int) -> str:
         """Say where an address lies that is in no allocation."""
+        wrapped = self._wrapped(address, width)
         near = min(
             self.allocations,
             key=lambda one: max(one.start - address, address - (one.base + one.size)),
@@ -89,10 +90,27 @@ class AddressSpace:
         if near is None:
             return text
         if near.index is not None:
-            return f"{near.where(address - near.base)}, which is outside of {near.name}"
+            place = f"{near.where(address - near.base)}, which is outside of {near.name}"
+            return place if wrapped is None else f"{place}; {wrapped}"
         if address < near.start:
             return f"{text}: {near.start - address} bytes before {near.name}"
         return f"{text}: {address + width - near.base - near.size} bytes after {near.name}"
+
+    def _wrapped(self, address: int, width: int) -> str | None:
+        """Name the element that was meant where an offset of 32 bits has overflowed.
+
+        Such an offset is too small by 2**32, and at least -2**31. Only a tensor of more than 2**31
+        elements has the element that was meant.
+        """
+        for one in self.allocations:
+            meant = address + one.itemsize * 2**32
+            is_negative = one.start - one.itemsize * 2**31 <= address < one.start
+            if one.index is not None and is_negative and meant + width <= one.end:
+                return (
+                    f"{one.where(meant - one.base)} is 2**32 elements further, as if an offset of "
+                    "32 bits had overflowed; compute it in int64"
+                )
+        return None
 
     def pieces(
         self, warp: Warp, addresses: Values, width: int, line: int, what: str

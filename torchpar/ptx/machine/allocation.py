@@ -158,6 +158,7 @@ class Allocation:
         self.index: Callable[[int], str] | None = (
             None  # a function that names the element at an offset
         )
+        self.itemsize = 0  # bytes of an element, where the allocation is a tensor's
         self.touched: Values | None = None  # sectors, by slots of the counters
         self.view: AllocationView | None = None  # for the core in C
 

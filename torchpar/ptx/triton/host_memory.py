@@ -107,6 +107,7 @@ class HostMemory:
         made = Allocation(full_name, base, end - base, unit, data, start)
         if (start, end) == (storage.address, storage.end):
             made.index = _index_of(t, name)
+            made.itemsize = t.element_size()
         merged = [other for other, place in self._places.items() if place in overlapping]
         for member in (storage, *merged):
             self._places[member] = made

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: MIT
+"""Operators after public reports of faults of PyTorch's custom operators."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor.experimental import register_sharding
+
+import torchpar
+
+slow = pytest.mark.slow
+BACKENDS = ["aot_eager", "inductor"]
+
+
+@torchpar.library.custom_op("reported::scaled", mutates_args=())
+def scaled(x: Tensor, scale: Tensor) -> Tensor:
+    return x * scale
+
+
+@torchpar.library.custom_op("reported::gram", mutates_args=())
+def gram(x: Tensor, shift: Tensor) -> Tensor:
+    y = x @ x.T
+    y += shift
+    return y
+
+
+scaled.register_fake(lambda x, scale: torch.empty_like(x))
+gram.register_fake(lambda x, shift: x.new_empty(len(x), len(x)))
+
+
+def save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def gradient_of_scaled(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+    """The scale counts as a constant."""
+    return g * ctx.saved_tensors[1], None
+
+
+def gradient_of_gram(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+    return (g + g.T) @ ctx.saved_tensors[0], g
+
+
+scaled.register_autograd(gradient_of_scaled, setup_context=save)
+gram.register_autograd(gradient_of_gram, setup_context=save)
+
+
+@slow
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_tensor_in_two_places_has_the_gradient_of_each(backend):
+    """A compiler lost that of one place (pytorch#181146)."""
+
+    def loss(x):
+        y = 3 * x
+        return scaled(y, y).sum() + scaled(x, y).sum()
+
+    x = torch.tensor([1.0, -2.0, 5.0], requires_grad=True)
+    for f in (loss, torch.compile(loss, backend=backend, fullgraph=True)):
+        # Of 9x² only the first factor counts, which gives 9x. The second term adds 3x.
+        assert torch.equal(*torch.autograd.grad(f(x), x), 12 * x.detach())
+
+
+@slow
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_result_that_was_made_in_place_has_its_gradient(backend):
+    """A compiler took the version before the change (pytorch#180642)."""
+
+    def loss(x, shift):
+        y = gram(x, shift)
+        y += 1
+        return (y * y).sum()
+
+    x = torch.tensor([[1.0, 2.0], [0.0, -1.0]], requires_grad=True)
+    shift = torch.tensor([[3.0, 0.0], [1.0, -2.0]], requires_grad=True)
+    g = 2 * (x @ x.T + shift + 1).detach()
+    for f in (loss, torch.compile(loss, backend=backend, fullgraph=True)):
+        found = torch.autograd.grad(f(x, shift), (x, shift))
+        assert torch.equal(found[0], (g + g.T) @ x.detach())
+        assert torch.equal(found[1], g)
+
+
+@slow
+def test_forward_mode_goes_through_a_batch():
+    """PyTorch refused the tangents of a batch (pytorch#182842)."""
+    gram.register_vmap(lambda info, dims, x, shift: (x @ x.mT + shift, 0))
+    x = torch.arange(12.0).reshape(3, 2, 2)
+    tangent, shift = torch.ones_like(x), torch.eye(2)
+    batched = torch.func.vmap(gram, (0, None))
+    value, found = torch.func.jvp(lambda x: batched(x, shift), (x,), (tangent,))
+    assert torch.equal(value, x @ x.mT + shift)
+    assert torch.equal(found, tangent @ x.mT + x @ tangent.mT)
+
+
+@slow
+def test_pytorch_cannot_shard_a_list_of_results(world):
+    """When it can (pytorch#191488), let `CustomOpDef.register_sharding` take lists, too."""
+
+    @torch.library.custom_op("reported::doubles", mutates_args=())
+    def doubles(xs: list[Tensor]) -> list[Tensor]:
+        return [2 * x for x in xs]
+
+    doubles.register_fake(lambda xs: [torch.empty_like(x) for x in xs])
+
+    @register_sharding(torch.ops.reported.doubles.default)
+    def _(xs):
+        return [([Replicate()] * len(xs), [Replicate()] * len(xs))]
+
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    x: DTensor = distribute_tensor(torch.ones(4), mesh, [Replicate()])
+    with pytest.raises((RuntimeError, AssertionError)):
+        doubles([x, x])

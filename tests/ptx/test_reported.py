@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: MIT
+"""Small programs after public reports of faults in Triton and vLLM.
+
+Each fault is named at its line. Beside each stands the program without the fault.
+"""
+
+import inspect
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from torchpar.ptx import emulate
+from torchpar.ptx.machine.address_space import AddressSpace
+from torchpar.ptx.machine.allocation import Allocation
+
+VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
+
+
+def line_of(kernel, text):
+    """The number of the only line of a kernel with this text."""
+    lines, first = inspect.getsourcelines(kernel.fn)
+    (found,) = [n for n, line in enumerate(lines, first) if text in line]
+    return found
+
+
+@triton.jit
+def two_products(a, b, c, d, out, K, M: tl.constexpr, N: tl.constexpr, SEPARATE: tl.constexpr):
+    m, n = tl.arange(0, M)[:, None], tl.arange(0, N)
+    first = tl.zeros((M, N), tl.float32)
+    second = tl.zeros((M, N), tl.float32)
+    for k in range(0, K, 32):
+        i = k + tl.arange(0, 32)
+        left, right = tl.load(c + m * K + i), tl.load(d + i[:, None] * N + n)
+        first = tl.dot(tl.load(a + m * K + i), tl.load(b + i[:, None] * N + n), first)
+        if SEPARATE:
+            second = tl.dot(left, right, second)
+        else:
+            first = tl.dot(left, right, first)  # fault
+    tl.store(out + m * N + n, first + second)
+
+
+@pytest.mark.skipif(VERSION != (3, 8), reason="a fault of Triton 3.8, which main has mended")
+@pytest.mark.parametrize(
+    "arch, separate, stages",
+    [
+        ("sm_100", False, 3),
+        pytest.param("sm_100", False, 1, marks=pytest.mark.slow),
+        pytest.param("sm_100", True, 3, marks=pytest.mark.slow),
+        pytest.param("sm_90", False, 3, marks=pytest.mark.slow),
+    ],
+)
+def test_two_products_in_one_accumulator_of_sm_100(arch, separate, stages):
+    """Triton 3.8 does not let the second wait for the first (triton#10821)."""
+    torch.manual_seed(0)
+    a, c = torch.randint(-4, 5, (2, 64, 64)).to(torch.bfloat16)
+    b, d = torch.randint(-4, 5, (2, 64, 32)).to(torch.bfloat16)
+    out = torch.empty(64, 32)
+    with emulate(arch) as gpu:
+        two_products[(1,)](a, b, c, d, out, 64, 64, 32, separate, num_stages=stages)
+    if (arch, separate, stages) == ("sm_100", False, 3):
+        (fault,) = gpu.faults
+        assert fault.name == "race"
+        assert "tensor memory is written by a product" in fault.message
+        assert fault.source == (__file__, line_of(two_products, "# fault"))
+    else:
+        assert gpu.faults == []
+        assert torch.equal(out, a.float() @ b.float() + c.float() @ d.float())
+
+
+@triton.jit
+def claim(lock, count, out, BLOCK: tl.constexpr):
+    before = tl.atomic_cas(lock, 0, 1)
+    number = tl.atomic_add(count, 1)  # fault
+    tl.store(out + tl.arange(0, BLOCK), 10 * before + number)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(VERSION != (3, 8), reason="other versions synchronise these CTAs otherwise")
+def test_two_atomics_of_one_number_by_a_cluster():
+    """The second overwrites what the other CTA may still read of the first, as only a barrier of
+    one CTA lies between them (as in triton#10477)."""
+    for ctas in (1, 2):
+        lock, count, out = (torch.zeros(n, dtype=torch.int32) for n in (1, 1, 256))
+        with emulate("sm_90") as gpu:
+            claim[(1,)](lock, count, out, 256, num_ctas=ctas)
+        assert (int(lock), int(count)) == (1, 1)
+        if ctas == 1:
+            assert gpu.faults == []
+            assert out.eq(0).all()
+        else:
+            race = next(one for one in gpu.faults if one.name == "race")
+            assert "of CTA 0" in race.message
+            assert f"test_reported.py:{line_of(claim, '# fault')}" in race.message
+
+
+def test_an_offset_that_overflows_32_bits_is_named_with_the_element_that_was_meant():
+    """A page's number times its stride (vllm#47671, vllm#50427)."""
+    stride, page = 276_480, 7_999
+    wrapped = page * stride - 2**32
+    assert wrapped < -(2**31) + 2**28
+
+    def message(count, offset):
+        space = AddressSpace("global memory")
+        cache = Allocation(
+            f"cache (float16 [{count}])", 2**40, 2 * count, 2, np.zeros(4096, np.uint8)
+        )
+        cache.index, cache.itemsize = (lambda at: f"cache[{at // 2}]"), 2
+        space.add(cache)
+        return space.outside(2**40 + 2 * offset, 2)
+
+    meant = f"; cache[{page * stride}] is 2**32 elements further, as if an offset of 32 bits had"
+    outside = f"cache[{wrapped}], which is outside of cache (float16 [{8000 * stride}])"
+    assert message(8000 * stride, wrapped) == f"{outside}{meant} overflowed; compute it in int64"
+    # Negative controls: nothing of these tensors lies there.
+    assert "2**32" not in message(page * stride, wrapped)
+    assert "2**32" not in message(8000 * stride, -1)
+    assert "2**32" not in message(8000 * stride, 8000 * stride)
