@@ -912,9 +912,13 @@ def test_a_graph_whose_capture_an_error_has_ended_captures_again():
     """On a GPU its memory stayed reserved (pytorch#190308)."""
     with emulate() as gpu, cuda_is_cpu(gpu):
         x, graph = torch.ones(4, device="cuda"), torch.cuda.CUDAGraph()
-        with pytest.raises(KeyError, match="mine"), torch.cuda.graph(graph):
+
+        def fails():
             x.mul_(2)
             raise KeyError("mine")
+
+        with pytest.raises(KeyError, match="mine"), torch.cuda.graph(graph):
+            fails()
         assert not torch.cuda.is_current_stream_capturing()
         assert x.eq(1).all()
         with torch.cuda.graph(graph):
