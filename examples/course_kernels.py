@@ -220,6 +220,8 @@ def save_roofline(path: Path, rows: Sequence[console.Row]) -> None:
 
 def main(flags: Flags) -> None:
     torch.manual_seed(flags.seed)
+    with join_world(flags.device, alone=True) as world:  # a GPU that is missing is refused first
+        device = world.device
     found = works(flags)
     rows: list[console.Row] = []
     for work in console.progress(found, "kernels"):
@@ -230,13 +232,12 @@ def main(flags: Flags) -> None:
     sheet = DATA_SHEETS[GPU]
     ridge = sheet.flops["f32"] / sheet.memory
     print(f"by its data sheet an {GPU} needs {ridge:.0f} operations per byte to reach its peak")
-    with join_world(flags.device, alone=True) as world:
-        if world.device.type == "cuda":
-            times = [row for work in found for row in measure(work, world.device)]
-            console.print_rows(times, "measured on this GPU")
-            rows += times
-        else:
-            print("left out: times, as PyTorch finds no GPU or --device is cpu")
+    if device.type == "cuda":
+        times = [row for work in found for row in measure(work, device)]
+        console.print_rows(times, "measured on this GPU")
+        rows += times
+    else:
+        print("left out: times, as PyTorch finds no GPU or --device is cpu")
     if flags.plots:
         save_roofline(
             flags.plots / "roofline.png",

@@ -89,14 +89,15 @@ def printing(command: str) -> Iterator[None]:
         stop_printing()
         sys.exit(128 + signal.SIGPIPE)
     except OSError as e:
-        if e.filename is not None or _can_print():  # then it is another file's
+        if e.filename is not None or can_print():  # then it is another file's
             raise
         stop_printing()
         print(f"{command}: error: the output cannot be written: {e}", file=sys.stderr)
         sys.exit(1)
 
 
-def _can_print() -> bool:
+def can_print() -> bool:
+    """Whether a line, which is empty, can be written to the output."""
     try:
         print(flush=True)  # a flush alone would find an empty buffer
     except OSError:

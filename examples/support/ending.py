@@ -4,6 +4,7 @@
 It imports no torch, so that the examples in NumPy run where PyTorch is not installed.
 """
 
+import errno
 import io
 import json
 import os
@@ -16,7 +17,14 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppres
 from pathlib import Path
 from typing import NoReturn
 
-from torchpar.errors import AllRanksError, ConfigError, RankLostError, TorchparError, first_line
+from torchpar.errors import (
+    AllRanksError,
+    ConfigError,
+    RankLostError,
+    TorchparError,
+    can_print,
+    first_line,
+)
 from torchpar.parallel.launch.rank_info import RankInfo, find_rank_info
 from torchpar.training.outcome import Stopped
 
@@ -86,6 +94,8 @@ def parsing() -> Iterator[None]:
 
 def _reason(error: Exception) -> str:
     """What to print of an error; it is raised again if it is a fault of the program."""
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC and not can_print():
+        return f"the output cannot be written: {error}"
     if isinstance(error, TorchparError | OSError):
         return str(error)
     if _is_of_memory(error):

@@ -63,3 +63,12 @@ def test_the_kernels_are_counted_and_drawn(tmp_path):
         assert rows["maximum, 100 × 100", by]["intensity"] == 0
     assert rows["X·Xᵀ, 40 × 50", "one block"]["programs"] == 1
     assert (tmp_path / "plots" / "roofline.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_missing_is_refused_before_anything_is_counted(monkeypatch):
+    counted = []
+    monkeypatch.setattr(course_kernels, "count", lambda work: counted.append(work) or [])
+    with pytest.raises(ConfigError, match="device is cuda, but PyTorch finds no GPU"):
+        course_kernels.main(course_kernels.Flags(device="cuda"))
+    assert counted == []
