@@ -60,8 +60,10 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         if (ROOT / name).exists():  # git still lists a deleted file before the commit
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, source / name, follow_symlinks=False)
-    # -P: the current folder's `kernels` is not the library that extends setuptools.
-    run(sys.executable, "-P", "-c", BUILD, cwd=source)
+    # The `kernels` of a checkout, here or on PYTHONPATH, is not the library that extends setuptools.
+    path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    others = os.pathsep.join(one for one in path if one and not Path(one, "kernels").exists())
+    run(sys.executable, "-P", "-c", BUILD, cwd=source, PYTHONPATH=others)
     version = torchpar.__version__
     return (
         source / f"dist/torchpar-{version}.tar.gz",
