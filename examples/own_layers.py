@@ -15,7 +15,8 @@ programs, which add their sums by atomics.
 
 Before it trains, the script executes each kernel as compiled for an H100, and compares its results
 with PyTorch's in float64. It names races, accesses out of bounds and uninitialised memory. Then it
-counts what each kernel takes. "at least" is a bound by the GPU's data sheet, and not a time.
+counts what each kernel takes. "least" is a bound by the GPU's data sheet, as if nothing waited.
+"about" is the emulator's estimate, which counts how long a program waits for memory.
 """
 
 import sys
@@ -23,6 +24,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from inspect import signature
 from typing import NamedTuple
 
 import torch
@@ -342,20 +344,53 @@ def cases(n: int, inputs: int, outputs: int) -> list[Case]:
     ]
 
 
+def check_arguments(case: Case) -> None:
+    """Check that a case gives a kernel the arguments that it takes.
+
+    Raises:
+        ConfigError: arguments that are missing, or too many.
+    """
+    kernel = case.kernel.fn  # type: ignore[attr-defined]
+    takes = signature(kernel)
+    constants = {name: v for name, v in case.options.items() if name in takes.parameters}
+    try:
+        takes.bind(*case.arguments, **constants)
+    except TypeError as error:
+        raise ConfigError(
+            f"{kernel.__name__}{takes}: {error}; mend its launch in `cases` and in its layer"
+        ) from None
+
+
+def hint(source: str) -> str:
+    """Return what a kernel's source suggests, where its values are not those of float32."""
+    if "tl.dot(" in source and "input_precision" not in source:
+        return ' (by default tl.dot rounds float32 to TF32; input_precision="ieee" does not)'
+    if "tl.atomic_add(" in source:
+        return " (a result to which programs add must be 0 before the launch)"
+    return ""
+
+
 def check_kernels() -> None:
     """Execute each kernel as compiled for an H100, at two sizes that fill no block.
 
     Raises:
-        ConfigError: a kernel that writes wrong values, or breaks a rule.
+        ConfigError: a kernel that Triton cannot compile, that writes wrong values or breaks a rule.
     """
     checked = [case for sizes in ((37, 5, 20), (1, 17, 1)) for case in cases(*sizes)]
     for case in console.progress(checked, "kernels"):
+        check_arguments(case)
         kernel, grid, arguments, right, options = case
-        table = check_kernel(kernel, grid, arguments, right, **options)  # type: ignore[arg-type]
-        for row in table.rows:
-            if row.outcome in ("wrong", "crashes"):
-                name = kernel.__name__  # type: ignore[attr-defined]
-                raise ConfigError(f"{name}: {row.rule}: {row.detail}; mend the kernel")
+        name = kernel.__name__  # type: ignore[attr-defined]
+        try:
+            table = check_kernel(kernel, grid, arguments, right, **options)  # type: ignore[arg-type]
+        except triton.CompilationError as error:  # its message shows the kernel up to the fault
+            raise ConfigError(
+                f"{name}: Triton cannot compile it: {error}; mend the kernel"
+            ) from None
+        wrong = [row for row in table.rows if row.outcome in ("wrong", "crashes")]
+        if wrong:
+            found = "; ".join(f"{row.rule}: {row.detail}" for row in wrong)
+            raise ConfigError(f"{name}: {found}; mend the kernel{hint(kernel.src)}")  # type: ignore[attr-defined]
     print(f"{len(checked)} launches of {len(checked) // 2} kernels are right, and break no rule")
 
 
@@ -371,15 +406,17 @@ def count(n: int, hidden: int) -> list[console.Row]:
         rows.append(
             {
                 "kernel": launch.kernel.removesuffix("_kernel"),
-                "programs": launch.programs,
+                "blocks": launch.programs,
                 "per_warp": round(counters.total.instruction_count / warps),
                 "sectors": counters.sums("global").transactions,
                 "atomics": sum(one.requests for one in counters.accesses if one.what == "atomic"),
-                "at_least": f"{1000 * bound.least:,.0f} ns",
+                "least": f"{bound.least:.3f}",
+                "about": f"{launch.time[bound.gpu].microseconds:.4g}",
             }
         )
     console.print_rows(rows, f"{n} samples, {hidden} units, an {bound.gpu}")
-    print("per warp: instructions; atomics: requests; at least: a bound by the data sheet, no time")
+    print("per warp: instructions; atomics: requests; no time was measured:")
+    print("least: µs, a bound by the data sheet; about: µs, the emulator's estimate")
     return rows
 
 

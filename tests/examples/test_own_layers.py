@@ -64,6 +64,47 @@ def test_a_missing_mask_is_named(monkeypatch):
         own_layers.check_kernels()
 
 
+@triton.jit
+def relu_with_a_typo_kernel(x, y, size, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + i, tl.relu(tl.load(x + i, i < size)), i < size)
+
+
+@triton.jit
+def relu_with_a_slope_kernel(x, y, size, slope, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x_i = tl.load(x + i, i < size)
+    tl.store(y + i, tl.where(x_i > 0, x_i, slope * x_i), i < size)
+
+
+def test_a_kernel_that_triton_cannot_compile_is_an_error_of_the_lesson(monkeypatch):
+    only(monkeypatch, "relu_kernel", relu_with_a_typo_kernel)
+    with pytest.raises(ConfigError, match=r"cannot compile it(.|\n)*no attribute 'relu'") as error:
+        own_layers.check_kernels()
+    assert str(error.value).startswith("relu_with_a_typo_kernel: ")
+
+
+def test_an_argument_that_no_launch_gives_is_named(monkeypatch):
+    only(monkeypatch, "relu_kernel", relu_with_a_slope_kernel)
+    with pytest.raises(ConfigError, match=r"^relu_with_a_slope_kernel\(.*: .*'slope'; mend its"):
+        own_layers.check_kernels()
+
+
+@pytest.mark.parametrize(
+    "source, says",
+    [
+        ("total = tl.dot(a, b, total)", "TF32"),
+        ('total = tl.dot(a, b, total, input_precision="ieee")', ""),
+        ("tl.atomic_add(dw + i, total)", "must be 0"),
+        ("tl.store(dw + i, total)", ""),
+    ],
+)
+def test_wrong_values_come_with_a_hint_where_the_source_suggests_one(source, says):
+    found = own_layers.hint(source)
+    assert says in found
+    assert bool(found) == bool(says)
+
+
 @pytest.mark.slow
 def test_the_programs_and_atomics_of_a_bias_are_counted(monkeypatch):
     n, hidden = 100, 30
@@ -71,10 +112,13 @@ def test_the_programs_and_atomics_of_a_bias_are_counted(monkeypatch):
     (atomics,) = own_layers.count(n, hidden)
     only(monkeypatch, "bias_by_one_program_kernel")
     (one,) = own_layers.count(n, hidden)
-    assert (one["programs"], one["atomics"]) == (1, 0)
+    assert (one["blocks"], one["atomics"]) == (1, 0)
     # 7 × 2 tiles of 16 × 16, each of which adds its 16 sums by one warp
-    assert (atomics["programs"], atomics["atomics"]) == (14, 14)
+    assert (atomics["blocks"], atomics["atomics"]) == (14, 14)
     assert one["per_warp"] > 10 * n > 10 * atomics["per_warp"]
+    # One program loads its rows one after the other: each takes a latency, which a bound leaves out
+    assert float(one["about"]) > 5 * float(atomics["about"])
+    assert float(one["least"]) < float(one["about"]) / 100
 
 
 @pytest.mark.slow
