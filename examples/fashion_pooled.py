@@ -155,8 +155,9 @@ def find_dataset(flags: Flags) -> tuple[Dataset, str]:
     """Return the data set, and a line that says so if it is not the project's."""
     if flags.dataset != "auto":
         return flags.dataset, ""
-    folder = flags.data / FOLDERS["fashion-mnist"] / "raw"
-    if any(folder.glob("train-images-idx3-ubyte*")):
+    folder, instead = (flags.data / FOLDERS[one] / "raw" for one in ("fashion-mnist", "mnist"))
+    has_files, has_others = (any(f.glob("train-images-idx3-ubyte*")) for f in (folder, instead))
+    if has_files or not has_others:  # without either, reading names the file that is missing
         return "fashion-mnist", ""
     return "mnist", f"MNIST stands in for Fashion-MNIST, of which {folder} holds no files"
 

@@ -13,7 +13,7 @@ column is 1, with weights ``w (d)`` and targets ``y (n)``. The cost is the mean 
     a = x·w        C = 1/n · Σ (a − y)²        ∂C/∂a = 2(a − y)/n        ∂C/∂w = xᵀ·∂C/∂a
 
 Both the forward and the backward pass are matrix products. A batch is one product, which gives what
-the products of the single samples give.
+the products of the single samples give, in less time.
 
 The gradient of a small batch is a mean as well: it is noisier than that of all samples, but not
 smaller. So in one pass over the samples small batches make more steps, and the cost falls further.
@@ -25,7 +25,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from support import checks, cli, console, plots
+from support import checks, cli, console, measure, plots
 from torch import Tensor
 from torch.nn.functional import mse_loss, pad
 
@@ -93,6 +93,16 @@ def compare_formulas(x: Tensor, y: Tensor) -> list[dict[str, str | float]]:
     ]
 
 
+def compare_times(x: Tensor) -> dict[str, float]:
+    """Print the milliseconds of one product for all samples, and of a product for each of them."""
+    w = x.new_zeros(x.shape[1])
+    ways = {"batch": lambda: predict(x, w), "each": lambda: [predict(one, w) for one in x]}
+    ms = measure.interleaved_ms(ways, x.device)
+    batch, each = f"{ms['batch']:.3g} ms by one product", f"{ms['each']:.3g} ms by one for each"
+    print(f"forward of {len(x)} samples: {batch}, {each}")
+    return {f"ms_{way}": value for way, value in ms.items()}
+
+
 def compare_norms(x: Tensor, y: Tensor, batch_sizes: tuple[int, ...]) -> list[dict[str, float]]:
     """Print the norms of the batches' gradients at w = 0: their mean, and their standard
     deviation."""
@@ -135,6 +145,7 @@ def main(flags: Flags) -> None:
         torch.manual_seed(flags.seed)
         x, y = make_samples(torch.arange(8.0, device=world.device))
         errors = compare_formulas(x, y)
+        times = compare_times(x)
         norms = compare_norms(x, y, flags.batch_size)
         choices = product(flags.batch_size, flags.lr)
         curves = {f"batch {n}, learning rate {lr:g}": descend(x, y, n, lr)[0] for n, lr in choices}
@@ -145,7 +156,7 @@ def main(flags: Flags) -> None:
     for name, costs in curves.items():
         steps = len(costs) - 1
         print(f"{name}: cost {costs[-1]:.4f} after {steps} step{'s' * (steps > 1)}")
-    console.write_metrics(flags.metrics, [*errors, *norms, {"costs": curves}])
+    console.write_metrics(flags.metrics, [*errors, *norms, {"costs": curves, **times}])
     if flags.plots:
         plots.save_curves(flags.plots / "regression.png", curves, "step", "cost before the step")
 

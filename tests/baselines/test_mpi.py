@@ -622,6 +622,9 @@ def test_mnist_stands_in_for_fashion_mnist(data, tmp_path):
     flags = fashion_pooled.Flags(data=data)
     assert fashion_pooled.find_dataset(flags) == ("fashion-mnist", "")
     flags.data = tmp_path
+    assert fashion_pooled.find_dataset(flags) == ("fashion-mnist", "")  # whose files it asks for
+    (tmp_path / "MNIST" / "raw").mkdir(parents=True)
+    (tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte.gz").touch()
     name, line = fashion_pooled.find_dataset(flags)
     assert name == "mnist"
     assert (

@@ -249,6 +249,7 @@ def test_small_batches_and_a_larger_rate_reach_a_lower_cost(tmp_path):
     assert whole["spread"] == 0 < middle["spread"] < small["spread"]
     # Noisier, but not smaller.
     assert whole["mean_norm"] <= middle["mean_norm"] <= small["mean_norm"]
+    assert min(last["ms_batch"], last["ms_each"]) > 0
     ends = {name: costs[-1] for name, costs in last["costs"].items()}
     assert ends["batch 4, learning rate 0.01"] < 0.1 < ends["batch 64, learning rate 0.01"]
     assert ends["batch 64, learning rate 0.1"] < ends["batch 64, learning rate 0.01"]
