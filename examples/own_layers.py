@@ -19,6 +19,7 @@ counts what each kernel takes. "least" is a bound by the GPU's data sheet, as if
 "about" is the emulator's estimate, which counts how long a program waits for memory.
 """
 
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -265,11 +266,16 @@ class Case(NamedTuple):
     options: Mapping[str, int]
 
 
+def unset(like: Tensor) -> Tensor:
+    """Return a result for a kernel to write: NaN, which no kernel may read or leave."""
+    return torch.full_like(like, math.nan)
+
+
 def cases(n: int, inputs: int, outputs: int) -> list[Case]:
     """Return a launch of each kernel for ``n`` samples."""
     x, w, b = torch.randn(n, inputs), torch.randn(outputs, inputs), torch.randn(outputs)
     g, t = torch.randn(n, outputs), torch.randint(0, 2, (n,)).float()
-    y, p, size = g.new_empty(n, outputs), torch.rand(n), n * outputs
+    y, p, size = unset(g), torch.rand(n), n * outputs
     of_tiles, of_blocks = OF_TILES | {"TILE": TILE}, OF_BLOCKS | {"BLOCK": BLOCK}
     sizes = (n, inputs, outputs)
     one, two = g.relu(), g.sigmoid()
@@ -284,21 +290,21 @@ def cases(n: int, inputs: int, outputs: int) -> list[Case]:
         Case(
             linear_input_kernel,
             tiles(n, inputs),
-            (g, w, torch.empty_like(x), *sizes),
+            (g, w, unset(x), *sizes),
             lambda g, w, *_: {"dx": g @ w},
             of_tiles,
         ),
         Case(
             linear_weight_kernel,
             tiles(outputs, inputs),
-            (g, x, torch.empty_like(w), *sizes),
+            (g, x, unset(w), *sizes),
             lambda g, x, *_: {"dw": g.T @ x},
             of_tiles,
         ),
         Case(
             bias_by_one_program_kernel,
             (1,),
-            (g, torch.empty_like(b), n, outputs),
+            (g, unset(b), n, outputs),
             lambda g, *_: {"db": g.sum(0)},
             of_blocks,
         ),
@@ -313,7 +319,7 @@ def cases(n: int, inputs: int, outputs: int) -> list[Case]:
         Case(
             relu_backward_kernel,
             blocks(size),
-            (g, one, torch.empty_like(g), size),
+            (g, one, unset(g), size),
             lambda g, y, *_: {"dx": g * (y > 0)},
             of_blocks,
         ),
@@ -323,7 +329,7 @@ def cases(n: int, inputs: int, outputs: int) -> list[Case]:
         Case(
             sigmoid_backward_kernel,
             blocks(size),
-            (g, two, torch.empty_like(g), size),
+            (g, two, unset(g), size),
             lambda g, y, *_: {"dx": g * y * (1 - y)},
             of_blocks,
         ),
@@ -337,7 +343,7 @@ def cases(n: int, inputs: int, outputs: int) -> list[Case]:
         Case(
             bce_backward_kernel,
             blocks(n),
-            (p, t, torch.empty_like(p), n),
+            (p, t, unset(p), n),
             lambda p, t, *_: {"dp": (p - t) / (p * (1 - p)) / len(p)},
             of_blocks,
         ),

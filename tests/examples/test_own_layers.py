@@ -90,6 +90,26 @@ def test_an_argument_that_no_launch_gives_is_named(monkeypatch):
         own_layers.check_kernels()
 
 
+@triton.jit
+def weight_by_atomics_kernel(g, x, dw, n, inputs, outputs, TILE: tl.constexpr):
+    row = tl.program_id(0) * TILE + tl.arange(0, TILE)[:, None]
+    column = tl.program_id(1) * TILE + tl.arange(0, TILE)[None, :]
+    inside = (row < outputs) & (column < inputs)
+    for k in range(n):
+        term = tl.load(g + k * outputs + row, row < outputs, 0.0) * tl.load(
+            x + k * inputs + column, column < inputs, 0.0
+        )
+        tl.atomic_add(dw + row * inputs + column, term, inside)
+
+
+def test_a_kernel_that_adds_to_a_result_that_nothing_set_is_wrong(monkeypatch):
+    only(monkeypatch, "linear_weight_kernel", weight_by_atomics_kernel)
+    # Memory that was never written is often 0, with which the sums would be right
+    monkeypatch.setattr(torch, "empty_like", torch.zeros_like)
+    with pytest.raises(ConfigError, match=r"^weight_by_atomics_kernel: values: dw: NaN.*must be 0"):
+        own_layers.check_kernels()
+
+
 @pytest.mark.parametrize(
     "source, says",
     [
