@@ -93,6 +93,7 @@ def sweep(flags: Flags, study: partial[tuple[MLP, list[Row]]]) -> list[Row]:
     size."""
     grid = product(flags.hidden, sorted(flags.batch_size), sorted(flags.lr), flags.weight_decay[:1])
     choices = [dict(zip(CHOICE, values, strict=True)) for values in grid]
+    console.print_load()
     study(choices[0], 1)  # not counted: the first run of a process is slow
     swept = [
         study(choice, flags.sweep_epochs)[1][-1] for choice in console.progress(choices, "sweep")

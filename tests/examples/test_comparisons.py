@@ -2,11 +2,13 @@
 """Comparisons of times on a busy machine: they say so, and print no impossible gain as a result."""
 
 import os
+from functools import partial
 
 import pytest
 
 pytest.importorskip("rich", reason="it prints the tables")
 
+import digits_report
 import quadrants
 import train_mpi
 from support import console
@@ -44,3 +46,15 @@ def test_quadrants_shows_no_speed_up_of_more_than_the_processes():
     row = {"batch_size": 512, "N": 2, "predicted": 1.7, "N_processes": 2.0, "N_threads": 3.386}
     assert quadrants.believed(row, 2) == {**row, "N_threads": "?"}
     assert quadrants.believed(row, 4) == row
+
+
+def test_the_sweep_of_digits_says_that_the_machine_is_busy(monkeypatch, capsys):
+    def study(choice: dict[str, float], epochs: int) -> tuple[None, list[dict[str, float]]]:
+        cost = {"steps": 1, "ms_per_step": 1.0, "s_per_epoch": 1.0}
+        return None, [{**choice, **cost, "validation_accuracy": 0.5}]
+
+    monkeypatch.setattr(os, "getloadavg", lambda: (6.06, 0.0, 0.0))
+    digits_report.sweep(digits_report.Flags(device="cpu"), partial(study))
+    out = capsys.readouterr().out
+    assert out.startswith("The load average is 6.1: ")
+    assert "smallest to largest batch: 1.00× the time of an epoch" in out
