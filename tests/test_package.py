@@ -60,7 +60,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         if (ROOT / name).exists():  # git still lists a deleted file before the commit
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, source / name, follow_symlinks=False)
-    # The `kernels` of a checkout, here or on PYTHONPATH, is not the library that extends setuptools.
+    # A checkout's `kernels`, here or on PYTHONPATH, is not the library that extends setuptools.
     path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     others = os.pathsep.join(one for one in path if one and not Path(one, "kernels").exists())
     run(sys.executable, "-P", "-c", BUILD, cwd=source, PYTHONPATH=others)
