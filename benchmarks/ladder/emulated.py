@@ -5,11 +5,14 @@
 GPU. Numba's simulator executes what they launch by ``numba.cuda``, of which it tells values alone.
 """
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -17,7 +20,7 @@ from unittest.mock import patch
 import numpy as np
 
 from benchmarks.ladder.cases import LadderCase, make_case
-from benchmarks.ladder.student import Entry, TooSlow
+from benchmarks.ladder.student import Entry, SlowCall, TooSlow
 from benchmarks.timing import Rejected
 
 if TYPE_CHECKING:
@@ -25,8 +28,18 @@ if TYPE_CHECKING:
 
 BUDGET = 20.0  # seconds that the next larger size may take
 LIMIT = 90.0  # seconds of any call
+PATIENCE = 300.0  # seconds of a call of the whole that has no smaller one
 GROWTH = 4
+BLOCK = 1024  # threads of a block, of which no GPU takes more
+FIXED = 64  # times as many threads as numbers of the result, from which a launch is for the whole
 SIMULATOR = "NUMBA_ENABLE_CUDASIM"  # of the environment, when Numba is imported
+
+
+class WrittenForTheWhole(BaseException):
+    """A launch at a smaller size has the threads of the whole case."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
 
 
 @dataclass
@@ -53,7 +66,8 @@ class Executed:
 def execute(entry: Entry) -> Executed:
     """Execute a function at 32 rows and columns, and at larger sizes while that takes seconds.
 
-    If it fails at that size it may be written for the whole case alone, which is tried then. The
+    If it fails at that size it may be written for the whole case alone, which is tried then. So is
+    one that launches as many threads as the whole needs, since a part would not tell of them. The
     times of sizes that only fixed costs make slow are over-estimated, so that sizes grow in steps.
 
     Raises:
@@ -63,6 +77,17 @@ def execute(entry: Entry) -> Executed:
     entry.tried = small
     try:
         found, seconds = execute_once(entry)
+    except WrittenForTheWhole as launch:
+        print(
+            f"{Path(entry.file).name}: {entry.name} launches {launch.threads:,} threads; Numba's "
+            f"simulator executes them one after the other, for at most {PATIENCE:.0f} s",
+            flush=True,
+        )
+        entry.tried = whole
+        try:
+            return execute_once(entry, PATIENCE)[0]
+        except TooSlow:
+            raise SlowCall(f"it takes more than {PATIENCE:.0f} s without a GPU") from None
     except Rejected as error:
         entry.tried = whole
         try:
@@ -86,14 +111,17 @@ def execute(entry: Entry) -> Executed:
     return found
 
 
-def execute_once(entry: Entry) -> tuple[Executed, float]:
-    """Execute a function for its case; also the seconds of its kernels."""
+def execute_once(entry: Entry, limit: float = LIMIT) -> tuple[Executed, float]:
+    """Execute a function for its case, for ``limit`` seconds; also the seconds of its kernels."""
     with ExitStack() as stack:
         launched: list[object] = []
-        stack.enter_context(simulated(launched))
+        is_part = entry.tried.shape != entry.case.shape
+        # Each of so many threads takes its part of the whole in a few operations.
+        most = max(FIXED * entry.tried.expected.size, entry.case.work.flops / 16)
+        stack.enter_context(simulated(launched, most if is_part else math.inf))
         gpu = stack.enter_context(emulated()) if find_spec("triton") else None
         try:
-            seconds = entry.call(limit=LIMIT)
+            seconds = entry.call(limit=limit)
         except Rejected as e:
             if gpu is not None and gpu.report().errors:
                 raise Rejected(faults_of(gpu.report())) from None
@@ -152,18 +180,23 @@ def counted(report: "Report") -> tuple[float, str]:
 
 
 @contextmanager
-def simulated(launched: list[object]) -> Iterator[None]:
+def simulated(launched: list[object], most: float = math.inf) -> Iterator[None]:
     """Let Numba's simulator execute the threads of a block one after the other, if none waits.
 
     It starts a thread of Python for each, and a million of them take minutes.
 
     Args:
         launched: gets the kernel of each launch.
+        most: the threads above which a launch raises `WrittenForTheWhole`.
     """
     if "numba.cuda.simulator.kernel" not in sys.modules:
         yield
         return
     from numba.cuda.simulator import kernel, kernelapi
+
+    @cache
+    def threads_of(block: tuple[int, ...]) -> list[Any]:
+        return [kernelapi.Dim3(*at) for at in np.ndindex(*block)]
 
     in_threads = kernel.BlockManager.run
     call = kernel.FakeCUDAKernel.__call__
@@ -171,6 +204,7 @@ def simulated(launched: list[object]) -> Iterator[None]:
     def called(self: Any, *args: object) -> object:
         if not self._device:
             launched.append(self)
+            check_launch(math.prod(self.grid_dim), math.prod(self.block_dim), most)
         return call(self, *args)
 
     def run(self: Any, grid_point: tuple[int, ...], *args: object) -> None:
@@ -180,12 +214,12 @@ def simulated(launched: list[object]) -> Iterator[None]:
         one = SimpleNamespace(blockIdx=kernelapi.Dim3(*grid_point))
         standing_in = SimpleNamespace(current_thread=lambda: one)
         with patch.object(kernelapi, "threading", standing_in):
-            for at in np.ndindex(*self._block_dim):
-                one.threadIdx = kernelapi.Dim3(*at)
+            for at in threads_of(tuple(self._block_dim)):
+                one.threadIdx = at
                 try:
                     self._f(*args)
                 except Exception as e:
-                    where = f"thread {at[0]}, block {grid_point[0]}"
+                    where = f"thread {at.x}, block {grid_point[0]}"
                     raise type(e)(f"{e} ({where})").with_traceback(e.__traceback__) from None
 
     with (
@@ -193,6 +227,14 @@ def simulated(launched: list[object]) -> Iterator[None]:
         patch.object(kernel.FakeCUDAKernel, "__call__", called),
     ):
         yield
+
+
+def check_launch(blocks: int, block: int, most: float) -> None:
+    """Refuse a block that no GPU takes, and a launch of more than ``most`` threads."""
+    if block > BLOCK:  # the simulator has no limit
+        raise ValueError(f"a block of {block} threads; a GPU takes at most {BLOCK}")
+    if blocks * block > most:
+        raise WrittenForTheWhole(blocks * block)
 
 
 def waits(function: Callable[..., object], kernels: Any) -> bool:

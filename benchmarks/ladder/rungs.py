@@ -585,7 +585,8 @@ def student_without_gpu(
         if (whole := LADDERS[case.operator].shape) != case.shape:  # for which it may be written
             sizes = ["×".join(map(str, shape)) for shape in (case.shape, whole)]
             reason += f" (at {sizes[0]}; without --quick {sizes[1]} is tried)"
-        print(f"{shown} is not right: {reason}", flush=True)
+        verdict = "too slow" if isinstance(e, (student.TooSlow, student.SlowCall)) else "not right"
+        print(f"{shown} is {verdict}: {reason}", flush=True)
         return Rung(name=shown, threads=None, turn=partial(reject, reason))
     print(f"{shown} is {done}", flush=True)
     note = "" if done.tried.shape == case.shape else f"at {done.tried.size}"

@@ -195,7 +195,8 @@ def describe(error: BaseException, file: str, function: Callable[..., object] | 
     frames = [
         (Path(frame.filename).name, frame.lineno)
         for frame in traceback.extract_tb(error.__traceback__)
-        if is_beside(os.path.realpath(frame.filename), file)
+        # "<frozen importlib._bootstrap>" is no file, also where the folder is the current one.
+        if os.path.isfile(frame.filename) and is_beside(os.path.realpath(frame.filename), file)
     ]
     name = frames[-1][0] if frames else Path(file).name
     lines = [line for _, line in frames]
@@ -207,7 +208,8 @@ def describe(error: BaseException, file: str, function: Callable[..., object] | 
         code = code_of(function)
         lines += [code.co_firstlineno] if code else []
     place = f"{name}, line {lines[-1]}" if lines else name
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # Numba's errors are coloured
+    told = error.msg if isinstance(error, SyntaxError) else str(error)  # without the place again
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", told)  # Numba's errors are coloured
     text = " ".join(" ".join(plain.splitlines()[:2]).split())
     if isinstance(error, ModuleNotFoundError) and error.name in PACKAGES:
         text += f"; pip install {error.name}"
@@ -479,12 +481,11 @@ def enter(path: Path, name: str, function: Callable[..., object], case: LadderCa
     shown = f"{source.name}: {name}"
     try:
         seconds = entry.begin()
-        extrapolated = f"{entry.note}, " * bool(entry.note)
+        call = f"first call {duration(seconds)}"
+        if entry.note:  # nobody has waited for it
+            call = f"at {entry.tried.size}; a call of the whole would take {duration(seconds)}"
         compiled = f", compiled in {duration(entry.compiled)}" * bool(entry.compiled)
-        print(
-            f"{shown} is right ({extrapolated}first call {duration(seconds)}{compiled})",
-            flush=True,
-        )
+        print(f"{shown} is right ({call}{compiled})", flush=True)
     except SlowCall as e:
         print(f"{shown} is too slow: {e}", flush=True)
     except Rejected as e:

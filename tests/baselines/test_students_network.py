@@ -195,3 +195,12 @@ def test_a_file_without_functions_is_refused_in_one_line(tmp_path, capsys, text,
 @pytest.mark.slow
 def test_mnist_is_learnt_to_95_percent():
     assert exercises.check_training(functions(RIGHT), exercises.DATA).is_right
+
+
+def test_a_slow_epoch_says_how_far_it_is(capsys):
+    clock = iter([0.0, 0.0, 9.0, 11.0, 12.0, 0.0, 10.0])
+    with patch.object(exercises.time, "monotonic", lambda: next(clock)):
+        batch = (np.zeros(1), np.zeros(1))
+        assert len(list(exercises.told([batch] * 4))) == 4
+        assert len(list(exercises.told(one for one in [batch]))) == 1  # has no length
+    assert capsys.readouterr().out == "2 of 4 batches after 11 s\n0 batches after 10 s\n"

@@ -9,8 +9,9 @@ import argparse
 import importlib.util
 import signal
 import sys
+import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
@@ -33,6 +34,7 @@ DATA = IN_CHECKOUT if IN_CHECKOUT.is_dir() else Path("data")  # no wheel has the
 EPOCHS, BATCH_SIZE, LR = 20, 32, 1.0
 ASKED = 0.95  # of the test images
 LIMIT = 10.0  # seconds of a check, which take milliseconds
+SILENCE = 10.0  # seconds after which a training says where it is
 # σ has a relative error of a few roundings in whatever form; float32 has 2⁻²⁴.
 TOLERANCE = 16 * 2.0**-24
 
@@ -215,7 +217,7 @@ def train(
     weights = [np.array(one, np.float32) for one in f["random_weights"](list(SIZES))]
     biases = layers_of(f["zeros_biases"](list(SIZES)))
     for _ in range(epochs):
-        for inputs, targets in f["create_batches"](x, labels, BATCH_SIZE):
+        for inputs, targets in told(f["create_batches"](x, labels, BATCH_SIZE)):
             zs, activations = forward(f["sigmoid"], weights, biases, inputs)
             delta = activations[-1] - np.eye(SIZES[-1], dtype=np.float32)[targets]
             d_weights = f["zeros_weights"](list(SIZES))
@@ -228,6 +230,17 @@ def train(
             weights = f["add_elementwise"](weights, d_weights)
             biases = f["add_elementwise"](biases, d_biases)
         yield weights, biases
+
+
+def told(batches: Iterable[tuple[Array, Array]]) -> Iterator[tuple[Array, Array]]:
+    """The batches of an epoch. A slow one says after `SILENCE`, and again, how far it is."""
+    of = f" of {len(batches)}" if isinstance(batches, Sized) else ""
+    begun = last = time.monotonic()
+    for done, batch in enumerate(batches):
+        if (now := time.monotonic()) - last >= SILENCE:
+            last = now
+            print(f"{done}{of} batches after {now - begun:.0f} s", flush=True)
+        yield batch
 
 
 def layers_of(biases: Sequence[Array]) -> list[Array]:

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: MIT
+"""What the ladder says of a homework: launches for one size, syntax errors, extrapolated times."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.ladder import emulated, rungs, student
+from benchmarks.ladder.cases import make_case
+from benchmarks.timing import Rejected
+from torchpar.baselines import numpy_mlp
+from torchpar.errors import ConfigError
+
+
+def entry(shape: tuple[int, ...]) -> student.Entry:
+    case = make_case("maximum", shape)
+    return student.Entry("my.py", "max_gpu", numpy_mlp.maximum, case, case)
+
+
+def launch(grid: int, block: int, most: float) -> int:
+    """The number of launches that pass on to Numba's simulator, which this test leaves out."""
+    kernel = pytest.importorskip("numba.cuda.simulator.kernel")
+    passed: list[object] = []
+    with (
+        patch.object(kernel.FakeCUDAKernel, "__call__", lambda self, *_: passed.append(self)),
+        emulated.simulated([], most),
+    ):
+        kernel.FakeCUDAKernel(print, device=False)[grid, block](np.zeros(1))
+    return len(passed)
+
+
+def test_a_launch_with_more_threads_than_a_part_needs_is_for_the_whole():
+    assert launch(3, 4, most=12) == 1
+    with pytest.raises(emulated.WrittenForTheWhole) as raised:
+        launch(3, 5, most=12)
+    assert raised.value.threads == 15
+
+
+def test_a_block_of_more_threads_than_a_gpu_takes_is_refused():
+    assert launch(1, 1024, most=2000) == 1
+    with pytest.raises(ValueError, match="a block of 1025 threads; a GPU takes at most 1024"):
+        launch(1, 1025, most=2000)
+
+
+def test_a_function_for_the_whole_is_executed_there_alone(capsys):
+    sizes: list[tuple[int, ...]] = []
+
+    def execute_once(one: student.Entry, limit: float = 1.0) -> tuple[emulated.Executed, float]:
+        sizes.append(one.tried.shape)
+        if one.tried.shape != (300, 300):
+            raise emulated.WrittenForTheWhole(90_000)
+        raise error
+
+    error: BaseException = Rejected("result[0, 128] is 0")
+    with patch.object(emulated, "execute_once", execute_once):
+        with pytest.raises(Rejected, match=r"^result\[0, 128\] is 0$"):
+            emulated.execute(entry((300, 300)))
+        error = student.TooSlow()
+        with pytest.raises(student.SlowCall, match=r"^it takes more than 300 s without a GPU$"):
+            emulated.execute(entry((300, 300)))
+    assert sizes == [(32, 32), (300, 300)] * 2
+    assert capsys.readouterr().out.startswith("my.py: max_gpu launches 90,000 threads; ")
+
+
+def test_threads_are_limited_for_a_part_of_a_case_alone():
+    limits: list[float] = []
+
+    def simulated(launched: list[object], most: float) -> object:
+        limits.append(most)
+        raise Rejected("stop")
+
+    one = entry((1000, 1000))
+    with patch.object(emulated, "simulated", simulated):
+        for tried in (one.small(), one.case):
+            one.tried = tried
+            with pytest.raises(Rejected, match="stop"):
+                emulated.execute_once(one)
+    assert limits == [64 * 32 * 32, float("inf")]
+
+
+def test_a_function_that_takes_too_long_without_a_gpu_is_slow_and_not_wrong(capsys):
+    case = make_case("maximum", (1000, 1000))
+
+    def execute(one: student.Entry) -> None:
+        raise student.TooSlow
+
+    with (
+        patch.object(emulated, "execute", execute),
+        patch.object(torch.cuda, "is_available", lambda: False),
+    ):
+        rungs.student_without_gpu(Path("my.py"), "max_gpu", numpy_mlp.maximum, case)
+    assert capsys.readouterr().out == (
+        "my.py: max_gpu is too slow: it takes more than 90 s without a GPU\n"
+    )
+
+
+def test_a_syntax_error_is_told_once_from_the_files_own_folder(tmp_path, monkeypatch):
+    (tmp_path / "my.py").write_text("import numpy\n\ndef max_cpu(A, B)\n    return A\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as raised:
+        student.load(Path("my.py"))
+    assert str(raised.value) == "--with my.py: my.py, line 3: SyntaxError: expected ':'"
+
+
+def test_an_extrapolated_time_is_not_called_that_of_the_first_call(capsys):
+    case = make_case("maximum", (40, 30))
+
+    def begin(one: student.Entry) -> float:
+        one.tried = one.small()
+        return 999.0
+
+    with patch.object(student.Entry, "begin", begin):
+        student.enter(Path("my.py"), "max_cpu", numpy_mlp.maximum, case)
+    assert capsys.readouterr().out == (
+        "my.py: max_cpu is right (at 32×30; a call of the whole would take 999 s)\n"
+    )
+    with patch.object(
+        student,
+        "Entry",
+        lambda *_: SimpleNamespace(note="", compiled=0.0, begin=lambda: 0.5, tried=case),
+    ):
+        student.enter(Path("my.py"), "max_cpu", numpy_mlp.maximum, case)
+    assert capsys.readouterr().out == "my.py: max_cpu is right (first call 500 ms)\n"
