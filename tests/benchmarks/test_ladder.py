@@ -20,7 +20,7 @@ import torch
 pytest.importorskip("rich", reason="rich prints the tables")
 from benchmarks.ladder import emulated, page, rungs, student
 from benchmarks.ladder.cases import LADDERS, make_case
-from benchmarks.results import Result
+from benchmarks.results import CORES, Result
 from benchmarks.timing import Rejected
 from torchpar.baselines import numpy_mlp, pure_python
 from torchpar.errors import ConfigError
@@ -571,7 +571,8 @@ class Stopped(Exception):
     """Enough of a command."""
 
 
-def test_a_students_file_chooses_the_cases(tmp_path):
+def test_a_students_file_chooses_the_cases(tmp_path, monkeypatch):
+    monkeypatch.setenv("NUMBA_NUM_THREADS", str(CORES))  # which Numba takes once in a process
     path = tmp_path / "my.py"
     path.write_text(RIGHT)
     with (

@@ -20,7 +20,7 @@ from commands import run
 pytest.importorskip("rich", reason="rich prints the tables")
 from benchmarks.ladder import emulated, homework, page, rungs, student
 from benchmarks.ladder.cases import LADDERS, make_case
-from benchmarks.results import Result
+from benchmarks.results import CORES, Result
 from benchmarks.timing import Rejected
 from torchpar.baselines import ladder, numpy_mlp
 from torchpar.errors import ConfigError
@@ -50,6 +50,12 @@ from torchpar import linear_sigmoid
 def matmul_transpose_numba(X):
     return X @ X.T
 """
+
+
+@pytest.fixture(autouse=True)
+def threads_of_numba(monkeypatch):
+    """Numba starts its threads once in a process, and refuses another number of them later."""
+    monkeypatch.setenv("NUMBA_NUM_THREADS", str(CORES))
 
 
 @pytest.fixture(autouse=True)
