@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the ladder says of a homework: launches for one size, syntax errors, extrapolated times."""
+"""Verdicts on a homework in the ladder: launches for one size, syntax errors, estimated times."""
 
 from pathlib import Path
 from types import SimpleNamespace
