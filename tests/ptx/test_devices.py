@@ -221,6 +221,14 @@ def test_a_launch_takes_pinned_memory_and_empty_tensors():
 # Right programs
 
 
+def pinned_memory_in_a_hook():
+    w = torch.arange(3.0, device="cuda", requires_grad=True)
+    with torch.autograd.graph.save_on_cpu(pin_memory=True):
+        loss = (w * w * w).sum()
+    loss.backward()
+    assert w.grad.tolist() == [0.0, 3.0, 12.0]
+
+
 def numbers_of_the_host():
     x, a = numbers(4), torch.tensor(2.0)
     x.mul_(a).clamp_(a, a + 1).addcmul_(a, x)
@@ -368,6 +376,7 @@ def other_layouts():
 
 RIGHT = (
     *(numbers_of_the_host, copies, indices, names_of_the_cpu, default_devices, saved, lists),
+    pinned_memory_in_a_hook,
     *(gradients_between_devices, training_on_the_host, threads, lengths_of_the_host),
     other_layouts,
 )

@@ -165,6 +165,10 @@ class Graphs:
             map(is_traceable_wrapper_subclass, given)
         ):
             return NotImplemented
+        if kwargs.get("pin_memory"):  # of a factory that a hook of autograd calls
+            result = self.operator(func, args, {**kwargs, "pin_memory": False})
+            places.pin(result)
+            return result
         operands = [t for t in given if is_plain(t)]
         marks = set(map(places.mark_of, operands))
         place = places.of_results(marks, kwargs.get("device"))
