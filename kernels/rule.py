@@ -17,8 +17,8 @@ in benchmarks/results/nvidia-h200, in relative errors; those near the fastest of
 One fit is of 16 bits and TF32, with operators-graphs.csv, whose operands are in the L2 cache, and
 one of the other kinds. With each shape left out of the fit in turn, the choice took at most 1.06
 times the best of that shape, 1.005 times in the geometric mean, and never more than the library.
-Then the step of one configuration of `linear_sigmoid` was raised by 1%: it is 3% faster than the
-next one on the H200, and 11% slower on an H100, whose clock falls in it.
+Then the step of one configuration of `linear_sigmoid` was raised by 1%: it is up to 3% faster than
+the next one on the H200, and up to 11% slower on an H100, whose clock falls in it.
 
 On other GPUs the times are an estimate: those of the H200, scaled by data sheets. On an H100 the
 choice took at most 1.10 times the fastest configuration, and 1.005 times in the geometric mean.
