@@ -4,7 +4,7 @@
 import csv
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -155,12 +155,16 @@ def test_the_choice_is_near_the_fastest_of_every_timed_shape():
 
 
 class OnH100(NamedTuple):
-    """The µs of the configurations that `autotune --configurations` timed for a shape."""
+    """The µs of the configurations that `autotune --configurations` timed for a shape.
+
+    ``libraries`` has the library's, if it was timed as they were, and not as a CUDA graph.
+    """
 
     product: Product
     kind: str
     sizes: tuple[int, int, int, int]
     tiles: dict[Tiles, float]
+    libraries: list[float]
 
     def ratio(self, cost: Callable[[Tiles], float]) -> float:
         """The time of the configuration that costs least, beside the fastest one's."""
@@ -172,14 +176,21 @@ def groups_of_h100() -> list[OnH100]:
     for path in sorted((MEASURED / "nvidia-h100").glob("autotune*.csv")):
         with path.open() as file:
             for row in csv.DictReader(file):
-                if not row["contestant"][0].isdigit() or row["ok"] != "True":
+                is_library = row["contestant"] in ("torch.mm, mirrored", "addmm, sigmoid")
+                if not (is_library or row["contestant"][0].isdigit()) or row["ok"] != "True":
+                    continue
+                if is_library and row["timer"] != "do_bench":
                     continue
                 m, k, *n = map(int, re.findall(r"\d+", row["shape"]))
                 kernel = row["operator"].replace("matmul_t", "symmetric_matmul")
                 sizes = (m, n[0] if n else m, k, 1)
-                group = OnH100(PRODUCTS[kernel], row["dtype"], sizes, {})
+                group = OnH100(PRODUCTS[kernel], row["dtype"], sizes, {}, [])
                 group = found.setdefault((kernel, row["dtype"], sizes), group)
-                group.tiles[tiles_of(row["contestant"])] = 1e3 * float(row["p20_ms"])
+                time = 1e3 * float(row["p20_ms"])
+                if is_library:
+                    group.libraries.append(time)
+                else:
+                    group.tiles[tiles_of(row["contestant"])] = time
     return [group for group in found.values() if len(group.tiles) > 1]
 
 
@@ -202,6 +213,24 @@ def test_the_choice_is_near_the_fastest_configuration_of_another_gpu():
     assert_near_the_fastest_of_h100(choose)
     with pytest.raises(AssertionError):
         assert_near_the_fastest_of_h100(lambda group: group.ratio(lambda one: -one.block_m))
+
+
+def test_the_library_computes_where_another_gpu_took_less_time_for_it():
+    def ratios(library_is_faster: Callable[[float, float], bool]) -> Iterator[float]:
+        for group in groups_of_h100():
+            case = group.product, group.kind
+            times = {one: rule.kernel_time(*case, one, group.sizes, H100) for one in group.tiles}
+            best = min(times, key=lambda one: times[one])
+            _, predicted = rule.library_time(*case, group.sizes, H100)
+            for library in group.libraries:
+                time = library if library_is_faster(predicted, times[best]) else group.tiles[best]
+                yield time / min(library, *group.tiles.values())
+
+    of_rule = list(ratios(lambda library, kernel: library < kernel))
+    assert len(of_rule) == 17
+    assert max(of_rule) <= 1.10
+    for is_library in (False, True):
+        assert max(ratios(lambda *_, answer=is_library: answer)) > 1.7
 
 
 @pytest.mark.parametrize(
