@@ -68,6 +68,22 @@ def of_a_closure(kernel: Any) -> Any:
     return launch
 
 
+def by_defaults(x: Any, kernel: Any = one, *, other: Any = two) -> None:
+    wrap_triton(kernel)[1,](wrap_triton(other))
+
+
+class Launcher:
+    def launch(self, x: Any) -> None:
+        wrap_triton(two)[1,](x)
+
+
+launcher = Launcher()
+
+
+def by_a_method(x: Any) -> None:
+    launcher.launch(x)
+
+
 def recursive(x: Any) -> None:
     recursive(wrap_triton(two))
 
@@ -120,6 +136,8 @@ def wrapper(x: Any) -> None: ...
         (of_both, {one, two}),
         (of_a_closure(tuned), {two}),
         (partial(of_a_closure(two), x=1), {two}),
+        (by_defaults, {one, two}),
+        (by_a_method, {two}),
         (recursive, {two}),
         (wrapper, {one, two}),
         (of_an_operator, {one}),

@@ -4,7 +4,7 @@
 import dis
 from collections.abc import Iterator
 from functools import partial
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -59,7 +59,9 @@ def _of_operator(name: str) -> list[object]:
 
 
 def _named(function: FunctionType) -> Iterator[object]:
-    """The values of the function's global variables and closure, and those of their attributes."""
+    """The values of the function's global variables, closure and defaults, and of attributes."""
+    yield from function.__defaults__ or ()
+    yield from (function.__kwdefaults__ or {}).values()
     variables = dict(function.__globals__)
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         try:
@@ -81,4 +83,4 @@ def _named(function: FunctionType) -> Iterator[object]:
                     value = None
             else:
                 value = None
-            yield value
+            yield value.__func__ if isinstance(value, MethodType) else value
