@@ -623,7 +623,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--ways",
         nargs="+",
         choices=WAYS,
-        default=WAYS,
         metavar="WAY",
         help=f"on a GPU, only these of {', '.join(WAYS)}",
     )
@@ -633,6 +632,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"--threads is {threads}, expected at most {CORES}, the cores of this machine"
         )
     on_gpu, compiled = options.device == "cuda", not options.quick
+    if options.ways and not on_gpu:
+        raise ConfigError("--ways are those of a GPU; add --device cuda, or leave --ways out")
     if not on_gpu:
         require("numba", "torchvision")
     name = "train-gpu" if on_gpu else "train" if threads == 1 else f"train-{threads}-threads"
@@ -642,7 +643,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tables, before = [], torch.get_num_threads()
     with ExitStack() as stack:
         compared: Callable[..., Iterator[Contestant]] = partial(
-            contestants_on_gpu, ways=options.ways
+            contestants_on_gpu, ways=options.ways or WAYS
         )
         if not on_gpu:
             ranks = stack.enter_context(start_ranks(2))

@@ -135,6 +135,7 @@ run_stage() {
         counters) # what Nsight Compute counts, and what the emulator counts; $CASE is the only launch
             needs triton && mkdir -p "$outdir/$1" && limited bash -e -c '
                 python3 -m tests.ptx.measured emulated ${CASE:+"$CASE"} >"$0/emulated.jsonl" &
+                trap "kill $! 2>/dev/null || true" EXIT # if the profiler fails
                 ncu --clock-control none --profile-from-start off --csv --metrics "$1" \
                     python3 -m tests.ptx.measured real ${CASE:+"$CASE"} >"$0/nsight.csv"
                 wait $!

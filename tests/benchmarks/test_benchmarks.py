@@ -167,6 +167,14 @@ def full(*args):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
+def test_the_ways_of_a_gpu_are_refused_on_a_cpu(capsys):
+    pytest.importorskip("numba", reason="the benchmark needs it on a CPU")
+    from benchmarks import train
+
+    with pytest.raises(ConfigError, match="--ways are those of a GPU; add --device cuda"):
+        train.main(["--quick", "--ways", "torch.compile"])
+
+
 def test_a_folder_in_the_place_of_the_csv_is_refused(tmp_path):
     (tmp_path / "muon.csv").mkdir()
     command = Command("muon")
