@@ -15,7 +15,7 @@ SCRIPTS = {
     "training": ["bits", "alone"],
     "optimizers": ["decay", "closure"],
     "operators": ["transposed", "last-bit", "behind", "overwritten", "overflow"],
-    "library": ["keywords", "unkeyed"],
+    "library": ["keywords", "twice"],
     "flags": ["unchecked"],
     "emulator": ["minimum", "silent"],
 }
