@@ -104,7 +104,7 @@ def times_of(launch: Call) -> Sequence[float]:
 
 
 def excess(kind: Kind, operands: Sequence[Tensor]) -> float:
-    """What a product's error may be beside twice the library's, relative to the largest result;
+    """The error that a product may have beside twice the library's, relative to the largest result;
     docs/numerics.md says why.
 
     Products of TF32 cut off what exceeds 11 bits of each operand. Those of float32 and float64 add

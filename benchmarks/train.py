@@ -495,9 +495,7 @@ def contestants(
         yield Contestant(f"{FUSED}, 2 ranks", turn, note)
 
 
-def contestants_on_gpu(
-    inputs: Inputs, compiled: bool = True, ways: Sequence[str] = WAYS
-) -> Iterator[Contestant]:
+def contestants_on_gpu(inputs: Inputs, compiled: bool, ways: Sequence[str]) -> Iterator[Contestant]:
     """Yield the plain way to launch a step on a GPU, and others; without ``compiled`` less
     torch.compile."""
     for way in (PLAIN, *(way for way in ways if compiled or way not in COMPILED)):

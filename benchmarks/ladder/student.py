@@ -30,6 +30,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.ladder.cases import WARM_SECONDS, LadderCase, make_case
 from benchmarks.results import duration
 from benchmarks.timing import CPU, Rejected, flush, time_calls
+from torchpar.baselines.exercises import alarm
 from torchpar.baselines.numpy_mlp import Array
 from torchpar.errors import ConfigError
 
@@ -255,9 +256,6 @@ def time_limit(seconds: float, compilation: Compilation | None = None) -> Iterat
 
     Compiled code ends first. Without effect on Windows.
     """
-    if not hasattr(signal, "setitimer"):
-        yield
-        return
     start = time.perf_counter()
 
     def stop(*_: object) -> None:
@@ -271,13 +269,8 @@ def time_limit(seconds: float, compilation: Compilation | None = None) -> Iterat
             return
         raise TooSlow
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
+    with alarm(seconds, stop):
         yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def as_array(result: object) -> Array:

@@ -23,7 +23,7 @@ def entry(shape: tuple[int, ...]) -> student.Entry:
 
 def launch(grid: int, block: int, most: float) -> int:
     """The number of launches that pass on to Numba's simulator, which this test leaves out."""
-    kernel = pytest.importorskip("numba.cuda.simulator.kernel")
+    kernel = pytest.importorskip("numba.cuda.simulator.kernel", reason="numba has it")
     passed: list[object] = []
     with (
         patch.object(kernel.FakeCUDAKernel, "__call__", lambda self, *_: passed.append(self)),

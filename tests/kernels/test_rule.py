@@ -3,16 +3,14 @@
 
 import csv
 import math
-import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
 pytest.importorskip("triton", reason="the rule's configurations stand beside the kernels")
 
-from products import PRODUCTS
+from products import MEASURED, PRODUCTS, timed_on_h100
 
 from torchpar.kernels import rule
 from torchpar.kernels.linear_sigmoid import LINEAR_SIGMOID
@@ -21,8 +19,8 @@ from torchpar.kernels.rule import KINDS, Device, Product, Speed, Tiles
 
 H200 = Device("NVIDIA H200", 90, 132)
 H100 = H200._replace(name="NVIDIA H100")
-MEASURED = Path(__file__).parents[2] / "benchmarks" / "results"
 RESULTS = MEASURED / "nvidia-h200"
+LIBRARIES = ("torch.mm, mirrored", "addmm, sigmoid")  # of the same contract
 PAIRS = [
     ("symmetric_matmul", "bfloat16"),
     ("linear_sigmoid", "bfloat16"),
@@ -173,24 +171,14 @@ class OnH100(NamedTuple):
 
 def groups_of_h100() -> list[OnH100]:
     found: dict[Any, OnH100] = {}
-    for path in sorted((MEASURED / "nvidia-h100").glob("autotune*.csv")):
-        with path.open() as file:
-            for row in csv.DictReader(file):
-                is_library = row["contestant"] in ("torch.mm, mirrored", "addmm, sigmoid")
-                if not (is_library or row["contestant"][0].isdigit()) or row["ok"] != "True":
-                    continue
-                if is_library and row["timer"] != "do_bench":
-                    continue
-                m, k, *n = map(int, re.findall(r"\d+", row["shape"]))
-                kernel = row["operator"].replace("matmul_t", "symmetric_matmul")
-                sizes = (m, n[0] if n else m, k, 1)
-                group = OnH100(PRODUCTS[kernel], row["dtype"], sizes, {}, [])
-                group = found.setdefault((kernel, row["dtype"], sizes), group)
-                time = 1e3 * float(row["p20_ms"])
-                if is_library:
-                    group.libraries.append(time)
-                else:
-                    group.tiles[tiles_of(row["contestant"])] = time
+    for name, kind, sizes, row in timed_on_h100():
+        group = OnH100(PRODUCTS[name], kind, sizes, {}, [])
+        group = found.setdefault((name, kind, sizes), group)
+        time = 1e3 * float(row["p20_ms"])
+        if row["contestant"][0].isdigit():
+            group.tiles[tiles_of(row["contestant"])] = time
+        elif row["contestant"] in LIBRARIES and row["timer"] == "do_bench":
+            group.libraries.append(time)
     return [group for group in found.values() if len(group.tiles) > 1]
 
 

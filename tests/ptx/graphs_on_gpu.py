@@ -22,7 +22,7 @@ AT_A_TIME = 12
 
 
 def run(kind: str, case: str) -> str:
-    """What a program does on a GPU: "ran", or its error's first line."""
+    """Run a program on a GPU: "ran", or its error's first line."""
     try:
         if kind == "right":
             program = next(one for one in test_graphs.RIGHT if one.__name__ == case)
@@ -54,7 +54,7 @@ def send(result: Connection, kind: str, case: str) -> None:
 
 
 def in_processes(cases: Sequence[tuple[str, str]]) -> Iterator[str]:
-    """What each program does; forked from this process, which has no context of the GPU."""
+    """Run each program; forked from this process, which has no context of the GPU."""
     fork = get_context("fork")
     for first in range(0, len(cases), AT_A_TIME):
         started = []

@@ -109,6 +109,12 @@ def from_host():
         x.copy_(batch)  # fault
 
 
+def from_one_element():
+    x, host = numbers(4), torch.zeros(4)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):  # captured
+        host[0] = x[0]  # fault
+
+
 def into_one_element():
     """PyTorch copies the number; into a slice it puts it by a kernel."""
     x = numbers(4)
@@ -166,6 +172,7 @@ FORBIDDEN = {
     "synchronize": (synchronize, "wait in a capture"),
     "event": (wait_for_event, "wait in a capture"),
     "host's memory": (from_host, "host's copy in a capture"),
+    "an element of the host": (from_one_element, "host's copy in a capture"),
     "an element": (into_one_element, "host's copy in a capture"),
     "Python's numbers": (from_numbers, "host's copy in a capture"),
     "a function's": (clipped_by_a_condition, "read-back in a capture"),
@@ -359,6 +366,7 @@ def test_what_a_capture_forbids_is_named_at_its_line(case):
         assert not torch.cuda.is_current_stream_capturing()
     (fault,) = gpu.faults
     check(fault, function, name)
+    assert ("into one element" in fault.message) == (function is into_one_element)
 
 
 @pytest.mark.parametrize("case", WRONG)

@@ -4,7 +4,6 @@
 import csv
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +14,7 @@ pytest.importorskip("triton", reason="the estimate reads kernels that Triton com
 import torch
 import triton
 import triton.language as tl
+from products import MEASURED, timed_on_h100
 
 from torchpar.kernels.data_sheets import DATA_SHEETS
 from torchpar.kernels.linear_sigmoid import LINEAR_SIGMOID, linear_sigmoid
@@ -24,7 +24,6 @@ from torchpar.ptx import emulate
 from torchpar.ptx.estimate import device_of, estimate_tiles, work_of_tiles
 from torchpar.ptx.report.time import FITTED, TRUST, Fitted, Work, estimate, shown, work_of
 
-MEASURED = Path(__file__).parents[2] / "benchmarks" / "results"
 RESULTS = MEASURED / "nvidia-h200"
 PATTERN = re.compile(r"(\d+)x(\d+)x(\d+) w(\d+) s(\d+) (\w+)")
 
@@ -72,20 +71,14 @@ def groups() -> list[Group]:
 
 
 def groups_of_h100() -> list[Group]:
-    """Those of `autotune --configurations`."""
-    found: dict[tuple[str, ...], Group] = {}
-    for path in sorted((MEASURED / "nvidia-h100").glob("autotune*.csv")):
-        with path.open() as file:
-            for row in csv.DictReader(file):
-                match = PATTERN.fullmatch(row["contestant"])
-                if match is None or row["ok"] != "True":
-                    continue
-                m, k, *n = map(int, re.findall(r"\d+", row["shape"]))
-                sizes = [m, n[0] if n else m, k, 1]
-                key = row["operator"], row["shape"], row["dtype"]
-                group = Group(row["operator"], row["dtype"], sizes, {}, "H100")
-                tiles = Tiles(*map(int, match.groups()[:5]), match[6])
-                found.setdefault(key, group).times[tiles] = 1e3 * float(row["p20_ms"])
+    found: dict[object, Group] = {}
+    for name, dtype, sizes, row in timed_on_h100():
+        if match := PATTERN.fullmatch(row["contestant"]):
+            group = found.setdefault(
+                (name, dtype, sizes), Group(row["operator"], dtype, sizes, {}, "H100")
+            )
+            tiles = Tiles(*map(int, match.groups()[:5]), match[6])
+            group.times[tiles] = 1e3 * float(row["p20_ms"])
     return list(found.values())
 
 

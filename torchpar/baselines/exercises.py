@@ -325,10 +325,17 @@ def time_limit(seconds: float) -> Iterator[None]:
     def stop(*_: object) -> None:
         raise TooSlow
 
+    with alarm(seconds, stop):
+        yield
+
+
+@contextmanager
+def alarm(seconds: float, ring: Callable[..., None]) -> Iterator[None]:
+    """Call ``ring`` in the block after ``seconds``; it may set the timer again."""
     if not hasattr(signal, "setitimer"):
         yield
         return
-    before = signal.signal(signal.SIGALRM, stop)
+    before = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield

@@ -97,12 +97,11 @@ def copied_by_operator(func: Operator, args: Sequence[object], kwargs: Keywords)
     if func.overloadpacket is not torch.ops.aten.copy_:
         return ""
     to, source = args[:2]
-    if isinstance(source, Tensor) and source.dim() == 0:
-        if not isinstance(to, Tensor) or to.dim() > 0:
-            return ""  # a number beside tensors of the device
-        copied = _copied(to, source, is_asynchronous(args, kwargs))
-        return copied and ONE_ELEMENT
-    return _copied(to, source, is_asynchronous(args, kwargs))
+    is_number = isinstance(source, Tensor) and source.dim() == 0
+    if is_number and isinstance(to, Tensor) and to.dim() > 0:
+        return ""
+    copied = _copied(to, source, is_asynchronous(args, kwargs))
+    return ONE_ELEMENT if is_number and copied == TO_DEVICE else copied
 
 
 def copied_by_function(func: Function, args: Sequence[object], kwargs: Keywords) -> str:
