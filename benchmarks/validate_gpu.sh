@@ -201,7 +201,8 @@ for stage in "${stages[@]}"; do
     printf '%s: status %s, %s s, %s\n' "$stage" "$status" $((SECONDS - start)) "$(tail -n 1 "$log")"
     [[ $stage == verify ]] && grep "^SHA-256 of the weights" "$log" | tail -n 1
     [[ $stage == ladder ]] && grep "times as fast as pure Python" "$log"
-    tar -C "$outdir" --exclude validate.tar.gz -czf "$outdir/validate.tar.gz" .
+    # The shell opens the archive before tar reads its folder, which would otherwise change meanwhile.
+    tar -C "$outdir" --exclude validate.tar.gz -cz . >"$outdir/validate.tar.gz"
 done
 
 if ((${#failed[@]})); then

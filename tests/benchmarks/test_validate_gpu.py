@@ -91,7 +91,9 @@ def test_a_stage_needs_nothing_of_another(tmp_path, stage):
     # What comes to the GPU in a process of its own is missed.
     in_a_rank = {"verify": 2, "calls": 2, "graphs": 1, "captures": 1}.get(stage, 0)
     assert status == bool(in_a_rank), log
-    first, last = printed.splitlines()
+    lines = printed.splitlines()
+    assert len(lines) == 2, printed
+    first, last = lines
     assert last == (f"failed: {stage} (status {in_a_rank})" if in_a_rank else f"passed: {stage}")
     if stage == "graphs":  # the lessons come to the GPU, and then a rank of the speedrun does
         assert log.count("the rehearsal ends at the GPU") == 4, log
