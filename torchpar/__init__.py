@@ -33,7 +33,7 @@ if find_spec("torch"):
 if TYPE_CHECKING:
     from torchpar import exact, optim, parallel, ptx, testing
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 __all__ = ["exact_matmul", "exact_matmul_t", "linear_sigmoid", "matmul_t", "maximum"]
 __all__ += ["fp32_products"]
 __all__ += ["exact", "library", "nn", "optim", "parallel", "ptx", "symmetric_matmul", "testing"]
