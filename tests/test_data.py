@@ -188,7 +188,7 @@ def idx(*shape: int, content: bytes | None = None) -> bytes:
         (LABELS, b"", "it does not begin as a file of uint8"),
         (LABELS, idx(9), "9 labels, expected as many, and at least one"),
         (LABELS, idx(10, 28, 28), r"holds an array of \(10, 28, 28\), expected labels \(n\)"),
-        (LABELS, idx(-1, content=bytes(10)), r"its dimensions are \[-1\]"),
+        (LABELS, idx(-1, content=bytes(10)), r"its dimensions are \[-1\], expected at least 0"),
         (LABELS, idx(2**31 - 1, content=b""), "cannot be read"),
         (IMAGES, idx(10), r"holds an array of \(10,\), expected images \(n, 28, 28\)"),
         (

@@ -56,9 +56,11 @@ MOVED = {
     "torchpar.parts": "torchpar.parallel.split.parts",
     "torchpar.processes": "torchpar.parallel.launch.processes",
     "torchpar.profile": "torchpar.training.profile",
+    "torchpar.profile.memory": "torchpar.training.profile.step_memory",
     "torchpar.rank_info": "torchpar.parallel.launch.rank_info",
     "torchpar.tables": "torchpar.errors",
     "torchpar.verify": "torchpar.exact.verify",
+    "torchpar.verify.command": "torchpar.exact.verify.verify",
 }
 
 
@@ -66,11 +68,10 @@ class _Moved(MetaPathFinder, Loader):
     """Let a module that moved be imported by its old name, with a DeprecationWarning."""
 
     def find_spec(self, name: str, *_: object) -> ModuleSpec | None:
-        moved = ".".join(name.split(".")[:2]) in MOVED
-        return ModuleSpec(name, self, is_package=True) if moved else None
+        return ModuleSpec(name, self, is_package=True) if self._old(name) in MOVED else None
 
     def exec_module(self, module: ModuleType) -> None:
-        old = ".".join(module.__name__.split(".")[:2])
+        old = self._old(module.__name__)
         new = importlib.import_module(MOVED[old] + module.__name__.removeprefix(old))
         warnings.warn(
             f"{module.__name__} is now {new.__name__}; the old name goes in version 0.6",
@@ -79,6 +80,11 @@ class _Moved(MetaPathFinder, Loader):
         )
         names = {name: value for name, value in vars(new).items() if not name.startswith("__")}
         vars(module).update(names)
+
+    @staticmethod
+    def _old(name: str) -> str:
+        """Return the entry of `MOVED` for a module, which may lie within a moved package."""
+        return name if name in MOVED else ".".join(name.split(".")[:2])
 
 
 sys.meta_path.append(_Moved())

@@ -20,7 +20,11 @@ from torchpar.library.rules import Context, Sharding, Spec
 
 def weighted_sum(tensors: Sequence[Tensor], weights: Tensor) -> Tensor:
     if weights.shape != (len(tensors),) or any(t.shape != tensors[0].shape for t in tensors):
-        raise ValueError("expected tensors of one shape, and as many weights")
+        shapes = [tuple(t.shape) for t in tensors]
+        raise ValueError(
+            f"tensors have shapes {shapes} and weights {tuple(weights.shape)}, expected tensors of "
+            "one shape, and one weight for each"
+        )
     y = tensors[0].new_zeros(tensors[0].shape)
     for t, weight in zip(tensors, weights.tolist(), strict=True):
         y.add_(t, alpha=weight)

@@ -134,7 +134,7 @@ def read_idx(file: Path) -> Array:
             raise ValueError("it does not begin as a file of uint8 in IDX format")
         shape = np.frombuffer(content, ">i4", content[3], 4)
         if (shape < 0).any():
-            raise ValueError(f"its dimensions are {shape.tolist()}")
+            raise ValueError(f"its dimensions are {shape.tolist()}, expected at least 0")
         pixels = np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape))
         return pixels.reshape(shape).copy()
     except FileNotFoundError as e:

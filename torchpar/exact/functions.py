@@ -224,7 +224,7 @@ def sin64(x: Tensor, quarters: int = 0) -> Tensor:
     finite = x.abs() < math.inf
     if (x.abs() >= 2.0**20).logical_and_(finite).any():
         raise ConfigError(
-            f"sin and cos in exact arithmetic take angles below 2²⁰, an angle is {x.abs().max():g}"
+            f"an angle is {x.abs()[finite].max():g}, expected below 2²⁰ for exact sin and cos"
         )
     # No −0, which would make sin(−0) 0.
     n = torch.where(finite, x * (2 / math.pi), 0.0).round() + 0.0

@@ -58,10 +58,13 @@ def _convolution(
     groups: int,
 ) -> Tensor:
     if transposed:
-        raise ConfigError("exact arithmetic has no transposed convolutions")
+        raise ConfigError(
+            "exact arithmetic has no transposed convolutions; insert zeros between the inputs, and "
+            "convolve"
+        )
     if not weight.numel():
         raise ConfigError(
-            f"exact arithmetic has no convolutions with an empty weight {tuple(weight.shape)}"
+            f"a convolution's weight has shape {tuple(weight.shape)}, expected sizes of at least 1"
         )
     windows = _windows(x, weight.shape[2:], stride, padding, dilation, groups)
     product = exact_matmul(weight.unflatten(0, (groups, -1)).flatten(2), windows.flatten(1, -2))

@@ -76,7 +76,8 @@ def _bernoulli(
     x: Tensor, p: Tensor | float = 0.5, *, generator: torch.Generator | None = None
 ) -> Tensor:
     if isinstance(p, Tensor) and not ((p >= 0) & (p <= 1)).all():
-        raise RuntimeError("bernoulli_ expects probabilities from 0 to 1")
+        least, most = p.min().item(), p.max().item()
+        raise RuntimeError(f"bernoulli_: p is {least:g} to {most:g}, expected 0 to 1")
     return (_uniform64(x.shape, generator, x.device) < p).to(x.dtype)
 
 

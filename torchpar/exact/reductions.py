@@ -28,7 +28,9 @@ def _sum(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     if dtype is not None and dtype.is_complex:
-        raise ConfigError(f"exact arithmetic has sums of real numbers, not of {dtype}")
+        raise ConfigError(
+            f"exact arithmetic has sums of real numbers, not of {dtype}; sum both parts"
+        )
     if dtype is not None and not dtype.is_floating_point:  # each term is converted first
         return torch.sum(x, dims, keepdim, dtype=dtype)
     if not x.is_floating_point():  # a sum in another dtype would round
@@ -104,7 +106,7 @@ def _norm(
         return largest
     if order not in (1, 2):
         raise ConfigError(
-            f"exact arithmetic has norms of the orders 1, 2 and infinity, not {order}"
+            f"the order of a norm is {order}, expected 1, 2 or infinity in exact arithmetic"
         )
     terms = x.double().square() if order == 2 else x.double().abs()
     total = exact_sum(terms, dims, keepdim)
