@@ -211,12 +211,18 @@ def public_names() -> set[str]:
 
 def test_the_reference_has_all_public_names_and_no_other():
     entries = r"^::: (\S+)(?:\n    options:\n      heading: (\S+))?$"
-    documented = [
-        heading or name for name, heading in re.findall(entries, PAGES["docs/api.md"], re.MULTILINE)
-    ]
+    found = re.findall(entries, PAGES["docs/api.md"], re.MULTILINE)
+    documented = [heading or name for name, heading in found]
     assert len(documented) == len(set(documented))
     assert set(documented) == public_names()
     assert all(map(resolve_name, documented))
+    # The site would show the module, and not the function that has its name.
+    assert [name for name, _ in found if is_module(name)] == []
+    assert is_module("torchpar.training.graphed")
+
+
+def is_module(name: str) -> bool:
+    return (ROOT / f"{name.replace('.', '/')}.py").exists()
 
 
 def test_the_pages_install_extras_that_there_are():
