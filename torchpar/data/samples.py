@@ -141,7 +141,13 @@ def _divisor(value: int, t: Tensor) -> int | Tensor:
 
 
 class Batch(NamedTuple):
-    """One rank's share of a global batch of ``global_size`` samples."""
+    """One rank's share of a global batch.
+
+    Attributes:
+        x: inputs ``(b, features)``, floating.
+        labels: ``(b)`` int64.
+        global_size: samples of the global batch, over all ranks.
+    """
 
     x: Tensor
     labels: Tensor

@@ -69,7 +69,7 @@ class BinnedSum:
 
 
 class DataParallel:
-    """Adds the gradients of units of work, over micro-batches and ranks.
+    """The exact sum of the gradients of units of work, over micro-batches and ranks.
 
         parallel = torchpar.exact.DataParallel(model, world.mesh["dp"].get_group())
         for text in mine:  # this rank's units, in any order

@@ -344,9 +344,10 @@ class Coverage:
 
 
 def coverage(function: Callable[..., object], *inputs: object, **options: object) -> Coverage:
-    """Call ``function`` in `mode`; compute the operators that it refuses in ordinary arithmetic.
+    """Return which operators ``function`` calls in `mode`, and which of them the mode refuses.
 
-    Include the backward pass and the optimizer's step in the function.
+    Those that it refuses are computed in ordinary arithmetic. Include the backward pass and the
+    optimizer's step in the function.
     """
     found = Coverage()
 

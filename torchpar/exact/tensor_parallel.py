@@ -64,11 +64,21 @@ def linear(
     outputs: DeviceMesh | None = None,
     inputs: DeviceMesh | None = None,
 ) -> Tensor:
-    """``x @ weight.T`` for float32 ``x (*, in_r)`` and this rank's shard ``weight (out_r, in_r)``.
+    """``y = x @ weight.T`` in exact arithmetic, by this rank's shard of the weight.
+
+    Each finite number has the bits of the unsharded product in `mode`.
 
     Args:
+        x: ``(*, in_r)`` float32.
+        weight: ``(out_r, in_r)`` float32, this rank's shard.
         outputs: the mesh over which y is summed, if the weight is split by columns.
         inputs: the mesh over which the gradient of ``x`` is summed, if the weight is split by rows.
+
+    Returns:
+        ``(*, out_r)`` float32. A row that is not finite becomes NaN where ranks add.
+
+    Raises:
+        RuntimeError: another dtype, or shapes that do not fit.
     """
     return _Linear.apply(x, weight, outputs, inputs)  # type: ignore[no-any-return]
 

@@ -207,7 +207,7 @@ def triton_op(
             the kernels that the function wraps.
         opaque: a function of the arguments; where it returns True, compilers do not look into the
             operator.
-        trusted: the promise that the function returns new tensors, and that it may be called
+        trusted: you promise that the function returns new tensors, and that it may be called
             without the dispatcher. Then results are not searched for memory of the arguments. A
             call with dense tensors, which nothing intercepts, is dispatched once, to autograd,
             which calls the function. Grad mode is as the caller has it if no argument requires a
@@ -215,6 +215,9 @@ def triton_op(
 
     Returns:
         A `CustomOpDef`, or a decorator that makes one.
+
+    Raises:
+        ValueError, NotImplementedError: as `custom_op`.
     """
 
     def make(fn: Function) -> CustomOpDef:
@@ -287,10 +290,9 @@ class CustomOpDef(torch.library.CustomOpDef):  # type: ignore[name-defined, misc
     """An operator, ``torch.ops.<namespace>.<name>``, and its rules.
 
     `custom_op` and `triton_op` make it. Because of its base class, `opcheck` and the functions of
-    `torch.library` accept it. The base class's
-    constructor names the operator and keeps it; `_register_to_dispatcher`, which it calls, defines
-    the operator. `register_torch_dispatch` is the base class's, and `register_vmap` calls the base
-    class's. All other methods are replaced.
+    `torch.library` accept it. The base class's constructor names the operator and keeps it;
+    `_register_to_dispatcher`, which it calls, defines the operator. `register_torch_dispatch` is
+    the base class's, and `register_vmap` calls the base class's. All other methods are replaced.
     """
 
     _abstract_fn: (

@@ -15,15 +15,21 @@ _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
 
 def batch_first(t: Tensor, dim: int | None, batch_size: int) -> Tensor:
-    """For rules of vmap: ``t`` with its batch dimension first.
+    """For rules of vmap: ``t`` with its batch dimension first, ``(batch_size, *)``.
 
-    If ``dim`` is None, ``t`` has no batch dimension, and is expanded to a batch.
+    Args:
+        t: an operand of the rule.
+        dim: its batch dimension; None if it has none: then it is expanded to a batch.
+        batch_size: ``info.batch_size`` of the rule.
     """
     return t.expand(batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
 
 
 def sample(t: Tensor, dim: int | None) -> Tensor:
-    """For rules of vmap: a tensor like one sample of ``t``, whose values are undefined."""
+    """For rules of vmap: a tensor of the shape and dtype of one sample of ``t``, not of its values.
+
+    ``dim`` is the batch dimension of ``t``. If it is None, ``t`` is the sample.
+    """
     return (
         t
         if dim is None

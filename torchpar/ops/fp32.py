@@ -36,8 +36,8 @@ class fp32_products:
     PyTorch's flag.
 
     There is one mode for all threads of the process, as there is one flag of PyTorch. So it holds
-    in autograd's threads, where a checkpoint computes again. Threads that need different modes at a
-    time call the operators with the argument.
+    in autograd's threads, where a checkpoint computes again. Threads that need different modes at
+    the same time call the operators with the argument.
 
     Args:
         mode: "tf32x3" for the sum of three products of TF32, which is about as exact as float32

@@ -134,11 +134,11 @@ def join_world(
     alone: bool = False,
     gloo_yields: bool = False,
 ) -> Iterator[World]:
-    """Join the processes that torchrun or mpirun started. Without a launcher the world has one
-    rank.
+    """Join the processes that torchrun or mpirun started: ``with join_world() as world``, a `World`.
 
-    NCCL connects ranks with a GPU each. gloo connects ranks on CPUs, and ranks that share a GPU. If
-    `torch.distributed` is initialized already, its ranks are the world, and it stays initialized.
+    Without a launcher the world has one rank. NCCL connects ranks with a GPU each. gloo connects
+    ranks on CPUs, and ranks that share a GPU. If `torch.distributed` is initialized already, its
+    ranks are the world, and it stays initialized.
 
     Args:
         device: "cpu", "cuda", or "auto": CUDA if there is a GPU.

@@ -19,10 +19,11 @@ class Access:
         what: "load", "store", "atomic", "copy" (cp.async), "TMA load", "TMA store", "TMA
             reduction", "ldmatrix", or "stmatrix". What tensor cores read of shared memory is not
             counted.
-        bytes: that threads have asked for.
-        transactions: sectors of global memory, or wavefronts of shared memory.
+        requests: instructions of warps, in number.
+        bytes: those that threads have asked for.
+        transactions: sectors (32 bytes) of global memory, or wavefronts of shared memory.
         least: the transactions that these bytes would take side by side.
-        distinct: sectors, each of which counts once; 0 of shared memory.
+        distinct: sectors, each of which counts once; 0 for shared memory.
     """
 
     source: Source
@@ -35,25 +36,28 @@ class Access:
     distinct: int = 0
 
     def add(self, other: "Access") -> None:
+        """Add the numbers of another access."""
         for name in ("requests", "bytes", "transactions", "least", "distinct"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
     @property
     def per_request(self) -> float:
+        """Transactions of a request, in the mean."""
         return self.transactions / max(self.requests, 1)
 
     @property
     def ratio(self) -> float:
-        """Transactions over the least."""
+        """`transactions` over `least`; 1 is the best."""
         return self.transactions / max(self.least, 1)
 
     @property
     def conflicts(self) -> int:
-        """Transactions beyond the least."""
+        """`transactions` beyond `least`; in shared memory, bank conflicts."""
         return self.transactions - self.least
 
     @property
     def unit(self) -> str:
+        """Name the transactions: "sectors" or "wavefronts"."""
         return "sectors" if self.space == "global" else "wavefronts"
 
 
@@ -62,16 +66,17 @@ class Line:
     """What a line of the source does, beside its accesses to memory.
 
     Attributes:
-        instructions: of warps, by their kinds.
-        threads: that have executed them, at most 32 each.
-        flops: by format, of sums and products.
-        tensor_flops: by format.
+        source: the file and the line; None if the compiler gave none.
+        instructions: the number that warps have executed, by kind.
+        threads: the sum over these instructions of the threads that executed them, at most 32 each.
+        flops: floating-point operations outside of tensor cores, by format.
+        tensor_flops: those of tensor cores, by format.
         special: results of special functions, such as exponentials.
         barriers: arrivals of warps at barriers of their program.
-        waits: for asynchronous copies.
-        in_flight: groups of copies that go on after a wait, in all.
-        most_in_flight: after one wait. If it is 0, the copies of a loop wait for its products, and
-            the products for the copies.
+        waits: waits for asynchronous copies.
+        in_flight: groups of copies still in flight after a wait, summed over the waits.
+        most_in_flight: the same after a single wait, at most. If it is 0, the copies of a loop wait
+            for its products, and the products for the copies.
     """
 
     source: Source
@@ -86,6 +91,7 @@ class Line:
     most_in_flight: int = 0
 
     def add(self, other: "Line") -> None:
+        """Add the numbers of another line."""
         for name in ("instructions", "flops", "tensor_flops"):
             sums = getattr(self, name)
             for key, value in getattr(other, name).items():
@@ -96,6 +102,7 @@ class Line:
 
     @property
     def instruction_count(self) -> int:
+        """Instructions of warps, of all kinds."""
         return sum(self.instructions.values())
 
 
@@ -104,10 +111,10 @@ class Counters:
     """What a launch does.
 
     Attributes:
-        lines: of the source, in their order.
-        accesses: to global and shared memory, by line.
-        distinct_read: sectors of global memory, each of which counts once.
-        distinct_written: the same of stores.
+        lines: the lines of the source, in their order.
+        accesses: those to global and shared memory, by line.
+        distinct_read: sectors of global memory that were loaded, each of which counts once.
+        distinct_written: the same for stores.
     """
 
     lines: list[Line]
@@ -116,6 +123,7 @@ class Counters:
     distinct_written: int
 
     def in_space(self, space: str) -> list[Access]:
+        """Return the accesses to "global" or "shared" memory."""
         return [one for one in self.accesses if one.space == space]
 
     @property

@@ -21,11 +21,11 @@ class Fault:
         message: what happened in the first case.
         kernel: its name.
         program: its number in each dimension of the grid, in the first case.
-        line: of the PTX.
+        line: the line of the PTX, from 1 on.
         source: the file and the line of the Python source; None if the compiler gave none.
         count: how often it happened.
         launched: the file and the line of the program that launched the kernel, in the first case.
-        configuration: of an autotuned kernel, in the first case.
+        configuration: that of an autotuned kernel, in the first case.
         launch: the number of that launch among all launches, from 1 on.
     """
 

@@ -23,20 +23,22 @@ class Launch:
     """A launch of a kernel.
 
     Attributes:
-        grid: programs in each dimension.
-        warps: of a program, or of each CTA of its cluster.
+        kernel: its name.
+        arch: the architecture that it was compiled for, such as "sm_90".
+        grid: the number of programs in each dimension.
+        warps: the number of warps of a program, or of each CTA of its cluster.
         shared: bytes of shared memory of a CTA.
-        seconds: that executing it took, under all schedules.
-        instructions: of warps that were executed, under all schedules.
-        configuration: that an autotuner has chosen: the first one that fits, or each of them.
-        printed: by ``tl.device_print``.
+        seconds: the time of executing it on this CPU, under all schedules.
+        instructions: the number that warps have executed, under all schedules.
+        configuration: an autotuner's choice: the first one that fits, or each of them.
+        printed: lines of ``tl.device_print``.
         ptx: the text that was executed.
-        counts: by instruction, under the first schedule.
-        file: of the kernel's source.
+        counts: the counts of each instruction, under the first schedule.
+        file: the file of the kernel's source.
         launched: the file and the line of the program that launched it.
-        trace: of the first program, if the emulator records it.
-        ctas: of the cluster that a program is.
-        constants: by their names, as text: arguments that the kernel was compiled for.
+        trace: that of the first program, if the emulator records it.
+        ctas: the number of CTAs of the cluster that a program is.
+        constants: the arguments that the kernel was compiled for, by name, as text.
         specialization: types of the other arguments, such as "*fp32, a multiple of 16", and stages.
         executed: programs of a sample, whose counts were scaled; None: all were executed.
         ended: the fault or the exception that has ended the launch, or a program of it, early.
@@ -83,6 +85,7 @@ class Launch:
 
     @property
     def programs(self) -> int:
+        """The number of programs of the grid."""
         x, y, z = self.grid
         return x * y * z
 

@@ -14,17 +14,17 @@ class Limits:
     """What `Emulator.assert_counters` holds; None: no limit.
 
     Attributes:
-        max_sector_ratio: sectors over the least that the bytes need, of each access to global
-            memory. 1 for accesses side by side.
-        max_sectors_per_request: of each access to global memory. 32 float32 side by side take 4;
-            with 16 bytes a thread they take 16, and a box of TMA takes more.
-        max_bank_conflicts: wavefronts beyond the least, of each access to shared memory.
-        min_copies_in_flight: groups of asynchronous copies that go on when a program has waited for
-            one, at most. With 0 the copies and the products of a loop take turns.
-        max_registers: of a thread, by ptxas.
-        max_spilled_bytes: of a thread, by ptxas.
-        min_programs: on a multiprocessor at once, by ptxas.
-        max_microseconds: the bound of the roofline, by the first GPU of the architecture.
+        max_sector_ratio: sectors of each access to global memory, over the least that its bytes
+            need. 1 for accesses side by side.
+        max_sectors_per_request: sectors of a request to global memory. 32 float32 side by side take
+            4; with 16 bytes a thread they take 16, and a box of TMA takes more.
+        max_bank_conflicts: wavefronts of each access to shared memory, beyond the least.
+        min_copies_in_flight: the most groups of asynchronous copies that are still in flight after
+            a wait. With 0 the copies and the products of a loop take turns.
+        max_registers: registers of a thread, by ptxas.
+        max_spilled_bytes: spilled bytes of a thread, by ptxas.
+        min_programs: programs on a multiprocessor at once, by ptxas.
+        max_microseconds: the least time by the roofline, on the first GPU of the architecture.
     """
 
     max_sector_ratio: float | None = None

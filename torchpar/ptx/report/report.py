@@ -21,6 +21,7 @@ class Report:
 
     @property
     def errors(self) -> list[Fault]:
+        """The faults of the kind "error"."""
         return [fault for fault in self.faults if fault.kind == "error"]
 
     @property

@@ -77,23 +77,24 @@ def emulate(
 ) -> Iterator[Emulator]:
     """Execute the launches of Triton kernels in the block on this CPU, as compiled for a GPU.
 
-    A thread within a block of its own launches there; another thread, in the block entered last.
+    Several threads may be in blocks of their own. The launches of a thread that is in none belong
+    to the block that was entered last.
 
     Args:
         arch: "sm_80" (A100), "sm_90" (H100) or "sm_100" (B200).
         schedules: "one", or "all": execute each launch three times, with asynchronous operations
             that complete early, late and at random, and warps in other orders.
-        multiprocessors: of the GPU, which persistent kernels and torchpar's rules ask for; None:
-            108 of an A100, 132 of an H100, 148 of a B200.
+        multiprocessors: their number on the GPU, which persistent kernels and torchpar's rule ask
+            for; None: 108 of an A100, 132 of an H100, 148 of a B200.
         traces: record the first program of each kernel, for the pictures of the report's page.
-        configurations: of an autotuned kernel: "first", the first one that compiles and fits; or
-            "all": the others are executed before it, and what they write is undone.
-        sample: execute at most so many programs of a launch, at least 6, and scale the counters to
-            all of them. The memory that the others would write stays as it is. None: execute all.
+        configurations: those of an autotuned kernel to execute: "first", the first one that
+            compiles and fits; or "all": the others before it, and what they write is undone.
+        sample: the most programs of a launch to execute, 6 or more. The counters are scaled to all
+            programs, and the memory that the others would write stays as it is. None: execute all.
 
     Raises:
-        ValueError: another architecture, schedule or word for configurations, no multiprocessors,
-            or a sample that is too small; TRITON_INTERPRET is set.
+        ValueError: another ``arch``, ``schedules`` or ``configurations``; ``multiprocessors`` below
+            1, or a ``sample`` below 6; TRITON_INTERPRET is set.
     """
     if arch not in tuple(ARCHITECTURES):
         raise ValueError(f"arch is {arch!r}, expected one of {', '.join(ARCHITECTURES)}")

@@ -52,10 +52,10 @@ class Emulator(gpu.Gpu):
     """A GPU that `emulate` stands in for: its launches, and the faults that were found in them.
 
     Attributes:
-        launches: in their order.
+        launches: the launches, in their order.
         faults: each of them once, by its name, its line of the source, and what was accessed.
-        graphs: CUDA graphs that were captured, in their order.
-        watcher: that records operators and launches for CUDA graphs.
+        graphs: the CUDA graphs that were captured, in their order.
+        watcher: an object that records operators and launches for CUDA graphs, or None.
     """
 
     keeps_allocations = False  # `_reset` begins each launch
@@ -95,6 +95,7 @@ class Emulator(gpu.Gpu):
         self._asserts = False  # what a kernel assumes is executed, and not the kernel
 
     def report(self) -> Report:
+        """Return the report on all launches until now."""
         return Report(self.launches, self.faults, self.graphs)
 
     def assert_counters(self, kernel: object = None, **limits: float | None) -> None:

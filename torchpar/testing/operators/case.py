@@ -20,7 +20,12 @@ Operator = OpOverload[..., object]
 
 @dataclass(frozen=True)
 class Sample:
-    """Arguments of an operator. Lists may hold tensors."""
+    """Arguments of an operator: tensors, numbers, and lists of tensors.
+
+    Attributes:
+        args: the positional arguments.
+        kwargs: the keyword arguments, by name.
+    """
 
     args: Sequence[object]
     kwargs: Mapping[str, object] = field(default_factory=dict)

@@ -383,3 +383,4 @@ SITUATIONS = {
     "DCP, 2 ranks onto 3": Situation(checkpointed, (2, 3), RESUMED),
     "DCP, 2 ranks onto 1": Situation(checkpointed, (2, 1), RESUMED),
 }
+"""The situations that `check_optimizer` tries, by name."""
