@@ -20,7 +20,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "gallery.md"
 TEXT = """# A gallery of operators
 
 This page is for people who want an example near to their own operator. After it you know which gaps
-of `torch.library` it would have, and which file to copy.
+it would have by `torch.library`, and which file to copy.
 
 Each file of [examples/operators](../examples/operators) takes a function, in Triton, Numba,
 torchvision or PyTorch. The same lines make two operators of it: one by `torch.library`, and one by

@@ -134,7 +134,7 @@ def join_world(
     alone: bool = False,
     gloo_yields: bool = False,
 ) -> Iterator[World]:
-    """Join the processes that torchrun or mpirun started: ``with join_world() as world``, a `World`.
+    """Join the processes that torchrun or mpirun started, and yield their `World` to the block.
 
     Without a launcher the world has one rank. NCCL connects ranks with a GPU each. gloo connects
     ranks on CPUs, and ranks that share a GPU. If `torch.distributed` is initialized already, its
