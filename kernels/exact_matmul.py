@@ -249,7 +249,7 @@ def exact_product_kernel(
     out_ptr += batch * m * n
     tl.store(out_ptr + (i[:, None] * n + j[None, :]), out, mask=(i < m)[:, None] & (j < n)[None, :])
     if SYMMETRIC:
-        # The mask is constant along a row, so that the stores stay vectorised.
+        # The mask is constant along a row, so that the stores stay vectorized.
         mirror_mask = (j < n)[:, None] & (i < tl.where(tile_m == tile_n, 0, n))[None, :]
         tl.store(out_ptr + (j[:, None] * n + i[None, :]), tl.trans(out), mask=mirror_mask)
 

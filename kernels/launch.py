@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Launch plans: the kernel, grid and constants for tensors of one layout, cached for the next call.
 
-Choosing tiles, and letting Triton specialise a kernel, takes longer than launching it. Both depend
+Choosing tiles, and letting Triton specialize a kernel, takes longer than launching it. Both depend
 on the layouts of the tensors alone: shapes, strides, dtype, device, and where their memory begins
 within 16 bytes.
 """
@@ -186,7 +186,7 @@ def _maker(first: Tensor, result: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def forget_plans() -> None:
-    """Discard the plans, so that the next launches choose and specialise anew."""
+    """Discard the plans, so that the next launches choose and specialize anew."""
     _plans.clear()
     _remembered.clear()
 

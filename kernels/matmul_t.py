@@ -123,7 +123,7 @@ def symmetric_matmul_kernel(
     if diagonal:
         out = tl.where(i[:, None] >= j[None, :], out, tl.trans(out))
     out_ptr += batch * n * n
-    # The masks are constant along a row, so that the stores stay vectorised.
+    # The masks are constant along a row, so that the stores stay vectorized.
     tl.store(out_ptr + (i[:, None] * n + j[None, :]), out, mask=mask)
     mirror_mask = (j < n)[:, None] & (i < tl.where(diagonal, 0, n))[None, :]
     tl.store(out_ptr + (j[:, None] * n + i[None, :]), tl.trans(out), mask=mirror_mask)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The script of docs/conformance.md: a Muon that orthogonalises each shard on its own, and one
+"""The script of docs/conformance.md: a Muon that orthogonalizes each shard on its own, and one
 that gathers its matrices first."""
 
 import torch

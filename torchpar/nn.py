@@ -14,7 +14,7 @@ from torchpar.ops.cpu import linear
 
 
 class Linear(torch.nn.Linear):
-    """`torch.nn.Linear` with Xavier's uniform initialisation, ``y = x @ weight.T + bias``.
+    """`torch.nn.Linear` with Xavier's uniform initialization, ``y = x @ weight.T + bias``.
 
     ``x (*, in_features)`` → ``y (*, out_features)``. The state dict holds ``weight``
     ``(out_features, in_features)`` and ``bias`` ``(out_features)``. The variance of the initial

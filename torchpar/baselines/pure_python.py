@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Operators and backpropagation as loops over lists.
 
-Nothing is vectorised, and every number is an object. A matrix is a list of rows. Integers stay
+Nothing is vectorized, and every number is an object. A matrix is a list of rows. Integers stay
 integers, so their results are exact.
 """
 

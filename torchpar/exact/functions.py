@@ -168,7 +168,7 @@ def sqrt64(x: Tensor) -> Tensor:
 
     A library's root may be off by one unit in the last place.
 
-    With y from the library and its neighbours y + u and y − d, the nearest is y if −y·d < x − y² ≤
+    With y from the library and its neighbors y + u and y − d, the nearest is y if −y·d < x − y² ≤
     y·u. The remainder is exact: y² has two parts, by Veltkamp's halves of y.
 
     Source: Dekker, "A floating-point technique for extending the available precision", 1971.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Optimizers: Muon and its orthogonalisation, and a chain of optimizers."""
+"""Optimizers: Muon and its orthogonalization, and a chain of optimizers."""
 
 from torchpar.optim.chained import ChainedOptimizer
 from torchpar.optim.muon import Muon

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Muon for the hidden matrices of a model, and another optimizer for its other parameters.
 
-docs/muon.md names the sources of the rules. Layers of other libraries are recognised by names and
+docs/muon.md names the sources of the rules. Layers of other libraries are recognized by names and
 attributes.
 """
 

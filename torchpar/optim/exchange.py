@@ -3,7 +3,7 @@
 
 The ranks of a group divide the work: each rank owns some of the parameters. A step makes two
 all-to-alls in bfloat16. The first sends the shards of each momentum to the parameter's owner, which
-orthogonalises the unsharded momentum. The second sends each rank its shard of the owner's result.
+orthogonalizes the unsharded momentum. The second sends each rank its shard of the owner's result.
 Where the parameters are replicated, only the second is needed. The first message of a step also has
 a checksum of the sender's arguments, and of the gradients that the sender has. So every rank
 notices a missing gradient, or a learning rate that differs.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Parameters seen as matrices, and matrices orthogonalised in batches."""
+"""Parameters seen as matrices, and matrices orthogonalized in batches."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -155,7 +155,7 @@ def _orthogonalize_batch(
     dtype: torch.dtype,
     run: Callable[[Tensor], Tensor],
 ) -> list[Tensor]:
-    """Orthogonalise matrices of ``shape``, or smaller ones, and those whose transposes have it, in
+    """Orthogonalize matrices of ``shape``, or smaller ones, and those whose transposes have it, in
     batches of ``dtype``."""
     if not straight:
         straight, transposed, shape = transposed, [], shape[::-1]
@@ -193,7 +193,7 @@ def _stacked(
     """``count`` matrices of ``shape``, of which the first are copies of ``matrices``, padded by
     zeros.
 
-    The zeros do not change the orthogonalised matrices, and stay zeros.
+    The zeros do not change the orthogonalized matrices, and stay zeros.
     """
     make = torch.empty if all(matrix.shape == shape for matrix in matrices) else torch.zeros
     x = make(count, *shape, dtype=dtype, device=matrices[0].device)

@@ -47,14 +47,14 @@ class Muon(Optimizer):
     to bfloat16 rounding. The default "auto" is less accurate for matrices with one side at least
     twice the other, see `orthogonalize`.
 
-    Matrices of equal shapes are orthogonalised in batches that keep the device busy. On one rank a
+    Matrices of equal shapes are orthogonalized in batches that keep the device busy. On one rank a
     step never waits for the device.
 
     **Several ranks.** A parameter may be replicated, a DTensor of any placement, such as those of
-    `fully_shard`, or a shard that a split layer of torchpar holds. Each matrix is orthogonalised by
+    `fully_shard`, or a shard that a split layer of torchpar holds. Each matrix is orthogonalized by
     a single rank, one of those that have it, and the ranks divide the work about evenly. A step
     makes two all-to-alls in bfloat16 for each mesh, and a rank holds no unsharded matrices but
-    those that it orthogonalises (`torchpar.optim.exchange`). With ``ns="standard"`` float32
+    those that it orthogonalizes (`torchpar.optim.exchange`). With ``ns="standard"`` float32
     parameters have the same bits as without sharding, on a CPU. Save and load the state as any
     optimizer's: a momentum is sharded as its parameter is.
 
@@ -330,7 +330,7 @@ class Muon(Optimizer):
                 yield group, of_group
 
     def _directions(self, group: Group, grads: dict[ParamInfo, Tensor]) -> dict[ParamInfo, Tensor]:
-        """Update the momenta; return the tensors to orthogonalise."""
+        """Update the momenta; return the tensors to orthogonalize."""
         gradients = [grad.to(info.p.dtype) for info, grad in grads.items()]
         momenta = [self._momentum(info) for info in grads]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
@@ -379,7 +379,7 @@ class Muon(Optimizer):
     def _orthogonalize(
         self, group: Group, momenta: Mapping[ParamInfo, Tensor]
     ) -> dict[ParamInfo, Tensor]:
-        """The unsharded momenta, orthogonalised, with values of bfloat16."""
+        """The unsharded momenta, orthogonalized, with values of bfloat16."""
         of_each = {info: info.matrices(t) for info, t in momenta.items()}
         coefficients, steps, eps = (group[name] for name in ("ns_coefficients", "ns_steps", "eps"))
         found = iter(

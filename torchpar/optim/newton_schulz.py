@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Newton–Schulz orthogonalisation on symmetric matrix products.
+"""Newton–Schulz orthogonalization on symmetric matrix products.
 
 For M = U·Σ·Vᵀ the iterations return a matrix near U·Vᵀ. They need matrix products only, no SVD.
 `torchpar.reference.orthogonalize` is the plain version in ten lines; read it first.
@@ -92,7 +92,7 @@ def orthogonalize(
     products are of float32, and x and the result are rounded to bfloat16.
 
     Args:
-        x: ``(*, n, m)``, floating; each matrix of a batch is orthogonalised.
+        x: ``(*, n, m)``, floating; each matrix of a batch is orthogonalized.
         coefficients: ``(a, b, c)``; one such triple for each iteration, the last of which is
             repeated; or "polar_express", which ends nearest to singular values of 1.
         steps: the number of iterations, 0 to 99.

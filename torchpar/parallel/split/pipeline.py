@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Pipeline parallelism: each rank holds consecutive layers, and micro-batches pass through them.
 
-With p stages and m micro-batches a stage is idle for (p − 1)/(m + p − 1) of a step. Neighbouring
+With p stages and m micro-batches a stage is idle for (p − 1)/(m + p − 1) of a step. Neighboring
 stages exchange activations in the forward pass and their gradients in the backward pass, and no
 other messages. There are two schedules (`torchpar.parallel.split.schedules`): `gpipe` runs all
 forward passes before the backward passes and keeps the activations of m micro-batches.

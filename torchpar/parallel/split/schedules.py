@@ -14,7 +14,7 @@ Backward = Callable[[Tensor, Tensor | None], None]
 
 
 class P2PCommunicator:
-    """Messages between neighbouring stages of a pipeline: the ranks of ``group``, in order.
+    """Messages between neighboring stages of a pipeline: the ranks of ``group``, in order.
 
     A stage sends its activations y to the next stage. It sends the gradient of x, the activations
     that it received, to the previous stage. A gradient has the shape of the activations. The first
@@ -23,7 +23,7 @@ class P2PCommunicator:
 
     ``send_*`` only queues a message. The next ``recv_*`` or `flush` sends it, and returns when all
     messages have been sent and received. After the last ``send_*`` call `flush`. Both directions
-    start together: neighbours that send to each other, and receive only then, would wait for each
+    start together: neighbors that send to each other, and receive only then, would wait for each
     other.
 
     Args:

@@ -175,5 +175,5 @@ def _fence(warp: Warp, i: Instruction) -> None:
 
 @action("fence.mbarrier_init")
 def _fence_init(warp: Warp, i: Instruction) -> None:
-    """It orders the initialisation of mbarriers for other blocks of a cluster."""
+    """It orders the initialization of mbarriers for other blocks of a cluster."""
     warp.released_mbarriers |= warp.own_mbarriers

@@ -29,7 +29,7 @@ OFFSETS = 2**WINDOW_BITS - 1  # the bits of an address within a window
 
 @action("barrier.cluster.arrive", whole=True)
 def _arrive(warp: Warp, i: Instruction) -> None:
-    """A relaxed arrival orders nothing but the mbarriers' initialisation, with a fence for it."""
+    """A relaxed arrival orders nothing but the mbarriers' initialization, with a fence for it."""
     warp.block.cluster.arrive(warp, "relaxed" not in i.parts, i.line)
 
 

@@ -130,7 +130,7 @@ def rounded(values: Values, kind: str, mode: str, saturates: bool = False) -> Va
 
 
 def to_odd(nearest: Values, error: Values) -> Values:
-    """``nearest + error`` rounded to the neighbour with an odd last bit, if it is not exact.
+    """``nearest + error`` rounded to the neighbor with an odd last bit, if it is not exact.
 
     Rounded once more, to two bits less or still fewer, it is as if rounded once: S. Boldo and
     G. Melquiond, "Emulation of FMA and correctly rounded sums", 2008.

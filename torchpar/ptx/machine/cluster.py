@@ -74,7 +74,7 @@ class Phase:
     """A phase of the cluster barrier: who has arrived, and what those know who wait for it.
 
     Attributes:
-        initialised: the mbarriers whose initialisation was released by a fence of its own.
+        initialised: the mbarriers whose initialization was released by a fence of its own.
     """
 
     def __init__(self) -> None:

@@ -55,7 +55,7 @@ def check_optimizer(
             it.
         situations: a name or names from `SITUATIONS`; by default all.
         timeout: seconds for each situation, after which its ranks count as hanging.
-        orthogonal: whether to try the situations that are only for optimizers that orthogonalise.
+        orthogonal: whether to try the situations that are only for optimizers that orthogonalize.
         reference: a `Formula`, or the optimizer of PyTorch whose formula the optimizer shall
             follow: SGD, Adam, AdamW or Muon of `torch.optim`. By default the formula of the
             optimizer's own class, if this is exactly one of these classes or `torchpar.optim.Muon`.

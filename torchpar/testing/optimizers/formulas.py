@@ -35,7 +35,7 @@ class Formula(NamedTuple):
 
     @property
     def precision(self) -> float:
-        """The relative distance of neighbouring numbers of ``dtype``."""
+        """The relative distance of neighboring numbers of ``dtype``."""
         return float(torch.finfo(self.dtype).eps)
 
 

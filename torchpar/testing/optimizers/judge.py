@@ -166,7 +166,7 @@ def judge_shards(row: Row, shards: Weights, whole: Weights, alone: Steps) -> Row
     So it is if the updates of all shards have the directions of the optimizer's updates of each
     shard alone, up to rounding, and not those of the whole matrices' updates. Norms may differ: an
     optimizer may still scale by the shape of the whole matrix. The direction of a single row or
-    column shows nothing, since to orthogonalise a vector is to scale it.
+    column shows nothing, since to orthogonalize a vector is to scale it.
 
     Args:
         shards: the shards' weights in the situation.

@@ -278,7 +278,7 @@ class Situation(NamedTuple):
         ranks: the number of ranks. A tuple of two numbers means two phases, of which the second
             starts anew.
         setup: arguments of `Trial`.
-        orthogonal: whether the situation is only for optimizers that orthogonalise. Other
+        orthogonal: whether the situation is only for optimizers that orthogonalize. Other
             optimizers send no messages, and so cannot notice the mistake of another rank.
         one_may_refuse: whether an error on one rank is right, which leaves the other ranks waiting.
         same_bits: whether the updates must have the bits of the optimizer's own step.

@@ -90,7 +90,7 @@ class Collectives(TorchDispatchMode):
         with self.record(dimension, _OPERATIONS.get(operation, operation), nbytes):
             result = func(*args, **(kwargs or {}))
             work = result[-1] if isinstance(result, tuple) else result
-            # A rank must send its own message before it waits for its neighbour's.
+            # A rank must send its own message before it waits for its neighbor's.
             if operation in _OPERATIONS:
                 dist.Work.unbox(work).wait()
                 if torch.cuda.is_available():  # NCCL's wait only blocks the stream

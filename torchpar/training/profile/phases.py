@@ -51,7 +51,7 @@ def phase(name: str) -> Iterator[None]:
 class Phases:
     """Seconds of each phase on this rank, counted while the context is active.
 
-    The device is synchronised at both ends of a phase, so the phases add up but no longer overlap.
+    The device is synchronized at both ends of a phase, so the phases add up but no longer overlap.
     A phase inside another one (a collective in the backward pass) is counted once, as the inner
     phase. The backward pass is a call of `torch.Tensor.backward`; one by `torch.autograd.backward`
     is not noticed. A block of `torch.profiler.record_function` that is named as a phase is one.

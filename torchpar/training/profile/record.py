@@ -32,7 +32,7 @@ class Span(NamedTuple):
 
 
 class Call(NamedTuple):
-    """One collective operation, or one message to or from a neighbour.
+    """One collective operation, or one message to or from a neighbor.
 
     Attributes:
         dimension: of the mesh, "" for a group that is none of its dimensions.
@@ -113,7 +113,7 @@ class RankRecord:
                 "operation": sent.operation,
                 "count": f"{sent.calls:g}",
                 "bytes": f"{sent.bytes:,.0f}",
-                # A receiver waits for its neighbour's work more than for the message.
+                # A receiver waits for its neighbor's work more than for the message.
                 "ms": "-" if sent.operation == "recv" else f"{1e3 * sent.seconds:.3f}",
             }
             for sent in self.messages()
