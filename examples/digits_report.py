@@ -102,10 +102,16 @@ def sweep(flags: Flags, study: partial[tuple[MLP, list[Row]]]) -> list[Row]:
     console.print_rows(
         top, columns=(*CHOICE[:3], "validation_accuracy", "steps", "ms_per_step", "s_per_epoch")
     )
-    rows = [row for row in top if row["hidden"] == best(swept)["hidden"]]
-    ratio = rows[-1]["s_per_epoch"] / rows[0]["s_per_epoch"]
-    gain = rows[-1]["validation_accuracy"] - rows[0]["validation_accuracy"]
-    print(f"smallest to largest batch: {ratio:.2f}× the time of an epoch, accuracy {gain:+.4f}")
+    chosen = best(swept)
+    rows = [row for row in top if row["hidden"] == chosen["hidden"]]
+    if len(rows) > 1:
+        ratio = rows[-1]["s_per_epoch"] / rows[0]["s_per_epoch"]
+        gain = rows[-1]["validation_accuracy"] - rows[0]["validation_accuracy"]
+        print(f"smallest to largest batch: {ratio:.2f}× the time of an epoch, accuracy {gain:+.4f}")
+    print(
+        f"chosen, as its validation accuracy is the highest: hidden {chosen['hidden']}, batch size "
+        f"{chosen['batch_size']}, lr {chosen['lr']:g}"
+    )
     return swept
 
 
@@ -152,6 +158,8 @@ def main(flags: Flags) -> None:
         runs = penalties(flags, study, chosen=best(swept))
         model, rows = max(runs, key=lambda run: run[1][-1]["validation_accuracy"])
         loss, outputs = evaluate(model, test_set, world)
+    λ = rows[-1]["weight_decay"]
+    print(f"weight decay {λ:g} has the highest validation accuracy, and is tested")
     accuracy = (outputs.argmax(1) == test_set.labels).double().mean().item()
     final = rows[-1] | {"test_accuracy": accuracy, "test_loss": loss}
     epochs = [row for _, rows in runs for row in rows]

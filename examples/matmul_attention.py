@@ -166,7 +166,6 @@ def main(flags: Flags) -> None:
         )
         to_others = normalize(attention_weights(x).fill_diagonal_(0), p=1)
         to_class = to_others[labels == labels[:, None]].sum().item() / len(labels)
-    print(f"{to_class:.0%} of the weight that an image gives to others goes to its class")
     console.write_metrics(flags.metrics, [*causal, *sparse, row | {"to_own_class": to_class}])
     if flags.plots:
         title = "Weights of images, sorted by class, for each other"
@@ -181,6 +180,7 @@ def main(flags: Flags) -> None:
         weights = torch.stack([masked_weights(q[0], k[0], mask.to(q.device)) for mask in masks])
         title = "Weights in a window and in blocks"
         plots.save_matrices(flags.plots / "sparse.png", weights, title)
+    print(f"{to_class:.0%} of the weight that an image gives to others goes to its class")
 
 
 if __name__ == "__main__":

@@ -153,12 +153,12 @@ def main(flags: Flags) -> None:
             save_paths(
                 flags.plots / "regression-path.png", flags.batch_size, flags.lr[0], world.device
             )
-    for name, costs in curves.items():
-        steps = len(costs) - 1
-        print(f"{name}: cost {costs[-1]:.4f} after {steps} step{'s' * (steps > 1)}")
     console.write_metrics(flags.metrics, [*errors, *norms, {"costs": curves, **times}])
     if flags.plots:
         plots.save_curves(flags.plots / "regression.png", curves, "step", "cost before the step")
+    for name, costs in curves.items():
+        steps = len(costs) - 1
+        print(f"{name}: cost {costs[-1]:.4f} after {steps} step{'s' * (steps > 1)}")
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ FEATURES: dict[Feature, Callable[[Tensor, Tensor], Tensor]] = {
     "sin2": lambda x1, x2: (SIDE * x2).sin(),
 }
 COORDINATES: tuple[Feature, ...] = ("x1", "x2")
+Panels = dict[str, tuple[Samples, Callable[[Tensor], Tensor]]]  # as `plots.save_boundaries` has it
 
 
 @dataclass(kw_only=True)
@@ -149,16 +150,17 @@ def learn(
 def main(flags: Flags) -> None:
     start = time.perf_counter()
     rows: list[console.Row] = []
+    pictures: dict[Points, Panels] = {kind: {} for kind in flags.points}
+    ways = [*product(flags.points, ((), flags.hidden), (COORDINATES, flags.features))]
     with join_world(flags.device, alone=True) as world:
-        for kind in console.progress(flags.points, "points"):
-            panels = {}
-            for hidden, features in product(((), flags.hidden), (COORDINATES, flags.features)):
-                row, points, probability = learn(kind, features, hidden, flags, world.device)
-                rows.append(row)
-                layers = " ".join(map(str, hidden)) or "none"
-                panels[f"{len(features)} features\nhidden: {layers}"] = points, probability
-            if flags.plots:
-                plots.save_boundaries(flags.plots / f"playground-{kind}.png", panels)
+        for kind, hidden, features in console.progress(ways, "networks"):
+            row, points, probability = learn(kind, features, hidden, flags, world.device)
+            rows.append(row)
+            layers = " ".join(map(str, hidden)) or "none"
+            title = f"{len(features)} features\nhidden: {layers}"
+            pictures[kind][title] = points, probability
+        for kind, panels in pictures.items() if flags.plots else ():
+            plots.save_boundaries(flags.plots / f"playground-{kind}.png", panels)
     console.print_rows(rows, f"noise {flags.noise:g}, λ {flags.penalty:g}")
     console.write_metrics(flags.metrics, rows)
     last, seconds = rows[-1], time.perf_counter() - start

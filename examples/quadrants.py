@@ -35,7 +35,6 @@ from statistics import median
 from typing import Annotated, Any, NamedTuple
 
 import torch
-from rich.console import Console
 from support import cli, console, plots
 from support.measure import now
 from torch import Tensor
@@ -250,14 +249,12 @@ def measure(flags: Flags) -> Rounds:
             Way(size, threads=n): [],
             Way(size, profiled=True): [],
         }
-    with (
-        Console().status(f"timing epochs on {flags.processes} processes and threads"),
-        ExitStack() as stack,
-    ):
+    with ExitStack() as stack:
         # A process that has had a second thread keeps it.
         kinds = {(way.processes, way.threads) for way in rounds}
         groups = {kind: stack.enter_context(Ranks()) for kind in kinds}
-        for seed, way in product(range(1 + ROUNDS), rounds):
+        turns = [*product(range(1 + ROUNDS), rounds)]
+        for seed, way in console.progress(turns, "epochs timed"):
             dtype = torch.float32 if seed else torch.float64
             run = groups[way.processes, way.threads]
             rounds[way].append(run(way.processes, time_epoch, flags.seed, way, seed, dtype)[0])

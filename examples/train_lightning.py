@@ -147,10 +147,25 @@ class Recording(Callback):
 
 
 class Lines(Callback):
-    """A line after each epoch, above the progress bar if there is one."""
+    """A line at the start and after each epoch, above the progress bar if there is one.
+
+    Without a bar a long epoch says now and then how far it is.
+    """
+
+    def on_train_start(self, trainer: Trainer, *_: object) -> None:
+        steps = f"{trainer.num_training_batches} steps"
+        self._print(trainer, f"epoch {trainer.current_epoch + 1} begins, of {steps}")
 
     def on_train_epoch_start(self, *_: object) -> None:
         self._start = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Trainer, *given: object) -> None:
+        silent = time.perf_counter() - self._printed
+        if silent >= console.SILENCE and not trainer.progress_bar_callback:
+            step = trainer.fit_loop.epoch_loop.batch_progress.current.completed
+            seconds = f"{time.perf_counter() - self._start:.0f} s"
+            steps = f"{step} of {trainer.num_training_batches} steps"
+            self._print(trainer, f"epoch {trainer.current_epoch + 1}: {steps} after {seconds}")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         figures = trainer.callback_metrics
@@ -161,6 +176,10 @@ class Lines(Callback):
         ]
         epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
         line = " | ".join([epoch, *logged, f"{time.perf_counter() - self._start:.1f} s"])
+        self._print(trainer, line)
+
+    def _print(self, trainer: Trainer, line: str) -> None:
+        self._printed = time.perf_counter()
         if bar := trainer.progress_bar_callback:
             bar.print(line)
         elif trainer.is_global_zero:

@@ -24,6 +24,7 @@ from torchpar.errors import (
     TorchparError,
     can_print,
     first_line,
+    stop_printing,
 )
 from torchpar.parallel.launch.rank_info import RankInfo, find_rank_info
 from torchpar.training.outcome import Stopped
@@ -44,7 +45,9 @@ def ending() -> Iterator[None]:
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # terminals that have only ASCII print ? for λ
+            # Terminals that have only ASCII print ? for λ. The reader of a pipe sees each line at
+            # once.
+            stream.reconfigure(errors="replace", line_buffering=True)
     try:
         yield
     except WrongFlags as e:
@@ -52,6 +55,9 @@ def ending() -> Iterator[None]:
     except AllRanksError as e:  # rank 0 has the same error
         sys.exit(2) if _rank() > 0 else _end(line_of(e))
     except (TorchparError, OSError, MemoryError, RuntimeError) as e:
+        if isinstance(e, BrokenPipeError) and not can_print():  # such as head, that has read enough
+            stop_printing()
+            sys.exit(128 + signal.SIGPIPE)
         _end(line_of(_reason(e)), is_own=_is_own(e))
     except Stopped as e:
         if _rank() == 0:

@@ -33,7 +33,8 @@ def as_array(t: "Tensor | Array") -> Array:
 def picture(
     path: Path, size: tuple[float, float], rows: int = 1, columns: int = 1
 ) -> "Iterator[list[Axes]]":
-    """Yield the axes of a picture of ``size`` inches, row by row, and write it at the end.
+    """Yield the axes of a picture of ``size`` inches, row by row; at the end write it, and say
+    where.
 
     Raises:
         ConfigError: the file cannot be written.
@@ -44,6 +45,7 @@ def picture(
     yield list(figure.subplots(rows, columns, squeeze=False).flat)
     with writing(path, "--plots"):
         figure.savefig(path)
+    print(f"picture: {path}")
 
 
 class Panel(NamedTuple):

@@ -101,7 +101,9 @@ def test_it_runs_learns_and_prints_its_last_line(ranks, small, monkeypatch, tmp_
     assert (code, err) == (0, "")
     assert re.fullmatch(LAST_LINES.get(name, LAST_LINE), out.splitlines()[-1])
     for picture in pictures.split():
-        assert (tmp_path / "new" / "plots" / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
+        file = tmp_path / "new" / "plots" / f"{picture}.png"
+        assert file.read_bytes().startswith(b"\x89PNG")
+        assert f"picture: {file}\n" in out
     last = rows_of(tmp_path / "metrics")[-1]
     if "test_accuracy" in last:
         assert last["test_accuracy"] > 0.5

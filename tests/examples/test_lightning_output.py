@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The lines that train_lightning.py prints: one for each epoch, and true seconds in the last."""
+"""The lines that train_lightning.py prints: at the start, after each epoch, and true seconds."""
 
 import re
 import sys
@@ -31,6 +31,7 @@ def test_the_seconds_are_no_more_than_passed_and_each_epoch_has_a_line(
         time.sleep(0.5)
 
     monkeypatch.setattr(train_lightning.Lines, "on_train_epoch_start", begin_slowly)
+    monkeypatch.setattr(train_lightning.console, "SILENCE", 0.0)  # so that each step tells
     data = fashion_mnist(tmp_path / "data", train=201, test=101)
     flags = f"--config={ROOT / 'examples' / 'lightning.yaml'}"
     flags += f" --data.root={data} --data.dataset=fashion-mnist --data.validation=21"
@@ -41,7 +42,13 @@ def test_the_seconds_are_no_more_than_passed_and_each_epoch_has_a_line(
     monkeypatch.setattr(sys, "argv", ["train_lightning.py", "fit", *flags.split()])
     train_lightning.main()
     passed = time.perf_counter() - starts[0]
-    *epochs, last = capsys.readouterr().out.splitlines()
+    first, *lines, last = capsys.readouterr().out.splitlines()
+    assert first == "epoch 1 begins, of 2 steps"
+    epochs = [line for line in lines if "loss" in line]
+    told = [line for line in lines if "loss" not in line]
+    assert [line.rpartition(" after ")[0] for line in told] == [
+        f"epoch {epoch}: {step} of 2 steps" for epoch in (1, 2, 3) for step in (1, 2)
+    ]
     form = r"epoch (\d)/3 \| train loss \S+ \| train accuracy \S+ \| val loss \S+ \| .* \d\.\d s"
     assert [re.fullmatch(form, line)[1] for line in epochs] == ["1", "2", "3"]
     (seconds,) = re.findall(r"\| (\d+\.\d) s \|", last)

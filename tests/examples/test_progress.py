@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: MIT
+"""What an example prints where its output is a pipe: how far it is, and each line at once."""
+
+import os
+import signal
+import sys
+from unittest.mock import patch
+
+import pytest
+
+pytest.importorskip("tyro", reason="tyro reads the flags")
+
+from support import console
+from support.ending import ending
+
+
+def test_a_loop_says_how_far_it_is(capsys):
+    clock = iter([0.0, 0.0, 9.0, 11.0, 12.0, 22.0])
+    with patch.object(console.time, "monotonic", lambda: next(clock)):
+        assert [*console.progress(range(5), "epochs")] == [*range(5)]
+    assert capsys.readouterr().out == "epochs: 2 of 5 after 11 s\nepochs: 4 of 5 after 22 s\n"
+    with patch.object(console, "SILENCE", 0.0):
+        assert [*console.progress(range(2), "epochs", speaks=False)] == [0, 1]
+    assert capsys.readouterr().out == ""
+
+
+def test_the_reader_of_a_pipe_sees_a_line_at_once_and_may_leave(monkeypatch):
+    read, write = os.pipe()
+    with open(write, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        with ending():
+            print("first")
+            assert os.read(read, 99) == b"first\n"
+        os.close(read)
+        with pytest.raises(SystemExit) as left, ending():
+            print("second")
+    assert left.value.code == 128 + signal.SIGPIPE
