@@ -41,6 +41,7 @@ from torchpar.errors import ConfigError
 from torchpar.kernels.data_sheets import DATA_SHEETS
 from torchpar.parallel.launch.world import join_world
 from torchpar.ptx import emulate
+from torchpar.testing.operators.compare import farthest
 
 GPU, SECTOR = "H100", 32  # bytes
 HALF = "in float16"  # of which the roofline of float32 has no point
@@ -130,7 +131,9 @@ def check(name: str, result: Tensor, work: Work) -> None:
         checks.compare(name, result, work.reference, *work.operands, terms=terms)
     elif not torch.equal(result, expected := work.reference(*work.operands)):
         wrong = int((result != expected).sum())
-        raise ConfigError(f"{name}: {wrong} numbers are wrong; mend the kernel")
+        raise ConfigError(
+            f"{name}: {wrong} numbers are wrong: {farthest(result, expected)}; mend the kernel"
+        )
 
 
 def count(work: Work) -> list[console.Row]:
@@ -229,6 +232,11 @@ def main(flags: Flags) -> None:
     for name in dict.fromkeys(row["work"] for row in rows):
         shown = [shown_row(row) for row in rows if row["work"] == name]
         console.print_rows(shown, str(name))
+    if flags.plots:
+        save_roofline(
+            flags.plots / "roofline.png",
+            [row for row in rows if row.get("intensity") and row["by"] != HALF],
+        )
     sheet = DATA_SHEETS[GPU]
     ridge = sheet.flops["f32"] / sheet.memory
     print(f"by its data sheet an {GPU} needs {ridge:.0f} operations per byte to reach its peak")
@@ -238,11 +246,6 @@ def main(flags: Flags) -> None:
         rows += times
     else:
         print("left out: times, as PyTorch finds no GPU or --device is cpu")
-    if flags.plots:
-        save_roofline(
-            flags.plots / "roofline.png",
-            [row for row in rows if row.get("intensity") and row["by"] != HALF],
-        )
     console.write_metrics(flags.metrics, rows)
 
 

@@ -42,16 +42,29 @@ from torchpar.data import Samples, batches, load
 from torchpar.data.files import Dataset
 from torchpar.errors import ConfigError, check_finite
 from torchpar.parallel.launch.world import join_world
+from torchpar.testing.operators.compare import farthest
 from torchpar.training import EpochResult, Evaluation
 from torchpar.training.profile.phases import Phases, phase
 
-Errors = dict[str, float]  # by the name of a tensor: "input", "weight", "bias"
 # The best h in float64: its error h² and its roundoff eps/h are alike, some 1e-11
 # (docs/numerics.md).
 H = torch.finfo(torch.float64).eps ** (1 / 3)
 # Of a gradient, relative to its largest element; a wrong factor gives 0.1 or more.
 LARGEST_ERROR = 1e-7
 MARGIN = 0.02  # between points and the axes, of a square of side 2
+
+
+class Error(float):
+    """The error of a gradient, relative to its largest element.
+
+    Attributes:
+        where: the element, what it is, and what was expected.
+    """
+
+    where = ""
+
+
+Errors = dict[str, Error]  # by the name of a tensor: "input", "weight", "bias"
 
 
 class Layer(ABC):
@@ -306,10 +319,13 @@ def compare_gradients(
     errors: Errors = {}
     for name, t, gradient in gradients:
         expected = difference_quotient(loss, t)
-        error = torch.inf
         if gradient.shape == expected.shape:
-            error = ((gradient - expected).abs().max() / expected.abs().max()).item()
-        errors[name] = max(error, errors.get(name, 0.0))
+            error = Error((gradient - expected).abs().max() / expected.abs().max())
+            error.where = farthest(gradient, expected)
+        else:
+            error = Error(torch.inf)
+            error.where = f"its shape is {tuple(gradient.shape)}, expected {tuple(expected.shape)}"
+        errors[name] = max(error, errors.get(name, Error()))
     return errors
 
 
@@ -356,10 +372,10 @@ def check_gradients(device: torch.device) -> dict[str, Errors]:
     for name, found in errors.items():
         for part, error in found.items():
             if not error <= LARGEST_ERROR:
-                other = f" (or its shape is not that of the {part})" * (error == torch.inf)
                 raise ConfigError(
-                    f"{name}: the gradient of its {part} is off by {error:.1e}{other}, expected "
-                    f"{LARGEST_ERROR:.0e} at most; mend its forward or its backward pass"
+                    f"{name}: the gradient of its {part} is off by {error:.1e}, expected "
+                    f"{LARGEST_ERROR:.0e} at most: {error.where}; mend its forward or its backward "
+                    "pass"
                 )
     return errors
 

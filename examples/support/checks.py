@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from torchpar.errors import ConfigError
+from torchpar.testing.operators.compare import farthest
 
 
 def compare(
@@ -31,7 +32,10 @@ def compare(
     print(f"{part}: error {error:.1e} against float64, PyTorch's {native:.1e}")
     if not error <= most:
         off = f"{part} is off by {error:.1e}, expected {most:.1e} at most"
-        raise ConfigError(f"{off}; mend its formula, and do not let it change its inputs")
+        raise ConfigError(
+            f"{off}: {farthest(result, exact)}; mend its formula, and do not let it change its "
+            "inputs"
+        )
     return {"part": part, "error": error, "pytorch_error": native}
 
 

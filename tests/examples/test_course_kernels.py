@@ -39,10 +39,10 @@ def test_a_tile_of_64_has_16_operations_a_byte():
 
 def test_a_wrong_way_is_refused():
     wrong = products(mine=lambda a, b: (a @ b.T).sub_(1e-3))
-    with pytest.raises(ConfigError, match=r"^A·Bᵀ, 64³ by mine is off by"):
+    with pytest.raises(ConfigError, match=r"^A·Bᵀ, 64³ by mine is off by .* of shape "):
         course_kernels.count(wrong)
     maximum, *_ = course_kernels.works(course_kernels.Flags(side=10))
-    with pytest.raises(ConfigError, match=r"^maximum, 10 × 10 by mine: \d+ numbers are wrong"):
+    with pytest.raises(ConfigError, match=r"^maximum, 10 × 10 by mine: \d+ numbers are wrong: \["):
         course_kernels.count(maximum._replace(ways={"mine": torch.minimum}))
 
 

@@ -12,11 +12,12 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from samples import normal
 from torch import Tensor
 
 from torchpar.errors import ConfigError
 from torchpar.testing import OperatorTable, check_kernel, check_operator
-from torchpar.testing.operators.compare import difference
+from torchpar.testing.operators.compare import difference, farthest
 
 
 @triton.jit
@@ -288,5 +289,22 @@ def test_integers_are_compared_exactly():
 
 def test_an_infinity_is_off_by_infinity():
     infinite, finite = torch.tensor([1.0, float("inf")]), torch.tensor([1.0, 2.0])
-    assert difference(infinite, finite) == "off by inf, of 2.0e+00"
-    assert difference(infinite, infinite + finite) == "off by 1.0e+00, of inf"
+    where = "[1] of shape (2,) is inf, expected 2"
+    assert difference(infinite, finite) == f"off by inf, of 2.0e+00: {where}"
+    where = "[0] of shape (2,) is 1, expected 2"
+    assert difference(infinite, infinite + finite) == f"off by 1.0e+00, of inf: {where}"
+
+
+def test_the_element_that_is_farthest_is_named():
+    expected = normal(3, 4)
+    found = expected.clone()
+    found[1, 2], found[2, 0] = expected[1, 2] + 2, expected[2, 0] + 1
+    values = f"{found[1, 2]:.4g}, expected {expected[1, 2]:.4g}"
+    assert farthest(found, expected) == f"[1, 2] of shape (3, 4) is {values}"
+    one = torch.tensor(1.0)
+    assert farthest(one, one + 2e-7) == "the number is 1, expected 1.0000002"
+    assert farthest(one * torch.nan, one) == "the number is nan, expected 1"
+    assert farthest(torch.tensor([1, 2 + 1j]), torch.tensor([1, 2 - 1j])) == (
+        "[1] of shape (2,) is 2+1j, expected 2-1j"
+    )
+    assert farthest(torch.zeros(0), torch.zeros(0)) == ""

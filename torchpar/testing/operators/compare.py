@@ -121,6 +121,30 @@ def _pairs(actual: object, expected: object) -> Iterator[tuple[Tensor, Tensor]]:
     return zip(found, right, strict=True)
 
 
+def farthest(actual: Tensor, expected: Tensor) -> str:
+    """Name the element of ``actual`` that is farthest from ``expected``, and what it is.
+
+    Returns:
+        Such as "[3, 4] of shape (37, 5) is 2.5, expected -1"; "" if there is no element.
+    """
+    if not actual.numel():
+        return ""
+    found, right = (t.detach().cpu() for t in (actual, expected))
+    kind = torch.complex128 if found.is_complex() or right.is_complex() else torch.float64
+    # Equal infinities are not apart; NaN is as far as can be.
+    a, e = found.to(kind), right.to(kind)
+    apart = (a - e).abs().where(a != e, 0.0).nan_to_num(math.inf)
+    at = [int(i) for i in torch.unravel_index(apart.argmax(), apart.shape)]
+    values = [t[tuple(at)].item() + 0 for t in (found, right)]  # 0 in the place of −0
+    texts = next(
+        texts
+        for digits in (4, 8, 17)
+        if len({*(texts := tuple(f"{one:.{digits}g}" for one in values))}) == 2 or digits == 17
+    )
+    place = f"{at} of shape {tuple(actual.shape)}" if at else "the number"
+    return f"{place} is {texts[0]}, expected {texts[1]}"
+
+
 def difference(actual: Tensor, expected: Tensor) -> str:  # noqa: PLR0911  # one for each mistake
     if actual.shape != expected.shape:
         if (
@@ -152,7 +176,8 @@ def difference(actual: Tensor, expected: Tensor) -> str:  # noqa: PLR0911  # one
     is_conjugate = actual.is_complex() and near(actual.conj(), expected, ALIKE)
     cause = "conjugated" if is_conjugate else likely_cause(a, e)
     off = math.inf if at_infinity else float((a - e).abs().max())
-    return with_cause(f"off by {off:.1e}, of {size:.1e}", cause)
+    where = farthest(actual, expected)
+    return with_cause(f"off by {off:.1e}, of {size:.1e}: {where}", cause)
 
 
 def with_cause(message: str, cause: str) -> str:
@@ -224,4 +249,5 @@ def accurate(
                 limit = max(limit, chain_error(operands) * float(real(wide.detach()).abs().max()))
                 if error <= limit:
                     continue
-                raise OutcomeException("wrong", f"off by {error:.1e}, expected at most {limit:.1e}")
+                off = f"off by {error:.1e}, expected at most {limit:.1e}"
+                raise OutcomeException("wrong", f"{off}: {farthest(a, wide)}")

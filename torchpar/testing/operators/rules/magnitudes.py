@@ -16,6 +16,7 @@ from torch import Tensor
 
 from torchpar.testing.operators.attempts import REFUSALS, Attempts, OutcomeException
 from torchpar.testing.operators.case import Case
+from torchpar.testing.operators.compare import farthest
 from torchpar.testing.operators.gradients import gradients
 from torchpar.testing.operators.tensors import (
     LOW,
@@ -275,8 +276,8 @@ class Ladder:
             if most > limit:
                 limit += 2 * self._change_by_roundings(step, kind, i, actual.dtype)
             if most > limit:
-                off = f"off by {most:.1e}, of {largest(exact):.1e}"
-                raise OutcomeException("wrong", f"{which}{off}; expected at most {limit:.1e}")
+                off = f"off by {most:.1e}, of {largest(exact):.1e}; expected at most {limit:.1e}"
+                raise OutcomeException("wrong", f"{which}{off}: {farthest(actual, exact)}")
 
     def _limit(self, dtype: torch.dtype, relative: float, size: float) -> float:
         """Twice the error of the reference, and half of the digits.
