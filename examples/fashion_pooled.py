@@ -96,6 +96,19 @@ class Flags(cli.ExampleFlags):
     # Print all iterations, and the milliseconds of their phases.
     every_iteration: cli.Switch = False
 
+    def check(self) -> None:
+        super().check()
+        if self.library == "numpy" and self.device == "cuda":
+            raise ConfigError(
+                "--device cuda: NumPy computes on the CPU; --library torch takes a GPU"
+            )
+        if self.library == "torch" and self.exchange == "gather":
+            raise ConfigError(
+                "--exchange gather is MPI's, and --library torch has its own; drop one of them"
+            )
+        if self.library == "torch" and find_spec("torch") is None:
+            raise ConfigError("--library torch needs PyTorch; pip install torch")
+
 
 class Pixels(NamedTuple):
     """Pooled images.
@@ -461,14 +474,6 @@ def run_torch(flags: Flags, plans: Sequence[Plan]) -> None:
 
 
 def main(flags: Flags) -> None:
-    if flags.library == "numpy" and flags.device == "cuda":
-        raise ConfigError("--device cuda: NumPy computes on the CPU; --library torch takes a GPU")
-    if flags.library == "torch" and flags.exchange == "gather":
-        raise ConfigError(
-            "--exchange gather is MPI's, and --library torch has its own; drop one of them"
-        )
-    if flags.library == "torch" and find_spec("torch") is None:
-        raise ConfigError("--library torch needs PyTorch; pip install torch")
     first = flags.seed, str(flags.weights or "")
     plans = (
         Plan(60, 0.1, 0.0, *first),

@@ -80,6 +80,19 @@ class Flags(cli.DataFlags):
     log_dir: cli.LogDir = None  # Folder for TensorBoard: losses, accuracy and speed.
     report: cli.Report = None  # Folder for a page of the run, run.html.
 
+    def check(self) -> None:
+        super().check()
+        if self.device == "cuda":
+            raise ConfigError(
+                "--device cuda: NumPy computes on the CPU; torchrun examples/train_ddp.py takes a "
+                "GPU for each process"
+            )
+        if len(self.hidden) != 1 and (self.compare or self.split == "model"):
+            widths = " ".join(map(str, self.hidden))
+            raise ConfigError(
+                f"--hidden {widths} with --split model, expected one hidden layer; take one width"
+            )
+
 
 class Messages:
     """A communicator that records the calls of Allreduce, and the bytes that this process gives."""
@@ -207,8 +220,7 @@ def train(
             indices = parallel.share(batch)
             yield x[indices], labels[indices], len(batch)
 
-    # The bar shows on a process with a terminal.
-    for epoch in console.progress(range(1, flags.epochs + 1), "epochs"):
+    for epoch in console.progress(range(1, flags.epochs + 1), "epochs", world.rank == 0):
         start, train_loss = time.perf_counter(), 0.0
         with phases:
             for own_x, own_labels, size in phases.steps(draw()):
@@ -293,19 +305,9 @@ def print_comparison(flags: Flags, processes: int, runs: dict[str, Training], ba
 def main(flags: Flags) -> None:
     # A loss that is not finite is an error of its own.
     with mpi.join() as world, np.errstate(over="ignore", invalid="ignore"):
-        if flags.device == "cuda":
-            raise ConfigError(
-                "--device cuda: NumPy computes on the CPU; torchrun examples/train_ddp.py takes a "
-                "GPU for each process"
-            )
         if flags.compare and world.size == 1:
             raise ConfigError(
                 "--compare needs several processes; mpirun -n 2 python examples/train_mpi.py"
-            )
-        if len(flags.hidden) != 1 and (flags.compare or flags.split == "model"):
-            widths = " ".join(map(str, flags.hidden))
-            raise ConfigError(
-                f"--hidden {widths} with --split model, expected one hidden layer; take one width"
             )
         data = read(flags.dataset, flags.data)
         digests = checksums([(images.features, images.labels) for images in data])

@@ -370,16 +370,21 @@ def test_several_processes_have_a_thread_each_and_one_has_all(script):
     assert without_torch(2, "-c", program).split() == ["1", "1"]
 
 
-def test_an_error_ends_all_processes(monkeypatch):
-    ended = []
-    monkeypatch.setenv("RANK", "0")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_ends_all_processes_and_process_0_says_it_first(monkeypatch, rank):
+    ended: list[int] = []
+    waited: list[float] = []
+    monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    two = SimpleNamespace(COMM_WORLD=SimpleNamespace(size=2))
+    two = SimpleNamespace(COMM_WORLD=SimpleNamespace(rank=rank, size=2))
     monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace(MPI=two))
     monkeypatch.setitem(sys.modules, "mpi4py.run", SimpleNamespace(set_abort_status=ended.append))
-    with pytest.raises(RuntimeError, match="an error"), mpi.join():
-        raise RuntimeError("an error")
-    assert ended == [2]
+    monkeypatch.setattr(mpi.time, "sleep", waited.append)
+    for error in (RuntimeError, KeyboardInterrupt):
+        with pytest.raises(error), mpi.join():
+            raise error
+    assert ended == [2, 2]
+    assert waited == [mpi.GRACE] * rank
 
 
 PROGRAMS = {

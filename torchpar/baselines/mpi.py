@@ -21,6 +21,7 @@ from torchpar.parallel.launch.rank_info import find_rank_info, first_difference
 T = TypeVar("T")
 Communicator = Any  # mpi4py's `MPI.Intracomm`, which need not be installed, or `OneProcess`
 POLL = 0.01  # seconds between two looks at a barrier
+GRACE = 10.0  # seconds for process 0 to say the same error first, and to end all
 ONE_COMMAND = "start all by one command: mpirun -n N python …, with the same packages"
 
 
@@ -29,7 +30,8 @@ def join() -> Iterator[Communicator]:
     """Yield the communicator of the processes that mpirun started; without mpirun, `OneProcess`.
 
     An exception that leaves the block ends all processes when this interpreter exits. Otherwise the
-    other processes would wait for this process forever.
+    other processes would wait for this process forever. Other processes than 0 wait `GRACE` seconds
+    before that: if all have the error, process 0 alone prints it.
 
     Raises:
         ConfigError: mpi4py or an MPI library is missing, or MPI connects other processes than were
@@ -61,21 +63,23 @@ def join() -> Iterator[Communicator]:
             f"started {info.world_size}; start by the mpirun of mpi4py's MPI: mpirun -n "
             f"{info.world_size} python …"
         )
-    with _ending_all():
+    with _ending_all(world):
         yield world
 
 
 @contextmanager
-def _ending_all() -> Iterator[None]:
-    """End all processes after an exception that not all of them have."""
+def _ending_all(world: Communicator) -> Iterator[None]:
+    """End all processes after an exception that not all of them may have."""
     try:
         yield
     except AllRanksError:
         raise
-    except BaseException:
+    except BaseException as e:
         from mpi4py.run import set_abort_status
 
         set_abort_status(2)
+        if world.rank > 0 and isinstance(e, Exception):
+            time.sleep(GRACE)
         raise
 
 
@@ -108,7 +112,7 @@ def agreeing() -> Iterator[Callable[[Mapping[str, object]], None]]:
         check_same(world, {"the command line": command, **program, **settings}, ONE_COMMAND)
 
     end: SystemExit | ConfigError | None = None
-    with _ending_all():
+    with _ending_all(world):
         try:
             yield check
         except AllRanksError:
