@@ -117,6 +117,22 @@ def test_a_script_that_ends_itself_without_a_gpu_is_told_of_the_flag(end, tmp_pa
     assert NEEDS_CUDA in capsys.readouterr().out + "".join(notes)
 
 
+def test_a_grid_without_a_program_is_named(tmp_path, capsys):
+    code = """
+        import torch, triton, triton.language as tl
+
+        @triton.jit
+        def double(x):
+            tl.store(x, 2 * tl.load(x))
+
+        double[(0,)](torch.ones(1))
+    """
+    assert run_script(tmp_path, code) == 0
+    out = capsys.readouterr().out
+    assert "no kernel was launched; the grid of double is (0, 1, 1), without a program; " in out
+    assert NEEDS_CUDA not in out
+
+
 def test_a_file_that_is_no_program_is_not_told_of_the_flag(tmp_path, capsys):
     with pytest.raises(SyntaxError) as caught:
         run_script(tmp_path, "This page says cuda")

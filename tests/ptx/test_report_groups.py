@@ -313,6 +313,11 @@ def test_the_command_writes_json_and_lists_launches(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         command.main([f"--json={file}", f"--report={file}", str(script)])
     assert f"--report and --json both name {file}; name two files" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["--json", "-", str(script)])
+    assert "--json: is -, the standard output, where the script prints, too; name a file" in (
+        capsys.readouterr().err
+    )
     precious = tmp_path / "precious.py"
     precious.touch()
     with pytest.raises(SystemExit, match="2"):

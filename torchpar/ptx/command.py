@@ -22,7 +22,7 @@ from torchpar.ptx.cuda.stand_in import cuda_is_cpu
 from torchpar.ptx.machine.sample import LEAST
 from torchpar.ptx.report.report import Report
 from torchpar.ptx.triton.emulate import emulate, why_not_compiled
-from torchpar.ptx.triton.emulator import ARCHITECTURES
+from torchpar.ptx.triton.emulator import ARCHITECTURES, Emulator
 
 WITHIN = "only kernels that the script's own process launches are executed"
 
@@ -67,8 +67,8 @@ def main(arguments: Sequence[str]) -> int:
         help="execute at most N programs of a launch, and scale what is counted",
     )
     parser.add_argument("--launches", action="store_true", help="list each launch, too")
-    parser.add_argument("--report", type=Path, metavar="FILE", help="write the report as a page")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report for machines")
+    parser.add_argument("--report", type=_file, metavar="FILE", help="write the report as a page")
+    parser.add_argument("--json", type=_file, metavar="FILE", help="write the report for machines")
     parser.add_argument("script", type=Path, help="a file of Python")
     flags = parser.add_argument("flags", nargs=argparse.REMAINDER, help="the script's own")
     flags.required = False  # or a message says that it is
@@ -105,7 +105,7 @@ def main(arguments: Sequence[str]) -> int:
             if os.getpid() != process:  # a fork of the script, which has no report
                 raise
             if not isinstance(e, SystemExit) or e.code:
-                advice = advise(e) if _lacks_cuda(e, options, gpu.report()) else ""
+                advice = advise(e) if _lacks_cuda(e, options, gpu) else ""
                 _show(gpu.report(), options, stdout, advice)
                 if isinstance(e, KeyboardInterrupt):
                     return 130
@@ -115,7 +115,7 @@ def main(arguments: Sequence[str]) -> int:
     if os.getpid() != process:
         return 0
     report = gpu.report()
-    _show(report, options, stdout, WITHIN if options.cuda_is_cpu else NEEDS_CUDA)
+    _show(report, options, stdout, _why_nothing(gpu, options))
     return int(bool(report.errors))
 
 
@@ -125,13 +125,29 @@ def _size_of_sample(text: str) -> int:
     return int(text)
 
 
-def _lacks_cuda(error: BaseException, options: argparse.Namespace, report: Report) -> bool:
+def _file(text: str) -> Path:
+    if text == "-":
+        raise argparse.ArgumentTypeError(
+            "is -, the standard output, where the script prints, too; name a file"
+        )
+    return Path(text)
+
+
+def _why_nothing(gpu: Emulator, options: argparse.Namespace) -> str:
+    """Say why a script has launched no program, as far as is known."""
+    if gpu.empty:
+        return f"{gpu.empty[0]}; give the number of programs in each dimension"
+    return WITHIN if options.cuda_is_cpu else NEEDS_CUDA
+
+
+def _lacks_cuda(error: BaseException, options: argparse.Namespace, gpu: Emulator) -> bool:
     """Whether a script has ended because it says "cuda", and the flag is missing."""
     if options.cuda_is_cpu or torch.cuda.is_available() or isinstance(error, SyntaxError):
         return False
     if says_cuda(error):
         return True
-    has_launched = bool(report.launches or report.graphs)  # or it ends for another reason
+    # or it ends for another reason
+    has_launched = bool(gpu.launches or gpu.graphs or gpu.empty)
     return not has_launched and "cuda" in options.script.read_text("utf-8", errors="replace")
 
 

@@ -182,9 +182,11 @@ class Launcher:
 
         if enter is not None:
             enter(launch_metadata)
-        if x * y * z and emulator.watcher is not None:
+        if not programs:
+            emulator.empty.append(f"the grid of {name} is {(x, y, z)}, without a program")
+        elif emulator.watcher is not None:
             emulator.watcher.launch(execute, arguments)
-        elif x * y * z:
+        else:
             execute(arguments)
         if leave is not None:
             leave(launch_metadata)

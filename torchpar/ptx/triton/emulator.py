@@ -53,6 +53,7 @@ class Emulator(gpu.Gpu):
 
     Attributes:
         launches: the launches, in their order.
+        empty: what was launched without a program.
         faults: each of them once, by its name, its line of the source, and what was accessed.
         graphs: the CUDA graphs that were captured, in their order.
         watcher: an object that records operators and launches for CUDA graphs, or None.
@@ -81,6 +82,7 @@ class Emulator(gpu.Gpu):
         self.arch, self.capability = arch, ARCHITECTURES[arch]
         self.schedules, self.multiprocessors = schedules, multiprocessors
         self.launches: list[Launch] = []
+        self.empty: list[str] = []
         self.faults: list[Fault] = []
         self.printed: list[str] = []
         self.host_memory = HostMemory()
