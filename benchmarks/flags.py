@@ -90,18 +90,28 @@ def require(*packages: str) -> None:
         )
 
 
-def run(main: Callable[[], int | None], command: str = "") -> None:
-    """Call ``main`` and end with its status. A `TorchparError` and Ctrl-C are one line, statuses 2
-    and 130.
+class _Terminated(SystemExit):
+    """SIGTERM was received."""
 
-    SIGTERM ends it with 143, as an exception does, so that the ranks that it has started end too.
+
+def run(main: Callable[[], int | None], command: str = "") -> None:
+    """Call ``main`` and end with its status. A `TorchparError`, Ctrl-C and SIGTERM are one line,
+    statuses 2, 130 and 143.
+
+    SIGTERM ends it as an exception does, so that the ranks that it has started end too.
 
     Args:
         command: as it is typed behind ``python -m benchmarks``; by default that of the script that
             runs.
     """
     command = command or f"run {Path(sys.argv[0]).stem}"
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    kept = "a CSV in --output holds complete cases only"
+
+    def end(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # while the ranks end
+        raise _Terminated(143)
+
+    signal.signal(signal.SIGTERM, end)
     try:
         with printing(called(command)):
             status = main()
@@ -109,7 +119,9 @@ def run(main: Callable[[], int | None], command: str = "") -> None:
     except TorchparError as e:
         print(f"{called(command)}: error: {e}", file=sys.stderr)
         sys.exit(2)
+    except _Terminated:
+        print(f"{called(command)}: ended by SIGTERM; {kept}", file=sys.stderr)
+        raise
     except KeyboardInterrupt:
-        kept = "a CSV in --output holds complete cases only"
         print(f"{called(command)}: interrupted; {kept}", file=sys.stderr)
         sys.exit(130)

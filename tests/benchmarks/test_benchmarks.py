@@ -27,6 +27,7 @@ from benchmarks.flags import Command, run
 from benchmarks.muon import steps as muon
 from benchmarks.results import Result, Table, print_bounds
 from torchpar.errors import ConfigError
+from torchpar.parallel.launch.processes import putting_off_sigterm
 
 # Columns that each CSV has, and some of its own.
 COLUMNS = (
@@ -229,3 +230,27 @@ def test_a_terminal_with_only_ascii_has_the_table(printing):
     with TextIOWrapper(BytesIO(), encoding="ascii") as stdout:
         assert printing(stdout) == (0, "")
         assert stdout.buffer.getvalue().startswith(b"5 ?s.")
+
+
+def test_sigterm_ends_in_one_line_once_processes_have_started(monkeypatch, capsys):
+    """A rank whose start is interrupted prints a traceback of the fork server."""
+    before, started = signal.getsignal(signal.SIGTERM), []
+    monkeypatch.setenv("TORCHPAR_COMMAND", "python -m torchpar ladder")
+
+    def start() -> None:
+        with putting_off_sigterm():
+            signal.raise_signal(signal.SIGTERM)
+            started.append("a rank")
+        started.append("another")
+
+    try:
+        with pytest.raises(SystemExit) as ended:
+            run(start, "")
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN  # while the ranks end
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (ended.value.code, started) == (143, ["a rank"])
+    line = (
+        "python -m torchpar ladder: ended by SIGTERM; a CSV in --output holds complete cases only"
+    )
+    assert capsys.readouterr().err == f"{line}\n"

@@ -3,9 +3,13 @@
 
 import os
 import shutil
+import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing import connection, parent_process
 from pathlib import Path
+from types import FrameType
 
 
 def end_with_parent(folder: Path | None = None) -> None:
@@ -28,3 +32,24 @@ def end_with_parent(folder: Path | None = None) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, name="end_with_parent", daemon=True).start()
+
+
+@contextmanager
+def putting_off_sigterm() -> Iterator[None]:
+    """Call this process's handler of SIGTERM only after the block, which starts processes.
+
+    A handler that raises within the start leaves a process behind that misses what it was to
+    receive, and prints a traceback.
+    """
+    handler = signal.getsignal(signal.SIGTERM)
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGTERM, lambda *given: received.append(given))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    if received:
+        handler(*received[0])
