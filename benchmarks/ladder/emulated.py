@@ -93,8 +93,9 @@ def execute(entry: Entry) -> Executed:
         try:
             return execute_once(entry)[0]
         except TooSlow:
+            entry.tried = small
             limit = f"the whole size takes more than {LIMIT:.0f} s without a GPU"
-            raise Rejected(f"{error} (at {small.size}; {limit})") from None
+            raise Rejected(f"{error} ({limit})") from None
     while found.tried.shape != whole.shape:
         shape = tuple(
             min(most, size * GROWTH)

@@ -578,14 +578,15 @@ def student_without_gpu(
     """A function for a GPU, which is executed without one; its time is unknown."""
     source = student.source_of(name, function, path)
     shown = f"{source.name}: {name}"
+    entry = student.Entry(str(source), name, function, case, case)
     try:
-        done = emulated.execute(student.Entry(str(source), name, function, case, case))
+        done = emulated.execute(entry)
     except (Rejected, student.TooSlow) as e:
         reason = str(e) or f"it takes more than {emulated.LIMIT:.0f} s without a GPU"
         if (whole := LADDERS[case.operator].shape) != case.shape:  # for which it may be written
-            sizes = ["×".join(map(str, shape)) for shape in (case.shape, whole)]
-            reason += f" (at {sizes[0]}; without --quick {sizes[1]} is tried)"
-        verdict = "too slow" if isinstance(e, (student.TooSlow, student.SlowCall)) else "not right"
+            reason += f" (without --quick {'×'.join(map(str, whole))} is tried)"
+        is_slow = isinstance(e, (student.TooSlow, student.SlowCall))
+        verdict = "too slow" if is_slow else f"not right at {entry.tried.size}"
         print(f"{shown} is {verdict}: {reason}", flush=True)
         return Rung(name=shown, threads=None, turn=partial(reject, reason))
     print(f"{shown} is {done}", flush=True)

@@ -30,7 +30,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.ladder.cases import WARM_SECONDS, LadderCase, make_case
 from benchmarks.results import duration
 from benchmarks.timing import CPU, Rejected, flush, time_calls
-from torchpar.baselines.exercises import alarm
+from torchpar.baselines.exercises import CHECKS, alarm, own_of
 from torchpar.baselines.numpy_mlp import Array
 from torchpar.errors import ConfigError
 
@@ -94,8 +94,11 @@ def load(path: Path) -> Student:
         if callable(function) and not is_imported(known, function, file)
     }
     if not functions:
+        advice = f"define any of {NAMES}"
+        if other := own_of(module, CHECKS):
+            advice = f"check {other[0]} by python -m torchpar exercises --with {path}"
         raise ConfigError(
-            f"--with {path}: {error or f'it has no function that is known; define any of {NAMES}'}"
+            f"--with {path}: {error or f'it has no function that is known; {advice}'}"
         )
     return Student(functions, error)
 
@@ -482,6 +485,5 @@ def enter(path: Path, name: str, function: Callable[..., object], case: LadderCa
     except SlowCall as e:
         print(f"{shown} is too slow: {e}", flush=True)
     except Rejected as e:
-        at = f" at {entry.tried.size}" * bool(entry.note)
-        print(f"{shown} is not right{at}: {e}", flush=True)
+        print(f"{shown} is not right at {entry.tried.size}: {e}", flush=True)
     return entry

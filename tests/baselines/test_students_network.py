@@ -39,7 +39,11 @@ def add_elementwise(a, b):
 """
 # A line, what stands there instead, and what is said of it.
 MISTAKES = [
-    ("return 1 / (1 + np.exp(-z))", "return 1 / (1 + np.exp(z))", "sigmoid is not right: at z: "),
+    (
+        "return 1 / (1 + np.exp(-z))",
+        "return 1 / (1 + np.exp(z))",
+        "sigmoid is not right: at z = -1000: result[0, 0] of shape (2, 4) is ",
+    ),
     ("return 1 / (1 + np.exp(-z))", "pass", "sigmoid is not right: it returns None"),
     ("return sigmoid(z) * (1 - sigmoid(z))", "return z * (1 - z)", "its argument a = σ(z)"),
     ("return sigmoid(z) * (1 - sigmoid(z))", "return sigmoid(z)", "sigmoid_prime is not right: at"),
@@ -54,7 +58,7 @@ MISTAKES = [
         "[np.zeros((n, m)) for",
         "[(30, 784), (10, 30)], expected [(784, 30)",
     ),
-    ("np.zeros(n) for", "np.ones(n) for", "array 0 has numbers that are not 0"),
+    ("np.zeros(n) for", "np.ones(n) for", "array 0: result[0] of shape (30,) is 1, expected 0"),
     ("np.zeros(n) for", "np.zeros((n, 1)) for", "have shapes [(30, 1), (10, 1)], expected [(30,)"),
     ("range(0, len(data),", "range(0, len(data) - batch_size + 1,", "[20, 21, 22] are in no batch"),
     ("labels[i : i + batch_size])", "labels[: batch_size])", "differ in number"),
@@ -180,6 +184,8 @@ def test_a_training_that_learns_nothing_is_not_right():
     [
         (None, "is no file; name a Python file with sigmoid, "),
         ("def other(): pass", "has none of sigmoid, "),
+        ("from numpy import maximum", "; define any of them"),
+        ("def max_cpu(A, B): pass", "; check max_cpu by python -m torchpar ladder --with /"),
         ("1 / 0", "fails: ZeroDivisionError: division by zero"),
     ],
 )

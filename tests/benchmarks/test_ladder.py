@@ -23,6 +23,7 @@ from benchmarks.ladder.cases import LADDERS, make_case
 from benchmarks.results import CORES, Result
 from benchmarks.timing import Rejected
 from torchpar.baselines import numpy_mlp, pure_python
+from torchpar.baselines.ladder import FUNCTIONS
 from torchpar.errors import ConfigError
 
 # Rows
@@ -533,6 +534,7 @@ def test_what_comes_from_a_library_is_not_its_own_and_modules_beside_it_are(tmp_
     [
         (None, "is no file; name a Python file that defines any of max_cpu, max_numba, "),
         ("def f(): pass", "it has no function that is known; define any of max_cpu"),
+        ("def sigmoid(z): pass", "check sigmoid by python -m torchpar exercises --with .*my.py"),
         ("from numpy import maximum", "it has no function that is known"),
         ("from torchpar import matmul_t", "it has no function that is known"),
         ("def max_cpu(:", r"my.py, line 1: SyntaxError: invalid syntax"),
@@ -581,3 +583,7 @@ def test_a_students_file_chooses_the_cases(tmp_path, monkeypatch):
     ):
         rungs.main(["--quick", f"--with={path}"])
     assert [*entries.call_args.args[2]] == ["maximum", "matmul_t"]
+
+
+def test_the_exercises_know_the_functions_of_the_ladder():
+    assert tuple(student.OPERATORS) == FUNCTIONS

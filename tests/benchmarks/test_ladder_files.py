@@ -385,9 +385,9 @@ def test_the_command_works_from_a_students_folder_with_files_for_the_cpu_and_num
     assert status == 1, err
     assert (tmp_path / "loops.py.log").read_text() == "run "  # no process executes it again
     assert "kernels.py: max_gpu is right in Numba's simulator at 20×30, which tells no time" in out
-    assert "kernels.py: matmul_transpose_gpu is not right: result[0, 0] is " in out
+    assert "kernels.py: matmul_transpose_gpu is not right at 33×17: result[0, 0] is " in out
     assert "loops.py: max_cpu is right (first call " in out
-    assert "loops.py: maximum is not right: result[0, " in out
+    assert "loops.py: maximum is not right at 20×30: result[0, " in out
     assert out.count("Without a GPU: ") == 1
     rows = list(csv.DictReader((tmp_path / "out" / "ladder.csv").read_text().splitlines()))
     own = {row["contestant"]: row for row in rows if ".py: " in row["contestant"]}

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from torchpar.baselines import numpy_mlp
+from torchpar.baselines import ladder, numpy_mlp
 from torchpar.data.files import read
 from torchpar.errors import ConfigError, TorchparError, first_line
 
@@ -64,7 +64,7 @@ class Verdict(NamedTuple):
 
 def check_sigmoid(sigmoid: Function) -> str:
     z = np.array([[-1000.0, -30.0, -1.5, 0.0], [0.25, 2.0, 30.0, 1000.0]])
-    compare("at z", as_array(sigmoid(z.copy())), numpy_mlp.sigmoid(z), TOLERANCE)
+    compare("at z", as_array(sigmoid(z.copy())), numpy_mlp.sigmoid(z), TOLERANCE, z)
     compare("of a number", as_array(sigmoid(0.5)), numpy_mlp.sigmoid(np.array(0.5)), TOLERANCE)
     return ""
 
@@ -79,7 +79,7 @@ def check_sigmoid_prime(sigmoid_prime: Function) -> str:
             "takes z"
         )
     a = numpy_mlp.sigmoid(z)
-    compare("at z", found, numpy_mlp.sigmoid_prime(a), TOLERANCE)
+    compare("at z", found, numpy_mlp.sigmoid_prime(a), TOLERANCE, z)
     return "it takes z"
 
 
@@ -172,8 +172,14 @@ def as_array(value: object) -> Array:
     return np.asarray(value)
 
 
-def compare(where: str, found: Array, expected: Array, tolerance: float) -> None:
-    """Raise Wrong, with the first wrong number, if ``found`` is not ``expected``."""
+def compare(
+    where: str, found: Array, expected: Array, tolerance: float, z: Array | None = None
+) -> None:
+    """Raise Wrong, with the first wrong number, if ``found`` is not ``expected``.
+
+    Args:
+        z: the numbers that it is of, one for each.
+    """
     if found.shape != expected.shape:
         raise Wrong(f"the result {where} has shape {found.shape}, expected {expected.shape}")
     if found.dtype.kind not in "biuf":
@@ -182,8 +188,9 @@ def compare(where: str, found: Array, expected: Array, tolerance: float) -> None
     wrong = ~(np.abs(found - expected) <= tolerance * np.abs(expected) + 1e-12 * bool(tolerance))
     if wrong.any():
         at = tuple(map(int, np.argwhere(wrong)[0]))
-        place = f"result[{', '.join(map(str, at))}]" if at else "the result"
-        raise Wrong(f"{where}: {place} is {found[at]:.7g}, expected {expected[at]:.7g}")
+        place = f"result{list(at)} of shape {found.shape}" if at else "the result"
+        of = f" = {z[at]:g}" if z is not None else ""
+        raise Wrong(f"{where}{of}: {place} is {found[at]:.7g}, expected {expected[at]:.7g}")
 
 
 def check_shapes(found: object, shapes: Sequence[tuple[int, ...]]) -> list[Array]:
@@ -198,8 +205,7 @@ def check_shapes(found: object, shapes: Sequence[tuple[int, ...]]) -> list[Array
 
 def check_zeros(arrays: Sequence[Array]) -> None:
     for i, one in enumerate(arrays):
-        if one.any():
-            raise Wrong(f"array {i} has numbers that are not 0")
+        compare(f"array {i}", one, np.zeros(one.shape), 0.0)
 
 
 # Training
@@ -298,6 +304,13 @@ def load(path: Path) -> ModuleType:
     return module
 
 
+def own_of(module: ModuleType, names: Iterable[str]) -> list[str]:
+    """Those of ``names`` that a module has as functions of its own."""
+    functions = ((name, getattr(module, name, None)) for name in names)
+    own = module.__name__
+    return [name for name, one in functions if getattr(one, "__module__", None) == own]
+
+
 def judge(name: str, check: Callable[[], str]) -> Verdict:
     """The verdict of a check; an error of the function is one, too."""
     try:
@@ -373,7 +386,10 @@ def check_file(path: Path, data: Path) -> int:
     module = load(path)
     functions = {name: getattr(module, name) for name in CHECKS if hasattr(module, name)}
     if not functions:
-        raise ConfigError(f"--with {path} has none of {', '.join(CHECKS)}; define any of them")
+        advice = "define any of them"
+        if other := own_of(module, ladder.FUNCTIONS):
+            advice = f"check {other[0]} by python -m torchpar ladder --with {path}"
+        raise ConfigError(f"--with {path} has none of {', '.join(CHECKS)}; {advice}")
     verdicts = []
     for name, function in functions.items():
         verdicts.append(judge(name, partial(CHECKS[name], function)))
