@@ -67,4 +67,6 @@ def page(tables: dict[str, tuple[OperatorTable, OperatorTable]]) -> str:
 
 
 if __name__ == "__main__":
+    for name in OPERATORS:
+        import_module(name)  # a package that is missing ends here, and not after minutes of checks
     PAGE.write_text(page({name: check(name) for name in OPERATORS}))
