@@ -159,7 +159,8 @@ def main(flags: Flags) -> None:
             layers = " ".join(map(str, hidden)) or "none"
             title = f"{len(features)} features\nhidden: {layers}"
             pictures[kind][title] = points, probability
-        for kind, panels in pictures.items() if flags.plots else ():
+    if flags.plots:
+        for kind, panels in pictures.items():
             plots.save_boundaries(flags.plots / f"playground-{kind}.png", panels)
     console.print_rows(rows, f"noise {flags.noise:g}, λ {flags.penalty:g}")
     console.write_metrics(flags.metrics, rows)

@@ -162,7 +162,7 @@ class Lines(Callback):
     def on_train_batch_end(self, trainer: Trainer, *given: object) -> None:
         silent = time.perf_counter() - self._printed
         if silent >= console.SILENCE and not trainer.progress_bar_callback:
-            step = trainer.fit_loop.epoch_loop.batch_progress.current.completed
+            step = trainer.fit_loop.epoch_loop.batch_progress.current.processed
             seconds = f"{time.perf_counter() - self._start:.0f} s"
             steps = f"{step} of {trainer.num_training_batches} steps"
             self._print(trainer, f"epoch {trainer.current_epoch + 1}: {steps} after {seconds}")

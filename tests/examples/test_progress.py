@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What an example prints where its output is a pipe: how far it is, and each line at once."""
+"""Lines of an example whose output is a pipe: how far it is, and each of them at once."""
 
 import os
 import signal
