@@ -159,12 +159,18 @@ class Lines(Callback):
     def on_train_epoch_start(self, *_: object) -> None:
         self._start = time.perf_counter()
 
-    def on_train_batch_end(self, trainer: Trainer, *given: object) -> None:
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: object,
+        batch: object,
+        batch_idx: int,
+    ) -> None:
         silent = time.perf_counter() - self._printed
         if silent >= console.SILENCE and not trainer.progress_bar_callback:
-            step = trainer.fit_loop.epoch_loop.batch_progress.current.processed
             seconds = f"{time.perf_counter() - self._start:.0f} s"
-            steps = f"{step} of {trainer.num_training_batches} steps"
+            steps = f"{batch_idx + 1} of {trainer.num_training_batches} steps"
             self._print(trainer, f"epoch {trainer.current_epoch + 1}: {steps} after {seconds}")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
