@@ -109,6 +109,7 @@ def run(main: Callable[[], int | None], command: str = "") -> None:
 
     def end(*_: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # while the ranks end
+        sys.unraisablehook = lambda _: None  # of what the exception leaves half made, as by Numba
         raise _Terminated(143)
 
     signal.signal(signal.SIGTERM, end)

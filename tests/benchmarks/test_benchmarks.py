@@ -236,6 +236,7 @@ def test_sigterm_ends_in_one_line_once_processes_have_started(monkeypatch, capsy
     """A rank whose start is interrupted prints a traceback of the fork server."""
     before, started = signal.getsignal(signal.SIGTERM), []
     monkeypatch.setenv("TORCHPAR_COMMAND", "python -m torchpar ladder")
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # which the command sets
 
     def start() -> None:
         with putting_off_sigterm():
