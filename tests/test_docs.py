@@ -242,6 +242,23 @@ def results(name: str) -> Iterator[Result]:
             yield Result(case=row, columns=row, **named)
 
 
+def unnamed_commits(page: str, text: str) -> set[str]:
+    """Return the commits that measured the CSVs which a page links, and which it does not name."""
+    commits = set()
+    for link in re.findall(r"\]\(([^)\s]*benchmarks/results/[^)\s]+\.csv)\)", text):
+        with ((ROOT / page).parent / link).open() as file:
+            commits |= {row["commit"][:8] for row in csv.DictReader(file)}
+    return commits - set(re.findall(r"\b[0-9a-f]{8}\b", text))
+
+
+def test_each_page_names_the_commits_that_measured_its_csvs():
+    assert {page: unnamed_commits(page, text) for page, text in PAGES.items()} == {
+        page: set() for page in PAGES
+    }
+    page = "docs/gloo.md"
+    assert unnamed_commits(page, PAGES[page].replace("60f0f7ca", "60f0f7cb")) == {"60f0f7ca"}
+
+
 def test_the_page_shows_the_measured_trainings():
     tables = [[*group] for _, group in groupby(results("train"), lambda one: one.case["network"])]
     table = (RESULTS / "train.md").read_text()
