@@ -261,7 +261,6 @@ def test_addresses_have_the_rank_of_their_cta():
 INIT = "@%first mbarrier.init.shared::cta.b64 [%mine], 1;"
 FENCE = "@%first fence.mbarrier_init.release.cluster;"
 RELAXED = "barrier.cluster.arrive.relaxed.aligned; barrier.cluster.wait.aligned;"
-ARRIVE = "@%first mbarrier.arrive.shared::cluster.b64 _, [%theirs];"
 WAIT = """mov.b32 %x, global_smem;
 wait: mbarrier.try_wait.parity.shared::cta.b64 %done, [%x], 0; @!%done bra wait;"""
 # Each CTA stores its numbers behind the mbarrier of the other one, before it arrives.

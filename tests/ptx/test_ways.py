@@ -622,6 +622,20 @@ def test_the_plugin_prints_a_fault_once(pytester, end):
     assert ("of the test" in said) == bool(end)
 
 
+def test_the_plugin_executes_all_schedules(pytester):
+    tests = """
+def test_copy(request):
+    from torchpar.ptx import emulate
+    x, out = torch.ones(128), torch.empty(128)
+    copy[(2,)](x, out, 128, BLOCK=64)
+    (three,) = request.config.pluginmanager.get_plugin("torchpar.ptx.hooks").gpu.launches
+    with emulate() as gpu:
+        copy[(2,)](x, out, 128, BLOCK=64)
+    assert three.instructions == 3 * gpu.launches[0].instructions > 0
+"""
+    plugged(pytester, tests, "--ptx-schedules=all").assert_outcomes(passed=1)
+
+
 def test_the_plugin_refuses_the_interpreter(pytester, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     pytester.makepyfile("def test(): ...")

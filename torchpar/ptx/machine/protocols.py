@@ -205,14 +205,6 @@ class Operation(Arrival, Protocol):
     def advance(self, left: int = 0) -> None: ...
 
 
-class NativeWarp(Protocol):
-    """What the core in C does for a warp."""
-
-    def read(
-        self, warp: "Warp", space: "Space", addresses: Values, width: int, event: int, fence: bool
-    ) -> bool: ...
-
-
 class Warp(Protocol):
     """32 threads."""
 
@@ -234,7 +226,7 @@ class Warp(Protocol):
     @property
     def block(self) -> Block: ...
 
-    native: Any  # a `NativeWarp`, or None where Python executes everything
+    native: Any  # a `native.warps.WarpState`, or None where Python executes everything
 
     @property
     def clocks(self) -> "VectorClocks": ...
