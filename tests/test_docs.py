@@ -100,7 +100,8 @@ def missing(text: str, folder: Path, flags: set[str]) -> list[str]:
 
 def test_pages_name_only_what_exists():
     flags = our_flags()
-    for page, text in PAGES.items():
+    others = ("benchmarks/reproductions.md", "examples/data/README.md", "tests/README.md")
+    for page, text in {**PAGES, **{page: (ROOT / page).read_text() for page in others}}.items():
         assert missing(text, (ROOT / page).parent, flags) == [], page
     wrong = (
         "[a](none.md) tests/none.py -m benchmarks.none -m benchmarks run none `test_none` "
