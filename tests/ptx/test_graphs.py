@@ -379,6 +379,77 @@ def test_what_a_replay_does_wrong_is_named_at_its_line(case):
     check(fault, function, name)
 
 
+@pytest.mark.parametrize(
+    "function, advice",
+    [
+        (lambda x, optimizer: x[x > 0], "compute with all elements, as by torch.where"),
+        (lambda x, optimizer: x.nonzero(), "compute with all elements"),
+        (lambda x, optimizer: 1 if x.sum() > 0 else 2, "write torch.where for a condition"),
+        (lambda x, optimizer: x.sum().item(), "read it after graph.replay()"),
+        (lambda x, optimizer: optimizer.step(), "with fused=True or capturable=True"),
+    ],
+)
+def test_what_is_read_back_has_its_own_advice(function, advice):
+    with emulate() as gpu, cuda_is_cpu(gpu):
+        p = nn.Parameter(numbers(4))
+        p.grad, x = numbers(4), numbers(4)
+        optimizer = torch.optim.SGD([p], lr=torch.tensor(0.1, device="cuda"))
+        read = pytest.raises(RuntimeError, match="reads values")
+        with read, torch.cuda.graph(torch.cuda.CUDAGraph()):
+            function(x, optimizer)
+    assert advice in gpu.faults[0].message
+
+
+@pytest.mark.parametrize("read", [torch.Tensor.item, print])
+def test_a_call_that_reads_is_one_fault(read):
+    """A function and the operators that it calls all read the tensor."""
+    with emulate() as gpu, cuda_is_cpu(gpu):
+        x = torch.ones(4, device="cuda")
+        _, total = capture(lambda: x.sum())
+        read(total)
+    assert [(one.name, one.count) for one in gpu.faults] == [("result before a replay", 1)]
+
+
+def test_a_seed_in_a_capture():
+    """A GPU ignores the seed that it has, and refuses another one."""
+    with emulate() as gpu, cuda_is_cpu(gpu):
+        torch.manual_seed(7)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            torch.manual_seed(7)
+            noise = torch.rand(4, device="cuda")
+        drawn = []
+        for _ in range(2):
+            graph.replay()
+            drawn.append(noise.clone())
+        assert not torch.equal(*drawn)
+        other = pytest.raises(
+            RuntimeError, match=r"manual_seed\(8\) in the capture is not the seed"
+        )
+        with other, torch.cuda.graph(torch.cuda.CUDAGraph()):
+            torch.manual_seed(8)
+    faults = [(one.kind, one.name) for one in gpu.faults]
+    assert faults == [("warning", "seed in a capture"), ("error", "seed in a capture")]
+
+
+@pytest.mark.parametrize("is_freed", [True, False])
+def test_inputs_of_one_line_are_one_fault_that_names_each(is_freed):
+    """A batch and its labels, which are freed or written on another stream."""
+    with emulate() as gpu, cuda_is_cpu(gpu):
+        x, y = torch.ones(4, device="cuda"), torch.ones(2, 4, device="cuda")
+        graph, _ = capture(lambda: x + y)
+        if is_freed:
+            x = y = None
+        else:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                x.zero_(), y.zero_()
+        graph.replay()
+    (fault,) = gpu.faults
+    names = "a tensor of float32 [4] {} a tensor of float32 [2, 4], which"
+    assert names.format("and of" if is_freed else "and") in fault.message
+    assert fault.count == 1
+
+
 def test_a_capture_leaves_memory_and_random_numbers_as_they_were():
     """And its results hold no numbers: a GPU computes nothing in a capture."""
     with emulate() as gpu, cuda_is_cpu(gpu):

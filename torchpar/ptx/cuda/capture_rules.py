@@ -37,11 +37,13 @@ READING_FUNCTIONS = {
     "unique_consecutive": "unique_consecutive, whose shape depends on values,",
     "bincount": "bincount, whose shape depends on values,",
 }
+NUMBER = "a function of PyTorch, which takes a number from a tensor,"
+REPEAT = "repeat_interleave without output_size"
 # Operators that do, also where another function of PyTorch or autograd calls them.
 READING_OPERATORS = {
-    "_local_scalar_dense": "a function of PyTorch, which takes a number from a tensor,",
+    "_local_scalar_dense": NUMBER,
     "item": ".item()",
-    "is_nonzero": "bool(tensor)",
+    "is_nonzero": NUMBER,
     "equal": "torch.equal",
     "nonzero": READING_FUNCTIONS["nonzero"],
     "nonzero_numpy": READING_FUNCTIONS["nonzero"],
@@ -71,8 +73,24 @@ def read_by_operator(func: Operator, args: Sequence[object], kwargs: Keywords) -
     if name in INDEXED and _has_mask(args[1]) and not _fills(func, args):
         return "indexing by a mask, whose number of elements depends on values,"
     if func is torch.ops.aten.repeat_interleave.Tensor and kwargs.get("output_size") is None:
-        return "repeat_interleave without output_size"
+        return REPEAT
     return READING_OPERATORS.get(name, "") if func.namespace == "aten" else ""
+
+
+def instead_of(what: str) -> str:
+    """Say what to write in the place of a function or an operator that reads values."""
+    if what == NUMBER:
+        return (
+            "keep the number on the device; an optimizer whose learning rate is a tensor does so "
+            "with fused=True or capturable=True"
+        )
+    if what == READING_FUNCTIONS["__bool__"]:
+        return "write torch.where for a condition, or read the tensor after graph.replay()"
+    if what == REPEAT:
+        return "give output_size"
+    if "depend" in what:
+        return "compute with all elements, as by torch.where(mask, x, 0)"
+    return "keep the tensor, and read it after graph.replay()"
 
 
 def _has_mask(indices: object) -> bool:

@@ -21,6 +21,8 @@ from torchpar.ptx.triton.torch_operators import is_plain
 if TYPE_CHECKING:
     from torchpar.ptx.cuda.graphs import Graphs
 
+Earlier = tuple[str, tuple[str, int]] | None  # as in `HostFault`
+MOST_NAMES = 3  # of tensors in a message
 MODES = ("global", "thread_local", "relaxed")
 WITHIN = "capture within `with torch.cuda.graph(graph):`, which takes a stream of its own"
 EMPTY_GRAPH = (
@@ -174,12 +176,15 @@ class CUDAGraph:
             for operation in self.operations:
                 operation()
         self.replays += 1
+        graphs.replays += 1
         self.counted.replays += 1
         self._note_replay(line)
 
     def _check_inputs(self, line: Line) -> None:
         """Check that what the graph uses outside of its pool is there, and written."""
         streams = self._graphs.streams
+        freed: dict[Earlier, list[str]] = {}  # tensors of one line, such as a batch and its labels
+        unordered: dict[Earlier, list[str]] = {}
         for memory in self.memories:
             earlier = None if memory.read is None else ("captured", memory.read)
             if memory.graph is not None:
@@ -197,26 +202,31 @@ class CUDAGraph:
                 continue
             storage = memory.storage()
             if storage is None:
-                self._graphs.note(
-                    "error",
-                    "freed input",
-                    f"the graph uses the memory of {memory.name}, which has been freed since the "
-                    "capture; keep the tensor, and change it in place: x.copy_(new), not x = new",
-                    line,
-                    earlier,
-                )
+                freed.setdefault(earlier, []).append(memory.name)
                 memory.replace()
                 continue
             work = getattr(storage, WRITTEN, None)
             if work is not None and not streams.is_ordered(work):
-                self._graphs.note(
-                    "error",
-                    "missing wait",
-                    f"the graph uses {memory.name}, which another stream may still write; call "
-                    "torch.cuda.current_stream().wait_stream(stream) before the replay",
-                    line,
-                    earlier,
-                )
+                unordered.setdefault(earlier, []).append(memory.name)
+        for earlier, names in freed.items():
+            self._graphs.note(
+                "error",
+                "freed input",
+                f"the graph uses the memory of {_listed(names, 'and of')}, which has been freed "
+                "since the capture; keep the tensor, and change it in place: x.copy_(new), not "
+                "x = new",
+                line,
+                earlier,
+            )
+        for earlier, names in unordered.items():
+            self._graphs.note(
+                "error",
+                "missing wait",
+                f"the graph uses {_listed(names, 'and')}, which another stream may still write; "
+                "call torch.cuda.current_stream().wait_stream(stream) before the replay",
+                line,
+                earlier,
+            )
 
     def _check_gradients(self, line: Line) -> None:
         for reference, memory in self._gradients:
@@ -265,6 +275,14 @@ class CUDAGraph:
         """Write the names of the recorded operators."""
         with open(debug_path, "w", encoding="utf-8") as file:
             file.writelines(f"{one}\n" for one in self.operations)
+
+
+def _listed(names: list[str], word: str) -> str:
+    """Name tensors in a message: the first ones, and how many more there are."""
+    shown = names[:MOST_NAMES]
+    if more := len(names) - len(shown):
+        shown.append(f"{more} more")
+    return f" {word} ".join(shown)
 
 
 def _as_text(value: object) -> str:

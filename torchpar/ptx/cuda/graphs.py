@@ -57,6 +57,8 @@ class Graphs:
         self.streams.forks = self._fork
         self.pools: dict[tuple[int, ...], Pool] = {}
         self.graphs: weakref.WeakSet[CUDAGraph] = weakref.WeakSet()
+        self.replays = 0  # of all graphs
+        self._noted: dict[object, int] = {}  # the replays before a fault was noted last
         self.has_default_type = False  # whether a script has set that of its tensors
         self._kinds: dict[int, OperatorKind] = {}  # by the operators' numbers in Python
         self.CUDAGraph = type("CUDAGraph", (CUDAGraph,), {"_graphs": self})
@@ -74,7 +76,11 @@ class Graphs:
     ) -> None:
         """Note a fault of the program at a line of it."""
         fault = HostFault(kind, name, message, source=line, earlier=earlier)
-        self.emulator.note(fault, (name, line, earlier, key))
+        place = (name, line, earlier, key)
+        # A call such as .item() or print(t) reads several times: replays are counted.
+        if not (self.emulator.is_noted(place) and self._noted.get(place) == self.replays):
+            self.emulator.note(fault, place)
+        self._noted[place] = self.replays
 
     def refuse(self, name: str, message: str) -> None:
         """Note a fault, and raise an error, as a GPU does."""
@@ -95,8 +101,8 @@ class Graphs:
     def _refuse_read(self, what: str) -> None:
         self.refuse(
             "read-back in a capture",
-            f"{what} reads values, and nothing is computed before a replay; keep the tensor, and "
-            "read it after graph.replay()",
+            f"{what} reads values, and nothing is computed before a replay; "
+            f"{capture_rules.instead_of(what)}",
         )
 
     def _refuse_copy(self, what: str) -> None:
@@ -342,7 +348,32 @@ class Graphs:
             "graph_pool_handle": lambda: self.pool().handle,
             "CUDAGraph": self.CUDAGraph,
             "default_generators": (torch.default_generator,),
+            "manual_seed": self._seed,
+            "manual_seed_all": self._seed,
         }
+
+    def _seed(self, seed: int) -> None:
+        """Seed the random numbers; in a capture a GPU refuses another seed, and ignores this one.
+
+        `CUDAGeneratorImpl::set_current_seed` of PyTorch is the source.
+        """
+        capture = self.capture if self.is_capturing else None
+        if capture is not None and int(seed) != torch.initial_seed():
+            self.refuse(
+                "seed in a capture",
+                f"manual_seed({seed}) in the capture is not the seed before it; call it before the "
+                "capture",
+            )
+        if capture is not None:
+            self.note(
+                "warning",
+                "seed in a capture",
+                f"manual_seed({seed}) in the capture does nothing in a replay, which draws new "
+                "numbers; call it before graph.replay()",
+                program_line(),
+                None if capture.line is None else ("captured", capture.line),
+            )
+        torch.default_generator.manual_seed(seed)
 
     def changes(self) -> list[tuple[object, Attributes]]:
         """Return what else of PyTorch is replaced, by its module."""

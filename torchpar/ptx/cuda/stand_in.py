@@ -349,8 +349,6 @@ def _answers(emulator: Emulator) -> Attributes:
         "reset_max_memory_allocated": _always(None),
         "reset_max_memory_cached": _always(None),
         # Random numbers, which are the CPU's
-        "manual_seed": lambda seed: torch.default_generator.manual_seed(seed) and None,
-        "manual_seed_all": lambda seed: torch.default_generator.manual_seed(seed) and None,
         "seed": lambda: torch.default_generator.seed() and None,
         "seed_all": lambda: torch.default_generator.seed() and None,
         "initial_seed": torch.initial_seed,

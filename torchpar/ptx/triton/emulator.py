@@ -21,6 +21,7 @@ from torchpar.ptx.machine.memory import Space
 from torchpar.ptx.machine.parse import Kernel, PtxError, Source, own_error
 from torchpar.ptx.machine.protocols import Warp
 from torchpar.ptx.machine.trace import Trace
+from torchpar.ptx.native import core as native
 from torchpar.ptx.report.faults import Fault, Kind
 from torchpar.ptx.report.launch_record import CapturedGraph, Launch
 from torchpar.ptx.report.limits import Limits
@@ -196,6 +197,10 @@ class Emulator(gpu.Gpu):
         self._by_place[key] = fault
         self.faults.append(fault)
 
+    def is_noted(self, key: tuple[object, ...]) -> bool:
+        """Whether there is a fault with the key."""
+        return key in self._by_place
+
     def run(
         self,
         launch: Launch,
@@ -236,6 +241,7 @@ class Emulator(gpu.Gpu):
     def _run_schedules(
         self, launch: Launch, parameters: Callable[[], list[int]], file: str
     ) -> None:
+        native.library()  # compiled here, or the first launch would seem to take its seconds
         self._name, self._file, started = launch.kernel, file, time.perf_counter()
         self._launched, self._ended = launch.launched, ""
         last = self.counts
