@@ -522,27 +522,27 @@ FAULTS = {
     "an unknown form": ("slct.b32.u32 %r3, %r0, %r0, %r0;", "does not know slct.b32.u32"),
     "an unwritten register": (
         "add.s32 %r3, %r4, 1; st.global.b32 [%rd4], %r3;",
-        "a register that was never written; it is stored",
+        "a register that was never written; the value is stored",
     ),
     "an unwritten address": (
         "cvt.u64.u32 %rd5, %r4; add.s64 %rd5, %rd4, %rd5; st.global.b32 [%rd5], %r0;",
-        "a register that was never written; it is a part of an address",
+        "a register that was never written; the value is a part of an address",
     ),
     "an unwritten predicate": (
         "setp.eq.b32 %p3, %r4, 0; @%p3 st.global.b32 [%rd4], %r0;",
-        "a register that was never written; it decides what is executed",
+        "a register that was never written; the value decides what is executed",
     ),
     "a half-written register": (
         HALF + "st.global.b32 [%rd4], %r3;",
-        "a register that was never written; it is stored",
+        "a register that was never written; the value is stored",
     ),
     "the half that was not written": (
         HALF + "mov.b32 {%rs2, _}, %r3; cvt.u32.u16 %r4, %rs2; st.global.b32 [%rd4], %r4;",
-        "a register that was never written; it is stored",
+        "a register that was never written; the value is stored",
     ),
     "the threads that a predicate leaves out": (
         "@%p1 add.s32 %r3, %r0, 1; st.global.b32 [%rd4], %r3;",
-        "a thread whose mask is false; it is stored",
+        "a thread whose mask is false; the value is stored",
     ),
     "unwritten shared memory": (
         "ld.shared.b32 %r3, [%r1];",

@@ -210,7 +210,10 @@ def test_a_line_of_the_source_is_one_fault_that_names_the_other_line():
     _, store = line_of(shift_in_place, "tl.store(x + i, again")
     (fault,) = (one for one in errors if one.source[1] == load)
     assert fault.count > 1
-    assert f"by a store of warp 0 ({Path(__file__).name}:{store}), not waited for" in fault.message
+    other = (
+        f"which a store of warp 0 writes ({Path(__file__).name}:{store}), without waiting for it"
+    )
+    assert f"warp 1 reads x[96], {other}; the value is stored" in fault.message
 
 
 def test_memory_that_nobody_has_written():
@@ -219,7 +222,7 @@ def test_memory_that_nobody_has_written():
         scratch, out = torch.empty(1000), torch.empty(1000)
         add[(4,)](x, scratch, out, 1000, BLOCK=256)
         fault = only(gpu.faults, "uninitialised memory")
-        assert "y[0] was not written before; it is stored" in fault.message
+        assert "y[0] was not written before; the value is stored" in fault.message
         assert fault.source == line_of(add, "tl.store(")
     with emulate() as gpu:
         scratch, out = torch.empty(1000), torch.empty(1000)

@@ -40,6 +40,8 @@ def shown(report: Report, ended: str) -> tuple[bool, list[bool]]:
     """Whether the table of times says why there is none, and whether JSON has a time by launch."""
     groups = json.loads(report.as_json())["groups"]
     assert [one["ended"] for one in groups] == [ended or None]
+    texts = report.as_text(), report.counted()
+    assert ["counts are incomplete" in text for text in texts] == 2 * [bool(ended)]
     return NO_TIME.format(ended) in report.timed(), [bool(one["time"]) for one in groups]
 
 

@@ -64,7 +64,7 @@ class AddressSpace:
         if last is None or not last.start <= first < last.end:
             self.last = last = self.at(first)
         if last is None:
-            raise PtxError(line, self.outside(first, width), "out of bounds")
+            raise PtxError(line, f"an access to {self.outside(first, width)}", "out of bounds")
         if width < last.unit:
             last.refine(width)
         offsets = addresses - last.base

@@ -138,7 +138,7 @@ def report(warp: Warp, i: Instruction, cause: Cause, what: str) -> None:
     is_elsewhere = cause.line and cause.line != i.line
     where = f" ({warp.block.gpu.place_of(i.line)})" if is_elsewhere else ""
     kind = "warning" if cause.is_weak and what == DECIDES else "error"
-    message = f"{cause.message}; it {what}{where}"
+    message = f"{cause.message}; the value {what}{where}"
     warp.block.gpu.fault(kind, cause.name, cause.line or i.line, message, warp)
 
 

@@ -306,7 +306,7 @@ class Space(AddressSpace):
         name = "race" if is_mine else "race between programs"
         who = events.who(number) if is_mine else f"{events.who(number)} of another program"
         by = warp.block.gpu.place_of(int(events.lines[number]))
-        message = f"{where} is written by {who} ({by}), not waited for"
+        message = f"{warp.name} reads {where}, which {who} writes ({by}), without waiting for it"
         return Cause(name, message, line, bool(is_mine) and not events.atomic[number])
 
     def conflict(

@@ -130,7 +130,7 @@ def shown_grid(grid: tuple[int, int, int]) -> str:
 def counted(launch: Launch) -> list[str]:
     """Return sentences on what a launch takes of a GPU."""
     counters, total = launch.counters, launch.counters.total
-    lines = list(filter(None, [of_sample([launch])]))
+    lines = list(filter(None, [of_sample([launch]), of_ended([launch])]))
     if launch.resources is not None:
         each = launch.programs_of_multiprocessor
         what = "CTAs" if launch.ctas > 1 else "programs"
@@ -173,9 +173,9 @@ def of_sample(launches: Sequence[Launch]) -> str:
     )
 
 
-def of_interruption(launches: Sequence[Launch]) -> str:
-    """Return a sentence on launches that an exception of Python has ended; "" if there are none."""
-    names = [one.ended for one in launches if one.ended and one.ended != one.ended.lower()]
+def of_ended(launches: Sequence[Launch]) -> str:
+    """Return a sentence on launches that ended early, by a fault or an exception; or ""."""
+    names = [one.ended for one in launches if one.ended]
     if not names:
         return ""
     count = f"{len(names):,} launches" if len(names) > 1 else "the launch"

@@ -14,7 +14,7 @@ from torchpar.ptx.report.groups import Group, Numbered, longest, shown_line
 from torchpar.ptx.report.launch_record import (
     CapturedGraph,
     Launch,
-    of_interruption,
+    of_ended,
     of_sample,
     shown_grid,
 )
@@ -91,7 +91,7 @@ def of_groups(groups: Sequence[Group]) -> list[str]:
             )
         )
         more = "; ".join(filter(None, (group.configuration, group.launched)))
-        below.append((more, of_sample(group.launches), of_interruption(group.launches)))
+        below.append((more, of_sample(group.launches), of_ended(group.launches)))
     lines = []
     for line, sentences in zip(aligned(rows), below, strict=True):
         lines += [line, *(part for text in sentences for part in wrapped(text))]

@@ -16,8 +16,8 @@ follow one another in one place of the multiprocessor:
 A step of a tile's loop takes its own time in the units, and waits for its loads, several of which
 are in flight. ``memory`` is what DRAM takes if all is read and written once.
 
-The rates are those of data sheets, and the numbers of `Fitted` are of one H200. Nothing was
-measured on the other GPUs, whose times are scaled by their data sheets.
+The rates are those of data sheets, and the numbers of `Fitted` are of one H200. The times of other
+GPUs are scaled by their data sheets. An H100's were compared with measurements, and no other's.
 """
 
 from collections.abc import Mapping
@@ -298,5 +298,5 @@ def estimates(launch: "Launch") -> dict[str, Estimate]:
 
 TRUST = """\
 The times are estimates. Of matrix kernels whose counts follow from their tiles, half were within 7%
-of an H200's times, and nine of ten within 18%. Other kernels, other GPUs, programs of unequal
-length and clusters were not compared."""
+of the times of an H200 and of an H100, and nine of ten within 20%. Other kernels, other GPUs,
+programs of unequal length and clusters were not compared."""
