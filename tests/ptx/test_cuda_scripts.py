@@ -8,6 +8,7 @@ import torch
 from commands import ROOT
 
 from torchpar.ptx import command
+from torchpar.ptx.cuda.advice import advise
 
 pytest_plugins = ["pytester"]
 
@@ -54,6 +55,14 @@ def test_the_plugin_lets_cuda_be_the_cpu(pytester):
     found.assert_outcomes(passed=1, failed=1)
     assert "out of bounds in scale" in found.stdout.str()
     assert torch.cuda.is_available.__module__ == "torch.cuda"
+
+
+def test_an_error_is_told_of_the_flag_once():
+    """Pytest raises the error of a module's fixture again in each of its tests."""
+    error = RuntimeError("Found no NVIDIA driver on your system")
+    for _ in range(3):
+        advise(error)
+    assert error.__notes__ == [NEEDS_CUDA]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the test's tensor would be made")

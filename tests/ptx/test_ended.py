@@ -81,3 +81,25 @@ def test_an_interrupted_launch_has_no_time(monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             check[(4,)](torch.ones(512), torch.empty(512), BLOCK=128, debug=True)
     assert shown(gpu.report(), "KeyboardInterrupt") == (True, [False])
+
+
+@triton.jit
+def pipelined_sum(x, out, BLOCK: tl.constexpr, STEPS: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    a = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for k in range(STEPS):
+        block = tl.load(x + k * BLOCK * BLOCK + i[:, None] * BLOCK + i[None, :])
+        a = tl.dot(block, block, a)
+    tl.store(out + i[:, None] * BLOCK + i[None, :], a)
+
+
+def test_a_copy_outside_of_its_tensor_ends_a_launch():
+    """An asynchronous copy is not left out as a load is, and its message is a sentence."""
+    x, out = torch.zeros(3 * 256, dtype=torch.float16), torch.zeros(256)
+    with emulate() as gpu:
+        pipelined_sum[(1,)](x, out, BLOCK=16, STEPS=4)
+    (fault,) = [one for one in gpu.faults if one.kind == "error"]
+    assert fault.message == (
+        "an access to element 768 of the storage of x, which is outside of x (float16 [768])"
+    )
+    assert shown(gpu.report(), "out of bounds") == (True, [False])

@@ -82,6 +82,45 @@ def test_what_is_refused():
         row(1)
 
 
+@triton.jit
+def pair(x, out, WHICH: tl.constexpr, RIGHT: tl.constexpr):
+    """The two sides of an equality, of which the page says whether FpSan keeps it."""
+    i = tl.arange(0, 32)
+    a, b = tl.load(x + i), tl.load(x + 32 + i)
+    if WHICH == "exp":
+        y = tl.exp(a) * tl.exp(b) if RIGHT else tl.exp(a + b)
+    elif WHICH == "reciprocal":
+        y = a * (1 / b) if RIGHT else a / b
+    elif WHICH == "canceled":
+        y = a if RIGHT else (a / b) * b
+    elif WHICH == "root":
+        y = a if RIGHT else tl.sqrt(a) * tl.sqrt(a)
+    else:
+        y = tl.where(a > b, a, b) if RIGHT else tl.maximum(a, b)
+    tl.store(out + i, y)
+
+
+@needs_fpsan
+@pytest.mark.parametrize(
+    "which, outcome",
+    [
+        ("exp", "works"),
+        ("reciprocal", "works"),
+        ("canceled", "wrong"),
+        ("root", "wrong"),
+        ("where", "wrong"),
+    ],
+)
+def test_equalities_that_the_page_names(which, outcome):
+    x, out = torch.linspace(1, 2, 64), torch.empty(32)
+
+    def right(x, out):
+        pair[(1,)](x, out, which, True)
+
+    table = check_kernel(pair, (1,), (x, out), equals=right, WHICH=which, RIGHT=False)
+    assert table["formula"].outcome == outcome
+
+
 def nothing(x, out, n):
     pass
 

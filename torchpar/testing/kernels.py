@@ -76,8 +76,10 @@ def check_kernel(
         equals: another kernel, which is launched likewise, or a function of the same arguments that
             launches kernels. The row "formula" says whether both compute the same formula, in any
             order of its sums and products. It compares all bits, with Triton's FpSan: floats become
-            integers modulo a power of two, of which sums and products are exact. A kernel whose
-            atomics add floats is not compared: FpSan does not replace these sums.
+            integers modulo a power of two, of which sums and products are exact. Formulas that are
+            equal by a root, or by canceling a factor of a quotient, are two: docs/ptx.md has the
+            equalities. A kernel whose atomics add floats is not compared: FpSan does not replace
+            these sums.
         options: constants of the kernel by name, and Triton's options, such as ``num_warps``.
 
     Returns:
