@@ -226,6 +226,26 @@ def test_a_kernel_is_compared_with_its_reference():
     assert check_add(arch="sm_80").name == "add_kernel for sm_80"
 
 
+def test_what_is_right_before_the_launch_does_not_hide_what_is_left_out():
+    x, y = torch.randn(100), torch.randn(100)
+    left = x, y, x + y, 50  # as memory of `torch.empty` can be
+    found = check_kernel(
+        add_kernel, (4,), left, lambda x, y, out, n: {"out": x + y}, FAULT="", BLOCK=32
+    )
+    assert found["values"].outcome == "wrong"
+
+    def first_half(x: Tensor, y: Tensor, out: Tensor, n: int) -> dict[str, Tensor]:
+        return {"out": torch.cat([(x + y)[:n], out[n:]])}  # the reference uses what out holds
+
+    assert check_kernel(add_kernel, (4,), left, first_half, FAULT="", BLOCK=32).ok
+
+    def and_zeros(x: Tensor, y: Tensor, out: Tensor, n: int) -> dict[str, Tensor]:
+        return {"out": torch.cat([(x + y)[:n], torch.zeros(50)])}
+
+    zeros = x, y, torch.zeros(100), 50
+    assert check_kernel(add_kernel, (4,), zeros, and_zeros, FAULT="", BLOCK=32).ok
+
+
 def test_an_empty_grid_launches_nothing():
     found = check_add(grid=(0,))
     assert found["values"].outcome == "wrong"
@@ -245,6 +265,10 @@ def test_wrong_arguments_of_check_kernel():
         check_kernel(check_add, (1,), (x, x, x, 4), lambda *_: {"out": x}, FAULT="", BLOCK=4)
     with pytest.raises(ConfigError, match="type Tensor, expected tensors by the names"):
         check_kernel(add_kernel, (1,), (x, x, x, 4), lambda *_: x, FAULT="", BLOCK=4)
+    with pytest.raises(ConfigError, match=r"'out' has shape \(3,\), expected the argument's: \(4,"):
+        check_kernel(add_kernel, (1,), (x, x, x, 4), lambda *_: {"out": x[:3]}, FAULT="", BLOCK=4)
+    with pytest.raises(ConfigError, match="the grid is an object of type int, expected a tuple"):
+        check_kernel(add_kernel, 1, (x, x, x, 4), lambda *_: {"out": x}, FAULT="", BLOCK=4)
     with pytest.raises(ConfigError, match="expected a function with"):
         check_kernel(None, (1,), (x,), lambda x: {"x": x})
 

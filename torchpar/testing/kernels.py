@@ -71,7 +71,8 @@ def check_kernel(
         reference: a function of the same arguments, of PyTorch's operators. For each tensor that
             the kernel writes, it returns by name the content that is right. It is also called with
             tensors of float64, whose results count as exact. The kernel's error may be twice that
-            of the reference.
+            of the reference. What such a tensor holds before must not matter to the kernel, unless
+            the reference uses it, or it is one number everywhere, such as 0.
         arch: "sm_80" (A100), "sm_90" (H100) or "sm_100" (B200).
         equals: another kernel, which is launched likewise, or a function of the same arguments that
             launches kernels. The row "formula" says whether both compute the same formula, in any
@@ -87,13 +88,16 @@ def check_kernel(
         "execution" and "registers and spills". ``ok`` says whether none is wrong.
 
     Raises:
-        ConfigError: another architecture; a reference that returns something else; neither
-            ``reference`` nor ``equals``; ``equals`` that is no kernel and no function, or with a
-            Triton that has no FpSan.
+        ConfigError: another architecture; a grid that is no tuple, list or function; a reference
+            that returns something else; neither ``reference`` nor ``equals``; ``equals`` that is no
+            kernel and no function, or with a Triton that has no FpSan.
     """
     from torchpar.ptx import emulate
 
     check_arch(arch)
+    if not (callable(grid) or isinstance(grid, tuple | list)):
+        given_type = type(grid).__name__
+        raise ConfigError(f"the grid is an object of type {given_type}, expected a tuple: (4,)")
     if reference is None and equals is None:
         raise ConfigError("there is no reference; give one, or equals=another_kernel")
     if equals is not None and not has_fpsan():
@@ -108,6 +112,7 @@ def check_kernel(
     given = dict(zip(names, launched, strict=False))
     if reference is not None:
         right = _expected(reference, arguments, given)
+        _spoil(given, right, partial(_expected, reference, launched, given))
         exact = _expected(reference, arguments, given, torch.float64)
     with emulate(arch, schedules="all") as gpu:
         copy_context().run(_launch_alone, kernel, grid, launched, options)
@@ -172,10 +177,7 @@ def _same_formula(
     for name, a, b, given in zip(names, *found, arguments, strict=False):
         if not (isinstance(a, Tensor) and isinstance(b, Tensor) and isinstance(given, Tensor)):
             continue
-        left, right, before = (
-            one.contiguous().flatten().view(torch.uint8).view(-1, one.element_size())
-            for one in (a, b, given)
-        )
+        left, right, before = map(_bytes, (a, b, given))
         if differs := int((left != right).any(1).sum()):
             raise OutcomeException(
                 "wrong", f"{name}: another formula in {differs} of {a.numel()} elements"
@@ -262,12 +264,46 @@ def _expected(
         if not isinstance(value, Tensor):
             given_type = type(value).__name__
             raise ConfigError(f"the reference's {name!r} is a {given_type}, expected a tensor")
-    tensors = [name for name, a in written.items() if isinstance(a, Tensor)]
-    if unknown := [name for name in found if name not in tensors]:
-        raise ConfigError(
-            f"the reference names {unknown[0]!r}, expected one of {', '.join(tensors)}"
-        )
+    tensors = {name: a.shape for name, a in written.items() if isinstance(a, Tensor)}
+    for name, value in found.items():
+        if name not in tensors:
+            raise ConfigError(f"the reference names {name!r}, expected one of {', '.join(tensors)}")
+        if value.shape != tensors[name]:
+            raise ConfigError(
+                f"the reference's {name!r} has shape {tuple(value.shape)}, expected the "
+                f"argument's: {tuple(tensors[name])}"
+            )
     return found
+
+
+def _spoil(
+    given: Mapping[str, object],
+    right: Mapping[str, Tensor],
+    again: Callable[[], Mapping[str, Tensor]],
+) -> None:
+    """Change what the kernel is to write and is right before: else it may leave this out, unseen.
+
+    The memory of `torch.empty` can hold an earlier result. It stays as it is if the reference then
+    returns something else, or if the tensor is one number everywhere, to which the kernel may add.
+    """
+    for name, tensor in right.items():
+        held = given[name]
+        assert isinstance(held, Tensor)
+        if not held.is_contiguous() or not held.numel():
+            continue
+        now, expected = _bytes(held), _bytes(tensor.to(held.dtype))
+        is_right = (now == expected).all(1)
+        if not is_right.any() or bool((now == now[0]).all()):
+            continue
+        kept = now.clone()
+        now[is_right] ^= 1 if held.dtype == torch.bool else 0x41
+        if any(not torch.equal(_bytes(a), _bytes(right[one])) for one, a in again().items()):
+            now.copy_(kept)
+
+
+def _bytes(t: Tensor) -> Tensor:
+    """The bytes of each element, a row for each; of a contiguous tensor, its memory."""
+    return t.contiguous().flatten().view(torch.uint8).view(-1, t.element_size())
 
 
 def _compare_written(
