@@ -592,6 +592,7 @@ def view(function: Callable[[Tensor], Any]) -> Muon:
         (lambda: Muon([X], ns_steps=2.5), r"steps is 2\.5, expected 0 to 99"),
         (lambda: Muon([X], adjust_lr_fn="no"), "Adjust learning rate function no is not supported"),
         (lambda: Muon([X[0]]), r"parameter 0 of group 0 has shape \(4,\), expected 2D, a matrix"),
+        (lambda: Muon(torch.nn.Linear(4, 4)), r"a model, Linear; pass model\.parameters\(\), or"),
         (lambda: Muon([X.long()]), "is torch.int64, expected a floating dtype"),
         (
             lambda: Muon([{"params": [X], "ns": "gram"}]),

@@ -128,6 +128,9 @@ class Muon(Optimizer):
         self.process_group = process_group
         # By parameter: groups may change, and a state dict that is loaded may bring other names.
         self._names: dict[Tensor, str] = {}
+        if isinstance(params, torch.nn.Module):
+            way = "pass model.parameters(), or call Muon.for_model, which chooses among them"
+            raise ConfigError(f"Muon: params is a model, {type(params).__name__}; {way}")
         super().__init__(params, theirs.defaults)
         names = {info.name for info in self._param_infos()}
         if unknown := set(self.views) - names:
