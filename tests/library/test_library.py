@@ -200,6 +200,28 @@ def test_gradients_that_are_none_and_gradients_that_forward_mode_cannot_use() ->
         torch.func.jvp(lambda x: op(x, X), (X,), (Y,))  # which must not be 0
 
 
+def test_wrong_rules_are_named() -> None:
+    op = make()
+    op.register_vmap(lambda info, dims, x: op(x))
+    with pytest.raises(RuntimeError, match="vmap rule returns Tensor, expected a tuple"):
+        torch.vmap(op)(X)
+    op.register_vmap(lambda info, dims, x: (op(x), op(x)))
+    with pytest.raises(RuntimeError, match=r"returns \['Tensor', 'Tensor'\], expected a tuple"):
+        torch.vmap(op)(X)
+    op.register_autograd(lambda ctx, g: g.sum(0, keepdim=True))
+    with pytest.raises(RuntimeError, match=r"a gradient of shape \(1,\), expected \(4,\)"):
+        torch.func.jvp(op, (X,), (Y,))
+
+
+def test_vmap_without_a_rule_says_what_to_do() -> None:
+    op = make(lambda xs: xs[0] * 2, schema="(Tensor[] xs) -> Tensor")
+    with pytest.raises(RuntimeError, match=f"{op._qualname}: .* register one by register_vmap"):
+        torch.vmap(lambda x: op([x]))(X)
+    write = make(lambda x: x.add_(1) and None, {"x"}, schema="(Tensor(a!) x) -> ()")
+    with pytest.raises(RuntimeError, match=f"{write._qualname} writes to an argument"):
+        torch.vmap(write)(X)
+
+
 def test_an_operator_that_writes() -> None:
     def add_one(ts: list[Tensor], out: Tensor | None = None) -> None:
         for t in (*ts, *[out][: out is not None]):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial, reduce
 from inspect import getmodule, signature
-from itertools import chain
+from itertools import chain, compress
 from operator import or_
 from types import new_class
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, overload
@@ -396,10 +396,15 @@ class CustomOpDef(torch.library.CustomOpDef):  # type: ignore[name-defined, misc
             raise
 
     def _misfit(self, message: str) -> str:
-        """The line for an argument whose type the schema refuses, or "" for another error.
+        """The line for an argument that the schema or vmap refuses, or "" for another error.
 
-        PyTorch's own message (2.14) has five lines.
+        PyTorch's own message (2.14) has five lines, or says nothing of what to do.
         """
+        if message.startswith(f"Batching rule not implemented for {self._qualname}"):
+            if self._mutated:
+                return self._refusal_of_transforms()
+            refused = "vmap refuses lists of tensors, unless there is a rule"
+            return f"{self._qualname}: {refused}; register one by register_vmap"
         match = _MISFIT.match(message)
         if match is None:
             return ""
@@ -553,9 +558,17 @@ class CustomOpDef(torch.library.CustomOpDef):  # type: ignore[name-defined, misc
             info: VmapInfo, in_dims: tuple[object, ...], *args: object, **kwargs: object
         ) -> object:
             rest = self._defaults[len(args) :]
-            return func(
+            found: Any = func(
                 info, in_dims + (None,) * len(rest), *args, *rest, **self._keyword_only(kwargs)
             )
+            is_pair = isinstance(found, tuple) and len(found) == 2
+            if not is_pair or any(True for _ in tensors_of([found[1]])):
+                given = [type(one).__name__ for one in found] if is_pair else type(found).__name__
+                raise RuntimeError(
+                    f"{self._qualname}: the vmap rule returns {given}, expected a tuple "
+                    "(results, dimensions), with the batch's dimension of each result"
+                )
+            return found
 
         super().register_vmap(with_defaults)
         return func
@@ -691,6 +704,13 @@ class CustomOpDef(torch.library.CustomOpDef):  # type: ignore[name-defined, misc
                     raise ValueError(
                         f"{self._qualname}: the sharding rule has {pair}, expected {expected}"
                     )
+                placed: Iterable[Any] = [one for one in pair[1] if one is not None]
+                for t, placement in zip(compress(leaves, is_tensor), placed, strict=True):
+                    if placement.is_shard() and not 0 <= placement.dim < t.ndim:
+                        raise ValueError(
+                            f"{self._qualname}: the sharding rule has {pair}, expected a dimension "
+                            f"from 0 to {t.ndim - 1} for {placement}"
+                        )
             return found
 
         sharding_rules[self._opoverload] = with_defaults
@@ -784,15 +804,18 @@ class CustomOpDef(torch.library.CustomOpDef):  # type: ignore[name-defined, misc
     def _check_write(self, args: tuple[object, ...]) -> None:
         """Refuse a call that would write to a tensor and leave its derivative as it was."""
         if is_transformed(args):
-            raise RuntimeError(
-                f"{self._qualname} writes to an argument, which torch.func and forward mode cannot "
-                "differentiate; call it outside of them"
-            )
+            raise RuntimeError(self._refusal_of_transforms())
         if torch.is_grad_enabled() and _any_requires_grad(self._written(args)):
             raise RuntimeError(
                 f"{self._qualname} has no gradient, and an argument that it writes to requires "
                 "a gradient; detach it, or call the operator under torch.no_grad()"
             )
+
+    def _refusal_of_transforms(self) -> str:
+        return (
+            f"{self._qualname} writes to an argument, which torch.func and forward mode cannot "
+            "follow; call it outside of them"
+        )
 
     def _written(self, args: tuple[object, ...]) -> list[Tensor]:
         # No keyword-only argument is a tensor.

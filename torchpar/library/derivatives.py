@@ -299,9 +299,20 @@ def _transposed_backward(
                 "differentiate; return None for 0, or register jvp or formula"
             )
         if pairs:
-            outputs, incoming = zip(*((g.sum_to_size(t.shape), t) for g, t in pairs), strict=True)
+            outputs, incoming = zip(*((_sum_to(call, g, t), t) for g, t in pairs), strict=True)
             found = torch.autograd.grad(
                 outputs, smooth, incoming, create_graph=True, materialize_grads=True
             )
     rest = iter(found)
     return tuple(next(rest) if is_smooth else None for is_smooth in call.are_smooth)
+
+
+def _sum_to(call: Call, g: Tensor, argument: Tensor) -> Tensor:
+    """A gradient in the shape of the argument: autograd sums over broadcast dimensions, too."""
+    try:
+        return g.sum_to_size(argument.shape)
+    except RuntimeError as e:
+        raise RuntimeError(
+            f"{call.op._qualname}: backward returns a gradient of shape {tuple(g.shape)}, expected "
+            f"{tuple(argument.shape)}, the shape of the argument"
+        ) from e
