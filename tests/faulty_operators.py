@@ -74,6 +74,11 @@ def backward_without_b(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
     return g @ b, torch.zeros_like(b)
 
 
+def backward_of_float32(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+    a, b = (t.float() for t in ctx.saved_tensors)
+    return (g.float() @ b).to(g.dtype), (g.float().mT @ a).to(g.dtype)
+
+
 def backward_that_writes(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
     found = backward(ctx, g)
     g.detach().mul_(2)
@@ -205,6 +210,21 @@ MAXIMUM = {  # another operator, without rules of vmap and of sharding
 FAULTS: dict[str, tuple[dict[str, Callable[..., Any]], str, str]] = {
     "strides_of_the_fake": ({"fake": lambda a, b: fake(b, a).mT}, "fake tensors", "strides"),
     "dtype_of_the_fake": ({"fake": lambda a, b: fake(a.double(), b)}, "low precision", "fake"),
+    "shape_of_the_fake": (
+        {"fake": lambda a, b: fake(b, a)},
+        "fake tensors",
+        "as given: shape (6, 5), expected (5, 6)",
+    ),
+    "values_of_float32": (
+        {"kernel": lambda a, b: kernel(a.float(), b.float()).to(a.dtype)},
+        "gradcheck",
+        "the values of float64 are computed in a lower precision",
+    ),
+    "gradients_of_float32": (
+        {"backward": backward_of_float32},
+        "gradgradcheck",
+        "the gradients of float64 are computed in a lower precision",
+    ),
     "missing_gradient": ({"backward": backward_without_b}, "gradcheck", "Jacobian"),
     "undeclared_in_backward": (
         {"backward": backward_that_writes},

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from samples import normal
 from torch import Tensor, nn
-from torch.distributed.tensor import Replicate
+from torch.distributed.tensor import Replicate, Shard
 
 from torchpar import library
 from torchpar.errors import ConfigError
@@ -289,9 +289,17 @@ def test_a_missing_rule_of_sharding_is_named() -> None:
         return x.clone()
 
     unsharded.register_fake(torch.empty_like)
-    row = check_operator(unsharded, [(normal(3),)], rules="DTensor")["DTensor"]
-    assert row.outcome == "refuses"
-    assert "register one by op.register_sharding of torchpar.library" in row.detail
+    sharded = library.custom_op(
+        "torchpar_faulty::sharded", torch.clone, mutates_args=(), schema="(Tensor x) -> Tensor"
+    )
+    sharded.register_fake(torch.empty_like)
+    sharded.register_autograd(lambda ctx, g: unsharded(g))
+    sharded.register_sharding(lambda x: [([Replicate()], [Replicate()])])
+    for op in (unsharded, sharded):  # forward, and in a backward
+        row = check_operator(op, [(normal(3),)], rules="DTensor")["DTensor"]
+        assert row.outcome == "refuses"
+        way = "unsharded.default does not have a sharding strategy registered; register one by "
+        assert f"{way}op.register_sharding of torchpar.library" in row.detail
 
 
 def test_a_failed_process_group_is_not_taken_for_that_of_the_simulated_ranks() -> None:
@@ -565,11 +573,13 @@ def test_two_results() -> None:
     wrong = library.custom_op(
         "torchpar_tests::misplaced", reference, mutates_args=(), schema=schema
     )
-    wrong.register_sharding(lambda x: [([Replicate()] * 2, [Replicate()] * 2)])
-    row = check_operator(wrong, [(normal(3),)], reference=reference, rules="DTensor")["DTensor"]
-    assert "expected two lists, the placements of 2 results and of 1 tensors" in row.detail, str(
-        row
-    )
+    for placements, expected in (
+        ([Replicate()] * 2, "expected two lists, the placements of 2 results and of 1 tensors"),
+        ([Shard(1)], "expected a dimension from 0 to 0 for S(1)"),
+    ):
+        wrong.register_sharding(lambda x, given=placements: [([Replicate()] * 2, given)])
+        row = check_operator(wrong, [(normal(3),)], reference=reference, rules="DTensor")["DTensor"]
+        assert expected in row.detail, str(row)
 
 
 def test_reasons_for_which_a_rule_is_not_run(right: Any) -> None:
@@ -600,7 +610,7 @@ def test_the_worst_sample_is_shown(right: Any) -> None:
     [
         (torch.add, SAMPLES, ["value"], "rule 'value', expected one of 'values', "),
         (torch.add, [normal(3)], None, "expected samples"),
-        (torch.ops.aten.add_.Tensor, SAMPLES, None, "aten.add_.Tensor writes to its operands"),
+        (torch.ops.aten.add_.Tensor, SAMPLES, None, "does not; torch.library.opcheck and"),
         ("add", SAMPLES, None, "the operator is an object of type str"),
     ],
 )

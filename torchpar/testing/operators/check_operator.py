@@ -74,7 +74,10 @@ def check_operator(
             raise ConfigError(f"{given}, expected a callable")
     overload = find_overload(op, chosen[0])
     if overload is not None and overload._schema.is_mutable:
-        raise ConfigError(f"{overload} writes to its operands, expected an operator that does not")
+        way = "torch.library.opcheck and torchpar.testing.check_kernel take it"
+        raise ConfigError(
+            f"{overload} writes to its operands, expected an operator that does not; {way}"
+        )
     name = str(overload) if overload is not None else getattr(op, "__name__", type(op).__name__)
     cases = [Case(op, overload, reference, one) for one in chosen]
     disabled = logging.root.manager.disable

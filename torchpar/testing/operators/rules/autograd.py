@@ -13,11 +13,13 @@ from torch.utils.checkpoint import checkpoint
 
 from torchpar.testing.operators.attempts import Attempts, OutcomeException
 from torchpar.testing.operators.case import Case
-from torchpar.testing.operators.compare import likely_cause, with_cause
+from torchpar.testing.operators.compare import ALIKE, likely_cause, near, with_cause
 from torchpar.testing.operators.differences import difference_of
 from torchpar.testing.operators.gradients import gradients, pulled_back
 from torchpar.testing.operators.layouts import layouts
 from torchpar.testing.operators.tensors import Function, Layout, Tensors, normal_like, real
+
+ALIKE_IN_FLOAT64 = 1e-10  # finite differences divide errors by 1e-6
 
 
 def numerically(check: Callable[..., bool], case: Case) -> None:
@@ -26,7 +28,23 @@ def numerically(check: Callable[..., bool], case: Case) -> None:
     try:
         check(case.smooth(case.op), case.leaves())
     except GradcheckError as e:
-        raise OutcomeException("wrong", _of_gradcheck(str(e))) from e
+        message = with_cause(_of_gradcheck(str(e)), _imprecision(case))
+        raise OutcomeException("wrong", message) from e
+
+
+def _imprecision(case: Case) -> str:
+    """Name values or gradients that are right, but not to float64: differences of them are not."""
+    if case.reference is None:
+        return ""
+    computed: dict[str, Callable[[Function], Tensors]] = {
+        "values": lambda f: f(*case.floating),
+        "gradients": lambda f: pulled_back(f, case),
+    }
+    for what, compute in computed.items():
+        actual, expected = compute(case.smooth(case.op)), compute(case.oracle)
+        if near(actual, expected, ALIKE) and not near(actual, expected, ALIKE_IN_FLOAT64):
+            return f"the {what} of float64 are computed in a lower precision"
+    return ""
 
 
 NUMBER = r"-?\d+\.?\d*(?:e[+-]?\d+)?|nan|inf"

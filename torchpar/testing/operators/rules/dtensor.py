@@ -120,14 +120,8 @@ def _compare_on_ranks(
     values, incoming, of_operands = expected
     placed = [_distributed(t, mesh, p) for t, p in zip(case.operands, placements, strict=True)]
     xs = [t.requires_grad_() for t in placed if is_differentiable(t)]
-    try:
-        with CommDebugMode() as communication:
-            ys = case.op(*placed)
-    except NotImplementedError as e:
-        if "sharding strategy" not in str(e):
-            raise
-        way = "register one by op.register_sharding of torchpar.library"
-        raise NotImplementedError(f"{str(e).rstrip('.')}; {way}") from e
+    with CommDebugMode() as communication, _way_to_register():
+        ys = case.op(*placed)
     results = [y for y in ys if isinstance(y, DTensor)]
     if len(results) < len(ys):
         raise OutcomeException("wrong", "the result is not a DTensor")
@@ -139,8 +133,21 @@ def _compare_on_ranks(
     placed = [_distributed(g, mesh, Replicate()) for g in incoming]
     for some, right in of_operands:
         given = [smooth[i] for i in some], xs, [placed[i] for i in some]
-        found: Sequence[Any] = gradients(*given, retain_graph=True)
+        with _way_to_register():  # the backward may call another operator
+            found: Sequence[Any] = gradients(*given, retain_graph=True)
         _same_on_all_ranks([g.redistribute(placements=[Replicate()]) for g in found], right)
+
+
+@contextmanager
+def _way_to_register() -> Iterator[None]:
+    """Complete DTensor's error for an operator without a rule."""
+    try:
+        yield
+    except NotImplementedError as e:
+        if "sharding strategy" not in str(e):
+            raise
+        way = "register one by op.register_sharding of torchpar.library"
+        raise NotImplementedError(f"{str(e).rstrip('.')}; {way}") from e
 
 
 def _same_on_all_ranks(actual: Sequence["DTensor"], expected: Sequence[Tensor]) -> None:

@@ -144,7 +144,7 @@ def autocast(case: Case) -> AttemptsAndRemark:
         for i, t in enumerate(case.operands if len(case.floating) > 1 else ()):
             if t.is_floating_point():
                 operands = (*single[:i], low[i], *single[i + 1 :])
-                yield f"to {dtype}, of which operand {i} is", partial(mixed, dtype, operands)
+                yield f"to {dtype}, with operand {i} of {dtype}", partial(mixed, dtype, operands)
     yield "of float64", partial(check, torch.bfloat16, cast(case.operands, torch.float64))
     return "it keeps float32" if keeps else "it casts to autocast's dtype"
 
