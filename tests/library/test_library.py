@@ -213,6 +213,19 @@ def test_wrong_rules_are_named() -> None:
         torch.func.jvp(op, (X,), (Y,))
 
 
+def test_a_launch_without_a_gpu_says_what_to_do() -> None:
+    def launch(x: Tensor) -> Tensor:
+        raise RuntimeError("0 active drivers ([]). There should only be one.")
+
+    op = torchpar.library.triton_op(next(NAMES), launch, mutates_args=())
+    rows = check_operator(op, [(X,)], reference=double, rules="values").rows
+    way = 'has no kernel for the CPU; register one by register_kernel("cpu")'
+    assert rows[0].detail.startswith(f"RuntimeError: {op._qualname} {way}")
+    op.register_kernel("cpu")(double)
+    rows = check_operator(op, [(X,)], reference=double, rules="fake tensors").rows
+    assert "launches a kernel on fake tensors; launch it as torch.library.wrap" in rows[0].detail
+
+
 def test_vmap_without_a_rule_says_what_to_do() -> None:
     op = make(lambda xs: xs[0] * 2, schema="(Tensor[] xs) -> Tensor")
     with pytest.raises(RuntimeError, match=f"{op._qualname}: .* register one by register_vmap"):

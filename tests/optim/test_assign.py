@@ -304,7 +304,10 @@ def test_muon_gets_the_hidden_matrices_alone():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"overrides": {"block.*": "muon"}}, "no parameter is named block"),
+        (
+            {"overrides": {"block.*": "muon"}},
+            r"named block\.\*, expected a name or pattern such as stack",
+        ),
         ({"overrides": {"stack": "adam"}}, "stack goes to 'adam', expected 'muon' or 'others'"),
         ({"model": [nn.Linear(2, 2)]}, "model is of type list, expected a Module"),
         ({"others": 3e-4}, "others is of type float, expected a function"),

@@ -45,6 +45,8 @@ _unsafe_view = torch.ops.aten._unsafe_view.default
 _MISFIT = re.compile(
     r".*\(\) Expected a value of type '(.+)' for argument '(.+)' but instead found type '(.+)'\."
 )
+# Words in the errors of a launch without a GPU, with tensors of the CPU, and with fake tensors.
+_ERRORS_OF_LAUNCHES = "active drivers", "accessed from Triton", "Cannot access data pointer"
 _SIMPLE = frozenset((type(None), bool, int, float))  # arguments that are no tensors
 _LISTS = frozenset((list, tuple))
 
@@ -493,6 +495,13 @@ class CustomOpDef(torch.library.CustomOpDef):  # type: ignore[name-defined, misc
     def _add_note(self, error: Exception, args: tuple[object, ...]) -> None:
         if any(t.is_meta for t in tensors_of(args)):  # a kernel also sees fake tensors as such
             error.add_note(f"{self._qualname} has no fake; register one by register_fake")
+        elif any(words in str(error) for words in _ERRORS_OF_LAUNCHES) and all(
+            t.device.type == "cpu" for t in tensors_of(args)
+        ):
+            error.add_note(
+                f"{self._qualname} has no kernel for the CPU; register one by "
+                'register_kernel("cpu"), or execute its Triton kernels by python -m torchpar ptx'
+            )
 
     def _checked(self, result: Any) -> object:
         """Check that the kernel's result is what the schema says, and return it without views.
@@ -547,7 +556,13 @@ class CustomOpDef(torch.library.CustomOpDef):  # type: ignore[name-defined, misc
 
     def _run_fake(self, *args: object, **kwargs: object) -> object:
         assert self._abstract_fn is not None
-        return self._abstract_fn(*args, **kwargs)
+        try:
+            return self._abstract_fn(*args, **kwargs)
+        except Exception as e:
+            if any(words in str(e) for words in _ERRORS_OF_LAUNCHES):
+                way = "launch it as torch.library.wrap_triton(kernel)[grid]"
+                e.add_note(f"{self._qualname} launches a kernel on fake tensors; {way}")
+            raise
 
     def register_vmap(self, func: Function | None = None) -> Callable[..., Any]:
         """Register a batching rule, ``func(info, in_dims, *args) -> (result, out_dim)``."""

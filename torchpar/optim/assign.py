@@ -98,9 +98,11 @@ def chain(  # noqa: C901  # a line for each rule, in their order
     def change(pattern: str, **changes: Any) -> None:
         named = [p for p, of in uses.items() if any(fnmatchcase(use.name, pattern) for use in of)]
         if not named:
+            name = next((one.name for one in assignments.values()), "")
+            example = f" such as {name}" if name else ""
             raise ConfigError(
                 f"Muon.for_model: no parameter is named {pattern}, expected a name of "
-                "model.named_parameters(), or a pattern of names"
+                f"model.named_parameters(){example}, or a pattern of names"
             )
         assignments.update((p, assignments[p]._replace(**changes)) for p in named)
 

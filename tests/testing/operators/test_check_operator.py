@@ -603,6 +603,9 @@ def test_the_worst_sample_is_shown(right: Any) -> None:
     assert (table["values"].outcome, table["values"].sample) == ("crashes", 1)
     assert not table.ok  # a sample is what the operator takes
     assert "mat1 and mat2 shapes cannot be multiplied" in str(table)
+    table = check_operator(right, SAMPLES, reference=lambda a: a, rules="values")
+    assert table["values"].outcome == "crashes"
+    assert "the reference raises TypeError" in table["values"].detail
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def outcome_of(attempt: Callable[[], Attempts | str | None]) -> tuple[str, str]:
     except REFUSALS as e:
         return "crashes" if INTERNAL in str(e) else "refuses", _message(e)
     except Exception as e:
-        return "crashes", f"{type(e).__name__}: {_message(e)}"
+        return "crashes", named(e)
 
 
 def _worst(attempts: Attempts) -> tuple[str, str]:
@@ -48,6 +48,11 @@ def _worst(attempts: Attempts) -> tuple[str, str]:
         return outcome, remark
     alike = sum(one[1] == outcome for one in found)
     return outcome, f"{label}{': ' * bool(detail)}{detail} ({alike} of {len(found)})"
+
+
+def named(e: Exception) -> str:
+    """The class of an error, and what `_message` says of it."""
+    return f"{type(e).__name__}: {_message(e)}"
 
 
 def _message(e: BaseException) -> str:

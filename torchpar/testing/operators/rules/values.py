@@ -10,7 +10,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from torchpar.testing.operators.attempts import Attempts, AttemptsAndRemark, OutcomeException
+from torchpar.testing.operators.attempts import (
+    Attempts,
+    AttemptsAndRemark,
+    OutcomeException,
+    named,
+)
 from torchpar.testing.operators.case import Case
 from torchpar.testing.operators.compare import accurate, close, same_bits
 from torchpar.testing.operators.gradients import gradients, pulled_back
@@ -32,10 +37,16 @@ def values(case: Case) -> None:
     operands = (
         case.operands if case.reference is not None else [t.contiguous() for t in case.operands]
     )
-    try:
-        actual, expected = case.op(*case.operands), case.plain(*operands)
-    except Exception as e:  # samples are what the operator takes
-        raise OutcomeException("crashes", f"{type(e).__name__}: {e}") from e
+    found = []
+    for what, function, given in (
+        ("", case.op, case.operands),
+        ("the reference raises ", case.plain, operands),
+    ):
+        try:
+            found.append(function(*given))
+        except Exception as e:  # samples are what both take
+            raise OutcomeException("crashes", what + named(e)) from e
+    actual, expected = found
     case.close(actual, expected, lambda: case.wide.plain(*case.wide.operands))
 
 
