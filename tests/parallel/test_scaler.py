@@ -8,7 +8,7 @@ from torch.optim import SGD
 
 from torchpar.errors import ConfigError
 from torchpar.nn import MLP
-from torchpar.parallel import GradScaler, join_world, parallel_mlp
+from torchpar.parallel import GradScaler, clip_grad_norm_, join_world, parallel_mlp
 
 MESHES = {
     "tp": (2, {"tp": 2}),
@@ -84,6 +84,18 @@ def sharded_too() -> None:
 def test_the_scaler_of_pytorch_is_refused_under_fully_shard(ranks):
     with pytest.raises(ConfigError, match=r"divided over ranks; take torchpar\.parallel\.Grad"):
         ranks(2, sharded_too)
+
+
+def test_arguments_of_pytorchs_functions_are_refused():
+    with pytest.raises(ConfigError, match="GradScaler: world is of type str, expected the World"):
+        GradScaler("cpu")
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(
+        ConfigError, match="clip_grad_norm_: world is of type float, expected the W"
+    ):
+        clip_grad_norm_(model, 1.0, 2.0)
+    with join_world("cpu") as world, pytest.raises(ConfigError, match="model is of type generator"):
+        clip_grad_norm_(model.parameters(), 1.0, world)
 
 
 def with_options(options_of_ranks: list[dict[str, float]]) -> None:

@@ -127,6 +127,13 @@ class World:
         return [result for result, _ in outcomes]
 
 
+def check_world(function: str, world: object) -> None:
+    """Refuse what is no `World`: PyTorch's function of the same name takes something else."""
+    if not isinstance(world, World):
+        given = f"{function}: world is of type {type(world).__name__}"
+        raise ConfigError(f"{given}, expected the World of `with join_world(…) as world`")
+
+
 @contextmanager
 def join_world(
     device: str = "auto",

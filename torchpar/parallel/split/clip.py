@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from torchpar.errors import ConfigError
 from torchpar.library.sharding import is_dtensor
-from torchpar.parallel.launch.world import World
+from torchpar.parallel.launch.world import World, check_world
 from torchpar.parallel.split.layers import meshes_of_shards
 from torchpar.parallel.split.parts import local, part_of
 
@@ -38,9 +38,14 @@ def clip_grad_norm_(model: torch.nn.Module, max_norm: float, world: World) -> Te
         finite makes every gradient not finite, as with `torch.nn.utils.clip_grad_norm_`.
 
     Raises:
-        ConfigError: this rank sees that a parameter is only on some ranks of a pipeline stage, or
-            that it is sharded twice over the same ranks.
+        ConfigError: ``model`` is no module, or ``world`` no `World`; this rank sees that a
+            parameter is only on some ranks of a pipeline stage, or that it is sharded twice over
+            the same ranks.
     """
+    check_world("clip_grad_norm_", world)
+    if not isinstance(model, torch.nn.Module):
+        given = f"clip_grad_norm_: model is of type {type(model).__name__}"
+        raise ConfigError(f"{given}, expected the model, and not its parameters")
     named = list(model.named_parameters())
     of_layers = meshes_of_shards(model)
     layers = [of_layers.get(p) if is_dtensor(p) else part_of(p).mesh for _, p in named]

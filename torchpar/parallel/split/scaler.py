@@ -18,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from torchpar.errors import ConfigError
 from torchpar.parallel.launch.agreement import check_same_on_all_ranks
-from torchpar.parallel.launch.world import World
+from torchpar.parallel.launch.world import World, check_world
 
 _PLAIN = torch.amp.GradScaler
 _DEEPEST = 8  # calls between a scaler's step and the optimizer's: schedulers and profilers wrap it
@@ -40,10 +40,11 @@ class GradScaler(torch.amp.GradScaler):
         options: those of `torch.amp.GradScaler`, the same on all ranks.
 
     Raises:
-        ConfigError: on every rank: options that differ.
+        ConfigError: ``world`` is no `World`; on every rank: options that differ.
     """
 
     def __init__(self, world: World, **options: Any):
+        check_world("GradScaler", world)
         check_same_on_all_ranks(None, "the ranks' gradient scalers", options)
         super().__init__(world.device.type, **options)
         self._world = world
