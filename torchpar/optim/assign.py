@@ -99,10 +99,9 @@ def chain(  # noqa: C901  # a line for each rule, in their order
         named = [p for p, of in uses.items() if any(fnmatchcase(use.name, pattern) for use in of)]
         if not named:
             name = next((one.name for one in assignments.values()), "")
-            example = f" such as {name}" if name else ""
+            expected = f"a name or pattern such as {name}" if name else "a model with parameters"
             raise ConfigError(
-                f"Muon.for_model: no parameter is named {pattern}, expected a name of "
-                f"model.named_parameters(){example}, or a pattern of names"
+                f"Muon.for_model: no parameter is named {pattern}, expected {expected}"
             )
         assignments.update((p, assignments[p]._replace(**changes)) for p in named)
 
