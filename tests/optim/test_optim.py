@@ -614,6 +614,12 @@ def test_refusals(call, message):
         call()
 
 
+def test_a_module_of_parameters_is_no_mistake():
+    p = torch.nn.Parameter(X.clone())
+    (group,) = Muon(torch.nn.ParameterList([p])).param_groups
+    assert group["params"] == [p]
+
+
 def test_a_step_takes_the_coefficients_given():
     for coefficients in ((2.0, -1.5, 0.5), [COEFFICIENTS, (2.0, -1.5, 0.5)], "polar_express"):
         p = torch.zeros(20, 30).requires_grad_()

@@ -128,10 +128,13 @@ class Muon(Optimizer):
         self.process_group = process_group
         # By parameter: groups may change, and a state dict that is loaded may bring other names.
         self._names: dict[Tensor, str] = {}
-        if isinstance(params, torch.nn.Module):
+        try:
+            super().__init__(params, theirs.defaults)
+        except TypeError as e:
+            if not isinstance(params, torch.nn.Module):  # a ParameterList holds parameters
+                raise
             way = "pass model.parameters(), or call Muon.for_model, which chooses among them"
-            raise ConfigError(f"Muon: params is a model, {type(params).__name__}; {way}")
-        super().__init__(params, theirs.defaults)
+            raise ConfigError(f"Muon: params is a model, {type(params).__name__}; {way}") from e
         names = {info.name for info in self._param_infos()}
         if unknown := set(self.views) - names:
             raise ConfigError(f"Muon: views has {sorted(unknown)[0]}, expected names of parameters")
