@@ -582,6 +582,18 @@ def test_two_results() -> None:
         assert expected in row.detail, str(row)
 
 
+def test_a_reference_without_a_gradient_hides_no_wrong_gradient() -> None:
+    op = library.custom_op(
+        "torchpar_faulty::square", torch.square, mutates_args=(), schema="(Tensor x) -> Tensor"
+    )
+    op.register_fake(torch.empty_like)
+    op.register_autograd(lambda ctx, g: 3 * g)
+    x = normal(3).double()
+    for reference in (torch.square, lambda x: x.detach().square()):
+        row = check_operator(op, [(x,)], reference=reference, rules="gradcheck")["gradcheck"]
+        assert (row.outcome, "Jacobian mismatch" in row.detail) == ("wrong", True)
+
+
 def test_reasons_for_which_a_rule_is_not_run(right: Any) -> None:
     def reason(op: Any, sample: tuple[Tensor, ...], rule: str) -> str:
         (row,) = check_operator(op, [sample], rules=[rule]).rows
@@ -613,7 +625,7 @@ def test_the_worst_sample_is_shown(right: Any) -> None:
     [
         (torch.add, SAMPLES, ["value"], "rule 'value', expected one of 'values', "),
         (torch.add, [normal(3)], None, "expected samples"),
-        (torch.ops.aten.add_.Tensor, SAMPLES, None, "does not; torch.library.opcheck and"),
+        (torch.ops.aten.add_.Tensor, SAMPLES, None, "does not; torch.library.opcheck takes it"),
         ("add", SAMPLES, None, "the operator is an object of type str"),
     ],
 )

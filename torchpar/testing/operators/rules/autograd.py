@@ -41,7 +41,10 @@ def _imprecision(case: Case) -> str:
         "gradients": lambda f: pulled_back(f, case),
     }
     for what, compute in computed.items():
-        actual, expected = compute(case.smooth(case.op)), compute(case.oracle)
+        try:
+            actual, expected = compute(case.smooth(case.op)), compute(case.oracle)
+        except Exception:  # such as a reference without a gradient: the gradcheck has failed still
+            return ""
         if near(actual, expected, ALIKE) and not near(actual, expected, ALIKE_IN_FLOAT64):
             return f"the {what} of float64 are computed in a lower precision"
     return ""

@@ -34,13 +34,14 @@ from torchpar.testing.operators.tensors import (
 
 
 def values(case: Case) -> None:
-    operands = (
-        case.operands if case.reference is not None else [t.contiguous() for t in case.operands]
-    )
+    operands: Sequence[Tensor] = case.operands
+    second = "the reference raises "
+    if case.reference is None:
+        operands, second = [t.contiguous() for t in operands], "with contiguous operands: "
     found = []
     for what, function, given in (
         ("", case.op, case.operands),
-        ("the reference raises ", case.plain, operands),
+        (second, case.plain, operands),
     ):
         try:
             found.append(function(*given))
