@@ -233,6 +233,10 @@ def test_what_is_right_before_the_launch_does_not_hide_what_is_left_out():
         add_kernel, (4,), left, lambda x, y, out, n: {"out": x + y}, FAULT="", BLOCK=32
     )
     assert found["values"].outcome == "wrong"
+    said = (
+        "; the kernel leaves out 50 of 100 elements, which were right until the check changed them"
+    )
+    assert found["values"].detail.endswith(said)
 
     def first_half(x: Tensor, y: Tensor, out: Tensor, n: int) -> dict[str, Tensor]:
         return {"out": torch.cat([(x + y)[:n], out[n:]])}  # the reference uses what out holds
@@ -328,6 +332,8 @@ def test_the_element_that_is_farthest_is_named():
     one = torch.tensor(1.0)
     assert farthest(one, one + 2e-7) == "the number is 1, expected 1.0000002"
     assert farthest(one * torch.nan, one) == "the number is nan, expected 1"
+    with_nan = torch.tensor([torch.nan, 1.0])  # NaN where NaN is right
+    assert farthest(with_nan, with_nan + 1) == "[1] of shape (2,) is 1, expected 2"
     assert farthest(torch.tensor([1, 2 + 1j]), torch.tensor([1, 2 - 1j])) == (
         "[1] of shape (2,) is 2+1j, expected 2-1j"
     )

@@ -112,7 +112,7 @@ def check_kernel(
     given = dict(zip(names, launched, strict=False))
     if reference is not None:
         right = _expected(reference, arguments, given)
-        _spoil(given, right, partial(_expected, reference, launched, given))
+        spoiled = _spoil(given, right, partial(_expected, reference, launched, given))
         exact = _expected(reference, arguments, given, torch.float64)
     with emulate(arch, schedules="all") as gpu:
         copy_context().run(_launch_alone, kernel, grid, launched, options)
@@ -124,7 +124,8 @@ def check_kernel(
     if reference is not None:
         rows.append(
             RuleResult(
-                "values", *outcome_of(partial(_compare_written, written, before, right, exact))
+                "values",
+                *outcome_of(partial(_compare_written, written, before, right, exact, spoiled)),
             )
         )
     if equals is not None:
@@ -280,12 +281,16 @@ def _spoil(
     given: Mapping[str, object],
     right: Mapping[str, Tensor],
     again: Callable[[], Mapping[str, Tensor]],
-) -> None:
+) -> dict[str, tuple[Tensor, Tensor]]:
     """Change what the kernel is to write and is right before: else it may leave this out, unseen.
 
     The memory of `torch.empty` can hold an earlier result. It stays as it is if the reference then
     returns something else, or if the tensor is one number everywhere, to which the kernel may add.
+
+    Returns:
+        By name, the bytes of a tensor that was changed, and which of its elements were.
     """
+    spoiled = {}
     for name, tensor in right.items():
         held = given[name]
         assert isinstance(held, Tensor)
@@ -299,6 +304,9 @@ def _spoil(
         now[is_right] ^= 1 if held.dtype == torch.bool else 0x41
         if any(not torch.equal(_bytes(a), _bytes(right[one])) for one, a in again().items()):
             now.copy_(kept)
+        else:
+            spoiled[name] = now.clone(), is_right
+    return spoiled
 
 
 def _bytes(t: Tensor) -> Tensor:
@@ -311,6 +319,7 @@ def _compare_written(
     before: Mapping[str, Tensor],
     right: Mapping[str, Tensor],
     exact: Mapping[str, Tensor],
+    spoiled: Mapping[str, tuple[Tensor, Tensor]],
 ) -> None:
     storages = {written[name].untyped_storage().data_ptr() for name in right}
     for name in written.keys() - right.keys():
@@ -335,4 +344,12 @@ def _compare_written(
             else:
                 same_bits((held,), (expected,))
         except OutcomeException as e:
-            raise OutcomeException("wrong", f"{name}: {e.args[1]}") from e
+            message = f"{name}: {e.args[1]}"
+            if name in spoiled:
+                put, where = spoiled[name]
+                if left := int(((_bytes(held) == put).all(1) & where).sum()):
+                    message += (
+                        f"; the kernel leaves out {left} of {held.numel()} elements, which were "
+                        "right until the check changed them"
+                    )
+            raise OutcomeException("wrong", message) from e

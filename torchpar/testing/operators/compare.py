@@ -131,9 +131,10 @@ def farthest(actual: Tensor, expected: Tensor) -> str:
         return ""
     found, right = (t.detach().cpu() for t in (actual, expected))
     kind = torch.complex128 if found.is_complex() or right.is_complex() else torch.float64
-    # Equal infinities are not apart; NaN is as far as can be.
+    # Equal infinities, and NaN in both, are not apart; NaN in one is as far as can be.
     a, e = found.to(kind), right.to(kind)
-    apart = (a - e).abs().where(a != e, 0.0).nan_to_num(math.inf)
+    differs = (a != e) & ~(a.isnan() & e.isnan())
+    apart = (a - e).abs().where(differs, 0.0).nan_to_num(math.inf)
     at = [int(i) for i in torch.unravel_index(apart.argmax(), apart.shape)]
     values = [t[tuple(at)].item() + 0 for t in (found, right)]  # 0 in the place of −0
     texts = next(
