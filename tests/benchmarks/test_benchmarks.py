@@ -232,6 +232,18 @@ def test_a_terminal_with_only_ascii_has_the_table(printing):
         assert stdout.buffer.getvalue().startswith(b"5 ?s.")
 
 
+def test_sigterm_is_not_lost_where_a_start_fails():
+    received = []
+    before = signal.signal(signal.SIGTERM, lambda *given: received.append(given[0]))
+    try:
+        with pytest.raises(OSError, match="no process"), putting_off_sigterm():
+            signal.raise_signal(signal.SIGTERM)
+            raise OSError("no process")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert received == [signal.SIGTERM]
+
+
 def test_sigterm_ends_in_one_line_once_processes_have_started(monkeypatch, capsys):
     """A rank whose start is interrupted prints a traceback of the fork server."""
     before, started = signal.getsignal(signal.SIGTERM), []

@@ -51,5 +51,5 @@ def putting_off_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, handler)
-    if received:
-        handler(*received[0])
+        if received:
+            handler(*received[0])
