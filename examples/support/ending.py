@@ -41,7 +41,8 @@ def ending() -> Iterator[None]:
     or torchrun as the last line of its report. Another rank waits `GRACE` seconds before it speaks:
     if rank 0 has failed too, the launcher has ended this rank by then. mpirun may not; then wrong
     flags are of this rank alone where rank 0 waits for it. It does not wait with an error of its
-    own, of which rank 0 would only say that this rank is lost. SIGINT ends with status 130.
+    own, of which rank 0 would only say that this rank is lost. SIGINT ends with status 130, and
+    a pipe whose reader has left, such as head, with 141.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

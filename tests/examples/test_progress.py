@@ -26,6 +26,7 @@ def test_a_loop_says_how_far_it_is(capsys):
 
 def test_the_reader_of_a_pipe_sees_a_line_at_once_and_may_leave(monkeypatch):
     read, write = os.pipe()
+    os.set_blocking(read, False)  # a line that comes late is an error, and no endless wait
     with open(write, "w") as pipe:
         monkeypatch.setattr(sys, "stdout", pipe)
         with ending():

@@ -413,10 +413,10 @@ def test_a_call_that_reads_is_one_fault(read):
 def test_a_seed_in_a_capture():
     """A GPU ignores the seed that it has, and refuses another one."""
     with emulate() as gpu, cuda_is_cpu(gpu):
-        torch.manual_seed(7)
+        torch.manual_seed(-7)  # which stands for 2**64 - 7
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            torch.manual_seed(7)
+            torch.manual_seed(-7)
             noise = torch.rand(4, device="cuda")
         drawn = []
         for _ in range(2):

@@ -358,22 +358,23 @@ class Graphs:
         `CUDAGeneratorImpl::set_current_seed` of PyTorch is the source.
         """
         capture = self.capture if self.is_capturing else None
-        if capture is not None and int(seed) != torch.initial_seed():
+        if capture is None:
+            torch.default_generator.manual_seed(seed)
+            return
+        if int(seed) % 2**64 != torch.initial_seed():  # which is never negative
             self.refuse(
                 "seed in a capture",
                 f"manual_seed({seed}) in the capture is not the seed before it; call it before the "
                 "capture",
             )
-        if capture is not None:
-            self.note(
-                "warning",
-                "seed in a capture",
-                f"manual_seed({seed}) in the capture does nothing in a replay, which draws new "
-                "numbers; call it before graph.replay()",
-                program_line(),
-                None if capture.line is None else ("captured", capture.line),
-            )
-        torch.default_generator.manual_seed(seed)
+        self.note(
+            "warning",
+            "seed in a capture",
+            f"manual_seed({seed}) in the capture does nothing in a replay, which draws new "
+            "numbers; call it before graph.replay()",
+            program_line(),
+            None if capture.line is None else ("captured", capture.line),
+        )
 
     def changes(self) -> list[tuple[object, Attributes]]:
         """Return what else of PyTorch is replaced, by its module."""
