@@ -405,8 +405,8 @@ class CustomOpDef(torch.library.CustomOpDef):  # type: ignore[name-defined, misc
         if message.startswith(f"Batching rule not implemented for {self._qualname}"):
             if self._mutated:
                 return self._refusal_of_transforms()
-            refused = "vmap refuses lists of tensors, unless there is a rule"
-            return f"{self._qualname}: {refused}; register one by register_vmap"
+            needs = "vmap needs a rule for lists of tensors, and for results that are no tensors"
+            return f"{self._qualname}: {needs}; register one by register_vmap"
         match = _MISFIT.match(message)
         if match is None:
             return ""
