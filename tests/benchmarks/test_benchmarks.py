@@ -233,12 +233,17 @@ def test_a_terminal_with_only_ascii_has_the_table(printing):
 
 
 def test_sigterm_is_not_lost_where_a_start_fails():
-    received = []
-    before = signal.signal(signal.SIGTERM, lambda *given: received.append(given[0]))
+    received: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+
+    @putting_off_sigterm()
+    def start() -> None:
+        signal.raise_signal(signal.SIGTERM)
+        raise OSError("no process")
+
     try:
-        with pytest.raises(OSError, match="no process"), putting_off_sigterm():
-            signal.raise_signal(signal.SIGTERM)
-            raise OSError("no process")
+        with pytest.raises(OSError, match="no process"):
+            start()
     finally:
         signal.signal(signal.SIGTERM, before)
     assert received == [signal.SIGTERM]
