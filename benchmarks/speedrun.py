@@ -365,8 +365,8 @@ def score(name: str, validate: bool, quick: bool, seed: int) -> tuple[float, flo
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
     with torch.no_grad():
-        unlabelled = Samples(test.features, torch.zeros_like(test.labels), test.classes)
-        outputs = recipe.outputs(unlabelled).cpu()
+        unlabeled = Samples(test.features, torch.zeros_like(test.labels), test.classes)
+        outputs = recipe.outputs(unlabeled).cpu()
     if outputs.shape != (expected := (len(test), len(test.classes))):
         raise ConfigError(f"outputs are {tuple(outputs.shape)}, expected {expected}")
     if not outputs.isfinite().all():

@@ -218,7 +218,7 @@ def orders() -> Figure:
         axes,
         6.8,
         0.25,
-        "Products of one colour are of one order, and are added as int32. White ones are left out.",
+        "Products of one color are of one order, and are added as int32. White ones are left out.",
     )
     return figure
 
@@ -288,7 +288,7 @@ def matmul_t() -> Figure:
         axes,
         7.2,
         0.15,
-        "Grey and blue tiles are computed. The orange one is the transpose of the blue one.",
+        "Gray and blue tiles are computed. The orange one is the transpose of the blue one.",
     )
     return figure
 

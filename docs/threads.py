@@ -73,7 +73,7 @@ def draw(path: Path) -> None:
 
 
 def _draw_rows(axes: Axes, found: list[Load], last: int) -> None:
-    """Draw a row for each program: which numbers it loads, in the colour of the warp."""
+    """Draw a row for each program: which numbers it loads, in the color of the warp."""
     programs = sorted({one.program for one in found})
     for one in found:
         place = one.first, one.program - 0.4

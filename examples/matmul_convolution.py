@@ -98,7 +98,7 @@ def compare_costs(device: torch.device, batch_size: int = 64) -> list[console.Ro
 class ConvNet(torch.nn.Module):
     """A network of two convolutions and a linear layer: 28×28 → 12×12×16 → 4×4×32 → 10.
 
-    The input of each layer is centred: with sigmoids that are all positive it learns slowly.
+    The input of each layer is centered: with sigmoids that are all positive it learns slowly.
     """
 
     def __init__(self) -> None:

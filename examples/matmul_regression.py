@@ -135,7 +135,7 @@ def save_paths(file: Path, batch_sizes: tuple[int, ...], lr: float, device: torc
         for name, path in paths.items():
             line = plots.as_array(path.T)
             axes.plot(*line, ".-", markersize=4, label=name, zorder=-len(path))
-        title = f"one pass, learning rate {lr:g}\n(grey: lines of equal cost)"
+        title = f"one pass, learning rate {lr:g}\n(gray: lines of equal cost)"
         axes.set(xlabel="w", ylabel="b", title=title)
         axes.legend()
 

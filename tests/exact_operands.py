@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Hard operands of exact products: far apart, cancelling, subnormal, at ties and at limits."""
+"""Hard operands of exact products: far apart, canceling, subnormal, at ties and at limits."""
 
 import math
 from functools import partial
@@ -26,7 +26,7 @@ def wide(*shape: int, device: str = "cpu", seed: int = 0) -> Tensor:
     return made_of_integers(*shape, seed=seed).to(device)
 
 
-def cancelling(k: int) -> tuple[Tensor, Tensor]:
+def canceling(k: int) -> tuple[Tensor, Tensor]:
     """Rows whose product is 0, but whose digits but the first are −128 or −127: what is left out
     adds up."""
     x = torch.full((1, k), -(65 * 2.0**24 - 2.0**23 - 2.0**15 - 2.0**7) / 2.0**31)
@@ -35,7 +35,7 @@ def cancelling(k: int) -> tuple[Tensor, Tensor]:
 
 HARD = {
     "wide": (wide(9, 64), wide(8, 64, seed=5000)),
-    "cancelling": cancelling(64),
+    "canceling": canceling(64),
     "the smallest and the largest": (
         torch.tensor([[LEAST, -LARGEST, 0.0], [-LEAST, LEAST, -0.0], [1.0, -LEAST, 2.0**-31]]),
         torch.tensor([[LARGEST, LEAST, 1.0], [-LEAST, LARGEST * 2.0**-40, 3.0]]),

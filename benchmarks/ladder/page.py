@@ -192,7 +192,7 @@ def draw(path: Path, results: Sequence[Result], limits: Sequence[Result]) -> Non
 
 
 def draw_bars(axes: "Axes", rows: Sequence[Result]) -> None:
-    """Draw the median of each row, from the 20% to the 80% quantile a black line, coloured by
+    """Draw the median of each row, from the 20% to the 80% quantile a black line, colored by
     threads."""
     shown = set()
     for place, one in enumerate(rows):
@@ -227,7 +227,7 @@ def draw_roofline(axes: "Axes", points: Sequence[Result], limits: Sequence[Resul
     right = max(one.columns["intensity"] for one in points) * 8
     fastest = max(limits, key=lambda one: one.columns.get("gflop_per_s") or 0)
     top = fastest.columns["gflop_per_s"]
-    # Grey, for the colours are numbers of threads.
+    # Gray, for the colors are numbers of threads.
     for name, style in (("copy in memory", "--"), ("loads from the nearest cache", "-")):
         if limit := chosen(limits, name):
             bandwidth = limit.columns["gb_per_s"]

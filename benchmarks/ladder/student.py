@@ -213,7 +213,7 @@ def describe(error: BaseException, file: str, function: Callable[..., object] | 
         lines += [code.co_firstlineno] if code else []
     place = f"{name}, line {lines[-1]}" if lines else name
     told = error.msg if isinstance(error, SyntaxError) else str(error)  # without the place again
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", told)  # Numba's errors are coloured
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", told)  # Numba's errors are colored
     text = " ".join(" ".join(plain.splitlines()[:2]).split())
     if isinstance(error, ModuleNotFoundError) and error.name in PACKAGES:
         text += f"; pip install {error.name}"

@@ -171,7 +171,7 @@ DEFAULTS = {
         for dtype, bound in FAR_SIGMOID.items()
     },
     **{f"limits of sigmoid, {dtype}": cases.sigmoid_of(LIMITS.to(dtype)) for dtype in FAR_SIGMOID},
-    # Of 16 bits Triton 3.6 compares some pairs, which is not modelled.
+    # Of 16 bits Triton 3.6 compares some pairs, which is not modeled.
     **{
         f"maximum, {name}": cases.larger(draw, F32, layouts=None if name in OF_ALL_LAYOUTS else 1)
         for name, draw in OPERANDS.items()

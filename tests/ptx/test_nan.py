@@ -7,7 +7,7 @@ import pytest
 from ptx.test_instructions import executed
 from torchpar.ptx.machine import registers
 
-# Zero, infinity, the least and the largest number, 1, and a quiet NaN, signalling ones, and one of
+# Zero, infinity, the least and the largest number, 1, and a quiet NaN, signaling ones, and one of
 # all bits.
 CODES = {
     "f64": [one << 48 for one in (0, 0x7FF0, 1, 0x7FEF, 0x3FF0, 0x7FF8, 0x7FF4, 0x7FFF)],
@@ -92,7 +92,7 @@ def test_other_conversions_of_nan_have_the_same_bits(to, source):
 
 @pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "f16x2", "bf16x2"])
 @pytest.mark.parametrize("name", ["max", "min"])
-def test_a_signalling_nan_is_no_maximum(name, kind):
+def test_a_signaling_nan_is_no_maximum(name, kind):
     half = kind.removesuffix("x2")
     x, one = special(half), np.full(32, CODES[half][4], special(half).dtype)
     if half != kind:

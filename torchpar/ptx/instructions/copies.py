@@ -229,7 +229,7 @@ def _copy(i: Instruction) -> Run:
         lanes = warp.lanes()
         counts = given(warp)[lanes]
         if not set(counts.tolist()) <= {0, size}:
-            raise PtxError(i.line, "a copy of a part is not modelled")
+            raise PtxError(i.line, "a copy of a part is not modeled")
         places = Places(source(warp)[lanes], counts > 0, size, to(warp)[lanes], size)
         group = warp.groups["cp.async"][-1]
         copies = group[0] if group else None

@@ -196,7 +196,7 @@ class Tcgen05Mma(Operation):
         numbers_of = bits >> 7 & 7, bits >> 10 & 7
         # Sparse and negated operands
         if sums is None or not set(numbers_of) <= set(types) or bits & (1 << 2 | 3 << 13):
-            raise PtxError(i.line, f"the instruction descriptor {bits:#x} is not modelled")
+            raise PtxError(i.line, f"the instruction descriptor {bits:#x} is not modeled")
         self.sum = np.dtype(SUM_TYPES[sums])
         self.saturates = bool(bits >> 3 & 1)
         self.kinds = types[numbers_of[0]], types[numbers_of[1]]

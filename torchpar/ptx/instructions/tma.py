@@ -249,7 +249,7 @@ class Tensor:
         # 5.5, and the restrictions of cuTensorMapEncodeTiled
         row = self.box[0] * self.bytes
         if field("element_stride", self.rank) + field("interleave_layout") != [1] * self.rank + [0]:
-            raise PtxError(line, "element strides and interleaved layouts are not modelled")
+            raise PtxError(line, "element strides and interleaved layouts are not modeled")
         if self.has_nan_outside and "f" not in self.kind:
             raise PtxError(
                 line, f"NaN cannot fill a box of {self.kind}, expected f16, bf16, f32 or f64"

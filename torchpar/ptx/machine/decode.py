@@ -121,7 +121,7 @@ def prepare(i: Instruction) -> Run:
 
 
 def unknown(i: Instruction) -> Run:
-    """An instruction that is not modelled is an error only where it is executed."""
+    """An instruction that is not modeled is an error only where it is executed."""
 
     def run(warp: "Warp") -> None:
         message = f"the executor does not know {i.opcode}"

@@ -340,7 +340,7 @@ def _cluster(head: str) -> tuple[int, int, int]:
 def _declare(statement: str, kernel: Kernel, scope: ChainMap[str, Any], line: int) -> None:
     _, kind, *names = statement.replace(",", " ").split()
     if kind[1:] not in REGISTERS:
-        raise PtxError(line, f"registers of the type {kind} are not modelled")
+        raise PtxError(line, f"registers of the type {kind} are not modeled")
     for name in names:
         stem, _, count = name.partition("<")
         for one in [f"{stem}{i}" for i in range(int(count[:-1]))] if count else [stem]:

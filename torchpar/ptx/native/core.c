@@ -320,7 +320,7 @@ static inline float larger_f32(float a, float b)
 {
     if (a == b && a == 0)
         return signbit(a) ? b : a;
-    return isnan(a) || b > a ? b : a; /* where fmax makes NaN of a signalling one */
+    return isnan(a) || b > a ? b : a; /* where fmax makes NaN of a signaling one */
 }
 static inline float larger_or_nan_f32(float a, float b)
 {
