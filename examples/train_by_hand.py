@@ -320,7 +320,8 @@ def compare_gradients(
     for name, t, gradient in gradients:
         expected = difference_quotient(loss, t)
         if gradient.shape == expected.shape:
-            error = Error((gradient - expected).abs().max() / expected.abs().max())
+            relative = (gradient - expected).abs().max() / expected.abs().max()
+            error = Error(relative.nan_to_num(torch.inf, torch.inf))  # NaN is in no order
             error.where = farthest(gradient, expected)
         else:
             error = Error(torch.inf)

@@ -353,6 +353,13 @@ CAUSAL = matmul_attention.causal_weights
 CONVOLUTION = matmul_convolution.convolution
 
 
+def test_a_gradient_of_nan_is_not_hidden_by_that_of_another_layer():
+    t = torch.ones(2, dtype=torch.float64)
+    gradients = [("weight", t, 2 * t * torch.nan), ("weight", t, 2 * t)]
+    (error,) = train_by_hand.compare_gradients(lambda: t.square().sum(), gradients).values()
+    assert (error, error.where) == (torch.inf, "[0] of shape (2,) is nan, expected 2")
+
+
 @pytest.mark.parametrize(
     "module, part, name, wrong",
     [
