@@ -154,7 +154,7 @@ class Lines(Callback):
 
     def on_train_start(self, trainer: Trainer, *_: object) -> None:
         steps = f"{trainer.num_training_batches} steps"
-        self._print(trainer, f"epoch {trainer.current_epoch + 1} begins, of {steps}")
+        self._print(trainer, f"epoch {trainer.current_epoch + 1} begins: {steps}")
 
     def on_train_epoch_start(self, *_: object) -> None:
         self._start = time.perf_counter()

@@ -43,7 +43,7 @@ def test_the_seconds_are_no_more_than_passed_and_each_epoch_has_a_line(
     train_lightning.main()
     passed = time.perf_counter() - starts[0]
     first, *lines, last = capsys.readouterr().out.splitlines()
-    assert first == "epoch 1 begins, of 2 steps"
+    assert first == "epoch 1 begins: 2 steps"
     epochs = [line for line in lines if "loss" in line]
     told = [line for line in lines if "loss" not in line]
     assert [line.rpartition(" after ")[0] for line in told] == [

@@ -178,7 +178,7 @@ def compare(
     """Raise Wrong, with the first wrong number, if ``found`` is not ``expected``.
 
     Args:
-        z: the numbers that it is of, one for each.
+        z: the argument of each element of ``found``, which the message then names.
     """
     if found.shape != expected.shape:
         raise Wrong(f"the result {where} has shape {found.shape}, expected {expected.shape}")

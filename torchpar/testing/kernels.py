@@ -78,9 +78,9 @@ def check_kernel(
             launches kernels. The row "formula" says whether both compute the same formula, in any
             order of its sums and products. It compares all bits, with Triton's FpSan: floats become
             integers modulo a power of two, of which sums and products are exact. Formulas that are
-            equal by a root, or by canceling a factor of a quotient, are two: docs/ptx.md has the
-            equalities. A kernel whose atomics add floats is not compared: FpSan does not replace
-            these sums.
+            equal only by a root, or by canceling a factor of a quotient, count as two; docs/ptx.md
+            lists the equalities. A kernel whose atomics add floats is not compared: FpSan does not
+            replace these sums.
         options: constants of the kernel by name, and Triton's options, such as ``num_warps``.
 
     Returns:
@@ -282,7 +282,7 @@ def _spoil(
     right: Mapping[str, Tensor],
     again: Callable[[], Mapping[str, Tensor]],
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Change what the kernel is to write and is right before: else it may leave this out, unseen.
+    """Change elements that are right before the launch: a kernel may leave them out, unseen.
 
     The memory of `torch.empty` can hold an earlier result. It stays as it is if the reference then
     returns something else, or if the tensor is one number everywhere, to which the kernel may add.

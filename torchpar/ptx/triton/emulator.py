@@ -54,7 +54,7 @@ class Emulator(gpu.Gpu):
 
     Attributes:
         launches: the launches, in their order.
-        empty: what was launched without a program.
+        empty: for each launch whose grid has no program, a clause that names both.
         faults: each of them once, by its name, its line of the source, and what was accessed.
         graphs: the CUDA graphs that were captured, in their order.
         watcher: an object that records operators and launches for CUDA graphs, or None.
