@@ -705,7 +705,9 @@ class CustomOpDef(torch.library.CustomOpDef):  # type: ignore[name-defined, misc
             leaves = list(chain(*lists))
             is_tensor = [hasattr(t, "placements") or hasattr(t, "strategies") for t in leaves]
             sizes = [len(self._returns), sum(is_tensor)]
-            for pair in found if isinstance(found, list | tuple) else [found]:
+            pairs = found if isinstance(found, list | tuple) else [found]
+            misfits = []
+            for pair in pairs:
                 are_lists = isinstance(pair, list | tuple) and [
                     isinstance(one, list | tuple) for one in pair
                 ]
@@ -720,12 +722,15 @@ class CustomOpDef(torch.library.CustomOpDef):  # type: ignore[name-defined, misc
                         f"{self._qualname}: the sharding rule has {pair}, expected {expected}"
                     )
                 placed: Iterable[Any] = [one for one in pair[1] if one is not None]
-                for t, placement in zip(compress(leaves, is_tensor), placed, strict=True):
-                    if placement.is_shard() and not 0 <= placement.dim < t.ndim:
-                        raise ValueError(
-                            f"{self._qualname}: the sharding rule has {pair}, expected a dimension "
-                            f"from 0 to {t.ndim - 1} for {placement}"
-                        )
+                misfits += [
+                    f"the sharding rule has {pair} for a tensor of {t.ndim} dimensions"
+                    for t, placement in zip(compress(leaves, is_tensor), placed, strict=True)
+                    if placement.is_shard() and not 0 <= placement.dim < t.ndim
+                ][:1]
+            # DTensor leaves out placements with a dimension that the tensor lacks.
+            if pairs and len(misfits) == len(pairs):
+                expected = "expected placements on its dimensions, from 0 on, or Replicate()"
+                raise ValueError(f"{self._qualname}: {misfits[0]}, {expected}")
             return found
 
         sharding_rules[self._opoverload] = with_defaults

@@ -575,11 +575,22 @@ def test_two_results() -> None:
     )
     for placements, expected in (
         ([Replicate()] * 2, "expected two lists, the placements of 2 results and of 1 tensors"),
-        ([Shard(1)], "expected a dimension from 0 to 0 for S(1)"),
+        ([Shard(1)], "for a tensor of 1 dimensions, expected placements on its dimensions"),
     ):
         wrong.register_sharding(lambda x, given=placements: [([Replicate()] * 2, given)])
         row = check_operator(wrong, [(normal(3),)], reference=reference, rules="DTensor")["DTensor"]
         assert expected in row.detail, str(row)
+
+
+def test_a_rule_of_sharding_may_name_a_dimension_that_a_smaller_tensor_lacks() -> None:
+    op = library.custom_op(
+        "torchpar_faulty::copied", torch.clone, mutates_args=(), schema="(Tensor x) -> Tensor"
+    )
+    op.register_fake(torch.empty_like)
+    op.register_autograd(lambda ctx, g: g)
+    op.register_sharding(lambda x: [([p], [p]) for p in (Replicate(), Shard(0), Shard(1))])
+    for x in (normal(2, 4), normal(2), normal()):
+        assert check_operator(op, [(x,)], rules="DTensor")["DTensor"].outcome == "works"
 
 
 def test_a_reference_without_a_gradient_hides_no_wrong_gradient() -> None:
