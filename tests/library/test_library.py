@@ -221,6 +221,10 @@ def test_a_launch_without_a_gpu_says_what_to_do() -> None:
     rows = check_operator(op, [(X,)], reference=double, rules="values").rows
     way = 'has no kernel for the CPU; register one by register_kernel("cpu")'
     assert rows[0].detail.startswith(f"RuntimeError: {op._qualname} {way}")
+    op.register_kernel("cpu")(launch)  # a kernel for CPUs that is wrong, and not missing
+    with pytest.raises(RuntimeError, match="active drivers") as raised:
+        op(X)
+    assert not hasattr(raised.value, "__notes__")
     op.register_kernel("cpu")(double)
     rows = check_operator(op, [(X,)], reference=double, rules="fake tensors").rows
     assert "launches a kernel on fake tensors; launch it as torch.library.wrap" in rows[0].detail

@@ -495,8 +495,10 @@ class CustomOpDef(torch.library.CustomOpDef):  # type: ignore[name-defined, misc
     def _add_note(self, error: Exception, args: tuple[object, ...]) -> None:
         if any(t.is_meta for t in tensors_of(args)):  # a kernel also sees fake tensors as such
             error.add_note(f"{self._qualname} has no fake; register one by register_fake")
-        elif any(words in str(error) for words in _ERRORS_OF_LAUNCHES) and all(
-            t.device.type == "cpu" for t in tensors_of(args)
+        elif (
+            "cpu" not in self._kernels
+            and any(words in str(error) for words in _ERRORS_OF_LAUNCHES)
+            and all(t.device.type == "cpu" for t in tensors_of(args))
         ):
             error.add_note(
                 f"{self._qualname} has no kernel for the CPU; register one by "
