@@ -199,6 +199,13 @@ def test_a_file_without_functions_is_refused_in_one_line(tmp_path, capsys, text,
     assert reason in line
 
 
+def test_digits_that_are_not_there_are_asked_for_by_the_flag(tmp_path, capsys):
+    (tmp_path / "my.py").write_text(RIGHT)
+    assert exercises.main(["--with", str(tmp_path / "my.py"), "--data", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"error: --data {tmp_path}: {tmp_path}/MNIST/raw/" in line
+
+
 @pytest.mark.slow
 def test_mnist_is_learnt_to_95_percent():
     assert exercises.check_training(functions(RIGHT), exercises.DATA).is_right

@@ -255,7 +255,10 @@ def forward(
 
 def check_training(functions: dict[str, Function], data: Path) -> Verdict:
     """Train on MNIST until `ASKED` is reached, for at most `EPOCHS`."""
-    training, test = read("mnist", data)
+    try:
+        training, test = read("mnist", data)
+    except ConfigError as e:
+        raise ConfigError(f"--data {data}: {e}") from e
     x, accuracies = test.inputs(), list[float]()
     results = train(functions, training.inputs(), training.labels, EPOCHS)
     for epoch, (weights, biases) in enumerate(results, 1):
