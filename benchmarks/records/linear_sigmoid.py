@@ -114,6 +114,7 @@ LINEAR_SIGMOID = Operator(
             (ones(2, 3), ones(1, 4, 3)), "weight has shape (1, 4, 3), expected (out_features, 3)"
         ),
         Refused((ones(2, 3), ones(4, 3), ones(2, 4)), "bias has shape (2, 4), expected (4,)"),
+        Refused((ones(2, 3), ones(4, 3).int()), f"weight has dtype torch.int32, {FLOATING}"),
         Refused(
             (ones(2, 3), ones(4, 3).half()),
             "weight has dtype torch.float16 and x torch.float32, expected one dtype; cast one, as "

@@ -41,6 +41,7 @@ def check_like(
     if t.shape != shape:
         what = f"{name} has shape {tuple(t.shape)}, expected {tuple(shape)}"
     elif t.dtype != like.dtype:
+        check_dtype(operator, name, t)
         what = (
             f"{name} has dtype {t.dtype} and {other} {like.dtype}, expected one dtype; cast one, "
             f"as by {other}.to({name}.dtype)"
