@@ -27,6 +27,8 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Inductor would compile and run a program for each instruction set, which takes ten seconds.
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+# Its processes that compile would import torch for a few kernels.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 if TYPE_CHECKING:  # the process that starts pytest-xdist's workers needs no torch
     from torchpar.parallel.launch.local import Ranks
 
