@@ -33,8 +33,8 @@ if TYPE_CHECKING:  # the process that starts pytest-xdist's workers needs no tor
     from torchpar.parallel.launch.local import Ranks
 
 LONGEST = """
-    check_operator emulated_corpus examples launch library our_operators ptx rendezvous run_page
-    symmetric_matmul testing training
+    check_operator check_optimizer docs emulated_corpus examples fp32_products launch library
+    magnitudes ptx run_page symmetric_matmul training
 """
 
 
