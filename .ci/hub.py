@@ -48,7 +48,8 @@ tags:
 # torchpar
 
 Triton operators for NVIDIA GPUs, which run on CPUs too. They support autograd, torch.func,
-torch.compile, autocast and DTensor. They need Python 3.11 and torch 2.11, or newer versions.
+torch.compile, autocast and DTensor. They need Python 3.11 and torch 2.11, or newer versions, and
+`pip install kernels`.
 
 | operator | result |
 |---|---|

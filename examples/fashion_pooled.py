@@ -187,6 +187,11 @@ def load(flags: Flags, speaks: bool = True) -> tuple[Pixels, Pixels]:
     else:
         dataset, line = find_dataset(flags)
         train, test = map(pool, read(dataset, flags.data))
+        if (shape := train.x.shape) != (expected := (len(train.labels), SIZES[0])):
+            raise ConfigError(
+                f"pool returns images of shape {shape}, expected {expected}, {SIDE} × {SIDE} each; "
+                "mend it"
+            )
     if line and speaks:
         print(line)
     cli.check_samples(flags.samples, len(train.labels))

@@ -27,12 +27,14 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Inductor would compile and run a program for each instruction set, which takes ten seconds.
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+# Its processes that compile would import torch for a few kernels.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 if TYPE_CHECKING:  # the process that starts pytest-xdist's workers needs no torch
     from torchpar.parallel.launch.local import Ranks
 
 LONGEST = """
-    check_operator emulated_corpus examples launch library our_operators ptx rendezvous run_page
-    symmetric_matmul testing training
+    check_operator check_optimizer docs emulated_corpus examples fp32_products launch library
+    magnitudes ptx run_page symmetric_matmul training
 """
 
 

@@ -8,6 +8,7 @@ import struct
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -166,6 +167,18 @@ def test_a_damaged_file_is_named_with_the_repair_and_nothing_is_written(
     with pytest.raises(ConfigError, match=rf"^.*/{name} cannot be read {message}; {repair}.*$"):
         data.load("fashion-mnist", tmp_path)
     assert {path: path.stat().st_mtime_ns for path in (raw, *raw.iterdir())} == before
+
+
+@pytest.mark.parametrize(
+    "package, advice", [(object(), ""), (None, ", after pip install torchvision")]
+)
+def test_where_there_are_no_files_none_is_called_damaged(tmp_path, package, advice):
+    holder = "name the folder that holds MNIST/raw"
+    with (
+        patch.object(datasets, "find_spec", lambda name: package),
+        pytest.raises(ConfigError, match=f"is missing; {holder}, or download it{advice}: python"),
+    ):
+        data.load("mnist", tmp_path)
 
 
 IMAGES = "t10k-images-idx3-ubyte"

@@ -4,6 +4,7 @@
 import ast
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,13 @@ SOURCES = {
     for folder in ("torchpar", "kernels")
     for path in sorted((ROOT / folder).rglob("*.py"))
 }
+
+
+@cache  # for both tests
+def nodes(source: str) -> list[ast.AST]:
+    """The definitions of a file, and the file, in the order of `ast.walk`."""
+    defined = ast.Module | ast.ClassDef | ast.FunctionDef
+    return [node for node in ast.walk(ast.parse(source)) if isinstance(node, defined)]
 
 
 def of_one_name(names: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
@@ -35,17 +43,16 @@ def files(sources: Mapping[str, str]) -> Iterator[tuple[str, str]]:
 
 def classes(sources: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     for path, source in sources.items():
-        for node in ast.walk(ast.parse(source)):
+        for node in nodes(source):
             if isinstance(node, ast.ClassDef):
                 yield node.name, path
 
 
 def first_sentences(sources: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     """The first sentences of docstrings."""
-    documented = ast.Module | ast.ClassDef | ast.FunctionDef
     for path, source in sources.items():
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, documented) and (text := ast.get_docstring(node)):
+        for node in nodes(source):
+            if text := ast.get_docstring(node):
                 paragraph = " ".join(text.partition("\n\n")[0].split())
                 yield paragraph.partition(". ")[0].removesuffix("."), path
 

@@ -9,9 +9,13 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import NoReturn, TypeVar
+
+T = TypeVar("T")
+SILENCE = 10.0  # seconds after which a loop says how far it is
 
 __all__ = ["AllRanksError", "ConfigError", "DivergedError", "RankLostError", "TorchparError"]
 __all__ += ["check_finite", "first_line"]
@@ -67,6 +71,23 @@ def in_columns(rows: Sequence[Sequence[str]]) -> str:
 def stop_printing() -> None:
     """Let what is printed from now on go nowhere, as after a reader has closed the pipe."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def say_progress(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
+    """The items. Where they take longer than `SILENCE`, lines on stderr say how far the loop is.
+
+    Args:
+        what: the items, as "steps" in "37 of 100 steps after 10 s".
+        total: their number; by default that of a sequence.
+    """
+    total = len(items) if total is None and isinstance(items, Sized) else total
+    of = "" if total is None else f" of {total}"
+    begun = last = time.monotonic()
+    for done, item in enumerate(items):
+        if (now := time.monotonic()) - last >= SILENCE:
+            last = now
+            print(f"{done}{of} {what} after {now - begun:.0f} s", file=sys.stderr, flush=True)
+        yield item
 
 
 @contextmanager

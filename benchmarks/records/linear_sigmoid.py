@@ -22,7 +22,6 @@ from .record import (
     Sizes,
     SmallCall,
     Workload,
-    unlike,
 )
 from .tuned_product import tuned_product
 
@@ -114,8 +113,13 @@ LINEAR_SIGMOID = Operator(
         Refused(
             (ones(2, 3), ones(1, 4, 3)), "weight has shape (1, 4, 3), expected (out_features, 3)"
         ),
-        Refused((ones(2, 3), ones(4, 3), ones(2, 4)), unlike("bias", (2, 4), (4,))),
-        Refused((ones(2, 3), ones(4, 3).half()), unlike("weight", (4, 3), (4, 3), torch.float16)),
+        Refused((ones(2, 3), ones(4, 3), ones(2, 4)), "bias has shape (2, 4), expected (4,)"),
+        Refused((ones(2, 3), ones(4, 3).int()), f"weight has dtype torch.int32, {FLOATING}"),
+        Refused(
+            (ones(2, 3), ones(4, 3).half()),
+            "weight has dtype torch.float16 and x torch.float32, expected one dtype; cast one, as "
+            "by x.to(weight.dtype)",
+        ),
     ],
     workloads=[
         Workload(

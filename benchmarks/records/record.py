@@ -28,7 +28,7 @@ class Refused(NamedTuple):
     """Arguments that an operator refuses, and its message."""
 
     args: tuple[Tensor, ...]
-    message: str  # with {device} for the device's repr, {where} for its name
+    message: str  # with {where} for the device
     kwargs: Mapping[str, float] = MappingProxyType({})
 
 
@@ -218,11 +218,3 @@ class Operator(NamedTuple):
     def sized(self, sizes: dict[str, Any]) -> tuple[tuple[Any, ...], ...]:
         """The arguments' shapes, for a size per letter."""
         return tuple(tuple(sizes.get(letter, 1) for letter in shape) for shape in self.shapes)
-
-
-def unlike(name: str, actual: Any, expected: Any, dtype: torch.dtype = torch.float32) -> str:
-    """The message about an argument whose shape or dtype differs from what is expected."""
-    return (
-        f"{name} is ({actual}, {dtype}, {{device}}), expected ({expected}, torch.float32, "
-        f"{{device}})"
-    )

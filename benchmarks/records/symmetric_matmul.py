@@ -12,7 +12,7 @@ from torch import Tensor, ones
 import torchpar
 from torchpar.ops.cpu import mirror_
 
-from .record import FLOATING, FLOATS, Operator, Refused, SmallCall, Workload, unlike
+from .record import FLOATING, FLOATS, Operator, Refused, SmallCall, Workload
 
 ALPHA, BETA = 0.5, 2.0  # in the benchmarks
 
@@ -84,9 +84,13 @@ SYMMETRIC_MATMUL = Operator(
     refused=[
         Refused((ones(3, 2).int(), ones(3, 2).int()), f"a has dtype torch.int32, {FLOATING}"),
         Refused((ones(3), ones(3)), "a has shape (3,), expected (*, n, k)"),
-        Refused((ones(3, 2), ones(2, 3)), unlike("b", (2, 3), (3, 2))),
-        Refused((ones(3, 2), ones(3, 2).half()), unlike("b", (3, 2), (3, 2), torch.float16)),
-        Refused((ones(3, 2), ones(3, 2), ones(3, 2)), unlike("c", (3, 2), (3, 3))),
+        Refused((ones(3, 2), ones(2, 3)), "b has shape (2, 3), expected (3, 2)"),
+        Refused(
+            (ones(3, 2), ones(3, 2).half()),
+            "b has dtype torch.float16 and a torch.float32, expected one dtype; cast one, as by "
+            "a.to(b.dtype)",
+        ),
+        Refused((ones(3, 2), ones(3, 2), ones(3, 2)), "c has shape (3, 2), expected (3, 3)"),
         Refused((ones(3, 2), ones(3, 2), ones(3, 3)), "c is given without beta, pass both"),
         Refused(
             (ones(3, 2),) * 2, "beta is 1.0 and c is None, pass both or neither", {"beta": 1.0}

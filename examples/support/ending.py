@@ -101,7 +101,8 @@ def parsing() -> Iterator[None]:
 
 def _reason(error: Exception) -> str:
     """What to print of an error; it is raised again if it is a fault of the program."""
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC and not can_print():
+    of_output = errno.ENOSPC, errno.EPIPE  # a full disk, or nobody who reads on
+    if isinstance(error, OSError) and error.errno in of_output and not can_print():
         return f"the output cannot be written: {error}"
     if isinstance(error, TorchparError | OSError):
         return str(error)

@@ -8,6 +8,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 
+from torchpar import errors
 from torchpar.baselines import exercises
 from torchpar.data.files import Images
 
@@ -198,6 +199,13 @@ def test_a_file_without_functions_is_refused_in_one_line(tmp_path, capsys, text,
     assert reason in line
 
 
+def test_digits_that_are_not_there_are_asked_for_by_the_flag(tmp_path, capsys):
+    (tmp_path / "my.py").write_text(RIGHT)
+    assert exercises.main(["--with", str(tmp_path / "my.py"), "--data", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"error: --data {tmp_path}: {tmp_path}/MNIST/raw/" in line
+
+
 @pytest.mark.slow
 def test_mnist_is_learnt_to_95_percent():
     assert exercises.check_training(functions(RIGHT), exercises.DATA).is_right
@@ -205,8 +213,19 @@ def test_mnist_is_learnt_to_95_percent():
 
 def test_a_slow_epoch_says_how_far_it_is(capsys):
     clock = iter([0.0, 0.0, 9.0, 11.0, 12.0, 0.0, 10.0])
-    with patch.object(exercises.time, "monotonic", lambda: next(clock)):
+    with patch.object(errors.time, "monotonic", lambda: next(clock)):
         batch = (np.zeros(1), np.zeros(1))
-        assert len(list(exercises.told([batch] * 4))) == 4
-        assert len(list(exercises.told(one for one in [batch]))) == 1  # has no length
-    assert capsys.readouterr().out == "2 of 4 batches after 11 s\n0 batches after 10 s\n"
+        assert list(errors.say_progress([batch] * 4, "batches")) == [batch] * 4
+        assert list(errors.say_progress(iter([batch]), "batches")) == [batch]  # has no length
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "2 of 4 batches after 11 s\n0 batches after 10 s\n")
+
+
+def test_the_training_says_how_far_an_epoch_is(capsys):
+    with (
+        patch.object(exercises, "read", lambda *_: (images(64), images(10))),
+        patch.object(exercises, "EPOCHS", 1),
+        patch.object(errors, "SILENCE", 0.0),
+    ):
+        exercises.check_training(functions(RIGHT), Path())
+    assert re.match(r"0 of 2 batches after \d+ s\n1 of 2 batches", capsys.readouterr().err)

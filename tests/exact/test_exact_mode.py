@@ -336,6 +336,25 @@ def test_the_last_value_for_a_place_is_written():
         assert torch.equal(torch.zeros(1000).scatter(0, places, values), values[-1000:])
 
 
+def test_a_model_without_values_has_shapes():
+    """Such as one that is made on the meta device, and whose weights are loaded later."""
+
+    def shapes(device):
+        made = nn.ModuleList([nn.Embedding(9, 8), nn.TransformerEncoderLayer(8, 2, 16, 0.1)])
+        embedding, layer = made.to(device)
+        tokens = torch.zeros(5, 3, dtype=torch.long, device=device)
+        y = layer(embedding(tokens)).flatten(1).log_softmax(1)
+        F.nll_loss(y, tokens[:, 0]).backward()
+        return [y.shape, *[p.grad.shape for p in made.parameters()]]
+
+    with torchpar.exact.mode():
+        with torch.device("meta"):
+            assert nn.Embedding(9, 8).weight.is_meta  # drawn by a rule
+        assert shapes("meta") == shapes("cpu")
+        with pytest.raises(ConfigError, match=r"takes float32, an operand is torch\.float64"):
+            torch.ones(3, dtype=torch.float64, device="meta").sum()
+
+
 def test_coverage_lists_what_is_missing():
     def function(x: Tensor) -> Tensor:
         attended = F.scaled_dot_product_attention(x, F.group_norm(x, 3), x)

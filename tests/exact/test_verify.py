@@ -7,13 +7,14 @@ import re
 import signal
 from concurrent.futures.process import BrokenProcessPool
 from itertools import pairwise
-from unittest.mock import Mock, patch
+from unittest.mock import MagicMock, Mock, patch
 
 import pytest
 import torch
 from torch.distributed.elastic.utils.distributed import get_free_port
 
-from torchpar.exact.verify import drawn, verify
+from torchpar import errors
+from torchpar.exact.verify import drawn, models, verify
 
 DRAWN = "b00ea11d8ef0502d459f757a0642a9cacfcf5d62f74946764dd4d3d7116819ee"  # of what is drawn
 
@@ -120,3 +121,22 @@ def test_variables_of_another_launcher_do_not_matter():
         patch.object(verify, "trained", lambda world, plan: (world.rank, world.world_size)),
     ):
         assert verify._trained_on_rank(0, plan) == (0, 1)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_slow_rank_0_says_how_far_it_is(capsys, rank):
+    steps = [[(torch.ones(2, 3), torch.zeros(2, dtype=torch.int64))]] * 2
+    model = torch.nn.Linear(3, 2)
+    world = MagicMock(rank=rank, dp_rank=0, dp_size=1)
+    with (
+        patch.object(errors, "SILENCE", 0.0),
+        patch.object(models, "DataParallel"),
+        patch.object(models, "P2PCommunicator"),
+        patch.object(models, "gpipe") as step,
+    ):
+        models._train(model, Mock(), Mock(), steps, 2, world)
+    assert step.call_count == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(" after ")[0] for line in lines] == (
+        [] if rank else ["0 of 2 steps", "1 of 2 steps"]
+    )

@@ -11,6 +11,7 @@ from commands import lesson, rows_of
 
 pytest.importorskip("tyro", reason="tyro reads the flags")
 
+import fashion_pooled
 from support import mat
 
 from torchpar.baselines.numpy_mlp import NumpyMLP
@@ -110,3 +111,12 @@ def test_every_iteration_has_its_phases(files, tmp_path, library, phases):
     cost = (np.logaddexp(0, z) - t * z).sum() / 40
     assert rows[0]["cost"] == pytest.approx(cost, rel=1e-5)  # of 250 products in float32
     assert rows[60]["cost"] == rows[0]["cost"]
+
+
+def test_a_pool_of_the_reader_that_makes_another_size_is_named(monkeypatch):
+    flags = fashion_pooled.Flags(dataset="mnist")
+    wrong = fashion_pooled.Pixels(np.zeros((3, 560), np.float32), np.zeros(3, np.int64))
+    monkeypatch.setattr(fashion_pooled, "read", lambda *_: (None, None))
+    monkeypatch.setattr(fashion_pooled, "pool", lambda images: wrong)
+    with pytest.raises(ConfigError, match=r"pool returns .* \(3, 560\), expected \(3, 400\)"):
+        fashion_pooled.load(flags)

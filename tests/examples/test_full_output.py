@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""An example whose output goes to a full disk."""
+"""An example whose output goes to a full disk, or to a closed pipe."""
 
 import errno
 
@@ -15,6 +15,8 @@ from support import ending
     [
         (errno.ENOSPC, False, "the output cannot be written: [Errno 28] no room"),
         (errno.ENOSPC, True, "[Errno 28] no room"),  # another file's
+        (errno.EPIPE, False, "the output cannot be written: [Errno 32] no room"),
+        (errno.EPIPE, True, "[Errno 32] no room"),  # a connection's
         (errno.EIO, False, "[Errno 5] no room"),
     ],
 )

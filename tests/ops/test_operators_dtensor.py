@@ -9,9 +9,12 @@ import pytest
 import torch
 from samples import widest_arguments
 from torch import distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import torchpar
 from benchmarks.records import OPERATORS
@@ -101,3 +104,23 @@ def rows_of_a_product(shape: tuple[int, ...]) -> tuple[int, str]:
 @pytest.mark.parametrize("shape", [(7, 5), (300, 5), (2, 8, 5)], ids=str)
 def test_rows_of_a_product_take_one_gather(ranks, shape):
     assert ranks(2, rows_of_a_product, shape) == [(1, f"S({len(shape) - 2})")] * 2
+
+
+def rows_that_are_split_twice() -> None:
+    """matmul_t of a layer that is split by rows, and again by `fully_shard`."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    (whole,) = operands("matmul_t", ((8, 5),))
+    layer = nn.Linear(5, 8, bias=False)
+    layer.weight = nn.Parameter(whole.detach().clone())
+    parallelize_module(layer, mesh["tp"], ColwiseParallel())
+    fully_shard(layer, mesh=mesh["dp"])
+    y, expected = torchpar.matmul_t(layer.weight), torchpar.matmul_t(whole)
+    torch.testing.assert_close(y.full_tensor(), expected.detach())
+    (found,) = torch.autograd.grad(y.cos().sum(), layer.weight)
+    torch.testing.assert_close(
+        found.full_tensor(), *torch.autograd.grad(expected.cos().sum(), whole)
+    )
+
+
+def test_rows_that_are_split_twice(ranks):
+    ranks(4, rows_that_are_split_twice)

@@ -52,10 +52,7 @@ CALLS: dict[str, Callable[[Callable[..., Any], tuple[Tensor, ...]], Any]] = {
 )
 def test_errors(name: str, refused: Refused, call: str, device: str) -> None:
     args = tuple(arg.detach().to(device) for arg in refused.args)
-    device_of = args[0].device
-    message = refused.message.replace("{device}", repr(device_of)).replace(
-        "{where}", str(device_of)
-    )
+    message = refused.message.replace("{where}", str(args[0].device))
     expected = f"torchpar::{name}: {message}"
     with pytest.raises(RuntimeError, match=re.escape(expected)) as caught:
         CALLS[call](partial(OPERATORS[name].function, **refused.kwargs), args)
@@ -87,5 +84,5 @@ def test_autocast_makes_one_dtype_of_floats_only(device: str) -> None:
     with torch.autocast(device, torch.bfloat16):
         assert torchpar.linear_sigmoid(x, weight.bfloat16()).dtype == torch.bfloat16
         for wrong in (weight.double(), weight.long()):
-            with pytest.raises(RuntimeError, match="torchpar::linear_sigmoid: weight is"):
+            with pytest.raises(RuntimeError, match="torchpar::linear_sigmoid: weight has dtype"):
                 torchpar.linear_sigmoid(x, wrong)

@@ -594,6 +594,8 @@ def view(function: Callable[[Tensor], Any]) -> Muon:
         (lambda: Muon([X[0]]), r"parameter 0 of group 0 has shape \(4,\), expected 2D, a matrix"),
         (lambda: Muon(torch.nn.Linear(4, 4)), r"a model, Linear; pass model\.parameters\(\), or"),
         (lambda: Muon([X.long()]), "is torch.int64, expected a floating dtype"),
+        (lambda: Muon([X.to(torch.float8_e4m3fn)]), "is torch.float8_e4m3fn, expected a floating"),
+        (lambda: Muon([X.to_sparse()]), "is torch.sparse_coo, expected torch.strided"),
         (
             lambda: Muon([{"params": [X], "ns": "gram"}]),
             "ns applies to the whole optimizer, not to a group",

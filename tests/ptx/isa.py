@@ -32,7 +32,7 @@ SECTIONS = {
         cp.async.bulk.prefetch.tensor tensormap.replace:tensormap.replace.tile""",
     "9.7.10 and 9.7.11 textures and surfaces": "tex tld4 txq istypep suld sust sured suq",
     "9.7.12 control flow": "bra brx.idx call ret exit",
-    "9.7.13 synchronisation": f"""bar:bar.sync barrier:barrier.sync bar.warp.sync bar.red
+    "9.7.13 synchronization": f"""bar:bar.sync barrier:barrier.sync bar.warp.sync bar.red
         barrier.cluster:barrier.cluster.arrive membar fence atom red red.async:red.async.relaxed
     vote.sync match.any.sync
         match.all.sync activemask:activemask.b32 redux.sync griddepcontrol elect.sync

@@ -118,3 +118,61 @@ def test_an_offset_that_overflows_32_bits_is_named_with_the_element_that_was_mea
     assert "2**32" not in message(page * stride, wrapped)
     assert "2**32" not in message(8000 * stride, -1)
     assert "2**32" not in message(8000 * stride, 8000 * stride)
+
+
+@triton.jit
+def scaled_sum(x, scales, out, K, MASKED: tl.constexpr):
+    total = tl.zeros((1,), tl.float32)
+    for k in range(0, K, 128):
+        i, group = k + tl.arange(0, 128), k // 32 + tl.arange(0, 4)
+        if MASKED:
+            exponent = tl.load(scales + group, mask=group * 32 < K, other=0)
+        else:
+            exponent = tl.load(scales + group)  # fault
+        values = tl.reshape(tl.load(x + i, mask=i < K, other=0.0), (4, 32))
+        scale = tl.where(exponent == 255, float("nan"), tl.exp2(exponent.to(tl.float32) - 127))
+        total += tl.sum(values * scale[:, None])
+    tl.store(out + tl.arange(0, 1), total)
+
+
+@pytest.mark.parametrize("padding, fault", [(0, "out of bounds"), (3, "uninitialised memory")])
+def test_scales_behind_the_last_one_are_not_multiplied_by_zero_alone(padding, fault):
+    """A byte of 255 is a NaN, and 0 times it is, too (vllm#47303, triton#10772)."""
+    for masked in (False, True):
+        with emulate("sm_90") as gpu:
+            scales = torch.empty(5 + padding, dtype=torch.uint8)
+            scales[:5] = 127
+            out = torch.empty(1)
+            scaled_sum[(1,)](torch.ones(160), scales, out, 160, masked)
+        if masked:
+            assert (gpu.faults, out.item()) == ([], 160)
+        else:
+            (found,) = gpu.faults
+            assert found.name == fault
+            assert f"test_reported.py:{line_of(scaled_sum, '# fault')}" in str(found)
+
+
+@triton.jit
+def shifted(state, x, out, WAITS: tl.constexpr):
+    n, w = tl.arange(0, 64), tl.arange(0, 4)
+    new = tl.load(x + n)
+    tl.store(out + n, tl.load(state + n * 4 + 1) + tl.load(state + n * 4 + 2) + new)
+    if WAITS:
+        tl.debug_barrier()
+    cells = state + n[:, None] * 4 + w
+    later = tl.load(cells + 1, mask=(w < 3)[None, :] & (n < 64)[:, None])
+    if WAITS:
+        tl.debug_barrier()
+    tl.store(cells, tl.where(w[None, :] == 3, new[:, None], later))  # fault
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_state_that_is_read_in_one_layout_and_overwritten_in_another(waits):
+    """No thread waits for the warp that has read its cells (TensorRT-LLM#17522)."""
+    with emulate("sm_90") as gpu:
+        state, x, out = torch.arange(256.0).view(64, 4), torch.ones(64), torch.empty(64)
+        shifted[(1,)](state, x, out, waits)
+    assert torch.equal(state, torch.arange(1.0, 257).view(64, 4).index_fill(1, torch.tensor(3), 1))
+    assert {fault.name for fault in gpu.faults} == (set() if waits else {"race"})
+    if not waits:
+        assert f"test_reported.py:{line_of(shifted, '# fault')}" in str(gpu.faults[0])

@@ -363,6 +363,12 @@ def test_a_script_for_a_gpu_is_told_of_the_flag(script):
             "no kernel was launched; only kernels that the script's own process launches are "
             "executed\n",
         ),
+        (
+            [],
+            "from torchpar.ptx import emulate\nwith emulate('sm_80'):\n    pass",
+            "no kernel was launched here; the script's own emulate or check_kernel reports its "
+            "launches\n",
+        ),
     ],
 )
 def test_a_script_without_a_launch_is_told_why(flags, text, said, script, capsys):

@@ -144,3 +144,9 @@ def test_a_full_disk_has_another_remedy():
 
     (found,) = doctor.examine(fail)
     assert found.remedy.startswith("make room, or let TMPDIR and XDG_CACHE_HOME name folders")
+
+
+def test_help_is_no_docstring(capsys):
+    with pytest.raises(SystemExit):
+        doctor.main(["--help"])
+    assert "`" not in capsys.readouterr().out

@@ -9,9 +9,8 @@ import argparse
 import importlib.util
 import signal
 import sys
-import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
@@ -23,7 +22,7 @@ import numpy as np
 
 from torchpar.baselines import ladder, numpy_mlp
 from torchpar.data.files import read
-from torchpar.errors import ConfigError, TorchparError, first_line
+from torchpar.errors import ConfigError, TorchparError, first_line, say_progress
 
 Array = numpy_mlp.Array
 Function = Callable[..., Any]
@@ -34,7 +33,6 @@ DATA = IN_CHECKOUT if IN_CHECKOUT.is_dir() else Path("data")  # no wheel has the
 EPOCHS, BATCH_SIZE, LR = 20, 32, 1.0
 ASKED = 0.95  # of the test images
 LIMIT = 10.0  # seconds of a check, which take milliseconds
-SILENCE = 10.0  # seconds after which a training says where it is
 # σ has a relative error of a few roundings in whatever form; float32 has 2⁻²⁴.
 TOLERANCE = 16 * 2.0**-24
 
@@ -223,7 +221,7 @@ def train(
     weights = [np.array(one, np.float32) for one in f["random_weights"](list(SIZES))]
     biases = layers_of(f["zeros_biases"](list(SIZES)))
     for _ in range(epochs):
-        for inputs, targets in told(f["create_batches"](x, labels, BATCH_SIZE)):
+        for inputs, targets in say_progress(f["create_batches"](x, labels, BATCH_SIZE), "batches"):
             zs, activations = forward(f["sigmoid"], weights, biases, inputs)
             delta = activations[-1] - np.eye(SIZES[-1], dtype=np.float32)[targets]
             d_weights = f["zeros_weights"](list(SIZES))
@@ -236,17 +234,6 @@ def train(
             weights = f["add_elementwise"](weights, d_weights)
             biases = f["add_elementwise"](biases, d_biases)
         yield weights, biases
-
-
-def told(batches: Iterable[tuple[Array, Array]]) -> Iterator[tuple[Array, Array]]:
-    """The batches of an epoch. A slow one says after `SILENCE`, and again, how far it is."""
-    of = f" of {len(batches)}" if isinstance(batches, Sized) else ""
-    begun = last = time.monotonic()
-    for done, batch in enumerate(batches):
-        if (now := time.monotonic()) - last >= SILENCE:
-            last = now
-            print(f"{done}{of} batches after {now - begun:.0f} s", flush=True)
-        yield batch
 
 
 def layers_of(biases: Sequence[Array]) -> list[Array]:
@@ -268,7 +255,10 @@ def forward(
 
 def check_training(functions: dict[str, Function], data: Path) -> Verdict:
     """Train on MNIST until `ASKED` is reached, for at most `EPOCHS`."""
-    training, test = read("mnist", data)
+    try:
+        training, test = read("mnist", data)
+    except ConfigError as e:
+        raise ConfigError(f"--data {data}: {e}") from e
     x, accuracies = test.inputs(), list[float]()
     results = train(functions, training.inputs(), training.labels, EPOCHS)
     for epoch, (weights, biases) in enumerate(results, 1):

@@ -8,6 +8,7 @@ is uint8), the number of dimensions, each dimension as a big-endian int32, and t
 import gzip
 import zlib
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -74,9 +75,11 @@ def read(dataset: Dataset, root: Path) -> tuple[Images, Images]:
         )
     except ValueError as e:
         fetch = f"from torchvision.datasets import {folder} as D; D({str(root)!r}, download=True)"
+        remove = "remove the damaged files and " if (root / folder / "raw").is_dir() else ""
+        install = "" if find_spec("torchvision") else ", after pip install torchvision"
         raise ConfigError(
-            f"{e}; name the folder that holds {folder}/raw, or remove the damaged files and "
-            f'download it: python -c "{fetch}"'
+            f"{e}; name the folder that holds {folder}/raw, or {remove}download "
+            f'it{install}: python -c "{fetch}"'
         ) from e
     return train, test
 

@@ -269,6 +269,23 @@ def _call_rule(
     args: Sequence[Any],
     kwargs: dict[str, Any],
     native: Sequence[Metadata | None],
+) -> object:
+    """Call an operator's rule, or the operator where the rule reads values that a meta tensor has
+    not."""
+    try:
+        return _written(own_rule, func, args, dict(kwargs), native)
+    except RuntimeError:
+        if not any(isinstance(t, Tensor) and t.is_meta for t in args):
+            raise
+        return func(*args, **kwargs)
+
+
+def _written(
+    own_rule: Rule,
+    func: Operator,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    native: Sequence[Metadata | None],
 ) -> Result:
     """Call an operator's rule. In-place and ``out`` variants write the result to their tensors."""
     outs: list[Tensor] = [kwargs.pop(one.name) for one in func._schema.arguments if one.is_out]

@@ -393,7 +393,7 @@ class CustomOpDef(torch.library.CustomOpDef):  # type: ignore[name-defined, misc
         try:
             return op(*args, **kwargs)
         except RuntimeError as e:
-            if line := self._misfit(str(e)):
+            if line := self._misfit(str(e)) or self._nested(str(e), args, kwargs):
                 raise RuntimeError(line) from None
             raise
 
@@ -414,6 +414,40 @@ class CustomOpDef(torch.library.CustomOpDef):  # type: ignore[name-defined, misc
         is_tensor = expected in ("Tensor", "Optional[Tensor]")
         remedy = "; pass a tensor, as by torch.tensor" if is_tensor else ""
         return f"{self._qualname}: {name} has type {found}, expected {expected}{remedy}"
+
+    def _nested(self, message: str, args: tuple[object, ...], kwargs: dict[str, object]) -> str:
+        """The line for a nested tensor, which no kernel takes, or "" for another error.
+
+        PyTorch's own message (2.14) has 115 lines, or only the operator's name.
+        """
+        if "NestedTensor" not in message and message != str(self._opoverload):
+            return ""
+        for name, value in self._named(args, kwargs):
+            if isinstance(value, Tensor) and value.is_nested:
+                found = f"{name} is a nested tensor, expected a dense one"
+                return f"{self._qualname}: {found}; pass each tensor of {name}.unbind()"
+        return ""
+
+    def _refuse_none(
+        self, error: Exception, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> None:
+        """Raise a RuntimeError if ``error`` is of a tensor that is None.
+
+        PyTorch's schema lets None pass, as a tensor that is not defined.
+        """
+        if "NoneType" not in str(error):
+            return
+        required = {one.name for one in self._positional if str(one.type) == "Tensor"}
+        for name, value in self._named(args, kwargs):
+            if value is None and name in required:
+                line = f"{self._qualname}: {name} is None, expected Tensor; pass a tensor"
+                raise RuntimeError(line) from error
+
+    def _named(
+        self, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> Iterator[tuple[str, object]]:
+        yield from zip([one.name for one in self._positional], args, strict=False)
+        yield from kwargs.items()
 
     def register_kernel(
         self, device_types: str | Sequence[str] | None, fn: Function | None = None, /
@@ -464,6 +498,7 @@ class CustomOpDef(torch.library.CustomOpDef):  # type: ignore[name-defined, misc
         try:
             result = kernel(*args, **kwargs)
         except Exception as e:
+            self._refuse_none(e, args, kwargs)
             self._add_note(e, args)
             raise
         finally:
@@ -743,8 +778,18 @@ class CustomOpDef(torch.library.CustomOpDef):  # type: ignore[name-defined, misc
         return {one.name: one.default_value for one in self._keywords} | kwargs
 
     def _autograd(self, keyset: torch.DispatchKeySet, /, *args: object, **kwargs: object) -> object:
-        if self._trusted is not None and self._is_direct(keyset, args):
-            return self._call_directly(keyset, args, kwargs)
+        try:
+            if self._trusted is not None and self._is_direct(keyset, args):
+                return self._call_directly(keyset, args, kwargs)
+            return self._call_by_rules(keyset, args, kwargs)
+        except (AttributeError, TypeError) as e:
+            self._refuse_none(e, args, kwargs)
+            raise
+
+    def _call_by_rules(
+        self, keyset: torch.DispatchKeySet, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> object:
+        """`_autograd` for a call that something may intercept or differentiate."""
         if sharding_rules:
             register_sharding_rules()
         if self._mutated:

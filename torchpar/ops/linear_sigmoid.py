@@ -77,9 +77,9 @@ def _check_operands(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             f"torchpar::linear_sigmoid: weight has shape {tuple(weight.shape)}, expected "
             f"(out_features, {x.shape[-1]}) for x of shape {tuple(x.shape)}"
         )
-    check_like("linear_sigmoid", "weight", weight, weight.shape, x)
+    check_like("linear_sigmoid", "weight", weight, weight.shape, "x", x)
     if bias is not None:
-        check_like("linear_sigmoid", "bias", bias, weight.shape[:1], x)
+        check_like("linear_sigmoid", "bias", bias, weight.shape[:1], "x", x)
 
 
 def _is_native(x: Tensor, weight: Tensor, bias: Tensor | None = None, **_: object) -> bool:

@@ -36,7 +36,7 @@ from torchpar.ops.matrix import (
 )
 
 if TYPE_CHECKING:  # DTensor takes long to import
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import DTensor, Placement
 
 
 def matmul_t(x: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ def _is_split_by_rows(x: Tensor, **_: object) -> "TypeGuard[DTensor]":
         type(x) is not Tensor
         and is_dtensor(x)
         and x.dim() >= 2
-        and any(p.is_shard(x.dim() - 2) for p in x.placements)
+        and any(_splits(p, x.dim() - 2) for p in x.placements)
     )
 
 
@@ -88,7 +88,16 @@ def _gathered(x: "DTensor") -> "DTensor":
     from torch.distributed.tensor import Replicate
 
     rows = x.ndim - 2
-    return x.redistribute(placements=[Replicate() if p.is_shard(rows) else p for p in x.placements])
+    return x.redistribute(placements=[Replicate() if _splits(p, rows) else p for p in x.placements])
+
+
+def _splits(placement: "Placement", dim: int) -> bool:
+    """Whether a placement splits ``dim``.
+
+    `fully_shard` splits a layer that was split by rows once more, by a strided placement, for which
+    PyTorch's `is_shard` is False.
+    """
+    return getattr(placement, "dim", None) == dim
 
 
 def _kernels() -> ModuleType:

@@ -32,13 +32,25 @@ def check_dtype(operator: str, name: str, x: Tensor) -> None:
     check_strided(operator, name, x)
 
 
-def check_like(operator: str, name: str, t: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
-    """Raise a RuntimeError unless ``t`` has ``shape``, and ``like``'s dtype and device."""
+def check_like(
+    operator: str, name: str, t: Tensor, shape: tuple[int, ...], other: str, like: Tensor
+) -> None:
+    """Raise a RuntimeError unless ``t`` has ``shape``, and the dtype and device of ``like``, the
+    argument ``other``."""
     check_strided(operator, name, t)
-    if t.shape != shape or t.dtype != like.dtype or t.device != like.device:
-        actual = (tuple(t.shape), t.dtype, t.device)
-        expected = (tuple(shape), like.dtype, like.device)
-        raise RuntimeError(f"torchpar::{operator}: {name} is {actual}, expected {expected}")
+    if t.shape != shape:
+        what = f"{name} has shape {tuple(t.shape)}, expected {tuple(shape)}"
+    elif t.dtype != like.dtype:
+        check_dtype(operator, name, t)
+        what = (
+            f"{name} has dtype {t.dtype} and {other} {like.dtype}, expected one dtype; cast one, "
+            f"as by {other}.to({name}.dtype)"
+        )
+    elif t.device != like.device:
+        what = f"{name} is on {t.device}, expected {other}'s device {like.device}"
+    else:
+        return
+    raise RuntimeError(f"torchpar::{operator}: {what}")
 
 
 def fp32_precision(x: Tensor, given: str | None = None) -> tuple[str, bool]:

@@ -114,7 +114,7 @@ def _check_operands(
         raise RuntimeError(
             f"torchpar::symmetric_matmul: a has shape {tuple(a.shape)}, expected (*, n, k)"
         )
-    check_like("symmetric_matmul", "b", b, a.shape, a)
+    check_like("symmetric_matmul", "b", b, a.shape, "a", a)
     if c is None and out is None and not beta:  # the rest takes longer than a small product
         return
     shape = (*a.shape[:-1], a.shape[-2])
@@ -125,7 +125,8 @@ def _check_operands(
             expected = f"{shape}, {' or '.join(map(str, dtypes))} on {a.device}"
             raise RuntimeError(f"torchpar::symmetric_matmul: {actual}, expected {expected}")
     if c is not None:
-        check_like("symmetric_matmul", "c", c, shape, a if out is None else out)
+        other, like = ("a", a) if out is None else ("out", out)
+        check_like("symmetric_matmul", "c", c, shape, other, like)
         if beta is None:
             raise RuntimeError("torchpar::symmetric_matmul: c is given without beta, pass both")
     elif beta:

@@ -67,8 +67,11 @@ class ParamInfo:
     def check(self) -> None:
         """Raise a ConfigError unless the parameter is a matrix, or has a view."""
         shape = self.part.whole
-        if not self.p.is_floating_point():
-            raise ConfigError(f"Muon: {self.name} is {self.p.dtype}, expected a floating dtype")
+        if not self.p.is_floating_point() or self.p.dtype.itemsize < 2:
+            expected = "a floating dtype of 16, 32 or 64 bits"
+            raise ConfigError(f"Muon: {self.name} is {self.p.dtype}, expected {expected}")
+        if self.p.layout is not torch.strided:
+            raise ConfigError(f"Muon: {self.name} is {self.p.layout}, expected torch.strided")
         if tuple(local(self.p).shape) != tuple(self.part.size):
             raise ConfigError(
                 f"Muon: this rank's part of {self.name} has shape {tuple(local(self.p).shape)}, "

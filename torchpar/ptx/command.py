@@ -25,6 +25,7 @@ from torchpar.ptx.triton.emulate import emulate, why_not_compiled
 from torchpar.ptx.triton.emulator import ARCHITECTURES, Emulator
 
 WITHIN = "only kernels that the script's own process launches are executed"
+INNER = "the script's own emulate or check_kernel reports its launches"
 
 # What a file of the report is, and how its name ends; others are not overwritten.
 FILES = {"report": ("page", ".html", ".htm"), "json": ("file of JSON", ".json")}
@@ -137,6 +138,8 @@ def _why_nothing(gpu: Emulator, options: argparse.Namespace) -> str:
     """Say why a script has launched no program, as far as is known."""
     if gpu.empty:
         return f"{gpu.empty[0]}; give the number of programs in each dimension"
+    if gpu.has_inner:
+        return INNER
     return WITHIN if options.cuda_is_cpu else NEEDS_CUDA
 
 
@@ -221,7 +224,7 @@ def _show(report: Report, options: argparse.Namespace, stdout: TextIO, advice: s
             print(report.timed(), end="\n\n")
         print(report.as_text(options.launches))
         if advice and not (report.launches or report.graphs or report.faults):
-            print(f"no kernel was launched; {advice}")
+            print(f"no kernel was launched{' here' if advice is INNER else ''}; {advice}")
     finally:
         if options.json is not None:
             _write(options.json, report.as_json())

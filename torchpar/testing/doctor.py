@@ -59,7 +59,8 @@ class Finding(NamedTuple):
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
-        "python -m torchpar doctor", description=__doc__.partition("\n")[0]
+        "python -m torchpar doctor",
+        description="Say what works on this machine, and how to mend what does not.",
     )
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     areas = (versions, processor, gpus, emulator, communication, operators)

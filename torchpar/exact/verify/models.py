@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
 from torchpar.data import batches
+from torchpar.errors import say_progress
 from torchpar.exact.data_parallel import DataParallel
 from torchpar.exact.dispatch import mode
 from torchpar.exact.tensor_parallel import Linear
@@ -55,7 +56,7 @@ def train_mlp(world: World) -> SplitMLP:
     pictures = draw_pictures(MLP_STEPS * BATCH_SIZE).to(world.device)
     drawn = batches(pictures, BATCH_SIZE, seed=0, epoch=1)
     steps = ([*zip(x.split(UNIT), labels.split(UNIT), strict=True)] for x, labels, _ in drawn)
-    _train(model, optimizer, lr_scheduler(optimizer, "linear", MLP_STEPS), steps, world)
+    _train(model, optimizer, lr_scheduler(optimizer, "linear", MLP_STEPS), steps, MLP_STEPS, world)
     return model
 
 
@@ -64,16 +65,18 @@ def _train(
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LambdaLR,
     steps: Iterable[list[tuple[Tensor, Tensor]]],
+    count: int,
     world: World,
 ) -> None:
-    """Train by steps of units of work, each of inputs and targets.
+    """Train by ``count`` steps of units of work, each of inputs and targets. A slow rank 0 says how
+    far it is.
 
     The ranks of "dp" share the units of each step, which pass through the stages of "pp".
     """
     features = next(model.parameters()).shape[1]  # of the activations that this stage receives
     parallel = DataParallel(model, world.mesh["dp"].get_group())
     p2p = P2PCommunicator(world.mesh["pp"].get_group(), world.device, torch.float32)
-    for units in steps:
+    for units in steps if world.rank else say_progress(steps, "steps", count):
         size = sum(len(targets) for _, targets in units)
         mine = units[world.dp_rank :: world.dp_size]
 
@@ -141,5 +144,7 @@ def train_gpt(world: World) -> GPT:
     windows = text.unfold(0, CONTEXT + 1, 1)
     drawn = (windows[torch.randint(len(text) - CONTEXT, (SEQUENCES,))] for _ in range(GPT_STEPS))
     steps = ([(window[:-1], window[1:]) for window in step] for step in drawn)
-    _train(model, optimizer, lr_scheduler(optimizer, "constant", GPT_STEPS), steps, world)
+    _train(
+        model, optimizer, lr_scheduler(optimizer, "constant", GPT_STEPS), steps, GPT_STEPS, world
+    )
     return model

@@ -114,7 +114,9 @@ def emulate(
     emulator = Emulator(arch, chosen, multiprocessors, traces, configurations, sample)
     entered = Entered(threading.get_ident(), emulator)
     with lock:
-        if not emulations:
+        if emulations:
+            present().has_inner = True
+        else:
             _install()
         emulations.append(entered)
     try:

@@ -58,6 +58,7 @@ class Emulator(gpu.Gpu):
         faults: each of them once, by its name, its line of the source, and what was accessed.
         graphs: the CUDA graphs that were captured, in their order.
         watcher: an object that records operators and launches for CUDA graphs, or None.
+        has_inner: whether another one was entered within this one, and took its launches.
     """
 
     keeps_allocations = False  # `_reset` begins each launch
@@ -92,6 +93,7 @@ class Emulator(gpu.Gpu):
         self._by_place: dict[tuple[object, ...], Fault] = {}
         self.graphs: list[CapturedGraph] = []
         self.watcher: Watcher | None = None
+        self.has_inner = False
         self._name = self._file = ""
         self._launched: tuple[str, int] | None = None
         self._ended = ""  # the fault that has ended a program or the present launch

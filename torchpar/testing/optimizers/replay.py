@@ -83,7 +83,7 @@ class Replay:
         trial = self._trial()
         weights = {name: torch.from_numpy(of[0]) for name, of in record.weights.items()}
         model = Layers({name: weight.to(trial.dtype) for name, weight in weights.items()})
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         optimizer: Any = self._make(model, base_rates)
         generator = torch.Generator().manual_seed(draw)
         rounding = self.formula.precision if by_formula and self.formula else BFLOAT16
@@ -101,7 +101,7 @@ class Replay:
             for parameter in model.parameters():
                 parameter.data = parameter.data.double()
             optimizer = ByFormula(optimizer.param_groups, self.formula, self.defaults, rounded)
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         rate = 1.0
         for step in trial.steps(model, optimizer):
             if trial.rates and not base_rates:
