@@ -151,6 +151,12 @@ def test_a_start_that_not_all_reached_names_the_others_and_does_not_disturb_the_
     # Rank 0 hosts no store here, and need not stay until the others have read from it.
     short = SimpleNamespace(monotonic=time.monotonic, sleep=lambda s: time.sleep(min(s, 0.02)))
     monkeypatch.setattr(rendezvous, "time", short)
+
+    def connected(host: str, port: int, size: None, hosts: bool, _: object, **flags: bool):
+        return dist.TCPStore(host, port, size, hosts, timedelta(seconds=60), **flags)
+
+    # A busy machine needs more than the short timeout to connect.
+    monkeypatch.setattr(rendezvous, "TCPStore", connected)
     with ThreadPoolExecutor(len(joined)) as pool:
         errors = [pool.submit(meet, agent, rank, timeout=0.3).exception for rank in joined]
     for error in errors:
