@@ -107,7 +107,8 @@ tune() { # arguments of the benchmark; without matplotlib and pandas it draws no
 run_stage() {
     case $1 in
         compile) # the configurations that the benchmarks launch
-            needs triton && limited python3 -m benchmarks.compile_kernels "$capability" 40
+            # It begins no kernel after 18 s, and the last ones have until the stage's limit.
+            needs triton && limited python3 -m benchmarks.compile_kernels "$capability" 18
             ;;
         values) # on the GPU: its own kernels first, then what runs on every device
             needs execnet xdist && run_tests values.xml -n "$workers" --dist worksteal -k "cuda or another_stream" \
