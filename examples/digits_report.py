@@ -96,7 +96,7 @@ def sweep(flags: Flags, study: partial[tuple[MLP, list[Row]]]) -> list[Row]:
     console.print_load()
     study(choices[0], 1)  # not counted: the first run of a process is slow
     swept = [
-        study(choice, flags.sweep_epochs)[1][-1] for choice in console.progress(choices, "sweep")
+        study(choice, flags.sweep_epochs)[1][-1] for choice in console.progress(choices, "choices")
     ]
     top = [best(rows) for _, rows in groupby(swept, itemgetter("hidden", "batch_size"))]
     console.print_rows(
@@ -119,7 +119,7 @@ def penalties(
     flags: Flags, study: partial[tuple[MLP, list[Row]]], chosen: Row
 ) -> list[tuple[MLP, list[Row]]]:
     """Train the chosen network with each λ, and print the change of λ that the losses ask for."""
-    watched = console.progress(flags.weight_decay, "λ")
+    watched = console.progress(flags.weight_decay, "values of λ")
     runs = [study(chosen | {"weight_decay": λ}, flags.epochs) for λ in watched]
     lasts = [rows[-1] for _, rows in runs]
     for row in lasts:

@@ -42,7 +42,7 @@ from torch.nn.functional import cross_entropy
 
 from torchpar.data import Batch, Samples, batches, load
 from torchpar.data.files import Dataset
-from torchpar.errors import ConfigError, check_finite
+from torchpar.errors import SILENCE, ConfigError, check_finite
 from torchpar.nn import MLP
 from torchpar.training import LRSchedule, lr_scheduler, sgd
 from torchpar.training.profile.record import RankRecord
@@ -168,7 +168,7 @@ class Lines(Callback):
         batch_idx: int,
     ) -> None:
         silent = time.perf_counter() - self._printed
-        if silent >= console.SILENCE and not trainer.progress_bar_callback:
+        if silent >= SILENCE and not trainer.progress_bar_callback:
             seconds = f"{time.perf_counter() - self._start:.0f} s"
             steps = f"{batch_idx + 1} of {trainer.num_training_batches} steps"
             self._print(trainer, f"epoch {trainer.current_epoch + 1}: {steps} after {seconds}")

@@ -7,8 +7,7 @@ It imports torch only to write for TensorBoard.
 import json
 import os
 import threading
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,12 +16,12 @@ from rich.progress import Progress, track
 from rich.table import Table
 
 from support.cli import writing
+from torchpar.errors import say_progress
 from torchpar.training.outcome import EpochResult
 from torchpar.training.profile.record import RankRecord
 
 T = TypeVar("T")
 QUIET = 0.5  # load average; above it other programs disturb the times
-SILENCE = 10.0  # seconds after which a loop says how far it is, where no bar does
 Row = Mapping[str, object]  # cells by column
 
 # By phase, what usually bounds it, and how to lift that.
@@ -39,23 +38,16 @@ LIFTED_BY = {
 def progress(items: Sequence[T], what: str, speaks: bool = True) -> Iterable[T]:
     """Yield ``items``, and show a progress bar on a terminal.
 
-    Elsewhere, as in a file or a pipe, say after `SILENCE` seconds, and again, how many are done.
+    Elsewhere, as in a file or a pipe, lines on stderr say every ten seconds how many are done.
 
     Args:
         speaks: whether this process says anything.
     """
     if not speaks:
         return items
-    return track(items, what, transient=True) if Console().is_terminal else _told(items, what)
-
-
-def _told(items: Sequence[T], what: str) -> Iterator[T]:
-    begun = last = time.monotonic()
-    for done, item in enumerate(items):
-        if (now := time.monotonic()) - last >= SILENCE:
-            last = now
-            print(f"{what}: {done} of {len(items)} after {now - begun:.0f} s", flush=True)
-        yield item
+    return (
+        track(items, what, transient=True) if Console().is_terminal else say_progress(items, what)
+    )
 
 
 def progress_bar(hidden: bool) -> Progress:

@@ -31,7 +31,7 @@ def test_the_seconds_are_no_more_than_passed_and_each_epoch_has_a_line(
         time.sleep(0.5)
 
     monkeypatch.setattr(train_lightning.Lines, "on_train_epoch_start", begin_slowly)
-    monkeypatch.setattr(train_lightning.console, "SILENCE", 0.0)  # so that each step tells
+    monkeypatch.setattr(train_lightning, "SILENCE", 0.0)  # so that each step tells
     data = fashion_mnist(tmp_path / "data", train=201, test=101)
     flags = f"--config={ROOT / 'examples' / 'lightning.yaml'}"
     flags += f" --data.root={data} --data.dataset=fashion-mnist --data.validation=21"

@@ -13,15 +13,17 @@ pytest.importorskip("tyro", reason="tyro reads the flags")
 from support import console
 from support.ending import ending
 
+from torchpar import errors
+
 
 def test_a_loop_says_how_far_it_is(capsys):
     clock = iter([0.0, 0.0, 9.0, 11.0, 12.0, 22.0])
-    with patch.object(console.time, "monotonic", lambda: next(clock)):
+    with patch.object(errors.time, "monotonic", lambda: next(clock)):
         assert [*console.progress(range(5), "epochs")] == [*range(5)]
-    assert capsys.readouterr().out == "epochs: 2 of 5 after 11 s\nepochs: 4 of 5 after 22 s\n"
-    with patch.object(console, "SILENCE", 0.0):
+    assert capsys.readouterr().err == "2 of 5 epochs after 11 s\n4 of 5 epochs after 22 s\n"
+    with patch.object(errors, "SILENCE", 0.0):
         assert [*console.progress(range(2), "epochs", speaks=False)] == [0, 1]
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().err == ""
 
 
 def test_the_reader_of_a_pipe_sees_a_line_at_once_and_may_leave(monkeypatch):
