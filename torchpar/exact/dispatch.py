@@ -270,8 +270,7 @@ def _call_rule(
     kwargs: dict[str, Any],
     native: Sequence[Metadata | None],
 ) -> object:
-    """Call an operator's rule, or the operator where the rule reads values that a meta tensor has
-    not."""
+    """Call an operator's rule. If it reads values, which a meta tensor lacks, call the operator."""
     try:
         return _written(own_rule, func, args, dict(kwargs), native)
     except RuntimeError:
