@@ -270,7 +270,10 @@ def _call_rule(
     kwargs: dict[str, Any],
     native: Sequence[Metadata | None],
 ) -> object:
-    """Call an operator's rule. If it reads values, which a meta tensor lacks, call the operator."""
+    """Call an own rule, or the operator where the rule reads values, which a meta tensor lacks.
+
+    The operator refuses what a rule failed at for another reason.
+    """
     try:
         return _written(own_rule, func, args, dict(kwargs), native)
     except RuntimeError:
