@@ -335,7 +335,7 @@ def time_operator(name: str, table: Table, options: argparse.Namespace) -> Tunin
         values, borders = values[-3:], []  # it searches for half a minute
     sizes = [{tuned.axis: value} for value in values] + borders
     already = len(table.results)
-    for size, provider in track(list(product(sizes, names)), name):
+    for size, provider in track(list(product(sizes, names)), f"sizes of {name}"):
         tuning.measured(**size, provider=provider)
         table.add(tuning.results[len(table.results) - already :])
     print_results(f"{name} in {options.dtype}", tuning.results, PRINTED)

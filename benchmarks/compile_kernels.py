@@ -157,7 +157,7 @@ def compile_all(names: Sequence[str], kind: str, quick: bool, path: Path | None)
         jobs = list(tuned_jobs(names, kind, ARCHITECTURES))
     table = Table(path, CPU)
     with nullcontext(map(examine, jobs)) if quick else examine_in_pool(jobs) as found:
-        for result in track(found, "compile", len(jobs)):
+        for result in track(found, "kernels", len(jobs)):
             table.add([result])
     for name in names:
         given = shapes_of(name, compiled_sizes(name))

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from torchpar.errors import ConfigError
+from torchpar.errors import ConfigError, say_progress
 from torchpar.ops.machine import cpuinfo, num_cores, processor
 
 T = TypeVar("T")
@@ -254,9 +254,13 @@ def number(x: float | None) -> str:
 
 
 def track(items: Iterable[T], label: str, total: int | None = None) -> Iterable[T]:
-    """The items, with a progress bar on stderr if that is a terminal."""
+    """The items. A progress bar shows them on a terminal's stderr, lines on another.
+
+    Args:
+        label: the items, as "rounds of maximum".
+    """
     if not sys.stderr.isatty():
-        return items
+        return say_progress(items, label, total)
     from rich.console import Console
     from rich.progress import track as rich_track
 

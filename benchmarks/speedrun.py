@@ -388,7 +388,7 @@ def measure(
             return [max(seconds for seconds, _ in scores)]  # the slowest rank's
 
         turns = {name: partial(turn, name) for name in names}
-        times = take_turns(turns, seeds, label="seeds")
+        times = take_turns(turns, seeds, label="the speedrun")
         with suppress(BrokenProcessPool):  # a rank was killed
             started.run(forget)
     results = []

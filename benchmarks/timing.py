@@ -123,19 +123,19 @@ def take_turns(
     seconds: float = math.inf,
     least: int = 1,
     before: Callable[[int], object] = lambda index: None,
-    label: str = "measure",
+    label: str = "times",
 ) -> dict[K, Times]:
     """Warm up each contestant, then time it once a round, in turn with the others.
 
     Args:
         seconds: a contestant whose turns took so long has no further one, once it had ``least``.
         before: called before each round, outside all times.
-        label: of the progress bar, which a terminal shows.
+        label: of which rounds the progress bar or lines are.
     """
     times = {key: Times() for key in contestants}
     spent = dict.fromkeys(contestants, 0.0)
     going = dict(contestants)
-    for index in track(range(1 + rounds), label):
+    for index in track(range(1 + rounds), f"rounds of {label}"):
         if not going:
             break
         before(index)

@@ -187,7 +187,7 @@ def train(epochs: int, samples: int | None = None) -> list[Result]:
             schedule = lr_scheduler(optimizer, "linear", steps)
             task = Classification(train_set, test_set, BATCH_SIZE)
             with Run(model, optimizer, schedule, world, task, epochs=epochs) as run:
-                for epoch in track(run.epochs(), f"{name}, epochs", epochs):
+                for epoch in track(run.epochs(), f"epochs of {name}", epochs):
                     for x, labels, size in run.batches(epoch):
                         loss = cross_entropy(model(x), labels, reduction="sum")
                         (loss / size).backward()

@@ -13,6 +13,7 @@ from benchmarks import scaling, train
 from benchmarks.ladder.cases import make_case
 from benchmarks.timing import Rejected, Times, take_turns
 from benchmarks.train import Inputs, Training
+from torchpar import errors
 from torchpar.baselines import numpy_mlp
 
 SHAPES = {"maximum": (3, 5), "matmul_t": (5, 7), "matmul": (3, 7, 5), "linear_sigmoid": (3, 7, 5)}
@@ -91,6 +92,15 @@ def test_a_wrong_gradient_and_a_wrong_loss_are_rejected():
 
 
 # The timer
+
+
+def test_rounds_say_on_a_pipe_how_far_they_are(monkeypatch, capsys):
+    monkeypatch.setattr(errors, "SILENCE", 0.0)
+    take_turns({"a": lambda index: [1.0]}, 2, label="maximum")
+    said = capsys.readouterr().err.splitlines()
+    assert [line.partition(" after ")[0] for line in said] == [
+        f"{done} of 3 rounds of maximum" for done in range(3)
+    ]
 
 
 def test_contestants_take_turns_after_a_warm_up():

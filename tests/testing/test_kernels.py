@@ -337,4 +337,8 @@ def test_the_element_that_is_farthest_is_named():
     assert farthest(torch.tensor([1, 2 + 1j]), torch.tensor([1, 2 - 1j])) == (
         "[1] of shape (2,) is 2+1j, expected 2-1j"
     )
+    large = torch.tensor([1, 2**53])
+    assert farthest(large + torch.tensor([0, 1]), large) == (
+        "[1] of shape (2,) is 9007199254740993, expected 9007199254740992"
+    )
     assert farthest(torch.zeros(0), torch.zeros(0)) == ""

@@ -133,8 +133,10 @@ def farthest(actual: Tensor, expected: Tensor) -> str:
     kind = torch.complex128 if found.is_complex() or right.is_complex() else torch.float64
     # Equal infinities, and NaN in both, are not apart; NaN in one is as far as can be.
     a, e = found.to(kind), right.to(kind)
-    differs = (a != e) & ~(a.isnan() & e.isnan())
-    apart = (a - e).abs().where(differs, 0.0).nan_to_num(math.inf)
+    # Integers beyond 2⁵³ may differ, and be one number in float64.
+    differs = (found != right) if found.dtype == right.dtype else (a != e)
+    differs &= ~(a.isnan() & e.isnan())
+    apart = (a - e).abs().clamp(min=1e-300).where(differs, 0.0).nan_to_num(math.inf)
     at = [int(i) for i in torch.unravel_index(apart.argmax(), apart.shape)]
     values = [t[tuple(at)].item() + 0 for t in (found, right)]  # 0 in the place of −0
     texts = next(
@@ -142,6 +144,8 @@ def farthest(actual: Tensor, expected: Tensor) -> str:
         for digits in (4, 8, 17)
         if len({*(texts := tuple(f"{one:.{digits}g}" for one in values))}) == 2 or digits == 17
     )
+    if len({*texts}) == 1:
+        texts = tuple(map(str, values))
     place = f"{at} of shape {tuple(actual.shape)}" if at else "the number"
     return f"{place} is {texts[0]}, expected {texts[1]}"
 
