@@ -15,6 +15,11 @@ from torchpar.ptx.cuda import places
 from torchpar.ptx.cuda.operations import tensors_in
 from torchpar.ptx.cuda.types import Function, Keywords, Operator
 
+# Functions whose result has a shape that depends on values.
+DEPENDENT = {
+    name: f"{name}, whose shape depends on values,"
+    for name in ("nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "bincount")
+}
 # Functions in Python that read a tensor's values, by their names.
 READING_FUNCTIONS = {
     "item": ".item()",
@@ -30,14 +35,10 @@ READING_FUNCTIONS = {
     "__format__": "printing a tensor",
     "equal": "torch.equal",
     "allclose": "torch.allclose",
-    "nonzero": "nonzero, whose shape depends on values,",
-    "argwhere": "argwhere, whose shape depends on values,",
-    "masked_select": "masked_select, whose shape depends on values,",
-    "unique": "unique, whose shape depends on values,",
-    "unique_consecutive": "unique_consecutive, whose shape depends on values,",
-    "bincount": "bincount, whose shape depends on values,",
+    **DEPENDENT,
 }
 NUMBER = "a function of PyTorch, which takes a number from a tensor,"
+MASK = "indexing by a mask, whose number of elements depends on values,"
 REPEAT = "repeat_interleave without output_size"
 # Operators that do, also where another function of PyTorch or autograd calls them.
 READING_OPERATORS = {
@@ -45,14 +46,14 @@ READING_OPERATORS = {
     "item": ".item()",
     "is_nonzero": NUMBER,
     "equal": "torch.equal",
-    "nonzero": READING_FUNCTIONS["nonzero"],
-    "nonzero_numpy": READING_FUNCTIONS["nonzero"],
-    "argwhere": READING_FUNCTIONS["argwhere"],
-    "masked_select": READING_FUNCTIONS["masked_select"],
-    "_unique2": READING_FUNCTIONS["unique"],
-    "unique_dim": READING_FUNCTIONS["unique"],
-    "unique_consecutive": READING_FUNCTIONS["unique_consecutive"],
-    "bincount": READING_FUNCTIONS["bincount"],
+    "nonzero": DEPENDENT["nonzero"],
+    "nonzero_numpy": DEPENDENT["nonzero"],
+    "argwhere": DEPENDENT["argwhere"],
+    "masked_select": DEPENDENT["masked_select"],
+    "_unique2": DEPENDENT["unique"],
+    "unique_dim": DEPENDENT["unique"],
+    "unique_consecutive": DEPENDENT["unique_consecutive"],
+    "bincount": DEPENDENT["bincount"],
     "_linalg_check_errors": "the check of a matrix that may be singular",
 }
 INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_"}
@@ -71,7 +72,7 @@ def read_by_operator(func: Operator, args: Sequence[object], kwargs: Keywords) -
     """Name what an operator reads back, some of whose operands are on the device."""
     name = func.overloadpacket.__name__
     if name in INDEXED and _has_mask(args[1]) and not _fills(func, args):
-        return "indexing by a mask, whose number of elements depends on values,"
+        return MASK
     if func is torch.ops.aten.repeat_interleave.Tensor and kwargs.get("output_size") is None:
         return REPEAT
     return READING_OPERATORS.get(name, "") if func.namespace == "aten" else ""
@@ -88,7 +89,7 @@ def instead_of(what: str) -> str:
         return "write torch.where for a condition, or read the tensor after graph.replay()"
     if what == REPEAT:
         return "give output_size"
-    if "depend" in what:
+    if what == MASK or what in DEPENDENT.values():
         return "compute with all elements, as by torch.where(mask, x, 0)"
     return "keep the tensor, and read it after graph.replay()"
 
