@@ -116,7 +116,9 @@ def test_a_benchmark_runs_and_its_csv_has_the_columns(
     monkeypatch.setattr(train, "QUICK", [train.Training((784, 10, 10), 10, samples=35)])
     flags = ["--quick", f"--output={tmp_path}"]
     flags += ["--only=torch"] * (name == "optimizers")
-    assert importlib.import_module(module_of(name)).main(flags) == 0
+    status = importlib.import_module(module_of(name)).main(flags)
+    printed = capsys.readouterr().out
+    assert status == 0, printed
     rows = list(csv.DictReader((tmp_path / f"{name}.csv").read_text().splitlines()))
     own = (QUICK | SLOW)[name].split()
     assert rows[0].keys() >= {*COLUMNS.split(), *own}
@@ -124,7 +126,7 @@ def test_a_benchmark_runs_and_its_csv_has_the_columns(
     for column in own:
         assert any(row[column] for row in rows), f"nothing in {column}"
     assert {path.name for path in tmp_path.iterdir()} == {f"{name}.csv", *OTHERS.get(name, [])}
-    assert ("an all-reduce between 2 ranks" in capsys.readouterr().out) == (name == "scaling")
+    assert ("an all-reduce between 2 ranks" in printed) == (name == "scaling")
 
 
 def test_what_misses_its_bound_is_named(capsys):
