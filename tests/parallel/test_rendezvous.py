@@ -25,7 +25,7 @@ from torch.distributed import DistError
 
 from torchpar.errors import ConfigError, RankLostError
 from torchpar.parallel import join_world
-from torchpar.parallel.launch import rendezvous
+from torchpar.parallel.launch import processes, rendezvous, world
 from torchpar.parallel.launch.local import Ranks
 from torchpar.parallel.launch.rank_info import RankInfo, find_rank_info
 from torchpar.parallel.launch.rendezvous import connect, missing_ranks
@@ -398,6 +398,37 @@ def leaves_no_ranks_behind(program: Popen[str], mark: str, number: int) -> None:
 def test_a_killed_program_leaves_no_ranks_behind(program):
     """Neither the server that ranks are forked from, nor files."""
     leaves_no_ranks_behind(*program, signal.SIGKILL)
+
+
+# The file alone imports no PyTorch.
+ORPHAN = """
+import runpy, sys, time
+runpy.run_path(sys.argv[1])["end_with_launcher"](sys.argv[2])
+print("started", flush=True)
+time.sleep(float(sys.argv[3]))
+print("orphan", flush=True)
+"""
+LAUNCHER = "import subprocess, sys; subprocess.run([sys.executable, '-c', *sys.argv[1:]])"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone signals the end of a parent")
+@pytest.mark.parametrize(
+    "launcher, seconds, said", [("torchrun", "60", ""), ("env", "0.5", "orphan\n")]
+)
+def test_a_rank_ends_with_a_killed_torchrun(launcher, seconds, said):
+    command = [sys.executable, "-c", LAUNCHER, ORPHAN, processes.__file__, launcher, seconds]
+    with Popen(command, stdout=PIPE, text=True) as parent:
+        assert parent.stdout.readline() == "started\n"
+        parent.kill()
+        assert parent.stdout.read() == said  # which ends with the last process that can print
+
+
+def test_a_joining_rank_asks_for_its_end(monkeypatch):
+    info = RankInfo(0, 0, 1, 1, "127.0.0.1", 1, "torchrun")
+    monkeypatch.setattr(world, "find_rank_info", lambda: info)
+    monkeypatch.setattr(rendezvous, "connect", lambda *_: dist.HashStore())
+    with patch.object(world, "end_with_launcher") as asked, join_world("cpu"):
+        asked.assert_called_once_with("torchrun")
 
 
 @pytest.mark.slow

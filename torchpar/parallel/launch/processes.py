@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: MIT
 """Processes that end with the process that started them."""
 
+import ctypes
 import os
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import connection, parent_process
 from pathlib import Path
 from types import FrameType
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def end_with_parent(folder: Path | None = None) -> None:
@@ -32,6 +36,16 @@ def end_with_parent(folder: Path | None = None) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, name="end_with_parent", daemon=True).start()
+
+
+def end_with_launcher(launcher: str) -> None:
+    """Let Linux send SIGTERM to this rank of torchrun when torchrun ends, even by SIGKILL.
+
+    The ranks of a killed torchrun would train on. The signal comes when the thread ends that
+    started this process. In torchrun that is the main thread, but others may have short ones.
+    """
+    if launcher == "torchrun" and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 @contextmanager

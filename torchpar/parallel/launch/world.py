@@ -23,6 +23,7 @@ from torch.distributed.distributed_c10d import Store
 from torchpar.errors import ConfigError, RankLostError, TorchparError
 from torchpar.parallel.launch import rendezvous
 from torchpar.parallel.launch.agreement import check_same_on_all_ranks
+from torchpar.parallel.launch.processes import end_with_launcher
 from torchpar.parallel.launch.rank_info import RankInfo, find_rank_info
 
 T = TypeVar("T")
@@ -145,7 +146,8 @@ def join_world(
 
     Without a launcher the world has one rank. NCCL connects ranks with a GPU each. gloo connects
     ranks on CPUs, and ranks that share a GPU. If `torch.distributed` is initialized already, its
-    ranks are the world, and it stays initialized.
+    ranks are the world, and it stays initialized. On Linux a rank receives SIGTERM when torchrun
+    ends, even by SIGKILL.
 
     Args:
         device: "cpu", "cuda", or "auto": CUDA if there is a GPU.
@@ -167,6 +169,7 @@ def join_world(
         raise ConfigError("device is cuda, but PyTorch finds no GPU; take cpu")
     launched = find_rank_info()
     info = launched or RankInfo(0, 0, 1, 1, address="", port=0, launcher="none")
+    end_with_launcher(info.launcher)
     if alone and info.world_size > 1:
         raise ConfigError(
             f"{info.world_size} processes were started, expected 1; start without a launcher"
