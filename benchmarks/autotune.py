@@ -40,7 +40,7 @@ from benchmarks.records import OPERATORS
 from benchmarks.records.record import Operator, Tuned
 from benchmarks.results import Result, Table, print_results, track
 from benchmarks.timing import Rejected
-from torchpar.errors import ConfigError, first_line
+from torchpar.errors import ConfigError, first_line, writing
 from torchpar.kernels.data_sheets import DATA_SHEETS
 from torchpar.kernels.rule import KINDS, Kind
 from torchpar.ops.matrix import fp32_precision
@@ -343,7 +343,8 @@ def time_operator(name: str, table: Table, options: argparse.Namespace) -> Tunin
         with TemporaryDirectory() as folder:  # for the picture alone: our CSV has more columns
             # It calls `Tuning.measured` by the same keywords: the times are cached.
             tuning.report(values, names).run(save_path=folder)
-            shutil.copy(Path(folder, f"{name}.png"), options.output / f"autotune-{name}.png")
+            with writing(file := options.output / f"autotune-{name}.png", "--output"):
+                shutil.copy(Path(folder, f"{name}.png"), file)
     return tuning
 
 

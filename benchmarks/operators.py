@@ -21,7 +21,7 @@ from benchmarks.records import workloads
 from benchmarks.records.matmul_t import MIRRORED
 from benchmarks.records.record import Implementation, Sizes, Workload
 from benchmarks.results import Result, Table, print_results
-from torchpar.errors import ConfigError
+from torchpar.errors import ConfigError, writing
 
 ROUNDS = 20
 SECONDS = {"cpu": 0.25, "cuda": 2.0}  # of a contestant's turns in one mode
@@ -192,7 +192,8 @@ def draw_crossover(path: Path, results: Sequence[Result]) -> None:
         axes.set_yticks((0.5, 1, 2, 4), ("0.5", "1", "2", "4"))
         axes.minorticks_off()
         axes.legend()
-    figure.savefig(path, dpi=110)
+    with writing(path, "--output"):
+        figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

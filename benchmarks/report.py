@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks import NAMES, title
 from benchmarks.results import duration, number
-from torchpar.errors import ConfigError
+from torchpar.errors import ConfigError, writing
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -243,7 +243,7 @@ def write(output: Path, results: Path = RESULTS) -> None:
     """Write the page of all CSVs in the folders of ``results``.
 
     Raises:
-        ConfigError: there are none, or one cannot be read.
+        ConfigError: there are none, or one cannot be read; or the page cannot be written.
     """
     from itables.javascript import generate_init_offline_itables_html
     from itables.utils import find_package_file
@@ -254,7 +254,9 @@ def write(output: Path, results: Path = RESULTS) -> None:
         raise ConfigError(f"{results} has no results, expected MACHINE/NAME.csv")
     scripts = generate_init_offline_itables_html(find_package_file("html/dt_bundle.js"))
     template = Template(TEMPLATE.read_text("utf-8"), autoescape=True)
-    output.write_text(template.render(scripts=scripts, **parts), "utf-8")
+    page = template.render(scripts=scripts, **parts)
+    with writing(output, "--output"):
+        output.write_text(page, "utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -271,11 +273,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise ConfigError(
             f"the report needs {' and '.join(missing)}; pip install 'torchpar[report]'"
         )
-    try:
-        write(options.output)
-    except OSError as e:
-        raise ConfigError(
-            f"the page cannot be written ({e}); give --output a file in a folder that exists"
-        ) from e
+    write(options.output)
     print(options.output)
     return 0

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from torchpar.errors import ConfigError, say_progress
+from torchpar.errors import say_progress, writing
 from torchpar.ops.machine import cpuinfo, num_cores, processor
 
 T = TypeVar("T")
@@ -106,7 +106,7 @@ class Table:
         """Write the CSV; an earlier one stays as it is if that fails, or is interrupted."""
         names = dict.fromkeys(name for line in self._lines for name in line)
         written = path.with_name(f"{path.name}.{os.getpid()}")
-        try:
+        with writing(path, "--output"):
             try:
                 with written.open("w", newline="") as file:
                     writer = csv.DictWriter(file, list(names))
@@ -115,10 +115,6 @@ class Table:
                 written.replace(path)
             finally:
                 written.unlink(missing_ok=True)
-        except OSError as e:
-            raise ConfigError(
-                f"{path} cannot be written ({e.strerror}); name another folder"
-            ) from e
 
     @property
     def status(self) -> int:

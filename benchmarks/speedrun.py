@@ -33,7 +33,7 @@ from benchmarks.results import CORES, Result, Table, markdown, number, print_cel
 from benchmarks.timing import CPU, take_turns
 from torchpar import data, training
 from torchpar.data import Samples
-from torchpar.errors import ConfigError, DivergedError
+from torchpar.errors import ConfigError, DivergedError, writing
 from torchpar.nn import MLP, Hidden
 from torchpar.ops.processor import has_bfloat16
 from torchpar.parallel.launch.world import World
@@ -482,7 +482,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print_failures(results)
     if options.output and lines:
         text = markdown([list(lines[0]), *(list(line.values()) for line in lines)])
-        (options.output / f"{name}.md").write_text(text)
+        with writing(file := options.output / f"{name}.md", "--output"):
+            file.write_text(text, "utf-8")
     return table.status
 
 

@@ -55,7 +55,7 @@ from torchpar import data
 from torchpar.baselines import numpy_mlp, pure_python
 from torchpar.baselines.numpy_mlp import Array
 from torchpar.data import Batch
-from torchpar.errors import ConfigError
+from torchpar.errors import ConfigError, writing
 from torchpar.nn import MLP
 from torchpar.parallel.launch.world import World, join_world
 from torchpar.parallel.split.shared_memory import register_shared_memory_hook
@@ -658,7 +658,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not found and not on_gpu:
             print(f"not measured: {program}; pip install 'torchpar[baselines,lightning]'")
     if options.output:
-        (options.output / f"{name}.md").write_text(summary(tables, threads))
+        with writing(file := options.output / f"{name}.md", "--output"):
+            file.write_text(summary(tables, threads), "utf-8")
     return table.status
 
 

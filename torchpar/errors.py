@@ -12,9 +12,13 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn, TypeVar
 
 T = TypeVar("T")
+# The variables that name the folders of compiled kernels, and where they are without. PyTorch's
+# compiler cannot even be imported where the first one cannot be made.
+CACHES = {"TORCHINDUCTOR_CACHE_DIR": "", "TRITON_CACHE_DIR": "~/.triton"}
 SILENCE = 10.0  # seconds after which a loop says how far it is
 
 __all__ = ["AllRanksError", "ConfigError", "DivergedError", "RankLostError", "TorchparError"]
@@ -68,6 +72,20 @@ def in_columns(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+def cache_remedy(error: OSError) -> str:
+    """What to do where a cache of compiled kernels cannot be written; "" for another file."""
+    if not isinstance(error.filename, str):
+        return ""
+    failed = Path(error.filename)
+    for name, default in CACHES.items():
+        if folder := os.environ.get(name) or os.path.expanduser(default):
+            # A folder is made from its first parent that is not there.
+            is_parent = Path(folder).is_relative_to(failed) and not failed.exists()
+            if is_parent or failed.is_relative_to(folder):
+                return f"let {name} name a folder that can be written"
+    return ""
+
+
 def stop_printing() -> None:
     """Let what is printed from now on go nowhere, as after a reader has closed the pipe."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -92,7 +110,8 @@ def say_progress(items: Iterable[T], what: str, total: int | None = None) -> Ite
 
 @contextmanager
 def printing(command: str) -> Iterator[None]:
-    """Let the block print; end the process in one line where the output cannot be written.
+    """Let the block print; end the process in one line where the output, or a cache of
+    compiled kernels, cannot be written.
 
     Where nobody reads on, such as head, that has read enough, the process ends without a line.
 
@@ -110,11 +129,33 @@ def printing(command: str) -> Iterator[None]:
         stop_printing()
         sys.exit(128 + signal.SIGPIPE)
     except OSError as e:
+        if remedy := cache_remedy(e):
+            print(f"{command}: error: {e}; {remedy}", file=sys.stderr)
+            sys.exit(1)
         if e.filename is not None or can_print():  # then it is another file's
             raise
         stop_printing()
         print(f"{command}: error: the output cannot be written: {e}", file=sys.stderr)
         sys.exit(1)
+
+
+@contextmanager
+def writing(path: Path, flag: str) -> Iterator[None]:
+    """Name a file that the block cannot write, such as on a full disk, and what to do.
+
+    Args:
+        flag: the flag that names the file or its folder.
+
+    Raises:
+        ConfigError: instead of an OSError.
+    """
+    try:
+        yield
+    except OSError as e:
+        reason = e.strerror or e
+        raise ConfigError(
+            f"{path} cannot be written ({reason}); make room there, or name another place by {flag}"
+        ) from e
 
 
 def can_print() -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.results import Result, duration, headers_of, markdown, number
+from torchpar.errors import writing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -188,7 +189,8 @@ def draw(path: Path, results: Sequence[Result], limits: Sequence[Result]) -> Non
     else:
         top = figure.subplots()
     draw_bars(top, rows)
-    figure.savefig(path, dpi=110)
+    with writing(path, "--output"):
+        figure.savefig(path, dpi=110)
 
 
 def draw_bars(axes: "Axes", rows: Sequence[Result]) -> None:

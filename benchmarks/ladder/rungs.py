@@ -42,7 +42,7 @@ from benchmarks.results import CORES, Result, Table, print_cells
 from benchmarks.timing import CPU, Rejected, Times, Turn, flush, take_turns, time_calls
 from torchpar.baselines import numpy_mlp, pure_python
 from torchpar.baselines.numpy_mlp import Array
-from torchpar.errors import ConfigError
+from torchpar.errors import ConfigError, writing
 
 THREADS = (1, 2, 4, 8)
 ROUNDS = 20
@@ -639,7 +639,8 @@ def write(
         for workload, results in measured.items()
     ]
     parts = [readme_table(measured), f"{load}\n", *tables]
-    (folder / "ladder.md").write_text("\n".join(filter(None, parts)), "utf-8")
+    with writing(file := folder / "ladder.md", "--output"):
+        file.write_text("\n".join(filter(None, parts)), "utf-8")
     if find_spec("matplotlib") is None:
         print("No picture is drawn: matplotlib is not installed; pip install matplotlib")
         return

@@ -11,7 +11,7 @@ import importlib.util
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_t
 from support.ending import WrongFlags, ending, line_of, parsing
 from torchpar import __version__
 from torchpar.data.files import Dataset
-from torchpar.errors import AllRanksError, ConfigError, TorchparError
+from torchpar.errors import AllRanksError, ConfigError, TorchparError, writing
 from torchpar.parallel.launch.rank_info import find_rank_info
 
 try:
@@ -36,23 +36,6 @@ except ImportError as error:
 
 F = TypeVar("F", bound="ExampleFlags")
 Check = Callable[[Mapping[str, object]], None]
-
-
-@contextmanager
-def writing(path: Path, flag: str) -> Iterator[None]:
-    """Name ``path`` and what to do in the error of a file that cannot be written, such as on a full
-    disk.
-
-    Raises:
-        ConfigError: instead of an OSError.
-    """
-    try:
-        yield
-    except OSError as e:
-        reason = e.strerror or e
-        raise ConfigError(
-            f"{path} cannot be written ({reason}); make room there, or name another place by {flag}"
-        ) from e
 
 
 class Bounds(NamedTuple):

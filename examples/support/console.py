@@ -15,8 +15,7 @@ from rich.console import Console
 from rich.progress import Progress, track
 from rich.table import Table
 
-from support.cli import writing
-from torchpar.errors import say_progress
+from torchpar.errors import say_progress, writing
 from torchpar.training.outcome import EpochResult
 from torchpar.training.profile.record import RankRecord
 

@@ -22,6 +22,7 @@ from torchpar.errors import (
     ConfigError,
     RankLostError,
     TorchparError,
+    cache_remedy,
     can_print,
     first_line,
     stop_printing,
@@ -105,6 +106,8 @@ def _reason(error: Exception) -> str:
     of_output = errno.ENOSPC, errno.EPIPE  # a full disk, or nobody who reads on
     if isinstance(error, OSError) and error.errno in of_output and not can_print():
         return f"the output cannot be written: {error}"
+    if isinstance(error, OSError) and (remedy := cache_remedy(error)):
+        return f"{error}; {remedy}"
     if isinstance(error, TorchparError | OSError):
         return str(error)
     if _is_of_memory(error):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from support.cli import writing
+from torchpar.errors import writing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from support import console, plots
-from support.cli import writing
+from torchpar.errors import writing
 from torchpar.ptx.report.drawing import Drawing
 from torchpar.training.outcome import EpochResult
 from torchpar.training.profile.record import RankRecord, Timeline, timeline

@@ -160,7 +160,7 @@ def test_a_csv_that_cannot_be_written_stays_as_it_was(tmp_path, monkeypatch):
     table.add([Result(case={}, contestant="one")])
     before = (tmp_path / "muon.csv").read_text()
     monkeypatch.setattr(csv.DictWriter, "writerows", full)
-    with pytest.raises(ConfigError, match=r"muon\.csv cannot be written \(No space left.*; name"):
+    with pytest.raises(ConfigError, match=r"muon\.csv cannot be written \(No space left.*; make"):
         table.add([Result(case={}, contestant="two")])
     assert (tmp_path / "muon.csv").read_text() == before
     assert [one.name for one in tmp_path.iterdir()] == ["muon.csv"]
@@ -209,6 +209,24 @@ def test_an_output_that_cannot_be_written_is_one_line(printing):
     expected = "python -m benchmarks run muon: error: the output cannot be written: [Errno 28]"
     assert error.startswith(expected)
     assert error.count("\n") == 1
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/dev/null/i")
+    with pytest.raises(SystemExit, match="1"):
+        run(lambda: os.makedirs("/dev/null/i"), "run muon")
+    error = "error: [Errno 20] Not a directory: '/dev/null/i'; let TORCHINDUCTOR_CACHE_DIR name"
+    assert capsys.readouterr().err.startswith(f"python -m benchmarks run muon: {error} a folder")
+    with pytest.raises(NotADirectoryError):  # another file
+        run(lambda: os.makedirs("/dev/null/j"), "run muon")
+
+
+def test_a_picture_that_cannot_be_written_is_one_line(tmp_path):
+    pytest.importorskip("matplotlib", reason="it draws")
+    (path := tmp_path / "one.png").mkdir()
+    with pytest.raises(ConfigError, match=r"one\.png cannot be written \(Is a directory\); make"):
+        operators.draw_crossover(path, [])
 
 
 def test_a_reader_may_have_read_enough(printing):

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""An example whose output goes to a full disk, or to a closed pipe."""
+"""An example whose output goes to a full disk, or to a closed pipe, or whose caches cannot be
+written."""
 
 import errno
 
@@ -8,6 +9,8 @@ import pytest
 pytest.importorskip("tyro", reason="tyro reads the flags")
 
 from support import ending
+
+REMEDY = "; let TORCHINDUCTOR_CACHE_DIR name a folder that can be written"
 
 
 @pytest.mark.parametrize(
@@ -23,3 +26,27 @@ from support import ending
 def test_the_line_says_that_it_is_the_output(monkeypatch, number, prints, line):
     monkeypatch.setattr(ending, "can_print", lambda: prints)
     assert ending._reason(OSError(number, "no room")) == line
+
+
+@pytest.mark.parametrize(
+    "name, failed, is_told",
+    [
+        ("/dev/null/i", "/dev/null/i", True),
+        ("/dev/null/i", "/dev/null/i/dynamo", True),
+        ("/proc/i/j", "/proc/i", True),  # of its parents the first that cannot be made
+        ("/dev/null/i", "/dev/null", False),  # it is there
+        ("/dev/null/i", "/dev/null/index.csv", False),
+        ("", "/dev/null/i", False),
+    ],
+)
+def test_the_line_names_the_variable_of_a_cache(monkeypatch, name, failed, is_told):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", name)
+    error = NotADirectoryError(errno.ENOTDIR, "Not a directory", failed)
+    assert ending._reason(error) == f"{error}{REMEDY * is_told}"
+
+
+def test_the_line_names_the_variable_of_a_home_without_a_cache(monkeypatch):
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    monkeypatch.setenv("HOME", "/dev/null/home")
+    error = NotADirectoryError(errno.ENOTDIR, "Not a directory", "/dev/null/home/.triton")
+    assert ending._reason(error).endswith(REMEDY.replace("TORCHINDUCTOR", "TRITON"))

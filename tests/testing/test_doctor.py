@@ -146,6 +146,17 @@ def test_a_full_disk_has_another_remedy():
     assert found.remedy.startswith("make room, or let TMPDIR and XDG_CACHE_HOME name folders")
 
 
+def test_an_unwritable_cache_has_its_variable_as_remedy(monkeypatch):
+    def fail() -> None:
+        raise OSError(errno.ENOTDIR, "Not a directory", "/dev/null/i")
+
+    (found,) = doctor.examine(fail)
+    assert found.remedy.startswith("make room, or let TMPDIR and XDG_CACHE_HOME name folders")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/dev/null/i/j")
+    (found,) = doctor.examine(fail)
+    assert found.remedy == "let TORCHINDUCTOR_CACHE_DIR name a folder that can be written"
+
+
 def test_help_is_no_docstring(capsys):
     with pytest.raises(SystemExit):
         doctor.main(["--help"])

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import torchpar
-from torchpar.errors import first_line
+from torchpar.errors import cache_remedy, first_line
 from torchpar.ops.machine import cpuinfo
 from torchpar.testing.operators.compare import accurate, same_bits
 from torchpar.testing.operators.tensors import normal_like
@@ -39,7 +39,7 @@ State = Literal["ok", "note", "problem"]
 MARKS: dict[State, str] = {"ok": " ", "note": "-", "problem": "!"}
 REPORT = "please report it, with this output"
 # A full disk, a folder that cannot be written, and no folder for temporary files
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOENT)
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOENT, errno.ENOTDIR)
 ROOM = "make room, or let TMPDIR and XDG_CACHE_HOME name folders that can be written"
 
 
@@ -95,7 +95,9 @@ def examine(area: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
         yield from area()
     except Exception as e:
         is_of_disk = isinstance(e, OSError) and e.errno in UNWRITABLE
-        yield Finding("examination", first_line(e), "problem", ROOM if is_of_disk else REPORT)
+        remedy = cache_remedy(e) if isinstance(e, OSError) else ""
+        remedy = remedy or (ROOM if is_of_disk else REPORT)
+        yield Finding("examination", first_line(e), "problem", remedy)
 
 
 def versions() -> Iterator[Finding]:
