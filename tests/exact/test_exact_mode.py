@@ -3,6 +3,7 @@
 
 import inspect
 import math
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from architectures import make_model
 from exact_bits import Layers
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
 
 import torchpar
@@ -353,6 +355,35 @@ def test_a_model_without_values_has_shapes():
         assert shapes("meta") == shapes("cpu")
         with pytest.raises(ConfigError, match=r"takes float32, an operand is torch\.float64"):
             torch.ones(3, dtype=torch.float64, device="meta").sum()
+
+
+@pytest.mark.parametrize("is_outer", [False, True])
+def test_fake_tensors_have_shapes(is_outer):
+    """Such as those by which a program finds out how much memory a model takes."""
+    modes = [torchpar.exact.mode(), FakeTensorMode()]
+    with ExitStack() as stack:
+        for one in modes if is_outer else modes[::-1]:
+            stack.enter_context(one)
+        model = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5), nn.GELU())  # draws, and has rules
+        y = model(torch.randn(2, 4)).log_softmax(1)
+        F.nll_loss(y, torch.zeros(2, dtype=torch.long)).backward()
+        assert isinstance(y, FakeTensor)
+        assert (y.shape, model[0].weight.grad.shape) == ((2, 3), (3, 4))
+        with pytest.raises(ConfigError, match=r"no exact version of aten\.erfc\.default"):
+            y.erfc()
+
+
+@pytest.mark.parametrize("is_dynamic", [False, True])
+def test_a_model_is_exported_in_the_mode(is_dynamic):
+    """torch.export asks its tensors for their device, where an error would end the process."""
+    shapes = ({0: torch.export.Dim("rows", min=2, max=9)},) if is_dynamic else None
+    with torchpar.exact.mode():
+        model = nn.Sequential(nn.Linear(40, 30), nn.GELU(), nn.Linear(30, 2))
+        x = torch.randn(5, 40)
+        exported = torch.export.export(model, (x,), dynamic_shapes=shapes).module()
+        assert torch.equal(exported(x), model(x))
+        if is_dynamic:
+            assert torch.equal(exported(x[:3]), model(x[:3]))
 
 
 def test_coverage_lists_what_is_missing():

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch._decomp import decomposition_table
 from torch._ops import OpOverload
+from torch._subclasses import FakeTensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import (
@@ -33,6 +34,7 @@ from torchpar.exact.registry import (
     COMPOSED,
     EXACT_RULES,
     INTEGERS,
+    METADATA,
     PASSING,
     PRIVATE,
     Result,
@@ -135,6 +137,10 @@ class _Operators(TorchDispatchMode):
         args: Sequence[object] = (),
         kwargs: Mapping[str, object] | None = None,
     ) -> object:
+        if types and func._schema.name in METADATA:
+            return NotImplemented  # the subclass answers; an error would end the process
+        if _is_traced(args) and kind_of(func, args)[0] == "rules":
+            return func(*args, **kwargs or {})
         result = self._compute(func, args, kwargs)
         if self.marks and not _returns_views(func):
             marks.add(result)
@@ -176,6 +182,14 @@ class _Operators(TorchDispatchMode):
         elif func.namespace in ("c10d", "fsdp"):
             remedy = "add gradients by torchpar.exact.DataParallel"
         raise ConfigError(f"no exact version of {func}{foreign}; {remedy}")
+
+
+def _is_traced(operands: Sequence[object]) -> bool:
+    """Whether an operand has no values, and perhaps sizes that are not known yet."""
+    return any(
+        isinstance(t, FakeTensor) or (isinstance(t, Tensor) and t._has_symbolic_sizes_strides)
+        for t in operands
+    )
 
 
 def kind_of(func: Operator, operands: Sequence[object]) -> tuple[Kind, str]:

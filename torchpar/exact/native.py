@@ -53,6 +53,8 @@ def check_native(
     A result that is not a tensor has None. Values, such as indices, are not checked.
     """
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    if any(t._has_symbolic_sizes_strides for t in tensors):  # while a program is traced
+        return (None,)
     on_cpu = all(t.is_cpu for t in tensors)
     schema = getattr(func, "_schema", None)
     memories = _shared(tensors) if on_cpu and schema is not None and schema.is_mutable else {}

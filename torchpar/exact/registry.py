@@ -64,6 +64,12 @@ _INTEGERS = """
     _assert_scalar
 """
 INTEGERS = frozenset(_INTEGERS.split())
+# What PyTorch asks tensors of some subclasses, such as those that torch.export traces.
+_METADATA = """
+    dim size stride numel storage_offset sym_size sym_stride sym_numel sym_storage_offset
+    is_contiguous is_strides_like_format is_non_overlapping_and_dense
+"""
+METADATA = {"prim::device", "prim::layout", *(f"aten::{name}" for name in _METADATA.split())}
 
 EXACT_RULES: dict[str, Rule] = {}
 PRIVATE: set[str] = set()
