@@ -5,7 +5,6 @@
 import argparse
 import importlib.util
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 
 from benchmarks import title
 from torchpar.errors import ConfigError, TorchparError, printing
+from torchpar.parallel.launch.processes import Terminated, terminable
 
 
 class Command:
@@ -90,15 +90,9 @@ def require(*packages: str) -> None:
         )
 
 
-class _Terminated(SystemExit):
-    """SIGTERM was received."""
-
-
 def run(main: Callable[[], int | None], command: str = "") -> None:
-    """Call ``main`` and end with its status. A `TorchparError`, Ctrl-C and SIGTERM are one line,
-    statuses 2, 130 and 143.
-
-    SIGTERM ends it as an exception does, so that the ranks that it has started end too.
+    """Call ``main`` and end with its status. A `TorchparError`, Ctrl-C, SIGTERM and SIGHUP are one
+    line, statuses 2, 130, 143 and 129.
 
     Args:
         command: as it is typed behind ``python -m benchmarks``; by default that of the script that
@@ -106,22 +100,15 @@ def run(main: Callable[[], int | None], command: str = "") -> None:
     """
     command = command or f"run {Path(sys.argv[0]).stem}"
     kept = "a CSV in --output holds complete cases only"
-
-    def end(*_: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # while the ranks end
-        sys.unraisablehook = lambda _: None  # of what the exception leaves half made, as by Numba
-        raise _Terminated(143)
-
-    signal.signal(signal.SIGTERM, end)
     try:
-        with printing(called(command)):
+        with terminable(), printing(called(command)):
             status = main()
         sys.exit(status)
     except TorchparError as e:
         print(f"{called(command)}: error: {e}", file=sys.stderr)
         sys.exit(2)
-    except _Terminated:
-        print(f"{called(command)}: ended by SIGTERM; {kept}", file=sys.stderr)
+    except Terminated as e:
+        print(f"{called(command)}: {e}; {kept}", file=sys.stderr)
         raise
     except KeyboardInterrupt:
         print(f"{called(command)}: interrupted; {kept}", file=sys.stderr)

@@ -19,7 +19,7 @@ import torch
 from torch.distributed.elastic.utils.distributed import get_free_port
 
 from torchpar.parallel.launch.local import Ranks
-from torchpar.parallel.launch.processes import end_with_parent, putting_off_sigterm
+from torchpar.parallel.launch.processes import end_with_parent, putting_off_signals
 from torchpar.parallel.launch.world import World, join_world
 
 T = TypeVar("T")
@@ -65,7 +65,7 @@ def start_ranks(ranks: int, threads: int = 1, device: str = "cpu") -> Iterator[G
             future.result()
         try:
             yield started
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):
             started.kill()
             raise
         finally:
@@ -78,7 +78,7 @@ def start_worker(**environment: str) -> Iterator[ProcessPoolExecutor]:
     """Start a process whose libraries find ``environment`` when they are imported."""
     with ProcessPoolExecutor(1, get_context("spawn"), _begin_worker) as worker:
         with patch.dict(os.environ, environment):
-            with putting_off_sigterm():
+            with putting_off_signals():
                 begun = worker.submit(int)
             begun.result()
         yield worker

@@ -27,7 +27,7 @@ from benchmarks.flags import Command, run
 from benchmarks.muon import steps as muon
 from benchmarks.results import Result, Table, print_bounds
 from torchpar.errors import ConfigError
-from torchpar.parallel.launch.processes import putting_off_sigterm
+from torchpar.parallel.launch.processes import ENDING, putting_off_signals, terminable
 
 # Columns that each CSV has, and some of its own.
 COLUMNS = (
@@ -252,43 +252,57 @@ def test_a_terminal_with_only_ascii_has_the_table(printing):
         assert stdout.buffer.getvalue().startswith(b"5 ?s.")
 
 
-def test_sigterm_is_not_lost_where_a_start_fails():
+@pytest.mark.parametrize("number", ENDING)
+def test_a_signal_is_not_lost_where_a_start_fails(number):
     received: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    before = signal.signal(number, lambda number, _: received.append(number))
 
-    @putting_off_sigterm()
+    @putting_off_signals()
     def start() -> None:
-        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(number)
         raise OSError("no process")
 
     try:
         with pytest.raises(OSError, match="no process"):
             start()
     finally:
-        signal.signal(signal.SIGTERM, before)
-    assert received == [signal.SIGTERM]
+        signal.signal(number, before)
+    assert received == [number]
 
 
-def test_sigterm_ends_in_one_line_once_processes_have_started(monkeypatch, capsys):
+@pytest.mark.parametrize("number", ENDING)
+def test_a_signal_ends_in_one_line_once_processes_have_started(monkeypatch, capsys, number):
     """A rank whose start is interrupted prints a traceback of the fork server."""
-    before, started = signal.getsignal(signal.SIGTERM), []
+    before, started = {one: signal.getsignal(one) for one in ENDING}, []
     monkeypatch.setenv("TORCHPAR_COMMAND", "python -m torchpar ladder")
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # which the command sets
 
     def start() -> None:
-        with putting_off_sigterm():
-            signal.raise_signal(signal.SIGTERM)
+        with putting_off_signals():
+            signal.raise_signal(number)
             started.append("a rank")
         started.append("another")
 
     try:
         with pytest.raises(SystemExit) as ended:
             run(start, "")
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN  # while the ranks end
+        assert {signal.getsignal(one) for one in ENDING} == {signal.SIG_IGN}  # while the ranks end
     finally:
-        signal.signal(signal.SIGTERM, before)
-    assert (ended.value.code, started) == (143, ["a rank"])
-    line = (
-        "python -m torchpar ladder: ended by SIGTERM; a CSV in --output holds complete cases only"
-    )
-    assert capsys.readouterr().err == f"{line}\n"
+        for one, handler in before.items():
+            signal.signal(one, handler)
+    assert (ended.value.code, started) == (128 + number, ["a rank"])
+    said = f"ended by {number.name}; a CSV in --output holds complete cases only"
+    assert capsys.readouterr().err == f"python -m torchpar ladder: {said}\n"
+
+
+def test_an_ignored_signal_stays_ignored():
+    """Such as SIGHUP under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with terminable():
+            signal.raise_signal(signal.SIGHUP)
+            handler = signal.getsignal(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) != handler  # the block's
+    finally:
+        signal.signal(signal.SIGHUP, before)

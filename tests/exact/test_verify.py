@@ -5,6 +5,7 @@ import hashlib
 import os
 import re
 import signal
+import sys
 from concurrent.futures.process import BrokenProcessPool
 from itertools import pairwise
 from unittest.mock import MagicMock, Mock, patch
@@ -15,6 +16,7 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 
 from torchpar import errors
 from torchpar.exact.verify import drawn, models, verify
+from torchpar.parallel.launch.processes import ENDING
 
 DRAWN = "b00ea11d8ef0502d459f757a0642a9cacfcf5d62f74946764dd4d3d7116819ee"  # of what is drawn
 
@@ -108,6 +110,20 @@ def test_lost_ranks_and_ctrl_c_are_one_line(capsys, error, status, message):
         pytest.raises(RuntimeError),
     ):
         verify.main([])
+
+
+@pytest.mark.parametrize("number", ENDING)
+def test_a_signal_is_one_line(monkeypatch, capsys, number):
+    """So the ranks end before their semaphores, which Python would otherwise complain of."""
+    before = {one: signal.getsignal(one) for one in ENDING}
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # which the command sets
+    try:
+        with patch.object(verify, "Ranks", lambda **_: signal.raise_signal(number)):
+            assert verify.main([]) == 128 + number
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+    assert capsys.readouterr().err == f"python -m torchpar verify: ended by {number.name}\n"
 
 
 def test_variables_of_another_launcher_do_not_matter():

@@ -22,6 +22,7 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 from torchpar.errors import ConfigError, TorchparError
 from torchpar.exact.verify import models
 from torchpar.parallel.launch.local import Ranks, set_variables
+from torchpar.parallel.launch.processes import Terminated, terminable
 from torchpar.parallel.launch.world import World, is_communication_error, join_world
 from torchpar.parallel.split.parts import part_of
 from torchpar.parallel.split.reduction import all_gather
@@ -63,13 +64,17 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to train")
     options = parser.parse_args(arguments)
     try:
-        return verify(**vars(options))
+        with terminable():
+            return verify(**vars(options))
     except TorchparError as e:
         reason = str(e)
     except RuntimeError as e:
         if not isinstance(e, BrokenProcessPool) and not is_communication_error(e):
             raise
         reason = "a rank was killed, or has ended in an error; run it again"
+    except Terminated as e:
+        print(f"python -m torchpar verify: {e}", file=sys.stderr)
+        return e.status
     except KeyboardInterrupt:
         print("python -m torchpar verify: interrupted", file=sys.stderr)
         return 130

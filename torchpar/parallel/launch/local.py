@@ -20,7 +20,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
-from torchpar.parallel.launch.processes import end_with_parent, putting_off_sigterm
+from torchpar.parallel.launch.processes import end_with_parent, putting_off_signals
 
 # Imports that take longer than most calls. DistributedDataParallel imports the compiler.
 PRELOAD = [f"torch.{name}" for name in ("_dynamo", "testing")]
@@ -118,7 +118,7 @@ class Ranks(ExitStack):
             self.kill()
         missing = range(count - len(self.workers))
         added = [self.enter_context(self._start_one()) for _ in missing]
-        with putting_off_sigterm():
+        with putting_off_signals():
             pids = [worker.submit(os.getpid) for worker in added]
         self._pids += [pid.result() for pid in pids]
         self.workers += added  # which Ctrl-C has not interrupted
@@ -132,7 +132,7 @@ class Ranks(ExitStack):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> bool | None:
-        if kind is KeyboardInterrupt:
+        if kind is not None and not issubclass(kind, Exception):  # Ctrl-C, or an exit
             self.kill()
         return super().__exit__(kind, error, trace)
 

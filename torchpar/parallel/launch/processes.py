@@ -7,13 +7,15 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import connection, parent_process
 from pathlib import Path
 from types import FrameType
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# Windows has no SIGHUP.
+ENDING = [signal.Signals[name] for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 def end_with_parent(folder: Path | None = None) -> None:
@@ -48,22 +50,67 @@ def end_with_launcher(launcher: str) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+class Terminated(SystemExit):
+    """A signal of `ENDING` was received, as ``str(error)`` says; ``status`` is a shell's for it."""
+
+    def __init__(self, number: int):
+        self.status = 128 + number
+        super().__init__(self.status)
+        self._name = signal.Signals(number).name
+
+    def __str__(self) -> str:
+        return f"ended by {self._name}"
+
+
 @contextmanager
-def putting_off_sigterm() -> Iterator[None]:
-    """Call this process's handler of SIGTERM only after the block, which starts processes.
+def terminable() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end the block as an exception does, so that its processes end too.
+
+    By default they end this process alone, and its semaphores and files stay behind. A signal that
+    is ignored, as by nohup, stays ignored.
+
+    Raises:
+        Terminated: a signal was received. From then on both are ignored while the block ends.
+    """
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        for one in before:
+            signal.signal(one, signal.SIG_IGN)
+        sys.unraisablehook = lambda _: None  # of what the exception leaves half made, as by Numba
+        raise Terminated(number)
+
+    before = {one: signal.getsignal(one) for one in ENDING}
+    before = {one: handler for one, handler in before.items() if handler != signal.SIG_IGN}
+    if threading.current_thread() is not threading.main_thread():  # which alone sets handlers
+        before = {}
+    for one in before:
+        signal.signal(one, end)
+    try:
+        yield
+    finally:
+        if not isinstance(sys.exception(), Terminated):
+            for one, handler in before.items():
+                signal.signal(one, handler)
+
+
+@contextmanager
+def putting_off_signals() -> Iterator[None]:
+    """Call this process's handlers of `ENDING` only after the block, which starts processes.
 
     A handler that raises within the start leaves a process behind that misses what it was to
     receive, and prints a traceback.
     """
-    handler = signal.getsignal(signal.SIGTERM)
-    if not callable(handler) or threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    handlers: dict[int, Callable[[int, FrameType | None], object]] = {}
     received: list[tuple[int, FrameType | None]] = []
-    signal.signal(signal.SIGTERM, lambda *given: received.append(given))
+    if threading.current_thread() is threading.main_thread():
+        for one in ENDING:
+            if callable(handler := signal.getsignal(one)):
+                handlers[one] = handler
+                signal.signal(one, lambda *given: received.append(given))
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         if received:
-            handler(*received[0])
+            handlers[received[0][0]](*received[0])
