@@ -119,6 +119,7 @@ def _python(
             os.dup2(stream.fileno(), number)
     sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # the fork server blocks it
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ.update({"COLUMNS": "80", "PYTHONPATH": import_path(ROOT)} | variables)
     os.chdir(cwd)

@@ -345,6 +345,16 @@ def test_a_rank_that_dies_between_two_calls_is_replaced():
         assert ranks(1, os.getpid) != [pid]
 
 
+def blocked() -> set[signal.Signals]:
+    return signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_ctrl_c_does_not_interrupt_a_rank_that_begins():
+    with Ranks(preload=()) as ranks:
+        assert ranks(1, blocked) == [{signal.SIGINT}]
+    assert signal.SIGINT not in blocked()
+
+
 ORPHANS = """
 import os, sys, time
 from torchpar.parallel.launch.local import Ranks

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, suppress
-from multiprocessing import forkserver, get_context
+from multiprocessing import forkserver, get_context, resource_tracker
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -35,6 +35,9 @@ LATER = (TimeoutError, BrokenProcessPool, RuntimeError)
 def fork_context(preload: Iterable[str] = PRELOAD) -> ForkServerContext:
     """Return the context whose processes are forked from the server; the first call starts it.
 
+    The server and its processes block SIGINT: at Ctrl-C, which reaches all, they would print
+    tracebacks while they begin.
+
     Args:
         preload: modules that the server imports once for all processes; missing packages are
             skipped.
@@ -42,8 +45,13 @@ def fork_context(preload: Iterable[str] = PRELOAD) -> ForkServerContext:
     forkserver.set_forkserver_preload([__name__, *preload])
     # For functions that set more threads: waiting threads leave their core to other processes.
     waiting = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
-    with patch.dict(os.environ, OMP_NUM_THREADS="1", OMP_WAIT_POLICY=waiting):
-        forkserver.ensure_running()
+    resource_tracker.ensure_running()  # its start, within the server's, would unblock SIGINT
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        with patch.dict(os.environ, OMP_NUM_THREADS="1", OMP_WAIT_POLICY=waiting):
+            forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return get_context("forkserver")
 
 
