@@ -252,7 +252,7 @@ def test_a_terminal_with_only_ascii_has_the_table(printing):
         assert stdout.buffer.getvalue().startswith(b"5 ?s.")
 
 
-@pytest.mark.parametrize("number", ENDING)
+@pytest.mark.parametrize("number", [signal.SIGINT, *ENDING])
 def test_a_signal_is_not_lost_where_a_start_fails(number):
     received: list[int] = []
     before = signal.signal(number, lambda number, _: received.append(number))

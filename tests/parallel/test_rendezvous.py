@@ -9,7 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -25,7 +25,7 @@ from torch.distributed import DistError
 
 from torchpar.errors import ConfigError, RankLostError
 from torchpar.parallel import join_world
-from torchpar.parallel.launch import processes, rendezvous, world
+from torchpar.parallel.launch import local, processes, rendezvous, world
 from torchpar.parallel.launch.local import Ranks
 from torchpar.parallel.launch.rank_info import RankInfo, find_rank_info
 from torchpar.parallel.launch.rendezvous import connect, missing_ranks
@@ -343,6 +343,18 @@ def test_a_rank_that_dies_between_two_calls_is_replaced():
         os.kill(pid, signal.SIGKILL)
         assert sleeping.exception() is not None
         assert ranks(1, os.getpid) != [pid]
+
+
+def test_ctrl_c_ends_ranks_that_begin():
+    """A rank that goes on would print a traceback: it misses a semaphore of the ended program."""
+    with (
+        patch.object(Future, "result", side_effect=KeyboardInterrupt),
+        patch.object(local.os, "kill") as kill,
+        pytest.raises(KeyboardInterrupt),
+        Ranks(preload=()) as ranks,
+    ):
+        ranks.start(2)
+    assert [call.args[1] for call in kill.mock_calls] == [signal.SIGKILL] * 2
 
 
 def blocked() -> set[signal.Signals]:

@@ -127,8 +127,11 @@ class Ranks(ExitStack):
         missing = range(count - len(self.workers))
         added = [self.enter_context(self._start_one()) for _ in missing]
         with putting_off_signals():
-            pids = [worker.submit(os.getpid) for worker in added]
-        self._pids += [pid.result() for pid in pids]
+            begun = [worker.submit(int) for worker in added]
+            # A process that is not killed while it begins would miss the semaphores of this one.
+            self._pids += [pid for worker in added for pid in worker._processes]
+        for one in begun:
+            one.result()
         self.workers += added  # which Ctrl-C has not interrupted
 
     def _start_one(self) -> ProcessPoolExecutor:

@@ -95,7 +95,7 @@ def terminable() -> Iterator[None]:
 
 @contextmanager
 def putting_off_signals() -> Iterator[None]:
-    """Call this process's handlers of `ENDING` only after the block, which starts processes.
+    """Call the handlers of SIGINT and `ENDING` only after the block, which starts processes.
 
     A handler that raises within the start leaves a process behind that misses what it was to
     receive, and prints a traceback.
@@ -103,7 +103,7 @@ def putting_off_signals() -> Iterator[None]:
     handlers: dict[int, Callable[[int, FrameType | None], object]] = {}
     received: list[tuple[int, FrameType | None]] = []
     if threading.current_thread() is threading.main_thread():
-        for one in ENDING:
+        for one in (signal.SIGINT, *ENDING):
             if callable(handler := signal.getsignal(one)):
                 handlers[one] = handler
                 signal.signal(one, lambda *given: received.append(given))
