@@ -19,7 +19,7 @@ from support import cli, console, report, timeline
 from support.cli import Bounds, Count, Free, Number, Output, Share, Size, Switch
 from torchpar import data, training
 from torchpar.data import Samples
-from torchpar.errors import ConfigError
+from torchpar.errors import ConfigError, writing
 from torchpar.parallel.launch.agreement import check_same_on_all_ranks
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.split.clip import clip_grad_norm_
@@ -300,7 +300,8 @@ class Log:
         if self.profiler.step_num <= SKIP:  # complete already, or a short run
             return f"profile: nothing was recorded, no more than {SKIP} steps were trained"
         path = self.flags.profile / f"rank-{self.world.rank}.json.gz"
-        self.profiler.export_chrome_trace(str(path))
+        with writing(path, "--profile"):
+            self.profiler.export_chrome_trace(str(path))
         by = "self_device_time_total" if self.world.device.type == "cuda" else "self_cpu_time_total"
         table = self.profiler.key_averages().table(by, row_limit=10, max_name_column_width=40)
         return f"costliest operators of rank {self.world.rank}\n{table.rstrip()}"

@@ -584,7 +584,7 @@ def test_errors(small, monkeypatch, name, flags, message):
     assert is_line == ("Error parsing" not in err and "Unrecognized" not in err)
 
 
-@pytest.mark.parametrize("flag", ["--metrics", "--report", "--log-dir"])
+@pytest.mark.parametrize("flag", ["--metrics", "--report", "--log-dir", "--profile"])
 def test_a_full_disk_is_named_in_one_line(small, tmp_path, monkeypatch, flag):
     """As /dev/full is: it can be opened, and takes no byte."""
     target = tmp_path / "outputs"
@@ -594,14 +594,16 @@ def test_a_full_disk_is_named_in_one_line(small, tmp_path, monkeypatch, flag):
         full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if flag == "--report":
             monkeypatch.setattr(Path, "write_text", Mock(side_effect=full))
+        elif flag == "--profile":
+            profile = torch.profiler.profile
+            monkeypatch.setattr(profile, "export_chrome_trace", Mock(side_effect=full))
         else:
             writer = pytest.importorskip(
                 "tensorboard.summary.writer.record_writer", reason="it writes the log"
             )
             monkeypatch.setattr(writer.RecordWriter, "write", Mock(side_effect=full))
-    code, _, err = lesson(
-        "train_ddp", *small, "--device", "cpu", "--epochs", "1", flag, str(target)
-    )
+    short = ["--device", "cpu", "--epochs", "1", "--batch-size", "100"]
+    code, _, err = lesson("train_ddp", *small, *short, flag, str(target))
     assert code == 2
     line = (
         rf"train_ddp\.py: error: {target}.* cannot be written \(No space left on device\); make "
