@@ -268,8 +268,7 @@ def end_at_some_moment(
             break
         time.sleep(0.001)
     time.sleep(delay)
-    # SIGKILL of torchrun alone would leave ranks that look for its store for a minute; they get it,
-    # too.
+    # The ranks of a killed torchrun receive SIGTERM, and save; here they get SIGKILL, too.
     for number in left_behind(mark) if sent == signal.SIGKILL else [process.pid]:
         with suppress(ProcessLookupError):
             os.kill(number, sent)
