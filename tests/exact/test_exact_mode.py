@@ -13,6 +13,7 @@ from exact_bits import Layers
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
+from torch.testing._internal.two_tensor import TwoTensor
 
 import torchpar
 from torchpar import exact
@@ -371,6 +372,25 @@ def test_fake_tensors_have_shapes(is_outer):
         assert (y.shape, model[0].weight.grad.shape) == ((2, 3), (3, 4))
         with pytest.raises(ConfigError, match=r"no exact version of aten\.erfc\.default"):
             y.erfc()
+
+
+def test_a_tensor_of_tensors_has_their_bits():
+    """Subclasses compute by operators on the tensors that they hold."""
+    layers = nn.Sequential(nn.Linear(40, 30), nn.GELU(), nn.LayerNorm(30))
+    x, other = torch.randn(5, 40), torch.randn(5, 40)
+    with torchpar.exact.mode():
+        both = layers(TwoTensor(x, other))
+        both.sum().backward()
+        gradient = layers[0].weight.grad
+        for found, found_gradient, one in [
+            (both.a, gradient.a, x),
+            (both.b, gradient.b, other),
+        ]:
+            layers.zero_grad()
+            y = layers(one)
+            y.sum().backward()
+            assert torch.equal(found, y)
+            assert torch.equal(found_gradient, layers[0].weight.grad)
 
 
 @pytest.mark.parametrize("is_dynamic", [False, True])

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._decomp import decomposition_table
 from torch._ops import OpOverload
 from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import (
@@ -133,12 +134,12 @@ class _Operators(TorchDispatchMode):
     def __torch_dispatch__(
         self,
         func: Operator,
-        types: Sequence[type],
+        types: Sequence[type[Tensor]],
         args: Sequence[object] = (),
         kwargs: Mapping[str, object] | None = None,
     ) -> object:
-        if types and func._schema.name in METADATA:
-            return NotImplemented  # the subclass answers; an error would end the process
+        if any(_answers(kind, func) for kind in types):
+            return NotImplemented  # its operators on the tensors that it holds arrive here
         if _is_traced(args) and kind_of(func, args)[0] == "rules":
             return func(*args, **kwargs or {})
         result = self._compute(func, args, kwargs)
@@ -182,6 +183,16 @@ class _Operators(TorchDispatchMode):
         elif func.namespace in ("c10d", "fsdp"):
             remedy = "add gradients by torchpar.exact.DataParallel"
         raise ConfigError(f"no exact version of {func}{foreign}; {remedy}")
+
+
+def _answers(kind: type[Tensor], func: Operator) -> bool:
+    """Whether a class of tensors computes the operator itself, as DTensor does.
+
+    Those with which PyTorch traces tell their metadata alone, where an error would end the process.
+    """
+    if kind.__torch_dispatch__ is Tensor.__torch_dispatch__:
+        return False
+    return func._schema.name in METADATA or not issubclass(kind, FakeTensor | FunctionalTensor)
 
 
 def _is_traced(operands: Sequence[object]) -> bool:
