@@ -21,8 +21,10 @@ sector for 4 of its bytes, and a product that is one launch of square tiles reac
 the share of all sectors that a perfect cache would not fetch again from memory.
 
 No time is measured without a GPU. "at least" is a bound by the data sheet: each unit works at its
-peak, and memory delivers each sector once, as if the caches took no time. So the naive kernel has a
-low bound. "about" is the emulator's estimate, whose model counts the caches and the latency.
+peak, and memory delivers each sector once, as if the caches took no time. A line below each table
+names the unit that needs most. So the naive kernel, whose loads the caches serve, has a low bound,
+and the tiled one a higher bound by the shared memory that it reads. "about" is the emulator's
+estimate, whose model counts the caches and the latency.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,6 +34,7 @@ from typing import Annotated, NamedTuple
 
 import torch
 from support import checks, cli, console, plots
+from support.kernels import by_unit, check_faults, compiling
 from support.measure import interleaved_ms
 from torch import Tensor
 
@@ -124,8 +127,11 @@ def check(name: str, result: Tensor, work: Work) -> None:
     """Compare a result with PyTorch's in float64.
 
     Raises:
-        ConfigError: an error above rounding; another number.
+        ConfigError: another type; an error above rounding; another number.
     """
+    if not isinstance(result, Tensor):
+        found = type(result).__name__
+        raise ConfigError(f"{name} is {found}, expected a tensor; return the kernel's result")
     if result.is_floating_point():
         terms = work.operands[0].shape[-1]
         checks.compare(name, result, work.reference, *work.operands, terms=terms)
@@ -140,15 +146,16 @@ def count(work: Work) -> list[console.Row]:
     """Execute each way as compiled for an H100, check its result, and return what it takes.
 
     Raises:
-        ConfigError: a wrong result, or a fault.
+        ConfigError: a fault, a wrong result, or a way without a kernel.
     """
     rows: list[console.Row] = []
     for name, way in work.ways.items():
-        with emulate("sm_90") as gpu:
+        part = f"{work.name} by {name}"
+        with emulate("sm_90") as gpu, compiling(part):
             result = way(*work.operands)
-        check(f"{work.name} by {name}", result, work)
-        if errors := gpu.report().errors:
-            raise ConfigError(f"{work.name} by {name}: {errors[0]}; mend the kernel")
+        check_faults(gpu, part)
+        check(part, result, work)
+        bounds = [launch.bounds[0] for launch in gpu.launches]
         loads = sectors = distinct = 0
         operations = 0.0
         for launch in gpu.launches:
@@ -161,6 +168,8 @@ def count(work: Work) -> list[console.Row]:
                 for one in counters.in_space("global")
                 if one.what in ("load", "copy", "TMA load")
             )
+        if not loads:
+            raise ConfigError(f"{part}: no kernel loads a number; compute it by a kernel of Triton")
         rows.append(
             {
                 "work": work.name,
@@ -169,7 +178,8 @@ def count(work: Work) -> list[console.Row]:
                 "sectors": sectors,
                 "reuse": 1 - distinct / sectors,
                 "intensity": operations / (SECTOR * loads),
-                "at_least_µs": sum(launch.bounds[0].least for launch in gpu.launches),
+                "at_least_µs": sum(bound.least for bound in bounds),
+                "unit": max(bounds, key=lambda bound: bound.least).unit,
                 "about_µs": sum(launch.time[GPU].microseconds for launch in gpu.launches),
             }
         )
@@ -232,6 +242,8 @@ def main(flags: Flags) -> None:
     for name in dict.fromkeys(row["work"] for row in rows):
         shown = [shown_row(row) for row in rows if row["work"] == name]
         console.print_rows(shown, str(name))
+        units = by_unit((row["by"], row["unit"]) for row in rows if row["work"] == name)
+        print(f"at least, {units}")
     if flags.plots:
         save_roofline(
             flags.plots / "roofline.png",

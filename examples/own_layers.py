@@ -38,7 +38,7 @@ from train_by_hand import Linear as PlainLinear
 from torchpar.data import Samples, batches
 from torchpar.errors import ConfigError, check_finite
 from torchpar.parallel.launch.world import join_world
-from torchpar.ptx import emulate
+from torchpar.ptx import Emulator, emulate
 from torchpar.testing import check_kernel
 
 try:
@@ -46,6 +46,8 @@ try:
     import triton.language as tl
 except ImportError as error:
     sys.exit(f"own_layers.py needs Triton ({error}); pip install triton")
+
+from support.kernels import by_unit, check_faults, compiling
 
 TILE, BLOCK = 16, 64
 OF_TILES, OF_BLOCKS = {"num_warps": 8}, {"num_warps": 2}  # 256 and 64 threads
@@ -387,12 +389,8 @@ def check_kernels() -> None:
         check_arguments(case)
         kernel, grid, arguments, right, options = case
         name = kernel.__name__  # type: ignore[attr-defined]
-        try:
+        with compiling(name):
             table = check_kernel(kernel, grid, arguments, right, **options)  # type: ignore[arg-type]
-        except triton.CompilationError as error:  # its message shows the kernel up to the fault
-            raise ConfigError(
-                f"{name}: Triton cannot compile it: {error}; mend the kernel"
-            ) from None
         wrong = [row for row in table.rows if row.outcome in ("wrong", "crashes")]
         if wrong:
             found = "; ".join(f"{row.rule}: {row.detail}" for row in wrong)
@@ -417,12 +415,15 @@ def count(n: int, hidden: int) -> list[console.Row]:
                 "sectors": counters.sums("global").transactions,
                 "atomics": sum(one.requests for one in counters.accesses if one.what == "atomic"),
                 "least": f"{bound.least:.3f}",
+                "unit": bound.unit,
                 "about": f"{launch.time[bound.gpu].microseconds:.4g}",
             }
         )
-    console.print_rows(rows, f"{n} samples, {hidden} units, an {bound.gpu}")
+    shown = [{name: cell for name, cell in row.items() if name != "unit"} for row in rows]
+    console.print_rows(shown, f"{n} samples, {hidden} units, an {bound.gpu}")
     print("per warp: instructions; atomics: requests; no time was measured:")
     print("least: µs, a bound by the data sheet; about: µs, the emulator's estimate")
+    print(f"least, {by_unit((row['kernel'], row['unit']) for row in rows)}")
     return rows
 
 
@@ -436,16 +437,24 @@ def build_network(hidden: int, device: torch.device) -> Network:
     return network
 
 
-def check_network(network: Network, loss: BinaryCrossEntropy, samples: Samples) -> None:
+def check_network(
+    network: Network, loss: BinaryCrossEntropy, samples: Samples, gpu: Emulator | None
+) -> None:
     """Compare the loss and the gradients of all layers together with those of autograd in float64.
 
+    Args:
+        gpu: that executes the launches, if no GPU does.
+
     Raises:
-        ConfigError: an error above rounding.
+        ConfigError: a fault of a launch; an error above rounding.
     """
     x, labels = samples.features, samples.labels
+    # A wrong launch can write into the parameters.
+    parameters = {name: parameter.clone() for name, parameter in network.parameters().items()}
     value = loss.forward(network.forward(x), labels)
     network.backward(loss.backward())
-    parameters = network.parameters()
+    if gpu is not None:
+        check_faults(gpu)
 
     def reference(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
         y = torch.nn.functional.linear(x, w1, b1).relu()
@@ -498,7 +507,7 @@ def main(flags: Flags) -> None:
         start = time.perf_counter()
         # Without a GPU, the launches of a block `with emulate` are executed on the CPU.
         with nullcontext() if world.device.type == "cuda" else emulate("sm_90") as gpu:
-            check_network(network, loss, samples)
+            check_network(network, loss, samples, gpu)
             train(network, loss, samples, flags)
             p = network.forward(test.features)
             test_loss = loss.forward(p, test.labels).item()
@@ -506,9 +515,7 @@ def main(flags: Flags) -> None:
         seconds = time.perf_counter() - start
         accuracy = ((p[:, 0] > 0.5) == test.labels).double().mean().item()
     if gpu is not None:
-        report = gpu.report()
-        if report.errors:
-            raise ConfigError(f"{report.errors[0]}; mend the kernel")
+        check_faults(gpu)
         print(f"{len(gpu.launches):,} launches were executed on the CPU, without a fault")
     figures: console.Row = {"test_accuracy": accuracy, "test_loss": test_loss}
     console.write_metrics(flags.metrics, [*rows, figures])

@@ -9,6 +9,9 @@ pytest.importorskip("tyro", reason="tyro reads the flags")
 pytest.importorskip("triton", reason="the kernels are Triton's")
 
 import course_kernels
+import triton
+import triton.language as tl
+from support.kernels import by_unit
 
 from torchpar.errors import ConfigError
 
@@ -35,6 +38,12 @@ def test_a_tile_of_64_has_16_operations_a_byte():
     # Each multiply-add loads two numbers, and takes no less than 4 bytes of them a thread.
     assert naive["intensity"] <= 1 / 4
     assert 0 < tiled["at_least_µs"] < tiled["about_µs"]
+    assert (naive["unit"], tiled["unit"]) == ("floating point", "shared memory")
+
+
+def test_the_kernels_of_each_unit_are_named_together():
+    pairs = [("naive", "memory"), ("tiled", "shared memory"), ("mine", "memory")]
+    assert by_unit(pairs) == "by memory: naive, mine; by shared memory: tiled"
 
 
 def test_a_wrong_way_is_refused():
@@ -44,6 +53,48 @@ def test_a_wrong_way_is_refused():
     maximum, *_ = course_kernels.works(course_kernels.Flags(side=10))
     with pytest.raises(ConfigError, match=r"^maximum, 10 × 10 by mine: \d+ numbers are wrong: \["):
         course_kernels.count(maximum._replace(ways={"mine": torch.minimum}))
+
+
+@triton.jit
+def past_the_end_kernel(a, out, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(out + i, tl.load(a + BLOCK + i))
+
+
+def past_the_end(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    out = a @ b.T
+    past_the_end_kernel[(1,)](a, out, 64 * 64)
+    return out
+
+
+def not_compiled(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    not_compiled_kernel[(1,)](a, a.shape[0])
+    return a
+
+
+@triton.jit
+def not_compiled_kernel(a, n):
+    tl.store(a, tl.sum(tl.zeros((n,), tl.float32), 0))
+
+
+@pytest.mark.parametrize(
+    "way, says",
+    [
+        (
+            past_the_end,
+            r"^A·Bᵀ, 64³ by mine: (.|\n)*outside of a .*; mend the kernel or its launch$",
+        ),
+        (
+            not_compiled,
+            r"^A·Bᵀ, 64³ by mine: Triton cannot(.|\n)*Shape element 0 must.*; mend",
+        ),
+        (lambda a, b: None, r"^A·Bᵀ, 64³ by mine is NoneType, expected a tensor; return the"),
+        (lambda a, b: a @ b.T, r"^A·Bᵀ, 64³ by mine: no kernel loads a number; compute it"),
+    ],
+)
+def test_a_way_that_is_no_right_kernel_is_named_with_its_fault(way, says):
+    with pytest.raises(ConfigError, match=says):
+        course_kernels.count(products(mine=way))
 
 
 @pytest.mark.slow

@@ -14,8 +14,10 @@ pytest.importorskip("triton", reason="the kernels are Triton's")
 import own_layers
 import triton
 import triton.language as tl
+from train_by_hand import draw
 
 from torchpar.errors import ConfigError
+from torchpar.ptx import emulate
 
 CASES = own_layers.cases
 
@@ -108,6 +110,19 @@ def test_a_kernel_that_adds_to_a_result_that_nothing_set_is_wrong(monkeypatch):
     monkeypatch.setattr(torch, "empty_like", torch.zeros_like)
     with pytest.raises(ConfigError, match=r"^weight_by_atomics_kernel: values: dw: NaN.*must be 0"):
         own_layers.check_kernels()
+
+
+def test_a_launch_of_too_few_blocks_is_named_before_its_values(monkeypatch):
+    monkeypatch.setattr(own_layers, "blocks", lambda size: (1,))
+    network, loss = (
+        own_layers.build_network(20, torch.device("cpu")),
+        own_layers.BinaryCrossEntropy(),
+    )
+    with (
+        emulate() as gpu,
+        pytest.raises(ConfigError, match=r"uninitialised memory in \w+(.|\n)*mend"),
+    ):
+        own_layers.check_network(network, loss, draw(50, 0), gpu)
 
 
 @pytest.mark.parametrize(
