@@ -11,6 +11,7 @@ from torchpar.parallel.launch.world import World
 from torchpar.training.profile.record import RankRecord, Step
 
 LETTERS = {"forward": "F", "backward": "B"}
+LEGEND = "F, B: forward and backward pass of a micro-batch; -: it goes on; .: idle"
 # F0, B0 and so on, by micro-batch: start and end in seconds.
 Passes = dict[str, tuple[float, float]]
 
@@ -34,7 +35,7 @@ def passes(step: Step) -> Passes:
 
 
 def draw(records: Sequence[RankRecord]) -> list[str]:
-    """Return a line per rank, with dots where it is idle, from the passes of each rank's steps.
+    """Return the scale, a line per rank and what its letters mean, from the passes of its steps.
 
     Each pass is drawn from its median start to its median end, counted from the first pass of rank
     0. Medians keep every order that all steps have. The lines are as wide as the terminal. A pass
@@ -58,4 +59,4 @@ def draw(records: Sequence[RankRecord]) -> list[str]:
             line = line.ljust(int(end / span * columns), "-")
         idle = 1 - (of_rank[:, 1] - of_rank[:, 0]).sum() / span
         lines.append(f"rank {rank}  {line.ljust(columns, '.')}  {idle:.0%} idle")
-    return lines
+    return [*lines, LEGEND]

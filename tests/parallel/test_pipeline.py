@@ -123,9 +123,10 @@ def test_a_timeline_draws_each_pass_from_its_median_start_to_its_median_end(monk
         "a step of 8000.00 ms, 133.333 ms a column, medians of 3 steps",
         "rank 0  F0-----F1------...............B0-------------B1-------------  25% idle",
         "rank 1  .......F0------F1-----B0------B1-------------...............  38% idle",
+        "F, B: forward and backward pass of a micro-batch; -: it goes on; .: idle",
     ]
     monkeypatch.setenv("COLUMNS", "140")
-    title, line = draw(
+    title, line, _ = draw(
         [record(step(0, 0.001, 0.001, 0.5, 0.5, 0.501, 0.501, 1))]
     )  # passes shorter than their names
     assert title.startswith("a step of 1000.00 ms, 8.333 ms a column")
