@@ -28,8 +28,12 @@ def compare(
             f"{part} is {found}, expected the shape {tuple(exact.shape)}; mend its formula"
         )
     error, native = ((t - exact).abs().max().item() for t in (result, reference(*inputs)))
-    most = 2 * native + terms**0.5 * torch.finfo(result.dtype).eps * exact.abs().max().item()
-    print(f"{part}: error {error:.1e} against float64, PyTorch's {native:.1e}")
+    largest = exact.abs().max().item()
+    most = 2 * native + terms**0.5 * torch.finfo(result.dtype).eps * largest
+    print(
+        f"{part}: error {error:.1e} against float64, PyTorch's {native:.1e}; "
+        f"the largest number is {largest:.3g}"
+    )
     if not error <= most:
         off = f"{part} is off by {error:.1e}, expected {most:.1e} at most"
         raise ConfigError(
