@@ -109,7 +109,7 @@ def run(main: Callable[[], int | None], command: str = "") -> None:
         sys.exit(2)
     except Terminated as e:
         print(f"{called(command)}: {e}; {kept}", file=sys.stderr)
-        raise
+        sys.exit(e.status)
     except KeyboardInterrupt:
         print(f"{called(command)}: interrupted; {kept}", file=sys.stderr)
         sys.exit(130)

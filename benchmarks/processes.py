@@ -19,7 +19,7 @@ import torch
 from torch.distributed.elastic.utils.distributed import get_free_port
 
 from torchpar.parallel.launch.local import Ranks
-from torchpar.parallel.launch.processes import end_with_parent, putting_off_signals
+from torchpar.parallel.launch.processes import Terminated, end_with_parent, putting_off_signals
 from torchpar.parallel.launch.world import World, join_world
 
 T = TypeVar("T")
@@ -65,7 +65,7 @@ def start_ranks(ranks: int, threads: int = 1, device: str = "cpu") -> Iterator[G
             future.result()
         try:
             yield started
-        except (KeyboardInterrupt, SystemExit):
+        except (KeyboardInterrupt, Terminated):
             started.kill()
             raise
         finally:

@@ -306,3 +306,19 @@ def test_an_ignored_signal_stays_ignored():
         assert signal.getsignal(signal.SIGTERM) != handler  # the block's
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_sigterm_in_a_file_of_a_student_is_no_error_of_the_file(monkeypatch, tmp_path):
+    from benchmarks.ladder.student import execute
+
+    before, verdicts = {one: signal.getsignal(one) for one in ENDING}, []
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # which the command sets
+    file = tmp_path / "my.py"
+    file.write_text("import signal\nsignal.raise_signal(signal.SIGTERM)\n")
+    try:
+        with pytest.raises(SystemExit) as ended:
+            run(lambda: verdicts.append(execute(str(file))), "")
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+    assert (ended.value.code, verdicts) == (143, [])

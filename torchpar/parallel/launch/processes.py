@@ -50,16 +50,15 @@ def end_with_launcher(launcher: str) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-class Terminated(SystemExit):
-    """A signal of `ENDING` was received, as ``str(error)`` says; ``status`` is a shell's for it."""
+class Terminated(BaseException):
+    """A signal of `ENDING` was received; ``status`` is a shell's for it.
+
+    It is no SystemExit, which a reader's function may raise.
+    """
 
     def __init__(self, number: int):
         self.status = 128 + number
-        super().__init__(self.status)
-        self._name = signal.Signals(number).name
-
-    def __str__(self) -> str:
-        return f"ended by {self._name}"
+        super().__init__(f"ended by {signal.Signals(number).name}")
 
 
 @contextmanager
