@@ -3,7 +3,6 @@
 
 import argparse
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -41,20 +40,24 @@ def run(names: Sequence[str], flags: Sequence[str]) -> int:
     }
     if len(names) == 1:
         os.execve(sys.executable, commands[names[0]], environments[names[0]])
-    from torchpar.errors import printing  # with PyTorch, which one benchmark alone imports itself
+    # With PyTorch, which one benchmark alone imports itself:
+    from torchpar.errors import printing
+    from torchpar.parallel.launch.processes import Terminated, terminable
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     failed = []
-    with printing("python -m benchmarks run"):
-        for name, command in commands.items():
-            print(f"== {name}", flush=True)
-            with subprocess.Popen(command, env=environments[name]) as child:  # whose end is awaited
-                try:
-                    if status := child.wait():
-                        failed.append(f"{name} (status {status})")
-                except SystemExit:
-                    child.terminate()
-                    raise
+    try:
+        with terminable(), printing("python -m benchmarks run"):
+            for name, command in commands.items():
+                print(f"== {name}", flush=True)
+                with subprocess.Popen(command, env=environments[name]) as child:
+                    try:
+                        if status := child.wait():
+                            failed.append(f"{name} (status {status})")
+                    except Terminated:
+                        child.terminate()
+                        raise
+    except Terminated as e:  # which the benchmark says
+        return e.status
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
