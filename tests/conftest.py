@@ -109,6 +109,18 @@ def interruptible() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.fixture
+def ending_signals(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let `terminable` handle each signal, also where nohup has this process ignore SIGHUP."""
+    from torchpar.parallel.launch.processes import ENDING
+
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # which the signal sets
+    before = {one: signal.signal(one, signal.SIG_DFL) for one in ENDING}
+    yield
+    for one, handler in before.items():
+        signal.signal(one, handler)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def kernels_always() -> Iterator[None]:
     """Launch the kernels on a GPU, at any size: tests have small ones, of which the library

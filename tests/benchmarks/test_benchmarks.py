@@ -271,11 +271,12 @@ def test_a_signal_is_not_lost_where_a_start_fails(number):
 
 
 @pytest.mark.parametrize("number", ENDING)
-def test_a_signal_ends_in_one_line_once_processes_have_started(monkeypatch, capsys, number):
+def test_a_signal_ends_in_one_line_once_processes_have_started(
+    monkeypatch, capsys, ending_signals, number
+):
     """A rank whose start is interrupted prints a traceback of the fork server."""
-    before, started = {one: signal.getsignal(one) for one in ENDING}, []
+    started = []
     monkeypatch.setenv("TORCHPAR_COMMAND", "python -m torchpar ladder")
-    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # which the command sets
 
     def start() -> None:
         with putting_off_signals():
@@ -283,42 +284,30 @@ def test_a_signal_ends_in_one_line_once_processes_have_started(monkeypatch, caps
             started.append("a rank")
         started.append("another")
 
-    try:
-        with pytest.raises(SystemExit) as ended:
-            run(start, "")
-        assert {signal.getsignal(one) for one in ENDING} == {signal.SIG_IGN}  # while the ranks end
-    finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)
+    with pytest.raises(SystemExit) as ended:
+        run(start, "")
+    assert {signal.getsignal(one) for one in ENDING} == {signal.SIG_IGN}  # while the ranks end
     assert (ended.value.code, started) == (128 + number, ["a rank"])
     said = f"ended by {number.name}; a CSV in --output holds complete cases only"
     assert capsys.readouterr().err == f"python -m torchpar ladder: {said}\n"
 
 
-def test_an_ignored_signal_stays_ignored():
+def test_an_ignored_signal_stays_ignored(ending_signals):
     """Such as SIGHUP under nohup."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with terminable():
-            signal.raise_signal(signal.SIGHUP)
-            handler = signal.getsignal(signal.SIGTERM)
-        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-        assert signal.getsignal(signal.SIGTERM) != handler  # the block's
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with terminable():
+        signal.raise_signal(signal.SIGHUP)
+        handler = signal.getsignal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    assert signal.getsignal(signal.SIGTERM) != handler  # the block's
 
 
-def test_sigterm_in_a_file_of_a_student_is_no_error_of_the_file(monkeypatch, tmp_path):
+def test_sigterm_in_a_file_of_a_student_is_no_error_of_the_file(ending_signals, tmp_path):
     from benchmarks.ladder.student import execute
 
-    before, verdicts = {one: signal.getsignal(one) for one in ENDING}, []
-    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # which the command sets
+    verdicts = []
     file = tmp_path / "my.py"
     file.write_text("import signal\nsignal.raise_signal(signal.SIGTERM)\n")
-    try:
-        with pytest.raises(SystemExit) as ended:
-            run(lambda: verdicts.append(execute(str(file))), "")
-    finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)
+    with pytest.raises(SystemExit) as ended:
+        run(lambda: verdicts.append(execute(str(file))), "")
     assert (ended.value.code, verdicts) == (143, [])

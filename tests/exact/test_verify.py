@@ -5,7 +5,6 @@ import hashlib
 import os
 import re
 import signal
-import sys
 from concurrent.futures.process import BrokenProcessPool
 from itertools import pairwise
 from unittest.mock import MagicMock, Mock, patch
@@ -113,16 +112,10 @@ def test_lost_ranks_and_ctrl_c_are_one_line(capsys, error, status, message):
 
 
 @pytest.mark.parametrize("number", ENDING)
-def test_a_signal_is_one_line(monkeypatch, capsys, number):
+def test_a_signal_is_one_line(capsys, ending_signals, number):
     """So the ranks end before their semaphores, which Python would otherwise complain of."""
-    before = {one: signal.getsignal(one) for one in ENDING}
-    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # which the command sets
-    try:
-        with patch.object(verify, "Ranks", lambda **_: signal.raise_signal(number)):
-            assert verify.main([]) == 128 + number
-    finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)
+    with patch.object(verify, "Ranks", lambda **_: signal.raise_signal(number)):
+        assert verify.main([]) == 128 + number
     assert capsys.readouterr().err == f"python -m torchpar verify: ended by {number.name}\n"
 
 

@@ -40,13 +40,13 @@ def end_with_parent(folder: Path | None = None) -> None:
     threading.Thread(target=watch, name="end_with_parent", daemon=True).start()
 
 
-def end_with_launcher(launcher: str) -> None:
+def end_with_launcher() -> None:
     """Let Linux send SIGTERM to this rank of torchrun when torchrun ends, even by SIGKILL.
 
     The ranks of a killed torchrun would train on. The signal comes when the thread ends that
     started this process. In torchrun that is the main thread, but others may have short ones.
     """
-    if launcher == "torchrun" and sys.platform == "linux":
+    if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 

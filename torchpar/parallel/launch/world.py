@@ -169,19 +169,13 @@ def join_world(
         raise ConfigError("device is cuda, but PyTorch finds no GPU; take cpu")
     launched = find_rank_info()
     info = launched or RankInfo(0, 0, 1, 1, address="", port=0, launcher="none")
-    end_with_launcher(info.launcher)
+    if info.launcher == "torchrun":
+        end_with_launcher()
     if alone and info.world_size > 1:
         raise ConfigError(
             f"{info.world_size} processes were started, expected 1; start without a launcher"
         )
-    if device == "cpu" or not torch.cuda.is_available():
-        rank_device, backend = torch.device("cpu"), "gloo"
-    else:
-        rank_device = torch.device("cuda", info.local_rank % torch.cuda.device_count())
-        # The device of an emulated GPU is the CPU.
-        has_own = rank_device.type == "cuda" and info.local_world_size <= torch.cuda.device_count()
-        backend = "nccl" if has_own else "gloo"
-        torch.cuda.set_device(rank_device)
+    rank_device, backend = _choose_device(device, info)
     limit, store = timedelta(seconds=timeout), None
     if not dist.is_initialized():
         store = rendezvous.connect(info, limit) if launched else dist.HashStore()  # type: ignore[attr-defined]
@@ -209,6 +203,17 @@ def join_world(
         _release_communicators()
         if store is not None and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _choose_device(device: str, info: RankInfo) -> tuple[torch.device, str]:
+    """Return this rank's device and the backend that connects it, and make the device current."""
+    if device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu"), "gloo"
+    rank_device = torch.device("cuda", info.local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(rank_device)
+    # The device of an emulated GPU is the CPU.
+    has_own = rank_device.type == "cuda" and info.local_world_size <= torch.cuda.device_count()
+    return rank_device, "nccl" if has_own else "gloo"
 
 
 def hold_communicators(holder: Any) -> None:
