@@ -393,6 +393,22 @@ def test_a_tensor_of_tensors_has_their_bits():
             assert torch.equal(found_gradient, layers[0].weight.grad)
 
 
+class Own(Tensor):
+    """A tensor with values of its own, whose class computes with them outside of all modes."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return super().__torch_dispatch__(func, types, args, kwargs or {})
+
+
+def test_a_subclass_with_values_of_its_own_does_not_leave_the_mode():
+    layers, x = nn.Sequential(nn.Linear(40, 30), nn.GELU()), torch.randn(5, 40)
+    with torchpar.exact.mode():
+        assert torch.equal(layers(x.as_subclass(Own)), layers(x))
+        with pytest.raises(ConfigError, match=r"no exact version of aten\.erfc\.default"):
+            x.as_subclass(Own).erfc()
+
+
 @pytest.mark.parametrize("is_dynamic", [False, True])
 def test_a_model_is_exported_in_the_mode(is_dynamic):
     """torch.export asks its tensors for their device, where an error would end the process."""
@@ -417,3 +433,8 @@ def test_coverage_lists_what_is_missing():
     assert {"aten.exp.default", "aten.bmm.default"} <= set(found.rules)
     assert "missing: aten.cumsum.default (1), " in str(found)
     assert not exact.coverage(lambda x: x.bitwise_and(1).cumsum(0), torch.arange(3)).rules
+
+
+def test_coverage_counts_the_operators_of_a_subclass_on_what_it_holds():
+    found = exact.coverage(lambda x: x.erfc().exp(), TwoTensor(torch.randn(3), torch.randn(3)))
+    assert (found.missing, found.rules) == ({"aten.erfc.default": 2}, {"aten.exp.default": 2})

@@ -134,11 +134,11 @@ class _Operators(TorchDispatchMode):
     def __torch_dispatch__(
         self,
         func: Operator,
-        types: Sequence[type[Tensor]],
+        types: Sequence[type],
         args: Sequence[object] = (),
         kwargs: Mapping[str, object] | None = None,
     ) -> object:
-        if any(_answers(kind, func) for kind in types):
+        if types and any(_answers(t, func) for t in tree_leaves((args, kwargs))):
             return NotImplemented  # its operators on the tensors that it holds arrive here
         if _is_traced(args) and kind_of(func, args)[0] == "rules":
             return func(*args, **kwargs or {})
@@ -185,14 +185,31 @@ class _Operators(TorchDispatchMode):
         raise ConfigError(f"no exact version of {func}{foreign}; {remedy}")
 
 
-def _answers(kind: type[Tensor], func: Operator) -> bool:
-    """Whether a class of tensors computes the operator itself, as DTensor does.
+def _answers(operand: object, func: Operator) -> bool:
+    """Whether an operand computes the operator itself, as a DTensor does by those that it holds.
 
-    Those with which PyTorch traces tell their metadata alone, where an error would end the process.
+    A subclass whose tensors have values of their own could compute with them outside of the mode.
+    Tensors with which PyTorch traces tell their metadata alone: there an error would end the
+    process.
     """
-    if kind.__torch_dispatch__ is Tensor.__torch_dispatch__:
+    if (
+        not isinstance(operand, Tensor)
+        or type(operand).__torch_dispatch__ is Tensor.__torch_dispatch__
+    ):
         return False
-    return func._schema.name in METADATA or not issubclass(kind, FakeTensor | FunctionalTensor)
+    if func._schema.name in METADATA:
+        return True
+    return not isinstance(operand, FakeTensor | FunctionalTensor) and not _has_values(operand)
+
+
+def _has_values(t: Tensor) -> bool:
+    """Whether a tensor has values of its own, and does not only hold other tensors."""
+    try:
+        with torch._C.DisableTorchFunction():
+            t.untyped_storage().data_ptr()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _is_traced(operands: Sequence[object]) -> bool:
@@ -412,7 +429,8 @@ def coverage(function: Callable[..., object], *inputs: object, **options: object
                 result = super().__torch_dispatch__(func, types, args, kwargs)
             except ConfigError:
                 calls, result = found.missing, func(*args, **kwargs)
-            calls[str(func)] += 1
+            if result is not NotImplemented:
+                calls[str(func)] += 1
             return result
 
     with _disable_current_modes(), _computed_by(_Recorder()):
