@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import NoReturn, TypeVar
 
 T = TypeVar("T")
-# The variables that name the folders of compiled kernels, and where they are without. PyTorch's
-# compiler cannot even be imported where the first one cannot be made.
+# The variables that name the folders of compiled kernels, and the default folders. PyTorch's
+# compiler cannot even be imported if the first folder cannot be made.
 CACHES = {"TORCHINDUCTOR_CACHE_DIR": "", "TRITON_CACHE_DIR": "~/.triton"}
 SILENCE = 10.0  # seconds after which a loop says how far it is
 
@@ -79,8 +79,9 @@ def cache_remedy(error: OSError) -> str:
     failed = Path(error.filename)
     for name, default in CACHES.items():
         if folder := os.environ.get(name) or os.path.expanduser(default):
-            # A folder is made from its first parent that is not there.
-            is_parent = Path(folder).is_relative_to(failed) and not failed.exists()
+            # The error may name the first parent that is missing. `Path.exists` raises an error of
+            # its own in a folder that this user cannot search, before Python 3.14.
+            is_parent = Path(folder).is_relative_to(failed) and not os.path.exists(failed)
             if is_parent or failed.is_relative_to(folder):
                 return f"let {name} name a folder that can be written"
     return ""

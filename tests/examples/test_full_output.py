@@ -3,6 +3,8 @@
 written."""
 
 import errno
+import os
+from unittest.mock import patch
 
 import pytest
 
@@ -43,6 +45,13 @@ def test_the_line_names_the_variable_of_a_cache(monkeypatch, name, failed, is_to
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", name)
     error = NotADirectoryError(errno.ENOTDIR, "Not a directory", failed)
     assert ending._reason(error) == f"{error}{REMEDY * is_told}"
+
+
+def test_the_line_names_the_variable_of_a_cache_in_a_folder_that_cannot_be_searched(monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/root/cache/i")
+    error = PermissionError(errno.EACCES, "Permission denied", "/root/cache")
+    with patch.object(os, "stat", side_effect=error):
+        assert ending._reason(error) == f"{error}{REMEDY}"
 
 
 def test_the_line_names_the_variable_of_a_home_without_a_cache(monkeypatch):
