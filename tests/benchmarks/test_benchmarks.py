@@ -27,7 +27,7 @@ from benchmarks.flags import Command, run
 from benchmarks.muon import steps as muon
 from benchmarks.results import Result, Table, print_bounds
 from torchpar.errors import ConfigError
-from torchpar.parallel.launch.processes import ENDING, putting_off_signals, terminable
+from torchpar.parallel.launch.processes import ENDING, putting_off_signals
 
 # Columns that each CSV has, and some of its own.
 COLUMNS = (
@@ -194,7 +194,6 @@ def printing(monkeypatch, capsys):
 
     def ended(stdout):
         monkeypatch.setattr(sys, "stdout", stdout)
-        monkeypatch.setattr(signal, "signal", lambda *_: None)
         with pytest.raises(SystemExit) as end:
             run(lambda: print(f"5 µs{'.' * 2**17}"), "run muon")
         return end.value.code or 0, capsys.readouterr().err
@@ -212,7 +211,6 @@ def test_an_output_that_cannot_be_written_is_one_line(printing):
 
 
 def test_a_cache_that_cannot_be_written_is_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/dev/null/i")
     with pytest.raises(SystemExit, match="1"):
         run(lambda: os.makedirs("/dev/null/i"), "run muon")
@@ -252,24 +250,6 @@ def test_a_terminal_with_only_ascii_has_the_table(printing):
         assert stdout.buffer.getvalue().startswith(b"5 ?s.")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, *ENDING])
-def test_a_signal_is_not_lost_where_a_start_fails(number):
-    received: list[int] = []
-    before = signal.signal(number, lambda number, _: received.append(number))
-
-    @putting_off_signals()
-    def start() -> None:
-        signal.raise_signal(number)
-        raise OSError("no process")
-
-    try:
-        with pytest.raises(OSError, match="no process"):
-            start()
-    finally:
-        signal.signal(number, before)
-    assert received == [number]
-
-
 @pytest.mark.parametrize("number", ENDING)
 def test_a_signal_ends_in_one_line_once_processes_have_started(
     monkeypatch, capsys, ending_signals, number
@@ -290,16 +270,6 @@ def test_a_signal_ends_in_one_line_once_processes_have_started(
     assert (ended.value.code, started) == (128 + number, ["a rank"])
     said = f"ended by {number.name}; a CSV in --output holds complete cases only"
     assert capsys.readouterr().err == f"python -m torchpar ladder: {said}\n"
-
-
-def test_an_ignored_signal_stays_ignored(ending_signals):
-    """Such as SIGHUP under nohup."""
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    with terminable():
-        signal.raise_signal(signal.SIGHUP)
-        handler = signal.getsignal(signal.SIGTERM)
-    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    assert signal.getsignal(signal.SIGTERM) != handler  # the block's
 
 
 def test_sigterm_in_a_file_of_a_student_is_no_error_of_the_file(ending_signals, tmp_path):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Processes that end with the process that started them."""
+"""The end of processes: with the process that started them, and by signals."""
 
 import ctypes
 import os
@@ -44,19 +44,21 @@ def end_with_launcher() -> None:
     """Let Linux send SIGTERM to this rank of torchrun when torchrun ends, even by SIGKILL.
 
     The ranks of a killed torchrun would train on. The signal comes when the thread ends that
-    started this process. In torchrun that is the main thread, but others may have short ones.
+    started this process. In torchrun that is the main thread. In another launcher it may be one
+    that ends early.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class Terminated(BaseException):
-    """A signal of `ENDING` was received; ``status`` is a shell's for it.
+    """The signal ``number`` was received; a shell reports it as the exit status ``status``.
 
-    It is no SystemExit, which a reader's function may raise.
+    It is not a SystemExit, because a reader's function may raise one.
     """
 
     def __init__(self, number: int):
+        self.number = number
         self.status = 128 + number
         super().__init__(f"ended by {signal.Signals(number).name}")
 
@@ -69,19 +71,31 @@ def terminable() -> Iterator[None]:
     is ignored, as by nohup, stays ignored.
 
     Raises:
-        Terminated: a signal was received. From then on both are ignored while the block ends.
+        Terminated: a signal was received. From then on both are ignored, also after the block.
     """
 
     def end(number: int, _frame: FrameType | None) -> None:
         for one in before:
             signal.signal(one, signal.SIG_IGN)
-        sys.unraisablehook = lambda _: None  # of what the exception leaves half made, as by Numba
+        sys.unraisablehook = again_if_lost
         raise Terminated(number)
 
-    before = {one: signal.getsignal(one) for one in ENDING}
-    before = {one: handler for one, handler in before.items() if handler != signal.SIG_IGN}
-    if threading.current_thread() is not threading.main_thread():  # which alone sets handlers
-        before = {}
+    def again_if_lost(raised: "sys.UnraisableHookArgs") -> None:
+        """Send the signal again if a destructor was running, whose exceptions Python drops.
+
+        Nothing is printed: the exception leaves other objects half made, such as Numba's.
+        """
+        if isinstance(raised.exc_value, Terminated):
+            for one in before:
+                signal.signal(one, end)
+            again = threading.main_thread().ident, raised.exc_value.number
+            threading.Timer(0.01, signal.pthread_kill, again).start()
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # which alone sets handlers
+        before = {one: signal.getsignal(one) for one in ENDING}
+        # None is a handler that another language has set.
+        before = {one: old for one, old in before.items() if old not in (signal.SIG_IGN, None)}
     for one in before:
         signal.signal(one, end)
     try:
@@ -101,12 +115,12 @@ def putting_off_signals() -> Iterator[None]:
     """
     handlers: dict[int, Callable[[int, FrameType | None], object]] = {}
     received: list[tuple[int, FrameType | None]] = []
-    if threading.current_thread() is threading.main_thread():
-        for one in (signal.SIGINT, *ENDING):
-            if callable(handler := signal.getsignal(one)):
-                handlers[one] = handler
-                signal.signal(one, lambda *given: received.append(given))
     try:
+        if threading.current_thread() is threading.main_thread():
+            for one in (signal.SIGINT, *ENDING):
+                if callable(handler := signal.getsignal(one)):
+                    handlers[one] = handler
+                    signal.signal(one, lambda *given: received.append(given))
         yield
     finally:
         for number, handler in handlers.items():
