@@ -250,7 +250,7 @@ def number(x: float | None) -> str:
 
 
 def track(items: Iterable[T], label: str, total: int | None = None) -> Iterable[T]:
-    """The items. A progress bar shows them on a terminal's stderr, lines on another.
+    """The items. On stderr a terminal has a progress bar, a pipe lines that say how far they are.
 
     Args:
         label: the items, as "rounds of maximum".

@@ -123,14 +123,14 @@ def take_turns(
     seconds: float = math.inf,
     least: int = 1,
     before: Callable[[int], object] = lambda index: None,
-    label: str = "times",
+    label: str,
 ) -> dict[K, Times]:
     """Warm up each contestant, then time it once a round, in turn with the others.
 
     Args:
         seconds: a contestant whose turns took so long has no further one, once it had ``least``.
         before: called before each round, outside all times.
-        label: of which rounds the progress bar or lines are.
+        label: what the rounds time, for the progress bar or the lines in its place.
     """
     times = {key: Times() for key in contestants}
     spent = dict.fromkeys(contestants, 0.0)

@@ -21,10 +21,10 @@ sector for 4 of its bytes, and a product that is one launch of square tiles reac
 the share of all sectors that a perfect cache would not fetch again from memory.
 
 No time is measured without a GPU. "at least" is a bound by the data sheet: each unit works at its
-peak, and memory delivers each sector once, as if the caches took no time. A line below each table
-names the unit that needs most. So the naive kernel, whose loads the caches serve, has a low bound,
-and the tiled one a higher bound by the shared memory that it reads. "about" is the emulator's
-estimate, whose model counts the caches and the latency.
+peak, and memory delivers each sector once, as if the caches took no time. So the naive kernel,
+whose loads the caches serve, has a low bound. The tiled one has a higher bound, by the shared
+memory that it reads. A line below each table names the unit that needs the most time. "about" is
+the emulator's estimate, whose model counts the caches and the latency.
 """
 
 from collections.abc import Callable, Sequence

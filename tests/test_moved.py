@@ -64,7 +64,7 @@ def test_all_modules_of_the_root_of_0_4_can_be_imported():
     }
     for name in [name for name in sys.modules if name.split(".")[:2] in MOVED_PARTS]:
         del sys.modules[name]
-    with pytest.warns(DeprecationWarning, match="the old name goes in version 0.6$"):
+    with pytest.warns(DeprecationWarning, match="version 0.6 removes the old name$"):
         modules = [importlib.import_module(f"torchpar.{module}") for module in known]
     for module, name in zip(modules, known.values(), strict=True):
         assert hasattr(module, name), f"{module.__name__} lacks {name}"

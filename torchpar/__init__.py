@@ -74,7 +74,7 @@ class _Moved(MetaPathFinder, Loader):
         old = self._old(module.__name__)
         new = importlib.import_module(MOVED[old] + module.__name__.removeprefix(old))
         warnings.warn(
-            f"{module.__name__} is now {new.__name__}; the old name goes in version 0.6",
+            f"{module.__name__} is now {new.__name__}; version 0.6 removes the old name",
             DeprecationWarning,
             stacklevel=2,
         )

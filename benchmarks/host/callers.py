@@ -150,7 +150,7 @@ def time_launch(rounds: int) -> list[Result]:
     out = torch.empty_like(x)
     turns = {"launch": partial(turn, None), "without a plan": partial(turn, lambda kernel: kernel)}
     with idle_driver():
-        times = take_turns(turns, rounds)
+        times = take_turns(turns, rounds, label="launches")
     return [times[name].result({"operator": "matmul_t", "n": N}, name) for name in turns]
 
 

@@ -35,7 +35,7 @@ def passes(step: Step) -> Passes:
 
 
 def draw(records: Sequence[RankRecord]) -> list[str]:
-    """Return the scale, a line per rank and what its letters mean, from the passes of its steps.
+    """Return the scale, a line per rank and what its letters mean, from the passes of all steps.
 
     Each pass is drawn from its median start to its median end, counted from the first pass of rank
     0. Medians keep every order that all steps have. The lines are as wide as the terminal. A pass

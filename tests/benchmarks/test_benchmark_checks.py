@@ -111,7 +111,9 @@ def test_contestants_take_turns_after_a_warm_up():
 
     befores: list[tuple[int, int]] = []
     turns = {name: turn(name) for name in "abc"}
-    times = take_turns(turns, 2, before=lambda index: befores.append((index, len(calls))))
+    times = take_turns(
+        turns, 2, before=lambda index: befores.append((index, len(calls))), label="calls"
+    )
     assert calls == ["a0", "b0", "c0", "a1", "b1", "c1", "a2", "b2", "c2"]
     assert befores == [(0, 0), (1, 3), (2, 6)]
     assert all(found.rounds == [[1.0], [1.0]] and found.first >= 0 for found in times.values())
@@ -123,7 +125,8 @@ def test_a_contestant_that_fails_is_out_and_has_no_times(good):
         raise Rejected("a number is off\nand more")
 
     calls = iter([lambda index: [1.0]] * good + [reject] * 9)
-    times = take_turns({"wrong": lambda index: next(calls)(index), "right": lambda index: [2.0]}, 5)
+    turns = {"wrong": lambda index: next(calls)(index), "right": lambda index: [2.0]}
+    times = take_turns(turns, 5, label="calls")
     assert len(list(calls)) == 9 - 1  # it is not called again
     wrong = times["wrong"].result({"n": 1}, "wrong", times["right"])
     assert (wrong.ok, wrong.reason) == (False, "Rejected: a number is off")

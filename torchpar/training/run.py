@@ -76,7 +76,7 @@ class Task(Protocol):
 class RunLog:
     """Callbacks of a `Run`. Each does nothing unless it is overridden.
 
-    Deprecated, and gone in 0.6: a loop calls its own log, as the examples' loops do.
+    Deprecated; version 0.6 removes it. A loop calls its own log, as the examples' loops do.
     """
 
     def active(self, run: "Run") -> AbstractContextManager[Any]:  # noqa: ARG002  # for those that override it
@@ -116,7 +116,7 @@ class Run:
             (docs/checkpoints.md).
         config: values that identify the run, as JSON, the same on all ranks; a checkpoint with
             other values is refused.
-        log: is told what happens; deprecated, and gone in 0.6.
+        log: is told what happens; deprecated, and removed in version 0.6.
 
     Attributes:
         resumed_from: the step at which the run was resumed; None if it was not.
@@ -165,7 +165,7 @@ class Run:
         self.steps_per_epoch = math.ceil(task.samples / task.batch_size)
         if log is not None:
             warnings.warn(
-                "Run(log=…) goes in version 0.6; call your log in the loop, after run.end_step and "
+                "version 0.6 removes Run(log=…); call your log in the loop, after run.end_step and "
                 "run.end_epoch",
                 DeprecationWarning,
                 stacklevel=2,

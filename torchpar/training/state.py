@@ -202,8 +202,8 @@ def _check_config(state: TrainState, folder: Path, was: Mapping[str, object]) ->
     if differing := sorted(key for key in now.keys() & was.keys() if was[key] != now[key]):
         of = [", ".join(f"{key} {config[key]}" for key in differing) for config in (was, now)]
         raise ConfigError(
-            f"{folder} holds a run with {of[0]}, this one has {of[1]}; take those of the run, or "
-            "use another folder"
+            f"{folder} holds a run with {of[0]}, this one has {of[1]}; give the values of "
+            "that run, or use another folder"
         )
 
 

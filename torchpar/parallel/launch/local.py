@@ -128,7 +128,8 @@ class Ranks(ExitStack):
         added = [self.enter_context(self._start_one()) for _ in missing]
         with putting_off_signals():
             begun = [worker.submit(int) for worker in added]
-            # A process that is not killed while it begins would miss the semaphores of this one.
+            # Known at once, so that Ctrl-C kills them while they begin: without this process they
+            # would find no semaphores.
             self._pids += [pid for worker in added for pid in worker._processes]
         for one in begun:
             one.result()
