@@ -409,12 +409,22 @@ def test_a_subclass_with_values_of_its_own_does_not_leave_the_mode():
             x.as_subclass(Own).erfc()
 
 
+class Placed(nn.Sequential):
+    """Layers that add the number of its row to each input: an operator takes the number of rows."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(40, 30), nn.GELU(), nn.Linear(30, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + torch.arange(x.shape[0])[:, None])
+
+
 @pytest.mark.parametrize("is_dynamic", [False, True])
 def test_a_model_is_exported_in_the_mode(is_dynamic):
     """torch.export asks its tensors for their device, where an error would end the process."""
     shapes = ({0: torch.export.Dim("rows", min=2, max=9)},) if is_dynamic else None
     with torchpar.exact.mode():
-        model = nn.Sequential(nn.Linear(40, 30), nn.GELU(), nn.Linear(30, 2))
+        model = Placed()
         x = torch.randn(5, 40)
         exported = torch.export.export(model, (x,), dynamic_shapes=shapes).module()
         assert torch.equal(exported(x), model(x))

@@ -50,6 +50,7 @@ _FUNCTIONS: dict[object, Callable[..., Tensor]] = {
 }
 # PyTorch's versions of these are called for their errors: the rules would take negative indices.
 _INDEXED = {"scatter", "scatter_add", "index_add", "index_copy"}
+_TRACED = (FakeTensor, torch.SymInt, torch.SymFloat)
 Kind = Literal["passing", "rules", "missing"]
 Operator = OpOverload[..., object]
 
@@ -213,10 +214,10 @@ def _has_values(t: Tensor) -> bool:
 
 
 def _is_traced(operands: Sequence[object]) -> bool:
-    """Whether an operand has no values, and perhaps sizes that are not known yet."""
+    """Whether an operand, or its size, has no value yet."""
     return any(
-        isinstance(t, FakeTensor) or (isinstance(t, Tensor) and t._has_symbolic_sizes_strides)
-        for t in operands
+        isinstance(one, _TRACED) or (isinstance(one, Tensor) and one._has_symbolic_sizes_strides)
+        for one in operands
     )
 
 
