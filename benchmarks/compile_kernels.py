@@ -41,7 +41,7 @@ from benchmarks.timing import CPU
 from torchpar.errors import first_line
 from torchpar.kernels.data_sheets import DATA_SHEETS, DataSheet
 from torchpar.kernels.rule import KINDS, configurations
-from torchpar.parallel.launch.processes import end_with_parent
+from torchpar.parallel.launch.processes import end_with_parent, putting_off_signals
 
 TENSOR_COLUMNS = 512  # of a multiprocessor
 PRINTED = [
@@ -187,13 +187,14 @@ def examine_in_pool(jobs: Sequence[Job]) -> Iterator[Iterator[Result]]:
     """The results of `examine`, from processes that end with the block, also in a job."""
     others = set(active_children())
     with ProcessPoolExecutor(min(CORES, len(jobs)), get_context("spawn"), begin_process) as pool:
-        # Ctrl-C would reach the processes while they start, too: each would print a traceback.
-        interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
-            found = [pool.submit(examine, job) for job in jobs]
-        finally:
-            signal.signal(signal.SIGINT, interrupt)
-        try:
+            with putting_off_signals():
+                # Ctrl-C reaches the processes while they start, too: each would print a traceback.
+                interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
+                try:
+                    found = [pool.submit(examine, job) for job in jobs]
+                finally:
+                    signal.signal(signal.SIGINT, interrupt)
             yield (one.result() for one in found)
         except BaseException:
             for process in set(active_children()) - others:

@@ -7,12 +7,14 @@ import importlib
 import os
 import signal
 import socket
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
+from unittest.mock import MagicMock, patch
 
 import pytest
 import torch
@@ -270,6 +272,16 @@ def test_a_signal_ends_in_one_line_once_processes_have_started(
     assert (ended.value.code, started) == (128 + number, ["a rank"])
     said = f"ended by {number.name}; a CSV in --output holds complete cases only"
     assert capsys.readouterr().err == f"python -m torchpar ladder: {said}\n"
+
+
+@pytest.mark.parametrize("number", ENDING)
+def test_a_signal_ends_the_benchmark_that_runs_and_those_after_it(ending_signals, number):
+    child = MagicMock()
+    child.__enter__().wait.side_effect = lambda: signal.raise_signal(number)
+    with patch.object(subprocess, "Popen", return_value=child) as started:
+        assert main(["run", "ladder", "scaling"]) == 128 + number
+    assert started.call_count == 1
+    child.__enter__().terminate.assert_called_once_with()
 
 
 def test_sigterm_in_a_file_of_a_student_is_no_error_of_the_file(ending_signals, tmp_path):
