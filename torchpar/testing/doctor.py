@@ -94,9 +94,9 @@ def examine(area: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
     try:
         yield from area()
     except Exception as e:
-        is_of_disk = isinstance(e, OSError) and e.errno in UNWRITABLE
-        remedy = cache_remedy(e) if isinstance(e, OSError) else ""
-        remedy = remedy or (ROOM if is_of_disk else REPORT)
+        remedy = REPORT
+        if isinstance(e, OSError):
+            remedy = cache_remedy(e) or (ROOM if e.errno in UNWRITABLE else REPORT)
         yield Finding("examination", first_line(e), "problem", remedy)
 
 
