@@ -47,15 +47,6 @@ def pytest_configure(config: pytest.Config) -> None:
     gc.disable()  # until the tests are imported: most of what imports allocate stays
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers() -> int | None:
-    """Take one worker more than there are cores, because tests wait for processes they started."""
-    if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
-        return None  # pytest-xdist reads it
-    affinity = getattr(os, "sched_getaffinity", None)  # only Linux has it
-    return 1 + (len(affinity(0)) if affinity else os.cpu_count() or 1)
-
-
 def pytest_collection_finish() -> None:
     gc.freeze()
     gc.enable()
