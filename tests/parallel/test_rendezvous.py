@@ -357,14 +357,21 @@ def test_ctrl_c_ends_ranks_that_begin():
     assert [call.args[1] for call in kill.mock_calls] == [signal.SIGKILL] * 2
 
 
-def blocked() -> set[signal.Signals]:
-    return signal.pthread_sigmask(signal.SIG_BLOCK, [])
+def interrupt(handles: bool) -> int:
+    """How often this rank has handled SIGINT."""
+    received: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+    if handles:
+        signal.signal(signal.SIGINT, lambda number, _: received.append(number))
+    signal.raise_signal(signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
+    return len(received)
 
 
-def test_ctrl_c_does_not_interrupt_a_rank_that_begins():
+def test_ctrl_c_reaches_a_rank_that_handles_it_alone():
     with Ranks(preload=()) as ranks:
-        assert ranks(1, blocked) == [{signal.SIGINT}]
-    assert signal.SIGINT not in blocked()
+        assert (ranks(1, interrupt, True), ranks(1, interrupt, False)) == ([1], [0])
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 ORPHANS = """

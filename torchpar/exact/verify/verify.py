@@ -8,7 +8,6 @@ SHA-256 of the weights is compared with the hash in `EXPECTED`, which README and
 
 import argparse
 import hashlib
-import signal
 import sys
 import time
 from collections import ChainMap
@@ -135,7 +134,6 @@ def _train_on_ranks(plan: Plan, ranks: int) -> str:
 
 
 def _trained_on_rank(rank: int, plan: Plan) -> str:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # at Ctrl-C the pool ends the ranks
     torch.set_num_threads(plan.threads)
     set_variables(rank, plan.dp * plan.tp * plan.pp, MASTER_PORT=str(plan.port))
     with join_world(plan.device, timeout=300.0) as world:

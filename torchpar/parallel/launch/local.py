@@ -35,8 +35,8 @@ LATER = (TimeoutError, BrokenProcessPool, RuntimeError)
 def fork_context(preload: Iterable[str] = PRELOAD) -> ForkServerContext:
     """Return the context whose processes are forked from the server; the first call starts it.
 
-    The server and its processes block SIGINT: at Ctrl-C, which reaches all, they would print
-    tracebacks while they begin.
+    The server blocks SIGINT, and so do its processes, until they unblock it: at Ctrl-C, which
+    reaches all, they would print tracebacks while they begin.
 
     Args:
         preload: modules that the server imports once for all processes; missing packages are
@@ -161,6 +161,8 @@ def _begin_rank(folder: Path) -> None:
     # What the server has imported stays. `join_world` ends with a collection of garbage, which
     # would visit all of it in each call. `gc.get_objects` leaves it out from now on.
     gc.freeze()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # at Ctrl-C the pool ends the ranks
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # for functions that handle it
     end_with_parent(folder)
 
 
@@ -180,7 +182,6 @@ def set_variables(rank: int, world_size: int, **others: str) -> None:
 def _on_rank(
     rank: int, world_size: int, store: str, function: Callable[..., T], args: tuple[object, ...]
 ) -> T:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # at Ctrl-C the pool ends the ranks
     torch.set_num_threads(1)
     set_variables(rank, world_size)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
