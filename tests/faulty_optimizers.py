@@ -132,6 +132,18 @@ class MomentumOfMicroBatches(PlainMuon):
         p.sub_(group["lr"] * self.direction(name, p, self.state[p]["momentum_buffer"]))
 
 
+class TakesSkippedSteps(PlainMuon):
+    """The momentum takes the gradients of a step that the loss scaler skips (DeepSpeed#8432)."""
+
+    _step_supports_amp_scaling = True  # the step itself asks whether it is skipped
+
+    def update(self, name: str, p: Tensor, group: dict[str, Any]) -> None:
+        weight = p.detach().clone()
+        super().update(name, p, group)
+        if getattr(self, "found_inf", 0):
+            p.copy_(weight)
+
+
 class ViewsShards(PlainMuon):
     """The number of heads of the whole matrix is applied to the rows of a rank (DeepSpeed#8384)."""
 

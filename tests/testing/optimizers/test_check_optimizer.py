@@ -110,6 +110,7 @@ RECONSTRUCTED = [
     (of(faulty.OrthogonalisesShards), "Shard(0)", "each shard is updated on its own: ", True),
     (of(faulty.AppliesMomentum), "polar factor", "cosine 0.", False),
     (of(faulty.MomentumOfMicroBatches), "accumulation", "update off by", True),
+    (of(faulty.TakesSkippedSteps), "skipped step", "skips makes momentum_buffer of square", False),
     (of(faulty.ViewsShards), "fully_shard, heads", "update off by", True),
     (of(faulty.ScalesByPaddedShape), "fully_shard, padded rows", "its norm by", True),
     (

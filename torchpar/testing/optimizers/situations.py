@@ -3,6 +3,7 @@
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -33,7 +34,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
 from torchpar.parallel.split.layers import ColumnParallelLinear, RowParallelLinear
-from torchpar.testing.optimizers.trial import SHAPES, STEPS, Failure, Setup, Trial, multiply_rates
+from torchpar.testing.optimizers.trial import (
+    SHAPES,
+    STEPS,
+    Failure,
+    Setup,
+    Trial,
+    multiply_rates,
+    named_layers,
+)
 
 
 def trained(
@@ -171,6 +180,23 @@ def tied(trial: Trial) -> None:
     model.twin.weight = model.square.weight
     for step in trial.steps(model, trial.optimizer(model)):
         model({**trial.batch(step), "twin": trial.batch(step + 1)["square"]}).backward()
+
+
+def skipped(trial: Trial) -> None:
+    """Let a loss scaler find infinities, and skip a step, before each step."""
+    model = trial.model()
+    optimizer, scaler = trial.optimizer(model), torch.amp.GradScaler("cpu")
+    for step in trial.steps(model, optimizer):
+        scaler.scale(math.inf * model(trial.batch(step + 1))).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        for name, p in named_layers(model):
+            for key, t in {"the weight": p, **optimizer.state.get(p, {})}.items():
+                if isinstance(t, Tensor) and not t.isfinite().all():
+                    what = f"makes {key} of {name} infinite or NaN"
+                    raise Failure("wrong", f"a step that the loss scaler skips {what}")
+        model(trial.batch(step)).backward()
 
 
 # Checkpoints after the first step
@@ -328,6 +354,7 @@ SITUATIONS = {
     "learning rate schedule": Situation(trained, setup=SCHEDULE),
     "two groups": Situation(trained, setup=TWO_GROUPS),
     "no gradient in a step": Situation(partial(trained, without=[1])),
+    "skipped step": Situation(skipped),
     "tiny gradients": Situation(trained, setup=TINY),
     "version counters": Situation(trained, setup={"versions": True}),
     "fused query, key and value": Situation(trained, setup=FUSED),
