@@ -95,6 +95,22 @@ def synchronize():
         torch.cuda.synchronize()  # fault
 
 
+@triton.autotune([triton.Config({"BLOCK": size}) for size in (64, 128)], key=["n"])
+@triton.jit
+def tuned_scale(x, out, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + i, 2 * tl.load(x + i, mask=i < n), mask=i < n)
+
+
+def autotuner():
+    """Only for n = 50 its choice is known (triton#10596)."""
+    x, out = numbers(100), numbers(100)
+    tuned_scale[(1,)](x, out, 50)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):  # captured
+        tuned_scale[(1,)](x, out, 50)
+        tuned_scale[(2,)](x, out, 100)  # fault
+
+
 def wait_for_event():
     x, event = numbers(4), torch.cuda.Event()
     with torch.cuda.graph(torch.cuda.CUDAGraph()):  # captured
@@ -170,6 +186,7 @@ FORBIDDEN = {
     "mask": (mask, "read-back in a capture"),
     "nonzero": (positions, "read-back in a capture"),
     "synchronize": (synchronize, "wait in a capture"),
+    "autotuner": (autotuner, "wait in a capture"),
     "event": (wait_for_event, "wait in a capture"),
     "host's memory": (from_host, "host's copy in a capture"),
     "an element of the host": (from_one_element, "host's copy in a capture"),

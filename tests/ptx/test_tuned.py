@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Autotuned kernels: the first configuration that fits, and all of them."""
 
+import re
+
 import pytest
 import torch
 import triton
@@ -18,6 +20,8 @@ def twice_kernel(x, out, n, B: tl.constexpr):
     tl.store(out + i, 2 * tl.load(x + i, is_mine), is_mine)
 
 
+# No thread has copies of another one's elements: those might be read after they are overwritten.
+CONFIGURATIONS = [triton.Config({"B": 128}), triton.Config({"B": 256})]
 TILES = [triton.Config({"B": 128, "K": 128}, num_stages=4), triton.Config({"B": 16, "K": 32})]
 
 
@@ -32,6 +36,20 @@ def square_kernel(x, out, total, n, B: tl.constexpr, K: tl.constexpr):
         acc = tl.dot(a, b, acc, input_precision="tf32")
     tl.store(out + row * n + col, acc)
     tl.atomic_add(total, 1.0)
+
+
+def in_place(**mended):
+    """A kernel that doubles x in place, and puts the sum of what was there into total."""
+
+    @triton.autotune(CONFIGURATIONS, key=["n"], **mended)
+    @triton.jit
+    def double_kernel(x, total, n, B: tl.constexpr):
+        i = tl.program_id(0) * B + tl.arange(0, B)
+        values = tl.load(x + i, i < n, other=0.0)
+        tl.store(x + i, 2 * values, i < n)
+        tl.atomic_add(total, tl.sum(values))
+
+    return double_kernel
 
 
 def launch_twice(n: int = 1000) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,3 +107,31 @@ def test_the_command_executes_all_configurations(tmp_path, capsys):
 def test_another_word_for_configurations_is_refused():
     with pytest.raises(ValueError, match="expected 'first' or 'all'"), emulate(configurations="x"):
         raise AssertionError("not reached")
+
+
+def own_hook(arguments, **how):
+    """A hook of the program, which may undo anything."""
+
+
+@pytest.mark.parametrize(
+    "kernel, named",
+    [
+        (in_place(), ["total", "x"]),
+        (in_place(reset_to_zero=["total"]), ["x"]),
+        (in_place(restore_value=["x"]), ["total"]),
+        (in_place(restore_value=["x"], reset_to_zero=["total"]), []),
+        (in_place(pre_hook=own_hook), []),
+    ],
+)
+def test_a_kernel_in_place_whose_tensors_are_not_restored(kernel, named):
+    """On a GPU the first launch is wrong, as its trials change them, too (triton#6547)."""
+    x, total = torch.arange(200.0), torch.zeros(1)
+    with emulate(schedules="all") as gpu:
+        for count in (1, 2):
+            kernel[lambda given: (triton.cdiv(200, given["B"]),)](x, total, 200)
+            assert torch.equal(x, 2**count * torch.arange(200.0))
+    assert total.item() == 3 * 19_900
+    assert len(gpu.launches) == 2
+    found = [re.findall(r'restore_value=\["(\w+)"\]', one.message) for one in gpu.faults]
+    assert sorted(found) == [[name] for name in named]
+    assert all((one.name, one.count) == ("tuned in place", 1) for one in gpu.faults)

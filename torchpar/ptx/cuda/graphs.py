@@ -248,6 +248,14 @@ class Graphs:
             execute(arguments)
         self._note_written(operands)
 
+    def tune(self, kernel: str) -> None:
+        if self.is_capturing:
+            self.refuse(
+                "wait in a capture",
+                f"the autotuner of {kernel} times its configurations, and waits for the GPU; "
+                "launch the kernel once before the capture, with the same values of its key",
+            )
+
     def _check_operands(self, read: list[Tensor], written: list[Tensor]) -> None:
         """Check what is read and written outside of a capture, but for what graphs made of it."""
         if not self.pools:  # nothing has been captured

@@ -10,7 +10,7 @@ unwritten of it is found. All that is read, compared or copied afterwards is tha
 import copy
 import math
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -260,15 +260,27 @@ class Allocation:
         for page in np.flatnonzero(~self.pages).tolist():
             self.begin(page)
 
-    def restore(self) -> None:
-        """Give the pages that were accessed what was saved of them."""
+    def _held_and_saved(self) -> Iterator[tuple[int, Values, Values]]:
+        """Yield of each page that was accessed its offset, its bytes, and what was saved of it."""
         assert self.saved is not None
         for page in self.touched_pages().tolist():
             first = max(page * PAGE, self.start - self.base)
             held = self.data[first : min((page + 1) * PAGE, self.size)]
-            saved = self.saved[first:][: len(held)]
+            yield first, held, self.saved[first:][: len(held)]
+
+    def restore(self) -> None:
+        """Give the pages that were accessed what was saved of them."""
+        for _, held, saved in self._held_and_saved():
             changed = held != saved  # memory may be read-only
             held[changed] = saved[changed]
+
+    def first_change(self) -> str:
+        """Name the first element that is not as it was saved; "" if all are."""
+        for first, held, saved in self._held_and_saved():
+            changed = np.flatnonzero(held != saved)
+            if len(changed):
+                return self.where(first + int(changed[0]))
+        return ""
 
     def shadow(self, array: Values, width: int) -> Values:
         """Return a view of ``array`` with a row for each ``width`` bytes."""

@@ -2,18 +2,24 @@
 """Triton's autotuner within an emulator: the first configuration that fits, or every one.
 
 A configuration is tried without a launch: it is compiled, and the driver asks whether it fits.
+Triton times each one on the kernel's own tensors, before the launch that counts. So this launch is
+repeated, and what it then changes is named.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
+import torch
+from torch import Tensor
 from triton.compiler.errors import CompileTimeAssertionFailure
 from triton.runtime.autotuner import Autotuner, Config
 
-from torchpar.ptx.report.faults import ConfigurationNote
+from torchpar.ptx.report.faults import ConfigurationNote, HostFault
+from torchpar.ptx.report.source import program_line
+from torchpar.ptx.triton.host_memory import storage_of
 
 if TYPE_CHECKING:
     from torchpar.ptx.triton.emulator import Emulator
@@ -29,11 +35,14 @@ class Tuning:
         config: that is tried now.
         has_chosen: a configuration that fits was found.
         is_trial: nothing is launched.
+        is_repeat: a launch is repeated, and nothing is noted of it.
+        before: what tensors held before the first launch, of those that Triton restores.
     """
 
     def __init__(self, autotuner: Autotuner):
         self.autotuner, self.config = autotuner, None
-        self.has_chosen = self.is_trial = False
+        self.has_chosen = self.is_trial = self.is_repeat = False
+        self.before: dict[str, Tensor] = {}
 
     @property
     def configuration(self) -> str:
@@ -48,6 +57,12 @@ def configuration() -> str:
     """Return the configuration that is executed now; "" if no autotuner has called."""
     tuning = called.get()
     return "" if tuning is None else tuning.configuration
+
+
+def is_repeat() -> bool:
+    """Whether this thread repeats a launch."""
+    tuning = called.get()
+    return tuning is not None and tuning.is_repeat
 
 
 def changes(present: Callable[[], "Emulator"]) -> ExitStack:
@@ -73,7 +88,11 @@ def _run(run: Callable[..., Any], present: Callable[[], "Emulator"]) -> Callable
         autotuner.cache_results = False  # there are no times to keep
         token = called.set(tuning)
         try:
-            return run(autotuner, *args, **kwargs)
+            result = run(autotuner, *args, **kwargs)
+            launched = emulator.launches[first:]
+            if tuning.has_chosen and launched and not launched[-1].ended:
+                _check_repeat(emulator, tuning, args, kwargs)
+            return result
         finally:
             called.reset(token)
             autotuner.cache, autotuner.cache_results = cache, keeps
@@ -92,6 +111,8 @@ def _bench(bench: Callable[..., Any], present: Callable[[], "Emulator"]) -> Call
     def tried(autotuner: Autotuner, *args: object, config: Config, **kwargs: object) -> object:
         emulator, tuning = present(), called.get()
         assert tuning is not None
+        if emulator.watcher is not None:
+            emulator.watcher.tune(autotuner.base_fn.__name__)
         executes, reasons = tuning.has_chosen, list[Exception]()
         if executes and emulator.configurations == "first":
             return [LEFT_OUT] * 3
@@ -114,11 +135,69 @@ def _bench(bench: Callable[..., Any], present: Callable[[], "Emulator"]) -> Call
         if reasons:
             kernel = autotuner.base_fn.__name__
             emulator.note(*left_out(kernel, str(config), reasons[0]))
-        else:
+        elif not tuning.has_chosen:
             tuning.has_chosen = True
+            given = _arguments(autotuner, args, kwargs)
+            tuning.before = {
+                name: t.detach().clone()
+                for name in autotuner.restore_value
+                if (t := given.get(name)) is not None
+            }
         return times
 
     return tried
+
+
+def _arguments(
+    autotuner: Autotuner, args: Sequence[object], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the arguments of a launch by their names."""
+    return dict(zip(autotuner.arg_names, args, strict=False)) | dict(kwargs)
+
+
+def _check_repeat(
+    emulator: "Emulator", tuning: Tuning, args: Sequence[object], kwargs: Mapping[str, Any]
+) -> None:
+    """Warn if a second launch changes what the first one has computed."""
+    autotuner, config = tuning.autotuner, tuning.autotuner.best_config
+    hooks = [autotuner.user_defined_pre_hook, autotuner.user_defined_post_hook]
+    if any(hooks) or any(one.pre_hook for one in autotuner.configs):
+        return  # they may undo what a launch changes
+    given = _arguments(autotuner, args, kwargs)
+    zeroed = [name for name in autotuner.reset_to_zero if given.get(name) is not None]
+    after = {name: given[name].detach().clone() for name in (*zeroed, *tuning.before)}
+    names = {
+        storage_of(t).address: name
+        for name, value in given.items()
+        if isinstance(t := getattr(value, "base", value), Tensor) and t.is_cpu and name not in after
+    }
+    tuning.is_repeat = True
+    try:
+        with torch.no_grad(), emulator.undone() as memory:
+            for name in zeroed:
+                given[name].zero_()
+            for name, t in tuning.before.items():
+                given[name].copy_(t)
+            autotuner.fn.run(*args, **kwargs, **config.all_kwargs())
+            changed = {
+                names[place.start]: where
+                for place in memory
+                if place.start in names and (where := place.first_change())
+            }
+    finally:
+        tuning.is_repeat = False
+        with torch.no_grad():
+            for name, t in after.items():
+                given[name].copy_(t)
+    kernel, line = autotuner.base_fn.__name__, program_line()
+    for name, where in changed.items():
+        message = (
+            f"another launch of {kernel} changes {where}; on a GPU Triton times each "
+            "configuration on these tensors before the launch that counts; give autotune "
+            f'restore_value=["{name}"], or reset_to_zero=["{name}"] if the kernel adds to zeros'
+        )
+        fault = HostFault("warning", "tuned in place", message, kernel, source=line)
+        emulator.note(fault, (fault.name, kernel, name, line))
 
 
 def left_out(

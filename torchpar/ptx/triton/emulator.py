@@ -15,6 +15,7 @@ import torch
 
 from torchpar.kernels.data_sheets import DATA_SHEETS, PROGRAMS, RESERVED, WARPS
 from torchpar.ptx.machine import gpu
+from torchpar.ptx.machine.allocation import Allocation
 from torchpar.ptx.machine.block import Schedule
 from torchpar.ptx.machine.counts import Counts
 from torchpar.ptx.machine.memory import Space
@@ -47,6 +48,9 @@ class Watcher(Protocol):
     ) -> object: ...
 
     def launch(self, execute: Callable[..., None], arguments: Sequence[object]) -> None: ...
+
+    def tune(self, kernel: str) -> None:
+        """An autotuner is about to time a kernel, for which it waits."""
 
 
 class Emulator(gpu.Gpu):
@@ -135,8 +139,11 @@ class Emulator(gpu.Gpu):
         if broken:
             raise AssertionError("\n".join(dict.fromkeys(broken)))
 
-    def undone(self) -> AbstractContextManager[None]:
-        """Undo in memory what launches within the block write; their faults stay."""
+    def undone(self) -> AbstractContextManager[list[Allocation]]:
+        """Undo in memory what launches within the block write; their faults stay.
+
+        The block gets a list of the memory that its launches have accessed.
+        """
         return self.host_memory.undone()
 
     def _reset(self) -> None:
@@ -193,6 +200,8 @@ class Emulator(gpu.Gpu):
 
     def note(self, fault: Fault, key: tuple[object, ...]) -> None:
         """Note a fault, or count it if there is one with the key."""
+        if autotuner.is_repeat():
+            return
         if key in self._by_place:
             self._by_place[key].count += 1
             return
@@ -217,7 +226,7 @@ class Emulator(gpu.Gpu):
             assertions: a kernel that asserts what this one assumes.
         """
         with self._lock:  # threads may launch at the same time
-            if assertions is not None:
+            if assertions is not None and not autotuner.is_repeat():
                 self._check_assumptions(launch, assertions, parameters, file)
             self._run_schedules(launch, parameters, file)
 
@@ -263,9 +272,11 @@ class Emulator(gpu.Gpu):
         self._end(launch, started)
 
     def _execute(self, launch: Launch, parameters: Callable[[], list[int]]) -> None:
-        for number, schedule in enumerate(self.schedules):
+        # What a repeat is compared with was computed under the last schedule.
+        schedules = self.schedules[-1:] if autotuner.is_repeat() else self.schedules
+        for number, schedule in enumerate(schedules):
             self.schedule, self.printed = schedule, []
-            self.host_memory.saves = number + 1 < len(self.schedules)
+            self.host_memory.saves = number + 1 < len(schedules)
             is_new = (launch.kernel, launch.ptx) not in self._counted_before
             self.trace = Trace() if number == 0 and self.traces and is_new else None
             launch.trace = launch.trace or self.trace
@@ -293,6 +304,8 @@ class Emulator(gpu.Gpu):
                 launch.printed = self.printed
 
     def _end(self, launch: Launch, started: float) -> None:
+        if autotuner.is_repeat():
+            return
         launch.seconds = time.perf_counter() - started
         # Launches that do the same share what was counted, so that many need little memory.
         kind = launch.kernel, launch.ptx

@@ -222,14 +222,14 @@ class HostMemory:
         self._saved.clear()
 
     @contextmanager
-    def undone(self) -> Iterator[None]:
+    def undone(self) -> Iterator[list[Allocation]]:
         """Let memory be after the block as it was before, but for what is written without launches.
 
-        The faults and the launches stay.
+        The faults and the launches stay. The block gets a list of what its launches have accessed.
         """
         unwritten, self._undo = dict(self.unwritten), []
         try:
-            yield
+            yield self._undo
         finally:
             before, self._undo = self._undo, None
             _restore(before)
