@@ -59,12 +59,6 @@ def configuration() -> str:
     return "" if tuning is None else tuning.configuration
 
 
-def is_repeat() -> bool:
-    """Whether this thread repeats a launch."""
-    tuning = called.get()
-    return tuning is not None and tuning.is_repeat
-
-
 def changes(present: Callable[[], "Emulator"]) -> ExitStack:
     """Let autotuners ask the emulator that ``present`` returns, until the stack is closed."""
     stack = ExitStack()

@@ -198,9 +198,14 @@ class Emulator(gpu.Gpu):
         )
         self.note(fault, key)
 
+    def _repeats(self) -> bool:
+        """Whether this thread repeats an autotuned kernel's launch, of which nothing is noted."""
+        tuning = autotuner.called.get()
+        return tuning is not None and tuning.is_repeat
+
     def note(self, fault: Fault, key: tuple[object, ...]) -> None:
         """Note a fault, or count it if there is one with the key."""
-        if autotuner.is_repeat():
+        if self._repeats():
             return
         if key in self._by_place:
             self._by_place[key].count += 1
@@ -226,7 +231,7 @@ class Emulator(gpu.Gpu):
             assertions: a kernel that asserts what this one assumes.
         """
         with self._lock:  # threads may launch at the same time
-            if assertions is not None and not autotuner.is_repeat():
+            if assertions is not None and not self._repeats():
                 self._check_assumptions(launch, assertions, parameters, file)
             self._run_schedules(launch, parameters, file)
 
@@ -273,7 +278,7 @@ class Emulator(gpu.Gpu):
 
     def _execute(self, launch: Launch, parameters: Callable[[], list[int]]) -> None:
         # What a repeat is compared with was computed under the last schedule.
-        schedules = self.schedules[-1:] if autotuner.is_repeat() else self.schedules
+        schedules = self.schedules[-1:] if self._repeats() else self.schedules
         for number, schedule in enumerate(schedules):
             self.schedule, self.printed = schedule, []
             self.host_memory.saves = number + 1 < len(schedules)
@@ -304,7 +309,7 @@ class Emulator(gpu.Gpu):
                 launch.printed = self.printed
 
     def _end(self, launch: Launch, started: float) -> None:
-        if autotuner.is_repeat():
+        if self._repeats():
             return
         launch.seconds = time.perf_counter() - started
         # Launches that do the same share what was counted, so that many need little memory.
