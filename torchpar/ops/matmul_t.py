@@ -72,7 +72,12 @@ def _check_operands(x: Tensor) -> None:
 
 def _formula(x: Tensor, *, precision: str | None = None) -> Tensor:
     _check_operands(x)
-    return product(x, _gathered(x) if _is_split_by_rows(x) else x, precision=precision)
+    if not _is_split_by_rows(x):
+        return product(x, x, precision=precision)
+    whole, rows = _gathered(x), x.dim() - 2
+    # With torch 2.11 DTensor refuses the backward of a product of rows in a strided placement.
+    is_strided = any(_splits(p, rows) and not p.is_shard(rows) for p in x.placements)
+    return product(whole if is_strided else x, whole, precision=precision)
 
 
 def _is_split_by_rows(x: Tensor, **_: object) -> "TypeGuard[DTensor]":
