@@ -187,10 +187,10 @@ class _Operators(TorchDispatchMode):
 
 
 def _answers(operand: object, func: Operator) -> bool:
-    """Whether an operand computes the operator itself, as a DTensor does by those that it holds.
+    """Whether an operand computes the operator itself, as a DTensor does with its local tensor.
 
-    A subclass whose tensors have values of their own could compute with them outside of the mode.
-    Tensors with which PyTorch traces tell their metadata alone: there an error would end the
+    A subclass with values of its own does not: it could compute with them outside of the mode.
+    Tensors with which PyTorch traces answer for their metadata alone, where an error would end the
     process.
     """
     if (

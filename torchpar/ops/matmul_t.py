@@ -45,7 +45,8 @@ def matmul_t(x: Tensor) -> Tensor:
     ``c = x @ x.mT``. Only tiles on and below the diagonal are computed, and each is stored twice,
     so ``torch.equal(c, c.mT)`` holds. Under torch.func transforms the plain product is evaluated,
     which may not be exactly symmetric. A DTensor sharded by rows is gathered once, and each rank
-    computes the rows of its shard of the plain product. `torchpar.reference.matmul_t` is the same
+    computes the rows of its shard of the plain product; all rows, if `fully_shard` has split a
+    layer that was split by rows. `torchpar.reference.matmul_t` is the same
     in plain PyTorch, to be read first.
 
     Args:
