@@ -92,9 +92,9 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def mm(a: Tensor, b: Tensor, most: int = CHAIN) -> Tensor:
     """``a @ b`` for matrices, differentiable; oneDNN multiplies in chains of ``most`` terms."""
-    chains = (
-        _chains(b.mT, a, most) if not torch.is_grad_enabled() and _is_for_onednn(b.mT, a) else 0
-    )
+    if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
+        return a.mm(b)
+    chains = _chains(b.mT, a, most) if _is_for_onednn(b.mT, a) else 0
     return _blocked_product(a, b.mT, chains) if chains else a.mm(b)
 
 
