@@ -177,6 +177,8 @@ def find_dataset(flags: Flags) -> tuple[Dataset, str]:
 
 def load(flags: Flags, speaks: bool = True) -> tuple[Pixels, Pixels]:
     """Return the pooled training and test images. Say so, if they are not the project's."""
+    if flags.weights:  # a wrong file is an error before the first line
+        mat.load_weights(flags.weights, numpy_mlp.NumpyMLP(SIZES))
     if flags.images:
         pixels = Pixels(*mat.read_images(flags.images, SIZES[0]))
         is_test = np.arange(len(pixels.labels)) % 5 == 4  # files may be sorted by class

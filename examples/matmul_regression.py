@@ -155,7 +155,8 @@ def main(flags: Flags) -> None:
             )
     console.write_metrics(flags.metrics, [*errors, *norms, {"costs": curves, **times}])
     if flags.plots:
-        plots.save_curves(flags.plots / "regression.png", curves, "step", "cost before the step")
+        label = "cost before the step; the last point, at the end"
+        plots.save_curves(flags.plots / "regression.png", curves, "step", label)
     for name, costs in curves.items():
         steps = len(costs) - 1
         print(f"{name}: cost {costs[-1]:.4f} after {steps} step{'s' * (steps > 1)}")

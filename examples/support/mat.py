@@ -18,7 +18,7 @@ def read(path: Path) -> dict[str, Array]:
     """Return the arrays of a file by name.
 
     Raises:
-        ConfigError: the file is missing, damaged or of version 7.3.
+        ConfigError: the file is missing, damaged or of version 7.3, or a number is not finite.
     """
     from scipy.io import loadmat
 
@@ -26,9 +26,16 @@ def read(path: Path) -> dict[str, Array]:
         found = loadmat(str(path))
     except NotImplementedError as e:
         raise ConfigError(f"{path} is of version 7.3; save it in MATLAB with '-v7'") from e
+    except FileNotFoundError as e:
+        raise ConfigError(f"{path} does not exist; name a .mat file") from e
     except Exception as e:  # of a damaged file SciPy raises errors of many kinds
-        raise ConfigError(f"{path} cannot be read ({e}); name a file of MATLAB") from e
-    return {name: array for name, array in found.items() if not name.startswith("__")}
+        raise ConfigError(f"{path} is no .mat file, or is damaged ({e}); name another") from e
+    arrays = {name: array for name, array in found.items() if not name.startswith("__")}
+    for name, array in arrays.items():
+        if array.dtype.kind in "fc" and len(bad := np.argwhere(~np.isfinite(array))):
+            first = tuple(bad[0].tolist())
+            raise ConfigError(f"{path}: {name}{first} is {array[first]}, expected finite numbers")
+    return arrays
 
 
 def read_images(path: Path, features: int) -> tuple[Array, Array]:
@@ -62,11 +69,13 @@ def load_weights(path: Path, model: NumpyMLP) -> None:
         ConfigError: as from `read`, or the file has no such matrices.
     """
     arrays = read(path)
-    for i, (weight, bias) in enumerate(zip(model.weights, model.biases, strict=True), start=1):
-        theta, expected = arrays.get(f"Theta{i}"), (weight.shape[1], 1 + weight.shape[0])
-        if theta is None or theta.shape != expected:
-            raise ConfigError(f"{path} holds {described(arrays)}, expected Theta{i} {expected}")
-        bias[:], weight[:] = theta[:, 0], theta[:, 1:].T
+    shapes = [(weight.shape[1], 1 + weight.shape[0]) for weight in model.weights]
+    expected = {f"Theta{i}": shape for i, shape in enumerate(shapes, start=1)}
+    if any(name not in arrays or arrays[name].shape != expected[name] for name in expected):
+        needs = ", ".join(f"{name} {shape}" for name, shape in expected.items())
+        raise ConfigError(f"{path} holds {described(arrays)}, expected {needs}")
+    for name, weight, bias in zip(expected, model.weights, model.biases, strict=True):
+        bias[:], weight[:] = arrays[name][:, 0], arrays[name][:, 1:].T
 
 
 def described(arrays: Mapping[str, Any]) -> str:

@@ -56,13 +56,19 @@ def test_other_files_are_refused_by_what_they_hold(files, tmp_path, monkeypatch)
     images, weights, _ = files
     model = NumpyMLP((400, 25, 10))
     (damaged := tmp_path / "damaged.mat").write_bytes(b"MATLAB" * 100)
+    (x := np.ones((5, 400)))[3, 2] = np.nan
+    pytest.importorskip("scipy.io").savemat(tmp_path / "nan.mat", {"X": x, "y": np.ones(5)})
     for call, message in (
-        (lambda: mat.load_weights(images, model), r"X \(50, 400\).*, expected Theta1 \(25, 401\)"),
+        (
+            lambda: mat.load_weights(images, model),
+            r"X \(50, 400\).*, expected Theta1 \(25, 401\), Theta2 \(10, 26\)",
+        ),
         (lambda: mat.load_weights(weights, NumpyMLP((400, 9))), r"expected Theta1 \(9, 401\)"),
         (lambda: mat.read_images(weights, 400), r"expected X \(n, 400\) and y"),
         (lambda: mat.read_images(images, 784), r"expected X \(n, 784\) and y"),
-        (lambda: mat.read(damaged), "cannot be read"),
-        (lambda: mat.read(tmp_path / "none.mat"), "cannot be read"),
+        (lambda: mat.read_images(tmp_path / "nan.mat", 400), r"X\(3, 2\) is nan, expected finite"),
+        (lambda: mat.read(damaged), "is no .mat file, or is damaged"),
+        (lambda: mat.read(tmp_path / "none.mat"), "does not exist"),
     ):
         with pytest.raises(ConfigError, match=message):
             call()
