@@ -338,7 +338,8 @@ def main(flags: Flags) -> None:
             first, *others = run.model.weights[0].T
             apart = max((np.abs(first - other).max() for other in others), default=0)
             largest = np.abs(first).max()
-            print(f"hidden units: weights up to {largest:.1g}, which differ by {apart:.1g} at most")
+            most = f"at most {largest:.1g} in magnitude, and {apart:.1g} from unit to unit"
+            print(f"weights of the hidden units: {most}")
         print(console.summary(run.results))
 
 

@@ -149,7 +149,8 @@ def save_boundaries(
             axes.contour(*plane, levels=[0.5], colors="black")
             for label, color in enumerate(("tab:blue", "tab:red")):
                 mine = points.features[:SHOWN][points.labels[:SHOWN] == label]
-                name = f"label {label}: {points.classes[label]}"
+                meaning = points.classes[label]
+                name = f"label {label}" + f": {meaning}" * (meaning != str(label))
                 axes.plot(*as_array(mine.T), ".", markersize=5, color=color, label=name)
             ticks = {"xticks": (-1, 0, 1), "yticks": (-1, 0, 1), "aspect": "equal"}
             axes.set(title=title, xlabel="x", ylabel="y", **ticks)

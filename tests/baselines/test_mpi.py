@@ -249,7 +249,7 @@ def test_from_zero_all_hidden_units_stay_alike(data):
         )
     )
     assert code == 0
-    line = r"hidden units: weights up to (\S+), which differ by (\S+) at most\n"
+    line = r"weights of the hidden units: at most (\S+) in magnitude, and (\S+) from unit to unit\n"
     found = re.search(line, out)
     assert found
     assert all(number == f"{float(number):.1g}" for number in found.groups())  # one format

@@ -71,6 +71,12 @@ MISTAKES = [
     ),
     ("[x + y for x, y in zip(a, b)]", "a + b", "add_elementwise is not right: the arrays have"),
     ("[x + y for x, y in zip(a, b)]", "[x - y for x, y in zip(a, b)]", "is -10, expected 10"),
+    ("[x + y for x, y in zip(a, b)]", "[np.add(x, y, x) for x, y in zip(a, b)]", "its argument 1"),
+    (
+        "return sigmoid(z) * (1 - sigmoid(z))",
+        "z[:] = sigmoid(z) * (1 - sigmoid(z)); return z",
+        "sigmoid_prime is not right: it changes its argument 1",
+    ),
     ("[x + y for x, y in zip(a, b)]", "a[len(a)]", r"my.py, line 25: IndexError: list index"),
 ]
 
@@ -103,6 +109,16 @@ def test_a_mistake_is_told_with_what_was_expected(tmp_path, capsys, line, instea
     wrong = [one for one in capsys.readouterr().out.splitlines() if "is not right" in one]
     assert any(reason in one for one in wrong), wrong
     assert len(wrong) == 1 + (instead == "pass")  # sigmoid_prime calls that, too
+
+
+def test_functions_above_a_line_that_fails_are_checked(tmp_path, capsys):
+    path = tmp_path / "my.py"
+    path.write_text("def sigmoid(z): pass\nimport missing_here\ndef add_elementwise(a, b): pass\n")
+    assert exercises.main(["--with", str(path)]) == 1
+    first, second, third = capsys.readouterr().out.splitlines()
+    assert first.startswith("my.py, line 2: ModuleNotFoundError: No module named 'missing_here'; ")
+    assert second == "my.py: sigmoid is not right: it returns None, expected an array"
+    assert third.startswith("The training is left out: sigmoid_prime, ")
 
 
 def test_an_endless_function_is_stopped_and_the_others_are_tried(tmp_path, capsys):
@@ -187,7 +203,9 @@ def test_a_training_that_learns_nothing_is_not_right():
         ("def other(): pass", "has none of sigmoid, "),
         ("from numpy import maximum", "; define any of them"),
         ("def max_cpu(A, B): pass", "; check max_cpu by python -m torchpar ladder --with /"),
-        ("1 / 0", "fails: ZeroDivisionError: division by zero"),
+        ("pass\n1 / 0", "my.py: my.py, line 2: ZeroDivisionError: division by zero"),
+        ("import csv\ncsv.reader()", "line 2: TypeError: "),
+        ("def f()", "line 1: SyntaxError: expected ':'"),
     ],
 )
 def test_a_file_without_functions_is_refused_in_one_line(tmp_path, capsys, text, reason):

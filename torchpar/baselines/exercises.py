@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -62,7 +63,7 @@ class Verdict(NamedTuple):
 
 def check_sigmoid(sigmoid: Function) -> str:
     z = np.array([[-1000.0, -30.0, -1.5, 0.0], [0.25, 2.0, 30.0, 1000.0]])
-    compare("at z", as_array(sigmoid(z.copy())), numpy_mlp.sigmoid(z), TOLERANCE, z)
+    compare("at z", as_array(unchanged(sigmoid, z)), numpy_mlp.sigmoid(z), TOLERANCE, z)
     compare("of a number", as_array(sigmoid(0.5)), numpy_mlp.sigmoid(np.array(0.5)), TOLERANCE)
     return ""
 
@@ -70,7 +71,7 @@ def check_sigmoid(sigmoid: Function) -> str:
 def check_sigmoid_prime(sigmoid_prime: Function) -> str:
     """The assignment's takes z. One that takes a = σ(z), as `numpy_mlp`'s, is told apart."""
     z = np.array([[-30.0, -1.5, 0.0], [0.25, 2.0, 30.0]])
-    found = as_array(sigmoid_prime(z.copy()))
+    found = as_array(unchanged(sigmoid_prime, z))
     if found.shape == z.shape and np.allclose(found, z * (1 - z), rtol=1e-6):
         raise Wrong(
             "it computes a·(1 − a) of its argument a = σ(z), as torchpar's does; the assignment's "
@@ -117,7 +118,9 @@ def check_create_batches(create_batches: Function) -> str:
     data = np.arange(samples * 4.0).reshape(samples, 4)
     labels = np.arange(samples) * 10
     try:
-        batches = [(as_array(x), as_array(y)) for x, y in create_batches(data, labels, size)]
+        batches = [
+            (as_array(x), as_array(y)) for x, y in unchanged(create_batches, data, labels, size)
+        ]
     except (TypeError, ValueError) as e:
         raise Wrong(f"expected a list of pairs (data, labels): {e}") from None
     counts = [len(x) for x, _ in batches]
@@ -142,7 +145,7 @@ def check_create_batches(create_batches: Function) -> str:
 def check_add_elementwise(add_elementwise: Function) -> str:
     first = [np.arange(6.0).reshape(2, 3), np.array([0.5])]
     second = [np.full((2, 3), 10.0), np.array([-2.0])]
-    found = add_elementwise([t.copy() for t in first], [t.copy() for t in second])
+    found = unchanged(add_elementwise, first, second)
     arrays = check_shapes(found, [(2, 3), (1,)])
     for i, (mine, a, b) in enumerate(zip(arrays, first, second, strict=True)):
         compare(f"of list element {i}", mine, a + b, 0.0)
@@ -158,6 +161,17 @@ CHECKS: dict[str, Callable[[Function], str]] = {
     "create_batches": check_create_batches,
     "add_elementwise": check_add_elementwise,
 }
+
+
+def unchanged(function: Function, *arguments: Any) -> Any:
+    """Call a function with copies, and raise Wrong if it changes one of them."""
+    given = deepcopy(arguments)
+    found = function(*given)
+    for i, (argument, one) in enumerate(zip(arguments, given, strict=True), start=1):
+        arrays, changed = (list(t) if isinstance(t, list) else [t] for t in (argument, one))
+        if len(arrays) != len(changed) or not all(map(np.array_equal, arrays, changed)):
+            raise Wrong(f"it changes its argument {i}, expected a new result")
+    return found
 
 
 def weight_shapes() -> list[tuple[int, ...]]:
@@ -274,11 +288,13 @@ def check_training(functions: dict[str, Function], data: Path) -> Verdict:
 # The command
 
 
-def load(path: Path) -> ModuleType:
-    """Execute a student's file.
+def load(path: Path) -> tuple[ModuleType, str]:
+    """Execute a student's file; return what it defines, and the error that ended it, or "".
+
+    If a line fails, the functions above it are there.
 
     Raises:
-        ConfigError: it is no file, or a line of it fails.
+        ConfigError: it is no Python file.
     """
     if not path.is_file():
         raise ConfigError(f"--with {path} is no file; name a Python file with {', '.join(CHECKS)}")
@@ -290,8 +306,8 @@ def load(path: Path) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as e:
-        raise ConfigError(f"--with {path} fails: {type(e).__name__}: {e}") from None
-    return module
+        return module, located(e, path)
+    return module, ""
 
 
 def own_of(module: ModuleType, names: Iterable[str]) -> list[str]:
@@ -316,9 +332,18 @@ def judge(name: str, check: Callable[[], str]) -> Verdict:
 
 def failed(name: str, error: Exception) -> Verdict:
     """The verdict of an error in a student's function, with the line of the error."""
-    *_, last = traceback.extract_tb(error.__traceback__)
-    where = f"{Path(last.filename).name}, line {last.lineno}"
-    return Verdict(name, False, f"{where}: {first_line(error)}")
+    return Verdict(name, False, located(error))
+
+
+def located(error: BaseException, path: Path | None = None) -> str:
+    """An error in one line, with its own place, or with the last one in the file ``path``."""
+    places = [(one.filename, one.lineno) for one in traceback.extract_tb(error.__traceback__)]
+    if path is not None:
+        places = [place for place in places if place[0] == str(path.resolve())]
+    if isinstance(error, SyntaxError) and error.filename:
+        places.append((error.filename, error.lineno))
+    where = f"{Path(places[-1][0]).name}, line {places[-1][1]}: " if places else ""
+    return where + first_line(error)
 
 
 @contextmanager
@@ -373,8 +398,12 @@ def main(arguments: Sequence[str]) -> int:
 
 def check_file(path: Path, data: Path) -> int:
     """Check the functions of a file, print a line for each, and train; 1 if one is not right."""
-    module = load(path)
+    module, error = load(path)
     functions = {name: getattr(module, name) for name in CHECKS if hasattr(module, name)}
+    if error and not functions:
+        raise ConfigError(f"--with {path}: {error}")
+    if error:
+        print(f"{error}; what is above this line is checked")
     if not functions:
         advice = "define any of them"
         if other := own_of(module, ladder.FUNCTIONS):
@@ -389,7 +418,7 @@ def check_file(path: Path, data: Path) -> int:
     if missing or wrong:
         why = f"{', '.join(missing)} missing" if missing else f"{', '.join(wrong)} not right"
         print(f"The training is left out: {why}.")
-        return int(bool(wrong))
+        return int(bool(wrong or error))
     try:
         with np.errstate(all="ignore"):
             trained = check_training(functions, data)
@@ -398,4 +427,4 @@ def check_file(path: Path, data: Path) -> int:
     except Exception as e:
         trained = failed("the training", e)
     print(trained)
-    return 0 if trained.is_right else 1
+    return int(bool(error) or not trained.is_right)
