@@ -166,6 +166,21 @@ def test_a_kernel_that_writes_and_an_operator_without_a_backward() -> None:
     assert row.outcome == "works", row
 
 
+def test_a_write_that_changes_nothing_again_is_found_by_each_rule_and_undone() -> None:
+    @library.custom_op("torchpar_writes::clamp", mutates_args=())
+    def clamp(x: Tensor) -> Tensor:
+        return x.clamp_(min=0).clone()
+
+    clamp.register_fake(torch.empty_like)
+    x = torch.tensor([[-2, 1], [3, -4]])
+    rules = ["values", "same bits twice", RULE]
+    for given in {"reference": lambda x: x.clamp(min=0)}, {}:
+        values, _, writes = check_operator(clamp, [(x,)], rules=rules, **given).rows
+        assert (values.outcome, values.detail) == ("wrong", "the forward writes to its operand")
+        assert writes.outcome == "wrong"
+        assert x.tolist() == [[-2, 1], [3, -4]]
+
+
 def test_an_operator_that_computes_by_torch_func_is_tried() -> None:
     """It allows no hooks of saved tensors."""
     op = lambda x: torch.func.jvp(torch.square, (x,), (torch.ones_like(x),))[1]  # noqa: E731  # a function of one line

@@ -17,11 +17,18 @@ class OutcomeException(Exception):
     """An outcome, such as "wrong" or "not run", and what happened. Rules raise it as tests do."""
 
 
-def outcome_of(attempt: Callable[[], Attempts | str | None]) -> tuple[str, str]:
-    """The outcome of a rule or of one of its attempts, and what happened."""
+def outcome_of(
+    attempt: Callable[[], Attempts | str | None], restore: Callable[[], object] | None = None
+) -> tuple[str, str]:
+    """The outcome of a rule or of one of its attempts, and what happened.
+
+    After each attempt ``restore`` is called, so that the next one finds what this one found.
+    """
     try:
         returned = attempt()
-        return _worst(returned) if isinstance(returned, Iterator) else ("works", returned or "")
+        if isinstance(returned, Iterator):
+            return _worst(returned, restore)
+        return "works", returned or ""
     except OutcomeException as e:
         outcome, message = e.args
         return outcome, _headline(message)
@@ -29,9 +36,12 @@ def outcome_of(attempt: Callable[[], Attempts | str | None]) -> tuple[str, str]:
         return "crashes" if INTERNAL in str(e) else "refuses", _message(e)
     except Exception as e:
         return "crashes", named(e)
+    finally:
+        if restore is not None:
+            restore()
 
 
-def _worst(attempts: Attempts) -> tuple[str, str]:
+def _worst(attempts: Attempts, restore: Callable[[], object] | None) -> tuple[str, str]:
     """The worst outcome of attempts, the first attempt with it, and the number of such attempts."""
     found = []
     while True:
@@ -40,7 +50,7 @@ def _worst(attempts: Attempts) -> tuple[str, str]:
         except StopIteration as end:
             remark = end.value or ""
             break
-        found.append((label, *outcome_of(attempt)))
+        found.append((label, *outcome_of(attempt, restore)))
     if not found:
         return "not run", "nothing to try"
     label, outcome, detail = max(found, key=lambda one: OUTCOMES.index(one[1]))

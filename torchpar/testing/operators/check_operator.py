@@ -7,13 +7,16 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 from torch._library.triton import triton_ops_to_kernels
+from torch.utils._pytree import tree_leaves
 
 from torchpar.errors import ConfigError, first_line
 from torchpar.testing.operators.case import Calls, Case, Operator, Sample
 from torchpar.testing.operators.kernel_rules import KERNEL_ROWS, emulated_rows
 from torchpar.testing.operators.rules import RULES, try_rule
 from torchpar.testing.operators.table import OperatorTable
+from torchpar.testing.operators.tensors import Memory
 
 BUILT_IN = ("aten", "prim", "prims", "profiler")  # namespaces of PyTorch's own operators
 
@@ -114,11 +117,14 @@ def find_overload(op: Callable[..., object], sample: Sample) -> Operator | None:
     if isinstance(op, torch._ops.OpOverload):
         return op
     error = None
+    tensors = [t for t in tree_leaves((sample.args, sample.kwargs)) if isinstance(t, Tensor)]
+    memory = Memory(tensors)
     with Calls() as calls:
         try:
             op(*sample.args, **sample.kwargs)
         except Exception as e:  # of an operator, the rules will meet it again
             error = e
+    memory.restore()
     found = next((func for func in calls.seen if func.namespace not in BUILT_IN), None)
     if found is None and error is not None:
         name = getattr(op, "__name__", type(op).__name__)

@@ -12,6 +12,7 @@ from torchpar.testing.operators.case import Case
 from torchpar.testing.operators.gradients import pulled_back
 from torchpar.testing.operators.rules import try_rule
 from torchpar.testing.operators.table import RuleResult, worst_of
+from torchpar.testing.operators.tensors import Memory
 
 if TYPE_CHECKING:
     from torchpar.ptx import Emulator, Fault
@@ -146,7 +147,9 @@ def emulated_rows(names: Sequence[str], cases: Sequence[Case], arch: str) -> lis
     for title, rule in KERNEL_RULES.items():
         with emulate(arch, schedules="all") as gpu:
             found = [
-                RuleResult(title, *outcome_of(partial(rule, case, gpu)), i)
+                RuleResult(
+                    title, *outcome_of(partial(rule, case, gpu), Memory(case.operands).restore), i
+                )
                 for i, case in enumerate(cases)
             ]
         rows.append(worst_of(found))

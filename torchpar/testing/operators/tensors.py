@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Tensors of a sample: other dtypes, other numbers, and the types of functions of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -12,6 +12,26 @@ Function = Callable[..., Tensors]
 
 Layout = Callable[[Tensor], Tensor]
 LOW = (torch.bfloat16, torch.float16)
+
+
+class Memory:
+    """All the memory that tensors view, with a copy. Tensors of other layouts have none here."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._pairs = [
+            (memory, memory.clone())
+            for t in map(torch.detach, tensors)
+            if t.layout == torch.strided and not torch._is_zerotensor(t) and not t.is_meta
+            for memory in [t.new_empty(0, dtype=torch.uint8).set_(t.untyped_storage())]
+        ]
+
+    def has_changed(self) -> bool:
+        return not all(torch.equal(memory, before) for memory, before in self._pairs)
+
+    def restore(self) -> None:
+        for memory, before in self._pairs:
+            if not torch.equal(memory, before):
+                memory.copy_(before)
 
 
 def is_differentiable(t: Tensor) -> bool:

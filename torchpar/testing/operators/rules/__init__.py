@@ -27,6 +27,7 @@ from torchpar.testing.operators.rules import (
 from torchpar.testing.operators.rules.magnitudes import large_and_small_numbers
 from torchpar.testing.operators.rules.writes import undeclared_writes
 from torchpar.testing.operators.table import RuleResult, worst_of
+from torchpar.testing.operators.tensors import Memory
 
 Rule = Callable[[Case], Attempts | str | None]
 _as_reference = partial(partial, Case.transformed)
@@ -85,11 +86,16 @@ ONCE = ("torch.compile by Inductor", "torch.export, save and load")  # for the f
 
 
 def try_rule(name: str, cases: Sequence[Case]) -> RuleResult:
-    """The worst result of a rule over all cases."""
+    """The worst result of a rule over all cases.
+
+    An operator may write to its operands: each attempt finds them as they were given.
+    """
     tried = cases[:1] if name in ONCE else cases
     return worst_of(
         [
-            RuleResult(name, *outcome_of(partial(RULES[name], case)), i)
+            RuleResult(
+                name, *outcome_of(partial(RULES[name], case), Memory(case.operands).restore), i
+            )
             for i, case in enumerate(tried)
         ]
     )

@@ -25,6 +25,7 @@ from torchpar.testing.operators.tensors import (
     LOW,
     Function,
     Layout,
+    Memory,
     Tensors,
     cast,
     is_differentiable,
@@ -35,18 +36,21 @@ from torchpar.testing.operators.tensors import (
 
 def values(case: Case) -> None:
     operands: Sequence[Tensor] = case.operands
-    second = "the reference raises "
+    who, second = "the reference", "the reference raises "
     if case.reference is None:
-        operands, second = [t.contiguous() for t in operands], "with contiguous operands: "
-    found = []
-    for what, function, given in (
-        ("", case.op, case.operands),
-        (second, case.plain, operands),
+        operands = [t.contiguous() for t in operands]
+        who, second = "the forward", "with contiguous operands: "
+    found, memory = [], Memory(case.operands)
+    for caller, what, function, given in (
+        ("the forward", "", case.op, case.operands),
+        (who, second, case.plain, operands),
     ):
         try:
             found.append(function(*given))
         except Exception as e:  # samples are what both take
             raise OutcomeException("crashes", what + named(e)) from e
+        if memory.has_changed():
+            raise OutcomeException("wrong", f"{caller} writes to its operand")
     actual, expected = found
     case.close(actual, expected, lambda: case.wide.plain(*case.wide.operands))
 

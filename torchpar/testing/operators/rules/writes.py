@@ -16,6 +16,7 @@ from torchpar.testing.operators.layouts import layouts
 from torchpar.testing.operators.tensors import (
     LOW,
     Layout,
+    Memory,
     Tensors,
     cast,
     is_differentiable,
@@ -98,13 +99,10 @@ class _Watched:
     """Tensors, with copies of all the memory that they view."""
 
     def __init__(self) -> None:
-        self.memory: list[tuple[str, Tensor, Tensor]] = []
+        self.memory: list[tuple[str, Memory]] = []
 
     def add(self, what: str, tensors: Iterable[Tensor]) -> None:
-        for t in map(torch.detach, tensors):
-            if t.layout == torch.strided and not torch._is_zerotensor(t) and not t.is_meta:
-                memory = t.new_empty(0, dtype=torch.uint8).set_(t.untyped_storage())
-                self.memory.append((what, memory, memory.clone()))
+        self.memory.append((what, Memory(tensors)))
 
     def call(self, case: Case, xs: Tensors) -> Tensors:
         """The results of the operator. They and what is saved for the backward are watched, too."""
@@ -128,6 +126,6 @@ class _Watched:
 
     def expect(self, who: str, freed: str = "") -> None:
         """Raise "wrong" if memory has changed, unless it is of a kind that is freed."""
-        for what, memory, before in self.memory:
-            if what != freed and not torch.equal(memory, before):
+        for what, memory in self.memory:
+            if what != freed and memory.has_changed():
                 raise OutcomeException("wrong", f"{who} writes to its {what}")
