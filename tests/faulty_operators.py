@@ -85,6 +85,10 @@ def backward_that_writes(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
     return found
 
 
+def backward_of_one_number(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+    return backward(ctx, g if any(g.stride()) else 2 * g)
+
+
 def backward_of_contiguous(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
     memory = torch.empty(0, dtype=g.dtype).set_(g.detach().untyped_storage())
     return backward(ctx, memory.repeat(g.numel())[: g.numel()].view(g.shape))
@@ -232,6 +236,11 @@ FAULTS: dict[str, tuple[dict[str, Callable[..., Any]], str, str]] = {
         "writes to its incoming",
     ),
     "strides_of_the_gradient": ({"backward": backward_of_contiguous}, GRADIENTS, "transposed"),
+    "gradient_of_a_sum": (
+        {"backward": backward_of_one_number},
+        GRADIENTS,
+        "expanded everywhere: [0] off by",
+    ),
     "second_derivative": ({"backward": backward_of_constants}, "gradgradcheck", "Jacobian"),
     "undeclared": ({"kernel": kernel_that_writes}, "schema", "was mutated"),
     "doubling_vmap": ({"batch": doubling_batch}, "vmap over one operand", "off by"),

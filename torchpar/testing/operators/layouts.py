@@ -38,6 +38,8 @@ LAYOUTS: dict[str, Layout] = {
     "stepped": _stepped,
     "expanded": lambda t: t[:1].expand_as(t) if t.dim() and t.numel() else t,
     "expanded last": lambda t: t[..., :1].expand_as(t) if t.dim() and t.numel() else t,
+    # All strides are 0, as in the gradient that a sum gives its operand.
+    "expanded everywhere": lambda t: t.flatten()[:1].view(()).expand(t.shape) if t.numel() else t,
     # At an address that is not aligned.
     "offset": lambda t: torch.cat([t.new_zeros(3), t.flatten()])[3:].view(t.shape),
     # Like z.conj().imag, whose sign is pending.
@@ -50,7 +52,11 @@ LAYOUTS: dict[str, Layout] = {
 def layouts(tensors: Sequence[Tensor]) -> dict[str, Layout]:
     """The layouts that differ from the contiguous layout for these tensors."""
     dims, is_complex = {t.dim() for t in tensors}, any(t.is_complex() for t in tensors)
-    unlike = {"channels last": dims & {4, 5}, "conjugated": is_complex}
+    unlike = {
+        "channels last": dims & {4, 5},
+        "expanded everywhere": max(dims, default=0) > 1,
+        "conjugated": is_complex,
+    }
     return {name: layout for name, layout in LAYOUTS.items() if unlike.get(name, True)}
 
 
