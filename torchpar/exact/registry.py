@@ -97,7 +97,8 @@ def check_float32(first: Tensor, *others: object) -> None:
     for t in first, *(t for t in others if isinstance(t, Tensor) and t.is_floating_point()):
         if t.dtype != torch.float32:
             raise ConfigError(
-                f"exact arithmetic takes float32, an operand is {t.dtype}; convert it"
+                f"exact arithmetic takes float32, an operand is {t.dtype}; convert it "
+                "(the mode does not take Muon, whose products are in bfloat16)"
             )
 
 
