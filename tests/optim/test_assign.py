@@ -316,6 +316,10 @@ def test_muon_gets_the_hidden_matrices_alone():
         ({"process_group": "all"}, "process_group is of type str, expected a process group"),
         ({"overrides": {"*": "others"}}, "after overrides no parameter is left for Muon"),
         ({"model": nn.Embedding(3, 2)}, "the model has no hidden matrix; take another optimizer"),
+        (
+            {"model": nn.ParameterDict({"w": torch.ones(3, 2)})},
+            "hidden matrix. w: no known layer .*; name it, as by overrides={'w': 'muon'}, or take",
+        ),
     ],
 )
 def test_refusals(arguments, message):

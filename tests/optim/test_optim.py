@@ -19,6 +19,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchpar import reference
+from torchpar.errors import ConfigError
 from torchpar.ops import cpu
 from torchpar.optim import ChainedOptimizer, Muon, newton_schulz, orthogonalize
 from torchpar.optim import matrices as batches
@@ -571,6 +572,18 @@ def test_a_chain_whose_groups_have_changed_is_refused():
             chain.step()
 
 
+def test_a_state_of_another_optimizer_or_model_is_refused() -> None:
+    p, q = (torch.nn.Parameter(torch.ones(shape)) for shape in ((2, 3), (3, 2)))
+    p.grad, q.grad = torch.ones(2, 3), torch.ones(3, 2)
+    mine, others = Muon([p]), Muon([q])
+    with pytest.raises(ConfigError, match=r"group 0 .* has no adjust_lr_fn, momentum, .*of a Muon"):
+        mine.load_state_dict(torch.optim.AdamW([p]).state_dict())
+    others.step()
+    mine.load_state_dict(others.state_dict())
+    with pytest.raises(ConfigError, match="whose parameters are in the same order"):
+        mine.step()
+
+
 X = torch.randn(6, 4)
 
 
@@ -588,8 +601,9 @@ def view(function: Callable[[Tensor], Any]) -> Muon:
         (lambda: orthogonalize(X[0]), r"x is \(4,\) torch.float32, expected floating \(\*, n, m\)"),
         (lambda: orthogonalize(X, [COEFFICIENTS, (1.0, 2.0)]), r"\(1.0, 2.0\)\], expected 3"),
         (lambda: orthogonalize(X, "polar"), "coefficients is 'polar', expected 3"),
-        (lambda: orthogonalize(X, steps=-1), "steps is -1, expected 0 to 99"),
-        (lambda: Muon([X], ns_steps=2.5), r"steps is 2\.5, expected 0 to 99"),
+        (lambda: orthogonalize(X, steps=-1), "steps is -1, expected a whole number from 0 to 99"),
+        (lambda: Muon([X], ns_steps=2.5), r"steps is 2\.5, expected a whole number"),
+        (lambda: Muon([X], ns_steps="5"), "steps is '5', expected a whole number"),
         (lambda: Muon([X], adjust_lr_fn="no"), "Adjust learning rate function no is not supported"),
         (lambda: Muon([X[0]]), r"parameter 0 of group 0 has shape \(4,\), expected 2D, a matrix"),
         (lambda: Muon(torch.nn.Linear(4, 4)), r"a model, Linear; pass model\.parameters\(\), or"),

@@ -116,12 +116,17 @@ def chain(  # noqa: C901  # a line for each rule, in their order
     matrices = [(one.name, p) for p, one in assignments.items() if one.choice == "muon"]
     rest = [(one.name, p) for p, one in assignments.items() if one.choice == "others"]
     if not matrices:
-        given = (
-            "after overrides no parameter is left for Muon"
-            if overrides
-            else "the model has no hidden matrix"
-        )
-        raise ConfigError(f"Muon.for_model: {given}; take another optimizer, or other overrides")
+        given, way = "the model has no hidden matrix", "take another optimizer"
+        unknown = next((one for one in assignments.values() if one.reason == _UNKNOWN), None)
+        if overrides:
+            given, way = (
+                "after overrides no parameter is left for Muon",
+                f"{way}, or others of them",
+            )
+        elif unknown is not None:
+            given = f"no parameter is known to be a hidden matrix. {unknown.name}: {_UNKNOWN}"
+            way = f"name it, as by overrides={{{unknown.name!r}: 'muon'}}, or {way}"
+        raise ConfigError(f"Muon.for_model: {given}; {way}")
     chosen = {
         one.name: one.view for one in assignments.values() if one.view and one.choice == "muon"
     }
@@ -259,6 +264,7 @@ def _query_key_value(use: _Use, rows: int, columns: int) -> list[int]:
     return [columns] * 3
 
 
+_UNKNOWN = "no known layer multiplies by it; if a layer of yours does, give a view"
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 # A rule has three entries. First, when it applies. Second, the reason, or the contents of a weight
@@ -272,7 +278,8 @@ _RULES: list[
     (lambda use: isinstance(use.layer, _EMBEDDINGS), "embedding", None),
     (lambda use: isinstance(use.layer, _NORMS), "normalization", None),
     # All ranks must decide alike, of which one may have a single row.
-    (lambda use: sum(n != 1 for n in part_of(use.p).whole) < 2, "not a matrix", None),
+    (lambda use: len(part_of(use.p).whole) < 2, "not a matrix", None),
+    (lambda use: sum(n != 1 for n in part_of(use.p).whole) < 2, "one row or column", None),
     (lambda use: use.head, "output head, {head}", None),
     (
         lambda use: isinstance(use.layer, _ConvTransposeNd),
@@ -326,7 +333,7 @@ def _decide(uses: list[_Use]) -> tuple[Choice, str, View | None]:
             reason += ", stored transposed"
         is_whole = count == 1 and len(shape) == 2 and not use.is_transposed
         return "muon", reason, None if is_whole else view
-    return "others", "no known layer multiplies by it; if a layer of yours does, give a view", None
+    return "others", _UNKNOWN, None
 
 
 def _matrices(p: Tensor, sizes: list[int], groups: int, transposed: bool) -> Sequence[Tensor]:

@@ -195,8 +195,25 @@ class Muon(Optimizer):
         `Optimizer` wraps each ``step`` by this method. A step consists of launches and messages,
         which a compiler would only break into many graphs.
         """
-        step: Callable[..., Any] = torch.compiler.disable(Optimizer.profile_hook_step(func))
+        step: Callable[..., Any] = torch.compiler.disable(
+            Optimizer.profile_hook_step(func),
+            reason="a step of Muon is launches and messages; leave it outside of fullgraph",
+        )
         return step
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` has returned, of this Muon or of `torch.optim.Muon`.
+
+        Raises:
+            ConfigError: the state dict is of another optimizer.
+        """
+        for index, group in enumerate(state_dict["param_groups"]):
+            if lacking := sorted(self.defaults.keys() - group.keys()):
+                raise ConfigError(
+                    f"Muon: group {index} of the state dict has no {', '.join(lacking)}; load one "
+                    "of a Muon"
+                )
+        super().load_state_dict(state_dict)
 
     def __getstate__(self) -> dict[str, object]:
         for info in self._param_infos():
@@ -353,7 +370,11 @@ class Muon(Optimizer):
             raise ConfigError(
                 f"Muon: {info.name} is {tuple(p.shape)} {_layout(p)}, and its momentum "
                 f"{tuple(momentum.shape)} {_layout(momentum)}; "
-                "load a state dict of other placements by torch.distributed.checkpoint"
+                + (
+                    "load a state dict of other placements by torch.distributed.checkpoint"
+                    if is_dtensor(p) or is_dtensor(momentum)
+                    else "load a state dict of this model, whose parameters are in the same order"
+                )
             )
         if (momentum.dtype, momentum.device) != (p.dtype, p.device):
             raise ConfigError(

@@ -131,7 +131,7 @@ def orthogonalize(
 def coefficients_per_step(coefficients: Coefficients, steps: int) -> list[Triple]:
     """The triple of each of ``steps`` iterations."""
     if not isinstance(steps, int) or not 0 <= steps < 100:
-        raise ValueError(f"orthogonalize: steps is {steps}, expected 0 to 99")
+        raise ValueError(f"orthogonalize: steps is {steps!r}, expected a whole number from 0 to 99")
     triples: Any = _POLAR_EXPRESS if coefficients == "polar_express" else coefficients
     if triples and not isinstance(triples[0], Sequence):
         triples = [triples]
