@@ -81,6 +81,19 @@ def test_all_configurations_are_executed_from_the_same_memory():
     assert all("B: 256" in fault.configuration in str(fault) for fault in errors)
 
 
+def test_all_configurations_that_have_a_fault_are_named():
+    """Of 100 elements the mask of 1000 lets each configuration write more."""
+    x, out = torch.randn(1000), torch.zeros(100)
+    with emulate(configurations="all") as gpu:
+        twice_kernel[lambda m: (triton.cdiv(1000, m["B"]),)](x, out, 1000)
+    faults = [one for one in gpu.faults if one.other_configurations]
+    for fault in faults:
+        first, *others = (one[:6] for one in (fault.configuration, *fault.other_configurations))
+        assert (fault.name, first, others) == ("out of bounds", "B: 256", ["B: 512"])
+        assert str(fault).count("and configuration B: 512, ") == 1
+    assert faults
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("configurations", ["first", "all"])
 def test_a_configuration_that_does_not_fit_is_left_out(configurations):

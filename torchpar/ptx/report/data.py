@@ -131,6 +131,7 @@ def of_fault(fault: Fault) -> dict[str, object]:
         "launched": place(fault.launched),
         "launch": fault.launch - 1 if fault.launched else None,
         "configuration": fault.configuration or None,
+        "other_configurations": fault.other_configurations,
         "kernel": fault.kernel or None,
         "program": list(fault.program) or None,
         "ptx_line": fault.line or None,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Faults of kernels, and of the program around them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torchpar.ptx.report.source import line_of, shown_path
@@ -26,6 +26,7 @@ class Fault:
         count: how often it happened.
         launched: the file and the line of the program that launched the kernel, in the first case.
         configuration: that of an autotuned kernel, in the first case.
+        other_configurations: those of the other cases.
         launch: the number of that launch among all launches, from 1 on.
     """
 
@@ -40,6 +41,13 @@ class Fault:
     launched: tuple[str, int] | None = None
     configuration: str = ""
     launch: int = 1
+    other_configurations: list[str] = field(default_factory=list)
+
+    def count_again(self, case: "Fault") -> None:
+        """Count another case of this fault."""
+        self.count += 1
+        if case.configuration not in (self.configuration, *self.other_configurations):
+            self.other_configurations.append(case.configuration)
 
     def __str__(self) -> str:
         where = f"line {self.line} of the PTX"
@@ -58,6 +66,7 @@ class Fault:
             f"    {where}",
             *([f"        {code}"] if code else []),
             *([f"    configuration {self.configuration}"] if self.configuration else []),
+            *(f"    and configuration {one}" for one in self.other_configurations),
             f"    program {self.program}: {self.message}"
             if self.program
             else f"    {self.message}",

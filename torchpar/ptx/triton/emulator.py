@@ -208,7 +208,7 @@ class Emulator(gpu.Gpu):
         if self._repeats():
             return
         if key in self._by_place:
-            self._by_place[key].count += 1
+            self._by_place[key].count_again(fault)
             return
         self._by_place[key] = fault
         self.faults.append(fault)
