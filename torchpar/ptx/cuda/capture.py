@@ -13,6 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._pytree import tree_leaves, tree_map
 
 from torchpar.ptx.cuda import capture_rules, places
+from torchpar.ptx.cuda.by_shapes import by_shapes
 from torchpar.ptx.cuda.graph_memory import Line, Memory, Pool, Slot, memory_of
 from torchpar.ptx.cuda.operations import (
     LaunchOperation,
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from torchpar.ptx.cuda.graphs import Graphs
 
 T = TypeVar("T")
+# An operator that the CPU lacks, and a decomposition whose outcome a GPU reads back.
+NOT_OF_VALUES = (NotImplementedError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
 
 
 class Capture:
@@ -52,6 +55,7 @@ class Capture:
         self.parameters: dict[int, weakref.ref[Tensor]] = {}
         self.steps: list[Step] = []
         self.has_failed = False
+        self._refused: set[Memory] = set()
         self._states: list[tuple[torch.Generator, Tensor]] = [
             (one, one.get_state()) for one in (torch.default_generator, *graph.generators)
         ]
@@ -126,15 +130,38 @@ class Capture:
         for t in written:
             if t.untyped_storage().nbytes():
                 self.memory(t).keep_before()
-        result = self.adopted(func(*args, **kwargs), given)
+        result = self.adopted(self._results(func, args, kwargs, operands), given)
         results = [
             None if is_plain(t) and t.untyped_storage()._cdata in given else self._slot_of(t)
             for t in tree_leaves(result)
         ]
         computes = any(one is not None for one in results)
         if written or (computes and func.overloadpacket not in EMPTY):
-            self.operations.append(Operation(func, *slots, results))
+            self.operations.append(Operation(func, *slots, results, program_line()))
         return result
+
+    def _results(
+        self, func: Operator, args: Arguments, kwargs: Keywords, operands: list[Tensor]
+    ) -> object:
+        """Execute an operator, or take results of its shapes if it refuses its operands' values.
+
+        A GPU sees no values in a capture. Indices that one operator has refused are given to no
+        other one: nll_loss_backward, for example, writes where they point.
+        """
+        indices = {self.memory(t) for t in operands if _may_be_index(t)}
+        if indices & self._refused and not self.graphs.kind_of(func).is_view:
+            return by_shapes(func, args, kwargs)
+        try:
+            return func(*args, **kwargs)
+        except (IndexError, RuntimeError) as error:
+            if func.namespace != "aten" or isinstance(error, NOT_OF_VALUES):
+                raise
+            try:
+                result = by_shapes(func, args, kwargs)
+            except (IndexError, RuntimeError):  # shapes are wrong, too
+                raise error from None
+            self._refused |= indices
+            return result
 
     def _keep_numbers(self, operands: list[Tensor]) -> None:
         """Keep numbers of the host as they are: a launch takes their values."""
@@ -154,7 +181,7 @@ class Capture:
             if one.before is not None and torch.equal(one.before, one.content):
                 one.before = None
         slots = tuple(with_tensors(one, self.slot) for one in arguments)
-        self.operations.append(LaunchOperation(execute, slots))
+        self.operations.append(LaunchOperation(execute, slots, program_line()))
 
     # The end
 
@@ -177,3 +204,8 @@ class Capture:
             for one in self.streams - {self.origin}
             if clock.get(one.stream_id, 0) < one.clock.get(one.stream_id, 0)
         ]
+
+
+def _may_be_index(t: Tensor) -> bool:
+    is_number = t.dtype.is_floating_point or t.dtype.is_complex or t.dtype is torch.bool
+    return not is_number and bool(t.untyped_storage().nbytes())

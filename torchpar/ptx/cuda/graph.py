@@ -174,11 +174,25 @@ class CUDAGraph:
                 )
         with graphs.unwatched():
             for operation in self.operations:
-                operation()
+                self._execute(operation, line)
         self.replays += 1
         graphs.replays += 1
         self.counted.replays += 1
         self._note_replay(line)
+
+    def _execute(self, operation: Operation, line: Line) -> None:
+        try:
+            operation()
+        except (IndexError, RuntimeError) as error:
+            if operation.is_launch:
+                raise
+            message = (
+                f"{operation} cannot compute with the values that its operands have in this "
+                f"replay: {str(error).splitlines()[0]}"
+            )
+            captured = None if operation.line is None else ("captured", operation.line)
+            self._graphs.note("error", "invalid value in a replay", message, line, captured)
+            raise RuntimeError(f"CUDA error: device-side assert triggered: {message}") from None
 
     def _check_inputs(self, line: Line) -> None:
         """Check that what the graph uses outside of its pool is there, and written."""

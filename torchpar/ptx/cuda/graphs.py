@@ -180,10 +180,10 @@ class Graphs:
         place = places.of_results(marks, kwargs.get("device"))
         if not place:
             result = func(*args, **kwargs)
-            if place is False and not self._kind_of(func).is_view:
+            if place is False and not self.kind_of(func).is_view:
                 places.put_results(tensors_in((result,)), False)
             return result
-        kind = self._kind_of(func)
+        kind = self.kind_of(func)
         written = written_by(func, args, kwargs) if kind.may_write else []
         if marks >= OF_BOTH and kind.devices is not Devices.ANY:
             devices.check_operator(func, args, kwargs, written)
@@ -206,7 +206,7 @@ class Graphs:
         self._note_written(written)
         return result
 
-    def _kind_of(self, func: Operator) -> "OperatorKind":
+    def kind_of(self, func: Operator) -> "OperatorKind":
         found = self._kinds.get(id(func))
         if found is None:
             found = self._kinds[id(func)] = OperatorKind(func)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from torchpar.ptx.cuda.devices import Devices, devices_of
-from torchpar.ptx.cuda.graph_memory import Slot
+from torchpar.ptx.cuda.graph_memory import Line, Slot
 from torchpar.ptx.cuda.types import Arguments, Function, Keywords, Operator
 from torchpar.ptx.triton.torch_operators import EMPTY, changed, is_plain
 
@@ -74,12 +74,19 @@ class Operation:
 
     Args:
         results: None for one without memory, and for one in the memory of an operand.
+        line: of the program, that was captured.
     """
 
     def __init__(
-        self, call: Function, args: Arguments, kwargs: Keywords, results: list[Slot | None]
+        self,
+        call: Function,
+        args: Arguments,
+        kwargs: Keywords,
+        results: list[Slot | None],
+        line: Line,
     ):
         self.call, self.args, self.kwargs, self.results = call, args, kwargs, results
+        self.line = line
 
     is_launch = False
 
@@ -102,8 +109,8 @@ class LaunchOperation(Operation):
 
     is_launch = True
 
-    def __init__(self, execute: Function, arguments: Arguments):
-        super().__init__(execute, arguments, {}, [])
+    def __init__(self, execute: Function, arguments: Arguments, line: Line):
+        super().__init__(execute, arguments, {}, [], line)
 
     def __str__(self) -> str:
         return "a launch of a Triton kernel"
