@@ -1023,3 +1023,20 @@ def test_a_graph_whose_capture_an_error_has_ended_captures_again():
         graph.replay()
         assert y.eq(6).all()
     assert gpu.faults == []
+
+
+def test_the_advice_on_a_wait_names_the_stream_of_the_program():
+    with emulate() as gpu, cuda_is_cpu(gpu):
+        x, loader = numbers(4), torch.cuda.Stream()
+        graph, _ = capture(lambda: x + 1)
+        with torch.cuda.stream(loader):  # written
+            x.zero_()
+        graph.replay()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            x.zero_()
+    line = min(marked(test_the_advice_on_a_wait_names_the_stream_of_the_program, "# written"))
+    written, replayed = (fault.message for fault in gpu.faults)
+    assert f"test_graphs.py:{line} may still write" in written
+    assert "wait_stream(loader)" in written
+    assert "may still run on the default stream" in replayed
+    assert "wait_stream(torch.cuda.default_stream())" in replayed

@@ -13,6 +13,7 @@ from torchpar.ptx.cuda.capture import Capture
 from torchpar.ptx.cuda.graph_memory import REPLAYED, WRITTEN, Line, Memory, Pool, memory_of
 from torchpar.ptx.cuda.operations import Operation
 from torchpar.ptx.cuda.steps import Step
+from torchpar.ptx.cuda.streams import Stream
 from torchpar.ptx.cuda.types import PoolHandle
 from torchpar.ptx.report.launch_record import CapturedGraph
 from torchpar.ptx.report.source import program_line
@@ -107,10 +108,11 @@ class CUDAGraph:
         self._keep_gradients(capture)
 
     def _check_joined(self, capture: Capture) -> None:
-        if capture.unjoined():
+        for other in capture.unjoined()[:1]:
             message = (
-                "the capture ends before the work that it began on another stream; call "
-                "torch.cuda.current_stream().wait_stream(other) within the capture"
+                f"the capture ends before the work that it began on {other}; call "
+                f"torch.cuda.current_stream().wait_stream({other.name or 'other'}) within the "
+                "capture"
             )
             begun = None if capture.line is None else ("captured", capture.line)
             self._graphs.note("error", "unjoined work", message, program_line(), begun)
@@ -198,7 +200,7 @@ class CUDAGraph:
         """Check that what the graph uses outside of its pool is there, and written."""
         streams = self._graphs.streams
         freed: dict[Earlier, list[str]] = {}  # tensors of one line, such as a batch and its labels
-        unordered: dict[Earlier, list[str]] = {}
+        unordered: dict[tuple[Earlier, Stream], list[str]] = {}
         for memory in self.memories:
             earlier = None if memory.read is None else ("captured", memory.read)
             if memory.graph is not None:
@@ -221,7 +223,7 @@ class CUDAGraph:
                 continue
             work = getattr(storage, WRITTEN, None)
             if work is not None and not streams.is_ordered(work):
-                unordered.setdefault(earlier, []).append(memory.name)
+                unordered.setdefault((earlier, streams.all[work[0]]), []).append(memory.name)
         for earlier, names in freed.items():
             self._graphs.note(
                 "error",
@@ -232,12 +234,13 @@ class CUDAGraph:
                 line,
                 earlier,
             )
-        for earlier, names in unordered.items():
+        for (earlier, stream), names in unordered.items():
             self._graphs.note(
                 "error",
                 "missing wait",
-                f"the graph uses {_listed(names, 'and')}, which another stream may still write; "
-                "call torch.cuda.current_stream().wait_stream(stream) before the replay",
+                f"the graph uses {_listed(names, 'and')}, which {stream} may still write; call "
+                f"torch.cuda.current_stream().wait_stream({stream.name or 'stream'}) before the "
+                "replay",
                 line,
                 earlier,
             )

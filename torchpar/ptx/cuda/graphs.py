@@ -268,12 +268,13 @@ class Graphs:
             work = getattr(t.untyped_storage(), REPLAYED, None)
             if work is not None and not self.streams.is_ordered(work[0]):
                 use = "reads" if any(t is one for one in read) else "writes"
+                stream = self.streams.all[work[0][0]]
                 self.note(
                     "error",
                     "missing wait",
                     f"the current stream {use} {shown(t)} while the replay of the graph may still "
-                    "run on another stream; call torch.cuda.current_stream().wait_stream(stream) "
-                    "first",
+                    f"run on {stream}; call "
+                    f"torch.cuda.current_stream().wait_stream({stream.name or 'stream'}) first",
                     program_line(),
                     ("replayed", work[1]) if work[1] else None,
                 )

@@ -11,6 +11,8 @@ from collections.abc import Callable
 
 import torch
 
+from torchpar.ptx.report.source import name_in_program, program_line, shown_path
+
 Clock = dict[int, int]  # from streams' numbers to those of their work
 
 
@@ -42,6 +44,7 @@ class Streams:
         self.Event: type[Event] = type("Event", (Event,), {"_streams": self})
         self.all: list[Stream] = []
         self.default = self.Stream()
+        self.default.name = "torch.cuda.default_stream()"
 
     @property
     def current(self) -> "Stream":
@@ -87,6 +90,8 @@ class Entered:
     def __enter__(self) -> "Stream | None":
         self.before = self.streams.current
         self.streams.set(self.stream)
+        if self.stream is not None:
+            self.stream.note_line()
         return self.stream
 
     def __exit__(self, *error: object) -> None:
@@ -104,7 +109,20 @@ class Stream:
     def __init__(self, *args: object, **kwargs: object):
         self.clock: Clock = {}
         self.stream_id = self.cuda_stream = len(self._streams.all)
+        self.name, self._line = "", program_line()
         self._streams.all.append(self)
+
+    def note_line(self) -> None:
+        """Note where the program works on the stream, and its variable there, for messages."""
+        self._line = program_line()
+        self.name = self.name or name_in_program(self)
+
+    def __str__(self) -> str:
+        if self is self._streams.default:
+            return "the default stream"
+        if self._line is None:
+            return "another stream"
+        return f"the stream of {shown_path(self._line[0])}:{self._line[1]}"
 
     def __enter__(self) -> "Stream":
         self._entered = self._streams.entered(self)

@@ -25,11 +25,26 @@ def program_line() -> tuple[str, int] | None:
 
     Of an operator of this library, that is the line that calls the operator.
     """
-    frame: FrameType | None = sys._getframe(1)
+    frame = _program_frame()
+    return None if frame is None else (frame.f_code.co_filename, frame.f_lineno)
+
+
+def name_in_program(value: object) -> str:
+    """Return the variable of a value where the program is executed; "" if it has none there."""
+    frame = _program_frame()
+    for names in () if frame is None else (frame.f_locals, frame.f_globals):
+        for name, one in names.items():
+            if one is value:
+                return name
+    return ""
+
+
+def _program_frame() -> FrameType | None:
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         name = frame.f_globals.get("__name__", "")
         if name.partition(".")[0] not in LIBRARIES:
-            return frame.f_code.co_filename, frame.f_lineno
+            return frame
         frame = frame.f_back
     return None
 
