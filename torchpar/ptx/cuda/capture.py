@@ -25,6 +25,7 @@ from torchpar.ptx.cuda.operations import (
 from torchpar.ptx.cuda.steps import Step
 from torchpar.ptx.cuda.streams import Stream
 from torchpar.ptx.cuda.types import Arguments, Keywords, Operator
+from torchpar.ptx.cuda.uncaptured import Beside
 from torchpar.ptx.report.source import program_line
 from torchpar.ptx.triton.torch_operators import EMPTY, is_plain
 
@@ -43,6 +44,7 @@ class Capture:
     Attributes:
         memories: by the storages' addresses in C++.
         parameters: leaves of autograd that operators take.
+        beside: the work of this thread that is not captured.
         has_failed: whether the program has done what a capture forbids.
     """
 
@@ -55,6 +57,7 @@ class Capture:
         self.parameters: dict[int, weakref.ref[Tensor]] = {}
         self.steps: list[Step] = []
         self.has_failed = False
+        self.beside = Beside()
         self._refused: set[Memory] = set()
         self._states: list[tuple[torch.Generator, Tensor]] = [
             (one, one.get_state()) for one in (torch.default_generator, *graph.generators)
@@ -74,6 +77,8 @@ class Capture:
         found = memory_of(t) or self.memories.get(storage._cdata)
         if found is None or not found.is_memory_of(storage):
             found = Memory(t, program_line(), keep=False)
+        if (number := self.beside.use(storage)) is not None:
+            found.uncaptured = number
         self.memories[storage._cdata] = found
         return found
 

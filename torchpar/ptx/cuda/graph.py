@@ -15,6 +15,7 @@ from torchpar.ptx.cuda.operations import Operation
 from torchpar.ptx.cuda.steps import Step
 from torchpar.ptx.cuda.streams import Stream
 from torchpar.ptx.cuda.types import PoolHandle
+from torchpar.ptx.cuda.uncaptured import advice
 from torchpar.ptx.report.launch_record import CapturedGraph
 from torchpar.ptx.report.source import program_line
 from torchpar.ptx.triton.torch_operators import is_plain
@@ -94,6 +95,7 @@ class CUDAGraph:
                 "CUDA error: operation failed due to a previous error during capture; mend that one"
             )
         self._check_joined(capture)
+        self._check_beside(capture)
         self.operations, self.steps = capture.operations, capture.steps
         self.memories = list({id(one): one for one in capture.memories.values()}.values())
         self._is_captured = True
@@ -117,6 +119,19 @@ class CUDAGraph:
             begun = None if capture.line is None else ("captured", capture.line)
             self._graphs.note("error", "unjoined work", message, program_line(), begun)
             raise RuntimeError(f"CUDA error: capturing stream has unjoined work: {message}")
+
+    def _check_beside(self, capture: Capture) -> None:
+        """Check that the program has forgotten no stream that was to be captured."""
+        begun = None if capture.line is None else ("captured", capture.line)
+        for work in capture.beside.faults():
+            self._graphs.note(
+                "error" if work.is_used else "warning",
+                "work that is not captured",
+                f"{work.stream} is not captured, so that its work runs once, and no replay repeats "
+                f"it; call {advice(work.stream)} before it, within the capture",
+                work.line,
+                ("used", work.used) if work.used else begun,
+            )
 
     def _check_steps(self) -> None:
         """Check that optimizers had their state before the capture."""
@@ -204,25 +219,19 @@ class CUDAGraph:
         for memory in self.memories:
             earlier = None if memory.read is None else ("captured", memory.read)
             if memory.graph is not None:
-                if memory.graph is not self and memory.graph.waits:
-                    self._graphs.note(
-                        "error",
-                        "result before a replay",
-                        "the graph uses a result of another graph that has no values yet: a "
-                        "capture computes nothing; replay the other graph first",
-                        line,
-                        earlier,
-                    )
-                continue
-            if memory.is_kept:
+                self._check_graph(memory.graph, line, earlier)
+            if memory.graph is not None or memory.is_kept:
                 continue
             storage = memory.storage()
             if storage is None:
-                freed.setdefault(earlier, []).append(memory.name)
+                if memory.uncaptured is None:  # for that the capture has named the fault
+                    freed.setdefault(earlier, []).append(memory.name)
                 memory.replace()
                 continue
             work = getattr(storage, WRITTEN, None)
-            if work is not None and not streams.is_ordered(work):
+            if work in (None, memory.uncaptured):
+                continue
+            if not streams.is_ordered(work):
                 unordered.setdefault((earlier, streams.all[work[0]]), []).append(memory.name)
         for earlier, names in freed.items():
             self._graphs.note(
@@ -241,6 +250,18 @@ class CUDAGraph:
                 f"the graph uses {_listed(names, 'and')}, which {stream} may still write; call "
                 f"torch.cuda.current_stream().wait_stream({stream.name or 'stream'}) before the "
                 "replay",
+                line,
+                earlier,
+            )
+
+    def _check_graph(self, other: "CUDAGraph", line: Line, earlier: Earlier) -> None:
+        """Check that a graph whose result this one uses has computed it."""
+        if other is not self and other.waits:
+            self._graphs.note(
+                "error",
+                "result before a replay",
+                "the graph uses a result of another graph that has no values yet: a capture "
+                "computes nothing; replay the other graph first",
                 line,
                 earlier,
             )

@@ -21,6 +21,7 @@ NO_NUMBER = b"\xc7\xa3\xd5\xff"  # a NaN of float32, of bfloat16 and, twice, of 
 
 REPLAYED = "torchpar_replayed"  # of a storage: the last replay that used it
 WRITTEN = "torchpar_written"  # of a storage: the last work that wrote it
+UNCAPTURED = "torchpar_uncaptured"  # of a storage: the last work beside a capture that wrote it
 
 Line = tuple[str, int] | None  # a file and a line of it
 
@@ -52,6 +53,7 @@ class Memory:
         made: the line of the program that allocated it in the capture.
         read: the first line of the capture that uses it.
         is_kept: whether the graph keeps it alive.
+        uncaptured: the number of the work beside the capture that wrote it, if there is one.
         overwritten: the line of the replay of another graph that has used the memory since.
         name: of the first tensor in it.
     """
@@ -67,6 +69,7 @@ class Memory:
         self.of = StorageWeakRef(storage)
         self.before: Tensor | None = None
         self.captured: Tensor | None = None
+        self.uncaptured: tuple[int, int] | None = None
         self.overwritten: Line = None
         self.name = shown(t)
 

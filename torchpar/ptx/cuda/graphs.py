@@ -37,6 +37,7 @@ from torchpar.ptx.cuda.types import (
     Operator,
     PoolHandle,
 )
+from torchpar.ptx.cuda.uncaptured import advice
 from torchpar.ptx.report.faults import HostFault, Kind
 from torchpar.ptx.report.source import program_line
 from torchpar.ptx.triton.emulator import Emulator
@@ -129,10 +130,12 @@ class Graphs:
             self.capture.streams.add(stream)
             stream.clock[stream.stream_id] = stream.clock.get(stream.stream_id, 0) + 1
         elif self._captures(stream) and not is_captured:
+            instead = "let it wait before the capture"
+            if self.capture.beside.on(other):
+                instead = f"call {advice(other)} before that work, within the capture"
             self.refuse(
                 "wait in a capture",
-                "the captured stream waits for work that is not captured; let it wait before the "
-                "capture",
+                f"the captured stream waits for work that is not captured, on {other}; {instead}",
             )
 
     # What the program does
@@ -203,7 +206,7 @@ class Graphs:
             elif isinstance(result, Tensor) and not written:
                 places.put_results(made, places.mark_of(operands[0]))
             written += made
-        self._note_written(written)
+        self._note_written(written, func, args)
         return result
 
     def kind_of(self, func: Operator) -> "OperatorKind":
@@ -228,12 +231,21 @@ class Graphs:
                     "graph.register_generator_state(generator) before the capture",
                 )
 
-    def _note_written(self, tensors: list[Tensor]) -> None:
-        """Note the work of the current stream that writes tensors; a capture writes none."""
+    def _note_written(
+        self, tensors: list[Tensor], func: Operator | None = None, args: Arguments = ()
+    ) -> None:
+        """Note the work of the current stream that writes tensors; a capture writes none.
+
+        Args:
+            func: the operator; None for a launch.
+        """
         work = self.streams.work()
-        if not self.is_capturing:
-            for t in tensors:
-                setattr(t.untyped_storage(), WRITTEN, work)
+        if self.is_capturing:
+            return
+        for t in tensors:
+            setattr(t.untyped_storage(), WRITTEN, work)
+        if self.capture is not None:
+            self.capture.beside.note(self.streams.current, work, func, args, tensors)
 
     def launch(self, execute: Callable[..., None], arguments: Sequence[object]) -> None:
         """Execute a launch of a Triton kernel."""
