@@ -181,7 +181,7 @@ def draw(path: Path, results: Sequence[Result], limits: Sequence[Result]) -> Non
 
     rows = [one for one in results if one.p50_ms]
     points = [one for one in rows if one.columns.get("intensity")]
-    height = 1.2 + 0.27 * len(rows)
+    height = 1.5 + 0.27 * len(rows)
     figure = Figure((9, height + 5.2 * bool(points)), layout="constrained")
     if points:
         top, bottom = figure.subplots(2, height_ratios=[height, 5.2])
@@ -217,7 +217,10 @@ def draw_bars(axes: "Axes", rows: Sequence[Result]) -> None:
     axes.set(xscale="log", xlim=(least / 2, most * 6), xlabel="time (shorter is faster)")
     axes.xaxis.set_major_formatter(lambda milliseconds, _: seconds(milliseconds))
     axes.set_title(rows[0].case["workload"], loc="left")
-    axes.legend(fontsize=8, ncols=len(shown), loc="lower right", bbox_to_anchor=(1, 1))
+    # In a row of its own at the top, for beside the title there is no room for five entries.
+    axes.figure.legend(
+        *axes.get_legend_handles_labels(), fontsize=8, ncols=len(shown), loc="outside upper right"
+    )
 
 
 def draw_roofline(axes: "Axes", points: Sequence[Result], limits: Sequence[Result]) -> None:

@@ -193,6 +193,31 @@ def test_tables_name_the_other_row_the_spread_the_load_and_what_is_left_out():
     ]
 
 
+def test_the_legend_of_a_picture_leaves_the_title_free(tmp_path):
+    """The case has a long name, and all kinds of rows."""
+    pytest.importorskip("matplotlib", reason="it draws the pictures")
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+    product = {"intensity": 1.0, "gflop_per_s": 2.0}
+    rows = [result("njit", 1.0, threads=count, **product) for count in (1, 2, 4, 8, None)]
+    rows.append(result("my.py: matmul", 1.0, threads=None))
+    name = "linear+sigmoid of 64×784→128 float32"
+    for one in rows:
+        one.case["workload"] = name
+    with patch.object(Figure, "savefig", autospec=True, side_effect=Figure.savefig) as save:
+        page.draw(tmp_path / "picture.png", rows, rows[:1])
+    figure = save.call_args.args[0]
+    top = figure.axes[0]
+    (title,) = top.findobj(lambda one: isinstance(one, Text) and one.get_text() == name)
+    (legend,) = figure.legends or [top.get_legend()]
+    frame = legend.get_window_extent()
+    assert len(legend.get_texts()) == 6
+    assert not frame.overlaps(title.get_window_extent())
+    assert figure.bbox.x0 <= frame.x0
+    assert frame.y1 <= figure.bbox.y1
+
+
 # A course's first kernels
 
 
