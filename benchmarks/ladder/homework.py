@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from benchmarks.ladder.cases import LadderCase
-from benchmarks.ladder.page import beside_asked, seconds
+from benchmarks.ladder.page import ASKED, beside_asked, label, seconds, span
 from benchmarks.results import Result, number
 
 # The functions of one homework, by operator: for a GPU, by Numba, and in pure Python.
@@ -17,7 +17,8 @@ KINDS = {
 }
 MEASURED = Path(__file__).parents[1] / "results" / "nvidia-h200" / "ladder.csv"
 GAIN = 1.2  # below which more cores have gained nothing
-SLOW = 0.5  # times the speed of pure Python over lists, below which loops have a sentence
+SLOW = 0.5  # times the speed of the ladder's loops, below which a student's have a sentence
+WIDE = 2.0  # the 80% quantile over the 20% quantile, above which a ratio is rough
 
 
 def lines(case: LadderCase, results: Sequence[Result]) -> Iterator[str]:
@@ -29,8 +30,11 @@ def lines(case: LadderCase, results: Sequence[Result]) -> Iterator[str]:
     )
     yield from ratios(gpu, numba)
     yield from ratios(gpu, loops, asked=True)
+    yield from without_time(gpu, loops)
     yield from ratios(numba, loops)
     yield from on_cores(numba)
+    if case.operator == "matmul_t":  # of the two that have homework, the one with sums
+        yield from adds_in_order(numba)
     yield from on_one_core(loops)
     yield from over_lists(loops)
     if case.operator in KINDS and not any(one.p50_ms for one in gpu):
@@ -51,7 +55,29 @@ def ratios(fast: Sequence[Result], slow: Sequence[Result], asked: bool = False) 
         judged = f", {beside_asked(times)}" * asked
         note = ", without copies" * str(one.columns["note"]).endswith("without copies")
         faster = f"{number(times)} times as fast as {name_of(second)}"
-        yield f"{name_of(one)}{note}: {faster}{judged}."
+        yield f"{name_of(one)}{note}: {faster}{judged}.{rough(one, second)}"
+
+
+def rough(*rows: Result) -> str:
+    """Say which of the times that make a ratio spread too far for its digits."""
+    wide = [
+        f"{label(one).partition(': ')[2]} took {span(one.p20_ms, one.p80_ms)}"
+        for one in rows
+        if one.p20_ms and one.p80_ms and one.p80_ms > WIDE * one.p20_ms
+    ]
+    return f" This is rough: {', and '.join(wide)} (p20–p80)." * bool(wide)
+
+
+def without_time(gpu: Sequence[Result], loops: Sequence[Result]) -> Iterator[str]:
+    """Say that functions which were executed without a GPU have no ratio, only a bound."""
+    for one in gpu:
+        if not one.columns.get("executed"):
+            continue
+        over = "".join(f" over {name_of(second)}" for second in loops[:1])
+        text = f"no GPU, so no time, and whether it is at least {ASKED} is unknown"
+        if least := one.columns.get("least_us"):
+            text += f"; at least {seconds(least / 1e3)} is a bound on an H100, not a time"
+        yield f"{name_of(one)}{over}: {text}."
 
 
 def name_of(one: Result) -> str:
@@ -61,19 +87,29 @@ def name_of(one: Result) -> str:
 
 def is_whole(one: Result) -> bool:
     """Whether the row is that of all cores."""
-    return not str(one.columns["note"]).endswith(("core", "cores"))
+    note = str(one.columns["note"]).rpartition(", ")[2]
+    return note.startswith("all ") or not note.endswith(("core", "cores"))
 
 
 def on_cores(rows: Sequence[Result]) -> Iterator[str]:
-    """Say what the most cores gain over one."""
-    counted = [
-        one
-        for one in rows
-        if not is_whole(one) and one.p50_ms and "thread" not in str(one.columns["note"])
-    ]
-    if len(counted) < 2:
-        return
-    first, last = counted[0], counted[-1]
+    """Say what the most cores gain over one, and why more threads than cores gain nothing."""
+    timed = [one for one in rows if one.p50_ms]
+    shared = [one for one in timed if "thread" in str(one.columns["note"])]
+    counted = [one for one in timed if one not in shared]
+    if len(counted) > 1:
+        yield gain(counted[0], counted[-1])
+    if shared:
+        notes = [str(one.columns["note"]).rpartition(", ")[2] for one in shared]
+        counts = " and ".join(note.partition(" ")[0] for note in dict.fromkeys(notes))
+        yield (
+            f"{name_of(shared[0])}: {counts} {notes[0].partition(' ')[2]} share them: a core "
+            "computes for one thread at a time, so that they add no arithmetic, and each switch "
+            "between threads costs some microseconds."
+        )
+
+
+def gain(first: Result, last: Result) -> str:
+    """What the cores of the second row gain over the one of the first."""
     assert first.p50_ms
     assert last.p50_ms
     times = first.p50_ms / last.p50_ms
@@ -82,7 +118,21 @@ def on_cores(rows: Sequence[Result]) -> Iterator[str]:
         " Only loops over prange, by njit(parallel=True), take several; the memory, or other "
         "programs, may bound those."
     ) * (times < GAIN)
-    yield f"{name_of(last)}: on {cores} {number(times)} times as fast as on 1 core.{advice}"
+    faster = f"{number(times)} times as fast as on 1 core"
+    return f"{name_of(last)}: on {cores} {faster}.{rough(last, first)}{advice}"
+
+
+def adds_in_order(rows: Sequence[Result]) -> Iterator[str]:
+    """Say why a product by Numba is slower than the ladder's, which may reorder its sums."""
+    for one in rows:
+        times = one.columns.get("faster")
+        if one.columns.get("than") == "njit" and times and times < SLOW:
+            yield (
+                f"{label(one).partition(': ')[2]}: {number(times)} times as fast as njit, which "
+                "here may add in any order, by njit(fastmath={'reassoc', 'contract'}), so that the "
+                "processor adds several numbers of a sum at once. Without fastmath it adds one at "
+                "a time."
+            )
 
 
 def on_one_core(rows: Sequence[Result]) -> Iterator[str]:

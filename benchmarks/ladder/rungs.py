@@ -556,17 +556,19 @@ def students_entries(
 
 
 def entry_rungs(entry: student.Entry, than: str) -> Iterator[Rung]:
-    """The rows of a student's function: on all cores, on fewer, and on a GPU without its copies."""
+    """The rows of a student's function: of Numba's by cores, of a GPU's also without copies."""
     shown = f"{Path(entry.file).name}: {entry.name}"
+    if entry.name.endswith("_numba"):  # loops of Python take one core
+        before = than
+        for count in sorted({*THREADS, CORES}):
+            plural = f"{'all ' * (count == CORES)}{count} core{'s' * (count > 1)}"
+            by_count = plural if count <= CORES else threads_note(count)
+            note = ", ".join(filter(None, (entry.note, by_count)))
+            turn = replace(entry, cores=count).turn
+            yield Rung(name=shown, turn=turn, than=before, note=note, threads=None)
+            before = f"{shown}, {note}"
+        return
     yield Rung(name=shown, turn=entry.turn, than=than, note=entry.note, threads=None)
-    before = shown
-    for count in THREADS if entry.name.endswith("_numba") else ():  # loops of Python take one
-        plural = f"{count} core{'s' * (count > 1)}"
-        by_count = plural if count <= CORES else threads_note(count)
-        note = ", ".join(filter(None, (entry.note, by_count)))
-        turn = replace(entry, cores=count).turn
-        yield Rung(name=shown, turn=turn, than=before, note=note, threads=None)
-        before = f"{shown}, {note}"
     if entry.name.endswith("_gpu"):
         note = ", ".join(filter(None, (entry.note, "without copies")))
         yield Rung(name=shown, turn=entry.turn_of_kernels, than=shown, note=note, threads=None)

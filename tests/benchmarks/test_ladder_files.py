@@ -163,19 +163,23 @@ def test_a_function_is_compiled_before_its_first_call_is_timed():
 
 
 def test_a_row_for_each_number_of_cores():
+    """No number of cores is measured twice."""
+    one = entry("max_numba", np.maximum, (3, 5))
     with patch.object(rungs, "CORES", 2):
-        one = entry("max_numba", np.maximum, (3, 5))
         rows = list(rungs.entry_rungs(one, "njit"))
         loops = list(rungs.entry_rungs(entry("max_cpu", np.maximum, (3, 5)), "pure Python"))
-    notes = ["", "1 core", "2 cores", "4 threads on 2 cores", "8 threads on 2 cores"]
+    notes = ["1 core", "all 2 cores", "4 threads on 2 cores", "8 threads on 2 cores"]
     assert [row.note for row in rows] == notes
     assert [row.than for row in rows[:3]] == [
         "njit",
-        "my.py: max_numba",
         "my.py: max_numba, 1 core",
+        "my.py: max_numba, all 2 cores",
     ]
     assert all(row.turn and not row.left_out for row in rows)
     assert len(loops) == 1
+    with patch.object(rungs, "CORES", 6):
+        notes = [row.note for row in rungs.entry_rungs(one, "njit")]
+    assert notes == ["1 core", "2 cores", "4 cores", "all 6 cores", "8 threads on 6 cores"]
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux has it")
@@ -424,10 +428,10 @@ def test_the_ratios_of_a_report_are_those_of_the_students_functions():
     rows = [
         row("pure Python", 25.0),
         row("a.py: max_cpu", 250.0, **slow),
-        row("b.py: max_numba", 1.0),
         row("b.py: max_numba", 2.0, "1 core"),
-        row("b.py: max_numba", 1.0, "2 cores"),
+        row("b.py: max_numba", 1.0, "all 2 cores"),
         row("b.py: max_numba", 4.0, "4 threads on 2 cores"),
+        row("b.py: max_numba", 4.0, "8 threads on 2 cores"),
         row("c.py: max_gpu", 10.0),
         row("c.py: max_gpu", 0.01, "without copies"),
     ]
@@ -438,16 +442,61 @@ def test_the_ratios_of_a_report_are_those_of_the_students_functions():
         "max_gpu: 25 times as fast as max_cpu, less than 40.",
         "max_gpu, without copies: 25,000 times as fast as max_cpu, at least 40.",
         "max_numba: 250 times as fast as max_cpu.",
-        "max_numba: on 2 cores 2 times as fast as on 1 core.",
+        "max_numba: on all 2 cores 2 times as fast as on 1 core.",
+        "max_numba: 4 and 8 threads on 2 cores share them: a core computes for one thread at a "
+        "time, so that they add no arithmetic, and each switch between threads costs some "
+        "microseconds.",
         "max_cpu takes one core, however many there are: it is one thread of Python.",
         f"max_cpu is 0.1 times as fast as pure Python, whose loops are {loops}",
     ]
 
 
 def test_more_cores_that_gain_nothing_have_advice():
-    rows = [row("b.py: max_numba", 1.0, "1 core"), row("b.py: max_numba", 1.0, "2 cores")]
+    rows = [row("b.py: max_numba", 1.0, "1 core"), row("b.py: max_numba", 1.0, "all 2 cores")]
     (line,) = homework.on_cores(rows)
     assert ". Only loops over prange, by njit(parallel=True), take several; the memory" in line
+
+
+def test_a_ratio_of_times_that_spread_by_more_than_2_is_called_rough():
+    loops = row("a.py: max_cpu", 250.0)
+    steady, wide = (
+        replace(row("b.py: max_numba", 1.0, "all 2 cores"), p20_ms=low, p80_ms=1.8)
+        for low in (0.9, 0.4)
+    )
+    assert list(homework.ratios([steady], [loops])) == ["max_numba: 250 times as fast as max_cpu."]
+    rough = "This is rough: max_numba, all 2 cores took 0.4–1.8 ms (p20–p80)."
+    assert list(homework.ratios([wide], [loops])) == [
+        f"max_numba: 250 times as fast as max_cpu. {rough}"
+    ]
+    assert rough in homework.gain(row("b.py: max_numba", 2.0, "1 core"), wide)
+
+
+def test_a_product_by_numba_that_adds_in_order_has_the_reason():
+    """The options are those of the ladder's loops."""
+    case = make_case("matmul_t", (20, 30))
+    name, slow = "b.py: matmul_transpose_numba", {"than": "njit", "faster": 0.09}
+    rows = [row(name, 455.0, "1 core", **slow), row(name, 233.0, "all 2 cores")]
+    (line,) = (one for one in homework.lines(case, rows) if "njit" in one)
+    assert line.startswith("matmul_transpose_numba, 1 core: 0.09 times as fast as njit, which ")
+    assert line.endswith(" Without fastmath it adds one at a time.")
+    assert not list(homework.adds_in_order([row(name, 41.0, "1 core", than="njit", faster=0.97)]))
+    numba_njit = pytest.importorskip("torchpar.baselines.numba_njit", reason="it needs Numba")
+    assert all(f"'{option}'" in line for option in numba_njit.FASTMATH)
+    maximum = make_case("maximum", (20, 30))  # which has no sums
+    assert not list(homework.lines(maximum, [row("b.py: max_numba", 4.0, "1 core", **slow)]))
+
+
+def test_a_function_executed_without_a_gpu_has_a_bound_and_no_ratio():
+    executed = {"executed": "right in torchpar.ptx at 20×30", "left_out": "no GPU"}
+    loops = row("c.py: max_cpu", 250.0)
+    unknown = "no GPU, so no time, and whether it is at least 40 is unknown"
+    assert list(homework.without_time([row("c.py: max_gpu", None, **executed)], [loops])) == [
+        f"max_gpu over max_cpu: {unknown}."
+    ]
+    bounded = row("c.py: max_gpu", None, **executed, least_us=3.58)
+    assert list(homework.without_time([bounded], [])) == [
+        f"max_gpu: {unknown}; at least 3.58 µs is a bound on an H100, not a time."
+    ]
 
 
 def test_without_a_gpu_the_times_of_an_h200_stand_beside():
