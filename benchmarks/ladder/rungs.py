@@ -9,8 +9,10 @@ linear+sigmoid, whose arguments stay in them, as in training. ``--with my.py`` a
 a student's file (`benchmarks.ladder.student`).
 """
 
+import logging
 import os
 import resource
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -674,6 +676,15 @@ def load_files(paths: Sequence[Path]) -> tuple[list[tuple[Path, student.Student]
     return files, status
 
 
+def silence_search_for_cuda() -> None:
+    """Do without the warning of PyTorch's compiler where there is CUDA's toolkit but no GPU.
+
+    The tables say that there is no GPU.
+    """
+    if not torch.cuda.is_available():
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     command = Command("ladder")
     add = command.parser.add_argument
@@ -703,6 +714,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = command.parse(arguments)
     if options.gpu and not torch.cuda.is_available():
         raise ConfigError("--gpu is given, but PyTorch finds no CUDA GPU; leave it out")
+    if options.output and find_spec("matplotlib") is None:  # now, and not after the measurement
+        print("No picture will be drawn: matplotlib is not installed; pip install matplotlib")
+    silence_search_for_cuda()
     rounds = 2 if options.quick else ROUNDS
     names = options.cases or list(LADDERS)
     files, status = load_files(options.paths)
@@ -725,6 +739,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else start_helpers(max(thread_counts(options.quick))) as helpers
     ):
         for operator, case in cases.items():
+            print(f"compiling the rows of {case.label}", file=sys.stderr, flush=True)
             own = gpu_rungs(case) if helpers is None else rungs(case, helpers, options.quick)
             table.add(measure(case, [*own, *entries[operator]], rounds))
     if not options.gpu:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Verdicts on a homework in the ladder: launches for one size, syntax errors, estimated times."""
 
+import logging
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -125,3 +127,31 @@ def test_an_extrapolated_time_is_not_called_that_of_the_first_call(capsys):
     ):
         student.enter(Path("my.py"), "max_cpu", numpy_mlp.maximum, case)
     assert capsys.readouterr().out == "my.py: max_cpu is right (first call 500 ms)\n"
+
+
+def test_a_missing_matplotlib_is_told_before_the_measurement(tmp_path, capsys):
+    with (
+        patch.object(rungs, "find_spec", lambda name: None),
+        patch.object(rungs, "silence_search_for_cuda"),
+        patch.dict(os.environ),
+        pytest.raises(ConfigError, match="is no file"),
+    ):
+        rungs.main([f"--output={tmp_path}", "--with", "missing.py"])
+    told = "No picture will be drawn: matplotlib is not installed; pip install matplotlib\n"
+    assert told in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_without_a_gpu_the_compiler_does_not_warn_of_cuda(gpu):
+    """The logger is that which `torch.utils.cpp_extension` has; with a GPU it stays as it is."""
+    cpp_extension = pytest.importorskip("torch.utils.cpp_extension", reason="it needs setuptools")
+    logger = cpp_extension.logger
+    before = logger.level
+    try:
+        with patch.object(torch.cuda, "is_available", lambda: gpu):
+            logger.setLevel(logging.WARNING)
+            rungs.silence_search_for_cuda()
+        assert logger.isEnabledFor(logging.WARNING) == gpu
+        assert logger.isEnabledFor(logging.ERROR)
+    finally:
+        logger.setLevel(before)
