@@ -183,8 +183,8 @@ class CUDAGraph:
                     "warning",
                     "number in a graph",
                     f"the graph still computes with {key}={_as_text(before)}, and {step.name} has "
-                    f"{key}={_as_text(now)}; make it a tensor on the device before the capture, "
-                    "and change it in place",
+                    f"{key}={_as_text(now)}; capture again, or, if the optimizer takes a tensor, "
+                    "make it one on the device before the capture, and change it in place",
                     line,
                     None if step.line is None else ("captured", step.line),
                     (key, step.name),
