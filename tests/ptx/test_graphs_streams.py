@@ -6,9 +6,17 @@ from threading import Thread
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from torchpar.ptx import emulate
 from torchpar.ptx.cuda.stand_in import cuda_is_cpu
+
+
+@triton.jit
+def add_one(x, out, first, n, BLOCK: tl.constexpr):
+    i = first + tl.arange(0, BLOCK)
+    tl.store(out + i, tl.load(x + i, mask=i < n) + 1, mask=i < n)
 
 
 def ones(*shape):
@@ -119,4 +127,77 @@ def test_a_loader_beside_a_capture_is_right():
         torch.cuda.current_stream().wait_stream(other)
         graph.replay()
         assert y.eq(4).all()
+    assert gpu.faults == []
+
+
+def read_before_written():
+    """The other stream waits before the tensor is written, and not after it."""
+    x, h, other, graph = ones(4), ones(4), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        other.wait_stream(torch.cuda.current_stream())
+        h.copy_(x)  # earlier
+        with torch.cuda.stream(other):
+            h + 1  # fault
+        torch.cuda.current_stream().wait_stream(other)
+    graph.replay()
+
+
+def written_while_read():
+    x, other, graph = ones(4), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        other.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(other):
+            x + 1  # earlier
+        x.zero_()  # fault
+        torch.cuda.current_stream().wait_stream(other)
+    graph.replay()
+
+
+def read_before_launched():
+    x, h, other, graph = ones(4), ones(4), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        other.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(other):
+            add_one[(1,)](x, h, 0, 4, BLOCK=4)  # earlier
+        add_one[(1,)](h, x, 0, 4, BLOCK=4)  # fault
+        torch.cuda.current_stream().wait_stream(other)
+    graph.replay()
+
+
+RACES = {
+    "read": (read_before_written, "call other.wait_stream(torch.cuda.current_stream()) between"),
+    "written": (written_while_read, "call torch.cuda.current_stream().wait_stream(other) between"),
+    "launches": (read_before_launched, "call torch.cuda.current_stream().wait_stream(other)"),
+}
+
+
+@pytest.mark.parametrize("name", RACES)
+def test_two_streams_of_a_capture_without_an_order_are_named(name):
+    function, advice = RACES[name]
+    with emulate() as gpu, cuda_is_cpu(gpu):
+        function()
+    (fault,) = gpu.faults
+    assert (fault.kind, fault.name) == ("error", "missing wait")
+    assert [fault.source] == marked(function, "# fault")
+    assert [fault.earlier[1]] == marked(function, "# earlier")
+    assert advice in fault.message
+
+
+def test_two_streams_of_a_capture_may_have_parts_of_one_tensor():
+    """Columns, which lie between each other, and what two launches write of one operand."""
+    with emulate() as gpu, cuda_is_cpu(gpu):
+        z, h, x = ones(4, 4), ones(8), ones(1)
+        other, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            event = torch.cuda.current_stream().record_event()
+            z[:, :2].add_(x.expand(4, 2))
+            add_one[(1,)](h, h, 0, 4, BLOCK=4)
+            other.wait_event(event)
+            with torch.cuda.stream(other):
+                z[:, 2:].mul_(x.expand(4, 2))
+                add_one[(1,)](h, h, 4, 8, BLOCK=4)
+            torch.cuda.current_stream().wait_stream(other)
+            y = z.sum() + h.sum()
+        graph.replay()
+        assert y == 8 + 16 + 16
     assert gpu.faults == []

@@ -13,6 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._pytree import tree_leaves, tree_map
 
 from torchpar.ptx.cuda import capture_rules, places
+from torchpar.ptx.cuda.accesses import Accesses, Part, part_at, part_of
 from torchpar.ptx.cuda.by_shapes import by_shapes
 from torchpar.ptx.cuda.graph_memory import Line, Memory, Pool, Slot, memory_of
 from torchpar.ptx.cuda.operations import (
@@ -58,6 +59,7 @@ class Capture:
         self.steps: list[Step] = []
         self.has_failed = False
         self.beside = Beside()
+        self.accesses = Accesses(graphs.streams)
         self._refused: set[Memory] = set()
         self._states: list[tuple[torch.Generator, Tensor]] = [
             (one, one.get_state()) for one in (torch.default_generator, *graph.generators)
@@ -143,7 +145,37 @@ class Capture:
         computes = any(one is not None for one in results)
         if written or (computes and func.overloadpacket not in EMPTY):
             self.operations.append(Operation(func, *slots, results, program_line()))
+            self._note_accesses(func, operands, written, results)
         return result
+
+    def _note_accesses(
+        self,
+        func: Operator,
+        operands: list[Tensor],
+        written: list[Tensor],
+        results: list[Slot | None],
+    ) -> None:
+        numbers = {id(t) for t in written}
+        reads = [] if self.graphs.kind_of(func).reads_nothing else operands
+        read = [self._slot_of(t) for t in reads if id(t) not in numbers and places.is_on_device(t)]
+        writes = [*map(self._slot_of, written), *results]
+        self._note_races(
+            [part_of(one) for one in read if one], [part_of(one) for one in writes if one]
+        )
+
+    def _note_races(self, reads: list[Part], writes: list[Part]) -> None:
+        race = self.accesses.note(reads, writes)
+        if race is not None:
+            self.graphs.note_race(*race)
+
+    def _note_accesses_of(self, launch: list[Tensor], before: dict[Memory, Tensor]) -> None:
+        """Note what a launch has changed, as written; its other operands, as read."""
+        with self.graphs.unwatched():
+            changed = {memory: content != memory.content for memory, content in before.items()}
+            writes = [part_at(*one) for one in changed.items() if one[1].any()]
+            written = {one.memory for one in writes}
+            slots = [one for one in map(self._slot_of, launch) if one]
+            self._note_races([part_of(one) for one in slots if one.memory not in written], writes)
 
     def _results(
         self, func: Operator, args: Arguments, kwargs: Keywords, operands: list[Tensor]
@@ -175,13 +207,14 @@ class Capture:
                 self.memory(t).keep_copy()
 
     def launch(self, execute: Callable[..., None], arguments: Sequence[object]) -> None:
-        outside = [
-            self.memory(t) for t in tensors_of_launch(arguments) if t.untyped_storage().nbytes()
-        ]
-        outside = [one for one in outside if one.graph is None and one.before is None]
+        operands = tensors_of_launch(arguments)
+        memories = {self.memory(t) for t in operands if t.untyped_storage().nbytes()}
+        before = {one: one.content.clone() for one in memories}
+        outside = [one for one in memories if one.graph is None and one.before is None]
         for one in outside:
             one.keep_before()
         execute(arguments)
+        self._note_accesses_of(operands, before)
         for one in outside:
             if one.before is not None and torch.equal(one.before, one.content):
                 one.before = None

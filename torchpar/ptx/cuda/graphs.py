@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from torchpar.ptx.cuda import capture_rules, devices, places
+from torchpar.ptx.cuda.accesses import Access
 from torchpar.ptx.cuda.capture import Capture
 from torchpar.ptx.cuda.devices import Devices
 from torchpar.ptx.cuda.graph import CUDAGraph
@@ -111,6 +112,24 @@ class Graphs:
             "host's copy in a capture",
             f"{what} is one that the program waits for; copy before the capture, into a tensor "
             "that the graph reads",
+        )
+
+    def note_race(self, before: Access, access: Access) -> None:
+        """Note two accesses of captured work that have no order."""
+        stream, current = self.streams.all[before.work[0]], self.streams.current
+        origin = None if self.capture is None else self.capture.origin
+        names = [
+            one.name or ("torch.cuda.current_stream()" if one is origin else "stream")
+            for one in (current, stream)
+        ]
+        self.note(
+            "error",
+            "missing wait",
+            f"{current} {access} {access.part.memory.name}, and {stream} {before} it, without an "
+            f"order in a replay; call {names[0]}.wait_stream({names[1]}) between them, within the "
+            "capture",
+            access.line,
+            None if before.line is None else ("captured", before.line),
         )
 
     # The current capture
