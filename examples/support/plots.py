@@ -155,4 +155,5 @@ def save_boundaries(
             ticks = {"xticks": (-1, 0, 1), "yticks": (-1, 0, 1), "aspect": "equal"}
             axes.set(title=title, xlabel="x", ylabel="y", **ticks)
         labels = grid[0].get_legend_handles_labels()
-        grid[0].figure.legend(*labels, loc="outside lower center", ncols=2)
+        shade = "shade: probability of label 1; line: ½"
+        grid[0].figure.legend(*labels, loc="outside lower center", ncols=2, title=shade)

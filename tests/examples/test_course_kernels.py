@@ -105,6 +105,7 @@ def test_the_kernels_are_counted_and_drawn(tmp_path):
     code, out, err = lesson("course_kernels", *flags, *files)
     assert (code, err) == (0, "")
     assert "an H100 needs 20 operations per byte" in out
+    assert out.count(course_kernels.RIGHT) == out.count(course_kernels.MEANING) == 1
     assert out.endswith("left out: times, as PyTorch finds no GPU or --device is cpu\n")
     rows = {(row["work"], row["by"]): row for row in rows_of(tmp_path / "metrics")}
     assert len(rows) == 8

@@ -2,7 +2,9 @@
 """The lesson of the playground's points and features."""
 
 import math
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from commands import lesson, rows_of
 pytest.importorskip("tyro", reason="tyro reads the flags")
 
 import playground
+from support import plots
 
 
 def drawn(*how: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,6 +49,23 @@ def test_the_features_are_functions_of_the_coordinates():
     found = playground.with_features(torch.tensor([[0.5, -0.25]]), tuple(playground.FEATURES))
     expected = [0.5, -0.25, 0.25, 0.0625, -0.125, math.sin(3), math.sin(-1.5)]
     torch.testing.assert_close(found, torch.tensor([expected]))
+
+
+def test_the_picture_of_a_boundary_says_what_its_shade_means(tmp_path):
+    pytest.importorskip("matplotlib", reason="it draws the pictures")
+    from matplotlib.figure import Figure
+
+    points = SimpleNamespace(
+        features=torch.tensor([[-0.5, 0.5], [0.5, 0.5]]),
+        labels=torch.tensor([0, 1]),
+        classes=("0", "1"),
+    )
+    with patch.object(Figure, "savefig", autospec=True) as save:
+        plots.save_boundaries(
+            tmp_path / "picture.png", {"one": (points, lambda x: (1 + x[:, 0]) / 2)}
+        )
+    (legend,) = save.call_args.args[0].legends
+    assert legend.get_title().get_text() == "shade: probability of label 1; line: ½"
 
 
 def test_a_line_through_squares_learns_circles(tmp_path):
