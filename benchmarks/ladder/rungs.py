@@ -9,13 +9,14 @@ linear+sigmoid, whose arguments stay in them, as in training. ``--with my.py`` a
 a student's file (`benchmarks.ladder.student`).
 """
 
+import ctypes
 import logging
 import os
 import resource
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from importlib.util import find_spec
@@ -51,6 +52,7 @@ ROUNDS = 20
 SECONDS = 2.0  # of a rung's turns, after which it has no more
 WARM_CALLS = 100  # in another process
 PRODUCTS = 10_000_000  # about a second of pure Python
+KEPT = {-1: 2**30, -3: 2**25}  # bytes: glibc's M_TRIM_THRESHOLD and M_MMAP_THRESHOLD
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -685,6 +687,18 @@ def silence_search_for_cuda() -> None:
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
+def keep_freed_memory() -> None:
+    """Let glibc keep the memory that is freed, so that a row is not slow after another one.
+
+    After the rows of two ranks it gave memory back, and the next row's result got its pages one by
+    one, which took longer than the maximum. Without effect where there is no glibc.
+    """
+    with suppress(AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for option, size in KEPT.items():
+            mallopt(option, size)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     command = Command("ladder")
     add = command.parser.add_argument
@@ -717,6 +731,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.output and find_spec("matplotlib") is None:  # now, and not after the measurement
         print("No picture will be drawn: matplotlib is not installed; pip install matplotlib")
     silence_search_for_cuda()
+    keep_freed_memory()
     rounds = 2 if options.quick else ROUNDS
     names = options.cases or list(LADDERS)
     files, status = load_files(options.paths)

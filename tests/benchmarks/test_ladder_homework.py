@@ -3,6 +3,8 @@
 
 import logging
 import os
+import platform
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -10,6 +12,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+from commands import run
 
 from benchmarks.ladder import emulated, rungs, student
 from benchmarks.ladder.cases import make_case
@@ -133,6 +136,7 @@ def test_a_missing_matplotlib_is_told_before_the_measurement(tmp_path, capsys):
     with (
         patch.object(rungs, "find_spec", lambda name: None),
         patch.object(rungs, "silence_search_for_cuda"),
+        patch.object(rungs, "keep_freed_memory"),
         patch.dict(os.environ),
         pytest.raises(ConfigError, match="is no file"),
     ):
@@ -155,3 +159,30 @@ def test_without_a_gpu_the_compiler_does_not_warn_of_cuda(gpu):
         assert logger.isEnabledFor(logging.ERROR)
     finally:
         logger.setLevel(before)
+
+
+FAULTS = """
+import resource
+import numpy as np
+from benchmarks.ladder import rungs
+
+def faults():
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        arrays = [np.ones(30_000_000, np.int8) for _ in range(3)]
+        del arrays
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+given_back = faults()
+rungs.keep_freed_memory()
+print(given_back, faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc has the options")
+def test_freed_memory_is_kept():
+    """The pages of 90 MB come once, and not in each turn."""
+    status, out, err = run(sys.executable, "-c", FAULTS)
+    assert status == 0, err
+    given_back, kept = map(int, out.split())
+    assert kept < given_back / 4
