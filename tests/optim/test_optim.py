@@ -584,6 +584,25 @@ def test_a_state_of_another_optimizer_or_model_is_refused() -> None:
         mine.step()
 
 
+def test_a_state_is_loaded_again_into_copies_and_from_pytorchs_muon() -> None:
+    p = torch.nn.Parameter(torch.ones(2, 3))
+    p.grad = torch.ones(2, 3)
+    theirs, mine = torch.optim.Muon([p]), Muon([p])
+    theirs.step()
+    copies = copy.deepcopy(mine), pickle.loads(pickle.dumps(mine))
+    for optimizer in (mine, mine, *copies):
+        optimizer.load_state_dict(theirs.state_dict())
+    mine.step()
+    old = theirs.state_dict()
+    del old["param_groups"][0]["adjust_lr_fn"]
+    with pytest.raises(ConfigError, match="has no adjust_lr_fn"):
+        mine.load_state_dict(old)
+    mine.register_load_state_dict_pre_hook(
+        lambda _, state: state["param_groups"][0].update(adjust_lr_fn=None)
+    )
+    mine.load_state_dict(old)
+
+
 X = torch.randn(6, 4)
 
 

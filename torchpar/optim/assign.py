@@ -121,11 +121,12 @@ def chain(  # noqa: C901  # a line for each rule, in their order
         if overrides:
             given, way = (
                 "after overrides no parameter is left for Muon",
-                f"{way}, or others of them",
+                f"{way}, or other overrides",
             )
         elif unknown is not None:
-            given = f"no parameter is known to be a hidden matrix. {unknown.name}: {_UNKNOWN}"
-            way = f"name it, as by overrides={{{unknown.name!r}: 'muon'}}, or {way}"
+            given = "no parameter is known to be a hidden matrix"
+            given += f": no known layer multiplies by {unknown.name}"
+            way = f"if yours does, name it by overrides={{{unknown.name!r}: 'muon'}}, or {way}"
         raise ConfigError(f"Muon.for_model: {given}; {way}")
     chosen = {
         one.name: one.view for one in assignments.values() if one.view and one.choice == "muon"

@@ -36,6 +36,9 @@ _RATIOS: dict[str, Callable[[int, int], float]] = {
 
 _Ranks = dist.ProcessGroup | DeviceMesh | None  # a parameter's ranks; None for this rank alone
 _PARAMETERS = "the list of parameters"
+# What a step reads of a group, beside its parameters.
+_OPTIONS = {"lr", "weight_decay", "momentum", "nesterov", "ns_coefficients", "eps", "ns_steps"}
+_OPTIONS |= {"adjust_lr_fn"}
 
 
 class Muon(Optimizer):
@@ -201,20 +204,6 @@ class Muon(Optimizer):
         )
         return step
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` has returned, of this Muon or of `torch.optim.Muon`.
-
-        Raises:
-            ConfigError: the state dict is of another optimizer.
-        """
-        for index, group in enumerate(state_dict["param_groups"]):
-            if lacking := sorted(self.defaults.keys() - group.keys()):
-                raise ConfigError(
-                    f"Muon: group {index} of the state dict has no {', '.join(lacking)}; load one "
-                    "of a Muon"
-                )
-        super().load_state_dict(state_dict)
-
     def __getstate__(self) -> dict[str, object]:
         for info in self._param_infos():
             if info.part.is_slice:
@@ -224,6 +213,16 @@ class Muon(Optimizer):
                 )
         settings = {"ns": self.ns, "views": self.views, "_names": self._names}
         return {**super().__getstate__(), **settings}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the state of a copy, or that of `load_state_dict` after its hooks."""
+        for index, group in enumerate(state["param_groups"]):
+            if lacking := sorted(_OPTIONS - group.keys()):
+                raise ConfigError(
+                    f"Muon: group {index} of the state dict has no {', '.join(lacking)}; load one "
+                    "of a Muon"
+                )
+        super().__setstate__(state)
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group of parameters.
