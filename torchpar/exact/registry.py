@@ -96,9 +96,10 @@ def check_float32(first: Tensor, *others: object) -> None:
     """Raise an error unless the first operand, and all other floats, are float32."""
     for t in first, *(t for t in others if isinstance(t, Tensor) and t.is_floating_point()):
         if t.dtype != torch.float32:
+            muon = " (the mode does not take Muon, whose products are in bfloat16)"
             raise ConfigError(
-                f"exact arithmetic takes float32, an operand is {t.dtype}; convert it "
-                "(the mode does not take Muon, whose products are in bfloat16)"
+                f"exact arithmetic takes float32, an operand is {t.dtype}; convert it"
+                + muon * (t.dtype == torch.bfloat16)
             )
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from samples import normal
 from torch import Tensor
+from torch.testing._internal.two_tensor import TwoTensor
 
 from torchpar import library
 from torchpar.testing import check_operator
@@ -179,6 +180,12 @@ def test_a_write_that_changes_nothing_again_is_found_by_each_rule_and_undone() -
         assert (values.outcome, values.detail) == ("wrong", "the forward writes to its operand")
         assert writes.outcome == "wrong"
         assert x.tolist() == [[-2, 1], [3, -4]]
+
+
+def test_operands_of_a_subclass_which_have_no_memory_of_their_own_are_tried() -> None:
+    x = normal(5, 4)
+    (row,) = check_operator(torch.sin, [(TwoTensor(x, x.clone()),)], rules="values").rows
+    assert row.outcome == "works", row
 
 
 def test_an_operator_that_computes_by_torch_func_is_tried() -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 Tensors = tuple[Tensor, ...]
 Function = Callable[..., Tensors]
@@ -15,14 +16,15 @@ LOW = (torch.bfloat16, torch.float16)
 
 
 class Memory:
-    """All the memory that tensors view, with a copy. Tensors of other layouts have none here."""
+    """All the memory that dense tensors view, with a copy. Subclasses are left out."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self._pairs = [
             (memory, memory.clone())
-            for t in map(torch.detach, tensors)
-            if t.layout == torch.strided and not torch._is_zerotensor(t) and not t.is_meta
-            for memory in [t.new_empty(0, dtype=torch.uint8).set_(t.untyped_storage())]
+            for t in tensors
+            if type(t) in (Tensor, Parameter) and t.layout == torch.strided
+            if not (t.is_meta or t.is_nested or torch._is_zerotensor(t))
+            for memory in [t.detach().new_empty(0, dtype=torch.uint8).set_(t.untyped_storage())]
         ]
 
     def has_changed(self) -> bool:
