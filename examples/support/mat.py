@@ -18,7 +18,7 @@ def read(path: Path) -> dict[str, Array]:
     """Return the arrays of a file by name.
 
     Raises:
-        ConfigError: the file is missing, damaged or of version 7.3, or a number is not finite.
+        ConfigError: the file is missing, damaged or of version 7.3.
     """
     from scipy.io import loadmat
 
@@ -30,12 +30,19 @@ def read(path: Path) -> dict[str, Array]:
         raise ConfigError(f"{path} does not exist; name a .mat file") from e
     except Exception as e:  # of a damaged file SciPy raises errors of many kinds
         raise ConfigError(f"{path} is no .mat file, or is damaged ({e}); name another") from e
-    arrays = {name: array for name, array in found.items() if not name.startswith("__")}
+    return {name: array for name, array in found.items() if not name.startswith("__")}
+
+
+def check_numbers(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Raise a ConfigError if an array holds other numbers than real and finite ones."""
     for name, array in arrays.items():
-        if array.dtype.kind in "fc" and len(bad := np.argwhere(~np.isfinite(array))):
-            first = tuple(bad[0].tolist())
-            raise ConfigError(f"{path}: {name}{first} is {array[first]}, expected finite numbers")
-    return arrays
+        if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
+            held = f"{type(array).__name__} of {array.dtype}"
+            raise ConfigError(f"{path}: {name} is a {held}, expected a matrix of real numbers")
+        if len(bad := np.argwhere(~np.isfinite(array))):
+            first = bad[0].tolist()
+            value = array[tuple(first)]
+            raise ConfigError(f"{path}: {name}{first} is {value}, expected finite numbers")
 
 
 def read_images(path: Path, features: int) -> tuple[Array, Array]:
@@ -44,7 +51,7 @@ def read_images(path: Path, features: int) -> tuple[Array, Array]:
     MATLAB counts from 1, so that in some files the label of the digit 0 is 10.
 
     Raises:
-        ConfigError: as from `read`, or the file has no such X and y.
+        ConfigError: as from `read`, or the file has no such X and y of finite numbers.
     """
     arrays = read(path)
     x, y = arrays.get("X"), arrays.get("y")
@@ -52,6 +59,7 @@ def read_images(path: Path, features: int) -> tuple[Array, Array]:
         raise ConfigError(
             f"{path} holds {described(arrays)}, expected X (n, {features}) and y (n, 1)"
         )
+    check_numbers(path, {"X": x, "y": y})
     labels = y.reshape(-1).astype(np.int64)
     if labels.max(initial=0) == 10:
         labels %= 10
@@ -66,7 +74,7 @@ def load_weights(path: Path, model: NumpyMLP) -> None:
     Their first columns are the biases.
 
     Raises:
-        ConfigError: as from `read`, or the file has no such matrices.
+        ConfigError: as from `read`, or the file has no such matrices of finite numbers.
     """
     arrays = read(path)
     shapes = [(weight.shape[1], 1 + weight.shape[0]) for weight in model.weights]
@@ -74,6 +82,7 @@ def load_weights(path: Path, model: NumpyMLP) -> None:
     if any(name not in arrays or arrays[name].shape != expected[name] for name in expected):
         needs = ", ".join(f"{name} {shape}" for name, shape in expected.items())
         raise ConfigError(f"{path} holds {described(arrays)}, expected {needs}")
+    check_numbers(path, {name: arrays[name] for name in expected})
     for name, weight, bias in zip(expected, model.weights, model.biases, strict=True):
         bias[:], weight[:] = arrays[name][:, 0], arrays[name][:, 1:].T
 

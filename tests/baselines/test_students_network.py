@@ -121,6 +121,22 @@ def test_functions_above_a_line_that_fails_are_checked(tmp_path, capsys):
     assert third.startswith("The training is left out: sigmoid_prime, ")
 
 
+@pytest.mark.parametrize(
+    "end, line",
+    [
+        ("sigmoid(None)", "my.py, line 3: ZeroDivisionError: division by zero; functions"),
+        ("import beside", "my.py, line 3: SyntaxError: invalid syntax (beside.py, line 1); func"),
+        ("raise ValueError", "my.py, line 3: ValueError; functions above this line are checked"),
+    ],
+)
+def test_the_line_of_the_file_itself_is_named(tmp_path, monkeypatch, capsys, end, line):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "beside.py").write_text("1 +\n")
+    (tmp_path / "my.py").write_text(f"def sigmoid(z):\n    return 1 / 0\n{end}\n")
+    assert exercises.main(["--with", str(tmp_path / "my.py")]) == 1
+    assert capsys.readouterr().out.startswith(line)
+
+
 def test_an_endless_function_is_stopped_and_the_others_are_tried(tmp_path, capsys):
     alarm = "signal.raise_signal(signal.SIGALRM)"  # as the timer does
     text = f"""

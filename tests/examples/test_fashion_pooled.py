@@ -57,7 +57,11 @@ def test_other_files_are_refused_by_what_they_hold(files, tmp_path, monkeypatch)
     model = NumpyMLP((400, 25, 10))
     (damaged := tmp_path / "damaged.mat").write_bytes(b"MATLAB" * 100)
     (x := np.ones((5, 400)))[3, 2] = np.nan
-    pytest.importorskip("scipy.io").savemat(tmp_path / "nan.mat", {"X": x, "y": np.ones(5)})
+    savemat = pytest.importorskip("scipy.io").savemat
+    savemat(tmp_path / "nan.mat", {"X": x, "y": np.ones(5)})
+    savemat(tmp_path / "complex.mat", {"X": np.ones((5, 400)) * 1j, "y": np.ones(5)})
+    savemat(tmp_path / "more.mat", {"X": np.ones((5, 400)), "y": np.ones(5), "other": x})
+    assert mat.read_images(tmp_path / "more.mat", 400)[0].all()
     for call, message in (
         (
             lambda: mat.load_weights(images, model),
@@ -66,7 +70,8 @@ def test_other_files_are_refused_by_what_they_hold(files, tmp_path, monkeypatch)
         (lambda: mat.load_weights(weights, NumpyMLP((400, 9))), r"expected Theta1 \(9, 401\)"),
         (lambda: mat.read_images(weights, 400), r"expected X \(n, 400\) and y"),
         (lambda: mat.read_images(images, 784), r"expected X \(n, 784\) and y"),
-        (lambda: mat.read_images(tmp_path / "nan.mat", 400), r"X\(3, 2\) is nan, expected finite"),
+        (lambda: mat.read_images(tmp_path / "nan.mat", 400), r"X\[3, 2\] is nan, expected finite"),
+        (lambda: mat.read_images(tmp_path / "complex.mat", 400), "X is a ndarray of complex128, "),
         (lambda: mat.read(damaged), "is no .mat file, or is damaged"),
         (lambda: mat.read(tmp_path / "none.mat"), "does not exist"),
     ):

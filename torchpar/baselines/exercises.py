@@ -336,14 +336,17 @@ def failed(name: str, error: Exception) -> Verdict:
 
 
 def located(error: BaseException, path: Path | None = None) -> str:
-    """An error in one line, with its own place, or with the last one in the file ``path``."""
-    places = [(one.filename, one.lineno) for one in traceback.extract_tb(error.__traceback__)]
+    """An error in one line, with its own place, or with the line of the module ``path``."""
+    frames = traceback.extract_tb(error.__traceback__)
+    places = [(one.filename, one.lineno) for one in frames]
     if path is not None:
-        places = [place for place in places if place[0] == str(path.resolve())]
-    if isinstance(error, SyntaxError) and error.filename:
-        places.append((error.filename, error.lineno))
+        file, module = str(path.resolve()), "<module>"
+        places = [(one.filename, one.lineno) for one in frames if one.name == module]
+        places = [place for place in places if place[0] == file]
+        if isinstance(error, SyntaxError) and error.filename == file:
+            places.append((file, error.lineno))
     where = f"{Path(places[-1][0]).name}, line {places[-1][1]}: " if places else ""
-    return where + first_line(error)
+    return where + first_line(error).removesuffix(": ")
 
 
 @contextmanager
@@ -403,7 +406,7 @@ def check_file(path: Path, data: Path) -> int:
     if error and not functions:
         raise ConfigError(f"--with {path}: {error}")
     if error:
-        print(f"{error}; what is above this line is checked")
+        print(f"{error}; functions above this line are checked")
     if not functions:
         advice = "define any of them"
         if other := own_of(module, ladder.FUNCTIONS):
