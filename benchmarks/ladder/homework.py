@@ -85,26 +85,33 @@ def name_of(one: Result) -> str:
     return one.contestant.partition(": ")[2]
 
 
+def cores_of(one: Result) -> str:
+    """The end of a row's note, which names cores and threads if it has them."""
+    return str(one.columns["note"]).rpartition(", ")[2]
+
+
 def is_whole(one: Result) -> bool:
     """Whether the row is that of all cores."""
-    note = str(one.columns["note"]).rpartition(", ")[2]
-    return note.startswith("all ") or not note.endswith(("core", "cores"))
+    note = cores_of(one)
+    return note.startswith(("all ", "the only ")) or not note.endswith(("core", "cores"))
 
 
 def on_cores(rows: Sequence[Result]) -> Iterator[str]:
     """Say what the most cores gain over one, and why more threads than cores gain nothing."""
-    timed = [one for one in rows if one.p50_ms]
-    shared = [one for one in timed if "thread" in str(one.columns["note"])]
-    counted = [one for one in timed if one not in shared]
-    if len(counted) > 1:
-        yield gain(counted[0], counted[-1])
-    if shared:
-        notes = [str(one.columns["note"]).rpartition(", ")[2] for one in shared]
-        counts = " and ".join(note.partition(" ")[0] for note in dict.fromkeys(notes))
+    for contestant in dict.fromkeys(one.contestant for one in rows):
+        timed = [one for one in rows if one.p50_ms and one.contestant == contestant]
+        shared = [one for one in timed if "thread" in cores_of(one)]
+        counted = [one for one in timed if one not in shared]
+        if len(counted) > 1 and cores_of(counted[0]) == "1 core":
+            yield gain(counted[0], counted[-1])
+        if not shared:
+            continue
+        *counts, last = (cores_of(one).partition(" ")[0] for one in shared)
+        numbers = " and ".join(filter(None, (", ".join(counts), last)))
         yield (
-            f"{name_of(shared[0])}: {counts} {notes[0].partition(' ')[2]} share them: a core "
-            "computes for one thread at a time, so that they add no arithmetic, and each switch "
-            "between threads costs some microseconds."
+            f"{name_of(shared[0])}: {numbers} {cores_of(shared[0]).partition(' ')[2]} share "
+            "them: a core computes for one thread at a time, so that they add no arithmetic, and "
+            "each switch between threads costs some microseconds."
         )
 
 
@@ -113,13 +120,12 @@ def gain(first: Result, last: Result) -> str:
     assert first.p50_ms
     assert last.p50_ms
     times = first.p50_ms / last.p50_ms
-    cores = str(last.columns["note"]).rpartition(", ")[2]
     advice = (
         " Only loops over prange, by njit(parallel=True), take several; the memory, or other "
         "programs, may bound those."
     ) * (times < GAIN)
     faster = f"{number(times)} times as fast as on 1 core"
-    return f"{name_of(last)}: on {cores} {faster}.{rough(last, first)}{advice}"
+    return f"{name_of(last)}: on {cores_of(last)} {faster}.{rough(last, first)}{advice}"
 
 
 def adds_in_order(rows: Sequence[Result]) -> Iterator[str]:
@@ -130,8 +136,8 @@ def adds_in_order(rows: Sequence[Result]) -> Iterator[str]:
             yield (
                 f"{label(one).partition(': ')[2]}: {number(times)} times as fast as njit, which "
                 "here may add in any order, by njit(fastmath={'reassoc', 'contract'}), so that the "
-                "processor adds several numbers of a sum at once. Without fastmath it adds one at "
-                "a time."
+                "processor adds several numbers of a sum at once. If yours has no fastmath, it "
+                "adds one at a time."
             )
 
 

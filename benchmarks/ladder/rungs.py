@@ -180,7 +180,8 @@ def by_pure_python(case: LadderCase) -> Rung:
 
 
 def threads_note(count: int) -> str:
-    return f"{count} thread{'s' * (count > 1)}{f' on {CORES} cores' * (count > CORES)}"
+    on = f" on {CORES} core{'s' * (CORES > 1)}"
+    return f"{count} thread{'s' * (count > 1)}{on * (count > CORES)}"
 
 
 NO_NUMBA = "numba is not installed; pip install numba"
@@ -566,6 +567,7 @@ def entry_rungs(entry: student.Entry, than: str) -> Iterator[Rung]:
         before = than
         for count in sorted({*THREADS, CORES}):
             plural = f"{'all ' * (count == CORES)}{count} core{'s' * (count > 1)}"
+            plural = "the only core" if CORES == 1 else plural
             by_count = plural if count <= CORES else threads_note(count)
             note = ", ".join(filter(None, (entry.note, by_count)))
             turn = replace(entry, cores=count).turn

@@ -457,6 +457,15 @@ def test_more_cores_that_gain_nothing_have_advice():
     assert ". Only loops over prange, by njit(parallel=True), take several; the memory" in line
 
 
+def test_each_file_has_its_own_gain_and_the_first_row_is_that_of_one_core():
+    rows = [row("a.py: max_numba", 4.0, "1 core"), row("a.py: max_numba", 2.0, "all 4 cores")]
+    rows += [row("b.py: max_numba", 8.0, "2 cores"), row("b.py: max_numba", 2.0, "all 4 cores")]
+    rows += [row("b.py: max_numba", 2.0, f"{n} threads on 1 core") for n in (2, 4, 8)]
+    first, second = homework.on_cores(rows)
+    assert first == "max_numba: on all 4 cores 2 times as fast as on 1 core."
+    assert second.startswith("max_numba: 2, 4 and 8 threads on 1 core share them: ")
+
+
 def test_a_ratio_of_times_that_spread_by_more_than_2_is_called_rough():
     loops = row("a.py: max_cpu", 250.0)
     steady, wide = (
@@ -478,7 +487,7 @@ def test_a_product_by_numba_that_adds_in_order_has_the_reason():
     rows = [row(name, 455.0, "1 core", **slow), row(name, 233.0, "all 2 cores")]
     (line,) = (one for one in homework.lines(case, rows) if "njit" in one)
     assert line.startswith("matmul_transpose_numba, 1 core: 0.09 times as fast as njit, which ")
-    assert line.endswith(" Without fastmath it adds one at a time.")
+    assert line.endswith(" If yours has no fastmath, it adds one at a time.")
     assert not list(homework.adds_in_order([row(name, 41.0, "1 core", than="njit", faster=0.97)]))
     numba_njit = pytest.importorskip("torchpar.baselines.numba_njit", reason="it needs Numba")
     assert all(f"'{option}'" in line for option in numba_njit.FASTMATH)

@@ -46,7 +46,7 @@ class Fault:
     def count_again(self, case: "Fault") -> None:
         """Count another case of this fault."""
         self.count += 1
-        if case.configuration not in (self.configuration, *self.other_configurations):
+        if case.configuration not in ("", self.configuration, *self.other_configurations):
             self.other_configurations.append(case.configuration)
 
     def __str__(self) -> str:
