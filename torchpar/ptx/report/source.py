@@ -33,7 +33,7 @@ def name_in_program(value: object) -> str:
     """Return the variable of a value where the program is executed; "" if it has none there."""
     frame = _program_frame()
     for names in () if frame is None else (frame.f_locals, frame.f_globals):
-        for name, one in names.items():
+        for name, one in list(names.items()):  # another thread may change them
             if one is value:
                 return name
     return ""
