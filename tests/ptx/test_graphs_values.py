@@ -71,6 +71,51 @@ def test_a_wrong_shape_in_a_capture_is_an_error():
             x.gather(0, i[:, None])
 
 
+def number(x, i):
+    x.bernoulli_(1.5)
+
+
+def overlap(x, i):
+    x[:1].expand(4).add_(x)
+
+
+def type_of_refused_indices(x, i):
+    x.index_select(0, i)
+    x.double().index_add_(0, i, x)
+
+
+REFUSED = {
+    "type": (lambda x, i: nn.functional.linear(x[None], x[None].bfloat16()), "dtype"),
+    "number": (number, "p"),
+    "overlap": (overlap, "memory location"),
+    "indices": (type_of_refused_indices, "scalar type|dtype"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_an_error_in_a_capture_that_no_values_mend_is_raised(name):
+    function, message = REFUSED[name]
+    with emulate() as gpu, cuda_is_cpu(gpu):
+        x, i = torch.ones(4, device="cuda"), torch.full((4,), 99, device="cuda")
+        with (
+            pytest.raises(RuntimeError, match=message),
+            torch.cuda.graph(torch.cuda.CUDAGraph()),
+        ):
+            function(x, i)
+
+
+def test_two_rows_of_invalid_indices_may_share_memory():
+    with emulate() as gpu, cuda_is_cpu(gpu):
+        x, edges = torch.ones(4, 4, device="cuda"), torch.full((2, 3), 99, device="cuda")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = x[edges[0], edges[1]]
+        edges.zero_()
+        graph.replay()
+        assert y.eq(1).all()
+    assert gpu.faults == []
+
+
 def test_an_invalid_index_in_a_replay_is_named_at_both_lines():
     with emulate() as gpu, cuda_is_cpu(gpu):
         x, i = torch.ones(4, device="cuda"), on_device(0, 3)

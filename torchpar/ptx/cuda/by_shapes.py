@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from torchpar.ptx.cuda import places
 from torchpar.ptx.cuda.types import Arguments, Keywords, Operator
 from torchpar.ptx.triton.torch_operators import is_plain
 
@@ -33,3 +34,34 @@ def by_shapes(func: Operator, args: Arguments, kwargs: Keywords) -> object:
 
     result = func(*tree_map(without_memory, args), **tree_map(without_memory, kwargs))
     return tree_map(with_memory, result)
+
+
+def check_with_other_values(func: Operator, args: Arguments, kwargs: Keywords) -> None:
+    """Raise an operator's error if it refuses its operands also where they hold zeros, and ones.
+
+    The device "meta" checks no values, but also fewer types, numbers and overlaps.
+    """
+    try:
+        _execute_filled(0, func, args, kwargs)
+    except (IndexError, RuntimeError):
+        _execute_filled(1, func, args, kwargs)
+
+
+def _execute_filled(number: int, func: Operator, args: Arguments, kwargs: Keywords) -> None:
+    made: dict[int, torch.UntypedStorage] = {}  # by storages in C++: operands may share one
+
+    def filled(value: object) -> object:
+        if not is_plain(value):
+            return value
+        if places.mark_of(value) is False:  # a capture takes the host's numbers
+            return value.clone()
+        storage = value.untyped_storage()
+        if storage._cdata not in made:
+            whole = torch.full((storage.nbytes() // value.itemsize,), number, dtype=value.dtype)
+            other = whole.untyped_storage()
+            other.resize_(storage.nbytes())
+            made[storage._cdata] = other
+        place = value.storage_offset(), value.size(), value.stride()
+        return torch.empty(0, dtype=value.dtype).set_(made[storage._cdata], *place)
+
+    func(*tree_map(filled, args), **tree_map(filled, kwargs))

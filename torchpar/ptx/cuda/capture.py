@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from torchpar.ptx.cuda import capture_rules, places
 from torchpar.ptx.cuda.accesses import Accesses, Part, part_at, part_of
-from torchpar.ptx.cuda.by_shapes import by_shapes
+from torchpar.ptx.cuda.by_shapes import by_shapes, check_with_other_values
 from torchpar.ptx.cuda.graph_memory import Line, Memory, Pool, Slot, memory_of
 from torchpar.ptx.cuda.operations import (
     LaunchOperation,
@@ -187,6 +187,8 @@ class Capture:
         """
         indices = {self.memory(t) for t in operands if _may_be_index(t)}
         if indices & self._refused and not self.graphs.kind_of(func).is_view:
+            if func.namespace == "aten":
+                check_with_other_values(func, args, kwargs)
             return by_shapes(func, args, kwargs)
         try:
             return func(*args, **kwargs)
@@ -194,8 +196,9 @@ class Capture:
             if func.namespace != "aten" or isinstance(error, NOT_OF_VALUES):
                 raise
             try:
+                check_with_other_values(func, args, kwargs)
                 result = by_shapes(func, args, kwargs)
-            except (IndexError, RuntimeError):  # shapes are wrong, too
+            except (IndexError, RuntimeError):  # not the values alone are wrong
                 raise error from None
             self._refused |= indices
             return result
