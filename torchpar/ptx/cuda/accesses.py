@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Accesses of captured work to memory, and those of two streams that have no order.
+"""Data races between two streams of a capture.
 
-In a replay such work may run at the same time. Each access has the vector clock's number of its
-work, as other work on streams does.
+In a replay work without an order may run at the same time. Each access has the vector clock's
+number of its work, as other work on streams does.
 """
 
 from collections.abc import Callable, Iterable
@@ -23,14 +23,16 @@ class Part:
     Attributes:
         key: equal for equal parts.
         mark: return for each byte whether it is in the part.
+        is_assumed: the work may use less of the memory.
     """
 
     memory: Memory
     key: object
     mark: Callable[[], Tensor]
+    is_assumed: bool = False
 
 
-def part_of(slot: Slot) -> Part:
+def part_of(slot: Slot, is_assumed: bool = False) -> Part:
     """Return the part that a tensor has."""
 
     def mark() -> Tensor:
@@ -43,7 +45,7 @@ def part_of(slot: Slot) -> Part:
         marks.as_strided((*sizes, width), steps, offset * width).fill_(True)
         return marks
 
-    return Part(slot.memory, (slot.place, slot.dtype), mark)
+    return Part(slot.memory, (slot.place, slot.dtype, is_assumed), mark, is_assumed)
 
 
 def part_at(memory: Memory, marks: Tensor) -> Part:
@@ -65,7 +67,8 @@ class Access:
     line: Line
 
     def __str__(self) -> str:
-        return "writes" if self.is_write else "reads"
+        verb = "write" if self.is_write else "read"
+        return f"may {verb}" if self.part.is_assumed else f"{verb}s"
 
 
 class Accesses:
@@ -74,28 +77,33 @@ class Accesses:
     def __init__(self, streams: Streams):
         self.streams = streams
         self._of: dict[Memory, dict[object, Access]] = {}
-        self._named: set[Line] = set()
+        self._named: set[tuple[Line, bool]] = set()  # and whether the race is assumed
 
     def note(self, reads: Iterable[Part], writes: Iterable[Part]) -> tuple[Access, Access] | None:
         """Note work on the current stream; return an earlier access and its own without an order.
 
-        One line of the program has them once.
+        Report each line of the program once; a race that is certain, also after an assumed one.
         """
         work, line = self.streams.work(), program_line()
-        found = None
+        found: dict[bool, tuple[Access, Access]] = {}  # by whether they are assumed
         for is_write, parts in ((False, reads), (True, writes)):
             for part in parts:
                 access = Access(part, is_write, work, line)
                 before = self._of.setdefault(part.memory, {})
-                races = (one for one in before.values() if self._is_race(one, access))
-                first = next(races, None)
-                if first is not None and found is None and line not in self._named:
-                    found = first, access
-                # What comes after this stream's last access there comes after those before it.
+                for one in before.values():
+                    is_assumed = one.part.is_assumed or part.is_assumed
+                    if is_assumed not in found and self._is_race(one, access):
+                        found[is_assumed] = one, access
+                # The last access suffices: work ordered after it is ordered after all earlier
+                # ones of the stream.
                 before[work[0], is_write, part.key] = access
-        if found is not None:
-            self._named.add(line)
-        return found
+        for is_assumed in (False, True):
+            if (line, False) in self._named or (line, is_assumed) in self._named:
+                continue
+            if is_assumed in found:
+                self._named.add((line, is_assumed))
+                return found[is_assumed]
+        return None
 
     def _is_race(self, one: Access, other: Access) -> bool:
         if not (one.is_write or other.is_write) or self.streams.is_ordered(one.work):

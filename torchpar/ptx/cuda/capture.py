@@ -145,23 +145,27 @@ class Capture:
         computes = any(one is not None for one in results)
         if written or (computes and func.overloadpacket not in EMPTY):
             self.operations.append(Operation(func, *slots, results, program_line()))
-            self._note_accesses(func, operands, written, results)
+            self._note_accesses(func, args, operands, written, results)
         return result
 
     def _note_accesses(
         self,
         func: Operator,
+        args: Arguments,
         operands: list[Tensor],
         written: list[Tensor],
         results: list[Slot | None],
     ) -> None:
-        numbers = {id(t) for t in written}
-        reads = [] if self.graphs.kind_of(func).reads_nothing else operands
-        read = [self._slot_of(t) for t in reads if id(t) not in numbers and places.is_on_device(t)]
-        writes = [*map(self._slot_of, written), *results]
-        self._note_races(
-            [part_of(one) for one in read if one], [part_of(one) for one in writes if one]
-        )
+        numbers, kind = {id(t) for t in written}, self.graphs.kind_of(func)
+        indexed = args[0] if kind.is_indexed and args else None
+
+        def parts(tensors: list[Tensor]) -> list[Part]:
+            slots = [(self._slot_of(t), t is indexed) for t in tensors]
+            return [part_of(slot, is_assumed) for slot, is_assumed in slots if slot]
+
+        reads = [] if kind.reads_nothing else operands
+        read = [t for t in reads if id(t) not in numbers and places.is_on_device(t)]
+        self._note_races(parts(read), parts(written) + [part_of(one) for one in results if one])
 
     def _note_races(self, reads: list[Part], writes: list[Part]) -> None:
         race = self.accesses.note(reads, writes)
@@ -175,7 +179,8 @@ class Capture:
             writes = [part_at(*one) for one in changed.items() if one[1].any()]
             written = {one.memory for one in writes}
             slots = [one for one in map(self._slot_of, launch) if one]
-            self._note_races([part_of(one) for one in slots if one.memory not in written], writes)
+            reads = [part_of(one, is_assumed=True) for one in slots if one.memory not in written]
+            self._note_races(reads, writes)
 
     def _results(
         self, func: Operator, args: Arguments, kwargs: Keywords, operands: list[Tensor]

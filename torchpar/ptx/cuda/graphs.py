@@ -122,14 +122,19 @@ class Graphs:
             one.name or ("torch.cuda.current_stream()" if one is origin else "stream")
             for one in (current, stream)
         ]
+        if names[0] == names[1]:  # both were a loop's variable, or have none
+            names = ["stream", "other"]
+        other = "another stream" if str(stream) == str(current) else str(stream)
+        is_assumed = access.part.is_assumed or before.part.is_assumed
         self.note(
-            "error",
+            "warning" if is_assumed else "error",
             "missing wait",
-            f"{current} {access} {access.part.memory.name}, and {stream} {before} it, without an "
+            f"{current} {access} {access.part.memory.name}, and {other} {before} it, without an "
             f"order in a replay; call {names[0]}.wait_stream({names[1]}) between them, within the "
             "capture",
             access.line,
             None if before.line is None else ("captured", before.line),
+            key=is_assumed,
         )
 
     # The current capture

@@ -21,6 +21,10 @@ SHAPES = {*EMPTY, *(getattr(torch.ops.aten, f"{one}_like") for one in ("zeros", 
 SHAPES |= {getattr(torch.ops.aten, f"{one}_like") for one in ("rand", "randn", "randint")}
 SHAPES |= {getattr(torch.ops.aten, f"new_{one}") for one in ("zeros", "ones", "full")}
 
+# Operators that read their first operand where indices point.
+GATHERS = {getattr(torch.ops.aten, one) for one in ("index", "index_select", "gather", "take")}
+GATHERS |= {torch.ops.aten.embedding}
+
 BATCH_NORMS = {torch.ops.aten.native_batch_norm, torch.ops.aten.cudnn_batch_norm}
 
 
@@ -30,6 +34,7 @@ class OperatorKind:
     Attributes:
         is_view: it returns parts of its operands, and changes none.
         reads_nothing: of its operands but the shapes.
+        is_indexed: it uses its first operand only where indices point.
         devices: that its operands may be on.
     """
 
@@ -38,6 +43,9 @@ class OperatorKind:
         self.may_write = schema.is_mutable or _writes_secretly(func)
         aliases = any(one.alias_info is not None for one in schema.returns)
         self.is_view = aliases and not schema.is_mutable
+        has_indices = any(one.name in ("index", "indices") for one in schema.arguments)
+        # Others that return new memory copy the operand.
+        self.is_indexed = func.overloadpacket in GATHERS or (has_indices and schema.is_mutable)
         self.reads_nothing = self.is_view or func.overloadpacket in SHAPES
         self.devices = Devices.ANY if self.reads_nothing else devices_of(func)
 
