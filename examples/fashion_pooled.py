@@ -185,6 +185,11 @@ def load(flags: Flags, speaks: bool = True) -> tuple[Pixels, Pixels]:
         train, test = (Pixels(*(t[chosen] for t in pixels)) for chosen in (~is_test, is_test))
         if not len(test.labels):
             raise ConfigError(f"{flags.images} has fewer than five samples, expected more")
+        if unseen := sorted({*test.labels.tolist()} - {*train.labels.tolist()}):
+            raise ConfigError(
+                f"{flags.images}: every fifth sample is for tests, so that training lacks the "
+                f"labels {unseen}; shuffle the samples, or sort them by class"
+            )
         line = f"{flags.images}: {len(train.labels)} samples, and every fifth one for tests"
     else:
         dataset, line = find_dataset(flags)

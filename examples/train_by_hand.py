@@ -319,7 +319,10 @@ def compare_gradients(
     errors: Errors = {}
     for name, t, gradient in gradients:
         expected = difference_quotient(loss, t)
-        if gradient.shape == expected.shape:
+        if not isinstance(gradient, Tensor):  # a student's, without a return
+            error = Error(torch.inf)
+            error.where = f"it is of type {type(gradient).__name__}, expected a Tensor"
+        elif gradient.shape == expected.shape:
             relative = (gradient - expected).abs().max() / expected.abs().max()
             error = Error(relative.nan_to_num(torch.inf, torch.inf))  # NaN is in no order
             error.where = farthest(gradient, expected)

@@ -79,6 +79,13 @@ def test_other_files_are_refused_by_what_they_hold(files, tmp_path, monkeypatch)
             call()
 
 
+def test_labels_that_training_would_lack_are_an_error(tmp_path):
+    arrays = {"X": np.ones((50, 400)), "y": np.arange(50) % 10}
+    pytest.importorskip("scipy.io").savemat(tmp_path / "x.mat", arrays)
+    code, _, err = lesson("fashion_pooled", "--images", str(tmp_path / "x.mat"))
+    assert (code, "training lacks the labels [4, 9]; shuffle the samples" in err) == (2, True)
+
+
 @pytest.mark.parametrize("flag", ["--images", "--weights"])
 def test_a_missing_scipy_is_one_line(monkeypatch, flag):
     find = importlib.util.find_spec
