@@ -584,6 +584,22 @@ def test_a_state_of_another_optimizer_or_model_is_refused() -> None:
         mine.step()
 
 
+def test_a_chain_refuses_the_state_of_another_optimizer_and_goes_on() -> None:
+    p, q = (torch.nn.Parameter(torch.ones(2, 3)) for _ in range(2))
+    p.grad, q.grad = torch.ones(2, 3), torch.ones(2, 3)
+    chain = ChainedOptimizer(torch.optim.SGD([q], lr=0.1), Muon([p]))
+    chain.step()
+    before = copy.deepcopy(chain.state_dict())
+    others = torch.optim.AdamW([{"params": [q]}, {"params": [p]}])
+    others.step()
+    with pytest.raises(ConfigError, match=r"has no adjust_lr_fn, momentum, .*of a Muon"):
+        chain.load_state_dict(others.state_dict())
+    assert_close(chain.state_dict(), before, rtol=0, atol=0)
+    chain.step()
+    chain.load_state_dict(before)
+    chain.step()
+
+
 def test_a_state_is_loaded_again_into_copies_and_from_pytorchs_muon() -> None:
     p = torch.nn.Parameter(torch.ones(2, 3))
     p.grad = torch.ones(2, 3)

@@ -70,8 +70,17 @@ class ChainedOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, object]:
         return {**super().__getstate__(), "optimizers": self.optimizers}
 
-    def __setstate__(self, state: dict[str, object]) -> None:
-        super().__setstate__(state)  # called for a copy, and by load_state_dict
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the state of a copy, or that of `load_state_dict`, which an optimizer may refuse."""
+        groups = iter(state["param_groups"])
+        try:
+            for optimizer in getattr(self, "optimizers", ()):  # a copy has none yet
+                own = [next(groups) for _ in optimizer.param_groups]
+                optimizer.__setstate__({"state": {}, "param_groups": own})
+        except Exception:
+            self._share_state()
+            raise
+        super().__setstate__(state)
         self._share_state()
 
     def add_param_group(self, param_group: Group) -> None:
