@@ -116,7 +116,7 @@ def on_cores(rows: Sequence[Result]) -> Iterator[str]:
 
 
 def gain(first: Result, last: Result) -> str:
-    """What the cores of the second row gain over the one of the first."""
+    """The gain of the second row's cores over the first row's one core."""
     assert first.p50_ms
     assert last.p50_ms
     times = first.p50_ms / last.p50_ms

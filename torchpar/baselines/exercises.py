@@ -341,8 +341,7 @@ def located(error: BaseException, path: Path | None = None) -> str:
     places = [(one.filename, one.lineno) for one in frames]
     if path is not None:
         file, module = str(path.resolve()), "<module>"
-        places = [(one.filename, one.lineno) for one in frames if one.name == module]
-        places = [place for place in places if place[0] == file]
+        places = [(file, f.lineno) for f in frames if (f.filename, f.name) == (file, module)]
         if isinstance(error, SyntaxError) and error.filename == file:
             places.append((file, error.lineno))
     where = f"{Path(places[-1][0]).name}, line {places[-1][1]}: " if places else ""

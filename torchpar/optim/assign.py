@@ -119,13 +119,11 @@ def chain(  # noqa: C901  # a line for each rule, in their order
         given, way = "the model has no hidden matrix", "take another optimizer"
         unknown = next((one for one in assignments.values() if one.reason == _UNKNOWN), None)
         if overrides:
-            given, way = (
-                "after overrides no parameter is left for Muon",
-                f"{way}, or other overrides",
-            )
+            given = "after overrides no parameter is left for Muon"
+            way += ", or other overrides"
         elif unknown is not None:
-            given = "no parameter is known to be a hidden matrix"
-            given += f": no known layer multiplies by {unknown.name}"
+            why = f"no known layer multiplies by {unknown.name}"
+            given = f"no parameter is known to be a hidden matrix: {why}"
             way = f"if yours does, name it by overrides={{{unknown.name!r}: 'muon'}}, or {way}"
         raise ConfigError(f"Muon.for_model: {given}; {way}")
     chosen = {

@@ -37,8 +37,16 @@ _RATIOS: dict[str, Callable[[int, int], float]] = {
 _Ranks = dist.ProcessGroup | DeviceMesh | None  # a parameter's ranks; None for this rank alone
 _PARAMETERS = "the list of parameters"
 # What a step reads of a group, beside its parameters.
-_OPTIONS = {"lr", "weight_decay", "momentum", "nesterov", "ns_coefficients", "eps", "ns_steps"}
-_OPTIONS |= {"adjust_lr_fn"}
+_OPTIONS = {
+    "lr",
+    "weight_decay",
+    "momentum",
+    "nesterov",
+    "ns_coefficients",
+    "eps",
+    "ns_steps",
+    "adjust_lr_fn",
+}
 
 
 class Muon(Optimizer):
