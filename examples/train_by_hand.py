@@ -319,10 +319,7 @@ def compare_gradients(
     errors: Errors = {}
     for name, t, gradient in gradients:
         expected = difference_quotient(loss, t)
-        if not isinstance(gradient, Tensor):  # a student's, without a return
-            error = Error(torch.inf)
-            error.where = f"it is of type {type(gradient).__name__}, expected a Tensor"
-        elif gradient.shape == expected.shape:
+        if gradient.shape == expected.shape:
             relative = (gradient - expected).abs().max() / expected.abs().max()
             error = Error(relative.nan_to_num(torch.inf, torch.inf))  # NaN is in no order
             error.where = farthest(gradient, expected)
@@ -333,10 +330,21 @@ def compare_gradients(
     return errors
 
 
+def of_input(layer: Layer | Loss, gradient: object) -> Tensor:
+    """Return what ``backward`` has returned, a tensor unless a reader's forgets to."""
+    if not isinstance(gradient, Tensor):
+        name, given = type(layer).__name__, type(gradient).__name__
+        raise ConfigError(
+            f"{name}: backward returns an object of type {given}, expected a Tensor; return the "
+            "gradient of its input"
+        )
+    return gradient
+
+
 def check_layer(layer: Layer, x: Tensor) -> Errors:
     """Compare a layer's gradients, for the loss Σ G ⊙ Y with a random G."""
     g = torch.randn_like(layer.forward(x))
-    gradients = [("input", x, layer.backward(g))]
+    gradients = [("input", x, of_input(layer, layer.backward(g)))]
     for (name, p), gradient in zip(
         layer.parameters().items(), layer.gradients().values(), strict=True
     ):
@@ -347,7 +355,8 @@ def check_layer(layer: Layer, x: Tensor) -> Errors:
 def check_loss(loss: Loss, x: Tensor, labels: Tensor) -> Errors:
     """Compare a loss's gradient with respect to the network's output ``x``."""
     loss.forward(x, labels)
-    return compare_gradients(lambda: loss.forward(x, labels), [("input", x, loss.backward())])
+    gradient = of_input(loss, loss.backward())
+    return compare_gradients(lambda: loss.forward(x, labels), [("input", x, gradient)])
 
 
 def check_gradients(device: torch.device) -> dict[str, Errors]:

@@ -142,6 +142,14 @@ def test_a_wrong_layer_is_found_by_differences(monkeypatch, layer, part, method,
     assert "epoch" not in out
 
 
+@pytest.mark.parametrize("layer", ["Linear", "Tanh", "BinaryCrossEntropy"])
+def test_a_backward_that_returns_nothing_is_an_error_of_the_layer(monkeypatch, layer):
+    monkeypatch.setattr(getattr(train_by_hand, layer), "backward", lambda *_: None)
+    code, _, err = lesson("train_by_hand", "--device", "cpu")
+    message = f"{layer}: backward returns an object of type NoneType, expected a Tensor; return the"
+    assert (code, err.partition(" gradient of")[0]) == (2, f"train_by_hand.py: error: {message}")
+
+
 class Leaky(train_by_hand.Layer):
     """A layer that a reader adds, and its slope below 0 in the backward pass."""
 
