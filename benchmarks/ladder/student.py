@@ -398,9 +398,6 @@ class Entry:
             limit: seconds of a call whose time does not count; by default `LIMIT`.
         """
         arguments = [t.copy() for t in self.tried.arguments]
-        # Memory for the result is there, as for the other rows of the function: after a row of
-        # other processes it would come from the operating system, page by page.
-        np.ones_like(self.tried.expected, arguments[0].dtype)
         if self.case.cold and limit is None:
             flush(CPU)
         compilation = Compilation()
