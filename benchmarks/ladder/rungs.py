@@ -31,7 +31,7 @@ from torch import Tensor
 
 import torchpar
 from benchmarks.flags import Command, run
-from benchmarks.ladder import emulated, homework, page, student
+from benchmarks.ladder import emulated, guard, homework, page, student
 from benchmarks.ladder.cases import (
     LADDERS,
     TILE,
@@ -765,7 +765,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for result in table.results:
         measured.setdefault(result.case["workload"], []).append(result.plus(**table.common))
     own_lines = {
-        case.label: list(homework.lines(case, measured[case.label]))
+        case.label: list(homework.lines(case, measured[case.label], options.quick))
         for operator, case in cases.items()
         if entries[operator]
     }
@@ -778,4 +778,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run(main, "run ladder")
+    run(partial(guard.guarded, main), "run ladder")

@@ -28,6 +28,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.ladder.cases import WARM_SECONDS, LadderCase, make_case
+from benchmarks.ladder.guard import LADDER
 from benchmarks.results import duration
 from benchmarks.timing import CPU, Rejected, flush, time_calls
 from torchpar.baselines.exercises import CHECKS, alarm, own_of
@@ -221,9 +222,14 @@ def describe(error: BaseException, file: str, function: Callable[..., object] | 
 
 
 class Compilation:
-    """Seconds in which Numba compiles, which are no part of a call's time and of its limit."""
+    """Seconds in which Numba compiles, which are no part of a call's time and of its limit.
 
-    def __init__(self) -> None:
+    Args:
+        tell: takes whether a compilation has begun or ended.
+    """
+
+    def __init__(self, tell: Callable[[bool], None] = lambda has_begun: None) -> None:
+        self.tell = tell
         self.done = 0.0
         self.begun = 0.0
         self.depth = 0
@@ -236,28 +242,30 @@ class Compilation:
         """Take an event of Numba; compilations are nested."""
         if event.is_start and self.depth == 0:
             self.begun = time.perf_counter()
+            self.tell(True)
         self.depth += 1 if event.is_start else -1
         if self.depth == 0:
             self.done += time.perf_counter() - self.begun
+            self.tell(False)
 
     @contextmanager
-    def watched(self) -> Iterator[None]:
+    def watched(self) -> Iterator["Compilation"]:
         """Let Numba tell of its compilations in the block."""
         if "numba" not in sys.modules:
-            yield
+            yield self
             return
         from numba.core.event import Listener, install_listener
 
         Listener.register(Compilation)
         with install_listener("numba:compile", self):
-            yield
+            yield self
 
 
 @contextmanager
 def time_limit(seconds: float, compilation: Compilation | None = None) -> Iterator[None]:
     """Raise `TooSlow` in the block after ``seconds``, beside those of the ``compilation``.
 
-    Compiled code ends first. Without effect on Windows.
+    Compiled code ends first; `benchmarks.ladder.guard` waits for it. Without effect on Windows.
     """
     start = time.perf_counter()
 
@@ -397,16 +405,18 @@ class Entry:
         Args:
             limit: seconds of a call whose time does not count; by default `LIMIT`.
         """
+        if waited := LADDER.endless.get((self.file, self.name)):
+            raise SlowCall(f"its compiled code did not return within {waited:.0f} s")
         arguments = [t.copy() for t in self.tried.arguments]
         if self.case.cold and limit is None:
             flush(CPU)
-        compilation = Compilation()
         try:
             with (
                 same_threads_of_torch(),
                 on_cores(self.cores),
                 modules_beside(self.file),
-                compilation.watched(),
+                LADDER.watched(self.file, self.name, limit or LIMIT) as tell,
+                Compilation(tell).watched() as compilation,
                 time_limit(limit or LIMIT, compilation),
             ):
                 timed = time_calls(lambda: as_array(self.function(*arguments)), calls=calls)

@@ -451,6 +451,14 @@ def test_the_ratios_of_a_report_are_those_of_the_students_functions():
     ]
 
 
+def test_ratios_of_a_quick_run_are_no_results():
+    case, rows = make_case("maximum", (20, 30)), [row("a.py: max_cpu", 250.0)]
+    first, *others = homework.lines(case, rows, is_quick=True)
+    assert first == homework.QUICK
+    assert others == list(homework.lines(case, rows))
+    assert not list(homework.lines(case, [row("a.py: max_gpu", None)], is_quick=True))
+
+
 def test_more_cores_that_gain_nothing_have_advice():
     rows = [row("b.py: max_numba", 1.0, "1 core"), row("b.py: max_numba", 1.0, "all 2 cores")]
     (line,) = homework.on_cores(rows)
