@@ -86,7 +86,7 @@ LADDER = Ladder()
 def guarded(main: Callable[[], int]) -> int:
     """The status of ``main``, which runs in a child process, again for each endless function."""
     with_files = any(argument.startswith("--w") for argument in sys.argv[1:])
-    if not with_files or not hasattr(os, "fork"):
+    if not with_files or sys.platform != "linux":  # where a fork is safe, also with NumPy's threads
         return main()
     while True:
         sys.stdout.flush()

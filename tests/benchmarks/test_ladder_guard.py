@@ -12,7 +12,7 @@ import pytest
 from commands import ROOT, forked, import_path
 
 pytest.importorskip("rich", reason="rich prints the tables of the ladder")
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+needs_fork = pytest.mark.skipif(sys.platform != "linux", reason="the ladder forks on Linux alone")
 
 # A ladder of three functions, the second of which returns after a while, or never. No handler of
 # Python's ends it, as in compiled code.
