@@ -9,9 +9,11 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
@@ -107,6 +109,50 @@ def say_progress(items: Iterable[T], what: str, total: int | None = None) -> Ite
             last = now
             print(f"{done}{of} {what} after {now - begun:.0f} s", file=sys.stderr, flush=True)
         yield item
+
+
+@contextmanager
+def breaking_silence(how_far: Callable[[], str]) -> Iterator[None]:
+    """Say on stderr how far the block is, after each `SILENCE` seconds in which it prints nothing.
+
+    It serves a block of somebody else's code, which has no loop to ask. A thread speaks, to the
+    stderr that is there at the start, so that what the block captures stays its own.
+
+    Args:
+        how_far: as "12 launches executed"; " after 10 s" follows. The thread calls it.
+    """
+    stderr, ended = sys.stderr, threading.Event()
+    silence = min(SILENCE, threading.TIMEOUT_MAX)
+    begun = last = time.monotonic()
+    if stderr is None:  # it was closed, and `print` would take stdout
+        yield
+        return
+
+    def noted(write: Callable[[str], int], text: str) -> int:
+        nonlocal last
+        last = time.monotonic()
+        return write(text)
+
+    def speak() -> None:
+        nonlocal last
+        while not ended.wait(max(last + silence - time.monotonic(), 0.0)):
+            if (now := time.monotonic()) - last >= silence:  # the block has not printed meanwhile
+                last = now
+                with suppress(OSError, ValueError):  # the block has closed it
+                    print(f"{how_far()} after {now - begun:.0f} s", file=stderr, flush=True)
+
+    streams = {id(one): one for one in (sys.stdout, stderr) if isinstance(one, io.TextIOWrapper)}
+    for stream in streams.values():  # an attribute in the method's place: the stream stays the same
+        stream.write = partial(noted, stream.write)  # type: ignore[method-assign]
+    thread = threading.Thread(target=speak, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        for stream in streams.values():
+            vars(stream).pop("write", None)
 
 
 @contextmanager

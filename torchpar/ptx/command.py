@@ -17,10 +17,12 @@ from typing import TextIO
 
 import torch
 
+from torchpar.errors import breaking_silence
 from torchpar.ptx.cuda.advice import NEEDS_CUDA, advise, says_cuda
 from torchpar.ptx.cuda.stand_in import cuda_is_cpu
 from torchpar.ptx.machine.sample import LEAST
 from torchpar.ptx.report.report import Report
+from torchpar.ptx.triton.driver import how_far
 from torchpar.ptx.triton.emulate import emulate, why_not_compiled
 from torchpar.ptx.triton.emulator import ARCHITECTURES, Emulator
 
@@ -97,7 +99,10 @@ def main(arguments: Sequence[str]) -> int:
         try:
             sys.argv = [str(options.script), *options.flags]
             sys.path.insert(0, str(options.script.resolve().parent))
-            with cuda_is_cpu(gpu) if options.cuda_is_cpu else nullcontext():
+            with (
+                breaking_silence(how_far),
+                cuda_is_cpu(gpu) if options.cuda_is_cpu else nullcontext(),
+            ):
                 try:
                     runpy.run_path(str(options.script.absolute()), run_name="__main__")
                 finally:

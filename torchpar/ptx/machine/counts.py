@@ -13,6 +13,7 @@ quarter that stores takes its turn, as an H200 counts (tests/ptx/test_nsight.py)
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -90,6 +91,17 @@ def wavefronts(
         found += int(np.bincount(words % BANKS).max())
         possible += -(-len(words) // BANKS)
     return found, possible
+
+
+@dataclass
+class Progress:
+    """How many programs of a launch have ended.
+
+    The workers share it, and count without a lock: it is for a line on the terminal alone.
+    """
+
+    done: int = 0
+    count: int = 0
 
 
 class Counts:

@@ -29,7 +29,7 @@ from torchpar.ptx.instructions import (  # noqa: F401
 from torchpar.ptx.machine.allocation import Allocation
 from torchpar.ptx.machine.block import LIMIT, Block, Schedule
 from torchpar.ptx.machine.cluster import Cluster
-from torchpar.ptx.machine.counts import Counts
+from torchpar.ptx.machine.counts import Counts, Progress
 from torchpar.ptx.machine.decode import decode
 from torchpar.ptx.machine.memory import Space
 from torchpar.ptx.machine.parse import Kernel, PtxError, parse
@@ -83,6 +83,7 @@ class Gpu:
         self.printed: list[str] = []  # by the program that is executed
         self.executed_instructions = 0  # of the warps of the present launch
         self.trace: Trace | None = None  # of the first program of the next launch
+        self.progress = Progress()  # of the present launch
 
     def prepare(self, kernel: Kernel) -> None:
         """A launch of ``kernel`` begins."""
@@ -208,6 +209,7 @@ class Gpu:
         resident: deque[tuple[Block, Iterator[bool]]] = deque()
         started = idle = 0  # turns in which no block has changed anything
         count, as_array, blocks = len(positions), np.array(positions, np.int32), None
+        self.progress = Progress(0, count)
         while started < count or resident:
             before = self.changes, started
             is_full = started == count or len(resident) >= self._most_resident()
@@ -234,6 +236,7 @@ class Gpu:
                     raise self._deadlock(block, count - started)
                 positions = self._take_all(positions)
                 count, as_array, idle = len(positions), np.array(positions, np.int32), 0
+                self.progress.count = count
 
     def _most_resident(self) -> int:
         """Return how many clusters run at a time.
@@ -250,6 +253,7 @@ class Gpu:
         except PtxError as e:
             e.program = block.program
             raise
+        self.progress.done += has_ended
         if has_ended and self.sample is not None:
             self.sample.end(block.program, self.space.allocations)
         return has_ended
@@ -303,6 +307,7 @@ class Gpu:
             if was_possible:
                 return len(positions)
             blocks.program.is_for_workers = was_possible is None
+            self.progress.done = number + 2  # what the workers have done is undone
         return 2 + blocks.run(positions[2:], number + 2)
 
     def _can_run_blocks(self, started: int) -> bool:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from random import Random
 
     from torchpar.ptx.machine.allocation import Allocation
-    from torchpar.ptx.machine.counts import Counts
+    from torchpar.ptx.machine.counts import Counts, Progress
     from torchpar.ptx.machine.memory import Space
     from torchpar.ptx.machine.trace import Trace
     from torchpar.ptx.machine.vector_clocks import Events, VectorClocks
@@ -83,6 +83,7 @@ class Gpu(Protocol):
     counts: "Counts"
     random: "Random"
     native: Any  # what the core in C knows of the launch, or None
+    progress: "Progress"
 
     @property
     def kernel(self) -> Kernel: ...

@@ -144,13 +144,15 @@ class Blocks:
         while why.value != PYTHON and done < len(positions) and goes_on():
             start = time.perf_counter()
             events.struct.count = events.events.count
-            done += self.library.run_blocks(
+            ended = self.library.run_blocks(
                 ctypes.addressof(self.struct),
                 positions.ctypes.data + 12 * done,
                 min(together, len(positions) - done),
                 number + done,
                 ctypes.byref(why),
             )
+            done += ended
+            self.gpu.progress.done += ended
             events.events.count = events.struct.count
             if why.value == GROW:
                 events.events.grow()

@@ -262,6 +262,19 @@ def present() -> Emulator:
     return (mine or entered)[-1].emulator
 
 
+def how_far() -> str:
+    """Return the number of launches until now, and how far the present one is; any thread may ask.
+
+    Those of an inner emulator count, too.
+    """
+    entered = [one.emulator for one in list(emulations)]
+    count = sum(len(one.launches) + one.inner_launches for one in entered)
+    present_launches = [text for one in reversed(entered) if (text := one.present_launch())]
+    return ", and ".join(
+        [f"{count:,} launch{'' if count == 1 else 'es'} executed", *present_launches[:1]]
+    )
+
+
 class Utils:
     """What Triton asks a driver for."""
 

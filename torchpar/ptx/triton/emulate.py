@@ -123,10 +123,17 @@ def emulate(
         with Host(emulator):
             yield emulator
     finally:
-        with lock:
-            emulations.remove(entered)
-            if not emulations:
-                patches.close()
+        _leave(entered)
+
+
+def _leave(entered: Entered) -> None:
+    emulator = entered.emulator
+    with lock:
+        emulations.remove(entered)
+        if emulations:
+            present().inner_launches += len(emulator.launches) + emulator.inner_launches
+        else:
+            patches.close()
 
 
 def _install() -> None:

@@ -17,7 +17,7 @@ from torchpar.kernels.data_sheets import DATA_SHEETS, PROGRAMS, RESERVED, WARPS
 from torchpar.ptx.machine import gpu
 from torchpar.ptx.machine.allocation import Allocation
 from torchpar.ptx.machine.block import Schedule
-from torchpar.ptx.machine.counts import Counts
+from torchpar.ptx.machine.counts import Counts, Progress
 from torchpar.ptx.machine.memory import Space
 from torchpar.ptx.machine.parse import Kernel, PtxError, Source, own_error
 from torchpar.ptx.machine.protocols import Warp
@@ -63,6 +63,7 @@ class Emulator(gpu.Gpu):
         graphs: the CUDA graphs that were captured, in their order.
         watcher: an object that records operators and launches for CUDA graphs, or None.
         has_inner: whether another one was entered within this one, and took its launches.
+        inner_launches: the number of those that it and others within it have executed.
     """
 
     keeps_allocations = False  # `_reset` begins each launch
@@ -98,6 +99,7 @@ class Emulator(gpu.Gpu):
         self.graphs: list[CapturedGraph] = []
         self.watcher: Watcher | None = None
         self.has_inner = False
+        self.inner_launches = 0
         self._name = self._file = ""
         self._launched: tuple[str, int] | None = None
         self._ended = ""  # the fault that has ended a program or the present launch
@@ -106,6 +108,15 @@ class Emulator(gpu.Gpu):
     def report(self) -> Report:
         """Return the report on all launches until now."""
         return Report(self.launches, self.faults, self.graphs)
+
+    def present_launch(self) -> str:
+        """Say how far the launch is that is executed; "" between launches.
+
+        Another thread may ask.
+        """
+        now = self.progress
+        is_known = self._lock.locked() and now.count
+        return f"{now.done:,} of {now.count:,} programs of {self._name}" if is_known else ""
 
     def assert_counters(self, kernel: object = None, **limits: float | None) -> None:
         """Check that launches keep limits, so that a test holds how efficient a kernel is.
@@ -149,6 +160,7 @@ class Emulator(gpu.Gpu):
     def _reset(self) -> None:
         self.space = Space("global memory")
         self.space.is_deferred = True
+        self.progress = Progress()
         self.host_memory.begin(self.space)
         self.counted.clear()
         self._sources = {}
