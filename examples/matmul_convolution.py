@@ -129,8 +129,11 @@ def main(flags: Flags) -> None:
         scheduler = lr_scheduler(optimizer, "linear", flags.epochs * steps)
         task = Classification(train, test, flags.batch_size, seed=flags.seed)
         with Run(model, optimizer, scheduler, world, task, epochs=flags.epochs) as run:
-            for epoch in console.progress(run.epochs(), "epochs"):
-                for x, labels, batch_size in run.batches(epoch):
+            for epoch in run.epochs():
+                what = f"steps of epoch {epoch}"
+                for x, labels, batch_size in console.progress(
+                    run.batches(epoch), what, total=steps
+                ):
                     loss = cross_entropy(model(x), labels, reduction="sum")
                     (loss / batch_size).backward()
                     optimizer.step()

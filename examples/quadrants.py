@@ -146,10 +146,16 @@ def loss_sum(p: Tensor, labels: Tensor) -> Tensor:
 
 
 def train(
-    model: MLP, optimizer: Optimizer, points: Samples, epochs: int, batch_size: int, seed: int
+    model: MLP,
+    optimizer: Optimizer,
+    points: Samples,
+    epochs: int,
+    batch_size: int,
+    seed: int,
+    speaks: bool = False,
 ) -> None:
     scheduler = lr_scheduler(optimizer, "linear", steps=epochs * -(-len(points) // batch_size))
-    for epoch in range(1, epochs + 1):
+    for epoch in console.progress(range(1, epochs + 1), "epochs", speaks):
         for x, labels, _ in batches(points, batch_size, seed=seed, epoch=epoch):
             loss = loss_sum(model(x), labels) / len(x)
             loss.backward()
@@ -175,9 +181,11 @@ def compare(flags: Flags, device: torch.device) -> list[Trained]:
     test = draw(2500, 3 * flags.seed + 2, device=device)  # without wrong labels
     choices = list(product(WIDTHS, PENALTIES) if flags.noise else [(30, 0.0)])
     networks = []
-    for width, penalty in console.progress(choices, "networks"):
+    for width, penalty in console.progress(choices, "networks", speaks=flags.noise):
         model, optimizer = build([2, width, 1], penalty, flags.seed, device)
-        train(model, optimizer, points, epochs * flags.epochs, batch_size, flags.seed)
+        passes = epochs * flags.epochs
+        # One bar at a time: of networks, or of the epochs of the only one.
+        train(model, optimizer, points, passes, batch_size, flags.seed, speaks=not flags.noise)
         row = {"width": width, "penalty": penalty, "train_loss": evaluate(model, points)[0]}
         row["validation_loss"], _ = evaluate(model, validation)
         row["test_loss"], row["test_accuracy"] = evaluate(model, test)

@@ -34,19 +34,22 @@ LIFTED_BY = {
 }
 
 
-def progress(items: Sequence[T], what: str, speaks: bool = True) -> Iterable[T]:
+def progress(
+    items: Iterable[T], what: str, speaks: bool = True, total: int | None = None
+) -> Iterable[T]:
     """Yield ``items``, and show a progress bar on a terminal.
 
     Elsewhere, as in a file or a pipe, lines on stderr say every ten seconds how many are done.
 
     Args:
         speaks: whether this process says anything.
+        total: their number; by default that of a sequence.
     """
     if not speaks:
         return items
-    return (
-        track(items, what, transient=True) if Console().is_terminal else say_progress(items, what)
-    )
+    if Console().is_terminal:
+        return track(items, what, total, transient=True)
+    return say_progress(items, what, total)
 
 
 def progress_bar(hidden: bool) -> Progress:

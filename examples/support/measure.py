@@ -12,6 +12,8 @@ from tempfile import TemporaryDirectory
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from torchpar.errors import say_progress
+
 Function = Callable[[], object]
 ROUNDS = 30
 
@@ -22,7 +24,7 @@ def interleaved_ms(functions: Mapping[str, Function], device: torch.device) -> d
     The first calls are not counted.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(1 + ROUNDS):
+    for _ in say_progress(range(1 + ROUNDS), "rounds of timing"):
         for name, function in functions.items():
             start = now(device)
             function()

@@ -10,7 +10,9 @@ import pytest
 
 pytest.importorskip("tyro", reason="tyro reads the flags")
 
-from support import console
+import quadrants
+import torch
+from support import console, measure
 from support.ending import ending
 
 from torchpar import errors
@@ -24,6 +26,20 @@ def test_a_loop_says_how_far_it_is(capsys):
     with patch.object(errors, "SILENCE", 0.0):
         assert [*console.progress(range(2), "epochs", speaks=False)] == [0, 1]
     assert capsys.readouterr().err == ""
+
+
+def test_a_lesson_says_how_far_slow_functions_and_its_first_network_are(capsys):
+    with patch.object(errors, "SILENCE", 0.0):
+        measure.interleaved_ms({"mine": lambda: None}, torch.device("cpu"))
+        points = quadrants.draw(20, 0)
+        model, optimizer = quadrants.build([2, 2, 1], 0.0, 0)
+        quadrants.train(model, optimizer, points, 2, 10, 0, speaks=True)
+        assert len([*console.progress(iter("ab"), "steps of epoch 1", total=2)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[30] == "30 of 31 rounds of timing after 0 s"
+    assert lines[32:] == ["1 of 2 epochs after 0 s"] + [
+        f"{done} of 2 steps of epoch 1 after 0 s" for done in (0, 1)
+    ]
 
 
 def test_the_reader_of_a_pipe_sees_a_line_at_once_and_may_leave(monkeypatch):
