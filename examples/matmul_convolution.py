@@ -52,7 +52,7 @@ def compare_with_conv2d(device: torch.device) -> list[console.Row]:
     convolution; return the errors."""
     x = torch.rand(8, 16, 12, 12).to(device)
     layer = LinearSigmoid(16 * 5**2, 32).to(device)
-    rows = windows(x.movedim(1, 3), size=5, stride=2)
+    rows = checks.result_of(windows, x.movedim(1, 3), size=5, stride=2, shape=(8, 4, 4, 16 * 5**2))
     y = layer(rows).movedim(3, 1)
     kernels = layer.weight.detach().unflatten(1, (16, 5, 5))
     reference = partial(conv2d, stride=2)

@@ -84,7 +84,7 @@ def compare_formulas(x: Tensor, y: Tensor) -> list[dict[str, str | float]]:
     have."""
     x, y, w = x[:999], y[:999], torch.randn(x.shape[1]).to(x)
     d = len(w)
-    single = torch.stack([predict(sample, w) for sample in x])
+    single = torch.stack([checks.result_of(predict, sample, w, shape=()) for sample in x])
     autograd = torch.func.grad(lambda x, y, w: mse_loss(x @ w, y), argnums=2)
     return [
         checks.compare("forward of a batch", predict(x, w), torch.mv, x, w, terms=d),

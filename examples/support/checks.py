@@ -1,13 +1,43 @@
 # SPDX-License-Identifier: MIT
 """Checks of a reader's functions: their values and gradients beside PyTorch's and float64's."""
 
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from torchpar.errors import ConfigError
 from torchpar.testing.operators.compare import farthest
+
+
+def result_of(
+    function: Callable[..., Tensor],
+    *arguments: object,
+    shape: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+    **options: object,
+) -> Tensor:
+    """Call a reader's function, whose result goes into an operator, and return the result.
+
+    Raises:
+        ConfigError: it is no tensor of that shape and dtype, of which the operator would complain.
+    """
+    result: object = function(*arguments, **options)
+    if isinstance(result, Tensor) and tuple(result.shape) == tuple(shape) and result.dtype is dtype:
+        return result
+    found = "None" if result is None else f"an object of type {type(result).__name__}"
+    if not isinstance(result, Tensor) and hasattr(result, "shape"):
+        found += f" and shape {tuple(result.shape)}"
+    if isinstance(result, Tensor):
+        found = f"a tensor of shape {tuple(result.shape)} and {result.dtype}"
+    name = getattr(function, "__name__", type(function).__name__)
+    file = getattr(sys.modules.get(function.__module__), "__file__", None) or "?"
+    raise ConfigError(
+        f"{name} in {Path(file).name} returns {found}, expected a tensor of shape {tuple(shape)} "
+        f"and {dtype}; mend what it returns"
+    )
 
 
 def compare(

@@ -422,6 +422,45 @@ def test_a_lesson_stops_at_a_wrong_formula(monkeypatch, module, part, name, wron
     assert re.fullmatch(rf"{module.__name__}\.py: error: {message}\n", err)
 
 
+@pytest.mark.parametrize(
+    "module, name, returned, found, expected",
+    [
+        (matmul_convolution, "windows", None, "None", "(8, 4, 4, 400)"),
+        (
+            matmul_convolution,
+            "windows",
+            np.zeros((8, 4)),
+            "an object of type ndarray and shape (8, 4)",
+            "(8, 4, 4, 400)",
+        ),
+        (
+            matmul_convolution,
+            "windows",
+            torch.zeros(8, dtype=torch.float64),
+            "a tensor of shape (8,) and torch.float64",
+            "(8, 4, 4, 400)",
+        ),
+        (matmul_regression, "predict", None, "None", "()"),
+    ],
+)
+def test_a_function_that_returns_no_tensor_is_named(
+    monkeypatch, module, name, returned, found, expected
+):
+    def mine(*_, **__):
+        return returned
+
+    monkeypatch.setattr(mine, "__name__", name)
+    monkeypatch.setattr(mine, "__module__", module.__name__)
+    monkeypatch.setattr(module, name, mine)
+    code, _, err = lesson(module.__name__, "--device", "cpu")
+    file = f"{module.__name__}.py"
+    assert (code, err) == (
+        2,
+        f"{file}: error: {name} in {file} returns {found}, expected a tensor of shape {expected} "
+        "and torch.float32; mend what it returns\n",
+    )
+
+
 # Amdahl's law
 
 
