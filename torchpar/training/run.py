@@ -40,6 +40,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from torchpar.errors import ConfigError, DivergedError, check_finite
 from torchpar.parallel.launch.agreement import check_same_bits, check_same_on_all_ranks
+from torchpar.parallel.launch.silence import naming_silent_ranks
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.save.checkpoint import CheckpointConfig, Checkpoints
 from torchpar.parallel.split.parts import local, reshard
@@ -202,6 +203,7 @@ class Run:
 
     def __enter__(self) -> Self:
         with self._stack.pop_all() as stack:
+            stack.enter_context(naming_silent_ranks(self.world, self._steps_in_epoch))
             stack.enter_context(self._log.active(self))
             if self._checkpoints is not None:
                 self._stop = stack.enter_context(StopSignal(self.world))
@@ -275,6 +277,10 @@ class Run:
         """Begin ``epoch``; return this rank's share of each of the task's remaining batches."""
         first = self.begin_epoch(epoch)
         return self._log.steps(iter(self.task.batches(epoch, first, self.world)))
+
+    def _steps_in_epoch(self) -> int | None:
+        """`total_steps`, or None outside of an epoch, where other ranks may leave before this."""
+        return self.total_steps if self._is_within_epoch else None
 
     def _begin_step(self) -> None:
         """Let the ranks agree, while the step computes, whether they stop after it."""
