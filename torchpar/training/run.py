@@ -203,7 +203,8 @@ class Run:
 
     def __enter__(self) -> Self:
         with self._stack.pop_all() as stack:
-            stack.enter_context(naming_silent_ranks(self.world, self._steps_in_epoch))
+            if self.world.world_size > 1:
+                stack.enter_context(naming_silent_ranks(self.world, self._steps_in_epoch))
             stack.enter_context(self._log.active(self))
             if self._checkpoints is not None:
                 self._stop = stack.enter_context(StopSignal(self.world))

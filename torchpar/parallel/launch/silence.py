@@ -32,10 +32,10 @@ def naming_silent_ranks(world: World, steps: Callable[[], int | None]) -> Iterat
     ever answers, and is not named.
 
     Args:
-        steps: the number of this rank's complete steps, while which changes nothing is sent; None
+        steps: the number of this rank's complete steps, and nothing is sent while it changes; None
             where the other ranks may have left the block, and are not named.
     """
-    if dist.group.WORLD is None or world.world_size == 1 or dist.get_backend() == "fake":
+    if dist.group.WORLD is None or dist.get_backend() == "fake":
         yield
         return
     # A connection of its own, since a collective may hold the group's.
