@@ -50,8 +50,8 @@ GPU, SECTOR = "H100", 32  # bytes
 HALF = "in float16"  # of which the roofline of float32 has no point
 # An error above these bounds has ended the lesson.
 RIGHT = (
-    "all results are right: integers are equal, and an error is at most twice PyTorch's and √n "
-    "roundings of the largest number, for sums of n numbers in another order"
+    "all results are right: integers are equal, and an error is at most the sum of twice "
+    "PyTorch's and √n roundings of the largest number, for sums of n numbers in another order"
 )
 MEANING = (
     f"at least: a bound by the data sheet of an {GPU}, without caches and latency, which ranks no "

@@ -97,15 +97,19 @@ def stop_printing() -> None:
 def say_progress(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
     """The items. Where they take longer than `SILENCE`, lines on stderr say how far the loop is.
 
+    A line comes early if the next item might take until after that time.
+
     Args:
         what: the items, as "steps" in "37 of 100 steps after 10 s".
         total: their number; by default that of a sequence.
     """
     total = len(items) if total is None and isinstance(items, Sized) else total
     of = "" if total is None else f" of {total}"
-    begun = last = time.monotonic()
+    begun = last = before = time.monotonic()
     for done, item in enumerate(items):
-        if (now := time.monotonic()) - last >= SILENCE:
+        now = time.monotonic()
+        took, before = now - before, now
+        if now + took - last >= SILENCE:
             last = now
             print(f"{done}{of} {what} after {now - begun:.0f} s", file=sys.stderr, flush=True)
         yield item

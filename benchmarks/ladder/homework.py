@@ -166,8 +166,8 @@ def over_lists(rows: Sequence[Result]) -> Iterator[str]:
         if one.columns.get("than") == "pure Python" and times and times < SLOW:
             yield (
                 f"{name_of(one)} is {number(times)} times as fast as pure Python, whose loops are "
-                "over lists: each A[i, j] of an array makes a new object, and a list has it "
-                "already. Loops over A.tolist(), or njit, do without."
+                "over lists. If yours read A[i, j] of an array, each makes a new object, and a "
+                "list has it already: loops over A.tolist(), or njit, do without."
             )
 
 

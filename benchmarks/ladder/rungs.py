@@ -760,6 +760,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             own = gpu_rungs(case) if helpers is None else rungs(case, helpers, options.quick)
             table.add(measure(case, [*own, *entries[operator]], rounds))
     if not options.gpu:
+        print(f"measuring the {LIMITS}", file=sys.stderr, flush=True)
         table.add(limits(options.quick))
     measured: dict[str, list[Result]] = {}
     for result in table.results:

@@ -303,6 +303,7 @@ class Entry:
         calls: of a turn.
         cores: on which it runs, with as many threads of Numba; None: all.
         compiled: seconds in which Numba has compiled it.
+        too_slow: why it is not timed, or "".
     """
 
     file: str
@@ -313,6 +314,10 @@ class Entry:
     calls: int = 1
     cores: int | None = None
     compiled: float = 0.0
+    too_slow: str = ""
+
+    def __str__(self) -> str:
+        return f"{Path(self.file).name}: {self.name}"
 
     @property
     def note(self) -> str:
@@ -329,11 +334,12 @@ class Entry:
             Rejected: as `turn`.
         """
         self.tried = self.small()
-        with suppress(Rejected):
-            try:
-                self.call()
-            except TooSlow:  # in which another compiler may have had a part
-                self.limited_call()
+        try:
+            self.warm_up()
+        except SlowCall:
+            raise
+        except Rejected:
+            pass
         self.tried = self.case
         try:
             seconds = self.call()
@@ -341,6 +347,23 @@ class Entry:
             self.shrink()
             seconds = self.limited_call()
         return self.whole(seconds)
+
+    def warm_up(self) -> None:
+        """Call the function, and once more if that is slow: another compiler may have a part in it.
+
+        Raises:
+            Rejected: as `turn`.
+        """
+        try:
+            self.call()
+        except TooSlow:
+            print(
+                f"{self} takes more than {LIMIT:.0f} s for {self.tried.size}; it is called once "
+                "more, since the first call may have compiled it",
+                file=sys.stderr,
+                flush=True,
+            )
+            self.limited_call()
 
     def turn(self, index: int) -> list[float]:
         """Time a turn, as `ladder.timed_turn`, and check its result. The seconds are those of the
@@ -351,6 +374,8 @@ class Entry:
             Rejected: an error of the function, with its line; a wrong result; or a changed
                 argument.
         """
+        if self.too_slow:  # which nobody waits for again
+            raise SlowCall(self.too_slow)
         seconds = self.limited_call(self.calls)
         if index == 0 and not self.case.cold:  # the first call may have compiled
             self.calls = 1 + int(WARM_SECONDS / self.limited_call())
@@ -375,7 +400,7 @@ class Entry:
 
     def small(self) -> LadderCase:
         shape = tuple(min(size, SMALL) for size in self.case.shape)
-        return make_case(self.case.operator, shape)
+        return self.case if shape == self.case.shape else make_case(self.case.operator, shape)
 
     def shrink(self) -> None:
         """Take the largest case that a call computes in `SECONDS`, by the time of a small one."""
@@ -484,16 +509,16 @@ def enter(path: Path, name: str, function: Callable[..., object], case: LadderCa
     """Call a function once, say whether its result is right, and return it."""
     source = source_of(name, function, path)
     entry = Entry(str(source), name, function, case, case)
-    shown = f"{source.name}: {name}"
     try:
         seconds = entry.begin()
         call = f"first call {duration(seconds)}"
         if entry.note:  # nobody has waited for it
             call = f"at {entry.tried.size}; a call of the whole would take {duration(seconds)}"
         compiled = f", compiled in {duration(entry.compiled)}" * bool(entry.compiled)
-        print(f"{shown} is right ({call}{compiled})", flush=True)
+        print(f"{entry} is right ({call}{compiled})", flush=True)
     except SlowCall as e:
-        print(f"{shown} is too slow: {e}", flush=True)
+        entry.too_slow = str(e)
+        print(f"{entry} is too slow: {e}", flush=True)
     except Rejected as e:
-        print(f"{shown} is not right at {entry.tried.size}: {e}", flush=True)
+        print(f"{entry} is not right at {entry.tried.size}: {e}", flush=True)
     return entry

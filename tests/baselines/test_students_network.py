@@ -69,6 +69,12 @@ MISTAKES = [
         "batch_size = 4; starts = range(",
         "expected 5 each, and the remainder last",
     ),
+    (
+        "starts = range(0, len(data), batch_size)",
+        "starts = range(0, len(data) + 1, batch_size)",
+        "the batches of 20 samples have [5, 5, 5, 5, 0], expected 5 each",
+    ),
+    ("(data, labels, batch_size)", "(data, labels)", "my.py, line 20: TypeError: create_batches()"),
     ("[x + y for x, y in zip(a, b)]", "a + b", "add_elementwise is not right: the arrays have"),
     ("[x + y for x, y in zip(a, b)]", "[x - y for x, y in zip(a, b)]", "is -10, expected 10"),
     ("[x + y for x, y in zip(a, b)]", "[np.add(x, y, x) for x, y in zip(a, b)]", "its argument 1"),
@@ -252,7 +258,7 @@ def test_a_slow_epoch_says_how_far_it_is(capsys):
         assert list(errors.say_progress([batch] * 4, "batches")) == [batch] * 4
         assert list(errors.say_progress(iter([batch]), "batches")) == [batch]  # has no length
     out, err = capsys.readouterr()
-    assert (out, err) == ("", "2 of 4 batches after 11 s\n0 batches after 10 s\n")
+    assert (out, err) == ("", "1 of 4 batches after 9 s\n0 batches after 10 s\n")
 
 
 def test_the_training_says_how_far_an_epoch_is(capsys):

@@ -436,7 +436,7 @@ def test_wrong_functions_are_told_apart_and_do_not_stop_the_others(tmp_path):
             entry(name, functions[name], str(path)).turn(0)
 
 
-def test_a_slow_function_gets_smaller_arguments_and_an_endless_one_is_stopped():
+def test_a_slow_function_gets_smaller_arguments_and_an_endless_one_is_stopped(tmp_path, capsys):
     def endless(x: Any) -> None:
         while True:
             pass
@@ -449,8 +449,14 @@ def test_a_slow_function_gets_smaller_arguments_and_an_endless_one_is_stopped():
         assert 32 <= slow.tried.shape[0] < 300
         assert slow.note == f"from {slow.tried.shape[0]}×{slow.tried.shape[1]}"
         assert seconds > 0.2  # those of the whole case
-        with pytest.raises(Rejected, match="it takes more than 0 s for 32×32"):
-            entry("matmul_t", endless, shape=(300, 300)).begin()
+        never = student.enter(
+            tmp_path / "my.py", "matmul_t", endless, make_case("matmul_t", (300, 300))
+        )
+    out, err = capsys.readouterr()
+    assert out == "my.py: matmul_t is too slow: it takes more than 0 s for 32×32\n"
+    assert err.startswith("my.py: matmul_t takes more than 0 s for 32×32; it is called once more")
+    with pytest.raises(Rejected, match="it takes more than 0 s for 32×32"):  # at once
+        never.turn(0)
 
 
 def test_a_function_that_is_endless_above_some_size_is_rejected(tmp_path, capsys):

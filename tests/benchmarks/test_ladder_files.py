@@ -435,8 +435,11 @@ def test_the_ratios_of_a_report_are_those_of_the_students_functions():
         row("c.py: max_gpu", 10.0),
         row("c.py: max_gpu", 0.01, "without copies"),
     ]
-    loops = "over lists: each A[i, j] of an array makes a new object, and a list has it already"
-    assert [line.partition(". Loops")[0] for line in homework.lines(case, rows)] == [
+    loops = (
+        "over lists. If yours read A[i, j] of an array, each makes a new object, and a list has it "
+        "already"
+    )
+    assert [line.partition(": loops")[0] for line in homework.lines(case, rows)] == [
         "max_gpu: 0.1 times as fast as max_numba.",
         "max_gpu, without copies: 100 times as fast as max_numba.",
         "max_gpu: 25 times as fast as max_cpu, less than 40.",

@@ -22,7 +22,7 @@ def test_a_loop_says_how_far_it_is(capsys):
     clock = iter([0.0, 0.0, 9.0, 11.0, 12.0, 22.0])
     with patch.object(errors.time, "monotonic", lambda: next(clock)):
         assert [*console.progress(range(5), "epochs")] == [*range(5)]
-    assert capsys.readouterr().err == "2 of 5 epochs after 11 s\n4 of 5 epochs after 22 s\n"
+    assert capsys.readouterr().err == "1 of 5 epochs after 9 s\n4 of 5 epochs after 22 s\n"
     with patch.object(errors, "SILENCE", 0.0):
         assert [*console.progress(range(2), "epochs", speaks=False)] == [0, 1]
     assert capsys.readouterr().err == ""

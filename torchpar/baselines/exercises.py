@@ -13,7 +13,6 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -113,14 +112,20 @@ def check_zeros_biases(zeros_biases: Function) -> str:
 
 
 def check_create_batches(create_batches: Function) -> str:
-    """23 samples in batches of 5: the rest of 3 is a batch, or the last batch takes it."""
-    samples, size = 23, 5
+    """23 samples in batches of 5: the rest of 3 is a batch, or the last batch takes it. 20 samples
+    have no rest."""
+    counts = check_batches(create_batches, 23, 5)
+    check_batches(create_batches, 20, 5)
+    return f"the last of {len(counts)} batches has {counts[-1]} of 23 samples"
+
+
+def check_batches(create_batches: Function, samples: int, size: int) -> list[int]:
+    """Return how many samples each batch has."""
     data = np.arange(samples * 4.0).reshape(samples, 4)
     labels = np.arange(samples) * 10
+    found = unchanged(create_batches, data, labels, size)
     try:
-        batches = [
-            (as_array(x), as_array(y)) for x, y in unchanged(create_batches, data, labels, size)
-        ]
+        batches = [(as_array(x), as_array(y)) for x, y in found]
     except (TypeError, ValueError) as e:
         raise Wrong(f"expected a list of pairs (data, labels): {e}") from None
     counts = [len(x) for x, _ in batches]
@@ -132,14 +137,13 @@ def check_create_batches(create_batches: Function) -> str:
         what = f"samples {missing} are in no batch" if missing else "a sample is in two batches"
         raise Wrong(f"{what}; the batches have {counts} of {samples} samples")
     whole, rest = divmod(samples, size)
-    if counts not in ([size] * whole + [rest], [size] * (whole - 1) + [size + rest]):
-        raise Wrong(
-            f"the batches have {counts} samples, expected {size} each, and the remainder last"
-        )
+    if counts not in ([size] * whole + [rest] * bool(rest), [size] * (whole - 1) + [size + rest]):
+        last = ", and the remainder last" if rest else ""
+        raise Wrong(f"the batches of {samples} samples have {counts}, expected {size} each{last}")
     for x, y in batches:
         if not np.array_equal(x, data[y.ravel() // 10]):
             raise Wrong("a label is not that of its sample")
-    return f"the last of {len(batches)} batches has {counts[-1]} of {samples} samples"
+    return counts
 
 
 def check_add_elementwise(add_elementwise: Function) -> str:
@@ -317,21 +321,28 @@ def own_of(module: ModuleType, names: Iterable[str]) -> list[str]:
     return [name for name, one in functions if getattr(one, "__module__", None) == own]
 
 
-def judge(name: str, check: Callable[[], str]) -> Verdict:
-    """The verdict of a check; an error of the function is one, too."""
+def judge(name: str, function: Function) -> Verdict:
+    """The verdict on a function; an error of it is one, too."""
     try:
         with np.errstate(all="ignore"), time_limit(LIMIT):
-            return Verdict(name, True, check())
+            return Verdict(name, True, CHECKS[name](function))
     except Wrong as e:
         return Verdict(name, False, str(e))
     except TooSlow:
         return Verdict(name, False, f"it takes more than {LIMIT:.0f} s for a few numbers")
     except Exception as e:
-        return failed(name, e)
+        return failed(name, e, function)
 
 
-def failed(name: str, error: Exception) -> Verdict:
-    """The verdict of an error in a student's function, with the line of the error."""
+def failed(name: str, error: Exception, function: Function | None = None) -> Verdict:
+    """The verdict of an error in a student's function, with the line of the error.
+
+    The line is that of its `def` if it takes other arguments than it is given.
+    """
+    code = getattr(function, "__code__", None)
+    if code and traceback.extract_tb(error.__traceback__)[-1].filename == __file__:
+        place = f"{Path(code.co_filename).name}, line {code.co_firstlineno}: "
+        return Verdict(name, False, place + first_line(error))
     return Verdict(name, False, located(error))
 
 
@@ -413,7 +424,7 @@ def check_file(path: Path, data: Path) -> int:
         raise ConfigError(f"--with {path} has none of {', '.join(CHECKS)}; {advice}")
     verdicts = []
     for name, function in functions.items():
-        verdicts.append(judge(name, partial(CHECKS[name], function)))
+        verdicts.append(judge(name, function))
         print(f"{path.name}: {verdicts[-1]}", flush=True)
     missing = [name for name in CHECKS if name not in functions]
     wrong = [one.name for one in verdicts if not one.is_right]
