@@ -493,6 +493,24 @@ def default_signals():
 
 
 @pytest.mark.usefixtures("default_signals")
+def test_sigterm_within_a_destructor_ends_the_script(tmp_path, capsys):
+    """Python drops the exceptions of destructors, such as those of tensors in the emulator."""
+    path = tmp_path / "script.py"
+    path.write_text(
+        "import signal, time\n\n"
+        "class Memory:\n"
+        "    def __del__(self):\n        signal.raise_signal(signal.SIGTERM)\n\n"
+        "Memory()\ntime.sleep(30)\nprint('to its end')\n"
+    )
+    hook = sys.unraisablehook
+    with pytest.raises(SystemExit) as ended:
+        command.main([str(path)])
+    assert ended.value.code == 143
+    assert "to its end" not in capsys.readouterr().out
+    assert sys.unraisablehook is hook
+
+
+@pytest.mark.usefixtures("default_signals")
 @pytest.mark.parametrize("name, status", [("SIGINT", 130), ("SIGTERM", 143)])
 def test_an_interrupted_launch_is_shown(name, status, script, capsys, monkeypatch):
     turns = gpu.Block.turns

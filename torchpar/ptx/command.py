@@ -192,6 +192,10 @@ def _fault_of(options: argparse.Namespace) -> str:
     return ""
 
 
+class _Ended(SystemExit):
+    """SIGTERM was received."""
+
+
 @contextmanager
 def _terminable() -> Iterator[None]:
     """Let SIGTERM end the script as an exception does, so that the report is shown."""
@@ -199,18 +203,29 @@ def _terminable() -> Iterator[None]:
 
     def end(number: int, frame: FrameType | None) -> None:
         if os.getpid() == process:
-            sys.exit(128 + number)
+            raise _Ended(128 + number)
         signal.signal(number, signal.SIG_DFL)  # a fork of the script, which has no report
         os.kill(os.getpid(), number)
+
+    def again_if_lost(raised: "sys.UnraisableHookArgs") -> None:
+        """Send the signal again if a destructor was running, whose exceptions Python drops."""
+        if not isinstance(raised.exc_value, _Ended):
+            hook(raised)
+            return
+        main, number = threading.main_thread().ident, signal.SIGTERM
+        threading.Timer(0.01, signal.pthread_kill, (main, number)).start()
 
     is_main = threading.current_thread() is threading.main_thread()  # others may set no handler
     if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
         return
     signal.signal(signal.SIGTERM, end)
+    hook, sys.unraisablehook = sys.unraisablehook, again_if_lost
     try:
         yield
     finally:
+        if sys.unraisablehook is again_if_lost:
+            sys.unraisablehook = hook
         if signal.getsignal(signal.SIGTERM) is end:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
