@@ -208,7 +208,7 @@ def _terminable() -> Iterator[None]:
         os.kill(os.getpid(), number)
 
     def again_if_lost(raised: "sys.UnraisableHookArgs") -> None:
-        """Send the signal again if a destructor was running, whose exceptions Python drops."""
+        """Let it come once more after a destructor, since Python drops what that raises."""
         if not isinstance(raised.exc_value, _Ended):
             hook(raised)
             return
