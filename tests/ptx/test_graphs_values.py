@@ -61,6 +61,23 @@ def test_probabilities_in_a_capture_may_be_none():
     assert gpu.faults == []
 
 
+def test_one_hot_reads_no_values_where_the_number_of_classes_is_given():
+    """On a CPU PyTorch reads the least and the greatest one also then."""
+    with emulate() as gpu, cuda_is_cpu(gpu):
+        x, i = torch.randn(3, 5, device="cuda"), torch.full((4,), 10**9, device="cuda")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            product = x @ nn.functional.one_hot(i, num_classes=5).T.float()
+        i.copy_(on_device(3, 0, 1, 1))
+        graph.replay()
+        assert torch.equal(product, x[:, i])
+        i.fill_(5)
+        with pytest.raises(RuntimeError, match="device-side assert"):
+            graph.replay()
+    (fault,) = gpu.faults
+    assert fault.name == "invalid value in a replay"
+
+
 def test_a_wrong_shape_in_a_capture_is_an_error():
     with emulate() as gpu, cuda_is_cpu(gpu):
         x, i = torch.ones(4, device="cuda"), on_device(99)

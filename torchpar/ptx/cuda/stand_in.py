@@ -102,6 +102,17 @@ TYPE: Function = Tensor.type
 WRITES: dict[Function, int] = {Tensor.copy_: 1, Tensor.__setitem__: 2}
 
 
+def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
+    if num_classes < 1 or tensor.dtype != torch.int64:  # which PyTorch infers, or refuses
+        return torch.nn.functional.one_hot(tensor, num_classes)
+    zeros = tensor.new_zeros(*tensor.shape, num_classes)
+    return zeros.scatter_(-1, tensor.unsqueeze(-1), 1)
+
+
+# Functions that PyTorch composes of operators which read values on a CPU, and of others on a GPU.
+ON_CUDA: dict[Function, Function] = {torch.nn.functional.one_hot: _one_hot}
+
+
 class _OnCpu(TorchFunctionMode):
     """Functions of PyTorch whose device is CUDA take the CPU."""
 
@@ -134,6 +145,8 @@ class _OnCpu(TorchFunctionMode):
             return self._copy(func, args, given)
         if func in WRITES:
             args = self._with_source(args, WRITES[func])
+        if self.graphs.is_capturing and func in ON_CUDA:
+            func = ON_CUDA[func]
         before = places.enter_function(args)
         try:
             result = func(*args, **given)
