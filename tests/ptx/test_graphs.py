@@ -396,6 +396,24 @@ def test_what_a_replay_does_wrong_is_named_at_its_line(case):
     check(fault, function, name)
 
 
+def step_of_scaler(x, optimizer):
+    scaler = torch.amp.GradScaler("cuda")
+    scaler.scale(x)
+    scaler.step(optimizer)
+
+
+def anomaly(x, optimizer):
+    with torch.autograd.detect_anomaly():
+        x.requires_grad_().sum().backward()
+
+
+def clip(x, optimizer):
+    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0, error_if_nonfinite=True)
+
+
+FUSED = "with fused=True or capturable=True"
+
+
 @pytest.mark.parametrize(
     "function, advice",
     [
@@ -403,9 +421,17 @@ def test_what_a_replay_does_wrong_is_named_at_its_line(case):
         (lambda x, optimizer: x.nonzero(), "compute with all elements"),
         (lambda x, optimizer: 1 if x.sum() > 0 else 2, "write torch.where for a condition"),
         (lambda x, optimizer: x.sum().item(), "read it after graph.replay()"),
-        (lambda x, optimizer: optimizer.step(), "with fused=True or capturable=True"),
+        (lambda x, optimizer: optimizer.step(), FUSED),
+        (lambda x, optimizer: x.add(1, alpha=x[:1].sum()), "keep the number on the device"),
+        (lambda x, optimizer: x[: x.argmax()], "a tensor as the bound of a slice"),
+        (lambda x, optimizer: x[x.argmax()], "x[n.reshape(1)]"),
+        (lambda x, optimizer: nn.functional.one_hot(x.long()), "give num_classes"),
+        (step_of_scaler, "scaler.update() after graph.replay()"),
+        (clip, "without error_if_nonfinite"),
+        (anomaly, "set_detect_anomaly(False)"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:Anomaly Detection", "ignore:Error detected in")
 def test_what_is_read_back_has_its_own_advice(function, advice):
     with emulate() as gpu, cuda_is_cpu(gpu):
         p = nn.Parameter(numbers(4))
@@ -414,7 +440,17 @@ def test_what_is_read_back_has_its_own_advice(function, advice):
         read = pytest.raises(RuntimeError, match="reads values")
         with read, torch.cuda.graph(torch.cuda.CUDAGraph()):
             function(x, optimizer)
-    assert advice in gpu.faults[0].message
+    message = gpu.faults[0].message
+    assert advice in message
+    assert (FUSED in message) == (advice == FUSED)
+
+
+def test_the_advice_on_a_layer_that_reads_its_count_is_to_give_a_momentum():
+    with emulate() as gpu, cuda_is_cpu(gpu):
+        norm, x = nn.BatchNorm1d(4, momentum=None).cuda(), numbers(2, 4)
+        read = pytest.raises(RuntimeError, match="a momentum that is not None")
+        with read, torch.cuda.graph(torch.cuda.CUDAGraph()):
+            norm(x)
 
 
 @pytest.mark.parametrize("read", [torch.Tensor.item, print])

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from torchpar.ptx.cuda import places
 from torchpar.ptx.cuda.operations import tensors_in
 from torchpar.ptx.cuda.types import Function, Keywords, Operator
+from torchpar.ptx.report.source import calls_under_way
 
 # Functions whose result has a shape that depends on values.
 DEPENDENT = {
@@ -40,6 +42,9 @@ READING_FUNCTIONS = {
 NUMBER = "a function of PyTorch, which takes a number from a tensor,"
 MASK = "indexing by a mask, whose number of elements depends on values,"
 REPEAT = "repeat_interleave without output_size"
+ONE_HOT = "one_hot without num_classes"
+POSITION = "a tensor that is one number, as an index,"
+BOUND = "a tensor as the bound of a slice"
 # Operators that do, also where another function of PyTorch or autograd calls them.
 READING_OPERATORS = {
     "_local_scalar_dense": NUMBER,
@@ -56,16 +61,39 @@ READING_OPERATORS = {
     "bincount": DEPENDENT["bincount"],
     "_linalg_check_errors": "the check of a matrix that may be singular",
 }
+MASKS = (torch.bool, torch.uint8)  # types of indices that stand for a mask
 INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_"}
 MAKING = {"tensor", "as_tensor", "asarray", "new_tensor"}  # tensors from numbers of Python
 
 
-def read_by_function(func: Function, args: Sequence[object]) -> str:
+def read_by_function(func: Function, args: Sequence[object], kwargs: Keywords) -> str:
     """Name what a function of PyTorch reads back of a tensor on the device."""
     name = getattr(func, "__name__", "")
     if name in READING_FUNCTIONS and args and places.is_on_device(args[0]):
         return READING_FUNCTIONS[name]
+    if func is torch.nn.functional.one_hot and args and places.is_on_device(args[0]):
+        number = args[1] if len(args) > 1 else kwargs.get("num_classes", -1)
+        return ONE_HOT if number == -1 else ""
     return ""
+
+
+def read_by_index(func: Function, args: Sequence[object]) -> str:
+    """Name what `x[index]` reads back of numbers in the index."""
+    if func not in (Tensor.__getitem__, Tensor.__setitem__):
+        return ""
+    for one in args[1] if isinstance(args[1], tuple) else (args[1],):
+        if isinstance(one, slice) and any(map(_is_number, (one.start, one.stop, one.step))):
+            return BOUND
+        if _is_number(one):
+            return POSITION
+    return ""
+
+
+def _is_number(value: object) -> bool:
+    """Whether a value is one whole number on the device."""
+    if not isinstance(value, Tensor) or value.dim() > 0 or value.is_floating_point():
+        return False
+    return value.dtype not in MASKS and places.is_on_device(value)
 
 
 def read_by_operator(func: Operator, args: Sequence[object], kwargs: Keywords) -> str:
@@ -79,24 +107,61 @@ def read_by_operator(func: Operator, args: Sequence[object], kwargs: Keywords) -
 
 
 def instead_of(what: str) -> str:
-    """Say what to write in the place of a function or an operator that reads values."""
-    if what == NUMBER:
-        return (
-            "keep the number on the device; an optimizer whose learning rate is a tensor does so "
-            "with fused=True or capturable=True"
-        )
-    if what == READING_FUNCTIONS["__bool__"]:
-        return "write torch.where for a condition, or read the tensor after graph.replay()"
-    if what == REPEAT:
-        return "give output_size"
-    if what == MASK or what in DEPENDENT.values():
-        return "compute with all elements, as by torch.where(mask, x, 0)"
-    return "keep the tensor, and read it after graph.replay()"
+    """Say what to write in the place of a function or an operator that reads values now."""
+    return INSTEAD.get(what) or _instead_of_callers(what) or INSTEAD_ALONE.get(what, READ_AFTER)
+
+
+def _instead_of_callers(what: str) -> str:
+    """Say what to write in the place of a function that has called the one which reads values."""
+    is_in_backward = torch._C._current_graph_task_id() >= 0
+    if what == NUMBER and is_in_backward and torch.is_anomaly_enabled():
+        return "call set_detect_anomaly(False): with True a backward pass reads its gradients"
+    for frame in calls_under_way():
+        place = frame.f_globals.get("__name__", ""), frame.f_code.co_name
+        if place in INSTEAD_WITHIN:
+            return INSTEAD_WITHIN[place]
+        if what == NUMBER and isinstance(frame.f_locals.get("self"), Optimizer):
+            return (
+                f"{INSTEAD_ALONE[NUMBER]}; an optimizer whose learning rate is a tensor does so "
+                "with fused=True or capturable=True"
+            )
+    return ""
+
+
+INSTEAD = {
+    REPEAT: "give output_size",
+    ONE_HOT: "give num_classes",
+    POSITION: "index by a tensor of one dimension: x[n.reshape(1)], or index_select",
+    BOUND: "give numbers of Python, or compute with all elements, as by torch.where(mask, x, 0)",
+    **dict.fromkeys(
+        (MASK, *DEPENDENT.values()), "compute with all elements, as by torch.where(mask, x, 0)"
+    ),
+}
+# Where no caller has other advice.
+INSTEAD_ALONE = {
+    NUMBER: "keep the number on the device",
+    READING_FUNCTIONS["__bool__"]: (
+        "write torch.where for a condition, or read the tensor after graph.replay()"
+    ),
+}
+READ_AFTER = "keep the tensor, and read it after graph.replay()"
+WITHOUT_CHECK = (
+    "call it without error_if_nonfinite, and check the norm that it returns after graph.replay()"
+)
+# By modules and functions of PyTorch that read values in Python.
+INSTEAD_WITHIN = {
+    ("torch.amp.grad_scaler", "step"): (
+        "capture the forward and the backward pass alone, and call scaler.step(optimizer) and "
+        "scaler.update() after graph.replay()"
+    ),
+    ("torch.nn.utils.clip_grad", "clip_grad_norm_"): WITHOUT_CHECK,
+    ("torch.nn.utils.clip_grad", "get_total_norm"): WITHOUT_CHECK,
+    ("torch.nn.modules.batchnorm", "forward"): "give the layer a momentum that is not None",
+}
 
 
 def _has_mask(indices: object) -> bool:
-    masks = (torch.bool, torch.uint8)
-    return any(t.dtype in masks for t in tensors_in([indices]))
+    return any(t.dtype in MASKS for t in tensors_in([indices]))
 
 
 def _fills(func: Operator, args: Sequence[object]) -> bool:

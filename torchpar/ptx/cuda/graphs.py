@@ -166,9 +166,9 @@ class Graphs:
 
     def function(self, func: Function, args: Arguments, kwargs: Keywords) -> None:
         """Check a function of PyTorch before it is called."""
-        what = capture_rules.read_by_function(func, args)
+        what = capture_rules.read_by_function(func, args, kwargs)
         if self.capture is not None and self.is_capturing:
-            if what:
+            if what := what or capture_rules.read_by_index(func, args):
                 self._refuse_read(what)
             if capture_rules.makes_from_host(func, args, kwargs):
                 self._refuse_copy(capture_rules.TO_DEVICE)

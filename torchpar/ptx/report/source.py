@@ -4,6 +4,7 @@
 import linecache
 import os
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -37,6 +38,14 @@ def name_in_program(value: object) -> str:
             if one is value:
                 return name
     return ""
+
+
+def calls_under_way() -> Iterator[FrameType]:
+    """Yield the frames of the functions that have been called, the innermost first."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
 
 
 def _program_frame() -> FrameType | None:
