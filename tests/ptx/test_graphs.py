@@ -264,6 +264,29 @@ def rate_of_python():
     graph.replay()  # fault
 
 
+def rate_in_another_place():
+    """The tensor lives on, in the optimizer's defaults; a number that is equal is no fault."""
+    p = nn.Parameter(numbers(4))
+    rate = torch.tensor(0.1, device="cuda")
+    optimizer = torch.optim.AdamW([p], lr=rate, capturable=True)
+
+    def step():
+        optimizer.zero_grad()
+        p.sum().backward()
+        optimizer.step()  # captured
+
+    graph, _ = capture(step)
+    for new in (rate, 0.1, torch.tensor(0.1, device="cuda")):
+        optimizer.param_groups[0]["lr"] = new
+        graph.replay()
+    rate.fill_(0.05)  # as `graphed` lets its rate follow the group's number
+    optimizer.param_groups[0]["lr"] = 0.05
+    graph.replay()
+    for new in (0.3, torch.tensor(0.2, device="cuda")):
+        optimizer.param_groups[0]["lr"] = new
+        graph.replay()  # fault
+
+
 def read_too_early():
     x = numbers(4)
     _, out = capture(lambda: x + 1)  # captured
@@ -347,6 +370,7 @@ WRONG = {
     "grad of the graph": (gradients_made_anew, "replaced gradient"),
     "p.data = new": (replaced_parameter, "freed input"),
     "lr": (rate_of_python, "number in a graph"),
+    "lr = new": (rate_in_another_place, "number in a graph"),
     "too early": (read_too_early, "result before a replay"),
     "two graphs": (second_graph_first, "result before a replay"),
     "momentum": (state_without_warm_up, "state made in a capture"),

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchpar.ptx.cuda.capture import Capture
 from torchpar.ptx.cuda.graph_memory import REPLAYED, WRITTEN, Line, Memory, Pool, memory_of
 from torchpar.ptx.cuda.operations import Operation
-from torchpar.ptx.cuda.steps import Step
+from torchpar.ptx.cuda.steps import Change, Step
 from torchpar.ptx.cuda.streams import Stream
 from torchpar.ptx.cuda.types import PoolHandle
 from torchpar.ptx.cuda.uncaptured import advice
@@ -177,18 +177,7 @@ class CUDAGraph:
             raise RuntimeError("a replay within a capture is not emulated; replay it outside")
         self._check_inputs(line)
         self._check_gradients(line)
-        for step in self.steps:
-            for key, before, now in step.changes():
-                graphs.note(
-                    "warning",
-                    "number in a graph",
-                    f"the graph still computes with {key}={_as_text(before)}, and {step.name} has "
-                    f"{key}={_as_text(now)}; capture again, or, if the optimizer takes a tensor, "
-                    "make it one on the device before the capture, and change it in place",
-                    line,
-                    None if step.line is None else ("captured", step.line),
-                    (key, step.name),
-                )
+        self._check_numbers(line)
         with graphs.unwatched():
             for operation in self.operations:
                 self._execute(operation, line)
@@ -282,6 +271,23 @@ class CUDAGraph:
                     None if memory.made is None else ("captured", memory.made),
                 )
 
+    def _check_numbers(self, line: Line) -> None:
+        """Check that optimizers have the numbers that the graph computes with."""
+        for step in self.steps:
+            with self._graphs.unwatched(), torch._C.DisableTorchFunction():
+                changes = list(step.changes())
+            for change in changes:
+                how, instead = _explained(change)
+                self._graphs.note(
+                    "warning",
+                    "number in a graph",
+                    f"the graph still {how}, and {step.name} has {change.name}={change.now}; "
+                    f"capture again, or{instead}",
+                    line,
+                    None if step.line is None else ("captured", step.line),
+                    (change.name, step.name),
+                )
+
     def _note_replay(self, line: Line) -> None:
         work = self._graphs.streams.work()
         for memory in self.memories:
@@ -323,5 +329,17 @@ def _listed(names: list[str], word: str) -> str:
     return f" {word} ".join(shown)
 
 
-def _as_text(value: object) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+def _explained(change: Change) -> tuple[str, str]:
+    """Say where a graph has a number from, and what lets it change."""
+    number = f"{change.name}={change.before}"
+    if change.is_kept:
+        in_place = f"change it in place: group['{change.name}'].fill_(number)"
+        return (
+            f"reads {number} from a tensor that was replaced",
+            f" keep that tensor, and {in_place}",
+        )
+    return (
+        f"computes with {number}",
+        ", if the optimizer takes a tensor, make it one on the device before the capture, and "
+        "change it in place",
+    )

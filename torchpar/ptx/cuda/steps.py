@@ -3,8 +3,9 @@
 
 import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
@@ -15,22 +16,74 @@ from torchpar.ptx.cuda.graph_memory import Line
 UNUSED = ("params", "initial_lr", "param_names")  # of a group: no step computes with them
 
 
-def _numbers_of_group(group: dict[str, Any]) -> dict[str, object]:
-    """Return the numbers of a group that a graph would take as they are."""
-    found: dict[str, object] = {}
+class Change(NamedTuple):
+    """A number of an optimizer that has changed since the capture.
+
+    Attributes:
+        is_kept: whether the graph reads a tensor that the optimizer does not have any more.
+    """
+
+    name: str
+    before: str
+    now: str
+    is_kept: bool
+
+
+class _Kept:
+    """A number in a tensor on the device, which a graph reads from the memory of its capture."""
+
+    def __init__(self, t: Tensor):
+        self._tensor, self._address = weakref.ref(t), t.data_ptr()
+
+    def tensor(self) -> Tensor | None:
+        """Return the tensor; None if it has other memory now."""
+        t = self._tensor()
+        return t if t is not None and t.data_ptr() == self._address else None
+
+
+Number: TypeAlias = int | float | Tensor
+
+
+def _numbers_of_group(group: dict[str, Any]) -> dict[str, list[Number]]:
+    """Return the numbers of a group, of which some are in tensors."""
+    found: dict[str, list[Number]] = {}
     for key, value in group.items():
-        leaves = [_number(one) for one in tree_leaves(value)] if key not in UNUSED else []
-        if leaves and None not in leaves:
-            found[key] = leaves[0] if len(leaves) == 1 else tuple(leaves)
+        leaves = tree_leaves(value) if key not in UNUSED else []
+        if leaves and all(map(_is_number, leaves)):
+            found[key] = leaves
     return found
 
 
-def _number(value: object) -> int | float | None:
-    if isinstance(value, Tensor) and value.numel() == 1 and not places.is_on_device(value):
-        return float(value)  # a number of the host, which a launch takes by its value
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+def _is_number(value: object) -> TypeGuard[Number]:
+    if isinstance(value, Tensor):
+        return value.numel() == 1
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _captured(value: Number) -> int | float | _Kept:
+    if not isinstance(value, Tensor):
         return value
-    return None
+    # A launch takes a number of the host by its value.
+    return _Kept(value) if places.is_on_device(value) else float(value)
+
+
+def _are_equal(one: Number, other: Number) -> bool:
+    """Whether two numbers are equal, as a tensor holds them if one is in a tensor."""
+    types = [t.dtype for t in (one, other) if isinstance(t, Tensor)]
+    if one is other or not types:
+        return one is other or bool(one == other)
+    return any(_rounded(one, to) == _rounded(other, to) for to in types)
+
+
+def _rounded(number: Number, to: torch.dtype) -> float:
+    return float(torch.tensor(float(number), dtype=to))
+
+
+def _as_text(numbers: list[Number]) -> str:
+    texts = [
+        f"{float(one):.6g}" if isinstance(one, (float, Tensor)) else str(one) for one in numbers
+    ]
+    return texts[0] if len(texts) == 1 else f"({', '.join(texts)})"
 
 
 class Step:
@@ -39,17 +92,29 @@ class Step:
     def __init__(self, optimizer: Optimizer, line: Line):
         self.optimizer, self.line = weakref.ref(optimizer), line
         self.name = type(optimizer).__name__
-        self.numbers = [_numbers_of_group(group) for group in optimizer.param_groups]
+        self._numbers = [
+            {
+                key: list(map(_captured, numbers))
+                for key, numbers in _numbers_of_group(group).items()
+            }
+            for group in optimizer.param_groups
+        ]
 
-    def changes(self) -> Iterator[tuple[str, object, object]]:
-        """Yield numbers that are other ones now: their names, and both values."""
+    def changes(self) -> Iterator[Change]:
+        """Yield numbers that are other ones now."""
         optimizer = self.optimizer()
         groups = () if optimizer is None else optimizer.param_groups
-        for before, group in zip(self.numbers, groups, strict=False):
+        for captured, group in zip(self._numbers, groups, strict=False):
             now = _numbers_of_group(group)
-            for key, value in before.items():
-                if key in now and now[key] != value:
-                    yield key, value, now[key]
+            for key, numbers in captured.items():
+                before = [one.tensor() if isinstance(one, _Kept) else one for one in numbers]
+                # Freed memory is another fault.
+                known = [one for one in before if one is not None]
+                if len(known) == len(now.get(key, ())) and not all(
+                    map(_are_equal, known, now[key])
+                ):
+                    is_kept = any(isinstance(one, _Kept) for one in numbers)
+                    yield Change(key, _as_text(known), _as_text(now[key]), is_kept)
 
     def parameters(self) -> list[Tensor]:
         optimizer = self.optimizer()
