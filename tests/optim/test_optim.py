@@ -342,6 +342,8 @@ def test_a_refused_group_is_not_added():
     optimizer = Muon([{"params": [p]} for p in params[:2]])
     with pytest.raises(ValueError, match="expected 2D"):
         optimizer.add_param_group({"params": [torch.randn(3)]})
+    with pytest.raises(ValueError, match="group 2: Learning rate"):
+        optimizer.add_param_group({"params": [torch.randn(3, 3)], "lr": -1.0})
     optimizer.add_param_group({"params": params[2:]})
     fill_gradients(params)
     optimizer.step()
@@ -649,6 +651,18 @@ def view(function: Callable[[Tensor], Any]) -> Muon:
             lambda: Muon([{"params": [X], "ns": "gram"}]),
             "ns applies to the whole optimizer, not to a group",
         ),
+        (lambda: Muon([X], "0.1"), "lr is '0.1', expected a number or a tensor of one"),
+        (lambda: Muon([X], None), "lr is None, expected a number"),
+        (lambda: Muon([X], momentum="0.9"), "Muon: momentum is '0.9', expected a number"),
+        (lambda: Muon([{"param": [X]}]), "a group has param, expected params"),
+        (lambda: Muon([{"params": [X], "lr": -1}]), "group 0: Learning rate should be >= 0"),
+        (lambda: Muon([{"params": [X], "lr": "1"}]), "Muon: group 0: lr is '1', expected"),
+        (lambda: Muon([{"params": [X], "momentum": -1}]), "group 0: momentum should be >= 0"),
+        (lambda: Muon([{"params": [X], "weight_decay": -1}]), "group 0: weight decay should be"),
+        (lambda: Muon([{"params": [X], "ns_steps": 100}]), "group 0: .*steps is 100, expected"),
+        (lambda: Muon([{"params": [X], "ns_coefficients": "no"}]), "group 0: .*'no', expected 3"),
+        (lambda: Muon([{"params": [X], "adjust_lr_fn": "no"}]), "group 0: .*no is not supported"),
+        (lambda: Muon([X]).load_state_dict({}), "the state dict has no param_groups; load one of"),
         (
             lambda: Muon([("w", X)], views={"v": lambda p: p}),
             "views has v, expected names of parameters",

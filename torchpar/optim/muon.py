@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch
 import torch.distributed as dist
@@ -37,16 +37,8 @@ _RATIOS: dict[str, Callable[[int, int], float]] = {
 _Ranks = dist.ProcessGroup | DeviceMesh | None  # a parameter's ranks; None for this rank alone
 _PARAMETERS = "the list of parameters"
 # What a step reads of a group, beside its parameters.
-_OPTIONS = {
-    "lr",
-    "weight_decay",
-    "momentum",
-    "nesterov",
-    "ns_coefficients",
-    "eps",
-    "ns_steps",
-    "adjust_lr_fn",
-}
+_NUMBERS = ("lr", "weight_decay", "momentum", "eps")
+_OPTIONS = {*_NUMBERS, "nesterov", "ns_coefficients", "ns_steps", "adjust_lr_fn"}
 
 
 class Muon(Optimizer):
@@ -91,7 +83,8 @@ class Muon(Optimizer):
         ConfigError: a parameter that is not a matrix and has no view; an invalid view; ``ns``,
             ``views`` or ``process_group`` in a parameter group; ranks whose parameters differ. The
             error is a ValueError, and names the parameter.
-        ValueError: an argument that `torch.optim.Muon` or `orthogonalize` refuses.
+        ValueError: an argument, or an option of a group, that `torch.optim.Muon` or `orthogonalize`
+            refuses.
     """
 
     ns: NewtonSchulz = "auto"
@@ -117,20 +110,17 @@ class Muon(Optimizer):
         views: Mapping[str, View] | None = None,
         process_group: dist.ProcessGroup | DeviceMesh | None = None,
     ):
-        no_matrix = torch.empty(0, 0)
-        orthogonalize(no_matrix, ns_coefficients, ns_steps, eps, ns)  # checks the arguments
-        of_torch: Any = torch.optim.Muon  # its signature has narrower types
-        theirs = of_torch(
-            [no_matrix],
-            lr,
-            weight_decay,
-            momentum,
-            nesterov,
-            ns_coefficients,
-            eps,
-            ns_steps,
-            adjust_lr_fn,
-        )
+        options = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "ns_coefficients": ns_coefficients,
+            "eps": eps,
+            "ns_steps": ns_steps,
+            "adjust_lr_fn": adjust_lr_fn,
+        }
+        defaults = _checked(options, ns)
         if not isinstance(process_group, dist.ProcessGroup | DeviceMesh | None):
             given = f"process_group is of type {type(process_group).__name__}"
             raise ConfigError(f"Muon: {given}, expected a process group, a DeviceMesh or None")
@@ -140,7 +130,7 @@ class Muon(Optimizer):
         # By parameter: groups may change, and a state dict that is loaded may bring other names.
         self._names: dict[Tensor, str] = {}
         try:
-            super().__init__(params, theirs.defaults)
+            super().__init__(params, defaults)
         except TypeError as e:
             if not isinstance(params, torch.nn.Module):  # a ParameterList holds parameters
                 raise
@@ -241,8 +231,12 @@ class Muon(Optimizer):
             raise ConfigError(
                 f"Muon: {sorted(of_all)[0]} applies to the whole optimizer, not to a group"
             )
+        if "params" not in param_group:
+            given = ", ".join(map(str, param_group)) or "nothing"
+            raise ConfigError(f"Muon: a group has {given}, expected params, its parameters")
         super().add_param_group(param_group)
         try:
+            self._check_group(len(self.param_groups) - 1)
             for info in self._param_infos(len(self.param_groups) - 1):
                 info.check()
             if any(exchange.group for exchange in self._plan or ()):
@@ -254,6 +248,26 @@ class Muon(Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
+
+    def _check_group(self, index: int) -> None:
+        """Check the options that are the group's own, as the constructor does its arguments."""
+        options = {name: self.param_groups[index][name] for name in _OPTIONS}
+        if all(value is self.defaults[name] for name, value in options.items()):
+            return
+        try:
+            _checked(options, self.ns)
+        except ValueError as e:
+            message = str(e).removeprefix("Muon: ")
+            raise ConfigError(f"Muon: group {index}: {message}") from e
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state, as `torch.optim.Optimizer.load_state_dict` does."""
+        try:
+            super().load_state_dict(state_dict)
+        except KeyError as e:
+            if e.args[0] not in ("param_groups", "params", "state"):
+                raise
+            raise ConfigError(f"Muon: the state dict has no {e.args[0]}; load one of a Muon") from e
 
     def _param_infos(self, first: int = 0) -> Iterator[ParamInfo]:
         """The parameters of the groups from ``first`` on, as they are now."""
@@ -485,6 +499,20 @@ class Muon(Optimizer):
             _update_all(params, steps, lr, decay, ratios)
         # An earlier graph that holds a DTensor, and not its local part, must notice.
         torch.autograd.graph.increment_version([info.p for info in updates if is_dtensor(info.p)])
+
+
+def _checked(options: Group, ns: NewtonSchulz) -> Group:
+    """Return the defaults of `torch.optim.Muon` with these options, if none is refused."""
+    for name in _NUMBERS:
+        if not isinstance(options[name], SupportsFloat):
+            expected = "a number or a tensor of one" if name == "lr" else "a number"
+            raise ConfigError(f"Muon: {name} is {options[name]!r}, expected {expected}")
+    no_matrix = torch.empty(0, 0)
+    coefficients, steps, eps = (options[name] for name in ("ns_coefficients", "ns_steps", "eps"))
+    orthogonalize(no_matrix, coefficients, steps, eps, ns)
+    of_torch: Any = torch.optim.Muon  # its signature has narrower types
+    defaults: Group = of_torch([no_matrix], **options).defaults
+    return defaults
 
 
 def _is_read_at_once(lr: Tensor, p: Tensor) -> bool:
