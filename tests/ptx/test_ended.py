@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from ptx.faults import next_program_first_kernel
@@ -93,13 +94,42 @@ def pipelined_sum(x, out, BLOCK: tl.constexpr, STEPS: tl.constexpr):
     tl.store(out + i[:, None] * BLOCK + i[None, :], a)
 
 
-def test_a_copy_outside_of_its_tensor_ends_a_launch():
-    """An asynchronous copy is not left out as a load is, and its message is a sentence."""
+def test_a_copy_outside_of_its_tensor_is_named_as_a_load_and_ends_no_launch():
     x, out = torch.zeros(3 * 256, dtype=torch.float16), torch.zeros(256)
     with emulate() as gpu:
         pipelined_sum[(1,)](x, out, BLOCK=16, STEPS=4)
-    (fault,) = [one for one in gpu.faults if one.kind == "error"]
-    assert fault.message == (
-        "an access to element 768 of the storage of x, which is outside of x (float16 [768])"
-    )
-    assert shown(gpu.report(), "out of bounds") == (True, [False])
+    (fault,) = [one for one in gpu.faults if one.name == "out of bounds"]
+    where = "loads element 768 of the storage of x, which is outside of x (float16 [768])"
+    assert fault.message == f"thread 0 {where}"
+    assert shown(gpu.report(), "") == (False, [True])
+
+
+@gluon.jit
+def copy_of_two(x, y, out, first, n):
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    i = gl.arange(0, 128, layout)
+    shared = gl.allocate_shared_memory(gl.float32, [128], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    async_copy.async_load(shared, gl.where(i < first, x + i, y + i), mask=i < n)
+    async_copy.commit_group()
+    async_copy.wait_group(0)
+    gl.store(out + i, shared.load(layout))
+
+
+@pytest.mark.skipif(not hasattr(async_copy, "async_load"), reason="Gluon of Triton 3.8")
+@pytest.mark.parametrize("n, thread", [(128, None), (97, None), (112, 100)])
+def test_a_copy_names_the_thread_that_is_outside(n, thread):
+    """Its warp may copy from two tensors, and some of its threads from none."""
+    x, y, out = torch.randn(128), torch.randn(128), torch.zeros(128)
+    given = y if thread is None else y[:thread].clone()
+    with emulate() as gpu:
+        copy_of_two[(1,)](x, given, out, 50, n)
+    right = torch.where(torch.arange(128) < 50, x, y)
+    right[n:] = 0
+    if thread is not None:
+        (fault,) = gpu.faults
+        where = f"element {thread} of the storage of y, which is outside of y (float32 [{thread}])"
+        assert fault.message == f"thread {thread} loads {where}"
+        assert out[thread:n].isnan().all()  # what has no value is none
+        right[thread:n] = out[thread:n] = 0
+    assert bool(gpu.faults) == (thread is not None)
+    assert torch.equal(out, right)

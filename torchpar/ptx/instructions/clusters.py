@@ -152,8 +152,10 @@ class RemoteStore(Operation):
         self.targets = frozenset(rank_of(one) for one in addresses.tolist())
         # The space is that of all windows; an operation's accesses are in one of them at a time.
         self.parts = [np.flatnonzero(addresses >> WINDOW_BITS == rank) for rank in self.targets]
+        lanes = warp.lanes()
         for part in self.parts:
-            warp.block.shared.write(warp, addresses[part], self.width, self.written, line)
+            at = addresses[part]
+            warp.block.shared.write(warp, at, self.width, self.written, line, lanes[part])
         warp.block.gpu.counts.access_shared(warp.pc - 1, addresses, warp.lanes(), self.width)
 
     def store(self) -> None:

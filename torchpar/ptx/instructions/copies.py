@@ -182,8 +182,9 @@ class Copies(Operation):
         read, written = (
             events.add(number, self.agent, self.time + n, line, self.name) for n in (1, 2)
         )
+        lanes = warp.lanes()
         self.block.shared.write(warp, units, unit, written, line)
-        self.block.space.read(warp, elements[inside], width, read, line)
+        self.block.space.read(warp, elements[inside], width, read, line, lanes=lanes[inside])
         warp.count_copy(elements[inside], width, units, unit)
         self.parts.append((places, line))
         for step in (self._fetch_parts, self._store_parts)[: self.done]:

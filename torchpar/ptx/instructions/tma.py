@@ -417,8 +417,8 @@ class Reduction(Operation):
         space, events = self.block.space, self.block.gpu.events
         events.atomic[self.written] = True
         if self.elements.size:
-            place, rows = space.locate(self.elements, self.width, line)
-            space.change(warp, place, rows, self.width, self.written, line, True, True)
+            for place, rows, _ in space.pieces(warp, self.elements, self.width, line, "store"):
+                space.change(warp, place, rows, self.width, self.written, line, True, True)
         warp.count_copy(self.elements, self.width, self.units, self.unit)
         self.block.bulk.append((self.agent, line, "read"))
 

@@ -212,8 +212,8 @@ class Warp:
         by_lane = lanes if len(lanes) == len(units) else None
         counts.access_shared(self.pc - 1, units, by_lane, unit)
         if elements.size:
-            place, rows = space.locate(elements, width, 0)
-            self.count_place(place, rows * width)
+            for place, rows, _ in space.parts(elements, width, 0):
+                self.count_place(place, rows * width)
         if (trace := self.block.trace) is not None:
             inside = None if by_lane is None else lanes[: elements.size]
             trace.access(self, self.pc - 1, "global", elements, inside, width)

@@ -54,20 +54,12 @@ class SharedMemory(Space):
             raise
 
     def tell(
-        self,
-        warp: Warp,
-        place: Allocation | None,
-        address: int,
-        width: int,
-        line: int,
-        what: str,
-        lane: int,
+        self, warp: Warp, place: Allocation | None, address: int, width: int, line: int, does: str
     ) -> None:
         if why := self.why_ended(address):
-            message = f"{warp.name} {what}s {why}"
-            warp.block.gpu.fault("error", ENDED, line, message, warp)
+            warp.block.gpu.fault("error", ENDED, line, f"{does} {why}", warp)
             return
-        super().tell(warp, place, address, width, line, what, lane)
+        super().tell(warp, place, address, width, line, does)
 
 
 class Phase:

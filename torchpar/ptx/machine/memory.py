@@ -104,22 +104,40 @@ class Space(AddressSpace):
     # The rules, of the accesses of a warp and of its asynchronous operations
 
     def read(
-        self, warp: Warp, addresses: Values, width: int, event: int, line: int, fence: bool = False
+        self,
+        warp: Warp,
+        addresses: Values,
+        width: int,
+        event: int,
+        line: int,
+        fence: bool = False,
+        lanes: Values | None = None,
     ) -> None:
-        """An asynchronous operation reads at any time until it has been waited for."""
+        """An asynchronous operation reads at any time until it has been waited for.
+
+        ``lanes``: the threads of the addresses, by default those that execute the instruction.
+        """
         if warp.native is not None and warp.native.read(warp, self, addresses, width, event, fence):
             return
-        place, rows = self.check_read(warp, addresses, width, line, fence)
-        self._note_read(warp, place, rows, width, event)
+        for place, rows, _ in self.pieces(warp, addresses, width, line, "load", lanes):
+            self._check_writers(warp, place, rows, width, line, fence)
+            self._note_read(warp, place, rows, width, event)
 
     def check_read(
-        self, warp: Warp, addresses: Values, width: int, line: int, fence: bool = False
+        self, warp: Warp, addresses: Values, width: int, line: int
     ) -> tuple[Allocation, Rows]:
+        """Locate addresses of one allocation, and refuse what the warp does not know."""
+        place, rows = self.locate(addresses, width, line)
+        self._check_writers(warp, place, rows, width, line, fence=False)
+        return place, rows
+
+    def _check_writers(
+        self, warp: Warp, place: Allocation, rows: Rows, width: int, line: int, fence: bool
+    ) -> None:
         """Refuse to read what the warp does not know.
 
         ``fence``: the asynchronous proxy reads, for which generic writes need a fence.
         """
-        place, rows = self.locate(addresses, width, line)
         writers = place.shadow(place.writes, width)[rows]
         known = warp.clocks.knows(warp.index, writers)
         if not all_true(known):
@@ -131,7 +149,6 @@ class Space(AddressSpace):
             what = f"reads what {events.who(number)} wrote ({where})"
             message = f"{what}, which needs a fence between the proxies"
             warp.block.gpu.fault("error", "missing fence", line, message, warp)
-        return place, rows
 
     def _read(
         self,
@@ -175,11 +192,22 @@ class Space(AddressSpace):
                     others[rows] = np.where(replaced, before, kept)
         reads[rows] = event
 
-    def write(self, warp: Warp, addresses: Values, width: int, event: int, line: int) -> None:
-        """An asynchronous operation writes at any time until it has been waited for."""
-        place, rows = self.locate(addresses, width, line)
-        self._write(warp, place, rows, width, event, line)
-        place.data.reshape(-1, width)[rows] = POISON
+    def write(
+        self,
+        warp: Warp,
+        addresses: Values,
+        width: int,
+        event: int,
+        line: int,
+        lanes: Values | None = None,
+    ) -> None:
+        """An asynchronous operation writes at any time until it has been waited for.
+
+        ``lanes``: as in `read`.
+        """
+        for place, rows, _ in self.pieces(warp, addresses, width, line, "store", lanes):
+            self._write(warp, place, rows, width, event, line)
+            place.data.reshape(-1, width)[rows] = POISON
 
     def _write(
         self,

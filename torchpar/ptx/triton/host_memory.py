@@ -77,7 +77,7 @@ class HostMemory:
 
     def begin(self, space: Space) -> None:
         """Let tensors have places in the space of another launch, or of another schedule."""
-        self.space, space.find = space, self._find
+        self.space, space.find, space.between = space, self._find, self._between
         self._places: dict[Storage, Allocation] = {}
         self._live: list[LiveTensor] | None = None
         self._is_tidy = False  # without tensors that nothing refers to
@@ -145,6 +145,13 @@ class HostMemory:
             self._live, self._is_tidy = _live_tensors(), True
             found = _at(address, self._live)
         return None if found is None else self.place(found, "a tensor")
+
+    def _between(self, address: int) -> tuple[int, int]:
+        """Return the first and the last address around one of no live tensor that have none."""
+        live = self._live or []
+        after = bisect_right(live, address, key=lambda one: one[0])
+        first = live[after - 1][1] if after else 0
+        return first, live[after][0] - 1 if after < len(live) else 2**64 - 1
 
     def keep_unwritten(self) -> None:
         """Remember what is still unwritten after the launch."""
