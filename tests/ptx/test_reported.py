@@ -121,6 +121,31 @@ def test_an_offset_that_overflows_32_bits_is_named_with_the_element_that_was_mea
 
 
 @triton.jit
+def store_far(tiles, c, table, out, offset, STEPS: tl.constexpr):
+    i = tl.arange(0, 32)
+    at = c + offset
+    for _ in range(STEPS):
+        tl.store(at + i, 1.0)
+        at += 32
+    loaded = tl.load(table).to(tl.pointer_type(tl.float32))
+    tl.store(out + i, tl.load(loaded + i + offset, mask=tl.load(tiles) > 0))
+
+
+@pytest.mark.parametrize("offset, steps", [(-517_295_552, 1), (2**28, 3)])
+def test_a_far_access_names_the_tensor_that_its_line_uses(offset, steps):
+    """And not the nearest one; where the address was loaded, none that is far."""
+    tiles, c, out = torch.ones(1, dtype=torch.int32), torch.zeros(100), torch.zeros(32)
+    table = torch.tensor([2**40])
+    with emulate() as gpu:
+        store_far[(1,)](tiles, c, table, out, offset, STEPS=steps, num_warps=1)
+    stored, loaded = (one for one in gpu.faults if one.name == "out of bounds")
+    where = f"element {offset} of the storage of c, which is outside of c (float32 [100])"
+    assert stored.message == f"thread 0 stores {where}"
+    far = f"address {2**40 + 4 * offset:#x}, which is far from every tensor of the launch"
+    assert loaded.message == f"thread 0 loads {far}"
+
+
+@triton.jit
 def scaled_sum(x, scales, out, K, MASKED: tl.constexpr):
     total = tl.zeros((1,), tl.float32)
     for k in range(0, K, 128):

@@ -103,7 +103,7 @@ class Multicast(Load):
     def store(self) -> None:
         super().store()
         for at, barrier in self.copies:
-            self.block.shared.poke(at, self.values.reshape(-1, self.unit), self.line)
+            self.block.shared.poke(at, self.values.reshape(-1, self.unit))
             barrier.update(transactions=-self.values.size)
 
 
@@ -160,7 +160,7 @@ class RemoteStore(Operation):
 
     def store(self) -> None:
         for part in self.parts:
-            self.block.shared.poke(self.addresses[part], self.values[part], self.line)
+            self.block.shared.poke(self.addresses[part], self.values[part])
         for barrier in self.counting:
             barrier.update(transactions=-self.width)
 

@@ -146,17 +146,15 @@ class Copy(Operation):
     def fetch(self) -> None:
         if self.to_shared:
             self.values = np.zeros((len(self.inside), self.width), np.uint8)
-            self.values[self.inside] = self.block.space.peek(self.elements, self.width, self.line)
+            self.values[self.inside] = self.block.space.peek(self.elements, self.width)
         else:
-            self.values = self.block.shared.peek(self.units, self.unit, self.line).reshape(
-                -1, self.width
-            )
+            self.values = self.block.shared.peek(self.units, self.unit).reshape(-1, self.width)
 
     def store(self) -> None:
         if self.to_shared:
-            self.block.shared.poke(self.units, self.values.reshape(-1, self.unit), self.line)
+            self.block.shared.poke(self.units, self.values.reshape(-1, self.unit))
         else:
-            self.block.space.poke(self.elements, self.values[self.inside], self.line)
+            self.block.space.poke(self.elements, self.values[self.inside])
         if self.barrier is not None:
             self.barrier.update(transactions=-self.values.size)
 
@@ -171,7 +169,7 @@ class Copies(Operation):
 
     def __init__(self, warp: Warp, line: int):
         super().__init__(warp, line, "a copy", generic=COPIES_NEED_FENCE)
-        self.block, self.parts, self.done = warp.block, list[tuple[Places, int]](), 0
+        self.block, self.parts, self.done = warp.block, list[Places](), 0
         self.values: list[Values] = []
         self.native = warp.native.copies(self) if warp.native is not None else None
 
@@ -186,7 +184,7 @@ class Copies(Operation):
         self.block.shared.write(warp, units, unit, written, line)
         self.block.space.read(warp, elements[inside], width, read, line, lanes=lanes[inside])
         warp.count_copy(elements[inside], width, units, unit)
-        self.parts.append((places, line))
+        self.parts.append(places)
         for step in (self._fetch_parts, self._store_parts)[: self.done]:
             step()
 
@@ -204,14 +202,14 @@ class Copies(Operation):
 
     def _fetch_parts(self) -> None:
         self.values = []
-        for (elements, inside, width, _, _), line in self.parts:
+        for elements, inside, width, _, _ in self.parts:
             values = np.zeros((len(inside), width), np.uint8)
-            values[inside] = self.block.space.peek(elements[inside], width, line)
+            values[inside] = self.block.space.peek(elements[inside], width)
             self.values.append(values)
 
     def _store_parts(self) -> None:
-        for ((_, _, _, units, _), line), values in zip(self.parts, self.values, strict=True):
-            self.block.shared.poke(units, values, line)
+        for (_, _, _, units, _), values in zip(self.parts, self.values, strict=True):
+            self.block.shared.poke(units, values)
         self.parts.clear()
 
 

@@ -67,7 +67,7 @@ def _print(warp: Warp, i: Instruction) -> None:
             is_wide = length in ("l", "ll") or letter in "fFeEgGaAps"
             size = 8 if is_wide else 4
             address = -(-address // size) * size
-            raw = warp.block.local.peek(np.array([address]), size, i.line)[0]
+            raw = warp.block.local.peek(np.array([address]), size)[0]
             kind = "f8" if letter in "fFeEgGaA" else f"i{size}" if letter in "di" else f"u{size}"
             values.append(raw.view(kind)[0].item())
             address += size

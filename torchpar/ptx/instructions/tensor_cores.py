@@ -185,13 +185,13 @@ class Matrix:
         ):
             space.read(warp, self.chunks, 16, event, line, fence=True)
 
-    def read(self, warp: Warp, space: Space, line: int) -> Values:
+    def read(self, warp: Warp, space: Space) -> Values:
         """Its numbers ``(rows, k)``."""
         if warp.native is not None:
             found = warp.native.numbers(space, self.address, self.rows, self.by_rows, self.kind)
             if found is not None:
                 return found
-        raw = space.peek(self.chunks, 16, line).view(OPERANDS[self.kind])
+        raw = space.peek(self.chunks, 16).view(OPERANDS[self.kind])
         raw = raw if self.by_rows else np.ascontiguousarray(raw.transpose(0, 2, 1))
         return numbers(self.kind, raw.reshape(self.rows, -1))
 
@@ -276,8 +276,8 @@ class Wgmma(Operation):
                 raise PtxError(self.line, "a register of A changes while it is multiplied")
             left = numbers(self.kind, gather(now, OPERANDS[self.kind], 16))
         else:
-            left = self.left.read(self.warp, self.warp.block.shared, self.line)
-        product = left @ self.right.read(self.warp, self.warp.block.shared, self.line).T
+            left = self.left.read(self.warp, self.warp.block.shared)
+        product = left @ self.right.read(self.warp, self.warp.block.shared).T
         old: Values = np.zeros(product.shape, self.dtype)
         if self.sums is not None:
             # Another product, which has completed.

@@ -241,8 +241,8 @@ class Tcgen05Mma(Operation):
             raw = np.ascontiguousarray(self.memory.cells[self.from_memory])
             left = numbers(self.kinds[0], raw.view(OPERANDS[self.kinds[0]]))
         else:
-            left = self.a.read(self.warp, shared, self.line)
-        product = left @ self.b.read(self.warp, shared, self.line).T
+            left = self.a.read(self.warp, shared)
+        product = left @ self.b.read(self.warp, shared).T
         unsigned = f"u{self.sum.itemsize}"
         old = self.memory.cells[self.to].astype(unsigned).view(self.sum)
         old = old if self.adds else np.zeros_like(old)

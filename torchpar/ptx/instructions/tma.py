@@ -232,7 +232,7 @@ class Tensor:
         fence = place.acquired.get(int(rows[0]))
         if fence is None or not warp.clocks.knows(warp.index, np.array([fence])).all():
             raise PtxError(line, "uses a tensormap that was not acquired by the tensormap proxy")
-        raw = space.peek(address, 128, line).tobytes()
+        raw = space.peek(address, 128).tobytes()
 
         def field(name: str, count: int = 1) -> list[int]:
             start, kind = FIELDS[name]
@@ -423,16 +423,16 @@ class Reduction(Operation):
         self.block.bulk.append((self.agent, line, "read"))
 
     def fetch(self) -> None:
-        values = self.block.shared.peek(self.units, self.unit, self.line)
+        values = self.block.shared.peek(self.units, self.unit)
         self.values = values.reshape(-1, self.width)[self.inside].view(self.raw)[:, 0]
 
     def store(self) -> None:
         if not self.elements.size:
             return
-        old = self.block.space.peek(self.elements, self.width, self.line).view(self.raw)[:, 0]
+        old = self.block.space.peek(self.elements, self.width).view(self.raw)[:, 0]
         new = np.ascontiguousarray(self.combine(old, self.values))
         raw = new.view(np.uint8).reshape(-1, self.width)
-        self.block.space.poke(self.elements, raw, self.line)
+        self.block.space.poke(self.elements, raw)
 
 
 @action(

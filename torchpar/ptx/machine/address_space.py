@@ -8,6 +8,7 @@ import numpy as np
 
 from torchpar.ptx.machine.allocation import POISON, Allocation
 from torchpar.ptx.machine.counts import Counts
+from torchpar.ptx.machine.origins import origins
 from torchpar.ptx.machine.parse import PtxError
 from torchpar.ptx.machine.protocols import SpaceView, Warp
 from torchpar.ptx.machine.registers import Values, all_true
@@ -15,7 +16,8 @@ from torchpar.ptx.machine.registers import Values, all_true
 Rows = Values  # positions in an allocation, in units of an access
 # An allocation of an access, the rows there, and which of its addresses these are.
 Part = tuple[Allocation, Rows, Rows | slice]
-OUTSIDE = "out of bounds"  # the name of a fault
+# An address is near an allocation if it lies within so many times its size, or so many bytes.
+NEAR_SIZES, NEAR_BYTES = 16, 4096
 NOWHERE = 1, 0  # a gap that has no address
 
 
@@ -81,6 +83,13 @@ class AddressSpace:
         Raises:
             PtxError: an address outside of it, or one that is not aligned.
         """
+        found = self._located(addresses, width)
+        if found is None:
+            raise self._refusal(addresses, width, line)
+        return found
+
+    def _located(self, addresses: Values, width: int) -> tuple[Allocation, Rows] | None:
+        """Return what `locate` does, or None where it raises an error."""
         if addresses.size == 0:
             return self.allocations[0], addresses
         first = int(addresses.flat[0])
@@ -88,63 +97,79 @@ class AddressSpace:
         if last is None or not last.start <= first < last.end:
             self.last = last = self.at(first)
         if last is None:
-            raise PtxError(line, f"an access to {self.outside(first, width)}", OUTSIDE)
+            return None
         if width < last.unit:
             last.refine(width)
         offsets = addresses - last.base
-        fits = (offsets >= last.start - last.base) & (offsets <= last.size - width)
-        if not all_true(fits):
-            wrong = int(addresses[~fits].flat[0])
-            raise PtxError(line, f"an access to {self._strayed(wrong, width, last)}", OUTSIDE)
+        if not all_true((offsets >= last.start - last.base) & (offsets <= last.size - width)):
+            return None
         rows = offsets // width
         if not all_true(rows * width == offsets):
-            message = f"an address in {last.name} is not a multiple of {width}"
-            raise PtxError(line, message, "misaligned access")
+            return None
         last.touch(offsets, width)
         return last, rows
 
-    def outside(self, address: int, width: int) -> str:
-        """Say where an address lies that is in no allocation."""
-        wrapped = self._wrapped(address, width)
-        near = min(
-            self.allocations,
-            key=lambda one: max(one.start - address, address - (one.base + one.size)),
-            default=None,
+    def _refusal(self, addresses: Values, width: int, line: int) -> PtxError:
+        """Return the error of addresses that are not in one allocation, or misaligned."""
+        found, wrong = self._by_place(addresses.reshape(-1), width)
+        if not wrong.any():
+            names = " and ".join(place.name for place, _, _ in found)
+            message = f"an access to {names} at once, expected one of them"
+            return PtxError(line, message, "out of bounds")
+        address = int(addresses.flat[int(wrong.argmax())])
+        return self._error(self.at(address), address, width, line, "an access to ")
+
+    def _error(
+        self,
+        place: Allocation | None,
+        address: int,
+        width: int,
+        line: int,
+        does: str,
+        meant: Allocation | None = None,
+    ) -> PtxError:
+        """Return the error of an access that begins in ``place``, and is not in it or misaligned.
+
+        Args:
+            does: who does what, before the place.
+        """
+        if place is not None and (address - place.base) % width:
+            message = f"an address in {place.name} is not a multiple of {width}"
+            return PtxError(line, message, "misaligned access")
+        where = (
+            self.outside(address, width, meant)
+            if place is None
+            else f"{width} bytes that begin in {place.name} and end outside of it"
         )
-        text = f"address {address:#x}, which is outside of each allocation of {self.name}"
-        if near is None:
-            return text
+        return PtxError(line, f"{does}{where}", "out of bounds")
+
+    def outside(self, address: int, width: int, meant: Allocation | None = None) -> str:
+        """Say where an address lies that is in no allocation.
+
+        Args:
+            meant: the tensor whose address an offset was added to; None: it is not known.
+        """
+        tensors = self.allocations if meant is None else [meant]
+        wrapped = next((one for one in tensors if _has_wrapped(one, address, width)), None)
+        if not self.allocations:
+            return f"address {address:#x}, and {self.name} has no allocation"
+        near = meant or wrapped or min(self.allocations, key=lambda one: _gap(one, address))
         if near.index is not None:
+            limit = max(NEAR_SIZES * near.size, NEAR_BYTES)
+            if meant is None and wrapped is None and _gap(near, address) > limit:
+                return f"address {address:#x}, which is far from every tensor of the launch"
             place = f"{near.where(address - near.base)}, which is outside of {near.name}"
-            return place if wrapped is None else f"{place}; {wrapped}"
+            if wrapped is None:
+                return place
+            where = near.where(address + near.itemsize * 2**32 - near.base)
+            return (
+                f"{place}; {where} is 2**32 elements further, as if an offset of 32 bits had "
+                "overflowed; compute it in int64"
+            )
+        text = f"address {address:#x}, which is outside of each allocation of {self.name}"
         if address < near.start:
             return f"{text}: {near.start - address} bytes before {near.name}"
         return f"{text}: {address + width - near.base - near.size} bytes after {near.name}"
-
-    def _wrapped(self, address: int, width: int) -> str | None:
-        """Name the element that was meant where an offset of 32 bits has overflowed.
-
-        Such an offset is too small by 2**32, and at least -2**31. Only a tensor of more than 2**31
-        elements has the element that was meant.
-        """
-        for one in self.allocations:
-            meant = address + one.itemsize * 2**32
-            is_negative = one.start - one.itemsize * 2**31 <= address < one.start
-            if one.index is not None and is_negative and meant + width <= one.end:
-                return (
-                    f"{one.where(meant - one.base)} is 2**32 elements further, as if an offset of "
-                    "32 bits had overflowed; compute it in int64"
-                )
-        return None
-
-    def _strayed(self, address: int, width: int, expected: Allocation) -> str:
-        """Say where an address lies that is not as a whole in the allocation of the others."""
-        place = self.at(address)
-        if place is None:
-            return self.outside(address, width)
-        if address + width > place.end:
-            return f"{width} bytes that begin in {place.name} and end outside of it"
-        return f"{place.where(address - place.base)}, expected addresses in {expected.name}"
 
     def pieces(
         self,
@@ -173,13 +198,12 @@ class AddressSpace:
             address = int(addresses.flat[n])
             self.tell(warp, self.at(address), address, width, line, f"{who} {what}s")
 
-        return self.parts(addresses, width, line, tell)
+        return self.parts(addresses, width, tell)
 
     def parts(
         self,
         addresses: Values,
         width: int,
-        line: int,
         tell: Callable[[int], None] = lambda n: None,
     ) -> Iterator[Part]:
         """Yield the allocations of the addresses, the positions there, and of which addresses.
@@ -188,19 +212,12 @@ class AddressSpace:
             tell: is called with the first one that is in no allocation, or misaligned. Those are
                 left out.
         """
-        error = None
-        try:
-            place, rows = self.locate(addresses, width, line)
-        except PtxError as e:
-            error = e
-        if error is None:
-            yield place, rows, slice(None)
+        if (whole := self._located(addresses, width)) is not None:
+            yield *whole, slice(None)
             return
         found, wrong = self._by_place(addresses.reshape(-1), width)
         if wrong.any():
             tell(int(wrong.argmax()))
-        elif len(found) < 2:
-            raise error
         yield from found
 
     def _by_place(self, addresses: Values, width: int) -> tuple[list[Part], Values]:
@@ -235,28 +252,47 @@ class AddressSpace:
             place: where it begins.
             does: who does what, as "thread 3 loads".
         """
-        if place is not None and (address - place.base) % width:
-            message = f"an address in {place.name} is not a multiple of {width}"
-            warp.block.gpu.fault("error", "misaligned access", line, message, warp)
-            return
-        if place is not None:
-            message = f"{width} bytes that begin in {place.name} and end outside of it"
-        else:
-            message = self.outside(address, width)
-        warp.block.gpu.fault("error", OUTSIDE, line, f"{does} {message}", warp)
+        error = self._error(place, address, width, line, f"{does} ", self._meant(warp, line))
+        warp.block.gpu.fault("error", error.name, line, error.reason, warp)
 
-    def peek(self, addresses: Values, width: int, line: int) -> Values:
+    def _meant(self, warp: Warp, line: int) -> Allocation | None:
+        """Return the tensor at which the addresses of an instruction begin, if there is one."""
+        gpu = warp.block.gpu
+        if self is not gpu.space:
+            return None
+        names = origins(gpu.kernel).get(line, ())
+        found = (self.known(gpu.parameters[name]) for name in names if name in gpu.parameters)
+        tensors = {place.base: place for place in found if place and place.index is not None}
+        return tensors.popitem()[1] if len(tensors) == 1 else None
+
+    def peek(self, addresses: Values, width: int) -> Values:
         """Return the bytes ``(…, width)`` at addresses; those in no allocation are undefined."""
         found = np.full((addresses.size, width), POISON, np.uint8)
-        for place, rows, at in self.parts(addresses, width, line):
+        for place, rows, at in self.parts(addresses, width):
             raw = place.data.reshape(-1, width)[rows]
             if isinstance(at, slice):
                 return raw
             found[at] = raw
         return found.reshape(*addresses.shape, width)
 
-    def poke(self, addresses: Values, values: Values, line: int) -> None:
+    def poke(self, addresses: Values, values: Values) -> None:
         """Set the bytes at addresses, but for those in no allocation."""
         width = values.shape[-1]
-        for place, rows, at in self.parts(addresses, width, line):
+        for place, rows, at in self.parts(addresses, width):
             place.data.reshape(-1, width)[rows] = values[at]
+
+
+def _gap(place: Allocation, address: int) -> int:
+    """Return the bytes between an allocation and an address that is not in it."""
+    return max(place.start - address, address - place.end)
+
+
+def _has_wrapped(place: Allocation, address: int, width: int) -> bool:
+    """Whether an offset of 32 bits may have overflowed, by which an element was meant.
+
+    Such an offset is too small by 2**32, and at least -2**31. Only a tensor of more than 2**31
+    elements has the element that was meant.
+    """
+    meant = address + place.itemsize * 2**32
+    is_negative = place.start - place.itemsize * 2**31 <= address < place.start
+    return place.index is not None and is_negative and meant + width <= place.end

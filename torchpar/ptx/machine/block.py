@@ -212,7 +212,7 @@ class Warp:
         by_lane = lanes if len(lanes) == len(units) else None
         counts.access_shared(self.pc - 1, units, by_lane, unit)
         if elements.size:
-            for place, rows, _ in space.parts(elements, width, 0):
+            for place, rows, _ in space.parts(elements, width):
                 self.count_place(place, rows * width)
         if (trace := self.block.trace) is not None:
             inside = None if by_lane is None else lanes[: elements.size]

@@ -133,6 +133,7 @@ class Kernel:
     local_bytes: int = 0  # of a thread's stack
     program: Any = None  # for the core in C
     slots: Any = None  # of the counters
+    origins: dict[int, set[str]] | None = None  # of addresses, when they are first asked
     file: str = ""  # of the kernel's source
 
 

@@ -36,7 +36,7 @@ ARCHITECTURES = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 # By capability; shared memory of a program at most.
 SHARED_BYTES = {sheet.capability: sheet.shared - RESERVED for sheet in DATA_SHEETS.values()}
 MULTIPROCESSORS = {sheet.capability: sheet.multiprocessors for sheet in DATA_SHEETS.values()}
-NUMBER = r"\b(0x[0-9a-f]+|\d+)\b"  # in a message
+NUMBER = r"-?\b(0x[0-9a-f]+|\d+)\b"  # in a message
 Operator: TypeAlias = "torch._ops.OpOverload[..., Any]"  # of PyTorch
 
 
