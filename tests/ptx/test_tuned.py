@@ -7,6 +7,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.compiler.errors import CompilationError
 
 from torchpar.ptx import command, emulate
 
@@ -92,6 +93,47 @@ def test_all_configurations_that_have_a_fault_are_named():
         assert (fault.name, first, others) == ("out of bounds", "B: 256", ["B: 512"])
         assert str(fault).count("and configuration B: 512, ") == 1
     assert faults
+
+
+def of_sizes(*sizes):
+    """A kernel that copies, with a configuration of each size."""
+
+    @triton.autotune([triton.Config({"B": size}) for size in sizes], key=["n"])
+    @triton.jit
+    def copy_kernel(x, out, n, B: tl.constexpr):
+        i = tl.program_id(0) * B + tl.arange(0, B)
+        tl.store(out + i, tl.load(x + i, i < n), i < n)
+
+    def copy(n: int = 600) -> bool:
+        x, out = torch.randn(n), torch.zeros(n)
+        copy_kernel[lambda given: (triton.cdiv(n, given["B"]),)](x, out, n)
+        return torch.equal(out, x)
+
+    return copy
+
+
+@pytest.mark.parametrize("sizes", [(100, 128, 256), (128, 100, 256), (128, 256, 100)])
+def test_a_configuration_that_raises_is_named_where_all_are_asked_for(sizes):
+    """On a GPU it ends the program, as Triton's autotuner passes its error on."""
+    with emulate(configurations="all") as gpu:
+        assert of_sizes(*sizes)()
+    assert sorted(one.configuration[:6] for one in gpu.launches) == ["B: 128", "B: 256"]
+    (fault,) = gpu.faults
+    assert (fault.kind, fault.name) == ("error", "failed configuration")
+    assert str(fault).startswith(
+        "✗ error: failed configuration in copy_kernel: B: 100, num_warps: "
+    )
+    assert "i = tl.program_id(0) * B + tl.arange(0, B) fails: arange's range must be" in str(fault)
+    assert "\n" not in str(fault)
+
+
+def test_a_first_configuration_that_raises_ends_the_program():
+    for configurations, sizes in (("first", (100, 128)), ("all", (100, 200))):
+        with (
+            pytest.raises(CompilationError, match="must be a power of 2"),
+            emulate(configurations=configurations),
+        ):
+            of_sizes(*sizes)()
 
 
 @pytest.mark.slow

@@ -14,10 +14,10 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from triton.compiler.errors import CompileTimeAssertionFailure
+from triton.compiler.errors import CompilationError
 from triton.runtime.autotuner import Autotuner, Config
 
-from torchpar.ptx.report.faults import ConfigurationNote, HostFault
+from torchpar.ptx.report.faults import ConfigurationNote, HostFault, Kind
 from torchpar.ptx.report.source import program_line
 from torchpar.ptx.triton.host_memory import storage_of
 
@@ -99,7 +99,9 @@ def _run(run: Callable[..., Any], present: Callable[[], "Emulator"]) -> Callable
 def _bench(bench: Callable[..., Any], present: Callable[[], "Emulator"]) -> Callable[..., Any]:
     """Return the method of an autotuner that times a configuration, for one that tries it.
 
-    As Triton's, it leaves out those that do not compile or do not fit.
+    As Triton's, it leaves out those that do not fit, whose `tl.static_assert` fails, or that ptxas
+    refuses. Other errors end a program on a GPU. Where every configuration is asked for, they are
+    faults, so that the others are executed.
     """
 
     def tried(autotuner: Autotuner, *args: object, config: Config, **kwargs: object) -> object:
@@ -121,14 +123,19 @@ def _bench(bench: Callable[..., Any], present: Callable[[], "Emulator"]) -> Call
             return [OTHER if executes else CHOSEN] * 3
 
         tuning.config = config
+        kernel, ends = autotuner.base_fn.__name__, False
         try:
             with patch.dict(vars(autotuner), {"do_bench": call_once}):
                 times = bench(autotuner, *args, config=config, **kwargs)
+        except Exception as e:
+            is_its_own = e in reasons and not isinstance(e, MemoryError)  # which this machine has
+            if emulator.configurations == "first" or not is_its_own:
+                raise
+            times, ends = [LEFT_OUT] * 3, True
         finally:
             tuning.config = None
         if reasons:
-            kernel = autotuner.base_fn.__name__
-            emulator.note(*left_out(kernel, str(config), reasons[0]))
+            emulator.note(*left_out(kernel, str(config), reasons[0], ends))
         elif not tuning.has_chosen:
             tuning.has_chosen = True
             given = _arguments(autotuner, args, kwargs)
@@ -195,16 +202,26 @@ def _check_repeat(
 
 
 def left_out(
-    kernel: str, config: str, reason: Exception
+    kernel: str, config: str, reason: Exception, ends: bool
 ) -> tuple[ConfigurationNote, tuple[object, ...]]:
-    """Return the note that a configuration was left out, and its key."""
+    """Return the note that a configuration was left out, and its key.
+
+    Args:
+        ends: on a GPU the reason ends the program.
+    """
     said = " ".join(str(reason).split()) or type(reason).__name__
-    if isinstance(reason, CompileTimeAssertionFailure) and reason.src is not None:
+    if isinstance(reason, CompilationError) and reason.src and hasattr(reason.node, "lineno"):
         code = reason.src.split("\n")[reason.node.lineno - 1].strip()
-        why = f": {reason.error_message}" if reason.error_message else ""
+        why = f": {' '.join(reason.error_message.split())}" if reason.error_message else ""
         said = f"{code} fails{why}"
-    message = f"{config}: {said}"
-    note = ConfigurationNote("note", "configuration left out", message, kernel, (), 0, None)
+    message, name = f"{config}: {said}", "configuration left out"
+    kind: Kind = "note"
+    if ends:
+        kind, name = "error", "failed configuration"
+        message += (
+            f"; on a GPU this {type(reason).__name__} ends the program; take the configuration away"
+        )
+    note = ConfigurationNote(kind, name, message, kernel, (), 0, None)
     return note, (note.name, kernel, config)
 
 

@@ -88,7 +88,8 @@ def emulate(
             for; None: 108 of an A100, 132 of an H100, 148 of a B200.
         traces: record the first program of each kernel, for the pictures of the report's page.
         configurations: those of an autotuned kernel to execute: "first", the first one that
-            compiles and fits; or "all": the others before it, and what they write is undone.
+            compiles and fits; or "all": the others before it, and what they write is undone. One
+            that raises an error, which would end the program on a GPU, is then a fault.
         sample: the most programs of a launch to execute, 6 or more. The counters are scaled to all
             programs, and the memory that the others would write stays as it is. None: execute all.
 
