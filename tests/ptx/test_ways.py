@@ -376,6 +376,30 @@ def test_a_script_without_a_launch_is_told_why(flags, text, said, script, capsys
     assert capsys.readouterr().out.endswith(said)
 
 
+@pytest.mark.parametrize(
+    "text, own",
+    [
+        ("def check():\n    assert False, 'wrong'\ncheck()", ["in <module>", "in check"]),
+        ("x = = 1", [""]),
+    ],
+)
+def test_a_traceback_begins_in_the_script(text, own, script, capsys, monkeypatch):
+    """As when Python runs it: without the frames of the command."""
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    path = script(text)
+    with pytest.raises((AssertionError, SyntaxError)) as caught:
+        command.main([path])
+    capsys.readouterr()
+    sys.excepthook(caught.type, caught.value, caught.value.__traceback__)
+    said = capsys.readouterr().err
+    frames = [line for line in said.splitlines() if line.startswith("  File ")]
+    assert len(frames) == len(own)
+    for line, function in zip(frames, own, strict=True):
+        assert line.startswith(f'  File "{path}", line ')
+        assert line.endswith(function)
+    assert sys.excepthook is sys.__excepthook__
+
+
 def test_a_script_that_fails_before_its_launch_is_told_of_its_error_only(script, capsys):
     with pytest.raises(RuntimeError) as caught:
         command.main([script("raise RuntimeError('of the script')")])

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import TextIO
 
 import torch
@@ -115,6 +115,7 @@ def main(arguments: Sequence[str]) -> int:
                 _show(gpu.report(), options, stdout, advice)
                 if isinstance(e, KeyboardInterrupt):
                     return 130
+                _begin_in_script(e, str(options.script.absolute()))
                 raise
         finally:
             sys.argv, sys.path[:] = before
@@ -123,6 +124,29 @@ def main(arguments: Sequence[str]) -> int:
     report = gpu.report()
     _show(report, options, stdout, _why_nothing(gpu, options))
     return int(bool(report.errors))
+
+
+def _begin_in_script(error: BaseException, script: str) -> None:
+    """Let the traceback that ends the process begin in the script, as when Python runs it.
+
+    The frames before are those of this command and of `runpy`. Where the script cannot be parsed,
+    there are no others.
+    """
+    if isinstance(error, SystemExit):  # it has no traceback
+        return
+    hook = sys.excepthook
+
+    def show(kind: type[BaseException], e: BaseException, trace: TracebackType | None) -> None:
+        sys.excepthook, found = hook, trace
+        while found is not None and found.tb_frame.f_code.co_filename != script:
+            found = found.tb_next
+        is_not_parsed = isinstance(e, SyntaxError) and e.filename == script
+        if e is error and (found is not None or is_not_parsed):
+            hook(kind, e.with_traceback(found), found)
+        else:
+            hook(kind, e, trace)
+
+    sys.excepthook = show
 
 
 def _size_of_sample(text: str) -> int:
