@@ -9,6 +9,7 @@ import runpy
 import subprocess
 import sys
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -402,7 +403,21 @@ def test_the_command(capsys: Any) -> None:
     [
         (
             ["none.ops:op", "--samples", "{here}:samples"],
-            "none.ops:op: ModuleNotFoundError: No module named 'none'",
+            "none.ops:op: ModuleNotFoundError: No module named 'none'; run the command in the "
+            "folder that has none, or let PYTHONPATH name the folder",
+        ),
+        (
+            ["faulty_operators.py:kernel", "--samples", "{here}:samples"],
+            "name the module faulty_operators, without .py",
+        ),
+        (
+            ["torch:mathmul", "--samples", "{here}:samples"],
+            "has no attribute 'mathmul'; name an object that torch defines, such as matmul",
+        ),
+        (["broken:op", "--samples", "{here}:samples"], "'missing'; install what broken imports"),
+        (
+            ["ended:op", "--samples", "{here}:samples"],
+            "sys.exit(3); mend ended, which has to be imported without an error",
         ),
         (
             ["torch:none", "--samples", "{here}:samples"],
@@ -443,8 +458,11 @@ def test_the_command(capsys: Any) -> None:
     ],
 )
 def test_an_error_of_the_command_is_one_line(
-    arguments: list[str], message: str, capsys: Any
+    arguments: list[str], message: str, capsys: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
+    (tmp_path / "broken.py").write_text("import missing")
+    (tmp_path / "ended.py").write_text("raise SystemExit(3)")
+    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(SystemExit) as ended:
         command_line.main([argument.format(here=__name__) for argument in arguments])
     assert ended.value.code == 2

@@ -5,6 +5,7 @@ import argparse
 import importlib
 import json
 from collections.abc import Sequence
+from difflib import get_close_matches
 from functools import reduce
 from typing import Any, NoReturn
 
@@ -30,9 +31,27 @@ def find(name: str) -> Any:
     if not (module and colon and attribute) or attribute.startswith(":"):
         raise ConfigError(f"{name!r}, expected MODULE:ATTRIBUTE, such as mylib.ops:op")
     try:
-        return reduce(getattr, attribute.split("."), importlib.import_module(module))
+        found = importlib.import_module(module)
     except (Exception, SystemExit) as e:
-        raise ConfigError(f"{name}: {_reason(e)}") from e
+        raise ConfigError(f"{name}: {_reason(e)}; {_remedy(module, e)}") from e
+    try:
+        return reduce(getattr, attribute.split("."), found)
+    except (Exception, SystemExit) as e:
+        close = get_close_matches(attribute, vars(found))
+        such = f", such as {close[0]}" if close else ""
+        remedy = f"name an object that {module} defines{such}"
+        raise ConfigError(f"{name}: {_reason(e)}; {remedy}") from e
+
+
+def _remedy(module: str, error: BaseException) -> str:
+    """Say what to do where a module cannot be imported."""
+    if not isinstance(error, ModuleNotFoundError):
+        return f"mend {module}, which has to be imported without an error"
+    if not f"{module}.".startswith(f"{error.name}."):
+        return f"install what {module} imports"
+    if module.endswith(".py"):
+        return f"name the module {module.removesuffix('.py')}, without .py"
+    return f"run the command in the folder that has {error.name}, or let PYTHONPATH name the folder"
 
 
 def _reason(error: BaseException) -> str:
