@@ -50,7 +50,7 @@ class Column(IntEnum):
 
 def _distinct(numbers: Values) -> int:
     """Return how many different numbers there are."""
-    steps = np.diff(numbers)
+    steps = numbers[1:] - numbers[:-1]  # `np.diff` takes three times as long for a warp
     if (steps >= 0).all():
         return int(numbers.size > 0) + int(np.count_nonzero(steps))
     return len(np.unique(numbers[np.flatnonzero(np.append(True, steps != 0))]))
