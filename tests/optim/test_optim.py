@@ -592,10 +592,17 @@ def test_a_chain_refuses_the_state_of_another_optimizer_and_goes_on() -> None:
     chain = ChainedOptimizer(torch.optim.SGD([q], lr=0.1), Muon([p]))
     chain.step()
     before = copy.deepcopy(chain.state_dict())
-    others = torch.optim.AdamW([{"params": [q]}, {"params": [p]}])
+    others = ChainedOptimizer(torch.optim.SGD([q]), torch.optim.AdamW([p]))
     others.step()
     with pytest.raises(ConfigError, match=r"has no adjust_lr_fn, momentum, .*of a Muon"):
         chain.load_state_dict(others.state_dict())
+    swapped = ChainedOptimizer(torch.optim.AdamW([q], lr=0.1), Muon([p]))
+    with pytest.raises(ConfigError, match=r"has no amsgrad, betas, .* which AdamW needs; load"):
+        swapped.load_state_dict(before)
+    with pytest.raises(
+        ConfigError, match=r"the state dict has no param_groups; load one of a Chai"
+    ):
+        chain.load_state_dict({})
     assert_close(chain.state_dict(), before, rtol=0, atol=0)
     chain.step()
     chain.load_state_dict(before)
@@ -662,6 +669,10 @@ def view(function: Callable[[Tensor], Any]) -> Muon:
         (lambda: Muon([{"params": [X], "ns_steps": 100}]), "group 0: .*steps is 100, expected"),
         (lambda: Muon([{"params": [X], "ns_coefficients": "no"}]), "group 0: .*'no', expected 3"),
         (lambda: Muon([{"params": [X], "adjust_lr_fn": "no"}]), "group 0: .*no is not supported"),
+        (
+            lambda: Muon([{"params": [X]}, X]),
+            "a group is of type Tensor, expected a dict that has pa",
+        ),
         (lambda: Muon([X]).load_state_dict({}), "the state dict has no param_groups; load one of"),
         (
             lambda: Muon([("w", X)], views={"v": lambda p: p}),

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: MIT
 """Several optimizers as one optimizer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
+
+from torchpar.errors import ConfigError
 
 Group = dict[str, Any]
 """A parameter group of `torch.optim`: "params", and the optimizer's arguments by name."""
@@ -14,6 +17,22 @@ _CHANGED = (
     "ChainedOptimizer: a group was added to, removed from or replaced in the chain or one of its "
     "optimizers; make a new chain"
 )
+
+
+@contextmanager
+def loading(optimizer: Optimizer) -> Iterator[None]:
+    """Load a state dict in the block, and name the part of one that it lacks.
+
+    Raises:
+        ConfigError: in place of a KeyError of `torch.optim.Optimizer.load_state_dict`.
+    """
+    try:
+        yield
+    except KeyError as e:
+        if e.args[0] not in ("param_groups", "params", "state"):
+            raise
+        name = type(optimizer).__name__
+        raise ConfigError(f"{name}: the state dict has no {e.args[0]}; load one of a {name}") from e
 
 
 class ChainedOptimizer(Optimizer):
@@ -76,12 +95,28 @@ class ChainedOptimizer(Optimizer):
         try:
             for optimizer in getattr(self, "optimizers", ()):  # a copy has none yet
                 own = [next(groups) for _ in optimizer.param_groups]
+                self._check_options(optimizer, own)
                 optimizer.__setstate__({"state": {}, "param_groups": own})
         except Exception:
             self._share_state()
             raise
         super().__setstate__(state)
         self._share_state()
+
+    def _check_options(self, optimizer: Optimizer, groups: list[Group]) -> None:
+        """Refuse groups of another optimizer, which lack what the next step reads."""
+        for present, group in zip(optimizer.param_groups, groups, strict=True):
+            needed = optimizer.defaults.keys() & present.keys()
+            if lacking := ", ".join(sorted(needed - group.keys())):
+                raise ConfigError(
+                    f"{type(self).__name__}: a group of the state dict has no {lacking}, which "
+                    f"{type(optimizer).__name__} needs; load one of the same optimizers"
+                )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state, as `torch.optim.Optimizer.load_state_dict` does."""
+        with loading(self):
+            super().load_state_dict(state_dict)
 
     def add_param_group(self, param_group: Group) -> None:
         if hasattr(self, "optimizers"):

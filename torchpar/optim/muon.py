@@ -20,7 +20,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from torchpar.errors import ConfigError
 from torchpar.library.sharding import is_dtensor
 from torchpar.optim.assign import Choice, ModelOptimizer, chain
-from torchpar.optim.chained import Group
+from torchpar.optim.chained import Group, loading
 from torchpar.optim.elementwise import update_alone
 from torchpar.optim.exchange import Exchange
 from torchpar.optim.matrices import ParamInfo, View, orthogonalize_all
@@ -227,6 +227,11 @@ class Muon(Optimizer):
 
         If several ranks hold the parameters, add the group before the first step, on every rank.
         """
+        if not isinstance(param_group, dict):
+            raise ConfigError(
+                f"Muon: a group is of type {type(param_group).__name__}, expected a dict that has "
+                "params"
+            )
         if of_all := {"ns", "views", "process_group"} & param_group.keys():
             raise ConfigError(
                 f"Muon: {sorted(of_all)[0]} applies to the whole optimizer, not to a group"
@@ -261,13 +266,9 @@ class Muon(Optimizer):
             raise ConfigError(f"Muon: group {index}: {message}") from e
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state, as `torch.optim.Optimizer.load_state_dict` does."""
-        try:
+        """Load a state dict, also one of `torch.optim.Muon`."""
+        with loading(self):
             super().load_state_dict(state_dict)
-        except KeyError as e:
-            if e.args[0] not in ("param_groups", "params", "state"):
-                raise
-            raise ConfigError(f"Muon: the state dict has no {e.args[0]}; load one of a Muon") from e
 
     def _param_infos(self, first: int = 0) -> Iterator[ParamInfo]:
         """The parameters of the groups from ``first`` on, as they are now."""
