@@ -39,7 +39,8 @@ def progress(
 ) -> Iterable[T]:
     """Yield ``items``, and show a progress bar on a terminal.
 
-    Elsewhere, as in a file or a pipe, lines on stderr say every ten seconds how many are done.
+    Elsewhere, as in a file or a pipe, lines on stderr say how many are done, at least every ten
+    seconds.
 
     Args:
         speaks: whether this process says anything.

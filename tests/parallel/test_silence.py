@@ -32,11 +32,11 @@ def lines_of(
     answers: Callable[[int, int], bool],
     seconds: int = 60,
 ) -> tuple[list[str], int]:
-    """What a rank of 3 says, and how often it tells that it lives, by a clock of whole seconds.
+    """What a rank of 3 says, and how many heartbeats it sends, by a clock of whole seconds.
 
     Args:
         steps: of this rank, from the second.
-        answers: whether another rank answers, from its number and the second.
+        answers: whether another rank sends a heartbeat, from its number and the second.
     """
     store, clock = dist.HashStore(), SimpleNamespace(now=0)
     for other, process in PROCESSES.items():
@@ -45,13 +45,13 @@ def lines_of(
     def left(_: float) -> bool:
         clock.now += 1
         for other in set(PROCESSES) - {rank}:
-            store.add(f"answers/{other}", int(answers(other, clock.now)))
+            store.add(f"heartbeat/{other}", int(answers(other, clock.now)))
         return clock.now > seconds
 
     monkeypatch.setattr(silence, "time", SimpleNamespace(monotonic=lambda: float(clock.now)))
     world: Any = SimpleNamespace(rank=rank, world_size=len(PROCESSES), timeout=600.0)
     silence._watch(store, world, lambda: steps(clock.now), left)
-    return capsys.readouterr().err.splitlines(), store.add(f"answers/{rank}", 0)
+    return capsys.readouterr().err.splitlines(), store.add(f"heartbeat/{rank}", 0)
 
 
 def line(rank: int) -> str:
@@ -72,15 +72,30 @@ def test_silent_ranks_are_named_once(monkeypatch, capsys):
     assert said(2, 0, 1) == said(0) == said(1) == []
 
 
-def test_nothing_is_said_or_sent_while_steps_go_on(monkeypatch, capsys):
-    def of(steps: Callable[[int], int | None]) -> tuple[list[str], int]:
-        return lines_of(monkeypatch, capsys, 0, steps, lambda *_: False)
+def test_nobody_is_named_while_steps_go_on_or_who_sends_heartbeats(monkeypatch, capsys):
+    def of(
+        steps: Callable[[int], int | None], answers: Callable[[int, int], bool] = lambda *_: False
+    ) -> tuple[list[str], int]:
+        return lines_of(monkeypatch, capsys, 0, steps, answers)
 
-    assert of(lambda second: second // 5) == ([], 0)
-    lines, sent = of(lambda _: None)  # the others may have left, or wait for this rank
-    assert lines == []
-    assert sent > 50
+    assert of(lambda second: second // 5) == ([], 12)
+    assert of(lambda _: None) == ([], 12)  # the others may have left, or wait for this rank
+    assert of(lambda _: 3, lambda _, second: second % 7 == 0)[0] == []
     assert of(lambda second: second // 30)[0] == 2 * [line(1), line(2)]  # at each stop
+
+
+def test_a_rank_that_is_not_here_yet_is_not_waited_for(monkeypatch, capsys):
+    clock, store = SimpleNamespace(now=0), dist.HashStore()
+
+    def left(_: float) -> bool:
+        clock.now += 1
+        return clock.now > 60
+
+    monkeypatch.setattr(silence, "time", SimpleNamespace(monotonic=lambda: float(clock.now)))
+    world: Any = SimpleNamespace(rank=0, world_size=2, timeout=600.0)
+    silence._watch(store, world, lambda: 3, left)
+    assert capsys.readouterr().err == ""
+    assert clock.now == 61
 
 
 def test_a_rank_that_was_stopped_itself_names_nobody(monkeypatch, capsys):
@@ -102,7 +117,7 @@ def run_in_which_rank_1_is_stopped() -> tuple[list[str], int, list[str]]:
     """
     samples = Samples(torch.zeros(12, 28, 28, dtype=torch.uint8), torch.zeros(12).long(), ("0",))
     model, said = MLP([784, 1]), list[str]()
-    with join_world("cpu") as world, patch.multiple(silence, LOOK=0.01, STILL=0.02, SILENT=0.1):
+    with join_world("cpu") as world, patch.multiple(silence, TICK=0.01, HEARTBEAT=0.02, SILENT=0.1):
         pids: list[int] = [0, 0]
         dist.all_gather_object(pids, os.getpid())
         last = threading.Timer(20, os.kill, (pids[1], signal.SIGCONT))  # if nobody is named

@@ -95,17 +95,18 @@ class ChainedOptimizer(Optimizer):
         try:
             for optimizer in getattr(self, "optimizers", ()):  # a copy has none yet
                 own = [next(groups) for _ in optimizer.param_groups]
-                self._check_options(optimizer, own)
-                optimizer.__setstate__({"state": {}, "param_groups": own})
+                present = optimizer.param_groups
+                optimizer.__setstate__({"state": {}, "param_groups": own})  # adds new options
+                self._check_options(optimizer, present)
         except Exception:
             self._share_state()
             raise
         super().__setstate__(state)
         self._share_state()
 
-    def _check_options(self, optimizer: Optimizer, groups: list[Group]) -> None:
+    def _check_options(self, optimizer: Optimizer, before: list[Group]) -> None:
         """Refuse groups of another optimizer, which lack what the next step reads."""
-        for present, group in zip(optimizer.param_groups, groups, strict=True):
+        for present, group in zip(before, optimizer.param_groups, strict=True):
             needed = optimizer.defaults.keys() & present.keys()
             if lacking := ", ".join(sorted(needed - group.keys())):
                 raise ConfigError(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A warning that names a rank whose process is stopped within a step.
+"""Heartbeats of ranks, and a warning that names a rank whose process is stopped within a step.
 
 The collectives of the other ranks wait for it, and would say nothing until their timeout.
 """
@@ -19,21 +19,22 @@ from torch.distributed.distributed_c10d import Store
 from torchpar.parallel.launch.world import World
 
 logger = logging.getLogger(__name__)
-LOOK = 1.0  # seconds between two looks at the number of steps
-STILL = 5.0  # seconds without a step after which a rank tells the others that its process runs
-SILENT = 10.0  # seconds without such a message after which a rank is named
+TICK = 1.0  # seconds between two looks at the number of steps
+HEARTBEAT = 5.0  # seconds between two messages of a rank; and without a step, before it listens
+SILENT = 10.0  # seconds without a message after which a rank is named
 
 
 @contextmanager
 def naming_silent_ranks(world: World, steps: Callable[[], int | None]) -> Iterator[None]:
-    """Log a warning if another rank's process is stopped, or its machine hangs, in the block.
+    """Log a warning if another rank that is in this block, too, sends no heartbeat any more.
 
-    Rank 0 names the others, and rank 1 names rank 0. A process that computes for long or waits for
-    ever answers, and is not named.
+    Its process is stopped, its machine hangs, or compiled code holds Python's lock. A process that
+    waits, or computes for long in PyTorch, sends heartbeats. Rank 0 names the others, and rank 1
+    names rank 0, which under mpirun nobody can name: there it holds the store.
 
     Args:
-        steps: the number of this rank's complete steps, and nothing is sent while it changes; None
-            where the other ranks may have left the block, and are not named.
+        steps: the number of this rank's complete steps, while which changes nobody is named; None
+            where the other ranks may have left the block.
     """
     if dist.group.WORLD is None or dist.get_backend() == "fake":
         yield
@@ -55,17 +56,20 @@ def _watch(
     store: Store, world: World, steps: Callable[[], int | None], left: Callable[[float], bool]
 ) -> None:
     others = range(1, world.world_size) if world.rank == 0 else range(int(world.rank == 1))
-    done, since, heard, counts = steps(), time.monotonic(), dict[int, float](), dict[int, int]()
+    done, since, sent, heard, counts = steps(), time.monotonic(), -math.inf, dict[int, float](), {}
     with suppress(RuntimeError):  # the store's host has ended
         store.set(f"process/{world.rank}", f"process {os.getpid()} on {socket.gethostname()}")
-        while not left(LOOK):
+        while not left(TICK):
             now, before, done = time.monotonic(), done, steps()
+            if now - sent >= HEARTBEAT:
+                store.add(f"heartbeat/{world.rank}", 1)
+                sent = now
             if done != before:
                 since, heard, counts = now, {}, {}
-            elif now - since >= STILL:
-                store.add(f"answers/{world.rank}", 1)
-                for rank in others if done is not None else ():
-                    count = store.add(f"answers/{rank}", 0)
+            elif done is not None and now - since >= HEARTBEAT:
+                # A rank that is not here yet has no process, for which `get` would wait.
+                for rank in (one for one in others if store.check([f"process/{one}"])):
+                    count = store.add(f"heartbeat/{rank}", 0)
                     if count != counts.get(rank):  # or it is the first look, as after `kill -CONT`
                         counts[rank], heard[rank] = count, now
                     if now - heard[rank] >= SILENT:
