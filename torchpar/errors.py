@@ -120,7 +120,8 @@ def breaking_silence(how_far: Callable[[], str]) -> Iterator[None]:
     """Say on stderr how far the block is, after each `SILENCE` seconds in which it prints nothing.
 
     It serves a block of somebody else's code, which has no loop to ask. A thread speaks, to the
-    stderr that is there at the start, so that what the block captures stays its own.
+    stderr that is there at the start, so that what the block captures stays its own. What is
+    printed by other ways than the two streams of the start is not noticed.
 
     Args:
         how_far: as "12 launches executed"; " after 10 s" follows. The thread calls it.
@@ -146,6 +147,7 @@ def breaking_silence(how_far: Callable[[], str]) -> Iterator[None]:
                     print(f"{how_far()} after {now - begun:.0f} s", file=stderr, flush=True)
 
     streams = {id(one): one for one in (sys.stdout, stderr) if isinstance(one, io.TextIOWrapper)}
+    before = {number: vars(one).get("write") for number, one in streams.items()}
     for stream in streams.values():  # an attribute in the method's place: the stream stays the same
         stream.write = partial(noted, stream.write)  # type: ignore[method-assign]
     thread = threading.Thread(target=speak, daemon=True)
@@ -155,8 +157,10 @@ def breaking_silence(how_far: Callable[[], str]) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-        for stream in streams.values():
-            vars(stream).pop("write", None)
+        for number, stream in streams.items():
+            del vars(stream)["write"]
+            if before[number] is not None:  # of a block around this one
+                vars(stream)["write"] = before[number]
 
 
 @contextmanager

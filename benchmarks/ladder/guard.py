@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Go on without a student's function that never returns, where no signal ends its compiled code.
+"""Give up a student's function that never returns.
 
-Python runs the handler of a signal when compiled code has returned. So the ladder runs in a child
-process, which tells this one when a function is called and when it has returned. If one does not
-return, the child is killed, and another one begins without that function.
+Python calls the handler of a signal after compiled code has returned. So the ladder runs in a child
+process, which tells this one when it calls a function, and when the function has returned. If one
+does not return, this process kills the child, and starts another one without that function.
 """
 
-import ctypes
 import json
 import math
 import os
@@ -19,12 +18,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from torchpar.parallel.launch.processes import Terminated
+from torchpar.parallel.launch.processes import Terminated, die_with_parent
 
-PATIENCE = 50.0  # seconds beyond a call's limit, in which compiled code may return by itself
-SAID = 5.0  # seconds beyond the limit, after which a line says what is waited for
-PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
-GRACE = 3.0  # seconds in which the ladder ends by itself after a signal
+PATIENCE = 50.0  # seconds beyond a call's limit, in which compiled code may return
+NOTICE = 5.0  # seconds beyond the limit, after which a line says what is waited for
+GRACE = 3.0  # seconds in which a function, and then three times that, in which the ladder may end
 TICK = 0.5  # seconds after which the child is looked at, although it has told nothing
 
 
@@ -39,13 +37,12 @@ class Call(NamedTuple):
         return f"{Path(self.file).name}: {self.name}"
 
 
-class Ladder:
-    """What the ladder's process knows of the one that watches it.
+class Watched:
+    """The child's side: it tells its parent of calls.
 
     Attributes:
-        pipe: to that process, or None if there is none.
-        endless: file and name of the functions that have not returned, with the seconds after which
-            they were given up.
+        pipe: to the parent, or None where nobody watches.
+        endless: file and name of the functions that were given up, and after how many seconds.
     """
 
     def __init__(self) -> None:
@@ -55,19 +52,19 @@ class Ladder:
     def tell(self, call: Call | None) -> None:
         """Tell that a function is called, or that it has returned.
 
-        What was printed before is written, for it would be lost if this process is killed.
+        What was printed before is flushed, for it would be lost if this process is killed.
         """
         if self.pipe is not None:
-            with suppress(OSError):  # who prints next says so
+            with suppress(OSError):  # the next `print` raises it
                 sys.stdout.flush()
             os.write(self.pipe, json.dumps(call).encode() + b"\n")
 
     @contextmanager
-    def watched(self, file: str, name: str, limit: float) -> Iterator[Callable[[bool], None]]:
+    def calling(self, file: str, name: str, limit: float) -> Iterator[Callable[[bool], None]]:
         """Call a student's function in the block.
 
         Yields:
-            Takes whether the function is being compiled, which may take any time.
+            a function that takes whether the student's is being compiled, which may take any time.
         """
 
         def compiling(has_begun: bool) -> None:
@@ -80,94 +77,127 @@ class Ladder:
             self.tell(None)
 
 
-LADDER = Ladder()
+WATCHED = Watched()
+
+
+class Child:
+    """The parent's side: a process that runs the ladder.
+
+    Attributes:
+        call: that which it has told last, or None if that has returned.
+    """
+
+    def __init__(self, pid: int, pipe: int):
+        self.pid, self.pipe = pid, pipe
+        self.call: Call | None = None
+
+    def wait(self) -> bool:
+        """Wait until the child ends; False if its call does not return."""
+        waited, last, is_noted, text = 0.0, time.monotonic(), False, b""
+        while True:
+            if select.select([self.pipe], [], [], TICK)[0]:
+                if not (read := os.read(self.pipe, 2**16)):
+                    return True
+                *lines, text = (text + read).split(b"\n")
+                for line in lines:
+                    self.call = Call(*told) if (told := json.loads(line)) else None
+                    waited, last, is_noted = 0.0, time.monotonic(), False
+                continue
+            if self.has_ended():  # and a process of its own holds the pipe
+                return True
+            now = time.monotonic()
+            waited += min(now - last, 2 * TICK)  # not while this process was stopped, as by Ctrl-Z
+            last = now
+            if self.call is None or waited <= self.call.seconds + NOTICE:
+                continue
+            if waited > self.call.seconds + PATIENCE:
+                return False
+            if not is_noted:
+                is_noted = True
+                print(
+                    f"{self.call} has been in compiled code, which cannot be stopped, for "
+                    f"{self.call.seconds + NOTICE:.0f} s; the ladder gives it up after "
+                    f"{self.call.seconds + PATIENCE:.0f} s",
+                    file=sys.stderr,
+                    flush=True,
+                )
+
+    def has_ended(self) -> bool:
+        """Whether the process has ended; its status can still be read."""
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+    def status(self) -> int:
+        """The exit status, as a shell has it. A line names the signal that has ended the child."""
+        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        if code >= 0:
+            return code
+        who = f"{self.call} has ended the ladder" if self.call else "the ladder was ended"
+        print(f"{who} by {signal.Signals(-code).name}", file=sys.stderr)
+        return 128 - code
+
+    def terminate(self, number: int | None) -> int | None:
+        """Let the child end by a signal.
+
+        Args:
+            number: of the signal; None after Ctrl-C, which sends it to the child, too.
+
+        Returns:
+            the status; None if the child was killed, and has said nothing.
+        """
+        if number is not None:
+            os.kill(self.pid, number)
+        if self.ends_within(GRACE):
+            return self.status()
+        if self.call is None:  # it may take long to end its processes, or knows of no signal
+            os.kill(self.pid, signal.SIGTERM)
+            if self.ends_within(3 * GRACE):
+                return self.status()
+        self.kill()
+        return None
+
+    def ends_within(self, seconds: float) -> bool:
+        end = time.monotonic() + seconds
+        while not self.has_ended() and time.monotonic() < end:
+            time.sleep(0.01)
+        return self.has_ended()
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
 
 
 def guarded(main: Callable[[], int]) -> int:
-    """The status of ``main``, which runs in a child process, again for each endless function."""
+    """Run ``main`` in a child process, and once more for each function that never returns.
+
+    Returns:
+        the status of the last child.
+    """
     with_files = any(argument.startswith("--w") for argument in sys.argv[1:])
     if not with_files or sys.platform != "linux":  # where a fork is safe, also with NumPy's threads
         return main()
     while True:
         sys.stdout.flush()
         read, write = os.pipe()
-        child = os.fork()
-        if child == 0:
+        pid = os.fork()
+        if pid == 0:
             os.close(read)
-            end_with_parent()
-            LADDER.pipe = write
+            die_with_parent(signal.SIGKILL)
+            WATCHED.pipe = write
             return main()
         os.close(write)
+        child = Child(pid, read)
         try:
-            endless = wait(child, read)
+            if child.wait():
+                return child.status()
         except (Terminated, KeyboardInterrupt) as e:
-            status = ended(child, signal.SIGTERM if isinstance(e, Terminated) else None)
-            if status is None:  # it has said nothing
+            status = child.terminate(e.number if isinstance(e, Terminated) else None)
+            if status is None:
                 raise
             return status
         finally:
             os.close(read)
-        if endless is None:
-            return exit_status(os.waitpid(child, 0)[1])
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        LADDER.endless[endless.file, endless.name] = endless.seconds + PATIENCE
+        child.kill()
+        endless = child.call
+        assert endless is not None
+        WATCHED.endless[endless.file, endless.name] = endless.seconds + PATIENCE
         print(f"{endless} does not return; the ladder begins again without it", flush=True)
-
-
-def end_with_parent() -> None:
-    """Let Linux kill this process when its parent has ended, as by SIGKILL."""
-    with suppress(AttributeError):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def wait(child: int, pipe: int) -> Call | None:
-    """Wait until the child ends, or return the call that does not."""
-    call, since, said, text = None, 0.0, False, b""
-    while True:
-        if select.select([pipe], [], [], TICK)[0]:
-            if not (read := os.read(pipe, 2**16)):
-                return None
-            *lines, text = (text + read).split(b"\n")
-            for line in lines:
-                call = Call(*told) if (told := json.loads(line)) else None
-                since, said = time.monotonic(), False
-        elif call and (beyond := time.monotonic() - since - call.seconds) > SAID:
-            if beyond > PATIENCE:
-                return call
-            if not said:
-                said = True
-                print(
-                    f"{call} is in compiled code for {SAID + call.seconds:.0f} s, which cannot be "
-                    f"stopped; after {PATIENCE + call.seconds:.0f} s the ladder goes on without it",
-                    file=sys.stderr,
-                    flush=True,
-                )
-        elif has_ended(child):  # and a process of its own holds the pipe
-            return None
-
-
-def has_ended(child: int) -> bool:
-    """Whether a child has ended; its status can still be read."""
-    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-
-
-def ended(child: int, number: int | None) -> int | None:
-    """Send a child a signal, which Ctrl-C has sent already, and wait; its status, or None if it had
-    to be killed."""
-    if number is not None:
-        os.kill(child, number)
-    end = time.monotonic() + GRACE
-    while time.monotonic() < end:
-        if has_ended(child):
-            return exit_status(os.waitpid(child, 0)[1])
-        time.sleep(0.01)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return None
-
-
-def exit_status(status: int) -> int:
-    """A shell's exit status of a process, also of one that a signal has ended."""
-    code = os.waitstatus_to_exitcode(status)
-    return code if code >= 0 else 128 - code

@@ -18,10 +18,7 @@ KINDS = {
 MEASURED = Path(__file__).parents[1] / "results" / "nvidia-h200" / "ladder.csv"
 GAIN = 1.2  # below which more cores have gained nothing
 SLOW = 0.5  # times the speed of the ladder's loops, below which a student's have a sentence
-QUICK = (
-    "--quick: these calls are too short to compare, so that the ratios below are no results; leave "
-    "it out for those of a report."
-)
+QUICK = "--quick: the calls are too short to compare. Leave it out for the ratios of a report."
 WIDE = 2.0  # the 80% quantile over the 20% quantile, above which a ratio is rough
 
 
@@ -29,7 +26,7 @@ def lines(case: LadderCase, results: Sequence[Result], is_quick: bool = False) -
     """The ratios of a student's functions of a case; an H200's times where there is no GPU.
 
     Args:
-        is_quick: the case is a small one, which tells of no speed.
+        is_quick: the case is a small one, whose times cannot be compared.
     """
     own = [one for one in results if ": " in one.contestant and one.ok]
     if is_quick and any(one.p50_ms for one in own):

@@ -28,7 +28,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.ladder.cases import WARM_SECONDS, LadderCase, make_case
-from benchmarks.ladder.guard import LADDER
+from benchmarks.ladder.guard import WATCHED
 from benchmarks.results import duration
 from benchmarks.timing import CPU, Rejected, flush, time_calls
 from torchpar.baselines.exercises import CHECKS, alarm, own_of
@@ -430,7 +430,7 @@ class Entry:
         Args:
             limit: seconds of a call whose time does not count; by default `LIMIT`.
         """
-        if waited := LADDER.endless.get((self.file, self.name)):
+        if waited := WATCHED.endless.get((self.file, self.name)):
             raise SlowCall(f"its compiled code did not return within {waited:.0f} s")
         arguments = [t.copy() for t in self.tried.arguments]
         if self.case.cold and limit is None:
@@ -440,7 +440,7 @@ class Entry:
                 same_threads_of_torch(),
                 on_cores(self.cores),
                 modules_beside(self.file),
-                LADDER.watched(self.file, self.name, limit or LIMIT) as tell,
+                WATCHED.calling(self.file, self.name, limit or LIMIT) as tell,
                 Compilation(tell).watched() as compilation,
                 time_limit(limit or LIMIT, compilation),
             ):

@@ -12,6 +12,8 @@ import pytest
 from commands import ROOT, forked, import_path
 
 pytest.importorskip("rich", reason="rich prints the tables of the ladder")
+from benchmarks.ladder.guard import Call, Child
+
 needs_fork = pytest.mark.skipif(sys.platform != "linux", reason="the ladder forks on Linux alone")
 
 # A ladder of three functions, the second of which returns after a while, or never. No handler of
@@ -22,14 +24,14 @@ from pathlib import Path
 from benchmarks.flags import run
 from benchmarks.ladder import guard
 
-guard.PATIENCE, guard.SAID, guard.TICK, guard.GRACE = {patience}, 0.1, 0.01, 0.2
+guard.PATIENCE, guard.NOTICE, guard.TICK, guard.GRACE = {patience}, 0.1, 0.01, 0.2
 sys.argv.append("--with")
 
 def call(name, seconds, compilation=0.0):
-    if waited := guard.LADDER.endless.get(("my.py", name)):
+    if waited := guard.WATCHED.endless.get(("my.py", name)):
         print(name, "was given up after", waited)
         return
-    with guard.LADDER.watched("my.py", name, 0.1) as compiling:
+    with guard.WATCHED.calling("my.py", name, 0.1) as compiling:
         compiling(True)
         time.sleep(compilation)
         compiling(False)
@@ -71,7 +73,8 @@ def test_an_endless_function_is_given_up_and_the_others_are_called_again(tmp_pat
             "third has returned",
         ],
     )
-    assert err.startswith("my.py: second is in compiled code for 0 s, which cannot be stopped;")
+    line = "my.py: second has been in compiled code, which cannot be stopped, for 0 s; the ladder"
+    assert err.startswith(line)
     assert len(err.splitlines()) == 1
 
 
@@ -106,6 +109,17 @@ def test_a_signal_ends_a_ladder_that_waits_for_an_endless_function(tmp_path, num
     line = f"python -m benchmarks run ladder: {what}; a CSV in --output holds complete cases only"
     assert err.splitlines()[-1] == line
     assert process.returncode == 128 + number
+
+
+@needs_fork
+def test_a_signal_that_ends_the_ladder_is_named_with_the_function(capsys):
+    pid = os.fork()
+    if pid == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    child = Child(pid, pipe=-1)
+    child.call = Call("folder/my.py", "max_numba", 10.0)
+    assert child.status() == 128 + signal.SIGKILL
+    assert capsys.readouterr().err == "my.py: max_numba has ended the ladder by SIGKILL\n"
 
 
 @needs_fork

@@ -47,8 +47,13 @@ def end_with_launcher() -> None:
     started this process. In torchrun that is the main thread. In another launcher it may be one
     that ends early.
     """
+    die_with_parent(signal.SIGTERM)
+
+
+def die_with_parent(number: signal.Signals) -> None:
+    """Let Linux send this process a signal when the thread has ended that started it."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 class Terminated(BaseException):

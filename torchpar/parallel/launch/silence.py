@@ -56,7 +56,8 @@ def _watch(
     store: Store, world: World, steps: Callable[[], int | None], left: Callable[[float], bool]
 ) -> None:
     others = range(1, world.world_size) if world.rank == 0 else range(int(world.rank == 1))
-    done, since, sent, heard, counts = steps(), time.monotonic(), -math.inf, dict[int, float](), {}
+    done, since, sent = steps(), time.monotonic(), -math.inf
+    heard, counts = dict[int, float](), dict[int, int]()
     with suppress(RuntimeError):  # the store's host has ended
         store.set(f"process/{world.rank}", f"process {os.getpid()} on {socket.gethostname()}")
         while not left(TICK):
