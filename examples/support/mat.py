@@ -13,6 +13,8 @@ import numpy as np
 from torchpar.baselines.numpy_mlp import Array, NumpyMLP
 from torchpar.errors import ConfigError
 
+LABELS = "0 to 9, or 1 to 10 with 10 for 0"
+
 
 def read(path: Path) -> dict[str, Array]:
     """Return the arrays of a file by name.
@@ -51,21 +53,30 @@ def read_images(path: Path, features: int) -> tuple[Array, Array]:
     MATLAB counts from 1, so that in some files the label of the digit 0 is 10.
 
     Raises:
-        ConfigError: as from `read`, or the file has no such X and y of finite numbers.
+        ConfigError: as from `read`, or the file has no such X and y of finite numbers, the pixels
+            are not scaled to [0, 1], or a label is another.
     """
     arrays = read(path)
     x, y = arrays.get("X"), arrays.get("y")
     if x is None or y is None or x.ndim != 2 or x.shape[1] != features or y.size != len(x):
+        is_turned = x is not None and y is not None and x.shape == (features, y.size)
         raise ConfigError(
             f"{path} holds {described(arrays)}, expected X (n, {features}) and y (n, 1)"
+            + "; transpose X" * is_turned
         )
+    if not len(x):
+        raise ConfigError(f"{path}: X {x.shape} has 0 samples, expected one or more")
     check_numbers(path, {"X": x, "y": y})
-    labels = y.reshape(-1).astype(np.int64)
-    if labels.max(initial=0) == 10:
-        labels %= 10
-    if not (labels.size and labels.min() >= 0 and labels.max() < 10):
-        raise ConfigError(f"{path}: y has other labels, expected 0 to 9, or 1 to 10 with 10 for 0")
-    return x.astype(np.float32), labels
+    if (mean := x.mean()) > 1:  # of pixels of 0 to 1 it is less, though resampling overshoots
+        raise ConfigError(
+            f"{path}: X has the mean {mean:.3g}, expected pixels of 0 to 1; divide X by 255"
+        )
+    found = {*y.reshape(-1).tolist()}
+    if other := found - {*range(11)}:
+        raise ConfigError(f"{path}: y has the label {min(other):g}, expected {LABELS}")
+    if found >= {0, 10}:
+        raise ConfigError(f"{path}: y has the labels 0 and 10, expected {LABELS}")
+    return x.astype(np.float32), y.reshape(-1).astype(np.int64) % 10
 
 
 def load_weights(path: Path, model: NumpyMLP) -> None:
@@ -81,7 +92,12 @@ def load_weights(path: Path, model: NumpyMLP) -> None:
     expected = {f"Theta{i}": shape for i, shape in enumerate(shapes, start=1)}
     if any(name not in arrays or arrays[name].shape != expected[name] for name in expected):
         needs = ", ".join(f"{name} {shape}" for name, shape in expected.items())
-        raise ConfigError(f"{path} holds {described(arrays)}, expected {needs}")
+        are_turned = all(
+            name in arrays and arrays[name].T.shape == shape for name, shape in expected.items()
+        )
+        raise ConfigError(
+            f"{path} holds {described(arrays)}, expected {needs}" + "; transpose them" * are_turned
+        )
     check_numbers(path, {name: arrays[name] for name in expected})
     for name, weight, bias in zip(expected, model.weights, model.biases, strict=True):
         bias[:], weight[:] = arrays[name][:, 0], arrays[name][:, 1:].T

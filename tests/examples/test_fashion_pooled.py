@@ -62,6 +62,8 @@ def test_other_files_are_refused_by_what_they_hold(files, tmp_path, monkeypatch)
     savemat(tmp_path / "complex.mat", {"X": np.ones((5, 400)) * 1j, "y": np.ones(5)})
     savemat(tmp_path / "more.mat", {"X": np.ones((5, 400)), "y": np.ones(5), "other": x})
     assert mat.read_images(tmp_path / "more.mat", 400)[0].all()
+    savemat(tmp_path / "turned.mat", {"X": np.ones((400, 5)), "y": np.ones((5, 1))})
+    savemat(tmp_path / "thetas.mat", {"Theta1": np.ones((401, 25)), "Theta2": np.ones((26, 10))})
     for call, message in (
         (
             lambda: mat.load_weights(images, model),
@@ -72,11 +74,46 @@ def test_other_files_are_refused_by_what_they_hold(files, tmp_path, monkeypatch)
         (lambda: mat.read_images(images, 784), r"expected X \(n, 784\) and y"),
         (lambda: mat.read_images(tmp_path / "nan.mat", 400), r"X\[3, 2\] is nan, expected finite"),
         (lambda: mat.read_images(tmp_path / "complex.mat", 400), "X is a ndarray of complex128, "),
+        (
+            lambda: mat.read_images(tmp_path / "turned.mat", 400),
+            r"holds X \(400, 5\), .* y \(n, 1\); transpose X$",
+        ),
+        (
+            lambda: mat.load_weights(tmp_path / "thetas.mat", model),
+            r"holds Theta1 \(401, 25\), .*\(10, 26\); transpose them$",
+        ),
         (lambda: mat.read(damaged), "is no .mat file, or is damaged"),
         (lambda: mat.read(tmp_path / "none.mat"), "does not exist"),
     ):
         with pytest.raises(ConfigError, match=message):
             call()
+
+
+@pytest.mark.parametrize(
+    "x, y, message",
+    [
+        (np.ones((5, 400)), [1, 2, 2.5, 3, 4], "y has the label 2.5, expected 0 to 9, or 1 to 10"),
+        (np.ones((5, 400)), [1, 2, -1, 3, 11], "y has the label -1, expected 0 to 9, or 1 to 10"),
+        (np.ones((5, 400)), [0, 1, 2, 3, 10], "y has the labels 0 and 10, expected 0 to 9, or 1"),
+        (np.full((5, 400), 51, np.uint8), [1] * 5, "X has the mean 51, .* divide X by 255$"),
+        (np.eye(5, 400) * 500, [1] * 5, "X has the mean 1.25, .* divide X by 255$"),
+        (np.ones((0, 400)), [], r"X \(0, 400\) has 0 samples, expected one or more"),
+    ],
+)
+def test_labels_and_pixels_of_another_scale_are_refused(tmp_path, x, y, message):
+    arrays = {"X": x, "y": np.array(y).reshape(-1, 1)}
+    pytest.importorskip("scipy.io").savemat(tmp_path / "x.mat", arrays)
+    with pytest.raises(ConfigError, match=message):
+        mat.read_images(tmp_path / "x.mat", 400)
+
+
+def test_pixels_beyond_0_and_1_are_images_too(tmp_path):
+    """Resampling overshoots."""
+    (x := np.tile(np.linspace(-0.13, 1.13, 400), (5, 1)))[0] = 1
+    pytest.importorskip("scipy.io").savemat(tmp_path / "x.mat", {"X": x, "y": np.arange(5)})
+    found, labels = mat.read_images(tmp_path / "x.mat", 400)
+    assert np.array_equal(found, x.astype(np.float32))
+    assert labels.tolist() == [*range(5)]
 
 
 def test_labels_that_training_would_lack_are_an_error(tmp_path):
