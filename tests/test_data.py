@@ -221,6 +221,29 @@ def test_files_that_do_not_fit_are_named_in_one_line(tmp_path, name, content, me
         data.load("fashion-mnist", tmp_path)
 
 
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        (LABELS, idx(9), "holds 10 images and t10k-labels-idx1-ubyte.gz 9 labels, "),
+        (LABELS, idx(10, content=bytes([10] * 10)), "labels-idx1-ubyte.gz has a label 10, "),
+        (IMAGES, idx(10), "images-idx3-ubyte.gz holds an array of "),
+    ],
+)
+def test_an_archive_that_does_not_fit_is_named_as_it_is(tmp_path, name, content, message):
+    raw = fashion_mnist(tmp_path) / "FashionMNIST" / "raw"
+    (raw / f"{name}.gz").write_bytes(gzip.compress(content))
+    with pytest.raises(ConfigError, match=f"{message}.* or remove the damaged files and download"):
+        data.load("fashion-mnist", tmp_path)
+
+
+@pytest.mark.parametrize("left", [0, 3])
+def test_a_folder_that_lacks_files_is_not_told_to_remove_damaged_ones(tmp_path, left):
+    for path in sorted((fashion_mnist(tmp_path) / "FashionMNIST" / "raw").iterdir())[left:]:
+        path.unlink()
+    with pytest.raises(ConfigError, match=r"ubyte.gz is missing; .*/raw, or download it: "):
+        data.load("fashion-mnist", tmp_path)
+
+
 def test_images_and_labels_that_are_swapped_are_refused(tmp_path):
     raw = fashion_mnist(tmp_path) / "FashionMNIST" / "raw"
     (raw / LABELS).rename(raw / "other")

@@ -75,7 +75,8 @@ def read(dataset: Dataset, root: Path) -> tuple[Images, Images]:
         )
     except ValueError as e:
         fetch = f"from torchvision.datasets import {folder} as D; D({str(root)!r}, download=True)"
-        remove = "remove the damaged files and " if (root / folder / "raw").is_dir() else ""
+        is_missing = isinstance(e.__cause__, FileNotFoundError)
+        remove = "" if is_missing else "remove the damaged files and "
         install = "" if find_spec("torchvision") else ", after pip install torchvision"
         raise ConfigError(
             f"{e}; name the folder that holds {folder}/raw, or {remove}download "
@@ -91,7 +92,7 @@ def _read_pair(raw: Path, prefix: str, classes: tuple[str, ...]) -> Images:
         ValueError: a file is missing or damaged, or images and labels do not fit each other.
     """
     of_images, of_labels = (
-        raw / f"{prefix}-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1")
+        _file_or_archive(raw / f"{prefix}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1")
     )
     features, labels = read_idx(of_images), read_idx(of_labels).astype(np.int64)
     if features.ndim != 3 or features.shape[1:] != (SIDE, SIDE):
@@ -121,17 +122,21 @@ def checksums(splits: Sequence[tuple[Array, Array]]) -> dict[str, int]:
     }
 
 
-def read_idx(file: Path) -> Array:
-    """Return the array of uint8 in ``file``, from its archive ``file.gz`` if there is one.
+def _file_or_archive(file: Path) -> Path:
+    """Return ``file``, or its archive ``file.gz`` if there is one, or if both are missing."""
+    archive = file.with_name(f"{file.name}.gz")
+    return archive if archive.exists() or not file.exists() else file
+
+
+def read_idx(path: Path) -> Array:
+    """Return the array of uint8 in a file, which may be an archive ``.gz``.
 
     Raises:
         ValueError: the file is missing or damaged.
     """
-    archive = file.with_name(f"{file.name}.gz")
-    path = archive if archive.exists() or not file.exists() else file
     try:
         content = path.read_bytes()
-        if path == archive:
+        if path.suffix == ".gz":
             content = gzip.decompress(content)
         if content[:3] != b"\0\0\x08" or len(content) < 4:
             raise ValueError("it does not begin as a file of uint8 in IDX format")
