@@ -1,13 +1,19 @@
 # SPDX-License-Identifier: MIT
 """A reader's kernels in the emulator: their faults in one line, and what bounds them."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from inspect import getsourcelines
+from pathlib import Path
+from traceback import walk_tb
+from types import TracebackType
 
 import triton
+from triton.runtime import KernelInterface
 
 from torchpar.errors import ConfigError
 from torchpar.ptx import Emulator
+from torchpar.testing.operators.kernel_rules import described
 
 
 @contextmanager
@@ -20,14 +26,47 @@ def compiling(name: str) -> Iterator[None]:
     try:
         yield
     except triton.CompilationError as error:  # its message shows the kernel up to the fault
-        cause: BaseException = error
-        while cause.__cause__:
+        functions = list(functions_of(error.__traceback__))
+        place, cause = line_in_file(error, functions), error
+        # An error in a function that the kernel calls, of this file or of Triton, is the cause.
+        while isinstance(cause.__cause__, triton.CompilationError):
             cause = cause.__cause__
-        # A fault inside a function of Triton, such as tl.zeros, is said by its cause alone.
-        reason = "" if str(cause) in str(error) else f"\n{cause}"
+            place = line_in_file(cause, functions) or place
+        reason = " ".join((cause.error_message or f"{cause.__cause__ or cause}").split())
         raise ConfigError(
-            f"{name}: Triton cannot compile it: {error}{reason}; mend the kernel"
+            f"{name}: Triton cannot compile it{f' at {place}' if place else ''}: {reason}; "
+            "mend the kernel"
         ) from None
+
+
+def functions_of(traceback: TracebackType | None) -> Iterator[triton.JITFunction]:
+    """Yield the reader's jitted functions: variables of what was called, and what they may call."""
+    for frame, _ in walk_tb(traceback):
+        for kernel in _jitted({**frame.f_globals, **frame.f_locals}):
+            yield kernel
+            yield from _jitted(kernel.fn.__globals__)
+
+
+def _jitted(variables: Mapping[str, object]) -> Iterator[triton.JITFunction]:
+    for value in variables.values():
+        while isinstance(value, KernelInterface) and not isinstance(value, triton.JITFunction):
+            value = value.fn  # such as an autotuned kernel's
+        if isinstance(value, triton.JITFunction) and not value.fn.__module__.startswith("triton."):
+            yield value
+
+
+def line_in_file(error: triton.CompilationError, functions: Iterable[triton.JITFunction]) -> str:
+    """Return the file and line of an error, whose own number counts the lines of the function.
+
+    The error holds the function's text, by which it is found among ``functions``. Without it, "".
+    """
+    for function in functions:
+        if function.src == error.src:
+            lines, first = getsourcelines(function.fn)  # with its decorators
+            def_line = first + len(lines) - len(error.src.splitlines())
+            file = Path(function.fn.__code__.co_filename).name
+            return f"{file}:{def_line + getattr(error.node, 'lineno', 1) - 1}"
+    return ""
 
 
 def check_faults(gpu: Emulator, name: str = "") -> None:
@@ -37,7 +76,11 @@ def check_faults(gpu: Emulator, name: str = "") -> None:
         name: of what was launched, which begins the message.
     """
     if errors := gpu.report().errors:
-        raise ConfigError(f"{name}{': ' if name else ''}{errors[0]}; mend the kernel or its launch")
+        said = described(errors[0])
+        if errors[0].launched is not None:
+            file, line = errors[0].launched
+            said += f"; launched at {Path(file).name}:{line}"
+        raise ConfigError(f"{name}{': ' if name else ''}{said}; mend the kernel or its launch")
 
 
 def by_unit(kernels: Iterable[tuple[object, object]]) -> str:

@@ -79,11 +79,40 @@ def relu_with_a_slope_kernel(x, y, size, slope, BLOCK: tl.constexpr):
     tl.store(y + i, tl.where(x_i > 0, x_i, slope * x_i), i < size)
 
 
-def test_a_kernel_that_triton_cannot_compile_is_an_error_of_the_lesson(monkeypatch):
-    only(monkeypatch, "relu_kernel", relu_with_a_typo_kernel)
-    with pytest.raises(ConfigError, match=r"cannot compile it(.|\n)*no attribute 'relu'") as error:
+@triton.jit
+def positive(x):
+    return tl.where(x > nothing, x, 0.0)  # noqa: F821
+
+
+@triton.jit
+def relu_of_a_function_kernel(x, y, size, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + i, positive(tl.load(x + i, i < size)), i < size)
+
+
+@triton.jit
+def relu_of_another_length_kernel(x, y, size, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + i, tl.load(x + i, i < size) + tl.zeros((BLOCK + 1,), tl.float32), i < size)
+
+
+@pytest.mark.parametrize(
+    "kernel, within, line, reason",
+    [
+        (relu_with_a_typo_kernel, relu_with_a_typo_kernel, 3, "no attribute 'relu'"),
+        (relu_of_a_function_kernel, positive, 2, "nothing is not defined"),
+        (relu_of_another_length_kernel, relu_of_another_length_kernel, 3, "power of 2"),
+    ],
+)
+def test_a_kernel_that_triton_cannot_compile_is_named_with_the_line_of_the_file(
+    monkeypatch, kernel, within, line, reason
+):
+    only(monkeypatch, "relu_kernel", kernel)
+    place = rf"test_own_layers.py:{within.fn.__code__.co_firstlineno + line}"  # from @triton.jit on
+    with pytest.raises(ConfigError, match=rf"cannot compile it at {place}: .*{reason}.*; mend the"):
         own_layers.check_kernels()
-    assert str(error.value).startswith("relu_with_a_typo_kernel: ")
+    with pytest.raises(ConfigError, match=rf"^{kernel.__name__}: Triton cannot compile it.*$"):
+        own_layers.check_kernels()
 
 
 def test_an_argument_that_no_launch_gives_is_named(monkeypatch):
@@ -120,7 +149,11 @@ def test_a_launch_of_too_few_blocks_is_named_before_its_values(monkeypatch):
     )
     with (
         emulate() as gpu,
-        pytest.raises(ConfigError, match=r"uninitialised memory in \w+(.|\n)*mend"),
+        pytest.raises(
+            ConfigError,
+            match=r"^own_layers.py:\d+, \w+_kernel: uninitialised memory: .*; launched at "
+            r"own_layers.py:\d+; mend the kernel or its launch$",
+        ),
     ):
         own_layers.check_network(network, loss, draw(50, 0), gpu)
 

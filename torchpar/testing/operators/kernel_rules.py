@@ -70,7 +70,8 @@ def described(fault: "Fault") -> str:
         path, line = fault.source
         where = f"{Path(path).name}:{line}"
     kind = "" if fault.kind == "error" else f"{fault.kind}: "
-    return f"{where}, {fault.kernel}: {kind}{fault.name}: {fault.message}"
+    where += f", {fault.kernel}" if fault.kernel else ""  # a fault around the kernels has none
+    return f"{where}: {kind}{fault.name}: {fault.message}"
 
 
 def resource_row(gpus: Sequence["Emulator"]) -> tuple[str, str, str]:
