@@ -40,7 +40,7 @@ PyTorch, by which ``--device cuda`` takes a GPU. NumPy alone needs a checkout, a
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -59,7 +59,7 @@ from support import cli, console, mat, one_process, plots
 from torchpar.baselines import mpi, numpy_mlp
 from torchpar.baselines.numpy_mlp import Array
 from torchpar.data.files import FOLDERS, Dataset, Images, checksums, read
-from torchpar.errors import ConfigError, check_finite
+from torchpar.errors import ConfigError, check_finite, say_progress
 from torchpar.training.profile.phases import Phases, phase
 
 if TYPE_CHECKING:
@@ -223,6 +223,13 @@ def seconds_since(before: dict[str, float]) -> dict[str, float]:
     return found
 
 
+def counted(plan: Plan, rank: int, ranks: int) -> Iterable[int]:
+    """Return the iterations of a run. Where they take long, process 0 says how far they are, by
+    lines, since a bar would take time from what is timed."""
+    iterations, processes = range(plan.iterations), "processes" if ranks > 1 else "process"
+    return iterations if rank else say_progress(iterations, f"iterations on {ranks} {processes}")
+
+
 def train_numpy(
     world: mpi.Communicator,
     splits: Sequence[Pixels] | None,
@@ -249,7 +256,7 @@ def train_numpy(
         world.Bcast(model.parameters)
     before: dict[str, float] = {}
     seconds_since(before)
-    for iteration in range(plan.iterations):
+    for iteration in counted(plan, world.rank, world.size):
         start = time.perf_counter()
         if exchange == "gather" and iteration:
             with phase("broadcast"):
@@ -326,7 +333,7 @@ def train_torch(world: "World", splits: Sequence[Pixels], plan: Plan) -> Result:
     optimizer.zero_grad()
     before: dict[str, float] = {}
     seconds_since(before)
-    for i in range(plan.iterations):
+    for i in counted(plan, world.rank, world.world_size):
         start = time.perf_counter()
         with nullcontext() if Phases.active is None else Phases.active.step():
             loss = cost_sum(replica(x), labels)

@@ -14,8 +14,11 @@ pytest.importorskip("tyro", reason="tyro reads the flags")
 import fashion_pooled
 from support import mat
 
+from torchpar import errors
+from torchpar.baselines import mpi
 from torchpar.baselines.numpy_mlp import NumpyMLP
 from torchpar.errors import ConfigError
+from torchpar.parallel import join_world
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +169,20 @@ def test_every_iteration_has_its_phases(files, tmp_path, library, phases):
     cost = (np.logaddexp(0, z) - t * z).sum() / 40
     assert rows[0]["cost"] == pytest.approx(cost, rel=1e-5)  # of 250 products in float32
     assert rows[60]["cost"] == rows[0]["cost"]
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_a_slow_run_says_how_far_it_is(monkeypatch, capsys, library):
+    monkeypatch.setattr(errors, "SILENCE", 0.0)
+    splits = [fashion_pooled.Pixels(np.ones((5, 400), np.float32), np.arange(5))] * 2
+    plan = fashion_pooled.Plan(2, 0.1, 0.0, 0)
+    if library == "numpy":
+        fashion_pooled.train_plans(mpi.OneProcess(), splits, [plan], "allreduce")
+    else:
+        with join_world("cpu", alone=True) as world:
+            fashion_pooled.train_torch(world, splits, plan)
+    lines = [f"{done} of 2 iterations on 1 process after 0 s\n" for done in range(2)]
+    assert capsys.readouterr().err == "".join(lines)
 
 
 def test_a_pool_of_the_reader_that_makes_another_size_is_named(monkeypatch):
