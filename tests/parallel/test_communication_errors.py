@@ -15,7 +15,9 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroupGloo  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
 
-from torchpar.parallel.launch.world import is_communication_error
+from torchpar.parallel.launch import rendezvous
+from torchpar.parallel.launch.rank_info import RankInfo
+from torchpar.parallel.launch.world import _explain, is_communication_error
 from torchpar.testing.optimizers.refusals import failures
 from torchpar.testing.optimizers.trial import Failure
 
@@ -49,6 +51,20 @@ def test_errors_of_gloo_are_plain_and_name_its_file(how: str, message: str) -> N
     with pytest.raises(Failure) as found, failures():
         raise error
     assert found.value.args[0] == "hangs"
+
+
+@pytest.mark.parametrize("how, remedy", [("leaves", ""), ("is late", ", or take a longer timeout")])
+def test_a_lost_rank_comes_with_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, how: str, remedy: str
+) -> None:
+    error = lose_rank_1(how)
+    assert isinstance(error, RuntimeError)
+    store, info = dist.HashStore(), RankInfo(0, 0, 2, 2, "127.0.0.1", 1, "env")  # type: ignore[attr-defined]
+    for missing, ranks in (([1], "rank 1"), ([], "the others")):
+        monkeypatch.setattr(rendezvous, "missing_ranks", lambda *_, found=missing: found)
+        said = str(_explain(error, store, info))
+        assert said.endswith(f"); look at the output of {ranks}{remedy}")
+        assert "\n" not in said
 
 
 def test_an_interface_that_is_not_there_is_a_plain_error(monkeypatch: pytest.MonkeyPatch) -> None:

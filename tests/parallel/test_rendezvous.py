@@ -161,7 +161,8 @@ def test_a_start_that_not_all_reached_names_the_others_and_does_not_disturb_the_
         errors = [pool.submit(meet, agent, rank, timeout=0.3).exception for rank in joined]
     for error in errors:
         assert isinstance(error(), RankLostError)
-        assert str(error()) == f"rank {missing} did not join the others within 0.3 s"
+        remedy = f"look at the output of rank {missing}, or take a longer timeout"
+        assert str(error()) == f"rank {missing} did not join the others within 0.3 s; {remedy}"
     stores = meet(agent, 0, 1, 2)
     stores[1].set("address", "new")
     assert [store.get("address") for store in stores] == [b"new"] * 3
@@ -171,7 +172,7 @@ def meet_two_others(port: int) -> None:
     """Meet the other rank of this call and rank 2, which does not come."""
     rank = dist.get_rank()
     info = RankInfo(rank, rank, 3, 3, "127.0.0.1", port, "env")
-    error = r"^rank 2 did not join the others within 2 s$"
+    error = r"^rank 2 did not join the others within 2 s; look at the output of rank 2, or [^\n]*$"
     with patch.object(rendezvous, "LATER", 0.3), pytest.raises(RankLostError, match=error):
         connect(info, timedelta(seconds=2))
 

@@ -313,5 +313,6 @@ def _say(rank: int, awaited: str) -> None:
 
 def _did_not_join(ranks: str, timeout: timedelta) -> RankLostError:
     return RankLostError(
-        f"rank {ranks} did not join the others within {timeout.total_seconds():g} s"
+        f"rank {ranks} did not join the others within {timeout.total_seconds():g} s; look at the "
+        f"output of rank {ranks}, or take a longer timeout"
     )

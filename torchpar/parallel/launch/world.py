@@ -242,12 +242,12 @@ def _explain(error: RuntimeError, store: Store, info: RankInfo) -> TorchparError
             "export GLOO_SOCKET_IFNAME=lo for ranks on one machine, or the name of another"
         )
     missing = rendezvous.missing_ranks(store, info.rank, info.world_size, PATIENCE)
-    ranks = (
-        f"rank {', '.join(map(str, missing))} does not answer"
-        if missing
-        else "ranks lost each other"
-    )
-    return RankLostError(f"{ranks} ({reason})", missing)
+    ranks = f"rank {', '.join(map(str, missing))}" if missing else "the others"
+    fault = f"{ranks} does not answer" if missing else "ranks lost each other"
+    remedy = f"look at the output of {ranks}"
+    if "Timed out" in reason:  # it may only be slow
+        remedy += ", or take a longer timeout"
+    return RankLostError(f"{fault} ({reason}); {remedy}", missing)
 
 
 def _make_mesh(
