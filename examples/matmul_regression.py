@@ -155,7 +155,7 @@ def main(flags: Flags) -> None:
             )
     console.write_metrics(flags.metrics, [*errors, *norms, {"costs": curves, **times}])
     if flags.plots:
-        label = "cost before the step; the last point, at the end"
+        label = "cost before the step\n(the last point: at the end)"
         plots.save_curves(flags.plots / "regression.png", curves, "step", label)
     for name, costs in curves.items():
         steps = len(costs) - 1

@@ -31,6 +31,7 @@ pytest.importorskip("matplotlib", reason="--plots and --report draw with it")
 
 import quadrants
 import train_transformer
+from matplotlib.figure import Figure
 from support import cli
 from train_by_hand import draw
 
@@ -81,6 +82,18 @@ def time_a_short_epoch(*args: Any) -> quadrants.Epoch:
         return quadrants.time_epoch(*args)
 
 
+def save_and_note(figure: Figure, *args: Any, cut: list[str], save: Callable[..., None]) -> None:
+    """Save a picture; add to ``cut`` its titles and labels that reach beyond it."""
+    save(figure, *args)
+    for axes in figure.axes:
+        for text in (axes.title, axes.xaxis.label, axes.yaxis.label):
+            box, page = text.get_window_extent(), figure.bbox
+            if text.get_text() and not (
+                page.x0 <= box.x0 <= box.x1 <= page.x1 and page.y0 <= box.y0 <= box.y1 <= page.y1
+            ):
+                cut.append(text.get_text())
+
+
 @pytest.mark.parametrize(
     "name",
     # Tests of the exercises train these two, too.
@@ -100,8 +113,13 @@ def test_it_runs_learns_and_prints_its_last_line(ranks, small, monkeypatch, tmp_
     outputs = ["--metrics", str(tmp_path / "metrics")]
     outputs += ["--plots", str(tmp_path / "new" / "plots")] if pictures else []
     monkeypatch.setattr(errors, "SILENCE", math.inf)  # on a busy machine it would say how far it is
+    cut: list[str] = []
+    monkeypatch.setattr(
+        Figure, "savefig", partialmethod(save_and_note, cut=cut, save=Figure.savefig)
+    )
     code, out, err = lesson(name, *given, "--device", "cpu", *flags.split(), *outputs)
     assert (code, err) == (0, "")
+    assert cut == []
     assert re.fullmatch(LAST_LINES.get(name, LAST_LINE), out.splitlines()[-1])
     for picture in pictures.split():
         file = tmp_path / "new" / "plots" / f"{picture}.png"
