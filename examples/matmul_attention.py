@@ -21,16 +21,18 @@ digit gives to other digits goes to its own class.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated
 
 import torch
 from support import checks, cli, console, plots
 from torch import Tensor
 from torch.nn.functional import layer_norm, linear, normalize, scaled_dot_product_attention
+from torch.utils.flop_counter import FlopCounterMode
 
 from torchpar import matmul_t
 from torchpar.data import load
-from torchpar.errors import ConfigError
+from torchpar.errors import ConfigError, breaking_silence
 from torchpar.parallel.launch.world import join_world
 
 ROWS = 28  # of an image, and pixels of a row
@@ -115,34 +117,71 @@ def compare_causal(images: Tensor) -> tuple[list[dict[str, str | float]], list[T
         return scaled_dot_product_attention(q, k, v, is_causal=True)
 
     inputs = {"x": x} | projections
-    y = causal_attention(*inputs.values())
+    q, k, v = qkv = [x @ w.mT for w in projections.values()]
+    checks.result_of(causal_weights, q, k, shape=(len(x), ROWS, ROWS))
+    y = checks.result_of(causal_attention, *inputs.values(), shape=v.shape)
     row = checks.compare("causal attention", y, reference, *inputs.values(), terms=28)
     rows = checks.compare_gradients(
         "causal attention", causal_attention, reference, inputs, terms=len(x) * 28
     )
-    return [row, *rows], [x @ w.mT for w in projections.values()]
+    return [row, *rows], qkv
+
+
+def checked_masks(window: int, block: int) -> list[Tensor]:
+    """Return the masks of `outside_window` and `outside_block` for the rows of an image.
+
+    PyTorch's attention takes the same masks, so it cannot find a wrong one. They are compared with
+    the rows that a row sees: a stretch around it, and the stretch of its block.
+
+    Raises:
+        ConfigError: a mask hides another row, or shows one.
+    """
+    near = [range(i - window, i + window + 1) for i in range(ROWS)]
+    same = [range(i - i % block, i - i % block + block) for i in range(ROWS)]
+    return [
+        checks.exactly(
+            function,
+            ROWS,
+            size,
+            expected=torch.tensor([[j not in rows for j in range(ROWS)] for rows in seen]),
+        )
+        for function, size, seen in ((outside_window, window, near), (outside_block, block, same))
+    ]
 
 
 def compare_sparse(qkv: list[Tensor], window: int, block: int) -> list[dict[str, str | float]]:
     """Compare attention in a window and in blocks with PyTorch's under the same masks, and return
     the errors and the numbers of scores."""
     q, k, v = qkv
-    near, same = (
-        m.to(q.device) for m in (outside_window(ROWS, window), outside_block(ROWS, block))
-    )
+    near, same = (m.to(q.device) for m in checked_masks(window, block))
+
+    def masked(hidden: Tensor) -> Tensor:
+        shape = (len(q), ROWS, ROWS)
+        return checks.result_of(masked_weights, q, k, hidden, shape=shape) @ v
+
+    def of_blocks() -> Tensor:
+        return checks.result_of(block_attention, q, k, v, block, shape=v.shape)
+
     rows = []
-    for part, hidden, y, scores in (
-        ("window attention", near, masked_weights(q, k, near) @ v, ROWS**2),
-        ("block attention", same, masked_weights(q, k, same) @ v, ROWS**2),
-        ("products of blocks", same, block_attention(q, k, v, block), ROWS * block),
+    for part, hidden, function in (
+        ("window attention", near, partial(masked, near)),
+        ("block attention", same, partial(masked, same)),
+        ("products of blocks", same, of_blocks),
     ):
+        with FlopCounterMode(display=False) as counter:
+            y = function()
+        # Each score is a product of d numbers, and its weight multiplies d numbers of v.
+        scores = round(counter.get_total_flops() / (4 * q.shape[-1] * len(q)))
 
         def reference(q: Tensor, k: Tensor, v: Tensor, shown: Tensor = ~hidden) -> Tensor:
             return scaled_dot_product_attention(q, k, v, attn_mask=shown)
 
         row = checks.compare(part, y, reference, q, k, v, terms=ROWS)
         shown = int((~hidden).sum())
-        print(f"{part}: {scores} scores of an image are computed, {shown} are shown")
+        computed = (
+            f"{scores} scores of an image are computed" if scores else "no product is counted"
+        )
+        print(f"{part}: {computed}, {shown} are shown")
         rows.append(row | {"scores": scores, "shown": shown})
     return rows
 
@@ -154,18 +193,20 @@ def main(flags: Flags) -> None:
         order = test.labels[: flags.samples].argsort()
         labels = test.labels[order]
         torch.manual_seed(flags.seed)
-        causal, qkv = compare_causal(test.inputs(order).unflatten(1, (ROWS, ROWS)))
-        sparse = compare_sparse(qkv, flags.window, flags.block)
-        x = layer_norm(test.inputs(order), (784,))
-        row = checks.compare(
-            "attention",
-            attention(x),
-            lambda x: scaled_dot_product_attention(x, x, x),
-            x,
-            terms=x.shape[1],
-        )
-        to_others = normalize(attention_weights(x).fill_diagonal_(0), p=1)
-        to_class = to_others[labels == labels[:, None]].sum().item() / len(labels)
+        with breaking_silence(lambda: "still computing attention"):
+            causal, qkv = compare_causal(test.inputs(order).unflatten(1, (ROWS, ROWS)))
+            sparse = compare_sparse(qkv, flags.window, flags.block)
+            x = layer_norm(test.inputs(order), (784,))
+            weights = checks.result_of(attention_weights, x, shape=(len(x), len(x)))
+            row = checks.compare(
+                "attention",
+                checks.result_of(attention, x, shape=x.shape),
+                lambda x: scaled_dot_product_attention(x, x, x),
+                x,
+                terms=x.shape[1],
+            )
+            to_others = normalize(weights.fill_diagonal_(0), p=1)
+            to_class = to_others[labels == labels[:, None]].sum().item() / len(labels)
     console.write_metrics(flags.metrics, [*causal, *sparse, row | {"to_own_class": to_class}])
     if flags.plots:
         title = "Weights of images, sorted by class, for each other"

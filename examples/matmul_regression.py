@@ -85,11 +85,13 @@ def compare_formulas(x: Tensor, y: Tensor) -> list[dict[str, str | float]]:
     x, y, w = x[:999], y[:999], torch.randn(x.shape[1]).to(x)
     d = len(w)
     single = torch.stack([checks.result_of(predict, sample, w, shape=()) for sample in x])
+    batch = checks.result_of(predict, x, w, shape=(len(x),))
+    gradient = checks.result_of(mse_gradient, x, y, w, shape=(d,))
     autograd = torch.func.grad(lambda x, y, w: mse_loss(x @ w, y), argnums=2)
     return [
-        checks.compare("forward of a batch", predict(x, w), torch.mv, x, w, terms=d),
+        checks.compare("forward of a batch", batch, torch.mv, x, w, terms=d),
         checks.compare("forward of each sample", single, torch.mv, x, w, terms=d),
-        checks.compare("gradient", mse_gradient(x, y, w), autograd, x, y, w, terms=999),
+        checks.compare("gradient", gradient, autograd, x, y, w, terms=999),
     ]
 
 

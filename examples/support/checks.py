@@ -2,7 +2,8 @@
 """Checks of a reader's functions: their values and gradients beside PyTorch's and float64's."""
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,32 +13,96 @@ from torchpar.errors import ConfigError
 from torchpar.testing.operators.compare import farthest
 
 
+def place_of(code: object) -> str:
+    """Return the name of a reader's function, layer or method, and its file: "windows in
+    matmul_convolution.py"."""
+    layer = getattr(code, "__self__", None)
+    name = getattr(code, "__name__", type(code).__name__)
+    of_layer = f"{type(layer).__name__}." if layer is not None else ""
+    module = getattr(code if layer is None else type(layer), "__module__", "")
+    file = getattr(sys.modules.get(module), "__file__", None) or "?"
+    return f"{of_layer}{name} in {Path(file).name}"
+
+
+def describe(value: object) -> str:
+    """Return what kind of value a reader's function has returned, and its shape."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)} and {value.dtype}"
+    if value is None:
+        return "None"
+    shape = f" and shape {tuple(value.shape)}" if hasattr(value, "shape") else ""
+    return f"an object of type {type(value).__name__}{shape}"
+
+
+@contextmanager
+def unchanged(place: str, *inputs: object, what: str = "its input") -> Iterator[None]:
+    """Refuse a block that changes a tensor of ``inputs``, of which later results would be wrong.
+
+    Args:
+        place: the reader's function that the block calls, as `place_of` names it.
+        what: the inputs, for the message.
+
+    Raises:
+        ConfigError: a tensor has another shape or other numbers after the block.
+    """
+    tensors = [t for t in inputs if isinstance(t, Tensor)]
+    copies = [t.detach().clone() for t in tensors]
+    yield
+    for now, before in zip(tensors, copies, strict=True):
+        found = ""
+        if now.shape != before.shape:
+            found = f"its shape is {tuple(now.shape)}, expected {tuple(before.shape)}"
+        elif not ((now == before) | (now.isnan() & before.isnan())).all():
+            found = farthest(now, before)
+        if found:
+            raise ConfigError(f"{place} changes {what}: {found}; compute into a new tensor")
+
+
 def result_of(
     function: Callable[..., Tensor],
     *arguments: object,
-    shape: Sequence[int],
+    shape: Sequence[int] | None = None,
     dtype: torch.dtype = torch.float32,
     **options: object,
 ) -> Tensor:
     """Call a reader's function, whose result goes into an operator, and return the result.
 
+    Args:
+        shape: of the result; by default any.
+
     Raises:
-        ConfigError: it is no tensor of that shape and dtype, of which the operator would complain.
+        ConfigError: it is no tensor of that shape and dtype, of which the operator would complain;
+            or the function changes an argument.
     """
-    result: object = function(*arguments, **options)
-    if isinstance(result, Tensor) and tuple(result.shape) == tuple(shape) and result.dtype is dtype:
+    with unchanged(place_of(function), *arguments):
+        result: object = function(*arguments, **options)
+    if (
+        isinstance(result, Tensor)
+        and (shape is None or tuple(result.shape) == tuple(shape))
+        and result.dtype is dtype
+    ):
         return result
-    found = "None" if result is None else f"an object of type {type(result).__name__}"
-    if not isinstance(result, Tensor) and hasattr(result, "shape"):
-        found += f" and shape {tuple(result.shape)}"
-    if isinstance(result, Tensor):
-        found = f"a tensor of shape {tuple(result.shape)} and {result.dtype}"
-    name = getattr(function, "__name__", type(function).__name__)
-    file = getattr(sys.modules.get(function.__module__), "__file__", None) or "?"
+    of_shape = "" if shape is None else f"shape {tuple(shape)} and "
     raise ConfigError(
-        f"{name} in {Path(file).name} returns {found}, expected a tensor of shape {tuple(shape)} "
-        f"and {dtype}; mend what it returns"
+        f"{place_of(function)} returns {describe(result)}, expected a tensor of {of_shape}{dtype}; "
+        "mend what it returns"
     )
+
+
+def exactly(function: Callable[..., Tensor], *arguments: object, expected: Tensor) -> Tensor:
+    """Call a reader's function whose result can only be ``expected``, and return the result.
+
+    Raises:
+        ConfigError: as from `result_of`, or an element differs. The first one is named.
+    """
+    result = result_of(function, *arguments, shape=expected.shape, dtype=expected.dtype)
+    if len(wrong := (result != expected.to(result.device)).nonzero()):
+        at = tuple(wrong[0].tolist())
+        raise ConfigError(
+            f"{place_of(function)} is wrong: {list(at)} of shape {tuple(expected.shape)} is "
+            f"{result[at].item()}, expected {expected[at].item()}; mend its formula"
+        )
+    return result
 
 
 def compare(

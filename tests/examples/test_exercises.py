@@ -5,6 +5,7 @@
 """
 
 import re
+import time
 from collections.abc import Iterator
 from functools import partial
 from itertools import product
@@ -29,10 +30,11 @@ import quadrants
 import train_by_hand
 from matmul_convolution import windows
 from quadrants import Epoch, Way
-from support.checks import compare, compare_gradients
+from support.checks import compare, compare_gradients, result_of
 from support.measure import peak_bytes
 from train_by_hand import MARGIN, draw
 
+from torchpar import errors
 from torchpar.data import Batch, batches
 from torchpar.errors import ConfigError
 
@@ -104,6 +106,12 @@ def test_layers_by_hand_compute_what_autograd_computes():
         )
         gradients = torch.autograd.grad(expected, leaves)
         torch.testing.assert_close([found, *network.gradients().values()], [expected, *gradients])
+
+
+def named(function: Any, name: str, module: str = "train_by_hand") -> Any:
+    """``function`` as a function of a lesson that a reader has changed."""
+    function.__name__, function.__module__ = name, module
+    return function
 
 
 WRONG = [
@@ -398,13 +406,6 @@ def test_a_gradient_of_nan_is_not_hidden_by_that_of_another_layer():
             "block_attention",
             lambda q, k, v, block: (q @ k.mT / 4).softmax(-1) @ v,
         ),
-        pytest.param(
-            matmul_attention,
-            "window attention",
-            "outside_window",
-            lambda n, window: torch.ones(n, n, dtype=torch.bool),
-            marks=pytest.mark.slow,
-        ),
         (matmul_regression, "gradient", "mse_gradient", lambda x, y, w: x.T @ (x @ w - y) / len(y)),
         (matmul_convolution, "convolution", "windows", lambda x, **at: windows(x, **at).flip(-1)),
         (matmul_convolution, "convolution", "convolution", lambda x, k: CONVOLUTION(x, k) + 1),
@@ -422,43 +423,122 @@ def test_a_lesson_stops_at_a_wrong_formula(monkeypatch, module, part, name, wron
     assert re.fullmatch(rf"{module.__name__}\.py: error: {message}\n", err)
 
 
+OUTSIDE = matmul_attention.outside_window, matmul_attention.outside_block
+
+
 @pytest.mark.parametrize(
-    "module, name, returned, found, expected",
+    "name, wrong, found",
     [
-        (matmul_convolution, "windows", None, "None", "(8, 4, 4, 400)"),
-        (
-            matmul_convolution,
-            "windows",
-            np.zeros((8, 4)),
-            "an object of type ndarray and shape (8, 4)",
-            "(8, 4, 4, 400)",
-        ),
-        (
-            matmul_convolution,
-            "windows",
-            torch.zeros(8, dtype=torch.float64),
-            "a tensor of shape (8,) and torch.float64",
-            "(8, 4, 4, 400)",
-        ),
-        (matmul_regression, "predict", None, "None", "()"),
+        ("window", lambda n, size: ~OUTSIDE[0](n, size), "[0, 0] of shape (28, 28) is True"),
+        ("window", lambda n, size: OUTSIDE[0](n, size - 1), "[0, 2] of shape (28, 28) is True"),
+        ("window", lambda n, size: OUTSIDE[0](n, n), "[0, 3] of shape (28, 28) is False"),
+        ("block", lambda n, size: OUTSIDE[1](n, size).tril(), "[0, 7] of shape (28, 28) is False"),
     ],
 )
-def test_a_function_that_returns_no_tensor_is_named(
-    monkeypatch, module, name, returned, found, expected
-):
-    def mine(*_, **__):
-        return returned
+def test_a_wrong_mask_is_named_with_its_first_element(monkeypatch, name, wrong, found):
+    monkeypatch.setattr(
+        matmul_attention, f"outside_{name}", named(wrong, f"outside_{name}", "matmul_attention")
+    )
+    with pytest.raises(ConfigError) as error:
+        matmul_attention.checked_masks(2, 7)
+    assert str(error.value) == (
+        f"outside_{name} in matmul_attention.py is wrong: {found}, expected {'True' not in found}; "
+        "mend its formula"
+    )
 
-    monkeypatch.setattr(mine, "__name__", name)
-    monkeypatch.setattr(mine, "__module__", module.__name__)
+
+@pytest.mark.parametrize("window, block", [(0, 1), (1, 4), (27, 28)])
+def test_the_masks_are_those_of_their_plain_definition(window, block):
+    near, same = matmul_attention.checked_masks(window, block)
+    assert (near.diagonal().any(), same.diagonal().any()) == (False, False)
+    assert (~same).sum() == 28 * block
+
+
+def test_the_scores_of_blocks_are_counted(monkeypatch, capsys):
+    qkv = [normal(3, 28, 16).float() for _ in "qkv"]
+    rows = matmul_attention.compare_sparse(qkv, 2, 7)
+    assert [row["scores"] for row in rows] == [784, 784, 196]
+
+    def in_full(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: int) -> torch.Tensor:
+        return matmul_attention.masked_weights(q, k, OUTSIDE[1](28, block)) @ v
+
+    def by_sums(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: int) -> torch.Tensor:
+        weights = (q[..., None, :] * k[..., None, :, :]).sum(-1) / 4
+        weights = weights.masked_fill(OUTSIDE[1](28, block), -torch.inf).softmax(-1)
+        return (weights[..., None] * v[..., None, :, :]).sum(-2)
+
+    for way, text in (
+        (in_full, "784 scores of an image are computed"),
+        (by_sums, "no product is counted"),
+    ):
+        monkeypatch.setattr(matmul_attention, "block_attention", way)
+        matmul_attention.compare_sparse(qkv, 2, 7)
+        assert f"\nproducts of blocks: {text}, 196 are shown\n" in capsys.readouterr().out
+
+
+def test_slow_attention_is_not_silent(monkeypatch):
+    weights = matmul_attention.attention_weights
+    monkeypatch.setattr(errors, "SILENCE", 0.1)
+    monkeypatch.setattr(
+        matmul_attention, "attention_weights", lambda x: time.sleep(0.15) or weights(x)
+    )
+    code, _, err = lesson("matmul_attention", "--device", "cpu")
+    assert code == 0
+    assert re.match(r"still computing attention after \d+ s\n", err)
+
+
+NO_TENSORS = {
+    "None": None,
+    "an object of type ndarray and shape (8, 4)": np.zeros((8, 4)),
+    "a tensor of shape (8,) and torch.float64": torch.zeros(8, dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize(
+    "module, name, found, expected",
+    [
+        *((matmul_convolution, "windows", found, "(8, 4, 4, 400)") for found in NO_TENSORS),
+        *((matmul_convolution, "convolution", found, "(8, 32, 4, 4)") for found in NO_TENSORS),
+        (matmul_regression, "predict", "None", "()"),
+        (matmul_regression, "mse_gradient", "None", "(8,)"),
+        (matmul_attention, "causal_weights", "None", "(100, 28, 28)"),
+        (matmul_attention, "block_attention", [*NO_TENSORS][1], "(100, 28, 16)"),
+        (matmul_attention, "attention_weights", [*NO_TENSORS][1], "(100, 100)"),
+        (matmul_attention, "outside_window", "None", "(28, 28) and torch.bool"),
+        (matmul_attention, "outside_block", [*NO_TENSORS][1], "(28, 28) and torch.bool"),
+    ],
+)
+def test_a_function_that_returns_no_tensor_is_named(monkeypatch, module, name, found, expected):
+    mine = named(lambda *_, **__: NO_TENSORS[found], name, module.__name__)
     monkeypatch.setattr(module, name, mine)
     code, _, err = lesson(module.__name__, "--device", "cpu")
     file = f"{module.__name__}.py"
+    kind = "" if "torch." in expected else " and torch.float32"
     assert (code, err) == (
         2,
-        f"{file}: error: {name} in {file} returns {found}, expected a tensor of shape {expected} "
-        "and torch.float32; mend what it returns\n",
+        f"{file}: error: {name} in {file} returns {found}, expected a tensor of shape {expected}"
+        f"{kind}; mend what it returns\n",
     )
+
+
+def test_a_function_that_changes_its_input_is_named(monkeypatch):
+    mine = named(lambda x, k: CONVOLUTION(x.mul_(2), k), "convolution", "matmul_convolution")
+    monkeypatch.setattr(matmul_convolution, "convolution", mine)
+    code, _, err = lesson("matmul_convolution", "--device", "cpu")
+    assert code == 2
+    assert re.fullmatch(
+        r"matmul_convolution\.py: error: convolution in matmul_convolution\.py changes its input: "
+        r"\[.*\] of shape \(8, 16, 12, 12\) is \S+, expected \S+; compute into a new tensor\n",
+        err,
+    )
+    for change, found in (
+        (lambda x: x.unsqueeze_(0), "its shape is (1, 2), expected (2,)"),
+        (lambda x: x.zero_(), "[1] of shape (2,) is 0, expected 1"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(f"changes its input: {found}; compute")):
+            result_of(change, torch.tensor([0.0, 1.0]))
+    kept = torch.tensor([torch.nan, 1.0])
+    assert result_of(lambda x: x, kept) is kept
 
 
 # Amdahl's law
