@@ -32,7 +32,7 @@ import torch
 from support import checks, cli, console
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy
-from train_by_hand import Layer, Network, draw
+from train_by_hand import Layer, Network, draw, gradients_of
 from train_by_hand import Linear as PlainLinear
 
 from torchpar.data import Samples, batches
@@ -437,6 +437,26 @@ def build_network(hidden: int, device: torch.device) -> Network:
     return network
 
 
+def run_passes(
+    network: Network, loss: BinaryCrossEntropy, x: Tensor, labels: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the loss and the gradients of the parameters, by the passes of one layer after the
+    other.
+
+    Raises:
+        ConfigError: a pass returns no tensor, or changes its input.
+    """
+    inputs = [x]
+    for layer in network.layers:
+        inputs.append(checks.result_of(layer.forward, inputs[-1]))
+    value = checks.result_of(loss.forward, inputs[-1], labels, shape=())
+    g = checks.result_of(loss.backward, shape=inputs.pop().shape)
+    for layer in reversed(network.layers):
+        g = checks.result_of(layer.backward, g, shape=inputs.pop().shape)
+        gradients_of(layer)
+    return value, network.gradients()
+
+
 def check_network(
     network: Network, loss: BinaryCrossEntropy, samples: Samples, gpu: Emulator | None
 ) -> None:
@@ -451,10 +471,11 @@ def check_network(
     x, labels = samples.features, samples.labels
     # A wrong launch can write into the parameters.
     parameters = {name: parameter.clone() for name, parameter in network.parameters().items()}
-    value = loss.forward(network.forward(x), labels)
-    network.backward(loss.backward())
-    if gpu is not None:
-        check_faults(gpu)
+    try:
+        value, gradients = run_passes(network, loss, x, labels)
+    finally:  # a fault explains what follows from it
+        if gpu is not None:
+            check_faults(gpu)
 
     def reference(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
         y = torch.nn.functional.linear(x, w1, b1).relu()
@@ -462,7 +483,7 @@ def check_network(
         return binary_cross_entropy(p[:, 0], labels.to(p))
 
     checks.compare("loss", value, reference, x, *parameters.values(), terms=len(x))
-    for i, (name, gradient) in enumerate(network.gradients().items()):
+    for i, (name, gradient) in enumerate(gradients.items()):
 
         def gradient_of(*tensors: Tensor, i: int = i) -> Tensor:
             leaves = [t.detach().requires_grad_() for t in tensors]

@@ -27,20 +27,20 @@ float64. So it checks a formula that you have changed, and a layer that you have
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Literal
 
 import torch
-from support import cli, console, report
+from support import checks, cli, console, report
 from torch import Tensor
 from torch.nn.functional import one_hot
 
 import torchpar
 from torchpar.data import Samples, batches, load
 from torchpar.data.files import Dataset
-from torchpar.errors import ConfigError, check_finite
+from torchpar.errors import ConfigError, breaking_silence, check_finite
 from torchpar.parallel.launch.world import join_world
 from torchpar.testing.operators.compare import farthest
 from torchpar.training import EpochResult, Evaluation
@@ -309,18 +309,23 @@ def difference_quotient(loss: Callable[[], Tensor], t: Tensor) -> Tensor:
 
 
 def compare_gradients(
-    loss: Callable[[], Tensor], gradients: Sequence[tuple[str, Tensor, Tensor]]
+    loss: Callable[[], Tensor], gradients: Sequence[tuple[str, Tensor, Tensor]], size: float = 0.0
 ) -> Errors:
     """Return the error of each gradient, relative to its largest element, by name.
 
     Args:
         gradients: of each tensor t that ``loss`` reads: its name, t, and ∂L/∂t by a formula.
+        size: the sum of the magnitudes of the loss's terms. A gradient is 0 if it and its quotient
+            are at most the roundoff eps/h of such a sum.
     """
     errors: Errors = {}
+    roundoff = H**2 * size  # eps/h is H²
     for name, t, gradient in gradients:
         expected = difference_quotient(loss, t)
         if gradient.shape == expected.shape:
             relative = (gradient - expected).abs().max() / expected.abs().max()
+            if max(gradient.abs().max(), expected.abs().max()) <= roundoff:
+                relative = torch.zeros(())  # both are 0, to which no error is relative
             error = Error(relative.nan_to_num(torch.inf, torch.inf))  # NaN is in no order
             error.where = farthest(gradient, expected)
         else:
@@ -330,33 +335,81 @@ def compare_gradients(
     return errors
 
 
-def of_input(layer: Layer | Loss, gradient: object) -> Tensor:
-    """Return what ``backward`` has returned, a tensor unless a reader's forgets to."""
-    if not isinstance(gradient, Tensor):
-        name, given = type(layer).__name__, type(gradient).__name__
+def gradients_of(layer: Layer) -> dict[str, Tensor]:
+    """Return the gradients of a layer's parameters after a backward pass, by name.
+
+    Raises:
+        ConfigError: a reader's layer has another number of them, or one that is no tensor.
+    """
+    place = checks.place_of(layer.gradients)
+    parameters: object = layer.parameters()
+    gradients: object = layer.gradients()
+    if not isinstance(parameters, Mapping):
         raise ConfigError(
-            f"{name}: backward returns an object of type {given}, expected a Tensor; return the "
-            "gradient of its input"
+            f"{checks.place_of(layer.parameters)} returns {checks.describe(parameters)}, expected "
+            "a dictionary; return the parameters by name"
         )
-    return gradient
+    if not isinstance(gradients, Mapping) or [*gradients] != [*parameters]:
+        by_name = isinstance(gradients, Mapping)
+        found = f"those of {[*gradients]}" if by_name else checks.describe(gradients)  # type: ignore[misc]
+        raise ConfigError(
+            f"{place} returns {found}, expected those of the parameters {[*parameters]}; return "
+            "the gradient of each by its name"
+        )
+    for name, gradient in gradients.items():
+        if not isinstance(gradient, Tensor):
+            shape = tuple(parameters[name].shape)
+            raise ConfigError(
+                f"{place} returns {checks.describe(gradient)} for {name!r}, expected a tensor of "
+                f"shape {shape}; mend what backward keeps"
+            )
+    return dict(gradients)
 
 
-def check_layer(layer: Layer, x: Tensor) -> Errors:
-    """Compare a layer's gradients, for the loss Σ G ⊙ Y with a random G."""
-    g = torch.randn_like(layer.forward(x))
-    gradients = [("input", x, of_input(layer, layer.backward(g)))]
-    for (name, p), gradient in zip(
-        layer.parameters().items(), layer.gradients().values(), strict=True
-    ):
-        gradients.append((name.rpartition(".")[2], p, gradient))
-    return compare_gradients(lambda: (g * layer.forward(x)).sum(), gradients)
+def check_layer(layer: Layer, x: Tensor, *outputs: int) -> Errors:
+    """Compare a layer's gradients, for the loss Σ G ⊙ Y with a random G.
+
+    Args:
+        outputs: the shape of Y.
+    """
+    y = checks.result_of(layer.forward, x, shape=outputs, dtype=x.dtype)
+    g = torch.randn_like(y)
+    size = (g * y).abs().sum().item()
+    place = checks.place_of(layer.backward)
+    with checks.unchanged(place, x, what="the input of its forward pass"):
+        gradient = checks.result_of(layer.backward, g, shape=x.shape, dtype=x.dtype)
+    found = gradients_of(layer)
+    gradients = [
+        ("input", x, gradient),
+        *((name.rpartition(".")[2], p, found[name]) for name, p in layer.parameters().items()),
+    ]
+    return compare_gradients(lambda: (g * layer.forward(x)).sum(), gradients, size)
 
 
 def check_loss(loss: Loss, x: Tensor, labels: Tensor) -> Errors:
     """Compare a loss's gradient with respect to the network's output ``x``."""
-    loss.forward(x, labels)
-    gradient = of_input(loss, loss.backward())
+    checks.result_of(loss.forward, x, labels, shape=(), dtype=x.dtype)
+    place = checks.place_of(loss.backward)
+    with checks.unchanged(place, x, what="the input of its forward pass"):
+        gradient = checks.result_of(loss.backward, shape=x.shape, dtype=x.dtype)
     return compare_gradients(lambda: loss.forward(x, labels), [("input", x, gradient)])
+
+
+def make_activations() -> list[Layer]:
+    """Return a layer of each kind in `ACTIVATIONS`.
+
+    Raises:
+        ConfigError: a reader's is no `Layer`, or lacks a pass.
+    """
+    for name, kind in ACTIVATIONS.items():
+        if not (isinstance(kind, type) and issubclass(kind, Layer)):
+            raise ConfigError(
+                f"ACTIVATIONS[{name!r}] is {kind}, expected a class; derive one from Layer"
+            )
+        if missing := " and no ".join(sorted(kind.__abstractmethods__)):
+            place = checks.place_of(kind)
+            raise ConfigError(f"{place} has no {missing}, expected both passes; write it")
+    return [kind() for kind in ACTIVATIONS.values()]
 
 
 def check_gradients(device: torch.device) -> dict[str, Errors]:
@@ -368,14 +421,19 @@ def check_gradients(device: torch.device) -> dict[str, Errors]:
     dtype = torch.float64
     x, labels = torch.randn(6, 5).to(device, dtype), torch.tensor([0, 1, 1, 0, 1, 0], device=device)
     x += 0.1 * x.sign()  # ReLU has a kink at 0
-    activations = [kind() for kind in ACTIVATIONS.values()]
+    activations = make_activations()
     layers = [Linear(5, 4, device, dtype), *activations, LinearSigmoid(5, 4, device, dtype)]
-    errors = {type(layer).__name__: check_layer(layer, x) for layer in layers}
-    errors["BinaryCrossEntropy"] = check_loss(BinaryCrossEntropy(), x[:, :1].sigmoid(), labels)
-    errors["SoftmaxCrossEntropy"] = check_loss(SoftmaxCrossEntropy(), x, labels)
-    errors["a network of three layers"] = check_layer(
-        build_network([5, 4, 3, 1], "tanh", "sigmoid", device=device, dtype=dtype), x
-    )
+    losses = (BinaryCrossEntropy(), x[:, :1].sigmoid()), (SoftmaxCrossEntropy(), x)
+    network = build_network([5, 4, 3, 1], "tanh", "sigmoid", device=device, dtype=dtype)
+    errors: dict[str, Errors] = {}
+    count = len(layers) + len(losses)
+    with breaking_silence(lambda: f"{len(errors)} of {count} layers and losses checked"):
+        for layer in layers:
+            columns = 4 if isinstance(layer, Linear) else 5
+            errors[type(layer).__name__] = check_layer(layer, x, len(x), columns)
+        for loss, outputs in losses:
+            errors[type(loss).__name__] = check_loss(loss, outputs, labels)
+        errors["a network of three layers"] = check_layer(network, x, len(x), 1)
     parts = ("input", "weight", "bias")
     rows = [
         {"layer": name} | {part: f"{found[part]:.1e}" if part in found else "" for part in parts}
@@ -447,26 +505,27 @@ def train(
     epochs = flags.epochs or (60 if of_points else 5)
     first_lr = (1.0 if of_points else 0.4) if flags.lr is None else flags.lr
     results: list[EpochResult] = []
-    for epoch in range(1, epochs + 1):
-        start = time.perf_counter()
-        lr = first_lr * (1 - (epoch - 1) / epochs)
-        total = torch.zeros((), dtype=torch.float64, device=samples.labels.device)
-        drawn = batches(samples, flags.batch_size, seed=flags.seed, epoch=epoch)
-        for x, labels, n in phases.steps(drawn):
-            total += n * loss.forward(network.forward(x), labels)
-            with phase("backward"):
-                network.backward(loss.backward())
-            network.step(lr)
-        train_loss = total.item() / len(samples)
-        check_finite(f"the training loss of epoch {epoch}", train_loss)
-        speed = len(samples) / (time.perf_counter() - start)
-        test_loss, accuracy, _ = evaluate(network, loss, test)
-        check_finite(f"the test loss after epoch {epoch}", test_loss)
-        seconds = time.perf_counter() - start
-        figures = (epoch, train_loss, test_loss, accuracy, speed, seconds)
-        results.append(EpochResult(*figures, ranks=1, device=total.device.type))
-        if epoch % -(-epochs // 10) == 0:
-            print(console.epoch_line(results[-1], epochs))
+    with breaking_silence(lambda: f"{len(results)} of {epochs} epochs"):
+        for epoch in range(1, epochs + 1):
+            start = time.perf_counter()
+            lr = first_lr * (1 - (epoch - 1) / epochs)
+            total = torch.zeros((), dtype=torch.float64, device=samples.labels.device)
+            drawn = batches(samples, flags.batch_size, seed=flags.seed, epoch=epoch)
+            for x, labels, n in phases.steps(drawn):
+                total += n * loss.forward(network.forward(x), labels)
+                with phase("backward"):
+                    network.backward(loss.backward())
+                network.step(lr)
+            train_loss = total.item() / len(samples)
+            check_finite(f"the training loss of epoch {epoch}", train_loss)
+            speed = len(samples) / (time.perf_counter() - start)
+            test_loss, accuracy, _ = evaluate(network, loss, test)
+            check_finite(f"the test loss after epoch {epoch}", test_loss)
+            seconds = time.perf_counter() - start
+            figures = (epoch, train_loss, test_loss, accuracy, speed, seconds)
+            results.append(EpochResult(*figures, ranks=1, device=total.device.type))
+            if epoch % -(-epochs // 10) == 0:
+                print(console.epoch_line(results[-1], epochs))
     return results
 
 

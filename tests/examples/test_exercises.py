@@ -6,6 +6,7 @@
 
 import re
 import time
+import types
 from collections.abc import Iterator
 from functools import partial
 from itertools import product
@@ -150,12 +151,157 @@ def test_a_wrong_layer_is_found_by_differences(monkeypatch, layer, part, method,
     assert "epoch" not in out
 
 
-@pytest.mark.parametrize("layer", ["Linear", "Tanh", "BinaryCrossEntropy"])
-def test_a_backward_that_returns_nothing_is_an_error_of_the_layer(monkeypatch, layer):
-    monkeypatch.setattr(getattr(train_by_hand, layer), "backward", lambda *_: None)
-    code, _, err = lesson("train_by_hand", "--device", "cpu")
-    message = f"{layer}: backward returns an object of type NoneType, expected a Tensor; return the"
-    assert (code, err.partition(" gradient of")[0]) == (2, f"train_by_hand.py: error: {message}")
+def assigned(**gradients: object) -> Any:
+    """The `Linear.gradients` of a reader whose backward keeps other ``gradients``."""
+    right = train_by_hand.Linear.gradients
+    return lambda self: right(self) | gradients
+
+
+NUMBERS = np.zeros(4)
+OF_INPUT = "expected a tensor of shape (6, 5) and torch.float64; mend what it returns"
+FORWARD = {name: getattr(train_by_hand, name).forward for name in ("Linear", "Sigmoid", "Tanh")}
+RESULTS = [
+    ("Linear", "backward", lambda *_: None, f"returns None, {OF_INPUT}"),
+    ("Tanh", "backward", lambda *_: None, f"returns None, {OF_INPUT}"),
+    (
+        "Tanh",
+        "backward",
+        lambda self, g: g.sum(),
+        f"returns a tensor of shape () and torch.float64, {OF_INPUT}",
+    ),
+    ("Tanh", "forward", lambda *_: None, f"returns None, {OF_INPUT}"),
+    (
+        "Sigmoid",
+        "forward",
+        lambda self, x: FORWARD["Sigmoid"](self, x).numpy(),
+        f"returns an object of type ndarray and shape (6, 5), {OF_INPUT}",
+    ),
+    ("BinaryCrossEntropy", "backward", lambda _: None, f"returns None, {OF_INPUT}"),
+    ("SoftmaxCrossEntropy", "forward", lambda *_: None, f"returns None, {OF_INPUT}"),
+    (
+        "Linear",
+        "gradients",
+        assigned(weight=None),
+        "returns None for 'weight', expected a tensor of shape (4, 5); mend what backward keeps",
+    ),
+    (
+        "Linear",
+        "gradients",
+        assigned(bias=NUMBERS),
+        "returns an object of type ndarray and shape (4,) for 'bias', expected a tensor of shape "
+        "(4,); mend what backward keeps",
+    ),
+    (
+        "Linear",
+        "gradients",
+        train_by_hand.Layer.gradients,
+        "returns those of [], expected those of the parameters ['weight', 'bias']; return the "
+        "gradient of each by its name",
+    ),
+    (
+        "Linear",
+        "gradients",
+        lambda _: None,
+        "returns None, expected those of the parameters ['weight', 'bias']; return the gradient "
+        "of each by its name",
+    ),
+    (
+        "Linear",
+        "parameters",
+        lambda self: [self.weight],
+        "returns an object of type list, expected a dictionary; return the parameters by name",
+    ),
+    (
+        "Tanh",
+        "forward",
+        lambda self, x: FORWARD["Tanh"](self, x.exp_()),
+        "changes its input: [.*] of shape (6, 5) is .*, expected .*; compute into a new tensor",
+    ),
+    (
+        "Sigmoid",
+        "backward",
+        lambda self, g: g.mul_(self.y * (1 - self.y)),
+        "changes its input: [.*] of shape (6, 5) is .*, expected .*; compute into a new tensor",
+    ),
+    (
+        "Linear",
+        "backward",
+        lambda self, g: self.x.zero_() + g @ self.weight,
+        "changes the input of its forward pass: [.*] of shape (6, 5) is 0, expected .*; compute "
+        "into a new tensor",
+    ),
+]
+
+
+@pytest.mark.parametrize("layer, method, wrong, found", RESULTS)
+def test_a_pass_that_returns_or_changes_something_else_is_named(
+    monkeypatch, layer, method, wrong, found
+):
+    kind = getattr(train_by_hand, layer)
+    monkeypatch.setattr(kind, method, named(types.FunctionType(*parts_of(wrong)), method))
+    shape = {"BinaryCrossEntropy": "(6, 1)", "SoftmaxCrossEntropy": "()"}.get(layer, "(6, 5)")
+    found = re.escape(found.replace("(6, 5) and torch", f"{shape} and torch")).replace(
+        r"\.\*", ".*"
+    )
+    with pytest.raises(ConfigError) as error:
+        train_by_hand.check_gradients(torch.device("cpu"))
+    assert re.fullmatch(rf"{layer}\.{method} in train_by_hand\.py {found}", str(error.value))
+
+
+def parts_of(function: Any) -> tuple[Any, ...]:
+    """What makes a copy of a function, whose name can change."""
+    names = "code", "globals", "name", "defaults", "closure"
+    return tuple(getattr(function, f"__{name}__") for name in names)
+
+
+def test_a_layer_that_lacks_a_pass_is_named(monkeypatch):
+    class Half(train_by_hand.Layer):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    Half.__module__ = "train_by_hand"
+    for kind, message in (
+        (Half, "Half in train_by_hand.py has no backward, expected both passes; write it"),
+        (len, "ACTIVATIONS['mine'] is <built-in function len>, expected a class; derive one from"),
+    ):
+        monkeypatch.setitem(train_by_hand.ACTIVATIONS, "mine", kind)
+        with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
+            train_by_hand.make_activations()
+
+
+def test_a_gradient_of_zero_is_right_where_the_loss_is_constant():
+    torch.manual_seed(0)
+    x = normal(6, 5)
+
+    class Constant(train_by_hand.Layer):
+        wrong = 0.0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.softmax(1).sum(1, keepdim=True).expand_as(x).contiguous()
+
+        def backward(self, g: torch.Tensor) -> torch.Tensor:
+            return torch.full_like(g, self.wrong)
+
+    layer = Constant()
+    assert train_by_hand.check_layer(layer, x, 6, 5) == {"input": 0}
+    layer.forward = torch.zeros_like  # type: ignore[method-assign]
+    assert train_by_hand.check_layer(layer, x, 6, 5) == {"input": 0}
+    layer.wrong = 1e-9
+    assert train_by_hand.check_layer(layer, x, 6, 5) == {"input": torch.inf}
+
+
+def test_a_slow_layer_is_not_silent(monkeypatch):
+    monkeypatch.setattr(errors, "SILENCE", 0.1)
+    monkeypatch.setattr(
+        train_by_hand.Tanh,
+        "forward",
+        lambda self, x: time.sleep(0.004) or FORWARD["Tanh"](self, x),
+    )
+    flags = "--device", "cpu", "--activation", "tanh", "--epochs", "1", "--samples", "3000"
+    code, _, err = lesson("train_by_hand", *flags)
+    assert code == 0
+    assert re.match(r"\d of 7 layers and losses checked after \d+ s\n", err)
+    assert re.search(r"^\d of 1 epochs after \d+ s$", err, re.MULTILINE)
 
 
 class Leaky(train_by_hand.Layer):

@@ -159,6 +159,32 @@ def test_a_launch_of_too_few_blocks_is_named_before_its_values(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "layer, method, wrong, found",
+    [
+        ("ReLU", "forward", lambda *_: None, r"returns None, .* a tensor of torch\.float32; mend"),
+        ("ReLU", "backward", lambda *_: None, r"returns None, .* a tensor of shape \(5, 3\) and"),
+        ("ReLU", "backward", lambda self, g: g.mul_(2), r"changes its input: \[.* of shape \(5, 3"),
+        ("Linear", "gradients", lambda _: {}, r"returns those of \[\], .*\['weight', 'bias'\]"),
+    ],
+)
+def test_the_layer_of_a_wrong_result_is_named(monkeypatch, layer, method, wrong, found):
+    def mine(*arguments):
+        return wrong(*arguments)
+
+    mine.__name__ = method
+    monkeypatch.setattr(getattr(own_layers, layer), method, mine)
+    network, loss = (
+        own_layers.build_network(3, torch.device("cpu")),
+        own_layers.BinaryCrossEntropy(),
+    )
+    with (
+        emulate() as gpu,
+        pytest.raises(ConfigError, match=rf"^{layer}\.{method} in own_layers\.py {found}"),
+    ):
+        own_layers.check_network(network, loss, draw(5, 0), gpu)
+
+
+@pytest.mark.parametrize(
     "source, says",
     [
         ("total = tl.dot(a, b, total)", "TF32"),
