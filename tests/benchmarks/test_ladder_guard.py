@@ -113,9 +113,7 @@ def test_a_signal_ends_a_ladder_that_waits_for_an_endless_function(tmp_path, num
 
 @needs_fork
 def test_a_signal_that_ends_the_ladder_is_named_with_the_function(capsys):
-    pid = os.fork()
-    if pid == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
+    pid = os.posix_spawnp("sh", ["sh", "-c", "kill -KILL $$"], os.environ)
     child = Child(pid, pipe=-1)
     child.call = Call("folder/my.py", "max_numba", 10.0)
     assert child.status() == 128 + signal.SIGKILL
