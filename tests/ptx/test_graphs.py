@@ -997,6 +997,25 @@ RIGHT = (
 
 
 # tests/training/test_graphed.py trains by our operators in a graph, too.
+def test_the_gradient_of_a_number_put_by_a_mask_is_captured():
+    """PyTorch calls masked_fill also for the zero that autograd puts there."""
+    with emulate() as gpu, cuda_is_cpu(gpu):
+        x, causal = numbers(4, 4).requires_grad_(), numbers(4, 4).triu(1) != 0
+
+        def step():
+            x.grad = None
+            scores = x * 2
+            scores[causal] = float("-inf")
+            scores.softmax(1).square().sum().backward()
+            return x.grad
+
+        graph, grad = capture(step)
+        x.data.copy_(numbers(4, 4))
+        graph.replay()
+        assert torch.equal(grad, step())
+    assert gpu.faults == []
+
+
 @pytest.mark.parametrize(
     "program",
     [pytest.param(one, marks=[pytest.mark.slow] * (one is own_operators)) for one in RIGHT],

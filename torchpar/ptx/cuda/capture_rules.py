@@ -167,7 +167,11 @@ def _has_mask(indices: object) -> bool:
 def _fills(func: Operator, args: Sequence[object]) -> bool:
     """Whether one number is put where a mask is true, for which PyTorch calls masked_fill."""
     value = args[2] if len(args) > 2 else None
-    if not isinstance(value, Tensor) or value.numel() != 1 or places.is_on_device(value):
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        return False
+    # The zero that autograd puts there is the host's as the number was; its place is a guess.
+    is_zero = places.mark_of(value) is places.GUESS and torch._C._current_graph_task_id() >= 0
+    if places.is_on_device(value) and not is_zero:
         return False
     return len(args) < 4 or not args[3]
 
