@@ -162,6 +162,15 @@ def optimizer_on_the_host():
         optimizer.step()  # fault
 
 
+def optimizer_without_a_check():
+    """PyTorch does not ask in its step whether there is a capture."""
+    p = nn.Parameter(numbers(4))
+    optimizer = torch.optim.Adagrad([p])
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):  # captured
+        p.sum().backward()
+        optimizer.step()  # fault
+
+
 def generator_of_its_own():
     x, generator = numbers(4), torch.Generator(device="cuda")
     with torch.cuda.graph(torch.cuda.CUDAGraph()):  # captured
@@ -194,6 +203,7 @@ FORBIDDEN = {
     "Python's numbers": (from_numbers, "host's copy in a capture"),
     "a function's": (clipped_by_a_condition, "read-back in a capture"),
     "optimizer": (optimizer_on_the_host, "optimizer that is not capturable"),
+    "count": (optimizer_without_a_check, "optimizer that is not capturable"),
     "generator": (generator_of_its_own, "unregistered generator"),
     "unjoined": (unjoined_stream, "unjoined work"),
 }
@@ -485,6 +495,25 @@ def test_a_call_that_reads_is_one_fault(read):
         _, total = capture(lambda: x.sum())
         read(total)
     assert [(one.name, one.count) for one in gpu.faults] == [("result before a replay", 1)]
+
+
+@pytest.mark.parametrize(
+    "make, advice",
+    [
+        (torch.optim.Adagrad, "Adagrad(…, fused=True)"),
+        (torch.optim.Adamax, "Adamax(…, capturable=True)"),
+        (torch.optim.Adafactor, "AdamW(…, capturable=True)"),
+    ],
+)
+def test_the_advice_on_an_optimizer_that_counts_on_the_host(make, advice):
+    with emulate() as gpu, cuda_is_cpu(gpu):
+        p = nn.Parameter(numbers(4, 4))
+        p.grad, optimizer = numbers(4, 4), make([p])
+        optimizer.step()
+        refused = pytest.raises(RuntimeError, match="counts its steps on the host")
+        with refused, torch.cuda.graph(torch.cuda.CUDAGraph()):
+            optimizer.step()
+    assert advice in gpu.faults[0].message
 
 
 def test_a_seed_in_a_capture():
@@ -996,7 +1025,6 @@ RIGHT = (
 )
 
 
-# tests/training/test_graphed.py trains by our operators in a graph, too.
 def test_the_gradient_of_a_number_put_by_a_mask_is_captured():
     """PyTorch calls masked_fill also for the zero that autograd puts there."""
     with emulate() as gpu, cuda_is_cpu(gpu):
@@ -1016,6 +1044,7 @@ def test_the_gradient_of_a_number_put_by_a_mask_is_captured():
     assert gpu.faults == []
 
 
+# tests/training/test_graphed.py trains by our operators in a graph, too.
 @pytest.mark.parametrize(
     "program",
     [pytest.param(one, marks=[pytest.mark.slow] * (one is own_operators)) for one in RIGHT],

@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 from torch.utils._pytree import tree_leaves, tree_map
 
 from torchpar.ptx.cuda import capture_rules, places
@@ -65,7 +68,11 @@ class Capture:
             (one, one.get_state()) for one in (torch.default_generator, *graph.generators)
         ]
         self._hooks = ExitStack()
+        self._hooks.callback(register_optimizer_step_pre_hook(self._check_step).remove)
         self._hooks.callback(register_optimizer_step_post_hook(self._note_step).remove)
+
+    def _check_step(self, optimizer: Optimizer, args: Arguments, kwargs: Keywords) -> None:
+        self.graphs.check_step(optimizer)
 
     def _note_step(self, optimizer: Optimizer, args: Arguments, kwargs: Keywords) -> None:
         if self.graphs.is_capturing:

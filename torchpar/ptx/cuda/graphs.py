@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from torchpar.ptx.cuda import capture_rules, devices, places
@@ -29,6 +30,7 @@ from torchpar.ptx.cuda.devices import Devices
 from torchpar.ptx.cuda.graph import CUDAGraph
 from torchpar.ptx.cuda.graph_memory import REPLAYED, WRITTEN, Line, Memory, Pool, memory_of, shown
 from torchpar.ptx.cuda.operations import OperatorKind, tensors_in, tensors_of_launch, written_by
+from torchpar.ptx.cuda.steps import has_host_count
 from torchpar.ptx.cuda.streams import Stream, Streams
 from torchpar.ptx.cuda.types import (
     Arguments,
@@ -439,20 +441,36 @@ class Graphs:
                 lists = [one for one in DEVICES if hasattr(module, one)]
                 yield module, {one: _and_cpu(getattr(module, one)) for one in lists}
         checks = ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
-        yield torch.optim.Optimizer, dict.fromkeys(checks, self._check_optimizer())
+        yield Optimizer, dict.fromkeys(checks, self._check_optimizer())
 
-    def _check_optimizer(self) -> Callable[[torch.optim.Optimizer], None]:
-        def check(optimizer: torch.optim.Optimizer) -> None:
+    def _check_optimizer(self) -> Callable[[Optimizer], None]:
+        def check(optimizer: Optimizer) -> None:
             groups = optimizer.param_groups
-            if self.is_capturing and not all(group["capturable"] for group in groups):
-                name = type(optimizer).__name__
-                self.refuse(
-                    "optimizer that is not capturable",
-                    f"{name} counts its steps on the host, and a replay does not; make it by "
-                    f"{name}(…, capturable=True)",
-                )
+            if self.is_capturing and not all(group.get("capturable") for group in groups):
+                self._refuse_optimizer(optimizer)
 
         return check
+
+    def check_step(self, optimizer: Optimizer) -> None:
+        """Refuse the step of an optimizer of PyTorch's whose state has a count on the host.
+
+        Some of them, such as Adagrad, have no check of their own.
+        """
+        if self.is_capturing and has_host_count(optimizer):
+            self._refuse_optimizer(optimizer)
+
+    def _refuse_optimizer(self, optimizer: Optimizer) -> None:
+        name = type(optimizer).__name__
+        flags = [one for one in ("capturable", "fused") if one in optimizer.defaults]
+        instead = (
+            f"make it by {name}(…, {flags[0]}=True)"
+            if flags
+            else "take AdamW(…, capturable=True), or call step() after graph.replay()"
+        )
+        self.refuse(
+            "optimizer that is not capturable",
+            f"{name} counts its steps on the host, and a replay does not; {instead}",
+        )
 
 
 DEVICES = ("_get_capturable_supported_devices", "_get_foreach_kernels_supported_devices")

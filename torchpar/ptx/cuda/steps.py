@@ -86,6 +86,25 @@ def _as_text(numbers: list[Number]) -> str:
     return texts[0] if len(texts) == 1 else f"({', '.join(texts)})"
 
 
+def has_host_count(optimizer: Optimizer) -> bool:
+    """Whether an optimizer of PyTorch's counts the steps of a parameter on the host.
+
+    Those of other libraries may count for themselves, and compute without the count.
+    """
+    if not any(
+        one.__module__.startswith("torch.optim.") and one is not Optimizer
+        for one in type(optimizer).__mro__
+    ):
+        return False
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            state = optimizer.state.get(p, {})
+            count = state.get("step") if places.is_on_device(p) and p.grad is not None else None
+            if count is not None and not places.is_on_device(count):
+                return True
+    return False
+
+
 class Step:
     """A step of an optimizer in a capture."""
 
