@@ -119,6 +119,22 @@ def wait_for_event():
         event.synchronize()  # fault
 
 
+def ctc_loss():
+    """PyTorch copies lengths that are no tensors to the device, and others to the host."""
+    x, targets = numbers(5, 2, 4).log_softmax(-1), torch.ones(2, 2, dtype=int, device="cuda")
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):  # captured
+        nn.functional.ctc_loss(x, targets, (5, 5), (2, 2))  # fault
+
+
+def ctc_loss_of_tensors():
+    x, targets = numbers(5, 2, 4).log_softmax(-1), torch.ones(4, dtype=torch.int32, device="cuda")
+    lengths = torch.full((2,), 2, dtype=torch.int32, device="cuda")
+    loss = nn.CTCLoss()
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):  # captured
+        loss(x, targets, lengths + 3, lengths)  # by cuDNN
+        loss(x, targets, (lengths + 3).long(), lengths.long())  # fault
+
+
 def from_host():
     x, batch = numbers(4), torch.ones(4)
     with torch.cuda.graph(torch.cuda.CUDAGraph()):  # captured
@@ -197,6 +213,8 @@ FORBIDDEN = {
     "synchronize": (synchronize, "wait in a capture"),
     "autotuner": (autotuner, "wait in a capture"),
     "event": (wait_for_event, "wait in a capture"),
+    "ctc_loss": (ctc_loss, "read-back in a capture"),
+    "ctc_loss of tensors": (ctc_loss_of_tensors, "read-back in a capture"),
     "host's memory": (from_host, "host's copy in a capture"),
     "an element of the host": (from_one_element, "host's copy in a capture"),
     "an element": (into_one_element, "host's copy in a capture"),
@@ -460,6 +478,7 @@ FUSED = "with fused=True or capturable=True"
         (lambda x, optimizer: x[: x.argmax()], "a tensor as the bound of a slice"),
         (lambda x, optimizer: x[x.argmax()], "x[n.reshape(1)]"),
         (lambda x, optimizer: nn.functional.one_hot(x.long()), "give num_classes"),
+        (lambda x, optimizer: nn.functional.ctc_loss(x[:, None], x, x, x), "what cuDNN takes"),
         (step_of_scaler, "scaler.update() after graph.replay()"),
         (clip, "without error_if_nonfinite"),
         (anomaly, "set_detect_anomaly(False)"),

@@ -43,6 +43,7 @@ NUMBER = "a function of PyTorch, which takes a number from a tensor,"
 MASK = "indexing by a mask, whose number of elements depends on values,"
 REPEAT = "repeat_interleave without output_size"
 ONE_HOT = "one_hot without num_classes"
+CTC = "ctc_loss, which copies its lengths between host and device,"
 POSITION = "a tensor that is one number, as an index,"
 BOUND = "a tensor as the bound of a slice"
 # Operators that do, also where another function of PyTorch or autograd calls them.
@@ -74,7 +75,34 @@ def read_by_function(func: Function, args: Sequence[object], kwargs: Keywords) -
     if func is torch.nn.functional.one_hot and args and places.is_on_device(args[0]):
         number = args[1] if len(args) > 1 else kwargs.get("num_classes", -1)
         return ONE_HOT if number == -1 else ""
+    if func in CTC_LOSSES and args and places.is_on_device(args[0]):
+        return "" if _takes_cudnn(*args, **kwargs) else CTC
     return ""
+
+
+CTC_LOSSES = (torch.nn.functional.ctc_loss, torch.ctc_loss)
+
+
+def _takes_cudnn(
+    log_probs: Any,
+    targets: Any,
+    input_lengths: Any,
+    target_lengths: Any,
+    blank: Any = 0,
+    *others: object,
+    **kwargs: object,
+) -> bool:
+    """Whether ctc_loss in a capture calls cuDNN, which has the lengths on the device.
+
+    `_use_cudnn_ctc_loss_tensor` of PyTorch is the source.
+    """
+    given = targets, input_lengths, target_lengths
+    is_there = all(
+        isinstance(t, Tensor) and t.dtype == torch.int32 and places.is_on_device(t) for t in given
+    )
+    if not is_there or targets.dim() != 1 or not targets.is_contiguous():
+        return False
+    return bool(blank == 0 and log_probs.dtype == torch.float32)
 
 
 def read_by_index(func: Function, args: Sequence[object]) -> str:
@@ -131,6 +159,10 @@ def _instead_of_callers(what: str) -> str:
 INSTEAD = {
     REPEAT: "give output_size",
     ONE_HOT: "give num_classes",
+    CTC: (
+        "give what cuDNN takes: float32, blank 0, concatenated targets, and targets and lengths as "
+        "int32 on the device; or call it after graph.replay()"
+    ),
     POSITION: "index by a tensor of one dimension: x[n.reshape(1)], or index_select",
     BOUND: "give numbers of Python, or compute with all elements, as by torch.where(mask, x, 0)",
     **dict.fromkeys(
