@@ -478,6 +478,8 @@ FUSED = "with fused=True or capturable=True"
         (lambda x, optimizer: x[: x.argmax()], "a tensor as the bound of a slice"),
         (lambda x, optimizer: x[x.argmax()], "x[n.reshape(1)]"),
         (lambda x, optimizer: nn.functional.one_hot(x.long()), "give num_classes"),
+        (lambda x, optimizer: torch.linalg.inv(x.diag()), "torch.linalg.inv_ex"),
+        (lambda x, optimizer: torch.linalg.eigh(x.diag()), "compute it before the capture"),
         (lambda x, optimizer: nn.functional.ctc_loss(x[:, None], x, x, x), "what cuDNN takes"),
         (step_of_scaler, "scaler.update() after graph.replay()"),
         (clip, "without error_if_nonfinite"),
@@ -496,6 +498,24 @@ def test_what_is_read_back_has_its_own_advice(function, advice):
     message = gpu.faults[0].message
     assert advice in message
     assert (FUSED in message) == (advice == FUSED)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        *(torch.linalg.eigh, torch.linalg.eigvalsh, torch.linalg.eig, torch.linalg.eigvals),
+        *(torch.linalg.svd, torch.linalg.svdvals, torch.linalg.pinv, torch.linalg.matrix_rank),
+        *(torch.linalg.cond, lambda x: torch.linalg.matrix_norm(x, "nuc")),
+        lambda x: torch.linalg.pinv(x, hermitian=True),
+    ],
+)
+@pytest.mark.parametrize("has_gradient", [False, True])
+def test_what_finds_eigenvalues_or_singular_values_waits_for_the_gpu(function, has_gradient):
+    with emulate() as gpu, cuda_is_cpu(gpu):
+        x = numbers(3, 3).requires_grad_(has_gradient)
+        read = pytest.raises(RuntimeError, match="eigenvalues or singular values reads values")
+        with read, torch.cuda.graph(torch.cuda.CUDAGraph()):
+            function(x)
 
 
 def test_the_advice_on_a_layer_that_reads_its_count_is_to_give_a_momentum():

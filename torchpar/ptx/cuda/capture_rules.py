@@ -43,6 +43,8 @@ NUMBER = "a function of PyTorch, which takes a number from a tensor,"
 MASK = "indexing by a mask, whose number of elements depends on values,"
 REPEAT = "repeat_interleave without output_size"
 ONE_HOT = "one_hot without num_classes"
+SINGULAR = "the check of a matrix that may be singular"
+SPECTRUM = "a decomposition into eigenvalues or singular values"
 CTC = "ctc_loss, which copies its lengths between host and device,"
 POSITION = "a tensor that is one number, as an index,"
 BOUND = "a tensor as the bound of a slice"
@@ -60,7 +62,10 @@ READING_OPERATORS = {
     "unique_dim": DEPENDENT["unique"],
     "unique_consecutive": DEPENDENT["unique_consecutive"],
     "bincount": DEPENDENT["bincount"],
-    "_linalg_check_errors": "the check of a matrix that may be singular",
+    "_linalg_check_errors": SINGULAR,
+    # By their documentation these synchronize the device with the CPU.
+    **dict.fromkeys(("_linalg_eigh", "linalg_eig", "_linalg_eigvals", "linalg_eigvals"), SPECTRUM),
+    **dict.fromkeys(("_linalg_svd", "linalg_pinv"), SPECTRUM),
 }
 MASKS = (torch.bool, torch.uint8)  # types of indices that stand for a mask
 INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_"}
@@ -159,6 +164,11 @@ def _instead_of_callers(what: str) -> str:
 INSTEAD = {
     REPEAT: "give output_size",
     ONE_HOT: "give num_classes",
+    SINGULAR: (
+        "call torch.linalg.inv_ex, solve_ex, cholesky_ex, lu_factor_ex or ldl_factor_ex, and check "
+        "the info that it returns after graph.replay()"
+    ),
+    SPECTRUM: "compute it before the capture, or after graph.replay()",
     CTC: (
         "give what cuDNN takes: float32, blank 0, concatenated targets, and targets and lengths as "
         "int32 on the device; or call it after graph.replay()"
