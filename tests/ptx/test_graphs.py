@@ -688,6 +688,7 @@ ON_DEVICE = {
         0
     ],
     "a deep copy": lambda: copy.deepcopy(numbers(4)),
+    "padded": lambda: nn.utils.rnn.pad_sequence([numbers(2), numbers(3)]),
     "a function of Python": lambda: nn.functional.one_hot(torch.arange(4, device="cuda"), 4),
 }
 ON_HOST = {
@@ -1080,6 +1081,16 @@ def test_the_gradient_of_a_number_put_by_a_mask_is_captured():
         x.data.copy_(numbers(4, 4))
         graph.replay()
         assert torch.equal(grad, step())
+    assert gpu.faults == []
+
+
+def test_sequences_are_padded_in_a_capture():
+    with emulate() as gpu, cuda_is_cpu(gpu):
+        x = numbers(5, 2)
+        graph, padded = capture(lambda: nn.utils.rnn.pad_sequence(x.split([2, 3])))
+        x.fill_(3)
+        graph.replay()
+        assert padded.sum() == 30
     assert gpu.faults == []
 
 

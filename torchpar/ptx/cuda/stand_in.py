@@ -147,7 +147,7 @@ class _OnCpu(TorchFunctionMode):
             args = self._with_source(args, WRITES[func])
         if self.graphs.is_capturing and func in ON_CUDA:
             func = ON_CUDA[func]
-        before = places.enter_function(args)
+        before = places.enter_function(tensors_in((*args, *kwargs.values())))
         try:
             result = func(*args, **given)
         finally:
