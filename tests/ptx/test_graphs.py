@@ -161,6 +161,12 @@ def from_numbers():
         x.add_(torch.tensor([1.0, 2, 3, 4], device="cuda"))  # fault
 
 
+def from_a_shape():
+    x = torch.arange(6, device="cuda")
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):  # captured
+        torch.unravel_index(x, (2, 3))  # fault
+
+
 def clipped_by_a_condition():
     """In a function of PyTorch's, the line is that of its call."""
     model = nn.Linear(4, 4).cuda()
@@ -219,6 +225,7 @@ FORBIDDEN = {
     "an element of the host": (from_one_element, "host's copy in a capture"),
     "an element": (into_one_element, "host's copy in a capture"),
     "Python's numbers": (from_numbers, "host's copy in a capture"),
+    "a shape": (from_a_shape, "host's copy in a capture"),
     "a function's": (clipped_by_a_condition, "read-back in a capture"),
     "optimizer": (optimizer_on_the_host, "optimizer that is not capturable"),
     "count": (optimizer_without_a_check, "optimizer that is not capturable"),

@@ -263,6 +263,8 @@ ONE_ELEMENT = (
 
 def makes_from_host(func: Function, args: Sequence[object], kwargs: Keywords) -> bool:
     """Whether a function makes a tensor on the device from numbers of Python."""
+    if func is torch.unravel_index:  # of the shape
+        return any(map(places.is_on_device, (*args[:1], kwargs.get("indices"))))
     if getattr(func, "__name__", "") not in MAKING:
         return False
     if func is torch.Tensor.new_tensor and kwargs.get("device") is None:
