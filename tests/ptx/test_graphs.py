@@ -470,6 +470,21 @@ def clip(x, optimizer):
     nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0, error_if_nonfinite=True)
 
 
+def muon(x, optimizer):
+    p = nn.Parameter(x.diag())
+    p.grad, other = x.diag(), torch.optim.Muon([p])
+    other.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"]
+    other.step()
+
+
+def sample(x, optimizer):
+    torch.distributions.Categorical(logits=x, validate_args=True)  # another test may set the default
+
+
+def check_of_log_prob(x, optimizer):
+    torch.distributions.Normal(x, x, validate_args=False)._validate_sample(x)
+
+
 FUSED = "with fused=True or capturable=True"
 
 
@@ -489,6 +504,9 @@ FUSED = "with fused=True or capturable=True"
         (lambda x, optimizer: torch.linalg.eigh(x.diag()), "compute it before the capture"),
         (lambda x, optimizer: nn.functional.ctc_loss(x[:, None], x, x, x), "what cuDNN takes"),
         (step_of_scaler, "scaler.update() after graph.replay()"),
+        (muon, "or take torchpar.optim.Muon"),
+        (sample, "validate_args=False"),
+        (check_of_log_prob, "validate_args=False"),
         (clip, "without error_if_nonfinite"),
         (anomaly, "set_detect_anomaly(False)"),
     ],

@@ -153,12 +153,27 @@ def _instead_of_callers(what: str) -> str:
         place = frame.f_globals.get("__name__", ""), frame.f_code.co_name
         if place in INSTEAD_WITHIN:
             return INSTEAD_WITHIN[place]
-        if what == NUMBER and isinstance(frame.f_locals.get("self"), Optimizer):
-            return (
-                f"{INSTEAD_ALONE[NUMBER]}; an optimizer whose learning rate is a tensor does so "
-                "with fused=True or capturable=True"
-            )
+        optimizer = frame.f_locals.get("self")
+        if what == NUMBER and isinstance(optimizer, Optimizer):
+            return _instead_of_optimizer(optimizer)
     return ""
+
+
+def _instead_of_optimizer(optimizer: Optimizer) -> str:
+    """Say what to write in the place of an optimizer that takes a number from a tensor."""
+    if optimizer.defaults.keys() & {"fused", "capturable"}:
+        return (
+            f"{INSTEAD_ALONE[NUMBER]}; an optimizer whose learning rate is a tensor does so with "
+            "fused=True or capturable=True"
+        )
+    if not any(isinstance(group.get("lr"), Tensor) for group in optimizer.param_groups):
+        return ""
+    name = type(optimizer).__name__
+    other = ", or take torchpar.optim.Muon" if isinstance(optimizer, torch.optim.Muon) else ""
+    return (
+        f"{name} has neither fused nor capturable: give it a number as the learning rate, and "
+        f"capture again when it changes{other}"
+    )
 
 
 INSTEAD = {
@@ -190,6 +205,7 @@ READ_AFTER = "keep the tensor, and read it after graph.replay()"
 WITHOUT_CHECK = (
     "call it without error_if_nonfinite, and check the norm that it returns after graph.replay()"
 )
+UNCHECKED = "give the distribution validate_args=False"
 # By modules and functions of PyTorch that read values in Python.
 INSTEAD_WITHIN = {
     ("torch.amp.grad_scaler", "step"): (
@@ -198,6 +214,8 @@ INSTEAD_WITHIN = {
     ),
     ("torch.nn.utils.clip_grad", "clip_grad_norm_"): WITHOUT_CHECK,
     ("torch.nn.utils.clip_grad", "get_total_norm"): WITHOUT_CHECK,
+    ("torch.distributions.distribution", "__init__"): UNCHECKED,
+    ("torch.distributions.distribution", "_validate_sample"): UNCHECKED,
     ("torch.nn.modules.batchnorm", "forward"): "give the layer a momentum that is not None",
 }
 
