@@ -207,6 +207,33 @@ def test_a_network_is_trained_through_the_functions(biases):
     assert re.match(r"accuracy 1\.0000 after epoch \d; above 0\.95 is asked", verdict.text)
 
 
+def test_a_network_is_trained_through_functions_that_return_lists(tmp_path, capsys):
+    changes = {
+        "return sigmoid(z) * (1 - sigmoid(z))": "return (sigmoid(z) * (1 - sigmoid(z))).tolist()",
+        "return 1 / (1 + np.exp(-z))": "return (1 / (1 + np.exp(-z))).tolist()",
+        "sigmoid(z) * (1 -": "np.array(sigmoid(z)) * (1 -",
+        "(1 - sigmoid(z))": "(1 - np.array(sigmoid(z)))",
+        "return [np.zeros((m, n)) for m, n in zip(sizes, sizes[1:])]": "return ([[0.0] * 30] * 784,"
+        " [[0.0] * 10] * 30)",
+        "data[i : i + batch_size], labels[i : i + batch_size]": "list(data[i : i + batch_size]), "
+        "labels[i : i + batch_size, None].tolist()",
+        "[x + y for x, y in zip(a, b)]": "[np.add(x, y).tolist() for x, y in zip(a, b)]",
+    }
+    text = RIGHT
+    for line, instead in changes.items():
+        assert line in text
+        text = text.replace(line, instead)
+    (tmp_path / "my.py").write_text(text)
+    with (
+        patch.object(exercises, "read", lambda *_: (images(64), images(10))),
+        patch.object(exercises, "ASKED", -1.0),
+    ):
+        assert exercises.main(["--with", str(tmp_path / "my.py")]) == 0
+    out = capsys.readouterr().out
+    assert "not right" not in out
+    assert "the training is right: accuracy " in out
+
+
 def test_a_training_that_learns_nothing_is_not_right():
     text = RIGHT.replace("[x + y for x, y in zip(a, b)]", "a")
     with (

@@ -240,17 +240,19 @@ def train(
     biases = layers_of(f["zeros_biases"](list(SIZES)))
     for _ in range(epochs):
         for inputs, targets in say_progress(f["create_batches"](x, labels, BATCH_SIZE), "batches"):
-            zs, activations = forward(f["sigmoid"], weights, biases, inputs)
-            delta = activations[-1] - np.eye(SIZES[-1], dtype=np.float32)[targets]
-            d_weights = f["zeros_weights"](list(SIZES))
+            # What the checks take as an array may be a list, here too.
+            zs, activations = forward(f["sigmoid"], weights, biases, as_array(inputs))
+            classes = as_array(targets).ravel()
+            delta = activations[-1] - np.eye(SIZES[-1], dtype=np.float32)[classes]
+            d_weights = list(f["zeros_weights"](list(SIZES)))
             d_biases = layers_of(f["zeros_biases"](list(SIZES)))
             for i in reversed(range(len(weights))):
                 d_weights[i] = activations[i].T @ delta * np.float32(-LR / len(inputs))
                 d_biases[i] = delta.sum(0) * np.float32(-LR / len(inputs))
                 if i > 0:
-                    delta = delta @ weights[i].T * f["sigmoid_prime"](zs[i - 1])
-            weights = f["add_elementwise"](weights, d_weights)
-            biases = f["add_elementwise"](biases, d_biases)
+                    delta = delta @ weights[i].T * as_array(f["sigmoid_prime"](zs[i - 1]))
+            weights = list(map(as_array, f["add_elementwise"](weights, d_weights)))
+            biases = list(map(as_array, f["add_elementwise"](biases, d_biases)))
         yield weights, biases
 
 
@@ -267,7 +269,7 @@ def forward(
     activations = [x]
     for weight, bias in zip(weights, biases, strict=True):
         zs.append(activations[-1] @ weight + bias)
-        activations.append(sigmoid(zs[-1]))
+        activations.append(as_array(sigmoid(zs[-1])))
     return zs, activations
 
 
