@@ -51,8 +51,9 @@ MISTAKES = [
     (
         "rng.uniform(-1, 1, (m, n)) / m**0.5",
         "rng.normal(size=(m, n))",
-        "expected 0.01 to 0.37, as Xavier's",
+        "expected 0.0093 to 0.37, as Xavier's",
     ),
+    ("rng.uniform(-1, 1,", "rng.uniform(0, 0.9,", "weights[0] have the mean 0.016"),
     ("rng.uniform(-1, 1,", "rng.uniform(0, 2,", "weights[0] have the mean 0.035"),
     (
         "[np.zeros((m, n)) for",
@@ -205,6 +206,20 @@ def test_a_network_is_trained_through_the_functions(biases):
         verdict = exercises.check_training(functions(text), Path())
     assert verdict.is_right
     assert re.match(r"accuracy 1\.0000 after epoch \d; above 0\.95 is asked", verdict.text)
+
+
+def test_a_spread_is_compared_with_the_bounds_that_are_printed():
+    shapes = exercises.weight_shapes()
+
+    def drawn(spread: float) -> list[np.ndarray]:
+        weights = [np.tile([1.0, -1.0], (m, n // 2)) / m**0.5 for m, n in shapes]
+        return [weights[0] / weights[0].std() * spread, weights[1]]
+
+    for spread in (0.00931, 1 / (12 * 784) ** 0.5, 0.3699):
+        assert exercises.check_random_weights(lambda _, spread=spread: drawn(spread)) == ""
+    for spread in (0.00929, 0.3701):
+        with pytest.raises(exercises.Wrong, match=r"expected 0\.0093 to 0\.37, as"):
+            exercises.check_random_weights(lambda _, spread=spread: drawn(spread))
 
 
 def test_a_network_is_trained_through_functions_that_return_lists(tmp_path, capsys):

@@ -86,14 +86,17 @@ def check_random_weights(random_weights: Function) -> str:
     weights = check_shapes(random_weights(list(SIZES)), weight_shapes())
     for i, weight in enumerate(weights):
         spread, (m, n) = float(weight.std()), weight.shape
-        least, most = 0.5 * (1 / (3 * max(m, n))) ** 0.5, 2 * (1 / min(m, n)) ** 0.5
+        if abs(float(weight.mean())) > 6 * spread / weight.size**0.5:
+            raise Wrong(f"weights[{i}] have the mean {weight.mean():.3g}, expected 0")
+        # Half and twice the rules', with 10 %, since the 300 numbers of the last layer have a
+        # spread of 3 %. They are compared as printed.
+        bounds = 0.45 * (1 / (3 * max(m, n))) ** 0.5, 2 * (1 / min(m, n)) ** 0.5
+        least, most = (float(f"{one:.2g}") for one in bounds)
         if not least <= spread <= most:
             raise Wrong(
                 f"the numbers of weights[{i}] have the standard deviation {spread:.3g}, expected "
-                f"{least:.2g} to {most:.2g}, as Xavier's rule draws them"
+                f"{least} to {most}, as Xavier's rule draws them"
             )
-        if abs(float(weight.mean())) > 6 * spread / weight.size**0.5:
-            raise Wrong(f"weights[{i}] have the mean {weight.mean():.3g}, expected 0")
     return ""
 
 
