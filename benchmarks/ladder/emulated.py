@@ -78,10 +78,10 @@ def execute(entry: Entry) -> Executed:
     try:
         found, seconds = execute_once(entry)
     except WrittenForTheWhole as launch:
-        print(
-            f"{Path(entry.file).name}: {entry.name} launches {launch.threads:,} threads; Numba's "
-            f"simulator executes them one after the other, for at most {PATIENCE:.0f} s",
-            flush=True,
+        tell(
+            entry,
+            f"launches {launch.threads:,} threads; Numba's simulator executes them one after the "
+            f"other, for at most {PATIENCE:.0f} s",
         )
         entry.tried = whole
         try:
@@ -89,6 +89,9 @@ def execute(entry: Entry) -> Executed:
         except TooSlow:
             raise SlowCall(f"it takes more than {PATIENCE:.0f} s without a GPU") from None
     except Rejected as error:
+        if small is whole:
+            raise
+        tell(entry, f"fails at {small.size}; {whole.size} is tried, for at most {LIMIT:.0f} s")
         entry.tried = whole
         try:
             return execute_once(entry)[0]
@@ -110,6 +113,11 @@ def execute(entry: Entry) -> Executed:
         except TooSlow:
             break
     return found
+
+
+def tell(entry: Entry, text: str) -> None:
+    """Print what comes next of a function, before it takes minutes."""
+    print(f"{Path(entry.file).name}: {entry.name} {text}", flush=True)
 
 
 def execute_once(entry: Entry, limit: float = LIMIT) -> tuple[Executed, float]:

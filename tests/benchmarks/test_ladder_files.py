@@ -291,12 +291,12 @@ def test_a_fault_of_a_triton_file_is_its_verdict(tmp_path):
         row.turn(0)
 
 
-def test_sizes_grow_while_the_next_takes_seconds_and_a_whole_one_is_tried_after_a_failure():
+def test_sizes_grow_while_the_next_takes_seconds_and_a_whole_one_is_tried_after_a_failure(capsys):
     sizes: list[tuple[int, ...]] = []
 
     def execute_once(one: student.Entry) -> tuple[emulated.Executed, float]:
         sizes.append(one.tried.shape)
-        if one.tried.shape == (32, 32) and fails:
+        if one.tried.shape <= (32, 32) and fails:
             raise Rejected("it is for 1000×1000")
         return emulated.Executed(one.tried, "right"), seconds
 
@@ -312,7 +312,13 @@ def test_sizes_grow_while_the_next_takes_seconds_and_a_whole_one_is_tried_after_
         seconds = 2.0  # 16 times as many numbers would take 32 s
         assert of(one) == [(32, 32)]
         fails = True
+        assert capsys.readouterr().out == ""
         assert of(one) == [(32, 32), (300, 300)]
+        line = f"{Path(one.file).name}: max_gpu fails at 32×32; 300×300 is tried, for at most 90 s"
+        assert capsys.readouterr().out == f"{line}\n"
+        with pytest.raises(Rejected, match="it is for 1000"):  # there is no larger one
+            of(entry("max_gpu", np.maximum, (3, 5)))
+        assert (sizes, capsys.readouterr().out) == ([(3, 5)], "")
 
 
 def test_threads_that_need_others_are_told_by_the_names_in_a_kernel():
