@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ T = TypeVar("T")
 Cells = Mapping[str, Any]  # of a row, by column: texts, numbers, or None
 CORES = num_cores()
 WIDTH = 170  # columns of a table that is not printed to a terminal
+WORD, SHORT = 24, 16  # letters of a word that the first column, and others, do not break
 # The flags in /proc/cpuinfo that stand for each instruction set.
 INSTRUCTION_SETS = {
     "AVX2": {"avx2"},
@@ -202,25 +203,76 @@ def print_failures(results: Sequence[Result]) -> None:
             print("not ok:", result.contestant, *result.case.values(), result.reason)
 
 
-def print_cells(title: str, lines: Sequence[Mapping[str, str]]) -> None:
-    """Print lines of cells by header, without empty columns; nothing if there are no lines."""
+class Column:
+    """A column of a printed table: numbers with their units, or text that may be wrapped.
+
+    Attributes:
+        longest: letters of its longest cell or header.
+        least: letters that it needs, where a header is wrapped between words.
+    """
+
+    def __init__(self, header: str, cells: Sequence[str], unbroken: int):
+        """No word of text is broken that has up to ``unbroken`` letters."""
+        self.header = header
+        self.numbers = all(
+            cell.lstrip("-")[:1].isdigit() and len(cell.split()) <= 2 for cell in cells
+        )
+        self.longest = max(map(len, (header, *cells)))
+        words = header.split() if self.numbers else " ".join((header, *cells)).split()
+        word = max(map(len, words))
+        self.least = (
+            max(word, *map(len, cells))
+            if self.numbers
+            else min(self.longest, max(SHORT, min(word, unbroken)))
+        )
+
+
+def print_cells(title: str, lines: Sequence[Mapping[str, str]], spare: Sequence[str] = ()) -> None:
+    """Print lines of cells by header, without empty columns; nothing if there are no lines.
+
+    A table that a terminal has no room for is as wide as it must be.
+
+    Args:
+        spare: headers of the columns that a narrow terminal does without, the first to go first.
+    """
     if not lines:
         return
     import rich.table
     from rich.console import Console
 
-    table = rich.table.Table()
-    headers = headers_of(lines)
-    for header in headers:
-        cells = [line[header] for line in lines if line.get(header)]
-        # A number with its unit; other cells are text, which a narrow terminal wraps.
-        numbers = all(cell.lstrip("-")[:1].isdigit() and len(cell.split()) <= 2 for cell in cells)
-        table.add_column(header, justify="right" if numbers else "left", no_wrap=numbers)
-    for line in lines:
-        table.add_row(*(line.get(header, "") for header in headers))
     console = Console(width=None if sys.stdout.isatty() else WIDTH, markup=False)
+    columns = [
+        Column(header, [line[header] for line in lines if line.get(header)], SHORT if i else WORD)
+        for i, header in enumerate(headers_of(lines))
+    ]
+    whole = least_width(columns)
+    left_out: list[str] = []
+    for header in spare:
+        if least_width(columns) > console.width and header in [one.header for one in columns]:
+            columns = [one for one in columns if one.header != header]
+            left_out.append(header)
+    console.width = max(console.width, least_width(columns))
+    room = console.width - least_width(columns)
+    is_narrow = room < sum(one.longest - one.least for one in columns)
+    table = rich.table.Table()
+    for i, column in enumerate(columns):
+        width = column.least if is_narrow and column.numbers else None
+        if is_narrow and i == 0:  # rich shrinks all text alike, and this names the row
+            width = min(column.longest, column.least + room // 2)
+        justify: Literal["left", "right"] = "right" if column.numbers else "left"
+        table.add_column(column.header, justify=justify, width=width, overflow="fold")
+    for line in lines:
+        table.add_row(*(line.get(column.header, "") for column in columns))
     console.print(title, style="italic", soft_wrap=True, highlight=False)
     console.print(table)
+    if left_out:
+        names = ", ".join(left_out)
+        print(f"Columns left out: {names}; a terminal {whole} letters wide shows them.")
+
+
+def least_width(columns: Sequence[Column]) -> int:
+    """The width of a table, with its lines and a space on either side of a cell."""
+    return sum(one.least + 3 for one in columns) + 1
 
 
 def headers_of(lines: Sequence[Mapping[str, str]]) -> list[str]:

@@ -47,6 +47,9 @@ def find(results: Sequence[Result], name: str) -> Result | None:
 # Tables
 
 
+SPARE = ("switches", "GB/s", "GFLOP/s", "p20–p80")  # that a narrow terminal does without
+
+
 def lines(results: Sequence[Result], head: str) -> Iterator[dict[str, str]]:
     """The cells of the measured rows of a case, by header; ``head`` is that of the contestants."""
     for one in results:

@@ -618,7 +618,7 @@ def show(
         own: of a student's functions, the lines below the table of their workload.
     """
     for workload, results in measured.items():
-        print_cells(workload, list(page.lines(results, "contestant")))
+        print_cells(workload, list(page.lines(results, "contestant")), page.SPARE)
         lines = [*page.notes(results), *page.over_loops(results), *(own or {}).get(workload, ())]
         print(*lines, sep="\n", end="\n\n")
     print(page.load_note(next(iter(measured.values()))))

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 pytest.importorskip("rich", reason="rich prints the tables")
+from benchmarks import results
 from benchmarks.ladder import emulated, page, rungs, student
 from benchmarks.ladder.cases import LADDERS, make_case
 from benchmarks.results import CORES, Result
@@ -191,6 +192,42 @@ def test_tables_name_the_other_row_the_spread_the_load_and_what_is_left_out():
         "| pure Python | 8 ms | 1 |",
         "| njit, the loops in 2 threads | 250 µs | 32 |",
     ]
+
+
+@pytest.mark.parametrize(
+    "width, widest, spared",
+    [
+        (170, 170, ""),
+        (100, 100, ""),
+        (80, 80, "switches, GB/s"),
+        (60, 80, "switches, GB/s"),
+    ],
+)
+def test_a_narrow_terminal_has_the_names_and_numbers_of_a_table_whole(
+    capsys, width, widest, spared
+):
+    columns = {"over_pure_python": 1234.5, "gb_per_s": 0.0476, "switches": 12.0}
+    rows = [
+        result("pure Python", 0.05, **columns),
+        result("my.py: matmul_transpose_numba", 0.05, faster=0.284, than="njit", **columns),
+        result("2 ranks, halves left apart, no speed-up of the whole", 0.05, **columns),
+    ]
+    with patch.object(results, "WIDTH", width):
+        results.print_cells("X", list(page.lines(rows, "contestant")), page.SPARE[:2])
+    out = capsys.readouterr().out
+    words = [
+        "contestant",
+        "matmul_transpose_numba",
+        "no speed-up",
+        "50 µs",
+        "1,234",
+        "0.284 × njit",
+    ]
+    assert [one for one in words if f" {one} " not in out] == []
+    assert max(map(len, out.splitlines())) <= widest
+    assert ("0.0476" in out) == ("GB/s" not in spared)
+    (*_, last) = out.splitlines()
+    assert last.startswith(f"Columns left out: {spared}; a terminal 9") == bool(spared)
 
 
 def test_the_legend_of_a_picture_leaves_the_title_free(tmp_path):
