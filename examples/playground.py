@@ -111,6 +111,11 @@ def with_features(x: Tensor, features: tuple[Feature, ...]) -> Tensor:
     return torch.stack([FEATURES[name](*x.T) for name in features], 1)
 
 
+def named(features: tuple[Feature, ...]) -> str:
+    """Return the names of up to three features, or how many there are."""
+    return " ".join(features) if len(features) <= 3 else str(len(features))
+
+
 def learn(
     kind: Points,
     features: tuple[Feature, ...],
@@ -142,7 +147,7 @@ def learn(
     def probability(x: Tensor) -> Tensor:
         return model(with_features(x.to(device), features)).squeeze(1).cpu()  # type: ignore[no-any-return]
 
-    row = {"points": kind, "features": len(features), "hidden": " ".join(map(str, hidden)) or "-"}
+    row = {"points": kind, "features": named(features), "hidden": " ".join(map(str, hidden)) or "-"}
     figures = {"train_loss": train_loss, "test_loss": test_loss, "test_accuracy": accuracy}
     return row | figures, points, probability
 
@@ -157,7 +162,7 @@ def main(flags: Flags) -> None:
             row, points, probability = learn(kind, features, hidden, flags, world.device)
             rows.append(row)
             layers = " ".join(map(str, hidden)) or "none"
-            title = f"{len(features)} features\nhidden: {layers}"
+            title = f"features: {named(features)}\nhidden: {layers}"
             pictures[kind][title] = points, probability
     if flags.plots:
         for kind, panels in pictures.items():

@@ -71,10 +71,16 @@ def test_the_picture_of_a_boundary_says_what_its_shade_means(tmp_path):
 def test_a_line_through_squares_learns_circles(tmp_path):
     flags = ["--points=circle", "--features", "x1^2", "x2^2", "--epochs=15", "--samples=100"]
     flags += ["--lr=0.5", "--device=cpu", f"--metrics={tmp_path / 'metrics'}"]
-    code, _, err = lesson("playground", *flags)
+    with patch.object(plots, "save_boundaries") as save:
+        code, _, err = lesson("playground", *flags, f"--plots={tmp_path}")
     assert (code, err) == (0, "")
+    both = ["x1 x2", "x1^2 x2^2"]  # as many features, told apart
+    assert list(save.call_args.args[1]) == [
+        f"features: {one}\nhidden: {layers}" for layers in ("none", "8 8") for one in both
+    ]
     line, squares, _, _ = rows_of(tmp_path / "metrics")
     assert (line["hidden"], squares["hidden"]) == ("-", "-")
+    assert [line["features"], squares["features"]] == both
     assert line["test_accuracy"] < 0.75 < 0.9 < squares["test_accuracy"]
     code, _, err = lesson("playground", "--noise=0.6")
     assert code == 2
