@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from math import pi
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from quadrants import evaluate, train
@@ -35,10 +35,9 @@ from torchpar.training import sgd
 
 SIDE = 6.0  # of the playground's plane, from its middle
 RADIUS = 5.0
-Points = Literal["quadrants", "circle", "gauss", "spiral"]
-Feature = Literal["x1", "x2", "x1^2", "x2^2", "x1x2", "sin1", "sin2"]
+Points = Literal["quadrants", "circle", "gauss", "spiral"]  # a set that you add to `draw`, too
 
-FEATURES: dict[Feature, Callable[[Tensor, Tensor], Tensor]] = {
+FEATURES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "x1": lambda x1, x2: x1,
     "x2": lambda x1, x2: x2,
     "x1^2": lambda x1, x2: x1 * x1,
@@ -47,6 +46,10 @@ FEATURES: dict[Feature, Callable[[Tensor, Tensor], Tensor]] = {
     "sin1": lambda x1, x2: (SIDE * x1).sin(),
     "sin2": lambda x1, x2: (SIDE * x2).sin(),
 }
+if TYPE_CHECKING:
+    Feature = str
+else:
+    Feature = Literal[tuple(FEATURES)]  # what --features takes, with those that you add
 COORDINATES: tuple[Feature, ...] = ("x1", "x2")
 Panels = dict[str, tuple[Samples, Callable[[Tensor], Tensor]]]  # as `plots.save_boundaries` has it
 

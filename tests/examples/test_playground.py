@@ -2,8 +2,9 @@
 """The lesson of the playground's points and features."""
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 from unittest.mock import patch
 
 import pytest
@@ -49,6 +50,14 @@ def test_the_features_are_functions_of_the_coordinates():
     found = playground.with_features(torch.tensor([[0.5, -0.25]]), tuple(playground.FEATURES))
     expected = [0.5, -0.25, 0.25, 0.0625, -0.125, math.sin(3), math.sin(-1.5)]
     torch.testing.assert_close(found, torch.tensor([expected]))
+
+
+def test_a_feature_that_a_reader_adds_can_be_chosen_by_the_flag():
+    text, first = Path(playground.__file__).read_text(), '    "x1": lambda x1, x2: x1,\n'
+    assert first in text
+    space: dict[str, Any] = {"__name__": "playground"}
+    exec(text.replace(first, f'    "one": lambda x1, x2: 1,\n{first}'), space)
+    assert get_args(space["Feature"]) == ("one", *playground.FEATURES)
 
 
 def test_the_picture_of_a_boundary_says_what_its_shade_means(tmp_path):
