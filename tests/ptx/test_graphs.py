@@ -470,6 +470,10 @@ def clip(x, optimizer):
     nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0, error_if_nonfinite=True)
 
 
+def norm(x, optimizer):
+    nn.utils.get_total_norm([x], error_if_nonfinite=True)
+
+
 def muon(x, optimizer):
     p = nn.Parameter(x.diag())
     p.grad, other = x.diag(), torch.optim.Muon([p])
@@ -478,7 +482,8 @@ def muon(x, optimizer):
 
 
 def sample(x, optimizer):
-    torch.distributions.Categorical(logits=x, validate_args=True)  # another test may set the default
+    # Another test may set the default.
+    torch.distributions.Categorical(logits=x, validate_args=True)
 
 
 def check_of_log_prob(x, optimizer):
@@ -508,6 +513,7 @@ FUSED = "with fused=True or capturable=True"
         (sample, "validate_args=False"),
         (check_of_log_prob, "validate_args=False"),
         (clip, "without error_if_nonfinite"),
+        (norm, "without error_if_nonfinite"),
         (anomaly, "set_detect_anomaly(False)"),
     ],
 )

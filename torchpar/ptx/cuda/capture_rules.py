@@ -213,7 +213,7 @@ INSTEAD_WITHIN = {
         "scaler.update() after graph.replay()"
     ),
     ("torch.nn.utils.clip_grad", "clip_grad_norm_"): WITHOUT_CHECK,
-    ("torch.nn.utils.clip_grad", "get_total_norm"): WITHOUT_CHECK,
+    ("torch.nn.utils.clip_grad", "_get_total_norm"): WITHOUT_CHECK,
     ("torch.distributions.distribution", "__init__"): UNCHECKED,
     ("torch.distributions.distribution", "_validate_sample"): UNCHECKED,
     ("torch.nn.modules.batchnorm", "forward"): "give the layer a momentum that is not None",
