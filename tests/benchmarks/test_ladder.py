@@ -230,6 +230,20 @@ def test_a_narrow_terminal_has_the_names_and_numbers_of_a_table_whole(
     assert last.startswith(f"Columns left out: {spared}; a terminal 9") == bool(spared)
 
 
+def test_a_narrow_terminal_has_no_samples_and_spread_and_the_other_numbers_whole(capsys):
+    times = {f"p{share}_ms": 0.05 + share / 1e3 for share in (20, 50, 80)}
+    further = {"gb_per_s": 1.34, "gflop_per_s": 0.163, "over eager": 0.107, "max_error": 1e-6}
+    row = Result(case={"mode": "forward, warm"}, contestant="eager, mirrored", samples=2, **times)
+    other = replace(row, case={"mode": "backward"}, speedup=11.37)
+    with patch.object(results, "WIDTH", 80):
+        results.print_results("X", [row.plus(**further), other.plus(**further)])
+    out = capsys.readouterr().out
+    for word in ("forward, warm", "eager, mirrored", "100 µs", "11.37", "0.107", "1.0e-06", "yes"):
+        assert f" {word} " in out
+    assert max(map(len, out.splitlines()[:-1])) <= 80
+    assert "\nColumns left out: samples, GFLOP/s, GB/s, p20" in out
+
+
 def test_the_legend_of_a_picture_leaves_the_title_free(tmp_path):
     """The case has a long name, and all kinds of rows."""
     pytest.importorskip("matplotlib", reason="it draws the pictures")
