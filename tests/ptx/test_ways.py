@@ -506,6 +506,20 @@ def test_a_script_may_leave_its_folder(tmp_path, monkeypatch, capsys):
     assert "tl.store(out + i, tl.load(x + i), mask=i < n)" in printed
 
 
+def test_a_flag_behind_the_script_is_the_scripts_and_a_line_says_so(tmp_path, capsys):
+    path = tmp_path / "script.py"
+    path.write_text("import sys\nprint(sys.argv[1:])\n")
+    assert command.main(["--counters", str(path), "--epochs", "1"]) == 0
+    assert capsys.readouterr().err == ""
+    assert command.main([str(path), "--schedules=all", "--help"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("['--schedules=all', '--help']\n")
+    assert err == (
+        "--schedules=all stands behind the script, which takes it; a flag of python -m torchpar "
+        "ptx stands before the script\n"
+    )
+
+
 @pytest.fixture
 def default_signals():
     """What handles signals in a new process; other tests of this one may have set handlers."""

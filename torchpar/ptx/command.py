@@ -83,6 +83,7 @@ def main(arguments: Sequence[str]) -> int:
     for name in FILES:
         if (file := getattr(options, name)) is not None:
             setattr(options, name, file.absolute())  # the script may change the folder
+    _note_flags_behind(parser, options.flags)
     before, process = (sys.argv, list(sys.path)), os.getpid()
     stdout = sys.stdout  # the script may set another one, or close it
     others = set(threading.enumerate())
@@ -124,6 +125,17 @@ def main(arguments: Sequence[str]) -> int:
     report = gpu.report()
     _show(report, options, stdout, _why_nothing(gpu, options))
     return int(bool(report.errors))
+
+
+def _note_flags_behind(parser: argparse.ArgumentParser, flags: Sequence[str]) -> None:
+    """Say that a flag of this command is the script's if it stands behind the script."""
+    own = {one for action in parser._actions for one in action.option_strings} - {"-h", "--help"}
+    if behind := [one for one in flags if one.partition("=")[0] in own]:
+        print(
+            f"{behind[0]} stands behind the script, which takes it; a flag of {parser.prog} stands "
+            "before the script",
+            file=sys.stderr,
+        )
 
 
 def _begin_in_script(error: BaseException, script: str) -> None:
