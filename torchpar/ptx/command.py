@@ -84,8 +84,8 @@ def main(arguments: Sequence[str]) -> int:
         if (file := getattr(options, name)) is not None:
             setattr(options, name, file.absolute())  # the script may change the folder
     _note_flags_behind(parser, options.flags)
-    before, process = (sys.argv, list(sys.path)), os.getpid()
-    stdout = sys.stdout  # the script may set another one, or close it
+    # The script may set another stdout, or close it.
+    before, process, stdout = (sys.argv, list(sys.path)), os.getpid(), sys.stdout
     others = set(threading.enumerate())
     with (
         _terminable(),
