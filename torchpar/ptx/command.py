@@ -249,7 +249,7 @@ def _terminable() -> Iterator[None]:
             hook(raised)
             return
         main, number = threading.main_thread().ident, signal.SIGTERM
-        threading.Timer(0.01, signal.pthread_kill, (main, number)).start()
+        threading.Timer(0.1, signal.pthread_kill, (main, number)).start()  # after this function
 
     is_main = threading.current_thread() is threading.main_thread()  # others may set no handler
     if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:

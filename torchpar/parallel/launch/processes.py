@@ -91,10 +91,11 @@ def terminable() -> Iterator[None]:
         Nothing is printed: the exception leaves other objects half made, such as Numba's.
         """
         if isinstance(raised.exc_value, Terminated):
+            again = threading.main_thread().ident, raised.exc_value.number
+            later = threading.Timer(0.1, signal.pthread_kill, again)
+            later.start()  # returns before the signal comes, which would be lost here, too
             for one in before:
                 signal.signal(one, end)
-            again = threading.main_thread().ident, raised.exc_value.number
-            threading.Timer(0.01, signal.pthread_kill, again).start()
 
     before = {}
     if threading.current_thread() is threading.main_thread():  # which alone sets handlers
