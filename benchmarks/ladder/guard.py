@@ -22,7 +22,7 @@ from torchpar.parallel.launch.processes import Terminated, die_with_parent
 
 PATIENCE = 50.0  # seconds beyond a call's limit, in which compiled code may return
 NOTICE = 5.0  # seconds beyond the limit, after which a line says what is waited for
-GRACE = 3.0  # seconds in which a function, and then three times that, in which the ladder may end
+GRACE = 3.0  # seconds to end after a signal; the ladder outside of a call has four times as many
 TICK = 0.5  # seconds after which the child is looked at, although it has told nothing
 
 

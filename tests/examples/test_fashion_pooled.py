@@ -60,7 +60,7 @@ def test_other_files_are_refused_by_what_they_hold(files, tmp_path, monkeypatch)
     model = NumpyMLP((400, 25, 10))
     (damaged := tmp_path / "damaged.mat").write_bytes(b"MATLAB" * 100)
     (x := np.ones((5, 400)))[3, 2] = np.nan
-    savemat = pytest.importorskip("scipy.io").savemat
+    savemat = pytest.importorskip("scipy.io", reason="scipy writes .mat files").savemat
     savemat(tmp_path / "nan.mat", {"X": x, "y": np.ones(5)})
     savemat(tmp_path / "complex.mat", {"X": np.ones((5, 400)) * 1j, "y": np.ones(5)})
     savemat(tmp_path / "more.mat", {"X": np.ones((5, 400)), "y": np.ones(5), "other": x})
@@ -105,7 +105,9 @@ def test_other_files_are_refused_by_what_they_hold(files, tmp_path, monkeypatch)
 )
 def test_labels_and_pixels_of_another_scale_are_refused(tmp_path, x, y, message):
     arrays = {"X": x, "y": np.array(y).reshape(-1, 1)}
-    pytest.importorskip("scipy.io").savemat(tmp_path / "x.mat", arrays)
+    pytest.importorskip("scipy.io", reason="scipy writes .mat files").savemat(
+        tmp_path / "x.mat", arrays
+    )
     with pytest.raises(ConfigError, match=message):
         mat.read_images(tmp_path / "x.mat", 400)
 
@@ -113,7 +115,9 @@ def test_labels_and_pixels_of_another_scale_are_refused(tmp_path, x, y, message)
 def test_pixels_beyond_0_and_1_are_images_too(tmp_path):
     """Resampling overshoots."""
     (x := np.tile(np.linspace(-0.13, 1.13, 400), (5, 1)))[0] = 1
-    pytest.importorskip("scipy.io").savemat(tmp_path / "x.mat", {"X": x, "y": np.arange(5)})
+    pytest.importorskip("scipy.io", reason="scipy writes .mat files").savemat(
+        tmp_path / "x.mat", {"X": x, "y": np.arange(5)}
+    )
     found, labels = mat.read_images(tmp_path / "x.mat", 400)
     assert np.array_equal(found, x.astype(np.float32))
     assert labels.tolist() == [*range(5)]
@@ -121,7 +125,9 @@ def test_pixels_beyond_0_and_1_are_images_too(tmp_path):
 
 def test_labels_that_training_would_lack_are_an_error(tmp_path):
     arrays = {"X": np.ones((50, 400)), "y": np.arange(50) % 10}
-    pytest.importorskip("scipy.io").savemat(tmp_path / "x.mat", arrays)
+    pytest.importorskip("scipy.io", reason="scipy writes .mat files").savemat(
+        tmp_path / "x.mat", arrays
+    )
     code, _, err = lesson("fashion_pooled", "--images", str(tmp_path / "x.mat"))
     assert (code, "training lacks the labels [4, 9]; shuffle the samples" in err) == (2, True)
 

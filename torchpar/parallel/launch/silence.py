@@ -20,7 +20,7 @@ from torchpar.parallel.launch.world import World
 
 logger = logging.getLogger(__name__)
 TICK = 1.0  # seconds between two looks at the number of steps
-HEARTBEAT = 5.0  # seconds between two messages of a rank; and without a step, before it listens
+HEARTBEAT = 5.0  # seconds between two heartbeats, and without a step before others are looked at
 SILENT = 10.0  # seconds without a message after which a rank is named
 
 
@@ -30,11 +30,11 @@ def naming_silent_ranks(world: World, steps: Callable[[], int | None]) -> Iterat
 
     Its process is stopped, its machine hangs, or compiled code holds Python's lock. A process that
     waits, or computes for long in PyTorch, sends heartbeats. Rank 0 names the others, and rank 1
-    names rank 0, which under mpirun nobody can name: there it holds the store.
+    names rank 0. Under mpirun nobody names rank 0, which holds the store there.
 
     Args:
-        steps: the number of this rank's complete steps, while which changes nobody is named; None
-            where the other ranks may have left the block.
+        steps: returns the number of this rank's complete steps, or None where the other ranks may
+            have left the block. Nobody is named while the number changes, or where it is None.
     """
     if dist.group.WORLD is None or dist.get_backend() == "fake":
         yield

@@ -153,10 +153,10 @@ class AddressSpace:
         wrapped = next((one for one in tensors if _has_wrapped(one, address, width)), None)
         if not self.allocations:
             return f"address {address:#x}, and {self.name} has no allocation"
-        near = meant or wrapped or min(self.allocations, key=lambda one: _gap(one, address))
+        near = meant or wrapped or min(self.allocations, key=lambda one: _distance(one, address))
         if near.index is not None:
             limit = max(NEAR_SIZES * near.size, NEAR_BYTES)
-            if meant is None and wrapped is None and _gap(near, address) > limit:
+            if meant is None and wrapped is None and _distance(near, address) > limit:
                 return f"address {address:#x}, which is far from every tensor of the launch"
             place = f"{near.where(address - near.base)}, which is outside of {near.name}"
             if wrapped is None:
@@ -282,7 +282,7 @@ class AddressSpace:
             place.data.reshape(-1, width)[rows] = values[at]
 
 
-def _gap(place: Allocation, address: int) -> int:
+def _distance(place: Allocation, address: int) -> int:
     """Return the bytes between an allocation and an address that is not in it."""
     return max(place.start - address, address - place.end)
 
