@@ -975,6 +975,35 @@ def shared_by_two(is_graphed):
     return [], found
 
 
+def added_to_by_another(is_graphed):
+    """A second graph adds to a result of the first one; its capture adds nothing."""
+    x, sums = torch.ones(4, device="cuda"), {}
+
+    def first():
+        return x + 1
+
+    def second(total):
+        return total.add_(x)
+
+    warm_up(lambda: second(first()))
+    if is_graphed:
+        one, two = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(one):
+            total = first()
+        one.replay()
+        with torch.cuda.graph(two, pool=one.pool()):
+            second(total)
+    for n in range(3):
+        x.copy_(torch.arange(4.0) + n)
+        if not is_graphed:
+            total = torch.full((4,), 2.0, device="cuda") if n == 0 else total
+            second(total)
+        else:
+            two.replay()
+        sums[str(n)] = total.clone()
+    return [], sums
+
+
 def own_kernel(is_graphed):
     x = torch.zeros(100, device="cuda")
 
@@ -1091,8 +1120,8 @@ def pinned_copies(is_graphed):
 
 RIGHT = (
     *(whole_network, capturable_with_scheduler, own_operators, partial, mixed_precision),
-    *(shared_by_two, own_kernel, random_numbers, joined_stream, pinned_copies),
-    positions_from_forward,
+    *(shared_by_two, added_to_by_another, own_kernel, random_numbers, joined_stream),
+    *(pinned_copies, positions_from_forward),
 )
 
 

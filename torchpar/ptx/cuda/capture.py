@@ -91,6 +91,10 @@ class Capture:
         self.memories[storage._cdata] = found
         return found
 
+    def _is_outside(self, memory: Memory) -> bool:
+        """Whether the memory was there before, outside of the pools or in that of another graph."""
+        return memory.graph is not self.graph
+
     def slot(self, value: object) -> object:
         """Return where a tensor lies in its memory; other values as they are."""
         return self._slot_of(value) or value
@@ -142,7 +146,7 @@ class Capture:
             self._keep_numbers(operands)
         written = written_by(func, args, kwargs)
         for t in written:
-            if t.untyped_storage().nbytes():
+            if t.untyped_storage().nbytes() and self._is_outside(self.memory(t)):
                 self.memory(t).keep_before()
         result = self.adopted(self._results(func, args, kwargs, operands), given)
         results = [
@@ -225,7 +229,7 @@ class Capture:
         operands = tensors_of_launch(arguments)
         memories = {self.memory(t) for t in operands if t.untyped_storage().nbytes()}
         before = {one: one.content.clone() for one in memories}
-        outside = [one for one in memories if one.graph is None and one.before is None]
+        outside = [one for one in memories if self._is_outside(one) and one.before is None]
         for one in outside:
             one.keep_before()
         execute(arguments)

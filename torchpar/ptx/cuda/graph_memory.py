@@ -92,11 +92,11 @@ class Memory:
 
     def keep_before(self) -> None:
         """Remember the content, unless that has been done."""
-        if self.graph is None and self.before is None:
+        if self.before is None:
             self.before = self.content.clone()
 
     def restore(self) -> None:
-        """Let the memory be as before the capture; in a pool nobody has written it then."""
+        """Let the memory be as before the capture."""
         if self.before is not None and (self.is_kept or self.storage() is not None):
             self.content.copy_(self.before)
         self.before = None
