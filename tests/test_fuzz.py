@@ -18,6 +18,7 @@ SCRIPTS = {
     "library": ["keywords", "twice"],
     "flags": ["unchecked"],
     "emulator": ["minimum", "silent"],
+    "graphed": ["copies", "gradients", "host", "others", "pool", "steps", "unpassed"],
 }
 FAULTS = [(script, fault) for script, faults in SCRIPTS.items() for fault in faults]
 # With these the trials come to the fault early.

@@ -2,16 +2,22 @@
 """Steps that a CUDA graph replays beside eager ones, on a GPU or on an emulated one."""
 
 import copy
+import random
 import signal
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
+from torch.optim.lr_scheduler import StepLR
+from torch.optim.swa_utils import AveragedModel
 
 from torchpar.data import Samples
 from torchpar.errors import ConfigError
@@ -29,6 +35,9 @@ from torchpar.training import (
     muon,
 )
 from torchpar.training.graphed import WARMUP, count_replays
+from torchpar.training.leaf_gradients import LeafGradients
+
+graphed_module = sys.modules[graphed.__module__]
 
 SIZES, BATCH, LAST = (12, 16, 4), 8, 3
 EPOCHS, STEPS = 2, 5  # whole batches of an epoch, beside one of `LAST` samples
@@ -247,6 +256,227 @@ def test_gradients_and_running_statistics_are_those_of_the_last_call(gpu):
     assert torch.equal(found[0][1], found[1][1])
 
 
+class Loop:
+    """A loop whose gradients are not those of its step alone; its weights and gradients."""
+
+    def __init__(self, graph: bool, set_to_none: bool = True):
+        self.training, self.set_to_none = Training(), set_to_none
+        self.model, self.optimizer = self.training.model, self.training.optimizer
+        self.critic = torch.nn.Linear(SIZES[-1], 1, device="cuda")
+        self.average = AveragedModel(self.model)
+        self.weight, self.number = torch.tensor(0.5), 0
+        self.found: list[Tensor] = []
+        self.graph = graph
+
+    def zero(self) -> None:
+        self.optimizer.zero_grad(self.set_to_none)
+
+    def loss(self, x: Tensor, labels: Tensor) -> Tensor:
+        return cross_entropy(self.model(x), labels)
+
+    def update(self, x: Tensor, labels: Tensor) -> Tensor:
+        loss = self.loss(x, labels)
+        loss.backward()
+        self.optimizer.step()
+        return loss
+
+    def update_and_zero(self, x: Tensor, labels: Tensor) -> Tensor:
+        loss = self.update(x, labels)
+        self.zero()
+        return loss
+
+    def zero_and_update(self, x: Tensor, labels: Tensor) -> Tensor:
+        before = [p.grad.square().sum() for p in self.model.parameters() if p.grad is not None]
+        self.zero()
+        self.update(x, labels)
+        return torch.stack([torch.zeros((), device="cuda"), *before]).sum()
+
+    def loss_of_critic(self, x: Tensor, labels: Tensor) -> Tensor:
+        loss = self.critic(self.model(x)).mean()
+        loss.backward()
+        self.optimizer.step()
+        self.zero()
+        return loss
+
+    def penalize(self, number: int) -> None:
+        sum((p.square().sum() for p in self.model.parameters()), torch.zeros(())).backward()
+
+    def zero_some(self, number: int) -> None:
+        if number % 3 == 0:
+            self.zero()
+
+    def train_critic(self, number: int) -> None:
+        """Leave other gradients where the step adds some, or none."""
+        if number % 4 == 2:
+            self.critic.zero_grad()
+        elif number % 4:
+            self.critic(torch.ones(2, SIZES[-1], device="cuda")).sum().backward()
+
+    def replace(self, number: int) -> None:
+        p = next(self.model.parameters())
+        p.grad = torch.full_like(p, 0.25) if number % 4 else None
+
+    def run(self, step: str, before: str = "", calls: int = 9) -> list[Tensor]:
+        take = graphed(getattr(self, step), self.optimizer) if self.graph else getattr(self, step)
+        for number in range(calls):
+            if before:
+                getattr(self, before)(number)
+            self.found.append(take(*batches()[number % STEPS]).detach())
+            both = (*self.model.parameters(), *self.critic.parameters())
+            self.found += [p.grad.clone() for p in both if p.grad is not None]
+        return [*self.found, self.training.weights()]
+
+
+SLOW = ("added before, kept", "never zeroed", "replaced", "random", "numpy")
+GRADIENTS = {
+    "added before": ("update_and_zero", "penalize", True),
+    "added before, kept": ("update_and_zero", "penalize", False),
+    "never zeroed": ("update", "", True),
+    "zeroed at times": ("update", "zero_some", True),
+    "zeroed first": ("zero_and_update", "", True),
+    "another module's": ("loss_of_critic", "train_critic", True),
+    "replaced": ("update", "replace", True),
+}
+
+
+def some_slow(cases: Iterable[str]) -> list[Any]:
+    return [pytest.param(one, marks=[pytest.mark.slow] * (one in SLOW)) for one in cases]
+
+
+def equal(found: list[Tensor], expected: list[Tensor]) -> bool:
+    return len(found) == len(expected) and all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("case", some_slow(GRADIENTS))
+def test_gradients_that_exist_when_the_step_begins(gpu, case):
+    step, before, set_to_none = GRADIENTS[case]
+    plain, ours = (Loop(graph, set_to_none).run(step, before) for graph in (False, True))
+    assert equal(ours, plain)
+
+
+@pytest.mark.parametrize("case", ["added before", "another module's"])
+def test_such_gradients_are_not_those_of_the_capture(case, monkeypatch):
+    """Without the comparison the values are wrong."""
+    step, before, set_to_none = GRADIENTS[case]
+    with emulate() as gpu, cuda_is_cpu(gpu):
+        plain = Loop(False, set_to_none).run(step, before)
+        monkeypatch.setattr(LeafGradients, "fit", lambda self: True)
+        monkeypatch.setattr(LeafGradients, "begin", lambda self: None)
+        assert not equal(Loop(True, set_to_none).run(step, before), plain)
+
+
+def test_a_sparse_gradient_is_refused(gpu):
+    table = torch.nn.Embedding(4, 3, sparse=True).cuda()
+    other = torch.nn.Linear(3, 1, device="cuda")
+    optimizer = torch.optim.SGD(other.parameters(), LR)
+
+    def step(x: Tensor) -> None:
+        other(table(x)).sum().backward()
+        optimizer.step()
+
+    taken = graphed(step, optimizer)
+    with pytest.raises(ConfigError, match=r"gradient of a parameter of shape \[4, 3\] is .*sparse"):
+        [taken(torch.tensor([0, 2])) for _ in range(WARMUP + 1)]
+    table.zero_grad()
+
+
+def test_each_size_has_its_graph(gpu):
+    """Sizes that take turns are captured once each."""
+    plain, ours = Training(), Training()
+    step = graphed(ours.step, ours.optimizer)
+    for number in range(5 * 4):
+        batch = batches()[0 if number % 4 < 2 else -1]
+        assert torch.equal(step(*batch), plain.step(*batch).detach())
+    assert torch.equal(ours.weights(), plain.weights())
+    assert count_replays(ours.optimizer) == 5 * 4 - 2 * WARMUP
+    assert gpu is None or len(gpu.graphs) == 2
+
+
+def test_few_graphs_are_kept(gpu, monkeypatch):
+    """One that was freed is captured again, and a warning says what to do."""
+    monkeypatch.setattr(graphed_module, "GRAPHS", 2)
+    plain, ours = Training(), Training()
+
+    def step(training: Training, x: Tensor, labels: Tensor, number: int) -> Tensor:
+        return number * training.step(x, labels)
+
+    taken = graphed(partial(step, ours), ours.optimizer, warmup=1)
+
+    def compare() -> None:
+        for number in (1, 1, 2, 2, 3, 3, 3, 4, 4, 1, 1, 1):
+            found = taken(*batches()[0], number)
+            assert torch.equal(found, step(plain, *batches()[0], number).detach())
+
+    with pytest.warns(UserWarning, match="captured 4 times.*at most 2 of these graphs"):
+        compare()
+    assert torch.equal(ours.weights(), plain.weights())
+
+
+def test_a_state_of_sgd_that_is_loaded_is_captured(gpu):
+    """The state dict of before the capture has other settings."""
+    training, plain = Training(), Training()
+    for one in (training, plain):
+        one.optimizer = torch.optim.SGD(one.model.parameters(), LR)
+    saved = copy.deepcopy(training.optimizer.state_dict())
+    plain.optimizer.param_groups[0]["fused"] = True
+    step = graphed(training.step, training.optimizer)
+    for number, batch in enumerate(batches()[:STEPS] * 2):
+        if number == STEPS:
+            training.optimizer.load_state_dict(saved)
+        step(*batch)
+        plain.step(*batch)
+    assert torch.equal(training.weights(), plain.weights())
+    assert count_replays(training.optimizer) == 2 * STEPS - WARMUP
+
+
+class Wrapper(torch.optim.Optimizer):
+    """An optimizer that lets another one step with its groups."""
+
+    def __init__(self, inner: torch.optim.Optimizer):
+        super().__init__([torch.zeros((), device="cuda")], {})
+        self.inner, self.param_groups = inner, inner.param_groups
+
+    def step(self, closure=None):
+        self.inner.step()
+
+
+def test_the_optimizer_of_a_wrapper_follows_its_rate(gpu):
+    plain, ours = Training(), Training()
+    ours.optimizer = Wrapper(ours.optimizer)
+    step = graphed(ours.step, ours.optimizer)
+    for number, batch in enumerate(batches()[:STEPS] * 2):
+        for one in (plain, ours):
+            one.optimizer.param_groups[0]["lr"] = LR / 2 ** (number % 3)
+        step(*batch)
+        plain.step(*batch)
+    assert torch.equal(ours.weights(), plain.weights())
+    # The settings of the other optimizer change after the first call, which finds it.
+    assert count_replays(ours.optimizer) == 2 * STEPS - WARMUP - 1
+
+
+def test_a_tensor_of_the_host_that_changes_is_captured_again(gpu):
+    def weighted(self: Loop, x: Tensor, labels: Tensor) -> Tensor:
+        self.optimizer.zero_grad()
+        loss = self.loss(x, labels) * self.weight
+        loss.backward()
+        self.optimizer.step()
+        return loss
+
+    losses = []
+    for graph in (False, True):
+        loop = Loop(graph)
+        take = (
+            graphed(partial(weighted, loop), loop.optimizer) if graph else partial(weighted, loop)
+        )
+        for weight in (0.5, 0.25, 0.5):
+            loop.weight.fill_(weight)
+            loop.found += [take(*batch).detach() for batch in batches()[:STEPS]]
+        losses.append(torch.stack(loop.found))
+    assert torch.equal(*losses)
+    # The first weight has its graph when it returns.
+    assert count_replays(loop.optimizer) == 3 * STEPS - 2 * WARMUP
+
+
 class CountsOnHost(torch.optim.SGD):
     """Steps with a rate that falls with a number of Python."""
 
@@ -272,6 +502,32 @@ def counts(training: Training, x: Tensor, labels: Tensor) -> None:
     training.step(x, labels)
 
 
+def counter(loop: Loop, x: Tensor, labels: Tensor) -> None:
+    """Accumulate, and update in each second call."""
+    loop.number += 1
+    loop.loss(x, labels).backward()
+    if loop.number % 2 == 0:
+        loop.optimizer.step()
+        loop.zero()
+
+
+def calls_another(loop: Loop, x: Tensor, labels: Tensor) -> None:
+    loop.critics = torch.optim.SGD(loop.critic.parameters(), LR)
+    loop.loss_of_critic(x, labels)
+    loop.critics.step()
+
+
+def averages(loop: Loop, x: Tensor, labels: Tensor) -> None:
+    loop.update_and_zero(x, labels)
+    loop.average.update_parameters(loop.model)
+
+
+def draws(loop: Loop, x: Tensor, labels: Tensor, *, draw: Callable[[], float]) -> None:
+    (loop.loss(x, labels) * draw()).backward()
+    loop.optimizer.step()
+    loop.zero()
+
+
 @pytest.mark.parametrize(
     "step, said",
     [
@@ -288,6 +544,26 @@ def test_steps_that_a_graph_would_get_wrong_are_refused(gpu, step, said):
     taken = graphed(partial(step, training), optimizers)
     with pytest.raises(ConfigError, match=said):
         train(training, taken)
+
+
+HOST = "the step draws random numbers on the host"
+REFUSED = {
+    "counter": (counter, r"called SGD\.step, and an earlier call .* no optimizer; a replay"),
+    "another optimizer": (calls_another, r"calls SGD\.step, and graphed was not given that"),
+    "averages": (averages, r"changes a tensor of the host \(int64 \[\], .*test_graphed\.py:\d+\)"),
+    "torch": (partial(draws, draw=lambda: torch.rand(())), rf"{HOST} \(.*test_graphed\.py:\d+\)"),
+    "random": (partial(draws, draw=random.random), rf"{HOST} \(by random or numpy"),
+    "numpy": (partial(draws, draw=lambda: np.random.rand()), rf"{HOST} \(by random or numpy"),  # noqa: NPY002
+}
+
+
+@pytest.mark.parametrize("case", some_slow(REFUSED))
+def test_steps_that_depend_on_the_host_are_refused(gpu, case):
+    loop, (step, said) = Loop(True), REFUSED[case]
+    taken = graphed(partial(step, loop), loop.optimizer)
+    with pytest.raises(ConfigError, match=said) as refused:
+        train(loop.training, taken)
+    assert "\n" not in str(refused.value)
 
 
 def test_a_step_may_ask_for_the_gradient_of_its_copy_of_an_input(gpu):
@@ -407,6 +683,9 @@ def test_on_a_cpu_it_is_the_step_itself():
     [
         ({"optimizer": None}, "optimizer is None, expected"),
         ({"optimizer": []}, r"optimizer is \[\], expected"),
+        ({"optimizer": StepLR(torch.optim.SGD(torch.nn.Linear(2, 2).parameters()), 1)}, "a StepLR"),
+        ({"optimizer": torch.nn.Linear(2, 2).parameters()}, "a generator, expected the optimizer"),
+        ({"optimizer": [torch.zeros(2)]}, "a list with a Tensor, expected the optimizer"),
         ({"optimizer": torch.optim.SGD([{"params": []}])}, "the optimizer has no parameters"),
         ({"warmup": 0}, "warmup is 0, expected a whole number from 1 on"),
         ({"warmup": 2.0}, r"warmup is 2\.0, expected"),

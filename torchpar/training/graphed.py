@@ -23,6 +23,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -35,6 +36,8 @@ from torch.optim import Optimizer
 from torchpar.errors import ConfigError, first_line
 from torchpar.parallel.launch.world import hold_communicators
 from torchpar.parallel.split.parts import local
+from torchpar.training.host_effects import HOST, HostEffects, contents, stepped_optimizers
+from torchpar.training.leaf_gradients import LeafGradients
 from torchpar.training.state import optimizers_of
 
 T = TypeVar("T")
@@ -43,8 +46,8 @@ T = TypeVar("T")
 # on CUDA graphs).
 WARMUP, WARMUP_DDP = 3, 11
 PATIENCE = 10  # times the warm-up, without a capture, before a warning
+GRAPHS = 16  # that are kept
 _VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
-_CPU = torch.device("cpu")
 _replays: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
 
 
@@ -60,17 +63,22 @@ def graphed(
     eagerly, on a stream of their own. After ``warmup`` calls with inputs of the same shapes, the
     step is captured in the next call that is like the one before it. From then on a call copies its
     inputs to where the graph reads them, and replays it. A call with inputs of other shapes, such
-    as an epoch's last batch, runs eagerly. Each call is one step, and no step is repeated.
+    as an epoch's last batch, runs eagerly; shapes that take turns have a graph each, and the 16
+    graphs that were used last are kept. Each call is one step, and no step is repeated.
 
     A graph keeps the numbers of its capture. So:
 
     - Learning rates may change between calls, by a scheduler or by hand: within the step they are
       float32 tensors on the GPU, which get the value of each group's ``lr`` before a replay.
-    - Other settings of a group, and arguments that are no tensors, are compared at each call. When
-      one has changed, or a parameter or a tensor of the optimizer's state is another one, as after
-      ``load_state_dict``, calls warm up again, and the step is captured anew. While a momentum
-      changes in each step, as by default under ``OneCycleLR``, no step is captured; a warning says
-      so.
+    - Other settings of a group, arguments that are no tensors, and tensors of the host that the
+      step reads are compared at each call. When one has changed, calls warm up again, and the step
+      is captured for the new value. So it is, too, when a parameter or a tensor of the optimizer's
+      state is another one, as after ``load_state_dict``. While a momentum changes in each step, as
+      by default under ``OneCycleLR``, no step is captured; a warning says so.
+    - Gradients that exist when a call begins are added to, as in the eager step: those of a penalty
+      whose ``backward()`` was called before, or of calls without ``zero_grad``, also in parameters
+      of other optimizers. Where other parameters have gradients than at the capture, the step is
+      captured for them, too.
     - All else that the step reads from Python is as it was in the capture: ``model.train()``,
       ``requires_grad``, and numbers that it returns.
 
@@ -87,7 +95,8 @@ def graphed(
             call has returned. Hooks of the optimizer run when it is captured, and not when it is
             replayed. A loss of an earlier pass that is still alive would tie the gradients to that
             pass's stream: delete it.
-        optimizer: each optimizer that the step updates parameters with.
+        optimizer: each optimizer whose ``step`` the step calls. One that a wrapper calls need not
+            be named if it has the wrapper's rate.
         warmup: eager calls before a capture; by default 3, and 11 where `torch.distributed` is
             initialized, for DistributedDataParallel.
 
@@ -96,13 +105,19 @@ def graphed(
 
     Raises:
         ConfigError: ``optimizer`` is not an optimizer, or has no parameters; ``warmup`` is below 1.
-            From a call: the step cannot be captured, changes a rate, or counts steps on the host;
-            an argument or a result of another kind.
+            From a call: the step cannot be captured, changes a rate or a tensor of the host, counts
+            steps on the host, draws random numbers there, calls an optimizer that was not passed,
+            or does not call the same ones in each call; a sparse gradient; an argument or a result
+            of another kind.
     """
-    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
-    if not optimizers or not all(isinstance(one, Optimizer) for one in optimizers):
+    optimizers: list[Any] = [*optimizer] if isinstance(optimizer, tuple | list) else [optimizer]
+    wrong = [one for one in optimizers if not isinstance(one, Optimizer)]
+    if wrong or not optimizers:
+        kind = repr(optimizer) if optimizer in (None, []) else f"a {type(optimizer).__name__}"
+        kind += f" with a {type(wrong[0]).__name__}" if wrong and wrong != [optimizer] else ""
         raise ConfigError(
-            f"optimizer is {optimizer!r}, expected the optimizer that the step calls, or a list"
+            f"optimizer is {kind}, expected the optimizer that the step calls, or a list of "
+            "several; call a scheduler after the step"
         )
     if warmup is None:
         warmup = WARMUP_DDP if dist.is_available() and dist.is_initialized() else WARMUP
@@ -132,6 +147,21 @@ def count_replays(optimizer: Optimizer) -> int:
     return max(_replays.get(one, 0) for one in optimizers_of(optimizer))
 
 
+@dataclass
+class _Graph:
+    """A captured step.
+
+    Attributes:
+        inputs, outputs: what the step was given, and returned, in the graph's memory.
+    """
+
+    graph: torch.cuda.CUDAGraph
+    inputs: Any
+    outputs: Any
+    gradients: LeafGradients
+    used: int = 0  # how many replays there had been at its last one
+
+
 class _GraphedStep:
     def __init__(
         self,
@@ -142,60 +172,61 @@ class _GraphedStep:
     ):
         self._step, self._optimizers, self._warmup, self._device = step, optimizers, warmup, device
         self._parts = [part for one in optimizers for part in optimizers_of(one)]
+        self._inner: list[Optimizer] = []  # that those call, such as the optimizer of a wrapper
         self._rates: list[_Rate] = []
+        self._host: list[Tensor] = []  # tensors of the host that the step reads
+        self._steps: dict[Hashable, list[Optimizer]] = {}  # of a call, by its signature
         self._last: Hashable = None  # the signature of the last call
         self._calls: Counter[Hashable] = Counter()  # eager ones, by their signature
         self._since_capture = 0  # eager calls
-        self._captured: Hashable = None  # the graph's signature
+        self._replayed = self._evicted = 0
         self.release()
         hold_communicators(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._graph is not None and not self._has_its_memory():
+        if self._graphs and not self._has_its_memory():
             self.release()
             self._calls.clear()
-        if self._graph is None:
-            for part in self._parts:
+        for part in (*self._parts, *self._inner):
+            if not (self._graphs and _is_capturable(part)):
                 _let_capture(part, self._device)
         signature = self._signature(args, kwargs)
         is_like_last, self._last = signature == self._last, signature
-        if self._graph is not None and signature == self._captured:
-            return self._replay(args, kwargs)
+        for captured in self._graphs.get(signature, ()):
+            if captured.gradients.fit():
+                return self._replay(captured, args, kwargs)
         if self._calls[signature] >= self._warmup and is_like_last:
-            self._capture(args, kwargs)
-            self._captured = signature
-            return self._replay(args, kwargs)
-        self._count(signature)
-        return self._run(args, kwargs)
+            return self._replay(self._capture(signature, args, kwargs), args, kwargs)
+        return self._run(signature, args, kwargs)
 
     def release(self) -> None:
-        """Free the graph and its memory. The next calls warm up for another one."""
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._captured = None
-        self._inputs: Any = None
-        self._outputs: Any = None
-        self._gradients: list[tuple[Tensor, Tensor | None]] = []
-        self._memory: list[tuple[Tensor, int]] = []  # what the graph reads, and where
+        """Free the graphs and their memory. The next calls warm up for others."""
+        # By the signature. Those of one signature begin with gradients for other leaves.
+        self._graphs: dict[Hashable, list[_Graph]] = {}
+        self._pool: Any = None
+        self._memory: list[tuple[Tensor, int]] = []  # what the graphs read, and where
 
     def _groups(self) -> list[dict[str, Any]]:
-        return [group for one in self._optimizers for group in one.param_groups]
+        groups = [group for one in self._optimizers for group in one.param_groups]
+        return [*{id(group): group for group in groups}.values()]  # wrappers share some
 
     def _parameters(self) -> Iterator[Tensor]:
         for group in self._groups():
             yield from group["params"]
 
     def _count(self, signature: Hashable) -> None:
-        if len(self._calls) > PATIENCE:  # of calls that are all different
+        if len(self._calls) > GRAPHS:  # of calls that are all different
             self._calls.clear()
+            self._steps.clear()
         self._calls[signature] += 1
         self._since_capture += 1
-        if self._since_capture == PATIENCE * (self._warmup + 1) and self._graph is None:
+        if self._since_capture == PATIENCE * (self._warmup + 1) and not self._graphs:
             warnings.warn(
                 f"{self._since_capture} calls of a step were not captured: from call to call its "
-                "inputs had other shapes, or an argument that is no tensor changed, or a setting "
-                "of the optimizer, such as the momentum under OneCycleLR; take "
-                "cycle_momentum=False, or the step without graphed",
-                stacklevel=3,
+                "inputs had other shapes, or an argument that is no tensor changed, or a tensor of "
+                "the host that it reads, or a setting of the optimizer, such as the momentum under "
+                "OneCycleLR; take cycle_momentum=False, or the step without graphed",
+                stacklevel=4,
             )
 
     def _signature(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
@@ -207,29 +238,43 @@ class _GraphedStep:
             if name not in ("params", "param_names", "lr") and not isinstance(value, Tensor)
         )
         autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
-        return _describe(args), _describe(kwargs), settings, torch.is_grad_enabled(), autocast
+        modes = torch.is_grad_enabled(), autocast
+        return _describe(args), _describe(kwargs), settings, modes, *map(contents, self._host)
 
     def _tensors(self) -> Iterator[Tensor]:
         """Yield the tensors that a step reads beside its inputs and gradients."""
-        for one in self._optimizers:
+        for one in (*self._optimizers, *self._inner):
             for group in one.param_groups:
                 yield from group["params"]
                 yield from (value for value in group.values() if isinstance(value, Tensor))
-            for of_parameter in one.state.values():
-                yield from (value for value in of_parameter.values() if isinstance(value, Tensor))
+            yield from _state_tensors(one)
 
     def _has_its_memory(self) -> bool:
-        """Whether the tensors that the graph reads are the same, in the same places."""
+        """Whether the tensors that the graphs read are the same, in the same places."""
         before, now = self._memory, list(self._tensors())
         return len(before) == len(now) and all(
             t is mine and local(t).data_ptr() == place
             for t, (mine, place) in zip(now, before, strict=True)
         )
 
-    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run(self, signature: Hashable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._count(signature)
+        effects = None
+        if self._calls[signature] == self._warmup:  # the last call before a capture
+            effects = HostEffects([t for one in self._parts for t in _state_tensors(one)])
         with _on(self._device), self._with_rates(), _without_autocast_cache():
             given, named = _mapped(self._copy, (args, kwargs))
-            return _mapped(_detached_copy, self._step(*given, **named))
+            with self._checking_steps(signature), effects or nullcontext():
+                outputs = self._step(*given, **named)
+            result = _mapped(_detached_copy, outputs)
+        found = [] if effects is None else effects.tensors()
+        known = {id(t) for t in self._host}
+        if added := [t for t in found if id(t) not in known]:
+            self._host += added
+            self._last = self._signature(args, kwargs)
+            self._calls[self._last] = self._calls[signature]
+            self._steps[self._last] = self._steps[signature]
+        return result
 
     def _copy(self, t: Tensor) -> Tensor:
         if t.requires_grad:
@@ -239,25 +284,73 @@ class _GraphedStep:
             )
         return t.to(self._device, copy=True, non_blocking=True)
 
-    def _capture(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.release()
+    @contextmanager
+    def _checking_steps(self, signature: Hashable) -> Iterator[None]:
+        """Check that the block calls optimizers which are known, as often as earlier calls did.
+
+        Raises:
+            ConfigError: it calls another one, or has not called them as the step did before.
+        """
+        with stepped_optimizers() as stepped:
+            yield
+        for one in stepped:
+            self._check_is_known(one)
+        self._check_steps(signature, stepped)
+
+    def _check_steps(self, signature: Hashable, stepped: list[Optimizer]) -> None:
+        before = self._steps.setdefault(signature, stepped)
+        if before != stepped:
+            now, then = (
+                ", ".join(f"{type(one).__name__}.step" for one in steps) or "no optimizer"
+                for steps in (stepped, before)
+            )
+            raise ConfigError(
+                f"this call of the step called {now}, and an earlier call with inputs of the same "
+                f"shapes {then}; a replay repeats what its capture called: let each call of the "
+                "step accumulate and update"
+            )
+
+    def _check_is_known(self, optimizer: Optimizer) -> None:
+        """Refuse an optimizer whose learning rate a replay would not follow."""
+        if any(optimizer is one for one in (*self._optimizers, *self._parts, *self._inner)):
+            return
+        if not all(isinstance(group.get("lr"), Tensor) for group in optimizer.param_groups):
+            name = type(optimizer).__name__
+            raise ConfigError(
+                f"the step calls {name}.step, and graphed was not given that optimizer, whose "
+                "learning rate a replay would not follow; pass each optimizer that the step calls: "
+                "graphed(step, [optimizer, other])"
+            )
+        self._inner.append(optimizer)  # its rate is that of an optimizer which was given
+
+    def _capture(
+        self, signature: Hashable, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> _Graph:
+        self._make_room()
         outside = sys.exc_info()[1]
-        counts, stepped = self._host_counts(), []
-        hooks = [
-            part.register_step_post_hook(lambda *_: stepped.append(True)) for part in self._parts
-        ]
+        counts = self._host_counts()
         inputs = _mapped(self._copy, (args, kwargs))
         graph, stream = torch.cuda.CUDAGraph(), _stream(torch.cuda.Stream, self._device)
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
         # Threads of NCCL, and those that pin memory, go on meanwhile; the mode "global" would
         # forbid it.
-        on_graph = torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
-        gradients = [(p, p.grad) for p in self._parameters()]
+        on_graph = torch.cuda.graph(
+            graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
+        )
+        gradients = LeafGradients(self._parameters())
         try:
-            with self._with_rates(), _without_autocast_cache(), on_graph:
-                outputs = _mapped(Tensor.detach, self._step(*inputs[0], **inputs[1]))
+            with gradients.captured():
+                with (
+                    self._with_rates(),
+                    _without_autocast_cache(),
+                    self._checking_steps(signature),
+                    on_graph,
+                ):
+                    outputs = _mapped(Tensor.detach, self._step(*inputs[0], **inputs[1]))
+                    gradients.close()
+                self._check_captured(signature, counts)
         except BaseException as e:
-            for p, gradient in gradients:  # those of the capture have never been computed
-                p.grad = gradient
             if isinstance(e, torch.OutOfMemoryError) or not isinstance(e, RuntimeError):
                 raise
             first: BaseException = e  # the capture's end raises a second one
@@ -268,10 +361,15 @@ class _GraphedStep:
                 "value back, as .item(), print and some optimizers do, leave that out; python -m "
                 "torchpar ptx --cuda-is-cpu names the line (docs/graphs.md)"
             ) from e
-        finally:
-            for hook in hooks:
-                hook.remove()
-        if not stepped:
+        captured = _Graph(graph, inputs, outputs, gradients)
+        self._graphs.setdefault(signature, []).append(captured)
+        self._since_capture = 0
+        self._memory = [(t, local(t).data_ptr()) for t in self._tensors()]
+        return captured
+
+    def _check_captured(self, signature: Hashable, counts: dict[tuple[int, str], float]) -> None:
+        """Refuse a step that updates nothing, or that has changed ``counts`` of the host."""
+        if not self._steps[signature]:
             raise ConfigError(
                 "the step does not call optimizer.step(): gradients would not add up from call to "
                 "call; let a call of the step accumulate and update"
@@ -282,34 +380,48 @@ class _GraphedStep:
                     f"the optimizer counts its {name[1]} on the host, and a replay does not; take "
                     "one that is capturable, or the step without graphed"
                 )
-        self._graph, self._inputs, self._outputs = graph, inputs, outputs
-        self._since_capture = 0
-        self._gradients = [(p, p.grad) for p in self._parameters()]
-        self._memory = [(t, local(t).data_ptr()) for t in self._tensors()]
+
+    def _make_room(self) -> None:
+        """Free the graph that was not replayed for the longest time, if there are many."""
+        kept = [(one.used, signature) for signature, all_ in self._graphs.items() for one in all_]
+        if len(kept) < GRAPHS:
+            return
+        used, signature = min(kept, key=lambda one: one[0])
+        graphs = [one for one in self._graphs.pop(signature) if one.used != used]
+        if graphs:
+            self._graphs[signature] = graphs
+        self._evicted += 1
+        if self._evicted == GRAPHS:
+            warnings.warn(
+                f"the step was captured {2 * GRAPHS} times, for inputs of other shapes or for "
+                f"other arguments that are no tensors; at most {GRAPHS} of these graphs are kept: "
+                "pad the inputs to fewer shapes, and pass numbers as tensors",
+                stacklevel=4,
+            )
 
     def _host_counts(self) -> dict[tuple[int, str], float]:
         """The numbers of the optimizers' state that are not on the GPU."""
         found = {}
-        for one in self._optimizers:
+        for one in self._parts:
             for p, of_parameter in one.state.items():
                 for name, value in of_parameter.items():
                     is_count = isinstance(value, Tensor) and value.numel() == 1
-                    if isinstance(value, int | float) or (is_count and value.device == _CPU):
+                    if isinstance(value, int | float) or (is_count and value.device == HOST):
                         found[id(p), str(name)] = float(value)
         return found
 
-    def _replay(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        assert self._graph is not None
-        for static, t in zip(_tensors(self._inputs), _tensors((args, kwargs)), strict=True):
+    def _replay(self, captured: _Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        for static, t in zip(_tensors(captured.inputs), _tensors((args, kwargs)), strict=True):
             static.detach().copy_(t, non_blocking=True)  # the step may ask for its gradient
         for group, rate in zip(self._groups(), self._rates, strict=True):
             rate.follow(group["lr"])
-        self._graph.replay()
-        for p, gradient in self._gradients:
-            p.grad = gradient  # an eager call may have made another one
+        captured.gradients.begin()
+        captured.graph.replay()
+        self._replayed += 1
+        captured.used = self._replayed
         for part in self._parts:
             _replays[part] = _replays.get(part, 0) + 1
-        return _mapped(_detached_copy, self._outputs)
+        return _mapped(_detached_copy, captured.outputs)
 
     @contextmanager
     def _with_rates(self) -> Iterator[None]:
@@ -362,6 +474,21 @@ def _let_capture(optimizer: Optimizer, device: torch.device) -> None:
                     state["step"] = state["step"].to(device)
         elif isinstance(optimizer, torch.optim.SGD):
             group["fused"], group["foreach"] = True, False
+
+
+def _is_capturable(optimizer: Optimizer) -> bool:
+    """Whether the settings are still those of `_let_capture`, and no others have been loaded."""
+    is_sgd = isinstance(optimizer, torch.optim.SGD)
+    return all(
+        group["fused" if is_sgd else "capturable"]
+        for group in optimizer.param_groups
+        if is_sgd or "capturable" in group
+    )
+
+
+def _state_tensors(optimizer: Optimizer) -> Iterator[Tensor]:
+    for of_parameter in optimizer.state.values():
+        yield from (value for value in of_parameter.values() if isinstance(value, Tensor))
 
 
 @cache

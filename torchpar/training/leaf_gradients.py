@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: MIT
+"""Gradients with which a CUDA graph of a training step begins and ends.
+
+A backward pass adds to the gradients that exist, and makes those that do not. A graph does the one
+or the other for each leaf, as its capture did, and it knows memory, not ``p.grad``. So each replay
+begins with gradients for the same leaves, copied to the memory that the graph reads, and ends with
+those of the graph.
+"""
+
+import gc
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from torchpar.errors import ConfigError
+from torchpar.parallel.split.parts import local
+
+
+class LeafGradients:
+    """The gradients of the leaves whose gradients a captured step uses or changes.
+
+    These are the parameters that it updates, and others: a generator's loss leaves gradients in the
+    discriminator, too.
+
+    Args:
+        parameters: that the step updates.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor]):
+        updated = {id(p): p for p in parameters}
+        leaves = updated | {id(p): p for p in _leaves()}
+        self._before = [(p, p.grad) for p in leaves.values()]
+        self._written = {*updated}
+        self._begin: list[tuple[Tensor, Tensor | None]] = []
+        self._end: list[Tensor | None] = []
+
+    @contextmanager
+    def captured(self) -> Iterator[None]:
+        """Note the gradients of a capture; after an error, all are as before."""
+        hooks = [
+            p.register_post_accumulate_grad_hook(lambda p: self._written.add(id(p)))
+            for p, _ in self._before
+        ]
+        try:
+            yield
+        except BaseException:
+            for p, gradient in self._before:  # those of the capture have never been computed
+                p.grad = gradient
+            raise
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def close(self) -> None:
+        """End the step, within its capture: let gradients that were replaced be in their places.
+
+        Raises:
+            ConfigError: a gradient is sparse.
+        """
+        self._begin = [
+            (p, gradient)
+            for p, gradient in self._before
+            if id(p) in self._written or p.grad is not gradient
+        ]
+        for p, gradient in self._begin:
+            for t in (gradient, p.grad):
+                if t is not None and t.layout != torch.strided:
+                    raise ConfigError(
+                        f"the gradient of a parameter of shape {list(p.shape)} is {t.layout}, "
+                        "expected a dense one in a CUDA graph; take sparse=False, or the step "
+                        "without graphed"
+                    )
+        self._put()
+        self._end = [p.grad for p, _ in self._begin]
+        self._before = []
+
+    def fit(self) -> bool:
+        """Whether a replay can begin with the present gradients."""
+        return all(
+            (p.grad is None) == (gradient is None)
+            and (p.grad is gradient or p.grad.layout == torch.strided)  # type: ignore[union-attr]
+            for p, gradient in self._begin
+        )
+
+    def begin(self) -> None:
+        """Let the graph read the present gradients, and the leaves have those that it computes."""
+        self._put()
+        for (p, _), gradient in zip(self._begin, self._end, strict=True):
+            p.grad = gradient
+
+    def _put(self) -> None:
+        """Copy gradients to the memory that the graph begins with, where there is some."""
+        moved = [
+            (p, gradient, p.grad)
+            for p, gradient in self._begin
+            if gradient is not None and p.grad is not None and p.grad is not gradient
+        ]
+        if moved:
+            places = [local(gradient) for _, gradient, _ in moved]
+            with torch.no_grad():
+                torch._foreach_copy_(places, [local(new) for _, _, new in moved])
+        for p, gradient, _ in moved:
+            p.grad = gradient
+
+
+def live_tensors() -> Iterator[Tensor]:
+    """Yield the tensors that objects of Python refer to."""
+    # The type is asked, since an attribute of another object may compute.
+    return (one for one in gc.get_objects() if issubclass(type(one), Tensor))
+
+
+def _leaves() -> Iterator[Tensor]:
+    """Yield the tensors to which backward passes may add gradients."""
+    return (t for t in live_tensors() if t.requires_grad and t.is_leaf)
