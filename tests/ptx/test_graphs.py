@@ -266,6 +266,52 @@ def gradients_made_anew():
     graph.replay()  # fault
 
 
+def gradient_before_a_replay():
+    """The graph was captured where there was none, and leaves none."""
+    p = nn.Parameter(numbers(4))
+    optimizer = torch.optim.SGD([p], lr=0.1)
+
+    def step():
+        p.square().sum().backward()  # captured
+        optimizer.step()
+        optimizer.zero_grad()
+
+    graph, _ = capture(step)
+    graph.replay()
+    (3 * p).sum().backward()
+    graph.replay()  # fault
+
+
+def gradient_of_the_capture():
+    """It lives on, and the parameter has another one."""
+    p = nn.Parameter(numbers(4))
+    optimizer = torch.optim.SGD([p], lr=0.1)
+
+    def step():
+        p.square().sum().backward()  # captured
+        optimizer.step()
+
+    graph, _ = capture(step)
+    kept = p.grad
+    graph.replay()
+    optimizer.zero_grad()
+    p.square().sum().backward()
+    graph.replay()  # fault
+    return kept
+
+
+def gradient_cleared_now_and_then():
+    p = nn.Parameter(numbers(4))
+    optimizer, graph = torch.optim.SGD([p], lr=0.1), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        p.square().sum().backward()  # captured
+        optimizer.step()
+    graph.replay()
+    graph.replay()
+    optimizer.zero_grad()
+    graph.replay()  # fault
+
+
 def rebound_labels():
     """Labels that have been freed are zeros: there is another class on a GPU, or a crash."""
     x, y = numbers(4, 3), torch.tensor([2, 1, 0, 2], device="cuda")
@@ -403,6 +449,9 @@ WRONG = {
     "y = new": (rebound_labels, "freed input"),
     "grad = None": (freed_gradients, "freed input"),
     "grad of the graph": (gradients_made_anew, "replaced gradient"),
+    "grad before": (gradient_before_a_replay, "ignored gradient"),
+    "grad of the capture": (gradient_of_the_capture, "replaced gradient"),
+    "grad cleared": (gradient_cleared_now_and_then, "overwritten gradient"),
     "p.data = new": (replaced_parameter, "freed input"),
     "lr": (rate_of_python, "number in a graph"),
     "lr = new": (rate_in_another_place, "number in a graph"),
@@ -417,6 +466,7 @@ WRONG = {
     "empty": (nothing, "empty graph"),
 }
 WARNINGS = ("number in a graph", "result of a reset graph", "empty graph")
+WARNINGS += ("ignored gradient", "overwritten gradient")
 
 
 def marked(function, mark):
@@ -453,6 +503,28 @@ def test_what_a_replay_does_wrong_is_named_at_its_line(case):
         function()
     (fault,) = gpu.faults
     check(fault, function, name)
+
+
+@pytest.mark.parametrize("has_backward", [False, True])
+def test_the_advice_on_a_gradient_that_has_been_freed_is_to_zero_it_in_place(has_backward):
+    with emulate() as gpu, cuda_is_cpu(gpu):
+        p, kept = nn.Parameter(numbers(4)), numbers(4)
+        p.grad = numbers(4)
+        optimizer = torch.optim.SGD([p], lr=0.1)
+
+        def step():
+            if has_backward:
+                (p * kept).sum().backward()
+            optimizer.step()
+
+        graph, _ = capture(step)
+        optimizer.zero_grad()
+        graph.replay()
+    (fault,) = gpu.faults
+    assert (fault.kind, fault.name) == ("error", "freed input")
+    assert "a gradient of float32 [4], which has been freed" in fault.message
+    assert "call zero_grad(set_to_none=False)" in fault.message
+    assert "x.copy_(new)" not in fault.message
 
 
 def step_of_scaler(x, optimizer):
@@ -1118,10 +1190,108 @@ def pinned_copies(is_graphed):
     return [], found
 
 
+def weights_and_data():
+    torch.manual_seed(3)
+    p = nn.Parameter(numbers(5, 3))
+    return p, torch.optim.SGD([p], lr=0.01), numbers(4, 5)
+
+
+def call_of(function, is_graphed):
+    """Capture a function where that is asked for, and return what calls it."""
+    if not is_graphed:
+        return function
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
+def eager_steps_between(is_graphed):
+    """As the last batch of an epoch, which is smaller; their gradients are stale in a replay."""
+    p, optimizer, x = weights_and_data()
+
+    def step():
+        (x @ p).square().sum().backward()
+        optimizer.step()
+
+    call = call_of(step, is_graphed)
+    for number in range(6):
+        if number == 3 or not is_graphed:
+            optimizer.zero_grad()
+            step()
+        else:
+            call()
+    return [], {"p": p}
+
+
+def cleared_within(is_graphed):
+    """The step clears gradients at its begin, and so those of another loss."""
+    p, optimizer, x = weights_and_data()
+
+    def step():
+        optimizer.zero_grad()
+        (x @ p).square().sum().backward()
+        optimizer.step()
+
+    step()
+    call = call_of(step, is_graphed)
+    for _ in range(3):
+        p.square().sum().backward()
+        call()
+    return [], {"p": p}
+
+
+def cleared_before_each(is_graphed):
+    p, optimizer, x = weights_and_data()
+
+    def step():
+        (x @ p).square().sum().backward()
+        optimizer.step()
+
+    call = call_of(step, is_graphed)
+    for _ in range(3):
+        optimizer.zero_grad()
+        call()
+    return [], {"p": p}
+
+
+def added_up(is_graphed):
+    """The graph adds to gradients that there were before, and zeros them in place."""
+    p, optimizer, x = weights_and_data()
+    p.grad = torch.zeros_like(p)
+    call = call_of(lambda: (x @ p).square().sum().backward(), is_graphed)
+    for number in range(6):
+        p.square().sum().backward()
+        call()
+        if number % 2:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+    return [], {"p": p}
+
+
+def zeroed_within(is_graphed):
+    """A gradient that the graph itself zeroes needs not be the parameter's any more."""
+    p, optimizer, x = weights_and_data()
+    kept = p.grad = torch.ones_like(p)
+
+    def step():
+        p.grad.zero_()
+        (x @ p).square().sum().backward()
+        optimizer.step()
+
+    call = call_of(step, is_graphed)
+    for number in range(3):
+        if number == 1:
+            p.grad = torch.ones_like(p)
+        call()
+    return [], {"p": p, "kept": kept * 0}
+
+
 RIGHT = (
     *(whole_network, capturable_with_scheduler, own_operators, partial, mixed_precision),
     *(shared_by_two, added_to_by_another, own_kernel, random_numbers, joined_stream),
-    *(pinned_copies, positions_from_forward),
+    *(pinned_copies, positions_from_forward, eager_steps_between, cleared_within),
+    *(cleared_before_each, added_up, zeroed_within),
 )
 
 

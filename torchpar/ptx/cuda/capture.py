@@ -18,7 +18,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torchpar.ptx.cuda import capture_rules, places
 from torchpar.ptx.cuda.accesses import Accesses, Part, part_at, part_of
 from torchpar.ptx.cuda.by_shapes import by_shapes, check_with_other_values
+from torchpar.ptx.cuda.gradients import Gradients, parameters_of
 from torchpar.ptx.cuda.graph_memory import Line, Memory, Pool, Slot, memory_of
+from torchpar.ptx.cuda.host_values import HostValues, results_on_host
 from torchpar.ptx.cuda.operations import (
     LaunchOperation,
     Operation,
@@ -49,6 +51,7 @@ class Capture:
         memories: by the storages' addresses in C++.
         parameters: leaves of autograd that operators take.
         beside: the work of this thread that is not captured.
+        host: what the capture takes from tensors of the host.
         has_failed: whether the program has done what a capture forbids.
     """
 
@@ -62,6 +65,8 @@ class Capture:
         self.steps: list[Step] = []
         self.has_failed = False
         self.beside = Beside()
+        self.host = HostValues()
+        self.gradients = Gradients(self)
         self.accesses = Accesses(graphs.streams)
         self._refused: set[Memory] = set()
         self._states: list[tuple[torch.Generator, Tensor]] = [
@@ -73,6 +78,8 @@ class Capture:
 
     def _check_step(self, optimizer: Optimizer, args: Arguments, kwargs: Keywords) -> None:
         self.graphs.check_step(optimizer)
+        if self.graphs.is_capturing:
+            self.gradients.note_step(parameters_of(optimizer))
 
     def _note_step(self, optimizer: Optimizer, args: Arguments, kwargs: Keywords) -> None:
         if self.graphs.is_capturing:
@@ -85,7 +92,9 @@ class Capture:
         storage = t.untyped_storage()
         found = memory_of(t) or self.memories.get(storage._cdata)
         if found is None or not found.is_memory_of(storage):
-            found = Memory(t, program_line(), keep=False)
+            # PyTorch never gives out again what was pinned in a capture, and used there.
+            keep = self.host.has_made(t) and places.is_pinned(t)
+            found = Memory(t, program_line(), keep=keep)
         if (number := self.beside.use(storage)) is not None:
             found.uncaptured = number
         self.memories[storage._cdata] = found
@@ -104,8 +113,9 @@ class Capture:
             return None
         if not value.untyped_storage().nbytes():
             return None
-        if value.requires_grad and value.is_leaf:
+        if value.requires_grad and value.is_leaf and id(value) not in self.parameters:
             self.parameters[id(value)] = weakref.ref(value)
+            self.gradients.watch(value)
         return Slot(value, self.memory(value))
 
     def adopted(self, result: T, given: set[int]) -> T:
@@ -140,15 +150,21 @@ class Capture:
         """Execute an operator, and record it if it is more than a view."""
         operands: list[Tensor] = [t for t in tree_leaves((args, kwargs)) if is_plain(t)]
         given = {t.untyped_storage()._cdata for t in operands}
-        slots: tuple[Arguments, Keywords] = tree_map(self.slot, (args, kwargs))
-        is_copy = func.overloadpacket is torch.ops.aten.copy_
-        if not (is_copy and capture_rules.is_asynchronous(args, kwargs)):
-            self._keep_numbers(operands)
         written = written_by(func, args, kwargs)
+        taken = self._taken(func, args, kwargs, operands, written)
+        slots: tuple[Arguments, Keywords] = tree_map(
+            lambda value: taken.get(id(value)) or self.slot(value), (args, kwargs)
+        )
         for t in written:
             if t.untyped_storage().nbytes() and self._is_outside(self.memory(t)):
                 self.memory(t).keep_before()
-        result = self.adopted(self._results(func, args, kwargs, operands), given)
+        self.gradients.zero(func, written)
+        others = [t for t in operands if id(t) not in taken]
+        result = self._results(func, args, kwargs, others)
+        for t in results_on_host(func, result):
+            self.host.derive(t, operands)
+            given.add(t.untyped_storage()._cdata)
+        result = self.adopted(result, given)
         results = [
             None if is_plain(t) and t.untyped_storage()._cdata in given else self._slot_of(t)
             for t in tree_leaves(result)
@@ -219,11 +235,33 @@ class Capture:
             self._refused |= indices
             return result
 
-    def _keep_numbers(self, operands: list[Tensor]) -> None:
-        """Keep numbers of the host as they are: a launch takes their values."""
-        for t in operands:
-            if t.dim() == 0 and not places.is_on_device(t) and memory_of(t) is None:
-                self.memory(t).keep_copy()
+    def _taken(
+        self,
+        func: Operator,
+        args: Arguments,
+        kwargs: Keywords,
+        operands: list[Tensor],
+        written: list[Tensor],
+    ) -> dict[int, Slot]:
+        """Return slots for operands of the host, by their numbers in Python, with their values now.
+
+        PyTorch reads them while it launches, but for copies from pinned memory. One whose place is
+        not known is taken for a number of the host if it has no dimensions.
+        """
+        if capture_rules.is_later(func, args, kwargs):
+            self.host.take(filter(self.host.has_made, operands))
+            return {}
+        numbers = {id(t) for t in written}
+        found = [
+            t
+            for t in operands
+            if (places.mark_of(t) is False or (t.dim() == 0 and not places.is_on_device(t)))
+            and id(t) not in numbers
+            and memory_of(t) is None
+            and t.untyped_storage().nbytes()
+        ]
+        self.host.take(found)
+        return {id(t): Slot(t, Memory(t, program_line()).copied()) for t in found}
 
     def launch(self, execute: Callable[..., None], arguments: Sequence[object]) -> None:
         operands = tensors_of_launch(arguments)
@@ -245,6 +283,7 @@ class Capture:
     def end(self) -> None:
         """Let all memory be as before the capture, and what it has computed be hidden."""
         self._hooks.close()
+        self.gradients.end()
         for memory in self.memories.values():
             if memory.graph is self.graph:
                 memory.hide()

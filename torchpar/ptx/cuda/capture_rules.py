@@ -4,15 +4,18 @@
 Each rule returns words on what the program does, or "" if that is allowed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from numbers import Number
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from torchpar.ptx.cuda import places
+from torchpar.ptx.cuda.devices import MASKS, fills_mask
 from torchpar.ptx.cuda.operations import tensors_in
 from torchpar.ptx.cuda.types import Function, Keywords, Operator
 from torchpar.ptx.report.source import calls_under_way
@@ -67,9 +70,18 @@ READING_OPERATORS = {
     **dict.fromkeys(("_linalg_eigh", "linalg_eig", "_linalg_eigvals", "linalg_eigvals"), SPECTRUM),
     **dict.fromkeys(("_linalg_svd", "linalg_pinv"), SPECTRUM),
 }
-MASKS = (torch.bool, torch.uint8)  # types of indices that stand for a mask
+# Operators that fill by the number of a tensor, and that one's position.
+FILLING = {
+    "masked_fill": (2, "masked_fill by the number of a tensor"),
+    "masked_fill_": (2, "masked_fill by the number of a tensor"),
+    "index_fill": (3, "index_fill by the number of a tensor"),
+    "index_fill_": (3, "index_fill by the number of a tensor"),
+}
+SPACED = {"linspace", "logspace"}
 INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_"}
+PUT = INDEXED - {"index"}
 MAKING = {"tensor", "as_tensor", "asarray", "new_tensor"}  # tensors from numbers of Python
+TO_HOST = "a copy to the host"
 
 
 def read_by_function(func: Function, args: Sequence[object], kwargs: Keywords) -> str:
@@ -134,6 +146,12 @@ def read_by_operator(func: Operator, args: Sequence[object], kwargs: Keywords) -
     name = func.overloadpacket.__name__
     if name in INDEXED and _has_mask(args[1]) and not _fills(func, args):
         return MASK
+    if name in PUT and places.mark_of(args[0]) is False and places.is_on_device(args[2]):
+        return TO_HOST
+    if name in FILLING and places.mark_of(args[FILLING[name][0]]) is True:
+        return FILLING[name][1]
+    if name in SPACED and any(places.mark_of(t) is True for t in args[:2]):
+        return NUMBER
     if func is torch.ops.aten.repeat_interleave.Tensor and kwargs.get("output_size") is None:
         return REPEAT
     return READING_OPERATORS.get(name, "") if func.namespace == "aten" else ""
@@ -190,6 +208,8 @@ INSTEAD = {
     ),
     POSITION: "index by a tensor of one dimension: x[n.reshape(1)], or index_select",
     BOUND: "give numbers of Python, or compute with all elements, as by torch.where(mask, x, 0)",
+    FILLING["masked_fill"][1]: "write torch.where(mask, value, x)",
+    FILLING["index_fill"][1]: "write x[index] = value",
     **dict.fromkeys(
         (MASK, *DEPENDENT.values()), "compute with all elements, as by torch.where(mask, x, 0)"
     ),
@@ -205,6 +225,7 @@ READ_AFTER = "keep the tensor, and read it after graph.replay()"
 WITHOUT_CHECK = (
     "call it without error_if_nonfinite, and check the norm that it returns after graph.replay()"
 )
+UPDATE_AFTER = "call update_parameters after graph.replay()"
 UNCHECKED = "give the distribution validate_args=False"
 # By modules and functions of PyTorch that read values in Python.
 INSTEAD_WITHIN = {
@@ -216,12 +237,15 @@ INSTEAD_WITHIN = {
     ("torch.nn.utils.clip_grad", "_get_total_norm"): WITHOUT_CHECK,
     ("torch.distributions.distribution", "__init__"): UNCHECKED,
     ("torch.distributions.distribution", "_validate_sample"): UNCHECKED,
+    ("torch.optim.swa_utils", "update_parameters"): UPDATE_AFTER,
     ("torch.nn.modules.batchnorm", "forward"): "give the layer a momentum that is not None",
 }
 
 
 def _has_mask(indices: object) -> bool:
-    return any(t.dtype in MASKS for t in tensors_in([indices]))
+    """Whether PyTorch finds on the device where a mask is true; for one of the host it does not."""
+    masks = [t for t in tensors_in([indices]) if t.dtype in MASKS]
+    return any(places.mark_of(t) is not False for t in masks)
 
 
 def _fills(func: Operator, args: Sequence[object]) -> bool:
@@ -242,30 +266,119 @@ def copied_by_operator(func: Operator, args: Sequence[object], kwargs: Keywords)
     PyTorch puts a number of Python into several elements by a kernel, and into one element, as in
     x[0] = 1.0, by such a copy.
     """
-    if func.overloadpacket is not torch.ops.aten.copy_:
+    name = func.overloadpacket.__name__ if func.namespace == "aten" else ""
+    if name in INDEXED:
+        return _copied_by_index(name, args)
+    if name in COPYING and places.is_on_device(args[0]):
+        return TO_DEVICE if any(map(_is_on_host, args[1:2])) else ""
+    if func is torch.ops.aten.where.self and any(map(places.is_on_device, args)):
+        return NUMBER_IN_WHERE if any(map(_is_on_host, args)) else ""
+    is_copy = func.overloadpacket in COPIES
+    return _copied_by_copy(name, args, is_asynchronous(args, kwargs)) if is_copy else ""
+
+
+# Operators whose second operand PyTorch copies to where the first one is.
+COPYING = {"bernoulli", "bernoulli_", "slice_scatter", "select_scatter", "diagonal_scatter"}
+COPYING |= {"as_strided_scatter", "copy"}
+
+
+def _is_on_host(t: object) -> bool:
+    return isinstance(t, Tensor) and places.mark_of(t) is False and t.numel() > 0
+
+
+def _copied_by_copy(name: str, args: Sequence[object], is_asynchronous: bool) -> str:
+    if name == "_foreach_copy_":
+        pairs = zip(tensors_in(args[:1]), tensors_in(args[1:2]), strict=False)
+        found = (_copied(*pair, is_asynchronous) for pair in pairs)
+        return next(filter(None, found), "")
+    if name != "copy_":
         return ""
     to, source = args[:2]
     is_number = isinstance(source, Tensor) and source.dim() == 0
     if is_number and isinstance(to, Tensor) and to.dim() > 0:
         return ""
-    copied = _copied(to, source, is_asynchronous(args, kwargs))
+    copied = _copied(to, source, is_asynchronous)
     return ONE_ELEMENT if is_number and copied == TO_DEVICE else copied
 
 
-def copied_by_function(func: Function, args: Sequence[object], kwargs: Keywords) -> str:
-    """Name a copy as `copied_by_operator` does; also one of a single number."""
+def _copied_by_index(name: str, args: Sequence[Any]) -> str:
+    """Name what PyTorch copies for an operator with indices (`make_info`, `_index_put_impl_`).
+
+    Of a mask of the host it copies from pinned memory, and does not wait.
+    """
+    if not places.is_on_device(args[0]):
+        return ""
+    if any(_is_on_host(t) and t.dtype not in MASKS for t in tensors_in([args[1]])):
+        return INDEX
+    is_put = name in PUT and _is_on_host(args[2])
+    return NUMBER_BY_INDEX if is_put and not fills_mask(tuple(args)) else ""
+
+
+def copied_by_function(func: Function, args: Sequence[Any], kwargs: Keywords) -> str:
+    """Name a copy as `copied_by_operator` does; also those of numbers and lists of Python."""
+    if func in (Tensor.__getitem__, Tensor.__setitem__) and places.is_on_device(args[0]):
+        indices = list(_indices(args[1]))
+        if any(isinstance(one, SEQUENCES) and len(one) for one in indices):
+            return INDEX
+        is_number = func is Tensor.__setitem__ and isinstance(args[2], Number)
+        return NUMBER_BY_INDEX if is_number and _is_by_tensors(indices) else ""
     if func != torch.Tensor.copy_ or len(args) < 2:
         return ""
     to, source = args[:2]
     return _copied(to, source, is_asynchronous(args, kwargs))
 
 
+SEQUENCES = (list, tuple, range, np.ndarray)  # of which PyTorch makes an index on the host
+MOST_AS_TUPLE = 32  # a list that is shorter is a tuple if one of its items is no number
+
+
+def _indices(index: object) -> Iterator[object]:
+    """Yield the indices of ``x[index]``, as `treatSequenceAsTuple` of PyTorch does."""
+    is_tuple = isinstance(index, tuple)
+    if isinstance(index, (list, range)) and len(index) < MOST_AS_TUPLE:
+        kinds = (Tensor, slice, type(None), type(...), *SEQUENCES)
+        is_tuple = any(isinstance(one, kinds) for one in index)
+    if is_tuple:
+        yield from index  # type: ignore[misc]
+    elif not isinstance(index, np.ndarray) or index.ndim:
+        yield index
+
+
+def _is_by_tensors(indices: Sequence[object]) -> bool:
+    """Whether a number of Python goes to where tensors point, and not to where one mask is true."""
+    tensors = [t for t in indices if isinstance(t, Tensor) and (t.dim() or t.dtype in MASKS)]
+    is_mask = len(tensors) == 1 and tensors[0].dtype in MASKS
+    return bool(tensors) and not (is_mask and places.mark_of(tensors[0]) is not False)
+
+
 def _copied(to: object, source: object, is_asynchronous: bool) -> str:
-    if is_asynchronous or not isinstance(to, Tensor) or not isinstance(source, Tensor):
+    if not isinstance(to, Tensor) or not isinstance(source, Tensor):
         return ""
     if places.is_on_device(to) == places.is_on_device(source) or not to.numel():
         return ""
-    return TO_DEVICE if places.is_on_device(to) else "copy_ of a tensor to the host"
+    if places.is_on_device(to):
+        return copied_from_host(source, is_asynchronous)
+    if is_asynchronous:
+        return "" if places.is_pinned(to) else NOT_PINNED
+    return "copy_ of a tensor to the host"
+
+
+def copied_from_host(source: Tensor, is_asynchronous: bool) -> str:
+    """Name a copy to the device that a capture refuses (`copy_kernel_cuda` of PyTorch)."""
+    if not is_asynchronous:
+        return TO_DEVICE
+    return "" if places.is_pinned(source) or not source.numel() else NOT_PINNED
+
+
+def is_later(func: Operator, args: Sequence[object], kwargs: Keywords) -> bool:
+    """Whether a replay reads the memory of the host that an operator copies to the device."""
+    if func.overloadpacket not in COPIES or not is_asynchronous(args, kwargs):
+        return False
+    source = args[0] if func.overloadpacket is torch.ops.aten._to_copy else args[1]
+    return all(map(places.is_pinned, tensors_in([source])))
+
+
+COPIES = {torch.ops.aten.copy_, torch.ops.aten._to_copy, torch.ops.aten._foreach_copy_}
 
 
 def is_asynchronous(args: Sequence[object], kwargs: Keywords) -> bool:
@@ -274,16 +387,41 @@ def is_asynchronous(args: Sequence[object], kwargs: Keywords) -> bool:
 
 
 TO_DEVICE = "a copy from the host's memory"
+NOT_PINNED = "a copy with non_blocking=True between the device and memory that is not pinned"
+INDEX = "the copy of an index from the host's memory"
+NUMBER_BY_INDEX = "the copy of a number of the host to where an index points"
+NUMBER_IN_WHERE = "the copy of a number of the host that torch.where makes"
 ONE_ELEMENT = (
     "the copy of a number into one element (x[0:1] = number makes none, x[0] = number does)"
 )
+
+
+INSTEAD_OF_COPIES = {
+    NOT_PINNED: "call pin_memory() on the tensor of the host before the capture",
+    INDEX: "make the index on the device before the capture",
+    NUMBER_BY_INDEX: "give a value on the device, or call index_fill_ or masked_fill_",
+    NUMBER_IN_WHERE: "give a number of Python, or a tensor on the device",
+}
+COPY_BEFORE = "copy before the capture, into a tensor that the graph reads"
+
+
+def instead_of_copy(what: str) -> str:
+    """Say what to write in the place of a copy between host and device."""
+    for frame in calls_under_way():
+        place = frame.f_globals.get("__name__", ""), frame.f_code.co_name
+        if place == ("torch.optim.swa_utils", "update_parameters"):
+            return UPDATE_AFTER
+    return INSTEAD_OF_COPIES.get(what, COPY_BEFORE)
 
 
 def makes_from_host(func: Function, args: Sequence[object], kwargs: Keywords) -> bool:
     """Whether a function makes a tensor on the device from numbers of Python."""
     if func is torch.unravel_index:  # of the shape
         return any(map(places.is_on_device, (*args[:1], kwargs.get("indices"))))
-    if getattr(func, "__name__", "") not in MAKING:
+    name = getattr(func, "__name__", "")
+    if name == "new" and places.is_on_device(args[0]):
+        return any(isinstance(one, SEQUENCES) and len(one) for one in args[1:])
+    if name not in MAKING:
         return False
     if func is torch.Tensor.new_tensor and kwargs.get("device") is None:
         return places.is_on_device(args[0])

@@ -2,9 +2,10 @@
 """Operators and launches that are given tensors of the host beside those of the device.
 
 A GPU refuses most of them: PyTorch's kernels for CUDA ask that all tensors be on one device. These
-are allowed: copies; a number of the host, which is a tensor without dimensions, as an operand;
-indices of the host for a tensor of the device; and operators that take the shape of a tensor, or
-its elements as numbers. A tensor whose place is not known is never refused.
+are allowed: copies; a number of the host, which is a tensor without dimensions, as an operand of an
+operator that works element by element; indices of the host for a tensor of the device; and
+operators that take the shape of a tensor, or its elements as numbers. A tensor whose place is not
+known is never refused.
 """
 
 from collections.abc import Iterator, Sequence
@@ -44,8 +45,22 @@ ALLOWED_PARTS = ("foreach", "_fused_", "ctc_loss", "nested", "sparse", "attentio
 # Of operators that PyTorch makes of others, which arrive here in inference mode: these are refused.
 COMPOSED = {"linear", "matmul", "conv1d", "conv2d", "conv3d", "batch_norm", "layer_norm"}
 COMPOSITE = "CompositeImplicitAutograd"
+MASKS = (torch.bool, torch.uint8)  # types of indices that stand for a mask
 INDEXED = {"index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_"}
 INDEXED |= {"_unsafe_index_put"}
+
+# Operators beside PyTorch's "pointwise" ones that take a number of the host: in PyTorch's list they
+# have "device_check: NoCheck".
+TAKE_NUMBERS = {"binary_cross_entropy", "binary_cross_entropy_with_logits", "binomial", "copysign_"}
+TAKE_NUMBERS |= {"dist", "eq_", "floor_divide", "floor_divide_", "ge_", "gt_", "heaviside_", "le_"}
+TAKE_NUMBERS |= {"lt_", "mse_loss", "ne_", "rsub", "smooth_l1_loss", "__irshift__"}
+FILLS = {"index_fill", "index_fill_", "masked_fill", "masked_fill_"}  # as their value alone
+# "Pointwise" operators that have not: `x.clamp(min=number_of_the_host)` is refused on a GPU.
+TAKE_NONE = {"clamp", "clamp_", "clamp_max", "clamp_max_", "clamp_min", "clamp_min_", "equal"}
+TAKE_NONE |= {"gcd", "gelu_backward", "igamma", "igamma_", "igammac", "igammac_", "lcm"}
+TAKE_NONE |= {"logaddexp", "logaddexp2", "logit_backward", "native_dropout_backward", "nextafter"}
+TAKE_NONE |= {"nextafter_", "sigmoid_backward", "silu_backward", "tanh_backward"}
+TAKE_NONE |= {"threshold_backward"}
 
 WHAT_TO_DO = "call .cuda() on the tensor, or on the module, that is on the CPU"
 
@@ -62,6 +77,14 @@ def devices_of(func: Operator) -> Devices:
     # In C++: of some operators PyTorch has a function in Python, too, which it does not call here.
     is_composed = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), COMPOSITE)
     return Devices.ANY if is_composed and name not in COMPOSED else Devices.ONE
+
+
+def takes_numbers(func: Operator, argument: str) -> bool:
+    """Whether a GPU takes a number of the host as an argument of an operator."""
+    name = func.overloadpacket.__name__
+    if name in FILLS:
+        return argument == "value"
+    return name in TAKE_NUMBERS or (torch.Tag.pointwise in func.tags and name not in TAKE_NONE)
 
 
 def check_operator(
@@ -81,7 +104,8 @@ def check_operator(
         is_there = places.mark_of(t)
         if not isinstance(is_there, bool) or t.is_nested:
             continue
-        if not is_there and t.dim() == 0 and not any(t is one for one in written):
+        is_number = not is_there and t.dim() == 0 and not any(t is one for one in written)
+        if is_number and takes_numbers(func, name):
             continue
         if is_indexed:
             if name == "indices":
@@ -91,7 +115,7 @@ def check_operator(
                         f"tensor (cpu), but one is on cuda:0; {WHAT_TO_DO}"
                     )
                 continue
-            if name == "values" and t.numel() == 1:
+            if name == "values" and (t.dim() == 0 or fills_mask(args)):
                 continue
         if first is None:
             first = name, is_there
@@ -101,6 +125,21 @@ def check_operator(
                 f"{_shown(is_there)}, different from other tensors on {_shown(first[1])} (when "
                 f"checking argument in {func.overloadpacket}); {WHAT_TO_DO}"
             )
+
+
+def fills_mask(args: Arguments) -> bool:
+    """Whether index_put with these arguments puts one number of the host where a mask is true.
+
+    PyTorch calls masked_fill for that (`canDispatchToMaskedFill`). The place of a number that the
+    program writes in Python is not known.
+    """
+    to, indices, value, *others = args
+    if not isinstance(value, Tensor) or value.numel() != 1 or any(others):
+        return False
+    masks = [t for t in tree_leaves(indices) if isinstance(t, Tensor)]
+    if places.is_on_device(value) or len(masks) != 1 or masks[0].dtype not in MASKS:
+        return False
+    return places.mark_of(masks[0]) is not False or not places.is_on_device(to)
 
 
 def _operands(func: Operator, args: Arguments, kwargs: Keywords) -> Iterator[tuple[str, Tensor]]:

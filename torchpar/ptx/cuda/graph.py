@@ -3,22 +3,22 @@
 
 import sys
 import warnings
-import weakref
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from torchpar.ptx.cuda.capture import Capture
+from torchpar.ptx.cuda.gradients import Gradient
 from torchpar.ptx.cuda.graph_memory import REPLAYED, WRITTEN, Line, Memory, Pool, memory_of
+from torchpar.ptx.cuda.host_values import HostChange, HostValue
 from torchpar.ptx.cuda.operations import Operation
 from torchpar.ptx.cuda.steps import Change, Step
 from torchpar.ptx.cuda.streams import Stream
 from torchpar.ptx.cuda.types import PoolHandle
 from torchpar.ptx.cuda.uncaptured import advice
+from torchpar.ptx.report.faults import Kind
 from torchpar.ptx.report.launch_record import CapturedGraph
 from torchpar.ptx.report.source import program_line
-from torchpar.ptx.triton.torch_operators import is_plain
 
 if TYPE_CHECKING:
     from torchpar.ptx.cuda.graphs import Graphs
@@ -30,6 +30,12 @@ WITHIN = "capture within `with torch.cuda.graph(graph):`, which takes a stream o
 EMPTY_GRAPH = (
     "The CUDA Graph is empty. This usually means that the graph was attempted to be captured on "
     "wrong device or stream."
+)
+
+KEEP = "keep the tensor, and change it in place: x.copy_(new), not x = new"
+KEEP_GRADIENT = (
+    "keep it: call zero_grad(set_to_none=False), or zero_grad() within the capture, before "
+    "backward()"
 )
 
 
@@ -45,7 +51,9 @@ class CUDAGraph:
         self.steps: list[Step] = []
         self.replays = 0
         self.is_reset = False
-        self._gradients: list[tuple[weakref.ref[Tensor], Memory]] = []
+        self._gradients: list[Gradient] = []
+        self._host_values: list[HostValue] = []
+        self._host_changes: list[HostChange] = []
         self._is_captured = False
         self._pool: Pool | None = None
 
@@ -108,6 +116,7 @@ class CUDAGraph:
             graphs.note("warning", "empty graph", EMPTY_GRAPH, capture.line)
         self._check_steps()
         self._keep_gradients(capture)
+        self._keep_host(capture)
 
     def _check_joined(self, capture: Capture) -> None:
         for other in capture.unjoined()[:1]:
@@ -149,15 +158,18 @@ class CUDAGraph:
                     break
 
     def _keep_gradients(self, capture: Capture) -> None:
-        """Remember gradients that the graph computes, and no optimizer within it takes."""
+        """Remember the gradients that the graph accumulates."""
         taken = {id(p) for step in self.steps for p in step.parameters()}
-        for reference in capture.parameters.values():
-            p = reference()
-            if p is None or id(p) in taken or p.grad is None or not is_plain(p.grad):
-                continue
-            memory = memory_of(p.grad)
-            if memory is not None and memory.graph is self:
-                self._gradients.append((reference, memory))
+        self._gradients = list(capture.gradients.found.values())
+        for gradient in self._gradients:
+            gradient.end(taken)
+
+    def _keep_host(self, capture: Capture) -> None:
+        """Remember what the graph has of the host, but for what has a name of its own."""
+        self._host_changes = list(capture.host.changes())
+        named = {t.untyped_storage()._cdata for step in self.steps for t in step.tensors()}
+        named |= {one.of.cdata for one in self._host_changes}
+        self._host_values = [one for one in capture.host.taken if one.of.cdata not in named]
 
     @property
     def waits(self) -> bool:
@@ -178,6 +190,7 @@ class CUDAGraph:
         self._check_inputs(line)
         self._check_gradients(line)
         self._check_numbers(line)
+        self._check_host(line)
         with graphs.unwatched():
             for operation in self.operations:
                 self._execute(operation, line)
@@ -203,7 +216,8 @@ class CUDAGraph:
     def _check_inputs(self, line: Line) -> None:
         """Check that what the graph uses outside of its pool is there, and written."""
         streams = self._graphs.streams
-        freed: dict[Earlier, list[str]] = {}  # tensors of one line, such as a batch and its labels
+        # Tensors of one line, such as a batch and its labels; gradients have other advice.
+        freed: dict[tuple[Earlier, bool], list[str]] = {}
         unordered: dict[tuple[Earlier, Stream], list[str]] = {}
         for memory in self.memories:
             earlier = None if memory.read is None else ("captured", memory.read)
@@ -214,7 +228,7 @@ class CUDAGraph:
             storage = memory.storage()
             if storage is None:
                 if memory.uncaptured is None:  # for that the capture has named the fault
-                    freed.setdefault(earlier, []).append(memory.name)
+                    freed.setdefault((earlier, memory.is_gradient), []).append(memory.name)
                 memory.replace()
                 continue
             work = getattr(storage, WRITTEN, None)
@@ -222,13 +236,12 @@ class CUDAGraph:
                 continue
             if not streams.is_ordered(work):
                 unordered.setdefault((earlier, streams.all[work[0]]), []).append(memory.name)
-        for earlier, names in freed.items():
+        for (earlier, is_gradient), names in freed.items():
             self._graphs.note(
                 "error",
                 "freed input",
                 f"the graph uses the memory of {_listed(names, 'and of')}, which has been freed "
-                "since the capture; keep the tensor, and change it in place: x.copy_(new), not "
-                "x = new",
+                f"since the capture; {KEEP_GRADIENT if is_gradient else KEEP}",
                 line,
                 earlier,
             )
@@ -256,20 +269,64 @@ class CUDAGraph:
             )
 
     def _check_gradients(self, line: Line) -> None:
-        for reference, memory in self._gradients:
-            p = reference()
-            if p is None:
-                continue
-            if p.grad is None or memory_of(p.grad) is not memory:
-                self._graphs.note(
-                    "error",
-                    "replaced gradient",
-                    f"the graph writes the gradient of a parameter {list(p.shape)} into memory "
-                    "that its .grad does not have any more; call zero_grad(set_to_none=False), or "
-                    "none: a replay overwrites gradients",
-                    line,
-                    None if memory.made is None else ("captured", memory.made),
-                )
+        """Check that parameters have the gradients that the graph accumulates."""
+        uses = self._graphs.uses
+        with self._graphs.unwatched(), torch._C.DisableTorchFunction():
+            replaced = [one for one in self._gradients if one.is_replaced()]
+            ignored = [one for one in self._gradients if one.is_ignored()]
+            mixed = [one for one in self._gradients if one.note_uses(uses)]
+        for one in replaced:
+            self._note_gradient("error", "replaced gradient", one, line, _replaced(one))
+        for one in ignored:
+            message = (
+                f"{one} was None when the capture began, so that the replay overwrites it, and "
+                "ignores the values that .grad has now; call zero_grad() before the replay, or add "
+                "them up in the graph: capture while .grad is a tensor, and keep that one"
+            )
+            self._note_gradient("warning", "ignored gradient", one, line, message)
+        for one in mixed:
+            message = (
+                f"{one} was None when the capture began, so that each replay overwrites it, and "
+                "none adds to it; zero_grad() was called before some replays, and not before this "
+                "or another one: call it within the capture, before backward(), or before each "
+                "replay"
+            )
+            self._note_gradient("warning", "overwritten gradient", one, line, message)
+
+    def _note_gradient(
+        self, kind: Kind, name: str, gradient: Gradient, line: Line, message: str
+    ) -> None:
+        earlier = None if gradient.line is None else ("captured", gradient.line)
+        self._graphs.note(kind, name, message, line, earlier)
+
+    def _check_host(self, line: Line) -> None:
+        """Check that tensors of the host are as in the capture, or as a replay leaves them."""
+        changed: dict[Earlier, list[str]] = {}
+        with self._graphs.unwatched(), torch._C.DisableTorchFunction():
+            for value in self._host_values:
+                if value.has_changed():
+                    earlier = None if value.line is None else ("captured", value.line)
+                    changed.setdefault(earlier, []).append(value.name)
+        for earlier, names in changed.items():
+            self._graphs.note(
+                "warning",
+                "host's values in a graph",
+                f"the graph still computes with the values that {_listed(names, 'and')} of the "
+                "host had in the capture, and they have changed; capture again, or read them from "
+                "a tensor on the device, and change that in place",
+                line,
+                earlier,
+            )
+        # The first replay belongs to the call that captured, which has changed them once.
+        for change in self._host_changes if self.replays else ():
+            self._graphs.note(
+                "warning",
+                "host's work in a capture",
+                f"the capture has changed {change.name} of the host, and no replay does so again; "
+                "change it after graph.replay(), or take a tensor on the device",
+                line,
+                None if change.line is None else ("captured", change.line),
+            )
 
     def _check_numbers(self, line: Line) -> None:
         """Check that optimizers have the numbers that the graph computes with."""
@@ -302,6 +359,7 @@ class CUDAGraph:
         """Forget what was captured."""
         self.is_reset, self._is_captured = self._is_captured, False
         self.operations, self.memories, self.steps, self._gradients = [], [], [], []
+        self._host_values, self._host_changes = [], []
 
     def pool(self) -> PoolHandle:
         """Return a handle of the graph's pool, which other graphs may share."""
@@ -319,6 +377,20 @@ class CUDAGraph:
         """Write the names of the recorded operators."""
         with open(debug_path, "w", encoding="utf-8") as file:
             file.writelines(f"{one}\n" for one in self.operations)
+
+
+def _replaced(gradient: Gradient) -> str:
+    """Say what a replay does with a gradient that is not that of the capture, and what to do."""
+    if gradient.is_made:
+        return (
+            f"the graph writes {gradient} into memory that its .grad does not have any more; call "
+            "zero_grad(set_to_none=False), or none: a replay overwrites gradients"
+        )
+    return (
+        f"the graph adds to {gradient} that there was in the capture, and .grad is not that tensor "
+        "any more; call zero_grad(set_to_none=False), or zero_grad() within the capture, before "
+        "backward()"
+    )
 
 
 def _listed(names: list[str], word: str) -> str:

@@ -56,6 +56,7 @@ class Memory:
         uncaptured: the number of the work beside the capture that wrote it, if there is one.
         overwritten: the line of the replay of another graph that has used the memory since.
         name: of the first tensor in it.
+        is_gradient: whether that is the gradient of a parameter.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class Memory:
         self.captured: Tensor | None = None
         self.uncaptured: tuple[int, int] | None = None
         self.overwritten: Line = None
-        self.name = shown(t)
+        self.name, self.is_gradient = shown(t), False
 
     def given_out(self) -> torch.UntypedStorage:
         """Return another storage with this memory, whose end can be seen."""
@@ -111,9 +112,10 @@ class Memory:
         if self.captured is not None:
             self.content.copy_(self.captured)
 
-    def keep_copy(self) -> None:
-        """Keep what a host's number is now, as a launch on a GPU does."""
+    def copied(self) -> "Memory":
+        """Keep what a tensor of the host holds now, and return the memory."""
         self.content, self.is_kept = self.content.clone(), True
+        return self
 
     def replace(self) -> None:
         """Take other memory, because this has been freed; what it holds is no number."""

@@ -14,12 +14,13 @@ needed; at the end of the capture all memory is as before, and the results hold 
 
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -27,8 +28,10 @@ from torchpar.ptx.cuda import capture_rules, devices, places
 from torchpar.ptx.cuda.accesses import Access
 from torchpar.ptx.cuda.capture import Capture
 from torchpar.ptx.cuda.devices import Devices
+from torchpar.ptx.cuda.gradients import Uses, clearing, parameters_of
 from torchpar.ptx.cuda.graph import CUDAGraph
 from torchpar.ptx.cuda.graph_memory import REPLAYED, WRITTEN, Line, Memory, Pool, memory_of, shown
+from torchpar.ptx.cuda.host_values import results_on_host, taken_by_function
 from torchpar.ptx.cuda.operations import OperatorKind, tensors_in, tensors_of_launch, written_by
 from torchpar.ptx.cuda.steps import has_host_count
 from torchpar.ptx.cuda.streams import Stream, Streams
@@ -46,6 +49,7 @@ from torchpar.ptx.report.source import program_line
 from torchpar.ptx.triton.emulator import Emulator
 from torchpar.ptx.triton.torch_operators import is_plain
 
+SET_GRADIENT: Function = Tensor.grad.__set__  # type: ignore[union-attr]
 PLAIN = (Tensor, torch.nn.Parameter)
 OF_BOTH = {False, True}  # operands of the host and of the device
 
@@ -64,6 +68,7 @@ class Graphs:
         self.replays = 0  # of all graphs
         self._noted: dict[object, int] = {}  # the replays before a fault was noted last
         self.has_default_type = False  # whether a script has set that of its tensors
+        self.uses = Uses()
         self._kinds: dict[int, OperatorKind] = {}  # by the operators' numbers in Python
         self.CUDAGraph = type("CUDAGraph", (CUDAGraph,), {"_graphs": self})
 
@@ -110,10 +115,11 @@ class Graphs:
         )
 
     def _refuse_copy(self, what: str) -> None:
+        why = "is one that the program waits for"
+        if what == capture_rules.NOT_PINNED:
+            why = "is refused in a capture"
         self.refuse(
-            "host's copy in a capture",
-            f"{what} is one that the program waits for; copy before the capture, into a tensor "
-            "that the graph reads",
+            "host's copy in a capture", f"{what} {why}; {capture_rules.instead_of_copy(what)}"
         )
 
     def note_race(self, before: Access, access: Access) -> None:
@@ -168,10 +174,13 @@ class Graphs:
 
     def function(self, func: Function, args: Arguments, kwargs: Keywords) -> None:
         """Check a function of PyTorch before it is called."""
+        if func == SET_GRADIENT:
+            self._note_clear(tensors_in(args[:1]), is_none=args[1] is None)
         what = capture_rules.read_by_function(func, args, kwargs)
         if self.capture is not None and self.is_capturing:
             if what := what or capture_rules.read_by_index(func, args):
                 self._refuse_read(what)
+            self.capture.host.take(taken_by_function(func, args))
             if capture_rules.makes_from_host(func, args, kwargs):
                 self._refuse_copy(capture_rules.TO_DEVICE)
             if copied := capture_rules.copied_by_function(func, args, kwargs):
@@ -179,19 +188,48 @@ class Graphs:
         elif what:
             self._check_operands(tensors_in(args[:1]), [])
 
+    def _note_clear(self, parameters: Iterable[Tensor], is_none: bool = True) -> None:
+        """Note that the program clears gradients, or sets others."""
+        if self.capture is not None and self.is_capturing:
+            self.capture.gradients.clear(parameters)
+        elif is_none:
+            self.uses.note_clear(parameters)
+
+    def _note_cleared(self, owner: Optimizer | Module) -> None:
+        self._note_clear(parameters_of(owner))
+
+    def note_step(self, optimizer: Optimizer, args: Arguments, kwargs: Keywords) -> None:
+        """Note the step of an optimizer outside of captures."""
+        if not self.is_capturing:
+            self.uses.note_step(parameters_of(optimizer))
+
     def copy_between(
         self, t: Tensor, before: torch.device, after: torch.device, is_asynchronous: bool
     ) -> None:
-        """Check a copy between the host and the device, which may be to where the tensor is."""
+        """Check a copy between the host and the device, which may be to where the tensor is.
+
+        PyTorch pins the result of an asynchronous copy to the host.
+        """
         if before == after:
             return
         if before == places.DEVICE:
             self._check_operands([t], [])
-        if self.is_capturing and not is_asynchronous:
-            if after == places.DEVICE:
-                self._refuse_copy(capture_rules.TO_DEVICE)
-            else:
-                self._refuse_read("a copy to the host")
+        if not self.is_capturing:
+            return
+        if after == places.DEVICE:
+            if what := capture_rules.copied_from_host(t, is_asynchronous):
+                self._refuse_copy(what)
+        elif not is_asynchronous:
+            self._refuse_read(capture_rules.TO_HOST)
+
+    def on_host(self, result: Tensor, operands: list[Tensor]) -> Tensor:
+        """Return a result that a function of PyTorch computes on the host, with its values now."""
+        with self.unwatched():
+            result = result.clone()
+        places.put(result, False)
+        if self.capture is not None and self.is_capturing:
+            self.capture.host.derive(result, operands)
+        return result
 
     def operator(self, func: Operator, args: Arguments, kwargs: Keywords) -> object:
         """Execute an operator of PyTorch."""
@@ -200,15 +238,13 @@ class Graphs:
             map(is_traceable_wrapper_subclass, given)
         ):
             return NotImplemented
-        if kwargs.get("pin_memory"):  # of a factory that a hook of autograd calls
-            result = self.operator(func, args, {**kwargs, "pin_memory": False})
-            places.pin(result)
-            return result
+        if kwargs.get("pin_memory"):
+            return self._pinned(func, args, kwargs)
         operands = [t for t in given if is_plain(t)]
         marks = set(map(places.mark_of, operands))
         place = places.of_results(marks, kwargs.get("device"))
         if not place:
-            result = func(*args, **kwargs)
+            result = self._on_host(func, args, kwargs, operands)
             if place is False and not self.kind_of(func).is_view:
                 places.put_results(tensors_in((result,)), False)
             return result
@@ -226,14 +262,43 @@ class Graphs:
             self._check_operands([t for t in reads if id(t) not in numbers], written)
             result = func(*args, **kwargs)
         if not kind.is_view:
-            made = [t for t in tensors_in((result,)) if is_plain(t)]
-            if kind.devices is Devices.ONE or len(marks) < 2:
-                places.put_results((*made, *written), place)
-            elif isinstance(result, Tensor) and not written:
-                places.put_results(made, places.mark_of(operands[0]))
-            written += made
+            written += self._put_results(func, operands, written, result, place)
         self._note_written(written, func, args)
         return result
+
+    def _put_results(
+        self,
+        func: Operator,
+        operands: list[Tensor],
+        written: list[Tensor],
+        result: object,
+        place: places.Mark,
+    ) -> list[Tensor]:
+        """Note where an operator's new results are; return them."""
+        made = [t for t in tensors_in((result,)) if is_plain(t)]
+        is_one = self.kind_of(func).devices is Devices.ONE
+        if on_host := results_on_host(func, result):
+            places.put_results(on_host, False)
+            places.put_results(made, place)
+        elif is_one or len(set(map(places.mark_of, operands))) < 2:
+            places.put_results((*made, *written), place)
+        elif isinstance(result, Tensor) and not written:
+            places.put_results(made, places.mark_of(operands[0]))
+        return made
+
+    def _pinned(self, func: Operator, args: Arguments, kwargs: Keywords) -> object:
+        """Execute a factory that a hook of autograd calls."""
+        result = self.operator(func, args, {**kwargs, "pin_memory": False})
+        places.pin(result)
+        return result
+
+    def _on_host(
+        self, func: Operator, args: Arguments, kwargs: Keywords, operands: list[Tensor]
+    ) -> object:
+        if self.capture is None or not self.is_capturing:
+            return func(*args, **kwargs)
+        written = written_by(func, args, kwargs) if self.kind_of(func).may_write else []
+        return self.capture.host.execute(lambda: func(*args, **kwargs), func, operands, written)
 
     def kind_of(self, func: Operator) -> "OperatorKind":
         found = self._kinds.get(id(func))
@@ -432,6 +497,8 @@ class Graphs:
             (torch.cuda.graph, {"default_capture_stream": None}),
             (torch._C, {"_host_emptyCache": lambda: None}),
             *self._of_optimizers(),
+            (Optimizer, {"zero_grad": clearing(Optimizer.zero_grad, self._note_cleared)}),
+            (Module, {"zero_grad": clearing(Module.zero_grad, self._note_cleared)}),
         ]
 
     def _of_optimizers(self) -> Iterator[tuple[object, Attributes]]:

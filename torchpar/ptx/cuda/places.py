@@ -85,7 +85,9 @@ def pin(t: object) -> None:
 
 
 def is_pinned(t: Tensor) -> bool:
-    return getattr(t.untyped_storage(), PINNED, False)
+    with suppress(RuntimeError, NotImplementedError):
+        return getattr(t.untyped_storage(), PINNED, False)
+    return False
 
 
 def device_of(t: Tensor) -> torch.device:

@@ -5,6 +5,7 @@ with cuda_is_cpu(gpu):
     x = torch.randn(1000, device="cuda")  # a tensor on the CPU, whose is_cuda is True
 """
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,7 +22,7 @@ from torch.autograd import graph
 from torch.distributed import init_process_group
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad
-from torch.optim import optimizer
+from torch.optim import optimizer, swa_utils
 from torch.overrides import TorchFunctionMode
 from torch.utils import _device as default_device
 from torch.utils import _foreach_utils
@@ -82,8 +83,13 @@ def _on_device(value: T) -> T | str | torch.device:
 
 
 def _pinned(t: Tensor, *args: object, **kwargs: object) -> Tensor:
-    places.pin(t)
-    return t
+    """Return a tensor of the host, or its copy, in memory that a GPU may access."""
+    if places.is_on_device(t) or places.is_pinned(t):
+        return t
+    copy = t.clone()
+    places.put(copy, False)
+    places.pin(copy)
+    return copy
 
 
 # What functions say of which only a GPU has something to do.
@@ -109,6 +115,8 @@ def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
     return zeros.scatter_(-1, tensor.unsqueeze(-1), 1)
 
 
+# A function whose second result PyTorch computes on the host.
+PADDING = "_pad_packed_sequence"
 # Functions that PyTorch composes of operators which read values on a CPU, and of others on a GPU.
 ON_CUDA: dict[Function, Function] = {torch.nn.functional.one_hot: _one_hot}
 
@@ -131,7 +139,8 @@ class _OnCpu(TorchFunctionMode):
         if func in INSTEAD:
             return INSTEAD[func](*args, **kwargs)
         if func is MAKE_DEVICE:
-            return _on_device(func(*args, **kwargs))
+            says_cpu = len(args) == 1 and args[0] is CPU
+            return SAID if says_cpu else _on_device(func(*args, **kwargs))
         given = {name: _on_device(value) for name, value in kwargs.items()}
         is_pinned = given.pop("pin_memory", False)  # of a factory
         index = given.get("device")
@@ -154,6 +163,9 @@ class _OnCpu(TorchFunctionMode):
             places.leave_function(before)
         if is_pinned:
             places.pin(result)
+        if getattr(func, "__name__", "") == PADDING:
+            padded, lengths = result
+            return padded, self.graphs.on_host(lengths, tensors_in(args))
         self._note_places(func, args, given, result)
         return result
 
@@ -164,7 +176,7 @@ class _OnCpu(TorchFunctionMode):
         named = [one for one in (*args, kwargs.get("device")) if _is_cpu(one)]
         if named:
             # The type of the device, which scripts give on, is "cpu", too.
-            mark = True if torch.device(named[-1]) == places.DEVICE else None
+            mark = True if torch.device(named[-1]) == places.DEVICE else _mark_of_name(named[-1])
             for t in tree_leaves(result):
                 places.put(t, mark)
         elif func in FACTORIES and not tensors_in((*args, *kwargs.values())):
@@ -196,6 +208,8 @@ class _OnCpu(TorchFunctionMode):
     def _copy(self, func: Function, args: Arguments, kwargs: Keywords) -> Tensor:
         """Copy a tensor to the host or the device, if it is not there."""
         t, *others = args
+        named = [one for one in (*others[:1], kwargs.get("device")) if _is_cpu(one)]
+        is_host = func is Tensor.cpu or any(_mark_of_name(one) is False for one in named)
         func = TO if func in CONVERSIONS or func is Tensor.type_as else func
         if func is Tensor.cpu:
             others = [places.HOST]
@@ -224,7 +238,7 @@ class _OnCpu(TorchFunctionMode):
             others[0:1] = [device, others[0].dtype]
         result = TO(t, *others, **kwargs)
         if before != after or (func is TO and after == places.HOST):
-            on_host = False if func is Tensor.cpu else None
+            on_host = False if is_host else None
             places.put(result, True if after == places.DEVICE else on_host)
         if before != after:
             self._let_gradient_follow(result, before)
@@ -257,6 +271,18 @@ def _is_cpu(value: object) -> TypeGuard[torch.device | str]:
     if isinstance(value, torch.device):
         return value.type == "cpu"
     return isinstance(value, str) and value == "cpu"
+
+
+def _mark_of_name(device: object) -> places.Mark:
+    """Return where a tensor on "cpu" is: on the host if the program itself says "cpu".
+
+    Python has one object for all strings "cpu" of its source; the type of the emulated device is
+    another one, and equal to it.
+    """
+    return False if device is CPU or device is SAID else None
+
+
+CPU, SAID = sys.intern("cpu"), torch.device("cpu")
 
 
 def _destination(args: list[object], kwargs: Keywords) -> torch.device | None:
@@ -541,6 +567,7 @@ def _start_with_mode(start: Callable[[Thread], None], graphs: Graphs) -> Callabl
 
 
 GROUPS = "_group_tensors_by_device_and_dtype"
+GROUPING = (_foreach_utils, clip_grad, optimizer, swa_utils)  # modules that have the function
 
 
 # What the function is given and returns: the tensors, and their indices in the lists.
@@ -595,7 +622,7 @@ def replacements(emulator: Emulator, graphs: Graphs) -> list[tuple[object, Attri
         # Functions of PyTorch's, within which there is no mode, ask for the device, too.
         (Tensor, {"device": property(places.device_of)}),
         (Tensor, {"record_stream": lambda t, stream: None}),
-        *((module, _grouped(module)) for module in (_foreach_utils, clip_grad, optimizer)),
+        *((module, _grouped(module)) for module in GROUPING),
         *((place, _customs(torch.amp)) for place in (torch.amp, torch.cuda.amp)),
         (torch.random, {"fork_rng": _fork_of_cpu(torch.random.fork_rng)}),
         (DistributedDataParallel, {"__init__": _without_devices(DistributedDataParallel.__init__)}),
@@ -630,5 +657,6 @@ def cuda_is_cpu(emulator: Emulator) -> Iterator[None]:
             for name, value in attributes.items():
                 if hasattr(place, name):  # `LACKING` says which may be missing
                     stack.enter_context(patch.object(place, name, value))
+        stack.callback(optimizer.register_optimizer_step_post_hook(graphs.note_step).remove)
         stack.enter_context(_OnCpu(graphs))
         yield

@@ -135,6 +135,13 @@ class Step:
                     is_kept = any(isinstance(one, _Kept) for one in numbers)
                     yield Change(key, _as_text(known), _as_text(now[key]), is_kept)
 
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield the tensors that hold numbers of the optimizer's groups."""
+        optimizer = self.optimizer()
+        for group in () if optimizer is None else optimizer.param_groups:
+            for numbers in _numbers_of_group(group).values():
+                yield from (one for one in numbers if isinstance(one, Tensor))
+
     def parameters(self) -> list[Tensor]:
         optimizer = self.optimizer()
         groups = () if optimizer is None else optimizer.param_groups
