@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Run the programs of test_graphs.py on this machine's GPU: ``python -m tests.ptx.graphs_on_gpu``.
+"""Run the tests' programs of graphs on this machine's GPU: ``python -m tests.ptx.graphs_on_gpu``.
 
 What a capture forbids must raise an error there, too, and right programs must have no error and the
 plain loop's values. What a replay does wrong raises no error on a GPU: this prints what happens.
@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection
 import torch
 from torch.utils._pytree import tree_leaves
 
-from . import test_graphs
+from . import test_graphs, test_graphs_host
 
 SECONDS = 40  # of a program, compilation included
 AT_A_TIME = 12
@@ -31,6 +31,10 @@ def run(kind: str, case: str) -> str:
                 torch.testing.assert_close(torch.as_tensor(one), torch.as_tensor(other))
         elif kind == "misuse":
             test_graphs.MISUSES[case][0](torch.cuda.CUDAGraph())
+        elif kind == "copied":
+            test_graphs_host.captured(case)
+        elif kind == "kept":
+            list(test_graphs_host.kept(case))
         else:
             table = test_graphs.FORBIDDEN if kind == "forbidden" else test_graphs.WRONG
             table[case][0]()
@@ -45,6 +49,8 @@ def programs() -> list[tuple[str, str]]:
         *[("forbidden", case) for case in test_graphs.FORBIDDEN],
         *[("misuse", case) for case in test_graphs.MISUSES],
         *[("wrong", case) for case in test_graphs.WRONG],
+        *[("copied", case) for case in test_graphs_host.REFUSED],
+        *[("kept", case) for case in test_graphs_host.KEPT],
         *[("right", program.__name__) for program in test_graphs.RIGHT],
     ]
 
@@ -77,7 +83,7 @@ def main() -> int:
     cases = programs()
     others = 0
     for (kind, case), happened in zip(cases, in_processes(cases), strict=True):
-        agrees = kind == "wrong" or (happened == "ran") == (kind == "right")
+        agrees = kind == "wrong" or (happened == "ran") == (kind in ("right", "kept"))
         others += not agrees
         print(f"{'' if agrees else 'OTHERWISE '}{kind}, {case}: {happened}")
     print(f"{len(cases)} programs, {others} of them otherwise than emulated")

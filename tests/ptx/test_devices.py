@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torchpar.ptx import emulate
+from torchpar.ptx.cuda import devices
 from torchpar.ptx.cuda.devices import Devices, devices_of
 from torchpar.ptx.cuda.operations import OperatorKind
 from torchpar.ptx.cuda.stand_in import cuda_is_cpu
@@ -146,6 +147,46 @@ def a_copy_that_is_forgotten():
     h.add_(x)  # refused
 
 
+def a_number_as_a_position():
+    numbers(4).index_select(0, torch.tensor(1))  # refused
+
+
+def a_number_as_a_word():
+    nn.Embedding(4, 2).cuda()(torch.tensor(1))  # refused
+
+
+def a_number_as_a_label():
+    F.cross_entropy(numbers(4), torch.tensor(1))  # refused
+
+
+def a_number_among_others():
+    torch.stack([numbers(4).sum(), torch.tensor(1.0)])  # refused
+
+
+def a_number_as_a_bound():
+    numbers(4).clamp(min=torch.tensor(0.0))  # refused
+
+
+def a_number_as_a_bias():
+    torch.addmm(torch.tensor(1.0), numbers(2, 2), numbers(2, 2))  # refused
+
+
+def a_number_as_a_mask():
+    numbers(4).masked_fill(torch.tensor(True), 1.0)  # refused
+
+
+def a_name_of_the_cpu():
+    torch.zeros(4, device="cpu") + numbers(4)  # refused
+
+
+def a_device():
+    torch.zeros(4, device=torch.device("cpu")) + numbers(4)  # refused
+
+
+def a_copy_by_name():
+    numbers(4).to("cpu") + numbers(4)  # refused
+
+
 TWO_DEVICES = "Expected all tensors to be on the same device, but got {} is on {}, different from"
 REFUSED = {
     a_module: ("weight", "cpu"),
@@ -168,6 +209,16 @@ REFUSED = {
     a_backward_pass: ("other", "cpu"),
     a_capture: ("other", "cpu"),
     a_copy_that_is_forgotten: ("other", "cuda:0"),
+    a_number_as_a_position: ("index", "cpu"),
+    a_number_as_a_word: ("indices", "cpu"),
+    a_number_as_a_label: ("target", "cpu"),
+    a_number_among_others: ("tensors", "cpu"),
+    a_number_as_a_bound: ("min", "cpu"),
+    a_number_as_a_bias: ("mat1", "cuda:0"),
+    a_number_as_a_mask: ("mask", "cpu"),
+    a_name_of_the_cpu: ("other", "cuda:0"),
+    a_device: ("other", "cuda:0"),
+    a_copy_by_name: ("other", "cuda:0"),
 }
 
 
@@ -476,20 +527,49 @@ def test_backward_passes_stay_where_they_are(name, is_on_device):
 ASK = re.compile(r"special_.*_polynomial|all$|any$|_cudnn_rnn$")
 
 
-def test_operators_that_take_several_devices_are_those_of_pytorchs_list():
+def listed_operators():
+    """Yield the operators of PyTorch's list that take two tensors, and what it says of each."""
     torchgen = pytest.importorskip("torchgen", reason="it has PyTorch's list of operators")
     listed = Path(torchgen.__file__).parent / "packaged/ATen/native/native_functions.yaml"
-    refused, checked = [], 0
     for entry in listed.read_text("utf-8").split("\n- func: ")[1:]:
         name, _, overload = entry.partition("(")[0].partition(".")
-        has_two = entry.partition("->")[0].count("Tensor") > 1
-        found = re.search("device_check: NoCheck(.*)", entry)
-        if found is None or "TensorIterator" in found[1] or not has_two or ASK.match(name):
-            continue
         func = getattr(getattr(torch.ops.aten, name, None), overload or "default", None)
-        if func is not None:
-            checked += 1
-            refused += [name] if OperatorKind(func).devices is Devices.ONE else []
+        if func is not None and entry.partition("->")[0].count("Tensor") > 1:
+            yield name, func, entry
+
+
+def test_operators_that_take_several_devices_are_those_of_pytorchs_list():
+    refused, checked = [], 0
+    for name, func, entry in listed_operators():
+        found = re.search("device_check: NoCheck(.*)", entry)
+        if found is None or "TensorIterator" in found[1] or ASK.match(name):
+            continue
+        checked += 1
+        refused += [name] if OperatorKind(func).devices is Devices.ONE else []
     assert refused == []
     assert checked > 50
     assert devices_of(torch.ops.aten.mm.default) is Devices.ONE
+
+
+def test_operators_that_take_numbers_of_the_host_are_those_of_pytorchs_list():
+    """Without a check of devices, and with the one of TensorIterator, which lets numbers pass."""
+    checked, unchecked, asking = set(), set(), set()
+    for name, func, entry in listed_operators():
+        (unchecked if "device_check: NoCheck" in entry else checked).add(name)
+        is_pointwise = torch.Tag.pointwise in func.tags and "out" not in func._overloadname
+        has_kernel = "CUDA" in entry or "structured_delegate" in entry
+        is_composed = devices_of(func) is Devices.ANY or "CompositeExplicit" in entry
+        if name not in unchecked and is_pointwise and has_kernel and not is_composed:
+            asking.add(name)
+    assert unchecked >= devices.TAKE_NUMBERS | devices.FILLS
+    assert not (devices.TAKE_NONE - unchecked) - checked
+    assert {name for name in asking if takes(name)} == set()
+    assert takes("add")
+    assert not takes("index_select")
+
+
+def takes(name):
+    packet = getattr(torch.ops.aten, name)
+    return any(
+        devices.takes_numbers(getattr(packet, overload), "other") for overload in packet.overloads()
+    )

@@ -151,14 +151,43 @@ def make(host):
     return None if host is None else host()
 
 
+def capture(function, x, h):
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = function(x, h)
+    return graph, out
+
+
+def captured(case):
+    """Capture what is refused."""
+    function, host, _ = REFUSED[case]
+    capture(function, floats(), make(host))
+
+
+def kept(case):
+    """Check that replays have the values of the host that the capture had."""
+    function, host, change = KEPT[case]
+    x, h = floats(), host()
+    expected = function(x, h)
+    graph, out = capture(function, x, h)
+    for _ in range(2):
+        graph.replay()
+        assert torch.equal(out, expected)
+    yield
+    change(h)
+    assert not torch.equal(function(x, h), expected)
+    x.mul_(2)
+    graph.replay()  # changed
+    assert torch.equal(out, function(x, host()))
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_a_capture_would_copy_is_refused_at_its_line(case):
     function, host, name = REFUSED[case]
     with emulate() as gpu, cuda_is_cpu(gpu):
         function(floats(), make(host))
-        x, h, graph = floats(), make(host), torch.cuda.CUDAGraph()
-        with pytest.raises(RuntimeError, match="CUDA error: "), torch.cuda.graph(graph):
-            function(x, h)
+        with pytest.raises(RuntimeError, match="CUDA error: "):
+            captured(case)
     (fault,) = gpu.faults
     assert (fault.kind, fault.name) == ("error", name)
     assert fault.source[0] == __file__
@@ -171,24 +200,15 @@ def line_of(function):
 
 @pytest.mark.parametrize("case", KEPT)
 def test_what_a_graph_keeps_of_the_host_is_named_when_it_has_changed(case):
-    function, host, change = KEPT[case]
+    function = KEPT[case][0]
     with emulate() as gpu, cuda_is_cpu(gpu):
-        x, h = floats(), host()
-        expected = function(x, h)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = function(x, h)
-        graph.replay()
-        graph.replay()
-        assert torch.equal(out, expected)
+        steps = kept(case)
+        next(steps)
         assert gpu.faults == []
-        change(h)
-        assert not torch.equal(function(x, h), expected)
-        x.mul_(2)
-        line = inspect.currentframe().f_lineno + 1
-        graph.replay()
-        assert torch.equal(out, function(x, host()))
+        assert next(steps, None) is None
     (fault,) = gpu.faults
+    lines = inspect.getsource(kept).splitlines()
+    line = line_of(kept) + next(n for n, text in enumerate(lines) if "# changed" in text)
     assert (fault.kind, fault.name, fault.source) == ("warning", VALUES, (__file__, line))
     word, place = fault.earlier
     assert (word, place[0]) == ("captured", __file__)

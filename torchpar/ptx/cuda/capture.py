@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torchpar.ptx.cuda import capture_rules, places
 from torchpar.ptx.cuda.accesses import Accesses, Part, part_at, part_of
 from torchpar.ptx.cuda.by_shapes import by_shapes, check_with_other_values
-from torchpar.ptx.cuda.gradients import Gradients, parameters_of
+from torchpar.ptx.cuda.captured_gradients import Gradients, parameters_of
 from torchpar.ptx.cuda.graph_memory import Line, Memory, Pool, Slot, memory_of
 from torchpar.ptx.cuda.host_values import HostValues, results_on_host
 from torchpar.ptx.cuda.operations import (

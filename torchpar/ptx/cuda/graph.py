@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from torchpar.ptx.cuda.capture import Capture
-from torchpar.ptx.cuda.gradients import Gradient
+from torchpar.ptx.cuda.captured_gradients import Gradient
 from torchpar.ptx.cuda.graph_memory import REPLAYED, WRITTEN, Line, Memory, Pool, memory_of
 from torchpar.ptx.cuda.host_values import HostChange, HostValue
 from torchpar.ptx.cuda.operations import Operation

@@ -27,8 +27,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torchpar.ptx.cuda import capture_rules, devices, places
 from torchpar.ptx.cuda.accesses import Access
 from torchpar.ptx.cuda.capture import Capture
+from torchpar.ptx.cuda.captured_gradients import Uses, clearing, parameters_of
 from torchpar.ptx.cuda.devices import Devices
-from torchpar.ptx.cuda.gradients import Uses, clearing, parameters_of
 from torchpar.ptx.cuda.graph import CUDAGraph
 from torchpar.ptx.cuda.graph_memory import REPLAYED, WRITTEN, Line, Memory, Pool, memory_of, shown
 from torchpar.ptx.cuda.host_values import results_on_host, taken_by_function

@@ -6,7 +6,7 @@ that a mark on their storage says where they are. What an operator computes from
 device is there, too.
 
 Some marks are guesses, and some tensors have none. Such a tensor may have been made in C++, by
-another thread or process, or on "cpu" by its name, which the type of the device has, too.
+another thread or process, or on a computed name "cpu", which the type of the device has, too.
 """
 
 import threading

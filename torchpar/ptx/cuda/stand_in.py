@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from os import PathLike
 from threading import Thread
 from types import ModuleType, SimpleNamespace
-from typing import IO, ParamSpec, TypeGuard, TypeVar
+from typing import IO, Any, ParamSpec, TypeGuard, TypeVar
 from unittest.mock import patch
 
 import torch
@@ -158,7 +158,7 @@ class _OnCpu(TorchFunctionMode):
             func = ON_CUDA[func]
         before = places.enter_function(tensors_in((*args, *kwargs.values())))
         try:
-            result = func(*args, **given)
+            result: Any = func(*args, **given)
         finally:
             places.leave_function(before)
         if is_pinned:
