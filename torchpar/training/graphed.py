@@ -417,6 +417,7 @@ class _GraphedStep:
             rate.follow(group["lr"])
         captured.gradients.begin()
         captured.graph.replay()
+        captured.gradients.end()
         self._replayed += 1
         captured.used = self._replayed
         for part in self._parts:

@@ -85,10 +85,16 @@ class LeafGradients:
         )
 
     def begin(self) -> None:
-        """Let the graph read the present gradients, and the leaves have those that it computes."""
+        """Let the leaves have the gradients that the graph reads, or those that it makes."""
         self._put()
-        for (p, _), gradient in zip(self._begin, self._end, strict=True):
-            p.grad = gradient
+        for (p, gradient), last in zip(self._begin, self._end, strict=True):
+            # After the capture a leaf may have none, and the memory has the values.
+            p.grad = last if gradient is None else gradient
+
+    def end(self) -> None:
+        """Let the leaves have the gradients with which the step ends."""
+        for (p, _), last in zip(self._begin, self._end, strict=True):
+            p.grad = last
 
     def _put(self) -> None:
         """Copy gradients to the memory that the graph begins with, where there is some."""
