@@ -155,13 +155,16 @@ class Exchange:
         return full
 
     def scatter(self, results: Mapping[ParamInfo, Tensor]) -> dict[ParamInfo, Tensor]:
-        """Return this rank's part of each parameter's result, given the results that it owns.
+        """Return this rank's part of the result of each parameter of this exchange.
+
+        Args:
+            results: the unsharded results that this rank owns, also of other exchanges.
 
         Raises:
             ConfigError: as `gather`, if the parameters are replicated.
         """
         if self.group is None:
-            return dict(results)
+            return {info: results[info] for info in self.owned if info in results}
         sent = self._send(self._to_all, results)
         parts = {message.param: t for message, t in sent if message.param is not None}
         parts |= {info: info.part.narrow(results[info]) for info in self.owned if info in results}
