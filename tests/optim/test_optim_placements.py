@@ -3,13 +3,14 @@
 values."""
 
 import copy
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
@@ -18,6 +19,7 @@ from torchpar.nn import Linear
 from torchpar.optim import Muon
 from torchpar.parallel import join_world
 from torchpar.parallel.split.layers import ColumnParallelLinear, RowParallelLinear
+from torchpar.parallel.split.parts import part_of
 
 SHAPES = [(20, 30), (30, 20), (20, 30), (16, 80), (33, 33), (90, 17), (5, 72), (1, 40), (2, 3)]
 ALL_TO_ALL = torch.ops.c10d.alltoall_base_
@@ -75,7 +77,42 @@ def replicas() -> None:
     assert max(work) - min(work) <= max(costs)  # the ranks share the work about evenly
 
 
+def some_sharded() -> None:
+    """Two meshes of the same ranks share the messages, and whole parameters need none."""
+    mesh, named = (
+        init_device_mesh("cpu", (3,)),
+        init_device_mesh("cpu", (3,), mesh_dim_names=("x",)),
+    )
+    whole = [torch.ones(shape).requires_grad_() for shape in SHAPES]
+    parts = [p.detach().clone().requires_grad_() for p in whole]
+    for i, place in ((1, Shard(0)), (2, Shard(1)), (4, Replicate())):
+        on = named if i == 2 else mesh
+        parts[i] = distribute_tensor(whole[i].detach(), on, [place]).requires_grad_()
+    for params, expected in ((whole, 0), (parts, 2)):
+        check_messages(Muon(params, ns="standard"), expected)
+    for part, p in zip(parts, whole, strict=True):
+        assert torch.equal(part.full_tensor() if isinstance(part, DTensor) else part, p)
+
+
+def in_a_circle() -> None:
+    """Four pairs of ranks have a matrix each. Each rank begins with the pair with the next rank."""
+    pairs = [(0, 1), (1, 2), (2, 3), (0, 3)]
+    meshes = [DeviceMesh("cpu", list(pair)) for pair in pairs]
+    torch.manual_seed(0)
+    whole = [torch.randn(6, 4).requires_grad_() for _ in pairs]
+    rank, given = dist.get_rank(), {}
+    for i in (rank, rank - 1):
+        part = distribute_tensor(whole[i].detach(), meshes[i], [Shard(0)], src_data_rank=None)
+        given[f"of ranks {pairs[i]}"] = part.requires_grad_()
+    check_messages(Muon(whole, ns="standard"), 0)
+    check_messages(Muon(given.items(), ns="standard"), 4)
+    for i, part in zip((rank, rank - 1), given.values(), strict=True):
+        assert torch.equal(part.to_local(), part_of(part).narrow(whole[i]))
+
+
 PLACEMENTS: dict[str, Any] = {
+    "some sharded": (3, some_sharded),
+    "in a circle": (4, in_a_circle),
     "copies": (3, partial(dtensors, (3,), Replicate(), messages=1)),
     "copies of columns": (4, partial(dtensors, (2, 2), Replicate(), Shard(1), messages=2)),
     "split layers and replicas": (4, split_layers),
@@ -183,8 +220,24 @@ def refusals() -> None:
             Muon.for_model(fully_shard(layer, mesh=mesh))
 
 
-def test_every_rank_names_what_is_wrong(ranks):
-    ranks(2, refusals)
+def refusals_of_parameters() -> None:
+    """A group without parameters, and a DTensor that other ranks have."""
+    rank, mesh = dist.get_rank(), init_device_mesh("cpu", (2,))
+    ones = torch.ones(4, 6)
+    rows = distribute_tensor(ones, mesh, [Shard(0)])
+    unnamed = Muon([rows.clone().requires_grad_()])
+    unnamed.param_groups[0]["params"][0].grad = rows
+    unnamed.step()
+    with refused(r"a group \(of no parameters\) is added after the first step"):
+        unnamed.add_param_group({"params": []})
+    first = distribute_tensor(ones, DeviceMesh("cpu", [0]), [Shard(0)], src_data_rank=None)
+    with refused("first is a DTensor of other ranks, expected a mesh") if rank else nullcontext():
+        Muon([("plain", ones), ("first", first)])
+
+
+@pytest.mark.parametrize("wrong", [refusals, refusals_of_parameters])
+def test_every_rank_names_what_is_wrong(ranks, wrong):
+    ranks(2, wrong)
 
 
 def differ_later() -> None:

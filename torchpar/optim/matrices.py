@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torchpar.errors import ConfigError
+from torchpar.library.sharding import is_dtensor
 from torchpar.ops.matrix import runs_kernels
 from torchpar.optim.newton_schulz import Coefficients, NewtonSchulz, orthogonalize
 from torchpar.parallel.split.parts import Part, local
@@ -72,6 +73,11 @@ class ParamInfo:
             raise ConfigError(f"Muon: {self.name} is {self.p.dtype}, expected {expected}")
         if self.p.layout is not torch.strided:
             raise ConfigError(f"Muon: {self.name} is {self.p.layout}, expected torch.strided")
+        if is_dtensor(self.p) and self.p.device_mesh.get_coordinate() is None:
+            raise ConfigError(
+                f"Muon: {self.name} is a DTensor of other ranks, expected a mesh with this rank; "
+                "give each rank's Muon the parameters that the rank has"
+            )
         if tuple(local(self.p).shape) != tuple(self.part.size):
             raise ConfigError(
                 f"Muon: this rank's part of {self.name} has shape {tuple(local(self.p).shape)}, "

@@ -242,12 +242,14 @@ class Muon(Optimizer):
         super().add_param_group(param_group)
         try:
             self._check_group(len(self.param_groups) - 1)
-            for info in self._param_infos(len(self.param_groups) - 1):
+            added = list(self._param_infos(len(self.param_groups) - 1))
+            for info in added:
                 info.check()
             if any(exchange.group for exchange in self._plan or ()):
                 # A rank that alone adds a group would wait for the other ranks in the next step.
+                first = f"{added[0].name}, …" if added else "of no parameters"
                 raise ConfigError(
-                    f"Muon: a group ({info.name}, …) is added after the first step of several "
+                    f"Muon: a group ({first}) is added after the first step of several "
                     "ranks; make a new Muon of all groups on every rank"
                 )
         except Exception:
@@ -288,8 +290,9 @@ class Muon(Optimizer):
     def _exchanges(self) -> list[Exchange]:
         """The exchanges, one for each set of ranks that hold the same parameters.
 
-        The last is for parameters of this rank alone. The exchanges are made again if a parameter,
-        or its place, shape, dtype or device, has changed since.
+        All ranks take theirs in the order of the ranks, so that none waits for another one in a
+        circle, and each ends with the parameters of this rank alone. The exchanges are made again
+        if a parameter, or its place, shape, dtype or device, has changed since.
         """
         facts = [
             (id(p), index, p.shape, p.dtype, p.device, p.placements if is_dtensor(p) else None)
@@ -301,14 +304,17 @@ class Muon(Optimizer):
                 self._refuse_change(self._plan)
             self._plan = None
         if self._plan is None:
-            together: dict[tuple[_Ranks, torch.device], list[ParamInfo]] = {}
+            together: dict[tuple[bool, tuple[int, ...], str], tuple[_Ranks, list[ParamInfo]]] = {}
             for info in self._param_infos():
                 info.check()
-                together.setdefault(
-                    (self.process_group or info.part.mesh, info.p.device), []
-                ).append(info)
-            plan = [Exchange(_group_of(ranks), params) for (ranks, _), params in together.items()]
-            self._plan = sorted(plan, key=lambda exchange: exchange.group is None)
+                ranks = self.process_group or info.part.mesh
+                members = _members(ranks)
+                key = not members, members, str(info.p.device)
+                together.setdefault(key, (ranks, []))[1].append(info)
+            self._plan = [
+                Exchange(_group_of(ranks), params)
+                for _, (ranks, params) in sorted(together.items())
+            ]
             # Forget the names of parameters that were removed.
             self._names = {info.p: info.name for info in self._param_infos()}
             # The plan keeps the parameters, so that no other one gets their id.
@@ -587,6 +593,15 @@ def _layout(t: Tensor) -> str:
     return f"{t.layout} {t.placements}" if is_dtensor(t) else str(t.layout)
 
 
+def _members(ranks: _Ranks) -> tuple[int, ...]:
+    """The numbers of several ranks in the world; none for a single rank."""
+    if ranks is None or ranks.size() == 1:
+        return ()
+    if isinstance(ranks, DeviceMesh):
+        return tuple(sorted(ranks.mesh.flatten().tolist()))
+    return tuple(sorted(dist.get_process_group_ranks(ranks)))
+
+
 def _group_of(ranks: _Ranks) -> dist.ProcessGroup | None:
     """The process group of all ``ranks``; None for a single rank."""
     if ranks is None or ranks.size() == 1:
@@ -596,7 +611,7 @@ def _group_of(ranks: _Ranks) -> dist.ProcessGroup | None:
     dims = [dim for dim in range(ranks.ndim) if ranks.size(dim) > 1]
     if len(dims) == 1:
         return ranks.get_group(dims[0])
-    members = sorted(ranks.mesh.flatten().tolist())
+    members = _members(ranks)
     if len(members) == dist.get_world_size():
         return dist.group.WORLD
-    return dist.new_group(members, use_local_synchronization=True)  # type: ignore[return-value]
+    return dist.new_group(list(members), use_local_synchronization=True)  # type: ignore[return-value]
