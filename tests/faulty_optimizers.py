@@ -166,6 +166,43 @@ class ScalesByPaddedShape(PlainMuon):
         return max(-(-rows // ranks) * ranks, columns) ** 0.5
 
 
+class KeepsFloat32(PlainMuon):
+    """Momenta of float32 also in a bfloat16 model, which a state dict keeps."""
+
+    def update(self, name: str, p: Tensor, group: dict[str, Any]) -> None:
+        gradient, weight = p.grad.float(), p.detach()
+        momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(gradient))
+        momentum.lerp_(gradient, 1 - group["momentum"])
+        weight.sub_(group["lr"] * self.direction(name, p, gradient.lerp(momentum, 0.95)))
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        super().load_state_dict(state_dict)
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, saved in state_dict["state"].items():
+            self.state[params[i]]["momentum_buffer"] = saved["momentum_buffer"].clone()
+
+
+class RoundsFloat32(KeepsFloat32):
+    """`Optimizer.load_state_dict` casts momenta to the dtype of their parameters."""
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        torch.optim.Optimizer.load_state_dict(self, state_dict)
+        for state in self.state.values():
+            state["momentum_buffer"] = state["momentum_buffer"].float()
+
+
+class ShardsOfMixed(PlainMuon):
+    """Orthogonalises DTensors by shards, if there are other matrices beside them."""
+
+    def direction(self, name: str, p: Tensor, ahead: Tensor) -> Tensor:
+        params = [q for group in self.param_groups for q in group["params"]]
+        if not isinstance(ahead, DTensor) or all(isinstance(q, DTensor) for q in params):
+            return super().direction(name, p, ahead)
+        update = ahead.clone()
+        self.orthogonal(name, p, update.to_local())
+        return update
+
+
 class NormalisesMomentum(PlainMuon):
     """Without Nesterov, a bfloat16 momentum is divided by its norm in place (pytorch#190597)."""
 
@@ -221,6 +258,13 @@ class PlainAdamW(torch.optim.Optimizer):
 
 def make_adamw(model: nn.Module, kind: Any = PlainAdamW) -> torch.optim.Optimizer:
     return kind(model.parameters())
+
+
+class DividesByNorm(PlainAdamW):
+    """Zeros are divided by their norm (microsoft/dion#24, optax#1784)."""
+
+    def update(self, p: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
+        p.sub_(group["lr"] * gradient / gradient.norm())
 
 
 class DropsDecay(PlainAdamW):

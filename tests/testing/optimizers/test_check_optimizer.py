@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from torchpar.errors import ConfigError
 from torchpar.optim import Muon
+from torchpar.optim.exchange import Exchange
 from torchpar.testing import SITUATIONS, Conformance, Formula, Row, check_optimizer
 from torchpar.testing.optimizers import check_optimizer as check
 from torchpar.testing.optimizers.conformance import RIGHT as COMPARED
@@ -55,6 +56,7 @@ SOME = [
     "whole",
     "fully_shard on 2 ranks",
     "ColumnParallelLinear",
+    "parallelize_module, some matrices",
     "pipeline stages",
 ]
 LOST = "Shard(0), a group on one rank"  # rank 0 waits for the other, and is ended
@@ -95,8 +97,32 @@ class NotANumber(faulty.PlainMuon):
         return super().scale(matrix, p) if dist.get_world_size() == 1 else math.nan
 
 
+class TakesAllResults(Muon):
+    """The parameters of one rank alone get the results of all exchanges, also of shards."""
+
+    def _exchanges(self) -> list[Exchange]:
+        exchanges = super()._exchanges()
+        for exchange in exchanges:
+            if exchange.group is None:
+                exchange.scatter = dict
+        return exchanges
+
+
+def make_of_all_results(model: nn.Module, process_group: Any = None) -> Muon:
+    return TakesAllResults(model.parameters(), lr=0.05, process_group=process_group)
+
+
 def refuse(model: Any = None, kind: type[Exception] = RuntimeError) -> Any:
     raise kind("nothing is supported")
+
+
+class Refuses(faulty.PlainAdamW):
+    def __init__(self, params: Any, kind: type[Exception]):
+        super().__init__(params)
+        self.kind = kind
+
+    def step(self, closure: Any = None) -> Any:
+        refuse(kind=self.kind)
 
 
 def of(kind: Any, **arguments: Any) -> Any:
@@ -120,6 +146,10 @@ RECONSTRUCTED = [
     # Does not compare the ranks.
     (faulty.make, "Shard(0), two learning rates", "update off by", True),
     (faulty.make_by_layer, "tied weights", "update off by", False),
+    (of(faulty.RoundsFloat32), "state dict, bfloat16", "expected the same bits", False),
+    # Takes the slice for a matrix, beside whole ones.
+    (faulty.make, "split layers, some matrices", "each shard is updated on its own: ", True),
+    (of(faulty.ShardsOfMixed), "Shard(1), some matrices", "each shard is updated on ", False),
 ]
 
 
@@ -131,28 +161,43 @@ RECONSTRUCTED = [
             for make, situation, detail, is_slow in RECONSTRUCTED
         ),
         (of(Scaled), "DDP", "wrong", "the ranks differ"),
-        (of(NotANumber), "DDP", "wrong", "update off by inf"),
+        (of(NotANumber), "DDP", "wrong", "a step makes square infinite or NaN"),
         (partial(make_muon, lr=0.0), "whole", "wrong", "no weight moves"),
-        (refuse, "whole", "refuses", "RuntimeError: nothing is supported"),
         (
-            partial(refuse, kind=AssertionError),
+            partial(faulty.make_adamw, kind=partial(Refuses, kind=RuntimeError)),
+            "whole",
+            "refuses",
+            "RuntimeError: nothing is supported",
+        ),
+        (
+            partial(faulty.make_adamw, kind=partial(Refuses, kind=AssertionError)),
             "whole",
             "crashes",
             "AssertionError: nothing is supported",
         ),
-        (
-            partial(torch.optim.AdamW, lr=0.1),
-            "whole",
-            "crashes",
-            "give its optimizer model.parameters()",
-        ),
-        (refuse, "fully_shard, heads", "not applicable", "make has no argument views"),
+        (faulty.make_adamw, "fully_shard, heads", "not applicable", "make has no argument views"),
+        (make_of_all_results, "Shard(0), some matrices", "crashes", "The size of tensor a"),
     ],
 )
 def test_faults_are_found(ranks, make, situation, verdict, detail):
     (row,) = check_optimizer(make, [situation], ranks=ranks)
     assert row.verdict == verdict, row
     assert detail in row.detail
+
+
+@pytest.mark.slow
+def test_results_of_all_exchanges_are_found_in_each_placement(ranks):
+    names = [name for name in SITUATIONS if "some matrices" in name]
+    rows = check_optimizer(make_of_all_results, names, ranks=ranks)
+    crashes = [row.situation for row in rows if row.verdict == "crashes"]
+    assert crashes == [name for name in names if "sharing the work" not in name], rows
+    assert len(crashes) == 12
+
+
+def test_momenta_of_float32_go_on_in_a_model_of_bfloat16(ranks):
+    names = ["state dict", "state dict, bfloat16"]
+    rows = check_optimizer(of(faulty.KeepsFloat32), names, ranks=ranks)
+    assert [row.verdict for row in rows] == ["same bits", "same bits"], rows
 
 
 PAGE = (ROOT / "docs" / "conformance.md").read_text()
@@ -238,6 +283,7 @@ SILENT = [
     (faulty.WritesData, "version counters", "autograd does not notice that square changes"),
     (faulty.TakesNoneForZero, "no gradient in a step", "square moves without a gradient"),
     (faulty.LeavesGradients, "whole", "zero_grad leaves the gradient of square"),
+    (faulty.DividesByNorm, "zero gradients", "a step makes square infinite or NaN"),
 ]
 # Faults like some of these, of another class or in other situations.
 ALIKE = [
@@ -252,6 +298,7 @@ ALIKE = [
     (faulty.WritesLocalData, "Shard(0)", "autograd does not notice that square changes"),
     (faulty.MuonWithoutDecay, "Shard(0)", "large weights: update off by"),
     (faulty.DropsDecay, "fully_shard on 2 ranks", "large weights: update off by"),
+    (faulty.DividesByNorm, "Shard(0), zero gradients", "a step makes square infinite or NaN"),
     (faulty.ReadsRateOnceOnDTensors, "fully_shard, two groups and a schedule", "update off by"),
 ]
 
@@ -438,6 +485,23 @@ def test_what_cannot_be_run_is_refused():
     ):
         with pytest.raises(ConfigError, match=message):
             check_optimizer(make, ["polar factor"], orthogonal=False)
+
+
+def test_a_make_that_is_wrong_is_named_once(ranks):
+    """In place of a table in which each row has the same error."""
+    for make, message in (
+        (refuse, "make fails on a plain model, on one process: RuntimeError: nothing is supported"),
+        (partial(torch.optim.AdamW, lr=0.1), "make gets a model; give its optimizer model.param"),
+        (partial(make_adamw, lr=0.1), "make fails on .*: TypeError: .* keyword argument 'lr'"),
+        (make_nothing, "make returns None, expected the optimizer of the model$"),
+        (nn.Module.parameters, "make returns a generator, expected the optimizer"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            check_optimizer(make, ranks=ranks)
+
+
+def make_nothing(model: nn.Module) -> None:
+    torch.optim.AdamW(model.parameters())
 
 
 @pytest.mark.slow

@@ -64,7 +64,7 @@ def check_optimizer(
 
     Raises:
         ConfigError: no situation, or an unknown one; an unknown ``reference``; a ``make`` that the
-            ranks cannot import or call.
+            ranks cannot import, or that makes no optimizer of a plain model on one process.
     """
     if not callable(make):
         raise ConfigError(
@@ -96,7 +96,35 @@ def check_optimizer(
                 "function or class, or a functools.partial of one, and in a script `if __name__ == "
                 "'__main__':` around the call"
             ) from e
+        _check_make(pool, pickled)
         return Conformance(_row(pool, name, pickled, timeout) for name in names)
+
+
+def _check_make(ranks: Ranks, pickled: bytes) -> None:
+    """Raise a ConfigError if ``make`` fails on unsharded matrices on one process.
+
+    All situations compare with steps on such a model, so that each would repeat the error.
+    """
+    (outcome,) = ranks.outcomes(1, _make_once, pickled)
+    if isinstance(outcome, Failure):
+        raise ConfigError(
+            f"make fails on a plain model, on one process: {outcome.args[1]}; expected a function "
+            "of a model that returns its optimizer"
+        )
+    if isinstance(outcome, BaseException):
+        did = "does not return" if isinstance(outcome, TimeoutError) else "ends its process"
+        raise ConfigError(f"make {did}, expected an optimizer of a plain model, on one process")
+    if outcome:
+        raise ConfigError(f"make returns {outcome}, expected the optimizer of the model")
+
+
+def _make_once(pickled: bytes) -> str:
+    """Make an optimizer of a plain model; return what it is instead if it is none, or ""."""
+    with failures():
+        trial = Trial(pickle.loads(pickled)[0], Record())
+        made: object = trial.optimizer(trial.model())
+    is_optimizer = all(hasattr(made, name) for name in ("param_groups", "step", "zero_grad"))
+    return "" if is_optimizer else "None" if made is None else f"a {type(made).__name__}"
 
 
 def _row(ranks: Ranks, name: str, pickled: bytes, timeout: float) -> Row:

@@ -93,7 +93,8 @@ def _check_moves(records: dict[Key, Record], references: References) -> None:
         still = [
             name
             for name, of in exact.items()
-            if np.array_equal(of[0], of[-1]) and any(g is not None for g in record.gradients[name])
+            if np.array_equal(of[0], of[-1])
+            and any(g is not None and g.any() for g in record.gradients[name])
         ]
         if still:
             only_some = len(still) < len(exact)

@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import cycle
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
 from torchpar.parallel.split.layers import ColumnParallelLinear, RowParallelLinear
+from torchpar.parallel.split.parts import slice_along
 from torchpar.testing.optimizers.trial import (
     SHAPES,
     STEPS,
@@ -49,7 +51,7 @@ def trained(
     trial: Trial,
     wrap: Callable[[nn.Module], Any] = lambda model: model,
     micro_batches: int = 1,
-    replica: int = 1,
+    replica: int | None = 1,
     optimizer_first: bool = False,
     without: Sequence[int] = (),
     **options: object,
@@ -58,13 +60,14 @@ def trained(
 
     Args:
         micro_batches: the number of micro-batches of each rank's share, whose gradients are added.
-        replica: the number of ranks that split a model, and get the same samples.
+        replica: the number of ranks that split a model, and get the same samples; None for all.
         without: the steps in which a matrix has no gradient.
         options: arguments of the optimizer.
     """
     model: nn.Module = trial.model()
     early = trial.optimizer(model, **options) if optimizer_first else None
     model = wrap(model)
+    replica = replica or dist.get_world_size()
     rank, ranks = dist.get_rank() // replica, dist.get_world_size() // replica
     optimizer = early or trial.optimizer(model, **options)
     scheduler = scheduled(trial, optimizer) if trial.rates else None
@@ -84,8 +87,9 @@ def scheduled(trial: Trial, optimizer: torch.optim.Optimizer) -> LambdaLR:
     return LambdaLR(optimizer, lambda step: trial.rates[step])
 
 
-def sharing_work(trial: Trial) -> None:
-    trained(trial, DistributedDataParallel, process_group=dist.group.WORLD)
+def sharing_work(trial: Trial, run: Callable[..., None]) -> None:
+    """Train with an optimizer that gets the group of all ranks."""
+    run(trial, process_group=dist.group.WORLD)
 
 
 def pipeline(trial: Trial) -> None:
@@ -95,19 +99,33 @@ def pipeline(trial: Trial) -> None:
     trained(trial, replica=2)
 
 
-def split_layers(trial: Trial, kind: type[ColumnParallelLinear] | type[RowParallelLinear]) -> None:
-    """Train column layers, whose outputs are sharded, or row layers, whose inputs are sharded."""
-    mesh, model = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",)), trial.model()
+Split = type[ColumnParallelLinear] | type[RowParallelLinear]
+
+
+def split_layers(trial: Trial, kinds: Sequence[Split | type[nn.Linear]], **options: object) -> None:
+    """Train layers of ``kinds`` in turn: column layers, whose outputs are sharded, row layers,
+    whose inputs are sharded, and whole ones.
+
+    Args:
+        options: arguments of the optimizer.
+    """
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+    model, by_name = trial.model(), dict(zip(trial.shapes, cycle(kinds), strict=False))
     for name, layer in list(model.named_children()):
-        setattr(model, name, kind.from_linear(layer, mesh=mesh))
+        if (kind := by_name[name]) is not nn.Linear:
+            setattr(model, name, kind.from_linear(layer, mesh=mesh))
 
-    def shard_if(t: Tensor, of: type[nn.Module]) -> Tensor:
-        return t.tensor_split(2, -1)[dist.get_rank()] if kind is of else t
+    def shard_if(is_sharded: bool, t: Tensor) -> Tensor:
+        return slice_along(1, t.shape, mesh).narrow(t) if is_sharded else t
 
-    for step in trial.steps(model, trial.optimizer(model)):
+    for step in trial.steps(model, trial.optimizer(model, **options)):
         shards = {}
         for name, (x, y) in trial.batch(step).items():
-            shards[name] = shard_if(x, RowParallelLinear), shard_if(y, ColumnParallelLinear)
+            kind = by_name[name]
+            shards[name] = (
+                shard_if(kind is RowParallelLinear, x),
+                shard_if(kind is ColumnParallelLinear, y),
+            )
         model(shards).backward()
 
 
@@ -121,12 +139,23 @@ def shard(model: nn.Module, **options: Any) -> nn.Module:
     return model
 
 
-def parallelize(model: nn.Module, mesh: DeviceMesh | None = None) -> nn.Module:
+def shard_some(model: nn.Module) -> nn.Module:
+    """`fully_shard` every second layer."""
+    for layer in [*model.children()][SECOND]:
+        fully_shard(layer)
+    return model
+
+
+def parallelize(
+    model: nn.Module, mesh: DeviceMesh | None = None, which: slice = slice(None)
+) -> nn.Module:
+    """Parallelize the layers ``which`` by columns and by rows in turn."""
     styles = ColwiseParallel(output_layouts=Replicate()), RowwiseParallel(input_layouts=Replicate())
     plan: dict[str, ParallelStyle] = {
-        name: styles[i % 2] for i, (name, _) in enumerate(model.named_children())
+        name: styles[i % 2] for i, (name, _) in enumerate([*model.named_children()][which])
     }
-    return parallelize_module(model, mesh or init_device_mesh("cpu", (2,)), plan)
+    mesh = mesh or init_device_mesh("cpu", (dist.get_world_size(),))
+    return parallelize_module(model, mesh, plan)
 
 
 def shard_parallelized(model: nn.Module) -> nn.Module:
@@ -216,12 +245,21 @@ def resumed(trial: Trial) -> None:
         model(trial.batch(step)).backward()
 
 
-def checkpointed(trial: Trial) -> None:
-    """Save a checkpoint, with a changed rate. In the second phase load it on other ranks."""
+def checkpointed(
+    trial: Trial, wrap: Callable[[nn.Module], nn.Module] = shard, same_samples: bool = False
+) -> None:
+    """Save a checkpoint, with a changed rate. In the second phase load it on other ranks.
+
+    Args:
+        wrap: shards the model, if there are several ranks.
+        same_samples: whether all ranks get the same samples, as a model with whole matrices needs.
+    """
     model = trial.model()
     share = dist.get_rank(), dist.get_world_size()
     if share[1] > 1:
-        shard(model)
+        wrap(model)
+    if same_samples:
+        share = 0, 1
     optimizer = trial.optimizer(model)
     is_first = not trial.record.weights
     if not is_first:
@@ -242,33 +280,50 @@ def checkpointed(trial: Trial) -> None:
 def distributed(
     trial: Trial,
     placements: Sequence[Placement] = (Shard(0),),
+    which: slice = slice(None),
+    on_meshes: bool = False,
     partial_sums: bool = False,
     without: Sequence[int] = (),
     alone: Callable[[nn.Module, torch.optim.Optimizer, int], None] | None = None,
+    **options: object,
 ) -> None:
     """Train weights that are DTensors.
 
     Their layers cannot compute with DTensors, so a backward pass only accumulates given gradients.
 
     Args:
+        which: the matrices that are DTensors; the others are whole.
+        on_meshes: whether the first of these matrices lie on one dimension of the mesh each, in
+            turn, and only the last one on all dimensions.
         partial_sums: whether the gradients are partial sums.
         without: the steps in which a matrix has no gradient.
         alone: a change by rank 1 alone, right before a step. The reference steps are without it.
+        options: arguments of the optimizer.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
     sizes = (ranks,) if len(placements) == 1 else (2, ranks // 2)
-    model, mesh = trial.model(), init_device_mesh("cpu", sizes)
-    place = partial(distribute_tensor, device_mesh=mesh, placements=placements, src_data_rank=None)
-    for layer in model.children():
-        layer.weight = nn.Parameter(place(layer.weight.detach()))  # type: ignore[operator]
-    optimizer = trial.optimizer(model)
+    mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("dp", "tp")[: len(sizes)])
+    names = [*trial.shapes][which]
+    places = dict.fromkeys(names, (mesh, placements))
+    for i, name in enumerate(names[:-1] if on_meshes else ()):
+        dim = i % len(placements)
+        places[name] = mesh[("dp", "tp")[dim]], [placements[dim]]
+
+    def place(name: str, t: Tensor) -> Tensor:
+        return distribute_tensor(t, *places[name], src_data_rank=None) if name in places else t
+
+    model = trial.model()
+    for name, layer in model.named_children():
+        layer.weight = nn.Parameter(place(name, layer.weight.detach()))  # type: ignore[operator]
+    optimizer = trial.optimizer(model, **options)
     if alone and rank == 1:
         optimizer.register_step_pre_hook(lambda *_: alone(model, optimizer, step))
     for step in trial.steps(model, optimizer):
         batch = trial.batch(step, rank, ranks) if partial_sums else trial.batch(step)
-        grads = [y.T @ x for x, y in batch.values()]
+        grads = {name: y.T @ x for name, (x, y) in batch.items()}
         placed = [
-            DTensor.from_local(g, mesh, [Partial()]) if partial_sums else place(g) for g in grads
+            DTensor.from_local(g, mesh, [Partial()]) if partial_sums else place(name, g)
+            for name, g in grads.items()
         ]
         torch.autograd.backward(list(model.parameters()), placed)
         if step in without:
@@ -318,9 +373,41 @@ class Situation(NamedTuple):
     same_bits: bool = False
 
 
+SECOND = slice(1, None, 2)  # every second layer
+
+
+def some_sharded() -> dict[str, Situation]:
+    """Every second matrix sharded, in each placement, on 2 and 3 ranks, with and without a
+    group."""
+    kinds: dict[str, Callable[..., None]] = {
+        "fully_shard": partial(trained, wrap=shard_some, replica=None),
+        "Shard(0)": partial(distributed, which=SECOND),
+        "Shard(1)": partial(distributed, placements=[Shard(1)], which=SECOND),
+        "parallelize_module": partial(
+            trained, wrap=partial(parallelize, which=SECOND), replica=None
+        ),
+        "split layers": partial(
+            split_layers, kinds=[nn.Linear, ColumnParallelLinear, nn.Linear, RowParallelLinear]
+        ),
+    }
+    return {
+        f"{kind}, some matrices{on_ranks}{sharing}": Situation(
+            partial(sharing_work, run=run) if sharing else run, ranks
+        )
+        for kind, run in kinds.items()
+        for ranks, on_ranks in ((2, ""), (3, " on 3 ranks"))
+        for sharing in ("", ", sharing the work")
+    }
+
+
 sharded = partial(trained, wrap=shard)
+on_meshes = partial(
+    distributed, placements=[Shard(0), Shard(1)], which=slice(1, None), on_meshes=True
+)
 SCALED: Setup = {"factor": 1024.0}  # exact in every dtype
 BFLOAT16: Setup = {"dtype": torch.bfloat16}
+# In the first step, as behind a projection that begins with zeros; in a later one; in all.
+ZEROS: Setup = {"zeros": {"square": [0], "wide": [1], "uneven": STEPS}}
 NO_NESTEROV: Setup = {"options": {"nesterov": False}}
 MIXED, OFFLOAD = MixedPrecisionPolicy(torch.bfloat16, torch.float32), CPUOffloadPolicy(False)
 # fully_shard pads 9 rows to 12 and 5 to 8, and an update's norm may depend on the ratio of rows and
@@ -351,15 +438,19 @@ SITUATIONS = {
     "tied weights": Situation(tied),
     "torch.compile": Situation(partial(trained, wrap=partial(torch.compile, backend="eager"))),
     "state dict": Situation(resumed, setup=RESUMED, same_bits=True),
+    "state dict, bfloat16": Situation(resumed, setup=RESUMED | BFLOAT16, same_bits=True),
     "learning rate schedule": Situation(trained, setup=SCHEDULE),
     "two groups": Situation(trained, setup=TWO_GROUPS),
     "no gradient in a step": Situation(partial(trained, without=[1])),
+    "zero gradients": Situation(trained, setup=ZEROS),
     "skipped step": Situation(skipped),
     "tiny gradients": Situation(trained, setup=TINY),
     "version counters": Situation(trained, setup={"versions": True}),
     "fused query, key and value": Situation(trained, setup=FUSED),
     "DDP": Situation(partial(trained, wrap=DistributedDataParallel), 2),
-    "DDP, sharing the work": Situation(sharing_work, 2),
+    "DDP, sharing the work": Situation(
+        partial(sharing_work, run=partial(trained, wrap=DistributedDataParallel)), 2
+    ),
     "fully_shard on 2 ranks": Situation(sharded, 2),
     "fully_shard on 3 ranks": Situation(sharded, 3),
     "fully_shard, fewer rows than ranks": Situation(sharded, 3, FEW_ROWS),
@@ -388,6 +479,7 @@ SITUATIONS = {
     "Replicate, Shard(1)": Situation(partial(distributed, placements=[Replicate(), Shard(1)]), 4),
     "Shard(0), partial gradients": Situation(partial(distributed, partial_sums=True), 2),
     "Shard(0), no gradient in a step": Situation(partial(distributed, without=[1]), 2),
+    "Shard(0), zero gradients": Situation(distributed, 2, ZEROS),
     "Shard(0), no gradient on one rank": Situation(
         partial(distributed, alone=lose_gradient), 2, orthogonal=True
     ),
@@ -400,14 +492,22 @@ SITUATIONS = {
     "Shard(0), a group on one rank": Situation(
         partial(distributed, alone=add_group), 2, orthogonal=True, one_may_refuse=True
     ),
-    "ColumnParallelLinear": Situation(partial(split_layers, kind=ColumnParallelLinear), 2),
-    "RowParallelLinear": Situation(partial(split_layers, kind=RowParallelLinear), 2),
+    "ColumnParallelLinear": Situation(partial(split_layers, kinds=[ColumnParallelLinear]), 2),
+    "RowParallelLinear": Situation(partial(split_layers, kinds=[RowParallelLinear]), 2),
     "parallelize_module": Situation(partial(trained, wrap=parallelize, replica=2), 2),
     "fully_shard over parallelize_module": Situation(
         partial(trained, wrap=shard_parallelized, replica=2), 4
     ),
+    **some_sharded(),
+    "some matrices on each of several meshes": Situation(on_meshes, 4),
+    "some matrices on each of several meshes, sharing the work": Situation(
+        partial(sharing_work, run=on_meshes), 4
+    ),
     "pipeline stages": Situation(pipeline, 2),
     "DCP, 2 ranks onto 3": Situation(checkpointed, (2, 3), RESUMED),
     "DCP, 2 ranks onto 1": Situation(checkpointed, (2, 1), RESUMED),
+    "DCP, some matrices, 2 ranks onto 3": Situation(
+        partial(checkpointed, wrap=shard_some, same_samples=True), (2, 3), RESUMED
+    ),
 }
 """The situations that `check_optimizer` tries, by name."""

@@ -133,6 +133,13 @@ class Record:
     gradients: dict[str, list[Array | None]] = field(default_factory=dict)
     parts: dict[str, set[Part]] = field(default_factory=dict)
 
+    def check_finite(self) -> None:
+        """Raise a Failure if the last step, whose gradients were finite, has made weights that are
+        not."""
+        for name, weights in self.weights.items():
+            if not np.isfinite(weights[-1]).all():
+                raise Failure("wrong", f"a step makes {name} infinite or NaN")
+
     def shards(self) -> "Record":
         """The shards of each sharded matrix, as matrices of their own: ``tall_0``, ``tall_1``."""
         return Record(self.split(self.weights), self.split(self.gradients))
@@ -196,6 +203,7 @@ class Setup(TypedDict, total=False):
     rates: Sequence[float]
     groups: bool
     versions: bool
+    zeros: Mapping[str, Sequence[int]]
 
 
 @dataclass
@@ -217,6 +225,7 @@ class Trial:
         groups: whether the second half of the layers is a group with other settings
             (`other_settings`).
         versions: whether autograd must notice each change of a weight.
+        zeros: the steps in which a matrix has a gradient of zeros, by its name.
         returned: the result of each step.
     """
 
@@ -235,6 +244,7 @@ class Trial:
     rates: Sequence[float] = ()
     groups: bool = False
     versions: bool = False
+    zeros: Mapping[str, Sequence[int]] = field(default_factory=dict)
     returned: list[float | Tensor | None] = field(default_factory=list)
 
     def model(self) -> Layers:
@@ -252,7 +262,8 @@ class Trial:
     def optimizer(self, model: nn.Module, **options: object) -> torch.optim.Optimizer:
         """Make the optimizer. Raise a Failure if ``make`` lacks an argument of the situation."""
         options |= dict(self.options) | ({"views": dict(self.views)} if self.views else {})
-        if unknown := options.keys() - inspect.signature(self.make).parameters:
+        # Of a `partial` with an unknown argument the signature fails, and the call names it.
+        if options and (unknown := options.keys() - inspect.signature(self.make).parameters):
             raise Failure("not applicable", f"make has no argument {min(unknown)}")
         if not self.groups:
             return self.make(model, **options)
@@ -308,6 +319,7 @@ class Trial:
                         "wrong", f"autograd does not notice that {name} changes, as by p.data"
                     )
             self._append(self.record.weights, model)
+            self.record.check_finite()
             for name, p in named_layers(model):
                 part = part_of(p)._replace(mesh=None)  # which other processes cannot unpickle
                 if name in self.record.weights and all(part.size):
@@ -345,6 +357,8 @@ class Trial:
             * torch.logspace(0, -self.decades / 2, rank, dtype=torch.float64)
         )
         x, y = (mixed @ v.T).to(self.dtype), (mixed @ u.T).to(self.dtype)
+        if step in self.zeros.get(name, ()):
+            y = torch.zeros_like(y)
         return x.view(-1, *shape[1:]), y.view(*y.shape, *[1] * (len(shape) - 2))
 
     def _generator(self, *of: object) -> torch.Generator:
