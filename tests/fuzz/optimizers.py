@@ -1,29 +1,37 @@
 # SPDX-License-Identifier: MIT
 """Random programs of `Muon`, `Muon.for_model` and `ChainedOptimizer`, beside PyTorch's own
-optimizers.
+optimizers, and on several ranks beside Muon on whole matrices.
 
 A program steps, changes settings, edits groups, drops gradients, and saves and loads the state.
 Both optimizers do the same. A `ConfigError`, or the RuntimeError and NotImplementedError that
 docstrings name, is the documented refusal.
+
+On several ranks some of the matrices are sharded, each in its own way, and others are not. The
+weights must have the bits of whole matrices, and nothing is refused.
 """
 
+import atexit
 import copy
 import itertools
+import math
 import random
 import sys
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 import torch._dynamo  # which an optimizer's first step would import
 from driver import Found, Refused, run
+from placed_muon import BOTH, HOW, SPLIT, STYLES, Layer, Program, meshes_of, train
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from torchpar.errors import ConfigError
 from torchpar.optim import ChainedOptimizer, Muon
 from torchpar.optim import muon as muon_module
+from torchpar.parallel.launch.local import PRELOAD, Ranks, fork_context
 
+fault = ""  # of `train`
 SIZES = (1, 2, 3, 8, 17, 32)
 # A step rounds numbers of the parameter's and of the update's size to float32 some times.
 UNITS = 16
@@ -47,10 +55,15 @@ def ours_exactly(matrices: Any, coefficients: Any, steps: int, eps: float, ns: s
     return [exactly(matrix, coefficients, steps, eps) for matrix in matrices]
 
 
-# Rounding can change the update of an ill-conditioned matrix by much; tests/optim/test_optim.py
-# judges it. Here both sides orthogonalise in float64, and the rest of the optimizers is compared.
-torch.optim._muon._zeropower_via_newtonschulz = exactly
-muon_module.orthogonalize_all = ours_exactly
+def orthogonalize_exactly() -> None:
+    """Let both sides of this process orthogonalize in float64, and compare the rest of the
+    optimizers.
+
+    Rounding can change the update of an ill-conditioned matrix by much; tests/optim/test_optim.py
+    judges it.
+    """
+    torch.optim._muon._zeropower_via_newtonschulz = exactly
+    muon_module.orthogonalize_all = ours_exactly  # type: ignore[assignment]
 
 
 class Both:
@@ -265,7 +278,65 @@ EDITS = (
 )
 
 
+@cache
+def ranks() -> Ranks:
+    fork_context([*PRELOAD, "placed_muon"])
+    started = Ranks()
+    atexit.register(started.close)
+    return started
+
+
+def draw_layer(rng: random.Random, mesh: tuple[int, ...], layers: list[Layer]) -> Layer:
+    """A layer, or sometimes a layer with the weight of an earlier one."""
+    alone = [i for i, layer in enumerate(layers) if layer.how not in (*STYLES, *SPLIT)]
+    alone = [i for i in alone if not layers[i].how.startswith("fully_shard")]
+    if alone and rng.random() < 0.1:
+        twin = rng.choice(alone)
+        return layers[twin]._replace(twin=twin if layers[twin].twin is None else layers[twin].twin)
+    how = "whole" if rng.random() < 0.4 else rng.choice([*HOW, *[BOTH] * (len(mesh) > 1)])
+    return Layer(rng.choice(SIZES), rng.choice(SIZES), how, rng.choice(meshes_of(mesh, how)))
+
+
+def draw_program(rng: random.Random) -> Program:
+    mesh = rng.choice([(2,), (2,), (3,), (2, 2)])
+    layers: list[Layer] = []
+    for _ in range(rng.randint(2, 6)):
+        layers.append(draw_layer(rng, mesh, layers))
+    count = len([layer for layer in layers if layer.twin is None])
+    of_model = rng.random() < 0.25
+    return Program(
+        mesh=mesh,
+        layers=tuple(layers),
+        order=tuple(rng.sample(range(count), count)),
+        cut=0 if of_model or rng.random() < 0.6 else rng.randrange(1, max(count, 2)) % count,
+        of_model=of_model,
+        group=rng.choice(["", "", "", "world", "mesh"]),
+        named=rng.random() < 0.5,
+        dtype=rng.choice([torch.float32, torch.float32, torch.float32, torch.bfloat16]),
+        nesterov=rng.random() < 0.7,
+        edits=tuple(
+            rng.choice(["", "lr", "decay", "resume", "lose", "zeros"])
+            for _ in range(rng.randint(1, 4))
+        ),
+        seed=rng.randrange(1000),
+    )
+
+
+def placed(rng: random.Random) -> str:
+    """A program on several ranks."""
+    program = draw_program(rng)
+    outcomes = ranks().outcomes(math.prod(program.mesh), train, program, fault)
+    for rank, outcome in enumerate(outcomes):
+        if outcome:
+            raise Found(f"rank {rank}: {' '.join(str(outcome).split())[-200:]}; {program}")
+    return "placed"
+
+
 def trial(rng: random.Random) -> str:
+    return placed(rng) if rng.random() < 0.5 else on_one_rank(rng)
+
+
+def on_one_rank(rng: random.Random) -> str:
     both = None
     try:
         both = Both(rng)
@@ -304,5 +375,18 @@ def closure_for_each() -> None:
     ChainedOptimizer.step = wrong  # type: ignore[method-assign]
 
 
+def results_of_all_exchanges() -> None:
+    """Let an exchange of one rank alone return the results of all exchanges."""
+    global fault
+    fault = "exchange"
+
+
+FAULTS = {
+    "decay": decay_once_too_often,
+    "closure": closure_for_each,
+    "exchange": results_of_all_exchanges,
+}
+
 if __name__ == "__main__":
-    sys.exit(run(trial, {"decay": decay_once_too_often, "closure": closure_for_each}))
+    orthogonalize_exactly()
+    sys.exit(run(trial, FAULTS))
