@@ -13,7 +13,7 @@ pytest.importorskip("tyro", reason="tyro reads the flags")
 SCRIPTS = {
     "exact_mode": ["exp", "rows", "checkpoint"],
     "training": ["bits", "alone"],
-    "optimizers": ["decay", "closure"],
+    "optimizers": ["decay", "closure", "exchange"],
     "operators": ["transposed", "last-bit", "behind", "overwritten", "overflow"],
     "library": ["keywords", "twice"],
     "flags": ["unchecked"],
@@ -28,7 +28,7 @@ SEEDS = {"bits": 1, "rows": 2, "checkpoint": 3, "exp": 5}
 ALONE = ("transposed", "last-bit")
 
 # Processes that start and end others, and that remove folders at their end, are not forked.
-OWN_PROCESS = ("training", "flags")
+OWN_PROCESS = ("training", "flags", "optimizers")
 # Run a script with several flags, each in a fork of a process that has imported PyTorch's samples,
 # which takes seconds. Write each output into a file, and print the exit statuses.
 EACH_FORKED = """

@@ -7,7 +7,7 @@ Both optimizers do the same. A `ConfigError`, or the RuntimeError and NotImpleme
 docstrings name, is the documented refusal.
 
 On several ranks some of the matrices are sharded, each in its own way, and others are not. The
-weights must have the bits of whole matrices, and nothing is refused.
+weights must have the bits of whole matrices, and nothing is refused but models without a matrix.
 """
 
 import atexit
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch._dynamo  # which an optimizer's first step would import
 from driver import Found, Refused, run
-from placed_muon import BOTH, HOW, SPLIT, STYLES, Layer, Program, meshes_of, train
+from placed_muon import BOTH, HOW, REFUSED, SPLIT, STYLES, Layer, Program, meshes_of, train
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
@@ -326,6 +326,8 @@ def placed(rng: random.Random) -> str:
     """A program on several ranks."""
     program = draw_program(rng)
     outcomes = ranks().outcomes(math.prod(program.mesh), train, program, fault)
+    if outcomes == [REFUSED] * len(outcomes):
+        raise Refused("the model has no matrix for Muon")
     for rank, outcome in enumerate(outcomes):
         if outcome:
             raise Found(f"rank {rank}: {' '.join(str(outcome).split())[-200:]}; {program}")

@@ -56,8 +56,8 @@ class Muon(Optimizer):
     **Several ranks.** A parameter may be replicated, a DTensor of any placement, such as those of
     `fully_shard`, or a shard that a split layer of torchpar holds. Each matrix is orthogonalized by
     a single rank, one of those that have it, and the ranks divide the work about evenly. A step
-    makes two all-to-alls in bfloat16 for each mesh, and a rank holds no unsharded matrices but
-    those that it orthogonalizes (`torchpar.optim.exchange`). With ``ns="standard"`` float32
+    makes two all-to-alls in bfloat16 for each set of ranks, and a rank holds no unsharded matrices
+    but those that it orthogonalizes (`torchpar.optim.exchange`). With ``ns="standard"`` float32
     parameters have the same bits as without sharding, on a CPU. Save and load the state as any
     optimizer's: a momentum is sharded as its parameter is.
 

@@ -102,17 +102,17 @@ def pipeline(trial: Trial) -> None:
 Split = type[ColumnParallelLinear] | type[RowParallelLinear]
 
 
-def split_layers(trial: Trial, kinds: Sequence[Split | type[nn.Linear]], **options: object) -> None:
-    """Train layers of ``kinds`` in turn: column layers, whose outputs are sharded, row layers,
-    whose inputs are sharded, and whole ones.
+def split_layers(trial: Trial, kinds: Sequence[Split | None], **options: object) -> None:
+    """Train column layers, whose outputs are sharded, and row layers, whose inputs are sharded.
 
     Args:
+        kinds: the layers take these in turn; None leaves a layer whole.
         options: arguments of the optimizer.
     """
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
     model, by_name = trial.model(), dict(zip(trial.shapes, cycle(kinds), strict=False))
     for name, layer in list(model.named_children()):
-        if (kind := by_name[name]) is not nn.Linear:
+        if kind := by_name[name]:
             setattr(model, name, kind.from_linear(layer, mesh=mesh))
 
     def shard_if(is_sharded: bool, t: Tensor) -> Tensor:
@@ -387,7 +387,7 @@ def some_sharded() -> dict[str, Situation]:
             trained, wrap=partial(parallelize, which=SECOND), replica=None
         ),
         "split layers": partial(
-            split_layers, kinds=[nn.Linear, ColumnParallelLinear, nn.Linear, RowParallelLinear]
+            split_layers, kinds=[None, ColumnParallelLinear, None, RowParallelLinear]
         ),
     }
     return {
