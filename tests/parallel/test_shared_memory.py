@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from torchpar.errors import ConfigError
 from torchpar.parallel import join_world
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.split import shared_memory
@@ -130,6 +131,55 @@ def averages_are_gloos() -> bool:
 def test_averages_of_data_parallel_replicas_are_gloos(ranks):
     """On two ranks to the bit: both halve the gradients and add two terms."""
     assert ranks(2, averages_are_gloos) == [True, True]
+
+
+def averages_of_sparse(way: str) -> tuple[list[Tensor], list[bool]]:
+    """The gradients of two steps, in which each rank has other rows, of an embedding and a layer;
+    which of them are sparse."""
+    with join_world("cpu") as world, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared_memory, "SUPPORTED", way != "by gloo")
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(
+            torch.nn.Embedding(10, 4, sparse=True),
+            torch.nn.Linear(4, 600),
+            torch.nn.Linear(600, 900),
+        )
+        replica = DistributedDataParallel(model)
+        if way != "without a hook":
+            shared_memory.register_shared_memory_hook(replica, world)
+        found, kinds = [], []
+        for step in range(3):
+            # A row twice, rows of all ranks, and a rank without a row.
+            rows = [[2, 2, 3], [3, 4], []][(world.rank + step) % 3]
+            replica(torch.tensor(rows).long()).square().sum().backward()
+            gradients = [p.grad for p in model.parameters()]
+            kinds += [g.is_sparse for g in gradients]
+            found += [g.to_dense().clone() for g in gradients]
+            model.zero_grad()
+        return found, kinds
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_sparse_gradients_are_averaged_as_without_the_hook(ranks, count):
+    expected, sparse = ranks(count, averages_of_sparse, "without a hook")[0]
+    assert sparse == [True, False, False, False, False] * 3
+    assert expected[0].any()
+    for way in ("by shared memory", "by gloo"):
+        for found, kinds in ranks(count, averages_of_sparse, way):
+            assert kinds == sparse
+            for mine, gloos in zip(found, expected, strict=True):
+                torch.testing.assert_close(mine, gloos)
+
+
+def test_what_is_no_replica_is_refused():
+    with join_world("cpu") as world:
+        model: Any = torch.nn.Linear(2, 2)
+        with pytest.raises(
+            ConfigError, match="hook: replica is of type Linear, expected Distribut"
+        ):
+            shared_memory.register_shared_memory_hook(model, world)
+        with pytest.raises(ConfigError, match="hook: world is of type Linear, expected the World"):
+            shared_memory.register_shared_memory_hook(model, model)
 
 
 def weights_after_uneven_inputs(divides_by_all: bool, way: str) -> Tensor:

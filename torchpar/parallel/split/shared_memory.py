@@ -27,7 +27,8 @@ from torch.distributed.algorithms.join import JoinHook
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
-from torchpar.parallel.launch.world import World
+from torchpar.errors import ConfigError
+from torchpar.parallel.launch.world import World, check_world
 
 # On x86 other cores see writes in the order in which they were made.
 SUPPORTED = sys.platform == "linux" and platform.machine() == "x86_64"
@@ -187,22 +188,31 @@ def register_shared_memory_hook(replica: DistributedDataParallel, world: World) 
     The backward pass waits for the average of each bucket. Every rank must call this. Within
     ``replica.join(divide_by_initial_world_size=False)`` the sum is divided by the number of ranks
     that still have batches, as without the hook. They count themselves by one more all-reduce in
-    each step.
+    each step. Sparse gradients, such as those of `torch.nn.Embedding` with ``sparse=True``, are
+    averaged by gloo: ranks have different numbers of elements.
+
+    Raises:
+        ConfigError: ``replica`` is no DistributedDataParallel, or ``world`` no `World`.
     """
+    check_world("register_shared_memory_hook", world)
+    if not isinstance(replica, DistributedDataParallel):
+        given = f"register_shared_memory_hook: replica is of type {type(replica).__name__}"
+        raise ConfigError(f"{given}, expected DistributedDataParallel(model)")
     group: dist.ProcessGroup = replica.process_group
     sums: dict[int, tuple[tuple[int, torch.dtype], SharedSum | None]] = {}
     divisor = _Divisor(group)
 
-    def average(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
-        index, gradients = bucket.index(), bucket.buffer()
+    def sum_of(index: int, gradients: Tensor) -> SharedSum | None:
         kind = gradients.numel(), gradients.dtype
         # In its second step the replica forms other buckets.
         if index not in sums or sums[index][0] != kind:
-            sums[index] = (
-                kind,
-                make_shared_sum(group, [gradients.shape], gradients.dtype, world.timeout),
-            )
-        add = sums[index][1]
+            shapes = [gradients.shape]
+            sums[index] = kind, make_shared_sum(group, shapes, gradients.dtype, world.timeout)
+        return sums[index][1]
+
+    def average(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
+        index, gradients = bucket.index(), bucket.buffer()
+        add = None if gradients.is_sparse else sum_of(index, gradients)
         if index == 0:  # the first bucket of a backward pass
             divisor.update()
         gradients.div_(divisor.ranks)  # first: a sum of fp16 may overflow
