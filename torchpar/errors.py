@@ -6,6 +6,7 @@ The message of an error is one line: what was wrong, what was expected, what to 
 
 import io
 import math
+import operator
 import os
 import signal
 import sys
@@ -48,6 +49,54 @@ def check_finite(what: str, *values: float) -> None:
     for value in values:
         if not math.isfinite(value):
             raise DivergedError(f"{what} is {value}; take a smaller learning rate")
+
+
+def check_whole(name: str, value: object, least: int = 1) -> int:
+    """The argument ``name`` as an int, which is ``least`` or more.
+
+    NumPy's integers are taken, and a tensor of one integer. A bool is not, nor a float such as 2.0.
+
+    Raises:
+        ConfigError: ``value`` is something else.
+    """
+    number = whole_or_text(value)
+    if not isinstance(number, int) or number < least:
+        raise ConfigError(f"{name} is {number}, expected a whole number from {least} on")
+    return number
+
+
+def whole_or_text(value: object) -> int | str:
+    """``value`` as an int if it is a whole number, or else how Python writes it.
+
+    So 2 and `numpy.int64(2)` compare as equal, and 2 and 2.0 do not.
+    """
+    with suppress(TypeError):
+        if not isinstance(value, bool):
+            return operator.index(value)  # type: ignore[arg-type]  # TypeError is the answer
+    return repr(value)
+
+
+def check_number(name: str, value: object, *, above: bool = False, most: float = math.inf) -> float:
+    """The argument ``name`` as a float from 0 on.
+
+    Numbers of NumPy are taken, and a tensor of one number.
+
+    Args:
+        above: 0 itself is refused, too.
+        most: the largest that is taken, by default infinity.
+
+    Raises:
+        ConfigError: ``value`` is something else, such as NaN, a bool or a string.
+    """
+    number = math.nan
+    with suppress(TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor of several numbers
+        if not isinstance(value, bool | str | bytes):
+            number = float(value)  # type: ignore[arg-type]  # TypeError is the answer
+    if not (0 < number <= most if above else 0 <= number <= most):
+        expected = "above 0" if above else "from 0 on"
+        expected += f", at most {most:g}" if math.isfinite(most) else ""
+        raise ConfigError(f"{name} is {value!r}, expected a number {expected}")
+    return number
 
 
 class RankLostError(TorchparError, RuntimeError):

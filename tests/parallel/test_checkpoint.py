@@ -113,7 +113,7 @@ def test_keeps_the_newest(world, tmp_path, keep):
     kept = {f"step-{step}" for step in (8, 9, 10, 11)[-keep:]}
     assert {p.name for p in tmp_path.glob("[!.]*")} == {*kept, *others, "latest"}
     assert checkpoints.load().state == {"step": 11}
-    with pytest.raises(ConfigError, match="keep is 0, expected at least 1"):
+    with pytest.raises(ConfigError, match="keep is 0, expected a whole number from 1 on"):
         Checkpoints(CheckpointConfig(tmp_path, keep=0), world)
 
 

@@ -2,14 +2,17 @@
 """Training on meshes of data, tensor and pipeline parallelism, compared with one process."""
 
 import copy
+import math
 import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -28,7 +31,14 @@ from torch.testing import assert_close
 
 from torchpar.errors import ConfigError
 from torchpar.nn import MLP
-from torchpar.parallel import World, clip_grad_norm_, join_world, parallel_mlp
+from torchpar.parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    World,
+    clip_grad_norm_,
+    join_world,
+    parallel_mlp,
+)
 from torchpar.parallel.split import clip as clip_module
 from torchpar.parallel.split import shared_memory
 from torchpar.parallel.split.layers import meshes_of_shards
@@ -331,6 +341,41 @@ def test_the_comparison_rejects_shards_that_count_as_replicas(ranks, way):
         ranks(2, clip_divided, [way], True)
 
 
+def clip_sparse(dtype: torch.dtype) -> None:
+    """Beside a sparse gradient, a split layer's; rows that occur twice are added up."""
+    torch.manual_seed(0)
+    with join_world("cpu") as alone:
+        world = alone.with_mesh(tp=2)
+        model = torch.nn.Sequential(torch.nn.Embedding(9, 6, sparse=True), torch.nn.Linear(6, 4))
+        model.to(dtype)
+        split = torch.nn.Sequential(model[0], *parallel_mlp(model[1:], world.mesh["tp"]))
+        for max_norm in (0.1, 1e3, math.inf, 0):
+            whole = copy.deepcopy(model)
+            whole[0].sparse = False
+            for one in (whole, split):
+                one.zero_grad()
+                one(torch.tensor([[1, 5], [1, 1]])).square().sum().backward()
+            assert split[0].weight.grad.is_sparse
+            norm = clip_grad_norm_(split, max_norm, world)
+            expected = torch.nn.utils.clip_grad_norm_(whole.parameters(), float(max_norm))
+            assert_close(norm, expected.double(), rtol=4 * torch.finfo(dtype).eps, atol=0)
+            assert_close(split[0].weight.grad.to_dense(), whole[0].weight.grad)
+        split[0].weight.grad = None
+        with pytest.raises(
+            ConfigError, match=r"^the gradient of 0\.weight is torch\.sparse_csr, expected"
+        ):
+            clip_module._elements("0.weight", SimpleNamespace(layout=torch.sparse_csr))
+        for given in (-1.0, math.nan, "1", None, True, torch.ones(2)):
+            message = re.escape(f"max_norm is {given!r}, expected a number from 0 on")
+            with pytest.raises(ConfigError, match=f"^{message}"):
+                clip_grad_norm_(split, given, world)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sparse_gradients_are_clipped_as_dense_ones(ranks, dtype):
+    ranks(2, clip_sparse, dtype)
+
+
 def refused_dtensors() -> None:
     torch.manual_seed(0)
     with join_world("cpu") as world:
@@ -358,11 +403,40 @@ def test_dtensors_that_cannot_be_clipped_are_named(ranks):
 
 def refusals() -> None:
     with join_world("cpu") as world:
-        one, pp = MLP([3, 2]), world.with_mesh(pp=2)
+        one, pp = MLP([3, 2]), world.with_mesh(pp=np.int64(2))
+
+        def with_tp(given: Any) -> World:
+            return world.with_mesh(dp=2, tp=given)
+
+        assert RowParallelLinear(np.int16(2), 3, mesh=pp.mesh["dp"]).in_features == 2
         shared = replace(pp, device=torch.device("cuda"))  # gloo connects ranks that share a GPU
         advice = "2 were started; start as many, or choose other factors"
         for message, build in (
-            (f"dp 2 × tp 0 × pp 1 is 0 ranks, but {advice}", partial(world.with_mesh, dp=2, tp=0)),
+            (f"dp 2 × tp 3 × pp 1 is 6 ranks, but {advice}", partial(world.with_mesh, dp=2, tp=3)),
+            *(
+                (f"tp is {given!r}, expected a whole number from 1 on", partial(with_tp, given))
+                for given in (0, -1, 1.0, True, "1", None, math.nan, np.float64(1), np.bool_(True))
+            ),
+            (
+                f"mesh: dp is {'2 on rank 0 and 2.0 on rank 1'}, expected the same on all",
+                partial(world.with_mesh, dp=[2, 2.0][world.rank]),
+            ),
+            (
+                "stage_mlp: mesh has 3 dimensions, expected a mesh of one dimension, such as world."
+                'mesh["pp"]',
+                partial(stage_mlp, one, pp.mesh),
+            ),
+            ("parallel_mlp: mesh is 2, expected a mesh of one", partial(parallel_mlp, one, 2)),
+            (
+                "ColumnParallelLinear: mesh is None, expected a mesh of one",
+                partial(ColumnParallelLinear, 2, 3, mesh=None),
+            ),
+            (
+                "out_features is 3.0, expected a whole number from 0 on",
+                partial(RowParallelLinear, 2, 3.0, mesh=pp.mesh["dp"]),
+            ),
+            ("Pipeline: world is of type int, expected the World", partial(Pipeline, one, 2)),
+            ("Pipeline: model is of type generator", partial(Pipeline, one.parameters(), pp)),
             (
                 "pp 2 makes more stages than the model has layers, 1",
                 partial(stage_mlp, one, pp.mesh["pp"]),
@@ -397,11 +471,25 @@ def stages_that_differ() -> None:
                 2 + world.rank,
                 "the stages' pipelines: micro_batches is 2 on rank 0 and 3 on rank 1",
             ),
-            ("1f1b", 0, "micro_batches is 0, expected an integer of at least 1"),
+            *(
+                ("1f1b", given, f"micro_batches is {given!r}, expected a whole number from 1 on")
+                for given in (0, -1, 2.0, True, "2")
+            ),
+            # Of one stage alone, too, before the other one waits.
+            (
+                ("1f1b", "zigzag")[world.rank],
+                2,
+                "the stages' pipelines: schedule is 1f1b on rank 0 and zigzag on rank 1",
+            ),
+            (
+                "1f1b",
+                (2, True)[world.rank],
+                "the stages' pipelines: micro_batches is 2 on rank 0 and True on rank 1",
+            ),
         ):
             with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
                 Pipeline(stage, world, schedule, parts)
-        pipeline = Pipeline(stage, world, "1f1b", 2)
+        pipeline = Pipeline(stage, world, "1f1b", np.int64(2))
         loss = partial(torch.nn.functional.cross_entropy, reduction="sum")
         samples, labels = torch.ones(9, 5), torch.zeros(9).long()
         what = "the stages of a pipeline have different samples, expected the same batch on all: "
@@ -418,7 +506,15 @@ def stages_that_differ() -> None:
                     else pytest.raises(ConfigError, match=message)
                 ):
                     call(samples[:n])
-        pipeline.step(samples, labels, 9, loss)
+        pipeline.step(samples, labels, np.int64(9), loss)
+        for size in (0, -9, 9.0, True, "9", None):
+            of_size = f"global_size is {size!r}, expected a whole number from 1 on"
+            for given, message in (
+                (size, of_size),
+                ((9, size)[world.rank], f"{what}9 samples and"),
+            ):
+                with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
+                    pipeline.step(samples, labels, given, loss)
         for there, message in (
             (8, "9 samples and 8 labels, expected as many"),
             (9 - world.rank, what),

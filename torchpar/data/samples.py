@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from torchpar.data.files import Dataset, read
-from torchpar.errors import ConfigError
+from torchpar.errors import ConfigError, check_whole
 
 _READ_CHUNK = 256  # samples; as float32 they fit in a core's cache
 # Images; each chunk reuses the memory of the chunk before, which saves page faults.
@@ -176,12 +176,11 @@ def batches(
         start: number of the first batch, to continue within an epoch.
 
     Raises:
-        ConfigError: a ``batch_size`` that is no integer of at least 1, or a ``start`` below 0.
+        ConfigError: a ``batch_size`` that is no whole number from 1 on, or a ``start`` that is none
+            from 0 on.
     """
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ConfigError(f"batch_size is {batch_size!r}, expected an integer of at least 1")
-    if start < 0:
-        raise ConfigError(f"start is {start}, expected at least 0, the number of a batch")
+    batch_size = check_whole("batch_size", batch_size)
+    start = check_whole("start", start, least=0)
     return _batches(samples, min(batch_size, max(len(samples), 1)), seed, epoch, share, start)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchpar.data import Batch, Samples, batches
-from torchpar.errors import ConfigError
+from torchpar.errors import ConfigError, whole_or_text
 from torchpar.parallel.launch.agreement import check_same_bits, check_same_on_all_ranks
 from torchpar.parallel.launch.world import World
 from torchpar.training.outcome import Evaluation
@@ -44,7 +44,9 @@ class Classification:
     ):
         self.train, self.test = train, test
         self.samples = len(train)
-        self.batch_size = batch_size
+        # NumPy's integers, which JSON does not take, become Python's; `Run` refuses what is none.
+        number = whole_or_text(batch_size)
+        self.batch_size = batch_size = number if isinstance(number, int) else batch_size
         self.predict = predict
         self.loss = loss
         self.seed = seed

@@ -20,7 +20,14 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import Store
 
-from torchpar.errors import ConfigError, RankLostError, TorchparError
+from torchpar.errors import (
+    ConfigError,
+    RankLostError,
+    TorchparError,
+    check_number,
+    check_whole,
+    whole_or_text,
+)
 from torchpar.parallel.launch import rendezvous
 from torchpar.parallel.launch.agreement import check_same_on_all_ranks
 from torchpar.parallel.launch.processes import end_with_launcher
@@ -29,6 +36,7 @@ from torchpar.parallel.launch.rank_info import RankInfo, find_rank_info
 T = TypeVar("T")
 _holders: WeakSet[Any] = WeakSet()
 TIMEOUT = 1800.0
+LONGEST = 1e9  # seconds of a timeout that Python and PyTorch take
 _GLOOS_FILE = re.compile(r"\[[^]]*[/\\]gloo[/\\][^]]*:\d+\]")  # and line
 PATIENCE = 1.5  # seconds in which each rank whose collective failed reports to the store
 
@@ -63,10 +71,15 @@ class World:
         """Return this world with a mesh of ``pp × dp × tp`` ranks.
 
         Raises:
-            ConfigError: on every rank: the product is not the number of ranks.
+            ConfigError: on every rank: a factor is no whole number from 1 on, or the product is not
+                the number of ranks.
         """
-        check_same_on_all_ranks(None, "mesh", {"dp": dp, "tp": tp, "pp": pp})
-        if min(dp, tp, pp) < 1 or dp * tp * pp != self.world_size:
+        factors = {"dp": dp, "tp": tp, "pp": pp}
+        # First: a rank that refused a factor of its own would leave the others waiting.
+        given = {name: whole_or_text(factor) for name, factor in factors.items()}
+        check_same_on_all_ranks(None, "mesh", given)
+        dp, tp, pp = (check_whole(name, factor) for name, factor in factors.items())
+        if dp * tp * pp != self.world_size:
             raise ConfigError(
                 f"dp {dp} × tp {tp} × pp {pp} is {dp * tp * pp} ranks, but {self.world_size} were "
                 "started; start as many, or choose other factors"
@@ -83,6 +96,11 @@ class World:
     def dp_rank(self) -> int:
         """This rank's number among the ranks that share each batch."""
         return self.mesh.get_local_rank("dp")
+
+    @cached_property
+    def tp_size(self) -> int:
+        """Number of ranks that hold the shards of each layer."""
+        return self.mesh.get_group("tp").size()
 
     @cached_property
     def tp_rank(self) -> int:
@@ -135,6 +153,21 @@ def check_world(function: str, world: object) -> None:
         raise ConfigError(f"{given}, expected the World of `with join_world(…) as world`")
 
 
+def check_module(function: str, model: object) -> None:
+    """Refuse what is no module, such as the parameters of one."""
+    if not isinstance(model, torch.nn.Module):
+        given = f"{function}: model is of type {type(model).__name__}"
+        raise ConfigError(f"{given}, expected the model, and not its parameters")
+
+
+def check_mesh(function: str, mesh: object, dimension: str = "tp") -> None:
+    """Refuse what is no mesh of one dimension, such as a number of ranks or a whole mesh."""
+    if not isinstance(mesh, DeviceMesh) or mesh.ndim != 1:
+        of = f"has {mesh.ndim} dimensions" if isinstance(mesh, DeviceMesh) else f"is {mesh!r}"
+        expected = f'expected a mesh of one dimension, such as world.mesh["{dimension}"]'
+        raise ConfigError(f"{function}: mesh {of}, {expected}")
+
+
 @contextmanager
 def join_world(
     device: str = "auto",
@@ -159,10 +192,12 @@ def join_world(
             threads of this process.
 
     Raises:
-        ConfigError: an unknown device, CUDA on a machine without GPU, several ranks with ``alone``,
-            or no network interface for gloo.
+        ConfigError: an unknown device, CUDA on a machine without GPU, a ``timeout`` that is no
+            number above 0 and at most `LONGEST`, several ranks with ``alone``, or no network
+            interface for gloo.
         RankLostError: a rank has ended or hangs. This error replaces PyTorch's error.
     """
+    timeout = check_number("timeout", timeout, above=True, most=LONGEST)
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"device is {device!r}, expected 'auto', 'cpu' or 'cuda'")
     if device == "cuda" and not torch.cuda.is_available():

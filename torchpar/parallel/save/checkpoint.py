@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
 
-from torchpar.errors import ConfigError, first_line
+from torchpar.errors import ConfigError, check_whole, first_line
 from torchpar.parallel.launch.rendezvous import run_in_daemon
 from torchpar.parallel.launch.world import World
 
@@ -81,7 +81,7 @@ class CheckpointConfig:
             its error.
 
     Raises:
-        ConfigError: ``every`` or ``keep`` is not an integer of at least 1; ``folder`` is not a
+        ConfigError: ``every`` or ``keep`` is no whole number from 1 on; ``folder`` is not a
             path, or is a file.
     """
 
@@ -98,8 +98,8 @@ class CheckpointConfig:
             raise ConfigError(f"the checkpoints' folder {self.folder} is a file; give another path")
         for name in ("every", "keep"):
             value = getattr(self, name)
-            if (type(value) is not int or value < 1) and (value is not None or name == "keep"):
-                raise ConfigError(f"{name} is {value!r}, expected at least 1")
+            if value is not None or name == "keep":
+                object.__setattr__(self, name, check_whole(name, value))
 
 
 @dataclass(frozen=True)

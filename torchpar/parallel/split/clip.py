@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from torchpar.errors import ConfigError
+from torchpar.errors import ConfigError, check_number
 from torchpar.library.sharding import is_dtensor
-from torchpar.parallel.launch.world import World, check_world
+from torchpar.parallel.launch.world import World, check_module, check_world
 from torchpar.parallel.split.layers import meshes_of_shards
 from torchpar.parallel.split.parts import local, part_of
 
@@ -29,7 +29,7 @@ def clip_grad_norm_(model: torch.nn.Module, max_norm: float, world: World) -> Te
     Args:
         model: this rank's part of the model, with gradients that are averaged over the
             data-parallel ranks.
-        max_norm: the largest norm that is not scaled.
+        max_norm: the largest norm that is not scaled, from 0 on; infinity scales none.
         world: the ranks and their mesh. The ranks of a pipeline stage have the same parameters, or
             shards of them.
 
@@ -38,14 +38,14 @@ def clip_grad_norm_(model: torch.nn.Module, max_norm: float, world: World) -> Te
         finite makes every gradient not finite, as with `torch.nn.utils.clip_grad_norm_`.
 
     Raises:
-        ConfigError: ``model`` is no module, or ``world`` no `World`; this rank sees that a
-            parameter is only on some ranks of a pipeline stage, or that it is sharded twice over
-            the same ranks.
+        ConfigError: ``model`` is no module, ``world`` no `World`, or ``max_norm`` no number from 0
+            on; this rank sees that a parameter is only on some ranks of a pipeline stage, that it
+            is sharded twice over the same ranks, or that a gradient has a layout other than strided
+            and `torch.sparse_coo`.
     """
     check_world("clip_grad_norm_", world)
-    if not isinstance(model, torch.nn.Module):
-        given = f"clip_grad_norm_: model is of type {type(model).__name__}"
-        raise ConfigError(f"{given}, expected the model, and not its parameters")
+    check_module("clip_grad_norm_", model)
+    max_norm = check_number("max_norm", max_norm)
     named = list(model.named_parameters())
     of_layers = meshes_of_shards(model)
     layers = [of_layers.get(p) if is_dtensor(p) else part_of(p).mesh for _, p in named]
@@ -59,7 +59,8 @@ def clip_grad_norm_(model: torch.nn.Module, max_norm: float, world: World) -> Te
         if p.grad is None:
             continue
         whole = _with_whole_sums(p.grad)
-        squares = torch.linalg.vector_norm(local(whole), dtype=torch.float64).square()
+        elements = _elements(name, local(whole))
+        squares = torch.linalg.vector_norm(elements, dtype=torch.float64).square()
         # Each rank adds its share of the copies, so that a NaN of any rank reaches all.
         total += squares if is_replicated else squares * _share(name, whole, layer, stage, world)
     norm = (total if is_replicated else world.sum(total)).sqrt()
@@ -78,6 +79,18 @@ def _with_whole_sums(gradient: Tensor) -> Tensor:
     placements = [Replicate() if one.is_partial() else one for one in gradient.placements]
     whole: Tensor = gradient.redistribute(placements=placements)
     return whole
+
+
+def _elements(name: str, gradient: Tensor) -> Tensor:
+    """The elements of a dense gradient, or those that a sparse one holds, each once."""
+    if gradient.layout == torch.sparse_coo:  # such as of an embedding with sparse=True
+        return gradient.coalesce().values()
+    if gradient.layout != torch.strided:
+        raise ConfigError(
+            f"the gradient of {name} is {gradient.layout}, expected torch.strided or "
+            "torch.sparse_coo; convert it, such as by p.grad = p.grad.to_sparse_coo()"
+        )
+    return gradient
 
 
 def _share(

@@ -19,11 +19,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.functional import linear
 
 from torchpar import nn
-from torchpar.errors import ConfigError
+from torchpar.errors import ConfigError, check_whole, whole_or_text
 from torchpar.ops import linear_sigmoid
 from torchpar.ops.linear_sigmoid import dz_and_db
 from torchpar.ops.matrix import rows
 from torchpar.parallel.launch.agreement import check_same_bits, check_same_on_all_ranks
+from torchpar.parallel.launch.world import check_mesh
 from torchpar.parallel.split.parts import mark_slice, slice_along
 from torchpar.parallel.split.reduction import reduce_from_region, start_all_reduce
 from torchpar.parallel.split.scaler import skip_together
@@ -63,13 +64,13 @@ class _ParallelLinear(nn.Linear):
         activation: Activation = None,
         **options: Any,
     ):
-        settings = {
-            "layer": type(self).__name__,
-            "in_features": in_features,
-            "out_features": out_features,
-        }
+        check_mesh(type(self).__name__, mesh)
+        sizes = {"in_features": in_features, "out_features": out_features}
+        settings = {"layer": type(self).__name__}
+        settings |= {name: whole_or_text(size) for name, size in sizes.items()}
         settings |= {"bias": bias, "activation": activation} | options
         check_same_on_all_ranks(mesh.get_group(), "a layer's ranks", settings)
+        in_features, out_features = (check_whole(*one, least=0) for one in sizes.items())
         if activation is not None and activation not in _FUNCTIONS:
             raise ValueError(
                 f"activation is {activation!r}, expected None, 'sigmoid', 'relu' or 'tanh'"
@@ -184,8 +185,8 @@ class ColumnParallelLinear(_ParallelLinear):
         options: ``device`` and ``dtype``, as in `torchpar.nn.Linear`.
 
     Raises:
-        ValueError: on every rank: an unknown activation; different arguments, or different weights,
-            on different ranks.
+        ValueError: on every rank: an unknown activation, or a size that is no whole number;
+            different arguments, or different weights, on different ranks. Also another ``mesh``.
     """
 
     split_axes: ClassVar[dict[str, int]] = {"weight": 0, "bias": 0}

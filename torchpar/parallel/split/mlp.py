@@ -15,6 +15,7 @@ from torchpar import nn
 from torchpar.errors import ConfigError
 from torchpar.library.sharding import is_dtensor
 from torchpar.parallel.launch.agreement import check_same_bits, check_same_on_all_ranks
+from torchpar.parallel.launch.world import check_mesh
 from torchpar.parallel.split.layers import (
     LINEAR_LAYERS,
     SAME_WEIGHTS,
@@ -46,9 +47,10 @@ def parallel_mlp(mlp: M, mesh: DeviceMesh) -> M:
         A model of the same type, whose parameters have the same names.
 
     Raises:
-        ValueError: another kind of model or layer, layers that share parameters, or different
-            models or weights on different ranks.
+        ValueError: another ``mesh``, another kind of model or layer, layers that share parameters,
+            or different models or weights on different ranks.
     """
+    check_mesh("parallel_mlp", mesh)
     layers = mlp.layers if isinstance(mlp, nn.MLP) else mlp
     is_sequential = type(layers) is torch.nn.Sequential
     # An activation may occur twice; named_children would skip the second.

@@ -20,10 +20,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.profiler import record_function
 
-from torchpar.errors import ConfigError
+from torchpar.errors import ConfigError, check_whole, whole_or_text
 from torchpar.nn import MLP
 from torchpar.parallel.launch.agreement import check_same_each_time, check_same_on_all_ranks
-from torchpar.parallel.launch.world import World
+from torchpar.parallel.launch.world import World, check_mesh, check_module, check_world
 from torchpar.parallel.split.reduction import all_reduce
 from torchpar.parallel.split.scaler import skip_together
 from torchpar.parallel.split.schedules import P2PCommunicator, gpipe, one_forward_one_backward
@@ -42,8 +42,9 @@ def stage_mlp(mlp: MLP, mesh: DeviceMesh) -> MLP:
         mesh: a mesh of one dimension, such as ``world.mesh["pp"]``.
 
     Raises:
-        ConfigError: more stages than layers.
+        ConfigError: another ``mesh``, or more stages than layers.
     """
+    check_mesh("stage_mlp", mesh, "pp")
     if mesh.size() > len(mlp.layers):
         raise ConfigError(
             f"pp {mesh.size()} makes more stages than the model has layers, {len(mlp.layers)}; "
@@ -88,20 +89,16 @@ class Pipeline:
         schedule: PipelineSchedule = "1f1b",
         micro_batches: int = 4,
     ):
-        if schedule not in _SCHEDULES:
-            raise ConfigError(f"schedule is {schedule!r}, expected one of {sorted(_SCHEDULES)}")
-        if (
-            isinstance(micro_batches, bool)
-            or not isinstance(micro_batches, int)
-            or micro_batches < 1
-        ):
-            raise ConfigError(
-                f"micro_batches is {micro_batches!r}, expected an integer of at least 1"
-            )
+        check_world("Pipeline", world)
+        check_module("Pipeline", module)
         check_one_rank_per_gpu(world)
         self._group, self._timeout = world.mesh.get_group("pp"), world.timeout
-        arguments = {"schedule": schedule, "micro_batches": micro_batches}
+        arguments = {"schedule": schedule, "micro_batches": whole_or_text(micro_batches)}
         check_same_on_all_ranks(self._group, "the stages' pipelines", arguments)
+        # What is wrong on one stage alone has been found to differ.
+        if schedule not in [*_SCHEDULES]:
+            raise ConfigError(f"schedule is {schedule!r}, expected one of {sorted(_SCHEDULES)}")
+        micro_batches = check_whole("micro_batches", micro_batches)
         weight = next(module.parameters())
         if self._group.size() > 1:
             skip_together(module)
@@ -121,7 +118,7 @@ class Pipeline:
         Args:
             x: ``(b, in_features)``, this rank's share; only the first stage reads it.
             labels: ``(b)``; only the last stage reads them.
-            global_size: samples of the global batch.
+            global_size: samples of the global batch, a whole number from 1 on.
             loss_sum: outputs, labels → the loss summed over samples.
 
         Returns:
@@ -129,9 +126,11 @@ class Pipeline:
 
         Raises:
             ConfigError: on every stage: numbers of samples or of labels that differ, also between
-                stages.
+                stages, or another ``global_size``.
         """
-        self._check_same(f"{len(x)} samples and {len(labels)} labels")
+        of = whole_or_text(global_size)
+        self._check_same(f"{len(x)} samples and {len(labels)} labels of a global_size of {of}")
+        global_size = check_whole("global_size", global_size)
         if len(x) != len(labels):
             raise ConfigError(f"{len(x)} samples and {len(labels)} labels, expected as many")
         inputs, targets = (
