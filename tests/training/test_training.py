@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import plain_loop
 import pytest
 import torch
@@ -121,6 +122,12 @@ def test_runs_that_are_refused(world, tmp_path):
     for changed, message in (
         ({"epochs": 0}, "epochs is 0, expected a whole number from 1 on"),
         ({"epochs": 2.0}, "epochs is 2.0, expected a whole number"),
+        ({"epochs": True}, "epochs is True, expected a whole number"),
+        ({"epochs": "3"}, "epochs is '3', expected a whole number"),
+        (
+            {"checkpoint": str(tmp_path)},
+            "Run: checkpoint is of type str, expected CheckpointConfig",
+        ),
         ({"batch_size": 0}, "batch_size is 0, expected a whole number from 1 on"),
         ({"batch_size": -3}, "batch_size is -3, expected a whole number from 1 on"),
     ):
@@ -130,14 +137,36 @@ def test_runs_that_are_refused(world, tmp_path):
         with pytest.raises(ConfigError, match=re.escape(message)):
             training.Run(*parts, task, **given)
     for arguments, message in (
-        ((tmp_path, 0), "every is 0, expected at least 1"),
-        ((tmp_path, -1), "every is -1, expected at least 1"),
+        ((tmp_path, 0), "every is 0, expected a whole number from 1 on"),
+        ((tmp_path, 1.0), "every is 1.0, expected a whole number from 1 on"),
+        ((tmp_path, True), "every is True, expected a whole number from 1 on"),
         ((3,), "the checkpoints' folder is 3, expected a path"),
         ((Path(__file__),), "test_training.py is a file; give another path"),
     ):
         with pytest.raises(ConfigError, match=re.escape(message)):
             CheckpointConfig(*arguments)
     assert CheckpointConfig("saved").folder == Path("saved")
+    assert CheckpointConfig("saved", np.int64(3), np.uint8(1)).every == 3
+    for number, (argument, message) in enumerate(
+        (
+            (
+                MLP(SIZES).parameters(),
+                "Run: model is of type generator, expected the model, and no",
+            ),
+            ("sgd", "Run: optimizer is of type str, expected one of torch.optim or torchpar.optim"),
+            (None, ""),
+            (
+                torch.distributed.group.WORLD,
+                "Run: world is of type ProcessGroup, expected the World",
+            ),
+        )
+    ):
+        parts = [*parts_of(MLP(SIZES), world)]
+        parts[number] = argument
+        with pytest.raises(ConfigError, match=message) if message else contextlib.nullcontext():
+            training.Run(*parts, epochs=1)
+    _, results = run_alone(np.int64(1), batch_size=np.int32(32))
+    assert len(results) == 1
     with pytest.raises(ConfigError, match=r"config is .*object.*, expected what JSON can hold"):
         run_alone(1, config={"a": object()})
     with pytest.raises(DivergedError, match="loss of epoch 1 is nan; take a smaller learning rate"):

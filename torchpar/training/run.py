@@ -38,15 +38,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from torchpar.errors import ConfigError, DivergedError, check_finite
+from torchpar.errors import ConfigError, DivergedError, check_finite, check_whole, whole_or_text
 from torchpar.parallel.launch.agreement import check_same_bits, check_same_on_all_ranks
 from torchpar.parallel.launch.silence import naming_silent_ranks
-from torchpar.parallel.launch.world import World
+from torchpar.parallel.launch.world import World, check_module, check_world
 from torchpar.parallel.save.checkpoint import CheckpointConfig, Checkpoints
 from torchpar.parallel.split.parts import local, reshard
 from torchpar.training import state
 from torchpar.training.graphed import count_replays
 from torchpar.training.outcome import EpochResult, Evaluation, Stopped
+from torchpar.training.replicas import check_replicas
 from torchpar.training.state import TrainState
 from torchpar.training.stop import StopSignal
 
@@ -101,6 +102,18 @@ class RunLog:
         """The run's context has ended without an error, on this rank."""
 
 
+def _check_kinds(model: object, optimizer: object, world: object, checkpoint: object) -> None:
+    """Refuse arguments of another kind, such as those of another order."""
+    check_world("Run", world)
+    check_module("Run", model)
+    for name, value, kind, expected in (
+        ("optimizer", optimizer, Optimizer, "one of torch.optim or torchpar.optim"),
+        ("checkpoint", checkpoint, CheckpointConfig | None, "CheckpointConfig(folder), or None"),
+    ):
+        if not isinstance(value, kind):
+            raise ConfigError(f"Run: {name} is of type {type(value).__name__}, expected {expected}")
+
+
 class Run:
     """One training run on this rank. All ranks make it with the same arguments.
 
@@ -123,10 +136,11 @@ class Run:
         resumed_from: the step at which the run was resumed; None if it was not.
 
     Raises:
-        ConfigError: ranks with different models, arguments or samples; gradients that differ
-            between ranks, in the optimizer's first step; a checkpoint that
-            is damaged, of another run or of more epochs; a model or an optimizer of which a
-            checkpoint would lose something. On every rank.
+        ConfigError: ranks with different models, arguments or samples; in the optimizer's first
+            step, gradients that differ between the ranks of "dp", or those of whole parameters
+            between the ranks of "tp"; a checkpoint that is damaged, of another run or of more
+            epochs; a model or an optimizer of which a checkpoint would lose something. On every
+            rank.
         DivergedError: the training or the test loss of an epoch is not finite, or a weight or a
             loss when it is to be saved. On every rank.
         RuntimeError: a loop that leaves out a step's end, or an epoch's beginning or end, or was
@@ -147,17 +161,20 @@ class Run:
         config: dict[str, Any] | None = None,
         log: RunLog | None = None,
     ):
+        _check_kinds(model, optimizer, world, checkpoint)
+        identity = {**(config or {}), **task.config}
         try:
-            saved = json.loads(json.dumps({**(config or {}), **task.config}))
+            saved = json.loads(json.dumps(identity))
         except TypeError as e:
-            raise ConfigError(f"config is {config!r}, expected what JSON can hold ({e})") from e
+            raise ConfigError(f"config is {identity}, expected what JSON can hold ({e})") from e
         if world.world_size > 1:
-            arguments = {"epochs": epochs, "checkpoint": str(checkpoint), **task.config}
-            check_same_on_all_ranks(None, "the ranks' runs", arguments)
+            numbers = {"epochs": epochs, "batch_size": task.batch_size}
+            given = task.config | {name: whole_or_text(value) for name, value in numbers.items()}
+            given["checkpoint"] = str(checkpoint)
+            check_same_on_all_ranks(None, "the ranks' runs", given)
         # What is wrong on one rank alone has been found to differ.
-        for name, value in (("epochs", epochs), ("batch_size", task.batch_size)):
-            if type(value) is not int or value < 1:
-                raise ConfigError(f"{name} is {value!r}, expected a whole number from 1 on")
+        epochs = check_whole("epochs", epochs)
+        check_whole("batch_size", task.batch_size)
         task.check(world)
         self.state = TrainState(model, optimizer, lr_scheduler, world, saved)
         self.world = world
@@ -187,7 +204,7 @@ class Run:
         if checkpoint is not None:
             state.check_saveable(self.state)
             self._stack.callback(optimizer.register_step_post_hook(self._note_step).remove)
-        if world.dp_size > 1:
+        if world.dp_size * world.tp_size > 1:
             # A hook that removed itself would disturb PyTorch's loop over the hooks.
             self._stack.callback(optimizer.register_step_pre_hook(self._check_gradients).remove)
 
@@ -419,16 +436,14 @@ class Run:
                 dist.broadcast(buffer, group=self.world.mesh.get_group("dp"), group_src=0)
 
     def _check_gradients(self, *_: Any) -> None:
-        """Refuse gradients that nobody averaged, once, before the optimizer's first step.
+        """Refuse gradients that nobody added up, once, before the optimizer's first step.
 
         Comparing parameters would miss them where ranks share Muon's work: every rank gets every
         update.
         """
         if self._is_first_step:
             self._is_first_step = False
-            parameters = self.state.model.named_parameters()
-            gradients = {f"the gradient of {name}": p.grad for name, p in parameters}
-            check_same_bits(self.world.mesh.get_group("dp"), gradients)
+            check_replicas(self.state.model, self.world)
 
     def _check_replicas(self) -> None:
         """Check that the replicas are equal after a step; they differ if their gradients are not
