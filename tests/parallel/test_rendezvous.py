@@ -4,6 +4,7 @@ taken."""
 
 import errno
 import os
+import re
 import signal
 import socket
 import sys
@@ -16,19 +17,22 @@ from pathlib import Path
 from subprocess import PIPE, Popen
 from threading import Timer
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import Mock, patch
 
 import pytest
+import torch
 import torch.distributed as dist
 from commands import MPIRUN, ROOT, import_path, needs_mpirun, run
 from torch.distributed import DistError
 
 from torchpar.errors import ConfigError, RankLostError
 from torchpar.parallel import join_world
-from torchpar.parallel.launch import local, processes, rendezvous, world
+from torchpar.parallel.launch import local, processes, rendezvous, settings, world
 from torchpar.parallel.launch.local import Ranks
 from torchpar.parallel.launch.rank_info import RankInfo, find_rank_info
 from torchpar.parallel.launch.rendezvous import connect, missing_ranks
+from torchpar.parallel.launch.settings import Settings, find_fault
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
 TORCHRUN |= {"MASTER_ADDR": "a", "MASTER_PORT": "29400", "TORCHELASTIC_USE_AGENT_STORE": "True"}
@@ -166,6 +170,127 @@ def test_a_start_that_not_all_reached_names_the_others_and_does_not_disturb_the_
     stores = meet(agent, 0, 1, 2)
     stores[1].set("address", "new")
     assert [store.get("address") for store in stores] == [b"new"] * 3
+
+
+def outcomes_of(port: int, started: list[dict[str, Any]], launcher: str) -> list[Any]:
+    """What each of the processes gets from `connect`: a store, or an error.
+
+    Args:
+        started: for each, ``rank``, ``size`` and ``local_size``, and the ``backend``; the processes
+            that are ``late`` come after the others.
+    """
+
+    def at(rank: int, size: int, local_size: int = 0, backend: str = "gloo", **_: bool) -> Any:
+        places = rank, rank % (local_size or size), size, local_size or size
+        info = RankInfo(*places, "127.0.0.1", port, launcher)
+        try:
+            return connect(info, timedelta(seconds=20), backend)
+        except (ConfigError, RankLostError) as e:
+            return e
+
+    with ThreadPoolExecutor(len(started)) as pool:
+        early, late = (
+            [
+                (number, one)
+                for number, one in enumerate(started)
+                if bool(one.get("late")) == is_late
+            ]
+            for is_late in (False, True)
+        )
+        found: dict[int, Any] = {}
+        for some in (early, late):
+            waits = {number: pool.submit(at, **one) for number, one in some}
+            found |= {number: wait.result() for number, wait in waits.items()}
+    return [found[number] for number in range(len(started))]
+
+
+def of(*sizes: int, **more: Any) -> list[dict[str, Any]]:
+    return [{"rank": rank, "size": size, **more} for rank, size in enumerate(sizes)]
+
+
+TWICE = r"^RANK is {} on process \d+ on .* and on process \d+ on .*, expected another on each; give"
+DIFFERING = [
+    (of(2, 3), r"^WORLD_SIZE is 2 on rank 0 and 3 on rank 1, expected the same on all; set it to"),
+    (of(3, 2), r"^WORLD_SIZE is 3 on rank 0 and 2 on rank 1, expected the same"),
+    (of(3, 4, 3), r"^WORLD_SIZE is 3 on ranks? 0(, 2)? and 4 on rank 1, expected the same"),
+    (
+        [*of(2, backend="nccl"), *of(2, 2)[1:]],
+        "^the backend is nccl on rank 0 and gloo on rank 1, expected the same on all; give all",
+    ),
+    (
+        [*of(2, local_size=1), *of(2, 2)[1:]],
+        "^LOCAL_WORLD_SIZE is 1 on rank 0 and 2 on rank 1, expected the number of ranks on its",
+    ),
+    ([*of(3, 3), *of(3, 3)[1:]], TWICE.format(1)),
+    ([*of(2), *of(2)], TWICE.format(0)),
+]
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "env"])
+@pytest.mark.parametrize("started, message", DIFFERING)
+def test_ranks_with_other_settings_are_refused_by_each(
+    agent, monkeypatch, launcher, started, message
+):
+    """Before the timeout, and with the values."""
+    monkeypatch.setattr(rendezvous, "STAY", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    port = agent.port if launcher == "torchrun" else port
+    for outcome in outcomes_of(port, started, launcher):
+        assert isinstance(outcome, ConfigError), outcome
+        assert re.match(message, str(outcome)), outcome
+        assert "\n" not in str(outcome)
+
+
+@pytest.mark.parametrize(
+    "first, late, message",
+    [
+        (
+            of(2, 2),
+            {"rank": 2, "size": 3},
+            "^WORLD_SIZE is 2 on ranks 0, 1 and 3 on rank 2, expect",
+        ),
+        (of(1), {"rank": 1, "size": 2}, "^WORLD_SIZE is 1 on rank 0 and 2 on rank 1, expected the"),
+        (of(2, 2), {"rank": 1, "size": 2}, TWICE.format(1)),
+    ],
+)
+def test_a_process_that_comes_to_a_whole_world_says_so(first, late, message):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    *members, last = outcomes_of(port, [*first, {**late, "late": True}], "env")
+    assert all(isinstance(one, dist.PrefixStore) for one in members), members
+    assert isinstance(last, ConfigError)
+    assert re.match(message, str(last)), last
+
+
+def test_ranks_with_the_same_settings_are_taken(agent):
+    """On machines of two and of one rank, with and without torchrun."""
+    sizes = [{"local_size": 2}, {"local_size": 2}, {"local_size": 1}]
+    started = [one | size for one, size in zip(of(3, 3, 3), sizes, strict=True)]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    for where, launcher in ((agent.port, "torchrun"), (port, "env")):
+        found = outcomes_of(where, started, launcher)
+        assert all(isinstance(one, dist.PrefixStore) for one in found), found
+
+
+def test_versions_are_compared_without_their_builds(monkeypatch):
+    infos = [RankInfo(rank, rank, 2, 2, "127.0.0.1", 1, "env") for rank in range(2)]
+    mine = Settings.of(infos[0])
+    for version, fault in (
+        ("2.14.1+cu126", ""),
+        ("9.9.9", "the version of PyTorch is .* on rank 0 and 9.9.9 on rank 1, expected the same"),
+    ):
+        monkeypatch.setattr(torch, "__version__", version if fault else f"{torch.__version__}+x")
+        found = find_fault([mine, Settings.of(infos[1])])
+        assert re.match(fault, found) if fault else found == ""
+    monkeypatch.undo()
+    monkeypatch.setattr(settings, "__version__", "0.4.0")
+    found = find_fault([mine, Settings.of(infos[1])])
+    assert found.startswith("the version of torchpar is ")
+    assert found.endswith(
+        " and 0.4.0 on rank 1, expected the same on all; install one version for all ranks"
+    )
 
 
 def meet_two_others(port: int) -> None:

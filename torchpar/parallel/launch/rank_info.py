@@ -114,18 +114,21 @@ def _number_in_environment(env: Mapping[str, str], name: str) -> int:
     return int(env[name])
 
 
-def first_difference(by_rank: Sequence[Mapping[str, object]]) -> tuple[str, str] | None:
+def first_difference(
+    by_rank: Sequence[Mapping[str, object]], numbers: Sequence[int] | None = None
+) -> tuple[str, str] | None:
     """Return the first name whose value differs between ranks, and a clause that says how.
 
     Args:
         by_rank: each rank's values, by name; one that is missing counts as None.
+        numbers: of the ranks; by default 0, 1 and so on.
 
     Returns:
         A name and a clause such as "epochs is 2 on ranks 0, 2 and 3 on rank 1"; None if all agree.
     """
     for name in dict.fromkeys(name for values in by_rank for name in values):
         ranks_of: list[tuple[object, list[int]]] = []  # values need not be hashable
-        for rank, values in enumerate(by_rank):
+        for rank, values in zip(numbers or range(len(by_rank)), by_rank, strict=True):
             value = values.get(name)
             same = [ranks for other, ranks in ranks_of if other == value]
             same[0].append(rank) if same else ranks_of.append((value, [rank]))

@@ -8,6 +8,7 @@ And it does not read the environment of mpirun.
 """
 
 import errno
+import json
 import logging
 import os
 import socket
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -24,6 +26,12 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from torchpar.errors import ConfigError, RankLostError
 from torchpar.parallel.launch.rank_info import RankInfo
+from torchpar.parallel.launch.settings import (
+    Settings,
+    find_fault,
+    find_local_fault,
+    two_processes,
+)
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -34,21 +42,26 @@ KNOCK = 0.1  # seconds between two attempts to reach a host that does not listen
 LOOKUP = 10.0  # seconds for a name server that does not answer, or not now
 REACH = 5.0  # seconds in which rank 0 reaches itself by an address that its machine does not have
 SILENCE = 5.0  # seconds after which a rank says for whom it waits
+STAY = 3.0  # seconds in which rank 0 hears ranks that come after one with other settings
 LATER = 1.0  # seconds that other ranks wait longer than rank 0, which tells them the missing ranks
 
 
-def connect(info: RankInfo, timeout: timedelta) -> Store:
+def connect(info: RankInfo, timeout: timedelta, backend: str = "") -> Store:
     """Connect to the other ranks and return the store for `init_process_group`.
+
+    Rank 0 compares the `Settings` of all ranks, and each rank raises the fault that it finds.
 
     The store is empty at each start of the processes, also when torchrun starts them again. After
     `SILENCE` seconds a rank logs a warning that says for which ranks it waits.
 
     Args:
         timeout: the time to wait for the other ranks; also the store's timeout.
+        backend: the backend of the ranks' collectives, which is compared.
 
     Raises:
-        ConfigError: a name that cannot be resolved, an address that is not that of rank 0's
-            machine, no store at the address, or a port that is taken or privileged.
+        ConfigError: settings that differ between ranks, or a RANK that two processes have; a name
+            that cannot be resolved, an address that is not that of rank 0's machine, no store at
+            the address, or a port that is taken or privileged.
         RankLostError: a rank did not join.
     """
     # torchrun's agent keeps its server over restarts (torch.distributed.elastic's
@@ -56,11 +69,12 @@ def connect(info: RankInfo, timeout: timedelta) -> Store:
     # address that a dead rank left under the same key. Nothing in the environment numbers the
     # starts: TORCHELASTIC_RESTART_COUNT counts each node's own failures. A count of the ranks that
     # joined is wrong once a rank died before it joined. So rank 0 draws the number of the start. It
-    # tells each rank this number under a key of that rank's present process. Only a rank 0 that
-    # runs at the same time as that process can have written the key: agents end all workers before
-    # new workers start.
+    # tells each process this number under a key of that process. Only a rank 0 that runs at the
+    # same time as that process can have written the key: agents end all workers before new workers
+    # start.
     hosts = info.rank == 0 and info.launcher != "torchrun"
     limit = timeout.total_seconds() + LATER
+    mine = Settings.of(info, backend)
     addresses = _resolve(info, min(LOOKUP, timeout.total_seconds()))
     try:
         if hosts and not any(map(_is_of_this_machine, addresses)):
@@ -73,10 +87,13 @@ def connect(info: RankInfo, timeout: timedelta) -> Store:
         ).result(limit)
         store = PrefixStore("torchpar", tcp)
         if info.rank == 0:
-            start = _welcome(store, info.world_size, timeout)
+            start = _welcome(store, mine, timeout)
         else:  # requests to a host that was stopped block whatever the timeout is
-            start = run_in_daemon(lambda: _join_start(store, info, timeout)).result(2 * limit)
+            joining = run_in_daemon(lambda: _join_start(store, info, mine, timeout))
+            start = joining.result(2 * limit)
     except (DistError, OSError) as e:  # TimeoutError is an OSError
+        if hosts and _is_taken(e) and (fault := _rival_fault(info, mine)):
+            raise ConfigError(fault) from e
         raise ConfigError(
             f"rank {info.rank} did not meet the others at {info.address}:{info.port}: "
             f"{_why_not_connected(e)}; MASTER_ADDR and MASTER_PORT must be the host of rank 0 and "
@@ -85,11 +102,19 @@ def connect(info: RankInfo, timeout: timedelta) -> Store:
     return PrefixStore(f"start{start}", store)
 
 
+def _code_of(error: Exception) -> str:
+    return errno.errorcode.get(error.errno or 0, "") if isinstance(error, OSError) else ""
+
+
+def _is_taken(error: Exception) -> bool:
+    """Whether another program has the port."""
+    return "EADDRINUSE" in str(error).partition("\n")[0] + _code_of(error)
+
+
 def _why_not_connected(error: Exception) -> str:
     """Why a rank did not connect, from the first line of an error of TCPStore or of a socket."""
-    line = str(error).partition("\n")[0]
-    code = errno.errorcode.get(error.errno or 0, "") if isinstance(error, OSError) else ""
-    if "EADDRINUSE" in line + code:
+    line, code = str(error).partition("\n")[0], _code_of(error)
+    if _is_taken(error):
         return "another program has that port (EADDRINUSE)"
     if "EACCES" in line + code:
         return "that port is privileged, as most below 1024 are (EACCES)"
@@ -241,70 +266,169 @@ def run_in_daemon(function: Callable[[], T]) -> "Future[T]":
     return future
 
 
-def _welcome(store: Store, world_size: int, timeout: timedelta) -> int:
-    start: int = store.add("starts", 1)
-    deadline = time.monotonic() + timeout.total_seconds()
-    silent_until = time.monotonic() + SILENCE
-    missing = list(range(1, world_size))
-    while missing:
-        # For ranks that say for whom they wait.
-        store.set(f"awaited/{start}", ", ".join(map(str, missing)))
-        for rank in missing:
-            # The counter may belong to a dead process; retry until the live process answers.
-            store.set(f"welcome/{rank}/{store.add(f'processes/{rank}', 0)}", str(start))
-        time.sleep(POLL)
-        missing = [rank for rank in missing if not store.check([f"joined/{rank}/{start}"])]
-        ranks, now = ", ".join(map(str, missing)), time.monotonic()
-        if missing and now > deadline:
-            store.set(f"missing/{start}", ranks)
+class _RollCall:
+    """Rank 0's list of the processes that have come to a start.
+
+    torchrun's store also has the numbers of processes that have ended. All are welcomed, and those
+    that live answer by their settings.
+    """
+
+    def __init__(self, store: Store, mine: Settings):
+        self.store = store
+        self.start: int = store.add("starts", 1)
+        self.answers = [mine]
+        self._welcomed = 0
+        store.set(f"host/{self.start}", mine.process)
+
+    def call(self) -> str:
+        """Look who has come; return the fault of their settings, or ""."""
+        count = self.store.add("processes", 0)
+        for number in range(self._welcomed + 1, count + 1):
+            self.store.set(f"welcome/{number}", str(self.start))
+        self._welcomed = count
+        while self.store.check([key := f"answer/{self.start}/{len(self.answers)}"]):
+            self.answers.append(Settings.from_json(self.store.get(key)))
+        return self._rival() or find_fault(self.answers)
+
+    def _rival(self) -> str:
+        """The fault of another rank 0 that lives at the same time; the earlier one tells it."""
+        fault, mine = "", self.answers[0].process
+        if self.store.check([f"outcome/{self.start}"]):
+            fault = str(json.loads(self.store.get(f"outcome/{self.start}"))["fault"])
+        for start in range(self.start + 1, self.store.add("starts", 0) + 1):
+            if self.store.check([f"host/{start}"]):
+                fault = two_processes(0, mine, self.store.get(f"host/{start}").decode())
+                self.store.set(f"outcome/{start}", json.dumps({"fault": fault}))
+        return fault
+
+    def missing(self) -> list[int]:
+        return sorted(set(range(self.answers[0].world_size)) - {one.rank for one in self.answers})
+
+    def hear_late_ones(self) -> None:
+        """Hear those who come a little later, so that the fault names them, and they hear of it."""
+        until = time.monotonic() + STAY
+        while len(self.answers) < max(one.world_size for one in self.answers):
+            if time.monotonic() > until:
+                return
+            time.sleep(POLL)
+            self.call()
+
+    def close(self, *, missing: str = "", fault: str = "") -> None:
+        """Tell all who have answered, and those who come later, how the start ended."""
+        outcome = {"missing": missing, "fault": fault}
+        answers = [one.as_json() for one in self.answers]
+        self.store.set(f"outcome/{self.start}", json.dumps(outcome | {"answers": answers}))
+        if missing or fault:
             # The other ranks read the key before this process, which may host the store, ends.
             time.sleep(LATER)
+
+
+def _welcome(store: Store, mine: Settings, timeout: timedelta) -> int:
+    """Return the number of the start, once all ranks have come with the same settings."""
+    roll = _RollCall(store, mine)
+    deadline = time.monotonic() + timeout.total_seconds()
+    silent_until = time.monotonic() + SILENCE
+    while not (fault := roll.call()) and (missing := roll.missing()):
+        ranks, now = ", ".join(map(str, missing)), time.monotonic()
+        # For ranks that say for whom they wait.
+        store.set(f"awaited/{roll.start}", ranks)
+        if now > deadline:
+            roll.close(missing=ranks)
             raise _did_not_join(ranks, timeout)
-        if missing and now > silent_until:
+        if now > silent_until:
             _say(0, ranks)
             silent_until = deadline
-    store.set(f"missing/{start}", "")
-    return start
+        time.sleep(POLL)
+    if fault:
+        roll.hear_late_ones()
+        fault = roll.call()
+    fault = fault or find_local_fault(roll.answers)
+    roll.close(fault=fault)
+    if fault:
+        raise ConfigError(fault)
+    return roll.start
 
 
-def _join_start(store: Store, info: RankInfo, timeout: timedelta) -> int:
+def _join_start(store: Store, info: RankInfo, mine: Settings, timeout: timedelta) -> int:
     """Return the number of the start, once rank 0 says that all ranks have joined."""
-    process = store.add(f"processes/{info.rank}", 1)
-    welcome = f"welcome/{info.rank}/{process}"
+    mine = replace(mine, number=store.add("processes", 1))
+    welcome = f"welcome/{mine.number}"
+    # Where rank 0 hosts the store, there is one start, and this process may be one too many.
+    ended = ["outcome/1"] if info.launcher != "torchrun" else []
     try:
-        _wait(store, welcome, timeout, lambda: _say(info.rank, "0"))
-        start = int(store.get(welcome))
-        store.set(f"joined/{info.rank}/{start}", "")
+        _wait(store, [welcome, *ended], timeout, lambda: _say(info.rank, "0"))
+        start = int(store.get(welcome)) if store.check([welcome]) else 1
+        number = store.add(f"answers/{start}", 1)
+        store.set(f"answer/{start}/{number}", mine.as_json())
 
         def say() -> None:
             if info.local_rank == 0:  # one rank of each machine; rank 0 says it on its own
                 _say(info.rank, store.get(f"awaited/{start}").decode())
 
-        _wait(store, f"missing/{start}", timeout + timedelta(seconds=LATER), say)
-        missing = store.get(f"missing/{start}").decode()
+        _wait(store, [f"outcome/{start}"], timeout + timedelta(seconds=LATER), say)
+        outcome = json.loads(store.get(f"outcome/{start}"))
     except DistError as e:
         raise _did_not_join("0", timeout) from e
-    if missing:
-        raise _did_not_join(missing, timeout)
+    if outcome["missing"]:
+        raise _did_not_join(outcome["missing"], timeout)
+    _check_member(mine, outcome["fault"], [Settings.from_json(one) for one in outcome["answers"]])
     return start
 
 
-def _wait(store: Store, key: str, timeout: timedelta, say: Callable[[], None]) -> None:
-    """Wait for ``key``; call ``say`` after `SILENCE` seconds.
+def _check_member(mine: Settings, fault: str, members: list[Settings]) -> None:
+    """Refuse a start with a fault, or one of which this process is no member.
+
+    It may have come too late, after rank 0 had heard as many as it expects.
+    """
+    is_member = any(one.number == mine.number for one in members)
+    if fault := fault or ("" if is_member else find_fault([*members, mine])):
+        raise ConfigError(fault)
+    if not is_member:
+        raise ConfigError(
+            f"rank {mine.rank} came to a start that had ended without it; give each job a "
+            "MASTER_PORT of its own"
+        )
+
+
+def _rival_fault(info: RankInfo, mine: Settings) -> str:
+    """The fault that a rank 0 at the store's address answers, if it waits there for others; or "".
+
+    It may also be another program, which does not answer.
+    """
+    patience = timedelta(seconds=LATER)
+    with suppress(DistError, OSError):
+        tcp = run_in_daemon(
+            lambda: TCPStore(info.address, info.port, None, False, patience, wait_for_workers=False)
+        ).result(LATER)
+        store = PrefixStore("torchpar", tcp)
+        start = store.add("starts", 1)
+        store.set(f"host/{start}", mine.process)
+        until = time.monotonic() + LATER
+        while time.monotonic() < until:
+            if store.check([f"outcome/{start}"]):
+                return str(json.loads(store.get(f"outcome/{start}"))["fault"])
+            time.sleep(POLL)
+    return ""
+
+
+def _wait(store: Store, keys: list[str], timeout: timedelta, say: Callable[[], None]) -> None:
+    """Wait for one of ``keys``; call ``say`` after `SILENCE` seconds, and wait for the first one.
 
     Raises:
-        DistError: the store's host has ended, or nobody sets the key within the timeout.
+        DistError: the store's host has ended, or nobody sets a key within the timeout.
     """
     began = time.monotonic()
     patience = timeout.total_seconds()
     # A wait that times out would print the frames of PyTorch's error.
-    while not store.check([key]) and time.monotonic() < began + patience:
+    while time.monotonic() < began + patience:
+        if any(store.check([key]) for key in keys):
+            return
         if time.monotonic() > began + SILENCE:
             say()
             break
         time.sleep(POLL)
     left = max(began + patience - time.monotonic(), POLL)
-    store.wait([key], timedelta(seconds=left))
+    store.wait(keys[:1], timedelta(seconds=left))
 
 
 def _say(rank: int, awaited: str) -> None:

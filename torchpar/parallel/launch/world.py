@@ -193,8 +193,8 @@ def join_world(
 
     Raises:
         ConfigError: an unknown device, CUDA on a machine without GPU, a ``timeout`` that is no
-            number above 0 and at most `LONGEST`, several ranks with ``alone``, or no network
-            interface for gloo.
+            number above 0 and at most `LONGEST`, several ranks with ``alone``, no network interface
+            for gloo, or ranks that were started with other settings (`rendezvous.connect`).
         RankLostError: a rank has ended or hangs. This error replaces PyTorch's error.
     """
     timeout = check_number("timeout", timeout, above=True, most=LONGEST)
@@ -213,7 +213,7 @@ def join_world(
     rank_device, backend = _choose_device(device, info)
     limit, store = timedelta(seconds=timeout), None
     if not dist.is_initialized():
-        store = rendezvous.connect(info, limit) if launched else dist.HashStore()  # type: ignore[attr-defined]
+        store = rendezvous.connect(info, limit, backend) if launched else dist.HashStore()  # type: ignore[attr-defined]
     try:
         if store is not None:
             dist.init_process_group(

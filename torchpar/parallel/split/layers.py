@@ -66,7 +66,7 @@ class _ParallelLinear(nn.Linear):
     ):
         check_mesh(type(self).__name__, mesh)
         sizes = {"in_features": in_features, "out_features": out_features}
-        settings = {"layer": type(self).__name__}
+        settings: dict[str, object] = {"layer": type(self).__name__}
         settings |= {name: whole_or_text(size) for name, size in sizes.items()}
         settings |= {"bias": bias, "activation": activation} | options
         check_same_on_all_ranks(mesh.get_group(), "a layer's ranks", settings)
