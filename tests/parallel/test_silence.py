@@ -109,6 +109,28 @@ def test_a_rank_that_was_stopped_itself_names_nobody(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("asks", [True, False])
+def test_a_store_whose_host_has_ended_leaves_no_frames(monkeypatch, capfd, asks):
+    """Those of PyTorch's error, where nobody asks before a request."""
+    host = dist.TCPStore("127.0.0.1", 0, is_master=True)
+    store = dist.PrefixStore("a", dist.TCPStore("127.0.0.1", host.port, is_master=False))
+    steps, clock = iter([False, True]), SimpleNamespace(now=0.0)
+
+    def left(_: float) -> bool:
+        nonlocal host
+        host, clock.now = None, 100.0  # after this process's name has been sent
+        return next(steps)
+
+    monkeypatch.setattr(silence, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    if not asks:
+        monkeypatch.setattr(silence, "host_has_ended", lambda _: False)
+    world: Any = SimpleNamespace(rank=1, world_size=2, timeout=600.0)
+    silence._watch(store, world, lambda: 3, left)
+    err = capfd.readouterr().err
+    assert ("frame #" in err) is not asks, err
+    assert not asks or err == ""
+
+
 def run_in_which_rank_1_is_stopped() -> tuple[list[str], int, list[str]]:
     """Train one epoch; in its second step rank 1 is stopped, until rank 0 has named it.
 

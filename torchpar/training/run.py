@@ -45,6 +45,7 @@ from torchpar.parallel.launch.world import World, check_module, check_world
 from torchpar.parallel.save.checkpoint import CheckpointConfig, Checkpoints
 from torchpar.parallel.split.parts import local, reshard
 from torchpar.training import state
+from torchpar.training.answers import answering_signals
 from torchpar.training.graphed import count_replays
 from torchpar.training.outcome import EpochResult, Evaluation, Stopped
 from torchpar.training.replicas import check_replicas
@@ -222,6 +223,7 @@ class Run:
         with self._stack.pop_all() as stack:
             if self.world.world_size > 1:
                 stack.enter_context(naming_silent_ranks(self.world, self._steps_in_epoch))
+            stack.enter_context(answering_signals(self.world, self._checkpoints is not None))
             stack.enter_context(self._log.active(self))
             if self._checkpoints is not None:
                 self._stop = stack.enter_context(StopSignal(self.world))

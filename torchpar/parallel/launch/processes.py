@@ -2,18 +2,23 @@
 """The end of processes: with the process that started them, and by signals."""
 
 import ctypes
+import logging
 import os
 import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import connection, parent_process
 from pathlib import Path
 from types import FrameType
 
+logger = logging.getLogger(__name__)
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+TICK = 0.3  # seconds between two looks whether torchrun lives
+_is_watched = False
 # Windows has no SIGHUP.
 ENDING = [signal.Signals[name] for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
@@ -40,14 +45,43 @@ def end_with_parent(folder: Path | None = None) -> None:
     threading.Thread(target=watch, name="end_with_parent", daemon=True).start()
 
 
-def end_with_launcher() -> None:
-    """Let Linux send SIGTERM to this rank of torchrun when torchrun ends, even by SIGKILL.
+def end_with_launcher(speaks: bool) -> None:
+    """End this rank of torchrun when torchrun has ended, even by SIGKILL.
 
-    The ranks of a killed torchrun would train on. The signal comes when the thread ends that
-    started this process. In torchrun that is the main thread. In another launcher it may be one
-    that ends early.
+    The ranks of a killed torchrun would train on. As torchrun would, send SIGTERM, by which a `Run`
+    saves, and after `shutdown_timeout` seconds SIGKILL. A thread looks whose child this process is:
+    the signal that Linux sends at the end of a parent would end this process before it can speak.
+
+    Args:
+        speaks: log why the ranks end: one rank on each machine.
     """
-    die_with_parent(signal.SIGTERM)
+    global _is_watched
+    if _is_watched:
+        return
+    _is_watched, launcher = True, os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(TICK)
+        seconds = shutdown_timeout()
+        if speaks:
+            logger.warning(
+                "torchrun has ended, and its ranks end within %g s; start the same command again",
+                seconds,
+            )
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(seconds)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="end_with_launcher", daemon=True).start()
+
+
+def shutdown_timeout() -> float:
+    """The seconds that torchrun gives its ranks to end after a signal."""
+    try:
+        return max(float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30")), 0.0)
+    except ValueError:
+        return 30.0
 
 
 def die_with_parent(number: signal.Signals) -> None:

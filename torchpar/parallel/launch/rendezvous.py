@@ -214,6 +214,23 @@ def _wait_for_host(info: RankInfo, timeout: timedelta) -> None:
         time.sleep(KNOCK)
 
 
+def host_has_ended(store: Store) -> bool:
+    """Whether the machine of a TCPStore answers that no program listens at the store's port.
+
+    Ask before a request: a request to a host that has ended prints the frames of PyTorch's error.
+    """
+    while isinstance(store, PrefixStore):
+        store = store.underlying_store
+    if isinstance(store, TCPStore):
+        try:
+            socket.create_connection((store.host, store.port), REACH).close()
+        except ConnectionRefusedError:
+            return True
+        except OSError:  # such as of a machine that does not answer now
+            return False
+    return False
+
+
 def missing_ranks(store: Store, rank: int, world_size: int, patience: float) -> list[int]:
     """Return the ranks that do not call this within ``patience`` seconds: they hang, or have ended.
 
@@ -233,6 +250,8 @@ def missing_ranks(store: Store, rank: int, world_size: int, patience: float) -> 
     deadline = time.monotonic() + patience
 
     def ask() -> None:
+        if host_has_ended(store):
+            raise ConnectionRefusedError
         connection = store.clone()  # a collective may hold the connection
         connection.set(f"present/{rank}", "")
         while len(present) < world_size and time.monotonic() <= deadline:
@@ -244,7 +263,7 @@ def missing_ranks(store: Store, rank: int, world_size: int, patience: float) -> 
     # Requests to a host that was stopped block whatever the store's timeout is.
     try:
         run_in_daemon(ask).result(patience + 0.5)
-    except (RuntimeError, TimeoutError):  # the store's host has ended, or was stopped
+    except (RuntimeError, OSError):  # the store's host has ended, or was stopped
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             return []
         if 0 not in present:

@@ -7,11 +7,11 @@ import socket
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from typing import Self
 
 import torch
 
-from torchpar import __version__
 from torchpar.parallel.launch.rank_info import RankInfo, first_difference
 
 # What every rank must have been given alike, by its name in messages, and what to do.
@@ -45,8 +45,8 @@ class Settings:
     def of(cls, info: RankInfo, backend: str = "") -> Self:
         """This process's settings; ``backend`` is that of its collectives."""
         # Wheels of one version for CPUs and for GPUs differ behind the plus sign.
-        versions = __version__, str(torch.__version__).partition("+")[0]
-        values = str(info.world_size), backend, *versions
+        of_torch = str(torch.__version__).partition("+")[0]
+        values = str(info.world_size), backend, _installed_version(), of_torch
         process = f"process {os.getpid()} on {socket.gethostname()}"
         shared = dict(zip(SHARED, values, strict=True))
         return cls(info.rank, info.local_world_size, shared, process)
@@ -61,6 +61,14 @@ class Settings:
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
         return cls(**json.loads(text))
+
+
+def _installed_version() -> str:
+    """The version of torchpar; "" of a checkout that is not installed."""
+    try:
+        return metadata.version("torchpar")
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def find_fault(settings: Sequence[Settings]) -> str:

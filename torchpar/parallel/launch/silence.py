@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
+from torchpar.parallel.launch.rendezvous import host_has_ended
 from torchpar.parallel.launch.world import World
 
 logger = logging.getLogger(__name__)
@@ -62,12 +63,15 @@ def _watch(
         store.set(f"process/{world.rank}", f"process {os.getpid()} on {socket.gethostname()}")
         while not left(TICK):
             now, before, done = time.monotonic(), done, steps()
+            is_late = done == before and done is not None and now - since >= HEARTBEAT
+            if (is_late or now - sent >= HEARTBEAT) and host_has_ended(store):
+                return
             if now - sent >= HEARTBEAT:
                 store.add(f"heartbeat/{world.rank}", 1)
                 sent = now
             if done != before:
                 since, heard, counts = now, {}, {}
-            elif done is not None and now - since >= HEARTBEAT:
+            elif is_late:
                 # A rank that is not here yet has no process, for which `get` would wait.
                 for rank in (one for one in others if store.check([f"process/{one}"])):
                     count = store.add(f"heartbeat/{rank}", 0)

@@ -179,8 +179,8 @@ def join_world(
 
     Without a launcher the world has one rank. NCCL connects ranks with a GPU each. gloo connects
     ranks on CPUs, and ranks that share a GPU. If `torch.distributed` is initialized already, its
-    ranks are the world, and it stays initialized. On Linux a rank receives SIGTERM when torchrun
-    ends, even by SIGKILL.
+    ranks are the world, and it stays initialized. A rank receives SIGTERM when torchrun has ended,
+    even by SIGKILL.
 
     Args:
         device: "cpu", "cuda", or "auto": CUDA if there is a GPU.
@@ -205,7 +205,7 @@ def join_world(
     launched = find_rank_info()
     info = launched or RankInfo(0, 0, 1, 1, address="", port=0, launcher="none")
     if info.launcher == "torchrun":
-        end_with_launcher()
+        end_with_launcher(speaks=info.local_rank == 0)
     if alone and info.world_size > 1:
         raise ConfigError(
             f"{info.world_size} processes were started, expected 1; start without a launcher"
