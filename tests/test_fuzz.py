@@ -12,11 +12,11 @@ from commands import ROOT, forked, run
 pytest.importorskip("tyro", reason="tyro reads the flags")
 SCRIPTS = {
     "exact_mode": ["exp", "rows", "checkpoint"],
-    "training": ["bits", "alone"],
+    "training": ["bits", "alone", "parts"],
     "optimizers": ["decay", "closure", "exchange"],
     "operators": ["transposed", "last-bit", "behind", "overwritten", "overflow"],
     "library": ["keywords", "twice"],
-    "flags": ["unchecked"],
+    "flags": ["unchecked", "any-number"],
     "emulator": ["minimum", "silent"],
     "graphed": ["copies", "gradients", "host", "others", "pool", "steps", "unpassed"],
 }

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: MIT
 """Training runs on random meshes, killed at random moments, and resumed from damaged checkpoints.
 
-A trial is one of four kinds:
+A trial is one of five kinds:
 
 - scaler: with loss scaling, random gradients overflow on random ranks of a random mesh: all ranks
   skip the same steps, and have the scales and losses of one process;
+- replicas: a model with a replicated scale and a sparse embedding has on a random mesh the losses
+  of one process; where a rank has only a part of the scale's gradient, it is refused by name;
 - mesh: random layers on a random mesh of dp × tp × pp ranks have the losses of one process;
 - kill: a run on one or two ranks is ended by SIGTERM or SIGKILL, some times, and resumed to its
   end: the same bits as an undisturbed one, and no process and no shared memory is left behind;
@@ -30,9 +32,11 @@ from pathlib import Path
 
 from driver import ROOT, Found, Refused, run
 from fake_data import fashion_mnist
+from replicated import Way, train_replicated
 from saved import latest, same, steps, tensors
 from scaled import OPTIMIZERS, train_scaled
 
+from torchpar.errors import ConfigError
 from torchpar.parallel.launch.local import PRELOAD, Ranks, fork_context
 
 TRAIN = str(ROOT / "examples" / "train_parallel.py")
@@ -45,7 +49,8 @@ MODULES = [
 # Two orders of float32 sums of at most 784 terms typically differ by √784·2⁻²⁴, in each of at most
 # 5 layers and 16 steps; the learning rates below do not let a difference grow.
 sharing = "ours"  # of `train_scaled`
-kinds = ["scaler", "mesh", "damage", "kill"]  # that are drawn
+kinds = ["scaler", "replicas", "mesh", "damage", "kill"]  # that are drawn
+checks = True  # of `train_replicated`
 TOLERANCE = 16 * 5 * math.sqrt(784) * 2.0**-24
 
 
@@ -72,7 +77,9 @@ def base() -> list[str]:
 
 
 def trial(rng: random.Random) -> str:
-    kind = rng.choice([one for one in (scaler, mesh, damage, kill) if one.__name__ in kinds])
+    kind = rng.choice(
+        [one for one in (scaler, replicas, mesh, damage, kill) if one.__name__ in kinds]
+    )
     try:
         return kind(rng)
     except Found as found:
@@ -160,6 +167,37 @@ def scaler(rng: random.Random) -> str:
             if not math.isclose(found.loss, expected.loss, rel_tol=TOLERANCE):
                 raise Found(f"step {step}: {found} on rank {rank}, {expected} alone; {what}")
     return "scaler"
+
+
+def replicas(rng: random.Random) -> str:
+    mesh = rng.choice([{"tp": 2}, {"tp": 3}, {"dp": 2}, {"dp": 3}, {"dp": 2, "tp": 2}])
+    way = Way(
+        rng.choice(["before", "between", "after"]),
+        adds_up=rng.random() < 0.5,
+        sparse=rng.random() < 0.5,
+        clips=rng.choice([0.0, 0.1, 100.0]),
+        width=rng.choice([1, 3, 7, 12]),
+        seed=rng.randrange(100),
+        checks=checks,
+    )
+    divided = ranks().outcomes(math.prod(mesh.values()), train_replicated, mesh, way)
+    (of_all,) = ranks().outcomes(1, train_replicated, {}, way)
+    what = f"{mesh}, {way}"
+    if isinstance(of_all, BaseException):
+        raise Found(f"{of_all!r} alone; {what}")
+    if way.place == "between" and not way.adds_up and "tp" in mesh:
+        if not all(
+            isinstance(one, ConfigError) and "of scale differs" in str(one) for one in divided
+        ):
+            raise Found(f"a part of a gradient is not refused: {divided}; {what}")
+        raise Refused(str(divided[0]))
+    for rank, losses in enumerate(divided):
+        if isinstance(losses, BaseException):
+            raise Found(f"{losses!r} on rank {rank}; {what}")
+        for found, expected in zip(losses, of_all, strict=True):
+            if not math.isclose(found, expected, rel_tol=TOLERANCE):
+                raise Found(f"losses {losses} on rank {rank}, {of_all} alone; {what}")
+    return "replicas"
 
 
 def one_line(said: str, what: object) -> None:
@@ -367,5 +405,12 @@ def alone() -> None:
     sharing = "alone"
 
 
+def parts() -> None:
+    """Let a `Run` train with parts of gradients."""
+    global checks, kinds
+    kinds = ["replicas"]
+    checks = False
+
+
 if __name__ == "__main__":
-    sys.exit(run(trial, {"bits": unverified, "alone": alone}, limit=500))
+    sys.exit(run(trial, {"bits": unverified, "alone": alone, "parts": parts}, limit=500))
