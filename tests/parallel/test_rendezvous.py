@@ -344,6 +344,7 @@ def test_every_rank_notices_that_another_program_has_the_port(monkeypatch):
             (store_of_another_job.port, 1.0, RankLostError, "rank 0 did not join"),
         ):
             monkeypatch.setattr(rendezvous, "LATER", later)
+            monkeypatch.setattr(rendezvous, "RIVAL", 0.3)
             infos = [RankInfo(rank, rank, 2, 2, "127.0.0.1", port, "mpich") for rank in range(2)]
             with pytest.raises(
                 ConfigError, match=r"rank 0 did not meet the others at .*EADDRINUSE"

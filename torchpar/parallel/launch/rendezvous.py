@@ -43,6 +43,7 @@ LOOKUP = 10.0  # seconds for a name server that does not answer, or not now
 REACH = 5.0  # seconds in which rank 0 reaches itself by an address that its machine does not have
 SILENCE = 5.0  # seconds after which a rank says for whom it waits
 STAY = 3.0  # seconds in which rank 0 hears ranks that come after one with other settings
+RIVAL = 5.0  # seconds in which a rank 0 that has the port tells another one that it waits there
 LATER = 1.0  # seconds that other ranks wait longer than rank 0, which tells them the missing ranks
 
 
@@ -87,7 +88,7 @@ def connect(info: RankInfo, timeout: timedelta, backend: str = "") -> Store:
         ).result(limit)
         store = PrefixStore("torchpar", tcp)
         if info.rank == 0:
-            start = _welcome(store, mine, timeout)
+            start = _welcome(store, mine, timeout, hosts)
         else:  # requests to a host that was stopped block whatever the timeout is
             joining = run_in_daemon(lambda: _join_start(store, info, mine, timeout))
             start = joining.result(2 * limit)
@@ -292,8 +293,9 @@ class _RollCall:
     that live answer by their settings.
     """
 
-    def __init__(self, store: Store, mine: Settings):
+    def __init__(self, store: Store, mine: Settings, hosts: bool):
         self.store = store
+        self.hosts = hosts  # the store, in which there is no earlier start
         self.start: int = store.add("starts", 1)
         self.answers = [mine]
         self._welcomed = 0
@@ -314,8 +316,9 @@ class _RollCall:
         fault, mine = "", self.answers[0].process
         if self.store.check([f"outcome/{self.start}"]):
             fault = str(json.loads(self.store.get(f"outcome/{self.start}"))["fault"])
-        for start in range(self.start + 1, self.store.add("starts", 0) + 1):
-            if self.store.check([f"host/{start}"]):
+        starts = range(1 if self.hosts else self.start, self.store.add("starts", 0) + 1)
+        for start in starts:
+            if start != self.start and self.store.check([f"host/{start}"]):
                 fault = two_processes(0, mine, self.store.get(f"host/{start}").decode())
                 self.store.set(f"outcome/{start}", json.dumps({"fault": fault}))
         return fault
@@ -342,9 +345,9 @@ class _RollCall:
             time.sleep(LATER)
 
 
-def _welcome(store: Store, mine: Settings, timeout: timedelta) -> int:
+def _welcome(store: Store, mine: Settings, timeout: timedelta, hosts: bool) -> int:
     """Return the number of the start, once all ranks have come with the same settings."""
-    roll = _RollCall(store, mine)
+    roll = _RollCall(store, mine, hosts)
     deadline = time.monotonic() + timeout.total_seconds()
     silent_until = time.monotonic() + SILENCE
     while not (fault := roll.call()) and (missing := roll.missing()):
@@ -390,7 +393,9 @@ def _join_start(store: Store, info: RankInfo, mine: Settings, timeout: timedelta
         raise _did_not_join("0", timeout) from e
     if outcome["missing"]:
         raise _did_not_join(outcome["missing"], timeout)
-    _check_member(mine, outcome["fault"], [Settings.from_json(one) for one in outcome["answers"]])
+    _check_member(
+        mine, outcome["fault"], [Settings.from_json(one) for one in outcome.get("answers", ())]
+    )
     return start
 
 
@@ -414,15 +419,15 @@ def _rival_fault(info: RankInfo, mine: Settings) -> str:
 
     It may also be another program, which does not answer.
     """
-    patience = timedelta(seconds=LATER)
+    patience = timedelta(seconds=RIVAL)
     with suppress(DistError, OSError):
         tcp = run_in_daemon(
             lambda: TCPStore(info.address, info.port, None, False, patience, wait_for_workers=False)
-        ).result(LATER)
+        ).result(RIVAL)
         store = PrefixStore("torchpar", tcp)
         start = store.add("starts", 1)
         store.set(f"host/{start}", mine.process)
-        until = time.monotonic() + LATER
+        until = time.monotonic() + RIVAL
         while time.monotonic() < until:
             if store.check([f"outcome/{start}"]):
                 return str(json.loads(store.get(f"outcome/{start}"))["fault"])
