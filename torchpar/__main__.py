@@ -8,6 +8,9 @@ import argparse
 import importlib
 import signal
 import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 from torchpar.errors import printing
 
@@ -38,6 +41,11 @@ COMMANDS = {
         "say who computes a product on a GPU: which tiles, or the library",
     ),
 }
+# The commands that run a reader's code, as `torchpar.parallel.launch.guard.guarded` takes them.
+GUARDED = {
+    "check": ("python -m torchpar check", "take smaller samples, or a longer --limit"),
+    "exercises": ("the check", ""),
+}
 
 
 def main() -> int:
@@ -47,15 +55,29 @@ def main() -> int:
         commands.add_parser(name, help=text, add_help=False)
     command = parser.parse_args(sys.argv[1:2]).command
     try:
-        module = importlib.import_module(COMMANDS[command][0])
+        module = import_command(command, parser)
+        with printing(f"{parser.prog} {command}"):
+            return run(command, partial(module.main, sys.argv[2:]))
+    except KeyboardInterrupt:
+        print(f"{parser.prog} {command}: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def import_command(command: str, parser: argparse.ArgumentParser) -> Any:
+    """The module of a command. A package that it lacks ends the process in one line."""
+    try:
+        return importlib.import_module(COMMANDS[command][0])
     except ModuleNotFoundError as e:
         parser.error(f"{command}: {e}; pip install 'torchpar[examples]'")
-    try:
-        with printing(f"{parser.prog} {command}"):
-            status: int = module.main(sys.argv[2:])
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    return status
+
+
+def run(command: str, main: Callable[[], int]) -> int:
+    """Run a command, in a child process if it runs a reader's code."""
+    if command not in GUARDED:
+        return main()
+    from torchpar.parallel.launch.guard import guarded
+
+    return guarded(main, *GUARDED[command])
 
 
 if __name__ == "__main__":

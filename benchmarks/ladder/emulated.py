@@ -20,8 +20,9 @@ from unittest.mock import patch
 import numpy as np
 
 from benchmarks.ladder.cases import LadderCase, make_case
-from benchmarks.ladder.student import Entry, SlowCall, TooSlow
+from benchmarks.ladder.student import Entry, SlowCall
 from benchmarks.timing import Rejected
+from torchpar.parallel.launch.guard import TooSlow
 
 if TYPE_CHECKING:
     from torchpar.ptx import Emulator, Report
@@ -89,7 +90,7 @@ def execute(entry: Entry) -> Executed:
         except TooSlow:
             raise SlowCall(f"it takes more than {PATIENCE:.0f} s without a GPU") from None
     except Rejected as error:
-        if small is whole:
+        if small is whole or entry.is_given_up:
             raise
         tell(entry, f"fails at {small.size}; {whole.size} is tried, for at most {LIMIT:.0f} s")
         entry.tried = whole

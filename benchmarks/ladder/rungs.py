@@ -31,7 +31,7 @@ from torch import Tensor
 
 import torchpar
 from benchmarks.flags import Command, run
-from benchmarks.ladder import emulated, guard, homework, page, student
+from benchmarks.ladder import emulated, homework, page, student
 from benchmarks.ladder.cases import (
     LADDERS,
     TILE,
@@ -46,6 +46,7 @@ from benchmarks.timing import CPU, Rejected, Times, Turn, flush, take_turns, tim
 from torchpar.baselines import numpy_mlp, pure_python
 from torchpar.baselines.numpy_mlp import Array
 from torchpar.errors import ConfigError, writing
+from torchpar.parallel.launch.guard import TooSlow, guarded
 
 THREADS = (1, 2, 4, 8)
 ROUNDS = 20
@@ -589,11 +590,11 @@ def student_without_gpu(
     entry = student.Entry(str(source), name, function, case, case)
     try:
         done = emulated.execute(entry)
-    except (Rejected, student.TooSlow) as e:
+    except (Rejected, TooSlow) as e:
         reason = str(e) or f"it takes more than {emulated.LIMIT:.0f} s without a GPU"
         if (whole := LADDERS[case.operator].shape) != case.shape:  # for which it may be written
             reason += f" (without --quick {'×'.join(map(str, whole))} is tried)"
-        is_slow = isinstance(e, (student.TooSlow, student.SlowCall))
+        is_slow = isinstance(e, (TooSlow, student.SlowCall))
         verdict = "too slow" if is_slow else f"not right at {entry.tried.size}"
         print(f"{shown} is {verdict}: {reason}", flush=True)
         return Rung(name=shown, threads=None, turn=partial(reject, reason))
@@ -779,4 +780,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run(partial(guard.guarded, main), "run ladder")
+    with_files = any(argument.startswith("--w") for argument in sys.argv[1:])
+    run(partial(guarded, main, "the ladder") if with_files else main, "run ladder")

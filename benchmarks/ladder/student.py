@@ -28,12 +28,21 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.ladder.cases import WARM_SECONDS, LadderCase, make_case
-from benchmarks.ladder.guard import WATCHED
 from benchmarks.results import duration
 from benchmarks.timing import CPU, Rejected, flush, time_calls
-from torchpar.baselines.exercises import CHECKS, alarm, own_of
+from torchpar.baselines.exercises import CHECKS, own_of
 from torchpar.baselines.numpy_mlp import Array
 from torchpar.errors import ConfigError
+from torchpar.parallel.launch.guard import (
+    BEHIND_MAIN,
+    PATIENCE,
+    RETURN,
+    WATCHED,
+    GivenUp,
+    TooSlow,
+    alarm,
+    top_level,
+)
 
 # The operator of each function, and the row that it is compared with.
 OPERATORS = {
@@ -56,10 +65,6 @@ SECONDS = 0.5  # of a call with smaller arguments
 PACKAGES = ("matplotlib", "numba", "scipy", "triton")  # whose names pip knows
 
 
-class TooSlow(BaseException):
-    """A call took longer than `LIMIT`. No ``except Exception`` of the student catches it."""
-
-
 class SlowCall(Rejected):
     """A call took longer than `LIMIT` with the smaller arguments, too, or later in the turns."""
 
@@ -74,8 +79,9 @@ class Student(NamedTuple):
 def load(path: Path) -> Student:
     """Execute a file, and return those of its functions that the ladder knows.
 
-    If a line fails, the functions above it are there. Code behind ``if __name__ == "__main__"``
-    does not run. What the file imports is its own only if it comes from a file beside it.
+    If a line fails, or takes too long, the functions above it are there. Code behind
+    ``if __name__ == "__main__"`` does not run. What the file imports is its own only if it comes
+    from a file beside it.
 
     Raises:
         ConfigError: there is no such file, or it defines none of the functions.
@@ -127,10 +133,12 @@ def execute(file: str) -> tuple[ModuleType, str]:
     sys.modules[name] = module  # Numba and pickle look there
     try:
         # The file may have flags of its own.
-        with patch.object(sys, "argv", [file]), modules_beside(file):
+        with patch.object(sys, "argv", [file]), modules_beside(file), top_level(file):
             spec.loader.exec_module(module)
-    except (Exception, SystemExit) as e:
-        return module, describe(e, file)
+    except GivenUp as e:
+        return module, f"{Path(file).name}: its top level {e.how}; {BEHIND_MAIN}"
+    except (Exception, SystemExit, TooSlow) as e:
+        return module, describe(e, file) + f"; {BEHIND_MAIN}" * isinstance(e, TooSlow)
     return module, ""
 
 
@@ -265,7 +273,8 @@ class Compilation:
 def time_limit(seconds: float, compilation: Compilation | None = None) -> Iterator[None]:
     """Raise `TooSlow` in the block after ``seconds``, beside those of the ``compilation``.
 
-    Compiled code ends first; `benchmarks.ladder.guard` waits for it. Without effect on Windows.
+    Compiled code ends first; `torchpar.parallel.launch.guard` waits for it. Without effect on
+    Windows.
     """
     start = time.perf_counter()
 
@@ -323,6 +332,11 @@ class Entry:
     def note(self) -> str:
         """The smaller case, from which the time is extrapolated."""
         return "" if self.tried is self.case else f"from {self.tried.size}"
+
+    @property
+    def is_given_up(self) -> bool:
+        """Whether it has ended the ladder before, or has not returned."""
+        return (self.file, self.name) in WATCHED.given_up
 
     def begin(self) -> float:
         """Call the function for the first time, and settle its case; the seconds of the whole case.
@@ -430,8 +444,6 @@ class Entry:
         Args:
             limit: seconds of a call whose time does not count; by default `LIMIT`.
         """
-        if waited := WATCHED.endless.get((self.file, self.name)):
-            raise SlowCall(f"its compiled code did not return within {waited:.0f} s")
         arguments = [t.copy() for t in self.tried.arguments]
         if self.case.cold and limit is None:
             flush(CPU)
@@ -440,15 +452,18 @@ class Entry:
                 same_threads_of_torch(),
                 on_cores(self.cores),
                 modules_beside(self.file),
-                WATCHED.calling(self.file, self.name, limit or LIMIT) as tell,
+                WATCHED.calling(self.file, self.name, (limit or LIMIT) + PATIENCE) as tell,
                 Compilation(tell).watched() as compilation,
                 time_limit(limit or LIMIT, compilation),
             ):
                 timed = time_calls(lambda: as_array(self.function(*arguments)), calls=calls)
         except Rejected:
             raise
+        except GivenUp as e:
+            raise (SlowCall if e.is_endless else Rejected)(str(e)) from None
         except (Exception, SystemExit) as e:
-            raise Rejected(describe(e, self.file, self.function)) from None
+            text = describe(e, self.file, self.function)
+            raise Rejected(text + f"; {RETURN}" * isinstance(e, SystemExit)) from None
         for i, (mine, given) in enumerate(zip(arguments, self.tried.arguments, strict=True), 1):
             if not np.array_equal(mine, given):
                 raise Rejected(f"it changed its argument {i}; write to a new array")

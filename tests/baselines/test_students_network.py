@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: MIT
 """The checks of a student's NumPy network, and a training through its functions."""
 
+import inspect
 import re
+import sys
 from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
 import pytest
+from commands import forked
 
-from torchpar import errors
+from torchpar import __main__, errors
 from torchpar.baselines import exercises
 from torchpar.data.files import Images
+from torchpar.parallel.launch import guard
 
 RIGHT = """
 import numpy as np
@@ -311,3 +315,132 @@ def test_the_training_says_how_far_an_epoch_is(capsys):
     ):
         exercises.check_training(functions(RIGHT), Path())
     assert re.match(r"0 of 2 batches after \d+ s\n1 of 2 batches", capsys.readouterr().err)
+
+
+# Ends of the process, and silence
+
+needs_fork = pytest.mark.skipif(sys.platform != "linux", reason="the command forks on Linux alone")
+COMMAND = f"""
+import sys
+from pathlib import Path
+import numpy as np
+from torchpar import __main__
+from torchpar.baselines import exercises
+from torchpar.data.files import Images
+from torchpar.parallel.launch import guard
+
+{inspect.getsource(images)}
+exercises.read = lambda *_: (images(2000), images(100))
+exercises.PATIENCE, guard.TICK = 2.0 - exercises.LIMIT, 0.05
+sys.argv = ["torchpar", "exercises", "--with", sys.argv[1]]
+sys.exit(__main__.main())
+"""
+
+
+def command(folder: Path, text: str) -> tuple[int, list[str], list[str]]:
+    """The status and the lines of ``exercises --with my.py``, which trains on ten rows of bars."""
+    (folder / "command.py").write_text(COMMAND)
+    (folder / "my.py").write_text(f"import ctypes, os, signal{text}")
+    status, out, err = forked("command.py", "my.py", cwd=folder)
+    return status, out.splitlines(), err.splitlines()
+
+
+def beginning(text: str, **lines: str) -> str:
+    """A file whose functions of these names begin with a line."""
+    for name, line in lines.items():
+        text, count = re.subn(rf"(def {name}\(.*\n)", rf"\1    {line}\n", text)
+        assert count == 1
+    return text
+
+
+@needs_fork
+def test_each_function_that_ends_the_process_or_never_returns_is_named(tmp_path):
+    text = beginning(
+        RIGHT,
+        sigmoid_prime="os.fork()",
+        random_weights="exit('bye')",
+        zeros_weights="os._exit(0)",
+        zeros_biases="ctypes.string_at(0)",
+        create_batches="os.kill(os.getpid(), signal.SIGKILL)",
+        add_elementwise="ctypes.PyDLL(None).pause()",  # which holds the interpreter's lock
+    )
+    status, out, err = command(tmp_path, text)
+    assert (status, err) == (1, [])
+    hows = {
+        "zeros_weights": "ends the process with status 0, as os._exit does",
+        "zeros_biases": "ends the process by SIGSEGV (my.py, line 21)",
+        "create_batches": "ends the process by SIGKILL",
+        "add_elementwise": "does not end within 2 s (my.py, line 30)",
+    }
+    assert [line for line in out if "begins again" in line] == [
+        f"my.py: {name} {how}; the check begins again without it" for name, how in hows.items()
+    ]
+    instead = "; return the result instead"
+    assert out[-8:] == [
+        "my.py: sigmoid is right",
+        "my.py: sigmoid_prime is right: it takes z",
+        f"my.py: random_weights is not right: my.py, line 12: SystemExit: bye{instead}",
+        *(
+            f"my.py: {name} is not right: it {how}{instead * how.startswith('ends')}"
+            for name, how in hows.items()
+        ),
+        "The training is left out: random_weights, zeros_weights, zeros_biases, create_batches, "
+        "add_elementwise not right.",
+    ]
+
+
+@needs_fork
+def test_a_training_that_is_ended_names_the_function_and_a_right_one_ends_by_itself(tmp_path):
+    right, out, err = command(tmp_path, RIGHT)
+    assert (right, err) == (0, [])
+    assert len(out) == len(set(out))
+    assert out[-1].startswith("the training is right: accuracy 1.0000 after epoch ")
+    at = "z.shape == (32, 30) and"  # of the first layer in the training
+    status, out, err = command(tmp_path, beginning(RIGHT, sigmoid_prime=f"{at} os._exit(0)"))
+    how = "ends the process with status 0, as os._exit does"
+    assert (status, err) == (1, [])
+    again = f"my.py: sigmoid_prime in the training {how}; the check begins again without it"
+    assert again in out
+    last = f"the training is not right: sigmoid_prime: it {how}; return the result instead"
+    assert out[-1] == last
+
+
+def test_a_training_that_calls_exit_is_not_right(tmp_path, capsys):
+    (tmp_path / "my.py").write_text(
+        beginning(RIGHT, sigmoid_prime="if z.shape == (32, 30): exit('bye')")
+    )
+    with patch.object(exercises, "read", lambda *_: (images(2000), images(100))):
+        assert exercises.main(["--with", str(tmp_path / "my.py")]) == 1
+    line = "the training is not right: my.py, line 8: SystemExit: bye; return the result instead\n"
+    assert capsys.readouterr().out.endswith(line)
+
+
+@needs_fork
+def test_a_top_level_that_ends_the_process_is_named(tmp_path):
+    status, out, (line,) = command(tmp_path, RIGHT + "\nos._exit(0)\n")
+    assert (status, out) == (2, [])
+    how = "its top level ends the process with status 0, as os._exit does"
+    advice = 'put that behind if __name__ == "__main__"'
+    assert line == f"python -m torchpar exercises: error: --with my.py: {how}; {advice}"
+
+
+def test_a_top_level_that_never_ends_is_stopped_at_its_line(tmp_path, capsys):
+    path = tmp_path / "my.py"
+    path.write_text("def sigmoid(z): pass\nwhile True: pass\n")
+    with patch.object(guard, "TOP_LEVEL", 0.5), patch.object(errors, "SILENCE", 0.05):
+        assert exercises.main(["--with", str(path)]) == 1
+    out, err = capsys.readouterr()
+    advice = 'put that behind if __name__ == "__main__"; functions above this line are checked'
+    assert out.startswith(f"my.py, line 2: TooSlow: it takes more than 0 s; {advice}\nmy.py: sigmo")
+    assert re.match(r"my.py, line 2: its top level has not ended after 0 s\n", err)
+    path.write_text("def sigmoid(z): pass\n")
+    assert exercises.main(["--with", str(path)]) == 1
+    assert capsys.readouterr().err == ""
+
+
+def test_ctrl_c_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["torchpar", "exercises", "--with", "my.py"])
+    monkeypatch.setattr(exercises, "main", lambda _: guard.os.kill(guard.os.getpid(), 2))
+    monkeypatch.setattr(guard, "guarded", lambda main, *_: main())
+    assert __main__.main() == 130
+    assert capsys.readouterr().err == "python -m torchpar exercises: interrupted\n"

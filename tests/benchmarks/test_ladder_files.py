@@ -22,8 +22,10 @@ from benchmarks.ladder import emulated, homework, page, rungs, student
 from benchmarks.ladder.cases import LADDERS, make_case
 from benchmarks.results import CORES, Result
 from benchmarks.timing import Rejected
+from torchpar import errors
 from torchpar.baselines import ladder, numpy_mlp
 from torchpar.errors import ConfigError
+from torchpar.parallel.launch import guard
 
 # Columns of the CSV
 COLUMNS = ("contestant", "p20_ms", "p50_ms", "p80_ms", "samples", "ok", "torch", "device", "date")
@@ -238,6 +240,40 @@ def test_a_missing_package_of_a_students_file_has_the_pip_command(
     with pytest.raises(ConfigError) as raised:
         student.load(tmp_path / "first_of_two.py")
     assert str(raised.value).endswith(f"; None in sys.modules{advice}")
+
+
+def test_a_top_level_that_never_ends_is_stopped_at_its_line(tmp_path, capsys):
+    path = tmp_path / "first_of_two.py"
+    path.write_text("def max_cpu(A, B): pass\nwhile True: pass\ndef maximum(A, B): pass\n")
+    with patch.object(guard, "TOP_LEVEL", 0.5), patch.object(errors, "SILENCE", 0.05):
+        functions, error = student.load(path)
+    assert set(functions) == {"max_cpu"}
+    advice = 'put that behind if __name__ == "__main__"'
+    assert error == f"first_of_two.py, line 2: TooSlow: it takes more than 0 s; {advice}"
+    err = capsys.readouterr().err
+    assert err.startswith("first_of_two.py, line 2: its top level has not ended after 0 s\n")
+
+
+def test_what_has_ended_the_ladder_or_never_returned_is_not_called_again(tmp_path, capsys):
+    path = tmp_path / "first_of_two.py"
+    path.write_text(FIRST)
+    given_up = {
+        (str(path), guard.TOP): guard.GivenUp("ends the process by SIGKILL", False),
+        ("my.py", "max_numba"): guard.GivenUp("does not end within 60 s", True),
+        ("my.py", "max_gpu"): guard.GivenUp("ends the process by SIGKILL", False),
+    }
+    how = "ends the process by SIGKILL"
+    with patch.dict(guard.WATCHED.given_up, given_up):
+        with pytest.raises(ConfigError) as raised:
+            student.load(path)
+        with pytest.raises(student.SlowCall, match=r"^it does not end within 60 s$"):
+            entry("max_numba", np.maximum, (3, 5)).turn(0)
+        with pytest.raises(Rejected, match=f"^it {how}; return the result instead$"):
+            emulated.execute(entry("max_gpu", np.maximum, (300, 300)))
+    advice = 'put that behind if __name__ == "__main__"'
+    assert str(raised.value) == f"--with {path}: first_of_two.py: its top level {how}; {advice}"
+    assert not path.with_suffix(".py.log").exists()
+    assert capsys.readouterr().out == ""  # not that the whole size is tried
 
 
 # A GPU's functions

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""A student's function that never returns, and signals meanwhile: `benchmarks.ladder.guard`."""
+"""A student's function that never returns or ends the ladder, and signals meanwhile:
+`torchpar.parallel.launch.guard`."""
 
 import os
 import signal
@@ -7,12 +8,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import pytest
 from commands import ROOT, forked, import_path
 
 pytest.importorskip("rich", reason="rich prints the tables of the ladder")
-from benchmarks.ladder.guard import Call, Child
+from torchpar.parallel.launch.guard import Call, Child
 
 needs_fork = pytest.mark.skipif(sys.platform != "linux", reason="the ladder forks on Linux alone")
 
@@ -22,24 +24,26 @@ LADDER = """
 import os, signal, sys, time
 from pathlib import Path
 from benchmarks.flags import run
-from benchmarks.ladder import guard
+from torchpar.parallel.launch import guard
 
-guard.PATIENCE, guard.NOTICE, guard.TICK, guard.GRACE = {patience}, 0.1, 0.01, 0.2
-sys.argv.append("--with")
+guard.NOTICE, guard.TICK, guard.GRACE = 0.2, 0.01, 0.2
 
 def call(name, seconds, compilation=0.0):
-    if waited := guard.WATCHED.endless.get(("my.py", name)):
-        print(name, "was given up after", waited)
-        return
-    with guard.WATCHED.calling("my.py", name, 0.1) as compiling:
-        compiling(True)
-        time.sleep(compilation)
-        compiling(False)
-        Path(name).touch()
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            pass
-    print(name, "has returned")
+    try:
+        with guard.WATCHED.calling("my.py", name, {limit}) as compiling:
+            compute(name, seconds, compilation, compiling)
+    except guard.GivenUp as e:
+        print(name, "is given up:", e)
+    else:
+        print(name, "has returned")
+
+def compute(name, seconds, compilation, compiling):
+    compiling(True)
+    time.sleep(compilation)
+    compiling(False)
+    Path(name).touch()
+    end = time.monotonic() + seconds
+    while time.monotonic() < end: pass
 
 def main():
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -49,7 +53,7 @@ def main():
     call("third", 0)
     return 7
 
-run(lambda: guard.guarded(main), "run ladder")
+run(lambda: guard.guarded(main, "the ladder"), "run ladder")
 """
 
 
@@ -61,26 +65,25 @@ def script_of_ladder(folder: Path, **seconds: float) -> str:
 
 @needs_fork
 def test_an_endless_function_is_given_up_and_the_others_are_called_again(tmp_path):
-    script = script_of_ladder(tmp_path, seconds=60, compilation=0, patience=0.4)
+    script = script_of_ladder(tmp_path, seconds=60, compilation=0, limit=0.5)
     status, out, err = forked(script, cwd=tmp_path)
     assert (status, out.splitlines()) == (
         7,
         [
             "first has returned",
-            "my.py: second does not return; the ladder begins again without it",
+            "my.py: second does not end within 0 s (ladder.py, line 24); the ladder begins again "
+            "without it",
             "first has returned",
-            "second was given up after 0.5",
+            "second is given up: it does not end within 0 s (ladder.py, line 24)",
             "third has returned",
         ],
     )
-    line = "my.py: second has been in compiled code, which cannot be stopped, for 0 s; the ladder"
-    assert err.startswith(line)
-    assert len(err.splitlines()) == 1
+    assert err == "my.py: second has not ended for 0 s; the ladder gives it up after 0 s\n"
 
 
 @needs_fork
 def test_a_slow_function_is_waited_for_and_compilation_takes_any_time(tmp_path):
-    script = script_of_ladder(tmp_path, seconds=0.3, compilation=1.3, patience=1)
+    script = script_of_ladder(tmp_path, seconds=0.4, compilation=1.3, limit=1.1)
     status, out, err = forked(script, cwd=tmp_path)
     assert status == 7
     assert out == "first has returned\nsecond has returned\nthird has returned\n"
@@ -90,7 +93,7 @@ def test_a_slow_function_is_waited_for_and_compilation_takes_any_time(tmp_path):
 @needs_fork
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 def test_a_signal_ends_a_ladder_that_waits_for_an_endless_function(tmp_path, number):
-    script = script_of_ladder(tmp_path, seconds=60, compilation=0, patience=60)
+    script = script_of_ladder(tmp_path, seconds=60, compilation=0, limit=60)
     environment = os.environ | {"PYTHONPATH": import_path(ROOT)}
     with subprocess.Popen(
         [sys.executable, script],
@@ -111,33 +114,109 @@ def test_a_signal_ends_a_ladder_that_waits_for_an_endless_function(tmp_path, num
     assert process.returncode == 128 + number
 
 
+# Functions that end their process or fork it, each in its own way.
+ENDS = """
+import ctypes, os, signal, sys
+from torchpar.parallel.launch import guard
+
+FUNCTIONS = {
+    "right": lambda: None,
+    "exits": lambda: os._exit(0),
+    "exits_in_c": lambda: ctypes.CDLL(None)._exit(3),
+    "faults": lambda: ctypes.string_at(0),
+    "is_killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "raises": lambda: sys.exit("bye"),
+    "forks": lambda: os.fork(),
+    "forks_and_raises": lambda: os.fork() or sys.exit("a child"),
+}
+
+def main():
+    for name, function in FUNCTIONS.items():
+        try:
+            with guard.WATCHED.calling("my.py", name, 60.0):
+                function()
+        except (guard.GivenUp, SystemExit) as e:
+            print(name, "is wrong:", e)
+        else:
+            print(name, "is right")
+    if "--late" in sys.argv:
+        os._exit(0)
+    return 7
+
+sys.exit(guard.guarded(main, "the ladder"))
+"""
+HOW = {
+    "exits": "with status 0, as os._exit does",
+    "exits_in_c": "with status 3, as os._exit does",
+    "faults": "by SIGSEGV (ends.py, line 9)",
+    "is_killed": "by SIGKILL",
+}
+
+
+@needs_fork
+def test_an_end_of_the_process_is_named_with_its_function_and_a_fork_ends_in_silence(tmp_path):
+    script = tmp_path / "ends.py"
+    script.write_text(ENDS)
+    status, out, err = forked(str(script), cwd=tmp_path)
+    assert (status, err) == (7, "")
+    lines = out.splitlines()
+    assert [line for line in lines if "begins again" in line] == [
+        f"my.py: {name} ends the process {how}; the ladder begins again without it"
+        for name, how in HOW.items()
+    ]
+    assert lines[-8:] == [
+        "right is right",
+        *(
+            f"{name} is wrong: it ends the process {how}; return the result instead"
+            for name, how in HOW.items()
+        ),
+        "raises is wrong: bye",
+        "forks is right",
+        "forks_and_raises is right",
+    ]
+    assert out.count("forks is right") == 1
+    status, _, err = forked(str(script), "--late", cwd=tmp_path)
+    assert (status, err) == (1, "the ladder was ended with status 0, as os._exit does\n")
+
+
 @needs_fork
 def test_a_signal_that_ends_the_ladder_is_named_with_the_function(capsys):
-    pid = os.posix_spawnp("sh", ["sh", "-c", "kill -KILL $$"], os.environ)
-    child = Child(pid, pipe=-1)
-    child.call = Call("folder/my.py", "max_numba", 10.0)
-    assert child.status() == 128 + signal.SIGKILL
-    assert capsys.readouterr().err == "my.py: max_numba has ended the ladder by SIGKILL\n"
+    read, write = os.pipe()
+    os.close(write)
+    with TemporaryFile() as dump:
+        for call, line in (
+            (Call("folder/my.py", "max_numba", 10.0), "my.py: max_numba has ended the ladder"),
+            (None, "the ladder was ended"),
+        ):
+            pid = os.posix_spawnp("sh", ["sh", "-c", "kill -KILL $$"], os.environ)
+            child = Child(pid, read, "the ladder", dump)
+            child.call = call
+            assert child.say(*child.status()) == 128 + signal.SIGKILL
+            assert capsys.readouterr().err == f"{line} by SIGKILL\n"
+    os.close(read)
 
 
 @needs_fork
 @pytest.mark.slow
-def test_numbas_code_that_never_returns_is_named_and_the_others_are_tried(tmp_path):
-    pytest.importorskip("numba", reason="the function is Numba's")
+def test_functions_that_end_the_ladder_or_never_return_are_named_and_the_others_are_tried(tmp_path):
+    pytest.importorskip("numba", reason="a function is Numba's")
     (tmp_path / "my.py").write_text(
-        "from numba import njit\n\n"
+        "import os\nfrom numba import njit\n\n"
         "@njit\ndef max_numba(A, B):\n"
         "    i = 0\n    while i < A.shape[0]:\n        A[0, 0] = i // 2\n    return A\n\n"
-        "def max_cpu(A, B):\n"
+        "def max_cpu(A, B):\n    os.fork()\n"
         "    return [[max(a, b) for a, b in zip(*rows)] for rows in zip(A.tolist(), B.tolist())]\n"
+        "def maximum(A, B):\n    os._exit(0)\n"
     )
     script = tmp_path / "command.py"
     script.write_text(
         "import sys\nfrom benchmarks.flags import run\n"
-        "from benchmarks.ladder import guard, rungs, student\n"
-        "guard.PATIENCE = student.LIMIT = 1.0\n"
+        "from benchmarks.ladder import rungs, student\n"
+        "from torchpar.parallel.launch.guard import guarded\n"
+        "student.PATIENCE = student.LIMIT = 1.0\n"
         "sys.argv[1:] = ['--quick', '--with', 'my.py']\n"
-        "if __name__ == '__main__':\n    run(lambda: guard.guarded(rungs.main), 'run ladder')\n"
+        "if __name__ == '__main__':\n"
+        "    run(lambda: guarded(rungs.main, 'the ladder'), 'run ladder')\n"
     )
     done = subprocess.run(
         [sys.executable, str(script)],
@@ -148,7 +227,9 @@ def test_numbas_code_that_never_returns_is_named_and_the_others_are_tried(tmp_pa
         timeout=240,
     )
     assert done.returncode == 1
-    assert "my.py: max_numba does not return; the ladder begins again without it" in done.stdout
-    reason = "my.py: max_numba, 1 core: its compiled code did not return within 2 s"
+    assert "my.py: max_numba does not end within 2 s" in done.stdout
+    reason = "my.py: max_numba, 1 core: it does not end within 2 s"
     assert f"Too slow: {reason}" in done.stdout
-    assert "│ my.py: max_cpu" in done.stdout
+    how = "it ends the process with status 0, as os._exit does; return the result instead"
+    assert f"Not right: my.py: maximum: {how}" in done.stdout
+    assert done.stdout.count("│ my.py: max_cpu") == 1

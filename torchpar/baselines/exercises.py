@@ -7,11 +7,10 @@ the sizes of a network [784, 30, 10]. Then the network is trained through them o
 
 import argparse
 import importlib.util
-import signal
+import math
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from copy import deepcopy
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +22,16 @@ import numpy as np
 from torchpar.baselines import ladder, numpy_mlp
 from torchpar.data.files import read
 from torchpar.errors import ConfigError, TorchparError, first_line, say_progress
+from torchpar.parallel.launch.guard import (
+    BEHIND_MAIN,
+    PATIENCE,
+    RETURN,
+    WATCHED,
+    GivenUp,
+    TooSlow,
+    time_limit,
+    top_level,
+)
 
 Array = numpy_mlp.Array
 Function = Callable[..., Any]
@@ -39,10 +48,6 @@ TOLERANCE = 16 * 2.0**-24
 
 class Wrong(Exception):
     """A function of the student's is not right; says what, and what was expected."""
-
-
-class TooSlow(BaseException):
-    """A check took longer than `LIMIT`. No ``except Exception`` of the student catches it."""
 
 
 class Verdict(NamedTuple):
@@ -300,7 +305,7 @@ def check_training(functions: dict[str, Function], data: Path) -> Verdict:
 def load(path: Path) -> tuple[ModuleType, str]:
     """Execute a student's file; return what it defines, and the error that ended it, or "".
 
-    If a line fails, the functions above it are there.
+    If a line fails, or takes too long, the functions above it are there.
 
     Raises:
         ConfigError: it is no Python file.
@@ -313,9 +318,14 @@ def load(path: Path) -> tuple[ModuleType, str]:
     module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(path.resolve().parent))
     try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as e:
-        return module, located(e, path)
+        with top_level(str(path.resolve())):
+            spec.loader.exec_module(module)
+    except GivenUp as e:
+        return module, f"its top level {e.how}; {BEHIND_MAIN}"
+    except (Exception, SystemExit, TooSlow) as e:
+        return module, located(
+            e, str(path.resolve()), at_top=True
+        ) + f"; {BEHIND_MAIN}" * isinstance(e, TooSlow)
     return module, ""
 
 
@@ -326,68 +336,80 @@ def own_of(module: ModuleType, names: Iterable[str]) -> list[str]:
     return [name for name, one in functions if getattr(one, "__module__", None) == own]
 
 
-def judge(name: str, function: Function) -> Verdict:
-    """The verdict on a function; an error of it is one, too."""
+def judge(name: str, function: Function, file: str) -> Verdict:
+    """The verdict on a function of a file; an error of it is one, too."""
     try:
-        with np.errstate(all="ignore"), time_limit(LIMIT):
+        with (
+            np.errstate(all="ignore"),
+            WATCHED.calling(file, name, LIMIT + PATIENCE),
+            time_limit(LIMIT),
+        ):
             return Verdict(name, True, CHECKS[name](function))
-    except Wrong as e:
+    except (GivenUp, Wrong) as e:
         return Verdict(name, False, str(e))
     except TooSlow:
         return Verdict(name, False, f"it takes more than {LIMIT:.0f} s for a few numbers")
-    except Exception as e:
-        return failed(name, e, function)
+    except (Exception, SystemExit) as e:
+        return failed(name, e, file, function)
 
 
-def failed(name: str, error: Exception, function: Function | None = None) -> Verdict:
+def in_training(name: str, function: Function, file: str) -> Function:
+    """A function of a file, whose name is told if the training ends or hangs in it."""
+
+    def called(*arguments: Any) -> Any:
+        try:
+            with WATCHED.calling(file, f"{name} in the training", LIMIT + PATIENCE):
+                return function(*arguments)
+        except GivenUp as e:
+            raise Wrong(f"{name}: {e}") from None
+
+    return called
+
+
+def judge_training(functions: dict[str, Function], file: str, data: Path) -> Verdict:
+    """The verdict on a training through the functions of a file."""
+    watched = {name: in_training(name, one, file) for name, one in functions.items()}
+    try:
+        with np.errstate(all="ignore"), WATCHED.calling(file, "the training", math.inf):
+            return check_training(watched, data)
+    except TorchparError:
+        raise
+    except (GivenUp, Wrong) as e:
+        return Verdict("the training", False, str(e))
+    except (Exception, SystemExit) as e:
+        return failed("the training", e, file)
+
+
+def failed(name: str, error: BaseException, file: str, function: Function | None = None) -> Verdict:
     """The verdict of an error in a student's function, with the line of the error.
 
     The line is that of its `def` if it takes other arguments than it is given.
     """
+    advice = f"; {RETURN}" * isinstance(error, SystemExit)
     code = getattr(function, "__code__", None)
     if code and traceback.extract_tb(error.__traceback__)[-1].filename == __file__:
         place = f"{Path(code.co_filename).name}, line {code.co_firstlineno}: "
-        return Verdict(name, False, place + first_line(error))
-    return Verdict(name, False, located(error))
+        return Verdict(name, False, place + first_line(error) + advice)
+    return Verdict(name, False, located(error, file) + advice)
 
 
-def located(error: BaseException, path: Path | None = None) -> str:
-    """An error in one line, with its own place, or with the line of the module ``path``."""
-    frames = traceback.extract_tb(error.__traceback__)
+def located(error: BaseException, file: str, at_top: bool = False) -> str:
+    """An error in one line, with its line in a file or in one beside it.
+
+    Args:
+        at_top: the line is that of the file's top level, whatever that has called.
+    """
+    frames: list[traceback.FrameSummary] = traceback.extract_tb(error.__traceback__)
+    if at_top:
+        frames = [one for one in frames if (one.filename, one.name) == (file, "<module>")]
+    else:
+        beside = [one for one in frames if Path(one.filename).parent == Path(file).parent]
+        frames = beside or frames
     places = [(one.filename, one.lineno) for one in frames]
-    if path is not None:
-        file, module = str(path.resolve()), "<module>"
-        places = [(file, f.lineno) for f in frames if (f.filename, f.name) == (file, module)]
-        if isinstance(error, SyntaxError) and error.filename == file:
-            places.append((file, error.lineno))
+    if at_top and isinstance(error, SyntaxError) and error.filename == file:
+        places.append((file, error.lineno))
     where = f"{Path(places[-1][0]).name}, line {places[-1][1]}: " if places else ""
     return where + first_line(error).removesuffix(": ")
-
-
-@contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Raise `TooSlow` in the block after ``seconds``. Without effect on Windows."""
-
-    def stop(*_: object) -> None:
-        raise TooSlow
-
-    with alarm(seconds, stop):
-        yield
-
-
-@contextmanager
-def alarm(seconds: float, ring: Callable[..., None]) -> Iterator[None]:
-    """Call ``ring`` in the block after ``seconds``; it may set the timer again."""
-    if not hasattr(signal, "setitimer"):
-        yield
-        return
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -429,7 +451,7 @@ def check_file(path: Path, data: Path) -> int:
         raise ConfigError(f"--with {path} has none of {', '.join(CHECKS)}; {advice}")
     verdicts = []
     for name, function in functions.items():
-        verdicts.append(judge(name, function))
+        verdicts.append(judge(name, function, str(path.resolve())))
         print(f"{path.name}: {verdicts[-1]}", flush=True)
     missing = [name for name in CHECKS if name not in functions]
     wrong = [one.name for one in verdicts if not one.is_right]
@@ -437,12 +459,6 @@ def check_file(path: Path, data: Path) -> int:
         why = f"{', '.join(missing)} missing" if missing else f"{', '.join(wrong)} not right"
         print(f"The training is left out: {why}.")
         return int(bool(wrong or error))
-    try:
-        with np.errstate(all="ignore"):
-            trained = check_training(functions, data)
-    except TorchparError:
-        raise
-    except Exception as e:
-        trained = failed("the training", e)
+    trained = judge_training(functions, str(path.resolve()), data)
     print(trained)
     return int(bool(error) or not trained.is_right)

@@ -1,0 +1,415 @@
+# SPDX-License-Identifier: MIT
+"""Run a reader's code in a child process, and name the call that ends it or never returns.
+
+A reader's function may end its process, as by os._exit or a fault of compiled code. It may never
+return, also where Python cannot stop it: a handler of a signal is called after compiled code has
+returned. It may return twice, after os.fork. So a command runs in a child process, which tells this
+one when it calls a reader's function, and when the function has returned. This process names a call
+in which the child has ended or hangs. Then it starts another child without that call, or ends.
+"""
+
+import faulthandler
+import json
+import math
+import os
+import re
+import select
+import signal
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryFile
+from threading import main_thread
+from typing import IO, NamedTuple, TypeVar
+
+from torchpar.errors import breaking_silence
+from torchpar.parallel.launch.processes import Terminated, die_with_parent
+
+T = TypeVar("T")
+TOP_LEVEL = 120.0  # seconds of a file's top level, which may compile and time functions
+PATIENCE = 50.0  # seconds beyond a limit that Python sets, in which compiled code may return
+NOTICE = 15.0  # seconds of a call, after which a line says what is waited for
+GRACE = 3.0  # seconds to end after a signal; a command outside of a call has four times as many
+TICK = 0.5  # seconds after which the child is looked at, although it has told nothing
+DONE = "done"  # what a child tells last
+TOP = "its top level"  # the name of a call that executes a file
+# What to do about a function, or a file's top level, that ends the process.
+RETURN = "return the result instead"
+BEHIND_MAIN = 'put that behind if __name__ == "__main__"'
+PACKAGE = Path(__file__).parents[2]
+# Folders of code that is no reader's: a traceback names no line of theirs.
+LIBRARIES = (
+    *(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")),
+    *map(str, (PACKAGE, PACKAGE.parent / "benchmarks")),
+)
+
+
+class Call(NamedTuple):
+    """A call of a reader's function, which is given up after ``seconds``."""
+
+    file: str
+    name: str
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"{Path(self.file).name}: {self.name}"
+
+
+class GivenUp(Exception):
+    """A call would not return, or would end the process, as it did in a child before.
+
+    Attributes:
+        how: what it did, such as "does not end within 60 s".
+        is_endless: it did not return, and did not end the process.
+    """
+
+    def __init__(self, how: str, is_endless: bool):
+        super().__init__(f"it {how}{'' if is_endless else f'; {RETURN}'}")
+        self.how, self.is_endless = how, is_endless
+
+
+class TooSlow(BaseException):
+    """A call took longer than its limit. No ``except Exception`` of a reader catches it."""
+
+
+# The child's side
+
+
+class Watched:
+    """The child's side: it tells its parent of calls.
+
+    Attributes:
+        pipe: to the parent, or None where nobody watches.
+        given_up: by file and name, the calls that earlier children did not return from.
+        call: the innermost one that has not returned, or None.
+        limit: seconds of a call that names no others.
+        progress: such as "3 of 40 rows are done", or "".
+    """
+
+    def __init__(self) -> None:
+        self.pipe: int | None = None
+        self.given_up: dict[tuple[str, str], GivenUp] = {}
+        self.call: Call | None = None
+        self.limit = math.inf
+        self.progress = ""
+
+    def tell(self, message: Call | str | None) -> None:
+        """Tell that a function is called, that no function is called any more, or the end.
+
+        What was printed before is flushed, for it would be lost if this process is killed.
+        """
+        if self.pipe is not None:
+            with suppress(OSError):  # the next `print` raises it
+                sys.stdout.flush()
+            os.write(self.pipe, encoded(message))
+
+    @contextmanager
+    def calling(
+        self, file: str, name: str, seconds: float | None = None
+    ) -> Iterator[Callable[[bool], None]]:
+        """Call a reader's function in the block. A process that the block forks ends with it.
+
+        Args:
+            seconds: after which the call is given up; by default ``limit``.
+
+        Yields:
+            a function that takes whether the reader's is being compiled, which may take any time.
+
+        Raises:
+            GivenUp: an earlier child did not return from this call.
+        """
+        if known := self.given_up.get((file, name)):
+            raise GivenUp(known.how, known.is_endless)
+        process, outer = os.getpid(), self.call
+        self.call = call = Call(file, name, self.limit if seconds is None else seconds)
+
+        def compiling(has_begun: bool) -> None:
+            self.tell(call._replace(seconds=math.inf) if has_begun else call)
+
+        compiling(False)
+        try:
+            yield compiling
+        finally:
+            if os.getpid() != process:  # what follows is that process's, too
+                os._exit(0)
+            self.call = outer
+            self.tell(outer)
+
+    def counted(self, items: Sequence[T], what: str, total: int) -> Iterator[T]:
+        """The items; ``progress`` says how many of ``total`` are done."""
+        for done, item in enumerate(items):
+            self.progress = f"{done} of {total} {what} are done"
+            yield item
+        self.progress = f"{len(items)} of {total} {what} are done"
+
+    def how_far(self) -> str:
+        """The progress, and the call, as `torchpar.errors.breaking_silence` takes them."""
+        return "; ".join(filter(None, (self.progress, str(self.call or ""))))
+
+
+WATCHED = Watched()
+
+
+@cache
+def encoded(message: Call | str | None) -> bytes:
+    """A line for the pipe. A training tells a few calls a hundred thousand times."""
+    return json.dumps(message).encode() + b"\n"
+
+
+@contextmanager
+def top_level(file: str) -> Iterator[None]:
+    """Execute a reader's file in the block. Where that takes long, lines on stderr say how far it
+    is.
+
+    Raises:
+        TooSlow: it takes more than `TOP_LEVEL` seconds. Python's code ends at its line.
+        GivenUp: as `Watched.calling`.
+    """
+
+    def how_far() -> str:
+        frame = sys._current_frames().get(main_thread().ident or 0)
+        while frame is not None and frame.f_code.co_filename != file:
+            frame = frame.f_back
+        at = "" if frame is None else f", line {frame.f_lineno}"
+        return f"{Path(file).name}{at}: its top level has not ended"
+
+    with (
+        breaking_silence(how_far),
+        time_limit(TOP_LEVEL),
+        WATCHED.calling(file, TOP, TOP_LEVEL + PATIENCE),
+    ):
+        yield
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise `TooSlow` in the block after ``seconds``. Without effect on Windows."""
+
+    def stop(*_: object) -> None:
+        raise TooSlow(f"it takes more than {seconds:.0f} s")
+
+    with alarm(seconds, stop):
+        yield
+
+
+@contextmanager
+def alarm(seconds: float, ring: Callable[..., None]) -> Iterator[None]:
+    """Call ``ring`` in the block after ``seconds``; it may set the timer again."""
+    if not hasattr(signal, "setitimer"):
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+# The parent's side
+
+
+class Child:
+    """The parent's side: a process that runs a command.
+
+    Attributes:
+        what: the command, as in "the ladder begins again".
+        dump: the file to which faulthandler writes where the child is.
+        call: that which it has told last, or None if that has returned.
+        is_done: it has told its end.
+    """
+
+    def __init__(self, pid: int, pipe: int, what: str, dump: IO[bytes]):
+        self.pid, self.pipe, self.what, self.dump = pid, pipe, what, dump
+        self.call: Call | None = None
+        self.is_done = False
+        self.text = b""
+
+    def wait(self) -> bool:
+        """Wait until the child ends; False if its call does not return."""
+        waited, last, is_noted = 0.0, time.monotonic(), False
+        while True:
+            if select.select([self.pipe], [], [], TICK)[0]:
+                if not self.hear():
+                    return True
+                waited, last, is_noted = 0.0, time.monotonic(), False
+                continue
+            if self.has_ended():  # and a process of its own holds the pipe
+                return True
+            now = time.monotonic()
+            waited += min(now - last, 2 * TICK)  # not while this process was stopped, as by Ctrl-Z
+            last = now
+            if self.call is None or waited <= min(self.call.seconds, NOTICE):
+                continue
+            if waited > self.call.seconds:
+                return False
+            if not is_noted and self.call.seconds < math.inf:
+                is_noted = True
+                print(
+                    f"{self.call} has not ended for {NOTICE:.0f} s; {self.what} gives it up after "
+                    f"{self.call.seconds:.0f} s",
+                    file=sys.stderr,
+                    flush=True,
+                )
+
+    def hear(self) -> bool:
+        """Take what the child has told; False at the end of the pipe."""
+        read = os.read(self.pipe, 2**16)
+        *lines, self.text = (self.text + read).split(b"\n")
+        for message in map(json.loads, lines):
+            self.is_done = message == DONE
+            self.call = None if self.is_done or message is None else Call(*message)
+        return bool(read)
+
+    def hear_rest(self) -> None:
+        """Take what the child has told by now."""
+        while select.select([self.pipe], [], [], 0)[0] and self.hear():
+            pass
+
+    def has_ended(self) -> bool:
+        """Whether the process has ended; its status can still be read."""
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+    def status(self) -> tuple[int, str]:
+        """The exit status, as a shell has it, and how the child has ended; "" at its own end."""
+        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        self.hear_rest()
+        if code < 0:
+            return 128 - code, f"by {signal.Signals(-code).name}{self.place()}"
+        return code, "" if self.is_done else f"with status {code}, as os._exit does"
+
+    def say(self, status: int, how: str) -> int:
+        """The status of a child that has ended. If it did not by itself, a line says how."""
+        if how:
+            who = f"{self.call} has ended {self.what}" if self.call else f"{self.what} was ended"
+            print(f"{who} {how}", file=sys.stderr)
+        return status or int(bool(how))
+
+    def terminate(self, number: int | None) -> int | None:
+        """Let the child end by a signal.
+
+        Args:
+            number: of the signal; None after Ctrl-C, which sends it to the child, too.
+
+        Returns:
+            the status; None if the child was killed, and has said nothing.
+        """
+        if number is not None:
+            os.kill(self.pid, number)
+        if self.ends_within(GRACE):
+            return self.say(*self.status())
+        self.hear_rest()
+        if self.call is None:  # it may take long to end its processes, or knows of no signal
+            if not self.is_done:
+                os.kill(self.pid, signal.SIGTERM)
+            if self.ends_within(3 * GRACE):
+                return self.say(*self.status())
+        self.kill()
+        return 128 + (number or signal.SIGINT) if self.is_done else None
+
+    def ends_within(self, seconds: float) -> bool:
+        end = time.monotonic() + seconds
+        while not self.has_ended() and time.monotonic() < end:
+            time.sleep(0.01)
+        return self.has_ended()
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+
+    def ask(self) -> None:
+        """Let the child, which hangs, write where it is."""
+        os.kill(self.pid, signal.SIGUSR1)
+        end, size = time.monotonic() + 1, 0
+        while time.monotonic() < end and not 0 < size == os.fstat(self.dump.fileno()).st_size:
+            size = os.fstat(self.dump.fileno()).st_size
+            time.sleep(0.05)
+
+    def place(self) -> str:
+        """The reader's line where the child was last, as " (my.py, line 7)", or ""."""
+        text = os.pread(self.dump.fileno(), 2**16, 0).decode(errors="replace")
+        for file, line in re.findall(r'  File "(.+)", line (\d+)', text):
+            if not file.startswith(("<", *LIBRARIES)):
+                return f" ({Path(file).name}, line {line})"
+        return ""
+
+
+def guarded(main: Callable[[], int], what: str, remedy: str = "") -> int:
+    """Run ``main`` in a child process. It returns in the child as here, where the child has ended.
+
+    If the child ends in a reader's call, or does not return from it, another child runs ``main``
+    without that call.
+
+    Args:
+        what: the command, as in "the ladder begins again without it".
+        remedy: what to do about a call that does not return. If it is given, no child begins again.
+
+    Returns:
+        the status of the last child; 1 if it ended in a call.
+    """
+    if sys.platform != "linux":  # where a fork is safe, also with NumPy's threads
+        return main()
+    while True:
+        sys.stdout.flush()
+        read, write = os.pipe()
+        with TemporaryFile() as dump:
+            pid = os.fork()
+            if pid == 0:
+                os.close(read)
+                return watched(main, write, dump)
+            os.close(write)
+            child = Child(pid, read, what, dump)
+            try:
+                lost = outcome(child)
+            except (Terminated, KeyboardInterrupt) as e:
+                status = child.terminate(e.number if isinstance(e, Terminated) else None)
+                if status is None:
+                    raise
+                return status
+            finally:
+                os.close(read)
+        if isinstance(lost, int):
+            return lost
+        call = child.call
+        assert call is not None
+        if remedy:
+            advice = remedy if lost.is_endless else "raise an error instead"
+            print(f"{what}: error: {call} {lost.how}; {advice}", file=sys.stderr)
+            return 1
+        WATCHED.given_up[call.file, call.name] = lost
+        if call.name != TOP:  # whose command says it
+            print(f"{call} {lost.how}; {what} begins again without it", flush=True)
+
+
+def watched(main: Callable[[], int], pipe: int, dump: IO[bytes]) -> int:
+    """Run ``main`` in the child, and tell its end."""
+    die_with_parent(signal.SIGKILL)
+    process, WATCHED.pipe = os.getpid(), pipe
+    faulthandler.enable(dump, all_threads=False)
+    faulthandler.register(signal.SIGUSR1, dump, all_threads=False)
+    try:
+        return main()
+    finally:
+        if os.getpid() != process:  # a fork of a reader's, which goes on here
+            os._exit(0)
+        WATCHED.tell(DONE)
+        faulthandler.disable()
+        faulthandler.unregister(signal.SIGUSR1)  # the file is closed now
+
+
+def outcome(child: Child) -> int | GivenUp:
+    """Wait for a child; the status, or what became of the call in which it has ended or hangs."""
+    if not child.wait():
+        assert child.call is not None
+        child.ask()
+        child.kill()
+        return GivenUp(f"does not end within {child.call.seconds:.0f} s{child.place()}", True)
+    status, how = child.status()
+    if how and child.call is not None:
+        return GivenUp(f"ends the process {how}", False)
+    return child.say(status, how)
