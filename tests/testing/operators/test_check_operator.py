@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: MIT
 """The table of an operator finds each fault of `faulty_operators`, and none in a right operator."""
 
+import ctypes
 import itertools
 import json
 import math
+import os
 import re
-import runpy
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,11 +20,12 @@ import faulty_operators as faulty
 import pytest
 import torch
 import torch.distributed as dist
+from commands import forked
 from samples import normal
 from torch import Tensor, nn
 from torch.distributed.tensor import Replicate, Shard
 
-from torchpar import library
+from torchpar import errors, library
 from torchpar.errors import ConfigError
 from torchpar.testing import OperatorTable, Sample, check_operator
 from torchpar.testing.operators import command_line
@@ -372,6 +376,11 @@ def fail() -> None:
     raise OSError("no data\nin sight")
 
 
+def _command_in_process(*arguments: str, cwd: Path | str = "/") -> tuple[int, str, str]:
+    """The status and the streams of the command, which runs the operator in a child process."""
+    return forked("-m", "torchpar", "check", *arguments, cwd=cwd)
+
+
 ALMOST = faulty.make("almost", fake=faulty.fake_of_numbers, backward=faulty.backward_without_b)
 
 
@@ -389,13 +398,7 @@ def test_the_command(capsys: Any) -> None:
     found = json.loads(capsys.readouterr().out)
     assert (found["ok"], found["notes"]) == (False, [])
     assert [row["outcome"] for row in found["rows"]] == ["works", "wrong"]
-    arguments = ["torchpar", "--samples", f"{here}SAMPLES"]
-    with (
-        pytest.raises(SystemExit) as ended,
-        patch.object(sys, "argv", ["torchpar", "check", *arguments]),
-    ):
-        runpy.run_module("torchpar", run_name="__main__")
-    assert ended.value.code == 2
+    assert _command_in_process("torchpar", "--samples", f"{here}SAMPLES")[0] == 2
 
 
 @pytest.mark.parametrize(
@@ -469,6 +472,109 @@ def test_an_error_of_the_command_is_one_line(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("python -m torchpar check: error: ")
     assert message in line
+
+
+def _twice(name: str, body: Callable[[Tensor], object]) -> Any:
+    def twice(x: Tensor) -> Tensor:
+        body(x)
+        return 2 * x
+
+    return library.custom_op(f"ends::{name}", twice, mutates_args=())
+
+
+SLOW = _twice("slow", lambda x: time.sleep(0.2))
+BYE = _twice("bye", lambda x: sys.exit(3))
+RIGHT, FORK = _twice("right", lambda x: None), _twice("fork", lambda x: os.fork())
+EXIT = _twice("exit", lambda x: os._exit(0))
+SPIN = _twice("spin", lambda x: ctypes.PyDLL(None).pause())  # which holds the interpreter's lock
+MATRIX = [(normal(4, 3),)]
+
+
+def exit_at_once() -> None:
+    os._exit(0)
+
+
+def test_an_operator_that_calls_exit_crashes(capsys: Any) -> None:
+    given = [f"{__name__}:BYE", "--samples", f"{__name__}:MATRIX", "--rules", "values", "schema"]
+    assert command_line.main(given) == 1
+    out, err = capsys.readouterr()
+    assert re.findall(r"(values|schema) +crashes +0 +SystemExit: 3\n", f"{out}\n") == [
+        "values",
+        "schema",
+    ]
+    assert err == ""
+
+    def leave(x: Tensor) -> None:
+        sys.exit(3)
+
+    with pytest.raises(ConfigError, match=r"leave calls no operator .* and raises SystemExit: 3;"):
+        check_operator(leave, MATRIX)
+
+
+def test_a_command_that_takes_long_says_how_many_rows_are_done(capsys: Any) -> None:
+    given = ["--samples", f"{__name__}:MATRIX", "--rules", "schema", "values"]
+    with patch.object(errors, "SILENCE", 0.05):
+        command_line.main([f"{__name__}:SLOW", *given])
+    err = capsys.readouterr().err
+    line = (
+        r"{} of 2 rows are done; ends.slow.default: {} on sample 0 of float64 \(4, 3\) after \d s\n"
+    )
+    assert re.search(line.format(0, "schema"), err)
+    assert re.search(line.format(1, "values"), err)
+    command_line.main([f"{__name__}:SLOW", *given])
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the command forks on Linux alone")
+@pytest.mark.parametrize(
+    "operator, samples, line",
+    [
+        ("RIGHT", "MATRIX", ""),
+        ("FORK", "MATRIX", ""),
+        (
+            "EXIT",
+            "MATRIX",
+            "ends.exit.default: values on sample 0 of float64 (4, 3) ends the process with status "
+            "0, as os._exit does; raise an error instead",
+        ),
+        (
+            "SPIN",
+            "MATRIX",
+            "ends.spin.default: values on sample 0 of float64 (4, 3) does not end within 2 s "
+            f"({Path(__file__).name}, line LINE); take smaller samples, or a longer --limit",
+        ),
+        (
+            "RIGHT",
+            "exit_at_once",
+            f"{__name__}:exit_at_once: its call ends the process with status 0, as os._exit does; "
+            "raise an error instead",
+        ),
+    ],
+)
+def test_an_operator_that_ends_the_process_or_never_returns_is_named(
+    operator: str, samples: str, line: str
+) -> None:
+    limit = "2" if operator == "SPIN" else "60"
+    status, out, err = _command_in_process(
+        f"{__name__}:{operator}",
+        *("--samples", f"{__name__}:{samples}", "--rules", "values", "--limit", limit),
+        cwd=Path(__file__).parent,
+    )
+    if not line:
+        assert (status, err) == (0, "")
+        assert out.count("values  works") == 1
+        return
+    lines = Path(__file__).read_text().splitlines()
+    place = next(n for n, text in enumerate(lines, 1) if text.startswith("SPIN = "))
+    line = line.replace("LINE", str(place))
+    assert (status, out, err) == (1, "", f"python -m torchpar check: error: {line}\n")
+
+
+@pytest.mark.parametrize("limit", ["0", "-1", "nan", "x"])
+def test_a_limit_is_a_positive_number_of_seconds(limit: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        command_line.main(["torch:add", "--samples", "math:pi", f"--limit={limit}"])
+    assert f"--limit: '{limit}', expected a positive number of seconds\n" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the note is another where there is a GPU")
@@ -666,7 +772,7 @@ def test_errors(op: Any, samples: Any, rules: Any, message: str) -> None:
 LOOPED = """
 import torch
 from torch import Tensor
-from torchpar import library
+from torchpar import errors, library
 from torchpar.testing import check_operator
 
 @library.custom_op("test_check::two", mutates_args=())

@@ -34,7 +34,7 @@ def outcome_of(
         return outcome, _headline(message)
     except REFUSALS as e:
         return "crashes" if INTERNAL in str(e) else "refuses", _message(e)
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         return "crashes", named(e)
     finally:
         if restore is not None:
@@ -60,7 +60,7 @@ def _worst(attempts: Attempts, restore: Callable[[], object] | None) -> tuple[st
     return outcome, f"{label}{': ' * bool(detail)}{detail} ({alike} of {len(found)})"
 
 
-def named(e: Exception) -> str:
+def named(e: BaseException) -> str:
     """The class of an error, and what `_message` says of it."""
     return f"{type(e).__name__}: {_message(e)}"
 

@@ -31,6 +31,18 @@ class Sample:
     kwargs: Mapping[str, object] = field(default_factory=dict)
 
 
+def name_of(op: Callable[..., object]) -> str:
+    """The name of an operator or of a function, for messages."""
+    if isinstance(op, OpOverload):
+        return str(op)
+    return getattr(op, "__name__", type(op).__name__)
+
+
+def shapes_of(tensors: Sequence[Tensor]) -> str:
+    """The tensors of a sample in a message, as "float64 (4, 3), int64 ()"."""
+    return ", ".join(f"{t.dtype} {tuple(t.shape)}".removeprefix("torch.") for t in tensors)
+
+
 def _with_memory(t: Tensor) -> Tensor:
     return torch.zeros(t.shape, dtype=t.dtype, device=t.device) if torch._is_zerotensor(t) else t
 
@@ -67,6 +79,7 @@ class Case:
         indices: those of ``floating``: 0, 1 and so on.
         op: the operator, as a function of ``operands`` to the tensors that it returns.
         plain: the reference, as such a function; the operator if there is no reference.
+        name: the operator's in PyTorch's registry, or that of the function.
     """
 
     def __init__(
@@ -78,6 +91,7 @@ class Case:
     ) -> None:
         self._leaves, self._spec = tree_flatten((tuple(sample.args), dict(sample.kwargs)))
         self.callable, self.overload, self.reference = op, overload, reference
+        self.name = name_of(op if overload is None else overload)
         self.operands: Tensors = tuple(t.detach() for t in self._leaves if isinstance(t, Tensor))
         self.floating: Tensors = tuple(filter(is_differentiable, self.operands))
         self.indices = tuple(range(len(self.floating)))

@@ -12,7 +12,15 @@ from torch._library.triton import triton_ops_to_kernels
 from torch.utils._pytree import tree_leaves
 
 from torchpar.errors import ConfigError, first_line
-from torchpar.testing.operators.case import Calls, Case, Operator, Sample
+from torchpar.parallel.launch.guard import WATCHED
+from torchpar.testing.operators.case import (
+    Calls,
+    Case,
+    Operator,
+    Sample,
+    name_of,
+    shapes_of,
+)
 from torchpar.testing.operators.kernel_rules import KERNEL_ROWS, emulated_rows
 from torchpar.testing.operators.rules import RULES, try_rule
 from torchpar.testing.operators.table import OperatorTable
@@ -81,17 +89,17 @@ def check_operator(
         raise ConfigError(
             f"{overload} writes to its operands, expected an operator that does not; {way}"
         )
-    name = str(overload) if overload is not None else getattr(op, "__name__", type(op).__name__)
     cases = [Case(op, overload, reference, one) for one in chosen]
     disabled = logging.root.manager.disable
     logging.disable()  # the compiler's logs of errors, which are in the table
     try:
         with warnings.catch_warnings(action="ignore"), _without_warnings_of_loops():
             if emulate is None:
-                rows, notes = [try_rule(rule, cases) for rule in names], _notes(overload, cases)
+                counted = WATCHED.counted(names, "rows", len(names))
+                rows, notes = [try_rule(rule, cases) for rule in counted], _notes(overload, cases)
             else:
                 rows, notes = emulated_rows(names, cases, emulate), ()
-            return OperatorTable(name, rows, notes)
+            return OperatorTable(cases[0].name, rows, notes)
     finally:
         logging.disable(disabled)
 
@@ -116,18 +124,18 @@ def find_overload(op: Callable[..., object], sample: Sample) -> Operator | None:
         op = getattr(op, attribute, op)
     if isinstance(op, torch._ops.OpOverload):
         return op
-    error = None
+    error: BaseException | None = None
     tensors = [t for t in tree_leaves((sample.args, sample.kwargs)) if isinstance(t, Tensor)]
     memory = Memory(tensors)
-    with Calls() as calls:
+    name = name_of(op)
+    with Calls() as calls, WATCHED.calling(name, f"its call on sample 0 of {shapes_of(tensors)}"):
         try:
             op(*sample.args, **sample.kwargs)
-        except Exception as e:  # of an operator, the rules will meet it again
+        except (Exception, SystemExit) as e:  # of an operator, the rules will meet it again
             error = e
     memory.restore()
     found = next((func for func in calls.seen if func.namespace not in BUILT_IN), None)
     if found is None and error is not None:
-        name = getattr(op, "__name__", type(op).__name__)
         raise ConfigError(
             f"{name} calls no operator on the first sample and raises {first_line(error)}; "
             "expected an operator, or a function that calls one"

@@ -5,13 +5,19 @@ import argparse
 import importlib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from functools import reduce
 from typing import Any, NoReturn
 
-from torchpar.errors import ConfigError, TorchparError, first_line
+from torchpar.errors import ConfigError, TorchparError, breaking_silence, first_line
+from torchpar.parallel.launch.guard import WATCHED
 from torchpar.testing.operators.check_operator import check_operator
 from torchpar.testing.operators.table import OperatorTable
+
+# Seconds of a row with one sample. Those that compile take the longest: half a minute at most on
+# two cores of ours.
+LIMIT = 300.0
 
 
 class Parser(argparse.ArgumentParser):
@@ -31,7 +37,8 @@ def find(name: str) -> Any:
     if not (module and colon and attribute) or attribute.startswith(":"):
         raise ConfigError(f"{name!r}, expected MODULE:ATTRIBUTE, such as mylib.ops:op")
     try:
-        found = importlib.import_module(module)
+        with WATCHED.calling(name, f"the import of {module}"):
+            found = importlib.import_module(module)
     except (Exception, SystemExit) as e:
         raise ConfigError(f"{name}: {_reason(e)}; {_remedy(module, e)}") from e
     try:
@@ -60,8 +67,19 @@ def _reason(error: BaseException) -> str:
     )
 
 
+def _seconds(text: str) -> float:
+    """A positive number of seconds, which may be inf."""
+    with suppress(ValueError):
+        if (seconds := float(text)) > 0:
+            return seconds
+    raise argparse.ArgumentTypeError(f"{text!r}, expected a positive number of seconds")
+
+
 def main(arguments: Sequence[str]) -> int:
-    """Print the table. The exit status is 1 for wrong rows and crashes, 2 for wrong arguments."""
+    """Print the table. The exit status is 1 for wrong rows and crashes, 2 for wrong arguments.
+
+    After ten seconds lines on stderr say how many rows are done, and which one is tried.
+    """
     parser = Parser(
         "python -m torchpar check",
         description="Try an operator with every part of PyTorch. "
@@ -82,10 +100,20 @@ def main(arguments: Sequence[str]) -> int:
         metavar="ARCH",
         help="sm_80, sm_90 or sm_100: execute the Triton kernels as compiled for this GPU",
     )
+    parser.add_argument(
+        "--limit",
+        type=_seconds,
+        default=LIMIT,
+        metavar="SECONDS",
+        help="for a row with one sample, after which the command names both and ends, on Linux; "
+        f"default: {LIMIT:.0f}",
+    )
     parser.add_argument("--json", action="store_true", help="print the table as JSON")
     flags = parser.parse_args(arguments)
     try:
-        table = _check_named(flags)
+        WATCHED.limit = flags.limit
+        with breaking_silence(WATCHED.how_far):
+            table = _check_named(flags)
     except TorchparError as e:
         parser.error(str(e))
     print(json.dumps(table.as_dict(), indent=1) if flags.json else table)
@@ -97,7 +125,8 @@ def _check_named(flags: argparse.Namespace) -> OperatorTable:
     reference = None if flags.reference is None else find(flags.reference)
     if callable(samples):
         try:
-            samples = samples()
+            with WATCHED.calling(flags.samples, "its call"):
+                samples = samples()
         except (Exception, SystemExit) as e:
             raise ConfigError(f"{flags.samples}: {_reason(e)}") from e
     return check_operator(

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torchpar.errors import ConfigError
-from torchpar.testing.operators.attempts import OutcomeException, outcome_of
+from torchpar.parallel.launch.guard import WATCHED
+from torchpar.testing.operators.attempts import OutcomeException
 from torchpar.testing.operators.case import Case
 from torchpar.testing.operators.gradients import pulled_back
-from torchpar.testing.operators.rules import try_rule
-from torchpar.testing.operators.table import RuleResult, worst_of
-from torchpar.testing.operators.tensors import Memory
+from torchpar.testing.operators.rules import try_cases, try_rule
+from torchpar.testing.operators.table import RuleResult
 
 if TYPE_CHECKING:
     from torchpar.ptx import Emulator, Fault
@@ -110,7 +110,7 @@ def kernel_gradients(case: Case, gpu: "Emulator") -> str:
     return "" if has_more else "the backward launches no kernel"
 
 
-KERNEL_RULES: dict[str, Callable[[Case, "Emulator"], str | None]] = {
+KERNEL_RULES: dict[str, Callable[..., str | None]] = {  # of a case, and of the emulator "gpu"
     "kernel values": kernel_values,
     "kernel gradients": kernel_gradients,
 }
@@ -134,9 +134,8 @@ def emulated_rows(names: Sequence[str], cases: Sequence[Case], arch: str) -> lis
     check_arch(arch)
     gpus: list[Emulator] = []
     rows = []
-    for name in names:
-        if name in KERNEL_ROWS:
-            continue
+    others = [name for name in names if name not in KERNEL_ROWS]
+    for name in WATCHED.counted(others, "rows", len(names)):
         if name in NOT_EMULATED:
             rows.append(try_rule(name, cases))
             continue
@@ -147,13 +146,7 @@ def emulated_rows(names: Sequence[str], cases: Sequence[Case], arch: str) -> lis
         return rows
     for title, rule in KERNEL_RULES.items():
         with emulate(arch, schedules="all") as gpu:
-            found = [
-                RuleResult(
-                    title, *outcome_of(partial(rule, case, gpu), Memory(case.operands).restore), i
-                )
-                for i, case in enumerate(cases)
-            ]
-        rows.append(worst_of(found))
+            rows.append(try_cases(title, partial(rule, gpu=gpu), cases))
         gpus.append(gpu)
     faults = [fault for gpu in gpus for fault in gpu.report().faults]
     launched = any(gpu.launches for gpu in gpus)

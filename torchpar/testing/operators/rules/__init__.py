@@ -9,9 +9,10 @@ from functools import partial
 
 from torch.autograd import gradcheck, gradgradcheck
 
+from torchpar.parallel.launch.guard import WATCHED
 from torchpar.testing.operators import differences
 from torchpar.testing.operators.attempts import Attempts, outcome_of
-from torchpar.testing.operators.case import Case
+from torchpar.testing.operators.case import Case, shapes_of
 from torchpar.testing.operators.layouts import in_layouts_and_sizes
 from torchpar.testing.operators.rules import (
     autograd,
@@ -86,16 +87,19 @@ ONCE = ("torch.compile by Inductor", "torch.export, save and load")  # for the f
 
 
 def try_rule(name: str, cases: Sequence[Case]) -> RuleResult:
-    """The worst result of a rule over all cases.
+    """The worst result of a rule over all cases."""
+    return try_cases(name, RULES[name], cases[:1] if name in ONCE else cases)
 
-    An operator may write to its operands: each attempt finds them as they were given.
+
+def try_cases(title: str, rule: Rule, cases: Sequence[Case]) -> RuleResult:
+    """The worst result over the cases, in a row of this title.
+
+    An operator may write to its operands: each attempt finds them as they were given. It may never
+    return, or end the process: the command that watches this one gets the title and the sample.
     """
-    tried = cases[:1] if name in ONCE else cases
-    return worst_of(
-        [
-            RuleResult(
-                name, *outcome_of(partial(RULES[name], case), Memory(case.operands).restore), i
-            )
-            for i, case in enumerate(tried)
-        ]
-    )
+    found = []
+    for i, case in enumerate(cases):
+        restore = Memory(case.operands).restore
+        with WATCHED.calling(case.name, f"{title} on sample {i} of {shapes_of(case.operands)}"):
+            found.append(RuleResult(title, *outcome_of(partial(rule, case), restore), i))
+    return worst_of(found)
