@@ -17,6 +17,7 @@ SCRIPTS = {
     "operators": ["transposed", "last-bit", "behind", "overwritten", "overflow"],
     "library": ["keywords", "twice"],
     "flags": ["unchecked", "any-number"],
+    "endings": ["forgets", "goes-on"],
     "emulator": ["minimum", "silent"],
     "graphed": ["copies", "gradients", "host", "others", "pool", "steps", "unpassed"],
 }
@@ -28,7 +29,7 @@ SEEDS = {"bits": 1, "rows": 2, "checkpoint": 3, "exp": 5}
 ALONE = ("transposed", "last-bit")
 
 # Processes that start and end others, and that remove folders at their end, are not forked.
-OWN_PROCESS = ("training", "flags", "optimizers")
+OWN_PROCESS = ("training", "flags", "endings", "optimizers")
 # Run a script with several flags, each in a fork of a process that has imported PyTorch's samples,
 # which takes seconds. Write each output into a file, and print the exit statuses.
 EACH_FORKED = """
