@@ -120,6 +120,18 @@ def test_an_offset_that_overflows_32_bits_is_named_with_the_element_that_was_mea
     assert "2**32" not in message(8000 * stride, 8000 * stride)
 
 
+@pytest.mark.parametrize("dtype", [np.int64, np.uint64])
+@pytest.mark.parametrize("address", [-4, -(2**63), 2**63 - 4])
+def test_addresses_below_and_above_all_memory_are_in_none(dtype, address):
+    """Registers of 64 bits hold them, with a sign or without one."""
+    space, told = AddressSpace("global memory"), []
+    x = space.add(Allocation("x", 2**20, 64, 4, np.zeros(64, np.uint8)))
+    addresses = np.array([address, 2**20 + 4, address], np.int64).astype(dtype)
+    ((place, rows, of),) = space.parts(addresses, 4, told.append)
+    assert (place, rows.tolist(), of.tolist()) == (x, [1], [1])
+    assert told == [0]
+
+
 @triton.jit
 def store_far(tiles, c, table, out, offset, STEPS: tl.constexpr):
     i = tl.arange(0, 32)
@@ -131,9 +143,12 @@ def store_far(tiles, c, table, out, offset, STEPS: tl.constexpr):
     tl.store(out + i, tl.load(loaded + i + offset, mask=tl.load(tiles) > 0))
 
 
-@pytest.mark.parametrize("offset, steps", [(-517_295_552, 1), (2**28, 3)])
+@pytest.mark.parametrize("offset, steps", [(-517_295_552, 1), (2**28, 3), (-(2**46), 1)])
 def test_a_far_access_names_the_tensor_that_its_line_uses(offset, steps):
-    """And not the nearest one; where the address was loaded, none that is far."""
+    """And not the nearest one; where the address was loaded, none that is far.
+
+    The last offset leads below address 0, as smaller ones do where tensors lie at low addresses.
+    """
     tiles, c, out = torch.ones(1, dtype=torch.int32), torch.zeros(100), torch.zeros(32)
     table = torch.tensor([2**40])
     with emulate() as gpu:
@@ -141,7 +156,7 @@ def test_a_far_access_names_the_tensor_that_its_line_uses(offset, steps):
     stored, loaded = (one for one in gpu.faults if one.name == "out of bounds")
     where = f"element {offset} of the storage of c, which is outside of c (float32 [100])"
     assert stored.message == f"thread 0 stores {where}"
-    far = f"address {2**40 + 4 * offset:#x}, which is far from every tensor of the launch"
+    far = f"address {(2**40 + 4 * offset) % 2**64:#x}, which is far from every tensor of the launch"
     assert loaded.message == f"thread 0 loads {far}"
 
 

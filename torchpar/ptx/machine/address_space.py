@@ -19,6 +19,8 @@ Part = tuple[Allocation, Rows, Rows | slice]
 # An address is near an allocation if it lies within so many times its size, or so many bytes.
 NEAR_SIZES, NEAR_BYTES = 16, 4096
 NOWHERE = 1, 0  # a gap that has no address
+# All addresses: of registers of 64 bits, signed or not.
+LOWEST, HIGHEST = -(2**63), 2**64 - 1
 
 
 class AddressSpace:
@@ -70,8 +72,8 @@ class AddressSpace:
     def _gap(self, address: int) -> tuple[int, int]:
         """Return the first and the last address around one in no allocation that are in none."""
         after = bisect_right(self.allocations, address, key=lambda one: one.start)
-        first = self.allocations[after - 1].end if after else 0
-        last = self.allocations[after].start - 1 if after < len(self.allocations) else 2**64 - 1
+        first = self.allocations[after - 1].end if after else LOWEST
+        last = self.allocations[after].start - 1 if after < len(self.allocations) else HIGHEST
         if self.between is None:
             return first, last
         others = self.between(address)
@@ -151,13 +153,14 @@ class AddressSpace:
         """
         tensors = self.allocations if meant is None else [meant]
         wrapped = next((one for one in tensors if _has_wrapped(one, address, width)), None)
+        at = f"address {address % 2**64:#x}"
         if not self.allocations:
-            return f"address {address:#x}, and {self.name} has no allocation"
+            return f"{at}, and {self.name} has no allocation"
         near = meant or wrapped or min(self.allocations, key=lambda one: _distance(one, address))
         if near.index is not None:
             limit = max(NEAR_SIZES * near.size, NEAR_BYTES)
             if meant is None and wrapped is None and _distance(near, address) > limit:
-                return f"address {address:#x}, which is far from every tensor of the launch"
+                return f"{at}, which is far from every tensor of the launch"
             place = f"{near.where(address - near.base)}, which is outside of {near.name}"
             if wrapped is None:
                 return place
@@ -166,7 +169,7 @@ class AddressSpace:
                 f"{place}; {where} is 2**32 elements further, as if an offset of 32 bits had "
                 "overflowed; compute it in int64"
             )
-        text = f"address {address:#x}, which is outside of each allocation of {self.name}"
+        text = f"{at}, which is outside of each allocation of {self.name}"
         if address < near.start:
             return f"{text}: {near.start - address} bytes before {near.name}"
         return f"{text}: {address + width - near.base - near.size} bytes after {near.name}"

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchpar.ptx.machine.address_space import HIGHEST, LOWEST
 from torchpar.ptx.machine.allocation import (
     ALIGNED,
     LARGEST_UNIT,
@@ -150,8 +151,8 @@ class HostMemory:
         """Return the first and the last address around one of no live tensor that have none."""
         live = self._live or []
         after = bisect_right(live, address, key=lambda one: one[0])
-        first = live[after - 1][1] if after else 0
-        return first, live[after][0] - 1 if after < len(live) else 2**64 - 1
+        first = live[after - 1][1] if after else LOWEST
+        return first, live[after][0] - 1 if after < len(live) else HIGHEST
 
     def keep_unwritten(self) -> None:
         """Remember what is still unwritten after the launch."""
