@@ -202,7 +202,9 @@ def test_only_large_float32_layers_have_an_autograd_of_their_own(
     # 4.01 million multiplications.
     assert names(large, 40) == ("LinearFunctionBackward", "SigmoidBackward0")
     assert names(large, 39) == native  # 3.91 million, less than `_MIN_PRODUCT`
-    assert names(large.double()) == names(large.bfloat16()) == native
+    assert names(large.double()) == native
+    # 784 is no multiple of the tiles of AMX, which some processors have.
+    assert names(large[:, :768].bfloat16()) == native
     with torch.backends.mkldnn.flags(enabled=False):
         assert names(large) == native
     for module, reason, value in (
