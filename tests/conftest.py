@@ -40,7 +40,12 @@ LONGEST = """
 
 def pytest_configure(config: pytest.Config) -> None:
     """Run all tests of a file on one worker of pytest-xdist, because they share processes and
-    models."""
+    models. Let the warnings of other packages be no errors."""
+    import foreign_warnings
+
+    lines = config.getini("filterwarnings")
+    # Behind "error", and before what is ignored
+    lines[1:1] = foreign_warnings.filters(config.getini("pythonpath"))
     if config.getoption("dist", "no") == "load":  # which -n alone chooses
         config.option.dist = "loadfile"
         config.option.loadscopereorder = False  # by the number of tests

@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 from commands import ROOT, forked
+from foreign_warnings import filters
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.driver import driver as active_driver
 
@@ -608,7 +609,8 @@ def test_kernels_end_without_a_driver():
 def plugged(pytester, tests: str, *flags: str):
     """The outcome of tests, with a kernel before them."""
     pytester.makepyfile(f"import pytest, unittest\n{textwrap.dedent(KERNEL)}{tests}")
-    pytester.makeini(f"[pytest]\npythonpath = {ROOT}\nfilterwarnings = error")
+    lines = "\n    ".join(["error", *filters([ROOT])])
+    pytester.makeini(f"[pytest]\npythonpath = {ROOT}\nfilterwarnings =\n    {lines}")
     return pytester.runpytest_inprocess("-p", "torchpar.ptx.pytest", "--ptx=sm_90", *flags)
 
 
