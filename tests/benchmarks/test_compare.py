@@ -108,7 +108,7 @@ WRONG: dict[str, tuple[Implementation, str]] = {
         lambda x: torch.sigmoid(x.double()),
         "Rejected: a result is torch.float64 (129, 65) on",
     ),
-    "failing": (lambda x: 1 // 0, "ZeroDivisionError: integer division"),
+    "failing": (lambda x: {}["missing"], "KeyError: 'missing'"),
 }
 
 

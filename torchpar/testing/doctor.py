@@ -29,7 +29,7 @@ from torchpar.testing.operators.tensors import normal_like
 
 # The oldest and the newest versions that the tests have run with.
 TESTED = {
-    "python": ("3.11", "3.12"),
+    "python": ("3.11", "3.14"),
     "torch": ("2.11", "2.15"),
     "numpy": ("2.3", "2.5"),
     "triton": ("3.6", "3.9"),
