@@ -22,6 +22,7 @@ from torchpar.library.kernel_search import TritonKernels
 from torchpar.library.private import (
     FunctionalTensorMode,
     enable_single_level_autograd_function,
+    has_unbacked_symbols,
     implementations,
     is_decomposition_disabled,
     peek_interpreter_stack,
@@ -242,12 +243,10 @@ def triton_op(
             args: tuple[object, ...],
             kwargs: dict[str, object],
         ) -> object:
-            from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
-
             tensors = list(tensors_of(args))
             if (
                 any(map(is_dtensor, tensors))
-                or free_unbacked_symbols(tensors)
+                or has_unbacked_symbols(*tensors)
                 or is_decomposition_disabled()
                 or opaque(*args, **kwargs)
                 or any(t.device.type in op._kernels for t in tensors)

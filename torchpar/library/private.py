@@ -37,8 +37,20 @@ cannot keep a call opaque:
 - ``is_decomposition_disabled``: `torch.export` keeps an operator as one node.
   `torch.compiler.is_exporting` is also True where AOTInductor and
   ``run_decompositions(decompose_custom_triton_ops=True)`` look into the operator.
+
+For sizes that a compiler knows as symbols, which a plain comparison would fix:
+
+- ``check``: let the graph check a size that depends on data. `torch.cond` has no error, and
+  `torch._assert_async` takes a tensor.
+- ``has_unbacked_symbols``, ``statically_known_true``: look at sizes without a guard. Their module
+  has no underscore, but is "experimental", and takes long to import. `==` of two `torch.Size`
+  guards.
 """
 
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+from torch import _check as check
 from torch._C._autograd import _profiler_enabled as profiler_enabled
 from torch._C._functorch import peek_interpreter_stack
 from torch._functorch.utils import enable_single_level_autograd_function
@@ -51,6 +63,21 @@ from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
 from torch.library import _impls as implementations  # by Python, of all operators
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as dispatch_modes
 
+if TYPE_CHECKING:
+    from torch.types import BoolLikeType
+
+
+def statically_known_true(condition: "BoolLikeType") -> bool:
+    from torch.fx.experimental import symbolic_shapes
+
+    return symbolic_shapes.statically_known_true(condition)
+
+
+def has_unbacked_symbols(*tensors: Tensor) -> bool:
+    from torch.fx.experimental import symbolic_shapes
+
+    return bool(symbolic_shapes.free_unbacked_symbols(list(tensors)))
+
 
 def is_decomposition_disabled() -> bool:
     # Its module takes long to import.
@@ -62,12 +89,15 @@ def is_decomposition_disabled() -> bool:
 __all__ = [
     "FunctionalTensorMode",
     "SingleLevelFunction",
+    "check",
     "dispatch_modes",
     "enable_single_level_autograd_function",
+    "has_unbacked_symbols",
     "implementations",
     "is_decomposition_disabled",
     "peek_interpreter_stack",
     "profiler_enabled",
     "set_wrap_triton_enabled",
+    "statically_known_true",
     "triton_ops_to_kernels",
 ]

@@ -20,6 +20,7 @@ from torchpar.library import batch_first, sample
 from torchpar.library.rules import Context, Sharding, Spec, VmapInfo
 from torchpar.ops import exact_digits
 from torchpar.ops._operator import check_strided, operator, save_operands
+from torchpar.ops.sizes import check_alike, has_symbols
 
 
 def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -76,10 +77,22 @@ def _check_operands(a: Tensor, b: Tensor) -> None:
             raise RuntimeError(
                 f"torchpar::exact_matmul: {name} has shape {tuple(t.shape)}, expected {shape}"
             )
-    if b.shape[:-2] != a.shape[:-2] or b.shape[-1] != a.shape[-1] or b.device != a.device:
-        expected = ", ".join([*map(str, a.shape[:-2]), "n", str(a.shape[-1])])
-        actual = f"b is {tuple(b.shape)} on {b.device}"
-        raise RuntimeError(f"torchpar::exact_matmul: {actual}, expected ({expected}) on {a.device}")
+    if (
+        has_symbols(a, b)
+        or b.shape[:-2] != a.shape[:-2]
+        or b.shape[-1] != a.shape[-1]
+        or b.device != a.device
+    ):
+
+        def message() -> str:
+            expected = ", ".join([*map(str, a.shape[:-2]), "n", str(a.shape[-1])])
+            actual = f"b is {tuple(b.shape)} on {b.device}"
+            return f"torchpar::exact_matmul: {actual}, expected ({expected}) on {a.device}"
+
+        first, second = ((*t.shape[:-2], t.shape[-1]) for t in (a, b))
+        check_alike(first, second, message)
+        if b.device != a.device:
+            raise RuntimeError(message())
 
 
 def _kernels() -> ModuleType:

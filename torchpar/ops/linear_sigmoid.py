@@ -40,6 +40,7 @@ from torchpar.ops.matrix import (
     rows,
 )
 from torchpar.ops.processor import has_bfloat16
+from torchpar.ops.sizes import check_alike, has_symbols
 
 if TYPE_CHECKING:  # DTensor takes long to import
     from torch.distributed.tensor import Placement
@@ -72,14 +73,19 @@ def _check_operands(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     check_dtype("linear_sigmoid", "x", x)
     if x.dim() < 1:
         raise RuntimeError("torchpar::linear_sigmoid: x has shape (), expected (*, in_features)")
-    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
-        raise RuntimeError(
-            f"torchpar::linear_sigmoid: weight has shape {tuple(weight.shape)}, expected "
-            f"(out_features, {x.shape[-1]}) for x of shape {tuple(x.shape)}"
+    symbolic = has_symbols(x, weight, bias)
+    if weight.dim() != 2 or symbolic or weight.shape[1] != x.shape[-1]:
+        check_alike(
+            weight.shape[1:],
+            x.shape[-1:],
+            lambda: (
+                f"torchpar::linear_sigmoid: weight has shape {tuple(weight.shape)}, expected "
+                f"(out_features, {x.shape[-1]}) for x of shape {tuple(x.shape)}"
+            ),
         )
-    check_like("linear_sigmoid", "weight", weight, weight.shape, "x", x)
+    check_like("linear_sigmoid", "weight", weight, None, "x", x)
     if bias is not None:
-        check_like("linear_sigmoid", "bias", bias, weight.shape[:1], "x", x)
+        check_like("linear_sigmoid", "bias", bias, weight.shape[:1], "x", x, symbolic)
 
 
 def _is_native(x: Tensor, weight: Tensor, bias: Tensor | None = None, **_: object) -> bool:

@@ -14,6 +14,7 @@ from torchpar.ops._operator import check_strided
 from torchpar.ops._operator import is_intercepted as is_intercepted  # these two for optim, too
 from torchpar.ops._operator import runs_kernels as runs_kernels
 from torchpar.ops.processor import has_amx
+from torchpar.ops.sizes import check_alike
 
 _TILE = 32  # 16-bit floats in a row of a tile of AMX
 # To ask PyTorch by the attribute takes 0.5 µs longer, since it is looked up before.
@@ -29,18 +30,32 @@ def check_dtype(operator: str, name: str, x: Tensor) -> None:
             f"torchpar::{operator}: {name} has dtype {x.dtype}, expected float16, bfloat16, "
             "float32 or float64"
         )
-    check_strided(operator, name, x)
+    if x.layout is not torch.strided:  # else a call would take time
+        check_strided(operator, name, x)
 
 
 def check_like(
-    operator: str, name: str, t: Tensor, shape: tuple[int, ...], other: str, like: Tensor
+    operator: str,
+    name: str,
+    t: Tensor,
+    shape: tuple[int, ...] | None,
+    other: str,
+    like: Tensor,
+    symbolic: bool = False,
 ) -> None:
     """Raise a RuntimeError unless ``t`` has ``shape``, and the dtype and device of ``like``, the
-    argument ``other``."""
-    check_strided(operator, name, t)
-    if t.shape != shape:
-        what = f"{name} has shape {tuple(t.shape)}, expected {tuple(shape)}"
-    elif t.dtype != like.dtype:
+    argument ``other``. Sizes are symbols if ``symbolic``."""
+    if t.layout is not torch.strided:
+        check_strided(operator, name, t)
+    if shape is not None and (symbolic or t.shape != shape):
+        check_alike(
+            t.shape,
+            shape,
+            lambda: (
+                f"torchpar::{operator}: {name} has shape {tuple(t.shape)}, expected {tuple(shape)}"
+            ),
+        )
+    if t.dtype != like.dtype:
         check_dtype(operator, name, t)
         what = (
             f"{name} has dtype {t.dtype} and {other} {like.dtype}, expected one dtype; cast one, "

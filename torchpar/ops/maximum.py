@@ -23,6 +23,7 @@ from torch import Tensor
 
 from torchpar.kernels import Wrap
 from torchpar.library import sample
+from torchpar.library.private import has_unbacked_symbols
 from torchpar.library.rules import Context, Sharding, Spec, VmapInfo
 from torchpar.library.transforms import needs_formula
 from torchpar.ops._operator import (
@@ -32,6 +33,7 @@ from torchpar.ops._operator import (
     runs_kernels,
     save_operands,
 )
+from torchpar.ops.sizes import are_alike, has_symbols
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
 _DTYPES = frozenset((*_INTEGERS, torch.float16, torch.bfloat16, torch.float32, torch.float64))
@@ -59,7 +61,7 @@ def maximum(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _device(a: Tensor, b: Tensor) -> torch.device:
-    """Check the arguments; return the device of the result."""
+    """Check all but the shapes of the arguments; return the device of the result."""
     if not (a.dtype in _DTYPES and b.dtype in _DTYPES):
         name, dtype = ("b", b.dtype) if a.dtype in _DTYPES else ("a", a.dtype)
         raise RuntimeError(
@@ -68,19 +70,24 @@ def _device(a: Tensor, b: Tensor) -> torch.device:
         )
     check_strided("maximum", "a", a)
     check_strided("maximum", "b", b)
-    if a.shape != b.shape:  # broadcast_shapes takes longer than the rest of a small call
-        try:
-            torch.broadcast_shapes(a.shape, b.shape)
-        except RuntimeError:
-            raise RuntimeError(
-                f"torchpar::maximum: b has shape {tuple(b.shape)}, which does not broadcast with "
-                f"a's {tuple(a.shape)}"
-            ) from None
     if a.device == b.device or (b.dim() == 0 and b.is_cpu):
         return a.device
     if a.dim() == 0 and a.is_cpu:
         return b.device
     raise RuntimeError(f"torchpar::maximum: b is on {b.device}, expected a's device {a.device}")
+
+
+def _check_shapes(a: Tensor, b: Tensor) -> None:
+    if has_symbols(a, b) or a.shape != b.shape:  # broadcast_shapes takes longer than a launch
+        try:
+            torch.broadcast_shapes(a.shape, b.shape)
+        except RuntimeError as e:
+            if type(e) is not RuntimeError:  # a compiler's, of sizes that it cannot compare
+                raise
+            raise RuntimeError(
+                f"torchpar::maximum: b has shape {tuple(b.shape)}, which does not broadcast with "
+                f"a's {tuple(a.shape)}"
+            ) from None
 
 
 def _kernels() -> ModuleType:
@@ -93,14 +100,20 @@ def _kernels() -> ModuleType:
 def _op(a: Tensor, b: Tensor, *, wrap: Wrap) -> Tensor:
     if not (a.is_cuda or b.is_cuda or is_emulating()):
         device = _device(a, b)
-        out = torch.maximum(a, b)
-        # An empty result of ATen may have other strides.
-        return out if out.numel() else _empty(a, b, device)
+        try:
+            out = torch.maximum(a, b)
+        except RuntimeError:  # to compare the shapes before would take time
+            _check_shapes(a, b)
+            raise
+        # An empty result of ATen may have other strides. A symbol is no size of 0.
+        is_dense = (wrap is not None and out._has_symbolic_sizes_strides) or out.numel()
+        return out if is_dense else _empty(a, b, device)
     from torchpar.kernels import maximum as kernel
 
     if wrap is None and (found := kernel.maximum_again(a, b)) is not None:
         return found
     device = _device(a, b)
+    _check_shapes(a, b)
     out = _empty_elementwise((a, b), torch.result_type(a, b), device)
     first, second = a.to(device), b.to(device)
     kernel.maximum(first.expand_as(out), second.expand_as(out), out, wrap)
@@ -116,39 +129,47 @@ def _are_alike(a: Tensor, b: Tensor) -> bool:
     To check and to do all of this takes longer than a launch.
     """
     dtype = a.dtype
-    return dtype == b.dtype and dtype in _DTYPES and a.shape == b.shape and a.device == b.device
+    if dtype != b.dtype or dtype not in _DTYPES or a.device != b.device:
+        return False
+    return _have_one_shape(a, b)
+
+
+def _have_one_shape(a: Tensor, b: Tensor) -> bool:
+    return are_alike(a.shape, b.shape) if has_symbols(a, b) else a.shape == b.shape
 
 
 def _empty_elementwise(
     operands: Sequence[Tensor], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """An uninitialised tensor of the broadcast shape of ``operands``, with ATen's strides."""
+    layouts = [(t.shape, t.stride()) for t in operands]
+    if any([t._has_symbolic_sizes_strides for t in operands]):  # which have no hash
+        return torch.empty_strided(*_layout.__wrapped__(*layouts), dtype=dtype, device=device)
     shape = operands[0].shape
     # The general rule takes 80 µs for shapes and strides that are new to it.
     if all([t.shape == shape and t.is_contiguous() for t in operands]):
         return torch.empty_like(
             operands[0], dtype=dtype, device=device, memory_format=torch.contiguous_format
         )
-    shape = torch.broadcast_shapes(*(t.shape for t in operands))
-    layouts = [(t.shape, t.stride()) for t in operands]
-    try:
-        strides = _strides(*layouts)
-    except TypeError:  # the sizes of a compiler, which have no hash
-        strides = _strides.__wrapped__(*layouts)
-    return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+    return torch.empty_strided(*_layout(*layouts), dtype=dtype, device=device)
 
 
 @lru_cache(1024)
-def _strides(*layouts: tuple[torch.Size, tuple[int, ...]]) -> tuple[int, ...]:
-    """ATen's strides of an elementwise result, for the shapes and strides of the operands."""
+def _layout(
+    *layouts: tuple[torch.Size, tuple[int, ...]],
+) -> tuple[torch.Size, tuple[int, ...]]:
+    """ATen's shape and strides of an elementwise result, for those of the operands."""
     operands = [torch.empty_strided(*layout, device="meta") for layout in layouts]
     elementwise = torch.maximum if len(operands) == 2 else torch.addcmul  # of two, or of three
-    return elementwise(*operands).stride()
+    result = elementwise(*operands)
+    return result.shape, result.stride()
 
 
 @_op.register_fake
 def _maximum_fake(a: Tensor, b: Tensor) -> Tensor:
-    return _empty(a, b, _device(a, b))
+    device = _device(a, b)
+    _check_shapes(a, b)
+    return _empty(a, b, device)
 
 
 def _empty(a: Tensor, b: Tensor, device: torch.device) -> Tensor:
@@ -161,6 +182,7 @@ def _empty(a: Tensor, b: Tensor, device: torch.device) -> Tensor:
 
 def _formula(a: Tensor, b: Tensor) -> Tensor:
     _device(a, b)
+    _check_shapes(a, b)
     return torch.maximum(a, b)
 
 
@@ -168,18 +190,15 @@ def _backward(ctx: Context, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
     a, b = ctx.saved_tensors
     need_a, need_b = ctx.needs_input_grad
     # One launch for both gradients costs less than ATen's launches for one.
-    if runs_kernels(g) and not needs_formula(g, a, b):
+    # The layout of a sum of data-dependent sizes, which may be 1, is not known before the launch.
+    depends_on_data = type(g) is not Tensor and has_unbacked_symbols(g)
+    if runs_kernels(g) and not depends_on_data and not needs_formula(g, a, b):
         da, db = _backward_op(g, a, b, need_a, need_b)
-    else:
-        of_larger = torch.where(a == b, g / 2, g)
-        da = _reduced(of_larger.masked_fill(a < b, 0), a) if need_a else None
-        db = _reduced(of_larger.masked_fill(b < a, 0), b) if need_b else None
-    return da.to(a) if need_a else None, db.to(b) if need_b else None
-
-
-def _reduced(gradient: Tensor, t: Tensor) -> Tensor:
-    # The call would take microseconds.
-    return gradient if gradient.shape == t.shape else gradient.sum_to_size(t.shape)
+        return da.to(a) if need_a else None, db.to(b) if need_b else None
+    # Autograd sums over broadcast dimensions, of symbols too, and then converts to the dtype.
+    of_larger = torch.where(a == b, g / 2, g)
+    da = of_larger.masked_fill(a < b, 0) if need_a else None
+    return da, of_larger.masked_fill(b < a, 0) if need_b else None
 
 
 _op.register_autograd(_backward, setup_context=save_operands, formula=_formula)
@@ -191,6 +210,7 @@ def _maximum_vmap(
 ) -> tuple[Tensor, int]:
     samples = [sample(t, dim) for t, dim in zip((a, b), in_dims, strict=True)]
     _device(*samples)
+    _check_shapes(*samples)
     # Inside the vmap, a zero-dimensional tensor does not take part in type promotion.
     dtype = torch.result_type(*samples)
     dims = max(t.dim() for t in samples)
@@ -204,7 +224,7 @@ def _aligned(t: Tensor, dim: int | None, dims: int) -> Tensor:
     if dim is None:
         return t
     t = t.movedim(dim, 0)
-    return t.reshape(t.shape[0], *(1,) * (dims + 1 - t.dim()), *t.shape[1:])
+    return t[(slice(None), *[None] * (dims + 1 - t.dim()))]
 
 
 @_op.register_sharding
@@ -239,7 +259,7 @@ def _backward_op(
         if found is not None:
             return found
     da, db = _empty_backward(g, a, b, need_a, need_b)
-    alike = _are_alike(a, b) and a.shape == g.shape and a.device == g.device
+    alike = _are_alike(a, b) and a.device == g.device and _have_one_shape(a, g)
     if not alike:
         a, b = (t.to(g.device).expand_as(g) for t in (a, b))
     kernel.maximum_backward(g, a, b, da if need_a else None, db if need_b else None, wrap)
@@ -253,7 +273,7 @@ def _empty_backward(
     g: Tensor, a: Tensor, b: Tensor, need_a: bool = True, need_b: bool = True
 ) -> tuple[Tensor, Tensor]:
     da = _empty_gradient(a, g, a, b) if need_a else g.new_empty(0)
-    if need_a and need_b and da.shape == b.shape == g.shape:
+    if need_a and need_b and _have_one_shape(da, b) and _have_one_shape(b, g):
         return da, torch.empty_strided(da.shape, da.stride(), dtype=da.dtype, device=da.device)
     return da, _empty_gradient(b, g, a, b) if need_b else g.new_empty(0)
 
@@ -261,7 +281,7 @@ def _empty_backward(
 def _empty_gradient(t: Tensor, g: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """An uninitialised gradient of ``t``: contiguous if it is a sum, else with ATen's strides."""
     added = g.dim() - t.dim()
-    if t.shape != g.shape[added:] or any(size != 1 for size in g.shape[:added]):
+    if not are_alike((1,) * added + t.shape, g.shape):
         return g.new_empty(t.shape)
     whole = _empty_elementwise((g, a, b), g.dtype, g.device)
     return whole if added == 0 else g.new_empty_strided(t.shape, whole.stride()[added:])

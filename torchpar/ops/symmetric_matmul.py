@@ -28,6 +28,7 @@ from torchpar.library.transforms import is_transformed
 from torchpar.ops import cpu, fp32
 from torchpar.ops._operator import operator, overloads, runs_kernels, supports_tma
 from torchpar.ops.matrix import check_dtype, check_like, fp32_precision, product
+from torchpar.ops.sizes import check_alike, has_symbols
 
 if TYPE_CHECKING:  # DTensor takes long to import
     from torch.distributed.tensor import Placement
@@ -114,25 +115,36 @@ def _check_operands(
         raise RuntimeError(
             f"torchpar::symmetric_matmul: a has shape {tuple(a.shape)}, expected (*, n, k)"
         )
-    check_like("symmetric_matmul", "b", b, a.shape, "a", a)
+    symbolic = has_symbols(a, b, c)
+    check_like("symmetric_matmul", "b", b, a.shape, "a", a, symbolic)
     if c is None and out is None and not beta:  # the rest takes longer than a small product
         return
     shape = (*a.shape[:-1], a.shape[-2])
     if out is not None:
-        dtypes = [a.dtype, torch.float32] if a.dtype.itemsize == 2 else [a.dtype]
-        if tuple(out.shape) != shape or out.dtype not in dtypes or out.device != a.device:
-            actual = f"out is {tuple(out.shape)}, {out.dtype} on {out.device}"
-            expected = f"{shape}, {' or '.join(map(str, dtypes))} on {a.device}"
-            raise RuntimeError(f"torchpar::symmetric_matmul: {actual}, expected {expected}")
+        _check_out(out, a, shape, has_symbols(out, a))
     if c is not None:
         other, like = ("a", a) if out is None else ("out", out)
-        check_like("symmetric_matmul", "c", c, shape, other, like)
+        check_like("symmetric_matmul", "c", c, shape, other, like, symbolic)
         if beta is None:
             raise RuntimeError("torchpar::symmetric_matmul: c is given without beta, pass both")
     elif beta:
         raise RuntimeError(
             f"torchpar::symmetric_matmul: beta is {beta} and c is None, pass both or neither"
         )
+
+
+def _check_out(out: Tensor, a: Tensor, shape: tuple[int, ...], symbolic: bool) -> None:
+    dtypes = [a.dtype, torch.float32] if a.dtype.itemsize == 2 else [a.dtype]
+
+    def message() -> str:
+        actual = f"out is {tuple(out.shape)}, {out.dtype} on {out.device}"
+        expected = f"{shape}, {' or '.join(map(str, dtypes))} on {a.device}"
+        return f"torchpar::symmetric_matmul: {actual}, expected {expected}"
+
+    if symbolic or tuple(out.shape) != shape:
+        check_alike(out.shape, shape, message)
+    if out.dtype not in dtypes or out.device != a.device:
+        raise RuntimeError(message())
 
 
 def _unsharded(t: Tensor) -> Tensor:

@@ -60,6 +60,45 @@ def test_a_fault_is_found(name: str) -> None:
     assert (table[rule].outcome, detail in table[rule].detail) == ("wrong", True), str(table)
 
 
+def fake_that_compares_shapes(a: Tensor, b: Tensor) -> Tensor:
+    """As `torchpar.maximum` compared them up to version 0.5.0."""
+    return torch.empty_like(a if a.shape == b.shape else torch.broadcast_tensors(a, b)[0])
+
+
+def fake_of_any_shapes(a: Tensor, b: Tensor) -> Tensor:
+    return torch.empty_like(torch.maximum(a, b))
+
+
+OF_SIZES = ["torch.compile, each size dynamic", "torch.compile, data-dependent sizes"]
+AGAIN = "it is compiled again for other sizes than: size 0 of operand 0 != 4 ("
+FIXES = "it fixes a dynamic size: You marked size 0 of operand 0 as dynamic"
+ASKS = "it asks for a size that depends on data: Could not guard on data-dependent expression"
+
+
+@pytest.mark.parametrize(
+    "shapes, fake, expected",
+    [
+        # The rows happen to be as many as the columns: in a later call, or in the first.
+        (((5, 4), (4,)), fake_that_compares_shapes, (("wrong", AGAIN), ("refuses", ASKS))),
+        pytest.param(
+            ((4, 4), (4,)),
+            fake_that_compares_shapes,
+            (("refuses", FIXES), ("refuses", ASKS)),
+            marks=pytest.mark.slow,
+        ),
+        (((5, 4), (4,)), fake_of_any_shapes, (("works", "3 choices"), ("works", "5 choices"))),
+    ],
+)
+def test_an_operator_that_compares_sizes_is_found(
+    shapes: Any, fake: Any, expected: Any, request: pytest.FixtureRequest
+) -> None:
+    op = faulty.make(f"sizes_{abs(hash(request.node.name))}", **faulty.MAXIMUM | {"fake": fake})
+    samples = [tuple(normal(*shape, seed=i) for i, shape in enumerate(shapes))]
+    table = check_operator(op, samples, reference=torch.maximum, rules=OF_SIZES)
+    for row, (outcome, detail) in zip(table.rows, expected, strict=True):
+        assert (row.outcome, detail in row.detail) == (outcome, True), str(table)
+
+
 BY_FORMULA = [
     "forward mode",
     "vmap and gradients",

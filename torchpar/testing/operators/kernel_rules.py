@@ -119,6 +119,8 @@ KERNEL_ROWS = (*KERNEL_RULES, *FAULT_ROWS, OTHERS, RESOURCES)
 NOT_EMULATED = (
     "torch.compile",
     "torch.compile, dynamic",
+    "torch.compile, each size dynamic",
+    "torch.compile, data-dependent sizes",
     "torch.compile by Inductor",
     "torch.export, save and load",
     "functionalize, and a copied graph",
