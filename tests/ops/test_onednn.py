@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.func import jvp, vmap
 from torch.nn import functional as F
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 
 import torchpar
 from benchmarks.records import OPERATORS
-from torchpar.nn import Linear, LinearSigmoid
+from torchpar.nn import Linear, LinearReLU, LinearSigmoid
 from torchpar.ops import cpu, processor
 from torchpar.ops.cpu import linear
 from torchpar.testing import check_operator
@@ -328,3 +329,14 @@ def test_a_result_without_a_gradient_may_be_changed_in_place(layer, shape, onedn
     total = y.sum()
     y.mul_(factor).sum().backward()
     assert_close(factor.grad, total)
+
+
+def test_a_mode_sees_pytorchs_products(on_onednn: None) -> None:
+    """It has no rule for oneDNN's: exact arithmetic would refuse them, and a counter count 0."""
+    layer, x = LinearReLU(784, 512), torch.ones(128, 784)
+    with FlopCounterMode(display=False) as counter:
+        layer(x)
+    assert counter.get_total_flops() == 2 * 128 * 784 * 512
+    with torchpar.exact.mode():
+        y = layer(x)
+    assert y.shape == (128, 512)

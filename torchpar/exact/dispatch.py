@@ -130,6 +130,7 @@ class _Functions(TorchFunctionMode):
 
 
 class _Operators(TorchDispatchMode):
+    knows_aten_alone = True  # so that operators of torchpar.ops decompose, where they can
     marks = True  # whether arithmetic outside of the mode with the results is warned of
 
     def __torch_dispatch__(

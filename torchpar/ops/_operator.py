@@ -13,7 +13,7 @@ from torch import Tensor
 from torchpar.kernels import Wrap
 from torchpar.library import CustomOpDef, triton_op
 from torchpar.library.definition import Function
-from torchpar.library.private import dispatch_modes
+from torchpar.library.private import count_dispatch_modes, dispatch_modes
 from torchpar.library.rules import Context
 
 NAMESPACE = "torchpar"
@@ -99,8 +99,20 @@ def is_intercepted() -> bool:
 
     The mode of an emulator does not count: its emulator executes the launches.
     """
-    modes = dispatch_modes()
-    return bool(modes) and not all([getattr(mode, "sees_launches", False) for mode in modes])
+    if not count_dispatch_modes():
+        return False
+    return not all([getattr(mode, "sees_launches", False) for mode in dispatch_modes()])
+
+
+def is_seen_whole() -> bool:
+    """Whether a mode is to see an operator as such, and not PyTorch's operators in its place.
+
+    Selective checkpoints choose by the operator what they save. A mode that has rules for PyTorch's
+    operators alone has the attribute ``knows_aten_alone``.
+    """
+    if not count_dispatch_modes():
+        return False
+    return not any([getattr(mode, "knows_aten_alone", False) for mode in dispatch_modes()])
 
 
 def save_operands(ctx: Context, inputs: tuple[Tensor, ...], output: Tensor) -> None:

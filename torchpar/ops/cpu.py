@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from torchpar.library.private import count_dispatch_modes
 from torchpar.library.rules import Context
 from torchpar.library.transforms import is_plain
 from torchpar.ops import processor
@@ -100,8 +101,14 @@ def mm(a: Tensor, b: Tensor, most: int = CHAIN) -> Tensor:
 
 def _is_for_onednn(b: Tensor, a: Tensor, bias: Tensor | None = None) -> bool:
     """Whether oneDNN is preferred for ``a (*, k)``, ``b (n, k)`` and ``bias``, by size, too."""
-    # A compiler would refuse `processor.prefers_onednn`, which is cached.
-    if torch.compiler.is_compiling() or not (processor.prefers_onednn() and is_eager(b, a, bias)):
+    # A compiler would refuse `processor.prefers_onednn`, which is cached. A mode may have no rule
+    # for oneDNN's products, and keep results that blocks are then written to.
+    if (
+        torch.compiler.is_compiling()
+        or not processor.prefers_onednn()
+        or count_dispatch_modes()
+        or not is_eager(b, a, bias)
+    ):
         return False
     if b.dim() != 2 or a.numel() * len(b) < _MIN_PRODUCT * torch.get_num_threads():
         return False

@@ -23,11 +23,19 @@ from torch.nn import functional as F
 
 from torchpar.kernels import Wrap
 from torchpar.library import batch_first, sample
+from torchpar.library.private import count_dispatch_modes
 from torchpar.library.rules import Context, Sharding, Spec, VmapInfo
 from torchpar.library.sharding import is_dtensor
 from torchpar.library.transforms import needs_formula
 from torchpar.ops import fp32
-from torchpar.ops._operator import is_emulating, operator, overloads, runs_kernels, supports_tma
+from torchpar.ops._operator import (
+    is_emulating,
+    is_seen_whole,
+    operator,
+    overloads,
+    runs_kernels,
+    supports_tma,
+)
 from torchpar.ops.cpu import is_eager, linear, linear_forward
 from torchpar.ops.matrix import (
     check_dtype,
@@ -91,10 +99,10 @@ def _check_operands(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 def _is_native(x: Tensor, weight: Tensor, bias: Tensor | None = None, **_: object) -> bool:
     """Whether to call PyTorch's operators, with their autograd, in place of this operator.
 
-    On CPUs PyTorch's operators are faster. For 16-bit floats they are right if all sizes are
-    whole tiles, since also the gradients are products (`is_tiled`).
+    On CPUs PyTorch's operators are faster, if no mode is to see the operator. For 16-bit floats
+    they are right if all sizes are whole tiles, since also the gradients are products (`is_tiled`).
     """
-    if not x.is_cpu or is_emulating() or not is_eager(x, weight, bias):
+    if not x.is_cpu or is_emulating() or is_seen_whole() or not is_eager(x, weight, bias):
         return False
     if not is_tiled(x):
         return True
@@ -120,7 +128,12 @@ def _formula(
         return z.view(*x.shape[:-1], weight.shape[0]).sigmoid()
     z = linear(x, weight, bias)
     # A product of more dimensions may be a view, whose change in place costs autograd more time.
-    return z.sigmoid_() if x.dim() == 2 else z.sigmoid()
+    return _sigmoid_of_new(z) if x.dim() == 2 else z.sigmoid()
+
+
+def _sigmoid_of_new(z: Tensor) -> Tensor:
+    """The sigmoid of a product that only the caller has, in place unless a mode may keep it."""
+    return z.sigmoid() if count_dispatch_modes() else z.sigmoid_()
 
 
 def _kernels() -> ModuleType:
@@ -244,7 +257,7 @@ def _linear_sigmoid_vmap(
     else:
         c = batch_first(bias, bias_dim, info.batch_size).unsqueeze(1)
         z = product(x2, weight, c, beta=1.0, **precision)
-    return z.sigmoid_().reshape(*x.shape[:-1], weight.shape[1]), 0
+    return _sigmoid_of_new(z).reshape(*x.shape[:-1], weight.shape[1]), 0
 
 
 def _linear_sigmoid_sharding(

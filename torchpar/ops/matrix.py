@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from torchpar.library.private import dispatch_modes
+from torchpar.library.private import count_dispatch_modes
 from torchpar.library.sharding import is_dtensor
 from torchpar.library.transforms import is_plain, is_transformed
 from torchpar.ops._operator import check_strided
@@ -179,7 +179,7 @@ def of_rows_alone(compute: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Ten
     """
     if not is_tiled(a) or not missing(a.shape[-1]):
         return compute(a, b)
-    if is_plain(a, b) and _has_numbers(a) and _has_numbers(b) and not dispatch_modes():
+    if is_plain(a, b) and _has_numbers(a) and _has_numbers(b) and not count_dispatch_modes():
         size = a.numel() // a.shape[-1] * b.shape[-2]
         if size <= 2 * (a.numel() + b.numel()):
             result = compute(a, b)
