@@ -20,6 +20,7 @@ RAISED = (
     r".+ is now .+; version 0\.6 removes the old name",
     r".+ outside of torchpar\.exact\.mode\(\) has an operand that was computed in it",
     r"\d+ calls of a step were not captured",
+    r"the step was captured \d+ times",
     r"version 0\.6 removes Run\(log=…\)",
     r"The CUDA Graph is empty",
 )

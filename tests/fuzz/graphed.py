@@ -26,7 +26,7 @@ from torchpar.errors import ConfigError
 from torchpar.ptx import emulate
 from torchpar.ptx.cuda import capture
 from torchpar.ptx.cuda.stand_in import cuda_is_cpu
-from torchpar.training import graphed, host_effects, leaf_gradients, muon
+from torchpar.training import graphed, leaf_gradients, muon, step_effects
 from torchpar.training.graphed import _GraphedStep
 
 IN, OUT = 6, 3
@@ -284,7 +284,7 @@ FAULTS = {
     "others": plant(leaf_gradients, "_leaves", lambda: ()),
     "steps": plant(_GraphedStep, "_check_steps", lambda self, *call: self._steps.setdefault(*call)),
     "unpassed": plant(_GraphedStep, "_check_is_known", nothing),
-    "host": plant(host_effects.HostEffects, "tensors", lambda self: []),
+    "host": plant(step_effects.StepEffects, "outside_tensors", lambda self: []),
     "pool": plant(capture.Capture, "_is_outside", lambda self, memory: memory.graph is None),
 }
 

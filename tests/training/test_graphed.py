@@ -2,6 +2,7 @@
 """Steps that a CUDA graph replays beside eager ones, on a GPU or on an emulated one."""
 
 import copy
+import gc
 import random
 import signal
 import sys
@@ -337,6 +338,117 @@ GRADIENTS = {
     "another module's": ("loss_of_critic", "train_critic", True),
     "replaced": ("update", "replace", True),
 }
+
+
+# Loops of which the critic's part, or another tensor, is not the optimizer's.
+
+
+def frozen(loop: Loop, x: Tensor, labels: Tensor) -> Tensor:
+    loop.critic.requires_grad_(False)
+    loss = loop.loss_of_critic(x, labels)
+    loop.critic.requires_grad_(True)
+    return loss
+
+
+def clips_others(loop: Loop, x: Tensor, labels: Tensor) -> Tensor:
+    """The critic's gradients are those of before the step, which scales them."""
+    loss = loop.loss(x, labels)
+    loss.backward()
+    clip_grad_norm_([*loop.model.parameters(), *loop.critic.parameters()], 0.125)
+    loop.optimizer.step()
+    loop.zero()
+    return loss
+
+
+def teacher(loop: Loop, x: Tensor, labels: Tensor) -> Tensor:
+    loss = loop.loss(x, labels) * loop.state.square().mean()
+    loss.backward()
+    loop.optimizer.step()
+    loop.zero()
+    return loss
+
+
+def between(loop: Loop, step: object, number: int) -> None:
+    """What the program does before a call."""
+    if step is teacher and number == 6:  # once, as a teacher that is loaded
+        loop.state = torch.full((3,), 0.5, device="cuda")
+    if step is clips_others:
+        loop.critic.zero_grad()
+        loop.critic(torch.ones(2, SIZES[-1], device="cuda")).sum().backward()
+
+
+@pytest.mark.parametrize("step", [frozen, clips_others, teacher])
+@pytest.mark.parametrize("is_frozen", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_tensors_beside_those_of_the_optimizer(gpu, step, is_frozen):
+    """Also where the garbage collector does not list them."""
+    found = []
+    for graph in (False, True):
+        loop = Loop(graph)
+        loop.state = torch.full((3,), 2.0, device="cuda")
+        loop.body = next(loop.model.parameters()).requires_grad_(step is not frozen)
+        take = graphed(partial(step, loop), loop.optimizer) if graph else partial(step, loop)
+        if is_frozen:
+            gc.freeze()
+        try:
+            for number in range(12):
+                between(loop, step, number)
+                loop.found.append(take(*batches()[number % STEPS]).detach())
+        finally:
+            gc.unfreeze()
+        both = (*loop.model.parameters(), *loop.critic.parameters())
+        loop.found += [p.grad for p in both if p.grad is not None]
+        found.append([*loop.found, loop.training.weights()])
+    assert equal(*found)
+    assert count_replays(loop.optimizer) > 0
+
+
+def carries(loop: Loop, x: Tensor, labels: Tensor) -> None:
+    """A state that is another tensor after each call."""
+    loss = loop.loss(x, labels) + loop.state
+    loss.backward()
+    loop.optimizer.step()
+    loop.zero()
+    loop.state = loss.detach().clone()
+
+
+@pytest.mark.parametrize("place", ["cuda", "cpu"])
+def test_a_tensor_that_the_program_replaces_in_each_call_is_refused(gpu, place):
+    loop = Loop(True)
+    loop.state = torch.zeros((), device=place)
+
+    def step(x: Tensor, labels: Tensor) -> None:
+        loop.update_and_zero(x, labels)
+        loop.weight = loop.weight * loop.state
+
+    taken = graphed(partial(carries, loop) if place == "cuda" else step, loop.optimizer)
+    said = r"replaces from call to call \(.*test_graphed\.py:\d+\)"
+
+    def train_on() -> None:
+        for number in range(20):
+            if place == "cpu":
+                loop.state = torch.tensor(1.0)
+            taken(*batches()[number % STEPS])
+
+    with pytest.raises(ConfigError, match=said):
+        train_on()
+
+
+def test_state_of_an_optimizer_is_made_in_an_eager_call(gpu):
+    """A parameter whose first gradient comes after the warm-up, of a pass before the step."""
+    weights = []
+    for graph in (False, True):
+        training = Training("adamw")
+        late = torch.nn.Parameter(torch.ones(3, device="cuda"))
+        training.optimizer.add_param_group({"params": [late]})
+        for group in training.optimizer.param_groups:
+            group["lr"] = torch.tensor(group["lr"], device="cuda")
+        step = graphed(training.step, training.optimizer) if graph else training.step
+        for number, batch in enumerate(batches()[:STEPS] * 2):
+            if number >= STEPS:
+                late.square().sum().backward()
+            step(*batch)
+        weights.append([training.weights(), late.detach()])
+    assert equal(*weights)
 
 
 def some_slow(cases: Iterable[str]) -> list[Any]:
@@ -676,6 +788,23 @@ def test_on_a_cpu_it_is_the_step_itself():
     model = torch.nn.Linear(3, 2)
     step = model.forward
     assert graphed(step, torch.optim.SGD(model.parameters(), LR)) is step
+
+
+def test_an_input_without_strides_is_refused(gpu):
+    training = Training()
+    taken = graphed(training.step, training.optimizer)
+    x, labels = batches()[0]
+    with pytest.raises(ConfigError, match=r"an input of the step is torch\.sparse_coo"):
+        taken(x.to_sparse(), labels)
+
+
+def test_an_optimizer_that_no_call_steps_is_refused(gpu):
+    """As one that is due in the fifth call."""
+    loop = Loop(True)
+    other = torch.optim.SGD(loop.critic.parameters(), LR)
+    taken = graphed(loop.update_and_zero, [loop.optimizer, other])
+    with pytest.raises(ConfigError, match=r"no call of the step has called SGD\.step so far"):
+        train(loop.training, taken)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.distributed as dist
@@ -36,9 +36,9 @@ from torch.optim import Optimizer
 from torchpar.errors import ConfigError, first_line
 from torchpar.parallel.launch.world import hold_communicators
 from torchpar.parallel.split.parts import local
-from torchpar.training.host_effects import HOST, HostEffects, contents, stepped_optimizers
 from torchpar.training.leaf_gradients import LeafGradients
 from torchpar.training.state import optimizers_of
+from torchpar.training.step_effects import HOST, OutsideTensor, StepEffects, stepped_optimizers
 
 T = TypeVar("T")
 # Eager calls before a capture. In its first ten steps, and in each hundredth,
@@ -47,6 +47,7 @@ T = TypeVar("T")
 WARMUP, WARMUP_DDP = 3, 11
 PATIENCE = 10  # times the warm-up, without a capture, before a warning
 GRAPHS = 16  # that are kept
+REPLACED = 3  # times that tensors of the step are replaced, without a replay, before an error
 _VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 _replays: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
 
@@ -174,8 +175,13 @@ class _GraphedStep:
         self._parts = [part for one in optimizers for part in optimizers_of(one)]
         self._inner: list[Optimizer] = []  # that those call, such as the optimizer of a wrapper
         self._rates: list[_Rate] = []
-        self._host: list[Tensor] = []  # tensors of the host that the step reads
+        self._outside: dict[int, OutsideTensor] = {}  # that the step uses, beside `_tensors`
+        self._leaves: set[ref[Tensor]] = (
+            set()
+        )  # whose gradients of before it uses, also beside those
+        self._replaced = 0  # times that one of them was replaced, since the last replay
         self._steps: dict[Hashable, list[Optimizer]] = {}  # of a call, by its signature
+        self._patterns: dict[Hashable, set[Hashable]] = {}  # gradients with which eager calls began
         self._last: Hashable = None  # the signature of the last call
         self._calls: Counter[Hashable] = Counter()  # eager ones, by their signature
         self._since_capture = 0  # eager calls
@@ -184,7 +190,7 @@ class _GraphedStep:
         hold_communicators(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._graphs and not self._has_its_memory():
+        if self._is_stale() or (self._graphs and not self._has_its_memory()):
             self.release()
             self._calls.clear()
         for part in (*self._parts, *self._inner):
@@ -195,7 +201,9 @@ class _GraphedStep:
         for captured in self._graphs.get(signature, ()):
             if captured.gradients.fit():
                 return self._replay(captured, args, kwargs)
-        if self._calls[signature] >= self._warmup and is_like_last:
+        # The optimizer makes its state in an eager call with these gradients.
+        is_known = self._pattern() in self._patterns.get(signature, ())
+        if self._calls[signature] >= self._warmup and is_like_last and is_known:
             return self._replay(self._capture(signature, args, kwargs), args, kwargs)
         return self._run(signature, args, kwargs)
 
@@ -203,7 +211,6 @@ class _GraphedStep:
         """Free the graphs and their memory. The next calls warm up for others."""
         # By the signature. Those of one signature begin with gradients for other leaves.
         self._graphs: dict[Hashable, list[_Graph]] = {}
-        self._pool: Any = None
         self._memory: list[tuple[Tensor, int]] = []  # what the graphs read, and where
 
     def _groups(self) -> list[dict[str, Any]]:
@@ -218,6 +225,7 @@ class _GraphedStep:
         if len(self._calls) > GRAPHS:  # of calls that are all different
             self._calls.clear()
             self._steps.clear()
+            self._patterns.clear()
         self._calls[signature] += 1
         self._since_capture += 1
         if self._since_capture == PATIENCE * (self._warmup + 1) and not self._graphs:
@@ -239,7 +247,32 @@ class _GraphedStep:
         )
         autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
         modes = torch.is_grad_enabled(), autocast
-        return _describe(args), _describe(kwargs), settings, modes, *map(contents, self._host)
+        trained = tuple([p.requires_grad for p in self._parameters()])
+        read = [one.contents() for one in self._outside.values() if one.is_on_host]
+        return _describe(args), _describe(kwargs), settings, modes, trained, *read
+
+    def _pattern(self) -> Hashable:
+        """Return which parameters have a gradient."""
+        return tuple([p.grad is None for p in self._parameters()])
+
+    def _is_stale(self) -> bool:
+        """Whether the program has replaced a tensor that the step used; forget them then.
+
+        Raises:
+            ConfigError: it does so again and again.
+        """
+        gone = [one for one in self._outside.values() if one.tensor() is None]
+        if not gone:
+            return False
+        self._replaced += 1
+        if self._replaced == REPLACED:
+            raise ConfigError(
+                f"the step uses a tensor that the program replaces from call to call "
+                f"({gone[0].line}), and a replay uses the one of its capture; change it in place, "
+                "as by copy_, or pass it to the step"
+            )
+        self._outside.clear()
+        return True
 
     def _tensors(self) -> Iterator[Tensor]:
         """Yield the tensors that a step reads beside its inputs and gradients."""
@@ -259,24 +292,30 @@ class _GraphedStep:
 
     def _run(self, signature: Hashable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._count(signature)
+        self._patterns.setdefault(signature, set()).add(self._pattern())
         effects = None
         if self._calls[signature] == self._warmup:  # the last call before a capture
-            effects = HostEffects([t for one in self._parts for t in _state_tensors(one)])
+            rates = [rate.tensor for rate in self._rates]
+            effects = StepEffects([*self._tensors(), *rates])
         with _on(self._device), self._with_rates(), _without_autocast_cache():
             given, named = _mapped(self._copy, (args, kwargs))
             with self._checking_steps(signature), effects or nullcontext():
                 outputs = self._step(*given, **named)
             result = _mapped(_detached_copy, outputs)
-        found = [] if effects is None else effects.tensors()
-        known = {id(t) for t in self._host}
-        if added := [t for t in found if id(t) not in known]:
-            self._host += added
+        del given, named, outputs  # which the program may replace
+        if effects is not None:
+            self._leaves |= effects.leaves
+            self._outside |= {id(one.tensor()): one for one in effects.outside_tensors()}
+            # The same call has another signature now: that of the host's tensors, too.
             self._last = self._signature(args, kwargs)
             self._calls[self._last] = self._calls[signature]
             self._steps[self._last] = self._steps[signature]
+            self._patterns[self._last] = self._patterns[signature]
         return result
 
     def _copy(self, t: Tensor) -> Tensor:
+        if t.layout != torch.strided:
+            raise ConfigError(f"an input of the step is {t.layout}, expected a dense tensor")
         if t.requires_grad:
             raise ConfigError(
                 "an input of the step requires a gradient, and the step computes those of the "
@@ -331,14 +370,12 @@ class _GraphedStep:
         counts = self._host_counts()
         inputs = _mapped(self._copy, (args, kwargs))
         graph, stream = torch.cuda.CUDAGraph(), _stream(torch.cuda.Stream, self._device)
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
         # Threads of NCCL, and those that pin memory, go on meanwhile; the mode "global" would
-        # forbid it.
-        on_graph = torch.cuda.graph(
-            graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
-        )
-        gradients = LeafGradients(self._parameters())
+        # forbid it. Each graph has a pool of its own: gradients stay in it, which the temporaries
+        # of another graph would overwrite.
+        on_graph = torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
+        leaves = (one() for one in self._leaves)
+        gradients = LeafGradients([*self._parameters(), *(p for p in leaves if p is not None)])
         try:
             with gradients.captured():
                 with (
@@ -373,6 +410,11 @@ class _GraphedStep:
             raise ConfigError(
                 "the step does not call optimizer.step(): gradients would not add up from call to "
                 "call; let a call of the step accumulate and update"
+            )
+        if idle := [one for one in self._optimizers if one not in self._steps[signature]]:
+            raise ConfigError(
+                f"no call of the step has called {type(idle[0]).__name__}.step so far, and no "
+                "replay would; let each call update by all optimizers that graphed is given"
             )
         for name, value in self._host_counts().items():
             if name in counts and counts[name] != value:
@@ -418,7 +460,7 @@ class _GraphedStep:
         captured.gradients.begin()
         captured.graph.replay()
         captured.gradients.end()
-        self._replayed += 1
+        self._replayed, self._replaced = self._replayed + 1, 0
         captured.used = self._replayed
         for part in self._parts:
             _replays[part] = _replays.get(part, 0) + 1
@@ -452,7 +494,7 @@ class _Rate:
     """A tensor that follows a number. A rate that is a tensor follows itself."""
 
     def __init__(self, device: torch.device):
-        self._tensor = torch.zeros((), device=device)
+        self.tensor = torch.zeros((), device=device)
         self._value = 0.0
 
     def follow(self, value: float | Tensor) -> Tensor:
@@ -460,8 +502,8 @@ class _Rate:
             return value
         if value != self._value:
             self._value = value
-            self._tensor.fill_(value)
-        return self._tensor
+            self.tensor.fill_(value)
+        return self.tensor
 
 
 def _let_capture(optimizer: Optimizer, device: torch.device) -> None:
@@ -502,9 +544,11 @@ def _on(device: torch.device) -> Iterator[None]:
     """Let a block run on the side stream, after what the current one has, and before its next."""
     current, side = torch.cuda.current_stream(device), _stream(torch.cuda.Stream, device)
     side.wait_stream(current)
-    with torch.cuda.stream(side):
-        yield
-    current.wait_stream(side)
+    try:
+        with torch.cuda.stream(side):
+            yield
+    finally:
+        current.wait_stream(side)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import Parameter, is_lazy
 
 from torchpar.errors import ConfigError
 from torchpar.parallel.split.parts import local
@@ -25,7 +26,7 @@ class LeafGradients:
     discriminator, too.
 
     Args:
-        parameters: that the step updates.
+        parameters: that the step updates, and others whose gradients it reads or scales.
     """
 
     def __init__(self, parameters: Iterable[Tensor]):
@@ -42,6 +43,7 @@ class LeafGradients:
         hooks = [
             p.register_post_accumulate_grad_hook(lambda p: self._written.add(id(p)))
             for p, _ in self._before
+            if p.requires_grad
         ]
         try:
             yield
@@ -54,7 +56,9 @@ class LeafGradients:
                 hook.remove()
 
     def close(self) -> None:
-        """End the step, within its capture: let gradients that were replaced be in their places.
+        """End the step, within its capture.
+
+        Gradients that the step replaced are copied to the memory with which the graph began.
 
         Raises:
             ConfigError: a gradient is sparse.
@@ -85,10 +89,9 @@ class LeafGradients:
         )
 
     def begin(self) -> None:
-        """Let the leaves have the gradients that the graph reads, or those that it makes."""
+        """Let each leaf have the gradient that the graph adds to, or else the one that it makes."""
         self._put()
         for (p, gradient), last in zip(self._begin, self._end, strict=True):
-            # After the capture a leaf may have none, and the memory has the values.
             p.grad = last if gradient is None else gradient
 
     def end(self) -> None:
@@ -104,19 +107,30 @@ class LeafGradients:
             if gradient is not None and p.grad is not None and p.grad is not gradient
         ]
         if moved:
-            places = [local(gradient) for _, gradient, _ in moved]
+            places = {id(gradient): local(gradient) for _, gradient, _ in moved}
+            # A gradient that is another leaf's place would change while it is copied.
+            sources = [local(new).clone() if id(new) in places else local(new) for *_, new in moved]
             with torch.no_grad():
-                torch._foreach_copy_(places, [local(new) for _, _, new in moved])
+                torch._foreach_copy_([*places.values()], sources)
         for p, gradient, _ in moved:
             p.grad = gradient
 
 
 def live_tensors() -> Iterator[Tensor]:
-    """Yield the tensors that objects of Python refer to."""
-    # The type is asked, since an attribute of another object may compute.
-    return (one for one in gc.get_objects() if issubclass(type(one), Tensor))
+    """Yield the tensors of the program; those without memory, of lazy modules, are left out."""
+    if is_frozen := gc.get_freeze_count() > 0:  # else the objects are not listed
+        gc.unfreeze()
+    objects = gc.get_objects()
+    if is_frozen:
+        gc.freeze()
+    for one in objects:
+        # The type is asked first: an attribute of another object may compute.
+        if issubclass(type(one), Tensor) and not is_lazy(one):
+            yield one
 
 
 def _leaves() -> Iterator[Tensor]:
-    """Yield the tensors to which backward passes may add gradients."""
-    return (t for t in live_tensors() if t.requires_grad and t.is_leaf)
+    """Yield the tensors to which the step's backward passes may add gradients."""
+    for t in live_tensors():
+        if t.is_leaf and (t.requires_grad or isinstance(t, Parameter)):  # it may unfreeze some
+            yield t

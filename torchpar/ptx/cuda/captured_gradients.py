@@ -7,12 +7,13 @@ a tensor, the graph adds to the memory of that tensor. A replay asks for ``.grad
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
 from torchpar.ptx.cuda import places
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from torchpar.ptx.cuda.capture import Capture
 
 STEPPED = "torchpar_stepped"  # of a gradient's storage: its last write before an optimizer's step
+Owner = torch.nn.Module | torch.optim.Optimizer  # of parameters
 ZEROING = {torch.ops.aten.zero_, torch.ops.aten._foreach_zero_}
 
 
@@ -43,8 +45,8 @@ class Uses:
     """
 
     def __init__(self) -> None:
-        self.clears: Any = WeakIdKeyDictionary()
-        self.steps: Any = WeakIdKeyDictionary()
+        self.clears: MutableMapping[Tensor, int] = WeakIdKeyDictionary()
+        self.steps: MutableMapping[Tensor, int] = WeakIdKeyDictionary()
 
     def note_clear(self, parameters: Iterable[Tensor]) -> None:
         for p in parameters:
@@ -146,7 +148,7 @@ class Gradients:
         self.found: dict[int, Gradient] = {}  # by the numbers of parameters in Python
         self._cleared: set[int] = set()
         self._zeroed: set[Memory] = set()
-        self._hooks: list[Any] = []
+        self._hooks: list[RemovableHandle] = []
 
     def watch(self, p: Tensor) -> None:
         """Note when autograd has accumulated the gradient of a parameter."""
@@ -191,17 +193,17 @@ class Gradients:
             hook.remove()
 
 
-def clearing(clear: Callable[..., None], note: Callable[[Any], None]) -> Callable[..., None]:
+def clearing(clear: Callable[..., None], note: Callable[[Owner], None]) -> Callable[..., None]:
     """Return a method ``zero_grad`` that notes whose gradients it clears."""
 
-    def zero_grad(self: Any, *args: Any, **kwargs: Any) -> None:
+    def zero_grad(self: Owner, *args: object, **kwargs: object) -> None:
         note(self)
         clear(self, *args, **kwargs)
 
     return zero_grad
 
 
-def parameters_of(owner: torch.nn.Module | torch.optim.Optimizer) -> Iterator[Tensor]:
+def parameters_of(owner: Owner) -> Iterator[Tensor]:
     if isinstance(owner, torch.nn.Module):
         yield from owner.parameters()
     else:

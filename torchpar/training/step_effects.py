@@ -1,11 +1,17 @@
 # SPDX-License-Identifier: MIT
-"""Effects of a training step on the host, which a replay of its CUDA graph does not repeat."""
+"""Effects of a training step that a replay of its CUDA graph does not repeat.
+
+The step's operators are watched in one eager call: which tensors they use that the step has not
+made, and what they do on the host.
+"""
 
 import random
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
+from weakref import ref
 
 import numpy as np
 import torch
@@ -19,7 +25,8 @@ from torchpar.errors import ConfigError
 from torchpar.training.leaf_gradients import live_tensors
 
 HOST = torch.device("cpu")
-LARGEST = 64  # elements of a tensor whose values are compared, and not its version
+LARGEST = 64  # elements of a tensor whose values are compared in each call; reading takes long
+# Between a program's line and an operator: contextlib calls torchpar's contexts.
 LIBRARIES = ("torch", "torchpar", "contextlib")
 _COPIES = (torch.ops.aten.copy_, torch.ops.aten._to_copy)
 
@@ -35,20 +42,37 @@ def stepped_optimizers() -> Iterator[list[Optimizer]]:
         hook.remove()
 
 
-def contents(t: Tensor) -> str | int:
-    """Return what tells whether a tensor of the host has changed."""
-    return repr(t.tolist()) if t.numel() <= LARGEST else t._version
+@dataclass
+class OutsideTensor:
+    """A tensor that a step uses, and that was there before the step.
+
+    Attributes:
+        tensor: a weak reference; the program may put another tensor in its place.
+        version: at its first use.
+        line: of the program, that uses it first.
+    """
+
+    tensor: "ref[Tensor]"
+    version: int
+    line: str
+    is_on_host: bool
+
+    def contents(self) -> str | int | None:
+        """Return the values of a tensor of the host, or its version if it is large."""
+        t = self.tensor()
+        if t is None or not self.is_on_host:
+            return None
+        return repr(t.tolist()) if t.numel() <= LARGEST else t._version
 
 
-class HostEffects(TorchDispatchMode):
-    """The tensors of the host that a step uses, and what a replay of it would not repeat.
+class StepEffects(TorchDispatchMode):
+    """What operators use and do in a step.
 
-    Tensors that the step makes do not count, nor do those that only C++ knows. Copies to the GPU do
-    not count either: a capture refuses those from pageable memory, and a replay repeats those from
-    pinned memory.
+    Copies from the host to the GPU do not count: a capture refuses those from pageable memory, and
+    a replay repeats those from pinned memory. Tensors that only C++ knows do not count either.
 
     Args:
-        ignored: tensors that do not count, such as those of an optimizer's state.
+        ignored: tensors that do not count, such as parameters and an optimizer's state.
     """
 
     # The mode only looks on: operators launch their kernels, and compiled functions stay compiled.
@@ -61,40 +85,51 @@ class HostEffects(TorchDispatchMode):
 
     def __init__(self, ignored: Iterable[Tensor] = ()):
         super().__init__()
-        numbers = {id(t) for t in ignored}
-        before = (t for t in live_tensors() if _is_on_host(t) and id(t) not in numbers)
-        self._before = {id(t): t for t in before}
-        self._used: dict[int, tuple[Tensor, int, str]] = {}  # with its version, and the line
+        before = list(live_tensors())
+        leaves = [t for t in before if t.is_leaf and t.grad is not None]
+        self._gradients = {id(p.grad): (p, p.grad) for p in leaves}
+        numbers = self._gradients.keys() | {id(t) for t in ignored}
+        self._before = {id(t): t for t in before if id(t) not in numbers}
+        self._used: dict[int, OutsideTensor] = {}
+        self.leaves: set[ref[Tensor]] = set()  # whose gradients of before the step it uses
         self._drawn_at = ""
         self._random = _random_states()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        given = [t for t in tree_leaves((args, kwargs)) if id(t) in self._before]
+        operands = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        self.leaves |= {
+            ref(self._gradients[id(t)][0]) for t in operands if id(t) in self._gradients
+        }
+        given = [t for t in operands if id(t) in self._before]
         versions = [t._version for t in given]
         result = func(*args, **(kwargs or {}))
         results = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         is_on_host = all(map(_is_on_host, results))
-        if is_on_host or getattr(func, "overloadpacket", None) not in _COPIES:
-            for t, version in zip(given, versions, strict=True):
-                self._used.setdefault(id(t), (t, version, _program_line()))
+        is_copy = getattr(func, "overloadpacket", None) in _COPIES and not is_on_host
+        for t, version in zip(given, versions, strict=True):
+            if id(t) not in self._used and not (is_copy and _is_on_host(t)):
+                self._used[id(t)] = OutsideTensor(ref(t), version, _program_line(), _is_on_host(t))
         is_random = torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
         if is_random and results and is_on_host:
             self._drawn_at = self._drawn_at or _program_line()
         return result
 
-    def tensors(self) -> list[Tensor]:
-        """Return the tensors of the host that the step used, none of which it has changed.
+    def outside_tensors(self) -> list[OutsideTensor]:
+        """Return what the step used that it had not made, and let go of all tensors.
 
         Raises:
-            ConfigError: the step changed one, or drew random numbers on the host.
+            ConfigError: the step changed a tensor of the host, or drew random numbers there.
         """
-        for t, version, line in self._used.values():
-            if t._version != version:
+        self._before.clear()
+        self._gradients.clear()
+        for one in self._used.values():
+            t = one.tensor()
+            if t is not None and one.is_on_host and t._version != one.version:
                 dtype = str(t.dtype).removeprefix("torch.")
                 raise ConfigError(
-                    f"the step changes a tensor of the host ({dtype} {list(t.shape)}, {line}), "
+                    f"the step changes a tensor of the host ({dtype} {list(t.shape)}, {one.line}), "
                     "which a replay does not do; change it after the step, or make it a tensor on "
                     "the GPU"
                 )
@@ -106,7 +141,7 @@ class HostEffects(TorchDispatchMode):
                 f"the step draws random numbers on the host ({line}), and a replay repeats those "
                 "of its capture; draw them on the GPU, or before the step"
             )
-        return [t for t, _, _ in self._used.values()]
+        return list(self._used.values())
 
 
 def _random_states() -> tuple[Any, ...]:
