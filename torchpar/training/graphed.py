@@ -176,8 +176,7 @@ class _GraphedStep:
         self._inner: list[Optimizer] = []  # that those call, such as the optimizer of a wrapper
         self._rates: list[_Rate] = []
         self._outside: dict[int, OutsideTensor] = {}  # that the step uses, beside `_tensors`
-        self._leaves: set[ref[Tensor]] = (
-            set()
+        self._leaves: dict[int, ref[Tensor]] = {}  # whose gradients of before the step it uses
         )  # whose gradients of before it uses, also beside those
         self._replaced = 0  # times that one of them was replaced, since the last replay
         self._steps: dict[Hashable, list[Optimizer]] = {}  # of a call, by its signature
@@ -374,7 +373,7 @@ class _GraphedStep:
         # forbid it. Each graph has a pool of its own: gradients stay in it, which the temporaries
         # of another graph would overwrite.
         on_graph = torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
-        leaves = (one() for one in self._leaves)
+        leaves = (one() for one in self._leaves.values())
         gradients = LeafGradients([*self._parameters(), *(p for p in leaves if p is not None)])
         try:
             with gradients.captured():

@@ -91,7 +91,7 @@ class StepEffects(TorchDispatchMode):
         numbers = self._gradients.keys() | {id(t) for t in ignored}
         self._before = {id(t): t for t in before if id(t) not in numbers}
         self._used: dict[int, OutsideTensor] = {}
-        self.leaves: set[ref[Tensor]] = set()  # whose gradients of before the step it uses
+        self.leaves: dict[int, ref[Tensor]] = {}  # whose gradients of before the step it uses
         self._drawn_at = ""
         self._random = _random_states()
 
@@ -99,9 +99,8 @@ class StepEffects(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         operands = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        self.leaves |= {
-            ref(self._gradients[id(t)][0]) for t in operands if id(t) in self._gradients
-        }
+        for p, _ in (self._gradients[id(t)] for t in operands if id(t) in self._gradients):
+            self.leaves[id(p)] = ref(p)
         given = [t for t in operands if id(t) in self._before]
         versions = [t._version for t in given]
         result = func(*args, **(kwargs or {}))
