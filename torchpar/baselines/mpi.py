@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from torchpar.baselines.numpy_mlp import Array, NumpyMLP
-from torchpar.errors import AllRanksError, ConfigError
+from torchpar.errors import AllRanksError, ConfigError, context_manager
 from torchpar.parallel.launch.rank_info import find_rank_info, first_difference
 
 T = TypeVar("T")
@@ -25,7 +25,7 @@ GRACE = 10.0  # seconds for process 0 to say the same error first, and to end al
 ONE_COMMAND = "start all by one command: mpirun -n N python …, with the same packages"
 
 
-@contextmanager
+@context_manager("join")
 def join() -> Iterator[Communicator]:
     """Yield the communicator of the processes that mpirun started; without mpirun, `OneProcess`.
 

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import (
 )
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from torchpar.errors import ConfigError
+from torchpar.errors import ConfigError, context_manager
 from torchpar.exact import products as products  # which register rules
 from torchpar.exact import random as random
 from torchpar.exact import reductions as reductions
@@ -55,7 +55,7 @@ Kind = Literal["passing", "rules", "missing"]
 Operator = OpOverload[..., object]
 
 
-@contextmanager
+@context_manager("torchpar.exact.mode")
 def mode() -> Iterator[None]:
     """Compute in exact arithmetic: the same bits for any number of threads and any processor.
 

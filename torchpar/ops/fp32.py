@@ -2,8 +2,10 @@
 """The precision of float32 products on CUDA, where it is not to follow PyTorch's flag."""
 
 from collections.abc import Callable
-from functools import wraps
+from functools import partial
 from typing import ParamSpec, TypeVar
+
+from torchpar.errors import decorated
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -45,7 +47,8 @@ class fp32_products:
             default, for `torch.backends.cuda.matmul.fp32_precision`.
 
     Raises:
-        ValueError: another mode.
+        ValueError: another mode; a generator or a coroutine function to decorate, whose body would
+            run after the block.
     """
 
     def __init__(self, mode: str | None):
@@ -65,14 +68,7 @@ class fp32_products:
 
     def __call__(self, function: Callable[_P, _R]) -> Callable[_P, _R]:
         self.__exit__()  # a decorator sets nothing before the function is called
-        mode = self.mode
-
-        @wraps(function)
-        def within(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-            with fp32_products(mode):
-                return function(*args, **kwargs)
-
-        return within
+        return decorated("torchpar.fp32_products", partial(fp32_products, self.mode), function)
 
     @staticmethod
     def get() -> str | None:

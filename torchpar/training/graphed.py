@@ -177,7 +177,6 @@ class _GraphedStep:
         self._rates: list[_Rate] = []
         self._outside: dict[int, OutsideTensor] = {}  # that the step uses, beside `_tensors`
         self._leaves: dict[int, ref[Tensor]] = {}  # whose gradients of before the step it uses
-        )  # whose gradients of before it uses, also beside those
         self._replaced = 0  # times that one of them was replaced, since the last replay
         self._steps: dict[Hashable, list[Optimizer]] = {}  # of a call, by its signature
         self._patterns: dict[Hashable, set[Hashable]] = {}  # gradients with which eager calls began

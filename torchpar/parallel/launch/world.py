@@ -6,7 +6,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cached_property
@@ -26,6 +26,7 @@ from torchpar.errors import (
     TorchparError,
     check_number,
     check_whole,
+    context_manager,
     whole_or_text,
 )
 from torchpar.parallel.launch import rendezvous
@@ -168,7 +169,7 @@ def check_mesh(function: str, mesh: object, dimension: str = "tp") -> None:
         raise ConfigError(f"{function}: mesh {of}, {expected}")
 
 
-@contextmanager
+@context_manager("torchpar.parallel.join_world")
 def join_world(
     device: str = "auto",
     timeout: float = TIMEOUT,

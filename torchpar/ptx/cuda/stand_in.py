@@ -8,7 +8,7 @@ with cuda_is_cpu(gpu):
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from os import PathLike
 from threading import Thread
 from types import ModuleType, SimpleNamespace
@@ -29,6 +29,7 @@ from torch.utils import _foreach_utils
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import unserializable_hook
 
+from torchpar.errors import context_manager
 from torchpar.ptx.cuda import places
 from torchpar.ptx.cuda.graphs import Graphs
 from torchpar.ptx.cuda.libraries import CublasLt, CudaKernel
@@ -648,7 +649,7 @@ def missing_names(changes: list[tuple[object, Attributes]]) -> list[str]:
     ]
 
 
-@contextmanager
+@context_manager("cuda_is_cpu")
 def cuda_is_cpu(emulator: Emulator) -> Iterator[None]:
     """Let the block's "cuda" be the CPU, on which ``emulator`` executes the launches."""
     graphs = Graphs(emulator)

@@ -4,7 +4,7 @@
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import lru_cache
 from unittest.mock import patch
 
@@ -12,6 +12,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver as active_driver
 
+from torchpar.errors import context_manager
 from torchpar.ptx.machine.block import SCHEDULES
 from torchpar.ptx.machine.sample import LEAST
 from torchpar.ptx.native.cache import cache_folder, writable
@@ -66,7 +67,7 @@ def why_not_compiled() -> str:
     return NO_GSAN if "gsan" in os.environ.get("TRITON_INSTRUMENTATION_MODE", "") else ""
 
 
-@contextmanager
+@context_manager("torchpar.ptx.emulate")
 def emulate(
     arch: str = "sm_90",
     schedules: str = "one",

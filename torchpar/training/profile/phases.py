@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+from torchpar.errors import context_manager
 from torchpar.ops import machine
 from torchpar.training.profile.record import (
     STEPS,
@@ -35,7 +36,7 @@ B = TypeVar("B")
 PHASES = ("data", "forward", "backward", "pipeline", "collectives", "optimizer")
 
 
-@contextmanager
+@context_manager("phase")
 def phase(name: str) -> Iterator[None]:
     """Count the seconds of the block as phase ``name``, if a `Phases` is active.
 
