@@ -207,6 +207,6 @@ def test_each_fault_of_graphs_is_explained():
     folder = ROOT / "torchpar" / "ptx" / "cuda"
     code = "".join((folder / f"{name}.py").read_text("utf-8") for name in ("graphs", "graph"))
     refused = re.findall(r"""\.refuse\(\s*"([^"]+)",""", code)
-    noted = re.findall(r"""note\(\s*"(?:error|warning)"[^,]*,\s*"([^"]+)",""", code)
+    noted = re.findall(r"""note(?:_gradient)?\(\s*"(?:error|warning)"[^,]*,\s*"([^"]+)",""", code)
     assert len(set(refused)) > 4 < len(set(noted))
     assert sorted({*refused, *noted}) == sorted(explained)
