@@ -33,7 +33,7 @@ def test_each_rule_is_entered_once() -> None:
     """Functions of a case in the files of the subjects, but for helpers, are in the table."""
     entered = {getattr(one, "func", one) for one in rules.RULES.values()}
     subjects = [rules.autograd, rules.compile, rules.dtensor, rules.modes, rules.schema]
-    subjects += [rules.sizes, rules.subclasses, rules.values, rules.vmap]
+    subjects += [rules.dynamic_sizes, rules.subclasses, rules.values, rules.vmap]
     written = {
         function
         for module in subjects
