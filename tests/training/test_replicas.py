@@ -22,7 +22,9 @@ from torchpar.parallel import (
     Pipeline,
     RowParallelLinear,
     World,
+    full_state_dict,
     join_world,
+    mark_shard,
     parallel_mlp,
     stage_mlp,
 )
@@ -30,7 +32,10 @@ from torchpar.parallel.split.reduction import reduce_from_region
 from torchpar.training import Classification, Run, replicas
 from torchpar.training.classification import cross_entropy_sum
 
-PARTS = r'^the gradient of {} differs between the ranks of "tp", which share the parameter; if each'
+PARTS = (
+    r'^the gradient of {} differs between the ranks of "tp", which begin with the same values of '
+    r"it; if it is one parameter, add .*; if each rank has features of its own, mark it by torchpar"
+)
 
 
 class Model(torch.nn.Module):
@@ -40,7 +45,9 @@ class Model(torch.nn.Module):
         way: "right"; "between", with a scale between the layers of the pair; "added up", whose
             parts of its gradient are added up; "frozen"; "rounded", where the last rank of "tp" has
             other last digits, or "changed" or "missing", where its gradient is another one or none;
-            "by hand", with shards that no layer marks; "exact", in exact arithmetic.
+            "by hand", with shards that no layer marks; "exact", in exact arithmetic; "batch norm"
+            and "PReLU", which each rank has of its own features, and marks; "unmarked", such a norm
+            without marks.
     """
 
     def __init__(self, world: World, way: str):
@@ -53,6 +60,14 @@ class Model(torch.nn.Module):
             self.column, self.row = ExactLinear(5, 7, mesh, 0), ExactLinear(7, 4, mesh, 1)
         self.last = torch.nn.Linear(4, 3)
         self.scale = torch.nn.Parameter(torch.ones(()), requires_grad=way != "frozen")
+        self.middle: torch.nn.Module = torch.nn.Identity()
+        if way in ("batch norm", "PReLU", "unmarked"):
+            self.column = ColumnParallelLinear(5, 6, mesh=mesh)
+            self.row = RowParallelLinear(6, 4, mesh=mesh)
+            kind = torch.nn.PReLU if way == "PReLU" else torch.nn.BatchNorm1d
+            self.middle = kind(6 // world.tp_size)
+            for p in self.middle.parameters() if way != "unmarked" else ():
+                mark_shard(p, 0, 6, mesh)
         if way == "by hand":
             torch.manual_seed(world.tp_rank)
             self.shard = torch.nn.Linear(6, 4)
@@ -66,7 +81,7 @@ class Model(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         features = self.norm(self.embedding(x.long()).sum(1))
-        hidden = self.column(features)
+        hidden = self.middle(self.column(features))
         is_between = self.way in ("between", "added up", "frozen")
         outputs = self.row(hidden * self.scale if is_between else hidden)
         if self.way == "by hand":
@@ -120,8 +135,42 @@ def train(axes: dict[str, int], ways: list[str]) -> list[tuple[str, int]]:
     return found
 
 
-RIGHT = ["right", "added up", "frozen", "by hand", "exact"]
-WRONG = {"between": "scale", "changed": "last.weight", "missing": "last.weight"}
+RIGHT = ["right", "added up", "frozen", "by hand", "exact", "batch norm", "PReLU"]
+WRONG = {
+    "between": "scale",
+    "changed": "last.weight",
+    "missing": "last.weight",
+    "unmarked": "middle.weight",
+}
+
+
+def mark_wrongly(size: int) -> list[str]:
+    """The errors of marks that do not fit, and the part and the whole of one that fits."""
+    found = []
+    with join_world("cpu") as alone:
+        mesh = alone.with_mesh(tp=2).mesh
+        p = torch.nn.Parameter(torch.ones(size - size // 2 if alone.rank == 0 else size // 2, 2))
+        for axis, of, ranks_ in ((0, size + 2, "tp"), (2, size, "tp"), (0, 0, "tp"), (0, size, "")):
+            with pytest.raises(ConfigError) as caught:
+                mark_shard(p, axis, of, mesh[ranks_] if ranks_ else mesh)
+            found.append(str(caught.value))
+        mark_shard(p, 0, size, mesh["tp"])
+        model = torch.nn.ParameterDict({"p": p})
+        p.data.fill_(alone.rank)
+        found.append(str(full_state_dict(model)["p"][:, 0].tolist()))
+    return found
+
+
+def test_a_mark_that_does_not_fit_is_refused(ranks):
+    for rank, (cut, axis, size, dims, whole) in enumerate(ranks(2, mark_wrongly, 5)):
+        assert cut == (
+            f"the shard has {3 - rank} of 7 along axis 0, expected {4 - rank} on rank {rank} of 2; "
+            "cut as torch.chunk does"
+        )
+        assert axis == f"axis is 2 of shape ({3 - rank}, 2), expected from 0 to 1"
+        assert size == "size is 0, expected a whole number from 1 on"
+        assert dims == 'the mesh has 3 dimensions; give one of them, as mesh["tp"]'
+        assert whole == "[0.0, 0.0, 0.0, 1.0, 1.0]"
 
 
 @pytest.mark.parametrize("axes", [{"tp": 3}, {"dp": 2, "tp": 2}])

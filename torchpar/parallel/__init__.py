@@ -10,6 +10,7 @@ if find_spec("torch"):
     from torchpar.parallel.split.clip import clip_grad_norm_
     from torchpar.parallel.split.layers import ColumnParallelLinear, RowParallelLinear
     from torchpar.parallel.split.mlp import full_state_dict, load_full_state_dict, parallel_mlp
+    from torchpar.parallel.split.parts import mark_shard
     from torchpar.parallel.split.pipeline import Pipeline, stage_mlp
     from torchpar.parallel.split.scaler import GradScaler
     from torchpar.parallel.split.shared_memory import register_shared_memory_hook
@@ -24,6 +25,7 @@ __all__ = [
     "full_state_dict",
     "join_world",
     "load_full_state_dict",
+    "mark_shard",
     "parallel_mlp",
     "register_shared_memory_hook",
     "stage_mlp",

@@ -8,6 +8,9 @@ the processors do. If a rank has only its own term of the sum, even the first di
 
     y = row(column(x) * scale)    dL/dscale = Σ_r of the ranks of "tp"
 
+A parameter of features that only this rank has is another one on each rank. If it begins as a
+constant, only `mark_shard` tells it from one that the ranks share.
+
 Stages of a pipeline hold other parameters, also where these have the same names.
 """
 
@@ -27,9 +30,10 @@ from torchpar.parallel.launch.world import World
 from torchpar.parallel.split.parts import part_of
 
 ADD_UP = (
-    "if each rank has only a part of the sum, add the parts up before optimizer.step(), such as by "
-    'torch.distributed.all_reduce(p.grad, group=world.mesh.get_group("tp")), or else give the '
-    "ranks the same samples and random numbers"
+    "if it is one parameter, add the parts of its gradient up before optimizer.step(), such as by "
+    'torch.distributed.all_reduce(p.grad, group=world.mesh.get_group("tp")), or give the ranks the '
+    "same samples and random numbers; if each rank has features of its own, mark it by "
+    'torchpar.parallel.mark_shard(p, axis, size, world.mesh["tp"])'
 )
 
 
@@ -37,7 +41,8 @@ class Replica(NamedTuple):
     """A rank's copy of a parameter, to be compared with those of other ranks.
 
     Attributes:
-        value: shape and bits of the parameter; None of a shard, a DTensor, and without "tp".
+        value: shape and bits of the parameter. It is None for a shard and for a DTensor, and for
+            every parameter of a mesh whose "tp" has one rank.
         gradient: bits of the gradient; None if there is none, or no dense one.
     """
 
@@ -93,8 +98,9 @@ def _is_dense(t: Tensor | None) -> bool:
 def _differing(replicas: Sequence[Mapping[str, Replica]]) -> list[str]:
     """The parameters that these ranks of "tp" share, and whose gradients have other bits.
 
-    Ranks share a parameter if it has had the same bits on all. A module of which one parameter has
-    not is split by hand: no gradient of its own parameters is expected to be the same.
+    Ranks share a parameter if its bits are the same on all of them. A module is split by hand if a
+    parameter of it has other bits on some rank. Then the gradients of all its own parameters may
+    differ.
     """
     shared, by_hand = [], set[str]()
     for name in dict.fromkeys(name for of_rank in replicas for name in of_rank):
@@ -129,8 +135,8 @@ def _check_rounding(
     dist.all_gather_object(of_ranks, found)
     if name := next(filter(None, of_ranks), ""):
         raise ConfigError(
-            f'the gradient of {name} differs between the ranks of "tp", which share the parameter; '
-            f"{ADD_UP}"
+            f'the gradient of {name} differs between the ranks of "tp", which begin with the same '
+            f"values of it; {ADD_UP}"
         )
 
 

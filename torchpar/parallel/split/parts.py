@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from torchpar.errors import ConfigError
+from torchpar.errors import ConfigError, check_whole
 from torchpar.library.sharding import is_dtensor
 
 
@@ -60,6 +60,41 @@ def mark_slice(p: Tensor, part: Part) -> None:
     it dispatches each operator in Python, which takes long.
     """
     p.tensor_parallel_part = part  # type: ignore[attr-defined]
+
+
+def mark_shard(p: Tensor, axis: int, size: int, mesh: DeviceMesh) -> None:
+    """Say that the plain parameter ``p`` is this rank's shard of a larger one.
+
+    For a layer of the features that a rank has between a column and a row layer, such as
+    ``BatchNorm1d(hidden // tp)``: ``for p in norm.parameters(): mark_shard(p, 0, hidden, mesh)``.
+    Optimizers, clipping and checkpoints then treat ``p`` as the shard of a split layer, and
+    `torchpar.training.Run` expects another gradient on each rank. A parameter without a mark is one
+    that all ranks share. A copy of a module has no marks: mark its parameters, too.
+
+    Args:
+        p: of any shape and dtype.
+        axis: the axis along which the larger parameter is cut, as by `torch.chunk`.
+        size: the larger parameter's size along it.
+        mesh: the ranks that have the shards; of one dimension, such as ``world.mesh["tp"]``.
+
+    Raises:
+        ConfigError: ``p`` has no such axis, or another size than this rank's shard; ``mesh`` has
+            several dimensions.
+    """
+    size = check_whole("size", size)
+    if not 0 <= axis < p.dim():
+        expected = f"from 0 to {p.dim() - 1}" if p.dim() else "a parameter that has axes"
+        raise ConfigError(f"axis is {axis} of shape {tuple(p.shape)}, expected {expected}")
+    if mesh.ndim != 1:
+        raise ConfigError(f'the mesh has {mesh.ndim} dimensions; give one of them, as mesh["tp"]')
+    part = slice_along(axis, [*p.shape[:axis], size, *p.shape[axis + 1 :]], mesh)
+    if part.size != tuple(p.shape):
+        rank = f"rank {mesh.get_local_rank()} of {mesh.size()}"
+        raise ConfigError(
+            f"the shard has {p.shape[axis]} of {size} along axis {axis}, expected "
+            f"{part.size[axis]} on {rank}; cut as torch.chunk does"
+        )
+    mark_slice(p, part)
 
 
 def as_dtensor(t: Tensor, part: Part) -> Tensor:
