@@ -109,6 +109,46 @@ def test_another_rank_is_silent_and_every_rank_ends_at_a_second_ctrl_c(monkeypat
     assert heard.lines == ["None"]
 
 
+def test_a_program_that_catches_ctrl_c_is_not_ended(monkeypatch, heard):
+    """As a debugger does: each Ctrl-C is answered, the computation goes on, and the next is new."""
+    monkeypatch.setattr(answers, "AGAIN", 0.01)
+    ended: list[int] = []
+    monkeypatch.setattr(
+        answers, "os", SimpleNamespace(**vars(os) | {"_exit": lambda n: heard.say(ended.append(n))})
+    )
+    monkeypatch.setattr(answers, "PATIENCE", 0.2)
+    with answering_signals(world(), saves=False):
+        for _ in range(3):
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        ctypes.CDLL(None).usleep(400_000)  # an answer would have come
+        assert (heard.lines, ended) == ([], [])
+        with pytest.raises(KeyboardInterrupt):
+            heard.compute(signal.SIGINT)
+        line = ENDS.format("SIGINT") + "press Ctrl-C again to end it at once"
+        assert (heard.lines, ended) == ([line], [])
+        monkeypatch.setattr(answers, "PATIENCE", 60.0)
+        with pytest.raises(KeyboardInterrupt):  # two that this thread has not answered
+            heard.compute(signal.SIGINT, signal.SIGINT)
+        assert ended == [130]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_handler_that_the_program_sets_in_a_run_is_its_own(heard):
+    """As that of pdb after its command "continue"; it stays after the run, too."""
+    received: list[int] = []
+
+    def own(number: int, _frame: object) -> None:
+        received.append(number)
+
+    with answering_signals(world(), saves=False):
+        signal.signal(signal.SIGINT, own)
+        signal.raise_signal(signal.SIGINT)
+        ctypes.CDLL(None).usleep(100_000)
+    assert (received, heard.lines) == ([signal.SIGINT], [])
+    assert signal.getsignal(signal.SIGINT) is own
+
+
 def test_a_run_that_ends_at_once_says_nothing_and_others_still_hear_of_signals(monkeypatch, heard):
     monkeypatch.setattr(answers, "PATIENCE", 60.0)
     handle()

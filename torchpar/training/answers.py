@@ -11,8 +11,10 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
 
 from torchpar.parallel.launch.processes import shutdown_timeout
 from torchpar.parallel.launch.world import World
@@ -20,13 +22,18 @@ from torchpar.parallel.launch.world import World
 logger = logging.getLogger(__name__)
 PATIENCE = 0.5  # seconds in which most runs have ended, and need no answer
 AGAIN = 1.0  # seconds after a second SIGINT in which the main thread ends by itself
+HANDLED = b"\0"  # no signal has this number
+
+Handler = Callable[[int, FrameType | None], object]
 
 
 @contextmanager
 def answering_signals(world: World, saves: bool) -> Iterator[None]:
     """Log on rank 0 how the run ends after a signal, and end this process at a second SIGINT.
 
-    Outside of the main thread, which alone may ask for signals, nothing is answered.
+    A program that catches the KeyboardInterrupt, such as a debugger, goes on, and no signal is left
+    to answer. Nor is there one for a handler that the program sets within the block. Outside of the
+    main thread, which alone may ask for signals, nothing is answered.
 
     Args:
         saves: whether the run stops after a step and saves it, instead of ending by
@@ -37,43 +44,115 @@ def answering_signals(world: World, saves: bool) -> Iterator[None]:
         return
     reader, writer = socket.socketpair()
     writer.setblocking(False)
+    handlers = _handlers(writer, saves)
+    old = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    left = threading.Event()
-    arguments = reader, before, left, world.rank == 0, saves
-    thread = threading.Thread(None, _answer, "answering_signals", arguments, daemon=True)
+    answer = _Answer(reader, before, handlers, world.rank == 0, saves)
+    thread = threading.Thread(target=answer.run, name="answering_signals", daemon=True)
     thread.start()
     try:
         yield
     finally:
-        left.set()
+        for number, handler in handlers.items():
+            if signal.getsignal(number) is handler:
+                signal.signal(number, old[number])
         signal.set_wakeup_fd(before, warn_on_full_buffer=False)
         writer.close()  # so that the thread reads the end
         thread.join()
 
 
-def _answer(
-    reader: socket.socket, before: int, left: threading.Event, speaks: bool, saves: bool
-) -> None:
-    """Read signals until the other end is closed.
+def _handlers(writer: socket.socket, saves: bool) -> dict[int, Handler]:
+    """By signal, the present handler, which first writes that it was called.
+
+    Without a checkpoint SIGTERM, and a SIGINT that the program handles, are not ours.
+    """
+
+    def noting(handler: Handler) -> Handler:
+        def call(number: int, frame: FrameType | None) -> None:
+            with suppress(OSError):  # the socket is full
+                writer.send(HANDLED)
+            handler(number, frame)
+
+        return call
+
+    present = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    return {
+        number: noting(handler)
+        for number, handler in present.items()
+        if callable(handler) and (saves or handler is signal.default_int_handler)
+    }
+
+
+class _Answer:
+    """The thread that reads signals, in their order with the calls of their handlers.
 
     Args:
         before: the file to which Python wrote signals before, or -1.
+        handlers: of the signals to answer.
     """
-    launcher, received = os.getppid(), []
-    with reader:
-        while byte := reader.recv(1):
-            if before >= 0:
-                os.write(before, byte)
-            number = byte[0]
-            # Without a checkpoint SIGTERM, and a SIGINT that the program handles, are not ours.
-            is_default = signal.getsignal(number) is signal.default_int_handler
-            if not (is_default or (saves and number in (signal.SIGINT, signal.SIGTERM))):
-                continue
-            received.append(number)
-            if len(received) == 1 and speaks and not left.wait(PATIENCE):
-                logger.warning(_line(number, saves, has_torchrun(launcher)))
-            if received.count(signal.SIGINT) > 1 and not left.wait(AGAIN):
-                os._exit(128 + signal.SIGINT)
+
+    def __init__(
+        self,
+        reader: socket.socket,
+        before: int,
+        handlers: dict[int, Handler],
+        speaks: bool,
+        saves: bool,
+    ):
+        self.reader, self.before, self.handlers = reader, before, handlers
+        self.speaks, self.saves, self.launcher = speaks, saves, os.getppid()
+        self.received: list[int] = []
+        self.until: float | None = None  # the time at which to speak or to end this process
+
+    def run(self) -> None:
+        """Read until the other end is closed."""
+        with self.reader:
+            while True:
+                left = None if self.until is None else max(self.until - time.monotonic(), 1e-3)
+                self.reader.settimeout(left)
+                try:
+                    byte = self.reader.recv(1)
+                except TimeoutError:
+                    self.until = None
+                    self._act()
+                    continue
+                if not byte:
+                    return
+                if byte == HANDLED:
+                    self._note_handled()
+                else:
+                    self._receive(byte)
+
+    def _receive(self, byte: bytes) -> None:
+        if self.before >= 0:
+            os.write(self.before, byte)
+        number = byte[0]
+        if signal.getsignal(number) is not self.handlers.get(number, self):
+            return
+        self.received.append(number)
+        if self._is_second():
+            self.until = time.monotonic() + AGAIN
+        elif len(self.received) == 1:
+            self.until = time.monotonic() + PATIENCE
+
+    def _note_handled(self) -> None:
+        """The main thread has come back to Python, and its program knows of the signal.
+
+        A run that saves has noted the first signal then, and goes on to the end of its step.
+        """
+        if not self.saves:
+            self.received.clear()
+        if not self.saves or self._is_second():
+            self.until = None
+
+    def _is_second(self) -> bool:
+        return self.received.count(signal.SIGINT) > 1
+
+    def _act(self) -> None:
+        if self._is_second():
+            os._exit(128 + signal.SIGINT)
+        elif self.speaks:
+            logger.warning(_line(self.received[0], self.saves, has_torchrun(self.launcher)))
 
 
 def has_torchrun(launcher: int) -> bool:

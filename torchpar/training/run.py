@@ -223,10 +223,10 @@ class Run:
         with self._stack.pop_all() as stack:
             if self.world.world_size > 1:
                 stack.enter_context(naming_silent_ranks(self.world, self._steps_in_epoch))
-            stack.enter_context(answering_signals(self.world, self._checkpoints is not None))
             stack.enter_context(self._log.active(self))
             if self._checkpoints is not None:
                 self._stop = stack.enter_context(StopSignal(self.world))
+            stack.enter_context(answering_signals(self.world, self._checkpoints is not None))
             self._stack = stack.pop_all()
         return self
 
