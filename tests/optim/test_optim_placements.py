@@ -221,7 +221,8 @@ def refusals() -> None:
 
 
 def refusals_of_parameters() -> None:
-    """A group without parameters, and a DTensor that other ranks have."""
+    """A group without parameters, a DTensor that other ranks have, and another order of two groups
+    of the same ranks, whose messages must meet before they are compared."""
     rank, mesh = dist.get_rank(), init_device_mesh("cpu", (2,))
     ones = torch.ones(4, 6)
     rows = distribute_tensor(ones, mesh, [Shard(0)])
@@ -233,6 +234,17 @@ def refusals_of_parameters() -> None:
     first = distribute_tensor(ones, DeviceMesh("cpu", [0]), [Shard(0)], src_data_rank=None)
     with refused("first is a DTensor of other ranks, expected a mesh") if rank else nullcontext():
         Muon([("plain", ones), ("first", first)])
+    meshes = [DeviceMesh.from_group(dist.new_group([0, 1]), "cpu") for _ in range(2)]
+    assert len({mesh.get_group().group_name for mesh in meshes}) == 2
+    named = [
+        (name, distribute_tensor(ones, mesh, [Shard(0)]).requires_grad_())
+        for name, mesh in zip("ab", meshes, strict=True)
+    ]
+    for _, p in named:
+        p.grad = torch.ones_like(p)
+    optimizer = Muon(named[::-1] if rank else named)
+    with refused(r"parameter 0 is a .* on rank 0 and b .* on rank 1, expected the same on all"):
+        optimizer.step()
 
 
 @pytest.mark.parametrize("wrong", [refusals, refusals_of_parameters])

@@ -304,22 +304,24 @@ class Muon(Optimizer):
                 self._refuse_change(self._plan)
             self._plan = None
         if self._plan is None:
-            together: dict[tuple[bool, tuple[int, ...], str], tuple[_Ranks, list[ParamInfo]]] = {}
+            together: dict[tuple[tuple[int, ...], str], list[ParamInfo]] = {}
             for info in self._param_infos():
                 info.check()
-                ranks = self.process_group or info.part.mesh
-                members = _members(ranks)
-                key = not members, members, str(info.p.device)
-                together.setdefault(key, (ranks, []))[1].append(info)
+                key = _members(self._ranks_of(info)), str(info.p.device)
+                together.setdefault(key, []).append(info)
+            alone_last = sorted(together, key=lambda key: (key[0] == (), key))
             self._plan = [
-                Exchange(_group_of(ranks), params)
-                for _, (ranks, params) in sorted(together.items())
+                Exchange(_group_of(map(self._ranks_of, together[key])), together[key])
+                for key in alone_last
             ]
             # Forget the names of parameters that were removed.
             self._names = {info.p: info.name for info in self._param_infos()}
             # The plan keeps the parameters, so that no other one gets their id.
             self._planned = facts
         return self._plan
+
+    def _ranks_of(self, info: ParamInfo) -> _Ranks:
+        return self.process_group or info.part.mesh
 
     def _refuse_change(self, plan: list[Exchange]) -> None:
         """Raise a ConfigError on every rank, also where the parameters have not changed."""
@@ -602,16 +604,27 @@ def _members(ranks: _Ranks) -> tuple[int, ...]:
     return tuple(sorted(dist.get_process_group_ranks(ranks)))
 
 
-def _group_of(ranks: _Ranks) -> dist.ProcessGroup | None:
-    """The process group of all ``ranks``; None for a single rank."""
-    if ranks is None or ranks.size() == 1:
+def _group_of(equal: Iterable[_Ranks]) -> dist.ProcessGroup | None:
+    """A process group of the same ranks as each of ``equal``; None for a single rank.
+
+    Two meshes of the same ranks may have a group each. The choice is the same on every rank, also
+    if their parameters are in another order there.
+    """
+    several = [ranks for ranks in equal if ranks is not None and ranks.size() > 1]
+    if not several:
         return None
-    if isinstance(ranks, dist.ProcessGroup):
-        return ranks
-    dims = [dim for dim in range(ranks.ndim) if ranks.size(dim) > 1]
-    if len(dims) == 1:
-        return ranks.get_group(dims[0])
-    members = _members(ranks)
+    groups = [group for ranks in several if (group := _own_group(ranks)) is not None]
+    if groups:
+        return min(groups, key=lambda group: group.group_name)
+    members = _members(several[0])
     if len(members) == dist.get_world_size():
         return dist.group.WORLD
     return dist.new_group(list(members), use_local_synchronization=True)  # type: ignore[return-value]
+
+
+def _own_group(ranks: dist.ProcessGroup | DeviceMesh) -> dist.ProcessGroup | None:
+    """The process group that ``ranks`` has; None for a mesh of several dimensions."""
+    if isinstance(ranks, dist.ProcessGroup):
+        return ranks
+    dims = [dim for dim in range(ranks.ndim) if ranks.size(dim) > 1]
+    return ranks.get_group(dims[0]) if len(dims) == 1 else None
