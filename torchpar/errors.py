@@ -70,7 +70,8 @@ def check_whole(name: str, value: object, least: int = 1) -> int:
     """
     number = whole_or_text(value)
     if not isinstance(number, int) or number < least:
-        raise ConfigError(f"{name} is {number}, expected a whole number from {least} on")
+        found = in_one_line(number) if isinstance(number, int) else number
+        raise ConfigError(f"{name} is {found}, expected a whole number from {least} on")
     return number
 
 
@@ -79,10 +80,24 @@ def whole_or_text(value: object) -> int | str:
 
     So 2 and `numpy.int64(2)` compare as equal, and 2 and 2.0 do not.
     """
-    with suppress(TypeError):
-        if not isinstance(value, bool):
+    with suppress(TypeError, RuntimeError):  # RuntimeError: a tensor of the device "meta"
+        if not _is_bool(value):
             return operator.index(value)  # type: ignore[arg-type]  # TypeError is the answer
-    return repr(value)
+    return in_one_line(value)
+
+
+def in_one_line(value: object) -> str:
+    """How Python writes ``value``, with a space in place of each break and its indentation."""
+    try:
+        return " ".join(line.strip() for line in repr(value).splitlines())
+    except ValueError:  # an int of more digits than Python writes
+        return f"{value:#x}"
+
+
+def _is_bool(value: object) -> bool:
+    """Whether ``value`` is a bool, also one of NumPy, or a tensor of such."""
+    dtype = str(getattr(value, "dtype", ""))
+    return isinstance(value, bool) or dtype in ("bool", "torch.bool")
 
 
 def check_number(name: str, value: object, *, above: bool = False, most: float = math.inf) -> float:
@@ -98,13 +113,16 @@ def check_number(name: str, value: object, *, above: bool = False, most: float =
         ConfigError: ``value`` is something else, such as NaN, a bool or a string.
     """
     number = math.nan
-    with suppress(TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor of several numbers
-        if not isinstance(value, bool | str | bytes):
-            number = float(value)  # type: ignore[arg-type]  # TypeError is the answer
+    # OverflowError: an int of 400 digits. RuntimeError: a tensor of several numbers, or of none.
+    with suppress(TypeError, ValueError, OverflowError, RuntimeError):
+        if not (_is_bool(value) or isinstance(value, str | bytes)):
+            # `float` warns of a tensor that requires a gradient.
+            plain = value.detach() if hasattr(value, "detach") else value
+            number = float(plain)  # type: ignore[arg-type]  # TypeError is the answer
     if not (0 < number <= most if above else 0 <= number <= most):
         expected = "above 0" if above else "from 0 on"
         expected += f", at most {most:g}" if math.isfinite(most) else ""
-        raise ConfigError(f"{name} is {value!r}, expected a number {expected}")
+        raise ConfigError(f"{name} is {in_one_line(value)}, expected a number {expected}")
     return number
 
 
