@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from subprocess import PIPE, Popen
-from threading import Timer
+from threading import Thread, Timer
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock, patch
@@ -594,6 +594,42 @@ def test_a_rank_ends_with_a_killed_torchrun(monkeypatch, launcher, seconds, said
         parent.kill()
         assert parent.stdout.read() == said  # which ends with the last process that can print
         assert parent.stderr.read() == line
+
+
+def test_a_rank_ends_also_if_nobody_reads_its_line(monkeypatch):
+    """Its stderr is a full pipe. Only SIGKILL ends this rank."""
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "0.2")
+    flags = [processes.__file__, "torchrun", "60", "ignores SIGTERM"]
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(writing, bytes(4096))
+    os.set_blocking(writing, True)
+    command = [sys.executable, "-c", LAUNCHER, ORPHAN, *flags]
+    with Popen(command, stdout=PIPE, stderr=writing, text=True) as parent:
+        assert parent.stdout.readline() == "started\n"
+        parent.kill()
+        ended = Thread(target=parent.stdout.read, daemon=True)
+        ended.start()
+        ended.join(30)
+        is_alive = ended.is_alive()
+        os.close(writing)
+        os.close(reading)  # so that a rank that waits for a reader ends, too
+    assert not is_alive
+
+
+def test_a_fork_watches_its_own_launcher(monkeypatch):
+    """A thread does not live on in a fork."""
+    monkeypatch.setattr(processes, "_watched", 0)
+    started: list[int] = []
+    monkeypatch.setattr(
+        processes.threading, "Thread", lambda **_: Mock(start=lambda: started.append(os.getpid()))
+    )
+    for pid in (11, 11, 12):
+        monkeypatch.setattr(processes.os, "getpid", lambda pid=pid: pid)
+        processes.end_with_launcher(speaks=True)
+    assert started == [11, 12]
 
 
 def test_a_joining_rank_asks_for_its_end(monkeypatch):

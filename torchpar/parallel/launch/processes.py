@@ -18,7 +18,7 @@ from types import FrameType
 logger = logging.getLogger(__name__)
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 TICK = 0.3  # seconds between two looks whether torchrun lives
-_is_watched = False
+_watched = 0  # the process whose launcher a thread watches; a fork has no such thread
 # Windows has no SIGHUP.
 ENDING = [signal.Signals[name] for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
@@ -55,23 +55,30 @@ def end_with_launcher(speaks: bool) -> None:
     Args:
         speaks: log why the ranks end: one rank on each machine.
     """
-    global _is_watched
-    if _is_watched:
+    global _watched
+    if _watched == os.getpid():
         return
-    _is_watched, launcher = True, os.getppid()
+    _watched, launcher = os.getpid(), os.getppid()
 
     def watch() -> None:
         while os.getppid() == launcher:
             time.sleep(TICK)
         seconds = shutdown_timeout()
-        if speaks:
-            logger.warning(
-                "torchrun has ended, and its ranks end within %g s; start the same command again",
-                seconds,
-            )
+        if speaks:  # in a thread of its own: stderr may be a pipe that is full
+            threading.Thread(target=speak, args=[seconds], daemon=True).start()
+            spoken.wait(min(seconds, TICK))  # before SIGTERM, which may end the process at once
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(seconds)
         os.kill(os.getpid(), signal.SIGKILL)
+
+    spoken = threading.Event()
+
+    def speak(seconds: float) -> None:
+        logger.warning(
+            "torchrun has ended, and its ranks end within %g s; start the same command again",
+            seconds,
+        )
+        spoken.set()
 
     threading.Thread(target=watch, name="end_with_launcher", daemon=True).start()
 
