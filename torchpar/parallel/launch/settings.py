@@ -96,7 +96,8 @@ def find_local_fault(by_rank: Sequence[Settings]) -> str:
     """The line about a LOCAL_WORLD_SIZE that cannot be; "" without one.
 
     Args:
-        by_rank: the settings of all ranks. So many of them as a machine has ranks give its number.
+        by_rank: the settings of all ranks. The ranks of a machine have
+            the same LOCAL_WORLD_SIZE, which is their number.
     """
     counts = Counter(one.local_world_size for one in by_rank)
     if len(counts) == 1 or not any(count % size for size, count in counts.items()):

@@ -95,7 +95,7 @@ class Pipeline:
         self._group, self._timeout = world.mesh.get_group("pp"), world.timeout
         arguments = {"schedule": schedule, "micro_batches": whole_or_text(micro_batches)}
         check_same_on_all_ranks(self._group, "the stages' pipelines", arguments)
-        # What is wrong on one stage alone has been found to differ.
+        # All stages have the same arguments from here on, and so raise the same error.
         if schedule not in [*_SCHEDULES]:
             raise ConfigError(f"schedule is {schedule!r}, expected one of {sorted(_SCHEDULES)}")
         micro_batches = check_whole("micro_batches", micro_batches)
