@@ -292,6 +292,18 @@ def test_the_output_may_be_closed(monkeypatch, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_no_test_imports_the_module_of_the_commands():
+    """`runpy` warns of it where another test of the same process runs ``python -m torchpar``."""
+    imported = re.compile(
+        r"^\s*(from torchpar import .*\b__main__|import torchpar\.__main__)", re.M
+    )
+    assert imported.search("from torchpar import __main__, errors")
+    found = [
+        path.name for path in (ROOT / "tests").rglob("*.py") if imported.search(path.read_text())
+    ]
+    assert found == []
+
+
 def test_the_command_of_the_benchmarks_leaves_torch_to_them():
     """Its import takes seconds, and each benchmark imports it in its own process."""
     code = "import sys, benchmarks.__main__; print('torch' in sys.modules)"

@@ -3,6 +3,7 @@
 
 import inspect
 import re
+import runpy
 import sys
 from pathlib import Path
 from unittest.mock import patch
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from commands import forked
 
-from torchpar import __main__, errors
+from torchpar import errors
 from torchpar.baselines import exercises
 from torchpar.data.files import Images
 from torchpar.parallel.launch import guard
@@ -321,10 +322,10 @@ def test_the_training_says_how_far_an_epoch_is(capsys):
 
 needs_fork = pytest.mark.skipif(sys.platform != "linux", reason="the command forks on Linux alone")
 COMMAND = f"""
+import runpy
 import sys
 from pathlib import Path
 import numpy as np
-from torchpar import __main__
 from torchpar.baselines import exercises
 from torchpar.data.files import Images
 from torchpar.parallel.launch import guard
@@ -333,7 +334,7 @@ from torchpar.parallel.launch import guard
 exercises.read = lambda *_: (images(2000), images(100))
 exercises.PATIENCE, guard.TICK = 2.0 - exercises.LIMIT, 0.05
 sys.argv = ["torchpar", "exercises", "--with", sys.argv[1]]
-sys.exit(__main__.main())
+runpy.run_module("torchpar", run_name="__main__")
 """
 
 
@@ -442,5 +443,7 @@ def test_ctrl_c_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["torchpar", "exercises", "--with", "my.py"])
     monkeypatch.setattr(exercises, "main", lambda _: guard.os.kill(guard.os.getpid(), 2))
     monkeypatch.setattr(guard, "guarded", lambda main, *_: main())
-    assert __main__.main() == 130
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("torchpar", run_name="__main__")
+    assert ended.value.code == 130
     assert capsys.readouterr().err == "python -m torchpar exercises: interrupted\n"

@@ -9,6 +9,7 @@ status that is not 0. The other functions are right, and nothing runs twice.
 import os
 import random
 import re
+import runpy
 import signal
 import sys
 import tempfile
@@ -16,7 +17,6 @@ from pathlib import Path
 
 from driver import Found, run
 
-from torchpar import __main__
 from torchpar.baselines import exercises
 from torchpar.parallel.launch import guard
 
@@ -95,7 +95,9 @@ def exercised(text: str) -> tuple[int, str, str]:
             sys.argv = ["torchpar", "exercises", "--with", "my.py"]
             status = 99
             try:
-                status = __main__.main()
+                runpy.run_module("torchpar", run_name="__main__")
+            except SystemExit as e:
+                status = int(e.code or 0)
             finally:
                 sys.stdout.flush()
                 os._exit(status)
