@@ -139,8 +139,8 @@ class RankLostError(TorchparError, RuntimeError):
 
 
 def first_line(error: BaseException) -> str:
-    """The type of an error, and the first line of its message."""
-    return f"{type(error).__name__}: {error}".partition("\n")[0]
+    """The type of an error, and the first line of its message, if it has any."""
+    return f"{type(error).__name__}: {error}".partition("\n")[0].removesuffix(": ")
 
 
 def in_columns(rows: Sequence[Sequence[str]]) -> str:

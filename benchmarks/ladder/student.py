@@ -34,13 +34,13 @@ from torchpar.baselines.exercises import CHECKS, own_of
 from torchpar.baselines.numpy_mlp import Array
 from torchpar.errors import ConfigError
 from torchpar.parallel.launch.guard import (
-    BEHIND_MAIN,
     PATIENCE,
-    RETURN,
     WATCHED,
     GivenUp,
     TooSlow,
+    advice,
     alarm,
+    is_readers,
     top_level,
 )
 
@@ -101,11 +101,11 @@ def load(path: Path) -> Student:
         if callable(function) and not is_imported(known, function, file)
     }
     if not functions:
-        advice = f"define any of {NAMES}"
+        remedy = f"define any of {NAMES}"
         if other := own_of(module, CHECKS):
-            advice = f"check {other[0]} by python -m torchpar exercises --with {path}"
+            remedy = f"check {other[0]} by python -m torchpar exercises --with {path}"
         raise ConfigError(
-            f"--with {path}: {error or f'it has no function that is known; {advice}'}"
+            f"--with {path}: {error or f'it has no function that is known; {remedy}'}"
         )
     return Student(functions, error)
 
@@ -136,9 +136,11 @@ def execute(file: str) -> tuple[ModuleType, str]:
         with patch.object(sys, "argv", [file]), modules_beside(file), top_level(file):
             spec.loader.exec_module(module)
     except GivenUp as e:
-        return module, f"{Path(file).name}: its top level {e.how}; {BEHIND_MAIN}"
-    except (Exception, SystemExit, TooSlow) as e:
-        return module, describe(e, file) + f"; {BEHIND_MAIN}" * isinstance(e, TooSlow)
+        return module, f"{Path(file).name}: its top level {e.how}{advice(e, at_top=True)}"
+    except BaseException as e:
+        if not (is_readers(e) or isinstance(e, TooSlow)):
+            raise
+        return module, describe(e, file) + advice(e, at_top=True)
     return module, ""
 
 
@@ -461,9 +463,10 @@ class Entry:
             raise
         except GivenUp as e:
             raise (SlowCall if e.is_endless else Rejected)(str(e)) from None
-        except (Exception, SystemExit) as e:
-            text = describe(e, self.file, self.function)
-            raise Rejected(text + f"; {RETURN}" * isinstance(e, SystemExit)) from None
+        except BaseException as e:
+            if not is_readers(e):
+                raise
+            raise Rejected(describe(e, self.file, self.function) + advice(e)) from None
         for i, (mine, given) in enumerate(zip(arguments, self.tried.arguments, strict=True), 1):
             if not np.array_equal(mine, given):
                 raise Rejected(f"it changed its argument {i}; write to a new array")

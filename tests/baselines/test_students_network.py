@@ -382,7 +382,7 @@ def test_each_function_that_ends_the_process_or_never_returns_is_named(tmp_path)
         "my.py: sigmoid_prime is right: it takes z",
         f"my.py: random_weights is not right: my.py, line 12: SystemExit: bye{instead}",
         *(
-            f"my.py: {name} is not right: it {how}{instead * how.startswith('ends')}"
+            f"my.py: {name} is not right: it {how}{instead if 'status' in how else ''}"
             for name, how in hows.items()
         ),
         "The training is left out: random_weights, zeros_weights, zeros_biases, create_batches, "
@@ -414,6 +414,54 @@ def test_a_training_that_calls_exit_is_not_right(tmp_path, capsys):
         assert exercises.main(["--with", str(tmp_path / "my.py")]) == 1
     line = "the training is not right: my.py, line 8: SystemExit: bye; return the result instead\n"
     assert capsys.readouterr().out.endswith(line)
+
+
+STOP = "raise type('Stop', (BaseException,), {})('mine')"  # a class of the student's own
+
+
+@needs_fork
+def test_an_error_of_any_class_is_the_functions(tmp_path):
+    text = beginning(
+        RIGHT,
+        sigmoid_prime="raise KeyboardInterrupt",
+        random_weights=STOP,
+        zeros_weights="import asyncio; raise asyncio.CancelledError('x')",
+        zeros_biases="raise GeneratorExit",
+    )
+    status, out, err = command(tmp_path, text)
+    assert (status, err) == (1, [])
+    assert out == [
+        "my.py: sigmoid is right",
+        "my.py: sigmoid_prime is not right: my.py, line 8: KeyboardInterrupt",
+        "my.py: random_weights is not right: my.py, line 12: Stop: mine",
+        "my.py: zeros_weights is not right: my.py, line 17: CancelledError: x",
+        "my.py: zeros_biases is not right: my.py, line 21: GeneratorExit",
+        "my.py: create_batches is right: the last of 5 batches has 3 of 23 samples",
+        "my.py: add_elementwise is right",
+        "The training is left out: sigmoid_prime, random_weights, zeros_weights, zeros_biases not "
+        "right.",
+    ]
+
+
+@needs_fork
+def test_an_error_of_any_class_ends_the_training_or_the_top_level(tmp_path):
+    late = beginning(RIGHT, sigmoid_prime=f"if z.shape == (32, 30): {STOP}")
+    status, out, err = command(tmp_path, late)
+    assert (status, err) == (1, [])
+    assert out[-1] == "the training is not right: my.py, line 8: Stop: mine"
+    status, (first, *_), err = command(tmp_path, f"{RIGHT}\nraise KeyboardInterrupt\n")
+    assert (status, err) == (1, [])
+    assert first == "my.py, line 27: KeyboardInterrupt; functions above this line are checked"
+
+
+@needs_fork
+def test_a_signal_is_none_of_the_students_errors(tmp_path):
+    text = beginning(RIGHT, sigmoid_prime="os.kill(os.getpid(), signal.SIGINT)")
+    status, out, err = command(tmp_path, text)
+    assert (status, out) == (130, ["my.py: sigmoid is right"])
+    assert err == ["python -m torchpar exercises: interrupted"]
+    with pytest.raises(KeyboardInterrupt):  # which is nobody's where no child is watched
+        check(tmp_path, beginning(RIGHT, sigmoid_prime="raise KeyboardInterrupt"))
 
 
 @needs_fork

@@ -268,7 +268,7 @@ def test_what_has_ended_the_ladder_or_never_returned_is_not_called_again(tmp_pat
             student.load(path)
         with pytest.raises(student.SlowCall, match=r"^it does not end within 60 s$"):
             entry("max_numba", np.maximum, (3, 5)).turn(0)
-        with pytest.raises(Rejected, match=f"^it {how}; return the result instead$"):
+        with pytest.raises(Rejected, match=f"^it {how}$"):
             emulated.execute(entry("max_gpu", np.maximum, (300, 300)))
     advice = 'put that behind if __name__ == "__main__"'
     assert str(raised.value) == f"--with {path}: first_of_two.py: its top level {how}; {advice}"

@@ -23,12 +23,12 @@ from torchpar.baselines import ladder, numpy_mlp
 from torchpar.data.files import read
 from torchpar.errors import ConfigError, TorchparError, first_line, say_progress
 from torchpar.parallel.launch.guard import (
-    BEHIND_MAIN,
     PATIENCE,
-    RETURN,
     WATCHED,
     GivenUp,
     TooSlow,
+    advice,
+    is_readers,
     time_limit,
     top_level,
 )
@@ -321,11 +321,11 @@ def load(path: Path) -> tuple[ModuleType, str]:
         with top_level(str(path.resolve())):
             spec.loader.exec_module(module)
     except GivenUp as e:
-        return module, f"its top level {e.how}; {BEHIND_MAIN}"
-    except (Exception, SystemExit, TooSlow) as e:
-        return module, located(
-            e, str(path.resolve()), at_top=True
-        ) + f"; {BEHIND_MAIN}" * isinstance(e, TooSlow)
+        return module, f"its top level {e.how}{advice(e, at_top=True)}"
+    except BaseException as e:
+        if not (is_readers(e) or isinstance(e, TooSlow)):
+            raise
+        return module, located(e, str(path.resolve()), at_top=True) + advice(e, at_top=True)
     return module, ""
 
 
@@ -349,7 +349,9 @@ def judge(name: str, function: Function, file: str) -> Verdict:
         return Verdict(name, False, str(e))
     except TooSlow:
         return Verdict(name, False, f"it takes more than {LIMIT:.0f} s for a few numbers")
-    except (Exception, SystemExit) as e:
+    except BaseException as e:
+        if not is_readers(e):
+            raise
         return failed(name, e, file, function)
 
 
@@ -376,7 +378,9 @@ def judge_training(functions: dict[str, Function], file: str, data: Path) -> Ver
         raise
     except (GivenUp, Wrong) as e:
         return Verdict("the training", False, str(e))
-    except (Exception, SystemExit) as e:
+    except BaseException as e:
+        if not is_readers(e):
+            raise
         return failed("the training", e, file)
 
 
@@ -385,12 +389,11 @@ def failed(name: str, error: BaseException, file: str, function: Function | None
 
     The line is that of its `def` if it takes other arguments than it is given.
     """
-    advice = f"; {RETURN}" * isinstance(error, SystemExit)
     code = getattr(function, "__code__", None)
     if code and traceback.extract_tb(error.__traceback__)[-1].filename == __file__:
         place = f"{Path(code.co_filename).name}, line {code.co_firstlineno}: "
-        return Verdict(name, False, place + first_line(error) + advice)
-    return Verdict(name, False, located(error, file) + advice)
+        return Verdict(name, False, place + first_line(error) + advice(error))
+    return Verdict(name, False, located(error, file) + advice(error))
 
 
 def located(error: BaseException, file: str, at_top: bool = False) -> str:
@@ -409,7 +412,7 @@ def located(error: BaseException, file: str, at_top: bool = False) -> str:
     if at_top and isinstance(error, SyntaxError) and error.filename == file:
         places.append((file, error.lineno))
     where = f"{Path(places[-1][0]).name}, line {places[-1][1]}: " if places else ""
-    return where + first_line(error).removesuffix(": ")
+    return where + first_line(error)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -445,10 +448,10 @@ def check_file(path: Path, data: Path) -> int:
     if error:
         print(f"{error}; functions above this line are checked")
     if not functions:
-        advice = "define any of them"
+        remedy = "define any of them"
         if other := own_of(module, ladder.FUNCTIONS):
-            advice = f"check {other[0]} by python -m torchpar ladder --with {path}"
-        raise ConfigError(f"--with {path} has none of {', '.join(CHECKS)}; {advice}")
+            remedy = f"check {other[0]} by python -m torchpar ladder --with {path}"
+        raise ConfigError(f"--with {path} has none of {', '.join(CHECKS)}; {remedy}")
     verdicts = []
     for name, function in functions.items():
         verdicts.append(judge(name, function, str(path.resolve())))

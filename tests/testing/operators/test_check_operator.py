@@ -524,9 +524,28 @@ def _twice(name: str, body: Callable[[Tensor], object]) -> Any:
 SLOW = _twice("slow", lambda x: time.sleep(0.2))
 BYE = _twice("bye", lambda x: sys.exit(3))
 RIGHT, FORK = _twice("right", lambda x: None), _twice("fork", lambda x: os.fork())
+STOP = _twice("stop", lambda x: _stop("interrupted by itself"))
 EXIT = _twice("exit", lambda x: os._exit(0))
 SPIN = _twice("spin", lambda x: ctypes.PyDLL(None).pause())  # which holds the interpreter's lock
 MATRIX = [(normal(4, 3),)]
+
+
+def _stop(text: str = "") -> None:
+    raise KeyboardInterrupt(text)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a child process is watched on Linux alone")
+def test_an_operators_own_interrupt_crashes_in_a_watched_process() -> None:
+    given = ("--samples", f"{__name__}:MATRIX", "--rules", "values")
+    status, out, err = _command_in_process(f"{__name__}:STOP", *given, cwd=Path(__file__).parent)
+    assert (status, err) == (1, "")
+    assert re.search(r"values +crashes +0 +KeyboardInterrupt: interrupted by itself", out)
+    given = ("torch:add", "--samples", f"{__name__}:_stop")
+    status, out, err = _command_in_process(*given, cwd=Path(__file__).parent)
+    line = f"python -m torchpar check: error: {__name__}:_stop: KeyboardInterrupt"
+    assert (status, out, err) == (2, "", f"{line}\n")
+    with pytest.raises(KeyboardInterrupt):  # which may be somebody's who waits
+        check_operator(STOP, MATRIX, rules="values")
 
 
 def exit_at_once() -> None:

@@ -37,6 +37,7 @@ GRACE = 3.0  # seconds to end after a signal; a command outside of a call has fo
 TICK = 0.5  # seconds after which the child is looked at, although it has told nothing
 DONE = "done"  # what a child tells last
 TOP = "its top level"  # the name of a call that executes a file
+AS_EXIT = "as os._exit does"  # how a child has ended that tells no end
 # What to do about a function, or a file's top level, that ends the process.
 RETURN = "return the result instead"
 BEHIND_MAIN = 'put that behind if __name__ == "__main__"'
@@ -68,12 +69,39 @@ class GivenUp(Exception):
     """
 
     def __init__(self, how: str, is_endless: bool):
-        super().__init__(f"it {how}{'' if is_endless else f'; {RETURN}'}")
         self.how, self.is_endless = how, is_endless
+        super().__init__(f"it {how}{advice(self)}")
 
 
 class TooSlow(BaseException):
     """A call took longer than its limit. No ``except Exception`` of a reader catches it."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A child was interrupted, as by Ctrl-C. A reader's code raises plain KeyboardInterrupts."""
+
+
+def is_readers(error: BaseException) -> bool:
+    """Whether an error of a reader's call is the reader's, and no limit and no signal of ours.
+
+    In a process that nobody watches, other errors than Exceptions and SystemExits may be those of
+    anybody's handler of a signal.
+    """
+    if WATCHED.pipe is None:
+        return isinstance(error, Exception | SystemExit)
+    return not isinstance(error, TooSlow | Terminated | Interrupted)
+
+
+def advice(error: BaseException, at_top: bool = False) -> str:
+    """What to do about an error, as "; return the result instead"; "" if the error says that.
+
+    Args:
+        at_top: it has ended the top level of a file, and no function.
+    """
+    if at_top:
+        return f"; {BEHIND_MAIN}" if isinstance(error, TooSlow | GivenUp) else ""
+    is_exit = isinstance(error, GivenUp) and error.how.endswith(AS_EXIT)
+    return f"; {RETURN}" if is_exit or isinstance(error, SystemExit) else ""
 
 
 # The child's side
@@ -281,7 +309,7 @@ class Child:
         self.hear_rest()
         if code < 0:
             return 128 - code, f"by {signal.Signals(-code).name}{self.place()}"
-        return code, "" if self.is_done else f"with status {code}, as os._exit does"
+        return code, "" if self.is_done else f"with status {code}, {AS_EXIT}"
 
     def say(self, status: int, how: str) -> int:
         """The status of a child that has ended. If it did not by itself, a line says how."""
@@ -378,8 +406,9 @@ def guarded(main: Callable[[], int], what: str, remedy: str = "") -> int:
         call = child.call
         assert call is not None
         if remedy:
-            advice = remedy if lost.is_endless else "raise an error instead"
-            print(f"{what}: error: {call} {lost.how}; {advice}", file=sys.stderr)
+            instead = "; raise an error instead" if advice(lost) else ""
+            instead = f"; {remedy}" if lost.is_endless else instead
+            print(f"{what}: error: {call} {lost.how}{instead}", file=sys.stderr)
             return 1
         WATCHED.given_up[call.file, call.name] = lost
         if call.name != TOP:  # whose command says it
@@ -390,6 +419,8 @@ def watched(main: Callable[[], int], pipe: int, dump: IO[bytes]) -> int:
     """Run ``main`` in the child, and tell its end."""
     die_with_parent(signal.SIGKILL)
     process, WATCHED.pipe = os.getpid(), pipe
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
     faulthandler.enable(dump, all_threads=False)
     faulthandler.register(signal.SIGUSR1, dump, all_threads=False)
     try:
@@ -400,6 +431,11 @@ def watched(main: Callable[[], int], pipe: int, dump: IO[bytes]) -> int:
         WATCHED.tell(DONE)
         faulthandler.disable()
         faulthandler.unregister(signal.SIGUSR1)  # the file is closed now
+
+
+def interrupt(*_: object) -> None:
+    """Handle SIGINT."""
+    raise Interrupted
 
 
 def outcome(child: Child) -> int | GivenUp:

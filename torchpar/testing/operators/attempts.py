@@ -3,6 +3,8 @@
 
 from collections.abc import Callable, Generator, Iterator
 
+from torchpar.parallel.launch.guard import is_readers
+
 Attempt = tuple[str, Callable[[], None]]  # a label, and a trial
 Attempts = Iterator[Attempt]
 AttemptsAndRemark = Generator[Attempt, None, str]
@@ -34,7 +36,9 @@ def outcome_of(
         return outcome, _headline(message)
     except REFUSALS as e:
         return "crashes" if INTERNAL in str(e) else "refuses", _message(e)
-    except (Exception, SystemExit) as e:
+    except BaseException as e:
+        if not is_readers(e):
+            raise
         return "crashes", named(e)
     finally:
         if restore is not None:

@@ -12,7 +12,7 @@ from torch._library.triton import triton_ops_to_kernels
 from torch.utils._pytree import tree_leaves
 
 from torchpar.errors import ConfigError, first_line
-from torchpar.parallel.launch.guard import WATCHED
+from torchpar.parallel.launch.guard import WATCHED, is_readers
 from torchpar.testing.operators.case import (
     Calls,
     Case,
@@ -131,7 +131,9 @@ def find_overload(op: Callable[..., object], sample: Sample) -> Operator | None:
     with Calls() as calls, WATCHED.calling(name, f"its call on sample 0 of {shapes_of(tensors)}"):
         try:
             op(*sample.args, **sample.kwargs)
-        except (Exception, SystemExit) as e:  # of an operator, the rules will meet it again
+        except BaseException as e:  # of an operator, the rules will meet it again
+            if not is_readers(e):
+                raise
             error = e
     memory.restore()
     found = next((func for func in calls.seen if func.namespace not in BUILT_IN), None)

@@ -11,7 +11,7 @@ from functools import reduce
 from typing import Any, NoReturn
 
 from torchpar.errors import ConfigError, TorchparError, breaking_silence, first_line
-from torchpar.parallel.launch.guard import WATCHED
+from torchpar.parallel.launch.guard import WATCHED, is_readers
 from torchpar.testing.operators.check_operator import check_operator
 from torchpar.testing.operators.table import OperatorTable
 
@@ -39,11 +39,15 @@ def find(name: str) -> Any:
     try:
         with WATCHED.calling(name, f"the import of {module}"):
             found = importlib.import_module(module)
-    except (Exception, SystemExit) as e:
+    except BaseException as e:
+        if not is_readers(e):
+            raise
         raise ConfigError(f"{name}: {_reason(e)}; {_remedy(module, e)}") from e
     try:
         return reduce(getattr, attribute.split("."), found)
-    except (Exception, SystemExit) as e:
+    except BaseException as e:
+        if not is_readers(e):
+            raise
         close = get_close_matches(attribute, vars(found))
         such = f", such as {close[0]}" if close else ""
         remedy = f"name an object that {module} defines{such}"
@@ -127,7 +131,9 @@ def _check_named(flags: argparse.Namespace) -> OperatorTable:
         try:
             with WATCHED.calling(flags.samples, "its call"):
                 samples = samples()
-        except (Exception, SystemExit) as e:
+        except BaseException as e:
+            if not is_readers(e):
+                raise
             raise ConfigError(f"{flags.samples}: {_reason(e)}") from e
     return check_operator(
         op, samples, reference=reference, rules=flags.rules, emulate=flags.emulate
