@@ -322,6 +322,7 @@ def test_the_training_says_how_far_an_epoch_is(capsys):
 
 needs_fork = pytest.mark.skipif(sys.platform != "linux", reason="the command forks on Linux alone")
 COMMAND = f"""
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -333,16 +334,17 @@ from torchpar.parallel.launch import guard
 {inspect.getsource(images)}
 exercises.read = lambda *_: (images(2000), images(100))
 exercises.PATIENCE, guard.TICK = 2.0 - exercises.LIMIT, 0.05
+guard.GRACE = float(os.environ.get("GRACE", guard.GRACE))
 sys.argv = ["torchpar", "exercises", "--with", sys.argv[1]]
 runpy.run_module("torchpar", run_name="__main__")
 """
 
 
-def command(folder: Path, text: str) -> tuple[int, list[str], list[str]]:
+def command(folder: Path, text: str, **variables: str) -> tuple[int, list[str], list[str]]:
     """The status and the lines of ``exercises --with my.py``, which trains on ten rows of bars."""
     (folder / "command.py").write_text(COMMAND)
     (folder / "my.py").write_text(f"import ctypes, os, signal{text}")
-    status, out, err = forked("command.py", "my.py", cwd=folder)
+    status, out, err = forked("command.py", "my.py", cwd=folder, **variables)
     return status, out.splitlines(), err.splitlines()
 
 
@@ -462,6 +464,20 @@ def test_a_signal_is_none_of_the_students_errors(tmp_path):
     assert err == ["python -m torchpar exercises: interrupted"]
     with pytest.raises(KeyboardInterrupt):  # which is nobody's where no child is watched
         check(tmp_path, beginning(RIGHT, sigmoid_prime="raise KeyboardInterrupt"))
+
+
+@needs_fork
+@pytest.mark.parametrize("at_top", [False, True])
+def test_a_thread_that_does_not_end_is_stopped_and_named_and_the_status_stays(tmp_path, at_top):
+    thread = "import threading; threading.Thread(target=signal.sigwait, args=[[10]], name='T')"
+    start = f"{thread}.start()"
+    wrong = beginning(RIGHT, add_elementwise="return a" if at_top else f"{start}; return a")
+    status, out, err = command(tmp_path, wrong + (start if at_top else ""), GRACE="0.5")
+    stopped = "the check is done, and is stopped: its thread T has not ended; join it, or start it"
+    assert (status, err) == (1, [f"{stopped} with daemon=True"])
+    assert out[-1] == "The training is left out: add_elementwise not right."
+    daemon = wrong.replace(start, f"{thread[:-1]}, daemon=True).start()")
+    assert command(tmp_path, daemon)[::2] == (1, [])
 
 
 @needs_fork

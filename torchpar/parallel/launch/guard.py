@@ -23,6 +23,7 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryFile
+from threading import enumerate as threads
 from threading import main_thread
 from typing import IO, NamedTuple, TypeVar
 
@@ -35,7 +36,6 @@ PATIENCE = 50.0  # seconds beyond a limit that Python sets, in which compiled co
 NOTICE = 15.0  # seconds of a call, after which a line says what is waited for
 GRACE = 3.0  # seconds to end after a signal; a command outside of a call has four times as many
 TICK = 0.5  # seconds after which the child is looked at, although it has told nothing
-DONE = "done"  # what a child tells last
 TOP = "its top level"  # the name of a call that executes a file
 AS_EXIT = "as os._exit does"  # how a child has ended that tells no end
 # What to do about a function, or a file's top level, that ends the process.
@@ -58,6 +58,13 @@ class Call(NamedTuple):
 
     def __str__(self) -> str:
         return f"{Path(self.file).name}: {self.name}"
+
+
+class Done(NamedTuple):
+    """What a child tells last: its exit status, and the threads that its end waits for."""
+
+    status: int
+    threads: str
 
 
 class GivenUp(Exception):
@@ -125,7 +132,7 @@ class Watched:
         self.limit = math.inf
         self.progress = ""
 
-    def tell(self, message: Call | str | None) -> None:
+    def tell(self, message: Call | Done | None) -> None:
         """Tell that a function is called, that no function is called any more, or the end.
 
         What was printed before is flushed, for it would be lost if this process is killed.
@@ -183,7 +190,7 @@ WATCHED = Watched()
 
 
 @cache
-def encoded(message: Call | str | None) -> bytes:
+def encoded(message: Call | Done | None) -> bytes:
     """A line for the pipe. A training tells a few calls a hundred thousand times."""
     return json.dumps(message).encode() + b"\n"
 
@@ -249,17 +256,17 @@ class Child:
         what: the command, as in "the ladder begins again".
         dump: the file to which faulthandler writes where the child is.
         call: that which it has told last, or None if that has returned.
-        is_done: it has told its end.
+        done: what it has told of its end, or None.
     """
 
     def __init__(self, pid: int, pipe: int, what: str, dump: IO[bytes]):
         self.pid, self.pipe, self.what, self.dump = pid, pipe, what, dump
         self.call: Call | None = None
-        self.is_done = False
+        self.done: Done | None = None
         self.text = b""
 
     def wait(self) -> bool:
-        """Wait until the child ends; False if its call does not return."""
+        """Wait until the child ends; False if its call, or a thread at its end, does not."""
         waited, last, is_noted = 0.0, time.monotonic(), False
         while True:
             if select.select([self.pipe], [], [], TICK)[0]:
@@ -272,6 +279,8 @@ class Child:
             now = time.monotonic()
             waited += min(now - last, 2 * TICK)  # not while this process was stopped, as by Ctrl-Z
             last = now
+            if self.done and waited > 2 * GRACE:
+                return False
             if self.call is None or waited <= min(self.call.seconds, NOTICE):
                 continue
             if waited > self.call.seconds:
@@ -290,8 +299,8 @@ class Child:
         read = os.read(self.pipe, 2**16)
         *lines, self.text = (self.text + read).split(b"\n")
         for message in map(json.loads, lines):
-            self.is_done = message == DONE
-            self.call = None if self.is_done or message is None else Call(*message)
+            self.done = Done(*message) if message and len(message) == len(Done._fields) else None
+            self.call = Call(*message) if message and not self.done else None
         return bool(read)
 
     def hear_rest(self) -> None:
@@ -309,7 +318,7 @@ class Child:
         self.hear_rest()
         if code < 0:
             return 128 - code, f"by {signal.Signals(-code).name}{self.place()}"
-        return code, "" if self.is_done else f"with status {code}, {AS_EXIT}"
+        return code, "" if self.done else f"with status {code}, {AS_EXIT}"
 
     def say(self, status: int, how: str) -> int:
         """The status of a child that has ended. If it did not by itself, a line says how."""
@@ -333,12 +342,12 @@ class Child:
             return self.say(*self.status())
         self.hear_rest()
         if self.call is None:  # it may take long to end its processes, or knows of no signal
-            if not self.is_done:
+            if not self.done:
                 os.kill(self.pid, signal.SIGTERM)
             if self.ends_within(3 * GRACE):
                 return self.say(*self.status())
         self.kill()
-        return 128 + (number or signal.SIGINT) if self.is_done else None
+        return 128 + (number or signal.SIGINT) if self.done else None
 
     def ends_within(self, seconds: float) -> bool:
         end = time.monotonic() + seconds
@@ -423,12 +432,21 @@ def watched(main: Callable[[], int], pipe: int, dump: IO[bytes]) -> int:
         signal.signal(signal.SIGINT, interrupt)
     faulthandler.enable(dump, all_threads=False)
     faulthandler.register(signal.SIGUSR1, dump, all_threads=False)
+    status = 1  # that of an error
     try:
-        return main()
+        status = main()
+        return status
+    except SystemExit as e:
+        status = e.code if isinstance(e.code, int) else int(bool(e.code))
+        raise
+    except KeyboardInterrupt:
+        status = 128 + signal.SIGINT
+        raise
     finally:
         if os.getpid() != process:  # a fork of a reader's, which goes on here
             os._exit(0)
-        WATCHED.tell(DONE)
+        others = [one.name for one in threads() if one is not main_thread() and not one.daemon]
+        WATCHED.tell(Done(status, ", ".join(others)))
         faulthandler.disable()
         faulthandler.unregister(signal.SIGUSR1)  # the file is closed now
 
@@ -441,6 +459,14 @@ def interrupt(*_: object) -> None:
 def outcome(child: Child) -> int | GivenUp:
     """Wait for a child; the status, or what became of the call in which it has ended or hangs."""
     if not child.wait():
+        if child.done:
+            child.kill()
+            text = f"{child.what} is done, and is stopped"
+            if child.done.threads:
+                text += f": its thread {child.done.threads} has not ended; join it, or start it "
+                text += "with daemon=True"
+            print(text, file=sys.stderr)
+            return child.done.status
         assert child.call is not None
         child.ask()
         child.kill()
