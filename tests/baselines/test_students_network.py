@@ -481,6 +481,24 @@ def test_a_thread_that_does_not_end_is_stopped_and_named_and_the_status_stays(tm
 
 
 @needs_fork
+def test_a_function_that_closes_what_the_command_needs_is_named(tmp_path):
+    text = beginning(
+        RIGHT,
+        sigmoid_prime="__import__('sys').stdout.close()",
+        zeros_biases="os.closerange(3, 64)",
+        add_elementwise="os._exit(1)",
+    )
+    status, out, err = command(tmp_path, text)
+    closes = "it ends the process by closing sys.stdout, or a file that it has not opened"
+    exits = "it ends the process with status 1, as os._exit does; return the result instead"
+    hows = {"sigmoid_prime": closes, "zeros_biases": closes, "add_elementwise": exits}
+    assert (status, err) == (1, [])
+    for name in exercises.CHECKS:
+        wrong = f"my.py: {name} is not right: {hows[name]}" if name in hows else "is right"
+        assert any(name in line and wrong in line for line in out), (name, out)
+
+
+@needs_fork
 def test_a_top_level_that_ends_the_process_is_named(tmp_path):
     status, out, (line,) = command(tmp_path, RIGHT + "\nos._exit(0)\n")
     assert (status, out) == (2, [])

@@ -37,6 +37,7 @@ NOTICE = 15.0  # seconds of a call, after which a line says what is waited for
 GRACE = 3.0  # seconds to end after a signal; a command outside of a call has four times as many
 TICK = 0.5  # seconds after which the child is looked at, although it has told nothing
 TOP = "its top level"  # the name of a call that executes a file
+CLOSED = 97  # the exit status of a child that cannot tell or print any more
 AS_EXIT = "as os._exit does"  # how a child has ended that tells no end
 # What to do about a function, or a file's top level, that ends the process.
 RETURN = "return the result instead"
@@ -135,12 +136,16 @@ class Watched:
     def tell(self, message: Call | Done | None) -> None:
         """Tell that a function is called, that no function is called any more, or the end.
 
-        What was printed before is flushed, for it would be lost if this process is killed.
+        What was printed before is flushed, for it would be lost if this process is killed. If
+        stdout or the pipe is closed, this process ends in silence, and its parent names the call.
         """
         if self.pipe is not None:
-            with suppress(OSError):  # the next `print` raises it
-                sys.stdout.flush()
-            os.write(self.pipe, encoded(message))
+            try:
+                with suppress(OSError):  # the next `print` raises it
+                    sys.stdout.flush()
+                os.write(self.pipe, encoded(message))
+            except (OSError, ValueError):  # a reader's call has closed it
+                os._exit(CLOSED)
 
     @contextmanager
     def calling(
@@ -318,6 +323,8 @@ class Child:
         self.hear_rest()
         if code < 0:
             return 128 - code, f"by {signal.Signals(-code).name}{self.place()}"
+        if code == CLOSED and not self.done:
+            return code, "by closing sys.stdout, or a file that it has not opened"
         return code, "" if self.done else f"with status {code}, {AS_EXIT}"
 
     def say(self, status: int, how: str) -> int:
