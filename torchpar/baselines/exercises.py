@@ -446,7 +446,7 @@ def check_file(path: Path, data: Path) -> int:
     if error and not functions:
         raise ConfigError(f"--with {path}: {error}")
     if error:
-        print(f"{error}; functions above this line are checked")
+        WATCHED.say(f"{error}; functions above this line are checked")
     if not functions:
         remedy = "define any of them"
         if other := own_of(module, ladder.FUNCTIONS):
@@ -455,7 +455,7 @@ def check_file(path: Path, data: Path) -> int:
     verdicts = []
     for name, function in functions.items():
         verdicts.append(judge(name, function, str(path.resolve())))
-        print(f"{path.name}: {verdicts[-1]}", flush=True)
+        WATCHED.say(f"{path.name}: {verdicts[-1]}")
     missing = [name for name in CHECKS if name not in functions]
     wrong = [one.name for one in verdicts if not one.is_right]
     if missing or wrong:

@@ -123,6 +123,7 @@ class Watched:
         given_up: by file and name, the calls that earlier children did not return from.
         call: the innermost one that has not returned, or None.
         limit: seconds of a call that names no others.
+        said: the lines that earlier children have printed by `say`.
         progress: such as "3 of 40 rows are done", or "".
     """
 
@@ -131,10 +132,17 @@ class Watched:
         self.given_up: dict[tuple[str, str], GivenUp] = {}
         self.call: Call | None = None
         self.limit = math.inf
+        self.said = set[str]()
         self.progress = ""
 
-    def tell(self, message: Call | Done | None) -> None:
-        """Tell that a function is called, that no function is called any more, or the end.
+    def say(self, line: str) -> None:
+        """Print a line, unless an earlier child has printed it."""
+        if line not in self.said:
+            print(line, flush=True)
+            self.tell(line)
+
+    def tell(self, message: Call | Done | str | None) -> None:
+        """Tell that a function is called, that none is called any more, a line, or the end.
 
         What was printed before is flushed, for it would be lost if this process is killed. If
         stdout or the pipe is closed, this process ends in silence, and its parent names the call.
@@ -195,7 +203,7 @@ WATCHED = Watched()
 
 
 @cache
-def encoded(message: Call | Done | None) -> bytes:
+def encoded(message: Call | Done | str | None) -> bytes:
     """A line for the pipe. A training tells a few calls a hundred thousand times."""
     return json.dumps(message).encode() + b"\n"
 
@@ -304,6 +312,9 @@ class Child:
         read = os.read(self.pipe, 2**16)
         *lines, self.text = (self.text + read).split(b"\n")
         for message in map(json.loads, lines):
+            if isinstance(message, str):
+                WATCHED.said.add(message)
+                continue
             self.done = Done(*message) if message and len(message) == len(Done._fields) else None
             self.call = Call(*message) if message and not self.done else None
         return bool(read)
@@ -367,7 +378,10 @@ class Child:
         os.waitpid(self.pid, 0)
 
     def ask(self) -> None:
-        """Let the child, which hangs, write where it is."""
+        """Let the child, which hangs, write where it is, and end.
+
+        It must not go on: a signal lets some calls return, such as pause.
+        """
         os.kill(self.pid, signal.SIGUSR1)
         end, size = time.monotonic() + 1, 0
         while time.monotonic() < end and not 0 < size == os.fstat(self.dump.fileno()).st_size:
@@ -438,7 +452,7 @@ def watched(main: Callable[[], int], pipe: int, dump: IO[bytes]) -> int:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, interrupt)
     faulthandler.enable(dump, all_threads=False)
-    faulthandler.register(signal.SIGUSR1, dump, all_threads=False)
+    faulthandler.register(signal.SIGUSR1, dump, all_threads=False, chain=True)
     status = 1  # that of an error
     try:
         status = main()
