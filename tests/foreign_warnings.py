@@ -10,9 +10,11 @@ CI sets ``FOREIGN_WARNINGS=error``, and then all warnings are errors.
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
+INSTALLED = {"site-packages", "dist-packages"}  # one of them holds what is installed
 ARE_ERRORS = os.environ.get("FOREIGN_WARNINGS") == "error"
 # torchpar raises these at the line that calls it, which can be another package's. `test_warnings`
 # compares the list with the code.
@@ -35,8 +37,9 @@ def filters(own_folders: Sequence[Path]) -> list[str]:
         return []
     return [
         f"default:::{foreign_modules(own_folders)}",
-        "error::pytest.PytestWarning",  # what pytest says is of our tests,
-        "default::pytest.PytestDeprecationWarning",  # or of its plugins
+        # What pytest says is of our tests, and what it calls old is of its plugins.
+        "error::pytest.PytestWarning",
+        "default::pytest.PytestDeprecationWarning",
         *(f"error:{message}" for message in RAISED),
     ]
 
@@ -46,7 +49,7 @@ def foreign_modules(own_folders: Sequence[Path]) -> str:
 
     While Python compiles a file, its warnings have the path in place of a name.
     """
-    folders = {Path(folder).resolve() for folder in sys.path} - {*own_folders}
+    folders = {*foreign_folders(map(Path, sys.path), own_folders)}
     foreign = {*sys.stdlib_module_names, *_modules_in(folders)}
     # The folder kernels is imported as torchpar.kernels; a package of Hugging Face has its name.
     foreign -= {"torchpar", *_modules_in(own_folders)} - {"kernels"}
@@ -54,6 +57,19 @@ def foreign_modules(own_folders: Sequence[Path]) -> str:
     # A colon would end the field.
     paths = "|".join(re.escape(str(folder)).replace(":", ".") for folder in sorted(folders))
     return rf"(({names})(\.|$)|({paths})[/\\])"
+
+
+def foreign_folders(folders: Iterable[Path], own_folders: Sequence[Path]) -> Iterator[Path]:
+    """Those of ``folders`` that hold no code of ours.
+
+    A folder of our tests is ours, also if pytest or PYTHONPATH adds it. One that holds the checkout
+    is nobody's. An environment may lie in the checkout.
+    """
+    for folder in map(Path.resolve, folders):
+        is_installed = not INSTALLED.isdisjoint(folder.parts)
+        is_ours = folder.is_relative_to(ROOT) and not is_installed
+        if not is_ours and not any(own.is_relative_to(folder) for own in (ROOT, *own_folders)):
+            yield folder
 
 
 def _modules_in(folders: Iterable[Path]) -> set[str]:

@@ -5,10 +5,11 @@ import ast
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 from commands import ROOT
-from foreign_warnings import ARE_ERRORS, RAISED
+from foreign_warnings import ARE_ERRORS, RAISED, foreign_folders
 
 shown = pytest.mark.skipif(ARE_ERRORS, reason="FOREIGN_WARNINGS=error makes all errors")
 OWN = [
@@ -37,6 +38,15 @@ def test_a_warning_of_a_line_of_another_package_is_shown_unless_ci_asks(module):
     with warnings.catch_warnings(record=True) as found, error:
         warn_from(module, "old")
     assert [str(one.message) for one in found] == ["old"] * (not ARE_ERRORS)
+
+
+def test_a_folder_of_ours_is_not_foreign_wherever_it_is_on_the_path():
+    installed = ROOT / ".venv" / "lib" / "site-packages"
+    elsewhere = Path(ast.__file__).parent
+    added = [ROOT, ROOT / "tests" / "optim", ROOT / "examples", ROOT.parent, Path(ROOT.anchor)]
+    own = [ROOT, ROOT / "tests"]
+    given = [installed, elsewhere, *added]
+    assert {*foreign_folders(given, own)} == {installed.resolve(), elsewhere.resolve()}
 
 
 @shown
