@@ -167,7 +167,8 @@ def test_an_end_of_the_process_is_named_with_its_function_and_a_fork_ends_in_sil
     assert lines[-8:] == [
         "right is right",
         *(
-            f"{name} is wrong: it ends the process {how}; return the result instead"
+            f"{name} is wrong: it ends the process {how}"
+            f"{'; return the result instead' if 'status' in how else ''}"
             for name, how in HOW.items()
         ),
         "raises is wrong: bye",
