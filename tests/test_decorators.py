@@ -69,7 +69,7 @@ def emulate() -> Any:
 
 
 MANAGERS: dict[str, Callable[[], Any]] = {
-    "torchpar.fp32_products": lambda: torchpar.fp32_products("tf32x3"),
+    "fp32_products": lambda: torchpar.fp32_products("tf32x3"),
     "torchpar.exact.mode": exact.mode,
     "torchpar.ptx.emulate": emulate,
     "torchpar.parallel.join_world": lambda: join_world("cpu"),
@@ -91,7 +91,7 @@ def test_a_function_whose_body_runs_later_is_refused(kind: str, name: str) -> No
     assert get() is None  # also where the manager has set it before
 
 
-@pytest.mark.parametrize("name", ["torchpar.fp32_products", "torchpar.exact.mode", "phase"])
+@pytest.mark.parametrize("name", ["fp32_products", "torchpar.exact.mode", "phase"])
 @pytest.mark.parametrize("kind", RETURNED)
 def test_what_returns_such_an_object_is_refused_at_the_call(kind: str, name: str) -> None:
     function, words = RETURNED[kind]

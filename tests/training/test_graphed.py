@@ -328,7 +328,7 @@ class Loop:
         return [*self.found, self.training.weights()]
 
 
-SLOW = ("added before, kept", "never zeroed", "replaced", "random", "numpy")
+SLOW = ("added before, kept", "never zeroed", "replaced", "zeroed first", "random", "numpy")
 GRADIENTS = {
     "added before": ("update_and_zero", "penalize", True),
     "added before, kept": ("update_and_zero", "penalize", False),
@@ -377,7 +377,9 @@ def between(loop: Loop, step: object, number: int) -> None:
         loop.critic(torch.ones(2, SIZES[-1], device="cuda")).sum().backward()
 
 
-@pytest.mark.parametrize("step", [frozen, clips_others, teacher])
+@pytest.mark.parametrize(
+    "step", [frozen, clips_others, pytest.param(teacher, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("is_frozen", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_tensors_beside_those_of_the_optimizer(gpu, step, is_frozen):
     """Also where the garbage collector does not list them."""
@@ -411,7 +413,7 @@ def carries(loop: Loop, x: Tensor, labels: Tensor) -> None:
     loop.state = loss.detach().clone()
 
 
-@pytest.mark.parametrize("place", ["cuda", "cpu"])
+@pytest.mark.parametrize("place", ["cuda", pytest.param("cpu", marks=pytest.mark.slow)])
 def test_a_tensor_that_the_program_replaces_in_each_call_is_refused(gpu, place):
     loop = Loop(True)
     loop.state = torch.zeros((), device=place)
@@ -504,6 +506,7 @@ def test_each_size_has_its_graph(gpu):
     assert gpu is None or len(gpu.graphs) == 2
 
 
+@pytest.mark.slow
 def test_few_graphs_are_kept(gpu, monkeypatch):
     """One that was freed is captured again, and a warning says what to do."""
     monkeypatch.setattr(graphed_module, "GRAPHS", 2)
@@ -524,6 +527,7 @@ def test_few_graphs_are_kept(gpu, monkeypatch):
     assert torch.equal(ours.weights(), plain.weights())
 
 
+@pytest.mark.slow
 def test_a_state_of_sgd_that_is_loaded_is_captured(gpu):
     """The state dict of before the capture has other settings."""
     training, plain = Training(), Training()
@@ -552,6 +556,7 @@ class Wrapper(torch.optim.Optimizer):
         self.inner.step()
 
 
+@pytest.mark.slow
 def test_the_optimizer_of_a_wrapper_follows_its_rate(gpu):
     plain, ours = Training(), Training()
     ours.optimizer = Wrapper(ours.optimizer)

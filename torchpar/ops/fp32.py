@@ -68,7 +68,7 @@ class fp32_products:
 
     def __call__(self, function: Callable[_P, _R]) -> Callable[_P, _R]:
         self.__exit__()  # a decorator sets nothing before the function is called
-        return decorated("torchpar.fp32_products", partial(fp32_products, self.mode), function)
+        return decorated("fp32_products", partial(fp32_products, self.mode), function)
 
     @staticmethod
     def get() -> str | None:

@@ -32,7 +32,8 @@ class LeafGradients:
     def __init__(self, parameters: Iterable[Tensor]):
         updated = {id(p): p for p in parameters}
         leaves = updated | {id(p): p for p in _leaves()}
-        self._before = [(p, p.grad) for p in leaves.values()]
+        with torch._C.DisableTorchFunction():
+            self._before = [(p, p.grad) for p in leaves.values()]
         self._written = {*updated}
         self._begin: list[tuple[Tensor, Tensor | None]] = []
         self._end: list[Tensor | None] = []
@@ -116,21 +117,21 @@ class LeafGradients:
             p.grad = gradient
 
 
-def live_tensors() -> Iterator[Tensor]:
-    """Yield the tensors of the program; those without memory, of lazy modules, are left out."""
+def live_tensors() -> list[Tensor]:
+    """List the tensors of the program, except those of lazy modules, which have no memory."""
     if is_frozen := gc.get_freeze_count() > 0:  # else the objects are not listed
         gc.unfreeze()
     objects = gc.get_objects()
     if is_frozen:
         gc.freeze()
-    for one in objects:
-        # The type is asked first: an attribute of another object may compute.
-        if issubclass(type(one), Tensor) and not is_lazy(one):
-            yield one
+    # The type is asked first: an attribute of another object may compute.
+    kinds = {kind for kind in set(map(type, objects)) if issubclass(kind, Tensor)}
+    return [one for one in objects if type(one) in kinds and not is_lazy(one)]
 
 
-def _leaves() -> Iterator[Tensor]:
-    """Yield the tensors to which the step's backward passes may add gradients."""
-    for t in live_tensors():
-        if t.is_leaf and (t.requires_grad or isinstance(t, Parameter)):  # it may unfreeze some
-            yield t
+def _leaves() -> list[Tensor]:
+    """List the tensors to which the step's backward passes may add gradients."""
+    found = live_tensors()
+    with torch._C.DisableTorchFunction():  # a mode would be asked for each attribute
+        # The step may unfreeze parameters.
+        return [t for t in found if t.is_leaf and (t.requires_grad or isinstance(t, Parameter))]

@@ -85,9 +85,10 @@ class StepEffects(TorchDispatchMode):
 
     def __init__(self, ignored: Iterable[Tensor] = ()):
         super().__init__()
-        before = list(live_tensors())
-        leaves = [t for t in before if t.is_leaf and t.grad is not None]
-        self._gradients = {id(p.grad): (p, p.grad) for p in leaves}
+        before = live_tensors()
+        with torch._C.DisableTorchFunction():  # a mode would be asked for each attribute
+            leaves = [t for t in before if t.is_leaf and t.grad is not None]
+            self._gradients = {id(p.grad): (p, p.grad) for p in leaves}
         numbers = self._gradients.keys() | {id(t) for t in ignored}
         self._before = {id(t): t for t in before if id(t) not in numbers}
         self._used: dict[int, OutsideTensor] = {}
