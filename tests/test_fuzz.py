@@ -15,6 +15,7 @@ SCRIPTS = {
     "training": ["bits", "alone", "parts"],
     "optimizers": ["decay", "closure", "exchange"],
     "operators": ["transposed", "last-bit", "behind", "overwritten", "overflow"],
+    "sizes": ["compared", "unsummed"],
     "library": ["keywords", "twice"],
     "flags": ["unchecked", "any-number"],
     "endings": ["forgets", "goes-on"],

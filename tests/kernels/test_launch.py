@@ -252,14 +252,15 @@ def broken_guards(sizes: dict[str, Any], others: dict[str, int]) -> list[str]:
 @pytest.mark.parametrize(
     "op, shapes",
     [
+        (ops.maximum, ("mk", "k")),
         (ops.maximum_backward, ("bmk", "bmk", "k")),
         (ops.matmul_t, ("bmk",)),
         (ops.linear_sigmoid, ("bmk", "nk", "n")),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
-                (ops.maximum, ("mk", "k")),
                 (ops.maximum_backward, ("mk", "mk", "m1")),
+                (ops.maximum_backward, ("bmk", "bmk", "11k")),
                 (ops.matmul_t_backward, ("bmm", "bmk")),
                 (ops.linear_sigmoid_backward, ("bmn", "bmn")),
                 (ops.exact_matmul, ("bmk", "bnk")),
@@ -275,6 +276,8 @@ def test_a_graph_serves_all_sizes_whose_rows_are_aligned_alike(op, shapes, monke
     for others in (
         {"b": 3, "m": 2, "n": 129, "k": 9},
         {"b": 40, "m": 6000, "n": 4095, "k": 513},
+        # Sizes that happen to be equal.
+        {"b": 9, "m": 9, "n": 9, "k": 9},
     ):
         for hints, later in ((some, others), (others, some)):
             sizes: dict[str, Any] = {"1": 1}

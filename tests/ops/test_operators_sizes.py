@@ -4,6 +4,7 @@
 `test_our_operators.py` tries each size of the samples of the records.
 """
 
+import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -61,28 +62,6 @@ def test_any_size_of_a_maximum(shapes: Any) -> None:
     samples = [tuple(normal(*shape, seed=i) for i, shape in enumerate(shapes))]
     table = check_operator(operator.overload, samples, reference=torch.maximum, rules=RULES)
     assert {row.outcome for row in table.rows} == {"works"}, str(table)
-
-
-KERNELS = {
-    "maximum": ((5, 6), (6,)),
-    "matmul_t": ((5, 6),),
-    "linear_sigmoid": ((5, 6), (7, 6), (7,)),
-    "exact_matmul": ((5, 6), (7, 6)),
-}
-
-
-@slow
-@pytest.mark.parametrize("name", KERNELS)
-def test_any_size_of_a_kernel(name: str) -> None:
-    pytest.importorskip("triton", reason="the kernels are written in Triton")
-    from torchpar.ptx import emulate
-
-    operator = OPERATORS[name]
-    samples = [tuple(normal(*shape, seed=i).float() for i, shape in enumerate(KERNELS[name]))]
-    with emulate("sm_90") as gpu:
-        table = check_operator(operator.overload, samples, reference=operator.native, rules=RULES)
-    assert {row.outcome for row in table.rows} == {"works"}, str(table)
-    assert set(operator.kernels) & {launch.kernel for launch in gpu.launches}
 
 
 class Maximum(torch.nn.Module):
@@ -163,6 +142,29 @@ def test_transforms_of_rows_that_a_mask_chooses(name: str) -> None:
 def test_a_layer_of_rows_that_a_mask_chooses(name: str) -> None:
     layer = getattr(torchpar.nn, name)(4, 3, dtype=torch.float64)
     check_compiled(lambda x, mask: layer(x[mask][:, None]), normal(5, 4).requires_grad_())
+
+
+def test_a_gpu_computes_the_formula_of_data_dependent_sizes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whether a gradient is a sum, and so its layout, is not known before the launch."""
+    module = importlib.import_module("torchpar.ops.maximum")
+    leaves = normal(5, 3, 4).requires_grad_(), normal(1, 1, 4, seed=1).requires_grad_()
+
+    def gradients(op: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        compiled = torch.compile(
+            lambda x, row, mask: op(x[mask], row), backend="aot_eager", fullgraph=True
+        )
+        y = compiled(*leaves, MASK)
+        return torch.autograd.grad(y, leaves, normal(*y.shape, seed=9))
+
+    expected = gradients(torch.maximum)
+    monkeypatch.setattr(module, "runs_kernels", lambda t: True)
+    assert_close(gradients(torchpar.maximum), expected)
+    monkeypatch.setattr(module, "has_unbacked_symbols", lambda *tensors: False)
+    torch._dynamo.reset()
+    with pytest.raises(Exception):  # noqa: B017, PT011  # of Triton, which finds no GPU here
+        gradients(torchpar.maximum)
 
 
 def test_a_result_of_data_dependent_sizes() -> None:
