@@ -80,8 +80,10 @@ def graphed(
       whose ``backward()`` was called before, or of calls without ``zero_grad``, also in parameters
       of other optimizers. Where other parameters have gradients than at the capture, the step is
       captured for them, too.
+    - Other tensors that the step uses, such as a teacher's weights, may change in place. Where the
+      program puts another tensor in the place of one, calls warm up again.
     - All else that the step reads from Python is as it was in the capture: ``model.train()``,
-      ``requires_grad``, and numbers that it returns.
+      ``t.tolist()``, and numbers that it returns.
 
     ``capturable`` becomes True in the optimizers' groups that have it, and the groups of SGD become
     ``fused``: its other implementations read the rate back, and it takes no sparse gradients. With
@@ -108,8 +110,9 @@ def graphed(
         ConfigError: ``optimizer`` is not an optimizer, or has no parameters; ``warmup`` is below 1.
             From a call: the step cannot be captured, changes a rate or a tensor of the host, counts
             steps on the host, draws random numbers there, calls an optimizer that was not passed,
-            or does not call the same ones in each call; a sparse gradient; an argument or a result
-            of another kind.
+            or does not call the same ones in each call; the program replaces a tensor that the step
+            uses from call to call; a sparse gradient or input; an argument or a result of another
+            kind.
     """
     optimizers: list[Any] = [*optimizer] if isinstance(optimizer, tuple | list) else [optimizer]
     wrong = [one for one in optimizers if not isinstance(one, Optimizer)]
