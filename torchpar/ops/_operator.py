@@ -105,13 +105,11 @@ def is_intercepted() -> bool:
 
 
 def is_seen_whole() -> bool:
-    """Whether a mode is to see an operator as such, and not PyTorch's operators in its place.
+    """Whether the active modes are to see an operator, and not PyTorch's operators in its place.
 
     Selective checkpoints choose by the operator what they save. A mode that has rules for PyTorch's
     operators alone has the attribute ``knows_aten_alone``.
     """
-    if not count_dispatch_modes():
-        return False
     return not any([getattr(mode, "knows_aten_alone", False) for mode in dispatch_modes()])
 
 

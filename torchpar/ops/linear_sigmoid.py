@@ -102,7 +102,9 @@ def _is_native(x: Tensor, weight: Tensor, bias: Tensor | None = None, **_: objec
     On CPUs PyTorch's operators are faster, if no mode is to see the operator. For 16-bit floats
     they are right if all sizes are whole tiles, since also the gradients are products (`is_tiled`).
     """
-    if not x.is_cpu or is_emulating() or is_seen_whole() or not is_eager(x, weight, bias):
+    if not x.is_cpu or is_emulating() or not is_eager(x, weight, bias):
+        return False
+    if count_dispatch_modes() and is_seen_whole():  # the number alone takes less time
         return False
     if not is_tiled(x):
         return True
@@ -127,13 +129,9 @@ def _formula(
         z = product(rows(x), weight, bias, beta=0.0 if bias is None else 1.0)
         return z.view(*x.shape[:-1], weight.shape[0]).sigmoid()
     z = linear(x, weight, bias)
-    # A product of more dimensions may be a view, whose change in place costs autograd more time.
-    return _sigmoid_of_new(z) if x.dim() == 2 else z.sigmoid()
-
-
-def _sigmoid_of_new(z: Tensor) -> Tensor:
-    """The sigmoid of a product that only the caller has, in place unless a mode may keep it."""
-    return z.sigmoid() if count_dispatch_modes() else z.sigmoid_()
+    # A product of more dimensions may be a view, whose change in place costs autograd more time. A
+    # mode may keep the product.
+    return z.sigmoid() if x.dim() != 2 or count_dispatch_modes() else z.sigmoid_()
 
 
 def _kernels() -> ModuleType:
@@ -257,7 +255,8 @@ def _linear_sigmoid_vmap(
     else:
         c = batch_first(bias, bias_dim, info.batch_size).unsqueeze(1)
         z = product(x2, weight, c, beta=1.0, **precision)
-    return _sigmoid_of_new(z).reshape(*x.shape[:-1], weight.shape[1]), 0
+    y = z.sigmoid() if count_dispatch_modes() else z.sigmoid_()  # a mode may keep the product
+    return y.reshape(*x.shape[:-1], weight.shape[1]), 0
 
 
 def _linear_sigmoid_sharding(
