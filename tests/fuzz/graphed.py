@@ -26,7 +26,7 @@ from torchpar.errors import ConfigError
 from torchpar.ptx import emulate
 from torchpar.ptx.cuda import capture
 from torchpar.ptx.cuda.stand_in import cuda_is_cpu
-from torchpar.training import graphed, leaf_gradients, muon, step_effects
+from torchpar.training import graphed, leaf_gradients, muon
 from torchpar.training.graphed import _GraphedStep
 
 IN, OUT = 6, 3
@@ -157,7 +157,7 @@ class Loop:
         by_counter = self.plan.wrong == "counter" or (
             self.plan.wrong == "skips the head" and optimizer is self.optimizers[-1]
         )
-        return not by_counter or self.number % self.plan.every == 0
+        return not by_counter or self.number % self.plan.every == 1
 
     def run(self) -> None:
         plan, take = self.plan, self._step
@@ -216,7 +216,7 @@ class Loop:
             "scale a gradient": lambda: p.grad is None or p.grad.mul_(0.5),
             "replace a gradient": lambda: setattr(p, "grad", torch.full_like(p, 0.125)),
             "drop the critic's": self.critic.zero_grad,
-            "rate": lambda: self._set_rate(one, RATES[1 + number % 2]),
+            "rate": lambda: [self._set_rate(x, RATES[1 + number % 2]) for x in self.optimizers],
             "decay": lambda: [group.update(weight_decay=0.25) for group in one.param_groups],
             "argument": lambda: setattr(self, "factor", self.factor / 2),
             "loss weight": lambda: self.loss_weight.mul_(0.5),
@@ -284,7 +284,6 @@ FAULTS = {
     "others": plant(leaf_gradients, "_leaves", lambda: ()),
     "steps": plant(_GraphedStep, "_check_steps", lambda self, *call: self._steps.setdefault(*call)),
     "unpassed": plant(_GraphedStep, "_check_is_known", nothing),
-    "host": plant(step_effects.StepEffects, "outside_tensors", lambda self: []),
     "pool": plant(capture.Capture, "_is_outside", lambda self, memory: memory.graph is None),
 }
 
