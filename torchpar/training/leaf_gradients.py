@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 from torch.nn.parameter import Parameter, is_lazy
+from torch.utils.hooks import RemovableHandle
 
 from torchpar.errors import ConfigError
 from torchpar.parallel.split.parts import local
@@ -41,12 +42,12 @@ class LeafGradients:
     @contextmanager
     def captured(self) -> Iterator[None]:
         """Note the gradients of a capture; after an error, all are as before."""
-        hooks = [
-            p.register_post_accumulate_grad_hook(lambda p: self._written.add(id(p)))
-            for p, _ in self._before
-            if p.requires_grad
-        ]
+        hooks: list[RemovableHandle] = []
         try:
+            for p, _ in self._before:
+                if p.requires_grad:
+                    note = p.register_post_accumulate_grad_hook
+                    hooks.append(note(lambda p: self._written.add(id(p))))
             yield
         except BaseException:
             for p, gradient in self._before:  # those of the capture have never been computed

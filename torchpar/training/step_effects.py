@@ -50,6 +50,7 @@ class OutsideTensor:
         tensor: a weak reference; the program may put another tensor in its place.
         version: at its first use.
         line: of the program, that uses it first.
+        is_on_host: whether the host, and not the GPU, holds it.
     """
 
     tensor: "ref[Tensor]"
