@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Signals are answered while the main thread is in compiled code, and handlers cannot be called."""
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -13,6 +14,8 @@ import pytest
 
 from torchpar.training import answers
 from torchpar.training.answers import answering_signals
+from torchpar.training.outcome import Stopped
+from torchpar.training.stop import StopSignal
 
 SAVES = "received {}: the run stops after the next step, and saves it; "
 ENDS = "received {}: the run ends when the present operation has ended; "
@@ -52,7 +55,8 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> Iterator[Heard]:
     one = Heard()
     monkeypatch.setattr(answers, "PATIENCE", 0.01)
     monkeypatch.setattr(answers, "logger", SimpleNamespace(warning=one.say))
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in defaults.items()}
     yield one
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -93,6 +97,15 @@ def test_a_run_without_a_checkpoint_says_that_it_ends(heard):
         heard.compute(signal.SIGINT)
     line = ENDS.format("SIGINT") + "press Ctrl-C again to end it at once"
     assert heard.lines == [line]
+
+
+def test_a_run_after_one_that_was_stopped_is_answered_too(heard):
+    with contextlib.suppress(Stopped), StopSignal(SimpleNamespace(device="cpu")) as stop:
+        stop._largest = signal.SIGINT  # as after the all-reduce of its step
+        raise Stopped(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    test_a_run_without_a_checkpoint_says_that_it_ends(heard)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_another_rank_is_silent_and_every_rank_ends_at_a_second_ctrl_c(monkeypatch, heard):

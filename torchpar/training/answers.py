@@ -18,6 +18,7 @@ from types import FrameType
 
 from torchpar.parallel.launch.processes import shutdown_timeout
 from torchpar.parallel.launch.world import World
+from torchpar.training.stop import restore_handlers
 
 logger = logging.getLogger(__name__)
 PATIENCE = 0.5  # seconds in which most runs have ended, and need no answer
@@ -42,6 +43,7 @@ def answering_signals(world: World, saves: bool) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    restore_handlers()
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     handlers = _handlers(writer, saves)

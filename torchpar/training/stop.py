@@ -31,6 +31,7 @@ class StopSignal:
         self._buffer = torch.zeros(1, dtype=torch.int32, device=world.device)
 
     def __enter__(self) -> "StopSignal":
+        restore_handlers()
         self._before = {n: signal.signal(n, self._handle) for n in (signal.SIGTERM, signal.SIGINT)}
         return self
 
@@ -53,6 +54,16 @@ class StopSignal:
         self._work.wait()
         self._largest = int(self._buffer.item())
         return self._largest
+
+
+def restore_handlers() -> None:
+    """Set the handlers of before a stopped run again if the program has caught its `Stopped`."""
+    if isinstance(sys.exception(), Stopped):
+        return
+    for number in (signal.SIGTERM, signal.SIGINT):
+        handler = signal.getsignal(number)
+        if isinstance(handler, partial) and handler.func is _unless_stopped:
+            signal.signal(number, handler.args[0])
 
 
 def _unless_stopped(before: Handler, number: int, _frame: FrameType | None) -> None:
