@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: MIT
 """Autotune the kernels and time them beside PyTorch's own: ``python -m benchmarks run autotune``.
 
-What is timed are the records' `benchmarks.records.Tuned`. As `triton.autotune` does, each
-configuration is timed by `triton.testing.do_bench`, and the fastest is kept. A
-`triton.testing.perf_report` of each operator draws it. The configurations of products are those of
-the rule. Each result is compared with float64 before and after it is timed. With
-``--configurations`` the time of each configuration is a row, beside its estimate, so that the rule
-and the model of `torchpar.ptx.estimate` can be judged on this GPU.
+What is timed are the records' `benchmarks.records.Tuned`. `triton.autotune` times each
+configuration, see `torchpar.kernels.autotune`, and the fastest is kept. Then
+`triton.testing.do_bench` times it beside PyTorch's functions, and a `triton.testing.perf_report` of
+each operator draws it. The configurations of products are those of the rule. Each result is
+compared with float64 before and after it is timed. With ``--configurations`` the time of each
+configuration is a row, beside its estimate, so that the rule and the model of
+`torchpar.ptx.estimate` can be judged on this GPU.
 
 Without a GPU each configuration is compiled for GPUs that are not there; see
 `benchmarks.compile_kernels`.
@@ -18,7 +19,7 @@ import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
-from itertools import product
+from itertools import groupby, product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -86,17 +87,28 @@ def call_of(operator: Operator, tuned: Tuned, operands: Sequence[Tensor], provid
     return partial(function, *operands)
 
 
-def launches_of(tuned: Tuned, operands: Sequence[Tensor]) -> dict[Any, Call]:
-    """The launch of each configuration."""
-    precision, _ = fp32_precision(operands[0])
-    return {
-        config: partial(tuned.launch, config, operands, precision, None)
-        for config in tuned.candidates(operands, precision)
-    }
+def tune(tuned: Tuned, operands: Sequence[Tensor], precision: str) -> dict[Any, Sequence[float]]:
+    """The `QUANTILES` of each configuration's times in ms, as `Candidates` has them.
+
+    Triton's autotuner times the configurations of one kernel at a time.
+    """
+    from torchpar.kernels.autotune import Candidates
+
+    times: dict[Any, Sequence[float]] = {}
+    found = sorted(tuned.candidates(operands, precision), key=tuned.kernel)
+    for _, of_kernel in groupby(found, tuned.kernel):
+        candidates = Candidates(list(of_kernel))
+        if len(candidates.configurations) > 1:
+            tuned.launch(candidates, operands, precision, None)
+            times |= candidates.times
+        else:  # Triton times none without a choice
+            (config,) = candidates.configurations
+            times[config] = times_of(partial(tuned.launch, config, operands, precision, None))
+    return times
 
 
 def times_of(launch: Call) -> Sequence[float]:
-    """The `QUANTILES` of a launch's times in ms."""
+    """The times of a launch as Triton's autotuner takes them."""
     try:
         return do_bench(launch, quantiles=QUANTILES)  # type: ignore[no-any-return]
     except triton.OutOfResources:  # it does not fit into this GPU
@@ -172,10 +184,10 @@ class Tuning:
             allowed = 2 * of_first + largest * beside
             config, call = None, first
             if provider == AUTOTUNED:
-                launches = launches_of(tuned, operands)
-                found = {config: times_of(launch) for config, launch in launches.items()}
+                precision, _ = fp32_precision(operands[0])
+                found = tune(tuned, operands, precision)
                 config = min(found, key=lambda config: found[config][0])
-                call = launches[config]
+                call = partial(tuned.launch, config, operands, precision, None)
             else:
                 call = call_of(self.operator, tuned, operands, provider)
             whole = (lambda: call().sigmoid()) if provider in tuned.unfinished else call
@@ -207,7 +219,7 @@ class Tuning:
         )
         case = {"operator": self.operator.name, "shape": tuned.text(sizes), "dtype": self.kind}
         if provider == AUTOTUNED and self.each and not reason:
-            self.add_each(case, launches, found, operands, judge_of)
+            self.add_each(case, found, operands, precision, judge_of)
         result = Result(
             case=case,
             contestant=provider,
@@ -223,9 +235,9 @@ class Tuning:
     def add_each(
         self,
         case: Mapping[str, str],
-        launches: Mapping[Any, Call],
         found: Mapping[Any, Sequence[float]],
         operands: Sequence[Tensor],
+        precision: str,
         judge: Callable[[Call], float],
     ) -> None:
         """Add a result for each configuration that fits into this GPU; its value is checked."""
@@ -233,13 +245,14 @@ class Tuning:
         for config, (p50, p20, p80) in found.items():
             if math.isinf(p50):
                 continue
-            columns: dict[str, Any] = {"config": str(config), "timer": do_bench.__name__}
+            columns: dict[str, Any] = {"config": str(config), "timer": "autotune"}
             if gpu is not None and self.tuned.estimate is not None:
                 estimated = self.tuned.estimate(config, operands, self.kind, gpu)
                 columns["estimate_ms"] = estimated / 1e3
             reason = ""
             try:
-                columns["max_error"] = judge(launches[config])
+                launch = partial(self.tuned.launch, config, operands, precision, None)
+                columns["max_error"] = judge(launch)
             except Rejected as failure:
                 reason = str(failure)
             self.results.append(

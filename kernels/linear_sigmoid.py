@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import Wrap
+from .autotune import Candidates
 from .device import device_index
 from .gemm import (
     GROUP,
@@ -271,7 +272,7 @@ def linear_sigmoid(
     wrap: Wrap,
     *,
     out: Tensor | None = None,
-    tiles: Tiles | None = None,
+    tiles: Tiles | Candidates | None = None,
     tma: bool = True,
     only_if_faster: bool = False,
 ) -> Tensor | None:
@@ -342,7 +343,7 @@ def _plan(
     weight: Tensor,
     bias: Tensor | None,
     precision: str,
-    tiles: Tiles | None,
+    tiles: Tiles | Candidates | None,
     tma: bool,
     only_if_faster: bool,
     traced: bool,

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import Wrap
+from .autotune import Candidates
 from .device import device_index
 from .gemm import (
     by_columns,
@@ -161,7 +162,7 @@ def matmul_t(
     wrap: Wrap,
     *,
     out: Tensor | None = None,
-    tiles: Tiles | None = None,
+    tiles: Tiles | Candidates | None = None,
     tma: bool = True,
     only_if_faster: bool = False,
 ) -> Tensor | None:
@@ -213,7 +214,7 @@ def symmetric_matmul(
     beta: float = 0.0,
     *,
     out: Tensor | None = None,
-    tiles: Tiles | None = None,
+    tiles: Tiles | Candidates | None = None,
     tma: bool = True,
     only_if_faster: bool = False,
 ) -> Tensor | None:
@@ -289,7 +290,7 @@ def _plan_product(
     b: Tensor | None,
     c: Tensor | None,
     precision: str,
-    tiles: Tiles | None,
+    tiles: Tiles | Candidates | None,
     tma: bool,
     only_if_faster: bool,
     traced: bool = False,

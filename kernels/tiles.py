@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import autotune
+from .autotune import Candidates
 from .device import device
 from .launch import Plan
 from .rule import (
@@ -172,7 +173,7 @@ def library_is_faster(choice: Choice) -> bool:
 def choose_plan(
     make: Callable[[Choice, Tiles], Plan],
     choice: Choice,
-    tiles: Tiles | None,
+    tiles: Tiles | Candidates | None,
     only_if_faster: bool,
     traced: bool,
 ) -> Plan | None:
@@ -185,6 +186,12 @@ def choose_plan(
     """
     if only_if_faster and library_is_faster(choice):
         return None
+    restore = ["out_ptr"] if choice.with_c else []
+    if isinstance(tiles, Candidates):
+        for one in tiles.configurations:
+            choice.check(one)
+        plans = [make(choice, one) for one in tiles.configurations]
+        return autotune.AutotunedPlan(plans, restore, tiles)
     if tiles is not None:
         choice.check(tiles)
         return make(choice, tiles)
@@ -196,5 +203,5 @@ def choose_plan(
         ]
         plans = [make(choice, one) for one in same_kernel]
         if len(plans) > 1:
-            return autotune.AutotunedPlan(plans, restore=["out_ptr"] if choice.with_c else [])
+            return autotune.AutotunedPlan(plans, restore)
     return make(choice, tiles)

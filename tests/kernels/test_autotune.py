@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Triton's autotuner at run time, without a GPU, with times that are made up."""
 
+import math
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,11 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 
+import triton
+
+from benchmarks import autotune as benchmark
 from benchmarks import driver
+from benchmarks.compile_kernels import tuned_of
 from torchpar.kernels import autotune, launch, linear_sigmoid, matmul_t
 from torchpar.kernels.linear_sigmoid import LINEAR_SIGMOID
 from torchpar.kernels.matmul_t import SYMMETRIC_MATMUL
@@ -38,6 +43,8 @@ def tuner(tmp_path, monkeypatch) -> Iterator[Any]:
         call()
         state.timed += 1
         return [state.times.pop(0)] * 3
+
+    state.bench = bench
 
     for one, tiles in ((SYMMETRIC_MATMUL, SMALL), (LINEAR_SIGMOID, (*SMALL, SPLIT))):
         monkeypatch.setitem(one.unaligned, "bfloat16", SMALL[:1])
@@ -119,3 +126,44 @@ def test_a_result_that_is_also_read_is_restored_between_launches(tuner, monkeypa
     tuner.times = [1.0, 2.0]
     product(x, c=h, alpha=1.0, beta=2.0, out=h)
     assert [id(t) for t in restored] == [id(h)] * 2
+
+
+def test_the_benchmark_has_triton_time_the_configurations_of_each_kernel(tuner, monkeypatch):
+    """Also two that differ in the number of warps alone, of whose persistent programs twice as many
+    are launched; one that does not fit; and a kernel's only one."""
+    few, many = (Tiles(64, 64, 64, warps, 2, "tma") for warps in (4, 8))
+    pointers = Tiles(64, 64, 64, 4, 2)
+    monkeypatch.setitem(
+        LINEAR_SIGMOID.tiles, "bfloat16", dict.fromkeys((few, pointers, many), Speed(0.1, 0.1))
+    )
+    monkeypatch.setattr(benchmark, "do_bench", tuner.bench)
+    tuner.times = [4.0, 3.0, 2.0]
+    operands = [meta(64 * 30, 64), meta(64 * 30, 64), meta(64 * 30)]
+    tuned = tuned_of("linear_sigmoid")
+    found = benchmark.tune(tuned, operands, "ieee")
+    assert found == {pointers: [4.0] * 3, few: [3.0] * 3, many: [2.0] * 3}
+    assert [grid for grid, _ in LAUNCHED] == [900, 264, 132, 132], "the last one is the fastest's"
+    tuner.times = [4.0, 2.0, 3.0]
+    LAUNCHED.clear()
+    assert benchmark.tune(tuned, operands, "ieee")[few] == [2.0] * 3, "times are taken anew"
+    assert [grid for grid, _ in LAUNCHED] == [900, 264, 132, 264]
+
+    def too_large(call: Any, quantiles: Any) -> list[float]:
+        raise triton.OutOfResources(300_000, 232_448, "shared memory")
+
+    monkeypatch.setattr(benchmark, "do_bench", too_large)
+    tuner.times = [2.0, 3.0]
+    assert benchmark.tune(tuned, operands, "ieee")[pointers] == [math.inf] * 3
+
+
+def test_the_benchmark_has_triton_time_the_blocks_of_maximum(tuner):
+    tuner.times = [5.0, 4.0, 1.0, 3.0, 2.0]
+    found = benchmark.tune(tuned_of("maximum"), [meta(5000), meta(5000)], "ieee")
+    assert [(*block, times[0]) for block, times in found.items()] == [
+        (512, 4, 5.0),
+        (1024, 4, 4.0),
+        (2048, 4, 1.0),
+        (2048, 8, 3.0),
+        (4096, 8, 2.0),
+    ]
+    assert [grid for grid, _ in LAUNCHED] == [10, 5, 3, 3, 2, 3]
