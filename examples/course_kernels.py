@@ -32,10 +32,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
-import torch
 from support import checks, cli, console, plots
 from support.kernels import by_unit, check_faults, compiling
 from support.measure import interleaved_ms
+
+import torch
 from torch import Tensor
 
 import torchpar

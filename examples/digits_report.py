@@ -23,8 +23,9 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any
 
+from support import cli, console, plots, threads
+
 import torch
-from support import cli, console, plots
 from torch.nn.functional import cross_entropy
 
 from torchpar.data import Samples, load
@@ -151,6 +152,9 @@ def main(flags: Flags) -> None:
         file, test_set = load(flags.dataset, flags.data, world.device)
         rest = len(file) - len(file) // 6  # the others are for validation
         cli.check_samples(flags.samples, rest)
+        widest, largest = max(flags.hidden), max(flags.batch_size)
+        sizes = [784, *[widest] * flags.depth, 10]
+        threads.take(world.device, threads.of_layers(sizes, largest))
         study = partial(
             train, flags=flags, sets=(file[:rest][: flags.samples], file[rest:]), world=world
         )

@@ -53,8 +53,9 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 if any(os.environ.get(size, "1") != "1" for size in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")):
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import numpy as np
 from support import cli, console, mat, one_process, plots
+
+import numpy as np
 
 from torchpar.baselines import mpi, numpy_mlp
 from torchpar.baselines.numpy_mlp import Array

@@ -24,8 +24,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated
 
-import torch
 from support import checks, cli, console, plots
+
+import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, linear, normalize, scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode

@@ -13,8 +13,9 @@ and the most bytes that a call allocates.
 from dataclasses import asdict, dataclass
 from functools import partial
 
+from support import checks, cli, console, measure, plots, threads
+
 import torch
-from support import checks, cli, console, measure, plots
 from torch import Tensor
 from torch.nn.functional import conv2d, cross_entropy, layer_norm, linear
 
@@ -119,6 +120,8 @@ def main(flags: Flags) -> None:
         train, test = load(flags.dataset, flags.data, world.device)
         cli.check_samples(flags.samples, len(train))
         train = train[: flags.samples]
+        # In a step the second layer has the larger product.
+        threads.take(world.device, flags.batch_size * 4 * 4 * 5 * 5 * 16 * 32)
         torch.manual_seed(flags.seed)
         errors = compare_with_conv2d(world.device)
         with breaking_silence(lambda: "still timing windows and conv2d"):

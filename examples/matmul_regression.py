@@ -24,8 +24,9 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
+from support import checks, cli, console, measure, plots, threads
+
 import torch
-from support import checks, cli, console, measure, plots
 from torch import Tensor
 from torch.nn.functional import mse_loss, pad
 
@@ -146,6 +147,7 @@ def main(flags: Flags) -> None:
     with join_world(flags.device, alone=True) as world:
         torch.manual_seed(flags.seed)
         x, y = make_samples(torch.arange(8.0, device=world.device))
+        threads.take(world.device, x.numel())
         errors = compare_formulas(x, y)
         times = compare_times(x)
         norms = compare_norms(x, y, flags.batch_size)

@@ -28,8 +28,9 @@ from dataclasses import dataclass
 from inspect import signature
 from typing import NamedTuple
 
-import torch
 from support import checks, cli, console
+
+import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy
 from train_by_hand import Layer, Network, draw, gradients_of

@@ -22,9 +22,10 @@ from itertools import product
 from math import pi
 from typing import TYPE_CHECKING, Annotated, Literal
 
+from support import cli, console, plots
+
 import torch
 from quadrants import evaluate, train
-from support import cli, console, plots
 from torch import Tensor
 
 from torchpar.data import Samples

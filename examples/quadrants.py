@@ -34,9 +34,10 @@ from itertools import pairwise, product
 from statistics import median
 from typing import Annotated, Any, NamedTuple
 
-import torch
 from support import cli, console, plots
 from support.measure import now
+
+import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy
 from torch.nn.utils import parameters_to_vector, vector_to_parameters

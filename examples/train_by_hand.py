@@ -32,8 +32,9 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Literal
 
+from support import checks, cli, console, report, threads
+
 import torch
-from support import checks, cli, console, report
 from torch import Tensor
 from torch.nn.functional import one_hot
 
@@ -542,6 +543,7 @@ def main(flags: Flags) -> None:
             1 if of_points else len(test.classes),
         ]
         cli.check_memory(sizes)
+        threads.take(world.device, threads.of_layers(sizes, flags.batch_size))
         output = "sigmoid" if of_points else ""
         network = build_network(sizes, flags.activation, output, flags.fused, device=world.device)
         loss = BinaryCrossEntropy() if of_points else SoftmaxCrossEntropy()

@@ -41,9 +41,10 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-import torch
 from support import cli, lesson
 from support.cli import Bounds, Count, Free, Share, Size, Switch
+
+import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel

@@ -25,11 +25,12 @@ from itertools import cycle, islice
 from statistics import median
 from typing import Annotated, Literal
 
+from support import cli, console, lesson
+from support.measure import now
+
 import torch
 import torch.distributed as dist
 import train_ddp
-from support import cli, console, lesson
-from support.measure import now
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel

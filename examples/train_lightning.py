@@ -30,12 +30,13 @@ if missing := [
         f"train_lightning.py needs {', '.join(missing)}; pip install 'torchpar[examples,lightning]'"
     )
 
+from support import console, ending, report
+from support.cli import Needs, Output
+
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from support import console, ending, report
-from support.cli import Needs, Output
 from torch import Tensor
 from torch import distributed as dist
 from torch.nn.functional import cross_entropy

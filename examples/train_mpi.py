@@ -41,8 +41,9 @@ from typing import Literal, NamedTuple, TypeVar
 if any(os.environ.get(size, "1") != "1" for size in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")):
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import numpy as np
 from support import cli, console, one_process, report
+
+import numpy as np
 
 from torchpar.baselines import mpi
 from torchpar.baselines.numpy_mlp import SGD, Array, Hidden, Init, NumpyMLP, batches

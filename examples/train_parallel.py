@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated
 
-import torch
 from support import cli, lesson
+
+import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel

@@ -31,8 +31,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 
-import torch
 from support import cli, lesson
+
+import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.profiler import record_function

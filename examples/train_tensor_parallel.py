@@ -23,8 +23,9 @@ The model has one hidden layer: a pair is two layers.
 
 from dataclasses import dataclass
 
-import torch
 from support import cli, lesson
+
+import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.functional import cross_entropy

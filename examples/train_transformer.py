@@ -23,8 +23,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
-import torch
 from support import cli, console, report
+
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel

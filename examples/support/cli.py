@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_type_hints
 
 from support.ending import WrongFlags, ending, line_of, parsing
+
 from torchpar import __version__
 from torchpar.data.files import Dataset
 from torchpar.errors import AllRanksError, ConfigError, TorchparError, writing

@@ -11,12 +11,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
+from support import cli, console, report, threads, timeline
+from support.cli import Bounds, Count, Free, Number, Output, Share, Size, Switch
+
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
-from support import cli, console, report, timeline
-from support.cli import Bounds, Count, Free, Number, Output, Share, Size, Switch
 from torchpar import data, training
 from torchpar.data import Samples
 from torchpar.errors import ConfigError, writing
@@ -120,6 +121,8 @@ class TrainFlags(cli.DataFlags):
         world.gather_results(read)  # an error is raised on every rank
         train, test = loaded
         train = train[: self.samples]
+        samples = -(-self.batch_size // world.world_size)
+        threads.take(world.device, threads.of_layers(self.layer_sizes(train), samples))
         return train[: 10 * self.batch_size] if self.dry_run else train, test
 
     def layer_sizes(self, train: Samples) -> list[int]:

@@ -15,9 +15,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from support import console, plots
+
 import numpy as np
 
-from support import console, plots
 from torchpar.errors import writing
 from torchpar.ptx.report.drawing import Drawing
 from torchpar.training.outcome import EpochResult

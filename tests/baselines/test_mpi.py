@@ -29,10 +29,11 @@ from torchpar.parallel.launch.world import join_world
 
 pytest.importorskip("tyro", reason="tyro reads the flags")
 
+from support import cli, one_process
+
 import fashion_pooled
 import train_mpi
 from fashion_pooled import SIZES, Plan, Result
-from support import cli, one_process
 
 ROUNDING = 1e-5  # of a loss: some hundred steps of some roundings of 6e-8 each
 # Python imports this module at its start, also in processes that a process starts. They find

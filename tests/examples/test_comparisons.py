@@ -8,10 +8,11 @@ import pytest
 
 pytest.importorskip("rich", reason="it prints the tables")
 
+from support import console
+
 import digits_report
 import quadrants
 import train_mpi
-from support import console
 
 
 class Trained:

@@ -8,10 +8,11 @@ from commands import lesson, rows_of
 pytest.importorskip("tyro", reason="tyro reads the flags")
 pytest.importorskip("triton", reason="the kernels are Triton's")
 
+from support.kernels import by_unit
+
 import course_kernels
 import triton
 import triton.language as tl
-from support.kernels import by_unit
 
 from torchpar.errors import ConfigError
 

@@ -29,10 +29,11 @@ from fake_data import fashion_mnist
 pytest.importorskip("tyro", reason="tyro reads the flags")
 pytest.importorskip("matplotlib", reason="--plots and --report draw with it")
 
+from support import cli
+
 import quadrants
 import train_transformer
 from matplotlib.figure import Figure
-from support import cli
 from train_by_hand import draw
 
 from torchpar import errors

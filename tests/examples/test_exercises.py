@@ -24,6 +24,9 @@ from torch.nn.functional import binary_cross_entropy, cross_entropy, linear
 
 pytest.importorskip("tyro", reason="tyro reads the flags")
 
+from support.checks import compare, compare_gradients, result_of
+from support.measure import peak_bytes
+
 import matmul_attention
 import matmul_convolution
 import matmul_regression
@@ -31,8 +34,6 @@ import quadrants
 import train_by_hand
 from matmul_convolution import windows
 from quadrants import Epoch, Way
-from support.checks import compare, compare_gradients, result_of
-from support.measure import peak_bytes
 from train_by_hand import MARGIN, draw
 
 from torchpar import errors

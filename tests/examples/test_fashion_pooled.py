@@ -11,8 +11,9 @@ from commands import lesson, rows_of
 
 pytest.importorskip("tyro", reason="tyro reads the flags")
 
-import fashion_pooled
 from support import mat
+
+import fashion_pooled
 
 from torchpar import errors
 from torchpar.baselines import mpi

@@ -14,8 +14,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 pytest.importorskip("tyro", reason="tyro reads the flags")
 
-import train_ddp
 from support import ending
+
+import train_ddp
 
 from torchpar.errors import ConfigError, RankLostError
 

@@ -13,8 +13,9 @@ from commands import lesson, rows_of
 
 pytest.importorskip("tyro", reason="tyro reads the flags")
 
-import playground
 from support import plots
+
+import playground
 
 
 def drawn(*how: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,10 +10,11 @@ import pytest
 
 pytest.importorskip("tyro", reason="tyro reads the flags")
 
-import quadrants
-import torch
 from support import console, measure
 from support.ending import ending
+
+import quadrants
+import torch
 
 from torchpar import errors
 

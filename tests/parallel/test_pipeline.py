@@ -5,9 +5,10 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+from support.timeline import Passes, check_one_machine, draw, passes
+
 import pytest
 import torch
-from support.timeline import Passes, check_one_machine, draw, passes
 from torch import Tensor
 
 from torchpar import reference
