@@ -23,7 +23,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any
 
-from support import cli, console, plots, threads
+from support import cli, console, plots
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -154,7 +154,7 @@ def main(flags: Flags) -> None:
         cli.check_samples(flags.samples, rest)
         widest, largest = max(flags.hidden), max(flags.batch_size)
         sizes = [784, *[widest] * flags.depth, 10]
-        threads.take(world.device, threads.of_layers(sizes, largest))
+        cli.take_threads(world.device.type, cli.largest_product(sizes, largest))
         study = partial(
             train, flags=flags, sets=(file[:rest][: flags.samples], file[rest:]), world=world
         )

@@ -13,7 +13,7 @@ and the most bytes that a call allocates.
 from dataclasses import asdict, dataclass
 from functools import partial
 
-from support import checks, cli, console, measure, plots, threads
+from support import checks, cli, console, measure, plots
 
 import torch
 from torch import Tensor
@@ -121,7 +121,7 @@ def main(flags: Flags) -> None:
         cli.check_samples(flags.samples, len(train))
         train = train[: flags.samples]
         # In a step the second layer has the larger product.
-        threads.take(world.device, flags.batch_size * 4 * 4 * 5 * 5 * 16 * 32)
+        cli.take_threads(world.device.type, flags.batch_size * 4 * 4 * 5 * 5 * 16 * 32)
         torch.manual_seed(flags.seed)
         errors = compare_with_conv2d(world.device)
         with breaking_silence(lambda: "still timing windows and conv2d"):

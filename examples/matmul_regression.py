@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from support import checks, cli, console, measure, plots, threads
+from support import checks, cli, console, measure, plots
 
 import torch
 from torch import Tensor
@@ -147,7 +147,7 @@ def main(flags: Flags) -> None:
     with join_world(flags.device, alone=True) as world:
         torch.manual_seed(flags.seed)
         x, y = make_samples(torch.arange(8.0, device=world.device))
-        threads.take(world.device, x.numel())
+        cli.take_threads(world.device.type, x.numel())
         errors = compare_formulas(x, y)
         times = compare_times(x)
         norms = compare_norms(x, y, flags.batch_size)

@@ -32,7 +32,7 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Literal
 
-from support import checks, cli, console, report, threads
+from support import checks, cli, console, report
 
 import torch
 from torch import Tensor
@@ -543,7 +543,7 @@ def main(flags: Flags) -> None:
             1 if of_points else len(test.classes),
         ]
         cli.check_memory(sizes)
-        threads.take(world.device, threads.of_layers(sizes, flags.batch_size))
+        cli.take_threads(world.device.type, cli.largest_product(sizes, flags.batch_size))
         output = "sigmoid" if of_points else ""
         network = build_network(sizes, flags.activation, output, flags.fused, device=world.device)
         loss = BinaryCrossEntropy() if of_points else SoftmaxCrossEntropy()

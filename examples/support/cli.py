@@ -110,6 +110,8 @@ MatFile = Annotated[Path | None, Needs("scipy")]  # of MATLAB
 LogDir = Annotated[Folder, Needs("torch"), Needs("tensorboard")]
 DataFolder = Annotated[Path, Free(on_ranks=True)]  # of which the contents are compared
 DATA = Path(__file__).parent.parent / "data"
+# Multiplications of float32, of which a core makes some 30 to 100 in a nanosecond.
+OF_A_THREAD = 2**25
 
 
 @dataclass(kw_only=True)
@@ -192,6 +194,32 @@ def check_memory(sizes: Sequence[int], flags: str = "") -> None:
                 f"{flags} makes weights of {needed / 2**30:,.0f} GiB, and this machine "
                 f"has {there / 2**30:,.0f} GiB of memory; take fewer units"
             )
+
+
+def take_threads(device: str, multiplications: int) -> None:
+    """Take as many threads as the largest product of a step can use on a CPU, and say so if these
+    are fewer than there are.
+
+    Threads meet at the end of each product. On a busy machine one of them waits some milliseconds
+    for a core, and the others wait for it. So each gets work for a millisecond. A number that is
+    given by OMP_NUM_THREADS stays, such as that of torchrun.
+    """
+    import torch
+
+    there = torch.get_num_threads()
+    threads = max(1, min(there, multiplications // OF_A_THREAD))
+    if device != "cpu" or threads == there or "OMP_NUM_THREADS" in os.environ:
+        return
+    torch.set_num_threads(threads)
+    print(
+        f"{threads} thread{'s' * (threads > 1)}: the largest product of a step has "
+        f"{multiplications:,} multiplications; OMP_NUM_THREADS={there} takes {there}"
+    )
+
+
+def largest_product(sizes: Sequence[int], samples: int) -> int:
+    """Return the multiplications of the largest product of an MLP of these widths."""
+    return samples * max(n * m for n, m in pairwise(sizes))
 
 
 def main(

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from support import cli, console, report, threads, timeline
+from support import cli, console, report, timeline
 from support.cli import Bounds, Count, Free, Number, Output, Share, Size, Switch
 
 import torch
@@ -122,7 +122,7 @@ class TrainFlags(cli.DataFlags):
         train, test = loaded
         train = train[: self.samples]
         samples = -(-self.batch_size // world.world_size)
-        threads.take(world.device, threads.of_layers(self.layer_sizes(train), samples))
+        cli.take_threads(world.device.type, cli.largest_product(self.layer_sizes(train), samples))
         return train[: 10 * self.batch_size] if self.dry_run else train, test
 
     def layer_sizes(self, train: Samples) -> list[int]:

@@ -5,23 +5,22 @@ import subprocess
 import sys
 from pathlib import Path
 
-from support import threads
+from support import cli
 
 import pytest
 import torch
 
-CPU = torch.device("cpu")
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.mark.parametrize(
     "there, multiplications, taken",
-    [(8, 0, 1), (8, threads.SHARE, 1), (8, 3 * threads.SHARE, 3), (8, 2**40, 8), (1, 0, 1)],
+    [(8, 0, 1), (8, cli.OF_A_THREAD, 1), (8, 3 * cli.OF_A_THREAD, 3), (8, 2**40, 8), (1, 0, 1)],
 )
 def test_each_thread_has_its_share_of_a_product(monkeypatch, capsys, there, multiplications, taken):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     torch.set_num_threads(there)
-    threads.take(CPU, multiplications)
+    cli.take_threads("cpu", multiplications)
     assert torch.get_num_threads() == taken
     said = capsys.readouterr().out
     assert said.startswith(f"{taken} thread") == (taken < there)
@@ -31,12 +30,12 @@ def test_each_thread_has_its_share_of_a_product(monkeypatch, capsys, there, mult
 def test_a_given_number_of_threads_stays(monkeypatch, capsys):
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     torch.set_num_threads(2)
-    threads.take(CPU, 0)
+    cli.take_threads("cpu", 0)
     assert (torch.get_num_threads(), capsys.readouterr().out) == (2, "")
 
 
 def test_the_largest_product_of_layers():
-    assert threads.of_layers([784, 128, 500, 10], 3) == 3 * 784 * 128
+    assert cli.largest_product([784, 128, 500, 10], 3) == 3 * 784 * 128
 
 
 @pytest.mark.parametrize("given", [None, "ACTIVE"])

@@ -10,15 +10,17 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from types import FrameType
 
 from torchpar.parallel.launch.processes import shutdown_timeout
 from torchpar.parallel.launch.world import World
-from torchpar.training.stop import restore_handlers
+from torchpar.training.outcome import Stopped
 
 logger = logging.getLogger(__name__)
 PATIENCE = 0.5  # seconds in which most runs have ended, and need no answer
@@ -61,6 +63,24 @@ def answering_signals(world: World, saves: bool) -> Iterator[None]:
         signal.set_wakeup_fd(before, warn_on_full_buffer=False)
         writer.close()  # so that the thread reads the end
         thread.join()
+
+
+def restore_handlers() -> None:
+    """Set the handlers of before a stopped run again if the program has caught its `Stopped`."""
+    if isinstance(sys.exception(), Stopped):
+        return
+    for number in (signal.SIGTERM, signal.SIGINT):
+        handler = signal.getsignal(number)
+        if isinstance(handler, partial) and handler.func is unless_stopped:
+            signal.signal(number, handler.args[0])
+
+
+def unless_stopped(before: Handler | int | None, number: int, _frame: FrameType | None) -> None:
+    """Ignore a signal during a shutdown; otherwise restore and call the handler ``before``."""
+    if isinstance(sys.exception(), Stopped):
+        return
+    signal.signal(number, before)
+    os.kill(os.getpid(), number)
 
 
 def _handlers(writer: socket.socket, saves: bool) -> dict[int, Handler]:

@@ -1,10 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Stop all ranks at the same step after SIGTERM or SIGINT."""
 
-import os
 import signal
-import sys
-from collections.abc import Callable
 from functools import partial
 from types import FrameType
 
@@ -12,9 +9,7 @@ import torch
 import torch.distributed as dist
 
 from torchpar.parallel.launch.world import World
-from torchpar.training.outcome import Stopped
-
-Handler = Callable[[int, FrameType | None], object] | int | None
+from torchpar.training.answers import restore_handlers, unless_stopped
 
 
 class StopSignal:
@@ -37,7 +32,7 @@ class StopSignal:
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, partial(_unless_stopped, handler) if self._largest else handler)
+            signal.signal(number, partial(unless_stopped, handler) if self._largest else handler)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if number == self._received == signal.SIGINT:
@@ -54,21 +49,3 @@ class StopSignal:
         self._work.wait()
         self._largest = int(self._buffer.item())
         return self._largest
-
-
-def restore_handlers() -> None:
-    """Set the handlers of before a stopped run again if the program has caught its `Stopped`."""
-    if isinstance(sys.exception(), Stopped):
-        return
-    for number in (signal.SIGTERM, signal.SIGINT):
-        handler = signal.getsignal(number)
-        if isinstance(handler, partial) and handler.func is _unless_stopped:
-            signal.signal(number, handler.args[0])
-
-
-def _unless_stopped(before: Handler, number: int, _frame: FrameType | None) -> None:
-    """Ignore a signal during a shutdown; otherwise restore and call the handler ``before``."""
-    if isinstance(sys.exception(), Stopped):
-        return
-    signal.signal(number, before)
-    os.kill(os.getpid(), number)
