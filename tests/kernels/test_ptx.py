@@ -662,11 +662,6 @@ BROKEN = {
         r"\g<1>16;",
         "warps wait for what nobody will do",
     ),
-    "no wait for products": (
-        r"wgmma\.wait_group\.sync\.aligned 0;",
-        "",
-        "of an asynchronous product",
-    ),
     "no wgmma.fence": (r"wgmma\.fence\.sync\.aligned;", "", r"wgmma\.fence"),
 }
 
@@ -676,6 +671,28 @@ def test_fault_of_a_kernel_is_noticed(name):
     pattern, replacement, message = BROKEN[name]
     with pytest.raises(PtxError, match=message):
         TMA.execute(Gpu(SCHEDULES[1], change=lambda text: re.sub(pattern, replacement, text)))
+
+
+def test_a_copy_that_does_not_wait_for_products_is_noticed():
+    """After as many steps as there are stages, it overwrites what a product reads."""
+    case = cases.symmetric(64, 328, tiles=mutants.TMA, multiprocessors=1)
+
+    def change(text: str) -> str:
+        return re.sub(r"wgmma\.wait_group\.sync\.aligned \d;", "", text)
+
+    with pytest.raises(PtxError, match=r"overwrites .* which a product of warp . reads"):
+        case.execute(Gpu(SCHEDULES[1], change=change))
+
+
+def test_the_first_read_of_a_sum_waits_for_its_product():
+    """ptxas says C7517 of this mutant: it injects the wait that is missing behind the loop."""
+
+    def change(text: str) -> str:
+        assert "wgmma.wait_group.sync.aligned 0;" in text
+        return text.replace("wgmma.wait_group.sync.aligned 0;", "")
+
+    for schedule in SCHEDULES:
+        assert TMA.agrees(TMA.execute(Gpu(schedule, change=change)), TMA.expected())
 
 
 @slow

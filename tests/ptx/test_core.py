@@ -5,7 +5,9 @@ Each case runs twice, from the same memory.
 """
 
 import ctypes
+import re
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from unittest.mock import patch
 
 import pytest
@@ -464,6 +466,119 @@ def test_products_of_warpgroups(dtype, from_registers):
 
     check(run)
     assert blocks_of_python(run) == 0
+
+
+@triton.jit
+def short_sums_kernel(
+    a, b, c, d,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
+    MOST: tl.constexpr, STAGES: tl.constexpr, TWO: tl.constexpr,
+):  # fmt: skip
+    """Sums of two products with one right operand, or of one: rounded to the type of ``c``."""
+    i, j, k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, BLOCK)
+    total, other = tl.zeros([M, N], c.dtype.element_ty), tl.zeros([M, N], c.dtype.element_ty)
+    for start in tl.range(0, K, BLOCK, num_stages=STAGES):
+        left = tl.load(a + i[:, None] * K + start + k[None, :])
+        right = tl.load(b + j[None, :] * K + (start + k)[:, None])
+        total = tl.dot(left, right, total, max_num_imprecise_acc=MOST, out_dtype=c.dtype.element_ty)
+        if TWO:
+            left = tl.load(d + i[:, None] * K + start + k[None, :])
+            other = tl.dot(
+                left, right, other, max_num_imprecise_acc=MOST, out_dtype=c.dtype.element_ty
+            )
+    tl.store(c + i[:, None] * N + j[None, :], total)
+    if TWO:
+        tl.store(c + (M + i[:, None]) * N + j[None, :], other)
+
+
+F16, E4M3, E5M2 = torch.float16, *FLOAT8
+
+
+def short_sums(
+    kind: torch.dtype, most: int | None, m: int, n: int, warps: int, stages: int, is_two: bool
+) -> Callable[[], list[tuple[Tensor, Tensor]]]:
+    """Launch the kernel above on whole numbers, whose sums are exact in any order."""
+
+    def run() -> list[tuple[Tensor, Tensor]]:
+        torch.manual_seed(1)
+        a, b, d = (torch.randint(-2, 3, (rows, 128)).float() for rows in (m, n, m))
+        c = torch.full((m * (1 + is_two), n), torch.nan, dtype=F16 if kind == F16 else FLOAT32)
+        short_sums_kernel[(1,)](
+            a.to(kind), b.to(kind), c, d.to(kind), m, n, 128, 64, most, stages, is_two,
+            num_warps=warps,
+        )  # fmt: skip
+        return [(c, torch.cat([a, d][: 1 + is_two]) @ b.T)]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "kind, most, m, n, warps, stages, is_two",
+    [
+        (F16, 0, 64, 16, 4, 3, False),
+        (E4M3, 32, 64, 16, 4, 3, False),
+        pytest.param(F16, 0, 128, 64, 8, 2, True, marks=slow),
+        pytest.param(F16, 0, 128, 32, 4, 4, False, marks=slow),
+        pytest.param(F16, 0, 64, 16, 4, 1, True, marks=slow),
+        pytest.param(E5M2, 32, 128, 32, 8, 2, True, marks=slow),
+        pytest.param(E4M3, 32, 64, 32, 4, 4, True, marks=slow),
+        pytest.param(E4M3, 64, 64, 16, 4, 1, False, marks=slow),
+        pytest.param(E4M3, None, 64, 32, 4, 3, True, marks=slow),
+        pytest.param(E5M2, 64, 128, 64, 4, 3, True, marks=slow),
+    ],
+)
+def test_a_sum_that_is_read_before_the_wait_is_waited_for(
+    kind, most, m, n, warps, stages, is_two
+):  # fmt: skip
+    run = short_sums(kind, most, m, n, warps, stages, is_two)
+    with emulate("sm_90", schedules="all") as gpu:
+        ((found, expected),) = run()
+    assert gpu.faults == []
+    assert re.search(r"wgmma\.mma_async", gpu.launches[0].ptx)
+    assert torch.equal(found.float(), expected)
+    check(run)
+    if kind != F16:  # whose products the core leaves to Python
+        assert blocks_of_python(run) == 0
+
+
+WRITE = "mov.b32 {register}, 0;"
+IN_SOME_THREADS = "setp.lt.u32 %pending, %tid_of_pending, 7; @%pending mov.b32 {register}, 0;"
+WAITS = r"wgmma\.wait_group\.sync\.aligned\s+\d+;"
+
+
+@pytest.mark.parametrize(
+    "planted, message",
+    [
+        (WRITE, "takes a register of an asynchronous product"),  # the next product
+        (IN_SOME_THREADS, "changes a register of an asynchronous product in some threads"),
+    ],
+)
+def test_a_sum_that_is_written_before_the_wait_is_a_fault(planted, message):
+    """The negative control of the test above, for a product whose sums nobody reads early."""
+    run = short_sums(E4M3, None, 64, 16, 4, 3, False)
+
+    def plant(text: str) -> str:
+        register = re.search(r"wgmma\.mma_async[^{]*\{(%r\d+)", text)[1]
+        at = text.index("wgmma.commit_group")
+        head = ".reg .pred %pending; .reg .b32 %tid_of_pending; mov.u32 %tid_of_pending, %tid.x;"
+        return f"{text[:at]}{{ {head} {planted.format(register=register)} }} {text[at:]}"
+
+    for context in (nullcontext(), in_python()):
+        with context, emulate("sm_90") as gpu:
+            gpu.change = plant
+            run()
+        assert [fault.name for fault in gpu.faults] == ["invalid operation"]
+        assert message in gpu.faults[0].message
+
+
+def test_operands_that_are_overwritten_while_they_are_multiplied_are_a_fault():
+    """A copy overwrites them where nothing reads the sums, and the program does not wait."""
+    run = short_sums(E4M3, None, 64, 16, 4, 2, False)
+    for context in (nullcontext(), in_python()):
+        with context, emulate("sm_90") as gpu:
+            gpu.change = lambda text: re.sub(WAITS, "", text)
+            run()
+        assert {fault.name for fault in gpu.faults if fault.kind != "note"} == {"race"}
 
 
 FEW = ("store without mask", "two programs on one element", "barrier left out")

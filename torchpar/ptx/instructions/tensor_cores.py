@@ -293,6 +293,15 @@ class Wgmma(Operation):
         if all(one is self.token for one in held):  # and no later product writes them
             warp.registers.set_many(self.to, scatter(self.result).view(np.uint32))
 
+    def wait_early(self, warp: Warp) -> None:
+        """Wait for this product and those before it, which their groups then no longer have."""
+        for group in warp.groups["wgmma"]:
+            while group:
+                one = group.pop(0)
+                one.wait(warp)
+                if one is self:
+                    return
+
 
 @instruction("wgmma.mma_async.sync.aligned", whole=True)
 def _multiply_async(i: Instruction) -> Run:

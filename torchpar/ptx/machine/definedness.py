@@ -69,7 +69,7 @@ def execute(warp: Warp, i: Instruction, step: Callable[[], bool]) -> bool | None
         return None
     for index, t in found.items():
         registers[index] = t.values
-    read = {index: t for index, t in found.items() if index not in i.writes or _reads(i, index)}
+    read = {index: t for index, t in found.items() if index not in i.writes or reads(i, index)}
     values = {index: registers[index] for index in held}
     guard = i.guard.index if i.guard is not None else -1
     if guard in found and (found[guard].mask & warp.active).any():
@@ -105,7 +105,8 @@ def _taint_results(
             registers[index] = Tainted(value, mask, cause)
 
 
-def _reads(i: Instruction, index: int) -> bool:
+def reads(i: Instruction, index: int) -> bool:
+    """Whether an operand is the register, beside those that are written."""
     given = [one for operand in i.operands for one in flat(operand)]
     registers = [one.index for one in given if isinstance(one, Register)]
     return index in registers[len(i.writes) :]  # behind those that it writes

@@ -191,16 +191,45 @@ def _shuffle_at(warp: "Warp", i: Instruction, mask: Values, given: list[Values])
 
 
 def _step_tainted(warp: "Warp", i: Instruction, pc: int, error: Exception) -> bool:
-    """Execute an instruction that has failed, if its registers have undefined bits."""
-    held = [warp.registers[one.index] for one in i.registers]
-    if any(isinstance(one, Unready) and one.operation is not None for one in held):
+    """Execute an instruction that has failed, if its registers are not ready.
+
+    They have undefined bits, or an asynchronous product will write them.
+    """
+    warp.pc = pc
+    has_waited = _wait_for_products(warp, i, error)
+    stop = definedness.execute(warp, i, lambda: step(warp, i))
+    if stop is not None:
+        return stop
+    if not has_waited:
+        raise error
+    return step(warp, i)
+
+
+def _wait_for_products(warp: "Warp", i: Instruction, error: Exception) -> bool:
+    """Wait for the products whose sums the instruction reads, and return whether there is one.
+
+    PTX wants a `wgmma.wait_group` first. ptxas injects the wait where there is none (its remark
+    C7517), and Triton relies on that for sums in float16, and for float8 with the option
+    ``max_num_imprecise_acc``.
+
+    Raises:
+        PtxError: the instruction writes such a register in a part of the threads, or multiplies it.
+    """
+    held = {one.index: warp.registers[one.index] for one in i.registers}
+    pending = {n: one for n, one in held.items() if _is_pending(one)}
+    if pending and i.parts[0] == "wgmma":
         message = f"{i.opcode} takes a register of an asynchronous product"
         raise PtxError(i.line, message) from error
-    warp.pc = pc
-    stop = definedness.execute(warp, i, lambda: step(warp, i))
-    if stop is None:
-        raise error
-    return stop
+    for n, one in pending.items():
+        if n in i.writes and not definedness.reads(i, n):
+            message = f"{i.opcode} changes a register of an asynchronous product in some threads"
+            raise PtxError(i.line, message) from error
+        one.operation.wait_early(warp)
+    return bool(pending)
+
+
+def _is_pending(held: object) -> bool:
+    return isinstance(held, Unready) and held.operation is not None
 
 
 def _branch(warp: "Warp", target: int) -> None:

@@ -67,6 +67,26 @@ static int end_product(Warp *w, State *s, int32_t number, const Instruction *i)
     return BUDGET;
 }
 
+/* Wait for the operations of a family up to an end. */
+static int wait_up_to(Warp *w, Family *f, int32_t end)
+{
+    State *s = &w->runner->states[w->index];
+    for (; f->first < end; f->first++) {
+        const Operation *one = &f->operations[f->first];
+        w->times[one->agent] = 2;
+        if (one->product && end_product(w, s, f->first, one->product) == PYTHON)
+            return PYTHON;
+    }
+    return BUDGET;
+}
+
+/* `tensor_cores.Wgmma.wait_early`: an instruction reads a sum of a product. */
+static int wait_early(Warp *w, int32_t sum)
+{
+    State *s = &w->runner->states[w->index];
+    return wait_up_to(w, &s->families[OF_PRODUCTS], s->owners[sum] + 1) == BUDGET;
+}
+
 static int wait_for(Warp *w, const Instruction *i)
 {
     State *s = &w->runner->states[w->index];
@@ -77,7 +97,7 @@ static int wait_for(Warp *w, const Instruction *i)
         const int is_any = f->ends[g] > start;
         has_any |= is_any;
         in_flight += is_any && g >= left;
-        start = f->ends[g];
+        start = is_any ? f->ends[g] : start;
     }
     if (has_any) {
         int64_t *row = counts_of(w, i);
@@ -86,12 +106,8 @@ static int wait_for(Warp *w, const Instruction *i)
         row[MOST_IN_FLIGHT] = in_flight > row[MOST_IN_FLIGHT] ? in_flight : row[MOST_IN_FLIGHT];
     }
     for (; f->first_group < left; f->first_group++)
-        for (; f->first < f->ends[f->first_group]; f->first++) {
-            const Operation *one = &f->operations[f->first];
-            w->times[one->agent] = 2;
-            if (one->product && end_product(w, s, f->first, one->product) == PYTHON)
-                return PYTHON;
-        }
+        if (wait_up_to(w, f, f->ends[f->first_group]) == PYTHON)
+            return PYTHON;
     return BUDGET;
 }
 

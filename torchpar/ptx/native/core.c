@@ -143,6 +143,7 @@ typedef struct Warp {
 } Warp;
 
 static int of_block(Warp *w, const Instruction *i, uint32_t mask);
+static int wait_early(Warp *w, int32_t sum);
 
 /* Keep what is changed next. Shared memory and registers begin anew with each block. */
 static void keep(const Warp *w, const Allocation *place, void *where, int64_t size)
@@ -1588,6 +1589,12 @@ int decode_matrix(double *to, Space *space, const int64_t *addresses, int64_t ro
     return 1;
 }
 
+/* Whether a register that is read is that of a product's sum, for which the warp waits now. */
+static int becomes_ready(Warp *w, int32_t n)
+{
+    return w->runner && w->states[n] == PENDING && wait_early(w, n);
+}
+
 /* Execute at most `budget` instructions, and none from `limit` on. Return why it stopped. */
 int run(Warp *w, int64_t budget, int32_t limit)
 {
@@ -1615,7 +1622,7 @@ int run(Warp *w, int64_t budget, int32_t limit)
             if (i->whole && mask != ALL)
                 return PYTHON;
             for (int n = 0; n < i->sources; n++)
-                if (!in_row(w, i->from[n]))
+                if (!in_row(w, i->from[n]) && !becomes_ready(w, i->from[n]))
                     return PYTHON;
             if (w->events->count == w->events->capacity)
                 return GROW;
