@@ -9,12 +9,14 @@ import triton
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ptx.test_core import in_python
 from torchpar.ptx import emulate
+from torchpar.ptx.instructions.tma import Barrier
 from torchpar.ptx.report import assembly
 from torchpar.ptx.triton import stages
 from torchpar.testing import check_kernel
@@ -183,6 +185,44 @@ def test_a_program_that_ends_while_tma_reads_is_named(waits):
         names = [fault.name for fault in gpu.faults]
         assert names == ([] if waits else ["unfinished copy"])
         assert torch.equal(y, torch.arange(128.0).repeat(4))
+
+
+@gluon.jit
+def copy_ahead_kernel(x, out, n, B: gl.constexpr, WAITS: gl.constexpr):
+    i = gl.arange(0, B, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    shared = gl.allocate_shared_memory(gl.float32, [B], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    async_copy.async_load(shared, x + i, mask=i < n)
+    async_copy.commit_group()
+    if WAITS:
+        async_copy.wait_group(0)
+    gl.store(out + i, i.to(gl.float32))
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_program_that_ends_while_a_masked_copy_writes_is_named(waits):
+    x, out = torch.ones(100), torch.zeros(128)
+    with emulate(schedules="all") as gpu:
+        copy_ahead_kernel[(1,)](x, out, 100, 128, waits, num_warps=4)
+    messages = {fault.message for fault in gpu.faults}
+    said = {"the program may end before this copy has written its shared memory"}
+    assert messages == (set() if waits else said)
+
+
+@pytest.mark.parametrize(
+    "arrivals, transactions, said",
+    [
+        (1, 0, "expects 2 arrivals"),
+        (2, -1, "expects 1 arrival and 1 byte"),
+        (5, 0, "got 2 arrivals that it did not expect"),
+        (4, 2000, "got 1 arrival and 2,000 bytes that it did not expect"),
+        (2, 8, "expects 1 arrival and got 8 bytes that it did not expect"),
+    ],
+)
+def test_what_an_mbarrier_misses_is_said_in_words(arrivals, transactions, said):
+    """A negative number of arrivals or bytes has come without being expected."""
+    barrier = Barrier(1, 3)
+    barrier.update(arrivals, -transactions)
+    assert barrier.missing() == f" (its mbarrier {said})"
 
 
 @triton.jit

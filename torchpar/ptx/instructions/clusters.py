@@ -143,6 +143,8 @@ class RemoteStore(Operation):
     It is of the generic proxy. The mbarriers count its bytes.
     """
 
+    last_access = "written shared memory"
+
     def __init__(
         self, warp: Warp, line: int, addresses: Values, values: Values, counting: list[Barrier]
     ):

@@ -167,6 +167,8 @@ class Copies(Operation):
         done: steps of those that were added so far.
     """
 
+    last_access = "written its shared memory"
+
     def __init__(self, warp: Warp, line: int):
         super().__init__(warp, line, "a copy", generic=COPIES_NEED_FENCE)
         self.block, self.parts, self.done = warp.block, list[Places](), 0

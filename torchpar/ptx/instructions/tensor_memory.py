@@ -279,6 +279,8 @@ def _multiply(i: Instruction) -> Run:
 class Commit(Operation):
     """An arrival at an mbarrier, when all products of the warp before it have ended."""
 
+    last_access = "arrived at its mbarrier"
+
     def __init__(self, warp: Warp, line: int, barrier: Barrier):
         memory = memory_of(warp)
         super().__init__(warp, line, "a commit", after=memory.last)

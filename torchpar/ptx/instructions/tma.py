@@ -46,15 +46,15 @@ class Barrier:
 
     def missing(self) -> str:
         """Say why the phase has not ended."""
-        found = []
-        if self.pending:
-            found.append(f"{self.pending} arrival{'s' * (self.pending != 1)}")
-        if self.transactions > 0:
-            found.append(f"{self.transactions:,} bytes")
-        text = f"expects {' and '.join(found)}" if found else ""
-        if self.transactions < 0:
-            text += f"{' and ' * bool(text)}got {-self.transactions:,} bytes that it did not expect"
-        return f" (its mbarrier {text})"
+        both = (self.pending, "arrival"), (self.transactions, "byte")
+        numbers = [(n, f"{abs(n):,} {word}{'s' * (abs(n) != 1)}") for n, word in both]
+        expected = " and ".join(text for n, text in numbers if n > 0)
+        unexpected = " and ".join(text for n, text in numbers if n < 0)
+        parts = (
+            expected and f"expects {expected}",
+            unexpected and f"got {unexpected} that it did not expect",
+        )
+        return f" (its mbarrier {' and '.join(filter(None, parts))})"
 
 
 class Ended:

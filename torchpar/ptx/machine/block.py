@@ -390,15 +390,16 @@ class Block:
         known = self.clocks.times.max(0)
         for agent, line, what in self.bulk:  # also those that this schedule has completed
             if not known[agent]:
-                self._note_unfinished(line, what)
+                self._note_unfinished(line, f"this copy has {what} its shared memory")
         mine = [one for one in self.flying if self.cluster.owners[one.agent] == self.rank]
         for one in mine:
             if one.steps and one.agent not in of_bulk and not known[one.agent]:
-                self._note_unfinished(one.line, "read")
+                _, name = one.what.split(maxsplit=1)
+                self._note_unfinished(one.line, f"this {name} has {one.last_access}")
             one.advance()
 
     def _note_unfinished(self, line: int, what: str) -> None:
-        message = f"the program may end before this copy has {what} its shared memory"
+        message = f"the program may end before {what}"
         self.gpu.fault("error", "unfinished copy", line, message, self.warps[0])
 
 

@@ -22,6 +22,7 @@ class Operation:
     """
 
     targets: frozenset[int] = frozenset()  # ranks of blocks of the cluster to which it writes
+    last_access = "read its shared memory"  # before which its block must not end
 
     def __init__(
         self,

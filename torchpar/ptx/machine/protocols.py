@@ -203,6 +203,9 @@ class Operation(Arrival, Protocol):
     @property
     def targets(self) -> frozenset[int]: ...
 
+    @property
+    def last_access(self) -> str: ...
+
     def advance(self, left: int = 0) -> None: ...
 
 
