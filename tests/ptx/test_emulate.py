@@ -6,6 +6,7 @@ Kernels are compiled for each architecture, and their PTX is executed.
 
 import os
 import re
+import subprocess
 import textwrap
 from pathlib import Path
 
@@ -15,14 +16,18 @@ import torch
 import triton
 import triton.language as tl
 from commands import ROOT, forked
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.runtime.driver import driver as active_driver
 
 from torchpar.ptx import command, emulate
 from torchpar.ptx.cuda.stand_in import cuda_is_cpu
+from torchpar.ptx.report import resources
 from torchpar.ptx.report.faults import Fault
 from torchpar.ptx.report.source import STARTED_IN
 
 pytest_plugins = ["pytester"]
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+slow = pytest.mark.slow
 
 
 @triton.jit
@@ -518,6 +523,53 @@ def test_the_command_refuses_what_cannot_work_before_the_script_runs(tmp_path, c
     assert "TRITON_INTERPRET is set" in capsys.readouterr().err
     with pytest.raises(ValueError, match="TRITON_INTERPRET is set"), emulate("sm_90"):
         pass
+
+
+@triton.jit
+def sort_rows(x, out, N: tl.constexpr):
+    """Many values live at once."""
+    i = tl.arange(0, N)
+    a = tl.load(x + i)
+    for step in tl.static_range(1, 4):
+        a = a + tl.sum(a * step, 0) * tl.load(x + step * N + i)
+    tl.store(out + i, a)
+
+
+def taken_by(kernel, arch: str, folder: Path) -> tuple[int, int]:
+    """Registers, and words of the stack, by NVIDIA's cuobjdump of the machine code."""
+    ptxas = get_ptxas(int(arch.removeprefix("sm_"))).path
+    text, code = folder / "kernel.ptx", folder / "kernel.cubin"
+    text.write_text(kernel.asm["ptx"], "utf-8")
+    target = re.search(r"\.target (\w+)", kernel.asm["ptx"])[1]
+    subprocess.run([ptxas, f"--gpu-name={target}", text, "-o", code], check=True)
+    dump = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", code]
+    said = subprocess.run(dump, check=True, capture_output=True, text=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", said).groups()
+    return int(registers), int(stack) // 4
+
+
+@pytest.mark.parametrize("arch", ["sm_90", *(pytest.param(a, marks=slow) for a in ARCHITECTURES[::2])])
+def test_a_kernel_has_the_registers_and_spills_that_ptxas_says(arch, tmp_path, monkeypatch):
+    """ptxas is asked when a program reads them, as Triton's tutorial 02 does before its launch."""
+    asked, assemble = [], resources.assemble
+    monkeypatch.setattr(resources, "assemble", lambda *a: asked.append(a) or assemble(*a))
+    resources.resources.cache_clear()
+    x, out = torch.randn(4 * 4096), torch.empty(4096)
+    for most in (None, 24):
+        options = {"maxnreg": most} if most else {}
+        with emulate(arch) as gpu:
+            kernel = sort_rows.warmup(x, out, N=4096, num_warps=4, grid=(1,), **options)
+            kernel._init_handles()
+            properties = active_driver.active.utils.get_device_properties(0)
+            count = len(asked)
+            found = kernel.n_regs, kernel.n_spills
+        assert (count, len(asked)) == ((1, 2) if most else (0, 1))
+        assert found == taken_by(kernel, arch, tmp_path)
+        assert found == (kernel.n_regs, kernel.n_spills)
+        assert bool(found[1]) == bool(most)  # what does not fit is on the stack
+        assert kernel.n_max_threads == 128
+        assert properties["max_num_regs"] // (found[0] * 128) > 0
+        assert gpu.launches == []
 
 
 def test_an_interrupted_script_shows_what_was_executed(tmp_path, capsys):

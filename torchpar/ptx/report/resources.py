@@ -14,10 +14,14 @@ from torchpar.kernels.data_sheets import DATA_SHEETS, PROGRAMS, REGISTERS, RESER
 
 
 class Resources(NamedTuple):
-    """Registers of a thread, and bytes of its memory for registers that do not fit."""
+    """Registers of a thread, and bytes of its memory for registers that do not fit.
+
+    Its stack has these bytes, and its arrays.
+    """
 
     registers: int
     spilled_bytes: int
+    stack_bytes: int = 0
 
     def __str__(self) -> str:
         spills = f"spills {self.spilled_bytes} bytes" if self.spilled_bytes else "no spills"
@@ -71,6 +75,8 @@ def resources(ptx: str, arch: str) -> Resources:
         raise RuntimeError(f"ptxas refuses the kernel: {said.strip().splitlines()[0]}")
     registers = re.search(r"Used (\d+) registers", said)
     spilled = re.search(r"(\d+) bytes spill stores", said)
+    stack = re.search(r"(\d+) bytes stack frame", said)
     if registers is None:
         raise RuntimeError("ptxas does not say how many registers the kernel uses")
-    return Resources(int(registers[1]), int(spilled[1]) if spilled else 0)
+    of_memory = (int(found[1]) if found else 0 for found in (spilled, stack))
+    return Resources(int(registers[1]), *of_memory)

@@ -9,6 +9,7 @@ Triton compiles a kernel as for the architecture, up to PTX, in a cache of its o
 reads and writes the memory of the tensors themselves.
 """
 
+import re
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -27,6 +28,7 @@ from torchpar.kernels.data_sheets import REGISTERS
 from torchpar.ptx.report.assembly import refusals
 from torchpar.ptx.report.faults import HostFault
 from torchpar.ptx.report.launch_record import Launch
+from torchpar.ptx.report.resources import Resources, resources
 from torchpar.ptx.report.source import program_line
 from torchpar.ptx.triton import autotuner
 from torchpar.ptx.triton.assumptions import Assertions, assertions_of
@@ -36,6 +38,8 @@ from torchpar.ptx.triton.parameters import flatten
 from torchpar.ptx.triton.stages import KernelSource, Metadata, Stages
 
 LARGEST_GRID_X, LARGEST_GRID_YZ = 2**31 - 1, 65_535  # of each NVIDIA GPU
+MOST_THREADS = 1024  # of a CTA
+THREADS = re.compile(r"^\s*\.(?:req|max)ntid\s+(\d+)", re.MULTILINE)  # that a kernel is made for
 NO_GSAN = (
     "TRITON_INSTRUMENTATION_MODE is gsan, whose kernels need memory of a GPU; unset it: races "
     "between programs are found without it"
@@ -46,6 +50,29 @@ class Module(NamedTuple):
     """A compiled kernel."""
 
     text: str
+
+
+class Asked(NamedTuple):
+    """A number of a kernel for which ptxas is asked when somebody reads it, and not before.
+
+    Attributes:
+        text: the PTX.
+        arch: such as "sm_90".
+        find: a function that takes the number from what ptxas says.
+    """
+
+    text: str
+    arch: str
+    find: Callable[[Resources], int]
+
+    def number(self) -> int:
+        """Return the number.
+
+        Raises:
+            OSError: there is no ptxas.
+            RuntimeError: ptxas refuses the text.
+        """
+        return self.find(resources(self.text, self.arch))
 
 
 def _check_mode(metadata: Metadata) -> None:
@@ -284,8 +311,20 @@ class Utils:
 
     def load_binary(
         self, name: str, kernel: bytes, shared: int, device: int
-    ) -> tuple[int, Module, int, int, int]:
-        return 1, Module(kernel.decode()), 0, 0, 1024
+    ) -> tuple[int, Module, Asked, Asked, int]:
+        """Return a module, a function, and what CUDA says of it.
+
+        That are a thread's registers, the words of 4 bytes of its stack, and the most threads.
+        """
+        text, arch = kernel.decode(), self.emulator.arch
+        threads = THREADS.search(text)
+        return (
+            1,
+            Module(text),
+            Asked(text, arch, lambda used: used.registers),
+            Asked(text, arch, lambda used: used.stack_bytes // 4),
+            int(threads[1]) if threads else MOST_THREADS,
+        )
 
     def unload_module(self, module: int) -> None: ...
 

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import lru_cache
+from typing import Any
 from unittest.mock import patch
 
 from triton.backends.nvidia.compiler import CUDABackend
@@ -19,6 +20,7 @@ from torchpar.ptx.native.cache import cache_folder, writable
 from torchpar.ptx.triton import autotuner
 from torchpar.ptx.triton.driver import (
     NO_GSAN,
+    Asked,
     Driver,
     Entered,
     Module,
@@ -51,6 +53,38 @@ def _let_kernels_end() -> None:
         unload(kernel)
 
     CompiledKernel.__del__ = forget
+
+
+class AskedNumber:
+    """An attribute of Triton's kernels, which for those of an emulator is an `Asked`."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __get__(self, kernel: CompiledKernel | None, owner: type | None = None) -> Any:
+        if kernel is None:
+            return self
+        try:
+            held = vars(kernel)[self.name]
+        except KeyError:
+            message = f"{type(kernel).__name__!r} object has no attribute {self.name!r}"
+            raise AttributeError(message) from None
+        if isinstance(held, Asked):
+            held = vars(kernel)[self.name] = held.number()
+        return held
+
+    def __set__(self, kernel: CompiledKernel, value: Any) -> None:
+        vars(kernel)[self.name] = value
+
+
+@lru_cache(1)
+def _let_kernels_ask() -> None:
+    """Let ``n_regs`` and ``n_spills`` of a kernel ask ptxas when a program reads them.
+
+    A call of ptxas takes longer than most launches. The change lasts as long as the process.
+    """
+    for name in ("n_regs", "n_spills"):
+        setattr(CompiledKernel, name, AskedNumber(name))
 
 
 def _set_variable(name: str, value: str | None) -> None:
@@ -142,6 +176,7 @@ def _install() -> None:
     """Let Triton compile and launch for the emulators, until `patches` is closed."""
     folder = writable(cache_folder("ptx"))
     _let_kernels_end()
+    _let_kernels_ask()
     with ExitStack() as stack:
         for name, value in (("TRITON_CACHE_DIR", str(folder)), ("TRITON_DEFAULT_FP_FUSION", "1")):
             stack.callback(_set_variable, name, os.environ.get(name))
