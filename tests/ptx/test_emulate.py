@@ -548,7 +548,9 @@ def taken_by(kernel, arch: str, folder: Path) -> tuple[int, int]:
     return int(registers), int(stack) // 4
 
 
-@pytest.mark.parametrize("arch", ["sm_90", *(pytest.param(a, marks=slow) for a in ARCHITECTURES[::2])])
+@pytest.mark.parametrize(
+    "arch", ["sm_90", *(pytest.param(a, marks=slow) for a in ARCHITECTURES[::2])]
+)
 def test_a_kernel_has_the_registers_and_spills_that_ptxas_says(arch, tmp_path, monkeypatch):
     """ptxas is asked when a program reads them, as Triton's tutorial 02 does before its launch."""
     asked, assemble = [], resources.assemble

@@ -5,6 +5,7 @@ Each fault is named at its line. Beside each stands the program without the faul
 """
 
 import inspect
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -12,9 +13,11 @@ import torch
 import triton
 import triton.language as tl
 
+from ptx.test_core import in_python
 from torchpar.ptx import emulate
 from torchpar.ptx.machine.address_space import AddressSpace
 from torchpar.ptx.machine.allocation import Allocation
+from torchpar.ptx.machine.overflow import NOT_FOLLOWED, Lost
 
 VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 
@@ -102,22 +105,101 @@ def test_an_offset_that_overflows_32_bits_is_named_with_the_element_that_was_mea
     wrapped = page * stride - 2**32
     assert wrapped < -(2**31) + 2**28
 
-    def message(count, offset):
+    def message(count, offset, overflow=NOT_FOLLOWED):
         space = AddressSpace("global memory")
         cache = Allocation(
             f"cache (float16 [{count}])", 2**40, 2 * count, 2, np.zeros(4096, np.uint8)
         )
         cache.index, cache.itemsize = (lambda at: f"cache[{at // 2}]"), 2
         space.add(cache)
-        return space.outside(2**40 + 2 * offset, 2)
+        return space.outside(2**40 + 2 * offset, 2, None, overflow)
 
     meant = f"; cache[{page * stride}] is 2**32 elements further, as if an offset of 32 bits had"
     outside = f"cache[{wrapped}], which is outside of cache (float16 [{8000 * stride}])"
     assert message(8000 * stride, wrapped) == f"{outside}{meant} overflowed; compute it in int64"
-    # Negative controls: nothing of these tensors lies there.
+    followed = f"; an offset of 32 bits has overflowed, and cache[{page * stride}] was meant"
+    overflow = Lost(2 * 2**32, True)
+    assert message(8000 * stride, wrapped, overflow) == f"{outside}{followed}; compute it in int64"
+    # Negative controls: it is known that none has overflowed; nothing of these tensors lies there.
+    assert message(8000 * stride, wrapped, Lost(0, True)) == outside
     assert "2**32" not in message(page * stride, wrapped)
     assert "2**32" not in message(8000 * stride, -1)
     assert "2**32" not in message(8000 * stride, 8000 * stride)
+
+
+@triton.jit
+def copy_pages(cache, pages, out, stride, STEPS: tl.constexpr, BLOCK: tl.constexpr):
+    """The steps of a loop move an offset of 32 bits."""
+    page = tl.load(pages)
+    i = tl.arange(0, BLOCK)
+    for step in range(STEPS):
+        tl.store(out + step * BLOCK + i, tl.load(cache + (page * stride + step * BLOCK + i)))
+
+
+@triton.jit
+def advance_pages(cache, pages, out, stride, STEPS, BLOCK: tl.constexpr):
+    """The steps of a loop move a pointer; another factor is a constant, and a shift."""
+    i = tl.arange(0, BLOCK)
+    at = cache + tl.load(pages) * stride * 4 + i
+    for step in range(STEPS):
+        tl.store(out + step * BLOCK + i, tl.load(at))
+        at += BLOCK
+
+
+@pytest.mark.parametrize("is_slow", [False, True])
+@pytest.mark.parametrize(
+    "kernel, factor, page",
+    [
+        (copy_pages, 1, 131_077),
+        (copy_pages, 1, -131_071),  # a negative page
+        (copy_pages, 1, 80),  # a page behind the last one
+        (advance_pages, 4, 2**31 - 1),
+        (advance_pages, 4, -40_000),
+        (advance_pages, 4, -5),
+        (advance_pages, 4, 2_000),
+    ],
+)
+def test_an_offset_of_a_small_tensor_that_overflows_is_followed_back(kernel, factor, page, is_slow):
+    """The message names what was meant; and nothing is said of an offset that is simply wrong."""
+    cache, stride = torch.zeros(2**16 + 5), 16_384
+    pages, out = torch.tensor([page], dtype=torch.int32), torch.empty(3, 128)
+    exact = page * stride * factor
+    found = (exact + 2**31) % 2**32 - 2**31
+    with in_python() if is_slow else nullcontext(), emulate("sm_90") as gpu:
+        kernel[(1,)](cache, pages, out, stride, 3, 128)
+    messages = [fault.message for fault in gpu.faults if fault.name == "out of bounds"]
+    said = f"element {found} of the storage of cache, which is outside of cache (float32 [65541])"
+    overflow = (
+        f"; an offset of 32 bits has overflowed, and element {exact} of the storage of cache was "
+        "meant, which is outside, too; compute it in int64"
+    )
+    assert messages == [f"thread 0 loads {said}{overflow if found != exact else ''}"]
+
+
+@triton.jit
+def gather_far(x, first, second, out, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    offset = tl.load(first) + tl.load(second)
+    tl.store(out + i, tl.load(x + offset + i))
+
+
+@pytest.mark.parametrize(
+    "first, second, said",
+    [
+        (2**31 - 1, 2**31 - 1, "element 4294967294 of the storage of x was meant"),
+        (-(2**31), -(2**31) + 100, "element -4294967196 of the storage of x was meant"),
+        (-(2**31), 5, ""),
+        (2**31 - 1, 0, ""),
+    ],
+)
+def test_a_sum_that_overflows_in_both_directions(first, second, said):
+    x, out = torch.zeros(20), torch.empty(32)
+    with emulate("sm_80") as gpu:
+        terms = (torch.tensor([one], dtype=torch.int32) for one in (first, second))
+        gather_far[(1,)](x, *terms, out, 32, num_warps=1)
+    (fault,) = (one for one in gpu.faults if one.name == "out of bounds")
+    assert said in fault.message
+    assert ("overflowed" in fault.message) == bool(said)
 
 
 @pytest.mark.parametrize("dtype", [np.int64, np.uint64])

@@ -9,6 +9,7 @@ import numpy as np
 from torchpar.ptx.machine.allocation import POISON, Allocation
 from torchpar.ptx.machine.counts import Counts
 from torchpar.ptx.machine.origins import origins
+from torchpar.ptx.machine.overflow import NOT_FOLLOWED, Lost, lost
 from torchpar.ptx.machine.parse import PtxError
 from torchpar.ptx.machine.protocols import SpaceView, Warp
 from torchpar.ptx.machine.registers import Values, all_true
@@ -129,30 +130,43 @@ class AddressSpace:
         line: int,
         does: str,
         meant: Allocation | None = None,
+        overflow: Lost = NOT_FOLLOWED,
     ) -> PtxError:
         """Return the error of an access that begins in ``place``, and is not in it or misaligned.
 
         Args:
             does: who does what, before the place.
+            meant, overflow: as in `outside`.
         """
         if place is not None and (address - place.base) % width:
             message = f"an address in {place.name} is not a multiple of {width}"
             return PtxError(line, message, "misaligned access")
         where = (
-            self.outside(address, width, meant)
+            self.outside(address, width, meant, overflow)
             if place is None
             else f"{width} bytes that begin in {place.name} and end outside of it"
         )
         return PtxError(line, f"{does}{where}", "out of bounds")
 
-    def outside(self, address: int, width: int, meant: Allocation | None = None) -> str:
+    def outside(
+        self,
+        address: int,
+        width: int,
+        meant: Allocation | None = None,
+        overflow: Lost = NOT_FOLLOWED,
+    ) -> str:
         """Say where an address lies that is in no allocation.
 
         Args:
             meant: the tensor whose address an offset was added to; None: it is not known.
+            overflow: what the address has lost by overflows.
         """
-        tensors = self.allocations if meant is None else [meant]
-        wrapped = next((one for one in tensors if _has_wrapped(one, address, width)), None)
+        wrapped: Allocation | None = None
+        if overflow.bytes:
+            meant = meant or self.known(address + overflow.bytes)
+        elif not overflow.is_known:
+            tensors = self.allocations if meant is None else [meant]
+            wrapped = next((one for one in tensors if _has_wrapped(one, address, width)), None)
         at = f"address {address % 2**64:#x}"
         if not self.allocations:
             return f"{at}, and {self.name} has no allocation"
@@ -161,14 +175,10 @@ class AddressSpace:
             limit = max(NEAR_SIZES * near.size, NEAR_BYTES)
             if meant is None and wrapped is None and _distance(near, address) > limit:
                 return f"{at}, which is far from every tensor of the launch"
-            place = f"{near.where(address - near.base)}, which is outside of {near.name}"
-            if wrapped is None:
-                return place
-            where = near.where(address + near.itemsize * 2**32 - near.base)
-            return (
-                f"{place}; {where} is 2**32 elements further, as if an offset of 32 bits had "
-                "overflowed; compute it in int64"
-            )
+            text = f"{near.where(address - near.base)}, which is outside of {near.name}"
+            if overflow.bytes:
+                return f"{text}; {_meant_by(near, address + overflow.bytes, width)}"
+            return text if wrapped is None else f"{text}; {_perhaps_meant_by(near, address)}"
         text = f"{at}, which is outside of each allocation of {self.name}"
         if address < near.start:
             return f"{text}: {near.start - address} bytes before {near.name}"
@@ -255,7 +265,9 @@ class AddressSpace:
             place: where it begins.
             does: who does what, as "thread 3 loads".
         """
-        error = self._error(place, address, width, line, f"{does} ", self._meant(warp, line))
+        overflow = lost(warp, address) if self is warp.block.gpu.space else NOT_FOLLOWED
+        meant = self._meant(warp, line)
+        error = self._error(place, address, width, line, f"{does} ", meant, overflow)
         warp.block.gpu.fault("error", error.name, line, error.reason, warp)
 
     def _meant(self, warp: Warp, line: int) -> Allocation | None:
@@ -288,6 +300,25 @@ class AddressSpace:
 def _distance(place: Allocation, address: int) -> int:
     """Return the bytes between an allocation and an address that is not in it."""
     return max(place.start - address, address - place.end)
+
+
+def _meant_by(place: Allocation, address: int, width: int) -> str:
+    """Say which element was meant where an offset has overflowed."""
+    is_inside = place.start <= address and address + width <= place.end
+    where = "" if is_inside else ", which is outside, too"
+    return (
+        f"an offset of 32 bits has overflowed, and {place.where(address - place.base)} was meant"
+        f"{where}; compute it in int64"
+    )
+
+
+def _perhaps_meant_by(place: Allocation, address: int) -> str:
+    """Say which element may have been meant where it is not known how the offset was computed."""
+    where = place.where(address + place.itemsize * 2**32 - place.base)
+    return (
+        f"{where} is 2**32 elements further, as if an offset of 32 bits had overflowed; compute it "
+        "in int64"
+    )
 
 
 def _has_wrapped(place: Allocation, address: int, width: int) -> bool:

@@ -133,7 +133,9 @@ class Kernel:
     local_bytes: int = 0  # of a thread's stack
     program: Any = None  # for the core in C
     slots: Any = None  # of the counters
-    origins: dict[int, set[str]] | None = None  # of addresses, when they are first asked
+    # When they are first asked: the origins of addresses, and what writes each register.
+    origins: dict[int, set[str]] | None = None
+    definitions: dict[int, list[Instruction]] | None = None
     file: str = ""  # of the kernel's source
 
 
