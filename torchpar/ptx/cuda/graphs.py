@@ -62,6 +62,7 @@ class Graphs:
         self.capture: Capture | None = None
         self.streams.is_capturing = self._captures
         self.streams.refuse = self._refuse_waiting
+        emulator.stream = lambda: self.streams.current
         self.streams.forks = self._fork
         self.pools: dict[tuple[int, ...], Pool] = {}
         self.graphs: weakref.WeakSet[CUDAGraph] = weakref.WeakSet()
@@ -106,6 +107,7 @@ class Graphs:
         if self.capture is not None:
             message = f"{what} waits for the GPU, which computes nothing before a replay; call it "
             self.refuse("wait in a capture", message + "after graph.replay()")
+        self.emulator.complete_launches()
 
     def _refuse_read(self, what: str) -> None:
         self.refuse(

@@ -14,6 +14,7 @@ from torchpar.ptx.machine.registers import (
     Values,
     reader,
 )
+from torchpar.ptx.native.layout import EARLY, TRIGGERED, WAIT_ADDRESS, WAITED
 
 
 @action("ret", whole=True)
@@ -36,6 +37,25 @@ def _synchronize(warp: Warp, i: Instruction, number: Values, count: Values | Non
 @action("bar.arrive", "barrier.arrive", whole=True)
 def _arrive(warp: Warp, i: Instruction, number: Values, count: Values) -> None:
     warp.block.arrive(warp, int(number[0]), int(count[0]) // 32, waits=False)
+
+
+@action("griddepcontrol.wait")
+def _wait_for_grids(warp: Warp, i: Instruction) -> None:
+    """From now on the warp knows what the grids before this one have done."""
+    warp.acquire(WAIT_ADDRESS)
+    warp.has_waited = True
+    _note_control(warp, WAITED)
+
+
+@action("griddepcontrol.launch_dependents")
+def _let_next_grid_begin(warp: Warp, i: Instruction) -> None:
+    _note_control(warp, TRIGGERED if warp.has_waited else TRIGGERED | EARLY)
+
+
+def _note_control(warp: Warp, what: int) -> None:
+    controls = warp.block.gpu.controls
+    assert controls is not None
+    controls[warp.block.number] |= what
 
 
 @instruction("brx.idx", results=0)

@@ -37,11 +37,14 @@ class AddressSpace:
         # Of an address in no allocation: the addresses around it that are in none of `find` either.
         self.between: Callable[[int], tuple[int, int]] | None = None
         self.gap = NOWHERE  # the first and the last address of one that has no allocation
+        # Called with an allocation that is added.
+        self.mark: Callable[[Allocation], None] = lambda allocation: None
         self.counts: Counts | None = None  # of the launch
         self.view: SpaceView | None = None  # for the core in C
 
     def add(self, allocation: Allocation) -> Allocation:
         insort(self.allocations, allocation, key=lambda one: one.start)
+        self.mark(allocation)
         self.gap = NOWHERE
         if self.counts is not None:
             self.counts.watch(allocation)

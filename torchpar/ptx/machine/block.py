@@ -108,6 +108,7 @@ class Warp:
         self.relaxed: list[int] = []  # what it has read by relaxed accesses since its last fence
         self.released: dict[int, Values] | None = None  # what its last fence releases
         self.phase: Phase | None = None  # of the cluster barrier, at which it has arrived
+        self.has_waited = False  # for earlier grids
         # Mbarriers that it has initialised; those whose initialization it has released by a fence,
         # and those of other blocks that it may use because it was released.
         self.own_mbarriers: set[Any] = set()

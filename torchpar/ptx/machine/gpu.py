@@ -26,6 +26,7 @@ from torchpar.ptx.instructions import (  # noqa: F401
     tensor_memory,
     tma,
 )
+from torchpar.ptx.machine import dependents
 from torchpar.ptx.machine.allocation import Allocation
 from torchpar.ptx.machine.block import LIMIT, Block, Schedule
 from torchpar.ptx.machine.cluster import Cluster
@@ -42,6 +43,7 @@ from torchpar.ptx.machine.workers import least_seconds, run_by_workers
 from torchpar.ptx.native import core as native
 from torchpar.ptx.native.blocks import Blocks
 from torchpar.ptx.native.encoding import Program
+from torchpar.ptx.native.layout import WAIT_ADDRESS
 from torchpar.ptx.native.warps import LaunchState
 
 # The memory of the launches has addresses that no process has; between allocations are gaps.
@@ -84,6 +86,10 @@ class Gpu:
         self.executed_instructions = 0  # of the warps of the present launch
         self.trace: Trace | None = None  # of the first program of the next launch
         self.progress = Progress()  # of the present launch
+        # Grids that may still run when the next launch begins, the last one first.
+        self.earlier: list[dependents.EarlierGrid] = []
+        self.controls: Values | None = None  # what blocks of the launch do to control grids
+        self.core_blocks: Blocks | None = None  # of the last launch
 
     def prepare(self, kernel: Kernel) -> None:
         """A launch of ``kernel`` begins."""
@@ -143,6 +149,8 @@ class Gpu:
         elif self.schedule.order == "random":
             self.random.shuffle(blocks)
         self.events, self.released = Events(), {}
+        self.controls = dependents.controls_of(self.kernel, math.prod(self.programs))
+        dependents.begin(self.earlier, self.events, self.space, self.released)
         self.native = self._native_state()
         has_ended = False
         try:
@@ -191,6 +199,11 @@ class Gpu:
             chosen = self.sample.positions
         return [tuple(map(int.__mul__, index, self.kernel.cluster)) for index in chosen]
 
+    def released_addresses(self) -> set[int]:
+        """Return where blocks of the last launch have released what they know."""
+        of_core = set() if self.core_blocks is None else self.core_blocks.released_addresses()
+        return {*self.released, *of_core} - {WAIT_ADDRESS}
+
     def _begin(self, position: tuple[int, ...], number: int) -> Block:
         """Return the block at a position, having begun the others of its cluster, too."""
         trace = self.trace if number == 0 else None
@@ -209,12 +222,13 @@ class Gpu:
         resident: deque[tuple[Block, Iterator[bool]]] = deque()
         started = idle = 0  # turns in which no block has changed anything
         count, as_array, blocks = len(positions), np.array(positions, np.int32), None
+        self.core_blocks = None
         self.progress = Progress(0, count)
         while started < count or resident:
             before = self.changes, started
             is_full = started == count or len(resident) >= self._most_resident()
             if not is_full and blocks is None and self._can_run_blocks(started):
-                blocks = _blocks(self, positions[started])
+                self.core_blocks = blocks = _blocks(self, positions[started])
             if not is_full and blocks is not None and blocks.works:
                 may_share = not resident  # whose blocks must be able to see who has written what
                 started += self._run_blocks(blocks, as_array[started:], started, may_share)

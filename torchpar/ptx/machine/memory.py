@@ -17,7 +17,7 @@ from torchpar.ptx.machine.address_space import AddressSpace, Rows
 from torchpar.ptx.machine.allocation import POISON, Allocation, zeros
 from torchpar.ptx.machine.protocols import Warp
 from torchpar.ptx.machine.registers import Cause, Values, all_true
-from torchpar.ptx.machine.vector_clocks import GIVEN, UNWRITTEN, Events
+from torchpar.ptx.machine.vector_clocks import EARLIER, GIVEN, UNWRITTEN, Events
 
 
 class Space(AddressSpace):
@@ -281,13 +281,13 @@ class Space(AddressSpace):
         same = (held == values).reshape(*known.shape, -1).all(-1)
         foreign = ~known & (events.blocks[writers] != block)
         if (foreign & same).any():
-            number = int(writers[foreign & same][0])
-            other = warp.block.gpu.place_of(int(events.lines[number]))
+            name, _, other, _ = _agent(warp, int(writers[foreign & same][0]))
             message = (
-                f"two programs write {place.where(int(rows.flat[0]) * width)} without order, and "
-                f"both the same value (the other one at {other})"
+                f"two {name.removeprefix('race between ')} write "
+                f"{place.where(int(rows.flat[0]) * width)} without order, and both the same value "
+                f"(the other one at {other})"
             )
-            warp.block.gpu.fault("warning", "race between programs", line, message, warp)
+            warp.block.gpu.fault("warning", name, line, message, warp)
         if all_true(known | same) or foreign.any():
             return known | same
         if _are_close(held, values) or self._are_copies(
@@ -330,12 +330,9 @@ class Space(AddressSpace):
         events = warp.block.gpu.events
         if number == UNWRITTEN:
             return Cause("uninitialised memory", f"{where} was not written before", line)
-        is_mine = events.blocks[number] == warp.block.number
-        name = "race" if is_mine else "race between programs"
-        who = events.who(number) if is_mine else f"{events.who(number)} of another program"
-        by = warp.block.gpu.place_of(int(events.lines[number]))
-        message = f"{warp.name} reads {where}, which {who} writes ({by}), without waiting for it"
-        return Cause(name, message, line, bool(is_mine) and not events.atomic[number])
+        name, who, by, waits = _agent(warp, number)
+        message = f"{warp.name} reads {where}, which {who} writes ({by}), without {waits}"
+        return Cause(name, message, line, name == "race" and not events.atomic[number])
 
     def conflict(
         self,
@@ -362,17 +359,26 @@ class Space(AddressSpace):
                 "error", "uninitialised memory", line, f"{where} was not written before", warp
             )
             return
-        events = gpu.events
-        is_mine = events.blocks[number] == warp.block.number
-        name = "race" if is_mine else "race between programs"
-        who = events.who(number) if is_mine else f"{events.who(number)} of another program"
-        message = (
-            f"{here} {where}, which {who} {'writes' if other == 'written' else 'reads'} "
-            f"({gpu.place_of(int(events.lines[number]))}), without waiting for it"
-        )
+        name, who, by, waits = _agent(warp, number)
+        does = "writes" if other == "written" else "reads"
+        message = f"{here} {where}, which {who} {does} ({by}), without {waits}"
         # The value that was read may be one that nobody uses: Triton has copies in several warps.
-        is_weak = self.is_deferred and other == "read" and is_mine
+        is_weak = self.is_deferred and other == "read" and name == "race"
         gpu.fault("warning" if is_weak else "error", name, line, message, warp)
+
+
+def _agent(warp: Warp, number: int) -> tuple[str, str, str, str]:
+    """Return the name of a race with an event, what has accessed the memory, where, and how to wait
+    for it."""
+    gpu, events = warp.block.gpu, warp.block.gpu.events
+    block, who = int(events.blocks[number]), events.who(number)
+    if block == EARLIER:
+        waits = "waiting for that launch, as tl.extra.cuda.gdc_wait() does"
+        return "race between launches", f"{who}, launched before,", events.places[number], waits
+    by = gpu.place_of(int(events.lines[number]))
+    if block == warp.block.number:
+        return "race", who, by, "waiting for it"
+    return "race between programs", f"{who} of another program", by, "waiting for it"
 
 
 def _are_close(a: Values, b: Values) -> bool:

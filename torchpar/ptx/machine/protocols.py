@@ -84,6 +84,7 @@ class Gpu(Protocol):
     random: "Random"
     native: Any  # what the core in C knows of the launch, or None
     progress: "Progress"
+    controls: Values | None
 
     @property
     def kernel(self) -> Kernel: ...

@@ -14,6 +14,7 @@ from torchpar.ptx.machine.registers import Values, all_true
 
 # Numbers of events: what the host did before the launch; what nobody did.
 GIVEN, UNWRITTEN = 0, 1
+EARLIER = -3  # the block of all events of earlier grids, which may still run
 
 
 class Events:
@@ -23,6 +24,7 @@ class Events:
         self.count = 2
         self.names: list[str] = ["the host", "nobody"]  # of what accesses
         self.numbers = {name: n for n, name in enumerate(self.names)}
+        self.places: dict[int, str] = {}  # of events of earlier grids, which have other lines
         self.view: View | None = None  # for the core in C, which takes the arrays
         self.lines = np.zeros(2**12, np.int32)
         self.what = np.arange(2**12, dtype=np.int32)  # by their numbers

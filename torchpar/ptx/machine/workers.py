@@ -19,10 +19,11 @@ import numpy as np
 
 from torchpar.ptx.machine.allocation import Allocation, zeros
 from torchpar.ptx.machine.counts import Column, Counts
+from torchpar.ptx.machine.dependents import kinds_of
 from torchpar.ptx.machine.memory import Space
 from torchpar.ptx.machine.protocols import Gpu
 from torchpar.ptx.machine.registers import Values
-from torchpar.ptx.machine.vector_clocks import GIVEN, Events
+from torchpar.ptx.machine.vector_clocks import Events
 from torchpar.ptx.native.blocks import Blocks
 from torchpar.ptx.native.warps import LaunchState
 
@@ -51,7 +52,7 @@ class Worker:
         self.gpu.changes = self.gpu.executed_instructions = 0
         self.gpu.counts = Counts(gpu.kernel)
         self.gpu.released = dict(gpu.released)
-        self.gpu.events = _copy_of(gpu.events)
+        self.gpu.events, self.first_event = _copy_of(gpu.events), gpu.events.count
         self.gpu.space = Space(gpu.space.name)
         for place in gpu.space.allocations:
             self.gpu.space.allocations.append(_mirror(place))
@@ -134,23 +135,54 @@ def run_by_workers(
     except BaseException:
         _restore(places, before)
         raise
-    written = (
-        [_written_pages(n, place, workers) for n, place in enumerate(places)]
-        if all(ended)
-        else [None]
-    )
-    if any(one is None for one in written):
+    accessed = (_accessed_pages(n, place, workers) for n, place in enumerate(places))
+    pages = list(accessed) if all(ended) else [None]
+    if any(one is None for one in pages):
         _restore(places, before)
+        if gpu.controls is not None:
+            gpu.controls[number:] = 0
         return False
-    for place, (pages, mask) in zip(places, filter(None, written), strict=True):
-        writes = place.by_page(place.writes)
-        writes[pages] = np.where(mask, GIVEN, writes[pages])
-    for worker in workers:
-        _add(gpu, worker)
-        for place, mine in zip(places, worker.gpu.space.allocations, strict=True):
+    _take_accesses(gpu, workers, [one for one in pages if one is not None])
+    return True
+
+
+def _take_accesses(gpu: Gpu, workers: list[Worker], pages: list[Values]) -> None:
+    """Note what the workers have accessed and counted.
+
+    Args:
+        pages: of each allocation those that they have accessed.
+    """
+    places = gpu.space.allocations
+    changes = [
+        [worker.changes(n, place, pages[n]) for n, place in enumerate(places)] for worker in workers
+    ]
+    for worker, of_worker in zip(workers, changes, strict=True):
+        numbers, mirrors = _add_events(gpu, worker), worker.gpu.space.allocations
+        for place, mine, both, here in zip(places, mirrors, of_worker, pages, strict=True):
+            for name, mask in zip(("writes", "reads"), both, strict=True):
+                to, found = (one.by_page(getattr(one, name)) for one in (place, mine))
+                to[here] = np.where(mask, numbers[found[here]], to[here])
             place.touch_also(mine)
             place.published |= mine.published
-    return True
+        _add(gpu, worker)
+
+
+def _add_events(gpu: Gpu, worker: Worker) -> Values:
+    """Add an event for each kind of a worker's accesses, and return the number for each of its own.
+
+    Those that it has begun with keep theirs.
+    """
+    events = worker.gpu.events
+    kinds, of_each = kinds_of(events, gpu.controls)
+    made = [0]
+    for n in kinds.tolist():
+        block, agent, time, line = (
+            int(one[n]) for one in (events.blocks, events.agents, events.times, events.lines)
+        )
+        made.append(gpu.events.add(block, agent, time, line, events.who(n), bool(events.atomic[n])))
+    numbers = np.array(made, np.int32)[of_each]
+    numbers[: worker.first_event] = np.arange(worker.first_event)
+    return numbers
 
 
 def _begin_pages(gpu: Gpu) -> None:
@@ -162,10 +194,8 @@ def _begin_pages(gpu: Gpu) -> None:
             gpu.native.program.library.begin_pages(ctypes.addressof(place.view.struct))
 
 
-def _written_pages(
-    n: int, place: Allocation, workers: list[Worker]
-) -> tuple[Values, Values] | None:
-    """Return the pages of the n-th allocation that the workers have accessed, and what they wrote.
+def _accessed_pages(n: int, place: Allocation, workers: list[Worker]) -> Values | None:
+    """Return the pages of the n-th allocation that the workers have accessed.
 
     It is None if a worker has written what another one has accessed.
     """
@@ -180,7 +210,7 @@ def _written_pages(
             return None
         written |= writes
         accessed |= both
-    return pages, written
+    return pages
 
 
 def _restore(places: list[Allocation], before: list[Values]) -> None:
@@ -197,5 +227,7 @@ def _add(gpu: Gpu, worker: Worker) -> None:
     largest = np.maximum(together[:, most], mine[:, most])
     together += mine
     together[:, most] = largest
+    for address in worker.blocks.released_addresses():
+        gpu.released.setdefault(address, {})
     gpu.changes += worker.gpu.changes
     gpu.executed_instructions += worker.gpu.executed_instructions

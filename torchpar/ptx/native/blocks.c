@@ -340,6 +340,14 @@ static int of_block(Warp *w, const Instruction *i, uint32_t mask)
         return BUDGET;
     case ASYNC_PRODUCT: return async_product(w, i);
     case ATOMIC: return atomic(w, i, mask);
+    case GRID_WAIT:
+        acquire(w, WAIT_ADDRESS);
+        s->has_waited = 1;
+        r->controls[w->block] |= WAITED;
+        return BUDGET;
+    case GRID_TRIGGER:
+        r->controls[w->block] |= s->has_waited ? TRIGGERED : TRIGGERED | EARLY;
+        return BUDGET;
     default: return of_tensors(w, i, mask);
     }
 }
@@ -394,7 +402,7 @@ static void begin_block(Runner *r, const int32_t *position, int32_t number)
         w->fence = 0;
         w->foreign = 0;
         w->coarse = 0;
-        s->has_fence = s->done = s->waiting = 0;
+        s->has_fence = s->done = s->waiting = s->has_waited = 0;
         for (int k = 0; k < 2; k++)
             s->families[k].count = s->families[k].groups = s->families[k].first_group =
                 s->families[k].first = 0;
@@ -477,6 +485,8 @@ int64_t run_blocks(Runner *r, const int32_t *positions, int64_t count, int32_t n
             undo_releases(&r->releases);
             undo_maps(r);
             r->events->count = events;
+            if (r->controls)
+                r->controls[number + n] = 0;
             memset(r->counts, 0, (size_t)r->count_size * 8);
             return n;
         }

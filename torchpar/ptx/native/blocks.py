@@ -108,6 +108,7 @@ class Blocks:
             events=ctypes.addressof(events.struct),
             counts=self.counts.ctypes.data,
             total_counts=gpu.counts.table.ctypes.data,
+            controls=None if gpu.controls is None else gpu.controls.ctypes.data,
             count_size=self.counts.size,
             rows=rows,
             limit=gpu.limit + 1,
@@ -185,9 +186,15 @@ class Blocks:
                     known[entry.known] = _pasts_of(entry.known, times)
                 self.gpu.released[entry.address] = dict(known[entry.known])
 
+    def released_addresses(self) -> set[int]:
+        """Return where the core's blocks have released what they know."""
+        all_of_them = self.struct.releases
+        entries = _array(ReleaseStruct, all_of_them.table, all_of_them.capacity)
+        return {entry.address for entry in entries if entry.known}
+
     def _take_releases(self) -> None:
         """Let the core know what Python's blocks have released."""
-        if not self.is_told or not self.program.atomics:
+        if not self.is_told or not (self.program.atomics or self.program.controls_grids):
             return
         self.is_told = False
         runner, taken = ctypes.addressof(self.struct), dict[int, int]()

@@ -36,7 +36,7 @@ enum {
     /* Where a block is executed as a whole: blocks.c, atomics.c, and tma.c. */
     RETURN, BARRIER, COMMIT, WAIT, PROXY_FENCE, PRODUCT_FENCE, ASYNC_PRODUCT, ATOMIC,
     MBARRIER_INIT, MBARRIER_INVAL, MBARRIER_ARRIVE, MBARRIER_WAIT, LOAD_BOX, STORE_BOX,
-    BULK_COMMIT, BULK_WAIT, MAP_REPLACE, MAP_PUBLISH, MAP_ACQUIRE
+    BULK_COMMIT, BULK_WAIT, MAP_REPLACE, MAP_PUBLISH, MAP_ACQUIRE, GRID_WAIT, GRID_TRIGGER
 };
 /* The numbers of an instruction, as in `counts.Column`. */
 enum {

@@ -31,6 +31,8 @@ from torchpar.ptx.native.layout import (
     COPY,
     ELECT,
     ELEMENTWISE,
+    GRID_TRIGGER,
+    GRID_WAIT,
     IN_LIST,
     IN_ROW,
     LEFT,
@@ -94,7 +96,7 @@ MBARRIERS = {
     "mbarrier.try_wait.parity": MBARRIER_WAIT,
 }
 # Instructions that change no result
-HINTS = ("setmaxnreg", "nanosleep", "griddepcontrol", "prefetch", "discard")
+HINTS = ("setmaxnreg", "nanosleep", "prefetch", "discard")
 # Of operands of wgmma, and the bytes of a number
 KINDS = {"bf16": 0, "f16": 1, "tf32": 2, "s8": 3, "u8": 4, "e4m3": 5, "e5m2": 6}
 KIND_BYTES = {kind: 4 if kind == "tf32" else 2 if "f16" in kind else 1 for kind in KINDS}
@@ -126,6 +128,7 @@ class Program:
         self.is_for_blocks = not kernel.local_bytes  # for blocks.c, as far as is known
         self.is_for_workers = True  # for workers.py, as far as is known
         self.atomics = 0  # instructions of blocks.c, which are numbered
+        self.controls_grids = False  # by griddepcontrol
         self._tables: list[
             ctypes.Array[ctypes.c_int32]
         ] = []  # of registers, which the instructions point to
@@ -472,6 +475,10 @@ class Program:
         code.second_offset = code.offset
         return [self._base(code, first), other]
 
+    def _control_grids(self, code: InstructionStruct, i: Instruction) -> int:
+        self.controls_grids = True
+        return {"wait": GRID_WAIT, "launch_dependents": GRID_TRIGGER}[i.parts[1]]
+
     def _hint(self, code: InstructionStruct, i: Instruction) -> int:
         return NOTHING
 
@@ -564,6 +571,7 @@ class Program:
         "redux": _reduce,
         "mbarrier": _mbarrier,
         "tensormap": _tensormap,
+        "griddepcontrol": _control_grids,
         **dict.fromkeys(HINTS, _hint),
         "wgmma": _async_product,
     }

@@ -9,6 +9,7 @@
 enum { BARRIERS = 16, MOST_WARPS = 64, MOST_ELEMENTS = 4, SPINS = 4, MOST_MBARRIERS = 64 };
 enum { MOST_BOX_BYTES = 232448 }; /* what a block may have of shared memory */
 enum { OF_COPIES, OF_PRODUCTS }; /* families of groups */
+enum { TRIGGERED = 1, WAITED = 2, EARLY = 4, WAIT_ADDRESS = 1 }; /* of griddepcontrol */
 
 /* An asynchronous operation: a group of cp.async, or a wgmma. */
 typedef struct {
@@ -61,6 +62,7 @@ typedef struct {
     uint32_t *fence_versions; /* of the registers, at the last wgmma.fence */
     int32_t *owners;          /* of a register: the operation that will write it */
     int32_t done, waiting, mbarrier, parity; /* for which mbarrier it waits, or -1 */
+    int32_t has_waited;                      /* for earlier grids */
     Bulk *bulk;
     int64_t bulk_count, bulk_capacity;
     int32_t committed[LANES], deleted[LANES]; /* groups of bulk copies */
@@ -108,6 +110,7 @@ typedef struct Runner {
     Allocation *shared;
     Events *events;
     int64_t *counts, *total_counts; /* of the present block, and of all */
+    uint8_t *controls;              /* of each block, or null: `dependents` */
     int64_t count_size, rows, limit;
     int32_t warp_count, coordinate_count, copies_need_fence, atomics;
     /* Its own. */

@@ -43,13 +43,19 @@ BUDGET, PYTHON, GROW, REACHED, STOPPED, REFINE = range(6)  # why `run` returns
     MAP_REPLACE,
     MAP_PUBLISH,
     MAP_ACQUIRE,
-) = range(33)
+    GRID_WAIT,
+    GRID_TRIGGER,
+) = range(35)
 ROW, OPERANDS = 256, 16
 OF_COPIES, OF_PRODUCTS = range(2)  # families of groups
 MOST_ELEMENTS = 4  # of an atomic
 IN_ROW, IN_LIST = 1, 2
 BARRIERS, MOST_WARPS, MOST_MBARRIERS = 16, 64, 64
 PAGE = 4096  # bytes of an allocation whose first access is noted
+# What a block has done of griddepcontrol: it has let the next grid begin, has waited for earlier
+# ones, and has done the former in a warp that had not done the latter.
+TRIGGERED, WAITED, EARLY = 1, 2, 4
+WAIT_ADDRESS = 1  # at which earlier grids release what they have done; no memory lies there
 
 
 class InstructionStruct(ctypes.Structure):
@@ -149,6 +155,7 @@ class StateStruct(ctypes.Structure):
         ("fence_versions", ctypes.c_void_p),
         ("owners", ctypes.c_void_p),
         *((name, ctypes.c_int32) for name in ("done", "waiting", "mbarrier", "parity")),
+        ("has_waited", ctypes.c_int32),
         ("bulk", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("bulk_count", "bulk_capacity")),
         *((name, ctypes.c_int32 * 32) for name in ("committed", "deleted")),
@@ -205,7 +212,7 @@ class RunnerStruct(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("warps", "states", "template_states")),
         *((name, ctypes.c_void_p) for name in ("coordinates", "shared", "events")),
-        *((name, ctypes.c_void_p) for name in ("counts", "total_counts")),
+        *((name, ctypes.c_void_p) for name in ("counts", "total_counts", "controls")),
         *((name, ctypes.c_int64) for name in ("count_size", "rows", "limit")),
         *((name, ctypes.c_int32) for name in ("warp_count", "coordinate_count")),
         *((name, ctypes.c_int32) for name in ("copies_need_fence", "atomics")),

@@ -41,6 +41,7 @@ class Launch:
         constants: the arguments that the kernel was compiled for, by name, as text.
         specialization: types of the other arguments, such as "*fp32, a multiple of 16", and stages.
         executed: programs of a sample, whose counts were scaled; None: all were executed.
+        is_dependent: by programmatic dependent launch it may begin before the one before has ended.
         ended: the fault or the exception that has ended the launch, or a program of it, early.
     """
 
@@ -62,6 +63,7 @@ class Launch:
     constants: dict[str, str] = field(default_factory=dict)
     specialization: dict[str, str] = field(default_factory=dict, repr=False)
     executed: int | None = None
+    is_dependent: bool = False
     ended: str = ""
 
     @property

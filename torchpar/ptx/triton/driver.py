@@ -197,6 +197,7 @@ class Launcher:
                 ptx=module.text,
                 launched=program_line(),
                 ctas=ctas,
+                is_dependent=bool(getattr(metadata, "launch_pdl", False)),
                 constants=self.constants,
                 specialization=self.specialization,
             )

@@ -8,16 +8,17 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
 
 from torchpar.kernels.data_sheets import DATA_SHEETS, PROGRAMS, RESERVED, WARPS
-from torchpar.ptx.machine import gpu
+from torchpar.ptx.machine import dependents, gpu
 from torchpar.ptx.machine.allocation import Allocation
 from torchpar.ptx.machine.block import Schedule
 from torchpar.ptx.machine.counts import Counts, Progress
+from torchpar.ptx.machine.dependents import Access, EarlierGrid
 from torchpar.ptx.machine.memory import Space
 from torchpar.ptx.machine.parse import Kernel, PtxError, Source, own_error
 from torchpar.ptx.machine.protocols import Warp
@@ -36,6 +37,8 @@ ARCHITECTURES = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 # By capability; shared memory of a program at most.
 SHARED_BYTES = {sheet.capability: sheet.shared - RESERVED for sheet in DATA_SHEETS.values()}
 MULTIPROCESSORS = {sheet.capability: sheet.multiprocessors for sheet in DATA_SHEETS.values()}
+LEAST_DEPENDENT = 90  # the first capability with programmatic dependent launch
+OF_WARP = r" of warp \d+( of CTA \d+)?$"  # in the name of an access
 NUMBER = r"-?\b(0x[0-9a-f]+|\d+)\b"  # in a message
 Operator: TypeAlias = "torch._ops.OpOverload[..., Any]"  # of PyTorch
 
@@ -51,6 +54,14 @@ class Watcher(Protocol):
 
     def tune(self, kernel: str) -> None:
         """An autotuner is about to time a kernel, for which it waits."""
+
+
+class LastLaunch(NamedTuple):
+    """The launch before, which may still run: its kernel, its stream, and grids that it found."""
+
+    kernel: str
+    stream: object
+    earlier: list[EarlierGrid]
 
 
 class Emulator(gpu.Gpu):
@@ -104,6 +115,8 @@ class Emulator(gpu.Gpu):
         self._launched: tuple[str, int] | None = None
         self._ended = ""  # the fault that has ended a program or the present launch
         self._asserts = False  # what a kernel assumes is executed, and not the kernel
+        self._last: LastLaunch | None = None
+        self.stream: Callable[[], object] = lambda: None  # the current one, if there are several
 
     def report(self) -> Report:
         """Return the report on all launches until now."""
@@ -243,9 +256,37 @@ class Emulator(gpu.Gpu):
             assertions: a kernel that asserts what this one assumes.
         """
         with self._lock:  # threads may launch at the same time
+            earlier, self.earlier = self._grids_before(launch), []
             if assertions is not None and not self._repeats():
                 self._check_assumptions(launch, assertions, parameters, file)
+            self.earlier = earlier
             self._run_schedules(launch, parameters, file)
+            if not self._repeats():
+                self._last = LastLaunch(launch.kernel, self.stream(), self.earlier)
+            self.earlier = []
+
+    def complete_launches(self) -> None:
+        """The program, or an operator that is executed now, waits for all launches."""
+        self._last = None
+
+    def _grids_before(self, launch: Launch) -> list[EarlierGrid]:
+        """Return the grids that may still run when a launch begins, the last one first."""
+        last, self._last = self._last, None
+        is_dependent = launch.is_dependent and self.capability >= LEAST_DEPENDENT
+        if not is_dependent or last is None or last.stream is not self.stream() or self._repeats():
+            return []
+        names = self.events.names
+
+        def describe(event: int) -> Access:
+            what = re.sub(OF_WARP, "", names[int(self.events.what[event])])
+            place = self.place_of(int(self.events.lines[event]))
+            return Access(f"{what} of {last.kernel}", place, bool(self.events.atomic[event]))
+
+        released = self.released_addresses()
+        places = self.space.allocations
+        grid = dependents.grid_of(self.events, places, self.controls, released, describe)
+        others = [] if dependents.has_waited_first(self.controls) else last.earlier
+        return [grid, *others][: dependents.MOST_GRIDS]
 
     def _check_assumptions(
         self,

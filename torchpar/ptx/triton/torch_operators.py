@@ -2,6 +2,7 @@
 """PyTorch's operators beside launches: which memory they write."""
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import TypeGuard
 
 import torch
@@ -33,6 +34,8 @@ class Host(TorchDispatchMode):
         args: tuple[object, ...] = (),
         kwargs: dict[str, object] | None = None,
     ) -> object:
+        if not _launches_nothing(func):
+            self.emulator.complete_launches()
         if func.namespace not in BUILT_IN and _has_kernel_in_python(func, args, kwargs or {}):
             with self:  # also in what the kernel's function does
                 result = func.redispatch(ON_CUDA, *args, **(kwargs or {}))
@@ -102,6 +105,17 @@ def _written_tensors(
     for t in tree_leaves(values):
         if is_plain(t):
             yield t
+
+
+@lru_cache(None)
+def _launches_nothing(func: Operator) -> bool:
+    """Whether an operator returns a view, or memory that it does not write."""
+    schema = func._schema
+    given = [one.alias_info for one in schema.arguments]
+    returned = [one.alias_info for one in schema.returns]
+    is_view = bool(returned) and None not in returned
+    writes = any(one is not None and one.is_write for one in given)
+    return func.overloadpacket in EMPTY or (is_view and not writes)
 
 
 EMPTY = {

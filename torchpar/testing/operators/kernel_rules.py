@@ -24,6 +24,7 @@ FAULT_ROWS = {
     "races": (
         "race",
         "race between programs",
+        "race between launches",
         "missing fence",
         "different values",
         "unfinished copy",
