@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ptx.test_core import in_python
+from ptx.test_core import blocks_of_python, in_python
 from torchpar.ptx import emulate
 from torchpar.ptx.cuda.stand_in import cuda_is_cpu
 from torchpar.ptx.machine import workers
@@ -84,10 +84,12 @@ def three(second: dict, third: dict):
 
 
 WAITS, EARLY = {"wait": "first"}, {"trigger": "first"}
+TUTORIAL = {"wait": "first", "trigger": "second"}  # as Triton's tutorial 11 has them
 # A program, and the words of the faulty access of its last launch; "" for a right one.
 PROGRAMS = {
     "reads without a wait": (two(EARLY, {}), "load"),
     "waits": (two(EARLY, WAITS), ""),
+    "waits, and lets the next one begin": (two(TUTORIAL, TUTORIAL, "b", "b"), ""),
     "waits too late": (two(EARLY, {"wait": "late"}), "load"),
     "is launched without the attribute": (two(EARLY, {"dependent": False}), ""),
     "reads what was stored before the next grid could begin": (
@@ -107,7 +109,7 @@ PROGRAMS = {
     "adds to what is written": (two(EARLY, {"atomic": True}, "a", "b"), "atomic_add"),
     "third, reads what the first writes": (three(EARLY | WAITS, {}), "load"),
     "third, waits": (three(EARLY | WAITS, WAITS), ""),
-    "third of grids that have waited first": (three({"trigger": "second"} | WAITS, {}), ""),
+    "third of grids that have waited first": (three(TUTORIAL, {}), ""),
     "third of grids that wait, and let none begin": (three(WAITS, {}), ""),
     "third, without the attribute": (three(EARLY | WAITS, {"dependent": False}), ""),
 }
@@ -144,6 +146,7 @@ def test_values_are_those_of_launches_one_after_the_other():
     assert gpu.faults == []
     assert torch.equal(memory.c, 4 * memory.a)
     assert torch.equal(memory.d, 4 * memory.a)
+    assert blocks_of_python(lambda: three(EARLY | WAITS, WAITS)(Memory())) == 0
     assert race_names(PROGRAMS["reads without a wait"][0], schedules="all") == [RACE]
 
 

@@ -101,9 +101,10 @@ def builder_of(opcode: str) -> tuple[Callable[[Instruction], Run], Results, bool
 
 
 def decode(kernel: Kernel) -> Kernel:
-    """Note which instructions of a kernel whole warps execute."""
+    """Note which instructions of a kernel whole warps execute, and whether it controls grids."""
     for i in kernel.instructions:
         _, _, i.whole = builder_of(i.opcode)
+        kernel.controls_grids |= i.opcode.startswith("griddepcontrol")
     return kernel
 
 

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from torchpar.ptx.machine.allocation import Allocation
-from torchpar.ptx.machine.parse import Kernel
 from torchpar.ptx.machine.registers import Values
 from torchpar.ptx.machine.vector_clocks import EARLIER, GIVEN, Events
 from torchpar.ptx.native.layout import EARLY, PAGE, TRIGGERED, WAIT_ADDRESS, WAITED
@@ -70,14 +69,12 @@ class EarlierGrid(NamedTuple):
     released: set[int]
 
 
-def controls_of(kernel: Kernel, programs: int) -> Values | None:
-    """Return zeros of a launch's programs, for what each one does to control grids, or None."""
-    has_any = any(i.parts[0] == "griddepcontrol" for i in kernel.instructions)
-    return np.zeros(programs, np.uint8) if has_any else None
-
-
 def has_waited_first(controls: Values | None) -> bool:
-    """Whether a block has waited for earlier grids before it let the next one begin."""
+    """Whether a block has waited for earlier grids before it let the next one begin.
+
+    Args:
+        controls: what each block has done of griddepcontrol; None: the kernel has none.
+    """
     return controls is not None and bool(((controls & (WAITED | EARLY)) == WAITED).any())
 
 
@@ -142,8 +139,6 @@ def begin(
     Args:
         released: what blocks have released, by address, to which is added what the grids have.
     """
-    if not grids:
-        return
     released[WAIT_ADDRESS] = ALL_OF_THEM
     marks = []
     for grid in reversed(grids):

@@ -149,8 +149,10 @@ class Gpu:
         elif self.schedule.order == "random":
             self.random.shuffle(blocks)
         self.events, self.released = Events(), {}
-        self.controls = dependents.controls_of(self.kernel, math.prod(self.programs))
-        dependents.begin(self.earlier, self.events, self.space, self.released)
+        has_controls = self.kernel.controls_grids
+        self.controls = np.zeros(math.prod(self.programs), np.uint8) if has_controls else None
+        if self.earlier:
+            dependents.begin(self.earlier, self.events, self.space, self.released)
         self.native = self._native_state()
         has_ended = False
         try:

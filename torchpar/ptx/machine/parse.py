@@ -137,6 +137,7 @@ class Kernel:
     origins: dict[int, set[str]] | None = None
     definitions: dict[int, list[Instruction]] | None = None
     file: str = ""  # of the kernel's source
+    controls_grids: bool = False  # by griddepcontrol
 
 
 def qualifiers(i: Instruction) -> tuple[list[str], str, bool]:
