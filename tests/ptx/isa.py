@@ -35,7 +35,8 @@ SECTIONS = {
     "9.7.13 synchronization": f"""bar:bar.sync barrier:barrier.sync bar.warp.sync bar.red
         barrier.cluster:barrier.cluster.arrive membar fence atom red red.async:red.async.relaxed
     vote.sync match.any.sync
-        match.all.sync activemask:activemask.b32 redux.sync griddepcontrol:griddepcontrol.wait elect.sync
+        match.all.sync activemask:activemask.b32 redux.sync
+        griddepcontrol:griddepcontrol.wait elect.sync
         mbarrier.init:mbarrier.init.{MBARRIER} mbarrier.inval:mbarrier.inval.{MBARRIER}
         mbarrier.expect_tx mbarrier.complete_tx mbarrier.arrive:mbarrier.arrive.{MBARRIER}
         mbarrier.arrive.expect_tx:mbarrier.arrive.expect_tx.{MBARRIER} mbarrier.arrive_drop
@@ -85,7 +86,8 @@ stmatrix.sync.aligned.m8n8.x1.shared.b16 [t], {r2}; bra next;
 next: bar.warp.sync -1; membar.gl; fence.acq_rel.gpu; atom.global.add.u32 r2, [d1], 1;
 red.global.add.u32 [d1], 1; vote.sync.any.pred p, p, -1; match.any.sync.b32 r2, r1, -1;
 match.all.sync.b32 r2|p, r1, -1; activemask.b32 r2; redux.sync.add.s32 r2, r1, -1;
-griddepcontrol.launch_dependents; griddepcontrol.wait; nanosleep.u32 100; setmaxnreg.inc.sync.aligned.u32 64;
+griddepcontrol.launch_dependents; griddepcontrol.wait; nanosleep.u32 100;
+setmaxnreg.inc.sync.aligned.u32 64;
 vabsdiff4.u32.u32.u32 r2, r1, r1, r1; tcgen05.fence::after_thread_sync;
 mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32
     {f1, f2, f3, f4}, {z, z, z, z}, {z, z}, {z, z, z, z};

@@ -18,8 +18,12 @@ from ptx.test_core import blocks_of_python, in_python
 from torchpar.ptx import emulate
 from torchpar.ptx.cuda.stand_in import cuda_is_cpu
 from torchpar.ptx.machine import workers
+from torchpar.ptx.native import core as native
 
 gdc_wait, gdc_trigger = tl.extra.cuda.gdc_wait, tl.extra.cuda.gdc_launch_dependents
+of_core = pytest.mark.skipif(
+    native.library() is None, reason="no C compiler, or TORCHPAR_PTX=python"
+)
 RACE = "race between launches"
 N, BLOCK = 512, 128
 
@@ -146,8 +150,12 @@ def test_values_are_those_of_launches_one_after_the_other():
     assert gpu.faults == []
     assert torch.equal(memory.c, 4 * memory.a)
     assert torch.equal(memory.d, 4 * memory.a)
-    assert blocks_of_python(lambda: three(EARLY | WAITS, WAITS)(Memory())) == 0
     assert race_names(PROGRAMS["reads without a wait"][0], schedules="all") == [RACE]
+
+
+@of_core
+def test_the_core_executes_dependent_launches():
+    assert blocks_of_python(lambda: three(EARLY | WAITS, WAITS)(Memory())) == 0
 
 
 def test_the_same_value_is_a_warning():
@@ -216,6 +224,7 @@ def test_replays_of_a_graph(waits):
     assert {fault.name for fault in gpu.faults} == (set() if waits else {RACE})
 
 
+@of_core
 def test_a_producer_whose_blocks_workers_divide(monkeypatch):
     """What they have accessed is known by line, as where one thread executes all blocks."""
     shared = []

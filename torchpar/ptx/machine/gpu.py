@@ -149,10 +149,7 @@ class Gpu:
         elif self.schedule.order == "random":
             self.random.shuffle(blocks)
         self.events, self.released = Events(), {}
-        has_controls = self.kernel.controls_grids
-        self.controls = np.zeros(math.prod(self.programs), np.uint8) if has_controls else None
-        if self.earlier:
-            dependents.begin(self.earlier, self.events, self.space, self.released)
+        self._begin_dependents()
         self.native = self._native_state()
         has_ended = False
         try:
@@ -169,6 +166,13 @@ class Gpu:
         if self.keeps_allocations:
             for allocation in self.space.allocations:
                 allocation.end_launch()
+
+    def _begin_dependents(self) -> None:
+        """Note what blocks do to control grids, and what earlier grids may still do."""
+        has_controls = self.kernel.controls_grids
+        self.controls = np.zeros(math.prod(self.programs), np.uint8) if has_controls else None
+        if self.earlier:
+            dependents.begin(self.earlier, self.events, self.space, self.released)
 
     def _native_state(self) -> LaunchState | None:
         """Return what the core in C needs of the launch; None: Python executes all of it."""

@@ -8,7 +8,8 @@ the register has lost: from the first overflow on a multiple of 2³².
 Limitation: of what a loop adds up, only the beginning is followed back.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -148,10 +149,10 @@ class _Computation:
         is_changed = any(getattr(one, "index", None) in self.changing for one in operands)
         return None if is_changed else result
 
-    def _value(self, operand: Any, kind: str) -> int | None:
+    def _value(self, operand: object, kind: str) -> int | None:
         """Return what an operand holds in the thread, or None if it is not ready."""
-        is_register = isinstance(operand, Register)
-        if is_register and not isinstance(self.warp.registers[operand.index], np.ndarray):
+        held = self.warp.registers[operand.index] if isinstance(operand, Register) else None
+        if held is not None and not isinstance(held, np.ndarray):
             return None
         return int(reader(operand, kind)(self.warp)[self.lane])
 
@@ -179,7 +180,7 @@ def _exact(name: str, values: list[int | None]) -> int | None:
     return first * others[0] + sum(others[1:])
 
 
-def _linear(name: str, losses: list[int], operands: list[Any]) -> int:
+def _linear(name: str, losses: list[int], operands: Sequence[object]) -> int:
     """Return what a result loses by its operands, where these are no longer what they were."""
     if name == "cvt":
         return losses[0]

@@ -6,7 +6,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import lru_cache
-from typing import Any
 from unittest.mock import patch
 
 from triton.backends.nvidia.compiler import CUDABackend
@@ -61,7 +60,7 @@ class AskedNumber:
     def __init__(self, name: str):
         self.name = name
 
-    def __get__(self, kernel: CompiledKernel | None, owner: type | None = None) -> Any:
+    def __get__(self, kernel: CompiledKernel | None, owner: type | None = None) -> object:
         if kernel is None:
             return self
         try:
@@ -73,7 +72,7 @@ class AskedNumber:
             held = vars(kernel)[self.name] = held.number()
         return held
 
-    def __set__(self, kernel: CompiledKernel, value: Any) -> None:
+    def __set__(self, kernel: CompiledKernel, value: object) -> None:
         vars(kernel)[self.name] = value
 
 
