@@ -4,9 +4,8 @@
 A launch with this attribute may begin when all blocks of the grid before it have executed
 ``griddepcontrol.launch_dependents``, or have ended. What that grid and those before it have stored
 need not be visible yet, not even what they had stored before. ``griddepcontrol.wait`` waits until
-they have ended, and what they have stored is visible. Sources are section 4.5.2 of the "CUDA
-Programming Guide" ("in either case, the secondary thread blocks might launch before data written by
-the primary kernel is visible") and `griddepcontrol` in 9.7.13 of the PTX ISA.
+they have ended, and what they have stored is visible. Sources are the section on programmatic
+dependent launch of the CUDA Programming Guide, and `griddepcontrol` of the PTX ISA.
 
 Here grids run one after the other. So the accesses of the earlier ones become events of the launch,
 of which its warps know nothing before they wait. Then the rules of `memory` say what is a race.
