@@ -5,6 +5,7 @@ Each case is a function of a tensor of the device and of one of the host, on a l
 """
 
 import inspect
+import re
 
 import numpy as np
 import pytest
@@ -16,6 +17,11 @@ from torchpar.ptx import emulate
 from torchpar.ptx.cuda.stand_in import cuda_is_cpu
 
 COPY, READ = "host's copy in a capture", "read-back in a capture"
+WAITS = "CUDA error: operation not permitted when stream is capturing: "
+UNPINNED = (
+    "Cannot copy between CPU and CUDA tensors during CUDA graph capture unless the CPU tensor is "
+    "pinned: "
+)
 VALUES, WORK = "host's values in a graph", "host's work in a capture"
 pack, pad = nn.utils.rnn.pack_padded_sequence, nn.utils.rnn.pad_packed_sequence
 
@@ -48,6 +54,10 @@ def four():
     return torch.ones(4)
 
 
+def pinned():
+    return torch.arange(4.0).pin_memory()
+
+
 def on_device():
     return torch.arange(2, device="cuda")
 
@@ -57,12 +67,17 @@ def put(x, i, value):
     return x
 
 
+def weights():
+    return nn.Linear(2, 2).state_dict()
+
+
 def in_block():
     with torch.device("cuda"):
         return torch.tensor([1.0])
 
 
-# What a GPU refuses in a capture, and not outside of it: a copy that waits, or is not pinned.
+# What is refused in a capture alone: copies from or to memory that is not pinned, by PyTorch, and
+# others that the program waits for, by the GPU.
 REFUSED = {
     "index": (lambda x, h: x[h], index, COPY),
     "index by name": (lambda x, h: x[h], lambda: torch.tensor([1, 2], device="cpu"), COPY),
@@ -72,7 +87,7 @@ REFUSED = {
         COPY,
     ),
     "copied index": (lambda x, h: x[h], lambda: on_device().to("cpu"), COPY),
-    "pinned index": (lambda x, h: x[h], lambda: index().pin_memory(), COPY),
+    "pinned index": (lambda x, h: x[h], lambda: index().pin_memory(), COPY, WAITS),
     "two indices": (lambda x, h: x.view(2, 2)[on_device(), h - 1], index, COPY),
     "index_put_": (lambda x, h: x.index_put_((h,), x.clone()[:2]), index, COPY),
     "accumulated": (lambda x, h: x.index_put((h,), x[:2], True), index, COPY),
@@ -91,7 +106,55 @@ REFUSED = {
     "scatter": (lambda x, h: x.slice_scatter(h, 0, 0, 2), two, COPY),
     "lists": (lambda x, h: torch._foreach_copy_([x], [h]), four, COPY),
     "copy_": (lambda x, h: x.copy_(h), four, COPY),
-    "pinned copy_": (lambda x, h: x.copy_(h), lambda: four().pin_memory(), COPY),
+    "pinned copy_": (lambda x, h: x.copy_(h), pinned, COPY, WAITS),
+    "pinned to host": (lambda x, h: h.copy_(x), pinned, COPY, WAITS),
+    "pinned copy_ of another type": (lambda x, h: x.double().copy_(h), pinned, COPY),
+    # PyTorch brings these in order by memory that is not pinned.
+    "pinned, every other": (lambda x, h: h[::2].to("cuda", non_blocking=True), pinned, COPY),
+    "pinned, repeated": (lambda x, h: h.expand(3, 4).cuda(non_blocking=True), pinned, COPY),
+    "pinned, to a row each": (
+        lambda x, h: x.expand(3, 4).clone().copy_(h, non_blocking=True),
+        pinned,
+        COPY,
+    ),
+    "pinned, one number": (lambda x, h: x.copy_(h[0], non_blocking=True), pinned, COPY),
+    "pinned, transposed": (
+        lambda x, h: x.view(2, 2).copy_(h.view(2, 2).t(), non_blocking=True),
+        pinned,
+        COPY,
+    ),
+    "pinned, transposed, of another type": (
+        lambda x, h: h.view(2, 2).t().to("cuda", torch.float64, non_blocking=True),
+        pinned,
+        COPY,
+    ),
+    "into every other": (lambda x, h: h[::2].copy_(x[:2], non_blocking=True), pinned, COPY),
+    "to the host, transposed, of another type": (
+        lambda x, h: x.view(2, 2).t().to("cpu", torch.float64, non_blocking=True),
+        None,
+        COPY,
+    ),
+    "one number": (lambda x, h: x.copy_(h), one, COPY),
+    "module": (lambda x, h: h.cuda(), lambda: nn.Linear(2, 2), COPY),
+    "module to": (lambda x, h: h.to(x.device), lambda: nn.Linear(2, 2), COPY),
+    "weights": (lambda x, h: nn.Linear(2, 2, device="cuda").load_state_dict(h), weights, COPY),
+    "NumPy": (lambda x, h: torch.from_numpy(h).cuda(), lambda: np.ones(2), COPY),
+    "like": (lambda x, h: h.to(x), four, COPY),
+    "type_as": (lambda x, h: h.type_as(x), four, COPY),
+    "tensor": (lambda x, h: torch.tensor(1.0, device="cuda"), None, COPY),
+    "mask in a list": (lambda x, h: x[[True, False, True, False]], None, COPY),
+    "put by a mask in a list": (lambda x, h: put(x, [True] * 4, 0.0), None, COPY),
+    "element of the host": (lambda x, h: put(x, 0, h[0]), two, COPY),
+    "affine_grid": (
+        lambda x, h: F.affine_grid(x.view(1, 2, 2).repeat(1, 1, 2)[..., :3], (1, 1, 1, 4), False),
+        None,
+        COPY,
+    ),
+    "sparse": (
+        lambda x, h: torch.sparse_coo_tensor([[0, 1]], [1.0, 2.0], (3,), device="cuda"),
+        None,
+        COPY,
+    ),
     "pageable copy_": (lambda x, h: x.copy_(h, non_blocking=True), four, COPY),
     "pageable to host": (lambda x, h: h.copy_(x, non_blocking=True), four, COPY),
     "pageable cuda": (lambda x, h: h.cuda(non_blocking=True), four, COPY),
@@ -102,9 +165,11 @@ REFUSED = {
     "new_tensor": (lambda x, h: x.new_tensor([1.0]), None, COPY),
     "block": (lambda x, h: in_block(), None, COPY),
     "lengths": (lambda x, h: pack(x.view(2, 2, 1), h, True, False), index, COPY),
-    "value": (lambda x, h: x.masked_fill(x > 0, x.sum()), None, READ),
-    "fill": (lambda x, h: x.index_fill(0, on_device(), x.sum()), None, READ),
-    "start": (lambda x, h: torch.linspace(x.sum(), 1, 4), None, READ),
+    "value": (lambda x, h: x.masked_fill(x > 0, x.sum()), None, READ, WAITS),
+    "fill": (lambda x, h: x.index_fill(0, on_device(), x.sum()), None, READ, WAITS),
+    "start": (lambda x, h: torch.linspace(x.sum(), 1, 4), None, READ, WAITS),
+    "cpu": (lambda x, h: x.cpu(), None, READ),
+    "back": (lambda x, h: x.to(h), four, READ),
     "into host": (lambda x, h: h.__setitem__(torch.tensor([0]), x[0]), two, READ),
 }
 
@@ -160,7 +225,7 @@ def capture(function, x, h):
 
 def captured(case):
     """Capture what is refused."""
-    function, host, _ = REFUSED[case]
+    function, host, *_ = REFUSED[case]
     capture(function, floats(), make(host))
 
 
@@ -182,11 +247,12 @@ def kept(case):
 
 
 @pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 def test_what_a_capture_would_copy_is_refused_at_its_line(case):
-    function, host, name = REFUSED[case]
+    function, host, name, *words = REFUSED[case]
     with emulate() as gpu, cuda_is_cpu(gpu):
         function(floats(), make(host))
-        with pytest.raises(RuntimeError, match="CUDA error: "):
+        with pytest.raises(RuntimeError, match=re.escape((*words, UNPINNED)[0])):
             captured(case)
     (fault,) = gpu.faults
     assert (fault.kind, fault.name) == ("error", name)
@@ -229,6 +295,33 @@ def test_a_pinned_tensor_is_read_at_each_replay():
             graph.replay()
             assert x.tolist() == double.tolist() == [number] * 4
             assert kept.tolist() == [7.0, 8.0]
+    assert gpu.faults == []
+
+
+@pytest.mark.parametrize("is_empty", [False, True])
+def test_a_pinned_tensor_in_the_order_of_the_device_is_copied(is_empty):
+    """In either direction and to another type; each replay reads and writes it."""
+    with emulate() as gpu, cuda_is_cpu(gpu):
+        x, h = torch.zeros(3, 2, device="cuda"), torch.ones(2, 3, pin_memory=True).t()
+        back, strided = torch.zeros(3, 2).pin_memory(), torch.zeros(3, 4, device="cuda")[:, ::2]
+        if is_empty:
+            x, h, back, strided = (t[:0] for t in (x, torch.ones(3, 2)[:, :1], back, strided))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            there = h.to("cuda", non_blocking=True)
+            x.copy_(there * 2 if not is_empty else h, non_blocking=True)
+            strided.copy_(back, non_blocking=True)
+            back.copy_(x.double(), non_blocking=True)
+            now = x.t().to("cpu", non_blocking=True)
+        for number in (1.0, 5.0):
+            before = back.clone()
+            h.fill_(number)
+            graph.replay()
+            torch.cuda.synchronize()
+            assert torch.equal(x, torch.full_like(x, 2 * number))
+            assert torch.equal(strided.cpu(), before)
+            assert torch.equal(back, x.cpu())
+            assert torch.equal(now, x.t().cpu())
     assert gpu.faults == []
 
 

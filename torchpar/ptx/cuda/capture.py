@@ -15,7 +15,7 @@ from torch.optim.optimizer import (
 )
 from torch.utils._pytree import tree_leaves, tree_map
 
-from torchpar.ptx.cuda import capture_rules, places
+from torchpar.ptx.cuda import host_copies, places
 from torchpar.ptx.cuda.accesses import Accesses, Part, part_at, part_of
 from torchpar.ptx.cuda.by_shapes import by_shapes, check_with_other_values
 from torchpar.ptx.cuda.captured_gradients import Gradients, parameters_of
@@ -248,7 +248,7 @@ class Capture:
         PyTorch reads them while it launches, but for copies from pinned memory. One whose place is
         not known is taken for a number of the host if it has no dimensions.
         """
-        if capture_rules.is_later(func, args, kwargs):
+        if host_copies.is_later(func, args, kwargs):
             self.host.take(filter(self.host.has_made, operands))
             return {}
         numbers = {id(t) for t in written}

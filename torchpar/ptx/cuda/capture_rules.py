@@ -1,30 +1,27 @@
 # SPDX-License-Identifier: MIT
-"""Rules of a capture of a CUDA graph: a GPU forbids to read values back, and to wait.
+"""Functions in Python that a capture of a CUDA graph forbids: they read values back.
 
-Each rule returns words on what the program does, or "" if that is allowed.
+Each rule returns words on what the program does, or "" if that is allowed. What operators read
+stands in `reading_operators`, and what is copied in `host_copies`.
 """
 
-from collections.abc import Iterator, Sequence
-from numbers import Number
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from torchpar.ptx.cuda import places
-from torchpar.ptx.cuda.devices import MASKS, fills_mask
-from torchpar.ptx.cuda.operations import tensors_in
+from torchpar.ptx.cuda import reading_operators as reading
+from torchpar.ptx.cuda.devices import MASKS
+from torchpar.ptx.cuda.host_copies import MAKING, MAKING_SPARSE, PUT, UPDATE_AFTER
+from torchpar.ptx.cuda.reading_operators import DEPENDENT, NUMBER
 from torchpar.ptx.cuda.types import Function, Keywords, Operator
 from torchpar.ptx.report.source import calls_under_way
 
-# Functions whose result has a shape that depends on values.
-DEPENDENT = {
-    name: f"{name}, whose shape depends on values,"
-    for name in ("nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "bincount")
-}
 # Functions in Python that read a tensor's values, by their names.
 READING_FUNCTIONS = {
     "item": ".item()",
@@ -42,62 +39,60 @@ READING_FUNCTIONS = {
     "allclose": "torch.allclose",
     **DEPENDENT,
 }
-NUMBER = "a function of PyTorch, which takes a number from a tensor,"
-MASK = "indexing by a mask, whose number of elements depends on values,"
-REPEAT = "repeat_interleave without output_size"
 ONE_HOT = "one_hot without num_classes"
-SINGULAR = "the check of a matrix that may be singular"
-SPECTRUM = "a decomposition into eigenvalues or singular values"
 CTC = "ctc_loss, which copies its lengths between host and device,"
+SMOOTHED = "the mean of cross_entropy with weight and label_smoothing, which selects by a mask,"
+LISTED = "a list with tensors of the device, whose numbers PyTorch takes,"
 POSITION = "a tensor that is one number, as an index,"
 BOUND = "a tensor as the bound of a slice"
-# Operators that do, also where another function of PyTorch or autograd calls them.
-READING_OPERATORS = {
-    "_local_scalar_dense": NUMBER,
-    "item": ".item()",
-    "is_nonzero": NUMBER,
-    "equal": "torch.equal",
-    "nonzero": DEPENDENT["nonzero"],
-    "nonzero_numpy": DEPENDENT["nonzero"],
-    "argwhere": DEPENDENT["argwhere"],
-    "masked_select": DEPENDENT["masked_select"],
-    "_unique2": DEPENDENT["unique"],
-    "unique_dim": DEPENDENT["unique"],
-    "unique_consecutive": DEPENDENT["unique_consecutive"],
-    "bincount": DEPENDENT["bincount"],
-    "_linalg_check_errors": SINGULAR,
-    # By their documentation these synchronize the device with the CPU.
-    **dict.fromkeys(("_linalg_eigh", "linalg_eig", "_linalg_eigvals", "linalg_eigvals"), SPECTRUM),
-    **dict.fromkeys(("_linalg_svd", "linalg_pinv"), SPECTRUM),
-}
-# Operators that fill by the number of a tensor, and that one's position.
-FILLING = {
-    "masked_fill": (2, "masked_fill by the number of a tensor"),
-    "masked_fill_": (2, "masked_fill by the number of a tensor"),
-    "index_fill": (3, "index_fill by the number of a tensor"),
-    "index_fill_": (3, "index_fill by the number of a tensor"),
-}
-SPACED = {"linspace", "logspace"}
-INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_"}
-PUT = INDEXED - {"index"}
-MAKING = {"tensor", "as_tensor", "asarray", "new_tensor"}  # tensors from numbers of Python
 TO_HOST = "a copy to the host"
+# What is read by a copy into memory that is not pinned.
+COPIED_TO_READ = {TO_HOST, READING_FUNCTIONS["tolist"]}
+SPARSE_SIZE = "a sparse tensor without a size, which PyTorch finds in the indices,"
 
 
 def read_by_function(func: Function, args: Sequence[object], kwargs: Keywords) -> str:
     """Name what a function of PyTorch reads back of a tensor on the device."""
     name = getattr(func, "__name__", "")
-    if name in READING_FUNCTIONS and args and places.is_on_device(args[0]):
-        return READING_FUNCTIONS[name]
-    if func is torch.nn.functional.one_hot and args and places.is_on_device(args[0]):
-        number = args[1] if len(args) > 1 else kwargs.get("num_classes", -1)
-        return ONE_HOT if number == -1 else ""
-    if func in CTC_LOSSES and args and places.is_on_device(args[0]):
-        return "" if _takes_cudnn(*args, **kwargs) else CTC
-    return ""
+    if name in MAKING | MAKING_SPARSE and args:
+        return _read_to_make(name, args, kwargs)
+    if not args or not places.is_on_device(args[0]):
+        return ""
+    what, reads = SOMETIMES.get(func, ("", None))
+    if reads is not None:
+        return what if reads(*args, **kwargs) else ""
+    return READING_FUNCTIONS.get(name, "")
 
 
-CTC_LOSSES = (torch.nn.functional.ctc_loss, torch.ctc_loss)
+def _read_to_make(name: str, args: Sequence[object], kwargs: Keywords) -> str:
+    """Name what is read to make a tensor: of tensors in a list, or of a sparse tensor's indices."""
+    given = args[1:] if name == "new_tensor" else args
+    lists = [one for one in given if isinstance(one, (list, tuple))]
+    if any(map(places.is_on_device, tree_leaves(lists))):
+        return LISTED
+    if name not in MAKING_SPARSE or not places.is_on_device(args[0]):
+        return ""
+    has_size = len(args) > (2 if name == "sparse_coo_tensor" else 3)
+    return "" if has_size or kwargs.get("size") is not None else SPARSE_SIZE
+
+
+def _selects_weights(
+    logits: Any,
+    target: Any,
+    weight: Any = None,
+    size_average: object = None,
+    ignore_index: object = -100,
+    reduce: object = None,
+    reduction: object = "mean",
+    label_smoothing: Any = 0.0,
+) -> bool:
+    """Whether cross_entropy divides by weights that it selects by a mask.
+
+    `cross_entropy_loss_label_smoothing` of PyTorch does so without a mode of dispatch.
+    """
+    is_mean = reduction == "mean" and size_average is not False and reduce is not False
+    has_classes = logits.shape != target.shape
+    return bool(weight is not None and label_smoothing > 0 and is_mean and has_classes)
 
 
 def _takes_cudnn(
@@ -122,6 +117,21 @@ def _takes_cudnn(
     return bool(blank == 0 and log_probs.dtype == torch.float32)
 
 
+def _infers_classes(tensor: object, num_classes: object = -1) -> bool:
+    return num_classes == -1
+
+
+# Functions that read for some arguments, by what they read.
+SOMETIMES: dict[Function, tuple[str, Callable[..., bool]]] = {
+    torch.nn.functional.one_hot: (ONE_HOT, _infers_classes),
+    cross_entropy: (SMOOTHED, _selects_weights),
+    **dict.fromkeys(
+        (torch.nn.functional.ctc_loss, torch.ctc_loss),
+        (CTC, lambda *args, **kwargs: not _takes_cudnn(*args, **kwargs)),
+    ),
+}
+
+
 def read_by_index(func: Function, args: Sequence[object]) -> str:
     """Name what `x[index]` reads back of numbers in the index."""
     if func not in (Tensor.__getitem__, Tensor.__setitem__):
@@ -143,18 +153,10 @@ def _is_number(value: object) -> bool:
 
 def read_by_operator(func: Operator, args: Sequence[object], kwargs: Keywords) -> str:
     """Name what an operator reads back, some of whose operands are on the device."""
-    name = func.overloadpacket.__name__
-    if name in INDEXED and _has_mask(args[1]) and not _fills(func, args):
-        return MASK
-    if name in PUT and places.mark_of(args[0]) is False and places.is_on_device(args[2]):
+    is_put = func.overloadpacket.__name__ in PUT
+    if is_put and places.mark_of(args[0]) is False and places.is_on_device(args[2]):
         return TO_HOST
-    if name in FILLING and places.mark_of(args[FILLING[name][0]]) is True:
-        return FILLING[name][1]
-    if name in SPACED and any(places.mark_of(t) is True for t in args[:2]):
-        return NUMBER
-    if func is torch.ops.aten.repeat_interleave.Tensor and kwargs.get("output_size") is None:
-        return REPEAT
-    return READING_OPERATORS.get(name, "") if func.namespace == "aten" else ""
+    return reading.read_by_operator(func, args, kwargs)
 
 
 def instead_of(what: str) -> str:
@@ -194,24 +196,43 @@ def _instead_of_optimizer(optimizer: Optimizer) -> str:
     )
 
 
+COMPUTE_OUTSIDE = "compute it before the capture, or after graph.replay()"
 INSTEAD = {
-    REPEAT: "give output_size",
+    reading.REPEAT: "give output_size",
     ONE_HOT: "give num_classes",
-    SINGULAR: (
-        "call torch.linalg.inv_ex, solve_ex, cholesky_ex, lu_factor_ex or ldl_factor_ex, and check "
-        "the info that it returns after graph.replay()"
+    reading.SINGULAR: (
+        "call torch.linalg.inv_ex, solve_ex, cholesky_ex, lu_factor_ex or ldl_factor_ex without "
+        "check_errors, and check the info that it returns after graph.replay()"
     ),
-    SPECTRUM: "compute it before the capture, or after graph.replay()",
     CTC: (
         "give what cuDNN takes: float32, blank 0, concatenated targets, and targets and lengths as "
         "int32 on the device; or call it after graph.replay()"
     ),
+    SMOOTHED: 'give reduction="sum", and divide by weight[target].sum()',
+    LISTED: "write torch.stack(list)",
     POSITION: "index by a tensor of one dimension: x[n.reshape(1)], or index_select",
     BOUND: "give numbers of Python, or compute with all elements, as by torch.where(mask, x, 0)",
-    FILLING["masked_fill"][1]: "write torch.where(mask, value, x)",
-    FILLING["index_fill"][1]: "write x[index] = value",
+    SPARSE_SIZE: "give the size",
+    reading.MASKED_FILL: "write torch.where(mask, value, x)",
+    reading.INDEX_FILL: "write x[index] = value",
+    reading.ISIN: (
+        "write (x[..., None] == values).any(-1), or give assume_unique=True if it is so of both"
+    ),
+    reading.HISTOGRAM: "give min and max",
+    reading.SORTER: "sort the sequence before: torch.searchsorted(sequence[sorter], x)",
+    reading.LENGTHS: "give unsafe=True",
+    reading.NESTED: "give nn.TransformerEncoder enable_nested_tensor=False",
     **dict.fromkeys(
-        (MASK, *DEPENDENT.values()), "compute with all elements, as by torch.where(mask, x, 0)"
+        (
+            *(reading.SPECTRUM, reading.MODE, reading.EXPONENTIAL, reading.LEAST_SQUARES),
+            *(reading.QUANTIZED, reading.SPARSE, reading.PRODUCT, reading.SCATTERED),
+            reading.FILLED,
+        ),
+        COMPUTE_OUTSIDE,
+    ),
+    **dict.fromkeys(
+        (reading.MASK, *DEPENDENT.values()),
+        "compute with all elements, as by torch.where(mask, x, 0)",
     ),
 }
 # Where no caller has other advice.
@@ -225,7 +246,6 @@ READ_AFTER = "keep the tensor, and read it after graph.replay()"
 WITHOUT_CHECK = (
     "call it without error_if_nonfinite, and check the norm that it returns after graph.replay()"
 )
-UPDATE_AFTER = "call update_parameters after graph.replay()"
 UNCHECKED = "give the distribution validate_args=False"
 # By modules and functions of PyTorch that read values in Python.
 INSTEAD_WITHIN = {
@@ -240,193 +260,6 @@ INSTEAD_WITHIN = {
     ("torch.optim.swa_utils", "update_parameters"): UPDATE_AFTER,
     ("torch.nn.modules.batchnorm", "forward"): "give the layer a momentum that is not None",
 }
-
-
-def _has_mask(indices: object) -> bool:
-    """Whether PyTorch finds on the device where a mask is true; for one of the host it does not."""
-    masks = [t for t in tensors_in([indices]) if t.dtype in MASKS]
-    return any(places.mark_of(t) is not False for t in masks)
-
-
-def _fills(func: Operator, args: Sequence[object]) -> bool:
-    """Whether one number is put where a mask is true, for which PyTorch calls masked_fill."""
-    value = args[2] if len(args) > 2 else None
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        return False
-    # The zero that autograd puts there is the host's as the number was; its place is a guess.
-    is_zero = places.mark_of(value) is places.GUESS and torch._C._current_graph_task_id() >= 0
-    if places.is_on_device(value) and not is_zero:
-        return False
-    return len(args) < 4 or not args[3]
-
-
-def copied_by_operator(func: Operator, args: Sequence[object], kwargs: Keywords) -> str:
-    """Name a copy between host and device that the program waits for.
-
-    PyTorch puts a number of Python into several elements by a kernel, and into one element, as in
-    x[0] = 1.0, by such a copy.
-    """
-    name = func.overloadpacket.__name__ if func.namespace == "aten" else ""
-    if name in INDEXED:
-        return _copied_by_index(name, args)
-    if name in COPYING and places.is_on_device(args[0]):
-        return TO_DEVICE if any(map(_is_on_host, args[1:2])) else ""
-    if func is torch.ops.aten.where.self and any(map(places.is_on_device, args)):
-        return NUMBER_IN_WHERE if any(map(_is_on_host, args)) else ""
-    is_copy = func.overloadpacket in COPIES
-    return _copied_by_copy(name, args, is_asynchronous(args, kwargs)) if is_copy else ""
-
-
-# Operators whose second operand PyTorch copies to where the first one is.
-COPYING = {"bernoulli", "bernoulli_", "slice_scatter", "select_scatter", "diagonal_scatter"}
-COPYING |= {"as_strided_scatter", "copy"}
-
-
-def _is_on_host(t: object) -> bool:
-    return isinstance(t, Tensor) and places.mark_of(t) is False and t.numel() > 0
-
-
-def _copied_by_copy(name: str, args: Sequence[object], is_asynchronous: bool) -> str:
-    if name == "_foreach_copy_":
-        pairs = zip(tensors_in(args[:1]), tensors_in(args[1:2]), strict=False)
-        found = (_copied(*pair, is_asynchronous) for pair in pairs)
-        return next(filter(None, found), "")
-    if name != "copy_":
-        return ""
-    to, source = args[:2]
-    is_number = isinstance(source, Tensor) and source.dim() == 0
-    if is_number and isinstance(to, Tensor) and to.dim() > 0:
-        return ""
-    copied = _copied(to, source, is_asynchronous)
-    return ONE_ELEMENT if is_number and copied == TO_DEVICE else copied
-
-
-def _copied_by_index(name: str, args: Sequence[Any]) -> str:
-    """Name what PyTorch copies for an operator with indices (`make_info`, `_index_put_impl_`).
-
-    Of a mask of the host it copies from pinned memory, and does not wait.
-    """
-    if not places.is_on_device(args[0]):
-        return ""
-    if any(_is_on_host(t) and t.dtype not in MASKS for t in tensors_in([args[1]])):
-        return INDEX
-    is_put = name in PUT and _is_on_host(args[2])
-    return NUMBER_BY_INDEX if is_put and not fills_mask(tuple(args)) else ""
-
-
-def copied_by_function(func: Function, args: Sequence[Any], kwargs: Keywords) -> str:
-    """Name a copy as `copied_by_operator` does; also those of numbers and lists of Python."""
-    if func in (Tensor.__getitem__, Tensor.__setitem__) and places.is_on_device(args[0]):
-        indices = list(_indices(args[1]))
-        if any(isinstance(one, SEQUENCES) and len(one) for one in indices):
-            return INDEX
-        is_number = func is Tensor.__setitem__ and isinstance(args[2], Number)
-        return NUMBER_BY_INDEX if is_number and _is_by_tensors(indices) else ""
-    if func != torch.Tensor.copy_ or len(args) < 2:
-        return ""
-    to, source = args[:2]
-    return _copied(to, source, is_asynchronous(args, kwargs))
-
-
-SEQUENCES = (list, tuple, range, np.ndarray)  # of which PyTorch makes an index on the host
-MOST_AS_TUPLE = 32  # a list that is shorter is a tuple if one of its items is no number
-
-
-def _indices(index: object) -> Iterator[object]:
-    """Yield the indices of ``x[index]``, as `treatSequenceAsTuple` of PyTorch does."""
-    is_tuple = isinstance(index, tuple)
-    if isinstance(index, (list, range)) and len(index) < MOST_AS_TUPLE:
-        kinds = (Tensor, slice, type(None), type(...), *SEQUENCES)
-        is_tuple = any(isinstance(one, kinds) for one in index)
-    if is_tuple:
-        yield from index  # type: ignore[misc]
-    elif not isinstance(index, np.ndarray) or index.ndim:
-        yield index
-
-
-def _is_by_tensors(indices: Sequence[object]) -> bool:
-    """Whether a number of Python goes to where tensors point, and not to where one mask is true."""
-    tensors = [t for t in indices if isinstance(t, Tensor) and (t.dim() or t.dtype in MASKS)]
-    is_mask = len(tensors) == 1 and tensors[0].dtype in MASKS
-    return bool(tensors) and not (is_mask and places.mark_of(tensors[0]) is not False)
-
-
-def _copied(to: object, source: object, is_asynchronous: bool) -> str:
-    if not isinstance(to, Tensor) or not isinstance(source, Tensor):
-        return ""
-    if places.is_on_device(to) == places.is_on_device(source) or not to.numel():
-        return ""
-    if places.is_on_device(to):
-        return copied_from_host(source, is_asynchronous)
-    if is_asynchronous:
-        return "" if places.is_pinned(to) else NOT_PINNED
-    return "copy_ of a tensor to the host"
-
-
-def copied_from_host(source: Tensor, is_asynchronous: bool) -> str:
-    """Name a copy to the device that a capture refuses (`copy_kernel_cuda` of PyTorch)."""
-    if not is_asynchronous:
-        return TO_DEVICE
-    return "" if places.is_pinned(source) or not source.numel() else NOT_PINNED
-
-
-def is_later(func: Operator, args: Sequence[object], kwargs: Keywords) -> bool:
-    """Whether a replay reads the memory of the host that an operator copies to the device."""
-    if func.overloadpacket not in COPIES or not is_asynchronous(args, kwargs):
-        return False
-    source = args[0] if func.overloadpacket is torch.ops.aten._to_copy else args[1]
-    return all(map(places.is_pinned, tensors_in([source])))
-
-
-COPIES = {torch.ops.aten.copy_, torch.ops.aten._to_copy, torch.ops.aten._foreach_copy_}
-
-
-def is_asynchronous(args: Sequence[object], kwargs: Keywords) -> bool:
-    """Whether copy_ with these arguments returns before it has copied."""
-    return bool(args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
-
-
-TO_DEVICE = "a copy from the host's memory"
-NOT_PINNED = "a copy with non_blocking=True between the device and memory that is not pinned"
-INDEX = "the copy of an index from the host's memory"
-NUMBER_BY_INDEX = "the copy of a number of the host to where an index points"
-NUMBER_IN_WHERE = "the copy of a number of the host that torch.where makes"
-ONE_ELEMENT = (
-    "the copy of a number into one element (x[0:1] = number makes none, x[0] = number does)"
-)
-
-
-INSTEAD_OF_COPIES = {
-    NOT_PINNED: "call pin_memory() on the tensor of the host before the capture",
-    INDEX: "make the index on the device before the capture",
-    NUMBER_BY_INDEX: "give a value on the device, or call index_fill_ or masked_fill_",
-    NUMBER_IN_WHERE: "give a number of Python, or a tensor on the device",
-}
-COPY_BEFORE = "copy before the capture, into a tensor that the graph reads"
-
-
-def instead_of_copy(what: str) -> str:
-    """Say what to write in the place of a copy between host and device."""
-    for frame in calls_under_way():
-        place = frame.f_globals.get("__name__", ""), frame.f_code.co_name
-        if place == ("torch.optim.swa_utils", "update_parameters"):
-            return UPDATE_AFTER
-    return INSTEAD_OF_COPIES.get(what, COPY_BEFORE)
-
-
-def makes_from_host(func: Function, args: Sequence[object], kwargs: Keywords) -> bool:
-    """Whether a function makes a tensor on the device from numbers of Python."""
-    if func is torch.unravel_index:  # of the shape
-        return any(map(places.is_on_device, (*args[:1], kwargs.get("indices"))))
-    name = getattr(func, "__name__", "")
-    if name == "new" and places.is_on_device(args[0]):
-        return any(isinstance(one, SEQUENCES) and len(one) for one in args[1:])
-    if name not in MAKING:
-        return False
-    if func is torch.Tensor.new_tensor and kwargs.get("device") is None:
-        return places.is_on_device(args[0])
-    is_there = len(args) > 0 and places.is_on_device(args[0])
-    return bool(kwargs.get("device") == places.DEVICE and not is_there)
 
 
 def generators_of(args: Sequence[object], kwargs: Keywords) -> list[Any]:

@@ -24,13 +24,14 @@ from torch.nn import Module
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from torchpar.ptx.cuda import capture_rules, devices, places
+from torchpar.ptx.cuda import capture_rules, devices, host_copies, places
 from torchpar.ptx.cuda.accesses import Access
 from torchpar.ptx.cuda.capture import Capture
 from torchpar.ptx.cuda.captured_gradients import Uses, clearing, parameters_of
 from torchpar.ptx.cuda.devices import Devices
 from torchpar.ptx.cuda.graph import CUDAGraph
 from torchpar.ptx.cuda.graph_memory import REPLAYED, WRITTEN, Line, Memory, Pool, memory_of, shown
+from torchpar.ptx.cuda.host_copies import CANNOT_COPY, NOT_PERMITTED, HostCopy
 from torchpar.ptx.cuda.host_values import results_on_host, taken_by_function
 from torchpar.ptx.cuda.operations import OperatorKind, tensors_in, tensors_of_launch, written_by
 from torchpar.ptx.cuda.steps import has_host_count
@@ -92,16 +93,14 @@ class Graphs:
             self.emulator.note(fault, place)
         self._noted[place] = self.replays
 
-    def refuse(self, name: str, message: str) -> None:
-        """Note a fault, and raise an error, as a GPU does."""
+    def refuse(self, name: str, message: str, words: str = NOT_PERMITTED) -> None:
+        """Note a fault, and raise an error, as a GPU does, with the words of PyTorch or CUDA."""
         line = program_line()
         if self.capture is not None:
             self.capture.has_failed = True
         begun = None if self.capture is None else self.capture.line
         self.note("error", name, message, line, None if begun is None else ("captured", begun))
-        raise RuntimeError(
-            f"CUDA error: operation not permitted when stream is capturing: {message}"
-        )
+        raise RuntimeError(f"{words}: {message}")
 
     def _refuse_waiting(self, what: str) -> None:
         if self.capture is not None:
@@ -114,14 +113,14 @@ class Graphs:
             "read-back in a capture",
             f"{what} reads values, and nothing is computed before a replay; "
             f"{capture_rules.instead_of(what)}",
+            CANNOT_COPY if what in capture_rules.COPIED_TO_READ else NOT_PERMITTED,
         )
 
-    def _refuse_copy(self, what: str) -> None:
-        why = "is one that the program waits for"
-        if what == capture_rules.NOT_PINNED:
-            why = "is refused in a capture"
+    def _refuse_copy(self, copy: HostCopy) -> None:
         self.refuse(
-            "host's copy in a capture", f"{what} {why}; {capture_rules.instead_of_copy(what)}"
+            "host's copy in a capture",
+            f"{copy.what} {copy.why}; {host_copies.instead_of_copy(copy.what)}",
+            copy.words,
         )
 
     def note_race(self, before: Access, access: Access) -> None:
@@ -183,9 +182,7 @@ class Graphs:
             if what := what or capture_rules.read_by_index(func, args):
                 self._refuse_read(what)
             self.capture.host.take(taken_by_function(func, args))
-            if capture_rules.makes_from_host(func, args, kwargs):
-                self._refuse_copy(capture_rules.TO_DEVICE)
-            if copied := capture_rules.copied_by_function(func, args, kwargs):
+            if copied := host_copies.copied_by_function(func, args, kwargs):
                 self._refuse_copy(copied)
         elif what:
             self._check_operands(tensors_in(args[:1]), [])
@@ -206,11 +203,20 @@ class Graphs:
             self.uses.note_step(parameters_of(optimizer))
 
     def copy_between(
-        self, t: Tensor, before: torch.device, after: torch.device, is_asynchronous: bool
+        self,
+        t: Tensor,
+        before: torch.device,
+        after: torch.device,
+        is_asynchronous: bool,
+        dtype: torch.dtype,
+        memory_format: object,
     ) -> None:
         """Check a copy between the host and the device, which may be to where the tensor is.
 
         PyTorch pins the result of an asynchronous copy to the host.
+
+        Args:
+            memory_format: that of the result; None for the tensor's own.
         """
         if before == after:
             return
@@ -218,11 +224,16 @@ class Graphs:
             self._check_operands([t], [])
         if not self.is_capturing:
             return
-        if after == places.DEVICE:
-            if what := capture_rules.copied_from_host(t, is_asynchronous):
-                self._refuse_copy(what)
-        elif not is_asynchronous:
+        if after != places.DEVICE and not is_asynchronous:
             self._refuse_read(capture_rules.TO_HOST)
+        order: Any = memory_format or torch.preserve_format
+        with self.unwatched():
+            result = torch.empty_like(t, dtype=dtype, memory_format=order)
+        places.put(result, after == places.DEVICE)
+        if after != places.DEVICE:
+            places.pin(result)
+        if copied := host_copies.copied(result, t, is_asynchronous):
+            self._refuse_copy(copied)
 
     def on_host(self, result: Tensor, operands: list[Tensor]) -> Tensor:
         """Return a result that a function of PyTorch computes on the host, with its values now."""
@@ -311,8 +322,8 @@ class Graphs:
     def _check_captured(self, func: Operator, args: Arguments, kwargs: Keywords) -> None:
         if what := capture_rules.read_by_operator(func, args, kwargs):
             self._refuse_read(what)
-        if what := capture_rules.copied_by_operator(func, args, kwargs):
-            self._refuse_copy(what)
+        if copied := host_copies.copied_by_operator(func, args, kwargs):
+            self._refuse_copy(copied)
         assert self.capture is not None
         registered: tuple[Any, ...] = (torch.default_generator, *self.capture.graph.generators)
         numbers = {one._cdata for one in registered}  # the operator has other objects of Python

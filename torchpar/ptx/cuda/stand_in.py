@@ -229,7 +229,14 @@ class _OnCpu(TorchFunctionMode):
         after = _destination(others, kwargs)
         if after is None or not isinstance(t, Tensor) or t.device.type != "cpu":
             return TO(t, *others, **kwargs)
-        self.graphs.copy_between(t, before, after, _is_asynchronous(others, kwargs))
+        self.graphs.copy_between(
+            t,
+            before,
+            after,
+            _is_asynchronous(others, kwargs),
+            _type_after(t, others, kwargs),
+            kwargs.get("memory_format"),
+        )
         # To the device that a tensor has it is itself, and to another one a copy.
         device = places.HOST if before == after else places.DEVICE
         others = [device if _is_cpu(one) else one for one in others]
@@ -294,6 +301,16 @@ def _destination(args: list[object], kwargs: Keywords) -> torch.device | None:
         if _is_cpu(one):
             return torch.device(one)
     return None
+
+
+def _type_after(t: Tensor, args: list[object], kwargs: Keywords) -> torch.dtype:
+    """Return the type that `torch.Tensor.to` with these arguments gives a tensor."""
+    for one in (*args, kwargs.get("dtype"), kwargs.get("other")):
+        if isinstance(one, Tensor):
+            return one.dtype
+        if isinstance(one, torch.dtype):
+            return one
+    return t.dtype
 
 
 def _is_asynchronous(args: list[object], kwargs: Keywords) -> bool:
