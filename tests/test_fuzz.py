@@ -20,6 +20,7 @@ SCRIPTS = {
     "flags": ["unchecked", "any-number"],
     "endings": ["forgets", "goes-on"],
     "emulator": ["minimum", "silent"],
+    "captures": ["bound", "lists", "nodes", "pageable", "pinned", "straight", "table"],
     "graphed": ["copies", "gradients", "others", "pool", "steps", "unpassed"],
 }
 FAULTS = [(script, fault) for script, faults in SCRIPTS.items() for fault in faults]
