@@ -28,8 +28,9 @@ process 0, which adds them up and takes the step.
 
 --images takes a file of MATLAB in place of a data set: X (n, 400) and y (n, 1), of which every
 fifth sample is for tests. --weights takes one with the first weights: Theta1 (25, 401) and Theta2
-(10, 26), whose first columns are the biases. --every-iteration prints the cost and the milliseconds
-of all phases in each iteration.
+(10, 26), whose first columns are the biases. Row k of Theta2 is label k + 1 if the labels are 1 to
+10, and label k if they are 0 to 9; --first-label says otherwise. --every-iteration prints the cost
+and the milliseconds of all phases in each iteration.
 
 Under mpirun process 0 first trains alone, while the others wait: with one thread, and in a process
 of its own with all threads. A table sets the times by phase side by side. ``--library torch`` needs
@@ -86,6 +87,8 @@ class Flags(cli.ExampleFlags):
     dataset: Dataset | Literal["auto"] = "auto"
     images: cli.MatFile = None  # A .mat file with X (n, 400) and y (n, 1), in place of a data set.
     weights: cli.MatFile = None  # A .mat file with Theta1 (25, 401) and Theta2 (10, 26).
+    # Label of the first row of Theta2; by default that of the images, 0 for a data set.
+    first_label: Literal[0, 1] | None = None
     library: Literal["numpy", "torch"] = "numpy"  # Library that computes.
     plots: cli.Plots = None  # Folder for pictures.
     exchange: Exchange = "allreduce"  # MPI's messages of an iteration.
@@ -99,6 +102,8 @@ class Flags(cli.ExampleFlags):
 
     def check(self) -> None:
         super().check()
+        if self.first_label is not None and not self.weights:
+            raise ConfigError("--first-label is of --weights, which are not given; drop it")
         if self.library == "numpy" and self.device == "cuda":
             raise ConfigError(
                 "--device cuda: NumPy computes on the CPU; --library torch takes a GPU"
@@ -124,13 +129,18 @@ class Pixels(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Settings of a run: full-batch steps of SGD, and the seed or the file of the first weights."""
+    """Settings of a run: full-batch steps of SGD, and the seed or the file of the first weights.
+
+    Attributes:
+        first_label: as of `mat.load_weights`.
+    """
 
     iterations: int
     lr: float
     momentum: float
     seed: int
     weights: str = ""
+    first_label: int = 0
 
 
 class Result(NamedTuple):
@@ -176,12 +186,15 @@ def find_dataset(flags: Flags) -> tuple[Dataset, str]:
     return "mnist", f"MNIST stands in for Fashion-MNIST, of which {folder} holds no files"
 
 
-def load(flags: Flags, speaks: bool = True) -> tuple[Pixels, Pixels]:
-    """Return the pooled training and test images. Say so, if they are not the project's."""
+def load(flags: Flags, speaks: bool = True) -> tuple[Sequence[Pixels], int]:
+    """Return the pooled training and test images, and the label of the weights' first row. Say so,
+    if they are not the project's."""
     if flags.weights:  # a wrong file is an error before the first line
         mat.load_weights(flags.weights, numpy_mlp.NumpyMLP(SIZES))
+    first: int | None = 0  # of the data sets
     if flags.images:
-        pixels = Pixels(*mat.read_images(flags.images, SIZES[0]))
+        *found, first = mat.read_images(flags.images, SIZES[0])
+        pixels, source = Pixels(*found), str(flags.images)
         is_test = np.arange(len(pixels.labels)) % 5 == 4  # files may be sorted by class
         train, test = (Pixels(*(t[chosen] for t in pixels)) for chosen in (~is_test, is_test))
         if not len(test.labels):
@@ -193,8 +206,8 @@ def load(flags: Flags, speaks: bool = True) -> tuple[Pixels, Pixels]:
             )
         line = f"{flags.images}: {len(train.labels)} samples, and every fifth one for tests"
     else:
-        dataset, line = find_dataset(flags)
-        train, test = map(pool, read(dataset, flags.data))
+        source, line = find_dataset(flags)
+        train, test = map(pool, read(source, flags.data))
         if (shape := train.x.shape) != (expected := (len(train.labels), SIZES[0])):
             raise ConfigError(
                 f"pool returns images of shape {shape}, expected {expected}, {SIDE} × {SIDE} each; "
@@ -203,14 +216,23 @@ def load(flags: Flags, speaks: bool = True) -> tuple[Pixels, Pixels]:
     if line and speaks:
         print(line)
     cli.check_samples(flags.samples, len(train.labels))
-    return Pixels(*(t[: flags.samples or DEFAULT_SAMPLES] for t in train)), test
+    train = Pixels(*(t[: flags.samples or DEFAULT_SAMPLES] for t in train))
+    first_label = 0
+    if flags.weights:
+        images, model = mat.LabelledImages(*train, first), numpy_mlp.NumpyMLP(SIZES)
+        first_label, line = mat.settle_first_label(
+            flags.weights, model, images, source, flags.first_label
+        )
+        if speaks:
+            print(line)
+    return (train, test), first_label
 
 
 def first_model(plan: Plan) -> numpy_mlp.NumpyMLP:
     """Return the network with the first weights of a run: of a file, or drawn."""
     model = numpy_mlp.NumpyMLP(SIZES, loss="bce", seed=plan.seed)
     if plan.weights:
-        mat.load_weights(Path(plan.weights), model)
+        mat.load_weights(Path(plan.weights), model, plan.first_label)
     return model
 
 
@@ -444,8 +466,10 @@ def run_numpy(flags: Flags, plans: Sequence[Plan]) -> None:
     """Train in NumPy: on several processes, after one has trained alone."""
     # A loss that is not finite is an error of its own.
     with mpi.join() as world, np.errstate(over="ignore", invalid="ignore"):
-        splits = load(flags) if world.rank == 0 else None
-        if world.rank == 0:
+        splits = None
+        if world.rank == 0:  # the others get the samples and the weights
+            splits, first_label = load(flags)
+            plans = [plan._replace(first_label=first_label) for plan in plans]
             console.print_load()
         train = partial(train_plans, splits=splits, plans=plans, exchange=flags.exchange)
         columns = alone = one_process.train_on_one(world, train)
@@ -482,7 +506,8 @@ def run_torch(flags: Flags, plans: Sequence[Plan]) -> None:
     from torchpar.parallel.launch.agreement import check_same_on_all_ranks
 
     with join_world(flags.device, gloo_yields=True) as world:
-        splits = load(flags, speaks=world.rank == 0)
+        splits, first_label = load(flags, speaks=world.rank == 0)
+        plans = [plan._replace(first_label=first_label) for plan in plans]
         check_same_on_all_ranks(None, "the flags and the data", flags.shared() | checksums(splits))
         # Phases wait for the device, which costs time.
         with Phases(world.device) if flags.every_iteration else nullcontext():

@@ -137,7 +137,7 @@ def trained(world, folder: Path, case: str, split: str) -> train_mpi.Training:
 
 def pooled_runs(world, folder: Path, exchange: str) -> list[Result]:
     flags = fashion_pooled.Flags(data=folder, dataset="fashion-mnist", samples=50)
-    splits = fashion_pooled.load(flags) if world.rank == 0 else None
+    splits = fashion_pooled.load(flags)[0] if world.rank == 0 else None
     plans = Plan(60, 0.1, 0.0, 0), Plan(30, 0.1, 0.9, 0)
     return [fashion_pooled.train_numpy(world, splits, plan, exchange) for plan in plans]
 
@@ -568,7 +568,7 @@ def test_pooled_pixels_are_pytorchs(data):
 def test_both_libraries_have_the_same_costs(data, ranks):
     """The first is −1/n · Σ_samples Σ_classes t·log p + (1 − t)·log(1 − p), at the first
     weights."""
-    splits = fashion_pooled.load(
+    splits, _ = fashion_pooled.load(
         fashion_pooled.Flags(data=data, dataset="fashion-mnist", samples=50)
     )
     in_numpy = partial(fashion_pooled.train_numpy, mpi.OneProcess(), splits)

@@ -50,10 +50,72 @@ def test_weights_of_a_file_have_their_biases_first(files):
     images, weights, arrays = files
     model = NumpyMLP((400, 25, 10), dtype=np.float64)
     mat.load_weights(weights, model)
-    x, labels = mat.read_images(images, 400)
+    x, labels, first_label = mat.read_images(images, 400)
+    assert first_label == 1
     assert x.dtype == np.float32
     assert labels.tolist() == [n for n in (*range(1, 10), 0) for _ in range(5)]  # 10 is the digit 0
     np.testing.assert_allclose(model.forward(arrays["X"])[1], outputs(arrays, arrays["X"]))
+
+
+def write_course(folder: Path, first: int, rows_first: int, count: int = 10) -> list[str]:
+    """Write images of which class i has pixel i alone, and weights that tell them apart.
+
+    Args:
+        first: the label of class 0; its class 9 has the label 10 - 1 + first, as MATLAB counts.
+        rows_first: the label of the first row of Theta2.
+        count: of the classes that have images.
+    """
+    savemat = pytest.importorskip("scipy.io", reason="SciPy writes files of MATLAB").savemat
+    labels = np.arange(50) // 5 % count + first
+    pixels = 20.0 * np.eye(25, 400) * (np.arange(25) < 10)[:, None]
+    # Unit i is of pixel i, which the images of one label have.
+    rows = 20.0 * np.roll(np.eye(10, 25), first - rows_first, axis=0)
+    thetas = {"Theta1": pixels, "Theta2": rows}
+    thetas = {name: np.insert(theta, 0, -10.0, axis=1) for name, theta in thetas.items()}
+    savemat(folder / "X.mat", {"X": np.eye(400)[labels - first], "y": labels[:, None]})
+    savemat(folder / "W.mat", thetas)
+    return [f"--images={folder / 'X.mat'}", f"--weights={folder / 'W.mat'}"]
+
+
+@pytest.mark.parametrize(
+    "first, rows_first, flag",
+    [(1, 1, []), (0, 0, []), (0, 1, ["--first-label=1"]), (1, 0, ["--first-label=0"])],
+)
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_weights_of_a_file_begin_with_its_labels_right(tmp_path, first, rows_first, flag, library):
+    """The rows of the weights are counted as the labels are, or as the flag says."""
+    flags = [*write_course(tmp_path, first, rows_first), *flag, f"--library={library}"]
+    flags += ["--device=cpu", "--iterations=1", "--lr=0", f"--metrics={tmp_path / 'metrics'}"]
+    code, out, err = lesson("fashion_pooled", *flags)
+    assert (code, err) == (0, "")
+    label = ("k", "k + 1")[rows_first]
+    assert re.search(rf"^\S+W.mat: row k of Theta2 is label {re.escape(label)}, as ", out, re.M)
+    assert "; 100.0% of the training images are right" in out
+    *_, last = rows_of(tmp_path / "metrics")
+    assert (last["train_accuracy"], last["first_label"]) == (1, rows_first)
+    # Each output is 20·σ(±10) - 10 before its sigmoid.
+    wrong, right = (20 / (1 + np.exp(-z)) - 10 for z in (-10.0, 10.0))
+    cost = 9 * np.logaddexp(0, wrong) + np.logaddexp(0, -right)
+    assert last["first_cost"] == pytest.approx(cost, abs=10 * 2**-23)  # of ten terms in float32
+
+
+def test_rows_that_contradict_the_labels_or_may_be_either_are_refused(tmp_path):
+    for first, rows_first, count, message in (
+        (
+            0,
+            1,
+            10,
+            r"row k of Theta2 would be label k, as \S+ counts its labels, but then 0.0% of the "
+            r"training images are right, and by label k \+ 1 100.0%; add --first-label 1",
+        ),
+        (1, 0, 10, r"would be label k \+ 1, .* by label k 100.0%; add --first-label 0"),
+        (1, 1, 9, r"neither 0 nor 10, .* label k 0.0% of .* k \+ 1 100.0%; add --first-label 0 or"),
+    ):
+        code, _, err = lesson("fashion_pooled", *write_course(tmp_path, first, rows_first, count))
+        assert code == 2
+        assert re.search(message, err)
+    code, _, err = lesson("fashion_pooled", "--first-label=1")
+    assert (code, "--first-label is of --weights, which are not given" in err) == (2, True)
 
 
 def test_other_files_are_refused_by_what_they_hold(files, tmp_path, monkeypatch):
@@ -119,7 +181,8 @@ def test_pixels_beyond_0_and_1_are_images_too(tmp_path):
     pytest.importorskip("scipy.io", reason="scipy writes .mat files").savemat(
         tmp_path / "x.mat", {"X": x, "y": np.arange(5)}
     )
-    found, labels = mat.read_images(tmp_path / "x.mat", 400)
+    found, labels, first_label = mat.read_images(tmp_path / "x.mat", 400)
+    assert first_label == 0
     assert np.array_equal(found, x.astype(np.float32))
     assert labels.tolist() == [*range(5)]
 
@@ -172,7 +235,7 @@ def test_every_iteration_has_its_phases(files, tmp_path, library, phases):
         assert 0 < sum(seconds) < row["seconds"]
     # The first cost is that of the file's weights, of the samples that are not for tests.
     train = np.arange(50) % 5 != 4
-    z, t = outputs(arrays, arrays["X"][train]), np.eye(10)[arrays["y"][train, 0] % 10]
+    z, t = outputs(arrays, arrays["X"][train]), np.eye(10)[arrays["y"][train, 0] - 1]
     cost = (np.logaddexp(0, z) - t * z).sum() / 40
     assert rows[0]["cost"] == pytest.approx(cost, rel=1e-5)  # of 250 products in float32
     assert rows[60]["cost"] == rows[0]["cost"]
