@@ -2,14 +2,15 @@
 """Functions of a student's file for a GPU, executed without one.
 
 `torchpar.ptx` executes what they launch by Triton, with faults, counters and the least time on a
-GPU. Numba's simulator executes what they launch by ``numba.cuda``, of which it tells values alone.
+GPU. Numba's simulator executes what they launch by ``numba.cuda``, of which it tells values, and
+`benchmarks.ladder.races` tells races of threads at the first size.
 """
 
 import math
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +21,7 @@ from unittest.mock import patch
 import numpy as np
 
 from benchmarks.ladder.cases import LadderCase, make_case
+from benchmarks.ladder.races import Races, recorded
 from benchmarks.ladder.student import Entry, SlowCall
 from benchmarks.timing import Rejected
 from torchpar.parallel.launch.guard import TooSlow
@@ -43,6 +45,10 @@ class WrittenForTheWhole(BaseException):
         self.threads = threads
 
 
+class Raced(Rejected):
+    """Threads of a kernel race, although its result was right."""
+
+
 @dataclass
 class Executed:
     """What a function for a GPU has done without one; its result was right.
@@ -52,16 +58,19 @@ class Executed:
         by: who executed its kernels.
         least: microseconds on an H100 of all kernels together, at least; None if unknown.
         text: the bound and the counters, or "".
+        races: what was seen of races in Numba's simulator, or "".
     """
 
     tried: LadderCase
     by: str
     least: float | None = None
     text: str = ""
+    races: str = ""
 
     def __str__(self) -> str:
         tells = self.text or "which tells no time"
-        return f"{self.by} at {self.tried.size}, {tells}"
+        races = f"; {self.races}" * bool(self.races)
+        return f"{self.by} at {self.tried.size}, {tells}{races}"
 
 
 def execute(entry: Entry) -> Executed:
@@ -77,7 +86,7 @@ def execute(entry: Entry) -> Executed:
     whole, small = entry.case, entry.small()
     entry.tried = small
     try:
-        found, seconds = execute_once(entry)
+        found, seconds = execute_once(entry, records=True)
     except WrittenForTheWhole as launch:
         tell(
             entry,
@@ -86,20 +95,23 @@ def execute(entry: Entry) -> Executed:
         )
         entry.tried = whole
         try:
-            return execute_once(entry, PATIENCE)[0]
+            return execute_once(entry, PATIENCE, records=True)[0]
         except TooSlow:
             raise SlowCall(f"it takes more than {PATIENCE:.0f} s without a GPU") from None
     except Rejected as error:
-        if small is whole or entry.is_given_up:
+        if small is whole or entry.is_given_up or isinstance(error, Raced):
             raise
         tell(entry, f"fails at {small.size}; {whole.size} is tried, for at most {LIMIT:.0f} s")
         entry.tried = whole
         try:
-            return execute_once(entry)[0]
+            return execute_once(entry, records=True)[0]
         except TooSlow:
             entry.tried = small
             limit = f"the whole size takes more than {LIMIT:.0f} s without a GPU"
             raise Rejected(f"{error} ({limit})") from None
+    races = found.races
+    if races and small is not whole:  # as fast as it is without the records
+        found, seconds = execute_once(entry)
     while found.tried.shape != whole.shape:
         shape = tuple(
             min(most, size * GROWTH)
@@ -113,7 +125,7 @@ def execute(entry: Entry) -> Executed:
             found, seconds = execute_once(entry)
         except TooSlow:
             break
-    return found
+    return replace(found, races=races)
 
 
 def tell(entry: Entry, text: str) -> None:
@@ -121,30 +133,44 @@ def tell(entry: Entry, text: str) -> None:
     print(f"{Path(entry.file).name}: {entry.name} {text}", flush=True)
 
 
-def execute_once(entry: Entry, limit: float = LIMIT) -> tuple[Executed, float]:
-    """Execute a function for its case, for ``limit`` seconds; also the seconds of its kernels."""
+def execute_once(
+    entry: Entry, limit: float = LIMIT, records: bool = False
+) -> tuple[Executed, float]:
+    """Execute a function for its case, for ``limit`` seconds; also the seconds of its kernels.
+
+    Args:
+        records: whether races of threads in Numba's simulator are looked for, which takes a few
+            times as long.
+    """
     with ExitStack() as stack:
         launched: list[object] = []
         is_part = entry.tried.shape != entry.case.shape
         # Each of so many threads takes its part of the whole in a few operations.
         most = max(FIXED * entry.tried.expected.size, entry.case.work.flops / 16)
-        stack.enter_context(simulated(launched, most if is_part else math.inf))
+        races = stack.enter_context(
+            simulated(launched, most if is_part else math.inf, records=records)
+        )
         gpu = stack.enter_context(emulated()) if find_spec("triton") else None
         try:
             seconds = entry.call(limit=limit)
         except Rejected as e:
             if gpu is not None and gpu.report().errors:
                 raise Rejected(faults_of(gpu.report())) from None
+            if races is not None and races.first:
+                raise Rejected(races.first) from None
             raise e from None
     report = gpu.report() if gpu is not None else None
     if report is not None and report.errors:
         raise Rejected(faults_of(report))
+    if races is not None and races.first:
+        raise Raced(races.first)
     if report is not None and report.launches:
         seconds = sum(one.seconds for one in report.launches)
         least, text = counted(report)
         return Executed(entry.tried, "right in torchpar.ptx", least, text), seconds
     if launched:
-        return Executed(entry.tried, "right in Numba's simulator"), seconds
+        seen = races.verdict(entry.tried.size) if races is not None else ""
+        return Executed(entry.tried, "right in Numba's simulator", races=seen), seconds
     nothing = "and has launched no kernel of Triton or Numba"
     return Executed(entry.tried, "right", text=nothing), seconds
 
@@ -190,7 +216,9 @@ def counted(report: "Report") -> tuple[float, str]:
 
 
 @contextmanager
-def simulated(launched: list[object], most: float = math.inf) -> Iterator[None]:
+def simulated(
+    launched: list[object], most: float = math.inf, records: bool = False
+) -> Iterator[Races | None]:
     """Let Numba's simulator execute the threads of a block one after the other, if none waits.
 
     It starts a thread of Python for each, and a million of them take minutes.
@@ -198,9 +226,13 @@ def simulated(launched: list[object], most: float = math.inf) -> Iterator[None]:
     Args:
         launched: gets the kernel of each launch.
         most: the threads above which a launch raises `WrittenForTheWhole`.
+        records: whether races are looked for.
+
+    Yields:
+        the races of the launches, if they are looked for.
     """
     if "numba.cuda.simulator.kernel" not in sys.modules:
-        yield
+        yield None
         return
     from numba.cuda.simulator import kernel, kernelapi
 
@@ -215,6 +247,8 @@ def simulated(launched: list[object], most: float = math.inf) -> Iterator[None]:
         if not self._device:
             launched.append(self)
             check_launch(math.prod(self.grid_dim), math.prod(self.block_dim), most)
+            if races is not None:
+                races.begin_launch()
         return call(self, *args)
 
     def run(self: Any, grid_point: tuple[int, ...], *args: object) -> None:
@@ -225,7 +259,7 @@ def simulated(launched: list[object], most: float = math.inf) -> Iterator[None]:
         standing_in = SimpleNamespace(current_thread=lambda: one)
         with patch.object(kernelapi, "threading", standing_in):
             for at in threads_of(tuple(self._block_dim)):
-                one.threadIdx = at
+                one.threadIdx, one.place = at, None  # which the records of races keep
                 try:
                     self._f(*args)
                 except Exception as e:
@@ -235,8 +269,9 @@ def simulated(launched: list[object], most: float = math.inf) -> Iterator[None]:
     with (
         patch.object(kernel.BlockManager, "run", run),
         patch.object(kernel.FakeCUDAKernel, "__call__", called),
+        recorded() if records else nullcontext() as races,
     ):
-        yield
+        yield races
 
 
 def check_launch(blocks: int, block: int, most: float) -> None:

@@ -330,11 +330,12 @@ def test_a_fault_of_a_triton_file_is_its_verdict(tmp_path):
 def test_sizes_grow_while_the_next_takes_seconds_and_a_whole_one_is_tried_after_a_failure(capsys):
     sizes: list[tuple[int, ...]] = []
 
-    def execute_once(one: student.Entry) -> tuple[emulated.Executed, float]:
+    def execute_once(one: student.Entry, records: bool = False) -> tuple[emulated.Executed, float]:
         sizes.append(one.tried.shape)
         if one.tried.shape <= (32, 32) and fails:
-            raise Rejected("it is for 1000×1000")
-        return emulated.Executed(one.tried, "right"), seconds
+            raise error("it is for 1000×1000")
+        seen = "no race" if records and by_numba else ""
+        return emulated.Executed(one.tried, "right", races=seen), seconds
 
     def of(one: student.Entry) -> list[tuple[int, ...]]:
         sizes.clear()
@@ -343,7 +344,7 @@ def test_sizes_grow_while_the_next_takes_seconds_and_a_whole_one_is_tried_after_
 
     with patch.object(emulated, "execute_once", execute_once):
         one = entry("max_gpu", np.maximum, (300, 300))
-        fails, seconds = False, 0.1
+        fails, seconds, by_numba, error = False, 0.1, False, Rejected
         assert of(one) == [(32, 32), (128, 128), (300, 300)]
         seconds = 2.0  # 16 times as many numbers would take 32 s
         assert of(one) == [(32, 32)]
@@ -355,6 +356,13 @@ def test_sizes_grow_while_the_next_takes_seconds_and_a_whole_one_is_tried_after_
         with pytest.raises(Rejected, match="it is for 1000"):  # there is no larger one
             of(entry("max_gpu", np.maximum, (3, 5)))
         assert (sizes, capsys.readouterr().out) == ([(3, 5)], "")
+        error = emulated.Raced  # which a larger size does not cure
+        with pytest.raises(emulated.Raced):
+            of(one)
+        assert (sizes, capsys.readouterr().out) == ([(32, 32)], "")
+        fails, seconds, by_numba = False, 0.1, True  # races are recorded once, and nobody times it
+        assert of(one) == [(32, 32), (32, 32), (128, 128), (300, 300)]
+        assert emulated.execute(one).races == "no race"
 
 
 def test_threads_that_need_others_are_told_by_the_names_in_a_kernel():
@@ -430,7 +438,8 @@ def test_the_command_works_from_a_students_folder_with_files_for_the_cpu_and_num
     status, out, err = run(*command, cwd=tmp_path)
     assert status == 1, err
     assert (tmp_path / "loops.py.log").read_text() == "run "  # no process executes it again
-    assert "kernels.py: max_gpu is right in Numba's simulator at 20×30, which tells no time" in out
+    told = "which tells no time; no race of threads was seen at 20×30"
+    assert f"kernels.py: max_gpu is right in Numba's simulator at 20×30, {told}" in out
     assert "kernels.py: matmul_transpose_gpu is not right at 33×17: result[0, 0] is " in out
     assert "loops.py: max_cpu is right (first call " in out
     assert "loops.py: maximum is not right at 20×30: result[0, " in out

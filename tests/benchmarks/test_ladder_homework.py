@@ -53,7 +53,9 @@ def test_a_block_of_more_threads_than_a_gpu_takes_is_refused():
 def test_a_function_for_the_whole_is_executed_there_alone(capsys):
     sizes: list[tuple[int, ...]] = []
 
-    def execute_once(one: student.Entry, limit: float = 1.0) -> tuple[emulated.Executed, float]:
+    def execute_once(
+        one: student.Entry, limit: float = 1.0, records: bool = False
+    ) -> tuple[emulated.Executed, float]:
         sizes.append(one.tried.shape)
         if one.tried.shape != (300, 300):
             raise emulated.WrittenForTheWhole(90_000)
@@ -73,7 +75,7 @@ def test_a_function_for_the_whole_is_executed_there_alone(capsys):
 def test_threads_are_limited_for_a_part_of_a_case_alone():
     limits: list[float] = []
 
-    def simulated(launched: list[object], most: float) -> object:
+    def simulated(launched: list[object], most: float, records: bool) -> object:
         limits.append(most)
         raise Rejected("stop")
 
