@@ -27,8 +27,9 @@ memory that it reads. A line below each table names the unit that needs the most
 the emulator's estimate, whose model counts the caches and the latency.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -210,6 +211,27 @@ def shown_row(row: console.Row) -> console.Row:
     }
 
 
+def low_bounds(rows: Sequence[console.Row]) -> Iterator[str]:
+    """Say why a way has a lower bound than another one, and a longer estimated time.
+
+    The bound leaves out the caches, so that it is low where they serve most loads.
+    """
+    for slow, fast in permutations(rows, 2):
+        low, high = (float(row["at_least_µs"]) for row in (slow, fast))  # type: ignore[arg-type]
+        times = float(slow["about_µs"]) / float(fast["about_µs"])  # type: ignore[arg-type]
+        if low >= high or times <= 1:
+            continue
+        instead = ", which it reads in place of the caches" * (fast["unit"] == "shared memory")
+        yield (
+            f"{slow['by']}: at least {low:.2f} µs is less than {fast['by']}'s {high:.2f} µs, "
+            f"because the bound lets caches serve {slow['reuse']:.0%} of {slow['sectors']:,} "
+            f"sectors in no time, and {slow['unit']} alone counts. The bound of {fast['by']}, "
+            f"which takes {fast['sectors']:,} sectors, is by the {fast['unit']} of "
+            f"{fast['programs']} blocks{instead}. By the estimate, which counts caches and latency"
+            f", {fast['by']} is {times:.3g} times as fast"
+        )
+
+
 def measure(work: Work, device: torch.device) -> list[console.Row]:
     """Return the measured milliseconds of each way on a GPU, and of PyTorch's operator."""
     operands = [t.to(device) for t in work.operands]
@@ -255,6 +277,8 @@ def main(flags: Flags) -> None:
         console.print_rows(shown, str(name))
         units = by_unit((row["by"], row["unit"]) for row in rows if row["work"] == name)
         print(f"at least, {units}")
+        for line in low_bounds([row for row in rows if row["work"] == name]):
+            print(line)
     print(MEANING)
     if flags.plots:
         save_roofline(

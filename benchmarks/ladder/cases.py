@@ -115,6 +115,7 @@ class LadderCase:
         bound: how far off each number of the result may be.
         work: the least that it takes.
         cold: as in `Ladder`.
+        variant: as of `make_case`.
     """
 
     operator: str
@@ -125,6 +126,7 @@ class LadderCase:
     bound: Array
     work: Work
     cold: bool
+    variant: str = ""
 
     @property
     def size(self) -> str:
@@ -143,12 +145,21 @@ class LadderCase:
             raise Rejected(f"{first}; {wrong.sum():,} of {wrong.size:,} numbers are wrong")
 
 
-def make_case(operator: str, shape: Sequence[int]) -> LadderCase:
+A_B = "A·B"
+WIDER = {"int32": "int64", "float32": "float64"}
+
+
+def make_case(operator: str, shape: Sequence[int], variant: str = "") -> LadderCase:
     """The case of an operator of `LADDERS`. Of maximum the numbers are integers from 0 to 255.
 
     A sum of k products in float32, in whatever order, is off by at most γ(k)·Σ|a·b| with γ(k) =
     ku/(1 − ku) and u = 2⁻²⁴ (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section
     3.1). The sigmoid's slope is at most 1/4; 8u allow for its own few roundings.
+
+    Args:
+        variant: what a student's function may take in place of the arguments: the same numbers in
+            a type of `WIDER`, or `A_B`: of the product the transpose of B, so that A·B of its
+            arguments is the result.
     """
     ladder, integers = LADDERS[operator], operator == "maximum"
     shapes = (shape, shape) if integers else tuple(shape)
@@ -165,4 +176,10 @@ def make_case(operator: str, shape: Sequence[int]) -> LadderCase:
         ku = shape[1] * u
         bound = ku / (1 - ku) * sizes[0] @ sizes[-1].T
     label, work = ladder.label.format(*shape), case.forward
-    return LadderCase(operator, tuple(shape), label, arguments, expected, bound, work, ladder.cold)
+    if variant == A_B:
+        arguments = arguments[0], np.ascontiguousarray(arguments[1].T)
+    elif variant:
+        arguments = tuple(t.astype(variant) for t in arguments)
+    return LadderCase(
+        operator, tuple(shape), label, arguments, expected, bound, work, ladder.cold, variant
+    )

@@ -20,6 +20,7 @@ from unittest.mock import patch
 
 import numpy as np
 
+from benchmarks.ladder.assignment import Launch
 from benchmarks.ladder.cases import LadderCase, make_case
 from benchmarks.ladder.races import Races, recorded
 from benchmarks.ladder.student import Entry, SlowCall
@@ -59,6 +60,7 @@ class Executed:
         least: microseconds on an H100 of all kernels together, at least; None if unknown.
         text: the bound and the counters, or "".
         races: what was seen of races in Numba's simulator, or "".
+        launches: of its kernels.
     """
 
     tried: LadderCase
@@ -66,6 +68,7 @@ class Executed:
     least: float | None = None
     text: str = ""
     races: str = ""
+    launches: tuple[Launch, ...] = ()
 
     def __str__(self) -> str:
         tells = self.text or "which tells no time"
@@ -117,7 +120,7 @@ def execute(entry: Entry) -> Executed:
             min(most, size * GROWTH)
             for most, size in zip(whole.shape, found.tried.shape, strict=True)
         )
-        larger = whole if shape == whole.shape else make_case(whole.operator, shape)
+        larger = whole if shape == whole.shape else make_case(whole.operator, shape, whole.variant)
         if seconds * larger.work.flops / found.tried.work.flops > BUDGET:
             break
         entry.tried = larger
@@ -143,7 +146,7 @@ def execute_once(
             times as long.
     """
     with ExitStack() as stack:
-        launched: list[object] = []
+        launched: list[Launch] = []
         is_part = entry.tried.shape != entry.case.shape
         # Each of so many threads takes its part of the whole in a few operations.
         most = max(FIXED * entry.tried.expected.size, entry.case.work.flops / 16)
@@ -167,10 +170,13 @@ def execute_once(
     if report is not None and report.launches:
         seconds = sum(one.seconds for one in report.launches)
         least, text = counted(report)
-        return Executed(entry.tried, "right in torchpar.ptx", least, text), seconds
+        programs = tuple(Launch(one.programs) for one in report.launches)
+        by = "right in torchpar.ptx"
+        return Executed(entry.tried, by, least, text, launches=programs), seconds
     if launched:
         seen = races.verdict(entry.tried.size) if races is not None else ""
-        return Executed(entry.tried, "right in Numba's simulator", races=seen), seconds
+        by = "right in Numba's simulator"
+        return Executed(entry.tried, by, races=seen, launches=tuple(launched)), seconds
     nothing = "and has launched no kernel of Triton or Numba"
     return Executed(entry.tried, "right", text=nothing), seconds
 
@@ -217,14 +223,14 @@ def counted(report: "Report") -> tuple[float, str]:
 
 @contextmanager
 def simulated(
-    launched: list[object], most: float = math.inf, records: bool = False
+    launched: list[Launch], most: float = math.inf, records: bool = False
 ) -> Iterator[Races | None]:
     """Let Numba's simulator execute the threads of a block one after the other, if none waits.
 
     It starts a thread of Python for each, and a million of them take minutes.
 
     Args:
-        launched: gets the kernel of each launch.
+        launched: gets each launch.
         most: the threads above which a launch raises `WrittenForTheWhole`.
         records: whether races are looked for.
 
@@ -245,8 +251,9 @@ def simulated(
 
     def called(self: Any, *args: object) -> object:
         if not self._device:
-            launched.append(self)
-            check_launch(math.prod(self.grid_dim), math.prod(self.block_dim), most)
+            blocks, threads = math.prod(self.grid_dim), math.prod(self.block_dim)
+            launched.append(Launch(blocks, threads))
+            check_launch(blocks, threads, most)
             if races is not None:
                 races.begin_launch()
         return call(self, *args)

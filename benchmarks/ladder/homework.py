@@ -52,14 +52,14 @@ def ratios(fast: Sequence[Result], slow: Sequence[Result], asked: bool = False) 
     """Say how many times as fast as the second function the first one is, on all cores.
 
     Args:
-        asked: also say whether that is as many times as the exercise asks for.
+        asked: also say whether that is as many times as the exercise asks for, if it does.
     """
     second = next((one for one in slow if is_whole(one)), None)
     for one in fast:
         if second is None or not second.p50_ms or not one.p50_ms or not is_whole(one):
             continue
         times = second.p50_ms / one.p50_ms
-        judged = f", {beside_asked(times)}" * asked
+        judged = beside_asked(times, one.case["workload"]) if asked else ""
         note = ", without copies" * str(one.columns["note"]).endswith("without copies")
         faster = f"{number(times)} times as fast as {name_of(second)}"
         yield f"{name_of(one)}{note}: {faster}{judged}.{rough(one, second)}"
@@ -81,7 +81,9 @@ def without_time(gpu: Sequence[Result], loops: Sequence[Result]) -> Iterator[str
         if not one.columns.get("executed"):
             continue
         over = "".join(f" over {name_of(second)}" for second in loops[:1])
-        text = f"no GPU, so no time, and whether it is at least {ASKED} is unknown"
+        text = "no GPU, so no time"
+        if beside_asked(0.0, one.case["workload"]):
+            text += f", and whether it is at least {ASKED} is unknown"
         if least := one.columns.get("least_us"):
             text += f"; at least {seconds(least / 1e3)} is a bound on an H100, not a time"
         yield f"{name_of(one)}{over}: {text}."
@@ -189,8 +191,8 @@ def elsewhere(case: LadderCase) -> Iterator[str]:
     moved = sum(one.nbytes for one in case.arguments) + 4 * case.expected.size
     yield (
         f"Measured on an H200: torchpar GPU {seconds(took)}, {number(times)} times as fast as pure "
-        f"Python on its host, {beside_asked(times)}; with copies {seconds(whole)}, "
-        f"{number(with_copies)} times, {beside_asked(with_copies)}."
+        f"Python on its host{beside_asked(times, case.label)}; with copies {seconds(whole)}, "
+        f"{number(with_copies)} times{beside_asked(with_copies, case.label)}."
     )
     yield (
         f"Copies take {100 * (1 - took / whole):.1f}% of that: {moved / 1e6:.0f} MB pass from the "

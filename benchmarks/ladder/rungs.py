@@ -31,11 +31,12 @@ from torch import Tensor
 
 import torchpar
 from benchmarks.flags import Command, run
-from benchmarks.ladder import emulated, homework, page, student
+from benchmarks.ladder import assignment, emulated, homework, page, student
 from benchmarks.ladder.cases import (
     LADDERS,
     TILE,
     WARM_SECONDS,
+    WIDER,
     LadderCase,
     make_case,
 )
@@ -72,6 +73,8 @@ class Rung:
             speed-up.
         executed: what a student's function for a GPU has done without one, or "".
         least_us: microseconds that its kernels take on an H100, at least; None if unknown.
+        bytes: of the arguments and the result, in those of the case.
+        remarks: on what an assignment forbids of a student's function, by lines.
     """
 
     name: str
@@ -86,6 +89,8 @@ class Rung:
     whole: bool = True
     executed: str = ""
     least_us: float | None = None
+    bytes: float = 1.0
+    remarks: str = ""
 
 
 class Helpers(NamedTuple):
@@ -477,6 +482,7 @@ def measure(case: LadderCase, rungs: Sequence[Rung], rounds: int = ROUNDS) -> li
             "switches": mean(one.switches) if one.switches else None,
             "executed": one.executed or None,
             "least_us": one.least_us,
+            "remarks": one.remarks or None,
         }
         results.append(timed.result({"workload": case.label}, one.name, **columns))
     for i, (one, result) in enumerate(zip(rungs, results, strict=True)):
@@ -487,7 +493,7 @@ def measure(case: LadderCase, rungs: Sequence[Rung], rounds: int = ROUNDS) -> li
             found = page.find(results, other) if one.whole else None
             added[name] = found.p50_ms / result.p50_ms if found and found.p50_ms else None
         if case.operator == "maximum":
-            added["gb_per_s"] = case.work.bytes / result.p50_ms / 1e6
+            added["gb_per_s"] = one.bytes * case.work.bytes / result.p50_ms / 1e6
         else:
             added["gflop_per_s"] = case.work.flops / result.p50_ms / 1e6
         results[i] = result.plus(**added)
@@ -557,7 +563,14 @@ def students_entries(
             entries[operator].append(student_without_gpu(path, name, function, case))
             continue
         entry = student.enter(path, name, function, case)
-        entries[operator] += entry_rungs(entry, than)
+        entries[operator] += [
+            replace(
+                one,
+                remarks="\n".join(entry.remarks),
+                bytes=1.0 + (entry.case.variant in WIDER.values()),
+            )
+            for one in entry_rungs(entry, than)
+        ]
     return entries
 
 
@@ -598,8 +611,12 @@ def student_without_gpu(
         is_slow = isinstance(e, (TooSlow, student.SlowCall))
         verdict = "too slow" if is_slow else f"not right at {entry.tried.size}"
         print(f"{shown} is {verdict}: {reason}", flush=True)
-        return Rung(name=shown, threads=None, turn=partial(reject, reason))
+        entry.remark(assignment.on_source(name, function))
+        remarks = "\n".join(entry.remarks)
+        return Rung(name=shown, threads=None, turn=partial(reject, reason), remarks=remarks)
     print(f"{shown} is {done}", flush=True)
+    entry.remark(assignment.on_source(name, function))
+    entry.remark(assignment.on_launches(name, done.launches, done.tried.shape))
     note = "" if done.tried.shape == case.shape else f"at {done.tried.size}"
     return Rung(
         name=shown,
@@ -608,6 +625,7 @@ def student_without_gpu(
         left_out="no GPU",
         executed=str(done),
         least_us=done.least,
+        remarks="\n".join(entry.remarks),
     )
 
 

@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.machinery import SourceFileLoader
@@ -27,7 +27,8 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.ladder.cases import WARM_SECONDS, LadderCase, make_case
+from benchmarks.ladder import assignment
+from benchmarks.ladder.cases import A_B, WARM_SECONDS, WIDER, LadderCase, make_case
 from benchmarks.results import duration
 from benchmarks.timing import CPU, Rejected, flush, time_calls
 from torchpar.baselines.exercises import CHECKS, own_of
@@ -59,6 +60,8 @@ OPERATORS = {
 }
 NAMES = ", ".join(OPERATORS)
 LIMIT = 10.0  # seconds of a call, after which smaller arguments are tried
+SQUARE = (5, 5, 5)  # of a product, whose operands may be in either order
+OTHER_TYPES = "No matching definition for argument type"  # Numba's, of a function with signatures
 SMALL = 32  # rows and columns of the smaller arguments that come first
 COPIES = ("Memcpy", "Memset")  # what the profiler calls those of a GPU
 SECONDS = 0.5  # of a call with smaller arguments
@@ -315,6 +318,7 @@ class Entry:
         cores: on which it runs, with as many threads of Numba; None: all.
         compiled: seconds in which Numba has compiled it.
         too_slow: why it is not timed, or "".
+        remarks: on what the assignment forbids.
     """
 
     file: str
@@ -326,19 +330,28 @@ class Entry:
     cores: int | None = None
     compiled: float = 0.0
     too_slow: str = ""
+    remarks: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{Path(self.file).name}: {self.name}"
 
     @property
     def note(self) -> str:
-        """The smaller case, from which the time is extrapolated."""
-        return "" if self.tried is self.case else f"from {self.tried.size}"
+        """The variant of the case, and the smaller case from which the time is extrapolated."""
+        part = "" if self.tried is self.case else f"from {self.tried.size}"
+        return ", ".join(filter(None, (self.case.variant, part)))
 
     @property
     def is_given_up(self) -> bool:
         """Whether it has ended the ladder before, or has not returned."""
         return (self.file, self.name) in WATCHED.given_up
+
+    def remark(self, remarks: Iterable[str]) -> None:
+        """Print remarks, and keep them."""
+        added = tuple(dict.fromkeys(remarks))
+        self.remarks += added
+        for one in added:
+            print(f"{self}: note: {one}", flush=True)
 
     def begin(self) -> float:
         """Call the function for the first time, and settle its case; the seconds of the whole case.
@@ -349,13 +362,16 @@ class Entry:
         Raises:
             Rejected: as `turn`.
         """
+        if self.case.operator == "matmul":
+            self.settle_product()
         self.tried = self.small()
         try:
             self.warm_up()
         except SlowCall:
             raise
-        except Rejected:
-            pass
+        except Rejected as e:
+            if OTHER_TYPES in str(e):
+                self.widen(e)
         self.tried = self.case
         try:
             seconds = self.call()
@@ -363,6 +379,55 @@ class Entry:
             self.shrink()
             seconds = self.limited_call()
         return self.whole(seconds)
+
+    def settle_product(self) -> None:
+        """Take A·B for the case if the function computes that, and not A·Bᵀ.
+
+        Square matrices fit both, and tell the two apart.
+
+        Raises:
+            Rejected: it computes neither.
+        """
+        errors = []
+        for variant in ("", A_B):
+            self.tried = make_case(self.case.operator, SQUARE, variant)
+            try:
+                self.call()
+            except TooSlow:
+                return
+            except Rejected as e:
+                errors.append(e)
+            else:
+                self.take(variant)
+                return
+        raise Rejected(f"{errors[0]}; it is neither A·Bᵀ of b (n, k) nor A·B of b (k, n)")
+
+    def widen(self, error: Rejected) -> None:
+        """Take wider numbers for the case: the function has signatures of other types.
+
+        Raises:
+            Rejected: it takes those neither.
+        """
+        given = str(self.case.arguments[0].dtype)
+        before = self.case
+        self.take(WIDER[given])
+        self.tried = self.small()
+        try:
+            self.warm_up()
+        except SlowCall:
+            raise
+        except Rejected as e:
+            if OTHER_TYPES in str(e):
+                self.case = before
+                self.tried = self.small()
+                raise Rejected(
+                    f"{error}; let its signatures take {given} or {WIDER[given]}, or leave them out"
+                ) from None
+
+    def take(self, variant: str) -> None:
+        """Make the case one with other arguments, as `make_case` says."""
+        if variant != self.case.variant:
+            self.case = make_case(self.case.operator, self.case.shape, variant)
 
     def warm_up(self) -> None:
         """Call the function, and once more if that is slow: another compiler may have a part in it.
@@ -416,7 +481,9 @@ class Entry:
 
     def small(self) -> LadderCase:
         shape = tuple(min(size, SMALL) for size in self.case.shape)
-        return self.case if shape == self.case.shape else make_case(self.case.operator, shape)
+        if shape == self.case.shape:
+            return self.case
+        return make_case(self.case.operator, shape, self.case.variant)
 
     def shrink(self) -> None:
         """Take the largest case that a call computes in `SECONDS`, by the time of a small one."""
@@ -430,7 +497,8 @@ class Entry:
         )
         sizes = zip(small, shape, strict=True)
         larger = tuple(min(most, int(size * factor)) for size, most in sizes)
-        self.tried = self.case if larger == shape else make_case(operator, larger)
+        is_whole = larger == shape
+        self.tried = self.case if is_whole else make_case(operator, larger, self.case.variant)
 
     def limited_call(self, calls: int = 1) -> float:
         """As `call`; a SlowCall if it takes longer than `LIMIT`."""
@@ -530,13 +598,21 @@ def enter(path: Path, name: str, function: Callable[..., object], case: LadderCa
     try:
         seconds = entry.begin()
         call = f"first call {duration(seconds)}"
-        if entry.note:  # nobody has waited for it
+        if entry.tried is not entry.case:  # nobody has waited for it
             call = f"at {entry.tried.size}; a call of the whole would take {duration(seconds)}"
         compiled = f", compiled in {duration(entry.compiled)}" * bool(entry.compiled)
-        print(f"{entry} is right ({call}{compiled})", flush=True)
+        taken = f"{case_of(entry)}, " * bool(entry.case.variant)
+        print(f"{entry} is right ({taken}{call}{compiled})", flush=True)
     except SlowCall as e:
         entry.too_slow = str(e)
         print(f"{entry} is too slow: {e}", flush=True)
     except Rejected as e:
         print(f"{entry} is not right at {entry.tried.size}: {e}", flush=True)
+    entry.remark(assignment.on_source(name, function))
     return entry
+
+
+def case_of(entry: Entry) -> str:
+    """What a function takes in place of the case's arguments."""
+    variant = entry.case.variant
+    return variant if variant == A_B else f"of {variant}, as its signatures ask"

@@ -315,7 +315,8 @@ def test_a_triton_file_is_executed_with_counters_and_a_bound(tmp_path, capsys):
     assert result.columns["least_us"] == row.least_us > 0
     (cells,) = page.lines([result], "contestant")
     assert cells["time"].startswith("at least ")
-    (note,) = page.notes([result])
+    note, remark = page.notes([result])
+    assert remark.startswith("Note on tri.py: max_gpu: it launches 1 block at 3×5, and the assign")
     assert note.startswith("Without a GPU: tri.py: max_gpu is right in torchpar.ptx at 3×5, ")
 
 

@@ -25,6 +25,10 @@ def entry(shape: tuple[int, ...]) -> student.Entry:
     return student.Entry("my.py", "max_gpu", numpy_mlp.maximum, case, case)
 
 
+def nothing(a: np.ndarray, b: np.ndarray) -> None:
+    """A function that these tests do not call."""
+
+
 def launch(grid: int, block: int, most: float) -> int:
     """The number of launches that pass on to Numba's simulator, which this test leaves out."""
     kernel = pytest.importorskip("numba.cuda.simulator.kernel", reason="numba has it")
@@ -98,7 +102,7 @@ def test_a_function_that_takes_too_long_without_a_gpu_is_slow_and_not_wrong(caps
         patch.object(emulated, "execute", execute),
         patch.object(torch.cuda, "is_available", lambda: False),
     ):
-        rungs.student_without_gpu(Path("my.py"), "max_gpu", numpy_mlp.maximum, case)
+        rungs.student_without_gpu(Path("my.py"), "max_gpu", nothing, case)
     assert capsys.readouterr().out == (
         "my.py: max_gpu is too slow: it takes more than 90 s without a GPU\n"
     )
@@ -120,12 +124,12 @@ def test_an_extrapolated_time_is_not_called_that_of_the_first_call(capsys):
         return 999.0
 
     with patch.object(student.Entry, "begin", begin):
-        student.enter(Path("my.py"), "max_cpu", numpy_mlp.maximum, case)
+        student.enter(Path("my.py"), "max_cpu", nothing, case)
     assert capsys.readouterr().out == (
         "my.py: max_cpu is right (at 32×30; a call of the whole would take 999 s)\n"
     )
     with patch.object(student.Entry, "begin", lambda one: 0.5):
-        student.enter(Path("my.py"), "max_cpu", numpy_mlp.maximum, case)
+        student.enter(Path("my.py"), "max_cpu", nothing, case)
     assert capsys.readouterr().out == "my.py: max_cpu is right (first call 500 ms)\n"
 
 

@@ -42,6 +42,26 @@ def test_a_tile_of_64_has_16_operations_a_byte():
     assert (naive["unit"], tiled["unit"]) == ("floating point", "shared memory")
 
 
+def test_a_bound_below_that_of_a_faster_way_has_its_reason():
+    names = "by", "at_least_µs", "about_µs", "reuse", "sectors", "unit", "programs"
+    naive, tiled, mine = (
+        dict(zip(names, row, strict=True))
+        for row in (
+            ("naive", 1.0, 300.0, 0.996, 5000, "floating point", 64),
+            ("tiled", 50.0, 75.0, 0.5, 40, "shared memory", 16),
+            ("mine", 60.0, 310.0, 0.5, 40, "memory", 1),
+        )
+    )
+    assert list(course_kernels.low_bounds([tiled, mine, naive])) == [
+        "naive: at least 1.00 µs is less than tiled's 50.00 µs, because the bound lets caches "
+        "serve 100% of 5,000 sectors in no time, and floating point alone counts. The bound of "
+        "tiled, which takes 40 sectors, is by the shared memory of 16 blocks, which it reads "
+        "in place of the caches. By the estimate, which counts caches and latency, tiled is 4 times "
+        "as fast"
+    ]
+    assert list(course_kernels.low_bounds([naive, mine])) == []  # in one order by both
+
+
 def test_the_kernels_of_each_unit_are_named_together():
     pairs = [("naive", "memory"), ("tiled", "shared memory"), ("mine", "memory")]
     assert by_unit(pairs) == "by memory: naive, mine; by shared memory: tiled"
