@@ -4,10 +4,17 @@
     python examples/playground.py
     python examples/playground.py --points spiral --hidden 32 32 --epochs 300 --plots pictures
     python examples/playground.py --points circle --features x1^2 x2^2 --noise 0.3 --penalty 0.003
+    python examples/playground.py --points circle --activation tanh --hidden 4 2 --lr 0.03 \
+        --epochs 300 --plots pictures
 
 A network without a hidden layer draws a line through its features. It learns circles by the squares
 of the coordinates, and quadrants by their product. A network with hidden layers finds features by
 itself from the coordinates alone. The spiral needs both, or wider layers and more epochs.
+
+The losses are binary cross-entropies. The playground's own is ½·(o − t)² of an output o in [−1, 1]
+and a label t of ±1. With the probability p of label 1, o is 2p − 1; the column "test squared" has
+that. --plots also draws what each neuron computes over the plane, of the networks with hidden
+layers.
 
 The playground's plane is [−6, 6]², here [−1, 1]², so that its sin(x) is sin(6·x). Its noise is a
 share of 0 to 0.5. Gaussians become wider by it, points of a spiral are moved, and those of circles
@@ -52,6 +59,7 @@ if TYPE_CHECKING:
 else:
     Feature = Literal[tuple(FEATURES)]  # what --features takes, with those that you add
 COORDINATES: tuple[Feature, ...] = ("x1", "x2")
+Neurons = dict[str, Callable[[Tensor], Tensor]]  # as `plots.save_neurons` has it
 Panels = dict[str, tuple[Samples, Callable[[Tensor], Tensor]]]  # as `plots.save_boundaries` has it
 
 
@@ -68,6 +76,7 @@ class Flags(cli.ExampleFlags):
     # Features that the coordinates are compared with.
     features: Annotated[tuple[Feature, ...], cli.Filled()] = tuple(FEATURES)
     hidden: cli.Sizes = (8, 8)  # Widths of the hidden layers.
+    activation: Literal["relu", "tanh"] = "relu"  # Activation of the hidden layers.
     noise: Annotated[float, cli.Bounds(0, 0.5000001)] = 0.0  # Noise of the points, 0 to 0.5.
     penalty: cli.Number = 0.0  # λ of the weights.
     samples: Annotated[int, cli.Bounds(2, 2**31)] = 250  # Points to learn, and as many for tests.
@@ -126,8 +135,9 @@ def learn(
     hidden: tuple[int, ...],
     flags: Flags,
     device: torch.device,
-) -> tuple[console.Row, Samples, Callable[[Tensor], Tensor]]:
-    """Train a network, and return its figures, its points, and its probability of label 1."""
+) -> tuple[console.Row, Samples, Callable[[Tensor], Tensor], Neurons]:
+    """Train a network, and return its figures, its points, its probability of label 1, and what
+    the neurons of each layer compute."""
     both = draw(kind, 2 * flags.samples, flags.seed, flags.noise, device)
     # As in the playground, any half of the points is for tests: without noise a spiral is always
     # the same.
@@ -141,7 +151,7 @@ def learn(
         for one in (points, test)
     )
     torch.manual_seed(flags.seed)
-    model = MLP([len(features), *hidden, 1], hidden="relu", output="sigmoid").to(device)
+    model = MLP([len(features), *hidden, 1], hidden=flags.activation, output="sigmoid").to(device)
     optimizer = sgd(model, lr=flags.lr, momentum=0.9, weight_decay=flags.penalty)
     train(model, optimizer, inputs, flags.epochs, batch_size=10, seed=flags.seed)
     (train_loss, _), (test_loss, accuracy) = evaluate(model, inputs), evaluate(model, of_test)
@@ -151,9 +161,21 @@ def learn(
     def probability(x: Tensor) -> Tensor:
         return model(with_features(x.to(device), features)).squeeze(1).cpu()  # type: ignore[no-any-return]
 
+    def neurons_of(depth: int) -> Callable[[Tensor], Tensor]:
+        @torch.no_grad()
+        def values(x: Tensor) -> Tensor:
+            z: Tensor = model.layers[:depth](with_features(x.to(device), features))
+            return (2 * z - 1 if depth > len(hidden) else z).cpu()
+
+        return values
+
+    layers = [f"hidden layer {i}" for i in range(1, len(hidden) + 1)]
+    names = ["features", *layers, "output, 2p − 1"]
+    squared = 2 * (probability(test.features) - test.labels.cpu()) ** 2
     row = {"points": kind, "features": named(features), "hidden": " ".join(map(str, hidden)) or "-"}
-    figures = {"train_loss": train_loss, "test_loss": test_loss, "test_accuracy": accuracy}
-    return row | figures, points, probability
+    figures = {"train_loss": train_loss, "test_loss": test_loss}
+    figures |= {"test_squared": squared.mean().item(), "test_accuracy": accuracy}
+    return row | figures, points, probability, {n: neurons_of(i) for i, n in enumerate(names)}
 
 
 def main(flags: Flags) -> None:
@@ -163,11 +185,14 @@ def main(flags: Flags) -> None:
     ways = [*product(flags.points, ((), flags.hidden), (COORDINATES, flags.features))]
     with join_world(flags.device, alone=True) as world:
         for kind, hidden, features in console.progress(ways, "networks"):
-            row, points, probability = learn(kind, features, hidden, flags, world.device)
+            row, points, probability, neurons = learn(kind, features, hidden, flags, world.device)
             rows.append(row)
             layers = " ".join(map(str, hidden)) or "none"
             title = f"features: {named(features)}\nhidden: {layers}"
             pictures[kind][title] = points, probability
+            if flags.plots and hidden:
+                by = "coordinates" if features == COORDINATES else "features"
+                plots.save_neurons(flags.plots / f"playground-{kind}-neurons-{by}.png", neurons)
     if flags.plots:
         for kind, panels in pictures.items():
             plots.save_boundaries(flags.plots / f"playground-{kind}.png", panels)

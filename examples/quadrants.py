@@ -321,8 +321,8 @@ def report(flags: Flags) -> list[console.Row]:
     print_profile(shares[flags.sizes[-1]], flags.sizes[-1])
     measured_p, threads = sum(shares[flags.sizes[-1]].values()), COURSE_THREADS
     print(
-        f"by the law {threads} threads would gain {amdahl(measured_p, threads):.2f} times with "
-        f"p = {measured_p:.4f}, and {amdahl(COURSE_P, threads):.2f} times with p = {COURSE_P}"
+        f"by Amdahl's law {threads} threads would gain {amdahl(measured_p, threads):.2f} times "
+        f"with p = {measured_p:.4f}, and {amdahl(COURSE_P, threads):.2f} times with p = {COURSE_P}"
     )
     speedups: list[console.Row] = []
     fits: list[console.Row] = []

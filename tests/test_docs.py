@@ -182,6 +182,20 @@ def test_the_exercises_name_functions_that_there_are():
     ]
 
 
+def other_schedules(page: str) -> list[str]:
+    """The commands of the rows that name gpipe as the code, and run another schedule."""
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| ")]
+    commands = [cells[1] for cells in rows if len(cells) > 3 and "`gpipe`" in cells[3]]
+    assert commands
+    return [one for one in commands if "--pipeline gpipe" not in one]
+
+
+def test_the_exercise_that_names_gpipe_runs_it():
+    page = PAGES["docs/exercises.md"]
+    assert other_schedules(page) == []
+    assert len(other_schedules(page.replace("--draw --pipeline gpipe", "--draw"))) == 1
+
+
 def public_names() -> set[str]:
     """The names in ``__all__`` of each public package, and those that a module without one
     defines."""

@@ -89,6 +89,32 @@ def draw_panels(grid: "Sequence[Axes]", panels: Sequence[Panel]) -> None:
         axes.grid(alpha=0.3)
 
 
+def save_neurons(path: Path, layers: "Mapping[str, Callable[[Tensor], Tensor]]") -> None:
+    """Draw over [−1, 1]² what each neuron of a network computes, a column for each layer.
+
+    Args:
+        layers: by title, a function of points ``(n, 2)`` → ``(n, neurons)``.
+    """
+    import torch
+
+    side = torch.linspace(-1, 1, 61)
+    ys, xs = torch.meshgrid(side, side, indexing="ij")
+    plane = torch.stack([xs, ys], -1).flatten(0, 1)
+    values = {name: function(plane).T.view(-1, *xs.shape) for name, function in layers.items()}
+    rows, columns = max(map(len, values.values())), len(values)
+    with picture(path, (1.5 * columns + 0.6, 1.2 * rows + 0.7), rows, columns) as grid:
+        for axes in grid:
+            axes.axis("off")
+        for column, (name, neurons) in enumerate(values.items()):
+            grid[column].set_title(name, fontsize=7)
+            for axes, z in zip(grid[column::columns], as_array(neurons), strict=False):
+                most = float(abs(z).max()) or 1.0
+                axes.imshow(z, cmap="RdBu_r", vmin=-most, vmax=most, origin="lower")
+                if z.min() < 0 < z.max():
+                    axes.contour(z, levels=[0.0], colors="black", linewidths=0.7)
+        grid[0].figure.suptitle("Each neuron over the plane: red above 0, blue below", fontsize=8)
+
+
 def save_curves(path: Path, curves: Mapping[str, Sequence[float]], x: str, y: str) -> None:
     """Draw ``curves`` by name, on logarithmic axes; their x is 1, 2, 3, …"""
     with picture(path, (6.2, 3.7)) as (axes,):

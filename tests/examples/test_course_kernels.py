@@ -53,11 +53,11 @@ def test_a_bound_below_that_of_a_faster_way_has_its_reason():
         )
     )
     assert list(course_kernels.low_bounds([tiled, mine, naive])) == [
-        "naive: at least 1.00 µs is less than tiled's 50.00 µs, because the bound lets caches "
-        "serve 100% of 5,000 sectors in no time, and floating point alone counts. The bound of "
-        "tiled, which takes 40 sectors, is by the shared memory of 16 blocks, which it reads "
-        "in place of the caches. By the estimate, which counts caches and latency, tiled is 4 times "
-        "as fast"
+        "naive: at least 1.00 µs is less than tiled's 50.00 µs, because the bound lets caches"
+        " serve 100% of 5,000 sectors in no time, and floating point alone counts. The bound "
+        "of tiled, which takes 40 sectors, is by the shared memory of 16 blocks, which it "
+        "reads in place of the caches. By the estimate, which counts caches and latency, "
+        "tiled is 4 times as fast"
     ]
     assert list(course_kernels.low_bounds([naive, mine])) == []  # in one order by both
 

@@ -743,7 +743,7 @@ def test_the_report_fits_the_medians_of_all_rounds_but_the_first(monkeypatch, ca
     assert lines[2] == ["all:", "p", "30.00%", "60.00%", "90.00%"]
     # 1/(0.1 + 0.9/768), and 1/(0.0199 + 0.9801/768) of the report's p
     assert (
-        "by the law 768 threads would gain 9.88 times with p = 0.9000, and 47.22 times with "
+        "by Amdahl's law 768 threads would gain 9.88 times with p = 0.9000, and 47.22 times with "
         "p = 0.9801\n"
     ) in out
     assert "left out: the speed-up from CPU to GPU, as --device is cpu" in out
