@@ -34,7 +34,8 @@ COMMANDS = {
     ),
     "exercises": (
         "torchpar.baselines.exercises",
-        "check the functions of a NumPy network of yours, and train through them",
+        "check the functions of a NumPy network of yours and train through them, or run an mpi4py "
+        "program of yours",
     ),
     "explain": (
         "torchpar.ptx.explain",

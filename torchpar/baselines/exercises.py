@@ -2,7 +2,8 @@
 """Check a student's NumPy network: ``python -m torchpar exercises --with utils.py``.
 
 The functions are those of a course's first assignment. Each is compared with a plain formula, at
-the sizes of a network [784, 30, 10]. Then the network is trained through them on MNIST.
+the sizes of a network [784, 30, 10]. Then the network is trained through them on MNIST. A program
+of mpi4py is checked by `torchpar.baselines.students_mpi`.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from torchpar.baselines import ladder, numpy_mlp
+from torchpar.baselines import ladder, numpy_mlp, students_mpi
 from torchpar.data.files import read
 from torchpar.errors import ConfigError, TorchparError, first_line, say_progress
 from torchpar.parallel.launch.guard import (
@@ -418,7 +419,8 @@ def located(error: BaseException, file: str, at_top: bool = False) -> str:
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         "python -m torchpar exercises",
-        description="Check the functions of a NumPy network of yours, and train through them.",
+        description="Check the functions of a NumPy network of yours, and train through them; or "
+        "run a program of mpi4py on one process and on two.",
     )
     parser.add_argument(
         "--with",
@@ -426,7 +428,7 @@ def main(arguments: Sequence[str]) -> int:
         type=Path,
         required=True,
         metavar="FILE.py",
-        help=f"a file with any of {', '.join(CHECKS)}",
+        help=f"a file with any of {', '.join(CHECKS)}, or a program of mpi4py that prints costs",
     )
     parser.add_argument(
         "--data", type=Path, default=DATA, help="the folder that holds MNIST/raw, as torchvision's"
@@ -441,6 +443,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def check_file(path: Path, data: Path) -> int:
     """Check the functions of a file, print a line for each, and train; 1 if one is not right."""
+    if students_mpi.is_program(path, list(CHECKS)):
+        return students_mpi.check(path)
     module, error = load(path)
     functions = {name: getattr(module, name) for name in CHECKS if hasattr(module, name)}
     if error and not functions:
