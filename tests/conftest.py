@@ -10,6 +10,7 @@
 """
 
 import gc
+import math
 import os
 import signal
 import sys
@@ -103,6 +104,16 @@ def interruptible() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def unhurried() -> Iterator[None]:
+    """Let no loop say how far it is, as it would on a busy machine; tests of that choose a time."""
+    from torchpar import errors
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(errors, "SILENCE", math.inf)
+        yield
 
 
 @pytest.fixture

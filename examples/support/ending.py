@@ -31,7 +31,8 @@ from torchpar.parallel.launch.rank_info import RankInfo, find_rank_info
 from torchpar.training.outcome import Stopped
 
 # Seconds in which torchrun ends the other ranks after rank 0 has failed, on a busy machine, too.
-GRACE = 20.0
+# Wrong flags are those of all ranks, of which rank 0 may be the last to have imported its modules.
+GRACE, OF_FLAGS = 20.0, 3
 
 
 @contextmanager
@@ -154,7 +155,8 @@ def _end(said: str, is_own: bool = False, is_of_flags: bool = False) -> NoReturn
     failed, info = time.time(), _launched()
     if info and info.rank > 0 and not is_own:
         # torchrun ends this rank meanwhile; under mpirun a person waits for it.
-        time.sleep(GRACE if info.launcher == "torchrun" else GRACE / 10)
+        longer = OF_FLAGS if is_of_flags else 1
+        time.sleep(longer * GRACE if info.launcher == "torchrun" else GRACE / 10)
         if is_of_flags and info.launcher in ("openmpi", "mpich") and not _is_awaited(info):
             sys.exit(2)
     if not _is_told_by_torchrun(said, failed):

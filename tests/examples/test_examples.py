@@ -7,7 +7,6 @@ The Lightning lesson, and what is peculiar to an exercise, have files of their o
 
 import errno
 import importlib
-import math
 import os
 import re
 from collections import Counter
@@ -36,7 +35,6 @@ import train_transformer
 from matplotlib.figure import Figure
 from train_by_hand import draw
 
-from torchpar import errors
 from torchpar.errors import ConfigError
 from torchpar.parallel import join_world
 
@@ -113,7 +111,6 @@ def test_it_runs_learns_and_prints_its_last_line(ranks, small, monkeypatch, tmp_
     given = [] if name in ("train_by_hand", "quadrants", "matmul_regression") else small
     outputs = ["--metrics", str(tmp_path / "metrics")]
     outputs += ["--plots", str(tmp_path / "new" / "plots")] if pictures else []
-    monkeypatch.setattr(errors, "SILENCE", math.inf)  # on a busy machine it would say how far it is
     cut: list[str] = []
     monkeypatch.setattr(
         Figure, "savefig", partialmethod(save_and_note, cut=cut, save=Figure.savefig)
