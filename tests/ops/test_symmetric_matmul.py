@@ -378,7 +378,27 @@ def test_out_may_be_negated_by_a_bit():
 
 @pytest.mark.parametrize(
     "shape, halved",
-    [((384, 128), True), ((384, 127), False), ((512, 1), True), ((383, 999), False)],
+    [
+        ((384, 128), True),
+        ((384, 127), False),
+        ((512, 1), True),
+        ((383, 2047), False),
+        ((192, 2048), True),
+        ((191, 9999), False),
+    ],
 )
 def test_narrow_matrices_are_halved_from_more_rows_on(shape, halved):
     assert cpu.is_halved(torch.empty(shape)) == halved
+
+
+@pytest.mark.parametrize("n", [192, 300, 383, 512, 1000, 1024, 2049])
+def test_the_parts_of_a_lower_triangle_cover_it_once(n):
+    blocks = round(n / 128)
+    parts = list(cpu._lower_triangle(0, n, blocks))
+    computed = torch.zeros(n, n, dtype=torch.int32)
+    for rows, columns in parts:
+        computed[rows, columns] += 1
+        assert rows.start % 32 == columns.start % 32 == 0
+        assert columns.stop <= rows.stop, "no part is above the diagonal alone"
+    assert computed.tril().equal(torch.ones_like(computed).tril())
+    assert computed.triu(160).count_nonzero() == 0, "beside the diagonal blocks"

@@ -6,10 +6,11 @@ sums all terms in one chain, and the error grows with the chain's length: 784 te
 the error of PyTorch's product, and 2048 have 2.1 times. Therefore sums are cut into chains of at
 most `CHAIN` terms.
 
-Symmetric products are computed in blocks of rows up to the diagonal, and mirrored.
+Of symmetric products the lower triangle is computed, in parts, and mirrored.
 """
 
 import itertools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -29,12 +30,13 @@ _MIN_PRODUCT = 4_000_000
 _LEAST_ROWS = 64  # from which on chains save more time than copying the other matrix takes
 _BLOCK = 512  # rows; the result that the chains add to stays in the cache
 _onednn_is_enabled = torch._C._get_mkldnn_enabled  # by `torch.backends.mkldnn.flags`
-# From so many rows on, half of a product and its mirror image take less time than all of the
-# product and a mirror image, with two threads; below `_HALVED_FROM_NARROW` only with so many
-# columns.
-_HALVED_FROM, _HALVED_FROM_BFLOAT16 = 384, 768
-_HALVED_FROM_NARROW, _COLUMNS = 512, 128
+# From so many rows on, if there are so many columns, half of a product and its mirror image take
+# less time than all of the product and a mirror image, with one thread and with two.
+_HALVED_FROM = (192, 2048), (384, 128), (512, 0)
 _HALF_BLOCK, _HALF_BLOCK_BY_ONEDNN = 128, 256  # rows
+# More blocks are taken in squares, for which the libraries read each number less often. Blocks
+# begin at multiples of so many rows, which are whole tiles of their kernels.
+_MOST_BLOCKS, _ALIGNED = 4, 32
 _CACHE_LINE = 64  # bytes
 # From so many rows on, stripes of so many rows are mirrored; smaller matrices are mirrored at once.
 _STRIPED_FROM, _STRIPE = 512, 128
@@ -169,12 +171,10 @@ def in_chains(terms: list[tuple[Tensor, Tensor]], bias: Tensor | None = None) ->
 def is_halved(x: Tensor) -> bool:
     """Whether X·Xᵀ is computed in blocks up to the diagonal, which compilers should leave alone."""
     rows, columns = x.shape[-2:]
-    if x.is_cuda or rows < _HALVED_FROM or (rows < _HALVED_FROM_NARROW and columns < _COLUMNS):
+    if x.is_cuda or not any(rows >= n and columns >= k for n, k in _HALVED_FROM):
         return False
     # AMX multiplies all rows as fast as half of the result in blocks.
-    if computed_in(x.dtype) == torch.bfloat16:
-        return rows >= _HALVED_FROM_BFLOAT16 and not has_amx()
-    return True
+    return computed_in(x.dtype) != torch.bfloat16 or not has_amx()
 
 
 def computed_in(dtype: torch.dtype) -> torch.dtype:
@@ -218,7 +218,7 @@ def symmetric_matmul(
 
 
 def _halved(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float, out: Tensor) -> None:
-    """Compute blocks of rows up to the diagonal, and mirror them."""
+    """Compute the lower triangle in parts, and mirror it."""
     a, b = pad_to_tiles(a, b)
     n = len(a)
     terms: list[tuple[Tensor, Tensor]] = []
@@ -226,18 +226,39 @@ def _halved(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float, o
         dense = a.contiguous()  # oneDNN needs contiguous blocks of rows
         terms = cut(dense, dense if b is a else b.contiguous(), -(-a.shape[1] // CHAIN))
     blocks = max(round(n / (_HALF_BLOCK_BY_ONEDNN if terms else _HALF_BLOCK)), 1)
-    for block in range(blocks):
-        lo, hi = n * block // blocks, n * (block + 1) // blocks
-        out_block, c_block = out[lo:hi, :hi], None if c is None else c[lo:hi, :hi]
+    for part, columns in _lower_triangle(0, n, blocks):
+        out_block, c_block = out[part, columns], None if c is None else c[part, columns]
         if not terms:
-            product(a[lo:hi], b[:hi], c_block, alpha, beta, out=out_block)
+            product(a[part], b[columns], c_block, alpha, beta, out=out_block)
             continue
-        found = in_chains([(s[lo:hi], t[:hi]) for s, t in terms])
+        found = in_chains([(s[part], t[columns]) for s, t in terms])
         if c_block is None:
             torch.mul(found, alpha, out=out_block)
         else:
             torch.add(found.mul_(alpha), c_block, alpha=beta, out=out_block)
     mirror_(out)
+
+
+def _lower_triangle(lo: int, hi: int, blocks: int) -> Iterator[tuple[slice, slice]]:
+    """Rows and columns of the products that make up a lower triangle with its diagonal.
+
+    Up to `_MOST_BLOCKS` are rows up to the diagonal. More are the square below the diagonal, and
+    the triangles above it and beside it.
+    """
+
+    def begin(block: int) -> int:
+        nearest = lo + round((hi - lo) * block / blocks / _ALIGNED) * _ALIGNED
+        return nearest if block < blocks else hi
+
+    if blocks <= _MOST_BLOCKS:
+        for block in range(blocks):
+            end = begin(block + 1)
+            yield slice(begin(block), end), slice(lo, end)
+        return
+    middle = begin(blocks // 2)
+    yield slice(middle, hi), slice(lo, middle)
+    yield from _lower_triangle(lo, middle, blocks // 2)
+    yield from _lower_triangle(middle, hi, blocks - blocks // 2)
 
 
 def mirror_(h: Tensor) -> Tensor:
