@@ -8,6 +8,7 @@ import torch
 from commands import ROOT
 
 from torchpar.ptx import command
+from torchpar.ptx.cuda import advice
 from torchpar.ptx.cuda.advice import advise
 
 pytest_plugins = ["pytester"]
@@ -124,6 +125,81 @@ def test_a_script_that_ends_itself_without_a_gpu_is_told_of_the_flag(end, tmp_pa
     else:
         notes = []
     assert NEEDS_CUDA in capsys.readouterr().out + "".join(notes)
+
+
+NUMBA = """
+    import numpy as np, torch
+    from numba import cuda
+
+    @cuda.jit
+    def double(x):
+        x[cuda.grid(1)] *= 2
+
+    @cuda.jit(device=True)
+    def twice(x):
+        return 2 * x
+
+    assert not cuda.is_available()
+"""
+# The line that asks for a GPU, and whether it needs a tensor of the emulated one.
+OF_NUMBA = {
+    "a launch": ("double[1, 32](np.ones(32))", False),
+    "a launch with a tensor": ("double[1, 32](torch.ones(32, device='cuda'))", True),
+    "a signature": ("cuda.jit('void(float32[:])')(double.py_func)", False),
+    "a copy": ("cuda.to_device(np.ones(32))", False),
+    "a tensor's interface": ("cuda.as_cuda_array(torch.ones(32, device='cuda'))", True),
+    "the GPUs": ("len(cuda.gpus)", False),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*Grid size")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Numba has a GPU")
+@pytest.mark.parametrize("cuda_is_cpu", [False, True])
+@pytest.mark.parametrize("name", OF_NUMBA)
+def test_a_script_that_launches_kernels_of_numba_ends_in_a_line(
+    name, cuda_is_cpu, tmp_path, capsys
+):
+    pytest.importorskip("numba.cuda")
+    line, needs_flag = OF_NUMBA[name]
+    if needs_flag and not cuda_is_cpu:
+        pytest.skip("there is no tensor")
+    flags = ["--cuda-is-cpu"] * cuda_is_cpu
+    assert run_script(tmp_path, f"{NUMBA}    {line}", *flags) == 1
+    found = capsys.readouterr()
+    expected = "kernels of numba.cuda are not executed here, only Triton's are"
+    assert f"        {line}\n    {expected}\nlaunches: 0; 1 error, 0 warn" in found.out
+    assert found.err.endswith(
+        f"python -m torchpar ptx: error: {expected}; with NUMBA_ENABLE_CUDASIM=1 Numba's simulator "
+        "executes them on this CPU\n"
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Numba has a GPU")
+@pytest.mark.parametrize("line", ["", "raise ValueError('mine')", "double[1,]"])
+def test_a_script_may_define_kernels_of_numba_and_fail_for_another_reason(line, tmp_path, capsys):
+    pytest.importorskip("numba.cuda")
+    lines = """
+    try:
+        cuda.to_device(np.ones(32))
+    except Exception:
+        print("no GPU")
+    """
+    if not line:
+        assert run_script(tmp_path, NUMBA + lines) == 0
+        assert capsys.readouterr().out.startswith("no GPU\nlaunches: 0; 0 errors")
+        return
+    with pytest.raises(ValueError, match=r"mine|griddim") as caught:
+        run_script(tmp_path, NUMBA + lines + line)
+    assert not advice.is_of_numba(caught.value)
+
+
+def test_a_test_that_launches_a_kernel_of_numba_is_told_of_the_simulator(pytester):
+    pytest.importorskip("numba.cuda")
+    test = "from numba import cuda\ndef test():\n    cuda.to_device([1.0])"
+    for flags in ([], ["--cuda-is-cpu"]):
+        found = run_tests(pytester, test, "--ptx=sm_90", *flags)
+        found.assert_outcomes(failed=1)
+        assert "with NUMBA_ENABLE_CUDASIM=1" in found.stdout.str()
 
 
 def test_a_grid_without_a_program_is_named(tmp_path, capsys):

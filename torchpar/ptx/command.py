@@ -18,7 +18,15 @@ from typing import TextIO
 import torch
 
 from torchpar.errors import breaking_silence
-from torchpar.ptx.cuda.advice import NEEDS_CUDA, advise, says_cuda
+from torchpar.ptx.cuda.advice import (
+    NEEDS_CUDA,
+    NOT_EXECUTED,
+    SIMULATOR,
+    advise,
+    fault_of_numba,
+    is_of_numba,
+    says_cuda,
+)
 from torchpar.ptx.cuda.stand_in import cuda_is_cpu
 from torchpar.ptx.machine.sample import LEAST
 from torchpar.ptx.report.report import Report
@@ -27,6 +35,7 @@ from torchpar.ptx.triton.emulate import emulate, why_not_compiled
 from torchpar.ptx.triton.emulator import ARCHITECTURES, Emulator
 
 WITHIN = "only kernels that the script's own process launches are executed"
+SIMULATED = "kernels of numba.cuda are executed by Numba's simulator, and not checked"
 INNER = "the script's own emulate or check_kernel reports its launches"
 
 # What a file of the report is, and how its name ends; others are not overwritten.
@@ -112,11 +121,9 @@ def main(arguments: Sequence[str]) -> int:
             if os.getpid() != process:  # a fork of the script, which has no report
                 raise
             if not isinstance(e, SystemExit) or e.code:
-                advice = advise(e) if _lacks_cuda(e, options, gpu) else ""
-                _show(gpu.report(), options, stdout, advice)
-                if isinstance(e, KeyboardInterrupt):
-                    return 130
-                _begin_in_script(e, str(options.script.absolute()))
+                status = _end_early(e, gpu, options, stdout)
+                if status is not None:
+                    return status
                 raise
         finally:
             sys.argv, sys.path[:] = before
@@ -125,6 +132,28 @@ def main(arguments: Sequence[str]) -> int:
     report = gpu.report()
     _show(report, options, stdout, _why_nothing(gpu, options))
     return int(bool(report.errors))
+
+
+def _end_early(
+    error: BaseException, gpu: Emulator, options: argparse.Namespace, stdout: TextIO
+) -> int | None:
+    """Show the report of a script that an error has ended.
+
+    Returns:
+        The exit status, or None where the traceback of the error ends the process.
+    """
+    if is_of_numba(error) and not torch.cuda.is_available():
+        fault = fault_of_numba(error)
+        gpu.note(fault, (fault.name, fault.source))
+        _show(gpu.report(), options, stdout, "")
+        print(f"python -m torchpar ptx: error: {NOT_EXECUTED}; {SIMULATOR}", file=sys.stderr)
+        return 1
+    advice = advise(error) if _lacks_cuda(error, options, gpu) else ""
+    _show(gpu.report(), options, stdout, advice)
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    _begin_in_script(error, str(options.script.absolute()))
+    return None
 
 
 def _note_flags_behind(parser: argparse.ArgumentParser, flags: Sequence[str]) -> None:
@@ -181,6 +210,8 @@ def _why_nothing(gpu: Emulator, options: argparse.Namespace) -> str:
         return f"{gpu.empty[0]}; give the number of programs in each dimension"
     if gpu.has_inner:
         return INNER
+    if getattr(sys.modules.get("numba.core.config"), "ENABLE_CUDASIM", False):
+        return SIMULATED
     return WITHIN if options.cuda_is_cpu else NEEDS_CUDA
 
 

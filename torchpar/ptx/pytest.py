@@ -20,7 +20,7 @@ from typing import ParamSpec, TypeVar
 import pytest
 import torch
 
-from torchpar.ptx.cuda.advice import advise, says_cuda
+from torchpar.ptx.cuda.advice import advise, is_of_numba, says_cuda
 from torchpar.ptx.cuda.stand_in import cuda_is_cpu
 from torchpar.ptx.report.report import Report
 from torchpar.ptx.triton.emulate import emulate, why_not_compiled
@@ -152,7 +152,9 @@ class _Hooks:
             phase.check()
             return result
         except Exception as e:
-            if not self.options.cuda_is_cpu and says_cuda(e) and not torch.cuda.is_available():
+            is_cpu = self.options.cuda_is_cpu  # then `torch.cuda.is_available` says so
+            has_advice = is_of_numba(e) or (says_cuda(e) and not is_cpu)
+            if has_advice and (is_cpu or not torch.cuda.is_available()):
                 advise(e)
             raise
         finally:

@@ -3,6 +3,11 @@
 
 import traceback
 
+from torchpar.ptx.report.faults import HostFault
+from torchpar.ptx.report.source import LIBRARIES
+
+NOT_EXECUTED = "kernels of numba.cuda are not executed here, only Triton's are"
+SIMULATOR = "with NUMBA_ENABLE_CUDASIM=1 Numba's simulator executes them on this CPU"
 NEEDS_CUDA = 'a script that launches kernels only for device="cuda" needs --cuda-is-cpu'
 
 
@@ -19,6 +24,35 @@ def advise(error: BaseException) -> str:
     """Name the flag in an error; return the advice where nobody would see it there."""
     if isinstance(error, SystemExit):
         return NEEDS_CUDA
-    if NEEDS_CUDA not in getattr(error, "__notes__", ()):  # pytest raises a fixture's error anew
-        error.add_note(NEEDS_CUDA)
+    note = f"{NOT_EXECUTED}; {SIMULATOR}" if is_of_numba(error) else NEEDS_CUDA
+    if note not in getattr(error, "__notes__", ()):  # pytest raises a fixture's error anew
+        error.add_note(note)
     return ""
+
+
+def is_of_numba(error: BaseException) -> bool:
+    """Whether ``numba.cuda`` has raised an error because it finds no GPU.
+
+    Numba may miss a library of CUDA, or the interface for GPUs of a tensor that is on the CPU.
+    """
+    kind, frames = type(error), list(traceback.walk_tb(error.__traceback__))
+    if kind.__module__.startswith("numba.") and kind.__name__.endswith("SupportError"):
+        return True
+    names = [frame.f_globals.get("__name__", "") for frame, _ in frames]
+    launches = any(
+        name == "numba.cuda.dispatcher" and frame.f_code.co_name in ("__call__", "call")
+        for name, (frame, _) in zip(names, frames, strict=True)
+    )
+    of_numba = bool(names) and names[-1].startswith("numba.cuda.")
+    return launches or (of_numba and "cuda array interface" in str(error))
+
+
+def fault_of_numba(error: BaseException) -> HostFault:
+    """Return the fault of a program that asks ``numba.cuda`` for a GPU."""
+    frames = [
+        (frame.f_code.co_filename, line)
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if frame.f_globals.get("__name__", "").partition(".")[0] not in (*LIBRARIES, "numba")
+    ]
+    place = frames[-1] if frames else None
+    return HostFault("error", "a kernel of numba.cuda", NOT_EXECUTED, source=place)
