@@ -73,8 +73,9 @@ class TensorMemory:
         message = f"tensor memory is written by {what}, not waited for"
         gpu.fault("error", "race", line, message, warp)
 
-    def check_allocated(self, line: int, columns: Values) -> None:
-        if (columns >= COLUMNS).any() or not self.allocated[columns].all():
+    def check_allocated(self, line: int, columns: Values | slice) -> None:
+        end = columns.stop if isinstance(columns, slice) else columns.max(initial=0) + 1
+        if end > COLUMNS or not self.allocated[columns].all():
             raise PtxError(line, "tensor memory that is not allocated", "out of bounds")
 
 
@@ -173,6 +174,23 @@ def _store(i: Instruction) -> Run:
     return run
 
 
+# Of a matrix in tensor memory: its rows' lanes, and its columns
+Cells = tuple[slice | Values, slice]
+
+
+def _cells(address: int, lanes: Values, columns: int) -> Cells:
+    """Return the cells of a matrix, those of all lanes as a view, which costs no copy."""
+    lanes, first = lanes + (address >> 16), address & 0xFFFF
+    is_whole = lanes[0] == 0 and len(lanes) == LANE_COUNT
+    return slice(None) if is_whole else lanes, slice(first, first + columns)
+
+
+def _distinct(numbers: Values) -> Values:
+    """Return each number once: nearly always all are one."""
+    first = numbers.reshape(-1)[:1]
+    return first if (numbers == first).all() else np.unique(numbers)
+
+
 class Tcgen05Mma(Operation):
     """D = A·B + D, or A·B: D in tensor memory, A there or in shared memory, B in shared memory."""
 
@@ -204,7 +222,7 @@ class Tcgen05Mma(Operation):
         rows = np.arange(m)
         # Of 64 rows, each warp has 16 in its 32 lanes.
         lanes = rows if m == LANE_COUNT else rows // 16 * 32 + rows % 16
-        self.to = (d >> 16) + lanes[:, None], (d & 0xFFFF) + np.arange(n)[None, :]
+        self.to = _cells(d, lanes, n)
         self.flops = 2 * m * n * 32 // np.dtype(OPERANDS[self.kinds[1]]).itemsize
         memory.check_allocated(i.line, self.to[1])
         if adds:
@@ -215,7 +233,8 @@ class Tcgen05Mma(Operation):
         self.a: int | Matrix
         if isinstance(a, int):
             self.a = a
-            self.from_memory = (a >> 16) + lanes[:, None], (a & 0xFFFF) + np.arange(8)[None, :]
+            self.from_memory = _cells(a, lanes, 8)
+            memory.check_allocated(i.line, self.from_memory[1])
             self._check_known(warp, self.from_memory)
         else:
             self.a = Matrix(a, range(m), not bits >> 15 & 1, self.kinds[0], i.line, window)
@@ -224,14 +243,12 @@ class Tcgen05Mma(Operation):
             matrix.check(warp, self.read, i.line)
         memory.writers[self.to] = self.written
 
-    def _check_known(self, warp: Warp, places: tuple[Values, Values]) -> None:
+    def _check_known(self, warp: Warp, places: Cells) -> None:
         """Operands that an earlier product writes are in order; others must be known."""
-        writers = self.memory.writers[places]
         events = warp.block.gpu.events
-        of_products = np.array([events.who(int(n)).startswith("a product") for n in writers.flat])
-        others = writers.reshape(-1)[~of_products]
-        known = warp.clocks.knows(warp.index, others)
-        if not known.all():
+        writers = _distinct(self.memory.writers[places])
+        others = [n for n in writers.tolist() if not events.who(n).startswith("a product")]
+        if others and not warp.clocks.knows(warp.index, np.array(others, np.int32)).all():
             message = "takes tensor memory that was not written, or not waited for"
             warp.block.gpu.fault("error", "race", self.line, message, warp)
 

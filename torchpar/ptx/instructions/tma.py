@@ -26,7 +26,8 @@ SHARED = ("shared::cta", "shared", "shared::cluster")
 class Barrier:
     """A phase ends when no arrival and no byte is missing; then the next one begins.
 
-    ``ended`` are the copies of the phases that have ended.
+    ``ended`` are the copies of the phases that have ended, of which a warp with the index n has
+    waited for the first ``waited[n]``.
     """
 
     def __init__(self, line: int, count: int):
@@ -34,6 +35,7 @@ class Barrier:
         self.pending, self.transactions, self.phase = count, 0, 0
         self.copies: list[Operation | Arrival] = []  # operations, and arrivals
         self.ended: list[Operation | Arrival] = []
+        self.waited: dict[int, int] = {}
 
     def update(self, arrivals: int = 0, transactions: int = 0) -> None:
         self.pending -= arrivals
@@ -89,9 +91,11 @@ def barrier_at(warp: Warp, address: Values, line: int) -> Barrier:
     place, rows = warp.block.shared.locate(address, 8, line)
     barrier: Barrier | None = place.barriers.get(8 * int(rows[0]))
     if barrier is None or barrier not in warp.known_mbarriers:
-        warp.block.shared.check_read(warp, address, 8, line)
-    if barrier is None:
-        raise PtxError(line, "there is no mbarrier at this address")
+        is_known = warp.block.shared.check_known(warp, place, rows, 8, line)
+        if barrier is None:
+            raise PtxError(line, "there is no mbarrier at this address")
+        if is_known:  # from now on
+            warp.known_mbarriers.add(barrier)
     return barrier
 
 
@@ -145,8 +149,9 @@ def _try_wait(i: Instruction) -> Run:
         ended = Ended(barrier, odd)
         put(warp, np.full(32, ended()))
         if ended():
-            for copy in barrier.ended:
+            for copy in barrier.ended[barrier.waited.get(warp.index, 0) :]:
                 copy.wait(warp)
+            barrier.waited[warp.index] = len(barrier.ended)
             _count_wait(warp, barrier)
             return False
         warp.waiting = ended
@@ -433,6 +438,7 @@ class Reduction(Operation):
         new = np.ascontiguousarray(self.combine(old, self.values))
         raw = new.view(np.uint8).reshape(-1, self.width)
         self.block.space.poke(self.elements, raw)
+        self.block.gpu.changes += 1
 
 
 @action(

@@ -14,6 +14,7 @@ from torchpar.ptx.machine.parse import (
     flat,
 )
 from torchpar.ptx.machine.registers import (
+    ALL,
     Values,
     reader,
     writer,
@@ -77,6 +78,8 @@ def action(*opcodes: str, whole: bool = False, single: bool = False) -> Callable
                     ]
 
             def run(warp: "Warp") -> object:
+                if warp.mask is ALL and not single:
+                    return function(warp, i, *[read(warp) for read in reads])
                 lanes = warp.lanes()
                 if single and len(lanes) != 1:
                     raise PtxError(

@@ -29,7 +29,7 @@ def advance(warp: "Warp", budget: int) -> None:
             _park(warp, warp.pc, warp.active)
             warp.pc = min(warp.parked)
             warp.active = warp.parked.pop(warp.pc)
-        if warp.native is not None:
+        if warp.native is not None and not warp.native.left[warp.pc]:
             done = warp.native.run(warp, left)
             left -= done
             if left == 0 or (done and warp.parked):

@@ -60,6 +60,7 @@ class Space(AddressSpace):
         width = values.shape[1]
         event = warp.event(line, "a store", atomic)
         warp.count_access(self, addresses, width)
+        warp.block.gpu.changes += self is warp.block.gpu.space
         for place, rows, lanes in self.pieces(warp, addresses, width, line, "store"):
             warp.count_place(place, rows * width)
             mine = values[lanes]
@@ -120,7 +121,7 @@ class Space(AddressSpace):
         if warp.native is not None and warp.native.read(warp, self, addresses, width, event, fence):
             return
         for place, rows, _ in self.pieces(warp, addresses, width, line, "load", lanes):
-            self._check_writers(warp, place, rows, width, line, fence)
+            self.check_known(warp, place, rows, width, line, fence)
             self._note_read(warp, place, rows, width, event)
 
     def check_read(
@@ -128,19 +129,26 @@ class Space(AddressSpace):
     ) -> tuple[Allocation, Rows]:
         """Locate addresses of one allocation, and refuse what the warp does not know."""
         place, rows = self.locate(addresses, width, line)
-        self._check_writers(warp, place, rows, width, line, fence=False)
+        self.check_known(warp, place, rows, width, line)
         return place, rows
 
-    def _check_writers(
-        self, warp: Warp, place: Allocation, rows: Rows, width: int, line: int, fence: bool
-    ) -> None:
-        """Refuse to read what the warp does not know.
+    def check_known(
+        self,
+        warp: Warp,
+        place: Allocation,
+        rows: Rows,
+        width: int,
+        line: int,
+        fence: bool = False,
+    ) -> bool:
+        """Refuse to read what the warp does not know, and return whether it knows it.
 
         ``fence``: the asynchronous proxy reads, for which generic writes need a fence.
         """
         writers = place.shadow(place.writes, width)[rows]
         known = warp.clocks.knows(warp.index, writers)
-        if not all_true(known):
+        is_known = all_true(known)
+        if not is_known:
             self.conflict(warp, place, rows, width, writers, known, line, "read", "written")
         elif fence and not all_true(fenced := warp.clocks.is_fenced(warp.index, writers)):
             number = int(writers[~fenced][0])
@@ -149,6 +157,7 @@ class Space(AddressSpace):
             what = f"reads what {events.who(number)} wrote ({where})"
             message = f"{what}, which needs a fence between the proxies"
             warp.block.gpu.fault("error", "missing fence", line, message, warp)
+        return is_known
 
     def _read(
         self,

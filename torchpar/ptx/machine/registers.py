@@ -84,8 +84,21 @@ class Tainted:
 UNWRITTEN = Unready()
 
 
+def content(held: object) -> object:
+    """Return what a register holds, so that it can be compared."""
+    if isinstance(held, np.ndarray):
+        return held.tobytes()
+    if isinstance(held, Tainted):
+        return held.values.tobytes(), held.mask.tobytes()
+    return held
+
+
 class Registers(list[Any]):
     """The registers of a warp, by their numbers."""
+
+    def content(self) -> tuple[object, ...]:
+        """Return what the registers hold, so that it can be compared."""
+        return tuple(map(content, self))
 
     def get_many(self, indices: Sequence[int]) -> list[Any]:
         return [self[index] for index in indices]

@@ -136,6 +136,8 @@ class Program:
         for code, i, slot in zip(self.instructions, kernel.instructions, slots, strict=True):
             code.slot = slot
             self._encode(code, i)
+        # Instructions that the core leaves to Python, unless it executes a whole block.
+        self.left = [one.kind == LEFT or one.kind >= RETURN for one in self.instructions]
         # The least bytes that a thread accesses of shared memory.
         self.shared_unit = min(
             (

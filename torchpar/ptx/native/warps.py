@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from torchpar.ptx.machine.protocols import Block, Operation, Warp
-from torchpar.ptx.machine.registers import DTYPES, UNWRITTEN, DType, Values
+from torchpar.ptx.machine.registers import DTYPES, UNWRITTEN, DType, Values, content
 from torchpar.ptx.native.encoding import KIND_BYTES, KINDS, Program
 from torchpar.ptx.native.layout import (
     GROW,
@@ -68,6 +68,11 @@ class NativeRegisters:
             self.states[index] = IN_ROW | IN_LIST
         else:
             self.states[index] = IN_LIST
+
+    def content(self) -> tuple[object, ...]:
+        """Return what the registers hold, so that it can be compared."""
+        apart = np.flatnonzero(self.states[: len(self.held)] & IN_ROW == 0).tolist()
+        return self.rows.tobytes(), *((n, content(self.held[n])) for n in apart)
 
     def get_many(self, indices: Sequence[int]) -> list[Any]:
         if (self.states[indices] & IN_LIST).all():
@@ -251,7 +256,7 @@ class WarpState:
 
     def __init__(self, launch: LaunchState, struct: WarpStruct):
         self.launch, self.struct, self.pointer = launch, struct, ctypes.addressof(struct)
-        self.library = launch.program.library
+        self.library, self.left = launch.program.library, launch.program.left
 
     def run(self, warp: Warp, budget: int) -> int:
         """Execute instructions of the core, at most ``budget``, and return how many."""
