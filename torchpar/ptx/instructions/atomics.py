@@ -99,7 +99,7 @@ def _atomic(i: Instruction, to: list[object], operands: list[object]) -> Run:
         if is_atomic and not in_shared:
             after_access(warp, addresses, order or "relaxed", reads=True)
         found = addresses.tobytes() + results.tobytes()
-        return not in_shared and warp.block.spin(warp, i.line, found)
+        return not in_shared and warp.block.cluster.spins.look(warp, i.line, found)
 
     return run
 

@@ -73,7 +73,7 @@ def _load(i: Instruction) -> Run:
         if not order:
             return False
         after_access(warp, at, order, reads=True)
-        return warp.block.spin(warp, i.line, at.tobytes() + raw.tobytes())
+        return warp.block.cluster.spins.look(warp, i.line, at.tobytes() + raw.tobytes())
 
     return run
 
@@ -92,7 +92,6 @@ def _store(i: Instruction) -> Run:
             before_access(warp, at, order, writes=True)
         memory = space(warp, at)
         memory.store(warp, at, values, i.line, atomic=bool(order))
-        warp.block.gpu.changes += memory is warp.block.space
 
     return run
 
@@ -155,6 +154,7 @@ class Copy(Operation):
             self.block.shared.poke(self.units, self.values.reshape(-1, self.unit))
         else:
             self.block.space.poke(self.elements, self.values[self.inside])
+            self.block.gpu.changes += 1
         if self.barrier is not None:
             self.barrier.update(transactions=-self.values.size)
 

@@ -35,11 +35,10 @@ from torchpar.ptx.machine.registers import (
     Values,
 )
 from torchpar.ptx.machine.trace import Trace
-from torchpar.ptx.machine.vector_clocks import Events, VectorClocks, merge
+from torchpar.ptx.machine.vector_clocks import Events, VectorClocks, merged
 from torchpar.ptx.native.warps import BlockState, WarpState
 
 LIMIT = 3_000_000  # instructions of a warp
-SPINS = 4  # accesses that find what they found before, after which other programs run
 LOCAL_BASE = 2**20  # of the threads' stacks
 
 
@@ -115,6 +114,11 @@ class Warp:
         self.released_mbarriers: set[Any] = set()
         self.known_mbarriers: set[Any] = set()
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether it has not ended, and does not wait."""
+        return not self.done and (self.waiting is None or self.waiting())
+
     def event(self, line: int, what: str, atomic: bool = False) -> int:
         """Return a new event of this warp, which it knows."""
         time = int(self.clocks.times[self.index, self.index])
@@ -127,7 +131,8 @@ class Warp:
         self.publish(address, self.clocks.release(self.index))
 
     def publish(self, address: int, known: dict[int, Values]) -> None:
-        merge(self.block.gpu.released.setdefault(address, {}), known)
+        released = self.block.gpu.released
+        released[address] = merged(released.get(address, {}), known)
 
     def acquire(self, address: int) -> None:
         if known := self.block.gpu.released.get(address):
@@ -153,6 +158,7 @@ class Warp:
         if name in LANE_MASKS:
             return LANE_MASKS[name]
         if name.startswith(("%clock", "%globaltimer")):
+            block.cluster.spins.reads_clock = True
             return np.full(32, self.count)
         what, _, axis = name.removeprefix("%").partition(".")
         if (what, axis) == ("tid", "x"):
@@ -293,8 +299,6 @@ class Block:
         self.tensor_memory: Any = None  # of sm_100
         self.bulk: list[tuple[int, int, str]] = []  # bulk copies: agent, line, what must have ended
         self.loads: set[Any] = set()  # mbarriers whose boxes nobody has waited for
-        self.spins, self.spin_line = 0, 0
-        self.found: dict[tuple[int, int], bytes] = {}  # by what a warp has accessed at a place
 
     def arrive(self, warp: Warp, barrier: int, count: int, waits: bool = True) -> None:
         """``bar.sync`` and ``bar.arrive``: ``count`` warps meet."""
@@ -315,68 +319,77 @@ class Block:
                 one.waited = latest - one.count
                 one.waiting = None
 
-    def spin(self, warp: Warp, line: int, found: bytes) -> bool:
-        """Count an access that has found what it found before. Return whether others should run.
-
-        Args:
-            found: the addresses, and what was there.
-        """
-        place = warp.index, warp.pc
-        if self.found.get(place) != found:
-            self.found[place] = found
-            return False
-        first = self.cluster.blocks[0]
-        first.spins += 1
-        first.spin_line = line
-        return first.spins >= SPINS
-
     def turns(self) -> Iterator[bool]:
         """Run the blocks of the cluster, and yield False where other clusters should run.
 
         The first block does that for all of them.
         """
-        schedule, rng = self.gpu.schedule, self.gpu.random
-        choose = {
-            "forward": lambda ready: ready[0],
-            "reverse": lambda ready: ready[-1],
-            "random": rng.choice,
-        }
-        warps, spun = self.cluster.warps, None
-        while running := [warp for warp in warps if not warp.done]:
-            self.flying[:] = [one for one in self.flying if one.steps]
-            if schedule.completion == "random":
-                for one in rng.sample(self.flying, rng.randint(0, len(self.flying))):
-                    one.advance(rng.randrange(2))
-            ready = [warp for warp in running if warp.waiting is None or warp.waiting()]
-            if ready:
-                others = [warp for warp in ready if warp is not spun]
-                warp = choose[schedule.order](others or ready)
-                warp.waiting = None
-                spun = None
-                budget = rng.randint(1, 400) if schedule.order == "random" else self.gpu.limit + 1
-                try:
-                    advance(warp, budget)
-                except (PtxError, MemoryError):
-                    raise
-                except Exception as e:
-                    line = self.gpu.kernel.instructions[max(warp.pc - 1, 0)].line
-                    raise own_error(e, line) from e
-                if self.spins >= SPINS:
-                    self.spins, spun = 0, warp
+        spins, warps = self.cluster.spins, list[Any](self.cluster.warps)
+        if self.gpu.schedule.order == "reverse":
+            warps.reverse()
+        while not all(warp.done for warp in warps):
+            self._complete_some()
+            if (warp := self._next(warps)) is not None:
+                self._advance(warp)
+                if spins.has_spun:
+                    spins.spun.add(warp.index)
+                    if spins.is_stuck or not spins.is_idle:
+                        yield False
+            elif spins.spun and not (spins.is_idle and self.flying):
+                if spins.is_idle:
+                    spins.end_turn()
                     yield False
+                spins.spun.clear()
             elif self.flying:
                 self.flying.pop().advance()
+                spins.spun.clear()
             else:
-                lines = [self.gpu.kernel.instructions[warp.pc - 1].line for warp in running]
-                waiting = (
-                    f"{w.name.removeprefix('warp ')} at {self.gpu.place_of(n)}{_missing(w)}"
-                    for w, n in zip(running, lines, strict=True)
-                )
-                message = f"warps wait for what nobody will do: {', '.join(waiting)}"
-                self.gpu.fault("error", "deadlock", min(lines), message, running[0])
+                self._tell_deadlock()
                 return
         for block in self.cluster.blocks:
             block.end()
+
+    def _complete_some(self) -> None:
+        """Forget asynchronous operations that have completed; at random, complete others."""
+        self.flying[:] = [one for one in self.flying if one.steps]
+        if self.gpu.schedule.completion == "random" and not self.cluster.spins.is_idle:
+            rng = self.gpu.random
+            for one in rng.sample(self.flying, rng.randint(0, len(self.flying))):
+                one.advance(rng.randrange(2))
+
+    def _tell_deadlock(self) -> None:
+        running = [warp for warp in self.cluster.warps if not warp.done]
+        lines = [self.gpu.kernel.instructions[warp.pc - 1].line for warp in running]
+        waiting = (
+            f"{w.name.removeprefix('warp ')} at {self.gpu.place_of(n)}{_missing(w)}"
+            for w, n in zip(running, lines, strict=True)
+        )
+        message = f"warps wait for what nobody will do: {', '.join(waiting)}"
+        self.gpu.fault("error", "deadlock", min(lines), message, running[0])
+
+    def _next(self, warps: list[Any]) -> Warp | None:
+        """Return the one of these warps that runs next; None: all wait, have ended or spin."""
+        spins = self.cluster.spins
+        ready = (warp for warp in warps if warp.is_ready and warp.index not in spins.spun)
+        if spins.is_random:
+            found = list(ready)
+            return self.gpu.random.choice(found) if found else None
+        return next(ready, None)
+
+    def _advance(self, warp: Warp) -> None:
+        """Run a warp until it waits, spins or ends."""
+        spins, budget = self.cluster.spins, self.gpu.limit + 1
+        if spins.is_random:
+            budget = self.gpu.random.randint(1, 400)
+        spins.begin_warp(warp)
+        warp.waiting = None
+        try:
+            advance(warp, budget)
+        except (PtxError, MemoryError):
+            raise
+        except Exception as e:
+            line = self.gpu.kernel.instructions[max(warp.pc - 1, 0)].line
+            raise own_error(e, line) from e
 
     def end(self) -> None:
         """Complete the asynchronous stores to global memory."""

@@ -19,7 +19,8 @@ from torchpar.ptx.machine.memory import Space
 from torchpar.ptx.machine.parse import PtxError
 from torchpar.ptx.machine.protocols import Arrival, Block, Gpu, Operation, Warp
 from torchpar.ptx.machine.registers import WINDOW_BITS, Values
-from torchpar.ptx.machine.vector_clocks import VectorClocks, merge
+from torchpar.ptx.machine.spins import Spins
+from torchpar.ptx.machine.vector_clocks import VectorClocks, merged
 
 ENDED = "ended CTA"  # the name of a fault
 
@@ -81,7 +82,7 @@ class Phase:
         self.initialised |= warp.released_mbarriers
         if releases:
             clocks = warp.clocks
-            merge(self.known, clocks.release(warp.index))
+            self.known = merged(self.known, clocks.release(warp.index))
             fenced = clocks.fenced[warp.index].copy()
             fenced[: len(self.fenced)] = np.maximum(fenced[: len(self.fenced)], self.fenced)
             self.fenced = fenced
@@ -112,6 +113,7 @@ class Cluster:
         self.flying: list[Operation] = []  # asynchronous operations, some of which have completed
         self.owners = np.repeat(np.arange(size), warps).tolist()  # ranks, by the agents
         self.phase = Phase()
+        self.spins = Spins(self)
 
     @property
     def warps(self) -> list[Warp]:

@@ -3,7 +3,6 @@
 
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from random import Random
@@ -36,6 +35,7 @@ from torchpar.ptx.machine.memory import Space
 from torchpar.ptx.machine.parse import Kernel, PtxError, parse
 from torchpar.ptx.machine.protocols import Warp
 from torchpar.ptx.machine.registers import Values
+from torchpar.ptx.machine.residents import Residents
 from torchpar.ptx.machine.sample import Sample
 from torchpar.ptx.machine.trace import Trace
 from torchpar.ptx.machine.vector_clocks import Events
@@ -68,7 +68,6 @@ class Gpu:
 
     limit = LIMIT
     multiprocessors = 132
-    resident_blocks = 132
     keeps_allocations = True  # for the next launch
     most_programs: int | None = None  # of a launch that are executed; None: all
     sample: Sample | None = None  # of the last launch; None: all were executed
@@ -225,46 +224,49 @@ class Gpu:
 
     def _run(self, positions: list[tuple[int, ...]]) -> None:
         """Run blocks one after the other; where one waits for another, run those in turn."""
-        resident: deque[tuple[Block, Iterator[bool]]] = deque()
-        started = idle = 0  # turns in which no block has changed anything
+        resident, started = Residents(), 0
         count, as_array, blocks = len(positions), np.array(positions, np.int32), None
         self.core_blocks = None
         self.progress = Progress(0, count)
-        while started < count or resident:
+        while started < count or len(resident):
             before = self.changes, started
-            is_full = started == count or len(resident) >= self._most_resident()
-            if not is_full and blocks is None and self._can_run_blocks(started):
+            begins = started < count and self._has_room(len(resident))
+            if begins and blocks is None and self._can_run_blocks(started):
                 self.core_blocks = blocks = _blocks(self, positions[started])
-            if not is_full and blocks is not None and blocks.works:
-                may_share = not resident  # whose blocks must be able to see who has written what
+            if begins and blocks is not None and blocks.works:
+                may_share = not len(resident)  # who must be able to see who has written what
                 started += self._run_blocks(blocks, as_array[started:], started, may_share)
-                is_full = started == count
-                if is_full and not resident:
-                    break
-            if not is_full:
-                block = self._begin(positions[started], started)
-                resident.appendleft((block, block.turns()))
+                if started == count:
+                    begins = False
+                    if not len(resident):
+                        break
+            if begins:
+                resident.begin(self._begin(positions[started], started))
                 started += 1
-            block, turns = resident.popleft()
+            block, turns = resident.take()
             has_ended = self._turn(block, turns)
             if not has_ended:
-                resident.append((block, turns))
-            is_idle = is_full and not has_ended and before == (self.changes, started)
-            idle = idle + 1 if is_idle else 0
-            if idle > 3 * len(resident):
+                resident.put(block, turns)
+            is_idle = not has_ended and before == (self.changes, started)
+            if resident.is_deadlock(block, is_idle):
                 if self.sample is None:
                     raise self._deadlock(block, count - started)
                 positions = self._take_all(positions)
-                count, as_array, idle = len(positions), np.array(positions, np.int32), 0
-                self.progress.count = count
+                count, as_array = len(positions), np.array(positions, np.int32)
+                self.progress.count, resident.idle = count, 0  # others begin
 
-    def _most_resident(self) -> int:
-        """Return how many clusters run at a time.
+    def _has_room(self, resident: int) -> bool:
+        """Whether the GPU holds one more cluster.
 
-        That is one of a sample, or what each of them has counted would not be known.
+        Of a sample one runs at a time, or what each of them has counted would not be known.
         """
-        size = math.prod(self.kernel.cluster)
-        return max(self.resident_blocks // size, 1) if self.sample is None else 1
+        if self.sample is not None:
+            return resident == 0
+        return resident == 0 or self.holds((resident + 1) * math.prod(self.kernel.cluster))
+
+    def holds(self, blocks: int) -> bool:
+        """Whether the multiprocessors have room for so many blocks at once: one each."""
+        return blocks <= self.multiprocessors
 
     def _turn(self, block: Block, turns: Iterator[bool]) -> bool:
         """Let a cluster go on until it waits, and return whether it has ended."""
@@ -282,7 +284,7 @@ class Gpu:
         reason = "each program waits for a value that no other program writes"
         if left:
             reason += f"; {left} programs wait for a place on the GPU"
-        deadlock = PtxError(block.spin_line, reason, "deadlock")
+        deadlock = PtxError(block.cluster.spins.line, reason, "deadlock")
         deadlock.program = block.position
         return deadlock
 

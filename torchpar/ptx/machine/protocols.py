@@ -5,7 +5,7 @@
 them as arguments, and name what they need of them by these protocols. So imports go one way.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torchpar.ptx.machine.parse import Kernel
@@ -58,6 +58,8 @@ class RegisterFile(Protocol):
     def __getitem__(self, index: int, /) -> Any: ...
 
     def __setitem__(self, index: int, value: object, /) -> None: ...
+
+    def content(self) -> tuple[object, ...]: ...
 
     def get_many(self, indices: Sequence[int]) -> list[Any]: ...
 
@@ -124,9 +126,6 @@ class Gpu(Protocol):
 class Block(Protocol):
     """A CTA."""
 
-    spins: int
-    spin_line: int
-
     @property
     def gpu(self) -> Gpu: ...
 
@@ -170,7 +169,40 @@ class Block(Protocol):
     @property
     def trace(self) -> "Trace | None": ...
 
+    @property
+    def at_barrier(self) -> "Mapping[int, Sequence[tuple[Warp, bool]]]": ...
+
+    @property
+    def tensor_memory(self) -> Any:
+        """That of sm_100, or None."""
+
     def end(self) -> None: ...
+
+
+class Phase(Protocol):
+    """A phase of the cluster barrier."""
+
+    @property
+    def arrived(self) -> set[int]: ...
+
+
+class Cluster(Protocol):
+    """Blocks that run together."""
+
+    @property
+    def gpu(self) -> Gpu: ...
+
+    @property
+    def blocks(self) -> Sequence[Block]: ...
+
+    @property
+    def warps(self) -> Sequence["Warp"]: ...
+
+    @property
+    def flying(self) -> "Sequence[Operation]": ...
+
+    @property
+    def phase(self) -> Phase: ...
 
 
 class Arrival(Protocol):
@@ -246,7 +278,22 @@ class Warp(Protocol):
     def first_thread(self) -> int: ...
 
     @property
+    def number(self) -> int: ...
+
+    @property
+    def is_ready(self) -> bool: ...
+
+    @property
+    def carry(self) -> Values: ...
+
+    @property
     def parked(self) -> dict[int, Values]: ...
+
+    @property
+    def gathered(self) -> dict[int, Values]: ...
+
+    @property
+    def groups(self) -> Mapping[Any, Sequence[Sequence["Operation"]]]: ...
 
     def lanes(self) -> Values: ...
 

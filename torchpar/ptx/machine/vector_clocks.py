@@ -70,7 +70,8 @@ class VectorClocks:
     Attributes:
         times: of the block's agents ``(warps, agents)``.
         fenced: the times that each warp knew at its last fence between the proxies.
-        foreign: of each warp the times of other blocks' agents, by block.
+        foreign: of each warp the times of other blocks' agents, by block. Warps may share a
+            dictionary, which is never changed.
     """
 
     def __init__(self, events: Events, block: int, warps: int):
@@ -126,11 +127,13 @@ class VectorClocks:
         self.times[warps] = self.times[warps].max(0)
         self.fenced[warps] = self.fenced[warps].max(0)
         self.times[warps, warps] += 1
-        together: dict[int, Values] = {}
+        # Most warps hold the dictionary that they got at the last barrier.
+        different = list({id(self.foreign[warp]): self.foreign[warp] for warp in warps}.values())
+        together = different[0]
+        for known in different[1:]:
+            together = merged(together, known)
         for warp in warps:
-            merge(together, self.foreign[warp])
-        for warp in warps:
-            self.foreign[warp] = dict(together) if together else {}
+            self.foreign[warp] = together
 
     def release(self, warp: int) -> dict[int, Values]:
         """Return what the warp knows now; it begins another time, which nobody knows yet."""
@@ -139,23 +142,38 @@ class VectorClocks:
         return found
 
     def acquire(self, warp: int, known: dict[int, Values]) -> None:
-        for block, times in known.items():
-            if block == self.block:
-                mine = self.times[warp, : len(times)]
-                np.maximum(mine, times, out=mine)
-            else:
-                merge(self.foreign[warp], {block: times})
+        if (times := known.get(self.block)) is not None:
+            mine = self.times[warp, : len(times)]
+            np.maximum(mine, times, out=mine)
+            known = {block: times for block, times in known.items() if block != self.block}
+        self.foreign[warp] = merged(self.foreign[warp], known)
 
 
-def merge(into: dict[int, Values], known: dict[int, Values]) -> None:
-    for block, times in known.items():
-        before = into.get(block)
-        if before is times:
-            continue
-        if before is None:
-            into[block] = times
-            continue
-        longer, shorter = (before, times) if len(before) >= len(times) else (times, before)
-        together = longer.copy()
-        np.maximum(together[: len(shorter)], shorter, out=together[: len(shorter)])
-        into[block] = together
+def merged(a: dict[int, Values], b: dict[int, Values]) -> dict[int, Values]:
+    """Return what is known by block of those who know ``a`` or ``b``.
+
+    Neither is changed, and the result may be one of them: warps share what they know. It has arrays
+    of theirs where one knows all that the other one does, so that these are found to be the same
+    the next time.
+    """
+    if not a or a is b:
+        return b
+    together = dict(a)
+    for block, times in b.items():
+        before = together.get(block)
+        if before is not times:
+            together[block] = times if before is None else _latest(before, times)
+    return together
+
+
+def _latest(a: Values, b: Values) -> Values:
+    """Return the later one of two times of each agent: one of the arrays, or another one."""
+    longer, shorter = (a, b) if len(a) >= len(b) else (b, a)
+    begin = longer[: len(shorter)]
+    if (begin >= shorter).all():
+        return longer
+    if len(longer) == len(shorter) and (shorter >= longer).all():
+        return shorter
+    together = longer.copy()
+    np.maximum(begin, shorter, out=together[: len(shorter)])
+    return together

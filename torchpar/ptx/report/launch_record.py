@@ -12,7 +12,7 @@ from torchpar.ptx.machine.counts import Counts
 from torchpar.ptx.machine.kinds import KINDS
 from torchpar.ptx.machine.parse import Source
 from torchpar.ptx.machine.trace import Trace
-from torchpar.ptx.report.resources import Resources, programs_of, resources
+from torchpar.ptx.report.resources import MOST_REGISTERS, Resources, programs_of, resources
 from torchpar.ptx.report.roofline import GPU_OF, Bound, bounds
 from torchpar.ptx.report.source import moved, shown_path
 from torchpar.ptx.report.time import Estimate, estimates
@@ -97,6 +97,26 @@ class Launch:
         if self.resources is None:
             return None
         return programs_of(self.resources, self.warps, self.shared, self.arch)
+
+    def fits(self, programs: int, multiprocessors: int) -> bool:
+        """Whether so many multiprocessors have so many programs, or CTAs, at once.
+
+        ptxas is asked for the registers where they decide it.
+        """
+        if programs <= multiprocessors * self._programs_with(MOST_REGISTERS):
+            return True
+        if programs > multiprocessors * self._programs_with(0):
+            return False
+        return programs <= self.most_resident(multiprocessors)
+
+    def most_resident(self, multiprocessors: int) -> int:
+        """Return how many programs, or CTAs, so many multiprocessors have at once."""
+        registers = 0 if self.resources is None else self.resources.registers
+        return multiprocessors * self._programs_with(registers)
+
+    def _programs_with(self, registers: int) -> int:
+        used = Resources(registers, 0)
+        return max(programs_of(used, self.warps, self.shared, self.arch), 1)
 
     @cached_property
     def bounds(self) -> list[Bound]:

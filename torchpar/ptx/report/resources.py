@@ -12,6 +12,8 @@ from triton.backends.nvidia.compiler import get_ptxas
 
 from torchpar.kernels.data_sheets import DATA_SHEETS, PROGRAMS, REGISTERS, RESERVED, WARPS
 
+MOST_REGISTERS = 255  # of a thread
+
 
 class Resources(NamedTuple):
     """Registers of a thread, and bytes of its memory for registers that do not fit.

@@ -123,6 +123,24 @@ def _check_grid(x: int, y: int, z: int) -> None:
         )
 
 
+def _check_cooperative(
+    metadata: Metadata, record: Callable[[], Launch], multiprocessors: int
+) -> None:
+    """Refuse a cooperative launch whose blocks are not all resident at once, as CUDA does."""
+    if not getattr(metadata, "launch_cooperative_grid", False):
+        return
+    launch = record()
+    blocks, most = launch.programs * launch.ctas, launch.most_resident(multiprocessors)
+    most -= most % launch.ctas
+    if blocks > most:
+        what = "CTAs" if launch.ctas > 1 else "programs"
+        raise RuntimeError(
+            f"Triton Error [CUDA]: too many blocks in cooperative launch: {launch.kernel} has "
+            f"{blocks:,} {what}, and the {multiprocessors} multiprocessors hold {most:,} at once; "
+            "launch no more, and let each one take more elements"
+        )
+
+
 class Launcher:
     """What Triton calls for a launch."""
 
@@ -187,8 +205,8 @@ class Launcher:
             values += self._scratch(emulator, programs)
             return values
 
-        def execute(arguments: Sequence[object]) -> None:
-            launch = Launch(
+        def record() -> Launch:
+            return Launch(
                 name,
                 emulator.arch,
                 (x, y, z),
@@ -201,13 +219,16 @@ class Launcher:
                 constants=self.constants,
                 specialization=self.specialization,
             )
+
+        def execute(arguments: Sequence[object]) -> None:
             self._execute(
                 emulator,
-                launch,
+                record(),
                 lambda: parameters(arguments),
                 lambda: self._assertions_for(arguments),
             )
 
+        _check_cooperative(metadata, record, emulator.multiprocessors)
         if enter is not None:
             enter(launch_metadata)
         if not programs:

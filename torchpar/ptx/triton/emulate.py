@@ -119,7 +119,8 @@ def emulate(
         schedules: "one", or "all": execute each launch three times, with asynchronous operations
             that complete early, late and at random, and warps in other orders.
         multiprocessors: their number on the GPU, which persistent kernels and torchpar's rule ask
-            for; None: 108 of an A100, 132 of an H100, 148 of a B200.
+            for, and which bounds the programs that run at once; None: 108 of an A100, 132 of an
+            H100, 148 of a B200.
         traces: record the first program of each kernel, for the pictures of the report's page.
         configurations: those of an autotuned kernel to execute: "first", the first one that
             compiles and fits; or "all": the others before it, and what they write is undone. One

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from torchpar.kernels.data_sheets import DATA_SHEETS, PROGRAMS, RESERVED, WARPS
+from torchpar.kernels.data_sheets import DATA_SHEETS, RESERVED
 from torchpar.ptx.machine import dependents, gpu
 from torchpar.ptx.machine.allocation import Allocation
 from torchpar.ptx.machine.block import Schedule
@@ -113,6 +113,7 @@ class Emulator(gpu.Gpu):
         self.inner_launches = 0
         self._name = self._file = ""
         self._launched: tuple[str, int] | None = None
+        self._present: Launch | None = None
         self._ended = ""  # the fault that has ended a program or the present launch
         self._asserts = False  # what a kernel assumes is executed, and not the kernel
         self._last: LastLaunch | None = None
@@ -297,6 +298,7 @@ class Emulator(gpu.Gpu):
     ) -> None:
         """Execute the assertions, and nothing else: memory is afterwards as before."""
         self._name, self._file, self._launched = launch.kernel, file, launch.launched
+        self._present = launch
         self.schedule, self.printed, self.trace = self.schedules[0], [], None
         self.host_memory.saves, self._asserts = assertions.writes, True
         try:
@@ -312,6 +314,7 @@ class Emulator(gpu.Gpu):
     ) -> None:
         native.library()  # compiled here, or the first launch would seem to take its seconds
         self._name, self._file, started = launch.kernel, file, time.perf_counter()
+        self._present = launch
         self._launched, self._ended = launch.launched, ""
         last = self.counts
         try:
@@ -373,12 +376,11 @@ class Emulator(gpu.Gpu):
         self.launches.append(launch)
 
     def prepare(self, kernel: Kernel) -> None:
-        threads, shared = kernel.threads, self.shared_bytes
-        held = min(
-            PROGRAMS, 32 * WARPS // max(threads, 1), SHARED_BYTES[self.capability] // max(shared, 1)
-        )
-        self.resident_blocks = MULTIPROCESSORS[self.capability] * max(held, 1)
         self._sources = None
+
+    def holds(self, blocks: int) -> bool:
+        launch = self._present
+        return launch is None or launch.fits(blocks, self.multiprocessors)
 
 
 def _kind(text: str) -> Kind:
