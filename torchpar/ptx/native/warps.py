@@ -2,7 +2,6 @@
 """Warps, blocks and launches for the core in C: their registers and memory, and what they know."""
 
 import ctypes
-import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -356,7 +355,9 @@ class CopiesState:
     def __init__(self, core: ctypes.CDLL, events: "Events", group: Operation):
         name = events.name(group.name)
         self.library, self.struct = core, CopiesStruct(None, 0, 0, group.agent, name, group.time, 0)
-        weakref.finalize(self, core.free_copies, self.struct)  # of a launch that has failed
+
+    def __del__(self) -> None:  # a tenth of the time of `weakref.finalize`
+        self.library.free_copies(self.struct)  # of a launch that has failed
 
     def read(self) -> None:
         self.library.read_copies(ctypes.addressof(self.struct))
