@@ -21,7 +21,10 @@ from torchpar import errors
 
 def test_a_loop_says_how_far_it_is(capsys):
     clock = iter([0.0, 0.0, 9.0, 11.0, 12.0, 22.0])
-    with patch.object(errors.time, "monotonic", lambda: next(clock)):
+    with (
+        patch.object(errors, "SILENCE", 10.0),
+        patch.object(errors.time, "monotonic", lambda: next(clock)),
+    ):
         assert [*console.progress(range(5), "epochs")] == [*range(5)]
     assert capsys.readouterr().err == "1 of 5 epochs after 9 s\n4 of 5 epochs after 22 s\n"
     with patch.object(errors, "SILENCE", 0.0):

@@ -89,6 +89,7 @@ def test_only_silence_is_broken(monkeypatch, capsys):
                 print("printed by the block")
             return len(waits) == 5
 
+    monkeypatch.setattr(errors, "SILENCE", 10.0)
     monkeypatch.setattr(errors.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(errors.threading, "Event", Ended)
     with errors.breaking_silence(lambda: "3 launches executed"):

@@ -171,7 +171,9 @@ def in_chains(terms: list[tuple[Tensor, Tensor]], bias: Tensor | None = None) ->
 def is_halved(x: Tensor) -> bool:
     """Whether X·Xᵀ is computed in blocks up to the diagonal, which compilers should leave alone."""
     rows, columns = x.shape[-2:]
-    if x.is_cuda or not any(rows >= n and columns >= k for n, k in _HALVED_FROM):
+    if rows < _HALVED_FROM[0][0] or x.is_cuda:  # a small call takes no longer
+        return False
+    if not any(rows >= n and columns >= k for n, k in _HALVED_FROM):
         return False
     # AMX multiplies all rows as fast as half of the result in blocks.
     return computed_in(x.dtype) != torch.bfloat16 or not has_amx()

@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn import functional as F
+from torch.overrides import has_torch_function_variadic
 
 from torchpar.kernels import Wrap
 from torchpar.library import batch_first, sample
-from torchpar.library.private import count_dispatch_modes
+from torchpar.library.private import count_dispatch_modes, implementations, profiler_enabled
 from torchpar.library.rules import Context, Sharding, Spec, VmapInfo
 from torchpar.library.sharding import is_dtensor
 from torchpar.library.transforms import needs_formula
@@ -53,6 +55,9 @@ from torchpar.ops.sizes import check_alike, has_symbols
 if TYPE_CHECKING:  # DTensor takes long to import
     from torch.distributed.tensor import Placement
 
+_KERNEL_OF_OTHERS = "torchpar/linear_sigmoid/AutogradCPU"
+_WIDE = (torch.float32, torch.float64)
+
 
 def linear_sigmoid(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The sigmoid of a linear layer: ``y = sigmoid(x @ weight.T + bias)``.
@@ -73,6 +78,10 @@ def linear_sigmoid(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     """
     precision = fp32.chosen
     if precision is None:
+        # Between other calls the dispatcher, which would come to the same, takes the host 30 µs.
+        if not is_compiling() and _needs_no_dispatcher(x, weight, bias):
+            z = linear(x, weight, bias)
+            return z.sigmoid() if x.dim() != 2 else z.sigmoid_()  # as in `_formula`
         return _op(x, weight, bias)  # type: ignore[no-any-return]
     return _op_of_precision(x, weight, bias, precision=precision)  # type: ignore[no-any-return]
 
@@ -110,6 +119,32 @@ def _is_native(x: Tensor, weight: Tensor, bias: Tensor | None = None, **_: objec
         return True
     is_whole = not any(map(missing, (*weight.shape, math.prod(x.shape[:-1]))))
     return is_whole and not _is_slow(x)
+
+
+def _needs_no_dispatcher(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether a call of the operator is one of `_is_native` with right operands, and of float32 or
+    float64, that nothing else is to see."""
+    if not (isinstance(x, Tensor) and isinstance(weight, Tensor)):
+        return False
+    if profiler_enabled() or count_dispatch_modes() or _KERNEL_OF_OTHERS in implementations:
+        return False
+    if has_torch_function_variadic(x, weight, bias) or not is_eager(x, weight, bias):
+        return False
+    dtype, rank = x.dtype, x.dim()
+    return (
+        dtype in _WIDE
+        and rank > 0
+        and _is_like(x, dtype, rank)
+        and _is_like(weight, dtype, 2)
+        and x.size(-1) == weight.size(1)
+        and (bias is None or (_is_like(bias, dtype, 1) and bias.size(0) == weight.size(0)))
+        and not is_emulating()
+    )
+
+
+def _is_like(t: Tensor, dtype: torch.dtype, rank: int) -> bool:
+    is_dense = t.layout is torch.strided and not t.is_nested
+    return is_dense and t.dtype == dtype and t.dim() == rank and t.is_cpu
 
 
 def _is_slow(t: Tensor) -> bool:

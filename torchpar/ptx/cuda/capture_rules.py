@@ -77,14 +77,14 @@ def _read_to_make(name: str, args: Sequence[object], kwargs: Keywords) -> str:
 
 
 def _selects_weights(
-    logits: Any,
-    target: Any,
-    weight: Any = None,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
     size_average: object = None,
     ignore_index: object = -100,
     reduce: object = None,
     reduction: object = "mean",
-    label_smoothing: Any = 0.0,
+    label_smoothing: float = 0.0,
 ) -> bool:
     """Whether cross_entropy divides by weights that it selects by a mask.
 

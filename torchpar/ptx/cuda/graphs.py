@@ -16,7 +16,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -226,7 +226,7 @@ class Graphs:
             return
         if after != places.DEVICE and not is_asynchronous:
             self._refuse_read(capture_rules.TO_HOST)
-        order: Any = memory_format or torch.preserve_format
+        order = cast(torch.memory_format, memory_format or torch.preserve_format)
         with self.unwatched():
             result = torch.empty_like(t, dtype=dtype, memory_format=order)
         places.put(result, after == places.DEVICE)

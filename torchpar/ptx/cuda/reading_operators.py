@@ -160,12 +160,17 @@ TAGGED = {"index", "one_hot", "_ctc_loss", "_ctc_loss_backward"}
 TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
-def _is_a_product(node: Any) -> bool:
-    return bool(node._saved_self.dim() > 0)
+def _saved(node: object, name: str) -> Any:
+    """What a node of autograd has saved."""
+    return getattr(node, f"_saved_{name}")
 
 
-def _is_a_product_of_several(node: Any) -> bool:
-    t, dim = node._saved_self, node._saved_dim
+def _is_a_product(node: object) -> bool:
+    return bool(_saved(node, "self").dim() > 0)
+
+
+def _is_a_product_of_several(node: object) -> bool:
+    t, dim = _saved(node, "self"), _saved(node, "dim")
     dim = dim - 2**64 if dim >= 2**63 else dim  # PyTorch shows a negative one without its sign
     return bool(t.dim() > 0 and t.numel() > 1 and t.size(dim) > 1)
 

@@ -3,6 +3,7 @@
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from random import Random
@@ -35,8 +36,8 @@ from torchpar.ptx.machine.memory import Space
 from torchpar.ptx.machine.parse import Kernel, PtxError, parse
 from torchpar.ptx.machine.protocols import Warp
 from torchpar.ptx.machine.registers import Values
-from torchpar.ptx.machine.residents import Residents
 from torchpar.ptx.machine.sample import Sample
+from torchpar.ptx.machine.spins import PATIENCE
 from torchpar.ptx.machine.trace import Trace
 from torchpar.ptx.machine.vector_clocks import Events
 from torchpar.ptx.machine.workers import least_seconds, run_by_workers
@@ -46,6 +47,7 @@ from torchpar.ptx.native.encoding import Program
 from torchpar.ptx.native.layout import WAIT_ADDRESS
 from torchpar.ptx.native.warps import LaunchState
 
+Turns = Iterator[bool]  # of `Block.turns`
 # The memory of the launches has addresses that no process has; between allocations are gaps.
 FIRST_ADDRESS, GAP = 2**56, 2**20
 
@@ -57,6 +59,47 @@ def _blocks(gpu: "Gpu", position: tuple[int, ...]) -> Blocks:
 @lru_cache(8)
 def _decoded(text: str) -> Kernel:
     return decode(parse(text))
+
+
+class Residents:
+    """The clusters that the GPU holds, each by its first block, in turns.
+
+    Attributes:
+        idle: turns, one after the other, in which nothing has changed.
+    """
+
+    def __init__(self) -> None:
+        self._queue: deque[tuple[Block, Turns]] = deque()
+        self.idle = self._stuck = 0
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    def begin(self, block: Block) -> None:
+        """Add a cluster, which has the next turn."""
+        self._queue.appendleft((block, block.turns()))
+
+    def take(self) -> tuple[Block, Turns]:
+        """Return the cluster that has the next turn; it is no longer among these."""
+        block, turns = self._queue.popleft()
+        block.cluster.spins.begin_turn(self.idle // (len(self) + 1))
+        return block, turns
+
+    def put(self, block: Block, turns: Turns) -> None:
+        """Take back a cluster that waits for others."""
+        self._queue.append((block, turns))
+
+    def is_deadlock(self, block: Block, is_idle: bool) -> bool:
+        """Whether all clusters wait for ever, now that the one of ``block`` had a turn.
+
+        Args:
+            is_idle: it waits, and nothing has changed in its turn.
+        """
+        spins = block.cluster.spins
+        self.idle = self.idle + 1 if is_idle else 0
+        self._stuck = self._stuck + 1 if is_idle and spins.is_stuck else 0
+        has_given_up = is_idle and spins.patience == PATIENCE and not spins.is_stuck
+        return has_given_up or (is_idle and self._stuck >= len(self))
 
 
 class Gpu:

@@ -173,8 +173,8 @@ class Block(Protocol):
     def at_barrier(self) -> "Mapping[int, Sequence[tuple[Warp, bool]]]": ...
 
     @property
-    def tensor_memory(self) -> Any:
-        """That of sm_100, or None."""
+    def tensor_memory(self) -> "TensorMemory | None":
+        """That of sm_100."""
 
     def end(self) -> None: ...
 
@@ -184,6 +184,11 @@ class Phase(Protocol):
 
     @property
     def arrived(self) -> set[int]: ...
+
+
+class TensorMemory(Protocol):
+    cells: Values
+    allocated: Values
 
 
 class Cluster(Protocol):

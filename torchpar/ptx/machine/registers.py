@@ -54,7 +54,7 @@ class Unready:
     """The content of a register that was not written, or that an asynchronous ``operation`` will
     write."""
 
-    def __init__(self, operation: Any = None):
+    def __init__(self, operation: object = None):
         self.operation = operation
 
     def __array__(self, *args: object, **kwargs: object) -> Values:
