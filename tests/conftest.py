@@ -34,8 +34,9 @@ if TYPE_CHECKING:  # the process that starts pytest-xdist's workers needs no tor
     from torchpar.parallel.launch.local import Ranks
 
 LONGEST = """
-    check_operator check_optimizer docs emulated_corpus examples fp32_products launch library
-    magnitudes ptx run_page symmetric_matmul training
+    check_operator check_optimizer docs emulated_corpus examples exercises fp32_products graphed
+    launch library magnitudes parallel_meshes ptx rendezvous residency run_page symmetric_matmul
+    training
 """
 
 
@@ -51,6 +52,14 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.dist = "loadfile"
         config.option.loadscopereorder = False  # by the number of tests
     gc.disable()  # until the tests are imported: most of what imports allocate stays
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Return the workers of -n auto: one more than there are cores, since many tests wait for
+    processes that they have started."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return (cores or 1) + 1
 
 
 def pytest_collection_finish() -> None:

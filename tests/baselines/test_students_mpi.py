@@ -9,7 +9,7 @@ import pytest
 from commands import needs_mpirun
 
 from torchpar.baselines import exercises, mpi_watch, students_mpi
-from torchpar.baselines.students_mpi import Failed, Message, Run
+from torchpar.baselines.students_mpi import Failed, Message, Started
 from torchpar.errors import ConfigError
 
 PROGRAM = """
@@ -128,7 +128,7 @@ def test_costs_are_the_numbers_behind_their_word(text, costs):
     ],
 )
 def test_costs_fall_as_those_of_one_process(one, two, reason):
-    runs = Run(one, 1.0, []), Run(two, 1.0, [])
+    runs = Started(one, 1.0, []), Started(two, 1.0, [])
     if not reason:
         assert students_mpi.compare(*runs) == "the costs of 2 processes are those of 1, to 2e-05"
         return
@@ -138,10 +138,10 @@ def test_costs_fall_as_those_of_one_process(one, two, reason):
 
 def test_the_message_that_takes_most_is_named():
     messages = [Message("Gather", 10, 0.3, 1000), Message("barrier", 1, 0.1, 0)]
-    *lines, last = students_mpi.in_messages(Run([], 1.0, messages))
+    *lines, last = students_mpi.in_messages(Started([], 1.0, messages))
     assert lines == ["  Gather: 300 ms in 10 calls, 100 bytes each", "  barrier: 100 ms in 1 call"]
     assert last.startswith("Gather dominates: 75% of the 400 ms that process 0 spends in messages")
-    (none,) = students_mpi.in_messages(Run([], 1.0, []))
+    (none,) = students_mpi.in_messages(Started([], 1.0, []))
     assert none == "process 0 sends no message by MPI.COMM_WORLD"
 
 

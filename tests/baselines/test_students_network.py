@@ -300,7 +300,10 @@ def test_mnist_is_learnt_to_95_percent():
 
 def test_a_slow_epoch_says_how_far_it_is(capsys):
     clock = iter([0.0, 0.0, 9.0, 11.0, 12.0, 0.0, 10.0])
-    with patch.object(errors.time, "monotonic", lambda: next(clock)):
+    with (
+        patch.object(errors, "SILENCE", 10.0),
+        patch.object(errors.time, "monotonic", lambda: next(clock)),
+    ):
         batch = (np.zeros(1), np.zeros(1))
         assert list(errors.say_progress([batch] * 4, "batches")) == [batch] * 4
         assert list(errors.say_progress(iter([batch]), "batches")) == [batch]  # has no length

@@ -12,7 +12,7 @@ X = torch.ones(48, 32)
 
 
 def files(call: Callable[[], object]) -> list[str]:
-    return entered_files(call, "torchpar/library", "torchpar/ops", "kernels")
+    return entered_files(call, "torchpar/library", "torchpar/ops", "torchpar/kernels")
 
 
 def test_few_files_lead_to_a_product_on_a_cpu() -> None:

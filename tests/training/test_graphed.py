@@ -108,7 +108,7 @@ def run(training, step) -> list[Tensor]:
 
 @pytest.mark.parametrize(
     "optimizer",
-    [pytest.param(one, marks=[pytest.mark.slow] * (one == "nadam")) for one in OPTIMIZERS],
+    [pytest.param(one, marks=[pytest.mark.slow] * (one != "muon")) for one in OPTIMIZERS],
 )
 def test_a_graphed_step_trains_as_the_plain_one(gpu, optimizer):
     plain, ours = Training(optimizer), Training(optimizer)
@@ -125,6 +125,7 @@ def test_a_graphed_step_trains_as_the_plain_one(gpu, optimizer):
     assert not any(loss.requires_grad for loss in losses)
 
 
+@pytest.mark.slow
 def test_settings_that_read_back_are_changed(gpu):
     """SGD would read its rate, and AdamW its count of steps."""
     sgd, adam = Training(), Training()
@@ -223,6 +224,7 @@ def test_a_state_that_is_loaded_is_followed(gpu, when):
     assert count_replays(training.optimizer) > 0
 
 
+@pytest.mark.slow
 def test_the_last_batch_of_an_epoch_is_never_captured(gpu):
     training = Training()
     step = graphed(training.step, training.optimizer)
@@ -468,7 +470,9 @@ def test_gradients_that_exist_when_the_step_begins(gpu, case):
     assert equal(ours, plain)
 
 
-@pytest.mark.parametrize("case", ["added before", "another module's"])
+@pytest.mark.parametrize(
+    "case", ["added before", pytest.param("another module's", marks=pytest.mark.slow)]
+)
 def test_such_gradients_are_not_those_of_the_capture(case, monkeypatch):
     """Without the comparison the values are wrong."""
     step, before, set_to_none = GRADIENTS[case]
@@ -739,6 +743,7 @@ def test_a_step_that_reads_back_is_refused_in_one_line():
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.slow
 def test_a_run_with_a_graph_is_saved_in_any_step(gpu, tmp_path):
     """A step whose gradients stay is a step all the same, and is not waited for."""
 

@@ -43,7 +43,7 @@ class Message(NamedTuple):
     bytes: int
 
 
-class Run(NamedTuple):
+class Started(NamedTuple):
     """A run that has ended: its costs, its seconds, and the messages of process 0."""
 
     costs: list[float]
@@ -90,7 +90,7 @@ def costs_of(text: str) -> list[float]:
     return [float(one[1]) for one in found if one]
 
 
-def run(file: Path, processes: int, limit: float) -> Run:
+def run(file: Path, processes: int, limit: float) -> Started:
     """Run a program by mpirun, for ``limit`` seconds.
 
     Raises:
@@ -132,7 +132,7 @@ def run(file: Path, processes: int, limit: float) -> Run:
         )
         costs = next(filter(None, map(costs_of, printed)), [])
     messages = [Message(name, *one) for name, one in taken["messages"].items()]
-    return Run(costs, taken["seconds"], sorted(messages, key=lambda one: -one.seconds))
+    return Started(costs, taken["seconds"], sorted(messages, key=lambda one: -one.seconds))
 
 
 def wait_for_start(started: "subprocess.Popen[bytes]", files: Sequence[Path]) -> None:
@@ -165,7 +165,7 @@ def places(folder: Path, file: Path) -> str:
     return f" ({'; '.join(found)})" * bool(found)
 
 
-def compare(one: Run, two: Run) -> str:
+def compare(one: Started, two: Started) -> str:
     """How far the costs of two processes are those of one.
 
     Raises:
@@ -192,7 +192,7 @@ def compare(one: Run, two: Run) -> str:
     return f"the costs of 2 processes are those of 1, to {max(off):.0e}"
 
 
-def in_messages(taken: Run) -> Iterator[str]:
+def in_messages(taken: Started) -> Iterator[str]:
     """Lines on the messages of process 0, and which dominates."""
     if not taken.messages:
         yield "process 0 sends no message by MPI.COMM_WORLD"
@@ -215,7 +215,7 @@ def check(path: Path) -> int:
     Raises:
         ConfigError: mpi4py or mpirun is missing.
     """
-    file, runs = str(path.resolve()), list[Run]()
+    file, runs = str(path.resolve()), list[Started]()
     limit, who = TOP_LEVEL, ""
     try:
         for processes in (1, 2):

@@ -152,7 +152,7 @@ def _is_number(value: object) -> bool:
 
 
 def read_by_operator(func: Operator, args: Sequence[object], kwargs: Keywords) -> str:
-    """Name what an operator reads back, some of whose operands are on the device."""
+    """Name what a call reads back: by its operator, or as it fills memory of the host."""
     is_put = func.overloadpacket.__name__ in PUT
     if is_put and places.mark_of(args[0]) is False and places.is_on_device(args[2]):
         return TO_HOST

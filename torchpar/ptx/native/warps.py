@@ -69,7 +69,7 @@ class NativeRegisters:
             self.states[index] = IN_LIST
 
     def content(self) -> tuple[object, ...]:
-        """Return what the registers hold, so that it can be compared."""
+        """Return the registers' contents, for comparisons."""
         apart = np.flatnonzero(self.states[: len(self.held)] & IN_ROW == 0).tolist()
         return self.rows.tobytes(), *((n, content(self.held[n])) for n in apart)
 
