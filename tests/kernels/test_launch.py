@@ -253,7 +253,7 @@ def broken_guards(sizes: dict[str, Any], others: dict[str, int]) -> list[str]:
     "op, shapes",
     [
         (ops.maximum, ("mk", "k")),
-        (ops.maximum_backward, ("bmk", "bmk", "k")),
+        pytest.param(ops.maximum_backward, ("bmk", "bmk", "k"), marks=pytest.mark.slow),
         (ops.matmul_t, ("bmk",)),
         (ops.linear_sigmoid, ("bmk", "nk", "n")),
         *(

@@ -69,7 +69,7 @@ FITTING = {
 }
 
 
-@pytest.mark.parametrize("schedules", ["one", "all"])
+@pytest.mark.parametrize("schedules", ["one", pytest.param("all", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("more", [0, 1])
 @pytest.mark.parametrize("name", FITTING)
 def test_a_barrier_of_all_programs_needs_a_place_for_each(name, more, schedules, executor):
@@ -142,7 +142,7 @@ def wait_for_each(flags, out, count):
     tl.store(out + pid, raised)
 
 
-@pytest.mark.parametrize("multiprocessors", [2, 1])
+@pytest.mark.parametrize("multiprocessors", [2, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_loop_may_look_at_several_places(multiprocessors, executor):
     """The ninth program of 8 warps raises the flags; it has a place on the second one."""
     out = flags(9)
