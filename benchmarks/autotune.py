@@ -33,6 +33,8 @@ if importlib.util.find_spec("triton") is None:
     run(lambda: require("triton"))  # which ends with one line
 
 import triton
+from triton.compiler.errors import CompileTimeAssertionFailure
+from triton.runtime.errors import PTXASError
 from triton.testing import do_bench, do_bench_cudagraph
 
 from benchmarks.compile_kernels import compile_all, shapes_of, tuned_of, work_of
@@ -111,7 +113,7 @@ def times_of(launch: Call) -> Sequence[float]:
     """The times of a launch as Triton's autotuner takes them."""
     try:
         return do_bench(launch, quantiles=QUANTILES)  # type: ignore[no-any-return]
-    except triton.OutOfResources:  # it does not fit into this GPU
+    except (triton.OutOfResources, CompileTimeAssertionFailure, PTXASError):
         return [math.inf] * 3
 
 

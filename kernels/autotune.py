@@ -26,12 +26,14 @@ ENABLED = os.environ.get("TORCHPAR_AUTOTUNE") == "1"  # read when the kernels ar
 
 @dataclass(eq=False)
 class Candidates:
-    """Configurations of one kernel, for a launch by which Triton's autotuner times them anew.
+    """Configurations of one kernel, for a launch by which Triton's autotuner times them.
+
+    Times on disk are taken only if Triton's own variable TRITON_CACHE_AUTOTUNING is set.
 
     Attributes:
         configurations: at least two.
-        times: of each in ms, once launched: the median, the 20% and the 80% quantile. They are
-            infinite if it does not fit into the GPU.
+        times: of each in ms, once launched: the median, the 20% and the 80% quantile. The times of
+            a configuration that does not fit into the GPU are infinite.
     """
 
     configurations: Sequence[Any]
@@ -48,7 +50,7 @@ class AutotunedPlan(Plan):
     Args:
         plans: for the same tensors; no two with the same constants and options.
         restore: the names of tensors that the kernel reads and writes.
-        candidates: get the times. By default Triton keeps them on disk.
+        candidates: the object that receives the times. By default Triton keeps them on disk.
     """
 
     def __init__(

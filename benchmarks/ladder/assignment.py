@@ -27,11 +27,12 @@ ASKED = {
     "matmul_transpose_gpu": "a kernel",
 }
 LIBRARIES = ("numpy", "scipy", "torch", "torchpar")
-# Functions of theirs that compute nothing.
+# Functions of these libraries that compute nothing, or a size.
 PLAIN = {
     *("array", "asarray", "ascontiguousarray", "asanyarray", "empty", "empty_like", "zeros"),
     *("zeros_like", "ones", "full", "copy", "reshape", "shape", "size", "arange", "dtype"),
     *("tensor", "as_tensor", "from_numpy", "device", "synchronize", "is_available", "ndindex"),
+    *("full_like", "ceil", "floor"),
 }
 METHODS = {"dot", "matmul", "mm", "maximum", "clip", "einsum"}  # of arrays
 DELAYS = (time.sleep, asyncio.sleep)

@@ -8,6 +8,7 @@ Two accesses race if nothing orders them, one of them changes the number, and no
 Threads that write the same number do not race. Local arrays are a thread's own.
 """
 
+import operator
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -26,6 +27,7 @@ Index = tuple[int, ...]
 MOST = 2**17  # elements that are recorded, of some 300 bytes each
 KEPT = 2  # accesses of one kind, block and phase: one of them is another thread's, for any thread
 FENCES = ("threadfence", "threadfence_block", "threadfence_system")
+ORDERS = "orders threads by cuda.{}"
 LOCKS = ("cas", "compare_and_swap", "exch")  # atomics by which threads wait for others
 # The kinds of accesses, and those of other threads that race with each. A thread "leaves" a number
 # by writing the same one, and "updates" it by an atomic operation.
@@ -101,12 +103,12 @@ class Races:
 
     Attributes:
         first: a line on the first race, or "".
-        fence: a function by which a kernel orders its threads in a way that is not followed, or "".
+        unseen: why races are not looked for in a kernel, or "".
         is_whole: whether all elements were recorded.
     """
 
     def __init__(self) -> None:
-        self.first = self.fence = ""
+        self.first = self.unseen = ""
         self.is_whole = True
         self.elements: dict[int, list[Access]] = {}
         self.shared: dict[int, list[Access]] = {}
@@ -115,8 +117,8 @@ class Races:
 
     def verdict(self, size: str) -> str:
         """The words on races of a function that was executed at a size, and had none."""
-        if self.fence:
-            return f"races are not looked for, since it orders threads by cuda.{self.fence}"
+        if self.unseen:
+            return f"races are not looked for, since it {self.unseen}"
         part = "" if self.is_whole else f", among {MOST:,} elements"
         return f"no race of threads was seen at {size}{part}"
 
@@ -129,7 +131,7 @@ class Races:
         """Record an access of an element, and compare it with earlier ones."""
         address = address_of(wrapper.__dict__["_item"], index)
         with self.lock:
-            if self.first or self.fence:
+            if self.first or self.unseen:
                 return
             if place.block != self.block:  # whose shared arrays are others
                 self.shared.clear()
@@ -226,7 +228,8 @@ def address_of(item: Any, index: object) -> int:
         item.start = array.__array_interface__["data"][0]
     at = index if isinstance(index, tuple) else (index,)
     address: int = item.start
-    for i, stride, size in zip(at, array.strides, array.shape, strict=True):
+    for one, stride, size in zip(at, array.strides, array.shape, strict=True):
+        i = operator.index(one)  # NumPy's int32 would overflow
         address += (i if i >= 0 else i + size) * stride
     return address
 
@@ -241,7 +244,7 @@ def caller() -> FrameType:
 
 
 def is_same(before: Any, after: Any) -> bool:
-    """Whether two numbers are equal, or both no numbers."""
+    """Whether two numbers are equal, or both are NaN."""
     return bool(before == after or (before != before and after != after))
 
 
@@ -256,6 +259,9 @@ class Recorder:
         self.races, self.kernel, self.kernelapi, self.arrays = races, kernel, kernelapi, arrays
         self.dynamic = kernelapi.FakeCUDAShared.array
         self.barrier = kernel.BlockThread.syncthreads
+        self.grid_barrier = kernelapi.GridGroup.sync
+        array = arrays.FakeWithinKernelCUDAArray
+        self.get, self.set = array.__getitem__, array.__setitem__
 
     def here(self) -> Place:
         """The place of the thread that is executed."""
@@ -273,7 +279,16 @@ class Recorder:
             item.is_shared = True
         return self.arrays.FakeWithinKernelCUDAArray(item)
 
+    def has_records(self, wrapper: Any) -> bool:
+        """Whether an array has records of several numbers, which are not followed."""
+        if wrapper.__dict__["_item"]._ary.dtype.fields is None:
+            return False
+        self.races.unseen = "has an array of records"
+        return True
+
     def read(self, wrapper: Any, index: object) -> object:
+        if self.has_records(wrapper):
+            return self.get(wrapper, index)
         found = wrapper.__dict__["_item"]._ary[index]
         if isinstance(found, np.ndarray | np.void):  # a part, whose elements are read later
             return self.wrapped(found, is_in_shared_memory(wrapper))
@@ -282,6 +297,9 @@ class Recorder:
         return found
 
     def write(self, wrapper: Any, index: object, value: object) -> None:
+        if self.has_records(wrapper):
+            self.set(wrapper, index, value)
+            return
         array, place = wrapper.__dict__["_item"]._ary, self.here()
         before = array[index]
         if isinstance(before, np.ndarray):
@@ -321,7 +339,7 @@ class Recorder:
 
         def called(*arguments: Any, **named: Any) -> Any:
             if name in LOCKS:
-                self.races.fence = f"atomic.{name}"
+                self.races.unseen = ORDERS.format(f"atomic.{name}")
             place = self.here()
             place.is_atomic = True
             try:
@@ -333,9 +351,13 @@ class Recorder:
 
     def fence(self, name: str) -> Callable[[Any], None]:
         def called(module: Any) -> None:
-            self.races.fence = name
+            self.races.unseen = ORDERS.format(name)
 
         return called
+
+    def sync_grid(self, group: Any) -> None:
+        self.races.unseen = ORDERS.format("cg.this_grid().sync")
+        self.grid_barrier(group)
 
     def patches(self) -> Iterator[tuple[Any, str, Callable[..., Any]]]:
         """Classes of the simulator, and the methods that are replaced."""
@@ -348,6 +370,7 @@ class Recorder:
             lambda shared, shape, dtype: self.allocate(shared, shape, dtype),
         )
         yield self.kernel.BlockThread, "syncthreads", lambda thread: self.pass_barrier(thread)
+        yield api.GridGroup, "sync", lambda group: self.sync_grid(group)
         for name in FENCES:
             yield api.FakeCUDAModule, name, self.fence(name)
         for name, operation in list(vars(api.FakeCUDAAtomic).items()):

@@ -197,8 +197,8 @@ def check_memory(sizes: Sequence[int], flags: str = "") -> None:
 
 
 def take_threads(device: str, multiplications: int) -> None:
-    """Take as many threads as the largest product of a step can use on a CPU, and say so if these
-    are fewer than there are.
+    """Limit PyTorch's threads on a CPU to what the largest product of a step can use, and print the
+    number if it is smaller.
 
     Threads meet at the end of each product. On a busy machine one of them waits some milliseconds
     for a core, and the others wait for it. So each gets work for a millisecond. A number that is

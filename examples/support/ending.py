@@ -31,8 +31,10 @@ from torchpar.parallel.launch.rank_info import RankInfo, find_rank_info
 from torchpar.training.outcome import Stopped
 
 # Seconds in which torchrun ends the other ranks after rank 0 has failed, on a busy machine, too.
-# Wrong flags are those of all ranks, of which rank 0 may be the last to have imported its modules.
-GRACE, OF_FLAGS = 20.0, 3
+GRACE = 20.0
+# All ranks have the same wrong flags. Rank 0 may be the last to have imported its modules, so that
+# the others wait so many times as long.
+OF_FLAGS = 3
 
 
 @contextmanager
@@ -41,11 +43,11 @@ def ending() -> Iterator[None]:
 
     These are a `TorchparError`, a file that cannot be read or written, too little memory, a model
     that cannot be compiled, and wrong flags. One line says what is wrong, once: rank 0 prints it,
-    or torchrun as the last line of its report. Another rank waits `GRACE` seconds before it speaks:
-    if rank 0 has failed too, the launcher has ended this rank by then. mpirun may not; then wrong
-    flags are of this rank alone where rank 0 waits for it. It does not wait with an error of its
-    own, of which rank 0 would only say that this rank is lost. SIGINT ends with status 130, and
-    a pipe whose reader has left, such as head, with 141.
+    or torchrun as the last line of its report. Another rank waits `GRACE` seconds before it speaks,
+    and longer with wrong flags: if rank 0 has failed too, the launcher has ended this rank by then.
+    mpirun may not; then wrong flags are of this rank alone where rank 0 waits for it. It
+    does not wait with an error of its own, of which rank 0 would only say that this rank is lost.
+    SIGINT ends with status 130, and a pipe whose reader has left, such as head, with 141.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

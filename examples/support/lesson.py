@@ -121,8 +121,9 @@ class TrainFlags(cli.DataFlags):
         world.gather_results(read)  # an error is raised on every rank
         train, test = loaded
         train = train[: self.samples]
-        samples = -(-self.batch_size // world.world_size)
-        cli.take_threads(world.device.type, cli.largest_product(self.layer_sizes(train), samples))
+        if world.world_size == 1:
+            largest = cli.largest_product(self.layer_sizes(train), self.batch_size)
+            cli.take_threads(world.device.type, largest)
         return train[: 10 * self.batch_size] if self.dry_run else train, test
 
     def layer_sizes(self, train: Samples) -> list[int]:

@@ -27,11 +27,14 @@ from torchpar.parallel.launch.processes import die_with_parent
 
 WATCH = Path(__file__).with_name("mpi_watch.py")
 NOTICED = 5.0  # seconds before the limit of a run, when the processes write where they are
-LEAST, TIMES = 20.0, 10.0  # seconds of a run on two processes, beside so many times one's
-# Of sums in another order. A sample that is left out of thousands shows more.
+# Seconds of a run on two processes, to which so many times the seconds of one are added.
+LEAST, TIMES = 20.0, 10.0
+# Sums in another order differ by less. A sample that is left out of thousands shows more.
 TOLERANCE = 1e-4
 NUMBER = r"[-+]?(?:\d+(?:\.\d*)?(?:e[-+]?\d+)?|\.\d+|nan|inf)"
-COST = rf"\b(?:cost|loss)\b(?:\s+(?:at|in|of|after)\s+[a-z]+\s+\d+)?[^\d\n+-]*?({NUMBER})"
+COST = rf"(?<![a-z])(?:cost|loss)\b[^|]*?(?<![\w.])({NUMBER})(?!\w)"
+# What a line may say of a cost before its number: "(iter 5)", "at iteration 12", "after 3 epochs".
+OF_COST = r"\s\([^)]*\)|\b(?:at|in|of|after)\s+(?:[a-z]+\s+\d+|\d+\s+[a-z]+)"
 
 
 class Message(NamedTuple):
@@ -86,7 +89,8 @@ def find_mpirun() -> str:
 
 def costs_of(text: str) -> list[float]:
     """The numbers behind the words cost or loss, one of each line."""
-    found = (re.search(COST, line, re.IGNORECASE) for line in text.splitlines())
+    plain = re.sub(r"(?<=\d),(?=\d{3}\b)", "", re.sub(OF_COST, "", text, flags=re.IGNORECASE))
+    found = (re.search(COST, line, re.IGNORECASE) for line in plain.splitlines())
     return [float(one[1]) for one in found if one]
 
 
@@ -195,7 +199,10 @@ def compare(one: Started, two: Started) -> str:
 def in_messages(taken: Started) -> Iterator[str]:
     """Lines on the messages of process 0, and which dominates."""
     if not taken.messages:
-        yield "process 0 sends no message by MPI.COMM_WORLD"
+        yield (
+            "process 0 sends no message by MPI.COMM_WORLD that is timed; messages such as Isend "
+            "and Iallreduce are not"
+        )
         return
     for one in taken.messages:
         size = f", {one.bytes // one.calls:,} bytes each" * bool(one.bytes)

@@ -6,7 +6,7 @@ sums all terms in one chain, and the error grows with the chain's length: 784 te
 the error of PyTorch's product, and 2048 have 2.1 times. Therefore sums are cut into chains of at
 most `CHAIN` terms.
 
-Of symmetric products the lower triangle is computed, in parts, and mirrored.
+The lower triangle of a symmetric product is computed in parts, and mirrored.
 """
 
 import itertools
@@ -169,9 +169,9 @@ def in_chains(terms: list[tuple[Tensor, Tensor]], bias: Tensor | None = None) ->
 
 
 def is_halved(x: Tensor) -> bool:
-    """Whether X·Xᵀ is computed in blocks up to the diagonal, which compilers should leave alone."""
+    """Whether X·Xᵀ is computed by its lower triangle, which compilers should leave alone."""
     rows, columns = x.shape[-2:]
-    # On a GPU the number of rows makes no guard. A small call takes no longer.
+    # On a GPU a compiler gets no guard of the rows. Matrices of few rows are decided at once.
     if x.is_cuda or rows < _HALVED_FROM[0][0]:
         return False
     if not any(rows >= n and columns >= k for n, k in _HALVED_FROM):
@@ -245,8 +245,8 @@ def _halved(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float, o
 def _lower_triangle(lo: int, hi: int, blocks: int) -> Iterator[tuple[slice, slice]]:
     """Rows and columns of the products that make up a lower triangle with its diagonal.
 
-    Up to `_MOST_BLOCKS` are rows up to the diagonal. More are the square below the diagonal, and
-    the triangles above it and beside it.
+    Up to `_MOST_BLOCKS` blocks are rows up to the diagonal. More blocks are divided into the square
+    below the diagonal and two smaller triangles.
     """
 
     def begin(block: int) -> int:
