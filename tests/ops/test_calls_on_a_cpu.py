@@ -109,6 +109,7 @@ def test_transforms_and_compilers_get_the_operator():
         lambda x, w, b: (x, w, 1.0),
     ],
 )
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_other_operands_get_the_operator_and_its_errors(change):
     given = change(*operands(7, 3))
     assert not module._needs_no_dispatcher(*given)
