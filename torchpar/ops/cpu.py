@@ -30,9 +30,12 @@ _MIN_PRODUCT = 4_000_000
 _LEAST_ROWS = 64  # from which on chains save more time than copying the other matrix takes
 _BLOCK = 512  # rows; the result that the chains add to stays in the cache
 _onednn_is_enabled = torch._C._get_mkldnn_enabled  # by `torch.backends.mkldnn.flags`
-# From so many rows on, if there are so many columns, half of a product and its mirror image take
-# less time than all of the product and a mirror image, with one thread and with two.
-_HALVED_FROM = (192, 2048), (384, 128), (512, 0)
+# From so many rows on, half of a product and its mirror image take less time than all of the
+# product and a mirror image, with one thread and with two. With few columns they do from more rows
+# on, and with many columns from fewer.
+_HALVED_FROM = 384
+_FEW_COLUMNS, _HALVED_FROM_NARROW = 128, 512
+_MANY_COLUMNS, _HALVED_FROM_WIDE = 2048, 192
 _HALF_BLOCK, _HALF_BLOCK_BY_ONEDNN = 128, 256  # rows
 # More blocks are taken in squares, for which the libraries read each number less often. Blocks
 # begin at multiples of so many rows, which are whole tiles of their kernels.
@@ -171,10 +174,14 @@ def in_chains(terms: list[tuple[Tensor, Tensor]], bias: Tensor | None = None) ->
 def is_halved(x: Tensor) -> bool:
     """Whether X·Xᵀ is computed by its lower triangle, which compilers should leave alone."""
     rows, columns = x.shape[-2:]
-    # On a GPU a compiler gets no guard of the rows. Matrices of few rows are decided at once.
-    if x.is_cuda or rows < _HALVED_FROM[0][0]:
+    # Compilers guard what is asked, so that few questions keep graphs few; on a GPU none.
+    if x.is_cuda:
         return False
-    if not any(rows >= n and columns >= k for n, k in _HALVED_FROM):
+    if columns >= _MANY_COLUMNS:
+        is_large = rows >= _HALVED_FROM_WIDE
+    else:
+        is_large = rows >= _HALVED_FROM and (columns >= _FEW_COLUMNS or rows >= _HALVED_FROM_NARROW)
+    if not is_large:
         return False
     # AMX multiplies all rows as fast as half of the result in blocks.
     return computed_in(x.dtype) != torch.bfloat16 or not has_amx()
