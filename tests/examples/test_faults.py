@@ -73,7 +73,7 @@ def torchrun(*command: str, stderr: int | IO[str] = subprocess.PIPE) -> subproce
 
 def wait_for(condition: Callable[[], Any], seconds: float = 0.001) -> None:
     """Ask for a condition every so many seconds."""
-    deadline = time.monotonic() + 60.0
+    deadline = time.monotonic() + 240.0  # torchrun starts slowly on a busy machine
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(seconds)
