@@ -188,7 +188,7 @@ def racing_with(seen: list[Access], access: Access, has_written: bool) -> Access
 
 
 def keep(seen: list[Access], access: Access) -> None:
-    """Add an access to those of an element, unless they stand for it."""
+    """Add an access to those of an element, unless these already stand for it."""
     now: list[Access] = []
     before: dict[tuple[str, bool], Access] = {}  # one stands for all of other blocks, or phases
     for one in seen:

@@ -27,7 +27,7 @@ from torchpar.ptx.native.layout import EARLY, PAGE, TRIGGERED, WAIT_ADDRESS, WAI
 if TYPE_CHECKING:
     from torchpar.ptx.machine.memory import Space
 
-ALL_OF_THEM = {EARLIER: np.ones(1, np.int32)}  # what a warp knows that has waited
+ALL_OF_THEM = {EARLIER: np.ones(1, np.int32)}  # what a warp knows after it has waited
 MOST_GRIDS = 8  # that may still run; those before them count as ended
 
 

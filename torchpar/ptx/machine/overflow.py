@@ -24,7 +24,7 @@ MOVES = ("mov", "cvta")
 
 
 class Lost(NamedTuple):
-    """The bytes that an address has lost by overflows, and whether it has lost no others."""
+    """The bytes that an address has lost by overflows, and whether no other bytes are lost."""
 
     bytes: int
     is_known: bool
@@ -75,7 +75,7 @@ class _Computation:
         self.depth, self.is_known = 0, True
 
     def lost_by(self, operand: object) -> int | None:
-        """Return what an operand has lost; None: a loop adds to what is being asked."""
+        """Return what an operand has lost; None: a loop adds to the operand."""
         if not isinstance(operand, Register):
             return 0
         if operand.index not in self.found:
