@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: MIT
 """Autotune the kernels and time them beside PyTorch's own: ``python -m benchmarks run autotune``.
 
-What is timed are the records' `benchmarks.records.Tuned`. `triton.autotune` times each
-configuration, see `torchpar.kernels.autotune`, and the fastest is kept. Then
-`triton.testing.do_bench` times it beside PyTorch's functions, and a `triton.testing.perf_report` of
-each operator draws it. The configurations of products are those of the rule. Each result is
-compared with float64 before and after it is timed. With ``--configurations`` the time of each
-configuration is a row, beside its estimate, so that the rule and the model of
-`torchpar.ptx.estimate` can be judged on this GPU.
+The records' `benchmarks.records.Tuned` are timed. `triton.autotune` times each configuration, and
+the fastest is kept. Then `triton.testing.do_bench` times it beside PyTorch's functions, and a
+`triton.testing.perf_report` of each operator draws it. The configurations of products are those of
+the rule. Each result is compared with float64 before and after it is timed. With
+``--configurations`` the time of each configuration is a row, beside its estimate, so that the rule
+and the model of `torchpar.ptx.estimate` can be judged on this GPU.
 
 Without a GPU each configuration is compiled for GPUs that are not there; see
 `benchmarks.compile_kernels`.
@@ -19,7 +18,7 @@ import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
-from itertools import groupby, product
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -38,6 +37,7 @@ from triton.runtime.errors import PTXASError
 from triton.testing import do_bench, do_bench_cudagraph
 
 from benchmarks.compile_kernels import compile_all, shapes_of, tuned_of, work_of
+from benchmarks.driver import Launched, capture_launches
 from benchmarks.operators import draw
 from benchmarks.records import OPERATORS
 from benchmarks.records.record import Operator, Tuned
@@ -90,23 +90,40 @@ def call_of(operator: Operator, tuned: Tuned, operands: Sequence[Tensor], provid
 
 
 def tune(tuned: Tuned, operands: Sequence[Tensor], precision: str) -> dict[Any, Sequence[float]]:
-    """The `QUANTILES` of each configuration's times in ms, as `Candidates` has them.
+    """The `QUANTILES` of each configuration's times in ms, which are infinite if it does not fit.
 
     Triton's autotuner times the configurations of one kernel at a time.
     """
-    from torchpar.kernels.autotune import Candidates
+    from torchpar.kernels.autotune import ConfiguredKernel
 
+    of_kernels: dict[int, list[tuple[Any, triton.Config, Any]]] = {}
+    first: dict[int, Launched] = {}  # the others' tensors are freed
+    for tiles in tuned.candidates(operands, precision):
+        (launch,) = capture_launches(partial(tuned.launch, tiles, operands, precision))
+        first.setdefault(id(launch.kernel), launch)
+        found = tiles, config_of(launch), launch.grid
+        of_kernels.setdefault(id(launch.kernel), []).append(found)
     times: dict[Any, Sequence[float]] = {}
-    found = sorted(tuned.candidates(operands, precision), key=tuned.kernel)
-    for _, of_kernel in groupby(found, tuned.kernel):
-        candidates = Candidates(list(of_kernel))
-        if len(candidates.configurations) > 1:
-            tuned.launch(candidates, operands, precision, None)
-            times |= candidates.times
-        else:  # Triton times none without a choice
-            (config,) = candidates.configurations
-            times[config] = times_of(partial(tuned.launch, config, operands, precision, None))
+    for kernel, several in of_kernels.items():
+        candidates, configs, grids = zip(*several, strict=True)
+        if len(configs) == 1:  # Triton times none without a choice
+            launch_of = partial(tuned.launch, candidates[0], operands, precision, None)
+            times[candidates[0]] = times_of(launch_of)
+            continue
+        configured = ConfiguredKernel(first[kernel].kernel, configs, grids)
+        tuner = triton.autotune(configs=list(configs), key=[])(configured)
+        tuner[None](*first[kernel].arguments)
+        times |= dict(zip(candidates, tuner.configs_timings.values(), strict=True))
     return times
+
+
+def config_of(launch: Launched) -> triton.Config:
+    """The constants and the options of a launch, as Triton's autotuner takes them."""
+    options = dict(launch.options)
+    constants = {
+        name: options.pop(name) for name in launch.options if name in launch.kernel.arg_names
+    }
+    return triton.Config(constants, **options)
 
 
 def times_of(launch: Call) -> Sequence[float]:

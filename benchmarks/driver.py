@@ -103,6 +103,15 @@ def gpu_of_cpu_tensors() -> Iterator[None]:
         forget_plans()
 
 
+class Launched(NamedTuple):
+    """A launch that was captured, and not made."""
+
+    kernel: "KernelInterface"
+    grid: Grid
+    arguments: tuple[object, ...]
+    options: dict[str, object]
+
+
 class Compiled(NamedTuple):
     """A kernel, and the launch for which it was compiled."""
 
@@ -112,20 +121,27 @@ class Compiled(NamedTuple):
     options: dict[str, object]
 
 
-def compile_launches(launch: Callable[[Tracer], object]) -> list[Compiled]:
-    """Compile the kernels that ``launch(wrap)`` launches, inside `target`."""
-    compiled: list[Compiled] = []
+def capture_launches(launch: Callable[[Tracer], object]) -> list[Launched]:
+    """Return what ``launch(wrap)`` launches; nothing is launched."""
+    found: list[Launched] = []
 
     @dataclass
-    class Compile:
+    class Capture:
         kernel: "KernelInterface"
 
         def __getitem__(self, grid: Grid) -> Callable[..., None]:
-            return partial(self.compile, grid)
+            return partial(self.note, grid)
 
-        def compile(self, grid: Grid, *args: object, **options: object) -> None:
-            kernel = self.kernel.warmup(*args, grid=grid, **options)
-            compiled.append(Compiled(kernel, grid, args, options))
+        def note(self, grid: Grid, *args: object, **options: object) -> None:
+            found.append(Launched(self.kernel, grid, args, options))
 
-    launch(Compile)
-    return compiled
+    launch(Capture)
+    return found
+
+
+def compile_launches(launch: Callable[[Tracer], object]) -> list[Compiled]:
+    """Compile the kernels that ``launch(wrap)`` launches, inside `target`."""
+    return [
+        Compiled(kernel.warmup(*args, grid=grid, **options), grid, args, options)
+        for kernel, grid, args, options in capture_launches(launch)
+    ]

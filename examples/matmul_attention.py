@@ -193,6 +193,7 @@ def main(flags: Flags) -> None:
         cli.check_samples(flags.samples, len(test), "test")
         order = test.labels[: flags.samples].argsort()
         labels = test.labels[order]
+        cli.take_threads(world.device.type, len(order) ** 2 * 784)
         torch.manual_seed(flags.seed)
         with breaking_silence(lambda: "still computing attention"):
             causal, qkv = compare_causal(test.inputs(order).unflatten(1, (ROWS, ROWS)))

@@ -41,6 +41,7 @@ from torchpar.nn import MLP
 from torchpar.parallel.launch.world import join_world
 from torchpar.training import sgd
 
+BATCH_SIZE = 10
 SIDE = 6.0  # of the playground's plane, from its middle
 RADIUS = 5.0
 Points = Literal["quadrants", "circle", "gauss", "spiral"]  # a set that you add to `draw`, too
@@ -153,7 +154,7 @@ def learn(
     torch.manual_seed(flags.seed)
     model = MLP([len(features), *hidden, 1], hidden=flags.activation, output="sigmoid").to(device)
     optimizer = sgd(model, lr=flags.lr, momentum=0.9, weight_decay=flags.penalty)
-    train(model, optimizer, inputs, flags.epochs, batch_size=10, seed=flags.seed)
+    train(model, optimizer, inputs, flags.epochs, batch_size=BATCH_SIZE, seed=flags.seed)
     (train_loss, _), (test_loss, accuracy) = evaluate(model, inputs), evaluate(model, of_test)
     check_finite("a loss", train_loss, test_loss)
 
@@ -184,6 +185,8 @@ def main(flags: Flags) -> None:
     pictures: dict[Points, Panels] = {kind: {} for kind in flags.points}
     ways = [*product(flags.points, ((), flags.hidden), (COORDINATES, flags.features))]
     with join_world(flags.device, alone=True) as world:
+        sizes = [len(flags.features), *flags.hidden, 1]
+        cli.take_threads(world.device.type, cli.largest_product(sizes, BATCH_SIZE))
         for kind, hidden, features in console.progress(ways, "networks"):
             row, points, probability, neurons = learn(kind, features, hidden, flags, world.device)
             rows.append(row)

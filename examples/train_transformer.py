@@ -229,6 +229,8 @@ def main(flags: Flags) -> None:
             raise ConfigError(
                 f"--batch-size is {flags.batch_size}, expected a multiple of the ranks"
             )
+        if world.world_size == 1:  # of a layer of a block
+            cli.take_threads(world.device.type, flags.batch_size * CONTEXT * WIDTH * 4 * WIDTH)
         names = ["adamw"] if flags.arithmetic == "exact" else ["muon", "adamw"]
         runs = {name: train(name, flags, world) for name in names}
         if world.rank > 0:

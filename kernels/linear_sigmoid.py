@@ -16,7 +16,6 @@ import triton.language as tl
 from torch import Tensor
 
 from . import Wrap
-from .autotune import Candidates
 from .device import device_index
 from .gemm import (
     GROUP,
@@ -272,7 +271,7 @@ def linear_sigmoid(
     wrap: Wrap,
     *,
     out: Tensor | None = None,
-    tiles: Tiles | Candidates | None = None,
+    tiles: Tiles | None = None,
     tma: bool = True,
     only_if_faster: bool = False,
 ) -> Tensor | None:
@@ -343,7 +342,7 @@ def _plan(
     weight: Tensor,
     bias: Tensor | None,
     precision: str,
-    tiles: Tiles | Candidates | None,
+    tiles: Tiles | None,
     tma: bool,
     only_if_faster: bool,
     traced: bool,

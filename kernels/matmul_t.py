@@ -14,7 +14,6 @@ import triton.language as tl
 from torch import Tensor
 
 from . import Wrap
-from .autotune import Candidates
 from .device import device_index
 from .gemm import (
     by_columns,
@@ -162,7 +161,7 @@ def matmul_t(
     wrap: Wrap,
     *,
     out: Tensor | None = None,
-    tiles: Tiles | Candidates | None = None,
+    tiles: Tiles | None = None,
     tma: bool = True,
     only_if_faster: bool = False,
 ) -> Tensor | None:
@@ -214,7 +213,7 @@ def symmetric_matmul(
     beta: float = 0.0,
     *,
     out: Tensor | None = None,
-    tiles: Tiles | Candidates | None = None,
+    tiles: Tiles | None = None,
     tma: bool = True,
     only_if_faster: bool = False,
 ) -> Tensor | None:
@@ -290,7 +289,7 @@ def _plan_product(
     b: Tensor | None,
     c: Tensor | None,
     precision: str,
-    tiles: Tiles | Candidates | None,
+    tiles: Tiles | None,
     tma: bool,
     only_if_faster: bool,
     traced: bool = False,

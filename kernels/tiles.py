@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from . import autotune
-from .autotune import Candidates
 from .device import device
 from .launch import Plan
 from .rule import (
@@ -173,7 +172,7 @@ def library_is_faster(choice: Choice) -> bool:
 def choose_plan(
     make: Callable[[Choice, Tiles], Plan],
     choice: Choice,
-    tiles: Tiles | Candidates | None,
+    tiles: Tiles | None,
     only_if_faster: bool,
     traced: bool,
 ) -> Plan | None:
@@ -186,12 +185,6 @@ def choose_plan(
     """
     if only_if_faster and library_is_faster(choice):
         return None
-    restore = ["out_ptr"] if choice.with_c else []
-    if isinstance(tiles, Candidates):
-        for one in tiles.configurations:
-            choice.check(one)
-        plans = [make(choice, one) for one in tiles.configurations]
-        return autotune.AutotunedPlan(plans, restore, tiles)
     if tiles is not None:
         choice.check(tiles)
         return make(choice, tiles)
@@ -203,5 +196,5 @@ def choose_plan(
         ]
         plans = [make(choice, one) for one in same_kernel]
         if len(plans) > 1:
-            return autotune.AutotunedPlan(plans, restore)
+            return autotune.AutotunedPlan(plans, restore=["out_ptr"] if choice.with_c else [])
     return make(choice, tiles)

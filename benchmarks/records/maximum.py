@@ -3,7 +3,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,9 +12,6 @@ from torch import Tensor, ones
 import torchpar
 
 from .record import FLOATS, INTEGERS, Operator, Refused, SmallCall, Tuned, Workload
-
-if TYPE_CHECKING:
-    from torchpar.kernels.autotune import Candidates
 
 Shape = tuple[int, ...]
 
@@ -48,26 +45,16 @@ def _blocks(config: Block, operands: Sequence[Tensor]) -> int:
     return -(-operands[0].numel() // config.numel)
 
 
-def _launch(
-    config: "Block | Candidates", operands: Sequence[Tensor], precision: str, wrap: Any
-) -> Tensor:
+def _launch(config: Block, operands: Sequence[Tensor], precision: str, wrap: Any) -> Tensor:
     """Launch the kernel with a configuration; the launcher takes one of its own."""
-    from torchpar.kernels.autotune import AutotunedPlan, Candidates
-    from torchpar.kernels.launch import Plan
     from torchpar.kernels.maximum import maximum_flat_kernel
-
-    def plan(block: Block) -> Plan:
-        constants = {"A_REPEATS": False, "B_REPEATS": False, "BLOCK": block.numel}
-        programs, options = _blocks(block, operands), {"num_warps": block.num_warps}
-        return Plan(maximum_flat_kernel, programs, (a.numel(),), constants, options)
 
     a, b = operands
     out = torch.empty_like(a)
-    if isinstance(config, Candidates):
-        several = [plan(block) for block in config.configurations]
-        AutotunedPlan(several, candidates=config).launch(wrap, a, b, out)
-    else:
-        plan(config).launch(wrap, a, b, out)
+    kernel = maximum_flat_kernel if wrap is None else wrap(maximum_flat_kernel)
+    constants = {"A_REPEATS": False, "B_REPEATS": False, "BLOCK": config.numel}
+    grid = _blocks(config, operands), 1, 1
+    kernel[grid](a, b, out, a.numel(), **constants, num_warps=config.num_warps)
     return out
 
 

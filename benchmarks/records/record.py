@@ -130,8 +130,7 @@ class Tuned(NamedTuple):
     Attributes:
         candidates: the configurations for the operands of a launch in a precision. Their texts
             are their names in tables.
-        launch: ``launch(config, operands, precision, wrap)`` returns the result. In place of a
-            configuration it takes `torchpar.kernels.autotune.Candidates`.
+        launch: ``launch(config, operands, precision, wrap)`` returns the result.
         axis: the name of the size that varies.
         values: of ``axis``, on a GPU.
         sizes: those of the operator's first workload, for a value of ``axis``, and for ``borders``.
@@ -147,7 +146,6 @@ class Tuned(NamedTuple):
         symmetric: those whose result must equal its transpose, bit for bit.
         product: returns the `torchpar.kernels.rule.Product`, if it is one.
         text: of sizes, in tables.
-        kernel: tells which kernel a configuration belongs to, if there are several.
     """
 
     candidates: Callable[[Sequence[Tensor], str], Sequence[Any]]
@@ -165,7 +163,6 @@ class Tuned(NamedTuple):
     symmetric: Collection[str] = ()
     product: Callable[[], Any] | None = None
     text: Callable[[Sizes], str] = lambda sizes: "x".join(map(str, sizes))
-    kernel: Callable[[Any], bool] = lambda config: False
 
 
 class Operator(NamedTuple):

@@ -53,6 +53,5 @@ def tuned_product(
         blocks=blocks,
         estimate=estimate,
         product=product,
-        kernel=lambda tiles: tiles.by_tma,
         **others,
     )

@@ -110,7 +110,8 @@ MatFile = Annotated[Path | None, Needs("scipy")]  # of MATLAB
 LogDir = Annotated[Folder, Needs("torch"), Needs("tensorboard")]
 DataFolder = Annotated[Path, Free(on_ranks=True)]  # of which the contents are compared
 DATA = Path(__file__).parent.parent / "data"
-# Multiplications of float32, of which a core makes some 30 to 100 in a nanosecond.
+# Multiplications of float32 that take a core about a millisecond: it makes some 30 to 100 in a
+# nanosecond.
 OF_A_THREAD = 2**25
 
 

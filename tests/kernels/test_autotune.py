@@ -137,16 +137,16 @@ def test_the_benchmark_has_triton_time_the_configurations_of_each_kernel(tuner, 
         LINEAR_SIGMOID.tiles, "bfloat16", dict.fromkeys((few, pointers, many), Speed(0.1, 0.1))
     )
     monkeypatch.setattr(benchmark, "do_bench", tuner.bench)
-    tuner.times = [4.0, 3.0, 2.0]
+    tuner.times = [3.0, 2.0, 4.0]
     operands = [meta(64 * 30, 64), meta(64 * 30, 64), meta(64 * 30)]
     tuned = tuned_of("linear_sigmoid")
     found = benchmark.tune(tuned, operands, "ieee")
     assert found == {pointers: [4.0] * 3, few: [3.0] * 3, many: [2.0] * 3}
-    assert [grid for grid, _ in LAUNCHED] == [900, 264, 132, 132], "the last one is the fastest's"
-    tuner.times = [4.0, 2.0, 3.0]
+    assert [grid for grid, _ in LAUNCHED] == [264, 132, 132, 900], "the third one is the fastest's"
+    tuner.times = [2.0, 3.0, 4.0]
     LAUNCHED.clear()
     assert benchmark.tune(tuned, operands, "ieee")[few] == [2.0] * 3, "times are taken anew"
-    assert [grid for grid, _ in LAUNCHED] == [900, 264, 132, 264]
+    assert [grid for grid, _ in LAUNCHED] == [264, 132, 264, 900]
 
     def too_large(call: Any, quantiles: Any) -> list[float]:
         raise triton.OutOfResources(300_000, 232_448, "shared memory")

@@ -159,10 +159,10 @@ OF_NUMBA = {
 def test_a_script_that_launches_kernels_of_numba_ends_in_a_line(
     name, cuda_is_cpu, tmp_path, capsys
 ):
-    pytest.importorskip("numba.cuda")
+    pytest.importorskip("numba.cuda", reason="the script launches by numba.cuda")
     line, needs_flag = OF_NUMBA[name]
     if needs_flag and not cuda_is_cpu:
-        pytest.skip("there is no tensor")
+        pytest.skip("only --cuda-is-cpu has tensors to pass")
     flags = ["--cuda-is-cpu"] * cuda_is_cpu
     assert run_script(tmp_path, f"{NUMBA}    {line}", *flags) == 1
     found = capsys.readouterr()
@@ -177,7 +177,7 @@ def test_a_script_that_launches_kernels_of_numba_ends_in_a_line(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Numba has a GPU")
 @pytest.mark.parametrize("line", ["", "raise ValueError('mine')", "double[1,]"])
 def test_a_script_may_define_kernels_of_numba_and_fail_for_another_reason(line, tmp_path, capsys):
-    pytest.importorskip("numba.cuda")
+    pytest.importorskip("numba.cuda", reason="the script launches by numba.cuda")
     lines = """
     try:
         cuda.to_device(np.ones(32))
@@ -194,7 +194,7 @@ def test_a_script_may_define_kernels_of_numba_and_fail_for_another_reason(line, 
 
 
 def test_a_test_that_launches_a_kernel_of_numba_is_told_of_the_simulator(pytester):
-    pytest.importorskip("numba.cuda")
+    pytest.importorskip("numba.cuda", reason="the script launches by numba.cuda")
     test = "from numba import cuda\ndef test():\n    cuda.to_device([1.0])"
     for flags in ([], ["--cuda-is-cpu"]):
         found = run_tests(pytester, test, "--ptx=sm_90", *flags)

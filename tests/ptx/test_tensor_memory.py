@@ -12,7 +12,7 @@ from torchpar.ptx import emulate
 from torchpar.ptx.machine.vector_clocks import Events
 
 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8):
-    pytest.skip("Gluon of Triton 3.8", allow_module_level=True)
+    pytest.skip("the kernels take Gluon of Triton 3.8 or later", allow_module_level=True)
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl

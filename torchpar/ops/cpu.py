@@ -174,7 +174,7 @@ def in_chains(terms: list[tuple[Tensor, Tensor]], bias: Tensor | None = None) ->
 def is_halved(x: Tensor) -> bool:
     """Whether X·Xᵀ is computed by its lower triangle, which compilers should leave alone."""
     rows, columns = x.shape[-2:]
-    # Compilers guard what is asked, so that few questions keep graphs few; on a GPU none.
+    # A compiler guards each answer, so that each question may cost a further graph.
     if x.is_cuda:
         return False
     if columns >= _MANY_COLUMNS:
