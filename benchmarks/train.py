@@ -24,7 +24,6 @@ if __name__ == "__main__":  # libraries read the environment when they are impor
 
 import json
 import logging
-import shutil
 import subprocess
 import sys
 import time
@@ -52,7 +51,7 @@ from benchmarks.processes import Group, current_world, start_ranks
 from benchmarks.results import CORES, Result, Table, markdown, number, print_results
 from benchmarks.timing import Contestant, Rejected, Turn, take_turns, time_calls
 from torchpar import data
-from torchpar.baselines import numpy_mlp, pure_python
+from torchpar.baselines import mpi, numpy_mlp, pure_python
 from torchpar.baselines.numpy_mlp import Array
 from torchpar.data import Batch
 from torchpar.errors import ConfigError, writing
@@ -74,9 +73,7 @@ LOSS_ERROR = 1e-3
 # The same of the mean loss of an epoch. Rounding moves it by less than 1e-7; a learning rate that
 # is 1% off by 7e-4 and more, another order of the samples by 6e-5 and more.
 MEAN_LOSS_ERROR = 1e-5
-MPIRUN = shutil.which(
-    "mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH')}"
-)
+MPIRUN = mpi.find_mpirun()
 INSTALLED = {"MPI": MPIRUN and find_spec("mpi4py"), "Lightning": find_spec("lightning")}
 TIMEOUT = 120  # seconds of an epoch by MPI
 PLAIN, FUSED = "plain eager", "torchpar"

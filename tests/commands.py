@@ -7,7 +7,6 @@ import linecache
 import os
 import re
 import runpy
-import shutil
 import signal
 import socket
 import subprocess
@@ -25,16 +24,14 @@ from unittest.mock import patch
 
 import pytest
 
+from torchpar.baselines.mpi import find_mpirun
 from torchpar.parallel.launch.local import fork_context
 
 ROOT = Path(__file__).parent.parent
 LAST_LINE = (
     r"test accuracy [01]\.\d{4} \| loss \d+\.\d{4} \| \d+\.\d s \| (\d) ranks? \| (cpu|cuda)"
 )
-# The wheels of MPICH and Open MPI put theirs beside Python.
-MPIRUN = shutil.which(
-    "mpirun", path=os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
-)
+MPIRUN = find_mpirun()
 needs_mpirun = pytest.mark.skipif(MPIRUN is None, reason="no mpirun; pip install mpich")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
 

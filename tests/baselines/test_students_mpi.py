@@ -172,6 +172,6 @@ def test_a_program_is_told_from_functions(tmp_path, text, is_program):
 
 
 def test_a_missing_mpirun_is_one_line(monkeypatch):
-    monkeypatch.setattr(students_mpi.shutil, "which", lambda *_, **__: None)
+    monkeypatch.setattr(students_mpi, "find_mpirun", lambda: None)
     with pytest.raises(ConfigError, match="needs mpi4py and mpirun; pip install mpi4py mpich"):
-        students_mpi.find_mpirun()
+        students_mpi.run(Path("my.py"), 1, 1.0)

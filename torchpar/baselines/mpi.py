@@ -5,6 +5,8 @@
 imports NumPy, and under mpirun mpi4py.
 """
 
+import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +25,13 @@ Communicator = Any  # mpi4py's `MPI.Intracomm`, which need not be installed, or 
 POLL = 0.01  # seconds between two looks at a barrier
 GRACE = 10.0  # seconds for process 0 to say the same error first, and to end all
 ONE_COMMAND = "start all by one command: mpirun -n N python …, with the same packages"
+
+
+def find_mpirun() -> str | None:
+    """Return the path of mpirun, which the wheels of MPICH and Open MPI put beside Python; None if
+    there is none."""
+    beside = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
+    return shutil.which("mpirun", path=beside)
 
 
 @context_manager("join")

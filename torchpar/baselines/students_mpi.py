@@ -11,7 +11,6 @@ import importlib.util
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
+from torchpar.baselines.mpi import find_mpirun
 from torchpar.errors import ConfigError
 from torchpar.parallel.launch.guard import PATIENCE, TOP_LEVEL, WATCHED
 from torchpar.parallel.launch.processes import die_with_parent
@@ -74,19 +74,6 @@ def is_program(path: Path, functions: Sequence[str]) -> bool:
     return "mpi4py" in imported and not defined & {*functions}
 
 
-def find_mpirun() -> str:
-    """The ``mpirun`` of mpi4py's MPI: the wheels put theirs beside Python.
-
-    Raises:
-        ConfigError: mpi4py or mpirun is missing.
-    """
-    beside = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
-    mpirun = shutil.which("mpirun", path=beside)
-    if mpirun is None or importlib.util.find_spec("mpi4py") is None:
-        raise ConfigError("a program of mpi4py needs mpi4py and mpirun; pip install mpi4py mpich")
-    return mpirun
-
-
 def costs_of(text: str) -> list[float]:
     """The numbers behind the words cost or loss, one of each line."""
     plain = re.sub(r"(?<=\d),(?=\d{3}\b)", "", re.sub(OF_COST, "", text, flags=re.IGNORECASE))
@@ -101,7 +88,10 @@ def run(file: Path, processes: int, limit: float) -> Started:
         Failed: it does not end by then, or ends by an error.
         ConfigError: mpi4py or mpirun is missing.
     """
-    command = [find_mpirun(), "-n", str(processes), sys.executable, str(WATCH)]
+    mpirun = find_mpirun()
+    if mpirun is None or importlib.util.find_spec("mpi4py") is None:
+        raise ConfigError("a program of mpi4py needs mpi4py and mpirun; pip install mpi4py mpich")
+    command = [mpirun, "-n", str(processes), sys.executable, str(WATCH)]
     variables = dict(os.environ)
     variables |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     with TemporaryDirectory() as name:
