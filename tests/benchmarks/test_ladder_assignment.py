@@ -133,7 +133,11 @@ def entry(name: str, function: Callable[..., object], shape: tuple[int, ...]) ->
 
 
 @pytest.mark.parametrize(
-    "name, dtype, wider", [("max_numba", "int32", "int64"), ("matmul_t", "float32", "float64")]
+    "name, dtype, wider",
+    [
+        ("max_numba", "int32", "int64"),
+        pytest.param("matmul_t", "float32", "float64", marks=pytest.mark.slow),
+    ],
 )
 def test_signatures_of_wider_numbers_get_those(name, dtype, wider):
     numba = pytest.importorskip("numba", reason="it compiles")

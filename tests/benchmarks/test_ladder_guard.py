@@ -91,7 +91,13 @@ def test_a_slow_function_is_waited_for_and_compilation_takes_any_time(tmp_path):
 
 
 @needs_fork
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(signal.SIGINT, id="Ctrl-C"),
+        pytest.param(signal.SIGTERM, id="SIGTERM", marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_ends_a_ladder_that_waits_for_an_endless_function(tmp_path, number):
     script = script_of_ladder(tmp_path, seconds=60, compilation=0, limit=60)
     environment = os.environ | {"PYTHONPATH": import_path(ROOT)}

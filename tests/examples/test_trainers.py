@@ -46,6 +46,7 @@ def differing(weights: dict[str, Any], expected: dict[str, Any]) -> list[str]:
     return [name for name in expected if not torch.equal(weights[name], expected[name])]
 
 
+@pytest.mark.slow  # by default Lightning's trainer resumes
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")  # without a GPU
 def test_the_trainer_of_transformers_resumes_bit_for_bit(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -60,6 +60,9 @@ def test_threads_may_launch_at_the_same_time():
                 wrong.append(number)
 
     with emulate("sm_90", schedules="all") as gpu:
+        # Compiled before: Python 3.11 may fail where threads parse at the same time, see
+        # https://github.com/python/cpython/issues/106905.
+        launch(-1)
         threads = [threading.Thread(target=launch, args=(n,)) for n in range(4)]
         for one in threads:
             one.start()
@@ -67,7 +70,7 @@ def test_threads_may_launch_at_the_same_time():
             one.join()
     assert wrong == []
     assert gpu.faults == []
-    assert len(gpu.launches) == 12
+    assert len(gpu.launches) == 15
 
 
 @triton.jit

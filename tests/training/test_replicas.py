@@ -173,7 +173,9 @@ def test_a_mark_that_does_not_fit_is_refused(ranks):
         assert whole == "[0.0, 0.0, 0.0, 1.0, 1.0]"
 
 
-@pytest.mark.parametrize("axes", [{"tp": 3}, {"dp": 2, "tp": 2}])
+@pytest.mark.parametrize(
+    "axes", [pytest.param({"tp": 3}, marks=pytest.mark.slow), {"dp": 2, "tp": 2}]
+)
 def test_whole_gradients_are_the_same_to_the_bit(ranks, axes):
     """Of biases of row layers, of embeddings and norms, beside uneven shards; none is looked at."""
     count = axes.get("dp", 1) * axes["tp"]

@@ -79,7 +79,12 @@ ASKS = "it asks for a size that depends on data: Could not guard on data-depende
     "shapes, fake, expected",
     [
         # The rows happen to be as many as the columns: in a later call, or in the first.
-        (((5, 4), (4,)), fake_that_compares_shapes, (("wrong", AGAIN), ("refuses", ASKS))),
+        pytest.param(
+            ((5, 4), (4,)),
+            fake_that_compares_shapes,
+            (("wrong", AGAIN), ("refuses", ASKS)),
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             ((4, 4), (4,)),
             fake_that_compares_shapes,
