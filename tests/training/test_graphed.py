@@ -140,6 +140,7 @@ def test_settings_that_read_back_are_changed(gpu):
     assert isinstance(sgd.optimizer.param_groups[0]["lr"], float)
 
 
+@pytest.mark.slow
 def test_a_setting_that_changes_is_captured_again(gpu):
     """A graph holds the momentum of its capture; the arguments that are no tensors, too."""
 

@@ -143,6 +143,7 @@ def test_a_function_that_forgets_the_subclass_or_the_mode_is_wrong() -> None:
     assert set(outcomes(table).values()) == {"wrong"}, str(table)
 
 
+@pytest.mark.slow  # by default nothing is found in ours: tests/ops/test_our_operators.py
 def test_nothing_is_found_in_a_right_operator(right: Any) -> None:
     expected = dict.fromkeys(RULES, "works") | dict.fromkeys(BY_FORMULA, "falls back")
     if not torch.cuda.is_available():

@@ -203,6 +203,7 @@ def test_momenta_of_float32_go_on_in_a_model_of_bfloat16(ranks):
 PAGE = (ROOT / "docs" / "conformance.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_page_has_a_muon_of_shards_and_the_rows_that_name_its_fault(ranks, capsys):
     """The same optimizer conforms if it gathers its matrices first."""
     script = Path(shard_muon.__file__).read_text().partition('"""\n\n')[2]
