@@ -5,6 +5,9 @@ The plain script is `benchmarks.ddp.plain`. It and the lessons train the same mo
 first weights, by the same optimizer and on the same batches, so that their mean losses are equal up
 to rounding. Each run is a process, or two by torchrun of one thread each. Runs take turns. The
 first epoch of a run warms up.
+
+Alone, the plain script takes a thread for each core, and a lesson takes the threads that its
+products need. With OMP_NUM_THREADS=1 both take one.
 """
 
 import itertools
@@ -78,10 +81,11 @@ def train(contestant: str, network: Network, ranks: int, epochs: int) -> list[tu
         else:
             sizes = ["--crop", "0", "--pool", "1", "--optimizer", "sgd", "--metrics", str(metrics)]
             command = [*launcher, str(SCRIPTS[contestant]), *flags, *sizes]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(max(CORES // ranks, 1))}
+        # A single process takes the threads of OMP_NUM_THREADS, or as many as it chooses itself.
+        threads = {"OMP_NUM_THREADS": str(max(CORES // ranks, 1))} if ranks > 1 else {}
         done = subprocess.run(
             command,
-            env=environment,
+            env={**os.environ, **threads},
             cwd=EXAMPLES.parent,
             capture_output=True,
             text=True,
