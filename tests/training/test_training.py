@@ -809,18 +809,11 @@ def test_loops_that_are_left(world, tmp_path):
         (1, "in epoch 2, after 1 of 3 batches"),
         (3, "in epoch 2, after 3 of 3"),
     ):
-        ended = []
-        log = type(
-            "Ended",
-            (training.RunLog,),
-            {"on_end": lambda self, run, ended=ended: ended.append(run)},
-        )()
         expected = (
             pytest.raises(RuntimeError, match=message) if message else contextlib.nullcontext()
         )
         parts = parts_of(MLP(SIZES), world)
-        with pytest.warns(DeprecationWarning, match="call your log in the loop"):
-            run = training.Run(*parts, epochs=3, log=log)
+        run = training.Run(*parts, epochs=3)
         with expected, run:
             run.resume()
             for epoch in run.epochs():
@@ -834,7 +827,6 @@ def test_loops_that_are_left(world, tmp_path):
                     break
                 run.end_epoch()
         assert [result.epoch for result in run.results] == [1]
-        assert bool(ended) == (not leave)
 
 
 def test_the_body_of_a_resumed_epoch_does_not_change_what_is_drawn(world, tmp_path):

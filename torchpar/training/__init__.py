@@ -13,7 +13,7 @@ if find_spec("torch"):
     from torchpar.training.optimizers import LRSchedule, lr_scheduler, muon, sgd
     from torchpar.training.orthogonality import add_orthogonality_gradient, orthogonality_penalty
     from torchpar.training.outcome import EpochResult, Evaluation, Stopped
-    from torchpar.training.run import Run, RunLog, Task
+    from torchpar.training.run import Run, Task
 
 __all__ = [
     "CheckpointConfig",
@@ -23,7 +23,6 @@ __all__ = [
     "FusedGradients",
     "LRSchedule",
     "Run",
-    "RunLog",
     "Stopped",
     "Task",
     "add_orthogonality_gradient",

@@ -27,9 +27,8 @@ afterwards the random state is the saved one.
 import json
 import math
 import time
-import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from typing import Any, Protocol, Self
 
 import torch
@@ -76,33 +75,6 @@ class Task(Protocol):
         """Judge the model, which is in evaluation mode. Every rank calls it."""
 
 
-class RunLog:
-    """Callbacks of a `Run`. Each does nothing unless it is overridden.
-
-    Deprecated; version 0.6 removes it. A loop calls its own log, as the examples' loops do.
-    """
-
-    def active(self, run: "Run") -> AbstractContextManager[Any]:  # noqa: ARG002  # for those that override it
-        """Return a context that lasts as long as the run's."""
-        return nullcontext()
-
-    def on_resume(self, run: "Run") -> None:
-        """The run's state is that of a checkpoint."""
-
-    def steps(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """Yield the batches of `Run.batches`; a step lasts from one to the next."""
-        return batches
-
-    def on_step(self, run: "Run", epoch: int, samples: int) -> None:
-        """``samples`` of the epoch have been trained on."""
-
-    def on_epoch(self, run: "Run", result: EpochResult) -> None:
-        """An epoch has been evaluated, but not saved."""
-
-    def on_end(self, run: "Run") -> None:
-        """The run's context has ended without an error, on this rank."""
-
-
 def _check_kinds(model: object, optimizer: object, world: object, checkpoint: object) -> None:
     """Refuse arguments of another kind, such as those of another order."""
     check_world("Run", world)
@@ -131,7 +103,6 @@ class Run:
             (docs/checkpoints.md).
         config: values that identify the run, as JSON, the same on all ranks; a checkpoint with
             other values is refused.
-        log: is told what happens; deprecated, and removed in version 0.6.
 
     Attributes:
         resumed_from: the step at which the run was resumed; None if it was not.
@@ -160,7 +131,6 @@ class Run:
         epochs: int,
         checkpoint: CheckpointConfig | None = None,
         config: dict[str, Any] | None = None,
-        log: RunLog | None = None,
     ):
         _check_kinds(model, optimizer, world, checkpoint)
         identity = {**(config or {}), **task.config}
@@ -182,14 +152,6 @@ class Run:
         self.task = task
         self.num_epochs = epochs
         self.steps_per_epoch = math.ceil(task.samples / task.batch_size)
-        if log is not None:
-            warnings.warn(
-                "version 0.6 removes Run(log=…); call your log in the loop, after run.end_step and "
-                "run.end_epoch",
-                DeprecationWarning,
-                stacklevel=2,
-            )
-        self._log = log or RunLog()
         self.resumed_from: int | None = None
         self._stack = ExitStack()
         self._checkpoints = Checkpoints(checkpoint, world) if checkpoint else None
@@ -223,7 +185,6 @@ class Run:
         with self._stack.pop_all() as stack:
             if self.world.world_size > 1:
                 stack.enter_context(naming_silent_ranks(self.world, self._steps_in_epoch))
-            stack.enter_context(self._log.active(self))
             if self._checkpoints is not None:
                 self._stop = stack.enter_context(StopSignal(self.world))
             stack.enter_context(answering_signals(self.world, self._checkpoints is not None))
@@ -241,7 +202,6 @@ class Run:
                 f"{self.steps_per_epoch} batches: they were not evaluated, and not saved; take all "
                 "batches of an epoch and call run.end_epoch(), or leave before run.begin_epoch"
             )
-        self._log.on_end(self)
 
     def wait(self) -> None:
         """Wait for a save that is under way."""
@@ -265,7 +225,6 @@ class Run:
                 f"{self.num_epochs} asked for; ask for more, or use another folder"
             )
         self.resumed_from = self.total_steps
-        self._log.on_resume(self)
 
     def epochs(self) -> range:
         """The numbers of the remaining epochs; the first epoch is 1."""
@@ -296,7 +255,7 @@ class Run:
     def batches(self, epoch: int) -> Iterator[Any]:
         """Begin ``epoch``; return this rank's share of each of the task's remaining batches."""
         first = self.begin_epoch(epoch)
-        return self._log.steps(iter(self.task.batches(epoch, first, self.world)))
+        return iter(self.task.batches(epoch, first, self.world))
 
     def _steps_in_epoch(self) -> int | None:
         """`total_steps`, or None outside of an epoch, where other ranks may leave before this."""
@@ -325,8 +284,6 @@ class Run:
         if self.world.owns_outputs:
             # A tensor: the host waits for no GPU.
             self.state.loss_sum = self.state.loss_sum + loss.detach().double()
-        trained = min(step * self.task.batch_size, self.task.samples)
-        self._log.on_step(self, len(self.results) + 1, trained)
         if step == self._first + 1:
             self._check_replicas()
         if step < self.steps_per_epoch:  # the last step's comes after the evaluation
@@ -365,7 +322,6 @@ class Run:
         )
         self.results.append(result)
         self.state.step, self.state.loss_sum = 0, 0.0
-        self._log.on_epoch(self, result)
         self._save_if_due()
         return result
 
