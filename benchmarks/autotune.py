@@ -6,7 +6,7 @@ the fastest is kept. Then `triton.testing.do_bench` times it beside PyTorch's fu
 `triton.testing.perf_report` of each operator draws it. The configurations of products are those of
 the rule. Each result is compared with float64 before and after it is timed. With
 ``--configurations`` the time of each configuration is a row, beside its estimate, so that the rule
-and the model of `torchpar.ptx.estimate` can be judged on this GPU.
+and the model of `torchpar.testing.estimate` can be judged on this GPU.
 
 Without a GPU each configuration is compiled for GPUs that are not there; see
 `benchmarks.compile_kernels`.
@@ -43,11 +43,10 @@ from benchmarks.records import OPERATORS
 from benchmarks.records.record import Operator, Tuned
 from benchmarks.results import Result, Table, print_results, track
 from benchmarks.timing import Rejected
-from torchpar.errors import ConfigError, first_line, writing
-from torchpar.kernels.data_sheets import DATA_SHEETS
+from torchpar.errors import ConfigError, first_line, has_nogpu, writing
+from torchpar.kernels.device import GPUS
 from torchpar.kernels.rule import KINDS, Kind
 from torchpar.ops.matrix import fp32_precision
-from torchpar.ptx.triton.emulate import why_not_compiled
 
 Call = Callable[[], Tensor]
 
@@ -149,8 +148,8 @@ def excess(kind: Kind, operands: Sequence[Tensor]) -> float:
 
 
 def data_sheet_of(name: str) -> str | None:
-    """The name of a GPU's data sheet, for the model of times."""
-    return next((sheet for sheet in DATA_SHEETS if sheet in name), None)
+    """The name by which the model of times, which is nogpu's, knows a GPU."""
+    return next((gpu for gpu in GPUS if gpu in name), None)
 
 
 class Tuning:
@@ -265,7 +264,7 @@ class Tuning:
             if math.isinf(p50):
                 continue
             columns: dict[str, Any] = {"config": str(config), "timer": "autotune"}
-            if gpu is not None and self.tuned.estimate is not None:
+            if gpu is not None and has_nogpu() and self.tuned.estimate is not None:
                 estimated = self.tuned.estimate(config, operands, self.kind, gpu)
                 columns["estimate_ms"] = estimated / 1e3
             reason = ""
@@ -332,8 +331,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = command.parse(arguments)
     kind, operators = options.dtype, list(dict.fromkeys(options.operators))
-    if reason := why_not_compiled():
-        raise ConfigError(reason)
+    if triton.knobs.runtime.interpret:
+        raise ConfigError("TRITON_INTERPRET is set, so that kernels are not compiled; unset it")
     if not torch.cuda.is_available():
         return compile_all(operators, kind, options.quick, command.csv(options))
     triton.set_allocator(

@@ -3,7 +3,7 @@
 
 The benchmark `autotune` shows registers, spills, shared memory, blocks and waves for GPUs that are
 not here. They come from the machine code and the makers' documents. The estimate of a product is
-that of `torchpar.ptx.estimate`; of others it is the time of the operands and the result at the
+that of `torchpar.testing.estimate`; of others it is the time of the operands and the result at the
 memory's peak.
 
     python -m benchmarks.compile_kernels CAPABILITY SECONDS
@@ -25,7 +25,7 @@ from contextlib import contextmanager, nullcontext
 from multiprocessing import active_children, get_context
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
@@ -38,10 +38,12 @@ from benchmarks.records import OPERATORS
 from benchmarks.records.record import Sizes, Tuned
 from benchmarks.results import CORES, Result, Table, print_results, track
 from benchmarks.timing import CPU
-from torchpar.errors import first_line
-from torchpar.kernels.data_sheets import DATA_SHEETS, DataSheet
+from torchpar.errors import first_line, import_nogpu
 from torchpar.kernels.rule import KINDS, configurations
 from torchpar.parallel.launch.processes import end_with_parent, putting_off_signals
+
+if TYPE_CHECKING:
+    from nogpu.data_sheets import DataSheet
 
 TENSOR_COLUMNS = 512  # of a multiprocessor
 PRINTED = [
@@ -56,14 +58,15 @@ PRINTED = [
 
 
 class Architecture(NamedTuple):
-    """A GPU for which kernels are compiled: its name in `DATA_SHEETS`, and in tables."""
+    """A GPU for which kernels are compiled: its name in `nogpu.data_sheets`, and in tables."""
 
     gpu: str
     name: str
 
     @property
-    def sheet(self) -> DataSheet:
-        return DATA_SHEETS[self.gpu]
+    def sheet(self) -> "DataSheet":
+        found: DataSheet = import_nogpu("a bound").data_sheets.DATA_SHEETS[self.gpu]
+        return found
 
 
 ARCHITECTURES = {
@@ -239,7 +242,7 @@ def resident_blocks(
 ) -> int:
     """The blocks that a multiprocessor runs at a time, by registers, warps, shared and tensor
     memory."""
-    from torchpar.ptx.report.resources import Resources, programs_of
+    from nogpu.record.resources import Resources, programs_of
 
     blocks = programs_of(Resources(registers, 0), warps, shared, f"sm_{capability}")
     return min(blocks, TENSOR_COLUMNS // tensor_columns) if tensor_columns else blocks

@@ -82,9 +82,15 @@ def called(command: str) -> str:
     return os.environ.get("TORCHPAR_COMMAND", f"python -m benchmarks {command}")
 
 
+def is_installed(package: str) -> bool:
+    """Whether a package is installed; a folder of its name, such as nogpu, is none."""
+    found = importlib.util.find_spec(package)
+    return found is not None and found.origin is not None
+
+
 def require(*packages: str) -> None:
     """Raise a ConfigError if a package is not installed."""
-    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+    if missing := [name for name in packages if not is_installed(name)]:
         raise ConfigError(
             f"this benchmark needs {' and '.join(missing)}; pip install {' '.join(missing)}"
         )

@@ -59,7 +59,7 @@ while IFS= read -r -d : folder; do
     case $folder in '') ;; /*) given+=:$folder ;; *) given+=:$PWD/$folder ;; esac
 done <<<"${PYTHONPATH:-}:"
 cd "$(dirname "$0")/.." || exit 2
-export PYTHONPATH=$PWD$given
+export PYTHONPATH=$PWD:$PWD/nogpu/src$given
 export TRITON_DEFAULT_FP_FUSION=1 # the default; Triton's cache has an entry for each value that is set
 workers=$(nproc)
 ((workers > 2)) && workers=$((workers > 15 ? 14 : workers - 1))
@@ -131,14 +131,14 @@ run_stage() {
             tune --operators matmul_t linear_sigmoid --configurations
             ;;
         captures) # what CUDA forbids and allows in a graph, beside what the emulator says
-            needs pytest triton && limited python3 -m tests.ptx.graphs_on_gpu
+            needs pytest triton && PYTHONPATH=nogpu/tests:$PYTHONPATH limited python3 -m graphs_on_gpu
             ;;
         counters) # what Nsight Compute counts, and what the emulator counts; $CASE is the only launch
             needs triton && mkdir -p "$outdir/$1" && limited bash -e -c '
-                python3 -m tests.ptx.measured emulated ${CASE:+"$CASE"} >"$0/emulated.jsonl" &
+                python3 tests/measured.py emulated ${CASE:+"$CASE"} >"$0/emulated.jsonl" &
                 trap "kill $! 2>/dev/null || true" EXIT # if the profiler fails
                 ncu --clock-control none --profile-from-start off --csv --metrics "$1" \
-                    python3 -m tests.ptx.measured real ${CASE:+"$CASE"} >"$0/nsight.csv"
+                    python3 tests/measured.py real ${CASE:+"$CASE"} >"$0/nsight.csv"
                 wait $!
                 grep -c "" "$0/nsight.csv" "$0/emulated.jsonl"' "$outdir/$1" "$(IFS=,; echo "${metrics[*]}")"
             ;;

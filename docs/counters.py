@@ -11,13 +11,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+import nogpu
 import torchpar
+from nogpu.data_sheets import DATA_SHEETS
+from nogpu.machine.counts import SECTOR
+from nogpu.record.launch import Launch
+from nogpu.record.roofline import bound
 from torchpar.kernels import linear_sigmoid, matmul_t
-from torchpar.kernels.data_sheets import DATA_SHEETS
 from torchpar.kernels.rule import KINDS, Tiles, count_tiles
-from torchpar.ptx.machine.counts import SECTOR
-from torchpar.ptx.report.launch_record import Launch
-from torchpar.ptx.report.roofline import bound
 
 TRITON = "3.8."  # which compiles the kernels; another one may need other registers
 PAGE = Path(__file__).with_name("performance.md")
@@ -194,7 +195,7 @@ def _line(*cells: str) -> str:
 
 def elementwise_launches(operands: str) -> list[Launch]:
     """Return the launches of a call, without those of products, which the other table has."""
-    with torchpar.ptx.emulate("sm_90", multiprocessors=MULTIPROCESSORS) as gpu:
+    with nogpu.emulate("sm_90", multiprocessors=MULTIPROCESSORS) as gpu:
         CALLS[operands]()
     return [
         one for one in gpu.launches if "matmul" not in one.kernel and "linear" not in one.kernel
@@ -202,7 +203,7 @@ def elementwise_launches(operands: str) -> list[Launch]:
 
 
 def product_launch(name: str) -> Launch:
-    with torchpar.ptx.emulate("sm_90", multiprocessors=MULTIPROCESSORS) as gpu:
+    with nogpu.emulate("sm_90", multiprocessors=MULTIPROCESSORS) as gpu:
         PRODUCTS[name].launch()
     (launch,) = gpu.launches
     return launch

@@ -14,9 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
 import torchpar
-from torchpar.ptx import emulate
-from torchpar.ptx.machine.memory import Space
-from torchpar.ptx.native import core as native
+from nogpu import emulate
+from nogpu.machine.memory import Space
+from nogpu.native import core as native
 
 PICTURE = Path(__file__).parent / "operators" / "threads-maximum.png"
 COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:red")  # of warp 0, 1, …

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: MIT
 """Draw one tile of `matmul_t` as a timeline: ``PYTHONPATH=.:tests python docs/timeline.py``.
 
-`torchpar.ptx.machine.trace` says what the time is.
+`nogpu.machine.trace` says what the time is.
 """
 
 from pathlib import Path
 
+import kernel_cases as cases
 import matplotlib.pyplot as plt
-from ptx import cases
-from ptx.launch import Gpu
+from launching import Gpu
 
+from nogpu.machine.block import SCHEDULES
+from nogpu.machine.trace import Trace
 from torchpar.kernels.rule import Tiles
-from torchpar.ptx.machine.block import SCHEDULES
-from torchpar.ptx.machine.trace import Trace
 
 PICTURE = Path(__file__).parent / "operators" / "timeline-matmul_t.png"
 TILES = Tiles(128, 256, 64, 8, 4, "tma")

@@ -27,6 +27,7 @@ memory that it reads. A line below each table names the unit that needs the most
 the emulator's estimate, whose model counts the caches and the latency.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import permutations
@@ -43,10 +44,14 @@ from torch import Tensor
 import torchpar
 from torchpar.baselines import triton_kernels
 from torchpar.errors import ConfigError
-from torchpar.kernels.data_sheets import DATA_SHEETS
 from torchpar.parallel.launch.world import join_world
-from torchpar.ptx import emulate
 from torchpar.testing.operators.compare import farthest
+
+try:
+    from nogpu import emulate
+    from nogpu.data_sheets import DATA_SHEETS
+except ImportError as error:
+    sys.exit(f"course_kernels.py executes kernels by nogpu ({error}); pip install nogpu")
 
 GPU, SECTOR = "H100", 32  # bytes
 HALF = "in float16"  # of which the roofline of float32 has no point

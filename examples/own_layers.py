@@ -39,14 +39,16 @@ from train_by_hand import Linear as PlainLinear
 from torchpar.data import Samples, batches
 from torchpar.errors import ConfigError, check_finite
 from torchpar.parallel.launch.world import join_world
-from torchpar.ptx import Emulator, emulate
-from torchpar.testing import check_kernel
 
 try:
     import triton
     import triton.language as tl
 except ImportError as error:
     sys.exit(f"own_layers.py needs Triton ({error}); pip install triton")
+try:
+    from nogpu import Emulator, check_kernel, emulate
+except ImportError as error:
+    sys.exit(f"own_layers.py executes kernels by nogpu ({error}); pip install nogpu")
 
 from support.kernels import by_unit, check_faults, compiling
 
@@ -394,7 +396,7 @@ def check_kernels() -> None:
             table = check_kernel(kernel, grid, arguments, right, **options)  # type: ignore[arg-type]
         wrong = [row for row in table.rows if row.outcome in ("wrong", "crashes")]
         if wrong:
-            found = "; ".join(f"{row.rule}: {row.detail}" for row in wrong)
+            found = "; ".join(f"{row.name}: {row.detail}" for row in wrong)
             raise ConfigError(f"{name}: {found}; mend the kernel{hint(kernel.src)}")  # type: ignore[attr-defined]
     print(f"{len(checked)} launches of {len(checked) // 2} kernels are right, and break no rule")
 

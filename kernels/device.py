@@ -4,11 +4,21 @@
 import triton
 from torch import Tensor
 
-from .data_sheets import DATA_SHEETS
 from .rule import Device
 
+# The compute capability of GPUs, where 90 is sm_90, and their multiprocessors, by NVIDIA's data
+# sheets: A100 and H100 (SXM), H200, HGX B200.
+GPUS = {
+    name: Device(name, capability, multiprocessors)
+    for name, capability, multiprocessors in (
+        ("A100", 80, 108),
+        ("H100", 90, 132),
+        ("H200", 90, 132),
+        ("B200", 100, 148),
+    )
+}
 # Of a GPU that is not here, for which a kernel is compiled.
-MULTIPROCESSORS = DATA_SHEETS["H100"].multiprocessors
+MULTIPROCESSORS = GPUS["H100"].multiprocessors
 
 
 def device(t: Tensor) -> Device:

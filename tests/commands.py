@@ -6,28 +6,24 @@ import json
 import linecache
 import os
 import re
-import runpy
-import signal
 import socket
 import subprocess
 import sys
-import traceback
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from types import FrameType
 from typing import Any
 from unittest.mock import patch
 
+import processes
 import pytest
+from processes import forked, import_path
 
 from torchpar.baselines.mpi import find_mpirun
-from torchpar.parallel.launch.local import fork_context
 
 ROOT = Path(__file__).parent.parent
+processes.IMPORTED[:] = [ROOT]
 LAST_LINE = (
     r"test accuracy [01]\.\d{4} \| loss \d+\.\d{4} \| \d+\.\d s \| (\d) ranks? \| (cpu|cuda)"
 )
@@ -36,29 +32,9 @@ needs_mpirun = pytest.mark.skipif(MPIRUN is None, reason="no mpirun; pip install
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
 
 
-def import_path(*folders: Path) -> str:
-    """A PYTHONPATH of ``folders`` and of what it has already: some machines carry their packages
-    there."""
-    return os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
-
-
-def entered_files(call: Callable[[], object], *rooms: str) -> list[str]:
-    """The files of these folders whose functions ``call`` enters, in the order of their entry."""
-    entered: dict[str, None] = {}
-    folders = tuple(str(ROOT / room) for room in rooms)
-
-    def note(frame: FrameType, event: str, argument: object) -> None:
-        file = frame.f_code.co_filename
-        if event == "call" and file.startswith(folders):
-            entered[str(Path(file).resolve().relative_to(ROOT))] = None
-
-    before = sys.getprofile()
-    sys.setprofile(note)
-    try:
-        call()
-    finally:
-        sys.setprofile(before)
-    return [*entered]
+def interpret() -> None:
+    """Let Triton interpret the kernels of this process, which has not imported it yet."""
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def run(*command: str, cwd: Path | str = "/") -> tuple[int, str, str]:
@@ -68,27 +44,6 @@ def run(*command: str, cwd: Path | str = "/") -> tuple[int, str, str]:
         command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=240
     )
     return done.returncode, done.stdout, done.stderr
-
-
-def forked(*arguments: str, cwd: Path | str = "/", **variables: str) -> tuple[int, str, str]:
-    """The exit status of ``python ARGUMENTS``, and its two streams, without the time of imports.
-
-    The process is forked from the server of the fixture `fork_server`, which has imported PyTorch.
-    So what is tested must not depend on what is imported, or on variables that are read at import.
-    ``variables`` are set before the command runs.
-    """
-    with TemporaryDirectory() as folder:
-        streams = [Path(folder) / name for name in ("out", "err")]
-        process = fork_context().Process(
-            target=_python, args=(arguments, str(cwd), variables, *map(str, streams))
-        )
-        process.start()
-        process.join(240)
-        if process.exitcode is None:
-            process.kill()
-            raise TimeoutError(f"{arguments} takes more than 240 s")
-        out, err = (stream.read_text(errors="replace") for stream in streams)
-    return process.exitcode, out, err
 
 
 def forked_ranks(
@@ -105,37 +60,6 @@ def forked_ranks(
             for rank in map(str, range(world_size))
         ]
         return [rank.result() for rank in ranks]
-
-
-def _python(
-    arguments: tuple[str, ...], cwd: str, variables: dict[str, str], out: str, err: str
-) -> None:
-    """Do what ``python ARGUMENTS`` does, in a forked process."""
-    for number, name in enumerate((out, err), start=1):
-        with open(name, "wb") as stream:
-            os.dup2(stream.fileno(), number)
-    sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # the fork server blocks it
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    os.environ.update({"COLUMNS": "80", "PYTHONPATH": import_path(ROOT)} | variables)
-    os.chdir(cwd)
-    kind, *rest = arguments
-    folder = cwd if kind in ("-c", "-m") else str(Path(kind).parent.absolute())
-    sys.path[:0] = [folder, str(ROOT)]
-    sys.argv = ["-c", *rest[1:]] if kind == "-c" else rest if kind == "-m" else [kind, *rest]
-    try:
-        if kind == "-m":
-            runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
-        elif kind == "-c":
-            exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__"})
-        else:
-            runpy.run_path(kind, run_name="__main__")
-    except SystemExit:
-        raise
-    except BaseException:
-        traceback.print_exc()
-        sys.exit(1)
 
 
 def lesson(name: str, *flags: str) -> tuple[int, str, str]:

@@ -163,7 +163,9 @@ def interpreter() -> Iterator[Callable[..., Any]]:
     The variable must be set before Triton is imported, so ``function`` imports `torchpar.kernels`
     itself.
     """
-    with ProcessPoolExecutor(1, get_context("spawn"), initializer=_interpret) as worker:
+    from commands import interpret  # a module of its own name, unlike the two conftest.py
+
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=interpret) as worker:
         yield lambda function, *args: worker.submit(function, *args).result()
 
 
@@ -202,7 +204,3 @@ def ranks(fork_server: None) -> Iterator["Ranks"]:
 
     with Ranks() as started:
         yield started
-
-
-def _interpret() -> None:
-    os.environ["TRITON_INTERPRET"] = "1"

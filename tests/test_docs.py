@@ -23,6 +23,7 @@ import torch.distributed.checkpoint as dcp
 from commands import ROOT, blocks, execute, forked_ranks
 from torch.distributed.checkpoint import CheckpointException
 
+import nogpu
 import torchpar
 from benchmarks import speedrun, train
 from benchmarks.ladder import page as ladder_page
@@ -38,6 +39,7 @@ PAGES = {
     for path in (
         ROOT / "README.md",
         ROOT / "CONTRIBUTING.md",
+        ROOT / "nogpu" / "README.md",
         *sorted((ROOT / "docs").glob("*.md")),
     )
 }
@@ -67,7 +69,7 @@ def our_flags() -> set[str]:
     """Return the fields of the examples' flags, and the arguments of parsers."""
     paths = [
         path
-        for folder in ("benchmarks", "torchpar", "tests/fuzz")
+        for folder in ("benchmarks", "torchpar", "tests/fuzz", "nogpu/src")
         for path in (ROOT / folder).rglob("*.py")
     ]
     parsers = "".join(path.read_text() for path in paths)
@@ -84,7 +86,8 @@ def missing(text: str, folder: Path, flags: set[str]) -> list[str]:
         link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link
     ]
     paths = re.findall(
-        r"\b(?:examples|benchmarks|tests|docs|torchpar)/[\w/.-]*\.(?:py|sh|yaml|sbatch|md)\b", text
+        r"(?<![\w/])(?:examples|benchmarks|tests|docs|torchpar|nogpu)/[\w/.-]*\.(?:py|sh|yaml|sbatch|md)\b",
+        text,
     )
     modules = re.findall(r"-m (benchmarks\.[a-z]\w*|torchpar)\b", text)
     modules += [f"benchmarks.{name}" for name in re.findall(r"-m benchmarks run ([a-z]\w*)", text)]
@@ -205,7 +208,6 @@ def public_names() -> set[str]:
     for part in (
         "library",
         "testing",
-        "ptx",
         "nn",
         "optim",
         "parallel",
@@ -221,7 +223,7 @@ def public_names() -> set[str]:
             if getattr(value, "__module__", "") == module.__name__ and name[0] != "_"
         ]
         names |= {f"{module.__name__}.{name}" for name in getattr(module, "__all__", defined)}
-    return names
+    return names | {f"nogpu.{name}" for name in nogpu.__all__ if name != "__version__"}
 
 
 def test_the_reference_has_all_public_names_and_no_other():
@@ -728,7 +730,7 @@ def test_the_readme_leads_with_the_mission():
     """In a stranger's order, and every command follows the installation."""
     order = (
         *("python3 -m venv", "examples/train_ddp.py", "import torchpar", "linear_sigmoid("),
-        *("matmul_t(", "maximum(", "**Measured on one", "**From loops", "torchpar ptx"),
+        *("matmul_t(", "maximum(", "**Measured on one", "**From loops", "python -m nogpu"),
         *("torchpar verify", "benchmarks run optimizers"),
     )
     places = [README.index(part) for part in order]
@@ -765,7 +767,7 @@ def test_each_page_of_the_site_says_first_for_whom_it_is():
 
 
 def test_the_readmes_command_runs_the_script_of_the_page_of_kernels():
-    (script,) = re.findall(r"`python -m torchpar ptx [^`]*\b(examples/\S+\.py)`", README)
+    (script,) = re.findall(r"`python -m nogpu [^`]*\b(examples/\S+\.py)`", README)
     (shown,) = re.findall(r"```py\n(# scale.py\n.*?)```", PAGES["docs/ptx.md"], re.DOTALL)
     _, *lines = (ROOT / script).read_text().splitlines()  # the first one is the licence
     assert [line.partition("  #")[0] for line in lines] == shown.splitlines()[1:]

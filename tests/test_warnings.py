@@ -14,7 +14,7 @@ from foreign_warnings import ARE_ERRORS, RAISED, foreign_folders
 shown = pytest.mark.skipif(ARE_ERRORS, reason="FOREIGN_WARNINGS=error makes all errors")
 OWN = [
     *("torchpar.ops.machine", "torchpar.kernels.tiles", "benchmarks.timing", "docs.house"),
-    *("train_ddp", "support.lesson", "softmax", "conftest", "commands", "ptx.test_ways", __name__),
+    *("train_ddp", "support.lesson", "softmax", "conftest", "commands", "test_ways", __name__),
     *("__main__", "script_that_a_test_wrote"),
 ]
 FOREIGN = ["triton.compiler.code_generator", "torch", "ast", "importlib._bootstrap"]
@@ -71,7 +71,7 @@ def test_a_warning_that_we_raise_is_an_error_in_the_line_of_another_package():
 
 def raised_messages() -> Iterator[str]:
     """The message of each warning that our modules raise, with 7 for each value in it."""
-    for room in ("torchpar", "kernels", "examples", "benchmarks"):
+    for room in ("torchpar", "kernels", "examples", "benchmarks", "nogpu/src"):
         for path in (ROOT / room).rglob("*.py"):
             if "warnings.warn" not in (text := path.read_text()):
                 continue

@@ -23,7 +23,6 @@ COMMANDS = {
         "torchpar.testing.operators.command_line",
         "try an operator of yours with every part of PyTorch",
     ),
-    "ptx": ("torchpar.ptx.command", "run a script's Triton kernels as compiled for a GPU, here"),
     "doctor": (
         "torchpar.testing.doctor",
         "say what works on this machine, and how to mend what does not",
@@ -38,7 +37,7 @@ COMMANDS = {
         "program of yours",
     ),
     "explain": (
-        "torchpar.ptx.explain",
+        "torchpar.testing.explain",
         "say who computes a product on a GPU: which tiles, or the library",
     ),
 }
@@ -48,12 +47,16 @@ GUARDED = {
     "exercises": ("the check", ""),
 }
 
+PTX = "ptx is a package of its own now: pip install nogpu, and python -m nogpu SCRIPT"
+
 
 def main() -> int:
     parser = argparse.ArgumentParser("python -m torchpar")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (_, text) in COMMANDS.items():
         commands.add_parser(name, help=text, add_help=False)
+    if sys.argv[1:2] == ["ptx"]:
+        parser.error(PTX)
     command = parser.parse_args(sys.argv[1:2]).command
     try:
         module = import_command(command, parser)

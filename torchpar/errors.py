@@ -4,6 +4,7 @@
 The message of an error is one line: what was wrong, what was expected, what to do.
 """
 
+import importlib
 import io
 import math
 import operator
@@ -20,6 +21,7 @@ from contextlib import (
     suppress,
 )
 from functools import partial, wraps
+from importlib.util import find_spec
 from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction
 from pathlib import Path
 from types import AsyncGeneratorType, CoroutineType, GeneratorType
@@ -376,6 +378,26 @@ def can_print() -> bool:
     except OSError:
         return False
     return True
+
+
+def import_nogpu(what: str) -> Any:
+    """Import nogpu, which executes Triton kernels on a machine without a GPU.
+
+    Args:
+        what: needs it, as in "the row 'races' needs nogpu".
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    if not has_nogpu():
+        raise ConfigError(f"{what} needs nogpu; pip install nogpu")
+    return importlib.import_module("nogpu")
+
+
+def has_nogpu() -> bool:
+    """Whether nogpu is installed; a folder of this name is no package."""
+    found = find_spec("nogpu")
+    return found is not None and found.origin is not None
 
 
 def needs_torch(package: str, names: Sequence[str]) -> Callable[[str], NoReturn]:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Functions of a student's file for a GPU, executed without one.
 
-`torchpar.ptx` executes what they launch by Triton, with faults, counters and the least time on a
+`nogpu` executes what they launch by Triton, with faults, counters and the least time on a
 GPU. Numba's simulator executes what they launch by ``numba.cuda``, of which it tells values, and
 `benchmarks.ladder.races` tells races of threads at the first size.
 """
@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -25,10 +24,11 @@ from benchmarks.ladder.cases import LadderCase, make_case
 from benchmarks.ladder.races import Races, recorded
 from benchmarks.ladder.student import Entry, SlowCall
 from benchmarks.timing import Rejected
+from torchpar.errors import has_nogpu
 from torchpar.parallel.launch.guard import TooSlow
 
 if TYPE_CHECKING:
-    from torchpar.ptx import Emulator, Report
+    from nogpu import Emulator, Report
 
 BUDGET = 20.0  # seconds that the next larger size may take
 LIMIT = 90.0  # seconds of any call
@@ -36,6 +36,7 @@ PATIENCE = 300.0  # seconds of a call of the whole that has no smaller one
 GROWTH = 4
 BLOCK = 1024  # threads of a block, of which no GPU takes more
 FIXED = 64  # times as many threads as numbers of the result, from which a launch is for the whole
+NO_GPU = "0 active drivers"  # of Triton
 SIMULATOR = "NUMBA_ENABLE_CUDASIM"  # of the environment, when Numba is imported
 
 
@@ -153,7 +154,7 @@ def execute_once(
         races = stack.enter_context(
             simulated(launched, most if is_part else math.inf, records=records)
         )
-        gpu = stack.enter_context(emulated()) if find_spec("triton") else None
+        gpu = stack.enter_context(emulated()) if has_nogpu() else None
         try:
             seconds = entry.call(limit=limit)
         except Rejected as e:
@@ -161,6 +162,8 @@ def execute_once(
                 raise Rejected(faults_of(gpu.report())) from None
             if races is not None and races.first:
                 raise Rejected(races.first) from None
+            if NO_GPU in str(e) and gpu is None:
+                raise Rejected("kernels of Triton need nogpu here; pip install nogpu") from None
             raise e from None
     report = gpu.report() if gpu is not None else None
     if report is not None and report.errors:
@@ -171,7 +174,7 @@ def execute_once(
         seconds = sum(one.seconds for one in report.launches)
         least, text = counted(report)
         programs = tuple(Launch(one.programs) for one in report.launches)
-        by = "right in torchpar.ptx"
+        by = "right in nogpu"
         return Executed(entry.tried, by, least, text, launches=programs), seconds
     if launched:
         seen = races.verdict(entry.tried.size) if races is not None else ""
@@ -184,8 +187,8 @@ def execute_once(
 @contextmanager
 def emulated() -> Iterator["Emulator"]:
     """Execute Triton's kernels as compiled for an H100, and let "cuda" mean the CPU."""
-    from torchpar.ptx import emulate
-    from torchpar.ptx.cuda.stand_in import cuda_is_cpu
+    from nogpu import emulate
+    from nogpu.cuda.stand_in import cuda_is_cpu
 
     with emulate("sm_90") as gpu, cuda_is_cpu(gpu):
         yield gpu

@@ -26,13 +26,13 @@ CORE = "core"
 # What each way finds in the environment.
 WAYS: dict[str, dict[str, str]] = {
     CORE: {},
-    "python": {"TORCHPAR_PTX": "python"},
+    "python": {"NOGPU_EXECUTOR": "python"},
     "interpreter": {"TRITON_INTERPRET": "1"},
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    command = Command("ptx", needs=["triton"])
+    command = Command("ptx", needs=["triton", "nogpu"])
     options = command.parse(arguments)
     table = Table(command.csv(options), CPU)
     names = NAMES[:1] if options.quick else NAMES

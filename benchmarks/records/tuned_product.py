@@ -42,7 +42,7 @@ def tuned_product(
         return count_tiles(tiles, m, n, product().is_symmetric)
 
     def estimate(tiles: "Tiles", operands: Sequence[Tensor], kind: str, gpu: str) -> float:
-        from torchpar.ptx.estimate import estimate_tiles
+        from torchpar.testing.estimate import estimate_tiles
 
         sizes = *sizes_of(*operands), 1
         return estimate_tiles(product(), kind, tiles, sizes, gpu).microseconds

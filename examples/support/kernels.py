@@ -11,9 +11,9 @@ from types import TracebackType
 import triton
 from triton.runtime import KernelInterface
 
+from nogpu import Emulator
+from nogpu.check.rows import described
 from torchpar.errors import ConfigError
-from torchpar.ptx import Emulator
-from torchpar.testing.operators.kernel_rules import described
 
 
 @contextmanager

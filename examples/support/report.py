@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from support import console, plots
+from support.drawing import Drawing
 
 import numpy as np
 
 from torchpar.errors import writing
-from torchpar.ptx.report.drawing import Drawing
 from torchpar.training.outcome import EpochResult
 from torchpar.training.profile.record import RankRecord, Timeline, timeline
 

@@ -85,9 +85,9 @@ def test_the_package_without_torch_has_the_baselines_alone():
     program += "print(numpy_mlp.NumpyMLP((3, 2)).parameters.size)\n"
     names = sorted(torchpar.__all__)
     assert {"maximum", "nn", "optim", "exact", "parallel", "testing"} <= set(names)
-    program += "from torchpar.data import files\nimport torchpar.ptx\n"
+    program += "from torchpar.data import files\n"
     # Of a package that is imported, its names need PyTorch.
-    for package in (torchpar.data, torchpar.parallel, torchpar.ptx):
+    for package in (torchpar.data, torchpar.parallel):
         prefix = package.__name__.partition(".")[2]
         names += [f"{prefix}.{name}" for name in package.__all__]
     names = [name for name in names if name not in ("parallel", "ptx")]

@@ -19,18 +19,18 @@ from torch import Tensor
 pytest.importorskip("rich", reason="rich prints the tables")
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 
-from ptx.launch import Gpu, idle_gpu
+from launching import Gpu, idle_gpu
 
 from benchmarks import autotune, compile_kernels, driver
 from benchmarks.compile_kernels import Job, all_jobs, tuned_jobs, tuned_of
 from benchmarks.records import OPERATORS
 from benchmarks.results import Table
+from nogpu.machine.block import SCHEDULES
 from torchpar.errors import ConfigError
 from torchpar.kernels import launch, matmul_t, maximum
 from torchpar.kernels.matmul_t import symmetric_matmul
 from torchpar.kernels.rule import KINDS, Tiles, configurations, unaligned_tiles
 from torchpar.ops.cpu import mirror_
-from torchpar.ptx.machine.block import SCHEDULES
 
 NAMES = [name for name, operator in OPERATORS.items() if operator.tuned is not None]
 

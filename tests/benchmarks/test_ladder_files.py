@@ -307,7 +307,7 @@ def triton_row(folder: Path, mask: str) -> rungs.Rung:
 def test_a_triton_file_is_executed_with_counters_and_a_bound(tmp_path, capsys):
     pytest.importorskip("triton", reason="the file has a kernel in Triton")
     row = triton_row(tmp_path, "here")
-    assert "tri.py: max_gpu is right in torchpar.ptx at 3×5, at least " in capsys.readouterr().out
+    assert "tri.py: max_gpu is right in nogpu at 3×5, at least " in capsys.readouterr().out
     # In each matrix 15 numbers of 4 bytes lie in two sectors of 32 bytes, or in three.
     distinct = row.executed.rpartition(" of them distinct")[0].rpartition(" ")[2]
     assert 6 <= int(distinct) <= 9
@@ -317,7 +317,7 @@ def test_a_triton_file_is_executed_with_counters_and_a_bound(tmp_path, capsys):
     assert cells["time"].startswith("at least ")
     note, remark = page.notes([result])
     assert remark.startswith("Note on tri.py: max_gpu: it launches 1 block at 3×5, and the assign")
-    assert note.startswith("Without a GPU: tri.py: max_gpu is right in torchpar.ptx at 3×5, ")
+    assert note.startswith("Without a GPU: tri.py: max_gpu is right in nogpu at 3×5, ")
 
 
 @pytest.mark.slow
@@ -559,7 +559,7 @@ def test_a_product_by_numba_that_adds_in_order_has_the_reason():
 
 
 def test_a_function_executed_without_a_gpu_has_a_bound_and_no_ratio():
-    executed = {"executed": "right in torchpar.ptx at 20×30", "left_out": "no GPU"}
+    executed = {"executed": "right in nogpu at 20×30", "left_out": "no GPU"}
     loops = row("c.py: max_cpu", 250.0)
     unknown = "no GPU, so no time, and whether it is at least 40 is unknown"
     assert list(homework.without_time([row("c.py: max_gpu", None, **executed)], [loops])) == [

@@ -9,9 +9,9 @@ from unittest.mock import patch
 import pytest
 from commands import MPIRUN, ROOT, run
 
+from nogpu import command
 from torchpar.baselines import mpi
 from torchpar.errors import AllRanksError, ConfigError
-from torchpar.ptx import command
 
 # What no finder finds, as where the package is not installed.
 HIDING = """

@@ -18,8 +18,8 @@ pytest.importorskip("jinja2", reason="jinja2 fills the page")
 
 from support import report
 
+from nogpu.report.drawing import INK
 from torchpar.errors import ConfigError
-from torchpar.ptx.report.drawing import INK
 
 IMAGES = "--dataset fashion-mnist --hidden 16 --device cpu --epochs 2 --batch-size 50"
 # Flags, and ranks in this process's pool, of each lesson that has a page.

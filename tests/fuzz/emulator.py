@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Random Triton kernels, executed by `torchpar.ptx` for a random GPU.
+"""Random Triton kernels, executed by `nogpu` for a random GPU.
 
 A kernel computes a random expression elementwise, reduces or scans rows, multiplies matrices, or
 fills a histogram by atomics. The core in C and the executor in Python must give the same bits,
@@ -28,10 +28,10 @@ import triton
 from driver import Found, run
 from torch import Tensor
 
-from torchpar.ptx import Report, emulate
-from torchpar.ptx.instructions import arithmetic
-from torchpar.ptx.native import core as native
-from torchpar.ptx.triton import emulator
+from nogpu import Report, emulate
+from nogpu.instructions import arithmetic
+from nogpu.native import core as native
+from nogpu.triton import emulator
 
 FOLDER = Path(tempfile.mkdtemp(prefix="torchpar-fuzz-"))
 register(shutil.rmtree, FOLDER, ignore_errors=True)

@@ -13,8 +13,8 @@ from torch import Tensor
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 from triton import knobs
 
+import nogpu
 import torchpar
-from torchpar import ptx
 from torchpar.kernels import launch, linear_sigmoid, matmul_t, maximum
 from torchpar.library import CustomOpDef
 from torchpar.library.definition import _OTHER_KEYS
@@ -62,7 +62,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     for module in ("maximum", "matmul_t", "linear_sigmoid"):
         monkeypatch.setattr(f"torchpar.kernels.{module}.again", counted)
     launch.forget_plans()
-    with ptx.emulate(), torch.backends.flags(fp32_precision="tf32"):
+    with nogpu.emulate(), torch.backends.flags(fp32_precision="tf32"):
         yield found
     launch.forget_plans()
 
@@ -260,7 +260,7 @@ def test_emulations_of_other_gpus_have_launches_of_their_own() -> None:
     launch.forget_plans()
     for arch in ("sm_90", "sm_80", "sm_90"):
         for multiprocessors in (4, 7):
-            with ptx.emulate(arch, multiprocessors=multiprocessors) as emulated:
+            with nogpu.emulate(arch, multiprocessors=multiprocessors) as emulated:
                 torchpar.maximum(X, X)
                 assert [one.arch for one in emulated.launches] == [arch]
     assert len(launch._remembered) == 4

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from ptx.launch import idle_gpu
+from launching import idle_gpu
 from torch import Tensor
 
 pytest.importorskip("triton", reason="the kernels are written in Triton")

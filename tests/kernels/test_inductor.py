@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 import triton
-from ptx.launch import idle_gpu
+from launching import idle_gpu
 from triton.compiler import ASTSource
 
 from torchpar.kernels import tiles

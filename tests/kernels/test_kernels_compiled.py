@@ -15,11 +15,11 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any, NamedTuple
 
+import kernel_cases as cases
 import pytest
 import torch
 import triton
 from products import PRODUCTS
-from ptx import cases
 from torch import Tensor
 
 from benchmarks.compile_kernels import resources

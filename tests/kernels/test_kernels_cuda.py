@@ -19,7 +19,7 @@ import torchpar
 from benchmarks.records import OPERATORS
 
 pytest.importorskip("triton", reason="the kernels are written in Triton")
-from ptx import cases
+import kernel_cases as cases
 
 from torchpar.kernels import exact_matmul, launch
 from torchpar.kernels.rule import KINDS, Tiles

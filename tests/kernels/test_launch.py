@@ -29,7 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 pytest.importorskip("triton", reason="the kernels are written in Triton")
-from ptx.launch import idle_gpu
+from launching import idle_gpu
 
 from torchpar.kernels import (
     exact_matmul,

@@ -7,23 +7,24 @@ import re
 from collections.abc import Sequence
 from itertools import cycle
 
+import kernel_cases as cases
+import mutants
 import pytest
 import torch
 from exact_operands import HARD
+from kernel_cases import F16, F32, F64, Case
+from launching import Gpu
 from products import PRODUCTS
-from ptx import cases, mutants
-from ptx.cases import F16, F32, F64, Case
-from ptx.launch import Gpu
 
 from benchmarks.records.record import FLOATS, INTEGERS
+from nogpu import emulate
+from nogpu.instructions import copies
+from nogpu.machine.block import SCHEDULES, Schedule
+from nogpu.machine.counters import summarize
+from nogpu.machine.parse import PtxError
+from nogpu.machine.trace import Trace
 from torchpar.kernels import exact_matmul, matmul_t
 from torchpar.kernels.rule import KINDS, Tiles, configurations, unaligned_tiles
-from torchpar.ptx import emulate
-from torchpar.ptx.instructions import copies
-from torchpar.ptx.machine.block import SCHEDULES, Schedule
-from torchpar.ptx.machine.counters import summarize
-from torchpar.ptx.machine.parse import PtxError
-from torchpar.ptx.machine.trace import Trace
 
 slow = pytest.mark.slow
 LARGE, WIDE_TF32 = Tiles(128, 256, 64, 8, 4, "tma"), Tiles(64, 128, 32, 4, 3, "tma")

@@ -20,9 +20,9 @@ pytest.importorskip("triton", reason="the kernels are written in Triton")
 
 import triton
 
+from nogpu import emulate
+from nogpu.record.launch import Launch
 from torchpar.kernels import row_sums
-from torchpar.ptx import emulate
-from torchpar.ptx.report.launch_record import Launch
 
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 

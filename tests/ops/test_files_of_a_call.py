@@ -5,14 +5,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from commands import entered_files
+from commands import ROOT
+from processes import entered_files
 
 MOST_FILES = {"cuda": 9, "cpu": 8}
 X = torch.ones(48, 32)
 
 
 def files(call: Callable[[], object]) -> list[str]:
-    return entered_files(call, "torchpar/library", "torchpar/ops", "torchpar/kernels")
+    return entered_files(call, "torchpar/library", "torchpar/ops", "torchpar/kernels", root=ROOT)
 
 
 def test_few_files_lead_to_a_product_on_a_cpu() -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The precision of float32 products that a user chooses: `torchpar.fp32_products`.
 
-The kernels run on the executor of `torchpar.ptx`, whose tensor cores cut operands of TF32 off.
+The kernels run on the executor of `nogpu`, whose tensor cores cut operands of TF32 off.
 """
 
 import math
@@ -32,11 +32,11 @@ from torch.utils.checkpoint import checkpoint
 
 import torchpar
 from benchmarks.driver import target
+from nogpu import Emulator, Launch, emulate
 from torchpar.kernels.matmul_t import symmetric_matmul as launch
 from torchpar.kernels.rule import Tiles
 from torchpar.ops.fp32_matmul import fp32_matmul
 from torchpar.parallel.launch.local import Ranks
-from torchpar.ptx import Emulator, Launch, emulate
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 

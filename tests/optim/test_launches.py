@@ -18,8 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton")
 
+import nogpu
 from benchmarks.driver import gpu_of_cpu_tensors
-from torchpar import ptx, reference
+from torchpar import reference
 from torchpar.kernels import tiles
 from torchpar.kernels.launch import Plan
 from torchpar.optim import Muon, elementwise, matrices, newton_schulz, orthogonalize
@@ -75,9 +76,9 @@ def by_kernels(do: bool) -> object:
 
 
 @contextmanager
-def emulated() -> Iterator[ptx.Emulator]:
+def emulated() -> Iterator[nogpu.Emulator]:
     """Execute kernels that are launched straight, at any size."""
-    with ptx.emulate() as gpu, by_kernels(True):
+    with nogpu.emulate() as gpu, by_kernels(True):
         yield gpu
     assert not gpu.faults
 
@@ -366,7 +367,7 @@ def test_the_kernel_updates_no_other_layouts():
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (3, 0, 4), (0, 3, 4)])
 def test_no_kernel_is_launched_for_nothing(shape):
-    with ptx.emulate() as gpu, by_kernels(True):
+    with nogpu.emulate() as gpu, by_kernels(True):
         assert orthogonalize(torch.ones(shape)).shape == shape
     assert not gpu.launches
 

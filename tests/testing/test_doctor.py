@@ -93,7 +93,7 @@ def test_a_gpu_and_the_choice_of_its_tiles(monkeypatch, enabled, value):
 
 def test_the_emulator(monkeypatch):
     pytest.importorskip("triton", reason="Triton compiles the kernels")
-    from torchpar.ptx.native import core as native
+    from nogpu.native import core as native
 
     monkeypatch.setattr(native, "library", lambda: None)
     kernel, core = doctor.emulator()

@@ -20,12 +20,12 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim.lr_scheduler import StepLR
 from torch.optim.swa_utils import AveragedModel
 
+from nogpu import emulate
+from nogpu.cuda.stand_in import cuda_is_cpu
 from torchpar.data import Samples
 from torchpar.errors import ConfigError
 from torchpar.nn import MLP
 from torchpar.parallel import join_world
-from torchpar.ptx import emulate
-from torchpar.ptx.cuda.stand_in import cuda_is_cpu
 from torchpar.training import (
     CheckpointConfig,
     Classification,

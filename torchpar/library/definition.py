@@ -536,7 +536,7 @@ class CustomOpDef(torch.library.CustomOpDef):  # type: ignore[name-defined, misc
         ):
             error.add_note(
                 f"{self._qualname} has no kernel for the CPU; register one by "
-                'register_kernel("cpu"), or execute its Triton kernels by python -m torchpar ptx'
+                'register_kernel("cpu"), or execute its Triton kernels by python -m nogpu'
             )
 
     def _checked(self, result: Any) -> object:

@@ -75,7 +75,7 @@ def _is_huge(arg: Any) -> bool:
 
 
 def runs_kernels(t: Tensor) -> bool:
-    """Whether the operators' Triton kernels run: on a GPU, or on a CPU within `ptx.emulate`."""
+    """Whether the operators' Triton kernels run: on a GPU, or on a CPU within `nogpu.emulate`."""
     return t.is_cuda or (t.is_cpu and is_emulating())
 
 
@@ -90,8 +90,8 @@ def check_strided(operator: str, name: str, t: Tensor) -> None:
 
 def is_emulating() -> bool:
     """Whether Triton's launches on CPU tensors are executed by an emulator of a GPU."""
-    module = sys.modules.get("triton.runtime.driver")  # importing it would take long
-    return module is not None and hasattr(module.driver._active, "emulator")
+    nogpu = sys.modules.get("nogpu")  # where nobody has imported it, nothing is emulated
+    return nogpu is not None and nogpu.is_emulating()
 
 
 def is_intercepted() -> bool:

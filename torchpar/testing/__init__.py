@@ -8,7 +8,6 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torchpar.testing.kernels import check_kernel
     from torchpar.testing.operators.case import Sample
     from torchpar.testing.operators.check_operator import check_operator
     from torchpar.testing.operators.table import OperatorTable
@@ -24,7 +23,6 @@ _MODULES = {
     "OperatorTable": "operators.table",
     "Row": "optimizers.conformance",
     "Sample": "operators.case",
-    "check_kernel": "kernels",
     "check_operator": "operators.check_operator",
     "check_optimizer": "optimizers.check_optimizer",
 }
@@ -35,7 +33,6 @@ __all__ = [
     "OperatorTable",
     "Row",
     "Sample",
-    "check_kernel",
     "check_operator",
     "check_optimizer",
 ]

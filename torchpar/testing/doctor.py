@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import torchpar
-from torchpar.errors import cache_remedy, first_line
+from torchpar.errors import cache_remedy, first_line, has_nogpu
 from torchpar.ops.machine import cpuinfo
 from torchpar.testing.operators.compare import accurate, same_bits
 from torchpar.testing.operators.tensors import normal_like
@@ -163,9 +163,14 @@ def emulator() -> Iterator[Finding]:
     """Whether Triton kernels can be compiled for a GPU that is not here, and executed."""
     if importlib.util.find_spec("triton") is None:
         return  # as "versions" says
-    from torchpar.ptx import emulate
-    from torchpar.ptx.native import core as native
-    from torchpar.ptx.triton.emulate import why_not_compiled
+    if not has_nogpu():
+        yield Finding(
+            "nogpu", "missing; kernels for a GPU are not tried", "note", "pip install nogpu"
+        )
+        return
+    from nogpu import emulate
+    from nogpu.native import core as native
+    from nogpu.triton.emulate import why_not_compiled
 
     if reason := why_not_compiled():
         value, _, remedy = reason.partition("; ")

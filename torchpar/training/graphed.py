@@ -397,7 +397,7 @@ class _GraphedStep:
             raise ConfigError(
                 f"the step cannot be captured in a CUDA graph ({first_line(first)}); if it reads a "
                 "value back, as .item(), print and some optimizers do, leave that out; python -m "
-                "torchpar ptx --cuda-is-cpu names the line (docs/graphs.md)"
+                "nogpu --cuda-is-cpu names the line (docs/graphs.md)"
             ) from e
         captured = _Graph(graph, inputs, outputs, gradients)
         self._graphs.setdefault(signature, []).append(captured)

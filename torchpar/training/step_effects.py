@@ -27,7 +27,7 @@ from torchpar.training.leaf_gradients import live_tensors
 HOST = torch.device("cpu")
 LARGEST = 64  # elements of a tensor whose values are compared in each call; reading takes long
 # Between a program's line and an operator: contextlib calls torchpar's contexts.
-LIBRARIES = ("torch", "torchpar", "contextlib")
+LIBRARIES = ("torch", "torchpar", "nogpu", "contextlib")
 _COPIES = (torch.ops.aten.copy_, torch.ops.aten._to_copy)
 
 

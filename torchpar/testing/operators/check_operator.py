@@ -85,7 +85,7 @@ def check_operator(
             raise ConfigError(f"{given}, expected a callable")
     overload = find_overload(op, chosen[0])
     if overload is not None and overload._schema.is_mutable:
-        way = "torch.library.opcheck takes it, and torchpar.testing.check_kernel its kernel"
+        way = "torch.library.opcheck takes it, and nogpu.check_kernel its kernel"
         raise ConfigError(
             f"{overload} writes to its operands, expected an operator that does not; {way}"
         )

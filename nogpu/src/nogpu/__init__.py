@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: MIT
+"""Triton kernels without a GPU: an executor of NVIDIA's PTX on a CPU.
+
+    with nogpu.emulate("sm_90") as gpu:
+        kernel[grid](x, y, n, BLOCK=1024)
+    print(gpu.report())
+
+A launch passes these folders, one after the other:
+
+- `triton`: `emulate`, which lets Triton take an emulated GPU for its own; `driver` (what Triton
+  asks and launches), `stages` (of its compiler), `parameters` (of a launch, from its arguments),
+  `conditions` and `assumptions` (of the compiled code), `emulator` (the GPU, its launches and
+  faults), `host_memory` (of tensors), `torch_operators` (beside launches), and `autotuner`.
+  `cuda` stands in for `torch.cuda`, CUDA graphs included, in scripts that say "cuda".
+- `machine`: one launch, `gpu`. What is executed: `parse` (text to instructions), `decode`
+  (instructions to functions), `registers` (kinds of numbers), `block` (warps, barriers and
+  schedules), `cluster`, `execute` (steps of a warp), and `workers` (threads that divide a launch).
+  What is watched: `allocation` (bytes, and who has accessed them), `address_space`, `memory` (the
+  rules of accesses), `vector_clocks` (who knows of which access), `operation` (asynchronous ones),
+  `definedness` (undefined bits), `counts`, their sums in `counters`, `sample` (of programs, for the
+  counts of all), and `trace` (a record of one program). `protocols` has a GPU, a block and a warp
+  for type checkers.
+- `instructions`: what each instruction of PTX does, in Python.
+- `native`: the common instructions, and whole blocks, in C: `layout` (what Python and C share),
+  `core` (built once, and loaded), `encoding`, `warps`, `blocks`.
+- `record`: what is kept of a launch: `launch`, its `faults` with their `source`, `resources` (by
+  ptxas), `roofline` (bounds by data sheets) and `time` (an estimate).
+- `report`: `groups` of launches, and `report`, as `text`, as a `page`, or as JSON (`data`);
+  `limits` are what a program asserts of counters.
+
+`command`, `pytest` and `check` (a kernel beside its reference) are the ways to run it. Imports go
+one way, which import-linter checks: `cuda`, `triton`, `report` and `record` import the folders
+after them, and the modules of `triton`, `machine`, `instructions` and `native` have the order of
+pyproject.toml.
+
+Sections are those of NVIDIA's "PTX ISA", release 9.0.
+"""
+
+import importlib
+import sys
+from typing import TYPE_CHECKING
+
+from nogpu.version import __version__
+
+if TYPE_CHECKING:
+    from nogpu.check.kernels import check_kernel
+    from nogpu.check.table import KernelTable
+    from nogpu.cuda.stand_in import cuda_is_cpu
+    from nogpu.machine.counters import Access, Counters, Line
+    from nogpu.record.faults import Fault
+    from nogpu.record.launch import Launch
+    from nogpu.report.limits import Limits
+    from nogpu.report.report import Report
+    from nogpu.triton.emulate import emulate
+    from nogpu.triton.emulator import Emulator
+
+# Where the public names are. They are imported on first use: pytest loads its plugin in every run,
+# which then needs neither PyTorch nor Triton.
+_MODULES = {
+    "Access": "machine.counters",
+    "Counters": "machine.counters",
+    "Emulator": "triton.emulator",
+    "Fault": "record.faults",
+    "KernelTable": "check.table",
+    "Launch": "record.launch",
+    "Limits": "report.limits",
+    "Line": "machine.counters",
+    "Report": "report.report",
+    "check_kernel": "check.kernels",
+    "cuda_is_cpu": "cuda.stand_in",
+    "emulate": "triton.emulate",
+}
+__all__ = [
+    "Access",
+    "Counters",
+    "Emulator",
+    "Fault",
+    "KernelTable",
+    "Launch",
+    "Limits",
+    "Line",
+    "Report",
+    "__version__",
+    "check_kernel",
+    "cuda_is_cpu",
+    "emulate",
+    "is_emulating",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'nogpu' has no attribute {name!r}")
+    found = getattr(importlib.import_module(f"nogpu.{_MODULES[name]}"), name)
+    globals()[name] = found
+    return found
+
+
+def is_emulating() -> bool:
+    """Return whether Triton's launches on CPU tensors are executed by an emulator of a GPU.
+
+    A library asks this to choose its kernels for CPU tensors, and need not import nogpu for it:
+    where `sys.modules` lacks "nogpu", nothing is emulated.
+    """
+    module = sys.modules.get("triton.runtime.driver")  # importing it would take long
+    return module is not None and hasattr(module.driver._active, "emulator")

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""The check of a kernel: its values beside a reference, and its faults, in a table."""

@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: MIT
+"""Run a script's Triton kernels without a GPU: ``python -m nogpu SCRIPT``."""
+
+import argparse
+import concurrent.futures.thread
+import os
+import runpy
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import TextIO
+
+import torch
+
+from nogpu.console import breaking_silence
+from nogpu.cuda.advice import (
+    NEEDS_CUDA,
+    NOT_EXECUTED,
+    SIMULATOR,
+    advise,
+    fault_of_numba,
+    is_of_numba,
+    says_cuda,
+)
+from nogpu.cuda.stand_in import cuda_is_cpu
+from nogpu.machine.sample import LEAST
+from nogpu.report.report import Report
+from nogpu.triton.driver import how_far
+from nogpu.triton.emulate import emulate, why_not_compiled
+from nogpu.triton.emulator import ARCHITECTURES, Emulator
+
+WITHIN = "only kernels that the script's own process launches are executed"
+SIMULATED = "kernels of numba.cuda are executed by Numba's simulator, and not checked"
+INNER = "the script's own emulate or check_kernel reports its launches"
+
+# What a file of the report is, and how its name ends; others are not overwritten.
+FILES = {"report": ("page", ".html", ".htm"), "json": ("file of JSON", ".json")}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run a script, and print what its kernels do wrong.
+
+    Returns:
+        1 if there is an error, and 0 for warnings and notes.
+    """
+    parser = argparse.ArgumentParser(
+        "python -m nogpu",
+        description="Run a script whose Triton kernels are compiled for a GPU, and executed here.",
+    )
+    parser.add_argument("--arch", choices=ARCHITECTURES, default="sm_90", help="by default sm_90")
+    parser.add_argument(
+        "--schedules",
+        choices=("one", "all"),
+        default="one",
+        help="all: execute each launch three times, in other orders",
+    )
+    parser.add_argument(
+        "--configurations",
+        choices=("first", "all"),
+        default="first",
+        help="all: execute every configuration of autotuned kernels",
+    )
+    parser.add_argument("--cuda-is-cpu", action="store_true", help='let device="cuda" mean the CPU')
+    parser.add_argument(
+        "--counters", action="store_true", help="print what each kernel's first launch does"
+    )
+    parser.add_argument(
+        "--time", action="store_true", help="estimate the time of each kernel's first launch"
+    )
+    parser.add_argument(
+        "--sample",
+        type=_size_of_sample,
+        metavar="N",
+        help="execute at most N programs of a launch, and scale what is counted",
+    )
+    parser.add_argument("--launches", action="store_true", help="list each launch, too")
+    parser.add_argument("--report", type=_file, metavar="FILE", help="write the report as a page")
+    parser.add_argument("--json", type=_file, metavar="FILE", help="write the report for machines")
+    parser.add_argument("script", type=Path, help="a file of Python")
+    flags = parser.add_argument("flags", nargs=argparse.REMAINDER, help="the script's own")
+    flags.required = False  # or a message says that it is
+    options = parser.parse_args(arguments)
+    if arguments[-len(options.flags) - 1] == "--":  # behind the script, argparse drops it
+        options.flags.insert(0, "--")
+    if fault := _fault_of(options):
+        parser.error(fault)
+    for name in FILES:
+        if (file := getattr(options, name)) is not None:
+            setattr(options, name, file.absolute())  # the script may change the folder
+    _note_flags_behind(parser, options.flags)
+    # The script may set another stdout, or close it.
+    before, process, stdout = (sys.argv, list(sys.path)), os.getpid(), sys.stdout
+    others = set(threading.enumerate())
+    with (
+        _terminable(),
+        emulate(
+            options.arch,
+            options.schedules,
+            traces=options.report is not None,
+            configurations=options.configurations,
+            sample=options.sample,
+        ) as gpu,
+    ):
+        try:
+            sys.argv = [str(options.script), *options.flags]
+            sys.path.insert(0, str(options.script.resolve().parent))
+            with (
+                breaking_silence(how_far),
+                cuda_is_cpu(gpu) if options.cuda_is_cpu else nullcontext(),
+            ):
+                try:
+                    runpy.run_path(str(options.script.absolute()), run_name="__main__")
+                finally:
+                    _join_threads(others)
+        except BaseException as e:
+            if os.getpid() != process:  # a fork of the script, which has no report
+                raise
+            if not isinstance(e, SystemExit) or e.code:
+                status = _end_early(e, gpu, options, stdout)
+                if status is not None:
+                    return status
+                raise
+        finally:
+            sys.argv, sys.path[:] = before
+    if os.getpid() != process:
+        return 0
+    report = gpu.report()
+    _show(report, options, stdout, _why_nothing(gpu, options))
+    return int(bool(report.errors))
+
+
+def _end_early(
+    error: BaseException, gpu: Emulator, options: argparse.Namespace, stdout: TextIO
+) -> int | None:
+    """Show the report of a script that an error has ended.
+
+    Returns:
+        The exit status, or None where the traceback of the error ends the process.
+    """
+    if is_of_numba(error) and not torch.cuda.is_available():
+        fault = fault_of_numba(error)
+        gpu.note(fault, (fault.name, fault.source))
+        _show(gpu.report(), options, stdout, "")
+        print(f"python -m nogpu: error: {NOT_EXECUTED}; {SIMULATOR}", file=sys.stderr)
+        return 1
+    advice = advise(error) if _lacks_cuda(error, options, gpu) else ""
+    _show(gpu.report(), options, stdout, advice)
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    _begin_in_script(error, str(options.script.absolute()))
+    return None
+
+
+def _note_flags_behind(parser: argparse.ArgumentParser, flags: Sequence[str]) -> None:
+    """Say that a flag of this command is the script's if it stands behind the script."""
+    own = {one for action in parser._actions for one in action.option_strings} - {"-h", "--help"}
+    if behind := [one for one in flags if one.partition("=")[0] in own]:
+        print(
+            f"{behind[0]} stands behind the script, which takes it; a flag of {parser.prog} stands "
+            "before the script",
+            file=sys.stderr,
+        )
+
+
+def _begin_in_script(error: BaseException, script: str) -> None:
+    """Let the traceback that ends the process begin in the script, as when Python runs it.
+
+    The frames before are those of this command and of `runpy`. Where the script cannot be parsed,
+    there are no others.
+    """
+    if isinstance(error, SystemExit):  # it has no traceback
+        return
+    hook = sys.excepthook
+
+    def show(kind: type[BaseException], e: BaseException, trace: TracebackType | None) -> None:
+        sys.excepthook, found = hook, trace
+        while found is not None and found.tb_frame.f_code.co_filename != script:
+            found = found.tb_next
+        is_not_parsed = isinstance(e, SyntaxError) and e.filename == script
+        if e is error and (found is not None or is_not_parsed):
+            hook(kind, e.with_traceback(found), found)
+        else:
+            hook(kind, e, trace)
+
+    sys.excepthook = show
+
+
+def _size_of_sample(text: str) -> int:
+    if not text.isdecimal() or int(text) < LEAST:
+        raise argparse.ArgumentTypeError(f"is {text}, expected an integer from {LEAST} on")
+    return int(text)
+
+
+def _file(text: str) -> Path:
+    if text == "-":
+        raise argparse.ArgumentTypeError(
+            "is -, the standard output, where the script prints, too; name a file"
+        )
+    return Path(text)
+
+
+def _why_nothing(gpu: Emulator, options: argparse.Namespace) -> str:
+    """Say why a script has launched no program, as far as is known."""
+    if gpu.empty:
+        return f"{gpu.empty[0]}; give the number of programs in each dimension"
+    if gpu.has_inner:
+        return INNER
+    if getattr(sys.modules.get("numba.core.config"), "ENABLE_CUDASIM", False):
+        return SIMULATED
+    return WITHIN if options.cuda_is_cpu else NEEDS_CUDA
+
+
+def _lacks_cuda(error: BaseException, options: argparse.Namespace, gpu: Emulator) -> bool:
+    """Whether a script has ended because it says "cuda", and the flag is missing."""
+    if options.cuda_is_cpu or torch.cuda.is_available() or isinstance(error, SyntaxError):
+        return False
+    if says_cuda(error):
+        return True
+    # or it ends for another reason
+    has_launched = bool(gpu.launches or gpu.graphs or gpu.empty)
+    return not has_launched and "cuda" in options.script.read_text("utf-8", errors="replace")
+
+
+def _join_threads(others: set[threading.Thread]) -> None:
+    """Wait for the script's threads, as Python does at its end: they may launch kernels.
+
+    ``others`` were there before the script. The threads of pools wait for work until Python ends.
+    """
+    of_pools = getattr(concurrent.futures.thread, "_threads_queues", {})
+    for thread in threading.enumerate():
+        if not (thread in others or thread.daemon or thread in of_pools):
+            thread.join()
+
+
+def _fault_of(options: argparse.Namespace) -> str:
+    """Return what is wrong with the arguments, and what to do; "" if nothing is."""
+    if not options.script.is_file():
+        return f"{options.script} is no file; name a Python script"
+    if reason := why_not_compiled():
+        return reason
+    files = [getattr(options, name) for name in FILES]
+    if None not in files and len({file.resolve() for file in files}) < len(files):
+        return f"--report and --json both name {options.json}; name two files"
+    for name, (what, *endings) in FILES.items():
+        file: Path | None = getattr(options, name)
+        if file is None:
+            continue
+        if file.is_dir() or not file.resolve().parent.is_dir():
+            return f"--{name} {file} cannot be written; name a file in a folder"
+        if file.is_file() and file.suffix.lower() not in endings:
+            return (
+                f"--{name} {file} exists, and is no {what}; name a file that ends in {endings[0]}"
+            )
+    return ""
+
+
+class _Ended(SystemExit):
+    """SIGTERM was received."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM end the script as an exception does, so that the report is shown."""
+    process = os.getpid()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if os.getpid() == process:
+            raise _Ended(128 + number)
+        signal.signal(number, signal.SIG_DFL)  # a fork of the script, which has no report
+        os.kill(os.getpid(), number)
+
+    def again_if_lost(raised: "sys.UnraisableHookArgs") -> None:
+        """Let it come once more after a destructor, since Python drops what that raises."""
+        if not isinstance(raised.exc_value, _Ended):
+            hook(raised)
+            return
+        main, number = threading.main_thread().ident, signal.SIGTERM
+        threading.Timer(0.1, signal.pthread_kill, (main, number)).start()  # after this function
+
+    is_main = threading.current_thread() is threading.main_thread()  # others may set no handler
+    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, end)
+    hook, sys.unraisablehook = sys.unraisablehook, again_if_lost
+    try:
+        yield
+    finally:
+        if sys.unraisablehook is again_if_lost:
+            sys.unraisablehook = hook
+        if signal.getsignal(signal.SIGTERM) is end:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _show(report: Report, options: argparse.Namespace, stdout: TextIO, advice: str) -> None:
+    """Print the report, and write its files, also if nobody reads what is printed.
+
+    Args:
+        advice: where the script has ended without a launch.
+    """
+    try:
+        sys.stdout = sys.stderr if stdout.closed else stdout
+        if options.counters:
+            print(report.counted(), end="\n\n")
+        if options.time:
+            print(report.timed(), end="\n\n")
+        print(report.as_text(options.launches))
+        if advice and not (report.launches or report.graphs or report.faults):
+            print(f"no kernel was launched{' here' if advice is INNER else ''}; {advice}")
+    finally:
+        if options.json is not None:
+            _write(options.json, report.as_json())
+        if options.report is not None:
+            if find_spec("matplotlib") is None:
+                lacks = "has no pictures: matplotlib is not installed; pip install matplotlib"
+                print(f"{options.report} {lacks}", file=sys.stderr)
+            _write(options.report, report.as_html(str(options.script)))
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file; an earlier one stays as it is if that fails."""
+    is_whole = path.is_file() or not path.exists()  # and not a device or a pipe
+    file = path.resolve() if is_whole else path  # a link stays one, and a pipe has no other name
+    written = file.with_name(f"{file.name}.{os.getpid()}") if is_whole else file
+    try:
+        try:
+            written.write_text(text, "utf-8", errors="replace")  # names may be no UTF-8
+            if is_whole:
+                written.replace(file)
+        finally:
+            if is_whole:
+                written.unlink(missing_ok=True)
+    except OSError as e:
+        reason = f"{path} cannot be written ({e.strerror}); name another file"
+        sys.exit(f"python -m nogpu: error: {reason}")

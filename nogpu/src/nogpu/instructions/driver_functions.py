@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: MIT
+"""Calls of the functions that a GPU's driver has: printing, and failed assertions: 9.7.12.
+
+Arguments are stored in parameters of the caller, ``st.param``. `vprintf` reads its numbers from the
+stack of each thread.
+"""
+
+import re
+
+import numpy as np
+
+from nogpu.machine.block import Warp
+from nogpu.machine.decode import Run, action, instruction
+from nogpu.machine.parse import Instruction, PtxError, Symbol, flat
+from nogpu.machine.registers import DTYPES, reader, writer
+from nogpu.native.encoding import HINTS
+
+# A conversion of a format: flags and width, the length of an integer, and the letter. Other signs
+# "%" are text.
+CONVERSION = re.compile(r"%([-+ 0#]*\d*(?:\.\d+)?)(ll|l|hh|h)?([diuoxXcspeEfFgGaA%])")
+
+
+@instruction(".param", ".branchtargets", results=0)
+def _declare(i: Instruction) -> Run:
+    return lambda warp: None
+
+
+@instruction("st.param", results=0)
+def _store_parameter(i: Instruction) -> Run:
+    name, offset = i.operands[0].base.name, i.operands[0].offset
+    kind = i.parts[-1]
+    (source,) = flat(i.operands[1])
+    read = reader(source, kind)
+
+    def run(warp: Warp) -> None:
+        warp.arguments[name, offset] = np.array(read(warp))  # fails for undefined bits
+
+    return run
+
+
+@instruction("call", results=0)
+def _call(i: Instruction) -> Run:
+    names = [one.name for operand in i.operands for one in flat(operand) if isinstance(one, Symbol)]
+    known = [name for name in ("vprintf", "__assertfail") if name in names]
+    assert known
+    if known == ["vprintf"]:
+        return lambda warp: _print(warp, i)
+    return lambda warp: _fail(warp, i)
+
+
+def _text(warp: Warp, address: int, line: int) -> str:
+    """Return the text at an address of global memory, which ends with a zero."""
+    place, rows = warp.block.space.locate(np.array([address]), 1, line)
+    raw = place.data[int(rows[0]) : place.size].tobytes()
+    text: str = raw.partition(b"\0")[0].decode(errors="replace")
+    return text
+
+
+def _print(warp: Warp, i: Instruction) -> None:
+    form = _text(warp, int(warp.arguments["param0", 0][warp.lanes()[0]]), i.line)
+    for lane in warp.lanes():
+        address = int(warp.arguments["param1", 0][lane])
+        values: list[int | float] = []
+        for _, length, letter in CONVERSION.findall(form):
+            if letter == "%":
+                continue
+            is_wide = length in ("l", "ll") or letter in "fFeEgGaAps"
+            size = 8 if is_wide else 4
+            address = -(-address // size) * size
+            raw = warp.block.local.peek(np.array([address]), size)[0]
+            kind = "f8" if letter in "fFeEgGaA" else f"i{size}" if letter in "di" else f"u{size}"
+            values.append(raw.view(kind)[0].item())
+            address += size
+        given = iter(values)
+        text = CONVERSION.sub(lambda m: "%" if m[3] == "%" else _converted(m, next(given)), form)  # noqa: B023  # used at once
+        warp.block.gpu.printed.append(text.rstrip("\n"))
+
+
+def _converted(match: re.Match[str], value: int | float) -> str:
+    flags, letter = match[1], match[3]
+    if letter in "aA":
+        return float(value).hex()
+    if letter == "p":
+        return f"{value:#x}"
+    return str(f"%{flags}{'d' if letter in 'ui' else letter}" % value)
+
+
+def _fail(warp: Warp, i: Instruction) -> None:
+    lane = warp.lanes()[0]
+    message = _text(warp, int(warp.arguments["param0", 0][lane]), i.line)
+    thread = f"thread {warp.first_thread + int(lane)}{warp.block.suffix}"
+    warp.block.gpu.fault("error", "assertion", i.line, f"{thread}: {message}", warp)
+
+
+@action("trap", "brkpt")
+def _trap(warp: Warp, i: Instruction) -> bool:
+    """The program ends, as after an assertion that has failed."""
+    raise PtxError(i.line, "the program was ended by a trap", "trap")
+
+
+@instruction(*HINTS, results=0)
+def _hint(i: Instruction) -> Run:
+    """What changes no result."""
+    return lambda warp: None
+
+
+@instruction("createpolicy")
+def _policy(i: Instruction) -> Run:
+    put = writer(i.operands[0], "b64")
+    return lambda warp: put(warp, np.zeros(32, DTYPES["b64"]))

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: MIT
+"""The attribute ``__nogpu__`` of a package, by which a library tells nogpu of itself.
+
+    __nogpu__ = {"optimizers": {"torch.optim.Muon": "my_library.optim.Muon"}}
+
+A launch is then said to be made by the line of the program that calls the library, as with PyTorch
+and Triton, and not by a line within the library. "optimizers" names what a program may take in the
+place of an optimizer that no CUDA graph can capture; it may be left out.
+"""
+
+import sys
+from collections.abc import Mapping
+
+# Their lines stand between a program's line and what it calls.
+LIBRARIES = ("torch", "triton", __name__.partition(".")[0], "contextlib", "runpy", "copy")
+ATTRIBUTE = "__nogpu__"
+
+
+def is_library(module: str) -> bool:
+    """Return whether the lines of ``module`` are those of a library, and not of the program."""
+    package = module.partition(".")[0]
+    return package in LIBRARIES or ATTRIBUTE in getattr(sys.modules.get(package), "__dict__", {})
+
+
+def instead_of_optimizer(kind: type) -> str:
+    """Return the optimizer that a library offers in the place of ``kind``; "" if none does."""
+    # torch.optim.Muon is torch.optim._muon.Muon.
+    module = ".".join(part for part in kind.__module__.split(".") if not part.startswith("_"))
+    name = f"{module}.{kind.__qualname__}"
+    told = map(_told, list(sys.modules.values()))
+    return next((found for one in told if (found := one.get("optimizers", {}).get(name))), "")
+
+
+def _told(package: object) -> Mapping[str, Mapping[str, str]]:
+    """Return what a package says. Some objects in `sys.modules` make any attribute that is asked
+    for."""
+    found: Mapping[str, Mapping[str, str]] = getattr(package, "__dict__", {}).get(ATTRIBUTE, {})
+    return found

@@ -1,0 +1,386 @@
+# SPDX-License-Identifier: MIT
+"""Global memory of a stand-in for a GPU, and launches of PTX kernels on it."""
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
+from random import Random
+from typing import Any
+
+import numpy as np
+
+# Importing these registers their instructions.
+from nogpu.instructions import (  # noqa: F401
+    arithmetic,
+    atomics,
+    bits,
+    clusters,
+    control,
+    conversions,
+    copies,
+    driver_functions,
+    rare,
+    tensor_cores,
+    tensor_memory,
+    tma,
+)
+from nogpu.machine import dependents
+from nogpu.machine.allocation import Allocation
+from nogpu.machine.block import LIMIT, Block, Schedule
+from nogpu.machine.cluster import Cluster
+from nogpu.machine.counts import Counts, Progress
+from nogpu.machine.decode import decode
+from nogpu.machine.memory import Space
+from nogpu.machine.parse import Kernel, PtxError, parse
+from nogpu.machine.protocols import Warp
+from nogpu.machine.registers import Values
+from nogpu.machine.sample import Sample
+from nogpu.machine.spins import PATIENCE
+from nogpu.machine.trace import Trace
+from nogpu.machine.vector_clocks import Events
+from nogpu.machine.workers import least_seconds, run_by_workers
+from nogpu.native import core as native
+from nogpu.native.blocks import Blocks
+from nogpu.native.encoding import Program
+from nogpu.native.layout import WAIT_ADDRESS
+from nogpu.native.warps import LaunchState
+
+Turns = Iterator[bool]  # of `Block.turns`
+# The memory of the launches has addresses that no process has; between allocations are gaps.
+FIRST_ADDRESS, GAP = 2**56, 2**20
+
+
+def _blocks(gpu: "Gpu", position: tuple[int, ...]) -> Blocks:
+    return Blocks(Block(gpu, position, 0), copies.COPIES_NEED_FENCE)
+
+
+@lru_cache(8)
+def _decoded(text: str) -> Kernel:
+    return decode(parse(text))
+
+
+class Residents:
+    """The clusters that the GPU holds, each by its first block, in turns.
+
+    Attributes:
+        idle: turns, one after the other, in which nothing has changed.
+    """
+
+    def __init__(self) -> None:
+        self._queue: deque[tuple[Block, Turns]] = deque()
+        self.idle = self._stuck = 0
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    def begin(self, block: Block) -> None:
+        """Add a cluster, which has the next turn."""
+        self._queue.appendleft((block, block.turns()))
+
+    def take(self) -> tuple[Block, Turns]:
+        """Return the cluster that has the next turn; it is no longer among these."""
+        block, turns = self._queue.popleft()
+        block.cluster.spins.begin_turn(self.idle // (len(self) + 1))
+        return block, turns
+
+    def put(self, block: Block, turns: Turns) -> None:
+        """Take back a cluster that waits for others."""
+        self._queue.append((block, turns))
+
+    def is_deadlock(self, block: Block, is_idle: bool) -> bool:
+        """Whether all clusters wait for ever, now that the one of ``block`` had a turn.
+
+        Args:
+            is_idle: it waits, and nothing has changed in its turn.
+        """
+        spins = block.cluster.spins
+        self.idle = self.idle + 1 if is_idle else 0
+        self._stuck = self._stuck + 1 if is_idle and spins.is_stuck else 0
+        has_given_up = is_idle and spins.patience == PATIENCE and not spins.is_stuck
+        return has_given_up or (is_idle and self._stuck >= len(self))
+
+
+class Gpu:
+    """Global memory, and the launches on it: what the blocks of the present launch share.
+
+    Args:
+        change: of the PTX of each kernel, before it is executed.
+    """
+
+    limit = LIMIT
+    multiprocessors = 132
+    keeps_allocations = True  # for the next launch
+    most_programs: int | None = None  # of a launch that are executed; None: all
+    sample: Sample | None = None  # of the last launch; None: all were executed
+
+    def __init__(self, schedule: Schedule, change: Callable[[str], str] = lambda text: text):
+        self.schedule, self.change = schedule, change
+        self.space = Space("global memory")
+        self.next = FIRST_ADDRESS
+        self.counts: Any = None  # of the last launch
+        self.counted: list[Counts] = []  # of all launches
+        self.symbols: dict[str, int] = {}  # addresses of the kernel's constants
+        self.released: dict[int, dict[int, Values]] = {}  # what blocks have released, by address
+        self.changes = 0  # stores, and atomics that changed a value
+        self.printed: list[str] = []  # by the program that is executed
+        self.executed_instructions = 0  # of the warps of the present launch
+        self.trace: Trace | None = None  # of the first program of the next launch
+        self.progress = Progress()  # of the present launch
+        # Grids that may still run when the next launch begins, the last one first.
+        self.earlier: list[dependents.EarlierGrid] = []
+        self.controls: Values | None = None  # what blocks of the launch do to control grids
+        self.core_blocks: Blocks | None = None  # of the last launch
+
+    def prepare(self, kernel: Kernel) -> None:
+        """A launch of ``kernel`` begins."""
+
+    def fault(self, kind: str, name: str, line: int, message: str, warp: Warp) -> None:
+        """A fault was found: an error or a warning ends the launch."""
+        if kind != "note":
+            raise PtxError(line, message)
+
+    def place_of(self, line: int) -> str:
+        """Name a line of the PTX in a message."""
+        return f"line {line} of the PTX"
+
+    def allocate(self, name: str, size: int) -> Allocation:
+        """Return memory that nobody has written."""
+        allocation = self.space.add(Allocation(name, self.next, size))
+        self.next += -(-size // GAP) * GAP + GAP
+        return allocation
+
+    def launch(
+        self,
+        text: str,
+        parameters: Sequence[int],
+        grid: tuple[int, int, int] = (1, 1, 1),
+        shared: int = 0,
+    ) -> None:
+        """Execute the kernel of ``text`` on ``grid`` blocks.
+
+        Those of a cluster, whose size the text gives, run together.
+
+        Args:
+            parameters: the bits of each one.
+            shared: bytes of dynamic shared memory.
+        """
+        self.kernel, self.grid, self.shared_bytes = _decoded(self.change(text)), grid, shared
+        self.symbols = {}
+        for name, content in self.kernel.constants.items():
+            place = self.allocate(name, len(content))
+            place.content()[:] = np.frombuffer(content, np.uint8)
+            place.give()
+            self.symbols[name] = place.base
+        self.prepare(self.kernel)
+        self.parameters = dict(zip(self.kernel.parameters, parameters, strict=True))
+        self.executed_instructions = 0
+        self.random = Random(self.schedule.seed)
+        self.counts = self.space.counts = Counts(self.kernel)
+        self.counted.append(self.counts)
+        for allocation in self.space.allocations:
+            self.counts.watch(allocation)
+        self.programs = self._programs()
+        self.sample, most = None, self.most_programs
+        if most is not None and most < math.prod(self.programs):
+            self.sample = Sample(self.programs, most, self.counts)
+        blocks = self._positions()
+        if self.schedule.order == "reverse":
+            blocks.reverse()
+        elif self.schedule.order == "random":
+            self.random.shuffle(blocks)
+        self.events, self.released = Events(), {}
+        self._begin_dependents()
+        self.native = self._native_state()
+        has_ended = False
+        try:
+            with np.errstate(all="ignore"):
+                self._run(blocks)
+            has_ended = True
+        finally:
+            if self.sample is not None and not has_ended:  # the counts are of what was executed
+                self.sample.give_back()
+            self.counts.end(self.space.allocations)
+            self.space.counts = None
+            if self.sample is not None and has_ended:
+                self.sample.scale()
+        if self.keeps_allocations:
+            for allocation in self.space.allocations:
+                allocation.end_launch()
+
+    def _begin_dependents(self) -> None:
+        """Note what blocks do to control grids, and what earlier grids may still do."""
+        has_controls = self.kernel.controls_grids
+        self.controls = np.zeros(math.prod(self.programs), np.uint8) if has_controls else None
+        if self.earlier:
+            dependents.begin(self.earlier, self.events, self.space, self.released)
+
+    def _native_state(self) -> LaunchState | None:
+        """Return what the core in C needs of the launch; None: Python executes all of it."""
+        library = native.library()
+        if library is None:
+            return None
+        if self.kernel.program is None:
+            self.kernel.program = Program(self.kernel, library)
+        return LaunchState(self.kernel.program, self.events, self.space, self.counts)
+
+    def _programs(self) -> tuple[int, int, int]:
+        """Return how many clusters the grid has in each dimension.
+
+        Raises:
+            ValueError: a part of a cluster is left.
+        """
+        if any(map(int.__mod__, self.grid, self.kernel.cluster)):
+            raise ValueError(
+                f"the grid is {self.grid} CTAs, expected a multiple of {self.kernel.cluster}, "
+                "which is a cluster"
+            )
+        x, y, z = map(int.__floordiv__, self.grid, self.kernel.cluster)
+        return x, y, z
+
+    def _positions(self) -> list[tuple[int, ...]]:
+        """Return the first block of each cluster that is executed, in the order of the grid."""
+        if self.sample is None:
+            chosen = [index[::-1] for index in np.ndindex(self.programs[::-1])]
+        else:  # `np.ndindex` would hold a number for each program of the grid
+            chosen = self.sample.positions
+        return [tuple(map(int.__mul__, index, self.kernel.cluster)) for index in chosen]
+
+    def released_addresses(self) -> set[int]:
+        """Return where blocks of the last launch have released what they know."""
+        of_core = set() if self.core_blocks is None else self.core_blocks.released_addresses()
+        return {*self.released, *of_core} - {WAIT_ADDRESS}
+
+    def _begin(self, position: tuple[int, ...], number: int) -> Block:
+        """Return the block at a position, having begun the others of its cluster, too."""
+        trace = self.trace if number == 0 else None
+        sizes = self.kernel.cluster
+        cluster = Cluster(self, number, sizes[0] * sizes[1] * sizes[2])
+        first: Block | None = None
+        for index in np.ndindex(sizes[::-1]):
+            place = tuple(map(int.__add__, position, index[::-1]))
+            block = Block(self, place, number, None if any(index) else trace, cluster)
+            first = first or block
+        assert first is not None
+        return first
+
+    def _run(self, positions: list[tuple[int, ...]]) -> None:
+        """Run blocks one after the other; where one waits for another, run those in turn."""
+        resident, started = Residents(), 0
+        count, as_array, blocks = len(positions), np.array(positions, np.int32), None
+        self.core_blocks = None
+        self.progress = Progress(0, count)
+        while started < count or len(resident):
+            before = self.changes, started
+            begins = started < count and self._has_room(len(resident))
+            if begins and blocks is None and self._can_run_blocks(started):
+                self.core_blocks = blocks = _blocks(self, positions[started])
+            if begins and blocks is not None and blocks.works:
+                may_share = not len(resident)  # who must be able to see who has written what
+                started += self._run_blocks(blocks, as_array[started:], started, may_share)
+                if started == count:
+                    begins = False
+                    if not len(resident):
+                        break
+            if begins:
+                resident.begin(self._begin(positions[started], started))
+                started += 1
+            block, turns = resident.take()
+            has_ended = self._turn(block, turns)
+            if not has_ended:
+                resident.put(block, turns)
+            is_idle = not has_ended and before == (self.changes, started)
+            if resident.is_deadlock(block, is_idle):
+                if self.sample is None:
+                    raise self._deadlock(block, count - started)
+                positions = self._take_all(positions)
+                count, as_array = len(positions), np.array(positions, np.int32)
+                self.progress.count, resident.idle = count, 0  # others begin
+
+    def _has_room(self, resident: int) -> bool:
+        """Whether the GPU holds one more cluster.
+
+        Of a sample one runs at a time, or what each of them has counted would not be known.
+        """
+        if self.sample is not None:
+            return resident == 0
+        return resident == 0 or self.holds((resident + 1) * math.prod(self.kernel.cluster))
+
+    def holds(self, blocks: int) -> bool:
+        """Whether the multiprocessors have room for so many blocks at once: one each."""
+        return blocks <= self.multiprocessors
+
+    def _turn(self, block: Block, turns: Iterator[bool]) -> bool:
+        """Let a cluster go on until it waits, and return whether it has ended."""
+        try:
+            has_ended = next(turns, True)
+        except PtxError as e:
+            e.program = block.program
+            raise
+        self.progress.done += has_ended
+        if has_ended and self.sample is not None:
+            self.sample.end(block.program, self.space.allocations)
+        return has_ended
+
+    def _deadlock(self, block: Block, left: int) -> PtxError:
+        reason = "each program waits for a value that no other program writes"
+        if left:
+            reason += f"; {left} programs wait for a place on the GPU"
+        deadlock = PtxError(block.cluster.spins.line, reason, "deadlock")
+        deadlock.program = block.position
+        return deadlock
+
+    def _take_all(self, positions: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """A program of the sample waits for one that may be outside of it: execute the others, too.
+
+        Returns:
+            The positions with those that were left out behind them.
+        """
+        assert self.sample is not None
+        self.sample.give_back()
+        self.sample, taken = None, set(positions)
+        return [*positions, *(one for one in self._positions() if one not in taken)]
+
+    def _run_blocks(self, blocks: Blocks, positions: Values, number: int, may_share: bool) -> int:
+        """Let the core execute blocks as a whole, and return how many.
+
+        Args:
+            may_share: several workers may execute them.
+        """
+        if self.sample is not None:
+            done = 0
+            while done < len(positions) and blocks.run(positions[done:][:1], number + done):
+                self.sample.end(tuple(positions[done].tolist()), self.space.allocations)
+                done += 1
+            return done
+        if len(positions) < 4 or not blocks.program.is_for_workers or not may_share:
+            done = blocks.run(positions, number)
+            if not may_share:
+                blocks.tell_releases()
+            return done
+        # The first blocks say how long the others will take.
+        start = time.perf_counter()
+        first = blocks.run(positions[:2], number)
+        left = (time.perf_counter() - start) / 2 * (len(positions) - 2)
+        if first < 2:
+            return first
+        if left > least_seconds(self.space.allocations):
+            blocks.tell_releases()
+            make = partial(_blocks, position=tuple(positions[2].tolist()))
+            was_possible = run_by_workers(self, positions[2:], number + 2, make)
+            if was_possible:
+                return len(positions)
+            blocks.program.is_for_workers = was_possible is None
+            self.progress.done = number + 2  # what the workers have done is undone
+        return 2 + blocks.run(positions[2:], number + 2)
+
+    def _can_run_blocks(self, started: int) -> bool:
+        """Whether the core may execute the next blocks as a whole."""
+        return (
+            self.native is not None
+            and self.native.program.is_for_blocks
+            and self.kernel.cluster == (1, 1, 1)
+            and (self.schedule.completion, self.schedule.order) == ("early", "forward")
+            and (started > 0 or self.trace is None)
+        )

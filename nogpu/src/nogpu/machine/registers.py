@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: MIT
+"""Registers of a warp, one NumPy vector each, and the kinds of numbers that instructions take from
+them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from nogpu.machine.parse import Address, Constant, Register, Symbol
+
+LANES = np.arange(32)
+ALL = np.ones(32, np.bool_)  # the mask of a warp whose threads all execute an instruction
+SHARED_BASE = 1024  # not 0, so that an offset that is taken for an address is noticed
+WINDOW_BITS = 24  # of the addresses of a block's shared memory; above them is its rank
+
+DTYPES = {
+    f"{kind}{8 * size}": np.dtype(f"{code}{size}")
+    for kind, code in ("si", "uu", "bu", "ff")
+    for size in (1, 2, 4, 8)
+    if (kind, size) != ("f", 1)
+} | {"pred": np.dtype(np.bool_)}
+PAIRS = {"bf16x2": "bf16", "f16x2": "f16"}
+HALVES = {"bf16": "b16", "f16": "b16", "bf16x2": "b32", "f16x2": "b32"}  # and their bits
+FLOATS = ("f32", "f64", *HALVES)
+
+Values = npt.NDArray[Any]
+DType = np.dtype[Any]
+Read = Callable[[Any], Values]  # of a warp
+
+
+def all_true(mask: Values) -> bool:
+    return b"\0" not in mask.tobytes()  # for short arrays several times as fast as their method
+
+
+class Cause(NamedTuple):
+    """Why bits are undefined: a fault's name, its message, and its line; 0 for the line of use.
+
+    ``is_weak``: Triton keeps copies of small tensors in several warps. A warp may read what another
+    one overwrites in place, compute with it, and discard the result.
+    """
+
+    name: str
+    message: str
+    line: int
+    is_weak: bool = False
+
+
+NO_CAUSE = Cause("", "", 0)
+
+
+class Unready:
+    """The content of a register that was not written, or that an asynchronous ``operation`` will
+    write."""
+
+    def __init__(self, operation: object = None):
+        self.operation = operation
+
+    def __array__(self, *args: object, **kwargs: object) -> Values:
+        raise TypeError
+
+    __array_ufunc__ = None
+
+
+class Tainted:
+    """The content of a register some of whose bits are undefined.
+
+    Args:
+        values: with any bits in their place.
+        mask: the undefined bits, as unsigned integers; of a predicate, booleans.
+        cause: why they are undefined.
+    """
+
+    def __init__(self, values: Values, mask: Values, cause: Cause):
+        self.values, self.mask, self.cause = values, mask, cause
+
+    def __array__(self, *args: object, **kwargs: object) -> Values:
+        raise TypeError
+
+    __array_ufunc__ = None
+
+
+UNWRITTEN = Unready()
+
+
+def content(held: object) -> object:
+    """Return what a register holds, so that it can be compared."""
+    if isinstance(held, np.ndarray):
+        return held.tobytes()
+    if isinstance(held, Tainted):
+        return held.values.tobytes(), held.mask.tobytes()
+    return held
+
+
+class Registers(list[Any]):
+    """The registers of a warp, by their numbers."""
+
+    def content(self) -> tuple[object, ...]:
+        """Return what the registers hold, so that it can be compared."""
+        return tuple(map(content, self))
+
+    def get_many(self, indices: Sequence[int]) -> list[Any]:
+        return [self[index] for index in indices]
+
+    def set_many(self, indices: Sequence[int], values: Values) -> None:
+        """Put rows of 32 values of 32 bits into registers."""
+        for index, row in zip(indices, values, strict=True):
+            self[index] = row
+
+    def set_same(self, indices: Sequence[int], value: object) -> None:
+        """Let all of these registers hold the same object."""
+        for index in indices:
+            self[index] = value
+
+    def stamp(self) -> list[Any]:
+        """Return what tells later which registers have been written since."""
+        return list(self)
+
+    def is_unchanged(self, index: int, stamp: list[Any]) -> bool:
+        return self[index] is stamp[index]
+
+    def restamp(self, index: int, stamp: list[Any]) -> None:
+        """Let a register count as unchanged."""
+        stamp[index] = self[index]
+
+
+def decode(kind: str, bits: Values) -> Values:
+    """The numbers that ``bits`` stand for. Halves become float32, and pairs two rows, the lower one
+    first."""
+    if kind in PAIRS:
+        return np.stack(
+            [decode(PAIRS[kind], (bits >> shift).astype(np.uint16)) for shift in (0, 16)]
+        )
+    if kind == "bf16":
+        return (bits.astype(np.uint32) << 16).view(np.float32)
+    return bits.view(np.float16).astype(np.float32) if kind == "f16" else bits.view(DTYPES[kind])
+
+
+def encode(kind: str, values: Values) -> Values:
+    """``values`` rounded to the nearest number of ``kind``, ties to even; of halves the bits."""
+    if kind in PAIRS:
+        low, high = (encode(PAIRS[kind], half) for half in values)
+        return low | high.astype(np.uint32) << 16
+    if kind == "bf16":
+        bits = values.view(np.uint32)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+        return np.where(np.isnan(values), np.uint16(0x7FFF), rounded)
+    if kind == "f16":
+        bits = values.astype(np.float16).view(np.uint16)
+        return np.where(np.isnan(values), np.uint16(0x7FFF), bits)
+    return values.astype(DTYPES[kind])
+
+
+def reader(operand: object, kind: str = "u32") -> Read:  # noqa: PLR0911  # a case for each kind of operand
+    """A function that gives the operand's value in each thread of a warp; of an address that,
+    int64."""
+    if isinstance(operand, Address):
+        base = reader(operand.base, getattr(operand.base, "kind", "u32"))
+        return lambda warp: base(warp).astype(np.int64) + operand.offset
+    if kind in HALVES:
+        bits = reader(operand, HALVES[kind])
+        return lambda warp: decode(kind, bits(warp))
+    dtype = DTYPES[kind]
+    if isinstance(operand, list):  # the first one has the lowest bits
+        parts = [reader(one, f"b{8 * dtype.itemsize // len(operand)}") for one in operand]
+
+        def join(warp: Any) -> Values:
+            return np.stack([read(warp) for read in parts], 1).view(dtype)[:, 0]
+
+        return join
+    if isinstance(operand, Register):
+        index, own = operand.index, DTYPES[operand.kind]
+        if own == dtype:
+            return lambda warp: warp.registers[index]
+        if own.itemsize == dtype.itemsize:
+            return lambda warp: warp.registers[index].view(dtype)
+        narrow = DTYPES[f"u{8 * dtype.itemsize}"]
+        return lambda warp: warp.registers[index].astype(narrow).view(dtype)
+    if isinstance(operand, Constant):
+        bits = operand.bits % 2 ** (8 * dtype.itemsize)
+        value = np.full(32, bits, f"u{dtype.itemsize}")
+        value = value != 0 if kind == "pred" else value.view(dtype)
+        return lambda warp: value
+    assert isinstance(operand, Symbol), operand
+    if operand.name == "global_smem":
+        value = np.full(32, SHARED_BASE + operand.offset, dtype)
+        return lambda warp: value | dtype.type(warp.block.window) if warp.block.rank else value
+    return lambda warp: warp.special(operand.name).astype(dtype)
+
+
+def writer(
+    operand: object, kind: str
+) -> Callable[[Any, Values], None]:  # a case for each kind of operand
+    """A function that puts values into a register, extended to its width by their sign.
+
+    Threads that do not execute the instruction keep theirs.
+    """
+    if isinstance(operand, list):
+        part = f"b{8 * DTYPES[kind].itemsize // len(operand)}"
+        puts = [writer(one, part) for one in operand]
+
+        def split(warp: Any, values: Values) -> None:
+            columns = np.ascontiguousarray(values).view(DTYPES[part]).reshape(32, -1).T
+            for put, column in zip(puts, columns, strict=True):
+                put(warp, column)
+
+        return split
+    if not isinstance(operand, Register):
+        return lambda warp, values: None  # "_"
+    index, own = operand.index, DTYPES[operand.kind]
+    dtype = DTYPES[HALVES.get(kind, kind)]
+    wide = own if dtype.kind != "i" else np.dtype(f"i{own.itemsize}")
+
+    def put(warp: Any, values: Values) -> None:
+        if kind in HALVES or values.dtype != dtype:
+            values = encode(kind, values)
+        if dtype.itemsize < own.itemsize:
+            values = values.astype(wide)
+        if values.dtype != own:
+            values = values.view(own)
+        if warp.mask is not ALL:
+            values = np.where(warp.mask, values, warp.registers[index])
+        warp.registers[index] = values
+
+    return put

@@ -1,0 +1,366 @@
+# SPDX-License-Identifier: MIT
+"""Warps, blocks and launches for the core in C: their registers and memory, and what they know."""
+
+import ctypes
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nogpu.machine.protocols import Block, Operation, Warp
+from nogpu.machine.registers import DTYPES, UNWRITTEN, DType, Values, content
+from nogpu.native.encoding import KIND_BYTES, KINDS, Program
+from nogpu.native.layout import (
+    GROW,
+    IN_LIST,
+    IN_ROW,
+    ROW,
+    AllocationStruct,
+    CopiesStruct,
+    EventsStruct,
+    SpaceStruct,
+    WarpStruct,
+)
+
+if TYPE_CHECKING:
+    from nogpu.machine.allocation import Allocation
+    from nogpu.machine.counts import Counts
+    from nogpu.machine.memory import Space
+    from nogpu.machine.vector_clocks import Events
+
+NO_LIMIT = 2**31 - 1  # of an instruction's index
+
+
+def elected_lane(completion: str, warp: int) -> int:
+    """Return the lane of a warp that the instruction ``elect.sync`` chooses.
+
+    The PTX ISA leaves the choice open; a schedule of an emulator makes it.
+    """
+    return {"early": 0, "late": 31}.get(completion, 7 * warp % 32)
+
+
+class NativeRegisters:
+    """The registers of a warp: a row of the core, or an object in a list, or both.
+
+    Objects of Python, such as `registers.Tainted`, are in the list alone.
+    """
+
+    def __init__(self, dtypes: list[DType], rows: Values, states: Values, versions: Values):
+        self.dtypes, self.rows, self.states, self.versions = dtypes, rows, states, versions
+        self.held: list[Any] = [UNWRITTEN] * len(dtypes)
+
+    def __getitem__(self, index: int) -> Any:
+        if self.states[index] & IN_LIST:
+            return self.held[index]
+        dtype = self.dtypes[index]
+        value = self.rows[index, : 32 * dtype.itemsize].view(dtype).copy()
+        self.held[index] = value
+        self.states[index] |= IN_LIST
+        return value
+
+    def __setitem__(self, index: int, value: Any) -> None:
+        self.held[index] = value
+        self.versions[index] += 1
+        if isinstance(value, np.ndarray):
+            dtype = self.dtypes[index]
+            self.rows[index, : 32 * dtype.itemsize].view(dtype)[:] = value
+            self.states[index] = IN_ROW | IN_LIST
+        else:
+            self.states[index] = IN_LIST
+
+    def content(self) -> tuple[object, ...]:
+        """Return the registers' contents, for comparisons."""
+        apart = np.flatnonzero(self.states[: len(self.held)] & IN_ROW == 0).tolist()
+        return self.rows.tobytes(), *((n, content(self.held[n])) for n in apart)
+
+    def get_many(self, indices: Sequence[int]) -> list[Any]:
+        if (self.states[indices] & IN_LIST).all():
+            return [self.held[index] for index in indices]
+        return [self[index] for index in indices]
+
+    def set_many(self, indices: Sequence[int], values: Values) -> None:
+        """Write rows of 32 values of 32 bits to the core's rows of registers."""
+        self.rows[indices, :128] = values.view(np.uint8)
+        self.versions[indices] += 1
+        self.states[indices] = IN_ROW
+
+    def set_same(self, indices: Sequence[int], value: Any) -> None:
+        """Let all of these registers hold an object of Python."""
+        for index in indices:
+            self.held[index] = value
+        self.versions[indices] += 1
+        self.states[indices] = IN_LIST
+
+    def stamp(self) -> Values:
+        """Return the number of writes to each register, so far."""
+        return self.versions.copy()
+
+    def is_unchanged(self, index: int, stamp: Values) -> bool:
+        return bool(self.versions[index] == stamp[index])
+
+    def restamp(self, index: int, stamp: Values) -> None:
+        """Count the writes to a register up to now in ``stamp``."""
+        stamp[index] = self.versions[index]
+
+
+class LaunchState:
+    """What the core knows of a launch: its events and its global memory."""
+
+    def __init__(self, program: Program, events: "Events", space: "Space", counts: "Counts"):
+        self.program = program
+        self.dtypes = [DTYPES[kind] for kind in program.kernel.registers]
+        self.events, self.space = EventsView(events), SpaceView(space)
+        self.counts = counts
+        self.no_space = SpaceStruct()
+        self.rows: Values | None = None  # of the warps of a block, when it begins
+
+    def begin(self, block: Block) -> None:
+        """Make what all blocks begin with, when the first one begins."""
+        program, warps = self.program, len(block.warps)
+        self.rows = np.repeat(program.rows[None], warps, 0)
+        for warp, rows in zip(block.warps, self.rows, strict=True):
+            for (name, width), row in program.specials.items():
+                values = warp.special(name).astype(f"u{width}")
+                rows[row, : 32 * width] = values.view(np.uint8)
+        self.states = np.repeat(program.states[None], warps, 0)
+        self.positions = [  # what differs by block
+            (row, width, "xyz".index(name[-1]))
+            for (name, width), row in program.specials.items()
+            if name.startswith("%ctaid.")
+        ]
+        self.warps = (WarpStruct * warps)()
+        code, widths = program.addresses
+        for n, struct in enumerate(self.warps):
+            struct.program, struct.widths, struct.index = code, widths, n
+            struct.counts = self.counts.table.ctypes.data
+            struct.events = ctypes.addressof(self.events.struct)
+            struct.spaces[0] = ctypes.addressof(self.space.struct)
+            struct.spaces[2] = ctypes.addressof(self.no_space)
+            name = block.warps[n].name
+            struct.load_name = self.events.events.name(f"a load of {name}")
+            struct.store_name = self.events.events.name(f"a store of {name}")
+            struct.atomic_name = self.events.events.name(f"an atomic of {name}")
+            struct.load_box_name = self.events.events.name(f"a bulk load of warp {n}")
+            struct.store_box_name = self.events.events.name(f"a bulk store of warp {n}")
+            struct.fence_name = self.events.events.name(f"the fence of warp {n}")
+            struct.elected = elected_lane(block.gpu.schedule.completion, n)
+
+
+class EventsView:
+    """`vector_clocks.Events` for the core."""
+
+    def __init__(self, events: "Events"):
+        self.events, self.struct = events, EventsStruct()
+        events.view = self
+        self.update()
+
+    def update(self) -> None:
+        for name in ("lines", "what", "agents", "times", "blocks", "atomic"):
+            setattr(self.struct, name, getattr(self.events, name).ctypes.data)
+        self.struct.capacity = len(self.events.lines)
+
+
+class AllocationView:
+    """A `allocation.Allocation` for the core."""
+
+    def __init__(self, allocation: "Allocation"):
+        self.allocation, self.struct = allocation, AllocationStruct()
+        self.spare: Values | None = None  # lent by `blocks`
+        allocation.view = self
+        self.update()
+
+    def update(self) -> None:
+        """Take its arrays anew, some of which have been replaced."""
+        struct, one = self.struct, self.allocation
+        struct.start, struct.base, struct.end = one.start, one.base, one.end
+        struct.data, struct.writes = one.data.ctypes.data, one.writes.ctypes.data
+        struct.reads = one.reads.ctypes.data
+        if one.touched is not None:
+            struct.touched, struct.sectors = one.touched.ctypes.data, one.touched.shape[1]
+        else:
+            struct.touched = None
+        struct.others = None if one.others is None else one.others.ctypes.data
+        struct.pages = None if one.pages is None else one.pages.ctypes.data
+        struct.saved = None if one.saved is None else one.saved.ctypes.data
+        struct.unwritten_first = struct.unwritten_end = 0
+        if one.unwritten is not None:
+            struct.written = one.unwritten.written.ctypes.data
+            struct.unwritten_first = one.unwritten.first
+            struct.unwritten_end = one.unwritten.end
+            struct.pattern[:] = one.unwritten.pattern
+        struct.unit, struct.barrier_count = one.unit, len(one.barriers)
+        self.barriers = np.array(list(one.barriers), np.int64)
+        struct.barriers = self.barriers.ctypes.data
+
+
+class SpaceView:
+    """A `memory.Space` for the core."""
+
+    def __init__(self, space: "Space"):
+        self.space, self.struct = space, SpaceStruct()
+        space.view = self
+        self.update()
+
+    def update(self) -> None:
+        """Take its allocations anew."""
+        views = [one.view or AllocationView(one) for one in self.space.allocations]
+        self.pointer = ctypes.addressof(self.struct)
+        self.pointers = (ctypes.c_void_p * max(len(views), 1))(
+            *(ctypes.addressof(view.struct) for view in views)
+        )
+        self.struct.allocations = ctypes.addressof(self.pointers)
+        self.struct.count, self.struct.last = len(views), None
+
+
+class BlockState:
+    """The registers of a block's warps, and what the core knows of its memory."""
+
+    def __init__(self, launch: LaunchState, block: Block):
+        if launch.rows is None:
+            launch.begin(block)
+        assert launch.rows is not None
+        self.rows, self.states = launch.rows.copy(), launch.states.copy()
+        self.versions = np.zeros(self.states.shape, np.uint32)
+        for row, width, axis in launch.positions:
+            self.rows[:, row, : 32 * width].view(f"u{width}")[:] = block.position[axis]
+        if block.window:
+            for (_, width), row in launch.program.places.items():
+                self.rows[:, row, : 32 * width].view(f"u{width}")[:] |= block.window
+        self.warps = type(launch.warps).from_buffer_copy(launch.warps)
+        self.spaces = [block.shared.view or SpaceView(block.shared)]
+        if block.local.allocations:
+            self.spaces.append(SpaceView(block.local))
+        addresses = [ctypes.addressof(view.struct) for view in self.spaces]
+        rows, states, versions = (
+            array.ctypes.data for array in (self.rows, self.states, self.versions)
+        )
+        size = self.states.shape[1]
+        for n, (warp, struct) in enumerate(zip(block.warps, self.warps, strict=True)):
+            struct.rows, struct.states = rows + n * size * ROW, states + n * size
+            struct.versions, struct.block = versions + n * size * 4, block.number
+            struct.spaces[1 : 1 + len(addresses)] = addresses
+            if block.window:  # `launch` has those of the first block
+                struct.index = warp.index
+                struct.load_name = launch.events.events.name(f"a load of {warp.name}")
+                struct.store_name = launch.events.events.name(f"a store of {warp.name}")
+                struct.atomic_name = launch.events.events.name(f"an atomic of {warp.name}")
+            warp.registers = NativeRegisters(
+                launch.dtypes, self.rows[n], self.states[n], self.versions[n]
+            )
+            warp.native = WarpState(launch, struct)
+
+
+class WarpState:
+    """A warp for the core."""
+
+    def __init__(self, launch: LaunchState, struct: WarpStruct):
+        self.launch, self.struct, self.pointer = launch, struct, ctypes.addressof(struct)
+        self.library, self.left = launch.program.library, launch.program.left
+
+    def run(self, warp: Warp, budget: int) -> int:
+        """Execute instructions of the core, at most ``budget``, and return how many."""
+        struct, events = self.struct, self.launch.events
+        struct.pc, struct.active = warp.pc, warp.active_bits()
+        self._tell_clocks(warp)
+        events.struct.count = events.events.count
+        limit = min(warp.parked) if warp.parked else NO_LIMIT
+        struct.count = 0
+        why = self.library.run(self.pointer, budget, limit)
+        events.events.count = events.struct.count
+        while why == GROW:
+            events.events.grow()
+            why = self.library.run(self.pointer, budget - struct.count, limit)
+            events.events.count = events.struct.count
+        if struct.stores:
+            warp.block.gpu.changes += struct.stores
+            struct.stores = 0
+        warp.pc, done = struct.pc, int(struct.count)
+        warp.count += done
+        return done
+
+    def repeat(self, warp: Warp) -> bool:
+        """Let the core execute the instruction that Python has begun, and return whether it did."""
+        struct, events = self.struct, self.launch.events
+        struct.pc, struct.active, struct.count = warp.pc - 1, warp.active_bits(), 0
+        self._tell_clocks(warp)
+        events.struct.count = events.events.count
+        self.library.run(self.pointer, 1, NO_LIMIT)
+        events.events.count = events.struct.count
+        if struct.count:  # Python counts it
+            self.launch.counts.execute(warp.pc - 1, -len(warp.lanes()), -1)
+        return bool(struct.count)
+
+    def _tell_clocks(self, warp: Warp) -> None:
+        clocks = warp.clocks
+        self.struct.times = clocks.address + warp.index * clocks.stride
+        self.struct.knows_others = bool(clocks.foreign[warp.index])
+
+    def read(
+        self, warp: Warp, space: "Space", addresses: Values, width: int, event: int, fence: bool
+    ) -> bool:
+        """`Space.read` of an asynchronous operation, if it is no fault."""
+        at = np.ascontiguousarray(addresses, np.int64)
+        return self.read_at(warp, space, at.ctypes.data, at.size, width, event, fence)
+
+    def read_at(
+        self,
+        warp: Warp,
+        space: "Space",
+        addresses: int,
+        count: int,
+        width: int,
+        event: int,
+        fence: bool,
+    ) -> bool:
+        """The same, of ``count`` addresses that lie in memory."""
+        if space.view is None:
+            return False
+        self._tell_clocks(warp)
+        clocks = warp.clocks
+        fenced = clocks.fenced_address + warp.index * clocks.stride if fence else None
+        pointer = space.view.pointer
+        return bool(
+            self.library.read_many(self.pointer, pointer, addresses, count, width, event, fenced)
+        )
+
+    def numbers(
+        self, space: "Space", chunks: int, rows: int, by_rows: bool, kind: str
+    ) -> Values | None:
+        """`tensor_cores.Matrix.read`, or None if the core does not know the kind."""
+        if kind not in KINDS or space.view is None:
+            return None
+        found = np.empty((rows, 32 // KIND_BYTES[kind]))
+        done = self.library.decode_matrix(
+            found.ctypes.data, space.view.pointer, chunks, rows, by_rows, KINDS[kind]
+        )
+        return found if done else None
+
+    def tell_fence(self, versions: Values) -> None:
+        """Note the versions of the registers at a wgmma.fence."""
+        self.struct.fence = versions.ctypes.data
+
+    def copies(self, group: Operation) -> "CopiesState":
+        """Begin a group of copies, to which the core adds."""
+        found = CopiesState(self.library, self.launch.events.events, group)
+        self.struct.copies = ctypes.addressof(found.struct)
+        return found
+
+    def end_copies(self) -> None:
+        self.struct.copies = None
+
+
+class CopiesState:
+    """What the core has added to a group of copies."""
+
+    def __init__(self, core: ctypes.CDLL, events: "Events", group: Operation):
+        name = events.name(group.name)
+        self.library, self.struct = core, CopiesStruct(None, 0, 0, group.agent, name, group.time, 0)
+
+    def __del__(self) -> None:  # a tenth of the time of `weakref.finalize`
+        self.library.free_copies(self.struct)  # of a launch that has failed
+
+    def read(self) -> None:
+        self.library.read_copies(ctypes.addressof(self.struct))
+
+    def write(self) -> None:
+        self.library.write_copies(ctypes.addressof(self.struct))

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: MIT
+"""Plugin of pytest that executes the launches of each test, and of its fixtures.
+
+    pytest --nogpu
+    pytest --nogpu --nogpu-arch=sm_100 --cuda-is-cpu
+
+With ``--cuda-is-cpu`` the device "cuda" means the CPU, also where test modules are imported.
+
+A test fails if one of its kernels has an error. The warnings and notes are in the test's report. A
+fixture of a module or a session belongs to the test that sets it up, or that tears it down. The
+fixture ``gpu`` is the emulator, whose ``launches`` and `assert_counters` are those of the test.
+
+Without ``--nogpu`` the plugin imports neither PyTorch nor Triton, and changes nothing.
+"""
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from nogpu.triton.emulator import Emulator
+
+NAMES = ("sm_80", "sm_90", "sm_100")  # of `nogpu.triton.emulator.ARCHITECTURES`
+HOOKS = "nogpu.hooks"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("nogpu")
+    group.addoption(
+        "--nogpu", action="store_true", help="execute Triton kernels as compiled for a GPU"
+    )
+    group.addoption(
+        "--nogpu-arch", choices=NAMES, default="sm_90", help="that GPU, by default sm_90"
+    )
+    group.addoption(
+        "--nogpu-schedules", choices=["one", "all"], default="one", help="orders of each launch"
+    )
+    group.addoption(
+        "--nogpu-configurations",
+        choices=["first", "all"],
+        default="first",
+        help="those of autotuned kernels that are executed",
+    )
+    group.addoption(
+        "--cuda-is-cpu", action="store_true", help='let device="cuda" mean the CPU, with --nogpu'
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
+    """Begin before the first conftest.py is imported, which may ask `torch.cuda`."""
+    _begin(early_config)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    _begin(config)  # where a conftest.py names the plugin
+
+
+def _begin(config: pytest.Config) -> None:
+    options = config.known_args_namespace
+    if config.pluginmanager.has_plugin(HOOKS) or not options.nogpu:
+        if options.cuda_is_cpu and not options.nogpu:
+            raise pytest.UsageError("--cuda-is-cpu needs --nogpu, which executes the kernels")
+        return
+    from nogpu.pytest_hooks import Hooks
+    from nogpu.triton.emulate import why_not_compiled
+
+    if reason := why_not_compiled():
+        raise pytest.UsageError(f"--nogpu: {reason}")
+    hooks = Hooks(options)
+    config.pluginmanager.register(hooks, HOOKS)
+    if options.cuda_is_cpu:  # modules ask `torch.cuda` when they are imported
+        hooks.enter()
+        config.add_cleanup(hooks.active.close)
+
+
+@pytest.fixture
+def gpu(request: pytest.FixtureRequest) -> "Emulator":
+    """The emulated GPU of ``--nogpu``, with the launches and faults of this test."""
+    hooks = request.config.pluginmanager.get_plugin(HOOKS)
+    if hooks is None:
+        pytest.skip("no kernels are executed; pytest --nogpu does it")
+    found: Emulator = hooks.gpu
+    return found

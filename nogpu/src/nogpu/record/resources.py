@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: MIT
+"""Registers and spills of a kernel, by ptxas of Triton's wheel."""
+
+import re
+import subprocess
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+from triton.backends.nvidia.compiler import get_ptxas
+
+from nogpu.data_sheets import DATA_SHEETS, PROGRAMS, REGISTERS, RESERVED, WARPS
+
+MOST_REGISTERS = 255  # of a thread
+
+
+class Resources(NamedTuple):
+    """Registers of a thread, and bytes of its memory for registers that do not fit.
+
+    Its stack has these bytes, and its arrays.
+    """
+
+    registers: int
+    spilled_bytes: int
+    stack_bytes: int = 0
+
+    def __str__(self) -> str:
+        spills = f"spills {self.spilled_bytes} bytes" if self.spilled_bytes else "no spills"
+        return f"{self.registers} registers, {spills}"
+
+
+def programs_of(used: Resources, warps: int, shared: int, arch: str) -> int:
+    """Return how many programs a multiprocessor has at once: its theoretical occupancy.
+
+    A quarter of the registers serves each fourth warp. A warp's registers come in units of 256, and
+    shared memory in units of 128 bytes.
+    """
+    shared_of = {f"sm_{one.capability}": one.shared for one in DATA_SHEETS.values()}[arch]
+    of_warp = -(-used.registers * 32 // 256) * 256
+    warps_of_quarter = REGISTERS // 4 // max(of_warp, 1)
+    return min(
+        PROGRAMS,
+        WARPS // warps,
+        4 * warps_of_quarter // warps,
+        shared_of // (-(-shared // 128) * 128 + RESERVED),
+    )
+
+
+def assemble(ptx: str, arch: str) -> tuple[int, str]:
+    """Assemble PTX for ``arch``, such as "sm_90", and return ptxas's status, and what it says.
+
+    Raises:
+        OSError: there is no ptxas.
+    """
+    tool = get_ptxas(int(arch.removeprefix("sm_"))).path
+    target = re.search(r"^\.target\s+(\w+)", ptx, re.MULTILINE)
+    with tempfile.TemporaryDirectory() as folder:
+        text = Path(folder) / "kernel.ptx"
+        text.write_text(ptx, "utf-8")
+        name = target[1] if target else arch
+        command = [tool, "-v", f"--gpu-name={name}", str(text), "-o", str(text.with_suffix(".o"))]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.returncode, done.stderr
+
+
+@lru_cache(256)
+def resources(ptx: str, arch: str) -> Resources:
+    """Assemble PTX for ``arch``, such as "sm_90", and return what the kernel takes.
+
+    Raises:
+        OSError: there is no ptxas.
+        RuntimeError: ptxas refuses the text.
+    """
+    status, said = assemble(ptx, arch)
+    if status:
+        raise RuntimeError(f"ptxas refuses the kernel: {said.strip().splitlines()[0]}")
+    registers = re.search(r"Used (\d+) registers", said)
+    spilled = re.search(r"(\d+) bytes spill stores", said)
+    stack = re.search(r"(\d+) bytes stack frame", said)
+    if registers is None:
+        raise RuntimeError("ptxas does not say how many registers the kernel uses")
+    of_memory = (int(found[1]) if found else 0 for found in (spilled, stack))
+    return Resources(int(registers[1]), *of_memory)

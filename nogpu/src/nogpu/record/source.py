@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: MIT
+"""Lines of the source: their text, and the names by which files are shown."""
+
+import linecache
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+from types import FrameType
+
+from nogpu.libraries import is_library
+from nogpu.machine.parse import Source
+
+STARTED_IN = os.environ.get("PWD", "/")
+with suppress(OSError):  # the folder may be gone
+    STARTED_IN = os.getcwd()
+
+
+def program_line() -> tuple[str, int] | None:
+    """Return the file and the line of the program that is executed, outside of the libraries.
+
+    Of a library's operator, that is the line that calls the operator.
+    """
+    frame = _program_frame()
+    return None if frame is None else (frame.f_code.co_filename, frame.f_lineno)
+
+
+def name_in_program(value: object) -> str:
+    """Return the variable of a value where the program is executed; "" if it has none there."""
+    frame = _program_frame()
+    for names in () if frame is None else (frame.f_locals, frame.f_globals):
+        for name, one in list(names.items()):  # another thread may change them
+            if one is value:
+                return name
+    return ""
+
+
+def calls_under_way() -> Iterator[FrameType]:
+    """Yield the frames of the functions that have been called, the innermost first."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _program_frame() -> FrameType | None:
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        name = frame.f_globals.get("__name__", "")
+        if not is_library(name):
+            return frame
+        frame = frame.f_back
+    return None
+
+
+def shown_path(path: str) -> str:
+    """Return the name of a file, without the folder that Python was started in."""
+    with suppress(ValueError):
+        return str(Path(path).relative_to(STARTED_IN))
+    return path
+
+
+def line_of(path: str, number: int, strip: bool = True) -> str:
+    """Return a line of a file; "" if there is none."""
+    linecache.checkcache(path)  # it may have changed
+    line = linecache.getline(path, number)
+    return line.strip() if strip else line.rstrip()
+
+
+def moved(source: Source, before: str, file: str) -> Source:
+    """Return a source in the kernel's present file; Triton's cache may have an earlier one.
+
+    Args:
+        before: the kernel's file when it was compiled.
+    """
+    if source is None or not file:
+        return source
+    is_moved = source[0] in (before, file) or _name(source[0]) == _name(file)
+    return (file, source[1]) if is_moved else source
+
+
+@lru_cache
+def _name(path: str) -> str:  # each launch asks for each of its instructions
+    return Path(path).name

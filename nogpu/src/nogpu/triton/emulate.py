@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: MIT
+"""`emulate`: let Triton take the emulated GPU for its own."""
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import lru_cache
+from unittest.mock import patch
+
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.compiler import CompiledKernel
+from triton.runtime.driver import driver as active_driver
+
+from nogpu.decorating import context_manager
+from nogpu.machine.block import SCHEDULES
+from nogpu.machine.sample import LEAST
+from nogpu.native.cache import cache_folder, writable
+from nogpu.triton import autotuner
+from nogpu.triton.driver import (
+    NO_GSAN,
+    Asked,
+    Driver,
+    Entered,
+    Module,
+    emulations,
+    lock,
+    patches,
+    present,
+)
+from nogpu.triton.emulator import ARCHITECTURES, MULTIPROCESSORS, Emulator
+from nogpu.triton.torch_operators import Host
+
+# The first version of Triton whose CompiledKernel has a method __del__, which unloads `module`.
+UNLOADS_SINCE = (3, 8)
+
+
+@lru_cache(1)
+def _let_kernels_end() -> None:
+    """Let Triton forget kernels of an emulator also when it has no driver, or that of a GPU.
+
+    The change lasts as long as the process, because kernels live longer than an emulator. It was
+    made for Triton 3.8, and reads the attributes ``function`` and ``module`` of a kernel.
+    """
+    unload = getattr(CompiledKernel, "__del__", None)
+    if unload is None:  # before `UNLOADS_SINCE`
+        return
+
+    def forget(kernel: CompiledKernel) -> None:
+        if isinstance(kernel.function, Module):
+            kernel.module = None  # nothing was loaded
+        unload(kernel)
+
+    CompiledKernel.__del__ = forget
+
+
+class AskedNumber:
+    """An attribute of Triton's kernels, which for those of an emulator is an `Asked`."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __get__(self, kernel: CompiledKernel | None, owner: type | None = None) -> object:
+        if kernel is None:
+            return self
+        try:
+            held = vars(kernel)[self.name]
+        except KeyError:
+            message = f"{type(kernel).__name__!r} object has no attribute {self.name!r}"
+            raise AttributeError(message) from None
+        if isinstance(held, Asked):
+            held = vars(kernel)[self.name] = held.number()
+        return held
+
+    def __set__(self, kernel: CompiledKernel, value: object) -> None:
+        vars(kernel)[self.name] = value
+
+
+@lru_cache(1)
+def _let_kernels_ask() -> None:
+    """Let ``n_regs`` and ``n_spills`` of a kernel ask ptxas when a program reads them.
+
+    A call of ptxas takes longer than most launches. The change lasts as long as the process.
+    """
+    for name in ("n_regs", "n_spills"):
+        setattr(CompiledKernel, name, AskedNumber(name))
+
+
+def _set_variable(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value
+
+
+def why_not_compiled() -> str:
+    """Return why Triton compiles no kernels, and what to do; "" if it does."""
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        return "TRITON_INTERPRET is set, so that kernels are not compiled; unset it"
+    return NO_GSAN if "gsan" in os.environ.get("TRITON_INSTRUMENTATION_MODE", "") else ""
+
+
+@context_manager("nogpu.emulate")
+def emulate(
+    arch: str = "sm_90",
+    schedules: str = "one",
+    multiprocessors: int | None = None,
+    traces: bool = False,
+    configurations: str = "first",
+    sample: int | None = None,
+) -> Iterator[Emulator]:
+    """Execute the launches of Triton kernels in the block on this CPU, as compiled for a GPU.
+
+    Several threads may be in blocks of their own. The launches of a thread that is in none belong
+    to the block that was entered last.
+
+    Args:
+        arch: "sm_80" (A100), "sm_90" (H100) or "sm_100" (B200).
+        schedules: "one", or "all": execute each launch three times, with asynchronous operations
+            that complete early, late and at random, and warps in other orders.
+        multiprocessors: their number on the GPU, which persistent kernels ask for, and which bounds
+            the programs that run at once; None: 108 of an A100, 132 of an H100, 148 of a B200.
+        traces: record the first program of each kernel, for the pictures of the report's page.
+        configurations: those of an autotuned kernel to execute: "first", the first one that
+            compiles and fits; or "all": the others before it, and what they write is undone. One
+            that raises an error, which would end the program on a GPU, is then a fault.
+        sample: the most programs of a launch to execute, 6 or more. The counters are scaled to all
+            programs, and the memory that the others would write stays as it is. None: execute all.
+
+    Raises:
+        ValueError: another ``arch``, ``schedules`` or ``configurations``; ``multiprocessors`` below
+            1, or a ``sample`` below 6; TRITON_INTERPRET is set.
+    """
+    if arch not in tuple(ARCHITECTURES):
+        raise ValueError(f"arch is {arch!r}, expected one of {', '.join(ARCHITECTURES)}")
+    if schedules not in ("one", "all"):
+        raise ValueError(f"schedules is {schedules!r}, expected 'one' or 'all'")
+    if configurations not in ("first", "all"):
+        raise ValueError(f"configurations is {configurations!r}, expected 'first' or 'all'")
+    if reason := why_not_compiled():
+        raise ValueError(reason)
+    if multiprocessors is None:
+        multiprocessors = MULTIPROCESSORS[ARCHITECTURES[arch]]
+    if type(multiprocessors) is not int or multiprocessors < 1:
+        raise ValueError(f"multiprocessors is {multiprocessors!r}, expected an integer from 1 on")
+    if sample is not None and (type(sample) is not int or sample < LEAST):
+        raise ValueError(f"sample is {sample!r}, expected an integer from {LEAST} on, or None")
+    chosen = SCHEDULES if schedules == "all" else SCHEDULES[:1]
+    emulator = Emulator(arch, chosen, multiprocessors, traces, configurations, sample)
+    entered = Entered(threading.get_ident(), emulator)
+    with lock:
+        if emulations:
+            present().has_inner = True
+        else:
+            _install()
+        emulations.append(entered)
+    try:
+        with Host(emulator):
+            yield emulator
+    finally:
+        _leave(entered)
+
+
+def _leave(entered: Entered) -> None:
+    emulator = entered.emulator
+    with lock:
+        emulations.remove(entered)
+        if emulations:
+            present().inner_launches += len(emulator.launches) + emulator.inner_launches
+        else:
+            patches.close()
+
+
+def _install() -> None:
+    """Let Triton compile and launch for the emulators, until `patches` is closed."""
+    folder = writable(cache_folder("ptx"))
+    _let_kernels_end()
+    _let_kernels_ask()
+    with ExitStack() as stack:
+        for name, value in (("TRITON_CACHE_DIR", str(folder)), ("TRITON_DEFAULT_FP_FUSION", "1")):
+            stack.callback(_set_variable, name, os.environ.get(name))
+            os.environ[name] = value
+        stack.enter_context(
+            patch.object(
+                CUDABackend,
+                "make_cubin",
+                lambda self, src, metadata, opt, capability: src.encode(),
+            )
+        )
+        stack.enter_context(autotuner.changes(present))
+        stack.callback(setattr, active_driver, "_active", active_driver._active)
+        active_driver.set_active(Driver())
+        patches.push(stack.pop_all())

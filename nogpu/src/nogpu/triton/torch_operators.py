@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: MIT
+"""PyTorch's operators beside launches: which memory they write."""
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import TypeGuard
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from nogpu.triton.emulator import Emulator, Operator
+
+
+class Host(TorchDispatchMode):
+    """What PyTorch's operators do while an emulator is active.
+
+    Operators of others that have a kernel for CUDA, written in Python, run it on CPU tensors.
+
+    The memory of torch.empty is unwritten, until an operator writes to it.
+    """
+
+    sees_launches = True  # as the emulator executes them
+
+    def __init__(self, emulator: Emulator):
+        super().__init__()
+        self.emulator = emulator
+
+    def __torch_dispatch__(
+        self,
+        func: Operator,
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
+        if not _launches_nothing(func):
+            self.emulator.complete_launches()
+        if func.namespace not in BUILT_IN and _has_kernel_in_python(func, args, kwargs or {}):
+            with self:  # also in what the kernel's function does
+                result = func.redispatch(ON_CUDA, *args, **(kwargs or {}))
+        elif self.emulator.watcher is not None:
+            with torch._C.DisableTorchFunction():  # autograd calls operators within its modes
+                result = self.emulator.watcher.operator(func, args, kwargs or {})
+            if result is NotImplemented:  # a subclass of tensors does it, with other operators
+                return result
+        else:
+            result = func(*args, **(kwargs or {}))
+        memory = self.emulator.host_memory
+        if memory.unwritten:
+            for t in _written_tensors(func._schema, args, kwargs or {}, result):
+                memory.note_written(t)
+        if func.overloadpacket in EMPTY and is_plain(result):
+            memory.note_empty(result)
+        return result
+
+
+ON_CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+BUILT_IN = ("aten", "prim", "prims", "profiler")  # namespaces of PyTorch's operators
+
+
+def _has_kernel_in_python(
+    func: Operator, args: Sequence[object], kwargs: dict[str, object]
+) -> bool:
+    """Whether an operator on plain CPU tensors has a function in Python for CUDA or all devices.
+
+    One in C++ would take the addresses for those of a GPU.
+    """
+    operands = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    if not operands or not all(map(is_plain, operands)):
+        return False
+    lines = torch._C._dispatch_dump(func.name()).splitlines()
+    kernels = dict(line.split(": ", 1) for line in lines if ": " in line)
+    composite = kernels.get("CompositeExplicitAutograd[alias]", "")
+    return ".py:" in kernels.get("CUDA", composite)
+
+
+def is_plain(t: object) -> TypeGuard[Tensor]:
+    """Whether ``t`` is a tensor with memory on the CPU: not sparse, fake, or autograd's zero."""
+    if not isinstance(t, Tensor) or type(t) not in (Tensor, torch.nn.Parameter):
+        return False
+    return t.layout == torch.strided and t.is_cpu and not t._is_zerotensor()
+
+
+def changed(
+    schema: torch.FunctionSchema, args: Sequence[object], kwargs: dict[str, object]
+) -> list[object]:
+    """Return the arguments of an operator that it changes in place."""
+    given = dict(zip((argument.name for argument in schema.arguments), args, strict=False))
+    given |= kwargs
+    return [
+        given.get(argument.name)
+        for argument in schema.arguments
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+
+
+def _written_tensors(
+    schema: torch.FunctionSchema, args: Sequence[object], kwargs: dict[str, object], result: object
+) -> Iterator[Tensor]:
+    """Yield the tensors that an operator has written: its new ones, and those that it changes."""
+    values = changed(schema, args, kwargs)
+    if all(one.alias_info is None for one in schema.returns):
+        values.append(result)
+    for t in tree_leaves(values):
+        if is_plain(t):
+            yield t
+
+
+@lru_cache(None)
+def _launches_nothing(func: Operator) -> bool:
+    """Whether an operator returns a view, or memory that it does not write."""
+    schema = func._schema
+    given = [one.alias_info for one in schema.arguments]
+    returned = [one.alias_info for one in schema.returns]
+    is_view = bool(returned) and None not in returned
+    writes = any(one is not None and one.is_write for one in given)
+    return func.overloadpacket in EMPTY or (is_view and not writes)
+
+
+EMPTY = {
+    torch.ops.aten.empty,
+    torch.ops.aten.empty_like,
+    torch.ops.aten.empty_strided,
+    torch.ops.aten.new_empty,
+    torch.ops.aten.new_empty_strided,
+}
