@@ -21,7 +21,7 @@ def without_training(monkeypatch):
 
 @pytest.fixture
 def gpu_in_name(monkeypatch):
-    """The CPU stands for a GPU, as it does under ``torchpar ptx --cuda-is-cpu``."""
+    """The CPU stands for a GPU, as it does under ``nogpu --cuda-is-cpu``."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
 
