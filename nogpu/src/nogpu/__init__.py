@@ -18,8 +18,7 @@ A launch passes these folders, one after the other:
   What is watched: `allocation` (bytes, and who has accessed them), `address_space`, `memory` (the
   rules of accesses), `vector_clocks` (who knows of which access), `operation` (asynchronous ones),
   `definedness` (undefined bits), `counts`, their sums in `counters`, `sample` (of programs, for the
-  counts of all), and `trace` (a record of one program). `protocols` has a GPU, a block and a warp
-  for type checkers.
+  counts of all), and `trace` (a record of one program).
 - `instructions`: what each instruction of PTX does, in Python.
 - `native`: the common instructions, and whole blocks, in C: `layout` (what Python and C share),
   `core` (built once, and loaded), `encoding`, `warps`, `blocks`.

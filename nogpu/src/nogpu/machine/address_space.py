@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Address spaces: which allocation has an address, and faults of accesses that have none."""
 
+from __future__ import annotations
+
+
+from typing import TYPE_CHECKING
+
 from bisect import bisect_right, insort
 from collections.abc import Callable, Iterator
 
@@ -11,8 +16,11 @@ from nogpu.machine.counts import Counts
 from nogpu.machine.origins import origins
 from nogpu.machine.overflow import NOT_FOLLOWED, Lost, lost
 from nogpu.machine.parse import PtxError
-from nogpu.machine.protocols import SpaceView, Warp
 from nogpu.machine.registers import Values, all_true
+
+if TYPE_CHECKING:
+    from nogpu.native.warps import SpaceView
+    from nogpu.machine.block import Warp
 
 Rows = Values  # positions in an allocation, in units of an access
 # An allocation of an access, the rows there, and which of its addresses these are.

@@ -7,20 +7,25 @@ page begins it (`Allocation.begin`, and `begin_page` in core.c): it is noted as 
 unwritten of it is found. All that is read, compared or copied afterwards is that of touched pages.
 """
 
+from __future__ import annotations
+
+
 import copy
 import math
 import mmap
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from nogpu.machine.protocols import AllocationView
 from nogpu.machine.registers import Values, all_true
 from nogpu.machine.vector_clocks import GIVEN, UNWRITTEN
 from nogpu.native.layout import PAGE
+
+if TYPE_CHECKING:
+    from nogpu.native.warps import AllocationView
 
 ALIGNED = 128  # to which an allocation's base is rounded down
 LARGEST = 16  # bytes of an element

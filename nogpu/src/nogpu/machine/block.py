@@ -4,11 +4,15 @@
 `execute` has what Python does for an instruction of a warp, and `native` what C does.
 """
 
+from __future__ import annotations
+
+from nogpu.machine.registers import RegisterFile
+
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,9 +25,6 @@ from nogpu.machine.parse import (
     PtxError,
     own_error,
 )
-from nogpu.machine.protocols import Gpu, RegisterFile
-from nogpu.machine.protocols import Operation as AnyOperation
-from nogpu.machine.protocols import Warp as AnyWarp
 from nogpu.machine.registers import (
     ALL,
     LANES,
@@ -37,6 +38,9 @@ from nogpu.machine.registers import (
 from nogpu.machine.trace import Trace
 from nogpu.machine.vector_clocks import Events, VectorClocks, merged
 from nogpu.native.warps import BlockState, WarpState
+
+if TYPE_CHECKING:
+    from nogpu.machine.gpu import Gpu
 
 LIMIT = 3_000_000  # instructions of a warp
 LOCAL_BASE = 2**20  # of the threads' stacks
@@ -271,7 +275,7 @@ class Block:
         self.clocks: VectorClocks
         if cluster is None:
             self.clocks = VectorClocks(gpu.events, number, warps)
-            self.shared, self.flying, self.rank = Space("shared memory"), list[AnyOperation](), 0
+            self.shared, self.flying, self.rank = Space("shared memory"), list[Operation](), 0
         else:
             self.cluster, self.clocks, self.shared = cluster, cluster.clocks, cluster.shared
             self.flying, self.rank = cluster.flying, len(cluster.blocks)
@@ -417,7 +421,7 @@ class Block:
         self.gpu.fault("error", "unfinished copy", line, message, self.warps[0])
 
 
-def _missing(warp: AnyWarp) -> str:
+def _missing(warp: Warp) -> str:
     """Say what an mbarrier misses for which a warp waits; "" for other waits."""
     found = getattr(warp.waiting, "missing", None)
     return "" if found is None else str(found())

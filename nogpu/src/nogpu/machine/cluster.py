@@ -10,17 +10,24 @@ sm_90 and sm_100, where Triton finds the address of the first block by a mask. A
 memory exists until its last warp ends. Accesses by others of its cluster must be known to it then.
 """
 
-from typing import Any
+from __future__ import annotations
+
+from typing import Any, Protocol, TYPE_CHECKING
 
 import numpy as np
 
 from nogpu.machine.allocation import Allocation
 from nogpu.machine.memory import Space
 from nogpu.machine.parse import PtxError
-from nogpu.machine.protocols import Arrival, Block, Gpu, Operation, Warp
 from nogpu.machine.registers import WINDOW_BITS, Values
 from nogpu.machine.spins import Spins
 from nogpu.machine.vector_clocks import VectorClocks, merged
+
+if TYPE_CHECKING:
+    from nogpu.machine.block import Block
+    from nogpu.machine.gpu import Gpu
+    from nogpu.machine.operation import Operation
+    from nogpu.machine.block import Warp
 
 ENDED = "ended CTA"  # the name of a fault
 
@@ -61,6 +68,22 @@ class SharedMemory(Space):
             warp.block.gpu.fault("error", ENDED, line, f"{does} {why}", warp)
             return
         super().tell(warp, place, address, width, line, does)
+
+
+class Arrival(Protocol):
+    """An arrival at an mbarrier: of a thread, or of an asynchronous operation."""
+
+    @property
+    def agent(self) -> int: ...
+
+    @property
+    def time(self) -> int: ...
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def line(self) -> int: ...
 
 
 class Phase:

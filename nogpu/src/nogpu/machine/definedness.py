@@ -12,12 +12,15 @@ Instructions take NumPy arrays, and a `Tainted` register is none. So one that ta
 executed once more, with the bits and without the taint; then the results are tainted.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from collections.abc import Callable
 
 import numpy as np
 
 from nogpu.machine.parse import Address, Instruction, Register, flat
-from nogpu.machine.protocols import Warp
 from nogpu.machine.registers import (
     DTYPES,
     FLOATS,
@@ -28,6 +31,9 @@ from nogpu.machine.registers import (
     Values,
 )
 from nogpu.machine.undefined import SUMS, of_conversion, of_sum, of_table
+
+if TYPE_CHECKING:
+    from nogpu.machine.block import Warp
 
 # Instructions whose operands matter: they write memory, or send messages.
 SINKS = ("st", "atom", "red", "stmatrix", "cp", "call", "mbarrier")

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: MIT
 """Global memory of a stand-in for a GPU, and launches of PTX kernels on it."""
 
+from __future__ import annotations
+
 import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -34,7 +36,6 @@ from nogpu.machine.counts import Counts, Progress
 from nogpu.machine.decode import decode
 from nogpu.machine.memory import Space
 from nogpu.machine.parse import Kernel, PtxError, parse
-from nogpu.machine.protocols import Warp
 from nogpu.machine.registers import Values
 from nogpu.machine.sample import Sample
 from nogpu.machine.spins import PATIENCE
@@ -46,6 +47,9 @@ from nogpu.native.blocks import Blocks
 from nogpu.native.encoding import Program
 from nogpu.native.layout import WAIT_ADDRESS
 from nogpu.native.warps import LaunchState
+
+if TYPE_CHECKING:
+    from nogpu.machine.block import Warp
 
 Turns = Iterator[bool]  # of `Block.turns`
 # The memory of the launches has addresses that no process has; between allocations are gaps.

@@ -11,13 +11,19 @@ work in this way (Flanagan and Freund, "FastTrack", PLDI 2009). An element keeps
 not know each other. Of further ones some are forgotten, so that other schedules may notice more.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from nogpu.machine.address_space import AddressSpace, Rows
 from nogpu.machine.allocation import POISON, Allocation, zeros
-from nogpu.machine.protocols import Warp
 from nogpu.machine.registers import Cause, Values, all_true
 from nogpu.machine.vector_clocks import EARLIER, GIVEN, UNWRITTEN, Events
+
+if TYPE_CHECKING:
+    from nogpu.machine.block import Warp
 
 
 class Space(AddressSpace):

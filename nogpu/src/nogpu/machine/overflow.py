@@ -8,14 +8,18 @@ the register has lost: from the first overflow on a multiple of 2³².
 Limitation: of what a loop adds up, only the beginning is followed back.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from nogpu.machine.parse import Address, Constant, Instruction, Kernel, Register, flat
-from nogpu.machine.protocols import Warp
 from nogpu.machine.registers import DTYPES, reader
+
+if TYPE_CHECKING:
+    from nogpu.machine.block import Warp
 
 DEPTH = 200  # of instructions, up to which an address is followed
 SUMS = ("add", "sub", "or")

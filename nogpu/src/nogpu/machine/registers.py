@@ -3,7 +3,7 @@
 them."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -91,6 +91,28 @@ def content(held: object) -> object:
     if isinstance(held, Tainted):
         return held.values.tobytes(), held.mask.tobytes()
     return held
+
+
+class RegisterFile(Protocol):
+    """The registers of a warp: `registers.Registers`, or those of the core in C."""
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+    def __setitem__(self, index: int, value: object, /) -> None: ...
+
+    def content(self) -> tuple[object, ...]: ...
+
+    def get_many(self, indices: Sequence[int]) -> list[Any]: ...
+
+    def set_many(self, indices: Sequence[int], values: Values) -> None: ...
+
+    def set_same(self, indices: Sequence[int], value: object) -> None: ...
+
+    def stamp(self) -> Any: ...
+
+    def is_unchanged(self, index: int, stamp: Any) -> bool: ...
+
+    def restamp(self, index: int, stamp: Any) -> None: ...
 
 
 class Registers(list[Any]):

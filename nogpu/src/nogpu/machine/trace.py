@@ -6,13 +6,18 @@ barriers. An asynchronous operation lasts from its issue until a warp has waited
 may be complete earlier.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from nogpu.machine.protocols import Operation, Warp
 from nogpu.machine.registers import Values
+
+if TYPE_CHECKING:
+    from nogpu.machine.operation import Operation
+    from nogpu.machine.block import Warp
 
 LONGEST = 100_000  # instructions of a warp that are recorded
 

@@ -7,10 +7,17 @@ of the block's other warps at a barrier, those of asynchronous operations when i
 and those of other blocks by an atomic that acquires what they have released at its address.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+
 import numpy as np
 
-from nogpu.machine.protocols import View
 from nogpu.machine.registers import Values, all_true
+
+if TYPE_CHECKING:
+    from nogpu.native.warps import EventsView
 
 # Numbers of events: what the host did before the launch; what nobody did.
 GIVEN, UNWRITTEN = 0, 1
@@ -25,7 +32,7 @@ class Events:
         self.names: list[str] = ["the host", "nobody"]  # of what accesses
         self.numbers = {name: n for n, name in enumerate(self.names)}
         self.places: dict[int, str] = {}  # of events of earlier grids, which have other lines
-        self.view: View | None = None  # for the core in C, which takes the arrays
+        self.view: EventsView | None = None  # for the core in C, which takes the arrays
         self.lines = np.zeros(2**12, np.int32)
         self.what = np.arange(2**12, dtype=np.int32)  # by their numbers
         self.agents = np.zeros(2**12, np.int32)

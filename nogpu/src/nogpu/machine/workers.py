@@ -8,6 +8,10 @@ undone, and the blocks are executed one after the other. So the faults and their
 each time.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import copy
 import ctypes
 import os
@@ -21,11 +25,13 @@ from nogpu.machine.allocation import Allocation, zeros
 from nogpu.machine.counts import Column, Counts
 from nogpu.machine.dependents import kinds_of
 from nogpu.machine.memory import Space
-from nogpu.machine.protocols import Gpu
 from nogpu.machine.registers import Values
 from nogpu.machine.vector_clocks import Events
 from nogpu.native.blocks import Blocks
 from nogpu.native.warps import LaunchState
+
+if TYPE_CHECKING:
+    from nogpu.machine.gpu import Gpu
 
 LEAST_SECONDS = 0.004  # of the blocks that are left, below which one worker executes them
 # To copy the shadow of an element, and to compare it; a few times what memory takes.

@@ -4,6 +4,9 @@
 A block that needs Python is undone, and Python executes it from its beginning.
 """
 
+from __future__ import annotations
+
+
 import ctypes
 import time
 import weakref
@@ -13,7 +16,6 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from nogpu.machine.allocation import zeros
-from nogpu.machine.protocols import AllocationView, Block
 from nogpu.machine.registers import Values
 from nogpu.native.layout import (
     BUDGET,
@@ -31,6 +33,7 @@ from nogpu.native.layout import (
 )
 
 if TYPE_CHECKING:
+    from nogpu.machine.block import Block
     from nogpu.machine.allocation import Allocation
 
 C = TypeVar("C", PastStruct, ReleaseStruct, TensormapStruct, ctypes.c_int32)

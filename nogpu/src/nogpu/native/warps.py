@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: MIT
 """Warps, blocks and launches for the core in C: their registers and memory, and what they know."""
 
+from __future__ import annotations
+
 import ctypes
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nogpu.machine.protocols import Block, Operation, Warp
 from nogpu.machine.registers import DTYPES, UNWRITTEN, DType, Values, content
 from nogpu.native.encoding import KIND_BYTES, KINDS, Program
 from nogpu.native.layout import (
@@ -23,6 +24,9 @@ from nogpu.native.layout import (
 )
 
 if TYPE_CHECKING:
+    from nogpu.machine.block import Block
+    from nogpu.machine.operation import Operation
+    from nogpu.machine.block import Warp
     from nogpu.machine.allocation import Allocation
     from nogpu.machine.counts import Counts
     from nogpu.machine.memory import Space

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """An emulated GPU: its launches, and their faults."""
 
+from __future__ import annotations
+
 import re
 import threading
 import time
@@ -8,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,7 +23,6 @@ from nogpu.machine.counts import Counts, Progress
 from nogpu.machine.dependents import Access, EarlierGrid
 from nogpu.machine.memory import Space
 from nogpu.machine.parse import Kernel, PtxError, Source, own_error
-from nogpu.machine.protocols import Warp
 from nogpu.machine.trace import Trace
 from nogpu.native import core as native
 from nogpu.record.faults import Fault, Kind
@@ -32,6 +33,9 @@ from nogpu.report.report import Report
 from nogpu.triton import autotuner
 from nogpu.triton.assumptions import Assertions
 from nogpu.triton.host_memory import HostMemory
+
+if TYPE_CHECKING:
+    from nogpu.machine.block import Warp
 
 ARCHITECTURES = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 # By capability; shared memory of a program at most.
