@@ -51,7 +51,7 @@ try:
     from nogpu import emulate
     from nogpu.data_sheets import DATA_SHEETS
 except ImportError as error:
-    sys.exit(f"course_kernels.py executes kernels by nogpu ({error}); pip install nogpu")
+    sys.exit(f"course_kernels.py executes kernels by nogpu ({error}); pip install ./nogpu")
 
 GPU, SECTOR = "H100", 32  # bytes
 HALF = "in float16"  # of which the roofline of float32 has no point
