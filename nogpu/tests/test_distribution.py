@@ -28,7 +28,7 @@ scale[(4,)](x, torch.empty_like(x), 1000, BLOCK=256)
 # Of the editable installs only the path hooks find this checkout.
 HIDING = """
 import sys
-sys.meta_path = [one for one in sys.meta_path if "editable" not in getattr(one, "__name__", "")]
+sys.meta_path = [one for one in sys.meta_path if "Editable" not in getattr(one, "__name__", "")]
 sys.path = [one for one in sys.path if "-packages" in one or not one.startswith(CHECKOUT)]
 """
 
