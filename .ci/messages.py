@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("torchpar", "kernels", "examples", "benchmarks")
+FOLDERS = ("torchpar", "kernels", "examples", "benchmarks", "nogpu/src")
 CALLS = ("print", "warn", "error", "exit", "skip", "fail")
 
 

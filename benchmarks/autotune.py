@@ -43,7 +43,7 @@ from benchmarks.records import OPERATORS
 from benchmarks.records.record import Operator, Tuned
 from benchmarks.results import Result, Table, print_results, track
 from benchmarks.timing import Rejected
-from torchpar.errors import ConfigError, first_line, has_nogpu, writing
+from torchpar.errors import ConfigError, first_line, has_nogpu, import_nogpu, writing
 from torchpar.kernels.device import GPUS
 from torchpar.kernels.rule import KINDS, Kind
 from torchpar.ops.matrix import fp32_precision
@@ -147,8 +147,8 @@ def excess(kind: Kind, operands: Sequence[Tensor]) -> float:
     return math.sqrt(terms) * torch.finfo(kind.dtype).eps / 2 if wide else 2.0**-52
 
 
-def data_sheet_of(name: str) -> str | None:
-    """The name by which the model of times, which is nogpu's, knows a GPU."""
+def gpu_of(name: str) -> str | None:
+    """The name of a GPU in `GPUS`."""
     return next((gpu for gpu in GPUS if gpu in name), None)
 
 
@@ -259,7 +259,7 @@ class Tuning:
         judge: Callable[[Call], float],
     ) -> None:
         """Add a result for each configuration that fits into this GPU; its value is checked."""
-        gpu = data_sheet_of(torch.cuda.get_device_name())
+        gpu = gpu_of(torch.cuda.get_device_name())
         for config, (p50, p20, p80) in found.items():
             if math.isinf(p50):
                 continue
@@ -334,6 +334,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if triton.knobs.runtime.interpret:
         raise ConfigError("TRITON_INTERPRET is set, so that kernels are not compiled; unset it")
     if not torch.cuda.is_available():
+        import_nogpu("compiling for a GPU that is not here")  # for its data sheets
         return compile_all(operators, kind, options.quick, command.csv(options))
     triton.set_allocator(
         lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=DEVICE)

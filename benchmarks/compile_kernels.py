@@ -38,7 +38,7 @@ from benchmarks.records import OPERATORS
 from benchmarks.records.record import Sizes, Tuned
 from benchmarks.results import CORES, Result, Table, print_results, track
 from benchmarks.timing import CPU
-from torchpar.errors import first_line, import_nogpu
+from torchpar.errors import first_line
 from torchpar.kernels.rule import KINDS, configurations
 from torchpar.parallel.launch.processes import end_with_parent, putting_off_signals
 
@@ -65,8 +65,9 @@ class Architecture(NamedTuple):
 
     @property
     def sheet(self) -> "DataSheet":
-        found: DataSheet = import_nogpu("a bound").data_sheets.DATA_SHEETS[self.gpu]
-        return found
+        from nogpu.data_sheets import DATA_SHEETS
+
+        return DATA_SHEETS[self.gpu]
 
 
 ARCHITECTURES = {

@@ -83,7 +83,7 @@ def called(command: str) -> str:
 
 
 def is_installed(package: str) -> bool:
-    """Whether a package is installed; a folder of its name, such as nogpu, is none."""
+    """Whether a package is installed. A folder without ``__init__.py`` does not count."""
     found = importlib.util.find_spec(package)
     return found is not None and found.origin is not None
 

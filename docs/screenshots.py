@@ -88,7 +88,7 @@ def emulate(folder: Path, name: str) -> Path:
     """Run a script of ptx.md on the emulator, and return the page of its report."""
     page = folder / f"{name}.html"
     (folder / f"{name}.py").write_text(script(name), "utf-8")
-    subprocess.run([*TORCHPAR, "ptx", "--report", page, f"{name}.py"], cwd=folder)
+    subprocess.run([sys.executable, "-m", "nogpu", "--report", page, f"{name}.py"], cwd=folder)
     return page
 
 

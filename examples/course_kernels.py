@@ -35,7 +35,6 @@ from pathlib import Path
 from typing import Annotated, NamedTuple
 
 from support import checks, cli, console, plots
-from support.kernels import by_unit, check_faults, compiling
 from support.measure import interleaved_ms
 
 import torch
@@ -51,7 +50,9 @@ try:
     from nogpu import emulate
     from nogpu.data_sheets import DATA_SHEETS
 except ImportError as error:
-    sys.exit(f"course_kernels.py executes kernels by nogpu ({error}); pip install nogpu")
+    sys.exit(f"course_kernels.py executes kernels by nogpu ({error}); pip install ./nogpu")
+
+from support.kernels import by_unit, check_faults, compiling
 
 GPU, SECTOR = "H100", 32  # bytes
 HALF = "in float16"  # of which the roofline of float32 has no point

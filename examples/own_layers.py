@@ -48,7 +48,7 @@ except ImportError as error:
 try:
     from nogpu import Emulator, check_kernel, emulate
 except ImportError as error:
-    sys.exit(f"own_layers.py executes kernels by nogpu ({error}); pip install nogpu")
+    sys.exit(f"own_layers.py executes kernels by nogpu ({error}); pip install ./nogpu")
 
 from support.kernels import by_unit, check_faults, compiling
 

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from .rule import Device
 
-# The compute capability of GPUs, where 90 is sm_90, and their multiprocessors, by NVIDIA's data
-# sheets: A100 and H100 (SXM), H200, HGX B200.
+# The compute capability and the multiprocessors of GPUs, by NVIDIA's data sheets: A100 and H100
+# (SXM), H200, HGX B200. A capability of 90 is sm_90.
 GPUS = {
     name: Device(name, capability, multiprocessors)
     for name, capability, multiprocessors in (

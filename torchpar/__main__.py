@@ -47,7 +47,7 @@ GUARDED = {
     "exercises": ("the check", ""),
 }
 
-PTX = "ptx is a package of its own now: pip install nogpu, and python -m nogpu SCRIPT"
+PTX = "ptx is now nogpu, a package of its own; pip install nogpu, and run python -m nogpu SCRIPT"
 
 
 def main() -> int:
@@ -56,7 +56,8 @@ def main() -> int:
     for name, (_, text) in COMMANDS.items():
         commands.add_parser(name, help=text, add_help=False)
     if sys.argv[1:2] == ["ptx"]:
-        parser.error(PTX)
+        print(f"{parser.prog}: error: {PTX}", file=sys.stderr)
+        return 2
     command = parser.parse_args(sys.argv[1:2]).command
     try:
         module = import_command(command, parser)

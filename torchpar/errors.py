@@ -384,7 +384,7 @@ def import_nogpu(what: str) -> Any:
     """Import nogpu, which executes Triton kernels on a machine without a GPU.
 
     Args:
-        what: needs it, as in "the row 'races' needs nogpu".
+        what: the subject of the message, such as "--all".
 
     Raises:
         ConfigError: it is not installed.

@@ -39,7 +39,7 @@ by PyTorch; the tests also run its kernel in Triton's interpreter.
   `torchpar.library`.
 
 `python examples/operators/gallery.py` writes this page. It needs
-`pip install -e '.[examples,test]'`.
+`pip install -e ./nogpu -e '.[examples,test]'`.
 """
 
 

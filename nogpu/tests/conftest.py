@@ -72,3 +72,11 @@ def world() -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def registered() -> None:
+    """Import what registers operators, which PyTorch refuses a second time: `pytester` forgets the
+    modules that its tests import."""
+    import torch._inductor.test_operators
+    import torch.distributed._functional_collectives  # noqa: F401

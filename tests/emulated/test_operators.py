@@ -179,3 +179,13 @@ def test_kernels_in_c_plus_plus_stay_on_their_device():
         kept = torchvision.ops.nms(boxes, torch.tensor([1.0, 0.5]), 0.5)
     assert kept.tolist() == [0]
     assert gpu.launches == []
+
+
+def test_both_houses_have_the_same_facts_of_gpus():
+    from nogpu.data_sheets import DATA_SHEETS
+    from torchpar.kernels.device import GPUS
+
+    found = {name: (one.capability, one.multiprocessors) for name, one in GPUS.items()}
+    assert found == {
+        name: (one.capability, one.multiprocessors) for name, one in DATA_SHEETS.items()
+    }

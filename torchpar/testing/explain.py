@@ -7,6 +7,7 @@ It names the tiles, or PyTorch's library, and the times by which they were chose
 import argparse
 import csv
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchpar.errors import has_nogpu, import_nogpu
+from torchpar.errors import ConfigError, has_nogpu, import_nogpu
 from torchpar.kernels import rule
 from torchpar.kernels.device import GPUS
 from torchpar.kernels.linear_sigmoid import LINEAR_SIGMOID
@@ -80,7 +81,11 @@ def main(arguments: Sequence[str]) -> int:
     except ValueError as e:
         parser.error(str(e))
     say = estimates if options.all else explain
-    print(say(options.operator, sizes, options.dtype, options.gpu))
+    try:
+        print(say(options.operator, sizes, options.dtype, options.gpu))
+    except ConfigError as e:
+        print(f"{parser.prog}: error: {e}", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -138,7 +143,7 @@ def explain(operator: str, sizes: tuple[int, int, int, int], kind: str, gpu: str
     elif rule.is_measured(product, kind, device):
         basis = "predicted from measurements"
     else:
-        basis = "estimated"
+        basis = "estimated" if has_nogpu() else "scaled by data sheets; nogpu estimates it"
     beside = "" if by_library else f"; {alone.name} {shown(alone.microseconds)}"
     lines = [f"computed by: {chosen.name} ({basis}, {shown(chosen.microseconds)}{beside})"]
     others = [one for one in (*of_tiles.values(), whole) if one is not chosen]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Data sheets of GPUs: one table, which kernels, the emulator and the benchmarks read.
+"""Data sheets of GPUs, which the estimates and the bounds read.
 
 "NVIDIA A100 Tensor Core GPU Architecture" (SXM, 80 GB), "NVIDIA H100 Tensor Core GPU Architecture"
 (SXM), and the data sheets of H200 (SXM) and HGX B200. Shared memory, registers and warps are those

@@ -24,15 +24,22 @@ def is_library(module: str) -> bool:
 
 def instead_of_optimizer(kind: type) -> str:
     """Return the optimizer that a library offers in the place of ``kind``; "" if none does."""
-    # torch.optim.Muon is torch.optim._muon.Muon.
-    module = ".".join(part for part in kind.__module__.split(".") if not part.startswith("_"))
-    name = f"{module}.{kind.__qualname__}"
-    told = map(_told, list(sys.modules.values()))
-    return next((found for one in told if (found := one.get("optimizers", {}).get(name))), "")
+    told = [*map(_told, list(sys.modules.values()))]
+    for one in kind.__mro__:
+        # torch.optim.Muon is torch.optim._muon.Muon.
+        parts = (part for part in one.__module__.split(".") if not part.startswith("_"))
+        name = ".".join((*parts, one.__qualname__))
+        for offers in told:
+            if found := offers.get("optimizers", {}).get(name):
+                return found
+    return ""
 
 
 def _told(package: object) -> Mapping[str, Mapping[str, str]]:
     """Return what a package says. Some objects in `sys.modules` make any attribute that is asked
     for."""
-    found: Mapping[str, Mapping[str, str]] = getattr(package, "__dict__", {}).get(ATTRIBUTE, {})
-    return found
+    try:
+        found = object.__getattribute__(package, "__dict__").get(ATTRIBUTE)
+    except AttributeError:  # it is no module
+        return {}
+    return found if isinstance(found, Mapping) else {}

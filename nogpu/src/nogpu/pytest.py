@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from nogpu.triton.emulator import Emulator
 
 NAMES = ("sm_80", "sm_90", "sm_100")  # of `nogpu.triton.emulator.ARCHITECTURES`
+NEED = ("cuda_is_cpu", "nogpu_arch", "nogpu_schedules", "nogpu_configurations")
 HOOKS = "nogpu.hooks"
 
 
@@ -29,16 +30,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--nogpu", action="store_true", help="execute Triton kernels as compiled for a GPU"
     )
-    group.addoption(
-        "--nogpu-arch", choices=NAMES, default="sm_90", help="that GPU, by default sm_90"
-    )
-    group.addoption(
-        "--nogpu-schedules", choices=["one", "all"], default="one", help="orders of each launch"
-    )
+    group.addoption("--nogpu-arch", choices=NAMES, help="that GPU, by default sm_90")
+    group.addoption("--nogpu-schedules", choices=["one", "all"], help="orders of each launch")
     group.addoption(
         "--nogpu-configurations",
         choices=["first", "all"],
-        default="first",
         help="those of autotuned kernels that are executed",
     )
     group.addoption(
@@ -59,8 +55,10 @@ def pytest_configure(config: pytest.Config) -> None:
 def _begin(config: pytest.Config) -> None:
     options = config.known_args_namespace
     if config.pluginmanager.has_plugin(HOOKS) or not options.nogpu:
-        if options.cuda_is_cpu and not options.nogpu:
-            raise pytest.UsageError("--cuda-is-cpu needs --nogpu, which executes the kernels")
+        alone = [name for name in NEED if getattr(options, name) and not options.nogpu]
+        if alone:
+            flag = f"--{alone[0].replace('_', '-')}"
+            raise pytest.UsageError(f"{flag} needs --nogpu, which executes the kernels")
         return
     from nogpu.pytest_hooks import Hooks
     from nogpu.triton.emulate import why_not_compiled

@@ -55,7 +55,9 @@ class Hooks:
     def enter(self) -> None:
         options = self.options
         emulator = emulate(
-            options.nogpu_arch, options.nogpu_schedules, configurations=options.nogpu_configurations
+            options.nogpu_arch or "sm_90",
+            options.nogpu_schedules or "one",
+            configurations=options.nogpu_configurations or "first",
         )
         self.gpu = self.active.enter_context(emulator)
         if options.cuda_is_cpu:

@@ -246,7 +246,8 @@ def _expected(
         (a.clone() if dtype is None else _cast(a, dtype)) if isinstance(a, Tensor) else a
         for a in arguments
     ]
-    found = reference(*given)
+    with torch.no_grad():
+        found = reference(*given)
     if not isinstance(found, Mapping) or not found:
         raise ValueError(
             f"the reference returns an object of type {type(found).__name__}, expected tensors by "

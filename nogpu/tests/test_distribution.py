@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: MIT
+"""The wheel and the plugin: nogpu runs from an empty folder, and pytest loads it by each way."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+from processes import ROOT
+
+SCRIPT = """
+import importlib.util
+import torch, triton
+import triton.language as tl
+
+assert importlib.util.find_spec("torchpar") is None
+
+@triton.jit
+def scale(x, out, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + i, 2 * tl.load(x + i), mask=i < n)
+
+x = torch.randn(1000)
+scale[(4,)](x, torch.empty_like(x), 1000, BLOCK=256)
+"""
+# Of the editable installs only the path hooks find this checkout.
+HIDING = """
+import sys
+sys.meta_path = [one for one in sys.meta_path if "Editable" not in getattr(one, "__name__", "")]
+sys.path = [one for one in sys.path if "-packages" in one or not one.startswith(CHECKOUT)]
+"""
+
+
+@pytest.mark.slow  # it builds, and starts PyTorch
+def test_the_wheel_runs_a_script_from_an_empty_folder(tmp_path):
+    pytest.importorskip("build", reason="build makes the wheel")
+    dist, site, empty = (tmp_path / name for name in ("dist", "site", "empty"))
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", dist, ROOT]
+    subprocess.run(command, check=True, capture_output=True)
+    (wheel,) = dist.glob("*.whl")
+    with ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        archive.extractall(site)
+    package = {
+        path.relative_to(ROOT / "src").as_posix()
+        for path in (ROOT / "src" / "nogpu").rglob("*.*")
+        if path.suffix in (".c", ".html", ".py", ".typed")
+    }
+    assert {name for name in names if ".dist-info/" not in name} == package
+    (points,) = (name for name in names if name.endswith("entry_points.txt"))
+    assert "nogpu.pytest = nogpu.pytest" in (site / points).read_text()
+    empty.mkdir()
+    checkout = f"CHECKOUT = {str(ROOT.parent)!r}"
+    (site / "sitecustomize.py").write_text(checkout + HIDING)
+    (empty / "scale.py").write_text(SCRIPT)
+    done = subprocess.run(
+        [sys.executable, "-m", "nogpu", "scale.py"],
+        cwd=empty,
+        env=os.environ | {"PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "error: out of bounds in scale" in done.stdout
+    assert done.stderr == ""
+
+
+@pytest.mark.slow  # each starts pytest
+@pytest.mark.parametrize("way", [(), ("-p", "nogpu.pytest")])
+def test_pytest_loads_the_plugin_by_each_way(tmp_path, way):
+    (tmp_path / "test_gpu.py").write_text("def test_gpu(gpu):\n    assert gpu.arch == 'sm_90'\n")
+    for flags, said in ((["--nogpu"], "1 passed"), ([], "1 skipped")):
+        command = [sys.executable, "-m", "pytest", "-q", *way, "test_gpu.py", *flags]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert said in done.stdout
+
+
+@pytest.mark.slow  # it starts pytest
+def test_a_flag_without_nogpu_is_refused(tmp_path):
+    command = [sys.executable, "-m", "pytest", "-q", "--nogpu-arch=sm_90"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 4
+    assert "--nogpu-arch needs --nogpu, which executes the kernels" in done.stderr
+
+
+def test_no_module_imports_torchpar():
+    for path in (ROOT / "src").rglob("*.py"):
+        text = Path(path).read_text("utf-8")
+        assert "import torchpar" not in text, path
+        assert "from torchpar" not in text, path
