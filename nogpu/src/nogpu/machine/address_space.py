@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-
-from typing import TYPE_CHECKING
-
 from bisect import bisect_right, insort
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,8 +17,8 @@ from nogpu.machine.parse import PtxError
 from nogpu.machine.registers import Values, all_true
 
 if TYPE_CHECKING:
-    from nogpu.native.warps import SpaceView
     from nogpu.machine.block import Warp
+    from nogpu.native.warps import SpaceView
 
 Rows = Values  # positions in an allocation, in units of an access
 # An allocation of an access, the rows there, and which of its addresses these are.

@@ -9,7 +9,6 @@ unwritten of it is found. All that is read, compared or copied afterwards is tha
 
 from __future__ import annotations
 
-
 import copy
 import math
 import mmap
@@ -77,7 +76,7 @@ class Unwritten:
         self.written[: self.first] = self.written[self.end :] = True
         self.left, self.unit = nbytes, math.gcd(self.first, LARGEST)
 
-    def copy(self) -> "Unwritten":
+    def copy(self) -> Unwritten:
         made = copy.copy(self)
         made.written = self.written.copy()
         return made
@@ -217,7 +216,7 @@ class Allocation:
         self.by_page(made)[touched] = self.by_page(array)[touched]
         return made
 
-    def touch_also(self, other: "Allocation") -> None:
+    def touch_also(self, other: Allocation) -> None:
         """Note what was touched of another allocation of the same bytes."""
         assert self.touched is not None
         assert other.touched is not None

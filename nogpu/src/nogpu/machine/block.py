@@ -6,8 +6,6 @@
 
 from __future__ import annotations
 
-from nogpu.machine.registers import RegisterFile
-
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -32,6 +30,7 @@ from nogpu.machine.registers import (
     SHARED_BASE,
     UNWRITTEN,
     WINDOW_BITS,
+    RegisterFile,
     Registers,
     Values,
 )
@@ -81,10 +80,10 @@ class Warp:
         first_thread: the number of its first thread in its block.
     """
 
-    def __init__(self, number: int, block: "Block"):
+    def __init__(self, number: int, block: Block):
         self.number, self.first_thread, self.block = number, 32 * number, block
         self.clocks: VectorClocks = block.clocks
-        self.index = number + block.rank * (block.gpu.kernel.threads // 32)
+        self.index: int = number + block.rank * (block.gpu.kernel.threads // 32)
         self.name: str = f"warp {number}{block.suffix}"
         self.registers: RegisterFile
         if not block.is_native:  # which gives it others

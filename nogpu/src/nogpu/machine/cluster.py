@@ -12,7 +12,7 @@ memory exists until its last warp ends. Accesses by others of its cluster must b
 
 from __future__ import annotations
 
-from typing import Any, Protocol, TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -24,10 +24,9 @@ from nogpu.machine.spins import Spins
 from nogpu.machine.vector_clocks import VectorClocks, merged
 
 if TYPE_CHECKING:
-    from nogpu.machine.block import Block
+    from nogpu.machine.block import Block, Warp
     from nogpu.machine.gpu import Gpu
     from nogpu.machine.operation import Operation
-    from nogpu.machine.block import Warp
 
 ENDED = "ended CTA"  # the name of a fault
 

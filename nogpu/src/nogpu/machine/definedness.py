@@ -14,9 +14,8 @@ executed once more, with the bits and without the taint; then the results are ta
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 

@@ -56,7 +56,7 @@ Turns = Iterator[bool]  # of `Block.turns`
 FIRST_ADDRESS, GAP = 2**56, 2**20
 
 
-def _blocks(gpu: "Gpu", position: tuple[int, ...]) -> Blocks:
+def _blocks(gpu: Gpu, position: tuple[int, ...]) -> Blocks:
     return Blocks(Block(gpu, position, 0), copies.COPIES_NEED_FENCE)
 
 

@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING
 from nogpu.machine.registers import ALL, Values
 
 if TYPE_CHECKING:
-    from nogpu.machine.block import Block
+    from nogpu.machine.block import Block, Warp
     from nogpu.machine.cluster import Cluster
-    from nogpu.machine.block import Warp
 
 SPINS = 4  # accesses that find what they found before, after which other programs run
 # The same, of a cluster whose state does not repeat, as where it counts its accesses or looks at a

@@ -16,8 +16,8 @@ import numpy as np
 from nogpu.machine.registers import Values
 
 if TYPE_CHECKING:
-    from nogpu.machine.operation import Operation
     from nogpu.machine.block import Warp
+    from nogpu.machine.operation import Operation
 
 LONGEST = 100_000  # instructions of a warp that are recorded
 

@@ -10,14 +10,13 @@ each time.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import copy
 import ctypes
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
+from typing import TYPE_CHECKING
 
 import numpy as np
 

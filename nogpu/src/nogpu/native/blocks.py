@@ -6,7 +6,6 @@ A block that needs Python is undone, and Python executes it from its beginning.
 
 from __future__ import annotations
 
-
 import ctypes
 import time
 import weakref
@@ -33,8 +32,9 @@ from nogpu.native.layout import (
 )
 
 if TYPE_CHECKING:
-    from nogpu.machine.block import Block
     from nogpu.machine.allocation import Allocation
+    from nogpu.machine.block import Block
+    from nogpu.native.warps import AllocationView, LaunchState
 
 C = TypeVar("C", PastStruct, ReleaseStruct, TensormapStruct, ctypes.c_int32)
 
@@ -42,18 +42,18 @@ SECONDS = 0.1  # of a call of the core, about, so that Ctrl-C has its effect
 MOST_FAILURES = 4  # blocks of a launch that are left to Python, after which all of them are
 
 
-def _free(library: ctypes.CDLL, runner: RunnerStruct, states: "ctypes.Array[StateStruct]") -> None:
+def _free(library: ctypes.CDLL, runner: RunnerStruct, states: ctypes.Array[StateStruct]) -> None:
     """Free what the core has allocated; ``states`` live so long."""
     library.free_runner(ctypes.addressof(runner))
 
 
-def _view(place: "Allocation") -> AllocationView:
+def _view(place: Allocation) -> AllocationView:
     """Return what the core knows of an allocation; each one of a launch has been told to it."""
     assert place.view is not None
     return place.view
 
 
-def _array(kind: type[C], address: int | None, count: int) -> "ctypes.Array[C] | tuple[()]":
+def _array(kind: type[C], address: int | None, count: int) -> ctypes.Array[C] | tuple[()]:
     """Return the ``count`` structures that lie at an address of the core."""
     if not count:
         return ()
@@ -90,7 +90,9 @@ class Blocks:
     def __init__(self, template: Block, copies_need_fence: bool):
         gpu = template.gpu
         assert template.native is not None
-        self.gpu, self.template, self.launch = gpu, template, gpu.native
+        assert gpu.native is not None
+        self.gpu, self.template = gpu, template
+        self.launch: LaunchState = gpu.native
         self.program, self.library = self.launch.program, self.launch.program.library
         self.failures, self.may_refine = 0, True
         warps, rows = template.native.states.shape

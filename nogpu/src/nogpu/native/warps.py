@@ -24,12 +24,11 @@ from nogpu.native.layout import (
 )
 
 if TYPE_CHECKING:
-    from nogpu.machine.block import Block
-    from nogpu.machine.operation import Operation
-    from nogpu.machine.block import Warp
     from nogpu.machine.allocation import Allocation
+    from nogpu.machine.block import Block, Warp
     from nogpu.machine.counts import Counts
     from nogpu.machine.memory import Space
+    from nogpu.machine.operation import Operation
     from nogpu.machine.vector_clocks import Events
 
 NO_LIMIT = 2**31 - 1  # of an instruction's index
@@ -110,7 +109,7 @@ class NativeRegisters:
 class LaunchState:
     """What the core knows of a launch: its events and its global memory."""
 
-    def __init__(self, program: Program, events: "Events", space: "Space", counts: "Counts"):
+    def __init__(self, program: Program, events: Events, space: Space, counts: Counts):
         self.program = program
         self.dtypes = [DTYPES[kind] for kind in program.kernel.registers]
         self.events, self.space = EventsView(events), SpaceView(space)
@@ -126,13 +125,13 @@ class LaunchState:
             for (name, width), row in program.specials.items():
                 values = warp.special(name).astype(f"u{width}")
                 rows[row, : 32 * width] = values.view(np.uint8)
-        self.states = np.repeat(program.states[None], warps, 0)
-        self.positions = [  # what differs by block
+        self.states: Values = np.repeat(program.states[None], warps, 0)
+        self.positions: list[Any] = [  # what differs by block
             (row, width, "xyz".index(name[-1]))
             for (name, width), row in program.specials.items()
             if name.startswith("%ctaid.")
         ]
-        self.warps = (WarpStruct * warps)()
+        self.warps: ctypes.Array[WarpStruct] = (WarpStruct * warps)()
         code, widths = program.addresses
         for n, struct in enumerate(self.warps):
             struct.program, struct.widths, struct.index = code, widths, n
@@ -153,7 +152,7 @@ class LaunchState:
 class EventsView:
     """`vector_clocks.Events` for the core."""
 
-    def __init__(self, events: "Events"):
+    def __init__(self, events: Events):
         self.events, self.struct = events, EventsStruct()
         events.view = self
         self.update()
@@ -167,7 +166,7 @@ class EventsView:
 class AllocationView:
     """A `allocation.Allocation` for the core."""
 
-    def __init__(self, allocation: "Allocation"):
+    def __init__(self, allocation: Allocation):
         self.allocation, self.struct = allocation, AllocationStruct()
         self.spare: Values | None = None  # lent by `blocks`
         allocation.view = self
@@ -200,7 +199,7 @@ class AllocationView:
 class SpaceView:
     """A `memory.Space` for the core."""
 
-    def __init__(self, space: "Space"):
+    def __init__(self, space: Space):
         self.space, self.struct = space, SpaceStruct()
         space.view = self
         self.update()
@@ -223,14 +222,15 @@ class BlockState:
         if launch.rows is None:
             launch.begin(block)
         assert launch.rows is not None
-        self.rows, self.states = launch.rows.copy(), launch.states.copy()
+        self.rows: Values = launch.rows.copy()
+        self.states: Values = launch.states.copy()
         self.versions = np.zeros(self.states.shape, np.uint32)
         for row, width, axis in launch.positions:
             self.rows[:, row, : 32 * width].view(f"u{width}")[:] = block.position[axis]
         if block.window:
             for (_, width), row in launch.program.places.items():
                 self.rows[:, row, : 32 * width].view(f"u{width}")[:] |= block.window
-        self.warps = type(launch.warps).from_buffer_copy(launch.warps)
+        self.warps: ctypes.Array[WarpStruct] = type(launch.warps).from_buffer_copy(launch.warps)
         self.spaces = [block.shared.view or SpaceView(block.shared)]
         if block.local.allocations:
             self.spaces.append(SpaceView(block.local))
@@ -300,7 +300,7 @@ class WarpState:
         self.struct.knows_others = bool(clocks.foreign[warp.index])
 
     def read(
-        self, warp: Warp, space: "Space", addresses: Values, width: int, event: int, fence: bool
+        self, warp: Warp, space: Space, addresses: Values, width: int, event: int, fence: bool
     ) -> bool:
         """`Space.read` of an asynchronous operation, if it is no fault."""
         at = np.ascontiguousarray(addresses, np.int64)
@@ -309,7 +309,7 @@ class WarpState:
     def read_at(
         self,
         warp: Warp,
-        space: "Space",
+        space: Space,
         addresses: int,
         count: int,
         width: int,
@@ -328,7 +328,7 @@ class WarpState:
         )
 
     def numbers(
-        self, space: "Space", chunks: int, rows: int, by_rows: bool, kind: str
+        self, space: Space, chunks: int, rows: int, by_rows: bool, kind: str
     ) -> Values | None:
         """`tensor_cores.Matrix.read`, or None if the core does not know the kind."""
         if kind not in KINDS or space.view is None:
@@ -343,7 +343,7 @@ class WarpState:
         """Note the versions of the registers at a wgmma.fence."""
         self.struct.fence = versions.ctypes.data
 
-    def copies(self, group: Operation) -> "CopiesState":
+    def copies(self, group: Operation) -> CopiesState:
         """Begin a group of copies, to which the core adds."""
         found = CopiesState(self.library, self.launch.events.events, group)
         self.struct.copies = ctypes.addressof(found.struct)
@@ -356,7 +356,7 @@ class WarpState:
 class CopiesState:
     """What the core has added to a group of copies."""
 
-    def __init__(self, core: ctypes.CDLL, events: "Events", group: Operation):
+    def __init__(self, core: ctypes.CDLL, events: Events, group: Operation):
         name = events.name(group.name)
         self.library, self.struct = core, CopiesStruct(None, 0, 0, group.agent, name, group.time, 0)
 
