@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """torchpar beside nogpu: the old command names the new one, and what needs nogpu says so."""
 
+import runpy
 import sys
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -10,7 +11,7 @@ import torch
 
 import torchpar
 from nogpu.check import rows
-from torchpar import __main__, errors
+from torchpar import errors
 from torchpar.ops import _operator
 from torchpar.testing import check_operator, doctor
 from torchpar.testing.operators import kernel_rules
@@ -22,7 +23,8 @@ FOLDER = SimpleNamespace(
 
 def test_the_old_command_names_the_new_one(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["torchpar", "ptx", "script.py"])
-    assert __main__.main() == 2
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_module("torchpar", run_name="__main__")
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert "run python -m nogpu SCRIPT" in err
