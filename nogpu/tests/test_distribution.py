@@ -2,6 +2,7 @@
 """The wheel and the plugin: nogpu runs from an empty folder, and pytest loads it by each way."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -37,19 +38,24 @@ sys.path = [one for one in sys.path if "-packages" in one or not one.startswith(
 def test_the_wheel_runs_a_script_from_an_empty_folder(tmp_path):
     pytest.importorskip("build", reason="build makes the wheel")
     dist, site, empty = (tmp_path / name for name in ("dist", "site", "empty"))
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", dist, ROOT]
+    source = tmp_path / "source"  # what is built leaves files beside it
+    names = ("src", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in")
+    shutil.copytree(
+        ROOT, source, ignore=lambda at, of: set(of) - {*names} if at == str(ROOT) else ()
+    )
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", dist, source]
     subprocess.run(command, check=True, capture_output=True)
     (wheel,) = dist.glob("*.whl")
     with ZipFile(wheel) as archive:
-        names = set(archive.namelist())
+        held = set(archive.namelist())
         archive.extractall(site)
     package = {
         path.relative_to(ROOT / "src").as_posix()
         for path in (ROOT / "src" / "nogpu").rglob("*.*")
         if path.suffix in (".c", ".html", ".py", ".typed")
     }
-    assert {name for name in names if ".dist-info/" not in name} == package
-    (points,) = (name for name in names if name.endswith("entry_points.txt"))
+    assert {name for name in held if ".dist-info/" not in name} == package
+    (points,) = (name for name in held if name.endswith("entry_points.txt"))
     assert "nogpu.pytest = nogpu.pytest" in (site / points).read_text()
     empty.mkdir()
     checkout = f"CHECKOUT = {str(ROOT.parent)!r}"
