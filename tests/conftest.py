@@ -191,7 +191,7 @@ def fork_server() -> None:
     if find_spec("rich") and find_spec("tyro"):
         modules += ["rich.progress", "tyro", "support.lesson"]
     # Until Python 3.14 the server ignores the parent's sys.path.
-    paths = import_path(*(ROOT / folder for folder in (".", "examples", "tests")))
+    paths = import_path(*(ROOT / folder for folder in (".", "examples", "tests", "nogpu/tests")))
     with patch.dict(os.environ, PYTHONPATH=paths):
         fork_context([*PRELOAD, *modules])
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PATHS = [str(ROOT / folder) for folder in (".", "examples", "tests", "tests/fuzz")]
+PATHS = [str(ROOT / folder) for folder in (".", "examples", "tests", "nogpu/tests", "tests/fuzz")]
 # The scripts run without pytest, which sets these; processes that they start find them in the
 # environment.
 sys.path[:0] = PATHS
