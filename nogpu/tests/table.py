@@ -31,9 +31,9 @@ def emulated(name: str) -> tuple[Sequence, bool]:
         gpu.limit = LIMIT
         fault.run()
     found = [one for one in gpu.report().faults if one.kind != "note"]
-    # Beyond a tensor another one may lie, as the allocator chooses. Then programs race for it.
+    # Beyond a tensor another one may lie, as the allocator chooses. Warps or programs race for it.
     if any(one.name == "out of bounds" for one in found):
-        found = [one for one in found if one.name != "race between programs"]
+        found = [one for one in found if one.name not in ("race", "race between programs")]
     return found, bool({one.source for one in found} & set(fault.named()))
 
 
