@@ -2,6 +2,7 @@
 """Stand-ins for a GPU's driver: kernels are compiled without a GPU, or launched by nothing."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -85,18 +86,30 @@ def idle_driver(launched: Callable[..., object] = lambda *args: None) -> Iterato
 
 
 @contextmanager
+def emulating() -> Iterator[None]:
+    """Answer for nogpu, which need not be here, that an emulator executes launches."""
+    before = sys.modules.get("nogpu")
+    sys.modules["nogpu"] = SimpleNamespace(is_emulating=lambda: True)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if before is None:
+            del sys.modules["nogpu"]
+        else:
+            sys.modules["nogpu"] = before
+
+
+@contextmanager
 def gpu_of_cpu_tensors() -> Iterator[None]:
     """Let operators launch kernels for tensors on the CPU, and launchers keep plans for them.
 
     In TF32, for PyTorch computes `linear_sigmoid` of float32 without it.
     """
-    from triton.runtime import driver as active
-
     from torchpar.kernels.launch import forget_plans
 
     with (
         idle_driver(),
-        patch.object(active._active, "emulator", None, create=True),
+        emulating(),
         torch.backends.flags(fp32_precision="tf32"),
     ):
         yield

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import torchpar
+from benchmarks import driver
 from nogpu.check import rows
 from torchpar import errors
 from torchpar.ops import _operator
@@ -51,3 +52,14 @@ def test_a_folder_of_the_name_emulates_nothing(monkeypatch):
 
 def test_the_rows_of_kernels_are_those_of_nogpu():
     assert (*rows.FAULT_ROWS, rows.OTHERS, rows.RESOURCES) == kernel_rules.FOUND
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_benchmarks_launch_kernels_for_cpu_tensors_without_nogpu(is_there, monkeypatch):
+    if not is_there:
+        monkeypatch.delitem(sys.modules, "nogpu")
+    before = sys.modules.get("nogpu")
+    with driver.gpu_of_cpu_tensors():
+        assert _operator.is_emulating()
+    assert sys.modules.get("nogpu") is before
+    assert not _operator.is_emulating()
