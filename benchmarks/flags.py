@@ -3,7 +3,6 @@
 ``python -m benchmarks run NAME [--quick] [--output DIR]``."""
 
 import argparse
-import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -13,7 +12,7 @@ from tempfile import TemporaryFile
 import torch
 
 from benchmarks import title
-from torchpar.errors import ConfigError, TorchparError, printing
+from torchpar.errors import ConfigError, TorchparError, is_installed, printing
 from torchpar.parallel.launch.processes import Terminated, terminable
 
 
@@ -80,12 +79,6 @@ class Command:
 def called(command: str) -> str:
     """The command as it was typed, which may be one of torchpar's."""
     return os.environ.get("TORCHPAR_COMMAND", f"python -m benchmarks {command}")
-
-
-def is_installed(package: str) -> bool:
-    """Whether a package is installed. A folder without ``__init__.py`` does not count."""
-    found = importlib.util.find_spec(package)
-    return found is not None and found.origin is not None
 
 
 def require(*packages: str) -> None:

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from torchpar import exact, optim, parallel, testing
 
 __version__ = "0.5.0"
-# For nogpu: its faults name the lines that call torchpar, and what captures an optimizer's step.
+# nogpu names the lines that call torchpar, and this Muon where a CUDA graph cannot capture
+# PyTorch's.
 __nogpu__ = {"optimizers": {"torch.optim.Muon": "torchpar.optim.Muon"}}
 __all__ = ["exact_matmul", "exact_matmul_t", "linear_sigmoid", "matmul_t", "maximum"]
 __all__ += ["fp32_products"]

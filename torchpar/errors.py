@@ -395,8 +395,13 @@ def import_nogpu(what: str) -> Any:
 
 
 def has_nogpu() -> bool:
-    """Whether nogpu is installed; a folder of this name is no package."""
-    found = find_spec("nogpu")
+    return is_installed("nogpu")
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package is installed. A folder without ``__init__.py``, as the one that a checkout
+    has of the name nogpu, does not count."""
+    found = find_spec(package)
     return found is not None and found.origin is not None
 
 

@@ -147,3 +147,9 @@ def test_an_infinity_is_off_by_infinity():
     assert difference(infinite, finite) == f"off by inf, of 2.0e+00: {where}"
     where = "[0] of shape (2,) is 1, expected 2"
     assert difference(infinite, infinite + finite) == f"off by 1.0e+00, of inf: {where}"
+
+
+def test_a_conjugated_result_is_called_so():
+    right = torch.tensor([1 + 2j, 3 - 1j])
+    assert difference(right.conj().resolve_conj(), right).endswith("; conjugated")
+    assert not difference(right + 1, right).endswith("; conjugated")

@@ -11,6 +11,9 @@ from zipfile import ZipFile
 import pytest
 from processes import ROOT
 
+from nogpu import pytest as pytest_plugin
+from nogpu.triton.emulator import ARCHITECTURES
+
 SCRIPT = """
 import importlib.util
 import torch, triton
@@ -39,10 +42,7 @@ def test_the_wheel_runs_a_script_from_an_empty_folder(tmp_path):
     pytest.importorskip("build", reason="build makes the wheel")
     dist, site, empty = (tmp_path / name for name in ("dist", "site", "empty"))
     source = tmp_path / "source"  # what is built leaves files beside it
-    names = ("src", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in")
-    shutil.copytree(
-        ROOT, source, ignore=lambda at, of: set(of) - {*names} if at == str(ROOT) else ()
-    )
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns("build", "tests", "*.egg-info"))
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", dist, source]
     subprocess.run(command, check=True, capture_output=True)
     (wheel,) = dist.glob("*.whl")
@@ -90,6 +90,10 @@ def test_a_flag_without_nogpu_is_refused(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 4
     assert "--nogpu-arch needs --nogpu, which executes the kernels" in done.stderr
+
+
+def test_the_plugin_takes_each_architecture():
+    assert tuple(ARCHITECTURES) == pytest_plugin.NAMES
 
 
 def test_no_module_imports_torchpar():

@@ -19,12 +19,12 @@ ATTRIBUTE = "__nogpu__"
 def is_library(module: str) -> bool:
     """Return whether the lines of ``module`` are those of a library, and not of the program."""
     package = module.partition(".")[0]
-    return package in LIBRARIES or ATTRIBUTE in getattr(sys.modules.get(package), "__dict__", {})
+    return package in LIBRARIES or _told(sys.modules.get(package)) is not None
 
 
 def instead_of_optimizer(kind: type) -> str:
     """Return the optimizer that a library offers in the place of ``kind``; "" if none does."""
-    told = [*map(_told, list(sys.modules.values()))]
+    told = [*filter(None, map(_told, list(sys.modules.values())))]
     for one in kind.__mro__:
         # torch.optim.Muon is torch.optim._muon.Muon.
         parts = (part for part in one.__module__.split(".") if not part.startswith("_"))
@@ -35,11 +35,14 @@ def instead_of_optimizer(kind: type) -> str:
     return ""
 
 
-def _told(package: object) -> Mapping[str, Mapping[str, str]]:
-    """Return what a package says. Some objects in `sys.modules` make any attribute that is asked
-    for."""
+def _told(package: object) -> Mapping[str, Mapping[str, str]] | None:
+    """Return what a package says; None if it says nothing.
+
+    Only its own attributes count: some objects in `sys.modules` make any attribute that is asked
+    for.
+    """
     try:
         found = object.__getattribute__(package, "__dict__").get(ATTRIBUTE)
     except AttributeError:  # it is no module
-        return {}
-    return found if isinstance(found, Mapping) else {}
+        return None
+    return found if isinstance(found, Mapping) else None

@@ -16,6 +16,9 @@ class OutcomeException(Exception):
     """An outcome, such as "wrong" or "not run", and what happened."""
 
 
+REFUSALS = (RuntimeError, NotImplementedError, ValueError)  # errors with a message for the user
+
+
 def outcome_of(attempt: Callable[[], None]) -> tuple[str, str]:
     """The outcome of a row, and what happened in one line."""
     try:
@@ -23,6 +26,8 @@ def outcome_of(attempt: Callable[[], None]) -> tuple[str, str]:
     except OutcomeException as e:
         outcome, message = e.args
         return outcome, message.strip().partition("\n")[0]
+    except REFUSALS as e:
+        return "refuses", f"{e}".strip().partition("\n")[0]
     except Exception as e:
         return "crashes", f"{type(e).__name__}: {e}".strip().partition("\n")[0]
     return "works", ""
@@ -60,7 +65,8 @@ def chain_error(operands: Sequence[Tensor]) -> float:
     their own ε would excuse a sum in 16 bits. No more than `LARGEST_CHAIN_ERROR` is accepted.
     """
     longest = max((size for t in operands for size in t.shape), default=0)
-    repeated = max((_longest_repeat(t) for t in operands if t.is_floating_point()), default=0)
+    numbers = (t for t in operands if t.is_floating_point() or t.is_complex())
+    repeated = max(map(_longest_repeat, numbers), default=0)
     eps = torch.finfo(torch.float32).eps
     return min(eps * max(math.sqrt(longest) / 2, repeated / 8), LARGEST_CHAIN_ERROR)
 
@@ -128,7 +134,9 @@ def difference(actual: Tensor, expected: Tensor) -> str:
     a, e = a.nan_to_num(0), e.nan_to_num(0)  # infinities count as the largest numbers
     if not a.any():
         return f"0, of {size:.1e}"
-    cause = likely_cause(a, e)
+    apart = (actual.conj() - expected).abs() if actual.is_complex() else None
+    is_conjugate = apart is not None and bool((apart <= ALIKE * size).all())
+    cause = "conjugated" if is_conjugate else likely_cause(a, e)
     off = math.inf if at_infinity else float((a - e).abs().max())
     message = f"off by {off:.1e}, of {size:.1e}: {farthest(actual, expected)}"
     return f"{message}; {cause}" if cause else message

@@ -16,7 +16,8 @@ class Row:
 
     Attributes:
         name: such as "values" or "races".
-        outcome: "works", "wrong", "crashes" by an error, or "not run".
+        outcome: "works"; "wrong"; "refuses", by an error with a message; "crashes", by any other
+            error; or "not run".
         detail: a message, or a remark.
     """
 
