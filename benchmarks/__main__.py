@@ -21,7 +21,7 @@ def list_benchmarks() -> int:
     import torch
 
     from benchmarks.results import machine
-    from torchpar.errors import printing
+    from torchpar.console import printing
 
     width = max(map(len, NAMES))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -41,7 +41,7 @@ def run(names: Sequence[str], flags: Sequence[str]) -> int:
     if len(names) == 1:
         os.execve(sys.executable, commands[names[0]], environments[names[0]])
     # With PyTorch, which one benchmark alone imports itself:
-    from torchpar.errors import printing
+    from torchpar.console import printing
     from torchpar.parallel.launch.processes import Terminated, terminable
 
     failed = []

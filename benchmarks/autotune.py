@@ -43,10 +43,11 @@ from benchmarks.records import OPERATORS
 from benchmarks.records.record import Operator, Tuned
 from benchmarks.results import Result, Table, print_results, track
 from benchmarks.timing import Rejected
-from torchpar.errors import ConfigError, first_line, has_nogpu, import_nogpu, writing
+from torchpar.errors import ConfigError, first_line, writing
 from torchpar.kernels.device import GPUS
 from torchpar.kernels.rule import KINDS, Kind
 from torchpar.ops.matrix import fp32_precision
+from torchpar.optional import has_nogpu, import_nogpu
 
 Call = Callable[[], Tensor]
 

@@ -12,7 +12,9 @@ from tempfile import TemporaryFile
 import torch
 
 from benchmarks import title
-from torchpar.errors import ConfigError, TorchparError, is_installed, printing
+from torchpar.console import printing
+from torchpar.errors import ConfigError, TorchparError
+from torchpar.optional import is_installed
 from torchpar.parallel.launch.processes import Terminated, terminable
 
 

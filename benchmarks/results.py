@@ -18,7 +18,8 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import torch
 
-from torchpar.errors import say_progress, writing
+from torchpar.console import say_progress
+from torchpar.errors import writing
 from torchpar.ops.machine import cpuinfo, num_cores, processor
 
 T = TypeVar("T")

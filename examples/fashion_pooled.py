@@ -60,8 +60,9 @@ import numpy as np
 
 from torchpar.baselines import mpi, numpy_mlp
 from torchpar.baselines.numpy_mlp import Array
+from torchpar.console import say_progress
 from torchpar.data.files import FOLDERS, Dataset, Images, checksums, read
-from torchpar.errors import ConfigError, check_finite, say_progress
+from torchpar.errors import ConfigError, check_finite
 from torchpar.training.profile.phases import Phases, phase
 
 if TYPE_CHECKING:

@@ -32,8 +32,9 @@ from torch.nn.functional import layer_norm, linear, normalize, scaled_dot_produc
 from torch.utils.flop_counter import FlopCounterMode
 
 from torchpar import matmul_t
+from torchpar.console import breaking_silence
 from torchpar.data import load
-from torchpar.errors import ConfigError, breaking_silence
+from torchpar.errors import ConfigError
 from torchpar.parallel.launch.world import join_world
 
 ROWS = 28  # of an image, and pixels of a row

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, cross_entropy, layer_norm, linear
 
+from torchpar.console import breaking_silence
 from torchpar.data import load
-from torchpar.errors import breaking_silence
 from torchpar.nn import Linear, LinearSigmoid
 from torchpar.parallel.launch.world import join_world
 from torchpar.training import Classification, Run, lr_scheduler, sgd

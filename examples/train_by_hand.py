@@ -39,9 +39,10 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 import torchpar
+from torchpar.console import breaking_silence
 from torchpar.data import Samples, batches, load
 from torchpar.data.files import Dataset
-from torchpar.errors import ConfigError, breaking_silence, check_finite
+from torchpar.errors import ConfigError, check_finite
 from torchpar.parallel.launch.world import join_world
 from torchpar.testing.operators.compare import farthest
 from torchpar.training import EpochResult, Evaluation

@@ -41,9 +41,10 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.nn.functional import cross_entropy
 
+from torchpar.console import SILENCE
 from torchpar.data import Batch, Samples, batches, load
 from torchpar.data.files import Dataset
-from torchpar.errors import SILENCE, ConfigError, check_finite
+from torchpar.errors import ConfigError, check_finite
 from torchpar.nn import MLP
 from torchpar.training import LRSchedule, lr_scheduler, sgd
 from torchpar.training.profile.record import RankRecord

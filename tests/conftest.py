@@ -118,10 +118,10 @@ def interruptible() -> Iterator[None]:
 @pytest.fixture(autouse=True, scope="session")
 def unhurried() -> Iterator[None]:
     """Let no loop say how far it is, as it would on a busy machine; tests of that choose a time."""
-    from torchpar import errors
+    from torchpar import console
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(errors, "SILENCE", math.inf)
+        patch.setattr(console, "SILENCE", math.inf)
         yield
 
 

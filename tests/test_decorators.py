@@ -13,7 +13,8 @@ import pytest
 
 import torchpar
 from torchpar import exact
-from torchpar.errors import ConfigError, context_manager
+from torchpar.decorating import context_manager
+from torchpar.errors import ConfigError
 from torchpar.parallel import join_world
 from torchpar.training.profile.phases import phase
 

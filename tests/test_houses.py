@@ -12,7 +12,7 @@ import torch
 import torchpar
 from benchmarks import driver
 from nogpu.check import rows
-from torchpar import errors
+from torchpar import errors, optional
 from torchpar.ops import _operator
 from torchpar.testing import check_operator, doctor
 from torchpar.testing.operators import kernel_rules
@@ -33,15 +33,15 @@ def test_the_old_command_names_the_new_one(monkeypatch, capsys):
 
 @pytest.mark.parametrize("spec", [None, FOLDER])
 def test_what_needs_nogpu_says_so_where_it_is_missing(spec):
-    with patch.object(errors, "find_spec", lambda name: spec):
-        assert not errors.has_nogpu()
+    with patch.object(optional, "find_spec", lambda name: spec):
+        assert not optional.has_nogpu()
         with pytest.raises(errors.ConfigError, match=r"^--all needs nogpu; pip install nogpu$"):
-            errors.import_nogpu("--all")
+            optional.import_nogpu("--all")
         x = torch.ones(2)
         with pytest.raises(errors.ConfigError, match="emulate='sm_90' needs nogpu"):
             check_operator(torch.add, [(x, x)], rules="races", emulate="sm_90")
         assert [one.state for one in doctor.emulator()] == ["note"]
-    assert errors.has_nogpu()
+    assert optional.has_nogpu()
 
 
 def test_a_folder_of_the_name_emulates_nothing(monkeypatch):

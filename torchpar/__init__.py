@@ -11,7 +11,7 @@ import importlib
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from torchpar.errors import needs_torch
+from torchpar.optional import needs_torch
 
 if find_spec("torch"):
     from torchpar import library, nn

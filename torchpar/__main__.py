@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from torchpar.errors import printing
+from torchpar.console import printing
 
 COMMANDS = {
     "verify": (

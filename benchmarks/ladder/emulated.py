@@ -24,7 +24,7 @@ from benchmarks.ladder.cases import LadderCase, make_case
 from benchmarks.ladder.races import Races, recorded
 from benchmarks.ladder.student import Entry, SlowCall
 from benchmarks.timing import Rejected
-from torchpar.errors import has_nogpu
+from torchpar.optional import has_nogpu
 from torchpar.parallel.launch.guard import TooSlow
 
 if TYPE_CHECKING:

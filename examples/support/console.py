@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.progress import Progress, track
 from rich.table import Table
 
-from torchpar.errors import say_progress, writing
+from torchpar.console import say_progress
+from torchpar.errors import writing
 from torchpar.training.outcome import EpochResult
 from torchpar.training.profile.record import RankRecord
 

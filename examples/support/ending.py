@@ -17,16 +17,8 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppres
 from pathlib import Path
 from typing import NoReturn
 
-from torchpar.errors import (
-    AllRanksError,
-    ConfigError,
-    RankLostError,
-    TorchparError,
-    cache_remedy,
-    can_print,
-    first_line,
-    stop_printing,
-)
+from torchpar.console import cache_remedy, can_print, stop_printing
+from torchpar.errors import AllRanksError, ConfigError, RankLostError, TorchparError, first_line
 from torchpar.parallel.launch.rank_info import RankInfo, find_rank_info
 from torchpar.training.outcome import Stopped
 

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from torchpar.errors import say_progress
+from torchpar.console import say_progress
 
 Function = Callable[[], object]
 ROUNDS = 30

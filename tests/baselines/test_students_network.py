@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from commands import forked
 
-from torchpar import errors
+from torchpar import console
 from torchpar.baselines import exercises
 from torchpar.data.files import Images
 from torchpar.parallel.launch import guard
@@ -301,12 +301,12 @@ def test_mnist_is_learnt_to_95_percent():
 def test_a_slow_epoch_says_how_far_it_is(capsys):
     clock = iter([0.0, 0.0, 9.0, 11.0, 12.0, 0.0, 10.0])
     with (
-        patch.object(errors, "SILENCE", 10.0),
-        patch.object(errors.time, "monotonic", lambda: next(clock)),
+        patch.object(console, "SILENCE", 10.0),
+        patch.object(console.time, "monotonic", lambda: next(clock)),
     ):
         batch = (np.zeros(1), np.zeros(1))
-        assert list(errors.say_progress([batch] * 4, "batches")) == [batch] * 4
-        assert list(errors.say_progress(iter([batch]), "batches")) == [batch]  # has no length
+        assert list(console.say_progress([batch] * 4, "batches")) == [batch] * 4
+        assert list(console.say_progress(iter([batch]), "batches")) == [batch]  # has no length
     out, err = capsys.readouterr()
     assert (out, err) == ("", "1 of 4 batches after 9 s\n0 batches after 10 s\n")
 
@@ -315,7 +315,7 @@ def test_the_training_says_how_far_an_epoch_is(capsys):
     with (
         patch.object(exercises, "read", lambda *_: (images(64), images(10))),
         patch.object(exercises, "EPOCHS", 1),
-        patch.object(errors, "SILENCE", 0.0),
+        patch.object(console, "SILENCE", 0.0),
     ):
         exercises.check_training(functions(RIGHT), Path())
     assert re.match(r"0 of 2 batches after \d+ s\n1 of 2 batches", capsys.readouterr().err)
@@ -514,7 +514,7 @@ def test_a_top_level_that_ends_the_process_is_named(tmp_path):
 def test_a_top_level_that_never_ends_is_stopped_at_its_line(tmp_path, capsys):
     path = tmp_path / "my.py"
     path.write_text("def sigmoid(z): pass\nwhile True: pass\n")
-    with patch.object(guard, "TOP_LEVEL", 0.5), patch.object(errors, "SILENCE", 0.05):
+    with patch.object(guard, "TOP_LEVEL", 0.5), patch.object(console, "SILENCE", 0.05):
         assert exercises.main(["--with", str(path)]) == 1
     out, err = capsys.readouterr()
     advice = 'put that behind if __name__ == "__main__"; functions above this line are checked'

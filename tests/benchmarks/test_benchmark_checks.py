@@ -13,7 +13,7 @@ from benchmarks import scaling, train
 from benchmarks.ladder.cases import make_case
 from benchmarks.timing import Rejected, Times, take_turns
 from benchmarks.train import Inputs, Training
-from torchpar import errors
+from torchpar import console
 from torchpar.baselines import numpy_mlp
 
 SHAPES = {"maximum": (3, 5), "matmul_t": (5, 7), "matmul": (3, 7, 5), "linear_sigmoid": (3, 7, 5)}
@@ -95,7 +95,7 @@ def test_a_wrong_gradient_and_a_wrong_loss_are_rejected():
 
 
 def test_rounds_say_on_a_pipe_how_far_they_are(monkeypatch, capsys):
-    monkeypatch.setattr(errors, "SILENCE", 0.0)
+    monkeypatch.setattr(console, "SILENCE", 0.0)
     take_turns({"a": lambda index: [1.0]}, 2, label="maximum")
     said = capsys.readouterr().err.splitlines()
     assert [line.partition(" after ")[0] for line in said] == [

@@ -22,7 +22,7 @@ from benchmarks.ladder import emulated, homework, page, rungs, student
 from benchmarks.ladder.cases import LADDERS, make_case
 from benchmarks.results import CORES, Result
 from benchmarks.timing import Rejected
-from torchpar import errors
+from torchpar import console
 from torchpar.baselines import ladder, numpy_mlp
 from torchpar.errors import ConfigError
 from torchpar.parallel.launch import guard
@@ -245,7 +245,7 @@ def test_a_missing_package_of_a_students_file_has_the_pip_command(
 def test_a_top_level_that_never_ends_is_stopped_at_its_line(tmp_path, capsys):
     path = tmp_path / "first_of_two.py"
     path.write_text("def max_cpu(A, B): pass\nwhile True: pass\ndef maximum(A, B): pass\n")
-    with patch.object(guard, "TOP_LEVEL", 0.5), patch.object(errors, "SILENCE", 0.05):
+    with patch.object(guard, "TOP_LEVEL", 0.5), patch.object(console, "SILENCE", 0.05):
         functions, error = student.load(path)
     assert set(functions) == {"max_cpu"}
     advice = 'put that behind if __name__ == "__main__"'

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.distributed.elastic.utils.distributed import get_free_port
 
-from torchpar import errors
+from torchpar import console
 from torchpar.exact.verify import drawn, models, verify
 from torchpar.parallel.launch.processes import ENDING
 
@@ -138,7 +138,7 @@ def test_a_slow_rank_0_says_how_far_it_is(capsys, rank):
     model = torch.nn.Linear(3, 2)
     world = MagicMock(rank=rank, dp_rank=0, dp_size=1)
     with (
-        patch.object(errors, "SILENCE", 0.0),
+        patch.object(console, "SILENCE", 0.0),
         patch.object(models, "DataParallel"),
         patch.object(models, "P2PCommunicator"),
         patch.object(models, "gpipe") as step,

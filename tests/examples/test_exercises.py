@@ -36,7 +36,7 @@ from matmul_convolution import windows
 from quadrants import Epoch, Way
 from train_by_hand import MARGIN, draw
 
-from torchpar import errors
+from torchpar import console
 from torchpar.data import Batch, batches
 from torchpar.errors import ConfigError
 
@@ -292,7 +292,7 @@ def test_a_gradient_of_zero_is_right_where_the_loss_is_constant():
 
 
 def test_a_slow_layer_is_not_silent(monkeypatch):
-    monkeypatch.setattr(errors, "SILENCE", 0.1)
+    monkeypatch.setattr(console, "SILENCE", 0.1)
     monkeypatch.setattr(
         train_by_hand.Tanh,
         "forward",
@@ -625,7 +625,7 @@ def test_the_scores_of_blocks_are_counted(monkeypatch, capsys):
 
 def test_slow_attention_is_not_silent(monkeypatch):
     weights = matmul_attention.attention_weights
-    monkeypatch.setattr(errors, "SILENCE", 0.1)
+    monkeypatch.setattr(console, "SILENCE", 0.1)
     monkeypatch.setattr(
         matmul_attention, "attention_weights", lambda x: time.sleep(0.15) or weights(x)
     )

@@ -15,7 +15,7 @@ from support import mat
 
 import fashion_pooled
 
-from torchpar import errors
+from torchpar import console
 from torchpar.baselines import mpi
 from torchpar.baselines.numpy_mlp import NumpyMLP
 from torchpar.errors import ConfigError
@@ -243,7 +243,7 @@ def test_every_iteration_has_its_phases(files, tmp_path, library, phases):
 
 @pytest.mark.parametrize("library", ["numpy", "torch"])
 def test_a_slow_run_says_how_far_it_is(monkeypatch, capsys, library):
-    monkeypatch.setattr(errors, "SILENCE", 0.0)
+    monkeypatch.setattr(console, "SILENCE", 0.0)
     splits = [fashion_pooled.Pixels(np.ones((5, 400), np.float32), np.arange(5))] * 2
     plan = fashion_pooled.Plan(2, 0.1, 0.0, 0)
     if library == "numpy":

@@ -16,24 +16,24 @@ from support.ending import ending
 import quadrants
 import torch
 
-from torchpar import errors
+import torchpar.console
 
 
 def test_a_loop_says_how_far_it_is(capsys):
     clock = iter([0.0, 0.0, 9.0, 11.0, 12.0, 22.0])
     with (
-        patch.object(errors, "SILENCE", 10.0),
-        patch.object(errors.time, "monotonic", lambda: next(clock)),
+        patch.object(torchpar.console, "SILENCE", 10.0),
+        patch.object(torchpar.console.time, "monotonic", lambda: next(clock)),
     ):
         assert [*console.progress(range(5), "epochs")] == [*range(5)]
     assert capsys.readouterr().err == "1 of 5 epochs after 9 s\n4 of 5 epochs after 22 s\n"
-    with patch.object(errors, "SILENCE", 0.0):
+    with patch.object(torchpar.console, "SILENCE", 0.0):
         assert [*console.progress(range(2), "epochs", speaks=False)] == [0, 1]
     assert capsys.readouterr().err == ""
 
 
 def test_a_lesson_says_how_far_slow_functions_and_its_first_network_are(capsys):
-    with patch.object(errors, "SILENCE", 0.0):
+    with patch.object(torchpar.console, "SILENCE", 0.0):
         measure.interleaved_ms({"mine": lambda: None}, torch.device("cpu"))
         points = quadrants.draw(20, 0)
         model, optimizer = quadrants.build([2, 2, 1], 0.0, 0)

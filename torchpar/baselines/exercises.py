@@ -21,8 +21,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from torchpar.baselines import ladder, numpy_mlp, students_mpi
+from torchpar.console import say_progress
 from torchpar.data.files import read
-from torchpar.errors import ConfigError, TorchparError, first_line, say_progress
+from torchpar.errors import ConfigError, TorchparError, first_line
 from torchpar.parallel.launch.guard import (
     PATIENCE,
     WATCHED,

@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from torchpar.baselines.numpy_mlp import Array, NumpyMLP
-from torchpar.errors import AllRanksError, ConfigError, context_manager
+from torchpar.decorating import context_manager
+from torchpar.errors import AllRanksError, ConfigError
 from torchpar.parallel.launch.rank_info import find_rank_info, first_difference
 
 T = TypeVar("T")

@@ -6,7 +6,7 @@
 
 from importlib.util import find_spec
 
-from torchpar.errors import needs_torch
+from torchpar.optional import needs_torch
 
 if find_spec("torch"):
     from torchpar.data.samples import Batch, Samples, batches, load

@@ -23,7 +23,8 @@ from torch.utils._python_dispatch import (
 )
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from torchpar.errors import ConfigError, context_manager
+from torchpar.decorating import context_manager
+from torchpar.errors import ConfigError
 from torchpar.exact import products as products  # which register rules
 from torchpar.exact import random as random
 from torchpar.exact import reductions as reductions

@@ -6,7 +6,7 @@ Importing a file registers its operator.
 
 from importlib.util import find_spec
 
-from torchpar.errors import needs_torch
+from torchpar.optional import needs_torch
 
 if find_spec("torch"):
     from torchpar.ops.exact_matmul import exact_matmul, exact_matmul_t

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import ParamSpec, TypeVar
 
-from torchpar.errors import decorated
+from torchpar.decorating import decorated
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")

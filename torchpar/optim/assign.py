@@ -18,7 +18,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import Optimizer
 
-from torchpar.errors import ConfigError, in_columns
+from torchpar.console import in_columns
+from torchpar.errors import ConfigError
 from torchpar.library.sharding import is_dtensor
 from torchpar.optim.chained import ChainedOptimizer, Group
 from torchpar.optim.matrices import View

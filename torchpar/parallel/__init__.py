@@ -3,7 +3,7 @@
 
 from importlib.util import find_spec
 
-from torchpar.errors import needs_torch
+from torchpar.optional import needs_torch
 
 if find_spec("torch"):
     from torchpar.parallel.launch.world import World, join_world

@@ -22,8 +22,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 import torchpar
-from torchpar.errors import cache_remedy, first_line, has_nogpu
+from torchpar.console import cache_remedy
+from torchpar.errors import first_line
 from torchpar.ops.machine import cpuinfo
+from torchpar.optional import has_nogpu
 from torchpar.testing.operators.compare import accurate, same_bits
 from torchpar.testing.operators.tensors import normal_like
 

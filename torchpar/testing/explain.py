@@ -15,13 +15,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchpar.errors import ConfigError, has_nogpu, import_nogpu
+from torchpar.errors import ConfigError
 from torchpar.kernels import rule
 from torchpar.kernels.device import GPUS
 from torchpar.kernels.linear_sigmoid import LINEAR_SIGMOID
 from torchpar.kernels.matmul_t import SYMMETRIC_MATMUL
 from torchpar.kernels.rule import KINDS, Device, Product, Tiles
 from torchpar.kernels.tiles import Choice, library_is_faster
+from torchpar.optional import has_nogpu, import_nogpu
 
 
 class Operator(NamedTuple):

@@ -25,7 +25,7 @@ from samples import normal
 from torch import Tensor, nn
 from torch.distributed.tensor import Replicate, Shard
 
-from torchpar import errors, library
+from torchpar import console, library
 from torchpar.errors import ConfigError
 from torchpar.testing import OperatorTable, Sample, check_operator
 from torchpar.testing.operators import command_line
@@ -577,7 +577,7 @@ def test_an_operator_that_calls_exit_crashes(capsys: Any) -> None:
 
 def test_a_command_that_takes_long_says_how_many_rows_are_done(capsys: Any) -> None:
     given = ["--samples", f"{__name__}:MATRIX", "--rules", "schema", "values"]
-    with patch.object(errors, "SILENCE", 0.05):
+    with patch.object(console, "SILENCE", 0.05):
         command_line.main([f"{__name__}:SLOW", *given])
     err = capsys.readouterr().err
     line = (

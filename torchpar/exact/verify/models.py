@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
+from torchpar.console import say_progress
 from torchpar.data import batches
-from torchpar.errors import say_progress
 from torchpar.exact.data_parallel import DataParallel
 from torchpar.exact.dispatch import mode
 from torchpar.exact.tensor_parallel import Linear

@@ -27,7 +27,7 @@ from threading import enumerate as threads
 from threading import main_thread
 from typing import IO, NamedTuple, TypeVar
 
-from torchpar.errors import breaking_silence
+from torchpar.console import breaking_silence
 from torchpar.parallel.launch.processes import Terminated, die_with_parent
 
 T = TypeVar("T")
@@ -195,7 +195,7 @@ class Watched:
         self.progress = f"{len(items)} of {total} {what} are done"
 
     def how_far(self) -> str:
-        """The progress, and the call, as `torchpar.errors.breaking_silence` takes them."""
+        """The progress, and the call, as `torchpar.console.breaking_silence` takes them."""
         return "; ".join(filter(None, (self.progress, str(self.call or ""))))
 
 

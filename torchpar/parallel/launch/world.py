@@ -20,13 +20,13 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import Store
 
+from torchpar.decorating import context_manager
 from torchpar.errors import (
     ConfigError,
     RankLostError,
     TorchparError,
     check_number,
     check_whole,
-    context_manager,
     whole_or_text,
 )
 from torchpar.parallel.launch import rendezvous

@@ -10,7 +10,8 @@ from difflib import get_close_matches
 from functools import reduce
 from typing import Any, NoReturn
 
-from torchpar.errors import ConfigError, TorchparError, breaking_silence, first_line
+from torchpar.console import breaking_silence
+from torchpar.errors import ConfigError, TorchparError, first_line
 from torchpar.parallel.launch.guard import WATCHED, is_readers
 from torchpar.testing.operators.check_operator import check_operator
 from torchpar.testing.operators.table import OperatorTable

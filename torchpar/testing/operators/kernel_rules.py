@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from torchpar.errors import ConfigError, import_nogpu
+from torchpar.errors import ConfigError
+from torchpar.optional import import_nogpu
 from torchpar.parallel.launch.guard import WATCHED
 from torchpar.testing.operators.attempts import OutcomeException
 from torchpar.testing.operators.case import Case

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from textwrap import shorten
 
-from torchpar.errors import in_columns
+from torchpar.console import in_columns
 from torchpar.testing.operators.attempts import OUTCOMES
 
 LONGEST = 110  # characters of a message that is printed

@@ -3,7 +3,7 @@
 
 from dataclasses import asdict, dataclass
 
-from torchpar.errors import in_columns
+from torchpar.console import in_columns
 
 RIGHT = ("same bits", "equal up to rounding")
 FAULTS = ("wrong", "hangs", "crashes")

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from torchpar.errors import context_manager
+from torchpar.decorating import context_manager
 from torchpar.ops import machine
 from torchpar.training.profile.record import (
     STEPS,
