@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Packages that may be missing: nogpu, and PyTorch where only the baselines are used."""
+"""Optional packages: nogpu, and PyTorch, without which the pure-Python baselines still run."""
 
 import importlib
 from collections.abc import Callable, Sequence
