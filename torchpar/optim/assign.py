@@ -277,7 +277,7 @@ _RULES: list[
 ] = [
     (lambda use: isinstance(use.layer, _EMBEDDINGS), "embedding", None),
     (lambda use: isinstance(use.layer, _NORMS), "normalization", None),
-    # All ranks must decide alike, of which one may have a single row.
+    # All ranks must decide alike, and the shard of a rank may be a single row.
     (lambda use: len(part_of(use.p).whole) < 2, "not a matrix", None),
     (lambda use: sum(n != 1 for n in part_of(use.p).whole) < 2, "one row or column", None),
     (lambda use: use.head, "output head, {head}", None),

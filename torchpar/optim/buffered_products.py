@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
 """The products of Newton–Schulz iterations, written into buffers that are made once.
 
-On a GPU a Triton kernel computes half of a symmetric product, or PyTorch's library all of it, which
-need not be exactly symmetric here: the measured rule of the kernels decides. The kernels are
-launched straight from here, for a call through the dispatcher takes the host as long as the launch.
-On a CPU large symmetric products are computed by halves, and others by PyTorch.
+On a GPU the measured rule of the kernels decides who computes a symmetric product: a Triton kernel,
+which computes half of it, or PyTorch's library, which computes all of it. The library's product may
+differ from its transpose in the last bits, which does no harm here. The kernels are launched
+straight from here: a call through the dispatcher takes the host as long as the launch. On a CPU
+large symmetric products are computed by halves, and all other products by PyTorch.
 """
 
 from collections.abc import Callable

@@ -21,7 +21,7 @@ _CHANGED = (
 
 @contextmanager
 def loading(optimizer: Optimizer) -> Iterator[None]:
-    """Load a state dict in the block, and name the part of one that it lacks.
+    """Name the part that a state dict lacks, where the block fails to load it.
 
     Raises:
         ConfigError: in place of a KeyError of `torch.optim.Optimizer.load_state_dict`.

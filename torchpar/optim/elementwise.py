@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The parts of a step of Muon that are no products, each by one launch on a GPU.
+"""The elementwise parts of Muon's step, each by one launch on a GPU.
 
 On a CPU, and where a compiler, a mode or a subclass intercepts calls, PyTorch's functions compute.
 """
@@ -23,7 +23,7 @@ def launches_kernels(*tensors: Tensor) -> bool:
     first = tensors[0]
     if not runs_kernels(first) or first.numel() == 0 or not is_direct(*tensors):
         return False
-    # A kernel would read the memory of these as it is.
+    # A kernel would read the memory of such tensors as it is.
     return not any(t.is_neg() or t._is_zerotensor() for t in tensors)
 
 

@@ -61,7 +61,7 @@ class Exchange:
     def __init__(self, group: dist.ProcessGroup | None, params: list[ParamInfo]):
         self.group, self.params = group, params
         self._sent: tuple[int, Tensor] | None = None  # the last checksum
-        # Of the last step on a GPU: whether checksums differed, when that is known, and the facts.
+        # The last step on a GPU: whether checksums differed, when the answer arrives, the facts.
         self._unread: tuple[Tensor, torch.cuda.Event | None, Mapping[str, object]] | None = None
         shards = [info.part._replace(mesh=None) for info in params]
         self.rank, by_rank = 0, [shards]

@@ -22,10 +22,10 @@ The matrices are views ``(*, n, m)`` that together hold each element once.
 """
 
 _PADDED_UP_TO, _PADDING = 256, 32  # columns or rows
-# On a CPU, multiplications in X·Xᵀ of a batch: larger products keep all cores busy by themselves.
+# Multiplications in X·Xᵀ of a batch on a CPU: larger products keep all cores busy by themselves.
 _BATCH_MULTIPLICATIONS = 2**31
-# On a GPU, of a batch in bfloat16. Beside it the iterations take up to six times as much, and the
-# result, and the copies of matrices of float32, twice as much each.
+# The bytes of a batch in bfloat16 on a GPU. The iterations take up to six times as much memory
+# beside the batch. The result takes twice as much, and so do the copies of float32 matrices.
 _BATCH_BYTES = 2**28
 
 
@@ -164,8 +164,8 @@ def _orthogonalize_batch(
     dtype: torch.dtype,
     run: Callable[[Tensor], Tensor],
 ) -> list[Tensor]:
-    """Orthogonalize matrices of ``shape``, or smaller ones, and those whose transposes have it, in
-    batches of ``dtype``."""
+    """Orthogonalize a batch of ``dtype``: matrices that fit into ``shape``, as they are or
+    transposed."""
     if not straight:
         straight, transposed, shape = transposed, [], shape[::-1]
     count = len(straight) + len(transposed)
@@ -184,8 +184,8 @@ def _orthogonalize_batch(
 
 
 def _side_by_side(matrices: list[Tensor], shape: tuple[int, ...]) -> Tensor | None:
-    """The batch that matrices of ``shape`` are already in memory, such as those of a parameter of
-    three dimensions; None if they are not."""
+    """A view of matrices of ``shape`` that lie side by side in memory, such as the matrices of a
+    parameter of three dimensions; None if they lie elsewhere."""
     first, size = matrices[0], math.prod(shape)
     start, memory = first.storage_offset(), first.untyped_storage().data_ptr()
     for i, t in enumerate(matrices):

@@ -290,9 +290,9 @@ class Muon(Optimizer):
     def _exchanges(self) -> list[Exchange]:
         """The exchanges, one for each set of ranks that hold the same parameters.
 
-        All ranks take theirs in the order of the ranks, so that none waits for another one in a
-        circle, and each ends with the parameters of this rank alone. The exchanges are made again
-        if a parameter, or its place, shape, dtype or device, has changed since.
+        Every rank takes its exchanges in the order of the ranks, so that ranks never wait for each
+        other in a circle. The last exchange has the parameters that this rank alone holds. The
+        exchanges are made again if a parameter, or its place, shape, dtype or device, has changed.
         """
         facts = [
             (id(p), index, p.shape, p.dtype, p.device, p.placements if is_dtensor(p) else None)
@@ -360,7 +360,7 @@ class Muon(Optimizer):
             tensors |= self._directions(group, of_group)
         gathered = [exchange.gather(tensors, self._facts(exchange)) for exchange in exchanges]
         tensors = {info: t for of_ranks in gathered for info, t in of_ranks.items()}
-        # All exchanges first, so that ranks which own different parameters work at the same time.
+        # All exchanges gather first, so that ranks with different parameters work at the same time.
         tensors = {
             info: update
             for group, of_group in self._by_group(tensors)
@@ -511,7 +511,7 @@ class Muon(Optimizer):
 
 
 def _checked(options: Group, ns: NewtonSchulz) -> Group:
-    """Return the defaults of `torch.optim.Muon` with these options, if none is refused."""
+    """Return `torch.optim.Muon`'s defaults with these options. It refuses invalid options."""
     for name in _NUMBERS:
         if not isinstance(options[name], SupportsFloat):
             expected = "a number or a tensor of one" if name == "lr" else "a number"
@@ -549,8 +549,8 @@ def _update_all(
         torch._foreach_sub_(narrow, torch._foreach_mul(narrow, lr * decay))
     if len(narrow) < len(params):
         torch._foreach_mul_([p for p in params if p.dtype.itemsize > 2], 1 - lr * decay)
-    # Wider, since a product in bfloat16 would be rounded. A GPU takes one launch for many tensors
-    # where their dtypes are equal.
+    # The steps are float32, since products in bfloat16 would be rounded. A GPU takes one launch
+    # for many tensors where their dtypes are equal.
     steps = _in_float32(updates)
     if isinstance(lr, Tensor):
         torch._foreach_mul_(steps, ratios)
@@ -571,7 +571,7 @@ def _in_float32(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def _ratio(group: Group, shape: Sequence[int]) -> float:
-    """The ratio of the learning rate of a matrix of this shape to the group's."""
+    """The factor by which a matrix of this shape changes its group's learning rate."""
     n, m = shape
     return _RATIOS[group["adjust_lr_fn"] or "original"](max(n, 1), max(m, 1))
 
@@ -583,7 +583,7 @@ def _valid_gradient(info: ParamInfo) -> Tensor | None:
 
 
 def _has_layout_of(t: Tensor, p: Tensor) -> bool:
-    # Of plain tensors without the names of layouts, which take the host longer.
+    # Plain tensors need no names of layouts, which take the host longer.
     are_sharded = is_dtensor(t), is_dtensor(p)
     if not any(are_sharded):
         return t.layout == p.layout
