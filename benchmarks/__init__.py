@@ -27,7 +27,7 @@ NAMES = tuple(MODULES)
 
 def module_of(name: str) -> str:
     """The module that runs a benchmark."""
-    return f"benchmarks.{MODULES[name]}"
+    return f"{__name__}.{MODULES[name]}"
 
 
 def title(name: str) -> str:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from benchmarks import NAMES, module_of, title
+from . import NAMES, module_of, title
 
 # In these benchmarks libraries with threads of their own take turns, and idle threads of OpenMP and
 # OpenBLAS sleep soon. By default they spin for milliseconds on the core that the next call needs;
@@ -20,8 +20,9 @@ SHORT_SPINS = {"GOMP_SPINCOUNT": "10000", "OPENBLAS_THREAD_TIMEOUT": "16"}  # 2Â
 def list_benchmarks() -> int:
     import torch
 
-    from benchmarks.results import machine
     from torchpar.console import printing
+
+    from .results import machine
 
     width = max(map(len, NAMES))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -76,8 +77,8 @@ def main(arguments: Sequence[str]) -> int:
     if options.command == "run":
         return run(list(dict.fromkeys(options.names)), flags)
     if options.command == "report":
-        from benchmarks import report
-        from benchmarks.flags import run as run_command
+        from . import report
+        from .flags import run as run_command
 
         run_command(lambda: report.main(flags), "report")
     if flags:

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.flags import Command, require, run
+from .flags import Command, require, run
 
 if importlib.util.find_spec("triton") is None:
     run(lambda: require("triton"))  # which ends with one line
@@ -36,18 +36,19 @@ from triton.compiler.errors import CompileTimeAssertionFailure
 from triton.runtime.errors import PTXASError
 from triton.testing import do_bench, do_bench_cudagraph
 
-from benchmarks.compile_kernels import compile_all, shapes_of, tuned_of, work_of
-from benchmarks.driver import Launched, capture_launches
-from benchmarks.operators import draw
-from benchmarks.records import OPERATORS
-from benchmarks.records.record import Operator, Tuned
-from benchmarks.results import Result, Table, print_results, track
-from benchmarks.timing import Rejected
 from torchpar.errors import ConfigError, first_line, writing
 from torchpar.kernels.device import GPUS
 from torchpar.kernels.rule import KINDS, Kind
 from torchpar.ops.matrix import fp32_precision
 from torchpar.optional import has_nogpu, import_nogpu
+
+from .compile_kernels import compile_all, shapes_of, tuned_of, work_of
+from .driver import Launched, capture_launches
+from .operators import draw
+from .records import OPERATORS
+from .records.record import Operator, Tuned
+from .results import Result, Table, print_results, track
+from .timing import Rejected
 
 Call = Callable[[], Tensor]
 

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 import torchpar.library
-from benchmarks.flags import Command, run
-from benchmarks.operators import draw
-from benchmarks.records import OPERATORS
-from benchmarks.records.record import Operator, SmallCall
-from benchmarks.results import Result, Table, print_bounds, print_results
-from benchmarks.timing import CPU, Rejected, Times, take_turns, time_calls
 from torchpar.library.rules import Context
+
+from .flags import Command, run
+from .operators import draw
+from .records import OPERATORS
+from .records.record import Operator, SmallCall
+from .results import Result, Table, print_bounds, print_results
+from .timing import CPU, Rejected, Times, take_turns, time_calls
 
 REFERENCE, OWN, TORCH = "torch.autograd.Function", "torchpar.library", "torch.library"
 ROUNDS = 200

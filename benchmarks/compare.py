@@ -26,8 +26,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.results import Result
-from benchmarks.timing import Rejected, flush, take_turns, time_calls
+from .results import Result
+from .timing import Rejected, flush, take_turns, time_calls
 
 Implementation = Callable[..., Tensor]
 Mode = Literal["forward", "backward", "full"]

@@ -32,15 +32,16 @@ import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
-from benchmarks.compare import Work
-from benchmarks.driver import Compiled, compile_launches, target
-from benchmarks.records import OPERATORS
-from benchmarks.records.record import Sizes, Tuned
-from benchmarks.results import CORES, Result, Table, print_results, track
-from benchmarks.timing import CPU
 from torchpar.errors import first_line
 from torchpar.kernels.rule import KINDS, configurations
 from torchpar.parallel.launch.processes import end_with_parent, putting_off_signals
+
+from .compare import Work
+from .driver import Compiled, compile_launches, target
+from .records import OPERATORS
+from .records.record import Sizes, Tuned
+from .results import CORES, Result, Table, print_results, track
+from .timing import CPU
 
 if TYPE_CHECKING:
     from nogpu.data_sheets import DataSheet

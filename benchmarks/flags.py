@@ -11,11 +11,12 @@ from tempfile import TemporaryFile
 
 import torch
 
-from benchmarks import title
 from torchpar.console import printing
 from torchpar.errors import ConfigError, TorchparError
 from torchpar.optional import is_installed
 from torchpar.parallel.launch.processes import Terminated, terminable
+
+from . import title
 
 
 class Command:

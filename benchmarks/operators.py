@@ -15,13 +15,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.compare import MODES, OperatorCase, Work, compare
-from benchmarks.flags import Command, run
-from benchmarks.records import workloads
-from benchmarks.records.matmul_t import MIRRORED
-from benchmarks.records.record import Implementation, Sizes, Workload
-from benchmarks.results import Result, Table, print_results
 from torchpar.errors import ConfigError, writing
+
+from .compare import MODES, OperatorCase, Work, compare
+from .flags import Command, run
+from .records import workloads
+from .records.matmul_t import MIRRORED
+from .records.record import Implementation, Sizes, Workload
+from .results import Result, Table, print_results
 
 ROUNDS = 20
 SECONDS = {"cpu": 0.25, "cuda": 2.0}  # of a contestant's turns in one mode

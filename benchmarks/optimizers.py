@@ -25,11 +25,12 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 import torchpar
-from benchmarks.flags import Command, run
-from benchmarks.results import Result, Table, print_results, track
 from torchpar.errors import ConfigError
 from torchpar.optim.matrices import View
 from torchpar.testing import SITUATIONS, Conformance, Row, check_optimizer
+
+from .flags import Command, run
+from .results import Result, Table, print_results, track
 
 LR, WEIGHT_DECAY = 0.02, 0.0
 TIMEOUT = 60.0  # seconds for a situation

@@ -11,13 +11,13 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from benchmarks.compare import OperatorCase, compare
-from benchmarks.flags import Command, run
-from benchmarks.operators import make_case
-from benchmarks.records import workloads
-from benchmarks.records.record import Bounded, Workload
-from benchmarks.results import CORES, Result, Table, print_bounds, print_results
-from benchmarks.timing import CPU
+from .compare import OperatorCase, compare
+from .flags import Command, run
+from .operators import make_case
+from .records import workloads
+from .records.record import Bounded, Workload
+from .results import CORES, Result, Table, print_bounds, print_results
+from .timing import CPU
 
 ROUNDS = 20
 SECONDS = 1.0  # of a contestant's turns

@@ -15,9 +15,10 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import NAMES, title
-from benchmarks.results import duration, number
 from torchpar.errors import ConfigError, writing
+
+from . import NAMES, title
+from .results import duration, number
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -21,10 +21,6 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.flags import Command, run
-from benchmarks.processes import Group, current_world, start_ranks
-from benchmarks.results import CORES, Result, Table, print_results
-from benchmarks.timing import CPU, Rejected, Times, take_turns, time_calls
 from torchpar.nn import MLP
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.split.mlp import parallel_mlp
@@ -36,6 +32,11 @@ from torchpar.parallel.split.shared_memory import (
 )
 from torchpar.training.classification import cross_entropy_sum
 from torchpar.training.profile.collectives import Collectives
+
+from .flags import Command, run
+from .processes import Group, current_world, start_ranks
+from .results import CORES, Result, Table, print_results
+from .timing import CPU, Rejected, Times, take_turns, time_calls
 
 BLOCK_SECONDS = 0.15  # of one case's steps in a round, about
 ALL_REDUCES = [2**power for power in (2, 6, *range(10, 26, 2))]  # bytes of each

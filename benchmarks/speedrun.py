@@ -26,11 +26,6 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
-from benchmarks.digits import DATA, Digits
-from benchmarks.flags import Command, require, run
-from benchmarks.processes import current_world, start_ranks
-from benchmarks.results import CORES, Result, Table, markdown, number, print_cells, print_failures
-from benchmarks.timing import CPU, take_turns
 from torchpar import data, training
 from torchpar.data import Samples
 from torchpar.errors import ConfigError, DivergedError, writing
@@ -38,6 +33,12 @@ from torchpar.nn import MLP, Hidden
 from torchpar.ops.processor import has_bfloat16
 from torchpar.parallel.launch.world import World
 from torchpar.training.fused import FusedGradients
+
+from .digits import DATA, Digits
+from .flags import Command, require, run
+from .processes import current_world, start_ranks
+from .results import CORES, Result, Table, markdown, number, print_cells, print_failures
+from .timing import CPU, take_turns
 
 THREADS = 2  # of all ranks
 SEEDS = 20

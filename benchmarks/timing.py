@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.results import Cells, Result, track
 from torchpar.errors import first_line
+
+from .results import Cells, Result, track
 
 K = TypeVar("K", bound=Hashable)
 R = TypeVar("R")

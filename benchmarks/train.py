@@ -45,11 +45,6 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from benchmarks.digits import DATA, Digits
-from benchmarks.flags import Command, require, run
-from benchmarks.processes import Group, current_world, start_ranks
-from benchmarks.results import CORES, Result, Table, markdown, number, print_results
-from benchmarks.timing import Contestant, Rejected, Turn, take_turns, time_calls
 from torchpar import data
 from torchpar.baselines import mpi, numpy_mlp, pure_python
 from torchpar.baselines.numpy_mlp import Array
@@ -61,6 +56,12 @@ from torchpar.parallel.split.shared_memory import register_shared_memory_hook
 from torchpar.training import Classification, Run, graphed, sgd
 from torchpar.training.fused import FusedGradients
 from torchpar.training.graphed import WARMUP
+
+from .digits import DATA, Digits
+from .flags import Command, require, run
+from .processes import Group, current_world, start_ranks
+from .results import CORES, Result, Table, markdown, number, print_results
+from .timing import Contestant, Rejected, Turn, take_turns, time_calls
 
 LR = 0.1
 ROUNDS = 4  # epochs

@@ -23,6 +23,10 @@ from commands import ROOT
 
 import torchpar
 
+# Folders that the package has by links.
+LINKED = ("kernels", "benchmarks")
+TABLE = "benchmarks/results/nvidia-h200/ladder.csv"
+
 
 def run(*command: str, cwd: Path, **environment: str) -> str:
     return subprocess.run(
@@ -82,29 +86,23 @@ def test_the_wheel_and_the_sdist_hold_the_package_and_nothing_else(
     assert f"\nVersion: {torchpar.__version__}\n" in metadata
     assert "\nLicense-Expression: MIT\n" in metadata
     assert f"{info}/licenses/LICENSE" in files
-    # Until Python 3.13 rglob does not follow the link torchpar/kernels.
-    folders = {"torchpar": ROOT / "torchpar", "torchpar/kernels": ROOT / "kernels"}
+    # rglob follows none of the links.
+    folders = {"torchpar": ROOT / "torchpar"}
+    folders |= {f"torchpar/{name}": ROOT / name for name in LINKED}
     package = {
         f"{name}/{path.relative_to(folder).as_posix()}": path.read_bytes()
         for name, folder in folders.items()
         for path in folder.rglob("*.*")
         if path.suffix in (".c", ".csv", ".py", ".typed", ".json", ".html")
-    }
-    # For `python -m torchpar ladder`, and in no package of the name `benchmarks`.
-    folder = "torchpar/baselines/checkout"
-    table = ROOT / "benchmarks" / "results" / "nvidia-h200" / "ladder.csv"
-    package |= {
-        f"{folder}/{path.relative_to(ROOT).as_posix()}": path.read_bytes()
-        for path in (*(ROOT / "benchmarks").rglob("*.py"), table)
+        # Of the benchmarks the modules, and the table that `python -m torchpar ladder` reads.
+        if path.suffix == ".py" or folder.name != "benchmarks" or path.match(TABLE)
     }
     assert {name: text for name, text in files.items() if not name.startswith(info)} == package
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    package = {name.removeprefix(f"{folder}/") for name in package}
-    assert package | {"pyproject.toml", "setup.py", "README.md", "LICENSE"} <= names
-    # No top-level kernels, no examples, no tests.
+    assert {*package, "pyproject.toml", "README.md", "LICENSE"} <= names
+    # No top-level kernels and benchmarks, no examples, no tests.
     assert {name.partition("/")[0] for name in names if "/" in name} == {
-        "benchmarks",
         "torchpar",
         "torchpar.egg-info",
     }
@@ -127,10 +125,6 @@ def test_the_ladder_runs_from_the_wheel(built: tuple[Path, Path], tmp_path: Path
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("python -m torchpar ladder: error: --with ")
     assert "missing.py is no file; name a Python file that defines any of max_cpu" in done.stderr
-    shutil.rmtree(tmp_path / "installed" / "torchpar" / "baselines" / "checkout")
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "this installation lacks the benchmarks" in done.stderr
 
 
 def test_what_names_the_version_agrees() -> None:
@@ -149,7 +143,7 @@ FILES = {
     path.relative_to(ROOT).as_posix(): path.read_text()
     for folder in ("torchpar", "kernels", "examples", "benchmarks", "tests", "docs", "nogpu")
     for path in sorted((ROOT / folder).rglob("*.py"))
-    if not path.is_relative_to(ROOT / "torchpar" / "kernels")
+    if not any(path.is_relative_to(ROOT / "torchpar" / name) for name in LINKED)
 }
 FIRST_LINES = (
     r'# SPDX-License-Identifier: MIT\n("""(?!(What|Who|That|Where|Whether|How)\b)|(?!"""))'
@@ -158,6 +152,7 @@ FORBIDDEN = {  # folder: what its files do not import
     "kernels": "torchpar|benchmarks|support",
     "torchpar": "benchmarks|support|kernels",
     "examples": "benchmarks",
+    "benchmarks": "benchmarks|support",  # they are `torchpar.benchmarks`, too
     "nogpu": "torchpar|benchmarks|support",
 }
 

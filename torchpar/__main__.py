@@ -28,7 +28,7 @@ COMMANDS = {
         "say what works on this machine, and how to mend what does not",
     ),
     "ladder": (
-        "torchpar.baselines.ladder",
+        "torchpar.benchmarks.ladder.command",
         "time an operator from loops to a GPU, and functions of yours beside it",
     ),
     "exercises": (

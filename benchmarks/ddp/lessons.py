@@ -21,10 +21,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-from benchmarks.digits import DATA
-from benchmarks.flags import Command, run
-from benchmarks.results import CORES, Table, print_bounds, print_results
-from benchmarks.timing import CPU, Rejected, take_turns
+from ..digits import DATA
+from ..flags import Command, run
+from ..results import CORES, Table, print_bounds, print_results
+from ..timing import CPU, Rejected, take_turns
 
 EXAMPLES = DATA.parent
 PLAIN = "plain script"

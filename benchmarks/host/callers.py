@@ -26,12 +26,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.driver import idle_driver
-from benchmarks.flags import Command, run
-from benchmarks.results import Result, Table, print_results
-from benchmarks.timing import take_turns, time_calls
 from torchpar.errors import ConfigError
 from torchpar.kernels import Wrap
+
+from ..driver import idle_driver
+from ..flags import Command, run
+from ..results import Result, Table, print_results
+from ..timing import take_turns, time_calls
 
 HERE = Path(__file__).parents[2]
 N = 4096

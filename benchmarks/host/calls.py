@@ -152,8 +152,7 @@ def layers(device: str) -> Calls:
 def main(device: str) -> None:
     stand_in: AbstractContextManager[object] = nullcontext()
     if device == "cpu":
-        from benchmarks import driver
-
+        driver: Any = import_module("benchmarks.driver")  # the checkout's
         # Up to version 0.4 it was in another module.
         is_old = not hasattr(driver, "gpu_of_cpu_tensors")
         home: Any = import_module("benchmarks.host") if is_old else driver

@@ -9,12 +9,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from benchmarks.compare import Work
-from benchmarks.operators import make_case as make_operator_case
-from benchmarks.records import workloads
-from benchmarks.records.record import Workload
-from benchmarks.timing import CPU, Rejected
 from torchpar.baselines.numpy_mlp import Array
+
+from ..compare import Work
+from ..operators import make_case as make_operator_case
+from ..records import workloads
+from ..records.record import Workload
+from ..timing import CPU, Rejected
 
 WARM_SECONDS = 5e-3  # of a turn whose arguments stay in the caches
 TILE = 4  # as in `numba_njit`, which can be imported only where Numba is

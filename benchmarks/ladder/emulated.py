@@ -19,13 +19,14 @@ from unittest.mock import patch
 
 import numpy as np
 
-from benchmarks.ladder.assignment import Launch
-from benchmarks.ladder.cases import LadderCase, make_case
-from benchmarks.ladder.races import Races, recorded
-from benchmarks.ladder.student import Entry, SlowCall
-from benchmarks.timing import Rejected
 from torchpar.optional import has_nogpu
 from torchpar.parallel.launch.guard import TooSlow
+
+from ..timing import Rejected
+from .assignment import Launch
+from .cases import LadderCase, make_case
+from .races import Races, recorded
+from .student import Entry, SlowCall
 
 if TYPE_CHECKING:
     from nogpu import Emulator, Report

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
-from benchmarks.ladder.cases import LadderCase
-from benchmarks.ladder.page import ASKED, beside_asked, label, seconds, span
-from benchmarks.results import Result, number
+from ..results import Result, number
+from .cases import LadderCase
+from .page import ASKED, beside_asked, label, seconds, span
 
 # The functions of one homework, by operator: for a GPU, by Numba, and in pure Python.
 KINDS = {

@@ -5,8 +5,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.results import Result, duration, headers_of, markdown, number
 from torchpar.errors import writing
+
+from ..results import Result, duration, headers_of, markdown, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -30,9 +30,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 import torchpar
-from benchmarks.flags import Command, run
-from benchmarks.ladder import assignment, emulated, homework, page, student
-from benchmarks.ladder.cases import (
+from torchpar.baselines import numpy_mlp, pure_python
+from torchpar.baselines.grader import OPERATORS
+from torchpar.baselines.numpy_mlp import Array
+from torchpar.errors import ConfigError, writing
+from torchpar.parallel.launch.guard import TooSlow, guarded
+
+from ..flags import Command, run
+from ..processes import Group, current_world, start_ranks, start_worker
+from ..results import CORES, Result, Table, print_cells
+from ..timing import CPU, Rejected, Times, Turn, flush, take_turns, time_calls
+from . import assignment, emulated, homework, page, student
+from .cases import (
     LADDERS,
     TILE,
     WARM_SECONDS,
@@ -40,14 +49,7 @@ from benchmarks.ladder.cases import (
     LadderCase,
     make_case,
 )
-from benchmarks.ladder.page import LIMITS
-from benchmarks.processes import Group, current_world, start_ranks, start_worker
-from benchmarks.results import CORES, Result, Table, print_cells
-from benchmarks.timing import CPU, Rejected, Times, Turn, flush, take_turns, time_calls
-from torchpar.baselines import numpy_mlp, pure_python
-from torchpar.baselines.numpy_mlp import Array
-from torchpar.errors import ConfigError, writing
-from torchpar.parallel.launch.guard import TooSlow, guarded
+from .page import LIMITS
 
 THREADS = (1, 2, 4, 8)
 ROUNDS = 20
@@ -555,7 +557,7 @@ def students_entries(
     """Call the student's functions once each; rungs by operator."""
     entries: dict[str, list[Rung]] = {operator: [] for operator in cases}
     for name, function in functions.items():
-        operator, than = student.OPERATORS[name]
+        operator, than = OPERATORS[name]
         if operator not in cases:
             continue
         case = cases[operator]
@@ -758,7 +760,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = options.cases or list(LADDERS)
     files, status = load_files(options.paths)
     if files and not options.cases:
-        used = {student.OPERATORS[own][0] for _, one in files for own in one.functions}
+        used = {OPERATORS[own][0] for _, one in files for own in one.functions}
         names = [name for name in LADDERS if name in used]
     cases = {
         name: make_case(name, LADDERS[name].quick if options.quick else LADDERS[name].shape)

@@ -27,11 +27,8 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.ladder import assignment
-from benchmarks.ladder.cases import A_B, WARM_SECONDS, WIDER, LadderCase, make_case
-from benchmarks.results import duration
-from benchmarks.timing import CPU, Rejected, flush, time_calls
-from torchpar.baselines.exercises import CHECKS, own_of
+from torchpar.baselines.exercises import CHECKS
+from torchpar.baselines.grader import OPERATORS, own_of
 from torchpar.baselines.numpy_mlp import Array
 from torchpar.errors import ConfigError
 from torchpar.parallel.launch.guard import (
@@ -45,19 +42,11 @@ from torchpar.parallel.launch.guard import (
     top_level,
 )
 
-# The operator of each function, and the row that it is compared with.
-OPERATORS = {
-    "max_cpu": ("maximum", "pure Python"),
-    "max_numba": ("maximum", "njit"),
-    "max_gpu": ("maximum", "torchpar GPU, with copies"),
-    "matmul_transpose_trivial": ("matmul_t", "pure Python"),
-    "matmul_transpose_numba": ("matmul_t", "njit"),
-    "matmul_transpose_gpu": ("matmul_t", "torchpar GPU, with copies"),
-    "maximum": ("maximum", "torchpar CPU"),
-    "matmul_t": ("matmul_t", "torchpar CPU"),
-    "matmul": ("matmul", "torch eager"),
-    "linear_sigmoid": ("linear_sigmoid", "torchpar CPU"),
-}
+from ..results import duration
+from ..timing import CPU, Rejected, flush, time_calls
+from . import assignment
+from .cases import A_B, WARM_SECONDS, WIDER, LadderCase, make_case
+
 NAMES = ", ".join(OPERATORS)
 LIMIT = 10.0  # seconds of a call, after which smaller arguments are tried
 SQUARE = (5, 5, 5)  # of a product, whose operands may be in either order

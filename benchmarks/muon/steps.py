@@ -22,16 +22,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from benchmarks.digits import DATA
-from benchmarks.flags import Command, run
-from benchmarks.muon import others
-from benchmarks.results import Result, Table, print_results, track
-from benchmarks.timing import Timed, Times, take_turns, time_calls
 from torchpar import data
 from torchpar.nn import MLP
 from torchpar.optim import Muon
 from torchpar.parallel.launch.world import join_world
 from torchpar.training import Classification, Run, lr_scheduler, muon, sgd
+
+from ..digits import DATA
+from ..flags import Command, run
+from ..results import Result, Table, print_results, track
+from ..timing import Timed, Times, take_turns, time_calls
+from . import others
 
 Shapes = list[tuple[int, int]]
 WEIGHTS: dict[str, Shapes] = {

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.knobs import runtime
 
-from benchmarks.timing import Rejected
+from ..timing import Rejected
 
 NAMES = ("vector add", "softmax", "dropout", "layer norm", "matmul", "attention")
 

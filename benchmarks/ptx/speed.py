@@ -13,11 +13,11 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
-from benchmarks.flags import Command, run
-from benchmarks.processes import start_worker
-from benchmarks.ptx.kernels import NAMES, seconds
-from benchmarks.results import Table, print_bounds, print_results
-from benchmarks.timing import CPU, take_turns
+from ..flags import Command, run
+from ..processes import start_worker
+from ..results import Table, print_bounds, print_results
+from ..timing import CPU, take_turns
+from .kernels import NAMES, seconds
 
 ROUNDS = 10
 # Of Python's time over the core's, and of the interpreter's time over the core's.

@@ -24,7 +24,6 @@ from benchmarks.ladder.cases import LADDERS, make_case
 from benchmarks.results import CORES, Result
 from benchmarks.timing import Rejected
 from torchpar.baselines import numpy_mlp, pure_python
-from torchpar.baselines.ladder import FUNCTIONS
 from torchpar.errors import ConfigError
 
 # Rows
@@ -665,7 +664,3 @@ def test_a_students_file_chooses_the_cases(tmp_path, monkeypatch):
     ):
         rungs.main(["--quick", f"--with={path}"])
     assert [*entries.call_args.args[2]] == ["maximum", "matmul_t"]
-
-
-def test_the_exercises_know_the_functions_of_the_ladder():
-    assert tuple(student.OPERATORS) == FUNCTIONS

@@ -15,15 +15,16 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from commands import run
+from commands import ROOT, run
 
 pytest.importorskip("rich", reason="rich prints the tables")
-from benchmarks.ladder import emulated, homework, page, rungs, student
+from benchmarks.flags import called
+from benchmarks.ladder import command, emulated, homework, page, rungs, student
 from benchmarks.ladder.cases import LADDERS, make_case
 from benchmarks.results import CORES, Result
 from benchmarks.timing import Rejected
 from torchpar import console
-from torchpar.baselines import ladder, numpy_mlp
+from torchpar.baselines import numpy_mlp
 from torchpar.errors import ConfigError
 from torchpar.parallel.launch import guard
 
@@ -592,27 +593,24 @@ def test_without_a_gpu_the_times_of_an_h200_stand_beside():
 # The command
 
 
-def test_the_command_finds_the_benchmarks_and_names_itself(tmp_path, capsys):
-    found = ladder.environment(tmp_path, {"PYTHONPATH": "there", "OTHER": "1"})
-    assert found["PYTHONPATH"] == f"{tmp_path}{os.pathsep}there"
-    assert found["OTHER"] == "1"
-    with patch.object(ladder, "PLACES", (tmp_path,)), patch.object(os, "execve") as replaced:
-        assert ladder.main(["--with", "my.py"]) == 2
-    assert not replaced.called
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("python -m torchpar ladder: error: this installation lacks the bench")
-    with patch.object(os, "execve", side_effect=SystemExit) as replaced, pytest.raises(SystemExit):
-        ladder.main(["--with", "my.py"])
-    assert replaced.call_args.args[1][1:] == [
-        *("-m", "benchmarks", "run", "ladder"),
-        "--with",
-        "my.py",
-    ]
-    from benchmarks.flags import called
-
+def test_the_command_runs_the_benchmark_and_names_itself(tmp_path, monkeypatch):
+    """Where Python finds torchpar by the current folder alone, the ladder's process finds it."""
+    monkeypatch.setenv("PYTHONPATH", "there")
     assert called("run ladder") == "python -m benchmarks run ladder"
-    with patch.dict(os.environ, TORCHPAR_COMMAND=found["TORCHPAR_COMMAND"]):
-        assert called("run ladder") == "python -m torchpar ladder"
+    for folder, path in ((tmp_path, "there"), (ROOT, f"{ROOT}{os.pathsep}there")):
+        monkeypatch.chdir(folder)
+        with (
+            patch.dict(os.environ),
+            patch.object(command, "INSTALLED", ROOT),
+            patch.object(os, "execve", side_effect=SystemExit) as replaced,
+            pytest.raises(SystemExit),
+        ):
+            command.main(["--with", "my.py"])
+        python, words, environment = replaced.call_args.args
+        assert words == [python, "-m", "benchmarks.ladder.rungs", "--with", "my.py"]
+        assert (environment["PYTHONPATH"], environment["PYTHONSAFEPATH"]) == (path, "1")
+        with patch.dict(os.environ, environment):
+            assert called("run ladder") == "python -m torchpar ladder"
 
 
 def test_a_right_function_of_the_library_is_no_student():

@@ -11,7 +11,7 @@ import importlib.util
 import math
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from torchpar.baselines import ladder, numpy_mlp, students_mpi
+from torchpar.baselines import numpy_mlp, students_mpi
+from torchpar.baselines.grader import OPERATORS, own_of
 from torchpar.console import say_progress
 from torchpar.data.files import read
 from torchpar.errors import ConfigError, TorchparError, first_line
@@ -331,13 +332,6 @@ def load(path: Path) -> tuple[ModuleType, str]:
     return module, ""
 
 
-def own_of(module: ModuleType, names: Iterable[str]) -> list[str]:
-    """Those of ``names`` that a module has as functions of its own."""
-    functions = ((name, getattr(module, name, None)) for name in names)
-    own = module.__name__
-    return [name for name, one in functions if getattr(one, "__module__", None) == own]
-
-
 def judge(name: str, function: Function, file: str) -> Verdict:
     """The verdict on a function of a file; an error of it is one, too."""
     try:
@@ -454,7 +448,7 @@ def check_file(path: Path, data: Path) -> int:
         WATCHED.say(f"{error}; functions above this line are checked")
     if not functions:
         remedy = "define any of them"
-        if other := own_of(module, ladder.FUNCTIONS):
+        if other := own_of(module, OPERATORS):
             remedy = f"check {other[0]} by python -m torchpar ladder --with {path}"
         raise ConfigError(f"--with {path} has none of {', '.join(CHECKS)}; {remedy}")
     verdicts = []
