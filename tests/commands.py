@@ -46,6 +46,13 @@ def run(*command: str, cwd: Path | str = "/") -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
+def forget_modules(folder: Path) -> None:
+    """Let the modules of a test's files be no others' afterwards."""
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", "")).startswith(str(folder)):
+            del sys.modules[name]
+
+
 def forked_ranks(
     world_size: int, *arguments: str, cwd: Path | str = "/"
 ) -> list[tuple[int, str, str]]:

@@ -15,8 +15,10 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import CodeType, ModuleType
+from types import ModuleType
 from typing import Any, NamedTuple
+
+from torchpar.baselines.grader import code_of
 
 ASKED = {
     "max_cpu": "loops of Python",
@@ -103,10 +105,6 @@ def reached(function: Callable[..., object]) -> list[Any]:
             if Path(os.path.realpath(code.co_filename)).parent == folder:
                 found.append(other)
     return found
-
-
-def code_of(function: object) -> CodeType | None:
-    return getattr(getattr(function, "py_func", function), "__code__", None)
 
 
 def tree_of(function: object) -> ast.AST:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from torchpar.baselines.grader import Wrong, compare
 from torchpar.baselines.numpy_mlp import Array
 
 from ..compare import Work
@@ -135,15 +136,10 @@ class LadderCase:
 
     def check(self, result: Array, rows: slice = slice(None)) -> None:
         """Raise if ``result`` is not that of these rows, and name its first wrong number."""
-        expected = self.expected[rows]
-        if result.shape != expected.shape:
-            raise Rejected(f"the result has shape {result.shape}, expected {expected.shape}")
-        wrong = ~(np.abs(result - expected) <= self.bound[rows])
-        if wrong.any():
-            at = tuple(map(int, np.argwhere(wrong)[0]))
-            place = ", ".join(map(str, at))
-            first = f"result[{place}] is {result[at]:.7g}, expected {expected[at]:.7g}"
-            raise Rejected(f"{first}; {wrong.sum():,} of {wrong.size:,} numbers are wrong")
+        try:
+            compare(result, self.expected[rows], self.bound[rows])
+        except Wrong as e:
+            raise Rejected(str(e)) from None
 
 
 A_B = "A·B"

@@ -41,11 +41,12 @@ NO_GPU = "0 active drivers"  # of Triton
 SIMULATOR = "NUMBA_ENABLE_CUDASIM"  # of the environment, when Numba is imported
 
 
-class WrittenForTheWhole(BaseException):
-    """A launch at a smaller size has the threads of the whole case."""
+class WrittenForTheWhole(TooSlow):
+    """A launch at a smaller size has the threads of the whole case, which would take too long."""
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
+        super().__init__(f"it launches {threads:,} threads")
 
 
 class Raced(Rejected):

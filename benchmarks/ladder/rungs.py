@@ -31,7 +31,7 @@ from torch import Tensor
 
 import torchpar
 from torchpar.baselines import numpy_mlp, pure_python
-from torchpar.baselines.grader import OPERATORS
+from torchpar.baselines.grader import OPERATORS, Loaded
 from torchpar.baselines.numpy_mlp import Array
 from torchpar.errors import ConfigError, writing
 from torchpar.parallel.launch.guard import TooSlow, guarded
@@ -606,7 +606,7 @@ def student_without_gpu(
     try:
         done = emulated.execute(entry)
     except (Rejected, TooSlow) as e:
-        reason = str(e) or f"it takes more than {emulated.LIMIT:.0f} s without a GPU"
+        reason = f"{e}{' without a GPU' * isinstance(e, TooSlow)}"
         whole = LADDERS[case.operator].shape
         if whole != case.shape and not isinstance(e, emulated.Raced):  # for which it may be written
             reason += f" (without --quick {'×'.join(map(str, whole))} is tried)"
@@ -681,7 +681,7 @@ def write(
             )
 
 
-def load_files(paths: Sequence[Path]) -> tuple[list[tuple[Path, student.Student]], int]:
+def load_files(paths: Sequence[Path]) -> tuple[list[tuple[Path, Loaded]], int]:
     """Execute a student's files, and print their errors; 1 if there are any.
 
     A function that one file imports from another is tried once.
@@ -692,12 +692,10 @@ def load_files(paths: Sequence[Path]) -> tuple[list[tuple[Path, student.Student]
     files, status, known = [], 0, set[int]()
     for path in dict.fromkeys(one.resolve() for one in paths):
         functions, error = student.load(path)
-        if error:
-            print(f"{error}\nThe functions above that line are tried.")
-            status = 1
+        status |= int(bool(error))
         new = {name: one for name, one in functions.items() if id(one) not in known}
         known |= set(map(id, functions.values()))
-        files.append((path, student.Student(new, error)))
+        files.append((path, Loaded(new, error)))
     student.limit_threads(CORES)
     return files, status
 

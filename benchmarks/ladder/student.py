@@ -3,44 +3,34 @@
 
 A function gets copies of the arguments, as NumPy arrays. It returns an array, nested lists, or a
 tensor or array on a GPU, which is copied back within the time. Caches are flushed, or warm, as for
-the other rows. A file is executed once, in this process alone. Modules beside it can be imported,
-and functions that it imports from them are the student's, too.
+the other rows. `torchpar.baselines.grader` executes the file, once and in this process alone.
 """
 
-import importlib.util
 import os
-import re
-import signal
 import sys
-import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import CodeType, ModuleType
-from typing import Any, NamedTuple
-from unittest.mock import patch
+from typing import Any
 
-import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from torchpar.baselines import grader
 from torchpar.baselines.exercises import CHECKS
-from torchpar.baselines.grader import OPERATORS, own_of
-from torchpar.baselines.numpy_mlp import Array
-from torchpar.errors import ConfigError
-from torchpar.parallel.launch.guard import (
-    PATIENCE,
-    WATCHED,
-    GivenUp,
-    TooSlow,
-    advice,
-    alarm,
-    is_readers,
-    top_level,
+from torchpar.baselines.grader import (
+    LIMIT,
+    OPERATORS,
+    Loaded,
+    Wrong,
+    as_array,
+    calling,
+    check_unchanged,
+    code_of,
+    is_beside,
 )
+from torchpar.parallel.launch.guard import WATCHED, TooSlow
 
 from ..results import duration
 from ..timing import CPU, Rejected, flush, time_calls
@@ -48,120 +38,26 @@ from . import assignment
 from .cases import A_B, WARM_SECONDS, WIDER, LadderCase, make_case
 
 NAMES = ", ".join(OPERATORS)
-LIMIT = 10.0  # seconds of a call, after which smaller arguments are tried
 SQUARE = (5, 5, 5)  # of a product, whose operands may be in either order
 OTHER_TYPES = "No matching definition for argument type"  # Numba's, of a function with signatures
 SMALL = 32  # rows and columns of the smaller arguments that come first
 COPIES = ("Memcpy", "Memset")  # what the profiler calls those of a GPU
 SECONDS = 0.5  # of a call with smaller arguments
-PACKAGES = ("matplotlib", "numba", "scipy", "triton")  # whose names pip knows
 
 
 class SlowCall(Rejected):
     """A call took longer than `LIMIT` with the smaller arguments, too, or later in the turns."""
 
 
-class Student(NamedTuple):
-    """The functions of a file by name, and the error that ended its execution, or ""."""
+def load(path: Path) -> Loaded:
+    """The functions of a file that the ladder knows.
 
-    functions: dict[str, Callable[..., object]]
-    error: str
-
-
-def load(path: Path) -> Student:
-    """Execute a file, and return those of its functions that the ladder knows.
-
-    If a line fails, or takes too long, the functions above it are there. Code behind
-    ``if __name__ == "__main__"`` does not run. What the file imports is its own only if it comes
-    from a file beside it.
+    What the file imports is its own only if it comes from a file beside it.
 
     Raises:
         ConfigError: there is no such file, or it defines none of the functions.
     """
-    if not path.is_file():
-        raise ConfigError(
-            f"--with {path} is no file; name a Python file that defines any of {NAMES}"
-        )
-    file = str(path.resolve())
-    module, error = loaded(file), ""
-    if module is None:
-        module, error = execute(file)
-    defined = {known: getattr(module, known, None) for known in OPERATORS}
-    functions = {
-        known: function
-        for known, function in defined.items()
-        if callable(function) and not is_imported(known, function, file)
-    }
-    if not functions:
-        remedy = f"define any of {NAMES}"
-        if other := own_of(module, CHECKS):
-            remedy = f"check {other[0]} by python -m torchpar exercises --with {path}"
-        raise ConfigError(
-            f"--with {path}: {error or f'it has no function that is known; {remedy}'}"
-        )
-    return Student(functions, error)
-
-
-def loaded(file: str) -> ModuleType | None:
-    """The module of a file that another one has imported."""
-    for module in list(sys.modules.values()):
-        named_alike = str(getattr(module, "__file__", "")).endswith(os.path.basename(file))
-        if named_alike and file_of_module(module) == file:
-            return module
-    return None
-
-
-def execute(file: str) -> tuple[ModuleType, str]:
-    """Execute a file as a module, and return the error that ended it, or "".
-
-    Others import it by its name, and it is not executed again.
-    """
-    stem = Path(file).stem
-    name = stem if stem not in sys.modules and is_free(stem, file) else f"with_{stem}"
-    spec = importlib.util.spec_from_file_location(name, file, loader=SourceFileLoader(name, file))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # Numba and pickle look there
-    try:
-        # The file may have flags of its own.
-        with patch.object(sys, "argv", [file]), modules_beside(file), top_level(file):
-            spec.loader.exec_module(module)
-    except GivenUp as e:
-        return module, f"{Path(file).name}: its top level {e.how}{advice(e, at_top=True)}"
-    except BaseException as e:
-        if not (is_readers(e) or isinstance(e, TooSlow)):
-            raise
-        return module, describe(e, file) + advice(e, at_top=True)
-    return module, ""
-
-
-def is_free(stem: str, file: str) -> bool:
-    """Whether no library is imported by this name."""
-    if "." in stem:
-        return False
-    spec = importlib.util.find_spec(stem)
-    return spec is None or spec.origin in (None, file)  # None: a folder, which files go before
-
-
-def file_of_module(module: object) -> str:
-    file = getattr(module, "__file__", None)
-    return os.path.realpath(file) if isinstance(file, str) else ""
-
-
-def is_imported(known: str, function: Callable[..., object], file: str) -> bool:
-    """Whether a module has this function under this name that is not the student's."""
-    files = [
-        file_of_module(module)
-        for module in list(sys.modules.values())
-        if getattr(module, "__dict__", {}).get(known) is function
-    ]
-    return not all(is_beside(other, file) for other in files)
-
-
-def is_beside(other: str, file: str) -> bool:
-    """Whether a file is in the folder of ``file``; packages there may be anybody's."""
-    return bool(other) and Path(other).parent == Path(file).parent
+    return grader.load(path, OPERATORS, {"exercises": CHECKS}, takes_imports=False)
 
 
 def source_of(known: str, function: Callable[..., object], path: Path) -> Path:
@@ -169,131 +65,6 @@ def source_of(known: str, function: Callable[..., object], path: Path) -> Path:
     code = code_of(function)
     written = os.path.realpath(code.co_filename) if code else ""
     return Path(written) if is_beside(written, str(path.resolve())) else path.resolve()
-
-
-def code_of(function: object) -> CodeType | None:
-    """The code of a function, or of that which Numba compiles."""
-    return getattr(getattr(function, "py_func", function), "__code__", None)
-
-
-@contextmanager
-def modules_beside(file: str) -> Iterator[None]:
-    """Let the block import modules from the file's folder, as ``python my.py`` does.
-
-    Those that were executed here under other names have their own in the block.
-    """
-    own = {
-        name.removeprefix("with_"): module
-        for name, module in list(sys.modules.items())
-        if name.startswith("with_") and is_beside(file_of_module(module), file)
-    }
-    own = {name: module for name, module in own.items() if name not in sys.modules}
-    sys.modules.update(own)
-    try:
-        with patch.object(sys, "path", [str(Path(file).parent), *sys.path]):
-            yield
-    finally:
-        for name in own:
-            sys.modules.pop(name, None)
-
-
-def describe(error: BaseException, file: str, function: Callable[..., object] | None = None) -> str:
-    """The error in one line, with the file's name and the line where it happened."""
-    frames = [
-        (Path(frame.filename).name, frame.lineno)
-        for frame in traceback.extract_tb(error.__traceback__)
-        # "<frozen importlib._bootstrap>" is no file, also where the folder is the current one.
-        if os.path.isfile(frame.filename) and is_beside(os.path.realpath(frame.filename), file)
-    ]
-    name = frames[-1][0] if frames else Path(file).name
-    lines = [line for _, line in frames]
-    if isinstance(error, SyntaxError) and error.lineno:
-        lines.append(error.lineno)
-    if not lines:  # an error of Numba's compiler names the line in its text
-        lines += map(int, re.findall(rf'File "[^"]*{re.escape(name)}", line (\d+)', str(error)))
-    if not lines and function is not None:  # it was called with other arguments than it takes
-        code = code_of(function)
-        lines += [code.co_firstlineno] if code else []
-    place = f"{name}, line {lines[-1]}" if lines else name
-    told = error.msg if isinstance(error, SyntaxError) else str(error)  # without the place again
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", told)  # Numba's errors are colored
-    text = " ".join(" ".join(plain.splitlines()[:2]).split())
-    if isinstance(error, ModuleNotFoundError) and error.name in PACKAGES:
-        text += f"; pip install {error.name}"
-    return f"{place}: {type(error).__name__}{': ' * bool(text)}{text}"
-
-
-class Compilation:
-    """Seconds in which Numba compiles, which are no part of a call's time and of its limit.
-
-    Args:
-        tell: takes whether a compilation has begun or ended.
-    """
-
-    def __init__(self, tell: Callable[[bool], None] = lambda has_begun: None) -> None:
-        self.tell = tell
-        self.done = 0.0
-        self.begun = 0.0
-        self.depth = 0
-
-    @property
-    def seconds(self) -> float:
-        return self.done + (time.perf_counter() - self.begun if self.depth else 0.0)
-
-    def notify(self, event: Any) -> None:
-        """Take an event of Numba; compilations are nested."""
-        if event.is_start and self.depth == 0:
-            self.begun = time.perf_counter()
-            self.tell(True)
-        self.depth += 1 if event.is_start else -1
-        if self.depth == 0:
-            self.done += time.perf_counter() - self.begun
-            self.tell(False)
-
-    @contextmanager
-    def watched(self) -> Iterator["Compilation"]:
-        """Let Numba tell of its compilations in the block."""
-        if "numba" not in sys.modules:
-            yield self
-            return
-        from numba.core.event import Listener, install_listener
-
-        Listener.register(Compilation)
-        with install_listener("numba:compile", self):
-            yield self
-
-
-@contextmanager
-def time_limit(seconds: float, compilation: Compilation | None = None) -> Iterator[None]:
-    """Raise `TooSlow` in the block after ``seconds``, beside those of the ``compilation``.
-
-    Compiled code ends first; `torchpar.parallel.launch.guard` waits for it. Without effect on
-    Windows.
-    """
-    start = time.perf_counter()
-
-    def stop(*_: object) -> None:
-        compiled = compilation.seconds if compilation else 0.0
-        left = seconds + compiled - (time.perf_counter() - start)
-        if compiled and left > 0:
-            signal.setitimer(signal.ITIMER_REAL, max(left, 0.01))
-            return
-        if compilation and compilation.depth:  # whose result would be lost
-            signal.setitimer(signal.ITIMER_REAL, 0.05)
-            return
-        raise TooSlow
-
-    with alarm(seconds, stop):
-        yield
-
-
-def as_array(result: object) -> Array:
-    """The result on the CPU. On a GPU it waits until it is there."""
-    if result is None:
-        raise Rejected("it returns None, expected an array")
-    if isinstance(result, torch.Tensor):
-        return result.detach().cpu().numpy()
-    return np.asarray(result.copy_to_host() if hasattr(result, "copy_to_host") else result)
 
 
 @dataclass
@@ -510,25 +281,12 @@ class Entry:
             with (
                 same_threads_of_torch(),
                 on_cores(self.cores),
-                modules_beside(self.file),
-                WATCHED.calling(self.file, self.name, (limit or LIMIT) + PATIENCE) as tell,
-                Compilation(tell).watched() as compilation,
-                time_limit(limit or LIMIT, compilation),
+                calling(self.file, self.name, limit or LIMIT, self.function) as compilation,
             ):
                 timed = time_calls(lambda: as_array(self.function(*arguments)), calls=calls)
-        except Rejected:
-            raise
-        except GivenUp as e:
+            check_unchanged(self.tried.arguments, arguments)
+        except Wrong as e:
             raise (SlowCall if e.is_endless else Rejected)(str(e)) from None
-        except BaseException as e:
-            if not is_readers(e):
-                raise
-            raise Rejected(describe(e, self.file, self.function) + advice(e)) from None
-        for i, (mine, given) in enumerate(zip(arguments, self.tried.arguments, strict=True), 1):
-            if not np.array_equal(mine, given):
-                raise Rejected(f"it changed its argument {i}; write to a new array")
-        if timed.result.dtype.kind not in "biuf":
-            raise Rejected(f"the result has dtype {timed.result.dtype}, expected numbers")
         self.tried.check(timed.result)
         self.compiled += compilation.seconds
         return timed.seconds() - compilation.seconds / calls

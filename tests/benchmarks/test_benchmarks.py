@@ -285,7 +285,7 @@ def test_a_signal_ends_the_benchmark_that_runs_and_those_after_it(ending_signals
 
 
 def test_sigterm_in_a_file_of_a_student_is_no_error_of_the_file(ending_signals, tmp_path):
-    from benchmarks.ladder.student import execute
+    from torchpar.baselines.grader import execute
 
     verdicts = []
     file = tmp_path / "my.py"

@@ -219,8 +219,9 @@ def test_functions_that_end_the_ladder_or_never_return_are_named_and_the_others_
     script.write_text(
         "import sys\nfrom benchmarks.flags import run\n"
         "from benchmarks.ladder import rungs, student\n"
+        "from torchpar.baselines import grader\n"
         "from torchpar.parallel.launch.guard import guarded\n"
-        "student.PATIENCE = student.LIMIT = 1.0\n"
+        "grader.PATIENCE = student.LIMIT = 1.0\n"
         "sys.argv[1:] = ['--quick', '--with', 'my.py']\n"
         "if __name__ == '__main__':\n"
         "    run(lambda: guarded(rungs.main, 'the ladder'), 'run ladder')\n"

@@ -16,8 +16,9 @@ from commands import run
 from benchmarks.ladder import emulated, rungs, student
 from benchmarks.ladder.cases import make_case
 from benchmarks.timing import Rejected
-from torchpar.baselines import numpy_mlp
+from torchpar.baselines import grader, numpy_mlp
 from torchpar.errors import ConfigError
+from torchpar.parallel.launch.guard import WATCHED, TooSlow
 
 
 def entry(shape: tuple[int, ...]) -> student.Entry:
@@ -46,6 +47,13 @@ def test_a_launch_with_more_threads_than_a_part_needs_is_for_the_whole():
     with pytest.raises(emulated.WrittenForTheWhole) as raised:
         launch(3, 5, most=12)
     assert raised.value.threads == 15
+    with (  # nor is it an error of the function in the process of a command
+        open(os.devnull, "w") as pipe,
+        patch.object(WATCHED, "pipe", pipe.fileno()),
+        pytest.raises(emulated.WrittenForTheWhole),
+        grader.calling("my.py", "max_gpu", 1.0),
+    ):
+        raise raised.value
 
 
 def test_a_block_of_more_threads_than_a_gpu_takes_is_refused():
@@ -69,7 +77,7 @@ def test_a_function_for_the_whole_is_executed_there_alone(capsys):
     with patch.object(emulated, "execute_once", execute_once):
         with pytest.raises(Rejected, match=r"^result\[0, 128\] is 0$"):
             emulated.execute(entry((300, 300)))
-        error = student.TooSlow()
+        error = TooSlow("it takes more than 300 s")
         with pytest.raises(student.SlowCall, match=r"^it takes more than 300 s without a GPU$"):
             emulated.execute(entry((300, 300)))
     assert sizes == [(32, 32), (300, 300)] * 2
@@ -96,7 +104,7 @@ def test_a_function_that_takes_too_long_without_a_gpu_is_slow_and_not_wrong(caps
     case = make_case("maximum", (1000, 1000))
 
     def execute(one: student.Entry) -> None:
-        raise student.TooSlow
+        raise TooSlow("it takes more than 90 s")
 
     with (
         patch.object(emulated, "execute", execute),
@@ -106,14 +114,6 @@ def test_a_function_that_takes_too_long_without_a_gpu_is_slow_and_not_wrong(caps
     assert capsys.readouterr().out == (
         "my.py: max_gpu is too slow: it takes more than 90 s without a GPU\n"
     )
-
-
-def test_a_syntax_error_is_told_once_from_the_files_own_folder(tmp_path, monkeypatch):
-    (tmp_path / "my.py").write_text("import numpy\n\ndef max_cpu(A, B)\n    return A\n")
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError) as raised:
-        student.load(Path("my.py"))
-    assert str(raised.value) == "--with my.py: my.py, line 3: SyntaxError: expected ':'"
 
 
 def test_an_extrapolated_time_is_not_called_that_of_the_first_call(capsys):

@@ -7,50 +7,43 @@ of mpi4py is checked by `torchpar.baselines.students_mpi`.
 """
 
 import argparse
-import importlib.util
 import math
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from torchpar.baselines import numpy_mlp, students_mpi
-from torchpar.baselines.grader import OPERATORS, own_of
-from torchpar.console import say_progress
-from torchpar.data.files import read
-from torchpar.errors import ConfigError, TorchparError, first_line
-from torchpar.parallel.launch.guard import (
-    PATIENCE,
-    WATCHED,
-    GivenUp,
-    TooSlow,
-    advice,
-    is_readers,
-    time_limit,
-    top_level,
+from torchpar.baselines.grader import (
+    LIMIT,
+    OPERATORS,
+    Function,
+    Wrong,
+    as_array,
+    calling,
+    check_unchanged,
+    compare,
+    load,
+    watching,
 )
+from torchpar.console import say_progress
+from torchpar.data.files import Images, read
+from torchpar.errors import ConfigError, TorchparError
+from torchpar.parallel.launch.guard import WATCHED, GivenUp, TooSlow
 
 Array = numpy_mlp.Array
-Function = Callable[..., Any]
 
 SIZES = (784, 30, 10)
 IN_CHECKOUT = Path(__file__).parents[2] / "examples" / "data"
 DATA = IN_CHECKOUT if IN_CHECKOUT.is_dir() else Path("data")  # no wheel has the digits
 EPOCHS, BATCH_SIZE, LR = 20, 32, 1.0
 ASKED = 0.95  # of the test images
-LIMIT = 10.0  # seconds of a check, which take milliseconds
 # σ has a relative error of a few roundings in whatever form; float32 has 2⁻²⁴.
 TOLERANCE = 16 * 2.0**-24
-
-
-class Wrong(Exception):
-    """A function of the student's is not right; says what, and what was expected."""
 
 
 class Verdict(NamedTuple):
@@ -70,8 +63,9 @@ class Verdict(NamedTuple):
 
 def check_sigmoid(sigmoid: Function) -> str:
     z = np.array([[-1000.0, -30.0, -1.5, 0.0], [0.25, 2.0, 30.0, 1000.0]])
-    compare("at z", as_array(unchanged(sigmoid, z)), numpy_mlp.sigmoid(z), TOLERANCE, z)
-    compare("of a number", as_array(sigmoid(0.5)), numpy_mlp.sigmoid(np.array(0.5)), TOLERANCE)
+    expected, number = numpy_mlp.sigmoid(z), numpy_mlp.sigmoid(np.array(0.5))
+    compare(as_array(unchanged(sigmoid, z)), expected, near(expected), "at z", z)
+    compare(as_array(sigmoid(0.5)), number, near(number), "of a number")
     return ""
 
 
@@ -84,8 +78,8 @@ def check_sigmoid_prime(sigmoid_prime: Function) -> str:
             "it computes a·(1 − a) of its argument a = σ(z), as torchpar's does; the assignment's "
             "takes z"
         )
-    a = numpy_mlp.sigmoid(z)
-    compare("at z", found, numpy_mlp.sigmoid_prime(a), TOLERANCE, z)
+    expected = numpy_mlp.sigmoid_prime(numpy_mlp.sigmoid(z))
+    compare(found, expected, near(expected), "at z", z)
     return "it takes z"
 
 
@@ -163,7 +157,7 @@ def check_add_elementwise(add_elementwise: Function) -> str:
     found = unchanged(add_elementwise, first, second)
     arrays = check_shapes(found, [(2, 3), (1,)])
     for i, (mine, a, b) in enumerate(zip(arrays, first, second, strict=True)):
-        compare(f"of list element {i}", mine, a + b, 0.0)
+        compare(mine, a + b, 0 * a, f"of list element {i}")
     return ""
 
 
@@ -182,10 +176,7 @@ def unchanged(function: Function, *arguments: Any) -> Any:
     """Call a function with copies, and raise Wrong if it changes one of them."""
     given = deepcopy(arguments)
     found = function(*given)
-    for i, (argument, one) in enumerate(zip(arguments, given, strict=True), start=1):
-        arrays, changed = (list(t) if isinstance(t, list) else [t] for t in (argument, one))
-        if len(arrays) != len(changed) or not all(map(np.array_equal, arrays, changed)):
-            raise Wrong(f"it changes its argument {i}, expected a new result")
+    check_unchanged(arguments, given)
     return found
 
 
@@ -193,31 +184,9 @@ def weight_shapes() -> list[tuple[int, ...]]:
     return list(pairwise(SIZES))
 
 
-def as_array(value: object) -> Array:
-    if value is None:
-        raise Wrong("it returns None, expected an array")
-    return np.asarray(value)
-
-
-def compare(
-    where: str, found: Array, expected: Array, tolerance: float, z: Array | None = None
-) -> None:
-    """Raise Wrong, with the first wrong number, if ``found`` is not ``expected``.
-
-    Args:
-        z: the argument of each element of ``found``, which the message then names.
-    """
-    if found.shape != expected.shape:
-        raise Wrong(f"the result {where} has shape {found.shape}, expected {expected.shape}")
-    if found.dtype.kind not in "biuf":
-        raise Wrong(f"the result {where} has dtype {found.dtype}, expected numbers")
-    # Below 1e-12 a form such as a·(1 − a) has no right digits left.
-    wrong = ~(np.abs(found - expected) <= tolerance * np.abs(expected) + 1e-12 * bool(tolerance))
-    if wrong.any():
-        at = tuple(map(int, np.argwhere(wrong)[0]))
-        place = f"result{list(at)} of shape {found.shape}" if at else "the result"
-        of = f" = {z[at]:g}" if z is not None else ""
-        raise Wrong(f"{where}{of}: {place} is {found[at]:.7g}, expected {expected[at]:.7g}")
+def near(expected: Array) -> Array:
+    """The bound of a few roundings. Below 1e-12 a form such as a·(1 − a) has no right digits."""
+    return TOLERANCE * np.abs(expected) + 1e-12
 
 
 def check_shapes(found: object, shapes: Sequence[tuple[int, ...]]) -> list[Array]:
@@ -232,7 +201,7 @@ def check_shapes(found: object, shapes: Sequence[tuple[int, ...]]) -> list[Array
 
 def check_zeros(arrays: Sequence[Array]) -> None:
     for i, one in enumerate(arrays):
-        compare(f"array {i}", one, np.zeros(one.shape), 0.0)
+        compare(one, zeros := np.zeros(one.shape), zeros, f"array {i}")
 
 
 # Training
@@ -284,12 +253,8 @@ def forward(
     return zs, activations
 
 
-def check_training(functions: dict[str, Function], data: Path) -> Verdict:
-    """Train on MNIST until `ASKED` is reached, for at most `EPOCHS`."""
-    try:
-        training, test = read("mnist", data)
-    except ConfigError as e:
-        raise ConfigError(f"--data {data}: {e}") from e
+def check_training(functions: dict[str, Function], training: Images, test: Images) -> Verdict:
+    """Train on digits until `ASKED` is reached, for at most `EPOCHS`."""
     x, accuracies = test.inputs(), list[float]()
     results = train(functions, training.inputs(), training.labels, EPOCHS)
     for epoch, (weights, biases) in enumerate(results, 1):
@@ -305,50 +270,15 @@ def check_training(functions: dict[str, Function], data: Path) -> Verdict:
 # The command
 
 
-def load(path: Path) -> tuple[ModuleType, str]:
-    """Execute a student's file; return what it defines, and the error that ended it, or "".
-
-    If a line fails, or takes too long, the functions above it are there.
-
-    Raises:
-        ConfigError: it is no Python file.
-    """
-    if not path.is_file():
-        raise ConfigError(f"--with {path} is no file; name a Python file with {', '.join(CHECKS)}")
-    spec = importlib.util.spec_from_file_location(f"with_{path.stem}", path.resolve())
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"--with {path} is no Python file; name one that ends in .py")
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.resolve().parent))
-    try:
-        with top_level(str(path.resolve())):
-            spec.loader.exec_module(module)
-    except GivenUp as e:
-        return module, f"its top level {e.how}{advice(e, at_top=True)}"
-    except BaseException as e:
-        if not (is_readers(e) or isinstance(e, TooSlow)):
-            raise
-        return module, located(e, str(path.resolve()), at_top=True) + advice(e, at_top=True)
-    return module, ""
-
-
 def judge(name: str, function: Function, file: str) -> Verdict:
     """The verdict on a function of a file; an error of it is one, too."""
     try:
-        with (
-            np.errstate(all="ignore"),
-            WATCHED.calling(file, name, LIMIT + PATIENCE),
-            time_limit(LIMIT),
-        ):
+        with np.errstate(all="ignore"), calling(file, name, LIMIT, function):
             return Verdict(name, True, CHECKS[name](function))
-    except (GivenUp, Wrong) as e:
+    except Wrong as e:
         return Verdict(name, False, str(e))
-    except TooSlow:
-        return Verdict(name, False, f"it takes more than {LIMIT:.0f} s for a few numbers")
-    except BaseException as e:
-        if not is_readers(e):
-            raise
-        return failed(name, e, file, function)
+    except TooSlow as e:
+        return Verdict(name, False, f"{e} for a few numbers")
 
 
 def in_training(name: str, function: Function, file: str) -> Function:
@@ -356,7 +286,7 @@ def in_training(name: str, function: Function, file: str) -> Function:
 
     def called(*arguments: Any) -> Any:
         try:
-            with WATCHED.calling(file, f"{name} in the training", LIMIT + PATIENCE):
+            with watching(file, f"{name} in the training", LIMIT):
                 return function(*arguments)
         except GivenUp as e:
             raise Wrong(f"{name}: {e}") from None
@@ -366,49 +296,16 @@ def in_training(name: str, function: Function, file: str) -> Function:
 
 def judge_training(functions: dict[str, Function], file: str, data: Path) -> Verdict:
     """The verdict on a training through the functions of a file."""
+    try:
+        training, test = read("mnist", data)
+    except ConfigError as e:
+        raise ConfigError(f"--data {data}: {e}") from e
     watched = {name: in_training(name, one, file) for name, one in functions.items()}
     try:
-        with np.errstate(all="ignore"), WATCHED.calling(file, "the training", math.inf):
-            return check_training(watched, data)
-    except TorchparError:
-        raise
-    except (GivenUp, Wrong) as e:
+        with np.errstate(all="ignore"), calling(file, "the training", math.inf):
+            return check_training(watched, training, test)
+    except Wrong as e:
         return Verdict("the training", False, str(e))
-    except BaseException as e:
-        if not is_readers(e):
-            raise
-        return failed("the training", e, file)
-
-
-def failed(name: str, error: BaseException, file: str, function: Function | None = None) -> Verdict:
-    """The verdict of an error in a student's function, with the line of the error.
-
-    The line is that of its `def` if it takes other arguments than it is given.
-    """
-    code = getattr(function, "__code__", None)
-    if code and traceback.extract_tb(error.__traceback__)[-1].filename == __file__:
-        place = f"{Path(code.co_filename).name}, line {code.co_firstlineno}: "
-        return Verdict(name, False, place + first_line(error) + advice(error))
-    return Verdict(name, False, located(error, file) + advice(error))
-
-
-def located(error: BaseException, file: str, at_top: bool = False) -> str:
-    """An error in one line, with its line in a file or in one beside it.
-
-    Args:
-        at_top: the line is that of the file's top level, whatever that has called.
-    """
-    frames: list[traceback.FrameSummary] = traceback.extract_tb(error.__traceback__)
-    if at_top:
-        frames = [one for one in frames if (one.filename, one.name) == (file, "<module>")]
-    else:
-        beside = [one for one in frames if Path(one.filename).parent == Path(file).parent]
-        frames = beside or frames
-    places = [(one.filename, one.lineno) for one in frames]
-    if at_top and isinstance(error, SyntaxError) and error.filename == file:
-        places.append((file, error.lineno))
-    where = f"{Path(places[-1][0]).name}, line {places[-1][1]}: " if places else ""
-    return where + first_line(error)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -440,17 +337,7 @@ def check_file(path: Path, data: Path) -> int:
     """Check the functions of a file, print a line for each, and train; 1 if one is not right."""
     if students_mpi.is_program(path, list(CHECKS)):
         return students_mpi.check(path)
-    module, error = load(path)
-    functions = {name: getattr(module, name) for name in CHECKS if hasattr(module, name)}
-    if error and not functions:
-        raise ConfigError(f"--with {path}: {error}")
-    if error:
-        WATCHED.say(f"{error}; functions above this line are checked")
-    if not functions:
-        remedy = "define any of them"
-        if other := own_of(module, OPERATORS):
-            remedy = f"check {other[0]} by python -m torchpar ladder --with {path}"
-        raise ConfigError(f"--with {path} has none of {', '.join(CHECKS)}; {remedy}")
+    functions, error = load(path, CHECKS, {"ladder": OPERATORS})
     verdicts = []
     for name, function in functions.items():
         verdicts.append(judge(name, function, str(path.resolve())))

@@ -20,9 +20,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
+from torchpar.baselines.grader import TOP_LEVEL, watching
 from torchpar.baselines.mpi import find_mpirun
 from torchpar.errors import ConfigError
-from torchpar.parallel.launch.guard import PATIENCE, TOP_LEVEL, WATCHED
+from torchpar.parallel.launch.guard import WATCHED
 from torchpar.parallel.launch.processes import die_with_parent
 
 WATCH = Path(__file__).with_name("mpi_watch.py")
@@ -217,7 +218,7 @@ def check(path: Path) -> int:
     try:
         for processes in (1, 2):
             who = f"mpirun -n {processes}"
-            with WATCHED.calling(file, who, TOP_LEVEL + limit + PATIENCE):
+            with watching(file, who, TOP_LEVEL + limit):
                 runs.append(run(path, processes, limit))
             costs = runs[-1].costs
             told = f"{len(costs)} costs" + (f", {costs[0]:g} to {costs[-1]:g}" if costs else "")

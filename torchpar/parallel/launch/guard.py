@@ -27,12 +27,9 @@ from threading import enumerate as threads
 from threading import main_thread
 from typing import IO, NamedTuple, TypeVar
 
-from torchpar.console import breaking_silence
 from torchpar.parallel.launch.processes import Terminated, die_with_parent
 
 T = TypeVar("T")
-TOP_LEVEL = 120.0  # seconds of a file's top level, which may compile and time functions
-PATIENCE = 50.0  # seconds beyond a limit that Python sets, in which compiled code may return
 NOTICE = 15.0  # seconds of a call, after which a line says what is waited for
 GRACE = 3.0  # seconds to end after a signal; a command outside of a call has four times as many
 TICK = 0.5  # seconds after which the child is looked at, although it has told nothing
@@ -206,57 +203,6 @@ WATCHED = Watched()
 def encoded(message: Call | Done | str | None) -> bytes:
     """A line for the pipe. A training tells a few calls a hundred thousand times."""
     return json.dumps(message).encode() + b"\n"
-
-
-@contextmanager
-def top_level(file: str) -> Iterator[None]:
-    """Execute a reader's file in the block. Where that takes long, lines on stderr say how far it
-    is.
-
-    Raises:
-        TooSlow: it takes more than `TOP_LEVEL` seconds. Python's code ends at its line.
-        GivenUp: as `Watched.calling`.
-    """
-
-    def how_far() -> str:
-        frame = sys._current_frames().get(main_thread().ident or 0)
-        while frame is not None and frame.f_code.co_filename != file:
-            frame = frame.f_back
-        at = "" if frame is None else f", line {frame.f_lineno}"
-        return f"{Path(file).name}{at}: its top level has not ended"
-
-    with (
-        breaking_silence(how_far),
-        time_limit(TOP_LEVEL),
-        WATCHED.calling(file, TOP, TOP_LEVEL + PATIENCE),
-    ):
-        yield
-
-
-@contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Raise `TooSlow` in the block after ``seconds``. Without effect on Windows."""
-
-    def stop(*_: object) -> None:
-        raise TooSlow(f"it takes more than {seconds:.0f} s")
-
-    with alarm(seconds, stop):
-        yield
-
-
-@contextmanager
-def alarm(seconds: float, ring: Callable[..., None]) -> Iterator[None]:
-    """Call ``ring`` in the block after ``seconds``; it may set the timer again."""
-    if not hasattr(signal, "setitimer"):
-        yield
-        return
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 # The parent's side
