@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import torchpar
 from benchmarks.records import OPERATORS, kernel_names
 from torchpar.library import CustomOpDef
-from torchpar.library.definition import _BELOW_ADINPLACEORVIEW, _BELOW_AUTOGRAD, _key_of
+from torchpar.library.call_path import _BELOW_ADINPLACEORVIEW, _BELOW_AUTOGRAD, _key_of
 from torchpar.library.private import dispatch_modes
 from torchpar.ops._operator import supports_tma
 from torchpar.ops.matrix import _has_numbers, fp32_precision
@@ -578,7 +578,7 @@ def test_a_launch_makes_the_gpu_of_its_tensors_current(monkeypatch: pytest.Monke
         return nullcontext()
 
     gpu = torch.device("cuda", 1)
-    monkeypatch.setattr("torchpar.library.definition._gpu_of", lambda args: gpu)
+    monkeypatch.setattr("torchpar.library.call_path._gpu_of", lambda args: gpu)
     monkeypatch.setattr(torch.cuda, "device", enter)
     op = torchpar.library.triton_op(next(NAMES), double, mutates_args=())
     for current, expected in ((1, []), (0, [gpu])):

@@ -16,7 +16,7 @@ from torchpar.library.private import SingleLevelFunction
 from torchpar.library.rules import Context
 
 if TYPE_CHECKING:
-    from torchpar.library.definition import CustomOpDef
+    from torchpar.library.call_path import CustomOpDef
 
 _T = TypeVar("_T")
 

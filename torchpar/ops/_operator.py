@@ -12,7 +12,7 @@ from torch import Tensor
 
 from torchpar.kernels import Wrap
 from torchpar.library import CustomOpDef, triton_op
-from torchpar.library.definition import Function
+from torchpar.library.call_path import Function
 from torchpar.library.private import count_dispatch_modes, dispatch_modes
 from torchpar.library.rules import Context
 
