@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import torchpar
 from benchmarks.records import OPERATORS, kernel_names
 from torchpar.library import CustomOpDef
-from torchpar.library.call_path import _BELOW_ADINPLACEORVIEW, _BELOW_AUTOGRAD, _key_of
+from torchpar.library.call_path import _BELOW_ADINPLACEORVIEW, _BELOW_AUTOGRAD, key_of
 from torchpar.library.private import dispatch_modes
 from torchpar.ops._operator import supports_tma
 from torchpar.ops.matrix import _has_numbers, fp32_precision
@@ -214,8 +214,15 @@ def test_wrong_rules_are_named() -> None:
 
 
 def test_a_launch_without_a_gpu_says_what_to_do() -> None:
+    triton = pytest.importorskip("triton", reason="the operator launches a kernel")
+
+    @triton.jit
+    def kernel(x_ptr):
+        pass
+
     def launch(x: Tensor) -> Tensor:
-        raise RuntimeError("0 active drivers ([]). There should only be one.")
+        kernel[(1,)](x)
+        return torch.empty_like(x)
 
     op = torchpar.library.triton_op(next(NAMES), launch, mutates_args=())
     rows = check_operator(op, [(X,)], reference=double, rules="values").rows
@@ -228,6 +235,17 @@ def test_a_launch_without_a_gpu_says_what_to_do() -> None:
     op.register_kernel("cpu")(double)
     rows = check_operator(op, [(X,)], reference=double, rules="fake tensors").rows
     assert "launches a kernel on fake tensors; launch it as torch.library.wrap" in rows[0].detail
+
+
+def test_an_error_beside_a_launch_has_no_note_of_launches() -> None:
+    def fail(x: Tensor) -> Tensor:
+        raise RuntimeError("0 active drivers ([]). There should only be one.")
+
+    op = torchpar.library.triton_op(next(NAMES), fail, mutates_args=())
+    for x in (X, FakeTensorMode().from_tensor(X)):
+        with pytest.raises(RuntimeError, match="active drivers") as raised:
+            op(x)
+        assert not hasattr(raised.value, "__notes__")
 
 
 def test_vmap_without_a_rule_says_what_to_do() -> None:
@@ -530,7 +548,7 @@ def test_the_keys_below_a_key_are_pytorchs() -> None:
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda", "meta", "mps", "xpu", "hpu"])
 def test_the_key_of_a_device_is_pytorchs(kind: str) -> None:
-    assert _key_of(kind) == torch._C._dispatch_key_for_device(kind)
+    assert key_of(kind) == torch._C._dispatch_key_for_device(kind)
 
 
 def test_dispatch_modes_are_those_that_are_active() -> None:
@@ -578,7 +596,7 @@ def test_a_launch_makes_the_gpu_of_its_tensors_current(monkeypatch: pytest.Monke
         return nullcontext()
 
     gpu = torch.device("cuda", 1)
-    monkeypatch.setattr("torchpar.library.call_path._gpu_of", lambda args: gpu)
+    monkeypatch.setattr("torchpar.library.constructors._gpu_of", lambda args: gpu)
     monkeypatch.setattr(torch.cuda, "device", enter)
     op = torchpar.library.triton_op(next(NAMES), double, mutates_args=())
     for current, expected in ((1, []), (0, [gpu])):

@@ -144,7 +144,7 @@ def test_is_exporting_is_true_where_an_export_looks_into_an_operator(
         answers.append((private.is_decomposition_disabled(), torch.compiler.is_exporting()))
         return answers[-1][0]
 
-    monkeypatch.setattr("torchpar.library.call_path.is_decomposition_disabled", ask)
+    monkeypatch.setattr("torchpar.library.constructors.is_decomposition_disabled", ask)
     exported = torch.export.export(torchpar.nn.LinearSigmoid(2, 4), (torch.ones(3, 2),))
     exported.run_decompositions()
     exported.run_decompositions(decompose_custom_triton_ops=True)

@@ -12,13 +12,15 @@ decorators and methods of these names. So a changed import moves an operator. Th
 has derivatives under torch.func and in forward mode (pytorch#168393, #170834, #179652), and
 sharding rules that wait for DTensor. docs/citizen.md shows each rule.
 
-`call_path` has operators and their rules, `rules` the types of the rules, `derivatives` the path
-of a call through autograd and the transforms, `sharding` DTensor's rules, `kernel_search` the
+`constructors` makes an operator of a function, `registration` registers the operator's rules, and
+`call_path` leads a call through them. `derivatives` holds a call's part in autograd and in the
+transforms, `rules` the types of the rules, `sharding` DTensor's rules, and `kernel_search` the
 search for an operator's kernels. `private` imports all private names of PyTorch that operators
 need, and says for each name which public way does not do.
 """
 
-from torchpar.library.call_path import CustomOpDef, custom_op, triton_op
+from torchpar.library.constructors import custom_op, triton_op
+from torchpar.library.registration import CustomOpDef
 from torchpar.library.transforms import batch_first, sample
 
 __all__ = ["CustomOpDef", "batch_first", "custom_op", "sample", "triton_op"]

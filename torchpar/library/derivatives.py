@@ -16,7 +16,7 @@ from torchpar.library.private import SingleLevelFunction
 from torchpar.library.rules import Context
 
 if TYPE_CHECKING:
-    from torchpar.library.call_path import CustomOpDef
+    from torchpar.library.call_path import DispatchedOp
 
 _T = TypeVar("_T")
 
@@ -34,7 +34,7 @@ class Call:
 
     def __init__(
         self,
-        op: "CustomOpDef",
+        op: "DispatchedOp",
         keyset: torch.DispatchKeySet,
         kwargs: dict[str, object],
         transformed: bool,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Types of an operator's rules: what PyTorch hands to a rule, and what a rule returns."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -9,6 +9,10 @@ from torch import Tensor
 
 if TYPE_CHECKING:  # DTensor takes long to import
     from torch.distributed.tensor import Placement
+
+
+Function = Callable[..., object]
+"""A function of an operator's arguments, which may be anything that a schema allows."""
 
 
 class Context(Protocol):

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from torchpar.kernels import Wrap
 from torchpar.library import CustomOpDef, triton_op
-from torchpar.library.call_path import Function
 from torchpar.library.private import count_dispatch_modes, dispatch_modes
-from torchpar.library.rules import Context
+from torchpar.library.rules import Context, Function
 
 NAMESPACE = "torchpar"
 
