@@ -105,7 +105,7 @@ def gpu_of_cpu_tensors() -> Iterator[None]:
 
     In TF32, for PyTorch computes `linear_sigmoid` of float32 without it.
     """
-    from torchpar.kernels.launch import forget_plans
+    from torchpar.kernels.launch import forget_launches
 
     with (
         idle_driver(),
@@ -113,7 +113,7 @@ def gpu_of_cpu_tensors() -> Iterator[None]:
         torch.backends.flags(fp32_precision="tf32"),
     ):
         yield
-        forget_plans()
+        forget_launches()
 
 
 class Launched(NamedTuple):

@@ -22,7 +22,7 @@ from torch import Tensor
 from . import Wrap
 from .device import device
 from .gemm import GROUP, grouped_tile, triangle_tile
-from .launch import Plan, cached_plan
+from .launch import Launch, Plan, Step, prepared
 from .rule import Tiles, count_tiles
 from .tiles import aligned
 
@@ -283,13 +283,19 @@ def exact_product(a: Tensor, b: Tensor, e: Tensor, f: Tensor, wrap: Wrap, *, out
     if out.numel() > 0:
         first = _three_dims(a)
         second = None if b is a else _three_dims(b)
-        plan = cached_plan(_plan, wrap, (first, second, e, f), out=out)
-        assert plan is not None
-        plan.launch(wrap, first, first if second is None else second, e, f, out)
+        operands = first, second, e, f, out
+        launch = prepared(_prepare, wrap, operands)
+        assert launch is not None
+        launch.run(wrap, operands)
     return out
 
 
-def _plan(a: Tensor, b: Tensor | None, e: Tensor, f: Tensor) -> Plan:
+def _prepare(a: Tensor, b: Tensor | None, e: Tensor, f: Tensor, out: Tensor) -> Launch:
+    step = Step(_plan(a, b), (0, 0 if b is None else 1, 2, 3, 4))
+    return Launch((a, b, e, f, out), [step], [], (4,))
+
+
+def _plan(a: Tensor, b: Tensor | None) -> Plan:
     symmetric = b is None
     b = a if b is None else b
     (batch, m, k), n = a.shape, b.shape[1]

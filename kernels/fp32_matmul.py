@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: MIT
 """A·Bᵀ of float32, in a precision that PyTorch's flag does not name at the moment."""
 
+from functools import partial
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import Wrap
 from .gemm import GROUP, by_columns, dot_rows, empty_by_columns, grouped_tile
-from .launch import Plan, cached_plan
+from .launch import Empty, Launch, Plan, Step, prepared
 from .linear_sigmoid import LINEAR_SIGMOID, store_tile
 from .rule import count_tiles
 from .tiles import Choice, library_is_faster
@@ -67,15 +69,12 @@ def fp32_matmul(
     Returns:
         None if nothing was launched.
     """
-    plan = cached_plan(_plan, wrap, (a, b), precision, only_if_faster)
-    if plan is None:
-        return None
-    out = a.new_empty(*a.shape[:-1], b.shape[-2])
-    plan.launch(wrap, by_columns(a, precision), by_columns(b, precision), out)
-    return out
+    launch = prepared(_prepare, wrap, (a, b), (precision, only_if_faster))
+    return None if launch is None else launch.run(wrap, (a, b))
 
 
-def _plan(a: Tensor, b: Tensor, precision: str, only_if_faster: bool) -> Plan | None:
+def _prepare(a: Tensor, b: Tensor, precision: str, only_if_faster: bool) -> Launch | None:
+    given = a, b
     a, b = empty_by_columns(a, precision), empty_by_columns(b, precision)
     batch, m, k = a.shape
     n = b.shape[-2]
@@ -88,10 +87,17 @@ def _plan(a: Tensor, b: Tensor, precision: str, only_if_faster: bool) -> Plan | 
         "EVEN_K": bool(k % tiles.block_k == 0),
         "PRECISION": precision,
     }
-    return Plan(
+    plan = Plan(
         fp32_matmul_kernel,
         batch * count_tiles(tiles, m, n, symmetric=False),
         (m, n, k, *a.stride(), *b.stride()),
         constants,
         tiles.options,
     )
+    is_copied = a is not given[0] or b is not given[1]
+    convert = partial(_by_columns, precision) if is_copied else None
+    return Launch(given, [Step(plan, (0, 1, 2))], [Empty((batch, m, n), a.dtype)], (2,), convert)
+
+
+def _by_columns(precision: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    return by_columns(a, precision), by_columns(b, precision)

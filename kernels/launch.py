@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""Launch plans: the kernel, grid and constants for tensors of one layout, cached for the next call.
+"""Launches for tensors of one layout, which are prepared once and kept for the next call.
 
-Choosing tiles, and letting Triton specialize a kernel, takes longer than launching it. Both depend
-on the layouts of the tensors alone: shapes, strides, dtype, device, and where their memory begins
-within 16 bytes.
+It takes longer to check operands, to choose tiles, and to let Triton specialize a kernel than to
+launch the kernel. All of this depends on the layouts of the tensors alone: shapes, strides, dtype,
+device, and where their memory begins within 16 bytes. So `prepared` looks a launch up by the
+layouts, or builds it.
 """
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextvars import copy_context
-from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import triton
@@ -28,14 +28,15 @@ class TritonKernel(Protocol):
     def __getitem__(self, grid: object, /) -> Callable[..., Any]: ...
 
 
-_MAX_PLANS = 4096
-_plans: dict[Hashable, "Plan | None"] = {}  # None where the library computes
-# Plans, and what makes their results from the first argument.
-_remembered: dict[Hashable, tuple["Plan", list[Callable[[Tensor], Tensor]]]] = {}
+_MAX_LAUNCHES = 4096
+_launches: dict[Hashable, "Launch | None"] = {}  # None where the library computes
 
 
 class Plan:
     """A kernel, its grid, and the arguments of its launch that come after tensors and factors.
+
+    After the first real launch, ``compiled`` is Triton's compiled kernel. It holds the handle of
+    the function, the number of warps, the shared memory, and the type of each parameter.
 
     Args:
         programs: number of programs. All are on the first grid axis: the other axes are limited to
@@ -61,35 +62,31 @@ class Plan:
         self.arguments = arguments
         self.options = options
         self.descriptors = descriptors
-        self._is_compiled = False
+        self.compiled: Any = None
         # Of Triton's functions, the kernel's alone; its interpreter and its autotuner have none.
         self._hooks = getattr(kernel, "pre_run_hooks", ())
 
-    def launch(self, wrap: Wrap, *varying: Tensor | int) -> None:
+    def launch(self, wrap: Wrap, *varying: Tensor | int, has_scratch: bool = False) -> None:
         """Launch with the ``varying`` arguments: tensors of the plan's layouts, and factors.
 
         The first real launch compiles the kernel. Later launches skip Triton's inspection of the
-        arguments, and changes of its knobs, until `forget_plans`. They call all hooks of Triton.
+        arguments, and changes of its knobs, until `forget_launches`. They call all hooks of Triton.
         """
-        launch: Callable[..., None] = self._launch
-        if wrap is not None or not self._is_compiled or self._hooks:
-            launch = partial(self._compile, wrap)
-        if self.descriptors:
+        if self.descriptors and not has_scratch:
             # Triton's allocator is a context variable: set in a copy of the context, it does not
             # replace the user's allocator.
-            copy_context().run(_launch_with_scratch, launch, varying)
+            copy_context().run(_launch_with_scratch, self, wrap, varying)
+        elif wrap is not None or self.compiled is None or self._hooks:
+            self._compile(wrap, *varying)
         else:
-            launch(*varying)
-
-    def _launch(self, *varying: Tensor | int) -> None:
-        """Launch as Triton does, which would also look for the stream's device and for hooks."""
-        enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
-        # A chain of hooks without calls does nothing; older hooks are functions, or None.
-        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
-            self._compiled[self.grid](*varying, *self._rest)
-        else:
-            stream = triton.runtime.driver.active.get_current_stream(self._device)
-            self._run(*self.grid, stream, *self._handles, *varying, *self._rest)
+            # As Triton does, which would also look for the stream's device and for hooks. A chain
+            # of hooks without calls does nothing; older hooks are functions, or None.
+            enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+            if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
+                self.compiled[self.grid](*varying, *self._rest)
+            else:
+                stream = triton.runtime.driver.active.get_current_stream(self._device)
+                self._run(*self.grid, stream, *self._handles, *varying, *self._rest)
 
     def _compile(self, wrap: Wrap, *varying: Tensor | int) -> None:
         kernel = self.kernel if wrap is None else wrap(self.kernel)
@@ -100,100 +97,138 @@ class Plan:
 
     def _keep(self, compiled: Any) -> None:
         """Launch ``compiled`` from now on."""
-        self._is_compiled, self._compiled, self._run = True, compiled, compiled.run
+        self.compiled, self._run = compiled, compiled.run
         # The function, the metadata for the launch, and no metadata nor functions for hooks.
         self._handles = compiled.function, compiled.packed_metadata, None, None, None
         self._rest = (*self.arguments, *self.constants.values())
         self._device = triton.runtime.driver.active.get_current_device()
 
 
-def cached_plan(
-    make: Callable[..., Plan | None],
-    wrap: Wrap,
-    tensors: tuple[Any, ...],
-    *options: Hashable,
-    out: Tensor | None = None,
-) -> Plan | None:
-    """``make(*tensors, *options)``, cached by the layouts of the tensors, except under a tracer.
+class Step(NamedTuple):
+    """A kernel of a launch, and the kernel's tensors by their places in `Launch`."""
 
-    The tensors are on one device, and the first one is given; ``out`` is the tensor to write, if
-    the caller gave it.
+    plan: Plan
+    tensors: tuple[int, ...]
+
+
+class Empty(NamedTuple):
+    """A tensor to allocate on the device of the first operand; without strides it is contiguous."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    strides: tuple[int, ...] | None = None
+
+
+class Launch:
+    """The launch of an operator's kernels for operands of given layouts, as plain data.
+
+    Tensors are named by their places: first the operands, then what the launch allocates.
+    ``run(wrap, operands, factors=())`` launches for operands of these layouts. It returns the
+    result, or a tuple of several results.
+
+    Args:
+        operands: the operands, of which some may be None. They are not kept.
+        steps: the kernels, in their order.
+        empties: the tensors to allocate.
+        results: the places of the results.
+        convert: a function of the operands that returns what the kernels take in their places, such
+            as copies by columns; None where the kernels take the operands.
+        has_factors: whether the kernels take ``factors``, numbers that may differ in each call,
+            after the tensors.
+    """
+
+    def __init__(
+        self,
+        operands: Sequence[Tensor | None],
+        steps: Iterable[Step],
+        empties: Sequence[Empty],
+        results: tuple[int, ...],
+        convert: Callable[..., Sequence[Tensor | None]] | None = None,
+        has_factors: bool = False,
+    ):
+        self.steps, self.empties, self.results = tuple(steps), tuple(empties), results
+        self.convert, self.has_factors = convert, has_factors
+        makers = [_maker(operands[0], one) for one in empties]
+        self.run: Callable[..., Any] = self._written_out(len(operands), makers)
+
+    def _written_out(
+        self, count: int, makers: Sequence[Callable[[Tensor], Tensor]]
+    ) -> Callable[..., Any]:
+        """``run``, written out for these steps: loops over them would take a microsecond."""
+        scope: dict[str, Any] = {"convert": self.convert}
+        scope |= {f"make{i}": make for i, make in enumerate(makers)}
+        scope |= {f"plan{i}": step.plan for i, step in enumerate(self.steps)}
+        given = "".join(f"t{i}, " for i in range(count))
+        lines = [
+            "def run(wrap, operands, factors=()):",
+            f"{given}= {'operands' if self.convert is None else 'convert(*operands)'}",
+            *(f"t{count + i} = make{i}(operands[0])" for i in range(len(makers))),
+        ]
+        for i, step in enumerate(self.steps):
+            tensors = ", ".join(f"t{place}" for place in step.tensors)
+            lines.append(f"plan{i}.launch(wrap, {tensors}{', *factors' * self.has_factors})")
+        lines.append(f"return {', '.join(f't{place}' for place in self.results)}")
+        exec("\n    ".join(lines), scope)
+        return scope["run"]  # type: ignore[no-any-return]
+
+
+def _maker(first: Tensor | None, empty: Empty) -> Callable[[Any], Tensor]:
+    """A function that makes the tensor for a first operand, which is of the layout of ``first``."""
+    assert first is not None
+    shape, dtype, strides = empty
+    if strides is not None:
+        device = first.device
+        return lambda t: torch.empty_strided(shape, strides, dtype=dtype, device=device)
+    if dtype != first.dtype:
+        return lambda t: t.new_empty(shape, dtype=dtype)
+    # The function that takes the least time; a tracer would guard that the layouts are equal.
+    if (
+        type(first) is Tensor
+        and first.shape == shape
+        and first.stride() == torch.empty(shape, device="meta").stride()
+    ):
+        return torch.empty_like
+    return lambda t: t.new_empty(*shape)  # numbers are converted in half the time of a shape
+
+
+def prepared(
+    make: Callable[..., Launch | None],
+    wrap: Wrap,
+    operands: tuple[Any, ...],
+    options: tuple[Hashable, ...] = (),
+) -> Launch | None:
+    """``make(*operands, *options)``, kept by the layouts of the operands, except under a tracer.
+
+    None means that PyTorch's library computes. The first operand is given. All operands are on one
+    device, or the launch does not depend on theirs.
     """
     if wrap is not None:  # sizes may be symbols
-        return make(*tensors, *options)
-    given = tensors if out is None else (*tensors, out)
-    # Of tensors on a CPU, the number tells which emulated GPU they stand for.
-    device = device_index(tensors[0])
-    key = (make, device, *options, *[t if t is None else layout(t) for t in given])
+        return make(*operands, *options)
+    # All that a check, or a rule, may look at. One flat tuple takes less time than a function.
+    key: tuple[Any, ...] = (make, options)
+    for t in operands:
+        if t is None:
+            key += (None,)
+        else:
+            key += (t.shape, t.stride(), t.dtype, t.get_device(), t.data_ptr() & 15)
+    if key[5] < 0:  # the number of the GPU for which a tensor on the CPU stands in an emulation
+        key += (device_index(operands[0]),)
     try:
-        return _plans[key]
+        return _launches[key]
     except KeyError:
-        if len(_plans) >= _MAX_PLANS:
-            _plans.clear()
-        return _plans.setdefault(key, make(*tensors, *options))
+        if len(_launches) >= _MAX_LAUNCHES:
+            _launches.clear()
+        return _launches.setdefault(key, make(*operands, *options))
 
 
-def layout(t: Tensor) -> Hashable:
-    """All that a check, or a rule, may look at in a tensor."""
-    return t.shape, t.stride(), t.dtype, t.get_device(), t.data_ptr() & 15
+def forget_launches() -> None:
+    """Discard the launches, so that the next calls choose and specialize anew."""
+    _launches.clear()
 
 
-def again(key: Hashable, *tensors: Tensor, factors: tuple[int, ...] = ()) -> Tensor | None:
-    """Launch once more what was remembered under ``key``; return the new result, or None.
-
-    `cached_plan` saves the rule. This also saves the checks, and all else that a call does before
-    its launch, which takes as long as the launch.
-    """
-    found = _remembered.get(key)
-    if found is None:
-        return None
-    plan, (empty,) = found
-    out = empty(tensors[0])
-    plan.launch(None, *tensors, out, *factors)
-    return out
-
-
-def again_pair(key: Hashable, *tensors: Tensor) -> tuple[Tensor, Tensor] | None:
-    """`again` for a launch that has two results."""
-    found = _remembered.get(key)
-    if found is None:
-        return None
-    plan, (first, second) = found
-    results = first(tensors[0]), second(tensors[0])
-    plan.launch(None, *tensors, *results)
-    return results
-
-
-def remember(key: Hashable, plan: Plan, first: Tensor, *results: Tensor) -> None:
-    """Let `again` launch ``plan``, which is all that a call with this key does.
-
-    The key has the layouts of all arguments, of which ``first`` is the first one. New results are
-    tensors like ``results``.
-    """
-    if len(_remembered) >= _MAX_PLANS:
-        _remembered.clear()
-    _remembered[key] = plan, [_maker(first, result) for result in results]
-
-
-def _maker(first: Tensor, result: Tensor) -> Callable[[Tensor], Tensor]:
-    """A function that makes an uninitialised tensor like ``result`` from one like ``first``."""
-    size, stride, dtype, device = result.shape, result.stride(), result.dtype, result.device
-    if result.is_contiguous() and (dtype, device) == (first.dtype, first.device):
-        if (size, stride) == (first.shape, first.stride()):
-            return torch.empty_like
-        return lambda t: t.new_empty(*size)  # numbers are converted in half the time of a shape
-    return lambda t: torch.empty_strided(size, stride, dtype=dtype, device=device)
-
-
-def forget_plans() -> None:
-    """Discard the plans, so that the next launches choose and specialize anew."""
-    _plans.clear()
-    _remembered.clear()
-
-
-def _launch_with_scratch(launch: Callable[..., None], varying: tuple[Tensor | int, ...]) -> None:
+def _launch_with_scratch(plan: Plan, wrap: Wrap, varying: tuple[Tensor | int, ...]) -> None:
     triton.set_allocator(_scratch)
-    launch(*varying)
+    plan.launch(wrap, *varying, has_scratch=True)
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:

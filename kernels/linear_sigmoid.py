@@ -7,7 +7,7 @@ and `reduce_split_k_kernel` adds the parts in a fixed order, so that the bits ar
 run.
 """
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import torch
@@ -16,7 +16,6 @@ import triton.language as tl
 from torch import Tensor
 
 from . import Wrap
-from .device import device_index
 from .gemm import (
     GROUP,
     by_columns,
@@ -26,7 +25,7 @@ from .gemm import (
     grouped_tile,
     make_descriptor,
 )
-from .launch import Plan, again, cached_plan, layout, remember
+from .launch import Empty, Launch, Plan, Step, prepared
 from .matmul_t import SYMMETRIC_MATMUL
 from .rule import (
     Product,
@@ -274,10 +273,9 @@ def linear_sigmoid(
     tiles: Tiles | None = None,
     tma: bool = True,
     only_if_faster: bool = False,
+    check: Callable[[Tensor, Tensor, Tensor | None], None] | None = None,
 ) -> Tensor | None:
     """``sigmoid(x @ weight.T + bias)`` for ``x (m, k)``, ``weight (n, k)`` and ``bias (n)``.
-
-    ``k`` is at least 1.
 
     Args:
         precision: of float32 products: "ieee", "tf32", or "tf32x3". The last one makes three
@@ -286,71 +284,66 @@ def linear_sigmoid(
         tiles: by default the tiles that the rule chooses, or `autotune` measures.
         tma: whether the kernel may make TMA descriptors.
         only_if_faster: launch nothing where PyTorch's library is expected to be faster.
+        check: ``check(x, weight, bias)`` raises for wrong operands. It is called for new layouts
+            alone.
 
     Returns:
-        ``out``; None if nothing was launched.
+        ``out``; None if nothing was launched, such as without columns.
 
     Raises:
         ValueError: ``tiles`` of a variant that cannot take these operands.
     """
-    operands = x, weight, bias
-    options = precision, tiles, tma, only_if_faster, wrap is not None
-    plan = cached_plan(_plan, wrap, operands, *options, out=out)
-    if plan is None:
-        return None
-    is_of_operator = out is None and tiles is None and tma  # as an operator calls this function
-    if out is None:
-        out = x.new_empty(x.shape[0], weight.shape[0])
-    if out.numel() == 0:
-        return out
-    if precision == "ieee" and x.dtype == torch.float32:
-        x, weight = by_columns(x, precision), by_columns(weight, precision)
-    # The kernels take a pointer even where they read no bias.
-    given = weight if bias is None else bias
-    count = plan.constants.get("SPLIT_K", 1)  # by TMA nothing is split
-    if count == 1:
-        plan.launch(wrap, x, weight, given, out)
-        if wrap is None and is_of_operator and x is operands[0] and weight is operands[1]:
-            remember(_key(*operands, precision, only_if_faster), plan, x, out)
-        return out
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    parts = x.new_empty((count, *out.shape), dtype=dtype)
-    plan.launch(wrap, x, weight, given, parts)
-    reduce = cached_plan(_plan_reduce, wrap, (parts, bias), out=out)
-    assert reduce is not None
-    reduce.launch(wrap, parts, given, out)
-    return out
+    operands = x, weight, bias, out
+    options = precision, tiles, tma, only_if_faster, wrap is not None, check
+    launch = prepared(_prepare, wrap, operands, options)
+    return None if launch is None else launch.run(wrap, operands)
 
 
-def linear_sigmoid_again(
-    x: Tensor, weight: Tensor, bias: Tensor | None, precision: str, only_if_faster: bool = False
-) -> Tensor | None:
-    """`linear_sigmoid` for layouts that an operator launched before; None if it did not."""
-    key = _key(x, weight, bias, precision, only_if_faster)
-    return again(key, x, weight, weight if bias is None else bias)
-
-
-def _key(
-    x: Tensor, weight: Tensor, bias: Tensor | None, precision: str, only_if_faster: bool
-) -> Hashable:
-    layouts = layout(x), layout(weight), None if bias is None else layout(bias)
-    return linear_sigmoid, device_index(x), precision, only_if_faster, *layouts
-
-
-def _plan(
+def _prepare(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    out: Tensor | None,
     precision: str,
     tiles: Tiles | None,
     tma: bool,
     only_if_faster: bool,
     traced: bool,
-) -> Plan | None:
+    check: Callable[[Tensor, Tensor, Tensor | None], None] | None,
+) -> Launch | None:
+    if check is not None:
+        check(x, weight, bias)
+    if x.shape[1] == 0:
+        return None
+    given = x, weight, bias, out
     x, weight = (empty_by_columns(t, precision) for t in (x, weight))
-    sizes = x.shape[0], weight.shape[0], x.shape[1], 1
-    choice = Choice(LINEAR_SIGMOID, precision, sizes, (x, weight), tma)
-    return choose_plan(partial(_plan_tiles, x, weight, bias), choice, tiles, only_if_faster, traced)
+    m, n = x.shape[0], weight.shape[0]
+    choice = Choice(LINEAR_SIGMOID, precision, (m, n, x.shape[1], 1), (x, weight), tma)
+    make = partial(_plan_tiles, x, weight, bias)
+    plan = choose_plan(make, choice, tiles, only_if_faster, traced)
+    if plan is None:
+        return None
+    empties = [Empty((m, n), x.dtype)] if out is None else []
+    result = 3 if out is not None else 4
+    # The kernels take a pointer even where they read no bias.
+    added = 1 if bias is None else 2
+    steps = [Step(plan, (0, 1, added, result))]
+    count = plan.constants.get("SPLIT_K", 1)  # by TMA nothing is split
+    if count > 1:
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        parts = len(given) + len(empties)
+        empties.append(Empty((count, m, n), dtype))
+        reduce = _plan_reduce(count, m, n, bias)
+        steps = [Step(plan, (0, 1, added, parts)), Step(reduce, (parts, added, result))]
+    is_copied = x is not given[0] or weight is not given[1]
+    convert = partial(_by_columns, precision) if is_copied else None
+    return Launch(given, steps if m * n else [], empties, (result,), convert)
+
+
+def _by_columns(
+    precision: str, x: Tensor, weight: Tensor, *others: Tensor | None
+) -> Sequence[Tensor | None]:
+    return by_columns(x, precision), by_columns(weight, precision), *others
 
 
 def _plan_tiles(
@@ -389,8 +382,7 @@ def _plan_tiles(
     )
 
 
-def _plan_reduce(parts: Tensor, bias: Tensor | None) -> Plan:
-    count, m, n = parts.shape
+def _plan_reduce(count: int, m: int, n: int, bias: Tensor | None) -> Plan:
     constants = {
         "HAS_BIAS": bias is not None,
         "BLOCK_M": REDUCE_TILE[0],

@@ -4,8 +4,9 @@
 The kernels for GPUs with TMA are in `matmul_t_tma`.
 """
 
+import math
 import struct
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -14,7 +15,6 @@ import triton.language as tl
 from torch import Tensor
 
 from . import Wrap
-from .device import device_index
 from .gemm import (
     by_columns,
     dot_rows,
@@ -22,7 +22,7 @@ from .gemm import (
     float_of_words,
     triangle_of_batch,
 )
-from .launch import Plan, again, cached_plan, layout, remember
+from .launch import Empty, Launch, Plan, Step, prepared
 from .matmul_t_tma import symmetric_matmul_tma_kernel
 from .rule import Product, Speed, Tiles, Variant, count_tiles, halved, resident_programs
 from .tiles import Choice, choose_plan, descriptor_layout
@@ -73,6 +73,9 @@ SYMMETRIC_MATMUL = Product(
     library_passes=1,  # the mirror reads half and writes half
     is_symmetric=True,
 )
+Check = Callable[[Tensor, Tensor, Tensor | None], None]
+"""Raises for operands A, B and C that a kernel does not take."""
+
 SUM_BLOCK = 64  # with 128, float32 and float64 spill
 
 
@@ -164,35 +167,12 @@ def matmul_t(
     tiles: Tiles | None = None,
     tma: bool = True,
     only_if_faster: bool = False,
+    check: Check | None = None,
 ) -> Tensor | None:
     """``x @ x.mT`` for ``x (*, n, k)``: `symmetric_matmul` of ``x`` and ``x``."""
-    return symmetric_matmul(
-        x, x, precision, wrap, out=out, tiles=tiles, tma=tma, only_if_faster=only_if_faster
-    )
-
-
-def matmul_t_again(x: Tensor, precision: str, only_if_faster: bool = False) -> Tensor | None:
-    """`matmul_t` for a layout that an operator launched before; None if it did not."""
-    return again(_key(x, x, None, precision, only_if_faster), x, x, x, factors=_PRODUCT_ALONE)
-
-
-def symmetric_matmul_again(
-    a: Tensor,
-    b: Tensor,
-    c: Tensor | None,
-    precision: str,
-    alpha: float,
-    beta: float,
-    only_if_faster: bool = False,
-) -> Tensor | None:
-    """`symmetric_matmul` for layouts that an operator launched before; None if it did not."""
-    key = _key(a, b, c, precision, only_if_faster)
-    return again(key, a, b, a if c is None else c, factors=_bits(alpha, beta))
-
-
-def _key(a: Tensor, b: Tensor, c: Tensor | None, precision: str, only_if_faster: bool) -> Hashable:
-    others = None if b is a else layout(b), None if c is None else layout(c)
-    return symmetric_matmul, device_index(a), precision, only_if_faster, layout(a), *others
+    options = precision, tiles, tma, only_if_faster, wrap is not None, check
+    launch = prepared(_prepare, wrap, (x, None, None, out), options)
+    return None if launch is None else launch.run(wrap, (x, None, None, out), _PRODUCT_ALONE)
 
 
 def _bits(alpha: float, beta: float) -> tuple[int, ...]:
@@ -216,11 +196,12 @@ def symmetric_matmul(
     tiles: Tiles | None = None,
     tma: bool = True,
     only_if_faster: bool = False,
+    check: Check | None = None,
 ) -> Tensor | None:
     """Half of ``alpha·a @ b.mT + beta·c``, and its mirror image, for a symmetric product.
 
     ``a`` and ``b`` are ``(*, n, k)``. Of the symmetric ``c (*, n, n)`` the lower triangle is read,
-    unless ``beta`` is 0. ``k`` is at least 1.
+    unless ``beta`` is 0.
 
     Args:
         precision: of float32 products: "ieee", "tf32", or "tf32x3". The last one makes three
@@ -229,36 +210,18 @@ def symmetric_matmul(
         tiles: by default the tiles that the rule chooses, or `autotune` measures.
         tma: whether the kernel may make TMA descriptors.
         only_if_faster: launch nothing where PyTorch's library is expected to be faster.
+        check: ``check(a, b, c)`` raises for wrong operands. It is called for new layouts alone.
 
     Returns:
-        ``out``, exactly symmetric; None if nothing was launched.
+        ``out``, exactly symmetric; None if nothing was launched, such as without columns.
 
     Raises:
         ValueError: ``tiles`` of a variant that cannot take these operands.
     """
-    first = _few_dims(a)
-    second = None if b is a else _few_dims(b)
-    third = None if c is None or beta == 0 else _few_dims(c)
-    options = precision, tiles, tma, only_if_faster, wrap is not None
-    plan = cached_plan(_plan_product, wrap, (first, second, third), *options, out=out)
-    if plan is None:
-        return None
-    is_of_operator = out is None and tiles is None and tma  # as an operator calls this function
-    if out is None:
-        out = a.new_empty(*a.shape[:-1], a.shape[-2])
-    if out.numel() == 0:
-        return out
-    if precision == "ieee" and a.dtype == torch.float32:
-        first = by_columns(first, precision)
-        second = None if second is None else by_columns(second, precision)
-    # The kernel takes a tensor for each operand, also for an operand that it does not read.
-    second = first if second is None else second
-    third = first if third is None else third
-    plan.launch(wrap, first, second, third, out, *_bits(alpha, beta))
-    takes_c = c is None or (beta != 0 and third is c)
-    if wrap is None and is_of_operator and first is a and second is b and takes_c:
-        remember(_key(a, b, c, precision, only_if_faster), plan, a, out)
-    return out
+    operands = a, None if b is a else b, None if beta == 0 else c, out
+    options = precision, tiles, tma, only_if_faster, wrap is not None, check
+    launch = prepared(_prepare, wrap, operands, options)
+    return None if launch is None else launch.run(wrap, operands, factors=_bits(alpha, beta))
 
 
 def symmetric_matmul_launch(
@@ -270,31 +233,41 @@ def symmetric_matmul_launch(
     ``out`` is none of the others. None where PyTorch's product, which is not made exactly
     symmetric, is expected to be faster.
     """
-    operands = a, None if b is a else b, c
-    options = "ieee", None, True, True, False, False  # see `_plan_product`
-    plan = cached_plan(_plan_product, None, operands, *options, out=out)
-    if plan is None:
+    options = "ieee", None, True, True, False, None, False  # see `_prepare`
+    operands = a, None if b is a else b, c, out
+    launch = prepared(_prepare, None, operands, options)
+    if launch is None:
         return None
 
-    def launch(
+    def launch_again(
         a: Tensor, b: Tensor, c: Tensor | None, out: Tensor, alpha: float, beta: float
     ) -> None:
-        plan.launch(None, a, b, a if c is None else c, out, *_bits(alpha, beta))
+        launch.run(None, (a, b, c, out), _bits(alpha, beta))
 
-    return launch
+    return launch_again
 
 
-def _plan_product(
+def _prepare(
     a: Tensor,
     b: Tensor | None,
     c: Tensor | None,
+    out: Tensor | None,
     precision: str,
     tiles: Tiles | None,
     tma: bool,
     only_if_faster: bool,
-    traced: bool = False,
+    traced: bool,
+    check: Check | None = None,
     exact: bool = True,
-) -> Plan | None:
+) -> Launch | None:
+    if check is not None:
+        check(a, a if b is None else b, c)
+    given = a, b, c
+    shape = *a.shape[:-1], a.shape[-2]
+    if a.shape[-1] == 0:
+        return None
+    a = _few_dims(a)
+    b, c = (t if t is None else _few_dims(t) for t in (b, c))
     if precision == "ieee" and a.dtype == torch.float32:
         a = empty_by_columns(a, precision)
         b = None if b is None else empty_by_columns(b, precision)
@@ -302,7 +275,30 @@ def _plan_product(
     *_, n, k = a.shape
     sizes = n, n, k, a.shape[0] if a.dim() == 3 else 1
     choice = Choice(SYMMETRIC_MATMUL, precision, sizes, operands, tma, c is not None, exact)
-    return choose_plan(partial(_plan_tiles, a, b, c), choice, tiles, only_if_faster, traced)
+    plan = choose_plan(partial(_plan_tiles, a, b, c), choice, tiles, only_if_faster, traced)
+    if plan is None:
+        return None
+    result = 3 if out is not None else 4
+    # The kernel takes a tensor for each operand, also for an operand that it does not read.
+    step = Step(plan, (0, 0 if b is None else 1, 0 if c is None else 2, result))
+    is_converted = any(t is not one for t, one in zip((a, b, c), given, strict=True))
+    return Launch(
+        (*given, out),
+        [step] if math.prod(shape) else [],
+        [Empty(shape, a.dtype)] if out is None else [],
+        (result,),
+        partial(_converted, precision) if is_converted else None,
+        has_factors=True,
+    )
+
+
+def _converted(
+    precision: str, a: Tensor, b: Tensor | None, c: Tensor | None, out: Tensor | None
+) -> Sequence[Tensor | None]:
+    """The operands with at most one batch dimension, and by columns for FMA units."""
+    a = by_columns(_few_dims(a), precision)
+    b = None if b is None else by_columns(_few_dims(b), precision)
+    return a, b, None if c is None else _few_dims(c), out
 
 
 def _plan_tiles(
@@ -345,17 +341,7 @@ def half_sum(g: Tensor, wrap: Wrap, *, out: Tensor | None = None) -> Tensor:
 
     Unlike ``g + g.mT``, it cannot overflow.
     """
-    if out is not None or wrap is not None or g.dim() > 3:
-        return _symmetric_sum(g, g.new_empty(g.shape) if out is None else out, False, wrap)
-    key = half_sum, device_index(g), layout(g)
-    found = again(key, g)
-    if found is None:
-        found = _symmetric_sum(g, g.new_empty(g.shape), False, wrap)
-        if found.numel():
-            plan = cached_plan(_plan_sum, None, (g,), False, out=found)
-            assert plan is not None
-            remember(key, plan, g, found)
-    return found
+    return _symmetric_sum(g, out, False, wrap)
 
 
 def mirror(c: Tensor, wrap: Wrap) -> Tensor:
@@ -363,13 +349,21 @@ def mirror(c: Tensor, wrap: Wrap) -> Tensor:
     return _symmetric_sum(c, c, True, wrap)
 
 
-def _symmetric_sum(g: Tensor, out: Tensor, in_place: bool, wrap: Wrap) -> Tensor:
-    if out.numel() > 0:
-        g = _few_dims(g)
-        plan = cached_plan(_plan_sum, wrap, (g,), in_place, out=out)
-        assert plan is not None
-        plan.launch(wrap, g, out)
-    return out
+def _symmetric_sum(g: Tensor, out: Tensor | None, in_place: bool, wrap: Wrap) -> Tensor:
+    launch = prepared(_prepare_sum, wrap, (g, out), (in_place,))
+    assert launch is not None
+    return launch.run(wrap, (g, out))  # type: ignore[no-any-return]
+
+
+def _prepare_sum(g: Tensor, out: Tensor | None, in_place: bool) -> Launch:
+    result = 1 if out is not None else 2
+    return Launch(
+        (g, out),
+        [Step(_plan_sum(_few_dims(g), in_place), (0, result))] if g.numel() else [],
+        [Empty(g.shape, g.dtype)] if out is None else [],
+        (result,),
+        None if g.dim() <= 3 else lambda g, out: (_few_dims(g), out),
+    )
 
 
 def _plan_sum(g: Tensor, in_place: bool) -> Plan:

@@ -7,7 +7,8 @@ computes it, if the operand repeats along all rows or all columns of a matrix.
 """
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -15,13 +16,12 @@ import triton.language as tl
 from torch import Tensor
 
 from . import Wrap
-from .device import device_index
-from .launch import Plan, TritonKernel, again, again_pair, cached_plan, layout, remember
+from .launch import Empty, Launch, Plan, Step, TritonKernel, prepared
 from .row_sums import (
     add_partial_sums_kernel,
     divide_columns,
     divide_rows,
-    launch_sums,
+    sum_steps,
 )
 from .rule import hint
 
@@ -318,36 +318,52 @@ def maximum(a: Tensor, b: Tensor, out: Tensor, wrap: Wrap) -> None:
     _launch(_plan_forward, wrap, a, b, out)
 
 
-def maximum_again(a: Tensor, b: Tensor) -> Tensor | None:
-    """The maximum, for layouts that an operator launched before; None if it did not."""
-    return again(_key(a, b), a, b)
+def new_maximum(a: Tensor, b: Tensor, empty: Callable[[Tensor, Tensor], Tensor]) -> Tensor | None:
+    """The maximum of operands that need not be expanded, by one launch; None if that cannot be.
+
+    ``empty(a, b)`` checks the operands, and makes a tensor like the result. It is called for new
+    layouts alone.
+    """
+    launch = prepared(_prepare_new, None, (a, b), (empty,))
+    return None if launch is None else launch.run(None, (a, b))
 
 
-def remember_maximum(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """Let `maximum_again` launch what `maximum` launched for ``a`` and ``b``, expanded."""
-    plan = cached_plan(_plan_forward, None, (a.expand_as(out), b.expand_as(out), out))
-    if plan is not None:
-        remember(_key(a, b), plan, a, out)
+def _prepare_new(a: Tensor, b: Tensor, empty: Callable[[Tensor, Tensor], Tensor]) -> Launch | None:
+    out = empty(a, b)
+    if out.numel() == 0 or out.dtype == torch.bool or not a.device == b.device == out.device:
+        return None
+    plan = _plan_forward(a.expand_as(out), b.expand_as(out), out)
+    if plan is None:
+        return None
+    return Launch((a, b), [Step(plan, (0, 1, 2))], [_like(out)], (2,))
 
 
-def _key(a: Tensor, b: Tensor) -> Hashable:
-    return maximum, device_index(a), layout(a), layout(b)
+def new_gradients(
+    g: Tensor, a: Tensor, b: Tensor, empty: Callable[..., tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor] | None:
+    """Both gradients of operands of one shape and dtype, by one launch; else None.
+
+    ``empty(g, a, b)`` makes tensors like the gradients. It is called for new layouts alone.
+    """
+    launch = prepared(_prepare_new_gradients, None, (g, a, b), (empty,))
+    return None if launch is None else launch.run(None, (g, a, b))
 
 
-def maximum_backward_again(g: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Both gradients, for layouts that were launched before; else None."""
-    return again_pair(_backward_key(g, a, b), g, a, b)
+def _prepare_new_gradients(
+    g: Tensor, a: Tensor, b: Tensor, empty: Callable[..., tuple[Tensor, Tensor]]
+) -> Launch | None:
+    alike = g.shape == a.shape == b.shape and g.device == a.device == b.device
+    if not alike or a.dtype != b.dtype or g.numel() == 0:
+        return None
+    results = empty(g, a, b)
+    plan = _plan_backward(g, a, b, *results)
+    if plan is None:
+        return None
+    return Launch((g, a, b), [Step(plan, (0, 1, 2, 3, 4))], [*map(_like, results)], (3, 4))
 
 
-def remember_backward(g: Tensor, a: Tensor, b: Tensor, da: Tensor, db: Tensor) -> None:
-    """Let `maximum_backward_again` launch what wrote ``da`` and ``db``; all have one shape."""
-    plan = cached_plan(_plan_backward, None, (g, a, b, da, db))
-    if plan is not None and g.numel():
-        remember(_backward_key(g, a, b), plan, g, da, db)
-
-
-def _backward_key(g: Tensor, a: Tensor, b: Tensor) -> Hashable:
-    return maximum_backward, device_index(g), layout(g), layout(a), layout(b)
+def _like(t: Tensor) -> Empty:
+    return Empty(t.shape, t.dtype, None if t.is_contiguous() else t.stride())
 
 
 def maximum_backward(
@@ -405,15 +421,31 @@ def _launch_sum(
     The sum has a fixed order, so that its bits are the same on every run. False, and nothing is
     launched, if ``repeated`` does not repeat along all rows or all columns of a matrix.
     """
-    plan = cached_plan(_plan_sum, wrap, (g, full, repeated, d_full), *_summed_dims(total, g))
-    if plan is None:
+    operands = g, full, repeated, d_full, total
+    launch = prepared(_prepare_sum, wrap, operands, tuple(_summed_dims(total, g)))
+    if launch is None:
         return False
+    launch.run(wrap, operands)
+    return True
+
+
+def _prepare_sum(
+    g: Tensor,
+    full: Tensor,
+    repeated: Tensor,
+    d_full: Tensor | None,
+    total: Tensor,
+    *dims: int,
+) -> Launch | None:
+    plan = _plan_sum(g, full, repeated, d_full, *dims)
+    if plan is None:
+        return None
     m, n = plan.arguments[:2]
     terms, sums = (m, n) if plan.constants["OF_ROWS"] else (n, m)
+    operands = g, full, repeated, d_full, total
     # The kernels take a pointer even where they write nothing.
-    operands = g, full, repeated, g if d_full is None else d_full
-    launch_sums(plan, terms, sums, operands, total, wrap)
-    return True
+    tensors = 0, 1, 2, 0 if d_full is None else 3
+    return Launch(operands, *sum_steps(plan, terms, sums, tensors, 4, total, 5), (4,))
 
 
 def _launch(make: Callable[..., Plan | None], wrap: Wrap, *tensors: Tensor | None) -> None:
@@ -421,15 +453,26 @@ def _launch(make: Callable[..., Plan | None], wrap: Wrap, *tensors: Tensor | Non
     out = next(t for t in reversed(tensors) if t is not None)
     if out.numel() == 0:
         return
-    plan = cached_plan(make, wrap, tensors)
-    if plan is not None:
-        # The kernels take a pointer even where they write nothing.
-        plan.launch(wrap, *(out if t is None else t for t in tensors))
+    launch = prepared(_prepare, wrap, tensors, (make,))
+    if launch is not None:
+        launch.run(wrap, tensors)
         return
     # A tensor at one index of the outermost dimension has a dimension less, and is a view.
     dim = max(range(out.dim()), key=lambda d: (out.shape[d] > 1, out.stride(d)))
     for index in range(out.shape[dim]):
         _launch(make, wrap, *(None if t is None else t.select(dim, index) for t in tensors))
+
+
+def _prepare(*arguments: Any) -> Launch | None:
+    """The launch of the plan that the last argument makes of the tensors before it."""
+    *tensors, make = arguments
+    plan = make(*tensors)
+    if plan is None:
+        return None
+    # The kernels take a pointer even where they write nothing.
+    given = max(i for i, t in enumerate(tensors) if t is not None)
+    places = tuple(given if t is None else i for i, t in enumerate(tensors))
+    return Launch(tensors, [Step(plan, places)], [], (given,))
 
 
 def _plan_forward(a: Tensor, b: Tensor, out: Tensor) -> Plan | None:

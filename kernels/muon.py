@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .gemm import float_of_words
-from .launch import Plan, cached_plan
+from .launch import Launch, Plan, Step, prepared
 
 BLOCK = 1024  # elements: 8 for each of 128 threads, which is one access of 16 bytes to bfloat16
 
@@ -79,9 +79,9 @@ def normalize(x: Tensor, norm: Tensor, out: Tensor, eps: float) -> None:
     ``x (*, n, m)`` is not empty, fills its memory matrix by matrix, and has ``out``'s strides.
     ``norm`` has a contiguous number for each matrix, in at least the precision of float32.
     """
-    plan = cached_plan(_plan_normalize, None, (x, norm), out=out)
-    assert plan is not None
-    plan.launch(None, x, norm, out, *struct.unpack("<2i", struct.pack("<d", eps)))
+    launch = prepared(_prepare_normalize, None, (x, norm, out))
+    assert launch is not None
+    launch.run(None, (x, norm, out), struct.unpack("<2i", struct.pack("<d", eps)))
 
 
 def update(p: Tensor, direction: Tensor, lr: float | Tensor, decay: float, ratio: float) -> None:
@@ -92,21 +92,24 @@ def update(p: Tensor, direction: Tensor, lr: float | Tensor, decay: float, ratio
     """
     of_gpu = lr if isinstance(lr, Tensor) else None
     factors = (decay, ratio) if isinstance(lr, Tensor) else (lr * decay, lr * ratio)
-    plan = cached_plan(_plan_update, None, (p, direction, of_gpu))
-    assert plan is not None
+    launch = prepared(_prepare_update, None, (p, direction, of_gpu))
+    assert launch is not None
     words = struct.unpack("<4i", struct.pack("<2d", *factors))
-    # The kernel takes a tensor for the rate, also where it does not read it.
-    plan.launch(None, p, direction, p if of_gpu is None else of_gpu, *words)
+    launch.run(None, (p, direction, of_gpu), words)
 
 
-def _plan_normalize(x: Tensor, norm: Tensor) -> Plan:
+def _prepare_normalize(x: Tensor, norm: Tensor, out: Tensor) -> Launch:
     size = x.shape[-2] * x.shape[-1]
     programs = norm.numel() * triton.cdiv(size, BLOCK)
-    return Plan(normalize_kernel, programs, (size,), {"BLOCK": BLOCK}, {})
+    plan = Plan(normalize_kernel, programs, (size,), {"BLOCK": BLOCK}, {})
+    return Launch((x, norm, out), [Step(plan, (0, 1, 2))], [], (2,), has_factors=True)
 
 
-def _plan_update(p: Tensor, direction: Tensor, lr: Tensor | None) -> Plan:
+def _prepare_update(p: Tensor, direction: Tensor, lr: Tensor | None) -> Launch:
     constants = {"LOAD_LR": lr is not None, "BLOCK": BLOCK}
     # Each product is rounded before it is added, as between PyTorch's functions.
     options = {"enable_fp_fusion": False}
-    return Plan(update_kernel, triton.cdiv(p.numel(), BLOCK), (p.numel(),), constants, options)
+    plan = Plan(update_kernel, triton.cdiv(p.numel(), BLOCK), (p.numel(),), constants, options)
+    # The kernel takes a tensor for the rate, also where it does not read it.
+    step = Step(plan, (0, 1, 0 if lr is None else 2))
+    return Launch((p, direction, lr), [step], [], (0,), has_factors=True)

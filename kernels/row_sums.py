@@ -13,9 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import Wrap
 from .device import device
-from .launch import Plan, cached_plan
+from .launch import Empty, Plan, Step
 from .rule import hint
 
 TILE_BYTES = 2048  # one access of 16 bytes for each of 128 threads
@@ -113,35 +112,36 @@ def add_partial_sums_kernel(
     tl.store(out_ptr + col, sums, mask=col < n)
 
 
-def launch_sums(
-    plan: Plan, terms: int, sums: int, tensors: tuple[Tensor, ...], out: Tensor, wrap: Wrap
-) -> bool:
-    """Launch ``plan`` with ``tensors`` to write ``out``, which has ``sums`` numbers in a row.
+def sum_steps(
+    plan: Plan, terms: int, sums: int, tensors: tuple[int, ...], out: int, like: Tensor, free: int
+) -> tuple[list[Step], list[Empty]]:
+    """The steps of a launch that sums ``terms`` terms into each of ``sums`` numbers in a row.
 
-    Each is a sum of ``terms`` terms. If several programs share them, another launch adds the sums
-    of the programs. The third argument of the plan is `Division.each`.
+    If several programs share the terms, a second kernel adds the sums of the programs, which are at
+    the place ``free``.
+
+    Args:
+        plan: the plan of the first kernel, whose third argument is `Division.each`.
+        tensors: the places of the kernel's tensors before the sums.
+        out: the place of the sums.
+        like: a tensor of their dtype and device.
 
     Returns:
-        Whether one launch was enough.
+        The steps, and what they allocate.
     """
     each = plan.arguments[2]
     if not isinstance(terms, torch.SymInt) and terms <= each:  # AOTInductor checks no guards
-        plan.launch(wrap, *tensors, out)
-        return True
-    dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
+        return [Step(plan, (*tensors, out))], []
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     parts = triton.cdiv(terms, each)
+    add = _plan(parts, sums, dtype.itemsize, LEAST_PROGRAMS * device(like).multiprocessors)
     # Of a tensor (parts, sums) PyTorch would guard whether there is one part.
-    partial = out.new_empty(parts * sums, dtype=dtype)
-    plan.launch(wrap, *tensors, partial)
-    add = cached_plan(_plan, wrap, (partial,), parts, sums, out=out)
-    assert add is not None
-    add.launch(wrap, partial, out)
-    return False
+    partial = Empty((parts * sums,), dtype)
+    return [Step(plan, (*tensors, free)), Step(add, (free, out))], [partial]
 
 
-def _plan(partial: Tensor, m: int, n: int) -> Plan:
-    least = LEAST_PROGRAMS * device(partial).multiprocessors
-    block_m, block_n = narrow_tile(hint(m), hint(n), partial.element_size(), least)
+def _plan(m: int, n: int, size: int, least: int) -> Plan:
+    block_m, block_n = narrow_tile(hint(m), hint(n), size, least)
     steps = stages(hint(n), hint(m), block_m)
     constants = {"BLOCK_M": block_m, "BLOCK_N": block_n, "STAGES": steps}
     return Plan(add_partial_sums_kernel, triton.cdiv(n, block_n), (m, n), constants, {})

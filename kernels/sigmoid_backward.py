@@ -1,16 +1,13 @@
 # SPDX-License-Identifier: MIT
 """The first pass of linear_sigmoid's backward: dL/dZ, and its sum over rows, which is dL/db."""
 
-from collections.abc import Hashable
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import Wrap
-from .device import device_index
-from .launch import Plan, again_pair, cached_plan, layout, remember
-from .row_sums import add_partial_sums_kernel, divide_rows, launch_sums
+from .launch import Empty, Launch, Plan, prepared
+from .row_sums import add_partial_sums_kernel, divide_rows, sum_steps
 
 # Compilers look for an operator's kernels in its module.
 __all__ = ["add_partial_sums_kernel", "sigmoid_backward", "sigmoid_backward_kernel"]
@@ -56,32 +53,30 @@ def sigmoid_backward_kernel(
     tl.store(sum_ptr + (chunk * n + col), sums, mask=col < n)
 
 
-def sigmoid_backward(g: Tensor, y: Tensor, dz: Tensor, wrap: Wrap) -> Tensor:
-    """Write ``g·y·(1 - y)`` for ``g, y (m, n)`` to ``dz``; return its sum over rows, ``(n)``.
+def sigmoid_backward(g: Tensor, y: Tensor, dz: Tensor | None, wrap: Wrap) -> tuple[Tensor, Tensor]:
+    """``dz = g·y·(1 - y)`` for ``g, y (m, n)``, and the sum of ``dz`` over its rows, ``(n)``.
 
-    ``dz`` is contiguous. The sum has a fixed order, so that its bits are the same on every run. Few
-    rows are summed by one launch. More rows are shared among programs where that is faster, and
-    then another launch adds the programs' sums.
+    ``dz`` is contiguous; None stands for a new tensor. The sum has a fixed order, so that its bits
+    are the same on every run. Few rows are summed by one launch. More rows are shared among
+    programs where that is faster, and then another launch adds the programs' sums.
     """
-    m, n = y.shape
-    out = y.new_empty(n)
-    if dz.numel() == 0:
-        return out.zero_()
-    plan = cached_plan(_plan, wrap, (g, y), out=dz)
-    assert plan is not None
-    is_one_launch = launch_sums(plan, m, n, (g, y, dz), out, wrap)
-    if wrap is None and is_one_launch:
-        remember(_key(g, y), plan, g, dz, out)
-    return out
+    launch = prepared(_prepare, wrap, (g, y, dz))
+    if launch is None:
+        return y.new_empty(y.shape) if dz is None else dz, y.new_zeros(y.shape[1])
+    return launch.run(wrap, (g, y, dz))  # type: ignore[no-any-return]
 
 
-def sigmoid_backward_again(g: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
-    """``dz`` and its sum, by one launch, for layouts that were launched before; else None."""
-    return again_pair(_key(g, y), g, y)
-
-
-def _key(g: Tensor, y: Tensor) -> Hashable:
-    return sigmoid_backward, device_index(y), layout(g), layout(y)
+def _prepare(g: Tensor, y: Tensor, dz: Tensor | None) -> Launch | None:
+    """The launch; None without elements."""
+    if y.numel() == 0:
+        return None
+    (m, n), plan = y.shape, _plan(g, y)
+    empties = [Empty((n,), y.dtype)]
+    if dz is None:
+        empties.append(Empty((m, n), y.dtype))
+    written = 2 if dz is not None else 4
+    steps, partial = sum_steps(plan, m, n, (0, 1, written), 3, y, 3 + len(empties))
+    return Launch((g, y, dz), steps, empties + partial, (written, 3))
 
 
 def _plan(g: Tensor, y: Tensor) -> Plan:

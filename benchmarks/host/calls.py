@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
@@ -57,30 +57,39 @@ def operators_calls(device: str) -> Calls:
 def launchers_calls(device: str) -> Calls:
     """Calls of the launchers, and the allocations of their results, after the operators' calls of
     tensors with the same layouts."""
-    from torchpar.kernels import linear_sigmoid, maximum
-
+    kernels: Any = import_module("torchpar.kernels")
+    for name in ("linear_sigmoid", "matmul_t", "maximum"):
+        with suppress(ImportError):  # up to version 0.4 one had another name
+            import_module(f"torchpar.kernels.{name}")
     on_gpu = device == "cuda"
     small, large = (64, 1024) if on_gpu else (N, N)
     dtype, precision = (torch.bfloat16, "ieee") if on_gpu else (torch.float32, "tf32")
     a, b = torch.ones(2, small, small, device=device)
     x, weight = torch.ones(2, small, small, dtype=dtype, device=device)
     bias, square = (torch.ones(s, dtype=dtype, device=device) for s in ((small,), (large, large)))
-    if hasattr(maximum, "maximum_again"):
-        from torchpar.kernels import matmul_t
-
+    is_choosing = {"only_if_faster": on_gpu}
+    if hasattr(kernels.maximum, "new_maximum"):
         launchers: Calls = {
-            "maximum": lambda: maximum.maximum_again(a, b),
-            "matmul_t": lambda: matmul_t.matmul_t_again(square, precision, on_gpu),
-            "linear_sigmoid": lambda: linear_sigmoid.linear_sigmoid_again(
+            "maximum": lambda: kernels.maximum.new_maximum(a, b, torch.maximum),
+            "matmul_t": lambda: kernels.matmul_t.matmul_t(square, precision, None, **is_choosing),
+            "linear_sigmoid": lambda: kernels.linear_sigmoid.linear_sigmoid(
+                x, weight, bias, precision, None, **is_choosing
+            ),
+        }
+    elif hasattr(kernels.maximum, "maximum_again"):  # up to version 0.5
+        launchers = {
+            "maximum": lambda: kernels.maximum.maximum_again(a, b),
+            "matmul_t": lambda: kernels.matmul_t.matmul_t_again(square, precision, on_gpu),
+            "linear_sigmoid": lambda: kernels.linear_sigmoid.linear_sigmoid_again(
                 x, weight, bias, precision, on_gpu
             ),
         }
     else:  # up to version 0.4
         matmul = import_module("torchpar.kernels.symmetric_matmul").symmetric_matmul
         launchers = {
-            "maximum": lambda: maximum.maximum(a, b, torch.empty_like(a), None),
+            "maximum": lambda: kernels.maximum.maximum(a, b, torch.empty_like(a), None),
             "matmul_t": lambda: matmul(square, square, precision, None),
-            "linear_sigmoid": lambda: linear_sigmoid.linear_sigmoid(
+            "linear_sigmoid": lambda: kernels.linear_sigmoid.linear_sigmoid(
                 x, weight, bias, precision, None
             ),
         }

@@ -270,11 +270,11 @@ def test_a_launch_finds_what_was_compiled(tmp_path: Path):
         (one,) = tmp_path.rglob("*.cubin")
         for rows, count in ((2048, 1), (size - 1, 2)):
             x = torch.empty(rows, size, dtype=torch.bfloat16, device="meta")
-            launch.forget_plans()
+            launch.forget_launches()
             symmetric_matmul(x, x, "ieee", None, tiles=tiles)
             assert len(list(tmp_path.rglob("*.cubin"))) == count
             assert one.exists()
-    launch.forget_plans()
+    launch.forget_launches()
 
 
 @pytest.mark.parametrize(

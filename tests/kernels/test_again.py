@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Calls whose operands have the layouts of an earlier call: they are launched at once, and only
-they."""
+"""Calls whose operands have the layouts of an earlier call, whose launch is looked up."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from functools import partial
 from typing import Any
 
@@ -15,13 +14,15 @@ from triton import knobs
 
 import nogpu
 import torchpar
-from torchpar.kernels import launch, linear_sigmoid, matmul_t, maximum
+from torchpar.kernels import launch, linear_sigmoid, matmul_t, maximum, tiles
+from torchpar.kernels.rule import Tiles
 from torchpar.library import CustomOpDef
 from torchpar.library.call_path import _OTHER_KEYS
 
 X = torch.linspace(-1, 1, 40 * 24).view(40, 24)
 W, BIAS, ROW = X[:16].clone(), torch.linspace(0, 1, 16), torch.linspace(-1, 1, 24)
 C = torch.eye(40)
+SPLIT = Tiles(32, 32, 32, 4, 3, "split_k")
 CALLS: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...], Callable[..., Tensor]]] = {
     "maximum": (torchpar.maximum, (X, X.flip(0)), torch.maximum),
     "maximum of a row": (torchpar.maximum, (X, ROW), torch.maximum),
@@ -50,21 +51,18 @@ def mostly(name: str, *others: str) -> list[Any]:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """A GPU that is emulated, in TF32, for which no operand is copied; the launches at once."""
+    """A GPU that is emulated, in TF32, for which no operand is copied; whether each look-up finds a
+    launch."""
     found: list[int] = []
-    again = launch.again
 
-    def counted(*args: Any, **options: Any) -> Tensor | None:
-        result = again(*args, **options)
-        found.append(result is not None)
-        return result
+    class Counting(dict[Hashable, Any]):
+        def __getitem__(self, key: Hashable) -> Any:
+            found.append(self.get(key) is not None)
+            return super().__getitem__(key)
 
-    for module in ("maximum", "matmul_t", "linear_sigmoid"):
-        monkeypatch.setattr(f"torchpar.kernels.{module}.again", counted)
-    launch.forget_plans()
+    monkeypatch.setattr(launch, "_launches", Counting())
     with nogpu.emulate(), torch.backends.flags(fp32_precision="tf32"):
         yield found
-    launch.forget_plans()
 
 
 def layouts(name: str, operands: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
@@ -155,29 +153,78 @@ def test_another_precision_is_not_remembered(name: str, gpu: list[int]) -> None:
     assert gpu == [0, 0, 1, 1, 1]
 
 
-WITHOUT_CHOICE: dict[str, tuple[partial[Tensor], Callable[..., Tensor | None]]] = {
-    "matmul_t": (partial(matmul_t.matmul_t, X, "tf32x3", None), matmul_t.matmul_t_again),
-    "linear_sigmoid": (
-        partial(linear_sigmoid.linear_sigmoid, X, W, BIAS, "tf32x3", None),
-        linear_sigmoid.linear_sigmoid_again,
-    ),
-    "symmetric_matmul": (
-        partial(matmul_t.symmetric_matmul, X, X, "tf32x3", None, C, 0.5, 2.0),
-        lambda *args: matmul_t.symmetric_matmul_again(X, X, C, "tf32x3", 0.5, 2.0, args[-1]),
-    ),
+LAUNCHERS: dict[str, partial[Tensor | None]] = {
+    "matmul_t": partial(matmul_t.matmul_t, X, "tf32x3", None),
+    "linear_sigmoid": partial(linear_sigmoid.linear_sigmoid, X, W, BIAS, "tf32x3", None),
+    "symmetric_matmul": partial(matmul_t.symmetric_matmul, X, X, "tf32x3", None, C, 0.5, 2.0),
 }
 
 
 @pytest.mark.parametrize("name", mostly("matmul_t", "linear_sigmoid", "symmetric_matmul"))
-def test_a_launch_without_a_choice_is_not_remembered_for_calls_with_one(
-    name: str, gpu: list[int]
+def test_a_launch_without_a_choice_is_none_of_calls_with_a_choice(
+    name: str, gpu: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A mode beside another flag leaves no choice to the rule."""
-    launched, again = WITHOUT_CHOICE[name]
-    launched()
-    operands = [a for a in launched.args if a is not None]
-    assert again(*operands, True) is None
-    assert torch.equal(again(*operands, False), launched())
+    first = LAUNCHERS[name]()
+    monkeypatch.setattr(tiles, "library_is_faster", lambda choice: True)
+    for _ in range(2):
+        assert LAUNCHERS[name](only_if_faster=True) is None
+        assert torch.equal(LAUNCHERS[name](), first)
+
+
+@pytest.mark.parametrize("name", mostly("matmul_t", "linear_sigmoid", "symmetric_matmul"))
+def test_operands_are_checked_for_new_layouts_alone(name: str, gpu: list[int]) -> None:
+    checked: list[object] = []
+
+    def check(*operands: Tensor | None) -> None:
+        checked.append(operands)
+
+    for _ in range(2):
+        LAUNCHERS[name](check=check)
+    assert len(checked) == 1
+
+
+def refuse(*operands: Tensor | None) -> None:
+    raise RuntimeError("refused")
+
+
+@pytest.mark.parametrize("name", mostly("matmul_t", "linear_sigmoid", "symmetric_matmul"))
+def test_a_launch_that_was_not_checked_is_none_of_an_operator(name: str, gpu: list[int]) -> None:
+    LAUNCHERS[name]()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="refused"):
+            LAUNCHERS[name](check=refuse)
+
+
+def test_launches_that_copy_operands_or_have_two_kernels_are_looked_up(gpu: list[int]) -> None:
+    wide = torch.linspace(-1, 1, 16 * 256).view(16, 256)
+    calls: list[tuple[Callable[[Tensor], Tensor], Tensor, Callable[[Tensor], Tensor]]] = [
+        (
+            lambda x: matmul_t.matmul_t(x, "ieee", None),  # by columns
+            X,
+            lambda x: x @ x.mT,
+        ),
+        (
+            lambda x: matmul_t.matmul_t(x, "tf32x3", None),
+            X[:16].reshape(2, 2, 4, 24).movedim(0, 1),  # no view of it has three dimensions
+            lambda x: x @ x.mT,
+        ),
+        (
+            lambda x: linear_sigmoid.linear_sigmoid(x, wide, None, "tf32x3", None, tiles=SPLIT),
+            wide,
+            lambda x: (x @ wide.mT).sigmoid(),
+        ),
+        (
+            lambda y: torch.ops.torchpar.linear_sigmoid_backward(y, y)[1],
+            torch.linspace(0, 1, 600 * 3).view(600, 3),
+            lambda y: (y * y * (1 - y)).sum(0),
+        ),
+    ]
+    for call, x, native in calls:
+        gpu.clear()
+        for given in (x, -x, x / 2):
+            assert torch.allclose(call(given), native(given), rtol=2**-12, atol=2**-12)
+        assert gpu == [0, 1, 1]
 
 
 @pytest.mark.parametrize("name", mostly("matmul_t", "linear_sigmoid", "symmetric_matmul"))
@@ -257,20 +304,20 @@ def test_a_launch_at_once_calls_tritons_hooks(gpu: list[int]) -> None:
 
 
 def test_emulations_of_other_gpus_have_launches_of_their_own() -> None:
-    launch.forget_plans()
+    launch.forget_launches()
     for arch in ("sm_90", "sm_80", "sm_90"):
         for multiprocessors in (4, 7):
             with nogpu.emulate(arch, multiprocessors=multiprocessors) as emulated:
                 torchpar.maximum(X, X)
                 assert [one.arch for one in emulated.launches] == [arch]
-    assert len(launch._remembered) == 4
-    launch.forget_plans()
+    assert len(launch._launches) == 4
+    launch.forget_launches()
 
 
 def test_truth_values_are_bytes_each_time(gpu: list[int]) -> None:
     for _ in range(3):
         assert torch.equal(torchpar.maximum(X > 0, X < -0.5), (X > 0) | (X < -0.5))
-    assert not any(gpu), "they are converted"
+    assert gpu == [0, 0, 0, 1, 0, 1], "the launch is that of bytes"
 
 
 def test_gradients_of_the_same_layouts_again(gpu: list[int]) -> None:

@@ -51,11 +51,17 @@ def tuner(tmp_path, monkeypatch) -> Iterator[Any]:
         monkeypatch.setitem(one.tiles, "bfloat16", dict.fromkeys(tiles, Speed(0.1, 0.1)))
     monkeypatch.setattr(autotune, "ENABLED", True)
     monkeypatch.setattr(driver.Driver, "get_benchmarker", lambda self: bench, raising=False)
-    launch.forget_plans()
+    launch.forget_launches()
     first = 9  # of the launcher's arguments, the kernel's
     with idle_gpu(tmp_path, lambda *args: LAUNCHED.append((args[0], args[first + 4 :]))):
         yield state
-    launch.forget_plans()
+    launch.forget_launches()
+
+
+def plans() -> list[launch.Plan]:
+    """The plans that are kept, in their order."""
+    kept = filter(None, launch._launches.values())
+    return [step.plan for one in kept for step in one.steps]
 
 
 def meta(*shape: int) -> Tensor:
@@ -96,8 +102,9 @@ def test_triton_keeps_the_times_on_disk(tuner):
         tuner.times = [2.0, 1.0]
         product(meta(64, 32))
         assert (tuner.timed, LAUNCHED[-1][0]) == (count, 3)
-        launch.forget_plans()
-    (plan,) = [product(meta(64, 32)), *launch._plans.values()][1:]
+        launch.forget_launches()
+    product(meta(64, 32))
+    (plan,) = plans()
     assert isinstance(plan, autotune.AutotunedPlan)
     assert plan.kernel.cache_results
 
@@ -109,10 +116,12 @@ def test_what_is_not_tuned(tuner):
     product(meta(64, 32), wrap=lambda kernel: kernel)
     linear_sigmoid.linear_sigmoid(meta(16, 4096), meta(16, 4096), None, "ieee", None)
     assert tuner.timed == 0
-    assert not any(isinstance(plan, autotune.AutotunedPlan) for plan in launch._plans.values())
+    assert not any(isinstance(plan, autotune.AutotunedPlan) for plan in plans())
     interpreted = torch.zeros(64, 32, dtype=torch.bfloat16)
-    choice = "ieee", None, True, False  # the tiles, by TMA, only if faster
-    assert type(matmul_t._plan_product(interpreted, None, None, *choice)) is launch.Plan
+    choice = "ieee", None, True, False, False  # the tiles, by TMA, only if faster, traced
+    prepared = matmul_t._prepare(interpreted, None, None, None, *choice)
+    assert prepared is not None
+    assert [type(step.plan) for step in prepared.steps] == [launch.Plan]
     tuner.times = [1.0, 2.0]
     linear_sigmoid.linear_sigmoid(meta(64, 32), meta(64, 32), None, "ieee", None)
     assert tuner.timed == 2

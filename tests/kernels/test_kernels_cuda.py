@@ -106,9 +106,9 @@ def rule(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let the rule say who computes. The other tests launch the kernels at any size
     (`conftest`)."""
     monkeypatch.setattr("torchpar.kernels.tiles.library_is_faster", library_is_faster)
-    launch.forget_plans()
+    launch.forget_launches()
     yield
-    launch.forget_plans()
+    launch.forget_launches()
 
 
 @pytest.mark.parametrize("k", [0, 1, 128])
@@ -129,7 +129,7 @@ def test_where_the_library_computes_the_result_is_right(
 def test_a_large_float32_layer_is_the_librarys(rule: None) -> None:
     x, weight = (torch.randint(-3, 4, (rows, 784), device="cuda").float() for rows in (8192, 512))
     y = torchpar.linear_sigmoid(x, weight / 64)
-    assert list(launch._plans.values()) == [None], "a kernel was launched"
+    assert list(launch._launches.values()) == [None], "a kernel was launched"
     assert_close(y, (x.double() @ weight.double().T / 64).sigmoid().float())
 
 
@@ -143,7 +143,8 @@ for _ in range(3):  # the first call times the configurations
     assert torch.equal(torchpar.matmul_t(x), (x.double() @ x.double().T).bfloat16())
     expected = (x.double() @ weight.double().T / 64).sigmoid().bfloat16()
     torch.testing.assert_close(torchpar.linear_sigmoid(x, weight / 64), expected)
-for plan in launch._plans.values():
+for one in launch._launches.values():
+    ((plan, _),) = one.steps
     assert isinstance(plan, AutotunedPlan), plan
     print(plan.kernel.base_fn.__name__, plan.kernel.best_config)
 """

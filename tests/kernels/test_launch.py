@@ -67,13 +67,13 @@ def log(tmp_path) -> Iterator[SimpleNamespace]:
 
     LOG.compiled.clear()
     LOG.launched.clear()
-    launch.forget_plans()
+    launch.forget_launches()
     with (
         idle_gpu(tmp_path, lambda *args: LOG.launched.append((args[:3], args[FIRST:]))),
         patch.object(Plan, "_compile", record),
     ):
         yield LOG
-    launch.forget_plans()
+    launch.forget_launches()
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -139,14 +139,63 @@ def test_all_launchers_keep_plans_until_they_are_forgotten(log):
         assert len(log.launched) == 14 * calls
         assert len(log.compiled) == (14 if calls < 3 else 28)
         if calls == 2:
-            launch.forget_plans()
+            launch.forget_launches()
+
+
+def test_a_launch_holds_what_the_driver_takes(log):
+    """A launcher in another language could be written from the data of a `Launch` alone."""
+    x, c, bias, wide, tall = meta(N, N), meta(N, N), meta(N), meta(N, 8 * K), meta(1000, N)
+    calls = [
+        (matmul_t.matmul_t, (x, None, None, None), (x, "ieee", None), {}),
+        (
+            matmul_t.symmetric_matmul,
+            (x, None, c, None),
+            (x, x, "ieee", None, c, 2.0, -1.0),
+            {"tiles": TMA},
+        ),
+        (linear_sigmoid.linear_sigmoid, (x, x, None, None), (x, x, None, "ieee", None), {}),
+        (
+            linear_sigmoid.linear_sigmoid,
+            (wide, wide, bias, None),
+            (wide, wide, bias, "ieee", None),
+            {"tiles": SPLIT},
+        ),
+        (sigmoid_backward.sigmoid_backward, (tall, tall, None), (tall, tall, None, None), {}),
+        (maximum.new_maximum, (x, c), (x, c, torch.maximum), {}),
+    ]
+    for launcher, operands, arguments, options in calls:
+        log.launched.clear()
+        results = launcher(*arguments, **options)
+        kept = list(launch._launches.values())[-1]
+        assert len(kept.steps) == len(log.launched)
+        tensors = dict(enumerate(operands))
+        results = results if isinstance(results, tuple) else (results,)
+        tensors |= dict(zip(kept.results, results, strict=True))
+        for place, empty in enumerate(kept.empties, len(operands)):
+            if place in tensors:
+                assert (tensors[place].shape, tensors[place].dtype) == empty[:2]
+        for (plan, places), (grid, given) in zip(kept.steps, log.launched, strict=True):
+            assert grid == plan.grid
+            for place, t in zip(places, given, strict=False):
+                assert t is tensors.setdefault(place, t)
+            numbers = given[len(places) :]
+            factors = 4 if kept.has_factors else 0
+            assert numbers[factors:] == (*plan.arguments, *plan.constants.values())
+            kinds = list(plan.compiled.src.signature.values())
+            assert all(kind.startswith("*") for kind in kinds[: len(places)])
+            assert all(kind in ("i32", "i64", "constexpr") for kind in kinds[len(places) :])
+            assert len(kinds) == len(given)
+            metadata = plan.compiled.metadata
+            assert metadata.num_warps > 0
+            assert metadata.shared >= 0
+            assert plan.compiled.function
 
 
 def test_plans_are_bounded(log):
-    with patch.object(launch, "_MAX_PLANS", 3):
+    with patch.object(launch, "_MAX_LAUNCHES", 3):
         for n in range(16, 16 * 6, 16):
             matmul_t.half_sum(meta(n, n), None)
-            assert len(launch._plans) <= 3
+            assert len(launch._launches) <= 3
 
 
 def programs_and_options(launcher, *args: Any, **options: Any) -> tuple[int, dict[str, Any]]:

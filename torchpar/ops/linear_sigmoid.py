@@ -197,17 +197,20 @@ def _compute(
     from torchpar.kernels import linear_sigmoid as kernel
 
     precision, is_native = fp32_precision(x, precision)
-    only_if_faster = is_native and not x.is_cpu
-    if wrap is None and x.dim() == 2:
-        out = kernel.linear_sigmoid_again(x, weight, bias, precision, only_if_faster)
-        if out is not None:
-            return out
-    _check_operands(x, weight, bias)
-    out = None
-    if x.shape[-1] != 0:  # the kernel expects a column
-        operands = rows(x), weight, bias, precision, wrap
-        tma = supports_tma(wrap)
-        out = kernel.linear_sigmoid(*operands, tma=tma, only_if_faster=only_if_faster)
+    matrix = x
+    if x.dim() != 2:
+        _check_operands(x, weight, bias)
+        matrix = rows(x)
+    out = kernel.linear_sigmoid(
+        matrix,
+        weight,
+        bias,
+        precision,
+        wrap,
+        tma=wrap is None or supports_tma(wrap),
+        only_if_faster=is_native and not x.is_cpu,
+        check=_check_operands,
+    )
     if out is None:
         return F.linear(x, weight, bias).sigmoid_()
     return out if x.dim() == 2 else out.view(*x.shape[:-1], weight.shape[0])
@@ -345,10 +348,10 @@ def _backward_op(g: Tensor, y: Tensor, *, wrap: Wrap) -> tuple[Tensor, Tensor]:
         return dz.contiguous(), db
     from torchpar.kernels import sigmoid_backward as kernel
 
-    if wrap is None and y.dim() == 2 and (found := kernel.sigmoid_backward_again(g, y)) is not None:
-        return found
+    if y.dim() == 2:
+        return kernel.sigmoid_backward(g, y, None, wrap)
     dz = torch.empty_like(y, memory_format=torch.contiguous_format)
-    db = kernel.sigmoid_backward(rows(g), rows(y), rows(dz), wrap)
+    _, db = kernel.sigmoid_backward(rows(g), rows(y), rows(dz), wrap)
     return dz, db
 
 

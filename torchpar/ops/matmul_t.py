@@ -65,7 +65,7 @@ def matmul_t(x: Tensor) -> Tensor:
     return _op_of_precision(x, precision=precision)  # type: ignore[no-any-return]
 
 
-def _check_operands(x: Tensor) -> None:
+def _check_operands(x: Tensor, *_: object) -> None:
     check_dtype("matmul_t", "x", x)
     if x.dim() < 2:
         raise RuntimeError(f"torchpar::matmul_t: x has shape {tuple(x.shape)}, expected (*, n, k)")
@@ -119,16 +119,14 @@ def _compute(x: Tensor, *, precision: str | None = None, wrap: Wrap) -> Tensor:
     from torchpar.kernels import matmul_t as kernel
 
     precision, is_native = fp32_precision(x, precision)
-    only_if_faster = is_native and not x.is_cpu
-    if wrap is None:
-        out = kernel.matmul_t_again(x, precision, only_if_faster)
-        if out is not None:
-            return out
-    _check_operands(x)
-    out = None
-    if x.shape[-1] != 0:  # the kernel expects a column
-        tma = supports_tma(wrap)
-        out = kernel.matmul_t(x, precision, wrap, tma=tma, only_if_faster=only_if_faster)
+    out = kernel.matmul_t(
+        x,
+        precision,
+        wrap,
+        tma=wrap is None or supports_tma(wrap),
+        only_if_faster=is_native and not x.is_cpu,
+        check=_check_operands,
+    )
     return kernel.mirror(product(x, x), wrap) if out is None else out
 
 

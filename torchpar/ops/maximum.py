@@ -110,17 +110,19 @@ def _op(a: Tensor, b: Tensor, *, wrap: Wrap) -> Tensor:
         return out if is_dense else _empty(a, b, device)
     from torchpar.kernels import maximum as kernel
 
-    if wrap is None and (found := kernel.maximum_again(a, b)) is not None:
+    if wrap is None and (found := kernel.new_maximum(a, b, _empty_result)) is not None:
         return found
+    out = _empty_result(a, b)
+    a, b = (t.to(out.device).expand_as(out) for t in (a, b))
+    kernel.maximum(a, b, out, wrap)
+    return out
+
+
+def _empty_result(a: Tensor, b: Tensor) -> Tensor:
+    """Check operands for a GPU, and make an uninitialised tensor for their maximum."""
     device = _device(a, b)
     _check_shapes(a, b)
-    out = _empty_elementwise((a, b), torch.result_type(a, b), device)
-    first, second = a.to(device), b.to(device)
-    kernel.maximum(first.expand_as(out), second.expand_as(out), out, wrap)
-    is_whole = first is a and second is b and a.device == device
-    if wrap is None and is_whole and out.numel() and out.dtype != torch.bool:
-        kernel.remember_maximum(a, b, out)
-    return out
+    return _empty_elementwise((a, b), torch.result_type(a, b), device)
 
 
 def _are_alike(a: Tensor, b: Tensor) -> bool:
@@ -255,16 +257,13 @@ def _backward_op(
     from torchpar.kernels import maximum as kernel
 
     if wrap is None and need_a and need_b:
-        found = kernel.maximum_backward_again(g, a, b)
+        found = kernel.new_gradients(g, a, b, _empty_backward)
         if found is not None:
             return found
     da, db = _empty_backward(g, a, b, need_a, need_b)
-    alike = _are_alike(a, b) and a.device == g.device and _have_one_shape(a, g)
-    if not alike:
+    if not (_are_alike(a, b) and a.device == g.device and _have_one_shape(a, g)):
         a, b = (t.to(g.device).expand_as(g) for t in (a, b))
     kernel.maximum_backward(g, a, b, da if need_a else None, db if need_b else None, wrap)
-    if wrap is None and need_a and need_b and alike:
-        kernel.remember_backward(g, a, b, da, db)
     return da, db
 
 

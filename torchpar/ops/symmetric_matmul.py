@@ -133,6 +133,11 @@ def _check_operands(
         )
 
 
+def _check_for_kernel(a: Tensor, b: Tensor, c: Tensor | None) -> None:
+    """Check operands where a ``c`` that is given has a factor other than 0."""
+    _check_operands(a, b, c, None if c is None else 1.0)
+
+
 def _check_out(out: Tensor, a: Tensor, shape: tuple[int, ...], symbolic: bool) -> None:
     dtypes = [a.dtype, torch.float32] if a.dtype.itemsize == 2 else [a.dtype]
 
@@ -210,19 +215,23 @@ def _compute(
     from torchpar.kernels import matmul_t as kernel
 
     precision, is_native = fp32_precision(a, precision)
-    only_if_faster = is_native and not a.is_cpu
-    if wrap is None and alpha and (c is None) == (not beta):
-        factors = alpha, beta or 0.0
-        out = kernel.symmetric_matmul_again(a, b, c, precision, *factors, only_if_faster)
-        if out is not None:
-            return out
-    _check_operands(a, b, c, beta)
+    if not alpha or (c is None) != (not beta):
+        _check_operands(a, b, c, beta)
     beta = beta or 0.0
     out = None
-    if alpha != 0 and a.shape[-1] != 0:  # the kernel would compute 0·NaN, and expects a column
-        operands = a, b, precision, wrap, c, alpha, beta
-        tma = supports_tma(wrap)
-        out = kernel.symmetric_matmul(*operands, tma=tma, only_if_faster=only_if_faster)
+    if alpha != 0:  # the kernel would compute 0·NaN
+        out = kernel.symmetric_matmul(
+            a,
+            b,
+            precision,
+            wrap,
+            c,
+            alpha,
+            beta,
+            tma=wrap is None or supports_tma(wrap),
+            only_if_faster=is_native and not a.is_cpu,
+            check=_check_for_kernel,
+        )
     return kernel.mirror(product(a, b, c, alpha, beta), wrap) if out is None else out
 
 
