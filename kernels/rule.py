@@ -20,8 +20,9 @@ times the best of that shape, 1.005 times in the geometric mean, and never more 
 Then the step of one configuration of `linear_sigmoid` was raised by 1%: it is up to 3% faster than
 the next one on the H200, and up to 11% slower on an H100, whose clock falls in it.
 
-On other GPUs the times are an estimate: those of the H200, scaled by data sheets. On an H100 the
-choice took at most 1.10 times the fastest configuration, and 1.005 times in the geometric mean.
+On an H100 the choice took at most 1.10 times the fastest configuration, and 1.005 times in the
+geometric mean. Of other architectures nothing was measured: there the rule compares the times that
+the configurations, and the library, would take on an sm_90 with as many multiprocessors.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -182,10 +183,9 @@ def halved(tiles: Mapping[Tiles, Speed]) -> dict[Tiles, Speed]:
 _LIBRARY_LAUNCH, _LIBRARY_RESULT = 5.30, 2.10
 _LIBRARY_TILES = ((64, 64), (64, 128), (128, 64), (128, 128), (128, 192), (128, 256))
 _CUT = 1.60  # µs to sum the parts of tiles that are cut along k
-# A second launch: the mirror, the sigmoid in place, the sum of a split product's parts, a copy by
-# columns.
-_SECOND = 2.63
-_BYTES = 4.09e6  # that it reads or writes in a µs
+# The µs of a second launch (the mirror, the sigmoid in place, the sum of a split product's parts, a
+# copy by columns), and the bytes that it reads or writes in a µs.
+SECOND, BYTES = 2.63, 4.09e6
 _WIDE = 1.72  # times a result, if its numbers have 4 or 8 bytes
 _WITH_C = 1.52  # times a result, to read C
 _WAITS_FOR_C = 0.81
@@ -199,18 +199,6 @@ _CLOCK = 0.057
 _ALONE = {"pointers": 0.26, "split_k": 0.26, "tma": 0.44, "flat": 0.44}
 _LIBRARY_ALONE = 0.23  # the library's, in float32 and float64
 _LINE = 128 / 64 / 1980  # µs to load 128 bytes from the L2 cache: 64 bytes a clock, at 1980 MHz
-
-# The speed of a multiprocessor beside that of sm_90, by NVIDIA's data sheets of A100, RTX 3090,
-# L40S, B200 and RTX 5090: tensor cores in 16 bits and TF32, float32, float64.
-_RELATIVE = {
-    80: (0.39, 0.36, 0.36),
-    86: (0.12, 0.86, 0.013),
-    89: (0.17, 1.27, 0.020),
-    90: (1.0, 1.0, 1.0),
-    100: (2.03, 1.07, 0.53),
-    103: (2.03, 1.07, 0.02),
-    120: (0.16, 1.22, 0.018),
-}
 
 
 def kind_of(dtype: torch.dtype, precision: str) -> str:
@@ -314,7 +302,7 @@ def kernel_time(
         step = max(step, pieces * _loads(of_kind, k, tiles.block_m + tiles.block_n))
     steps = ceil(columns / tiles.block_k)
     busy = result * waves + steps * (latency**4 + (step * waves) ** 4) ** 0.25
-    time = launch + busy / _relative(kind, present)
+    time = launch + busy
     if streams:
         time *= 1 + _CLOCK * log1p(time / 100)
     if count > 1:  # the parts are written and read
@@ -333,8 +321,8 @@ def library_time(
     m, n, _, batch = map(hint, sizes)
     of_kind = KINDS[kind]
     result = m * n * batch * of_kind.dtype.itemsize
-    products = min(_library_products(of_kind, sizes, present)) / _relative(kind, present)
-    time = _LIBRARY_LAUNCH + products + (_ADDS_C * result / _BYTES if with_c else 0)
+    products = min(_library_products(of_kind, sizes, present))
+    time = _LIBRARY_LAUNCH + products + (_ADDS_C * result / BYTES if with_c else 0)
     if of_kind.library.streams:
         time *= 1 + _CLOCK * log1p(time / 100)
     return time, time + _second(product.library_passes * result)
@@ -366,7 +354,7 @@ def _library_products(kind: Kind, sizes: Sequence[int], present: Device) -> Iter
 
 
 def is_measured(product: Product, kind: str, present: Device) -> bool:
-    """Whether the times are predicted from measurements; otherwise they are an estimate."""
+    """Whether the times were fitted to measurements of this architecture and kind of operands."""
     return present.capability == 90 and kind not in product.estimated
 
 
@@ -395,13 +383,8 @@ def _loads(kind: Kind, k: int, rows: int) -> float:
     return _LINE * rows * (2 - gcd(k * kind.dtype.itemsize, 128) / 128)
 
 
-def _relative(kind: str, present: Device) -> float:
-    tensor, fma, double = _RELATIVE.get(present.capability, _RELATIVE[80])
-    return {"float32": fma, "float64": double}.get(kind, tensor)
-
-
 def _second(moved: int) -> float:
-    return _SECOND + moved / _BYTES
+    return SECOND + moved / BYTES
 
 
 def hint(size: int) -> int:

@@ -327,13 +327,16 @@ def test_times_that_nothing_measured_are_estimates(capability, kernel, kind, exp
     assert rule.is_measured(PRODUCTS[kernel], kind, device) == expected
 
 
-def test_a_slower_gpu_takes_longer():
+def test_a_gpu_that_nothing_measured_takes_the_times_of_sm_90_with_its_multiprocessors():
     args = SYMMETRIC_MATMUL, "bfloat16", Tiles(128, 128, 64, 8, 3), (4096, 4096, 4096, 1)
-    times = [
-        rule.kernel_time(*args, Device("GPU", capability, 132)) for capability in (100, 90, 80, 120)
-    ]
-    assert times == sorted(times)
-    assert rule.kernel_time(*args, Device("GPU", 0, 132)) == times[2], "as an A100"
+    times = {
+        (capability, count): rule.kernel_time(*args, Device("GPU", capability, count))
+        for capability in (0, 80, 90, 100, 120)
+        for count in (66, 132)
+    }
+    for (_, count), time in times.items():
+        assert time == times[90, count]
+    assert times[90, 66] > 1.5 * times[90, 132]
 
 
 def test_the_parts_of_a_split_product_are_written_and_read():

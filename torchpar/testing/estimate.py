@@ -14,7 +14,9 @@ from nogpu.record.resources import Resources, programs_of
 from nogpu.record.time import FITTED, Estimate, Fitted, Work, estimate
 from torchpar.kernels.device import GPUS
 from torchpar.kernels.rule import (
+    BYTES,
     KINDS,
+    SECOND,
     Device,
     Product,
     Tiles,
@@ -31,7 +33,6 @@ _REGISTERS, _BY_TMA, _SPLIT = 48, 40, 40
 # FLOPs that threads take to split a float32 of the first operand into two numbers of TF32, fitted
 # to an H200's times.
 SPLIT_FLOPS = 60.0
-SECOND, COPIED = 2.63, 4.09e6  # µs of a second launch, and the bytes that it moves in a µs
 
 
 def candidates(choice: Choice, tried: Iterable[str]) -> list[Tiles]:
@@ -172,5 +173,5 @@ def estimate_tiles(
         moved.append(2 * parts * m * n * max(4, dtype.itemsize))
     if kind == "float32":  # copies by columns
         moved += [2 * 4 * k * size * batch for size in ([m] if product.is_symmetric else [m, n])]
-    others = sum(SECOND + one / COPIED for one in moved)
+    others = sum(SECOND + one / BYTES for one in moved)
     return found._replace(microseconds=found.microseconds + others)

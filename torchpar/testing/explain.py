@@ -144,7 +144,7 @@ def explain(operator: str, sizes: tuple[int, int, int, int], kind: str, gpu: str
     elif rule.is_measured(product, kind, device):
         basis = "predicted from measurements"
     else:
-        basis = "estimated" if has_nogpu() else "scaled by data sheets; nogpu estimates it"
+        basis = "estimated" if has_nogpu() else "as an sm_90; nogpu estimates it"
     beside = "" if by_library else f"; {alone.name} {shown(alone.microseconds)}"
     lines = [f"computed by: {chosen.name} ({basis}, {shown(chosen.microseconds)}{beside})"]
     others = [one for one in (*of_tiles.values(), whole) if one is not chosen]

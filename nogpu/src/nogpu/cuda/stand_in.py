@@ -34,6 +34,7 @@ from nogpu.cuda.graphs import Graphs
 from nogpu.cuda.libraries import CublasLt, CudaKernel
 from nogpu.cuda.operations import tensors_in
 from nogpu.cuda.types import Arguments, Attributes, Device, Function, Keywords
+from nogpu.data_sheets import DATA_SHEETS, REGISTERS, WARPS
 from nogpu.decorating import context_manager
 from nogpu.triton.driver import Driver
 from nogpu.triton.emulator import SHARED_BYTES, Emulator
@@ -41,12 +42,9 @@ from nogpu.triton.emulator import SHARED_BYTES, Emulator
 P = ParamSpec("P")
 T = TypeVar("T")
 
-NAMES = {80: "NVIDIA A100", 90: "NVIDIA H100", 100: "NVIDIA B200"}
+GPUS = {80: "A100", 90: "H100", 100: "B200"}  # the keys of `DATA_SHEETS`
 GIB, MIB = 2**30, 2**20
-# By the data sheets: bytes of memory, of the L2 cache, and of a multiprocessor's shared memory.
-MEMORY = {80: 80 * GIB, 90: 80 * GIB, 100: 180 * GIB}
-L2_CACHE = {80: 40 * MIB, 90: 50 * MIB, 100: 126 * MIB}
-SHARED = {80: 167_936, 90: 233_472, 100: 233_472}
+MEMORY = {80: 80 * GIB, 90: 80 * GIB, 100: 180 * GIB}  # bytes, by the same data sheets
 
 
 def _on_cpu(value: T) -> T | str | torch.device:
@@ -358,20 +356,21 @@ class _Device:
 def _answers(emulator: Emulator) -> Attributes:
     """Return what `torch.cuda` says about the GPU."""
     major, minor = divmod(emulator.capability, 10)
+    gpu = GPUS[emulator.capability]
     properties = SimpleNamespace(
-        name=NAMES[emulator.capability],
+        name=f"NVIDIA {gpu}",
         major=major,
         minor=minor,
         multi_processor_count=emulator.multiprocessors,
         total_memory=MEMORY[emulator.capability],
         shared_memory_per_block=49_152,
         shared_memory_per_block_optin=SHARED_BYTES[emulator.capability],
-        shared_memory_per_multiprocessor=SHARED[emulator.capability],
-        regs_per_multiprocessor=65_536,
-        max_threads_per_multi_processor=2048,
+        shared_memory_per_multiprocessor=DATA_SHEETS[gpu].shared,
+        regs_per_multiprocessor=REGISTERS,
+        max_threads_per_multi_processor=32 * WARPS,
         max_threads_per_block=1024,
         warp_size=32,
-        L2_cache_size=L2_CACHE[emulator.capability],
+        L2_cache_size=DATA_SHEETS[gpu].l2 * MIB,
         gcnArchName="",
     )
     memory = MEMORY[emulator.capability]
