@@ -10,7 +10,7 @@ import csv
 import sys
 from pathlib import Path
 
-from torchpar.ops.machine import processor
+from torchpar.ops.environment import processor
 
 RECORDED = Path(__file__).parent / "seconds.csv"
 

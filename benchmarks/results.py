@@ -20,7 +20,7 @@ import torch
 
 from torchpar.console import say_progress
 from torchpar.errors import writing
-from torchpar.ops.machine import cpuinfo, num_cores, processor
+from torchpar.ops.environment import cpuinfo, num_cores, processor
 
 T = TypeVar("T")
 Cells = Mapping[str, Any]  # of a row, by column: texts, numbers, or None

@@ -2,8 +2,8 @@
 """Triton kernels and their launchers.
 
 A launcher takes tensors on one GPU and ``wrap``: None for a launch, or the function that a tracing
-compiler applies to the kernel to record it. Launchers do not check their arguments, since the
-operators have checked them.
+compiler applies to the kernel to record it. Launchers do not check their arguments by themselves:
+an operator checks its operands before, or hands its check to the launcher.
 """
 
 from collections.abc import Callable

@@ -22,7 +22,7 @@ from torch import Tensor
 from . import Wrap
 from .device import device
 from .gemm import GROUP, grouped_tile, triangle_tile
-from .launch import Launch, Plan, Step, prepared
+from .launch import Plan, PreparedLaunch, Step, prepared
 from .rule import Tiles, count_tiles
 from .tiles import aligned
 
@@ -290,9 +290,9 @@ def exact_product(a: Tensor, b: Tensor, e: Tensor, f: Tensor, wrap: Wrap, *, out
     return out
 
 
-def _prepare(a: Tensor, b: Tensor | None, e: Tensor, f: Tensor, out: Tensor) -> Launch:
+def _prepare(a: Tensor, b: Tensor | None, e: Tensor, f: Tensor, out: Tensor) -> PreparedLaunch:
     step = Step(_plan(a, b), (0, 0 if b is None else 1, 2, 3, 4))
-    return Launch((a, b, e, f, out), [step], [], (4,))
+    return PreparedLaunch((a, b, e, f, out), [step], [], (4,))
 
 
 def _plan(a: Tensor, b: Tensor | None) -> Plan:

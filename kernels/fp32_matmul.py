@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import Wrap
 from .gemm import GROUP, by_columns, dot_rows, empty_by_columns, grouped_tile
-from .launch import Empty, Launch, Plan, Step, prepared
+from .launch import Empty, Plan, PreparedLaunch, Step, prepared
 from .linear_sigmoid import LINEAR_SIGMOID, store_tile
 from .rule import count_tiles
 from .tiles import Choice, library_is_faster
@@ -73,7 +73,7 @@ def fp32_matmul(
     return None if launch is None else launch.run(wrap, (a, b))
 
 
-def _prepare(a: Tensor, b: Tensor, precision: str, only_if_faster: bool) -> Launch | None:
+def _prepare(a: Tensor, b: Tensor, precision: str, only_if_faster: bool) -> PreparedLaunch | None:
     given = a, b
     a, b = empty_by_columns(a, precision), empty_by_columns(b, precision)
     batch, m, k = a.shape
@@ -96,7 +96,9 @@ def _prepare(a: Tensor, b: Tensor, precision: str, only_if_faster: bool) -> Laun
     )
     is_copied = a is not given[0] or b is not given[1]
     convert = partial(_by_columns, precision) if is_copied else None
-    return Launch(given, [Step(plan, (0, 1, 2))], [Empty((batch, m, n), a.dtype)], (2,), convert)
+    return PreparedLaunch(
+        given, [Step(plan, (0, 1, 2))], [Empty((batch, m, n), a.dtype)], (2,), convert
+    )
 
 
 def _by_columns(precision: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

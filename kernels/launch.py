@@ -29,7 +29,7 @@ class TritonKernel(Protocol):
 
 
 _MAX_LAUNCHES = 4096
-_launches: dict[Hashable, "Launch | None"] = {}  # None where the library computes
+_launches: dict[Hashable, "PreparedLaunch | None"] = {}  # None where the library computes
 
 
 class Plan:
@@ -105,7 +105,7 @@ class Plan:
 
 
 class Step(NamedTuple):
-    """A kernel of a launch, and the kernel's tensors by their places in `Launch`."""
+    """A kernel of a launch, and the kernel's tensors by their places in `PreparedLaunch`."""
 
     plan: Plan
     tensors: tuple[int, ...]
@@ -119,7 +119,7 @@ class Empty(NamedTuple):
     strides: tuple[int, ...] | None = None
 
 
-class Launch:
+class PreparedLaunch:
     """The launch of an operator's kernels for operands of given layouts, as plain data.
 
     Tensors are named by their places: first the operands, then what the launch allocates.
@@ -192,11 +192,11 @@ def _maker(first: Tensor | None, empty: Empty) -> Callable[[Any], Tensor]:
 
 
 def prepared(
-    make: Callable[..., Launch | None],
+    make: Callable[..., PreparedLaunch | None],
     wrap: Wrap,
     operands: tuple[Any, ...],
     options: tuple[Hashable, ...] = (),
-) -> Launch | None:
+) -> PreparedLaunch | None:
     """``make(*operands, *options)``, kept by the layouts of the operands, except under a tracer.
 
     None means that PyTorch's library computes. The first operand is given. All operands are on one

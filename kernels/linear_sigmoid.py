@@ -25,7 +25,7 @@ from .gemm import (
     grouped_tile,
     make_descriptor,
 )
-from .launch import Empty, Launch, Plan, Step, prepared
+from .launch import Empty, Plan, PreparedLaunch, Step, prepared
 from .matmul_t import SYMMETRIC_MATMUL
 from .rule import (
     Product,
@@ -310,7 +310,7 @@ def _prepare(
     only_if_faster: bool,
     traced: bool,
     check: Callable[[Tensor, Tensor, Tensor | None], None] | None,
-) -> Launch | None:
+) -> PreparedLaunch | None:
     if check is not None:
         check(x, weight, bias)
     if x.shape[1] == 0:
@@ -337,7 +337,7 @@ def _prepare(
         steps = [Step(plan, (0, 1, added, parts)), Step(reduce, (parts, added, result))]
     is_copied = x is not given[0] or weight is not given[1]
     convert = partial(_by_columns, precision) if is_copied else None
-    return Launch(given, steps if m * n else [], empties, (result,), convert)
+    return PreparedLaunch(given, steps if m * n else [], empties, (result,), convert)
 
 
 def _by_columns(

@@ -22,7 +22,7 @@ from .gemm import (
     float_of_words,
     triangle_of_batch,
 )
-from .launch import Empty, Launch, Plan, Step, prepared
+from .launch import Empty, Plan, PreparedLaunch, Step, prepared
 from .matmul_t_tma import symmetric_matmul_tma_kernel
 from .rule import Product, Speed, Tiles, Variant, count_tiles, halved, resident_programs
 from .tiles import Choice, choose_plan, descriptor_layout
@@ -259,7 +259,7 @@ def _prepare(
     traced: bool,
     check: Check | None = None,
     exact: bool = True,
-) -> Launch | None:
+) -> PreparedLaunch | None:
     if check is not None:
         check(a, a if b is None else b, c)
     given = a, b, c
@@ -282,7 +282,7 @@ def _prepare(
     # The kernel takes a tensor for each operand, also for an operand that it does not read.
     step = Step(plan, (0, 0 if b is None else 1, 0 if c is None else 2, result))
     is_converted = any(t is not one for t, one in zip((a, b, c), given, strict=True))
-    return Launch(
+    return PreparedLaunch(
         (*given, out),
         [step] if math.prod(shape) else [],
         [Empty(shape, a.dtype)] if out is None else [],
@@ -355,9 +355,9 @@ def _symmetric_sum(g: Tensor, out: Tensor | None, in_place: bool, wrap: Wrap) ->
     return launch.run(wrap, (g, out))  # type: ignore[no-any-return]
 
 
-def _prepare_sum(g: Tensor, out: Tensor | None, in_place: bool) -> Launch:
+def _prepare_sum(g: Tensor, out: Tensor | None, in_place: bool) -> PreparedLaunch:
     result = 1 if out is not None else 2
-    return Launch(
+    return PreparedLaunch(
         (g, out),
         [Step(_plan_sum(_few_dims(g), in_place), (0, result))] if g.numel() else [],
         [Empty(g.shape, g.dtype)] if out is None else [],

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import Wrap
-from .launch import Empty, Launch, Plan, Step, TritonKernel, prepared
+from .launch import Empty, Plan, PreparedLaunch, Step, TritonKernel, prepared
 from .row_sums import (
     add_partial_sums_kernel,
     divide_columns,
@@ -328,14 +328,16 @@ def new_maximum(a: Tensor, b: Tensor, empty: Callable[[Tensor, Tensor], Tensor])
     return None if launch is None else launch.run(None, (a, b))
 
 
-def _prepare_new(a: Tensor, b: Tensor, empty: Callable[[Tensor, Tensor], Tensor]) -> Launch | None:
+def _prepare_new(
+    a: Tensor, b: Tensor, empty: Callable[[Tensor, Tensor], Tensor]
+) -> PreparedLaunch | None:
     out = empty(a, b)
     if out.numel() == 0 or out.dtype == torch.bool or not a.device == b.device == out.device:
         return None
     plan = _plan_forward(a.expand_as(out), b.expand_as(out), out)
     if plan is None:
         return None
-    return Launch((a, b), [Step(plan, (0, 1, 2))], [_like(out)], (2,))
+    return PreparedLaunch((a, b), [Step(plan, (0, 1, 2))], [_like(out)], (2,))
 
 
 def new_gradients(
@@ -351,7 +353,7 @@ def new_gradients(
 
 def _prepare_new_gradients(
     g: Tensor, a: Tensor, b: Tensor, empty: Callable[..., tuple[Tensor, Tensor]]
-) -> Launch | None:
+) -> PreparedLaunch | None:
     alike = g.shape == a.shape == b.shape and g.device == a.device == b.device
     if not alike or a.dtype != b.dtype or g.numel() == 0:
         return None
@@ -359,7 +361,7 @@ def _prepare_new_gradients(
     plan = _plan_backward(g, a, b, *results)
     if plan is None:
         return None
-    return Launch((g, a, b), [Step(plan, (0, 1, 2, 3, 4))], [*map(_like, results)], (3, 4))
+    return PreparedLaunch((g, a, b), [Step(plan, (0, 1, 2, 3, 4))], [*map(_like, results)], (3, 4))
 
 
 def _like(t: Tensor) -> Empty:
@@ -436,7 +438,7 @@ def _prepare_sum(
     d_full: Tensor | None,
     total: Tensor,
     *dims: int,
-) -> Launch | None:
+) -> PreparedLaunch | None:
     plan = _plan_sum(g, full, repeated, d_full, *dims)
     if plan is None:
         return None
@@ -445,7 +447,7 @@ def _prepare_sum(
     operands = g, full, repeated, d_full, total
     # The kernels take a pointer even where they write nothing.
     tensors = 0, 1, 2, 0 if d_full is None else 3
-    return Launch(operands, *sum_steps(plan, terms, sums, tensors, 4, total, 5), (4,))
+    return PreparedLaunch(operands, *sum_steps(plan, terms, sums, tensors, 4, total, 5), (4,))
 
 
 def _launch(make: Callable[..., Plan | None], wrap: Wrap, *tensors: Tensor | None) -> None:
@@ -463,7 +465,7 @@ def _launch(make: Callable[..., Plan | None], wrap: Wrap, *tensors: Tensor | Non
         _launch(make, wrap, *(None if t is None else t.select(dim, index) for t in tensors))
 
 
-def _prepare(*arguments: Any) -> Launch | None:
+def _prepare(*arguments: Any) -> PreparedLaunch | None:
     """The launch of the plan that the last argument makes of the tensors before it."""
     *tensors, make = arguments
     plan = make(*tensors)
@@ -472,7 +474,7 @@ def _prepare(*arguments: Any) -> Launch | None:
     # The kernels take a pointer even where they write nothing.
     given = max(i for i, t in enumerate(tensors) if t is not None)
     places = tuple(given if t is None else i for i, t in enumerate(tensors))
-    return Launch(tensors, [Step(plan, places)], [], (given,))
+    return PreparedLaunch(tensors, [Step(plan, places)], [], (given,))
 
 
 def _plan_forward(a: Tensor, b: Tensor, out: Tensor) -> Plan | None:

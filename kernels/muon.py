@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .gemm import float_of_words
-from .launch import Launch, Plan, Step, prepared
+from .launch import Plan, PreparedLaunch, Step, prepared
 
 BLOCK = 1024  # elements: 8 for each of 128 threads, which is one access of 16 bytes to bfloat16
 
@@ -98,18 +98,18 @@ def update(p: Tensor, direction: Tensor, lr: float | Tensor, decay: float, ratio
     launch.run(None, (p, direction, of_gpu), words)
 
 
-def _prepare_normalize(x: Tensor, norm: Tensor, out: Tensor) -> Launch:
+def _prepare_normalize(x: Tensor, norm: Tensor, out: Tensor) -> PreparedLaunch:
     size = x.shape[-2] * x.shape[-1]
     programs = norm.numel() * triton.cdiv(size, BLOCK)
     plan = Plan(normalize_kernel, programs, (size,), {"BLOCK": BLOCK}, {})
-    return Launch((x, norm, out), [Step(plan, (0, 1, 2))], [], (2,), has_factors=True)
+    return PreparedLaunch((x, norm, out), [Step(plan, (0, 1, 2))], [], (2,), has_factors=True)
 
 
-def _prepare_update(p: Tensor, direction: Tensor, lr: Tensor | None) -> Launch:
+def _prepare_update(p: Tensor, direction: Tensor, lr: Tensor | None) -> PreparedLaunch:
     constants = {"LOAD_LR": lr is not None, "BLOCK": BLOCK}
     # Each product is rounded before it is added, as between PyTorch's functions.
     options = {"enable_fp_fusion": False}
     plan = Plan(update_kernel, triton.cdiv(p.numel(), BLOCK), (p.numel(),), constants, options)
     # The kernel takes a tensor for the rate, also where it does not read it.
     step = Step(plan, (0, 1, 0 if lr is None else 2))
-    return Launch((p, direction, lr), [step], [], (0,), has_factors=True)
+    return PreparedLaunch((p, direction, lr), [step], [], (0,), has_factors=True)

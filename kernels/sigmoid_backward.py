@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import Wrap
-from .launch import Empty, Launch, Plan, prepared
+from .launch import Empty, Plan, PreparedLaunch, prepared
 from .row_sums import add_partial_sums_kernel, divide_rows, sum_steps
 
 # Compilers look for an operator's kernels in its module.
@@ -66,7 +66,7 @@ def sigmoid_backward(g: Tensor, y: Tensor, dz: Tensor | None, wrap: Wrap) -> tup
     return launch.run(wrap, (g, y, dz))  # type: ignore[no-any-return]
 
 
-def _prepare(g: Tensor, y: Tensor, dz: Tensor | None) -> Launch | None:
+def _prepare(g: Tensor, y: Tensor, dz: Tensor | None) -> PreparedLaunch | None:
     """The launch; None without elements."""
     if y.numel() == 0:
         return None
@@ -76,7 +76,7 @@ def _prepare(g: Tensor, y: Tensor, dz: Tensor | None) -> Launch | None:
         empties.append(Empty((m, n), y.dtype))
     written = 2 if dz is not None else 4
     steps, partial = sum_steps(plan, m, n, (0, 1, written), 3, y, 3 + len(empties))
-    return Launch((g, y, dz), steps, empties + partial, (written, 3))
+    return PreparedLaunch((g, y, dz), steps, empties + partial, (written, 3))
 
 
 def _plan(g: Tensor, y: Tensor) -> Plan:

@@ -13,7 +13,7 @@ from foreign_warnings import ARE_ERRORS, RAISED, foreign_folders
 
 shown = pytest.mark.skipif(ARE_ERRORS, reason="FOREIGN_WARNINGS=error makes all errors")
 OWN = [
-    *("torchpar.ops.machine", "torchpar.kernels.tiles", "benchmarks.timing", "docs.house"),
+    *("torchpar.ops.environment", "torchpar.kernels.tiles", "benchmarks.timing", "docs.house"),
     *("train_ddp", "support.lesson", "softmax", "conftest", "commands", "test_ways", __name__),
     *("__main__", "script_that_a_test_wrote"),
 ]

@@ -143,7 +143,7 @@ def test_all_launchers_keep_plans_until_they_are_forgotten(log):
 
 
 def test_a_launch_holds_what_the_driver_takes(log):
-    """A launcher in another language could be written from the data of a `Launch` alone."""
+    """A launcher in another language could be written from the data of a `PreparedLaunch` alone."""
     x, c, bias, wide, tall = meta(N, N), meta(N, N), meta(N), meta(N, 8 * K), meta(1000, N)
     calls = [
         (matmul_t.matmul_t, (x, None, None, None), (x, "ieee", None), {}),

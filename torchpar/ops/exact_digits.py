@@ -32,7 +32,7 @@ from torch import Tensor
 from torchpar.errors import ConfigError
 from torchpar.kernels import Wrap
 from torchpar.ops._operator import runs_kernels
-from torchpar.ops.machine import cpuinfo
+from torchpar.ops.environment import cpuinfo
 
 DIGITS, BITS = 4, 8
 SCALE = DIGITS * BITS - 1  # |X| < 2^SCALE

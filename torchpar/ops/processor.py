@@ -5,7 +5,7 @@ from functools import cache
 
 import torch
 
-from torchpar.ops.machine import cpuinfo
+from torchpar.ops.environment import cpuinfo
 
 
 @cache

@@ -24,7 +24,7 @@ from torch import Tensor
 import torchpar
 from torchpar.console import cache_remedy
 from torchpar.errors import first_line
-from torchpar.ops.machine import cpuinfo
+from torchpar.ops.environment import cpuinfo
 from torchpar.optional import has_nogpu
 from torchpar.testing.operators.compare import accurate, same_bits
 from torchpar.testing.operators.tensors import normal_like

@@ -19,7 +19,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torchpar.decorating import context_manager
-from torchpar.ops import machine
+from torchpar.ops import environment
 from torchpar.training.profile.record import (
     STEPS,
     WARM_UP,
@@ -144,7 +144,7 @@ class Phases:
             memory: bytes by name; the peak of the process is added.
             place: the rank's number in each dimension of the mesh.
         """
-        known = machine.describe(), dict(self.seconds), list(self.recorded)
+        known = environment.describe(), dict(self.seconds), list(self.recorded)
         peak = {"process, peak": peak_resident_bytes()}
         return RankRecord(rank, *known, place or {}, {**memory, **peak})
 

@@ -80,7 +80,7 @@ class RankRecord:
 
     Attributes:
         rank: its number.
-        machine: what `torchpar.ops.machine.describe` returns there.
+        machine: what `torchpar.ops.environment.describe` returns there.
         seconds: of each phase, over all steps.
         steps: the latest steps, without the first `WARM_UP` ones.
         place: its number in each dimension of the mesh.
