@@ -2,7 +2,7 @@
 """Tiles that Triton measures, in place of those that the rule chooses.
 
 ``TORCHPAR_AUTOTUNE=1`` turns Triton's autotuner on. At the first launch for a layout of tensors it
-times the kernel with each configuration that suits. Triton keeps the times on disk, in
+times the kernel with each suitable configuration. Triton keeps the times on disk, in
 $TRITON_CACHE_DIR. Later launches cost as much as launches without the autotuner.
 
 Other tiles sum in another order, so that times decide the last bits of a result. A launch in a

@@ -17,7 +17,7 @@ GPUS = {
         ("B200", 100, 148),
     )
 }
-# Of a GPU that is not here, for which a kernel is compiled.
+# The number for a GPU that is not here, for which a kernel is compiled.
 MULTIPROCESSORS = GPUS["H100"].multiprocessors
 
 

@@ -64,15 +64,15 @@ def power(exponents):
 def digits(x, first, second, FLOAT: tl.constexpr):
     """The four digits of ``X = round(x·first·second·2⁹)`` for ``|x·first·second| < 2²²``.
 
-    X = 2⁹·h + l, where h is the integer next to the scaled x and l rounds what is left, which is
-    exact. A compiler may fuse these products and sums: all products are exact, or so small that X
-    is 0.
+    X = 2⁹·h + l, where h is the integer next to the scaled x. The rest is exact, and l is the
+    integer next to it. A compiler may fuse these products and sums: all products are exact, or so
+    small that X is 0.
     """
     x = x * first * second
     h = x + ROUND
     l = (x - (h - ROUND)) * 512.0 + ROUND  # noqa: E741  # the formula's name
-    # Adding the halves, and flipping the sign bit of each byte, makes digits from −128 to 127 of
-    # the bytes.
+    # To add the halves, and to flip the sign bit of each byte, turns the bytes into digits from
+    # −128 to 127.
     offset: tl.constexpr = (HALVES - ROUND_BITS - (ROUND_BITS << 9)) % 2**32
     x = (h.to(tl.int32, bitcast=True) << 9) + l.to(tl.int32, bitcast=True)
     x = (x + offset) ^ HALVES
@@ -156,7 +156,7 @@ def products_of_signs(
 ):
     """The entries of the product that are NaN or infinite.
 
-    Of the finite values only the signs matter.
+    Only the signs of the finite values matter.
     """
     cols = tl.arange(0, BLOCK_K)
     wide = cols.to(tl.int64)

@@ -189,7 +189,7 @@ def dot_tiles(
 ):
     """The tile ``A[row:] · B[col:]ᵀ``, as in `dot_rows`; TMA loads 0 past the ends.
 
-    SAME if both operands are the same tile.
+    SAME says that both operands are the same tile.
     """
     ROWS: tl.constexpr = a_tiles.block_shape[2 if A_LAYOUT == "T" else 1]
     COLS: tl.constexpr = b_tiles.block_shape[2 if B_LAYOUT == "T" else 1]

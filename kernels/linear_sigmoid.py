@@ -85,7 +85,7 @@ LINEAR_SIGMOID = Product(
     estimated=("float64",),
     single_stores=64 * 128,
 )
-REDUCE_TILE = (8, 128)  # of the parts of a split product, for each program
+REDUCE_TILE = (8, 128)  # the tile of a split product whose parts a program adds
 
 LOG2_E_HIGH = tl.constexpr(1.44269502162933349609375)  # log2(e) rounded to float32
 LOG2_E_LOW = tl.constexpr(1.925963033500e-8)  # log2(e) - LOG2_E_HIGH
@@ -154,7 +154,8 @@ def linear_sigmoid_kernel(
 ):
     """A tile of the result.
 
-    If SPLIT_K > 1, it is the product over ``k_per_split`` columns of x, without bias and sigmoid.
+    If SPLIT_K > 1, the tile is the product over ``k_per_split`` columns of x, without bias and
+    sigmoid.
     """
     # tl.cdiv overflows just below 2³¹.
     tiles_m, tiles_n = (m - 1) // BLOCK_M + 1, (n - 1) // BLOCK_N + 1

@@ -35,8 +35,8 @@ def store_twice(
 ):
     """Add ``beta·C`` to a square tile; store it and its transpose.
 
-    A tile on the diagonal is stored once, and a tile above it not at all. PLACE is what is known of
-    the tile: "below" the diagonal, "lower" (below or on it), or "any".
+    A tile on the diagonal is stored once, and a tile above it not at all. PLACE says where the tile
+    may lie: "below" the diagonal, "lower" (below or on it), or "any".
     """
     BLOCK: tl.constexpr = out_tiles.block_shape[1]
     if C_LAYOUT != "":
@@ -80,7 +80,7 @@ def store_halves(
 
 @triton.jit
 def count_units(pairs, BLOCK: tl.constexpr, WIDE: tl.constexpr, FLATTEN: tl.constexpr):
-    """The number of units that are one tile, and of all units, with pairs on the diagonal."""
+    """The number of units of one tile, and the number of all units, with pairs on the diagonal."""
     if WIDE == BLOCK:
         full = pairs * (pairs + 1) // 2
         units = full

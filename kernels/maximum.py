@@ -2,8 +2,8 @@
 """Kernels of the elementwise maximum and of its backward.
 
 Each array passes through memory once, 16 bytes per access. An operand that repeats along the rows
-or the columns of a tile is read once for all of them. Its gradient is summed by the kernel that
-computes it, if the operand repeats along all rows or all columns of a matrix.
+or the columns of a tile is read once for all rows or columns. If the operand repeats along all rows
+or all columns of a matrix, the kernel that computes its gradient also sums the gradient.
 """
 
 import math
@@ -29,9 +29,9 @@ from .rule import hint
 __all__ = ["add_partial_sums_kernel", "maximum", "maximum_backward"]
 
 FLAT_BYTES = 4096  # of a result per program: 2 accesses of 16 bytes for each of 128 threads
-# Blocks and warps that the benchmark `autotune` times; of the operator's blocks all have 4 warps.
+# Blocks and warps that the benchmark `autotune` times; all blocks of the operator have 4 warps.
 FLAT_CANDIDATES = ((512, 4), (1024, 4), (2048, 4), (2048, 8), (4096, 8))
-# Of a result per program, at most: 4 rows, for which values that repeat along rows are read once.
+# The most bytes of a result per program: 4 rows, which read a value that repeats along rows once.
 STRIDED_BYTES = 8192
 STRIDED_ROW_BYTES = 2048  # one access for each of 128 threads
 # Per program, by number of results: with more, Triton 3.6 spills.
@@ -270,10 +270,10 @@ def maximum_backward_sums_kernel(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """The gradients of a matrix, and of what repeats along it, which is summed.
+    """The gradient of a matrix, and the summed gradient of a row or a column that repeats along it.
 
-    With OF_ROWS a row repeats along the rows, and otherwise a column along the columns. A program's
-    sums over ``each`` rows, or columns, go to its part's row of ``sum``.
+    With OF_ROWS a row repeats along the rows, and otherwise a column along the columns. A program
+    sums over ``each`` rows, or columns, and stores its sums in the row of ``sum`` for its part.
     """
     acc_dtype: tl.constexpr = tl.float64 if g_ptr.dtype.element_ty == tl.float64 else tl.float32
     if OF_ROWS:
@@ -371,11 +371,11 @@ def _like(t: Tensor) -> Empty:
 def maximum_backward(
     g: Tensor, a: Tensor, b: Tensor, da: Tensor | None, db: Tensor | None, wrap: Wrap
 ) -> None:
-    """Write the gradients ``da`` and ``db``; None is one that is not needed.
+    """Write the gradients ``da`` and ``db``; None stands for a gradient that is not needed.
 
-    ``a`` and ``b`` have the shape of ``g``. So has a gradient, or it has the shape of an operand
-    that was broadcast, and is its sum. A sum is contiguous. Two gradients of the shape of ``g`` are
-    dense, and have the same strides.
+    ``a`` and ``b`` have the shape of ``g``. A gradient has this shape, too, or it is a sum that has
+    the shape of an operand that was broadcast. A sum is contiguous. Two gradients of the shape of
+    ``g`` are dense, and have the same strides.
     """
     if da is None and db is None:
         return
@@ -498,7 +498,7 @@ def _plan_sum(
 ) -> Plan | None:
     """The plan of a sum over ``dims`` of the gradient of ``repeated``.
 
-    None if the result is no matrix in memory of which all rows, or all columns, are summed.
+    None unless the result is a matrix in memory, and all its rows, or all its columns, are summed.
     """
     of_sum, step = [0] * g.dim(), 1
     for d in reversed(range(g.dim())):
@@ -540,7 +540,7 @@ def _plan(
     out: Tensor,
     writes: dict[str, bool],
 ) -> Plan | None:
-    """The plan of the flat or the strided kernel; None for more dimensions than the latter has."""
+    """The plan of the flat or the strided kernel; None for more than `STRIDED_DIMS` dimensions."""
     sizes, strides = _collapse(out.shape, out.stride(), [t.stride() for t in operands.values()])
     if len(sizes) == 1 and all(steps[0] in (0, 1) for steps in strides):
         # Small elements get half the block: with more, the masked branch takes too many registers.
@@ -553,7 +553,7 @@ def _plan(
     missing = STRIDED_DIMS - len(sizes)
     if missing < 0:
         return None
-    # Dimensions of size 1 become the rows' inner dimensions, so that divisions are divisions by 1.
+    # Dimensions of size 1 become the inner dimensions of the rows, so that the kernel divides by 1.
     size0, size1, size2, size3 = sizes[:-1] + [1] * missing + sizes[-1:]
     padded = [steps[:-1] + [0] * missing + steps[-1:] for steps in strides]
     rows = size0 * size1 * size2
@@ -583,9 +583,10 @@ def _repeats(strides: list[int]) -> str:
 def _collapse(
     shape: Sequence[int], order: Sequence[int], operands: Sequence[Sequence[int]]
 ) -> tuple[list[int], list[list[int]]]:
-    """Sizes, and each operand's strides, in the fewest dimensions that memory of ``order`` has.
+    """Sizes, and the strides of each operand, in as few dimensions as the strides allow.
 
-    ``order`` and ``operands`` are strides of tensors of ``shape``.
+    ``order`` and ``operands`` are strides of tensors of ``shape``. The dimensions are sorted by
+    ``order``.
     """
     if 0 not in order and all(strides == order for strides in operands):
         return [math.prod(shape)], [[1]] * len(operands)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The parts of a step of Muon that are no products: a launch divides matrices by their norms, and
-another one updates a parameter.
+"""The parts of a step of Muon that are no products: one launch divides matrices by their norms, and
+another launch updates a parameter.
 
-PyTorch's functions take three launches and four for these.
+PyTorch's functions take three launches for the first part, and four for the second.
 """
 
 import struct
@@ -25,10 +25,10 @@ def normalize_kernel(x_ptr, norm_ptr, out_ptr, eps_low, eps_high, size, BLOCK: t
     place = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     norm = tl.load(norm_ptr + matrix)
     eps = float_of_words(eps_low, eps_high).to(norm.dtype)
-    # Of a NaN and eps, PyTorch's clamp takes the NaN.
+    # PyTorch's clamp of a NaN to eps is the NaN.
     norm = tl.where(norm < eps, eps, norm)
     x = tl.load(x_ptr + matrix * size + place, mask=place < size).to(norm.dtype)
-    # Of float32, `/` is an approximation.
+    # For float32, `/` is an approximation.
     out = x / norm if norm.dtype == tl.float64 else tl.div_rn(x, norm)
     # PyTorch rounds float64 to 16 bits by float32.
     out = out.to(tl.float32).to(out_ptr.dtype.element_ty)
@@ -50,7 +50,7 @@ def update_kernel(
 ):
     """``p ← (1 − lr·decay)·p − lr·ratio·direction``, with the roundings of PyTorch's functions.
 
-    The two numbers of two words are lr·decay and lr·ratio; with LOAD_LR, decay and ratio.
+    The two numbers, each of two words, are lr·decay and lr·ratio; with LOAD_LR, decay and ratio.
     """
     p_dtype: tl.constexpr = p_ptr.dtype.element_ty
     dtype: tl.constexpr = tl.float64 if p_dtype == tl.float64 else tl.float32
@@ -85,7 +85,7 @@ def normalize(x: Tensor, norm: Tensor, out: Tensor, eps: float) -> None:
 
 
 def update(p: Tensor, direction: Tensor, lr: float | Tensor, decay: float, ratio: float) -> None:
-    """``p ← (1 − lr·decay)·p − lr·ratio·direction``, where ``direction`` is of at most float32.
+    """``p ← (1 − lr·decay)·p − lr·ratio·direction``, for a ``direction`` of at most float32.
 
     ``p`` is not empty, fills its memory, and has ``direction``'s strides. A tensor ``lr`` has at
     least the precision of float32, and is on the device of ``p``.

@@ -20,13 +20,13 @@ from .rule import hint
 TILE_BYTES = 2048  # one access of 16 bytes for each of 128 threads
 SECTOR_BYTES = 32  # the least that memory transfers
 WIDE_BYTES = 256  # of a row, where many rows give enough programs
-# Which one program sums in less time than another launch takes.
+# One program sums so many rows, or columns, in less time than another launch takes.
 FEW_ROWS, FEW_COLUMNS = 256, 4096
 # Programs of a multiprocessor: with fewer, it waits for memory; with more, there are more sums.
 LEAST_PROGRAMS, MOST_PROGRAMS = 2, 8
-# A program sums as many where that leaves `LEAST_PROGRAMS`, so that partial sums are few.
+# A program sums so many rows, or columns, if that leaves `LEAST_PROGRAMS`: partial sums are few.
 ROWS, COLUMNS = 64, 4096
-MOST_STEPS = 64  # of a loop: each adds a rounding error to the sum
+MOST_STEPS = 64  # of a loop: each step adds a rounding error to the sum
 STAGES = 4  # of a loop: 3 tiles are loaded while one is summed
 
 

@@ -14,11 +14,12 @@ line holds the clock, which the GPU lowers in long launches of its tensor cores.
 
 The numbers were fitted to all shapes and configurations of operators.csv and operators-queued.csv
 in benchmarks/results/nvidia-h200, in relative errors; those near the fastest of a shape weigh most.
-One fit is of 16 bits and TF32, with operators-graphs.csv, whose operands are in the L2 cache, and
-one of the other kinds. With each shape left out of the fit in turn, the choice took at most 1.06
-times the best of that shape, 1.005 times in the geometric mean, and never more than the library.
-Then the step of one configuration of `linear_sigmoid` was raised by 1%: it is up to 3% faster than
-the next one on the H200, and up to 11% slower on an H100, whose clock falls in it.
+One fit takes 16 bits and TF32, with operators-graphs.csv, whose operands are in the L2 cache, and
+another fit takes the other kinds. With each shape left out of the fit in turn, the choice took at
+most 1.06 times the best of that shape, 1.005 times in the geometric mean, and never more than the
+library. Then the step of one configuration of `linear_sigmoid` was raised by 1%: this configuration
+is up to 3% faster than the next one on the H200, and up to 11% slower on an H100, which lowers its
+clock there.
 
 On an H100 the choice took at most 1.10 times the fastest configuration, and 1.005 times in the
 geometric mean. Of other architectures nothing was measured: there the rule compares the times that
@@ -86,7 +87,7 @@ class Device(NamedTuple):
 
 
 class Speed(NamedTuple):
-    """µs for BLOCK_K columns of a tile: at least, and of each tile of a multiprocessor."""
+    """The µs that BLOCK_K columns take: at least, and for each tile of a multiprocessor."""
 
     latency: float
     step: float
@@ -147,7 +148,7 @@ class Product(NamedTuple):
         variants: by the ``variant`` of tiles.
         tiles: the configurations by kind of operands. The first wins a tie.
         unaligned: by kind, for operands that no configuration loads. An address for each element
-            takes registers: larger tiles would spill. All but the first spill outside sm_90.
+            takes registers: larger tiles would spill. Outside sm_90 all tiles but the first spill.
         library_passes: what PyTorch's library moves after its product, in bytes of the result.
         estimated: kinds whose configurations were not timed.
         is_symmetric: whether only tiles on and below the diagonal are computed.
@@ -190,12 +191,12 @@ _WIDE = 1.72  # times a result, if its numbers have 4 or 8 bytes
 _WITH_C = 1.52  # times a result, to read C
 _WAITS_FOR_C = 0.81
 _ADDS_C = 3.92  # the library's passes over C
-# Rows of 16-bit elements that do not begin at multiples of 16 bytes are loaded one by one. Measured
-# at k = 121.
+# Elements of 16 bits are loaded one by one if rows do not begin at multiples of 16 bytes. The
+# factors were measured at k = 121.
 _UNALIGNED, _LIBRARY_UNALIGNED = 5.5, 9.0
 _CLOCK = 0.057
-# Where programs share a multiprocessor, those of the last wave that are alone are faster. An empty
-# place takes off so much of a wave.
+# Where programs share a multiprocessor, a program of the last wave that is alone is faster. An
+# empty place shortens the wave by so much.
 _ALONE = {"pointers": 0.26, "split_k": 0.26, "tma": 0.44, "flat": 0.44}
 _LIBRARY_ALONE = 0.23  # the library's, in float32 and float64
 _LINE = 128 / 64 / 1980  # µs to load 128 bytes from the L2 cache: 64 bytes a clock, at 1980 MHz

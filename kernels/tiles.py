@@ -70,7 +70,7 @@ class Choice:
         sizes: m, n, k and batch.
         tma: whether the kernel may make TMA descriptors.
         with_c: whether a matrix C is added, to which the kernel may write the result.
-        exact: whether a symmetric product of the library is mirrored, so that it is exactly so.
+        exact: whether a symmetric product of the library is mirrored, to be exactly symmetric.
         present: the device; by default that of the operands.
     """
 

@@ -62,8 +62,8 @@ _BELOW_ADINPLACEORVIEW = _keys_below("ADInplaceOrView")
 _BELOW_AUTOGRAD = _keys_below("AutogradOther")  # the last of the keys of autograd
 _without_autograd: dict[int, torch.DispatchKeySet] = {}  # by the bits of the keys of a call
 
-# To leave one of these sets gradients off or on again, in a third of the time of a new
-# `torch.set_grad_enabled`.
+# To leave one of these contexts turns gradients off or on again, in a third of the time that a new
+# `torch.set_grad_enabled` takes.
 with torch.no_grad():
     _gradients_off = torch.set_grad_enabled(False)
 with torch.enable_grad():
@@ -74,7 +74,7 @@ def key_of(device: str) -> str:
     """The dispatch key of a type of device."""
     torch.device(device)  # raises for what is no type of device
     names = {name.lower(): name for name in torch.DispatchKey.__members__}
-    return names.get(device, "PrivateUse1")  # which a library has given its own name
+    return names.get(device, "PrivateUse1")  # a library has named this key's device
 
 
 class DispatchedOp(torch.library.CustomOpDef):  # type: ignore[name-defined, misc]
@@ -159,8 +159,8 @@ class DispatchedOp(torch.library.CustomOpDef):  # type: ignore[name-defined, mis
     def _is_direct(self, keyset: torch.DispatchKeySet, args: tuple[Any, ...]) -> bool:
         """Whether the dispatcher would find nothing between autograd and the trusted kernel.
 
-        The tensors are to be on the current GPU, or on the CPU. No mode, subclass, transform or
-        other kernel of this operator may be there.
+        All tensors must be on the current GPU, or on the CPU. No mode, subclass or transform may be
+        active, and nobody else may have registered a kernel of this operator.
         """
         # The keys of modes and transforms, of sparse, nested, functional or negated tensors, and
         # those for which others have registered a kernel in Python or C++, except for a device.

@@ -135,13 +135,13 @@ def triton_op(
 
     Compilers look into the operator: `torch.compile` and AOTInductor trace the kernels, and the
     ATen operators beside them. The operator stays one node in `torch.export`; for DTensors, since
-    the sharding rules are the operator's; for data-dependent sizes, for which no tiles can be
-    chosen; and on devices for which `CustomOpDef.register_kernel` has registered another function.
+    the operator has the sharding rules; for data-dependent sizes, for which no tiles can be chosen;
+    and on devices for which `CustomOpDef.register_kernel` has registered another function.
     Triton is imported when a compiler asks for the kernels, and not before.
 
     The function wraps its kernels in `torch.library.wrap_triton`. Or it takes a keyword argument
-    ``wrap``, of which the schema says nothing: None for a real launch, else a function to apply to
-    a kernel.
+    ``wrap``, which the schema leaves out: None for a real launch, else a function to apply to a
+    kernel.
 
     Args:
         name, fn, mutates_args, schema: as for `custom_op`.

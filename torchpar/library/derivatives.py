@@ -24,12 +24,12 @@ _T = TypeVar("_T")
 class Call:
     """A call on its way through `Differentiable`, as flat leaves; it keeps no argument."""
 
-    is_once = False  # whether it is for one transform of torch.func, by `DifferentiableOnce`
-    are_smooth: list[bool]  # of a transformed call: whether each result has a derivative
+    is_once = False  # whether `DifferentiableOnce` makes the call, for one transform of torch.func
+    are_smooth: list[bool]  # for a transformed call: whether each result has a derivative
 
-    # Of a call without lists, whose result is one tensor.
-    sizes: list[int | None] | None = None  # of the lists among the arguments
-    output_sizes: list[int | None] | None = None  # of the lists among the results
+    # The defaults are those of a call without lists, whose result is one tensor.
+    sizes: list[int | None] | None = None  # the lengths of the lists among the arguments
+    output_sizes: list[int | None] | None = None  # the lengths of the lists among the results
     materializes = False  # whether `backward` makes zeros for results without a gradient
 
     def __init__(
@@ -160,7 +160,7 @@ def flattened(
 ) -> tuple[tuple[object, ...], list[int | None] | None]:
     """The values, with the tensors of lists in the lists' places, and the lengths of the lists.
 
-    The length is None for a value that is no list; without lists, None stands for all lengths.
+    A value that is no list has the length None; without lists, None stands for all lengths.
     ``are_lists`` tells which values are lists of tensors. Without ``are_lists``, a list
     whose elements are all tensors or None counts as a list of tensors.
     """

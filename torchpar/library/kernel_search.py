@@ -20,9 +20,9 @@ _Packet: Any = type(torch.ops.aten.mm)
 class TritonKernels:
     """The Triton kernels that a function names, also through the functions that it names.
 
-    They are searched when they are asked for, because kernels may be defined after the function,
-    and because the search needs Triton. Those of operators that the function names belong to them.
-    A variable within a function is not followed.
+    The search begins when the kernels are asked for, because kernels may be defined after the
+    function, and because the search needs Triton. The kernels of operators that the function names
+    belong to the function's kernels. A variable within a function is not followed.
     """
 
     def __init__(self, function: object):
@@ -79,7 +79,7 @@ def _named(function: FunctionType) -> Iterator[object]:
             elif instruction.opname in _LOADS_ATTRIBUTE:
                 try:
                     value = getattr(value, instruction.argval, None)
-                except Exception:  # a property's
+                except Exception:  # a property raised it
                     value = None
             else:
                 value = None

@@ -20,7 +20,8 @@ class Context(Protocol):
 
     Attributes:
         saved_tensors: the tensors that `save_for_backward` was given.
-        needs_input_grad: whether each argument needs a gradient; of a list of tensors, each tensor.
+        needs_input_grad: whether each argument needs a gradient; for a list of tensors, whether
+            each of its tensors does.
     """
 
     saved_tensors: tuple[Tensor, ...]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def is_dtensor(t: object) -> "TypeGuard[DTensor]":
     """Whether ``t`` is a DTensor; this does not import DTensor's module."""
-    kind = type(t)  # decides nearly all calls, in a third of the time
+    kind = type(t)  # nearly always decides, in a third of the time
     if kind is Tensor or kind is Parameter:
         return False
     module = sys.modules.get("torch.distributed.tensor")

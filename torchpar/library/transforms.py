@@ -19,14 +19,15 @@ def batch_first(t: Tensor, dim: int | None, batch_size: int) -> Tensor:
 
     Args:
         t: an operand of the rule.
-        dim: its batch dimension; None if it has none: then it is expanded to a batch.
+        dim: the batch dimension of ``t``. None says that it has no batch dimension: then it is
+            expanded to a batch.
         batch_size: ``info.batch_size`` of the rule.
     """
     return t.expand(batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
 
 
 def sample(t: Tensor, dim: int | None) -> Tensor:
-    """For rules of vmap: a tensor of the shape and dtype of one sample of ``t``, not of its values.
+    """For rules of vmap: a tensor with the shape and dtype of one sample of ``t``, without values.
 
     ``dim`` is the batch dimension of ``t``. If it is None, ``t`` is the sample.
     """

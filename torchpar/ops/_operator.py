@@ -60,8 +60,8 @@ def overloads(schema: str, **options: Any) -> Callable[[Function], list[CustomOp
     return lambda function: [operator(one, **options)(function) for one in schemas]
 
 
-# Inductor of torch 2.11 fails for an integer above int32 among the arguments of a kernel; that of
-# 2.14 does not.
+# Inductor of torch 2.11 fails for an integer above int32 among the arguments of a kernel; Inductor
+# of torch 2.14 does not.
 INDUCTOR_NEEDS_INT32 = torch.__version__ < "2.14"
 
 
@@ -108,8 +108,8 @@ def is_intercepted() -> bool:
 def is_seen_whole() -> bool:
     """Whether the active modes are to see an operator, and not PyTorch's operators in its place.
 
-    Selective checkpoints choose by the operator what they save. A mode that has rules for PyTorch's
-    operators alone has the attribute ``knows_aten_alone``.
+    Selective checkpoints choose by the operator what they save. The attribute ``knows_aten_alone``
+    marks a mode that has rules for PyTorch's operators alone.
     """
     return not any([getattr(mode, "knows_aten_alone", False) for mode in dispatch_modes()])
 

@@ -31,8 +31,8 @@ _LEAST_ROWS = 64  # from which on chains save more time than copying the other m
 _BLOCK = 512  # rows; the result that the chains add to stays in the cache
 _onednn_is_enabled = torch._C._get_mkldnn_enabled  # by `torch.backends.mkldnn.flags`
 # From so many rows on, half of a product and its mirror image take less time than all of the
-# product and a mirror image, with one thread and with two. With few columns they do from more rows
-# on, and with many columns from fewer.
+# product and a mirror image, with one thread and with two. With few columns this takes more rows,
+# and with many columns fewer.
 _HALVED_FROM = 384
 _FEW_COLUMNS, _HALVED_FROM_NARROW = 128, 512
 _MANY_COLUMNS, _HALVED_FROM_WIDE = 2048, 192
@@ -174,7 +174,7 @@ def in_chains(terms: list[tuple[Tensor, Tensor]], bias: Tensor | None = None) ->
 def is_halved(x: Tensor) -> bool:
     """Whether X·Xᵀ is computed by its lower triangle, which compilers should leave alone."""
     rows, columns = x.shape[-2:]
-    # A compiler guards each answer, so that each question may cost a further graph.
+    # A compiler guards each answer, so that each question may cost another graph.
     if x.is_cuda:
         return False
     if columns >= _MANY_COLUMNS:
@@ -252,8 +252,8 @@ def _halved(a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float, o
 def _lower_triangle(lo: int, hi: int, blocks: int) -> Iterator[tuple[slice, slice]]:
     """Rows and columns of the products that make up a lower triangle with its diagonal.
 
-    Up to `_MOST_BLOCKS` blocks are rows up to the diagonal. More blocks are divided into the square
-    below the diagonal and two smaller triangles.
+    Each of up to `_MOST_BLOCKS` blocks is a block of rows, up to the diagonal. A triangle of more
+    blocks is divided into the square below the diagonal and two smaller triangles.
     """
 
     def begin(block: int) -> int:

@@ -38,13 +38,14 @@ DIGITS, BITS = 4, 8
 SCALE = DIGITS * BITS - 1  # |X| < 2^SCALE
 WEIGHT = 2 * SCALE - BITS * (DIGITS - 1)  # T counts units of 2^(e + f − WEIGHT)
 MIN_EXPONENT, MAX_EXPONENT = -149, 129  # of rows of finite numbers
-# Half of the range of each digit but the first. Added before the cut, it makes the digits signed.
+# Half of the range of each digit but the first. It is added before the cut, so that the digits are
+# signed.
 CARRY = sum(2 ** (BITS * p + BITS - 1) for p in range(DIGITS - 1))
 _SHIFTS = torch.arange(BITS * (DIGITS - 1), -1, -BITS, dtype=torch.int32, device="cpu")
 CHAIN = 2**14  # terms, for which each order fits in an int32, and T in the 53 bits of a float64
 _FLOAT_CHAIN = 2**9  # terms, of two products of digits each, whose sum float32 holds
 LONGEST = 2**23  # terms, for which T fits in an int64
-# Elements to a thread that are cut, or put together, at a time: they fit in a core's cache.
+# The elements that a thread cuts, or puts together, at a time: they fit in a core's cache.
 _BLOCK = 2**16
 # The least rows of a block: each block rearranges or converts all of the other operand.
 _LEAST_ROWS, _LEAST_FLOAT_ROWS = 128, 512
@@ -82,7 +83,8 @@ def row_exponents(x: Tensor) -> Tensor:
     """
     if x.shape[-1] == 0:
         return x.new_full((*x.shape[:-1], 1), MIN_EXPONENT, dtype=torch.int32)
-    # In float64 no such number is subnormal, and the upper bits of a positive one are its exponent.
+    # In float64 none of these numbers is subnormal, and a positive number's upper bits are its
+    # exponent.
     # A NaN has any sign and fraction.
     largest = x.abs().amax(-1, keepdim=True).double().nan_to_num_(math.inf, math.inf)
     bits = largest.view(torch.int64)
@@ -98,7 +100,7 @@ def digits(x: Tensor, e: Tensor) -> Tensor:
     out = x.new_empty(*x.shape[:-1], DIGITS, x.shape[-1], dtype=torch.int8)
     for block in _blocks(len(x), x[:1].numel()):
         integers = scaled(x[block], SCALE - e[block]).round_().to(torch.int32)
-        # Flipping the sign bit of each byte but the first makes digits of them; int8 keeps the
+        # To flip the sign bit of each byte but the first makes digits of the bytes; int8 keeps the
         # lowest 8 bits.
         integers.add_(CARRY).bitwise_xor_(CARRY)
         out[block] = integers.unsqueeze(-2) >> _SHIFTS.to(x.device)[:, None]
@@ -157,7 +159,7 @@ def _by_kernel(
 
 
 def _sums(a: Tensor, b: Tensor, e: Tensor, f: Tensor) -> Tensor:
-    """T ``(*, m, n)``, float64 or int64; if ``b is a``, half of a large one is computed."""
+    """T ``(*, m, n)``, float64 or int64; if ``b is a``, half of a large T is computed."""
     k = a.shape[-1]
     if k > LONGEST:
         raise ConfigError(f"an exact sum has {k} terms, expected at most {LONGEST}; split it")
@@ -181,7 +183,7 @@ def _sums(a: Tensor, b: Tensor, e: Tensor, f: Tensor) -> Tensor:
 
 
 def _chained(of_chain: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:
-    """``of_chain(a, b)``, which is for at most `CHAIN` terms, of any number of terms."""
+    """``of_chain(a, b)`` for any number of terms; ``of_chain`` itself takes at most `CHAIN`."""
     if a.shape[-1] <= CHAIN:
         return of_chain(a, b)
     pairs = zip(a.split(CHAIN, -1), b.split(CHAIN, -1), strict=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The precision of float32 products on CUDA, where it is not to follow PyTorch's flag."""
+"""The precision of float32 products on CUDA, where the products shall not follow PyTorch's flag."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +14,7 @@ MODES = ("ieee", "tf32", "tf32x3")
 
 # The mode. It is a global name, as PyTorch's flags are: torch.compile guards on it, and threads
 # share it, such as autograd's, in which a checkpoint computes again. The operators' functions read
-# it at each call, for which a function would take longer.
+# the name at each call; to call a function would take longer.
 chosen: str | None = None
 
 
@@ -37,8 +37,8 @@ class fp32_products:
     functions pass: ``torch.ops.torchpar.matmul_t(x, precision="tf32x3")``. Without it they follow
     PyTorch's flag.
 
-    There is one mode for all threads of the process, as there is one flag of PyTorch. So it holds
-    in autograd's threads, where a checkpoint computes again. Threads that need different modes at
+    All threads of the process share one mode, as they share PyTorch's flag. So the mode holds in
+    autograd's threads, where a checkpoint computes again. Threads that need different modes at
     the same time call the operators with the argument.
 
     Args:

@@ -108,8 +108,9 @@ def _check_operands(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 def _is_native(x: Tensor, weight: Tensor, bias: Tensor | None = None, **_: object) -> bool:
     """Whether to call PyTorch's operators, with their autograd, in place of this operator.
 
-    On CPUs PyTorch's operators are faster, if no mode is to see the operator. For 16-bit floats
-    they are right if all sizes are whole tiles, since also the gradients are products (`is_tiled`).
+    On CPUs PyTorch's operators are faster; they are called if no mode is to see this operator. For
+    16-bit floats they are right if all sizes are whole tiles (`is_tiled`): the gradients are
+    products along the other sizes.
     """
     if not x.is_cpu or is_emulating() or not is_eager(x, weight, bias):
         return False
@@ -122,10 +123,10 @@ def _is_native(x: Tensor, weight: Tensor, bias: Tensor | None = None, **_: objec
 
 
 def _needs_no_dispatcher(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether a call may be computed by `linear` without the dispatcher.
+    """Whether `linear` may compute a call without the dispatcher.
 
-    It may if `_is_native` would hold, the operands are right and of float32 or float64, and no mode
-    or profiler sees the operator.
+    It may if `_is_native` would hold, if the operands are right and have the dtype float32 or
+    float64, and if no mode or profiler is to see the operator.
     """
     if not (isinstance(x, Tensor) and isinstance(weight, Tensor)):
         return False

@@ -7,9 +7,9 @@ With G = dL/dC:
 
     dL/dX = (G + Gᵀ)·X
 
-is computed by a second operator: on a GPU one kernel makes (G + Gᵀ)/2, and PyTorch's library
+A second operator computes dL/dX: on a GPU one kernel makes (G + Gᵀ)/2, and PyTorch's library
 multiplies (float16 takes two products). The second operator has no gradient: second derivatives are
-derivatives of the plain formula. The formula is also the gradient in a precision of
+derivatives of the plain formula. The plain formula is also the gradient in a precision of
 `torchpar.fp32_products` that PyTorch's library has not.
 """
 
@@ -45,8 +45,8 @@ def matmul_t(x: Tensor) -> Tensor:
     ``c = x @ x.mT``. Only tiles on and below the diagonal are computed, and each is stored twice,
     so ``torch.equal(c, c.mT)`` holds. Under torch.func transforms the plain product is evaluated,
     which may not be exactly symmetric. A DTensor sharded by rows is gathered once, and each rank
-    computes the rows of its shard of the plain product; all rows, if `fully_shard` has split a
-    layer that was split by rows. `torchpar.reference.matmul_t` is the same
+    computes the rows of its shard of the plain product. If `fully_shard` has split a layer that was
+    split by rows, each rank computes all rows. `torchpar.reference.matmul_t` is the same function
     in plain PyTorch, to be read first.
 
     Args:

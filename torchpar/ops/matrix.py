@@ -11,7 +11,7 @@ from torchpar.library.private import count_dispatch_modes
 from torchpar.library.sharding import is_dtensor
 from torchpar.library.transforms import is_plain, is_transformed
 from torchpar.ops._operator import check_strided
-from torchpar.ops._operator import is_intercepted as is_intercepted  # these two for optim, too
+from torchpar.ops._operator import is_intercepted as is_intercepted  # optim imports both names
 from torchpar.ops._operator import runs_kernels as runs_kernels
 from torchpar.ops.processor import has_amx
 from torchpar.ops.sizes import check_alike
@@ -43,8 +43,10 @@ def check_like(
     like: Tensor,
     symbolic: bool = False,
 ) -> None:
-    """Raise a RuntimeError unless ``t`` has ``shape``, and the dtype and device of ``like``, the
-    argument ``other``. Sizes are symbols if ``symbolic``."""
+    """Raise a RuntimeError unless ``t`` has ``shape``, and the dtype and device of ``like``.
+
+    ``like`` is the argument ``other``. ``symbolic``: whether sizes are symbols.
+    """
     if t.layout is not torch.strided:
         check_strided(operator, name, t)
     if shape is not None and (symbolic or t.shape != shape):
@@ -69,11 +71,11 @@ def check_like(
 
 
 def fp32_precision(x: Tensor, given: str | None = None) -> tuple[str, bool]:
-    """The precision of products of ``x`` on CUDA, and whether those of PyTorch's library have it.
+    """The precision of products of ``x`` on CUDA, and whether PyTorch's library has this precision.
 
-    The library's products follow PyTorch's flag. So do all products of float32 without a precision
-    that is ``given``, by `torchpar.fp32_products`. Float32 on FMA units serves for "tf32x3", too.
-    Other dtypes are "ieee".
+    The library's products follow PyTorch's flag. All products of float32 follow the flag unless
+    `torchpar.fp32_products` has ``given`` a precision. The library's float32 on FMA units serves
+    for "tf32x3", too. Other dtypes are "ieee".
     """
     if x.dtype != torch.float32:
         return "ieee", True
@@ -84,8 +86,8 @@ def fp32_precision(x: Tensor, given: str | None = None) -> tuple[str, bool]:
 
 
 def needs_fp32_kernel(x: Tensor, given: str | None) -> bool:
-    """Whether products of ``x`` are not left to PyTorch's library, to have the precision that is
-    ``given``, or to be fast in it."""
+    """Whether a kernel computes products of ``x``, because PyTorch's library has not the precision
+    that is ``given``, or is slow in it."""
     if given is None or x.dtype != torch.float32 or not runs_kernels(x):
         return False
     return given == "tf32x3" or not fp32_precision(x, given)[1]
@@ -101,8 +103,8 @@ def is_tiled(t: Tensor) -> bool:
 
     AMX multiplies tiles of 32 numbers from each row of the left operand. Where a row does not fill
     its last tile, oneDNN fills the tile with the memory behind the row, and multiplies this memory
-    by 0. If it holds an infinity or a NaN, all results of the row are NaN. A row of at most 32
-    numbers is completed to pairs only. https://github.com/uxlfoundation/oneDNN/issues/5717
+    by 0. If this memory holds an infinity or a NaN, all results of the row are NaN. A row of at
+    most 32 numbers is completed to pairs only. https://github.com/uxlfoundation/oneDNN/issues/5717
     """
     return t.is_cpu and t.dtype.itemsize == 2
 
@@ -148,9 +150,9 @@ def product(
 
     On CUDA, float32 has the ``precision`` that is given, if necessary by a kernel.
 
-    As in BLAS, a factor of 0 leaves its term out, whatever the operands hold. Nor does it matter
-    what lies behind the rows in memory (`is_tiled`), also for the derivatives of the result, unless
-    the operands are DTensors. A result in ``out`` has no derivatives.
+    As in BLAS, a factor of 0 leaves its term out, whatever the operands hold. The memory behind the
+    rows (`is_tiled`) does not matter for the result and its derivatives, unless the operands are
+    DTensors. A result in ``out`` has no derivatives.
     """
     if c is not None and beta == 0:
         c = None
@@ -173,9 +175,10 @@ def product(
 def of_rows_alone(compute: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:
     """``compute(a, b)``, a product of the rows ``a (*, n, k)`` and ``b (*, m, k)``, if `is_tiled`.
 
-    What lies behind the rows can only turn results into NaN. So where the result can be read, and
-    is not much larger than the operands, the rows are padded only if it holds a NaN: a sum reads
-    each number once, and copies of the operands read and write each number.
+    The memory behind the rows can only turn results into NaN. So where the result can be read, and
+    is not much larger than the operands, the rows are padded only if the result holds a NaN. To
+    look for a NaN is a sum, which reads each number once. Padding would read and write each number
+    of the operands.
     """
     if not is_tiled(a) or not missing(a.shape[-1]):
         return compute(a, b)

@@ -126,9 +126,9 @@ def _empty_result(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _are_alike(a: Tensor, b: Tensor) -> bool:
-    """Whether nothing is wrong, or to be broadcast, converted or moved.
+    """Whether the operands are right, and need not be broadcast, converted or moved.
 
-    To check and to do all of this takes longer than a launch.
+    To check for each of these, and to do it, takes longer than a launch.
     """
     dtype = a.dtype
     if dtype != b.dtype or dtype not in _DTYPES or a.device != b.device:
@@ -191,8 +191,8 @@ def _formula(a: Tensor, b: Tensor) -> Tensor:
 def _backward(ctx: Context, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
     a, b = ctx.saved_tensors
     need_a, need_b = ctx.needs_input_grad
-    # One launch for both gradients costs less than ATen's launches for one.
-    # The layout of a sum of data-dependent sizes, which may be 1, is not known before the launch.
+    # One launch for both gradients costs less than ATen's launches for one gradient. Sizes that
+    # depend on data may be 1: then the layout of a sum is not known before the launch.
     depends_on_data = type(g) is not Tensor and has_unbacked_symbols(g)
     if runs_kernels(g) and not depends_on_data and not needs_formula(g, a, b):
         da, db = _backward_op(g, a, b, need_a, need_b)
@@ -242,8 +242,8 @@ def _maximum_sharding(a: Spec, b: Spec) -> list[Sharding]:
     return rules
 
 
-# The backward on a GPU, from g = dL/dy: gradients of the shapes of a and b, and of g's dtype. One
-# that is not needed has no element.
+# The backward on a GPU, from g = dL/dy: gradients of the shapes of a and b, and of g's dtype. A
+# gradient that is not needed has no element.
 
 
 @operator(

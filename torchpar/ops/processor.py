@@ -12,9 +12,9 @@ from torchpar.ops.environment import cpuinfo
 def prefers_onednn() -> bool:
     """Return True where oneDNN's float32 products are twice as fast as PyTorch's: on AMD's Zen 5.
 
-    Later processors of AMD count as Zen 5. PyTorch calls MKL, which takes AVX2 on AMD's processors.
-    oneDNN takes AVX-512. In a clock Zen 4 computes half a vector of AVX-512, and Zen 5 a full
-    vector. GFLOP/s of one thread at 1024³ (torch 2.14.1):
+    Later processors of AMD count as Zen 5. PyTorch calls MKL, which uses AVX2 on AMD's processors.
+    oneDNN uses AVX-512. In one clock cycle Zen 4 computes half a vector of AVX-512, and Zen 5 a
+    full vector. GFLOP/s of one thread at 1024³ (torch 2.14.1):
 
                                     MKL  oneDNN
         Zen 4 (EPYC, family 25)      93     109     PyTorch's: chains would lose what oneDNN gains
@@ -47,6 +47,6 @@ def has_bfloat16() -> bool:
 def has_amx() -> bool:
     """Return True if this CPU multiplies bfloat16 in tiles.
 
-    Such products are so fast that half a product in blocks takes as long as all of it.
+    Tiles are so fast that half of a product in blocks takes as long as the whole product.
     """
     return bool(torch.cpu._is_amx_tile_supported())

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Comparison of sizes, of which a compiler knows some only as symbols.
+"""Comparison of sizes, some of which a compiler knows only as symbols.
 
-To ask `==` of a symbol fixes its size: the graph is compiled for the answer alone, and a
-data-dependent size has no answer. So sizes that must be equal are checked, and where the answer
-only saves work, sizes count as unlike unless they are equal for all values of the symbols.
+A comparison of a symbol by `==` fixes its size: the graph is compiled for the answer alone, and a
+data-dependent size has no answer. So sizes that must be equal are checked within the graph. Where
+the answer only saves work, sizes count as unlike unless they are equal for all values of symbols.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,7 +33,7 @@ def are_alike(first: Sequence[int], second: Sequence[int]) -> bool:
 
 
 def check_alike(first: Sequence[int], second: Sequence[int], message: Callable[[], object]) -> None:
-    """Raise a RuntimeError unless sizes are equal; the graph checks those that depend on data."""
+    """Raise a RuntimeError unless sizes are equal; the graph checks sizes that depend on data."""
     # Dynamo takes no message that it cannot compute.
     of_error = () if is_dynamo_compiling() else (message,)
     check(len(first) == len(second), *of_error)

@@ -95,7 +95,7 @@ def symmetric_matmul(
             "symmetric_matmul(): functions with out=... arguments don't support automatic "
             "differentiation, but one of the arguments requires grad."
         )
-    # Such as the imaginary part of a conjugate, which PyTorch's products refuse.
+    # PyTorch's products refuse such a tensor, for example the imaginary part of a conjugate.
     if not torch.compiler.is_compiling() and out.is_neg():
         resolved = out.resolve_neg()
         term = resolved if c is out else c
@@ -159,19 +159,19 @@ def _unsharded(t: Tensor) -> Tensor:
 def _check_symmetry(a: Tensor, b: Tensor, c: Tensor | None) -> None:
     """Raise a RuntimeError where a @ b.mT, or c, is further from symmetric than rounding explains.
 
-    Operands that result from a few operations carry a few rounding errors each. Eight are allowed,
-    which is 4·eps of ``|a| @ |b|.mT``, on either side of the diagonal. Operands much smaller than
-    the terms that they were summed from carry larger errors, and are refused.
+    Operands that result from a few operations carry a few rounding errors each. Eight rounding
+    errors are allowed, which are 4·eps of ``|a| @ |b|.mT``, on either side of the diagonal. An
+    operand that is much smaller than the terms of its sum carries larger errors, and is refused.
     """
     wide_a, wide_b = a.double(), b.double()
     parts = {"a @ b.mT": (wide_a @ wide_b.mT, wide_a.abs() @ wide_b.abs().mT)}
     if c is not None:
         parts["c"] = (c.double(), c.double().abs())
-    of_sums = a.shape[-1] * torch.finfo(torch.float64).eps  # of the sums here
+    of_sums = a.shape[-1] * torch.finfo(torch.float64).eps  # the rounding of the sums here
     explained = 4 * torch.finfo(a.dtype).eps + of_sums
     for name, (value, size) in parts.items():
         excess = (value - value.mT).abs() / (explained * (size + size.mT))
-        excess = excess.nan_to_num(nan=0.0)  # of 0/0, and of values that are not finite
+        excess = excess.nan_to_num(nan=0.0)  # from 0/0, and from values that are not finite
         worst = excess.amax().item() if excess.numel() else 0.0
         if worst > 1:
             raise RuntimeError(

@@ -78,7 +78,7 @@ def work_of_tiles(
     lines = 2 - gcd(k * item, 128) / 128
     result = rows * columns * (item if parts == 1 else max(4, item))
     single_stores = item == 2 and n % 8 != 0
-    # Of symmetric tiles also the transpose is stored.
+    # The transpose of a symmetric tile is stored, too.
     stored = result * (2 if symmetric else 1) * (3 if single_stores else 1) * (1.5 if with_c else 1)
     at_once = _resident(product, kind, tiles, device)
     programs = min(count, resident_programs(tiles, device)) if tiles.by_tma else count
@@ -127,8 +127,8 @@ def _numbers_read(kind: str, tiles: Tiles, has_wgmma: bool) -> float:
 
 
 def _late(product: Product, kind: str, tiles: Tiles) -> float:
-    """Return by how many tiles those on the diagonal, two of which a program computes one after the
-    other, end later."""
+    """Return by how many tiles a program ends later that computes two tiles on the diagonal, one
+    after the other."""
     one_by_one = tiles.block_m < 128 or kind == "tf32x3"
     is_wide = product.is_symmetric and tiles.variant == "tma" and tiles.block_n > tiles.block_m
     return 0.5 if is_wide and one_by_one else 0.0

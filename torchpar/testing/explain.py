@@ -26,7 +26,7 @@ from torchpar.optional import has_nogpu, import_nogpu
 
 
 class Operator(NamedTuple):
-    """``library``: PyTorch's product, and the same with what follows.
+    """``library``: PyTorch's product, and the product with what follows.
 
     ``with_c``: whether a matrix C is added.
     """
@@ -50,7 +50,7 @@ OPERATORS = {
     "linear_sigmoid": Operator(LINEAR_SIGMOID, "MxK->N", ("addmm", "addmm and sigmoid_")),
 }
 # The configurations in benchmarks/results/nvidia-h200, which is not installed: operators.csv and
-# operators-queued.csv, of which the later one counts.
+# operators-queued.csv. For a shape in both files, the second file counts.
 MEASURED, MEASURED_ON = Path(__file__).with_name("measured.csv"), "H200"
 RUNNERS_UP = 4
 
@@ -238,5 +238,5 @@ def _meta_operands(product: Product, sizes: tuple[int, int, int, int], kind: str
 
 
 def _splits(tiles: Tiles, device: Device, sizes: tuple[int, int, int, int]) -> bool:
-    """Whether a configuration that splits k does so; otherwise it is that of pointers."""
+    """Whether a configuration that may split k splits it; otherwise it is one of pointers."""
     return tiles.variant != "split_k" or rule.split_k(tiles, device, *sizes[:3])[0] > 1

@@ -16,7 +16,7 @@ OUTCOMES = ("not run", "works", FALLS_BACK, "refuses", "crashes", "wrong")
 
 
 class OutcomeException(Exception):
-    """An outcome, such as "wrong" or "not run", and what happened. Rules raise it as tests do."""
+    """An outcome, such as "wrong" or "not run", and what happened. Rules raise it, as tests do."""
 
 
 def outcome_of(
@@ -24,7 +24,7 @@ def outcome_of(
 ) -> tuple[str, str]:
     """The outcome of a rule or of one of its attempts, and what happened.
 
-    After each attempt ``restore`` is called, so that the next one finds what this one found.
+    ``restore`` is called after each attempt, so that all attempts begin with the same memory.
     """
     try:
         returned = attempt()
@@ -70,7 +70,7 @@ def named(e: BaseException) -> str:
 
 
 def _message(e: BaseException) -> str:
-    """The first line of an error's note or message. Of the compiler's errors the first counts."""
+    """The first line of an error's note or message; a compiler's first error counts."""
     if type(e).__name__ == "TorchRuntimeError":
         while e.__context__:
             e = e.__context__

@@ -52,7 +52,7 @@ class Calls(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        # The last arguments of each.
+        # The arguments of each operator's last call.
         self.seen: dict[Operator, tuple[Sequence[object], Mapping[str, object]]] = {}
 
     def __torch_dispatch__(
@@ -76,10 +76,10 @@ class Case:
         overload: the operator in PyTorch's registry, if it is known.
         operands: all tensors among the arguments, detached.
         floating: the operands of a floating-point or complex dtype.
-        indices: those of ``floating``: 0, 1 and so on.
+        indices: the indices of ``floating``: 0, 1 and so on.
         op: the operator, as a function of ``operands`` to the tensors that it returns.
         plain: the reference, as such a function; the operator if there is no reference.
-        name: the operator's in PyTorch's registry, or that of the function.
+        name: the operator's name in PyTorch's registry, or the name of the function.
     """
 
     def __init__(

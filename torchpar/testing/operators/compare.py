@@ -24,14 +24,14 @@ def close(
 ) -> None:
     """Compare the tensors in two structures, by the tolerances of `torch.testing.assert_close`.
 
-    These tolerances do not grow with the length of sums. ``exact`` computes ``expected`` in
+    The tolerances do not grow with the length of sums. ``exact`` computes ``expected`` in
     float64. With it, a result with a larger error is also right in one of three cases:
 
-    - It is at most twice the error of ``expected``, plus two roundings of the largest number.
+    - The error is at most twice that of ``expected``, plus two roundings of the largest number.
     - The error of ``expected`` may be small by chance, or in one layout. ``others`` gives results
-      of similar operands, and of these in other layouts, each with its result in float64. The
-      largest of all their errors takes the place of that of ``expected``.
-    - It is an error of a sum of ``operands`` in one chain: see `chain_error`.
+      for similar operands, and for the operands in other layouts, each with its result in float64.
+      The largest of all these errors then takes the place of the error of ``expected``.
+    - A sum of ``operands`` in one chain may have the error: see `chain_error`.
 
     Results of float64 are compared by the tolerances alone.
     """
@@ -122,7 +122,7 @@ def _pairs(actual: object, expected: object) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def farthest(actual: Tensor, expected: Tensor) -> str:
-    """Name the element of ``actual`` that is farthest from ``expected``, and what it is.
+    """Name the element of ``actual`` that is farthest from ``expected``, and its value.
 
     Returns:
         Such as "[3, 4] of shape (37, 5) is 2.5, expected -1"; "" if there is no element.
@@ -131,9 +131,9 @@ def farthest(actual: Tensor, expected: Tensor) -> str:
         return ""
     found, right = (t.detach().cpu() for t in (actual, expected))
     kind = torch.complex128 if found.is_complex() or right.is_complex() else torch.float64
-    # Equal infinities, and NaN in both, are not apart; NaN in one is as far as can be.
+    # Equal infinities, or two NaN, have the distance 0; NaN and a number have an infinite distance.
     a, e = found.to(kind), right.to(kind)
-    # Integers beyond 2⁵³ may differ, and be one number in float64.
+    # Different integers beyond 2⁵³ may be the same number in float64.
     differs = (found != right) if found.dtype == right.dtype else (a != e)
     differs &= ~(a.isnan() & e.isnan())
     apart = (a - e).abs().clamp(min=1e-300).where(differs, 0.0).nan_to_num(math.inf)
@@ -242,9 +242,9 @@ def same_bits(actual: Tensors, expected: Tensors) -> None:
 def accurate(
     actual: Tensors, native: Tensors, exact: Tensors, operands: Sequence[Tensor] = ()
 ) -> None:
-    """Accept an error of twice that of ``native`` plus two roundings of the largest result.
+    """Accept twice the error of ``native`` plus two roundings of the largest result.
 
-    An error of a sum of ``operands`` in one chain is accepted, too: see `chain_error`.
+    The error of a sum of ``operands`` in one chain is accepted, too: see `chain_error`.
     """
     for (a, n), wide in zip(_pairs(actual, native), exact, strict=True):
         if (a.shape, a.dtype) != (n.shape, n.dtype):

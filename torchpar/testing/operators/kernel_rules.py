@@ -66,7 +66,7 @@ NOT_EMULATED = (
 
 
 def emulated_rows(names: Sequence[str], cases: Sequence[Case], arch: str) -> list[RuleResult]:
-    """The rows of the rules, whose calls run the operator's kernels, and those of the kernels."""
+    """The rows of the rules, whose calls run the operator's kernels, and the kernels' own rows."""
     emulate = import_nogpu(f"emulate={arch!r}").emulate
     from nogpu.check.rows import fault_rows, resource_row
     from nogpu.triton.emulator import ARCHITECTURES

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Tensors of a sample: other dtypes, other numbers, and the types of functions of them."""
+"""Tensors of a sample in other dtypes or with other numbers, and the types of their functions."""
 
 from collections.abc import Callable, Iterable
 
@@ -16,7 +16,7 @@ LOW = (torch.bfloat16, torch.float16)
 
 
 class Memory:
-    """All the memory that dense tensors view, with a copy. Subclasses are left out."""
+    """The memory that dense tensors view, and a copy of it. Subclasses are left out."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self._pairs = [
@@ -52,7 +52,7 @@ def normal_like(t: Tensor, seed: int = 9) -> Tensor:
 
 
 def moved_by_a_rounding(t: Tensor, seed: int) -> Tensor:
-    """Change each number by about one rounding, otherwise for each seed."""
+    """Change each number by about one rounding, which depends on the seed."""
     return t * (1 + torch.finfo(t.dtype).eps * normal_like(t, seed)) if is_differentiable(t) else t
 
 

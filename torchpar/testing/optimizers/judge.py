@@ -148,7 +148,7 @@ def formula_mismatch(
 
 
 def _relative_errors(weights: list[Array], reference: list[Array]) -> Array:
-    """The largest relative errors of the updates, and of their norms. Of NaN they are infinite."""
+    """The largest relative errors of the updates, and of their norms. They are infinite for NaN."""
     errors = np.zeros(2)
     for update, right in zip(np.diff(weights, axis=0), np.diff(reference, axis=0), strict=True):
         if not np.array_equal(update, right):
@@ -164,10 +164,10 @@ def _relative_errors(weights: list[Array], reference: list[Array]) -> Array:
 def judge_shards(row: Row, shards: Weights, whole: Weights, alone: Steps) -> Row:
     """Say in a row that is wrong if each rank took its shard for a whole matrix.
 
-    So it is if the updates of all shards have the directions of the optimizer's updates of each
-    shard alone, up to rounding, and not those of the whole matrices' updates. Norms may differ: an
-    optimizer may still scale by the shape of the whole matrix. The direction of a single row or
-    column shows nothing, since to orthogonalize a vector is to scale it.
+    This is the cause if the updates of all shards have, up to rounding, the directions of the
+    optimizer's updates of each shard alone, and not the directions of the whole matrices' updates.
+    Norms may differ: an optimizer may still scale by the shape of the whole matrix. The direction
+    of a single row or column shows nothing, since to orthogonalize a vector is to scale it.
 
     Args:
         shards: the shards' weights in the situation.

@@ -111,7 +111,7 @@ class Replay:
                 if gradients[step] is None:
                     p.grad = None  # zero_grad may have left zeros
                 else:
-                    # To bfloat16 also where the dtype is bfloat16.
+                    # Numbers are rounded to bfloat16 also where the dtype is bfloat16.
                     g = rounded(torch.from_numpy(gradients[step]) / trial.factor)
                     # A backward pass, because an optimizer may have hooks in it.
                     torch.autograd.backward(p, g.to(p.dtype))
@@ -133,7 +133,7 @@ class Replay:
     def _make(
         self, model: Layers, base_rates: bool = False
     ) -> torch.optim.Optimizer | SeparateOptimizers:
-        """The optimizer; of two groups an optimizer each, so that it cannot confuse the groups."""
+        """The optimizer; each of two groups has one of its own, so that it cannot confuse them."""
         trial = self._trial()
         if not self.setup.get("groups"):
             return trial.optimizer(model)

@@ -297,7 +297,7 @@ def distributed(
             turn, and only the last one on all dimensions.
         partial_sums: whether the gradients are partial sums.
         without: the steps in which a matrix has no gradient.
-        alone: a change by rank 1 alone, right before a step. The reference steps are without it.
+        alone: a change by rank 1 alone, right before a step. The reference steps leave it out.
         options: arguments of the optimizer.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()

@@ -211,7 +211,7 @@ class Trial:
     """The model, batches and steps of a situation on a rank.
 
     Attributes:
-        record: the weights and gradients of the steps; in a second phase also of the first.
+        record: the weights and gradients of the steps; in a second phase also those of the first.
         family: one of `FAMILIES`: gradients of full or of low rank, or of full rank with large
             weights.
         folder: a folder of all ranks, which is empty at first.
@@ -262,7 +262,7 @@ class Trial:
     def optimizer(self, model: nn.Module, **options: object) -> torch.optim.Optimizer:
         """Make the optimizer. Raise a Failure if ``make`` lacks an argument of the situation."""
         options |= dict(self.options) | ({"views": dict(self.views)} if self.views else {})
-        # Of a `partial` with an unknown argument the signature fails, and the call names it.
+        # `signature` fails for a `partial` with an unknown argument, which the call then names.
         if options and (unknown := options.keys() - inspect.signature(self.make).parameters):
             raise Failure("not applicable", f"make has no argument {min(unknown)}")
         if not self.groups:
@@ -326,7 +326,7 @@ class Trial:
                     self.record.parts.setdefault(name, set()).add(part)
 
     def _append(self, record: dict[str, list[Any]], model: nn.Module, of: str = "data") -> None:
-        """Append the unsharded matrices by parameters' names. Views of one get numbers."""
+        """Append the unsharded matrices by parameters' names. Several views get numbers."""
         for name, p in named_layers(model):
             t = getattr(p, of)
             if isinstance(t, DTensor):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""The rules of an operator's table, in its order. Each tries one part of PyTorch.
+"""The rules of an operator's table, in the order of its rows. Each rule tries one part of PyTorch.
 
-Their functions stand in a file for each subject.
+The functions of the rules stand in one file for each subject.
 """
 
 from collections.abc import Callable, Sequence
@@ -97,8 +97,9 @@ def try_rule(name: str, cases: Sequence[Case]) -> RuleResult:
 def try_cases(title: str, rule: Rule, cases: Sequence[Case]) -> RuleResult:
     """The worst result over the cases, in a row of this title.
 
-    An operator may write to its operands: each attempt finds them as they were given. It may never
-    return, or end the process: the command that watches this one gets the title and the sample.
+    An operator may write to its operands: each attempt finds them as they were given. The operator
+    may never return, or end the process: the command that watches this process gets the title and
+    the sample.
     """
     found = []
     for i, case in enumerate(cases):

@@ -33,7 +33,7 @@ def numerically(check: Callable[..., bool], case: Case) -> None:
 
 
 def _imprecision(case: Case) -> str:
-    """Name values or gradients that are right, but not to float64: differences of them are not."""
+    """Name values or gradients that are right, but not to float64: their differences are wrong."""
     if case.reference is None:
         return ""
     computed: dict[str, Callable[[Function], Tensors]] = {

@@ -67,9 +67,9 @@ def dtensor(case: Case) -> AttemptsAndRemark:
 def _simulated_ranks() -> Iterator["DeviceMesh"]:
     """A mesh of ranks in this process, unequal to all meshes before it.
 
-    DTensor caches what it finds for a mesh, and takes meshes of two process groups for equal. So
-    the dimension of each mesh has a name of its own: otherwise DTensor would ask for a group that
-    was destroyed.
+    DTensor caches what it finds for a mesh, and takes meshes of two process groups for equal. With
+    an equal mesh, DTensor would ask for a group that was destroyed. So the dimension of each mesh
+    has a name of its own.
     """
     if dist.is_initialized():
         raise OutcomeException("not run", "this process belongs to a process group")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Rules of sizes that a compiler does not know: dynamic ones, and those that depend on data."""
+"""Rules of sizes that a compiler does not know: dynamic sizes, and sizes that depend on data."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -76,7 +76,8 @@ def _trials(case: Case, kind: Kind) -> Iterator[tuple[str, Trial]]:
     dims = [(size, one) for size, same in by_size.items() for one in same]
     for size, (i, dim) in dims:
         calls = _calls(case, [[(i, dim)]], [size], others, kind)
-        # Only a reference tells whether a size that depends on data can be found to be another's.
+        # Only a reference tells whether a compiler can find out that a size that depends on data
+        # equals another size.
         if len(calls) > 1 or (kind == "data-dependent" and case.reference is not None):
             yield f"dimension {dim} of operand {i}", Trial([[(i, dim)]], calls)
     for size, same in by_size.items():
@@ -95,7 +96,7 @@ def _calls(
     others: list[int],
     kind: Kind,
 ) -> list[list[int]]:
-    """The given ``sizes`` of groups, and other ones that eager mode takes.
+    """The given ``sizes`` of groups, and other sizes that eager mode takes.
 
     ``others`` are tried for a single group: a rule that compares two sizes errs where they happen
     to be equal.
@@ -210,7 +211,7 @@ def _alike(actual: tuple[Tensors, Tensors], expected: tuple[Tensors, Tensors]) -
 
 
 def _calls_of(trials: Sequence[Trial]) -> Iterator[list[Sequence[int]]]:
-    """The sizes of each trial, for as many calls as the longest has."""
+    """The sizes of each trial, for as many calls as the longest trial has."""
     for sizes in zip_longest(*(trial.calls for trial in trials)):
         yield [one or trial.calls[0] for one, trial in zip(sizes, trials, strict=True)]
 

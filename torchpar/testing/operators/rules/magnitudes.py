@@ -3,8 +3,8 @@
 
 Operands or incoming gradients are multiplied by powers of two. At each power the reference, in the
 operator's dtype, is compared with itself in float64. The operator is compared only where the
-reference is accurate, and stays so for numbers some octaves larger and smaller: another right
-formula can overflow a little earlier. An error is judged by the reference's own.
+reference is accurate, also for numbers some octaves larger and smaller: another right formula can
+overflow a little earlier. The operator's error is judged by the reference's error.
 """
 
 import math
@@ -60,7 +60,7 @@ def large_and_small_numbers(case: Case, sign: int) -> Attempts:
 def _results(
     f: Function, case: Case, operands: Tensors, incoming: Tensors, kind: str | None = None
 ) -> dict[str, Tensors]:
-    """Results, and gradients unless they are refused; or one ``kind`` of them, or an error."""
+    """Results, and gradients unless they are refused; or one ``kind`` of both, or an error."""
     xs = case.leaves(operands)
     ys = case.smooth(f)(*xs)
     found = {VALUES: tuple(y.detach() for y in ys)}
@@ -121,7 +121,7 @@ class Ladder:
         numbers = max((t.numel() for t in case.operands), default=0)
         # A sum may overflow in another order of its terms.
         self.room = max(OCTAVES, 2 + math.ceil(math.log2(max(numbers, 1))))
-        # A flushed number is an error of the smallest normal one, by which others are multiplied.
+        # To flush a number is an error as large as the smallest normal number, which is multiplied.
         self.tiny = self.info.smallest_normal * (2**OCTAVES if dtype in FLUSHED else 1)
 
     @cached_property
@@ -199,7 +199,7 @@ class Ladder:
             raise OutcomeException("not run", "the reference is not accurate for such numbers")
 
     def bounds(self, kind: str, step: Step) -> list[tuple[float, float] | None]:
-        """For each output the relative error that is accepted, and the number that it is of.
+        """For each output the relative error that is accepted, and the number that it relates to.
 
         None where nothing is compared: where the reference, here or around, is not accurate.
         """

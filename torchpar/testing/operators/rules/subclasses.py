@@ -14,7 +14,7 @@ from torchpar.testing.operators.tensors import Function, Tensors, normal_like
 
 
 def tensor_subclass(case: Case) -> Attempts:  # noqa: C901  # a try for each operand
-    """Try PyTorch's TwoTensor, a subclass that computes with two tensors, here with one twice."""
+    """Try PyTorch's TwoTensor, a subclass that computes with two tensors, here twice the same."""
     from torch.testing._internal.two_tensor import TwoTensor
 
     def inner(tensors: Tensors) -> Tensors:

@@ -102,8 +102,8 @@ def same_values(case: Case, operands: Tensors) -> None:
         return case.plain(*cast(tuple(tensors), torch.float64))
 
     def others() -> Iterator[tuple[Tensors, Tensors]]:
-        """Results of the reference that may be summed in other orders: in other layouts, and of
-        operands that differ by roundings. Sums of equal terms may have no error."""
+        """Results of the reference whose sums may have other orders: results for other layouts, and
+        for operands that differ by roundings. Sums of equal terms may have no error."""
         for seed in range(5):
             like = [moved_by_a_rounding(t, seed) if seed else t for t in copies]
             right = exact(like)

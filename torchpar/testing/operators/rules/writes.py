@@ -105,7 +105,8 @@ class _Watched:
         self.memory.append((what, Memory(tensors)))
 
     def call(self, case: Case, xs: Tensors) -> Tensors:
-        """The results of the operator. They and what is saved for the backward are watched, too."""
+        """The results of the operator. The results, and the tensors that the operator saves for the
+        backward, are watched, too."""
         saved: list[Tensor] = []
 
         def pack(t: Tensor) -> Tensor:
