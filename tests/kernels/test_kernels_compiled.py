@@ -374,10 +374,9 @@ def check_muon(dtype: torch.dtype, capability: int) -> None:
     words = [1, 2, 3, 4]
 
     def launch(wrap: Tracer) -> None:
-        muon._plan_normalize(x, norm).launch(wrap, x, norm, out, *words[:2])
+        muon._prepare_normalize(x, norm, out).run(wrap, (x, norm, out), words[:2])
         for rate in (None, lr):
-            plan = muon._plan_update(x, out, rate)
-            plan.launch(wrap, x, out, x if rate is None else rate, *words)
+            muon._prepare_update(x, out, rate).run(wrap, (x, out, rate), words)
 
     compiled = compile_launches(launch)
     assert len(compiled) == 3
