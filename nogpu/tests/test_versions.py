@@ -11,7 +11,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver as triton_driver
 
 from nogpu.cuda import stand_in
-from nogpu.cuda.graphs import Graphs
+from nogpu.cuda.watcher import Watcher
 from nogpu.triton import driver, emulate
 
 
@@ -22,7 +22,7 @@ def version(of: str) -> tuple[int, int]:
 
 def test_torch_has_each_name_that_is_replaced():
     with emulate.emulate() as gpu:
-        changes = stand_in.replacements(gpu, Graphs(gpu))
+        changes = stand_in.replacements(gpu, Watcher(gpu))
     names = [name for _, attributes in changes for name in attributes]
     assert {"is_available", "CUDAGraph", "do_bench", *stand_in.LACKING} <= {*names}
     assert stand_in.missing_names(changes) == []

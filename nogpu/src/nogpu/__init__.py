@@ -10,7 +10,8 @@ A launch passes these folders, one after the other:
 - `triton`: `emulate`, which lets Triton take an emulated GPU for its own; `driver` (what Triton
   asks and launches), `stages` (of its compiler), `parameters` (of a launch, from its arguments),
   `conditions` and `assumptions` (of the compiled code), `emulator` (the GPU, its launches and
-  faults), `host_memory` (of tensors), `torch_operators` (beside launches), and `autotuner`.
+  faults), `host_memory` (of tensors), `torch_operators` (beside launches), and `autotuner`, whose
+  state of a call is `tuning`.
   `cuda` stands in for `torch.cuda`, CUDA graphs included, in scripts that say "cuda".
 - `machine`: one launch, `gpu`. What is executed: `parse` (text to instructions), `decode`
   (instructions to functions), `registers` (kinds of numbers), `block` (warps, barriers and

@@ -4,7 +4,7 @@
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,10 +16,11 @@ from torch.optim.optimizer import (
 from torch.utils._pytree import tree_leaves, tree_map
 
 from nogpu.cuda import host_copies, places
-from nogpu.cuda.accesses import Accesses, Part, part_at, part_of
+from nogpu.cuda.accesses import Access, Accesses, Part, part_at, part_of
 from nogpu.cuda.by_shapes import by_shapes, check_with_other_values
 from nogpu.cuda.captured_gradients import Gradients, parameters_of
-from nogpu.cuda.graph_memory import Line, Memory, Pool, Slot, memory_of
+from nogpu.cuda.context import CaptureState, Context
+from nogpu.cuda.graph_memory import GraphState, Line, Memory, Pool, Slot, memory_of
 from nogpu.cuda.host_values import HostValues, results_on_host
 from nogpu.cuda.operations import (
     LaunchOperation,
@@ -28,46 +29,39 @@ from nogpu.cuda.operations import (
     with_tensors,
     written_by,
 )
-from nogpu.cuda.steps import Step
+from nogpu.cuda.steps import NOT_CAPTURABLE, Step, has_host_count, why_not_capturable
 from nogpu.cuda.streams import Stream
 from nogpu.cuda.types import Arguments, Keywords, Operator
 from nogpu.cuda.uncaptured import Beside
 from nogpu.record.source import program_line
 from nogpu.triton.torch_operators import EMPTY, is_plain
 
-if TYPE_CHECKING:
-    from nogpu.cuda.graph import CUDAGraph
-    from nogpu.cuda.graphs import Graphs
-
 T = TypeVar("T")
 # An operator that the CPU lacks, and a decomposition whose outcome a GPU reads back.
 NOT_OF_VALUES = (NotImplementedError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
 
 
-class Capture:
-    """A capture under way.
+class Capture(CaptureState):
+    """A capture under way: what it records, and the memory that this uses.
 
     Attributes:
         memories: by the storages' addresses in C++.
         parameters: leaves of autograd that operators take.
         beside: the work of this thread that is not captured.
         host: what the capture takes from tensors of the host.
-        has_failed: whether the program has done what a capture forbids.
     """
 
-    def __init__(self, graphs: "Graphs", graph: "CUDAGraph", pool: Pool, line: Line):
-        self.graphs, self.graph, self.pool, self.line = graphs, graph, pool, line
-        self.origin = graphs.streams.current
-        self.streams = {self.origin}
+    def __init__(self, context: "Context[Capture]", graph: GraphState, pool: Pool, line: Line):
+        super().__init__(context.streams.current, line)
+        self.context, self.graph, self.pool = context, graph, pool
         self.operations: list[Operation] = []
         self.memories: dict[int, Memory] = {}
         self.parameters: dict[int, weakref.ref[Tensor]] = {}
         self.steps: list[Step] = []
-        self.has_failed = False
         self.beside = Beside()
         self.host = HostValues()
-        self.gradients = Gradients(self)
-        self.accesses = Accesses(graphs.streams)
+        self.gradients = Gradients(graph, self.memory)
+        self.accesses = Accesses(context.streams)
         self._refused: set[Memory] = set()
         self._states: list[tuple[torch.Generator, Tensor]] = [
             (one, one.get_state()) for one in (torch.default_generator, *graph.generators)
@@ -77,12 +71,14 @@ class Capture:
         self._hooks.callback(register_optimizer_step_post_hook(self._note_step).remove)
 
     def _check_step(self, optimizer: Optimizer, args: Arguments, kwargs: Keywords) -> None:
-        self.graphs.check_step(optimizer)
-        if self.graphs.is_capturing:
-            self.gradients.note_step(parameters_of(optimizer))
+        if not self.context.is_capturing:
+            return
+        if has_host_count(optimizer):  # some, such as Adagrad, have no check of their own
+            self.context.refuse(NOT_CAPTURABLE, why_not_capturable(optimizer))
+        self.gradients.note_step(parameters_of(optimizer))
 
     def _note_step(self, optimizer: Optimizer, args: Arguments, kwargs: Keywords) -> None:
-        if self.graphs.is_capturing:
+        if self.context.is_capturing:
             self.steps.append(Step(optimizer, program_line()))
 
     # Memory
@@ -183,7 +179,7 @@ class Capture:
         written: list[Tensor],
         results: list[Slot | None],
     ) -> None:
-        numbers, kind = {id(t) for t in written}, self.graphs.kind_of(func)
+        numbers, kind = {id(t) for t in written}, self.context.kind_of(func)
         indexed = args[0] if kind.is_indexed and args else None
 
         def parts(tensors: list[Tensor]) -> list[Part]:
@@ -197,11 +193,34 @@ class Capture:
     def _note_races(self, reads: list[Part], writes: list[Part]) -> None:
         race = self.accesses.note(reads, writes)
         if race is not None:
-            self.graphs.note_race(*race)
+            self._note_race(*race)
+
+    def _note_race(self, before: Access, access: Access) -> None:
+        """Note two accesses that have no order."""
+        streams = self.context.streams
+        stream, current = streams.all[before.work[0]], streams.current
+        names = [
+            one.name or ("torch.cuda.current_stream()" if one is self.origin else "stream")
+            for one in (current, stream)
+        ]
+        if names[0] == names[1]:  # both were a loop's variable, or have none
+            names = ["stream", "other"]
+        other = "another stream" if str(stream) == str(current) else str(stream)
+        is_assumed = access.part.is_assumed or before.part.is_assumed
+        self.context.note(
+            "warning" if is_assumed else "error",
+            "missing wait",
+            f"{current} {access} {access.part.memory.name}, and {other} {before} it, without an "
+            f"order in a replay; call {names[0]}.wait_stream({names[1]}) between them, within the "
+            "capture",
+            access.line,
+            None if before.line is None else ("captured", before.line),
+            key=is_assumed,
+        )
 
     def _note_accesses_of(self, launch: list[Tensor], before: dict[Memory, Tensor]) -> None:
         """Note what a launch has changed, as written; its other operands, as read."""
-        with self.graphs.unwatched():
+        with self.context.unwatched():
             changed = {memory: content != memory.content for memory, content in before.items()}
             writes = [part_at(*one) for one in changed.items() if one[1].any()]
             written = {one.memory for one in writes}
@@ -218,7 +237,7 @@ class Capture:
         other one: nll_loss_backward, for example, writes where they point.
         """
         indices = {self.memory(t) for t in operands if _may_be_index(t)}
-        if indices & self._refused and not self.graphs.kind_of(func).is_view:
+        if indices & self._refused and not self.context.kind_of(func).is_view:
             if func.namespace == "aten":
                 check_with_other_values(func, args, kwargs)
             return by_shapes(func, args, kwargs)

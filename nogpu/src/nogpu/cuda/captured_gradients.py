@@ -9,7 +9,6 @@ a tensor, the graph adds to the memory of that tensor. A replay asks for ``.grad
 import weakref
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,13 +16,10 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
 from nogpu.cuda import places
-from nogpu.cuda.graph_memory import WRITTEN, Line, Memory
+from nogpu.cuda.graph_memory import WRITTEN, GraphState, Line, Memory
 from nogpu.cuda.types import Operator
 from nogpu.record.source import program_line
 from nogpu.triton.torch_operators import is_plain
-
-if TYPE_CHECKING:
-    from nogpu.cuda.capture import Capture
 
 STEPPED = "nogpu_stepped"  # of a gradient's storage: its last write before an optimizer's step
 Owner = torch.nn.Module | torch.optim.Optimizer  # of parameters
@@ -141,10 +137,15 @@ class Gradient:
 
 
 class Gradients:
-    """The gradients that one capture accumulates."""
+    """The gradients that one capture accumulates.
 
-    def __init__(self, capture: "Capture"):
-        self.capture = capture
+    Args:
+        graph: the graph that is captured.
+        memory: return the memory of a tensor that the graph reads or writes.
+    """
+
+    def __init__(self, graph: GraphState, memory: Callable[[Tensor], Memory]):
+        self.graph, self.memory = graph, memory
         self.found: dict[int, Gradient] = {}  # by the numbers of parameters in Python
         self._cleared: set[int] = set()
         self._zeroed: set[Memory] = set()
@@ -159,8 +160,8 @@ class Gradients:
         gradient = gradient_of(p)
         if id(p) in self.found or gradient is None or not places.is_on_device(gradient):
             return
-        memory = self.capture.memory(gradient)
-        is_made = memory.graph is self.capture.graph
+        memory = self.memory(gradient)
+        is_made = memory.graph is self.graph
         is_cleared = id(p) in self._cleared or memory in self._zeroed
         line = memory.made if is_made else program_line()
         self.found[id(p)] = Gradient(weakref.ref(p), memory, is_made, is_cleared, line)
@@ -171,7 +172,7 @@ class Gradients:
         for p in parameters:
             gradient = gradient_of(p)
             if gradient is not None and places.is_on_device(gradient):
-                self._name(self.capture.memory(gradient), gradient)
+                self._name(self.memory(gradient), gradient)
 
     def _name(self, memory: Memory, gradient: Tensor) -> None:
         if memory.graph is None:
@@ -186,7 +187,7 @@ class Gradients:
     def zero(self, func: Operator, written: Iterable[Tensor]) -> None:
         """Note what an operator of the graph zeroes."""
         if func.overloadpacket in ZEROING:
-            self._zeroed |= {self.capture.memory(t) for t in written}
+            self._zeroed |= {self.memory(t) for t in written}
 
     def end(self) -> None:
         for hook in self._hooks:

@@ -3,13 +3,13 @@
 
 import sys
 import warnings
-from typing import TYPE_CHECKING
 
 import torch
 
 from nogpu.cuda.capture import Capture
 from nogpu.cuda.captured_gradients import Gradient
-from nogpu.cuda.graph_memory import REPLAYED, WRITTEN, Line, Memory, Pool, memory_of
+from nogpu.cuda.context import Context
+from nogpu.cuda.graph_memory import REPLAYED, WRITTEN, GraphState, Line, Pool, memory_of
 from nogpu.cuda.host_values import HostChange, HostValue
 from nogpu.cuda.operations import Operation
 from nogpu.cuda.steps import Change, Step
@@ -19,9 +19,6 @@ from nogpu.cuda.uncaptured import advice
 from nogpu.record.faults import Kind
 from nogpu.record.launch import CapturedGraph
 from nogpu.record.source import program_line
-
-if TYPE_CHECKING:
-    from nogpu.cuda.graphs import Graphs
 
 Earlier = tuple[str, tuple[str, int]] | None  # as in `HostFault`
 MOST_NAMES = 3  # of tensors in a message
@@ -39,22 +36,18 @@ KEEP_GRADIENT = (
 )
 
 
-class CUDAGraph:
+class CUDAGraph(GraphState):
     """A CUDA graph."""
 
-    _graphs: "Graphs"  # of the emulator
+    _context: Context[Capture]  # of the emulator
 
     def __init__(self, keep_graph: bool = False):
+        super().__init__()
         self.operations: list[Operation] = []
-        self.memories: list[Memory] = []
-        self.generators: list[torch.Generator] = []
         self.steps: list[Step] = []
-        self.replays = 0
-        self.is_reset = False
         self._gradients: list[Gradient] = []
         self._host_values: list[HostValue] = []
         self._host_changes: list[HostChange] = []
-        self._is_captured = False
         self._pool: Pool | None = None
 
     def capture_begin(
@@ -64,38 +57,38 @@ class CUDAGraph:
         check_input_liveness: bool = False,
     ) -> None:
         """Begin to record what the current stream does."""
-        graphs = self._graphs
+        context = self._context
         if capture_error_mode not in MODES:
             raise RuntimeError(
                 f"capture_error_mode is {capture_error_mode!r}, expected one of {', '.join(MODES)}"
             )
-        if graphs.capture is not None:
+        if context.capture is not None:
             raise RuntimeError("another capture is under way; end it before this one")
-        if graphs.streams.current is graphs.streams.default:
+        if context.streams.current is context.streams.default:
             raise RuntimeError(
                 "CUDA graphs must be captured on a non-default stream. (However, after capture, "
                 f"it's ok to replay them on the default stream.) {WITHIN}"
             )
-        if self._is_captured:
+        if self.is_captured:
             raise RuntimeError(
                 "This CUDAGraph instance already owns a captured graph. To capture a new graph, "
                 "create a new instance, or call reset()"
             )
-        with graphs.unwatched():
-            graphs.show_captured(True)
-        self._pool = graphs.pool(pool)
+        with context.unwatched():
+            context.show_captured(True)
+        self._pool = context.pool(pool)
         self._handled = sys.exc_info()[1]  # an error that the program is handling anyway
-        graphs.capture = Capture(graphs, self, self._pool, program_line())
+        context.capture = Capture(context, self, self._pool, program_line())
 
     def capture_end(self) -> None:
         """End the capture; a replay computes what it has recorded."""
-        graphs, capture = self._graphs, self._graphs.capture
+        context, capture = self._context, self._context.capture
         if capture is None or capture.graph is not self:
             raise RuntimeError("no capture of this graph is under way; call capture_begin()")
-        graphs.capture = None
-        with graphs.unwatched():
+        context.capture = None
+        with context.unwatched():
             capture.end()
-            graphs.show_captured(False)
+            context.show_captured(False)
         if sys.exc_info()[1] is not self._handled:  # the program leaves the capture by an error
             return
         if capture.has_failed:
@@ -106,14 +99,14 @@ class CUDAGraph:
         self._check_beside(capture)
         self.operations, self.steps = capture.operations, capture.steps
         self.memories = list({id(one): one for one in capture.memories.values()}.values())
-        self._is_captured = True
-        graphs.graphs.add(self)
+        self.is_captured = True
+        context.graphs.add(self)
         launches = sum(one.is_launch for one in self.operations)
         self.counted = CapturedGraph(capture.line, len(self.operations) - launches, launches)
-        graphs.emulator.graphs.append(self.counted)
+        context.emulator.graphs.append(self.counted)
         if not self.operations:
             warnings.warn(EMPTY_GRAPH, stacklevel=2)
-            graphs.note("warning", "empty graph", EMPTY_GRAPH, capture.line)
+            context.note("warning", "empty graph", EMPTY_GRAPH, capture.line)
         self._check_steps()
         self._keep_gradients(capture)
         self._keep_host(capture)
@@ -126,14 +119,14 @@ class CUDAGraph:
                 "capture"
             )
             begun = None if capture.line is None else ("captured", capture.line)
-            self._graphs.note("error", "unjoined work", message, program_line(), begun)
+            self._context.note("error", "unjoined work", message, program_line(), begun)
             raise RuntimeError(f"CUDA error: capturing stream has unjoined work: {message}")
 
     def _check_beside(self, capture: Capture) -> None:
         """Check that the program has forgotten no stream that was to be captured."""
         begun = None if capture.line is None else ("captured", capture.line)
         for work in capture.beside.faults():
-            self._graphs.note(
+            self._context.note(
                 "error" if work.is_used else "warning",
                 "work that is not captured",
                 f"{work.stream} is not captured, so that its work runs once, and no replay repeats "
@@ -148,7 +141,7 @@ class CUDAGraph:
             for key, t in step.state():
                 memory = memory_of(t)
                 if memory is not None and memory.graph is self:
-                    self._graphs.note(
+                    self._context.note(
                         "error",
                         "state made in a capture",
                         f"{step.name} made {key} in the capture, so that each replay makes it "
@@ -171,31 +164,26 @@ class CUDAGraph:
         named |= {one.of.cdata for one in self._host_changes}
         self._host_values = [one for one in capture.host.taken if one.of.cdata not in named]
 
-    @property
-    def waits(self) -> bool:
-        """Whether the graph was captured, and no replay has computed its results."""
-        return self._is_captured and self.replays == 0
-
     def instantiate(self) -> None: ...
 
     def replay(self) -> None:
         """Compute what the capture has recorded, in the same memory."""
-        graphs, line = self._graphs, program_line()
-        if not self._is_captured:
+        context, line = self._context, program_line()
+        if not self.is_captured:
             raise RuntimeError(
                 "Called CUDAGraph::replay without a preceding successful capture. Capture it first"
             )
-        if graphs.capture is not None:
+        if context.capture is not None:
             raise RuntimeError("a replay within a capture is not emulated; replay it outside")
         self._check_inputs(line)
         self._check_gradients(line)
         self._check_numbers(line)
         self._check_host(line)
-        with graphs.unwatched():
+        with context.unwatched():
             for operation in self.operations:
                 self._execute(operation, line)
         self.replays += 1
-        graphs.replays += 1
+        context.replays += 1
         self.counted.replays += 1
         self._note_replay(line)
 
@@ -210,12 +198,12 @@ class CUDAGraph:
                 f"replay: {str(error).splitlines()[0]}"
             )
             captured = None if operation.line is None else ("captured", operation.line)
-            self._graphs.note("error", "invalid value in a replay", message, line, captured)
+            self._context.note("error", "invalid value in a replay", message, line, captured)
             raise RuntimeError(f"CUDA error: device-side assert triggered: {message}") from None
 
     def _check_inputs(self, line: Line) -> None:
         """Check that what the graph uses outside of its pool is there, and written."""
-        streams = self._graphs.streams
+        streams = self._context.streams
         # Tensors of one line, such as a batch and its labels; gradients have other advice.
         freed: dict[tuple[Earlier, bool], list[str]] = {}
         unordered: dict[tuple[Earlier, Stream], list[str]] = {}
@@ -237,7 +225,7 @@ class CUDAGraph:
             if not streams.is_ordered(work):
                 unordered.setdefault((earlier, streams.all[work[0]]), []).append(memory.name)
         for (earlier, is_gradient), names in freed.items():
-            self._graphs.note(
+            self._context.note(
                 "error",
                 "freed input",
                 f"the graph uses the memory of {_listed(names, 'and of')}, which has been freed "
@@ -246,7 +234,7 @@ class CUDAGraph:
                 earlier,
             )
         for (earlier, stream), names in unordered.items():
-            self._graphs.note(
+            self._context.note(
                 "error",
                 "missing wait",
                 f"the graph uses {_listed(names, 'and')}, which {stream} may still write; call "
@@ -256,10 +244,10 @@ class CUDAGraph:
                 earlier,
             )
 
-    def _check_graph(self, other: "CUDAGraph", line: Line, earlier: Earlier) -> None:
+    def _check_graph(self, other: GraphState, line: Line, earlier: Earlier) -> None:
         """Check that a graph whose result this one uses has computed it."""
         if other is not self and other.waits:
-            self._graphs.note(
+            self._context.note(
                 "error",
                 "result before a replay",
                 "the graph uses a result of another graph that has no values yet: a capture "
@@ -270,8 +258,8 @@ class CUDAGraph:
 
     def _check_gradients(self, line: Line) -> None:
         """Check that parameters have the gradients that the graph accumulates."""
-        uses = self._graphs.uses
-        with self._graphs.unwatched(), torch._C.DisableTorchFunction():
+        uses = self._context.uses
+        with self._context.unwatched(), torch._C.DisableTorchFunction():
             replaced = [one for one in self._gradients if one.is_replaced()]
             ignored = [one for one in self._gradients if one.is_ignored()]
             mixed = [one for one in self._gradients if one.note_uses(uses)]
@@ -297,18 +285,18 @@ class CUDAGraph:
         self, kind: Kind, name: str, gradient: Gradient, line: Line, message: str
     ) -> None:
         earlier = None if gradient.line is None else ("captured", gradient.line)
-        self._graphs.note(kind, name, message, line, earlier)
+        self._context.note(kind, name, message, line, earlier)
 
     def _check_host(self, line: Line) -> None:
         """Check that tensors of the host are as in the capture, or as a replay leaves them."""
         changed: dict[Earlier, list[str]] = {}
-        with self._graphs.unwatched(), torch._C.DisableTorchFunction():
+        with self._context.unwatched(), torch._C.DisableTorchFunction():
             for value in self._host_values:
                 if value.has_changed():
                     earlier = None if value.line is None else ("captured", value.line)
                     changed.setdefault(earlier, []).append(value.name)
         for earlier, names in changed.items():
-            self._graphs.note(
+            self._context.note(
                 "warning",
                 "host's values in a graph",
                 f"the graph still computes with the values that {_listed(names, 'and')} of the "
@@ -319,7 +307,7 @@ class CUDAGraph:
             )
         # The first replay belongs to the call that captured, which has changed them once.
         for change in self._host_changes if self.replays else ():
-            self._graphs.note(
+            self._context.note(
                 "warning",
                 "host's work in a capture",
                 f"the capture has changed {change.name} of the host, and no replay does so again; "
@@ -331,11 +319,11 @@ class CUDAGraph:
     def _check_numbers(self, line: Line) -> None:
         """Check that optimizers have the numbers that the graph computes with."""
         for step in self.steps:
-            with self._graphs.unwatched(), torch._C.DisableTorchFunction():
+            with self._context.unwatched(), torch._C.DisableTorchFunction():
                 changes = list(step.changes())
             for change in changes:
                 how, instead = _explained(change)
-                self._graphs.note(
+                self._context.note(
                     "warning",
                     "number in a graph",
                     f"the graph still {how}, and {step.name} has {change.name}={change.now}; "
@@ -346,7 +334,7 @@ class CUDAGraph:
                 )
 
     def _note_replay(self, line: Line) -> None:
-        work = self._graphs.streams.work()
+        work = self._context.streams.work()
         for memory in self.memories:
             storage = memory.storage()
             if storage is not None:
@@ -357,7 +345,7 @@ class CUDAGraph:
 
     def reset(self) -> None:
         """Forget what was captured."""
-        self.is_reset, self._is_captured = self._is_captured, False
+        self.is_reset, self.is_captured = self.is_captured, False
         self.operations, self.memories, self.steps, self._gradients = [], [], [], []
         self._host_values, self._host_changes = [], []
 

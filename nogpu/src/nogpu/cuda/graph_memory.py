@@ -7,14 +7,11 @@ as long as a tensor in it. Memory outside may be freed; the graph does not keep 
 
 import ctypes
 import itertools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-
-if TYPE_CHECKING:
-    from nogpu.cuda.graph import CUDAGraph
 
 ROUNDED = 512  # bytes, to a multiple of which an allocation on a GPU is rounded
 NO_NUMBER = b"\xc7\xa3\xd5\xff"  # a NaN of float32, of bfloat16 and, twice, of float64
@@ -60,7 +57,7 @@ class Memory:
     """
 
     def __init__(
-        self, t: Tensor, line: Line, *, keep: bool = True, graph: "CUDAGraph | None" = None
+        self, t: Tensor, line: Line, *, keep: bool = True, graph: "GraphState | None" = None
     ):
         storage = t.untyped_storage()
         self.address, self.nbytes, self.dtype = storage.data_ptr(), storage.nbytes(), t.dtype
@@ -123,6 +120,29 @@ class Memory:
         poison(self.content, self.dtype)
 
 
+class GraphState:
+    """State of a graph, for the memory in its pool, and for the graphs that use its results.
+
+    Attributes:
+        memories: what the graph reads or writes.
+        generators: registered ones, from which each replay draws new numbers.
+        replays: their number.
+        is_captured: whether a capture of it has succeeded.
+        is_reset: whether what was captured has been forgotten.
+    """
+
+    def __init__(self) -> None:
+        self.memories: list[Memory] = []
+        self.generators: list[torch.Generator] = []
+        self.replays = 0
+        self.is_captured = self.is_reset = False
+
+    @property
+    def waits(self) -> bool:
+        """Whether the graph was captured, and no replay has computed its results."""
+        return self.is_captured and self.replays == 0
+
+
 OF_GRAPH = "nogpu_memory"
 
 
@@ -182,7 +202,7 @@ class Pool:
             self.blocks.append(block)
         block.held.append(memory)
 
-    def overwrite(self, graph: "CUDAGraph", line: Line) -> None:
+    def overwrite(self, graph: GraphState, line: Line) -> None:
         """Note what a replay of a graph overwrites of others that lies in the same blocks."""
         for block in self.blocks:
             if any(one.graph is graph for one in block.held):

@@ -30,10 +30,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import unserializable_hook
 
 from nogpu.cuda import places
-from nogpu.cuda.graphs import Graphs
 from nogpu.cuda.libraries import CublasLt, CudaKernel
 from nogpu.cuda.operations import tensors_in
 from nogpu.cuda.types import Arguments, Attributes, Device, Function, Keywords
+from nogpu.cuda.watcher import Watcher
 from nogpu.data_sheets import DATA_SHEETS, REGISTERS, WARPS
 from nogpu.decorating import context_manager
 from nogpu.triton.driver import Driver
@@ -123,9 +123,9 @@ ON_CUDA: dict[Function, Function] = {torch.nn.functional.one_hot: _one_hot}
 class _OnCpu(TorchFunctionMode):
     """Functions of PyTorch whose device is CUDA take the CPU."""
 
-    def __init__(self, graphs: Graphs):
+    def __init__(self, watcher: Watcher):
         super().__init__()
-        self.graphs = graphs
+        self.watcher = watcher
 
     def __torch_function__(
         self,
@@ -148,12 +148,12 @@ class _OnCpu(TorchFunctionMode):
             given["device"] = places.DEVICE
         args = tuple(map(_on_device, args))
         _check_generator(args, given)
-        self.graphs.function(func, args, given)
+        self.watcher.function(func, args, given)
         if func in COPIES or (func in CONVERSIONS and _moves(args, given)):
             return self._copy(func, args, given)
         if func in WRITES:
             args = self._with_source(args, WRITES[func])
-        if self.graphs.is_capturing and func in ON_CUDA:
+        if self.watcher.is_capturing and func in ON_CUDA:
             func = ON_CUDA[func]
         before = places.enter_function(tensors_in((*args, *kwargs.values())))
         try:
@@ -164,7 +164,7 @@ class _OnCpu(TorchFunctionMode):
             places.pin(result)
         if getattr(func, "__name__", "") == PADDING:
             padded, lengths = result
-            return padded, self.graphs.on_host(lengths, tensors_in(args))
+            return padded, self.watcher.on_host(lengths, tensors_in(args))
         self._note_places(func, args, given, result)
         return result
 
@@ -186,7 +186,7 @@ class _OnCpu(TorchFunctionMode):
     def _default(self) -> places.Mark:
         """Return where factories make tensors that name no device."""
         device = default_device.CURRENT_DEVICE
-        if device is None and not self.graphs.has_default_type:
+        if device is None and not self.watcher.has_default_type:
             return False
         return True if device == places.DEVICE else None
 
@@ -196,7 +196,7 @@ class _OnCpu(TorchFunctionMode):
         So its gradient comes back. Autograd's own copy takes host and device for one.
         """
         to, source = args[0], args[position] if len(args) > position else None
-        if not isinstance(source, Tensor) or not source.requires_grad or self.graphs.is_capturing:
+        if not isinstance(source, Tensor) or not source.requires_grad or self.watcher.is_capturing:
             return args
         if places.is_on_device(to) is places.is_on_device(source) or not torch.is_grad_enabled():
             return args
@@ -227,7 +227,7 @@ class _OnCpu(TorchFunctionMode):
         after = _destination(others, kwargs)
         if after is None or not isinstance(t, Tensor) or t.device.type != "cpu":
             return TO(t, *others, **kwargs)
-        self.graphs.copy_between(
+        self.watcher.copy_between(
             t,
             before,
             after,
@@ -518,11 +518,11 @@ def _of_host(make: Callable[P, Tensor]) -> Callable[P, Tensor]:
     return made
 
 
-def _with_type(set_type: Function, graphs: Graphs) -> Function:
+def _with_type(set_type: Function, watcher: Watcher) -> Function:
     """Let factories be on the device, perhaps, after a script has set the default type."""
 
     def set_default(t: object) -> None:
-        graphs.has_default_type = True
+        watcher.has_default_type = True
         set_type(_on_cpu(t))
 
     return set_default
@@ -563,21 +563,21 @@ def _fork_of_cpu(fork: Callable[..., T]) -> Callable[..., T]:
     return lambda devices=None, enabled=True, **kwargs: fork([], enabled)
 
 
-def _with_mode(function: Callable[P, T], graphs: Graphs) -> Callable[P, T]:
+def _with_mode(function: Callable[P, T], watcher: Watcher) -> Callable[P, T]:
     """Let a function call back with the mode, which PyTorch leaves before it calls it."""
 
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        with _OnCpu(graphs):
+        with _OnCpu(watcher):
             return function(*args, **kwargs)
 
     return call
 
 
-def _start_with_mode(start: Callable[[Thread], None], graphs: Graphs) -> Callable[[Thread], None]:
+def _start_with_mode(start: Callable[[Thread], None], watcher: Watcher) -> Callable[[Thread], None]:
     """Let new threads have the mode, because each thread has modes of its own."""
 
     def started(thread: Thread) -> None:
-        thread.run = _with_mode(thread.run, graphs)  # type: ignore[method-assign]
+        thread.run = _with_mode(thread.run, watcher)  # type: ignore[method-assign]
         start(thread)
 
     return started
@@ -613,7 +613,7 @@ MADE_FOR = ("2.11", "2.14")
 LACKING = {"_cuda_graph_capture_health_check": "2.11"}
 
 
-def replacements(emulator: Emulator, graphs: Graphs) -> list[tuple[object, Attributes]]:
+def replacements(emulator: Emulator, watcher: Watcher) -> list[tuple[object, Attributes]]:
     """Return what is replaced: modules and classes, and their attributes by name."""
     import triton
     from triton._C.libtriton import nvidia
@@ -628,14 +628,14 @@ def replacements(emulator: Emulator, graphs: Graphs) -> list[tuple[object, Attri
         call()
         return [1.0] * len(quantiles) if quantiles else [1.0] if return_mode == "all" else 1.0
 
-    cuda = _answers(emulator) | graphs.answers()
+    cuda = _answers(emulator) | watcher.answers()
     autocast = torch.amp.autocast_mode.autocast
     return [
         (torch.cuda, cuda),
         (torch.accelerator, _of_accelerator(cuda)),
         (torch, {"Generator": _Generator, "load": _load_on_cpu(torch.load), **_autocasts()}),
         (torch, {"from_numpy": _of_host(torch.from_numpy)}),
-        (torch, {"set_default_tensor_type": _with_type(torch.set_default_tensor_type, graphs)}),
+        (torch, {"set_default_tensor_type": _with_type(torch.set_default_tensor_type, watcher)}),
         # Functions of PyTorch's, within which there is no mode, ask for the device, too.
         (Tensor, {"device": property(places.device_of)}),
         (Tensor, {"record_stream": lambda t, stream: None}),
@@ -645,10 +645,10 @@ def replacements(emulator: Emulator, graphs: Graphs) -> list[tuple[object, Attri
         (DistributedDataParallel, {"__init__": _without_devices(DistributedDataParallel.__init__)}),
         (torch.distributed, {"init_process_group": _by_gloo(init_process_group)}),
         (autocast, {"__init__": _autocast_on_cpu(autocast.__init__)}),
-        (torch.autograd, {"_engine_run_backward": _with_mode(graph._engine_run_backward, graphs)}),
-        (Thread, {"start": _start_with_mode(Thread.start, graphs)}),
-        *graphs.changes(),
-        (emulator, {"watcher": graphs}),
+        (torch.autograd, {"_engine_run_backward": _with_mode(graph._engine_run_backward, watcher)}),
+        (Thread, {"start": _start_with_mode(Thread.start, watcher)}),
+        *watcher.changes(),
+        (emulator, {"watcher": watcher}),
         (Driver, {"get_active_torch_device": _always(places.DEVICE)}),
         (nvidia.cublas, {"CublasLt": CublasLt}),
         (triton.testing, {"do_bench": bench, "do_bench_cudagraph": bench}),
@@ -668,12 +668,12 @@ def missing_names(changes: list[tuple[object, Attributes]]) -> list[str]:
 @context_manager("cuda_is_cpu")
 def cuda_is_cpu(emulator: Emulator) -> Iterator[None]:
     """Let the block's "cuda" be the CPU, on which ``emulator`` executes the launches."""
-    graphs = Graphs(emulator)
+    watcher = Watcher(emulator)
     with ExitStack() as stack:
-        for place, attributes in replacements(emulator, graphs):
+        for place, attributes in replacements(emulator, watcher):
             for name, value in attributes.items():
                 if hasattr(place, name):  # `LACKING` says which may be missing
                     stack.enter_context(patch.object(place, name, value))
-        stack.callback(optimizer.register_optimizer_step_post_hook(graphs.note_step).remove)
-        stack.enter_context(_OnCpu(graphs))
+        stack.callback(optimizer.register_optimizer_step_post_hook(watcher.note_step).remove)
+        stack.enter_context(_OnCpu(watcher))
         yield

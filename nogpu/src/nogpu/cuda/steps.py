@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from nogpu.cuda import places
 from nogpu.cuda.graph_memory import Line
 
+NOT_CAPTURABLE = "optimizer that is not capturable"  # a fault
 UNUSED = ("params", "initial_lr", "param_names")  # of a group: no step computes with them
 
 
@@ -155,3 +156,15 @@ class Step:
                 for t in tree_leaves(value):
                     if isinstance(t, Tensor):
                         yield str(key), t
+
+
+def why_not_capturable(optimizer: Optimizer) -> str:
+    """Say why a graph does not take an optimizer's step, and what to do."""
+    name = type(optimizer).__name__
+    flags = [one for one in ("capturable", "fused") if one in optimizer.defaults]
+    instead = (
+        f"make it by {name}(…, {flags[0]}=True)"
+        if flags
+        else "take AdamW(…, capturable=True), or call step() after graph.replay()"
+    )
+    return f"{name} counts its steps on the host, and a replay does not; {instead}"

@@ -8,8 +8,7 @@ repeated, and what it then changes is named.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -19,47 +18,15 @@ from triton.runtime.autotuner import Autotuner, Config
 
 from nogpu.record.faults import ConfigurationNote, HostFault, Kind
 from nogpu.record.source import program_line
+from nogpu.triton.emulator import Emulator
 from nogpu.triton.host_memory import storage_of
-
-if TYPE_CHECKING:
-    from nogpu.triton.emulator import Emulator
+from nogpu.triton.tuning import Tuning, called, configuration
 
 # Of configurations that are executed before the chosen one, and of those that are not.
 CHOSEN, OTHER, LEFT_OUT = 1.0, 2.0, float("inf")
 
 
-class Tuning:
-    """A call of an autotuned kernel.
-
-    Attributes:
-        config: that is tried now.
-        has_chosen: a configuration that fits was found.
-        is_trial: nothing is launched.
-        is_repeat: a launch is repeated, and nothing is noted of it.
-        before: what tensors held before the first launch, of those that Triton restores.
-    """
-
-    def __init__(self, autotuner: Autotuner):
-        self.autotuner, self.config = autotuner, None
-        self.has_chosen = self.is_trial = self.is_repeat = False
-        self.before: dict[str, Tensor] = {}
-
-    @property
-    def configuration(self) -> str:
-        config = self.config or getattr(self.autotuner, "best_config", None)
-        return "" if config is None else str(config)
-
-
-called: ContextVar[Tuning | None] = ContextVar("called", default=None)  # by this thread
-
-
-def configuration() -> str:
-    """Return the configuration that is executed now; "" if no autotuner has called."""
-    tuning = called.get()
-    return "" if tuning is None else tuning.configuration
-
-
-def changes(present: Callable[[], "Emulator"]) -> ExitStack:
+def changes(present: Callable[[], Emulator]) -> ExitStack:
     """Let autotuners ask the emulator that ``present`` returns, until the stack is closed."""
     stack = ExitStack()
     for name, change in (("run", _run), ("_bench", _bench)):
@@ -68,7 +35,7 @@ def changes(present: Callable[[], "Emulator"]) -> ExitStack:
     return stack
 
 
-def _run(run: Callable[..., Any], present: Callable[[], "Emulator"]) -> Callable[..., Any]:
+def _run(run: Callable[..., Any], present: Callable[[], Emulator]) -> Callable[..., Any]:
     """Return the method of an autotuner that says which configuration the launches take.
 
     What it has chosen for a GPU stays as it is.
@@ -96,7 +63,7 @@ def _run(run: Callable[..., Any], present: Callable[[], "Emulator"]) -> Callable
     return tuned
 
 
-def _bench(bench: Callable[..., Any], present: Callable[[], "Emulator"]) -> Callable[..., Any]:
+def _bench(bench: Callable[..., Any], present: Callable[[], Emulator]) -> Callable[..., Any]:
     """Return the method of an autotuner that times a configuration, for one that tries it.
 
     As Triton's, it leaves out those that do not fit, whose `tl.static_assert` fails, or that ptxas
@@ -157,7 +124,7 @@ def _arguments(
 
 
 def _check_repeat(
-    emulator: "Emulator", tuning: Tuning, args: Sequence[object], kwargs: Mapping[str, Any]
+    emulator: Emulator, tuning: Tuning, args: Sequence[object], kwargs: Mapping[str, Any]
 ) -> None:
     """Warn if a second launch changes what the first one has computed."""
     autotuner, config = tuning.autotuner, tuning.autotuner.best_config
@@ -244,7 +211,7 @@ def _trial(tuning: Tuning) -> Iterator[None]:
 
 
 @contextmanager
-def _executed(emulator: "Emulator") -> Iterator[None]:
+def _executed(emulator: Emulator) -> Iterator[None]:
     """Execute a configuration that is not the chosen one: memory is afterwards as before."""
     first = len(emulator.launches)
     with emulator.undone():

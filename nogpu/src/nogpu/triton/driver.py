@@ -30,7 +30,7 @@ from nogpu.record.launch import Launch
 from nogpu.record.resources import Resources, resources
 from nogpu.record.source import program_line
 from nogpu.report.assembly import refusals
-from nogpu.triton import autotuner
+from nogpu.triton import tuning
 from nogpu.triton.assumptions import Assertions, assertions_of
 from nogpu.triton.conditions import Conditions, conditions_of
 from nogpu.triton.emulator import SHARED_BYTES, Emulator
@@ -188,8 +188,8 @@ class Launcher:
         _check_mode(metadata)
         _check_grid(x, y, z)
         self._try(module, emulator.arch)
-        tuning = autotuner.called.get()
-        if tuning and tuning.is_trial:
+        call = tuning.called.get()
+        if call and call.is_trial:
             return
         name = getattr(self.source.fn, "__name__", "kernel")
         names = list(self.source.fn.arg_names)
@@ -256,8 +256,8 @@ class Launcher:
         """
         if self._refused is None:
             self._refused = self.stages.refused(module.text, arch)
-        tuning = autotuner.called.get()
-        if self._refused and tuning and tuning.is_trial:
+        call = tuning.called.get()
+        if self._refused and call and call.is_trial:
             raise PTXASError(self._refused)
 
     def _execute(
@@ -272,7 +272,7 @@ class Launcher:
         if self._refused:  # a GPU could not launch it, either
             for fault in refusals(self._refused, launch.ptx, launch.kernel, file):
                 fault.launched = launch.launched
-                fault.configuration = autotuner.configuration()
+                fault.configuration = tuning.configuration()
                 emulator.note(fault, (fault.kernel, fault.name, fault.source, fault.message))
             return
         self._check_allocator(emulator, launch)

@@ -30,7 +30,7 @@ from nogpu.record.launch import CapturedGraph, Launch
 from nogpu.record.source import moved
 from nogpu.report.limits import Limits
 from nogpu.report.report import Report
-from nogpu.triton import autotuner
+from nogpu.triton import tuning
 from nogpu.triton.assumptions import Assertions
 from nogpu.triton.host_memory import HostMemory
 
@@ -223,15 +223,15 @@ class Emulator(gpu.Gpu):
             line,
             source,
             launched=self._launched,
-            configuration=autotuner.configuration(),
+            configuration=tuning.configuration(),
             launch=len(self.launches) + 1,
         )
         self.note(fault, key)
 
     def _repeats(self) -> bool:
         """Whether this thread repeats an autotuned kernel's launch, of which nothing is noted."""
-        tuning = autotuner.called.get()
-        return tuning is not None and tuning.is_repeat
+        call = tuning.called.get()
+        return call is not None and call.is_repeat
 
     def note(self, fault: Fault, key: tuple[object, ...]) -> None:
         """Note a fault, or count it if there is one with the key."""

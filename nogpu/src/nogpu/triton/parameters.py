@@ -2,7 +2,7 @@
 """Arguments of a launch as a kernel's parameters: numbers, addresses and tensormaps."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypedDict
+from typing import Any, Protocol, TypedDict
 
 import numpy as np
 import torch
@@ -11,11 +11,8 @@ from torch import Tensor
 from nogpu.instructions.tma import STRIDES_END, TF32
 from nogpu.machine.vector_clocks import GIVEN
 from nogpu.native.encoding import FIELDS
+from nogpu.triton.emulator import Emulator
 from nogpu.triton.stages import Kind
-
-if TYPE_CHECKING:
-    from nogpu.triton.emulator import Emulator
-
 
 LARGEST_SIZE = 2**32 - 1  # of a dimension of a tensormap
 
@@ -39,7 +36,7 @@ class TensormapLayout(TypedDict):
 
 
 def flatten(
-    emulator: "Emulator",
+    emulator: Emulator,
     name: str,
     kind: Kind,
     value: Any,
@@ -69,7 +66,7 @@ def flatten(
 FORMATS = {"fp32": ("f4", "u4"), "f32": ("f4", "u4"), "fp64": ("f8", "u8"), "fp16": ("f2", "u2")}
 
 
-def bits(emulator: "Emulator", name: str, kind: str, value: Any) -> int:
+def bits(emulator: Emulator, name: str, kind: str, value: Any) -> int:
     """Return the bits of a parameter."""
     if hasattr(value, "data_ptr"):
         base = getattr(value, "base", value)  # of triton.reinterpret
@@ -90,7 +87,7 @@ def bits(emulator: "Emulator", name: str, kind: str, value: Any) -> int:
 
 
 def _tensormap(
-    emulator: "Emulator", name: str, descriptor: TensorDescriptor, meta: TensormapLayout
+    emulator: Emulator, name: str, descriptor: TensorDescriptor, meta: TensormapLayout
 ) -> int:
     """Return the address of a tensormap, as the host makes it from a descriptor.
 

@@ -13,9 +13,7 @@ needed; at the end of the capture all memory is as before, and the results hold 
 """
 
 import sys
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -25,27 +23,25 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from nogpu.cuda import capture_rules, devices, host_copies, places
-from nogpu.cuda.accesses import Access
 from nogpu.cuda.capture import Capture
-from nogpu.cuda.captured_gradients import Uses, clearing, parameters_of
+from nogpu.cuda.captured_gradients import clearing, parameters_of
+from nogpu.cuda.context import Context
 from nogpu.cuda.devices import Devices
 from nogpu.cuda.graph import CUDAGraph
-from nogpu.cuda.graph_memory import REPLAYED, WRITTEN, Line, Memory, Pool, memory_of, shown
+from nogpu.cuda.graph_memory import REPLAYED, WRITTEN, Memory, memory_of, shown
 from nogpu.cuda.host_copies import CANNOT_COPY, NOT_PERMITTED, HostCopy
 from nogpu.cuda.host_values import results_on_host, taken_by_function
-from nogpu.cuda.operations import OperatorKind, tensors_in, tensors_of_launch, written_by
-from nogpu.cuda.steps import has_host_count
-from nogpu.cuda.streams import Stream, Streams
+from nogpu.cuda.operations import tensors_in, tensors_of_launch, written_by
+from nogpu.cuda.steps import NOT_CAPTURABLE, why_not_capturable
+from nogpu.cuda.streams import Stream
 from nogpu.cuda.types import (
     Arguments,
     Attributes,
     Function,
     Keywords,
     Operator,
-    PoolHandle,
 )
 from nogpu.cuda.uncaptured import advice
-from nogpu.record.faults import HostFault, Kind
 from nogpu.record.source import program_line
 from nogpu.triton.emulator import Emulator
 from nogpu.triton.torch_operators import is_plain
@@ -55,61 +51,33 @@ PLAIN = (Tensor, torch.nn.Parameter)
 OF_BOTH = {False, True}  # operands of the host and of the device
 
 
-class Graphs:
-    """The CUDA graphs of an emulator, and what watches its operators and launches for them."""
+class Watcher:
+    """The watcher of an emulator's operators and launches, for CUDA graphs.
+
+    Attributes:
+        context: what captures and graphs share.
+        CUDAGraph: the class of graphs in this context.
+    """
 
     def __init__(self, emulator: Emulator):
-        self.emulator, self.streams = emulator, Streams()
-        self.capture: Capture | None = None
-        self.streams.is_capturing = self._captures
-        self.streams.refuse = self._refuse_waiting
-        emulator.stream = lambda: self.streams.current
-        self.streams.forks = self._fork
-        self.pools: dict[tuple[int, ...], Pool] = {}
-        self.graphs: weakref.WeakSet[CUDAGraph] = weakref.WeakSet()
-        self.replays = 0  # of all graphs
-        self._noted: dict[object, int] = {}  # the replays before a fault was noted last
+        self.context: Context[Capture] = Context(emulator)
+        self.context.streams.is_capturing = self.context.captures
+        self.context.streams.refuse = self._refuse_waiting
+        self.context.streams.forks = self._fork
+        emulator.stream = lambda: self.context.streams.current
         self.has_default_type = False  # whether a script has set that of its tensors
-        self.uses = Uses()
-        self._kinds: dict[int, OperatorKind] = {}  # by the operators' numbers in Python
-        self.CUDAGraph = type("CUDAGraph", (CUDAGraph,), {"_graphs": self})
+        self.CUDAGraph = type("CUDAGraph", (CUDAGraph,), {"_context": self.context})
 
-    # Faults
-
-    def note(
-        self,
-        kind: Kind,
-        name: str,
-        message: str,
-        line: Line,
-        earlier: tuple[str, tuple[str, int]] | None = None,
-        key: object = None,
-    ) -> None:
-        """Note a fault of the program at a line of it."""
-        fault = HostFault(kind, name, message, source=line, earlier=earlier)
-        place = (name, line, earlier, key)
-        # A call such as .item() or print(t) reads several times: replays are counted.
-        if not (self.emulator.is_noted(place) and self._noted.get(place) == self.replays):
-            self.emulator.note(fault, place)
-        self._noted[place] = self.replays
-
-    def refuse(self, name: str, message: str, words: str = NOT_PERMITTED) -> None:
-        """Note a fault, and raise an error, as a GPU does, with the words of PyTorch or CUDA."""
-        line = program_line()
-        if self.capture is not None:
-            self.capture.has_failed = True
-        begun = None if self.capture is None else self.capture.line
-        self.note("error", name, message, line, None if begun is None else ("captured", begun))
-        raise RuntimeError(f"{words}: {message}")
+    # Refusals
 
     def _refuse_waiting(self, what: str) -> None:
-        if self.capture is not None:
+        if self.context.capture is not None:
             message = f"{what} waits for the GPU, which computes nothing before a replay; call it "
-            self.refuse("wait in a capture", message + "after graph.replay()")
-        self.emulator.complete_launches()
+            self.context.refuse("wait in a capture", message + "after graph.replay()")
+        self.context.emulator.complete_launches()
 
     def _refuse_read(self, what: str) -> None:
-        self.refuse(
+        self.context.refuse(
             "read-back in a capture",
             f"{what} reads values, and nothing is computed before a replay; "
             f"{capture_rules.instead_of(what)}",
@@ -117,56 +85,30 @@ class Graphs:
         )
 
     def _refuse_copy(self, copy: HostCopy) -> None:
-        self.refuse(
+        self.context.refuse(
             "host's copy in a capture",
             f"{copy.what} {copy.why}; {host_copies.instead_of_copy(copy.what)}",
             copy.words,
-        )
-
-    def note_race(self, before: Access, access: Access) -> None:
-        """Note two accesses of captured work that have no order."""
-        stream, current = self.streams.all[before.work[0]], self.streams.current
-        origin = None if self.capture is None else self.capture.origin
-        names = [
-            one.name or ("torch.cuda.current_stream()" if one is origin else "stream")
-            for one in (current, stream)
-        ]
-        if names[0] == names[1]:  # both were a loop's variable, or have none
-            names = ["stream", "other"]
-        other = "another stream" if str(stream) == str(current) else str(stream)
-        is_assumed = access.part.is_assumed or before.part.is_assumed
-        self.note(
-            "warning" if is_assumed else "error",
-            "missing wait",
-            f"{current} {access} {access.part.memory.name}, and {other} {before} it, without an "
-            f"order in a replay; call {names[0]}.wait_stream({names[1]}) between them, within the "
-            "capture",
-            access.line,
-            None if before.line is None else ("captured", before.line),
-            key=is_assumed,
         )
 
     # The current capture
 
     @property
     def is_capturing(self) -> bool:
-        return self.capture is not None and self._captures(self.streams.current)
-
-    def _captures(self, stream: Stream) -> bool:
-        return self.capture is not None and stream in self.capture.streams
+        return self.context.is_capturing
 
     def _fork(self, stream: Stream, other: Stream, is_captured: bool) -> None:
         """Let a stream take part in the capture of another one that it waits for."""
-        if self.capture is None:
+        if self.context.capture is None:
             return
-        if is_captured and not self._captures(stream):
-            self.capture.streams.add(stream)
+        if is_captured and not self.context.captures(stream):
+            self.context.capture.streams.add(stream)
             stream.clock[stream.stream_id] = stream.clock.get(stream.stream_id, 0) + 1
-        elif self._captures(stream) and not is_captured:
+        elif self.context.captures(stream) and not is_captured:
             instead = "let it wait before the capture"
-            if self.capture.beside.on(other):
+            if self.context.capture.beside.on(other):
                 instead = f"call {advice(other)} before that work, within the capture"
-            self.refuse(
+            self.context.refuse(
                 "wait in a capture",
                 f"the captured stream waits for work that is not captured, on {other}; {instead}",
             )
@@ -178,10 +120,10 @@ class Graphs:
         if func == SET_GRADIENT:
             self._note_clear(tensors_in(args[:1]), is_none=args[1] is None)
         what = capture_rules.read_by_function(func, args, kwargs)
-        if self.capture is not None and self.is_capturing:
+        if self.context.capture is not None and self.is_capturing:
             if what := what or capture_rules.read_by_index(func, args):
                 self._refuse_read(what)
-            self.capture.host.take(taken_by_function(func, args))
+            self.context.capture.host.take(taken_by_function(func, args))
             if copied := host_copies.copied_by_function(func, args, kwargs):
                 self._refuse_copy(copied)
         elif what:
@@ -189,10 +131,10 @@ class Graphs:
 
     def _note_clear(self, parameters: Iterable[Tensor], is_none: bool = True) -> None:
         """Note that the program clears gradients, or sets others."""
-        if self.capture is not None and self.is_capturing:
-            self.capture.gradients.clear(parameters)
+        if self.context.capture is not None and self.is_capturing:
+            self.context.capture.gradients.clear(parameters)
         elif is_none:
-            self.uses.note_clear(parameters)
+            self.context.uses.note_clear(parameters)
 
     def _note_cleared(self, owner: Optimizer | Module) -> None:
         self._note_clear(parameters_of(owner))
@@ -200,7 +142,7 @@ class Graphs:
     def note_step(self, optimizer: Optimizer, args: Arguments, kwargs: Keywords) -> None:
         """Note the step of an optimizer outside of captures."""
         if not self.is_capturing:
-            self.uses.note_step(parameters_of(optimizer))
+            self.context.uses.note_step(parameters_of(optimizer))
 
     def copy_between(
         self,
@@ -227,7 +169,7 @@ class Graphs:
         if after != places.DEVICE and not is_asynchronous:
             self._refuse_read(capture_rules.TO_HOST)
         order = cast(torch.memory_format, memory_format or torch.preserve_format)
-        with self.unwatched():
+        with self.context.unwatched():
             result = torch.empty_like(t, dtype=dtype, memory_format=order)
         places.put(result, after == places.DEVICE)
         if after != places.DEVICE:
@@ -237,11 +179,11 @@ class Graphs:
 
     def on_host(self, result: Tensor, operands: list[Tensor]) -> Tensor:
         """Return a result that a function of PyTorch computes on the host, with its values now."""
-        with self.unwatched():
+        with self.context.unwatched():
             result = result.clone()
         places.put(result, False)
-        if self.capture is not None and self.is_capturing:
-            self.capture.host.derive(result, operands)
+        if self.context.capture is not None and self.is_capturing:
+            self.context.capture.host.derive(result, operands)
         return result
 
     def operator(self, func: Operator, args: Arguments, kwargs: Keywords) -> object:
@@ -258,14 +200,14 @@ class Graphs:
         place = places.of_results(marks, kwargs.get("device"))
         if not place:
             result = self._on_host(func, args, kwargs, operands)
-            if place is False and not self.kind_of(func).is_view:
+            if place is False and not self.context.kind_of(func).is_view:
                 places.put_results(tensors_in((result,)), False)
             return result
-        kind = self.kind_of(func)
+        kind = self.context.kind_of(func)
         written = written_by(func, args, kwargs) if kind.may_write else []
         if marks >= OF_BOTH and kind.devices is not Devices.ANY:
             devices.check_operator(func, args, kwargs, written)
-        capture = self.capture if self.is_capturing else None
+        capture = self.context.capture if self.is_capturing else None
         if capture is not None:
             self._check_captured(func, args, kwargs)
             result = capture.operator(func, args, kwargs)
@@ -289,7 +231,7 @@ class Graphs:
     ) -> list[Tensor]:
         """Note where an operator's new results are; return them."""
         made = [t for t in tensors_in((result,)) if is_plain(t)]
-        is_one = self.kind_of(func).devices is Devices.ONE
+        is_one = self.context.kind_of(func).devices is Devices.ONE
         if on_host := results_on_host(func, result):
             places.put_results(on_host, False)
             places.put_results(made, place)
@@ -308,28 +250,27 @@ class Graphs:
     def _on_host(
         self, func: Operator, args: Arguments, kwargs: Keywords, operands: list[Tensor]
     ) -> object:
-        if self.capture is None or not self.is_capturing:
+        if self.context.capture is None or not self.is_capturing:
             return func(*args, **kwargs)
-        written = written_by(func, args, kwargs) if self.kind_of(func).may_write else []
-        return self.capture.host.execute(lambda: func(*args, **kwargs), func, operands, written)
-
-    def kind_of(self, func: Operator) -> "OperatorKind":
-        found = self._kinds.get(id(func))
-        if found is None:
-            found = self._kinds[id(func)] = OperatorKind(func)
-        return found
+        written = written_by(func, args, kwargs) if self.context.kind_of(func).may_write else []
+        return self.context.capture.host.execute(
+            lambda: func(*args, **kwargs), func, operands, written
+        )
 
     def _check_captured(self, func: Operator, args: Arguments, kwargs: Keywords) -> None:
         if what := capture_rules.read_by_operator(func, args, kwargs):
             self._refuse_read(what)
         if copied := host_copies.copied_by_operator(func, args, kwargs):
             self._refuse_copy(copied)
-        assert self.capture is not None
-        registered: tuple[Any, ...] = (torch.default_generator, *self.capture.graph.generators)
+        assert self.context.capture is not None
+        registered: tuple[Any, ...] = (
+            torch.default_generator,
+            *self.context.capture.graph.generators,
+        )
         numbers = {one._cdata for one in registered}  # the operator has other objects of Python
         for generator in capture_rules.generators_of(args, kwargs):
             if generator._cdata not in numbers:
-                self.refuse(
+                self.context.refuse(
                     "unregistered generator",
                     "each replay would draw the same random numbers from this generator; call "
                     "graph.register_generator_state(generator) before the capture",
@@ -343,21 +284,23 @@ class Graphs:
         Args:
             func: the operator; None for a launch.
         """
-        work = self.streams.work()
+        work = self.context.streams.work()
         if self.is_capturing:
             return
         for t in tensors:
             setattr(t.untyped_storage(), WRITTEN, work)
-        if self.capture is not None:
-            self.capture.beside.note(self.streams.current, work, func, args, tensors)
+        if self.context.capture is not None:
+            self.context.capture.beside.note(
+                self.context.streams.current, work, func, args, tensors
+            )
 
     def launch(self, execute: Callable[..., None], arguments: Sequence[object]) -> None:
         """Execute a launch of a Triton kernel."""
         operands = tensors_of_launch(arguments)
         devices.check_launch(arguments)
         if self.is_capturing:
-            assert self.capture is not None
-            self.capture.launch(execute, arguments)
+            assert self.context.capture is not None
+            self.context.capture.launch(execute, arguments)
         else:
             # Which of them it reads is not known.
             self._check_operands([], operands)
@@ -366,7 +309,7 @@ class Graphs:
 
     def tune(self, kernel: str) -> None:
         if self.is_capturing:
-            self.refuse(
+            self.context.refuse(
                 "wait in a capture",
                 f"the autotuner of {kernel} times its configurations, and waits for the GPU; "
                 "launch the kernel once before the capture, with the same values of its key",
@@ -374,7 +317,7 @@ class Graphs:
 
     def _check_operands(self, read: list[Tensor], written: list[Tensor]) -> None:
         """Check what is read and written outside of a capture, but for what graphs made of it."""
-        if not self.pools:  # nothing has been captured
+        if not self.context.pools:  # nothing has been captured
             return
         for t in read:
             memory = memory_of(t)
@@ -382,10 +325,10 @@ class Graphs:
                 self._check_read(t, memory)
         for t in (*read, *written):
             work = getattr(t.untyped_storage(), REPLAYED, None)
-            if work is not None and not self.streams.is_ordered(work[0]):
+            if work is not None and not self.context.streams.is_ordered(work[0]):
                 use = "reads" if any(t is one for one in read) else "writes"
-                stream = self.streams.all[work[0][0]]
-                self.note(
+                stream = self.context.streams.all[work[0][0]]
+                self.context.note(
                     "error",
                     "missing wait",
                     f"the current stream {use} {shown(t)} while the replay of the graph may still "
@@ -400,7 +343,7 @@ class Graphs:
         assert graph is not None
         earlier = None if memory.made is None else ("captured", memory.made)
         if graph.is_reset:
-            self.note(
+            self.context.note(
                 "warning",
                 "result of a reset graph",
                 f"{shown(t)} is in the pool of a graph that was reset, and no replay computes it "
@@ -408,8 +351,8 @@ class Graphs:
                 program_line(),
                 earlier,
             )
-        elif graph.waits and self.capture is None:
-            self.note(
+        elif graph.waits and self.context.capture is None:
+            self.context.note(
                 "error",
                 "result before a replay",
                 f"{shown(t)} has no values yet: a capture computes nothing; call graph.replay() "
@@ -418,7 +361,7 @@ class Graphs:
                 earlier,
             )
         elif memory.overwritten is not None:
-            self.note(
+            self.context.note(
                 "error",
                 "overwritten result",
                 f"another graph with the same pool has used the memory of {shown(t)} since its "
@@ -427,40 +370,11 @@ class Graphs:
                 ("overwritten by the replay", memory.overwritten),
             )
 
-    @contextmanager
-    def unwatched(self) -> Iterator[None]:
-        """Let the block's operators change memory alone, without autograd and versions."""
-        watcher, self.emulator.watcher = self.emulator.watcher, None
-        keys = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
-        try:
-            with torch._C._AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(keys):
-                yield
-        finally:
-            self.emulator.watcher = watcher
-
-    def show_captured(self, is_shown: bool) -> None:
-        """Show or hide what captures without a replay have computed, for another capture.
-
-        That of a backward pass depends on what the capture of the forward pass has computed.
-        """
-        for graph in self.graphs:
-            if graph.replays == 0:
-                for memory in graph.memories:
-                    if memory.graph is graph:
-                        memory.show() if is_shown else memory.hide()
-
     # What PyTorch is told
-
-    def pool(self, handle: PoolHandle | torch.cuda.MemPool | None = None) -> Pool:
-        """Return the pool of a handle, or a new one."""
-        made = Pool()
-        if isinstance(handle, torch.cuda.MemPool):
-            handle = handle.id
-        return self.pools.setdefault(made.handle if handle is None else tuple(handle), made)
 
     def answers(self) -> Attributes:
         """Return what `torch.cuda` says of graphs and streams."""
-        streams = self.streams
+        streams = self.context.streams
         return {
             "synchronize": streams.synchronize,
             "current_stream": lambda device=None: streams.current,
@@ -470,7 +384,7 @@ class Graphs:
             "Stream": streams.Stream,
             "Event": streams.Event,
             "is_current_stream_capturing": lambda: self.is_capturing,
-            "graph_pool_handle": lambda: self.pool().handle,
+            "graph_pool_handle": lambda: self.context.pool().handle,
             "CUDAGraph": self.CUDAGraph,
             "default_generators": (torch.default_generator,),
             "manual_seed": self._seed,
@@ -482,17 +396,17 @@ class Graphs:
 
         `CUDAGeneratorImpl::set_current_seed` of PyTorch is the source.
         """
-        capture = self.capture if self.is_capturing else None
+        capture = self.context.capture if self.is_capturing else None
         if capture is None:
             torch.default_generator.manual_seed(seed)
             return
         if int(seed) % 2**64 != torch.initial_seed():  # which is never negative
-            self.refuse(
+            self.context.refuse(
                 "seed in a capture",
                 f"manual_seed({seed}) in the capture is not the seed before it; call it before the "
                 "capture",
             )
-        self.note(
+        self.context.note(
             "warning",
             "seed in a capture",
             f"manual_seed({seed}) in the capture does nothing in a replay, which draws new "
@@ -527,30 +441,9 @@ class Graphs:
         def check(optimizer: Optimizer) -> None:
             groups = optimizer.param_groups
             if self.is_capturing and not all(group.get("capturable") for group in groups):
-                self._refuse_optimizer(optimizer)
+                self.context.refuse(NOT_CAPTURABLE, why_not_capturable(optimizer))
 
         return check
-
-    def check_step(self, optimizer: Optimizer) -> None:
-        """Refuse the step of an optimizer of PyTorch's whose state has a count on the host.
-
-        Some of them, such as Adagrad, have no check of their own.
-        """
-        if self.is_capturing and has_host_count(optimizer):
-            self._refuse_optimizer(optimizer)
-
-    def _refuse_optimizer(self, optimizer: Optimizer) -> None:
-        name = type(optimizer).__name__
-        flags = [one for one in ("capturable", "fused") if one in optimizer.defaults]
-        instead = (
-            f"make it by {name}(…, {flags[0]}=True)"
-            if flags
-            else "take AdamW(…, capturable=True), or call step() after graph.replay()"
-        )
-        self.refuse(
-            "optimizer that is not capturable",
-            f"{name} counts its steps on the host, and a replay does not; {instead}",
-        )
 
 
 DEVICES = ("_get_capturable_supported_devices", "_get_foreach_kernels_supported_devices")
