@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from bisect import bisect_right, insort
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,6 +28,7 @@ Part = tuple[Allocation, Rows, Rows | slice]
 NEAR_SIZES, NEAR_BYTES = 16, 4096
 NOWHERE = 1, 0  # a gap that has no address
 # All addresses: of registers of 64 bits, signed or not.
+START = attrgetter("start")
 LOWEST, HIGHEST = -(2**63), 2**64 - 1
 
 
@@ -44,13 +46,14 @@ class AddressSpace:
         self.between: Callable[[int], tuple[int, int]] | None = None
         self.gap = NOWHERE  # the first and the last address of one that has no allocation
         # Called with an allocation that is added.
-        self.mark: Callable[[Allocation], None] = lambda allocation: None
+        self.mark: Callable[[Allocation], None] | None = None
         self.counts: Counts | None = None  # of the launch
         self.view: SpaceView | None = None  # for the core in C
 
     def add(self, allocation: Allocation) -> Allocation:
-        insort(self.allocations, allocation, key=lambda one: one.start)
-        self.mark(allocation)
+        insort(self.allocations, allocation, key=START)
+        if self.mark is not None:
+            self.mark(allocation)
         self.gap = NOWHERE
         if self.counts is not None:
             self.counts.watch(allocation)
@@ -60,7 +63,7 @@ class AddressSpace:
 
     def known(self, address: int) -> Allocation | None:
         """Return the allocation that has the address."""
-        after = bisect_right(self.allocations, address, key=lambda one: one.start)
+        after = bisect_right(self.allocations, address, key=START)
         before = self.allocations[after - 1] if after else None
         return before if before is not None and address < before.end else None
 
@@ -81,7 +84,7 @@ class AddressSpace:
 
     def _gap(self, address: int) -> tuple[int, int]:
         """Return the first and the last address around one in no allocation that are in none."""
-        after = bisect_right(self.allocations, address, key=lambda one: one.start)
+        after = bisect_right(self.allocations, address, key=START)
         first = self.allocations[after - 1].end if after else LOWEST
         last = self.allocations[after].start - 1 if after < len(self.allocations) else HIGHEST
         if self.between is None:
@@ -201,8 +204,8 @@ class AddressSpace:
         line: int,
         what: str,
         lanes: Values | None = None,
-    ) -> Iterator[Part]:
-        """Yield the allocations of the addresses, the positions there, and the threads.
+    ) -> list[Part]:
+        """Return the allocations of the addresses, the positions there, and the threads.
 
         Threads outside of all allocations, or misaligned, are faults, and left out.
 
@@ -210,40 +213,35 @@ class AddressSpace:
             what: the threads do, as "load".
             lanes: the threads of the addresses, by default those that execute the instruction.
         """
-        lanes = warp.lanes() if lanes is None else lanes
-
-        def tell(n: int) -> None:
+        found, wrong = self.split(addresses, width)
+        if wrong is not None and wrong.any():
+            n, lanes = int(wrong.argmax()), warp.lanes() if lanes is None else lanes
             who = warp.name  # where its threads access other addresses together
             if len(lanes) in (1, addresses.size):
                 thread = warp.first_thread + int(lanes[n % len(lanes)])
                 who = f"thread {thread}{warp.block.suffix}"
             address = int(addresses.flat[n])
             self.tell(warp, self.at(address), address, width, line, f"{who} {what}s")
+        return found
 
-        return self.parts(addresses, width, tell)
+    def parts(self, addresses: Values, width: int) -> list[Part]:
+        """Return the allocations of the addresses, the positions there, and of which addresses.
 
-    def parts(
-        self,
-        addresses: Values,
-        width: int,
-        tell: Callable[[int], None] = lambda n: None,
-    ) -> Iterator[Part]:
-        """Yield the allocations of the addresses, the positions there, and of which addresses.
+        Those that are in no allocation, or misaligned, are left out.
+        """
+        return self.split(addresses, width)[0]
 
-        Args:
-            tell: is called with the first one that is in no allocation, or misaligned. Those are
-                left out.
+    def split(self, addresses: Values, width: int) -> tuple[list[Part], Values | None]:
+        """Return the parts of addresses, and which of them are in no allocation or misaligned.
+
+        The latter is None where all addresses are in one allocation.
         """
         if (whole := self._located(addresses, width)) is not None:
-            yield *whole, slice(None)
-            return
-        found, wrong = self._by_place(addresses.reshape(-1), width)
-        if wrong.any():
-            tell(int(wrong.argmax()))
-        yield from found
+            return [(*whole, slice(None))], None
+        return self._by_place(addresses.reshape(-1), width)
 
     def _by_place(self, addresses: Values, width: int) -> tuple[list[Part], Values]:
-        """Return the parts of addresses, and which of them are in no allocation or misaligned."""
+        """Return what `split` does for addresses in several allocations, or in none."""
         found: list[Part] = []
         wrong, left = np.zeros(len(addresses), np.bool_), np.arange(len(addresses))
         while len(left):

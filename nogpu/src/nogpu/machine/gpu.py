@@ -110,7 +110,7 @@ class Gpu:
     """Global memory, and the launches on it: what the blocks of the present launch share.
 
     Args:
-        change: of the PTX of each kernel, before it is executed.
+        change: of the PTX of each kernel, before it is executed; None: there is none.
     """
 
     limit = LIMIT
@@ -119,7 +119,7 @@ class Gpu:
     most_programs: int | None = None  # of a launch that are executed; None: all
     sample: Sample | None = None  # of the last launch; None: all were executed
 
-    def __init__(self, schedule: Schedule, change: Callable[[str], str] = lambda text: text):
+    def __init__(self, schedule: Schedule, change: Callable[[str], str] | None = None):
         self.schedule, self.change = schedule, change
         self.space = Space("global memory")
         self.next = FIRST_ADDRESS
@@ -170,7 +170,8 @@ class Gpu:
             parameters: the bits of each one.
             shared: bytes of dynamic shared memory.
         """
-        self.kernel, self.grid, self.shared_bytes = _decoded(self.change(text)), grid, shared
+        text = text if self.change is None else self.change(text)
+        self.kernel, self.grid, self.shared_bytes = _decoded(text), grid, shared
         self.symbols = {}
         for name, content in self.kernel.constants.items():
             place = self.allocate(name, len(content))

@@ -125,7 +125,7 @@ def run_by_workers(
     stopped = Event()
 
     def work(worker: Worker, share: Values, start: int) -> bool:
-        done = worker.blocks.run(np.ascontiguousarray(share), start, lambda: not stopped.is_set())
+        done = worker.blocks.run(np.ascontiguousarray(share), start, stopped)
         if done < len(share):
             stopped.set()
         return done == len(share)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import time
 import weakref
-from collections.abc import Callable
+from threading import Event
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -133,21 +133,21 @@ class Blocks:
             state.fence_versions = self.fences[n].ctypes.data
         weakref.finalize(self, _free, self.library, self.struct, self.states)
 
-    def run(
-        self, positions: Values, number: int, goes_on: Callable[[], bool] = lambda: True
-    ) -> int:
+    def run(self, positions: Values, number: int, stopped: Event | None = None) -> int:
         """Execute blocks, of which the first one has this number, and return how many.
 
         Args:
             positions: of all blocks that are left ``(n, 3)``, int32.
-            goes_on: a function that is asked from time to time.
+            stopped: another worker has set it, and no more blocks are to begin.
         """
         events, done, why = self.launch.events, 0, ctypes.c_int(BUDGET)
         together = 1
         self._take_releases()
         self._take_maps()
         self._lend_spare_arrays()
-        while why.value != PYTHON and done < len(positions) and goes_on():
+        while why.value != PYTHON and done < len(positions):
+            if stopped is not None and stopped.is_set():
+                break
             start = time.perf_counter()
             events.struct.count = events.events.count
             ended = self.library.run_blocks(

@@ -13,7 +13,7 @@ import re
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from functools import cached_property
+from functools import cached_property, partial
 from types import ModuleType
 from typing import NamedTuple
 
@@ -123,29 +123,15 @@ def _check_grid(x: int, y: int, z: int) -> None:
         )
 
 
-def _check_cooperative(
-    metadata: Metadata, record: Callable[[], Launch], multiprocessors: int
-) -> None:
-    """Refuse a cooperative launch whose blocks are not all resident at once, as CUDA does."""
-    if not getattr(metadata, "launch_cooperative_grid", False):
-        return
-    launch = record()
-    blocks, most = launch.programs * launch.ctas, launch.most_resident(multiprocessors)
-    most -= most % launch.ctas
-    if blocks > most:
-        what = "CTAs" if launch.ctas > 1 else "programs"
-        raise RuntimeError(
-            f"Triton Error [CUDA]: too many blocks in cooperative launch: {launch.kernel} has "
-            f"{blocks:,} {what}, and the {multiprocessors} multiprocessors hold {most:,} at once; "
-            "launch no more, and let each one take more elements"
-        )
-
-
 class Launcher:
     """What Triton calls for a launch."""
 
     def __init__(self, source: KernelSource, metadata: Metadata):
         self.source, self.metadata = source, metadata
+        self.name: str = getattr(source.fn, "__name__", "kernel")
+        code = getattr(getattr(source.fn, "fn", None), "__code__", None)
+        self.file: str = code.co_filename if code else ""
+        self.ctas = int(getattr(metadata, "num_ctas", 1))
         self.constants = _constants(source)
         self.specialization = _specialization(source, metadata)
         self._refused: str | None = None
@@ -183,62 +169,71 @@ class Launcher:
         *arguments: object,
     ) -> None:
         emulator: Emulator = active_driver.active.emulator
-        metadata = self.metadata
-        ctas = int(getattr(metadata, "num_ctas", 1))
-        _check_mode(metadata)
+        _check_mode(self.metadata)
         _check_grid(x, y, z)
         self._try(module, emulator.arch)
         call = tuning.called.get()
         if call and call.is_trial:
             return
-        name = getattr(self.source.fn, "__name__", "kernel")
-        names = list(self.source.fn.arg_names)
-        programs = x * y * z * ctas
-
-        def parameters(arguments: Sequence[object]) -> list[int]:
-            values: list[int] = []
-            maps = list(getattr(metadata, "tensordesc_meta", None) or [])
-            has_maps = bool(maps)
-            signature = self.source.signature.values()
-            for name, kind, value in zip(names, signature, arguments, strict=True):
-                flatten(emulator, name, kind, value, maps if has_maps else None, values)
-            values += self._scratch(emulator, programs)
-            return values
-
-        def record() -> Launch:
-            return Launch(
-                name,
-                emulator.arch,
-                (x, y, z),
-                metadata.num_warps,
-                metadata.shared,
-                ptx=module.text,
-                launched=program_line(),
-                ctas=ctas,
-                is_dependent=bool(getattr(metadata, "launch_pdl", False)),
-                constants=self.constants,
-                specialization=self.specialization,
-            )
-
-        def execute(arguments: Sequence[object]) -> None:
-            self._execute(
-                emulator,
-                record(),
-                lambda: parameters(arguments),
-                lambda: self._assertions_for(arguments),
-            )
-
-        _check_cooperative(metadata, record, emulator.multiprocessors)
+        self._check_cooperative(emulator, module, (x, y, z))
         if enter is not None:
             enter(launch_metadata)
-        if not programs:
-            emulator.empty.append(f"the grid of {name} is {(x, y, z)}, without a program")
+        execute = partial(self.execute, emulator, module, (x, y, z))
+        if not x * y * z:
+            emulator.empty.append(f"the grid of {self.name} is {(x, y, z)}, without a program")
         elif emulator.watcher is not None:
             emulator.watcher.launch(execute, arguments)
         else:
             execute(arguments)
         if leave is not None:
             leave(launch_metadata)
+
+    def execute(
+        self,
+        emulator: Emulator,
+        module: Module,
+        grid: tuple[int, int, int],
+        arguments: Sequence[object],
+    ) -> None:
+        """Execute a launch on the emulator, unless ptxas refuses the kernel; so do replays."""
+        launch = self._launch(emulator, module, grid)
+        if self._refused:  # a GPU could not launch it, either
+            for fault in refusals(self._refused, launch.ptx, launch.kernel, self.file):
+                fault.launched = launch.launched
+                fault.configuration = tuning.configuration()
+                emulator.note(fault, (fault.kernel, fault.name, fault.source, fault.message))
+            return
+        self._check_allocator(emulator, launch)
+        parameters = partial(self._parameters, emulator, launch.programs * launch.ctas, arguments)
+        emulator.run(launch, parameters, self.file, self._assertions_for(arguments))
+
+    def _launch(self, emulator: Emulator, module: Module, grid: tuple[int, int, int]) -> Launch:
+        """Return the record of a launch at the present line of the program."""
+        metadata = self.metadata
+        return Launch(
+            self.name,
+            emulator.arch,
+            grid,
+            metadata.num_warps,
+            metadata.shared,
+            ptx=module.text,
+            launched=program_line(),
+            ctas=self.ctas,
+            is_dependent=bool(getattr(metadata, "launch_pdl", False)),
+            constants=self.constants,
+            specialization=self.specialization,
+        )
+
+    def _parameters(
+        self, emulator: Emulator, programs: int, arguments: Sequence[object]
+    ) -> list[int]:
+        """Return the bits of the kernel's parameters, having placed the tensors among them."""
+        source, values = self.source, list[int]()
+        maps = list(getattr(self.metadata, "tensordesc_meta", None) or []) or None
+        kinds = source.signature.values()
+        for name, kind, value in zip(source.fn.arg_names, kinds, arguments, strict=True):
+            flatten(emulator, name, kind, value, maps, values)
+        return values + self._scratch(emulator, programs)
 
     def _scratch(self, emulator: Emulator, programs: int) -> list[int]:
         """Return the addresses of memory that the compiler asks for; nobody has written it."""
@@ -260,23 +255,22 @@ class Launcher:
         if self._refused and call and call.is_trial:
             raise PTXASError(self._refused)
 
-    def _execute(
-        self,
-        emulator: Emulator,
-        launch: Launch,
-        parameters: Callable[[], list[int]],
-        assertions: Callable[[], Assertions | None],
+    def _check_cooperative(
+        self, emulator: Emulator, module: Module, grid: tuple[int, int, int]
     ) -> None:
-        code = getattr(getattr(self.source.fn, "fn", None), "__code__", None)
-        file = code.co_filename if code else ""
-        if self._refused:  # a GPU could not launch it, either
-            for fault in refusals(self._refused, launch.ptx, launch.kernel, file):
-                fault.launched = launch.launched
-                fault.configuration = tuning.configuration()
-                emulator.note(fault, (fault.kernel, fault.name, fault.source, fault.message))
+        """Refuse a cooperative launch whose blocks are not all resident at once, as CUDA does."""
+        if not getattr(self.metadata, "launch_cooperative_grid", False):
             return
-        self._check_allocator(emulator, launch)
-        emulator.run(launch, parameters, file, assertions())
+        launch, multiprocessors = self._launch(emulator, module, grid), emulator.multiprocessors
+        blocks, most = launch.programs * launch.ctas, launch.most_resident(multiprocessors)
+        most -= most % launch.ctas
+        if blocks > most:
+            what = "CTAs" if launch.ctas > 1 else "programs"
+            raise RuntimeError(
+                f"Triton Error [CUDA]: too many blocks in cooperative launch: {launch.kernel} has "
+                f"{blocks:,} {what}, and the {multiprocessors} multiprocessors hold {most:,} at "
+                "once; launch no more, and let each one take more elements"
+            )
 
     def _check_allocator(self, emulator: Emulator, launch: Launch) -> None:
         """Note that nobody has given Triton an allocator, which this kernel's scratch memory needs.

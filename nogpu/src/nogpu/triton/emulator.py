@@ -322,7 +322,11 @@ class Emulator(gpu.Gpu):
         self._launched, self._ended = launch.launched, ""
         last = self.counts
         try:
-            self._execute(launch, parameters)
+            # What a repeat is compared with was computed under the last schedule.
+            schedules = self.schedules[-1:] if self._repeats() else self.schedules
+            for number, schedule in enumerate(schedules):
+                self.host_memory.saves = number + 1 < len(schedules)
+                self._run_schedule(launch, parameters, schedule, is_first=number == 0)
         except BaseException as e:  # such as KeyboardInterrupt: this launch is shown, too
             if self.counts is not last:
                 launch.ended = type(e).__name__
@@ -336,37 +340,39 @@ class Emulator(gpu.Gpu):
             self.host_memory.forget_unwritten()
         self._end(launch, started)
 
-    def _execute(self, launch: Launch, parameters: Callable[[], list[int]]) -> None:
-        # What a repeat is compared with was computed under the last schedule.
-        schedules = self.schedules[-1:] if self._repeats() else self.schedules
-        for number, schedule in enumerate(schedules):
-            self.schedule, self.printed = schedule, []
-            self.host_memory.saves = number + 1 < len(schedules)
-            is_new = (launch.kernel, launch.ptx) not in self._counted_before
-            self.trace = Trace() if number == 0 and self.traces and is_new else None
-            launch.trace = launch.trace or self.trace
-            self.host_memory.restore()
-            self._reset()
-            values = parameters()
-            try:
-                x, y, z = launch.grid
-                self.launch(launch.ptx, values, (x * launch.ctas, y, z), launch.shared)
-            except PtxError as e:
-                self._ended = e.name
-                self._note("error", e.name, e.line, e.reason, e.program)
-            except MemoryError:
-                raise
-            except Exception as e:
-                own = own_error(e)
-                self._ended = own.name
-                self._note("error", own.name, own.line, own.reason, own.program)
-            finally:
-                if number == 0:
-                    launch.counts, launch.file = self.counts, self._file
-                    launch.executed = None if self.sample is None else self.sample.executed
-                launch.ended = self._ended
-                launch.instructions += self.executed_instructions
-                launch.printed = self.printed
+    def _run_schedule(
+        self,
+        launch: Launch,
+        parameters: Callable[[], list[int]],
+        schedule: Schedule,
+        is_first: bool,
+    ) -> None:
+        self.schedule, self.printed = schedule, []
+        is_new = (launch.kernel, launch.ptx) not in self._counted_before
+        self.trace = Trace() if is_first and self.traces and is_new else None
+        launch.trace = launch.trace or self.trace
+        self.host_memory.restore()
+        self._reset()
+        values = parameters()
+        try:
+            x, y, z = launch.grid
+            self.launch(launch.ptx, values, (x * launch.ctas, y, z), launch.shared)
+        except PtxError as e:
+            self._ended = e.name
+            self._note("error", e.name, e.line, e.reason, e.program)
+        except MemoryError:
+            raise
+        except Exception as e:
+            own = own_error(e)
+            self._ended = own.name
+            self._note("error", own.name, own.line, own.reason, own.program)
+        finally:
+            if is_first:
+                launch.counts, launch.file = self.counts, self._file
+                launch.executed = None if self.sample is None else self.sample.executed
+            launch.ended = self._ended
+            launch.instructions += self.executed_instructions
+            launch.printed = self.printed
 
     def _end(self, launch: Launch, started: float) -> None:
         if self._repeats():

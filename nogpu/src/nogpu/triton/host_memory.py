@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import compress
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -150,7 +151,7 @@ class HostMemory:
     def _between(self, address: int) -> tuple[int, int]:
         """Return the first and the last address around one of no live tensor that have none."""
         live = self._live or []
-        after = bisect_right(live, address, key=lambda one: one[0])
+        after = bisect_right(live, address, key=itemgetter(0))
         first = live[after - 1][1] if after else LOWEST
         return first, live[after][0] - 1 if after < len(live) else HIGHEST
 
@@ -252,7 +253,7 @@ def _restore(before: list[Allocation]) -> None:
 
 def _at(address: int, live: list[LiveTensor]) -> Tensor | None:
     """Return the tensor that has an address."""
-    after = bisect_right(live, address, key=lambda one: one[0])
+    after = bisect_right(live, address, key=itemgetter(0))
     return live[after - 1][2] if after and address < live[after - 1][1] else None
 
 
